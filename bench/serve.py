@@ -1,0 +1,453 @@
+"""Load a server over HTTP and say how fast it answers. Works with any server that has OpenAI's API.
+
+    python -m bench.serve --port 30000 --dataset-name random --num-prompts 256 \
+        --random-input 1024 --random-output 128 --request-rate 16
+
+Open loop: requests start at Poisson times of `--request-rate` (default: all at once), however slow the answers;
+`--max-concurrency` makes those wait that are too many. Prompts are token ids drawn from a seed, so that every server
+gets the same work; `--api chat`, which takes no ids, gets words, roughly one a token. Answers are greedy and have
+exactly the asked length (`ignore_eos`) unless `--disable-ignore-eos`.
+
+Measured by the client, from the moment it sends a request:
+TTFT (time to first token), E2E (to the last), TPOT (time per output token: (E2E - TTFT) / (tokens - 1), one value a
+request), ITL (inter-token latency: between two pieces of an answer, which may hold several tokens).
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+import aiohttp
+import numpy as np
+import orjson
+import uvloop
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+FIRST_ORDINARY_ID = 100  # ids below are often special tokens
+WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One request to send. `prompt` is token ids, or text for an API that takes none."""
+
+    prompt: list[int] | str
+    output_len: int
+
+
+@dataclass(slots=True)
+class Result:
+    """What the client saw of one request. Times are seconds since it was sent; `error` is empty on success."""
+
+    prompt_len: int = 0
+    output_len: int = 0
+    ttft_s: float = math.nan
+    e2e_s: float = math.nan
+    itl_s: list[float] = field(default_factory=list)
+    error: str = ""
+
+    @property
+    def tpot_s(self) -> float:
+        return (self.e2e_s - self.ttft_s) / (self.output_len - 1) if self.output_len > 1 else math.nan
+
+
+class Client:
+    """Sends prompts to one server. Use as `async with`; an answer that breaks off is an error, never a success."""
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str = "",
+        *,
+        api: str = "completions",
+        stream: bool = True,
+        ignore_eos: bool = True,
+        api_key: str | None = None,
+        extra_body: dict[str, Any] | None = None,
+        timeout_s: float = 3600.0,
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.model = model
+        self.api = api
+        self.stream = stream
+        self.body: dict[str, Any] = {"temperature": 0, "stream": stream}
+        if stream:
+            self.body["stream_options"] = {"include_usage": True}
+        if ignore_eos:
+            self.body["ignore_eos"] = True
+        self.body |= extra_body or {}
+        self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.timeout_s = timeout_s
+
+    async def __aenter__(self) -> Self:
+        self.session = aiohttp.ClientSession(
+            # A connection a request, as from separate users: a kept one may just be closing at the server's end.
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            timeout=aiohttp.ClientTimeout(total=self.timeout_s),
+            headers=self.headers,
+            read_bufsize=1 << 20,
+        )
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.session.close()
+
+    async def find_model(self) -> str:
+        """Id of the first model the server offers; becomes `self.model`."""
+        async with self.session.get(f"{self.base_url}/v1/models", raise_for_status=True) as response:
+            self.model = orjson.loads(await response.read())["data"][0]["id"]
+        return self.model
+
+    async def flush_cache(self) -> None:
+        async with self.session.post(f"{self.base_url}/flush_cache", raise_for_status=True):
+            pass
+
+    async def send(self, work: Work) -> Result:
+        result = Result()
+        body = {**self.body, "model": self.model, "max_tokens": work.output_len}
+        if self.api == "chat":
+            path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": work.prompt}]
+        else:
+            path, body["prompt"] = "/v1/completions", work.prompt
+        data = orjson.dumps(body)
+        started = time.perf_counter()
+        try:
+            async with self.session.post(
+                self.base_url + path, data=data, headers={"Content-Type": "application/json"}
+            ) as response:
+                if response.status != 200:
+                    result.error = f"HTTP {response.status}: {(await response.text())[:200]}"
+                elif self.stream:
+                    await self.read_stream(response, result, started)
+                else:
+                    self.take_usage(result, orjson.loads(await response.read())["usage"])
+                    result.ttft_s = result.e2e_s = time.perf_counter() - started
+        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
+            result.error = repr(error)[:200]
+        return result
+
+    async def read_stream(self, response: aiohttp.ClientResponse, result: Result, started: float) -> None:
+        last = 0.0
+        num_pieces = 0
+        async for line in response.content:
+            if not line.startswith(b"data:"):
+                continue
+            payload = line[5:].strip()
+            if payload == b"[DONE]":
+                break
+            event = orjson.loads(payload)
+            if "error" in event:
+                result.error = str(event["error"])[:200]
+                return
+            if usage := event.get("usage"):
+                self.take_usage(result, usage)
+            if not event["choices"]:
+                continue
+            now = time.perf_counter()
+            result.e2e_s = now - started
+            if not self.has_token(event["choices"][0]):
+                continue
+            if num_pieces:
+                result.itl_s.append(now - last)
+            else:
+                result.ttft_s = now - started
+            num_pieces += 1
+            last = now
+        else:
+            result.error = "the stream ended without [DONE]"
+            return
+        if not num_pieces:
+            result.error = "the stream held no token"
+            return
+        result.output_len = result.output_len or num_pieces
+
+    def has_token(self, choice: dict[str, Any]) -> bool:
+        """False for the pieces that frame a chat answer: its role, its bare end."""
+        if self.api == "chat":
+            delta = choice.get("delta") or {}
+            return any(delta.get(name) for name in ("content", "reasoning_content", "tool_calls"))
+        return bool(choice.get("text")) or not choice.get("finish_reason")
+
+    @staticmethod
+    def take_usage(result: Result, usage: dict[str, Any]) -> None:
+        result.prompt_len, result.output_len = usage["prompt_tokens"], usage["completion_tokens"]
+
+
+class Prompts:
+    """Draws prompts of `length` tokens: ids below `vocab_size`, or as many words."""
+
+    def __init__(self, rng: random.Random, vocab_size: int, as_text: bool) -> None:
+        self.rng, self.vocab_size, self.as_text = rng, vocab_size, as_text
+
+    def tokens(self, length: int) -> list[Any]:
+        if self.as_text:
+            return self.rng.choices(WORDS, k=length)
+        return self.rng.choices(range(FIRST_ORDINARY_ID, self.vocab_size), k=length)
+
+    def join(self, tokens: list[Any]) -> list[int] | str:
+        return " ".join(tokens) if self.as_text else tokens
+
+
+def drawn_len(rng: random.Random, length: int, range_ratio: float) -> int:
+    """A length between `length * range_ratio` and `length`, each as likely."""
+    return rng.randint(min(max(1, int(length * range_ratio)), length), length)
+
+
+def random_work(prompts: Prompts, num_prompts: int, input_len: int, output_len: int, range_ratio: float) -> list[Work]:
+    rng = prompts.rng
+    return [
+        Work(
+            prompts.join(prompts.tokens(drawn_len(rng, input_len, range_ratio))),
+            drawn_len(rng, output_len, range_ratio),
+        )
+        for _ in range(num_prompts)
+    ]
+
+
+def shared_prefix_work(
+    prompts: Prompts, num_prompts: int, num_groups: int, prefix_len: int, question_len: int, output_len: int
+) -> list[Work]:
+    """`num_groups` prefixes, equally often and in random order, each time with a question of its own."""
+    prefixes = [prompts.tokens(prefix_len) for _ in range(num_groups)]
+    work = [
+        Work(prompts.join(prefixes[i % num_groups] + prompts.tokens(question_len)), output_len)
+        for i in range(num_prompts)
+    ]
+    prompts.rng.shuffle(work)
+    return work
+
+
+async def run_load(
+    client: Client,
+    work: Sequence[Work],
+    *,
+    request_rate: float = math.inf,
+    max_concurrency: int | None = None,
+    rng: random.Random | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[Result], float]:
+    """Sends all of `work`; returns a result for each, in its order, and the seconds from first send to last answer."""
+    rng = rng or random.Random(0)
+    free = asyncio.Semaphore(max_concurrency or len(work))
+    bar = progress.add_task("requests", total=len(work), tokens_s=0.0) if progress else None
+    num_tokens = 0
+    started = time.perf_counter()
+
+    async def send(item: Work) -> Result:
+        nonlocal num_tokens
+        async with free:
+            result = await client.send(item)
+        num_tokens += result.output_len
+        if progress and bar is not None:
+            progress.update(bar, advance=1, tokens_s=num_tokens / (time.perf_counter() - started))
+        return result
+
+    async with asyncio.TaskGroup() as tasks:
+        sent = []
+        due = started
+        for item in work:
+            sent.append(tasks.create_task(send(item)))
+            if math.isfinite(request_rate):
+                due += rng.expovariate(request_rate)
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+    return [task.result() for task in sent], time.perf_counter() - started
+
+
+def summary_ms(values_s: Sequence[float]) -> dict[str, float]:
+    """Mean, median and 99th percentile in milliseconds of the values that are numbers."""
+    values = np.asarray(values_s, dtype=np.float64) * 1e3
+    values = values[~np.isnan(values)]
+    if not values.size:
+        return {"mean_ms": math.nan, "median_ms": math.nan, "p99_ms": math.nan}
+    return {
+        "mean_ms": float(values.mean()),
+        "median_ms": float(np.median(values)),
+        "p99_ms": float(np.percentile(values, 99)),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Figures of one run. Tokens are those the server counted; latencies are `summary_ms`."""
+
+    completed: int
+    failed: int
+    duration_s: float
+    total_input_tokens: int
+    total_output_tokens: int
+    request_throughput: float
+    input_throughput: float
+    output_throughput: float
+    total_throughput: float
+    concurrency: float  # requests in flight, averaged over the run
+    ttft: dict[str, float]
+    tpot: dict[str, float]
+    itl: dict[str, float]
+    e2e: dict[str, float]
+    first_error: str
+
+    @classmethod
+    def of(cls, results: Sequence[Result], duration_s: float) -> "Metrics":
+        good = [result for result in results if not result.error]
+        num_input = sum(result.prompt_len for result in good)
+        num_output = sum(result.output_len for result in good)
+        return cls(
+            completed=len(good),
+            failed=len(results) - len(good),
+            duration_s=duration_s,
+            total_input_tokens=num_input,
+            total_output_tokens=num_output,
+            request_throughput=len(good) / duration_s,
+            input_throughput=num_input / duration_s,
+            output_throughput=num_output / duration_s,
+            total_throughput=(num_input + num_output) / duration_s,
+            concurrency=sum(result.e2e_s for result in good) / duration_s,
+            ttft=summary_ms([result.ttft_s for result in good]),
+            tpot=summary_ms([result.tpot_s for result in good]),
+            itl=summary_ms([gap for result in good for gap in result.itl_s]),
+            e2e=summary_ms([result.e2e_s for result in good]),
+            first_error=next((result.error for result in results if result.error), ""),
+        )
+
+    def print(self, console: Console, title: str) -> None:
+        run = Table()
+        run.add_column("run")
+        run.add_column("", justify="right")
+        for name, value in (
+            ("completed requests", f"{self.completed:,}"),
+            ("failed requests", f"{self.failed:,}"),
+            ("duration, s", f"{self.duration_s:.2f}"),
+            ("input tokens", f"{self.total_input_tokens:,}"),
+            ("output tokens", f"{self.total_output_tokens:,}"),
+            ("requests/s", f"{self.request_throughput:.2f}"),
+            ("input tokens/s", f"{self.input_throughput:,.1f}"),
+            ("output tokens/s", f"{self.output_throughput:,.1f}"),
+            ("total tokens/s", f"{self.total_throughput:,.1f}"),
+            ("requests in flight, mean", f"{self.concurrency:.2f}"),
+        ):
+            run.add_row(name, value)
+        latency = Table()
+        for column in ("latency, ms", "mean", "median", "p99"):
+            latency.add_column(column, justify="left" if column.startswith("latency") else "right")
+        for name, value_ms in (("TTFT", self.ttft), ("TPOT", self.tpot), ("ITL", self.itl), ("E2E", self.e2e)):
+            latency.add_row(name, *(f"{number:,.2f}" for number in value_ms.values()))
+        console.print(title, run, latency, highlight=False)
+        if self.first_error:
+            console.print(f"[red]first error:[/red] {self.first_error}", highlight=False)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--base-url", help="http://HOST:PORT of the server, instead of --host and --port")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=30000)
+    add("--api", choices=("completions", "chat"), default="completions", help="OpenAI's API to use")
+    add("--model", help="default: the first one the server lists")
+    add("--api-key")
+    add("--dataset-name", "--dataset", choices=("random", "shared-prefix"), default="random")
+    add("--num-prompts", type=int, default=256)
+    add("--random-input-len", "--random-input", type=int, default=1024, help="tokens of a prompt, of a question")
+    add("--random-output-len", "--random-output", type=int, default=128, help="tokens of an answer")
+    add("--random-range-ratio", type=float, default=0.0, help="random lengths: from ratio * length to length")
+    add("--num-groups", "--gsp-num-groups", type=int, default=8, help="shared-prefix: how many prefixes")
+    add("--prefix-len", "--gsp-system-prompt-len", type=int, default=2048, help="shared-prefix: tokens of a prefix")
+    add("--vocab-size", type=int, default=32000, help="token ids are drawn below this")
+    add("--request-rate", type=float, default=math.inf, help="requests/s, Poisson; default: all at once")
+    add("--max-concurrency", type=int, help="requests in flight at most")
+    add("--warmup-requests", type=int, default=1)
+    add("--flush-cache", action="store_true", help="POST /flush_cache after the warm-up")
+    add("--disable-stream", action="store_true", help="whole answers: TTFT is then E2E")
+    add("--disable-ignore-eos", action="store_true", help="let the model end its answers")
+    add("--extra-request-body", type=json.loads, default={}, help="JSON object added to every request")
+    add("--seed", type=int, default=1)
+    add("--output-file", help="append one JSON line: arguments and figures")
+    add("--output-details", action="store_true", help="put every request's times into that line, too")
+    add("--disable-progress", "--disable-tqdm", action="store_true")
+    return parser
+
+
+def make_work(args: argparse.Namespace, rng: random.Random) -> list[Work]:
+    prompts = Prompts(rng, args.vocab_size, as_text=args.api == "chat")
+    if args.dataset_name == "shared-prefix":
+        return shared_prefix_work(
+            prompts, args.num_prompts, args.num_groups, args.prefix_len, args.random_input_len, args.random_output_len
+        )
+    return random_work(
+        prompts, args.num_prompts, args.random_input_len, args.random_output_len, args.random_range_ratio
+    )
+
+
+async def run(args: argparse.Namespace, console: Console) -> int:
+    rng = random.Random(args.seed)
+    work = make_work(args, rng)
+    warmup = random_work(Prompts(rng, args.vocab_size, args.api == "chat"), args.warmup_requests, 32, 8, 1.0)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[tokens_s]:,.0f} tokens/s"),
+    )
+    async with Client(
+        args.base_url or f"http://{args.host}:{args.port}",
+        args.model or "",
+        api=args.api,
+        stream=not args.disable_stream,
+        ignore_eos=not args.disable_ignore_eos,
+        api_key=args.api_key,
+        extra_body=args.extra_request_body,
+    ) as client:
+        try:
+            model = args.model or await client.find_model()
+            warmup_results, _ = await run_load(client, warmup)
+            if failed := next((result.error for result in warmup_results if result.error), ""):
+                console.print(f"[red]the warm-up failed:[/red] {failed}", highlight=False)
+                return 1
+            if args.flush_cache:
+                await client.flush_cache()
+        except aiohttp.ClientError as error:
+            console.print(f"[red]{client.base_url} does not answer:[/red] {error}", highlight=False)
+            return 1
+        with Progress(*columns, console=console, disable=args.disable_progress) as progress:
+            results, duration_s = await run_load(
+                client,
+                work,
+                request_rate=args.request_rate,
+                max_concurrency=args.max_concurrency,
+                rng=rng,
+                progress=progress,
+            )
+    metrics = Metrics.of(results, duration_s)
+    metrics.print(console, f"{model} at {client.base_url}, {args.dataset_name}, {args.num_prompts} prompts")
+    num_short = sum(result.output_len < item.output_len for item, result in zip(work, results, strict=True))
+    if num_short and not args.disable_ignore_eos:
+        console.print(f"[yellow]{num_short} answers are shorter than asked[/yellow]")
+    if args.output_file:
+        line: dict[str, Any] = {**vars(args), "model": model, **asdict(metrics)}
+        line["request_rate"] = str(args.request_rate)
+        del line["api_key"]
+        if args.output_details:
+            line["requests"] = [asdict(result) for result in results]
+        with open(args.output_file, "ab") as file:  # noqa: ASYNC230 (the run is over)
+            file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+    return 1 if metrics.failed else 0
+
+
+def main() -> None:
+    sys.exit(uvloop.run(run(argument_parser().parse_args(), Console())))
+
+
+if __name__ == "__main__":
+    main()

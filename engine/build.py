@@ -1,0 +1,189 @@
+"""From a configuration to the parts of a running engine."""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cache.allocator import PageAllocator
+from cache.pool import KVPool
+from cache.radix import NoCache, RadixCache
+from engine.batch import ForwardBatch, Stager
+from engine.config import EngineConfig
+from engine.cuda_graph import DecodeGraphs, default_batch_sizes
+from engine.errors import ModelError
+from engine.layers.layer import LayerConfig, unique_layers
+from engine.memory import MemoryBudget, plan_memory
+from engine.model_config import ModelConfig
+from engine.model_runner import ModelRunner
+from engine.models import CausalLM, build_model
+from engine.rows import Rows
+from engine.sampler import Sampler
+from engine.scheduler import Plan, Scheduler
+from engine.tokenizer import Tokenizer
+from engine.weights import load_weights, resolve_model
+from kernels.attention import choose_backend
+
+logger = logging.getLogger(__name__)
+
+KV_DTYPES = {"bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+CPU_ROWS, CUDA_ROWS = 64, 1024
+CPU_CHUNK, CUDA_CHUNK, SMALL_CUDA_CHUNK = 512, 8192, 2048
+SMALL_CUDA_BYTES = 25e9
+CUDA_MAX_STEP_MS = 60.0
+CUDA_GRAPH_MAX_BS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    config: EngineConfig
+    model_config: ModelConfig
+    tokenizer: Tokenizer
+    rows: Rows
+    scheduler: Scheduler
+    runner: ModelRunner
+    memory: MemoryBudget
+
+
+def resolve_config(config: EngineConfig) -> EngineConfig:
+    """`config` with everything decided that depends on the machine alone."""
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("--device cuda was asked for, and torch sees no CUDA device")
+    is_cuda = device.type == "cuda"
+    chunk = config.chunked_prefill_size
+    if chunk is None:
+        is_small = is_cuda and torch.cuda.get_device_properties(device).total_memory < SMALL_CUDA_BYTES
+        chunk = (SMALL_CUDA_CHUNK if is_small else CUDA_CHUNK) if is_cuda else CPU_CHUNK
+    max_running = config.max_running_requests or (CUDA_ROWS if is_cuda else CPU_ROWS)
+    backend, reason = choose_backend(config.attention_backend, device)
+    logger.info("attention: %s (%s)", backend, reason)
+    return config.replace(
+        device=str(device),
+        chunked_prefill_size=config.max_prefill_tokens if chunk < 0 else chunk,
+        max_running_requests=max_running,
+        attention_backend=backend,
+        max_step_ms=config.max_step_ms or (CUDA_MAX_STEP_MS if is_cuda else None),
+        cuda_graph_max_bs=config.cuda_graph_max_bs or min(CUDA_GRAPH_MAX_BS, max_running),
+        random_seed=time.time_ns() % (1 << 30) if config.random_seed is None else config.random_seed,
+    )
+
+
+def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
+    """Everything a running engine consists of. Blocks for as long as loading takes."""
+    config = resolve_config(config)
+    device = torch.device(config.device or "cpu")
+    folder = resolve_model(config)
+    model_config = ModelConfig.from_path(folder, config)
+    with ThreadPoolExecutor(1) as executor:
+        loading_tokenizer = executor.submit(_load_tokenizer, folder, config)
+        model, weights_bytes = _load_model(folder, model_config, config, device)
+        tokenizer = loading_tokenizer.result()
+    on_progress("weights loaded")
+
+    assert config.max_running_requests and config.chunked_prefill_size and config.random_seed is not None
+    kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, model_config.dtype)
+    max_len = model_config.context_length
+    num_rows = config.max_running_requests
+    slot_table = torch.zeros(num_rows + 1, max_len, dtype=torch.int32, device=device)
+    rows = Rows(num_rows, max_len)
+    max_step_tokens = max(config.chunked_prefill_size, num_rows)
+    stager = Stager(max_step_tokens + num_rows, num_rows, slot_table)
+    sampler = Sampler(rows, model_config.vocab_size, model_config.eos_token_ids, device)
+
+    def new_pool(num_tokens: int) -> KVPool:
+        return KVPool(
+            num_tokens + config.page_size, model_config.num_hidden_layers, model_config.num_key_value_heads,
+            model_config.head_dim, kv_dtype, device,
+        )  # fmt: skip
+
+    largest_step = 0
+    if device.type == "cuda":
+        probe = ModelRunner(model, new_pool(max_step_tokens), rows, sampler, stager, None)
+        largest_step = measure_step(probe, max_step_tokens, num_rows, max_len)
+        probe.close()
+        del probe
+    memory = plan_memory(
+        config, model_config, kv_dtype, device,
+        weights=weights_bytes, tables=slot_table.nbytes, largest_step=largest_step,
+    )  # fmt: skip
+    pool = new_pool(memory.max_total_num_tokens)
+
+    def forward(batch: ForwardBatch) -> torch.Tensor:
+        return model.compute_logits(runner.forward(batch))
+
+    graphs = None
+    if device.type == "cuda" and not config.disable_cuda_graph:
+        assert config.cuda_graph_max_bs
+        sizes = config.cuda_graph_bs or default_batch_sizes(config.cuda_graph_max_bs)
+        graphs = DecodeGraphs(sizes, stager, forward)
+    runner = ModelRunner(model, pool, rows, sampler, stager, graphs)
+    if graphs is not None:
+        start = time.perf_counter()
+        with torch.cuda.stream(runner.stream), torch.inference_mode():
+            graphs.capture_all(lambda size: None)
+        on_progress(f"{len(graphs.sizes)} CUDA graphs captured in {time.perf_counter() - start:.1f} s")
+
+    is_eos = np.zeros(model_config.vocab_size, bool)
+    is_eos[[token for token in model_config.eos_token_ids if token < model_config.vocab_size]] = True
+    cache_class = NoCache if config.disable_radix_cache else RadixCache
+    scheduler = Scheduler(
+        rows,
+        PageAllocator(pool.num_slots // config.page_size, config.page_size),
+        cache_class(config.page_size),
+        is_eos=is_eos,
+        chunked_prefill_size=config.chunked_prefill_size,
+        policy=config.schedule_policy,
+        conservativeness=config.schedule_conservativeness,
+        max_queued=config.max_queued_requests,
+        seed=config.random_seed,
+    )
+    return Parts(config, model_config, tokenizer, rows, scheduler, runner, memory)
+
+
+def _load_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer:
+    return Tokenizer.load(Path(config.tokenizer_path) if config.tokenizer_path else folder, config.trust_remote_code)
+
+
+def _load_model(
+    folder: Path, model_config: ModelConfig, config: EngineConfig, device: torch.device
+) -> tuple[CausalLM, int]:
+    layers = LayerConfig(dtype=model_config.dtype, attention_backend=config.attention_backend or "torch")
+    model = build_model(model_config, layers)
+    load_weights(model, folder, config.load_format, device)
+    return model, sum(weight.nbytes for layer in unique_layers(model) for _, weight in layer.weights())
+
+
+def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len: int) -> int:
+    """Peak bytes that the largest step takes on the device: a full chunk of prompts, and logits of every row."""
+    chunk = min(num_tokens, max_len)
+    q_lens = np.array([chunk] * (num_tokens // chunk), np.int32)
+    total = int(q_lens.sum())
+    plan = Plan(
+        rows=np.zeros(len(q_lens), np.int32),
+        q_lens=q_lens,
+        seq_lens=q_lens,
+        input_ids=np.zeros(total, np.int32),
+        out_cache_loc=np.arange(1, total + 1, dtype=np.int32),
+        num_decodes=0,
+        samples=np.zeros(num_samples, np.int32),
+        epochs=np.zeros(len(q_lens), np.int64),
+    )
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.cuda.stream(runner.stream), torch.inference_mode():
+        runner.stager.upload(runner.stager.write(plan))
+        batch, sample_tokens, sample_rows, positions = runner.stager.views(plan)
+        hidden = runner.forward(batch)
+        logits = runner.model.compute_logits(hidden[sample_tokens])
+        work = runner.sampler.plan_work(plan)
+        work.is_greedy = False
+        runner.sampler.sample(logits, work, sample_rows, positions)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,95 @@
+"""What can be set. One frozen dataclass; the command line, its help and the README's table are made from it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, get_args
+
+
+def option(default: Any, group: str, help: str, *, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field that is also a command-line flag: `--name-with-dashes` and its aliases."""
+    metadata = {"group": group, "help": help, "aliases": aliases, "choices": choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+MODEL, MEMORY, SCHEDULE, KERNELS, PARALLEL = "model", "memory", "scheduling", "kernels", "parallelism"
+DEBUG = "logging and debugging"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Every choice the engine knows. None means: decided at start from the model and the device."""
+
+    model_path: str = option(
+        "demo", MODEL, "folder, hub id, .gguf file, or `demo` (SmolLM2-135M-Instruct)", aliases=("--model",)
+    )
+    tokenizer_path: str | None = option(None, MODEL, "folder or hub id of the tokenizer, if not the model's")
+    load_format: str = option(
+        "auto", MODEL, "how weights are stored; dummy: random weights", choices=("auto", "safetensors", "gguf", "dummy")
+    )
+    revision: str | None = option(None, MODEL, "branch, tag or commit of a hub id")
+    download_dir: str | None = option(None, MODEL, "where downloads and converted weights are kept")
+    use_modelscope: bool = option(False, MODEL, "take hub ids from ModelScope instead of Hugging Face")
+    trust_remote_code: bool = option(False, MODEL, "run Python code that comes with a tokenizer")
+    dtype: str = option(
+        "auto",
+        MODEL,
+        "of weights and activations; auto: the checkpoint's (bfloat16 for float32)",
+        choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
+    )
+    context_length: int | None = option(None, MODEL, "longest prompt + answer in tokens, if not the model's")
+    device: str | None = option(None, MODEL, "cuda or cpu; default: cuda where there is one")
+    json_model_override_args: str = option("{}", MODEL, "JSON object that overrides entries of config.json")
+    sampling_defaults: str = option(
+        "model", MODEL, "defaults of sampling fields: the model's generation_config.json or OpenAI's constants",
+        choices=("model", "openai"),
+    )  # fmt: skip
+
+    kv_cache_dtype: str = option(
+        "auto", MEMORY, "of cached keys and values", choices=("auto", "bfloat16", "fp8_e4m3", "fp8_e5m2")
+    )
+    mem_fraction_static: float | None = option(
+        None, MEMORY, "share of device memory for weights + KV; default: measured, all that the largest step leaves"
+    )
+    max_total_tokens: int | None = option(None, MEMORY, "size of the KV pool in tokens, if not measured")
+    page_size: int = option(1, MEMORY, "KV slots a page: the granularity of prefix reuse")
+    disable_radix_cache: bool = option(False, MEMORY, "do not reuse prefixes between requests", aliases=("--disable-radix",))
+
+    max_running_requests: int | None = option(None, SCHEDULE, "requests that may run at once")
+    max_queued_requests: int | None = option(None, SCHEDULE, "requests that may wait; beyond it: 429")
+    chunked_prefill_size: int | None = option(None, SCHEDULE, "prompt tokens computed in one step at most; -1: no limit")
+    max_prefill_tokens: int = option(16384, SCHEDULE, "prompt tokens of one step when chunking is off")
+    max_step_ms: float | None = option(
+        None, SCHEDULE, "while answers stream, cut prompt chunks so that a step takes at most this long"
+    )
+    schedule_policy: str = option(
+        "lpm", SCHEDULE, "order of the queue: longest prefix match, first come, by tree weight, random",
+        choices=("lpm", "fcfs", "dfs-weight", "random"),
+    )  # fmt: skip
+    schedule_conservativeness: float = option(1.0, SCHEDULE, "larger: fewer retractions, fewer requests at once")
+    disable_overlap_schedule: bool = option(
+        False, SCHEDULE, "wait for each step's tokens before deciding the next", aliases=("--disable-overlap",)
+    )
+    random_seed: int | None = option(None, SCHEDULE, "seed of requests that bring none")
+
+    attention_backend: str | None = option(None, KERNELS, "attention kernels", choices=("flashinfer", "triton", "torch"))
+    sampling_backend: str | None = option(None, KERNELS, "sampling kernels", choices=("triton", "pytorch"))
+    disable_cuda_graph: bool = option(False, KERNELS, "launch every kernel of a decode step by itself")
+    cuda_graph_max_bs: int | None = option(None, KERNELS, "largest decode batch with a CUDA graph")
+    cuda_graph_bs: list[int] | None = option(None, KERNELS, "the decode batch sizes with a CUDA graph")
+
+    stream_interval: int = option(1, DEBUG, "tokens a streamed piece at least")
+    decode_log_interval: int = option(40, DEBUG, "decode steps between two log lines")
+    watchdog_timeout: float = option(300.0, DEBUG, "seconds a step may take before the server gives up")
+
+    def replace(self, **changes: Any) -> "EngineConfig":
+        return dataclasses.replace(self, **changes)
+
+
+def option_type(annotation: Any) -> tuple[type, bool]:
+    """(scalar type, is a list) of a field's annotation, for parsers: `list[int] | None` gives (int, True)."""
+    args = [arg for arg in get_args(annotation) if arg is not type(None)]
+    if getattr(annotation, "__origin__", None) is list:
+        return get_args(annotation)[0], True
+    return option_type(args[0]) if args else (annotation, False)

@@ -1,0 +1,254 @@
+"""The facade: what the server, and anyone in process, talks to."""
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from engine.build import Parts, build
+from engine.config import EngineConfig
+from engine.errors import EngineStopped, InvalidRequest, PromptTooLong
+from engine.loop import LoopStats, StepLoop
+from engine.memory import MemoryBudget
+from engine.model_config import ModelConfig
+from engine.output import OutputProcessor
+from engine.request import Delta, FinishReason, Request, Status
+from engine.scheduler import SchedulerStats
+from engine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+LONG_TEXT = 4096  # characters; shorter texts are tokenized on the event loop, in well under a millisecond
+STUCK_AFTER_S = 30.0  # a step this long makes /health fail; --watchdog-timeout is when the process gives up
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    status: str
+    """ok, starting, stuck (a step has not come back), stopping, or stopped."""
+    last_step_age_s: float
+    """Since a step last came back; 0 while idle."""
+    oldest_queued_s: float
+    num_running: int
+    num_queued: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    scheduler: SchedulerStats
+    loop: LoopStats
+    num_requests: int
+    num_aborted: int
+
+
+class Engine:
+    """One model, ready for requests between `start` and `stop`. Not thread-safe: use it from its event loop."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self._parts: Parts | None = None
+        self._loop: StepLoop | None = None
+        self._output: OutputProcessor | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._requests: dict[str, Request] = {}
+        self._is_stopping = False
+        self._num_requests = self._num_aborted = 0
+
+    async def __aenter__(self) -> "Engine":
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def start(self, on_progress: Callable[[str], None] = logger.info) -> None:
+        """Load the model and begin to step. `ModelError` if it cannot be served."""
+        parts = self._parts = await asyncio.to_thread(build, self.config, on_progress)
+        self.config = parts.config
+        self._output = OutputProcessor(parts.tokenizer, parts.scheduler, self.config.stream_interval)
+        self._loop = StepLoop(
+            parts.scheduler,
+            parts.runner,
+            self._output,
+            is_overlapped=not self.config.disable_overlap_schedule,
+            max_step_ms=self.config.max_step_ms,
+            decode_log_interval=self.config.decode_log_interval,
+        )
+        self._task = asyncio.create_task(self._loop.run(), name="step-loop")
+        self._task.add_done_callback(self._on_loop_end)
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Refuse new requests, give running ones `drain_s` seconds, abort the rest, let go of the device."""
+        self._is_stopping = True
+        deadline = time.monotonic() + drain_s
+        while self._requests and time.monotonic() < deadline and self.is_running:
+            await asyncio.sleep(0.05)
+        self.abort_all("the server is shutting down", status_code=503)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        if self._parts is not None:
+            await asyncio.to_thread(self._parts.runner.close)
+
+    # ---- what it is ----
+
+    @property
+    def parts(self) -> Parts:
+        if self._parts is None:
+            raise EngineStopped("the engine is starting")
+        return self._parts
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.parts.model_config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.parts.tokenizer
+
+    @property
+    def memory(self) -> MemoryBudget:
+        return self.parts.memory
+
+    @property
+    def max_total_num_tokens(self) -> int:
+        return self.parts.scheduler.allocator.num_total
+
+    @property
+    def context_length(self) -> int:
+        """Longest prompt + answer in tokens."""
+        return min(self.parts.rows.max_len, self.max_total_num_tokens)
+
+    @property
+    def max_req_input_len(self) -> int:
+        return self.context_length - 1
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Sampling fields that the model's generation_config.json sets, unless the configuration says otherwise."""
+        return dict(self.model_config.generation_defaults) if self.config.sampling_defaults == "model" else {}
+
+    @property
+    def is_running(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    # ---- requests ----
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`. Long texts are tokenized off the event loop."""
+        encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return encode() if len(text) < LONG_TEXT else await asyncio.to_thread(encode)
+
+    def submit(self, request: Request) -> None:
+        """Queue `request`; its sink hears of it from now on.
+
+        Raises `InvalidRequest` (a field out of range), `PromptTooLong`, `QueueFull` or `EngineStopped`.
+        """
+        if self._is_stopping or not self.is_running:
+            raise EngineStopped("the server is shutting down" if self._is_stopping else "the engine is not running")
+        self._verify(request)
+        self.parts.scheduler.submit(request)
+        self._requests[request.rid] = request
+        self._num_requests += 1
+        params = request.sampling_params
+        if request.stream or params.stop or params.stop_regex:
+            request.text_stream = self.tokenizer.text_stream(params, request.input_ids)
+        request.sink = functools.partial(self._pass_on, request.sink)
+        assert self._loop is not None
+        self._loop.wake()
+
+    def _pass_on(self, sink: Callable[[Delta], None], delta: Delta) -> None:
+        if delta.finish_reason is not None:
+            self._requests.pop(delta.request.rid, None)
+        sink(delta)
+
+    def _verify(self, request: Request) -> None:
+        vocab_size = self.model_config.vocab_size
+        request.sampling_params.verify(vocab_size)
+        if request.rid in self._requests:
+            raise InvalidRequest(f"a request with rid {request.rid!r} is running", "rid")
+        if not request.input_ids:
+            raise InvalidRequest("the prompt is empty", "input_ids")
+        if request.prompt_len > self.max_req_input_len and request.sampling_params.max_new_tokens != 0:
+            raise PromptTooLong(
+                f"prompt has {request.prompt_len} tokens, the context is {self.context_length} "
+                f"and at least one is left for the answer",
+                "input_ids",
+            )
+        if min(request.input_ids) < 0 or max(request.input_ids) >= vocab_size:
+            bad = next(token for token in request.input_ids if not 0 <= token < vocab_size)
+            raise InvalidRequest(f"token id {bad} is outside the vocabulary of {vocab_size}", "input_ids")
+        if not all(0 <= token < vocab_size for token in request.token_ids_logprob):
+            raise InvalidRequest(f"token_ids_logprob has ids outside the vocabulary of {vocab_size}", "token_ids_logprob")
+        if not 0 <= request.top_logprobs_num <= vocab_size:
+            raise InvalidRequest(f"top_logprobs_num must be at least 0, got {request.top_logprobs_num}", "top_logprobs_num")
+        if not -1 <= request.logprob_start_len < request.prompt_len:
+            raise InvalidRequest(
+                f"logprob_start_len must be -1 or a position of the prompt, which has {request.prompt_len} tokens; "
+                f"got {request.logprob_start_len}",
+                "logprob_start_len",
+            )
+
+    def abort(self, rid: str, message: str = "aborted by the client", status_code: int = 499) -> bool:
+        """End a request now; its sink gets a last delta. False if there is none of that name."""
+        request = self._requests.get(rid)
+        if request is None or request.status is Status.FINISHED:
+            return False
+        assert self._loop is not None
+        self._loop.abort(request, FinishReason("abort", message=message, status_code=status_code))
+        self._num_aborted += 1
+        return True
+
+    def abort_all(self, message: str = "aborted by the client", status_code: int = 499) -> int:
+        """End every request. Returns how many there were."""
+        return sum(self.abort(rid, message, status_code) for rid in list(self._requests))
+
+    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+        """Deltas of `request` up to the one with a finish reason. Leaving early aborts it."""
+        deltas: asyncio.Queue[Delta] = asyncio.Queue()
+        request.sink = deltas.put_nowait
+        self.submit(request)
+        try:
+            while True:
+                delta = await deltas.get()
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            self.abort(request.rid)
+
+    def flush_cache(self) -> bool:
+        """Forget every cached prefix. False, and nothing done, while anything runs or waits."""
+        return self.parts.scheduler.flush()
+
+    # ---- how it is ----
+
+    def health(self) -> Health:
+        if self._loop is None or self._parts is None:
+            return Health("starting", 0.0, 0.0, 0, 0)
+        now = time.perf_counter()
+        scheduler = self._parts.scheduler
+        launched_at = self._loop.oldest_launch_at
+        age = 0.0 if launched_at is None else now - max(launched_at, self._loop.stats.last_step_at)
+        oldest = min((request.times.arrived for request in scheduler.waiting), default=now)
+        status = "ok"
+        if not self.is_running:
+            status = "stopped"
+        elif self._is_stopping:
+            status = "stopping"
+        elif age > min(STUCK_AFTER_S, self.config.watchdog_timeout):
+            status = "stuck"
+        return Health(status, age, now - oldest, len(scheduler.nodes), len(scheduler.waiting))
+
+    def stats(self) -> EngineStats:
+        assert self._loop is not None
+        return EngineStats(self.parts.scheduler.stats(), self._loop.stats, self._num_requests, self._num_aborted)
+
+    def _on_loop_end(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            return
+        logger.critical("the step loop ended", exc_info=task.exception())
+        self.abort_all("the engine has failed; see its log", status_code=500)

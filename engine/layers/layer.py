@@ -1,0 +1,107 @@
+"""What every layer is.
+
+Layers are plain objects rather than `torch.nn.Module`s: a forward on a small model is a few hundred attribute
+reads, and a module's weights and children are found through `__getattr__`, ten times slower than a plain attribute.
+Nothing of a module is needed here: weights are never trained, and they get their device once, when loaded.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from engine.errors import ModelError
+
+
+class Shard(NamedTuple):
+    """One of `count` equal slices; all of it by default."""
+
+    index: int = 0
+    count: int = 1
+
+    def size_of(self, size: int, what: str) -> int:
+        if size % self.count:
+            raise ModelError(f"{what} is {size}, which cannot be split over {self.count} ranks")
+        return size // self.count
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What all layers of one rank have in common. Passed down, so that model files need not know of it."""
+
+    dtype: torch.dtype
+    attention_backend: str = "torch"
+    tp_rank: int = 0
+    tp_size: int = 1
+
+    @property
+    def shard(self) -> Shard:
+        return Shard(self.tp_rank, self.tp_size)
+
+    def split(self, size: int, what: str) -> int:
+        """This rank's share of `size`."""
+        return self.shard.size_of(size, what)
+
+
+class Layer:
+    """A part of a model. Its attributes that are layers, or lists of layers, are its children.
+
+    Weights start on the meta device, are put on a device by `materialize` and filled by `load_weight`.
+    """
+
+    weight_names: ClassVar[tuple[str, ...]] = ()
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """This layer's own weights, not its children's; an absent bias is None and not listed."""
+        for name in self.weight_names:
+            if (weight := getattr(self, name)) is not None:
+                yield name, weight
+
+    def materialize(self, device: torch.device) -> None:
+        """Give this layer's weights memory on `device`; what they hold is undefined."""
+        for name, weight in self.weights():
+            setattr(self, name, torch.empty_like(weight, device=device))
+
+    def load_weight(self, name: str, loaded: torch.Tensor, part: int) -> None:
+        """Copy this rank's shard of a checkpoint's tensor into weight `name`, of which it is the `part`-th part.
+
+        Only a packed layer has more than one part. `loaded` may be a view of a file: what is not copied is not read.
+        """
+        copy_weight(getattr(self, name), loaded)
+
+    def fill_dummy(self, generator: torch.Generator) -> None:
+        """Random weights that keep activations in range."""
+        for _, weight in self.weights():
+            weight.normal_(0, 0.02, generator=generator)
+
+
+def named_layers(layer: Layer, prefix: str = "") -> Iterator[tuple[str, Layer]]:
+    """`layer` and everything below it with its dotted path. A shared layer comes once for each of its paths."""
+    yield prefix, layer
+    for name, value in vars(layer).items():
+        path = f"{prefix}.{name}" if prefix else name
+        if isinstance(value, Layer):
+            yield from named_layers(value, path)
+        elif isinstance(value, list):
+            for i, child in enumerate(value):
+                if isinstance(child, Layer):
+                    yield from named_layers(child, f"{path}.{i}")
+
+
+def unique_layers(layer: Layer) -> list[Layer]:
+    return list({id(child): child for _, child in named_layers(layer)}.values())
+
+
+def meta_weight(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def copy_weight(target: torch.Tensor, loaded: torch.Tensor, dim: int = 0, shard: Shard = Shard()) -> None:
+    """Copy a shard of `loaded` along `dim`: with a change of dtype and device, but never of shape."""
+    wanted = list(target.shape)
+    wanted[dim] *= shard.count
+    if list(loaded.shape) != wanted:
+        raise ModelError(f"has shape {list(loaded.shape)}, the model wants {wanted}")
+    size = target.shape[dim]
+    target.copy_(loaded.narrow(dim, shard.index * size, size))

@@ -1,0 +1,97 @@
+"""Matrix products of a transformer block, split over ranks as in Megatron-LM (Shoeybi et al. 2019).
+
+Column parallel: every rank computes some of the outputs. Row parallel: every rank holds some of the inputs and adds
+its share to the sum.
+"""
+
+from typing import ClassVar
+
+import torch
+
+from engine.errors import ModelError
+from engine.layers.layer import Layer, LayerConfig, Shard, copy_weight, meta_weight
+from engine.layers.norm import RMSNorm
+from kernels.gemm import act_linear_add, linear_add, norm_linear
+
+# Hugging Face's name -> the kernels'
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+class ColumnParallelLinear(Layer):
+    """norm, then product. The weight [N, K] is a stack of parts; part i holds `shards[i]` of a checkpoint's tensor.
+
+    `part_sizes` are this rank's.
+    """
+
+    weight_names: ClassVar = ("weight", "bias")
+
+    def __init__(
+        self, input_size: int, part_sizes: list[int], shards: list[Shard], bias: bool, layers: LayerConfig
+    ) -> None:
+        self.part_sizes = part_sizes
+        self.shards = shards
+        self.weight = meta_weight(sum(part_sizes), input_size, dtype=layers.dtype)
+        self.bias = meta_weight(sum(part_sizes), dtype=layers.dtype) if bias else None
+
+    def __call__(self, h: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        return norm_linear(h, norm.weight, norm.eps, self.weight, self.bias)
+
+    def load_weight(self, name: str, loaded: torch.Tensor, part: int) -> None:
+        target = getattr(self, name).narrow(0, sum(self.part_sizes[:part]), self.part_sizes[part])
+        copy_weight(target, loaded, 0, self.shards[part])
+
+
+class MergedColumnParallelLinear(ColumnParallelLinear):
+    """Several products of the same input, each split evenly: gate and up."""
+
+    def __init__(self, input_size: int, output_sizes: list[int], bias: bool, layers: LayerConfig) -> None:
+        part_sizes = [layers.split(size, "output size") for size in output_sizes]
+        super().__init__(input_size, part_sizes, [layers.shard] * len(output_sizes), bias, layers)
+
+
+class QKVParallelLinear(ColumnParallelLinear):
+    """Queries, keys and values, split by heads. More ranks than KV heads: several ranks hold the same KV head.
+
+    `num_heads` and `num_kv_heads` are this rank's.
+    """
+
+    def __init__(
+        self, input_size: int, head_dim: int, num_heads: int, num_kv_heads: int, bias: bool, layers: LayerConfig
+    ) -> None:
+        kv_shard = layers.shard
+        if layers.tp_size > num_kv_heads and layers.tp_size % num_kv_heads == 0:
+            kv_shard = Shard(layers.tp_rank * num_kv_heads // layers.tp_size, num_kv_heads)
+        self.num_heads = layers.split(num_heads, "num_attention_heads")
+        self.num_kv_heads = kv_shard.size_of(num_kv_heads, "num_key_value_heads")
+        kv_size = self.num_kv_heads * head_dim
+        super().__init__(
+            input_size, [self.num_heads * head_dim, kv_size, kv_size], [layers.shard, kv_shard, kv_shard], bias, layers
+        )
+
+
+class RowParallelLinear(Layer):
+    """The product that ends a residual branch: h + x W^T + b, which may be written into h."""
+
+    weight_names: ClassVar = ("weight", "bias")
+
+    def __init__(self, input_size: int, output_size: int, bias: bool, layers: LayerConfig) -> None:
+        self.shard = layers.shard
+        self.weight = meta_weight(output_size, layers.split(input_size, "input size"), dtype=layers.dtype)
+        self.bias = meta_weight(output_size, dtype=layers.dtype) if bias else None
+
+    def __call__(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        return linear_add(x, self.weight, h, self.bias)
+
+    def gated(self, gate_up: torch.Tensor, h: torch.Tensor, act: str) -> torch.Tensor:
+        """The same of x = act(gate) * up, where `gate_up` [T, 2K] holds gate and then up."""
+        return act_linear_add(gate_up, self.weight, h, self.bias, act)
+
+    def load_weight(self, name: str, loaded: torch.Tensor, part: int) -> None:
+        copy_weight(getattr(self, name), loaded, 1, self.shard if name == "weight" else Shard())
+
+
+def activation(hidden_act: str) -> str:
+    """The name kernels give to config.json's `hidden_act`."""
+    if hidden_act not in ACTIVATIONS:
+        raise ModelError(f"hidden_act {hidden_act!r} is not supported, only {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[hidden_act]

@@ -1,0 +1,121 @@
+"""Rotary position embedding (Su et al. 2021) and the ways to stretch it over a longer context.
+
+Dynamic NTK and LongRoPE choose their frequencies by the length of the sequence. Cached keys are rotated already, so
+here the choice is made once, for the context length the server runs with: at `max_position_embeddings`, what a
+sequence of any allowed length gets from dynamic NTK is what transformers gives it.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from engine.errors import ModelError
+from engine.layers.layer import Layer
+from engine.model_config import RopeConfig
+
+
+class RotaryEmbedding(Layer):
+    """`cos_sin` [context_length, rotary_dim] float32: cosines in the first half, sines in the second.
+
+    Shared by all layers. Ready after `materialize`.
+    """
+
+    def __init__(self, rope: RopeConfig, context_length: int) -> None:
+        if rope.rope_type not in FREQUENCIES:
+            raise ModelError(f"rope_type {rope.rope_type!r} is not supported, only {', '.join(FREQUENCIES)}")
+        self.rope = rope
+        self.context_length = context_length
+        self.cos_sin = torch.empty(context_length, rope.rotary_dim, dtype=torch.float32, device="meta")
+
+    def materialize(self, device: torch.device) -> None:
+        try:
+            inv_freq, scale = FREQUENCIES[self.rope.rope_type](self.rope, self.context_length)
+        except KeyError as error:
+            raise ModelError(f"rope parameters of type {self.rope.rope_type!r} lack {error.args[0]!r}") from None
+        positions = torch.arange(self.context_length, dtype=torch.float32, device=device)
+        angles = torch.outer(positions, inv_freq.to(device))
+        self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1) * scale
+
+
+def default(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:
+    """(inverse frequencies [rotary_dim / 2], factor on cosines and sines), as of all functions below."""
+    return inverse_frequencies(rope.theta, rope.rotary_dim), 1.0
+
+
+def linear(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:
+    """Position interpolation (Chen et al. 2023)."""
+    return inverse_frequencies(rope.theta, rope.rotary_dim) / rope.scaling["factor"], 1.0
+
+
+def dynamic_ntk(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:
+    """A base that grows with the length beyond `max_position_embeddings`."""
+    factor, dim = rope.scaling["factor"], rope.rotary_dim
+    excess = max(context_length / rope.max_position_embeddings, 1.0)
+    return inverse_frequencies(rope.theta * (factor * excess - (factor - 1)) ** (dim / (dim - 2)), dim), 1.0
+
+
+def llama3(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:
+    """Llama 3.1: long wavelengths are interpolated, short ones kept, those between blended."""
+    factor, low, high = (rope.scaling[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    inv_freq = inverse_frequencies(rope.theta, rope.rotary_dim)
+    rotations = rope.scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    kept = ((rotations - low) / (high - low)).clamp(0, 1)
+    return inv_freq * (kept + (1 - kept) / factor), 1.0
+
+
+def yarn(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:
+    """YaRN (Peng et al. 2023): as llama3, with a ramp over dimensions, and sharper attention."""
+    scaling, dim = rope.scaling, rope.rotary_dim
+    original = scaling["original_max_position_embeddings"]
+    factor = scaling.get("factor") or rope.max_position_embeddings / original
+
+    def dim_of(num_rotations: float) -> float:
+        """The (fractional) dimension pair that turns this often within the original context."""
+        return dim * math.log(original / (num_rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dim_of(scaling.get("beta_fast") or 32), dim_of(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    interpolated = ((torch.arange(dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
+    inv_freq = inverse_frequencies(rope.theta, dim)
+    return inv_freq * (1 - interpolated + interpolated / factor), yarn_scale(scaling, factor)
+
+
+def yarn_scale(scaling: dict[str, Any], factor: float) -> float:
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
+    return mscale(1.0)
+
+
+def longrope(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:
+    """LongRoPE (Ding et al. 2024): a searched factor for every dimension."""
+    scaling = rope.scaling
+    original = scaling["original_max_position_embeddings"]
+    factors = scaling["long_factor" if context_length > original else "short_factor"]
+    scale = scaling.get("attention_factor")
+    if scale is None:
+        factor = scaling.get("factor") or rope.max_position_embeddings / original
+        scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return inverse_frequencies(rope.theta, rope.rotary_dim) / torch.tensor(factors, dtype=torch.float32), scale
+
+
+def inverse_frequencies(theta: float, rotary_dim: int) -> torch.Tensor:
+    return 1.0 / theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
+
+
+FREQUENCIES: dict[str, Callable[[RopeConfig, int], tuple[torch.Tensor, float]]] = {
+    "default": default,
+    "linear": linear,
+    "dynamic": dynamic_ntk,
+    "llama3": llama3,
+    "yarn": yarn,
+    "longrope": longrope,
+}

@@ -1,0 +1,201 @@
+"""The step loop: the only place that knows both the event loop and the device.
+
+Steps overlap. While step n runs on the device, step n+1 is already enqueued behind it, its input tokens taken on the
+device from step n's output. When n's tokens arrive, n+2 is decided and enqueued first; only then is n's text made
+and sent, so sockets are written while the device computes.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from engine.model_runner import ModelRunner, Step
+from engine.output import OutputProcessor
+from engine.request import FinishReason, Request
+from engine.scheduler import Outcome, Plan, Scheduler
+
+logger = logging.getLogger(__name__)
+
+MIN_PREFILL_BUDGET = 16  # prompt tokens a step, however tight its time: a prompt must not starve
+
+
+@dataclass(slots=True)
+class LoopStats:
+    num_steps: int = 0
+    num_generated_tokens: int = 0
+    num_failed_steps: int = 0
+    schedule_s: float = 0.0
+    """Host seconds spent deciding steps, since the start; likewise the next three."""
+    launch_s: float = 0.0
+    resolve_s: float = 0.0
+    deliver_s: float = 0.0
+    last_step_at: float = 0.0
+    """time.perf_counter() when a step last resolved."""
+
+
+class StepLoop:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        output: OutputProcessor,
+        *,
+        is_overlapped: bool = True,
+        max_step_ms: float | None = None,
+        decode_log_interval: int = 40,
+    ) -> None:
+        self.scheduler, self.runner, self.output = scheduler, runner, output
+        self.stats = LoopStats()
+        self._depth = 2 if is_overlapped else 1
+        self._work = asyncio.Event()
+        self._in_flight: deque[Step] = deque()
+        self._pace = StepPace(max_step_ms)
+        self._log = BatchLog(scheduler, decode_log_interval)
+
+    def wake(self) -> None:
+        """There is something to schedule."""
+        self._work.set()
+
+    @property
+    def oldest_launch_at(self) -> float | None:
+        """time.perf_counter() of the step that has been on the device longest; None when it is idle."""
+        return self._in_flight[0].launched_at if self._in_flight else None
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        resolved: tuple[Step, Outcome] | None = None
+        stats, clock = self.stats, time.perf_counter
+        while True:
+            start = clock()
+            plan = self.scheduler.schedule(self._pace.prefill_budget(self.scheduler.num_streams))
+            scheduled = clock()
+            if plan is not None:
+                self._in_flight.append(self.runner.launch(plan))
+                self._log.on_launch(plan)
+            launched = clock()
+            if resolved is not None:
+                self.output.deliver(*resolved)
+                resolved = None
+            stats.schedule_s += scheduled - start
+            stats.launch_s += launched - scheduled
+            stats.deliver_s += clock() - launched
+
+            if not self._in_flight:
+                await self._idle()
+            elif plan is None or len(self._in_flight) >= self._depth:
+                resolved = await self._resolve(self._in_flight.popleft())
+
+    async def _idle(self) -> None:
+        """Sleep until there is something to schedule; costs no CPU."""
+        self._work.clear()
+        if self.scheduler.has_work:
+            await asyncio.sleep(0.001)  # only what the caller does next can free what the queue waits for
+        else:
+            await self._work.wait()
+
+    async def _resolve(self, step: Step) -> tuple[Step, Outcome] | None:
+        """Wait for `step` and take in its tokens. A step that raised fails its own requests; the loop goes on."""
+        if step.done.done():
+            await asyncio.sleep(0)  # the device is ahead of the host: let the connections have their turn all the same
+        try:
+            await step.done
+        except Exception as error:
+            await self._fail(step, error)
+            return None
+        start = time.perf_counter()
+        assert step.tokens is not None
+        outcome = self.scheduler.resolve(step.plan, step.tokens.numpy())
+        self._pace.observe(step.plan, step.launched_at, start)
+        self._log.on_resolve(outcome)
+        stats = self.stats
+        stats.num_steps += 1
+        stats.num_generated_tokens += outcome.num_tokens
+        stats.last_step_at = time.perf_counter()
+        stats.resolve_s += stats.last_step_at - start
+        return step, outcome
+
+    async def _fail(self, step: Step, error: Exception) -> None:
+        logger.exception("a step of %d requests failed", len(step.plan.rows), exc_info=error)
+        self.stats.num_failed_steps += 1
+        while self._in_flight:  # what was launched behind it read what it never wrote
+            await asyncio.wait([self._in_flight.popleft().done])
+        reason = FinishReason("abort", message=f"step failed: {type(error).__name__}: {error}", status_code=500)
+        now = time.perf_counter()
+        for request in self.scheduler.fail(step.plan, reason):
+            self.output.close(request, now)
+
+    def abort(self, request: Request, reason: FinishReason) -> None:
+        """End `request` now: its slots are free before the next plan."""
+        self.scheduler.finish(request, reason)
+        self.output.close(request, time.perf_counter())
+
+
+class StepPace:
+    """Cuts prompt chunks so that steps keep to a time budget while answers stream.
+
+    A decode step and a prompt token each have a running mean of what they cost; both follow the load.
+    """
+
+    def __init__(self, max_step_ms: float | None) -> None:
+        self.max_step_s = None if max_step_ms is None else max_step_ms / 1e3
+        self.decode_s = 0.0
+        self.prefill_token_s = 0.0
+        self._last_resolved_at = 0.0
+
+    def prefill_budget(self, num_streams: int) -> int | None:
+        if self.max_step_s is None or not num_streams or not self.prefill_token_s:
+            return None
+        return max(MIN_PREFILL_BUDGET, int((self.max_step_s - self.decode_s) / self.prefill_token_s))
+
+    def observe(self, plan: Plan, launched_at: float, resolved_at: float) -> None:
+        """A step runs from its launch, or from the end of the step before it."""
+        step_s = resolved_at - max(self._last_resolved_at, launched_at)
+        self._last_resolved_at = resolved_at
+        if plan.is_decode:
+            self.decode_s += 0.1 * (step_s - self.decode_s)
+        elif plan.num_prefill_tokens >= MIN_PREFILL_BUDGET:
+            token_s = max(step_s - self.decode_s, 0.0) / plan.num_prefill_tokens
+            weight = 0.3 if self.prefill_token_s else 1.0
+            self.prefill_token_s += weight * (token_s - self.prefill_token_s)
+
+
+class BatchLog:
+    """SGLang's two log lines: one a step with prompt tokens, one every `interval` decode steps."""
+
+    def __init__(self, scheduler: Scheduler, interval: int) -> None:
+        self.scheduler, self.interval = scheduler, interval
+        self._num_decode_steps = self._num_tokens = 0
+        self._since = time.perf_counter()
+
+    def on_launch(self, plan: Plan) -> None:
+        if not logger.isEnabledFor(logging.INFO):
+            return
+        if plan.is_decode:
+            self._num_decode_steps += 1
+            if self._num_decode_steps % self.interval == 0:
+                self._log_decode()
+        else:
+            stats = self.scheduler.stats()
+            num_cached = sum(len(slots) for _, _, slots in plan.prefix_copies)
+            logger.info(
+                "Prefill batch. #new-seq: %d, #new-token: %d, #cached-token: %d, token usage: %.2f, "
+                "#running-req: %d, #queue-req: %d",
+                len(plan.rows) - plan.num_decodes, plan.num_prefill_tokens, num_cached,
+                stats.num_held_tokens / stats.num_total_tokens, stats.num_running, stats.num_waiting,
+            )  # fmt: skip
+
+    def on_resolve(self, outcome: Outcome) -> None:
+        self._num_tokens += outcome.num_tokens
+
+    def _log_decode(self) -> None:
+        now = time.perf_counter()
+        stats = self.scheduler.stats()
+        logger.info(
+            "Decode batch. #running-req: %d, #token: %d, token usage: %.2f, gen throughput (token/s): %.2f, "
+            "#queue-req: %d",
+            stats.num_running, stats.num_held_tokens, stats.num_held_tokens / stats.num_total_tokens,
+            self._num_tokens / max(now - self._since, 1e-9), stats.num_waiting,
+        )  # fmt: skip
+        self._num_tokens, self._since = 0, now

@@ -1,0 +1,193 @@
+"""What a model is: the parts of its config.json and generation_config.json that the engine reads.
+
+Parsed by us rather than by transformers, whose import costs seconds at every start.
+"""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import ModelError
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {
+    "half": torch.float16,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float": torch.float32,
+    "float32": torch.float32,
+}
+GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# Rotary scalings whose `max_position_embeddings` is the length before scaling.
+STRETCHED_BY_FACTOR = ("linear", "yarn")
+TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3_text", "cohere", "cohere2"})
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: config.json's `rope_parameters`, or `rope_theta` and `rope_scaling` of older files."""
+
+    theta: float
+    rotary_dim: int  # of head_dim, the first this many are rotated
+    max_position_embeddings: int
+    rope_type: str = "default"
+    scaling: dict[str, Any] = field(default_factory=dict)  # the type's own parameters: factor, beta_fast, ...
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: Path
+    architectures: tuple[str, ...]
+    model_type: str
+    dtype: torch.dtype  # of weights and activations
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str
+    rms_norm_eps: float
+    rope: RopeConfig
+    context_length: int  # longest prompt + answer in tokens
+    windows: tuple[int, ...]  # per layer: how many last tokens a token sees, itself included; -1: all
+    tie_word_embeddings: bool
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    generation_defaults: dict[str, float]  # sampling fields that generation_config.json sets
+    raw: dict[str, Any]  # config.json with the overrides, for what only one family has
+
+    @classmethod
+    def from_path(cls, folder: str | Path, config: EngineConfig | None = None) -> "ModelConfig":
+        """Read `folder`/config.json, overridden by `config`. `ModelError` if it is missing, broken or incomplete."""
+        config = config or EngineConfig()
+        folder = Path(folder)
+        raw = read_json(folder / "config.json", required=True) | parse_overrides(config.json_model_override_args)
+        try:
+            return cls._from_raw(folder, raw, config)
+        except KeyError as error:
+            raise ModelError(f"{folder / 'config.json'} has no {error.args[0]!r}") from None
+
+    @classmethod
+    def _from_raw(cls, folder: Path, raw: dict[str, Any], config: EngineConfig) -> "ModelConfig":
+        generation = read_json(folder / "generation_config.json")
+        num_heads = raw["num_attention_heads"]
+        head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
+        rope = parse_rope(raw, head_dim)
+        return cls(
+            path=folder,
+            architectures=tuple(raw.get("architectures") or ()),
+            model_type=raw.get("model_type", ""),
+            dtype=resolve_dtype(config.dtype, raw),
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=raw["num_hidden_layers"],
+            num_attention_heads=num_heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or num_heads,
+            head_dim=head_dim,
+            hidden_act=raw.get("hidden_act", "silu"),
+            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope=rope,
+            context_length=resolve_context_length(config.context_length, rope),
+            windows=parse_windows(raw),
+            tie_word_embeddings=raw.get("tie_word_embeddings", raw.get("model_type") in TIED_BY_DEFAULT),
+            eos_token_ids=tuple(dict.fromkeys(_ids(generation) + _ids(raw))),
+            bos_token_id=raw.get("bos_token_id"),
+            generation_defaults=parse_generation_defaults(generation),
+            raw=raw,
+        )
+
+
+def read_json(path: Path, required: bool = False) -> dict[str, Any]:
+    """The object in a JSON file; {} if the file is missing and not required."""
+    if not required and not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    return content
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+    try:
+        overrides = json.loads(text)
+    except ValueError as error:
+        raise ModelError(f"json_model_override_args is not JSON: {error}") from None
+    if not isinstance(overrides, dict):
+        raise ModelError(f"json_model_override_args must be a JSON object, got {text}")
+    return overrides
+
+
+def resolve_dtype(name: str, raw: dict[str, Any]) -> torch.dtype:
+    """`name`, or for "auto" the checkpoint's dtype, bfloat16 instead of float32."""
+    if name != "auto":
+        return DTYPES[name]
+    stored = DTYPES.get(raw.get("dtype") or raw.get("torch_dtype") or "float32", torch.bfloat16)
+    return torch.bfloat16 if stored is torch.float32 else stored
+
+
+def parse_rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
+    """transformers 5 keeps everything in `rope_parameters`; before, it was spread over three entries."""
+    parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
+    theta = parameters.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
+    partial = parameters.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
+    max_positions = raw["max_position_embeddings"]
+    # Phi-3 keeps the length before scaling beside `rope_scaling`, not in it.
+    original = raw.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
+    parameters["original_max_position_embeddings"] = original or max_positions
+    return RopeConfig(theta, int(head_dim * partial), max_positions, rope_type, parameters)
+
+
+def resolve_context_length(asked: int | None, rope: RopeConfig) -> int:
+    """`asked`, or what the model was made for.
+
+    Dynamic NTK and LongRoPE are functions of the context length (see layers/rotary.py), so theirs is
+    `max_position_embeddings` unless more is asked for.
+    """
+    longest = rope.max_position_embeddings
+    if rope.rope_type in STRETCHED_BY_FACTOR:
+        stretched = rope.scaling["original_max_position_embeddings"] * (rope.scaling.get("factor") or 1.0)
+        longest = max(longest, int(stretched))
+    if asked is None:
+        return longest
+    if asked > longest and rope.rope_type != "dynamic":
+        logger.warning("context_length %d is longer than the model's %d: expect poor answers there", asked, longest)
+    return asked
+
+
+def parse_windows(raw: dict[str, Any]) -> tuple[int, ...]:
+    """Each layer's sliding window, from whichever of its spellings the family uses."""
+    num_layers = raw["num_hidden_layers"]
+    window = raw.get("sliding_window")
+    if not window or not raw.get("use_sliding_window", True):
+        return (-1,) * num_layers
+    if layer_types := raw.get("layer_types"):
+        return tuple(window if kind == "sliding_attention" else -1 for kind in layer_types)
+    first = raw.get("max_window_layers", 0) if "use_sliding_window" in raw else 0
+    return tuple(window if layer >= first else -1 for layer in range(num_layers))
+
+
+def parse_generation_defaults(generation: dict[str, Any]) -> dict[str, float]:
+    defaults = {name: generation[name] for name in GENERATION_DEFAULTS if generation.get(name) is not None}
+    if defaults.get("top_k") == 0:  # Hugging Face's "off"
+        defaults["top_k"] = -1
+    return defaults
+
+
+def _ids(config: dict[str, Any]) -> list[int]:
+    ids = config.get("eos_token_id")
+    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]

@@ -1,0 +1,213 @@
+"""Runs plans on the device. `launch` enqueues a step and returns; its tokens are read when its event has fired.
+
+On a GPU the stream keeps steps in order; on a CPU one worker thread does. Either way the caller goes on at once.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from cache.pool import KVPool
+from engine.batch import ForwardBatch, Stager
+from engine.cuda_graph import DecodeGraphs
+from engine.models import CausalLM
+from engine.request import Logprobs, Request
+from engine.rows import Rows
+from engine.sampler import SampledLogprobs, Sampler, SamplingWork
+from engine.scheduler import Plan
+from kernels.bookkeeping import begin_step
+from kernels.sampling import logprobs
+
+PROMPT_LOGPROB_ROWS = 256  # logits rows at a time: 256 x 152k bf16 is 78 MB, whatever the prompt's length
+
+
+@dataclass(slots=True)
+class PromptLogprobs:
+    """Log-probabilities of a prompt's tokens [start + 1, start + 1 + N), from one chunk; host tensors."""
+
+    request: Request
+    start: int
+    chosen: torch.Tensor  # float32 [N]
+    top_values: torch.Tensor  # float32 [N, K]
+    top_ids: torch.Tensor  # [N, K]
+    ids_values: torch.Tensor | None  # float32 [N, M]
+
+
+@dataclass(slots=True)
+class PromptLogprobWork:
+    request: Request
+    start: int
+    first_token: int  # of the chunk, in the step's T tokens
+    target_ids: np.ndarray  # int64 [N]
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """A launched plan. `tokens` and the log-probabilities are valid after `done` has been awaited."""
+
+    plan: Plan
+    work: SamplingWork
+    prompt_work: list[PromptLogprobWork]
+    staged: torch.Tensor
+    graph_size: int | None
+    done: asyncio.Future[None]
+    tokens: torch.Tensor | None = None  # int32 [S], host
+    sampled_logprobs: SampledLogprobs | None = None
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    launched_at: float = 0.0
+
+
+class ModelRunner:
+    """Owns the model, the KV buffers and everything a step touches on the device."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        kv: KVPool,
+        rows: Rows,
+        sampler: Sampler,
+        stager: Stager,
+        graphs: DecodeGraphs | None,
+    ) -> None:
+        self.model, self.kv, self.rows = model, kv, rows
+        self.sampler, self.stager, self.graphs = sampler, stager, graphs
+        self.device = stager.device
+        self._is_cuda = self.device.type == "cuda"
+        # CUDA: waits for events, so that the loop need not. CPU: computes the steps, in order.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="step")
+        self.stream = torch.cuda.Stream() if self._is_cuda else None
+
+    def close(self) -> None:
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def launch(self, plan: Plan) -> Step:
+        """Enqueue `plan`. Everything it needs from the host is copied before this returns."""
+        loop = asyncio.get_running_loop()
+        graph_size = self.graphs.size_for(plan) if self.graphs is not None else None
+        step = Step(
+            plan=plan,
+            work=self.sampler.plan_work(plan),
+            prompt_work=self._plan_prompt_logprobs(plan),
+            staged=self.stager.write(plan, graph_size),
+            graph_size=graph_size,
+            done=loop.create_future(),
+            launched_at=time.perf_counter(),
+        )
+        if not self._is_cuda:
+            self._finish_in_worker(step, loop, self._run_on_cpu)
+            return step
+        with torch.cuda.stream(self.stream):
+            self._run(step)
+            event = torch.cuda.Event(blocking=True)
+            event.record()
+        self._finish_in_worker(step, loop, lambda _: event.synchronize())
+        return step
+
+    def _finish_in_worker(self, step: Step, loop: asyncio.AbstractEventLoop, work: Callable[[Step], Any]) -> None:
+        def run() -> None:
+            try:
+                work(step)
+            except Exception as error:  # noqa: BLE001 - whatever a step raises is the step's result
+                loop.call_soon_threadsafe(_set_exception, step.done, error)
+            else:
+                loop.call_soon_threadsafe(_set_result, step.done)
+
+        self._worker.submit(run)
+
+    def _run_on_cpu(self, step: Step) -> None:
+        with torch.inference_mode():
+            self._run(step)
+
+    @torch.inference_mode()
+    def _run(self, step: Step) -> None:
+        plan = step.plan
+        for row, start, slots in plan.prefix_copies:
+            self.stager.slot_table[row, start : start + len(slots)] = torch.from_numpy(slots).to(
+                self.device, non_blocking=True
+            )
+        self.stager.upload(step.staged)
+        batch, sample_tokens, sample_rows, sample_positions = self.stager.views(plan, step.graph_size)
+        if step.graph_size is not None:
+            assert self.graphs is not None
+            logits = self.graphs.replay(step.graph_size, batch)[: len(plan.rows)]
+        else:
+            hidden = self.forward(batch)
+            for work in step.prompt_work:
+                step.prompt_logprobs.append(self._prompt_logprobs(hidden, work))
+            if not len(plan.samples):
+                step.tokens = torch.empty(0, dtype=torch.int32)
+                return
+            logits = self.model.compute_logits(hidden if plan.is_decode else hidden[sample_tokens])
+        tokens, sampled_logprobs = self.sampler.sample(logits, step.work, sample_rows, sample_positions)
+        step.tokens = self._to_host(tokens)
+        if sampled_logprobs is not None:
+            step.sampled_logprobs = SampledLogprobs(
+                self._to_host(sampled_logprobs.chosen),
+                self._to_host(sampled_logprobs.top_values),
+                self._to_host(sampled_logprobs.top_ids),
+                None if sampled_logprobs.ids_values is None else self._to_host(sampled_logprobs.ids_values),
+            )
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Hidden states [T, hidden_size] of the batch; its keys and values are stored on the way."""
+        begin_step(
+            batch.input_ids, batch.positions, batch.out_cache_loc, batch.token_rows,
+            self.sampler.last_tokens, batch.slot_table,
+        )  # fmt: skip
+        return self.model(batch, self.kv)
+
+    def _plan_prompt_logprobs(self, plan: Plan) -> list[PromptLogprobWork]:
+        work = []
+        for b, request, start in plan.prompt_logprobs:
+            stop = min(int(plan.seq_lens[b]), request.prompt_len - 1)
+            target_ids = np.asarray(request.input_ids[start + 1 : stop + 1], np.int64)
+            work.append(PromptLogprobWork(request, start, int(plan.q_lens[:b].sum()), target_ids))
+        return work
+
+    def _prompt_logprobs(self, hidden: torch.Tensor, work: PromptLogprobWork) -> PromptLogprobs:
+        request = work.request
+        ids = torch.tensor(request.token_ids_logprob, dtype=torch.int64, device=self.device)
+        parts = []
+        for first in range(0, len(work.target_ids), PROMPT_LOGPROB_ROWS):
+            targets = torch.from_numpy(work.target_ids[first : first + PROMPT_LOGPROB_ROWS]).to(self.device)
+            start = work.first_token + first
+            logits = self.model.compute_logits(hidden[start : start + len(targets)])
+            wanted = ids.expand(len(targets), -1) if len(ids) else None
+            parts.append(logprobs(logits, targets, request.top_logprobs_num, wanted))
+        chosen, top_values, top_ids = (self._to_host(torch.cat([part[i] for part in parts])) for i in range(3))
+        ids_values = self._to_host(torch.cat([part[3] for part in parts])) if len(ids) else None
+        return PromptLogprobs(request, work.start, chosen, top_values, top_ids, ids_values)
+
+    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not self._is_cuda:
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+
+def _set_result(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _set_exception(future: asyncio.Future[None], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def token_logprobs(values: SampledLogprobs | PromptLogprobs, i: int, token_id: int, request: Request) -> Logprobs:
+    """Entry `i` of `values` in the request's terms: its own number of top tokens, its own wanted ids."""
+    result = Logprobs(token=[(float(values.chosen[i]), token_id)])
+    k = request.top_logprobs_num
+    if k:
+        result.top.append(list(zip(values.top_values[i, :k].tolist(), values.top_ids[i, :k].tolist(), strict=True)))
+    if request.token_ids_logprob and values.ids_values is not None:
+        wanted = request.token_ids_logprob
+        result.token_ids.append(list(zip(values.ids_values[i, : len(wanted)].tolist(), wanted, strict=True)))
+    return result

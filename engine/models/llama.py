@@ -1,0 +1,154 @@
+"""Llama and the families that are Llama but for one thing.
+
+    Llama 1 to 3.3, SmolLM2, Yi     every rope scaling; attention_bias and mlp_bias in some derived models
+    Mistral                         a sliding window in all layers (`ModelConfig.windows`)
+    Qwen2, Qwen2.5                  biases on q, k and v; a sliding window in the upper layers, if any
+    Qwen3                           an RMS norm of each query and key head before the rotation
+
+A block, h [T, hidden] being the residual stream:
+
+    h = h + Wo attention(rope(Wqkv norm(h)))
+    h = h + Wdown (silu(Wgate norm(h)) * Wup norm(h))
+"""
+
+from typing import ClassVar
+
+import torch
+
+from cache.pool import KVPool
+from engine.batch import ForwardBatch
+from engine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from engine.layers.layer import Layer, LayerConfig
+from engine.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear, activation
+from engine.layers.norm import RMSNorm
+from engine.layers.rotary import RotaryEmbedding
+from engine.model_config import ModelConfig
+from engine.models import CausalLM
+from kernels.attention import attention
+from kernels.elementwise import rope_and_store
+
+
+class LlamaAttention(Layer):
+    qk_norm: ClassVar = False
+
+    def __init__(self, config: ModelConfig, layers: LayerConfig, layer_id: int, rotary: RotaryEmbedding) -> None:
+        head_dim, num_heads, hidden = config.head_dim, config.num_attention_heads, config.hidden_size
+        qkv_bias, o_bias = self.biases(config)
+        self.qkv_proj = QKVParallelLinear(hidden, head_dim, num_heads, config.num_key_value_heads, qkv_bias, layers)
+        self.o_proj = RowParallelLinear(num_heads * head_dim, hidden, o_bias, layers)
+        if self.qk_norm:
+            self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, layers)
+            self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, layers)
+        self.rotary = rotary
+        self.layer_id = layer_id
+        self.num_heads = self.qkv_proj.num_heads
+        self.num_kv_heads = self.qkv_proj.num_kv_heads
+        self.head_dim = head_dim
+        self.eps = config.rms_norm_eps
+        self.scale = head_dim**-0.5
+        self.window = config.windows[layer_id]
+        self.backend = layers.attention_backend
+
+    def biases(self, config: ModelConfig) -> tuple[bool, bool]:
+        """Whether (q, k and v, the output) have one."""
+        has_bias = config.raw.get("attention_bias", False)
+        return has_bias, has_bias
+
+    def __call__(self, h: torch.Tensor, norm: RMSNorm, batch: ForwardBatch, kv: KVPool) -> torch.Tensor:
+        qkv = self.qkv_proj(h, norm)  # [T, (H + 2 Hkv) D]
+        k_cache, v_cache = kv.k(self.layer_id), kv.v(self.layer_id)
+        q = rope_and_store(
+            qkv,
+            batch.positions,
+            self.rotary.cos_sin,
+            k_cache,
+            v_cache,
+            batch.out_cache_loc,
+            self.num_heads,
+            self.num_kv_heads,
+            self.head_dim,
+            self.q_norm.weight if self.qk_norm else None,
+            self.k_norm.weight if self.qk_norm else None,
+            self.eps,
+        )  # [T, H, D]
+        o = attention(q, k_cache, v_cache, batch, scale=self.scale, window=self.window, backend=self.backend)
+        return self.o_proj(o.flatten(1), h)
+
+
+class Qwen2Attention(LlamaAttention):
+    def biases(self, config: ModelConfig) -> tuple[bool, bool]:
+        return True, False
+
+
+class Qwen3Attention(LlamaAttention):
+    qk_norm = True
+
+
+class LlamaMLP(Layer):
+    def __init__(self, config: ModelConfig, layers: LayerConfig) -> None:
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.raw.get("mlp_bias", False)
+        self.gate_up_proj = MergedColumnParallelLinear(hidden, [inner, inner], bias, layers)
+        self.down_proj = RowParallelLinear(inner, hidden, bias, layers)
+        self.act = activation(config.hidden_act)
+
+    def __call__(self, h: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        gate_up = self.gate_up_proj(h, norm)  # [T, 2 inner]
+        return self.down_proj.gated(gate_up, h, self.act)
+
+
+class LlamaDecoderLayer(Layer):
+    def __init__(self, config: ModelConfig, layers: LayerConfig, self_attn: LlamaAttention) -> None:
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, layers)
+        self.self_attn = self_attn
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, layers)
+        self.mlp = LlamaMLP(config, layers)
+
+    def __call__(self, h: torch.Tensor, batch: ForwardBatch, kv: KVPool) -> torch.Tensor:
+        h = self.self_attn(h, self.input_layernorm, batch, kv)
+        return self.mlp(h, self.post_attention_layernorm)
+
+
+class LlamaModel(Layer):
+    def __init__(self, config: ModelConfig, layers: LayerConfig, attention_class: type[LlamaAttention]) -> None:
+        rotary = RotaryEmbedding(config.rope, config.context_length)
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, layers)
+        self.layers = [
+            LlamaDecoderLayer(config, layers, attention_class(config, layers, i, rotary))
+            for i in range(config.num_hidden_layers)
+        ]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, layers)
+
+    def __call__(self, batch: ForwardBatch, kv: KVPool) -> torch.Tensor:
+        h = self.embed_tokens(batch.input_ids)
+        for layer in self.layers:
+            h = layer(h, batch, kv)
+        return self.norm(h)
+
+
+class LlamaForCausalLM(CausalLM):
+    packed_modules_mapping = {
+        "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+        "gate_up_proj": ("gate_proj", "up_proj"),
+    }
+    attention_class: ClassVar = LlamaAttention
+
+    def __init__(self, config: ModelConfig, layers: LayerConfig) -> None:
+        self.model = LlamaModel(config, layers, self.attention_class)
+        tied = config.tie_word_embeddings
+        self.lm_head = (
+            self.model.embed_tokens if tied else ParallelLMHead(config.vocab_size, config.hidden_size, layers)
+        )
+
+    def __call__(self, batch: ForwardBatch, kv: KVPool) -> torch.Tensor:
+        return self.model(batch, kv)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.lm_head.logits(hidden)
+
+
+class Qwen2ForCausalLM(LlamaForCausalLM):
+    attention_class = Qwen2Attention
+
+
+class Qwen3ForCausalLM(LlamaForCausalLM):
+    attention_class = Qwen3Attention

@@ -1,0 +1,103 @@
+"""From sampled tokens to what the caller sees: text, stop strings, log-probabilities, deltas."""
+
+import time
+
+from engine.model_runner import PromptLogprobs, Step, token_logprobs
+from engine.request import Delta, FinishReason, Logprobs, Request, Status
+from engine.scheduler import Outcome, Scheduler
+from engine.tokenizer import Tokenizer
+
+
+class OutputProcessor:
+    def __init__(self, tokenizer: Tokenizer | None, scheduler: Scheduler, stream_interval: int = 1) -> None:
+        self.tokenizer, self.scheduler, self.stream_interval = tokenizer, scheduler, stream_interval
+
+    def deliver(self, step: Step, outcome: Outcome) -> None:
+        """Give every sink what this step brought. Ends requests whose text has reached a stop string."""
+        now = time.perf_counter()
+        for values in step.prompt_logprobs:
+            self._add_prompt_logprobs(values)
+        sampled_index = {}
+        if step.work.logprob_samples is not None:
+            sampled_index = {int(s): i for i, s in enumerate(step.work.logprob_samples)}
+        for request, token, sample in outcome.tokens:
+            unsent = request.unsent
+            if unsent is None:
+                unsent = request.unsent = Delta(request, "", [])
+                if not request.times.first_token:
+                    request.times.first_token = now
+            unsent.token_ids.append(token)
+            if sample in sampled_index:
+                assert step.sampled_logprobs is not None
+                entry = token_logprobs(step.sampled_logprobs, sampled_index[sample], token, request)
+                unsent.logprobs = _joined(unsent.logprobs, entry)
+            if request.text_stream is not None and not _is_trimmed_stop(request, token):
+                unsent.text += request.text_stream.push((token,))
+                if request.text_stream.matched_stop is not None:
+                    self._stop(request, outcome)
+            if request.status is Status.RUNNING and request.stream and self._is_due(unsent):
+                request.unsent = None
+                request.sink(unsent)
+        for request in outcome.finished:
+            self.close(request, now)
+
+    def close(self, request: Request, now: float) -> None:
+        """Give the sink of an ended request its last delta."""
+        request.times.finished = now
+        if not request.times.first_token:
+            request.times.first_token = now
+        delta = request.unsent or Delta(request, "", [])
+        request.unsent = None
+        if request.text_stream is not None:
+            delta.text += request.text_stream.finish()
+        elif self.tokenizer is not None:
+            stream = self.tokenizer.text_stream(request.sampling_params, request.input_ids)
+            trimmed = request.output_ids and _is_trimmed_stop(request, request.output_ids[-1])
+            delta.text = stream.push(request.output_ids[:-1] if trimmed else request.output_ids) + stream.finish()
+        if not request.stream:
+            delta.token_ids = request.output_ids
+        delta.finish_reason = request.finish_reason
+        request.sink(delta)
+
+    def _stop(self, request: Request, outcome: Outcome) -> None:
+        """A stop string is in the text. It goes before whatever else ended the request with the same token."""
+        reason = FinishReason("stop", matched=request.text_stream.matched_stop)
+        if request.status is Status.RUNNING:
+            self.scheduler.finish(request, reason)
+            outcome.finished.append(request)
+        else:
+            request.finish_reason = reason
+
+    def _is_due(self, delta: Delta) -> bool:
+        if self.tokenizer is not None and not delta.text and delta.logprobs is None:
+            return False  # half a character, or the head of what may become a stop string
+        return len(delta.token_ids) >= self.stream_interval
+
+    def _add_prompt_logprobs(self, values: PromptLogprobs) -> None:
+        request = values.request
+        if request.input_logprobs is None:
+            request.input_logprobs = Logprobs([(None, request.input_ids[request.logprob_start_len])], [None], [None])
+        collected = request.input_logprobs
+        next_position = request.logprob_start_len + len(collected.token)
+        for i in range(next_position - values.start - 1, len(values.chosen)):  # a retracted prompt repeats some
+            _joined(collected, token_logprobs(values, i, request.input_ids[values.start + 1 + i], request))
+
+
+def _is_trimmed_stop(request: Request, token: int) -> bool:
+    """Is `token` the stop token that ended the request, and not part of its text?"""
+    reason = request.finish_reason
+    return (
+        reason is not None
+        and reason.type == "stop"
+        and reason.matched == token
+        and not request.sampling_params.no_stop_trim
+    )
+
+
+def _joined(logprobs: Logprobs | None, more: Logprobs) -> Logprobs:
+    if logprobs is None:
+        return more
+    logprobs.token += more.token
+    logprobs.top += more.top
+    logprobs.token_ids += more.token_ids
+    return logprobs

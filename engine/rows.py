@@ -1,0 +1,97 @@
+"""The running requests' state that every step touches, as arrays over rows.
+
+A decode step does vector work over these arrays, so its host cost hardly grows with the batch. Row 0 belongs to no
+request: padding of a captured batch reads and writes there.
+"""
+
+import numpy as np
+
+from engine.request import TOP_K_ALL, Request
+
+
+class Rows:
+    """Tables of `num_rows` requests (row 0 apart) of at most `max_len` tokens each.
+
+    Of a row, tokens [0, num_known) have reached the host; [num_known, num_tokens) are promised by launched steps and
+    exist only on the device; [0, num_computed) have (or will have, once those steps ran) their KV in `slots`.
+    """
+
+    def __init__(self, num_rows: int, max_len: int) -> None:
+        size = num_rows + 1
+        self.num_rows, self.max_len = num_rows, max_len
+        self.requests: list[Request | None] = [None] * size
+        # Untouched pages of these two cost no memory: np.zeros maps them on first write.
+        self.token_ids = np.zeros((size, max_len), np.int32)
+        self.slots = np.zeros((size, max_len), np.int32)
+
+        self.num_known = np.zeros(size, np.int32)
+        self.num_tokens = np.zeros(size, np.int32)
+        self.num_computed = np.zeros(size, np.int32)
+        self.max_tokens = np.zeros(size, np.int32)  # length at which the answer ends
+        self.compute_limit = np.zeros(size, np.int32)  # tokens whose KV is ever needed: the last answer token's is not
+        self.min_tokens = np.zeros(size, np.int32)  # length below which no stop token may be sampled
+        self.epoch = np.zeros(size, np.int64)  # how often the row has changed hands
+
+        self.temperature = np.zeros(size, np.float32)
+        self.top_p = np.ones(size, np.float32)
+        self.min_p = np.zeros(size, np.float32)
+        self.top_k = np.full(size, TOP_K_ALL, np.int32)
+        self.frequency_penalty = np.zeros(size, np.float32)
+        self.presence_penalty = np.zeros(size, np.float32)
+        self.repetition_penalty = np.ones(size, np.float32)
+        self.seed = np.zeros(size, np.int64)
+        self.is_greedy = np.ones(size, bool)
+        self.has_penalties = np.zeros(size, bool)
+        self.has_logit_edits = np.zeros(size, bool)  # logit_bias or min_new_tokens
+        self.ignore_eos = np.zeros(size, bool)
+        self.has_stop_ids = np.zeros(size, bool)
+        self.wants_tokens = np.zeros(size, bool)  # someone looks at each token: a stream, stop strings, logprobs
+        self.wants_logprobs = np.zeros(size, bool)
+
+        self.sampling_version = 0  # grows when a sampling parameter changes, so that the device's copy is renewed
+        self._free = list(range(num_rows, 0, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def allocate(self, request: Request, seed: int) -> int:
+        """Give `request` a row and fill it in. There must be a free one."""
+        row = self._free.pop()
+        params = request.sampling_params
+        tokens = request.all_token_ids()
+        self.requests[row] = request
+        self.token_ids[row, : len(tokens)] = tokens
+        self.num_known[row] = self.num_tokens[row] = len(tokens)
+        self.num_computed[row] = 0
+        assert params.max_new_tokens is not None
+        self.max_tokens[row] = request.prompt_len + params.max_new_tokens
+        self.compute_limit[row] = max(request.prompt_len, self.max_tokens[row] - 1)
+        self.min_tokens[row] = request.prompt_len + params.min_new_tokens
+
+        self.temperature[row] = 0.0 if params.is_greedy else params.temperature
+        self.top_p[row], self.min_p[row] = params.top_p, params.min_p
+        self.top_k[row] = TOP_K_ALL if params.top_k == -1 else params.top_k
+        self.frequency_penalty[row], self.presence_penalty[row] = params.frequency_penalty, params.presence_penalty
+        self.repetition_penalty[row] = params.repetition_penalty
+        self.seed[row] = seed
+        self.is_greedy[row] = params.is_greedy
+        self.has_penalties[row] = params.has_penalties
+        self.has_logit_edits[row] = bool(params.logit_bias or params.min_new_tokens)
+        self.ignore_eos[row] = params.ignore_eos
+        self.has_stop_ids[row] = bool(params.stop_token_ids)
+        self.wants_logprobs[row] = request.return_logprob
+        self.wants_tokens[row] = request.stream or request.return_logprob or bool(params.stop or params.stop_regex)
+        self.sampling_version += 1
+        request.row = row
+        return row
+
+    def free(self, row: int) -> None:
+        """Take the row back. Steps still in flight for it are recognized by its old epoch."""
+        request = self.requests[row]
+        assert request is not None
+        request.output_ids = self.token_ids[row, request.prompt_len : self.num_known[row]].tolist()
+        request.row = -1
+        self.requests[row] = None
+        self.epoch[row] += 1
+        self._free.append(row)

@@ -1,0 +1,589 @@
+"""Which tokens the next step computes. Decides and nothing else: no device, no event loop, no clock.
+
+One identity explains it: a step moves each request's `num_computed` towards `num_tokens`. A prompt, a chunk of a
+prompt, the next token of an answer are sizes of the same difference. Everything a launched step will do to the
+bookkeeping is done when it is scheduled, so the next step can be scheduled before this one has run; only the sampled
+tokens themselves arrive later, through `resolve`.
+
+A chunk of a prompt enters the radix tree when it is scheduled, not when it has run: within a layer, a step stores all
+its keys and values before it attends, and steps run in order, so even a request of the same step may read them.
+"""
+
+import random
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from cache.allocator import PageAllocator
+from cache.radix import NoCache, Node, RadixCache
+from engine.errors import PromptTooLong, QueueFull
+from engine.request import FinishReason, Request, Status
+from engine.rows import Rows
+
+MAX_SORTED_QUEUE = 128  # matching a longer queue against the tree costs more than its order gains
+MAX_RESERVED_TOKENS = 4096  # of one answer, counted when asking whether a request fits
+MIN_SHARED_TOKENS = 2048  # reads of shared KV a step must save for the grouped attention to pay
+_NO_EPOCHS = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Decoding requests that share a cached prefix; see engine.batch.SharedPrefixes for the arrays' meaning."""
+
+    prefix_lens: np.ndarray
+    cu_members: np.ndarray
+    members: np.ndarray
+    own_starts: np.ndarray
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step: B requests, T tokens; requests with one token first. All arrays are the plan's own."""
+
+    rows: np.ndarray  # int32 [B]
+    q_lens: np.ndarray  # int32 [B], tokens to compute
+    seq_lens: np.ndarray  # int32 [B], num_computed after the step
+    input_ids: np.ndarray  # int32 [T]; -1: the row's last sampled token, still on the device
+    out_cache_loc: np.ndarray  # int32 [T]
+    num_decodes: int
+    samples: np.ndarray  # int32 [S], indices into B of the requests whose next token is sampled
+    epochs: np.ndarray  # int64 [B], of the rows when scheduled
+    prefix_copies: list[tuple[int, int, np.ndarray]] = field(default_factory=list)  # (row, start, cached slots)
+    prompt_logprobs: list[tuple[int, Request, int]] = field(default_factory=list)  # (b, request, first position)
+    prefill_only: list[tuple[int, Request]] = field(default_factory=list)  # (b, request) that end with this step
+    groups: Groups | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return len(self.input_ids) - self.num_decodes
+
+    @property
+    def is_decode(self) -> bool:
+        return self.num_decodes == len(self.rows)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a resolved step means to those who wait: new tokens, and requests that ended."""
+
+    tokens: list[tuple[Request, int, int]] = field(default_factory=list)  # (request, token, index in the step's samples)
+    finished: list[Request] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    num_running: int
+    num_waiting: int
+    num_total_tokens: int
+    """KV slots of the pool."""
+    num_free_tokens: int
+    num_cached_tokens: int
+    """Held by the tree alone: reusable, and evictable at once."""
+    num_held_tokens: int
+    """Held by running requests, shared or not."""
+    num_retractions: int
+    num_prompt_tokens: int
+    """Of all requests admitted so far."""
+    num_hit_tokens: int
+    """Of those, found in the cache."""
+    new_token_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Tokens [start, stop) of a request's prompt; the slots of [prefix_start, prefix_stop) are news to the device."""
+
+    request: Request
+    start: int
+    stop: int
+    prefix_start: int
+    prefix_stop: int
+
+
+class Scheduler:
+    def __init__(
+        self,
+        rows: Rows,
+        allocator: PageAllocator,
+        cache: RadixCache,
+        *,
+        is_eos: np.ndarray,  # bool [vocab_size]
+        chunked_prefill_size: int,
+        policy: str = "lpm",
+        conservativeness: float = 1.0,
+        max_queued: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.rows, self.allocator, self.cache = rows, allocator, cache
+        self.is_eos = is_eos
+        self._is_cached = not isinstance(cache, NoCache)
+        self.page_size = allocator.page_size
+        self.chunked_prefill_size = max(chunked_prefill_size, self.page_size)
+        self.policy, self.max_queued = policy, max_queued
+        self.waiting: deque[Request] = deque()
+        self.prefilling: list[Request] = []  # admitted, prompt not wholly scheduled
+        self.nodes: dict[int, Node] = {}  # row -> the tree node it locks
+        self.cached_lens = np.zeros(rows.num_rows + 1, np.int32)  # row -> leading tokens whose slots the tree owns
+        self.num_slots = np.zeros(rows.num_rows + 1, np.int32)  # row -> leading tokens that have a slot
+        self._decoding = np.empty(0, np.int32)  # rows past their prompt, oldest first
+        self._grouped_rows = np.empty(0, np.int32)
+        self._groups: Groups | None = None  # of exactly those rows
+        self._is_sorted = True
+        self._random = random.Random(seed)
+        self._base_ratio = min(0.7 * conservativeness, 1.0)
+        self._min_ratio = 0.14 * self._base_ratio
+        self._ratio_decay = (self._base_ratio - self._min_ratio) / 600
+        self.new_token_ratio = self._base_ratio
+        self.num_retractions = self.num_prompt_tokens = self.num_hit_tokens = 0
+
+    # ---- requests come and go ----
+
+    def submit(self, request: Request) -> None:
+        """Queue `request`. Raises if it can never fit, or if the queue is full."""
+        params = request.sampling_params
+        room = min(self.rows.max_len, self.allocator.num_total - self.page_size + 1) - request.prompt_len
+        if params.max_new_tokens is None:
+            params.max_new_tokens = max(room, 0)
+        if room < max(params.max_new_tokens, params.min_new_tokens, 0) or room < 0:
+            raise PromptTooLong(
+                f"prompt has {request.prompt_len} tokens and max_new_tokens is {params.max_new_tokens}, "
+                f"the limit for both together is {room + request.prompt_len}"
+            )
+        if self.max_queued is not None and len(self.waiting) >= self.max_queued:
+            raise QueueFull(f"{len(self.waiting)} requests are waiting, the limit is {self.max_queued}", 1.0)
+        request.status = Status.WAITING
+        self.waiting.append(request)
+        self._is_sorted = False
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        """End `request` wherever it is. What it computed stays in the cache; the rest of its slots are free at once."""
+        if request.status is Status.RUNNING:
+            self._release(request, keep=reason.type != "abort")
+        elif request.status is Status.WAITING:
+            self.waiting.remove(request)
+        request.status = Status.FINISHED
+        request.finish_reason = reason
+
+    def flush(self) -> bool:
+        """Empty the cache. False, and nothing done, while anything runs or waits."""
+        if self.nodes or self.waiting:
+            return False
+        self.allocator.free(self.cache.reset())
+        return True
+
+    def running_requests(self) -> list[Request]:
+        return [request for row in self.nodes if (request := self.rows.requests[row]) is not None]
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.nodes or self.waiting)
+
+    @property
+    def num_streams(self) -> int:
+        return int(np.count_nonzero(self.rows.wants_tokens[self._decoding]))
+
+    # ---- deciding a step ----
+
+    def schedule(self, prefill_budget: int | None = None) -> Plan | None:
+        """The next step, or None when nothing can be computed until a launched step resolves.
+
+        prefill_budget: prompt tokens at most, if fewer than `chunked_prefill_size`.
+        """
+        rows = self.rows
+        decodes = self._decoding
+        if len(decodes):
+            target = np.minimum(rows.num_tokens[decodes], rows.compute_limit[decodes])
+            decodes = decodes[target > rows.num_computed[decodes]]
+            decodes, decode_slots = self._allocate_decodes(decodes)
+        else:
+            decode_slots = decodes
+        budget = self.chunked_prefill_size - len(decodes)
+        if prefill_budget is not None:
+            budget = min(budget, prefill_budget)
+
+        chunks = list(self._prefill_chunks(budget, may_wait=bool(len(self._decoding))))
+        if not len(decodes) and not chunks:
+            return None
+        self.new_token_ratio = max(self._min_ratio, self.new_token_ratio - self._ratio_decay)
+
+        plan = self._plan_decodes(decodes, decode_slots)
+        if chunks:
+            self._add_chunks(plan, chunks)
+        plan.groups = self._shared_prefixes(decodes)
+        rows.num_tokens[plan.rows[plan.samples]] += 1
+        plan.epochs = rows.epoch[plan.rows]
+        return plan
+
+    def _allocate_decodes(self, decodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One slot for each row; the youngest rows are retracted until the rest have theirs."""
+        rows = self.rows
+        while len(decodes):
+            computed = rows.num_computed[decodes]
+            last_slots = rows.slots[decodes, computed - 1]
+            slots = self.allocator.extend_each(computed, last_slots)
+            if slots is None and self._evict(len(decodes) * self.page_size):
+                slots = self.allocator.extend_each(computed, last_slots)
+            if slots is not None:
+                rows.slots[decodes, computed] = slots
+                self.num_slots[decodes] = computed + 1
+                return decodes, slots
+            if self.prefilling:  # has produced nothing yet, so loses least
+                self._retract(self.prefilling[-1])
+            else:
+                victim = rows.requests[decodes[-1]]
+                assert victim is not None
+                decodes = decodes[:-1]
+                self._retract(victim)
+        return decodes, decodes
+
+    def _plan_decodes(self, decodes: np.ndarray, slots: np.ndarray) -> Plan:
+        rows, count = self.rows, len(decodes)
+        computed = rows.num_computed[decodes]
+        rows.num_computed[decodes] = seq_lens = computed + 1
+        is_known = computed < rows.num_known[decodes]
+        return Plan(
+            rows=decodes,
+            q_lens=np.ones(count, np.int32),
+            seq_lens=seq_lens,
+            input_ids=np.where(is_known, rows.token_ids[decodes, computed], np.int32(-1)),
+            out_cache_loc=slots,
+            num_decodes=count,
+            samples=np.arange(count, dtype=np.int32),
+            epochs=_NO_EPOCHS,
+        )
+
+    def _add_chunks(self, plan: Plan, chunks: list[_Chunk]) -> None:
+        """Join prompt chunks to the decodes; chunks of one token stand with the decodes."""
+        rows = self.rows
+        chunks.sort(key=lambda chunk: chunk.stop - chunk.start > 1)
+        first = len(plan.rows)
+        samples = plan.samples.tolist()
+        for b, chunk in enumerate(chunks, start=first):
+            request, row = chunk.request, chunk.request.row
+            if chunk.stop == rows.num_tokens[row]:
+                if chunk.stop < rows.max_tokens[row]:
+                    samples.append(b)
+                else:
+                    plan.prefill_only.append((b, request))
+            if chunk.prefix_stop > chunk.prefix_start:
+                cached = rows.slots[row, chunk.prefix_start : chunk.prefix_stop].copy()
+                plan.prefix_copies.append((row, chunk.prefix_start, cached))
+            if request.logprob_start_len >= 0 and chunk.start < request.prompt_len - 1:
+                plan.prompt_logprobs.append((b, request, chunk.start))
+        plan.rows = np.concatenate([plan.rows, np.array([c.request.row for c in chunks], np.int32)])
+        plan.q_lens = np.concatenate([plan.q_lens, np.array([c.stop - c.start for c in chunks], np.int32)])
+        plan.seq_lens = np.concatenate([plan.seq_lens, np.array([c.stop for c in chunks], np.int32)])
+        plan.input_ids = np.concatenate(
+            [plan.input_ids, *(rows.token_ids[c.request.row, c.start : c.stop] for c in chunks)]
+        )
+        plan.out_cache_loc = np.concatenate(
+            [plan.out_cache_loc, *(rows.slots[c.request.row, c.start : c.stop] for c in chunks)]
+        )
+        plan.num_decodes += sum(c.stop - c.start == 1 for c in chunks)
+        plan.samples = np.array(samples, np.int32)
+
+    def _prefill_chunks(self, budget: int, *, may_wait: bool) -> Iterator[_Chunk]:
+        """Chunks of prompts already begun, then of waiting requests that fit, `budget` tokens together.
+
+        may_wait: if the pool is full, slots will come free without our doing.
+        """
+        index = 0
+        while index < len(self.prefilling) and budget > 0:
+            request = self.prefilling[index]
+            chunk = self._next_chunk(request, budget)
+            if chunk is None:
+                if may_wait or len(self.prefilling) == 1:
+                    return
+                self._retract(self.prefilling[-1])  # half-read prompts hold all slots: the oldest goes on
+                continue
+            may_wait = True
+            budget -= chunk.stop - chunk.start
+            index += chunk.stop < self.rows.num_known[request.row]  # a finished prompt has left the list
+            yield chunk
+        if self.waiting and budget > 0 and self.rows.num_free:
+            self._sort_waiting()
+        while self.waiting and budget > 0 and self.rows.num_free and self._admit(self.waiting[0]):
+            chunk = self._next_chunk(self.waiting.popleft(), budget)
+            if chunk is None:
+                return
+            budget -= chunk.stop - chunk.start
+            yield chunk
+
+    def _admit(self, request: Request) -> bool:
+        """Give `request` a row if its prompt, and probably its answer, fit beside what runs."""
+        rows, params = self.rows, request.sampling_params
+        assert params.max_new_tokens is not None
+        tokens = request.all_token_ids()
+        match = self.cache.match(tokens, request.extra_key)
+        self.cache.lock(match.node)
+        if self.nodes:
+            live = self._decoding
+            remaining = np.minimum(rows.max_tokens[live] - rows.num_tokens[live], MAX_RESERVED_TOKENS)
+            unfilled = sum(int(rows.num_tokens[r.row] - self.num_slots[r.row]) for r in self.prefilling)
+            own = min(params.max_new_tokens - len(request.output_ids), MAX_RESERVED_TOKENS)
+            reserve = (int(remaining.sum()) + own) * self.new_token_ratio + unfilled + self.page_size * (len(live) + 1)
+            if len(tokens) - len(match.slots) + reserve > self.allocator.num_free + self.cache.num_evictable:
+                self.cache.unlock(match.node)
+                return False
+        row = rows.allocate(request, self._seed_of(request))
+        request.status = Status.RUNNING
+        self.nodes[row] = match.node
+        self.cached_lens[row] = self.num_slots[row] = 0  # the first chunk matches again and takes the prefix over
+        if not request.num_retractions:
+            self.num_prompt_tokens += request.prompt_len
+        self.prefilling.append(request)
+        return True
+
+    def _next_chunk(self, request: Request, budget: int) -> _Chunk | None:
+        """The next at most `budget` tokens of a prompt, with slots; None if the pool has no room just now."""
+        rows, row = self.rows, request.row
+        num_tokens = int(rows.num_known[row])
+        tokens = rows.token_ids[row, :num_tokens]
+        is_first = self.num_slots[row] == 0
+
+        match = self.cache.match(tokens, request.extra_key)
+        num_cached = len(match.slots)
+        prefix_start = int(self.cached_lens[row])
+        if num_cached > prefix_start:
+            self._lock(row, match.node)
+            rows.slots[row, prefix_start:num_cached] = match.slots[prefix_start:]
+            self.cached_lens[row] = num_cached
+            self.num_slots[row] = max(num_cached, int(self.num_slots[row]))
+        # The last token is computed even when cached, for its logits; so are tokens whose log-probabilities are
+        # wanted. They are written again, the same values, to the slots they have.
+        num_computed = int(rows.num_computed[row])
+        start = min(max(num_cached, num_computed), num_tokens - 1)
+        if request.logprob_start_len >= 0:
+            start = min(start, max(num_computed, request.logprob_start_len))
+        stop = min(start + budget, num_tokens)
+        if stop < num_tokens and stop % self.page_size:  # only whole pages enter the tree
+            stop = max(stop - stop % self.page_size, start - start % self.page_size + self.page_size)
+            stop = min(stop, num_tokens)
+        have = int(self.num_slots[row])
+        if stop > have:
+            last_slot = int(rows.slots[row, have - 1]) if have else 0
+            slots = self._extend(have, last_slot, stop - have)
+            if slots is None:
+                return None
+            rows.slots[row, have:stop] = slots
+            self.num_slots[row] = stop
+        if self._is_cached and stop > num_cached:
+            _, node = self.cache.insert(tokens[:stop], rows.slots[row, :stop], request.extra_key)
+            self._lock(row, node)
+            self.cached_lens[row] = stop - stop % self.page_size
+        if is_first and not request.num_retractions:
+            request.num_cached_tokens = min(start, num_cached)
+            self.num_hit_tokens += request.num_cached_tokens
+        rows.num_computed[row] = stop
+        if stop == num_tokens:
+            self.prefilling.remove(request)
+            self._decoding = np.append(self._decoding, np.int32(row))
+        return _Chunk(request, start, stop, prefix_start, min(num_cached, start))
+
+    def _extend(self, have: int, last_slot: int, count: int) -> np.ndarray | None:
+        slots = self.allocator.extend(have, last_slot, count)
+        if slots is None and self._evict(count + self.page_size):
+            slots = self.allocator.extend(have, last_slot, count)
+        return slots
+
+    def _evict(self, num_tokens: int) -> bool:
+        missing = num_tokens - self.allocator.num_free
+        if missing <= 0 or not self.cache.num_evictable:
+            return False
+        self.allocator.free(self.cache.evict(missing))
+        return True
+
+    def _lock(self, row: int, node: Node) -> None:
+        old = self.nodes[row]
+        if node is not old:
+            self.cache.lock(node)
+            self.cache.unlock(old)
+            self.nodes[row] = node
+
+    def _seed_of(self, request: Request) -> int:
+        seed = request.sampling_params.sampling_seed
+        if seed is None:  # drawn once, so that a retracted request repeats its own choices
+            seed = request.sampling_params.sampling_seed = self._random.getrandbits(62)
+        return seed
+
+    # ---- the queue's order ----
+
+    def _sort_waiting(self) -> None:
+        if self._is_sorted and self.policy == "fcfs":
+            return
+        self._is_sorted = True
+        policy = self.policy if len(self.waiting) <= MAX_SORTED_QUEUE else "fcfs"
+        waiting = sorted(self.waiting, key=lambda r: (-r.priority, r.times.arrived))
+        if policy == "random":
+            self._random.shuffle(waiting)
+        elif policy in ("lpm", "dfs-weight"):
+            match_of = {id(r): self.cache.match(r.all_token_ids(), r.extra_key) for r in waiting}
+            if policy == "lpm":
+                waiting.sort(key=lambda r: (-r.priority, -len(match_of[id(r)].slots)))
+            else:
+                waiting = _depth_first(waiting, {key: match.node for key, match in match_of.items()})
+        # A retracted request was promised its place: it comes before those that never ran.
+        waiting.sort(key=lambda r: r.num_retractions == 0)
+        self.waiting = deque(waiting)
+
+    # ---- leaving ----
+
+    def _retract(self, request: Request) -> None:
+        """Take everything back from a running request and queue it again, first."""
+        self._release(request, keep=False)
+        request.status = Status.WAITING
+        request.num_retractions += 1
+        self.num_retractions += 1
+        self.waiting.appendleft(request)
+        self._is_sorted = False
+        live = self._decoding
+        if len(live):  # what ran so far says how long answers get; be that careful, and a little more
+            used = self.rows.num_tokens[live] - (self.rows.max_tokens[live] - self._max_new(live))
+            ratio = (float(used.sum()) + 20 * len(live)) / max(float(self._max_new(live).sum()), 1.0)
+            self.new_token_ratio = min(1.0, max(self.new_token_ratio, ratio))
+
+    def _max_new(self, rows: np.ndarray) -> np.ndarray:
+        prompt_lens = [request.prompt_len for row in rows.tolist() if (request := self.rows.requests[row])]
+        return self.rows.max_tokens[rows] - np.array(prompt_lens, np.int32)
+
+    def _release(self, request: Request, *, keep: bool) -> None:
+        """Free the row and every slot the tree does not own; `keep`: hand computed tokens to the tree first."""
+        rows, row = self.rows, request.row
+        cached, num_slots = int(self.cached_lens[row]), int(self.num_slots[row])
+        if keep:
+            # The last known token's KV exists only if a launched step computes it: not certain, so left out.
+            stop = min(int(rows.num_known[row]) - 1, int(rows.num_computed[row]))
+            stop -= stop % self.page_size
+            if self._is_cached and stop > cached:
+                num_existing, _ = self.cache.insert(
+                    rows.token_ids[row, :stop], rows.slots[row, :stop], request.extra_key
+                )
+                if num_existing > cached:
+                    self.allocator.free(rows.slots[row, cached:num_existing])
+                cached = stop
+        if num_slots > cached:
+            self.allocator.free(rows.slots[row, cached:num_slots])
+        self.cache.unlock(self.nodes.pop(row))
+        if request in self.prefilling:
+            self.prefilling.remove(request)
+        else:
+            self._decoding = self._decoding[self._decoding != row]
+        rows.free(row)
+
+    # ---- what a step brought ----
+
+    def resolve(self, plan: Plan, tokens: np.ndarray) -> Outcome:
+        """Take in the tokens (int32 [S], -1: the logits were not finite) that `plan` sampled."""
+        rows = self.rows
+        outcome = Outcome()
+        sampled = plan.rows[plan.samples]
+        index = np.flatnonzero(rows.epoch[sampled] == plan.epochs[plan.samples])
+        sampled, tokens = sampled[index], tokens[index]
+        places = plan.seq_lens[plan.samples[index]]
+        rows.token_ids[sampled, places] = tokens
+        rows.num_known[sampled] = places + 1
+        outcome.num_tokens = len(sampled)
+
+        failed = tokens < 0
+        stops = self.is_eos[tokens] & ~rows.ignore_eos[sampled]
+        ends = failed | stops | (places + 1 >= rows.max_tokens[sampled])
+        noted = ends | rows.wants_tokens[sampled] | rows.has_stop_ids[sampled]
+        for i in np.flatnonzero(noted).tolist():
+            request = rows.requests[sampled[i]]
+            assert request is not None
+            token = int(tokens[i])
+            reason = None
+            if failed[i]:
+                rows.num_known[sampled[i]] -= 1
+                reason = FinishReason("abort", message="the model's output is not finite (NaN or inf)", status_code=500)
+            elif stops[i] or (rows.has_stop_ids[sampled[i]] and token in request.sampling_params.stop_token_ids):
+                reason = FinishReason("stop", matched=token)
+            elif ends[i]:
+                reason = FinishReason("length")
+            if rows.wants_tokens[sampled[i]] and not failed[i]:
+                outcome.tokens.append((request, token, int(index[i])))
+            if reason is not None:
+                self.finish(request, reason)
+                outcome.finished.append(request)
+        for b, request in plan.prefill_only:
+            if request.status is Status.RUNNING and rows.epoch[request.row] == plan.epochs[b]:
+                self.finish(request, FinishReason("length"))
+                outcome.finished.append(request)
+        return outcome
+
+    def fail(self, plan: Plan, reason: FinishReason) -> list[Request]:
+        """End the requests of a step that raised; everything else that runs is computed anew. Returns the ended."""
+        alive = plan.rows[self.rows.epoch[plan.rows] == plan.epochs]
+        failed = [request for row in alive.tolist() if (request := self.rows.requests[row]) is not None]
+        for request in failed:
+            self.finish(request, reason)
+        for request in self.running_requests():
+            self._retract(request)
+        self.allocator.free(self.cache.reset())  # it names tokens that the step never stored
+        return failed
+
+    # ---- shared prefixes ----
+
+    def _shared_prefixes(self, decodes: np.ndarray) -> Groups | None:
+        """Put each decoding row into the group of the tree node whose shared reading saves most, if that is much."""
+        if len(decodes) < 2 or not self._is_cached:
+            return None
+        if np.array_equal(decodes, self._grouped_rows):
+            return self._groups
+        self._grouped_rows, self._groups = decodes, None
+        paths = [list(self.cache.path(self.nodes[row])) for row in decodes.tolist()]
+        num_users = Counter(node for path in paths for node in path)
+        members: dict[Node, list[int]] = {}
+        for i, path in enumerate(paths):
+            best = max(path, key=lambda node: (num_users[node] - 1) * node.depth_tokens, default=None)
+            if best is not None and num_users[best] > 1:
+                members.setdefault(best, []).append(i)
+        members = {node: indices for node, indices in members.items() if len(indices) > 1}
+        if sum((len(indices) - 1) * node.depth_tokens for node, indices in members.items()) >= MIN_SHARED_TOKENS:
+            own_starts = np.zeros(len(decodes), np.int32)
+            for node, indices in members.items():
+                own_starts[indices] = node.depth_tokens
+            self._groups = Groups(
+                prefix_lens=np.array([node.depth_tokens for node in members], np.int32),
+                cu_members=np.cumsum([0, *map(len, members.values())], dtype=np.int32),
+                members=np.concatenate([np.array(indices, np.int32) for indices in members.values()]),
+                own_starts=own_starts,
+            )
+        return self._groups
+
+    def stats(self) -> SchedulerStats:
+        free, cached = self.allocator.num_free, self.cache.num_evictable
+        return SchedulerStats(
+            num_running=len(self.nodes),
+            num_waiting=len(self.waiting),
+            num_total_tokens=self.allocator.num_total,
+            num_free_tokens=free,
+            num_cached_tokens=cached,
+            num_held_tokens=self.allocator.num_total - free - cached,
+            num_retractions=self.num_retractions,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_hit_tokens=self.num_hit_tokens,
+            new_token_ratio=self.new_token_ratio,
+        )
+
+
+def _depth_first(waiting: list[Request], node_of: dict[int, Node]) -> list[Request]:
+    """Requests in depth-first order of the tree nodes they match, the branch with more requests first."""
+    weights: Counter[int] = Counter()
+    paths: dict[int, list[int]] = {}
+    for request in waiting:
+        node: Node | None = node_of[id(request)]
+        path = []
+        while node is not None:
+            path.append(id(node))
+            node = node.parent
+        paths[id(request)] = path[::-1]
+        weights.update(path)
+    return sorted(waiting, key=lambda r: [(-weights[node], node) for node in paths[id(r)]])

@@ -1,0 +1,174 @@
+"""From logits to tokens: penalties, grammar masks, argmax, sampling and log-probabilities.
+
+A row's token depends on its own logits, seed and position only: the noise is a hash of (seed, position, token id),
+never the state of a generator, so neither the batch it runs in nor a retraction changes it.
+"""
+
+import torch
+
+GREEDY_TEMPERATURE = 1e-6
+PROMPT_BIT = 1 << 14  # of an entry of `counts`: the token occurs in the prompt; the bits below: times generated
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """The first largest of each row, or -1 where a row holds a NaN or nothing but -inf; [S, V] -> int32 [S]."""
+    return argmax_torch(logits)
+
+
+def argmax_torch(logits: torch.Tensor) -> torch.Tensor:
+    values, token_ids = logits.max(dim=-1)
+    return torch.where(values > -torch.inf, token_ids, -1).to(torch.int32)
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+) -> torch.Tensor:
+    """One token a row, or -1 where a row holds a NaN or nothing but -inf; logits [S, V] -> int32 [S].
+
+    temperature, top_p, min_p fp32 [S]; top_k and position int32 [S]; seed int64 [S]. A row with a temperature below
+    1e-6 or top_k 1 gets its argmax. Else, in this order and with ties at a limit all kept:
+    top_k keeps the k most likely tokens; top_p keeps, of those, each token that has less than top_p of their mass
+    before it; min_p keeps tokens at least min_p times as likely as the likeliest. Of what is kept, one token is drawn
+    by its probability: the largest logit / temperature + Gumbel noise wins (Gumbel-max).
+    """
+    return sample_torch(logits, temperature, top_k, top_p, min_p, seed, position)
+
+
+def sample_torch(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+) -> torch.Tensor:
+    vocab_size = logits.shape[-1]
+    largest, first_largest = logits.max(dim=-1)
+    scaled = logits.float() * temperature.clamp(min=GREEDY_TEMPERATURE).reciprocal().unsqueeze(1)
+    floor = scaled.amax(dim=-1) + min_p.log()  # log(0) = -inf keeps all
+    if bool(((top_k < vocab_size) | (top_p < 1)).any()):
+        ordered = scaled.sort(dim=-1, descending=True).values
+        last = top_k.clamp(max=vocab_size).long().unsqueeze(1) - 1
+        kth_largest = ordered.gather(1, last)
+        mass = (ordered - ordered[:, :1]).exp().masked_fill_(ordered < kth_largest, 0)
+        mass_before = mass.cumsum(dim=-1) - mass
+        in_top_p = (mass_before < top_p.unsqueeze(1) * mass.sum(dim=-1, keepdim=True)) & (ordered >= kth_largest)
+        in_top_p[:, 0] = True
+        floor = torch.maximum(floor, ordered.masked_fill_(~in_top_p, torch.inf).amin(dim=-1))
+    noisy = (scaled + gumbel_noise(seed, position, vocab_size)).masked_fill_(scaled < floor.unsqueeze(1), -torch.inf)
+    is_greedy = (temperature < GREEDY_TEMPERATURE) | (top_k == 1)
+    token_ids = torch.where(is_greedy, first_largest, noisy.argmax(dim=-1))
+    return torch.where(largest > -torch.inf, token_ids, -1).to(torch.int32)
+
+
+def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Standard Gumbel noise, fp32 [S, vocab_size], from a hash of (seed, position, token id).
+
+    MurmurHash3's 32-bit finalizer over the token id, keyed by two finalized words of seed and position; int32
+    arithmetic wraps as the kernel's uint32 does.
+    """
+    low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
+    key1 = _finalize(low ^ _finalize(position.to(torch.int32) + _signed(0x9E3779B9)))
+    key2 = _finalize(high ^ _finalize(key1 + _signed(0x7F4A7C15)))
+    token_ids = torch.arange(vocab_size, dtype=torch.int32, device=seed.device)
+    bits = token_ids * _signed(0x9E3779B9) + key1.unsqueeze(1)
+    bits = _finalize(bits, key2.unsqueeze(1))
+    uniform = _shift_right(bits, 9).float().add_(0.5).mul_(2.0**-23)  # exact and inside (0, 1)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _finalize(x: torch.Tensor, key: torch.Tensor | int = 0) -> torch.Tensor:
+    x = (x ^ _shift_right(x, 16)) * _signed(0x85EBCA6B)
+    x = ((x ^ _shift_right(x, 13)) + key) * _signed(0xC2B2AE35)
+    return x ^ _shift_right(x, 16)
+
+
+def _shift_right(x: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """The shift of an unsigned word."""
+    return (x >> num_bits) & ((1 << (32 - num_bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def apply_penalties(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    frequency: torch.Tensor,
+    presence: torch.Tensor,
+    repetition: torch.Tensor,
+) -> None:
+    """In place on logits [S, V]. counts int16 [R, V]: bit 14 is set for the prompt's tokens, the bits below count how
+    often a token was generated; logits row i belongs to counts[rows[i]]. Penalties fp32 [S], as OpenAI and
+    Hugging Face define them: repetition divides positive and multiplies negative logits of all tokens seen, then
+    frequency is subtracted once a time generated, presence once if generated at all.
+    """
+    apply_penalties_torch(logits, rows, counts, frequency, presence, repetition)
+
+
+def apply_penalties_torch(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    frequency: torch.Tensor,
+    presence: torch.Tensor,
+    repetition: torch.Tensor,
+) -> None:
+    count = counts.index_select(0, rows)
+    values = logits.float()
+    factor = repetition.unsqueeze(1)
+    values = torch.where(count != 0, torch.where(values > 0, values / factor, values * factor), values)
+    times = count & (PROMPT_BIT - 1)
+    values -= frequency.unsqueeze(1) * times + presence.unsqueeze(1) * (times > 0)
+    logits.copy_(values)
+
+
+def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+    """-inf, in place on logits [S, V], where a token's bit is 0. bitmask int32 [M, ceil(V / 32)], token 32 w + b is
+    bit b of word w; line i belongs to logits row rows[i] (int32 [M]), to row i without `rows`. A negative row is
+    skipped, so that a captured graph can have unused lines.
+    """
+    apply_token_bitmask_torch(logits, bitmask, rows)
+
+
+def apply_token_bitmask_torch(logits: torch.Tensor, bitmask: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+    is_forbidden = ((bitmask.unsqueeze(-1) >> bits) & 1 == 0).flatten(1)[:, : logits.shape[1]]
+    if rows is None:
+        logits.masked_fill_(is_forbidden, -torch.inf)
+    else:
+        used = rows >= 0
+        logits[rows[used]] = logits[rows[used]].masked_fill(is_forbidden[used], -torch.inf)
+
+
+def logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, k: int, ids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Log-softmax of logits [S, V] where it is wanted: (of token_ids [S], the k largest [S, k], their ids int64
+    [S, k], of ids [S, M] or None), values fp32."""
+    log_normalizer = logsumexp(logits).unsqueeze(1)
+
+    def at(wanted: torch.Tensor) -> torch.Tensor:
+        return logits.gather(1, wanted.long()).float() - log_normalizer
+
+    top_values, top_ids = logits.topk(k, dim=-1)
+    chosen = at(token_ids.unsqueeze(1)).squeeze(1)
+    return chosen, top_values.float() - log_normalizer, top_ids, None if ids is None else at(ids)
+
+
+def logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    """log(sum(exp(logits))) over V, in fp32; [S, V] -> fp32 [S]."""
+    return logsumexp_torch(logits)
+
+
+def logsumexp_torch(logits: torch.Tensor) -> torch.Tensor:
+    return logits.float().logsumexp(dim=-1)

@@ -1,0 +1,166 @@
+"""The requests that HTTP clients wait for now: who owns them, and how they end."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.errors import EngineError, InvalidRequest
+from engine.request import Delta, FinishReason, Request, SamplingParams, Status
+from server.protocol import Engine, Fields
+
+logger = logging.getLogger(__name__)
+
+MAX_REQUESTS = 65536  # of one HTTP request: prompts times n
+MAX_N = 128
+MAX_LOGGED_CHARS = 2048
+
+
+class RequestFailed(EngineError):
+    """A request ended in an error that its answer must carry."""
+
+    def __init__(self, reason: FinishReason) -> None:
+        super().__init__(reason.message or "the request failed")
+        self.status_code = reason.status_code or 500
+
+
+def ignore(delta: Delta) -> None:
+    """The sink of a request whose owner has not set one."""
+
+
+def new_rid() -> str:
+    return uuid.uuid4().hex
+
+
+@dataclass(slots=True)
+class Options:
+    """What a caller may ask of a request besides sampling."""
+
+    stream: bool = False
+    return_logprob: bool = False
+    logprob_start_len: int = -1
+    top_logprobs_num: int = 0
+    token_ids_logprob: list[int] = field(default_factory=list)
+    priority: int = 0
+    extra_key: str = ""
+
+
+def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingParams, options: Options) -> list[Request]:
+    """One request for each of `rids`, all of one prompt. With a seed, answer i is sampled with seed + i."""
+    return [
+        Request(
+            rid=rid,
+            input_ids=input_ids,
+            sampling_params=params if len(rids) == 1 else _nth_params(params, i),
+            sink=ignore,
+            stream=options.stream,
+            return_logprob=options.return_logprob,
+            logprob_start_len=options.logprob_start_len,
+            top_logprobs_num=options.top_logprobs_num,
+            token_ids_logprob=options.token_ids_logprob,
+            priority=options.priority,
+            extra_key=options.extra_key,
+        )
+        for i, rid in enumerate(rids)
+    ]
+
+
+def _nth_params(params: SamplingParams, i: int) -> SamplingParams:
+    """Its own copy for the i-th of n answers: equal seeds would make equal answers."""
+    import dataclasses
+
+    seed = params.sampling_seed
+    return dataclasses.replace(params, n=1, sampling_seed=None if seed is None else seed + i)
+
+
+def cache_namespace(fields: Fields) -> str:
+    """Requests share cached prefixes only within one `extra_key` and one `cache_salt`."""
+    return fields.text("extra_key") + fields.text("cache_salt")
+
+
+class LiveRequests:
+    """Submits the requests of an HTTP request, and aborts what is left of them when its handler ends, however it ends.
+
+    A disconnect cancels the handler (aiohttp's handler_cancellation), so the engine hears of it at once.
+    """
+
+    def __init__(self, engine: Engine, *, log_level: int | None = None) -> None:
+        self.engine = engine
+        self._log_level = log_level  # None: no line a request; 0 to 3: how much each line tells
+        self._rids: dict[str, list[str]] = {}  # rid given by the client -> rids of the requests made of it
+
+    @contextmanager
+    def submitted(self, rid: str, requests: Sequence[Request]) -> Iterator[None]:
+        """All of `requests`, or none when one of them is refused. `rid` stands for all of them."""
+        if rid in self._rids:
+            raise InvalidRequest(f"a request with rid {rid!r} is still running", "rid")
+        self._rids[rid] = [request.rid for request in requests]
+        try:
+            for request in requests:
+                self.engine.submit(request)
+            yield
+        finally:
+            del self._rids[rid]
+            for request in requests:
+                if request.status is not Status.FINISHED:
+                    self.engine.abort(request.rid)
+                if self._log_level is not None:
+                    self._log(request, self._log_level)
+
+    async def answers(self, rid: str, requests: Sequence[Request]) -> list[Delta]:
+        """The whole answer of each request. Raises when one of them failed."""
+        collector = _Collector(len(requests))
+        for i, request in enumerate(requests):
+            request.sink = collector.sink_of(i)
+        with self.submitted(rid, requests):
+            return await collector.done
+
+    def abort(self, rid: str) -> None:
+        for request_rid in self._rids.get(rid, [rid]):
+            self.engine.abort(request_rid)
+
+    def _log(self, request: Request, level: int) -> None:
+        reason = request.finish_reason
+        told: dict[str, Any] = {
+            "prompt_tokens": request.prompt_len,
+            "completion_tokens": len(request.output_ids),
+            "cached_tokens": request.num_cached_tokens,
+            "finish_reason": reason.type if reason else None,
+            "seconds": round((request.times.finished or time.perf_counter()) - request.times.arrived, 4),
+        }
+        if level >= 1:
+            told["sampling_params"] = request.sampling_params
+        if level >= 2:
+            limit = MAX_LOGGED_CHARS if level == 2 else None
+            decode = self.engine.tokenizer.decode
+            told["prompt"] = decode(request.input_ids, skip_special_tokens=False)[:limit]
+            told["answer"] = decode(request.output_ids, skip_special_tokens=False)[:limit]
+        logger.info("request %s: %s", request.rid, ", ".join(f"{name}={value!r}" for name, value in told.items()))
+
+
+class _Collector:
+    """Gathers the only delta of each request that does not stream."""
+
+    def __init__(self, count: int) -> None:
+        self.done: asyncio.Future[list[Delta]] = asyncio.get_running_loop().create_future()
+        self._deltas: list[Delta | None] = [None] * count
+        self._num_missing = count
+
+    def sink_of(self, i: int) -> Any:
+        return lambda delta: self._take(i, delta)
+
+    def _take(self, i: int, delta: Delta) -> None:
+        if self.done.done():  # the handler has gone: this is the answer to its abort
+            return
+        reason = delta.finish_reason
+        if reason is not None and reason.status_code is not None:
+            self.done.set_exception(RequestFailed(reason))
+            return
+        self._deltas[i] = delta
+        self._num_missing -= 1
+        if not self._num_missing:
+            self.done.set_result([delta for delta in self._deltas if delta is not None])

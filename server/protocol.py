@@ -1,0 +1,214 @@
+"""What the APIs share: the engine as they see it, typed reading of JSON bodies, and answers in each API's error shape."""
+
+import math
+from collections.abc import AsyncIterator, Callable, Collection
+from typing import Any, NoReturn, Protocol
+
+import orjson
+from aiohttp import web
+
+from engine.errors import InvalidRequest
+from engine.request import Delta, Request
+
+JSON = dict[str, Any]
+MAX_INT = 1 << 53  # beyond it JSON numbers are not exact
+
+
+class ModelInfo(Protocol):
+    vocab_size: int
+    model_type: str
+    architectures: Any
+
+
+class TokenizerFacade(Protocol):
+    chat_template: Any  # str, dict of named ones, or None
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
+    def token_text(self, token_id: int) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+    def render_chat(
+        self,
+        messages: list[JSON],
+        tools: list[JSON] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str: ...
+
+
+class HealthInfo(Protocol):
+    status: str  # "ok", "starting", "stuck" or "stopping"
+    last_step_age_s: float
+    oldest_queued_s: float
+    num_running: int
+    num_queued: int
+
+
+class Engine(Protocol):
+    """The part of engine.engine.Engine that HTTP handlers use."""
+
+    @property
+    def model_config(self) -> ModelInfo: ...
+    @property
+    def tokenizer(self) -> TokenizerFacade: ...
+    @property
+    def max_total_num_tokens(self) -> int: ...
+    @property
+    def context_length(self) -> int: ...
+    @property
+    def sampling_defaults(self) -> JSON: ...
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def submit(self, request: Request) -> None: ...
+    def abort(self, rid: str) -> bool: ...
+    def abort_all(self) -> None: ...
+    def generate(self, request: Request) -> AsyncIterator[Delta]: ...
+    def flush_cache(self) -> bool: ...
+    def stats(self) -> Any: ...
+    def health(self) -> HealthInfo: ...
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    """`value` as an error message quotes it: never long."""
+    text = repr(value)
+    return text if len(text) <= 64 else text[:60] + " ..."
+
+
+class Fields:
+    """A JSON object read field by field. Null is the same as absent; a wrong type is an `InvalidRequest` naming it."""
+
+    def __init__(self, values: Any, path: str = "") -> None:
+        if not isinstance(values, dict):
+            raise InvalidRequest(f"{path or 'the body'} must be a JSON object, got {_shown(values)}", path or None)
+        self.values: JSON = values
+        self._path = f"{path}." if path else ""
+
+    def fail(self, name: str, rule: str) -> NoReturn:
+        field = self._path + name
+        raise InvalidRequest(f"{field} must be {rule}, got {_shown(self.values.get(name))}", field)
+
+    def has(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def get(self, name: str) -> Any:
+        return self.values.get(name)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self.fail(name, "true or false")
+        return value
+
+    def text(self, name: str, default: str = "") -> str:
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            self.fail(name, "a string")
+        return value
+
+    def integer(self, name: str, default: int = 0, low: int = -MAX_INT, high: int = MAX_INT) -> int:
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if not is_int(value):
+            self.fail(name, "an integer")
+        if not low <= value <= high:
+            self.fail(name, f"between {low} and {high}")
+        return value
+
+    def number(self, name: str, default: float = 0.0) -> float:
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            self.fail(name, "a finite number")
+        return float(value)
+
+    def object(self, name: str) -> "Fields | None":
+        value = self.values.get(name)
+        if value is None:
+            return None
+        return Fields(value, self._path + name)
+
+    def array(self, name: str) -> list[Any]:
+        value = self.values.get(name)
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            self.fail(name, "a list")
+        return value
+
+    def one_of(self, name: str, choices: Collection[str], default: str) -> str:
+        value = self.text(name, default)
+        if value not in choices:
+            self.fail(name, " or ".join(map(repr, choices)))
+        return value
+
+
+def check_token_ids(ids: Any, vocab_size: int, field: str) -> list[int]:
+    """`ids` if it is a non-empty list of ids of the vocabulary."""
+    if not isinstance(ids, list) or not ids:
+        raise InvalidRequest(f"{field} must be a non-empty list of token ids, got {_shown(ids)}", field)
+    if set(map(type, ids)) != {int}:
+        wrong = next(token_id for token_id in ids if type(token_id) is not int)
+        raise InvalidRequest(f"{field} must hold integers only, got {_shown(wrong)}", field)
+    for token_id in (min(ids), max(ids)):
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequest(f"{field} holds {token_id}, the vocabulary has ids 0 to {vocab_size - 1}", field)
+    return ids
+
+
+async def read_json(request: web.Request) -> Fields:
+    """The request's body. 400 when it is not a JSON object, 413 when it is longer than the server allows."""
+    limit = request.client_max_size
+    if request.content_length is not None and request.content_length > limit:
+        raise web.HTTPRequestEntityTooLarge(limit, request.content_length)
+    kind = request.content_type
+    if "Content-Type" in request.headers and not kind.endswith(("/json", "+json")):
+        # A web page may send text/plain or a form to a local server without asking; never JSON.
+        raise InvalidRequest(f"Content-Type must be application/json, got {kind}", "Content-Type")
+    body = await request.read()
+    try:
+        values = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    return Fields(values)
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(body=orjson.dumps(value), status=status, headers=headers, content_type="application/json")
+
+
+# (status, message, field, code) to the body of an error answer.
+ErrorShape = Callable[[int, str, str | None, str | None], JSON]
+
+
+def native_error(status: int, message: str, field: str | None = None, code: str | None = None) -> JSON:
+    """SGLang's shape, with the field where one is to blame."""
+    return {"error": {"message": message, "code": status, **({"field": field} if field else {})}}
+
+
+_OPENAI_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+
+
+def openai_error(status: int, message: str, field: str | None = None, code: str | None = None) -> JSON:
+    kind = _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": field, "code": code}}
+
+
+def error_shape(path: str) -> ErrorShape:
+    """The shape that clients of the API at `path` expect."""
+    return openai_error if path.startswith("/v1/") else native_error

@@ -1,0 +1,42 @@
+"""What the README promises exists."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def help_of(module: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:|#)([^)#]+)", README))))
+def test_a_link_leads_to_a_file(target: str) -> None:
+    assert (ROOT / target).exists()
+
+
+def test_every_flag_of_the_table_is_known_to_the_server() -> None:
+    section = README.split("### Flags")[1].split("\n## ")[0]
+    flags = set(re.findall(r"`(--[a-z-]+)`", section))
+    assert len(flags) > 10
+    assert flags <= set(re.findall(r"--[a-z-]+", help_of("server")))
+
+
+def test_the_commands_install_extras_that_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {name for group in re.findall(r"'\.\[([a-z,]+)\]'", README) for name in group.split(",")}
+    assert named == {"demo", "test", "cuda"}
+    assert named <= extras.keys()
+
+
+def test_the_benches_explain_themselves() -> None:
+    assert "--random-input-len" in help_of("bench.serve")
+    assert "--concurrency" in help_of("bench.cpu")

@@ -1,0 +1,272 @@
+"""The scheduler plays traffic without a model: a token is a function of what came before, so recomputation shows."""
+
+import random
+
+import numpy as np
+import pytest
+
+from cache.allocator import PageAllocator
+from cache.radix import NoCache, RadixCache
+from engine.errors import PromptTooLong, QueueFull
+from engine.request import FinishReason, Request, SamplingParams, Status
+from engine.rows import Rows
+from engine.scheduler import Outcome, Plan, Scheduler
+
+VOCAB = 1000
+EOS = 0
+
+
+def next_token(token_ids: np.ndarray) -> int:
+    """A stand-in for a model: depends on the whole sequence, and is never EOS."""
+    return 1 + hash(token_ids.tobytes()) % (VOCAB - 1)
+
+
+class Traffic:
+    """A scheduler with steps in flight, and a KV pool that remembers which token each slot was written for."""
+
+    def __init__(
+        self, num_tokens: int = 64, num_rows: int = 8, page_size: int = 1, chunk: int = 16, depth: int = 2,
+        cached: bool = True, **options: object,
+    ) -> None:  # fmt: skip
+        is_eos = np.zeros(VOCAB, bool)
+        is_eos[EOS] = True
+        self.rows = Rows(num_rows, max_len=num_tokens)
+        self.allocator = PageAllocator(num_tokens // page_size + 1, page_size)
+        self.cache = (RadixCache if cached else NoCache)(page_size)
+        self.scheduler = Scheduler(
+            self.rows, self.allocator, self.cache, is_eos=is_eos, chunked_prefill_size=chunk, **options  # type: ignore[arg-type]
+        )
+        self.depth = depth
+        self.in_flight: list[tuple[Plan, np.ndarray]] = []
+        self.last_tokens = np.zeros(num_rows + 1, np.int32)
+        self.slot_table = np.zeros((num_rows + 1, num_tokens + 1), np.int32)
+        self.stored = np.full(self.allocator.num_total + page_size, -1)  # slot -> token whose KV is there
+        self.computed_tokens = 0
+
+    def submit(self, prompt: list[int], max_new_tokens: int = 4, **fields: object) -> Request:
+        params = SamplingParams(max_new_tokens=max_new_tokens, **fields)  # type: ignore[arg-type]
+        request = Request(f"r{random.random()}", prompt, params, sink=lambda delta: None)
+        self.scheduler.submit(request)
+        return request
+
+    def step(self) -> Outcome | None:
+        """One turn of the loop; None when nothing is left to do."""
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self.in_flight.append((plan, self.run(plan)))
+        if not self.in_flight:
+            return None
+        if plan is None or len(self.in_flight) >= self.depth:
+            return self.scheduler.resolve(*self.in_flight.pop(0))
+        return Outcome()
+
+    def run(self, plan: Plan) -> np.ndarray:
+        """What the device does: store, then read back every token a request attends to."""
+        for row, start, slots in plan.prefix_copies:
+            self.slot_table[row, start : start + len(slots)] = slots
+        ends = np.cumsum(plan.q_lens)
+        inputs = plan.input_ids.copy()
+        for b, row in enumerate(plan.rows):
+            for t in range(ends[b] - plan.q_lens[b], ends[b]):
+                position = plan.seq_lens[b] - (ends[b] - t)
+                inputs[t] = self.last_tokens[row] if inputs[t] < 0 else inputs[t]
+                self.slot_table[row, position] = plan.out_cache_loc[t]
+                self.stored[plan.out_cache_loc[t]] = inputs[t]
+        self.computed_tokens += len(inputs)
+        assert plan.out_cache_loc.min() >= self.allocator.page_size, "wrote into the dump page"
+        tokens = []
+        for b in plan.samples:
+            row = plan.rows[b]
+            seen = self.stored[self.slot_table[row, : plan.seq_lens[b]]].astype(np.int32)
+            tokens.append(next_token(seen))
+            self.last_tokens[row] = tokens[-1]
+        return np.array(tokens, np.int32)
+
+    def run_all(self, limit: int = 20_000) -> None:
+        for _ in range(limit):
+            if self.step() is None:
+                assert not self.scheduler.has_work, "stopped with work left"
+                self.check_pages()
+                return
+        raise AssertionError(f"not done after {limit} steps")
+
+    def check_pages(self) -> None:
+        stats = self.scheduler.stats()
+        assert stats.num_free_tokens + stats.num_cached_tokens + stats.num_held_tokens == stats.num_total_tokens
+        if not self.scheduler.nodes:
+            assert stats.num_held_tokens == 0
+            assert self.rows.num_free == self.rows.num_rows
+        self.cache.check()
+
+
+def expected(prompt: list[int], num_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(next_token(np.array(tokens, np.int32)))
+    return tokens[len(prompt) :]
+
+
+def prompt_of(rng: random.Random, length: int, heads: list[list[int]]) -> list[int]:
+    return (rng.choice(heads) + [rng.randrange(1, VOCAB) for _ in range(length)])[: max(length, 1)]
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("cached", [True, False])
+def test_every_answer_is_the_one_it_would_get_alone(page_size: int, chunk: int, depth: int, cached: bool) -> None:
+    rng = random.Random(page_size * 100 + chunk + depth)
+    traffic = Traffic(96, num_rows=6, page_size=page_size, chunk=chunk, depth=depth, cached=cached)
+    heads = [[rng.randrange(1, VOCAB) for _ in range(20)] for _ in range(3)]
+    requests = []
+    for _ in range(60):
+        prompt = prompt_of(rng, rng.randrange(1, 40), heads)
+        requests.append(traffic.submit(prompt, rng.randrange(0, 30)))
+        for _ in range(rng.randrange(4)):
+            traffic.step()
+            traffic.check_pages()
+    traffic.run_all()
+    for request in requests:
+        assert request.status is Status.FINISHED
+        assert request.output_ids == expected(request.input_ids, request.sampling_params.max_new_tokens or 0)
+    if not cached:
+        assert traffic.cache.num_cached == 0
+
+
+def test_a_pool_too_small_for_all_retracts_and_still_finishes_everyone() -> None:
+    traffic = Traffic(64, num_rows=8, conservativeness=0.0)
+    requests = [traffic.submit([i + 1] * 4, max_new_tokens=40) for i in range(8)]
+    traffic.run_all()
+    assert traffic.scheduler.num_retractions > 0
+    assert all(r.output_ids == expected(r.input_ids, 40) for r in requests)
+
+
+@pytest.mark.parametrize("policy", ["lpm", "fcfs", "dfs-weight", "random"])
+def test_each_policy_serves_everyone(policy: str) -> None:
+    traffic = Traffic(96, num_rows=2, policy=policy)
+    heads = [[5] * 10, [6] * 10]
+    rng = random.Random(1)
+    requests = [traffic.submit(prompt_of(rng, 15, heads), 3) for _ in range(30)]
+    traffic.run_all()
+    assert all(r.output_ids == expected(r.input_ids, 3) for r in requests)
+
+
+def test_lpm_runs_the_longest_cached_prefix_first() -> None:
+    traffic = Traffic(96, num_rows=1, policy="lpm")
+    traffic.submit([7] * 20, 1)
+    traffic.run_all()
+    cold, warm = traffic.submit([8] * 20, 1), traffic.submit([7] * 20 + [9], 1)
+    traffic.step()
+    assert warm.status is Status.RUNNING and cold.status is Status.WAITING
+
+
+def test_requests_of_one_step_share_a_prompt_that_none_has_computed_yet() -> None:
+    traffic = Traffic(256, chunk=128)
+    requests = [traffic.submit([3] * 50, 2) for _ in range(4)]
+    traffic.step()
+    assert traffic.computed_tokens == 50 + 3  # the others recompute one token, for its logits
+    traffic.run_all()
+    assert all(r.output_ids == expected([3] * 50, 2) for r in requests)
+
+
+def test_an_identical_prompt_computes_one_token() -> None:
+    traffic = Traffic(96)
+    traffic.submit([4] * 30, 1)
+    traffic.run_all()
+    before = traffic.computed_tokens
+    again = traffic.submit([4] * 30, 1)
+    traffic.run_all()
+    assert traffic.computed_tokens - before == 1
+    assert again.num_cached_tokens == 29
+
+
+def test_zero_new_tokens_fills_the_cache_and_answers_nothing() -> None:
+    traffic = Traffic(96)
+    request = traffic.submit([4] * 30, 0)
+    traffic.run_all()
+    assert request.output_ids == [] and request.finish_reason == FinishReason("length")
+    assert traffic.cache.num_cached == 30
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
+    traffic = Traffic(64)
+    with pytest.raises(PromptTooLong, match=r"50 tokens and max_new_tokens is 20, .* 64"):
+        traffic.submit([1] * 50, 20)
+    traffic.submit([1] * 44, 20)
+    traffic.run_all()
+
+
+def test_a_full_queue_refuses() -> None:
+    traffic = Traffic(64, num_rows=1, max_queued=2)
+    traffic.submit([1], 1)
+    traffic.submit([1], 1)
+    with pytest.raises(QueueFull, match="2"):
+        traffic.submit([1], 1)
+
+
+def test_an_aborted_request_frees_its_slots_before_the_next_plan() -> None:
+    traffic = Traffic(64)
+    running = traffic.submit([1] * 10, 40)
+    for _ in range(5):
+        traffic.step()
+    traffic.scheduler.finish(running, FinishReason("abort"))
+    stats = traffic.scheduler.stats()
+    assert stats.num_held_tokens == 0 and stats.num_running == 0
+    traffic.run_all()
+
+
+def test_a_failed_step_ends_its_own_requests_and_recomputes_the_rest() -> None:
+    traffic = Traffic(96, chunk=10)
+    bystander = traffic.submit([2] * 25, 5)
+    traffic.step()
+    plan = traffic.scheduler.schedule()
+    assert plan is not None
+    only_bystander = traffic.rows.requests[plan.rows[0]] is bystander
+    assert only_bystander
+    traffic.in_flight.clear()
+    failed = traffic.scheduler.fail(plan, FinishReason("abort", message="boom", status_code=500))
+    assert failed == [bystander] and traffic.cache.num_cached == 0
+    later = traffic.submit([2] * 25, 5)
+    traffic.run_all()
+    assert later.output_ids == expected([2] * 25, 5)
+
+
+def test_not_finite_logits_end_one_request_and_no_other() -> None:
+    traffic = Traffic(96)
+    good, bad = traffic.submit([2] * 5, 5), traffic.submit([3] * 5, 5)
+    plan = traffic.scheduler.schedule()
+    assert plan is not None
+    tokens = traffic.run(plan)
+    tokens[[traffic.rows.requests[row] is bad for row in plan.rows]] = -1
+    outcome = traffic.scheduler.resolve(plan, tokens)
+    assert outcome.finished == [bad] and bad.finish_reason is not None and bad.finish_reason.status_code == 500
+    assert bad.output_ids == []
+    traffic.run_all()
+    assert good.output_ids == expected([2] * 5, 5)
+
+
+def test_a_stop_token_ends_the_answer_and_ignore_eos_does_not() -> None:
+    traffic = Traffic(96)
+    stop = expected([2] * 5, 3)[2]
+    stopped = traffic.submit([2] * 5, 9, stop_token_ids=[stop])
+    traffic.run_all()
+    assert stopped.output_ids == expected([2] * 5, 3)
+    assert stopped.finish_reason == FinishReason("stop", matched=stop)
+
+
+def test_decoding_requests_are_grouped_by_the_prefix_they_share() -> None:
+    traffic = Traffic(12_000, num_rows=8, chunk=20_000)
+    heads = [[2] * 3000, [3] * 1500]
+    for i in range(6):
+        traffic.submit(heads[i % 2] + [10 + i] * 5, 4)
+    traffic.submit([9] * 7, 4)
+    traffic.step()
+    plan = traffic.scheduler.schedule()
+    assert plan is not None and plan.groups is not None
+    assert sorted(plan.groups.prefix_lens.tolist()) == [1500, 3000]
+    shared = {i: int(n) for i, n in enumerate(plan.groups.own_starts)}
+    lengths = {i: int(n) for i, n in enumerate(plan.seq_lens)}
+    assert all(shared[i] == {3006: 3000, 1506: 1500, 8: 0}[lengths[i]] for i in lengths)
+    for g, prefix_len in enumerate(plan.groups.prefix_lens):
+        members = plan.groups.members[plan.groups.cu_members[g] : plan.groups.cu_members[g + 1]]
+        assert len({traffic.rows.slots[plan.rows[i], :prefix_len].tobytes() for i in members}) == 1
