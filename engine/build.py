@@ -22,9 +22,10 @@ from engine.memory import MemoryBudget, plan_memory
 from engine.model_config import ModelConfig
 from engine.model_runner import ModelRunner
 from engine.models import CausalLM, build_model
+from engine.plan import Plan
 from engine.rows import Rows
 from engine.sampler import Sampler
-from engine.scheduler import Plan, Scheduler
+from engine.scheduler import Scheduler
 from engine.tokenizer import Tokenizer
 from engine.weights import load_weights, resolve_model
 from kernels.attention import choose_backend

@@ -54,11 +54,15 @@ class EngineConfig:
     )
     max_total_tokens: int | None = option(None, MEMORY, "size of the KV pool in tokens, if not measured")
     page_size: int = option(1, MEMORY, "KV slots a page: the granularity of prefix reuse")
-    disable_radix_cache: bool = option(False, MEMORY, "do not reuse prefixes between requests", aliases=("--disable-radix",))
+    disable_radix_cache: bool = option(
+        False, MEMORY, "do not reuse prefixes between requests", aliases=("--disable-radix",)
+    )
 
     max_running_requests: int | None = option(None, SCHEDULE, "requests that may run at once")
     max_queued_requests: int | None = option(None, SCHEDULE, "requests that may wait; beyond it: 429")
-    chunked_prefill_size: int | None = option(None, SCHEDULE, "prompt tokens computed in one step at most; -1: no limit")
+    chunked_prefill_size: int | None = option(
+        None, SCHEDULE, "prompt tokens computed in one step at most; -1: no limit"
+    )
     max_prefill_tokens: int = option(16384, SCHEDULE, "prompt tokens of one step when chunking is off")
     max_step_ms: float | None = option(
         None, SCHEDULE, "while answers stream, cut prompt chunks so that a step takes at most this long"
@@ -73,7 +77,9 @@ class EngineConfig:
     )
     random_seed: int | None = option(None, SCHEDULE, "seed of requests that bring none")
 
-    attention_backend: str | None = option(None, KERNELS, "attention kernels", choices=("flashinfer", "triton", "torch"))
+    attention_backend: str | None = option(
+        None, KERNELS, "attention kernels", choices=("flashinfer", "triton", "torch")
+    )
     sampling_backend: str | None = option(None, KERNELS, "sampling kernels", choices=("triton", "pytorch"))
     disable_cuda_graph: bool = option(False, KERNELS, "launch every kernel of a decode step by itself")
     cuda_graph_max_bs: int | None = option(None, KERNELS, "largest decode batch with a CUDA graph")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from engine.batch import ForwardBatch, Stager
-from engine.scheduler import Groups, Plan
+from engine.plan import Groups, Plan
 
 
 def default_batch_sizes(largest: int) -> list[int]:

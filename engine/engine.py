@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from engine.build import Parts, build
 from engine.config import EngineConfig
 from engine.errors import EngineStopped, InvalidRequest, PromptTooLong
@@ -15,7 +17,7 @@ from engine.loop import LoopStats, StepLoop
 from engine.memory import MemoryBudget
 from engine.model_config import ModelConfig
 from engine.output import OutputProcessor
-from engine.request import Delta, FinishReason, Request, Status
+from engine.request import Delta, FinishReason, Logprobs, Request, Status
 from engine.scheduler import SchedulerStats
 from engine.tokenizer import Tokenizer
 
@@ -156,6 +158,8 @@ class Engine:
         params = request.sampling_params
         if request.stream or params.stop or params.stop_regex:
             request.text_stream = self.tokenizer.text_stream(params, request.input_ids)
+        if request.logprob_start_len >= 0:  # nothing predicts the first
+            request.input_logprobs = Logprobs([(None, request.input_ids[request.logprob_start_len])], [None], [None])
         request.sink = functools.partial(self._pass_on, request.sink)
         assert self._loop is not None
         self._loop.wake()
@@ -178,13 +182,20 @@ class Engine:
                 f"and at least one is left for the answer",
                 "input_ids",
             )
-        if min(request.input_ids) < 0 or max(request.input_ids) >= vocab_size:
-            bad = next(token for token in request.input_ids if not 0 <= token < vocab_size)
+        token_ids = np.asarray(request.input_ids, np.int64)
+        is_bad = (token_ids < 0) | (token_ids >= vocab_size)
+        if is_bad.any():
+            bad = token_ids[is_bad.argmax()]
             raise InvalidRequest(f"token id {bad} is outside the vocabulary of {vocab_size}", "input_ids")
+        request.prompt_ids = token_ids.astype(np.int32)
         if not all(0 <= token < vocab_size for token in request.token_ids_logprob):
-            raise InvalidRequest(f"token_ids_logprob has ids outside the vocabulary of {vocab_size}", "token_ids_logprob")
+            raise InvalidRequest(
+                f"token_ids_logprob has ids outside the vocabulary of {vocab_size}", "token_ids_logprob"
+            )
         if not 0 <= request.top_logprobs_num <= vocab_size:
-            raise InvalidRequest(f"top_logprobs_num must be at least 0, got {request.top_logprobs_num}", "top_logprobs_num")
+            raise InvalidRequest(
+                f"top_logprobs_num must be at least 0, got {request.top_logprobs_num}", "top_logprobs_num"
+            )
         if not -1 <= request.logprob_start_len < request.prompt_len:
             raise InvalidRequest(
                 f"logprob_start_len must be -1 or a position of the prompt, which has {request.prompt_len} tokens; "

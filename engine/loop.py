@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from engine.model_runner import ModelRunner, Step
 from engine.output import OutputProcessor
+from engine.plan import Plan
 from engine.request import FinishReason, Request
-from engine.scheduler import Outcome, Plan, Scheduler
+from engine.scheduler import Outcome, Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class StepLoop:
         if step.done.done():
             await asyncio.sleep(0)  # the device is ahead of the host: let the connections have their turn all the same
         try:
-            await step.done
+            await asyncio.wrap_future(step.done)
         except Exception as error:
             await self._fail(step, error)
             return None
@@ -120,7 +121,7 @@ class StepLoop:
         logger.exception("a step of %d requests failed", len(step.plan.rows), exc_info=error)
         self.stats.num_failed_steps += 1
         while self._in_flight:  # what was launched behind it read what it never wrote
-            await asyncio.wait([self._in_flight.popleft().done])
+            await asyncio.wait([asyncio.wrap_future(self._in_flight.popleft().done)])
         reason = FinishReason("abort", message=f"step failed: {type(error).__name__}: {error}", status_code=500)
         now = time.perf_counter()
         for request in self.scheduler.fail(step.plan, reason):

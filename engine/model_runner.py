@@ -3,12 +3,9 @@
 On a GPU the stream keeps steps in order; on a CPU one worker thread does. Either way the caller goes on at once.
 """
 
-import asyncio
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +14,10 @@ from cache.pool import KVPool
 from engine.batch import ForwardBatch, Stager
 from engine.cuda_graph import DecodeGraphs
 from engine.models import CausalLM
+from engine.plan import Plan
 from engine.request import Logprobs, Request
 from engine.rows import Rows
 from engine.sampler import SampledLogprobs, Sampler, SamplingWork
-from engine.scheduler import Plan
 from kernels.bookkeeping import begin_step
 from kernels.sampling import logprobs
 
@@ -49,18 +46,18 @@ class PromptLogprobWork:
 
 @dataclass(slots=True, eq=False)
 class Step:
-    """A launched plan. `tokens` and the log-probabilities are valid after `done` has been awaited."""
+    """A launched plan. `tokens` and the log-probabilities are valid once `done` is; it raises what the step raised."""
 
     plan: Plan
     work: SamplingWork
     prompt_work: list[PromptLogprobWork]
     staged: torch.Tensor
     graph_size: int | None
-    done: asyncio.Future[None]
+    launched_at: float  # time.perf_counter()
+    done: Future[None] = field(default_factory=Future)
     tokens: torch.Tensor | None = None  # int32 [S], host
     sampled_logprobs: SampledLogprobs | None = None
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
-    launched_at: float = 0.0
 
 
 class ModelRunner:
@@ -88,7 +85,6 @@ class ModelRunner:
 
     def launch(self, plan: Plan) -> Step:
         """Enqueue `plan`. Everything it needs from the host is copied before this returns."""
-        loop = asyncio.get_running_loop()
         graph_size = self.graphs.size_for(plan) if self.graphs is not None else None
         step = Step(
             plan=plan,
@@ -96,33 +92,21 @@ class ModelRunner:
             prompt_work=self._plan_prompt_logprobs(plan),
             staged=self.stager.write(plan, graph_size),
             graph_size=graph_size,
-            done=loop.create_future(),
             launched_at=time.perf_counter(),
         )
-        if not self._is_cuda:
-            self._finish_in_worker(step, loop, self._run_on_cpu)
+        if self.stream is None:
+            step.done = self._worker.submit(self._run, step)
             return step
-        with torch.cuda.stream(self.stream):
-            self._run(step)
-            event = torch.cuda.Event(blocking=True)
-            event.record()
-        self._finish_in_worker(step, loop, lambda _: event.synchronize())
+        try:
+            with torch.cuda.stream(self.stream):
+                self._run(step)
+                event = torch.cuda.Event(blocking=True)
+                event.record()
+        except RuntimeError as error:  # out of memory, a kernel that cannot be launched: this step's failure alone
+            step.done.set_exception(error)
+        else:
+            step.done = self._worker.submit(event.synchronize)
         return step
-
-    def _finish_in_worker(self, step: Step, loop: asyncio.AbstractEventLoop, work: Callable[[Step], Any]) -> None:
-        def run() -> None:
-            try:
-                work(step)
-            except Exception as error:  # noqa: BLE001 - whatever a step raises is the step's result
-                loop.call_soon_threadsafe(_set_exception, step.done, error)
-            else:
-                loop.call_soon_threadsafe(_set_result, step.done)
-
-        self._worker.submit(run)
-
-    def _run_on_cpu(self, step: Step) -> None:
-        with torch.inference_mode():
-            self._run(step)
 
     @torch.inference_mode()
     def _run(self, step: Step) -> None:
@@ -189,16 +173,6 @@ class ModelRunner:
             return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
-
-
-def _set_result(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-def _set_exception(future: asyncio.Future[None], error: Exception) -> None:
-    if not future.done():
-        future.set_exception(error)
 
 
 def token_logprobs(values: SampledLogprobs | PromptLogprobs, i: int, token_id: int, request: Request) -> Logprobs:

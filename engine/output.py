@@ -74,10 +74,8 @@ class OutputProcessor:
         return len(delta.token_ids) >= self.stream_interval
 
     def _add_prompt_logprobs(self, values: PromptLogprobs) -> None:
-        request = values.request
-        if request.input_logprobs is None:
-            request.input_logprobs = Logprobs([(None, request.input_ids[request.logprob_start_len])], [None], [None])
-        collected = request.input_logprobs
+        request, collected = values.request, values.request.input_logprobs
+        assert collected is not None
         next_position = request.logprob_start_len + len(collected.token)
         for i in range(next_position - values.start - 1, len(values.chosen)):  # a retracted prompt repeats some
             _joined(collected, token_logprobs(values, i, request.input_ids[values.start + 1 + i], request))

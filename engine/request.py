@@ -48,7 +48,9 @@ class SamplingParams:
             raise InvalidRequest("sampling_params must be an object", "sampling_params")
         unknown = given.keys() - _FIELD_NAMES
         if unknown:
-            raise InvalidRequest(f"unknown sampling parameter: {', '.join(sorted(map(str, unknown)))}", "sampling_params")
+            raise InvalidRequest(
+                f"unknown sampling parameter: {', '.join(sorted(map(str, unknown)))}", "sampling_params"
+            )
         values = {**(defaults or {}), **{name: value for name, value in given.items() if value is not None}}
         params = cls(**{name: _coerce(name, value) for name, value in values.items()})
         if "max_new_tokens" in given and given["max_new_tokens"] is None:
@@ -123,7 +125,9 @@ def _coerce(name: str, value: Any) -> Any:
         return float(value)
     elif name in _STR_LIST_FIELDS:
         value = [value] if isinstance(value, str) else value
-        expect(isinstance(value, (list, tuple)) and all(isinstance(s, str) for s in value), "a string or a list of strings")
+        expect(
+            isinstance(value, (list, tuple)) and all(isinstance(s, str) for s in value), "a string or a list of strings"
+        )
         return [s for s in value if s]
     elif name == "stop_token_ids":
         expect(isinstance(value, (list, tuple)) and all(map(is_int, value)), "a list of integers")
@@ -223,6 +227,7 @@ class Request:
     num_cached_tokens: int = 0  # of the prompt, found in the cache when first admitted
     num_retractions: int = 0
     input_logprobs: Logprobs | None = None  # of the prompt from logprob_start_len on, complete at the first delta
+    prompt_ids: np.ndarray | None = None  # input_ids as int32, once checked
     text_stream: Any = None  # engine.detokenizer.TextStream, if someone reads its text as it grows
     unsent: Delta | None = None  # what the sink has not been given yet
     times: RequestTimes = field(default_factory=lambda: RequestTimes(arrived=time.perf_counter()))
@@ -236,4 +241,9 @@ class Request:
         return len(self.input_ids) + len(self.output_ids)
 
     def all_token_ids(self) -> np.ndarray:
-        return np.asarray(self.input_ids + self.output_ids, dtype=np.int32)
+        """int32 [num_tokens]; the prompt's part is made once."""
+        if self.prompt_ids is None:
+            self.prompt_ids = np.asarray(self.input_ids, np.int32)
+        if not self.output_ids:
+            return self.prompt_ids
+        return np.concatenate([self.prompt_ids, np.asarray(self.output_ids, np.int32)])

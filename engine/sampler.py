@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from engine.plan import Plan
 from engine.rows import Rows
-from engine.scheduler import Plan
 from kernels import sampling
 from kernels.bookkeeping import end_step
 

@@ -19,6 +19,7 @@ import numpy as np
 from cache.allocator import PageAllocator
 from cache.radix import NoCache, Node, RadixCache
 from engine.errors import PromptTooLong, QueueFull
+from engine.plan import Groups, Plan
 from engine.request import FinishReason, Request, Status
 from engine.rows import Rows
 
@@ -28,51 +29,13 @@ MIN_SHARED_TOKENS = 2048  # reads of shared KV a step must save for the grouped 
 _NO_EPOCHS = np.empty(0, np.int64)
 
 
-@dataclass(frozen=True, slots=True)
-class Groups:
-    """Decoding requests that share a cached prefix; see engine.batch.SharedPrefixes for the arrays' meaning."""
-
-    prefix_lens: np.ndarray
-    cu_members: np.ndarray
-    members: np.ndarray
-    own_starts: np.ndarray
-
-
-@dataclass(slots=True)
-class Plan:
-    """One step: B requests, T tokens; requests with one token first. All arrays are the plan's own."""
-
-    rows: np.ndarray  # int32 [B]
-    q_lens: np.ndarray  # int32 [B], tokens to compute
-    seq_lens: np.ndarray  # int32 [B], num_computed after the step
-    input_ids: np.ndarray  # int32 [T]; -1: the row's last sampled token, still on the device
-    out_cache_loc: np.ndarray  # int32 [T]
-    num_decodes: int
-    samples: np.ndarray  # int32 [S], indices into B of the requests whose next token is sampled
-    epochs: np.ndarray  # int64 [B], of the rows when scheduled
-    prefix_copies: list[tuple[int, int, np.ndarray]] = field(default_factory=list)  # (row, start, cached slots)
-    prompt_logprobs: list[tuple[int, Request, int]] = field(default_factory=list)  # (b, request, first position)
-    prefill_only: list[tuple[int, Request]] = field(default_factory=list)  # (b, request) that end with this step
-    groups: Groups | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        return len(self.input_ids) - self.num_decodes
-
-    @property
-    def is_decode(self) -> bool:
-        return self.num_decodes == len(self.rows)
-
-
 @dataclass(slots=True)
 class Outcome:
     """What a resolved step means to those who wait: new tokens, and requests that ended."""
 
-    tokens: list[tuple[Request, int, int]] = field(default_factory=list)  # (request, token, index in the step's samples)
+    tokens: list[tuple[Request, int, int]] = field(
+        default_factory=list
+    )  # (request, token, index in the step's samples)
     finished: list[Request] = field(default_factory=list)
     num_tokens: int = 0
 
@@ -416,7 +379,8 @@ class Scheduler:
     # ---- the queue's order ----
 
     def _sort_waiting(self) -> None:
-        if self._is_sorted and self.policy == "fcfs":
+        """Anew when requests have come: a tree that grows in between is worth less than matching the queue again."""
+        if self._is_sorted:
             return
         self._is_sorted = True
         policy = self.policy if len(self.waiting) <= MAX_SORTED_QUEUE else "fcfs"

@@ -4,20 +4,19 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.errors import EngineError, InvalidRequest
 from engine.request import Delta, FinishReason, Request, SamplingParams, Status
-from server.protocol import Engine, Fields
+from server.protocol import Engine, TokenizerFacade
 
 logger = logging.getLogger(__name__)
 
-MAX_REQUESTS = 65536  # of one HTTP request: prompts times n
-MAX_N = 128
 MAX_LOGGED_CHARS = 2048
+CLIENT_CLOSED_REQUEST = 499
 
 
 class RequestFailed(EngineError):
@@ -26,6 +25,11 @@ class RequestFailed(EngineError):
     def __init__(self, reason: FinishReason) -> None:
         super().__init__(reason.message or "the request failed")
         self.status_code = reason.status_code or 500
+
+
+def is_failure(reason: FinishReason | None) -> bool:
+    """Did the request end in an error, rather than by itself or by its client's abort?"""
+    return reason is not None and reason.status_code not in (None, CLIENT_CLOSED_REQUEST)
 
 
 def ignore(delta: Delta) -> None:
@@ -55,7 +59,7 @@ def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingPar
         Request(
             rid=rid,
             input_ids=input_ids,
-            sampling_params=params if len(rids) == 1 else _nth_params(params, i),
+            sampling_params=_own_params(params, i),
             sink=ignore,
             stream=options.stream,
             return_logprob=options.return_logprob,
@@ -69,17 +73,10 @@ def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingPar
     ]
 
 
-def _nth_params(params: SamplingParams, i: int) -> SamplingParams:
-    """Its own copy for the i-th of n answers: equal seeds would make equal answers."""
-    import dataclasses
-
+def _own_params(params: SamplingParams, i: int) -> SamplingParams:
+    """A copy for the i-th answer, because the engine fills in its length limit and equal seeds make equal answers."""
     seed = params.sampling_seed
-    return dataclasses.replace(params, n=1, sampling_seed=None if seed is None else seed + i)
-
-
-def cache_namespace(fields: Fields) -> str:
-    """Requests share cached prefixes only within one `extra_key` and one `cache_salt`."""
-    return fields.text("extra_key") + fields.text("cache_salt")
+    return replace(params, n=1, sampling_seed=None if seed is None else seed + i)
 
 
 class LiveRequests:
@@ -88,9 +85,9 @@ class LiveRequests:
     A disconnect cancels the handler (aiohttp's handler_cancellation), so the engine hears of it at once.
     """
 
-    def __init__(self, engine: Engine, *, log_level: int | None = None) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._log_level = log_level  # None: no line a request; 0 to 3: how much each line tells
+        self.observers: list[Callable[[Request], None]] = []  # called with each request that ended
         self._rids: dict[str, list[str]] = {}  # rid given by the client -> rids of the requests made of it
 
     @contextmanager
@@ -99,17 +96,19 @@ class LiveRequests:
         if rid in self._rids:
             raise InvalidRequest(f"a request with rid {rid!r} is still running", "rid")
         self._rids[rid] = [request.rid for request in requests]
+        accepted: list[Request] = []
         try:
             for request in requests:
                 self.engine.submit(request)
+                accepted.append(request)
             yield
         finally:
             del self._rids[rid]
-            for request in requests:
+            for request in accepted:
                 if request.status is not Status.FINISHED:
                     self.engine.abort(request.rid)
-                if self._log_level is not None:
-                    self._log(request, self._log_level)
+                for observe in self.observers:
+                    observe(request)
 
     async def answers(self, rid: str, requests: Sequence[Request]) -> list[Delta]:
         """The whole answer of each request. Raises when one of them failed."""
@@ -122,24 +121,6 @@ class LiveRequests:
     def abort(self, rid: str) -> None:
         for request_rid in self._rids.get(rid, [rid]):
             self.engine.abort(request_rid)
-
-    def _log(self, request: Request, level: int) -> None:
-        reason = request.finish_reason
-        told: dict[str, Any] = {
-            "prompt_tokens": request.prompt_len,
-            "completion_tokens": len(request.output_ids),
-            "cached_tokens": request.num_cached_tokens,
-            "finish_reason": reason.type if reason else None,
-            "seconds": round((request.times.finished or time.perf_counter()) - request.times.arrived, 4),
-        }
-        if level >= 1:
-            told["sampling_params"] = request.sampling_params
-        if level >= 2:
-            limit = MAX_LOGGED_CHARS if level == 2 else None
-            decode = self.engine.tokenizer.decode
-            told["prompt"] = decode(request.input_ids, skip_special_tokens=False)[:limit]
-            told["answer"] = decode(request.output_ids, skip_special_tokens=False)[:limit]
-        logger.info("request %s: %s", request.rid, ", ".join(f"{name}={value!r}" for name, value in told.items()))
 
 
 class _Collector:
@@ -157,10 +138,35 @@ class _Collector:
         if self.done.done():  # the handler has gone: this is the answer to its abort
             return
         reason = delta.finish_reason
-        if reason is not None and reason.status_code is not None:
+        if reason is not None and is_failure(reason):
             self.done.set_exception(RequestFailed(reason))
             return
         self._deltas[i] = delta
         self._num_missing -= 1
         if not self._num_missing:
             self.done.set_result([delta for delta in self._deltas if delta is not None])
+
+
+class RequestLog:
+    """Writes a line for each request that ended. `level` 0 to 3: how much it tells, see --log-requests-level."""
+
+    def __init__(self, tokenizer: TokenizerFacade, level: int) -> None:
+        self.tokenizer, self.level = tokenizer, level
+
+    def __call__(self, request: Request) -> None:
+        reason = request.finish_reason
+        told: dict[str, Any] = {
+            "prompt_tokens": request.prompt_len,
+            "completion_tokens": len(request.output_ids),
+            "cached_tokens": request.num_cached_tokens,
+            "finish_reason": reason.type if reason else None,
+            "seconds": round((request.times.finished or time.perf_counter()) - request.times.arrived, 4),
+        }
+        if self.level >= 1:
+            told["sampling_params"] = request.sampling_params
+        if self.level >= 2:
+            limit = MAX_LOGGED_CHARS if self.level == 2 else None
+            decode = self.tokenizer.decode
+            told["prompt"] = decode(request.input_ids, skip_special_tokens=False)[:limit]
+            told["answer"] = decode(request.output_ids, skip_special_tokens=False)[:limit]
+        logger.info("request %s: %s", request.rid, ", ".join(f"{name}={value!r}" for name, value in told.items()))

@@ -1,7 +1,7 @@
-"""What the APIs share: the engine as they see it, typed reading of JSON bodies, and answers in each API's error shape."""
+"""What the APIs share: the engine as they see it, typed reading of JSON bodies, and errors in each API's shape."""
 
 import math
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any, NoReturn, Protocol
 
 import orjson
@@ -12,36 +12,44 @@ from engine.request import Delta, Request
 
 JSON = dict[str, Any]
 MAX_INT = 1 << 53  # beyond it JSON numbers are not exact
+MAX_REQUESTS = 65536  # of one HTTP request: prompts times n
+MAX_N = 128
 
 
 class ModelInfo(Protocol):
-    vocab_size: int
-    model_type: str
-    architectures: Any
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def architectures(self) -> Sequence[str]: ...
 
 
 class TokenizerFacade(Protocol):
-    chat_template: Any  # str, dict of named ones, or None
+    @property
+    def chat_template(self) -> str | dict[str, str] | None: ...
 
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
     def token_text(self, token_id: int) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
     def render_chat(
         self,
-        messages: list[JSON],
-        tools: list[JSON] | None = None,
+        messages: Sequence[JSON],
+        tools: Sequence[JSON] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        chat_template: str | None = None,
         **kwargs: Any,
     ) -> str: ...
 
 
 class HealthInfo(Protocol):
-    status: str  # "ok", "starting", "stuck" or "stopping"
-    last_step_age_s: float
-    oldest_queued_s: float
-    num_running: int
-    num_queued: int
+    @property
+    def status(self) -> str: ...  # "ok", or why not
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_queued(self) -> int: ...
 
 
 class Engine(Protocol):
@@ -61,7 +69,7 @@ class Engine(Protocol):
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
     def submit(self, request: Request) -> None: ...
     def abort(self, rid: str) -> bool: ...
-    def abort_all(self) -> None: ...
+    def abort_all(self, message: str = ..., status_code: int = ...) -> int: ...
     def generate(self, request: Request) -> AsyncIterator[Delta]: ...
     def flush_cache(self) -> bool: ...
     def stats(self) -> Any: ...
@@ -163,6 +171,30 @@ def check_token_ids(ids: Any, vocab_size: int, field: str) -> list[int]:
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(f"{field} holds {token_id}, the vocabulary has ids 0 to {vocab_size - 1}", field)
     return ids
+
+
+async def encode_prompt(engine: Engine, text: Any, field: str) -> list[int]:
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{field} must be a string", field)
+    ids = await engine.encode(text) if text else []
+    if not ids:
+        raise InvalidRequest(f"{field} is an empty prompt: it needs at least one token", field)
+    return ids
+
+
+def check_batch_size(count: int, field: str) -> None:
+    if count > MAX_REQUESTS:
+        raise InvalidRequest(f"{field} has {count} prompts, the limit is {MAX_REQUESTS}", field)
+
+
+def check_n(n: int, num_prompts: int) -> None:
+    if n > MAX_N or n * num_prompts > MAX_REQUESTS:
+        raise InvalidRequest(f"n must be between 1 and {min(MAX_N, MAX_REQUESTS // num_prompts)}, got {n}", "n")
+
+
+def cache_namespace(fields: Fields) -> str:
+    """Requests share cached prefixes only within one `extra_key` and one `cache_salt`."""
+    return fields.text("extra_key") + fields.text("cache_salt")
 
 
 async def read_json(request: web.Request) -> Fields:

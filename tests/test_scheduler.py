@@ -8,9 +8,10 @@ import pytest
 from cache.allocator import PageAllocator
 from cache.radix import NoCache, RadixCache
 from engine.errors import PromptTooLong, QueueFull
+from engine.plan import Plan
 from engine.request import FinishReason, Request, SamplingParams, Status
 from engine.rows import Rows
-from engine.scheduler import Outcome, Plan, Scheduler
+from engine.scheduler import Outcome, Scheduler
 
 VOCAB = 1000
 EOS = 0
@@ -34,7 +35,12 @@ class Traffic:
         self.allocator = PageAllocator(num_tokens // page_size + 1, page_size)
         self.cache = (RadixCache if cached else NoCache)(page_size)
         self.scheduler = Scheduler(
-            self.rows, self.allocator, self.cache, is_eos=is_eos, chunked_prefill_size=chunk, **options  # type: ignore[arg-type]
+            self.rows,
+            self.allocator,
+            self.cache,
+            is_eos=is_eos,
+            chunked_prefill_size=chunk,
+            **options,  # type: ignore[arg-type]
         )
         self.depth = depth
         self.in_flight: list[tuple[Plan, np.ndarray]] = []

@@ -7,14 +7,15 @@ Nothing of a module is needed here: weights are never trained, and they get thei
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 
 from engine.errors import ModelError
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard:
     """One of `count` equal slices; all of it by default."""
 
     index: int = 0
@@ -24,6 +25,9 @@ class Shard(NamedTuple):
         if size % self.count:
             raise ModelError(f"{what} is {size}, which cannot be split over {self.count} ranks")
         return size // self.count
+
+
+WHOLE = Shard()
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Layer:
     def materialize(self, device: torch.device) -> None:
         """Give this layer's weights memory on `device`; what they hold is undefined."""
         for name, weight in self.weights():
-            setattr(self, name, torch.empty_like(weight, device=device))
+            setattr(self, name, torch.empty(weight.shape, dtype=weight.dtype, device=device))
 
     def load_weight(self, name: str, loaded: torch.Tensor, part: int) -> None:
         """Copy this rank's shard of a checkpoint's tensor into weight `name`, of which it is the `part`-th part.
@@ -97,7 +101,7 @@ def meta_weight(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def copy_weight(target: torch.Tensor, loaded: torch.Tensor, dim: int = 0, shard: Shard = Shard()) -> None:
+def copy_weight(target: torch.Tensor, loaded: torch.Tensor, dim: int = 0, shard: Shard = WHOLE) -> None:
     """Copy a shard of `loaded` along `dim`: with a change of dtype and device, but never of shape."""
     wanted = list(target.shape)
     wanted[dim] *= shard.count

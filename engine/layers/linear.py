@@ -11,7 +11,7 @@ import torch
 from engine.errors import ModelError
 from engine.layers.layer import Layer, LayerConfig, Shard, copy_weight, meta_weight
 from engine.layers.norm import RMSNorm
-from kernels.gemm import act_linear_add, linear_add, norm_linear
+from kernels.gemm import linear_add, norm_linear, norm_linear_act
 
 # Hugging Face's name -> the kernels'
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -42,11 +42,15 @@ class ColumnParallelLinear(Layer):
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
-    """Several products of the same input, each split evenly: gate and up."""
+    """Several products of the same input, each split evenly."""
 
     def __init__(self, input_size: int, output_sizes: list[int], bias: bool, layers: LayerConfig) -> None:
         part_sizes = [layers.split(size, "output size") for size in output_sizes]
         super().__init__(input_size, part_sizes, [layers.shard] * len(output_sizes), bias, layers)
+
+    def gated(self, h: torch.Tensor, norm: RMSNorm, act: str) -> torch.Tensor:
+        """act(gate) * up of two products, gate and up: [T, 2N] is not kept."""
+        return norm_linear_act(h, norm.weight, norm.eps, self.weight, self.bias, act)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
@@ -82,12 +86,11 @@ class RowParallelLinear(Layer):
     def __call__(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         return linear_add(x, self.weight, h, self.bias)
 
-    def gated(self, gate_up: torch.Tensor, h: torch.Tensor, act: str) -> torch.Tensor:
-        """The same of x = act(gate) * up, where `gate_up` [T, 2K] holds gate and then up."""
-        return act_linear_add(gate_up, self.weight, h, self.bias, act)
-
     def load_weight(self, name: str, loaded: torch.Tensor, part: int) -> None:
-        copy_weight(getattr(self, name), loaded, 1, self.shard if name == "weight" else Shard())
+        if name == "weight":
+            copy_weight(self.weight, loaded, 1, self.shard)
+        else:  # every rank holds the whole bias
+            super().load_weight(name, loaded, part)
 
 
 def activation(hidden_act: str) -> str:

@@ -40,6 +40,8 @@ class CausalLM(Layer):
 
 def build_model(config: ModelConfig, layers: LayerConfig) -> CausalLM:
     """The model with its weights still on the meta device. `ModelError` if no class runs its architecture."""
+    if quantization := config.raw.get("quantization_config"):
+        raise ModelError(f"quantization method not supported: {quantization.get('quant_method')}")
     for architecture in config.architectures:
         if architecture in REGISTRY:
             module, name = REGISTRY[architecture].split(":")

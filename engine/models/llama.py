@@ -92,8 +92,7 @@ class LlamaMLP(Layer):
         self.act = activation(config.hidden_act)
 
     def __call__(self, h: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
-        gate_up = self.gate_up_proj(h, norm)  # [T, 2 inner]
-        return self.down_proj.gated(gate_up, h, self.act)
+        return self.down_proj(self.gate_up_proj.gated(h, norm, self.act), h)
 
 
 class LlamaDecoderLayer(Layer):
@@ -126,7 +125,7 @@ class LlamaModel(Layer):
 
 
 class LlamaForCausalLM(CausalLM):
-    packed_modules_mapping = {
+    packed_modules_mapping: ClassVar = {
         "qkv_proj": ("q_proj", "k_proj", "v_proj"),
         "gate_up_proj": ("gate_proj", "up_proj"),
     }

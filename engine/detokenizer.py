@@ -1,0 +1,503 @@
+"""Token ids to text, as they are generated: no half characters, no half stop strings.
+
+A `TextStream` is a decoder (ids to text) and, where a request has stops, a `StopScanner` (text to released text).
+Most tokenizers decode token by token, so a dict of ready pieces does it: `ByteLevelDecoder` (GPT-2's alphabet: Llama 3,
+Qwen, SmolLM, DeepSeek) and `ByteFallbackDecoder` (SentencePiece's: Llama 2, Mistral, Gemma). For any other one,
+`WindowDecoder` decodes the last few tokens again. All give what decoding all ids at once gives.
+"""
+
+import re
+from codecs import utf_8_decode
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
+from typing import Any, Protocol
+
+import regex  # type: ignore[import-untyped]
+
+from engine.errors import InvalidRequest
+from engine.request import SamplingParams
+
+REPLACEMENT = "\ufffd"
+REGEX_WINDOW = 1024  # characters: a longer match of a stop regex loses its start
+REGEX_TIMEOUT_S = 0.05  # of one search; a pattern that backtracks without end fails its own request
+WINDOW_CONTEXT = 5  # prompt tokens that `WindowDecoder` decodes along
+BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte: itself where it is visible in Latin-1, else from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in visible}
+    hidden = (byte for byte in range(256) if byte not in visible)
+    return alphabet | {chr(0x100 + index): byte for index, byte in enumerate(hidden)}
+
+
+BYTE_OF_CHAR = byte_alphabet()
+
+# The text of a token, or its bytes where only its neighbours make them whole UTF-8; b"" for a token left out.
+Piece = str | bytes
+
+
+class Pieces(dict[int, Piece]):
+    """Token id to piece, filled at first use: a large vocabulary costs nothing at start."""
+
+    def __init__(self, piece_of: Callable[[int], Piece]) -> None:
+        self._piece_of = piece_of
+
+    def __missing__(self, token_id: int) -> Piece:
+        piece = self[token_id] = self._piece_of(token_id)
+        return piece
+
+
+class Decoder(Protocol):
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Text that no later token can change."""
+
+    def finish(self) -> str:
+        """The rest; what is still not whole UTF-8 becomes U+FFFD."""
+
+
+class ByteLevelDecoder:
+    """Tokens are bytes. A character is emitted with its last byte, U+FFFD as soon as bytes cannot become one."""
+
+    __slots__ = ("_pending", "_pieces")
+
+    def __init__(self, pieces: Pieces) -> None:
+        self._pieces = pieces
+        self._pending = b""  # the start of a character
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        pieces = self._pieces
+        texts = []
+        for token_id in token_ids:
+            piece = pieces[token_id]
+            if isinstance(piece, str):
+                if self._pending:
+                    texts.append(self.finish())
+                texts.append(piece)
+            else:
+                self._pending += piece
+                text, num_used = utf_8_decode(self._pending, "replace", False)
+                self._pending = self._pending[num_used:]
+                texts.append(text)
+        return "".join(texts)
+
+    def finish(self) -> str:
+        pending, self._pending = self._pending, b""
+        return pending.decode("utf-8", "replace")
+
+
+def replace(text: str, is_first: bool, old: str, new: str, first_new: str) -> str:
+    return text.replace(old, first_new if is_first else new)
+
+
+class TokenSteps:
+    """What a SentencePiece-like decoder does to tokens, in the order the tokenizers library does it.
+
+    Before `ByteFallback` to each token, after it to each token or run of byte tokens, then to the whole text's start.
+    """
+
+    def __init__(self, steps: list[dict[str, Any]]) -> None:
+        """Raises ValueError if a step looks at more than one token, so that no table can be made of it."""
+        self.has_byte_fallback = False
+        self.strip_char, self.num_strip = "", 0
+        self._before: list[Callable[[str, bool], str]] = []
+        self._after: list[Callable[[str, bool], str]] = []
+        is_fused = False
+        for step in steps:
+            match step:
+                case {"type": "Fuse"}:
+                    is_fused = True
+                case {"type": "Strip", "content": str(char), "start": int(num), "stop": 0} if (
+                    is_fused and not self.num_strip
+                ):
+                    self.strip_char, self.num_strip = char, num
+                case {"type": "ByteFallback"} if not is_fused and not self.has_byte_fallback:
+                    self.has_byte_fallback = True
+                case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)} if not is_fused:
+                    self._add(partial(replace, old=old, new=new, first_new=new))
+                case {"type": "Metaspace", "replacement": str(mark), "prepend_scheme": str(scheme)} if not is_fused:
+                    self._add(partial(replace, old=mark, new=" ", first_new=" " if scheme == "never" else ""))
+                case _:
+                    raise ValueError(f"decoder step {step} is not token by token")
+
+    def _add(self, step: Callable[[str, bool], str]) -> None:
+        (self._after if self.has_byte_fallback else self._before).append(step)
+
+    def piece(self, token: str, is_first: bool = False) -> Piece:
+        token = reduce(lambda text, step: step(text, is_first), self._before, token)
+        if self.has_byte_fallback and (byte := BYTE_TOKEN.fullmatch(token)):
+            return bytes.fromhex(byte[1])
+        return self._finish(token, is_first)
+
+    def run(self, data: bytes, is_first: bool) -> str:
+        """Text of consecutive byte tokens: if they are not whole UTF-8, the library gives U+FFFD for every byte."""
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            text = REPLACEMENT * len(data)
+        return self._finish(text, is_first)
+
+    def _finish(self, text: str, is_first: bool) -> str:
+        return reduce(lambda text, step: step(text, is_first), self._after, text)
+
+
+class ByteFallbackDecoder:
+    """Tokens are text, or single bytes of characters that the vocabulary lacks.
+
+    One bad byte spoils its whole run of byte tokens (see `TokenSteps.run`), so a run is held back until it ends.
+    """
+
+    __slots__ = ("_first_piece", "_is_first", "_num_strip", "_pending", "_pieces", "_steps")
+
+    def __init__(
+        self, pieces: Pieces, steps: TokenSteps, first_piece: Callable[[int], Piece], is_at_start: bool
+    ) -> None:
+        self._pieces = pieces
+        self._steps = steps
+        self._first_piece = first_piece
+        self._is_first = is_at_start
+        self._num_strip = steps.num_strip if is_at_start else 0  # that may still be dropped from the text's start
+        self._pending = b""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        pieces = self._pieces
+        texts = []
+        for token_id in token_ids:
+            piece = pieces[token_id]
+            if self._is_first and not self._pending and piece != b"":
+                piece = self._first_piece(token_id)
+                self._is_first = isinstance(piece, bytes)  # then the whole run is the first
+            if isinstance(piece, str):
+                if self._pending:
+                    texts.append(self._flush())
+                texts.append(piece)
+            else:
+                self._pending += piece
+        text = "".join(texts)
+        return self._strip(text) if self._num_strip and text else text
+
+    def finish(self) -> str:
+        text = self._flush() if self._pending else ""
+        return self._strip(text) if self._num_strip and text else text
+
+    def _flush(self) -> str:
+        text = self._steps.run(self._pending, self._is_first)
+        self._pending, self._is_first = b"", False
+        return text
+
+    def _strip(self, text: str) -> str:
+        while self._num_strip and text.startswith(self._steps.strip_char):
+            text = text[1:]
+            self._num_strip -= 1
+        if text:
+            self._num_strip = 0
+        return text
+
+
+class WindowDecoder:
+    """Any tokenizer: the text that a token adds to the few before it.
+
+    Exact where a token's text depends on no token but the one before it (WordPiece, BPE with an end-of-word suffix).
+    Costs two decode calls a push. The algorithm is that of text-generation-inference.
+    """
+
+    __slots__ = ("_decode", "_ids", "_is_shown", "_num_read")
+
+    def __init__(self, decode: Callable[[list[int]], str], is_shown: Callable[[int], bool], context: list[int]) -> None:
+        self._decode = decode
+        self._is_shown = is_shown
+        self._ids = context  # the window
+        self._num_read = len(context)  # of the window, whose text is out
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        self._ids += filter(self._is_shown, token_ids)
+        text = self._new_text()
+        if not text or text.endswith(REPLACEMENT):
+            return ""
+        self._ids = self._ids[self._num_read :]
+        self._num_read = len(self._ids)
+        return text
+
+    def finish(self) -> str:
+        text = self._new_text()
+        self._num_read = len(self._ids)
+        return text
+
+    def _new_text(self) -> str:
+        return self._decode(self._ids)[len(self._decode(self._ids[: self._num_read])) :]
+
+
+class StopStrings:
+    """Which of some strings ends first in a text that comes in parts: the automaton of Aho and Corasick (1975).
+
+    A state stands for the longest tail of the text that starts one of the strings: exactly what must be held back.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._next: list[dict[str, int]] = [{}]
+        self._fail = [0]
+        self.num_chars = [0]  # of a state: the length of its tail
+        self.stop: list[str | None] = [None]  # of a state: the longest stop string that its tail ends with
+        for stop in filter(None, stops):
+            state = 0
+            for num_chars, char in enumerate(stop, start=1):
+                state = self._next[state].setdefault(char, len(self._next))
+                if state == len(self._next):
+                    self._next.append({})
+                    self._fail.append(0)
+                    self.num_chars.append(num_chars)
+                    self.stop.append(None)
+            self.stop[state] = stop
+        self._first_chars = frozenset(self._next[0])
+        level = list(self._next[0].values())
+        while level:  # breadth first: a state's fail link points to a shorter tail
+            below = []
+            for state in level:
+                for char, child in self._next[state].items():
+                    self._fail[child] = self._step(self._fail[state], char)
+                    self.stop[child] = self.stop[child] or self.stop[self._fail[child]]
+                    below.append(child)
+            level = below
+
+    def _step(self, state: int, char: str) -> int:
+        while (after := self._next[state].get(char)) is None:
+            if not state:
+                return 0
+            state = self._fail[state]
+        return after
+
+    def scan(self, state: int, text: str) -> tuple[int, int]:
+        """(state after `text`, -1), or (state, characters read) at the first end of a stop string."""
+        if not state and self._first_chars.isdisjoint(text):
+            return 0, -1  # most texts: saves the walk
+        for index, char in enumerate(text):
+            state = self._step(state, char)
+            if self.stop[state] is not None:
+                return state, index + 1
+        return state, -1
+
+
+class StopScanner:
+    """Text in, text that can be no part of a stop out.
+
+    The stop that ends first wins, the longest of those; so where tokens begin and end makes no difference to strings.
+    A regex sees the text so far (`$` matches there) and is searched for in what is held back, at most the last
+    `REGEX_WINDOW` characters: a pattern like `.*END` holds back that much, and costs no more however long the answer.
+    """
+
+    def __init__(self, stops: Sequence[str], patterns: Sequence[str], is_kept: bool) -> None:
+        self.matched_stop: str | None = None  # the string, or the regex's pattern
+        self._is_kept = is_kept
+        self._strings = StopStrings(stops)
+        self._state = 0
+        self._held = ""
+        self._released = ""  # the last of it, for a regex's look-behind
+        try:
+            self._patterns = [regex.compile(pattern) for pattern in patterns]
+        except regex.error as error:
+            raise InvalidRequest(f"stop_regex is not a regular expression: {error}", "stop_regex") from None
+
+    def push(self, text: str) -> str:
+        self._state, end = self._strings.scan(self._state, text)
+        if not (self._state or self._held or self._patterns):
+            return text
+        num_before = len(self._held)
+        self._held += text
+        matches = []  # (end, start, stop) in the held text
+        if end >= 0 and (stop := self._strings.stop[self._state]) is not None:
+            end += num_before
+            matches.append((end, end - len(stop), stop))
+        num_held = self._strings.num_chars[self._state]
+        for pattern in self._patterns:
+            found = self._search(pattern, len(text))
+            if found is None:
+                continue
+            start, match_end = (place - len(self._released) for place in found.span())
+            if found.partial:
+                num_held = max(num_held, min(len(self._held) - start, REGEX_WINDOW))
+            else:
+                matches.append((match_end, start, pattern.pattern))
+        if matches:
+            end, start, self.matched_stop = min(matches)
+            return self._release(end if self._is_kept else start)
+        return self._release(len(self._held) - num_held)
+
+    def finish(self) -> str:
+        return self._release(len(self._held)) if self.matched_stop is None else ""
+
+    def _search(self, pattern: "regex.Pattern[str]", num_new: int) -> "regex.Match[str] | None":
+        text = self._released + self._held
+        start = max(len(self._released), len(text) - num_new - REGEX_WINDOW)
+        try:
+            return pattern.search(text, start, partial=True, timeout=REGEX_TIMEOUT_S)
+        except TimeoutError:
+            limit_ms = REGEX_TIMEOUT_S * 1e3
+            message = (
+                f"stop_regex {pattern.pattern!r} took more than {limit_ms:.0f} ms on {len(text) - start} characters"
+            )
+            raise InvalidRequest(message, "stop_regex") from None
+
+    def _release(self, num_chars: int) -> str:
+        text, self._held = self._held[:num_chars], self._held[num_chars:]
+        if self._patterns:
+            self._released = (self._released + text)[-REGEX_WINDOW:]
+        return text
+
+
+class TextStream:
+    """The text of one answer, as its tokens come."""
+
+    __slots__ = ("_decoder", "_parts", "_scanner", "_stop_tokens")
+
+    def __init__(self, decoder: Decoder, scanner: StopScanner | None, stop_tokens: Mapping[int, str]) -> None:
+        """`stop_tokens`: stop strings that are one special token each, whose text is left out of the answer."""
+        self._decoder = decoder
+        self._scanner = scanner
+        self._stop_tokens = stop_tokens
+        self._parts: list[str] = []
+
+    @property
+    def matched_stop(self) -> str | None:
+        """The stop string, or the pattern of the stop regex, that ended the text; nothing is released after it."""
+        return self._scanner.matched_stop if self._scanner is not None else None
+
+    @property
+    def text(self) -> str:
+        """All text released so far."""
+        if len(self._parts) > 1:
+            self._parts = ["".join(self._parts)]
+        return self._parts[0] if self._parts else ""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that `token_ids` release: whole characters, and nothing that may become a stop.
+
+        Raises `InvalidRequest` if a stop regex takes too long.
+        """
+        text = (
+            self._decoder.push(token_ids) if self._scanner is None else self._push_until_stop(token_ids, self._scanner)
+        )
+        if text:
+            self._parts.append(text)
+        return text
+
+    def finish(self) -> str:
+        """The text still held back. Call it once, after the last push."""
+        text = self._decoder.finish()
+        if self._scanner is not None:
+            text = "" if self._scanner.matched_stop is not None else self._scanner.push(text) + self._scanner.finish()
+        if text:
+            self._parts.append(text)
+        return text
+
+    def _push_until_stop(self, token_ids: Sequence[int], scanner: StopScanner) -> str:
+        if scanner.matched_stop is not None:
+            return ""
+        for index, token_id in enumerate(token_ids):
+            if token_id in self._stop_tokens:
+                text = scanner.push(self._decoder.push(token_ids[:index]) + self._decoder.finish())
+                if scanner.matched_stop is None:
+                    text += scanner.finish()
+                    scanner.matched_stop = self._stop_tokens[token_id]
+                return text
+        return scanner.push(self._decoder.push(token_ids))
+
+
+class Detokenizer:
+    """Makes the text streams of one tokenizer, and knows the text and bytes of its single tokens.
+
+    `decoder`: the tokenizers library's own description of its decoder; None: there is none, or it is not that library.
+    """
+
+    def __init__(
+        self,
+        decoder: dict[str, Any] | None,
+        id_to_token: Callable[[int], str | None],
+        decode: Callable[[list[int]], str],
+        special_tokens: Mapping[str, int],
+    ) -> None:
+        self._id_to_token = id_to_token
+        self._decode = decode
+        self._special_tokens = special_tokens
+        self._special_ids = frozenset(special_tokens.values())
+        self._is_byte_level = False
+        self._steps: TokenSteps | None = None
+        if decoder is not None:
+            steps = flatten(decoder)
+            self._is_byte_level = [step["type"] for step in steps if step["type"] != "Fuse"] == ["ByteLevel"]
+            if not self._is_byte_level:
+                try:
+                    self._steps = TokenSteps(steps)
+                except ValueError:
+                    self._steps = None
+        self._all_pieces = Pieces(self._piece)
+        self._shown_pieces = Pieces(
+            lambda token_id: b"" if token_id in self._special_ids else self._all_pieces[token_id]
+        )
+
+    def stream(self, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> TextStream:
+        """A stream for the tokens that follow `prompt_ids`.
+
+        After a prompt, a first token keeps the space that SentencePiece drops from the start of a text.
+        """
+        is_skipping = params.skip_special_tokens
+        stop_tokens: dict[int, str] = {}
+        scanner = None
+        if params.stop or params.stop_regex:
+            scanner = StopScanner(params.stop, params.stop_regex, params.no_stop_trim)
+            if is_skipping:
+                stop_tokens = {self._special_tokens[stop]: stop for stop in params.stop if stop in self._special_tokens}
+        return TextStream(self._decoder(is_skipping, prompt_ids), scanner, stop_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        piece = self._all_pieces[token_id]
+        return piece.encode() if isinstance(piece, str) else piece
+
+    def token_text(self, token_id: int) -> str:
+        """The token's text, spaces kept; bytes that are not whole UTF-8 by themselves show as U+FFFD."""
+        piece = self._all_pieces[token_id]
+        return piece if isinstance(piece, str) else piece.decode("utf-8", "replace")
+
+    def _decoder(self, is_skipping: bool, prompt_ids: Sequence[int]) -> Decoder:
+        pieces = self._shown_pieces if is_skipping else self._all_pieces
+        if self._is_byte_level:
+            return ByteLevelDecoder(pieces)
+
+        def is_shown(token_id: int) -> bool:
+            return not (is_skipping and token_id in self._special_ids) and self._id_to_token(token_id) is not None
+
+        if self._steps is None:
+            context = list(filter(is_shown, prompt_ids[-WINDOW_CONTEXT:]))
+            return WindowDecoder(self._decode, is_shown, context)
+        is_at_start = not any(map(is_shown, prompt_ids))
+        return ByteFallbackDecoder(pieces, self._steps, self._first_piece, is_at_start)
+
+    def _piece(self, token_id: int) -> Piece:
+        token = self._id_to_token(token_id)
+        if token is None:
+            return b""
+        if self._is_byte_level:
+            return byte_level_piece(token)
+        return self._decode([token_id]) if self._steps is None else self._steps.piece(token)
+
+    def _first_piece(self, token_id: int) -> Piece:
+        token = self._id_to_token(token_id)
+        assert token is not None and self._steps is not None, "an unknown id has no piece to be first"
+        return self._steps.piece(token, is_first=True)
+
+
+def flatten(decoder: dict[str, Any]) -> list[dict[str, Any]]:
+    if decoder["type"] != "Sequence":
+        return [decoder]
+    return [step for inner in decoder["decoders"] for step in flatten(inner)]
+
+
+def byte_level_piece(token: str) -> Piece:
+    """A token with a character outside the alphabet (an added token, mostly) stands for itself."""
+    try:
+        data = bytes(BYTE_OF_CHAR[char] for char in token)
+        return data.decode()
+    except KeyError:
+        return token
+    except UnicodeDecodeError:
+        return data

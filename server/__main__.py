@@ -1,0 +1,156 @@
+"""`python -m server`, and the console script `radixloop`."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+
+import uvloop
+from aiohttp import web
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from engine.errors import ModelError
+from engine.request import Request, SamplingParams
+from server.app import build_app
+from server.config import ServerConfig, parse_args
+from server.live import ignore, new_rid
+from server.protocol import Engine
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until SIGINT or SIGTERM. Returns the exit status: 0 after a signal, 1 if the server cannot start."""
+    config = parse_args(sys.argv[1:] if argv is None else argv)
+    # Before torch is imported: its OpenMP threads must not spin while they wait, or they starve the event loop.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    set_up_logging(config)
+    console = Console(stderr=True)
+    try:
+        with bind(config.host, config.port) as listener:  # before minutes go into loading
+            uvloop.run(serve(config, listener, console))
+    except (ModelError, StartError) as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+class StartError(Exception):
+    """The server cannot start, for a reason the user can act on."""
+
+
+def set_up_logging(config: ServerConfig) -> None:
+    logging.basicConfig(
+        level=config.log_level.upper(), format="[%(asctime)s] %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
+    logging.getLogger("aiohttp.access").setLevel((config.log_level_http or config.log_level).upper())
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, not yet listening."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise StartError(f"cannot listen on {host}: {error.strerror}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise StartError(f"cannot listen on {host}:{port}: {error.strerror}. Choose another with --port.") from None
+    return listener
+
+
+async def serve(config: ServerConfig, listener: socket.socket, console: Console) -> None:
+    """Load the model, serve until a signal, let running answers end."""
+    from engine.engine import Engine  # imports torch: not for --help, nor before OMP_WAIT_POLICY is set
+
+    engine = Engine(config)
+    stop = asyncio.Event()
+    is_loading = True
+
+    def on_signal() -> None:
+        if is_loading:
+            os._exit(0)  # the thread that loads cannot be interrupted, and there is nothing to drain
+        elif not stop.is_set():
+            stop.set()
+        else:  # the second signal
+            engine.abort_all("the server is shutting down", status_code=503)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    try:
+        await engine.start(lambda step: console.print(step, style="dim", markup=False, highlight=False))
+        is_loading = False
+        if not config.skip_server_warmup:
+            await warm_up(engine)
+        await serve_http(engine, config, listener, console, stop)
+    finally:
+        is_loading = False
+        await engine.stop()
+
+
+async def warm_up(engine: Engine) -> None:
+    """Generate a few tokens, so that no client pays for what happens once; a model that cannot is found now."""
+    input_ids = await engine.encode("The capital city of France is")
+    params = SamplingParams(max_new_tokens=min(8, engine.context_length - len(input_ids)), temperature=0.0)
+    request = Request(rid=f"WARMUP_{new_rid()}", input_ids=input_ids, sampling_params=params, sink=ignore)
+    async for delta in engine.generate(request):
+        if delta.finish_reason is not None and delta.finish_reason.type == "abort":
+            raise StartError(f"the first tokens could not be generated: {delta.finish_reason.message}")
+
+
+async def serve_http(
+    engine: Engine, config: ServerConfig, listener: socket.socket, console: Console, stop: asyncio.Event
+) -> None:
+    try:
+        app = build_app(engine, config)
+    except (OSError, ValueError) as error:
+        raise StartError(str(error)) from error
+    runner = web.AppRunner(
+        app,
+        handler_cancellation=True,
+        shutdown_timeout=config.drain_timeout,
+        access_log=logging.getLogger("aiohttp.access"),
+        access_log_format='%a "%r" %s %Tfs',
+    )
+    await runner.setup()
+    try:
+        await web.SockSite(runner, listener, backlog=4096).start()
+        console.print(ready_table(engine, config, listener.getsockname()[1]), soft_wrap=True)
+        await stop.wait()
+        logger.info("shutting down: running answers have %.0f s to end", config.drain_timeout)
+    finally:
+        await runner.cleanup()
+
+
+def ready_table(engine: Engine, config: ServerConfig, port: int) -> Table:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    url = f"http://{host}:{port}"
+    key = ' -H "Authorization: Bearer $API_KEY"' if config.api_key else ""
+    curl = (
+        f"curl {url}/generate -H 'Content-Type: application/json'{key} "
+        """-d '{"text": "The capital of France is", "sampling_params": {"max_new_tokens": 16}}'"""
+    )
+    table = Table(title="radixloop is ready", title_justify="left", show_header=False, box=None)
+    for name, value in (
+        ("address", url),
+        ("model", config.model_name),
+        ("context", f"{engine.context_length:,} tokens"),
+        ("KV capacity", f"{engine.max_total_num_tokens:,} tokens"),
+        ("try", curl),
+    ):
+        table.add_row(f"[bold]{name}[/]", escape(value))
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""The aiohttp application: routes, the engine's life, keys, and errors in each API's shape."""
+
+import hmac
+import logging
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from engine.errors import EngineError, PromptTooLong, QueueFull
+from server.chat import ChatPrompts, load_chat_template
+from server.config import ServerConfig
+from server.live import LiveRequests, RequestLog
+from server.metrics import Metrics
+from server.native import NativeApi
+from server.openai import OpenAIApi
+from server.protocol import Engine, error_shape, json_response
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health"})
+ADMIN_PATHS = frozenset({"/flush_cache", "/abort_request"})
+
+
+def build_app(engine: Engine, config: ServerConfig) -> web.Application:
+    """Serve a started `engine`. `ValueError` if the configuration names a chat template that is not there.
+
+    Run it with aiohttp's `handler_cancellation`: a disconnect then cancels the handler, which aborts its requests.
+    """
+    live = LiveRequests(engine)
+    if config.log_requests:
+        live.observers.append(RequestLog(engine.tokenizer, config.log_requests_level))
+    prompts = ChatPrompts(engine.tokenizer, load_chat_template(config.chat_template, engine.tokenizer))
+    app = web.Application(
+        middlewares=[answer_errors, require_key(config)],
+        client_max_size=config.max_body_bytes,
+    )
+    app.add_routes(NativeApi(engine, config, live, prompts).routes())
+    app.add_routes(OpenAIApi(engine, config, live, prompts).routes())
+    if config.enable_metrics:
+        metrics = Metrics(engine, config.model_name)
+        live.observers.append(metrics.observe)
+        app.add_routes(metrics.routes())
+    return app
+
+
+@web.middleware
+async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn every error into an answer in the shape of the API that was called."""
+    headers: dict[str, str] = {}
+    field: str | None = None
+    code: str | None = None
+    try:
+        return await handler(request)
+    except EngineError as error:
+        status, message = error.status_code, str(error)
+        field, code = getattr(error, "field", None), getattr(error, "code", None)
+        if isinstance(error, PromptTooLong):
+            code = "context_length_exceeded"
+        elif isinstance(error, QueueFull):
+            headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        status, message = error.status, _http_message(request, error)
+        headers = {name: value for name, value in error.headers.items() if name in ("Allow", "WWW-Authenticate")}
+    except ConnectionError:
+        raise  # the client has gone: there is nobody to answer
+    except Exception:
+        # The outermost frame of our code: whatever went wrong fails this request alone, and its trace is in the log.
+        logger.exception("%s %s failed", request.method, request.path)
+        if request.writer.output_size:  # an answer has begun: all that can be said is that it ends too early
+            raise ConnectionResetError("failed in the middle of an answer") from None
+        status, message = 500, "internal server error; the server's log says more"
+    return json_response(error_shape(request.path)(status, message, field, code), status, headers)
+
+
+def _http_message(request: web.Request, error: web.HTTPException) -> str:
+    if isinstance(error, web.HTTPNotFound):
+        return f"there is no route {request.path}"
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        return f"{request.path} takes {' or '.join(sorted(error.allowed_methods))}, not {request.method}"
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return f"the body is longer than {request.client_max_size} bytes, the limit set by --max-body-bytes"
+    return error.text or error.reason
+
+
+def require_key(config: ServerConfig) -> Middleware:
+    """Clients must present the key on every route but /health; routes that reach into the server take the admin's."""
+    api_key, admin_key = config.api_key, config.admin_api_key
+
+    @web.middleware
+    async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path in OPEN_PATHS:
+            return await handler(request)
+        is_admin_path = request.path in ADMIN_PATHS
+        allowed = [admin_key] if is_admin_path and admin_key else [key for key in (api_key, admin_key) if key]
+        needs_key = bool(api_key) or (is_admin_path and bool(admin_key))
+        if needs_key and not any(_matches(request, key) for key in allowed):
+            raise web.HTTPUnauthorized(
+                text="a valid key is required: send the header `Authorization: Bearer KEY`",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return await handler(request)
+
+    return check_key
+
+
+def _matches(request: web.Request, key: str) -> bool:
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode())

@@ -1,0 +1,154 @@
+"""The server's options, and a command line made from them and the engine's."""
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from engine.config import DEBUG, EngineConfig, option, option_type
+
+HTTP, API = "HTTP server", "API"
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+SECRETS = ("api_key", "admin_api_key")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig(EngineConfig):
+    """What `python -m server` can be told."""
+
+    host: str = option("127.0.0.1", HTTP, "address to listen on; 0.0.0.0: every network interface")
+    port: int = option(30000, HTTP, "port to listen on; 0: any free one")
+    api_key: str | None = option(None, HTTP, "clients must send `Authorization: Bearer KEY`, except to /health")
+    admin_api_key: str | None = option(
+        None, HTTP, "key of /flush_cache and /abort_request, which then refuse --api-key"
+    )
+    max_body_bytes: int = option(32 << 20, HTTP, "longest request body; beyond it: 413")
+    drain_timeout: float = option(
+        60.0, HTTP, "seconds that running answers may take to end after SIGTERM or Ctrl-C; a second signal ends them"
+    )
+    skip_server_warmup: bool = option(False, HTTP, "do not generate a few tokens before the first client does")
+
+    served_model_name: str | None = option(None, API, "name of the model in the OpenAI API; default: --model-path")
+    chat_template: str | None = option(None, API, "name of a chat template, or a Jinja file; default: the model's own")
+    stream_output: bool = option(
+        False, API, "events of a streamed /generate hold new text only", aliases=("--incremental-streaming-output",)
+    )
+    enable_cache_report: bool = option(False, API, "tell in `usage` how many prompt tokens were cached")
+
+    enable_metrics: bool = option(False, DEBUG, "serve Prometheus metrics at /metrics")
+    log_level: str = option("info", DEBUG, "of the server's log", choices=LOG_LEVELS)
+    log_level_http: str | None = option(None, DEBUG, "of the access log; default: --log-level", choices=LOG_LEVELS)
+    log_requests: bool = option(False, DEBUG, "write a line for each request that ended")
+    log_requests_level: int = option(
+        0, DEBUG, "0: sizes and time; 1: also sampling parameters; 2: also prompt and answer, cut; 3: in full"
+    )
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        return self.served_model_name or self.model_path
+
+    def public_values(self) -> dict[str, Any]:
+        """Every option but the keys."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in SECRETS}
+
+
+def parse_args(argv: Sequence[str]) -> ServerConfig:
+    """The configuration of a command line; what it does not say is taken from its `--config` file. Exits on errors."""
+    parser = make_parser()
+    given = _parse_known(parser, argv)
+    if file := given.pop("config", None):
+        given = {**_parse_known(parser, _file_arguments(parser, file)), **given}
+    config = ServerConfig(**given)
+    if not 0 <= config.port <= 65535:
+        parser.error(f"--port must be between 0 and 65535, got {config.port}")
+    if config.max_body_bytes < 1:
+        parser.error(f"--max-body-bytes must be at least 1, got {config.max_body_bytes}")
+    if not 0 <= config.log_requests_level <= 3:
+        parser.error(f"--log-requests-level must be between 0 and 3, got {config.log_requests_level}")
+    return config
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists every option.\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Flags of every field, in groups. Unset flags are absent from the result. A unique prefix is enough (`--tp`)."""
+    parser = _Parser(
+        prog="radixloop",
+        usage="%(prog)s [--model-path MODEL] [options]",
+        description="Serve a large language model from one process.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line goes before it")
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(ServerConfig):
+        name = field.metadata["group"]
+        group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
+        scalar, is_list = option_type(field.type)
+        text = field.metadata["help"]
+        settings: dict[str, Any] = {"dest": field.name, "help": text.replace("%", "%%")}
+        if scalar is bool:
+            settings["action"] = "store_true"
+        else:
+            settings |= {"type": scalar, "metavar": scalar.__name__.upper()}
+            if field.metadata["choices"]:
+                settings |= {"choices": field.metadata["choices"], "metavar": None}
+            if is_list:
+                settings["nargs"] = "+"
+            if field.default not in (None, dataclasses.MISSING):
+                settings["help"] += f" (default: {field.default})".replace("%", "%%")
+        group.add_argument(_flag(field.name), *field.metadata["aliases"], **settings)
+    return parser
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        close = difflib.get_close_matches(flag, _known_flags(parser), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        parser.error(f"unknown argument: {flag}{hint}")
+    return vars(values)
+
+
+def _known_flags(parser: argparse.ArgumentParser) -> list[str]:
+    return [flag for action in parser._actions for flag in action.option_strings]
+
+
+def _file_arguments(parser: argparse.ArgumentParser, file: str) -> list[str]:
+    """The options of a YAML file as if they stood on the command line."""
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"--config {file}: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"--config {file}: the file must hold `option: value` lines")
+    known = _known_flags(parser)
+    arguments: list[str] = []
+    for key, value in values.items():
+        flag = _flag(str(key))
+        if flag not in known or flag == "--config":
+            close = difflib.get_close_matches(flag, known, n=1)
+            parser.error(
+                f"--config {file}: unknown option {key}" + (f"; did you mean {close[0][2:]}?" if close else "")
+            )
+        if isinstance(value, list):
+            arguments += [flag, *map(str, value)]
+        elif value is True:
+            arguments.append(flag)
+        elif value is not False and value is not None:
+            arguments.append(f"{flag}={value}")
+    return arguments

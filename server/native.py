@@ -1,0 +1,413 @@
+"""SGLang's own API: /generate, and the routes that ask or tell the server about itself."""
+
+import asyncio
+import dataclasses
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from engine.errors import EngineStopped, InvalidRequest
+from engine.request import Delta, FinishReason, Logprobs, Request, SamplingParams, TokenLogprob
+from server.chat import ChatPrompts
+from server.config import ServerConfig
+from server.live import LiveRequests, Options, ignore, is_failure, make_requests, new_rid
+from server.protocol import (
+    JSON,
+    Engine,
+    Fields,
+    cache_namespace,
+    check_batch_size,
+    check_n,
+    check_token_ids,
+    encode_prompt,
+    is_int,
+    json_response,
+    native_error,
+    read_json,
+)
+from server.sse import Choice, EventStream, event
+
+MAX_TOP_LOGPROBS = 1024
+HEALTH_GENERATE_TIMEOUT_S = 20.0
+# Fields of /generate that a list gives prompt by prompt.
+PER_PROMPT = ("sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "priority")
+# Better refused than ignored.
+UNSUPPORTED = (
+    "input_embeds", "image_data", "video_data", "audio_data", "lora_path", "session_params", "custom_logit_processor",
+    "return_hidden_states", "bootstrap_host", "bootstrap_room",
+)  # fmt: skip
+
+
+class NativeApi:
+    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests, prompts: ChatPrompts) -> None:
+        self.engine, self.config, self.live, self.prompts = engine, config, live, prompts
+        self._probe: asyncio.Task[bool] | None = None  # /health_generate's, one at a time
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/health", self.health),
+            web.get("/health_generate", self.health_generate),
+            web.get("/get_model_info", self.model_info),
+            web.get("/model_info", self.model_info),
+            web.get("/get_server_info", self.server_info),
+            web.get("/server_info", self.server_info),
+            web.get("/get_load", self.load),
+            web.post("/generate", self.generate),
+            web.put("/generate", self.generate),
+            web.get("/flush_cache", self.flush_cache),
+            web.post("/flush_cache", self.flush_cache),
+            web.post("/abort_request", self.abort_request),
+            web.post("/tokenize", self.tokenize),
+            web.post("/v1/tokenize", self.tokenize),
+            web.post("/detokenize", self.detokenize),
+            web.post("/v1/detokenize", self.detokenize),
+        ]
+
+    # ---- /generate ----
+
+    async def generate(self, http_request: web.Request) -> web.StreamResponse:
+        body = await read_json(http_request)
+        for name in UNSUPPORTED:
+            if body.get(name):
+                raise InvalidRequest(f"{name} is not supported by this server", name)
+        is_stream = body.flag("stream")
+        with_text = body.flag("return_text_in_logprobs")
+        prompts, is_batch = await self._prompts(body)
+        rid, requests = await self._requests(body, prompts, is_batch, is_stream)
+        is_list = is_batch or len(requests) > 1
+        formatter = MetaInfo(self.engine, with_text)
+        if not is_stream:
+            deltas = await self.live.answers(rid, requests)
+            answers = [formatter.answer(delta) for delta in deltas]
+            return json_response(answers if is_list else answers[0])
+        choices = [
+            GenerateChoice(i, formatter, has_index=is_list, is_disjoint=self.config.stream_output)
+            for i in range(len(requests))
+        ]
+        for choice, request in zip(choices, requests, strict=True):
+            request.sink = choice.sink
+        stream = EventStream(choices)
+        with self.live.submitted(rid, requests):
+            return await stream.run(http_request)
+
+    async def _prompts(self, body: Fields) -> tuple[list[list[int]], bool]:
+        """Token ids of each prompt, and whether the body holds a list of prompts."""
+        text, ids = body.get("text"), body.get("input_ids")
+        if (text is None) == (ids is None):
+            raise InvalidRequest("give exactly one of text and input_ids", "text")
+        if ids is not None:
+            vocab_size = self.engine.model_config.vocab_size
+            if isinstance(ids, list) and ids and isinstance(ids[0], list):
+                check_batch_size(len(ids), "input_ids")
+                return [check_token_ids(row, vocab_size, f"input_ids[{i}]") for i, row in enumerate(ids)], True
+            return [check_token_ids(ids, vocab_size, "input_ids")], False
+        if isinstance(text, str):
+            return [await encode_prompt(self.engine, text, "text")], False
+        if not isinstance(text, list) or not text:
+            body.fail("text", "a string or a non-empty list of strings")
+        check_batch_size(len(text), "text")
+        return [await encode_prompt(self.engine, one, f"text[{i}]") for i, one in enumerate(text)], True
+
+    async def _requests(
+        self, body: Fields, prompts: list[list[int]], is_batch: bool, is_stream: bool
+    ) -> tuple[str, list[Request]]:
+        """The rid that stands for all of them, and one request for each prompt and answer."""
+        rid, rids = _rids(body, len(prompts), is_batch)
+        namespace = cache_namespace(body)
+        requests: list[Request] = []
+        for i, input_ids in enumerate(prompts):
+            if i % 64 == 63:
+                await asyncio.sleep(0)  # a long list must not hold up the streams
+            item = _item(body, i, len(prompts)) if is_batch else body
+            params = SamplingParams.from_dict(item.get("sampling_params") or {}, self.engine.sampling_defaults)
+            params.verify(self.engine.model_config.vocab_size)
+            check_n(params.n, len(prompts))
+            options = _options(item, i if is_batch else None)
+            options.stream, options.extra_key = is_stream, namespace
+            names = [rids[i]] if params.n == 1 else [f"{rids[i]}-{k}" for k in range(params.n)]
+            requests += make_requests(names, input_ids, params, options)
+        return rid, requests
+
+    # ---- about the server ----
+
+    async def health(self, _: web.Request) -> web.Response:
+        """Judged by the step loop's heartbeat: nothing is generated, so a busy server is not thought dead."""
+        health = self.engine.health()
+        return json_response(health, 200 if health.status == "ok" else 503)
+
+    async def health_generate(self, http_request: web.Request) -> web.Response:
+        """As /health, and an idle engine is asked for one token. Probes that arrive together share the one."""
+        health = self.engine.health()
+        if health.status == "ok" and not health.num_running:
+            if self._probe is None or self._probe.done():
+                self._probe = asyncio.create_task(self._generates())
+            if not await asyncio.shield(self._probe):
+                raise EngineStopped(f"no token within {HEALTH_GENERATE_TIMEOUT_S:.0f} s")
+        return await self.health(http_request)
+
+    async def _generates(self) -> bool:
+        params = SamplingParams(max_new_tokens=1, temperature=0.0)
+        probe = Request(rid=f"HEALTH_CHECK_{new_rid()}", input_ids=[0], sampling_params=params, sink=ignore)
+        try:
+            async with asyncio.timeout(HEALTH_GENERATE_TIMEOUT_S):
+                async for delta in self.engine.generate(probe):
+                    if delta.finish_reason is not None:
+                        return not is_failure(delta.finish_reason)
+        except TimeoutError:
+            pass
+        return False
+
+    async def model_info(self, _: web.Request) -> web.Response:
+        model = self.engine.model_config
+        return json_response(
+            {
+                "model_path": self.config.model_path,
+                "tokenizer_path": self.config.tokenizer_path or self.config.model_path,
+                "served_model_name": self.config.model_name,
+                "is_generation": True,
+                "preferred_sampling_params": self.engine.sampling_defaults or None,
+                "weight_version": "default",
+                "has_image_understanding": False,
+                "has_audio_understanding": False,
+                "model_type": model.model_type,
+                "architectures": list(model.architectures),
+                "context_length": self.engine.context_length,
+            }
+        )
+
+    async def server_info(self, _: web.Request) -> web.Response:
+        return json_response(
+            {
+                **self.config.public_values(),
+                "max_total_num_tokens": self.engine.max_total_num_tokens,
+                "max_req_input_len": self.engine.context_length - 1,
+                "internal_states": [dataclasses.asdict(self.engine.stats())],
+                "version": _version(),
+            }
+        )
+
+    async def load(self, _: web.Request) -> web.Response:
+        health = self.engine.health()
+        return json_response(
+            [
+                {
+                    "dp_rank": 0,
+                    "num_reqs": health.num_running + health.num_queued,
+                    "num_waiting_reqs": health.num_queued,
+                    "num_tokens": self.engine.stats().scheduler.num_held_tokens,
+                }
+            ]
+        )
+
+    async def flush_cache(self, _: web.Request) -> web.Response:
+        if self.engine.flush_cache():
+            return web.Response(text="Cache flushed.\n")
+        health = self.engine.health()
+        message = f"cache not flushed: {health.num_running} requests are running and {health.num_queued} are waiting"
+        return json_response(native_error(400, message), 400)
+
+    async def abort_request(self, http_request: web.Request) -> web.Response:
+        """200 also when there is no such request: it may have ended while the abort was on its way."""
+        body = await read_json(http_request)
+        if body.flag("abort_all"):
+            self.engine.abort_all()
+        elif rid := body.text("rid"):
+            self.live.abort(rid)
+        else:
+            raise InvalidRequest("give a rid, or abort_all: true", "rid")
+        return web.Response()
+
+    # ---- tokens ----
+
+    async def tokenize(self, http_request: web.Request) -> web.Response:
+        """Token ids of `prompt` (or `text`), a string or a list, or of `messages`, whose rendered prompt is shown."""
+        body = await read_json(http_request)
+        answer: JSON = {"max_model_len": self.engine.context_length}
+        if body.has("messages"):
+            answer["prompt"] = self.prompts.render(body)
+            tokens: Any = await self.engine.encode(answer["prompt"], add_special_tokens=False)
+        else:
+            name = "prompt" if body.has("prompt") else "text"
+            prompt = body.get(name)
+            add_special_tokens = body.flag("add_special_tokens", True)
+            texts = prompt if isinstance(prompt, list) else [prompt]
+            if not all(isinstance(text, str) for text in texts):
+                body.fail(name, "a string or a list of strings")
+            tokens = [await self.engine.encode(text, add_special_tokens) for text in texts]
+            if not isinstance(prompt, list):
+                tokens = tokens[0]
+        is_batch = bool(tokens) and isinstance(tokens[0], list)
+        answer |= {"tokens": tokens, "count": [len(row) for row in tokens] if is_batch else len(tokens)}
+        return json_response(answer)
+
+    async def detokenize(self, http_request: web.Request) -> web.Response:
+        body = await read_json(http_request)
+        ids, vocab_size = body.get("tokens"), self.engine.model_config.vocab_size
+        skip = body.flag("skip_special_tokens", True)
+        if isinstance(ids, list) and ids and isinstance(ids[0], list):
+            rows = [check_token_ids(row, vocab_size, f"tokens[{i}]") for i, row in enumerate(ids)]
+            return json_response(
+                {"text": [self.engine.tokenizer.decode(row, skip_special_tokens=skip) for row in rows]}
+            )
+        row = check_token_ids(ids, vocab_size, "tokens")
+        return json_response({"text": self.engine.tokenizer.decode(row, skip_special_tokens=skip)})
+
+
+# ---- reading /generate ----
+
+
+def _rids(body: Fields, count: int, is_batch: bool) -> tuple[str, list[str]]:
+    """(the rid that stands for the whole body, the rid of each prompt)."""
+    given = body.get("rid")
+    if isinstance(given, list):
+        if not is_batch or len(given) != count or not all(isinstance(rid, str) and rid for rid in given):
+            body.fail("rid", f"a string, or a list of {count} of them beside as many prompts")
+        if len(set(given)) != count:
+            body.fail("rid", "a list without repetitions")
+        return new_rid(), given
+    rid = body.text("rid") or new_rid()
+    return rid, [f"{rid}-{i}" for i in range(count)] if is_batch else [rid]
+
+
+def _item(body: Fields, i: int, count: int) -> Fields:
+    """The body as the i-th of `count` prompts sees it."""
+    values = dict(body.values)
+    for name in PER_PROMPT:
+        if isinstance(values.get(name), list):
+            values[name] = _pick(body, name, i, count)
+    ids = values.get("token_ids_logprob")
+    if isinstance(ids, list) and any(isinstance(row, list) for row in ids):
+        values["token_ids_logprob"] = _pick(body, "token_ids_logprob", i, count)
+    return Fields(values)
+
+
+def _pick(body: Fields, name: str, i: int, count: int) -> Any:
+    values = body.array(name)
+    if len(values) != count:
+        raise InvalidRequest(f"{name} has {len(values)} entries for {count} prompts", name)
+    return values[i]
+
+
+def _options(item: Fields, i: int | None) -> Options:
+    params = item.get("sampling_params")
+    if params is not None and not isinstance(params, dict):
+        item.fail("sampling_params", "an object" if i is None else "an object or a list of objects")
+    options = Options(return_logprob=item.flag("return_logprob"), priority=item.integer("priority"))
+    # Read, so that a wrong type is an error, even where return_logprob is off.
+    start = item.integer("logprob_start_len", -1, low=-1)
+    num_top = item.integer("top_logprobs_num", 0, low=0, high=MAX_TOP_LOGPROBS)
+    token_ids = item.array("token_ids_logprob")
+    if not all(map(is_int, token_ids)):
+        item.fail("token_ids_logprob", "a list of token ids")
+    if options.return_logprob:
+        options.logprob_start_len, options.top_logprobs_num, options.token_ids_logprob = start, num_top, token_ids
+    return options
+
+
+# ---- writing /generate ----
+
+
+class MetaInfo:
+    """Builds answers and their `meta_info`."""
+
+    def __init__(self, engine: Engine, with_text: bool) -> None:
+        self.tokenizer, self.with_text = engine.tokenizer, with_text
+
+    def answer(self, delta: Delta) -> JSON:
+        """The answer of a request that does not stream."""
+        meta = self.counts(delta.request, len(delta.token_ids), delta.finish_reason)
+        if delta.request.return_logprob:
+            meta |= self.logprobs(delta.request, delta.logprobs or Logprobs())
+        return {"text": delta.text, "output_ids": delta.token_ids, "meta_info": meta}
+
+    def counts(self, request: Request, num_output_tokens: int, reason: FinishReason | None) -> JSON:
+        meta: JSON = {
+            "id": request.rid,
+            "finish_reason": reason and reason.to_dict(num_output_tokens),
+            "prompt_tokens": request.prompt_len,
+            "cached_tokens": request.num_cached_tokens,
+            "completion_tokens": num_output_tokens,
+        }
+        if reason is not None:
+            times = request.times
+            meta["total_retractions"] = request.num_retractions
+            if times.scheduled:
+                meta["queue_time"] = times.scheduled - times.arrived
+            if times.finished:
+                meta["e2e_latency"] = times.finished - times.arrived
+        return meta
+
+    def logprobs(self, request: Request, output: Logprobs) -> JSON:
+        prompt = request.input_logprobs or Logprobs()
+        meta: JSON = {
+            "input_token_logprobs": self._triples(prompt.token),
+            "output_token_logprobs": self._triples(output.token),
+        }
+        if request.top_logprobs_num:
+            meta["input_top_logprobs"] = [self._triples(row) for row in prompt.top]
+            meta["output_top_logprobs"] = [self._triples(row) for row in output.top]
+        if request.token_ids_logprob:
+            meta["input_token_ids_logprobs"] = [self._triples(row) for row in prompt.token_ids]
+            meta["output_token_ids_logprobs"] = [self._triples(row) for row in output.token_ids]
+        return meta
+
+    def _triples(self, entries: list[TokenLogprob] | None) -> list[tuple[float | None, int, str | None]] | None:
+        if entries is None:
+            return None
+        text = self.tokenizer.token_text
+        return [(logprob, token, text(token) if self.with_text else None) for logprob, token in entries]
+
+
+class GenerateChoice(Choice):
+    """Events whose text, ids and log-probabilities are cumulative, as SGLang's clients expect, or disjoint."""
+
+    def __init__(self, index: int, formatter: MetaInfo, *, has_index: bool, is_disjoint: bool) -> None:
+        super().__init__(index)
+        self._formatter, self._is_disjoint = formatter, is_disjoint
+        self._head = b'data: {"index":%d,"text":"' % index if has_index else b'data: {"text":"'
+        self._text = self._ids = b""  # as they stand in the JSON: each piece is escaped once
+        self._logprobs = Logprobs()
+        self._meta = b""  # meta_info up to the number of tokens, which alone changes
+
+    def events(self, delta: Delta) -> bytes:
+        if not self._meta:
+            counts = self._formatter.counts(delta.request, 0, None)
+            self._meta = orjson.dumps(counts).removesuffix(b"0}")
+        if delta.request.return_logprob:
+            return self._event(delta, self._full_meta(delta))
+        return self._event(delta, b"%b%d}" % (self._meta, self.num_output_tokens))
+
+    def last_events(self, delta: Delta) -> bytes:
+        reason = delta.finish_reason
+        if reason is not None and is_failure(reason):
+            return event(native_error(reason.status_code or 500, reason.message or "the request failed"))
+        return self._event(delta, self._full_meta(delta))
+
+    def _full_meta(self, delta: Delta) -> bytes:
+        meta = self._formatter.counts(delta.request, self.num_output_tokens, delta.finish_reason)
+        if delta.request.return_logprob:
+            new = delta.logprobs or Logprobs()
+            if not self._is_disjoint:
+                known = self._logprobs
+                known.token += new.token
+                known.top += new.top
+                known.token_ids += new.token_ids
+                new = known
+            meta |= self._formatter.logprobs(delta.request, new)
+        return orjson.dumps(meta)
+
+    def _event(self, delta: Delta, meta: bytes) -> bytes:
+        text, ids = orjson.dumps(delta.text)[1:-1], orjson.dumps(delta.token_ids)[1:-1]
+        if not self._is_disjoint:
+            text = self._text = self._text + text
+            ids = self._ids = b"%b,%b" % (self._ids, ids) if self._ids and ids else self._ids + ids
+        return b'%b%b","output_ids":[%b],"meta_info":%b}\n\n' % (self._head, text, ids, meta)
+
+
+def _version() -> str:
+    try:
+        return version("radixloop")
+    except PackageNotFoundError:  # run from a checkout
+        return "unknown"

@@ -1,0 +1,459 @@
+"""OpenAI's API: /v1/completions, /v1/chat/completions and /v1/models, with SGLang's extra fields."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from engine.errors import EngineError, InvalidRequest
+from engine.request import Delta, FinishReason, Logprobs, Request, SamplingParams, TokenLogprob
+from server.chat import ChatPrompts
+from server.config import ServerConfig
+from server.live import LiveRequests, Options, is_failure, make_requests, new_rid
+from server.protocol import (
+    JSON,
+    Engine,
+    Fields,
+    TokenizerFacade,
+    cache_namespace,
+    check_batch_size,
+    check_n,
+    check_token_ids,
+    encode_prompt,
+    is_int,
+    json_response,
+    openai_error,
+    read_json,
+)
+from server.sse import DONE, Choice, EventStream, event
+
+MAX_TOP_LOGPROBS = 20
+COMPLETION_MAX_TOKENS = 16
+
+# Fields that go into SamplingParams, under the engine's name where that differs.
+SAMPLING_FIELDS = {
+    name: name
+    for name in (
+        "temperature", "top_p", "top_k", "min_p", "n", "stop", "stop_token_ids", "stop_regex", "frequency_penalty",
+        "presence_penalty", "repetition_penalty", "logit_bias", "ignore_eos", "skip_special_tokens",
+        "spaces_between_special_tokens", "no_stop_trim", "regex", "ebnf", "json_schema", "structural_tag",
+    )
+} | {"min_tokens": "min_new_tokens", "seed": "sampling_seed"}  # fmt: skip
+
+
+class ModelNotFound(EngineError):
+    status_code = 404
+    code = "model_not_found"
+    field = "model"
+
+
+@dataclass(slots=True)
+class Usage:
+    """What an answer cost, in tokens. The prompt of n answers counts once."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+
+    def to_dict(self, with_cached: bool) -> JSON:
+        usage: JSON = {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+        }
+        if with_cached:
+            usage["prompt_tokens_details"] = {"cached_tokens": self.cached}
+        return usage
+
+
+class OpenAIApi:
+    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests, prompts: ChatPrompts) -> None:
+        self.engine, self.config, self.live, self.prompts = engine, config, live, prompts
+        self.started_at = int(time.time())
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.post("/v1/completions", self.completions),
+            web.post("/v1/chat/completions", self.chat_completions),
+            web.get("/v1/models", self.models),
+            web.get("/v1/models/{model:.+}", self.model),
+        ]
+
+    # ---- models ----
+
+    async def models(self, _: web.Request) -> web.Response:
+        return json_response({"object": "list", "data": [self._model_card()]})
+
+    async def model(self, http_request: web.Request) -> web.Response:
+        self._check_model(http_request.match_info["model"])
+        return json_response(self._model_card())
+
+    def _model_card(self) -> JSON:
+        return {
+            "id": self.config.model_name,
+            "object": "model",
+            "created": self.started_at,
+            "owned_by": "radixloop",
+            "root": self.config.model_path,
+            "max_model_len": self.engine.context_length,
+        }
+
+    def _check_model(self, name: str) -> str:
+        """The name to answer with. Absent and "default" mean the one model there is, as SGLang's clients send."""
+        known = (self.config.model_name, self.config.model_path)
+        if name and name != "default" and name not in known:
+            raise ModelNotFound(f"The model {name!r} does not exist; this server has {self.config.model_name!r}.")
+        return name if name in known else self.config.model_name
+
+    # ---- the two endpoints ----
+
+    async def completions(self, http_request: web.Request) -> web.StreamResponse:
+        body = await read_json(http_request)
+        model = self._check_model(body.text("model"))
+        if body.text("suffix"):
+            raise InvalidRequest("suffix is not supported: this server does not fill in the middle", "suffix")
+        if body.integer("best_of", 1, low=1) > body.integer("n", 1):
+            raise InvalidRequest("best_of larger than n is not supported", "best_of")
+        params = self._sampling_params(body, ("max_tokens",), COMPLETION_MAX_TOKENS)
+        num_logprobs = body.integer("logprobs", -1, low=0, high=MAX_TOP_LOGPROBS)
+        is_echo = body.flag("echo")
+        options = self._options(body, num_logprobs)
+        if is_echo and options.return_logprob:
+            options.logprob_start_len = 0
+        prompts = await self._completion_prompts(body, params.n)
+        format_ = CompletionFormat(self.engine.tokenizer, model, is_echo=is_echo, num_logprobs=num_logprobs)
+        return await self._answer(http_request, body, prompts, params, options, format_)
+
+    async def chat_completions(self, http_request: web.Request) -> web.StreamResponse:
+        body = await read_json(http_request)
+        model = self._check_model(body.text("model"))
+        params = self._sampling_params(body, ("max_completion_tokens", "max_tokens"), None)
+        check_n(params.n, 1)
+        kind = response_format_of(body)
+        if kind != "text":
+            raise InvalidRequest(f"response_format {kind!r} is not supported by this server", "response_format")
+        num_top = body.integer("top_logprobs", 0, low=0, high=MAX_TOP_LOGPROBS)
+        has_logprobs = body.flag("logprobs")
+        if num_top and not has_logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
+        options = self._options(body, num_top if has_logprobs else -1)
+        prompt = self.prompts.render(body)
+        input_ids = await self.engine.encode(prompt, add_special_tokens=False)  # the template has written them
+        if not input_ids:
+            raise InvalidRequest("messages make an empty prompt", "messages")
+        format_ = ChatFormat(self.engine.tokenizer, model)
+        return await self._answer(http_request, body, [input_ids], params, options, format_)
+
+    async def _answer(
+        self,
+        http_request: web.Request,
+        body: Fields,
+        prompts: list[list[int]],
+        params: SamplingParams,
+        options: Options,
+        format_: "Format",
+    ) -> web.StreamResponse:
+        """n answers to each prompt, all in one response. Choice i belongs to prompt i // n."""
+        rid = body.text("rid") or f"{format_.rid_prefix}-{new_rid()}"
+        include_usage = _includes_usage(body, options.stream)
+        n = params.n
+        requests: list[Request] = []
+        for i, input_ids in enumerate(prompts):
+            first = i * n
+            names = [rid] if n * len(prompts) == 1 else [f"{rid}-{k}" for k in range(first, first + n)]
+            requests += make_requests(names, input_ids, params, options)
+        format_.begin(rid)
+        if not options.stream:
+            deltas = await self.live.answers(rid, requests)
+            usage = count_usage(requests, [len(delta.token_ids) for delta in deltas], n)
+            choices = [format_.choice(i, delta) for i, delta in enumerate(deltas)]
+            return json_response(format_.response(choices, usage.to_dict(self.config.enable_cache_report)))
+
+        streamed = [OpenAIChoice(i, format_) for i in range(len(requests))]
+        for choice, request in zip(streamed, requests, strict=True):
+            request.sink = choice.sink
+
+        def tail() -> bytes:
+            if not include_usage:
+                return DONE
+            usage = count_usage(requests, [choice.num_output_tokens for choice in streamed], n)
+            return event(format_.chunk([], usage.to_dict(self.config.enable_cache_report))) + DONE
+
+        stream = EventStream(streamed, tail)
+        with self.live.submitted(rid, requests):
+            return await stream.run(http_request)
+
+    # ---- reading ----
+
+    def _sampling_params(
+        self, body: Fields, max_tokens_names: Sequence[str], default_max_tokens: int | None
+    ) -> SamplingParams:
+        """Errors name the field as the client spelled it."""
+        names = dict(SAMPLING_FIELDS)
+        max_tokens_name = next((name for name in max_tokens_names if body.has(name)), None)
+        if max_tokens_name is not None:
+            names[max_tokens_name] = "max_new_tokens"
+        given = {ours: body.get(theirs) for theirs, ours in names.items() if body.has(theirs)}
+        try:
+            params = SamplingParams.from_dict(given, self.engine.sampling_defaults)
+            if max_tokens_name is None:
+                params.max_new_tokens = default_max_tokens
+            params.verify(self.engine.model_config.vocab_size)
+        except InvalidRequest as error:
+            theirs = next((theirs for theirs, ours in names.items() if ours == error.field), None)
+            if theirs is None:
+                raise
+            raise InvalidRequest(str(error).replace(str(error.field), theirs), theirs) from None
+        return params
+
+    def _options(self, body: Fields, num_logprobs: int) -> Options:
+        """`num_logprobs`: alternatives a token; -1: no log-probabilities at all."""
+        return Options(
+            stream=body.flag("stream"),
+            return_logprob=num_logprobs >= 0,
+            top_logprobs_num=max(num_logprobs, 0),
+            priority=body.integer("priority"),
+            extra_key=cache_namespace(body),
+        )
+
+    async def _completion_prompts(self, body: Fields, n: int) -> list[list[int]]:
+        """A string, token ids, or a list of either."""
+        prompt, vocab_size = body.get("prompt"), self.engine.model_config.vocab_size
+        if isinstance(prompt, str):
+            prompt = [prompt]
+        elif isinstance(prompt, list) and prompt and is_int(prompt[0]):
+            check_n(n, 1)
+            return [check_token_ids(prompt, vocab_size, "prompt")]
+        if not isinstance(prompt, list) or not prompt:
+            body.fail("prompt", "a string, a list of token ids, or a non-empty list of these")
+        check_batch_size(len(prompt), "prompt")
+        check_n(n, len(prompt))
+        prompts = []
+        for i, one in enumerate(prompt):
+            field = "prompt" if len(prompt) == 1 else f"prompt[{i}]"
+            if isinstance(one, list):
+                prompts.append(check_token_ids(one, vocab_size, field))
+            else:
+                prompts.append(await encode_prompt(self.engine, one, field))
+        return prompts
+
+
+def response_format_of(body: Fields) -> str:
+    """The type of `response_format`."""
+    given = body.object("response_format")
+    return "text" if given is None else given.text("type", "text")
+
+
+def _includes_usage(body: Fields, is_stream: bool) -> bool:
+    options = body.object("stream_options")
+    if options is None:
+        return False
+    if not is_stream:
+        raise InvalidRequest("stream_options is allowed only with stream: true", "stream_options")
+    return options.flag("include_usage")
+
+
+def count_usage(requests: Sequence[Request], num_output_tokens: Sequence[int], n: int) -> Usage:
+    return Usage(
+        prompt=sum(request.prompt_len for request in requests[::n]),
+        completion=sum(num_output_tokens),
+        cached=sum(request.num_cached_tokens for request in requests[::n]),
+    )
+
+
+# ---- writing ----
+
+
+class Format:
+    """What differs between the two endpoints' answers."""
+
+    rid_prefix: str
+    object: str
+    chunk_object: str
+
+    def __init__(self, tokenizer: TokenizerFacade, model: str) -> None:
+        self.tokenizer, self.model = tokenizer, model
+        self._head: JSON = {}
+
+    def begin(self, rid: str) -> None:
+        self._head = {"id": rid, "created": int(time.time()), "model": self.model}
+
+    def response(self, choices: list[JSON], usage: JSON) -> JSON:
+        return {**self._head, "object": self.object, "choices": choices, "usage": usage}
+
+    def chunk(self, choices: list[JSON], usage: JSON | None = None) -> JSON:
+        chunk = {**self._head, "object": self.chunk_object, "choices": choices}
+        return chunk if usage is None else {**chunk, "usage": usage}
+
+    def choice(self, index: int, delta: Delta) -> JSON:
+        """A whole answer."""
+        raise NotImplementedError
+
+    def first_events(self, index: int, request: Request) -> bytes:
+        """What goes before a choice's first text."""
+        raise NotImplementedError
+
+    def piece(self, text: str, logprobs: Any = None) -> JSON:
+        """A streamed choice's new text."""
+        raise NotImplementedError
+
+    def no_piece(self) -> JSON:
+        """A streamed choice without new text: its last."""
+        raise NotImplementedError
+
+    def streamed_logprobs(self, delta: Delta) -> Any:
+        raise NotImplementedError
+
+
+def _ending(reason: FinishReason | None) -> JSON:
+    return {"finish_reason": reason and reason.type, "matched_stop": reason and reason.matched}
+
+
+class ChatFormat(Format):
+    rid_prefix = "chatcmpl"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def choice(self, index: int, delta: Delta) -> JSON:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": delta.text},
+            "logprobs": self.streamed_logprobs(delta),
+            **_ending(delta.finish_reason),
+        }
+
+    def first_events(self, index: int, request: Request) -> bytes:
+        role = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        return event(self.chunk([role]))
+
+    def piece(self, text: str, logprobs: Any = None) -> JSON:
+        return {"delta": {"content": text}, "logprobs": logprobs}
+
+    def no_piece(self) -> JSON:
+        return {"delta": {}, "logprobs": None}
+
+    def streamed_logprobs(self, delta: Delta) -> Any:
+        logprobs = delta.logprobs
+        if logprobs is None:
+            return None
+        tops = logprobs.top or [None] * len(logprobs.token)
+        content = [
+            {**self._token(entry), "top_logprobs": [self._token(other) for other in top or ()]}
+            for entry, top in zip(logprobs.token, tops, strict=True)
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, entry: TokenLogprob) -> JSON:
+        logprob, token_id = entry
+        text, raw = self.tokenizer.token_text(token_id), self.tokenizer.token_bytes(token_id)
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(raw)}
+
+
+class CompletionFormat(Format):
+    rid_prefix = "cmpl"
+    object = chunk_object = "text_completion"
+
+    def __init__(self, tokenizer: TokenizerFacade, model: str, *, is_echo: bool, num_logprobs: int) -> None:
+        super().__init__(tokenizer, model)
+        self.is_echo, self.num_logprobs = is_echo, num_logprobs
+        self._offsets: dict[str, int] = {}  # rid -> characters of the answer whose tokens have been reported
+
+    def choice(self, index: int, delta: Delta) -> JSON:
+        return {
+            "index": index,
+            "text": self._prompt_text(delta.request) + delta.text,
+            "logprobs": self._join(self._prompt_logprobs(delta.request), self.streamed_logprobs(delta)),
+            **_ending(delta.finish_reason),
+        }
+
+    def first_events(self, index: int, request: Request) -> bytes:
+        if not self.is_echo:
+            return b""
+        text, logprobs = self._prompt_text(request), self._prompt_logprobs(request)
+        return event(self.chunk([{"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}]))
+
+    def piece(self, text: str, logprobs: Any = None) -> JSON:
+        return {"text": text, "logprobs": logprobs}
+
+    def no_piece(self) -> JSON:
+        return {"text": "", "logprobs": None}
+
+    def streamed_logprobs(self, delta: Delta) -> Any:
+        return None if delta.logprobs is None else self._logprobs(delta.request, delta.logprobs)
+
+    def _prompt_text(self, request: Request) -> str:
+        return self.tokenizer.decode(request.input_ids, skip_special_tokens=False) if self.is_echo else ""
+
+    def _prompt_logprobs(self, request: Request) -> JSON | None:
+        if not self.is_echo or request.input_logprobs is None:
+            return None
+        return self._logprobs(request, request.input_logprobs)
+
+    def _logprobs(self, request: Request, logprobs: Logprobs) -> JSON:
+        texts = [self.tokenizer.token_text(token_id) for _, token_id in logprobs.token]
+        offset = self._offsets.get(request.rid, 0)
+        offsets = []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        self._offsets[request.rid] = offset
+        top = [self._alternatives(row, entry) for entry, row in zip(logprobs.token, logprobs.top, strict=False)]
+        return {
+            "tokens": texts,
+            "token_logprobs": [_finite(logprob) for logprob, _ in logprobs.token],
+            "top_logprobs": top if self.num_logprobs else None,
+            "text_offset": offsets,
+        }
+
+    def _alternatives(self, row: list[TokenLogprob] | None, chosen: TokenLogprob) -> dict[str, float | None] | None:
+        """The most likely tokens, and the chosen one if it is not among them."""
+        if row is None:
+            return None
+        text = self.tokenizer.token_text
+        return {text(token_id): _finite(logprob) for logprob, token_id in [chosen, *row]}
+
+    @staticmethod
+    def _join(head: JSON | None, tail: JSON | None) -> JSON | None:
+        if head is None or tail is None:
+            return head or tail
+        return {name: head[name] and head[name] + (tail[name] or []) for name in head}
+
+
+def _finite(logprob: float | None) -> float | None:
+    """OpenAI's floor for impossible tokens: JSON has no infinity."""
+    return None if logprob is None else max(logprob, -9999.0)
+
+
+class OpenAIChoice(Choice):
+    """Events whose JSON around the text is made once a stream."""
+
+    def __init__(self, index: int, format_: Format) -> None:
+        super().__init__(index)
+        self._format = format_
+        self._head = self._end = b""
+
+    def events(self, delta: Delta) -> bytes:
+        if not self._head:
+            return self._first(delta.request) + self.events(delta)
+        if delta.logprobs is not None:
+            piece = self._format.piece(delta.text, self._format.streamed_logprobs(delta))
+            return event(self._format.chunk([{"index": self.index, **piece, "finish_reason": None}]))
+        if not delta.text:
+            return b""
+        return b"%b%b%b" % (self._head, orjson.dumps(delta.text), self._end)
+
+    def last_events(self, delta: Delta) -> bytes:
+        reason = delta.finish_reason
+        if reason is not None and is_failure(reason):
+            return event(openai_error(reason.status_code or 500, reason.message or "the request failed"))
+        last = {"index": self.index, **self._format.no_piece(), **_ending(reason)}
+        return self.events(delta) + event(self._format.chunk([last]))
+
+    def _first(self, request: Request) -> bytes:
+        mark = "\0text\0"
+        choice = {"index": self.index, **self._format.piece(mark), "finish_reason": None}
+        self._head, self._end = event(self._format.chunk([choice])).split(orjson.dumps(mark))
+        return self._format.first_events(self.index, request)

