@@ -16,7 +16,7 @@ from rich.table import Table
 
 from engine.engine import Engine
 from engine.request import Delta, Request, SamplingParams
-from server.config import add_engine_arguments, engine_config_from
+from server.config import parse_args
 
 
 async def run_batch(engine: Engine, batch: int, input_len: int, output_len: int, stream: bool) -> dict[str, float]:
@@ -35,12 +35,11 @@ async def run_batch(engine: Engine, batch: int, input_len: int, output_len: int,
             if not left:
                 done.set()
 
-    params = {"max_new_tokens": output_len, "temperature": 0.0, "ignore_eos": True}
     requests = [
         Request(
             rid=f"bench-{rng.random()}",
             input_ids=[rng.randrange(vocab_size) for _ in range(input_len)],
-            sampling_params=SamplingParams(**params),
+            sampling_params=SamplingParams(max_new_tokens=output_len, temperature=0.0, ignore_eos=True),
             sink=sink,
             stream=stream,
         )
@@ -71,9 +70,8 @@ async def main() -> None:
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--no-stream", action="store_true", help="nobody reads tokens before the end")
-    add_engine_arguments(parser)
-    args = parser.parse_args()
-    engine = Engine(engine_config_from(args))
+    args, engine_flags = parser.parse_known_args()
+    engine = Engine(parse_args(engine_flags))
     console = Console()
     await engine.start(console.print)
     table = Table("batch", "TTFT ms", "ms/step", "tokens/s", "host µs/step", "schedule", "launch", "resolve", "deliver")

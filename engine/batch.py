@@ -75,9 +75,8 @@ class Stager:
         size = pad_to or num_requests
         is_padded = size > num_requests
         if plan.is_decode:
-            arrays = (plan.rows, plan.seq_lens, plan.input_ids, plan.seq_lens - 1, plan.out_cache_loc)
             end = 0
-            for array in arrays:
+            for array in (plan.rows, plan.seq_lens, plan.input_ids, plan.seq_lens - 1, plan.out_cache_loc):
                 host[end : end + num_requests] = array
                 end += size
             if is_padded:
@@ -92,13 +91,12 @@ class Stager:
             offsets = (plan.seq_lens - plan.q_lens - cu_q_lens[:-1]).repeat(plan.q_lens)
             positions = np.arange(num_tokens, dtype=np.int32) + offsets
             sample_tokens = cu_q_lens[plan.samples + 1] - 1
-            arrays = (
+            end = 0
+            for array in (
                 plan.rows, plan.seq_lens, plan.input_ids, positions, plan.out_cache_loc,
                 plan.rows.repeat(plan.q_lens), cu_q_lens, sample_tokens,
                 plan.rows[plan.samples], plan.seq_lens[plan.samples],
-            )  # fmt: skip
-            end = 0
-            for array in arrays:
+            ):  # fmt: skip
                 host[end : end + len(array)] = array
                 end += len(array)
         if plan.groups is not None:

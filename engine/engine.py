@@ -1,10 +1,11 @@
 """The facade: what the server, and anyone in process, talks to."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,7 @@ class Engine:
         self._task: asyncio.Task[None] | None = None
         self._requests: dict[str, Request] = {}
         self._is_stopping = False
+        self._drained = asyncio.Event()
         self._num_requests = self._num_aborted = 0
 
     async def __aenter__(self) -> "Engine":
@@ -85,9 +87,9 @@ class Engine:
     async def stop(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, give running ones `drain_s` seconds, abort the rest, let go of the device."""
         self._is_stopping = True
-        deadline = time.monotonic() + drain_s
-        while self._requests and time.monotonic() < deadline and self.is_running:
-            await asyncio.sleep(0.05)
+        if self._requests and drain_s:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._drained.wait(), drain_s)
         self.abort_all("the server is shutting down", status_code=503)
         if self._task is not None:
             self._task.cancel()
@@ -167,6 +169,8 @@ class Engine:
     def _pass_on(self, sink: Callable[[Delta], None], delta: Delta) -> None:
         if delta.finish_reason is not None:
             self._requests.pop(delta.request.rid, None)
+            if self._is_stopping and not self._requests:
+                self._drained.set()
         sink(delta)
 
     def _verify(self, request: Request) -> None:
@@ -217,7 +221,7 @@ class Engine:
         """End every request. Returns how many there were."""
         return sum(self.abort(rid, message, status_code) for rid in list(self._requests))
 
-    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         """Deltas of `request` up to the one with a finish reason. Leaving early aborts it."""
         deltas: asyncio.Queue[Delta] = asyncio.Queue()
         request.sink = deltas.put_nowait

@@ -102,7 +102,7 @@ class StepLoop:
             await asyncio.sleep(0)  # the device is ahead of the host: let the connections have their turn all the same
         try:
             await asyncio.wrap_future(step.done)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever a step raises ends that step's requests and no others
             await self._fail(step, error)
             return None
         start = time.perf_counter()

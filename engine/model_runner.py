@@ -164,8 +164,11 @@ class ModelRunner:
             logits = self.model.compute_logits(hidden[start : start + len(targets)])
             wanted = ids.expand(len(targets), -1) if len(ids) else None
             parts.append(logprobs(logits, targets, request.top_logprobs_num, wanted))
-        chosen, top_values, top_ids = (self._to_host(torch.cat([part[i] for part in parts])) for i in range(3))
-        ids_values = self._to_host(torch.cat([part[3] for part in parts])) if len(ids) else None
+        chosen, top_values, top_ids = (
+            self._to_host(torch.cat(column)) for column in zip(*(part[:3] for part in parts), strict=True)
+        )
+        parts_of_ids = [part[3] for part in parts if part[3] is not None]
+        ids_values = self._to_host(torch.cat(parts_of_ids)) if parts_of_ids else None
         return PromptLogprobs(request, work.start, chosen, top_values, top_ids, ids_values)
 
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:

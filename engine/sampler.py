@@ -128,8 +128,8 @@ class Sampler:
         if work.penalized is not None:
             self._apply_penalties(logits, work, rows)
         if work.edits is not None:
-            s, ids, values = map(self._to_device, work.edits)
-            logits.index_put_((s, ids), values.to(logits.dtype), accumulate=True)
+            index, ids, bias = map(self._to_device, work.edits)
+            logits.index_put_((index, ids), bias.to(logits.dtype), accumulate=True)
         if work.is_greedy:
             tokens = sampling.argmax(logits)
         else:

@@ -162,39 +162,49 @@ def _piece_winner_kernel(
     row = tl.program_id(0)
     logits += row.to(tl.int64) * logits_stride
     start = tl.program_id(1) * NUM_BLOCKS * BLOCK
+    if temperature is None:
+        largest, best, best_id = _best_of_piece(logits, start, 1.0, 0, 0, True, V, NUM_BLOCKS, BLOCK)
+    else:
+        temp = tl.load(temperature + row)
+        if (temp < 1e-6) | (tl.load(top_k + row) == 1):
+            largest, best, best_id = _best_of_piece(logits, start, 1.0, 0, 0, True, V, NUM_BLOCKS, BLOCK)
+        else:
+            key1, key2 = _noise_keys(tl.load(seed + row), tl.load(position + row))
+            largest, best, best_id = _best_of_piece(logits, start, 1.0 / temp, key1, key2, False, V, NUM_BLOCKS, BLOCK)
+    piece = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(values + piece, largest)
+    tl.store(values + tl.num_programs(0).to(tl.int64) * tl.num_programs(1) + piece, best)
+    tl.store(ids + piece, best_id)
+
+
+@triton.jit
+def _best_of_piece(
+    logits,
+    start,
+    inverse,
+    key1,
+    key2,
+    IS_GREEDY: tl.constexpr,
+    V: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_id = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
     has_nan = tl.zeros([BLOCK], tl.int32)
-    is_greedy = True
-    if temperature is not None:
-        temp = tl.load(temperature + row)
-        is_greedy = (temp < 1e-6) | (tl.load(top_k + row) == 1)
-    if is_greedy:
-        for i in range(NUM_BLOCKS):
-            token_id = start + i * BLOCK + tl.arange(0, BLOCK)
-            x = tl.load(logits + token_id, mask=token_id < V, other=float("-inf")).to(tl.float32)
-            has_nan |= (x != x).to(tl.int32)
-            best_id = tl.where(x > best, token_id, best_id)
-            best = tl.maximum(x, best)
-        largest = best
-    else:
-        inverse = 1.0 / temp
-        key1, key2 = _noise_keys(tl.load(seed + row), tl.load(position + row))
-        for i in range(NUM_BLOCKS):
-            token_id = start + i * BLOCK + tl.arange(0, BLOCK)
-            x = tl.load(logits + token_id, mask=token_id < V, other=float("-inf")).to(tl.float32)
-            has_nan |= (x != x).to(tl.int32)
-            largest = tl.maximum(x, largest)
-            noisy = x * inverse + _gumbel_noise(key1, key2, token_id)
-            best_id = tl.where(noisy > best, token_id, best_id)
-            best = tl.maximum(noisy, best)
-    piece = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    for i in range(NUM_BLOCKS):
+        token_id = start + i * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits + token_id, mask=token_id < V, other=float("-inf")).to(tl.float32)
+        has_nan |= (x != x).to(tl.int32)
+        largest = tl.maximum(x, largest)
+        if not IS_GREEDY:
+            x = x * inverse + _gumbel_noise(key1, key2, token_id)
+        best_id = tl.where(x > best, token_id, best_id)
+        best = tl.maximum(x, best)
     nan_or_largest = tl.where(tl.max(has_nan, axis=0) > 0, float("nan"), tl.max(largest, axis=0))
     winner = tl.max(best, axis=0)
-    tl.store(values + piece, nan_or_largest)
-    tl.store(values + tl.num_programs(0).to(tl.int64) * tl.num_programs(1) + piece, winner)
-    tl.store(ids + piece, tl.min(tl.where(best == winner, best_id, 0x7FFFFFFF), axis=0))
+    return nan_or_largest, winner, tl.min(tl.where(best == winner, best_id, 0x7FFFFFFF), axis=0)
 
 
 @triton.jit
@@ -334,8 +344,8 @@ def _draw_above(logits, limit, floor, inverse, key1, key2, V: tl.constexpr, BLOC
 @triton.jit
 def _mass_of_top_k(
     logits,
-    too_small,
-    large_enough,
+    below_top_k,
+    in_top_k,
     k,
     largest,
     inverse,

@@ -138,6 +138,18 @@ def test_one_slot_gives_back_its_whole_page_once() -> None:
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
+def test_handed_out_slots_stay_what_they_were(page_size: int) -> None:
+    allocator = PageAllocator(num_pages=6, page_size=page_size)
+    first, second = allocator.allocate(2), allocator.allocate(3)
+    assert first is not None
+    assert second is not None
+    before = second.tolist()
+    allocator.free(second)
+    allocator.free(first)
+    assert second.tolist() == before
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
 def test_check_finds_a_page_that_was_freed_twice(page_size: int) -> None:
     allocator = PageAllocator(num_pages=6, page_size=page_size)
     slots = allocator.allocate(4)

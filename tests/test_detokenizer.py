@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from engine.detokenizer import REGEX_WINDOW, StopScanner
+from engine.detokenizer import BYTE_OF_CHAR, REGEX_WINDOW, StopScanner
 from engine.errors import InvalidRequest
 from engine.request import SamplingParams
 from engine.tokenizer import FastBackend, Tokenizer
@@ -102,6 +102,7 @@ MAKERS: dict[str, Callable[[], Tokenizer]] = {
     "no decoder": lambda: byte_fallback(None),
 }
 make = cache(lambda kind: MAKERS[kind]())
+a_few = settings(max_examples=30, deadline=None)
 kinds = pytest.mark.parametrize("kind", MAKERS)
 TABLE_KINDS = [kind for kind in MAKERS if kind not in ("word piece", "bpe suffix", "no decoder")]
 
@@ -121,6 +122,18 @@ def cut_up(draw: st.DrawFn, items: list[Any] | str) -> list[Any]:
     return [items[start:end] for start, end in zip([0, *cuts], [*cuts, len(items)], strict=True)]
 
 
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    token_id = tokenizer.token_to_id(token)
+    assert token_id is not None
+    return token_id
+
+
+def byte_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The byte-level tokens of one byte each."""
+    char_of_byte = {byte: char for char, byte in BYTE_OF_CHAR.items()}
+    return [id_of(tokenizer, char_of_byte[byte]) for byte in text.encode()]
+
+
 def streamed(tokenizer: Tokenizer, parts: Iterable[list[int]], prompt_ids: Iterable[int] = (), **params: Any) -> str:
     stream = tokenizer.text_stream(SamplingParams(**params), list(prompt_ids))
     text = "".join([stream.push(part) for part in parts]) + stream.finish()
@@ -129,6 +142,7 @@ def streamed(tokenizer: Tokenizer, parts: Iterable[list[int]], prompt_ids: Itera
 
 
 @kinds
+@a_few
 @given(data=st.data())
 def test_pushes_add_up_to_decoding_all_ids_at_once(kind: str, data: st.DataObject) -> None:
     tokenizer = make(kind)
@@ -139,6 +153,7 @@ def test_pushes_add_up_to_decoding_all_ids_at_once(kind: str, data: st.DataObjec
 
 
 @kinds
+@a_few
 @given(data=st.data())
 def test_a_stream_goes_on_where_its_prompt_ends(kind: str, data: st.DataObject) -> None:
     tokenizer = make(kind)
@@ -152,7 +167,7 @@ def test_a_stream_goes_on_where_its_prompt_ends(kind: str, data: st.DataObject) 
 
 def test_the_space_before_the_first_word_is_kept_after_a_prompt_only() -> None:
     tokenizer = make("llama")
-    word = [[tokenizer.backend.token_to_id("▁the")]]
+    word = [[id_of(tokenizer, "▁the")]]
     assert streamed(tokenizer, word) == "the"
     assert streamed(tokenizer, word, tokenizer.encode("<s>")) == "the"
     assert streamed(tokenizer, word, tokenizer.encode("<s>the")) == " the"
@@ -168,27 +183,26 @@ def test_common_decoders_read_a_table_and_only_the_others_decode_again() -> None
 
 def test_a_character_is_released_with_its_last_byte() -> None:
     tokenizer = make("byte level")
-    byte_ids = [tokenizer.backend.token_to_id(char) for char in ("ð", "Ł", "Ļ", "Ģ")]  # 🚀 = F0 9F 9A 80
     stream = tokenizer.text_stream(SamplingParams())
-    assert [stream.push((token_id,)) for token_id in byte_ids] == ["", "", "", "🚀"]
+    assert [stream.push((token_id,)) for token_id in byte_ids(tokenizer, "🚀")] == ["", "", "", "🚀"]
 
 
 def test_bytes_that_cannot_become_a_character_are_replaced_at_once() -> None:
     tokenizer = make("byte level")
-    start, letter = tokenizer.backend.token_to_id("ð"), tokenizer.backend.token_to_id("a")
+    start, letter = byte_ids(tokenizer, "🚀")[0], id_of(tokenizer, "a")
     stream = tokenizer.text_stream(SamplingParams())
     assert [stream.push([start]), stream.push([start]), stream.push([letter])] == ["", "\ufffd", "\ufffda"]
 
 
 def test_half_a_character_at_the_end_becomes_one_replacement() -> None:
     tokenizer = make("byte level")
-    assert streamed(tokenizer, [tokenizer.encode("ok") + [tokenizer.backend.token_to_id("ð")]]) == "ok\ufffd"
+    assert streamed(tokenizer, [tokenizer.encode("ok"), byte_ids(tokenizer, "🚀")[:3]]) == "ok\ufffd"
 
 
 def test_a_skipped_special_token_does_not_split_a_character() -> None:
     tokenizer = make("byte level")
-    first, *rest = [tokenizer.backend.token_to_id(char) for char in ("ð", "Ł", "Ļ", "Ģ")]
-    end = tokenizer.backend.token_to_id("</s>")
+    first, *rest = byte_ids(tokenizer, "🚀")
+    end = id_of(tokenizer, "</s>")
     assert streamed(tokenizer, [[first], [end], rest]) == "🚀"
     assert streamed(tokenizer, [[first], [end], rest], skip_special_tokens=False).startswith("\ufffd</s>")
 
@@ -201,16 +215,16 @@ def test_a_tokens_bytes_are_those_it_adds_to_a_text(kind: str) -> None:
     tokenizer = make(kind)
     ids = tokenizer.encode("a the 日 🚀")
     data = b"".join(tokenizer.token_bytes(token_id) for token_id in ids)
-    assert data.decode().strip() == "a the 日 🚀"
+    assert data.decode().strip() == tokenizer.decode(ids).strip()
 
 
 def test_a_tokens_text_keeps_its_space_and_shows_half_characters_as_replacements() -> None:
     llama, gpt = make("llama"), make("byte level")
-    assert llama.token_text(llama.backend.token_to_id("▁the")) == " the"
-    assert llama.token_text(llama.backend.token_to_id("<0xE4>")) == "\ufffd"
-    assert gpt.token_text(gpt.backend.token_to_id("ð")) == "\ufffd"
-    assert gpt.token_bytes(gpt.backend.token_to_id("ð")) == b"\xf0"
-    assert gpt.token_text(gpt.backend.token_to_id("<|im_end|>")) == "<|im_end|>"
+    assert llama.token_text(id_of(llama, "▁the")) == " the"
+    assert llama.token_text(id_of(llama, "<0xE4>")) == "\ufffd"
+    start = byte_ids(gpt, "🚀")[0]
+    assert (gpt.token_text(start), gpt.token_bytes(start)) == ("\ufffd", b"\xf0")
+    assert gpt.token_text(id_of(gpt, "<|im_end|>")) == "<|im_end|>"
     assert gpt.token_text(10**6) == ""
 
 
@@ -234,6 +248,7 @@ def num_may_become(text: str, stops: list[str]) -> int:
 letters = st.text("abc", min_size=1, max_size=5)
 
 
+@a_few
 @given(data=st.data(), text=st.text("abc ", max_size=40), stops=st.lists(letters, min_size=1, max_size=4), is_kept=...)
 def test_the_first_stop_ends_the_text_wherever_it_is_cut_up(
     data: st.DataObject, text: str, stops: list[str], is_kept: bool
@@ -254,6 +269,7 @@ def test_the_first_stop_ends_the_text_wherever_it_is_cut_up(
 
 
 @kinds
+@a_few
 @given(data=st.data())
 def test_a_stop_string_never_leaks_whatever_the_tokens(kind: str, data: st.DataObject) -> None:
     tokenizer = make(kind)
@@ -294,7 +310,7 @@ def test_a_stop_string_that_a_long_run_of_near_matches_precedes_is_found() -> No
 def test_a_stop_string_that_is_a_special_token_stops_though_its_text_is_skipped(is_skipping: bool) -> None:
     tokenizer = make("byte level")
     stream = tokenizer.text_stream(SamplingParams(stop=["!", "<|im_end|>"], skip_special_tokens=is_skipping))
-    ids = [*tokenizer.encode("the cat"), tokenizer.backend.token_to_id("<|im_end|>"), *tokenizer.encode("sat")]
+    ids = [*tokenizer.encode("the cat"), id_of(tokenizer, "<|im_end|>"), *tokenizer.encode("sat")]
     assert stream.push(ids) + stream.finish() == "the cat"
     assert stream.matched_stop == "<|im_end|>"
 
@@ -308,6 +324,7 @@ def test_what_is_held_back_comes_out_at_the_end() -> None:
 # ---- stop regexes ----
 
 
+@a_few
 @given(data=st.data(), text=st.text("ab1- ", max_size=30))
 def test_a_regex_stop_of_fixed_length_is_cut_wherever_the_text_is_cut_up(data: st.DataObject, text: str) -> None:
     scanner = StopScanner([], [r"\d-[ab]"], False)
@@ -341,7 +358,7 @@ def test_a_regex_holds_back_and_searches_a_bounded_tail_however_long_the_text() 
     scanner = StopScanner([], [r".*END"], False)  # any line may become a match
     num_released = sum(len(scanner.push("ab")) for _ in range(2 * REGEX_WINDOW))
     assert num_released == 3 * REGEX_WINDOW
-    assert scanner.push("END") + scanner.finish() == "ab"[:3] * 1 + "a"
+    assert scanner.push("END") + scanner.finish() == ""
     assert scanner.matched_stop == ".*END"
 
 

@@ -1,0 +1,252 @@
+"""An engine without a model: the facade that the server talks to, answering at once or when told to."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp.test_utils import TestClient, TestServer
+
+from engine.errors import EngineStopped, InvalidRequest, PromptTooLong, QueueFull
+from engine.request import Delta, FinishReason, Logprobs, Request, Status, TokenLogprob
+from server.app import build_app
+from server.config import ServerConfig
+
+VOCAB_SIZE = 260
+EOS = 257
+
+
+class FakeTokenizer:
+    """A token is a byte."""
+
+    chat_template: str | dict[str, str] | None = "fake"
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return bytes(token_id for token_id in token_ids if token_id < 256).decode(errors="replace")
+
+    def token_text(self, token_id: int) -> str:
+        return self.decode([token_id])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
+    def render_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        if chat_template is None and not self.chat_template:
+            raise InvalidRequest("model has no chat template; give --chat-template", "messages")
+        text = "".join(f"[{message['role']}]{message['content']}" for message in messages)
+        return text + ("[assistant]" if add_generation_prompt else "")
+
+
+@dataclass
+class FakeModel:
+    vocab_size: int = VOCAB_SIZE
+    model_type: str = "fake"
+    architectures: tuple[str, ...] = ("FakeForCausalLM",)
+
+
+@dataclass
+class FakeHealth:
+    status: str = "ok"
+    last_step_age_s: float = 0.0
+    oldest_queued_s: float = 0.0
+    num_running: int = 0
+    num_queued: int = 0
+
+
+@dataclass
+class FakeSchedulerStats:
+    num_running: int = 1
+    num_waiting: int = 2
+    num_total_tokens: int = 1000
+    num_held_tokens: int = 250
+    num_retractions: int = 0
+    num_prompt_tokens: int = 100
+    num_hit_tokens: int = 40
+
+
+@dataclass
+class FakeLoopStats:
+    num_generated_tokens: int = 7
+
+
+@dataclass
+class FakeStats:
+    scheduler: FakeSchedulerStats = field(default_factory=FakeSchedulerStats)
+    loop: FakeLoopStats = field(default_factory=FakeLoopStats)
+    num_requests: int = 3
+    num_aborted: int = 1
+
+
+def logprobs_of(token_ids: Sequence[int], num_top: int, ids: Sequence[int], *, is_prompt: bool = False) -> Logprobs:
+    """-0.5 for each token, then half less for each alternative; the first token of a prompt has none."""
+
+    def row(start: int, count: int) -> list[TokenLogprob]:
+        return [(-0.5 - k / 2, (start + k) % 128) for k in range(count)]
+
+    result = Logprobs(
+        token=[(-0.5, token_id) for token_id in token_ids],
+        top=[row(token_id, num_top) for token_id in token_ids],
+        token_ids=[[(-3.0, token_id) for token_id in ids] for _ in token_ids],
+    )
+    if is_prompt:
+        result.token[0] = (None, token_ids[0])
+        result.top[0] = result.token_ids[0] = None
+    return result
+
+
+class FakeEngine:
+    """Answers every request with the bytes of `answer`, one a step; with `is_manual`, as `emit` and `finish` say."""
+
+    def __init__(
+        self,
+        answer: str = "Hello, world",
+        *,
+        context_length: int = 256,
+        is_manual: bool = False,
+        max_queued: int = 1000,
+    ) -> None:
+        self.answer, self.is_manual, self.max_queued = answer, is_manual, max_queued
+        self.context_length = context_length
+        self.max_total_num_tokens = 4 * context_length
+        self.model_config, self.tokenizer = FakeModel(), FakeTokenizer()
+        self.sampling_defaults: dict[str, Any] = {}
+        self.requests: list[Request] = []
+        self.aborted: list[str] = []
+        self.live: dict[str, Request] = {}
+        self.has_changed = asyncio.Event()
+        self.health_status = "ok"
+        self.failure: FinishReason | None = None  # how every request ends
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def submit(self, request: Request) -> None:
+        if self.health_status == "stopping":
+            raise EngineStopped("the server is shutting down")
+        if len(self.live) >= self.max_queued:
+            raise QueueFull(f"{len(self.live)} requests are waiting, the limit is {self.max_queued}", 2.0)
+        params = request.sampling_params
+        params.verify(VOCAB_SIZE)
+        room = self.context_length - request.prompt_len
+        if params.max_new_tokens is None:
+            params.max_new_tokens = max(room, 0)
+        if room < params.max_new_tokens:
+            raise PromptTooLong(f"prompt has {request.prompt_len} tokens, the context is {self.context_length}", "text")
+        self.requests.append(request)
+        self.live[request.rid] = request
+        request.num_cached_tokens = 2
+        if request.logprob_start_len >= 0:
+            prompt = request.input_ids[request.logprob_start_len :]
+            num_top, ids = request.top_logprobs_num, request.token_ids_logprob
+            request.input_logprobs = logprobs_of(prompt, num_top, ids, is_prompt=True)
+        self._changed()
+        if not self.is_manual:
+            asyncio.get_running_loop().call_soon(self._step, request)
+
+    def _step(self, request: Request) -> None:
+        """One token."""
+        if request.rid not in self.live:
+            return
+        if self.failure is not None:
+            return self.finish(request, self.failure)
+        answer, limit = self.answer.encode(), request.sampling_params.max_new_tokens
+        assert limit is not None
+        done = len(request.output_ids)
+        if done == limit:
+            return self.finish(request, FinishReason("length"))
+        if done == len(answer):
+            return self.finish(request, FinishReason("stop", matched=EOS))
+        self.emit(request, bytes([answer[done]]).decode(errors="ignore"), [answer[done]])
+        asyncio.get_running_loop().call_soon(self._step, request)
+
+    def emit(self, request: Request, text: str, token_ids: list[int] | None = None) -> None:
+        """A step's news: the sink hears of it if the request streams."""
+        ids = list(text.encode()) if token_ids is None else token_ids
+        request.output_ids += ids
+        if request.stream:
+            request.sink(self._delta(request, text, ids))
+
+    def finish(self, request: Request, reason: FinishReason) -> None:
+        del self.live[request.rid]
+        request.status, request.finish_reason = Status.FINISHED, reason
+        if request.stream:
+            delta = Delta(request, "", [], reason)
+        else:
+            delta = self._delta(request, self.tokenizer.decode(request.output_ids), request.output_ids)
+            delta.finish_reason = reason
+        request.sink(delta)
+        self._changed()
+
+    def _delta(self, request: Request, text: str, ids: list[int]) -> Delta:
+        logprobs = None
+        if request.return_logprob:
+            logprobs = logprobs_of(ids, request.top_logprobs_num, request.token_ids_logprob)
+        return Delta(request, text, ids, None, logprobs)
+
+    def abort(self, rid: str, message: str = "aborted by the client", status_code: int = 499) -> bool:
+        request = self.live.get(rid)
+        if request is None:
+            return False
+        self.aborted.append(rid)
+        self.finish(request, FinishReason("abort", message=message, status_code=status_code))
+        return True
+
+    def abort_all(self, message: str = "aborted by the client", status_code: int = 499) -> int:
+        return sum(self.abort(rid, message, status_code) for rid in list(self.live))
+
+    async def generate(self, request: Request) -> AsyncIterator[Delta]:
+        deltas: asyncio.Queue[Delta] = asyncio.Queue()
+        request.sink = deltas.put_nowait
+        self.submit(request)
+        try:
+            while True:
+                delta = await deltas.get()
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+        finally:
+            self.abort(request.rid)
+
+    def flush_cache(self) -> bool:
+        return not self.live
+
+    def stats(self) -> FakeStats:
+        return FakeStats()
+
+    def health(self) -> FakeHealth:
+        return FakeHealth(self.health_status, num_running=len(self.live))
+
+    def _changed(self) -> None:
+        self.has_changed.set()
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something that a submission, an end or an abort brings about."""
+        async with asyncio.timeout(10):
+            while not condition():
+                self.has_changed.clear()
+                await self.has_changed.wait()
+
+
+@asynccontextmanager
+async def serving(engine: FakeEngine, **options: Any) -> AsyncIterator[TestClient[Any, Any]]:
+    """A client of a server around `engine`."""
+    app = build_app(engine, ServerConfig(model_path="fake-model", **options))
+    async with TestClient(TestServer(app)) as client:
+        yield client
+
+
+def events_of(body: bytes) -> list[str]:
+    """The data of each server-sent event."""
+    events = body.decode().split("\n\n")
+    assert events.pop() == ""
+    assert all(event.startswith("data: ") for event in events)
+    return [event.removeprefix("data: ") for event in events]
