@@ -24,13 +24,13 @@ async def run_batch(engine: Engine, batch: int, input_len: int, output_len: int,
     rng = random.Random()
     vocab_size = engine.model_config.vocab_size
     done = asyncio.Event()
-    first_times: list[float] = []
     left = batch
 
     def sink(delta: Delta) -> None:
         nonlocal left
         if delta.finish_reason is not None:
-            first_times.append(delta.request.times.first_token)
+            if delta.finish_reason.type == "abort":
+                raise SystemExit(delta.finish_reason.message)
             left -= 1
             if not left:
                 done.set()

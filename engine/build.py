@@ -27,7 +27,7 @@ from engine.rows import Rows
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.tokenizer import Tokenizer
-from engine.weights import load_weights, resolve_model
+from engine.weights import load_weights, resolve_model, resolve_tokenizer
 from kernels.attention import choose_backend
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
     if graphs is not None:
         start = time.perf_counter()
         with torch.cuda.stream(runner.stream), torch.inference_mode():
-            graphs.capture_all(lambda size: None)
+            graphs.capture_all()
         on_progress(f"{len(graphs.sizes)} CUDA graphs captured in {time.perf_counter() - start:.1f} s")
 
     is_eos = np.zeros(model_config.vocab_size, bool)
@@ -148,7 +148,7 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
 
 
 def _load_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer:
-    return Tokenizer.load(Path(config.tokenizer_path) if config.tokenizer_path else folder, config.trust_remote_code)
+    return Tokenizer.load(resolve_tokenizer(config, folder), config.trust_remote_code)
 
 
 def _load_model(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from engine.batch import ForwardBatch, Stager
-from engine.plan import Groups, Plan
+from engine.plan import Plan
 
 
 def default_batch_sizes(largest: int) -> list[int]:
@@ -34,45 +34,61 @@ class DecodeGraphs:
             return None
         return self.sizes[bisect.bisect_left(self.sizes, len(plan.rows))]
 
-    def capture_all(self, progress: Callable[[int], None]) -> None:
+    def capture_all(self) -> None:
+        """The largest first, since the smaller ones then fit into the memory it took."""
         for size in reversed(self.sizes):
-            self._capture(size, is_shared=False)
-            progress(size)
+            plan = _padding_plan(size)
+            self._stager.upload(self._stager.write(plan, size))
+            batch, *_ = self._stager.views(plan, size)
+            self._capture(size, batch)
 
     def replay(self, size: int, batch: ForwardBatch) -> torch.Tensor:
         """Logits [size, V] of the staged batch; overwritten by the next replay of any graph."""
-        key = (size, batch.shared is not None)
-        if key not in self._graphs:
-            self._capture(*key)
-        graph, logits = self._graphs[key]
+        if (size, batch.shared is not None) not in self._graphs:
+            self._capture(size, batch)
+        graph, logits = self._graphs[size, batch.shared is not None]
         graph.replay()
         return logits
 
-    def _capture(self, size: int, is_shared: bool) -> None:
-        batch, *_ = self._stager.views(_example_plan(size, is_shared), size)
+    def _capture(self, size: int, batch: ForwardBatch) -> None:
+        """Capture the staged batch's shape. It is also run once, which computes what a replay will compute again."""
         self._run(batch)  # compiles kernels and lets libraries allocate what they keep
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-        ):
+        stream = torch.cuda.current_stream()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             logits = self._run(batch)
-        self._graphs[size, is_shared] = graph, logits
+        self._graphs[size, batch.shared is not None] = graph, _without_ownership(logits)
 
 
-def _example_plan(size: int, is_shared: bool) -> Plan:
-    """A decode plan of the graph's shape; a capture reads its sizes, never its contents."""
-    ones = np.ones(size, np.int32)
-    none = np.zeros(0, np.int32)
-    groups = Groups(none, np.zeros(1, np.int32), none, np.zeros(size, np.int32)) if is_shared else None
+class _Borrowed:
+    """Device memory that numpy-like libraries may look at (CUDA array interface, version 3)."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        shape = (*tensor.shape[:-1], tensor.shape[-1] * tensor.itemsize)
+        self.__cuda_array_interface__ = {
+            "shape": shape, "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 3,
+        }  # fmt: skip
+
+
+def _without_ownership(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor that does not keep it: the next graph's capture may use it too.
+
+    Logits of a whole ladder of graphs would take gigabytes, and only one graph's are alive at a time.
+    """
+    return torch.as_tensor(_Borrowed(tensor), device=tensor.device).view(tensor.dtype)
+
+
+def _padding_plan(size: int) -> Plan:
+    """`size` requests that all are padding: row 0, token 0, slot 0."""
+    zeros = np.zeros(size, np.int32)
     return Plan(
-        rows=ones,
-        q_lens=ones,
-        seq_lens=ones,
-        input_ids=ones,
-        out_cache_loc=ones,
+        rows=zeros,
+        q_lens=zeros + 1,
+        seq_lens=zeros + 1,
+        input_ids=zeros,
+        out_cache_loc=zeros,
         num_decodes=size,
         samples=np.arange(size, dtype=np.int32),
         epochs=np.zeros(size, np.int64),
-        groups=groups,
     )

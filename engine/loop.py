@@ -73,6 +73,8 @@ class StepLoop:
             plan = self.scheduler.schedule(self._pace.prefill_budget(self.scheduler.num_streams))
             scheduled = clock()
             if plan is not None:
+                for request in plan.admitted:
+                    request.times.scheduled = start
                 self._in_flight.append(self.runner.launch(plan))
                 self._log.on_launch(plan)
             launched = clock()

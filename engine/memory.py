@@ -14,7 +14,7 @@ from engine.errors import ModelError
 from engine.model_config import ModelConfig
 
 GIB = 1 << 30
-CUDA_MARGIN_BYTES = GIB  # CUDA graphs, library workspaces, fragmentation
+CUDA_MARGIN_BYTES = 3 * GIB // 2  # CUDA graphs, library workspaces, fragmentation
 CPU_MEMORY_SHARE = 0.25  # of what is available: a laptop has other things to do
 CPU_CONTEXTS = 8  # of full length, at most: more would only hold stale prefixes
 

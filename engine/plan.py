@@ -32,6 +32,7 @@ class Plan:
     prefix_copies: list[tuple[int, int, np.ndarray]] = field(default_factory=list)  # (row, start, cached slots)
     prompt_logprobs: list[tuple[int, Request, int]] = field(default_factory=list)  # (b, request, first position)
     prefill_only: list[tuple[int, Request]] = field(default_factory=list)  # (b, request) that end with this step
+    admitted: list[Request] = field(default_factory=list)  # that run for the first time
     groups: Groups | None = None
 
     @property

@@ -68,6 +68,7 @@ class _Chunk:
     stop: int
     prefix_start: int
     prefix_stop: int
+    is_first: bool
 
 
 class Scheduler:
@@ -238,6 +239,8 @@ class Scheduler:
             if chunk.prefix_stop > chunk.prefix_start:
                 cached = rows.slots[row, chunk.prefix_start : chunk.prefix_stop].copy()
                 plan.prefix_copies.append((row, chunk.prefix_start, cached))
+            if chunk.is_first:
+                plan.admitted.append(request)
             if request.logprob_start_len >= 0 and chunk.start < request.prompt_len - 1:
                 plan.prompt_logprobs.append((b, request, chunk.start))
         plan.rows = np.concatenate([plan.rows, np.array([c.request.row for c in chunks], np.int32)])
@@ -341,14 +344,15 @@ class Scheduler:
             _, node = self.cache.insert(tokens[:stop], rows.slots[row, :stop], request.extra_key)
             self._lock(row, node)
             self.cached_lens[row] = stop - stop % self.page_size
-        if is_first and not request.num_retractions:
+        is_first = is_first and not request.num_retractions
+        if is_first:
             request.num_cached_tokens = min(start, num_cached)
             self.num_hit_tokens += request.num_cached_tokens
         rows.num_computed[row] = stop
         if stop == num_tokens:
             self.prefilling.remove(request)
             self._decoding = np.append(self._decoding, np.int32(row))
-        return _Chunk(request, start, stop, prefix_start, min(num_cached, start))
+        return _Chunk(request, start, stop, prefix_start, min(num_cached, start), is_first)
 
     def _extend(self, have: int, last_slot: int, count: int) -> np.ndarray | None:
         slots = self.allocator.extend(have, last_slot, count)
@@ -387,12 +391,12 @@ class Scheduler:
         waiting = sorted(self.waiting, key=lambda r: (-r.priority, r.times.arrived))
         if policy == "random":
             self._random.shuffle(waiting)
-        elif policy in ("lpm", "dfs-weight"):
-            match_of = {id(r): self.cache.match(r.all_token_ids(), r.extra_key) for r in waiting}
-            if policy == "lpm":
-                waiting.sort(key=lambda r: (-r.priority, -len(match_of[id(r)].slots)))
-            else:
-                waiting = _depth_first(waiting, {key: match.node for key, match in match_of.items()})
+        elif policy == "lpm":
+            waiting.sort(key=lambda r: (-r.priority, -self.cache.match_len(r.all_token_ids(), r.extra_key)))
+        elif policy == "dfs-weight":
+            waiting = _depth_first(
+                waiting, {id(r): self.cache.match(r.all_token_ids(), r.extra_key).node for r in waiting}
+            )
         # A retracted request was promised its place: it comes before those that never ran.
         waiting.sort(key=lambda r: r.num_retractions == 0)
         self.waiting = deque(waiting)

@@ -65,7 +65,8 @@ class FastBackend:
         self.decoder = json.loads(decoder.__getstate__()) if decoder is not None else None
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # The library lets other threads run only while it encodes a batch; "fast" leaves out offsets nobody reads.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -95,7 +96,7 @@ class PythonBackend:
 
     def token_to_id(self, token: str) -> int | None:
         token_id = self._tokenizer.convert_tokens_to_ids(token)
-        return token_id if self.id_to_token(token_id) == token else None
+        return token_id if token_id is not None and self.id_to_token(token_id) == token else None  # not <unk>'s
 
 
 @dataclass(frozen=True)

@@ -1,46 +1,21 @@
 """Products with a weight matrix, with what comes before (RMS norm) and after (activation, residual) fused in.
 
-A few tokens leave the tensor cores idle: the time is that of reading the weights, and `_gemv_kernel` streams them at
-the memory's speed. It starts reading before the kernel ahead of it has ended (programmatic dependent launch), so that
-one product's tail and the next one's start overlap. More tokens go to cuBLAS.
+A few tokens on a GPU take `triton_gemm`, more of them cuBLAS, a CPU torch.
 """
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
-from kernels.elementwise import act_and_mul, activation, has_dependent_launch, rms_norm
+from kernels.elementwise import act_and_mul, rms_norm
 
 GEMV_MAX_TOKENS = 4
-
-
-class GemvConfig(NamedTuple):
-    """block_n weight rows a program for one token (for more tokens fewer: the accumulators share the registers);
-    block_k elements of each at a time, of which `prefetch` pieces are on their way before the program waits for its
-    input. block_k = 256 * num_warps gives each thread one 16-byte access a row and piece.
-    """
-
-    block_n: int
-    block_k: int
-    num_warps: int
-    prefetch: int
-
-
-# By (weight rows, K), for one token; what is not here gets `default_gemv_config`.
-GEMV_CONFIGS: dict[tuple[int, int], GemvConfig] = {}
-
-
-def default_gemv_config(num_rows: int, k: int) -> GemvConfig:
-    num_warps = 2 if k <= 512 else 4 if k <= 4096 else 8
-    return GemvConfig(4 if num_rows >= 4096 else 2, 256 * num_warps, num_warps, prefetch=4)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight.T + bias; x [T, K], weight [N, K] -> [T, N]."""
     if _is_gemv(x, weight):
+        from kernels.triton_gemm import gemv  # here: a machine without a GPU need not have triton
+
         return gemv(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -50,6 +25,8 @@ def norm_linear(
 ) -> torch.Tensor:
     """linear(rms_norm(h)); h [T, K], norm_weight [K], weight [N, K] -> [T, N]."""
     if _is_gemv(h, weight):
+        from kernels.triton_gemm import gemv
+
         return gemv(h, weight, bias, norm_weight=norm_weight, eps=eps)
     return F.linear(rms_norm(h, norm_weight, eps), weight, bias)
 
@@ -64,6 +41,8 @@ def norm_linear_act(
 ) -> torch.Tensor:
     """act(gate) * up of [gate, up] = norm_linear(h); h [T, K], weight [2N, K] -> [T, N]."""
     if _is_gemv(h, weight):
+        from kernels.triton_gemm import gemv
+
         return gemv(h, weight, bias, norm_weight=norm_weight, eps=eps, act=act)
     return act_and_mul(F.linear(rms_norm(h, norm_weight, eps), weight, bias), act)
 
@@ -73,188 +52,13 @@ def linear_add(
 ) -> torch.Tensor:
     """h += x @ weight.T + bias, in place, and h is returned; x [T, K], weight [N, K], h [T, N]."""
     if _is_gemv(x, weight) and h.is_contiguous():
+        from kernels.triton_gemm import gemv
+
         return gemv(x, weight, bias, residual=h)
     if x.is_cuda and bias is None:
         return h.addmm_(x, weight.t())
     return h.add_(F.linear(x, weight, bias))
 
 
-def act_linear_add(
-    gate_up: torch.Tensor, weight: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None = None, act: str = "silu"
-) -> torch.Tensor:
-    """h += linear(act(gate) * up) of gate_up = [gate, up], in place; gate_up [T, 2K], weight [N, K], h [T, N].
-
-    At few tokens `norm_linear_act` then `linear_add` is faster: there the activation is computed once, here a program
-    of the product could only repeat it.
-    """
-    return linear_add(act_and_mul(gate_up, act), weight, h, bias)
-
-
 def _is_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return x.is_cuda and 0 < x.shape[0] <= GEMV_MAX_TOKENS and x.is_contiguous() and weight.is_contiguous()
-
-
-def gemv(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    norm_weight: torch.Tensor | None = None,
-    eps: float = 0.0,
-    act: str | None = None,
-    residual: torch.Tensor | None = None,
-    config: GemvConfig | None = None,
-) -> torch.Tensor:
-    """All of the above for a few tokens: x [T, K], weight [N, K] ([2N, K] with `act`) -> [T, N], or into `residual`."""
-    num_tokens, k = x.shape
-    num_rows = weight.shape[0]
-    n = num_rows // 2 if act else num_rows
-    config = config or GEMV_CONFIGS.get((num_rows, k)) or default_gemv_config(num_rows, k)
-    num_sums = triton.next_power_of_2(num_tokens) * (2 if act else 1)
-    block_n = max(1, config.block_n // num_sums)
-    out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device) if residual is None else residual
-    pdl = has_dependent_launch(x.device)
-    _gemv_kernel[(triton.cdiv(n, block_n),)](
-        x,
-        weight,
-        bias,
-        norm_weight,
-        residual,
-        out,
-        n,
-        eps,
-        K=k,
-        NUM_TOKENS=num_tokens,
-        BLOCK_N=block_n,
-        BLOCK_K=config.block_k,
-        PREFETCH=min(config.prefetch, triton.cdiv(k, config.block_k)),
-        ACT=act,
-        PDL=pdl,
-        num_warps=config.num_warps,
-        launch_pdl=pdl,
-    )
-    return out
-
-
-@triton.jit
-def _gemv_kernel(
-    x,
-    weight,
-    bias,
-    norm_weight,
-    residual,
-    out,
-    N,
-    eps,
-    K: tl.constexpr,
-    NUM_TOKENS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    ACT: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    first = tl.program_id(0) * BLOCK_N
-    n = tl.arange(0, BLOCK_N)
-    is_row = first + n < N
-    row_starts = tl.minimum(n, N - 1 - first) * K  # rows past the end read the last one
-    gate = weight + first.to(tl.int64) * K
-    up = gate + tl.cast(N, tl.int64) * K
-
-    # Weights depend on no kernel: what is loaded here comes in while the one ahead still runs.
-    gate_tiles = ()
-    up_tiles = ()
-    norm_tiles = ()
-    for piece in tl.static_range(PREFETCH):
-        gate_tiles = gate_tiles + (_load_rows(gate, row_starts, piece, K, BLOCK_K),)
-        if ACT is not None:
-            up_tiles = up_tiles + (_load_rows(up, row_starts, piece, K, BLOCK_K),)
-        if norm_weight is not None:
-            norm_tiles = norm_tiles + (_load_piece(norm_weight, piece, K, BLOCK_K),)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-
-    added = ()
-    gate_sums = ()
-    up_sums = ()
-    squares = ()
-    for t in tl.static_range(NUM_TOKENS):
-        if residual is not None:
-            added = added + (tl.load(residual + t * N + first + n, mask=is_row, other=0.0).to(tl.float32),)
-        gate_sums = gate_sums + (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),)
-        up_sums = up_sums + (tl.zeros([BLOCK_N, BLOCK_K], tl.float32),)
-        squares = squares + (tl.zeros([BLOCK_K], tl.float32),)
-
-    for piece in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
-        if piece < PREFETCH:
-            gate_tile = gate_tiles[piece]
-        else:
-            gate_tile = _load_rows(gate, row_starts, piece, K, BLOCK_K)
-        gate_tile = gate_tile.to(tl.float32)
-        if ACT is not None:
-            if piece < PREFETCH:
-                up_tile = up_tiles[piece]
-            else:
-                up_tile = _load_rows(up, row_starts, piece, K, BLOCK_K)
-            up_tile = up_tile.to(tl.float32)
-        if norm_weight is not None:
-            if piece < PREFETCH:
-                norm_tile = norm_tiles[piece]
-            else:
-                norm_tile = _load_piece(norm_weight, piece, K, BLOCK_K)
-            norm_tile = norm_tile.to(tl.float32)
-        new_gate_sums = ()
-        new_up_sums = ()
-        new_squares = ()
-        for t in tl.static_range(NUM_TOKENS):
-            values = _load_piece(x + t * K, piece, K, BLOCK_K).to(tl.float32)
-            new_squares = new_squares + (squares[t] + values * values,)
-            if norm_weight is not None:
-                values *= norm_tile
-            new_gate_sums = new_gate_sums + (gate_sums[t] + gate_tile * values[None, :],)
-            if ACT is not None:
-                new_up_sums = new_up_sums + (up_sums[t] + up_tile * values[None, :],)
-        gate_sums = new_gate_sums
-        up_sums = new_up_sums
-        squares = new_squares
-
-    for t in tl.static_range(NUM_TOKENS):
-        y = tl.sum(gate_sums[t], axis=1)
-        if norm_weight is not None:
-            # The product is linear: scaling its result spares a pass over x ahead of it.
-            scale = tl.rsqrt(tl.sum(squares[t], axis=0) / K + eps)
-            y *= scale
-        if bias is not None:
-            y += tl.load(bias + first + n, mask=is_row, other=0.0).to(tl.float32)
-        if ACT is not None:
-            z = tl.sum(up_sums[t], axis=1)
-            if norm_weight is not None:
-                z *= scale
-            if bias is not None:
-                z += tl.load(bias + N + first + n, mask=is_row, other=0.0).to(tl.float32)
-            y = activation(y, ACT) * z
-        if residual is not None:
-            y += added[t]
-        tl.store(out + t * N + first + n, y.to(out.dtype.element_ty), mask=is_row)
-
-
-@triton.jit
-def _load_rows(weight, row_starts, piece: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A [BLOCK_N, BLOCK_K] piece of the rows, zeros past their end."""
-    k = piece * BLOCK_K + tl.arange(0, BLOCK_K)
-    pointers = weight + row_starts[:, None] + k[None, :]
-    if (piece + 1) * BLOCK_K <= K:
-        return tl.load(pointers, eviction_policy="evict_first")
-    else:
-        return tl.load(pointers, mask=(k < K)[None, :], other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _load_piece(x, piece: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    k = piece * BLOCK_K + tl.arange(0, BLOCK_K)
-    if (piece + 1) * BLOCK_K <= K:
-        return tl.load(x + k)
-    else:
-        return tl.load(x + k, mask=k < K, other=0.0)

@@ -189,7 +189,7 @@ def _prefix_partials(
     # Enough for a few large groups; with many small ones a program takes several tiles.
     num_programs = triton.cdiv(num_requests * block_group, config.block_m) + 7
     pdl = has_dependent_launch(q.device)
-    _prefix_kernel[(num_kv_heads, num_splits, min(num_programs, num_groups * triton.cdiv(num_requests, 2)))](
+    _prefix_kernel[(num_kv_heads, num_splits, num_programs)](
         q,
         k_cache,
         v_cache,
@@ -299,11 +299,19 @@ def _arrival_counters(device: torch.device, size: int) -> torch.Tensor:
 
 def _block_requests(num_requests: int) -> int:
     """A power of two that holds them; few different ones, since each compiles its own kernel."""
-    return next((block for block in (16, 256) if num_requests <= block), max(1024, triton.next_power_of_2(num_requests)))
+    return next(
+        (block for block in (16, 256) if num_requests <= block), max(1024, triton.next_power_of_2(num_requests))
+    )
 
 
 def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def _load_slots(slots, first, seq_len, BLOCK_N: tl.constexpr):
+    """Of tokens first, first + 1, ...; past the end the last one's: some slot must be read, and this one is finite."""
+    return tl.load(slots + tl.minimum(first + tl.arange(0, BLOCK_N), seq_len - 1))
 
 
 @triton.jit
@@ -315,6 +323,7 @@ def _attend(
     k_cache,
     v_cache,
     slots,
+    slot,
     first,
     last,
     seq_len,
@@ -327,28 +336,29 @@ def _attend(
     IS_MASKED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    LAZY_SUM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add tokens [first, last) of a sequence to the running softmax (m, l, acc) of q [M, D].
 
-    k_cache and v_cache point at the KV head, `slots` at the sequence's line of the slot table. Row r sees tokens
-    row_first[r] to row_last[r], which are looked at if IS_MASKED (and HAS_WINDOW, for row_first).
+    k_cache and v_cache point at the KV head, `slots` at the sequence's line of the slot table; `slot` [BLOCK_N] is
+    what stands there at `first`: the pipeliner would spend its stages on slots and leave few to keys and values, so
+    they are loaded a tile ahead by hand. Row r sees tokens row_first[r] to row_last[r], which are looked at if
+    IS_MASKED (and HAS_WINDOW, for row_first). With LAZY_SUM l is [M, BLOCK_N], summed by the caller: a sum over
+    columns that several warps hold costs two barriers.
     """
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     for start in range(first, last, BLOCK_N):
         token = start + n
-        if IS_MASKED:
-            # Past the end the last token is read again: some slot must be, and its values are as finite as the rest.
-            slot = tl.load(slots + tl.minimum(token, seq_len - 1)).to(tl.int64)
-        else:
-            slot = tl.load(slots + token).to(tl.int64)
+        next_slot = _load_slots(slots, start + BLOCK_N, seq_len, BLOCK_N)
+        offset = slot.to(tl.int64)[:, None]
         if HEAD_DIM == BLOCK_D:
-            k = tl.load(k_cache + slot[:, None] * K_STRIDE + d[None, :])
+            k = tl.load(k_cache + offset * K_STRIDE + d[None, :])
         else:
-            k = tl.load(k_cache + slot[:, None] * K_STRIDE + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)
+            k = tl.load(k_cache + offset * K_STRIDE + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
         if SOFTCAP > 0:
             # tanh(x) = 2 sigmoid(2 x) - 1; SOFTCAP and qk_scale are both in units of log2.
@@ -366,15 +376,61 @@ def _attend(
             new_m = tl.where(new_m == float("-inf"), -1e30, new_m)  # a row that has seen nothing yet
         p = tl.exp2(scores * scale - new_m[:, None])
         alpha = tl.exp2(m - new_m)
-        l = l * alpha + tl.sum(p, axis=1)
+        if LAZY_SUM:
+            l = l * alpha[:, None] + p
+        else:
+            l = l * alpha + tl.sum(p, axis=1)
         acc = acc * alpha[:, None]
         if HEAD_DIM == BLOCK_D:
-            v = tl.load(v_cache + slot[:, None] * V_STRIDE + d[None, :])
+            v = tl.load(v_cache + offset * V_STRIDE + d[None, :])
         else:
-            v = tl.load(v_cache + slot[:, None] * V_STRIDE + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)
+            v = tl.load(v_cache + offset * V_STRIDE + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)
         acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
         m = new_m
+        slot = next_slot
     return m, l, acc
+
+
+@triton.jit
+def _attend_prompt(
+    q,
+    k_cache,
+    v_cache,
+    slots,
+    first,
+    whole,
+    last,
+    seq_len,
+    row_first,
+    row_last,
+    qk_scale,
+    K_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(m, l, acc) of q over tokens [first, last), of which all rows see those before `whole` if there is no window."""
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    masked = first
+    if not HAS_WINDOW:
+        masked = whole
+        slot = _load_slots(slots, first, seq_len, BLOCK_N)
+        m, l, acc = _attend(
+            q, m, l, acc, k_cache, v_cache, slots, slot, first, whole, seq_len, row_first, row_last, qk_scale,
+            K_STRIDE, V_STRIDE, HEAD_DIM, False, False, SOFTCAP, False, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    slot = _load_slots(slots, masked, seq_len, BLOCK_N)
+    return _attend(
+        q, m, l, acc, k_cache, v_cache, slots, slot, masked, last, seq_len, row_first, row_last, qk_scale,
+        K_STRIDE, V_STRIDE, HEAD_DIM, True, HAS_WINDOW, SOFTCAP, False, BLOCK_N, BLOCK_D, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -424,7 +480,7 @@ def _decode_kernel(
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
 
-    # Tiles in order of request, KV head, token. Lengths and slots were there before the kernel ahead: no need to wait.
+    # Tiles in order of request, KV head, token.
     i = tl.arange(0, BLOCK_B)
     is_request = i < num_requests
     lens = tl.load(seq_lens + i, mask=is_request, other=0)
@@ -439,8 +495,6 @@ def _decode_kernel(
     rest = total % num_programs  # as many programs have one tile more
     begin = program * share + tl.minimum(program, rest)
     end = begin + share + (program < rest).to(tl.int32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
 
     m_rows = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
@@ -462,19 +516,26 @@ def _decode_kernel(
         tile = work - row_begin
         num_taken = tl.minimum(num_tiles - tile, end - work)
 
+        tile_first = first + tile * BLOCK_N
+        slots = slot_table + tl.load(rows + request).to(tl.int64) * table_stride
+        slot = _load_slots(slots, tile_first, seq_len, BLOCK_N)
+        if PDL:
+            tl.extra.cuda.gdc_wait()  # for the queries and the newest key and value; all else was there before
+
+        is_element = (m_rows < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
         q_row = request.to(tl.int64) * Q_STRIDE + (kv_head * GROUP + m_rows) * HEAD_DIM
-        q_tile = tl.load(q + q_row[:, None] + d[None, :], mask=(m_rows < GROUP)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
         row_last = tl.zeros([BLOCK_M], tl.int32) + seq_len - 1
         m, l, acc = _attend(
-            q_tile,
+            tl.load(q + q_row[:, None] + d[None, :], mask=is_element, other=0.0),
             tl.full([BLOCK_M], float("-inf"), tl.float32),
-            tl.zeros([BLOCK_M], tl.float32),
+            tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
             tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
             k_cache + kv_head * HEAD_DIM,
             v_cache + kv_head * HEAD_DIM,
-            slot_table + tl.load(rows + request).to(tl.int64) * table_stride,
-            first + tile * BLOCK_N,
-            tl.minimum(first + (tile + num_taken) * BLOCK_N, seq_len),
+            slots,
+            slot,
+            tile_first,
+            tl.minimum(tile_first + num_taken * BLOCK_N, seq_len),
             seq_len,
             row_last,
             row_last,
@@ -485,13 +546,14 @@ def _decode_kernel(
             True,
             False,
             SOFTCAP,
+            True,
             BLOCK_N,
             BLOCK_D,
             PRECISION,
         )
+        l = tl.sum(l, axis=1)
         result = acc / l[:, None]
         out_row = (request.to(tl.int64) * NUM_KV_HEADS + kv_head) * GROUP * HEAD_DIM
-        is_element = (m_rows < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
         if (num_taken == num_tiles) & (prefix_len == 0):
             out_pointers = out + out_row + m_rows[:, None] * HEAD_DIM + d[None, :]
             tl.store(out_pointers, result.to(out.dtype.element_ty), mask=is_element)
@@ -501,16 +563,8 @@ def _decode_kernel(
             tl.store(pointers, result, mask=is_element)
             tl.store(partial_lse + index * BLOCK_GROUP + m_rows, m + tl.log2(l), mask=m_rows < GROUP)
 
-            # Tiles of programs 0 .. rest come in runs of share + 1, the others' in runs of share.
-            split = rest * (share + 1)
-            last = row_begin + num_tiles - 1
-            first_program = row_begin // (share + 1)
-            last_program = last // (share + 1)
-            if row_begin >= split:
-                first_program = rest + (row_begin - split) // tl.maximum(share, 1)
-            if last >= split:
-                last_program = rest + (last - split) // tl.maximum(share, 1)
-            num_own = last_program - first_program + 1
+            first_program = _program_of(row_begin, share, rest)
+            num_own = _program_of(row_begin + num_tiles - 1, share, rest) - first_program + 1
             tl.debug_barrier()  # all threads' parts of the partial result are written before its arrival counts
             arrival = arrivals + request * NUM_KV_HEADS + kv_head
             if tl.atomic_add(arrival, 1, sem="acq_rel") == num_own - 1:
@@ -534,10 +588,17 @@ def _decode_kernel(
                     BLOCK_GROUP,
                     BLOCK_D,
                 )
-                pointers = out + out_row + g[:, None] * HEAD_DIM + d[None, :]
+                merged_pointers = out + out_row + g[:, None] * HEAD_DIM + d[None, :]
                 mask = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
-                tl.store(pointers, merged.to(out.dtype.element_ty), mask=mask)
+                tl.store(merged_pointers, merged.to(out.dtype.element_ty), mask=mask)
         work += num_taken
+
+
+@triton.jit
+def _program_of(tile, share, rest):
+    """The program that has `tile`, where the first `rest` programs have share + 1 each and the others share."""
+    split = rest * (share + 1)
+    return tl.where(tile < split, tile // (share + 1), rest + (tile - split) // tl.maximum(share, 1))
 
 
 @triton.jit
@@ -663,19 +724,28 @@ def _prefix_kernel(
                 row_first = tl.load(seq_lens + request, mask=is_row, other=0) - window
             slots = slot_table + tl.load(rows + tl.load(members + first_member)).to(tl.int64) * table_stride
             whole = last // BLOCK_N * BLOCK_N  # `first` is a whole number of tiles
-            m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            l = tl.zeros([BLOCK_M], tl.float32)
-            acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            m, l, acc = _attend(
-                q_tile, m, l, acc, k_cache + kv_head * HEAD_DIM, v_cache + kv_head * HEAD_DIM, slots, first, whole,
-                last, row_first, row_last, qk_scale, K_STRIDE, V_STRIDE, HEAD_DIM, HAS_WINDOW, HAS_WINDOW, SOFTCAP,
-                BLOCK_N, BLOCK_D, PRECISION,
-            )  # fmt: skip
-            m, l, acc = _attend(
-                q_tile, m, l, acc, k_cache + kv_head * HEAD_DIM, v_cache + kv_head * HEAD_DIM, slots, whole, last,
-                last, row_first, row_last, qk_scale, K_STRIDE, V_STRIDE, HEAD_DIM, True, HAS_WINDOW, SOFTCAP,
-                BLOCK_N, BLOCK_D, PRECISION,
-            )  # fmt: skip
+            m, l, acc = _attend_prompt(
+                q_tile,
+                k_cache + kv_head * HEAD_DIM,
+                v_cache + kv_head * HEAD_DIM,
+                slots,
+                first,
+                whole,
+                last,
+                last,
+                row_first,
+                row_last,
+                qk_scale,
+                K_STRIDE,
+                V_STRIDE,
+                HEAD_DIM,
+                HAS_WINDOW,
+                SOFTCAP,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                PRECISION,
+            )
             if HAS_WINDOW:
                 l = tl.where(l > 0, l, 1.0)  # a member whose window is past this part: its m is -1e30
             index = first_partial + (split * num_requests + request.to(tl.int64)) * NUM_KV_HEADS + kv_head
@@ -745,21 +815,28 @@ def _prefill_kernel(
         first = seq_len * 0
         if HAS_WINDOW:
             first = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
-            whole = first
         slots = slot_table + tl.load(rows + request).to(tl.int64) * table_stride
-        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        l = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        if not HAS_WINDOW:
-            m, l, acc = _attend(
-                q_tile, m, l, acc, k_cache + kv_head * HEAD_DIM, v_cache + kv_head * HEAD_DIM, slots, first, whole,
-                seq_len, row_first, row_last, qk_scale, K_STRIDE, V_STRIDE, HEAD_DIM, False, False, SOFTCAP,
-                BLOCK_N, BLOCK_D, PRECISION,
-            )  # fmt: skip
-        m, l, acc = _attend(
-            q_tile, m, l, acc, k_cache + kv_head * HEAD_DIM, v_cache + kv_head * HEAD_DIM, slots, whole, last,
-            seq_len, row_first, row_last, qk_scale, K_STRIDE, V_STRIDE, HEAD_DIM, True, HAS_WINDOW, SOFTCAP,
-            BLOCK_N, BLOCK_D, PRECISION,
-        )  # fmt: skip
+        m, l, acc = _attend_prompt(
+            q_tile,
+            k_cache + kv_head * HEAD_DIM,
+            v_cache + kv_head * HEAD_DIM,
+            slots,
+            first,
+            whole,
+            last,
+            seq_len,
+            row_first,
+            row_last,
+            qk_scale,
+            K_STRIDE,
+            V_STRIDE,
+            HEAD_DIM,
+            HAS_WINDOW,
+            SOFTCAP,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+        )
         out_row = (token * NUM_KV_HEADS * GROUP + head) * HEAD_DIM
         tl.store(out + out_row[:, None] + d[None, :], (acc / l[:, None]).to(out.dtype.element_ty), mask=is_element)

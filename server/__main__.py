@@ -125,31 +125,29 @@ async def serve_http(
     await runner.setup()
     try:
         await web.SockSite(runner, listener, backlog=4096).start()
-        console.print(ready_table(engine, config, listener.getsockname()[1]), soft_wrap=True)
+        print_ready(console, engine, config, listener.getsockname()[1])
         await stop.wait()
         logger.info("shutting down: running answers have %.0f s to end", config.drain_timeout)
     finally:
         await runner.cleanup()
 
 
-def ready_table(engine: Engine, config: ServerConfig, port: int) -> Table:
+def print_ready(console: Console, engine: Engine, config: ServerConfig, port: int) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     url = f"http://{host}:{port}"
-    key = ' -H "Authorization: Bearer $API_KEY"' if config.api_key else ""
-    curl = (
-        f"curl {url}/generate -H 'Content-Type: application/json'{key} "
-        """-d '{"text": "The capital of France is", "sampling_params": {"max_new_tokens": 16}}'"""
-    )
     table = Table(title="radixloop is ready", title_justify="left", show_header=False, box=None)
     for name, value in (
         ("address", url),
         ("model", config.model_name),
         ("context", f"{engine.context_length:,} tokens"),
         ("KV capacity", f"{engine.max_total_num_tokens:,} tokens"),
-        ("try", curl),
     ):
         table.add_row(f"[bold]{name}[/]", escape(value))
-    return table
+    console.print(table)
+    key = " -H 'Authorization: Bearer KEY'" if config.api_key else ""
+    body = '{"text": "The capital of France is", "sampling_params": {"max_new_tokens": 16}}'
+    # On a line of its own that is never wrapped, so that it can be copied.
+    console.out(f"\ncurl {url}/generate -H 'Content-Type: application/json'{key} -d '{body}'\n", highlight=False)
 
 
 if __name__ == "__main__":

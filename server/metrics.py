@@ -48,9 +48,10 @@ class Metrics:
 
     def observe(self, request: Request) -> None:
         times, num_tokens = request.times, len(request.output_ids)
-        if not (times.scheduled and times.finished and num_tokens):
+        if times.scheduled:
+            self._queue.observe(times.scheduled - times.arrived)
+        if not (times.finished and num_tokens):
             return
-        self._queue.observe(times.scheduled - times.arrived)
         self._first_token.observe(times.first_token - times.arrived)
         self._latency.observe(times.finished - times.arrived)
         if num_tokens > 1:

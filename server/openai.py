@@ -443,7 +443,7 @@ class OpenAIChoice(Choice):
             return event(self._format.chunk([{"index": self.index, **piece, "finish_reason": None}]))
         if not delta.text:
             return b""
-        return b"%b%b%b" % (self._head, orjson.dumps(delta.text), self._end)
+        return self._head + orjson.dumps(delta.text) + self._end
 
     def last_events(self, delta: Delta) -> bytes:
         reason = delta.finish_reason

@@ -96,14 +96,14 @@ class EventStream:
         self.wake = asyncio.Event()  # something is held, or the transport is full
         self.is_direct = False  # a sink may write by itself: nothing is held that must go first
         self._tail = tail  # what follows the last event
-        self._transport: asyncio.Transport
+        self.transport: asyncio.Transport  # set by run
         self._is_chunked = True
         for choice in choices:
             choice.stream = self
 
     def write(self, events: bytes) -> None:
         """Hand `events` to the socket, as one chunk of the response."""
-        transport = self._transport
+        transport = self.transport
         if not events or transport.is_closing():
             return
         transport.write(b"%x\r\n%b\r\n" % (len(events), events) if self._is_chunked else events)
@@ -116,7 +116,7 @@ class EventStream:
         transport = http_request.transport
         if transport is None:
             raise ConnectionResetError("the client has disconnected")
-        self._transport = transport
+        self.transport = transport
         transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
         response = web.StreamResponse(headers=HEADERS)
         writer = await response.prepare(http_request)

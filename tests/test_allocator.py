@@ -144,8 +144,8 @@ def test_handed_out_slots_stay_what_they_were(page_size: int) -> None:
     assert first is not None
     assert second is not None
     before = second.tolist()
-    allocator.free(second)
     allocator.free(first)
+    allocator.free(second)
     assert second.tolist() == before
 
 

@@ -13,9 +13,13 @@ from cache.radix import NoCache, Node, RadixCache
 
 PagePath = tuple[str, tuple[int, ...]]  # extra key, all tokens up to the end of a page
 
-# Few distinct runs, so that prompts share prefixes that end anywhere: between nodes, inside a node, inside a page.
-runs = st.sampled_from([(0, 0, 0, 0), (0, 0, 1), (1, 0), (1,)])
-token_lists = st.lists(runs, max_size=5).map(lambda runs: [token for run in runs for token in run])
+# Prompts follow one text up to anywhere (between nodes, inside a node, inside a page) and then go their own ways.
+TEXT = [0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 0, 1, 0, 1]
+token_lists = st.builds(
+    lambda num_shared, rest: TEXT[:num_shared] + rest,
+    st.sampled_from(range(len(TEXT), -1, -1)),
+    st.lists(st.integers(0, 2), max_size=4),
+)
 extra_keys = st.sampled_from(["", "", "lora"])
 
 

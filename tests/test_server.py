@@ -1,7 +1,16 @@
 """The native API, streaming, keys, errors and the command line."""
 
 import asyncio
+import contextlib
 import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import types
+import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +18,9 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient
 
-from engine.request import FinishReason
+from engine.errors import ModelError
+from engine.request import FinishReason, Request
+from server.__main__ import main
 from server.config import ServerConfig, parse_args
 from server.sse import HIGH_WATER_BYTES
 from tests.fake_engine import FakeEngine, events_of, serving
@@ -391,8 +402,8 @@ async def test_what_a_slow_reader_costs_is_bounded_and_it_misses_nothing(engine:
         for piece in pieces:
             engine.emit(request, piece)
             await asyncio.sleep(0)
-            if hasattr(stream, "_transport"):
-                largest = max(largest, stream._transport.get_write_buffer_size())
+            if stream.is_direct or largest:
+                largest = max(largest, stream.transport.get_write_buffer_size())
         assert largest > HIGH_WATER_BYTES  # the reader was slow indeed
         assert largest < 4 * HIGH_WATER_BYTES
         engine.finish(request, FinishReason("length"))
@@ -413,16 +424,16 @@ async def test_what_a_slow_reader_costs_is_bounded_and_it_misses_nothing(engine:
 
 def unchunk(data: bytes) -> bytes:
     """The body of a response in chunked framing, which must be whole."""
-    body = b""
+    chunks, start = [], 0
     while True:
-        size, _, data = data.partition(b"\r\n")
-        length = int(size, 16)
-        body += data[:length]
-        assert data[length : length + 2] == b"\r\n"
-        data = data[length + 2 :]
+        end = data.index(b"\r\n", start)
+        length = int(data[start:end], 16)
+        start = end + 2 + length + 2
+        assert data[start - 2 : start] == b"\r\n"
+        chunks.append(data[end + 2 : start - 2])
         if not length:
-            assert not data
-            return body
+            assert start == len(data)
+            return b"".join(chunks)
 
 
 async def test_an_http_1_0_client_gets_its_stream_without_chunks(client: Client) -> None:
@@ -593,13 +604,118 @@ async def test_each_ended_request_is_a_line_when_asked_for(
     assert "'Hello, world'" in line
 
 
+# ---- the process ----
+
+
+class SlowEngine(FakeEngine):
+    """Takes about a second to say "Hello, world"."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        super().__init__()
+
+    async def start(self, on_progress: Any) -> None:
+        on_progress("weights loaded")
+
+    async def stop(self) -> None:
+        pass
+
+    def _step(self, request: Request) -> None:
+        asyncio.get_running_loop().call_later(0.08, super()._step, request)
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, engine_class: type, *argv: str) -> int:
+    fake = types.ModuleType("engine.engine")
+    monkeypatch.setattr(fake, "Engine", engine_class, raising=False)
+    monkeypatch.setitem(sys.modules, "engine.engine", fake)
+    return main(["--model-path", "fake-model", *argv])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_running_answers_end_and_then_exits_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    answers: list[bytes] = []
+
+    def be_a_client() -> None:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(200):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health"):
+                break
+            time.sleep(0.05)
+        headers = {"Content-Type": "application/json"}
+        body = json.dumps({"text": "a", "stream": True}).encode()
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/generate", body, headers), timeout=20) as response:
+            answers.append(response.readline())
+            os.kill(os.getpid(), number)
+            answers.append(response.read())
+
+    thread = threading.Thread(target=be_a_client)
+    thread.start()
+    status = run_main(monkeypatch, SlowEngine, "--port", str(port), "--skip-server-warmup")
+    thread.join()
+    assert status == 0
+    assert b'"text":"Hello, world"' in answers[1]
+    assert answers[1].endswith(b"data: [DONE]\n\n")
+    shown = capsys.readouterr().err
+    for part in ("weights loaded", f"http://127.0.0.1:{port}", "fake-model", "1,024 tokens", "curl"):
+        assert part in shown
+
+
+def test_a_taken_port_is_one_line_and_not_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert run_main(monkeypatch, SlowEngine, "--port", str(port)) == 1
+    shown = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1:{port}" in shown
+    assert "--port" in shown
+    assert "Traceback" not in shown
+
+
+def test_a_bad_model_is_one_line_and_not_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class NoModel(SlowEngine):
+        async def start(self, on_progress: Any) -> None:
+            raise ModelError("no folder [/nowhere]")
+
+    assert run_main(monkeypatch, NoModel, "--port", "0") == 1
+    shown = capsys.readouterr().err
+    assert "no folder [/nowhere]" in shown
+    assert "Traceback" not in shown
+
+
+def test_a_missing_chat_template_is_one_line_and_not_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, SlowEngine, "--port", "0", "--chat-template", "nope") == 1
+    assert "--chat-template nope" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_generate_is_found_by_the_warm_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken(SlowEngine):
+        def __init__(self, config: ServerConfig) -> None:
+            super().__init__(config)
+            self.failure = FinishReason("abort", message="not finite", status_code=500)
+
+    assert run_main(monkeypatch, Broken, "--port", "0") == 1
+    assert "not finite" in capsys.readouterr().err
+
+
 # ---- the command line ----
 
 
 def test_flags_have_sglangs_names_aliases_and_prefixes() -> None:
-    config = parse_args(
-        "--model m --disable-radix --incremental-streaming-output --mem-frac 0.5 --cuda-graph-bs 1 4".split()
-    )
+    flags = "--disable-radix --incremental-streaming-output --mem-frac 0.5 --cuda-graph-bs 1 4"
+    config = parse_args(["--model", "m", *flags.split()])
     assert (config.model_path, config.disable_radix_cache, config.stream_output) == ("m", True, True)
     assert (config.mem_fraction_static, config.cuda_graph_bs) == (0.5, [1, 4])
     assert (config.host, config.port) == ("127.0.0.1", 30000)

@@ -113,6 +113,21 @@ def test_dummy_weights_need_no_files_and_are_the_same_every_time(checkpoint: Pat
             assert weight.unique().tolist() == [1.0] if "norm" in path else 0.01 < weight.std() < 0.03, (path, name)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tp_rank", [0, 1])
+def test_weights_staged_to_the_gpu_equal_those_on_the_cpu(
+    tp_rank: int, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "STAGING_BYTES", 1000)  # several pieces a weight
+    config = ModelConfig.from_path(tiny_llama)
+    models = [build_model(config, LayerConfig(config.dtype, tp_rank=tp_rank, tp_size=2)) for _ in range(2)]
+    for model, device in zip(models, (CPU, torch.device("cuda")), strict=True):
+        load_weights(model, tiny_llama, "auto", device)
+    for (path, a), (_, b) in zip(*map(named_layers, models), strict=True):
+        for (name, weight), (_, on_gpu) in zip(a.weights(), b.weights(), strict=True):
+            assert torch.equal(weight, on_gpu.cpu()), (path, name)
+
+
 def test_a_folder_is_itself(checkpoint: Path) -> None:
     assert resolve_model(EngineConfig(model_path=str(checkpoint))) == checkpoint
     config = EngineConfig(model_path="demo", tokenizer_path=str(checkpoint))

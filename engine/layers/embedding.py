@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import torch
 
-from engine.layers.layer import Layer, LayerConfig, copy_weight, meta_weight
+from engine.layers.layer import Layer, LayerConfig, match_shard, meta_weight
 from kernels.elementwise import embed
 from kernels.gemm import linear
 
@@ -22,8 +22,8 @@ class VocabParallelEmbedding(Layer):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return linear(hidden, self.weight)  # [S, vocabulary]
 
-    def load_weight(self, name: str, loaded: torch.Tensor, part: int) -> None:
-        copy_weight(self.weight, loaded, 0, self.shard)
+    def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return match_shard(self.weight, loaded, 0, self.shard)
 
 
 class ParallelLMHead(VocabParallelEmbedding):

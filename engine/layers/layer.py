@@ -51,7 +51,7 @@ class LayerConfig:
 class Layer:
     """A part of a model. Its attributes that are layers, or lists of layers, are its children.
 
-    Weights start on the meta device, are put on a device by `materialize` and filled by `load_weight`.
+    Weights start on the meta device, are put on a device by `materialize` and filled through `place_weight`.
     """
 
     weight_names: ClassVar[tuple[str, ...]] = ()
@@ -67,12 +67,13 @@ class Layer:
         for name, weight in self.weights():
             setattr(self, name, torch.empty(weight.shape, dtype=weight.dtype, device=device))
 
-    def load_weight(self, name: str, loaded: torch.Tensor, part: int) -> None:
-        """Copy this rank's shard of a checkpoint's tensor into weight `name`, of which it is the `part`-th part.
+    def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views (target, source): source is this rank's shard of a checkpoint's tensor, target where it goes.
 
-        Only a packed layer has more than one part. `loaded` may be a view of a file: what is not copied is not read.
+        `loaded` is the whole tensor, the `part`-th part of weight `name`; only packed layers have more than one.
+        `ModelError` if it is of another shape.
         """
-        copy_weight(getattr(self, name), loaded)
+        return match_shard(getattr(self, name), loaded)
 
     def fill_dummy(self, generator: torch.Generator) -> None:
         """Random weights that keep activations in range."""
@@ -101,11 +102,13 @@ def meta_weight(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def copy_weight(target: torch.Tensor, loaded: torch.Tensor, dim: int = 0, shard: Shard = WHOLE) -> None:
-    """Copy a shard of `loaded` along `dim`: with a change of dtype and device, but never of shape."""
+def match_shard(
+    target: torch.Tensor, loaded: torch.Tensor, dim: int = 0, shard: Shard = WHOLE
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(target, the shard of `loaded` along `dim`)."""
     wanted = list(target.shape)
     wanted[dim] *= shard.count
     if list(loaded.shape) != wanted:
         raise ModelError(f"has shape {list(loaded.shape)}, the model wants {wanted}")
     size = target.shape[dim]
-    target.copy_(loaded.narrow(dim, shard.index * size, size))
+    return target, loaded.narrow(dim, shard.index * size, size)

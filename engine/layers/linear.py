@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from engine.errors import ModelError
-from engine.layers.layer import Layer, LayerConfig, Shard, copy_weight, meta_weight
+from engine.layers.layer import Layer, LayerConfig, Shard, match_shard, meta_weight
 from engine.layers.norm import RMSNorm
 from kernels.gemm import linear_add, norm_linear, norm_linear_act
 
@@ -36,9 +36,9 @@ class ColumnParallelLinear(Layer):
     def __call__(self, h: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         return norm_linear(h, norm.weight, norm.eps, self.weight, self.bias)
 
-    def load_weight(self, name: str, loaded: torch.Tensor, part: int) -> None:
+    def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
         target = getattr(self, name).narrow(0, sum(self.part_sizes[:part]), self.part_sizes[part])
-        copy_weight(target, loaded, 0, self.shards[part])
+        return match_shard(target, loaded, 0, self.shards[part])
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
@@ -86,11 +86,10 @@ class RowParallelLinear(Layer):
     def __call__(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         return linear_add(x, self.weight, h, self.bias)
 
-    def load_weight(self, name: str, loaded: torch.Tensor, part: int) -> None:
-        if name == "weight":
-            copy_weight(self.weight, loaded, 1, self.shard)
-        else:  # every rank holds the whole bias
-            super().load_weight(name, loaded, part)
+    def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if name == "bias":  # every rank holds all of it
+            return super().place_weight(name, loaded, part)
+        return match_shard(self.weight, loaded, 1, self.shard)
 
 
 def activation(hidden_act: str) -> str:

@@ -1,0 +1,280 @@
+"""Matrix-vector kernels of `kernels.triton_gemm` on a GPU: right, and how near to the memory's speed.
+
+    python -m bench.gemm
+
+Every product of Llama-3-8B and Qwen3-0.6B for one token, in the fused form the model uses, in CUDA graphs over copies
+of the weights that together exceed the L2 cache. First each configuration, then whole layers with the best ones,
+beside cuBLAS. The lines at the end go into `GEMV_CONFIGS`.
+"""
+
+import concurrent.futures
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+
+from kernels import elementwise, gemm, triton_gemm
+from kernels.triton_gemm import GemvConfig
+
+EPS = 1e-5
+ROTATION_BYTES = 200 << 20  # of weights between two uses of the same ones: the L2 cache holds 50 MB
+COMPILE_LIMIT_S = 45
+
+
+class Product(NamedTuple):
+    """A weight [n, k] and what is fused to it: "norm", "add" (residual), "act" (norm and gated activation) or ""."""
+
+    name: str
+    n: int
+    k: int
+    fused: str
+
+    @property
+    def weight_bytes(self) -> int:
+        return 2 * self.n * self.k
+
+    @property
+    def out_size(self) -> int:
+        return self.n // 2 if self.fused == "act" else self.n
+
+
+MODELS = {
+    "Llama-3-8B": [
+        Product("qkv", 6144, 4096, "norm"),
+        Product("o", 4096, 4096, "add"),
+        Product("gate_up", 28672, 4096, "act"),
+        Product("down", 4096, 14336, "add"),
+        Product("lm_head", 128256, 4096, ""),
+    ],
+    "Qwen3-0.6B": [
+        Product("qkv", 4096, 1024, "norm"),
+        Product("o", 1024, 2048, "add"),
+        Product("gate_up", 6144, 1024, "act"),
+        Product("down", 1024, 3072, "add"),
+        Product("lm_head", 151936, 1024, ""),
+    ],
+}
+PRODUCTS = [product for products in MODELS.values() for product in products]
+# (block_n, warps, prefetch); block_k = 256 * warps
+CANDIDATES = {
+    1024: [(2, 4, 1), (4, 4, 1), (8, 4, 1), (2, 2, 2), (4, 2, 2), (8, 2, 2), (2, 1, 4), (4, 1, 4)],
+    2048: [(1, 4, 2), (2, 4, 2), (4, 4, 2), (1, 8, 1), (2, 8, 1), (1, 2, 4), (2, 2, 4)],
+    3072: [(1, 4, 3), (2, 4, 3), (4, 4, 3), (1, 2, 6), (2, 2, 6), (1, 4, 1), (4, 2, 6)],
+    4096: [(2, 4, 4), (4, 4, 4), (4, 4, 2), (4, 4, 0), (8, 4, 1), (2, 8, 2), (4, 8, 2), (4, 2, 4)],
+    14336: [(2, 4, 4), (4, 4, 4), (4, 4, 1), (8, 4, 2), (2, 8, 4), (4, 8, 4), (4, 8, 2), (8, 8, 1)],
+}
+
+
+def candidates(product: Product) -> list[GemvConfig]:
+    found = [GemvConfig(n, 256 * warps, warps, prefetch) for n, warps, prefetch in CANDIDATES[product.k]]
+    return [c for c in found if c.num_warps & (c.num_warps - 1) == 0]
+
+
+class Inputs(NamedTuple):
+    x: torch.Tensor
+    norm_weight: torch.Tensor
+    residual: torch.Tensor
+
+
+def make_inputs(product: Product, num_tokens: int) -> Inputs:
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda").bfloat16()
+
+    return Inputs(normal(num_tokens, product.k), normal(product.k), normal(num_tokens, product.out_size))
+
+
+def make_weight(product: Product) -> torch.Tensor:
+    return torch.empty(product.n, product.k, dtype=torch.bfloat16, device="cuda").normal_(0, product.k**-0.5)
+
+
+def run_gemv(product: Product, inputs: Inputs, weight: torch.Tensor, config: GemvConfig | None) -> torch.Tensor:
+    if product.fused == "add":
+        return triton_gemm.gemv(inputs.x, weight, residual=inputs.residual, config=config)
+    if product.fused == "":
+        return triton_gemm.gemv(inputs.x, weight, config=config)
+    act = "silu" if product.fused == "act" else None
+    return triton_gemm.gemv(inputs.x, weight, norm_weight=inputs.norm_weight, eps=EPS, act=act, config=config)
+
+
+def run_public(product: Product, inputs: Inputs, weight: torch.Tensor) -> torch.Tensor:
+    if product.fused == "add":
+        return gemm.linear_add(inputs.x, weight, inputs.residual)
+    if product.fused == "":
+        return gemm.linear(inputs.x, weight)
+    if product.fused == "act":
+        return gemm.norm_linear_act(inputs.x, inputs.norm_weight, EPS, weight)
+    return gemm.norm_linear(inputs.x, inputs.norm_weight, EPS, weight)
+
+
+def expected(product: Product, inputs: Inputs, weight: torch.Tensor) -> torch.Tensor:
+    """In float32, from the same bf16 values."""
+    x = inputs.x
+    if product.fused in ("norm", "act"):
+        x = elementwise.rms_norm_torch(x, inputs.norm_weight, EPS)
+    out = x.float() @ weight.float().t()
+    if product.fused == "act":
+        out = elementwise.act_and_mul_torch(out, "silu")
+    return out + inputs.residual.float() if product.fused == "add" else out
+
+
+class Case(NamedTuple):
+    product: Product
+    num_tokens: int
+    config: GemvConfig | None
+    has_pdl: bool = True
+
+
+def run_case(case: Case) -> float:
+    """Compile and run once; the largest error relative to the largest value."""
+    torch.manual_seed(time.time_ns() % 2**31)
+    inputs, weight = make_inputs(case.product, case.num_tokens), make_weight(case.product)
+    right = expected(case.product, inputs, weight)
+    with mock.patch.object(triton_gemm, "has_dependent_launch", lambda device: case.has_pdl):
+        found = run_gemv(case.product, inputs, weight, case.config)
+    return ((found.float() - right).abs().max() / right.abs().max()).item()
+
+
+def compile_and_check(cases: list[Case]) -> None:
+    """In processes of their own, since a compilation holds the interpreter's lock; the results are in Triton's cache."""
+    start = time.perf_counter()
+    num_workers = max(1, min(12, (os.cpu_count() or 2) - 2))
+    worst, num_done = 0.0, 0
+    pool = concurrent.futures.ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"))
+    futures = {pool.submit(run_case, case): case for case in cases}
+    try:
+        for future in concurrent.futures.as_completed(futures, timeout=COMPILE_LIMIT_S):
+            error, case = future.result(), futures[future]
+            worst, num_done = max(worst, error), num_done + 1
+            if not error < 0.01:
+                print(f"WRONG by {error:.3f}: {case}")
+    except TimeoutError:
+        print("compilation takes long: the rest is compiled where it is timed")
+    pool.shutdown(wait=False, cancel_futures=True)
+    print(f"{num_done} kernels checked in {time.perf_counter() - start:.0f} s, largest relative error {worst:.4f}")
+
+
+def graph_us(launches: list[Callable[[], object]], num_replays: int = 20) -> float:
+    """Microseconds a launch when all run one after another in a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for launch in launches[:2]:
+            launch()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for launch in launches:
+                launch()
+        for _ in range(3):
+            graph.replay()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(num_replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end) * 1000 / num_replays / len(launches)
+
+
+def time_product(product: Product, num_tokens: int, run: Callable[[Inputs, torch.Tensor], torch.Tensor]) -> float:
+    num_copies = max(1, math.ceil(ROTATION_BYTES / product.weight_bytes))
+    weights = [make_weight(product) for _ in range(num_copies)]
+    inputs = make_inputs(product, num_tokens)
+    rounds = max(1, 16 // num_copies) if product.weight_bytes < 500 << 20 else 3
+    return graph_us([lambda weight=weight: run(inputs, weight) for weight in weights * rounds])
+
+
+def time_layers(products: list[Product], num_tokens: int, num_layers: int) -> float:
+    """Microseconds for one layer's four products, each fed by the one before."""
+    qkv, o, gate_up, down = products[:4]
+    h = make_inputs(qkv, num_tokens).x
+    norms = [make_inputs(qkv, 1).norm_weight for _ in range(2)]
+    layers = [[make_weight(product) for product in (qkv, o, gate_up, down)] for _ in range(num_layers)]
+
+    def step() -> None:
+        nonlocal h
+        for qkv_weight, o_weight, gate_up_weight, down_weight in layers:
+            x = gemm.norm_linear(h, norms[0], EPS, qkv_weight)[:, : o.k].contiguous()
+            h = gemm.linear_add(x, o_weight, h)
+            h = gemm.linear_add(gemm.norm_linear_act(h, norms[1], EPS, gate_up_weight), down_weight, h)
+
+    return graph_us([step]) / num_layers
+
+
+def check_capture_after_a_copy() -> None:
+    """A dependent launch right behind a copy or memset node of a graph, and a replay that gives the same bits."""
+    product = PRODUCTS[1]
+    inputs, weight = make_inputs(product, 1), make_weight(product)
+    source, right = torch.randn_like(inputs.residual), []
+    graph = torch.cuda.CUDAGraph()
+    run_gemv(product, inputs, weight, None)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        inputs.residual.copy_(source)
+        scratch = torch.zeros_like(weight)
+        out = run_gemv(product, inputs, weight, None)
+    for _ in range(5):
+        graph.replay()
+        right.append(out.clone())
+    fresh = Inputs(inputs.x, inputs.norm_weight, source.clone())
+    error = (right[0].float() - expected(product, fresh, weight)).abs().max().item()
+    is_same = all(torch.equal(right[0], other) for other in right)
+    print(f"behind a copy in a graph: error {error:.4f}, replays equal: {is_same}")
+    del scratch
+
+
+def main() -> None:
+    start = time.perf_counter()
+    cases = [Case(product, 1, config) for product in PRODUCTS for config in candidates(product)]
+    cases += [Case(product, num_tokens, None) for product in PRODUCTS for num_tokens in (1, 2, 4)]
+    compile_and_check(cases)
+    check_capture_after_a_copy()
+    print(f"\n{'':22s}{'n x k':>14s}  us of each (block_n, warps, prefetch)")
+    best: dict[Product, tuple[float, GemvConfig]] = {}
+    rows = []
+    for model, products in MODELS.items():
+        for product in products:
+            timed = sorted(
+                (time_product(product, 1, lambda i, w, c=config, p=product: run_gemv(p, i, w, c)), config)
+                for config in candidates(product)
+            )
+            best[product] = timed[0]
+            listed = "  ".join(f"{us:.2f} ({c.block_n}, {c.num_warps}, {c.prefetch})" for us, c in timed)
+            print(f"{model + ' ' + product.name:22s}{f'{product.n} x {product.k}':>14s}  {listed}", flush=True)
+            config = timed[0][1]
+            with mock.patch.object(triton_gemm, "has_dependent_launch", lambda device: False):
+                alone = time_product(product, 1, lambda i, w, c=config, p=product: run_gemv(p, i, w, c))
+            cublas = time_product(product, 1, lambda i, w: torch.nn.functional.linear(i.x, w))
+            rows.append((model, product, alone, cublas))
+    triton_gemm.GEMV_CONFIGS.update({(p.n, p.k): config for p, (_, config) in best.items()})
+
+    print(f"\n{'one token':22s}{'n x k':>14s}{'us':>9s}{'TB/s':>7s}{'no PDL':>9s}{'cuBLAS (product alone)':>24s}")
+    for model, product, alone, cublas in rows:
+        us = best[product][0]
+        rate = product.weight_bytes / us / 1e6
+        name, size = f"{model} {product.name}", f"{product.n} x {product.k}"
+        print(f"{name:22s}{size:>14s}{us:9.2f}{rate:7.2f}{alone:9.2f}{cublas:24.2f}")
+    print(f"\n{'layer, us':22s}{'tokens':>8s}{'ours':>9s}{'TB/s':>7s}{'cuBLAS':>9s}")
+    for model, products in MODELS.items():
+        num_layers = 6 if products[0].k == 4096 else 28
+        layer_bytes = sum(product.weight_bytes for product in products[:4])
+        for num_tokens in (1, 2, 3, 4):
+            ours = time_layers(products, num_tokens, num_layers)
+            with mock.patch.object(gemm, "GEMV_MAX_TOKENS", 0):
+                cublas = time_layers(products, num_tokens, num_layers)
+            rate = layer_bytes / ours / 1e6
+            print(f"{model:22s}{num_tokens:>8d}{ours:9.1f}{rate:7.2f}{cublas:9.1f}", flush=True)
+            if time.perf_counter() - start > 120:
+                break
+    print("\nGEMV_CONFIGS:")
+    for product, (_, config) in best.items():
+        print(f"    ({product.n}, {product.k}): GemvConfig{tuple(config)},")
+    print(f"{time.perf_counter() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

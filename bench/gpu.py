@@ -1,0 +1,587 @@
+"""Is this server right on this GPU, and how fast is it? One script, no network, bounded in time.
+
+    python -m bench.gpu
+    python -m bench.gpu --only correctness --checks greedy logits
+    python -m bench.gpu --only speed --models llama3-8b --workloads decode1 stream256 --server-args "--page-size 16"
+
+Correctness first, each check in a process of its own:
+greedy: the demo model's greedy answers in float32 are on the GPU what they are on the CPU, token for token.
+logits: in bfloat16 the error of our logits is that of transformers' on the same GPU, each against transformers in
+        float32, for small random checkpoints of every family and for four layers of Llama-3-8B's widths; prompts in
+        chunks, mixed steps and decode steps, with every attention backend there is.
+pytest: the tests marked `gpu`.
+
+Then speed: for each model `python -m server` on dummy weights of the real shape, measured from its start to its first
+healthy answer (the first time with the kernel caches as found, the second time with warm ones), loaded with
+`bench.compare`'s workloads, watched while idle, and told to stop: it must exit with 0 and leave no GPU memory behind.
+
+A --demo folder may lack weights (config.json and tokenizer.json are small enough to take anywhere): then random ones of
+its shape stand in. `--device cpu --models demo --scale 0.02 --length-scale 0.1` tries the script itself without a GPU.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import orjson
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bench.compare import WORKLOADS, wide_console
+from bench.cpu import ROOT, free_port, measure_idle
+from cache.pool import KVPool
+from engine.batch import Stager
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import ModelError
+from engine.layers.layer import LayerConfig
+from engine.model_config import ModelConfig
+from engine.models import build_model
+from engine.plan import Plan
+from engine.request import Request, SamplingParams
+from engine.weights import load_weights, resolve_model
+from kernels.attention import choose_backend
+
+# --- model folders ----------------------------------------------------------------------------------------------------
+
+LLAMA3_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+}
+QWEN3_0_6B: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+}
+COMMON = {
+    "torch_dtype": "bfloat16",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+DUMMIES = {"llama3-8b": LLAMA3_8B | COMMON, "qwen3-0.6b": QWEN3_0_6B | COMMON}
+
+
+def make_dummy(folder: Path, config: dict[str, Any], tokenizer_folder: Path) -> None:
+    """Write a model folder without weights; its tokenizer is another one's, filled up so that every id decodes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    tokenizer = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    taken = {*vocab.values(), *(token["id"] for token in tokenizer.get("added_tokens", ()))}
+    vocab |= {f"token{i}": i for i in range(config["vocab_size"]) if i not in taken}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        if (tokenizer_folder / name).is_file():
+            shutil.copy(tokenizer_folder / name, folder)
+
+
+def save_random(folder: Path, config: Any, device: str, dtype: torch.dtype) -> None:
+    """Write a checkpoint with random weights for a transformers config; biases and norms are random, too."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
+    model.save_pretrained(folder)
+
+
+def demo_folder(args: argparse.Namespace) -> Path:
+    return resolve_model(EngineConfig(model_path=args.demo, dtype="float32"))
+
+
+def demo_with_weights(args: argparse.Namespace, console: Console) -> Path:
+    """The demo's folder, or a copy with random weights if it has none."""
+    source = demo_folder(args)
+    if any(source.glob("*.safetensors")):
+        return source
+    from transformers import AutoConfig
+
+    console.print(f"{source} has no weights: random ones of its shape stand in", style="yellow")
+    config = AutoConfig.from_pretrained(source)
+    config.initializer_range = 0.07  # answers vary, and no two logits tie
+    config.tie_word_embeddings = False
+    folder = args.cache_dir / "random-demo"
+    save_random(folder, config, "cpu", torch.float32)
+    for path in source.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+# --- correctness: greedy answers --------------------------------------------------------------------------------------
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea,",
+    "def fibonacci(n):\n",
+    "Seven wise wizards were counting to",
+    "The three laws of motion are:\n1.",
+    "Q: What is the boiling point of water?\nA:",
+    "Grüße aus Köln! Das Wetter ist heute",
+    "A long prompt repeats itself. " * 40 + "It says:",
+)
+NUM_GREEDY_TOKENS = 48
+
+
+async def greedy_answers(folder: Path, device: str, **options: Any) -> list[list[int]]:
+    """Greedy answers to all of `PROMPTS` at once, in float32."""
+    config = EngineConfig(
+        model_path=str(folder), dtype="float32", device=device, max_total_tokens=8192, max_running_requests=16,
+        chunked_prefill_size=128, random_seed=0, **options,
+    )  # fmt: skip
+    async with Engine(config) as engine:
+
+        async def answer(number: int) -> list[int]:
+            params = SamplingParams(max_new_tokens=NUM_GREEDY_TOKENS, temperature=0.0, ignore_eos=True)
+            input_ids = await engine.encode(PROMPTS[number])
+            request = Request(rid=str(number), input_ids=input_ids, sampling_params=params, sink=lambda delta: None)
+            return [token async for delta in engine.generate(request) for token in delta.token_ids]
+
+        return await asyncio.gather(*(answer(number) for number in range(len(PROMPTS))))
+
+
+def check_greedy(args: argparse.Namespace, console: Console) -> bool:
+    folder = demo_with_weights(args, console)
+    wanted = asyncio.run(greedy_answers(folder, "cpu"))
+    default, _ = choose_backend(None, torch.device(args.device))
+    variants: dict[str, dict[str, Any]] = {
+        "defaults": {},
+        "no CUDA graphs, no overlap": {"disable_cuda_graph": True, "disable_overlap_schedule": True},
+    }
+    if default == "flashinfer":
+        variants["Triton attention"] = {"attention_backend": "triton"}
+    table = Table("greedy, float32", "answers as on the CPU", "first difference", box=box.SIMPLE)
+    is_right = True
+    for name, options in variants.items():
+        got = asyncio.run(greedy_answers(folder, args.device, **options))
+        differences = [
+            f"prompt {number}, token {next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)}"
+            for number, (ours, theirs) in enumerate(zip(got, wanted, strict=True))
+            if ours != theirs
+        ]
+        table.add_row(name, f"{len(PROMPTS) - len(differences)} of {len(PROMPTS)}", (differences or ["none"])[0])
+        is_right = is_right and not differences
+    console.print(table)
+    return is_right
+
+
+# --- correctness: logits ----------------------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 2048,
+    "initializer_range": 0.1, "tie_word_embeddings": False,
+}  # fmt: skip
+CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "small Llama": ("LlamaConfig", SMALL),
+    "small Mistral, window 100": ("MistralConfig", SMALL | {"sliding_window": 100}),
+    "small Qwen2": ("Qwen2Config", SMALL),
+    "small Qwen3, tied": ("Qwen3Config", SMALL | {"tie_word_embeddings": True}),
+    "Llama-3-8B, 4 layers": ("LlamaConfig", LLAMA3_8B | {"num_hidden_layers": 4}),
+}
+SEQUENCE_LENS = (700, 333)
+NUM_DECODE_STEPS = 6
+# Errors of two roundings of the same sums: as large on the whole, less so at their worst.
+MAX_RMS_RATIO, MAX_PEAK_RATIO = 1.25, 2.0
+
+
+def steps_of(lens: Sequence[int]) -> list[list[int]]:
+    """Tokens of each sequence in each step: chunks of their prompts together, decode and prefill mixed, decode."""
+    decode = [[1] * len(lens)] * NUM_DECODE_STEPS
+    halves = [length // 2 for length in lens]
+    rest = [length - half - NUM_DECODE_STEPS - 1 for length, half in zip(lens, halves, strict=True)]
+    # The first sequence decodes a token while the others' prompts end, and ends its own while they decode.
+    return [halves, [1, *rest[1:]], [rest[0], *[1] * (len(lens) - 1)], *decode]
+
+
+@torch.inference_mode()
+def our_logits(folder: Path, device: torch.device, backend: str, sequences: Sequence[np.ndarray]) -> torch.Tensor:
+    """float32 [total tokens, vocabulary] of a bfloat16 model that gets `sequences` as `steps_of` says."""
+    config = ModelConfig.from_path(folder, EngineConfig(dtype="bfloat16"))
+    model = build_model(config, LayerConfig(config.dtype, attention_backend=backend))
+    load_weights(model, folder, "auto", device)
+    lens = [len(sequence) for sequence in sequences]
+    num_slots = sum(lens) + 1  # and slot 0, which belongs to nobody
+    pool = KVPool(
+        num_slots, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, config.dtype, device
+    )
+    slot_table = np.zeros((len(lens), max(lens)), np.int32)
+    scattered = np.random.default_rng(1).permutation(num_slots - 1).astype(np.int32) + 1
+    for row, slots in enumerate(np.split(scattered, np.cumsum(lens)[:-1])):
+        slot_table[row, : len(slots)] = slots
+    stager = Stager(sum(lens), len(lens), torch.from_numpy(slot_table).to(device))
+    done = np.zeros(len(lens), np.int32)
+    parts: list[list[torch.Tensor]] = [[] for _ in lens]
+    for step in steps_of(lens):
+        rows = np.array(sorted(range(len(lens)), key=lambda row: step[row] > 1), np.int32)
+        q_lens = np.array(step, np.int32)[rows]
+        spans = [(row, done[row], done[row] + step[row]) for row in rows]
+        plan = Plan(
+            rows=rows,
+            q_lens=q_lens,
+            seq_lens=done[rows] + q_lens,
+            input_ids=np.concatenate([sequences[row][start:end] for row, start, end in spans]),
+            out_cache_loc=np.concatenate([slot_table[row, start:end] for row, start, end in spans]),
+            num_decodes=int((q_lens == 1).sum()),
+            samples=np.arange(len(rows), dtype=np.int32),
+            epochs=np.zeros(len(rows), np.int64),
+        )
+        stager.upload(stager.write(plan))
+        batch, *_ = stager.views(plan)
+        logits = model.compute_logits(model(batch, pool)).float()
+        for row, part in zip(rows, logits.split(q_lens.tolist()), strict=True):
+            parts[row].append(part.clone())
+        done[rows] += q_lens
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # the staging buffer is written again
+    return torch.cat([part for row in parts for part in row])
+
+
+@torch.inference_mode()
+def transformers_logits(
+    folder: Path, device: torch.device, dtype: torch.dtype, sequences: Sequence[np.ndarray]
+) -> torch.Tensor:
+    """float32 [total tokens, vocabulary]."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    inputs = [torch.from_numpy(sequence).long().to(device)[None] for sequence in sequences]
+    return torch.cat([model(ids, use_cache=False).logits[0].float() for ids in inputs])
+
+
+def check_logits(args: argparse.Namespace, console: Console) -> bool:
+    import transformers
+
+    device = torch.device(args.device)
+    default, reason = choose_backend(None, device)
+    console.print(f"attention: {default} ({reason})", style="dim")
+    backends = ["torch"] if default == "torch" else list(dict.fromkeys((default, "triton")))
+    table = Table(box=box.SIMPLE)
+    columns = ("logits, bfloat16", "attention", "size, rms", "theirs: error, rms", "ours", "theirs: worst", "ours")
+    for i, column in enumerate((*columns, "same argmax", "right")):
+        table.add_column(column, justify="right" if i > 1 else "left")
+    is_right = True
+    for name, (config_class, sizes) in CHECKPOINTS.items():
+        if device.type == "cpu" and sizes["hidden_size"] > 1024:
+            continue
+        folder = args.cache_dir / "random-checkpoint"
+        save_random(folder, getattr(transformers, config_class)(**sizes), args.device, torch.bfloat16)
+        rng = np.random.default_rng(0)
+        sequences = [rng.integers(3, sizes["vocab_size"], length).astype(np.int32) for length in SEQUENCE_LENS]
+        exact = transformers_logits(folder, device, torch.float32, sequences)
+        theirs = transformers_logits(folder, device, torch.bfloat16, sequences) - exact
+        for backend in backends:
+            ours = our_logits(folder, device, backend, sequences) - exact
+            errors = [(float(error.square().mean().sqrt()), float(error.abs().max())) for error in (theirs, ours)]
+            (their_rms, their_peak), (our_rms, our_peak) = errors
+            # NaNs compare as false
+            is_close = our_rms <= MAX_RMS_RATIO * their_rms and our_peak <= MAX_PEAK_RATIO * their_peak
+            is_right = is_right and is_close
+            same = (ours + exact).argmax(-1) == (theirs + exact).argmax(-1)
+            table.add_row(
+                name, backend, f"{exact.square().mean().sqrt():.3f}", f"{their_rms:.4f}", f"{our_rms:.4f}",
+                f"{their_peak:.3f}", f"{our_peak:.3f}", f"{same.float().mean():.1%}",
+                "yes" if is_close else "[red]NO[/]",
+            )  # fmt: skip
+        shutil.rmtree(folder)
+    console.print(table)
+    return is_right
+
+
+CHECKS = {"greedy": check_greedy, "logits": check_logits}
+PYTEST = "pytest"
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def child_environment() -> dict[str, str]:
+    return os.environ | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
+
+
+def run_bounded(command: Sequence[str], timeout_s: float) -> int | None:
+    """Exit status of `command`, which writes to our output; None if it took too long and was killed."""
+    with subprocess.Popen(command, cwd=ROOT, env=child_environment(), start_new_session=True) as process:
+        try:
+            return process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def query_gpus(what: str) -> list[str]:
+    """A line a GPU of nvidia-smi's answer; none where there is no nvidia-smi."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+
+
+def used_gpu_mib() -> int:
+    return sum(int(line) for line in query_gpus("memory.used"))
+
+
+def check_all(args: argparse.Namespace, console: Console) -> dict[str, str]:
+    """Result of each check: "passed", "FAILED" or "TIMED OUT"."""
+    outcomes = {}
+    for name in args.checks:
+        console.rule(f"correctness: {name}", style="dim")
+        command = [sys.executable, "-m", "bench.gpu", "--check", name, "--device", args.device, "--demo", args.demo]
+        command += ["--cache-dir", str(args.cache_dir)]
+        if name == PYTEST:
+            command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
+        code = run_bounded(command, args.timeout_s)
+        outcomes[name] = "passed" if code == 0 else "TIMED OUT" if code is None else "FAILED"
+    return outcomes
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+MAX_STOP_S = 90.0
+MAX_LEFT_MIB = 64  # other users of the GPU, and the driver, come and go
+NUM_IDLE_S = 5.0
+
+
+@dataclass
+class ServerFigures:
+    """Of one model's server. GPU memory in MiB, less what was used before it started."""
+
+    model: str
+    server_args: str
+    ready_s: list[float] = field(default_factory=list)  # of each start
+    ready_mib: int = 0
+    loaded_mib: int = 0  # after the workloads
+    left_mib: int = 0  # after its end
+    idle_cpu_percent: float = float("nan")
+    failures: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def running_server(command: Sequence[str], log: Path, figures: ServerFigures) -> Iterator[subprocess.Popen[bytes]]:
+    """A server process; on leaving it gets a SIGTERM, and what it does not do in good order joins the failures."""
+    before_mib = used_gpu_mib()
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=child_environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            if code := process.wait(MAX_STOP_S):
+                figures.failures.append(f"the server exited with {code}, see {log}")
+        except subprocess.TimeoutExpired:
+            figures.failures.append(f"the server did not stop in {MAX_STOP_S:.0f} s after SIGTERM, see {log}")
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        deadline = time.monotonic() + 10  # the driver takes a moment
+        while (left := used_gpu_mib() - before_mib) > MAX_LEFT_MIB and time.monotonic() < deadline:
+            time.sleep(0.5)
+        figures.left_mib = max(figures.left_mib, left)
+        if left > MAX_LEFT_MIB:
+            figures.failures.append(f"{left} MiB of GPU memory were left behind")
+
+
+async def wait_until_healthy(base_url: str, process: subprocess.Popen[bytes], timeout_s: float) -> bool:
+    """False if the process ended before it was healthy, or took too long."""
+    deadline = time.monotonic() + timeout_s
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session:
+        while time.monotonic() < deadline and process.poll() is None:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with session.get(f"{base_url}/health") as response:
+                    if response.status == 200:
+                        return True
+            await asyncio.sleep(0.02)
+    return False
+
+
+def measure_model(model: str, args: argparse.Namespace, console: Console) -> ServerFigures:
+    figures = ServerFigures(model, args.server_args)
+    port = free_port()
+    base_url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "server", "--port", str(port), "--device", args.device]
+    if model in DUMMIES:
+        folder = args.cache_dir / model
+        make_dummy(folder, DUMMIES[model], demo_folder(args))
+        command += ["--model-path", str(folder), "--load-format", "dummy", "--served-model-name", model]
+    else:
+        command += ["--model-path", model]
+    command += shlex.split(args.server_args)
+    log = args.cache_dir / f"{model.replace('/', '_')}.log"
+    log.unlink(missing_ok=True)
+    console.print(f"{shlex.join(command)} > {log}", style="dim", soft_wrap=True)
+    before_mib = used_gpu_mib()
+    for number in range(args.starts):
+        started = time.perf_counter()
+        with running_server(command, log, figures) as process:
+            if not asyncio.run(wait_until_healthy(base_url, process, args.timeout_s)):
+                console.print(log.read_text(errors="replace")[-4000:], markup=False)
+                figures.failures.append("the server did not become healthy")
+                return figures
+            figures.ready_s.append(time.perf_counter() - started)
+            console.print(f"healthy after {figures.ready_s[-1]:.1f} s", style="dim")
+            figures.ready_mib = used_gpu_mib() - before_mib
+            if number == args.starts - 1:
+                load(base_url, model, process, args, figures)
+                figures.loaded_mib = used_gpu_mib() - before_mib
+    return figures
+
+
+def load(
+    base_url: str, model: str, process: subprocess.Popen[bytes], args: argparse.Namespace, figures: ServerFigures
+) -> None:
+    command = [sys.executable, "-m", "bench.compare", "--base-url", base_url, "--model", model]
+    command += ["--scale", str(args.scale), "--length-scale", str(args.length_scale), "--workloads", *args.workloads]
+    if args.output_file:
+        command += ["--output-file", str(args.output_file.resolve())]
+    code = run_bounded(command, args.timeout_s)
+    if code != 0:
+        figures.failures.append("the workloads " + ("took too long" if code is None else "failed"))
+    if process.poll() is not None:
+        figures.failures.append("the server ended under load")
+    else:
+        figures.idle_cpu_percent = asyncio.run(measure_idle(process.pid, NUM_IDLE_S))
+
+
+def servers_table(all_figures: Sequence[ServerFigures]) -> Table:
+    table = Table(box=box.SIMPLE)
+    table.add_column("server")
+    for figures in all_figures:
+        table.add_column(figures.model, justify="right")
+    for column in ("SGLang, 8B", "vLLM, 0.6B", "aim"):
+        table.add_column(column, justify="right")
+
+    def start(number: int) -> list[str]:
+        return [f"{ready[number]:.1f}" if number < len(ready := f.ready_s) else "" for f in all_figures]
+
+    table.add_row("start to healthy, s: first, caches as found", *start(0), "143–151", "256", "≤ 45 if there were none")
+    table.add_row("start to healthy, s: again", *start(1), "80–86", "118", "≤ 12")
+    table.add_row("GPU memory when ready, MiB", *(f"{f.ready_mib:,}" for f in all_figures))
+    table.add_row("after the workloads", *(f"{f.loaded_mib:,}" for f in all_figures))
+    table.add_row("after its end", *(f"{f.left_mib:,}" for f in all_figures), "", "", f"≤ {MAX_LEFT_MIB}")
+    table.add_row("CPU when idle, % of a core", *(f"{f.idle_cpu_percent:.2f}" for f in all_figures), "~100", "", "< 1")
+    return table
+
+
+# --- everything -------------------------------------------------------------------------------------------------------
+
+
+def machine() -> str:
+    gpus = query_gpus("name,memory.total,driver_version")
+    python = ".".join(map(str, sys.version_info[:3]))
+    named = "; ".join(f"{name}, {mib} MiB, driver {driver}" for name, mib, driver in (g.split(", ") for g in gpus))
+    return f"{named or 'no GPU'}; torch {torch.__version__}, Python {python}; {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--only", choices=("correctness", "speed"))
+    add("--checks", nargs="+", choices=(*CHECKS, PYTEST), default=[*CHECKS, PYTEST])
+    add("--models", nargs="+", default=list(DUMMIES), help=f"{', '.join(DUMMIES)} (dummy weights), or any --model-path")
+    add("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME", help=", ".join(WORKLOADS))
+    add("--server-args", default="", help="more flags for the server, in one string")
+    add("--starts", type=int, default=2, help="of each server; the workloads come after the last one")
+    add("--scale", type=float, default=1.0, help="number of requests, as a share of the real workload's")
+    add("--length-scale", type=float, default=1.0, help="tokens of prompts and answers, likewise")
+    add("--device", default="cuda", choices=("cuda", "cpu"))
+    add("--demo", default="demo", help="the demo model: its name, its .gguf file, or its converted folder")
+    add("--cache-dir", type=Path, default=Path.home() / ".cache" / "radixloop" / "bench", help="for models and logs")
+    add("--timeout-s", type=float, default=600.0, help="of each check, of a server's start, of a model's workloads")
+    add("--output-file", type=Path, help="append JSON lines: one for each server, one for each of its workloads")
+    add("--check", choices=CHECKS, help=argparse.SUPPRESS)  # what the script starts itself with
+    return parser
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    console.print(machine())
+    failures = []
+    if args.only != "speed":
+        outcomes = check_all(args, console)
+        table = Table("correctness", "", box=box.SIMPLE)
+        for name, outcome in outcomes.items():
+            table.add_row(name, f"[{'green' if outcome == 'passed' else 'red'}]{outcome}[/]")
+        console.print(table)
+        failures += [f"{name}: {outcome}" for name, outcome in outcomes.items() if outcome != "passed"]
+    if args.only != "correctness":
+        all_figures = []
+        for model in args.models:
+            console.rule(f"speed: {model}", style="dim")
+            figures = measure_model(model, args, console)
+            all_figures.append(figures)
+            failures += [f"{model}: {failure}" for failure in figures.failures]
+            if args.output_file:
+                with args.output_file.open("ab") as file:
+                    line = {"machine": machine(), **asdict(figures)}
+                    file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+        console.print(servers_table(all_figures))
+    for failure in failures:
+        console.print(failure, style="bold red", markup=False)
+    return 1 if failures else 0
+
+
+def main() -> None:
+    args = argument_parser().parse_args()
+    args.cache_dir = args.cache_dir.expanduser().resolve()
+    args.cache_dir.mkdir(parents=True, exist_ok=True)
+    console = wide_console()
+    try:
+        if args.check:
+            sys.exit(0 if CHECKS[args.check](args, console) else 1)
+        sys.exit(run(args, console))
+    except ModelError as error:
+        console.print(f"error: {error}", style="bold red", markup=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

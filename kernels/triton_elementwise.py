@@ -1,0 +1,225 @@
+"""The Triton kernels of `elementwise`, and what kernels share: programmatic dependent launch, activations."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.elementwise import has_dependent_launch
+
+
+def launch_options(device: torch.device, num_warps: int) -> dict[str, Any]:
+    """Keyword arguments of every kernel here: PDL is the kernel's own, the others Triton's."""
+    pdl = has_dependent_launch(device)
+    return {"PDL": pdl, "launch_pdl": pdl, "num_warps": num_warps}
+
+
+@triton.jit
+def wait_for_input(PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def activation(x, ACT: tl.constexpr):
+    """fp32 to fp32; "silu", "gelu_tanh" or "gelu"."""
+    if ACT == "silu":
+        return x * tl.sigmoid(x)
+    elif ACT == "gelu_tanh":
+        # 0.5 (1 + tanh(z)) = sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    n = x.shape[-1]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows = x.flatten(0, -2)
+    if rows.shape[0]:
+        block = triton.next_power_of_2(n)
+        options = launch_options(x.device, num_warps=min(max(block // 512, 1), 16))
+        _rms_norm_kernel[(rows.shape[0],)](rows, weight, out, rows.stride(0), eps, N=n, BLOCK=block, **options)
+    return out
+
+
+@triton.jit
+def _rms_norm_kernel(x, weight, out, x_stride, eps, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK)
+    scale = tl.load(weight + n, mask=n < N, other=0.0)
+    wait_for_input(PDL)
+    values = tl.load(x + row * x_stride + n, mask=n < N, other=0.0).to(tl.float32)
+    values *= tl.rsqrt(tl.sum(values * values, axis=0) / N + eps)
+    tl.store(out + row * N + n, values.to(out.dtype.element_ty) * scale, mask=n < N)
+
+
+def act_and_mul_triton(x: torch.Tensor, act: str) -> torch.Tensor:
+    n = x.shape[-1] // 2
+    rows = x.flatten(0, -2)
+    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
+    if rows.shape[0]:
+        block = 1024
+        options = launch_options(x.device, num_warps=4)
+        grid = (triton.cdiv(n, block), rows.shape[0])
+        _act_and_mul_kernel[grid](rows, out, rows.stride(0), N=n, ACT=act, BLOCK=block, **options)
+    return out
+
+
+@triton.jit
+def _act_and_mul_kernel(x, out, x_stride, N: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_input(PDL)
+    gate = tl.load(x + row * x_stride + n, mask=n < N, other=0.0)
+    up = tl.load(x + row * x_stride + N + n, mask=n < N, other=0.0)
+    activated = activation(gate.to(tl.float32), ACT).to(gate.dtype)  # rounded there, as torch does
+    tl.store(out + row * N + n, activated * up, mask=n < N)
+
+
+def rope_and_store_triton(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    num_tokens = qkv.shape[0]
+    q = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
+    if num_tokens:
+        rotary_dim = cos_sin.shape[1]
+        block_heads = 8
+        grid = (triton.cdiv(num_heads + 2 * num_kv_heads, block_heads), num_tokens)
+        _rope_and_store_kernel[grid](
+            qkv,
+            positions,
+            cos_sin,
+            k_cache,
+            v_cache,
+            out_cache_loc,
+            q_norm,
+            k_norm,
+            q,
+            qkv.stride(0),
+            k_cache.stride(0),
+            k_cache.stride(1),
+            v_cache.stride(0),
+            v_cache.stride(1),
+            eps,
+            NUM_HEADS=num_heads,
+            NUM_KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim,
+            HALF=rotary_dim // 2,
+            CACHE_MAX=torch.finfo(k_cache.dtype).max if k_cache.dtype.itemsize == 1 else None,
+            BLOCK_HEADS=block_heads,
+            BLOCK_HALF=triton.next_power_of_2(rotary_dim // 2),
+            BLOCK_REST=triton.next_power_of_2(head_dim - rotary_dim),
+            **launch_options(qkv.device, num_warps=2),
+        )
+    return q
+
+
+@triton.jit
+def _rope_and_store_kernel(
+    qkv,
+    positions,
+    cos_sin,
+    k_cache,
+    v_cache,
+    out_cache_loc,
+    q_norm,
+    k_norm,
+    q,
+    qkv_stride,
+    k_stride_slot,
+    k_stride_head,
+    v_stride_slot,
+    v_stride_head,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    CACHE_MAX: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_input(PDL)
+    token = tl.program_id(1).to(tl.int64)
+    position = tl.load(positions + token).to(tl.int64)
+    slot = tl.load(out_cache_loc + token).to(tl.int64)
+    head = tl.program_id(0) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)  # queries, then keys, then values
+    is_q = head < NUM_HEADS
+    is_k = (head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS)
+    is_v = (head >= NUM_HEADS + NUM_KV_HEADS) & (head < NUM_HEADS + 2 * NUM_KV_HEADS)
+    source = qkv + token * qkv_stride + head[:, None] * HEAD_DIM
+    q_target = q + (token * NUM_HEADS + head[:, None]) * HEAD_DIM
+    k_target = k_cache + slot * k_stride_slot + (head[:, None] - NUM_HEADS) * k_stride_head
+    v_target = v_cache + slot * v_stride_slot + (head[:, None] - NUM_HEADS - NUM_KV_HEADS) * v_stride_head
+
+    # A head is three pieces: the two halves that rotate into each other, and a rest that passes.
+    i = tl.arange(0, BLOCK_HALF)
+    is_half = (i < HALF)[None, :]
+    is_in = (head < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None]
+    x1 = tl.load(source + i[None, :], mask=is_in & is_half, other=0.0)
+    x2 = tl.load(source + HALF + i[None, :], mask=is_in & is_half, other=0.0)
+    if 2 * HALF < HEAD_DIM:
+        j = 2 * HALF + tl.arange(0, BLOCK_REST)
+        is_rest = (j < HEAD_DIM)[None, :]
+        x3 = tl.load(source + j[None, :], mask=is_in & is_rest, other=0.0)
+
+    if q_norm is not None or k_norm is not None:
+        squares = tl.sum(x1.to(tl.float32) * x1.to(tl.float32) + x2.to(tl.float32) * x2.to(tl.float32), axis=1)
+        if 2 * HALF < HEAD_DIM:
+            squares += tl.sum(x3.to(tl.float32) * x3.to(tl.float32), axis=1)
+        scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+        x1 = _norm_heads(x1, scale, q_norm, k_norm, i, i < HALF, is_q, is_k)
+        x2 = _norm_heads(x2, scale, q_norm, k_norm, HALF + i, i < HALF, is_q, is_k)
+        if 2 * HALF < HEAD_DIM:
+            x3 = _norm_heads(x3, scale, q_norm, k_norm, j, j < HEAD_DIM, is_q, is_k)
+
+    cos = tl.load(cos_sin + position * 2 * HALF + i, mask=i < HALF, other=0.0)[None, :]
+    sin = tl.load(cos_sin + position * 2 * HALF + HALF + i, mask=i < HALF, other=0.0)[None, :]
+    is_rotated = (is_q | is_k)[:, None]
+    y1 = tl.where(is_rotated, x1 * cos - x2 * sin, x1.to(tl.float32)).to(x1.dtype)
+    y2 = tl.where(is_rotated, x2 * cos + x1 * sin, x2.to(tl.float32)).to(x2.dtype)
+
+    tl.store(q_target + i[None, :], y1, mask=is_q[:, None] & is_half)
+    tl.store(q_target + HALF + i[None, :], y2, mask=is_q[:, None] & is_half)
+    _store_in_cache(k_target + i[None, :], y1, is_k[:, None] & is_half, CACHE_MAX)
+    _store_in_cache(k_target + HALF + i[None, :], y2, is_k[:, None] & is_half, CACHE_MAX)
+    _store_in_cache(v_target + i[None, :], y1, is_v[:, None] & is_half, CACHE_MAX)
+    _store_in_cache(v_target + HALF + i[None, :], y2, is_v[:, None] & is_half, CACHE_MAX)
+    if 2 * HALF < HEAD_DIM:
+        tl.store(q_target + j[None, :], x3, mask=is_q[:, None] & is_rest)
+        _store_in_cache(k_target + j[None, :], x3, is_k[:, None] & is_rest, CACHE_MAX)
+        _store_in_cache(v_target + j[None, :], x3, is_v[:, None] & is_rest, CACHE_MAX)
+
+
+@triton.jit
+def _norm_heads(x, scale, q_norm, k_norm, offsets, is_element, is_q, is_k):
+    """RMS norm of the query and key rows of x; the others stay."""
+    normed = (x.to(tl.float32) * scale).to(x.dtype)
+    if q_norm is not None:
+        x = tl.where(is_q[:, None], normed * tl.load(q_norm + offsets, mask=is_element, other=0.0)[None, :], x)
+    if k_norm is not None:
+        x = tl.where(is_k[:, None], normed * tl.load(k_norm + offsets, mask=is_element, other=0.0)[None, :], x)
+    return x
+
+
+@triton.jit
+def _store_in_cache(pointers, x, mask, CACHE_MAX: tl.constexpr):
+    if CACHE_MAX is not None:
+        x = tl.minimum(tl.maximum(x.to(tl.float32), -CACHE_MAX), CACHE_MAX)
+    tl.store(pointers, x.to(pointers.dtype.element_ty), mask=mask)

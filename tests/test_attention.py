@@ -1,0 +1,289 @@
+"""Attention: the torch definition against a naive float64 one, and the Triton kernels (interpreted without a GPU)."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is decorated
+
+from kernels import attention as torch_attention
+from kernels import triton_attention
+from kernels.attention import attention, attention_torch, choose_backend
+from kernels.triton_attention import DecodeConfig, PrefillConfig, attention_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(autouse=True)
+def interpreted_scalars_are_indices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6's interpreter keeps scalars as arrays of one element, which numpy 2.4 no longer takes for an int."""
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+
+
+@dataclass
+class Shared:
+    prefix_lens: torch.Tensor
+    cu_members: torch.Tensor
+    members: torch.Tensor
+    own_starts: torch.Tensor
+
+
+@dataclass
+class Batch:
+    rows: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_q_lens: torch.Tensor
+    slot_table: torch.Tensor
+    num_decodes: int
+    q_lens_host: np.ndarray
+    seq_lens_host: np.ndarray
+    shared: Any = None
+
+
+def make_batch(lens: list[tuple[int, int]], seed: int = 0, groups: list[tuple[int, list[int]]] | None = None) -> Batch:
+    """Requests of (q_len, seq_len), their slots scattered; groups of (shared tokens, members) share theirs."""
+    rng = np.random.default_rng(seed)
+    q_lens, seq_lens = (np.array(column, np.int32) for column in zip(*lens, strict=True))
+    num_rows, max_len = len(lens) + 3, int(seq_lens.max()) + 5
+    slots = rng.permutation(num_rows * max_len)
+    table = slots.reshape(num_rows, max_len).astype(np.int32)
+    rows = rng.permutation(num_rows)[: len(lens)].astype(np.int32)
+    shared = None
+    if groups is not None:
+        own_starts = np.zeros(len(lens), np.int32)
+        for prefix_len, members in groups:
+            own_starts[members] = prefix_len
+            table[rows[members], :prefix_len] = table[rows[members[0]], :prefix_len]
+        prefix_lens = np.zeros(len(groups) + 2, np.int32)  # unused groups at the end
+        prefix_lens[: len(groups)] = [prefix_len for prefix_len, _ in groups]
+        sizes = [len(members) for _, members in groups] + [0, 0]
+        order = np.zeros(len(lens), np.int32)
+        order[: sum(sizes)] = [i for _, members in groups for i in members]
+        cu_members = np.cumsum([0, *sizes]).astype(np.int32)
+        shared = Shared(*(torch.from_numpy(x).to(DEVICE) for x in (prefix_lens, cu_members, order, own_starts)))
+    return Batch(
+        rows=torch.from_numpy(rows).to(DEVICE),
+        seq_lens=torch.from_numpy(seq_lens).to(DEVICE),
+        cu_q_lens=torch.from_numpy(np.cumsum([0, *q_lens]).astype(np.int32)).to(DEVICE),
+        slot_table=torch.from_numpy(table).to(DEVICE),
+        num_decodes=int((q_lens == 1).sum()),
+        q_lens_host=q_lens,
+        seq_lens_host=seq_lens,
+        shared=shared,
+    )
+
+
+def make_inputs(
+    batch: Batch, num_heads: int = 4, num_kv_heads: int = 2, head_dim: int = 16, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    num_slots = batch.slot_table.numel()
+    num_tokens = int(batch.q_lens_host.sum())
+    q = torch.randn(num_tokens, num_heads, head_dim, generator=generator)
+    k = torch.randn(num_slots, num_kv_heads, head_dim, generator=generator)
+    v = torch.randn(num_slots, num_kv_heads, head_dim, generator=generator)
+    return q.to(DEVICE, dtype), k.to(DEVICE, dtype), v.to(DEVICE, dtype)
+
+
+def naive(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: Batch,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> torch.Tensor:
+    """One token and one head at a time, in float64."""
+    out = torch.empty(q.shape, dtype=torch.float64)
+    q, k_cache, v_cache = (x.double().cpu() for x in (q, k_cache, v_cache))
+    table, rows = batch.slot_table.cpu(), batch.rows.tolist()
+    group = q.shape[1] // k_cache.shape[1]
+    token = 0
+    for i, (q_len, seq_len) in enumerate(zip(batch.q_lens_host.tolist(), batch.seq_lens_host.tolist(), strict=True)):
+        for position in range(seq_len - q_len, seq_len):
+            first = max(0, position - window + 1) if window >= 0 else 0
+            slots = table[rows[i], first : position + 1].long()
+            for head in range(q.shape[1]):
+                scores = k_cache[slots, head // group] @ q[token, head] * scale
+                if softcap:
+                    scores = softcap * torch.tanh(scores / softcap)
+                out[token, head] = scores.softmax(0) @ v_cache[slots, head // group]
+            token += 1
+    return out
+
+
+def check(result: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    difference = (result.double().cpu() - expected.double().cpu()).abs().max().item()
+    print(f"largest difference {difference:.2e}")
+    assert difference < TOLERANCE[dtype]
+
+
+MIXED = [(1, 9), (1, 1), (1, 40), (1, 33), (7, 7), (5, 30), (40, 40), (2, 37)]
+DECODES = [(1, 70), (1, 1), (1, 17), (1, 64)]
+KERNELS = pytest.mark.parametrize("kernel", [attention_torch, attention_triton])
+
+
+@KERNELS
+@pytest.mark.parametrize("window", [-1, 1, 8, 100])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_a_mixed_batch_equals_the_naive_definition(kernel: Any, window: int, softcap: float) -> None:
+    batch = make_batch(MIXED)
+    q, k, v = make_inputs(batch)
+    result = kernel(q, k, v, batch, scale=0.3, window=window, softcap=softcap)
+    check(result, naive(q, k, v, batch, 0.3, window, softcap), q.dtype)
+
+
+@KERNELS
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(3, 1, 16), (4, 4, 24), (6, 2, 16), (20, 1, 16)])
+def test_any_number_of_heads_and_head_dim(kernel: Any, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    batch = make_batch([(1, 9), (1, 20), (6, 6), (3, 21)])
+    q, k, v = make_inputs(batch, num_heads, num_kv_heads, head_dim)
+    check(kernel(q, k, v, batch, scale=0.2), naive(q, k, v, batch, 0.2, -1, 0.0), q.dtype)
+
+
+@KERNELS
+def test_half_precision(kernel: Any) -> None:
+    batch = make_batch(MIXED)
+    q, k, v = make_inputs(batch, dtype=torch.float16)
+    check(kernel(q, k, v, batch, scale=0.3), naive(q, k, v, batch, 0.3, -1, 0.0), q.dtype)
+
+
+def test_the_definition_takes_bfloat16() -> None:
+    batch = make_batch(MIXED)
+    q, k, v = make_inputs(batch, dtype=torch.bfloat16)
+    check(attention_torch(q, k, v, batch, scale=0.3), naive(q, k, v, batch, 0.3, -1, 0.0), q.dtype)
+
+
+@KERNELS
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_float8_cache_is_read_as_the_numbers_it_holds(kernel: Any, cache_dtype: torch.dtype) -> None:
+    batch = make_batch([(1, 9), (1, 20), (6, 6), (3, 21)])
+    q, k, v = make_inputs(batch)
+    k, v = k.to(cache_dtype), v.to(cache_dtype)
+    check(kernel(q, k, v, batch, scale=0.3), naive(q, k, v, batch, 0.3, -1, 0.0), q.dtype)
+
+
+@KERNELS
+def test_queries_and_caches_may_be_views_of_larger_tensors(kernel: Any) -> None:
+    batch = make_batch(MIXED)
+    q, k, v = make_inputs(batch)
+    wide_q, buffer = q.new_zeros(q.shape[0], 9, q.shape[2]), k.new_zeros(3, 2, *k.shape)
+    wide_q[:, :4], buffer[1, 0], buffer[1, 1] = q, k, v
+    result = kernel(wide_q[:, :4], buffer[1, 0], buffer[1, 1], batch, scale=0.3)
+    check(result, naive(q, k, v, batch, 0.3, -1, 0.0), q.dtype)
+
+
+@pytest.mark.parametrize("num_programs", [1, 2, 3, 5, 8, 13, 40])
+@pytest.mark.parametrize("window", [-1, 20])
+def test_however_the_work_is_cut_the_parts_merge_to_the_same(num_programs: int, window: int) -> None:
+    batch = make_batch(DECODES)
+    q, k, v = make_inputs(batch)
+    expected = naive(q, k, v, batch, 0.3, window, 0.0)
+    for block_n in (16, 32):
+        out = torch.full_like(q, float("nan"))
+        triton_attention.decode(
+            q,
+            k,
+            v,
+            batch,
+            out,
+            scale=0.3,
+            window=window,
+            config=DecodeConfig(block_n, 4, 1, 1),
+            num_programs=num_programs,
+        )
+        check(out, expected, q.dtype)
+
+
+def test_the_arrival_counters_are_zero_again() -> None:
+    batch = make_batch(DECODES)
+    q, k, v = make_inputs(batch)
+    for num_programs in (3, 7):
+        triton_attention.decode(q, k, v, batch, torch.empty_like(q), scale=0.3, num_programs=num_programs)
+    assert not triton_attention._arrival_counters(q.device, 1).any()
+
+
+GROUPED = [(1, 50), (1, 3), (1, 45), (1, 41), (1, 64), (1, 39), (1, 70), (1, 20)]
+GROUPS = [(40, [0, 2, 3]), (33, [4, 5, 6])]
+
+
+@KERNELS
+@pytest.mark.parametrize("window", [-1, 5, 45])
+@pytest.mark.parametrize("num_splits", [1, 2, 7])
+@pytest.mark.parametrize("num_programs", [2, 11])
+def test_shared_prefixes_change_nothing(kernel: Any, window: int, num_splits: int, num_programs: int) -> None:
+    batch = make_batch(GROUPED, groups=GROUPS)
+    q, k, v = make_inputs(batch, 6, 2)
+    expected = naive(q, k, v, batch, 0.3, window, 0.0)
+    if kernel is attention_torch:
+        check(kernel(q, k, v, batch, scale=0.3, window=window), expected, q.dtype)
+        return
+    for block_m in (16, 32):
+        out = torch.full_like(q, float("nan"))
+        triton_attention.decode(
+            q, k, v, batch, out, scale=0.3, window=window, config=DecodeConfig(16, 4, 1, 1), num_programs=num_programs,
+            prefix_config=PrefillConfig(block_m, 16, 4, 1), num_prefix_splits=num_splits,
+        )  # fmt: skip
+        check(out, expected, q.dtype)
+
+
+@KERNELS
+def test_a_batch_of_a_captured_graph_may_have_no_groups(kernel: Any) -> None:
+    batch = make_batch(DECODES, groups=[])
+    q, k, v = make_inputs(batch)
+    check(kernel(q, k, v, batch, scale=0.3), naive(q, k, v, batch, 0.3, -1, 0.0), q.dtype)
+
+
+@KERNELS
+def test_a_grouped_batch_with_prompts(kernel: Any) -> None:
+    batch = make_batch([*GROUPED, (9, 30), (4, 4)], groups=GROUPS)
+    q, k, v = make_inputs(batch)
+    check(kernel(q, k, v, batch, scale=0.3), naive(q, k, v, batch, 0.3, -1, 0.0), q.dtype)
+
+
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 16), (32, 16), (16, 32), (64, 16)])
+@pytest.mark.parametrize("window", [-1, 6])
+def test_prompts_in_tiles_of_any_shape(block_m: int, block_n: int, window: int) -> None:
+    batch = make_batch([(1, 5), (17, 17), (2, 35), (33, 60)])
+    q, k, v = make_inputs(batch)
+    out = torch.zeros_like(q)
+    triton_attention.prefill(
+        q, k, v, batch, out, scale=0.3, window=window, config=PrefillConfig(block_m, block_n, 4, 1)
+    )
+    check(out[1:], naive(q, k, v, batch, 0.3, window, 0.0)[1:], q.dtype)
+
+
+def test_requests_are_padded_only_to_similar_lengths() -> None:
+    lens = np.array([1000, 10, 900, 40, 5000, 70], np.int32)
+    sets = [members.tolist() for members in torch_attention._similar_lengths(lens)]
+    assert sets == [[4], [0, 2], [1, 3, 5]]
+
+
+def test_the_cpu_runs_the_definition() -> None:
+    batch = make_batch(MIXED)
+    q, k, v = make_inputs(batch)
+    backend, _ = choose_backend(None, torch.device("cpu"))
+    assert torch.equal(
+        attention(q, k, v, batch, scale=0.3, backend=backend), attention_torch(q, k, v, batch, scale=0.3)
+    )
+
+
+@pytest.mark.parametrize("backend", ["triton", "flashinfer", "cudnn"])
+def test_a_backend_that_cannot_run_is_refused(backend: str) -> None:
+    with pytest.raises(ValueError, match=backend):
+        choose_backend(backend, torch.device("cpu"))

@@ -1,0 +1,388 @@
+"""Each kernel against its torch twin, each twin against plain formulas; on Triton's interpreter without a GPU."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from kernels import elementwise, gemm, sampling, triton_elementwise, triton_gemm, triton_sampling
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+EPS = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape) * scale).to(dtype).to(DEVICE)
+
+
+def ints(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
+def floats(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=DEVICE)
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, label: str) -> None:
+    """Equal up to a few roundings in the expected dtype; prints the largest difference."""
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    difference = (found.float() - expected.float()).abs().max().item() if found.numel() else 0.0
+    largest = expected.float().abs().max().item() if found.numel() else 0.0
+    print(f"{label}: largest difference {difference:.2e} of {largest:.2e}")
+    eps = max(torch.finfo(expected.dtype).eps, 1e-6)
+    assert difference <= 4 * eps * max(largest, 1.0)
+
+
+# elementwise
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [64, 576])
+def test_the_rms_norm_kernel_equals_its_twin(dtype: torch.dtype, n: int) -> None:
+    x, weight = randn(3, n, dtype=dtype, scale=3), randn(n, dtype=dtype)
+    assert_near(
+        triton_elementwise.rms_norm_triton(x, weight, EPS), elementwise.rms_norm_torch(x, weight, EPS), "rms_norm"
+    )
+
+
+def test_rms_norm_rounds_before_the_weight_as_hugging_face_does() -> None:
+    x, weight = randn(5, 96, dtype=torch.bfloat16), randn(96, dtype=torch.bfloat16)
+    wide = x.float()
+    expected = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+    assert torch.equal(elementwise.rms_norm_torch(x, weight, EPS), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
+def test_the_gated_activation_kernel_equals_its_twin(dtype: torch.dtype, act: str) -> None:
+    x = randn(3, 2 * 1100, dtype=dtype)
+    assert_near(triton_elementwise.act_and_mul_triton(x, act), elementwise.act_and_mul_torch(x, act), act)
+
+
+def test_the_gated_activations_are_what_their_names_say() -> None:
+    x = randn(2, 64)
+    gate, up = x.double().chunk(2, dim=-1)
+    formulas = {
+        "silu": gate / (1 + torch.exp(-gate)),
+        "gelu": gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2))),
+        "gelu_tanh": gate * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))),
+    }
+    for act, activated in formulas.items():
+        assert_near(elementwise.act_and_mul_torch(x, act), (activated * up).float(), act)
+
+
+def rope_inputs(
+    num_heads: int, num_kv_heads: int, head_dim: int, rotary_dim: int, has_norm: bool, dtype: torch.dtype
+) -> dict[str, Any]:
+    angles = torch.rand(50, rotary_dim // 2) * 6
+    return {
+        "qkv": randn(3, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype),
+        "positions": ints(3, 40, 7),
+        "cos_sin": torch.cat([angles.cos(), angles.sin()], dim=-1).to(DEVICE),
+        "out_cache_loc": ints(3, 5, 19),
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "q_norm": randn(head_dim, dtype=dtype) if has_norm else None,
+        "k_norm": randn(head_dim, dtype=dtype) if has_norm else None,
+    }
+
+
+ROPE_SHAPES = [(9, 3, 64, 64, False), (4, 2, 128, 128, True), (4, 2, 96, 96, True), (4, 1, 80, 32, True)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ROPE_SHAPES)
+def test_the_rope_and_store_kernel_equals_its_twin(shape: tuple[int, int, int, int, bool], dtype: torch.dtype) -> None:
+    inputs = rope_inputs(*shape, dtype)
+    results = []
+    for run in (triton_elementwise.rope_and_store_triton, elementwise.rope_and_store_torch):
+        k_cache, v_cache = torch.zeros(2, 20, shape[1], shape[2], dtype=dtype, device=DEVICE)
+        results.append((run(**inputs, k_cache=k_cache, v_cache=v_cache), k_cache, v_cache))
+    for name, found, expected in zip("qkv", *results, strict=True):
+        assert expected.abs().sum() > 0
+        assert_near(found, expected, name)
+
+
+def test_rope_rotates_pairs_and_writes_only_its_slots() -> None:
+    inputs = rope_inputs(4, 2, 16, 8, False, torch.float32)
+    k_cache, v_cache = torch.full((2, 20, 2, 16), 7.0, device=DEVICE)
+    q = elementwise.rope_and_store_torch(**inputs, k_cache=k_cache, v_cache=v_cache)
+    heads = inputs["qkv"].view(3, 8, 16)
+    for token, (position, slot) in enumerate([(3, 3), (40, 5), (7, 19)]):
+        cos, sin = inputs["cos_sin"][position].split(4)
+        rotated = heads[token].clone()
+        for i in range(4):
+            a, b = heads[token, :, i], heads[token, :, i + 4]
+            rotated[:, i], rotated[:, i + 4] = a * cos[i] - b * sin[i], b * cos[i] + a * sin[i]
+        assert_near(q[token], rotated[:4], "q")
+        assert_near(k_cache[slot], rotated[4:6], "k")
+        assert torch.equal(v_cache[slot], heads[token, 6:])
+    assert (k_cache == 7).all(dim=(1, 2)).sum() == 17
+
+
+def test_what_does_not_fit_a_float8_cache_saturates() -> None:
+    inputs = rope_inputs(2, 1, 16, 16, False, torch.float32)
+    inputs["qkv"] *= 1000
+    k_cache, v_cache = torch.zeros(2, 20, 1, 16, device=DEVICE).to(torch.float8_e4m3fn)
+    elementwise.rope_and_store(**inputs, k_cache=k_cache, v_cache=v_cache)
+    assert v_cache.float().abs().max() == 448
+    assert k_cache.float().isfinite().all()
+
+
+# gemm
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_tokens", "n", "k"), [(1, 10, 256), (1, 13, 576), (2, 6, 576), (3, 3, 256), (4, 3, 576)])
+def test_the_gemv_kernel_equals_the_fused_twins(n: int, k: int, num_tokens: int, dtype: torch.dtype) -> None:
+    x, norm_weight = randn(num_tokens, k, dtype=dtype), randn(k, dtype=dtype)
+    weight, bias = randn(n, k, dtype=dtype, scale=k**-0.5), randn(n, dtype=dtype)
+    gate_up, gate_up_bias = randn(2 * n, k, dtype=dtype, scale=k**-0.5), randn(2 * n, dtype=dtype)
+    h = randn(num_tokens, n, dtype=dtype)
+    normed = elementwise.rms_norm_torch(x, norm_weight, EPS)
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x.float(), weight.float(), bias.float())
+
+    assert_near(triton_gemm.gemv(x, weight, bias), linear(x, weight, bias).to(dtype), "linear")
+    assert_near(
+        triton_gemm.gemv(x, weight, bias, norm_weight=norm_weight, eps=EPS),
+        linear(normed, weight, bias).to(dtype),
+        "norm_linear",
+    )
+    assert_near(
+        triton_gemm.gemv(x, gate_up, gate_up_bias, norm_weight=norm_weight, eps=EPS, act="silu"),
+        elementwise.act_and_mul_torch(linear(normed, gate_up, gate_up_bias), "silu").to(dtype),
+        "norm_linear_act",
+    )
+    expected = (h.float() + linear(x, weight, bias)).to(dtype)
+    assert_near(triton_gemm.gemv(x, weight, bias, residual=h), expected, "linear_add")
+    assert_near(h, expected, "linear_add in place")
+
+
+@pytest.mark.parametrize("config", [(1, 256, 1, 0), (2, 512, 2, 1), (8, 1024, 4, 9)])
+def test_a_gemv_configuration_changes_the_speed_only(config: tuple[int, int, int, int]) -> None:
+    x, weight = randn(1, 1100), randn(13, 1100)
+    found = triton_gemm.gemv(x, weight, config=triton_gemm.GemvConfig(*config))
+    assert_near(found, torch.nn.functional.linear(x, weight), f"{config}")
+
+
+def test_linear_add_returns_the_residual_it_was_given() -> None:
+    x, weight, h = randn(7, 32), randn(16, 32), randn(7, 16)
+    expected = h + x @ weight.t()
+    found = gemm.linear_add(x, weight, h)
+    assert found.data_ptr() == h.data_ptr()
+    assert_near(found, expected, "linear_add")
+
+
+def test_the_fused_products_are_their_parts_in_a_row() -> None:
+    h, norm_weight, weight, bias = randn(6, 32), randn(32), randn(16, 32), randn(16)
+    normed = elementwise.rms_norm(h, norm_weight, EPS)
+    assert_near(gemm.linear(h, weight, bias), h @ weight.t() + bias, "linear")
+    assert_near(gemm.norm_linear(h, norm_weight, EPS, weight, bias), normed @ weight.t() + bias, "norm_linear")
+    gate, up = (normed @ weight.t() + bias).chunk(2, dim=-1)
+    found = gemm.norm_linear_act(h, norm_weight, EPS, weight, bias)
+    assert_near(found, torch.nn.functional.silu(gate) * up, "norm_linear_act")
+
+
+# sampling
+
+
+SAMPLERS = [sampling.sample_torch, triton_sampling.sample_triton]
+ARGMAXES = [sampling.argmax_torch, triton_sampling.argmax_triton]
+
+
+def sampling_params(num_rows: int, **given: float) -> dict[str, torch.Tensor]:
+    defaults = {"temperature": 1.0, "top_k": 1 << 30, "top_p": 1.0, "min_p": 0.0, "seed": 0, "position": 0}
+    dtypes = {"top_k": torch.int32, "seed": torch.int64, "position": torch.int32}
+    return {
+        name: torch.full((num_rows,), given.get(name, value), dtype=dtypes.get(name, torch.float32), device=DEVICE)
+        for name, value in defaults.items()
+    }
+
+
+@pytest.mark.parametrize("argmax", ARGMAXES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_argmax_takes_the_first_largest(argmax: Callable[..., torch.Tensor], dtype: torch.dtype) -> None:
+    logits = randn(4, 5000, dtype=dtype)
+    logits[1, [17, 4200]] = 9.0
+    logits[2] = -torch.inf
+    logits[2, 4999] = -3.0
+    expected = logits.float().max(dim=-1).indices
+    expected[1] = 17
+    assert argmax(logits).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("argmax", ARGMAXES)
+@pytest.mark.parametrize("sample", SAMPLERS)
+def test_a_row_without_a_valid_logit_gives_minus_one_alone(
+    argmax: Callable[..., torch.Tensor], sample: Callable[..., torch.Tensor]
+) -> None:
+    logits = randn(4, 3000)
+    logits[1, 2999] = torch.nan
+    logits[2] = -torch.inf
+    for tokens in (
+        argmax(logits),
+        sample(logits, **sampling_params(4, top_k=40, top_p=0.9)),
+        sample(logits, **sampling_params(4)),
+    ):
+        assert tokens[[1, 2]].tolist() == [-1, -1]
+        assert (tokens[[0, 3]] >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sampling_kernel_picks_its_twins_tokens(dtype: torch.dtype) -> None:
+    logits = randn(12, 2500, dtype=dtype, scale=3)
+    params = sampling_params(12)
+    params["temperature"] = floats(1, 0.7, 0, 1, 1, 1, 2, 0.5, 1, 1, 5, 1)
+    params["top_k"] = ints(1 << 30, 50, 9, 3, 4, 5, 1, 1 << 30, 20, 2000, 100, 10)
+    params["top_p"] = floats(1, 0.9, 0.5, 0.5, 0.5, 0.5, 0.5, 0.8, 0.95, 0.5, 0.9, 1)
+    params["min_p"] = floats(0, 0, 0, 0, 0, 0.1, 0.1, 0, 0.05, 0, 0, 0.2)
+    num_different = 0
+    for step in range(2):
+        params["seed"] = torch.randint(-(2**62), 2**62, (12,)).to(DEVICE)
+        params["position"].fill_(step)
+        found, expected = triton_sampling.sample_triton(logits, **params), sampling.sample_torch(logits, **params)
+        num_different += int((found != expected).sum())
+    print(f"{num_different} of 24 tokens differ")
+    # A GPU's logarithm may differ in its last bit, and one draw in very many hangs on it.
+    assert num_different <= (0 if DEVICE == "cpu" else 1)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p", "temperature"),
+    [(1 << 30, 1.0, 0.0, 1.0), (8, 1.0, 0.0, 0.7), (1 << 30, 0.8, 0.0, 1.0), (12, 0.7, 0.0, 1.3), (20, 0.9, 0.2, 1.0)],
+)
+def test_the_tokens_drawn_follow_the_softmax_of_what_is_kept(
+    top_k: int, top_p: float, min_p: float, temperature: float
+) -> None:
+    num_draws, vocab_size = 20_000, 40
+    row = randn(vocab_size, scale=1.5)
+    probs = (row.double() / temperature).softmax(-1)
+    order = probs.argsort(descending=True)
+    kept = [i for rank, i in enumerate(order.tolist()) if rank < top_k]
+    mass_in_top_k = probs[kept].sum()
+    kept = [i for rank, i in enumerate(kept) if probs[kept[:rank]].sum() < top_p * mass_in_top_k]
+    kept = [i for i in kept if probs[i] >= min_p * probs.max()]
+    expected = torch.zeros_like(probs)
+    expected[kept] = probs[kept] / probs[kept].sum()
+
+    params = sampling_params(num_draws, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
+    params["position"] = torch.arange(num_draws, dtype=torch.int32, device=DEVICE)
+    tokens = sampling.sample_torch(row.expand(num_draws, -1).contiguous(), **params)
+    counts = torch.bincount(tokens.long(), minlength=vocab_size).double()
+    assert counts[expected == 0].sum() == 0
+    is_drawn = expected > 0
+    error = (counts - num_draws * expected)[is_drawn]
+    chi_squared = (error**2 / (num_draws * expected[is_drawn])).sum().item()
+    freedom = len(kept) - 1
+    print(f"chi squared {chi_squared:.1f} with {freedom} degrees of freedom")
+    assert chi_squared < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_seeds_and_positions_draw_independently() -> None:
+    noise = sampling.gumbel_noise(ints(1, 2, 1, 1 + 2**32, dtype=torch.int64), ints(0, 0, 1, 0), 20_000)
+    assert noise.isfinite().all()
+    correlation = torch.corrcoef(noise) - torch.eye(4, device=DEVICE)
+    assert correlation.abs().max() < 0.04
+    assert (noise.mean(dim=1) - 0.5772).abs().max() < 0.05
+    assert (noise.var(dim=1) - math.pi**2 / 6).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("sample", SAMPLERS)
+def test_a_rows_token_does_not_depend_on_its_batch(sample: Callable[..., torch.Tensor]) -> None:
+    logits = randn(5, 3000, scale=2)
+    params = sampling_params(5, top_k=50, top_p=0.9)
+    params["temperature"] = floats(1, 0.5, 0, 2, 1)
+    params["seed"] = ints(5, 6, 7, 8, 9, dtype=torch.int64)
+    together = sample(logits, **params)
+    for i in range(5):
+        alone = sample(logits[i : i + 1], **{name: value[i : i + 1] for name, value in params.items()})
+        assert alone.item() == together[i].item()
+    order = torch.tensor([4, 2, 0, 1, 3], device=DEVICE)
+    shuffled = sample(logits[order], **{name: value[order] for name, value in params.items()})
+    assert shuffled.tolist() == together[order].tolist()
+
+
+@pytest.mark.parametrize("sample", SAMPLERS)
+def test_temperature_zero_and_top_k_one_are_argmax(sample: Callable[..., torch.Tensor]) -> None:
+    logits = randn(6, 2500)
+    params = sampling_params(6, top_p=0.9)
+    params["temperature"][:3] = 0
+    params["top_k"][3:] = 1
+    assert sample(logits, **params).tolist() == sampling.argmax_torch(logits).tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_penalties_follow_their_definitions(dtype: torch.dtype) -> None:
+    logits = randn(3, 2100, dtype=dtype, scale=2)
+    counts = torch.randint(0, 3, (5, 2100), dtype=torch.int16)
+    counts |= torch.randint(0, 2, (5, 2100), dtype=torch.int16) << 14
+    counts = counts.to(DEVICE)
+    rows, repetition = ints(4, 0, 2), floats(1.3, 1.0, 0.8)
+    frequency, presence = floats(0.5, 0.0, -0.3), floats(0.2, 0.0, 0.7)
+    kernel_logits, twin_logits = logits.clone(), logits.clone()
+    triton_sampling.apply_penalties_triton(kernel_logits, rows, counts, frequency, presence, repetition)
+    sampling.apply_penalties_torch(twin_logits, rows, counts, frequency, presence, repetition)
+    assert_near(kernel_logits, twin_logits, "penalties")
+    assert torch.equal(twin_logits[1], logits[1])
+    for token_id in range(50):
+        value, count = logits[0, token_id].item(), int(counts[4, token_id])
+        times = count & 0x3FFF
+        if count:
+            value = value / 1.3 if value > 0 else value * 1.3
+        value -= 0.5 * times + 0.2 * (times > 0)
+        assert twin_logits[0, token_id].item() == pytest.approx(value, rel=2e-3, abs=2e-3)
+
+
+@pytest.mark.parametrize("rows", [None, (2, -1, 0)])
+def test_a_token_without_its_bit_cannot_be_sampled(rows: tuple[int, ...] | None) -> None:
+    logits = randn(3, 2100)
+    allowed = torch.rand(3, 66 * 32) < 0.3
+    bits = (allowed.view(3, 66, 32).long() << torch.arange(32)).sum(-1)
+    bitmask = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).to(DEVICE)
+    row_of = None if rows is None else ints(*rows)
+    kernel_logits, twin_logits, expected = logits.clone(), logits.clone(), logits.clone()
+    triton_sampling.apply_token_bitmask_triton(kernel_logits, bitmask, row_of)
+    sampling.apply_token_bitmask_torch(twin_logits, bitmask, row_of)
+    for line, row in enumerate(rows or range(3)):
+        if row >= 0:
+            expected[row, ~allowed[line, :2100].to(DEVICE)] = -torch.inf
+    assert torch.equal(twin_logits, expected)
+    assert torch.equal(kernel_logits, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logprobs_are_the_log_softmax_where_it_is_wanted(dtype: torch.dtype) -> None:
+    logits = randn(3, 5000, dtype=dtype, scale=4)
+    logits[1, :4990] = -torch.inf
+    assert_near(triton_sampling.logsumexp_triton(logits), sampling.logsumexp_torch(logits), "logsumexp")
+    expected = logits.float().log_softmax(-1)
+    ids = ints(4991, 4992, 4993, 4994, 4995, 4996).view(3, 2)
+    chosen, top_values, top_ids, ids_values = sampling.logprobs(logits, ints(1, 4995, 7), 5, ids)
+    assert_near(chosen, expected[torch.arange(3), [1, 4995, 7]], "chosen")
+    assert_near(top_values, expected.topk(5).values, "top")
+    assert_near(expected.gather(1, top_ids), top_values, "top ids")
+    assert ids_values is not None
+    assert_near(ids_values, expected.gather(1, ids.long()), "ids")
+    assert sampling.logprobs(logits, ints(1, 2, 3), 0)[3] is None
+
+
+@pytest.mark.parametrize("width", [1024, 3000])
+def test_a_nucleus_wider_than_the_first_sort_is_found_whole(width: int) -> None:
+    scaled = randn(2, 4000, scale=0.01)
+    top_k = ints(width, 1 << 30).unsqueeze(1)
+    top_p = floats(0.9, 0.9).unsqueeze(1)
+    floor = sampling._nucleus_floor(scaled, top_k, top_p)
+    num_kept = (scaled >= floor.unsqueeze(1)).sum(dim=1)
+    assert abs(num_kept[0].item() - 0.9 * width) < 0.01 * width
+    assert abs(num_kept[1].item() - 3600) < 40

@@ -1,0 +1,313 @@
+"""Loading a tokenizer from a model folder, and chat templates against transformers' own rendering."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+
+from engine.errors import InvalidRequest, ModelError
+from engine.request import SamplingParams
+from engine.tokenizer import FastBackend, PythonBackend, Tokenizer
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CONVERSATION: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be <brief> & 'kind'."},
+    {"role": "user", "content": "Grüße, 日本?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"b": 1, "a": "<é>"}}]},
+    {"role": "assistant", "content": " The answer is "},
+]
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "f", "parameters": {"z": {"type": "string"}, "a": {}}}}
+]
+
+
+def small_tokenizer() -> tokenizers.Tokenizer:
+    """Bytes, <s> (1), </s> (2) and <unk> (0)."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<unk>", "<s>", "</s>", *alphabet]
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return tokenizer
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> Callable[..., Path]:
+    """A folder with `small_tokenizer` and the given entries of tokenizer_config.json."""
+
+    def make(tokenizer: tokenizers.Tokenizer | None = None, **config: Any) -> Path:
+        (tokenizer or small_tokenizer()).save(str(tmp_path / "tokenizer.json"))
+        config = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, **config}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return make
+
+
+# ---- encode and decode ----
+
+
+def test_text_survives_encoding_and_decoding(make_folder: Callable[..., Path]) -> None:
+    tokenizer = Tokenizer.load(make_folder())
+    text = "Grüße, 日本 🚀\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert (tokenizer.vocab_size, tokenizer.bos_token_id, tokenizer.eos_token_id) == (259, 1, 2)
+    assert tokenizer.special_ids == {0, 1, 2}
+
+
+def test_truncation_and_padding_of_the_file_are_ignored(make_folder: Callable[..., Path]) -> None:
+    trained = small_tokenizer()
+    trained.enable_truncation(4)
+    trained.enable_padding(length=8)
+    tokenizer = Tokenizer.load(make_folder(trained))
+    assert [len(tokenizer.encode(text)) for text in ("abc", "abcdefgh" * 4)] == [3, 32]
+
+
+@pytest.mark.parametrize(
+    ("config", "ids"),
+    [
+        ({}, []),
+        ({"add_bos_token": True}, [1]),
+        ({"add_bos_token": True, "add_eos_token": True}, [1, 2]),
+        ({"add_bos_token": True, "bos_token": None}, []),
+    ],
+)
+def test_the_config_says_which_special_tokens_go_around_a_text(
+    make_folder: Callable[..., Path], config: dict[str, Any], ids: list[int]
+) -> None:
+    tokenizer = Tokenizer.load(make_folder(**config))
+    assert tokenizer.encode("") == ids
+    assert tokenizer.encode("", add_special_tokens=False) == []
+
+
+def test_without_a_word_in_the_config_the_files_own_special_tokens_stay(make_folder: Callable[..., Path]) -> None:
+    trained = small_tokenizer()
+    trained.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert Tokenizer.load(make_folder(trained)).encode("") == [1]
+
+
+def test_tokens_that_only_the_config_knows_are_added(make_folder: Callable[..., Path]) -> None:
+    added = {"259": {"content": "<|end|>", "special": True}, "260": {"content": "<think>", "special": False}}
+    tokenizer = Tokenizer.load(make_folder(added_tokens_decoder=added, pad_token="<pad>"))
+    assert tokenizer.encode("<|end|><think><pad>") == [259, 260, 261]
+    assert tokenizer.decode([259, 260, 261]) == "<think>"
+
+
+def test_the_config_can_make_a_token_special(make_folder: Callable[..., Path]) -> None:
+    trained = small_tokenizer()
+    trained.add_tokens([AddedToken("<|end|>", special=False)])
+    tokenizer = Tokenizer.load(
+        make_folder(trained, added_tokens_decoder={"259": {"content": "<|end|>", "special": True}})
+    )
+    assert 259 in tokenizer.special_ids
+    assert tokenizer.decode([259]) == ""
+
+
+def test_half_a_surrogate_pair_is_an_invalid_request(make_folder: Callable[..., Path]) -> None:
+    with pytest.raises(InvalidRequest, match="surrogate pair at character 2"):
+        Tokenizer.load(make_folder()).encode("ab\ud83d")
+
+
+def test_unknown_ids_have_no_text_and_impossible_ones_are_refused(make_folder: Callable[..., Path]) -> None:
+    tokenizer = Tokenizer.load(make_folder())
+    assert tokenizer.decode([10**6, *tokenizer.encode("ok")]) == "ok"
+    for token_id in (-1, 1 << 40):
+        with pytest.raises(InvalidRequest, match="between 0 and"):
+            tokenizer.decode([token_id])
+
+
+# ---- folders that cannot be used, or only through transformers ----
+
+
+def test_a_broken_tokenizer_file_is_a_model_error(make_folder: Callable[..., Path]) -> None:
+    folder = make_folder()
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="is not a tokenizer"):
+        Tokenizer.load(folder)
+
+
+def test_a_folder_without_a_tokenizer_is_a_model_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot load the tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_folder_without_tokenizer_json_goes_through_transformers(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "##s"]))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert isinstance(tokenizer.backend, FastBackend)
+    assert tokenizer.decode(tokenizer.encode("cats")) == "cats"
+
+
+def test_a_tokenizer_written_in_python_streams_what_it_decodes() -> None:
+    from transformers import PreTrainedTokenizer
+
+    class Letters(PreTrainedTokenizer):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+
+        @property
+        def vocab_size(self) -> int:
+            return 128
+
+        def get_vocab(self) -> dict[str, int]:
+            return {chr(i): i for i in range(128)} | self.added_tokens_encoder
+
+        def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+            return list(text)
+
+        def _convert_token_to_id(self, token: str) -> int | None:
+            return ord(token) if len(token) == 1 else None
+
+        def _convert_id_to_token(self, index: int) -> str:
+            return chr(index)
+
+        def convert_tokens_to_string(self, tokens: list[str]) -> str:
+            return "".join(tokens)
+
+    tokenizer = Tokenizer(PythonBackend(Letters(eos_token="<end>")))
+    ids = [*tokenizer.encode("good morning"), 128, 4000]
+    assert tokenizer.decode(ids) == "good morning"
+    for stop, text in ([], "good morning"), (["morn"], "good "):
+        stream = tokenizer.text_stream(SamplingParams(stop=stop))
+        assert "".join([stream.push([token_id]) for token_id in ids]) + stream.finish() == text
+    assert tokenizer.special_ids == {128}
+    assert (tokenizer.token_to_id("<end>"), tokenizer.token_to_id("nothing")) == (128, None)
+
+
+# ---- chat templates ----
+
+
+@pytest.fixture
+def chat_tokenizer() -> Tokenizer:
+    return Tokenizer(FastBackend(small_tokenizer()), {"bos_token": "<s>", "eos_token": "</s>"}, {"default": CHATML})
+
+
+FOR = "{% for m in messages %}"
+END = "{% endfor %}"
+TEMPLATES = {
+    "chatml": CHATML,
+    "spaces": "{{ bos_token }}\n"
+    + FOR
+    + "\n  {% if m.content %}\n{{ m.content | trim }}\n  {% endif %}\n{%- endfor %}",
+    "tojson": "{{ tools | tojson }}|{{ tools | tojson(indent=2) }}|{{ messages | tojson(ensure_ascii=True) }}",
+    "generation": FOR + "{% generation %}{{ m.role }}{{ loop.index }}{% endgeneration %}" + END,
+    "loop controls": FOR + "{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.role }}{% break %}" + END,
+    "missing keys": FOR + "{{ 'content' in m }}{{ m.name }}" + END + "{{ unk_token }}{{ documents is none }}",
+    "namespace": "{% set ns = namespace(n=0) %}" + FOR + "{% set ns.n = ns.n + 1 %}" + END + "{{ ns.n }}",
+    "year": "{{ strftime_now('%Y') }}",
+    "variables": "{{ enable_thinking }}{{ bos_token }}{{ tools is none }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("tools", [TOOLS, None])
+def test_a_chat_renders_as_transformers_renders_it(
+    chat_tokenizer: Tokenizer, name: str, tools: list[dict[str, Any]] | None
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_object=small_tokenizer(), bos_token="<s>", eos_token="</s>")
+    options: dict[str, Any] = {"chat_template": TEMPLATES[name], "tools": tools, "enable_thinking": False}
+    expected = theirs.apply_chat_template(CONVERSATION, tokenize=False, add_generation_prompt=True, **options)
+    assert chat_tokenizer.render_chat(CONVERSATION, **options) == expected
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML.replace("message.content", "message.content | trim")])
+def test_a_continued_message_ends_the_prompt_as_in_transformers(chat_tokenizer: Tokenizer, template: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_object=small_tokenizer())
+    expected = theirs.apply_chat_template(
+        CONVERSATION, tokenize=False, chat_template=template, continue_final_message=True
+    )
+    prompt = chat_tokenizer.render_chat(CONVERSATION, chat_template=template, continue_final_message=True)
+    assert prompt == expected
+    assert prompt.rstrip().endswith("The answer is")
+
+
+def test_a_continued_message_may_be_in_parts(chat_tokenizer: Tokenizer) -> None:
+    template = "{% for m in messages %}{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endfor %}"
+    messages = [{"role": "assistant", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}]
+    prompt = chat_tokenizer.render_chat(messages, chat_template=template, continue_final_message=True)
+    assert prompt == "[one][two"
+    assert messages[0]["content"][1] == {"type": "text", "text": "two"}, "the caller's message is untouched"
+
+
+@pytest.mark.parametrize("last", [{"role": "assistant"}, {"role": "assistant", "content": [{"type": "image"}]}])
+def test_a_message_without_text_cannot_be_continued(chat_tokenizer: Tokenizer, last: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="no text to continue"):
+        chat_tokenizer.render_chat([last], continue_final_message=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% for %}", "Expected"),
+        ("{{ 1 + messages[0].content }}", "unsupported operand"),
+        ("{{ messages[0].tool.name }}", "has no attribute"),
+        ("{{ messages.append(1) }}", "unsafe|not safely callable"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe|undefined"),
+        ("{{ 1 // 0 }}", "zero"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    ],
+)
+def test_what_a_template_raises_is_an_invalid_request(chat_tokenizer: Tokenizer, template: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        chat_tokenizer.render_chat(CONVERSATION, chat_template=template)
+
+
+@pytest.mark.parametrize("messages", [[], ["hello"]])
+def test_messages_must_be_objects(chat_tokenizer: Tokenizer, messages: list[Any]) -> None:
+    with pytest.raises(InvalidRequest, match="messages must be objects"):
+        chat_tokenizer.render_chat(messages)
+
+
+def test_a_model_without_a_template_says_what_to_do(make_folder: Callable[..., Path]) -> None:
+    tokenizer = Tokenizer.load(make_folder())
+    assert tokenizer.chat_template is None
+    with pytest.raises(InvalidRequest, match="model has no chat template; give --chat-template"):
+        tokenizer.render_chat(CONVERSATION)
+
+
+# ---- where templates are found ----
+
+
+def test_a_jinja_file_goes_before_the_config(make_folder: Callable[..., Path]) -> None:
+    folder = make_folder(chat_template="config")
+    assert Tokenizer.load(folder).chat_template == "config"
+    (folder / "chat_template.json").write_text('{"chat_template": "processor"}')
+    assert Tokenizer.load(folder).chat_template == "processor"
+    (folder / "chat_template.jinja").write_text("file")
+    assert Tokenizer.load(folder).chat_template == "file"
+    assert Tokenizer.load(folder, chat_template="given").chat_template == "given"
+
+
+NAMED = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "with tools"}]
+
+
+def test_named_templates_are_chosen_by_name_or_by_the_presence_of_tools(make_folder: Callable[..., Path]) -> None:
+    tokenizer = Tokenizer.load(make_folder(chat_template=NAMED))
+    assert tokenizer.chat_template == {"default": "plain", "tool_use": "with tools"}
+    assert tokenizer.render_chat(CONVERSATION) == "plain"
+    assert tokenizer.render_chat(CONVERSATION, tools=TOOLS) == "with tools"
+    assert tokenizer.render_chat(CONVERSATION, chat_template="tool_use") == "with tools"
+
+
+def test_additional_template_files_have_their_files_names(make_folder: Callable[..., Path]) -> None:
+    folder = make_folder()
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("found")
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.render_chat(CONVERSATION, chat_template="rag") == "found"
+    with pytest.raises(InvalidRequest, match="no default chat template; choose one of: rag"):
+        tokenizer.render_chat(CONVERSATION)
