@@ -256,9 +256,6 @@ def figures_table(measured: dict[str, Metrics], references: dict[tuple[str, str]
                     f"[{'red' if reached == 'NO' else 'green'}]{reached}[/]" if reached else "",
                 ]
             table.add_row(*cells)
-        if metrics.failed:
-            error = f"[red]{metrics.failed} of {metrics.failed + metrics.completed} failed[/]"
-            table.add_row("", error, escape(metrics.first_error))
     return table
 
 
@@ -320,6 +317,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if references:
         console.print("SGLang 0.5.15 and vLLM 0.24.0: measured on one NVIDIA H100 80GB, 2026-11-21", style="dim")
     console.print(figures_table(measured, references, args.label))
+    for name, metrics in measured.items():
+        if metrics.failed:
+            num_requests = metrics.failed + metrics.completed
+            console.print(f"[red]{name}: {metrics.failed} of {num_requests} failed:[/] {escape(metrics.first_error)}")
     return 1 if any(metrics.failed for metrics in measured.values()) else 0
 
 

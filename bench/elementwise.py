@@ -5,12 +5,13 @@ python -m bench.elementwise
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from bench.gemm import graph_us
-from kernels import elementwise, sampling, triton_elementwise, triton_sampling
+from kernels import elementwise, sampling
 
 EPS = 1e-5
 
@@ -88,7 +89,7 @@ def check() -> None:
         for temperature, top_k, top_p in ((1.0, 1 << 30, 1.0), (1.0, 1 << 30, 0.9), (0.6, 20, 0.95), (1.5, 1000, 0.5)):
             for values in (logits, logits.float() + torch.rand_like(logits, dtype=torch.float32) / 8):
                 params = sampling_params(num_rows, temperature, top_k, top_p)
-                differs = triton_sampling.sample_triton(values, **params) != sampling.sample_torch(values, **params)
+                differs = sampling.sample(values, **params) != sampling.sample_torch(values, **params)
                 print(f", sample {int(differs.sum())} of {num_rows} differ", end="")
         worst = difference(sampling.logsumexp(logits), sampling.logsumexp_torch(logits))
         print(f", logsumexp {worst:.6f}")
@@ -107,8 +108,8 @@ def elementwise_rows(num_tokens: int) -> list[Row]:
             Row(
                 f"rms_norm {name} T={num_tokens}",
                 4 * x.numel(),
-                lambda x=x, w=weight: triton_elementwise.rms_norm_triton(x, w, EPS),
-                lambda x=x, w=weight: torch.nn.functional.rms_norm(x, (x.shape[-1],), w, EPS),
+                partial(elementwise.rms_norm, x, weight, EPS),
+                partial(torch.nn.functional.rms_norm, x, (n,), weight, EPS),
             )
         )
     gate_up = normal(num_tokens, 2 * 14336)
@@ -117,7 +118,7 @@ def elementwise_rows(num_tokens: int) -> list[Row]:
     )
     for name, num_heads, has_norm in (("Llama", 32, False), ("Qwen", 16, True)):
         inputs = rope_inputs(num_tokens, num_heads, 8, has_norm, torch.bfloat16)
-        run = lambda inputs=inputs: elementwise.rope_and_store(**inputs)  # noqa: E731
+        run = partial(elementwise.rope_and_store, **inputs)
         rows.append(Row(f"rope_and_store {name} T={num_tokens}", 4 * inputs["qkv"].numel(), run))
     return rows
 
@@ -131,7 +132,7 @@ def sampling_rows(num_rows: int, vocab_size: int) -> list[Row]:
         ("plain", 1.0, 1 << 30, 1.0), ("top_p 0.95", 0.8, 1 << 30, 0.95), ("top_k 20, top_p 0.95", 0.6, 20, 0.95)
     ):  # fmt: skip
         params = sampling_params(num_rows, temperature, top_k, top_p)
-        rows.append(Row(f"sample {label} {size}", num_bytes, lambda params=params: sampling.sample(logits, **params)))
+        rows.append(Row(f"sample {label} {size}", num_bytes, partial(sampling.sample, logits, **params)))
     rows.append(Row(f"logsumexp {size}", num_bytes, lambda: sampling.logsumexp(logits)))
     bitmask = torch.randint(-(2**31), 2**31, (num_rows, (vocab_size + 31) // 32), device="cuda").int()
     scratch = logits.clone()
@@ -154,8 +155,8 @@ def main() -> None:
     torch.manual_seed(time.time_ns() % 2**31)
     check()
     print(f"\n{'in a CUDA graph':48s}{'us':>9s}{'TB/s':>7s}{'torch us':>10s}")
-    makers = [lambda t=t: elementwise_rows(t) for t in (1, 256, 8192)]
-    makers += [lambda s=s, v=v: sampling_rows(s, v) for s, v in ((1, 128256), (16, 128256), (256, 128256), (1, 151936))]
+    makers = [partial(elementwise_rows, num_tokens) for num_tokens in (1, 256, 8192)]
+    makers += [partial(sampling_rows, *size) for size in ((1, 128256), (16, 128256), (256, 128256), (1, 151936))]
     for make in makers:
         for row in make():
             if time.perf_counter() - start > 90:

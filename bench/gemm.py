@@ -8,6 +8,7 @@ beside cuBLAS. The lines at the end go into `GEMV_CONFIGS`.
 """
 
 import concurrent.futures
+import functools
 import math
 import multiprocessing
 import os
@@ -66,7 +67,7 @@ CANDIDATES = {
     2048: [(1, 4, 2), (2, 4, 2), (4, 4, 2), (1, 8, 1), (2, 8, 1), (1, 2, 4), (2, 2, 4)],
     3072: [(1, 4, 3), (2, 4, 3), (4, 4, 3), (1, 2, 6), (2, 2, 6), (1, 4, 1), (4, 2, 6)],
     4096: [(2, 4, 4), (4, 4, 4), (4, 4, 2), (4, 4, 0), (8, 4, 1), (2, 8, 2), (4, 8, 2), (4, 2, 4)],
-    14336: [(2, 4, 4), (4, 4, 4), (4, 4, 1), (8, 4, 2), (2, 8, 4), (4, 8, 4), (4, 8, 2), (8, 8, 1)],
+    14336: [(2, 4, 4), (4, 4, 4), (4, 4, 1), (2, 4, 2), (2, 8, 4), (4, 8, 4), (4, 8, 2), (8, 8, 1)],
 }
 
 
@@ -101,14 +102,8 @@ def run_gemv(product: Product, inputs: Inputs, weight: torch.Tensor, config: Gem
     return triton_gemm.gemv(inputs.x, weight, norm_weight=inputs.norm_weight, eps=EPS, act=act, config=config)
 
 
-def run_public(product: Product, inputs: Inputs, weight: torch.Tensor) -> torch.Tensor:
-    if product.fused == "add":
-        return gemm.linear_add(inputs.x, weight, inputs.residual)
-    if product.fused == "":
-        return gemm.linear(inputs.x, weight)
-    if product.fused == "act":
-        return gemm.norm_linear_act(inputs.x, inputs.norm_weight, EPS, weight)
-    return gemm.norm_linear(inputs.x, inputs.norm_weight, EPS, weight)
+def configured(product: Product, config: GemvConfig) -> Callable[[Inputs, torch.Tensor], torch.Tensor]:
+    return lambda inputs, weight: run_gemv(product, inputs, weight, config)
 
 
 def expected(product: Product, inputs: Inputs, weight: torch.Tensor) -> torch.Tensor:
@@ -139,27 +134,37 @@ def run_case(case: Case) -> float:
     return ((found.float() - right).abs().max() / right.abs().max()).item()
 
 
-def compile_and_check(cases: list[Case]) -> None:
-    """In processes of their own, since a compilation holds the interpreter's lock; the results are in Triton's cache."""
+def compile_and_check(cases: list[Case]) -> set[Case]:
+    """The cases that cannot run. In processes of their own, since compiling holds the interpreter's lock; what they
+    compile is then in Triton's cache.
+    """
     start = time.perf_counter()
     num_workers = max(1, min(12, (os.cpu_count() or 2) - 2))
     worst, num_done = 0.0, 0
+    broken: set[Case] = set()
     pool = concurrent.futures.ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"))
     futures = {pool.submit(run_case, case): case for case in cases}
     try:
         for future in concurrent.futures.as_completed(futures, timeout=COMPILE_LIMIT_S):
-            error, case = future.result(), futures[future]
-            worst, num_done = max(worst, error), num_done + 1
-            if not error < 0.01:
-                print(f"WRONG by {error:.3f}: {case}")
+            case, exception = futures[future], future.exception()
+            if exception is not None:
+                broken.add(case)
+                print(f"FAILED: {case}: {str(exception)[-500:]}")
+                continue
+            worst, num_done = max(worst, future.result()), num_done + 1
+            if not future.result() < 0.01:
+                broken.add(case)
+                print(f"WRONG by {future.result():.3f}: {case}")
     except TimeoutError:
         print("compilation takes long: the rest is compiled where it is timed")
     pool.shutdown(wait=False, cancel_futures=True)
     print(f"{num_done} kernels checked in {time.perf_counter() - start:.0f} s, largest relative error {worst:.4f}")
+    return broken if num_done else set()  # none ran: processes may not share the GPU
 
 
 def graph_us(launches: list[Callable[[], object]], num_replays: int = 20) -> float:
     """Microseconds a launch when all run one after another in a CUDA graph."""
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for launch in launches[:2]:
@@ -185,7 +190,7 @@ def time_product(product: Product, num_tokens: int, run: Callable[[Inputs, torch
     weights = [make_weight(product) for _ in range(num_copies)]
     inputs = make_inputs(product, num_tokens)
     rounds = max(1, 16 // num_copies) if product.weight_bytes < 500 << 20 else 3
-    return graph_us([lambda weight=weight: run(inputs, weight) for weight in weights * rounds])
+    return graph_us([functools.partial(run, inputs, weight) for weight in weights * rounds])
 
 
 def time_layers(products: list[Product], num_tokens: int, num_layers: int) -> float:
@@ -231,7 +236,7 @@ def main() -> None:
     start = time.perf_counter()
     cases = [Case(product, 1, config) for product in PRODUCTS for config in candidates(product)]
     cases += [Case(product, num_tokens, None) for product in PRODUCTS for num_tokens in (1, 2, 4)]
-    compile_and_check(cases)
+    broken = compile_and_check(cases)
     check_capture_after_a_copy()
     print(f"\n{'':22s}{'n x k':>14s}  us of each (block_n, warps, prefetch)")
     best: dict[Product, tuple[float, GemvConfig]] = {}
@@ -239,15 +244,16 @@ def main() -> None:
     for model, products in MODELS.items():
         for product in products:
             timed = sorted(
-                (time_product(product, 1, lambda i, w, c=config, p=product: run_gemv(p, i, w, c)), config)
+                (time_product(product, 1, configured(product, config)), config)
                 for config in candidates(product)
+                if Case(product, 1, config) not in broken
             )
             best[product] = timed[0]
             listed = "  ".join(f"{us:.2f} ({c.block_n}, {c.num_warps}, {c.prefetch})" for us, c in timed)
             print(f"{model + ' ' + product.name:22s}{f'{product.n} x {product.k}':>14s}  {listed}", flush=True)
             config = timed[0][1]
             with mock.patch.object(triton_gemm, "has_dependent_launch", lambda device: False):
-                alone = time_product(product, 1, lambda i, w, c=config, p=product: run_gemv(p, i, w, c))
+                alone = time_product(product, 1, configured(product, config))
             cublas = time_product(product, 1, lambda i, w: torch.nn.functional.linear(i.x, w))
             rows.append((model, product, alone, cublas))
     triton_gemm.GEMV_CONFIGS.update({(p.n, p.k): config for p, (_, config) in best.items()})

@@ -44,7 +44,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.compare import WORKLOADS, wide_console
+from bench.compare import WORKLOADS, number, wide_console
 from bench.cpu import ROOT, free_port, measure_idle
 from cache.pool import KVPool
 from engine.batch import Stager
@@ -175,13 +175,13 @@ async def greedy_answers(folder: Path, device: str, **options: Any) -> list[list
     )  # fmt: skip
     async with Engine(config) as engine:
 
-        async def answer(number: int) -> list[int]:
+        async def answer(prompt: str) -> list[int]:
             params = SamplingParams(max_new_tokens=NUM_GREEDY_TOKENS, temperature=0.0, ignore_eos=True)
-            input_ids = await engine.encode(PROMPTS[number])
-            request = Request(rid=str(number), input_ids=input_ids, sampling_params=params, sink=lambda delta: None)
+            input_ids = await engine.encode(prompt)
+            request = Request(rid=prompt, input_ids=input_ids, sampling_params=params, sink=lambda delta: None)
             return [token async for delta in engine.generate(request) for token in delta.token_ids]
 
-        return await asyncio.gather(*(answer(number) for number in range(len(PROMPTS))))
+        return await asyncio.gather(*map(answer, PROMPTS))
 
 
 def check_greedy(args: argparse.Namespace, console: Console) -> bool:
@@ -199,8 +199,8 @@ def check_greedy(args: argparse.Namespace, console: Console) -> bool:
     for name, options in variants.items():
         got = asyncio.run(greedy_answers(folder, args.device, **options))
         differences = [
-            f"prompt {number}, token {next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)}"
-            for number, (ours, theirs) in enumerate(zip(got, wanted, strict=True))
+            f"prompt {prompt}, token {next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)}"
+            for prompt, (ours, theirs) in enumerate(zip(got, wanted, strict=True))
             if ours != theirs
         ]
         table.add_row(name, f"{len(PROMPTS) - len(differences)} of {len(PROMPTS)}", (differences or ["none"])[0])
@@ -296,6 +296,7 @@ def transformers_logits(
 def check_logits(args: argparse.Namespace, console: Console) -> bool:
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     device = torch.device(args.device)
     default, reason = choose_backend(None, device)
     console.print(f"attention: {default} ({reason})", style="dim")
@@ -458,7 +459,7 @@ def measure_model(model: str, args: argparse.Namespace, console: Console) -> Ser
     log.unlink(missing_ok=True)
     console.print(f"{shlex.join(command)} > {log}", style="dim", soft_wrap=True)
     before_mib = used_gpu_mib()
-    for number in range(args.starts):
+    for i in range(args.starts):
         started = time.perf_counter()
         with running_server(command, log, figures) as process:
             if not asyncio.run(wait_until_healthy(base_url, process, args.timeout_s)):
@@ -468,7 +469,7 @@ def measure_model(model: str, args: argparse.Namespace, console: Console) -> Ser
             figures.ready_s.append(time.perf_counter() - started)
             console.print(f"healthy after {figures.ready_s[-1]:.1f} s", style="dim")
             figures.ready_mib = used_gpu_mib() - before_mib
-            if number == args.starts - 1:
+            if i == args.starts - 1:
                 load(base_url, model, process, args, figures)
                 figures.loaded_mib = used_gpu_mib() - before_mib
     return figures
@@ -498,15 +499,15 @@ def servers_table(all_figures: Sequence[ServerFigures]) -> Table:
     for column in ("SGLang, 8B", "vLLM, 0.6B", "aim"):
         table.add_column(column, justify="right")
 
-    def start(number: int) -> list[str]:
-        return [f"{ready[number]:.1f}" if number < len(ready := f.ready_s) else "" for f in all_figures]
+    def start(i: int) -> list[str]:
+        return [number(f.ready_s[i]) if i < len(f.ready_s) else "" for f in all_figures]
 
     table.add_row("start to healthy, s: first, caches as found", *start(0), "143–151", "256", "≤ 45 if there were none")
     table.add_row("start to healthy, s: again", *start(1), "80–86", "118", "≤ 12")
     table.add_row("GPU memory when ready, MiB", *(f"{f.ready_mib:,}" for f in all_figures))
     table.add_row("after the workloads", *(f"{f.loaded_mib:,}" for f in all_figures))
     table.add_row("after its end", *(f"{f.left_mib:,}" for f in all_figures), "", "", f"≤ {MAX_LEFT_MIB}")
-    table.add_row("CPU when idle, % of a core", *(f"{f.idle_cpu_percent:.2f}" for f in all_figures), "~100", "", "< 1")
+    table.add_row("CPU when idle, % of a core", *(number(f.idle_cpu_percent) for f in all_figures), "~100", "", "< 1")
     return table
 
 

@@ -304,6 +304,15 @@ def _block_requests(num_requests: int) -> int:
     )
 
 
+# Views of a step's staging buffer start anywhere and counts vary: none of it is worth compiling a kernel again.
+_kernel = triton.jit(
+    do_not_specialize=["num_requests", "num_splits", "num_groups", "first_partial", "table_stride", "window"],
+    do_not_specialize_on_alignment=[
+        "seq_lens", "rows", "cu_q_lens", "own_starts", "prefix_lens", "cu_members", "members",
+    ],
+)  # fmt: skip
+
+
 def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
@@ -440,7 +449,7 @@ def _find(ends, work):
     return tl.sum(is_before.to(tl.int32), axis=0), tl.max(tl.where(is_before, ends, 0), axis=0)
 
 
-@triton.jit
+@_kernel
 def _decode_kernel(
     q,
     k_cache,
@@ -652,7 +661,7 @@ def _merge(
     return acc / l[:, None]
 
 
-@triton.jit
+@_kernel
 def _prefix_kernel(
     q,
     k_cache,
@@ -754,7 +763,7 @@ def _prefix_kernel(
             tl.store(partial_lse + row, m + tl.log2(l), mask=is_row)
 
 
-@triton.jit
+@_kernel
 def _prefill_kernel(
     q,
     k_cache,
@@ -816,7 +825,7 @@ def _prefill_kernel(
         if HAS_WINDOW:
             first = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
         slots = slot_table + tl.load(rows + request).to(tl.int64) * table_stride
-        m, l, acc = _attend_prompt(
+        _, l, acc = _attend_prompt(
             q_tile,
             k_cache + kv_head * HEAD_DIM,
             v_cache + kv_head * HEAD_DIM,

@@ -1,0 +1,480 @@
+"""Attention kernels on this GPU: right against the definition in float32, then timed for every candidate setting.
+
+    python -m bench.attention [--limit 85] [--parts check,decode,prefill,shared,flashinfer]
+
+Kernels are compiled by a pool of processes first. Times are of launches inside a CUDA graph that goes through the
+layers of a cache larger than the L2 cache, with slots scattered (page size 1). The last table has the best setting of
+each shape. Ends by itself after --limit seconds, with what it has.
+"""
+
+import argparse
+import contextlib
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import torch
+
+from kernels import flashinfer_attention, triton_attention
+from kernels.attention import attention_torch
+from kernels.triton_attention import DecodeConfig, PrefillConfig
+
+PARTS = ("check", "decode", "prefill", "shared", "flashinfer")
+NUM_COMPILERS = 12
+COMPILE_LIMIT_S = 45.0
+MIN_CACHE_BYTES = 128 << 20  # a few times the L2 cache
+
+
+@dataclass(frozen=True)
+class Heads:
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+LLAMA_8B = Heads("8b", 32, 8, 128)
+QWEN_06B = Heads("0.6b", 16, 8, 128)
+
+DECODE_KERNELS = {  # (block_n, num_warps, num_stages): programs on an SM
+    (32, 4, 3): (4, 3),
+    (32, 4, 4): (4, 3, 2),
+    (32, 4, 5): (3, 2),
+    (32, 2, 4): (4, 3),
+    (32, 1, 4): (4, 2),
+    (16, 1, 5): (6, 4),
+    (64, 4, 2): (4, 3),
+    (64, 4, 3): (3, 2, 1),
+    (64, 4, 4): (2, 1),
+    (64, 8, 3): (3, 2),
+    (128, 4, 2): (2,),
+    (128, 8, 2): (3, 2),
+    (128, 8, 3): (1,),
+}
+DECODE_CONFIGS = [DecodeConfig(*kernel, count) for kernel, counts in DECODE_KERNELS.items() for count in counts]
+DECODE_SHAPES: list[tuple[str, Heads, list[int]]] = [
+    ("1x1024", LLAMA_8B, [1024]),
+    ("1x8192", LLAMA_8B, [8192]),
+    ("8x1024", LLAMA_8B, [1024] * 8),
+    ("64x1024", LLAMA_8B, [1024] * 64),
+    ("256x256", LLAMA_8B, [256] * 256),
+    ("256x1024", LLAMA_8B, [1024] * 256),
+    ("128x64..2048", LLAMA_8B, np.random.default_rng(0).integers(64, 2048, 128).tolist()),
+    ("0.6b 1x512", QWEN_06B, [512]),
+    ("0.6b 256x256", QWEN_06B, [256] * 256),
+]
+PREFILL_CONFIGS = [
+    PrefillConfig(128, 64, 8, 2),
+    PrefillConfig(128, 64, 8, 3),
+    PrefillConfig(128, 128, 8, 2),
+    PrefillConfig(128, 32, 8, 4),
+    PrefillConfig(64, 64, 4, 2),
+    PrefillConfig(64, 64, 4, 3),
+    PrefillConfig(64, 128, 4, 2),
+    PrefillConfig(64, 32, 4, 4),
+]
+PREFILL_SHAPES: list[tuple[str, Heads, list[tuple[int, int]]]] = [
+    ("8x1024", LLAMA_8B, [(1024, 1024)] * 8),
+    ("1x2048", LLAMA_8B, [(2048, 2048)]),
+    ("1x128", LLAMA_8B, [(128, 128)]),
+    ("4x512 after 3584", LLAMA_8B, [(512, 4096)] * 4),
+    ("0.6b 8x1024", QWEN_06B, [(1024, 1024)] * 8),
+]
+PREFIX_CONFIGS = [
+    PrefillConfig(64, 64, 4, 2),
+    PrefillConfig(64, 64, 4, 3),
+    PrefillConfig(128, 64, 8, 2),
+    PrefillConfig(128, 64, 8, 3),
+    PrefillConfig(128, 128, 8, 2),
+]
+PREFIX_SPLITS = (1, 2, 4, 8, 16)
+SHARED_SHAPES = {  # sizes of groups with 4096 tokens in common and 192 of each request's own
+    "8 groups of 32": (32,) * 8,
+    "1 group of 8": (8,),
+    "1 group of 128": (128,),
+    "32 groups of 2": (2,) * 32,
+}
+
+
+@dataclass
+class Shared:
+    prefix_lens: torch.Tensor
+    cu_members: torch.Tensor
+    members: torch.Tensor
+    own_starts: torch.Tensor
+
+
+@dataclass
+class Batch:
+    """What `kernels.attention.AttentionBatch` asks for."""
+
+    rows: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_q_lens: torch.Tensor
+    slot_table: torch.Tensor
+    num_decodes: int
+    q_lens_host: np.ndarray
+    seq_lens_host: np.ndarray
+    shared: Shared | None = None
+
+
+def make_batch(lens: list[tuple[int, int]], group_sizes: tuple[int, ...] = (), prefix_len: int = 0) -> Batch:
+    """Requests of (q_len, seq_len), their slots scattered; the first sum(group_sizes) share prefixes, at random."""
+    rng = np.random.default_rng()
+    q_lens, seq_lens = (np.array(column, np.int32) for column in zip(*lens, strict=True))
+    num_requests, max_len = len(lens), int(seq_lens.max())
+    table = rng.permutation(num_requests * max_len).reshape(num_requests, max_len).astype(np.int32)
+    rows = rng.permutation(num_requests).astype(np.int32)
+    shared = None
+    if group_sizes:
+        members, own_starts = np.zeros((2, num_requests), np.int32)
+        num_members = sum(group_sizes)
+        members[:num_members] = rng.permutation(num_members)
+        own_starts[:num_members] = prefix_len
+        prefix_lens = np.zeros(num_requests // 2, np.int32)
+        prefix_lens[: len(group_sizes)] = prefix_len
+        cu_members = np.full(len(prefix_lens) + 1, num_members, np.int32)
+        cu_members[: len(group_sizes) + 1] = np.cumsum([0, *group_sizes])
+        for start, stop in itertools.pairwise(cu_members):
+            if start < stop:
+                table[rows[members[start:stop]], :prefix_len] = table[rows[members[start]], :prefix_len]
+        shared = Shared(*(torch.from_numpy(x).cuda() for x in (prefix_lens, cu_members, members, own_starts)))
+    cu_q_lens = np.cumsum([0, *q_lens]).astype(np.int32)
+    return Batch(
+        *(torch.from_numpy(x).cuda() for x in (rows, seq_lens, cu_q_lens, table)),
+        num_decodes=int((q_lens == 1).sum()),
+        q_lens_host=q_lens,
+        seq_lens_host=seq_lens,
+        shared=shared,
+    )
+
+
+class Problem:
+    """A batch with random queries [T, H, D] and a cache [L, 2, num_slots, Hkv, D]."""
+
+    def __init__(
+        self, batch: Batch, heads: Heads, num_layers: int = 1, dtype: torch.dtype = torch.bfloat16, options: Any = None
+    ) -> None:
+        self.batch, self.num_layers = batch, num_layers
+        num_tokens, num_slots = int(batch.q_lens_host.sum()), batch.slot_table.numel()
+        self.q = torch.randn(num_tokens, heads.num_heads, heads.head_dim, device="cuda").to(dtype)
+        shape = (num_layers, 2, num_slots, heads.num_kv_heads, heads.head_dim)
+        self.cache = torch.empty(shape, dtype=dtype, device="cuda").normal_()
+        self.out = torch.empty_like(self.q)
+        self.options = {"scale": heads.head_dim**-0.5, **(options or {})}
+
+    def decode(self, layer: int = 0, **settings: Any) -> None:
+        k, v = self.cache[layer]
+        triton_attention.decode(self.q, k, v, self.batch, self.out, **self.options, **settings)
+
+    def prefill(self, layer: int = 0, **settings: Any) -> None:
+        k, v = self.cache[layer]
+        triton_attention.prefill(self.q, k, v, self.batch, self.out, **self.options, **settings)
+
+    def difference(self) -> float:
+        """Of `out` from the definition in float32, at most."""
+        k, v = self.cache[0].float()
+        expected = attention_torch(self.q.float(), k, v, self.batch, **self.options)
+        return (self.out.float() - expected).abs().nan_to_num(float("inf")).max().item()
+
+
+# ---- right? ----
+
+
+@dataclass(frozen=True)
+class Check:
+    heads: Heads = LLAMA_8B
+    lens: tuple[tuple[int, int], ...] = (
+        (1, 9), (1, 1), (1, 700), (1, 333), (1, 64), (70, 70), (50, 300), (400, 400), (2, 37),
+    )  # fmt: skip
+    dtype: torch.dtype = torch.bfloat16
+    kv_dtype: torch.dtype | None = None
+    group_sizes: tuple[int, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    tolerance: float = 0.03
+
+
+GROUPED = (*[(1, 600)] * 24, (1, 700), (1, 20))
+CHECKS = {
+    "bf16": Check(),
+    "fp16": Check(dtype=torch.float16, tolerance=0.004),
+    "fp32": Check(dtype=torch.float32, tolerance=1e-4),
+    "fp8": Check(kv_dtype=torch.float8_e4m3fn),
+    "window": Check(options={"window": 100}),
+    "softcap": Check(options={"softcap": 5.0}),
+    "9 heads of 64": Check(Heads("", 9, 3, 64)),
+    "8 heads of 80": Check(Heads("", 8, 8, 80)),
+    "8 heads of 256": Check(Heads("", 8, 4, 256)),
+    "0.6b": Check(QWEN_06B),
+    "shared": Check(lens=(*GROUPED, (40, 90)), group_sizes=(18, 4, 2)),
+    "shared, window": Check(lens=GROUPED, group_sizes=(18, 4, 2), options={"window": 300}),
+    "128 requests": Check(lens=((1, 77),) * 128),
+}
+
+
+def run_check(name: str) -> float:
+    """The largest difference of a fresh random batch from the definition in float32."""
+    case = CHECKS[name]
+    batch = make_batch(list(case.lens), case.group_sizes, 400)
+    problem = Problem(batch, case.heads, 1, case.dtype, case.options)
+    if case.kv_dtype is not None:
+        problem.cache = problem.cache.to(case.kv_dtype)
+    k, v = problem.cache[0]
+    worst = 0.0
+    for _ in range(3):  # again with the arrival counters that the run before left
+        problem.out = triton_attention.attention_triton(problem.q, k, v, batch, **problem.options)
+        worst = max(worst, problem.difference())
+    return worst
+
+
+def compile_decode(heads: Heads, num_requests: int, config: DecodeConfig) -> float:
+    """Compiles by running it, on little; the difference again."""
+    problem = Problem(make_batch([(1, 300)] * num_requests), heads)
+    problem.decode(config=config)
+    return problem.difference()
+
+
+def compile_prefill(heads: Heads, config: PrefillConfig) -> float:
+    problem = Problem(make_batch([(200, 300)]), heads)
+    problem.prefill(config=config)
+    return problem.difference()
+
+
+def compile_shared(config: PrefillConfig) -> float:
+    problem = Problem(make_batch([(1, 500)] * 64, (50, 10, 2), 300), LLAMA_8B)
+    problem.decode(prefix_config=config)
+    return problem.difference()
+
+
+# ---- how fast? ----
+
+
+def time_us(launch: Callable[[int], None], num_layers: int) -> float:
+    """Microseconds of `launch(layer)` in a CUDA graph of many."""
+    num_launches = max(8, num_layers)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        launch(0)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for i in range(num_launches):
+            launch(i % num_layers)
+
+    def replay(count: int) -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(count):
+            graph.replay()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) * 1e3 / (count * num_launches)
+
+    replay(1)
+    count = int(max(2, min(30, 15e3 / (replay(1) * num_launches))))
+    return min(replay(count) for _ in range(3))
+
+
+@dataclass
+class Results:
+    """Rows of a table: shape -> (setting -> µs), and what a shape's figure of merit is made of."""
+
+    times: dict[str, dict[str, float]] = field(default_factory=dict)
+    amounts: dict[str, tuple[float, str]] = field(default_factory=dict)  # bytes or FLOPs, unit of 1e12 a second
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def add(self, shape: str, setting: str, launch: Callable[[int], None], num_layers: int) -> None:
+        try:
+            us = time_us(launch, num_layers)
+        except Exception as error:  # noqa: BLE001 - a setting that does not run is a result
+            torch.cuda.synchronize()
+            self.errors[setting] = f"{type(error).__name__}: {str(error)[:120]}"
+            return
+        self.times.setdefault(shape, {})[setting] = us
+
+    def print_all(self, title: str) -> None:
+        shapes = list(self.times)
+        print(f"\n{title}, µs\n{'':28}" + "".join(f"{shape:>18}" for shape in shapes))
+        for setting in dict.fromkeys(setting for row in self.times.values() for setting in row):
+            cells = (self.times[shape].get(setting) for shape in shapes)
+            print(f"{setting:28}" + "".join(f"{'' if us is None else f'{us:.1f}':>18}" for us in cells))
+
+    def print_best(self) -> None:
+        for shape, row in self.times.items():
+            ranked = sorted(row.items(), key=lambda item: item[1])[:3]
+            amount, unit = self.amounts[shape]
+            best = "   ".join(f"{setting} {us:.1f}" for setting, us in ranked)
+            others = [f"{name} {us:.1f}" for name, us in row.items() if name in ("flashinfer", "ungrouped")]
+            rate = amount / ranked[0][1] / 1e6
+            print(f"{shape:20} {rate:7.2f} {unit:9} µs: {best}   {'; '.join(others)}")
+
+
+def kv_bytes(heads: Heads, num_tokens: int) -> int:
+    return num_tokens * 2 * heads.num_kv_heads * heads.head_dim * 2
+
+
+def name_of(config: DecodeConfig | PrefillConfig) -> str:
+    return ",".join(map(str, config))
+
+
+def bench_decode(results: Results, with_flashinfer: bool) -> None:
+    for shape, heads, lens in DECODE_SHAPES:
+        amount = kv_bytes(heads, sum(lens))
+        results.amounts[shape] = amount, "TB/s"
+        problem = Problem(make_batch([(1, seq_len) for seq_len in lens]), heads, -(-MIN_CACHE_BYTES // amount))
+        if with_flashinfer:
+            plan = flashinfer_attention.DecodePlan(len(lens), sum(lens), problem.q.device)
+            plan.plan(problem.batch, flashinfer_shape(heads))
+            results.add(shape, "flashinfer", partial(run_decode_plan, plan, problem), problem.num_layers)
+            continue
+        for config in DECODE_CONFIGS:
+            results.add(shape, name_of(config), partial(problem.decode, config=config), problem.num_layers)
+
+
+def run_decode_plan(plan: flashinfer_attention.DecodePlan, problem: Problem, layer: int) -> None:
+    k, v = problem.cache[layer]
+    plan.run(problem.q, k, v, problem.out)
+
+
+def bench_prefill(results: Results, with_flashinfer: bool) -> None:
+    for shape, heads, lens in PREFILL_SHAPES:
+        pairs = sum(q_len * seq_len - q_len * (q_len - 1) // 2 for q_len, seq_len in lens)
+        results.amounts[shape] = 4 * pairs * heads.num_heads * heads.head_dim, "TFLOP/s"
+        problem = Problem(make_batch(lens), heads)
+        if with_flashinfer:
+            plans = flashinfer_attention.PrefillPlans(problem.q.device)
+            wrapper = plans.wrapper_for(problem.batch, flashinfer_shape(heads))
+            results.add(shape, "flashinfer", partial(run_prefill_plan, wrapper, problem), 1)
+            continue
+        for config in PREFILL_CONFIGS:
+            results.add(shape, name_of(config), partial(problem.prefill, config=config), 1)
+
+
+def run_prefill_plan(wrapper: Any, problem: Problem, layer: int) -> None:
+    wrapper.run(problem.q, tuple(x[:, None] for x in problem.cache[layer]), out=problem.out)
+
+
+def bench_shared(results: Results) -> None:
+    for shape, group_sizes in SHARED_SHAPES.items():
+        problem = Problem(make_batch([(1, 4096 + 192)] * sum(group_sizes), group_sizes, 4096), LLAMA_8B)
+        results.amounts[shape] = kv_bytes(LLAMA_8B, len(group_sizes) * 4096 + sum(group_sizes) * 192), "TB/s"
+        for config in PREFIX_CONFIGS:
+            for num_splits in PREFIX_SPLITS:
+                launch = partial(problem.decode, prefix_config=config, num_prefix_splits=num_splits)
+                results.add(shape, f"{name_of(config)} / {num_splits}", launch, 1)
+        problem.batch.shared = None
+        results.add(shape, "ungrouped", problem.decode, 1)
+
+
+def flashinfer_shape(heads: Heads) -> flashinfer_attention.Shape:
+    return flashinfer_attention.Shape(
+        heads.num_heads,
+        heads.num_kv_heads,
+        heads.head_dim,
+        torch.bfloat16,
+        torch.bfloat16,
+        heads.head_dim**-0.5,
+        -1,
+        0.0,
+    )
+
+
+# ---- all of it ----
+
+
+def precompile(parts: list[str], deadline: float) -> list[str]:
+    """What is wrong, one line each. Compiled kernels are left in Triton's cache folder."""
+    tasks: dict[str, tuple[Callable[..., float], tuple[Any, ...], float]] = {}
+    if "check" in parts:
+        for name, case in CHECKS.items():
+            tasks[f"check {name}"] = run_check, (name,), case.tolerance
+    if "decode" in parts:
+        for heads, num_requests in ((LLAMA_8B, 1), (LLAMA_8B, 32), (QWEN_06B, 1), (QWEN_06B, 32)):
+            for config in {config[:3]: config for config in DECODE_CONFIGS}.values():
+                name = f"decode {heads.name} {num_requests} {name_of(config)}"
+                tasks[name] = compile_decode, (heads, num_requests, config), 0.03
+    if "prefill" in parts:
+        for heads in (LLAMA_8B, QWEN_06B):
+            for prefill_config in PREFILL_CONFIGS:
+                name = f"prefill {heads.name} {name_of(prefill_config)}"
+                tasks[name] = compile_prefill, (heads, prefill_config), 0.03
+    if "shared" in parts:
+        for prefill_config in PREFIX_CONFIGS:
+            tasks[f"shared {name_of(prefill_config)}"] = compile_shared, (prefill_config,), 0.03
+    num_processes = max(1, min(NUM_COMPILERS, (os.cpu_count() or 2) - 2, len(tasks)))
+    pool = ProcessPoolExecutor(num_processes, get_context("spawn"))
+    futures = {pool.submit(function, *args): name for name, (function, args, _) in tasks.items()}
+    done, late = wait(futures, timeout=min(COMPILE_LIMIT_S, deadline - time.monotonic()))
+    wrong = [f"{futures[future]}: not ready in time" for future in late]
+    for future in done:
+        name = futures[future]
+        error = future.exception()
+        if error is not None:
+            wrong.append(f"{name}: {type(error).__name__} {str(error)[:200]}")
+        elif future.result() > tasks[name][2]:
+            wrong.append(f"{name}: differs by {future.result():.3g}")
+    pool.shutdown(wait=not late, cancel_futures=True)
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=float, default=85.0, help="seconds it may take")
+    parser.add_argument("--parts", default=",".join(PARTS), help="some of " + ",".join(PARTS))
+    args = parser.parse_args()
+    parts = args.parts.split(",")
+    started = time.monotonic()
+    tables = {part: Results() for part in ("decode", "prefill", "shared")}
+    wrong: list[str] = []
+
+    def print_summary() -> None:
+        print(f"\n==== {torch.cuda.get_device_name()}, {time.monotonic() - started:.0f} s; best settings ====")
+        for results in tables.values():
+            with contextlib.suppress(RuntimeError):  # the watchdog may catch a table while it grows
+                results.print_best()
+        lines = wrong + [f"{name}: {error}" for results in tables.values() for name, error in results.errors.items()]
+        print("all checks passed" if not lines else "WRONG:\n" + "\n".join(lines[:25]), flush=True)
+
+    def give_up() -> None:
+        print("\nout of time")
+        print_summary()
+        os._exit(3)
+
+    watchdog = threading.Timer(args.limit, give_up)
+    watchdog.daemon = True
+    watchdog.start()
+
+    wrong += precompile(parts, started + args.limit - 10)
+    print(
+        f"compiled and checked after {time.monotonic() - started:.0f} s: " + ("; ".join(wrong) or "all right"),
+        flush=True,
+    )
+    if "decode" in parts:
+        bench_decode(tables["decode"], with_flashinfer=False)
+        tables["decode"].print_all("decode: block_n, warps, stages, programs an SM")
+    if "prefill" in parts:
+        bench_prefill(tables["prefill"], with_flashinfer=False)
+        tables["prefill"].print_all("prefill: block_m, block_n, warps, stages")
+    if "shared" in parts:
+        bench_shared(tables["shared"])
+        tables["shared"].print_all("shared prefixes: block_m, block_n, warps, stages / splits")
+    available, reason = flashinfer_attention.is_available()
+    print(f"\n{reason}", flush=True)
+    if "flashinfer" in parts and available:
+        bench_decode(tables["decode"], with_flashinfer=True)
+        bench_prefill(tables["prefill"], with_flashinfer=True)
+    watchdog.cancel()
+    print_summary()
+
+
+if __name__ == "__main__":
+    main()
