@@ -18,50 +18,65 @@ from engine.engine import Engine
 from engine.request import Delta, Request, SamplingParams
 from server.config import parse_args
 
+PARTS = ("schedule", "launch", "resolve", "deliver")
 
-async def run_batch(engine: Engine, batch: int, input_len: int, output_len: int, stream: bool) -> dict[str, float]:
-    """Seconds to the first token of all, ms a decode step, tokens/s, and host µs a step by part."""
+
+async def run_batch(engine: Engine, batch: int, input_len: int, output_len: int) -> dict[str, float]:
+    """Seconds to everyone's first token, ms a decode step, tokens/s, and host µs a decode step by part.
+
+    Decode steps are those after everyone's first token and before anyone's last: nobody comes or goes.
+    """
     rng = random.Random()
     vocab_size = engine.model_config.vocab_size
     done = asyncio.Event()
-    left = batch
+    num_waiting, num_running = batch, batch
+    marks: list[tuple[float, int, list[float]]] = []
+
+    def mark() -> None:
+        stats = engine.stats().loop
+        marks.append((time.perf_counter(), stats.num_steps, [getattr(stats, f"{part}_s") for part in PARTS]))
 
     def sink(delta: Delta) -> None:
-        nonlocal left
+        nonlocal num_waiting, num_running
+        request = delta.request
         if delta.finish_reason is not None:
             if delta.finish_reason.type == "abort":
                 raise SystemExit(delta.finish_reason.message)
-            left -= 1
-            if not left:
+            if num_running == batch:
+                mark()
+            num_running -= 1
+            if not num_running:
                 done.set()
+        elif request.rid not in started:
+            started.add(request.rid)
+            num_waiting -= 1
+            if not num_waiting:
+                mark()
 
+    started: set[str] = set()
     requests = [
         Request(
             rid=f"bench-{rng.random()}",
             input_ids=[rng.randrange(vocab_size) for _ in range(input_len)],
             sampling_params=SamplingParams(max_new_tokens=output_len, temperature=0.0, ignore_eos=True),
             sink=sink,
-            stream=stream,
+            stream=True,
         )
         for _ in range(batch)
     ]
-    stats = engine.stats().loop
-    before = (stats.num_steps, stats.schedule_s, stats.launch_s, stats.resolve_s, stats.deliver_s)
     start = time.perf_counter()
     for request in requests:
         engine.submit(request)
     await done.wait()
     end = time.perf_counter()
-    after = (stats.num_steps, stats.schedule_s, stats.launch_s, stats.resolve_s, stats.deliver_s)
-    num_steps, *host_s = (b - a for a, b in zip(before, after, strict=True))
-    ttft = max(request.times.first_token for request in requests) - start if stream else float("nan")
-    result = {
-        "ttft_s": ttft,
-        "step_ms": 1e3 * (end - start - (ttft if stream else 0.0)) / max(output_len - 1, 1),
+    (first, first_steps, host_before), (last, last_steps, host_after) = marks[0], marks[-1]
+    num_steps = max(last_steps - first_steps, 1)
+    host = {f"{part}_us": 1e6 * (b - a) / num_steps for part, a, b in zip(PARTS, host_before, host_after, strict=True)}
+    return {
+        "ttft_s": first - start,
+        "step_ms": 1e3 * (last - first) / num_steps,
         "tokens_per_s": batch * output_len / (end - start),
-    }
-    parts = ("schedule", "launch", "resolve", "deliver")
-    return result | {f"{part}_us": 1e6 * s / num_steps for part, s in zip(parts, host_s, strict=True)}
+    } | host
 
 
 async def main() -> None:
@@ -69,17 +84,16 @@ async def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--no-stream", action="store_true", help="nobody reads tokens before the end")
     args, engine_flags = parser.parse_known_args()
     engine = Engine(parse_args(engine_flags))
     console = Console()
     await engine.start(console.print)
-    table = Table("batch", "TTFT ms", "ms/step", "tokens/s", "host µs/step", "schedule", "launch", "resolve", "deliver")
+    table = Table("batch", "TTFT ms", "ms/step", "tokens/s", "host µs", *PARTS)
     for batch in args.batch:
         for is_counted in (False, True):
-            figures = await run_batch(engine, batch, args.input_len, args.output_len, not args.no_stream)
+            figures = await run_batch(engine, batch, args.input_len, args.output_len)
             if is_counted:
-                host = [figures[f"{part}_us"] for part in ("schedule", "launch", "resolve", "deliver")]
+                host = [figures[f"{part}_us"] for part in PARTS]
                 table.add_row(
                     str(batch), f"{1e3 * figures['ttft_s']:.1f}", f"{figures['step_ms']:.3f}",
                     f"{figures['tokens_per_s']:.0f}", f"{sum(host):.0f}", *(f"{us:.0f}" for us in host),

@@ -1,6 +1,8 @@
 """One step's tensors, and how a plan becomes them: everything in one pinned copy."""
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,92 +56,98 @@ class ForwardBatch:
         return self.rows.shape[0]
 
 
+class Shape(NamedTuple):
+    """Sizes of a staged step. A captured graph's decodes are rounded up, the rest is padding."""
+
+    num_decodes: int
+    num_prefills: int
+    num_prefill_tokens: int
+    num_samples: int
+    has_groups: bool
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Shape":
+        num_prefills = len(plan.rows) - plan.num_decodes
+        return cls(plan.num_decodes, num_prefills, plan.num_prefill_tokens, len(plan.samples), plan.groups is not None)
+
+    @classmethod
+    def of_decodes(cls, size: int, has_groups: bool) -> "Shape":
+        return cls(size, 0, 0, size, has_groups)
+
+
+class StagedBatch(NamedTuple):
+    """A step's tensors on the device, and what is sampled: S of its requests."""
+
+    batch: ForwardBatch
+    sample_tokens: torch.Tensor  # int32 [S], whose logits are wanted: indices into the T tokens
+    sample_rows: torch.Tensor  # int32 [S]
+    sample_positions: torch.Tensor  # int32 [S], where each sampled token will stand in its sequence
+
+
 class Stager:
-    """Turns plans into `ForwardBatch`es. A batch of the same shape always lies at the same device addresses."""
+    """Turns plans into batches. A batch of the same shape always lies at the same device addresses."""
 
     def __init__(self, max_tokens: int, max_requests: int, slot_table: torch.Tensor) -> None:
-        size = 4 * max_tokens + 8 * (max_requests + 1)
+        size = 4 * max_tokens + 12 * (max_requests + 8)
         self.slot_table = slot_table
         self.device = slot_table.device
         self._device = torch.zeros(size, dtype=torch.int32, device=self.device)
         pinned = self.device.type == "cuda"
         self._host = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(NUM_STAGING_BUFFERS)]
+        self._host_arrays = [buffer.numpy() for buffer in self._host]
+        self._arange = np.arange(max_tokens + max_requests + 1, dtype=np.int32)
         self._turn = 0
 
-    def write(self, plan: Plan, pad_to: int | None = None) -> torch.Tensor:
-        """Lay `plan` out in the next pinned buffer; decode-only plans padded to `pad_to` requests of row 0."""
+    def write(self, plan: Plan, shape: Shape) -> torch.Tensor:
+        """Lay `plan` out in the next pinned buffer; padding is of row 0, token 0, slot 0."""
         self._turn = (self._turn + 1) % NUM_STAGING_BUFFERS
-        buffer = self._host[self._turn]
-        host = buffer.numpy()
-        num_requests, num_tokens = len(plan.rows), plan.num_tokens
-        size = pad_to or num_requests
-        is_padded = size > num_requests
-        if plan.is_decode:
-            end = 0
-            for array in (plan.rows, plan.seq_lens, plan.input_ids, plan.seq_lens - 1, plan.out_cache_loc):
-                host[end : end + num_requests] = array
-                end += size
-            if is_padded:
-                table = host[: 5 * size].reshape(5, size)
-                table[:, num_requests:] = 0
-                table[1, num_requests:] = 1
-            host[end : end + size + 1] = np.arange(size + 1)
-            end += size + 1
-        else:
-            cu_q_lens = np.zeros(num_requests + 1, np.int32)
+        layout, size = _layout(shape)
+        host = self._host_arrays[self._turn]
+        host[:size] = 0
+        rows, seq_lens, cu_q_lens, input_ids, positions, out_cache_loc, token_rows = (
+            host[start:stop] for start, stop in layout[:7]
+        )
+        sample_tokens, sample_rows, sample_positions = (host[start:stop] for start, stop in layout[7:10])
+        num_decodes, num_samples = plan.num_decodes, len(plan.samples)
+
+        rows[:num_decodes] = token_rows[:num_decodes] = plan.rows[:num_decodes]
+        seq_lens[num_decodes:] = 1
+        seq_lens[:num_decodes] = plan.seq_lens[:num_decodes]
+        input_ids[:num_decodes] = plan.input_ids[:num_decodes]
+        positions[:num_decodes] = plan.seq_lens[:num_decodes] - 1
+        out_cache_loc[:num_decodes] = plan.out_cache_loc[:num_decodes]
+        cu_q_lens[:] = self._arange[: len(cu_q_lens)]
+        if not plan.is_decode:  # nothing is padded then
+            q_lens = plan.q_lens[num_decodes:]
+            rows[num_decodes:] = plan.rows[num_decodes:]
+            seq_lens[num_decodes:] = plan.seq_lens[num_decodes:]
             np.cumsum(plan.q_lens, out=cu_q_lens[1:])
-            offsets = (plan.seq_lens - plan.q_lens - cu_q_lens[:-1]).repeat(plan.q_lens)
-            positions = np.arange(num_tokens, dtype=np.int32) + offsets
-            sample_tokens = cu_q_lens[plan.samples + 1] - 1
-            end = 0
-            for array in (
-                plan.rows, plan.seq_lens, plan.input_ids, positions, plan.out_cache_loc,
-                plan.rows.repeat(plan.q_lens), cu_q_lens, sample_tokens,
-                plan.rows[plan.samples], plan.seq_lens[plan.samples],
-            ):  # fmt: skip
-                host[end : end + len(array)] = array
-                end += len(array)
+            input_ids[num_decodes:] = plan.input_ids[num_decodes:]
+            out_cache_loc[num_decodes:] = plan.out_cache_loc[num_decodes:]
+            token_rows[num_decodes:] = plan.rows[num_decodes:].repeat(q_lens)
+            offsets = plan.seq_lens[num_decodes:] - cu_q_lens[num_decodes + 1 :]
+            positions[num_decodes:] = self._arange[num_decodes : plan.num_tokens] + offsets.repeat(q_lens)
+        sample_tokens[:num_samples] = cu_q_lens[plan.samples + 1] - 1
+        sample_rows[:num_samples] = plan.rows[plan.samples]
+        sample_positions[:num_samples] = plan.seq_lens[plan.samples]
         if plan.groups is not None:
-            groups = plan.groups
-            num_groups = size // 2  # a group has two members at least
-            host[end : end + 2 * num_groups + 1 + 2 * size] = 0
-            host[end : end + len(groups.prefix_lens)] = groups.prefix_lens
-            end += num_groups
-            host[end : end + num_groups + 1] = groups.cu_members[-1]
-            host[end : end + len(groups.cu_members)] = groups.cu_members
-            end += num_groups + 1
-            host[end : end + len(groups.members)] = groups.members
-            end += size
-            host[end : end + len(groups.own_starts)] = groups.own_starts
-            end += size
-        return buffer[:end]
+            prefix_lens, cu_members, members, own_starts = (host[start:stop] for start, stop in layout[10:])
+            prefix_lens[: len(plan.groups.prefix_lens)] = plan.groups.prefix_lens
+            cu_members[:] = plan.groups.cu_members[-1]
+            cu_members[: len(plan.groups.cu_members)] = plan.groups.cu_members
+            members[: len(plan.groups.members)] = plan.groups.members
+            own_starts[: len(plan.groups.own_starts)] = plan.groups.own_starts
+        return self._host[self._turn][:size]
 
     def upload(self, staged: torch.Tensor) -> None:
         self._device[: len(staged)].copy_(staged, non_blocking=True)
 
-    def views(
-        self, plan: Plan, pad_to: int | None = None
-    ) -> tuple[ForwardBatch, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(batch, sample tokens [S], sample rows [S], positions of the sampled tokens [S]) of what `upload` sent."""
-        buffer = self._device
-        num_requests, num_tokens, num_samples = len(plan.rows), plan.num_tokens, len(plan.samples)
-        size = pad_to or num_requests
-        if plan.is_decode:
-            sizes = [size] * 5 + [size + 1]
-            parts = torch.split(buffer[: sum(sizes)], sizes)
-            rows, seq_lens, input_ids, positions, out_cache_loc, cu_q_lens = parts
-            token_rows = rows
-            samples = (cu_q_lens[:num_samples], rows[:num_samples], seq_lens[:num_samples])
-        else:
-            sizes = [num_requests] * 2 + [num_tokens] * 4 + [num_requests + 1] + [num_samples] * 3
-            parts = torch.split(buffer[: sum(sizes)], sizes)
-            rows, seq_lens, input_ids, positions, out_cache_loc, token_rows, cu_q_lens = parts[:7]
-            samples = (parts[7], parts[8], parts[9])
-        shared = None
-        if plan.groups is not None:
-            start, num_groups = sum(sizes), size // 2
-            sizes = [num_groups, num_groups + 1, size, size]
-            shared = SharedPrefixes(*torch.split(buffer[start : start + sum(sizes)], sizes))
+    def views(self, shape: Shape, plan: Plan) -> StagedBatch:
+        """What `upload` sends of a plan of that shape. `plan` gives the host's own knowledge of it."""
+        layout, _ = _layout(shape)
+        rows, seq_lens, cu_q_lens, input_ids, positions, out_cache_loc, token_rows, *samples = (
+            self._device[start:stop] for start, stop in layout
+        )
         batch = ForwardBatch(
             input_ids=input_ids,
             positions=positions,
@@ -149,11 +157,27 @@ class Stager:
             seq_lens=seq_lens,
             cu_q_lens=cu_q_lens,
             slot_table=self.slot_table,
-            num_decodes=size if plan.is_decode else plan.num_decodes,
+            num_decodes=shape.num_decodes,
             max_q_len=int(plan.q_lens.max()),
             max_seq_len=int(plan.seq_lens.max()),
             q_lens_host=plan.q_lens,
             seq_lens_host=plan.seq_lens,
-            shared=shared,
+            shared=SharedPrefixes(*samples[3:]) if shape.has_groups else None,
         )
-        return (batch, *samples)
+        return StagedBatch(batch, *samples[:3])
+
+
+@functools.lru_cache(1024)
+def _layout(shape: Shape) -> tuple[list[tuple[int, int]], int]:
+    """(start, stop) of each array of a staged step, and the end. Starts are aligned to the 16 bytes of a wide load."""
+    num_requests = shape.num_decodes + shape.num_prefills
+    num_tokens = shape.num_decodes + shape.num_prefill_tokens
+    sizes = [num_requests, num_requests, num_requests + 1, *[num_tokens] * 4, *[shape.num_samples] * 3]
+    if shape.has_groups:
+        num_groups = max(num_requests // 2, 1)  # a group has two members at least
+        sizes += [num_groups, num_groups + 1, num_requests, num_requests]
+    layout, end = [], 0
+    for size in sizes:
+        layout.append((end, end + size))
+        end += (size + 3) // 4 * 4
+    return layout, end

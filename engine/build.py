@@ -13,9 +13,9 @@ import torch
 from cache.allocator import PageAllocator
 from cache.pool import KVPool
 from cache.radix import NoCache, RadixCache
-from engine.batch import ForwardBatch, Stager
+from engine.batch import Shape, Stager
 from engine.config import EngineConfig
-from engine.cuda_graph import DecodeGraphs, default_batch_sizes
+from engine.cuda_graph import default_batch_sizes
 from engine.errors import ModelError
 from engine.layers.layer import LayerConfig, unique_layers
 from engine.memory import MemoryBudget, plan_memory
@@ -105,7 +105,7 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
 
     largest_step = 0
     if device.type == "cuda":
-        probe = ModelRunner(model, new_pool(max_step_tokens), rows, sampler, stager, None)
+        probe = ModelRunner(model, new_pool(max_step_tokens), rows, sampler, stager)
         largest_step = measure_step(probe, max_step_tokens, num_rows, max_len)
         probe.close()
         del probe
@@ -115,20 +115,12 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
     )  # fmt: skip
     pool = new_pool(memory.max_total_num_tokens)
 
-    def forward(batch: ForwardBatch) -> torch.Tensor:
-        return model.compute_logits(runner.forward(batch))
-
-    graphs = None
+    runner = ModelRunner(model, pool, rows, sampler, stager)
     if device.type == "cuda" and not config.disable_cuda_graph:
         assert config.cuda_graph_max_bs
-        sizes = config.cuda_graph_bs or default_batch_sizes(config.cuda_graph_max_bs)
-        graphs = DecodeGraphs(sizes, stager, forward)
-    runner = ModelRunner(model, pool, rows, sampler, stager, graphs)
-    if graphs is not None:
         start = time.perf_counter()
-        with torch.cuda.stream(runner.stream), torch.inference_mode():
-            graphs.capture_all()
-        on_progress(f"{len(graphs.sizes)} CUDA graphs captured in {time.perf_counter() - start:.1f} s")
+        runner.capture_graphs(config.cuda_graph_bs or default_batch_sizes(config.cuda_graph_max_bs))
+        on_progress(f"decode steps captured as CUDA graphs in {time.perf_counter() - start:.1f} s")
 
     is_eos = np.zeros(model_config.vocab_size, bool)
     is_eos[[token for token in model_config.eos_token_ids if token < model_config.vocab_size]] = True
@@ -179,10 +171,9 @@ def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     with torch.cuda.stream(runner.stream), torch.inference_mode():
-        runner.stager.upload(runner.stager.write(plan))
-        batch, sample_tokens, sample_rows, positions = runner.stager.views(plan)
-        hidden = runner.forward(batch)
-        logits = runner.model.compute_logits(hidden[sample_tokens])
+        runner.stager.upload(runner.stager.write(plan, Shape.of(plan)))
+        batch, sample_tokens, sample_rows, positions = runner.stager.views(Shape.of(plan), plan)
+        logits = runner.model.compute_logits(runner.forward(batch)[sample_tokens])
         work = runner.sampler.plan_work(plan)
         work.is_greedy = False
         runner.sampler.sample(logits, work, sample_rows, positions)

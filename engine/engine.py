@@ -24,7 +24,7 @@ from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-LONG_TEXT = 4096  # characters; shorter texts are tokenized on the event loop, in well under a millisecond
+LONG_TEXT = 1500  # characters; shorter texts are tokenized on the event loop, in about a millisecond
 STUCK_AFTER_S = 30.0  # a step this long makes /health fail; --watchdog-timeout is when the process gives up
 
 
@@ -72,7 +72,7 @@ class Engine:
         """Load the model and begin to step. `ModelError` if it cannot be served."""
         parts = self._parts = await asyncio.to_thread(build, self.config, on_progress)
         self.config = parts.config
-        self._output = OutputProcessor(parts.tokenizer, parts.scheduler, self.config.stream_interval)
+        self._output = OutputProcessor(parts.scheduler, self.config.stream_interval)
         self._loop = StepLoop(
             parts.scheduler,
             parts.runner,
@@ -154,12 +154,10 @@ class Engine:
         if self._is_stopping or not self.is_running:
             raise EngineStopped("the server is shutting down" if self._is_stopping else "the engine is not running")
         self._verify(request)
+        request.text_stream = self.tokenizer.text_stream(request.sampling_params, request.input_ids)
         self.parts.scheduler.submit(request)
         self._requests[request.rid] = request
         self._num_requests += 1
-        params = request.sampling_params
-        if request.stream or params.stop or params.stop_regex:
-            request.text_stream = self.tokenizer.text_stream(params, request.input_ids)
         if request.logprob_start_len >= 0:  # nothing predicts the first
             request.input_logprobs = Logprobs([(None, request.input_ids[request.logprob_start_len])], [None], [None])
         request.sink = functools.partial(self._pass_on, request.sink)

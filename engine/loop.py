@@ -20,6 +20,8 @@ from engine.scheduler import Outcome, Scheduler
 logger = logging.getLogger(__name__)
 
 MIN_PREFILL_BUDGET = 16  # prompt tokens a step, however tight its time: a prompt must not starve
+HOST_LEAD_S = 0.0025  # a step is decided this long before the one before it ends: time to decide and enqueue it
+MIN_SLEEP_S = 0.001  # uvloop's timers count milliseconds
 
 
 @dataclass(slots=True)
@@ -69,26 +71,45 @@ class StepLoop:
         resolved: tuple[Step, Outcome] | None = None
         stats, clock = self.stats, time.perf_counter
         while True:
+            if resolved is not None and (spare_s := self._spare_s()) > 0:
+                self._deliver(*resolved)
+                resolved = None
+                await asyncio.sleep(spare_s)
             start = clock()
             plan = self.scheduler.schedule(self._pace.prefill_budget(self.scheduler.num_streams))
             scheduled = clock()
+            stats.schedule_s += scheduled - start
             if plan is not None:
                 for request in plan.admitted:
                     request.times.scheduled = start
                 self._in_flight.append(self.runner.launch(plan))
                 self._log.on_launch(plan)
-            launched = clock()
+                stats.launch_s += clock() - scheduled
             if resolved is not None:
-                self.output.deliver(*resolved)
+                self._deliver(*resolved)
                 resolved = None
-            stats.schedule_s += scheduled - start
-            stats.launch_s += launched - scheduled
-            stats.deliver_s += clock() - launched
 
             if not self._in_flight:
                 await self._idle()
             elif plan is None or len(self._in_flight) >= self._depth:
                 resolved = await self._resolve(self._in_flight.popleft())
+
+    def _deliver(self, step: Step, outcome: Outcome) -> None:
+        start = time.perf_counter()
+        self.output.deliver(step, outcome)
+        self.stats.deliver_s += time.perf_counter() - start
+
+    def _spare_s(self) -> float:
+        """Seconds until the next step must be decided for the device not to wait; 0 if that is about now.
+
+        Deciding late lets a request that comes in the meantime into the very next step.
+        """
+        if not self._in_flight:
+            return 0.0
+        step = self._in_flight[0]
+        begun_at = max(step.launched_at, self.stats.last_step_at)
+        spare_s = begun_at + self._pace.predict_s(step.plan) - HOST_LEAD_S - time.perf_counter()
+        return spare_s if spare_s >= MIN_SLEEP_S else 0.0
 
     async def _idle(self) -> None:
         """Sleep until there is something to schedule; costs no CPU."""
@@ -157,11 +178,15 @@ class StepPace:
         step_s = resolved_at - max(self._last_resolved_at, launched_at)
         self._last_resolved_at = resolved_at
         if plan.is_decode:
-            self.decode_s += 0.1 * (step_s - self.decode_s)
+            self.decode_s += 0.2 * (step_s - self.decode_s)
         elif plan.num_prefill_tokens >= MIN_PREFILL_BUDGET:
             token_s = max(step_s - self.decode_s, 0.0) / plan.num_prefill_tokens
             weight = 0.3 if self.prefill_token_s else 1.0
             self.prefill_token_s += weight * (token_s - self.prefill_token_s)
+
+    def predict_s(self, plan: Plan) -> float:
+        """How long `plan` will take, rather too short than too long."""
+        return 0.9 * (self.decode_s + plan.num_prefill_tokens * self.prefill_token_s)
 
 
 class BatchLog:

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 
 from cache.pool import KVPool
-from engine.batch import ForwardBatch, Stager
+from engine.batch import ForwardBatch, Shape, StagedBatch, Stager
 from engine.cuda_graph import DecodeGraphs
 from engine.models import CausalLM
 from engine.plan import Plan
 from engine.request import Logprobs, Request
 from engine.rows import Rows
 from engine.sampler import SampledLogprobs, Sampler, SamplingWork
-from kernels.bookkeeping import begin_step
-from kernels.sampling import logprobs
+from kernels.bookkeeping import begin_step, end_step
+from kernels.sampling import argmax, logprobs
 
 PROMPT_LOGPROB_ROWS = 256  # logits rows at a time: 256 x 152k bf16 is 78 MB, whatever the prompt's length
 
@@ -52,7 +52,7 @@ class Step:
     work: SamplingWork
     prompt_work: list[PromptLogprobWork]
     staged: torch.Tensor
-    graph_size: int | None
+    graph_shape: Shape | None
     launched_at: float  # time.perf_counter()
     done: Future[None] = field(default_factory=Future)
     tokens: torch.Tensor | None = None  # int32 [S], host
@@ -70,28 +70,34 @@ class ModelRunner:
         rows: Rows,
         sampler: Sampler,
         stager: Stager,
-        graphs: DecodeGraphs | None,
     ) -> None:
         self.model, self.kv, self.rows = model, kv, rows
-        self.sampler, self.stager, self.graphs = sampler, stager, graphs
+        self.sampler, self.stager = sampler, stager
+        self.graphs: DecodeGraphs | None = None
         self.device = stager.device
         self._is_cuda = self.device.type == "cuda"
         # CUDA: waits for events, so that the loop need not. CPU: computes the steps, in order.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="step")
         self.stream = torch.cuda.Stream() if self._is_cuda else None
 
+    def capture_graphs(self, batch_sizes: list[int]) -> None:
+        graphs = DecodeGraphs(batch_sizes, self.stager, self.run_decode)
+        with torch.cuda.stream(self.stream), torch.inference_mode():
+            graphs.capture_all()
+        self.graphs = graphs
+
     def close(self) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def launch(self, plan: Plan) -> Step:
         """Enqueue `plan`. Everything it needs from the host is copied before this returns."""
-        graph_size = self.graphs.size_for(plan) if self.graphs is not None else None
+        graph_shape = self.graphs.shape_for(plan) if self.graphs is not None else None
         step = Step(
             plan=plan,
             work=self.sampler.plan_work(plan),
-            prompt_work=self._plan_prompt_logprobs(plan),
-            staged=self.stager.write(plan, graph_size),
-            graph_size=graph_size,
+            prompt_work=self._plan_prompt_logprobs(plan) if plan.prompt_logprobs else [],
+            staged=self.stager.write(plan, graph_shape or Shape.of(plan)),
+            graph_shape=graph_shape,
             launched_at=time.perf_counter(),
         )
         if self.stream is None:
@@ -101,7 +107,7 @@ class ModelRunner:
             with torch.cuda.stream(self.stream):
                 self._run(step)
                 event = torch.cuda.Event(blocking=True)
-                event.record()
+                event.record(self.stream)
         except RuntimeError as error:  # out of memory, a kernel that cannot be launched: this step's failure alone
             step.done.set_exception(error)
         else:
@@ -112,23 +118,29 @@ class ModelRunner:
     def _run(self, step: Step) -> None:
         plan = step.plan
         for row, start, slots in plan.prefix_copies:
-            self.stager.slot_table[row, start : start + len(slots)] = torch.from_numpy(slots).to(
-                self.device, non_blocking=True
-            )
+            slots_tensor = torch.from_numpy(slots).to(self.device, non_blocking=True)
+            self.stager.slot_table[row, start : start + len(slots)] = slots_tensor
         self.stager.upload(step.staged)
-        batch, sample_tokens, sample_rows, sample_positions = self.stager.views(plan, step.graph_size)
-        if step.graph_size is not None:
+        greedy = None
+        if step.graph_shape is not None:
             assert self.graphs is not None
-            logits = self.graphs.replay(step.graph_size, batch)[: len(plan.rows)]
+            logits, greedy, staged = self.graphs.replay(step.graph_shape, plan)
         else:
-            hidden = self.forward(batch)
+            staged = self.stager.views(Shape.of(plan), plan)
+            hidden = self.forward(staged.batch)
             for work in step.prompt_work:
                 step.prompt_logprobs.append(self._prompt_logprobs(hidden, work))
             if not len(plan.samples):
                 step.tokens = torch.empty(0, dtype=torch.int32)
                 return
-            logits = self.model.compute_logits(hidden if plan.is_decode else hidden[sample_tokens])
-        tokens, sampled_logprobs = self.sampler.sample(logits, step.work, sample_rows, sample_positions)
+            logits = self.model.compute_logits(hidden if plan.is_decode else hidden[staged.sample_tokens])
+        num_samples = len(plan.samples)
+        if greedy is not None and step.work.is_plain:
+            step.tokens = self._to_host(greedy[:num_samples])
+            return
+        tokens, sampled_logprobs = self.sampler.sample(
+            logits[:num_samples], step.work, staged.sample_rows[:num_samples], staged.sample_positions[:num_samples]
+        )
         step.tokens = self._to_host(tokens)
         if sampled_logprobs is not None:
             step.sampled_logprobs = SampledLogprobs(
@@ -137,6 +149,13 @@ class ModelRunner:
                 self._to_host(sampled_logprobs.top_ids),
                 None if sampled_logprobs.ids_values is None else self._to_host(sampled_logprobs.ids_values),
             )
+
+    def run_decode(self, staged: StagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """A whole decode step up to its most likely tokens, which become the next step's input: what graphs hold."""
+        logits = self.model.compute_logits(self.forward(staged.batch))
+        greedy = argmax(logits)
+        end_step(greedy, staged.batch.rows, self.sampler.last_tokens)
+        return logits, greedy
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Hidden states [T, hidden_size] of the batch; its keys and values are stored on the way."""

@@ -2,15 +2,15 @@
 
 import time
 
+from engine.errors import InvalidRequest
 from engine.model_runner import PromptLogprobs, Step, token_logprobs
 from engine.request import Delta, FinishReason, Logprobs, Request, Status
 from engine.scheduler import Outcome, Scheduler
-from engine.tokenizer import Tokenizer
 
 
 class OutputProcessor:
-    def __init__(self, tokenizer: Tokenizer | None, scheduler: Scheduler, stream_interval: int = 1) -> None:
-        self.tokenizer, self.scheduler, self.stream_interval = tokenizer, scheduler, stream_interval
+    def __init__(self, scheduler: Scheduler, stream_interval: int = 1) -> None:
+        self.scheduler, self.stream_interval = scheduler, stream_interval
 
     def deliver(self, step: Step, outcome: Outcome) -> None:
         """Give every sink what this step brought. Ends requests whose text has reached a stop string."""
@@ -31,10 +31,8 @@ class OutputProcessor:
                 assert step.sampled_logprobs is not None
                 entry = token_logprobs(step.sampled_logprobs, sampled_index[sample], token, request)
                 unsent.logprobs = _joined(unsent.logprobs, entry)
-            if request.text_stream is not None and not _is_trimmed_stop(request, token):
-                unsent.text += request.text_stream.push((token,))
-                if request.text_stream.matched_stop is not None:
-                    self._stop(request, outcome)
+            if not _is_trimmed_stop(request, token):
+                self._push(request, token, unsent, outcome)
             if request.status is Status.RUNNING and request.stream and self._is_due(unsent):
                 request.unsent = None
                 request.sink(unsent)
@@ -48,20 +46,37 @@ class OutputProcessor:
             request.times.first_token = now
         delta = request.unsent or Delta(request, "", [])
         request.unsent = None
-        if request.text_stream is not None:
-            delta.text += request.text_stream.finish()
-        elif self.tokenizer is not None:
-            stream = self.tokenizer.text_stream(request.sampling_params, request.input_ids)
-            trimmed = request.output_ids and _is_trimmed_stop(request, request.output_ids[-1])
-            delta.text = stream.push(request.output_ids[:-1] if trimmed else request.output_ids) + stream.finish()
+        stream = request.text_stream
+        if stream is not None:
+            try:
+                if not request.wants_tokens:
+                    output_ids = request.output_ids
+                    is_trimmed = output_ids and _is_trimmed_stop(request, output_ids[-1])
+                    delta.text = stream.push(output_ids[:-1] if is_trimmed else output_ids)
+                delta.text += stream.finish()
+            except InvalidRequest as error:
+                request.finish_reason = _refusal(error)
         if not request.stream:
             delta.token_ids = request.output_ids
         delta.finish_reason = request.finish_reason
         request.sink(delta)
 
-    def _stop(self, request: Request, outcome: Outcome) -> None:
-        """A stop string is in the text. It goes before whatever else ended the request with the same token."""
-        reason = FinishReason("stop", matched=request.text_stream.matched_stop)
+    def _push(self, request: Request, token: int, unsent: Delta, outcome: Outcome) -> None:
+        """Add the text that `token` releases to `unsent`, and end the request where its text says so."""
+        stream = request.text_stream
+        if stream is None:
+            return
+        try:
+            unsent.text += stream.push((token,))
+        except InvalidRequest as error:  # a stop regex that takes too long: its own request's failure, and no other's
+            request.text_stream = None
+            self._end(request, _refusal(error), outcome)
+        else:
+            if stream.matched_stop is not None:
+                self._end(request, FinishReason("stop", matched=stream.matched_stop), outcome)
+
+    def _end(self, request: Request, reason: FinishReason, outcome: Outcome) -> None:
+        """What the text says goes before whatever else ended the request with the same token."""
         if request.status is Status.RUNNING:
             self.scheduler.finish(request, reason)
             outcome.finished.append(request)
@@ -69,7 +84,7 @@ class OutputProcessor:
             request.finish_reason = reason
 
     def _is_due(self, delta: Delta) -> bool:
-        if self.tokenizer is not None and not delta.text and delta.logprobs is None:
+        if not delta.text and delta.logprobs is None:
             return False  # half a character, or the head of what may become a stop string
         return len(delta.token_ids) >= self.stream_interval
 
@@ -79,6 +94,10 @@ class OutputProcessor:
         next_position = request.logprob_start_len + len(collected.token)
         for i in range(next_position - values.start - 1, len(values.chosen)):  # a retracted prompt repeats some
             _joined(collected, token_logprobs(values, i, request.input_ids[values.start + 1 + i], request))
+
+
+def _refusal(error: InvalidRequest) -> FinishReason:
+    return FinishReason("abort", message=str(error), status_code=error.status_code)
 
 
 def _is_trimmed_stop(request: Request, token: int) -> bool:

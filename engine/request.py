@@ -228,7 +228,7 @@ class Request:
     num_retractions: int = 0
     input_logprobs: Logprobs | None = None  # of the prompt from logprob_start_len on, complete at the first delta
     prompt_ids: np.ndarray | None = None  # input_ids as int32, once checked
-    text_stream: Any = None  # engine.detokenizer.TextStream, if someone reads its text as it grows
+    text_stream: Any = None  # engine.detokenizer.TextStream, made when submitted; None again if it failed
     unsent: Delta | None = None  # what the sink has not been given yet
     times: RequestTimes = field(default_factory=lambda: RequestTimes(arrived=time.perf_counter()))
 
@@ -239,6 +239,12 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.input_ids) + len(self.output_ids)
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Does someone look at each token as it comes? If not, the text is made once, at the end."""
+        params = self.sampling_params
+        return self.stream or self.return_logprob or bool(params.stop or params.stop_regex)
 
     def all_token_ids(self) -> np.ndarray:
         """int32 [num_tokens]; the prompt's part is made once."""

@@ -45,7 +45,7 @@ class Rows:
         self.has_logit_edits = np.zeros(size, bool)  # logit_bias or min_new_tokens
         self.ignore_eos = np.zeros(size, bool)
         self.has_stop_ids = np.zeros(size, bool)
-        self.wants_tokens = np.zeros(size, bool)  # someone looks at each token: a stream, stop strings, logprobs
+        self.wants_tokens = np.zeros(size, bool)  # see Request.wants_tokens
         self.wants_logprobs = np.zeros(size, bool)
 
         self.sampling_version = 0  # grows when a sampling parameter changes, so that the device's copy is renewed
@@ -81,7 +81,7 @@ class Rows:
         self.ignore_eos[row] = params.ignore_eos
         self.has_stop_ids[row] = bool(params.stop_token_ids)
         self.wants_logprobs[row] = request.return_logprob
-        self.wants_tokens[row] = request.stream or request.return_logprob or bool(params.stop or params.stop_regex)
+        self.wants_tokens[row] = request.wants_tokens
         self.sampling_version += 1
         request.row = row
         return row

@@ -30,6 +30,11 @@ class SamplingWork:
     num_top_logprobs: int = 0
     logprob_ids: np.ndarray | None = None  # int64 [len(logprob_samples), M], padded with 0
 
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but the most likely token is wanted."""
+        return self.is_greedy and self.penalized is None and self.edits is None and self.logprob_samples is None
+
 
 @dataclass(slots=True)
 class SampledLogprobs:

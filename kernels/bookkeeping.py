@@ -2,12 +2,6 @@
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a machine without a GPU need not have it
-    triton = None
-
 
 def begin_step_torch(
     input_ids: torch.Tensor,
@@ -38,11 +32,9 @@ def begin_step(
     if not input_ids.is_cuda:
         begin_step_torch(input_ids, positions, out_cache_loc, token_rows, last_tokens, slot_table)
         return
-    num_tokens = input_ids.shape[0]
-    _begin_step_kernel[(triton.cdiv(num_tokens, 256),)](
-        input_ids, positions, out_cache_loc, token_rows, last_tokens, slot_table,
-        num_tokens, slot_table.stride(0), BLOCK=256,
-    )  # fmt: skip
+    from kernels.triton_bookkeeping import begin_step_triton  # here: a machine without a GPU need not have triton
+
+    begin_step_triton(input_ids, positions, out_cache_loc, token_rows, last_tokens, slot_table)
 
 
 def end_step_torch(tokens: torch.Tensor, rows: torch.Tensor, last_tokens: torch.Tensor) -> None:
@@ -58,31 +50,6 @@ def end_step(tokens: torch.Tensor, rows: torch.Tensor, last_tokens: torch.Tensor
     if not tokens.is_cuda:
         end_step_torch(tokens, rows, last_tokens)
         return
-    num_samples = tokens.shape[0]
-    _end_step_kernel[(triton.cdiv(num_samples, 256),)](tokens, rows, last_tokens, num_samples, BLOCK=256)
+    from kernels.triton_bookkeeping import end_step_triton
 
-
-if triton is not None:
-
-    @triton.jit(do_not_specialize=["num_tokens"])
-    def _begin_step_kernel(
-        input_ids, positions, out_cache_loc, token_rows, last_tokens, slot_table,
-        num_tokens, table_stride, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        mask = token < num_tokens
-        row = tl.load(token_rows + token, mask=mask, other=0)
-        input_id = tl.load(input_ids + token, mask=mask, other=0)
-        last_token = tl.load(last_tokens + row, mask=mask & (input_id < 0), other=0)
-        tl.store(input_ids + token, tl.where(input_id < 0, last_token, input_id), mask=mask)
-        position = tl.load(positions + token, mask=mask, other=0)
-        slot = tl.load(out_cache_loc + token, mask=mask, other=0)
-        tl.store(slot_table + row.to(tl.int64) * table_stride + position, slot, mask=mask)
-
-    @triton.jit(do_not_specialize=["num_samples"])
-    def _end_step_kernel(tokens, rows, last_tokens, num_samples, BLOCK: tl.constexpr):
-        sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        mask = sample < num_samples
-        row = tl.load(rows + sample, mask=mask, other=0)
-        token = tl.load(tokens + sample, mask=mask, other=0)
-        tl.store(last_tokens + row, tl.maximum(token, 0), mask=mask)
+    end_step_triton(tokens, rows, last_tokens)

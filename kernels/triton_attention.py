@@ -13,6 +13,7 @@ import triton.language as tl
 
 from kernels.attention import AttentionBatch, SharedPrefixes
 from kernels.elementwise import has_dependent_launch
+from kernels.launch import cdiv, fast_launch, next_power_of_2
 
 LOG2_E = 1.4426950408889634
 MIN_DOT_ROWS = 16
@@ -104,16 +105,16 @@ def decode(
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k_cache.shape[1]
     group = num_heads // num_kv_heads
-    block_group = triton.next_power_of_2(group)
-    block_d = triton.next_power_of_2(head_dim)
+    block_group = next_power_of_2(group)
+    block_d = next_power_of_2(head_dim)
     config = config or decode_config(block_d, num_requests, q.dtype.itemsize)
     num_programs = num_programs or config.programs_per_sm * _num_sms(q.device)
     shared = batch.shared
     num_splits = 0
     if shared is not None:
         prefix_config = prefix_config or prefill_config(PREFIX_CONFIGS, block_d, q.dtype.itemsize)
-        num_tiles = triton.cdiv(num_requests * block_group, prefix_config.block_m)
-        num_splits = num_prefix_splits or min(32, triton.cdiv(4 * _num_sms(q.device), num_tiles * num_kv_heads))
+        num_tiles = cdiv(num_requests * block_group, prefix_config.block_m)
+        num_splits = num_prefix_splits or min(32, cdiv(4 * _num_sms(q.device), num_tiles * num_kv_heads))
     # A program leaves at most two partial results: of the request it starts in and of the one it ends in.
     num_partials = 2 * num_programs + num_splits * num_requests * num_kv_heads
     partial = torch.empty(num_partials, block_group, head_dim, dtype=torch.float32, device=q.device)
@@ -155,6 +156,7 @@ def decode(
         BLOCK_GROUP=block_group,
         BLOCK_N=config.block_n,
         BLOCK_D=block_d,
+        BLOCK_P=max(1, 2048 * config.num_warps // (block_group * block_d)),  # 64 registers a thread
         PREFIX_BLOCK_N=prefix_config.block_n if prefix_config is not None else 1,
         PRECISION=_precision(q.dtype),
         PDL=pdl,
@@ -184,10 +186,10 @@ def _prefix_partials(
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k_cache.shape[1]
     group = num_heads // num_kv_heads
-    block_group = triton.next_power_of_2(group)
+    block_group = next_power_of_2(group)
     num_groups = shared.prefix_lens.shape[0]
     # Enough for a few large groups; with many small ones a program takes several tiles.
-    num_programs = triton.cdiv(num_requests * block_group, config.block_m) + 7
+    num_programs = cdiv(num_requests * block_group, config.block_m) + 7
     pdl = has_dependent_launch(q.device)
     _prefix_kernel[(num_kv_heads, num_splits, num_programs)](
         q,
@@ -219,7 +221,7 @@ def _prefix_partials(
         BLOCK_GROUP=block_group,
         BLOCK_M=max(config.block_m, block_group),
         BLOCK_N=config.block_n,
-        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_D=next_power_of_2(head_dim),
         PRECISION=_precision(q.dtype),
         PDL=pdl,
         num_warps=config.num_warps,
@@ -245,8 +247,8 @@ def prefill(
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k_cache.shape[1]
     group = num_heads // num_kv_heads
-    block_group = triton.next_power_of_2(group)
-    block_d = triton.next_power_of_2(head_dim)
+    block_group = next_power_of_2(group)
+    block_d = next_power_of_2(head_dim)
     config = config or prefill_config(PREFILL_CONFIGS, block_d, q.dtype.itemsize)
     block_m = max(config.block_m, block_group)
     num_tiles = (q.shape[0] - batch.num_decodes) // (block_m // block_group) + num_requests  # at most
@@ -294,14 +296,12 @@ def _counters(device: torch.device, size: int) -> torch.Tensor:
 
 def _arrival_counters(device: torch.device, size: int) -> torch.Tensor:
     """Zeros, and zeros again when a kernel is done with them. The first call must not be inside a graph's capture."""
-    return _counters(device, max(16384, triton.next_power_of_2(size)))
+    return _counters(device, max(16384, next_power_of_2(size)))
 
 
 def _block_requests(num_requests: int) -> int:
     """A power of two that holds them; few different ones, since each compiles its own kernel."""
-    return next(
-        (block for block in (16, 256) if num_requests <= block), max(1024, triton.next_power_of_2(num_requests))
-    )
+    return next((block for block in (16, 256) if num_requests <= block), max(1024, next_power_of_2(num_requests)))
 
 
 # Views of a step's staging buffer start anywhere and counts vary: none of it is worth compiling a kernel again.
@@ -449,6 +449,7 @@ def _find(ends, work):
     return tl.sum(is_before.to(tl.int32), axis=0), tl.max(tl.where(is_before, ends, 0), axis=0)
 
 
+@fast_launch
 @_kernel
 def _decode_kernel(
     q,
@@ -480,6 +481,7 @@ def _decode_kernel(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     PREFIX_BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
@@ -594,6 +596,7 @@ def _decode_kernel(
                     num_prefix,
                     GROUP,
                     HEAD_DIM,
+                    BLOCK_P,
                     BLOCK_GROUP,
                     BLOCK_D,
                 )
@@ -628,6 +631,7 @@ def _merge(
     num_prefix,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -635,7 +639,6 @@ def _merge(
 
     Loads go past the L1 cache, which may hold what lay there before.
     """
-    BLOCK_P: tl.constexpr = 8
     p = tl.arange(0, BLOCK_P)
     g = tl.arange(0, BLOCK_GROUP)
     d = tl.arange(0, BLOCK_D)
@@ -661,6 +664,7 @@ def _merge(
     return acc / l[:, None]
 
 
+@fast_launch
 @_kernel
 def _prefix_kernel(
     q,
@@ -763,6 +767,7 @@ def _prefix_kernel(
             tl.store(partial_lse + row, m + tl.log2(l), mask=is_row)
 
 
+@fast_launch
 @_kernel
 def _prefill_kernel(
     q,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels.elementwise import has_dependent_launch
+from kernels.launch import cdiv, fast_launch, next_power_of_2
 
 
 def launch_options(device: torch.device, num_warps: int) -> dict[str, Any]:
@@ -39,12 +40,13 @@ def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     rows = x.flatten(0, -2)
     if rows.shape[0]:
-        block = triton.next_power_of_2(n)
+        block = next_power_of_2(n)
         options = launch_options(x.device, num_warps=min(max(block // 512, 1), 16))
         _rms_norm_kernel[(rows.shape[0],)](rows, weight, out, rows.stride(0), eps, N=n, BLOCK=block, **options)
     return out
 
 
+@fast_launch
 @triton.jit
 def _rms_norm_kernel(x, weight, out, x_stride, eps, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -63,11 +65,12 @@ def act_and_mul_triton(x: torch.Tensor, act: str) -> torch.Tensor:
     if rows.shape[0]:
         block = 1024
         options = launch_options(x.device, num_warps=4)
-        grid = (triton.cdiv(n, block), rows.shape[0])
+        grid = (cdiv(n, block), rows.shape[0])
         _act_and_mul_kernel[grid](rows, out, rows.stride(0), N=n, ACT=act, BLOCK=block, **options)
     return out
 
 
+@fast_launch
 @triton.jit
 def _act_and_mul_kernel(x, out, x_stride, N: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(1).to(tl.int64)
@@ -98,7 +101,7 @@ def rope_and_store_triton(
     if num_tokens:
         rotary_dim = cos_sin.shape[1]
         block_heads = 8
-        grid = (triton.cdiv(num_heads + 2 * num_kv_heads, block_heads), num_tokens)
+        grid = (cdiv(num_heads + 2 * num_kv_heads, block_heads), num_tokens)
         _rope_and_store_kernel[grid](
             qkv,
             positions,
@@ -121,13 +124,14 @@ def rope_and_store_triton(
             HALF=rotary_dim // 2,
             CACHE_MAX=torch.finfo(k_cache.dtype).max if k_cache.dtype.itemsize == 1 else None,
             BLOCK_HEADS=block_heads,
-            BLOCK_HALF=triton.next_power_of_2(rotary_dim // 2),
-            BLOCK_REST=triton.next_power_of_2(head_dim - rotary_dim),
+            BLOCK_HALF=next_power_of_2(rotary_dim // 2),
+            BLOCK_REST=next_power_of_2(head_dim - rotary_dim),
             **launch_options(qkv.device, num_warps=2),
         )
     return q
 
 
+@fast_launch
 @triton.jit
 def _rope_and_store_kernel(
     qkv,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.elementwise import has_dependent_launch
+from kernels.launch import cdiv, fast_launch, next_power_of_2
 from kernels.triton_elementwise import activation
 
 
@@ -52,11 +53,11 @@ def gemv(
     num_rows = weight.shape[0]
     n = num_rows // 2 if act else num_rows
     config = config or GEMV_CONFIGS.get((num_rows, k)) or default_gemv_config(num_rows, k)
-    num_sums = triton.next_power_of_2(num_tokens) * (2 if act else 1)
+    num_sums = next_power_of_2(num_tokens) * (2 if act else 1)
     block_n = max(1, config.block_n // num_sums)
     out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device) if residual is None else residual
     pdl = has_dependent_launch(x.device)
-    _gemv_kernel[(triton.cdiv(n, block_n),)](
+    _gemv_kernel[(cdiv(n, block_n),)](
         x,
         weight,
         bias,
@@ -69,7 +70,7 @@ def gemv(
         NUM_TOKENS=num_tokens,
         BLOCK_N=block_n,
         BLOCK_K=config.block_k,
-        PREFETCH=min(config.prefetch, triton.cdiv(k, config.block_k)),
+        PREFETCH=min(config.prefetch, cdiv(k, config.block_k)),
         ACT=act,
         PDL=pdl,
         num_warps=config.num_warps,
@@ -78,6 +79,7 @@ def gemv(
     return out
 
 
+@fast_launch
 @triton.jit
 def _gemv_kernel(
     x,

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import cdiv, fast_launch, next_power_of_2
 from kernels.triton_elementwise import launch_options, wait_for_input
 
 PIECE_BLOCK = 2048  # logits a program of the first pass looks at together: 8 a thread
@@ -67,7 +68,7 @@ def _sample_triton(logits: torch.Tensor, params: tuple[torch.Tensor, ...] | None
         V=vocab_size,
         # How many of the low bits of a logit's float32 are always the same.
         UNUSED_BITS={torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[logits.dtype],
-        BLOCK_PIECES=triton.next_power_of_2(num_pieces),
+        BLOCK_PIECES=next_power_of_2(num_pieces),
         BLOCK=ROW_BLOCK,
         **launch_options(logits.device, num_warps=4 if params is None else ROW_WARPS),
     )
@@ -78,11 +79,12 @@ def _cut_row(num_rows: int, vocab_size: int) -> tuple[int, int]:
     """(pieces, blocks a piece): enough pieces for a few rows, too, to fill the device; blocks are powers of 2, since
     a kernel is compiled for each number of them.
     """
-    num_blocks = triton.cdiv(vocab_size, PIECE_BLOCK)
-    blocks_a_piece = triton.next_power_of_2(triton.cdiv(num_blocks * num_rows, NUM_PROGRAMS))
-    return triton.cdiv(num_blocks, blocks_a_piece), blocks_a_piece
+    num_blocks = cdiv(vocab_size, PIECE_BLOCK)
+    blocks_a_piece = next_power_of_2(cdiv(num_blocks * num_rows, NUM_PROGRAMS))
+    return cdiv(num_blocks, blocks_a_piece), blocks_a_piece
 
 
+@fast_launch
 @triton.jit
 def _piece_winner_kernel(
     logits,
@@ -148,6 +150,7 @@ def _best_of_piece(
     return nan_or_largest, winner, tl.min(tl.where(best == winner, best_id, 0x7FFFFFFF), axis=0)
 
 
+@fast_launch
 @triton.jit
 def _row_winner_kernel(
     logits,
@@ -360,7 +363,7 @@ def apply_penalties_triton(
 ) -> None:
     num_rows, vocab_size = logits.shape
     if num_rows:
-        _apply_penalties_kernel[(num_rows, triton.cdiv(vocab_size, PIECE_BLOCK))](
+        _apply_penalties_kernel[(num_rows, cdiv(vocab_size, PIECE_BLOCK))](
             logits,
             rows,
             counts,
@@ -375,6 +378,7 @@ def apply_penalties_triton(
         )
 
 
+@fast_launch
 @triton.jit
 def _apply_penalties_kernel(
     logits,
@@ -411,7 +415,7 @@ def apply_token_bitmask_triton(logits: torch.Tensor, bitmask: torch.Tensor, rows
     vocab_size = logits.shape[1]
     num_masks = bitmask.shape[0]
     if num_masks:
-        _apply_token_bitmask_kernel[(num_masks, triton.cdiv(vocab_size, PIECE_BLOCK))](
+        _apply_token_bitmask_kernel[(num_masks, cdiv(vocab_size, PIECE_BLOCK))](
             logits,
             bitmask,
             rows,
@@ -423,6 +427,7 @@ def apply_token_bitmask_triton(logits: torch.Tensor, bitmask: torch.Tensor, rows
         )
 
 
+@fast_launch
 @triton.jit
 def _apply_token_bitmask_kernel(
     logits, bitmask, rows, logits_stride, bitmask_stride, V: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
@@ -458,6 +463,7 @@ def logsumexp_triton(logits: torch.Tensor) -> torch.Tensor:
     return of_pieces.logsumexp(dim=-1)
 
 
+@fast_launch
 @triton.jit
 def _piece_logsumexp_kernel(
     logits,

@@ -157,6 +157,27 @@ async def test_a_stop_string_cuts_the_text_there(tiny_llama: Path) -> None:
             assert reason is not None and (reason.type, reason.matched) == ("stop", stop)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_regex_that_backtracks_without_end_fails_its_own_request(tiny_llama: Path, stream: bool) -> None:
+    async with running_engine(tiny_llama) as engine:
+        _, expected = await collect(engine, make_request([5, 6, 7]))
+        endless = make_request([5, 6, 7], stream=stream, max_new_tokens=400, stop_regex=[r"(?s)(?:.|.|..)+(?<=\x00)"])
+        (deltas, tokens), (_, beside) = await asyncio.gather(
+            collect(engine, endless), collect(engine, make_request([5, 6, 7]))
+        )
+        reason = deltas[-1].finish_reason
+        assert reason is not None and (reason.type, reason.status_code) == ("abort", 400)
+        assert "stop_regex" in (reason.message or "") and len(tokens) < 400
+        assert beside == expected
+
+
+async def test_a_stop_regex_that_is_none_leaves_nothing_behind(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama) as engine:
+        with pytest.raises(InvalidRequest, match="stop_regex"):
+            engine.submit(make_request([5, 6, 7], stop_regex=["[[:nonsense:]]"]))
+        assert engine.stats().scheduler.num_waiting == 0
+
+
 async def test_log_probabilities_are_transformers_own(tiny_llama: Path, prompts: list[list[int]]) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -1,0 +1,56 @@
+"""The Triton kernels of `bookkeeping`."""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.launch import cdiv, fast_launch
+
+BLOCK = 256
+
+
+def begin_step_triton(
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    token_rows: torch.Tensor,
+    last_tokens: torch.Tensor,
+    slot_table: torch.Tensor,
+) -> None:
+    num_tokens = input_ids.shape[0]
+    _begin_step_kernel[(cdiv(num_tokens, BLOCK),)](
+        input_ids, positions, out_cache_loc, token_rows, last_tokens, slot_table,
+        num_tokens, slot_table.stride(0), BLOCK=BLOCK,
+    )  # fmt: skip
+
+
+def end_step_triton(tokens: torch.Tensor, rows: torch.Tensor, last_tokens: torch.Tensor) -> None:
+    num_samples = tokens.shape[0]
+    _end_step_kernel[(cdiv(num_samples, BLOCK),)](tokens, rows, last_tokens, num_samples, BLOCK=BLOCK)
+
+
+@fast_launch
+@triton.jit(do_not_specialize=["num_tokens"])
+def _begin_step_kernel(
+    input_ids, positions, out_cache_loc, token_rows, last_tokens, slot_table,
+    num_tokens, table_stride, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = token < num_tokens
+    row = tl.load(token_rows + token, mask=mask, other=0)
+    input_id = tl.load(input_ids + token, mask=mask, other=0)
+    last_token = tl.load(last_tokens + row, mask=mask & (input_id < 0), other=0)
+    tl.store(input_ids + token, tl.where(input_id < 0, last_token, input_id), mask=mask)
+    position = tl.load(positions + token, mask=mask, other=0)
+    slot = tl.load(out_cache_loc + token, mask=mask, other=0)
+    tl.store(slot_table + row.to(tl.int64) * table_stride + position, slot, mask=mask)
+
+
+@fast_launch
+@triton.jit(do_not_specialize=["num_samples"])
+def _end_step_kernel(tokens, rows, last_tokens, num_samples, BLOCK: tl.constexpr):
+    sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = sample < num_samples
+    row = tl.load(rows + sample, mask=mask, other=0)
+    token = tl.load(tokens + sample, mask=mask, other=0)
+    tl.store(last_tokens + row, tl.maximum(token, 0), mask=mask)
