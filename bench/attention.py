@@ -56,7 +56,10 @@ DECODE_KERNELS = {  # (block_n, num_warps, num_stages): programs on an SM
     (64, 8, 3): (3, 2),
     (128, 8, 2): (3, 2),
 }
-DECODE_CONFIGS = [DecodeConfig(*kernel, count) for kernel, counts in DECODE_KERNELS.items() for count in counts]
+DECODE_CONFIGS = [
+    *(DecodeConfig(*kernel, count) for kernel, counts in DECODE_KERNELS.items() for count in counts),
+    *(DecodeConfig(*kernel, count, True) for kernel in ((32, 4, 4), (64, 4, 3)) for count in (1, 3)),
+]
 DECODE_SHAPES: list[tuple[str, Heads, list[int]]] = [
     ("1x1024", LLAMA_8B, [1024]),
     ("1x8192", LLAMA_8B, [8192]),
@@ -94,7 +97,7 @@ PREFIX_CONFIGS = [
 PREFIX_SPLITS = (1, 2, 4, 8, 16)
 SHARED_SHAPES = {  # sizes of groups with 4096 tokens in common and 192 of each request's own
     "8 groups of 32": (32,) * 8,
-    "1 group of 8": (8,),
+    "1 group of 40": (40,),
     "1 group of 128": (128,),
     "32 groups of 2": (2,) * 32,
 }
@@ -325,7 +328,7 @@ def kv_bytes(heads: Heads, num_tokens: int) -> int:
 
 
 def name_of(config: DecodeConfig | PrefillConfig) -> str:
-    return ",".join(map(str, config))
+    return ",".join(str(int(value)) for value in config)
 
 
 def bench_decode(results: Results, with_flashinfer: bool) -> None:
@@ -400,8 +403,8 @@ def precompile(parts: list[str], deadline: float) -> list[str]:
         for name, case in CHECKS.items():
             tasks[f"check {name}"] = run_check, (name,), case.tolerance
     if "decode" in parts:
-        for heads, num_requests in ((LLAMA_8B, 1), (LLAMA_8B, 32), (QWEN_06B, 32)):
-            for config in {config[:3]: config for config in DECODE_CONFIGS}.values():
+        for heads, num_requests in ((LLAMA_8B, 1), (LLAMA_8B, 8), (LLAMA_8B, 32), (QWEN_06B, 32)):
+            for config in {(*config[:3], config[4]): config for config in DECODE_CONFIGS}.values():
                 name = f"decode {heads.name} {num_requests} {name_of(config)}"
                 tasks[name] = compile_decode, (heads, num_requests, config), 0.03
     if "prefill" in parts:
@@ -462,7 +465,7 @@ def main() -> None:
     )
     if "decode" in parts:
         bench_decode(tables["decode"], with_flashinfer=False)
-        tables["decode"].print_all("decode: block_n, warps, stages, programs an SM")
+        tables["decode"].print_all("decode: block_n, warps, stages, programs an SM, prefetch")
     if "prefill" in parts:
         bench_prefill(tables["prefill"], with_flashinfer=False)
         tables["prefill"].print_all("prefill: block_m, block_n, warps, stages")

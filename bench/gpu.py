@@ -47,7 +47,7 @@ from rich.table import Table
 from bench.compare import WORKLOADS, number, wide_console
 from bench.cpu import ROOT, free_port, measure_idle
 from cache.pool import KVPool
-from engine.batch import Stager
+from engine.batch import Shape, Stager
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ModelError
@@ -270,8 +270,8 @@ def our_logits(folder: Path, device: torch.device, backend: str, sequences: Sequ
             samples=np.arange(len(rows), dtype=np.int32),
             epochs=np.zeros(len(rows), np.int64),
         )
-        stager.upload(stager.write(plan))
-        batch, *_ = stager.views(plan)
+        stager.upload(stager.write(plan, Shape.of(plan)))
+        batch = stager.views(Shape.of(plan), plan).batch
         logits = model.compute_logits(model(batch, pool)).float()
         for row, part in zip(rows, logits.split(q_lens.tolist()), strict=True):
             parts[row].append(part.clone())

@@ -57,7 +57,7 @@ class ForwardBatch:
 
 
 class Shape(NamedTuple):
-    """Sizes of a staged step. A captured graph's decodes are rounded up, the rest is padding."""
+    """Sizes of a staged step. A captured graph's are rounded up, the rest is padding."""
 
     num_decodes: int
     num_prefills: int
@@ -69,10 +69,6 @@ class Shape(NamedTuple):
     def of(cls, plan: Plan) -> "Shape":
         num_prefills = len(plan.rows) - plan.num_decodes
         return cls(plan.num_decodes, num_prefills, plan.num_prefill_tokens, len(plan.samples), plan.groups is not None)
-
-    @classmethod
-    def of_decodes(cls, size: int, has_groups: bool) -> "Shape":
-        return cls(size, 0, 0, size, has_groups)
 
 
 class StagedBatch(NamedTuple):
@@ -116,20 +112,27 @@ class Stager:
         input_ids[:num_decodes] = plan.input_ids[:num_decodes]
         positions[:num_decodes] = plan.seq_lens[:num_decodes] - 1
         out_cache_loc[:num_decodes] = plan.out_cache_loc[:num_decodes]
-        cu_q_lens[:] = self._arange[: len(cu_q_lens)]
-        if not plan.is_decode:  # nothing is padded then
-            q_lens = plan.q_lens[num_decodes:]
-            rows[num_decodes:] = plan.rows[num_decodes:]
-            seq_lens[num_decodes:] = plan.seq_lens[num_decodes:]
-            np.cumsum(plan.q_lens, out=cu_q_lens[1:])
-            input_ids[num_decodes:] = plan.input_ids[num_decodes:]
-            out_cache_loc[num_decodes:] = plan.out_cache_loc[num_decodes:]
-            token_rows[num_decodes:] = plan.rows[num_decodes:].repeat(q_lens)
-            offsets = plan.seq_lens[num_decodes:] - cu_q_lens[num_decodes + 1 :]
-            positions[num_decodes:] = self._arange[num_decodes : plan.num_tokens] + offsets.repeat(q_lens)
-        sample_tokens[:num_samples] = cu_q_lens[plan.samples + 1] - 1
-        sample_rows[:num_samples] = plan.rows[plan.samples]
-        sample_positions[:num_samples] = plan.seq_lens[plan.samples]
+        cu_q_lens[: shape.num_decodes + 1] = self._arange[: shape.num_decodes + 1]
+        samples = plan.samples
+        if not plan.is_decode:
+            first = shape.num_decodes  # request and token at which the prompts start
+            last_request, last_token = first + len(plan.rows) - num_decodes, first + plan.num_prefill_tokens
+            q_lens, chunk_rows = plan.q_lens[num_decodes:], plan.rows[num_decodes:]
+            rows[first:last_request] = chunk_rows
+            seq_lens[first:last_request] = plan.seq_lens[num_decodes:]
+            ends = cu_q_lens[first + 1 : last_request + 1]
+            np.cumsum(q_lens, out=ends)
+            ends += first
+            cu_q_lens[last_request + 1 :] = last_token
+            input_ids[first:last_token] = plan.input_ids[num_decodes:]
+            out_cache_loc[first:last_token] = plan.out_cache_loc[num_decodes:]
+            token_rows[first:last_token] = chunk_rows.repeat(q_lens)
+            offsets = plan.seq_lens[num_decodes:] - ends
+            positions[first:last_token] = self._arange[first:last_token] + offsets.repeat(q_lens)
+            samples = np.where(samples < num_decodes, samples, samples + (first - num_decodes))
+        sample_tokens[:num_samples] = cu_q_lens[samples + 1] - 1
+        sample_rows[:num_samples] = rows[samples]
+        sample_positions[:num_samples] = seq_lens[samples]
         if plan.groups is not None:
             prefix_lens, cu_members, members, own_starts = (host[start:stop] for start, stop in layout[10:])
             prefix_lens[: len(plan.groups.prefix_lens)] = plan.groups.prefix_lens

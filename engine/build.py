@@ -62,7 +62,10 @@ def resolve_config(config: EngineConfig) -> EngineConfig:
         is_small = is_cuda and torch.cuda.get_device_properties(device).total_memory < SMALL_CUDA_BYTES
         chunk = (SMALL_CUDA_CHUNK if is_small else CUDA_CHUNK) if is_cuda else CPU_CHUNK
     max_running = config.max_running_requests or (CUDA_ROWS if is_cuda else CPU_ROWS)
-    backend, reason = choose_backend(config.attention_backend, device)
+    try:
+        backend, reason = choose_backend(config.attention_backend, device)
+    except ValueError as error:
+        raise ModelError(str(error)) from None
     logger.info("attention: %s (%s)", backend, reason)
     return config.replace(
         device=str(device),
@@ -95,7 +98,7 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
     rows = Rows(num_rows, max_len)
     max_step_tokens = max(config.chunked_prefill_size, num_rows)
     stager = Stager(max_step_tokens + num_rows, num_rows, slot_table)
-    sampler = Sampler(rows, model_config.vocab_size, model_config.eos_token_ids, device)
+    sampler = Sampler(rows, model_config.vocab_size, model_config.eos_token_ids, device, config.sampling_backend)
 
     def new_pool(num_tokens: int) -> KVPool:
         return KVPool(
@@ -116,11 +119,14 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
     pool = new_pool(memory.max_total_num_tokens)
 
     runner = ModelRunner(model, pool, rows, sampler, stager)
+    if device.type == "cuda":
+        measure_step(runner, max_step_tokens, num_rows, max_len)  # once more: the memory it takes is then at hand
     if device.type == "cuda" and not config.disable_cuda_graph:
         assert config.cuda_graph_max_bs
         start = time.perf_counter()
-        runner.capture_graphs(config.cuda_graph_bs or default_batch_sizes(config.cuda_graph_max_bs))
-        on_progress(f"decode steps captured as CUDA graphs in {time.perf_counter() - start:.1f} s")
+        batch_sizes = config.cuda_graph_bs or default_batch_sizes(config.cuda_graph_max_bs)
+        runner.capture_graphs(batch_sizes, min(config.chunked_prefill_size, max_len))
+        on_progress(f"steps captured as CUDA graphs in {time.perf_counter() - start:.1f} s")
 
     is_eos = np.zeros(model_config.vocab_size, bool)
     is_eos[[token for token in model_config.eos_token_ids if token < model_config.vocab_size]] = True
@@ -134,6 +140,7 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
         policy=config.schedule_policy,
         conservativeness=config.schedule_conservativeness,
         max_queued=config.max_queued_requests,
+        max_queued_tokens=config.max_queued_tokens,
         seed=config.random_seed,
     )
     return Parts(config, model_config, tokenizer, rows, scheduler, runner, memory)
@@ -149,11 +156,18 @@ def _load_model(
     layers = LayerConfig(dtype=model_config.dtype, attention_backend=config.attention_backend or "torch")
     model = build_model(model_config, layers)
     load_weights(model, folder, config.load_format, device)
-    return model, sum(weight.nbytes for layer in unique_layers(model) for _, weight in layer.weights())
+    layers_of_model = unique_layers(model)
+    num_bytes = sum(weight.nbytes for layer in layers_of_model for _, weight in layer.weights())
+    for layer in layers_of_model:
+        layer.pack()
+    return model, num_bytes
 
 
 def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len: int) -> int:
-    """Peak bytes that the largest step takes on the device: a full chunk of prompts, and logits of every row."""
+    """Bytes that the largest step takes on the device: a full chunk of prompts, and logits of every row.
+
+    Counted as the allocator reserves them, fragments included; they stay reserved for the runner's stream.
+    """
     chunk = min(num_tokens, max_len)
     q_lens = np.array([chunk] * (num_tokens // chunk), np.int32)
     total = int(q_lens.sum())
@@ -167,9 +181,8 @@ def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len
         samples=np.zeros(num_samples, np.int32),
         epochs=np.zeros(len(q_lens), np.int64),
     )
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
     with torch.cuda.stream(runner.stream), torch.inference_mode():
         runner.stager.upload(runner.stager.write(plan, Shape.of(plan)))
         batch, sample_tokens, sample_rows, positions = runner.stager.views(Shape.of(plan), plan)
@@ -178,4 +191,4 @@ def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len
         work.is_greedy = False
         runner.sampler.sample(logits, work, sample_rows, positions)
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return torch.cuda.memory_reserved() - before

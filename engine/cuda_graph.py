@@ -1,7 +1,9 @@
-"""Decode steps as CUDA graphs: one graph a batch size of a ladder, smaller batches padded up to it.
+"""Steps as CUDA graphs: one a size of a ladder, smaller steps padded up to it.
 
 A graph holds everything from the staged plan to the most likely tokens; attention reads lengths and slots on the
-device, so one capture serves every step of its size. Graphs share one memory pool, the largest captured first.
+device, so one capture serves every step of its size. Decode steps have a fine ladder. Steps with a few prompt chunks
+beside them have a coarse one: launching their kernels one by one costs the host more than computing them costs the
+device, up to about `MAX_PREFILL_TOKENS`. All graphs share one memory pool, the largest captured first.
 """
 
 import bisect
@@ -13,6 +15,11 @@ import torch
 from engine.batch import Shape, StagedBatch, Stager
 from engine.plan import Plan
 
+PREFILL_TOKENS = (32, 64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 768, 1024)
+MAX_PREFILL_TOKENS = PREFILL_TOKENS[-1]
+MAX_PREFILLS = 16
+DECODES_BESIDE_PREFILL = (0, 32)
+
 
 def default_batch_sizes(largest: int) -> list[int]:
     """1, 2, 4, then steps of an eighth to a quarter: padding costs little, and so does capturing."""
@@ -20,43 +27,64 @@ def default_batch_sizes(largest: int) -> list[int]:
     return [size for size in sizes if size <= largest] or [largest]
 
 
-class DecodeGraphs:
+class StepGraphs:
     def __init__(
-        self, sizes: list[int], stager: Stager, run: Callable[[StagedBatch], tuple[torch.Tensor, torch.Tensor]]
+        self,
+        batch_sizes: list[int],
+        max_tokens: int,
+        stager: Stager,
+        run: Callable[[StagedBatch], tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
-        """run: from a staged batch to (logits [B, V], their argmax [B]); called during capture only."""
-        self.sizes = sorted(sizes)
+        """max_tokens: of a step with prompts. run: from a staged batch to (logits [S, V], their argmax [S])."""
+        self.batch_sizes = sorted(batch_sizes)
+        self.prefill_tokens = [size for size in PREFILL_TOKENS if size <= max_tokens]
         self._stager, self._run = stager, run
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, StagedBatch]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def shape_for(self, plan: Plan) -> Shape | None:
-        """Of the graph that serves `plan`, or None: it holds a prompt chunk, or more requests than any graph."""
-        num_requests = len(plan.rows)
-        if not plan.is_decode or num_requests > self.sizes[-1] or len(plan.samples) < num_requests:
+        """Of the graph that serves `plan`, or None: it is larger than any, or asks for what no graph does."""
+        num_decodes, num_samples = plan.num_decodes, len(plan.samples)
+        if plan.is_decode:
+            if num_decodes > self.batch_sizes[-1] or num_samples < num_decodes:
+                return None
+            size = self.batch_sizes[bisect.bisect_left(self.batch_sizes, num_decodes)]
+            return Shape(size, 0, 0, size, plan.groups is not None)
+        if (
+            plan.num_prefill_tokens > (self.prefill_tokens or [0])[-1]
+            or num_decodes > DECODES_BESIDE_PREFILL[-1]
+            or len(plan.rows) - num_decodes > MAX_PREFILLS
+            or not num_samples
+            or plan.prompt_logprobs
+        ):
             return None
-        size = self.sizes[bisect.bisect_left(self.sizes, num_requests)]
-        return Shape.of_decodes(size, plan.groups is not None)
+        num_tokens = self.prefill_tokens[bisect.bisect_left(self.prefill_tokens, plan.num_prefill_tokens)]
+        beside = DECODES_BESIDE_PREFILL[bisect.bisect_left(DECODES_BESIDE_PREFILL, num_decodes)]
+        return _prefill_shape(num_tokens, beside)
 
     def capture_all(self) -> None:
         """The largest first, since the smaller ones then fit into the memory it took."""
-        for size in reversed(self.sizes):
-            plan = _padding_plan(size)
-            shape = Shape.of_decodes(size, has_groups=False)
-            self._stager.upload(self._stager.write(plan, shape))
-            self._capture(shape, plan)
+        for num_tokens in reversed(self.prefill_tokens):
+            for num_decodes in reversed(DECODES_BESIDE_PREFILL):
+                self._capture_padding(_prefill_shape(num_tokens, num_decodes))
+        for size in reversed(self.batch_sizes):
+            self._capture_padding(Shape(size, 0, 0, size, False))
 
     def replay(self, shape: Shape, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, StagedBatch]:
         """(logits, their argmax, the batch) of the staged plan; overwritten by the next replay of any graph."""
         if shape not in self._graphs:
-            self._capture(shape, plan)
+            self._capture(shape, self._stager.views(shape, plan))
         graph, logits, greedy, staged = self._graphs[shape]
         graph.replay()
         return logits, greedy, staged
 
-    def _capture(self, shape: Shape, plan: Plan) -> None:
+    def _capture_padding(self, shape: Shape) -> None:
+        plan = _example_plan(shape)
+        self._stager.upload(self._stager.write(plan, shape))
+        self._capture(shape, self._stager.views(shape, plan))
+
+    def _capture(self, shape: Shape, staged: StagedBatch) -> None:
         """Capture the staged plan's shape. It is also run once, which computes what a replay will compute again."""
-        staged = self._stager.views(shape, plan)
         self._run(staged)  # compiles kernels and lets libraries allocate what they keep
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -64,6 +92,10 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             logits, greedy = self._run(staged)
         self._graphs[shape] = graph, _without_ownership(logits), _without_ownership(greedy), staged
+
+
+def _prefill_shape(num_tokens: int, num_decodes: int) -> Shape:
+    return Shape(num_decodes, MAX_PREFILLS, num_tokens, num_decodes + MAX_PREFILLS, False)
 
 
 class _Borrowed:
@@ -84,16 +116,18 @@ def _without_ownership(tensor: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(_Borrowed(tensor), device=tensor.device).view(tensor.dtype)
 
 
-def _padding_plan(size: int) -> Plan:
-    """`size` requests that all are padding: row 0, token 0, slot 0."""
-    zeros = np.zeros(size, np.int32)
+def _example_plan(shape: Shape) -> Plan:
+    """All decodes are padding: row 0, token 0, slot 0. One prompt, likewise, has all prompt tokens."""
+    num_decodes, num_prompts = shape.num_decodes, min(shape.num_prefills, 1)
+    lens = np.array([1] * num_decodes + [shape.num_prefill_tokens] * num_prompts, np.int32)
+    num_tokens = num_decodes + shape.num_prefill_tokens
     return Plan(
-        rows=zeros,
-        q_lens=zeros + 1,
-        seq_lens=zeros + 1,
-        input_ids=zeros,
-        out_cache_loc=zeros,
-        num_decodes=size,
-        samples=np.arange(size, dtype=np.int32),
-        epochs=np.zeros(size, np.int64),
+        rows=np.zeros(num_decodes + num_prompts, np.int32),
+        q_lens=lens,
+        seq_lens=lens,
+        input_ids=np.zeros(num_tokens, np.int32),
+        out_cache_loc=np.zeros(num_tokens, np.int32),
+        num_decodes=num_decodes,
+        samples=np.arange(num_decodes + num_prompts, dtype=np.int32),
+        epochs=np.zeros(num_decodes + num_prompts, np.int64),
     )

@@ -7,17 +7,21 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cache.radix import Prefix
 from engine.build import Parts, build
 from engine.config import EngineConfig
-from engine.errors import EngineStopped, InvalidRequest, PromptTooLong
+from engine.errors import EngineStopped, InvalidRequest, PromptTooLong, QueueFull
+from engine.fairness import DrainRate
 from engine.loop import LoopStats, StepLoop
 from engine.memory import MemoryBudget
 from engine.model_config import ModelConfig
 from engine.output import OutputProcessor
+from engine.profiler import Profiler
 from engine.request import Delta, FinishReason, Logprobs, Request, Status
 from engine.scheduler import SchedulerStats
 from engine.tokenizer import Tokenizer
@@ -45,6 +49,10 @@ class EngineStats:
     loop: LoopStats
     num_requests: int
     num_aborted: int
+    num_refused: int
+    """For a full queue."""
+    drain_tokens_per_s: float
+    """Tokens computed for requests that ended, by working second."""
 
 
 class Engine:
@@ -59,7 +67,9 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._is_stopping = False
         self._drained = asyncio.Event()
-        self._num_requests = self._num_aborted = 0
+        self._profiler: Profiler | None = None
+        self._num_requests = self._num_aborted = self._num_refused = 0
+        self._drain = DrainRate()
 
     async def __aenter__(self) -> "Engine":
         await self.start()
@@ -79,6 +89,7 @@ class Engine:
             self._output,
             is_overlapped=not self.config.disable_overlap_schedule,
             max_step_ms=self.config.max_step_ms,
+            chunked_prefill_size=parts.scheduler.chunked_prefill_size,
             decode_log_interval=self.config.decode_log_interval,
         )
         self._task = asyncio.create_task(self._loop.run(), name="step-loop")
@@ -155,7 +166,7 @@ class Engine:
             raise EngineStopped("the server is shutting down" if self._is_stopping else "the engine is not running")
         self._verify(request)
         request.text_stream = self.tokenizer.text_stream(request.sampling_params, request.input_ids)
-        self.parts.scheduler.submit(request)
+        self._queue(request)
         self._requests[request.rid] = request
         self._num_requests += 1
         if request.logprob_start_len >= 0:  # nothing predicts the first
@@ -164,9 +175,21 @@ class Engine:
         assert self._loop is not None
         self._loop.wake()
 
+    def _queue(self, request: Request) -> None:
+        now, scheduler = time.perf_counter(), self.parts.scheduler
+        try:
+            scheduler.submit(request)
+        except QueueFull as full:
+            self._num_refused += 1
+            full.retry_after_s = self._drain.seconds_for(scheduler.shares.num_waiting_work, now)
+            raise
+        self._drain.busy(now)
+
     def _pass_on(self, sink: Callable[[Delta], None], delta: Delta) -> None:
         if delta.finish_reason is not None:
             self._requests.pop(delta.request.rid, None)
+            num_served = self.parts.scheduler.shares.num_served_tokens
+            self._drain.observe(time.perf_counter(), num_served, is_idle=not self._requests)
             if self._is_stopping and not self._requests:
                 self._drained.set()
         sink(delta)
@@ -239,6 +262,21 @@ class Engine:
 
     # ---- how it is ----
 
+    def start_profile(self, output_dir: str) -> None:
+        """Record what host and device do, until `stop_profile`. `InvalidRequest` if that is going on already."""
+        if self._profiler is not None:
+            raise InvalidRequest("a profile is being recorded")
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        self._profiler = Profiler(output_dir)
+
+    async def stop_profile(self) -> str:
+        """Write the recording as a Chrome trace and return its path. `InvalidRequest` if there is none."""
+        if self._profiler is None:
+            raise InvalidRequest("no profile is being recorded")
+        profiler, self._profiler = self._profiler, None
+        profiler.stop()
+        return await asyncio.to_thread(profiler.write)
+
     def health(self) -> Health:
         if self._loop is None or self._parts is None:
             return Health("starting", 0.0, 0.0, 0, 0)
@@ -258,7 +296,14 @@ class Engine:
 
     def stats(self) -> EngineStats:
         assert self._loop is not None
-        return EngineStats(self.parts.scheduler.stats(), self._loop.stats, self._num_requests, self._num_aborted)
+        return EngineStats(
+            self.parts.scheduler.stats(), self._loop.stats, self._num_requests, self._num_aborted, self._num_refused,
+            self._drain.tokens_per_s,
+        )  # fmt: skip
+
+    def top_prefixes(self, k: int) -> list[Prefix]:
+        """The k cached prefixes that were found most often, in full."""
+        return self.parts.scheduler.cache.top_prefixes(k, head_len=1 << 20)
 
     def _on_loop_end(self, task: asyncio.Task[None]) -> None:
         if task.cancelled():

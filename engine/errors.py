@@ -29,7 +29,7 @@ class PromptTooLong(InvalidRequest):
 class QueueFull(EngineError):
     status_code = 429
 
-    def __init__(self, message: str, retry_after_s: float) -> None:
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
 

@@ -19,7 +19,7 @@ from engine.scheduler import Outcome, Scheduler
 
 logger = logging.getLogger(__name__)
 
-MIN_PREFILL_BUDGET = 16  # prompt tokens a step, however tight its time: a prompt must not starve
+MIN_PREFILL_SHARE = 1 / 16  # of the longest chunk, in every step, however tight its time: a prompt must not starve
 HOST_LEAD_S = 0.0025  # a step is decided this long before the one before it ends: time to decide and enqueue it
 MIN_SLEEP_S = 0.001  # uvloop's timers count milliseconds
 
@@ -34,6 +34,8 @@ class LoopStats:
     launch_s: float = 0.0
     resolve_s: float = 0.0
     deliver_s: float = 0.0
+    device_idle_s: float = 0.0
+    """Device seconds between the end of a step and the start of the next, where the next was there to be started."""
     last_step_at: float = 0.0
     """time.perf_counter() when a step last resolved."""
 
@@ -47,6 +49,7 @@ class StepLoop:
         *,
         is_overlapped: bool = True,
         max_step_ms: float | None = None,
+        chunked_prefill_size: int = 8192,
         decode_log_interval: int = 40,
     ) -> None:
         self.scheduler, self.runner, self.output = scheduler, runner, output
@@ -54,7 +57,7 @@ class StepLoop:
         self._depth = 2 if is_overlapped else 1
         self._work = asyncio.Event()
         self._in_flight: deque[Step] = deque()
-        self._pace = StepPace(max_step_ms)
+        self._pace = StepPace(max_step_ms, chunked_prefill_size)
         self._log = BatchLog(scheduler, decode_log_interval)
 
     def wake(self) -> None:
@@ -82,6 +85,8 @@ class StepLoop:
             if plan is not None:
                 for request in plan.admitted:
                     request.times.scheduled = start
+                if self._in_flight:
+                    self.output.follow(has_run_dry=self._in_flight[-1].done.done())
                 self._in_flight.append(self.runner.launch(plan))
                 self._log.on_launch(plan)
                 stats.launch_s += clock() - scheduled
@@ -136,6 +141,7 @@ class StepLoop:
         stats = self.stats
         stats.num_steps += 1
         stats.num_generated_tokens += outcome.num_tokens
+        stats.device_idle_s += self.runner.idle_before(step)
         stats.last_step_at = time.perf_counter()
         stats.resolve_s += stats.last_step_at - start
         return step, outcome
@@ -159,34 +165,40 @@ class StepLoop:
 class StepPace:
     """Cuts prompt chunks so that steps keep to a time budget while answers stream.
 
-    A decode step and a prompt token each have a running mean of what they cost; both follow the load.
+    What a decode step costs, and what a prompt token adds, are running means that follow the load.
     """
 
-    def __init__(self, max_step_ms: float | None) -> None:
+    def __init__(self, max_step_ms: float | None, chunked_prefill_size: int) -> None:
         self.max_step_s = None if max_step_ms is None else max_step_ms / 1e3
+        self.min_budget = max(int(chunked_prefill_size * MIN_PREFILL_SHARE), 1)
         self.decode_s = 0.0
         self.prefill_token_s = 0.0
         self._last_resolved_at = 0.0
 
     def prefill_budget(self, num_streams: int) -> int | None:
+        """Prompt tokens for the next step; None if nobody would notice a long one."""
         if self.max_step_s is None or not num_streams or not self.prefill_token_s:
             return None
-        return max(MIN_PREFILL_BUDGET, int((self.max_step_s - self.decode_s) / self.prefill_token_s))
+        return max(self.min_budget, int((self.max_step_s - self.decode_s) / self.prefill_token_s))
 
     def observe(self, plan: Plan, launched_at: float, resolved_at: float) -> None:
         """A step runs from its launch, or from the end of the step before it."""
         step_s = resolved_at - max(self._last_resolved_at, launched_at)
         self._last_resolved_at = resolved_at
         if plan.is_decode:
-            self.decode_s += 0.2 * (step_s - self.decode_s)
-        elif plan.num_prefill_tokens >= MIN_PREFILL_BUDGET:
+            self.decode_s = _follow(self.decode_s, step_s)
+        elif plan.num_prefill_tokens >= self.min_budget:  # a shorter one's time is not its tokens'
             token_s = max(step_s - self.decode_s, 0.0) / plan.num_prefill_tokens
-            weight = 0.3 if self.prefill_token_s else 1.0
-            self.prefill_token_s += weight * (token_s - self.prefill_token_s)
+            self.prefill_token_s = _follow(self.prefill_token_s, token_s)
 
     def predict_s(self, plan: Plan) -> float:
         """How long `plan` will take, rather too short than too long."""
         return 0.9 * (self.decode_s + plan.num_prefill_tokens * self.prefill_token_s)
+
+
+def _follow(mean: float, value: float) -> float:
+    """A running mean that takes a hiccup, such as a kernel's compilation, for no more than twice what is usual."""
+    return mean + 0.2 * (min(value, 2 * mean) - mean) if mean else value
 
 
 class BatchLog:

@@ -12,7 +12,7 @@ import torch
 
 from cache.pool import KVPool
 from engine.batch import ForwardBatch, Shape, StagedBatch, Stager
-from engine.cuda_graph import DecodeGraphs
+from engine.cuda_graph import StepGraphs
 from engine.models import CausalLM
 from engine.plan import Plan
 from engine.request import Logprobs, Request
@@ -22,6 +22,7 @@ from kernels.bookkeeping import begin_step, end_step
 from kernels.sampling import argmax, logprobs
 
 PROMPT_LOGPROB_ROWS = 256  # logits rows at a time: 256 x 152k bf16 is 78 MB, whatever the prompt's length
+MAX_IDLE_S = 0.1
 
 
 @dataclass(slots=True)
@@ -55,6 +56,7 @@ class Step:
     graph_shape: Shape | None
     launched_at: float  # time.perf_counter()
     done: Future[None] = field(default_factory=Future)
+    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # around its work on the device
     tokens: torch.Tensor | None = None  # int32 [S], host
     sampled_logprobs: SampledLogprobs | None = None
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
@@ -73,15 +75,16 @@ class ModelRunner:
     ) -> None:
         self.model, self.kv, self.rows = model, kv, rows
         self.sampler, self.stager = sampler, stager
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         self.device = stager.device
         self._is_cuda = self.device.type == "cuda"
+        self._last_events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         # CUDA: waits for events, so that the loop need not. CPU: computes the steps, in order.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="step")
         self.stream = torch.cuda.Stream() if self._is_cuda else None
 
-    def capture_graphs(self, batch_sizes: list[int]) -> None:
-        graphs = DecodeGraphs(batch_sizes, self.stager, self.run_decode)
+    def capture_graphs(self, batch_sizes: list[int], max_tokens: int) -> None:
+        graphs = StepGraphs(batch_sizes, max_tokens, self.stager, self.run_greedy)
         with torch.cuda.stream(self.stream), torch.inference_mode():
             graphs.capture_all()
         self.graphs = graphs
@@ -103,16 +106,29 @@ class ModelRunner:
         if self.stream is None:
             step.done = self._worker.submit(self._run, step)
             return step
+        begin, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
         try:
             with torch.cuda.stream(self.stream):
+                begin.record(self.stream)
                 self._run(step)
-                event = torch.cuda.Event(blocking=True)
-                event.record(self.stream)
+                end.record(self.stream)
         except RuntimeError as error:  # out of memory, a kernel that cannot be launched: this step's failure alone
             step.done.set_exception(error)
         else:
-            step.done = self._worker.submit(event.synchronize)
+            step.events = begin, end
+            step.done = self._worker.submit(end.synchronize)
         return step
+
+    def idle_before(self, step: Step) -> float:
+        """Seconds that the device waited between the step resolved before and this one, also resolved.
+
+        0 on a CPU, and after a pause: without work the device may rest.
+        """
+        before, self._last_events = self._last_events, step.events
+        if before is None or step.events is None:
+            return 0.0
+        idle_s = before[1].elapsed_time(step.events[0]) / 1e3
+        return idle_s if idle_s < MAX_IDLE_S else 0.0
 
     @torch.inference_mode()
     def _run(self, step: Step) -> None:
@@ -150,11 +166,13 @@ class ModelRunner:
                 None if sampled_logprobs.ids_values is None else self._to_host(sampled_logprobs.ids_values),
             )
 
-    def run_decode(self, staged: StagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """A whole decode step up to its most likely tokens, which become the next step's input: what graphs hold."""
-        logits = self.model.compute_logits(self.forward(staged.batch))
+    def run_greedy(self, staged: StagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """A whole step up to its most likely tokens, which become the next step's input: what graphs hold."""
+        hidden = self.forward(staged.batch)
+        is_decode = len(staged.sample_rows) == len(hidden)
+        logits = self.model.compute_logits(hidden if is_decode else hidden[staged.sample_tokens])
         greedy = argmax(logits)
-        end_step(greedy, staged.batch.rows, self.sampler.last_tokens)
+        end_step(greedy, staged.sample_rows, self.sampler.last_tokens)
         return logits, greedy
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:

@@ -7,14 +7,26 @@ from engine.model_runner import PromptLogprobs, Step, token_logprobs
 from engine.request import Delta, FinishReason, Logprobs, Request, Status
 from engine.scheduler import Outcome, Scheduler
 
+MAX_MERGED_TOKENS = 4
+
 
 class OutputProcessor:
     def __init__(self, scheduler: Scheduler, stream_interval: int = 1) -> None:
         self.scheduler, self.stream_interval = scheduler, stream_interval
+        self.num_merged = 1  # tokens of a stream that go out together
+
+    def follow(self, has_run_dry: bool) -> None:
+        """Write fewer, longer pieces while the device waits for the host; each token by itself when it does not."""
+        if has_run_dry:
+            self.num_merged = min(self.num_merged + 1, MAX_MERGED_TOKENS)
+        elif self.num_merged > 1:
+            self.num_merged -= 1
 
     def deliver(self, step: Step, outcome: Outcome) -> None:
         """Give every sink what this step brought. Ends requests whose text has reached a stop string."""
         now = time.perf_counter()
+        for request in step.plan.answering:
+            request.times.first_token = request.times.first_token or now
         for values in step.prompt_logprobs:
             self._add_prompt_logprobs(values)
         sampled_index = {}
@@ -24,8 +36,6 @@ class OutputProcessor:
             unsent = request.unsent
             if unsent is None:
                 unsent = request.unsent = Delta(request, "", [])
-                if not request.times.first_token:
-                    request.times.first_token = now
             unsent.token_ids.append(token)
             if sample in sampled_index:
                 assert step.sampled_logprobs is not None
@@ -86,7 +96,7 @@ class OutputProcessor:
     def _is_due(self, delta: Delta) -> bool:
         if not delta.text and delta.logprobs is None:
             return False  # half a character, or the head of what may become a stop string
-        return len(delta.token_ids) >= self.stream_interval
+        return len(delta.token_ids) >= max(self.stream_interval, self.num_merged)
 
     def _add_prompt_logprobs(self, values: PromptLogprobs) -> None:
         request, collected = values.request, values.request.input_logprobs

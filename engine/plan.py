@@ -33,6 +33,7 @@ class Plan:
     prompt_logprobs: list[tuple[int, Request, int]] = field(default_factory=list)  # (b, request, first position)
     prefill_only: list[tuple[int, Request]] = field(default_factory=list)  # (b, request) that end with this step
     admitted: list[Request] = field(default_factory=list)  # that run for the first time
+    answering: list[Request] = field(default_factory=list)  # whose prompt ends with this step
     groups: Groups | None = None
 
     @property

@@ -219,6 +219,8 @@ class Request:
     token_ids_logprob: list[int] = field(default_factory=list)
     priority: int = 0  # larger runs first
     extra_key: str = ""  # requests share cached prefixes only within one key
+    client: str = ""  # clients that wait take turns
+    weight: float = 1.0  # its client's share of the server, beside other clients' weights
 
     status: Status = Status.WAITING
     row: int = -1
@@ -226,6 +228,7 @@ class Request:
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0  # of the prompt, found in the cache when first admitted
     num_retractions: int = 0
+    charged_tokens: float = 0.0  # to its client, while it runs
     input_logprobs: Logprobs | None = None  # of the prompt from logprob_start_len on, complete at the first delta
     prompt_ids: np.ndarray | None = None  # input_ids as int32, once checked
     text_stream: Any = None  # engine.detokenizer.TextStream, made when submitted; None again if it failed

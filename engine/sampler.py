@@ -47,7 +47,11 @@ class SampledLogprobs:
 
 
 class Sampler:
-    def __init__(self, rows: Rows, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self, rows: Rows, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device, backend: str | None
+    ) -> None:
+        """backend: "pytorch" draws with torch's own operations also on a GPU."""
+        self._draw = sampling.sample_torch if backend == "pytorch" else sampling.sample
         size = rows.num_rows + 1
         self.rows, self.vocab_size, self.eos_token_ids, self.device = rows, vocab_size, eos_token_ids, device
         self.last_tokens = torch.zeros(size, dtype=torch.int32, device=device)
@@ -139,7 +143,7 @@ class Sampler:
             tokens = sampling.argmax(logits)
         else:
             temperature, top_p, min_p = (self._floats[i, rows] for i in range(3))
-            tokens = sampling.sample(logits, temperature, self._top_k[rows], top_p, min_p, self._seed[rows], positions)
+            tokens = self._draw(logits, temperature, self._top_k[rows], top_p, min_p, self._seed[rows], positions)
         end_step(tokens, rows, self.last_tokens)
         if work.penalized is not None:
             assert self._counts is not None

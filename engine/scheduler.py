@@ -18,7 +18,8 @@ import numpy as np
 
 from cache.allocator import PageAllocator
 from cache.radix import NoCache, Node, RadixCache
-from engine.errors import PromptTooLong, QueueFull
+from engine.errors import PromptTooLong
+from engine.fairness import FairShares
 from engine.plan import Groups, Plan
 from engine.request import FinishReason, Request, Status
 from engine.rows import Rows
@@ -44,6 +45,8 @@ class Outcome:
 class SchedulerStats:
     num_running: int
     num_waiting: int
+    num_waiting_tokens: int
+    """Prompt tokens of those that wait."""
     num_total_tokens: int
     """KV slots of the pool."""
     num_free_tokens: int
@@ -83,6 +86,7 @@ class Scheduler:
         policy: str = "lpm",
         conservativeness: float = 1.0,
         max_queued: int | None = None,
+        max_queued_tokens: int | None = None,
         seed: int = 0,
     ) -> None:
         self.rows, self.allocator, self.cache = rows, allocator, cache
@@ -90,7 +94,8 @@ class Scheduler:
         self._is_cached = not isinstance(cache, NoCache)
         self.page_size = allocator.page_size
         self.chunked_prefill_size = max(chunked_prefill_size, self.page_size)
-        self.policy, self.max_queued = policy, max_queued
+        self.policy = policy
+        self.shares = FairShares(max_queued, max_queued_tokens)
         self.waiting: deque[Request] = deque()
         self.prefilling: list[Request] = []  # admitted, prompt not wholly scheduled
         self.nodes: dict[int, Node] = {}  # row -> the tree node it locks
@@ -99,7 +104,7 @@ class Scheduler:
         self._decoding = np.empty(0, np.int32)  # rows past their prompt, oldest first
         self._grouped_rows = np.empty(0, np.int32)
         self._groups: Groups | None = None  # of exactly those rows
-        self._is_sorted = True
+        self._is_sorted = self._is_fair = True
         self._random = random.Random(seed)
         self._base_ratio = min(0.7 * conservativeness, 1.0)
         self._min_ratio = 0.14 * self._base_ratio
@@ -120,8 +125,8 @@ class Scheduler:
                 f"prompt has {request.prompt_len} tokens and max_new_tokens is {params.max_new_tokens}, "
                 f"the limit for both together is {room + request.prompt_len}"
             )
-        if self.max_queued is not None and len(self.waiting) >= self.max_queued:
-            raise QueueFull(f"{len(self.waiting)} requests are waiting, the limit is {self.max_queued}", 1.0)
+        self.shares.check(request)
+        self.shares.enter(request)
         request.status = Status.WAITING
         self.waiting.append(request)
         self._is_sorted = False
@@ -132,8 +137,11 @@ class Scheduler:
             self._release(request, keep=reason.type != "abort")
         elif request.status is Status.WAITING:
             self.waiting.remove(request)
+            self.shares.leave(request)
         request.status = Status.FINISHED
         request.finish_reason = reason
+        self.shares.settle(request)
+        self._is_fair = False  # what it really took may change whose turn it is
 
     def flush(self) -> bool:
         """Empty the cache. False, and nothing done, while anything runs or waits."""
@@ -234,6 +242,7 @@ class Scheduler:
             if chunk.stop == rows.num_tokens[row]:
                 if chunk.stop < rows.max_tokens[row]:
                     samples.append(b)
+                    plan.answering.append(request)
                 else:
                     plan.prefill_only.append((b, request))
             if chunk.prefix_stop > chunk.prefix_start:
@@ -305,6 +314,7 @@ class Scheduler:
         if not request.num_retractions:
             self.num_prompt_tokens += request.prompt_len
         self.prefilling.append(request)
+        self.shares.admit(request, len(match.slots))
         return True
 
     def _next_chunk(self, request: Request, budget: int) -> _Chunk | None:
@@ -384,22 +394,27 @@ class Scheduler:
 
     def _sort_waiting(self) -> None:
         """Anew when requests have come: a tree that grows in between is worth less than matching the queue again."""
-        if self._is_sorted:
+        if self._is_sorted and (self._is_fair or not self.shares.is_contested):
             return
-        self._is_sorted = True
+        waiting = list(self.waiting) if self._is_sorted else self._by_policy()
+        self._is_sorted = self._is_fair = True
+        waiting = self.shares.order(waiting)
+        # A retracted request was promised its place: it comes before those that never ran.
+        waiting.sort(key=lambda r: r.num_retractions == 0)
+        self.waiting = deque(waiting)
+
+    def _by_policy(self) -> list[Request]:
         policy = self.policy if len(self.waiting) <= MAX_SORTED_QUEUE else "fcfs"
-        waiting = sorted(self.waiting, key=lambda r: (-r.priority, r.times.arrived))
+        waiting = sorted(self.waiting, key=lambda r: r.times.arrived)
         if policy == "random":
             self._random.shuffle(waiting)
         elif policy == "lpm":
-            waiting.sort(key=lambda r: (-r.priority, -self.cache.match_len(r.all_token_ids(), r.extra_key)))
+            waiting.sort(key=lambda r: -self.cache.match_len(r.all_token_ids(), r.extra_key))
         elif policy == "dfs-weight":
             waiting = _depth_first(
                 waiting, {id(r): self.cache.match(r.all_token_ids(), r.extra_key).node for r in waiting}
             )
-        # A retracted request was promised its place: it comes before those that never ran.
-        waiting.sort(key=lambda r: r.num_retractions == 0)
-        self.waiting = deque(waiting)
+        return waiting
 
     # ---- leaving ----
 
@@ -410,6 +425,7 @@ class Scheduler:
         request.num_retractions += 1
         self.num_retractions += 1
         self.waiting.appendleft(request)
+        self.shares.enter(request)
         self._is_sorted = False
         live = self._decoding
         if len(live):  # what ran so far says how long answers get; be that careful, and a little more
@@ -459,32 +475,34 @@ class Scheduler:
         rows.num_known[sampled] = places + 1
         outcome.num_tokens = len(sampled)
 
-        failed = tokens < 0
-        stops = self.is_eos[tokens] & ~rows.ignore_eos[sampled]
-        ends = failed | stops | (places + 1 >= rows.max_tokens[sampled])
-        noted = ends | rows.wants_tokens[sampled] | rows.has_stop_ids[sampled]
-        for i in np.flatnonzero(noted).tolist():
-            request = rows.requests[sampled[i]]
-            assert request is not None
-            token = int(tokens[i])
-            reason = None
-            if failed[i]:
+        ends = (tokens < 0) | (places + 1 >= rows.max_tokens[sampled])
+        ends |= self.is_eos[tokens] & ~rows.ignore_eos[sampled]
+        for i in np.flatnonzero(rows.has_stop_ids[sampled]).tolist():
+            ends[i] |= tokens[i] in _request_of(rows, sampled[i]).sampling_params.stop_token_ids
+
+        wanted = np.flatnonzero(rows.wants_tokens[sampled] & (tokens >= 0))
+        requests = [_request_of(rows, row) for row in sampled[wanted].tolist()]
+        outcome.tokens = list(zip(requests, tokens[wanted].tolist(), index[wanted].tolist(), strict=True))
+        for i in np.flatnonzero(ends).tolist():
+            request, token = _request_of(rows, sampled[i]), int(tokens[i])
+            if token < 0:
                 rows.num_known[sampled[i]] -= 1
                 reason = FinishReason("abort", message="the model's output is not finite (NaN or inf)", status_code=500)
-            elif stops[i] or (rows.has_stop_ids[sampled[i]] and token in request.sampling_params.stop_token_ids):
+            elif self._is_stop(request, token):
                 reason = FinishReason("stop", matched=token)
-            elif ends[i]:
+            else:
                 reason = FinishReason("length")
-            if rows.wants_tokens[sampled[i]] and not failed[i]:
-                outcome.tokens.append((request, token, int(index[i])))
-            if reason is not None:
-                self.finish(request, reason)
-                outcome.finished.append(request)
+            self.finish(request, reason)
+            outcome.finished.append(request)
         for b, request in plan.prefill_only:
             if request.status is Status.RUNNING and rows.epoch[request.row] == plan.epochs[b]:
                 self.finish(request, FinishReason("length"))
                 outcome.finished.append(request)
         return outcome
+
+    def _is_stop(self, request: Request, token: int) -> bool:
+        params = request.sampling_params
+        return (self.is_eos[token] and not params.ignore_eos) or token in params.stop_token_ids
 
     def fail(self, plan: Plan, reason: FinishReason) -> list[Request]:
         """End the requests of a step that raised; everything else that runs is computed anew. Returns the ended."""
@@ -531,6 +549,7 @@ class Scheduler:
         return SchedulerStats(
             num_running=len(self.nodes),
             num_waiting=len(self.waiting),
+            num_waiting_tokens=self.shares.num_waiting_tokens,
             num_total_tokens=self.allocator.num_total,
             num_free_tokens=free,
             num_cached_tokens=cached,
@@ -540,6 +559,12 @@ class Scheduler:
             num_hit_tokens=self.num_hit_tokens,
             new_token_ratio=self.new_token_ratio,
         )
+
+
+def _request_of(rows: Rows, row: int) -> Request:
+    request = rows.requests[row]
+    assert request is not None
+    return request
 
 
 def _depth_first(waiting: list[Request], node_of: dict[int, Node]) -> list[Request]:

@@ -4,7 +4,9 @@ softmax(scale q k^T) v, where the q_len tokens of a request are its last ones an
 it. Token j of request i lies in slot slot_table[rows[i], j] of k_cache and v_cache.
 """
 
+import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -106,16 +108,14 @@ def choose_backend(requested: str | None, device: torch.device) -> tuple[str, st
         return "torch", "as asked" if requested else f"the one for {device.type}"
     if device.type != "cuda":
         raise ValueError(f"attention backend {requested!r} needs a CUDA device, and this is {device.type!r}")
-    if requested == "triton":
-        return "triton", "as asked"
-    from kernels.flashinfer_attention import is_available
-
-    available, reason = is_available()
-    if available:
-        return "flashinfer", reason
     if requested == "flashinfer":
-        raise ValueError(f"attention backend 'flashinfer' cannot run: {reason}")
-    return "triton", reason
+        from kernels.flashinfer_attention import is_available
+
+        available, reason = is_available()
+        if not available:
+            raise ValueError(f"attention backend 'flashinfer' cannot run: {reason}")
+        return "flashinfer", "as asked"
+    return "triton", "as asked" if requested else "compiles in seconds, any GPU"
 
 
 def attention_torch(
@@ -130,16 +130,53 @@ def attention_torch(
 ) -> torch.Tensor:
     """The definition of `attention`. Sizes come from the host's lengths, so it cannot be captured."""
     out = torch.empty_like(q)
-    num_decodes = batch.num_decodes
-    lens = batch.seq_lens_host
-    first_seen = np.maximum(lens - window, 0) if window >= 0 else np.zeros_like(lens)  # by a request's last token
-    for members in _similar_lengths(lens[:num_decodes] - first_seen[:num_decodes]):
-        _decode(q, k_cache, v_cache, batch, members, lens[members], first_seen[members], scale, softcap, out)
-    end = num_decodes
-    for i in range(num_decodes, len(lens)):
+    for members in _decode_sets(_SameBatch(batch), window):
+        _decode(q, k_cache, v_cache, members, scale, softcap, out)
+    end = batch.num_decodes
+    for i in range(end, len(batch.seq_lens_host)):
         start, end = end, end + int(batch.q_lens_host[i])
         _prefill(q, k_cache, v_cache, batch, i, start, end, scale, window, softcap, out)
     return out
+
+
+class _SameBatch:
+    """A batch as a key: equal to itself only. Each step brings its own, and all layers of a step the same."""
+
+    def __init__(self, batch: AttentionBatch) -> None:
+        self.batch = batch
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _SameBatch) and self.batch is other.batch
+
+    def __hash__(self) -> int:
+        return id(self.batch)
+
+
+@dataclass(slots=True)
+class _DecodeSet:
+    """Single tokens of N requests, whose keys and values are gathered together, L slots each."""
+
+    index: torch.Tensor | slice  # of the requests, in the batch and in q
+    slots: torch.Tensor  # int32 [N * L]
+    mask: torch.Tensor | None  # bool [N, 1, 1, L], if some have fewer than L
+
+
+@functools.lru_cache(maxsize=2)  # layers with a window and layers without; made anew for each step
+def _decode_sets(key: _SameBatch, window: int) -> list[_DecodeSet]:
+    batch = key.batch
+    all_lens = batch.seq_lens_host[: batch.num_decodes]
+    all_firsts = np.maximum(all_lens - window, 0) if window >= 0 else np.zeros_like(all_lens)
+    sets = []
+    for members in _similar_lengths(all_lens - all_firsts):
+        lens, firsts = all_lens[members, None], all_firsts[members, None]
+        longest = int((lens - firsts).max())
+        tokens = torch.from_numpy(np.minimum(firsts + np.arange(longest), lens - 1)).to(batch.slot_table.device)
+        is_token = np.arange(longest) < lens - firsts
+        mask = None if is_token.all() else torch.from_numpy(is_token)[:, None, None].to(tokens.device)
+        is_all = len(members) == batch.num_decodes
+        index = slice(0, len(members)) if is_all else torch.from_numpy(members).to(tokens.device)
+        sets.append(_DecodeSet(index, batch.slot_table[batch.rows[index][:, None], tokens].flatten(), mask))
+    return sets
 
 
 def _similar_lengths(lens: np.ndarray) -> Iterator[np.ndarray]:
@@ -159,40 +196,20 @@ def _decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    batch: AttentionBatch,
-    members: np.ndarray,
-    lens: np.ndarray,
-    first_seen: np.ndarray,
+    members: _DecodeSet,
     scale: float,
     softcap: float,
     out: torch.Tensor,
 ) -> None:
-    """The single tokens of `members`, whose heads of one KV head take the place of a sequence's queries."""
-    num_heads, head_dim = q.shape[1:]
-    num_kv_heads, n = k_cache.shape[1], len(members)
-    num_seen = lens - first_seen
-    longest = int(num_seen.max())
-    is_ragged = int(num_seen.min()) < longest
-    is_all = n == batch.num_decodes
-    index = torch.from_numpy(members).to(q.device)
-    rows = batch.rows[:n] if is_all else batch.rows[index]
-    if not is_ragged and not first_seen.any():
-        slots = batch.slot_table[:, :longest].index_select(0, rows)
-    else:
-        tokens = np.minimum(first_seen[:, None] + np.arange(longest), lens[:, None] - 1)
-        slots = batch.slot_table[rows[:, None], torch.from_numpy(tokens).to(q.device)]
-    k = _gather(k_cache, slots.flatten(), q.dtype).view(n, longest, num_kv_heads, head_dim).transpose(1, 2)
-    v = _gather(v_cache, slots.flatten(), q.dtype).view(n, longest, num_kv_heads, head_dim).transpose(1, 2)
-    mask = None
-    if is_ragged:
-        mask = torch.from_numpy(np.arange(longest) < num_seen[:, None])[:, None, None].to(q.device)
-    queries = q[:n] if is_all else q[index]
+    """The heads of one KV head take the place of a sequence's queries, so nothing is repeated for them."""
+    queries = q[members.index]
+    n, num_heads, head_dim = queries.shape
+    num_kv_heads = k_cache.shape[1]
+    k = _gather(k_cache, members.slots, q.dtype).view(n, -1, num_kv_heads, head_dim).transpose(1, 2)
+    v = _gather(v_cache, members.slots, q.dtype).view(n, -1, num_kv_heads, head_dim).transpose(1, 2)
     queries = queries.reshape(n, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    result = _sdpa(queries, k, v, mask, False, scale, softcap).reshape(n, num_heads, head_dim)
-    if is_all:
-        out[:n] = result
-    else:
-        out[index] = result
+    result = _sdpa(queries, k, v, members.mask, False, scale, softcap)
+    out[members.index] = result.reshape(n, num_heads, head_dim)
 
 
 def _prefill(

@@ -1,6 +1,6 @@
 """Products with a weight matrix, with what comes before (RMS norm) and after (activation, residual) fused in.
 
-A few tokens on a GPU take `triton_gemm`, more of them cuBLAS, a CPU torch.
+A few tokens on a GPU take `triton_gemm`, more of them cuBLAS; a CPU takes torch, or oneDNN if the weight is packed.
 """
 
 import torch
@@ -11,12 +11,26 @@ from kernels.elementwise import act_and_mul, rms_norm
 GEMV_MAX_TOKENS = 4
 
 
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """Weight [N, K] laid out as its device multiplies fastest: itself, or a copy that only this file can read."""
+    if weight.is_cpu and torch.backends.mkldnn.is_available():
+        from kernels.onednn_gemm import can_pack, pack_onednn
+
+        if can_pack(weight):
+            return pack_onednn(weight)
+    return weight
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight.T + bias; x [T, K], weight [N, K] -> [T, N]."""
     if _is_gemv(x, weight):
         from kernels.triton_gemm import gemv  # here: a machine without a GPU need not have triton
 
         return gemv(x, weight, bias)
+    if weight.is_mkldnn:
+        from kernels.onednn_gemm import linear_onednn
+
+        return linear_onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -28,7 +42,7 @@ def norm_linear(
         from kernels.triton_gemm import gemv
 
         return gemv(h, weight, bias, norm_weight=norm_weight, eps=eps)
-    return F.linear(rms_norm(h, norm_weight, eps), weight, bias)
+    return linear(rms_norm(h, norm_weight, eps), weight, bias)
 
 
 def norm_linear_act(
@@ -44,19 +58,23 @@ def norm_linear_act(
         from kernels.triton_gemm import gemv
 
         return gemv(h, weight, bias, norm_weight=norm_weight, eps=eps, act=act)
-    return act_and_mul(F.linear(rms_norm(h, norm_weight, eps), weight, bias), act)
+    return act_and_mul(linear(rms_norm(h, norm_weight, eps), weight, bias), act)
 
 
 def linear_add(
     x: torch.Tensor, weight: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """h += x @ weight.T + bias, in place, and h is returned; x [T, K], weight [N, K], h [T, N]."""
+    """h + x @ weight.T + bias, which may be written into h; x [T, K], weight [N, K], h [T, N]."""
     if _is_gemv(x, weight) and h.is_contiguous():
         from kernels.triton_gemm import gemv
 
         return gemv(x, weight, bias, residual=h)
     if x.is_cuda and bias is None:
         return h.addmm_(x, weight.t())
+    if weight.is_mkldnn:
+        from kernels.onednn_gemm import linear_add_onednn
+
+        return linear_add_onednn(x, weight, h, bias)
     return h.add_(F.linear(x, weight, bias))
 
 

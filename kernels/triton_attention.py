@@ -24,6 +24,7 @@ class DecodeConfig(NamedTuple):
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    has_prefetch: bool = False  # bring a program's first tile to the L2 cache before the kernel ahead has ended
 
 
 class PrefillConfig(NamedTuple):
@@ -35,8 +36,9 @@ class PrefillConfig(NamedTuple):
 
 # By (head_dim rounded up to a power of two, largest number of requests it is for).
 DECODE_CONFIGS: dict[tuple[int, int], DecodeConfig] = {
-    (128, 16): DecodeConfig(block_n=32, num_warps=4, num_stages=4, programs_per_sm=2),
-    (128, 1 << 20): DecodeConfig(block_n=64, num_warps=4, num_stages=4, programs_per_sm=2),
+    (128, 4): DecodeConfig(block_n=32, num_warps=4, num_stages=4, programs_per_sm=1),
+    (128, 16): DecodeConfig(block_n=32, num_warps=4, num_stages=4, programs_per_sm=3),
+    (128, 1 << 20): DecodeConfig(block_n=64, num_warps=4, num_stages=3, programs_per_sm=3),
 }
 PREFIX_CONFIGS: dict[int, PrefillConfig] = {128: PrefillConfig(block_m=64, block_n=64, num_warps=4, num_stages=3)}
 PREFILL_CONFIGS: dict[int, PrefillConfig] = {128: PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=3)}
@@ -100,6 +102,7 @@ def decode(
     Every program takes an equal run of the tiles of all requests and heads ("stream-K", Osama et al. 2023), so that
     any mix of lengths fills the chip. Where a run starts or ends inside a request, the program leaves a partial
     result, and the last to arrive at a request merges them: no second kernel, and none of this for whole requests.
+    On Hopper lengths and slots are read before the kernel ahead has ended, which must not be the one to write them.
     """
     num_requests = batch.num_decodes
     num_heads, head_dim = q.shape[1:]
@@ -125,6 +128,9 @@ def decode(
             q, k_cache, v_cache, batch, shared, partial, partial_lse, 2 * num_programs, num_splits, scale, window,
             softcap, prefix_config,
         )  # fmt: skip
+    # Few requests are cut into many parts, whose merging is part of the latency; many requests need the registers
+    # for more programs on an SM.
+    merge_registers = 64 if num_requests <= 4 else 32
     pdl = has_dependent_launch(q.device)
     _decode_kernel[(num_programs,)](
         q,
@@ -156,10 +162,11 @@ def decode(
         BLOCK_GROUP=block_group,
         BLOCK_N=config.block_n,
         BLOCK_D=block_d,
-        BLOCK_P=max(1, 2048 * config.num_warps // (block_group * block_d)),  # 64 registers a thread
+        BLOCK_P=max(1, merge_registers * 32 * config.num_warps // (block_group * block_d)),
         PREFIX_BLOCK_N=prefix_config.block_n if prefix_config is not None else 1,
         PRECISION=_precision(q.dtype),
         PDL=pdl,
+        HAS_PREFETCH=pdl and config.has_prefetch,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         launch_pdl=pdl,
@@ -252,6 +259,7 @@ def prefill(
     config = config or prefill_config(PREFILL_CONFIGS, block_d, q.dtype.itemsize)
     block_m = max(config.block_m, block_group)
     num_tiles = (q.shape[0] - batch.num_decodes) // (block_m // block_group) + num_requests  # at most
+    pdl = has_dependent_launch(q.device)
     _prefill_kernel[(num_tiles * num_kv_heads,)](
         q,
         k_cache,
@@ -279,8 +287,10 @@ def prefill(
         BLOCK_N=config.block_n,
         BLOCK_D=block_d,
         PRECISION=_precision(q.dtype),
+        PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        launch_pdl=pdl,
     )
 
 
@@ -321,6 +331,19 @@ def _precision(dtype: torch.dtype) -> str:
 def _load_slots(slots, first, seq_len, BLOCK_N: tl.constexpr):
     """Of tokens first, first + 1, ...; past the end the last one's: some slot must be read, and this one is finite."""
     return tl.load(slots + tl.minimum(first + tl.arange(0, BLOCK_N), seq_len - 1))
+
+
+@triton.jit
+def _prefetch(pointers, N: tl.constexpr):
+    """Start to bring the N elements at each pointer to the L2 cache."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [pointers, tl.full([1], N * pointers.dtype.element_ty.primitive_bitwidth // 8, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -485,6 +508,7 @@ def _decode_kernel(
     PREFIX_BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
+    HAS_PREFETCH: tl.constexpr,
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -530,6 +554,9 @@ def _decode_kernel(
         tile_first = first + tile * BLOCK_N
         slots = slot_table + tl.load(rows + request).to(tl.int64) * table_stride
         slot = _load_slots(slots, tile_first, seq_len, BLOCK_N)
+        if HAS_PREFETCH and work == begin:
+            _prefetch(k_cache + kv_head * HEAD_DIM + slot.to(tl.int64) * K_STRIDE, HEAD_DIM)
+            _prefetch(v_cache + kv_head * HEAD_DIM + slot.to(tl.int64) * V_STRIDE, HEAD_DIM)
         if PDL:
             tl.extra.cuda.gdc_wait()  # for the queries and the newest key and value; all else was there before
 
@@ -796,20 +823,30 @@ def _prefill_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     BLOCK_TOKENS: tl.constexpr = BLOCK_M // BLOCK_GROUP
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     i = tl.arange(0, BLOCK_B)
     is_request = i < num_requests
-    q_lens = tl.load(cu_q_lens + i + 1, mask=is_request, other=0) - tl.load(cu_q_lens + i, mask=is_request, other=0)
-    ends = tl.cumsum((q_lens + BLOCK_TOKENS - 1) // BLOCK_TOKENS, axis=0)
+    # All requests' figures at once, though one is wanted: loads that wait for each other take longer than sums.
+    q_begins = tl.load(cu_q_lens + i, mask=is_request, other=0)
+    q_ends = tl.load(cu_q_lens + i + 1, mask=is_request, other=0)
+    all_lens = tl.load(seq_lens + i, mask=is_request, other=0)
+    all_rows = tl.load(rows + i, mask=is_request, other=0)
+    ends = tl.cumsum((q_ends - q_begins + BLOCK_TOKENS - 1) // BLOCK_TOKENS, axis=0)
     # The last tiles of a prompt see the most: they start first, so that they do not end last.
     tile = tl.max(ends, axis=0) - 1 - tl.program_id(0) // NUM_KV_HEADS
     if tile >= 0:
         request, request_begin = _find(ends, tile)
-        q_begin = tl.load(cu_q_lens + request)
-        q_len = tl.load(cu_q_lens + request + 1) - q_begin
-        seq_len = tl.load(seq_lens + request)
+        q_begin = tl.sum(tl.where(i == request, q_begins, 0), axis=0)
+        q_len = tl.sum(tl.where(i == request, q_ends, 0), axis=0) - q_begin
+        seq_len = tl.sum(tl.where(i == request, all_lens, 0), axis=0)
+        row = tl.sum(tl.where(i == request, all_rows, 0), axis=0)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         first_q = (tile - request_begin) * BLOCK_TOKENS
         m_rows = tl.arange(0, BLOCK_M)
         d = tl.arange(0, BLOCK_D)
@@ -829,7 +866,7 @@ def _prefill_kernel(
         first = seq_len * 0
         if HAS_WINDOW:
             first = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
-        slots = slot_table + tl.load(rows + request).to(tl.int64) * table_stride
+        slots = slot_table + row.to(tl.int64) * table_stride
         _, l, acc = _attend_prompt(
             q_tile,
             k_cache + kv_head * HEAD_DIM,

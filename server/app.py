@@ -1,28 +1,28 @@
 """The aiohttp application: routes, the engine's life, keys, and errors in each API's shape."""
 
-import hmac
 import logging
+import math
 
 from aiohttp import web
-from aiohttp.typedefs import Handler, Middleware
+from aiohttp.typedefs import Handler
 
 from engine.errors import EngineError, PromptTooLong, QueueFull
 from server.chat import ChatPrompts, load_chat_template
 from server.config import ServerConfig
+from server.dashboard import Dashboard
+from server.keys import KeyRing, require_key
 from server.live import LiveRequests, RequestLog
 from server.metrics import Metrics
+from server.monitor import Monitor
 from server.native import NativeApi
 from server.openai import OpenAIApi
 from server.protocol import Engine, error_shape, json_response
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health"})
-ADMIN_PATHS = frozenset({"/flush_cache", "/abort_request"})
-
 
 def build_app(engine: Engine, config: ServerConfig) -> web.Application:
-    """Serve a started `engine`. `ValueError` if the configuration names a chat template that is not there.
+    """Serve a started `engine`. `OSError` or `ValueError` if the configuration names a file that is missing or wrong.
 
     Run it with aiohttp's `handler_cancellation`: a disconnect then cancels the handler, which aborts its requests.
     """
@@ -31,13 +31,17 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
         live.observers.append(RequestLog(engine.tokenizer, config.log_requests_level))
     prompts = ChatPrompts(engine.tokenizer, load_chat_template(config.chat_template, engine.tokenizer))
     app = web.Application(
-        middlewares=[answer_errors, require_key(config)],
+        middlewares=[answer_errors, require_key(KeyRing(config))],
         client_max_size=config.max_body_bytes,
     )
     app.add_routes(NativeApi(engine, config, live, prompts).routes())
     app.add_routes(OpenAIApi(engine, config, live, prompts).routes())
+    monitor = Monitor(engine)
+    live.observers.append(monitor.observe)
+    app.cleanup_ctx.append(monitor.running)
+    app.add_routes(Dashboard(engine, monitor, config).routes())
     if config.enable_metrics:
-        metrics = Metrics(engine, config.model_name)
+        metrics = Metrics(engine, monitor, config.model_name)
         live.observers.append(metrics.observe)
         app.add_routes(metrics.routes())
     return app
@@ -57,7 +61,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         if isinstance(error, PromptTooLong):
             code = "context_length_exceeded"
         elif isinstance(error, QueueFull):
-            headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+            headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     except web.HTTPException as error:
         if error.status < 400:
             raise
@@ -82,29 +86,3 @@ def _http_message(request: web.Request, error: web.HTTPException) -> str:
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         return f"the body is longer than {request.client_max_size} bytes, the limit set by --max-body-bytes"
     return error.text or error.reason
-
-
-def require_key(config: ServerConfig) -> Middleware:
-    """Clients must present the key on every route but /health; routes that reach into the server take the admin's."""
-    api_key, admin_key = config.api_key, config.admin_api_key
-
-    @web.middleware
-    async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path in OPEN_PATHS:
-            return await handler(request)
-        is_admin_path = request.path in ADMIN_PATHS
-        allowed = [admin_key] if is_admin_path and admin_key else [key for key in (api_key, admin_key) if key]
-        needs_key = bool(api_key) or (is_admin_path and bool(admin_key))
-        if needs_key and not any(_matches(request, key) for key in allowed):
-            raise web.HTTPUnauthorized(
-                text="a valid key is required: send the header `Authorization: Bearer KEY`",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-        return await handler(request)
-
-    return check_key
-
-
-def _matches(request: web.Request, key: str) -> bool:
-    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), key.encode())

@@ -14,7 +14,7 @@ from engine.config import DEBUG, EngineConfig, option, option_type
 
 HTTP, API = "HTTP server", "API"
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-SECRETS = ("api_key", "admin_api_key")
+SECRETS = ("api_key", "api_key_file", "admin_api_key")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,11 @@ class ServerConfig(EngineConfig):
     host: str = option("127.0.0.1", HTTP, "address to listen on; 0.0.0.0: every network interface")
     port: int = option(30000, HTTP, "port to listen on; 0: any free one")
     api_key: str | None = option(None, HTTP, "clients must send `Authorization: Bearer KEY`, except to /health")
+    api_key_file: str | None = option(
+        None, HTTP, "YAML file of `name: key` or `name: {key: ..., weight: 2}` lines; clients that wait take turns"
+    )
     admin_api_key: str | None = option(
-        None, HTTP, "key of /flush_cache and /abort_request, which then refuse --api-key"
+        None, HTTP, "key of /flush_cache, /abort_request and the dashboard's data, which then refuse all others"
     )
     max_body_bytes: int = option(32 << 20, HTTP, "longest request body; beyond it: 413")
     drain_timeout: float = option(
@@ -40,9 +43,14 @@ class ServerConfig(EngineConfig):
     )
     enable_cache_report: bool = option(False, API, "tell in `usage` how many prompt tokens were cached")
 
+    profile_dir: str = option("profiles", DEBUG, "folder of the traces that /start_profile and /stop_profile record")
     enable_metrics: bool = option(False, DEBUG, "serve Prometheus metrics at /metrics")
     log_level: str = option("info", DEBUG, "of the server's log", choices=LOG_LEVELS)
     log_level_http: str | None = option(None, DEBUG, "of the access log; default: --log-level", choices=LOG_LEVELS)
+    access_log: str = option(
+        "text", DEBUG, "a line for each HTTP request; json: with its client, tokens and times",
+        choices=("text", "json", "none"),
+    )  # fmt: skip
     log_requests: bool = option(False, DEBUG, "write a line for each request that ended")
     log_requests_level: int = option(
         0, DEBUG, "0: sizes and time; 1: also sampling parameters; 2: also prompt and answer, cut; 3: in full"

@@ -9,14 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from aiohttp import web
+
 from engine.errors import EngineError, InvalidRequest
 from engine.request import Delta, FinishReason, Request, SamplingParams, Status
+from server.keys import bill
 from server.protocol import Engine, TokenizerFacade
 
 logger = logging.getLogger(__name__)
 
 MAX_LOGGED_CHARS = 2048
 CLIENT_CLOSED_REQUEST = 499
+REQUESTS: web.RequestKey[Sequence[Request]] = web.RequestKey("requests", Sequence)  # those an HTTP request made
 
 
 class RequestFailed(EngineError):
@@ -91,8 +95,10 @@ class LiveRequests:
         self._rids: dict[str, list[str]] = {}  # rid given by the client -> rids of the requests made of it
 
     @contextmanager
-    def submitted(self, rid: str, requests: Sequence[Request]) -> Iterator[None]:
+    def submitted(self, http_request: web.Request, rid: str, requests: Sequence[Request]) -> Iterator[None]:
         """All of `requests`, or none when one of them is refused. `rid` stands for all of them."""
+        bill(http_request, requests)
+        http_request[REQUESTS] = requests
         if rid in self._rids:
             raise InvalidRequest(f"a request with rid {rid!r} is still running", "rid")
         self._rids[rid] = [request.rid for request in requests]
@@ -110,12 +116,12 @@ class LiveRequests:
                 for observe in self.observers:
                     observe(request)
 
-    async def answers(self, rid: str, requests: Sequence[Request]) -> list[Delta]:
+    async def answers(self, http_request: web.Request, rid: str, requests: Sequence[Request]) -> list[Delta]:
         """The whole answer of each request. Raises when one of them failed."""
         collector = _Collector(len(requests))
         for i, request in enumerate(requests):
             request.sink = collector.sink_of(i)
-        with self.submitted(rid, requests):
+        with self.submitted(http_request, rid, requests):
             return await collector.done
 
     def abort(self, rid: str) -> None:

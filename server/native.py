@@ -9,10 +9,11 @@ import orjson
 from aiohttp import web
 
 from engine.errors import EngineStopped, InvalidRequest
-from engine.request import Delta, FinishReason, Logprobs, Request, SamplingParams, TokenLogprob
+from engine.request import Delta, Logprobs, Request, SamplingParams
 from server.chat import ChatPrompts
 from server.config import ServerConfig
 from server.live import LiveRequests, Options, ignore, is_failure, make_requests, new_rid
+from server.meta_info import MetaInfo
 from server.protocol import (
     JSON,
     Engine,
@@ -59,6 +60,10 @@ class NativeApi:
             web.get("/flush_cache", self.flush_cache),
             web.post("/flush_cache", self.flush_cache),
             web.post("/abort_request", self.abort_request),
+            web.get("/start_profile", self.start_profile),
+            web.post("/start_profile", self.start_profile),
+            web.get("/stop_profile", self.stop_profile),
+            web.post("/stop_profile", self.stop_profile),
             web.post("/tokenize", self.tokenize),
             web.post("/v1/tokenize", self.tokenize),
             web.post("/detokenize", self.detokenize),
@@ -77,9 +82,9 @@ class NativeApi:
         prompts, is_batch = await self._prompts(body)
         rid, requests = await self._requests(body, prompts, is_batch, is_stream)
         is_list = is_batch or len(requests) > 1
-        formatter = MetaInfo(self.engine, with_text)
+        formatter = MetaInfo(self.engine.tokenizer, with_text)
         if not is_stream:
-            deltas = await self.live.answers(rid, requests)
+            deltas = await self.live.answers(http_request, rid, requests)
             answers = [formatter.answer(delta) for delta in deltas]
             return json_response(answers if is_list else answers[0])
         choices = [
@@ -89,7 +94,7 @@ class NativeApi:
         for choice, request in zip(choices, requests, strict=True):
             request.sink = choice.sink
         stream = EventStream(choices)
-        with self.live.submitted(rid, requests):
+        with self.live.submitted(http_request, rid, requests):
             return await stream.run(http_request)
 
     async def _prompts(self, body: Fields) -> tuple[list[list[int]], bool]:
@@ -219,6 +224,14 @@ class NativeApi:
             raise InvalidRequest("give a rid, or abort_all: true", "rid")
         return web.Response()
 
+    async def start_profile(self, _: web.Request) -> web.Response:
+        self.engine.start_profile(self.config.profile_dir)
+        return web.Response(text="Profiling started.\n")
+
+    async def stop_profile(self, _: web.Request) -> web.Response:
+        """Answers when the trace is written."""
+        return json_response({"path": await self.engine.stop_profile()})
+
     # ---- tokens ----
 
     async def tokenize(self, http_request: web.Request) -> web.Response:
@@ -307,57 +320,6 @@ def _options(item: Fields, i: int | None) -> Options:
 
 
 # ---- writing /generate ----
-
-
-class MetaInfo:
-    """Builds answers and their `meta_info`."""
-
-    def __init__(self, engine: Engine, with_text: bool) -> None:
-        self.tokenizer, self.with_text = engine.tokenizer, with_text
-
-    def answer(self, delta: Delta) -> JSON:
-        """The answer of a request that does not stream."""
-        meta = self.counts(delta.request, len(delta.token_ids), delta.finish_reason)
-        if delta.request.return_logprob:
-            meta |= self.logprobs(delta.request, delta.logprobs or Logprobs())
-        return {"text": delta.text, "output_ids": delta.token_ids, "meta_info": meta}
-
-    def counts(self, request: Request, num_output_tokens: int, reason: FinishReason | None) -> JSON:
-        meta: JSON = {
-            "id": request.rid,
-            "finish_reason": reason and reason.to_dict(num_output_tokens),
-            "prompt_tokens": request.prompt_len,
-            "cached_tokens": request.num_cached_tokens,
-            "completion_tokens": num_output_tokens,
-        }
-        if reason is not None:
-            times = request.times
-            meta["total_retractions"] = request.num_retractions
-            if times.scheduled:
-                meta["queue_time"] = times.scheduled - times.arrived
-            if times.finished:
-                meta["e2e_latency"] = times.finished - times.arrived
-        return meta
-
-    def logprobs(self, request: Request, output: Logprobs) -> JSON:
-        prompt = request.input_logprobs or Logprobs()
-        meta: JSON = {
-            "input_token_logprobs": self._triples(prompt.token),
-            "output_token_logprobs": self._triples(output.token),
-        }
-        if request.top_logprobs_num:
-            meta["input_top_logprobs"] = [self._triples(row) for row in prompt.top]
-            meta["output_top_logprobs"] = [self._triples(row) for row in output.top]
-        if request.token_ids_logprob:
-            meta["input_token_ids_logprobs"] = [self._triples(row) for row in prompt.token_ids]
-            meta["output_token_ids_logprobs"] = [self._triples(row) for row in output.token_ids]
-        return meta
-
-    def _triples(self, entries: list[TokenLogprob] | None) -> list[tuple[float | None, int, str | None]] | None:
-        if entries is None:
-            return None
-        text = self.tokenizer.token_text
-        return [(logprob, token, text(token) if self.with_text else None) for logprob, token in entries]
 
 
 class GenerateChoice(Choice):

@@ -13,6 +13,7 @@ from engine.request import Delta, FinishReason, Logprobs, Request, SamplingParam
 from server.chat import ChatPrompts
 from server.config import ServerConfig
 from server.live import LiveRequests, Options, is_failure, make_requests, new_rid
+from server.meta_info import MetaInfo
 from server.protocol import (
     JSON,
     Engine,
@@ -166,10 +167,12 @@ class OpenAIApi:
             names = [rid] if n * len(prompts) == 1 else [f"{rid}-{k}" for k in range(first, first + n)]
             requests += make_requests(names, input_ids, params, options)
         format_.begin(rid)
+        if body.flag("return_meta_info"):
+            format_.meta_info = MetaInfo(self.engine.tokenizer)
         if not options.stream:
-            deltas = await self.live.answers(rid, requests)
+            deltas = await self.live.answers(http_request, rid, requests)
             usage = count_usage(requests, [len(delta.token_ids) for delta in deltas], n)
-            choices = [format_.choice(i, delta) for i, delta in enumerate(deltas)]
+            choices = [format_.whole_choice(i, delta) for i, delta in enumerate(deltas)]
             return json_response(format_.response(choices, usage.to_dict(self.config.enable_cache_report)))
 
         streamed = [OpenAIChoice(i, format_) for i in range(len(requests))]
@@ -183,7 +186,7 @@ class OpenAIApi:
             return event(format_.chunk([], usage.to_dict(self.config.enable_cache_report))) + DONE
 
         stream = EventStream(streamed, tail)
-        with self.live.submitted(rid, requests):
+        with self.live.submitted(http_request, rid, requests):
             return await stream.run(http_request)
 
     # ---- reading ----
@@ -277,6 +280,7 @@ class Format:
     def __init__(self, tokenizer: TokenizerFacade, model: str) -> None:
         self.tokenizer, self.model = tokenizer, model
         self._head: JSON = {}
+        self.meta_info: MetaInfo | None = None  # of the choices, if asked for
 
     def begin(self, rid: str) -> None:
         self._head = {"id": rid, "created": int(time.time()), "model": self.model}
@@ -288,8 +292,17 @@ class Format:
         chunk = {**self._head, "object": self.chunk_object, "choices": choices}
         return chunk if usage is None else {**chunk, "usage": usage}
 
-    def choice(self, index: int, delta: Delta) -> JSON:
+    def whole_choice(self, index: int, delta: Delta) -> JSON:
         """A whole answer."""
+        return {**self.choice(index, delta), **self.meta_of(delta, len(delta.token_ids))}
+
+    def meta_of(self, delta: Delta, num_output_tokens: int) -> JSON:
+        """What goes with the end of a choice, by SGLang's `return_meta_info`."""
+        if self.meta_info is None:
+            return {}
+        return {"meta_info": self.meta_info.counts(delta.request, num_output_tokens, delta.finish_reason)}
+
+    def choice(self, index: int, delta: Delta) -> JSON:
         raise NotImplementedError
 
     def first_events(self, index: int, request: Request) -> bytes:
@@ -449,7 +462,8 @@ class OpenAIChoice(Choice):
         reason = delta.finish_reason
         if reason is not None and is_failure(reason):
             return event(openai_error(reason.status_code or 500, reason.message or "the request failed"))
-        last = {"index": self.index, **self._format.no_piece(), **_ending(reason)}
+        meta = self._format.meta_of(delta, self.num_output_tokens)
+        last = {"index": self.index, **self._format.no_piece(), **_ending(reason), **meta}
         return self.events(delta) + event(self._format.chunk([last]))
 
     def _first(self, request: Request) -> bytes:

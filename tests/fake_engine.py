@@ -6,8 +6,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from aiohttp.test_utils import TestClient, TestServer
 
+from cache.radix import Prefix
 from engine.errors import EngineStopped, InvalidRequest, PromptTooLong, QueueFull
 from engine.request import Delta, FinishReason, Logprobs, Request, Status, TokenLogprob
 from server.app import build_app
@@ -66,8 +68,11 @@ class FakeHealth:
 class FakeSchedulerStats:
     num_running: int = 1
     num_waiting: int = 2
+    num_waiting_tokens: int = 30
     num_total_tokens: int = 1000
     num_held_tokens: int = 250
+    num_cached_tokens: int = 500
+    new_token_ratio: float = 0.7
     num_retractions: int = 0
     num_prompt_tokens: int = 100
     num_hit_tokens: int = 40
@@ -76,6 +81,12 @@ class FakeSchedulerStats:
 @dataclass
 class FakeLoopStats:
     num_generated_tokens: int = 7
+    num_steps: int = 4
+    num_failed_steps: int = 0
+    schedule_s: float = 0.001
+    launch_s: float = 0.002
+    resolve_s: float = 0.003
+    deliver_s: float = 0.004
 
 
 @dataclass
@@ -84,6 +95,8 @@ class FakeStats:
     loop: FakeLoopStats = field(default_factory=FakeLoopStats)
     num_requests: int = 3
     num_aborted: int = 1
+    num_refused: int = 5
+    drain_tokens_per_s: float = 1234.0
 
 
 def logprobs_of(token_ids: Sequence[int], num_top: int, ids: Sequence[int], *, is_prompt: bool = False) -> Logprobs:
@@ -142,6 +155,7 @@ class FakeEngine:
         if room < params.max_new_tokens:
             raise PromptTooLong(f"prompt has {request.prompt_len} tokens, the context is {self.context_length}", "text")
         self.requests.append(request)
+        request.times.scheduled = request.times.arrived + 0.5
         self.live[request.rid] = request
         request.num_cached_tokens = 2
         if request.logprob_start_len >= 0:
@@ -172,12 +186,15 @@ class FakeEngine:
         """A step's news: the sink hears of it if the request streams."""
         ids = list(text.encode()) if token_ids is None else token_ids
         request.output_ids += ids
+        request.times.first_token = request.times.first_token or request.times.scheduled + 0.25
         if request.stream:
             request.sink(self._delta(request, text, ids))
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         del self.live[request.rid]
         request.status, request.finish_reason = Status.FINISHED, reason
+        request.times.first_token = request.times.first_token or request.times.scheduled + 0.25
+        request.times.finished = request.times.first_token + 1.0
         if request.stream:
             delta = Delta(request, "", [], reason)
         else:
@@ -221,6 +238,9 @@ class FakeEngine:
 
     def stats(self) -> FakeStats:
         return FakeStats()
+
+    def top_prefixes(self, k: int) -> list[Prefix]:
+        return [Prefix(np.array(list(b"<b>S"), np.int32), 4, 1, 42)][:k]
 
     def health(self) -> FakeHealth:
         return FakeHealth(self.health_status, num_running=len(self.live))

@@ -194,6 +194,20 @@ def test_the_fused_products_are_their_parts_in_a_row() -> None:
     assert_near(found, torch.nn.functional.silu(gate) * up, "norm_linear_act")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("num_tokens", [1, 5, 70])
+def test_a_packed_weight_changes_no_product(num_tokens: int, dtype: torch.dtype) -> None:
+    x, h = randn(num_tokens, 48, dtype=dtype), randn(num_tokens, 80, dtype=dtype)
+    weight, bias = randn(80, 48, dtype=dtype, scale=48**-0.5), randn(80, dtype=dtype)
+    norm_weight = randn(48, dtype=dtype)
+    packed = gemm.pack(weight)
+    for given in (None, bias):
+        for function, args in ((gemm.linear, (x,)), (gemm.norm_linear, (x, norm_weight, EPS))):
+            assert_near(function(*args, packed, given), function(*args, weight, given), function.__name__)
+        found = gemm.linear_add(x, packed, h.clone(), given)
+        assert_near(found, gemm.linear_add(x, weight, h.clone(), given), "linear_add")
+
+
 # sampling
 
 

@@ -1,5 +1,6 @@
 """What the README promises exists."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -21,6 +22,15 @@ def help_of(module: str) -> str:
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:|#)([^)#]+)", README))))
 def test_a_link_leads_to_a_file(target: str) -> None:
     assert (ROOT / target).exists()
+
+
+def test_the_hot_path_runs_through_functions_that_exist() -> None:
+    steps = re.findall(r"^\| \d+ \| \[`(\w+)\.(\w+)`\]\((\S+)\)", README, re.MULTILINE)
+    assert len(steps) == 10
+    for class_name, function, file in steps:
+        classes = [node for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.ClassDef)]
+        (of_class,) = (node for node in classes if node.name == class_name)
+        assert function in [getattr(node, "name", None) for node in of_class.body], f"{class_name}.{function}"
 
 
 def test_every_flag_of_the_table_is_known_to_the_server() -> None:

@@ -75,6 +75,9 @@ class Layer:
         """
         return match_shard(getattr(self, name), loaded)
 
+    def pack(self) -> None:
+        """Once loaded: lay the weights out as the kernels read them fastest. Nothing else can read them then."""
+
     def fill_dummy(self, generator: torch.Generator) -> None:
         """Random weights that keep activations in range."""
         for _, weight in self.weights():

@@ -11,7 +11,7 @@ import torch
 from engine.errors import ModelError
 from engine.layers.layer import Layer, LayerConfig, Shard, match_shard, meta_weight
 from engine.layers.norm import RMSNorm
-from kernels.gemm import linear_add, norm_linear, norm_linear_act
+from kernels.gemm import linear_add, norm_linear, norm_linear_act, pack
 
 # Hugging Face's name -> the kernels'
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -39,6 +39,9 @@ class ColumnParallelLinear(Layer):
     def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
         target = getattr(self, name).narrow(0, sum(self.part_sizes[:part]), self.part_sizes[part])
         return match_shard(target, loaded, 0, self.shards[part])
+
+    def pack(self) -> None:
+        self.weight = pack(self.weight)
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
@@ -90,6 +93,9 @@ class RowParallelLinear(Layer):
         if name == "bias":  # every rank holds all of it
             return super().place_weight(name, loaded, part)
         return match_shard(self.weight, loaded, 1, self.shard)
+
+    def pack(self) -> None:
+        self.weight = pack(self.weight)
 
 
 def activation(hidden_act: str) -> str:

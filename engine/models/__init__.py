@@ -8,6 +8,7 @@ import torch
 from cache.pool import KVPool
 from engine.batch import ForwardBatch
 from engine.errors import ModelError
+from engine.layers.embedding import VocabParallelEmbedding
 from engine.layers.layer import Layer, LayerConfig
 from engine.model_config import ModelConfig
 
@@ -25,6 +26,7 @@ class CausalLM(Layer):
 
     # layer here -> the checkpoint's layers that are its parts, in order
     packed_modules_mapping: ClassVar[dict[str, tuple[str, ...]]] = {}
+    lm_head: VocabParallelEmbedding
 
     def __init__(self, config: ModelConfig, layers: LayerConfig) -> None:
         raise NotImplementedError
@@ -32,6 +34,9 @@ class CausalLM(Layer):
     def __call__(self, batch: ForwardBatch, kv: KVPool) -> torch.Tensor:
         """Last hidden states [T, hidden], final norm applied. Writes the tokens' keys and values into `kv`."""
         raise NotImplementedError
+
+    def pack(self) -> None:
+        self.lm_head.pack_for_logits()
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, hidden] -> [S, vocabulary] in the model's dtype."""

@@ -1,0 +1,197 @@
+"""Whose turn it is in the queue, and when the queue is too long.
+
+Clients that wait share the server by tokens, in proportion to their weights: the client that has been served least
+per unit of weight goes next, and one that comes back to the queue starts level with the one that is furthest behind,
+so that nobody saves up turns while away. This is the virtual token counter of Sheng et al. 2024 (arXiv:2401.00588),
+with one difference: an answer's length is charged when its request is admitted, as the mean of what ended so far,
+and put right at its end, so nothing here is called for each token.
+"""
+
+import heapq
+import itertools
+import math
+from collections import Counter, deque
+from collections.abc import Iterable
+
+from engine.errors import QueueFull
+from engine.request import Request
+
+FIRST_GUESS = 128.0  # tokens of an answer, before any has ended
+MAX_IDLE_CLIENTS = 1024  # remembered although they do not wait, before those that owe nothing are forgotten
+DRAIN_MEMORY_S = 30.0  # of working time, over which the drain rate is a mean
+MAX_RETRY_S = 600.0
+
+
+class FairShares:
+    """The accounts of clients: how much each waits for, and how much each has been served.
+
+    max_requests, max_tokens: what may wait in the queue, as requests and as prompt tokens.
+    """
+
+    def __init__(self, max_requests: int | None = None, max_tokens: int | None = None) -> None:
+        self.max_requests, self.max_tokens = max_requests, max_tokens
+        self.num_requests: Counter[str] = Counter()  # client -> its waiting requests
+        self.num_tokens: Counter[str] = Counter()  # client -> the prompt tokens of these
+        self.num_waiting_tokens = 0
+        self.num_served_tokens = 0  # computed for requests that have ended
+        self.mean_answer = FIRST_GUESS
+        self._served: dict[str, float] = {}  # client -> tokens per unit of weight, lifted on return to the queue
+        self._last_served = 0.0  # where the client stood that was admitted last
+
+    # ---- the queue's length ----
+
+    def check(self, request: Request) -> None:
+        """`QueueFull` if `request` is one too many.
+
+        A full queue still takes from a client that holds less than its equal part of it: a client that floods the
+        queue does not shut out the others.
+        """
+        num_waiting = self.num_requests.total()
+        if not num_waiting:
+            return
+        client = request.client
+        num_clients = len(self.num_requests.keys() | {client})
+        limit = self.max_requests
+        if limit is not None and num_waiting >= limit and self.num_requests[client] >= limit // num_clients:
+            raise QueueFull(f"{num_waiting} requests are waiting, the limit is {limit}")
+        limit = self.max_tokens
+        if (
+            limit is not None
+            and self.num_waiting_tokens + request.prompt_len > limit
+            and self.num_tokens[client] + request.prompt_len > limit // num_clients
+        ):
+            raise QueueFull(
+                f"{self.num_waiting_tokens} prompt tokens are waiting and this prompt has {request.prompt_len}, "
+                f"the limit is {limit}"
+            )
+
+    def enter(self, request: Request) -> None:
+        """`request` waits from now on."""
+        client = request.client
+        if client not in self.num_requests:
+            others = (self._served[other] for other in self.num_requests)
+            floor = min(others, default=self._last_served)
+            self._served[client] = max(self._served.get(client, floor), floor)
+            if len(self._served) > MAX_IDLE_CLIENTS + len(self.num_requests):
+                self._served = {
+                    name: served
+                    for name, served in self._served.items()
+                    if served > floor or name == client or name in self.num_requests
+                }
+        self.num_requests[client] += 1
+        self.num_tokens[client] += request.prompt_len
+        self.num_waiting_tokens += request.prompt_len
+
+    def leave(self, request: Request) -> None:
+        """`request` no longer waits."""
+        client = request.client
+        self.num_requests[client] -= 1
+        self.num_tokens[client] -= request.prompt_len
+        self.num_waiting_tokens -= request.prompt_len
+        if not self.num_requests[client]:
+            del self.num_requests[client], self.num_tokens[client]
+
+    # ---- whose turn it is ----
+
+    @property
+    def is_contested(self) -> bool:
+        """Does more than one client wait?"""
+        return len(self.num_requests) > 1
+
+    def order(self, waiting: Iterable[Request]) -> list[Request]:
+        """`waiting`, the highest priority first; within a priority, clients take turns by what they have been served.
+
+        The requests of one client and priority stay in the order given.
+        """
+        by_priority = sorted(waiting, key=lambda request: -request.priority)
+        if not self.is_contested:
+            return by_priority
+        served = dict(self._served)
+        ordered: list[Request] = []
+        for _, requests in itertools.groupby(by_priority, key=lambda request: request.priority):
+            queues: dict[str, deque[Request]] = {}
+            for request in requests:
+                queues.setdefault(request.client, deque()).append(request)
+            turns = [(served[client], place, client) for place, client in enumerate(queues)]
+            heapq.heapify(turns)
+            while turns:
+                _, place, client = turns[0]
+                request = queues[client].popleft()
+                ordered.append(request)
+                served[client] += self._expected_cost(request, 0) / request.weight
+                if queues[client]:
+                    heapq.heapreplace(turns, (served[client], place, client))
+                else:
+                    heapq.heappop(turns)
+        return ordered
+
+    def admit(self, request: Request, num_cached: int) -> None:
+        """`request` leaves the queue to run; `num_cached` tokens of its prompt cost nothing."""
+        self.leave(request)
+        if request.charged_tokens:  # it was retracted: paid for when first admitted
+            return
+        self._last_served = self._served[request.client]
+        request.charged_tokens = self._expected_cost(request, num_cached)
+        self._served[request.client] += request.charged_tokens / request.weight
+
+    def settle(self, request: Request) -> None:
+        """`request` has ended: charge what it took, and not what was expected."""
+        if not request.charged_tokens:
+            return
+        num_output = len(request.output_ids)
+        cost = request.prompt_len - request.num_cached_tokens + num_output
+        self.num_served_tokens += cost
+        self.mean_answer += 0.05 * (num_output - self.mean_answer)
+        if request.client in self._served:
+            self._served[request.client] += (cost - request.charged_tokens) / request.weight
+        request.charged_tokens = 0.0
+
+    def _expected_cost(self, request: Request, num_cached: int) -> float:
+        limit = request.sampling_params.max_new_tokens
+        answer = self.mean_answer if limit is None else min(limit, self.mean_answer)
+        return max(request.prompt_len - num_cached + answer, 1.0)
+
+    @property
+    def num_waiting_work(self) -> float:
+        """Tokens to compute for all that waits, about."""
+        return self.num_waiting_tokens + self.mean_answer * self.num_requests.total()
+
+
+class DrainRate:
+    """Tokens per second that leave the engine as part of requests that ended, while it has work.
+
+    Times are the caller's, in seconds; idle time between `idle` and `busy` does not count.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = self._seconds = 0.0  # sums that fade with DRAIN_MEMORY_S
+        self._last_total = 0
+        self._since: float | None = None  # None: idle
+
+    def busy(self, now: float) -> None:
+        """There is work, from now on if there was none."""
+        if self._since is None:
+            self._since = now
+
+    def observe(self, now: float, num_served_tokens: int, *, is_idle: bool) -> None:
+        """A request has ended: of all that ended so far, `num_served_tokens` were computed."""
+        if self._since is not None:
+            elapsed = max(now - self._since, 0.0)
+            fading = math.exp(-elapsed / DRAIN_MEMORY_S)
+            self._tokens = self._tokens * fading + num_served_tokens - self._last_total
+            self._seconds = self._seconds * fading + elapsed
+        self._last_total = num_served_tokens
+        self._since = None if is_idle else now
+
+    @property
+    def tokens_per_s(self) -> float:
+        """0 until a request has ended."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+    def seconds_for(self, num_tokens: float, now: float) -> float:
+        """How long `num_tokens` of work take; at least a second, and a guess before anything has ended."""
+        if self.tokens_per_s:
+            seconds = num_tokens / self.tokens_per_s
+        else:
+            seconds = 0.0 if self._since is None else now - self._since
+        return min(max(seconds, 1.0), MAX_RETRY_S)

@@ -1,0 +1,93 @@
+"""Staging: a padded step, as CUDA graphs run it, gives the same logits as the step itself."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.batch import Shape, StagedBatch
+from engine.build import Parts, build
+from engine.config import EngineConfig
+from engine.plan import Groups, Plan
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_llama: Path) -> Parts:
+    config = EngineConfig(model_path=str(tiny_llama), dtype="float32", device="cpu", max_total_tokens=512)
+    return build(config, on_progress=lambda line: None)
+
+
+def plan_of(decodes: list[int], prompts: list[int], groups: Groups | None = None) -> Plan:
+    """decodes: lengths so far, of rows 1, 2, ...; prompts: tokens of each, from the start. No two share a slot."""
+    lens = np.array([n + 1 for n in decodes] + prompts, np.int32)
+    q_lens = np.array([1] * len(decodes) + prompts, np.int32)
+    rng = np.random.default_rng(0)
+    num_tokens = int(q_lens.sum())
+    return Plan(
+        rows=np.arange(1, len(lens) + 1, dtype=np.int32),
+        q_lens=q_lens,
+        seq_lens=lens,
+        input_ids=rng.integers(3, 300, num_tokens).astype(np.int32),
+        out_cache_loc=np.arange(300, 300 + num_tokens, dtype=np.int32),
+        num_decodes=len(decodes),
+        samples=np.arange(len(lens), dtype=np.int32)[::2],
+        epochs=np.zeros(len(lens), np.int64),
+        groups=groups,
+    )
+
+
+def logits_of(parts: Parts, plan: Plan, shape: Shape) -> torch.Tensor:
+    runner = parts.runner
+    table, buffer = runner.stager.slot_table, runner.kv.buffer
+    table.zero_()
+    table[1:, :200] = torch.arange(1, 201, dtype=torch.int32)  # what decodes have seen: slots all rows share
+    generator = torch.Generator().manual_seed(0)
+    buffer.copy_(torch.randn(buffer.shape, generator=generator))
+    runner.stager.upload(runner.stager.write(plan, shape))
+    staged: StagedBatch = runner.stager.views(shape, plan)
+    batch = staged.batch
+    batch.q_lens_host, batch.seq_lens_host = np.diff(batch.cu_q_lens.numpy()), batch.seq_lens.numpy()
+    with torch.inference_mode():
+        hidden = runner.forward(batch)
+        return runner.model.compute_logits(hidden[staged.sample_tokens])[: len(plan.samples)]
+
+
+@pytest.mark.parametrize(
+    ("decodes", "prompts", "shape"),
+    [
+        ([5, 17, 3], [], Shape(8, 0, 0, 8, False)),
+        ([], [7], Shape(0, 4, 32, 4, False)),
+        ([5, 17, 3], [9, 4, 2], Shape(8, 16, 32, 24, False)),
+        ([5, 17, 3], [9, 23], Shape(3, 2, 32, 5, False)),
+    ],
+)
+def test_padding_changes_no_logits(parts: Parts, decodes: list[int], prompts: list[int], shape: Shape) -> None:
+    plan = plan_of(decodes, prompts)
+    exact = logits_of(parts, plan, Shape.of(plan))
+    padded = logits_of(parts, plan, shape)
+    assert len(exact) == len(plan.samples)
+    torch.testing.assert_close(padded, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_writes_to_the_dump_slot_only(parts: Parts) -> None:
+    plan = plan_of([5, 17, 3], [9])
+    logits_of(parts, plan, Shape.of(plan))
+    exact = parts.runner.kv.buffer.clone()
+    logits_of(parts, plan, Shape(8, 16, 32, 24, False))
+    torch.testing.assert_close(parts.runner.kv.buffer[:, :, 1:], exact[:, :, 1:], rtol=1e-4, atol=1e-4)
+
+
+def test_groups_of_a_padded_step_are_the_plans_own(parts: Parts) -> None:
+    own_starts = np.array([4, 4, 0], np.int32)
+    groups = Groups(np.array([4], np.int32), np.array([0, 2], np.int32), np.array([0, 1], np.int32), own_starts)
+    plan = plan_of([5, 17, 3], [], groups)
+    stager = parts.runner.stager
+    shape = Shape(8, 0, 0, 8, True)
+    stager.upload(stager.write(plan, shape))
+    shared = stager.views(shape, plan).batch.shared
+    assert shared is not None
+    assert shared.prefix_lens.tolist() == [4, 0, 0, 0]
+    assert shared.cu_members.tolist() == [0, 2, 2, 2, 2]
+    assert shared.members.tolist()[:2] == [0, 1]
+    assert shared.own_starts.tolist() == [4, 4, 0, 0, 0, 0, 0, 0]

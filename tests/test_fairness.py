@@ -1,0 +1,279 @@
+"""Who runs next when several clients wait, when the queue is full, and that long prompts hold up no stream."""
+
+import itertools
+from collections import Counter
+
+import pytest
+
+from engine.errors import QueueFull
+from engine.fairness import MAX_IDLE_CLIENTS, MAX_RETRY_S, DrainRate, FairShares
+from engine.request import FinishReason, Request, SamplingParams, Status
+from tests.test_scheduler import Traffic, expected
+
+numbers = itertools.count()
+
+
+def submit(
+    traffic: Traffic, client: str, prompt_len: int = 10, answer_len: int = 4, *, weight: float = 1.0, priority: int = 0
+) -> Request:
+    """A request whose prompt is like no other."""
+    number = next(numbers)
+    request = Request(
+        f"{client}-{number}",
+        [1 + number % 900] * prompt_len,
+        SamplingParams(max_new_tokens=answer_len),
+        sink=lambda delta: None,
+        client=client,
+        weight=weight,
+        priority=priority,
+    )
+    traffic.scheduler.submit(request)
+    return request
+
+
+def tokens_served(traffic: Traffic, requests: list[Request], num_steps: int) -> Counter[str]:
+    """Tokens of the answers and prompts that ended within `num_steps`, by client."""
+    for _ in range(num_steps):
+        traffic.step()
+        traffic.check_pages()
+    done = [request for request in requests if request.status is Status.FINISHED]
+    served: Counter[str] = Counter()
+    for request in done:
+        served[request.client] += request.prompt_len + len(request.output_ids)
+    return served
+
+
+def test_a_client_that_comes_late_does_not_wait_for_anothers_backlog() -> None:
+    traffic = Traffic(96, num_rows=1)
+    flood = [submit(traffic, "flood") for _ in range(50)]
+    for _ in range(20):
+        traffic.step()
+    late = submit(traffic, "late")
+    before = sum(request.status is Status.FINISHED for request in flood)
+    while late.status is not Status.FINISHED:
+        traffic.step()
+    after = sum(request.status is Status.FINISHED for request in flood)
+    assert after - before <= 2  # the one that ran, and one whose turn it was
+    traffic.run_all()
+    assert all(request.output_ids == expected(request.input_ids, 4) for request in [*flood, late])
+
+
+@pytest.mark.parametrize("policy", ["lpm", "fcfs", "dfs-weight", "random"])
+def test_waiting_clients_get_tokens_in_proportion_to_their_weights(policy: str) -> None:
+    traffic = Traffic(96, num_rows=2, policy=policy)
+    requests = [submit(traffic, "one", weight=1.0) for _ in range(120)]
+    requests += [submit(traffic, "three", weight=3.0) for _ in range(120)]
+    served = tokens_served(traffic, requests, 220)
+    assert served["one"] > 100
+    assert served["three"] / served["one"] == pytest.approx(3.0, rel=0.2)
+
+
+def test_tokens_are_shared_and_not_requests() -> None:
+    traffic = Traffic(256, num_rows=1, chunk=64)
+    requests = [submit(traffic, "short", prompt_len=8) for _ in range(200)]
+    requests += [submit(traffic, "long", prompt_len=80) for _ in range(200)]
+    served = tokens_served(traffic, requests, 500)
+    assert served["long"] / served["short"] == pytest.approx(1.0, rel=0.25)
+
+
+def test_who_asks_for_much_and_takes_little_is_charged_for_little() -> None:
+    shares = FairShares()
+    modest, greedy = (
+        [request_of(client, max_new_tokens=2000) for _ in range(20)] for client in ("stops early", "goes on")
+    )
+    for request in modest + greedy:
+        shares.enter(request)
+    admitted: Counter[str] = Counter()
+    waiting = modest + greedy
+    for _ in range(20):
+        request, *waiting = shares.order(waiting)
+        shares.admit(request, 0)
+        admitted[request.client] += 1
+        request.output_ids = [1] * (10 if request.client == "stops early" else 500)
+        shares.settle(request)
+    assert admitted["stops early"] > 5 * admitted["goes on"]
+
+
+def test_nobody_saves_up_turns_while_away() -> None:
+    shares = FairShares()
+    early, worker = request_of("away"), [request_of("worker") for _ in range(100)]
+    shares.enter(early)
+    shares.admit(early, 0)
+    shares.settle(early)
+    for request in worker:
+        shares.enter(request)
+    for request in worker[:80]:
+        shares.admit(request, 0)
+        shares.settle(request)
+    back = [request_of("away") for _ in range(20)]
+    for request in back:
+        shares.enter(request)
+    clients = [request.client for request in shares.order(worker[80:] + back)]
+    assert 4 <= clients[:10].count("away") <= 6
+
+
+def test_priority_goes_before_fairness() -> None:
+    traffic = Traffic(96, num_rows=1)
+    usual = [submit(traffic, client) for client in "abab"]
+    urgent = submit(traffic, "a", priority=5)
+    traffic.step()
+    assert urgent.status is Status.RUNNING
+    assert all(request.status is Status.WAITING for request in usual)
+    traffic.run_all()
+
+
+@pytest.mark.parametrize("policy", ["lpm", "fcfs", "dfs-weight", "random"])
+def test_every_policy_keeps_to_priorities(policy: str) -> None:
+    traffic = Traffic(96, num_rows=1, policy=policy)
+    low, high = submit(traffic, "a", priority=-1), submit(traffic, "a", priority=1)
+    traffic.step()
+    assert (low.status, high.status) == (Status.WAITING, Status.RUNNING)
+
+
+def test_a_retracted_request_pays_once() -> None:
+    traffic = Traffic(64, num_rows=8, conservativeness=0.0)
+    requests = [submit(traffic, "ab"[i % 2], prompt_len=4, answer_len=40) for i in range(8)]
+    traffic.run_all()
+    assert traffic.scheduler.num_retractions > 0
+    assert traffic.scheduler.shares.num_served_tokens <= 8 * 44
+    assert all(request.charged_tokens == 0 for request in requests)
+
+
+def test_the_accounts_are_empty_when_nobody_waits() -> None:
+    traffic = Traffic(64, num_rows=2)
+    requests = [submit(traffic, "abc"[i % 3]) for i in range(9)]
+    traffic.step()
+    traffic.scheduler.finish(requests[-1], FinishReason("abort"))
+    assert traffic.scheduler.shares.num_waiting_tokens == sum(r.prompt_len for r in traffic.scheduler.waiting)
+    traffic.run_all()
+    shares = traffic.scheduler.shares
+    assert (shares.num_waiting_tokens, shares.num_requests.total(), shares.num_tokens.total()) == (0, 0, 0)
+
+
+def test_clients_that_owe_nothing_are_forgotten() -> None:
+    shares = FairShares()
+    for i in range(3 * MAX_IDLE_CLIENTS):
+        request = request_of(f"client {i}")
+        shares.enter(request)
+        shares.leave(request)
+    assert len(shares._served) <= MAX_IDLE_CLIENTS + 1
+
+
+# ---- a full queue ----
+
+
+def request_of(client: str, prompt_len: int = 10, max_new_tokens: int = 10) -> Request:
+    params = SamplingParams(max_new_tokens=max_new_tokens)
+    return Request(client, [1] * prompt_len, params, sink=lambda delta: None, client=client)
+
+
+def test_the_token_limit_counts_the_prompts_that_wait() -> None:
+    traffic = Traffic(256, num_rows=1, max_queued_tokens=100)
+    requests = [submit(traffic, "a", prompt_len=40) for _ in range(2)]
+    with pytest.raises(QueueFull, match=r"80 prompt tokens .* 40, the limit is 100"):
+        submit(traffic, "a", prompt_len=40)
+    traffic.step()
+    requests.append(submit(traffic, "a", prompt_len=40))  # one has left the queue
+    traffic.run_all()
+    assert all(request.output_ids == expected(request.input_ids, 4) for request in requests)
+
+
+def test_an_empty_queue_takes_a_prompt_above_the_token_limit() -> None:
+    traffic = Traffic(256, num_rows=1, max_queued_tokens=100)
+    long = submit(traffic, "a", prompt_len=150)
+    traffic.run_all()
+    assert long.status is Status.FINISHED
+
+
+def test_a_client_that_floods_the_queue_does_not_shut_out_another() -> None:
+    shares = FairShares(max_requests=8)
+    for _ in range(8):
+        request = request_of("flood")
+        shares.check(request)
+        shares.enter(request)
+    with pytest.raises(QueueFull):
+        shares.check(request_of("flood"))
+    for _ in range(4):  # half of the queue is its part
+        request = request_of("other")
+        shares.check(request)
+        shares.enter(request)
+    with pytest.raises(QueueFull):
+        shares.check(request_of("other"))
+
+
+def test_a_crowd_of_clients_cannot_grow_the_queue_beyond_twice_its_limit() -> None:
+    shares = FairShares(max_requests=16)
+    for i in range(1000):
+        request = request_of(f"client {i % 500}")
+        try:
+            shares.check(request)
+        except QueueFull:
+            continue
+        shares.enter(request)
+    assert 16 <= shares.num_requests.total() <= 32
+
+
+# ---- when to come back ----
+
+
+def test_the_drain_rate_is_tokens_per_working_second() -> None:
+    rate = DrainRate()
+    total, now = 0, 100.0
+    for _ in range(20):
+        rate.busy(now)
+        now += 2.0
+        total += 500
+        rate.observe(now, total, is_idle=True)
+        now += 1000.0  # nobody asks for anything
+    assert rate.tokens_per_s == pytest.approx(250)
+    assert rate.seconds_for(5000, now) == pytest.approx(20)
+
+
+def test_the_drain_rate_follows_the_load() -> None:
+    rate = DrainRate()
+    rate.busy(0.0)
+    for second in range(1, 101):
+        rate.observe(float(second), second * 1000, is_idle=False)
+    for second in range(101, 301):
+        rate.observe(float(second), 100_000 + (second - 100) * 10, is_idle=False)
+    assert 10 <= rate.tokens_per_s < 20
+
+
+def test_before_anything_has_ended_the_wait_so_far_is_the_guess() -> None:
+    rate = DrainRate()
+    assert rate.seconds_for(1e9, 5.0) == 1.0
+    rate.busy(10.0)
+    assert rate.seconds_for(1e9, 17.0) == 7.0
+    rate.observe(18.0, 1, is_idle=False)
+    assert rate.seconds_for(1e9, 18.0) == MAX_RETRY_S
+
+
+# ---- long prompts and streams ----
+
+
+def test_a_flood_of_long_prompts_does_not_hold_up_a_stream() -> None:
+    """As StepPace cuts prompts: whatever waits, a step computes at most its budget and one token of each stream."""
+    traffic = Traffic(20_000, num_rows=64, chunk=4096, depth=1)
+    streams = [submit(traffic, "chat", prompt_len=5, answer_len=300) for _ in range(4)]
+    traffic.step()
+    floods = [submit(traffic, "flood", prompt_len=1500, answer_len=2) for _ in range(12)]
+    for _ in range(200):
+        plan = traffic.scheduler.schedule(64)
+        assert plan is not None
+        assert plan.num_prefill_tokens <= 64
+        assert {request.row for request in streams} <= set(plan.rows.tolist())
+        traffic.scheduler.resolve(plan, traffic.run(plan))
+    assert all(traffic.rows.num_known[request.row] == 5 + 1 + 200 for request in streams)
+    assert sum(request.status is Status.FINISHED for request in floods) >= 5, "nor do streams starve the prompts"
+
+
+def test_the_smallest_budget_still_moves_a_long_prompt() -> None:
+    traffic = Traffic(2000, num_rows=4, chunk=512, depth=1)
+    submit(traffic, "chat", prompt_len=5, answer_len=200)
+    traffic.step()
+    long = submit(traffic, "flood", prompt_len=800, answer_len=1)
+    for _ in range(60):
+        plan = traffic.scheduler.schedule(16)
+        assert plan is not None
+        traffic.scheduler.resolve(plan, traffic.run(plan))
+    assert long.status is Status.FINISHED

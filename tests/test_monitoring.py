@@ -1,0 +1,324 @@
+"""What can be seen from outside: metrics, the dashboard, the access log, and the account on each answer."""
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+
+from engine.errors import QueueFull
+from engine.request import FinishReason, Request, RequestTimes, SamplingParams
+from server.__main__ import set_up_logging
+from server.access_log import JsonAccessLogger
+from server.app import build_app
+from server.config import ServerConfig
+from server.dashboard import PAGE
+from server.monitor import Monitor, percentile
+from tests.fake_engine import FakeEngine, events_of, serving
+
+Client = TestClient[Any, Any]
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+async def client(engine: FakeEngine) -> AsyncIterator[Client]:
+    async with serving(engine, enable_metrics=True) as client:
+        yield client
+
+
+async def post(client: Client, path: str, **body: Any) -> Any:
+    response = await client.post(path, json=body)
+    assert response.status == 200, await response.text()
+    return await response.json()
+
+
+# ---- /metrics ----
+
+SGLANG_NAMES = """
+    num_running_reqs num_queue_reqs num_used_tokens token_usage max_total_num_tokens cache_hit_rate gen_throughput
+    new_token_ratio prompt_tokens_total cached_tokens_total generation_tokens_total num_requests_total
+    num_aborted_requests_total num_retracted_requests_total time_to_first_token_seconds e2e_request_latency_seconds
+    queue_time_seconds inter_token_latency_seconds time_per_output_token_seconds per_stage_req_latency_seconds
+    prompt_tokens_histogram generation_tokens_histogram event_loop_lag_seconds
+"""
+
+
+async def metrics_of(client: Client) -> dict[str, float]:
+    """Sample with its labels, without the model's name, to value."""
+    text = await (await client.get("/metrics")).text()
+    lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+    return {re.sub(r'model_name="fake-model",?', "", name).replace("{}", ""): float(value) for name, value in lines}
+
+
+async def test_metrics_have_sglangs_names(client: Client) -> None:
+    await post(client, "/generate", text="a")
+    text = await (await client.get("/metrics")).text()
+    assert set(SGLANG_NAMES.split()) <= set(re.findall(r"^# TYPE sglang:(\S+) ", text, re.MULTILINE))
+    assert 'model_name="fake-model"' in text
+
+
+async def test_a_request_is_counted_when_it_ends(client: Client, engine: FakeEngine) -> None:
+    engine.is_manual = True
+    task = asyncio.create_task(client.post("/generate", json={"text": "abcde"}))
+    await engine.until(lambda: bool(engine.live))
+    request = engine.requests[0]
+    engine.emit(request, "xyz")
+    name = "sglang:e2e_request_latency_seconds"
+    assert (await metrics_of(client)).get(f"{name}_count", 0) == 0
+    engine.finish(request, FinishReason("stop", matched=257))
+    await task
+    metrics = await metrics_of(client)
+    assert metrics[f"{name}_count"] == 1
+    assert metrics[f"{name}_sum"] == pytest.approx(1.75)
+    assert metrics["sglang:queue_time_seconds_sum"] == pytest.approx(0.5)
+    assert metrics["sglang:time_to_first_token_seconds_sum"] == pytest.approx(0.75)
+    assert metrics["sglang:inter_token_latency_seconds_sum"] == pytest.approx(1.0 / 2)
+    assert metrics['sglang:per_stage_req_latency_seconds_sum{stage="prefill"}'] == pytest.approx(0.25)
+    assert metrics["sglang:prompt_tokens_histogram_sum"] == 5
+    assert metrics["sglang:generation_tokens_histogram_sum"] == 3
+
+
+async def test_gauges_and_counters_are_the_engines_own(client: Client) -> None:
+    metrics = await metrics_of(client)
+    assert metrics["sglang:token_usage"] == 0.25
+    assert metrics["sglang:cache_hit_rate"] == 0.4
+    assert metrics["radixloop:num_refused_requests_total"] == 5
+    assert metrics['radixloop:host_seconds_total{stage="deliver"}'] == 0.004
+    assert metrics["process_resident_memory_bytes"] > 1e6
+
+
+# ---- the monitor ----
+
+
+def test_a_percentile_is_one_of_the_values() -> None:
+    values = [float(i) for i in range(100, 0, -1)]
+    assert (percentile(values, 0.5), percentile(values, 0.99), percentile(values, 1)) == (51, 100, 100)
+    assert percentile([], 0.5) is None
+    assert percentile([3.0], 0.99) == 3.0
+
+
+def test_rates_are_differences_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, clock = FakeEngine(), [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    monitor, stats = Monitor(engine), engine.stats()
+    monkeypatch.setattr(engine, "stats", lambda: stats)
+    assert monitor.rates(5).generated == 0
+    for _ in range(10):
+        monitor.samples.append(monitor.sample())
+        clock[0] += 1
+        stats.loop.num_generated_tokens += 50
+        stats.loop.num_steps += 10
+        stats.loop.deliver_s += 0.002
+        stats.scheduler.num_prompt_tokens += 100
+        stats.scheduler.num_hit_tokens += 75
+    rates = monitor.rates(5)
+    assert (rates.generated, rates.prompt, rates.steps, rates.hit_rate) == (50, 100, 10, 0.75)
+    assert rates.host_us_per_step == pytest.approx(200)
+    assert [rate.generated for _, rate in monitor.series()] == [50] * 9
+
+
+def test_a_request_that_never_ran_has_no_latency() -> None:
+    monitor = Monitor(FakeEngine())
+    monitor.observe(_request(RequestTimes(arrived=1.0, finished=2.0)))
+    assert not monitor.ended
+    monitor.observe(_request(RequestTimes(1.0, 2.0, 4.0, 8.0), [1, 2, 3]))
+    (ended,) = monitor.ended
+    assert (ended.queue_s, ended.first_token_s, ended.token_s, ended.total_s) == (1.0, 3.0, 2.0, 7.0)
+
+
+def _request(times: RequestTimes, output_ids: list[int] | None = None) -> Request:
+    return Request("r", [1], SamplingParams(), print, output_ids=output_ids or [], times=times)
+
+
+async def test_a_blocked_event_loop_shows_as_lag(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.monitor.IDLE_TICK_S", 0.01)
+    monkeypatch.setattr("server.monitor.TICK_S", 0.01)
+    monitor, seen = Monitor(FakeEngine()), asyncio.Event()
+    monitor.lag_observers.append(lambda lag_s: seen.set() if lag_s > 0.1 else None)
+    context = monitor.running(None)  # type: ignore[arg-type]
+    await anext(context)
+    await asyncio.sleep(0.02)
+    time.sleep(0.2)  # noqa: ASYNC251 - this is the test
+    await asyncio.wait_for(seen.wait(), 5)
+    assert max(monitor.lags) > 0.1
+    with pytest.raises(StopAsyncIteration):
+        await anext(context)
+
+
+# ---- the dashboard ----
+
+
+async def test_the_dashboards_data_is_all_that_the_page_reads(client: Client) -> None:
+    await post(client, "/generate", text="Hi")
+    data = await (await client.get("/dashboard/data")).json()
+    assert data["model"] == "fake-model"
+    assert data["now"]["kv"] == {"held": 250, "cached": 500, "total": 1000}
+    assert data["latency"]["num_requests"] == 1
+    assert data["latency"]["first_token"]["p99"] == pytest.approx(0.75)
+    assert data["prefixes"] == [{"head": "<b>S", "tail": "", "num_tokens": 4, "hits": 42, "num_users": 1}]
+    page = PAGE.read_text()
+    for group, name in re.findall(r"\b(now|latency|series|kv|prefix|data)\.(\w+)", page):
+        owner = {"data": data, "kv": data["now"]["kv"], "prefix": data["prefixes"][0]}.get(group) or data[group]
+        assert name in owner, f"{group}.{name}"
+
+
+async def test_the_page_is_whole_and_asks_nobody_else(client: Client) -> None:
+    response = await client.get("/dashboard")
+    assert (response.status, response.content_type) == (200, "text/html")
+    page = await response.text()
+    assert not re.search(
+        r"""\b(src|href|action)=["'](?!data:,)|url\(|@import|\bimport\s|https?://(?!www\.w3\.org/)""", page
+    )
+    assert re.findall(r"fetch\(([^,)]*)", page) == ['"dashboard/data"']
+    assert "innerHTML" not in page
+    assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+    assert "connect-src 'self'" in response.headers["Content-Security-Policy"]
+
+
+async def test_the_page_is_open_and_its_data_is_not(engine: FakeEngine) -> None:
+    def bearer(key: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {key}"}
+
+    async with serving(engine, api_key="k", admin_api_key="a") as client:
+        assert (await client.get("/dashboard")).status == 200
+        assert (await client.get("/dashboard/data")).status == 401
+        assert (await client.get("/dashboard/data", headers=bearer("k"))).status == 401
+        assert (await client.get("/dashboard/data", headers=bearer("a"))).status == 200
+
+
+# ---- meta_info ----
+
+
+async def test_an_answers_account_tells_where_the_time_went(client: Client) -> None:
+    meta = (await post(client, "/generate", text="Hello"))["meta_info"]
+    assert (meta["queue_time"], meta["prefill_time"], meta["decode_time"]) == pytest.approx((0.5, 0.25, 1.0))
+    assert meta["e2e_latency"] == pytest.approx(1.75)
+    assert meta["cached_tokens"] == 2
+    assert meta["first_missed_token"] == {"position": 2, "token_id": ord("l"), "text": "l"}
+    meta = (await post(client, "/generate", text="Hel"))["meta_info"]
+    assert meta["first_missed_token"] is None  # only the last token was computed, as for any cached prompt
+
+
+@pytest.mark.parametrize(
+    ("path", "prompt"),
+    [
+        ("/v1/completions", {"prompt": "Hello"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+    ],
+)
+async def test_openais_routes_give_the_account_when_asked(client: Client, path: str, prompt: dict[str, Any]) -> None:
+    plain = await post(client, path, **prompt)
+    assert "meta_info" not in plain["choices"][0]
+    answer = await post(client, path, **prompt, return_meta_info=True)
+    meta = answer["choices"][0]["meta_info"]
+    assert meta["decode_time"] == pytest.approx(1.0)
+    assert meta["completion_tokens"] == 12
+    response = await client.post(path, json={**prompt, "stream": True, "return_meta_info": True})
+    *events, done = events_of(await response.read())
+    choices = [json.loads(event)["choices"][0] for event in events]
+    assert done == "[DONE]"
+    assert [("meta_info" in choice) for choice in choices] == [False] * (len(choices) - 1) + [True]
+    assert choices[-1]["meta_info"]["finish_reason"] == {"type": "stop", "matched": 257}
+    assert (await client.post(path, json={**prompt, "return_meta_info": 1})).status == 400
+
+
+# ---- the access log ----
+
+
+async def test_the_json_access_log_is_an_object_a_line(engine: FakeEngine, caplog: pytest.LogCaptureFixture) -> None:
+    server = TestServer(build_app(engine, ServerConfig(model_path="fake-model")))
+    with caplog.at_level("INFO", "aiohttp.access"):
+        await server.start_server(access_log_class=JsonAccessLogger)
+        client: Client = TestClient(server)
+        async with client:
+            await post(client, "/generate", text="Hello", rid="mine")
+            await client.get("/nope?key=secret")
+    generate, nope = [json.loads(record.getMessage()) for record in caplog.records if record.name == "aiohttp.access"]
+    assert (generate["method"], generate["path"], generate["status"]) == ("POST", "/generate", 200)
+    assert (generate["rid"], generate["prompt_tokens"], generate["cached_tokens"]) == ("mine", 5, 2)
+    assert (generate["completion_tokens"], generate["finish_reasons"]) == (12, ["stop"])
+    assert (generate["queue_s"], generate["first_token_s"]) == pytest.approx((0.5, 0.75))
+    assert generate["client"] == "127.0.0.1"
+    assert (nope["status"], nope["path"]) == (404, "/nope")
+    assert "rid" not in nope
+
+
+def test_the_json_access_log_stands_alone_on_its_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    access = logging.getLogger("aiohttp.access")
+    monkeypatch.setattr(access, "handlers", [])
+    monkeypatch.setattr(access, "propagate", True)
+    set_up_logging(ServerConfig(model_path="m", access_log="json"))
+    access.info('{"a": 1}')
+    assert capsys.readouterr().err == '{"a": 1}\n'
+
+
+# ---- keys of several clients ----
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> str:
+    file = tmp_path / "keys.yaml"
+    file.write_text("alice: sk-alice\nbob: {key: sk-bob, weight: 3}\n")
+    return str(file)
+
+
+async def test_a_key_names_the_client_and_its_weight(engine: FakeEngine, key_file: str) -> None:
+    async with serving(engine, api_key_file=key_file) as client:
+        for key in ("sk-alice", "sk-bob"):
+            for path, body in (("/generate", {"text": "a"}), ("/v1/completions", {"prompt": "a"})):
+                response = await client.post(path, json=body, headers={"Authorization": f"Bearer {key}"})
+                assert response.status == 200
+        assert (await client.post("/generate", json={"text": "a"})).status == 401
+        response = await client.post("/flush_cache", headers={"Authorization": "Bearer sk-bob"})
+        assert response.status == 401, "several clients have nobody who may reach into the server"
+        assert "admin" in (await response.json())["error"]["message"]
+    accounts = [(request.client, request.weight) for request in engine.requests]
+    assert accounts == [("alice", 1.0)] * 2 + [("bob", 3.0)] * 2
+
+
+async def test_without_a_file_the_address_is_the_client(engine: FakeEngine) -> None:
+    async with serving(engine, api_key="k") as client:
+        await client.post("/generate", json={"text": "a"}, headers={"Authorization": "Bearer k"})
+    assert engine.requests[0].client == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must hold"),
+        ("- a", "must hold"),
+        ("a: 123", "a needs a key in quotes"),
+        ("a: {key: x, wait: 1}", "a needs a key"),
+        ("a: {key: x, weight: 0}", "weight of a"),
+        ("a: x\nb: x", "b has the key of a"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_a_wrong_key_file_is_a_clear_error(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "keys.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        build_app(FakeEngine(), ServerConfig(model_path="m", api_key_file=str(file)))
+
+
+async def test_retry_after_is_whole_seconds_and_rounded_up(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(request: Request) -> None:
+        raise QueueFull("9 requests are waiting, the limit is 9", 7.2)
+
+    monkeypatch.setattr(engine, "submit", refuse)
+    async with serving(engine) as client:
+        for path, body in (("/generate", {"text": "a"}), ("/v1/completions", {"prompt": "a", "stream": True})):
+            response = await client.post(path, json=body)
+            assert (response.status, response.headers["Retry-After"]) == (429, "8")
