@@ -133,7 +133,8 @@ class Stager:
         sample_tokens[:num_samples] = cu_q_lens[samples + 1] - 1
         sample_rows[:num_samples] = rows[samples]
         sample_positions[:num_samples] = seq_lens[samples]
-        if plan.groups is not None:
+        if shape.has_groups:
+            assert plan.groups is not None
             prefix_lens, cu_members, members, own_starts = (host[start:stop] for start, stop in layout[10:])
             prefix_lens[: len(plan.groups.prefix_lens)] = plan.groups.prefix_lens
             cu_members[:] = plan.groups.cu_members[-1]

@@ -88,7 +88,7 @@ class EngineConfig:
 
     stream_interval: int = option(1, DEBUG, "tokens a streamed piece at least")
     decode_log_interval: int = option(40, DEBUG, "decode steps between two log lines")
-    watchdog_timeout: float = option(300.0, DEBUG, "seconds a step may take before the server gives up")
+    watchdog_timeout: float = option(300.0, DEBUG, "seconds a step may take before the server gives up; 0: any")
 
     def replace(self, **changes: Any) -> "EngineConfig":
         return dataclasses.replace(self, **changes)

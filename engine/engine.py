@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import logging
 import time
@@ -37,7 +38,7 @@ class Health:
     status: str
     """ok, starting, stuck (a step has not come back), stopping, or stopped."""
     last_step_age_s: float
-    """Since a step last came back; 0 while idle."""
+    """Since a step last came back, or since there was work again; 0 while idle."""
     oldest_queued_s: float
     num_running: int
     num_queued: int
@@ -70,6 +71,7 @@ class Engine:
         self._profiler: Profiler | None = None
         self._num_requests = self._num_aborted = self._num_refused = 0
         self._drain = DrainRate()
+        self._busy_since = 0.0
 
     async def __aenter__(self) -> "Engine":
         await self.start()
@@ -183,6 +185,8 @@ class Engine:
             self._num_refused += 1
             full.retry_after_s = self._drain.seconds_for(scheduler.shares.num_waiting_work, now)
             raise
+        if not self._has_work:
+            self._busy_since = now
         self._drain.busy(now)
 
     def _pass_on(self, sink: Callable[[Delta], None], delta: Delta) -> None:
@@ -282,17 +286,44 @@ class Engine:
             return Health("starting", 0.0, 0.0, 0, 0)
         now = time.perf_counter()
         scheduler = self._parts.scheduler
-        launched_at = self._loop.oldest_launch_at
-        age = 0.0 if launched_at is None else now - max(launched_at, self._loop.stats.last_step_at)
+        age = now - max(self._busy_since, self._loop.stats.last_step_at) if self._has_work else 0.0
         oldest = min((request.times.arrived for request in scheduler.waiting), default=now)
         status = "ok"
         if not self.is_running:
             status = "stopped"
         elif self._is_stopping:
             status = "stopping"
-        elif age > min(STUCK_AFTER_S, self.config.watchdog_timeout):
+        elif age > min(STUCK_AFTER_S, self.config.watchdog_timeout or STUCK_AFTER_S):
             status = "stuck"
         return Health(status, age, now - oldest, len(scheduler.nodes), len(scheduler.waiting))
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._requests) or (self._loop is not None and bool(self._loop.steps_in_flight))
+
+    def progress(self) -> tuple[int, int] | None:
+        """Differs after each step; None while there is nothing to do. From any thread."""
+        if self._loop is None or not self._has_work:
+            return None
+        return self._loop.stats.num_steps, self._loop.stats.num_failed_steps
+
+    def describe(self) -> str:
+        """What the engine is doing, for someone who must find out why it does not. From any thread."""
+        now = time.perf_counter()
+        lines = [f"{name}: {value}" for name, value in dataclasses.asdict(self.stats()).items()]
+        for step in [] if self._loop is None else self._loop.steps_in_flight:
+            plan = step.plan
+            rids = [request.rid for row in plan.rows.tolist() if (request := self.parts.rows.requests[row])]
+            lines.append(
+                f"step in flight for {now - step.launched_at:.3f} s: {plan.num_tokens} tokens, "
+                f"{plan.num_decodes} decodes, q_lens {plan.q_lens.tolist()}, seq_lens {plan.seq_lens.tolist()}, {rids}"
+            )
+        for request in list(self._requests.values()):
+            lines.append(
+                f"request {request.rid}: {request.status.name}, a prompt of {request.prompt_len} tokens, "
+                f"{now - request.times.arrived:.3f} s old"
+            )
+        return "\n".join(lines) + "\n"
 
     def stats(self) -> EngineStats:
         assert self._loop is not None

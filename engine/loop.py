@@ -56,7 +56,7 @@ class StepLoop:
         self.stats = LoopStats()
         self._depth = 2 if is_overlapped else 1
         self._work = asyncio.Event()
-        self._in_flight: deque[Step] = deque()
+        self._in_flight: deque[tuple[Step, asyncio.Future[None]]] = deque()
         self._pace = StepPace(max_step_ms, chunked_prefill_size)
         self._log = BatchLog(scheduler, decode_log_interval)
 
@@ -65,9 +65,9 @@ class StepLoop:
         self._work.set()
 
     @property
-    def oldest_launch_at(self) -> float | None:
-        """time.perf_counter() of the step that has been on the device longest; None when it is idle."""
-        return self._in_flight[0].launched_at if self._in_flight else None
+    def steps_in_flight(self) -> list[Step]:
+        """Launched and not resolved, oldest first."""
+        return [step for step, _ in self._in_flight]
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -77,7 +77,7 @@ class StepLoop:
             if resolved is not None and (spare_s := self._spare_s()) > 0:
                 self._deliver(*resolved)
                 resolved = None
-                await asyncio.sleep(spare_s)
+                await asyncio.wait([self._in_flight[0][1]], timeout=spare_s)
             start = clock()
             plan = self.scheduler.schedule(self._pace.prefill_budget(self.scheduler.num_streams))
             scheduled = clock()
@@ -86,8 +86,9 @@ class StepLoop:
                 for request in plan.admitted:
                     request.times.scheduled = start
                 if self._in_flight:
-                    self.output.follow(has_run_dry=self._in_flight[-1].done.done())
-                self._in_flight.append(self.runner.launch(plan))
+                    self.output.follow(has_run_dry=self._in_flight[-1][0].done.done())
+                step = self.runner.launch(plan)
+                self._in_flight.append((step, asyncio.wrap_future(step.done)))
                 self._log.on_launch(plan)
                 stats.launch_s += clock() - scheduled
             if resolved is not None:
@@ -97,7 +98,7 @@ class StepLoop:
             if not self._in_flight:
                 await self._idle()
             elif plan is None or len(self._in_flight) >= self._depth:
-                resolved = await self._resolve(self._in_flight.popleft())
+                resolved = await self._resolve(*self._in_flight.popleft())
 
     def _deliver(self, step: Step, outcome: Outcome) -> None:
         start = time.perf_counter()
@@ -111,7 +112,7 @@ class StepLoop:
         """
         if not self._in_flight:
             return 0.0
-        step = self._in_flight[0]
+        step, _ = self._in_flight[0]
         begun_at = max(step.launched_at, self.stats.last_step_at)
         spare_s = begun_at + self._pace.predict_s(step.plan) - HOST_LEAD_S - time.perf_counter()
         return spare_s if spare_s >= MIN_SLEEP_S else 0.0
@@ -124,24 +125,25 @@ class StepLoop:
         else:
             await self._work.wait()
 
-    async def _resolve(self, step: Step) -> tuple[Step, Outcome] | None:
+    async def _resolve(self, step: Step, done: asyncio.Future[None]) -> tuple[Step, Outcome] | None:
         """Wait for `step` and take in its tokens. A step that raised fails its own requests; the loop goes on."""
-        if step.done.done():
+        if done.done():
             await asyncio.sleep(0)  # the device is ahead of the host: let the connections have their turn all the same
         try:
-            await asyncio.wrap_future(step.done)
+            await done
         except Exception as error:  # noqa: BLE001 - whatever a step raises ends that step's requests and no others
             await self._fail(step, error)
             return None
         start = time.perf_counter()
         assert step.tokens is not None
         outcome = self.scheduler.resolve(step.plan, step.tokens.numpy())
-        self._pace.observe(step.plan, step.launched_at, start)
+        device_s, idle_s = self.runner.times(step)
+        self._pace.observe(step.plan, device_s)
         self._log.on_resolve(outcome)
         stats = self.stats
         stats.num_steps += 1
         stats.num_generated_tokens += outcome.num_tokens
-        stats.device_idle_s += self.runner.idle_before(step)
+        stats.device_idle_s += idle_s
         stats.last_step_at = time.perf_counter()
         stats.resolve_s += stats.last_step_at - start
         return step, outcome
@@ -150,7 +152,9 @@ class StepLoop:
         logger.exception("a step of %d requests failed", len(step.plan.rows), exc_info=error)
         self.stats.num_failed_steps += 1
         while self._in_flight:  # what was launched behind it read what it never wrote
-            await asyncio.wait([asyncio.wrap_future(self._in_flight.popleft().done)])
+            _, done = self._in_flight.popleft()
+            await asyncio.wait([done])
+            done.exception()  # seen: it is a consequence
         reason = FinishReason("abort", message=f"step failed: {type(error).__name__}: {error}", status_code=500)
         now = time.perf_counter()
         for request in self.scheduler.fail(step.plan, reason):
@@ -173,7 +177,6 @@ class StepPace:
         self.min_budget = max(int(chunked_prefill_size * MIN_PREFILL_SHARE), 1)
         self.decode_s = 0.0
         self.prefill_token_s = 0.0
-        self._last_resolved_at = 0.0
 
     def prefill_budget(self, num_streams: int) -> int | None:
         """Prompt tokens for the next step; None if nobody would notice a long one."""
@@ -181,14 +184,11 @@ class StepPace:
             return None
         return max(self.min_budget, int((self.max_step_s - self.decode_s) / self.prefill_token_s))
 
-    def observe(self, plan: Plan, launched_at: float, resolved_at: float) -> None:
-        """A step runs from its launch, or from the end of the step before it."""
-        step_s = resolved_at - max(self._last_resolved_at, launched_at)
-        self._last_resolved_at = resolved_at
+    def observe(self, plan: Plan, device_s: float) -> None:
         if plan.is_decode:
-            self.decode_s = _follow(self.decode_s, step_s)
+            self.decode_s = _follow(self.decode_s, device_s)
         elif plan.num_prefill_tokens >= self.min_budget:  # a shorter one's time is not its tokens'
-            token_s = max(step_s - self.decode_s, 0.0) / plan.num_prefill_tokens
+            token_s = max(device_s - self.decode_s, 0.0) / plan.num_prefill_tokens
             self.prefill_token_s = _follow(self.prefill_token_s, token_s)
 
     def predict_s(self, plan: Plan) -> float:

@@ -55,6 +55,7 @@ class Step:
     staged: torch.Tensor
     graph_shape: Shape | None
     launched_at: float  # time.perf_counter()
+    host_s: float = 0.0  # what it took the CPU worker
     done: Future[None] = field(default_factory=Future)
     events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # around its work on the device
     tokens: torch.Tensor | None = None  # int32 [S], host
@@ -78,7 +79,7 @@ class ModelRunner:
         self.graphs: StepGraphs | None = None
         self.device = stager.device
         self._is_cuda = self.device.type == "cuda"
-        self._last_events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._last_end: torch.cuda.Event | None = None
         # CUDA: waits for events, so that the loop need not. CPU: computes the steps, in order.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="step")
         self.stream = torch.cuda.Stream() if self._is_cuda else None
@@ -104,7 +105,7 @@ class ModelRunner:
             launched_at=time.perf_counter(),
         )
         if self.stream is None:
-            step.done = self._worker.submit(self._run, step)
+            step.done = self._worker.submit(self._run_in_worker, step)
             return step
         begin, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
         try:
@@ -119,16 +120,22 @@ class ModelRunner:
             step.done = self._worker.submit(end.synchronize)
         return step
 
-    def idle_before(self, step: Step) -> float:
-        """Seconds that the device waited between the step resolved before and this one, also resolved.
+    def times(self, step: Step) -> tuple[float, float]:
+        """(seconds the device took for `step`, seconds it had waited for it), both of steps resolved in order.
 
-        0 on a CPU, and after a pause: without work the device may rest.
+        The wait is 0 on a CPU, and after a pause: without work the device may rest.
         """
-        before, self._last_events = self._last_events, step.events
-        if before is None or step.events is None:
-            return 0.0
-        idle_s = before[1].elapsed_time(step.events[0]) / 1e3
-        return idle_s if idle_s < MAX_IDLE_S else 0.0
+        if step.events is None:
+            return step.host_s, 0.0
+        begin, end = step.events
+        before, self._last_end = self._last_end, end
+        idle_s = before.elapsed_time(begin) / 1e3 if before is not None else 0.0
+        return begin.elapsed_time(end) / 1e3, idle_s if idle_s < MAX_IDLE_S else 0.0
+
+    def _run_in_worker(self, step: Step) -> None:
+        start = time.perf_counter()
+        self._run(step)
+        step.host_s = time.perf_counter() - start
 
     @torch.inference_mode()
     def _run(self, step: Step) -> None:

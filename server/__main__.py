@@ -18,11 +18,13 @@ from rich.table import Table
 
 from engine.errors import ModelError
 from engine.request import Request, SamplingParams
+from engine.watchdog import Watchdog
 from server.access_log import JsonAccessLogger
 from server.app import build_app
 from server.config import ServerConfig, parse_args
 from server.live import ignore, new_rid
 from server.protocol import Engine
+from server.recorder import RECORDER
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +101,13 @@ async def serve(config: ServerConfig, listener: socket.socket, console: Console)
     try:
         await engine.start(lambda step: console.print(step, style="dim", markup=False, highlight=False))
         is_loading = False
-        if not config.skip_server_warmup:
-            await warm_up(engine)
-        # What exists now stays. A walk over its 200,000 objects would hold up the streams for a tenth of a second.
-        gc.collect()
-        gc.freeze()
-        await serve_http(engine, config, listener, console, stop)
+        with Watchdog(config.watchdog_timeout, engine.progress, engine.describe) as watchdog:
+            if not config.skip_server_warmup:
+                await warm_up(engine)
+            # What exists now stays. A walk over its 200,000 objects would hold up the streams for a tenth of a second.
+            gc.collect()
+            gc.freeze()
+            await serve_http(engine, config, listener, console, stop, watchdog)
     finally:
         is_loading = False
         await engine.stop()
@@ -121,7 +124,12 @@ async def warm_up(engine: Engine) -> None:
 
 
 async def serve_http(
-    engine: Engine, config: ServerConfig, listener: socket.socket, console: Console, stop: asyncio.Event
+    engine: Engine,
+    config: ServerConfig,
+    listener: socket.socket,
+    console: Console,
+    stop: asyncio.Event,
+    watchdog: Watchdog,
 ) -> None:
     try:
         app = build_app(engine, config)
@@ -136,6 +144,8 @@ async def serve_http(
         access_log_format='%a "%r" %s %Tfs',
     )
     await runner.setup()
+    if RECORDER in app:
+        watchdog.on_hang.append(app[RECORDER].dump)
     try:
         await web.SockSite(runner, listener, backlog=4096).start()
         print_ready(console, engine, config, listener.getsockname()[1])

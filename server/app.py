@@ -2,6 +2,7 @@
 
 import logging
 import math
+from pathlib import Path
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -17,6 +18,7 @@ from server.monitor import Monitor
 from server.native import NativeApi
 from server.openai import OpenAIApi
 from server.protocol import Engine, error_shape, json_response
+from server.recorder import RECORDER, RequestRecorder
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,11 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     )
     app.add_routes(NativeApi(engine, config, live, prompts).routes())
     app.add_routes(OpenAIApi(engine, config, live, prompts).routes())
+    if config.crash_dump_folder:
+        recorder = RequestRecorder(Path(config.crash_dump_folder), config.public_values())
+        live.arrival_observers.append(recorder.remember)
+        live.observers.append(recorder.observe)
+        app[RECORDER] = recorder
     monitor = Monitor(engine)
     live.observers.append(monitor.observe)
     app.cleanup_ctx.append(monitor.running)

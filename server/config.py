@@ -51,6 +51,9 @@ class ServerConfig(EngineConfig):
         "text", DEBUG, "a line for each HTTP request; json: with its client, tokens and times",
         choices=("text", "json", "none"),
     )  # fmt: skip
+    crash_dump_folder: str | None = option(
+        None, DEBUG, "where the last requests are written when one fails or a step hangs, for bench/replay.py"
+    )
     log_requests: bool = option(False, DEBUG, "write a line for each request that ended")
     log_requests_level: int = option(
         0, DEBUG, "0: sizes and time; 1: also sampling parameters; 2: also prompt and answer, cut; 3: in full"

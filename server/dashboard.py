@@ -59,6 +59,7 @@ class Dashboard:
             "prompt_per_s": rates.prompt,
             "steps_per_s": rates.steps,
             "host_us_per_step": rates.host_us_per_step,
+            "device_idle": rates.device_idle,
             "hit_rate": recent.hit_rate,
             "hit_rate_total": scheduler.num_hit_tokens / max(scheduler.num_prompt_tokens, 1),
             "kv": {

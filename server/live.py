@@ -91,6 +91,7 @@ class LiveRequests:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.arrival_observers: list[Callable[[Request], None]] = []  # called with each request that was accepted
         self.observers: list[Callable[[Request], None]] = []  # called with each request that ended
         self._rids: dict[str, list[str]] = {}  # rid given by the client -> rids of the requests made of it
 
@@ -107,6 +108,8 @@ class LiveRequests:
             for request in requests:
                 self.engine.submit(request)
                 accepted.append(request)
+                for observe in self.arrival_observers:
+                    observe(request)
             yield
         finally:
             del self._rids[rid]

@@ -146,6 +146,7 @@ class EngineCollector(Collector):
         yield self._counter("radixloop:num_refused_requests", "requests refused for a full queue", stats.num_refused)
         yield self._counter("radixloop:steps", "steps resolved", loop.num_steps)
         yield self._counter("radixloop:failed_steps", "steps that raised", loop.num_failed_steps)
+        yield self._counter("radixloop:device_idle_seconds", "between two steps on the device", loop.device_idle_s)
         yield self._counter(
             "radixloop:host_seconds",
             "host time of steps",

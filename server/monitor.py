@@ -36,6 +36,8 @@ class Sample:
     num_steps: int
     host_s: float
     """Of deciding, launching, resolving and delivering steps, since the start."""
+    device_idle_s: float
+    """Between two steps, since the start."""
     num_running: int
     num_waiting: int
     num_held_tokens: int
@@ -61,6 +63,8 @@ class Rates:
     prompt: float = 0.0
     steps: float = 0.0
     host_us_per_step: float = 0.0
+    device_idle: float = 0.0
+    """Share of the time."""
     hit_rate: float = 0.0
     """Share of prompt tokens found in the cache."""
 
@@ -109,6 +113,7 @@ class Monitor:
             num_hit_tokens=scheduler.num_hit_tokens,
             num_steps=loop.num_steps,
             host_s=loop.schedule_s + loop.launch_s + loop.resolve_s + loop.deliver_s,
+            device_idle_s=loop.device_idle_s,
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             num_held_tokens=scheduler.num_held_tokens,
@@ -156,6 +161,7 @@ def rates_between(before: Sample, after: Sample) -> Rates:
         prompt=prompt / seconds,
         steps=steps / seconds,
         host_us_per_step=(after.host_s - before.host_s) / steps * 1e6 if steps else 0.0,
+        device_idle=(after.device_idle_s - before.device_idle_s) / seconds,
         hit_rate=(after.num_hit_tokens - before.num_hit_tokens) / prompt if prompt else 0.0,
     )
 

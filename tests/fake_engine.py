@@ -87,6 +87,7 @@ class FakeLoopStats:
     launch_s: float = 0.002
     resolve_s: float = 0.003
     deliver_s: float = 0.004
+    device_idle_s: float = 0.005
 
 
 @dataclass
@@ -137,6 +138,7 @@ class FakeEngine:
         self.live: dict[str, Request] = {}
         self.has_changed = asyncio.Event()
         self.health_status = "ok"
+        self.is_profiling = False
         self.failure: FinishReason | None = None  # how every request ends
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -241,6 +243,23 @@ class FakeEngine:
 
     def top_prefixes(self, k: int) -> list[Prefix]:
         return [Prefix(np.array(list(b"<b>S"), np.int32), 4, 1, 42)][:k]
+
+    def start_profile(self, output_dir: str) -> None:
+        if self.is_profiling:
+            raise InvalidRequest("a profile is being recorded")
+        self.is_profiling = True
+
+    async def stop_profile(self) -> str:
+        if not self.is_profiling:
+            raise InvalidRequest("no profile is being recorded")
+        self.is_profiling = False
+        return "trace.json"
+
+    def progress(self) -> object:
+        return None
+
+    def describe(self) -> str:
+        return "a fake engine\n"
 
     def health(self) -> FakeHealth:
         return FakeHealth(self.health_status, num_running=len(self.live))

@@ -1,0 +1,104 @@
+"""Remembers the last requests, and writes them into a file when something goes wrong, to be replayed.
+
+A file has a JSON object a line: first why and when, with the configuration; then the requests, oldest first.
+`bench/replay.py` sends them to a server again.
+"""
+
+import asyncio
+import dataclasses
+import datetime
+import logging
+import os
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from engine.request import Request, Status
+
+logger = logging.getLogger(__name__)
+
+MAX_REQUESTS = 1000
+MAX_TOKENS = 1 << 20  # of all prompts remembered: some tens of megabytes
+MIN_INTERVAL_S = 60.0  # between two files that failed requests cause
+
+
+class RequestRecorder:
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        """`OSError` if the folder cannot be made."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.config = folder, config
+        self._requests: deque[Request] = deque()
+        self._num_tokens = 0
+        self._last_dump_at = -MIN_INTERVAL_S
+        self._writing: asyncio.Future[Path] | None = None
+
+    def remember(self, request: Request) -> None:
+        """A request was accepted."""
+        self._requests.append(request)
+        self._num_tokens += request.prompt_len
+        while len(self._requests) > MAX_REQUESTS or (self._num_tokens > MAX_TOKENS and len(self._requests) > 1):
+            self._num_tokens -= self._requests.popleft().prompt_len
+
+    def observe(self, request: Request) -> None:
+        """A request has ended. If the server is to blame, the file is written, off the event loop."""
+        reason = request.finish_reason
+        if reason is None or reason.status_code != 500:
+            return
+        now = time.monotonic()
+        if now - self._last_dump_at >= MIN_INTERVAL_S:
+            self._last_dump_at = now
+            loop = asyncio.get_running_loop()
+            self._writing = loop.run_in_executor(None, self.dump, f"request {request.rid} failed: {reason.message}")
+            self._writing.add_done_callback(_log_failure)
+
+    def dump(self, reason: str) -> Path:
+        """Write the file now. From any thread; `OSError` if it cannot be written."""
+        requests = self._requests.copy()  # in one go, under the interpreter's lock
+        now, at = time.perf_counter(), datetime.datetime.now(datetime.UTC)
+        path = self.folder / f"requests-{at:%Y%m%d-%H%M%S-%f}-{os.getpid()}.jsonl"
+        partial = path.with_suffix(".part")
+        with partial.open("wb") as file:
+            file.write(orjson.dumps({"reason": reason, "at": at, "config": self.config}) + b"\n")
+            for request in requests:
+                file.write(orjson.dumps(as_record(request, now), option=orjson.OPT_NON_STR_KEYS) + b"\n")
+        partial.rename(path)
+        logger.error("the last %d requests are in %s: %s", len(requests), path, reason)
+        return path
+
+
+RECORDER = web.AppKey("recorder", RequestRecorder)
+
+
+def as_record(request: Request, now: float) -> dict[str, Any]:
+    """What it takes to send `request` again, and how it went. `arrived_s` is relative to the file's time."""
+    reason = request.finish_reason
+    times = dataclasses.asdict(request.times)
+    return {
+        "rid": request.rid,
+        "arrived_s": request.times.arrived - now,
+        "input_ids": request.input_ids,
+        "sampling_params": dataclasses.asdict(request.sampling_params),
+        "stream": request.stream,
+        "return_logprob": request.return_logprob,
+        "logprob_start_len": request.logprob_start_len,
+        "top_logprobs_num": request.top_logprobs_num,
+        "token_ids_logprob": request.token_ids_logprob,
+        "priority": request.priority,
+        "extra_key": request.extra_key,
+        "client": request.client,
+        "status": request.status.name.lower(),
+        "output_ids": request.output_ids if request.status is Status.FINISHED else [],
+        "finish_reason": reason and reason.to_dict(len(request.output_ids)),
+        "num_cached_tokens": request.num_cached_tokens,
+        "num_retractions": request.num_retractions,
+        "times": {name: at - now for name, at in times.items() if at},
+    }
+
+
+def _log_failure(writing: "asyncio.Future[Path]") -> None:
+    if not writing.cancelled() and (error := writing.exception()) is not None:
+        logger.error("the crash dump could not be written: %s", error)
