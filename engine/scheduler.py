@@ -34,9 +34,7 @@ _NO_EPOCHS = np.empty(0, np.int64)
 class Outcome:
     """What a resolved step means to those who wait: new tokens, and requests that ended."""
 
-    tokens: list[tuple[Request, int, int]] = field(
-        default_factory=list
-    )  # (request, token, index in the step's samples)
+    tokens: list[tuple[Request, int, int]] = field(default_factory=list)  # (request, token, index among the samples)
     finished: list[Request] = field(default_factory=list)
     num_tokens: int = 0
 
@@ -64,13 +62,12 @@ class SchedulerStats:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Tokens [start, stop) of a request's prompt; the slots of [prefix_start, prefix_stop) are news to the device."""
+    """Tokens [start, stop) of a request's prompt; those of [known, start) are cached, which is news to the device."""
 
     request: Request
+    known: int
     start: int
     stop: int
-    prefix_start: int
-    prefix_stop: int
     is_first: bool
 
 
@@ -102,8 +99,8 @@ class Scheduler:
         self.cached_lens = np.zeros(rows.num_rows + 1, np.int32)  # row -> leading tokens whose slots the tree owns
         self.num_slots = np.zeros(rows.num_rows + 1, np.int32)  # row -> leading tokens that have a slot
         self._decoding = np.empty(0, np.int32)  # rows past their prompt, oldest first
-        self._grouped_rows = np.empty(0, np.int32)
-        self._groups: Groups | None = None  # of exactly those rows
+        self._grouped = (b"", b"")  # rows and epochs
+        self._groups: Groups | None = None  # of exactly those requests
         self._is_sorted = self._is_fair = True
         self._random = random.Random(seed)
         self._base_ratio = min(0.7 * conservativeness, 1.0)
@@ -245,9 +242,8 @@ class Scheduler:
                     plan.answering.append(request)
                 else:
                     plan.prefill_only.append((b, request))
-            if chunk.prefix_stop > chunk.prefix_start:
-                cached = rows.slots[row, chunk.prefix_start : chunk.prefix_stop].copy()
-                plan.prefix_copies.append((row, chunk.prefix_start, cached))
+            if chunk.start > chunk.known:
+                plan.prefix_copies.append((row, chunk.known, rows.slots[row, chunk.known : chunk.start].copy()))
             if chunk.is_first:
                 plan.admitted.append(request)
             if request.logprob_start_len >= 0 and chunk.start < request.prompt_len - 1:
@@ -322,14 +318,12 @@ class Scheduler:
         rows, row = self.rows, request.row
         num_tokens = int(rows.num_known[row])
         tokens = rows.token_ids[row, :num_tokens]
-        is_first = self.num_slots[row] == 0
-
         match = self.cache.match(tokens, request.extra_key)
         num_cached = len(match.slots)
-        prefix_start = int(self.cached_lens[row])
-        if num_cached > prefix_start:
+        had_cached = int(self.cached_lens[row])
+        if num_cached > had_cached:
             self._lock(row, match.node)
-            rows.slots[row, prefix_start:num_cached] = match.slots[prefix_start:]
+            rows.slots[row, had_cached:num_cached] = match.slots[had_cached:]
             self.cached_lens[row] = num_cached
             self.num_slots[row] = max(num_cached, int(self.num_slots[row]))
         # The last token is computed even when cached, for its logits; so are tokens whose log-probabilities are
@@ -354,15 +348,15 @@ class Scheduler:
             _, node = self.cache.insert(tokens[:stop], rows.slots[row, :stop], request.extra_key)
             self._lock(row, node)
             self.cached_lens[row] = stop - stop % self.page_size
-        is_first = is_first and not request.num_retractions
+        is_first = num_computed == 0 and not request.num_retractions
         if is_first:
-            request.num_cached_tokens = min(start, num_cached)
-            self.num_hit_tokens += request.num_cached_tokens
+            request.num_cached_tokens = start
+            self.num_hit_tokens += start
         rows.num_computed[row] = stop
         if stop == num_tokens:
             self.prefilling.remove(request)
             self._decoding = np.append(self._decoding, np.int32(row))
-        return _Chunk(request, start, stop, prefix_start, min(num_cached, start), is_first)
+        return _Chunk(request, num_computed, start, stop, is_first)
 
     def _extend(self, have: int, last_slot: int, count: int) -> np.ndarray | None:
         slots = self.allocator.extend(have, last_slot, count)
@@ -521,9 +515,10 @@ class Scheduler:
         """Put each decoding row into the group of the tree node whose shared reading saves most, if that is much."""
         if len(decodes) < 2 or not self._is_cached:
             return None
-        if np.array_equal(decodes, self._grouped_rows):
+        key = (decodes.tobytes(), self.rows.epoch[decodes].tobytes())
+        if key == self._grouped:
             return self._groups
-        self._grouped_rows, self._groups = decodes, None
+        self._grouped, self._groups = key, None
         paths = [list(self.cache.path(self.nodes[row])) for row in decodes.tolist()]
         num_users = Counter(node for path in paths for node in path)
         members: dict[Node, list[int]] = {}

@@ -17,6 +17,7 @@ from server.metrics import Metrics
 from server.monitor import Monitor
 from server.native import NativeApi
 from server.openai import OpenAIApi
+from server.openapi import OpenApi
 from server.protocol import Engine, error_shape, json_response
 from server.recorder import RECORDER, RequestRecorder
 
@@ -43,6 +44,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
         live.arrival_observers.append(recorder.remember)
         live.observers.append(recorder.observe)
         app[RECORDER] = recorder
+    app.add_routes(OpenApi().routes())
     monitor = Monitor(engine)
     live.observers.append(monitor.observe)
     app.cleanup_ctx.append(monitor.running)

@@ -79,6 +79,8 @@ class Traffic:
                 self.slot_table[row, position] = plan.out_cache_loc[t]
                 self.stored[plan.out_cache_loc[t]] = inputs[t]
         self.computed_tokens += len(inputs)
+        if plan.groups is not None:
+            self.check_groups(plan)
         assert plan.out_cache_loc.min() >= self.allocator.page_size, "wrote into the dump page"
         tokens = []
         for b in plan.samples:
@@ -87,6 +89,17 @@ class Traffic:
             tokens.append(next_token(seen))
             self.last_tokens[row] = tokens[-1]
         return np.array(tokens, np.int32)
+
+    def check_groups(self, plan: Plan) -> None:
+        """A group's members have the same slots for its prefix, and their own part begins behind it."""
+        groups = plan.groups
+        assert groups is not None
+        for g, prefix_len in enumerate(groups.prefix_lens):
+            members = groups.members[groups.cu_members[g] : groups.cu_members[g + 1]]
+            heads = self.slot_table[plan.rows[members], :prefix_len]
+            assert (heads == heads[0]).all()
+            assert (groups.own_starts[members] == prefix_len).all()
+            assert (plan.seq_lens[members] > prefix_len).all()
 
     def run_all(self, limit: int = 20_000) -> None:
         for _ in range(limit):
@@ -137,6 +150,30 @@ def test_every_answer_is_the_one_it_would_get_alone(page_size: int, chunk: int, 
         assert request.output_ids == expected(request.input_ids, request.sampling_params.max_new_tokens or 0)
     if not cached:
         assert traffic.cache.num_cached == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_answers_survive_a_pool_that_runs_out_again_and_again(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.scheduler.MIN_SHARED_TOKENS", 1)  # groups form and dissolve all the time
+    rng = random.Random(seed)
+    page_size = rng.choice([1, 1, 4])
+    traffic = Traffic(64, num_rows=rng.choice([3, 6]), chunk=rng.choice([3, 9, 40]), page_size=page_size,
+                      conservativeness=0.0)  # fmt: skip
+    heads = [[rng.randrange(1, VOCAB) for _ in range(12)] for _ in range(2)]
+    requests = []
+    for _ in range(80):
+        requests.append(traffic.submit(prompt_of(rng, rng.randrange(1, 24), heads), rng.randrange(0, 32)))
+        for _ in range(rng.randrange(6)):
+            traffic.step()
+        victim = rng.choice(requests)
+        if rng.random() < 0.1 and victim.status is not Status.FINISHED:
+            traffic.scheduler.finish(victim, FinishReason("abort"))
+    traffic.run_all()
+    for request in requests:
+        answer = expected(request.input_ids, request.sampling_params.max_new_tokens or 0)
+        assert request.output_ids == answer[: len(request.output_ids)]
+        is_aborted = request.finish_reason is not None and request.finish_reason.type == "abort"
+        assert is_aborted or request.output_ids == answer
 
 
 def test_a_pool_too_small_for_all_retracts_and_still_finishes_everyone() -> None:

@@ -1,0 +1,391 @@
+"""/openapi.json: an OpenAPI 3.1 document of every route, made from the one table here.
+
+A route that the table does not know fails a test, and the fuzzer in the tests sends what the table allows.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from aiohttp import web
+
+from engine.request import TOP_K_ALL
+from server.protocol import JSON, MAX_INT, MAX_N, json_response
+
+SCHEMAS = "#/components/schemas/"
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One method of one route. `body` and `answer` are schemas; an answer of None is no JSON."""
+
+    summary: str
+    tag: str
+    body: JSON | None = None
+    answer: JSON | None = None
+    media_type: str = "application/json"  # of the answer
+    is_streaming: bool = False  # with `stream`: server-sent events
+    statuses: tuple[int, ...] = ()  # of errors, besides those any request can meet
+    is_open: bool = False  # needs no key
+    parameters: tuple[JSON, ...] = ()
+    error: JSON | None = None  # if not the API's own shape
+
+
+# ---- schemas ----
+
+
+def ref(name: str) -> JSON:
+    return {"$ref": SCHEMAS + name}
+
+
+def obj(properties: dict[str, JSON], required: Iterable[str] = (), **more: Any) -> JSON:
+    return {"type": "object", "properties": properties, "required": list(required), **more}
+
+
+def array(items: JSON, **more: Any) -> JSON:
+    return {"type": "array", "items": items, **more}
+
+
+def integer(low: int = -MAX_INT, high: int = MAX_INT) -> JSON:
+    return {"type": "integer", "minimum": low, "maximum": high}
+
+
+def number(low: float, high: float) -> JSON:
+    return {"type": "number", "minimum": low, "maximum": high}
+
+
+def one_of(*schemas: JSON) -> JSON:
+    return {"anyOf": list(schemas)}
+
+
+def or_list(schema: JSON) -> JSON:
+    return one_of(schema, array(schema))
+
+
+STRING, BOOLEAN, ANY_OBJECT = {"type": "string"}, {"type": "boolean"}, {"type": "object"}
+TOKEN_IDS = array(integer(0), minItems=1)
+LOGPROBS = array({"type": "array"})
+
+SAMPLING: dict[str, JSON] = {
+    "temperature": number(0, 100),
+    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    "top_k": one_of({"const": -1}, integer(1, TOP_K_ALL)),
+    "min_p": number(0, 1),
+    "frequency_penalty": number(-2, 2),
+    "presence_penalty": number(-2, 2),
+    "repetition_penalty": {"type": "number", "exclusiveMinimum": 0, "maximum": 2},
+    "logit_bias": {
+        "type": "object",
+        "additionalProperties": number(-100, 100),
+        "propertyNames": {"type": "string", "pattern": "^[0-9]{1,6}$"},
+        "description": "token id to what is added to its logit",
+    },
+    "stop": or_list(STRING),
+    "stop_token_ids": array(integer(0)),
+    "stop_regex": or_list(STRING),
+    "n": integer(1, MAX_N),
+    "ignore_eos": BOOLEAN,
+    "skip_special_tokens": BOOLEAN,
+    "spaces_between_special_tokens": BOOLEAN,
+    "no_stop_trim": BOOLEAN,
+}
+NATIVE_SAMPLING = {
+    **SAMPLING,
+    "max_new_tokens": one_of(integer(0), {"type": "null"}),
+    "min_new_tokens": integer(0),
+    "sampling_seed": integer(),
+}
+EVERYWHERE: dict[str, JSON] = {
+    "stream": BOOLEAN,
+    "rid": {"type": "string", "description": "name of the request, for /abort_request"},
+    "priority": {**integer(), "description": "larger runs first"},
+    "extra_key": {"type": "string", "description": "cached prefixes are shared within one key only"},
+    "cache_salt": {"type": "string", "description": "as extra_key"},
+}
+OPENAI_BOTH: dict[str, JSON] = {
+    **SAMPLING,
+    **EVERYWHERE,
+    "model": STRING,
+    "max_tokens": integer(0),
+    "min_tokens": integer(0),
+    "seed": integer(),
+    "stream_options": obj({"include_usage": BOOLEAN}),
+    "return_meta_info": {"type": "boolean", "description": "with each choice, what /generate tells in `meta_info`"},
+    "user": STRING,
+}
+TEXT_PART = obj({"type": {"enum": ["text", "input_text"]}, "text": STRING}, ["type", "text"])
+FUNCTION_CALL = obj({"name": STRING, "arguments": one_of(STRING, ANY_OBJECT)}, ["name"])
+TOOL_CALL = obj({"id": STRING, "type": {"const": "function"}, "function": FUNCTION_CALL}, ["function"])
+MESSAGE = obj(
+    {
+        "role": {"enum": ["system", "developer", "user", "assistant", "tool", "function"]},
+        "content": one_of(STRING, array(TEXT_PART)),
+        "name": STRING,
+        "tool_calls": array(TOOL_CALL),
+        "tool_call_id": STRING,
+    },
+    ["role", "content"],
+)
+CHAT: dict[str, JSON] = {
+    "messages": array(ref("Message"), minItems=1),
+    "tools": array(ANY_OBJECT),
+    "tool_choice": {"enum": ["auto", "none"]},
+    "chat_template_kwargs": ANY_OBJECT,
+    "add_generation_prompt": BOOLEAN,
+    "continue_final_message": BOOLEAN,
+}
+USAGE = obj(
+    {
+        "prompt_tokens": integer(0),
+        "completion_tokens": integer(0),
+        "total_tokens": integer(0),
+        "prompt_tokens_details": obj({"cached_tokens": integer(0)}),
+    },
+    ["prompt_tokens", "completion_tokens", "total_tokens"],
+)
+META_INFO = obj(
+    {
+        "id": STRING,
+        "finish_reason": one_of(obj({"type": {"enum": ["stop", "length", "abort"]}}, ["type"]), {"type": "null"}),
+        "prompt_tokens": integer(0),
+        "cached_tokens": integer(0),
+        "completion_tokens": integer(0),
+        "total_retractions": integer(0),
+        "queue_time": {"type": "number", "description": "seconds until its first step"},
+        "prefill_time": {"type": "number", "description": "seconds from there to the first token"},
+        "decode_time": {"type": "number", "description": "seconds from there to the end"},
+        "e2e_latency": {"type": "number"},
+        "first_missed_token": {
+            **one_of(obj({"position": integer(0), "token_id": integer(0), "text": STRING}), {"type": "null"}),
+            "description": "where the prompt left what was cached",
+        },
+        "input_token_logprobs": LOGPROBS,
+        "output_token_logprobs": LOGPROBS,
+    },
+    ["id", "finish_reason", "prompt_tokens", "cached_tokens", "completion_tokens"],
+)
+OPENAI_ANSWER = obj(
+    {
+        "id": STRING,
+        "object": STRING,
+        "created": integer(0),
+        "model": STRING,
+        "choices": array(ANY_OBJECT),
+        "usage": ref("Usage"),
+    },
+    ["id", "object", "created", "model", "choices", "usage"],
+)
+MODEL_CARD = obj({"id": STRING, "object": {"const": "model"}, "max_model_len": integer(1)}, ["id", "object"])
+
+COMPONENTS: dict[str, JSON] = {
+    "SamplingParams": obj(NATIVE_SAMPLING, additionalProperties=False),
+    "GenerateRequest": obj(
+        {
+            **EVERYWHERE,
+            "text": {**or_list(STRING), "description": "the prompt or prompts; give this or input_ids"},
+            "input_ids": one_of(TOKEN_IDS, array(TOKEN_IDS, minItems=1)),
+            "sampling_params": one_of(ref("SamplingParams"), array(ref("SamplingParams"))),
+            "return_logprob": one_of(BOOLEAN, array(BOOLEAN)),
+            "logprob_start_len": one_of(integer(-1), array(integer(-1))),
+            "top_logprobs_num": one_of(integer(0, 1024), array(integer(0, 1024))),
+            "token_ids_logprob": array(integer(0)),
+            "return_text_in_logprobs": BOOLEAN,
+        }
+    ),
+    "MetaInfo": META_INFO,
+    "GenerateAnswer": obj(
+        {"text": STRING, "output_ids": array(integer(0)), "meta_info": ref("MetaInfo"), "index": integer(0)},
+        ["text", "output_ids", "meta_info"],
+    ),
+    "Message": MESSAGE,
+    "CompletionRequest": obj(
+        {
+            **OPENAI_BOTH,
+            "prompt": one_of(STRING, TOKEN_IDS, array(STRING, minItems=1), array(TOKEN_IDS, minItems=1)),
+            "logprobs": integer(0, 20),
+            "echo": BOOLEAN,
+            "best_of": integer(1),
+        },
+        ["prompt"],
+    ),
+    "ChatRequest": obj(
+        {
+            **OPENAI_BOTH,
+            **CHAT,
+            "max_completion_tokens": integer(0),
+            "logprobs": BOOLEAN,
+            "top_logprobs": integer(0, 20),
+            "response_format": obj({"type": {"enum": ["text"]}}, ["type"]),
+        },
+        ["messages"],
+    ),
+    "Usage": USAGE,
+    "OpenAIAnswer": OPENAI_ANSWER,
+    "ModelCard": MODEL_CARD,
+    "TokenizeRequest": obj({**CHAT, "prompt": or_list(STRING), "text": or_list(STRING), "add_special_tokens": BOOLEAN}),
+    "DetokenizeRequest": obj(
+        {"tokens": one_of(TOKEN_IDS, array(TOKEN_IDS, minItems=1)), "skip_special_tokens": BOOLEAN}, ["tokens"]
+    ),
+    "AbortRequest": obj({"rid": STRING, "abort_all": BOOLEAN}),
+    "Health": obj(
+        {
+            "status": {"enum": ["ok", "starting", "stuck", "stopping", "stopped"]},
+            "last_step_age_s": {"type": "number"},
+            "oldest_queued_s": {"type": "number"},
+            "num_running": integer(0),
+            "num_queued": integer(0),
+        },
+        ["status"],
+    ),
+    "NativeError": obj(
+        {"error": obj({"message": STRING, "code": integer(400, 599), "field": STRING}, ["message", "code"])}, ["error"]
+    ),
+    "OpenAIError": obj(
+        {"error": obj({"message": STRING, "type": STRING, "param": {}, "code": {}}, ["message", "type"])}, ["error"]
+    ),
+}
+
+# ---- the table ----
+
+GENERATE = Operation(
+    "Answer one prompt or many", "SGLang", ref("GenerateRequest"),
+    one_of(ref("GenerateAnswer"), array(ref("GenerateAnswer"))), is_streaming=True, statuses=(429,),
+)  # fmt: skip
+FLUSH = Operation(
+    "Forget every cached prefix, unless something runs", "server", media_type="text/plain", statuses=(400,)
+)
+ABORT = Operation("End a request, or all", "server", ref("AbortRequest"), media_type="text/plain")
+START_PROFILE = Operation("Begin to record what host and device do", "server", media_type="text/plain", statuses=(400,))
+STOP_PROFILE = Operation("Write what was recorded to a file", "server", answer=obj({"path": STRING}), statuses=(400,))
+MODEL_INFO = Operation("About the model", "server", answer=ANY_OBJECT)
+SERVER_INFO = Operation("Every option, and what it was resolved to", "server", answer=ANY_OBJECT)
+HEALTH_ERROR = one_of(ref("Health"), ref("NativeError"))
+HEALTH = Operation(
+    "Judged by the age of the last step and of the oldest queued request", "server", answer=ref("Health"),
+    statuses=(503,), is_open=True, error=HEALTH_ERROR,
+)  # fmt: skip
+TOKENIZE = Operation("Token ids of texts, or of a conversation", "tokens", ref("TokenizeRequest"), ANY_OBJECT)
+DETOKENIZE = Operation(
+    "Text of token ids", "tokens", ref("DetokenizeRequest"), obj({"text": or_list(STRING)}, ["text"])
+)
+COMPLETIONS = Operation(
+    "Complete prompts", "OpenAI", ref("CompletionRequest"), ref("OpenAIAnswer"), is_streaming=True, statuses=(404, 429)
+)
+CHAT_COMPLETIONS = Operation(
+    "Answer a conversation", "OpenAI", ref("ChatRequest"), ref("OpenAIAnswer"), is_streaming=True, statuses=(404, 429)
+)
+MODELS = Operation("The models there are", "OpenAI", answer=obj({"data": array(ref("ModelCard"))}, ["data"]))
+MODEL = Operation(
+    "One model", "OpenAI", answer=ref("ModelCard"), statuses=(404,),
+    parameters=({"name": "model", "in": "path", "required": True, "schema": STRING},),
+)  # fmt: skip
+
+OPERATIONS: dict[tuple[str, str], Operation] = {
+    ("POST", "/generate"): GENERATE,
+    ("PUT", "/generate"): GENERATE,
+    ("POST", "/v1/chat/completions"): CHAT_COMPLETIONS,
+    ("POST", "/v1/completions"): COMPLETIONS,
+    ("GET", "/v1/models"): MODELS,
+    ("GET", "/v1/models/{model}"): MODEL,
+    ("POST", "/tokenize"): TOKENIZE,
+    ("POST", "/v1/tokenize"): TOKENIZE,
+    ("POST", "/detokenize"): DETOKENIZE,
+    ("POST", "/v1/detokenize"): DETOKENIZE,
+    ("GET", "/health"): HEALTH,
+    ("GET", "/health_generate"): Operation(
+        "As /health, and an idle engine is asked for one token", "server", answer=ref("Health"), statuses=(503,),
+        error=HEALTH_ERROR,
+    ),
+    ("GET", "/get_model_info"): MODEL_INFO,
+    ("GET", "/model_info"): MODEL_INFO,
+    ("GET", "/get_server_info"): SERVER_INFO,
+    ("GET", "/server_info"): SERVER_INFO,
+    ("GET", "/get_load"): Operation("Requests and tokens in the engine", "server", answer=array(ANY_OBJECT)),
+    ("POST", "/abort_request"): ABORT,
+    ("GET", "/flush_cache"): FLUSH,
+    ("POST", "/flush_cache"): FLUSH,
+    ("GET", "/start_profile"): START_PROFILE,
+    ("POST", "/start_profile"): START_PROFILE,
+    ("GET", "/stop_profile"): STOP_PROFILE,
+    ("POST", "/stop_profile"): STOP_PROFILE,
+    ("GET", "/metrics"): Operation("Prometheus metrics", "server", media_type="text/plain"),
+    ("GET", "/dashboard"): Operation("The live page", "server", media_type="text/html", is_open=True),
+    ("GET", "/dashboard/data"): Operation("What the live page shows", "server", answer=ANY_OBJECT),
+    ("GET", "/openapi.json"): Operation("This document", "server", answer=ANY_OBJECT),
+}  # fmt: skip
+
+STATUS_TEXTS = {
+    400: "the request is wrong; the message says which field and why",
+    401: "a key is missing or wrong",
+    404: "there is no such model",
+    413: "the body is longer than --max-body-bytes",
+    429: "the queue is full; Retry-After says when to come back",
+    503: "not now: starting, stuck or stopping",
+}
+
+
+class OpenApi:
+    def routes(self) -> list[web.RouteDef]:
+        return [web.get("/openapi.json", self.document)]
+
+    async def document(self, http_request: web.Request) -> web.Response:
+        return json_response(document_of(http_request.app))
+
+
+def routes_of(app: web.Application) -> list[tuple[str, str]]:
+    """(method, path) of each route, without the HEAD that comes with every GET."""
+    return [
+        (route.method, route.resource.canonical)
+        for route in app.router.routes()
+        if route.resource is not None and route.method != "HEAD"
+    ]
+
+
+def document_of(app: web.Application) -> JSON:
+    paths: dict[str, JSON] = {}
+    for method, path in routes_of(app):
+        paths.setdefault(path, {})[method.lower()] = _described(method, path, OPERATIONS[method, path])
+    try:
+        number = version("radixloop")
+    except PackageNotFoundError:  # run from a checkout
+        number = "0"
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "radixloop", "version": number, "description": "SGLang's API and OpenAI's, of one model."},
+        "paths": paths,
+        "components": {
+            "schemas": COMPONENTS,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"key": []}, {}],
+    }
+
+
+def _described(method: str, path: str, operation: Operation) -> JSON:
+    content: JSON = {operation.media_type: {"schema": operation.answer or STRING}}
+    if operation.is_streaming:
+        content["text/event-stream"] = {"schema": {"type": "string", "description": "with `stream`, up to [DONE]"}}
+    error_schema = operation.error or ref("OpenAIError" if path.startswith("/v1/") else "NativeError")
+    error = {"application/json": {"schema": error_schema}}
+    statuses = {*operation.statuses}
+    if not operation.is_open:
+        statuses.add(401)
+    if operation.body is not None:
+        statuses |= {400, 413}
+    described: JSON = {
+        "operationId": f"{method.lower()}{path.translate(str.maketrans('/.{}', '____'))}",
+        "summary": operation.summary,
+        "tags": [operation.tag],
+        "responses": {
+            "200": {"description": "the answer", "content": content},
+            **{str(status): {"description": STATUS_TEXTS[status], "content": error} for status in sorted(statuses)},
+        },
+    }
+    if operation.parameters:
+        described["parameters"] = list(operation.parameters)
+    if operation.body is not None:
+        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": operation.body}}}
+    if operation.is_open:
+        described["security"] = [{}]
+    return described
