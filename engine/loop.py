@@ -79,7 +79,11 @@ class StepLoop:
                 resolved = None
                 await asyncio.wait([self._in_flight[0][1]], timeout=spare_s)
             start = clock()
-            plan = self.scheduler.schedule(self._pace.prefill_budget(self.scheduler.num_streams))
+            try:
+                plan = self.scheduler.schedule(self._pace.prefill_budget(self.scheduler.num_streams))
+            except Exception as error:  # noqa: BLE001 - a mistake of ours must not end the server
+                await self._abandon(error)
+                continue
             scheduled = clock()
             stats.schedule_s += scheduled - start
             if plan is not None:
@@ -87,7 +91,11 @@ class StepLoop:
                     request.times.scheduled = start
                 if self._in_flight:
                     self.output.follow(has_run_dry=self._in_flight[-1][0].done.done())
-                step = self.runner.launch(plan)
+                try:
+                    step = self.runner.launch(plan)
+                except Exception as error:  # noqa: BLE001 - out of memory, say: this step's failure alone
+                    await self._fail(plan, error)
+                    continue
                 self._in_flight.append((step, asyncio.wrap_future(step.done)))
                 self._log.on_launch(plan)
                 stats.launch_s += clock() - scheduled
@@ -132,7 +140,7 @@ class StepLoop:
         try:
             await done
         except Exception as error:  # noqa: BLE001 - whatever a step raises ends that step's requests and no others
-            await self._fail(step, error)
+            await self._fail(step.plan, error)
             return None
         start = time.perf_counter()
         assert step.tokens is not None
@@ -148,22 +156,39 @@ class StepLoop:
         stats.resolve_s += stats.last_step_at - start
         return step, outcome
 
-    async def _fail(self, step: Step, error: Exception) -> None:
-        logger.exception("a step of %d requests failed", len(step.plan.rows), exc_info=error)
+    async def _fail(self, plan: Plan, error: Exception) -> None:
+        """End the requests of a step that raised."""
+        logger.error("a step of %d requests failed", len(plan.rows), exc_info=error)
+        await self._drop_in_flight()
+        self._close(self.scheduler.fail(plan, _failure("step failed", error)))
+
+    async def _abandon(self, error: Exception) -> None:
+        """No step could be decided: end what may be the cause, so that the next can."""
+        logger.error("no step could be scheduled", exc_info=error)
+        await self._drop_in_flight()
+        self._close(self.scheduler.abandon(_failure("scheduling failed", error)))
+
+    async def _drop_in_flight(self) -> None:
+        """What was launched behind a failure read what was never written."""
         self.stats.num_failed_steps += 1
-        while self._in_flight:  # what was launched behind it read what it never wrote
+        while self._in_flight:
             _, done = self._in_flight.popleft()
             await asyncio.wait([done])
             done.exception()  # seen: it is a consequence
-        reason = FinishReason("abort", message=f"step failed: {type(error).__name__}: {error}", status_code=500)
+
+    def _close(self, requests: list[Request]) -> None:
         now = time.perf_counter()
-        for request in self.scheduler.fail(step.plan, reason):
+        for request in requests:
             self.output.close(request, now)
 
     def abort(self, request: Request, reason: FinishReason) -> None:
         """End `request` now: its slots are free before the next plan."""
         self.scheduler.finish(request, reason)
         self.output.close(request, time.perf_counter())
+
+
+def _failure(what: str, error: Exception) -> FinishReason:
+    return FinishReason("abort", message=f"{what}: {type(error).__name__}: {error}", status_code=500)
 
 
 class StepPace:

@@ -94,7 +94,10 @@ class ModelRunner:
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def launch(self, plan: Plan) -> Step:
-        """Enqueue `plan`. Everything it needs from the host is copied before this returns."""
+        """Enqueue `plan`. Everything it needs from the host is copied before this returns.
+
+        Raises what cannot be enqueued: out of memory, a kernel that does not compile.
+        """
         graph_shape = self.graphs.shape_for(plan) if self.graphs is not None else None
         step = Step(
             plan=plan,
@@ -108,16 +111,12 @@ class ModelRunner:
             step.done = self._worker.submit(self._run_in_worker, step)
             return step
         begin, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
-        try:
-            with torch.cuda.stream(self.stream):
-                begin.record(self.stream)
-                self._run(step)
-                end.record(self.stream)
-        except RuntimeError as error:  # out of memory, a kernel that cannot be launched: this step's failure alone
-            step.done.set_exception(error)
-        else:
-            step.events = begin, end
-            step.done = self._worker.submit(end.synchronize)
+        with torch.cuda.stream(self.stream):
+            begin.record(self.stream)
+            self._run(step)
+            end.record(self.stream)
+        step.events = begin, end
+        step.done = self._worker.submit(end.synchronize)
         return step
 
     def times(self, step: Step) -> tuple[float, float]:

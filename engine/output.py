@@ -1,11 +1,14 @@
 """From sampled tokens to what the caller sees: text, stop strings, log-probabilities, deltas."""
 
+import logging
 import time
 
 from engine.errors import InvalidRequest
 from engine.model_runner import PromptLogprobs, Step, token_logprobs
 from engine.request import Delta, FinishReason, Logprobs, Request, Status
 from engine.scheduler import Outcome, Scheduler
+
+logger = logging.getLogger(__name__)
 
 MAX_MERGED_TOKENS = 4
 
@@ -41,11 +44,18 @@ class OutputProcessor:
                 assert step.sampled_logprobs is not None
                 entry = token_logprobs(step.sampled_logprobs, sampled_index[sample], token, request)
                 unsent.logprobs = _joined(unsent.logprobs, entry)
-            if not _is_trimmed_stop(request, token):
-                self._push(request, token, unsent, outcome)
-            if request.status is Status.RUNNING and request.stream and self._is_due(unsent):
-                request.unsent = None
-                request.sink(unsent)
+            try:
+                stream = request.text_stream
+                if stream is not None and not _is_trimmed_stop(request, token):
+                    unsent.text += stream.push((token,))
+                    if stream.matched_stop is not None:
+                        self._end(request, FinishReason("stop", matched=stream.matched_stop), outcome)
+                if request.stream and self._is_due(unsent) and request.status is Status.RUNNING:
+                    request.unsent = None
+                    request.sink(unsent)
+            except Exception as error:  # noqa: BLE001 - one request's text or sink fails that request and no other
+                request.text_stream = None
+                self._end(request, _refusal(error), outcome)
         for request in outcome.finished:
             self.close(request, now)
 
@@ -57,33 +67,22 @@ class OutputProcessor:
         delta = request.unsent or Delta(request, "", [])
         request.unsent = None
         stream = request.text_stream
-        if stream is not None:
-            try:
+        try:
+            if stream is not None:
                 if not request.wants_tokens:
                     output_ids = request.output_ids
                     is_trimmed = output_ids and _is_trimmed_stop(request, output_ids[-1])
                     delta.text = stream.push(output_ids[:-1] if is_trimmed else output_ids)
                 delta.text += stream.finish()
-            except InvalidRequest as error:
-                request.finish_reason = _refusal(error)
+        except Exception as error:  # noqa: BLE001 - as in deliver
+            request.finish_reason = _refusal(error)
         if not request.stream:
             delta.token_ids = request.output_ids
         delta.finish_reason = request.finish_reason
-        request.sink(delta)
-
-    def _push(self, request: Request, token: int, unsent: Delta, outcome: Outcome) -> None:
-        """Add the text that `token` releases to `unsent`, and end the request where its text says so."""
-        stream = request.text_stream
-        if stream is None:
-            return
         try:
-            unsent.text += stream.push((token,))
-        except InvalidRequest as error:  # a stop regex that takes too long: its own request's failure, and no other's
-            request.text_stream = None
-            self._end(request, _refusal(error), outcome)
-        else:
-            if stream.matched_stop is not None:
-                self._end(request, FinishReason("stop", matched=stream.matched_stop), outcome)
+            request.sink(delta)
+        except Exception:
+            logger.exception("the receiver of request %s failed", request.rid)
 
     def _end(self, request: Request, reason: FinishReason, outcome: Outcome) -> None:
         """What the text says goes before whatever else ended the request with the same token."""
@@ -106,8 +105,12 @@ class OutputProcessor:
             _joined(collected, token_logprobs(values, i, request.input_ids[values.start + 1 + i], request))
 
 
-def _refusal(error: InvalidRequest) -> FinishReason:
-    return FinishReason("abort", message=str(error), status_code=error.status_code)
+def _refusal(error: Exception) -> FinishReason:
+    """A stop regex that takes too long is the client's doing; anything else is ours."""
+    if isinstance(error, InvalidRequest):
+        return FinishReason("abort", message=str(error), status_code=error.status_code)
+    logger.error("a request's text could not be made or sent", exc_info=error)
+    return FinishReason("abort", message=f"{type(error).__name__}: {error}", status_code=500)
 
 
 def _is_trimmed_stop(request: Request, token: int) -> bool:

@@ -509,6 +509,28 @@ class Scheduler:
         self.allocator.free(self.cache.reset())  # it names tokens that the step never stored
         return failed
 
+    def abandon(self, reason: FinishReason) -> list[Request]:
+        """After `schedule` itself raised: nobody knows how far it came. Returns the requests that this ends.
+
+        They are all that run, since no slot's owner is certain any more, and without any the first in the queue, which
+        would raise again. Pool and cache start afresh; steps still in flight are recognized by their epochs.
+        """
+        ended = self.running_requests()
+        for request in ended:
+            self.rows.free(request.row)
+        if not ended and self.waiting:
+            ended.append(self.waiting.popleft())
+            self.shares.leave(ended[0])
+        for request in ended:
+            request.status, request.finish_reason = Status.FINISHED, reason
+            self.shares.settle(request)
+        self.nodes.clear()
+        self.prefilling.clear()
+        self._decoding = self._decoding[:0]
+        self.allocator = PageAllocator(self.allocator.num_pages, self.page_size)
+        self.cache = type(self.cache)(self.page_size)
+        return ended
+
     # ---- shared prefixes ----
 
     def _shared_prefixes(self, decodes: np.ndarray) -> Groups | None:

@@ -274,6 +274,23 @@ def test_a_failed_step_ends_its_own_requests_and_recomputes_the_rest() -> None:
     assert later.output_ids == expected([2] * 25, 5)
 
 
+def test_a_scheduler_that_raises_ends_what_runs_and_serves_what_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    traffic = Traffic(96, num_rows=2)
+    running, waiting = [traffic.submit([i] * 5, 9) for i in (2, 3)], traffic.submit([4] * 5, 9)
+    traffic.step()
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(traffic.scheduler.allocator, "extend_each", broken)
+    with pytest.raises(RuntimeError, match="injected"):
+        traffic.step()
+    assert traffic.scheduler.abandon(FinishReason("abort", status_code=500)) == running
+    traffic.allocator, traffic.cache = traffic.scheduler.allocator, traffic.scheduler.cache
+    traffic.run_all()
+    assert waiting.output_ids == expected([4] * 5, 9)
+
+
 def test_not_finite_logits_end_one_request_and_no_other() -> None:
     traffic = Traffic(96)
     good, bad = traffic.submit([2] * 5, 5), traffic.submit([3] * 5, 5)
