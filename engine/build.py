@@ -29,6 +29,7 @@ from engine.scheduler import Scheduler
 from engine.tokenizer import Tokenizer
 from engine.weights import load_weights, resolve_model, resolve_tokenizer
 from kernels.attention import choose_backend
+from kernels.gemm import GEMV_MAX_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +64,9 @@ def resolve_config(config: EngineConfig) -> EngineConfig:
         chunk = (SMALL_CUDA_CHUNK if is_small else CUDA_CHUNK) if is_cuda else CPU_CHUNK
     max_running = config.max_running_requests or (CUDA_ROWS if is_cuda else CPU_ROWS)
     try:
-        backend, reason = choose_backend(config.attention_backend, device)
+        backend, _ = choose_backend(config.attention_backend, device)
     except ValueError as error:
         raise ModelError(str(error)) from None
-    logger.info("attention: %s (%s)", backend, reason)
     return config.replace(
         device=str(device),
         chunked_prefill_size=config.max_prefill_tokens if chunk < 0 else chunk,
@@ -76,6 +76,23 @@ def resolve_config(config: EngineConfig) -> EngineConfig:
         cuda_graph_max_bs=config.cuda_graph_max_bs or min(CUDA_GRAPH_MAX_BS, max_running),
         random_seed=time.time_ns() % (1 << 30) if config.random_seed is None else config.random_seed,
     )
+
+
+def describe_backends(config: EngineConfig, device: torch.device) -> dict[str, str]:
+    """Operation -> what serves it, and why. `config` is resolved."""
+    if device.type == "cpu":
+        return {"all operations": "torch (the one for a CPU)"}
+    attention = {
+        "triton": "Triton (compiles in seconds, on any GPU)",
+        "flashinfer": "FlashInfer for prompts (as asked), Triton for single tokens (needs no plan a step)",
+        "torch": "torch (as asked; slow, and without CUDA graphs)",
+    }
+    return {
+        "attention": attention[config.attention_backend or "torch"],
+        "products": f"cuBLAS; Triton up to {GEMV_MAX_TOKENS} tokens (reads weights at the memory's speed)",
+        "sampling": "torch (as asked)" if config.sampling_backend == "pytorch" else "Triton (no sort)",
+        "steps": "kernel by kernel (as asked)" if config.disable_cuda_graph else "CUDA graphs; larger ones by kernel",
+    }
 
 
 def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
@@ -116,12 +133,15 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
         config, model_config, kv_dtype, device,
         weights=weights_bytes, tables=slot_table.nbytes, largest_step=largest_step,
     )  # fmt: skip
+    on_progress("memory: " + ", ".join(f"{what} {size}" for what, size in memory.rows()))
+    for operation, backend in describe_backends(config, device).items():
+        on_progress(f"{operation}: {backend}")
     pool = new_pool(memory.max_total_num_tokens)
 
     runner = ModelRunner(model, pool, rows, sampler, stager)
     if device.type == "cuda":
         measure_step(runner, max_step_tokens, num_rows, max_len)  # once more: the memory it takes is then at hand
-    if device.type == "cuda" and not config.disable_cuda_graph:
+    if device.type == "cuda" and not config.disable_cuda_graph and config.attention_backend != "torch":
         assert config.cuda_graph_max_bs
         start = time.perf_counter()
         batch_sizes = config.cuda_graph_bs or default_batch_sizes(config.cuda_graph_max_bs)

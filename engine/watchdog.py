@@ -89,7 +89,10 @@ class Watchdog:
                 return None
         else:
             self._silent_s += elapsed_s
-        progress = self.progress()
+        try:
+            progress = self.progress()
+        except RuntimeError:  # it changed while it was read: so it moves
+            progress = None
         if progress is None or progress != self._last_progress:
             self._last_progress, self._stalled_s = progress, 0.0
         else:

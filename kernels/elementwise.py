@@ -32,7 +32,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.rms_norm(x, (x.shape[-1],), None, eps) * weight
+    size = x.shape[-1]
+    # x and -x together have mean 0 and variance mean(x²). On a CPU layer_norm is one pass, F.rms_norm ten.
+    return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=eps)[..., :size] * weight
 
 
 def act_and_mul(x: torch.Tensor, act: str) -> torch.Tensor:
@@ -101,17 +103,27 @@ def rope_and_store_torch(
         q = q if q_norm is None else rms_norm_torch(q, q_norm, eps)
         k = k if k_norm is None else rms_norm_torch(k, k_norm, eps)
         qk = torch.cat([q, k], dim=1)
-    half = cos_sin.shape[1] // 2
-    cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).split(half, dim=-1)
-    x1, x2 = qk[..., :half], qk[..., half : 2 * half]
-    rotated = torch.empty_like(qk, memory_format=torch.contiguous_format)
-    torch.addcmul(x1 * cos, x2, sin, value=-1, out=rotated[..., :half])
-    torch.addcmul(x2 * cos, x1, sin, out=rotated[..., half : 2 * half])
-    if 2 * half < head_dim:
-        rotated[..., 2 * half :] = qk[..., 2 * half :]
-    k_cache[out_cache_loc] = to_cache_dtype(rotated[:, num_heads:], k_cache.dtype)
-    v_cache[out_cache_loc] = to_cache_dtype(v, v_cache.dtype)
+    rotary_dim = cos_sin.shape[1]
+    cos, sin = cos_sin.index_select(0, positions).view(-1, 2, 1, rotary_dim // 2).unbind(1)  # [T, 1, rotary_dim / 2]
+    x = qk[..., :rotary_dim].unflatten(-1, (2, rotary_dim // 2))
+    y = x * cos.unsqueeze(2)  # fp32
+    y[:, :, 0].addcmul_(x[:, :, 1], sin, value=-1)
+    y[:, :, 1].addcmul_(x[:, :, 0], sin)
+    rotated = y.flatten(2).to(qkv.dtype)
+    if rotary_dim < head_dim:
+        rotated = torch.cat([rotated, qk[..., rotary_dim:]], dim=-1)
+    slots = out_cache_loc.long()
+    store(k_cache, slots, rotated[:, num_heads:])
+    store(v_cache, slots, v)
     return rotated[:, :num_heads]
+
+
+def store(cache: torch.Tensor, slots: torch.Tensor, x: torch.Tensor) -> None:
+    """Write x [T, Hkv, D] to its slots, int64 [T]."""
+    x = to_cache_dtype(x, cache.dtype)
+    if cache.dtype.itemsize == 1:  # torch copies no float8 by index
+        cache, x = cache.view(torch.uint8), x.view(torch.uint8)
+    cache.index_copy_(0, slots, x)
 
 
 def to_cache_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_args(sys.argv[1:] if argv is None else argv)
     # Before torch is imported: its OpenMP threads must not spin while they wait, or they starve the event loop.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection takes one
     set_up_logging(config)
     console = Console(stderr=True)
     try:

@@ -1,0 +1,25 @@
+"""Every kernel on a GPU: checked against its definition in torch, then timed, with its share of what memory or the
+tensor cores could do, beside cuBLAS and, where it is installed, FlashInfer.
+
+    python -m bench.kernels [gemm] [elementwise] [attention]
+
+Runs `bench.gemm`, `bench.elementwise` and `bench.attention` one after the other; each prints its table last.
+"""
+
+import subprocess
+import sys
+
+BENCHES = ("gemm", "elementwise", "attention")
+
+
+def main() -> int:
+    chosen = sys.argv[1:] or list(BENCHES)
+    if unknown := set(chosen) - set(BENCHES):
+        print(__doc__)
+        return 0 if unknown <= {"-h", "--help"} else 2
+    # A process each: none finds the memory or the caches as another left them.
+    return max(subprocess.run([sys.executable, "-m", f"bench.{name}"], check=False).returncode for name in chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""Whatever raises, those it concerns end with a clear error, the others with their answers, and the engine goes on.
+
+Faults are injected into the real engine on a tiny model. In the end nothing is held, and an answer is what it was.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.engine import Engine
+from engine.request import Delta, Request
+from engine.tokenizer import Tokenizer
+from tests.test_engine import collect, make_request, running_engine
+
+BAD = 77  # a token that the victim's prompt begins with, and no other's
+
+
+@dataclass
+class Scene:
+    """A running engine, and what an undisturbed request answers."""
+
+    engine: Engine
+    monkeypatch: pytest.MonkeyPatch
+    prompt: list[int]
+    expected: list[int]
+
+    def break_once(self, owner: Any, name: str, error: Exception) -> Callable[[], int]:
+        """The next call of `owner.name` raises. Returns a function that tells how often it has."""
+        whole, num_raised = getattr(owner, name), 0
+
+        def broken(*args: Any, **kwargs: Any) -> Any:
+            nonlocal num_raised
+            self.monkeypatch.setattr(owner, name, whole)
+            num_raised += 1
+            raise error
+
+        self.monkeypatch.setattr(owner, name, broken)
+        return lambda: num_raised
+
+    async def answer(self, **fields: Any) -> list[int]:
+        _, tokens = await collect(self.engine, make_request(self.prompt, **fields))
+        return tokens
+
+    async def check_all_is_well(self) -> None:
+        assert await self.answer() == self.expected
+        assert await self.answer(stream=True) == self.expected
+        assert self.engine.is_running
+        assert self.engine.health().status == "ok"
+
+
+@pytest.fixture(params=[False, True], ids=["overlap", "no_overlap"])
+async def scene(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> AsyncIterator[Scene]:
+    rng = random.Random(3)
+    prompt = [rng.randrange(100, 380) for _ in range(40)]
+    async with running_engine(tiny_llama, disable_overlap_schedule=request.param) as engine:
+        _, expected = await collect(engine, make_request(prompt))
+        yield Scene(engine, monkeypatch, prompt, expected)
+
+
+def failure_of(deltas: list[Delta]) -> tuple[int | None, str]:
+    reason = deltas[-1].finish_reason
+    assert reason is not None
+    return (reason.status_code, reason.message or "") if reason.type == "abort" else (None, "")
+
+
+def faults(scene: Scene) -> dict[str, tuple[Any, str]]:
+    parts = scene.engine.parts
+    return {
+        "forward": (parts.runner, "forward"),
+        "logits": (parts.runner.model, "compute_logits"),
+        "sampler": (parts.runner.sampler, "sample"),
+        "sampling_plan": (parts.runner.sampler, "plan_work"),
+        "staging": (parts.runner.stager, "write"),
+        "allocator_of_prompts": (parts.scheduler.allocator, "extend"),
+        "allocator_of_decodes": (parts.scheduler.allocator, "extend_each"),
+        "cache_match": (parts.scheduler.cache, "match"),
+        "cache_insert": (parts.scheduler.cache, "insert"),
+        "rows": (parts.rows, "allocate"),
+    }
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["forward", "logits", "sampler", "sampling_plan", "staging", "allocator_of_prompts", "allocator_of_decodes",
+     "cache_match", "cache_insert", "rows"],
+)  # fmt: skip
+async def test_a_step_that_raises_ends_its_requests_and_the_engine_goes_on(scene: Scene, place: str) -> None:
+    for stream in (False, True):
+        owner, name = faults(scene)[place]
+        num_raised = scene.break_once(owner, name, RuntimeError(f"injected into {place}"))
+        deltas, _ = await collect(scene.engine, make_request([BAD, *scene.prompt], stream=stream))
+        assert num_raised() == 1
+        status, message = failure_of(deltas)
+        assert status == 500
+        assert f"injected into {place}" in message
+        await scene.check_all_is_well()
+
+
+@pytest.mark.parametrize("place", ["forward", "sampler", "allocator_of_decodes", "allocator_of_prompts"])
+async def test_whoever_is_not_in_the_step_that_raised_gets_the_right_answer(scene: Scene, place: str) -> None:
+    """Of many requests that come and go, those that end without an error have their answers to the last token."""
+    owner, name = faults(scene)[place]
+    rng = random.Random(7)
+    outcomes: list[tuple[int | None, list[int]]] = []
+
+    async def ask(i: int) -> None:
+        await asyncio.sleep(rng.random() * 0.3)
+        deltas, tokens = await collect(scene.engine, make_request(scene.prompt, stream=bool(i % 2)))
+        outcomes.append((failure_of(deltas)[0], tokens))
+
+    async def sabotage() -> None:
+        for _ in range(3):
+            await asyncio.sleep(0.08)
+            scene.break_once(owner, name, RuntimeError("injected"))
+
+    await asyncio.gather(sabotage(), *(ask(i) for i in range(24)))
+    assert len(outcomes) == 24
+    for status, tokens in outcomes:
+        assert tokens == scene.expected if status is None else status == 500
+    scene.monkeypatch.undo()
+    await scene.check_all_is_well()
+
+
+async def test_out_of_memory_on_the_device_is_one_steps_failure(scene: Scene) -> None:
+    scene.break_once(scene.engine.parts.runner, "forward", torch.OutOfMemoryError("CUDA out of memory"))
+    deltas, _ = await collect(scene.engine, make_request(scene.prompt[5:]))
+    assert failure_of(deltas) == (500, "step failed: OutOfMemoryError: CUDA out of memory")
+    await scene.check_all_is_well()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_logits_that_are_not_finite_end_their_own_request_only(
+    scene: Scene, value: float, temperature: float
+) -> None:
+    """The victim stands in the same steps as the others, and its logits are poisoned after a few tokens."""
+    sampler, seen = scene.engine.parts.runner.sampler, list[int]()
+    sample = sampler.sample
+    victim = make_request([BAD, *scene.prompt], stream=True, temperature=temperature, sampling_seed=1)
+
+    def poisoned(logits: torch.Tensor, work: Any, rows: torch.Tensor, positions: torch.Tensor) -> Any:
+        if len(seen) > 3:
+            logits = logits.clone()
+            logits[rows == victim.row] = value
+        return sample(logits, work, rows, positions)
+
+    scene.monkeypatch.setattr(sampler, "sample", poisoned)
+    bystanders = [asyncio.create_task(scene.answer(stream=bool(i % 2))) for i in range(3)]
+    deltas = []
+    async for delta in scene.engine.generate(victim):
+        seen += delta.token_ids
+        deltas.append(delta)
+    status, message = failure_of(deltas)
+    assert status == 500
+    assert "not finite" in message
+    assert all(token >= 0 for token in seen)
+    assert await asyncio.gather(*bystanders) == [scene.expected] * 3
+    scene.monkeypatch.undo()
+    await scene.check_all_is_well()
+
+
+@dataclass
+class BrokenText:
+    """A text stream that raises at its third token."""
+
+    inner: Any
+    num_pushes: int = 0
+
+    def push(self, token_ids: list[int]) -> str:
+        self.num_pushes += len(token_ids)
+        if self.num_pushes >= 3:
+            raise ValueError("injected into the detokenizer")
+        return self.inner.push(token_ids)
+
+    def finish(self) -> str:
+        return self.inner.finish()
+
+    @property
+    def matched_stop(self) -> str | None:
+        return self.inner.matched_stop
+
+
+async def test_a_detokenizer_that_raises_fails_its_own_request_only(scene: Scene) -> None:
+    text_stream = Tokenizer.text_stream
+
+    def sometimes_broken(self: Tokenizer, params: Any, input_ids: list[int]) -> Any:
+        whole = text_stream(self, params, input_ids)
+        return BrokenText(whole) if input_ids[0] == BAD else whole
+
+    scene.monkeypatch.setattr(Tokenizer, "text_stream", sometimes_broken)
+    for stream in (False, True):
+        bystanders = [asyncio.create_task(scene.answer(stream=bool(i % 2))) for i in range(3)]
+        deltas, _ = await collect(scene.engine, make_request([BAD, *scene.prompt], stream=stream))
+        status, message = failure_of(deltas)
+        assert status == 500
+        assert "injected into the detokenizer" in message
+        assert await asyncio.gather(*bystanders) == [scene.expected] * 3
+    scene.monkeypatch.undo()
+    await scene.check_all_is_well()
+
+
+async def test_a_tokenizer_that_raises_queues_nothing(scene: Scene) -> None:
+    def broken(*_: Any, **__: Any) -> list[int]:
+        raise RuntimeError("injected into the tokenizer")
+
+    scene.monkeypatch.setattr(Tokenizer, "encode", broken)
+    for length in (5, 10_000):  # on the event loop, and off it
+        with pytest.raises(RuntimeError, match="injected into the tokenizer"):
+            await scene.engine.encode("x" * length)
+    scene.monkeypatch.setattr(Tokenizer, "text_stream", broken)
+    with pytest.raises(RuntimeError, match="injected into the tokenizer"):
+        scene.engine.submit(make_request(scene.prompt))
+    assert scene.engine.progress() is None, "a request that was refused is not the engine's"
+    scene.monkeypatch.undo()
+    await scene.check_all_is_well()
+
+
+async def test_a_receiver_that_raises_ends_its_own_request_only(scene: Scene) -> None:
+    def broken(delta: Delta) -> None:
+        raise RuntimeError("injected into the sink")
+
+    def submit(prompt: list[int]) -> Request:
+        request = make_request(prompt, stream=True)
+        request.sink = broken
+        scene.engine.submit(request)
+        return request
+
+    victim = submit([BAD, *scene.prompt])
+    assert await asyncio.gather(*(scene.answer(stream=bool(i % 2)) for i in range(3))) == [scene.expected] * 3
+    assert victim.finish_reason is not None
+    assert victim.finish_reason.type == "abort"
+    await scene.check_all_is_well()
+
+
+async def test_a_fault_that_stays_ends_request_after_request_and_never_the_engine(scene: Scene) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("injected for good")
+
+    scene.monkeypatch.setattr(scene.engine.parts.runner, "forward", broken)
+    results = await asyncio.gather(*(collect(scene.engine, make_request([10 + i, 11])) for i in range(6)))
+    assert [failure_of(deltas)[0] for deltas, _ in results] == [500] * 6
+    scene.monkeypatch.undo()
+    await scene.check_all_is_well()
+
+
+async def test_a_cache_that_raises_for_good_ends_request_after_request(scene: Scene) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("injected for good")
+
+    cache_class = type(scene.engine.parts.scheduler.cache)
+    scene.monkeypatch.setattr(cache_class, "insert", broken)
+    results = await asyncio.gather(*(collect(scene.engine, make_request([10 + i, 11])) for i in range(6)))
+    assert [failure_of(deltas)[0] for deltas, _ in results] == [500] * 6
+    scene.monkeypatch.undo()
+    await scene.check_all_is_well()
