@@ -1,0 +1,191 @@
+"""The step loop against a device that answers when it is told to."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cache.allocator import PageAllocator
+from cache.radix import RadixCache
+from engine.loop import StepLoop, StepPace
+from engine.model_runner import Step
+from engine.output import OutputProcessor
+from engine.plan import Plan
+from engine.request import Delta, Request, SamplingParams
+from engine.rows import Rows
+from engine.sampler import SamplingWork
+from engine.scheduler import Scheduler
+
+TOKEN = 7
+
+
+class ManualRunner:
+    """Stands in for ModelRunner: every request's next token is `TOKEN`, once `finish` is called for its step."""
+
+    def __init__(self) -> None:
+        self.launched: list[Step] = []
+        self.error: Exception | None = None
+
+    def launch(self, plan: Plan) -> Step:
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        work = SamplingWork(len(plan.samples), is_greedy=True)
+        step = Step(plan, work, [], torch.empty(0), None, launched_at=0.0, done=Future())
+        step.tokens = torch.full((len(plan.samples),), TOKEN, dtype=torch.int32)
+        self.launched.append(step)
+        return step
+
+    def times(self, step: Step) -> tuple[float, float]:
+        return 0.0, 0.0
+
+    async def finish(self, index: int, error: Exception | None = None) -> None:
+        """The device has computed step `index`, or failed to; the loop gets time to notice."""
+        if error is None:
+            self.launched[index].done.set_result(None)
+        else:
+            self.launched[index].done.set_exception(error)
+        await settle()
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def running_loop(**options: Any) -> AsyncIterator[tuple[StepLoop, ManualRunner]]:
+    rows = Rows(8, 256)
+    scheduler = Scheduler(
+        rows, PageAllocator(513, 1), RadixCache(1), is_eos=np.zeros(100, bool), chunked_prefill_size=64
+    )
+    runner = ManualRunner()
+    loop = StepLoop(scheduler, runner, OutputProcessor(scheduler), **options)  # type: ignore[arg-type]
+    task = asyncio.create_task(loop.run())
+    await settle()
+    yield loop, runner
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+def submit(loop: StepLoop, prompt: list[int], max_new_tokens: int = 8) -> tuple[Request, list[Delta]]:
+    deltas: list[Delta] = []
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
+    request = Request(f"r{prompt[0]}", prompt, params, deltas.append)
+    loop.scheduler.submit(request)
+    loop.wake()
+    return request, deltas
+
+
+async def test_the_next_step_is_on_its_way_before_the_device_is_done() -> None:
+    async with running_loop() as (loop, runner):
+        submit(loop, [1, 2, 3])
+        await settle()
+        assert len(runner.launched) == 2, "the second step takes its token from the first on the device"
+        assert runner.launched[1].plan.input_ids.tolist() == [-1]
+        await runner.finish(0)
+        assert len(runner.launched) == 3
+
+
+async def test_without_overlap_each_step_waits_for_the_one_before() -> None:
+    async with running_loop(is_overlapped=False) as (loop, runner):
+        submit(loop, [1, 2, 3])
+        await settle()
+        assert len(runner.launched) == 1
+        await runner.finish(0)
+        assert len(runner.launched) == 2 and runner.launched[1].plan.input_ids.tolist() == [TOKEN]
+
+
+async def test_nothing_is_launched_while_there_is_nothing_to_do() -> None:
+    async with running_loop() as (loop, runner):
+        assert not runner.launched
+        _, deltas = submit(loop, [1, 2, 3], max_new_tokens=1)
+        await settle()
+        assert len(runner.launched) == 1, "the only token needs no second step"
+        await runner.finish(0)
+        assert deltas[-1].token_ids == [TOKEN] and not loop.steps_in_flight
+
+
+async def test_a_step_that_cannot_be_launched_fails_its_own_requests() -> None:
+    async with running_loop() as (loop, runner):
+        runner.error = MemoryError("no room")
+        _, deltas = submit(loop, [1, 2, 3])
+        await settle()
+        reason = deltas[-1].finish_reason
+        assert reason is not None and reason.status_code == 500 and "no room" in (reason.message or "")
+        _, later = submit(loop, [4, 5, 6], max_new_tokens=1)
+        await settle()
+        await runner.finish(0)
+        assert later[-1].token_ids == [TOKEN]
+
+
+async def test_a_request_that_did_not_run_in_the_failed_step_is_computed_anew() -> None:
+    async with running_loop(is_overlapped=False) as (loop, runner):
+        _, failed = submit(loop, [1, 2, 3], max_new_tokens=2)
+        await settle()
+        _, bystander = submit(loop, [4, 5, 6], max_new_tokens=1)
+        await runner.finish(0, RuntimeError("injected"))
+        reason = failed[-1].finish_reason
+        assert reason is not None and "injected" in (reason.message or "")
+        await runner.finish(1)
+        assert bystander[-1].token_ids == [TOKEN]
+
+
+def plan_of(num_prefill_tokens: int) -> Plan:
+    """One prompt of that many tokens, or one decoding request."""
+    q_lens = np.array([num_prefill_tokens or 1], np.int32)
+    return Plan(
+        rows=q_lens,
+        q_lens=q_lens,
+        seq_lens=q_lens,
+        input_ids=np.zeros(q_lens[0], np.int32),
+        out_cache_loc=np.zeros(q_lens[0], np.int32),
+        num_decodes=0 if num_prefill_tokens else 1,
+        samples=np.zeros(0, np.int32),
+        epochs=np.zeros(1, np.int64),
+    )
+
+
+def observe(pace: StepPace, num_prefill_tokens: int, device_s: float) -> None:
+    pace.observe(plan_of(num_prefill_tokens), device_s)
+
+
+def test_prompt_chunks_are_cut_so_that_streams_keep_their_pace() -> None:
+    pace = StepPace(max_step_ms=60, chunked_prefill_size=8192)
+    assert pace.prefill_budget(num_streams=4) is None, "nothing is known yet"
+    observe(pace, 0, 0.010)
+    observe(pace, 2000, 0.010 + 2000 * 25e-6)
+    budget = pace.prefill_budget(num_streams=4)
+    assert budget is not None and 1900 <= budget <= 2000  # (60 - 10) ms at 25 µs a token
+    assert pace.prefill_budget(num_streams=0) is None, "nobody would notice"
+
+
+def test_a_prompt_gets_its_share_however_slow_the_device() -> None:
+    pace = StepPace(max_step_ms=60, chunked_prefill_size=8192)
+    observe(pace, 0, 0.2)
+    observe(pace, 2000, 2.0)
+    assert pace.prefill_budget(num_streams=4) == 8192 // 16
+
+
+def test_one_hiccup_does_not_starve_prompts_for_long() -> None:
+    pace = StepPace(max_step_ms=60, chunked_prefill_size=8192)
+    observe(pace, 0, 0.010)
+    observe(pace, 2000, 0.060)
+    before = pace.prefill_budget(num_streams=1)
+    observe(pace, 2000, 5.0)  # a kernel was compiled
+    after = pace.prefill_budget(num_streams=1)
+    assert before is not None and after is not None and after > 0.7 * before
+
+
+@pytest.mark.parametrize("num_prefill_tokens", [0, 1000])
+def test_a_prediction_is_never_longer_than_what_was_seen(num_prefill_tokens: int) -> None:
+    pace = StepPace(max_step_ms=None, chunked_prefill_size=8192)
+    observe(pace, 0, 0.010)
+    observe(pace, 1000, 0.030)
+    assert pace.predict_s(plan_of(num_prefill_tokens)) <= (0.030 if num_prefill_tokens else 0.010)
