@@ -248,7 +248,7 @@ def main() -> int:
     args = parser.parse_args()
     loads = [Load(n, max(min(args.tokens // n, 4000), 16)) for n in args.streams]
     longest = max(load.num_tokens for load in loads)
-    console = Console()
+    console = Console(width=128)
 
     engine = Contestant(serve_engine, max(args.streams), longest)
     bare = Contestant(serve_bare, events_of(engine, longest))

@@ -14,7 +14,9 @@ class Profiler:
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self._path = Path(output_dir) / f"radixloop-{time.strftime('%Y%m%d-%H%M%S')}.trace.json.gz"
-        self._profile = torch.profiler.profile(activities=activities)
+        # On a CPU the steps run on a worker's thread.
+        every_thread = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+        self._profile = torch.profiler.profile(activities=activities, experimental_config=every_thread)
         self._profile.start()
 
     def stop(self) -> None:

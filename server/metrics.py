@@ -4,6 +4,7 @@ Counters and gauges are read from the engine's own when /metrics is asked; a req
 when it ends. So metrics cost a token nothing.
 """
 
+import asyncio
 from collections.abc import Iterable
 
 from aiohttp import web
@@ -143,6 +144,7 @@ class EngineCollector(Collector):
             "radixloop:event_loop_lag_seconds", "over the last minute",
             {share: percentile(self.monitor.lags, float(share)) or 0.0 for share in ("0.5", "0.99", "1")}, "quantile",
         )  # fmt: skip
+        yield self._gauge("radixloop:event_loop_tasks", "asyncio tasks", len(asyncio.all_tasks()))
         yield self._counter("radixloop:num_refused_requests", "requests refused for a full queue", stats.num_refused)
         yield self._counter("radixloop:steps", "steps resolved", loop.num_steps)
         yield self._counter("radixloop:failed_steps", "steps that raised", loop.num_failed_steps)

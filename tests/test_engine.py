@@ -1,6 +1,7 @@
 """The engine as a whole, on tiny models: its greedy answers are transformers' own, whatever the mix of requests."""
 
 import asyncio
+import gzip
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -213,6 +214,23 @@ async def test_log_probabilities_are_transformers_own(tiny_llama: Path, prompts:
                 assert [value for value, _ in ids] == pytest.approx(row[[4, 9]].tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+async def test_an_fp8_cache_costs_a_quarter_of_float32_and_changes_little(
+    tiny_llama: Path, prompts: list[list[int]], device: str
+) -> None:
+    logprobs, bytes_per_token = {}, {}
+    for dtype in ("auto", "fp8_e4m3"):
+        async with running_engine(tiny_llama, device=device, kv_cache_dtype=dtype) as engine:
+            request = make_request(prompts[2], max_new_tokens=1, return_logprob=True, token_ids_logprob=[*range(50)])
+            (delta,), _ = await collect(engine, request)
+            assert delta.logprobs is not None and delta.logprobs.token_ids[0] is not None
+            logprobs[dtype] = torch.tensor([value for value, _ in delta.logprobs.token_ids[0]])
+            bytes_per_token[dtype] = engine.parts.runner.kv.bytes_per_token
+    assert bytes_per_token["fp8_e4m3"] * 4 == bytes_per_token["auto"]
+    difference = (logprobs["fp8_e4m3"] - logprobs["auto"]).abs()
+    assert 0 < difference.max() < 0.1 * logprobs["auto"].abs().max()
+
+
 async def test_penalties_bias_and_minimum_length_change_what_is_drawn(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama) as engine:
         _, plain = await collect(engine, make_request([5, 6, 7]))
@@ -279,6 +297,18 @@ async def test_bad_requests_are_refused_by_name(tiny_llama: Path) -> None:
             engine.submit(make_request([1] * 600))
     with pytest.raises(EngineStopped):
         engine.submit(make_request([1]))
+
+
+async def test_a_profile_shows_the_steps_that_ran_meanwhile(tiny_llama: Path, tmp_path: Path) -> None:
+    async with running_engine(tiny_llama) as engine:
+        engine.start_profile(str(tmp_path))
+        with pytest.raises(InvalidRequest, match="being recorded"):
+            engine.start_profile(str(tmp_path))
+        await collect(engine, make_request([5, 6, 7], max_new_tokens=2))
+        trace = gzip.decompress(Path(await engine.stop_profile()).read_bytes())
+        assert b"scaled_dot_product" in trace
+        with pytest.raises(InvalidRequest, match="no profile"):
+            await engine.stop_profile()
 
 
 async def test_an_idle_engine_runs_no_steps(tiny_llama: Path) -> None:

@@ -1,13 +1,17 @@
 """Who runs next when several clients wait, when the queue is full, and that long prompts hold up no stream."""
 
+import asyncio
 import itertools
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.errors import QueueFull
 from engine.fairness import MAX_IDLE_CLIENTS, MAX_RETRY_S, DrainRate, FairShares
-from engine.request import FinishReason, Request, SamplingParams, Status
+from engine.request import Delta, FinishReason, Request, SamplingParams, Status
+from tests.test_engine import collect, make_request, running_engine
 from tests.test_scheduler import Traffic, expected
 
 numbers = itertools.count()
@@ -277,3 +281,62 @@ def test_the_smallest_budget_still_moves_a_long_prompt() -> None:
         assert plan is not None
         traffic.scheduler.resolve(plan, traffic.run(plan))
     assert long.status is Status.FINISHED
+
+
+# ---- the engine ----
+
+
+async def test_a_refused_request_is_told_when_the_queue_will_be_done(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama, max_running_requests=1, max_queued_requests=2) as engine:
+
+        async def flood() -> tuple[list[asyncio.Task[Any]], float]:
+            """Submit until the queue is full: (those accepted, what the one refused was told)."""
+            tasks = []
+            with pytest.raises(QueueFull, match="the limit is 2") as refused:
+                while True:
+                    request = make_request([5, 6, 7], max_new_tokens=40)
+                    deltas: asyncio.Queue[Delta] = asyncio.Queue()
+                    request.sink = deltas.put_nowait
+                    engine.submit(request)
+                    tasks.append(asyncio.create_task(deltas.get()))
+            return tasks, refused.value.retry_after_s
+
+        tasks, guess = await flood()
+        assert guess == 1.0, "nothing has ended yet"
+        await asyncio.gather(*tasks)
+        rate = engine.stats().drain_tokens_per_s
+        assert rate > 0
+        engine._drain._tokens /= rate  # as if it drained a token a second
+        tasks, told = await flood()
+        work = engine.parts.scheduler.shares.num_waiting_work
+        assert told == pytest.approx(work, rel=0.01)
+        assert work > 2 * (3 + 40)
+        assert engine.stats().num_refused == 2
+        await asyncio.gather(*tasks)
+
+
+async def test_clients_take_turns_in_the_running_engine(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama, max_running_requests=1) as engine:
+        ended: list[str] = []
+
+        def submit_one(client: str) -> None:
+            request = make_request([5, 6, 7], max_new_tokens=8)
+            request.client = client
+            request.sink = lambda delta: ended.append(client) if delta.finish_reason else None
+            engine.submit(request)
+
+        for _ in range(20):
+            submit_one("flood")
+        submit_one("late")
+        while len(ended) < 21:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert ended.index("late") <= 2
+
+
+async def test_times_tell_prefill_from_decode_whether_streamed_or_not(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama) as engine:
+        for stream in (False, True):
+            request = make_request([5, 6, 7], stream=stream)
+            await collect(engine, request)
+            times = request.times
+            assert times.arrived <= times.scheduled <= times.first_token < times.finished
