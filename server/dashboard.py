@@ -15,6 +15,7 @@ from server.protocol import JSON, Engine, PrefixInfo, json_response
 PAGE = Path(__file__).with_name("dashboard.html")
 NUM_PREFIXES = 12
 NUM_HEAD_TOKENS = NUM_TAIL_TOKENS = 24
+PREFIX_INTERVAL_S = 5.0
 RATE_SPAN_S, HIT_SPAN_S = 5.0, 60.0
 # The page is whole: whatever it would load from elsewhere is refused by the browser.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -24,6 +25,8 @@ class Dashboard:
     def __init__(self, engine: Engine, monitor: Monitor, config: ServerConfig) -> None:
         self.engine, self.monitor, self.config = engine, monitor, config
         self._page = PAGE.read_bytes()
+        self._prefixes: list[JSON] = []  # as they were at _prefixes_at: looking for them takes milliseconds
+        self._prefixes_at = -PREFIX_INTERVAL_S
 
     def routes(self) -> list[web.RouteDef]:
         return [web.get("/dashboard", self.page), web.get("/dashboard/data", self.data)]
@@ -41,7 +44,7 @@ class Dashboard:
                 "now": self._now(),
                 "latency": self._latency(),
                 "series": self._series(),
-                "prefixes": self._prefixes(),
+                "prefixes": self._recent_prefixes(),
             }
         )
 
@@ -100,7 +103,13 @@ class Dashboard:
             "cached": [sample.num_cached_tokens for sample, _ in series],
         }
 
-    def _prefixes(self) -> list[JSON]:
+    def _recent_prefixes(self) -> list[JSON]:
+        now = time.perf_counter()
+        if now - self._prefixes_at >= PREFIX_INTERVAL_S:
+            self._prefixes, self._prefixes_at = self._top_prefixes(), now
+        return self._prefixes
+
+    def _top_prefixes(self) -> list[JSON]:
         """The cached prefixes that saved most tokens; of long ones the first and the last of their text."""
         prefixes = sorted(self.engine.top_prefixes(4 * NUM_PREFIXES), key=lambda one: -one.hits * one.num_tokens)
         return [

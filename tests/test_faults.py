@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from aiohttp.test_utils import TestServer
 
 from engine.engine import Engine
 from engine.request import Delta, Request
 from engine.tokenizer import Tokenizer
-from tests.test_engine import collect, make_request, running_engine
+from server.app import build_app
+from server.config import ServerConfig
+from tests.test_engine import check_pages, collect, make_request, running_engine
 
 BAD = 77  # a token that the victim's prompt begins with, and no other's
 
@@ -261,3 +264,30 @@ async def test_a_cache_that_raises_for_good_ends_request_after_request(scene: Sc
     assert [failure_of(deltas)[0] for deltas, _ in results] == [500] * 6
     scene.monkeypatch.undo()
     await scene.check_all_is_well()
+
+
+async def test_clients_that_vanish_together_leave_nothing_behind(tiny_llama: Path) -> None:
+    """Their connections end without a word, some before the first byte of the answer and some within it."""
+    async with running_engine(tiny_llama, max_running_requests=32) as engine:
+        config = ServerConfig(model_path=str(tiny_llama))
+        server = TestServer(build_app(engine, config))
+        await server.start_server(handler_cancellation=True)
+        num_tasks = len(asyncio.all_tasks())
+        body = (
+            b'{"input_ids": [5, 6, 7], "stream": true, "sampling_params": {"max_new_tokens": 400, "ignore_eos": true}}'
+        )
+        head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        connections = [await asyncio.open_connection(server.host, server.port) for _ in range(300)]
+        for _, writer in connections:
+            writer.write(head + body)
+        await connections[0][0].readuntil(b"data: ")
+        while engine.stats().num_requests < 300:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        for _, writer in connections:
+            writer.transport.abort()
+        async with asyncio.timeout(20):
+            while engine.progress() is not None or len(asyncio.all_tasks()) > num_tasks:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert engine.stats().num_aborted == 300
+        check_pages(engine)
+        await server.close()
