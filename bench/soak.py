@@ -275,6 +275,7 @@ async def soak(url: str, args: argparse.Namespace, console: Console) -> list[str
             await asyncio.gather(*(run.client(session, until) for _ in range(args.clients)))
             books = await run.settle(session, first)
             history.append((elapsed, books))
+            run.counts[await run.flush(session)] += 1  # now that nothing runs it must succeed
             console.print(
                 f"{time.monotonic() - started:5.0f} s: {sum(run.counts.values())} acts, "
                 f"{books.memory_bytes / 1e6:.0f} MB, {books.tasks:.0f} tasks, {books.files:.0f} files, "

@@ -130,7 +130,7 @@ def attention_torch(
 ) -> torch.Tensor:
     """The definition of `attention`. Sizes come from the host's lengths, so it cannot be captured."""
     out = torch.empty_like(q)
-    for members in _decode_sets(_SameBatch(batch), window):
+    for members in _decode_sets(_SameBatch(batch), window, q.dtype):
         _decode(q, k_cache, v_cache, members, scale, softcap, out)
     end = batch.num_decodes
     for i in range(end, len(batch.seq_lens_host)):
@@ -158,11 +158,11 @@ class _DecodeSet:
 
     index: torch.Tensor | slice  # of the requests, in the batch and in q
     slots: torch.Tensor  # int32 [N * L]
-    mask: torch.Tensor | None  # bool [N, 1, 1, L], if some have fewer than L
+    mask: torch.Tensor | None  # [N, 1, 1, L], if some have fewer than L; to be added: torch makes that of a bool one
 
 
 @functools.lru_cache(maxsize=2)  # layers with a window and layers without; made anew for each step
-def _decode_sets(key: _SameBatch, window: int) -> list[_DecodeSet]:
+def _decode_sets(key: _SameBatch, window: int, dtype: torch.dtype) -> list[_DecodeSet]:
     batch = key.batch
     all_lens = batch.seq_lens_host[: batch.num_decodes]
     all_firsts = np.maximum(all_lens - window, 0) if window >= 0 else np.zeros_like(all_lens)
@@ -171,8 +171,11 @@ def _decode_sets(key: _SameBatch, window: int) -> list[_DecodeSet]:
         lens, firsts = all_lens[members, None], all_firsts[members, None]
         longest = int((lens - firsts).max())
         tokens = torch.from_numpy(np.minimum(firsts + np.arange(longest), lens - 1)).to(batch.slot_table.device)
-        is_token = np.arange(longest) < lens - firsts
-        mask = None if is_token.all() else torch.from_numpy(is_token)[:, None, None].to(tokens.device)
+        is_padding = np.arange(longest) >= lens - firsts
+        mask = None
+        if is_padding.any():
+            is_hidden = torch.from_numpy(is_padding)[:, None, None].to(tokens.device)
+            mask = torch.zeros(is_hidden.shape, dtype=dtype, device=tokens.device).masked_fill_(is_hidden, -torch.inf)
         is_all = len(members) == batch.num_decodes
         index = slice(0, len(members)) if is_all else torch.from_numpy(members).to(tokens.device)
         sets.append(_DecodeSet(index, batch.slot_table[batch.rows[index][:, None], tokens].flatten(), mask))
@@ -259,7 +262,8 @@ def _sdpa(
     scale: float,
     softcap: float,
 ) -> torch.Tensor:
-    """q [n, H, Q, D], k and v [n, Hkv, L, D], mask broadcast to [n, H, Q, L] -> [n, H, Q, D]."""
+    """q [n, H, Q, D], k and v [n, Hkv, L, D], mask (bool, or to be added) broadcast to [n, H, Q, L]
+    -> [n, H, Q, D]."""
     is_grouped = q.shape[1] != k.shape[1]
     if not softcap:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=is_grouped)
@@ -269,5 +273,5 @@ def _sdpa(
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return (scores.softmax(-1) @ v.float().repeat_interleave(group, 1)).to(q.dtype)

@@ -156,6 +156,8 @@ class FakeEngine:
             params.max_new_tokens = max(room, 0)
         if room < params.max_new_tokens:
             raise PromptTooLong(f"prompt has {request.prompt_len} tokens, the context is {self.context_length}", "text")
+        if not -1 <= request.logprob_start_len < request.prompt_len:
+            raise InvalidRequest("logprob_start_len must be -1 or a position of the prompt", "logprob_start_len")
         self.requests.append(request)
         request.times.scheduled = request.times.arrived + 0.5
         self.live[request.rid] = request

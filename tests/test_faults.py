@@ -271,7 +271,7 @@ async def test_clients_that_vanish_together_leave_nothing_behind(tiny_llama: Pat
     async with running_engine(tiny_llama, max_running_requests=32) as engine:
         config = ServerConfig(model_path=str(tiny_llama))
         server = TestServer(build_app(engine, config))
-        await server.start_server(handler_cancellation=True)
+        await server.start_server()
         num_tasks = len(asyncio.all_tasks())
         body = (
             b'{"input_ids": [5, 6, 7], "stream": true, "sampling_params": {"max_new_tokens": 400, "ignore_eos": true}}'

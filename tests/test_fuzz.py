@@ -223,7 +223,8 @@ def test_no_body_brings_a_route_down(loop: Loop, method: str, path: str) -> None
         check(loop.runner.run(loop.send(method, path, *body)), operation, loop.document)
 
     ask()
-    assert not loop.engine.live, "a request outlived its answer"
+    left, loop.engine.live = loop.engine.live, {}
+    assert not left, "a request outlived its answer"
 
 
 @pytest.mark.parametrize(("method", "path"), WITHOUT_BODY)
