@@ -106,7 +106,7 @@ class StepLoop:
             if not self._in_flight:
                 await self._idle()
             elif plan is None or len(self._in_flight) >= self._depth:
-                resolved = await self._resolve(*self._in_flight.popleft())
+                resolved = await self._resolve(*self._in_flight[0])
 
     def _deliver(self, step: Step, outcome: Outcome) -> None:
         start = time.perf_counter()
@@ -138,10 +138,11 @@ class StepLoop:
         if done.done():
             await asyncio.sleep(0)  # the device is ahead of the host: let the connections have their turn all the same
         try:
-            await done
+            await done  # in flight until then: whoever asks why nothing moves finds it there
         except Exception as error:  # noqa: BLE001 - whatever a step raises ends that step's requests and no others
             await self._fail(step.plan, error)
             return None
+        self._in_flight.popleft()
         start = time.perf_counter()
         assert step.tokens is not None
         outcome = self.scheduler.resolve(step.plan, step.tokens.numpy())

@@ -12,7 +12,7 @@ PROMPT_BIT = 1 << 14  # of an entry of `counts`: the token occurs in the prompt;
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """The first largest of each row, or -1 where a row holds a NaN or nothing but -inf; [S, V] -> int32 [S]."""
+    """The first largest of each row, or -1 where a row holds a NaN or inf or nothing but -inf; [S, V] -> int32 [S]."""
     if logits.is_cuda:
         from kernels.triton_sampling import argmax_triton  # here: a machine without a GPU need not have triton
 
@@ -22,7 +22,7 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
 
 def argmax_torch(logits: torch.Tensor) -> torch.Tensor:
     values, token_ids = logits.max(dim=-1)
-    return torch.where(values > -torch.inf, token_ids, -1).to(torch.int32)
+    return torch.where(values.isfinite(), token_ids, -1).to(torch.int32)
 
 
 def sample(
@@ -34,7 +34,7 @@ def sample(
     seed: torch.Tensor,
     position: torch.Tensor,
 ) -> torch.Tensor:
-    """One token a row, or -1 where a row holds a NaN or nothing but -inf; logits [S, V] -> int32 [S].
+    """One token a row, or -1 where a row holds a NaN or inf or nothing but -inf; logits [S, V] -> int32 [S].
 
     temperature, top_p, min_p fp32 [S]; top_k and position int32 [S]; seed int64 [S]. A row with a temperature below
     1e-6 or top_k 1 gets its argmax. Else, in this order and with ties at a limit all kept:
@@ -66,7 +66,7 @@ def sample_torch(
     noisy = (scaled + gumbel_noise(seed, position, vocab_size)).masked_fill_(scaled < floor.unsqueeze(1), -torch.inf)
     is_greedy = (temperature < GREEDY_TEMPERATURE) | (top_k == 1)
     token_ids = torch.where(is_greedy, first_largest, noisy.argmax(dim=-1))
-    return torch.where(largest > -torch.inf, token_ids, -1).to(torch.int32)
+    return torch.where(largest.isfinite(), token_ids, -1).to(torch.int32)
 
 
 def _nucleus_floor(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:

@@ -188,7 +188,7 @@ def _row_winner_kernel(
     winner = tl.min(tl.where(best == tl.max(best, axis=0), best_id, 0x7FFFFFFF), axis=0)
     largest = tl.max(maxima, axis=0)
     has_nan = tl.max((maxima != maxima).to(tl.int32), axis=0) > 0
-    if has_nan | (largest == float("-inf")):
+    if has_nan | (largest == float("-inf")) | (largest == float("inf")):
         winner = -1
     elif temperature is not None:
         k = tl.load(top_k + row)

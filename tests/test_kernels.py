@@ -242,16 +242,17 @@ def test_argmax_takes_the_first_largest(argmax: Callable[..., torch.Tensor], dty
 def test_a_row_without_a_valid_logit_gives_minus_one_alone(
     argmax: Callable[..., torch.Tensor], sample: Callable[..., torch.Tensor]
 ) -> None:
-    logits = randn(4, 3000)
+    logits = randn(5, 3000)
     logits[1, 2999] = torch.nan
     logits[2] = -torch.inf
+    logits[3, 7] = torch.inf
     for tokens in (
         argmax(logits),
-        sample(logits, **sampling_params(4, top_k=40, top_p=0.9)),
-        sample(logits, **sampling_params(4)),
+        sample(logits, **sampling_params(5, top_k=40, top_p=0.9)),
+        sample(logits, **sampling_params(5)),
     ):
-        assert tokens[[1, 2]].tolist() == [-1, -1]
-        assert (tokens[[0, 3]] >= 0).all()
+        assert tokens[[1, 2, 3]].tolist() == [-1, -1, -1]
+        assert (tokens[[0, 4]] >= 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
