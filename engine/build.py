@@ -196,7 +196,7 @@ def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len
         q_lens=q_lens,
         seq_lens=q_lens,
         input_ids=np.zeros(total, np.int32),
-        out_cache_loc=np.arange(1, total + 1, dtype=np.int32),
+        out_cache_loc=1 + np.arange(total, dtype=np.int32) % (runner.kv.num_slots - 1),  # a small pool has fewer
         num_decodes=0,
         samples=np.zeros(num_samples, np.int32),
         epochs=np.zeros(len(q_lens), np.int64),
