@@ -41,19 +41,9 @@ class ForwardBatch:
     cu_q_lens: torch.Tensor  # int32 [B + 1], where each request's tokens start in [T]
     slot_table: torch.Tensor  # int32 [num_rows, max_context], the slot of every token of every row
     num_decodes: int  # requests 0 .. num_decodes have one token each; the rest have more
-    max_q_len: int
-    max_seq_len: int  # upper bounds, known on the host
     q_lens_host: np.ndarray  # int32 [B]
     seq_lens_host: np.ndarray  # int32 [B]; in a captured graph both are the capture's, not the step's
     shared: SharedPrefixes | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return self.input_ids.shape[0]
-
-    @property
-    def batch_size(self) -> int:
-        return self.rows.shape[0]
 
 
 class Shape(NamedTuple):
@@ -162,8 +152,6 @@ class Stager:
             cu_q_lens=cu_q_lens,
             slot_table=self.slot_table,
             num_decodes=shape.num_decodes,
-            max_q_len=int(plan.q_lens.max()),
-            max_seq_len=int(plan.seq_lens.max()),
             q_lens_host=plan.q_lens,
             seq_lens_host=plan.seq_lens,
             shared=SharedPrefixes(*samples[3:]) if shape.has_groups else None,

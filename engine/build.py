@@ -125,7 +125,7 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
 
     largest_step = 0
     if device.type == "cuda":
-        probe = ModelRunner(model, new_pool(max_step_tokens), rows, sampler, stager)
+        probe = ModelRunner(model, new_pool(max_step_tokens), sampler, stager)
         largest_step = measure_step(probe, max_step_tokens, num_rows, max_len)
         probe.close()
         del probe
@@ -138,7 +138,7 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
         on_progress(f"{operation}: {backend}")
     pool = new_pool(memory.max_total_num_tokens)
 
-    runner = ModelRunner(model, pool, rows, sampler, stager)
+    runner = ModelRunner(model, pool, sampler, stager)
     if device.type == "cuda":
         measure_step(runner, max_step_tokens, num_rows, max_len)  # once more: the memory it takes is then at hand
     if device.type == "cuda" and not config.disable_cuda_graph and config.attention_backend != "torch":

@@ -16,7 +16,6 @@ from engine.cuda_graph import StepGraphs
 from engine.models import CausalLM
 from engine.plan import Plan
 from engine.request import Logprobs, Request
-from engine.rows import Rows
 from engine.sampler import SampledLogprobs, Sampler, SamplingWork
 from kernels.bookkeeping import begin_step, end_step
 from kernels.sampling import argmax, logprobs
@@ -70,11 +69,10 @@ class ModelRunner:
         self,
         model: CausalLM,
         kv: KVPool,
-        rows: Rows,
         sampler: Sampler,
         stager: Stager,
     ) -> None:
-        self.model, self.kv, self.rows = model, kv, rows
+        self.model, self.kv = model, kv
         self.sampler, self.stager = sampler, stager
         self.graphs: StepGraphs | None = None
         self.device = stager.device

@@ -65,8 +65,6 @@ class TinyEngine:
             cu_q_lens=torch.tensor(np.concatenate(([0], np.cumsum(q_lens))), dtype=torch.int32),
             slot_table=self.slot_table,
             num_decodes=int((q_lens == 1).sum()),
-            max_q_len=int(q_lens.max()),
-            max_seq_len=int(seq_lens.max()),
             q_lens_host=q_lens,
             seq_lens_host=seq_lens,
         )
