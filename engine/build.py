@@ -39,6 +39,7 @@ CPU_CHUNK, CUDA_CHUNK, SMALL_CUDA_CHUNK = 512, 8192, 2048
 SMALL_CUDA_BYTES = 25e9
 CUDA_MAX_STEP_MS = 60.0
 CUDA_GRAPH_MAX_BS = 512
+KERNEL_PROMPTS = (2, 32, 512)  # numbers of prompts that attention has kernels for: all are compiled at the start
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,20 +190,28 @@ def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len
     Counted as the allocator reserves them, fragments included; they stay reserved for the runner's stream.
     """
     chunk = min(num_tokens, max_len)
-    q_lens = np.array([chunk] * (num_tokens // chunk), np.int32)
-    total = int(q_lens.sum())
-    plan = Plan(
-        rows=np.zeros(len(q_lens), np.int32),
-        q_lens=q_lens,
-        seq_lens=q_lens,
-        input_ids=np.zeros(total, np.int32),
-        out_cache_loc=1 + np.arange(total, dtype=np.int32) % (runner.kv.num_slots - 1),  # a small pool has fewer
-        num_decodes=0,
-        samples=np.zeros(num_samples, np.int32),
-        epochs=np.zeros(len(q_lens), np.int64),
-    )
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
+    _run_prompts(runner, [chunk] * (num_tokens // chunk), num_samples)
+    for num_prompts in KERNEL_PROMPTS:
+        _run_prompts(runner, [2] * min(num_prompts, num_samples), num_samples)
+    torch.cuda.synchronize()
+    return torch.cuda.memory_reserved() - before
+
+
+def _run_prompts(runner: ModelRunner, q_lens: list[int], num_samples: int) -> None:
+    """One step of prompts of row 0, with logits and draws of `num_samples`."""
+    num_tokens, lens = sum(q_lens), np.array(q_lens, np.int32)
+    plan = Plan(
+        rows=np.zeros(len(lens), np.int32),
+        q_lens=lens,
+        seq_lens=lens,
+        input_ids=np.zeros(num_tokens, np.int32),
+        out_cache_loc=1 + np.arange(num_tokens, dtype=np.int32) % (runner.kv.num_slots - 1),  # a small pool has fewer
+        num_decodes=0,
+        samples=np.zeros(num_samples, np.int32),
+        epochs=np.zeros(len(lens), np.int64),
+    )
     with torch.cuda.stream(runner.stream), torch.inference_mode():
         runner.stager.upload(runner.stager.write(plan, Shape.of(plan)))
         batch, sample_tokens, sample_rows, positions = runner.stager.views(Shape.of(plan), plan)
@@ -210,5 +219,3 @@ def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len
         work = runner.sampler.plan_work(plan)
         work.is_greedy = False
         runner.sampler.sample(logits, work, sample_rows, positions)
-    torch.cuda.synchronize()
-    return torch.cuda.memory_reserved() - before

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from engine.batch import Shape, StagedBatch, Stager
-from engine.plan import Plan
+from engine.plan import Groups, Plan
 
 PREFILL_TOKENS = (32, 64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 768, 1024)
 MAX_PREFILL_TOKENS = PREFILL_TOKENS[-1]
 MAX_PREFILLS = 16
 DECODES_BESIDE_PREFILL = (0, 32)
+GROUPED_SIZE_RATIO = 1.3  # of neighbours on the ladder of decode steps with shared prefixes
 
 
 def default_batch_sizes(largest: int) -> list[int]:
@@ -37,6 +38,7 @@ class StepGraphs:
     ) -> None:
         """max_tokens: of a step with prompts. run: from a staged batch to (logits [S, V], their argmax [S])."""
         self.batch_sizes = sorted(batch_sizes)
+        self.grouped_sizes = _coarse(self.batch_sizes)
         self.prefill_tokens = [size for size in PREFILL_TOKENS if size <= max_tokens]
         self._stager, self._run = stager, run
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, StagedBatch]] = {}
@@ -48,7 +50,8 @@ class StepGraphs:
         if plan.is_decode:
             if num_decodes > self.batch_sizes[-1] or num_samples < num_decodes:
                 return None
-            size = self.batch_sizes[bisect.bisect_left(self.batch_sizes, num_decodes)]
+            sizes = self.batch_sizes if plan.groups is None else self.grouped_sizes
+            size = sizes[bisect.bisect_left(sizes, num_decodes)]
             return Shape(size, 0, 0, size, plan.groups is not None)
         if (
             plan.num_prefill_tokens > (self.prefill_tokens or [0])[-1]
@@ -67,8 +70,9 @@ class StepGraphs:
         for num_tokens in reversed(self.prefill_tokens):
             for num_decodes in reversed(DECODES_BESIDE_PREFILL):
                 self._capture_padding(_prefill_shape(num_tokens, num_decodes))
-        for size in reversed(self.batch_sizes):
-            self._capture_padding(Shape(size, 0, 0, size, False))
+        for has_groups, sizes in ((True, self.grouped_sizes), (False, self.batch_sizes)):
+            for size in reversed(sizes):
+                self._capture_padding(Shape(size, 0, 0, size, has_groups))
 
     def replay(self, shape: Shape, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, StagedBatch]:
         """(logits, their argmax, the batch) of the staged plan; overwritten by the next replay of any graph."""
@@ -94,6 +98,15 @@ class StepGraphs:
         self._graphs[shape] = graph, _without_ownership(logits), _without_ownership(greedy), staged
 
 
+def _coarse(batch_sizes: list[int]) -> list[int]:
+    """The largest of them, and those that are well below the next one kept."""
+    kept = batch_sizes[-1:]
+    for size in reversed(batch_sizes):
+        if size * GROUPED_SIZE_RATIO <= kept[0]:
+            kept.insert(0, size)
+    return kept
+
+
 def _prefill_shape(num_tokens: int, num_decodes: int) -> Shape:
     return Shape(num_decodes, MAX_PREFILLS, num_tokens, num_decodes + MAX_PREFILLS, False)
 
@@ -117,7 +130,7 @@ def _without_ownership(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _example_plan(shape: Shape) -> Plan:
-    """All decodes are padding: row 0, token 0, slot 0. One prompt, likewise, has all prompt tokens."""
+    """All decodes are padding: row 0, token 0, slot 0, no groups. One prompt, likewise, has all prompt tokens."""
     num_decodes, num_prompts = shape.num_decodes, min(shape.num_prefills, 1)
     lens = np.array([1] * num_decodes + [shape.num_prefill_tokens] * num_prompts, np.int32)
     num_tokens = num_decodes + shape.num_prefill_tokens
@@ -130,4 +143,5 @@ def _example_plan(shape: Shape) -> Plan:
         num_decodes=num_decodes,
         samples=np.arange(num_decodes + num_prompts, dtype=np.int32),
         epochs=np.zeros(num_decodes + num_prompts, np.int64),
+        groups=Groups(*[np.zeros(size, np.int32) for size in (0, 1, 0, 0)]) if shape.has_groups else None,
     )

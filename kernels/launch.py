@@ -1,8 +1,14 @@
 """Launching Triton kernels cheaply: Triton's own way costs the host more than many of our kernels cost the GPU."""
 
+import logging
+import time
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
+
+SLOW_LAUNCH_S = 0.2  # a first launch that takes longer has compiled; a kernel of an earlier start comes from disk
 
 
 def cdiv(a: int, b: int) -> int:
@@ -36,7 +42,10 @@ class Kernel:
             kernel, constexprs = known
             kernel[grid if len(grid) == 3 else (*grid, 1, 1)[:3]](*args, *constexprs)
             return
+        start = time.perf_counter()
         kernel = self.function[grid](*args, **keywords)
+        if (took_s := time.perf_counter() - start) > SLOW_LAUNCH_S:
+            logger.info("compiled %s in %.1f s", self.function.__name__.strip("_"), took_s)
         if hasattr(kernel, "packed_metadata"):
             names = self.function.arg_names[len(args) :]
             self._compiled[key] = kernel, tuple(keywords[name] for name in names)

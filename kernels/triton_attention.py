@@ -34,14 +34,15 @@ class PrefillConfig(NamedTuple):
     num_stages: int
 
 
-# By (head_dim rounded up to a power of two, largest number of requests it is for).
+# By (head_dim rounded up to a power of two, largest number of requests it is for): the fastest of bench/attention.py.
 DECODE_CONFIGS: dict[tuple[int, int], DecodeConfig] = {
-    (128, 4): DecodeConfig(block_n=32, num_warps=4, num_stages=4, programs_per_sm=1),
-    (128, 16): DecodeConfig(block_n=32, num_warps=4, num_stages=4, programs_per_sm=3),
-    (128, 1 << 20): DecodeConfig(block_n=64, num_warps=4, num_stages=3, programs_per_sm=3),
+    (128, 4): DecodeConfig(block_n=64, num_warps=4, num_stages=3, programs_per_sm=1, has_prefetch=True),
+    (128, 16): DecodeConfig(block_n=32, num_warps=1, num_stages=4, programs_per_sm=2),
+    (128, 96): DecodeConfig(block_n=32, num_warps=1, num_stages=4, programs_per_sm=4),
+    (128, 1 << 20): DecodeConfig(block_n=64, num_warps=4, num_stages=2, programs_per_sm=3),
 }
 PREFIX_CONFIGS: dict[int, PrefillConfig] = {128: PrefillConfig(block_m=64, block_n=64, num_warps=4, num_stages=3)}
-PREFILL_CONFIGS: dict[int, PrefillConfig] = {128: PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=3)}
+PREFILL_CONFIGS: dict[int, PrefillConfig] = {128: PrefillConfig(block_m=64, block_n=64, num_warps=4, num_stages=3)}
 
 
 def decode_config(block_d: int, num_requests: int, itemsize: int) -> DecodeConfig:
@@ -117,7 +118,7 @@ def decode(
     if shared is not None:
         prefix_config = prefix_config or prefill_config(PREFIX_CONFIGS, block_d, q.dtype.itemsize)
         num_tiles = cdiv(num_requests * block_group, prefix_config.block_m)
-        num_splits = num_prefix_splits or min(32, cdiv(4 * _num_sms(q.device), num_tiles * num_kv_heads))
+        num_splits = num_prefix_splits or max(1, min(16, 2 * _num_sms(q.device) // (num_tiles * num_kv_heads)))
     # A program leaves at most two partial results: of the request it starts in and of the one it ends in.
     num_partials = 2 * num_programs + num_splits * num_requests * num_kv_heads
     partial = torch.empty(num_partials, block_group, head_dim, dtype=torch.float32, device=q.device)
