@@ -15,7 +15,7 @@ from cache.pool import KVPool
 from cache.radix import NoCache, RadixCache
 from engine.batch import Shape, Stager
 from engine.config import EngineConfig
-from engine.cuda_graph import default_batch_sizes
+from engine.cuda_graph import MAX_REQUESTS_WITH_PREFILL, default_batch_sizes
 from engine.errors import ModelError
 from engine.layers.layer import LayerConfig, unique_layers
 from engine.memory import MemoryBudget, plan_memory
@@ -90,7 +90,7 @@ def describe_backends(config: EngineConfig, device: torch.device) -> dict[str, s
     }
     return {
         "attention": attention[config.attention_backend or "torch"],
-        "products": f"cuBLAS; Triton up to {GEMV_MAX_TOKENS} tokens (reads weights at the memory's speed)",
+        "products": f"cuBLAS; Triton for one token, for {GEMV_MAX_TOKENS} of small weights (at the memory's speed)",
         "sampling": "torch (as asked)" if config.sampling_backend == "pytorch" else "Triton (no sort)",
         "steps": "kernel by kernel (as asked)" if config.disable_cuda_graph else "CUDA graphs; larger ones by kernel",
     }
@@ -115,7 +115,7 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
     slot_table = torch.zeros(num_rows + 1, max_len, dtype=torch.int32, device=device)
     rows = Rows(num_rows, max_len)
     max_step_tokens = max(config.chunked_prefill_size, num_rows)
-    stager = Stager(max_step_tokens + num_rows, num_rows, slot_table)
+    stager = Stager(max_step_tokens + num_rows, max(num_rows, MAX_REQUESTS_WITH_PREFILL), slot_table)
     sampler = Sampler(rows, model_config.vocab_size, model_config.eos_token_ids, device, config.sampling_backend)
 
     def new_pool(num_tokens: int) -> KVPool:

@@ -1,13 +1,15 @@
 """Steps as CUDA graphs: one a size of a ladder, smaller steps padded up to it.
 
 A graph holds everything from the staged plan to the most likely tokens; attention reads lengths and slots on the
-device, so one capture serves every step of its size. Decode steps have a fine ladder. Steps with a few prompt chunks
-beside them have a coarse one: launching their kernels one by one costs the host more than computing them costs the
-device, up to about `MAX_PREFILL_TOKENS`. All graphs share one memory pool, the largest captured first.
+device, so one capture serves every step of its size. Decode steps have a fine ladder. Steps with prompt chunks beside
+them have ladders too, the coarser the more they hold: launching their kernels one by one costs the host as much as
+computing them costs the device, up to some 2,048 tokens. All graphs share one memory pool, the largest captured first.
 """
 
 import bisect
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -15,10 +17,11 @@ import torch
 from engine.batch import Shape, StagedBatch, Stager
 from engine.plan import Groups, Plan
 
-PREFILL_TOKENS = (32, 64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 768, 1024)
-MAX_PREFILL_TOKENS = PREFILL_TOKENS[-1]
-MAX_PREFILLS = 16
-DECODES_BESIDE_PREFILL = (0, 32)
+FINE_TOKENS = (32, 64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 768, 1024, 1536, 2048)
+COARSE_TOKENS = (128, 256, 512, 1024, 2048)
+# Of steps with prompts: (decodes at most, prompt chunks at most, sizes in prompt tokens). The first that fits serves.
+PREFILL_LADDERS = ((0, 16, FINE_TOKENS), (32, 16, FINE_TOKENS), (256, 64, COARSE_TOKENS))
+MAX_REQUESTS_WITH_PREFILL = 256 + 64
 GROUPED_SIZE_RATIO = 1.3  # of neighbours on the ladder of decode steps with shared prefixes
 
 
@@ -39,7 +42,10 @@ class StepGraphs:
         """max_tokens: of a step with prompts. run: from a staged batch to (logits [S, V], their argmax [S])."""
         self.batch_sizes = sorted(batch_sizes)
         self.grouped_sizes = _coarse(self.batch_sizes)
-        self.prefill_tokens = [size for size in PREFILL_TOKENS if size <= max_tokens]
+        self.prefill_ladders = [
+            (num_decodes, num_prompts, [size for size in sizes if size <= max_tokens])
+            for num_decodes, num_prompts, sizes in PREFILL_LADDERS
+        ]
         self._stager, self._run = stager, run
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, StagedBatch]] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -53,23 +59,19 @@ class StepGraphs:
             sizes = self.batch_sizes if plan.groups is None else self.grouped_sizes
             size = sizes[bisect.bisect_left(sizes, num_decodes)]
             return Shape(size, 0, 0, size, plan.groups is not None)
-        if (
-            plan.num_prefill_tokens > (self.prefill_tokens or [0])[-1]
-            or num_decodes > DECODES_BESIDE_PREFILL[-1]
-            or len(plan.rows) - num_decodes > MAX_PREFILLS
-            or not num_samples
-            or plan.prompt_logprobs
-        ):
+        if not num_samples or plan.prompt_logprobs:
             return None
-        num_tokens = self.prefill_tokens[bisect.bisect_left(self.prefill_tokens, plan.num_prefill_tokens)]
-        beside = DECODES_BESIDE_PREFILL[bisect.bisect_left(DECODES_BESIDE_PREFILL, num_decodes)]
-        return _prefill_shape(num_tokens, beside)
+        num_prompts, num_tokens = len(plan.rows) - num_decodes, plan.num_prefill_tokens
+        for most_decodes, most_prompts, sizes in self.prefill_ladders:
+            if num_decodes <= most_decodes and num_prompts <= most_prompts and sizes and num_tokens <= sizes[-1]:
+                return _prefill_shape(most_decodes, most_prompts, sizes[bisect.bisect_left(sizes, num_tokens)])
+        return None
 
     def capture_all(self) -> None:
         """The largest first, since the smaller ones then fit into the memory it took."""
-        for num_tokens in reversed(self.prefill_tokens):
-            for num_decodes in reversed(DECODES_BESIDE_PREFILL):
-                self._capture_padding(_prefill_shape(num_tokens, num_decodes))
+        for num_decodes, num_prompts, sizes in reversed(self.prefill_ladders):
+            for num_tokens in reversed(sizes):
+                self._capture_padding(_prefill_shape(num_decodes, num_prompts, num_tokens))
         for has_groups, sizes in ((True, self.grouped_sizes), (False, self.batch_sizes)):
             for size in reversed(sizes):
                 self._capture_padding(Shape(size, 0, 0, size, has_groups))
@@ -93,9 +95,24 @@ class StepGraphs:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        with (
+            _no_garbage_collection(),
+            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             logits, greedy = self._run(staged)
         self._graphs[shape] = graph, _without_ownership(logits), _without_ownership(greedy), staged
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A CUDA graph that the collector destroys (an earlier engine's) would break the capture that goes on."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _coarse(batch_sizes: list[int]) -> list[int]:
@@ -107,8 +124,8 @@ def _coarse(batch_sizes: list[int]) -> list[int]:
     return kept
 
 
-def _prefill_shape(num_tokens: int, num_decodes: int) -> Shape:
-    return Shape(num_decodes, MAX_PREFILLS, num_tokens, num_decodes + MAX_PREFILLS, False)
+def _prefill_shape(num_decodes: int, num_prompts: int, num_tokens: int) -> Shape:
+    return Shape(num_decodes, num_prompts, num_tokens, num_decodes + num_prompts, False)
 
 
 class _Borrowed:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from kernels.elementwise import act_and_mul, rms_norm
 
 GEMV_MAX_TOKENS = 4
+GEMV_SMALL_WEIGHT = 8 << 20  # elements; of larger weights only one token's product is faster than cuBLAS's
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -79,4 +80,6 @@ def linear_add(
 
 
 def _is_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return x.is_cuda and 0 < x.shape[0] <= GEMV_MAX_TOKENS and x.is_contiguous() and weight.is_contiguous()
+    if not x.is_cuda or not (x.shape[0] == 1 or weight.numel() <= GEMV_SMALL_WEIGHT):
+        return False
+    return 0 < x.shape[0] <= GEMV_MAX_TOKENS and x.is_contiguous() and weight.is_contiguous()

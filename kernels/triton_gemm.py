@@ -28,8 +28,19 @@ class GemvConfig(NamedTuple):
     prefetch: int
 
 
-# By (weight rows, K), for one token; what is not here gets `default_gemv_config`.
-GEMV_CONFIGS: dict[tuple[int, int], GemvConfig] = {}
+# By (weight rows, K), for one token: the fastest of bench/gemm.py. What is not here gets `default_gemv_config`.
+GEMV_CONFIGS: dict[tuple[int, int], GemvConfig] = {
+    (6144, 4096): GemvConfig(4, 1024, 4, 4),
+    (4096, 4096): GemvConfig(4, 2048, 8, 2),
+    (28672, 4096): GemvConfig(8, 1024, 4, 1),
+    (4096, 14336): GemvConfig(2, 1024, 4, 4),
+    (128256, 4096): GemvConfig(2, 2048, 8, 2),
+    (4096, 1024): GemvConfig(2, 512, 2, 2),
+    (1024, 2048): GemvConfig(1, 1024, 4, 2),
+    (6144, 1024): GemvConfig(4, 256, 1, 4),
+    (1024, 3072): GemvConfig(1, 512, 2, 6),
+    (151936, 1024): GemvConfig(2, 1024, 4, 1),
+}
 
 
 def default_gemv_config(num_rows: int, k: int) -> GemvConfig:
