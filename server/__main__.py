@@ -23,6 +23,7 @@ from engine.watchdog import Watchdog
 from server.access_log import JsonAccessLogger
 from server.app import build_app
 from server.config import ServerConfig, parse_args
+from server.listen import Acceptor
 from server.live import ignore, new_rid
 from server.protocol import Engine
 from server.recorder import RECORDER
@@ -147,12 +148,13 @@ async def serve_http(
         access_log_format='%a "%r" %s %Tfs',
     )
     await runner.setup()
+    assert runner.server is not None
     if RECORDER in app:
         watchdog.on_hang.append(app[RECORDER].dump)
     try:
-        await web.SockSite(runner, listener, backlog=4096).start()
-        print_ready(console, engine, config, listener.getsockname()[1])
-        await stop.wait()
+        with Acceptor(listener, runner.server):
+            print_ready(console, engine, config, listener.getsockname()[1])
+            await stop.wait()
         logger.info("shutting down: running answers have %.0f s to end", config.drain_timeout)
     finally:
         await runner.cleanup()

@@ -1,0 +1,87 @@
+"""Taking connections: a burst, a peer that has gone, a system that refuses."""
+
+import asyncio
+import errno
+import socket
+
+import pytest
+import uvloop
+
+from server import listen
+from server.listen import Acceptor
+
+LOOPS = pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+
+
+class Greeter(asyncio.Protocol):
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(b"hello")
+        transport.close()
+
+
+def bound() -> tuple[socket.socket, int]:
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    return listener, listener.getsockname()[1]
+
+
+async def greeting_of(port: int) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        return await reader.read()
+    finally:
+        writer.close()
+
+
+@LOOPS
+def test_a_burst_of_connections_takes_few_turns_of_the_loop(new_loop: type) -> None:
+    async def main() -> None:
+        listener, port = bound()
+        num_made = 0
+
+        class Counter(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                nonlocal num_made
+                num_made += 1
+
+        with Acceptor(listener, Counter):
+            clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(64)]
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert num_made == 64
+            for client in clients:
+                client.close()
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(main())
+
+
+async def test_no_connection_is_taken_after_leaving() -> None:
+    listener, port = bound()
+    with Acceptor(listener, Greeter):
+        assert await greeting_of(port) == b"hello"
+    with pytest.raises(ConnectionRefusedError):
+        await greeting_of(port)
+
+
+async def test_connections_are_taken_again_after_the_system_refused_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listen, "RETRY_S", 0.01)
+    listener, port = bound()
+
+    class Exhausted:
+        """A listener for which no file descriptor is free, once."""
+
+        is_exhausted = True
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(listener, name)
+
+        def accept(self) -> object:
+            if self.is_exhausted:
+                self.is_exhausted = False
+                raise OSError(errno.EMFILE, "Too many open files")
+            return listener.accept()
+
+    with Acceptor(Exhausted(), Greeter):  # type: ignore[arg-type]
+        assert await greeting_of(port) == b"hello"
