@@ -140,14 +140,14 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
     pool = new_pool(memory.max_total_num_tokens)
 
     runner = ModelRunner(model, pool, sampler, stager)
-    if device.type == "cuda":
-        measure_step(runner, max_step_tokens, num_rows, max_len)  # once more: the memory it takes is then at hand
     if device.type == "cuda" and not config.disable_cuda_graph and config.attention_backend != "torch":
         assert config.cuda_graph_max_bs
         start = time.perf_counter()
         batch_sizes = config.cuda_graph_bs or default_batch_sizes(config.cuda_graph_max_bs)
         runner.capture_graphs(batch_sizes, min(config.chunked_prefill_size, max_len))
         on_progress(f"steps captured as CUDA graphs in {time.perf_counter() - start:.1f} s")
+    if device.type == "cuda":
+        measure_step(runner, max_step_tokens, num_rows, max_len)  # once more: the memory it takes is then at hand
 
     is_eos = np.zeros(model_config.vocab_size, bool)
     is_eos[[token for token in model_config.eos_token_ids if token < model_config.vocab_size]] = True

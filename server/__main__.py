@@ -23,7 +23,7 @@ from engine.watchdog import Watchdog
 from server.access_log import JsonAccessLogger
 from server.app import build_app
 from server.config import ServerConfig, parse_args
-from server.listen import Acceptor
+from server.intake import Acceptor
 from server.live import ignore, new_rid
 from server.protocol import Engine
 from server.recorder import RECORDER

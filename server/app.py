@@ -11,6 +11,7 @@ from engine.errors import EngineError, PromptTooLong, QueueFull
 from server.chat import ChatPrompts, load_chat_template
 from server.config import ServerConfig
 from server.dashboard import Dashboard
+from server.intake import TURNS, Turns
 from server.keys import KeyRing, require_key
 from server.live import LiveRequests, RequestLog
 from server.metrics import Metrics
@@ -37,6 +38,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
         middlewares=[answer_errors, require_key(KeyRing(config))],
         client_max_size=config.max_body_bytes,
     )
+    app[TURNS] = Turns()
     app.add_routes(NativeApi(engine, config, live, prompts).routes())
     app.add_routes(OpenAIApi(engine, config, live, prompts).routes())
     if config.crash_dump_folder:

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from engine.errors import InvalidRequest
 from engine.request import Delta, Request
+from server.intake import TURNS
 
 JSON = dict[str, Any]
 MAX_INT = 1 << 53  # beyond it JSON numbers are not exact
@@ -228,6 +229,7 @@ async def read_json(request: web.Request) -> Fields:
         # A web page may send text/plain or a form to a local server without asking; never JSON.
         raise InvalidRequest(f"Content-Type must be application/json, got {kind}", "Content-Type")
     body = await request.read()
+    await request.app[TURNS].wait(len(body))
     try:
         values = orjson.loads(body)
     except orjson.JSONDecodeError as error:

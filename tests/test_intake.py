@@ -1,14 +1,15 @@
-"""Taking connections: a burst, a peer that has gone, a system that refuses."""
+"""Taking in connections and requests: bursts, and a system that refuses."""
 
 import asyncio
 import errno
+import itertools
 import socket
 
 import pytest
 import uvloop
 
-from server import listen
-from server.listen import Acceptor
+from server import intake
+from server.intake import COST_OF_REQUEST, MAX_COST_A_TURN, Acceptor, Turns
 
 LOOPS = pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 
@@ -66,7 +67,7 @@ async def test_no_connection_is_taken_after_leaving() -> None:
 
 
 async def test_connections_are_taken_again_after_the_system_refused_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listen, "RETRY_S", 0.01)
+    monkeypatch.setattr(intake, "RETRY_S", 0.01)
     listener, port = bound()
 
     class Exhausted:
@@ -85,3 +86,31 @@ async def test_connections_are_taken_again_after_the_system_refused_one(monkeypa
 
     with Acceptor(Exhausted(), Greeter):  # type: ignore[arg-type]
         assert await greeting_of(port) == b"hello"
+
+
+async def test_a_burst_of_requests_passes_a_few_a_turn_and_in_order() -> None:
+    turns, passed = Turns(), []
+
+    async def request(i: int) -> None:
+        await turns.wait(0)
+        passed.append(i)
+
+    tasks = [asyncio.create_task(request(i)) for i in range(100)]
+    num_passed = [0]
+    while len(passed) < 100:
+        await asyncio.sleep(0)
+        num_passed.append(len(passed))
+    assert passed == list(range(100))
+    most_in_a_turn = max(after - before for before, after in itertools.pairwise(num_passed))
+    assert most_in_a_turn <= 2 * MAX_COST_A_TURN // COST_OF_REQUEST
+    await asyncio.gather(*tasks)
+
+
+async def test_a_request_that_was_cancelled_in_the_queue_holds_nobody_up() -> None:
+    turns = Turns()
+    tasks = [asyncio.create_task(turns.wait(MAX_COST_A_TURN)) for _ in range(4)]
+    await asyncio.sleep(0)
+    tasks[1].cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert [task.cancelled() for task in tasks] == [False, True, False, False]
+    await asyncio.wait_for(turns.wait(0), 1)
