@@ -8,7 +8,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from engine.errors import EngineError, PromptTooLong, QueueFull
-from server.chat import ChatPrompts, load_chat_template
+from server.chat import Chats
 from server.config import ServerConfig
 from server.dashboard import Dashboard
 from server.keys import KeyRing, require_key
@@ -32,13 +32,13 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     live = LiveRequests(engine)
     if config.log_requests:
         live.observers.append(RequestLog(engine.tokenizer, config.log_requests_level))
-    prompts = ChatPrompts(engine.tokenizer, load_chat_template(config.chat_template, engine.tokenizer))
+    chats = Chats(engine, config)
     app = web.Application(
         middlewares=[answer_errors, require_key(KeyRing(config))],
         client_max_size=config.max_body_bytes,
     )
-    app.add_routes(NativeApi(engine, config, live, prompts).routes())
-    app.add_routes(OpenAIApi(engine, config, live, prompts).routes())
+    app.add_routes(NativeApi(engine, config, live, chats).routes())
+    app.add_routes(OpenAIApi(engine, config, live, chats).routes())
     if config.crash_dump_folder:
         recorder = RequestRecorder(Path(config.crash_dump_folder), config.public_values())
         live.arrival_observers.append(recorder.remember)

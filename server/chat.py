@@ -1,12 +1,19 @@
 """From an OpenAI `messages` list to the prompt's text."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from engine.errors import InvalidRequest
-from server.protocol import JSON, Fields, TokenizerFacade
+from engine.request import SamplingParams
+from server.config import ServerConfig
+from server.live import Options
+from server.parsers import AnswerParser
+from server.protocol import JSON, Engine, Fields, TokenizerFacade, check_n
+from server.sampling import MAX_TOP_LOGPROBS, read_options, read_sampling_params
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MEDIA_PARTS = ("image_url", "input_image", "image", "input_audio", "audio_url", "video_url")
@@ -62,11 +69,39 @@ def load_chat_template(name: str | None, tokenizer: TokenizerFacade) -> str | No
     return text
 
 
-class ChatPrompts:
-    """Renders conversations with the model's template, or with the one given on the command line."""
+@dataclass(frozen=True, slots=True)
+class ChatTurn:
+    """A conversation's next answer: what to generate it from and how, and how to read it."""
 
-    def __init__(self, tokenizer: TokenizerFacade, template: str | None) -> None:
-        self.tokenizer, self.template = tokenizer, template
+    input_ids: list[int]
+    params: SamplingParams
+    options: Options
+    new_parser: Callable[[], AnswerParser] | None  # one for each answer; None: all of an answer is its text
+
+
+class Chats:
+    """Reads chat requests: the prompt by the model's template, or the one given on the command line."""
+
+    def __init__(self, engine: Engine, config: ServerConfig) -> None:
+        self.engine = engine
+        self.template = load_chat_template(config.chat_template, engine.tokenizer)
+
+    async def turn(self, body: Fields) -> ChatTurn:
+        """What an OpenAI chat body asks for. `InvalidRequest` names the field that is wrong."""
+        params = read_sampling_params(body, self.engine, ("max_completion_tokens", "max_tokens"), None)
+        check_n(params.n, 1)
+        kind = response_format_of(body)
+        if kind != "text":
+            raise InvalidRequest(f"response_format {kind!r} is not supported by this server", "response_format")
+        num_top = body.integer("top_logprobs", 0, low=0, high=MAX_TOP_LOGPROBS)
+        has_logprobs = body.flag("logprobs")
+        if num_top and not has_logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
+        options = read_options(body, num_top if has_logprobs else -1)
+        input_ids = await self.engine.encode(self.render(body), add_special_tokens=False)  # the template wrote them
+        if not input_ids:
+            raise InvalidRequest("messages make an empty prompt", "messages")
+        return ChatTurn(input_ids, params, options, None)
 
     def render(self, body: Fields) -> str:
         """The prompt of a chat request. `InvalidRequest` names the message, or says why the template refused."""
@@ -79,7 +114,7 @@ class ChatPrompts:
             raise InvalidRequest(
                 f"chat_template_kwargs must not hold {', '.join(sorted(taken))}", "chat_template_kwargs"
             )
-        return self.tokenizer.render_chat(
+        return self.engine.tokenizer.render_chat(
             messages,
             tools=_tools(body),
             add_generation_prompt=body.flag("add_generation_prompt", not continues),
@@ -87,6 +122,12 @@ class ChatPrompts:
             chat_template=self.template,
             **variables.values,
         )
+
+
+def response_format_of(body: Fields) -> str:
+    """The type of `response_format`."""
+    given = body.object("response_format")
+    return "text" if given is None else given.text("type", "text")
 
 
 def parse_messages(body: Fields) -> list[JSON]:

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from engine.errors import EngineStopped, InvalidRequest
 from engine.request import Delta, Logprobs, Request, SamplingParams
-from server.chat import ChatPrompts
+from server.chat import Chats
 from server.config import ServerConfig
 from server.live import LiveRequests, Options, ignore, is_failure, make_requests, new_rid
 from server.meta_info import MetaInfo
@@ -42,8 +42,8 @@ UNSUPPORTED = (
 
 
 class NativeApi:
-    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests, prompts: ChatPrompts) -> None:
-        self.engine, self.config, self.live, self.prompts = engine, config, live, prompts
+    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests, chats: Chats) -> None:
+        self.engine, self.config, self.live, self.chats = engine, config, live, chats
         self._probe: asyncio.Task[bool] | None = None  # /health_generate's, one at a time
 
     def routes(self) -> list[web.RouteDef]:
@@ -239,7 +239,7 @@ class NativeApi:
         body = await read_json(http_request)
         answer: JSON = {"max_model_len": self.engine.context_length}
         if body.has("messages"):
-            answer["prompt"] = self.prompts.render(body)
+            answer["prompt"] = self.chats.render(body)
             tokens: Any = await self.engine.encode(answer["prompt"], add_special_tokens=False)
         else:
             name = "prompt" if body.has("prompt") else "text"

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest
 from engine.request import Delta, FinishReason, Logprobs, Request, SamplingParams, TokenLogprob
-from server.chat import ChatPrompts
+from server.chat import Chats
 from server.config import ServerConfig
 from server.live import LiveRequests, Options, is_failure, make_requests, new_rid
 from server.meta_info import MetaInfo
@@ -19,7 +19,6 @@ from server.protocol import (
     Engine,
     Fields,
     TokenizerFacade,
-    cache_namespace,
     check_batch_size,
     check_n,
     check_token_ids,
@@ -29,20 +28,10 @@ from server.protocol import (
     openai_error,
     read_json,
 )
+from server.sampling import MAX_TOP_LOGPROBS, read_options, read_sampling_params
 from server.sse import DONE, Choice, EventStream, event
 
-MAX_TOP_LOGPROBS = 20
 COMPLETION_MAX_TOKENS = 16
-
-# Fields that go into SamplingParams, under the engine's name where that differs.
-SAMPLING_FIELDS = {
-    name: name
-    for name in (
-        "temperature", "top_p", "top_k", "min_p", "n", "stop", "stop_token_ids", "stop_regex", "frequency_penalty",
-        "presence_penalty", "repetition_penalty", "logit_bias", "ignore_eos", "skip_special_tokens",
-        "spaces_between_special_tokens", "no_stop_trim", "regex", "ebnf", "json_schema", "structural_tag",
-    )
-} | {"min_tokens": "min_new_tokens", "seed": "sampling_seed"}  # fmt: skip
 
 
 class ModelNotFound(EngineError):
@@ -71,8 +60,8 @@ class Usage:
 
 
 class OpenAIApi:
-    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests, prompts: ChatPrompts) -> None:
-        self.engine, self.config, self.live, self.prompts = engine, config, live, prompts
+    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests, chats: Chats) -> None:
+        self.engine, self.config, self.live, self.chats = engine, config, live, chats
         self.started_at = int(time.time())
 
     def routes(self) -> list[web.RouteDef]:
@@ -118,10 +107,10 @@ class OpenAIApi:
             raise InvalidRequest("suffix is not supported: this server does not fill in the middle", "suffix")
         if body.integer("best_of", 1, low=1) > body.integer("n", 1):
             raise InvalidRequest("best_of larger than n is not supported", "best_of")
-        params = self._sampling_params(body, ("max_tokens",), COMPLETION_MAX_TOKENS)
+        params = read_sampling_params(body, self.engine, ("max_tokens",), COMPLETION_MAX_TOKENS)
         num_logprobs = body.integer("logprobs", -1, low=0, high=MAX_TOP_LOGPROBS)
         is_echo = body.flag("echo")
-        options = self._options(body, num_logprobs)
+        options = read_options(body, num_logprobs)
         if is_echo and options.return_logprob:
             options.logprob_start_len = 0
         prompts = await self._completion_prompts(body, params.n)
@@ -131,22 +120,9 @@ class OpenAIApi:
     async def chat_completions(self, http_request: web.Request) -> web.StreamResponse:
         body = await read_json(http_request)
         model = self._check_model(body.text("model"))
-        params = self._sampling_params(body, ("max_completion_tokens", "max_tokens"), None)
-        check_n(params.n, 1)
-        kind = response_format_of(body)
-        if kind != "text":
-            raise InvalidRequest(f"response_format {kind!r} is not supported by this server", "response_format")
-        num_top = body.integer("top_logprobs", 0, low=0, high=MAX_TOP_LOGPROBS)
-        has_logprobs = body.flag("logprobs")
-        if num_top and not has_logprobs:
-            raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
-        options = self._options(body, num_top if has_logprobs else -1)
-        prompt = self.prompts.render(body)
-        input_ids = await self.engine.encode(prompt, add_special_tokens=False)  # the template has written them
-        if not input_ids:
-            raise InvalidRequest("messages make an empty prompt", "messages")
+        turn = await self.chats.turn(body)
         format_ = ChatFormat(self.engine.tokenizer, model)
-        return await self._answer(http_request, body, [input_ids], params, options, format_)
+        return await self._answer(http_request, body, [turn.input_ids], turn.params, turn.options, format_)
 
     async def _answer(
         self,
@@ -191,37 +167,6 @@ class OpenAIApi:
 
     # ---- reading ----
 
-    def _sampling_params(
-        self, body: Fields, max_tokens_names: Sequence[str], default_max_tokens: int | None
-    ) -> SamplingParams:
-        """Errors name the field as the client spelled it."""
-        names = dict(SAMPLING_FIELDS)
-        max_tokens_name = next((name for name in max_tokens_names if body.has(name)), None)
-        if max_tokens_name is not None:
-            names[max_tokens_name] = "max_new_tokens"
-        given = {ours: body.get(theirs) for theirs, ours in names.items() if body.has(theirs)}
-        try:
-            params = SamplingParams.from_dict(given, self.engine.sampling_defaults)
-            if max_tokens_name is None:
-                params.max_new_tokens = default_max_tokens
-            params.verify(self.engine.model_config.vocab_size)
-        except InvalidRequest as error:
-            theirs = next((theirs for theirs, ours in names.items() if ours == error.field), None)
-            if theirs is None:
-                raise
-            raise InvalidRequest(str(error).replace(str(error.field), theirs), theirs) from None
-        return params
-
-    def _options(self, body: Fields, num_logprobs: int) -> Options:
-        """`num_logprobs`: alternatives a token; -1: no log-probabilities at all."""
-        return Options(
-            stream=body.flag("stream"),
-            return_logprob=num_logprobs >= 0,
-            top_logprobs_num=max(num_logprobs, 0),
-            priority=body.integer("priority"),
-            extra_key=cache_namespace(body),
-        )
-
     async def _completion_prompts(self, body: Fields, n: int) -> list[list[int]]:
         """A string, token ids, or a list of either."""
         prompt, vocab_size = body.get("prompt"), self.engine.model_config.vocab_size
@@ -242,12 +187,6 @@ class OpenAIApi:
             else:
                 prompts.append(await encode_prompt(self.engine, one, field))
         return prompts
-
-
-def response_format_of(body: Fields) -> str:
-    """The type of `response_format`."""
-    given = body.object("response_format")
-    return "text" if given is None else given.text("type", "text")
 
 
 def _includes_usage(body: Fields, is_stream: bool) -> bool:
