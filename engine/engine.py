@@ -19,7 +19,7 @@ from engine.build import Parts, build
 from engine.config import EngineConfig
 from engine.errors import EngineError, EngineStopped, InvalidRequest, PromptTooLong, QueueFull
 from engine.fairness import DrainRate
-from engine.grammar import Matcher
+from engine.grammar import GrammarStats, Matcher
 from engine.loop import LoopStats, StepLoop
 from engine.memory import MemoryBudget
 from engine.model_config import ModelConfig
@@ -57,6 +57,7 @@ class EngineStats:
     """For a full queue."""
     drain_tokens_per_s: float
     """Tokens computed for requests that ended, by working second."""
+    grammars: GrammarStats
 
 
 class Engine:
@@ -385,7 +386,7 @@ class Engine:
         assert self._loop is not None
         return EngineStats(
             self.parts.scheduler.stats(), self._loop.stats, self._num_requests, self._num_aborted, self._num_refused,
-            self._drain.tokens_per_s,
+            self._drain.tokens_per_s, self.parts.grammars.stats if self.parts.grammars else GrammarStats(),
         )  # fmt: skip
 
     def top_prefixes(self, k: int) -> list[Prefix]:

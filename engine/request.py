@@ -155,7 +155,8 @@ def _coerce(name: str, value: Any) -> Any:
     elif name in ("regex", "ebnf"):
         expect(isinstance(value, str), "a string")
     elif name == "choice":
-        expect(isinstance(value, list) and value and all(isinstance(s, str) for s in value), "a list of strings")
+        is_list = isinstance(value, list) and all(isinstance(s, str) for s in value)
+        expect(is_list and bool(value), "a non-empty list of strings")
     elif name == "stop_token_ids":
         expect(isinstance(value, (list, tuple)) and all(map(is_int, value)), "a list of integers")
         return list(value)

@@ -548,7 +548,7 @@ class Scheduler:
         return outcome
 
     def _follow(self, request: Request, token: int) -> tuple[list[int], FinishReason | None]:
-        """Tell the request's matcher its newest token. Returns what that forces, now known, and the end if it is one."""
+        """Tell the request's matcher its newest token. Returns what that forces, now known, and the end, if it is."""
         row, matcher = request.row, request.matcher
         assert matcher is not None
         room = int(self.rows.max_tokens[row] - self.rows.num_known[row])

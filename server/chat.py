@@ -90,9 +90,6 @@ class Chats:
         """What an OpenAI chat body asks for. `InvalidRequest` names the field that is wrong."""
         params = read_sampling_params(body, self.engine, ("max_completion_tokens", "max_tokens"), None)
         check_n(params.n, 1)
-        kind = response_format_of(body)
-        if kind != "text":
-            raise InvalidRequest(f"response_format {kind!r} is not supported by this server", "response_format")
         num_top = body.integer("top_logprobs", 0, low=0, high=MAX_TOP_LOGPROBS)
         has_logprobs = body.flag("logprobs")
         if num_top and not has_logprobs:
@@ -122,12 +119,6 @@ class Chats:
             chat_template=self.template,
             **variables.values,
         )
-
-
-def response_format_of(body: Fields) -> str:
-    """The type of `response_format`."""
-    given = body.object("response_format")
-    return "text" if given is None else given.text("type", "text")
 
 
 def parse_messages(body: Fields) -> list[JSON]:

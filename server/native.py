@@ -32,6 +32,7 @@ from server.sse import Choice, EventStream, event
 
 MAX_TOP_LOGPROBS = 1024
 HEALTH_GENERATE_TIMEOUT_S = 20.0
+REASONING_END = "</think>"
 # Fields of /generate that a list gives prompt by prompt.
 PER_PROMPT = ("sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "priority")
 # Better refused than ignored.
@@ -94,7 +95,7 @@ class NativeApi:
         for choice, request in zip(choices, requests, strict=True):
             request.sink = choice.sink
         stream = EventStream(choices)
-        with self.live.submitted(http_request, rid, requests):
+        async with self.live.submitted(http_request, rid, requests):
             return await stream.run(http_request)
 
     async def _prompts(self, body: Fields) -> tuple[list[list[int]], bool]:
@@ -130,6 +131,8 @@ class NativeApi:
             params.verify(self.engine.model_config.vocab_size)
             check_n(params.n, len(prompts))
             options = _options(item, i if is_batch else None)
+            if item.flag("require_reasoning") or options.max_thinking_tokens is not None:
+                options.reasoning_end_ids = await self.engine.encode(REASONING_END, add_special_tokens=False)
             options.stream, options.extra_key = is_stream, namespace
             names = [rids[i]] if params.n == 1 else [f"{rids[i]}-{k}" for k in range(params.n)]
             requests += make_requests(names, input_ids, params, options)
@@ -308,6 +311,8 @@ def _options(item: Fields, i: int | None) -> Options:
     if params is not None and not isinstance(params, dict):
         item.fail("sampling_params", "an object" if i is None else "an object or a list of objects")
     options = Options(return_logprob=item.flag("return_logprob"), priority=item.integer("priority"))
+    if item.has("max_thinking_tokens"):
+        options.max_thinking_tokens = item.integer("max_thinking_tokens", low=0)
     # Read, so that a wrong type is an error, even where return_logprob is off.
     start = item.integer("logprob_start_len", -1, low=-1)
     num_top = item.integer("top_logprobs_num", 0, low=0, high=MAX_TOP_LOGPROBS)

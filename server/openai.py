@@ -162,7 +162,7 @@ class OpenAIApi:
             return event(format_.chunk([], usage.to_dict(self.config.enable_cache_report))) + DONE
 
         stream = EventStream(streamed, tail)
-        with self.live.submitted(http_request, rid, requests):
+        async with self.live.submitted(http_request, rid, requests):
             return await stream.run(http_request)
 
     # ---- reading ----

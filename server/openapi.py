@@ -89,9 +89,14 @@ SAMPLING: dict[str, JSON] = {
     "skip_special_tokens": BOOLEAN,
     "spaces_between_special_tokens": BOOLEAN,
     "no_stop_trim": BOOLEAN,
+    "json_schema": {**one_of(ANY_OBJECT, STRING), "description": "the answer is JSON of this schema"},
+    "regex": {"type": "string", "description": "the answer matches it"},
+    "ebnf": {"type": "string", "description": "a grammar, in GBNF or Lark"},
+    "structural_tag": one_of(ANY_OBJECT, STRING),
 }
 NATIVE_SAMPLING = {
     **SAMPLING,
+    "choice": array(STRING, minItems=1),
     "max_new_tokens": one_of(integer(0), {"type": "null"}),
     "min_new_tokens": integer(0),
     "sampling_seed": integer(),
@@ -113,6 +118,27 @@ OPENAI_BOTH: dict[str, JSON] = {
     "stream_options": obj({"include_usage": BOOLEAN}),
     "return_meta_info": {"type": "boolean", "description": "with each choice, what /generate tells in `meta_info`"},
     "user": STRING,
+    "response_format": obj(
+        {
+            "type": {"enum": ["text", "json_object", "json_schema", "structural_tag"]},
+            "json_schema": obj({"name": STRING, "schema": ANY_OBJECT, "strict": BOOLEAN}, ["schema"]),
+        },
+        ["type"],
+    ),
+    "structured_outputs": obj(
+        {
+            "json": one_of(ANY_OBJECT, STRING),
+            "regex": STRING,
+            "choice": array(STRING, minItems=1),
+            "grammar": STRING,
+            "structural_tag": one_of(ANY_OBJECT, STRING),
+            "json_object": BOOLEAN,
+        }
+    ),
+    "guided_json": one_of(ANY_OBJECT, STRING),
+    "guided_regex": STRING,
+    "guided_choice": array(STRING, minItems=1),
+    "guided_grammar": STRING,
 }
 TEXT_PART = obj({"type": {"enum": ["text", "input_text"]}, "text": STRING}, ["type", "text"])
 FUNCTION_CALL = obj({"name": STRING, "arguments": one_of(STRING, ANY_OBJECT)}, ["name"])
@@ -191,6 +217,8 @@ COMPONENTS: dict[str, JSON] = {
             "top_logprobs_num": one_of(integer(0, 1024), array(integer(0, 1024))),
             "token_ids_logprob": array(integer(0)),
             "return_text_in_logprobs": BOOLEAN,
+            "max_thinking_tokens": integer(0),
+            "require_reasoning": BOOLEAN,
         }
     ),
     "MetaInfo": META_INFO,
@@ -216,7 +244,6 @@ COMPONENTS: dict[str, JSON] = {
             "max_completion_tokens": integer(0),
             "logprobs": BOOLEAN,
             "top_logprobs": integer(0, 20),
-            "response_format": obj({"type": {"enum": ["text"]}}, ["type"]),
         },
         ["messages"],
     ),

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from engine.errors import InvalidRequest
 from engine.request import SamplingParams
+from server.grammars import constraint_of
 from server.live import Options
 from server.protocol import Engine, Fields, cache_namespace
 
@@ -15,7 +16,7 @@ SAMPLING_FIELDS = {
     for name in (
         "temperature", "top_p", "top_k", "min_p", "n", "stop", "stop_token_ids", "stop_regex", "frequency_penalty",
         "presence_penalty", "repetition_penalty", "logit_bias", "ignore_eos", "skip_special_tokens",
-        "spaces_between_special_tokens", "no_stop_trim", "regex", "ebnf", "json_schema", "structural_tag",
+        "spaces_between_special_tokens", "no_stop_trim",
     )
 } | {"min_tokens": "min_new_tokens", "seed": "sampling_seed"}  # fmt: skip
 
@@ -29,6 +30,7 @@ def read_sampling_params(
     if max_tokens_name is not None:
         names[max_tokens_name] = "max_new_tokens"
     given = {ours: body.get(theirs) for theirs, ours in names.items() if body.has(theirs)}
+    given |= constraint_of(body)
     try:
         params = SamplingParams.from_dict(given, engine.sampling_defaults)
         if max_tokens_name is None:

@@ -11,6 +11,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from cache.radix import Prefix
 from engine.errors import EngineStopped, InvalidRequest, PromptTooLong, QueueFull
+from engine.grammar import GrammarStats
 from engine.request import Delta, FinishReason, Logprobs, Request, Status, TokenLogprob
 from server.app import build_app
 from server.config import ServerConfig
@@ -98,6 +99,7 @@ class FakeStats:
     num_aborted: int = 1
     num_refused: int = 5
     drain_tokens_per_s: float = 1234.0
+    grammars: GrammarStats = field(default_factory=lambda: GrammarStats(2, 6, 0.5))
 
 
 def logprobs_of(token_ids: Sequence[int], num_top: int, ids: Sequence[int], *, is_prompt: bool = False) -> Logprobs:
@@ -143,6 +145,9 @@ class FakeEngine:
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
+
+    async def prepare(self, requests: Sequence[Request]) -> None:
+        pass
 
     def submit(self, request: Request) -> None:
         if self.health_status == "stopping":
