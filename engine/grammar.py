@@ -5,6 +5,7 @@ The work is llguidance's: it compiles JSON schemas, regular expressions and gram
 """
 
 import json
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -20,6 +21,7 @@ from engine.structural_tag import structural_tag_to_lark
 
 MAX_TEXT_BYTES = 64 << 10
 MAX_CACHED_GRAMMARS = 256
+MAX_REASON_LEN = 400
 WORD_BITS = 32
 
 
@@ -116,7 +118,11 @@ class GrammarCompiler:
 
 
 def _refused(kind: str, message: str) -> InvalidRequest:
-    return InvalidRequest(f"{kind} cannot be used: {' '.join(message.split())}", kind)
+    reason, *_ = re.split(r"\n +1 \| ", message)  # what follows is the grammar itself, as the library sees it
+    reason = " ".join(reason.split())
+    if len(reason) > MAX_REASON_LEN:  # it quotes a long text between what went wrong and why
+        reason = f"{reason[: MAX_REASON_LEN // 2]} ... {reason[-MAX_REASON_LEN // 2 :]}"
+    return InvalidRequest(f"{kind} cannot be used: {reason}", kind)
 
 
 class Matcher:

@@ -185,7 +185,8 @@ class ModelRunner:
         for work in step.prompt_work:
             step.prompt_logprobs.append(self._prompt_logprobs(hidden, work))
         if len(plan.samples):
-            step.logits = self.model.compute_logits(hidden if plan.is_decode else hidden[staged.sample_tokens])
+            is_all = len(plan.samples) == len(hidden)  # and not only `is_decode`: some may have more to compute
+            step.logits = self.model.compute_logits(hidden if is_all else hidden[staged.sample_tokens])
 
     @torch.inference_mode()
     def _sample(self, step: Step) -> None:
