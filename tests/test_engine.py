@@ -1,6 +1,6 @@
 """The engine as a whole, on tiny models: its greedy answers are transformers' own, whatever the mix of requests.
 
-Half of them, in the mixed test, must be JSON: there the reference is transformers' logits under a mask, token by token.
+Some of them, in the mixed test, must be JSON: there the reference is transformers' logits under a mask, token by token.
 """
 
 import asyncio
@@ -101,7 +101,7 @@ def constrained_reference(tiny_llama: Path, prompts: list[list[int]]) -> list[li
     tokenizer = LLTokenizer(str(tiny_llama / "tokenizer.json"), eos_token=2)
     grammar = LLMatcher.grammar_from_json_schema(FORCED_RUNS, defaults={"whitespace_flexible": False})
     answers = []
-    for prompt in prompts:
+    for prompt in prompts[:10]:
         matcher, tokens = LLMatcher(tokenizer, grammar), list(prompt)
         while not matcher.is_stopped():
             with torch.no_grad():
@@ -172,10 +172,9 @@ async def test_greedy_answers_equal_transformers_whatever_the_mix(
             return tokens
 
         for _ in range(2):  # the second time everything is cached
-            asked = [ask(i) for i in range(len(prompts))] + [ask_for_json(i) for i in range(len(prompts))]
-            answers = await asyncio.gather(*asked)
-            assert answers[: len(prompts)] == reference
-            assert answers[len(prompts) :] == constrained_reference
+            answers = asyncio.gather(*(ask(i) for i in range(len(prompts))))
+            constrained = asyncio.gather(*(ask_for_json(i) for i in range(len(constrained_reference))))
+            assert (await answers, await constrained) == (reference, constrained_reference)
         if options.get("max_total_tokens") == 200:
             assert engine.stats().scheduler.num_retractions > 0, "the pool was meant to run out"
 

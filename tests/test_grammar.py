@@ -201,6 +201,22 @@ async def test_forced_tokens_cost_no_steps_of_their_own(tiny_llama: Path, overla
     assert many >= len(plodding.output_ids)
 
 
+async def test_forced_tokens_that_do_not_fit_wait_for_others_to_end(tiny_llama: Path) -> None:
+    """Runs of 30 tokens in a pool of 160: requests give their slots back in the middle of their answers."""
+    pattern = "[ab]" + "the quick brown fox [cd]" * 3
+    prompts = [[5, 6, 7, i] for i in range(8)]
+    async with running_engine(tiny_llama) as engine:
+        expected = [await collect(engine, constrained(prompt, regex=pattern)) for prompt in prompts]
+    for options in ({}, {"page_size": 4}, {"disable_overlap_schedule": True}, {"chunked_prefill_size": 8}):
+        crowded = {"max_total_tokens": 160, "schedule_conservativeness": 0.0, **options}
+        async with running_engine(tiny_llama, **crowded) as engine:
+            requests = [constrained(prompt, regex=pattern, max_new_tokens=90) for prompt in prompts]
+            answers = await asyncio.gather(*(collect(engine, request) for request in requests))
+            assert [tokens for _, tokens in answers] == [tokens for _, tokens in expected]
+            assert engine.stats().scheduler.num_retractions > 0
+            assert all(request.num_forced_tokens > 30 for request in requests)
+
+
 async def test_an_abort_between_forced_tokens_frees_everything(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama) as engine:
         for num_deltas in range(1, 6):
