@@ -81,13 +81,13 @@ class GrammarCompiler:
             grammar = LLMatcher(
                 self._tokenizer, self._definition(kind, text), log_level=0, limits=LLParserLimits(verbose_errors=False)
             )
+            grammar.compute_bitmask()  # the first mask is the slowest, and shows grammars that are too complex
         except (ValueError, RecursionError) as error:  # RecursionError: of Python's parsers, on deeply nested text
             raise _refused(kind, str(error)) from None
         finally:
             with self._lock:
                 self.stats.num_compiled += 1
                 self.stats.compile_s += time.perf_counter() - start
-        grammar.compute_bitmask()  # the first mask is the slowest, and shows grammars that are too complex
         if grammar.is_error():
             raise _refused(kind, grammar.get_error())
         with self._lock:

@@ -167,7 +167,7 @@ async def test_greedy_answers_equal_transformers_whatever_the_mix(
 
         async def ask_for_json(i: int) -> list[int]:
             await asyncio.sleep(rng.random() * 0.2)
-            fields = {"json_schema": json.dumps(FORCED_RUNS), "ignore_eos": False, "max_new_tokens": 60}
+            fields: dict[str, Any] = {"json_schema": json.dumps(FORCED_RUNS), "ignore_eos": False, "max_new_tokens": 60}
             _, tokens = await collect(engine, make_request(prompts[i], stream=bool(i % 2), **fields))
             return tokens
 

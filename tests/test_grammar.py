@@ -158,11 +158,10 @@ async def test_each_sampled_token_has_its_log_probability(tiny_llama: Path) -> N
         assert delta.logprobs is not None and [token for _, token in delta.logprobs.token] == tokens
 
 
-@pytest.mark.parametrize("field", ["stop", "ignore_eos", "min_new_tokens"])
-async def test_a_grammar_ends_an_answer_that_nothing_else_may_end(tiny_llama: Path, field: str) -> None:
-    extra = {"stop": {"stop": ["never"]}, "ignore_eos": {"ignore_eos": True}, "min_new_tokens": {"min_new_tokens": 50}}
+@pytest.mark.parametrize("fields", [{"stop": ["never"]}, {"ignore_eos": True}, {"min_new_tokens": 50}])
+async def test_a_grammar_ends_an_answer_that_nothing_else_may_end(tiny_llama: Path, fields: dict[str, Any]) -> None:
     async with running_engine(tiny_llama) as engine:
-        text, reason = await answer(engine, constrained(regex="abc[de]", **extra[field]))
+        text, reason = await answer(engine, constrained(regex="abc[de]", **fields))
         assert re.fullmatch("abc[de]", text) and reason.type == "stop"
 
 
@@ -348,8 +347,7 @@ async def test_a_mask_that_cannot_be_made_ends_its_own_request_only(
 
         def broken(filler: MaskFiller, matchers: Sequence[Matcher]) -> tuple[torch.Tensor, dict[int, str]]:
             masks, errors = fill(filler, matchers)
-            if victim.matcher in matchers:
-                errors[list(matchers).index(victim.matcher)] = "injected"
+            errors |= {i: "injected" for i, matcher in enumerate(matchers) if matcher is victim.matcher}
             return masks, errors
 
         monkeypatch.setattr(MaskFiller, "fill", broken)
