@@ -56,7 +56,7 @@ class StepLoop:
         self.stats = LoopStats()
         self._depth = 2 if is_overlapped else 1
         self._work = asyncio.Event()
-        self._in_flight: deque[Step] = deque()
+        self._in_flight: deque[tuple[Step, asyncio.Future[None]]] = deque()
         self._pace = StepPace(max_step_ms, chunked_prefill_size)
         self._log = BatchLog(scheduler, decode_log_interval)
 
@@ -67,7 +67,7 @@ class StepLoop:
     @property
     def steps_in_flight(self) -> list[Step]:
         """Launched and not resolved, oldest first."""
-        return list(self._in_flight)
+        return [step for step, _ in self._in_flight]
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -77,7 +77,7 @@ class StepLoop:
             if resolved is not None and (spare_s := self._spare_s()) > 0:
                 self._deliver(*resolved)
                 resolved = None
-                await asyncio.wait([_arrival(self._in_flight[0])], timeout=spare_s)
+                await asyncio.wait([self._in_flight[0][1]], timeout=spare_s)
             start = clock()
             try:
                 plan = self.scheduler.schedule(self._pace.prefill_budget(self.scheduler.num_streams))
@@ -90,13 +90,13 @@ class StepLoop:
                 for request in plan.admitted:
                     request.times.scheduled = start
                 if self._in_flight:
-                    self.output.follow(has_run_dry=self._in_flight[-1].done.done())
+                    self.output.follow(has_run_dry=self._in_flight[-1][0].done.done())
                 try:
                     step = self.runner.launch(plan)
                 except Exception as error:  # noqa: BLE001 - out of memory, say: this step's failure alone
                     await self._fail(plan, error)
                     continue
-                self._in_flight.append(step)
+                self._in_flight.append((step, asyncio.wrap_future(step.done)))
                 self._log.on_launch(plan)
                 if step.awaits_masks and not await self._sample(step):
                     continue
@@ -108,7 +108,7 @@ class StepLoop:
             if not self._in_flight:
                 await self._idle()
             elif plan is None or len(self._in_flight) >= self._depth:
-                resolved = await self._resolve(self._in_flight[0])
+                resolved = await self._resolve(*self._in_flight[0])
 
     def _deliver(self, step: Step, outcome: Outcome) -> None:
         start = time.perf_counter()
@@ -122,7 +122,7 @@ class StepLoop:
         """
         if not self._in_flight:
             return 0.0
-        step = self._in_flight[0]
+        step, _ = self._in_flight[0]
         begun_at = max(step.launched_at, self.stats.last_step_at)
         spare_s = begun_at + self._pace.predict_s(step.plan) - HOST_LEAD_S - time.perf_counter()
         return spare_s if spare_s >= MIN_SLEEP_S else 0.0
@@ -136,31 +136,34 @@ class StepLoop:
             await self._work.wait()
 
     async def _sample(self, step: Step) -> bool:
-        """Enqueue the sampling of a step that awaits masks, once all tokens before it are known to the matchers.
+        """Enqueue the sampling of the newest step, if all tokens before it are known to the matchers.
 
         False: that failed, and the step with it.
         """
         assert step.work.masked is not None
         wanted = self.scheduler.matchers_of(step.plan, step.work.masked)
         if wanted is None:
-            assert step is not self._in_flight[0], "its predecessor must be on its way"
+            assert len(self._in_flight) > 1, "a token is waited for that no step brings"
             return True
         try:
             errors = self.runner.sample(step, *wanted)
         except Exception as error:  # noqa: BLE001 - as of a launch
             await self._fail(step.plan, error)
             return False
+        _, forwarded = self._in_flight.pop()
+        forwarded.add_done_callback(lambda done: done.cancelled() or done.exception())  # which is `step.done`'s too
+        self._in_flight.append((step, asyncio.wrap_future(step.done)))
         for i, message in errors.items():
             request = self.scheduler.request_of(step.plan, wanted[0][i])
             self.abort(request, FinishReason("abort", message=f"the grammar failed: {message}", status_code=500))
         return True
 
-    async def _resolve(self, step: Step) -> tuple[Step, Outcome] | None:
+    async def _resolve(self, step: Step, done: asyncio.Future[None]) -> tuple[Step, Outcome] | None:
         """Wait for `step` and take in its tokens. A step that raised fails its own requests; the loop goes on."""
-        if step.done.done():
+        if done.done():
             await asyncio.sleep(0)  # the device is ahead of the host: let the connections have their turn all the same
         try:
-            await _arrival(step)  # in flight until then: whoever asks why nothing moves finds it there
+            await done  # in flight until then: whoever asks why nothing moves finds it there
         except Exception as error:  # noqa: BLE001 - whatever a step raises ends that step's requests and no others
             await self._fail(step.plan, error)
             return None
@@ -176,9 +179,8 @@ class StepLoop:
         stats.num_generated_tokens += outcome.num_tokens
         stats.device_idle_s += idle_s
         stats.last_step_at = time.perf_counter()
-        if self._in_flight and self._in_flight[-1].awaits_masks:
-            # Before the next launch, which may overwrite its logits. If it fails, `outcome` is delivered all the same.
-            await self._sample(self._in_flight[-1])
+        if self._in_flight and (newest := self._in_flight[-1][0]).awaits_masks:
+            await self._sample(newest)  # before the next launch, which may overwrite its logits
         stats.resolve_s += time.perf_counter() - start
         return step, outcome
 
@@ -198,7 +200,9 @@ class StepLoop:
         """What was launched behind a failure read what was never written."""
         self.stats.num_failed_steps += 1
         while self._in_flight:
-            await asyncio.wait([_arrival(self._in_flight.popleft())])
+            _, done = self._in_flight.popleft()
+            await asyncio.wait([done])
+            done.exception()  # seen: it is a consequence
 
     def _close(self, requests: list[Request]) -> None:
         now = time.perf_counter()
@@ -209,13 +213,6 @@ class StepLoop:
         """End `request` now: its slots are free before the next plan."""
         self.scheduler.finish(request, reason)
         self.output.close(request, time.perf_counter())
-
-
-def _arrival(step: Step) -> asyncio.Future[None]:
-    """Done with what is enqueued of `step`. Its error need not be looked at: it may be another's consequence."""
-    arrival = asyncio.wrap_future(step.done)
-    arrival.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return arrival
 
 
 def _failure(what: str, error: Exception) -> FinishReason:
