@@ -8,7 +8,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from engine.errors import EngineError, PromptTooLong, QueueFull
-from server.chat import Chats
+from server.chat import CHATS, Chats
 from server.config import ServerConfig
 from server.dashboard import Dashboard
 from server.keys import KeyRing, require_key
@@ -37,6 +37,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
         middlewares=[answer_errors, require_key(KeyRing(config))],
         client_max_size=config.max_body_bytes,
     )
+    app[CHATS] = chats
     app.add_routes(NativeApi(engine, config, live, chats).routes())
     app.add_routes(OpenAIApi(engine, config, live, chats).routes())
     if config.crash_dump_folder:

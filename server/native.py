@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -14,6 +15,9 @@ from server.chat import Chats
 from server.config import ServerConfig
 from server.live import LiveRequests, Options, ignore, is_failure, make_requests, new_rid
 from server.meta_info import MetaInfo
+from server.parsers import AnswerParser
+from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS, ReasoningParser
+from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
 from server.protocol import (
     JSON,
     Engine,
@@ -29,6 +33,7 @@ from server.protocol import (
     read_json,
 )
 from server.sse import Choice, EventStream, event
+from server.tool_choice import read_tool_choice
 
 MAX_TOP_LOGPROBS = 1024
 HEALTH_GENERATE_TIMEOUT_S = 20.0
@@ -69,6 +74,8 @@ class NativeApi:
             web.post("/v1/tokenize", self.tokenize),
             web.post("/detokenize", self.detokenize),
             web.post("/v1/detokenize", self.detokenize),
+            web.post("/parse_function_call", self.parse_function_call),
+            web.post("/separate_reasoning", self.separate_reasoning),
         ]
 
     # ---- /generate ----
@@ -269,6 +276,38 @@ class NativeApi:
             )
         row = check_token_ids(ids, vocab_size, "tokens")
         return json_response({"text": self.engine.tokenizer.decode(row, skip_special_tokens=skip)})
+
+    # ---- parts of an answer ----
+
+    async def parse_function_call(self, http_request: web.Request) -> web.Response:
+        """What of `text` is calls of `tools`. Arguments are JSON text."""
+        body = await read_json(http_request)
+        name = self._parser_name(body, "tool_call_parser", (*TOOL_FORMATS, *TOOL_ALIASES), self.chats.tool_call_parser)
+        format_ = TOOL_FORMATS[TOOL_ALIASES.get(name, name)]()
+        parser = AnswerParser(None, read_tool_choice(Fields({"tools": body.array("tools")})).new_parser(format_))
+        parts = parser.parse(body.text("text"))
+        calls = [
+            {"tool_index": call.index, "name": call.name, "parameters": call.arguments} for call in parts.tool_calls
+        ]
+        return json_response({"normal_text": parts.text, "calls": calls})
+
+    async def separate_reasoning(self, http_request: web.Request) -> web.Response:
+        """Where in `text` the reasoning ends."""
+        body = await read_json(http_request)
+        name = self._parser_name(
+            body, "reasoning_parser", (*REASONING_FORMATS, *REASONING_ALIASES), self.chats.reasoning_parser
+        )
+        format_ = REASONING_FORMATS[REASONING_ALIASES.get(name, name)]
+        parts = AnswerParser(ReasoningParser(format_, is_inside=format_.is_always), None).parse(body.text("text"))
+        return json_response({"reasoning_text": parts.reasoning, "text": parts.text})
+
+    @staticmethod
+    def _parser_name(body: Fields, field: str, known: Sequence[str], default: str | None) -> str:
+        """The parser that the body names, else the model's."""
+        name = body.text(field) or default
+        if name is None or name not in known:
+            body.fail(field, f"one of {', '.join(known)}")
+        return name
 
 
 # ---- reading /generate ----

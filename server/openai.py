@@ -10,10 +10,11 @@ from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest
 from engine.request import Delta, FinishReason, Logprobs, Request, SamplingParams, TokenLogprob
-from server.chat import Chats
+from server.chat import Chats, ChatTurn
 from server.config import ServerConfig
 from server.live import LiveRequests, Options, is_failure, make_requests, new_rid
 from server.meta_info import MetaInfo
+from server.parsers import AnswerDelta, AnswerParser, ToolCallDelta
 from server.protocol import (
     JSON,
     Engine,
@@ -47,6 +48,7 @@ class Usage:
     prompt: int = 0
     completion: int = 0
     cached: int = 0
+    reasoning: int | None = None  # of the completion; None: unknown to the endpoint
 
     def to_dict(self, with_cached: bool) -> JSON:
         usage: JSON = {
@@ -56,6 +58,8 @@ class Usage:
         }
         if with_cached:
             usage["prompt_tokens_details"] = {"cached_tokens": self.cached}
+        if self.reasoning is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning}
         return usage
 
 
@@ -68,6 +72,7 @@ class OpenAIApi:
         return [
             web.post("/v1/completions", self.completions),
             web.post("/v1/chat/completions", self.chat_completions),
+            web.post("/v1/chat/completions/render", self.render),
             web.get("/v1/models", self.models),
             web.get("/v1/models/{model:.+}", self.model),
         ]
@@ -121,8 +126,15 @@ class OpenAIApi:
         body = await read_json(http_request)
         model = self._check_model(body.text("model"))
         turn = await self.chats.turn(body)
-        format_ = ChatFormat(self.engine.tokenizer, model)
+        format_ = ChatFormat(self.engine.tokenizer, model, turn)
         return await self._answer(http_request, body, [turn.input_ids], turn.params, turn.options, format_)
+
+    async def render(self, http_request: web.Request) -> web.Response:
+        """What /v1/chat/completions would generate from."""
+        body = await read_json(http_request)
+        self._check_model(body.text("model"))
+        turn = await self.chats.turn(body)
+        return json_response({"prompt": turn.prompt, "prompt_token_ids": turn.input_ids})
 
     async def _answer(
         self,
@@ -147,11 +159,12 @@ class OpenAIApi:
             format_.meta_info = MetaInfo(self.engine.tokenizer)
         if not options.stream:
             deltas = await self.live.answers(http_request, rid, requests)
-            usage = count_usage(requests, [len(delta.token_ids) for delta in deltas], n)
             choices = [format_.whole_choice(i, delta) for i, delta in enumerate(deltas)]
+            usage = count_usage(requests, [len(delta.token_ids) for delta in deltas], n)
+            usage.reasoning = format_.count_reasoning(requests)
             return json_response(format_.response(choices, usage.to_dict(self.config.enable_cache_report)))
 
-        streamed = [OpenAIChoice(i, format_) for i in range(len(requests))]
+        streamed = [format_.new_choice(i) for i in range(len(requests))]
         for choice, request in zip(streamed, requests, strict=True):
             request.sink = choice.sink
 
@@ -159,6 +172,7 @@ class OpenAIApi:
             if not include_usage:
                 return DONE
             usage = count_usage(requests, [choice.num_output_tokens for choice in streamed], n)
+            usage.reasoning = format_.count_reasoning(requests)
             return event(format_.chunk([], usage.to_dict(self.config.enable_cache_report))) + DONE
 
         stream = EventStream(streamed, tail)
@@ -244,6 +258,14 @@ class Format:
     def choice(self, index: int, delta: Delta) -> JSON:
         raise NotImplementedError
 
+    def new_choice(self, index: int) -> "OpenAIChoice":
+        """A streamed choice."""
+        return OpenAIChoice(index, self)
+
+    def count_reasoning(self, requests: Sequence[Request]) -> int | None:
+        """Tokens of the ended `requests` that were reasoning; None if the endpoint does not know of any."""
+        return None
+
     def first_events(self, index: int, request: Request) -> bytes:
         """What goes before a choice's first text."""
         raise NotImplementedError
@@ -264,18 +286,63 @@ def _ending(reason: FinishReason | None) -> JSON:
     return {"finish_reason": reason and reason.type, "matched_stop": reason and reason.matched}
 
 
+def parsed_ending(reason: FinishReason | None, parser: AnswerParser) -> JSON:
+    ending = _ending(reason)
+    if parser.num_tool_calls and ending["finish_reason"] == "stop":
+        ending["finish_reason"] = "tool_calls"
+    return ending
+
+
+def message_parts(parts: AnswerDelta, *, is_delta: bool = False) -> JSON:
+    """A message's fields besides its content."""
+    fields: JSON = {}
+    if parts.reasoning:  # some clients look for one name, some for the other
+        fields["reasoning_content"] = fields["reasoning"] = parts.reasoning
+    if parts.tool_calls:
+        fields["tool_calls"] = [_tool_call(call, is_delta=is_delta) for call in parts.tool_calls]
+    return fields
+
+
+def _tool_call(call: ToolCallDelta, *, is_delta: bool) -> JSON:
+    function: JSON = {"arguments": call.arguments}
+    fields: JSON = {"index": call.index} if is_delta else {}
+    if call.id is not None:
+        fields |= {"id": call.id, "type": "function"}
+        function = {"name": call.name, **function}
+    return {**fields, "function": function}
+
+
 class ChatFormat(Format):
     rid_prefix = "chatcmpl"
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
+    def __init__(self, tokenizer: TokenizerFacade, model: str, turn: ChatTurn) -> None:
+        super().__init__(tokenizer, model)
+        self._turn = turn
+        self._parsers: dict[int, AnswerParser] = {}  # by choice
+
     def choice(self, index: int, delta: Delta) -> JSON:
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": delta.text},
-            "logprobs": self.streamed_logprobs(delta),
-            **_ending(delta.finish_reason),
-        }
+        message: JSON = {"role": "assistant", "content": delta.text}
+        ending = _ending(delta.finish_reason)
+        if self._turn.new_parser is not None:
+            parser = self._parsers[index] = self._turn.new_parser()
+            parts = parser.parse(delta.text)
+            message |= {"content": parts.text or (None if parts.tool_calls else ""), **message_parts(parts)}
+            ending = parsed_ending(delta.finish_reason, parser)
+        return {"index": index, "message": message, "logprobs": self.streamed_logprobs(delta), **ending}
+
+    def new_choice(self, index: int) -> "OpenAIChoice":
+        if self._turn.new_parser is None:
+            return OpenAIChoice(index, self)
+        parser = self._parsers[index] = self._turn.new_parser()
+        return ParsedChoice(index, self, parser)
+
+    def count_reasoning(self, requests: Sequence[Request]) -> int | None:
+        if not any(parser.reasoning for parser in self._parsers.values()):
+            return None
+        count = self._turn.count_reasoning
+        return sum(count(requests[i].output_ids, parser) for i, parser in self._parsers.items())
 
     def first_events(self, index: int, request: Request) -> bytes:
         role = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
@@ -402,11 +469,48 @@ class OpenAIChoice(Choice):
         if reason is not None and is_failure(reason):
             return event(openai_error(reason.status_code or 500, reason.message or "the request failed"))
         meta = self._format.meta_of(delta, self.num_output_tokens)
-        last = {"index": self.index, **self._format.no_piece(), **_ending(reason), **meta}
-        return self.events(delta) + event(self._format.chunk([last]))
+        news = self.events(delta) + self._rest()
+        last = {"index": self.index, **self._format.no_piece(), **self._ending(reason), **meta}
+        return news + event(self._format.chunk([last]))
+
+    def _rest(self) -> bytes:
+        """The events of what was held back until the end."""
+        return b""
+
+    def _ending(self, reason: FinishReason | None) -> JSON:
+        return _ending(reason)
 
     def _first(self, request: Request) -> bytes:
         mark = "\0text\0"
         choice = {"index": self.index, **self._format.piece(mark), "finish_reason": None}
         self._head, self._end = event(self._format.chunk([choice])).split(orjson.dumps(mark))
         return self._format.first_events(self.index, request)
+
+
+class ParsedChoice(OpenAIChoice):
+    """A chat answer with reasoning or tool calls in it."""
+
+    def __init__(self, index: int, format_: Format, parser: AnswerParser) -> None:
+        super().__init__(index, format_)
+        self._parser = parser
+
+    def events(self, delta: Delta) -> bytes:
+        first = b"" if self._head else self._first(delta.request)
+        return first + self._events_of(self._parser.push(delta.text), self._format.streamed_logprobs(delta))
+
+    def _rest(self) -> bytes:
+        return self._events_of(self._parser.finish(), None)
+
+    def _ending(self, reason: FinishReason | None) -> JSON:
+        return parsed_ending(reason, self._parser)
+
+    def _events_of(self, parts: AnswerDelta, logprobs: JSON | None) -> bytes:
+        fields = message_parts(parts, is_delta=True)
+        if parts.text:
+            if not fields and logprobs is None:
+                return self._head + orjson.dumps(parts.text) + self._end
+            fields["content"] = parts.text
+        elif not fields and logprobs is None:
+            return b""
+        choice = {"index": self.index, "delta": fields, "logprobs": logprobs, "finish_reason": None}
+        return event(self._format.chunk([choice]))

@@ -11,6 +11,8 @@ from typing import Any
 from aiohttp import web
 
 from engine.request import TOP_K_ALL
+from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS
+from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
 from server.protocol import JSON, MAX_INT, MAX_N, json_response
 
 SCHEMAS = "#/components/schemas/"
@@ -143,6 +145,21 @@ OPENAI_BOTH: dict[str, JSON] = {
 TEXT_PART = obj({"type": {"enum": ["text", "input_text"]}, "text": STRING}, ["type", "text"])
 FUNCTION_CALL = obj({"name": STRING, "arguments": one_of(STRING, ANY_OBJECT)}, ["name"])
 TOOL_CALL = obj({"id": STRING, "type": {"const": "function"}, "function": FUNCTION_CALL}, ["function"])
+TOOL = obj(
+    {
+        "type": {"const": "function"},
+        "function": obj(
+            {
+                "name": {"type": "string", "pattern": "^[A-Za-z0-9_]{1,64}$"},
+                "description": STRING,
+                "parameters": {**ANY_OBJECT, "description": "JSON schema of an object"},
+                "strict": BOOLEAN,
+            },
+            ["name"],
+        ),
+    },
+    ["type", "function"],
+)
 MESSAGE = obj(
     {
         "role": {"enum": ["system", "developer", "user", "assistant", "tool", "function"]},
@@ -150,13 +167,25 @@ MESSAGE = obj(
         "name": STRING,
         "tool_calls": array(TOOL_CALL),
         "tool_call_id": STRING,
+        "reasoning_content": STRING,
     },
     ["role", "content"],
 )
 CHAT: dict[str, JSON] = {
     "messages": array(ref("Message"), minItems=1),
-    "tools": array(ANY_OBJECT),
-    "tool_choice": {"enum": ["auto", "none"]},
+    "tools": array(TOOL),
+    "tool_choice": one_of(
+        {"enum": ["auto", "none", "required"]},
+        obj({"type": {"const": "function"}, "function": obj({"name": STRING}, ["name"])}, ["function"]),
+    ),
+    "parallel_tool_calls": BOOLEAN,
+    "reasoning_effort": one_of(
+        {"enum": ["none", "minimal", "low", "medium", "high", "xhigh", "max"]},
+        {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+    ),
+    "max_thinking_tokens": {**integer(0), "description": "of reasoning, which is ended after so many"},
+    "separate_reasoning": {"type": "boolean", "description": "reasoning in `reasoning_content`; default: true"},
+    "stream_reasoning": {"type": "boolean", "description": "as it comes, not when it has ended; default: true"},
     "chat_template_kwargs": ANY_OBJECT,
     "add_generation_prompt": BOOLEAN,
     "continue_final_message": BOOLEAN,
@@ -167,6 +196,7 @@ USAGE = obj(
         "completion_tokens": integer(0),
         "total_tokens": integer(0),
         "prompt_tokens_details": obj({"cached_tokens": integer(0)}),
+        "completion_tokens_details": obj({"reasoning_tokens": integer(0)}),
     },
     ["prompt_tokens", "completion_tokens", "total_tokens"],
 )
@@ -254,6 +284,14 @@ COMPONENTS: dict[str, JSON] = {
     "DetokenizeRequest": obj(
         {"tokens": one_of(TOKEN_IDS, array(TOKEN_IDS, minItems=1)), "skip_special_tokens": BOOLEAN}, ["tokens"]
     ),
+    "ParseFunctionCallRequest": obj(
+        {"text": STRING, "tools": array(TOOL), "tool_call_parser": {"enum": [*TOOL_FORMATS, *TOOL_ALIASES]}},
+        ["text", "tools", "tool_call_parser"],
+    ),
+    "SeparateReasoningRequest": obj(
+        {"text": STRING, "reasoning_parser": {"enum": [*REASONING_FORMATS, *REASONING_ALIASES]}},
+        ["text", "reasoning_parser"],
+    ),
     "AbortRequest": obj({"rid": STRING, "abort_all": BOOLEAN}),
     "Health": obj(
         {
@@ -302,6 +340,18 @@ COMPLETIONS = Operation(
 CHAT_COMPLETIONS = Operation(
     "Answer a conversation", "OpenAI", ref("ChatRequest"), ref("OpenAIAnswer"), is_streaming=True, statuses=(404, 429)
 )
+RENDER = Operation(
+    "The prompt that a conversation makes", "OpenAI", ref("ChatRequest"),
+    obj({"prompt": STRING, "prompt_token_ids": TOKEN_IDS}, ["prompt", "prompt_token_ids"]), statuses=(404,),
+)  # fmt: skip
+PARSE_FUNCTION_CALL = Operation(
+    "Tool calls in a text", "tokens", ref("ParseFunctionCallRequest"),
+    obj({"normal_text": STRING, "calls": array(ANY_OBJECT)}, ["normal_text", "calls"]),
+)  # fmt: skip
+SEPARATE_REASONING = Operation(
+    "Reasoning in a text", "tokens", ref("SeparateReasoningRequest"),
+    obj({"reasoning_text": STRING, "text": STRING}, ["reasoning_text", "text"]),
+)  # fmt: skip
 MODELS = Operation("The models there are", "OpenAI", answer=obj({"data": array(ref("ModelCard"))}, ["data"]))
 MODEL = Operation(
     "One model", "OpenAI", answer=ref("ModelCard"), statuses=(404,),
@@ -312,6 +362,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/generate"): GENERATE,
     ("PUT", "/generate"): GENERATE,
     ("POST", "/v1/chat/completions"): CHAT_COMPLETIONS,
+    ("POST", "/v1/chat/completions/render"): RENDER,
     ("POST", "/v1/completions"): COMPLETIONS,
     ("GET", "/v1/models"): MODELS,
     ("GET", "/v1/models/{model}"): MODEL,
@@ -319,6 +370,8 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/tokenize"): TOKENIZE,
     ("POST", "/detokenize"): DETOKENIZE,
     ("POST", "/v1/detokenize"): DETOKENIZE,
+    ("POST", "/parse_function_call"): PARSE_FUNCTION_CALL,
+    ("POST", "/separate_reasoning"): SEPARATE_REASONING,
     ("GET", "/health"): HEALTH,
     ("GET", "/health_generate"): Operation(
         "As /health, and an idle engine is asked for one token", "server", answer=ref("Health"), statuses=(503,),
