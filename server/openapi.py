@@ -181,7 +181,7 @@ CHAT: dict[str, JSON] = {
     "parallel_tool_calls": BOOLEAN,
     "reasoning_effort": one_of(
         {"enum": ["none", "minimal", "low", "medium", "high", "xhigh", "max"]},
-        {"type": "number", "minimum": 0, "exclusiveMaximum": 1},
+        number(0, 0.99),
     ),
     "max_thinking_tokens": {**integer(0), "description": "of reasoning, which is ended after so many"},
     "separate_reasoning": {"type": "boolean", "description": "reasoning in `reasoning_content`; default: true"},

@@ -15,6 +15,7 @@ from engine.grammar import GrammarStats
 from engine.request import Delta, FinishReason, Logprobs, Request, Status, TokenLogprob
 from server.app import build_app
 from server.config import ServerConfig
+from server.protocol import Engine
 
 VOCAB_SIZE = 260
 EOS = 257
@@ -283,7 +284,7 @@ class FakeEngine:
 
 
 @asynccontextmanager
-async def serving(engine: FakeEngine, **options: Any) -> AsyncIterator[TestClient[Any, Any]]:
+async def serving(engine: Engine, **options: Any) -> AsyncIterator[TestClient[Any, Any]]:
     """A client of a server around `engine`."""
     app = build_app(engine, ServerConfig(model_path="fake-model", **options))
     async with TestClient(TestServer(app)) as client:

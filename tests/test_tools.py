@@ -9,6 +9,8 @@ import openai
 import pytest
 from aiohttp.test_utils import TestClient
 
+from engine.config import EngineConfig
+from engine.engine import Engine
 from engine.grammar import GrammarCompiler
 from engine.tokenizer import Tokenizer
 from server.parsers import AnswerParser
@@ -159,7 +161,10 @@ async def test_logprobs_of_all_tokens_come_with_streamed_calls(client: Client, e
     [
         ("<tool_call> in a template", CALL),
         ("[TOOL_CALLS]", '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Ulm"}}]'),
-        ("<function=", "<tool_call>\n<function=weather>\n<parameter=city>\nUlm\n</parameter>\n</function></tool_call>"),
+        (
+            "<tool_call><function=",
+            "<tool_call>\n<function=weather>\n<parameter=city>\nUlm\n</parameter>\n</function></tool_call>",
+        ),
     ],
 )
 async def test_the_chat_template_tells_the_format(engine: FakeEngine, template: str, answer: str) -> None:
@@ -340,6 +345,29 @@ def test_a_grammar_allows_what_its_parser_reads_and_nothing_else(
     assert is_allowed(grammars, free, name, "No.")
     assert is_allowed(grammars, free, name, f"Well: {written}")
     assert not is_allowed(grammars, free, name, written.replace("3", "many"))
+
+
+async def test_a_random_model_that_must_call_calls(tiny_llama: Path) -> None:
+    choices = {"unit": {"enum": ["C", "F"]}, "sure": {"type": "boolean"}}
+    schema = {"type": "object", "properties": choices, "required": ["unit", "sure"], "additionalProperties": False}
+    body = {"tools": [tool("set", schema), tool("get", schema)], "parallel_tool_calls": False, "max_tokens": 200}
+    config = EngineConfig(model_path=str(tiny_llama), dtype="float32", device="cpu", max_total_tokens=4096)
+    named = {"type": "function", "function": {"name": "get"}}
+    async with Engine(config) as engine:
+        async with serving(engine) as client:
+            for choice in (await ask(client, **body, tool_choice="required", seed=7, n=4))["choices"]:
+                assert choice["finish_reason"] == "tool_calls"
+                (call,) = choice["message"]["tool_calls"]
+                arguments = json.loads(call["function"]["arguments"])
+                assert arguments.keys() == {"unit", "sure"}
+                assert arguments["unit"] in ("C", "F")
+        async with serving(engine, reasoning_parser="qwen3") as client:
+            found = await chunks(client, **body, tool_choice=named, max_thinking_tokens=5)
+    deltas = [chunk["choices"][0]["delta"] for chunk in found]
+    calls = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
+    assert calls[0]["function"]["name"] == "get"
+    assert json.loads("".join(call["function"]["arguments"] for call in calls)).keys() == {"unit", "sure"}
+    assert any("reasoning" in delta for delta in deltas)
 
 
 async def test_a_schema_and_tools_together_mean_json_or_a_call(client: Client, engine: FakeEngine) -> None:

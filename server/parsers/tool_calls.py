@@ -612,23 +612,23 @@ TOOL_ALIASES = {  # other spellings, SGLang's and vLLM's
     "qwen": "qwen25",
     "qwen3_xml": "qwen3_coder",
 }
-# The first mark that a chat template holds names its format.
+# The first of these whose marks a chat template holds names its format.
 TEMPLATE_MARKS = (
-    ("<function=", "qwen3_coder"),
-    ("<arg_key>", "glm45"),
-    ("<tool_call>", "qwen25"),
-    ("[ARGS]", "mistral_v11"),
-    ("[TOOL_CALLS]", "mistral"),
-    ("```json\\n' + tool['function']['arguments']", "deepseekv3"),
-    ("<｜tool▁calls▁begin｜>", "deepseekv31"),
-    ("<|tool_calls_section_begin|>", "kimi_k2"),
-    ("<|python_start|>", "pythonic"),
-    ("[func_name1(params_name1=", "pythonic"),
-    ("<|python_tag|>", "llama3"),
-    ('"parameters": dictionary of argument name', "llama3"),
+    (("<tool_call>", "<function="), "qwen3_coder"),
+    (("<tool_call>", "<arg_key>"), "glm45"),
+    (("<tool_call>",), "qwen25"),
+    (("[TOOL_CALLS]", "[ARGS]"), "mistral_v11"),
+    (("[TOOL_CALLS]",), "mistral"),
+    (("<｜tool▁calls▁begin｜>", "```json"), "deepseekv3"),
+    (("<｜tool▁calls▁begin｜>",), "deepseekv31"),
+    (("<|tool_calls_section_begin|>",), "kimi_k2"),
+    (("<|python_start|>",), "pythonic"),
+    (("[func_name1(params_name1=",), "pythonic"),
+    (("<|python_tag|>",), "llama3"),
+    (('"parameters": dictionary of argument name',), "llama3"),
 )
 
 
 def find_tool_format(template: str) -> str | None:
     """The name of the format in which a chat template writes calls."""
-    return next((name for mark, name in TEMPLATE_MARKS if mark in template), None)
+    return next((name for marks, name in TEMPLATE_MARKS if all(mark in template for mark in marks)), None)
