@@ -20,13 +20,7 @@ from server.parsers.reasoning import (
     ReasoningParser,
     find_reasoning_format,
 )
-from server.parsers.tool_calls import (
-    TOOL_ALIASES,
-    TOOL_FORMATS,
-    Hermes,
-    ToolFormat,
-    find_tool_format,
-)
+from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS, Hermes, ToolFormat, find_tool_format
 from server.protocol import JSON, Engine, Fields, TokenizerFacade, check_n
 from server.sampling import MAX_TOP_LOGPROBS, read_options, read_sampling_params
 from server.tool_choice import ToolChoice, json_or_calls, read_tool_choice, structural_tag, tool_constraint
@@ -99,16 +93,16 @@ class ChatTurn:
     reasoning_end_ids: list[int] = field(default_factory=list)  # of the mark after reasoning; empty if there is none
 
     def count_reasoning(self, output_ids: Sequence[int], parser: AnswerParser | None) -> int:
-        """How many tokens of an answer that `parser` has read are its reasoning, marks included."""
+        """How many tokens of an answer that `parser` has read are its reasoning, marks included.
+
+        All of them if the end mark was merged with its neighbours: it is not found then.
+        """
         if parser is None or parser.reasoning is None or not parser.reasoning.is_inside:
             return 0
-        ids, width = self.reasoning_end_ids, len(self.reasoning_end_ids)
-        if parser.reasoning.has_ended:
-            start = -1
-            while ids[0] in output_ids[start + 1 :]:
-                start = output_ids.index(ids[0], start + 1)
-                if output_ids[start : start + width] == ids:
-                    return start + width
+        ids = self.reasoning_end_ids
+        for start, token_id in enumerate(output_ids):
+            if token_id == ids[0] and output_ids[start : start + len(ids)] == ids:
+                return start + len(ids)
         return len(output_ids)
 
 
@@ -156,7 +150,8 @@ class Chats:
                 streams_reasoning=streams_reasoning,
             )
 
-        marks = [*(tool_format.begins if tool_format else ()), *((reasoning.format.end,) if reasoning else ())]
+        marks = [*tool_format.begins] if tool_format else []
+        marks += [reasoning.format.start, reasoning.format.end] if reasoning else []
         if any([await self._is_hidden(mark) for mark in marks]):
             params.skip_special_tokens = False
         end_ids = await self._ids(reasoning.format.end) if reasoning else []
@@ -268,6 +263,7 @@ def _parser_name(given: str | None, found: str | None) -> str | None:
 
 
 def max_thinking_tokens(body: Fields) -> int | None:
+    """How many tokens of reasoning are allowed; None: any number."""
     return body.integer("max_thinking_tokens", low=0) if body.has("max_thinking_tokens") else None
 
 
@@ -279,8 +275,10 @@ def _template_variables(body: Fields) -> JSON:
     effort = body.get("reasoning_effort")
     if effort is None:
         return variables
-    if not (effort in REASONING_EFFORTS if isinstance(effort, str) else isinstance(effort, float) and 0 <= effort < 1):
-        body.fail("reasoning_effort", f"one of {', '.join(REASONING_EFFORTS)}, or a number from 0 to 0.99")
+    if isinstance(effort, str):
+        body.one_of("reasoning_effort", REASONING_EFFORTS, "")
+    elif not 0 <= body.number("reasoning_effort") < 1:
+        body.fail("reasoning_effort", "a level's name, or a number from 0 to 0.99")
     if effort == "none":
         return {"enable_thinking": False, "thinking": False, **variables}
     return {"reasoning_effort": effort, **variables}

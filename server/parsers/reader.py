@@ -159,10 +159,16 @@ class Reader:
 
         Empty at the end of the text. No mark may lie inside another, except at its end.
         """
-        pattern = one_of(marks)
+        head, pattern = patterns_of(marks)
         while True:
-            match = pattern.search(self._text, self._pos)
-            stop = match.start() if match else len(self._text) if self._is_closed else self._safe_end(marks)
+            match = None
+            stop = len(self._text)
+            if head.search(self._text, self._pos):  # most pieces of a text have nothing of a mark
+                match = pattern.search(self._text, self._pos)
+                if match:
+                    stop = match.start()
+                elif not self._is_closed:
+                    stop = self._safe_end(marks)
             if stop > self._pos:
                 emit(self.take(stop - self._pos))
             if match:
@@ -207,8 +213,6 @@ class Reader:
     def _safe_end(self, marks: tuple[str, ...]) -> int:
         """Where the text ends, less what may be the head of a mark."""
         end = len(self._text)
-        if not any(mark[0] in self._text[self._pos :] for mark in marks):
-            return end
         for start in range(max(self._pos, end - max(map(len, marks)) + 1), end):
             if any(mark.startswith(self._text[start:]) for mark in marks):
                 return start
@@ -221,5 +225,7 @@ def _end_of_scalar(text: str, pos: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def one_of(marks: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, marks)))
+def patterns_of(marks: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """The first character of one of `marks`, and one of them."""
+    head = "".join({mark[0] for mark in marks})
+    return re.compile(f"[{re.escape(head)}]"), re.compile("|".join(map(re.escape, marks)))

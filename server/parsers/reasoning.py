@@ -55,7 +55,7 @@ class ReasoningParser:
         """`is_inside`: the prompt has written the start mark. `is_separate`: else reasoning is text, marks and all."""
         self._format, self._is_separate = format_, is_separate
         self.is_inside = is_inside
-        self.is_done = self.has_ended = False  # all that follows is the rest; after an end mark
+        self.is_done = False  # all that follows is the rest
         self._reader = Reader()
         self._reasoning: list[str] = []
         self._rest: list[str] = []
@@ -71,8 +71,8 @@ class ReasoningParser:
         return self._run()
 
     def _run(self) -> tuple[str, str]:
-        if next(self._program, self) is self:
-            self.is_done = True
+        self.is_done = next(self._program, True) is True  # it yields None while it waits
+        if self.is_done:
             self._rest.append(self._reader.take_rest())
         parts = "".join(self._reasoning), "".join(self._rest)
         self._reasoning.clear()
@@ -91,12 +91,10 @@ class ReasoningParser:
             self._rest.append(space + start)
             if (yield from reader.pass_until((format_.end,), self._rest.append)):
                 self._rest.append(reader.take(len(format_.end)))
-                self.has_ended = True
         else:
             yield from reader.skip_space()
             if (yield from reader.pass_until((format_.end,), self._add)):
                 reader.take(len(format_.end))
-                self.has_ended = True
                 yield from reader.skip_space()
 
     def _add(self, text: str) -> None:
