@@ -176,6 +176,17 @@ async def test_the_chat_template_tells_the_format(engine: FakeEngine, template: 
         assert (await ask(client, tools=TOOLS))["choices"][0]["message"]["content"] == answer
 
 
+async def test_marks_that_are_special_tokens_are_not_left_out_of_the_text(client: Client, engine: FakeEngine) -> None:
+    await ask(client, tools=TOOLS)
+    assert engine.requests[-1].sampling_params.skip_special_tokens
+    engine.tokenizer.decode = lambda token_ids, skip_special_tokens=True: ""  # type: ignore[assignment,method-assign]
+    async with serving(engine, tool_call_parser="mistral") as client:
+        await ask(client, tools=TOOLS)
+        assert not engine.requests[-1].sampling_params.skip_special_tokens
+        await ask(client)
+        assert engine.requests[-1].sampling_params.skip_special_tokens
+
+
 # ---- reasoning ----
 
 
@@ -345,6 +356,9 @@ def test_a_grammar_allows_what_its_parser_reads_and_nothing_else(
     assert is_allowed(grammars, free, name, "No.")
     assert is_allowed(grammars, free, name, f"Well: {written}")
     assert not is_allowed(grammars, free, name, written.replace("3", "many"))
+    single = ToolChoice([], [WEATHER], is_forced=False, is_parallel=False)
+    assert is_allowed(grammars, single, name, f"Well: {written}")
+    assert not is_allowed(grammars, single, name, f"{written}\n{written}")
 
 
 async def test_a_random_model_that_must_call_calls(tiny_llama: Path) -> None:
