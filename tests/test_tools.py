@@ -176,10 +176,12 @@ async def test_the_chat_template_tells_the_format(engine: FakeEngine, template: 
         assert (await ask(client, tools=TOOLS))["choices"][0]["message"]["content"] == answer
 
 
-async def test_marks_that_are_special_tokens_are_not_left_out_of_the_text(client: Client, engine: FakeEngine) -> None:
+async def test_marks_that_are_special_tokens_are_not_left_out_of_the_text(
+    client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await ask(client, tools=TOOLS)
     assert engine.requests[-1].sampling_params.skip_special_tokens
-    engine.tokenizer.decode = lambda token_ids, skip_special_tokens=True: ""  # type: ignore[assignment,method-assign]
+    monkeypatch.setattr(engine.tokenizer, "decode", lambda token_ids, skip_special_tokens=True: "")
     async with serving(engine, tool_call_parser="mistral") as client:
         await ask(client, tools=TOOLS)
         assert not engine.requests[-1].sampling_params.skip_special_tokens
@@ -245,14 +247,16 @@ async def test_a_prompt_that_ends_the_reasoning_has_none(client: Client, engine:
     assert answer["choices"][0]["message"]["reasoning"] == ", so"
 
 
-async def test_template_variables_come_from_the_body(client: Client, engine: FakeEngine) -> None:
+async def test_template_variables_come_from_the_body(
+    client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[dict[str, Any]] = []
 
     def render_chat(messages: Any, tools: Any = None, **variables: Any) -> str:
         seen.append({"tools": tools, **variables})
         return "x"
 
-    engine.tokenizer.render_chat = render_chat  # type: ignore[assignment,method-assign]
+    monkeypatch.setattr(engine.tokenizer, "render_chat", render_chat)
     await ask(client, reasoning_effort="high", tools=TOOLS, chat_template_kwargs={"enable_thinking": True})
     await ask(client, reasoning_effort="none", tools=TOOLS, tool_choice="none")
     assert (seen[0]["tools"], seen[0]["reasoning_effort"], seen[0]["enable_thinking"]) == (TOOLS, "high", True)
@@ -396,14 +400,16 @@ async def test_a_schema_and_tools_together_mean_json_or_a_call(client: Client, e
 # ---- history, and the small routes ----
 
 
-async def test_calls_and_results_of_earlier_turns_reach_the_template(client: Client, engine: FakeEngine) -> None:
+async def test_calls_and_results_of_earlier_turns_reach_the_template(
+    client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Any] = []
 
     def render_chat(messages: Any, **_: Any) -> str:
         seen.extend(messages)
         return "x"
 
-    engine.tokenizer.render_chat = render_chat  # type: ignore[assignment,method-assign]
+    monkeypatch.setattr(engine.tokenizer, "render_chat", render_chat)
     call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}
     history = [
         *USER,
