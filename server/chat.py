@@ -92,6 +92,14 @@ class ChatTurn:
     new_parser: Callable[[], AnswerParser] | None  # one for each answer; None: all of an answer is its text
     reasoning_end_ids: list[int] = field(default_factory=list)  # of the mark after reasoning; empty if there is none
 
+    tag_of: str | None = None  # the body's field that the structural tag was made of, unless the client wrote it
+
+    def in_clients_terms(self, error: InvalidRequest) -> InvalidRequest:
+        """An error that blames a field which the client did not write blames the one it was made of."""
+        if error.field != "structural_tag" or self.tag_of is None:
+            return error
+        return InvalidRequest(str(error).replace("structural_tag", self.tag_of), self.tag_of)
+
     def count_reasoning(self, output_ids: Sequence[int], parser: AnswerParser | None) -> int:
         """How many tokens of an answer that `parser` has read are its reasoning, marks included.
 
@@ -132,7 +140,7 @@ class Chats:
             prompt += f"{reasoning.format.start}\n"  # a budget can be kept only where the reasoning is sure to come
             reasoning = replace(reasoning, is_inside=True)
         tool_format = self._tool_format(choice)
-        params = self._sampling_params(body, choice, tool_format, reasoning)
+        params, tag_of = self._sampling_params(body, choice, tool_format, reasoning)
         options = await self._options(body, reasoning)
         input_ids = await self.engine.encode(prompt, add_special_tokens=False)  # the template has written them
         if not input_ids:
@@ -141,7 +149,7 @@ class Chats:
         is_separate = body.flag("separate_reasoning", True)
         streams_reasoning = body.flag("stream_reasoning", True)
         if tool_format is None and (reasoning is None or not is_separate):
-            return ChatTurn(prompt, input_ids, params, options, None)
+            return ChatTurn(prompt, input_ids, params, options, None, tag_of=tag_of)
 
         def new_parser() -> AnswerParser:
             return AnswerParser(
@@ -155,7 +163,7 @@ class Chats:
         if any([await self._is_hidden(mark) for mark in marks]):
             params.skip_special_tokens = False
         end_ids = await self._ids(reasoning.format.end) if reasoning else []
-        return ChatTurn(prompt, input_ids, params, options, new_parser, end_ids)
+        return ChatTurn(prompt, input_ids, params, options, new_parser, end_ids, tag_of)
 
     def render(self, body: Fields, choice: ToolChoice | None = None) -> str:
         """The prompt of a chat request. `InvalidRequest` names the message, or says why the template refused."""
@@ -203,11 +211,13 @@ class Chats:
 
     def _sampling_params(
         self, body: Fields, choice: ToolChoice, tool_format: ToolFormat | None, reasoning: "Reasoning | None"
-    ) -> SamplingParams:
+    ) -> tuple[SamplingParams, str | None]:
+        """And what the structural tag was made of."""
         params = read_sampling_params(body, self.engine, ("max_completion_tokens", "max_tokens"), None)
         check_n(params.n, 1)
         thinks = (reasoning.format.start, reasoning.format.end) if reasoning and not reasoning.is_inside else None
         held: JSON | None = None
+        tag_of = "tools"
         if params.constraint is None:
             held = tool_constraint(choice, tool_format) if tool_format else None
         elif choice.is_forced:
@@ -215,9 +225,11 @@ class Chats:
         elif isinstance(params.json_schema, dict) and (thinks or tool_format):
             held = json_or_calls(params.json_schema, choice, tool_format)
             params.json_schema = None
-        if held is not None:
-            params.structural_tag = structural_tag(held, thinks)
-        return params
+            tag_of = "json_schema" if body.has("json_schema") else "response_format"
+        if held is None:
+            return params, None
+        params.structural_tag = structural_tag(held, thinks)
+        return params, tag_of
 
     async def _options(self, body: Fields, reasoning: "Reasoning | None") -> Options:
         num_top = body.integer("top_logprobs", 0, low=0, high=MAX_TOP_LOGPROBS)

@@ -127,7 +127,10 @@ class OpenAIApi:
         model = self._check_model(body.text("model"))
         turn = await self.chats.turn(body)
         format_ = ChatFormat(self.engine.tokenizer, model, turn)
-        return await self._answer(http_request, body, [turn.input_ids], turn.params, turn.options, format_)
+        try:
+            return await self._answer(http_request, body, [turn.input_ids], turn.params, turn.options, format_)
+        except InvalidRequest as error:
+            raise turn.in_clients_terms(error) from None
 
     async def render(self, http_request: web.Request) -> web.Response:
         """What /v1/chat/completions would generate from."""

@@ -379,6 +379,11 @@ async def test_a_random_model_that_must_call_calls(tiny_llama: Path) -> None:
                 arguments = json.loads(call["function"]["arguments"])
                 assert arguments.keys() == {"unit", "sure"}
                 assert arguments["unit"] in ("C", "F")
+            wrong = tool("set", {"type": "object", "properties": {"a": {"type": "nonsense"}}})
+            for choice in ("required", {"type": "function", "function": {"name": "set"}}):
+                refused = {"messages": USER, "tools": [wrong], "tool_choice": choice}
+                response = await client.post("/v1/chat/completions", json=refused)
+                assert (response.status, (await response.json())["error"]["param"]) == (400, "tools")
         async with serving(engine, reasoning_parser="qwen3") as client:
             found = await chunks(client, **body, tool_choice=named, max_thinking_tokens=5)
     deltas = [chunk["choices"][0]["delta"] for chunk in found]
