@@ -9,6 +9,8 @@ from aiohttp.typedefs import Handler
 
 from engine.errors import EngineError, PromptTooLong, QueueFull
 from server.chat import CHATS, Chats
+from server.anthropic import AnthropicApi
+from server.chat import Chats
 from server.config import ServerConfig
 from server.dashboard import Dashboard
 from server.keys import KeyRing, require_key
@@ -16,10 +18,12 @@ from server.live import LiveRequests, RequestLog
 from server.metrics import Metrics
 from server.monitor import Monitor
 from server.native import NativeApi
+from server.ollama import OllamaApi
 from server.openai import OpenAIApi
 from server.openapi import OpenApi
 from server.protocol import Engine, error_shape, json_response
 from server.recorder import RECORDER, RequestRecorder
+from server.responses import ResponsesApi
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +44,11 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app[CHATS] = chats
     app.add_routes(NativeApi(engine, config, live, chats).routes())
     app.add_routes(OpenAIApi(engine, config, live, chats).routes())
+    app.add_routes(AnthropicApi(config, live, chats).routes())
+    app.add_routes(OllamaApi(engine, config, live, chats).routes())
+    responses = ResponsesApi(config, live, chats)
+    app.cleanup_ctx.append(responses.running)
+    app.add_routes(responses.routes())
     if config.crash_dump_folder:
         recorder = RequestRecorder(Path(config.crash_dump_folder), config.public_values())
         live.arrival_observers.append(recorder.remember)

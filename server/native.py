@@ -31,6 +31,7 @@ from server.protocol import (
     json_response,
     native_error,
     read_json,
+    refuse,
 )
 from server.sse import Choice, EventStream, event
 from server.tool_choice import read_tool_choice
@@ -82,9 +83,7 @@ class NativeApi:
 
     async def generate(self, http_request: web.Request) -> web.StreamResponse:
         body = await read_json(http_request)
-        for name in UNSUPPORTED:
-            if body.get(name):
-                raise InvalidRequest(f"{name} is not supported by this server", name)
+        refuse(body, UNSUPPORTED)
         is_stream = body.flag("stream")
         with_text = body.flag("return_text_in_logprobs")
         prompts, is_batch = await self._prompts(body)

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from engine.errors import EngineError, InvalidRequest
+from engine.errors import InvalidRequest
 from engine.request import Delta, FinishReason, Logprobs, Request, SamplingParams, TokenLogprob
 from server.chat import Chats, ChatTurn
 from server.config import ServerConfig
@@ -28,17 +28,12 @@ from server.protocol import (
     json_response,
     openai_error,
     read_json,
+    served_model,
 )
 from server.sampling import MAX_TOP_LOGPROBS, read_options, read_sampling_params
 from server.sse import DONE, Choice, EventStream, event
 
 COMPLETION_MAX_TOKENS = 16
-
-
-class ModelNotFound(EngineError):
-    status_code = 404
-    code = "model_not_found"
-    field = "model"
 
 
 @dataclass(slots=True)
@@ -97,11 +92,7 @@ class OpenAIApi:
         }
 
     def _check_model(self, name: str) -> str:
-        """The name to answer with. Absent and "default" mean the one model there is, as SGLang's clients send."""
-        known = (self.config.model_name, self.config.model_path)
-        if name and name != "default" and name not in known:
-            raise ModelNotFound(f"The model {name!r} does not exist; this server has {self.config.model_name!r}.")
-        return name if name in known else self.config.model_name
+        return served_model(self.config, name)
 
     # ---- the two endpoints ----
 
