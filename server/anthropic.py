@@ -11,23 +11,25 @@ from server.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockChoice, answer
 from server.chat import Chats, ChatTurn
 from server.config import ServerConfig
 from server.live import LiveRequests, RequestFailed, new_rid
+from server.model_name import served_model
 from server.protocol import (
     JSON,
+    REQUEST_FIELDS,
     Fields,
     anthropic_error,
     json_response,
     read_json,
     refuse,
-    served_model,
     spelled,
 )
 from server.sse import named_event
 
 UNSUPPORTED = ("container", "mcp_servers", "context_management", "output_format", "n")
-SAME_NAMES = ("temperature", "top_p", "top_k", "max_tokens", "stream", "priority", "extra_key", "cache_salt")
+SAME_NAMES = ("temperature", "top_p", "top_k", "max_tokens", "stream", *REQUEST_FIELDS)
 OUR_NAMES = {
     "stop": "stop_sequences",
     "response_format": "output_config.format",
+    "json_schema": "output_config.format.schema",
     "reasoning_effort": "output_config.effort",
     "max_thinking_tokens": "thinking.budget_tokens",
 }

@@ -8,9 +8,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from engine.errors import EngineError, PromptTooLong, QueueFull
-from server.chat import CHATS, Chats
 from server.anthropic import AnthropicApi
-from server.chat import Chats
+from server.chat import CHATS, Chats
 from server.config import ServerConfig
 from server.dashboard import Dashboard
 from server.keys import KeyRing, require_key

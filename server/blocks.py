@@ -56,15 +56,15 @@ class Blocks:
 
     def __init__(self, parser: AnswerParser | None) -> None:
         self.all: list[Block] = []
-        self._parser = parser
+        self.parser = parser
 
     def push(self, text: str) -> list[tuple[Block, str]]:
         """Blocks and what each gained, in the answer's order."""
-        return self._cut(AnswerDelta(text=text) if self._parser is None else self._parser.push(text))
+        return self._cut(AnswerDelta(text=text) if self.parser is None else self.parser.push(text))
 
     def finish(self) -> list[tuple[Block, str]]:
         """As `push`, of what the parser held back."""
-        return self._cut(AnswerDelta() if self._parser is None else self._parser.finish())
+        return self._cut(AnswerDelta() if self.parser is None else self.parser.finish())
 
     def _cut(self, delta: AnswerDelta) -> list[tuple[Block, str]]:
         grown = []
@@ -93,10 +93,16 @@ class BlockChoice(Choice):
         super().__init__(0)
         [self.request] = make_requests([rid], turn.input_ids, turn.params, turn.options)
         self.request.sink = self.sink
+        self.turn = turn
         self.blocks = Blocks(turn.new_parser and turn.new_parser())
         self.has_begun = False
         self.is_cut = False  # it ended before the model was done
         self._open: Block | None = None
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Of an answer that has ended."""
+        return self.turn.count_reasoning(self.request.output_ids, self.blocks.parser)
 
     # ---- what an API writes ----
 

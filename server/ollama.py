@@ -12,8 +12,10 @@ from server.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockChoice, answer
 from server.chat import Chats, ChatTurn
 from server.config import ServerConfig
 from server.live import LiveRequests, new_rid
+from server.model_name import served_model
 from server.protocol import (
     JSON,
+    REQUEST_FIELDS,
     Engine,
     Fields,
     encode_prompt,
@@ -21,7 +23,6 @@ from server.protocol import (
     ollama_error,
     read_json,
     refuse,
-    served_model,
     spelled,
 )
 from server.sampling import read_options, read_sampling_params
@@ -39,6 +40,7 @@ OUR_NAMES = {name: f"options.{name}" for name in (*SAME_NAMES, "top_k")} | {
     "repetition_penalty": "options.repeat_penalty",
     "response_format": "format",
     "reasoning_effort": "think",
+    "json_schema": "format",
 }
 # Options of samplers that this server lacks: the one value that leaves the answer as it is.
 NEUTRAL = {"mirostat": 0, "tfs_z": 1, "typical_p": 1, "repeat_last_n": -1}
@@ -88,11 +90,11 @@ class OllamaApi:
 
     async def _raw_turn(self, body: Fields) -> ChatTurn:
         """A prompt that is the client's own: no template, and nothing to parse in its answer."""
-        refuse(body, ("system", "format", "think"))
+        refuse(body, ("system", "think"))
         chat = Fields(chat_body(body))
         params = read_sampling_params(chat, self.engine, ("max_tokens",), None)
         input_ids = await encode_prompt(self.engine, body.text("prompt"), "prompt")
-        return ChatTurn(input_ids, params, read_options(chat, -1), None)
+        return ChatTurn(body.text("prompt"), input_ids, params, read_options(chat, -1), None)
 
     # ---- about models ----
 
@@ -119,7 +121,7 @@ class OllamaApi:
                     "general.architecture": model.model_type,
                     f"{model.model_type}.context_length": self.engine.context_length,
                 },
-                "capabilities": ["completion"],
+                "capabilities": self._capabilities(),
             }
         )
 
@@ -130,6 +132,10 @@ class OllamaApi:
         name = body.text("model") or body.text("name")
         served_model(self.config, name.removesuffix(":latest"))
         return name or self.config.model_name
+
+    def _capabilities(self) -> list[str]:
+        found = {"tools": self.chats.tool_call_parser, "thinking": self.chats.reasoning_parser}
+        return ["completion", *(name for name, parser in found.items() if parser)]
 
     def _card(self) -> JSON:
         name = self.config.model_name
@@ -160,7 +166,8 @@ class OllamaApi:
 def chat_body(body: Fields) -> JSON:
     """All but the messages of the same request to chat.completions."""
     refuse(body, UNSUPPORTED)
-    chat: JSON = {"stream": body.flag("stream", True), **_read_options(body.object("options") or Fields({}))}
+    chat = {name: body.get(name) for name in REQUEST_FIELDS if body.has(name)}
+    chat |= {"stream": body.flag("stream", True)} | _read_options(body.object("options") or Fields({}, "options"))
     if tools := body.array("tools"):
         chat["tools"] = tools
     if format_ := body.get("format"):

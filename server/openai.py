@@ -14,6 +14,7 @@ from server.chat import Chats, ChatTurn
 from server.config import ServerConfig
 from server.live import LiveRequests, Options, is_failure, make_requests, new_rid
 from server.meta_info import MetaInfo
+from server.model_name import served_model
 from server.parsers import AnswerDelta, AnswerParser, ToolCallDelta
 from server.protocol import (
     JSON,
@@ -28,7 +29,6 @@ from server.protocol import (
     json_response,
     openai_error,
     read_json,
-    served_model,
 )
 from server.sampling import MAX_TOP_LOGPROBS, read_options, read_sampling_params
 from server.sse import DONE, Choice, EventStream, event

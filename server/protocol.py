@@ -9,14 +9,14 @@ import numpy as np
 import orjson
 from aiohttp import web
 
-from engine.errors import EngineError, InvalidRequest
+from engine.errors import InvalidRequest
 from engine.request import Delta, Request
-from server.config import ServerConfig
 
 JSON = dict[str, Any]
 MAX_INT = 1 << 53  # beyond it JSON numbers are not exact
 MAX_REQUESTS = 65536  # of one HTTP request: prompts times n
 MAX_N = 128
+REQUEST_FIELDS = ("priority", "extra_key", "cache_salt")  # SGLang's, which every API takes
 
 
 class ModelInfo(Protocol):
@@ -232,20 +232,6 @@ def check_batch_size(count: int, field: str) -> None:
 def check_n(n: int, num_prompts: int) -> None:
     if n > MAX_N or n * num_prompts > MAX_REQUESTS:
         raise InvalidRequest(f"n must be between 1 and {min(MAX_N, MAX_REQUESTS // num_prompts)}, got {n}", "n")
-
-
-class ModelNotFound(EngineError):
-    status_code = 404
-    code = "model_not_found"
-    field = "model"
-
-
-def served_model(config: ServerConfig, name: str) -> str:
-    """The name to answer with. Absent and "default" mean the one model there is, as SGLang's clients send."""
-    known = (config.model_name, config.model_path)
-    if name and name != "default" and name not in known:
-        raise ModelNotFound(f"The model {name!r} does not exist; this server has {config.model_name!r}.")
-    return name if name in known else config.model_name
 
 
 def refuse(body: Fields, names: Collection[str]) -> None:

@@ -18,7 +18,8 @@ from server.chat import Chats, ChatTurn
 from server.config import ServerConfig
 from server.keys import CLIENT
 from server.live import LiveRequests, is_failure, new_rid
-from server.protocol import JSON, Fields, json_response, read_json, refuse, served_model, spelled
+from server.model_name import served_model
+from server.protocol import JSON, REQUEST_FIELDS, Fields, json_response, read_json, refuse, spelled
 from server.sse import named_event
 
 MAX_STORED = 4096
@@ -26,10 +27,11 @@ MAX_STORED_BYTES = 64 * 1024 * 1024
 MAX_METADATA = 16
 
 UNSUPPORTED = ("conversation", "prompt", "context_management", "moderation", "image", "top_logprobs", "n")
-SAME_NAMES = ("temperature", "top_p", "stream", "parallel_tool_calls", "priority", "extra_key", "cache_salt")
+SAME_NAMES = ("temperature", "top_p", "stream", "parallel_tool_calls", *REQUEST_FIELDS)
 OUR_NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
+    "json_schema": "text.format.schema",
     "reasoning_effort": "reasoning.effort",
     "messages": "input",
 }
@@ -410,7 +412,7 @@ class ResponseChoice(BlockChoice):
             "input_tokens": request.prompt_len,
             "input_tokens_details": {"cached_tokens": request.num_cached_tokens},
             "output_tokens": self.num_output_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self.num_reasoning_tokens},
             "total_tokens": request.prompt_len + self.num_output_tokens,
         }
 

@@ -20,6 +20,7 @@ WEATHER: Any = {"name": "weather", "description": "Of a city", "input_schema": {
 THOUGHT_AND_CALL = (
     '<think>Where?</think>Let me look.<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
 )
+ADAPTIVE: Any = {"type": "adaptive"}
 PARSERS = {"reasoning_parser": "qwen3", "tool_call_parser": "qwen25"}
 
 
@@ -74,7 +75,9 @@ async def test_input_tokens_are_those_that_the_cache_did_not_hold(api: anthropic
     assert (usage.input_tokens, usage.cache_read_input_tokens, usage.output_tokens) == (17, 2, 12)
 
 
-async def test_the_limit_and_the_stop_sequence_are_told_apart(engine: FakeEngine, api: anthropic.AsyncAnthropic) -> None:
+async def test_the_limit_and_the_stop_sequence_are_told_apart(
+    engine: FakeEngine, api: anthropic.AsyncAnthropic
+) -> None:
     cut = await api.messages.create(model="fake-model", max_tokens=5, messages=USER)
     assert (cut.stop_reason, cut.stop_sequence) == ("max_tokens", None)
     engine.failure = FinishReason("stop", matched="END")
@@ -109,8 +112,8 @@ async def test_the_official_stream_accumulates_to_the_same_message(api: anthropi
         texts = [text async for text in stream.text_stream]
         final = await stream.get_final_message()
     assert texts == list("Hello, world")
-    assert (final.content, final.usage) == (whole.content, whole.usage)
-    assert (final.stop_reason, final.model) == (whole.stop_reason, whole.model)
+    assert final.content[0].type == "text" and final.content[0].text == "Hello, world"
+    assert (final.usage, final.stop_reason, final.model) == (whole.usage, whole.stop_reason, whole.model)
 
 
 async def test_tokens_are_counted_without_generating(api: anthropic.AsyncAnthropic, engine: FakeEngine) -> None:
@@ -125,9 +128,8 @@ async def test_tokens_are_counted_without_generating(api: anthropic.AsyncAnthrop
 async def test_thinking_text_and_a_call_are_blocks_of_their_own() -> None:
     async with serving(FakeEngine(THOUGHT_AND_CALL, context_length=1024), **PARSERS) as client, official(client) as api:
         message = await api.messages.create(
-            model="fake-model", max_tokens=200, messages=USER, tools=[WEATHER],
-            thinking={"type": "enabled", "budget_tokens": 1024},
-        )  # fmt: skip
+            model="fake-model", max_tokens=200, messages=USER, tools=[WEATHER], thinking=ADAPTIVE
+        )
     thinking, text, call = message.content
     assert thinking.type == "thinking" and thinking.thinking == "Where?"
     assert text.type == "text" and text.text == "Let me look."
@@ -136,13 +138,14 @@ async def test_thinking_text_and_a_call_are_blocks_of_their_own() -> None:
 
 
 async def test_a_streamed_call_accumulates_to_the_same_input() -> None:
-    async with serving(FakeEngine(THOUGHT_AND_CALL, context_length=1024), **PARSERS) as client, official(client) as api:
-        async with api.messages.stream(
-            model="fake-model", max_tokens=200, messages=USER, tools=[WEATHER],
-            thinking={"type": "enabled", "budget_tokens": 1024},
-        ) as stream:  # fmt: skip
-            kinds = [event.type async for event in stream]
-            final = await stream.get_final_message()
+    body: Any = {"model": "fake-model", "max_tokens": 200, "messages": USER, "tools": [WEATHER], "thinking": ADAPTIVE}
+    async with (
+        serving(FakeEngine(THOUGHT_AND_CALL, context_length=1024), **PARSERS) as client,
+        official(client) as api,
+        api.messages.stream(**body) as stream,
+    ):
+        kinds = [event.type async for event in stream]
+        final = await stream.get_final_message()
     assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 3
     thinking, text, call = final.content
     assert thinking.type == "thinking" and thinking.thinking == "Where?"
@@ -230,15 +233,19 @@ def test_an_output_format_is_a_response_format() -> None:
 # ---- errors ----
 
 
+def said(role: str, **block: Any) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": [block]}]}
+
+
 @pytest.mark.parametrize(
     ("field", "body"),
     [
         ("messages", {"messages": []}),
         ("messages[0].role", {"messages": [{"content": "x"}]}),
         ("messages[0].content", {"messages": [{"role": "user"}]}),
-        ("messages[0].content[0].type", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}),
-        ("messages[0].content[0].type", {"messages": [{"role": "assistant", "content": [{"type": "redacted_thinking"}]}]}),
-        ("messages", {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "name": "f", "input": {}}]}]}),
+        ("messages[0].content[0].type", said("user", type="image")),
+        ("messages[0].content[0].type", said("assistant", type="redacted_thinking")),
+        ("messages", said("assistant", type="tool_use", name="f", input={})),
         ("tools[0].type", {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}),
         ("tools[0].input_schema", {"tools": [{"name": "f"}]}),
         ("tool_choice.name", {"tool_choice": {"type": "tool"}}),
