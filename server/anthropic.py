@@ -148,6 +148,8 @@ def _read_user(message: Fields) -> list[JSON]:
                 messages.append({"role": "tool", "tool_call_id": block.text("tool_use_id"), "content": text})
             case _:
                 _unreadable(block, "text", "tool_result")
+    if not messages:
+        message.fail("content", "a string or a list of at least one block")
     return messages
 
 

@@ -13,7 +13,19 @@ from aiohttp import web
 from engine.request import TOP_K_ALL
 from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS
 from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
-from server.protocol import JSON, MAX_INT, MAX_N, json_response
+from server.protocol import (
+    JSON,
+    MAX_INT,
+    MAX_N,
+    REQUEST_FIELDS,
+    ErrorShape,
+    anthropic_error,
+    error_shape,
+    json_response,
+    native_error,
+    ollama_error,
+    openai_error,
+)
 
 SCHEMAS = "#/components/schemas/"
 
@@ -27,7 +39,8 @@ class Operation:
     body: JSON | None = None
     answer: JSON | None = None
     media_type: str = "application/json"  # of the answer
-    is_streaming: bool = False  # with `stream`: server-sent events
+    is_streaming: bool = False  # with `stream`
+    stream_type: str = "text/event-stream"  # of a streamed answer
     statuses: tuple[int, ...] = ()  # of errors, besides those any request can meet
     is_open: bool = False  # needs no key
     parameters: tuple[JSON, ...] = ()
@@ -234,6 +247,139 @@ OPENAI_ANSWER = obj(
 )
 MODEL_CARD = obj({"id": STRING, "object": {"const": "model"}, "max_model_len": integer(1)}, ["id", "object"])
 
+SHARED_FIELDS: dict[str, JSON] = {name: EVERYWHERE[name] for name in ("stream", *REQUEST_FIELDS)} | {"model": STRING}
+
+ANTHROPIC_TEXT = obj({"type": {"const": "text"}, "text": STRING}, ["type", "text"])
+ANTHROPIC_BLOCK = one_of(
+    ANTHROPIC_TEXT,
+    obj({"type": {"const": "thinking"}, "thinking": STRING, "signature": STRING}, ["type", "thinking"]),
+    obj({"type": {"const": "tool_use"}, "id": STRING, "name": STRING, "input": ANY_OBJECT}, ["type", "id", "name"]),
+    obj(
+        {
+            "type": {"const": "tool_result"},
+            "tool_use_id": STRING,
+            "content": one_of(STRING, array(ANTHROPIC_TEXT)),
+            "is_error": BOOLEAN,
+        },
+        ["type", "tool_use_id"],
+    ),
+)
+ANTHROPIC_TOOL = obj({"name": STRING, "description": STRING, "input_schema": ANY_OBJECT}, ["name", "input_schema"])
+MESSAGES: dict[str, JSON] = {
+    **SHARED_FIELDS,
+    "messages": array(
+        obj(
+            {"role": {"enum": ["user", "assistant", "system"]}, "content": one_of(STRING, array(ANTHROPIC_BLOCK))},
+            ["role", "content"],
+        ),
+        minItems=1,
+    ),
+    "system": one_of(STRING, array(ANTHROPIC_TEXT)),
+    "tools": array(ANTHROPIC_TOOL),
+    "tool_choice": obj(
+        {"type": {"enum": ["auto", "any", "tool", "none"]}, "name": STRING, "disable_parallel_tool_use": BOOLEAN},
+        ["type"],
+    ),
+    "thinking": obj({"type": {"enum": ["enabled", "adaptive", "disabled"]}, "budget_tokens": integer(1)}, ["type"]),
+    "output_config": obj(
+        {"effort": STRING, "format": obj({"type": {"const": "json_schema"}, "schema": ANY_OBJECT}, ["type", "schema"])}
+    ),
+}
+MESSAGES_SAMPLING: dict[str, JSON] = {
+    **{name: SAMPLING[name] for name in ("temperature", "top_p", "top_k")},
+    "max_tokens": integer(0),
+    "stop_sequences": array(STRING),
+    "metadata": ANY_OBJECT,
+}
+
+RESPONSES_PART = obj({"type": {"enum": ["input_text", "output_text"]}, "text": STRING}, ["type", "text"])
+RESPONSES_TEXT = one_of(STRING, array(RESPONSES_PART))
+RESPONSES_ITEM = one_of(
+    obj(
+        {"role": {"enum": ["user", "assistant", "system", "developer"]}, "content": RESPONSES_TEXT}, ["role", "content"]
+    ),
+    obj(
+        {"type": {"const": "function_call"}, "call_id": STRING, "name": STRING, "arguments": STRING},
+        ["type", "call_id", "name", "arguments"],
+    ),
+    obj(
+        {"type": {"const": "function_call_output"}, "call_id": STRING, "output": RESPONSES_TEXT},
+        ["type", "call_id", "output"],
+    ),
+    obj(
+        {
+            "type": {"const": "reasoning"},
+            "content": array(obj({"type": {"const": "reasoning_text"}, "text": STRING}, ["type", "text"])),
+        },
+        ["type"],
+    ),
+)
+RESPONSES_REQUEST = obj(
+    {
+        **SHARED_FIELDS,
+        **{name: SAMPLING[name] for name in ("temperature", "top_p")},
+        "input": one_of(STRING, array(RESPONSES_ITEM, minItems=1)),
+        "instructions": STRING,
+        "max_output_tokens": integer(1),
+        "previous_response_id": STRING,
+        "store": {
+            "type": "boolean",
+            "description": "keep the answer in memory, as long as there is room; default: true",
+        },
+        "background": {"type": "boolean", "description": "answer at once, with an id to ask for later"},
+        "tools": array(
+            obj({"type": {"const": "function"}, "name": STRING, "parameters": ANY_OBJECT}, ["type", "name"])
+        ),
+        "tool_choice": one_of(
+            {"enum": ["auto", "none", "required"]},
+            obj({"type": {"const": "function"}, "name": STRING}, ["type", "name"]),
+        ),
+        "parallel_tool_calls": BOOLEAN,
+        "reasoning": obj({"effort": STRING}),
+        "text": obj(
+            {
+                "format": obj(
+                    {"type": {"enum": ["text", "json_object", "json_schema"]}, "name": STRING, "schema": ANY_OBJECT},
+                    ["type"],
+                )
+            }
+        ),
+        "truncation": {"const": "disabled"},
+        "metadata": {"type": "object", "additionalProperties": STRING},
+        "user": STRING,
+    },
+    ["input"],
+)
+
+OLLAMA_MESSAGE = obj(
+    {
+        "role": {"enum": ["system", "user", "assistant", "tool"]},
+        "content": STRING,
+        "thinking": STRING,
+        "tool_name": STRING,
+        "tool_calls": array(obj({"function": obj({"name": STRING, "arguments": ANY_OBJECT}, ["name"])}, ["function"])),
+    },
+    ["role", "content"],
+)
+OLLAMA_BOTH: dict[str, JSON] = {
+    **SHARED_FIELDS,
+    "options": obj(
+        {
+            **{
+                name: SAMPLING[name]
+                for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "stop")
+            },
+            "num_predict": integer(),
+            "top_k": integer(0, TOP_K_ALL),
+            "seed": integer(),
+            "repeat_penalty": SAMPLING["repetition_penalty"],
+        }
+    ),
+    "format": one_of({"const": "json"}, ANY_OBJECT),
+    "think": one_of(BOOLEAN, {"enum": ["low", "medium", "high"]}),
+    "keep_alive": one_of(STRING, integer()),
+}
+
 COMPONENTS: dict[str, JSON] = {
     "SamplingParams": obj(NATIVE_SAMPLING, additionalProperties=False),
     "GenerateRequest": obj(
@@ -310,6 +456,54 @@ COMPONENTS: dict[str, JSON] = {
         {"error": obj({"message": STRING, "type": STRING, "param": {}, "code": {}}, ["message", "type"])}, ["error"]
     ),
 }
+COMPONENTS |= {
+    "MessagesRequest": obj({**MESSAGES, **MESSAGES_SAMPLING}, ["max_tokens", "messages"]),
+    "CountTokensRequest": obj(MESSAGES, ["messages"]),
+    "AnthropicMessage": obj(
+        {
+            "id": STRING,
+            "type": {"const": "message"},
+            "role": {"const": "assistant"},
+            "content": array(ANY_OBJECT),
+            "stop_reason": {"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
+            "stop_sequence": one_of(STRING, {"type": "null"}),
+            "usage": obj(
+                {"input_tokens": integer(0), "cache_read_input_tokens": integer(0), "output_tokens": integer(0)},
+                ["input_tokens", "output_tokens"],
+            ),
+        },
+        ["id", "type", "role", "content", "model", "stop_reason", "usage"],
+    ),
+    "AnthropicError": obj(
+        {"type": {"const": "error"}, "error": obj({"type": STRING, "message": STRING}, ["type", "message"])},
+        ["type", "error"],
+    ),
+    "ResponsesRequest": RESPONSES_REQUEST,
+    "Response": obj(
+        {
+            "id": STRING,
+            "object": {"const": "response"},
+            "status": {"enum": ["completed", "incomplete", "failed", "cancelled", "queued", "in_progress"]},
+            "output": array(ANY_OBJECT),
+            "usage": one_of(ANY_OBJECT, {"type": "null"}),
+        },
+        ["id", "object", "status", "output", "usage"],
+    ),
+    "OllamaChatRequest": obj({**OLLAMA_BOTH, "messages": array(OLLAMA_MESSAGE), "tools": array(ANY_OBJECT)}),
+    "OllamaGenerateRequest": obj({**OLLAMA_BOTH, "prompt": STRING, "system": STRING, "raw": BOOLEAN}),
+    "OllamaAnswer": obj(
+        {
+            "model": STRING,
+            "created_at": STRING,
+            "message": obj({"role": {"const": "assistant"}, "content": STRING}, ["role", "content"]),
+            "response": STRING,
+            "done": BOOLEAN,
+            "done_reason": STRING,
+        },
+        ["model", "created_at", "done", "done_reason"],
+    ),
+    "OllamaError": obj({"error": STRING}, ["error"]),
+}
 
 # ---- the table ----
 
@@ -358,6 +552,39 @@ MODEL = Operation(
     parameters=({"name": "model", "in": "path", "required": True, "schema": STRING},),
 )  # fmt: skip
 
+MESSAGE_ANSWER = Operation(
+    "Anthropic's messages", "Anthropic", ref("MessagesRequest"), ref("AnthropicMessage"), is_streaming=True,
+    statuses=(404, 429),
+)  # fmt: skip
+COUNT_TOKENS = Operation(
+    "Tokens of a conversation's prompt", "Anthropic", ref("CountTokensRequest"),
+    obj({"input_tokens": integer(1)}, ["input_tokens"]), statuses=(404,),
+)  # fmt: skip
+CREATE_RESPONSE = Operation(
+    "OpenAI's responses", "OpenAI", ref("ResponsesRequest"), ref("Response"), is_streaming=True, statuses=(404, 429)
+)
+RESPONSE_ID = ({"name": "response_id", "in": "path", "required": True, "schema": STRING},)
+RESPONSE = Operation("A stored response", "OpenAI", answer=ref("Response"), statuses=(400, 404), parameters=RESPONSE_ID)
+CANCEL_RESPONSE = Operation(
+    "End a background response", "OpenAI", answer=ref("Response"), statuses=(400, 404), parameters=RESPONSE_ID
+)
+DELETE_RESPONSE = Operation(
+    "Forget a response", "OpenAI", answer=obj({"deleted": BOOLEAN}), statuses=(404,), parameters=RESPONSE_ID
+)
+NDJSON = "application/x-ndjson"
+OLLAMA_CHAT = Operation(
+    "Ollama's chat", "Ollama", ref("OllamaChatRequest"), ref("OllamaAnswer"), is_streaming=True, stream_type=NDJSON,
+    statuses=(404, 429),
+)  # fmt: skip
+OLLAMA_GENERATE = Operation(
+    "Ollama's completion", "Ollama", ref("OllamaGenerateRequest"), ref("OllamaAnswer"), is_streaming=True,
+    stream_type=NDJSON, statuses=(404, 429),
+)  # fmt: skip
+OLLAMA_SHOW = Operation(
+    "About the model", "Ollama", obj({"model": STRING}), obj({"capabilities": array(STRING)}), statuses=(404,)
+)
+OLLAMA_MODELS = obj({"models": array(ANY_OBJECT)}, ["models"])
+
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/generate"): GENERATE,
     ("PUT", "/generate"): GENERATE,
@@ -366,6 +593,18 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/completions"): COMPLETIONS,
     ("GET", "/v1/models"): MODELS,
     ("GET", "/v1/models/{model}"): MODEL,
+    ("POST", "/v1/messages"): MESSAGE_ANSWER,
+    ("POST", "/v1/messages/count_tokens"): COUNT_TOKENS,
+    ("POST", "/v1/responses"): CREATE_RESPONSE,
+    ("GET", "/v1/responses/{response_id}"): RESPONSE,
+    ("DELETE", "/v1/responses/{response_id}"): DELETE_RESPONSE,
+    ("POST", "/v1/responses/{response_id}/cancel"): CANCEL_RESPONSE,
+    ("POST", "/api/chat"): OLLAMA_CHAT,
+    ("POST", "/api/generate"): OLLAMA_GENERATE,
+    ("POST", "/api/show"): OLLAMA_SHOW,
+    ("GET", "/api/tags"): Operation("The models there are", "Ollama", answer=OLLAMA_MODELS),
+    ("GET", "/api/ps"): Operation("The models in memory", "Ollama", answer=OLLAMA_MODELS),
+    ("GET", "/api/version"): Operation("Of Ollama's API", "Ollama", answer=obj({"version": STRING})),
     ("POST", "/tokenize"): TOKENIZE,
     ("POST", "/v1/tokenize"): TOKENIZE,
     ("POST", "/detokenize"): DETOKENIZE,
@@ -395,10 +634,16 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/openapi.json"): Operation("This document", "server", answer=ANY_OBJECT),
 }  # fmt: skip
 
+ERROR_NAMES: dict[ErrorShape, str] = {
+    native_error: "NativeError",
+    openai_error: "OpenAIError",
+    anthropic_error: "AnthropicError",
+    ollama_error: "OllamaError",
+}
 STATUS_TEXTS = {
     400: "the request is wrong; the message says which field and why",
     401: "a key is missing or wrong",
-    404: "there is no such model",
+    404: "there is no such model, or no such response",
     413: "the body is longer than --max-body-bytes",
     429: "the queue is full; Retry-After says when to come back",
     503: "not now: starting, stuck or stopping",
@@ -432,21 +677,28 @@ def document_of(app: web.Application) -> JSON:
         number = "0"
     return {
         "openapi": "3.1.0",
-        "info": {"title": "radixloop", "version": number, "description": "SGLang's API and OpenAI's, of one model."},
+        "info": {
+            "title": "radixloop",
+            "version": number,
+            "description": "The APIs of SGLang, OpenAI, Anthropic and Ollama, of one model.",
+        },
         "paths": paths,
         "components": {
             "schemas": COMPONENTS,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
         },
-        "security": [{"key": []}, {}],
+        "security": [{"key": []}, {"x-api-key": []}, {}],
     }
 
 
 def _described(method: str, path: str, operation: Operation) -> JSON:
     content: JSON = {operation.media_type: {"schema": operation.answer or STRING}}
     if operation.is_streaming:
-        content["text/event-stream"] = {"schema": {"type": "string", "description": "with `stream`, up to [DONE]"}}
-    error_schema = operation.error or ref("OpenAIError" if path.startswith("/v1/") else "NativeError")
+        content[operation.stream_type] = {"schema": {"type": "string", "description": "with `stream`"}}
+    error_schema = operation.error or ref(ERROR_NAMES[error_shape(path)])
     error = {"application/json": {"schema": error_schema}}
     statuses = {*operation.statuses}
     if not operation.is_open:
