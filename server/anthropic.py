@@ -53,7 +53,7 @@ class AnthropicApi:
         body.required("max_tokens", "an integer")
         with spelled(OUR_NAMES):
             turn = await self.chats.turn(Fields(chat_body(body)))
-        return await answer(http_request, self.live, MessageChoice(turn, model))
+            return await answer(http_request, self.live, MessageChoice(turn, model))
 
     async def count_tokens(self, http_request: web.Request) -> web.Response:
         body = await read_json(http_request)

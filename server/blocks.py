@@ -182,5 +182,5 @@ async def answer(
     if not request.stream:
         [delta] = await live.answers(http_request, request.rid, [request])
         return json_response(choice.read_whole(delta))
-    with live.submitted(http_request, request.rid, [request]):
+    async with live.submitted(http_request, request.rid, [request]):
         return await EventStream([choice], tail, headers).run(http_request)

@@ -70,7 +70,7 @@ class OllamaApi:
             return json_response(_loaded(model, {"message": {"role": "assistant", "content": ""}}))
         with spelled(OUR_NAMES):
             turn = await self.chats.turn(Fields(chat_body(body) | {"messages": messages}))
-        return await answer(http_request, self.live, ChatLines(turn, model), headers=NDJSON)
+            return await answer(http_request, self.live, ChatLines(turn, model), headers=NDJSON)
 
     async def generate(self, http_request: web.Request) -> web.StreamResponse:
         body = await read_json(http_request)
@@ -80,7 +80,7 @@ class OllamaApi:
             return json_response(_loaded(model, {"response": ""}))
         with spelled(OUR_NAMES):
             turn = await (self._raw_turn(body) if body.flag("raw") else self._prompt_turn(body))
-        return await answer(http_request, self.live, GenerateLines(turn, model), headers=NDJSON)
+            return await answer(http_request, self.live, GenerateLines(turn, model), headers=NDJSON)
 
     async def _prompt_turn(self, body: Fields) -> ChatTurn:
         messages = [{"role": "user", "content": body.text("prompt")}]

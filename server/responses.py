@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,13 +77,13 @@ class ResponsesApi:
         messages = self._earlier_messages(body, owner) + read_input(body)
         with spelled(OUR_NAMES):
             turn = await self.chats.turn(Fields(chat_body(body, messages)))
-        choice = ResponseChoice(turn, echo_of(body, model))
-        if is_stored:
-            choice.on_end = lambda response: self.store.put(owner, response, [*messages, choice.message()])
-        if not is_background:
-            return await answer(http_request, self.live, choice)
-        background = BackgroundResponse(owner, choice)
-        background.begin(http_request, self.live)
+            choice = ResponseChoice(turn, echo_of(body, model))
+            if is_stored:
+                choice.on_end = lambda response: self.store.put(owner, response, [*messages, choice.message()])
+            if not is_background:
+                return await answer(http_request, self.live, choice)
+            background = BackgroundResponse(owner, choice)
+            await background.begin(http_request, self.live)
         self._background[background.id] = background
         background.task.add_done_callback(lambda _: self._background.pop(background.id))
         return json_response(background.state())
@@ -188,19 +188,19 @@ class BackgroundResponse:
         self.task: asyncio.Task[None]
         self._done: asyncio.Future[Delta] = asyncio.get_running_loop().create_future()
 
-    def begin(self, http_request: web.Request, live: LiveRequests) -> None:
+    async def begin(self, http_request: web.Request, live: LiveRequests) -> None:
         """Submit the request. An `EngineError` if it is refused."""
         self.choice.request.sink = self._sink
-        submitted = ExitStack()
-        submitted.enter_context(live.submitted(http_request, self.id, [self.choice.request]))
+        submitted = AsyncExitStack()
+        await submitted.enter_async_context(live.submitted(http_request, self.id, [self.choice.request]))
         self.task = asyncio.create_task(self._finish(submitted))
 
     def _sink(self, delta: Delta) -> None:
         if not self._done.done():  # else the server is going down
             self._done.set_result(delta)
 
-    async def _finish(self, submitted: ExitStack) -> None:
-        with submitted:
+    async def _finish(self, submitted: AsyncExitStack) -> None:
+        async with submitted:
             self.choice.read_whole(await self._done)
 
     def state(self) -> JSON:
