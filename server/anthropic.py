@@ -29,6 +29,7 @@ SAME_NAMES = ("temperature", "top_p", "top_k", "max_tokens", "stream", *REQUEST_
 OUR_NAMES = {
     "stop": "stop_sequences",
     "response_format": "output_config.format",
+    "response_format.json_schema.schema": "output_config.format.schema",
     "json_schema": "output_config.format.schema",
     "reasoning_effort": "output_config.effort",
     "max_thinking_tokens": "thinking.budget_tokens",

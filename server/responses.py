@@ -31,6 +31,7 @@ SAME_NAMES = ("temperature", "top_p", "stream", "parallel_tool_calls", *REQUEST_
 OUR_NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
+    "response_format.json_schema.schema": "text.format.schema",
     "json_schema": "text.format.schema",
     "reasoning_effort": "reasoning.effort",
     "messages": "input",
@@ -261,6 +262,10 @@ def _add_reasoning(messages: list[JSON], item: Fields) -> None:
 def _add_call(messages: list[JSON], item: Fields) -> None:
     for name in ("call_id", "name", "arguments"):
         item.required(name, "a string")
+    try:
+        orjson.loads(item.text("arguments") or "{}")
+    except orjson.JSONDecodeError:
+        item.fail("arguments", "a JSON object as text")
     calls = _assistant(messages, lacks=()).setdefault("tool_calls", [])
     calls.append(chat_call(item.text("call_id"), item.text("name"), item.text("arguments")))
 
@@ -313,6 +318,7 @@ def chat_body(body: Fields, messages: list[JSON]) -> JSON:
 def _read_tool(tool: Fields) -> JSON:
     tool.one_of("type", ("function",), "")
     tool.required("name", "a string")
+    tool.object("parameters")  # a wrong type is an error
     names = ("name", "description", "parameters", "strict")
     return {"type": "function", "function": {name: tool.get(name) for name in names if tool.has(name)}}
 

@@ -21,6 +21,13 @@ VOCAB_SIZE = 260
 EOS = 257
 
 
+# An answer with all that parsers know, and the options of a server that reads it so.
+THOUGHT_AND_CALL = (
+    '<think>Where?</think>Let me look.<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+)
+PARSERS = {"reasoning_parser": "qwen3", "tool_call_parser": "qwen25"}
+
+
 class FakeTokenizer:
     """A token is a byte."""
 

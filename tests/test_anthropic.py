@@ -12,16 +12,12 @@ from engine.errors import InvalidRequest
 from engine.request import FinishReason
 from server.anthropic import chat_body
 from server.protocol import Fields
-from tests.fake_engine import FakeEngine, serving
+from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
 
 Client = TestClient[Any, Any]
 USER: list[Any] = [{"role": "user", "content": "Hi"}]
 WEATHER: Any = {"name": "weather", "description": "Of a city", "input_schema": {"type": "object", "properties": {}}}
-THOUGHT_AND_CALL = (
-    '<think>Where?</think>Let me look.<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-)
 ADAPTIVE: Any = {"type": "adaptive"}
-PARSERS = {"reasoning_parser": "qwen3", "tool_call_parser": "qwen25"}
 
 
 @pytest.fixture
@@ -152,6 +148,31 @@ async def test_a_streamed_call_accumulates_to_the_same_input() -> None:
     assert text.type == "text" and text.text == "Let me look."
     assert call.type == "tool_use" and (call.name, call.input) == ("weather", {"city": "Oslo"})
     assert final.stop_reason == "tool_use"
+
+
+async def test_each_of_several_calls_is_a_block() -> None:
+    text = "".join(f'<tool_call>\n{{"name": "weather", "arguments": {{"n": {n}}}}}\n</tool_call>\n' for n in (1, 2))
+    async with serving(FakeEngine(text, context_length=1024), **PARSERS) as client:
+        found = await events(client, max_tokens=500, tools=[WEATHER])
+    starts = [data["content_block"] for name, data in found if name == "content_block_start"]
+    assert [start["type"] for start in starts] == ["tool_use", "tool_use"]
+    assert starts[0]["id"] != starts[1]["id"]
+    for index in (0, 1):
+        pieces = [data["delta"]["partial_json"] for _, data in found if "delta" in data and data.get("index") == index]
+        assert json.loads("".join(pieces)) == {"n": index + 1}
+
+
+async def test_a_call_is_forced_and_a_form_is_kept_by_the_engines_grammars(client: Client, engine: FakeEngine) -> None:
+    schema = {"type": "object"}
+    for body in (
+        {"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "weather"}},
+        {"output_config": {"format": {"type": "json_schema", "schema": schema}}},
+    ):
+        response = await client.post("/v1/messages", json={"max_tokens": 5, "messages": USER, **body})
+        assert response.status == 200, await response.text()
+    forced, formed = (request.sampling_params.constraint for request in engine.requests)
+    assert forced is not None and "weather" in forced[1]
+    assert formed == ("json_schema", json.dumps(schema))
 
 
 async def test_a_call_that_was_cut_keeps_what_there_was_of_it() -> None:

@@ -8,15 +8,11 @@ import pytest
 from aiohttp.test_utils import TestClient
 
 from engine.request import FinishReason
-from tests.fake_engine import FakeEngine, serving
+from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
 
 Client = TestClient[Any, Any]
 USER: list[Any] = [{"role": "user", "content": "Hi"}]
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-THOUGHT_AND_CALL = (
-    '<think>Where?</think>Let me look.<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-)
-PARSERS = {"reasoning_parser": "qwen3", "tool_call_parser": "qwen25"}
 
 
 @pytest.fixture
@@ -83,6 +79,14 @@ async def test_options_reach_the_sampler_under_its_names(client: Client, engine:
     assert (params.max_new_tokens, params.temperature, params.top_k, params.top_p) == (5, 0.5, -1, 0.9)
     assert (params.min_p, params.stop, params.sampling_seed, params.repetition_penalty) == (0.1, ["END"], 3, 1.1)
     assert (params.presence_penalty, params.frequency_penalty) == (0.1, 0.2)
+
+
+@pytest.mark.parametrize("format_", ["json", {"type": "object"}])
+async def test_a_format_constrains_the_answer(client: Client, engine: FakeEngine, format_: Any) -> None:
+    await answer(client, "/api/chat", messages=USER, format=format_)
+    await answer(client, "/api/generate", prompt="Hi", raw=True, format=format_)
+    for request in engine.requests:
+        assert request.sampling_params.constraint == ("json_schema", '{"type": "object"}')
 
 
 async def test_no_limit_is_a_negative_num_predict(client: Client, engine: FakeEngine) -> None:

@@ -12,14 +12,10 @@ from engine.errors import InvalidRequest
 from engine.request import FinishReason
 from server.protocol import Fields
 from server.responses import ResponseStore, chat_body, read_input
-from tests.fake_engine import FakeEngine, serving
+from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
 
 Client = TestClient[Any, Any]
 TOOL: Any = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": None}
-THOUGHT_AND_CALL = (
-    '<think>Where?</think>Let me look.<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
-)
-PARSERS = {"reasoning_parser": "qwen3", "tool_call_parser": "qwen25"}
 
 
 @pytest.fixture
@@ -130,6 +126,7 @@ async def test_reasoning_text_and_a_call_are_items_of_their_own(is_stream: bool)
             response = await api.responses.create(model="fake-model", input="Hi", tools=[TOOL])
     reasoning, message, call = response.output
     assert reasoning.content[0].text == "Where?"
+    assert response.usage.output_tokens_details.reasoning_tokens == len("<think>Where?</think>")
     assert message.content[0].text == "Let me look."
     assert (call.name, json.loads(call.arguments), call.status) == ("weather", {"city": "Oslo"}, "completed")
 
@@ -320,6 +317,8 @@ def test_formats_tools_and_effort_have_their_counterparts() -> None:
         ("input[0].type", {"input": [{"type": "item_reference", "id": "x"}]}),
         ("input[0].content[0].type", {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}),
         ("input[0].call_id", {"input": [{"type": "function_call_output", "output": "x"}]}),
+        ("input[0].arguments", {"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{"}]}),
+        ("tools[0].parameters", {"tools": [{"type": "function", "name": "f", "parameters": 1}]}),
         ("tools[0].type", {"tools": [{"type": "web_search"}]}),
         ("tool_choice", {"tool_choice": "some"}),
         ("tool_choice.type", {"tool_choice": {"type": "allowed_tools"}}),
@@ -344,6 +343,8 @@ async def test_a_wrong_field_inside_has_the_clients_name(client: Client) -> None
         ({"background": True, "store": False}, "background"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temperature": -1}, "temperature"),
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": 1}}}, "text.format.schema"),
+        ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
         ({"previous_response_id": "resp_x"}, "previous_response_id"),
     ):
         response = await client.post("/v1/responses", json={"input": "Hi", **body})
