@@ -5,7 +5,7 @@ the beginning, the growth and the end of blocks; each API's subclass writes thes
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,11 +171,7 @@ class BlockChoice(Choice):
 
 
 async def answer(
-    http_request: web.Request,
-    live: LiveRequests,
-    choice: BlockChoice,
-    tail: Callable[[], bytes] = bytes,
-    headers: Mapping[str, str] = HEADERS,
+    http_request: web.Request, live: LiveRequests, choice: BlockChoice, headers: Mapping[str, str] = HEADERS
 ) -> web.StreamResponse:
     """The response that `choice` writes: a stream if its request streams."""
     request = choice.request
@@ -183,4 +179,4 @@ async def answer(
         [delta] = await live.answers(http_request, request.rid, [request])
         return json_response(choice.read_whole(delta))
     async with live.submitted(http_request, request.rid, [request]):
-        return await EventStream([choice], tail, headers).run(http_request)
+        return await EventStream([choice], bytes, headers).run(http_request)

@@ -92,42 +92,43 @@ class ResponsesApi:
     async def retrieve(self, http_request: web.Request) -> web.Response:
         if http_request.query.get("stream", "false") != "false":
             raise InvalidRequest("stream is not supported here: ask for the answer again until it is done", "stream")
-        background = self._find_background(http_request)
-        return json_response(self._find(http_request).response if background is None else background.state())
+        response_id, owner = http_request.match_info["response_id"], self._owner(http_request)
+        background = self._find_background(response_id, owner)
+        return json_response(background.state() if background else self._find(response_id, owner).response)
 
     async def cancel(self, http_request: web.Request) -> web.Response:
         """The response as it ended. One that had ended before stays as it was."""
-        background = self._find_background(http_request)
-        if background is not None:
-            self.live.abort(background.id)
-            await asyncio.shield(background.task)
-        response = self._find(http_request).response
+        response = (await self._end(http_request)).response
         if not response["background"]:
             raise InvalidRequest("only a response made with background: true can be cancelled", "response_id")
         return json_response(response)
 
     async def delete(self, http_request: web.Request) -> web.Response:
         """A response that still runs is cancelled first."""
-        background = self._find_background(http_request)
-        if background is not None:
-            self.live.abort(background.id)
-            await asyncio.shield(background.task)
-        self._find(http_request)
+        await self._end(http_request)
         response_id = http_request.match_info["response_id"]
         self.store.remove(response_id)
         return json_response({"id": response_id, "object": "response", "deleted": True})
+
+    async def _end(self, http_request: web.Request) -> "StoredResponse":
+        """A response, which is aborted if it runs."""
+        response_id, owner = http_request.match_info["response_id"], self._owner(http_request)
+        background = self._find_background(response_id, owner)
+        if background is not None:
+            self.live.abort(response_id)
+            await asyncio.shield(background.task)
+        return self._find(response_id, owner)
 
     def _owner(self, http_request: web.Request) -> str:
         """Whose responses one may see: with a key for each client, one's own."""
         return http_request[CLIENT].name if self.config.api_key_file else ""
 
-    def _find_background(self, http_request: web.Request) -> "BackgroundResponse | None":
-        background = self._background.get(http_request.match_info["response_id"])
-        return background if background is not None and background.owner == self._owner(http_request) else None
+    def _find_background(self, response_id: str, owner: str) -> "BackgroundResponse | None":
+        background = self._background.get(response_id)
+        return background if background is not None and background.owner == owner else None
 
-    def _find(self, http_request: web.Request) -> "StoredResponse":
-        response_id = http_request.match_info["response_id"]
-        stored = self.store.get(self._owner(http_request), response_id)
+    def _find(self, response_id: str, owner: str) -> "StoredResponse":
+        stored = self.store.get(owner, response_id)
         if stored is None:
             raise ResponseNotFound(f"there is no response {response_id!r}: never stored, deleted, or long ago")
         return stored
@@ -137,7 +138,7 @@ class ResponsesApi:
         previous = body.text("previous_response_id")
         if not previous:
             return []
-        if previous in self._background:
+        if self._find_background(previous, owner):
             raise InvalidRequest(f"previous_response_id: {previous!r} has not ended yet", "previous_response_id")
         stored = self.store.get(owner, previous)
         if stored is None:

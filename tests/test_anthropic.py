@@ -324,7 +324,7 @@ async def test_a_disconnect_aborts_the_message() -> None:
 
 
 async def test_a_key_may_come_in_anthropics_header() -> None:
-    body = {"max_tokens": 5, "messages": USER}
+    body: Any = {"max_tokens": 5, "messages": USER}
     async with serving(FakeEngine(), api_key="secret") as client:
         async with official(client, "secret") as api:  # sends a bearer, as OpenAI's does; it did not always
             assert (await api.messages.create(model="fake-model", **body)).content
