@@ -17,6 +17,7 @@ from engine.batch import Shape, Stager
 from engine.config import EngineConfig
 from engine.cuda_graph import MAX_REQUESTS_WITH_PREFILL, default_batch_sizes
 from engine.errors import ModelError
+from engine.grammar import GrammarCompiler, MaskFiller
 from engine.layers.layer import LayerConfig, unique_layers
 from engine.memory import MemoryBudget, plan_memory
 from engine.model_config import ModelConfig
@@ -51,6 +52,7 @@ class Parts:
     scheduler: Scheduler
     runner: ModelRunner
     memory: MemoryBudget
+    grammars: GrammarCompiler | None  # None: --grammar-backend none
 
 
 def resolve_config(config: EngineConfig) -> EngineConfig:
@@ -118,6 +120,14 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
     stager = Stager(max_step_tokens + num_rows, max(num_rows, MAX_REQUESTS_WITH_PREFILL), slot_table)
     sampler = Sampler(rows, model_config.vocab_size, model_config.eos_token_ids, device, config.sampling_backend)
 
+    grammars = GrammarCompiler(
+        tokenizer.to_json(),
+        max(model_config.vocab_size, tokenizer.vocab_size),
+        model_config.eos_token_ids,
+        tokenizer.backend.special_tokens,
+    )
+    masks = MaskFiller(grammars.vocab_size, is_pinned=device.type == "cuda")
+
     def new_pool(num_tokens: int) -> KVPool:
         return KVPool(
             num_tokens + config.page_size, model_config.num_hidden_layers, model_config.num_key_value_heads,
@@ -126,7 +136,7 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
 
     largest_step = 0
     if device.type == "cuda":
-        probe = ModelRunner(model, new_pool(max_step_tokens), sampler, stager)
+        probe = ModelRunner(model, new_pool(max_step_tokens), sampler, stager, masks)
         largest_step = measure_step(probe, max_step_tokens, num_rows, max_len)
         probe.close()
         del probe
@@ -139,7 +149,7 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
         on_progress(f"{operation}: {backend}")
     pool = new_pool(memory.max_total_num_tokens)
 
-    runner = ModelRunner(model, pool, sampler, stager)
+    runner = ModelRunner(model, pool, sampler, stager, masks)
     if device.type == "cuda" and not config.disable_cuda_graph and config.attention_backend != "torch":
         assert config.cuda_graph_max_bs
         start = time.perf_counter()
@@ -164,7 +174,10 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
         max_queued_tokens=config.max_queued_tokens,
         seed=config.random_seed,
     )
-    return Parts(config, model_config, tokenizer, rows, scheduler, runner, memory)
+    has_grammars = config.grammar_backend != "none"
+    return Parts(
+        config, model_config, tokenizer, rows, scheduler, runner, memory, grammars if has_grammars else None
+    )  # fmt: skip
 
 
 def _load_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer:

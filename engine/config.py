@@ -73,6 +73,11 @@ class EngineConfig:
         choices=("lpm", "fcfs", "dfs-weight", "random"),
     )  # fmt: skip
     schedule_conservativeness: float = option(1.0, SCHEDULE, "larger: fewer retractions, fewer requests at once")
+    grammar_backend: str = option(
+        "llguidance", SCHEDULE, "what constrains answers; none: such requests are refused",
+        choices=("llguidance", "none"),
+    )  # fmt: skip
+    disable_jump_forward: bool = option(False, SCHEDULE, "compute the tokens that a grammar forces one by one")
     disable_overlap_schedule: bool = option(
         False, SCHEDULE, "wait for each step's tokens before deciding the next", aliases=("--disable-overlap",)
     )

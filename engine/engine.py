@@ -6,18 +6,20 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from llguidance import LLMatcher
 
 from cache.radix import Prefix
 from engine.build import Parts, build
 from engine.config import EngineConfig
-from engine.errors import EngineStopped, InvalidRequest, PromptTooLong, QueueFull
+from engine.errors import EngineError, EngineStopped, InvalidRequest, PromptTooLong, QueueFull
 from engine.fairness import DrainRate
+from engine.grammar import GrammarStats, Matcher
 from engine.loop import LoopStats, StepLoop
 from engine.memory import MemoryBudget
 from engine.model_config import ModelConfig
@@ -29,6 +31,7 @@ from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+GRAMMAR_TIMEOUT_S = 10.0  # a grammar that takes longer to compile is refused
 LONG_TEXT = 1500  # characters; shorter texts are tokenized on the event loop, in about a millisecond
 STUCK_AFTER_S = 30.0  # a step this long makes /health fail; --watchdog-timeout is when the process gives up
 
@@ -54,6 +57,7 @@ class EngineStats:
     """For a full queue."""
     drain_tokens_per_s: float
     """Tokens computed for requests that ended, by working second."""
+    grammars: GrammarStats
 
 
 class Engine:
@@ -159,8 +163,38 @@ class Engine:
         encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
         return encode() if len(text) < LONG_TEXT else await asyncio.to_thread(encode)
 
+    async def prepare(self, requests: Sequence[Request]) -> None:
+        """Compile what constrains the answers of `requests`, off the event loop. Must come before `submit`.
+
+        Raises `InvalidRequest` if that is impossible, or takes too long.
+        """
+        for request in requests:
+            constraint, grammar = request.sampling_params.constraint, None
+            if constraint is not None:
+                grammar = await self._grammar(*constraint)
+            elif request.max_thinking_tokens is None:
+                continue
+            may_jump = not (self.config.disable_jump_forward or request.return_logprob)
+            request.matcher = Matcher(
+                grammar, request.reasoning_end_ids, request.max_thinking_tokens, may_jump=may_jump
+            )
+
+    async def _grammar(self, kind: str, text: str) -> LLMatcher:
+        grammars = self.parts.grammars
+        if grammars is None:
+            raise InvalidRequest(f"{kind} is not supported: the server runs with --grammar-backend none", kind)
+        grammar = grammars.find(kind, text)
+        if grammar is not None:
+            return grammar
+        compiling = asyncio.to_thread(grammars.compile, kind, text)
+        try:
+            return await asyncio.wait_for(compiling, GRAMMAR_TIMEOUT_S)
+        except TimeoutError:
+            message = f"{kind} is too complex: compiling it took more than {GRAMMAR_TIMEOUT_S:.0f} s"
+            raise InvalidRequest(message, kind) from None
+
     def submit(self, request: Request) -> None:
-        """Queue `request`; its sink hears of it from now on.
+        """Queue `request`, after `prepare`; its sink hears of it from now on.
 
         Raises `InvalidRequest` (a field out of range), `PromptTooLong`, `QueueFull` or `EngineStopped`.
         """
@@ -169,6 +203,8 @@ class Engine:
         self._verify(request)
         request.text_stream = self.tokenizer.text_stream(request.sampling_params, request.input_ids)
         self._queue(request)
+        if request.matcher is not None:
+            self._jump_ahead(request, request.matcher)
         self._requests[request.rid] = request
         self._num_requests += 1
         if request.logprob_start_len >= 0:  # nothing predicts the first
@@ -189,6 +225,22 @@ class Engine:
             self._busy_since = now
         self._drain.busy(now)
 
+    @staticmethod
+    def _jump_ahead(request: Request, matcher: Matcher) -> None:
+        """What must come first joins the prompt, to be computed with it. One token at least is left to be sampled."""
+        params = request.sampling_params
+        assert params.max_new_tokens is not None
+        if not matcher.may_jump or params.stop or params.stop_regex or params.stop_token_ids:
+            return
+        tokens = matcher.jump(params.max_new_tokens - 1)
+        if tokens and matcher.is_finished:
+            matcher.step_back()
+            tokens.pop()
+        request.output_ids = tokens
+        request.num_forced_tokens = len(tokens)
+        if tokens and request.wants_tokens:
+            request.unsent = Delta(request, request.text_stream.push(tokens), list(tokens))
+
     def _pass_on(self, sink: Callable[[Delta], None], delta: Delta) -> None:
         if delta.finish_reason is not None:
             self._requests.pop(delta.request.rid, None)
@@ -201,6 +253,10 @@ class Engine:
     def _verify(self, request: Request) -> None:
         vocab_size = self.model_config.vocab_size
         request.sampling_params.verify(vocab_size)
+        if request.sampling_params.constraint is not None and request.matcher is None:
+            raise EngineError("a constrained request must be prepared before it is submitted")
+        if request.max_thinking_tokens is not None and not request.reasoning_end_ids:
+            raise InvalidRequest("max_thinking_tokens needs a model whose answers have an end of reasoning")
         if request.rid in self._requests:
             raise InvalidRequest(f"a request with rid {request.rid!r} is running", "rid")
         if not request.input_ids:
@@ -250,6 +306,7 @@ class Engine:
         """Deltas of `request` up to the one with a finish reason. Leaving early aborts it."""
         deltas: asyncio.Queue[Delta] = asyncio.Queue()
         request.sink = deltas.put_nowait
+        await self.prepare([request])
         self.submit(request)
         try:
             while True:
@@ -329,7 +386,7 @@ class Engine:
         assert self._loop is not None
         return EngineStats(
             self.parts.scheduler.stats(), self._loop.stats, self._num_requests, self._num_aborted, self._num_refused,
-            self._drain.tokens_per_s,
+            self._drain.tokens_per_s, self.parts.grammars.stats if self.parts.grammars else GrammarStats(),
         )  # fmt: skip
 
     def top_prefixes(self, k: int) -> list[Prefix]:

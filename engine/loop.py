@@ -98,6 +98,8 @@ class StepLoop:
                     continue
                 self._in_flight.append((step, asyncio.wrap_future(step.done)))
                 self._log.on_launch(plan)
+                if step.awaits_masks and not await self._sample(step):
+                    continue
                 stats.launch_s += clock() - scheduled
             if resolved is not None:
                 self._deliver(*resolved)
@@ -133,6 +135,29 @@ class StepLoop:
         else:
             await self._work.wait()
 
+    async def _sample(self, step: Step) -> bool:
+        """Enqueue the sampling of the newest step, if all tokens before it are known to the matchers.
+
+        False: that failed, and the step with it.
+        """
+        assert step.work.masked is not None
+        wanted = self.scheduler.matchers_of(step.plan, step.work.masked)
+        if wanted is None:
+            assert len(self._in_flight) > 1, "a token is waited for that no step brings"
+            return True
+        try:
+            errors = self.runner.sample(step, *wanted)
+        except Exception as error:  # noqa: BLE001 - as of a launch
+            await self._fail(step.plan, error)
+            return False
+        _, forwarded = self._in_flight.pop()
+        forwarded.add_done_callback(lambda done: done.cancelled() or done.exception())  # which is `step.done`'s too
+        self._in_flight.append((step, asyncio.wrap_future(step.done)))
+        for i, message in errors.items():
+            request = self.scheduler.request_of(step.plan, wanted[0][i])
+            self.abort(request, FinishReason("abort", message=f"the grammar failed: {message}", status_code=500))
+        return True
+
     async def _resolve(self, step: Step, done: asyncio.Future[None]) -> tuple[Step, Outcome] | None:
         """Wait for `step` and take in its tokens. A step that raised fails its own requests; the loop goes on."""
         if done.done():
@@ -154,7 +179,9 @@ class StepLoop:
         stats.num_generated_tokens += outcome.num_tokens
         stats.device_idle_s += idle_s
         stats.last_step_at = time.perf_counter()
-        stats.resolve_s += stats.last_step_at - start
+        if self._in_flight and (newest := self._in_flight[-1][0]).awaits_masks:
+            await self._sample(newest)  # before the next launch, which may overwrite its logits
+        stats.resolve_s += time.perf_counter() - start
         return step, outcome
 
     async def _fail(self, plan: Plan, error: Exception) -> None:
@@ -238,7 +265,8 @@ class BatchLog:
     def on_launch(self, plan: Plan) -> None:
         if not logger.isEnabledFor(logging.INFO):
             return
-        if plan.is_decode:
+        num_prompts = len(plan.rows) - plan.num_decodes - plan.num_jumps
+        if not num_prompts:
             self._num_decode_steps += 1
             if self._num_decode_steps % self.interval == 0:
                 self._log_decode()
@@ -248,7 +276,7 @@ class BatchLog:
             logger.info(
                 "Prefill batch. #new-seq: %d, #new-token: %d, #cached-token: %d, token usage: %.2f, "
                 "#running-req: %d, #queue-req: %d",
-                len(plan.rows) - plan.num_decodes, plan.num_prefill_tokens, num_cached,
+                num_prompts, plan.num_prefill_tokens, num_cached,
                 stats.num_held_tokens / stats.num_total_tokens, stats.num_running, stats.num_waiting,
             )  # fmt: skip
 

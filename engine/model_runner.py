@@ -1,9 +1,13 @@
 """Runs plans on the device. `launch` enqueues a step and returns; its tokens are read when its event has fired.
 
 On a GPU the stream keeps steps in order; on a CPU one worker thread does. Either way the caller goes on at once.
+
+Where a grammar forbids tokens, which ones depends on the token before, and that may still be on the device. Such a
+step is launched up to its logits, and `sample` enqueues the rest once the host knows.
 """
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -13,6 +17,7 @@ import torch
 from cache.pool import KVPool
 from engine.batch import ForwardBatch, Shape, StagedBatch, Stager
 from engine.cuda_graph import StepGraphs
+from engine.grammar import MaskFiller, Matcher
 from engine.models import CausalLM
 from engine.plan import Plan
 from engine.request import Logprobs, Request
@@ -55,8 +60,12 @@ class Step:
     graph_shape: Shape | None
     launched_at: float  # time.perf_counter()
     host_s: float = 0.0  # what it took the CPU worker
-    done: Future[None] = field(default_factory=Future)
-    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # around its work on the device
+    done: Future[None] = field(default_factory=Future)  # what has been enqueued of it is computed
+    awaits_masks: bool = False  # enqueued up to its logits; `ModelRunner.sample` must follow
+    events: list[torch.cuda.Event] = field(default_factory=list)  # the first and the last are around its work
+    batch: StagedBatch | None = None
+    logits: torch.Tensor | None = None  # [S or more, V]; like `batch` only valid until the next launch
+    greedy: torch.Tensor | None = None  # int32 [S or more], their argmax, where a graph made it
     tokens: torch.Tensor | None = None  # int32 [S], host
     sampled_logprobs: SampledLogprobs | None = None
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
@@ -71,9 +80,10 @@ class ModelRunner:
         kv: KVPool,
         sampler: Sampler,
         stager: Stager,
+        masks: MaskFiller,
     ) -> None:
         self.model, self.kv = model, kv
-        self.sampler, self.stager = sampler, stager
+        self.sampler, self.stager, self.masks = sampler, stager, masks
         self.graphs: StepGraphs | None = None
         self.device = stager.device
         self._is_cuda = self.device.type == "cuda"
@@ -92,7 +102,8 @@ class ModelRunner:
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def launch(self, plan: Plan) -> Step:
-        """Enqueue `plan`. Everything it needs from the host is copied before this returns.
+        """Enqueue `plan`, up to its logits if matchers have a say in its tokens: then `sample` must follow before the
+        next launch. Everything it needs from the host is copied before this returns.
 
         Raises what cannot be enqueued: out of memory, a kernel that does not compile.
         """
@@ -105,59 +116,91 @@ class ModelRunner:
             graph_shape=graph_shape,
             launched_at=time.perf_counter(),
         )
-        if self.stream is None:
-            step.done = self._worker.submit(self._run_in_worker, step)
-            return step
-        begin, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
-        with torch.cuda.stream(self.stream):
-            begin.record(self.stream)
-            self._run(step)
-            end.record(self.stream)
-        step.events = begin, end
-        step.done = self._worker.submit(end.synchronize)
+        step.awaits_masks = step.work.masked is not None
+        self._enqueue(step, self._forward if step.awaits_masks else self._forward_and_sample)
         return step
+
+    def sample(self, step: Step, samples: list[int], matchers: list[Matcher]) -> dict[int, str]:
+        """Enqueue the sampling of a step that awaits it. Returns index -> message of the matchers that failed.
+
+        samples: indices into S whose tokens `matchers` restrict, all of them ready for that token.
+        """
+        errors: dict[int, str] = {}
+        if samples:
+            bits, errors = self.masks.fill(matchers)
+            step.work.masks = bits, torch.tensor(samples, dtype=torch.int32)
+        step.awaits_masks = False
+        self._enqueue(step, self._sample, after=step.done)
+        return errors
+
+    def _enqueue(self, step: Step, work: Callable[[Step], None], after: Future[None] | None = None) -> None:
+        if self.stream is None:
+            step.done = self._worker.submit(self._run_in_worker, step, work, after)
+            return
+        events = [torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2)]
+        with torch.cuda.stream(self.stream):
+            events[0].record(self.stream)
+            work(step)
+            events[1].record(self.stream)
+        step.events += events
+        step.done = self._worker.submit(events[1].synchronize)
 
     def times(self, step: Step) -> tuple[float, float]:
         """(seconds the device took for `step`, seconds it had waited for it), both of steps resolved in order.
 
         The wait is 0 on a CPU, and after a pause: without work the device may rest.
         """
-        if step.events is None:
+        if not step.events:
             return step.host_s, 0.0
-        begin, end = step.events
+        begin, end = step.events[0], step.events[-1]
         before, self._last_end = self._last_end, end
         idle_s = before.elapsed_time(begin) / 1e3 if before is not None else 0.0
         return begin.elapsed_time(end) / 1e3, idle_s if idle_s < MAX_IDLE_S else 0.0
 
-    def _run_in_worker(self, step: Step) -> None:
+    def _run_in_worker(self, step: Step, work: Callable[[Step], None], after: Future[None] | None) -> None:
+        if after is not None:
+            after.result()  # raises what it raised
         start = time.perf_counter()
-        self._run(step)
-        step.host_s = time.perf_counter() - start
+        work(step)
+        step.host_s += time.perf_counter() - start
+
+    def _forward_and_sample(self, step: Step) -> None:
+        self._forward(step)
+        self._sample(step)
 
     @torch.inference_mode()
-    def _run(self, step: Step) -> None:
+    def _forward(self, step: Step) -> None:
+        """From the staged plan to the logits."""
         plan = step.plan
         for row, start, slots in plan.prefix_copies:
             slots_tensor = torch.from_numpy(slots).to(self.device, non_blocking=True)
             self.stager.slot_table[row, start : start + len(slots)] = slots_tensor
         self.stager.upload(step.staged)
-        greedy = None
         if step.graph_shape is not None:
             assert self.graphs is not None
-            logits, greedy, staged = self.graphs.replay(step.graph_shape, plan)
-        else:
-            staged = self.stager.views(Shape.of(plan), plan)
-            hidden = self.forward(staged.batch)
-            for work in step.prompt_work:
-                step.prompt_logprobs.append(self._prompt_logprobs(hidden, work))
-            if not len(plan.samples):
-                step.tokens = torch.empty(0, dtype=torch.int32)
-                return
-            logits = self.model.compute_logits(hidden if plan.is_decode else hidden[staged.sample_tokens])
-        num_samples = len(plan.samples)
+            step.logits, step.greedy, step.batch = self.graphs.replay(step.graph_shape, plan)
+            return
+        step.batch = staged = self.stager.views(Shape.of(plan), plan)
+        hidden = self.forward(staged.batch)
+        for work in step.prompt_work:
+            step.prompt_logprobs.append(self._prompt_logprobs(hidden, work))
+        if len(plan.samples):
+            is_all = len(plan.samples) == len(hidden)  # and not only `is_decode`: some may have more to compute
+            step.logits = self.model.compute_logits(hidden if is_all else hidden[staged.sample_tokens])
+
+    @torch.inference_mode()
+    def _sample(self, step: Step) -> None:
+        """From the logits to the tokens on the host."""
+        num_samples = len(step.plan.samples)
+        logits, greedy, staged = step.logits, step.greedy, step.batch
+        step.logits = step.greedy = step.batch = None  # their memory is the next step's
+        if logits is None:
+            step.tokens = torch.empty(0, dtype=torch.int32)
+            return
         if greedy is not None and step.work.is_plain:
             step.tokens = self._to_host(greedy[:num_samples])
             return
+        assert staged is not None
         tokens, sampled_logprobs = self.sampler.sample(
             logits[:num_samples], step.work, staged.sample_rows[:num_samples], staged.sample_positions[:num_samples]
         )

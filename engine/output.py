@@ -35,19 +35,22 @@ class OutputProcessor:
         sampled_index = {}
         if step.work.logprob_samples is not None:
             sampled_index = {int(s): i for i, s in enumerate(step.work.logprob_samples)}
-        for request, token, sample in outcome.tokens:
+        for request, tokens, sample in outcome.tokens:
             unsent = request.unsent
             if unsent is None:
                 unsent = request.unsent = Delta(request, "", [])
-            unsent.token_ids.append(token)
+            unsent.token_ids += tokens
             if sample in sampled_index:
                 assert step.sampled_logprobs is not None
-                entry = token_logprobs(step.sampled_logprobs, sampled_index[sample], token, request)
+                entry = token_logprobs(step.sampled_logprobs, sampled_index[sample], tokens[0], request)
                 unsent.logprobs = _joined(unsent.logprobs, entry)
             try:
                 stream = request.text_stream
-                if stream is not None and not _is_trimmed_stop(request, token):
-                    unsent.text += stream.push((token,))
+                if stream is not None:
+                    if len(tokens) > 1:
+                        self._push_run(unsent, tokens)
+                    elif not _is_trimmed_stop(request, tokens[0]):
+                        unsent.text += stream.push(tokens)
                     if stream.matched_stop is not None:
                         self._end(request, FinishReason("stop", matched=stream.matched_stop), outcome)
                 if request.stream and self._is_due(unsent) and request.status is Status.RUNNING:
@@ -58,6 +61,18 @@ class OutputProcessor:
                 self._end(request, _refusal(error), outcome)
         for request in outcome.finished:
             self.close(request, now)
+
+    def _push_run(self, unsent: Delta, tokens: list[int]) -> None:
+        """Text of tokens that came together, up to a stop; those after it are none of the answer's."""
+        request = unsent.request
+        stream = request.text_stream
+        num_text = len(tokens) - _is_trimmed_stop(request, tokens[-1])
+        for num_after, token in zip(range(len(tokens) - 1, -1, -1), tokens[:num_text], strict=False):
+            unsent.text += stream.push((token,))
+            if stream.matched_stop is not None:
+                del unsent.token_ids[len(unsent.token_ids) - num_after :]
+                self.scheduler.cut(request, num_after)
+                return
 
     def close(self, request: Request, now: float) -> None:
         """Give the sink of an ended request its last delta."""

@@ -35,6 +35,7 @@ class Plan:
     admitted: list[Request] = field(default_factory=list)  # that run for the first time
     answering: list[Request] = field(default_factory=list)  # whose prompt ends with this step
     groups: Groups | None = None
+    num_jumps: int = 0  # requests with several tokens of their answer
 
     @property
     def num_tokens(self) -> int:

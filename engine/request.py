@@ -1,6 +1,7 @@
 """A request, what it asks of the sampler, and what it gains step by step."""
 
 import enum
+import json
 import math
 import re
 import time
@@ -11,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from engine.errors import InvalidRequest
+from engine.grammar import Matcher
 
 TOP_K_ALL = 1 << 30
 GREEDY_TEMPERATURE = 1e-6
 MAX_STOP_REGEX_LEN = 1024
+CONSTRAINTS = ("json_schema", "regex", "ebnf", "structural_tag", "choice")
 
 
 @dataclass(slots=True)
@@ -40,6 +43,12 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
     n: int = 1
+    # At most one of these: what the answer must look like.
+    json_schema: str | dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None  # GBNF or Lark
+    structural_tag: str | dict[str, Any] | None = None
+    choice: list[str] | None = None
 
     @classmethod
     def from_dict(cls, given: dict[str, Any], defaults: dict[str, Any] | None = None) -> "SamplingParams":
@@ -64,6 +73,15 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0)
+
+    @property
+    def constraint(self) -> tuple[str, str] | None:
+        """(field, text) of what the answer must look like, or None. Objects and lists are given as JSON."""
+        for name in CONSTRAINTS:
+            value = getattr(self, name)
+            if value is not None:
+                return name, value if isinstance(value, str) else json.dumps(value)
+        return None
 
     def verify(self, vocab_size: int) -> None:
         """Raise `InvalidRequest` naming the first field that is out of range."""
@@ -90,6 +108,9 @@ class SamplingParams:
         check(ids_in_vocab(self.logit_bias), "logit_bias", f"keyed by ids below the vocabulary size {vocab_size}")
         check(all(math.isfinite(bias) for bias in self.logit_bias.values()), "logit_bias", "finite numbers")
         check(self.sampling_seed is None or abs(self.sampling_seed) < 1 << 63, "sampling_seed", "a 64-bit integer")
+        constraints = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        if len(constraints) > 1:
+            raise InvalidRequest(f"at most one of {', '.join(CONSTRAINTS)} may be given", constraints[1])
         for pattern in self.stop_regex:
             check(len(pattern) <= MAX_STOP_REGEX_LEN, "stop_regex", f"at most {MAX_STOP_REGEX_LEN} characters")
             try:
@@ -129,6 +150,13 @@ def _coerce(name: str, value: Any) -> Any:
             isinstance(value, (list, tuple)) and all(isinstance(s, str) for s in value), "a string or a list of strings"
         )
         return [s for s in value if s]
+    elif name in ("json_schema", "structural_tag"):
+        expect(isinstance(value, (str, dict)), "an object, or a string that holds one")
+    elif name in ("regex", "ebnf"):
+        expect(isinstance(value, str), "a string")
+    elif name == "choice":
+        is_list = isinstance(value, list) and all(isinstance(s, str) for s in value)
+        expect(is_list and bool(value), "a non-empty list of strings")
     elif name == "stop_token_ids":
         expect(isinstance(value, (list, tuple)) and all(map(is_int, value)), "a list of integers")
         return list(value)
@@ -221,6 +249,8 @@ class Request:
     extra_key: str = ""  # requests share cached prefixes only within one key
     client: str = ""  # clients that wait take turns
     weight: float = 1.0  # its client's share of the server, beside other clients' weights
+    max_thinking_tokens: int | None = None  # of the answer, before reasoning_end_ids are forced
+    reasoning_end_ids: list[int] = field(default_factory=list)  # a grammar holds only after them; []: from the start
 
     status: Status = Status.WAITING
     row: int = -1
@@ -228,6 +258,8 @@ class Request:
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0  # of the prompt, found in the cache when first admitted
     num_retractions: int = 0
+    matcher: Matcher | None = None  # follows the answer, if it is constrained; made when prepared
+    num_forced_tokens: int = 0  # of the answer: put there by the matcher, not sampled
     charged_tokens: float = 0.0  # to its client, while it runs
     input_logprobs: Logprobs | None = None  # of the prompt from logprob_start_len on, complete at the first delta
     prompt_ids: np.ndarray | None = None  # input_ids as int32, once checked

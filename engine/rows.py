@@ -47,6 +47,9 @@ class Rows:
         self.has_stop_ids = np.zeros(size, bool)
         self.wants_tokens = np.zeros(size, bool)  # see Request.wants_tokens
         self.wants_logprobs = np.zeros(size, bool)
+        self.has_matcher = np.zeros(size, bool)
+        self.has_mask = np.zeros(size, bool)  # its matcher may forbid tokens: sampling waits for it
+        self.is_counted = np.zeros(size, bool)  # the device's counts for penalties follow the row's tokens
 
         self.sampling_version = 0  # grows when a sampling parameter changes, so that the device's copy is renewed
         self._free = list(range(num_rows, 0, -1))
@@ -82,9 +85,20 @@ class Rows:
         self.has_stop_ids[row] = bool(params.stop_token_ids)
         self.wants_logprobs[row] = request.return_logprob
         self.wants_tokens[row] = request.wants_tokens
+        self.has_matcher[row] = request.matcher is not None
+        self.has_mask[row] = request.matcher is not None and request.matcher.masks
+        self.is_counted[row] = False
         self.sampling_version += 1
         request.row = row
         return row
+
+    def append(self, row: int, tokens: list[int]) -> None:
+        """Known tokens behind the last known one. A token that a step in flight samples there is stale."""
+        start = int(self.num_known[row])
+        stop = start + len(tokens)
+        self.token_ids[row, start:stop] = tokens
+        self.num_known[row] = self.num_tokens[row] = stop
+        self.is_counted[row] = False
 
     def free(self, row: int) -> None:
         """Take the row back. Steps still in flight for it are recognized by its old epoch."""

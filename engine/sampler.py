@@ -25,6 +25,8 @@ class SamplingWork:
     tables: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # new per-row parameters for the device
     edits: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # (s, token id, value to add)
     penalized: np.ndarray | None = None  # int64 indices into S
+    masked: np.ndarray | None = None  # int64 indices into S whose matchers may forbid tokens
+    masks: tuple[torch.Tensor, torch.Tensor] | None = None  # host int32 (bits [M, V / 32], indices into S [M])
     new_counts: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)  # (row, prompt ids, output ids)
     logprob_samples: np.ndarray | None = None  # int64 indices into S
     num_top_logprobs: int = 0
@@ -33,7 +35,13 @@ class SamplingWork:
     @property
     def is_plain(self) -> bool:
         """Nothing but the most likely token is wanted."""
-        return self.is_greedy and self.penalized is None and self.edits is None and self.logprob_samples is None
+        return (
+            self.is_greedy
+            and self.penalized is None
+            and self.edits is None
+            and self.logprob_samples is None
+            and self.masks is None
+        )
 
 
 @dataclass(slots=True)
@@ -59,7 +67,6 @@ class Sampler:
         self._top_k = torch.zeros(size, dtype=torch.int32, device=device)
         self._seed = torch.zeros(size, dtype=torch.int64, device=device)
         self._counts: torch.Tensor | None = None  # int16 [num_rows + 1, vocab_size], made for the first who needs it
-        self._counted_epochs = np.full(size, -1, np.int64)
         self._version = -1
 
     # ---- on the event loop: what does this plan need? ----
@@ -73,8 +80,8 @@ class Sampler:
             needs_tables = True
             work.penalized = np.flatnonzero(rows.has_penalties[sampled])
             for row in sampled[work.penalized].tolist():
-                if self._counted_epochs[row] != rows.epoch[row]:
-                    self._counted_epochs[row] = rows.epoch[row]
+                if not rows.is_counted[row]:
+                    rows.is_counted[row] = True
                     request = rows.requests[row]
                     assert request is not None
                     tokens = rows.token_ids[row, : rows.num_known[row]].astype(np.int64)
@@ -88,6 +95,8 @@ class Sampler:
             work.tables = (np.stack(floats), rows.top_k.copy(), rows.seed.copy())
         if rows.has_logit_edits[sampled].any():
             work.edits = self._logit_edits(plan, sampled)
+        if rows.has_mask[sampled].any():
+            work.masked = np.flatnonzero(rows.has_mask[sampled])
         if rows.wants_logprobs[sampled].any():
             work.logprob_samples = np.flatnonzero(rows.wants_logprobs[sampled])
             requests = [rows.requests[row] for row in sampled[work.logprob_samples].tolist()]
@@ -139,6 +148,9 @@ class Sampler:
         if work.edits is not None:
             index, ids, bias = map(self._to_device, work.edits)
             logits.index_put_((index, ids), bias.to(logits.dtype), accumulate=True)
+        if work.masks is not None:
+            bits, samples = (part.to(self.device, non_blocking=True) for part in work.masks)
+            sampling.apply_token_bitmask(logits, bits, samples)
         if work.is_greedy:
             tokens = sampling.argmax(logits)
         else:

@@ -5,6 +5,10 @@ prompt, the next token of an answer are sizes of the same difference. Everything
 bookkeeping is done when it is scheduled, so the next step can be scheduled before this one has run; only the sampled
 tokens themselves arrive later, through `resolve`.
 
+A grammar may leave only one way to go on. Such tokens join the request as known ones when the token before them
+arrives (jump-forward), and the next step computes them all. What a step in flight samples at the place of one of them
+is dropped: a sampled token whose place is already known is stale.
+
 A chunk of a prompt enters the radix tree when it is scheduled, not when it has run: within a layer, a step stores all
 its keys and values before it attends, and steps run in order, so even a request of the same step may read them.
 """
@@ -20,6 +24,7 @@ from cache.allocator import PageAllocator
 from cache.radix import NoCache, Node, RadixCache
 from engine.errors import PromptTooLong
 from engine.fairness import FairShares
+from engine.grammar import GrammarError, Matcher
 from engine.plan import Groups, Plan
 from engine.request import FinishReason, Request, Status
 from engine.rows import Rows
@@ -34,7 +39,8 @@ _NO_EPOCHS = np.empty(0, np.int64)
 class Outcome:
     """What a resolved step means to those who wait: new tokens, and requests that ended."""
 
-    tokens: list[tuple[Request, int, int]] = field(default_factory=list)  # (request, token, index among the samples)
+    # (request, the sampled token and those it forces, index among the samples)
+    tokens: list[tuple[Request, list[int], int]] = field(default_factory=list)
     finished: list[Request] = field(default_factory=list)
     num_tokens: int = 0
 
@@ -62,7 +68,7 @@ class SchedulerStats:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Tokens [start, stop) of a request's prompt; those of [known, start) are cached, which is news to the device."""
+    """Known tokens [start, stop) of a request; those of [known, start) are cached, which is news to the device."""
 
     request: Request
     known: int
@@ -166,18 +172,21 @@ class Scheduler:
         prefill_budget: prompt tokens at most, if fewer than `chunked_prefill_size`.
         """
         rows = self.rows
-        decodes = self._decoding
-        if len(decodes):
-            target = np.minimum(rows.num_tokens[decodes], rows.compute_limit[decodes])
-            decodes = decodes[target > rows.num_computed[decodes]]
+        jumps: list[_Chunk] = []
+        if len(self._decoding):
+            num_missing = self._num_missing()
+            if (num_missing > 1).any():
+                jumps = list(self._jump_chunks(self._decoding[num_missing > 1]))
+                num_missing = self._num_missing()  # of fewer rows, if some were retracted
+            decodes = self._decoding[num_missing == 1]
             decodes, decode_slots = self._allocate_decodes(decodes)
         else:
-            decode_slots = decodes
-        budget = self.chunked_prefill_size - len(decodes)
+            decode_slots = decodes = self._decoding
+        budget = self.chunked_prefill_size - len(decodes) - sum(jump.stop - jump.start for jump in jumps)
         if prefill_budget is not None:
             budget = min(budget, prefill_budget)
 
-        chunks = list(self._prefill_chunks(budget, may_wait=bool(len(self._decoding))))
+        chunks = jumps + list(self._prefill_chunks(budget, may_wait=bool(len(self._decoding))))
         if not len(decodes) and not chunks:
             return None
         self.new_token_ratio = max(self._min_ratio, self.new_token_ratio - self._ratio_decay)
@@ -185,10 +194,37 @@ class Scheduler:
         plan = self._plan_decodes(decodes, decode_slots)
         if chunks:
             self._add_chunks(plan, chunks)
+            plan.num_jumps = sum(jump.stop - jump.start > 1 for jump in jumps)
         plan.groups = self._shared_prefixes(decodes)
         rows.num_tokens[plan.rows[plan.samples]] += 1
         plan.epochs = rows.epoch[plan.rows]
         return plan
+
+    def _num_missing(self) -> np.ndarray:
+        """Tokens that each decoding row has yet to compute before it can sample."""
+        live, rows = self._decoding, self.rows
+        return np.minimum(rows.num_tokens[live], rows.compute_limit[live]) - rows.num_computed[live]
+
+    def _jump_chunks(self, jumping: np.ndarray) -> Iterator[_Chunk]:
+        """Forced tokens of `jumping` rows: as many as a step has room for, of each one at least."""
+        rows, budget = self.rows, self.chunked_prefill_size - len(self._decoding)
+        for row in jumping.tolist():
+            request = rows.requests[row]
+            if request is None:  # retracted for the sake of one before
+                continue
+            have, start = int(self.num_slots[row]), int(rows.num_computed[row])
+            stop = min(int(rows.num_known[row]), start + max(budget, 1))
+            while (slots := self._extend(have, int(rows.slots[row, have - 1]), stop - have)) is None:
+                victim = self.prefilling[-1] if self.prefilling else _request_of(rows, self._decoding[-1])
+                self._retract(victim)
+                if victim is request:
+                    break
+            if slots is None:
+                continue
+            rows.slots[row, have:stop] = slots
+            self.num_slots[row] = rows.num_computed[row] = stop
+            budget -= stop - start
+            yield _Chunk(request, start, start, stop, is_first=False)
 
     def _allocate_decodes(self, decodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """One slot for each row; the youngest rows are retracted until the rest have theirs."""
@@ -229,7 +265,7 @@ class Scheduler:
         )
 
     def _add_chunks(self, plan: Plan, chunks: list[_Chunk]) -> None:
-        """Join prompt chunks to the decodes; chunks of one token stand with the decodes."""
+        """Join chunks of prompts and of forced tokens to the decodes; those of one token stand with the decodes."""
         rows = self.rows
         chunks.sort(key=lambda chunk: chunk.stop - chunk.start > 1)
         first = len(plan.rows)
@@ -350,8 +386,8 @@ class Scheduler:
             self.cached_lens[row] = stop - stop % self.page_size
         is_first = num_computed == 0 and not request.num_retractions
         if is_first:
-            request.num_cached_tokens = start
-            self.num_hit_tokens += start
+            request.num_cached_tokens = min(start, request.prompt_len)
+            self.num_hit_tokens += request.num_cached_tokens
         rows.num_computed[row] = stop
         if stop == num_tokens:
             self.prefilling.remove(request)
@@ -462,9 +498,9 @@ class Scheduler:
         rows = self.rows
         outcome = Outcome()
         sampled = plan.rows[plan.samples]
-        index = np.flatnonzero(rows.epoch[sampled] == plan.epochs[plan.samples])
-        sampled, tokens = sampled[index], tokens[index]
-        places = plan.seq_lens[plan.samples[index]]
+        places = plan.seq_lens[plan.samples]
+        index = np.flatnonzero((rows.epoch[sampled] == plan.epochs[plan.samples]) & (rows.num_known[sampled] == places))
+        sampled, tokens, places = sampled[index], tokens[index], places[index]
         rows.token_ids[sampled, places] = tokens
         rows.num_known[sampled] = places + 1
         outcome.num_tokens = len(sampled)
@@ -476,12 +512,29 @@ class Scheduler:
 
         wanted = np.flatnonzero(rows.wants_tokens[sampled] & (tokens >= 0))
         requests = [_request_of(rows, row) for row in sampled[wanted].tolist()]
-        outcome.tokens = list(zip(requests, tokens[wanted].tolist(), index[wanted].tolist(), strict=True))
+        runs: list[list[int]] = tokens[wanted, np.newaxis].tolist()
+        outcome.tokens = list(zip(requests, runs, index[wanted].tolist(), strict=True))
+        if rows.has_matcher[sampled].any():
+            run_of = dict(zip(wanted.tolist(), runs, strict=True))
+            for i in np.flatnonzero(rows.has_matcher[sampled] & (tokens >= 0)).tolist():
+                request, token = _request_of(rows, sampled[i]), int(tokens[i])
+                if self._is_stop(request, token):
+                    continue
+                forced, end = self._follow(request, token)
+                run_of.get(i, []).extend(forced)
+                outcome.num_tokens += len(forced)
+                if end is not None:
+                    ends[i] = False
+                    self.finish(request, end)
+                    outcome.finished.append(request)
         for i in np.flatnonzero(ends).tolist():
             request, token = _request_of(rows, sampled[i]), int(tokens[i])
             if token < 0:
                 rows.num_known[sampled[i]] -= 1
-                reason = FinishReason("abort", message="the model's output is not finite (NaN or inf)", status_code=500)
+                message = "the model's output is not finite (NaN or inf)"
+                if rows.has_mask[sampled[i]]:
+                    message += ", or min_new_tokens forbids all that the grammar allows"
+                reason = FinishReason("abort", message=message, status_code=500)
             elif self._is_stop(request, token):
                 reason = FinishReason("stop", matched=token)
             else:
@@ -493,6 +546,53 @@ class Scheduler:
                 self.finish(request, FinishReason("length"))
                 outcome.finished.append(request)
         return outcome
+
+    def _follow(self, request: Request, token: int) -> tuple[list[int], FinishReason | None]:
+        """Tell the request's matcher its newest token. Returns what that forces, now known, and the end, if it is."""
+        row, matcher = request.row, request.matcher
+        assert matcher is not None
+        room = int(self.rows.max_tokens[row] - self.rows.num_known[row])
+        try:
+            matcher.advance(token)
+            forced = matcher.jump(room) if matcher.may_jump else []
+        except GrammarError as error:
+            return [], FinishReason("abort", message=f"the grammar failed: {error}", status_code=500)
+        stop = next((i for i, token in enumerate(forced) if self._is_stop(request, token)), None)
+        if stop is not None:
+            forced = forced[: stop + 1]
+        if forced:
+            self.rows.append(row, forced)
+            request.num_forced_tokens += len(forced)
+        if stop is not None:
+            return forced, FinishReason("stop", matched=forced[-1])
+        if matcher.is_finished:  # no step is spent on an end-of-sequence token that alone could come
+            return forced, FinishReason("stop")
+        return forced, FinishReason("length") if len(forced) == room else None
+
+    def matchers_of(self, plan: Plan, masked: np.ndarray) -> tuple[list[int], list[Matcher]] | None:
+        """Of the samples `masked`, those that are still wanted, and their matchers; None: a token before one of them
+        is still on the device."""
+        rows = self.rows
+        b = plan.samples[masked]
+        is_alive = rows.epoch[plan.rows[b]] == plan.epochs[b]
+        num_unknown = plan.seq_lens[b] - rows.num_known[plan.rows[b]]
+        if (num_unknown[is_alive] > 0).any():
+            return None
+        is_wanted = is_alive & (num_unknown == 0)
+        matchers = [_request_of(rows, row).matcher for row in plan.rows[b[is_wanted]].tolist()]
+        return masked[is_wanted].tolist(), [matcher for matcher in matchers if matcher is not None]
+
+    def request_of(self, plan: Plan, sample: int) -> Request:
+        """Whose token it is; the request must still be running."""
+        return _request_of(self.rows, plan.rows[plan.samples[sample]])
+
+    def cut(self, request: Request, num_tokens: int) -> None:
+        """Take back the last `num_tokens` of an answer, whose text ended before them."""
+        if request.status is Status.RUNNING:
+            self.rows.num_known[request.row] -= num_tokens
+        elif num_tokens:
+            del request.output_ids[-num_tokens:]
+        request.num_forced_tokens -= num_tokens
 
     def _is_stop(self, request: Request, token: int) -> bool:
         params = request.sampling_params

@@ -48,6 +48,8 @@ class Backend(Protocol):
 
     def token_to_id(self, token: str) -> int | None: ...
 
+    def to_json(self) -> str | None: ...
+
 
 class FastBackend:
     """The tokenizers library."""
@@ -58,6 +60,7 @@ class FastBackend:
         self._tokenizer = tokenizer
         self.id_to_token = tokenizer.id_to_token
         self.token_to_id = tokenizer.token_to_id
+        self.to_json = tokenizer.to_str
         self.vocab_size = tokenizer.get_vocab_size()
         added = tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: token_id for token_id, token in added.items() if token.special}
@@ -97,6 +100,9 @@ class PythonBackend:
     def token_to_id(self, token: str) -> int | None:
         token_id = self._tokenizer.convert_tokens_to_ids(token)
         return token_id if token_id is not None and self.id_to_token(token_id) == token else None  # not <unk>'s
+
+    def to_json(self) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,10 @@ class Tokenizer:
             raise ModelError(f"{file} is not a tokenizer: {error}") from error
         apply_config(tokenizer, config, named_tokens)
         return cls(FastBackend(tokenizer), named_tokens, chat_templates)
+
+    def to_json(self) -> str | None:
+        """The tokenizers library's description, added tokens included; None: it is not that library's."""
+        return self.backend.to_json()
 
     @property
     def vocab_size(self) -> int:

@@ -22,6 +22,7 @@ from engine.request import Request, SamplingParams
 from engine.watchdog import Watchdog
 from server.access_log import JsonAccessLogger
 from server.app import build_app
+from server.chat import CHATS, Chats
 from server.config import ServerConfig, parse_args
 from server.intake import Acceptor
 from server.live import ignore, new_rid
@@ -153,14 +154,14 @@ async def serve_http(
         watchdog.on_hang.append(app[RECORDER].dump)
     try:
         with Acceptor(listener, runner.server):
-            print_ready(console, engine, config, listener.getsockname()[1])
+            print_ready(console, engine, config, app[CHATS], listener.getsockname()[1])
             await stop.wait()
         logger.info("shutting down: running answers have %.0f s to end", config.drain_timeout)
     finally:
         await runner.cleanup()
 
 
-def print_ready(console: Console, engine: Engine, config: ServerConfig, port: int) -> None:
+def print_ready(console: Console, engine: Engine, config: ServerConfig, chats: Chats, port: int) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
     url = f"http://{host}:{port}"
     table = Table(title="radixloop is ready", title_justify="left", show_header=False, box=None)
@@ -169,6 +170,8 @@ def print_ready(console: Console, engine: Engine, config: ServerConfig, port: in
         ("model", config.model_name),
         ("context", f"{engine.context_length:,} tokens"),
         ("KV capacity", f"{engine.max_total_num_tokens:,} tokens"),
+        ("tool calls", _parser_in_use(chats.tool_call_parser, config.tool_call_parser)),
+        ("reasoning", _parser_in_use(chats.reasoning_parser, config.reasoning_parser)),
     ):
         table.add_row(f"[bold]{name}[/]", escape(value))
     console.print(table)
@@ -176,6 +179,11 @@ def print_ready(console: Console, engine: Engine, config: ServerConfig, port: in
     body = '{"text": "The capital of France is", "sampling_params": {"max_new_tokens": 16}}'
     # On a line of its own that is never wrapped, so that it can be copied.
     console.out(f"\ncurl {url}/generate -H 'Content-Type: application/json'{key} -d '{body}'\n", highlight=False)
+
+
+def _parser_in_use(name: str | None, given: str | None) -> str:
+    origin = "as asked" if given else "as the chat template writes them" if name else "the chat template shows none"
+    return f"{name or 'not parsed'} ({origin})"
 
 
 if __name__ == "__main__":

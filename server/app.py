@@ -8,7 +8,8 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from engine.errors import EngineError, PromptTooLong, QueueFull
-from server.chat import ChatPrompts, load_chat_template
+from server.anthropic import AnthropicApi
+from server.chat import CHATS, Chats
 from server.config import ServerConfig
 from server.dashboard import Dashboard
 from server.intake import TURNS, Turns
@@ -17,10 +18,12 @@ from server.live import LiveRequests, RequestLog
 from server.metrics import Metrics
 from server.monitor import Monitor
 from server.native import NativeApi
+from server.ollama import OllamaApi
 from server.openai import OpenAIApi
 from server.openapi import OpenApi
 from server.protocol import Engine, error_shape, json_response
 from server.recorder import RECORDER, RequestRecorder
+from server.responses import ResponsesApi
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +36,20 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     live = LiveRequests(engine)
     if config.log_requests:
         live.observers.append(RequestLog(engine.tokenizer, config.log_requests_level))
-    prompts = ChatPrompts(engine.tokenizer, load_chat_template(config.chat_template, engine.tokenizer))
+    chats = Chats(engine, config)
     app = web.Application(
         middlewares=[answer_errors, require_key(KeyRing(config))],
         client_max_size=config.max_body_bytes,
     )
     app[TURNS] = Turns()
-    app.add_routes(NativeApi(engine, config, live, prompts).routes())
-    app.add_routes(OpenAIApi(engine, config, live, prompts).routes())
+    app[CHATS] = chats
+    app.add_routes(NativeApi(engine, config, live, chats).routes())
+    app.add_routes(OpenAIApi(engine, config, live, chats).routes())
+    app.add_routes(AnthropicApi(config, live, chats).routes())
+    app.add_routes(OllamaApi(engine, config, live, chats).routes())
+    responses = ResponsesApi(config, live, chats)
+    app.cleanup_ctx.append(responses.running)
+    app.add_routes(responses.routes())
     if config.crash_dump_folder:
         recorder = RequestRecorder(Path(config.crash_dump_folder), config.public_values())
         live.arrival_observers.append(recorder.remember)

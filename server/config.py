@@ -11,9 +11,13 @@ from typing import Any, NoReturn
 import yaml
 
 from engine.config import DEBUG, EngineConfig, option, option_type
+from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS
+from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
 
 HTTP, API = "HTTP server", "API"
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+TOOL_CALL_PARSERS = ("none", *TOOL_FORMATS, *TOOL_ALIASES)
+REASONING_PARSERS = ("none", *REASONING_FORMATS, *REASONING_ALIASES)
 SECRETS = ("api_key", "api_key_file", "admin_api_key")
 
 
@@ -38,6 +42,12 @@ class ServerConfig(EngineConfig):
 
     served_model_name: str | None = option(None, API, "name of the model in the OpenAI API; default: --model-path")
     chat_template: str | None = option(None, API, "name of a chat template, or a Jinja file; default: the model's own")
+    tool_call_parser: str | None = option(
+        None, API, "how the model writes tool calls; default: as its chat template shows", choices=TOOL_CALL_PARSERS
+    )
+    reasoning_parser: str | None = option(
+        None, API, "how the model marks its reasoning; default: as its chat template shows", choices=REASONING_PARSERS
+    )
     stream_output: bool = option(
         False, API, "events of a streamed /generate hold new text only", aliases=("--incremental-streaming-output",)
     )

@@ -73,8 +73,7 @@ class KeyRing:
 
     def client_of(self, request: web.Request) -> Client | None:
         """Whom the request is for; None: it does not have the key that its route needs."""
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        digest = _digest(given.strip()) if scheme.lower() == "bearer" else b""
+        digest = _digest(_key_of(request))
         if request.path in ADMIN_PATHS and self._needs_admin:
             client = self._admins.get(digest)
         else:
@@ -84,6 +83,12 @@ class KeyRing:
         if client is None or self._is_by_address:
             return Client(request.remote or "")
         return client
+
+
+def _key_of(request: web.Request) -> str:
+    """The key sent as OpenAI's clients do, or as Anthropic's; empty if none."""
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    return given.strip() if scheme.lower() == "bearer" else request.headers.get("X-Api-Key", "").strip()
 
 
 def _digest(key: str) -> bytes:

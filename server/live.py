@@ -4,8 +4,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,6 +55,8 @@ class Options:
     token_ids_logprob: list[int] = field(default_factory=list)
     priority: int = 0
     extra_key: str = ""
+    max_thinking_tokens: int | None = None
+    reasoning_end_ids: list[int] = field(default_factory=list)
 
 
 def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingParams, options: Options) -> list[Request]:
@@ -72,6 +74,8 @@ def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingPar
             token_ids_logprob=options.token_ids_logprob,
             priority=options.priority,
             extra_key=options.extra_key,
+            max_thinking_tokens=options.max_thinking_tokens,
+            reasoning_end_ids=options.reasoning_end_ids,
         )
         for i, rid in enumerate(rids)
     ]
@@ -95,9 +99,10 @@ class LiveRequests:
         self.observers: list[Callable[[Request], None]] = []  # called with each request that ended
         self._rids: dict[str, list[str]] = {}  # rid given by the client -> rids of the requests made of it
 
-    @contextmanager
-    def submitted(self, http_request: web.Request, rid: str, requests: Sequence[Request]) -> Iterator[None]:
+    @asynccontextmanager
+    async def submitted(self, http_request: web.Request, rid: str, requests: Sequence[Request]) -> AsyncIterator[None]:
         """All of `requests`, or none when one of them is refused. `rid` stands for all of them."""
+        await self.engine.prepare(requests)
         bill(http_request, requests)
         http_request[REQUESTS] = requests
         if rid in self._rids:
@@ -124,7 +129,7 @@ class LiveRequests:
         collector = _Collector(len(requests))
         for i, request in enumerate(requests):
             request.sink = collector.sink_of(i)
-        with self.submitted(http_request, rid, requests):
+        async with self.submitted(http_request, rid, requests):
             return await collector.done
 
     def abort(self, rid: str) -> None:

@@ -27,6 +27,7 @@ class MetaInfo:
         if reason is None:
             return meta
         times = request.times
+        meta["completion_tokens_wo_jump_forward"] = num_output_tokens - request.num_forced_tokens
         meta["total_retractions"] = request.num_retractions
         meta["first_missed_token"] = self._first_missed(request) if times.scheduled else None
         if times.scheduled:

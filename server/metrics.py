@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from engine.request import Request
@@ -118,6 +118,13 @@ class EngineCollector(Collector):
         yield self._counter("sglang:generation_tokens", "tokens generated", loop.num_generated_tokens)
         yield self._counter("sglang:num_requests", "requests accepted", stats.num_requests)
         yield self._counter("sglang:num_aborted_requests", "requests aborted", stats.num_aborted)
+        grammars = stats.grammars
+        compile_time = SummaryMetricFamily(
+            "sglang:grammar_compilation_time_seconds", "of a grammar that was not remembered", labels=["model_name"]
+        )
+        compile_time.add_metric([self.model_name], grammars.num_compiled, grammars.compile_s)
+        yield compile_time
+        yield self._counter("sglang:num_grammar_cache_hit", "grammars that were remembered", grammars.num_cache_hits)
         yield self._counter(
             "sglang:num_retracted_requests",
             "times a request gave its slots back and waited again",

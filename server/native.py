@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -10,10 +11,13 @@ from aiohttp import web
 
 from engine.errors import EngineStopped, InvalidRequest
 from engine.request import Delta, Logprobs, Request, SamplingParams
-from server.chat import ChatPrompts
+from server.chat import Chats
 from server.config import ServerConfig
 from server.live import LiveRequests, Options, ignore, is_failure, make_requests, new_rid
 from server.meta_info import MetaInfo
+from server.parsers import AnswerParser
+from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS, ReasoningParser
+from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
 from server.protocol import (
     JSON,
     Engine,
@@ -27,11 +31,14 @@ from server.protocol import (
     json_response,
     native_error,
     read_json,
+    refuse,
 )
 from server.sse import Choice, EventStream, event
+from server.tool_choice import read_tool_choice
 
 MAX_TOP_LOGPROBS = 1024
 HEALTH_GENERATE_TIMEOUT_S = 20.0
+REASONING_END = "</think>"
 # Fields of /generate that a list gives prompt by prompt.
 PER_PROMPT = ("sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "priority")
 # Better refused than ignored.
@@ -42,8 +49,8 @@ UNSUPPORTED = (
 
 
 class NativeApi:
-    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests, prompts: ChatPrompts) -> None:
-        self.engine, self.config, self.live, self.prompts = engine, config, live, prompts
+    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests, chats: Chats) -> None:
+        self.engine, self.config, self.live, self.chats = engine, config, live, chats
         self._probe: asyncio.Task[bool] | None = None  # /health_generate's, one at a time
 
     def routes(self) -> list[web.RouteDef]:
@@ -68,15 +75,15 @@ class NativeApi:
             web.post("/v1/tokenize", self.tokenize),
             web.post("/detokenize", self.detokenize),
             web.post("/v1/detokenize", self.detokenize),
+            web.post("/parse_function_call", self.parse_function_call),
+            web.post("/separate_reasoning", self.separate_reasoning),
         ]
 
     # ---- /generate ----
 
     async def generate(self, http_request: web.Request) -> web.StreamResponse:
         body = await read_json(http_request)
-        for name in UNSUPPORTED:
-            if body.get(name):
-                raise InvalidRequest(f"{name} is not supported by this server", name)
+        refuse(body, UNSUPPORTED)
         is_stream = body.flag("stream")
         with_text = body.flag("return_text_in_logprobs")
         prompts, is_batch = await self._prompts(body)
@@ -94,7 +101,7 @@ class NativeApi:
         for choice, request in zip(choices, requests, strict=True):
             request.sink = choice.sink
         stream = EventStream(choices)
-        with self.live.submitted(http_request, rid, requests):
+        async with self.live.submitted(http_request, rid, requests):
             return await stream.run(http_request)
 
     async def _prompts(self, body: Fields) -> tuple[list[list[int]], bool]:
@@ -130,6 +137,8 @@ class NativeApi:
             params.verify(self.engine.model_config.vocab_size)
             check_n(params.n, len(prompts))
             options = _options(item, i if is_batch else None)
+            if item.flag("require_reasoning") or options.max_thinking_tokens is not None:
+                options.reasoning_end_ids = await self.engine.encode(REASONING_END, add_special_tokens=False)
             options.stream, options.extra_key = is_stream, namespace
             names = [rids[i]] if params.n == 1 else [f"{rids[i]}-{k}" for k in range(params.n)]
             requests += make_requests(names, input_ids, params, options)
@@ -239,7 +248,7 @@ class NativeApi:
         body = await read_json(http_request)
         answer: JSON = {"max_model_len": self.engine.context_length}
         if body.has("messages"):
-            answer["prompt"] = self.prompts.render(body)
+            answer["prompt"] = self.chats.render(body)
             tokens: Any = await self.engine.encode(answer["prompt"], add_special_tokens=False)
         else:
             name = "prompt" if body.has("prompt") else "text"
@@ -266,6 +275,38 @@ class NativeApi:
             )
         row = check_token_ids(ids, vocab_size, "tokens")
         return json_response({"text": self.engine.tokenizer.decode(row, skip_special_tokens=skip)})
+
+    # ---- parts of an answer ----
+
+    async def parse_function_call(self, http_request: web.Request) -> web.Response:
+        """What of `text` is calls of `tools`. Arguments are JSON text."""
+        body = await read_json(http_request)
+        name = self._parser_name(body, "tool_call_parser", (*TOOL_FORMATS, *TOOL_ALIASES), self.chats.tool_call_parser)
+        format_ = TOOL_FORMATS[TOOL_ALIASES.get(name, name)]()
+        parser = AnswerParser(None, read_tool_choice(Fields({"tools": body.array("tools")})).new_parser(format_))
+        parts = parser.parse(body.text("text"))
+        calls = [
+            {"tool_index": call.index, "name": call.name, "parameters": call.arguments} for call in parts.tool_calls
+        ]
+        return json_response({"normal_text": parts.text, "calls": calls})
+
+    async def separate_reasoning(self, http_request: web.Request) -> web.Response:
+        """Where in `text` the reasoning ends."""
+        body = await read_json(http_request)
+        name = self._parser_name(
+            body, "reasoning_parser", (*REASONING_FORMATS, *REASONING_ALIASES), self.chats.reasoning_parser
+        )
+        format_ = REASONING_FORMATS[REASONING_ALIASES.get(name, name)]
+        parts = AnswerParser(ReasoningParser(format_, is_inside=format_.is_always), None).parse(body.text("text"))
+        return json_response({"reasoning_text": parts.reasoning, "text": parts.text})
+
+    @staticmethod
+    def _parser_name(body: Fields, field: str, known: Sequence[str], default: str | None) -> str:
+        """The parser that the body names, else the model's."""
+        name = body.text(field) or default
+        if name is None or name not in known:
+            body.fail(field, f"one of {', '.join(known)}")
+        return name
 
 
 # ---- reading /generate ----
@@ -308,6 +349,8 @@ def _options(item: Fields, i: int | None) -> Options:
     if params is not None and not isinstance(params, dict):
         item.fail("sampling_params", "an object" if i is None else "an object or a list of objects")
     options = Options(return_logprob=item.flag("return_logprob"), priority=item.integer("priority"))
+    if item.has("max_thinking_tokens"):
+        options.max_thinking_tokens = item.integer("max_thinking_tokens", low=0)
     # Read, so that a wrong type is an error, even where return_logprob is off.
     start = item.integer("logprob_start_len", -1, low=-1)
     num_top = item.integer("top_logprobs_num", 0, low=0, high=MAX_TOP_LOGPROBS)

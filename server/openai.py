@@ -8,18 +8,19 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from engine.errors import EngineError, InvalidRequest
+from engine.errors import InvalidRequest
 from engine.request import Delta, FinishReason, Logprobs, Request, SamplingParams, TokenLogprob
-from server.chat import ChatPrompts
+from server.chat import Chats, ChatTurn
 from server.config import ServerConfig
 from server.live import LiveRequests, Options, is_failure, make_requests, new_rid
 from server.meta_info import MetaInfo
+from server.model_name import served_model
+from server.parsers import AnswerDelta, AnswerParser, ToolCallDelta
 from server.protocol import (
     JSON,
     Engine,
     Fields,
     TokenizerFacade,
-    cache_namespace,
     check_batch_size,
     check_n,
     check_token_ids,
@@ -29,26 +30,10 @@ from server.protocol import (
     openai_error,
     read_json,
 )
+from server.sampling import MAX_TOP_LOGPROBS, read_options, read_sampling_params
 from server.sse import DONE, Choice, EventStream, event
 
-MAX_TOP_LOGPROBS = 20
 COMPLETION_MAX_TOKENS = 16
-
-# Fields that go into SamplingParams, under the engine's name where that differs.
-SAMPLING_FIELDS = {
-    name: name
-    for name in (
-        "temperature", "top_p", "top_k", "min_p", "n", "stop", "stop_token_ids", "stop_regex", "frequency_penalty",
-        "presence_penalty", "repetition_penalty", "logit_bias", "ignore_eos", "skip_special_tokens",
-        "spaces_between_special_tokens", "no_stop_trim", "regex", "ebnf", "json_schema", "structural_tag",
-    )
-} | {"min_tokens": "min_new_tokens", "seed": "sampling_seed"}  # fmt: skip
-
-
-class ModelNotFound(EngineError):
-    status_code = 404
-    code = "model_not_found"
-    field = "model"
 
 
 @dataclass(slots=True)
@@ -58,6 +43,7 @@ class Usage:
     prompt: int = 0
     completion: int = 0
     cached: int = 0
+    reasoning: int | None = None  # of the completion; None: unknown to the endpoint
 
     def to_dict(self, with_cached: bool) -> JSON:
         usage: JSON = {
@@ -67,18 +53,21 @@ class Usage:
         }
         if with_cached:
             usage["prompt_tokens_details"] = {"cached_tokens": self.cached}
+        if self.reasoning is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning}
         return usage
 
 
 class OpenAIApi:
-    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests, prompts: ChatPrompts) -> None:
-        self.engine, self.config, self.live, self.prompts = engine, config, live, prompts
+    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests, chats: Chats) -> None:
+        self.engine, self.config, self.live, self.chats = engine, config, live, chats
         self.started_at = int(time.time())
 
     def routes(self) -> list[web.RouteDef]:
         return [
             web.post("/v1/completions", self.completions),
             web.post("/v1/chat/completions", self.chat_completions),
+            web.post("/v1/chat/completions/render", self.render),
             web.get("/v1/models", self.models),
             web.get("/v1/models/{model:.+}", self.model),
         ]
@@ -103,11 +92,7 @@ class OpenAIApi:
         }
 
     def _check_model(self, name: str) -> str:
-        """The name to answer with. Absent and "default" mean the one model there is, as SGLang's clients send."""
-        known = (self.config.model_name, self.config.model_path)
-        if name and name != "default" and name not in known:
-            raise ModelNotFound(f"The model {name!r} does not exist; this server has {self.config.model_name!r}.")
-        return name if name in known else self.config.model_name
+        return served_model(self.config, name)
 
     # ---- the two endpoints ----
 
@@ -118,10 +103,10 @@ class OpenAIApi:
             raise InvalidRequest("suffix is not supported: this server does not fill in the middle", "suffix")
         if body.integer("best_of", 1, low=1) > body.integer("n", 1):
             raise InvalidRequest("best_of larger than n is not supported", "best_of")
-        params = self._sampling_params(body, ("max_tokens",), COMPLETION_MAX_TOKENS)
+        params = read_sampling_params(body, self.engine, ("max_tokens",), COMPLETION_MAX_TOKENS)
         num_logprobs = body.integer("logprobs", -1, low=0, high=MAX_TOP_LOGPROBS)
         is_echo = body.flag("echo")
-        options = self._options(body, num_logprobs)
+        options = read_options(body, num_logprobs)
         if is_echo and options.return_logprob:
             options.logprob_start_len = 0
         prompts = await self._completion_prompts(body, params.n)
@@ -131,22 +116,19 @@ class OpenAIApi:
     async def chat_completions(self, http_request: web.Request) -> web.StreamResponse:
         body = await read_json(http_request)
         model = self._check_model(body.text("model"))
-        params = self._sampling_params(body, ("max_completion_tokens", "max_tokens"), None)
-        check_n(params.n, 1)
-        kind = response_format_of(body)
-        if kind != "text":
-            raise InvalidRequest(f"response_format {kind!r} is not supported by this server", "response_format")
-        num_top = body.integer("top_logprobs", 0, low=0, high=MAX_TOP_LOGPROBS)
-        has_logprobs = body.flag("logprobs")
-        if num_top and not has_logprobs:
-            raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
-        options = self._options(body, num_top if has_logprobs else -1)
-        prompt = self.prompts.render(body)
-        input_ids = await self.engine.encode(prompt, add_special_tokens=False)  # the template has written them
-        if not input_ids:
-            raise InvalidRequest("messages make an empty prompt", "messages")
-        format_ = ChatFormat(self.engine.tokenizer, model)
-        return await self._answer(http_request, body, [input_ids], params, options, format_)
+        turn = await self.chats.turn(body)
+        format_ = ChatFormat(self.engine.tokenizer, model, turn)
+        try:
+            return await self._answer(http_request, body, [turn.input_ids], turn.params, turn.options, format_)
+        except InvalidRequest as error:
+            raise turn.in_clients_terms(error) from None
+
+    async def render(self, http_request: web.Request) -> web.Response:
+        """What /v1/chat/completions would generate from."""
+        body = await read_json(http_request)
+        self._check_model(body.text("model"))
+        turn = await self.chats.turn(body)
+        return json_response({"prompt": turn.prompt, "prompt_token_ids": turn.input_ids})
 
     async def _answer(
         self,
@@ -171,11 +153,12 @@ class OpenAIApi:
             format_.meta_info = MetaInfo(self.engine.tokenizer)
         if not options.stream:
             deltas = await self.live.answers(http_request, rid, requests)
-            usage = count_usage(requests, [len(delta.token_ids) for delta in deltas], n)
             choices = [format_.whole_choice(i, delta) for i, delta in enumerate(deltas)]
+            usage = count_usage(requests, [len(delta.token_ids) for delta in deltas], n)
+            usage.reasoning = format_.count_reasoning(requests)
             return json_response(format_.response(choices, usage.to_dict(self.config.enable_cache_report)))
 
-        streamed = [OpenAIChoice(i, format_) for i in range(len(requests))]
+        streamed = [format_.new_choice(i) for i in range(len(requests))]
         for choice, request in zip(streamed, requests, strict=True):
             request.sink = choice.sink
 
@@ -183,44 +166,14 @@ class OpenAIApi:
             if not include_usage:
                 return DONE
             usage = count_usage(requests, [choice.num_output_tokens for choice in streamed], n)
+            usage.reasoning = format_.count_reasoning(requests)
             return event(format_.chunk([], usage.to_dict(self.config.enable_cache_report))) + DONE
 
         stream = EventStream(streamed, tail)
-        with self.live.submitted(http_request, rid, requests):
+        async with self.live.submitted(http_request, rid, requests):
             return await stream.run(http_request)
 
     # ---- reading ----
-
-    def _sampling_params(
-        self, body: Fields, max_tokens_names: Sequence[str], default_max_tokens: int | None
-    ) -> SamplingParams:
-        """Errors name the field as the client spelled it."""
-        names = dict(SAMPLING_FIELDS)
-        max_tokens_name = next((name for name in max_tokens_names if body.has(name)), None)
-        if max_tokens_name is not None:
-            names[max_tokens_name] = "max_new_tokens"
-        given = {ours: body.get(theirs) for theirs, ours in names.items() if body.has(theirs)}
-        try:
-            params = SamplingParams.from_dict(given, self.engine.sampling_defaults)
-            if max_tokens_name is None:
-                params.max_new_tokens = default_max_tokens
-            params.verify(self.engine.model_config.vocab_size)
-        except InvalidRequest as error:
-            theirs = next((theirs for theirs, ours in names.items() if ours == error.field), None)
-            if theirs is None:
-                raise
-            raise InvalidRequest(str(error).replace(str(error.field), theirs), theirs) from None
-        return params
-
-    def _options(self, body: Fields, num_logprobs: int) -> Options:
-        """`num_logprobs`: alternatives a token; -1: no log-probabilities at all."""
-        return Options(
-            stream=body.flag("stream"),
-            return_logprob=num_logprobs >= 0,
-            top_logprobs_num=max(num_logprobs, 0),
-            priority=body.integer("priority"),
-            extra_key=cache_namespace(body),
-        )
 
     async def _completion_prompts(self, body: Fields, n: int) -> list[list[int]]:
         """A string, token ids, or a list of either."""
@@ -242,12 +195,6 @@ class OpenAIApi:
             else:
                 prompts.append(await encode_prompt(self.engine, one, field))
         return prompts
-
-
-def response_format_of(body: Fields) -> str:
-    """The type of `response_format`."""
-    given = body.object("response_format")
-    return "text" if given is None else given.text("type", "text")
 
 
 def _includes_usage(body: Fields, is_stream: bool) -> bool:
@@ -305,6 +252,14 @@ class Format:
     def choice(self, index: int, delta: Delta) -> JSON:
         raise NotImplementedError
 
+    def new_choice(self, index: int) -> "OpenAIChoice":
+        """A streamed choice."""
+        return OpenAIChoice(index, self)
+
+    def count_reasoning(self, requests: Sequence[Request]) -> int | None:
+        """Tokens of the ended `requests` that were reasoning; None if the endpoint does not know of any."""
+        return None
+
     def first_events(self, index: int, request: Request) -> bytes:
         """What goes before a choice's first text."""
         raise NotImplementedError
@@ -325,18 +280,63 @@ def _ending(reason: FinishReason | None) -> JSON:
     return {"finish_reason": reason and reason.type, "matched_stop": reason and reason.matched}
 
 
+def parsed_ending(reason: FinishReason | None, parser: AnswerParser) -> JSON:
+    ending = _ending(reason)
+    if parser.num_tool_calls and ending["finish_reason"] == "stop":
+        ending["finish_reason"] = "tool_calls"
+    return ending
+
+
+def message_parts(parts: AnswerDelta, *, is_delta: bool = False) -> JSON:
+    """A message's fields besides its content."""
+    fields: JSON = {}
+    if parts.reasoning:  # some clients look for one name, some for the other
+        fields["reasoning_content"] = fields["reasoning"] = parts.reasoning
+    if parts.tool_calls:
+        fields["tool_calls"] = [_tool_call(call, is_delta=is_delta) for call in parts.tool_calls]
+    return fields
+
+
+def _tool_call(call: ToolCallDelta, *, is_delta: bool) -> JSON:
+    function: JSON = {"arguments": call.arguments}
+    fields: JSON = {"index": call.index} if is_delta else {}
+    if call.id is not None:
+        fields |= {"id": call.id, "type": "function"}
+        function = {"name": call.name, **function}
+    return {**fields, "function": function}
+
+
 class ChatFormat(Format):
     rid_prefix = "chatcmpl"
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
+    def __init__(self, tokenizer: TokenizerFacade, model: str, turn: ChatTurn) -> None:
+        super().__init__(tokenizer, model)
+        self._turn = turn
+        self._parsers: dict[int, AnswerParser] = {}  # by choice
+
     def choice(self, index: int, delta: Delta) -> JSON:
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": delta.text},
-            "logprobs": self.streamed_logprobs(delta),
-            **_ending(delta.finish_reason),
-        }
+        message: JSON = {"role": "assistant", "content": delta.text}
+        ending = _ending(delta.finish_reason)
+        if self._turn.new_parser is not None:
+            parser = self._parsers[index] = self._turn.new_parser()
+            parts = parser.parse(delta.text)
+            message |= {"content": parts.text or (None if parts.tool_calls else ""), **message_parts(parts)}
+            ending = parsed_ending(delta.finish_reason, parser)
+        return {"index": index, "message": message, "logprobs": self.streamed_logprobs(delta), **ending}
+
+    def new_choice(self, index: int) -> "OpenAIChoice":
+        if self._turn.new_parser is None:
+            return OpenAIChoice(index, self)
+        parser = self._parsers[index] = self._turn.new_parser()
+        return ParsedChoice(index, self, parser)
+
+    def count_reasoning(self, requests: Sequence[Request]) -> int | None:
+        if not any(parser.reasoning for parser in self._parsers.values()):
+            return None
+        count = self._turn.count_reasoning
+        return sum(count(requests[i].output_ids, parser) for i, parser in self._parsers.items())
 
     def first_events(self, index: int, request: Request) -> bytes:
         role = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
@@ -463,11 +463,48 @@ class OpenAIChoice(Choice):
         if reason is not None and is_failure(reason):
             return event(openai_error(reason.status_code or 500, reason.message or "the request failed"))
         meta = self._format.meta_of(delta, self.num_output_tokens)
-        last = {"index": self.index, **self._format.no_piece(), **_ending(reason), **meta}
-        return self.events(delta) + event(self._format.chunk([last]))
+        news = self.events(delta) + self._rest()
+        last = {"index": self.index, **self._format.no_piece(), **self._ending(reason), **meta}
+        return news + event(self._format.chunk([last]))
+
+    def _rest(self) -> bytes:
+        """The events of what was held back until the end."""
+        return b""
+
+    def _ending(self, reason: FinishReason | None) -> JSON:
+        return _ending(reason)
 
     def _first(self, request: Request) -> bytes:
         mark = "\0text\0"
         choice = {"index": self.index, **self._format.piece(mark), "finish_reason": None}
         self._head, self._end = event(self._format.chunk([choice])).split(orjson.dumps(mark))
         return self._format.first_events(self.index, request)
+
+
+class ParsedChoice(OpenAIChoice):
+    """A chat answer with reasoning or tool calls in it."""
+
+    def __init__(self, index: int, format_: Format, parser: AnswerParser) -> None:
+        super().__init__(index, format_)
+        self._parser = parser
+
+    def events(self, delta: Delta) -> bytes:
+        first = b"" if self._head else self._first(delta.request)
+        return first + self._events_of(self._parser.push(delta.text), self._format.streamed_logprobs(delta))
+
+    def _rest(self) -> bytes:
+        return self._events_of(self._parser.finish(), None)
+
+    def _ending(self, reason: FinishReason | None) -> JSON:
+        return parsed_ending(reason, self._parser)
+
+    def _events_of(self, parts: AnswerDelta, logprobs: JSON | None) -> bytes:
+        fields = message_parts(parts, is_delta=True)
+        if parts.text:
+            if not fields and logprobs is None:
+                return self._head + orjson.dumps(parts.text) + self._end
+            fields["content"] = parts.text
+        elif not fields and logprobs is None:
+            return b""
+        choice = {"index": self.index, "delta": fields, "logprobs": logprobs, "finish_reason": None}
+        return event(self._format.chunk([choice]))

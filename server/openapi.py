@@ -11,7 +11,21 @@ from typing import Any
 from aiohttp import web
 
 from engine.request import TOP_K_ALL
-from server.protocol import JSON, MAX_INT, MAX_N, json_response
+from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS
+from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
+from server.protocol import (
+    JSON,
+    MAX_INT,
+    MAX_N,
+    REQUEST_FIELDS,
+    ErrorShape,
+    anthropic_error,
+    error_shape,
+    json_response,
+    native_error,
+    ollama_error,
+    openai_error,
+)
 
 SCHEMAS = "#/components/schemas/"
 
@@ -25,7 +39,8 @@ class Operation:
     body: JSON | None = None
     answer: JSON | None = None
     media_type: str = "application/json"  # of the answer
-    is_streaming: bool = False  # with `stream`: server-sent events
+    is_streaming: bool = False  # with `stream`
+    stream_type: str = "text/event-stream"  # of a streamed answer
     statuses: tuple[int, ...] = ()  # of errors, besides those any request can meet
     is_open: bool = False  # needs no key
     parameters: tuple[JSON, ...] = ()
@@ -89,9 +104,14 @@ SAMPLING: dict[str, JSON] = {
     "skip_special_tokens": BOOLEAN,
     "spaces_between_special_tokens": BOOLEAN,
     "no_stop_trim": BOOLEAN,
+    "json_schema": {**one_of(ANY_OBJECT, STRING), "description": "the answer is JSON of this schema"},
+    "regex": {"type": "string", "description": "the answer matches it"},
+    "ebnf": {"type": "string", "description": "a grammar, in GBNF or Lark"},
+    "structural_tag": one_of(ANY_OBJECT, STRING),
 }
 NATIVE_SAMPLING = {
     **SAMPLING,
+    "choice": array(STRING, minItems=1),
     "max_new_tokens": one_of(integer(0), {"type": "null"}),
     "min_new_tokens": integer(0),
     "sampling_seed": integer(),
@@ -113,10 +133,46 @@ OPENAI_BOTH: dict[str, JSON] = {
     "stream_options": obj({"include_usage": BOOLEAN}),
     "return_meta_info": {"type": "boolean", "description": "with each choice, what /generate tells in `meta_info`"},
     "user": STRING,
+    "response_format": obj(
+        {
+            "type": {"enum": ["text", "json_object", "json_schema", "structural_tag"]},
+            "json_schema": obj({"name": STRING, "schema": ANY_OBJECT, "strict": BOOLEAN}, ["schema"]),
+        },
+        ["type"],
+    ),
+    "structured_outputs": obj(
+        {
+            "json": one_of(ANY_OBJECT, STRING),
+            "regex": STRING,
+            "choice": array(STRING, minItems=1),
+            "grammar": STRING,
+            "structural_tag": one_of(ANY_OBJECT, STRING),
+            "json_object": BOOLEAN,
+        }
+    ),
+    "guided_json": one_of(ANY_OBJECT, STRING),
+    "guided_regex": STRING,
+    "guided_choice": array(STRING, minItems=1),
+    "guided_grammar": STRING,
 }
 TEXT_PART = obj({"type": {"enum": ["text", "input_text"]}, "text": STRING}, ["type", "text"])
 FUNCTION_CALL = obj({"name": STRING, "arguments": one_of(STRING, ANY_OBJECT)}, ["name"])
 TOOL_CALL = obj({"id": STRING, "type": {"const": "function"}, "function": FUNCTION_CALL}, ["function"])
+TOOL = obj(
+    {
+        "type": {"const": "function"},
+        "function": obj(
+            {
+                "name": {"type": "string", "pattern": "^[A-Za-z0-9_]{1,64}$"},
+                "description": STRING,
+                "parameters": {**ANY_OBJECT, "description": "JSON schema of an object"},
+                "strict": BOOLEAN,
+            },
+            ["name"],
+        ),
+    },
+    ["type", "function"],
+)
 MESSAGE = obj(
     {
         "role": {"enum": ["system", "developer", "user", "assistant", "tool", "function"]},
@@ -124,13 +180,25 @@ MESSAGE = obj(
         "name": STRING,
         "tool_calls": array(TOOL_CALL),
         "tool_call_id": STRING,
+        "reasoning_content": STRING,
     },
     ["role", "content"],
 )
 CHAT: dict[str, JSON] = {
     "messages": array(ref("Message"), minItems=1),
-    "tools": array(ANY_OBJECT),
-    "tool_choice": {"enum": ["auto", "none"]},
+    "tools": array(TOOL),
+    "tool_choice": one_of(
+        {"enum": ["auto", "none", "required"]},
+        obj({"type": {"const": "function"}, "function": obj({"name": STRING}, ["name"])}, ["function"]),
+    ),
+    "parallel_tool_calls": BOOLEAN,
+    "reasoning_effort": one_of(
+        {"enum": ["none", "minimal", "low", "medium", "high", "xhigh", "max"]},
+        number(0, 0.99),
+    ),
+    "max_thinking_tokens": {**integer(0), "description": "of reasoning, which is ended after so many"},
+    "separate_reasoning": {"type": "boolean", "description": "reasoning in `reasoning_content`; default: true"},
+    "stream_reasoning": {"type": "boolean", "description": "as it comes, not when it has ended; default: true"},
     "chat_template_kwargs": ANY_OBJECT,
     "add_generation_prompt": BOOLEAN,
     "continue_final_message": BOOLEAN,
@@ -141,6 +209,7 @@ USAGE = obj(
         "completion_tokens": integer(0),
         "total_tokens": integer(0),
         "prompt_tokens_details": obj({"cached_tokens": integer(0)}),
+        "completion_tokens_details": obj({"reasoning_tokens": integer(0)}),
     },
     ["prompt_tokens", "completion_tokens", "total_tokens"],
 )
@@ -178,6 +247,139 @@ OPENAI_ANSWER = obj(
 )
 MODEL_CARD = obj({"id": STRING, "object": {"const": "model"}, "max_model_len": integer(1)}, ["id", "object"])
 
+SHARED_FIELDS: dict[str, JSON] = {name: EVERYWHERE[name] for name in ("stream", *REQUEST_FIELDS)} | {"model": STRING}
+
+ANTHROPIC_TEXT = obj({"type": {"const": "text"}, "text": STRING}, ["type", "text"])
+ANTHROPIC_BLOCK = one_of(
+    ANTHROPIC_TEXT,
+    obj({"type": {"const": "thinking"}, "thinking": STRING, "signature": STRING}, ["type", "thinking"]),
+    obj({"type": {"const": "tool_use"}, "id": STRING, "name": STRING, "input": ANY_OBJECT}, ["type", "id", "name"]),
+    obj(
+        {
+            "type": {"const": "tool_result"},
+            "tool_use_id": STRING,
+            "content": one_of(STRING, array(ANTHROPIC_TEXT)),
+            "is_error": BOOLEAN,
+        },
+        ["type", "tool_use_id"],
+    ),
+)
+ANTHROPIC_TOOL = obj({"name": STRING, "description": STRING, "input_schema": ANY_OBJECT}, ["name", "input_schema"])
+MESSAGES: dict[str, JSON] = {
+    **SHARED_FIELDS,
+    "messages": array(
+        obj(
+            {"role": {"enum": ["user", "assistant", "system"]}, "content": one_of(STRING, array(ANTHROPIC_BLOCK))},
+            ["role", "content"],
+        ),
+        minItems=1,
+    ),
+    "system": one_of(STRING, array(ANTHROPIC_TEXT)),
+    "tools": array(ANTHROPIC_TOOL),
+    "tool_choice": obj(
+        {"type": {"enum": ["auto", "any", "tool", "none"]}, "name": STRING, "disable_parallel_tool_use": BOOLEAN},
+        ["type"],
+    ),
+    "thinking": obj({"type": {"enum": ["enabled", "adaptive", "disabled"]}, "budget_tokens": integer(1)}, ["type"]),
+    "output_config": obj(
+        {"effort": STRING, "format": obj({"type": {"const": "json_schema"}, "schema": ANY_OBJECT}, ["type", "schema"])}
+    ),
+}
+MESSAGES_SAMPLING: dict[str, JSON] = {
+    **{name: SAMPLING[name] for name in ("temperature", "top_p", "top_k")},
+    "max_tokens": integer(0),
+    "stop_sequences": array(STRING),
+    "metadata": ANY_OBJECT,
+}
+
+RESPONSES_PART = obj({"type": {"enum": ["input_text", "output_text"]}, "text": STRING}, ["type", "text"])
+RESPONSES_TEXT = one_of(STRING, array(RESPONSES_PART))
+RESPONSES_ITEM = one_of(
+    obj(
+        {"role": {"enum": ["user", "assistant", "system", "developer"]}, "content": RESPONSES_TEXT}, ["role", "content"]
+    ),
+    obj(
+        {"type": {"const": "function_call"}, "call_id": STRING, "name": STRING, "arguments": STRING},
+        ["type", "call_id", "name", "arguments"],
+    ),
+    obj(
+        {"type": {"const": "function_call_output"}, "call_id": STRING, "output": RESPONSES_TEXT},
+        ["type", "call_id", "output"],
+    ),
+    obj(
+        {
+            "type": {"const": "reasoning"},
+            "content": array(obj({"type": {"const": "reasoning_text"}, "text": STRING}, ["type", "text"])),
+        },
+        ["type"],
+    ),
+)
+RESPONSES_REQUEST = obj(
+    {
+        **SHARED_FIELDS,
+        **{name: SAMPLING[name] for name in ("temperature", "top_p")},
+        "input": one_of(STRING, array(RESPONSES_ITEM, minItems=1)),
+        "instructions": STRING,
+        "max_output_tokens": integer(1),
+        "previous_response_id": STRING,
+        "store": {
+            "type": "boolean",
+            "description": "keep the answer in memory, as long as there is room; default: true",
+        },
+        "background": {"type": "boolean", "description": "answer at once, with an id to ask for later"},
+        "tools": array(
+            obj({"type": {"const": "function"}, "name": STRING, "parameters": ANY_OBJECT}, ["type", "name"])
+        ),
+        "tool_choice": one_of(
+            {"enum": ["auto", "none", "required"]},
+            obj({"type": {"const": "function"}, "name": STRING}, ["type", "name"]),
+        ),
+        "parallel_tool_calls": BOOLEAN,
+        "reasoning": obj({"effort": STRING}),
+        "text": obj(
+            {
+                "format": obj(
+                    {"type": {"enum": ["text", "json_object", "json_schema"]}, "name": STRING, "schema": ANY_OBJECT},
+                    ["type"],
+                )
+            }
+        ),
+        "truncation": {"const": "disabled"},
+        "metadata": {"type": "object", "additionalProperties": STRING},
+        "user": STRING,
+    },
+    ["input"],
+)
+
+OLLAMA_MESSAGE = obj(
+    {
+        "role": {"enum": ["system", "user", "assistant", "tool"]},
+        "content": STRING,
+        "thinking": STRING,
+        "tool_name": STRING,
+        "tool_calls": array(obj({"function": obj({"name": STRING, "arguments": ANY_OBJECT}, ["name"])}, ["function"])),
+    },
+    ["role", "content"],
+)
+OLLAMA_BOTH: dict[str, JSON] = {
+    **SHARED_FIELDS,
+    "options": obj(
+        {
+            **{
+                name: SAMPLING[name]
+                for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "stop")
+            },
+            "num_predict": integer(),
+            "top_k": integer(0, TOP_K_ALL),
+            "seed": integer(),
+            "repeat_penalty": SAMPLING["repetition_penalty"],
+        }
+    ),
+    "format": one_of({"const": "json"}, ANY_OBJECT),
+    "think": one_of(BOOLEAN, {"enum": ["low", "medium", "high"]}),
+    "keep_alive": one_of(STRING, integer()),
+}
+
 COMPONENTS: dict[str, JSON] = {
     "SamplingParams": obj(NATIVE_SAMPLING, additionalProperties=False),
     "GenerateRequest": obj(
@@ -191,6 +393,8 @@ COMPONENTS: dict[str, JSON] = {
             "top_logprobs_num": one_of(integer(0, 1024), array(integer(0, 1024))),
             "token_ids_logprob": array(integer(0)),
             "return_text_in_logprobs": BOOLEAN,
+            "max_thinking_tokens": integer(0),
+            "require_reasoning": BOOLEAN,
         }
     ),
     "MetaInfo": META_INFO,
@@ -216,7 +420,6 @@ COMPONENTS: dict[str, JSON] = {
             "max_completion_tokens": integer(0),
             "logprobs": BOOLEAN,
             "top_logprobs": integer(0, 20),
-            "response_format": obj({"type": {"enum": ["text"]}}, ["type"]),
         },
         ["messages"],
     ),
@@ -226,6 +429,14 @@ COMPONENTS: dict[str, JSON] = {
     "TokenizeRequest": obj({**CHAT, "prompt": or_list(STRING), "text": or_list(STRING), "add_special_tokens": BOOLEAN}),
     "DetokenizeRequest": obj(
         {"tokens": one_of(TOKEN_IDS, array(TOKEN_IDS, minItems=1)), "skip_special_tokens": BOOLEAN}, ["tokens"]
+    ),
+    "ParseFunctionCallRequest": obj(
+        {"text": STRING, "tools": array(TOOL), "tool_call_parser": {"enum": [*TOOL_FORMATS, *TOOL_ALIASES]}},
+        ["text", "tools", "tool_call_parser"],
+    ),
+    "SeparateReasoningRequest": obj(
+        {"text": STRING, "reasoning_parser": {"enum": [*REASONING_FORMATS, *REASONING_ALIASES]}},
+        ["text", "reasoning_parser"],
     ),
     "AbortRequest": obj({"rid": STRING, "abort_all": BOOLEAN}),
     "Health": obj(
@@ -244,6 +455,54 @@ COMPONENTS: dict[str, JSON] = {
     "OpenAIError": obj(
         {"error": obj({"message": STRING, "type": STRING, "param": {}, "code": {}}, ["message", "type"])}, ["error"]
     ),
+}
+COMPONENTS |= {
+    "MessagesRequest": obj({**MESSAGES, **MESSAGES_SAMPLING}, ["max_tokens", "messages"]),
+    "CountTokensRequest": obj(MESSAGES, ["messages"]),
+    "AnthropicMessage": obj(
+        {
+            "id": STRING,
+            "type": {"const": "message"},
+            "role": {"const": "assistant"},
+            "content": array(ANY_OBJECT),
+            "stop_reason": {"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
+            "stop_sequence": one_of(STRING, {"type": "null"}),
+            "usage": obj(
+                {"input_tokens": integer(0), "cache_read_input_tokens": integer(0), "output_tokens": integer(0)},
+                ["input_tokens", "output_tokens"],
+            ),
+        },
+        ["id", "type", "role", "content", "model", "stop_reason", "usage"],
+    ),
+    "AnthropicError": obj(
+        {"type": {"const": "error"}, "error": obj({"type": STRING, "message": STRING}, ["type", "message"])},
+        ["type", "error"],
+    ),
+    "ResponsesRequest": RESPONSES_REQUEST,
+    "Response": obj(
+        {
+            "id": STRING,
+            "object": {"const": "response"},
+            "status": {"enum": ["completed", "incomplete", "failed", "cancelled", "queued", "in_progress"]},
+            "output": array(ANY_OBJECT),
+            "usage": one_of(ANY_OBJECT, {"type": "null"}),
+        },
+        ["id", "object", "status", "output", "usage"],
+    ),
+    "OllamaChatRequest": obj({**OLLAMA_BOTH, "messages": array(OLLAMA_MESSAGE), "tools": array(ANY_OBJECT)}),
+    "OllamaGenerateRequest": obj({**OLLAMA_BOTH, "prompt": STRING, "system": STRING, "raw": BOOLEAN}),
+    "OllamaAnswer": obj(
+        {
+            "model": STRING,
+            "created_at": STRING,
+            "message": obj({"role": {"const": "assistant"}, "content": STRING}, ["role", "content"]),
+            "response": STRING,
+            "done": BOOLEAN,
+            "done_reason": STRING,
+        },
+        ["model", "created_at", "done", "done_reason"],
+    ),
+    "OllamaError": obj({"error": STRING}, ["error"]),
 }
 
 # ---- the table ----
@@ -275,23 +534,83 @@ COMPLETIONS = Operation(
 CHAT_COMPLETIONS = Operation(
     "Answer a conversation", "OpenAI", ref("ChatRequest"), ref("OpenAIAnswer"), is_streaming=True, statuses=(404, 429)
 )
+RENDER = Operation(
+    "The prompt that a conversation makes", "OpenAI", ref("ChatRequest"),
+    obj({"prompt": STRING, "prompt_token_ids": TOKEN_IDS}, ["prompt", "prompt_token_ids"]), statuses=(404,),
+)  # fmt: skip
+PARSE_FUNCTION_CALL = Operation(
+    "Tool calls in a text", "tokens", ref("ParseFunctionCallRequest"),
+    obj({"normal_text": STRING, "calls": array(ANY_OBJECT)}, ["normal_text", "calls"]),
+)  # fmt: skip
+SEPARATE_REASONING = Operation(
+    "Reasoning in a text", "tokens", ref("SeparateReasoningRequest"),
+    obj({"reasoning_text": STRING, "text": STRING}, ["reasoning_text", "text"]),
+)  # fmt: skip
 MODELS = Operation("The models there are", "OpenAI", answer=obj({"data": array(ref("ModelCard"))}, ["data"]))
 MODEL = Operation(
     "One model", "OpenAI", answer=ref("ModelCard"), statuses=(404,),
     parameters=({"name": "model", "in": "path", "required": True, "schema": STRING},),
 )  # fmt: skip
 
+MESSAGE_ANSWER = Operation(
+    "Anthropic's messages", "Anthropic", ref("MessagesRequest"), ref("AnthropicMessage"), is_streaming=True,
+    statuses=(404, 429),
+)  # fmt: skip
+COUNT_TOKENS = Operation(
+    "Tokens of a conversation's prompt", "Anthropic", ref("CountTokensRequest"),
+    obj({"input_tokens": integer(1)}, ["input_tokens"]), statuses=(404,),
+)  # fmt: skip
+CREATE_RESPONSE = Operation(
+    "OpenAI's responses", "OpenAI", ref("ResponsesRequest"), ref("Response"), is_streaming=True, statuses=(404, 429)
+)
+RESPONSE_ID = ({"name": "response_id", "in": "path", "required": True, "schema": STRING},)
+RESPONSE = Operation("A stored response", "OpenAI", answer=ref("Response"), statuses=(400, 404), parameters=RESPONSE_ID)
+CANCEL_RESPONSE = Operation(
+    "End a background response", "OpenAI", answer=ref("Response"), statuses=(400, 404), parameters=RESPONSE_ID
+)
+DELETE_RESPONSE = Operation(
+    "Forget a response", "OpenAI", answer=obj({"deleted": BOOLEAN}), statuses=(404,), parameters=RESPONSE_ID
+)
+NDJSON = "application/x-ndjson"
+OLLAMA_CHAT = Operation(
+    "Ollama's chat", "Ollama", ref("OllamaChatRequest"), ref("OllamaAnswer"), is_streaming=True, stream_type=NDJSON,
+    statuses=(404, 429),
+)  # fmt: skip
+OLLAMA_GENERATE = Operation(
+    "Ollama's completion", "Ollama", ref("OllamaGenerateRequest"), ref("OllamaAnswer"), is_streaming=True,
+    stream_type=NDJSON, statuses=(404, 429),
+)  # fmt: skip
+OLLAMA_SHOW = Operation(
+    "About the model", "Ollama", obj({"model": STRING}), obj({"capabilities": array(STRING)}), statuses=(404,)
+)
+OLLAMA_MODELS = obj({"models": array(ANY_OBJECT)}, ["models"])
+
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/generate"): GENERATE,
     ("PUT", "/generate"): GENERATE,
     ("POST", "/v1/chat/completions"): CHAT_COMPLETIONS,
+    ("POST", "/v1/chat/completions/render"): RENDER,
     ("POST", "/v1/completions"): COMPLETIONS,
     ("GET", "/v1/models"): MODELS,
     ("GET", "/v1/models/{model}"): MODEL,
+    ("POST", "/v1/messages"): MESSAGE_ANSWER,
+    ("POST", "/v1/messages/count_tokens"): COUNT_TOKENS,
+    ("POST", "/v1/responses"): CREATE_RESPONSE,
+    ("GET", "/v1/responses/{response_id}"): RESPONSE,
+    ("DELETE", "/v1/responses/{response_id}"): DELETE_RESPONSE,
+    ("POST", "/v1/responses/{response_id}/cancel"): CANCEL_RESPONSE,
+    ("POST", "/api/chat"): OLLAMA_CHAT,
+    ("POST", "/api/generate"): OLLAMA_GENERATE,
+    ("POST", "/api/show"): OLLAMA_SHOW,
+    ("GET", "/api/tags"): Operation("The models there are", "Ollama", answer=OLLAMA_MODELS),
+    ("GET", "/api/ps"): Operation("The models in memory", "Ollama", answer=OLLAMA_MODELS),
+    ("GET", "/api/version"): Operation("Of Ollama's API", "Ollama", answer=obj({"version": STRING})),
     ("POST", "/tokenize"): TOKENIZE,
     ("POST", "/v1/tokenize"): TOKENIZE,
     ("POST", "/detokenize"): DETOKENIZE,
     ("POST", "/v1/detokenize"): DETOKENIZE,
+    ("POST", "/parse_function_call"): PARSE_FUNCTION_CALL,
+    ("POST", "/separate_reasoning"): SEPARATE_REASONING,
     ("GET", "/health"): HEALTH,
     ("GET", "/health_generate"): Operation(
         "As /health, and an idle engine is asked for one token", "server", answer=ref("Health"), statuses=(503,),
@@ -315,10 +634,16 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/openapi.json"): Operation("This document", "server", answer=ANY_OBJECT),
 }  # fmt: skip
 
+ERROR_NAMES: dict[ErrorShape, str] = {
+    native_error: "NativeError",
+    openai_error: "OpenAIError",
+    anthropic_error: "AnthropicError",
+    ollama_error: "OllamaError",
+}
 STATUS_TEXTS = {
     400: "the request is wrong; the message says which field and why",
     401: "a key is missing or wrong",
-    404: "there is no such model",
+    404: "there is no such model, or no such response",
     413: "the body is longer than --max-body-bytes",
     429: "the queue is full; Retry-After says when to come back",
     503: "not now: starting, stuck or stopping",
@@ -352,21 +677,28 @@ def document_of(app: web.Application) -> JSON:
         number = "0"
     return {
         "openapi": "3.1.0",
-        "info": {"title": "radixloop", "version": number, "description": "SGLang's API and OpenAI's, of one model."},
+        "info": {
+            "title": "radixloop",
+            "version": number,
+            "description": "The APIs of SGLang, OpenAI, Anthropic and Ollama, of one model.",
+        },
         "paths": paths,
         "components": {
             "schemas": COMPONENTS,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
         },
-        "security": [{"key": []}, {}],
+        "security": [{"key": []}, {"x-api-key": []}, {}],
     }
 
 
 def _described(method: str, path: str, operation: Operation) -> JSON:
     content: JSON = {operation.media_type: {"schema": operation.answer or STRING}}
     if operation.is_streaming:
-        content["text/event-stream"] = {"schema": {"type": "string", "description": "with `stream`, up to [DONE]"}}
-    error_schema = operation.error or ref("OpenAIError" if path.startswith("/v1/") else "NativeError")
+        content[operation.stream_type] = {"schema": {"type": "string", "description": "with `stream`"}}
+    error_schema = operation.error or ref(ERROR_NAMES[error_shape(path)])
     error = {"application/json": {"schema": error_schema}}
     statuses = {*operation.statuses}
     if not operation.is_open:

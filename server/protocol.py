@@ -1,7 +1,8 @@
 """What the APIs share: the engine as they see it, typed reading of JSON bodies, and errors in each API's shape."""
 
 import math
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ JSON = dict[str, Any]
 MAX_INT = 1 << 53  # beyond it JSON numbers are not exact
 MAX_REQUESTS = 65536  # of one HTTP request: prompts times n
 MAX_N = 128
+REQUEST_FIELDS = ("priority", "extra_key", "cache_salt")  # SGLang's, which every API takes
 
 
 class ModelInfo(Protocol):
@@ -84,6 +86,7 @@ class Engine(Protocol):
     def sampling_defaults(self) -> JSON: ...
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    async def prepare(self, requests: Sequence[Request]) -> None: ...
     def submit(self, request: Request) -> None: ...
     def abort(self, rid: str) -> bool: ...
     def abort_all(self, message: str = ..., status_code: int = ...) -> int: ...
@@ -120,6 +123,10 @@ class Fields:
     def fail(self, name: str, rule: str) -> NoReturn:
         field = self._path + name
         raise InvalidRequest(f"{field} must be {rule}, got {_shown(self.values.get(name))}", field)
+
+    def unsupported(self, name: str) -> NoReturn:
+        field = self._path + name
+        raise InvalidRequest(f"{field} is not supported by this server", field)
 
     def has(self, name: str) -> bool:
         return self.values.get(name) is not None
@@ -175,6 +182,20 @@ class Fields:
             self.fail(name, "a list")
         return value
 
+    def strings(self, name: str) -> list[str]:
+        values = self.array(name)
+        if not all(isinstance(value, str) for value in values):
+            self.fail(name, "a list of strings")
+        return values
+
+    def objects(self, name: str) -> "list[Fields]":
+        return [Fields(value, f"{self._path}{name}[{i}]") for i, value in enumerate(self.array(name))]
+
+    def required(self, name: str, rule: str) -> Any:
+        if not self.has(name):
+            self.fail(name, rule)
+        return self.values[name]
+
     def one_of(self, name: str, choices: Collection[str], default: str) -> str:
         value = self.text(name, default)
         if value not in choices:
@@ -212,6 +233,25 @@ def check_batch_size(count: int, field: str) -> None:
 def check_n(n: int, num_prompts: int) -> None:
     if n > MAX_N or n * num_prompts > MAX_REQUESTS:
         raise InvalidRequest(f"n must be between 1 and {min(MAX_N, MAX_REQUESTS // num_prompts)}, got {n}", "n")
+
+
+def refuse(body: Fields, names: Collection[str]) -> None:
+    """Better refused than ignored: fields that would change the answer."""
+    for name in names:
+        if body.get(name):
+            body.unsupported(name)
+
+
+@contextmanager
+def spelled(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors from inside name a field as the client spelled it; `names` leads from OpenAI's name to the client's."""
+    try:
+        yield
+    except InvalidRequest as error:
+        ours = error.field or ""
+        if ours not in names:
+            raise
+        raise InvalidRequest(str(error).replace(ours, names[ours], 1), names[ours]) from None
 
 
 def cache_namespace(fields: Fields) -> str:
@@ -264,6 +304,28 @@ def openai_error(status: int, message: str, field: str | None = None, code: str 
     return {"error": {"message": message, "type": kind, "param": field, "code": code}}
 
 
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_error(status: int, message: str, field: str | None = None, code: str | None = None) -> JSON:
+    kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def ollama_error(status: int, message: str, field: str | None = None, code: str | None = None) -> JSON:
+    return {"error": message}
+
+
+ERROR_SHAPES: dict[str, ErrorShape] = {"/v1/messages": anthropic_error, "/v1/": openai_error, "/api/": ollama_error}
+
+
 def error_shape(path: str) -> ErrorShape:
     """The shape that clients of the API at `path` expect."""
-    return openai_error if path.startswith("/v1/") else native_error
+    return next((shape for prefix, shape in ERROR_SHAPES.items() if path.startswith(prefix)), native_error)

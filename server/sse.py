@@ -13,7 +13,8 @@ So what a slow reader costs is bounded: the transport's buffer and each answer's
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import orjson
 from aiohttp import web
@@ -27,6 +28,11 @@ HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": 
 
 def event(value: object) -> bytes:
     return b"data: %b\n\n" % orjson.dumps(value)
+
+
+def named_event(value: dict[str, Any]) -> bytes:
+    """An event that bears the name of its `type`, as Anthropic's and OpenAI's Responses API want it."""
+    return b"event: %b\ndata: %b\n\n" % (value["type"].encode(), orjson.dumps(value))
 
 
 class Choice(ABC):
@@ -91,8 +97,14 @@ class Choice(ABC):
 class EventStream:
     """One response of server-sent events, of one or more choices. `run` is awaited by the handler."""
 
-    def __init__(self, choices: Sequence[Choice], tail: Callable[[], bytes] = lambda: DONE) -> None:
+    def __init__(
+        self,
+        choices: Sequence[Choice],
+        tail: Callable[[], bytes] = lambda: DONE,
+        headers: Mapping[str, str] = HEADERS,
+    ) -> None:
         self.choices = choices
+        self.headers = headers
         self.wake = asyncio.Event()  # something is held, or the transport is full
         self.is_direct = False  # a sink may write by itself: nothing is held that must go first
         self._tail = tail  # what follows the last event
@@ -118,7 +130,7 @@ class EventStream:
             raise ConnectionResetError("the client has disconnected")
         self.transport = transport
         transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
-        response = web.StreamResponse(headers=HEADERS)
+        response = web.StreamResponse(headers=self.headers)
         writer = await response.prepare(http_request)
         assert writer is not None
         writer.send_headers()

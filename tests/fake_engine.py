@@ -11,12 +11,21 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from cache.radix import Prefix
 from engine.errors import EngineStopped, InvalidRequest, PromptTooLong, QueueFull
+from engine.grammar import GrammarStats
 from engine.request import Delta, FinishReason, Logprobs, Request, Status, TokenLogprob
 from server.app import build_app
 from server.config import ServerConfig
+from server.protocol import Engine
 
 VOCAB_SIZE = 260
 EOS = 257
+
+
+# An answer with all that parsers know, and the options of a server that reads it so.
+THOUGHT_AND_CALL = (
+    '<think>Where?</think>Let me look.<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+)
+PARSERS = {"reasoning_parser": "qwen3", "tool_call_parser": "qwen25"}
 
 
 class FakeTokenizer:
@@ -98,6 +107,7 @@ class FakeStats:
     num_aborted: int = 1
     num_refused: int = 5
     drain_tokens_per_s: float = 1234.0
+    grammars: GrammarStats = field(default_factory=lambda: GrammarStats(2, 6, 0.5))
 
 
 def logprobs_of(token_ids: Sequence[int], num_top: int, ids: Sequence[int], *, is_prompt: bool = False) -> Logprobs:
@@ -143,6 +153,9 @@ class FakeEngine:
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
+
+    async def prepare(self, requests: Sequence[Request]) -> None:
+        pass
 
     def submit(self, request: Request) -> None:
         if self.health_status == "stopping":
@@ -278,7 +291,7 @@ class FakeEngine:
 
 
 @asynccontextmanager
-async def serving(engine: FakeEngine, **options: Any) -> AsyncIterator[TestClient[Any, Any]]:
+async def serving(engine: Engine, **options: Any) -> AsyncIterator[TestClient[Any, Any]]:
     """A client of a server around `engine`."""
     app = build_app(engine, ServerConfig(model_path="fake-model", **options))
     async with TestClient(TestServer(app)) as client:

@@ -1,7 +1,11 @@
-"""The engine as a whole, on tiny models: its greedy answers are transformers' own, whatever the mix of requests."""
+"""The engine as a whole, on tiny models: its greedy answers are transformers' own, whatever the mix of requests.
+
+Some of them, in the mixed test, must be JSON: there the reference is transformers' logits under a mask, token by token.
+"""
 
 import asyncio
 import gzip
+import json
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -10,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from llguidance import LLMatcher, LLTokenizer
 
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -75,6 +80,40 @@ def reference(tiny_llama: Path, prompts: list[list[int]]) -> list[list[int]]:
     return answers
 
 
+FORCED_RUNS = {
+    "type": "object",
+    "properties": {
+        "wizard": {"enum": ["Harry", "Hermione"]},
+        "house": {"enum": ["Gryffindor", 7]},
+        "age": {"enum": [1, 2]},
+    },
+    "required": ["wizard", "house", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def constrained_reference(tiny_llama: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """Of each prompt, the most likely tokens that JSON of `FORCED_RUNS` allows, up to its end."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    tokenizer = LLTokenizer(str(tiny_llama / "tokenizer.json"), eos_token=2)
+    grammar = LLMatcher.grammar_from_json_schema(FORCED_RUNS, defaults={"whitespace_flexible": False})
+    answers = []
+    for prompt in prompts[:10]:
+        matcher, tokens = LLMatcher(tokenizer, grammar), list(prompt)
+        while not matcher.is_stopped():
+            with torch.no_grad():
+                logits = model(torch.tensor([tokens])).logits[0, -1]
+            mask = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
+            is_allowed = (mask.unsqueeze(1) >> torch.arange(8)) & 1
+            tokens.append(int(logits.masked_fill(is_allowed.flatten()[: len(logits)] == 0, -torch.inf).argmax()))
+            matcher.consume_token(tokens[-1])
+        answers.append(tokens[len(prompt) :])
+    return answers
+
+
 # Every optimization joins this list: none may change an answer.
 MIXES: dict[str, dict[str, Any]] = {
     "plain": {"disable_overlap_schedule": True, "disable_radix_cache": True, "max_running_requests": 1},
@@ -85,7 +124,10 @@ MIXES: dict[str, dict[str, Any]] = {
     "large_chunks": {"chunked_prefill_size": 64},
     "unchunked": {"chunked_prefill_size": -1},
     "pages_of_4": {"page_size": 4, "chunked_prefill_size": 16},
+    "pages_of_16": {"page_size": 16},
     "no_overlap": {"disable_overlap_schedule": True},
+    "no_jump_forward": {"disable_jump_forward": True},
+    "no_jump_forward_no_overlap": {"disable_jump_forward": True, "disable_overlap_schedule": True},
     "retracting": {"max_total_tokens": 200, "schedule_conservativeness": 0.0, "chunked_prefill_size": 32},
     "first_come": {"schedule_policy": "fcfs", "max_running_requests": 3},
     "depth_first": {"schedule_policy": "dfs-weight", "max_running_requests": 3},
@@ -109,6 +151,7 @@ async def test_greedy_answers_equal_transformers_whatever_the_mix(
     tiny_llama: Path,
     prompts: list[list[int]],
     reference: list[list[int]],
+    constrained_reference: list[list[int]],
     device: str,
     options: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -122,9 +165,16 @@ async def test_greedy_answers_equal_transformers_whatever_the_mix(
             _, tokens = await collect(engine, make_request(prompts[i], stream=bool(i % 2)))
             return tokens
 
+        async def ask_for_json(i: int) -> list[int]:
+            await asyncio.sleep(rng.random() * 0.2)
+            fields: dict[str, Any] = {"json_schema": json.dumps(FORCED_RUNS), "ignore_eos": False, "max_new_tokens": 60}
+            _, tokens = await collect(engine, make_request(prompts[i], stream=bool(i % 2), **fields))
+            return tokens
+
         for _ in range(2):  # the second time everything is cached
-            answers = await asyncio.gather(*(ask(i) for i in range(len(prompts))))
-            assert list(answers) == reference
+            answers = asyncio.gather(*(ask(i) for i in range(len(prompts))))
+            constrained = asyncio.gather(*(ask_for_json(i) for i in range(len(constrained_reference))))
+            assert (await answers, await constrained) == (reference, constrained_reference)
         if options.get("max_total_tokens") == 200:
             assert engine.stats().scheduler.num_retractions > 0, "the pool was meant to run out"
 

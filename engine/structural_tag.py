@@ -1,0 +1,147 @@
+"""Structural tags, SGLang's and xgrammar's way to say where in a free text constrained parts stand, as Lark grammars.
+
+Two shapes: the older {"structures": [{"begin", "schema", "end"}], "triggers": [...]}, and
+{"type": "structural_tag", "format": {...}}, whose formats nest.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+MAX_DEPTH = 32
+ANY_TEXT = r"/(.|\n)*/"
+
+
+def structural_tag_to_lark(tag: Any, special_tokens: dict[str, int]) -> str:
+    """A grammar in llguidance's Lark. Raises `ValueError` for what cannot be one.
+
+    special_tokens: text -> id of the tokens that are no text to the tokenizer; literals may hold them.
+    """
+    if not isinstance(tag, dict):
+        raise ValueError("a structural tag must be an object")
+    if "structures" in tag:
+        tags = [
+            {
+                "begin": _text(structure, "begin"),
+                "content": {"type": "json_schema", "json_schema": structure.get("schema", {})},
+                "end": _text(structure, "end"),
+            }
+            for structure in _list(tag, "structures")
+        ]
+        tag = {"format": {"type": "triggered_tags", "triggers": _list(tag, "triggers"), "tags": tags}}
+    if "format" not in tag:
+        raise ValueError("a structural tag needs format, or structures and triggers")
+    writer = _Writer(special_tokens)
+    start = writer.write(tag["format"])
+    return "\n".join(["%llguidance {}", f"start: {start}", *writer.rules])
+
+
+def _text(format: Any, name: str) -> str:
+    value = format.get(name) if isinstance(format, dict) else None
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a string")
+    return value
+
+
+def _list(format: dict[str, Any], name: str) -> list[Any]:
+    value = format.get(name)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{name} must be a non-empty list")
+    return value
+
+
+class _Writer:
+    """Collects the rules that formats turn into; `write` gives the expression that stands for one."""
+
+    def __init__(self, special_tokens: dict[str, int]) -> None:
+        self.rules: list[str] = []
+        self._special_tokens = special_tokens
+        names = sorted(filter(None, special_tokens), key=len, reverse=True)
+        self._specials = re.compile("|".join(map(re.escape, names))) if names else None
+        self._depth = 0
+        self._formats: dict[str, Callable[[dict[str, Any]], str]] = {
+            "const_string": lambda format: self._literal(_text(format, "value")),
+            "json_schema": lambda format: f"%json {self._schema(format)}",
+            "any_text": lambda format: ANY_TEXT,
+            "regex": lambda format: f"/{self._pattern(_text(format, 'pattern'))}/",
+            "sequence": lambda format: " ".join(map(self.write, _list(format, "elements"))),
+            "or": lambda format: " | ".join(map(self.write, _list(format, "elements"))),
+            "tag": self._tag,
+            "triggered_tags": self._triggered_tags,
+        }
+
+    def write(self, format: Any) -> str:
+        """The name of a new rule for `format`."""
+        kind = format.get("type") if isinstance(format, dict) else None
+        if kind not in self._formats:
+            raise ValueError(f"a format's type must be one of {', '.join(self._formats)}, got {kind!r}")
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise ValueError(f"formats may nest {MAX_DEPTH} deep")
+        body = self._formats[kind](format)
+        self._depth -= 1
+        return self._rule(body)
+
+    def _rule(self, body: str, attributes: str = "") -> str:
+        name = f"part_{len(self.rules)}"
+        self.rules.append(f"{name}{attributes}: {body}")
+        return name
+
+    def _schema(self, format: dict[str, Any]) -> str:
+        schema = format.get("json_schema")
+        if not isinstance(schema, dict):
+            raise ValueError("json_schema must be an object")
+        # No spaces, as everywhere. `defaults` of the library do not reach a schema inside a grammar.
+        return json.dumps({"x-guidance": {"whitespace_flexible": False}, **schema})
+
+    @staticmethod
+    def _pattern(pattern: str) -> str:
+        return re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", pattern).replace("\n", r"\n")
+
+    def _literal(self, text: str) -> str:
+        """Text, and special tokens by their ids: to the tokenizer they are other bytes."""
+        parts = []
+        position = 0
+        for found in self._specials.finditer(text) if self._specials else ():
+            parts += [json.dumps(text[position : found.start()]), f"<[{self._special_tokens[found[0]]}]>"]
+            position = found.end()
+        parts.append(json.dumps(text[position:]))
+        return " ".join(part for part in parts if part != '""') or '""'
+
+    def _text_until(self, end: str) -> str:
+        """Any text up to the first `end`, which belongs to it."""
+        if not end:
+            return ANY_TEXT
+        found = self._specials.match(end) if self._specials else None
+        if found:  # no text can hold a special token, so the text ends where one stands
+            return f"{ANY_TEXT} {self._literal(end)}"
+        return self._rule(f"{ANY_TEXT} {json.dumps(end)}", "[lazy]")
+
+    def _tag(self, tag: dict[str, Any]) -> str:
+        return f"{self._literal(_text(tag, 'begin'))} {self._after_begin(tag)}"
+
+    def _after_begin(self, tag: dict[str, Any]) -> str:
+        content, end = tag.get("content"), _text(tag, "end")
+        if isinstance(content, dict) and content.get("type") == "any_text":
+            return self._text_until(end)
+        return f"{self.write(content)} {self._literal(end)}"
+
+    def _triggered_tags(self, format: dict[str, Any]) -> str:
+        """Free text in which each trigger starts one of the tags that begin with it."""
+        tags_of: dict[str, list[str]] = {}
+        triggers = [trigger for trigger in _list(format, "triggers") if isinstance(trigger, str) and trigger]
+        for tag in _list(format, "tags"):
+            begin = _text(tag, "begin")
+            trigger = next((trigger for trigger in triggers if begin.startswith(trigger)), None)
+            if trigger is None:
+                raise ValueError(f"tag {begin!r} begins with none of the triggers {triggers}")
+            rest = begin[len(trigger) :]
+            tags_of.setdefault(trigger, []).append(f"{self._literal(rest)} {self._after_begin(tag)}")
+        tagged = self._rule(
+            " | ".join(f"{self._text_until(trigger)} ({' | '.join(tags)})" for trigger, tags in tags_of.items())
+        )
+        how_many = "" if format.get("stop_after_first") else "+"
+        tail = "" if format.get("stop_after_first") else ANY_TEXT
+        some = f"{tagged}{how_many} {tail}"
+        return some if format.get("at_least_one") else f"({some}) | {ANY_TEXT}"

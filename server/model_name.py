@@ -1,0 +1,18 @@
+"""The name by which clients ask for the model."""
+
+from engine.errors import EngineError
+from server.config import ServerConfig
+
+
+class ModelNotFound(EngineError):
+    status_code = 404
+    code = "model_not_found"
+    field = "model"
+
+
+def served_model(config: ServerConfig, name: str) -> str:
+    """The name to answer with. Absent and "default" mean the one model there is, as SGLang's clients send."""
+    known = (config.model_name, config.model_path)
+    if name and name != "default" and name not in known:
+        raise ModelNotFound(f"The model {name!r} does not exist; this server has {config.model_name!r}.")
+    return name if name in known else config.model_name

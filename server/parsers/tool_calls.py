@@ -1,0 +1,634 @@
+"""How models write calls of tools, format by format, and a parser that reads them as they come.
+
+A `ToolFormat` says three things: which marks begin calls, how to read what follows, and how a grammar can hold the
+model to it. What turns out not to be a call is text: nothing is lost.
+"""
+
+import ast
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from server.parsers.delta import ToolCallDelta
+from server.parsers.reader import PYTHON_SYNTAX, Malformed, Reader, Reading
+from server.protocol import JSON
+
+MAX_NAME_LEN = 256  # longer names, and keys, are not waited for
+JSON_CALL_KEYS = ("name", "arguments", "parameters", "type", "id")
+PYTHON_CONSTANTS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call."""
+
+    name: str
+    parameters: JSON  # JSON schema of its arguments, an object's
+    is_strict: bool = False
+
+    def takes_text(self, key: str) -> bool:
+        """Is the argument a string, so that its text must not be read as JSON?"""
+        return self._schema(key).get("type") == "string" or bool(self.allowed_texts(key))
+
+    def allowed_texts(self, key: str) -> list[str]:
+        """All that the argument may be; empty if that is not a list of strings."""
+        schema = self._schema(key)
+        values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+        return values if isinstance(values, list) and all(isinstance(value, str) for value in values) else []
+
+    def _schema(self, key: str) -> JSON:
+        properties = self.parameters.get("properties")
+        schema = properties.get(key) if isinstance(properties, dict) else None
+        return schema if isinstance(schema, dict) else {}
+
+
+class ToolCallParser:
+    """Splits an answer into text and calls. White space around calls is no text."""
+
+    def __init__(self, format_: "ToolFormat", tools: Sequence[Tool], max_calls: int | None = None) -> None:
+        """Calls of functions that are not among `tools` are text; those after the first `max_calls` are left out."""
+        self.tools: Mapping[str, Tool] = {tool.name: tool for tool in tools}
+        self.reader = Reader()
+        self.num_tool_calls = 0
+        self._format, self._max_calls = format_, max_calls
+        self._text: list[str] = []
+        self._space = ""  # the text's last, until more of it comes
+        self._deltas: list[ToolCallDelta] = []
+        self._num_begun = 0
+        self._is_left_out = False  # the call being read
+        self._program = self._read()
+
+    def push(self, text: str) -> tuple[str, list[ToolCallDelta]]:
+        self.reader.feed(text)
+        return self._run()
+
+    def finish(self) -> tuple[str, list[ToolCallDelta]]:
+        self.reader.close()
+        return self._run()
+
+    # ---- what formats call ----
+
+    def tool(self, name: Any) -> Tool:
+        """`Malformed` if there is no such function."""
+        tool = self.tools.get(name) if isinstance(name, str) else None
+        if tool is None:
+            raise Malformed
+        return tool
+
+    def begin_call(self, tool: Tool) -> None:
+        """A call is certain: what was read up to here will not be text any more."""
+        self.reader.mark()
+        self._space = ""
+        self._num_begun += 1
+        self._is_left_out = self._max_calls is not None and self._num_begun > self._max_calls
+        if self._is_left_out:
+            return
+        call_id = self._format.new_id(tool.name, self.num_tool_calls)
+        self._deltas.append(ToolCallDelta(self.num_tool_calls, call_id, tool.name, ""))
+        self.num_tool_calls += 1
+
+    def add_arguments(self, text: str) -> None:
+        """More of the JSON text of the last call's arguments."""
+        self.reader.mark()
+        if self._is_left_out:
+            return
+        index = self.num_tool_calls - 1
+        if not (self._deltas and self._deltas[-1].index == index):
+            self._deltas.append(ToolCallDelta(index, None, None, ""))
+        self._deltas[-1].arguments += text
+
+    # ---- the program ----
+
+    def _run(self) -> tuple[str, list[ToolCallDelta]]:
+        next(self._program, None)
+        parts = "".join(self._text), self._deltas
+        self._text, self._deltas = [], []
+        return parts
+
+    def _read(self) -> Reading[None]:
+        reader, format_ = self.reader, self._format
+        if format_.bare:
+            self._add_text((yield from reader.skip_space()))
+            if (yield from reader.peek()) == format_.bare:
+                yield from self._read_calls("")
+        while not (yield from reader.is_at_end()):
+            if format_.begins:
+                mark = yield from reader.pass_until(format_.begins, self._add_text)
+                if mark:
+                    yield from self._read_calls(mark)
+            else:
+                self._add_text(reader.take_rest())
+        if not self.num_tool_calls:
+            self._text.append(self._space)
+
+    def _read_calls(self, mark: str) -> Reading[None]:
+        """Calls that begin with `mark`. If they do not, the mark is text and what follows is read again."""
+        num_begun = self._num_begun
+        self.reader.mark()
+        self.reader.take(len(mark))
+        try:
+            yield from self._format.read_calls(self, mark)
+            self.reader.unmark()
+        except Malformed:
+            self.reader.rewind()
+            if self._num_begun == num_begun:
+                self._add_text(self.reader.take(max(len(mark), 1)))
+
+    def _add_text(self, text: str) -> None:
+        text = self._space + text
+        told = text.rstrip()
+        self._space = text[len(told) :]
+        self._text.append(told)
+
+
+def json_tag(begin: str, tool: Tool, end: str) -> JSON:
+    """The tag of a call whose arguments are written as JSON."""
+    return {"type": "tag", "begin": begin, "content": schema_format(tool.parameters), "end": end}
+
+
+def schema_format(schema: JSON) -> JSON:
+    return {"type": "json_schema", "json_schema": schema}
+
+
+class ToolFormat:
+    """How a model writes calls."""
+
+    begins: tuple[str, ...] = ()  # marks anywhere in the text
+    bare = ""  # the character that begins calls without a mark, at the answer's head
+    trigger = ""  # the head of every call's tag, after which the model is held to it
+
+    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+        """Read one call, or a list of them. The reader stands after `mark`. `Malformed`: the rest is no call."""
+        raise NotImplementedError
+
+    def tag(self, tool: Tool) -> JSON | None:
+        """The tag of a structural tag that one call is. None: the format cannot be held to."""
+        return None
+
+    def tags(self, tools: Sequence[Tool]) -> list[JSON]:
+        return [tag for tool in tools if (tag := self.tag(tool)) is not None]
+
+    def new_id(self, name: str, index: int) -> str:
+        return f"call_{uuid.uuid4().hex[:24]}"
+
+
+def read_json_call(calls: ToolCallParser) -> Reading[None]:
+    """{"name": ..., "arguments": {...}}, with the keys in any order, and "parameters" for "arguments"."""
+    reader = calls.reader
+    yield from reader.expect("{")
+    tool: Tool | None = None
+    early = ""  # arguments that came before the name
+    has_begun = False
+    while True:
+        yield from reader.skip_space()
+        key = decoded((yield from reader.read_value()))
+        if tool is None and key not in JSON_CALL_KEYS:
+            raise Malformed  # an answer in JSON must not be held back whole
+        yield from reader.skip_space()
+        yield from reader.expect(":")
+        yield from reader.skip_space()
+        if key == "name" and tool is None:
+            tool = calls.tool(decoded((yield from reader.read_value())))
+        elif key in ("arguments", "parameters") and not has_begun and not early:
+            if tool is None:
+                early = yield from read_arguments(reader)
+            else:
+                yield from pass_arguments(calls, tool)
+                has_begun = True
+        else:
+            yield from reader.read_value()
+        yield from reader.skip_space()
+        if not (yield from reader.accept(",")):
+            break
+    is_closed = yield from reader.accept("}")
+    if has_begun:
+        return  # a brace forgotten at the very end spoils nothing
+    if tool is None or not is_closed:
+        raise Malformed
+    calls.begin_call(tool)
+    calls.add_arguments(early or "{}")
+
+
+def read_json_calls(calls: ToolCallParser) -> Reading[None]:
+    """A list of them, in brackets."""
+    reader = calls.reader
+    yield from reader.expect("[")
+    while True:
+        yield from reader.skip_space()
+        yield from read_json_call(calls)
+        yield from reader.skip_space()
+        if not (yield from reader.accept(",")):
+            break
+    yield from reader.accept("]")
+
+
+def decoded(text: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        raise Malformed from None
+
+
+def read_arguments(reader: Reader) -> Reading[str]:
+    """Arguments as JSON text; some models write that text as a string, or null for none."""
+    text = yield from reader.read_value()
+    value = decoded(text)
+    if isinstance(value, str):
+        text = value or "{}"
+        value = decoded(text)
+    if value is None:
+        return "{}"
+    if not isinstance(value, dict):
+        raise Malformed
+    return text
+
+
+def pass_arguments(calls: ToolCallParser, tool: Tool) -> Reading[None]:
+    """Arguments in JSON, passed on as they come."""
+    if (yield from calls.reader.peek()) == "{":
+        calls.begin_call(tool)
+        yield from calls.reader.pass_value(calls.add_arguments)
+    else:
+        arguments = yield from read_arguments(calls.reader)
+        calls.begin_call(tool)
+        calls.add_arguments(arguments)
+
+
+class Arguments:
+    """Writes arguments that are not JSON in the answer, as JSON, key by key."""
+
+    def __init__(self, calls: ToolCallParser, tool: Tool) -> None:
+        self._calls, self._tool = calls, tool
+        self._opening = "{"
+        calls.begin_call(tool)
+
+    def read_value(self, key: str, marks: tuple[str, ...]) -> Reading[str]:
+        """A value up to one of `marks`, which is returned (not read): text as it comes, anything else when whole."""
+        calls = self._calls
+        if self._tool.takes_text(key):
+            self._add(key, '"')
+            mark = yield from calls.reader.pass_until(marks, lambda text: calls.add_arguments(json_of(text)[1:-1]))
+            if mark:
+                calls.add_arguments('"')
+            return mark
+        parts: list[str] = []
+        mark = yield from calls.reader.pass_until(marks, parts.append)
+        if mark:
+            self._add(key, json_value("".join(parts)))
+        return mark
+
+    def close(self) -> None:
+        self._calls.add_arguments("{}" if self._opening == "{" else "}")
+
+    def _add(self, key: str, value: str) -> None:
+        self._calls.add_arguments(f"{self._opening}{json_of(key)}: {value}")
+        self._opening = ", "
+
+
+def json_of(value: Any) -> str:
+    return orjson.dumps(value).decode()
+
+
+def json_value(text: str) -> str:
+    """`text` where it is JSON, else the JSON of what it means."""
+    try:
+        orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return json_of(PYTHON_CONSTANTS.get(text.strip(), text))
+    return text.strip()
+
+
+# ---- the formats ----
+
+
+class Hermes(ToolFormat):
+    """<tool_call>{"name": ..., "arguments": ...}</tool_call>, of Hermes 2 Pro, Qwen 2.5 and Qwen 3."""
+
+    begins = ("<tool_call>",)
+    trigger = "<tool_call>"
+
+    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+        reader = calls.reader
+        yield from reader.skip_space()
+        yield from read_json_call(calls)
+        yield from reader.skip_space()
+        yield from reader.accept("}")  # models that lose count of their braces write one too many
+        yield from reader.skip_space()
+        yield from reader.accept("</tool_call>")
+
+    def tag(self, tool: Tool) -> JSON:
+        return json_tag(f'<tool_call>\n{{"name": {json_of(tool.name)}, "arguments": ', tool, "}\n</tool_call>")
+
+
+class Llama3(ToolFormat):
+    """{"name": ..., "parameters": ...} as the whole answer, or after <|python_tag|>; several with ; between them."""
+
+    begins = ("<|python_tag|>",)
+    bare = "{"
+    trigger = '{"name": '
+
+    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+        reader = calls.reader
+        while True:
+            yield from reader.skip_space()
+            yield from read_json_call(calls)
+            yield from reader.skip_space()
+            yield from reader.accept(";")
+            yield from reader.skip_space()
+            if (yield from reader.peek()) != "{":
+                return
+
+    def tag(self, tool: Tool) -> JSON:
+        return json_tag(f'{{"name": {json_of(tool.name)}, "parameters": ', tool, "}")
+
+
+class Mistral(ToolFormat):
+    """[TOOL_CALLS] [{"name": ..., "arguments": ...}, ...], and since 2025 [TOOL_CALLS]name[ARGS]{...}."""
+
+    begins = ("[TOOL_CALLS]",)
+    trigger = "[TOOL_CALLS]"
+
+    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+        reader = calls.reader
+        yield from reader.skip_space()
+        head = yield from reader.peek()
+        if head == "[":
+            yield from read_json_calls(calls)
+        elif head == "{":
+            yield from read_json_call(calls)
+        else:
+            name = yield from reader.read_until(("[ARGS]", "[CALL_ID]", "{"), MAX_NAME_LEN)
+            tool = calls.tool(name.strip())
+            if (yield from reader.accept("[CALL_ID]")):
+                yield from reader.read_until(("[ARGS]",), MAX_NAME_LEN)
+            yield from reader.accept("[ARGS]")
+            yield from reader.skip_space()
+            yield from pass_arguments(calls, tool)
+
+    def tag(self, tool: Tool) -> JSON:
+        return json_tag(f'[TOOL_CALLS] [{{"name": {json_of(tool.name)}, "arguments": ', tool, "}]")
+
+    def new_id(self, name: str, index: int) -> str:
+        return uuid.uuid4().hex[:9]  # their templates refuse any other length
+
+
+class MistralV11(Mistral):
+    """As tokenizers from version 11 on write them."""
+
+    def tag(self, tool: Tool) -> JSON:
+        return json_tag(f"[TOOL_CALLS]{tool.name}[ARGS]", tool, "")
+
+
+class DeepSeekV3(ToolFormat):
+    """Calls as sections, "function", the name and a fenced block of JSON; since V3.1 the name and the JSON alone."""
+
+    trigger = "<｜tool▁calls▁begin｜>"
+    begins = (trigger,)
+    call_begin, separator, call_end = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+    end = "<｜tool▁calls▁end｜>"
+
+    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+        reader = calls.reader
+        yield from reader.skip_space()
+        yield from reader.expect(self.call_begin)
+        while True:
+            head = yield from reader.read_until((self.separator,), MAX_NAME_LEN)
+            reader.take(len(self.separator))
+            if head.strip() == "function" and (yield from reader.peek()) != "{":
+                head = yield from reader.read_until(("\n",), MAX_NAME_LEN)
+                yield from reader.skip_space()
+                yield from reader.expect("```json")
+            tool = calls.tool(head.strip())
+            yield from reader.skip_space()
+            yield from pass_arguments(calls, tool)
+            yield from reader.skip_space()
+            yield from reader.accept("```")
+            yield from reader.skip_space()
+            yield from reader.accept(self.call_end)
+            yield from reader.skip_space()
+            if (yield from reader.accept(self.call_begin, self.end)) != self.call_begin:
+                return
+
+    def tag(self, tool: Tool) -> JSON:
+        begin = f"{self.trigger}{self.call_begin}function{self.separator}{tool.name}\n```json\n"
+        return json_tag(begin, tool, f"\n```{self.call_end}{self.end}")
+
+
+class DeepSeekV31(DeepSeekV3):
+    def tag(self, tool: Tool) -> JSON:
+        begin = f"{self.trigger}{self.call_begin}{tool.name}{self.separator}"
+        return json_tag(begin, tool, f"{self.call_end}{self.end}")
+
+
+class KimiK2(ToolFormat):
+    """A section of calls named functions.NAME:INDEX, with their arguments in JSON."""
+
+    trigger = "<|tool_calls_section_begin|>"
+    begins = (trigger,)
+    call_begin, separator, call_end = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
+    end = "<|tool_calls_section_end|>"
+
+    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+        reader = calls.reader
+        yield from reader.skip_space()
+        yield from reader.expect(self.call_begin)
+        while True:
+            full_name = yield from reader.read_until((self.separator,), MAX_NAME_LEN)
+            reader.take(len(self.separator))
+            tool = calls.tool(full_name.strip().removeprefix("functions.").rpartition(":")[0])
+            yield from reader.skip_space()
+            yield from pass_arguments(calls, tool)
+            yield from reader.skip_space()
+            yield from reader.accept(self.call_end)
+            yield from reader.skip_space()
+            if (yield from reader.accept(self.call_begin, self.end)) != self.call_begin:
+                return
+
+    def tag(self, tool: Tool) -> JSON:
+        parts: list[JSON] = [
+            {"type": "regex", "pattern": "[0-9]{1,3}"},
+            {"type": "const_string", "value": self.separator},
+            schema_format(tool.parameters),
+        ]
+        begin = f"{self.trigger}{self.call_begin}functions.{tool.name}:"
+        content = {"type": "sequence", "elements": parts}
+        return {"type": "tag", "begin": begin, "content": content, "end": self.call_end + self.end}
+
+    def new_id(self, name: str, index: int) -> str:
+        return f"functions.{name}:{index}"  # as the model counts them, in what it is shown later
+
+
+class Pythonic(ToolFormat):
+    """[name(key=value, ...), ...] as the whole answer, of Llama 3.2 and 4; these may put it between two marks."""
+
+    begins = ("<|python_start|>",)
+    bare = "["
+
+    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+        reader = calls.reader
+        yield from reader.skip_space()
+        yield from reader.expect("[")
+        while True:
+            yield from reader.skip_space()
+            tool = calls.tool((yield from reader.read_until(("(",), MAX_NAME_LEN)).strip())
+            arguments = yield from self._read_arguments(reader)
+            calls.begin_call(tool)
+            calls.add_arguments(arguments)
+            yield from reader.skip_space()
+            if not (yield from reader.accept(",")):
+                break
+        yield from reader.accept("]")
+        yield from reader.skip_space()
+        yield from reader.accept("<|python_end|>")
+
+    @staticmethod
+    def _read_arguments(reader: Reader) -> Reading[str]:
+        """(key=value, ...) of Python literals, as a JSON object."""
+        text = yield from reader.read_value(PYTHON_SYNTAX)
+        try:
+            call = ast.parse("f" + text, mode="eval").body
+            if not isinstance(call, ast.Call) or call.args:
+                raise Malformed
+            return json_of({keyword.arg: literal(keyword.value) for keyword in call.keywords})
+        except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+            raise Malformed from None
+
+
+class JsonNames(ast.NodeTransformer):
+    """Models that mean Python write JSON's names too."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(PYTHON_CONSTANTS[node.id]) if node.id in PYTHON_CONSTANTS else node
+
+
+def literal(node: ast.expr) -> Any:
+    return ast.literal_eval(JsonNames().visit(node))
+
+
+def argument_formats(tool: Tool, around: Callable[[str], tuple[str, str]]) -> JSON:
+    """Arguments that are not JSON together, each between the marks that `around` gives for its key."""
+    elements: list[JSON] = []
+    shared: JSON = {name: tool.parameters[name] for name in ("$defs", "definitions") if name in tool.parameters}
+    for key, schema in (tool.parameters.get("properties") or {}).items():
+        begin, end = around(key)
+        content: JSON = schema_format({**shared, **schema} if isinstance(schema, dict) else {})
+        if tool.takes_text(key):
+            texts = tool.allowed_texts(key)
+            constants: list[JSON] = [{"type": "const_string", "value": text} for text in texts]
+            content = {"type": "or", "elements": constants} if texts else {"type": "any_text"}
+        element: JSON = {"type": "tag", "begin": begin, "content": content, "end": end}
+        if key not in (tool.parameters.get("required") or ()):
+            element = {"type": "or", "elements": [element, {"type": "const_string", "value": ""}]}
+        elements.append(element)
+    return {"type": "sequence", "elements": elements} if elements else {"type": "const_string", "value": ""}
+
+
+class Glm45(ToolFormat):
+    """<tool_call>name, then <arg_key>key</arg_key><arg_value>value</arg_value> for each argument, </tool_call>."""
+
+    begins = ("<tool_call>",)
+    trigger = "<tool_call>"
+
+    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+        reader = calls.reader
+        name = yield from reader.read_until(("<arg_key>", "</tool_call>"), MAX_NAME_LEN)
+        arguments = Arguments(calls, calls.tool(name.strip()))
+        while (yield from reader.accept("<arg_key>")):
+            key = yield from reader.read_until(("</arg_key>",), MAX_NAME_LEN)
+            reader.take(len("</arg_key>"))
+            yield from reader.skip_space()
+            yield from reader.expect("<arg_value>")
+            if not (yield from arguments.read_value(key.strip(), ("</arg_value>",))):
+                return
+            reader.take(len("</arg_value>"))
+            yield from reader.skip_space()
+        yield from reader.expect("</tool_call>")
+        arguments.close()
+
+    def tag(self, tool: Tool) -> JSON:
+        content = argument_formats(tool, lambda key: (f"<arg_key>{key}</arg_key>\n<arg_value>", "</arg_value>\n"))
+        return {"type": "tag", "begin": f"<tool_call>{tool.name}\n", "content": content, "end": "</tool_call>"}
+
+
+class Qwen3Coder(ToolFormat):
+    """<tool_call><function=name><parameter=key>value</parameter>...</function></tool_call>, a line each."""
+
+    begins = ("<tool_call>", "<function=")
+    trigger = "<tool_call>"
+    value_ends = ("\n</parameter>", "</parameter>", "\n<parameter=", "\n</function>")
+
+    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+        reader = calls.reader
+        if mark == "<tool_call>":
+            yield from reader.skip_space()
+            yield from reader.expect("<function=")
+        name = yield from reader.read_until((">",), MAX_NAME_LEN)
+        reader.take(1)
+        arguments = Arguments(calls, calls.tool(name.strip()))
+        yield from reader.skip_space()
+        while (yield from reader.accept("<parameter=")):
+            key = yield from reader.read_until((">",), MAX_NAME_LEN)
+            reader.take(1)
+            yield from reader.accept("\n")
+            if not (yield from arguments.read_value(key.strip(), self.value_ends)):
+                return
+            yield from reader.skip_space()
+            yield from reader.accept("</parameter>")
+            yield from reader.skip_space()
+        yield from reader.expect("</function>")
+        arguments.close()
+        yield from reader.skip_space()
+        yield from reader.accept("</tool_call>")
+
+    def tag(self, tool: Tool) -> JSON:
+        begin = f"<tool_call>\n<function={tool.name}>\n"
+        content = argument_formats(tool, lambda key: (f"<parameter={key}>\n", "\n</parameter>\n"))
+        return {"type": "tag", "begin": begin, "content": content, "end": "</function>\n</tool_call>"}
+
+
+TOOL_FORMATS: dict[str, Callable[[], ToolFormat]] = {
+    "deepseekv3": DeepSeekV3,
+    "deepseekv31": DeepSeekV31,
+    "glm45": Glm45,
+    "kimi_k2": KimiK2,
+    "llama3": Llama3,
+    "mistral": Mistral,
+    "mistral_v11": MistralV11,
+    "pythonic": Pythonic,
+    "qwen25": Hermes,
+    "qwen3_coder": Qwen3Coder,
+}
+TOOL_ALIASES = {  # other spellings, SGLang's and vLLM's
+    "deepseek_v3": "deepseekv3",
+    "deepseek_v31": "deepseekv31",
+    "glm": "glm45",
+    "glm47": "glm45",
+    "hermes": "qwen25",
+    "llama3_json": "llama3",
+    "llama4_pythonic": "pythonic",
+    "qwen": "qwen25",
+    "qwen3_xml": "qwen3_coder",
+}
+# The first of these whose marks a chat template holds names its format.
+TEMPLATE_MARKS = (
+    (("<tool_call>", "<function="), "qwen3_coder"),
+    (("<tool_call>", "<arg_key>"), "glm45"),
+    (("<tool_call>",), "qwen25"),
+    (("[TOOL_CALLS]", "[ARGS]"), "mistral_v11"),
+    (("[TOOL_CALLS]",), "mistral"),
+    (("<｜tool▁calls▁begin｜>", "```json"), "deepseekv3"),
+    (("<｜tool▁calls▁begin｜>",), "deepseekv31"),
+    (("<|tool_calls_section_begin|>",), "kimi_k2"),
+    (("<|python_start|>",), "pythonic"),
+    (("[func_name1(params_name1=",), "pythonic"),
+    (("<|python_tag|>",), "llama3"),
+    (('"parameters": dictionary of argument name',), "llama3"),
+)
+
+
+def find_tool_format(template: str) -> str | None:
+    """The name of the format in which a chat template writes calls."""
+    return next((name for marks, name in TEMPLATE_MARKS if all(mark in template for mark in marks)), None)

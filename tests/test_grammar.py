@@ -1,0 +1,569 @@
+"""Constrained answers: of every kind they have the form that was asked for, whatever else a request wants."""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from aiohttp.test_utils import TestClient, TestServer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.engine import Engine
+from engine.errors import InvalidRequest
+from engine.grammar import GrammarCompiler, GrammarError, MaskFiller, Matcher
+from engine.request import FinishReason, Request
+from engine.tokenizer import Tokenizer
+from server.app import build_app
+from server.config import ServerConfig
+from tests.conftest import VOCAB_SIZE
+from tests.fake_engine import events_of
+from tests.test_engine import collect, make_request, running_engine
+
+EOS = 2
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 5},
+        "house": {"enum": ["Gryffindor", "Slytherin"]},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["name", "house", "age"],
+    "additionalProperties": False,
+}
+THINK_END = [50, 60]
+
+
+def person_is_well_formed(text: str) -> bool:
+    jsonschema.validate(json.loads(text), PERSON)
+    return True
+
+
+@pytest.fixture(scope="module")
+def compiler(tiny_llama: Path) -> GrammarCompiler:
+    tokenizer = Tokenizer.load(tiny_llama)
+    return GrammarCompiler(tokenizer.to_json(), VOCAB_SIZE, (EOS,), tokenizer.backend.special_tokens)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> Tokenizer:
+    return Tokenizer.load(tiny_llama)
+
+
+def constrained(prompt: Sequence[int] = (5, 6, 7), **fields: Any) -> Request:
+    defaults = {"max_new_tokens": 100, "ignore_eos": False}
+    return make_request(list(prompt), **(defaults | fields))
+
+
+async def answer(engine: Engine, request: Request) -> tuple[str, FinishReason]:
+    deltas, _ = await collect(engine, request)
+    assert request.finish_reason is not None
+    return "".join(delta.text for delta in deltas), request.finish_reason
+
+
+# ---- every kind ----
+
+TAGGED = {
+    "structures": [{"begin": "<f=a>", "schema": {"enum": [1, 2]}, "end": "</f>"}],
+    "triggers": ["<f="],
+}
+KINDS: dict[str, tuple[dict[str, Any], Any]] = {
+    "json_schema": ({"json_schema": PERSON}, person_is_well_formed),
+    "json_schema_text": ({"json_schema": json.dumps(PERSON)}, person_is_well_formed),
+    "regex": ({"regex": r"(19|20)\d{2}-[01]\d"}, re.compile(r"(19|20)\d{2}-[01]\d").fullmatch),
+    "gbnf": ({"ebnf": 'root ::= ("yes" | "no ") [0-9]{2,3}'}, re.compile(r"(yes|no )\d{2,3}").fullmatch),
+    "lark": ({"ebnf": 'start: "a" b{2,3}\nb: /[xy]/'}, re.compile(r"a[xy]{2,3}").fullmatch),
+    "choice": ({"choice": ["yes", 'say "no"\n', "Grüße"]}, {"yes", 'say "no"\n', "Grüße"}.__contains__),
+    "structural_tag": (
+        {
+            "structural_tag": {
+                "type": "structural_tag",
+                "format": {
+                    "type": "sequence",
+                    "elements": [
+                        {"type": "const_string", "value": "<|im_start|>Answer: "},
+                        {
+                            "type": "tag",
+                            "begin": "<a>",
+                            "content": {"type": "json_schema", "json_schema": {"enum": [1, 2]}},
+                            "end": "</a>",
+                        },
+                        {"type": "or", "elements": [{"type": "regex", "pattern": "[a-c]/"}]},
+                    ],
+                },
+            },
+            "skip_special_tokens": False,
+        },
+        re.compile(r"<\|im_start\|>Answer: <a>[12]</a>[a-c]/").fullmatch,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_an_answer_has_the_form_that_was_asked_for(tiny_llama: Path, kind: str) -> None:
+    fields, is_right = KINDS[kind]
+    async with running_engine(tiny_llama) as engine:
+        requests = [
+            constrained([5, 6, 7 + i], temperature=float(i % 2), sampling_seed=i, stream=i > 3, **fields)
+            for i in range(8)
+        ]
+        for text, reason in await asyncio.gather(*(answer(engine, request) for request in requests)):
+            assert is_right(text), text
+            assert reason.type == "stop"
+
+
+def test_free_text_may_hold_tagged_parts(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    def accepts(tag: dict[str, Any], text: str) -> bool:
+        matcher = compiler.compile("structural_tag", json.dumps(tag)).deep_copy()
+        return matcher.consume_tokens(tokenizer.encode(text, False)) and matcher.is_accepting()
+
+    assert accepts(TAGGED, "free text") and accepts(TAGGED, "a <f=a>1</f> b\n<f=a>2</f>")
+    assert not accepts(TAGGED, "a <f=a>3</f>") and not accepts(TAGGED, "a <f=b>")
+    once = {"type": "triggered_tags", "triggers": ["<|im_start|>"], "at_least_one": True, "stop_after_first": True}
+    once["tags"] = [{"begin": "<|im_start|>x", "content": {"type": "any_text"}, "end": "</x>"}]
+    special = {"type": "structural_tag", "format": once}
+    assert accepts(special, "a <|im_start|>x\nanything</x>")
+    assert not accepts(special, "a") and not accepts(special, "a <|im_start|>x</x> b")
+
+
+async def test_log_probabilities_stops_penalties_and_company_leave_the_form_alone(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama) as engine:
+        plain = constrained(json_schema=PERSON)
+        with_logprobs = constrained(json_schema=PERSON, return_logprob=True, top_logprobs_num=2)
+        penalized = constrained(json_schema=PERSON, frequency_penalty=2.0, repetition_penalty=1.5)
+        stopped = constrained(json_schema=PERSON, stop=['","house'], stream=True)
+        cut = constrained(json_schema=PERSON, max_new_tokens=6)
+        requests = [plain, with_logprobs, penalized, stopped, cut, make_request([9, 9])]
+        texts = await asyncio.gather(*(answer(engine, request) for request in requests))
+        assert texts[1] == texts[0] and person_is_well_formed(texts[0][0])
+        assert with_logprobs.output_ids == plain.output_ids and not with_logprobs.num_forced_tokens
+        assert person_is_well_formed(texts[2][0])
+        assert texts[3] == (texts[0][0].split('","house')[0], FinishReason("stop", matched='","house'))
+        assert len(stopped.output_ids) < len(plain.output_ids)
+        assert plain.output_ids[: len(stopped.output_ids)] == stopped.output_ids
+        assert texts[4][1].type == "length" and cut.output_ids == plain.output_ids[:6]
+
+
+async def test_each_sampled_token_has_its_log_probability(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama) as engine:
+        request = constrained(json_schema=PERSON, return_logprob=True)
+        (delta,), tokens = await collect(engine, request)
+        assert delta.logprobs is not None and [token for _, token in delta.logprobs.token] == tokens
+
+
+@pytest.mark.parametrize("fields", [{"stop": ["never"]}, {"ignore_eos": True}, {"min_new_tokens": 50}])
+async def test_a_grammar_ends_an_answer_that_nothing_else_may_end(tiny_llama: Path, fields: dict[str, Any]) -> None:
+    async with running_engine(tiny_llama) as engine:
+        text, reason = await answer(engine, constrained(regex="abc[de]", **fields))
+        assert re.fullmatch("abc[de]", text) and reason.type == "stop"
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"stream": True}, {"stop": ["never"]}, {"max_new_tokens": 2}, {"max_new_tokens": 1}]
+)
+async def test_an_answer_without_any_choice_is_whole(tiny_llama: Path, fields: dict[str, Any]) -> None:
+    async with running_engine(tiny_llama) as engine:
+        request = constrained(regex="The quick brown fox", **fields)
+        text, reason = await answer(engine, request)
+        ids = engine.tokenizer.encode("The quick brown fox", False)
+        limit = fields.get("max_new_tokens", len(ids))
+        assert request.output_ids == ids[:limit] and text == engine.tokenizer.decode(ids[:limit])
+        assert reason.type == ("stop" if limit == len(ids) else "length")
+
+
+# ---- jump-forward ----
+
+
+async def num_steps(folder: Path, request: Request, **options: Any) -> int:
+    async with running_engine(folder, **options) as engine:
+        await collect(engine, request)
+        return engine.stats().loop.num_steps
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+async def test_forced_tokens_cost_no_steps_of_their_own(tiny_llama: Path, overlap: bool) -> None:
+    jumping, plodding = constrained(json_schema=PERSON), constrained(json_schema=PERSON)
+    options = {"disable_overlap_schedule": not overlap}
+    few = await num_steps(tiny_llama, jumping, **options)
+    many = await num_steps(tiny_llama, plodding, disable_jump_forward=True, **options)
+    assert jumping.output_ids == plodding.output_ids
+    assert jumping.num_forced_tokens > len(jumping.output_ids) / 2 and plodding.num_forced_tokens == 0
+    num_runs = 4  # of forced tokens; with overlap, each costs the step that was under way
+    assert few <= len(jumping.output_ids) - jumping.num_forced_tokens + (num_runs if overlap else 0)
+    assert many >= len(plodding.output_ids)
+
+
+async def test_forced_tokens_that_do_not_fit_wait_for_others_to_end(tiny_llama: Path) -> None:
+    """Runs of 30 tokens in a pool of 160: requests give their slots back in the middle of their answers."""
+    pattern = "[ab]" + "the quick brown fox [cd]" * 3
+    prompts = [[5, 6, 7, i] for i in range(8)]
+    async with running_engine(tiny_llama) as engine:
+        expected = [await collect(engine, constrained(prompt, regex=pattern)) for prompt in prompts]
+    for options in ({}, {"page_size": 4}, {"disable_overlap_schedule": True}, {"chunked_prefill_size": 8}):
+        crowded = {"max_total_tokens": 160, "schedule_conservativeness": 0.0, **options}
+        async with running_engine(tiny_llama, **crowded) as engine:
+            requests = [constrained(prompt, regex=pattern, max_new_tokens=90) for prompt in prompts]
+            answers = await asyncio.gather(*(collect(engine, request) for request in requests))
+            assert [tokens for _, tokens in answers] == [tokens for _, tokens in expected]
+            assert engine.stats().scheduler.num_retractions > 0
+            assert all(request.num_forced_tokens > 30 for request in requests)
+
+
+async def test_an_abort_between_forced_tokens_frees_everything(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama) as engine:
+        for num_deltas in range(1, 6):
+            request = constrained(json_schema=PERSON, stream=True)
+            deltas = engine.generate(request)
+            for _ in range(num_deltas):
+                await anext(deltas)
+            await deltas.aclose()
+            assert engine.stats().scheduler.num_held_tokens == 0
+
+
+# ---- thinking ----
+
+
+@pytest.mark.parametrize("options", [{}, {"disable_jump_forward": True}, {"disable_overlap_schedule": True}])
+@pytest.mark.parametrize("budget", [0, 1, 7])
+async def test_thinking_ends_with_its_budget_and_the_grammar_holds_from_there(
+    tiny_llama: Path, options: dict[str, Any], budget: int
+) -> None:
+    async with running_engine(tiny_llama, **options) as engine:
+        _, free = await collect(engine, make_request([5, 6, 7]))
+        request = constrained(regex="[0-9]{3}")
+        request.max_thinking_tokens, request.reasoning_end_ids = budget, THINK_END
+        await collect(engine, request)
+        thought = [*free[:budget], *THINK_END]
+        assert request.output_ids[: len(thought)] == thought
+        assert re.fullmatch("[0-9]{3}", engine.tokenizer.decode(request.output_ids[len(thought) :]))
+
+        free_after = make_request([5, 6, 7], return_logprob=budget == 7)
+        free_after.max_thinking_tokens, free_after.reasoning_end_ids = budget, THINK_END
+        _, tokens = await collect(engine, free_after)
+        _, expected = await collect(engine, make_request([5, 6, 7, *thought], max_new_tokens=24 - len(thought)))
+        assert tokens == [*thought, *expected]
+
+
+def test_an_end_of_thinking_that_has_begun_is_completed() -> None:
+    matcher = Matcher(None, [1, 2, 3], max_thinking_tokens=3)
+    for token in (9, 1, 2):
+        matcher.advance(token)
+    assert matcher.jump(10) == [3] and matcher.jump(10) == []
+    early = Matcher(None, [1, 2], max_thinking_tokens=9)
+    for token in (1, 1, 2, 9, 9, 9, 9, 9, 9, 9, 9):
+        early.advance(token)
+    assert early.forced_tokens() == []
+
+
+# ---- what cannot be ----
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"json_schema": {"type": "array", "uniqueItems": True}}, "json_schema", "uniqueItems"),
+    ({"json_schema": {"not": {"type": "string"}}}, "json_schema", "not"),
+    ({"json_schema": {"type": "string", "pattern": "(?=a)b"}}, "json_schema", "look-around"),
+    ({"json_schema": {"type": "string", "minLength": 3, "maxLength": 2}}, "json_schema", "minLength"),
+    ({"json_schema": {"type": "string", "format": "nonsense"}}, "json_schema", "nonsense"),
+    ({"json_schema": {"$ref": "https://example.com/schema"}}, "json_schema", "example.com"),
+    ({"json_schema": {"$ref": "#/$defs/missing"}}, "json_schema", "missing"),
+    ({"json_schema": {"enum": []}}, "json_schema", "anyOf"),
+    ({"json_schema": "{"}, "json_schema", "column 2"),
+    ({"json_schema": "[1]"}, "json_schema", "object"),
+    ({"json_schema": '{"properties":' * 2000 + "{}" + "}" * 2000}, "json_schema", "recursion"),
+    ({"json_schema": json.dumps({"enum": ["x" * 70_000]})}, "json_schema", "65536"),
+    ({"regex": "(a"}, "regex", "unclosed"),
+    ({"regex": r"(a)\1"}, "regex", "backreferences"),
+    ({"ebnf": "root ::= other"}, "ebnf", "other"),
+    ({"ebnf": "nonsense"}, "ebnf", "::="),
+    ({"structural_tag": {"format": {"type": "nonsense"}}}, "structural_tag", "nonsense"),
+    ({"structural_tag": {"structures": [{"begin": "a", "end": ""}], "triggers": ["b"]}}, "structural_tag", "triggers"),
+    ({"structural_tag": "[]"}, "structural_tag", "object"),
+    ({"choice": []}, "choice", "non-empty"),
+    ({"choice": "yes"}, "choice", "list"),
+    ({"json_schema": 5}, "json_schema", "object"),
+    ({"regex": "a", "json_schema": {}}, "regex", "at most one"),
+]
+
+
+@asynccontextmanager
+async def served(engine: Engine) -> AsyncIterator[TestClient[Any, Any]]:
+    app = build_app(engine, ServerConfig(model_path="tiny", enable_metrics=True))
+    async with TestClient(TestServer(app)) as client:
+        yield client
+
+
+async def test_a_grammar_that_cannot_be_used_is_refused_by_field_and_reason(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama) as engine, served(engine) as client:
+        for fields, field, reason in REFUSED:
+            for stream in (False, True):
+                body = {"text": "a", "sampling_params": fields, "stream": stream}
+                async with client.post("/generate", json=body) as response:
+                    told = (await response.json())["error"]
+                    assert (response.status, told["field"]) == (400, field), told
+                    assert reason in told["message"] and len(told["message"]) < 600, told
+
+
+async def test_a_server_without_grammars_says_so(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama, grammar_backend="none") as engine:
+        with pytest.raises(InvalidRequest, match="--grammar-backend"):
+            await answer(engine, constrained(regex="a"))
+
+
+async def test_a_matcher_that_fails_ends_its_own_request_only(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_engine(tiny_llama) as engine:
+        _, expected = await collect(engine, make_request([5, 6, 7]))
+        advance = Matcher.advance
+        victim = constrained(json_schema=PERSON, stream=True)
+
+        def broken(matcher: Matcher, token: int) -> None:
+            if matcher is victim.matcher and victim.row > 0:
+                raise GrammarError("injected")
+            advance(matcher, token)
+
+        monkeypatch.setattr(Matcher, "advance", broken)
+        (_, reason), (beside, _), (_, free) = await asyncio.gather(
+            answer(engine, victim),
+            answer(engine, constrained([5, 6, 9], json_schema=PERSON)),
+            collect(engine, make_request([5, 6, 7])),
+        )
+        assert reason.type == "abort" and "injected" in (reason.message or "")
+        assert person_is_well_formed(beside) and free == expected
+
+
+async def test_a_mask_that_cannot_be_made_ends_its_own_request_only(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill = MaskFiller.fill
+    async with running_engine(tiny_llama) as engine:
+        victim = constrained(json_schema=PERSON)
+
+        def broken(filler: MaskFiller, matchers: Sequence[Matcher]) -> tuple[torch.Tensor, dict[int, str]]:
+            masks, errors = fill(filler, matchers)
+            errors |= {i: "injected" for i, matcher in enumerate(matchers) if matcher is victim.matcher}
+            return masks, errors
+
+        monkeypatch.setattr(MaskFiller, "fill", broken)
+        (_, reason), (beside, _) = await asyncio.gather(
+            answer(engine, victim), answer(engine, constrained([5, 6, 9], json_schema=PERSON))
+        )
+        assert reason.type == "abort" and "injected" in (reason.message or "")
+        assert person_is_well_formed(beside)
+
+
+@pytest.mark.parametrize("place", ["forward", "sample"])
+@pytest.mark.parametrize("overlap", [False, True])
+async def test_a_step_that_raises_leaves_no_step_waiting_for_its_masks(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool, place: str
+) -> None:
+    async with running_engine(tiny_llama, disable_overlap_schedule=not overlap) as engine:
+        runner = engine.parts.runner
+        owner: Any = runner if place == "forward" else runner.sampler
+        original = getattr(owner, place)
+        calls = []
+
+        def broken(*args: Any) -> Any:
+            calls.append(args)
+            if len(calls) == 4:
+                raise RuntimeError("injected")
+            return original(*args)
+
+        monkeypatch.setattr(owner, place, broken)
+        async with asyncio.timeout(20):
+            _, reason = await answer(engine, constrained(json_schema=PERSON))
+            assert reason.type == "abort" and "injected" in (reason.message or "")
+            text, _ = await answer(engine, constrained(json_schema=PERSON))
+        assert person_is_well_formed(text)
+
+
+# ---- schemas of all sorts ----
+
+NASTY: dict[str, dict[str, Any]] = {
+    "recursion": {
+        "$defs": {
+            "tree": {
+                "type": "object",
+                "properties": {"next": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/tree"}]}},
+                "required": ["next"],
+                "additionalProperties": False,
+            }
+        },
+        "$ref": "#/$defs/tree",
+    },
+    "refs": {"$defs": {"a/b": {"enum": [1, 2]}}, "type": "array", "items": {"$ref": "#/$defs/a~1b"}, "maxItems": 3},
+    "any_of": {"anyOf": [{"const": None}, {"type": "boolean"}, {"type": "integer", "minimum": 5, "maximum": 7}]},
+    "pattern": {"type": "string", "pattern": "^[A-Z]{2}-\\d{3}$"},
+    "unicode": {"enum": ["Grüße", "日本", "🙂", 'quote " and \\ back', "line\nbreak", "\u2028"]},
+    "unicode_keys": {"type": "object", "properties": {'k "é\n🙂': {"const": 1}}, "required": ['k "é\n🙂'],
+                     "additionalProperties": False},
+    "huge_enum": {"enum": [f"value {i}" for i in range(2000)]},
+    "bounds": {"type": "array", "items": {"type": "number", "exclusiveMinimum": -1.5, "maximum": 2.25}, "minItems": 2,
+               "maxItems": 2},
+    "multiple": {"type": "integer", "minimum": 0, "maximum": 1000, "multipleOf": 7},
+    "tuple": {"type": "array", "prefixItems": [{"const": 1}, {"enum": ["a"]}], "items": False, "minItems": 2},
+    "date": {"type": "string", "format": "date"},
+    "nested": {"type": "object", "properties": {"a": {"type": "array", "items": PERSON, "minItems": 1, "maxItems": 2}},
+               "required": ["a"], "additionalProperties": False},
+    "empty": {"type": "object", "additionalProperties": False},
+    "no_choice": {"const": {"fixed": [1, "two", None]}},
+}  # fmt: skip
+
+
+async def test_nasty_schemas_are_followed(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama) as engine:
+        requests = [
+            constrained([5, 6, i + 3], json_schema=schema, temperature=1.0, sampling_seed=i, max_new_tokens=200)
+            for i, schema in enumerate(NASTY.values())
+        ]
+        answers = await asyncio.gather(*(answer(engine, request) for request in requests))
+        num_finished = 0
+        for schema, (text, reason) in zip(NASTY.values(), answers, strict=True):
+            if reason.type == "stop":
+                num_finished += 1
+                jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+            else:
+                assert reason.type == "length"  # random tokens need not end a recursion or a number
+        assert num_finished >= len(NASTY) - 3
+
+
+def schemas_of(kind: str, always: dict[str, Any] | None = None, **keywords: Any) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({"type": st.just(kind), **(always or {})}, optional=keywords)
+
+
+SMALL, NUMBERS = st.integers(0, 6), st.integers(-99, 99) | st.floats(-99, 99).map(lambda number: round(number, 2))
+NAMES = st.sampled_from(["a", "b", "é c", 'd"'])
+# Some of these nobody supports, and some nothing satisfies.
+LEAVES = st.one_of(
+    st.sampled_from(
+        [{"type": "boolean"}, {"type": "null"}, {"type": "string", "format": "uuid"}, {"const": {"k": [1]}}]
+    ),
+    schemas_of("string", format=st.sampled_from(["date", "ipv4", "time", "hostname", "nonsense"])),
+    schemas_of(
+        "string", minLength=SMALL, maxLength=SMALL, pattern=st.sampled_from(["^[ab]+$", "x|y", r"^\\w{2}", "(?=a)"])
+    ),
+    st.lists(st.text(max_size=5) | st.integers(-5, 5), min_size=1, max_size=4).map(lambda values: {"enum": values}),
+    schemas_of(
+        "integer", minimum=NUMBERS, maximum=NUMBERS, exclusiveMinimum=NUMBERS, multipleOf=st.sampled_from([1, 2, 5])
+    ),
+    schemas_of("number", minimum=NUMBERS, maximum=NUMBERS, exclusiveMaximum=NUMBERS),
+)
+
+
+def nested(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.one_of(
+        schemas_of("array", {"items": inner}, minItems=SMALL, maxItems=SMALL, uniqueItems=st.booleans()),
+        schemas_of(
+            "object", {"properties": st.dictionaries(NAMES, inner, max_size=4)},
+            required=st.lists(NAMES, unique=True, max_size=3), additionalProperties=st.just(False) | inner,
+            minProperties=SMALL,
+        ),
+        st.lists(inner, min_size=1, max_size=3).map(lambda schemas: {"anyOf": schemas}),
+    )  # fmt: skip
+
+
+@dataclass
+class LoopedEngine:
+    """An engine on an event loop of its own, for tests that are not coroutines."""
+
+    runner: asyncio.Runner
+    engine: Engine
+
+    def ask(self, schemas: list[dict[str, Any]]) -> list[tuple[str, FinishReason] | BaseException]:
+        requests = [
+            constrained([5, i + 3], json_schema=schema, temperature=1.0, sampling_seed=i, max_new_tokens=80)
+            for i, schema in enumerate(schemas)
+        ]
+
+        async def ask_all() -> list[tuple[str, FinishReason] | BaseException]:
+            return await asyncio.gather(*(answer(self.engine, request) for request in requests), return_exceptions=True)
+
+        return self.runner.run(ask_all())
+
+
+@pytest.fixture(scope="module")
+def looped_engine(tiny_llama: Path) -> Iterator[LoopedEngine]:
+    with asyncio.Runner() as runner:
+        context = running_engine(tiny_llama)
+        yield LoopedEngine(runner, runner.run(context.__aenter__()))
+        runner.run(context.__aexit__(None, None, None))
+
+
+@settings(
+    max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)  # fmt: skip
+@given(schemas=st.lists(st.recursive(LEAVES, nested, max_leaves=5), min_size=8, max_size=8))
+def test_an_answer_that_ended_by_itself_is_valid_and_the_rest_is_refused(
+    looped_engine: LoopedEngine, schemas: list[dict[str, Any]]
+) -> None:
+    for schema, result in zip(schemas, looped_engine.ask(schemas), strict=True):
+        if isinstance(result, BaseException):
+            assert isinstance(result, InvalidRequest) and result.field == "json_schema", (schema, result)
+            continue
+        text, reason = result
+        assert reason.type in ("stop", "length"), (schema, reason)
+        if reason.type == "stop":
+            jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+
+
+# ---- over HTTP ----
+
+RESPONSE_FORMATS: list[dict[str, Any]] = [
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "p", "strict": True, "schema": PERSON}}},
+    {"json_schema": json.dumps(PERSON)},
+    {"guided_json": PERSON},
+    {"structured_outputs": {"json": PERSON}},
+]
+OTHER_FORMS: list[tuple[dict[str, Any], str]] = [
+    ({"regex": "a[bc]d"}, "a[bc]d"),
+    ({"ebnf": 'root ::= "x" [0-9]'}, "x[0-9]"),
+    ({"guided_choice": ["yes", "no"]}, "yes|no"),
+    ({"guided_grammar": 'root ::= "x" [0-9]'}, "x[0-9]"),
+    ({"structured_outputs": {"regex": "a{3}"}}, "a{3}"),
+    ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
+    ({"response_format": {"type": "structural_tag", "format": {"type": "const_string", "value": "hi"}}}, "hi"),
+    ({"structured_outputs": {"json_object": True}, "max_tokens": 40}, r"\{.*"),
+    ({"response_format": {"type": "json_object"}, "max_tokens": 40}, r"\{.*"),
+]
+
+
+async def test_each_api_says_it_in_its_own_fields(tiny_llama: Path) -> None:
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "temperature": 0, "max_tokens": 90}
+    async with running_engine(tiny_llama) as engine, served(engine) as client:
+
+        async def content(fields: dict[str, Any], path: str = "/v1/chat/completions") -> list[str]:
+            async with client.post(path, json=chat | fields) as response:
+                body = await response.json()
+                assert response.status == 200, body
+                return [choice.get("text") or choice["message"]["content"] for choice in body["choices"]]
+
+        texts = [text for fields in RESPONSE_FORMATS for text in await content({"n": 2} | fields)]
+        assert len(set(texts)) == 1 and len(texts) == 2 * len(RESPONSE_FORMATS) and person_is_well_formed(texts[0])
+        for fields, pattern in OTHER_FORMS:
+            (text,) = await content(fields)
+            assert re.fullmatch(pattern, text, re.DOTALL), fields
+        (text,) = await content({"prompt": "a", "regex": "[0-9]{3}"}, "/v1/completions")
+        assert re.fullmatch("[0-9]{3}", text)
+        assert engine.stats().grammars.num_compiled < engine.stats().grammars.num_cache_hits + len(OTHER_FORMS) + 2
+        async with client.get("/metrics") as response:
+            assert "sglang:num_grammar_cache_hit_total" in await response.text()
+
+
+async def test_generate_tells_how_many_tokens_were_forced(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama) as engine, served(engine) as client:
+        body: dict[str, Any] = {"text": "a", "sampling_params": {"json_schema": PERSON, "max_new_tokens": 90}}
+        async with client.post("/generate", json=body) as response:
+            whole = await response.json()
+        assert person_is_well_formed(whole["text"])
+        meta = whole["meta_info"]
+        assert 0 < meta["completion_tokens_wo_jump_forward"] < meta["completion_tokens"] == len(whole["output_ids"])
+        body = {"text": "a", "sampling_params": {"regex": "abc[0-9]{3}", "temperature": 0}, "stream": True}
+        async with client.post("/generate", json=body) as response:
+            *events, _ = map(json.loads, events_of(await response.read())[:-1])
+        assert [event["text"][:3] for event in events] == ["abc"] * len(events)

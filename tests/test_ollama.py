@@ -1,0 +1,193 @@
+"""Ollama's API."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient
+
+from engine.request import FinishReason
+from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
+
+Client = TestClient[Any, Any]
+USER: list[Any] = [{"role": "user", "content": "Hi"}]
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+@pytest.fixture
+async def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+async def client(engine: FakeEngine) -> AsyncIterator[Client]:
+    async with serving(engine) as client:
+        yield client
+
+
+async def answer(client: Client, path: str, **body: Any) -> Any:
+    response = await client.post(path, json={"model": "fake-model", "stream": False, **body})
+    assert response.status == 200, await response.text()
+    return await response.json()
+
+
+async def lines(client: Client, path: str, **body: Any) -> list[Any]:
+    response = await client.post(path, json={"model": "fake-model", **body})
+    assert (response.status, response.content_type) == (200, "application/x-ndjson")
+    return [json.loads(line) for line in (await response.text()).splitlines()]
+
+
+# ---- answers ----
+
+
+async def test_a_chat_streams_lines_unless_told_otherwise(client: Client, engine: FakeEngine) -> None:
+    *pieces, last = await lines(client, "/api/chat", messages=USER, options={"num_predict": 3})
+    assert [piece["message"] for piece in pieces] == [{"role": "assistant", "content": letter} for letter in "Hel"]
+    assert not any(piece["done"] for piece in pieces)
+    assert (last["done"], last["done_reason"], last["message"]["content"]) == (True, "length", "")
+    assert bytes(engine.requests[0].input_ids) == b"[user]Hi[assistant]"
+    whole = await answer(client, "/api/chat", messages=USER)
+    assert (whole["message"]["content"], whole["done_reason"], whole["done"]) == ("Hello, world", "stop", True)
+
+
+async def test_counts_and_durations_come_with_the_end(client: Client) -> None:
+    whole = await answer(client, "/api/chat", messages=USER)
+    assert (whole["prompt_eval_count"], whole["eval_count"]) == (19, 12)
+    assert whole["prompt_eval_duration"] == pytest.approx(0.25e9)  # the fake's times, in nanoseconds
+    assert whole["eval_duration"] == pytest.approx(1e9)
+    assert whole["total_duration"] == pytest.approx(1.75e9)
+
+
+async def test_generate_puts_the_prompt_into_the_template_unless_it_is_raw(client: Client, engine: FakeEngine) -> None:
+    templated = await answer(client, "/api/generate", prompt="Hi", system="Be brief")
+    assert templated["response"] == "Hello, world"
+    assert bytes(engine.requests[0].input_ids) == b"[system]Be brief[user]Hi[assistant]"
+    *pieces, last = await lines(client, "/api/generate", prompt="Hi", raw=True)
+    assert "".join(piece["response"] for piece in pieces) == "Hello, world"
+    assert last["done"] and last["response"] == ""
+    assert bytes(engine.requests[1].input_ids) == b"Hi"
+
+
+async def test_options_reach_the_sampler_under_its_names(client: Client, engine: FakeEngine) -> None:
+    options = {
+        "num_predict": 5, "temperature": 0.5, "top_k": 0, "top_p": 0.9, "min_p": 0.1, "stop": "END", "seed": 3,
+        "repeat_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.2, "num_ctx": 4096, "num_gpu": 1,
+    }  # fmt: skip
+    await answer(client, "/api/chat", messages=USER, options=options)
+    params = engine.requests[0].sampling_params
+    assert (params.max_new_tokens, params.temperature, params.top_k, params.top_p) == (5, 0.5, -1, 0.9)
+    assert (params.min_p, params.stop, params.sampling_seed, params.repetition_penalty) == (0.1, ["END"], 3, 1.1)
+    assert (params.presence_penalty, params.frequency_penalty) == (0.1, 0.2)
+
+
+@pytest.mark.parametrize("format_", ["json", {"type": "object"}])
+async def test_a_format_constrains_the_answer(client: Client, engine: FakeEngine, format_: Any) -> None:
+    await answer(client, "/api/chat", messages=USER, format=format_)
+    await answer(client, "/api/generate", prompt="Hi", raw=True, format=format_)
+    for request in engine.requests:
+        assert request.sampling_params.constraint == ("json_schema", '{"type": "object"}')
+
+
+async def test_no_limit_is_a_negative_num_predict(client: Client, engine: FakeEngine) -> None:
+    await answer(client, "/api/generate", prompt="Hi", raw=True, options={"num_predict": -1})
+    assert engine.requests[0].sampling_params.max_new_tokens == 256 - 2
+
+
+async def test_thinking_text_and_calls_are_fields_of_their_own() -> None:
+    async with serving(FakeEngine(THOUGHT_AND_CALL, context_length=1024), **PARSERS) as client:
+        whole = await answer(client, "/api/chat", messages=USER, tools=[TOOL], think=True)
+        streamed = await lines(client, "/api/chat", messages=USER, tools=[TOOL], think=True)
+    message = whole["message"]
+    assert (message["thinking"], message["content"]) == ("Where?", "Let me look.")
+    [call] = message["tool_calls"]
+    assert call["function"] == {"name": "weather", "arguments": {"city": "Oslo"}}
+    assert "".join(line["message"].get("thinking", "") for line in streamed) == "Where?"
+    assert "".join(line["message"]["content"] for line in streamed) == "Let me look."
+    [streamed_call] = [call for line in streamed for call in line["message"].get("tool_calls", [])]
+    assert streamed_call["function"] == call["function"]
+
+
+async def test_tool_calls_and_results_go_into_the_prompt(client: Client, engine: FakeEngine) -> None:
+    call = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    messages = [
+        *USER,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_name": "weather", "content": "rain"},
+    ]
+    await answer(client, "/api/chat", messages=messages)
+    assert bytes(engine.requests[0].input_ids) == b"[user]Hi[assistant][tool]rain[assistant]"
+
+
+async def test_asking_for_nothing_loads_the_model(client: Client, engine: FakeEngine) -> None:
+    for path, empty in (("/api/chat", {"messages": []}), ("/api/generate", {"prompt": "", "keep_alive": "5m"})):
+        loaded = await answer(client, path, **empty)
+        assert (loaded["done"], loaded["done_reason"]) == (True, "load")
+    assert not engine.requests
+
+
+# ---- models ----
+
+
+async def test_the_model_is_listed_shown_and_known_with_its_tag() -> None:
+    async with serving(FakeEngine(), **PARSERS) as client:
+        for path in ("/api/tags", "/api/ps"):
+            [card] = (await (await client.get(path)).json())["models"]
+            assert (card["name"], card["details"]["family"]) == ("fake-model", "fake")
+        shown = await answer(client, "/api/show", model="fake-model:latest")
+        assert shown["model_info"] == {"general.architecture": "fake", "fake.context_length": 256}
+        assert shown["capabilities"] == ["completion", "tools", "thinking"]
+        assert (await (await client.get("/api/version")).json())["version"]
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("field", "path", "body"),
+    [
+        ("messages[0].role", "/api/chat", {"messages": [{"content": "x"}]}),
+        ("messages[0].images", "/api/chat", {"messages": [{"role": "user", "content": "x", "images": ["aGk="]}]}),
+        ("images", "/api/generate", {"prompt": "x", "images": ["aGk="]}),
+        ("suffix", "/api/generate", {"prompt": "x", "suffix": "y"}),
+        ("template", "/api/generate", {"prompt": "x", "template": "y"}),
+        ("context", "/api/generate", {"prompt": "x", "context": [1]}),
+        ("system", "/api/generate", {"prompt": "x", "raw": True, "system": "y"}),
+        ("tools", "/api/generate", {"prompt": "x", "tools": [TOOL]}),
+        ("format", "/api/chat", {"messages": USER, "format": "yaml"}),
+        ("think", "/api/chat", {"messages": USER, "think": "hard"}),
+        ("options.mirostat", "/api/chat", {"messages": USER, "options": {"mirostat": 2}}),
+        ("options.num_predict", "/api/chat", {"messages": USER, "options": {"num_predict": "many"}}),
+        ("options.temperature", "/api/chat", {"messages": USER, "options": {"temperature": -1}}),
+        ("options.repeat_penalty", "/api/generate", {"prompt": "x", "raw": True, "options": {"repeat_penalty": 9}}),
+        ("options.seed", "/api/chat", {"messages": USER, "options": {"seed": "x"}}),
+    ],
+)
+async def test_what_cannot_be_done_is_refused_by_name(client: Client, field: str, path: str, body: Any) -> None:
+    response = await client.post(path, json={"model": "fake-model", **body})
+    assert response.status == 400
+    [(key, message)] = (await response.json()).items()
+    assert key == "error"
+    assert field in message
+
+
+async def test_an_unknown_model_is_not_found(client: Client) -> None:
+    for path in ("/api/chat", "/api/show"):
+        response = await client.post(path, json={"model": "llama3", "messages": USER})
+        assert response.status == 404
+        assert "llama3" in (await response.json())["error"]
+
+
+async def test_a_failure_ends_a_stream_with_an_error_line(client: Client, engine: FakeEngine) -> None:
+    engine.failure = FinishReason("abort", message="out of memory", status_code=500)
+    assert await lines(client, "/api/chat", messages=USER) == [{"error": "out of memory"}]
+
+
+async def test_a_disconnect_aborts_the_chat() -> None:
+    engine = FakeEngine(is_manual=True)
+    async with serving(engine) as client:
+        response = await client.post("/api/chat", json={"model": "fake-model", "messages": USER})
+        engine.emit(engine.requests[0], "H")
+        await response.content.readline()
+        response.close()
+        await engine.until(lambda: engine.aborted == [engine.requests[0].rid])

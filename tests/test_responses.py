@@ -1,0 +1,351 @@
+"""OpenAI's Responses API, through its own client where that can say what is meant."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import openai
+import pytest
+from aiohttp.test_utils import TestClient
+
+from engine.errors import InvalidRequest
+from engine.request import FinishReason
+from server.protocol import Fields
+from server.responses import ResponseStore, chat_body, read_input
+from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
+
+Client = TestClient[Any, Any]
+TOOL: Any = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": None}
+
+
+@pytest.fixture
+async def engine() -> FakeEngine:
+    return FakeEngine(context_length=1024)
+
+
+@pytest.fixture
+async def client(engine: FakeEngine) -> AsyncIterator[Client]:
+    async with serving(engine) as client:
+        yield client
+
+
+@pytest.fixture
+async def api(client: Client) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with official(client) as api:
+        yield api
+
+
+def official(client: Client, key: str = "none") -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key=key, max_retries=0, timeout=10)
+
+
+async def events(client: Client, **body: Any) -> list[Any]:
+    response = await client.post("/v1/responses", json={"input": "Hi", **body, "stream": True})
+    assert response.status == 200, await response.text()
+    texts = (await response.text()).removesuffix("\n\n").split("\n\n")
+    found = [json.loads(text.split("\ndata: ")[1]) for text in texts]
+    assert [event["sequence_number"] for event in found] == list(range(len(found)))
+    return found
+
+
+# ---- answers ----
+
+
+async def test_a_response_has_output_usage_and_status(api: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    response = await api.responses.create(model="fake-model", input="Hi", instructions="Be brief", metadata={"a": "b"})
+    assert (response.output_text, response.status, response.object) == ("Hello, world", "completed", "response")
+    assert response.usage is not None
+    assert (response.usage.input_tokens, response.usage.output_tokens, response.usage.total_tokens) == (35, 12, 47)
+    assert response.usage.input_tokens_details.cached_tokens == 2
+    assert (response.id, response.metadata) == (engine.requests[0].rid, {"a": "b"})
+    assert bytes(engine.requests[0].input_ids) == b"[system]Be brief[user]Hi[assistant]"
+
+
+async def test_an_answer_that_met_its_limit_is_incomplete(api: openai.AsyncOpenAI) -> None:
+    response = await api.responses.create(model="fake-model", input="Hi", max_output_tokens=3)
+    assert (response.status, response.output_text) == ("incomplete", "Hel")
+    assert response.incomplete_details is not None
+    assert response.incomplete_details.reason == "max_output_tokens"
+    assert response.output[0].type == "message" and response.output[0].status == "incomplete"
+
+
+async def test_a_stream_adds_items_and_parts_before_it_fills_them(client: Client) -> None:
+    found = await events(client, max_output_tokens=2)
+    assert [event["type"].removeprefix("response.") for event in found] == [
+        "created", "in_progress", "output_item.added", "content_part.added",
+        "output_text.delta", "output_text.delta",
+        "output_text.done", "content_part.done", "output_item.done", "incomplete",
+    ]  # fmt: skip
+    assert found[2]["item"]["content"] == []
+    assert found[6]["text"] == "He"
+    assert found[-1]["response"]["output"] == [found[8]["item"]]
+    assert len({event["item_id"] for event in found[3:8]}) == 1
+
+
+async def test_the_official_stream_accumulates_to_the_whole_response(api: openai.AsyncOpenAI) -> None:
+    async with api.responses.stream(model="fake-model", input="Hi") as stream:
+        deltas = [event.delta async for event in stream if event.type == "response.output_text.delta"]
+        final = await stream.get_final_response()
+    assert "".join(deltas) == final.output_text == "Hello, world"
+    assert final.status == "completed"
+    kept = await api.responses.retrieve(final.id)
+    assert (kept.output_text, kept.usage, kept.created_at) == (final.output_text, final.usage, final.created_at)
+
+
+async def test_a_failure_ends_a_stream_as_a_failed_response(client: Client, engine: FakeEngine) -> None:
+    engine.failure = FinishReason("abort", message="out of memory", status_code=500)
+    found = await events(client)
+    assert [event["type"] for event in found] == ["response.created", "response.in_progress", "response.failed"]
+    assert found[-1]["response"]["error"] == {"code": "server_error", "message": "out of memory"}
+
+
+async def test_a_disconnect_aborts_the_response() -> None:
+    engine = FakeEngine(is_manual=True)
+    async with serving(engine) as client:
+        response = await client.post("/v1/responses", json={"input": "Hi", "stream": True})
+        engine.emit(engine.requests[0], "H")
+        await response.content.readline()
+        response.close()
+        await engine.until(lambda: engine.aborted == [engine.requests[0].rid])
+
+
+# ---- reasoning and tools ----
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_reasoning_text_and_a_call_are_items_of_their_own(is_stream: bool) -> None:
+    async with serving(FakeEngine(THOUGHT_AND_CALL, context_length=1024), **PARSERS) as client, official(client) as api:
+        if is_stream:
+            async with api.responses.stream(model="fake-model", input="Hi", tools=[TOOL]) as stream:
+                kinds = [event.type async for event in stream]
+                response: Any = await stream.get_final_response()
+            assert kinds.count("response.output_item.added") == kinds.count("response.output_item.done") == 3
+            assert "response.reasoning_text.done" in kinds
+            assert "response.function_call_arguments.done" in kinds
+        else:
+            response = await api.responses.create(model="fake-model", input="Hi", tools=[TOOL])
+    reasoning, message, call = response.output
+    assert reasoning.content[0].text == "Where?"
+    assert response.usage.output_tokens_details.reasoning_tokens == len("<think>Where?</think>")
+    assert message.content[0].text == "Let me look."
+    assert (call.name, json.loads(call.arguments), call.status) == ("weather", {"city": "Oslo"}, "completed")
+
+
+async def test_a_calls_result_continues_the_conversation() -> None:
+    engine = FakeEngine(THOUGHT_AND_CALL, context_length=1024)
+    async with serving(engine, **PARSERS) as client, official(client) as api:
+        first = await api.responses.create(model="fake-model", input="Hi", tools=[TOOL])
+        call = first.output[-1]
+        assert call.type == "function_call"
+        result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+        await api.responses.create(model="fake-model", input=[result], previous_response_id=first.id, tools=[TOOL])
+    prompt = bytes(engine.requests[1].input_ids).decode()
+    assert prompt == "[user]Hi[assistant]Let me look.[tool]rain[assistant]"
+
+
+# ---- what is kept ----
+
+
+async def test_a_stored_response_is_continued_without_its_instructions(
+    api: openai.AsyncOpenAI, engine: FakeEngine
+) -> None:
+    first = await api.responses.create(model="fake-model", input="Hi", instructions="Be brief")
+    second = await api.responses.create(model="fake-model", input="And?", previous_response_id=first.id)
+    assert bytes(engine.requests[1].input_ids) == b"[user]Hi[assistant]Hello, world[user]And?[assistant]"
+    assert second.previous_response_id == first.id
+
+
+async def test_a_deleted_response_and_one_not_stored_are_gone(api: openai.AsyncOpenAI) -> None:
+    kept = await api.responses.create(model="fake-model", input="Hi")
+    await api.responses.delete(kept.id)
+    unkept = await api.responses.create(model="fake-model", input="Hi", store=False)
+    for response in (kept, unkept):
+        with pytest.raises(openai.NotFoundError):
+            await api.responses.retrieve(response.id)
+        with pytest.raises(openai.BadRequestError, match="previous_response_id"):
+            await api.responses.create(model="fake-model", input="Hi", previous_response_id=response.id)
+
+
+def test_the_store_forgets_what_was_used_least_recently() -> None:
+    store = ResponseStore(max_count=2, max_bytes=1000)
+    for name in "ab":
+        store.put("", {"id": name}, [])
+    assert store.get("", "a") is not None
+    store.put("", {"id": "c"}, [])
+    assert [name for name in "abc" if store.get("", name)] == ["a", "c"]
+
+
+def test_the_store_is_bounded_in_bytes() -> None:
+    store = ResponseStore(max_count=100, max_bytes=1000)
+    for name in "abcde":
+        store.put("", {"id": name, "text": "x" * 300}, [])
+    assert 0 < store.num_bytes <= 1000
+    assert store.get("", "a") is None
+    store.put("", {"id": "f", "text": "x" * 2000}, [])
+    assert store.num_bytes == 0
+
+
+async def test_with_a_key_for_each_client_nobody_reads_anothers_response(tmp_path: Any) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("ann: a-key\nbob: b-key\n")
+    async with (
+        serving(FakeEngine(), api_key_file=str(keys)) as client,
+        official(client, "a-key") as ann,
+        official(client, "b-key") as bob,
+    ):
+        response = await ann.responses.create(model="fake-model", input="Hi")
+        assert (await ann.responses.retrieve(response.id)).id == response.id
+        with pytest.raises(openai.NotFoundError):
+            await bob.responses.retrieve(response.id)
+        with pytest.raises(openai.NotFoundError):
+            await bob.responses.delete(response.id)
+
+
+# ---- in the background ----
+
+
+async def test_a_background_response_is_fetched_when_it_is_done() -> None:
+    engine = FakeEngine(is_manual=True)
+    async with serving(engine) as client, official(client) as api:
+        response = await api.responses.create(model="fake-model", input="Hi", background=True)
+        assert (response.status, response.output) == ("in_progress", [])  # the fake schedules at once
+        engine.emit(engine.requests[0], "Hello")
+        engine.finish(engine.requests[0], FinishReason("stop"))
+        done = await api.responses.retrieve(response.id)
+        while done.status == "in_progress":
+            done = await api.responses.retrieve(response.id)
+        assert (done.status, done.output_text, done.background) == ("completed", "Hello", True)
+
+
+async def test_a_cancelled_background_response_keeps_what_it_had_said() -> None:
+    engine = FakeEngine(is_manual=True)
+    async with serving(engine) as client, official(client) as api:
+        response = await api.responses.create(model="fake-model", input="Hi", background=True)
+        engine.emit(engine.requests[0], "Hel")
+        cancelled = await api.responses.cancel(response.id)
+        assert (cancelled.status, cancelled.output_text) == ("cancelled", "Hel")
+        assert (await api.responses.cancel(response.id)).status == "cancelled"
+        assert engine.aborted == [response.id]
+
+
+async def test_a_background_response_that_failed_says_so() -> None:
+    engine = FakeEngine(is_manual=True)
+    async with serving(engine) as client, official(client) as api:
+        response = await api.responses.create(model="fake-model", input="Hi", background=True)
+        engine.finish(engine.requests[0], FinishReason("abort", message="out of memory", status_code=500))
+        failed = await api.responses.cancel(response.id)
+        assert failed.error is not None
+        assert (failed.status, failed.error.message) == ("failed", "out of memory")
+
+
+async def test_a_background_response_that_the_queue_refuses_is_refused_at_once() -> None:
+    async with serving(FakeEngine(max_queued=0)) as client, official(client) as api:
+        with pytest.raises(openai.RateLimitError):
+            await api.responses.create(model="fake-model", input="Hi", background=True)
+
+
+async def test_deleting_a_background_response_aborts_it() -> None:
+    engine = FakeEngine(is_manual=True)
+    async with serving(engine) as client, official(client) as api:
+        response = await api.responses.create(model="fake-model", input="Hi", background=True)
+        await api.responses.delete(response.id)
+        assert engine.aborted == [response.id]
+        with pytest.raises(openai.NotFoundError):
+            await api.responses.retrieve(response.id)
+
+
+async def test_a_server_that_ends_takes_its_background_responses_along() -> None:
+    engine = FakeEngine(is_manual=True)
+    async with serving(engine) as client, official(client) as api:
+        response = await api.responses.create(model="fake-model", input="Hi", background=True)
+    assert engine.aborted == [response.id]
+
+
+async def test_only_background_responses_can_be_cancelled(api: openai.AsyncOpenAI) -> None:
+    response = await api.responses.create(model="fake-model", input="Hi")
+    with pytest.raises(openai.BadRequestError, match="background"):
+        await api.responses.cancel(response.id)
+
+
+# ---- translation ----
+
+
+def test_the_items_of_one_turn_make_one_message() -> None:
+    items = [
+        {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+        {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm"}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look"}]},
+        {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+        {"type": "function_call", "call_id": "b", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "a", "output": "1"},
+        {"type": "function_call_output", "call_id": "b", "output": [{"type": "input_text", "text": "2"}]},
+        {"role": "assistant", "content": "Three"},
+        {"role": "assistant", "content": "Four"},
+    ]
+    calls = [{"id": name, "type": "function", "function": {"name": "f", "arguments": "{}"}} for name in "ab"]
+    assert read_input(Fields({"input": items})) == [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "I look", "reasoning_content": "Hm", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "a", "content": "1"},
+        {"role": "tool", "tool_call_id": "b", "content": "2"},
+        {"role": "assistant", "content": "Three"},
+        {"role": "assistant", "content": "Four"},
+    ]
+
+
+def test_formats_tools_and_effort_have_their_counterparts() -> None:
+    schema = {"type": "object"}
+    body = {
+        "text": {"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}},
+        "tools": [TOOL],
+        "tool_choice": {"type": "function", "name": "weather"},
+        "reasoning": {"effort": "low"},
+        "max_output_tokens": 5,
+    }
+    chat = chat_body(Fields(body), [])
+    assert chat["response_format"]["json_schema"] == {"name": "x", "schema": schema, "strict": True}
+    assert chat["tools"] == [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    assert chat["tool_choice"] == {"type": "function", "function": {"name": "weather"}}
+    assert (chat["reasoning_effort"], chat["max_completion_tokens"]) == ("low", 5)
+
+
+@pytest.mark.parametrize(
+    ("field", "body"),
+    [
+        ("input", {"input": None}),
+        ("input", {"input": []}),
+        ("input[0].type", {"input": [{"type": "item_reference", "id": "x"}]}),
+        ("input[0].content[0].type", {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}),
+        ("input[0].call_id", {"input": [{"type": "function_call_output", "output": "x"}]}),
+        ("input[0].arguments", {"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{"}]}),
+        ("tools[0].parameters", {"tools": [{"type": "function", "name": "f", "parameters": 1}]}),
+        ("tools[0].type", {"tools": [{"type": "web_search"}]}),
+        ("tool_choice", {"tool_choice": "some"}),
+        ("tool_choice.type", {"tool_choice": {"type": "allowed_tools"}}),
+        ("truncation", {"truncation": "auto"}),
+        ("conversation", {"conversation": "conv_1"}),
+        ("prompt", {"prompt": {"id": "x"}}),
+        ("include", {"include": ["message.output_text.logprobs"]}),
+        ("text.verbosity", {"text": {"verbosity": "high"}}),
+        ("n", {"n": 2}),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(field: str, body: dict[str, Any]) -> None:
+    fields = Fields({"input": "Hi", **body})
+    with pytest.raises(InvalidRequest) as error:
+        chat_body(fields, read_input(fields))
+    assert error.value.field == field
+
+
+async def test_a_wrong_field_inside_has_the_clients_name(client: Client) -> None:
+    for body, field in (
+        ({"metadata": {"a": 1}}, "metadata"),
+        ({"background": True, "store": False}, "background"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": 1}}}, "text.format.schema"),
+        ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
+        ({"previous_response_id": "resp_x"}, "previous_response_id"),
+    ):
+        response = await client.post("/v1/responses", json={"input": "Hi", **body})
+        assert (response.status, (await response.json())["error"]["param"]) == (400, field)

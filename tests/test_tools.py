@@ -1,0 +1,484 @@
+"""Tools and reasoning through the chat API: what clients get, and what grammars hold models to."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from aiohttp.test_utils import TestClient
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.grammar import GrammarCompiler
+from engine.tokenizer import Tokenizer
+from server.parsers import AnswerParser
+from server.parsers.tool_calls import TOOL_FORMATS, Tool, ToolCallParser
+from server.tool_choice import ToolChoice, structural_tag, tool_constraint
+from tests.fake_engine import FakeEngine, events_of, serving
+
+Client = TestClient[Any, Any]
+USER: list[Any] = [{"role": "user", "content": "Hi"}]
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+
+
+def tool(name: str, parameters: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters or CITY, **more}}
+
+
+TOOLS: list[Any] = [tool("weather"), tool("news")]
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
+OTHER = '<tool_call>\n{"name": "news", "arguments": {"city": "a \\"}\\" b"}}\n</tool_call>'
+
+
+@pytest.fixture
+async def engine() -> FakeEngine:
+    return FakeEngine(context_length=4096)
+
+
+@pytest.fixture
+async def client(engine: FakeEngine) -> AsyncIterator[Client]:
+    async with serving(engine, tool_call_parser="hermes", reasoning_parser="qwen3") as client:
+        yield client
+
+
+@pytest.fixture
+async def api(client: Client) -> AsyncIterator[openai.AsyncOpenAI]:
+    base_url = str(client.make_url("/v1"))
+    async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=10) as api:
+        yield api
+
+
+async def ask(client: Client, **body: Any) -> Any:
+    response = await client.post("/v1/chat/completions", json={"messages": USER, **body})
+    assert response.status == 200, await response.text()
+    return await response.json()
+
+
+async def chunks(client: Client, **body: Any) -> list[Any]:
+    response = await client.post("/v1/chat/completions", json={"messages": USER, "stream": True, **body})
+    assert response.status == 200, await response.text()
+    *found, done = events_of(await response.read())
+    assert done == "[DONE]"
+    return [json.loads(event) for event in found]
+
+
+def tag_of(engine: FakeEngine) -> Any:
+    return engine.requests[-1].sampling_params.structural_tag
+
+
+# ---- calls ----
+
+
+async def test_two_calls_are_a_message_without_content(api: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    engine.answer = f"{CALL}\n{OTHER}"
+    answer = await api.chat.completions.create(model="fake-model", messages=USER, tools=TOOLS)
+    (choice,) = answer.choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    calls: Any = choice.message.tool_calls
+    assert [(call.type, call.function.name, json.loads(call.function.arguments)) for call in calls] == [
+        ("function", "weather", {"city": "Ulm"}),
+        ("function", "news", {"city": 'a "}" b'}),
+    ]
+    assert len({call.id for call in calls}) == 2
+
+
+async def test_the_official_client_accumulates_streamed_calls(api: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    engine.answer = f"Let me see.\n{CALL}{OTHER}"
+    async with api.chat.completions.stream(model="fake-model", messages=USER, tools=TOOLS) as stream:
+        done = [event.arguments async for event in stream if event.type == "tool_calls.function.arguments.done"]
+        answer = await stream.get_final_completion()
+    (choice,) = answer.choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me see.")
+    calls: Any = choice.message.tool_calls
+    assert [call.function.name for call in calls] == ["weather", "news"]
+    assert done == ['{"city": "Ulm"}', '{"city": "a \\"}\\" b"}']
+
+
+async def test_a_streamed_call_begins_with_its_id_and_name(client: Client, engine: FakeEngine) -> None:
+    engine.answer = CALL
+    role, *middle, last = await chunks(client, tools=TOOLS)
+    assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    first, *rest = [chunk["choices"][0]["delta"]["tool_calls"][0] for chunk in middle]
+    assert (first["index"], first["type"], first["function"]["name"]) == (0, "function", "weather")
+    assert first["id"]
+    assert all(call.keys() == {"index", "function"} for call in rest)
+    assert all(call["function"].keys() == {"arguments"} for call in rest)
+    assert len(rest) > 5, "arguments come as the model writes them"
+    assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "tool_calls")
+
+
+async def test_each_of_n_answers_has_its_own_calls(client: Client, engine: FakeEngine) -> None:
+    engine.answer = CALL
+    answer = await ask(client, tools=TOOLS, n=2)
+    ids = [choice["message"]["tool_calls"][0]["id"] for choice in answer["choices"]]
+    assert len(set(ids)) == 2
+    indices = {chunk["choices"][0]["index"] for chunk in await chunks(client, tools=TOOLS, n=2)}
+    assert indices == {0, 1}
+
+
+async def test_an_answer_cut_off_in_a_call_ended_by_length(client: Client, engine: FakeEngine) -> None:
+    engine.answer = CALL
+    (choice,) = (await ask(client, tools=TOOLS, max_tokens=len(CALL) - 20))["choices"]
+    assert choice["finish_reason"] == "length"
+    assert '{"city": "Ulm"}'.startswith(choice["message"]["tool_calls"][0]["function"]["arguments"])
+
+
+async def test_a_malformed_call_is_content(client: Client, engine: FakeEngine) -> None:
+    for answer in ("<tool_call>", '<tool_call>{"name": "weather', "<tool_call>weather</tool_call> !", "<tool_cal"):
+        engine.answer = answer
+        (choice,) = (await ask(client, tools=TOOLS))["choices"]
+        assert choice["message"] == {"role": "assistant", "content": answer}
+        assert choice["finish_reason"] == "stop"
+        streamed = [chunk["choices"][0]["delta"].get("content", "") for chunk in await chunks(client, tools=TOOLS)]
+        assert "".join(streamed) == answer
+
+
+async def test_without_tools_marks_are_text(client: Client, engine: FakeEngine) -> None:
+    engine.answer = CALL
+    for body in ({}, {"tools": TOOLS, "tool_choice": "none"}):
+        (choice,) = (await ask(client, **body))["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (CALL, "stop")
+
+
+async def test_one_call_at_most_where_parallel_calls_are_off(client: Client, engine: FakeEngine) -> None:
+    engine.answer = CALL + OTHER
+    (choice,) = (await ask(client, tools=TOOLS, parallel_tool_calls=False))["choices"]
+    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["weather"]
+
+
+async def test_logprobs_of_all_tokens_come_with_streamed_calls(client: Client, engine: FakeEngine) -> None:
+    engine.answer = CALL
+    found = await chunks(client, tools=TOOLS, logprobs=True)
+    logprobs = [chunk["choices"][0]["logprobs"] for chunk in found if chunk["choices"][0]["logprobs"]]
+    assert "".join(entry["token"] for some in logprobs for entry in some["content"]) == CALL
+
+
+@pytest.mark.parametrize(
+    ("template", "answer"),
+    [
+        ("<tool_call> in a template", CALL),
+        ("[TOOL_CALLS]", '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Ulm"}}]'),
+        (
+            "<tool_call><function=",
+            "<tool_call>\n<function=weather>\n<parameter=city>\nUlm\n</parameter>\n</function></tool_call>",
+        ),
+    ],
+)
+async def test_the_chat_template_tells_the_format(engine: FakeEngine, template: str, answer: str) -> None:
+    engine.tokenizer.chat_template, engine.answer = template, answer
+    async with serving(engine) as client:
+        (choice,) = (await ask(client, tools=TOOLS))["choices"]
+        assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"]) == {"city": "Ulm"}
+    async with serving(engine, tool_call_parser="none") as client:
+        assert (await ask(client, tools=TOOLS))["choices"][0]["message"]["content"] == answer
+
+
+async def test_marks_that_are_special_tokens_are_not_left_out_of_the_text(
+    client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await ask(client, tools=TOOLS)
+    assert engine.requests[-1].sampling_params.skip_special_tokens
+    monkeypatch.setattr(engine.tokenizer, "decode", lambda token_ids, skip_special_tokens=True: "")
+    async with serving(engine, tool_call_parser="mistral") as client:
+        await ask(client, tools=TOOLS)
+        assert not engine.requests[-1].sampling_params.skip_special_tokens
+        await ask(client)
+        assert engine.requests[-1].sampling_params.skip_special_tokens
+
+
+# ---- reasoning ----
+
+
+async def test_reasoning_then_a_call(api: openai.AsyncOpenAI, engine: FakeEngine) -> None:
+    engine.answer = f"<think>\nUlm?\n</think>\n\n{CALL}"
+    answer = await api.chat.completions.create(model="fake-model", messages=USER, tools=TOOLS)
+    message: Any = answer.choices[0].message
+    assert (message.reasoning_content, message.reasoning, message.content) == ("Ulm?", "Ulm?", None)
+    assert message.tool_calls[0].function.name == "weather"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens_details is not None
+    assert answer.usage.completion_tokens_details.reasoning_tokens == len("<think>\nUlm?\n</think>")
+
+
+async def test_streamed_reasoning_is_told_in_its_own_field(client: Client, engine: FakeEngine) -> None:
+    engine.answer = "<think>Hm, 2.</think>Two"
+    found = await chunks(client, stream_options={"include_usage": True})
+    deltas = [chunk["choices"][0]["delta"] for chunk in found if chunk["choices"]]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm, 2."
+    assert "".join(delta.get("content", "") for delta in deltas) == "Two"
+    assert found[-1]["usage"]["completion_tokens_details"] == {"reasoning_tokens": len("<think>Hm, 2.</think>")}
+
+    deltas = [chunk["choices"][0]["delta"] for chunk in await chunks(client, stream_reasoning=False)]
+    assert [delta["reasoning"] for delta in deltas if "reasoning" in delta] == ["Hm, 2."]
+
+
+async def test_reasoning_stays_in_the_text_if_asked(client: Client, engine: FakeEngine) -> None:
+    engine.answer = "<think>Hm</think>Two"
+    message = (await ask(client, separate_reasoning=False))["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "<think>Hm</think>Two"}
+
+
+async def test_a_thinking_budget_is_given_to_the_engine(client: Client, engine: FakeEngine) -> None:
+    engine.answer = "Hm</think>Two"
+    message = (await ask(client, max_thinking_tokens=7))["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("Hm", "Two")
+    (request,) = engine.requests
+    assert (request.max_thinking_tokens, bytes(request.reasoning_end_ids)) == (7, b"</think>")
+    assert bytes(request.input_ids).endswith(b"[assistant]<think>\n"), "what is to be cut must begin"
+
+
+async def test_a_budget_without_known_marks_is_refused(engine: FakeEngine) -> None:
+    async with serving(engine) as client:
+        response = await client.post("/v1/chat/completions", json={"messages": USER, "max_thinking_tokens": 5})
+        assert (response.status, (await response.json())["error"]["param"]) == (400, "max_thinking_tokens")
+
+
+async def test_a_prompt_that_ends_the_reasoning_has_none(client: Client, engine: FakeEngine) -> None:
+    engine.answer = "<think> is a mark"
+    messages = [*USER, {"role": "assistant", "content": "<think>\n\n</think>\n\n"}]
+    answer = await ask(client, messages=messages, continue_final_message=True)
+    assert answer["choices"][0]["message"]["content"] == "<think> is a mark"
+    messages[-1] = {"role": "assistant", "content": "<think>Well"}
+    engine.answer = ", so</think>Two"
+    answer = await ask(client, messages=messages, continue_final_message=True)
+    assert answer["choices"][0]["message"]["reasoning"] == ", so"
+
+
+async def test_template_variables_come_from_the_body(
+    client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def render_chat(messages: Any, tools: Any = None, **variables: Any) -> str:
+        seen.append({"tools": tools, **variables})
+        return "x"
+
+    monkeypatch.setattr(engine.tokenizer, "render_chat", render_chat)
+    await ask(client, reasoning_effort="high", tools=TOOLS, chat_template_kwargs={"enable_thinking": True})
+    await ask(client, reasoning_effort="none", tools=TOOLS, tool_choice="none")
+    assert (seen[0]["tools"], seen[0]["reasoning_effort"], seen[0]["enable_thinking"]) == (TOOLS, "high", True)
+    assert (seen[1]["tools"], seen[1]["enable_thinking"]) == (None, False)
+
+
+# ---- forced calls ----
+
+
+async def test_calls_are_held_only_where_forced_or_strict(client: Client, engine: FakeEngine) -> None:
+    await ask(client, tools=TOOLS)
+    assert tag_of(engine) is None
+    await ask(client, tools=[*TOOLS, tool("clock", strict=True)])
+    assert tag_of(engine)["format"]["elements"][1]["type"] == "triggered_tags"
+    await ask(client, tools=TOOLS, tool_choice="required")
+    assert len(tag_of(engine)["format"]["elements"][1]["elements"][0]["elements"]) == 2
+    named = {"type": "function", "function": {"name": "news"}}
+    await ask(client, tools=TOOLS, tool_choice=named, parallel_tool_calls=False)
+    (only,) = tag_of(engine)["format"]["elements"][1]["elements"]
+    assert (only["begin"], only["content"]["json_schema"]) == (
+        '<tool_call>\n{"name": "news", "arguments": ',
+        CITY,
+    )
+
+
+async def test_a_forced_call_is_read_where_the_format_is_unknown(engine: FakeEngine) -> None:
+    engine.answer = CALL
+    async with serving(engine) as client:
+        (choice,) = (await ask(client, tools=TOOLS, tool_choice="required"))["choices"]
+        assert choice["message"]["tool_calls"][0]["function"]["name"] == "weather"
+        assert tag_of(engine)["format"]["elements"][0]["elements"][0]["begin"].startswith("<tool_call>")
+        assert (await ask(client, tools=TOOLS))["choices"][0]["message"]["content"] == CALL
+
+
+async def test_a_grammar_waits_for_the_end_of_reasoning_that_has_begun(engine: FakeEngine) -> None:
+    async with serving(engine, tool_call_parser="hermes", reasoning_parser="deepseek-r1") as client:
+        await ask(client, tools=TOOLS, tool_choice="required")
+    assert bytes(engine.requests[0].reasoning_end_ids) == b"</think>"
+
+
+SAMPLE = {"city": "Ulm", "days": 3, "unit": "C"}
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "unit": {"enum": ["C", "F"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+WEATHER = Tool("weather", SCHEMA, is_strict=True)
+COMPACT = json.dumps(SAMPLE, separators=(",", ":"))
+WRITTEN = {
+    "qwen25": f'<tool_call>\n{{"name": "weather", "arguments": {COMPACT}}}\n</tool_call>',
+    "llama3": f'{{"name": "weather", "parameters": {COMPACT}}}',
+    "mistral": f'[TOOL_CALLS] [{{"name": "weather", "arguments": {COMPACT}}}]',
+    "mistral_v11": f"[TOOL_CALLS]weather[ARGS]{COMPACT}",
+    "deepseekv3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+    f"{COMPACT}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "deepseekv31": f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{COMPACT}"
+    "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
+    f"{COMPACT}<|tool_call_end|><|tool_calls_section_end|>",
+    "glm45": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Ulm</arg_value>\n<arg_key>days</arg_key>\n"
+    "<arg_value>3</arg_value>\n<arg_key>unit</arg_key>\n<arg_value>C</arg_value>\n</tool_call>",
+    "qwen3_coder": "<tool_call>\n<function=weather>\n<parameter=city>\nUlm\n</parameter>\n<parameter=days>\n3\n"
+    "</parameter>\n<parameter=unit>\nC\n</parameter>\n</function>\n</tool_call>",
+}
+
+
+@pytest.fixture(scope="module")
+def grammars(tiny_llama: Path) -> tuple[Tokenizer, GrammarCompiler]:
+    tokenizer = Tokenizer.load(tiny_llama)
+    assert tokenizer.eos_token_id is not None
+    description = tokenizer.backend.to_json()
+    return tokenizer, GrammarCompiler(description, tokenizer.vocab_size, [tokenizer.eos_token_id], {})
+
+
+def is_allowed(grammars: tuple[Tokenizer, GrammarCompiler], choice: ToolChoice, name: str, text: str) -> bool:
+    """May an answer under the constraint be `text`, from its first to its last token?"""
+    tokenizer, compiler = grammars
+    held = tool_constraint(choice, TOOL_FORMATS[name]())
+    assert held is not None
+    grammar = compiler.compile("structural_tag", json.dumps(structural_tag(held, ("<think>", "</think>")))).deep_copy()
+    return all(map(grammar.consume_token, tokenizer.encode(text, False))) and grammar.is_accepting()
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_grammar_allows_what_its_parser_reads_and_nothing_else(
+    grammars: tuple[Tokenizer, GrammarCompiler], name: str
+) -> None:
+    written = WRITTEN[name]
+    parser = AnswerParser(None, ToolCallParser(TOOL_FORMATS[name](), [WEATHER]))
+    (call,) = parser.parse(written).tool_calls
+    assert json.loads(call.arguments) == SAMPLE
+    forced = ToolChoice([], [WEATHER], is_forced=True, is_parallel=False)
+    assert is_allowed(grammars, forced, name, written)
+    assert is_allowed(grammars, forced, name, f"<think>\nHm.\n</think>{written}")
+    for wrong in ("", "No.", written + "!", written + written, written.replace("Ulm", "Ulm", 1).replace("3", "many")):
+        assert not is_allowed(grammars, forced, name, wrong)
+    parallel = ToolChoice([], [WEATHER], is_forced=True, is_parallel=True)
+    assert is_allowed(grammars, parallel, name, f"{written}\n{written}")
+    free = ToolChoice([], [WEATHER], is_forced=False, is_parallel=True)
+    assert is_allowed(grammars, free, name, "No.")
+    assert is_allowed(grammars, free, name, f"Well: {written}")
+    assert not is_allowed(grammars, free, name, written.replace("3", "many"))
+    single = ToolChoice([], [WEATHER], is_forced=False, is_parallel=False)
+    assert is_allowed(grammars, single, name, f"Well: {written}")
+    assert not is_allowed(grammars, single, name, f"{written}\n{written}")
+
+
+async def test_a_random_model_that_must_call_calls(tiny_llama: Path) -> None:
+    choices = {"unit": {"enum": ["C", "F"]}, "sure": {"type": "boolean"}}
+    schema = {"type": "object", "properties": choices, "required": ["unit", "sure"], "additionalProperties": False}
+    body = {"tools": [tool("set", schema), tool("get", schema)], "parallel_tool_calls": False, "max_tokens": 200}
+    config = EngineConfig(model_path=str(tiny_llama), dtype="float32", device="cpu", max_total_tokens=4096)
+    named = {"type": "function", "function": {"name": "get"}}
+    async with Engine(config) as engine:
+        async with serving(engine) as client:
+            for choice in (await ask(client, **body, tool_choice="required", seed=7, n=4))["choices"]:
+                assert choice["finish_reason"] == "tool_calls"
+                (call,) = choice["message"]["tool_calls"]
+                arguments = json.loads(call["function"]["arguments"])
+                assert arguments.keys() == {"unit", "sure"}
+                assert arguments["unit"] in ("C", "F")
+            wrong = tool("set", {"type": "object", "properties": {"a": {"type": "nonsense"}}})
+            for choice in ("required", {"type": "function", "function": {"name": "set"}}):
+                refused = {"messages": USER, "tools": [wrong], "tool_choice": choice}
+                response = await client.post("/v1/chat/completions", json=refused)
+                assert (response.status, (await response.json())["error"]["param"]) == (400, "tools")
+        async with serving(engine, reasoning_parser="qwen3") as client:
+            found = await chunks(client, **body, tool_choice=named, max_thinking_tokens=5)
+    deltas = [chunk["choices"][0]["delta"] for chunk in found]
+    calls = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
+    assert calls[0]["function"]["name"] == "get"
+    assert json.loads("".join(call["function"]["arguments"] for call in calls)).keys() == {"unit", "sure"}
+    assert any("reasoning" in delta for delta in deltas)
+
+
+async def test_a_schema_and_tools_together_mean_json_or_a_call(client: Client, engine: FakeEngine) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": CITY}}
+    await ask(client, tools=TOOLS, response_format=schema)
+    assert engine.requests[0].sampling_params.json_schema is None
+    answer, calls = tag_of(engine)["format"]["elements"][1]["elements"]
+    assert answer["json_schema"] == CITY
+    assert calls["type"] == "sequence"
+
+
+# ---- history, and the small routes ----
+
+
+async def test_calls_and_results_of_earlier_turns_reach_the_template(
+    client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def render_chat(messages: Any, **_: Any) -> str:
+        seen.extend(messages)
+        return "x"
+
+    monkeypatch.setattr(engine.tokenizer, "render_chat", render_chat)
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}
+    history = [
+        *USER,
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning": "Hm"},
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "sunny"}]},
+    ]
+    await ask(client, messages=history, tools=TOOLS)
+    assert seen[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Ulm"}
+    assert seen[1]["reasoning_content"] == "Hm"
+    assert seen[2] == {"role": "tool", "tool_call_id": "c1", "content": "sunny"}
+
+
+async def test_a_prompt_can_be_looked_at(client: Client) -> None:
+    response = await client.post("/v1/chat/completions/render", json={"messages": USER})
+    assert await response.json() == {
+        "prompt": "[user]Hi[assistant]",
+        "prompt_token_ids": list(b"[user]Hi[assistant]"),
+    }
+
+
+async def test_texts_can_be_parsed(client: Client) -> None:
+    body = {"text": f"Well.{CALL}", "tools": TOOLS, "tool_call_parser": "qwen25"}
+    answer = await (await client.post("/parse_function_call", json=body)).json()
+    assert answer["normal_text"] == "Well."
+    assert answer["calls"] == [{"tool_index": 0, "name": "weather", "parameters": '{"city": "Ulm"}'}]
+    body = {"text": "Hm</think>Two", "reasoning_parser": "deepseek-r1"}
+    answer = await (await client.post("/separate_reasoning", json=body)).json()
+    assert answer == {"reasoning_text": "Hm", "text": "Two"}
+    for path in ("/parse_function_call", "/separate_reasoning"):
+        response = await client.post(path, json={"text": "", "tool_call_parser": "x", "reasoning_parser": "x"})
+        assert response.status == 400
+
+
+BAD_BODIES: list[tuple[dict[str, Any], str]] = [
+    ({"tools": [{}]}, "tools[0].function"),
+    ({"tools": ["x"]}, "tools[0]"),
+    ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
+    ({"tools": [tool("")]}, "tools[0].function.name"),
+    ({"tools": [tool("a b")]}, "tools[0].function.name"),
+    ({"tools": [tool("a"), tool("a")]}, "tools[1].function.name"),
+    ({"tools": [{"function": {"name": "a", "parameters": "x"}}]}, "tools[0].function.parameters"),
+    ({"tools": [tool("a", {"type": "string"})]}, "tools[0].function.parameters.type"),
+    ({"tools": [tool("a", {"properties": []})]}, "tools[0].function.parameters.properties"),
+    ({"tools": [tool("a", strict=1)]}, "tools[0].function.strict"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
+    ({"tools": TOOLS, "tool_choice": 5}, "tool_choice"),
+    ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice.function"),
+    ({"tools": TOOLS, "tool_choice": {"function": {"name": "x"}}}, "tool_choice.function.name"),
+    ({"tools": TOOLS, "tool_choice": "required", "regex": "a"}, "tool_choice"),
+    ({"tools": TOOLS, "parallel_tool_calls": "no"}, "parallel_tool_calls"),
+    ({"reasoning_effort": "huge"}, "reasoning_effort"),
+    ({"reasoning_effort": 2}, "reasoning_effort"),
+    ({"max_thinking_tokens": -1}, "max_thinking_tokens"),
+    ({"separate_reasoning": "x"}, "separate_reasoning"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "[]"}}]}]},
+        "messages[0].tool_calls[0].function.arguments",
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), BAD_BODIES)
+async def test_a_bad_body_is_a_400_that_names_the_field(client: Client, body: Any, param: str) -> None:
+    response = await client.post("/v1/chat/completions", json={"messages": USER, **body})
+    error = (await response.json())["error"]
+    assert (response.status, error["param"]) == (400, param), error
