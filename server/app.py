@@ -1,13 +1,12 @@
 """The aiohttp application: routes, the engine's life, keys, and errors in each API's shape."""
 
 import logging
-import math
 from pathlib import Path
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from engine.errors import EngineError, PromptTooLong, QueueFull
+from engine.errors import EngineError
 from server.anthropic import AnthropicApi
 from server.chat import CHATS, Chats
 from server.config import ServerConfig
@@ -21,7 +20,7 @@ from server.native import NativeApi
 from server.ollama import OllamaApi
 from server.openai import OpenAIApi
 from server.openapi import OpenApi
-from server.protocol import Engine, error_shape, json_response
+from server.protocol import Engine, error_response, error_shape, json_response
 from server.recorder import RECORDER, RequestRecorder
 from server.responses import ResponsesApi
 
@@ -71,17 +70,10 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn every error into an answer in the shape of the API that was called."""
     headers: dict[str, str] = {}
-    field: str | None = None
-    code: str | None = None
     try:
         return await handler(request)
     except EngineError as error:
-        status, message = error.status_code, str(error)
-        field, code = getattr(error, "field", None), getattr(error, "code", None)
-        if isinstance(error, PromptTooLong):
-            code = "context_length_exceeded"
-        elif isinstance(error, QueueFull):
-            headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        return error_response(request.path, error)
     except web.HTTPException as error:
         if error.status < 400:
             raise
@@ -95,7 +87,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         if request.writer.output_size:  # an answer has begun: all that can be said is that it ends too early
             raise ConnectionResetError("failed in the middle of an answer") from None
         status, message = 500, "internal server error; the server's log says more"
-    return json_response(error_shape(request.path)(status, message, field, code), status, headers)
+    return json_response(error_shape(request.path)(status, message, None, None), status, headers)
 
 
 def _http_message(request: web.Request, error: web.HTTPException) -> str:

@@ -13,6 +13,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from engine.request import Request
 from server.config import ServerConfig
+from server.protocol import Owner
 
 OPEN_PATHS = frozenset({"/health", "/dashboard"})  # the page is empty: it asks for a key, then for /dashboard/data
 ADMIN_PATHS = frozenset({"/flush_cache", "/abort_request", "/dashboard/data", "/start_profile", "/stop_profile"})
@@ -24,6 +25,7 @@ class Client:
 
     name: str
     weight: float = 1.0
+    priority: int = 0  # added to its requests' own
 
 
 CLIENT = web.RequestKey("client", Client)
@@ -116,9 +118,10 @@ def _key_kind(path: str) -> str:
     return "a valid key (--admin-api-key if there are several)" if path in ADMIN_PATHS else "a valid key"
 
 
-def bill(http_request: web.Request, requests: Sequence[Request]) -> None:
-    """Put `requests` on the account of whoever sent `http_request`."""
-    client = http_request.get(CLIENT)
+def bill(owner: Owner, requests: Sequence[Request]) -> None:
+    """Put `requests` on the account of the client that `owner` names."""
+    client = owner.get(CLIENT)
     if client is not None:
         for request in requests:
             request.client, request.weight = client.name, client.weight
+            request.priority += client.priority

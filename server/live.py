@@ -14,7 +14,7 @@ from aiohttp import web
 from engine.errors import EngineError, InvalidRequest
 from engine.request import Delta, FinishReason, Request, SamplingParams, Status
 from server.keys import bill
-from server.protocol import Engine, TokenizerFacade
+from server.protocol import Engine, Owner, TokenizerFacade
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +100,11 @@ class LiveRequests:
         self._rids: dict[str, list[str]] = {}  # rid given by the client -> rids of the requests made of it
 
     @asynccontextmanager
-    async def submitted(self, http_request: web.Request, rid: str, requests: Sequence[Request]) -> AsyncIterator[None]:
+    async def submitted(self, owner: Owner, rid: str, requests: Sequence[Request]) -> AsyncIterator[None]:
         """All of `requests`, or none when one of them is refused. `rid` stands for all of them."""
         await self.engine.prepare(requests)
-        bill(http_request, requests)
-        http_request[REQUESTS] = requests
+        bill(owner, requests)
+        owner[REQUESTS] = requests
         if rid in self._rids:
             raise InvalidRequest(f"a request with rid {rid!r} is still running", "rid")
         self._rids[rid] = [request.rid for request in requests]
@@ -124,12 +124,12 @@ class LiveRequests:
                 for observe in self.observers:
                     observe(request)
 
-    async def answers(self, http_request: web.Request, rid: str, requests: Sequence[Request]) -> list[Delta]:
+    async def answers(self, owner: Owner, rid: str, requests: Sequence[Request]) -> list[Delta]:
         """The whole answer of each request. Raises when one of them failed."""
         collector = _Collector(len(requests))
         for i, request in enumerate(requests):
             request.sink = collector.sink_of(i)
-        async with self.submitted(http_request, rid, requests):
+        async with self.submitted(owner, rid, requests):
             return await collector.done
 
     def abort(self, rid: str) -> None:

@@ -20,6 +20,7 @@ from server.protocol import (
     JSON,
     Engine,
     Fields,
+    Owner,
     TokenizerFacade,
     check_batch_size,
     check_n,
@@ -97,7 +98,13 @@ class OpenAIApi:
     # ---- the two endpoints ----
 
     async def completions(self, http_request: web.Request) -> web.StreamResponse:
-        body = await read_json(http_request)
+        return await self.complete(http_request, await read_json(http_request))
+
+    async def chat_completions(self, http_request: web.Request) -> web.StreamResponse:
+        return await self.chat(http_request, await read_json(http_request))
+
+    async def complete(self, owner: Owner, body: Fields) -> web.StreamResponse:
+        """The answer to `body`. Only an HTTP request may ask for a stream."""
         model = self._check_model(body.text("model"))
         if body.text("suffix"):
             raise InvalidRequest("suffix is not supported: this server does not fill in the middle", "suffix")
@@ -111,15 +118,15 @@ class OpenAIApi:
             options.logprob_start_len = 0
         prompts = await self._completion_prompts(body, params.n)
         format_ = CompletionFormat(self.engine.tokenizer, model, is_echo=is_echo, num_logprobs=num_logprobs)
-        return await self._answer(http_request, body, prompts, params, options, format_)
+        return await self._answer(owner, body, prompts, params, options, format_)
 
-    async def chat_completions(self, http_request: web.Request) -> web.StreamResponse:
-        body = await read_json(http_request)
+    async def chat(self, owner: Owner, body: Fields) -> web.StreamResponse:
+        """As `complete`."""
         model = self._check_model(body.text("model"))
         turn = await self.chats.turn(body)
         format_ = ChatFormat(self.engine.tokenizer, model, turn)
         try:
-            return await self._answer(http_request, body, [turn.input_ids], turn.params, turn.options, format_)
+            return await self._answer(owner, body, [turn.input_ids], turn.params, turn.options, format_)
         except InvalidRequest as error:
             raise turn.in_clients_terms(error) from None
 
@@ -132,7 +139,7 @@ class OpenAIApi:
 
     async def _answer(
         self,
-        http_request: web.Request,
+        owner: Owner,
         body: Fields,
         prompts: list[list[int]],
         params: SamplingParams,
@@ -152,7 +159,7 @@ class OpenAIApi:
         if body.flag("return_meta_info"):
             format_.meta_info = MetaInfo(self.engine.tokenizer)
         if not options.stream:
-            deltas = await self.live.answers(http_request, rid, requests)
+            deltas = await self.live.answers(owner, rid, requests)
             choices = [format_.whole_choice(i, delta) for i, delta in enumerate(deltas)]
             usage = count_usage(requests, [len(delta.token_ids) for delta in deltas], n)
             usage.reasoning = format_.count_reasoning(requests)
@@ -170,8 +177,9 @@ class OpenAIApi:
             return event(format_.chunk([], usage.to_dict(self.config.enable_cache_report))) + DONE
 
         stream = EventStream(streamed, tail)
-        async with self.live.submitted(http_request, rid, requests):
-            return await stream.run(http_request)
+        assert isinstance(owner, web.Request)
+        async with self.live.submitted(owner, rid, requests):
+            return await stream.run(owner)
 
     # ---- reading ----
 

@@ -1,7 +1,7 @@
 """What the APIs share: the engine as they see it, typed reading of JSON bodies, and errors in each API's shape."""
 
 import math
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
@@ -9,11 +9,13 @@ import numpy as np
 import orjson
 from aiohttp import web
 
-from engine.errors import InvalidRequest
+from engine.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull
 from engine.request import Delta, Request
 from server.intake import TURNS
 
 JSON = dict[str, Any]
+# Who makes requests, as a mapping that tells and is told about them: an HTTP request, or a line of a batch.
+Owner = MutableMapping[Any, Any]
 MAX_INT = 1 << 53  # beyond it JSON numbers are not exact
 MAX_REQUESTS = 65536  # of one HTTP request: prompts times n
 MAX_N = 128
@@ -328,4 +330,14 @@ ERROR_SHAPES: dict[str, ErrorShape] = {"/v1/messages": anthropic_error, "/v1/": 
 
 def error_shape(path: str) -> ErrorShape:
     """The shape that clients of the API at `path` expect."""
-    return next((shape for prefix, shape in ERROR_SHAPES.items() if path.startswith(prefix)), native_error)
+
+
+def error_response(path: str, error: EngineError) -> web.Response:
+    """What a client of the API at `path` is told of `error`."""
+    headers: dict[str, str] = {}
+    field, code = getattr(error, "field", None), getattr(error, "code", None)
+    if isinstance(error, PromptTooLong):
+        code = "context_length_exceeded"
+    elif isinstance(error, QueueFull):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    return json_response(error_shape(path)(error.status_code, str(error), field, code), error.status_code, headers)
