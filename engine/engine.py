@@ -144,6 +144,10 @@ class Engine:
         return min(self.parts.rows.max_len, self.max_total_num_tokens)
 
     @property
+    def max_running_requests(self) -> int:
+        return self.parts.rows.num_rows
+
+    @property
     def max_req_input_len(self) -> int:
         return self.context_length - 1
 

@@ -8,9 +8,11 @@ from aiohttp.typedefs import Handler
 
 from engine.errors import EngineError
 from server.anthropic import AnthropicApi
+from server.batches import Batches
 from server.chat import CHATS, Chats
 from server.config import ServerConfig
 from server.dashboard import Dashboard
+from server.files import FilesApi, FileStore
 from server.intake import TURNS, Turns
 from server.keys import KeyRing, require_key
 from server.live import LiveRequests, RequestLog
@@ -43,12 +45,20 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app[TURNS] = Turns()
     app[CHATS] = chats
     app.add_routes(NativeApi(engine, config, live, chats).routes())
-    app.add_routes(OpenAIApi(engine, config, live, chats).routes())
     app.add_routes(AnthropicApi(config, live, chats).routes())
     app.add_routes(OllamaApi(engine, config, live, chats).routes())
     responses = ResponsesApi(config, live, chats)
     app.cleanup_ctx.append(responses.running)
     app.add_routes(responses.routes())
+    openai = OpenAIApi(engine, config, live, chats)
+    app.add_routes(openai.routes())
+    store = FileStore(Path(config.file_storage_path).expanduser())
+    handlers = {"/v1/chat/completions": openai.chat, "/v1/completions": openai.complete}
+    batches = Batches(store, handlers, engine.max_running_requests)
+    app.cleanup_ctx.append(batches.running)
+    app.on_shutdown.append(batches.stop)
+    app.add_routes(batches.routes())
+    app.add_routes(FilesApi(store, config.max_file_bytes, batches.reader_of).routes())
     if config.crash_dump_folder:
         recorder = RequestRecorder(Path(config.crash_dump_folder), config.public_values())
         live.arrival_observers.append(recorder.remember)

@@ -35,6 +35,11 @@ class ServerConfig(EngineConfig):
         None, HTTP, "key of /flush_cache, /abort_request and the dashboard's data, which then refuse all others"
     )
     max_body_bytes: int = option(32 << 20, HTTP, "longest request body; beyond it: 413")
+    max_file_bytes: int = option(512 << 20, HTTP, "longest file of /v1/files; beyond it: 413")
+    file_storage_path: str = option(
+        "~/.cache/radixloop/files", HTTP, "folder of uploaded files and batches; each server needs its own",
+        aliases=("--file-storage-pth",),
+    )  # fmt: skip
     drain_timeout: float = option(
         60.0, HTTP, "seconds that running answers may take to end after SIGTERM or Ctrl-C; a second signal ends them"
     )

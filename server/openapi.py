@@ -45,6 +45,7 @@ class Operation:
     is_open: bool = False  # needs no key
     parameters: tuple[JSON, ...] = ()
     error: JSON | None = None  # if not the API's own shape
+    form: JSON | None = None  # schema of a multipart body
 
 
 # ---- schemas ----
@@ -79,6 +80,12 @@ def or_list(schema: JSON) -> JSON:
 
 
 STRING, BOOLEAN, ANY_OBJECT = {"type": "string"}, {"type": "boolean"}, {"type": "object"}
+
+
+def path_parameter(name: str) -> tuple[JSON, ...]:
+    return ({"name": name, "in": "path", "required": True, "schema": STRING},)
+
+
 TOKEN_IDS = array(integer(0), minItems=1)
 LOGPROBS = array({"type": "array"})
 
@@ -449,6 +456,42 @@ COMPONENTS: dict[str, JSON] = {
         },
         ["status"],
     ),
+    "File": obj(
+        {
+            "id": STRING,
+            "object": {"const": "file"},
+            "bytes": integer(0),
+            "created_at": integer(0),
+            "filename": STRING,
+            "purpose": STRING,
+            "status": STRING,
+        },
+        ["id", "object", "bytes", "created_at", "filename", "purpose"],
+    ),
+    "BatchRequest": obj(
+        {
+            "input_file_id": STRING,
+            "endpoint": {"enum": ["/v1/chat/completions", "/v1/completions"]},
+            "completion_window": {
+                "type": "string",
+                "description": "such as 24h; lines not answered by then are errors",
+            },
+            "metadata": {"type": "object", "additionalProperties": STRING},
+        },
+        ["input_file_id", "endpoint"],
+    ),
+    "Batch": obj(
+        {
+            "id": STRING,
+            "object": {"const": "batch"},
+            "endpoint": STRING,
+            "input_file_id": STRING,
+            "status": STRING,
+            "created_at": integer(0),
+            "request_counts": ANY_OBJECT,
+        },
+        ["id", "object", "endpoint", "input_file_id", "completion_window", "status", "created_at", "request_counts"],
+    ),
     "NativeError": obj(
         {"error": obj({"message": STRING, "code": integer(400, 599), "field": STRING}, ["message", "code"])}, ["error"]
     ),
@@ -549,7 +592,25 @@ SEPARATE_REASONING = Operation(
 MODELS = Operation("The models there are", "OpenAI", answer=obj({"data": array(ref("ModelCard"))}, ["data"]))
 MODEL = Operation(
     "One model", "OpenAI", answer=ref("ModelCard"), statuses=(404,),
-    parameters=({"name": "model", "in": "path", "required": True, "schema": STRING},),
+    parameters=path_parameter("model"),
+)  # fmt: skip
+
+
+def page(name: str) -> JSON:
+    return obj({"object": {"const": "list"}, "data": array(ref(name)), "has_more": BOOLEAN}, ["data", "has_more"])
+
+
+PAGE_PARAMETERS = (
+    {"name": "limit", "in": "query", "schema": integer(1)},
+    {"name": "after", "in": "query", "schema": STRING},
+)
+UPLOAD = Operation(
+    "Store the lines of a batch", "OpenAI", answer=ref("File"), statuses=(400, 403, 413, 503),
+    form=obj({"file": {"type": "string", "format": "binary"}, "purpose": {"enum": ["batch"]}}, ["file", "purpose"]),
+)  # fmt: skip
+CREATE_BATCH = Operation(
+    "Answer the lines of a file when nothing more urgent is to be done", "OpenAI", ref("BatchRequest"), ref("Batch"),
+    statuses=(404, 503),
 )  # fmt: skip
 
 MESSAGE_ANSWER = Operation(
@@ -605,6 +666,31 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/api/tags"): Operation("The models there are", "Ollama", answer=OLLAMA_MODELS),
     ("GET", "/api/ps"): Operation("The models in memory", "Ollama", answer=OLLAMA_MODELS),
     ("GET", "/api/version"): Operation("Of Ollama's API", "Ollama", answer=obj({"version": STRING})),
+    ("POST", "/v1/files"): UPLOAD,
+    ("GET", "/v1/files"): Operation(
+        "The files there are", "OpenAI", answer=page("File"), statuses=(400, 503), parameters=PAGE_PARAMETERS
+    ),
+    ("GET", "/v1/files/{file_id}"): Operation(
+        "One file", "OpenAI", answer=ref("File"), statuses=(404, 503), parameters=path_parameter("file_id")
+    ),
+    ("DELETE", "/v1/files/{file_id}"): Operation(
+        "Delete a file", "OpenAI", answer=ANY_OBJECT, statuses=(400, 404, 503), parameters=path_parameter("file_id")
+    ),
+    ("GET", "/v1/files/{file_id}/content"): Operation(
+        "What a file holds", "OpenAI", media_type="application/octet-stream", statuses=(404, 503),
+        parameters=path_parameter("file_id"),
+    ),
+    ("POST", "/v1/batches"): CREATE_BATCH,
+    ("GET", "/v1/batches"): Operation(
+        "The batches there are", "OpenAI", answer=page("Batch"), statuses=(400, 503), parameters=PAGE_PARAMETERS
+    ),
+    ("GET", "/v1/batches/{batch_id}"): Operation(
+        "One batch", "OpenAI", answer=ref("Batch"), statuses=(404, 503), parameters=path_parameter("batch_id")
+    ),
+    ("POST", "/v1/batches/{batch_id}/cancel"): Operation(
+        "End a batch now; the answers there are stay", "OpenAI", answer=ref("Batch"), statuses=(400, 404, 503),
+        parameters=path_parameter("batch_id"),
+    ),
     ("POST", "/tokenize"): TOKENIZE,
     ("POST", "/v1/tokenize"): TOKENIZE,
     ("POST", "/detokenize"): DETOKENIZE,
@@ -643,8 +729,9 @@ ERROR_NAMES: dict[ErrorShape, str] = {
 STATUS_TEXTS = {
     400: "the request is wrong; the message says which field and why",
     401: "a key is missing or wrong",
-    404: "there is no such model, or no such response",
-    413: "the body is longer than --max-body-bytes",
+    403: "a web page of another site may not do this",
+    404: "there is no such thing",
+    413: "the body is longer than --max-body-bytes, or a file than --max-file-bytes",
     429: "the queue is full; Retry-After says when to come back",
     503: "not now: starting, stuck or stopping",
 }
@@ -718,6 +805,8 @@ def _described(method: str, path: str, operation: Operation) -> JSON:
         described["parameters"] = list(operation.parameters)
     if operation.body is not None:
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": operation.body}}}
+    if operation.form is not None:
+        described["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": operation.form}}}
     if operation.is_open:
         described["security"] = [{}]
     return described

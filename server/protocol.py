@@ -85,6 +85,8 @@ class Engine(Protocol):
     @property
     def context_length(self) -> int: ...
     @property
+    def max_running_requests(self) -> int: ...
+    @property
     def sampling_defaults(self) -> JSON: ...
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
@@ -330,6 +332,7 @@ ERROR_SHAPES: dict[str, ErrorShape] = {"/v1/messages": anthropic_error, "/v1/": 
 
 def error_shape(path: str) -> ErrorShape:
     """The shape that clients of the API at `path` expect."""
+    return next((shape for prefix, shape in ERROR_SHAPES.items() if path.startswith(prefix)), native_error)
 
 
 def error_response(path: str, error: EngineError) -> web.Response:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -140,6 +141,7 @@ class FakeEngine:
     ) -> None:
         self.answer, self.is_manual, self.max_queued = answer, is_manual, max_queued
         self.context_length = context_length
+        self.max_running_requests = 8
         self.max_total_num_tokens = 4 * context_length
         self.model_config, self.tokenizer = FakeModel(), FakeTokenizer()
         self.sampling_defaults: dict[str, Any] = {}
@@ -293,9 +295,10 @@ class FakeEngine:
 @asynccontextmanager
 async def serving(engine: Engine, **options: Any) -> AsyncIterator[TestClient[Any, Any]]:
     """A client of a server around `engine`."""
-    app = build_app(engine, ServerConfig(model_path="fake-model", **options))
-    async with TestClient(TestServer(app)) as client:
-        yield client
+    with TemporaryDirectory() as folder:
+        config = ServerConfig(model_path="fake-model", **{"file_storage_path": folder, **options})
+        async with TestClient(TestServer(build_app(engine, config))) as client:
+            yield client
 
 
 def events_of(body: bytes) -> list[str]:

@@ -1,0 +1,271 @@
+"""Files and batches through OpenAI's own client, and what a restart leaves of them."""
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from aiohttp import FormData
+from openai.types import Batch
+
+from engine.errors import QueueFull
+from engine.request import FinishReason, Request
+from tests.fake_engine import FakeEngine, serving
+
+
+@asynccontextmanager
+async def api_of(engine: FakeEngine, **options: Any) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with (
+        serving(engine, **options) as client,
+        openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="none", max_retries=0, timeout=10) as api,
+    ):
+        yield api
+
+
+def chat_line(custom_id: str, content: str = "Hi", **changes: Any) -> dict[str, Any]:
+    body = {"model": "fake-model", "messages": [{"role": "user", "content": content}]}
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body, **changes}
+
+
+async def start(api: openai.AsyncOpenAI, lines: list[Any], **options: Any) -> Batch:
+    content = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines).encode()
+    file = await api.files.create(file=("lines.jsonl", content), purpose="batch")
+    fields: dict[str, Any] = {"endpoint": "/v1/chat/completions", "completion_window": "24h", **options}
+    return await api.batches.create(input_file_id=file.id, **fields)
+
+
+def write_half_a_line(folder: Path) -> None:
+    """As a crash in the middle of a write leaves it."""
+    with open(next(folder.glob("*-output")), "ab") as file:
+        file.write(b'{"id": "batch_req_1", "custom_')
+
+
+async def until(api: openai.AsyncOpenAI, batch_id: str, reached: Callable[[Batch], bool]) -> Batch:
+    async with asyncio.timeout(10):
+        while True:
+            batch = await api.batches.retrieve(batch_id)
+            if reached(batch):
+                return batch
+            await asyncio.sleep(0.01)
+
+
+def has_ended(batch: Batch) -> bool:
+    return batch.status in ("failed", "completed", "expired", "cancelled")
+
+
+async def lines_of(api: openai.AsyncOpenAI, file_id: str | None) -> dict[str, Any]:
+    assert file_id is not None
+    content = (await api.files.content(file_id)).text
+    return {line["custom_id"]: line for line in map(json.loads, content.splitlines())}
+
+
+async def test_a_batch_answers_every_line_and_says_which_failed() -> None:
+    async with api_of(FakeEngine(), max_body_bytes=1000) as api:
+        lines = [chat_line(f"line-{i}", "x" * 100) for i in range(12)]
+        lines += [chat_line("long", "y" * 300), chat_line("bad", body={"messages": []})]
+        batch = await start(api, lines, metadata={"for": "a test"})
+        assert (batch.status, batch.metadata) == ("validating", {"for": "a test"})
+        batch = await until(api, batch.id, has_ended)
+        assert batch.status == "completed"
+        assert batch.request_counts is not None
+        counts = batch.request_counts
+        assert (counts.total, counts.completed, counts.failed) == (14, 12, 2)
+        answers = await lines_of(api, batch.output_file_id)
+        assert set(answers) == {f"line-{i}" for i in range(12)}
+        body = answers["line-3"]["response"]["body"]
+        assert body["choices"][0]["message"]["content"] == "Hello, world"
+        assert body["object"] == "chat.completion"
+        errors = await lines_of(api, batch.error_file_id)
+        assert errors["long"]["response"]["status_code"] == 400
+        assert errors["long"]["response"]["body"]["error"]["code"] == "context_length_exceeded"
+        assert errors["bad"]["response"]["body"]["error"]["param"] == "messages"
+        assert [one.id for one in (await api.batches.list()).data] == [batch.id]
+
+
+async def test_completions_are_an_endpoint_too() -> None:
+    async with api_of(FakeEngine()) as api:
+        line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hi"}}
+        batch = await until(api, (await start(api, [line], endpoint="/v1/completions")).id, has_ended)
+        answers = await lines_of(api, batch.output_file_id)
+        assert answers["a"]["response"]["body"]["object"] == "text_completion"
+        assert batch.error_file_id is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "must be a JSON object"),
+        (chat_line(""), "custom_id"),
+        (chat_line("a", method="GET"), "method"),
+        (chat_line("a", url="/v1/completions"), "url"),
+        (chat_line("a", body=None), "body"),
+        (chat_line("first"), "was used before"),
+    ],
+)
+async def test_a_wrong_line_fails_the_batch_before_anything_is_computed(line: Any, message: str) -> None:
+    engine = FakeEngine()
+    async with api_of(engine) as api:
+        batch = await until(api, (await start(api, [chat_line("first"), line])).id, has_ended)
+        assert batch.status == "failed"
+        assert batch.errors is not None and batch.errors.data is not None
+        assert [error.line for error in batch.errors.data] == [2]
+        assert message in (batch.errors.data[0].message or "")
+        assert not engine.requests
+
+
+async def test_lines_run_below_every_other_request_and_a_bounded_number_at_once() -> None:
+    engine = FakeEngine(is_manual=True)
+    async with api_of(engine) as api:
+        await start(api, [chat_line(f"line-{i}") for i in range(20)])
+        limit = engine.max_running_requests // 2
+        await engine.until(lambda: len(engine.live) == limit)
+        await asyncio.sleep(0.05)
+        assert len(engine.requests) == limit
+        assert all(request.priority < -1000 for request in engine.requests)
+        engine.finish(engine.requests[0], FinishReason("stop"))
+        await engine.until(lambda: len(engine.requests) == limit + 1)
+
+
+async def test_a_restarted_server_computes_no_line_twice(tmp_path: Path) -> None:
+    engine = FakeEngine(is_manual=True)
+    async with api_of(engine, file_storage_path=str(tmp_path)) as api:
+        batch = await start(api, [chat_line(f"line-{i}", f"{i}") for i in range(6)])
+        await engine.until(lambda: len(engine.live) == 4)
+        for request in list(engine.live.values())[:3]:
+            engine.finish(request, FinishReason("stop"))
+        await until(
+            api, batch.id, lambda batch: batch.request_counts is not None and batch.request_counts.completed == 3
+        )
+    assert not engine.live, "what is not done is aborted"
+    write_half_a_line(tmp_path)
+    engine = FakeEngine()
+    async with api_of(engine, file_storage_path=str(tmp_path)) as api:
+        batch = await until(api, batch.id, has_ended)
+        assert batch.status == "completed"
+        assert batch.request_counts is not None and batch.request_counts.completed == 6
+        assert len(engine.requests) == 3
+        assert set(await lines_of(api, batch.output_file_id)) == {f"line-{i}" for i in range(6)}
+    async with api_of(FakeEngine(), file_storage_path=str(tmp_path)) as api:
+        assert (await api.batches.retrieve(batch.id)).status == "completed"
+        assert len((await api.files.list()).data) == 2
+
+
+async def test_a_cancelled_batch_keeps_its_answers() -> None:
+    engine = FakeEngine(is_manual=True)
+    async with api_of(engine) as api:
+        batch = await start(api, [chat_line(f"line-{i}") for i in range(6)])
+        await engine.until(lambda: len(engine.live) == 4)
+        engine.finish(engine.requests[0], FinishReason("stop"))
+        await until(
+            api, batch.id, lambda batch: batch.request_counts is not None and batch.request_counts.completed == 1
+        )
+        assert (await api.batches.cancel(batch.id)).status == "cancelling"
+        batch = await until(api, batch.id, has_ended)
+        assert batch.status == "cancelled"
+        assert not engine.live
+        assert len(await lines_of(api, batch.output_file_id)) == 1
+        errors = await lines_of(api, batch.error_file_id)
+        assert [line["error"]["code"] for line in errors.values()] == ["batch_cancelled"] * 5
+        with pytest.raises(openai.BadRequestError, match="nothing to cancel"):
+            await api.batches.cancel(batch.id)
+
+
+async def test_a_batch_that_outlives_its_window_expires() -> None:
+    async with api_of(FakeEngine(is_manual=True)) as api:
+        batch = await start(api, [chat_line("a")], completion_window="1s")
+        batch = await until(api, batch.id, has_ended)
+        assert batch.status == "expired"
+        assert (await lines_of(api, batch.error_file_id))["a"]["error"]["code"] == "batch_expired"
+
+
+async def test_a_full_queue_only_delays_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.batches.RETRY_S", 0.01)
+    engine = FakeEngine()
+    submit, num_refused = engine.submit, 0
+
+    def refuse_twice(request: Request) -> None:
+        nonlocal num_refused
+        if num_refused < 2:
+            num_refused += 1
+            raise QueueFull("the queue is full")
+        submit(request)
+
+    monkeypatch.setattr(engine, "submit", refuse_twice)
+    async with api_of(engine) as api:
+        batch = await until(api, (await start(api, [chat_line("a")])).id, has_ended)
+        assert batch.request_counts is not None and batch.request_counts.completed == 1
+
+
+# ---- files ----
+
+
+async def test_a_file_comes_back_as_it_was_until_it_is_deleted() -> None:
+    async with api_of(FakeEngine()) as api:
+        content = bytes(range(256)) * 10_000
+        file = await api.files.create(file=("some.jsonl", content), purpose="batch")
+        assert (file.bytes, file.filename, file.purpose, file.object) == (len(content), "some.jsonl", "batch", "file")
+        assert (await api.files.content(file.id)).content == content
+        assert [one.id for one in (await api.files.list()).data] == [file.id]
+        assert (await api.files.retrieve(file.id)).id == file.id
+        assert (await api.files.delete(file.id)).deleted
+        with pytest.raises(openai.NotFoundError):
+            await api.files.retrieve(file.id)
+
+
+async def test_a_file_that_a_batch_reads_cannot_be_deleted() -> None:
+    async with api_of(FakeEngine(is_manual=True)) as api:
+        batch = await start(api, [chat_line("a")])
+        with pytest.raises(openai.BadRequestError, match=batch.id):
+            await api.files.delete(batch.input_file_id)
+
+
+async def test_a_long_file_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    async with api_of(FakeEngine(), max_file_bytes=1000, file_storage_path=str(tmp_path)) as api:
+        with pytest.raises(openai.APIStatusError) as caught:
+            await api.files.create(file=("a.jsonl", b"x" * 1001), purpose="batch")
+        assert caught.value.status_code == 413
+        assert set(os.listdir(tmp_path)) == {"lock", "batches"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"file": b"{}"}, "purpose"),
+        ({"file": b"{}", "purpose": "assistants"}, "purpose"),
+        ({"purpose": "batch"}, "file"),
+        ({"file": b"{}", "purpose": "batch", "expires_after": "1"}, "expires_after"),
+    ],
+)
+async def test_a_wrong_form_is_refused_by_name(fields: dict[str, Any], named: str) -> None:
+    async with serving(FakeEngine()) as client:
+        form = FormData(default_to_multipart=True)
+        for name, value in fields.items():
+            form.add_field(name, value, filename="a.jsonl" if name == "file" else None)
+        response = await client.post("/v1/files", data=form)
+        assert response.status == 400
+        assert (await response.json())["error"]["param"] == named
+
+
+async def test_lists_come_in_pages_newest_first() -> None:
+    async with api_of(FakeEngine()) as api:
+        ids = [(await api.files.create(file=("a", b"{}"), purpose="batch")).id for _ in range(3)]
+        first = await api.files.list(limit=2)
+        assert [file.id for file in first.data] == ids[:0:-1]
+        assert first.has_more
+        assert [file.id async for file in first] == ids[::-1]
+
+
+async def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
+    async with (
+        api_of(FakeEngine(), file_storage_path=str(tmp_path)),
+        api_of(FakeEngine(), file_storage_path=str(tmp_path)) as second,
+    ):
+        with pytest.raises(openai.APIStatusError, match="--file-storage-path") as caught:
+            await second.files.list()
+        assert caught.value.status_code == 503
