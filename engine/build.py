@@ -150,7 +150,11 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
     pool = new_pool(memory.max_total_num_tokens)
 
     runner = ModelRunner(model, pool, sampler, stager, masks)
-    if device.type == "cuda" and not config.disable_cuda_graph and config.attention_backend != "torch":
+    if (
+        device.type == "cuda"
+        and not (config.disable_cuda_graph or config.is_embedding)
+        and config.attention_backend != "torch"
+    ):
         assert config.cuda_graph_max_bs
         start = time.perf_counter()
         batch_sizes = config.cuda_graph_bs or default_batch_sizes(config.cuda_graph_max_bs)

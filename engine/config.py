@@ -41,6 +41,11 @@ class EngineConfig:
     context_length: int | None = option(None, MODEL, "longest prompt + answer in tokens, if not the model's")
     device: str | None = option(None, MODEL, "cuda or cpu; default: cuda where there is one")
     json_model_override_args: str = option("{}", MODEL, "JSON object that overrides entries of config.json")
+    is_embedding: bool = option(False, MODEL, "turn prompts into vectors, and do nothing else")
+    pooling: str | None = option(
+        None, MODEL, "prompts become the last token's state or the mean; default: the model's own, or last",
+        choices=("last", "mean"),
+    )  # fmt: skip
     sampling_defaults: str = option(
         "model", MODEL, "defaults of sampling fields: the model's generation_config.json or OpenAI's constants",
         choices=("model", "openai"),

@@ -52,6 +52,8 @@ class StepGraphs:
 
     def shape_for(self, plan: Plan) -> Shape | None:
         """Of the graph that serves `plan`, or None: it is larger than any, or asks for what no graph does."""
+        if plan.pooled:
+            return None
         num_decodes, num_samples = plan.num_decodes, len(plan.samples)
         if plan.is_decode:
             if num_decodes > self.batch_sizes[-1] or num_samples < num_decodes:

@@ -24,6 +24,7 @@ from engine.loop import LoopStats, StepLoop
 from engine.memory import MemoryBudget
 from engine.model_config import ModelConfig
 from engine.output import OutputProcessor
+from engine.pooling import LAST, MEAN
 from engine.profiler import Profiler
 from engine.request import Delta, FinishReason, Logprobs, Request, Status
 from engine.scheduler import SchedulerStats
@@ -152,6 +153,16 @@ class Engine:
         return self.context_length - 1
 
     @property
+    def is_generation(self) -> bool:
+        """Does it answer prompts, or turn them into vectors only?"""
+        return self.model_config.is_generation and not self.config.is_embedding
+
+    @property
+    def embedding_size(self) -> int:
+        """Numbers of the vector that a prompt becomes."""
+        return self.model_config.embedding_size
+
+    @property
     def sampling_defaults(self) -> dict[str, Any]:
         """Sampling fields that the model's generation_config.json sets, unless the configuration says otherwise."""
         return dict(self.model_config.generation_defaults) if self.config.sampling_defaults == "model" else {}
@@ -205,7 +216,8 @@ class Engine:
         if self._is_stopping or not self.is_running:
             raise EngineStopped("the server is shutting down" if self._is_stopping else "the engine is not running")
         self._verify(request)
-        request.text_stream = self.tokenizer.text_stream(request.sampling_params, request.input_ids)
+        if request.pooling is None:
+            request.text_stream = self.tokenizer.text_stream(request.sampling_params, request.input_ids)
         self._queue(request)
         if request.matcher is not None:
             self._jump_ahead(request, request.matcher)
@@ -263,6 +275,14 @@ class Engine:
             raise InvalidRequest("max_thinking_tokens needs a model whose answers have an end of reasoning")
         if request.rid in self._requests:
             raise InvalidRequest(f"a request with rid {request.rid!r} is running", "rid")
+        if request.pooling is None and not self.is_generation:
+            raise InvalidRequest("this server turns prompts into vectors and does not generate", "model")
+        if request.pooling is not None and (
+            request.pooling not in (LAST, MEAN) or request.sampling_params.max_new_tokens != 0
+        ):
+            raise InvalidRequest(
+                f"pooling must be {LAST} or {MEAN} with max_new_tokens 0, got {request.pooling!r}", "pooling"
+            )
         if not request.input_ids:
             raise InvalidRequest("the prompt is empty", "input_ids")
         if request.prompt_len > self.max_req_input_len and request.sampling_params.max_new_tokens != 0:

@@ -62,6 +62,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     generation_defaults: dict[str, float]  # sampling fields that generation_config.json sets
+    pooling: str  # how a prompt becomes a vector: "last" or "mean"
     raw: dict[str, Any]  # config.json with the overrides, for what only one family has
 
     @classmethod
@@ -102,8 +103,34 @@ class ModelConfig:
             eos_token_ids=tuple(dict.fromkeys(_ids(generation) + _ids(raw))),
             bos_token_id=raw.get("bos_token_id"),
             generation_defaults=parse_generation_defaults(generation),
+            pooling=config.pooling or parse_pooling(folder),
             raw=raw,
         )
+
+    @property
+    def is_classifier(self) -> bool:
+        return any(architecture.endswith("ForSequenceClassification") for architecture in self.architectures)
+
+    @property
+    def num_labels(self) -> int:
+        """Of a classifier. transformers 5 writes `id2label` alone, and leaves out its default of two."""
+        return self.raw.get("num_labels") or len(self.raw.get("id2label") or ()) or 2
+
+    @property
+    def labels(self) -> list[str]:
+        names = self.raw.get("id2label") or {}
+        return [names.get(str(i), f"LABEL_{i}") for i in range(self.num_labels)]
+
+    @property
+    def is_generation(self) -> bool:
+        """Has the model a head for tokens?"""
+        return any(
+            architecture.endswith(("ForCausalLM", "ForConditionalGeneration")) for architecture in self.architectures
+        )
+
+    @property
+    def embedding_size(self) -> int:
+        return self.num_labels if self.is_classifier else self.hidden_size
 
 
 def read_json(path: Path, required: bool = False) -> dict[str, Any]:
@@ -179,6 +206,11 @@ def parse_windows(raw: dict[str, Any]) -> tuple[int, ...]:
         return tuple(window if kind == "sliding_attention" else -1 for kind in layer_types)
     first = raw.get("max_window_layers", 0) if "use_sliding_window" in raw else 0
     return tuple(window if layer >= first else -1 for layer in range(num_layers))
+
+
+def parse_pooling(folder: Path) -> str:
+    """What sentence-transformers' files say; "last", the custom with decoders, if there are none."""
+    return "mean" if read_json(folder / "1_Pooling" / "config.json").get("pooling_mode_mean_tokens") else "last"
 
 
 def parse_generation_defaults(generation: dict[str, Any]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from engine.cuda_graph import StepGraphs
 from engine.grammar import MaskFiller, Matcher
 from engine.models import CausalLM
 from engine.plan import Plan
+from engine.pooling import PooledChunks, pool
 from engine.request import Logprobs, Request
 from engine.sampler import SampledLogprobs, Sampler, SamplingWork
 from kernels.bookkeeping import begin_step, end_step
@@ -69,6 +70,7 @@ class Step:
     tokens: torch.Tensor | None = None  # int32 [S], host
     sampled_logprobs: SampledLogprobs | None = None
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    pooled: PooledChunks | None = None
 
 
 class ModelRunner:
@@ -184,6 +186,9 @@ class ModelRunner:
         hidden = self.forward(staged.batch)
         for work in step.prompt_work:
             step.prompt_logprobs.append(self._prompt_logprobs(hidden, work))
+        if plan.pooled:
+            parts, values = pool(self.model, hidden, plan)
+            step.pooled = None if values is None else PooledChunks(parts, self._to_host(values))
         if len(plan.samples):
             is_all = len(plan.samples) == len(hidden)  # and not only `is_decode`: some may have more to compute
             step.logits = self.model.compute_logits(hidden if is_all else hidden[staged.sample_tokens])

@@ -32,6 +32,8 @@ class OutputProcessor:
             request.times.first_token = request.times.first_token or now
         for values in step.prompt_logprobs:
             self._add_prompt_logprobs(values)
+        if step.pooled is not None:
+            step.pooled.deliver()
         sampled_index = {}
         if step.work.logprob_samples is not None:
             sampled_index = {int(s): i for i, s in enumerate(step.work.logprob_samples)}

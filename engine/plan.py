@@ -31,6 +31,7 @@ class Plan:
     epochs: np.ndarray  # int64 [B], of the rows when scheduled
     prefix_copies: list[tuple[int, int, np.ndarray]] = field(default_factory=list)  # (row, start, cached slots)
     prompt_logprobs: list[tuple[int, Request, int]] = field(default_factory=list)  # (b, request, first position)
+    pooled: list[tuple[int, Request, int]] = field(default_factory=list)  # (b, request, first position)
     prefill_only: list[tuple[int, Request]] = field(default_factory=list)  # (b, request) that end with this step
     admitted: list[Request] = field(default_factory=list)  # that run for the first time
     answering: list[Request] = field(default_factory=list)  # whose prompt ends with this step

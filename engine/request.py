@@ -251,6 +251,7 @@ class Request:
     weight: float = 1.0  # its client's share of the server, beside other clients' weights
     max_thinking_tokens: int | None = None  # of the answer, before reasoning_end_ids are forced
     reasoning_end_ids: list[int] = field(default_factory=list)  # a grammar holds only after them; []: from the start
+    pooling: str | None = None  # "last" or "mean": a vector is wanted, and no answer
 
     status: Status = Status.WAITING
     row: int = -1
@@ -262,6 +263,7 @@ class Request:
     num_forced_tokens: int = 0  # of the answer: put there by the matcher, not sampled
     charged_tokens: float = 0.0  # to its client, while it runs
     input_logprobs: Logprobs | None = None  # of the prompt from logprob_start_len on, complete at the first delta
+    embedding: np.ndarray | None = None  # float32, of a request with `pooling`; not normalized
     prompt_ids: np.ndarray | None = None  # input_ids as int32, once checked
     text_stream: Any = None  # engine.detokenizer.TextStream, made when submitted; None again if it failed
     unsent: Delta | None = None  # what the sink has not been given yet

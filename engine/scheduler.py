@@ -284,6 +284,8 @@ class Scheduler:
                 plan.admitted.append(request)
             if request.logprob_start_len >= 0 and chunk.start < request.prompt_len - 1:
                 plan.prompt_logprobs.append((b, request, chunk.start))
+            if request.pooling is not None:
+                plan.pooled.append((b, request, chunk.start))
         plan.rows = np.concatenate([plan.rows, np.array([c.request.row for c in chunks], np.int32)])
         plan.q_lens = np.concatenate([plan.q_lens, np.array([c.stop - c.start for c in chunks], np.int32)])
         plan.seq_lens = np.concatenate([plan.seq_lens, np.array([c.stop for c in chunks], np.int32)])
@@ -363,10 +365,10 @@ class Scheduler:
             self.cached_lens[row] = num_cached
             self.num_slots[row] = max(num_cached, int(self.num_slots[row]))
         # The last token is computed even when cached, for its logits; so are tokens whose log-probabilities are
-        # wanted. They are written again, the same values, to the slots they have.
+        # wanted, and all for a mean of their states. They are written again, the same values, to the slots they have.
         num_computed = int(rows.num_computed[row])
         start = min(max(num_cached, num_computed), num_tokens - 1)
-        if request.logprob_start_len >= 0:
+        if request.logprob_start_len >= 0 or request.pooling == "mean":
             start = min(start, max(num_computed, request.logprob_start_len))
         stop = min(start + budget, num_tokens)
         if stop < num_tokens and stop % self.page_size:  # only whole pages enter the tree

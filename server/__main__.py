@@ -121,8 +121,10 @@ async def serve(config: ServerConfig, listener: socket.socket, console: Console)
 async def warm_up(engine: Engine) -> None:
     """Generate a few tokens, so that no client pays for what happens once; a model that cannot is found now."""
     input_ids = await engine.encode("The capital city of France is")
-    params = SamplingParams(max_new_tokens=min(8, engine.context_length - len(input_ids)), temperature=0.0)
+    num_tokens = min(8, engine.context_length - len(input_ids)) if engine.is_generation else 0
+    params = SamplingParams(max_new_tokens=num_tokens, temperature=0.0)
     request = Request(rid=f"WARMUP_{new_rid()}", input_ids=input_ids, sampling_params=params, sink=ignore)
+    request.pooling = None if engine.is_generation else "last"
     async for delta in engine.generate(request):
         if delta.finish_reason is not None and delta.finish_reason.type == "abort":
             raise StartError(f"the first tokens could not be generated: {delta.finish_reason.message}")

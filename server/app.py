@@ -12,6 +12,7 @@ from server.batches import Batches
 from server.chat import CHATS, Chats
 from server.config import ServerConfig
 from server.dashboard import Dashboard
+from server.embeddings import EmbeddingsApi
 from server.files import FilesApi, FileStore
 from server.intake import TURNS, Turns
 from server.keys import KeyRing, require_key
@@ -52,8 +53,14 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app.add_routes(responses.routes())
     openai = OpenAIApi(engine, config, live, chats)
     app.add_routes(openai.routes())
+    embeddings = EmbeddingsApi(engine, config, live)
+    app.add_routes(embeddings.routes())
     store = FileStore(Path(config.file_storage_path).expanduser())
-    handlers = {"/v1/chat/completions": openai.chat, "/v1/completions": openai.complete}
+    handlers = {
+        "/v1/chat/completions": openai.chat,
+        "/v1/completions": openai.complete,
+        "/v1/embeddings": embeddings.embed,
+    }
     batches = Batches(store, handlers, engine.max_running_requests)
     app.cleanup_ctx.append(batches.running)
     app.on_shutdown.append(batches.stop)

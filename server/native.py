@@ -162,8 +162,10 @@ class NativeApi:
         return await self.health(http_request)
 
     async def _generates(self) -> bool:
-        params = SamplingParams(max_new_tokens=1, temperature=0.0)
+        is_generation = self.engine.is_generation
+        params = SamplingParams(max_new_tokens=int(is_generation), temperature=0.0)
         probe = Request(rid=f"HEALTH_CHECK_{new_rid()}", input_ids=[0], sampling_params=params, sink=ignore)
+        probe.pooling = None if is_generation else "last"
         try:
             async with asyncio.timeout(HEALTH_GENERATE_TIMEOUT_S):
                 async for delta in self.engine.generate(probe):
@@ -180,7 +182,7 @@ class NativeApi:
                 "model_path": self.config.model_path,
                 "tokenizer_path": self.config.tokenizer_path or self.config.model_path,
                 "served_model_name": self.config.model_name,
-                "is_generation": True,
+                "is_generation": self.engine.is_generation,
                 "preferred_sampling_params": self.engine.sampling_defaults or None,
                 "weight_version": "default",
                 "has_image_understanding": False,

@@ -22,14 +22,11 @@ from server.protocol import (
     Fields,
     Owner,
     TokenizerFacade,
-    check_batch_size,
     check_n,
-    check_token_ids,
-    encode_prompt,
-    is_int,
     json_response,
     openai_error,
     read_json,
+    read_prompts,
 )
 from server.sampling import MAX_TOP_LOGPROBS, read_options, read_sampling_params
 from server.sse import DONE, Choice, EventStream, event
@@ -116,7 +113,8 @@ class OpenAIApi:
         options = read_options(body, num_logprobs)
         if is_echo and options.return_logprob:
             options.logprob_start_len = 0
-        prompts = await self._completion_prompts(body, params.n)
+        prompts = await read_prompts(self.engine, body, "prompt")
+        check_n(params.n, len(prompts))
         format_ = CompletionFormat(self.engine.tokenizer, model, is_echo=is_echo, num_logprobs=num_logprobs)
         return await self._answer(owner, body, prompts, params, options, format_)
 
@@ -182,27 +180,6 @@ class OpenAIApi:
             return await stream.run(owner)
 
     # ---- reading ----
-
-    async def _completion_prompts(self, body: Fields, n: int) -> list[list[int]]:
-        """A string, token ids, or a list of either."""
-        prompt, vocab_size = body.get("prompt"), self.engine.model_config.vocab_size
-        if isinstance(prompt, str):
-            prompt = [prompt]
-        elif isinstance(prompt, list) and prompt and is_int(prompt[0]):
-            check_n(n, 1)
-            return [check_token_ids(prompt, vocab_size, "prompt")]
-        if not isinstance(prompt, list) or not prompt:
-            body.fail("prompt", "a string, a list of token ids, or a non-empty list of these")
-        check_batch_size(len(prompt), "prompt")
-        check_n(n, len(prompt))
-        prompts = []
-        for i, one in enumerate(prompt):
-            field = "prompt" if len(prompt) == 1 else f"prompt[{i}]"
-            if isinstance(one, list):
-                prompts.append(check_token_ids(one, vocab_size, field))
-            else:
-                prompts.append(await encode_prompt(self.engine, one, field))
-        return prompts
 
 
 def _includes_usage(body: Fields, is_stream: bool) -> bool:

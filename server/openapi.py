@@ -3,6 +3,7 @@
 A route that the table does not know fails a test, and the fuzzer in the tests sends what the table allows.
 """
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -386,6 +387,8 @@ OLLAMA_BOTH: dict[str, JSON] = {
     "think": one_of(BOOLEAN, {"enum": ["low", "medium", "high"]}),
     "keep_alive": one_of(STRING, integer()),
 }
+PROMPTS = one_of(STRING, TOKEN_IDS, array(STRING, minItems=1), array(TOKEN_IDS, minItems=1))
+POOLED: dict[str, JSON] = {"model": STRING, **{name: EVERYWHERE[name] for name in EVERYWHERE if name != "stream"}}
 
 COMPONENTS: dict[str, JSON] = {
     "SamplingParams": obj(NATIVE_SAMPLING, additionalProperties=False),
@@ -413,7 +416,7 @@ COMPONENTS: dict[str, JSON] = {
     "CompletionRequest": obj(
         {
             **OPENAI_BOTH,
-            "prompt": one_of(STRING, TOKEN_IDS, array(STRING, minItems=1), array(TOKEN_IDS, minItems=1)),
+            "prompt": PROMPTS,
             "logprobs": integer(0, 20),
             "echo": BOOLEAN,
             "best_of": integer(1),
@@ -471,7 +474,7 @@ COMPONENTS: dict[str, JSON] = {
     "BatchRequest": obj(
         {
             "input_file_id": STRING,
-            "endpoint": {"enum": ["/v1/chat/completions", "/v1/completions"]},
+            "endpoint": {"enum": ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]},
             "completion_window": {
                 "type": "string",
                 "description": "such as 24h; lines not answered by then are errors",
@@ -491,6 +494,54 @@ COMPONENTS: dict[str, JSON] = {
             "request_counts": ANY_OBJECT,
         },
         ["id", "object", "endpoint", "input_file_id", "completion_window", "status", "created_at", "request_counts"],
+    ),
+    "EmbeddingsRequest": obj(
+        {
+            **POOLED,
+            "input": PROMPTS,
+            "encoding_format": {"enum": ["float", "base64"]},
+            "dimensions": {
+                **integer(1),
+                "description": "numbers of the vector to keep, which is then of length 1 again",
+            },
+        },
+        ["input"],
+    ),
+    "Embeddings": obj(
+        {
+            "object": {"const": "list"},
+            "data": array(obj({"index": integer(0)}, ["object", "index", "embedding"])),
+            "model": STRING,
+            "usage": ref("Usage"),
+        },
+        ["object", "data", "model", "usage"],
+    ),
+    "EncodeRequest": obj({**POOLED, "text": or_list(STRING), "input_ids": one_of(TOKEN_IDS, array(TOKEN_IDS))}),
+    "Encoded": obj({"embedding": array({"type": "number"}), "meta_info": ref("MetaInfo")}, ["embedding", "meta_info"]),
+    "ClassifyRequest": obj({**POOLED, "input": PROMPTS}, ["input"]),
+    "RerankRequest": obj(
+        {
+            **POOLED,
+            "query": STRING,
+            "documents": array(STRING, minItems=1),
+            "top_n": integer(1),
+            "return_documents": BOOLEAN,
+        },
+        ["query", "documents"],
+    ),
+    "ScoreRequest": one_of(
+        obj({**POOLED, "text_1": or_list(STRING), "text_2": or_list(STRING)}, ["text_1", "text_2"]),
+        obj(
+            {
+                **POOLED,
+                "query": STRING,
+                "items": or_list(STRING),
+                "label_token_ids": TOKEN_IDS,
+                "apply_softmax": BOOLEAN,
+                "item_first": BOOLEAN,
+            },
+            ["items", "label_token_ids"],
+        ),
     ),
     "NativeError": obj(
         {"error": obj({"message": STRING, "code": integer(400, 599), "field": STRING}, ["message", "code"])}, ["error"]
@@ -645,6 +696,22 @@ OLLAMA_SHOW = Operation(
     "About the model", "Ollama", obj({"model": STRING}), obj({"capabilities": array(STRING)}), statuses=(404,)
 )
 OLLAMA_MODELS = obj({"models": array(ANY_OBJECT)}, ["models"])
+EMBEDDINGS = Operation(
+    "Vectors of length 1", "OpenAI", ref("EmbeddingsRequest"), ref("Embeddings"), statuses=(404, 429)
+)
+ENCODE = Operation(
+    "Vectors of length 1", "SGLang", ref("EncodeRequest"), one_of(ref("Encoded"), array(ref("Encoded"))),
+    statuses=(429,),
+)  # fmt: skip
+CLASSIFY = dataclasses.replace(ENCODE, summary="Scores of a model with a classification head")
+CLASSIFY_WITH_LABELS = Operation(
+    "Probabilities of a classifier's labels", "OpenAI", ref("ClassifyRequest"), ANY_OBJECT, statuses=(404, 429)
+)
+RERANK = Operation("Documents, best first", "OpenAI", ref("RerankRequest"), ANY_OBJECT, statuses=(404, 429))
+RERANK_FOR_SGLANG = dataclasses.replace(RERANK, answer=array(ANY_OBJECT))
+SCORE = Operation(
+    "How well texts fit, or how likely tokens follow", "OpenAI", ref("ScoreRequest"), ANY_OBJECT, statuses=(404, 429)
+)
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/generate"): GENERATE,
@@ -666,6 +733,17 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/api/tags"): Operation("The models there are", "Ollama", answer=OLLAMA_MODELS),
     ("GET", "/api/ps"): Operation("The models in memory", "Ollama", answer=OLLAMA_MODELS),
     ("GET", "/api/version"): Operation("Of Ollama's API", "Ollama", answer=obj({"version": STRING})),
+    ("POST", "/v1/embeddings"): EMBEDDINGS,
+    ("POST", "/encode"): ENCODE,
+    ("PUT", "/encode"): ENCODE,
+    ("POST", "/classify"): CLASSIFY,
+    ("PUT", "/classify"): CLASSIFY,
+    ("POST", "/v1/classify"): CLASSIFY_WITH_LABELS,
+    ("POST", "/v1/score"): SCORE,
+    ("POST", "/score"): SCORE,
+    ("POST", "/v1/rerank"): RERANK_FOR_SGLANG,
+    ("POST", "/rerank"): RERANK,
+    ("POST", "/v2/rerank"): RERANK,
     ("POST", "/v1/files"): UPLOAD,
     ("GET", "/v1/files"): Operation(
         "The files there are", "OpenAI", answer=page("File"), statuses=(400, 503), parameters=PAGE_PARAMETERS

@@ -1,5 +1,6 @@
 """What the APIs share: the engine as they see it, typed reading of JSON bodies, and errors in each API's shape."""
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,12 @@ class ModelInfo(Protocol):
     def model_type(self) -> str: ...
     @property
     def architectures(self) -> Sequence[str]: ...
+    @property
+    def pooling(self) -> str: ...
+    @property
+    def is_classifier(self) -> bool: ...
+    @property
+    def labels(self) -> Sequence[str]: ...
 
 
 class TokenizerFacade(Protocol):
@@ -84,6 +91,10 @@ class Engine(Protocol):
     def max_total_num_tokens(self) -> int: ...
     @property
     def context_length(self) -> int: ...
+    @property
+    def is_generation(self) -> bool: ...
+    @property
+    def embedding_size(self) -> int: ...
     @property
     def max_running_requests(self) -> int: ...
     @property
@@ -220,13 +231,35 @@ def check_token_ids(ids: Any, vocab_size: int, field: str) -> list[int]:
     return ids
 
 
-async def encode_prompt(engine: Engine, text: Any, field: str) -> list[int]:
+async def encode_prompt(engine: Engine, text: Any, field: str, add_special_tokens: bool = True) -> list[int]:
     if not isinstance(text, str):
         raise InvalidRequest(f"{field} must be a string", field)
-    ids = await engine.encode(text) if text else []
+    ids = await engine.encode(text, add_special_tokens) if text else []
     if not ids:
         raise InvalidRequest(f"{field} is an empty prompt: it needs at least one token", field)
     return ids
+
+
+async def read_prompts(engine: Engine, body: Fields, name: str) -> list[list[int]]:
+    """Token ids of each prompt of a field: a string, token ids, or a list of either."""
+    given, vocab_size = body.get(name), engine.model_config.vocab_size
+    if isinstance(given, str):
+        given = [given]
+    elif isinstance(given, list) and given and is_int(given[0]):
+        return [check_token_ids(given, vocab_size, name)]
+    if not isinstance(given, list) or not given:
+        body.fail(name, "a string, a list of token ids, or a non-empty list of these")
+    check_batch_size(len(given), name)
+    prompts = []
+    for i, one in enumerate(given):
+        field = name if len(given) == 1 else f"{name}[{i}]"
+        if isinstance(one, list):
+            prompts.append(check_token_ids(one, vocab_size, field))
+        else:
+            prompts.append(await encode_prompt(engine, one, field))
+        if i % 64 == 63:
+            await asyncio.sleep(0)  # a long list must not hold up the streams
+    return prompts
 
 
 def check_batch_size(count: int, field: str) -> None:

@@ -63,6 +63,12 @@ class FakeModel:
     vocab_size: int = VOCAB_SIZE
     model_type: str = "fake"
     architectures: tuple[str, ...] = ("FakeForCausalLM",)
+    pooling: str = "last"
+    labels: tuple[str, ...] = ("bad", "good")
+
+    @property
+    def is_classifier(self) -> bool:
+        return "FakeForSequenceClassification" in self.architectures
 
 
 @dataclass
@@ -142,6 +148,7 @@ class FakeEngine:
         self.answer, self.is_manual, self.max_queued = answer, is_manual, max_queued
         self.context_length = context_length
         self.max_running_requests = 8
+        self.is_generation, self.embedding_size = True, 4
         self.max_total_num_tokens = 4 * context_length
         self.model_config, self.tokenizer = FakeModel(), FakeTokenizer()
         self.sampling_defaults: dict[str, Any] = {}
@@ -191,6 +198,10 @@ class FakeEngine:
             return
         if self.failure is not None:
             return self.finish(request, self.failure)
+        if request.pooling is not None:
+            request.embedding = np.array([request.prompt_len, sum(request.input_ids), 3, 4], np.float32)
+            if self.model_config.is_classifier:
+                request.embedding = np.array([0.0, request.input_ids[-1] / 128], np.float32)
         answer, limit = self.answer.encode(), request.sampling_params.max_new_tokens
         assert limit is not None
         done = len(request.output_ids)

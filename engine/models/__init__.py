@@ -1,5 +1,6 @@
 """Model families, and which class runs which architecture."""
 
+import dataclasses
 import importlib
 from typing import ClassVar
 
@@ -21,11 +22,15 @@ REGISTRY = {
 }
 
 
+CAUSAL, CLASSIFIER, BARE = "ForCausalLM", "ForSequenceClassification", "Model"
+
+
 class CausalLM(Layer):
     """What a model file defines. Attributes are named as in the checkpoint, but for the packed layers."""
 
     # layer here -> the checkpoint's layers that are its parts, in order
     packed_modules_mapping: ClassVar[dict[str, tuple[str, ...]]] = {}
+    model: Layer
     lm_head: VocabParallelEmbedding
 
     def __init__(self, config: ModelConfig, layers: LayerConfig) -> None:
@@ -42,6 +47,10 @@ class CausalLM(Layer):
         """[S, hidden] -> [S, vocabulary] in the model's dtype."""
         raise NotImplementedError
 
+    def pool(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What prompts are given that want a vector: float32 [N, size] of their pooled states, float32 [N, hidden]."""
+        return hidden
+
 
 def build_model(config: ModelConfig, layers: LayerConfig) -> CausalLM:
     """The model with its weights still on the meta device. `ModelError` if no class runs its architecture."""
@@ -49,7 +58,16 @@ def build_model(config: ModelConfig, layers: LayerConfig) -> CausalLM:
         raise ModelError(f"quantization method not supported: {quantization.get('quant_method')}")
     for architecture in config.architectures:
         if architecture in REGISTRY:
-            module, name = REGISTRY[architecture].split(":")
-            return getattr(importlib.import_module(f"{__name__}.{module}"), name)(config, layers)
+            return _model_class(architecture)(config, layers)
+        for suffix, name in ((CLASSIFIER, "SequenceClassifier"), (BARE, "PooledModel")):
+            family = architecture.removesuffix(suffix) + CAUSAL
+            if architecture.endswith(suffix) and family in REGISTRY:
+                decoder = _model_class(family)(dataclasses.replace(config, tie_word_embeddings=True), layers)
+                return getattr(importlib.import_module(f"{__name__}.pooled"), name)(decoder, config, layers)
     named = ", ".join(config.architectures) or "none named in config.json"
     raise ModelError(f"architecture not supported: {named}. Supported: {', '.join(sorted(REGISTRY))}")
+
+
+def _model_class(architecture: str) -> type[CausalLM]:
+    module, name = REGISTRY[architecture].split(":")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -130,6 +130,7 @@ class LlamaForCausalLM(CausalLM):
         "gate_up_proj": ("gate_proj", "up_proj"),
     }
     attention_class: ClassVar = LlamaAttention
+    model: LlamaModel
 
     def __init__(self, config: ModelConfig, layers: LayerConfig) -> None:
         self.model = LlamaModel(config, layers, self.attention_class)
