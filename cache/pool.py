@@ -31,9 +31,20 @@ class KVPool:
         """Raises torch.OutOfMemoryError when the device has no room for it."""
         self.num_slots = num_slots
         self.bytes_per_token = bytes_per_token(num_layers, num_kv_heads, head_dim, dtype)
+        self._shape = (num_layers, 2, num_slots, num_kv_heads, head_dim)
+        self._dtype, self._device = dtype, device
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Have the buffer, all zeros: at the start, and again after `release`."""
         # Zeros, not empty: kernels may read slots of padding under a mask, and 0 * NaN is not 0.
-        self.buffer = torch.zeros((num_layers, 2, num_slots, num_kv_heads, head_dim), dtype=dtype, device=device)
+        self.buffer = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
         self._layers = [(layer[0], layer[1]) for layer in self.buffer]
+
+    def release(self) -> None:
+        """Give the memory back, with all it holds."""
+        self._layers = []
+        self.buffer = self.buffer.new_empty(0)
 
     def k(self, layer: int) -> torch.Tensor:
         """[num_slots, num_kv_heads, head_dim], a view."""

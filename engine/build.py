@@ -153,6 +153,7 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
     if (
         device.type == "cuda"
         and not (config.disable_cuda_graph or config.is_embedding)
+        and model_config.is_generation
         and config.attention_backend != "torch"
     ):
         assert config.cuda_graph_max_bs
@@ -188,11 +189,16 @@ def _load_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer:
     return Tokenizer.load(resolve_tokenizer(config, folder), config.trust_remote_code)
 
 
+def new_model(config: EngineConfig, model_config: ModelConfig) -> CausalLM:
+    """With its weights still on the meta device."""
+    layers = LayerConfig(dtype=model_config.dtype, attention_backend=config.attention_backend or "torch")
+    return build_model(model_config, layers)
+
+
 def _load_model(
     folder: Path, model_config: ModelConfig, config: EngineConfig, device: torch.device
 ) -> tuple[CausalLM, int]:
-    layers = LayerConfig(dtype=model_config.dtype, attention_backend=config.attention_backend or "torch")
-    model = build_model(model_config, layers)
+    model = new_model(config, model_config)
     load_weights(model, folder, config.load_format, device)
     layers_of_model = unique_layers(model)
     num_bytes = sum(weight.nbytes for layer in layers_of_model for _, weight in layer.weights())

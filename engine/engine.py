@@ -21,6 +21,7 @@ from engine.errors import EngineError, EngineStopped, InvalidRequest, PromptTooL
 from engine.fairness import DrainRate
 from engine.grammar import GrammarStats, Matcher
 from engine.loop import LoopStats, StepLoop
+from engine.maintenance import Maintenance
 from engine.memory import MemoryBudget
 from engine.model_config import ModelConfig
 from engine.output import OutputProcessor
@@ -68,6 +69,7 @@ class Engine:
         self.config = config
         self._parts: Parts | None = None
         self._loop: StepLoop | None = None
+        self._maintenance: Maintenance | None = None
         self._output: OutputProcessor | None = None
         self._task: asyncio.Task[None] | None = None
         self._requests: dict[str, Request] = {}
@@ -99,6 +101,7 @@ class Engine:
             chunked_prefill_size=parts.scheduler.chunked_prefill_size,
             decode_log_interval=self.config.decode_log_interval,
         )
+        self._maintenance = Maintenance(parts, self._loop, self.abort_all)
         self._task = asyncio.create_task(self._loop.run(), name="step-loop")
         self._task.add_done_callback(self._on_loop_end)
 
@@ -122,6 +125,12 @@ class Engine:
         if self._parts is None:
             raise EngineStopped("the engine is starting")
         return self._parts
+
+    @property
+    def maintenance(self) -> Maintenance:
+        if self._maintenance is None or not self.is_running:
+            raise EngineStopped("the engine is not running")
+        return self._maintenance
 
     @property
     def model_config(self) -> ModelConfig:
@@ -380,7 +389,9 @@ class Engine:
 
     @property
     def _has_work(self) -> bool:
-        return bool(self._requests) or (self._loop is not None and bool(self._loop.steps_in_flight))
+        if self._loop is None or self._loop.is_still:
+            return False
+        return bool(self._requests or self._loop.steps_in_flight)
 
     def progress(self) -> tuple[int, int] | None:
         """Differs after each step; None while there is nothing to do. From any thread."""

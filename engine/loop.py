@@ -56,6 +56,9 @@ class StepLoop:
         self.stats = LoopStats()
         self._depth = 2 if is_overlapped else 1
         self._work = asyncio.Event()
+        self._may_step = asyncio.Event()
+        self._may_step.set()
+        self._is_still = asyncio.Event()
         self._in_flight: deque[tuple[Step, asyncio.Future[None]]] = deque()
         self._pace = StepPace(max_step_ms, chunked_prefill_size)
         self._log = BatchLog(scheduler, decode_log_interval)
@@ -63,6 +66,21 @@ class StepLoop:
     def wake(self) -> None:
         """There is something to schedule."""
         self._work.set()
+
+    async def pause(self) -> None:
+        """Launch nothing more. Returns when what was launched has come back and its news are delivered."""
+        self._may_step.clear()
+        self.wake()
+        await self._is_still.wait()
+
+    def resume(self) -> None:
+        self._is_still.clear()
+        self._may_step.set()
+        self.stats.last_step_at = time.perf_counter()  # so that the pause is taken for no step's delay
+
+    @property
+    def is_still(self) -> bool:
+        return self._is_still.is_set()
 
     @property
     def steps_in_flight(self) -> list[Step]:
@@ -80,7 +98,9 @@ class StepLoop:
                 await asyncio.wait([self._in_flight[0][1]], timeout=spare_s)
             start = clock()
             try:
-                plan = self.scheduler.schedule(self._pace.prefill_budget(self.scheduler.num_streams))
+                plan = None
+                if self._may_step.is_set():
+                    plan = self.scheduler.schedule(self._pace.prefill_budget(self.scheduler.num_streams))
             except Exception as error:  # noqa: BLE001 - a mistake of ours must not end the server
                 await self._abandon(error)
                 continue
@@ -129,6 +149,10 @@ class StepLoop:
 
     async def _idle(self) -> None:
         """Sleep until there is something to schedule; costs no CPU."""
+        if not self._may_step.is_set():
+            self._is_still.set()
+            await self._may_step.wait()
+            return
         self._work.clear()
         if self.scheduler.has_work:
             await asyncio.sleep(0.001)  # only what the caller does next can free what the queue waits for

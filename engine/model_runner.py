@@ -18,6 +18,7 @@ from cache.pool import KVPool
 from engine.batch import ForwardBatch, Shape, StagedBatch, Stager
 from engine.cuda_graph import StepGraphs
 from engine.grammar import MaskFiller, Matcher
+from engine.layers.layer import unique_layers
 from engine.models import CausalLM
 from engine.plan import Plan
 from engine.pooling import PooledChunks, pool
@@ -87,6 +88,7 @@ class ModelRunner:
         self.model, self.kv = model, kv
         self.sampler, self.stager, self.masks = sampler, stager, masks
         self.graphs: StepGraphs | None = None
+        self._graph_sizes: tuple[list[int], int] | None = None
         self.device = stager.device
         self._is_cuda = self.device.type == "cuda"
         self._last_end: torch.cuda.Event | None = None
@@ -95,10 +97,44 @@ class ModelRunner:
         self.stream = torch.cuda.Stream() if self._is_cuda else None
 
     def capture_graphs(self, batch_sizes: list[int], max_tokens: int) -> None:
+        self._graph_sizes = batch_sizes, max_tokens
         graphs = StepGraphs(batch_sizes, max_tokens, self.stager, self.run_greedy)
         with torch.cuda.stream(self.stream), torch.inference_mode():
             graphs.capture_all()
         self.graphs = graphs
+
+    def release_graphs(self) -> None:
+        """Forget the graphs, and give what the allocator keeps back to the device."""
+        self.graphs = None
+        if self._is_cuda:
+            torch.cuda.empty_cache()
+
+    def recapture_graphs(self) -> None:
+        """Anew, where there were any: they hold the addresses of weights and KV pool."""
+        if self._is_cuda:
+            torch.cuda.synchronize()  # weights and pool were written on another stream
+        if self._graph_sizes is not None:
+            self.capture_graphs(*self._graph_sizes)
+
+    def move_weights(self, device: torch.device) -> None:
+        """To `device`, or to host memory and back. No step may be in flight."""
+        for layer in unique_layers(self.model):
+            layer.move_to(device)
+
+    def adopt_weights(self, new: CausalLM) -> None:
+        """Take over the weights of `new`, the same model in host memory. No step may be in flight.
+
+        Graphs hold the addresses of the device's weights, so these are written in place; on a CPU nothing does.
+        """
+        if not self._is_cuda:
+            for layer in unique_layers(new):
+                layer.pack()
+            self.model = new
+            return
+        for layer, new_layer in zip(unique_layers(self.model), unique_layers(new), strict=True):
+            for (_, weight), (_, new_weight) in zip(layer.weights(), new_layer.weights(), strict=True):
+                weight.copy_(new_weight)
+        torch.cuda.synchronize()
 
     def close(self) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)

@@ -150,8 +150,17 @@ class Scheduler:
         """Empty the cache. False, and nothing done, while anything runs or waits."""
         if self.nodes or self.waiting:
             return False
-        self.allocator.free(self.cache.reset())
+        self.drop_cache()
         return True
+
+    def drop_cache(self) -> None:
+        """Forget every prefix. Nothing may be running."""
+        self.allocator.free(self.cache.reset())
+
+    def retract_all(self) -> None:
+        """Queue all that runs again, to be computed anew."""
+        for request in self.running_requests():
+            self._retract(request)
 
     def running_requests(self) -> list[Request]:
         return [request for row in self.nodes if (request := self.rows.requests[row]) is not None]
@@ -606,9 +615,8 @@ class Scheduler:
         failed = [request for row in alive.tolist() if (request := self.rows.requests[row]) is not None]
         for request in failed:
             self.finish(request, reason)
-        for request in self.running_requests():
-            self._retract(request)
-        self.allocator.free(self.cache.reset())  # it names tokens that the step never stored
+        self.retract_all()
+        self.drop_cache()  # it names tokens that the step never stored
         return failed
 
     def abandon(self, reason: FinishReason) -> list[Request]:

@@ -17,6 +17,7 @@ from server.files import FilesApi, FileStore
 from server.intake import TURNS, Turns
 from server.keys import KeyRing, require_key
 from server.live import LiveRequests, RequestLog
+from server.maintenance import MaintenanceApi
 from server.metrics import Metrics
 from server.monitor import Monitor
 from server.native import NativeApi
@@ -51,6 +52,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     responses = ResponsesApi(config, live, chats)
     app.cleanup_ctx.append(responses.running)
     app.add_routes(responses.routes())
+    app.add_routes(MaintenanceApi(engine).routes())
     openai = OpenAIApi(engine, config, live, chats)
     app.add_routes(openai.routes())
     embeddings = EmbeddingsApi(engine, config, live)

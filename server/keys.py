@@ -16,7 +16,13 @@ from server.config import ServerConfig
 from server.protocol import Owner
 
 OPEN_PATHS = frozenset({"/health", "/dashboard"})  # the page is empty: it asks for a key, then for /dashboard/data
-ADMIN_PATHS = frozenset({"/flush_cache", "/abort_request", "/dashboard/data", "/start_profile", "/stop_profile"})
+ADMIN_PATHS = frozenset(
+    {
+        "/flush_cache", "/abort_request", "/dashboard/data", "/start_profile", "/stop_profile", "/pause_generation",
+        "/continue_generation", "/update_weights_from_disk", "/update_weight_version", "/get_weights_by_name",
+        "/release_memory_occupation", "/resume_memory_occupation",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

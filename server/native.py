@@ -179,12 +179,12 @@ class NativeApi:
         model = self.engine.model_config
         return json_response(
             {
-                "model_path": self.config.model_path,
+                "model_path": self.engine.maintenance.model_path,
                 "tokenizer_path": self.config.tokenizer_path or self.config.model_path,
                 "served_model_name": self.config.model_name,
                 "is_generation": self.engine.is_generation,
                 "preferred_sampling_params": self.engine.sampling_defaults or None,
-                "weight_version": "default",
+                "weight_version": self.engine.maintenance.weight_version,
                 "has_image_understanding": False,
                 "has_audio_understanding": False,
                 "model_type": model.model_type,

@@ -543,6 +543,21 @@ COMPONENTS: dict[str, JSON] = {
             ["items", "label_token_ids"],
         ),
     ),
+    "PauseRequest": obj({"mode": {"enum": ["abort", "retract", "in_place"]}}),
+    "UpdateWeightsRequest": obj(
+        {
+            "model_path": STRING,
+            "load_format": {"enum": ["auto", "safetensors", "gguf", "dummy"]},
+            "abort_all_requests": BOOLEAN,
+            "flush_cache": BOOLEAN,
+            "weight_version": STRING,
+        },
+        ["model_path"],
+    ),
+    "UpdateVersionRequest": obj({"new_version": STRING, "abort_all_requests": BOOLEAN}, ["new_version"]),
+    "WeightRequest": obj({"name": STRING, "truncate_size": integer(1, 4096)}, ["name"]),
+    "MemoryRequest": obj({"tags": array({"enum": ["kv_cache", "weights"]})}),
+    "Done": obj({"message": STRING}, ["message"]),
     "NativeError": obj(
         {"error": obj({"message": STRING, "code": integer(400, 599), "field": STRING}, ["message", "code"])}, ["error"]
     ),
@@ -733,6 +748,25 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/api/tags"): Operation("The models there are", "Ollama", answer=OLLAMA_MODELS),
     ("GET", "/api/ps"): Operation("The models in memory", "Ollama", answer=OLLAMA_MODELS),
     ("GET", "/api/version"): Operation("Of Ollama's API", "Ollama", answer=obj({"version": STRING})),
+    ("POST", "/pause_generation"): Operation(
+        "Hold still; what runs ends, is computed anew or goes on later", "server", ref("PauseRequest"), ref("Done")
+    ),
+    ("POST", "/continue_generation"): Operation("End a pause", "server", ANY_OBJECT, ref("Done")),
+    ("POST", "/update_weights_from_disk"): Operation(
+        "Serve the weights of another checkpoint of the same shape", "server", ref("UpdateWeightsRequest"), ref("Done")
+    ),
+    ("POST", "/update_weight_version"): Operation(
+        "Name the weights", "server", ref("UpdateVersionRequest"), ref("Done")
+    ),
+    ("POST", "/get_weights_by_name"): Operation(
+        "The first rows of a weight", "server", ref("WeightRequest"), array({})
+    ),
+    ("POST", "/release_memory_occupation"): Operation(
+        "Give device memory back; requests wait", "server", ref("MemoryRequest"), media_type="text/plain"
+    ),
+    ("POST", "/resume_memory_occupation"): Operation(
+        "Take device memory again", "server", ref("MemoryRequest"), media_type="text/plain"
+    ),
     ("POST", "/v1/embeddings"): EMBEDDINGS,
     ("POST", "/encode"): ENCODE,
     ("PUT", "/encode"): ENCODE,

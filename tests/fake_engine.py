@@ -1,7 +1,7 @@
 """An engine without a model: the facade that the server talks to, answering at once or when told to."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
@@ -134,6 +134,39 @@ def logprobs_of(token_ids: Sequence[int], num_top: int, ids: Sequence[int], *, i
     return result
 
 
+class FakeMaintenance:
+    """Weights "0.weight" of one row; a checkpoint fits if its path is "other"."""
+
+    model_path, weight_version = "fake-model", "default"
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    async def pause(self, mode: str = "abort") -> int:
+        self.calls.append(mode)
+        return 0
+
+    async def resume(self) -> None:
+        self.calls.append("resume")
+
+    async def update_weights(self, model_path: str, load_format: str = "auto", **options: Any) -> int:
+        if model_path != "other":
+            raise InvalidRequest("0.weight has shape [1], the model wants [2]", "model_path")
+        self.calls.append((model_path, load_format, options))
+        return 3
+
+    async def weight(self, name: str, num_rows: int) -> list[Any]:
+        if name != "0.weight":
+            raise InvalidRequest(f"the model has no weight {name!r}", "name")
+        return [[0.5, 1.0]]
+
+    async def release_memory(self, tags: Collection[str] = ()) -> None:
+        self.calls.append(("release", tags))
+
+    async def resume_memory(self, tags: Collection[str] = ()) -> None:
+        self.calls.append(("resume", tags))
+
+
 class FakeEngine:
     """Answers every request with the bytes of `answer`, one a step; with `is_manual`, as `emit` and `finish` say."""
 
@@ -148,6 +181,7 @@ class FakeEngine:
         self.answer, self.is_manual, self.max_queued = answer, is_manual, max_queued
         self.context_length = context_length
         self.max_running_requests = 8
+        self.maintenance = FakeMaintenance()
         self.is_generation, self.embedding_size = True, 4
         self.max_total_num_tokens = 4 * context_length
         self.model_config, self.tokenizer = FakeModel(), FakeTokenizer()

@@ -75,6 +75,16 @@ class Layer:
         """
         return match_shard(getattr(self, name), loaded)
 
+    def weight_part(self, name: str, part: int) -> torch.Tensor:
+        """A view of this rank's shard of the `part`-th part of weight `name`; of a packed weight, a copy."""
+        weight = getattr(self, name)
+        return weight.to_dense() if weight.is_mkldnn else weight
+
+    def move_to(self, device: torch.device) -> None:
+        """Its weights, which no longer have their addresses."""
+        for name, weight in self.weights():
+            setattr(self, name, weight.to(device))
+
     def pack(self) -> None:
         """Once loaded: lay the weights out as the kernels read them fastest. Nothing else can read them then."""
 

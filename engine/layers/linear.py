@@ -37,8 +37,10 @@ class ColumnParallelLinear(Layer):
         return norm_linear(h, norm.weight, norm.eps, self.weight, self.bias)
 
     def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
-        target = getattr(self, name).narrow(0, sum(self.part_sizes[:part]), self.part_sizes[part])
-        return match_shard(target, loaded, 0, self.shards[part])
+        return match_shard(self.weight_part(name, part), loaded, 0, self.shards[part])
+
+    def weight_part(self, name: str, part: int) -> torch.Tensor:
+        return super().weight_part(name, part).narrow(0, sum(self.part_sizes[:part]), self.part_sizes[part])
 
     def pack(self) -> None:
         self.weight = pack(self.weight)
