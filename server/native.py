@@ -33,6 +33,7 @@ from server.protocol import (
     read_json,
     refuse,
 )
+from server.sessions import SessionParams, Sessions
 from server.sse import Choice, EventStream, event
 from server.tool_choice import read_tool_choice
 
@@ -43,7 +44,7 @@ REASONING_END = "</think>"
 PER_PROMPT = ("sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "priority")
 # Better refused than ignored.
 UNSUPPORTED = (
-    "input_embeds", "image_data", "video_data", "audio_data", "lora_path", "session_params", "custom_logit_processor",
+    "input_embeds", "image_data", "video_data", "audio_data", "lora_path", "custom_logit_processor",
     "return_hidden_states", "bootstrap_host", "bootstrap_room",
 )  # fmt: skip
 
@@ -51,10 +52,12 @@ UNSUPPORTED = (
 class NativeApi:
     def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests, chats: Chats) -> None:
         self.engine, self.config, self.live, self.chats = engine, config, live, chats
+        self.sessions = Sessions(engine)
         self._probe: asyncio.Task[bool] | None = None  # /health_generate's, one at a time
 
     def routes(self) -> list[web.RouteDef]:
         return [
+            *self.sessions.routes(),
             web.get("/health", self.health),
             web.get("/health_generate", self.health_generate),
             web.get("/get_model_info", self.model_info),
@@ -84,13 +87,31 @@ class NativeApi:
     async def generate(self, http_request: web.Request) -> web.StreamResponse:
         body = await read_json(http_request)
         refuse(body, UNSUPPORTED)
-        is_stream = body.flag("stream")
-        with_text = body.flag("return_text_in_logprobs")
+        session = body.object("session_params")
+        if session is not None:
+            return await self._generate_in_session(http_request, body, self.sessions.read(session))
         prompts, is_batch = await self._prompts(body)
-        rid, requests = await self._requests(body, prompts, is_batch, is_stream)
-        is_list = is_batch or len(requests) > 1
-        formatter = MetaInfo(self.engine.tokenizer, with_text)
-        if not is_stream:
+        rid, requests = await self._requests(body, prompts, is_batch)
+        return await self._answer(http_request, body, rid, requests, is_batch or len(requests) > 1)
+
+    async def _generate_in_session(
+        self, http_request: web.Request, body: Fields, params: SessionParams
+    ) -> web.StreamResponse:
+        prompts, is_batch = await self._prompts(body, add_special_tokens=params.previous is None)
+        if is_batch:
+            raise InvalidRequest("a session continues with one prompt at a time", "session_params")
+        prompt, num_kept = self.sessions.continued(params, prompts[0])
+        rid, requests = await self._requests(body, [prompt], is_batch)
+        if len(requests) > 1:
+            raise InvalidRequest("n must be 1 in a session", "n")
+        with self.sessions.turn(params, requests[0], num_kept):
+            return await self._answer(http_request, body, rid, requests, is_list=False)
+
+    async def _answer(
+        self, http_request: web.Request, body: Fields, rid: str, requests: list[Request], is_list: bool
+    ) -> web.StreamResponse:
+        formatter = MetaInfo(self.engine.tokenizer, body.flag("return_text_in_logprobs"))
+        if not body.flag("stream"):
             deltas = await self.live.answers(http_request, rid, requests)
             answers = [formatter.answer(delta) for delta in deltas]
             return json_response(answers if is_list else answers[0])
@@ -104,7 +125,7 @@ class NativeApi:
         async with self.live.submitted(http_request, rid, requests):
             return await stream.run(http_request)
 
-    async def _prompts(self, body: Fields) -> tuple[list[list[int]], bool]:
+    async def _prompts(self, body: Fields, add_special_tokens: bool = True) -> tuple[list[list[int]], bool]:
         """Token ids of each prompt, and whether the body holds a list of prompts."""
         text, ids = body.get("text"), body.get("input_ids")
         if (text is None) == (ids is None):
@@ -116,15 +137,13 @@ class NativeApi:
                 return [check_token_ids(row, vocab_size, f"input_ids[{i}]") for i, row in enumerate(ids)], True
             return [check_token_ids(ids, vocab_size, "input_ids")], False
         if isinstance(text, str):
-            return [await encode_prompt(self.engine, text, "text")], False
+            return [await encode_prompt(self.engine, text, "text", add_special_tokens)], False
         if not isinstance(text, list) or not text:
             body.fail("text", "a string or a non-empty list of strings")
         check_batch_size(len(text), "text")
         return [await encode_prompt(self.engine, one, f"text[{i}]") for i, one in enumerate(text)], True
 
-    async def _requests(
-        self, body: Fields, prompts: list[list[int]], is_batch: bool, is_stream: bool
-    ) -> tuple[str, list[Request]]:
+    async def _requests(self, body: Fields, prompts: list[list[int]], is_batch: bool) -> tuple[str, list[Request]]:
         """The rid that stands for all of them, and one request for each prompt and answer."""
         rid, rids = _rids(body, len(prompts), is_batch)
         namespace = cache_namespace(body)
@@ -139,7 +158,7 @@ class NativeApi:
             options = _options(item, i if is_batch else None)
             if item.flag("require_reasoning") or options.max_thinking_tokens is not None:
                 options.reasoning_end_ids = await self.engine.encode(REASONING_END, add_special_tokens=False)
-            options.stream, options.extra_key = is_stream, namespace
+            options.stream, options.extra_key = body.flag("stream"), namespace
             names = [rids[i]] if params.n == 1 else [f"{rids[i]}-{k}" for k in range(params.n)]
             requests += make_requests(names, input_ids, params, options)
         return rid, requests

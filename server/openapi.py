@@ -405,6 +405,16 @@ COMPONENTS: dict[str, JSON] = {
             "return_text_in_logprobs": BOOLEAN,
             "max_thinking_tokens": integer(0),
             "require_reasoning": BOOLEAN,
+            "session_params": obj(
+                {
+                    "id": STRING,
+                    "rid": STRING,
+                    "offset": integer(-1),
+                    "replace": BOOLEAN,
+                    "drop_previous_output": BOOLEAN,
+                },
+                ["id"],
+            ),
         }
     ),
     "MetaInfo": META_INFO,
@@ -543,6 +553,8 @@ COMPONENTS: dict[str, JSON] = {
             ["items", "label_token_ids"],
         ),
     ),
+    "OpenSession": obj({"capacity_of_str_len": integer(0), "session_id": STRING}),
+    "CloseSession": obj({"session_id": STRING}, ["session_id"]),
     "PauseRequest": obj({"mode": {"enum": ["abort", "retract", "in_place"]}}),
     "UpdateWeightsRequest": obj(
         {
@@ -748,6 +760,8 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/api/tags"): Operation("The models there are", "Ollama", answer=OLLAMA_MODELS),
     ("GET", "/api/ps"): Operation("The models in memory", "Ollama", answer=OLLAMA_MODELS),
     ("GET", "/api/version"): Operation("Of Ollama's API", "Ollama", answer=obj({"version": STRING})),
+    ("POST", "/open_session"): Operation("Begin a session", "SGLang", ref("OpenSession"), STRING),
+    ("POST", "/close_session"): Operation("Forget a session", "SGLang", ref("CloseSession"), media_type="text/plain"),
     ("POST", "/pause_generation"): Operation(
         "Hold still; what runs ends, is computed anew or goes on later", "server", ref("PauseRequest"), ref("Done")
     ),
