@@ -87,13 +87,29 @@ async def test_a_batch_answers_every_line_and_says_which_failed() -> None:
         assert [one.id for one in (await api.batches.list()).data] == [batch.id]
 
 
-async def test_completions_are_an_endpoint_too() -> None:
+@pytest.mark.parametrize(
+    ("endpoint", "body", "kind"),
+    [
+        ("/v1/completions", {"prompt": "Hi"}, "text_completion"),
+        ("/v1/embeddings", {"input": ["Hi", "Ho"]}, "list"),
+    ],
+)
+async def test_other_endpoints_have_batches_too(endpoint: Any, body: dict[str, Any], kind: str) -> None:
     async with api_of(FakeEngine()) as api:
-        line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hi"}}
-        batch = await until(api, (await start(api, [line], endpoint="/v1/completions")).id, has_ended)
+        line = {"custom_id": "a", "method": "POST", "url": endpoint, "body": body}
+        batch = await until(api, (await start(api, [line], endpoint=endpoint)).id, has_ended)
         answers = await lines_of(api, batch.output_file_id)
-        assert answers["a"]["response"]["body"]["object"] == "text_completion"
+        assert answers["a"]["response"]["body"]["object"] == kind
         assert batch.error_file_id is None
+
+
+async def test_a_line_cannot_ask_for_a_stream() -> None:
+    async with api_of(FakeEngine()) as api:
+        line = chat_line("a")
+        line["body"]["stream"] = True
+        batch = await until(api, (await start(api, [line])).id, has_ended)
+        errors = await lines_of(api, batch.error_file_id)
+        assert errors["a"]["response"]["body"]["error"]["param"] == "stream"
 
 
 @pytest.mark.parametrize(

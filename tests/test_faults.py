@@ -266,10 +266,10 @@ async def test_a_cache_that_raises_for_good_ends_request_after_request(scene: Sc
     await scene.check_all_is_well()
 
 
-async def test_clients_that_vanish_together_leave_nothing_behind(tiny_llama: Path) -> None:
+async def test_clients_that_vanish_together_leave_nothing_behind(tiny_llama: Path, tmp_path: Path) -> None:
     """Their connections end without a word, some before the first byte of the answer and some within it."""
     async with running_engine(tiny_llama, max_running_requests=32) as engine:
-        config = ServerConfig(model_path=str(tiny_llama))
+        config = ServerConfig(model_path=str(tiny_llama), file_storage_path=str(tmp_path))
         server = TestServer(build_app(engine, config))
         await server.start_server()
         num_tasks = len(asyncio.all_tasks())

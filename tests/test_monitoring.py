@@ -235,8 +235,10 @@ async def test_openais_routes_give_the_account_when_asked(client: Client, path: 
 # ---- the access log ----
 
 
-async def test_the_json_access_log_is_an_object_a_line(engine: FakeEngine, caplog: pytest.LogCaptureFixture) -> None:
-    server = TestServer(build_app(engine, ServerConfig(model_path="fake-model")))
+async def test_the_json_access_log_is_an_object_a_line(
+    engine: FakeEngine, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    server = TestServer(build_app(engine, ServerConfig(model_path="fake-model", file_storage_path=str(tmp_path))))
     with caplog.at_level("INFO", "aiohttp.access"):
         await server.start_server(access_log_class=JsonAccessLogger)
         client: Client = TestClient(server)
