@@ -62,6 +62,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
         "/v1/chat/completions": openai.chat,
         "/v1/completions": openai.complete,
         "/v1/embeddings": embeddings.embed,
+        "/v1/responses": responses.respond,
     }
     batches = Batches(store, handlers, engine.max_running_requests)
     app.cleanup_ctx.append(batches.running)

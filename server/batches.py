@@ -259,8 +259,9 @@ class Batches:
         while True:
             try:
                 body = Fields(values)
-                if body.flag("stream"):
-                    raise InvalidRequest("a batch's answers cannot be streamed", "stream")
+                for name in ("stream", "background"):
+                    if body.flag(name):
+                        raise InvalidRequest(f"{name} must be false in a batch", name)
                 response = await self.handlers[endpoint]({CLIENT: BATCH_CLIENT}, body)
                 assert isinstance(response, web.Response)
                 return response

@@ -16,7 +16,7 @@ from engine.request import Delta, FinishReason
 from server.chat import ChatTurn
 from server.live import LiveRequests, is_failure, make_requests
 from server.parsers import AnswerDelta, AnswerParser
-from server.protocol import JSON, json_response
+from server.protocol import JSON, Owner, json_response
 from server.sse import HEADERS, Choice, EventStream
 
 REASONING, TEXT, TOOL_CALL = "reasoning", "text", "tool_call"
@@ -171,12 +171,13 @@ class BlockChoice(Choice):
 
 
 async def answer(
-    http_request: web.Request, live: LiveRequests, choice: BlockChoice, headers: Mapping[str, str] = HEADERS
+    owner: Owner, live: LiveRequests, choice: BlockChoice, headers: Mapping[str, str] = HEADERS
 ) -> web.StreamResponse:
-    """The response that `choice` writes: a stream if its request streams."""
+    """The response that `choice` writes: a stream if its request streams, which only an HTTP request may ask for."""
     request = choice.request
     if not request.stream:
-        [delta] = await live.answers(http_request, request.rid, [request])
+        [delta] = await live.answers(owner, request.rid, [request])
         return json_response(choice.read_whole(delta))
-    async with live.submitted(http_request, request.rid, [request]):
-        return await EventStream([choice], bytes, headers).run(http_request)
+    assert isinstance(owner, web.Request)
+    async with live.submitted(owner, request.rid, [request]):
+        return await EventStream([choice], bytes, headers).run(owner)

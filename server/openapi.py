@@ -484,7 +484,7 @@ COMPONENTS: dict[str, JSON] = {
     "BatchRequest": obj(
         {
             "input_file_id": STRING,
-            "endpoint": {"enum": ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]},
+            "endpoint": {"enum": ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]},
             "completion_window": {
                 "type": "string",
                 "description": "such as 24h; lines not answered by then are errors",

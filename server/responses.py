@@ -19,7 +19,7 @@ from server.config import ServerConfig
 from server.keys import CLIENT
 from server.live import LiveRequests, is_failure, new_rid
 from server.model_name import served_model
-from server.protocol import JSON, REQUEST_FIELDS, Fields, json_response, read_json, refuse, spelled
+from server.protocol import JSON, REQUEST_FIELDS, Fields, Owner, json_response, read_json, refuse, spelled
 from server.sse import named_event
 
 MAX_STORED = 4096
@@ -69,9 +69,12 @@ class ResponsesApi:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def create(self, http_request: web.Request) -> web.StreamResponse:
-        body = await read_json(http_request)
+        return await self.respond(http_request, await read_json(http_request))
+
+    async def respond(self, caller: Owner, body: Fields) -> web.StreamResponse:
+        """The answer to `body`. Only an HTTP request may ask for a stream, or for an answer in the background."""
         model = served_model(self.config, body.text("model"))
-        owner = self._owner(http_request)
+        owner = self._owner(caller)
         is_stored, is_background = body.flag("store", True), body.flag("background")
         if is_background and (not is_stored or body.flag("stream")):
             raise InvalidRequest("background needs store: true and stream: false", "background")
@@ -82,9 +85,10 @@ class ResponsesApi:
             if is_stored:
                 choice.on_end = lambda response: self.store.put(owner, response, [*messages, choice.message()])
             if not is_background:
-                return await answer(http_request, self.live, choice)
+                return await answer(caller, self.live, choice)
+            assert isinstance(caller, web.Request)
             background = BackgroundResponse(owner, choice)
-            await background.begin(http_request, self.live)
+            await background.begin(caller, self.live)
         self._background[background.id] = background
         background.task.add_done_callback(lambda _: self._background.pop(background.id))
         return json_response(background.state())
@@ -119,9 +123,9 @@ class ResponsesApi:
             await asyncio.shield(background.task)
         return self._find(response_id, owner)
 
-    def _owner(self, http_request: web.Request) -> str:
+    def _owner(self, caller: Owner) -> str:
         """Whose responses one may see: with a key for each client, one's own."""
-        return http_request[CLIENT].name if self.config.api_key_file else ""
+        return caller[CLIENT].name if self.config.api_key_file else ""
 
     def _find_background(self, response_id: str, owner: str) -> "BackgroundResponse | None":
         background = self._background.get(response_id)

@@ -92,6 +92,7 @@ async def test_a_batch_answers_every_line_and_says_which_failed() -> None:
     [
         ("/v1/completions", {"prompt": "Hi"}, "text_completion"),
         ("/v1/embeddings", {"input": ["Hi", "Ho"]}, "list"),
+        ("/v1/responses", {"input": "Hi", "store": False}, "response"),
     ],
 )
 async def test_other_endpoints_have_batches_too(endpoint: Any, body: dict[str, Any], kind: str) -> None:
