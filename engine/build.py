@@ -123,8 +123,9 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
     grammars = GrammarCompiler(
         tokenizer.to_json(),
         max(model_config.vocab_size, tokenizer.vocab_size),
-        model_config.eos_token_ids,
+        [token for token in model_config.eos_token_ids if token < tokenizer.vocab_size],
         tokenizer.backend.special_tokens,
+        tokenizer.token_bytes,
     )
     masks = MaskFiller(grammars.vocab_size, is_pinned=device.type == "cuda")
 

@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +23,7 @@ MAX_TEXT_BYTES = 64 << 10
 MAX_CACHED_GRAMMARS = 256
 MAX_REASON_LEN = 400
 WORD_BITS = 32
+SPECIAL_MARK = b"\xff"  # what llguidance puts before special tokens, and drops when it decodes
 
 
 class GrammarError(Exception):
@@ -48,15 +49,16 @@ class GrammarCompiler:
         vocab_size: int,
         eos_token_ids: Sequence[int],
         special_tokens: dict[str, int],
+        token_bytes: Callable[[int], bytes],
     ) -> None:
         """tokenizer_json: the tokenizers library's description; None: the tokenizer is not that library's.
 
-        vocab_size: of masks; may be more than the tokenizer's.
+        vocab_size: of masks; may be more than the tokenizer's, to which eos_token_ids must belong.
         """
         self.stats = GrammarStats()
         self.vocab_size = vocab_size
         self._tokenizer_json, self._eos_token_ids = tokenizer_json, list(eos_token_ids)
-        self._special_tokens = special_tokens
+        self._special_tokens, self._token_bytes = special_tokens, token_bytes
         self._cache: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -82,7 +84,7 @@ class GrammarCompiler:
                 self._tokenizer, self._definition(kind, text), log_level=0, limits=LLParserLimits(verbose_errors=False)
             )
             grammar.compute_bitmask()  # the first mask is the slowest, and shows grammars that are too complex
-        except (ValueError, RecursionError) as error:  # RecursionError: of Python's parsers, on deeply nested text
+        except BaseException as error:  # noqa: BLE001 - a panic of the library is no Exception, and concerns one grammar
             raise _refused(kind, str(error)) from None
         finally:
             with self._lock:
@@ -114,7 +116,13 @@ class GrammarCompiler:
     def _tokenizer(self) -> LLTokenizer:
         if self._tokenizer_json is None:
             raise ValueError("this model's tokenizer is not one that grammars can be made for")
-        return LLTokenizer(self._tokenizer_json, n_vocab=self.vocab_size, eos_token=self._eos_token_ids)
+        tokenizer = LLTokenizer(self._tokenizer_json, n_vocab=self.vocab_size, eos_token=self._eos_token_ids)
+        # The library reads the common kinds. The tokens of another it may misread: masks would let wrong text through.
+        specials = {*self._special_tokens.values(), *self._eos_token_ids}
+        ids = [i for i in range(self.vocab_size) if i not in specials and self._token_bytes(i) != SPECIAL_MARK]
+        if tokenizer.decode_bytes(ids) != b"".join(map(self._token_bytes, ids)):
+            raise ValueError("this model's tokenizer writes its tokens in a way that grammars cannot be made for")
+        return tokenizer
 
 
 def _refused(kind: str, message: str) -> InvalidRequest:

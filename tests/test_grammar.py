@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -11,19 +12,20 @@ from typing import Any
 
 import jsonschema
 import pytest
+import tokenizers
 import torch
 from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
 
 from engine.engine import Engine
 from engine.errors import InvalidRequest
 from engine.grammar import GrammarCompiler, GrammarError, MaskFiller, Matcher
-from engine.request import FinishReason, Request
-from engine.tokenizer import Tokenizer
+from engine.request import FinishReason, Request, SamplingParams
+from engine.tokenizer import FastBackend, Tokenizer
 from server.app import build_app
 from server.config import ServerConfig
-from tests.conftest import VOCAB_SIZE
 from tests.fake_engine import events_of
 from tests.test_engine import collect, make_request, running_engine
 
@@ -39,6 +41,7 @@ PERSON = {
     "additionalProperties": False,
 }
 THINK_END = [50, 60]
+MARK = "▁"
 
 
 def person_is_well_formed(text: str) -> bool:
@@ -46,10 +49,16 @@ def person_is_well_formed(text: str) -> bool:
     return True
 
 
+def compiler_for(tokenizer: Tokenizer, eos: int) -> GrammarCompiler:
+    """Masks for a model with a few more logits than the tokenizer has tokens."""
+    special_tokens = tokenizer.backend.special_tokens
+    size = tokenizer.vocab_size + 7
+    return GrammarCompiler(tokenizer.to_json(), size, (eos,), special_tokens, tokenizer.token_bytes)
+
+
 @pytest.fixture(scope="module")
 def compiler(tiny_llama: Path) -> GrammarCompiler:
-    tokenizer = Tokenizer.load(tiny_llama)
-    return GrammarCompiler(tokenizer.to_json(), VOCAB_SIZE, (EOS,), tokenizer.backend.special_tokens)
+    return compiler_for(Tokenizer.load(tiny_llama), EOS)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +185,52 @@ async def test_an_answer_without_any_choice_is_whole(tiny_llama: Path, fields: d
         limit = fields.get("max_new_tokens", len(ids))
         assert request.output_ids == ids[:limit] and text == engine.tokenizer.decode(ids[:limit])
         assert reason.type == ("stop" if limit == len(ids) else "length")
+
+
+# ---- tokenizers ----
+
+
+def sentence_piece(decoder: Any) -> Tokenizer:
+    """Marks for spaces, byte tokens for what the vocabulary lacks; token 0 ends an answer."""
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    words = [MARK, "a", "t", "h", "e", "日", "th", "the", f"{MARK}t", f"{MARK}th", f"{MARK}the", "\n"]
+    vocab = {token: i for i, token in enumerate(["</s>", *byte_tokens, *words])}
+    merges = [("t", "h"), ("th", "e"), (MARK, "t"), (f"{MARK}t", "h"), (f"{MARK}th", "e")]
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="</s>", byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoder
+    backend.add_special_tokens(["</s>"])
+    return Tokenizer(FastBackend(backend))
+
+
+def random_answer(compiler: GrammarCompiler, kind: str, text: str, seed: int) -> list[int]:
+    """Tokens drawn from the masks; forced ones are jumped over, or come through masks, as the seed is odd or even."""
+    rng = random.Random(seed)
+    matcher, filler, answer = Matcher(compiler.compile(kind, text)), MaskFiller(compiler.vocab_size, False), list[int]()
+    while not matcher.is_finished:
+        if seed % 2 and (forced := matcher.jump(99)):
+            answer += forced
+            continue
+        (mask,), errors = filler.fill([matcher])
+        assert not errors
+        token = rng.choice([i for i in range(compiler.vocab_size) if mask[i // 32].item() >> i % 32 & 1])
+        matcher.advance(token)
+        answer.append(token)
+    return answer
+
+
+def test_sentence_piece_vocabularies_are_read_right_or_refused() -> None:
+    to_space, fallback = decoders.Replace(MARK, " "), decoders.ByteFallback()
+    tokenizer = sentence_piece(decoders.Sequence([to_space, fallback, decoders.Fuse(), decoders.Strip(" ", 1, 0)]))
+    compiler = compiler_for(tokenizer, 0)
+    for kind, text in (("regex", "( the|the| a|日|é\n){3}!"), ("choice", '["the the a", "日 the", " the"]')):
+        for seed in range(10):
+            stream = tokenizer.text_stream(SamplingParams(), [1])
+            answer = stream.push(random_answer(compiler, kind, text, seed)) + stream.finish()
+            assert answer in json.loads(text) if kind == "choice" else re.fullmatch(text, answer), answer
+    for decoder in (decoders.Metaspace(), decoders.Sequence([decoders.Metaspace(), fallback]), decoders.WordPiece()):
+        with pytest.raises(InvalidRequest, match=r"tokenizer|decoder"):
+            compiler_for(sentence_piece(decoder), 0).compile("regex", "the the")
 
 
 # ---- jump-forward ----
