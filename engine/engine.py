@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher
 
 from cache.radix import Prefix
 from engine.build import Parts, build
 from engine.config import EngineConfig
 from engine.errors import EngineError, EngineStopped, InvalidRequest, PromptTooLong, QueueFull
 from engine.fairness import DrainRate
-from engine.grammar import GrammarStats, Matcher
+from engine.grammar import Grammar, GrammarStats, Matcher
 from engine.loop import LoopStats, StepLoop
 from engine.maintenance import Maintenance
 from engine.memory import MemoryBudget
@@ -203,7 +202,7 @@ class Engine:
                 grammar, request.reasoning_end_ids, request.max_thinking_tokens, may_jump=may_jump
             )
 
-    async def _grammar(self, kind: str, text: str) -> LLMatcher:
+    async def _grammar(self, kind: str, text: str) -> Grammar:
         grammars = self.parts.grammars
         if grammars is None:
             raise InvalidRequest(f"{kind} is not supported: the server runs with --grammar-backend none", kind)
@@ -268,6 +267,8 @@ class Engine:
 
     def _pass_on(self, sink: Callable[[Delta], None], delta: Delta) -> None:
         if delta.finish_reason is not None:
+            if delta.request.matcher is not None:
+                delta.request.matcher.close()
             self._requests.pop(delta.request.rid, None)
             num_served = self.parts.scheduler.shares.num_served_tokens
             self._drain.observe(time.perf_counter(), num_served, is_idle=not self._requests)

@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from engine.engine import Engine
 from engine.errors import InvalidRequest
-from engine.grammar import GrammarCompiler, GrammarError, MaskFiller, Matcher
+from engine.grammar import Grammar, GrammarCompiler, GrammarError, MaskFiller, Matcher
 from engine.request import FinishReason, Request, SamplingParams
 from engine.tokenizer import FastBackend, Tokenizer
 from server.app import build_app
@@ -130,7 +130,7 @@ async def test_an_answer_has_the_form_that_was_asked_for(tiny_llama: Path, kind:
 
 def test_free_text_may_hold_tagged_parts(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
     def accepts(tag: dict[str, Any], text: str) -> bool:
-        matcher = compiler.compile("structural_tag", json.dumps(tag)).deep_copy()
+        matcher = compiler.compile("structural_tag", json.dumps(tag)).start.deep_copy()
         return matcher.consume_tokens(tokenizer.encode(text, False)) and matcher.is_accepting()
 
     assert accepts(TAGGED, "free text") and accepts(TAGGED, "a <f=a>1</f> b\n<f=a>2</f>")
@@ -203,10 +203,10 @@ def sentence_piece(decoder: Any) -> Tokenizer:
     return Tokenizer(FastBackend(backend))
 
 
-def random_answer(compiler: GrammarCompiler, kind: str, text: str, seed: int) -> list[int]:
+def random_answer(compiler: GrammarCompiler, grammar: Grammar, seed: int) -> list[int]:
     """Tokens drawn from the masks; forced ones are jumped over, or come through masks, as the seed is odd or even."""
     rng = random.Random(seed)
-    matcher, filler, answer = Matcher(compiler.compile(kind, text)), MaskFiller(compiler.vocab_size, False), list[int]()
+    matcher, filler, answer = Matcher(grammar), MaskFiller(compiler.vocab_size, False), list[int]()
     while not matcher.is_finished:
         if seed % 2 and (forced := matcher.jump(99)):
             answer += forced
@@ -216,7 +216,17 @@ def random_answer(compiler: GrammarCompiler, kind: str, text: str, seed: int) ->
         token = rng.choice([i for i in range(compiler.vocab_size) if mask[i // 32].item() >> i % 32 & 1])
         matcher.advance(token)
         answer.append(token)
+    matcher.close()
     return answer
+
+
+def test_answers_are_the_same_before_and_after_the_first(compiler: GrammarCompiler) -> None:
+    text = json.dumps(PERSON | {"title": "unseen"})
+    seeds = range(20)
+    anew = [random_answer(compiler, compiler.compile("json_schema", text), seed) for seed in seeds]
+    grammar = compiler.compile("json_schema", text)
+    assert [random_answer(compiler, grammar, seed) for seed in seeds] == anew
+    assert 0 < grammar.num_lessons < len(seeds)
 
 
 def test_sentence_piece_vocabularies_are_read_right_or_refused() -> None:
@@ -226,7 +236,7 @@ def test_sentence_piece_vocabularies_are_read_right_or_refused() -> None:
     for kind, text in (("regex", "( the|the| a|日|é\n){3}!"), ("choice", '["the the a", "日 the", " the"]')):
         for seed in range(10):
             stream = tokenizer.text_stream(SamplingParams(), [1])
-            answer = stream.push(random_answer(compiler, kind, text, seed)) + stream.finish()
+            answer = stream.push(random_answer(compiler, compiler.compile(kind, text), seed)) + stream.finish()
             assert answer in json.loads(text) if kind == "choice" else re.fullmatch(text, answer), answer
     for decoder in (decoders.Metaspace(), decoders.Sequence([decoders.Metaspace(), fallback]), decoders.WordPiece()):
         with pytest.raises(InvalidRequest, match=r"tokenizer|decoder"):
