@@ -129,11 +129,9 @@ class GrammarCompiler:
         tokenizer = LLTokenizer(self._tokenizer_json, n_vocab=self.vocab_size, eos_token=self._eos_token_ids)
         # The library reads the common kinds. The tokens of another it may misread: masks would let wrong text through.
         specials = {*self._special_tokens.values(), *self._eos_token_ids}
-        is_text = (
-            i not in specials and self._token_bytes(i) not in (b"", SPECIAL_MARK) for i in range(self.vocab_size)
-        )
-        ids = [i for i, is_one in enumerate(is_text) if is_one]
-        if tokenizer.decode_bytes(ids) != b"".join(map(self._token_bytes, ids)):
+        pieces = {token: self._token_bytes(token) for token in range(self.vocab_size) if token not in specials}
+        pieces = {token: piece for token, piece in pieces.items() if piece not in (b"", SPECIAL_MARK)}
+        if tokenizer.decode_bytes(list(pieces)) != b"".join(pieces.values()):
             raise ValueError("this model's tokenizer writes its tokens in a way that grammars cannot be made for")
         return tokenizer
 

@@ -632,3 +632,14 @@ async def test_generate_tells_how_many_tokens_were_forced(tiny_llama: Path) -> N
         async with client.post("/generate", json=body) as response:
             *events, _ = map(json.loads, events_of(await response.read())[:-1])
         assert [event["text"][:3] for event in events] == ["abc"] * len(events)
+
+
+async def test_generate_ends_the_thinking_of_a_request_that_says_how_long(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama) as engine, served(engine) as client:
+        params = {"regex": "[0-9]{3}", "max_new_tokens": 90, "temperature": 0}
+        body: dict[str, Any] = {"text": "a", "sampling_params": params, "max_thinking_tokens": 3}
+        async with client.post("/generate", json=body) as response:
+            text = (await response.json())["text"]
+        assert re.fullmatch("[0-9]{3}", text.partition("</think>")[2])
+        async with client.post("/generate", json=body | {"max_thinking_tokens": -1}) as response:
+            assert response.status == 400 and (await response.json())["error"]["field"] == "max_thinking_tokens"
