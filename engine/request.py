@@ -7,12 +7,14 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.errors import InvalidRequest
-from engine.grammar import Matcher
+
+if TYPE_CHECKING:
+    from engine.grammar import Matcher  # which imports torch: `--help` should not wait for that
 
 TOP_K_ALL = 1 << 30
 GREEDY_TEMPERATURE = 1e-6
@@ -259,7 +261,7 @@ class Request:
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0  # of the prompt, found in the cache when first admitted
     num_retractions: int = 0
-    matcher: Matcher | None = None  # follows the answer, if it is constrained; made when prepared
+    matcher: "Matcher | None" = None  # follows the answer, if it is constrained; made when prepared
     num_forced_tokens: int = 0  # of the answer: put there by the matcher, not sampled
     charged_tokens: float = 0.0  # to its client, while it runs
     input_logprobs: Logprobs | None = None  # of the prompt from logprob_start_len on, complete at the first delta

@@ -329,7 +329,8 @@ def grammars(tiny_llama: Path) -> tuple[Tokenizer, GrammarCompiler]:
     tokenizer = Tokenizer.load(tiny_llama)
     assert tokenizer.eos_token_id is not None
     description = tokenizer.backend.to_json()
-    return tokenizer, GrammarCompiler(description, tokenizer.vocab_size, [tokenizer.eos_token_id], {})
+    eos = [tokenizer.eos_token_id]
+    return tokenizer, GrammarCompiler(description, tokenizer.vocab_size, eos, {}, tokenizer.token_bytes)
 
 
 def is_allowed(grammars: tuple[Tokenizer, GrammarCompiler], choice: ToolChoice, name: str, text: str) -> bool:
@@ -337,8 +338,9 @@ def is_allowed(grammars: tuple[Tokenizer, GrammarCompiler], choice: ToolChoice, 
     tokenizer, compiler = grammars
     held = tool_constraint(choice, TOOL_FORMATS[name]())
     assert held is not None
-    grammar = compiler.compile("structural_tag", json.dumps(structural_tag(held, ("<think>", "</think>")))).deep_copy()
-    return all(map(grammar.consume_token, tokenizer.encode(text, False))) and grammar.is_accepting()
+    grammar = compiler.compile("structural_tag", json.dumps(structural_tag(held, ("<think>", "</think>"))))
+    matcher = grammar.start.deep_copy()
+    return all(map(matcher.consume_token, tokenizer.encode(text, False))) and matcher.is_accepting()
 
 
 @pytest.mark.parametrize("name", WRITTEN)
