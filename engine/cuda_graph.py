@@ -20,7 +20,12 @@ from engine.plan import Groups, Plan
 FINE_TOKENS = (32, 64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 768, 1024, 1536, 2048)
 COARSE_TOKENS = (128, 256, 512, 1024, 2048)
 # Of steps with prompts: (decodes at most, prompt chunks at most, sizes in prompt tokens). The first that fits serves.
-PREFILL_LADDERS = ((0, 16, FINE_TOKENS), (32, 16, FINE_TOKENS), (256, 64, COARSE_TOKENS))
+PREFILL_LADDERS = (
+    (0, 16, FINE_TOKENS),
+    (32, 16, FINE_TOKENS),
+    (64, 64, (128, 256)),  # runs of forced tokens, mostly
+    (256, 64, COARSE_TOKENS),
+)
 MAX_REQUESTS_WITH_PREFILL = 256 + 64
 GROUPED_SIZE_RATIO = 1.3  # of neighbours on the ladder of decode steps with shared prefixes
 

@@ -257,7 +257,7 @@ class ModelRunner:
     def run_greedy(self, staged: StagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """A whole step up to its most likely tokens, which become the next step's input: what graphs hold."""
         hidden = self.forward(staged.batch)
-        is_decode = len(staged.sample_rows) == len(hidden)
+        is_decode = staged.batch.num_decodes == len(hidden)
         logits = self.model.compute_logits(hidden if is_decode else hidden[staged.sample_tokens])
         greedy = argmax(logits)
         end_step(greedy, staged.sample_rows, self.sampler.last_tokens)
