@@ -23,7 +23,7 @@ COARSE_TOKENS = (128, 256, 512, 1024, 2048)
 PREFILL_LADDERS = (
     (0, 16, FINE_TOKENS),
     (32, 16, FINE_TOKENS),
-    (64, 64, (128, 256)),  # runs of forced tokens, mostly
+    (64, 64, (128, 256, 384, 512, 640, 768, 1024)),  # runs of forced tokens, mostly
     (256, 64, COARSE_TOKENS),
 )
 MAX_REQUESTS_WITH_PREFILL = 256 + 64
