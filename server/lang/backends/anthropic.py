@@ -1,0 +1,90 @@
+"""Anthropic's API, through the `anthropic` package."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anthropic
+
+from server.lang.backends.base import JSON, BackendError, BaseBackend, Prompt
+from server.lang.backends.openai import conversation, only
+from server.lang.expressions import GenParams
+from server.lang.templates import get_chat_template
+
+
+class Anthropic(BaseBackend):
+    """`Anthropic("claude-...")`. `client_options` go to the package's client (`api_key`, `base_url`, ...)."""
+
+    is_chat = True
+
+    def __init__(self, model_name: str, **client_options: Any) -> None:
+        super().__init__()
+        self.model_name = model_name
+        self.chat_template = get_chat_template("claude")
+        self.client = anthropic.AsyncAnthropic(**client_options)
+        self.loop.on_close.append(self.client.close)
+
+    def get_model_name(self) -> str:
+        return self.model_name
+
+    async def generate(self, prompt: Prompt, params: GenParams) -> tuple[list[str], list[JSON]]:
+        if params.n > 1:
+            raise ValueError(f"Anthropic's API gives one answer, n is {params.n}")
+        try:
+            answer = await self.client.messages.create(**self._request(prompt, params))
+        except anthropic.APIStatusError as error:
+            raise BackendError(error.message, error.status_code) from error
+        except anthropic.APIConnectionError as error:
+            raise BackendError(str(error)) from error
+        text = "".join(block.text for block in answer.content if block.type == "text")
+        meta = {"finish_reason": answer.stop_reason, **answer.usage.model_dump(exclude_none=True)}
+        return [only(params.dtype, text)], [meta]
+
+    async def generate_stream(self, prompt: Prompt, params: GenParams) -> AsyncIterator[tuple[str, JSON]]:
+        try:
+            async with self.client.messages.stream(**self._request(prompt, params)) as stream:
+                async for text in stream.text_stream:
+                    yield text, {"finish_reason": None}
+        except anthropic.APIStatusError as error:
+            raise BackendError(error.message, error.status_code) from error
+        except anthropic.APIConnectionError as error:
+            raise BackendError(str(error)) from error
+
+    def _request(self, prompt: Prompt, params: GenParams) -> JSON:
+        if params.regex is not None or params.json_schema is not None:
+            raise NotImplementedError("Anthropic's API cannot be held to a regex or a json_schema")
+        messages = conversation(prompt)
+        request: JSON = {"model": self.model_name, "max_tokens": params.max_new_tokens}
+        if messages and messages[0]["role"] == "system":
+            request["system"] = messages.pop(0)["content"]
+        request["messages"] = [{**message, "content": _blocks(message["content"])} for message in messages]
+        if stops := [stop for stop in params.all_stops if stop.strip()]:  # the API refuses white space alone
+            request["stop_sequences"] = stops
+        if params.temperature != GenParams().temperature:
+            request["temperature"] = params.temperature
+        if params.top_p < 1:
+            request["top_p"] = params.top_p
+        if params.top_k > 0:
+            request["top_k"] = params.top_k
+        return request
+
+
+def _blocks(content: Any) -> Any:
+    """OpenAI's parts of a message as Anthropic's."""
+    if isinstance(content, str):
+        return content
+    blocks = []
+    for part in content:
+        if part["type"] == "image_url":
+            url = part["image_url"]["url"]
+            head, is_data, data = url.partition(";base64,")
+            source = (
+                {"type": "base64", "media_type": head.removeprefix("data:"), "data": data}
+                if is_data
+                else {"type": "url", "url": url}
+            )
+            blocks.append({"type": "image", "source": source})
+        elif part["type"] == "text":
+            blocks.append(part)
+        else:
+            raise NotImplementedError(f"Anthropic's API takes no {part['type']}")
+    return blocks

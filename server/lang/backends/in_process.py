@@ -1,0 +1,140 @@
+"""The engine in this process, without HTTP."""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from engine.errors import EngineError
+from engine.request import Delta, Logprobs, Request, SamplingParams
+from server.lang.backends.base import JSON, BackendError
+from server.lang.backends.native import NativeBackend
+from server.live import Options, make_requests, new_rid
+from server.meta_info import MetaInfo
+from server.protocol import Engine, Fields, encode_prompt
+
+
+class EngineBackend(NativeBackend):
+    """Requests to a started engine, whose event loop must be `self.loop`'s."""
+
+    engine: Engine
+
+    def __init__(self, model_path: str) -> None:
+        super().__init__()
+        self.model_path = model_path
+
+    def attach(self, engine: Engine, chat_template_name: str | None) -> None:
+
+        self.engine = engine
+        self._formatters = {flag: MetaInfo(engine.tokenizer, flag) for flag in (False, True)}
+        self.use_template(chat_template_name, self.model_path)
+
+    async def post(self, body: JSON) -> Any:
+
+        formatter = self._formatters[bool(body.get("return_text_in_logprobs"))]
+        requests, is_list = await self._requests(body, is_stream=False)
+        deltas = await asyncio.gather(*[self._last(request) for request in requests])
+        answers = [formatter.answer(delta) for delta in deltas]
+        return answers if is_list else answers[0]
+
+    async def _last(self, request: Request) -> Delta:
+
+        try:
+            async for delta in self.engine.generate(request):
+                if delta.finish_reason is not None:
+                    _check(delta)
+                    return delta
+        except EngineError as error:
+            raise BackendError(str(error), error.status_code) from error
+        raise BackendError("the engine gave no answer", 500)
+
+    async def post_stream(self, body: JSON) -> AsyncIterator[JSON]:
+
+        formatter = self._formatters[bool(body.get("return_text_in_logprobs"))]
+        [request], _ = await self._requests(body, is_stream=True)
+        text, token_ids, logprobs = "", [], Logprobs()
+        try:
+            async with aclosing(self.engine.generate(request)) as deltas:  # type: ignore[type-var]
+                async for delta in deltas:
+                    _check(delta)
+                    text += delta.text
+                    token_ids += delta.token_ids
+                    meta = formatter.counts(request, len(token_ids), delta.finish_reason)
+                    if request.return_logprob:
+                        new = delta.logprobs or Logprobs()
+                        logprobs.token += new.token
+                        logprobs.top += new.top
+                        meta |= formatter.logprobs(request, logprobs)
+                    yield {"text": text, "output_ids": token_ids, "meta_info": meta}
+        except EngineError as error:
+            raise BackendError(str(error), error.status_code) from error
+
+    async def _requests(self, body: JSON, is_stream: bool) -> tuple[list[Request], bool]:
+        """A request for each prompt and answer, and whether /generate would answer with a list."""
+
+        if body.get("image_data") or body.get("video_data"):
+            raise BackendError("this engine reads text only: image_data is not supported", 400)
+        fields = Fields(body)
+        try:
+            prompts, is_list = await self._prompts(body)
+            given = body.get("sampling_params") or {}
+            per_prompt = given if isinstance(given, list) else [given] * len(prompts)
+            params = [SamplingParams.from_dict(one, self.engine.sampling_defaults) for one in per_prompt]
+            options = Options(stream=is_stream, return_logprob=fields.flag("return_logprob"))
+            if options.return_logprob:
+                options.logprob_start_len = fields.integer("logprob_start_len", -1)
+                options.top_logprobs_num = fields.integer("top_logprobs_num", 0)
+                options.token_ids_logprob = fields.array("token_ids_logprob")
+        except EngineError as error:
+            raise BackendError(str(error), error.status_code) from error
+        requests = [
+            request
+            for ids, own in zip(prompts, params, strict=True)
+            for request in make_requests([new_rid() for _ in range(own.n)], ids, own, options)
+        ]
+        return requests, is_list or len(requests) > 1
+
+    async def _prompts(self, body: JSON) -> tuple[list[list[int]], bool]:
+        """Token ids of each prompt, and whether the body holds a list of prompts."""
+        if (ids := body.get("input_ids")) is not None:
+            is_list = bool(ids) and isinstance(ids[0], list)
+            return ids if is_list else [ids], is_list
+        text = body.get("text")
+        texts = text if isinstance(text, list) else [text]
+        return [await encode_prompt(self.engine, one, "text") for one in texts], isinstance(text, list)
+
+    async def render(self, messages: Sequence[JSON], add_generation_prompt: bool) -> str:
+
+        try:
+            return self.engine.tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        except EngineError as error:
+            raise BackendError(str(error), error.status_code) from error
+
+    async def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+        return await self.engine.encode(text, add_special_tokens)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        return self.engine.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    def get_model_name(self) -> str:
+        return self.model_path
+
+    def get_server_info(self) -> JSON:
+
+        async def stats() -> JSON:
+            return dataclasses.asdict(self.engine.stats())
+
+        return {"model_path": self.model_path, "internal_states": [self.loop.run(stats())]}
+
+    def flush_cache(self) -> bool:
+        async def flush() -> bool:
+            return self.engine.flush_cache()
+
+        return self.loop.run(flush())
+
+
+def _check(delta: Delta) -> None:
+    reason = delta.finish_reason
+    if reason is not None and reason.type == "abort":
+        raise BackendError(reason.message or "the request was aborted", reason.status_code or 500)

@@ -1,0 +1,121 @@
+"""OpenAI's API, and every server that speaks it, through the `openai` package."""
+
+import json
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import openai
+
+from server.lang.backends.base import JSON, BackendError, BaseBackend, Prompt
+from server.lang.expressions import GenParams
+from server.lang.templates import ChatTemplate, get_chat_template
+
+COMPLETION_MODELS = ("gpt-3.5-turbo-instruct", "davinci-002", "babbage-002")
+
+
+class OpenAI(BaseBackend):
+    """`OpenAI("gpt-4o")`. `is_chat_model`: None means that only OpenAI's own completion models are none.
+
+    `client_options` go to the package's client (`api_key`, `base_url`, `azure_endpoint`, ...). `regex` is sent as the
+    field that our servers and SGLang's know; OpenAI itself refuses it.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        is_chat_model: bool | None = None,
+        chat_template: ChatTemplate | None = None,
+        is_azure: bool = False,
+        **client_options: Any,
+    ) -> None:
+        super().__init__()
+        self.model_name = model_name
+        self.is_chat = model_name not in COMPLETION_MODELS if is_chat_model is None else is_chat_model
+        self.chat_template = chat_template or get_chat_template("default")
+        client_type = openai.AsyncAzureOpenAI if is_azure else openai.AsyncOpenAI
+        self.client = client_type(**client_options)
+        self.loop.on_close.append(self.client.close)
+        self.token_usage = {"prompt_tokens": 0, "completion_tokens": 0}
+
+    def get_model_name(self) -> str:
+        return self.model_name
+
+    async def generate(self, prompt: Prompt, params: GenParams) -> tuple[list[str], list[JSON]]:
+        answer = await self._create(prompt, params)
+        if answer.usage is not None:
+            self.token_usage["prompt_tokens"] += answer.usage.prompt_tokens
+            self.token_usage["completion_tokens"] += answer.usage.completion_tokens
+        usage = answer.usage.model_dump() if answer.usage is not None else {}
+        texts = [(choice.message.content if self.is_chat else choice.text) or "" for choice in answer.choices]
+        metas = [{"finish_reason": choice.finish_reason, **usage} for choice in answer.choices]
+        return [only(params.dtype, text) for text in texts], metas
+
+    async def generate_stream(self, prompt: Prompt, params: GenParams) -> AsyncIterator[tuple[str, JSON]]:
+        async with await self._create(prompt, params, stream=True) as stream:
+            async for chunk in stream:
+                for choice in chunk.choices:
+                    text = choice.delta.content if self.is_chat else choice.text
+                    yield text or "", {"finish_reason": choice.finish_reason}
+
+    async def _create(self, prompt: Prompt, params: GenParams, **options: Any) -> Any:
+        request = {**self._request(params), **options}
+        try:
+            if self.is_chat:
+                messages: Any = conversation(prompt)
+                return await self.client.chat.completions.create(messages=messages, **request)
+            return await self.client.completions.create(prompt=prompt.text, **request)
+        except openai.APIStatusError as error:
+            raise BackendError(error.message, error.status_code) from error
+        except openai.APIConnectionError as error:
+            raise BackendError(str(error)) from error
+
+    def _request(self, params: GenParams) -> JSON:
+        """What differs from the API's defaults: some models refuse fields whatever their value."""
+        request: JSON = {"model": self.model_name, "max_tokens": params.max_new_tokens}
+        own: JSON = {"min_p": params.min_p, "ignore_eos": params.ignore_eos, "regex": params.regex}
+        if self.is_chat and self.model_name.startswith(("o1", "o3", "o4", "gpt-5")):
+            request["max_completion_tokens"] = request.pop("max_tokens")
+        if params.json_schema is not None:
+            schema = {"name": "answer", "schema": json.loads(params.json_schema), "strict": True}
+            request["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if params.top_k > 0:
+            own["top_k"] = params.top_k
+        defaults = GenParams()
+        for name in ("temperature", "top_p", "frequency_penalty", "presence_penalty", "n"):
+            if getattr(params, name) != getattr(defaults, name):
+                request[name] = getattr(params, name)
+        if params.all_stops:
+            request["stop"] = list(params.all_stops)
+        if params.stop_token_ids:
+            own["stop_token_ids"] = list(params.stop_token_ids)
+        if params.min_new_tokens:
+            own["min_tokens"] = params.min_new_tokens
+        if extra := {name: value for name, value in own.items() if value}:
+            request["extra_body"] = extra
+        return request
+
+
+def conversation(prompt: Prompt) -> list[JSON]:
+    """The messages to answer. `RuntimeError` where a program writes what no chat API can continue."""
+    if prompt.role != "assistant" or prompt.role_text:
+        raise RuntimeError(
+            "a chat API answers whole messages: gen must come first in the assistant's message "
+            "(with num_api_spec_tokens, one call writes all of it)"
+        )
+    return list(prompt.messages)
+
+
+DTYPE_PATTERNS = {int: r"[-+]?\d+", float: r"[-+]?\d*\.?\d+", bool: r"True|False", str: r'"[^"]*"'}
+
+
+def only(dtype: type | None, text: str) -> str:
+    """The part of a free answer that is a `dtype`, where an API cannot be held to it. `ValueError` if there is none."""
+    if dtype is None:
+        return text
+    found = re.search(DTYPE_PATTERNS[dtype], text)
+    if found is None:
+        if dtype is str:
+            return json.dumps(text.strip())
+        raise ValueError(f"the answer holds no {dtype.__name__}: {text!r}")
+    return found[0]

@@ -1,0 +1,291 @@
+"""A program, and the ways to run it."""
+
+import asyncio
+import inspect
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import fields
+from typing import Any
+
+from rich.progress import Progress
+
+from server.lang.backends.base import JSON, BaseBackend
+from server.lang.executor import Executor
+from server.lang.expressions import GenParams, Variable
+from server.lang.prefix import BatchPrefix
+from server.lang.state import ProgramState
+from server.lang.trace import TracerState, prefix_of, trace_program
+
+MAX_AHEAD = 200  # programs that a generator-style batch runs before its reader asks for them
+RUN_PARAMS = frozenset(item.name for item in fields(GenParams)) - {"dtype", "regex", "json_schema", "n"}
+
+
+class DefaultBackend:
+    """The backend of calls that name none."""
+
+    def __init__(self) -> None:
+        self._backend: BaseBackend | None = None
+
+    def set(self, backend: Any) -> None:
+        """A backend, or a `Runtime` or `Engine`, which have one."""
+        self._backend = None if backend is None else endpoint_of(backend)
+
+    def resolve(self, given: Any) -> BaseBackend:
+        if given is not None:
+            return endpoint_of(given)
+        if self._backend is None:
+            raise ValueError("no backend: call set_default_backend, or give backend=")
+        return self._backend
+
+
+def endpoint_of(backend: Any) -> BaseBackend:
+    return getattr(backend, "endpoint", backend)
+
+
+DEFAULT_BACKEND = DefaultBackend()
+
+
+class SglFunction:
+    """What `@function` makes of a program's body, whose first parameter is the state `s`.
+
+    The body is plain or `async def`. A plain body runs in the caller's thread, or in a pool's for a batch, and only
+    while it writes or waits for a variable; what it appended goes on without it. An asynchronous body reads with
+    `await s.get(name)` and needs no thread at all.
+    """
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        num_api_spec_tokens: int | None = None,
+        bound: dict[str, Any] | None = None,
+    ) -> None:
+        self.func, self.num_api_spec_tokens = func, num_api_spec_tokens
+        self.bind_arguments = bound or {}
+        self.__name__, self.__doc__ = getattr(func, "__name__", "program"), func.__doc__
+        parameters = list(inspect.signature(func).parameters)
+        if parameters[:1] != ["s"]:
+            raise TypeError(f"the first parameter of {self.__name__} must be named s")
+        self.arg_names = parameters[1:]
+        self.is_async = inspect.iscoroutinefunction(func)
+
+    def bind(self, **arguments: Any) -> "SglFunction":
+        """The program with some arguments given."""
+        unknown = arguments.keys() - set(self.arg_names)
+        if unknown:
+            raise TypeError(f"{self.__name__} has no argument {', '.join(sorted(unknown))}")
+        return SglFunction(self.func, self.num_api_spec_tokens, {**self.bind_arguments, **arguments})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> ProgramState:
+        return self.run(*args, **kwargs)
+
+    # ---- one ----
+
+    def run(self, *args: Any, stream: bool = False, backend: Any = None, **kwargs: Any) -> ProgramState:
+        """Run the program to its end; with `stream`, return at once: read it with `text_iter`.
+
+        `kwargs`: the program's arguments, and SGLang's sampling defaults of its gens (`temperature=1.0`,
+        `max_new_tokens=128`, ...). What the body raises is raised here; what a backend raises, where a variable is
+        read.
+        """
+        params, arguments = self._split(kwargs)
+        chosen = DEFAULT_BACKEND.resolve(backend)
+        state = self._state(chosen, params, is_stream=stream)
+        if stream:
+            threading.Thread(target=self._run_in_thread, args=(state, args, arguments), daemon=True).start()
+            return state
+        if self.is_async:
+            chosen.loop.run(self._run_async(state, args, arguments))
+        else:
+            self._run_body(state, args, arguments)
+        chosen.loop.wait(state.end())
+        return state
+
+    async def arun(self, *args: Any, stream: bool = False, backend: Any = None, **kwargs: Any) -> ProgramState:
+        """`run` for asynchronous callers; any number at once. A plain body runs on a thread of the loop's pool."""
+        params, arguments = self._split(kwargs)
+        state = self._state(DEFAULT_BACKEND.resolve(backend), params, is_stream=stream)
+        if stream:
+            threading.Thread(target=self._run_in_thread, args=(state, args, arguments), daemon=True).start()
+            return state
+        if self.is_async:
+            await self._run_async(state, args, arguments)
+        else:
+            await asyncio.to_thread(self._run_body, state, args, arguments)
+        await asyncio.wrap_future(state.end())
+        return state
+
+    def _state(
+        self,
+        backend: BaseBackend,
+        params: GenParams,
+        *,
+        is_stream: bool = False,
+        batch_prefix: BatchPrefix | None = None,
+    ) -> ProgramState:
+        if is_stream and self.num_api_spec_tokens is not None:
+            raise ValueError("a program with num_api_spec_tokens cannot stream")
+        return ProgramState(
+            Executor(
+                backend,
+                params,
+                is_stream=is_stream,
+                num_api_spec_tokens=self.num_api_spec_tokens,
+                batch_prefix=batch_prefix,
+            )
+        )
+
+    def _run_body(self, state: ProgramState, args: Sequence[Any], arguments: JSON) -> None:
+        try:
+            state.ret_value = self.func(state, *args, **{**self.bind_arguments, **arguments})
+        except BaseException:
+            state.abort()
+            raise
+
+    async def _run_async(self, state: ProgramState, args: Sequence[Any], arguments: JSON) -> None:
+        try:
+            state.ret_value = await self.func(state, *args, **{**self.bind_arguments, **arguments})
+        except BaseException:
+            state.abort()
+            raise
+
+    def _run_in_thread(self, state: ProgramState, args: Sequence[Any], arguments: JSON) -> None:
+        try:
+            if self.is_async:
+                asyncio.run(self._run_async(state, args, arguments))
+            else:
+                self._run_body(state, args, arguments)
+        except Exception as error:  # noqa: BLE001 - nobody waits here: raised where the state is read
+            state.fail(error)
+        state.end()
+
+    def _split(self, kwargs: JSON) -> tuple[GenParams, JSON]:
+        """(sampling defaults, the program's arguments). A name that the program has is its own."""
+        given = {name: value for name, value in kwargs.items() if name in RUN_PARAMS and name not in self.arg_names}
+        arguments = {name: value for name, value in kwargs.items() if name not in given and name != "use_thread"}
+        return GenParams().override(given), arguments
+
+    # ---- many ----
+
+    def run_batch(
+        self,
+        batch_kwargs: Sequence[JSON | Sequence[Any]],
+        *,
+        backend: Any = None,
+        num_threads: int | str = "auto",
+        progress_bar: bool = False,
+        generator_style: bool = False,
+        **sampling: Any,
+    ) -> Any:
+        """A state for each of `batch_kwargs` (arguments by name, or a tuple of them by position), in their order.
+
+        `num_threads` bounds the bodies that run at once; a number also bounds the programs, so that an API's rate is
+        kept. "auto": max(96, 16 for each core) bodies and any number of programs. `generator_style`: an iterator.
+        """
+        batch = [self._arguments(i, item) for i, item in enumerate(batch_kwargs)]
+        params, unknown = self._split(sampling)
+        if unknown:
+            raise TypeError(f"run_batch has no argument {', '.join(sorted(unknown))}")
+        chosen = DEFAULT_BACKEND.resolve(backend)
+        states = self._run_each(batch, params, chosen, num_threads, progress_bar, MAX_AHEAD if generator_style else 0)
+        return states if generator_style else list(states)
+
+    def _arguments(self, i: int, item: JSON | Sequence[Any]) -> JSON:
+        if isinstance(item, dict):
+            return item
+        names = [name for name in self.arg_names if name not in self.bind_arguments]
+        if len(item) != len(names):
+            raise TypeError(
+                f"Given arguments mismatch: item {i} has {len(item)}, {self.__name__} takes {len(names)}: {names}"
+            )
+        return dict(zip(names, item, strict=True))
+
+    def _run_each(
+        self,
+        batch: list[JSON],
+        params: GenParams,
+        backend: BaseBackend,
+        num_threads: int | str,
+        progress_bar: bool,
+        max_ahead: int,
+    ) -> Iterator[ProgramState]:
+        is_bounded = num_threads != "auto"
+        max_threads = int(num_threads) if is_bounded else max(96, 16 * (os.cpu_count() or 1))
+        # A lone thread could not bring the second program to its first prompt while the first one waits.
+        has_prefix = backend.caches_prefixes and len(batch) > 1 and max_threads > 1
+        batch_prefix = BatchPrefix(backend) if has_prefix else None
+
+        def start(i: int) -> ProgramState:
+            state = self._state(backend, params, batch_prefix=batch_prefix)
+            if batch_prefix is not None and i < 2:
+                batch_prefix.add_scout(state._executor)
+            return state
+
+        def run(state: ProgramState, arguments: JSON) -> None:
+            try:
+                self._run_body(state, (), arguments)
+            finally:
+                finished = state.end()
+            if is_bounded:
+                finished.result()
+
+        places = asyncio.Semaphore(max_threads)
+
+        async def arun(state: ProgramState, arguments: JSON) -> None:
+            async with places if is_bounded else nullcontext():
+                try:
+                    await self._run_async(state, (), arguments)
+                finally:
+                    finished = state.end()
+                if is_bounded:
+                    await asyncio.wrap_future(finished)
+
+        with Progress(disable=not progress_bar) as progress, ThreadPoolExecutor(max_threads) as pool:
+            bar = progress.add_task(self.__name__, total=len(batch))
+            running: deque[tuple[ProgramState, Future[None]]] = deque()
+            scouts = [start(i) for i in range(min(2, len(batch)))]
+            for i, arguments in enumerate(batch):
+                state = scouts[i] if i < 2 else start(i)
+                if self.is_async:
+                    running.append((state, backend.loop.submit(arun(state, arguments))))
+                else:
+                    running.append((state, pool.submit(run, state, arguments)))
+                if max_ahead and len(running) == max_ahead:
+                    yield self._ended(*running.popleft())
+                    progress.advance(bar)
+            while running:
+                yield self._ended(*running.popleft())
+                progress.advance(bar)
+
+    def _ended(self, state: ProgramState, body: "Future[None]") -> ProgramState:
+        body.result()
+        state.wait()
+        return state
+
+    # ---- what it is ----
+
+    def trace(self, *, backend: Any = None, **kwargs: Any) -> TracerState:
+        """What the body appends, with placeholders for arguments that are not given. `TraceStopped` if it looks into
+        one."""
+        known = {**self.bind_arguments, **kwargs}
+        return trace_program(self.func, {name: known.get(name, Variable(name, True)) for name in self.arg_names})
+
+    def cache(self, backend: Any = None) -> str:
+        """Have the server cache the text that every run starts with; returns it."""
+        chosen = DEFAULT_BACKEND.resolve(backend)
+        prefix = chosen.loop.run(prefix_of(self.trace(), chosen))
+        if prefix:
+            chosen.cache_prefix(prefix)
+        return prefix
+
+
+def function(
+    func: Callable[..., Any] | None = None, num_api_spec_tokens: int | None = None
+) -> "SglFunction | Callable[[Callable[..., Any]], SglFunction]":
+    """Make a program of a function whose first parameter is `s`. Usable bare or with arguments."""
+    if func is not None:
+        return SglFunction(func, num_api_spec_tokens)
+    return lambda body: SglFunction(body, num_api_spec_tokens)

@@ -1,0 +1,115 @@
+"""What a program appends, found out by running its body with nothing behind it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from server.lang.backends.base import BaseBackend
+from server.lang.expressions import Concat, Expr, RoleBegin, RoleEnd, Text, Variable, as_expr
+from server.lang.state import BaseState
+
+
+class TraceStopped(Exception):
+    """The body needs a value that only a run can give."""
+
+
+class TracerState(BaseState):
+    """Records expressions. Variables are placeholders that can be appended but not looked into."""
+
+    def __init__(self, parent: "TracerState | None" = None) -> None:
+        self.parent = parent
+        self.nodes: list[Expr] = []
+        self.children: list[TracerState] = []
+
+    def submit(self, expr: Expr) -> None:
+        self.nodes.append(expr)
+
+    def __getitem__(self, name: str) -> Variable:
+        return Variable(name)
+
+    get_var = __getitem__
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """The trace knows variables by name only."""
+
+    set_var = __setitem__
+
+    def fork(self, size: int = 1, position_ids_offset: list[int] | None = None) -> "TracerGroup":
+        children = [TracerState(self) for _ in range(size)]
+        self.children += children
+        return TracerGroup(children)
+
+    @contextmanager
+    def copy(self) -> Iterator["TracerState"]:
+        yield self.fork(1)[0]
+
+    def flatten_nodes(self) -> list[Expr]:
+        """This state's expressions, without nesting."""
+        return [leaf for node in self.nodes for leaf in _leaves(node)]
+
+    def __getattr__(self, name: str) -> Any:
+        raise TraceStopped(f"a trace has no {name}")
+
+
+class TracerGroup:
+    def __init__(self, states: list[TracerState]) -> None:
+        self.states = states
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, i: int) -> TracerState:
+        return self.states[i]
+
+    def __iadd__(self, other: Any) -> "TracerGroup":
+        for i, state in enumerate(self.states):
+            if isinstance(other, Expr):
+                state.submit(other)
+            else:
+                state.submit(as_expr(other(i) if callable(other) else other[i]))
+        return self
+
+    def __enter__(self) -> "TracerGroup":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to join: the branches' values are unknown."""
+
+    def join(self, mode: str = "gather_variable") -> None:
+        """As `__exit__`."""
+
+
+def trace_program(body: Callable[..., Any], arguments: dict[str, Any]) -> TracerState:
+    """`TraceStopped` if the body's course depends on what the model would write."""
+    state = TracerState()
+    try:
+        body(state, **arguments)
+    except TypeError as error:  # a placeholder was used as the value that it stands for
+        raise TraceStopped(str(error)) from error
+    return state
+
+
+async def prefix_of(state: TracerState, backend: BaseBackend) -> str:
+    """The constant text that the trace starts with, as `backend`'s chat template has it."""
+    prefix = ""
+    roles: tuple[str, ...] = ()
+    for node in state.flatten_nodes():
+        match node:
+            case Text(text):
+                prefix += text
+            case RoleBegin(role):
+                prefix += await backend.chat_template.begin(roles, role)
+            case RoleEnd(role):
+                roles = (*roles, role)
+                prefix += await backend.chat_template.end(roles)
+            case _:
+                break
+    return prefix
+
+
+def _leaves(expr: Expr) -> Iterator[Expr]:
+    if isinstance(expr, Concat):
+        for part in expr.parts:
+            yield from _leaves(part)
+    else:
+        yield expr
