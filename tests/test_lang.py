@@ -17,7 +17,7 @@ from aiohttp import web
 import server.lang as sgl
 from engine.request import FinishReason
 from server.lang.backends.native import NativeBackend
-from server.lang.expressions import GenParams
+from server.lang.expressions import Gen, GenParams
 from server.lang.loop import LoopThread
 from tests.fake_engine import FakeEngine
 from tests.lang_servers import fake_backend, listening, serving_engine, tiny_engine
@@ -307,9 +307,9 @@ def test_a_state_is_read_and_written_like_a_mapping(backend):
     with pytest.raises(KeyError):
         state["nothing"]
     with pytest.raises(ValueError, match="None"):
-        state += None
+        state += None  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="int"):
-        state += 5
+        state += 5  # type: ignore[arg-type]
 
 
 def test_n_gives_a_list_and_the_text_goes_on_with_the_first(backend):
@@ -367,7 +367,8 @@ def test_an_error_surfaces_where_the_variable_is_read(backend):
     for name in ("wrong", "after"):
         with pytest.raises(sgl.BackendError, match="temperature"):
             state[name]
-    assert isinstance(state.error(), sgl.BackendError) and state.error().status == 400
+    error = state.error()
+    assert isinstance(error, sgl.BackendError) and error.status == 400
     streamed = program.run(temperature=0, stream=True)
     with pytest.raises(sgl.BackendError, match="temperature"):
         list(streamed.text_iter("wrong"))
@@ -593,7 +594,8 @@ def test_gen_checks_what_it_can_at_once():
     with pytest.raises(ValueError, match="dtype"):
         sgl.gen("x", dtype=list)
     with pytest.warns(UserWarning, match="dtype is used"):
-        assert sgl.gen("x", dtype=int, regex="a").overrides["regex"] is None
+        expr = sgl.gen("x", dtype=int, regex="a")
+    assert isinstance(expr, Gen) and expr.overrides["regex"] is None
     with pytest.raises(ValueError, match="choices"):
         sgl.select("x")
     assert GenParams().override({"stop": "a", "temperature": None}) == GenParams(stop=("a",))

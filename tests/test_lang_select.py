@@ -16,7 +16,7 @@ from tests.lang_servers import serving_engine, tiny_engine
 WORDS = re.findall(
     r"\w+", "the quick brown fox jumps over a lazy dog once upon a time in Spain there was a small server"
 )
-METHODS = {
+METHODS: dict[str, Any] = {
     "token_length_normalized": sgl.token_length_normalized,
     "greedy_token_selection": sgl.greedy_token_selection,
     "unconditional_likelihood_normalized": sgl.unconditional_likelihood_normalized,

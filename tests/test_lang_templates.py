@@ -138,7 +138,8 @@ def test_a_model_without_a_template_refuses_roles_and_names_the_way_out() -> Non
 async def test_named_templates_write_the_same_piecewise_and_whole(name: str, prompt: str) -> None:
     template = get_chat_template(name)
     assert template.get_prompt([{"role": role, "content": content} for role, content in TURNS]) == prompt
-    text, roles = "", ()
+    text = ""
+    roles: Roles = ()
     for role, content in TURNS:
         text += await template.begin(roles, role) + content
         roles = (*roles, role)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import fields
-from typing import Any
+from typing import Any, overload
 
 from rich.progress import Progress
 
@@ -282,9 +282,15 @@ class SglFunction:
         return prefix
 
 
+@overload
+def function(func: Callable[..., Any], num_api_spec_tokens: int | None = None) -> SglFunction: ...
+@overload
+def function(
+    func: None = None, num_api_spec_tokens: int | None = None
+) -> Callable[[Callable[..., Any]], SglFunction]: ...
 def function(
     func: Callable[..., Any] | None = None, num_api_spec_tokens: int | None = None
-) -> "SglFunction | Callable[[Callable[..., Any]], SglFunction]":
+) -> SglFunction | Callable[[Callable[..., Any]], SglFunction]:
     """Make a program of a function whose first parameter is `s`. Usable bare or with arguments."""
     if func is not None:
         return SglFunction(func, num_api_spec_tokens)

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from server.lang.executor import End, Executor, Fork, Item, SetVariable
 from server.lang.expressions import (
@@ -26,7 +26,7 @@ class BaseState:
     def submit(self, expr: Expr) -> None:
         raise NotImplementedError
 
-    def __iadd__(self, value: Expr | str) -> "BaseState":
+    def __iadd__(self, value: Expr | str) -> Self:
         self.submit(as_expr(value))
         return self
 

@@ -1,5 +1,6 @@
 """Anthropic's API, through the `anthropic` package."""
 
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -50,8 +51,8 @@ class Anthropic(BaseBackend):
             raise BackendError(str(error)) from error
 
     def _request(self, prompt: Prompt, params: GenParams) -> JSON:
-        if params.regex is not None or params.json_schema is not None:
-            raise NotImplementedError("Anthropic's API cannot be held to a regex or a json_schema")
+        if params.regex is not None:
+            raise NotImplementedError("Anthropic's API cannot be held to a regex")
         messages = conversation(prompt)
         request: JSON = {"model": self.model_name, "max_tokens": params.max_new_tokens}
         if messages and messages[0]["role"] == "system":
@@ -59,12 +60,13 @@ class Anthropic(BaseBackend):
         request["messages"] = [{**message, "content": _blocks(message["content"])} for message in messages]
         if stops := [stop for stop in params.all_stops if stop.strip()]:  # the API refuses white space alone
             request["stop_sequences"] = stops
-        if params.temperature != GenParams().temperature:
-            request["temperature"] = params.temperature
-        if params.top_p < 1:
-            request["top_p"] = params.top_p
-        if params.top_k > 0:
-            request["top_k"] = params.top_k
+        if params.json_schema is not None:
+            schema = json.loads(params.json_schema)
+            request["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
+        defaults = GenParams()  # some models refuse these fields whatever their value, and so does the package's call
+        sampling = {name: getattr(params, name) for name in ("temperature", "top_p", "top_k")}
+        if given := {name: value for name, value in sampling.items() if value != getattr(defaults, name)}:
+            request["extra_body"] = given
         return request
 
 
