@@ -287,9 +287,10 @@ class Executor:
 
     def _params(self, overrides: JSON) -> GenParams:
         params = self.defaults.override(overrides)
-        if self.role is None or self.backend.is_chat:
+        stops = self.backend.chat_template.stop_str
+        if self.role is None or self.backend.is_chat or not stops:
             return params
-        return params.override({"stop": (*params.stop, *self.backend.chat_template.stop_str)})
+        return params.override({"stop": (*params.stop, *stops)})
 
     async def _before_request(self) -> None:
         if self._batch_prefix is not None:
@@ -461,8 +462,9 @@ class Executor:
     # ---- streaming ----
 
     def _notify(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
+        if self.is_stream:  # nobody else waits for pieces
+            changed, self._changed = self._changed, asyncio.Event()
+            changed.set()
 
     @property
     def _is_over(self) -> bool:

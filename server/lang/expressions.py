@@ -44,6 +44,8 @@ class GenParams:
     def override(self, given: dict[str, Any]) -> "GenParams":
         """With each of `given` that is not None. A lone stop becomes a tuple of one."""
         known = {name: value for name, value in given.items() if value is not None}
+        if not known:
+            return self
         for name in ("stop", "stop_token_ids", "stop_regex"):
             if name in known:
                 value = known[name]

@@ -1,0 +1,108 @@
+"""Programs whose answers are held to a form: SGLang's README, over HTTP, in process and through OpenAI's API."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import server.lang as sgl
+from server.lang.backends.openai import OpenAI
+from tests.lang_servers import serving_engine, tiny_engine
+
+IP_REGEX = r"((25[0-5]|2[0-4]\d|[01]?\d\d?)\.){3}(25[0-5]|2[0-4]\d|[01]?\d\d?)"
+CHARACTER_REGEX = (
+    r"""\{\n"""
+    r"""    "name": "[\w\d\s]{1,16}",\n"""
+    r"""    "house": "(Gryffindor|Slytherin|Ravenclaw|Hufflepuff)",\n"""
+    r"""    "blood status": "(Pure-blood|Half-blood|Muggle-born)",\n"""
+    r"""    "alive": "(Alive|Deceased)",\n"""
+    r"""    "wand": \{\n"""
+    r"""        "wood": "[\w\d\s]{1,16}",\n"""
+    r"""        "length": [0-9]{1,2}\.[0-9]{0,2}\n"""
+    r"""    \}\n"""
+    r"""\}"""
+)
+CITY_SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 8}, "population": {"type": "integer", "maximum": 999}},
+        "required": ["name", "population"],
+        "additionalProperties": False,
+    }
+)
+
+
+@sgl.function
+def regular_expression_gen(s: Any) -> None:
+    s += "Q: What is the IP address of the Google DNS servers?\n"
+    s += "A: " + sgl.gen("answer", temperature=0, regex=IP_REGEX)
+
+
+@sgl.function
+def character_gen(s: Any, name: str) -> None:
+    s += name + " is a character in Harry Potter. Please fill in the following information about this character.\n"
+    s += sgl.gen("json_output", max_tokens=256, regex=CHARACTER_REGEX)
+
+
+@sgl.function
+def typed(s: Any) -> None:
+    s += "Count: " + sgl.gen_int("count", max_tokens=6) + "." + sgl.gen("is_fine", dtype=bool)
+    s += " costs " + sgl.gen("price", dtype=float, max_tokens=6) + " " + sgl.gen_string("name", max_tokens=200)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_llama: Path) -> Iterator[sgl.Engine]:
+    with tiny_engine(tiny_llama) as engine:
+        yield engine
+
+
+@pytest.fixture(params=["http", "in_process"])
+def backend(request: pytest.FixtureRequest, engine: sgl.Engine) -> Iterator[Any]:
+    if request.param == "in_process":
+        yield engine
+        return
+    with serving_engine(engine) as url:
+        endpoint = sgl.RuntimeEndpoint(url)
+        yield endpoint
+        endpoint.shutdown()
+
+
+def test_answers_match_their_regex(backend: Any) -> None:
+    state = regular_expression_gen.run(backend=backend)
+    assert re.fullmatch(IP_REGEX, state["answer"])
+    state = character_gen.run("Harry Potter", backend=backend, temperature=1.0)
+    assert re.fullmatch(CHARACTER_REGEX, state["json_output"])
+
+
+def test_a_schema_makes_json_of_its_shape(backend: Any) -> None:
+    @sgl.function
+    def city(s: Any) -> None:
+        s += "Paris, in JSON: " + sgl.gen("facts", max_tokens=200, json_schema=CITY_SCHEMA)
+
+    facts = json.loads(city.run(backend=backend)["facts"])
+    assert facts.keys() == {"name", "population"} and isinstance(facts["population"], int)
+
+
+def test_a_dtype_can_be_read_as_such(backend: Any) -> None:
+    state = typed.run(backend=backend)
+    int(state["count"])
+    float(state["price"])
+    assert state["is_fine"] in ("True", "False")
+
+
+def test_a_regex_goes_through_openais_api(engine: sgl.Engine) -> None:
+    @sgl.function
+    def address(s: Any) -> None:
+        s += sgl.user("What is the IP address of the Google DNS servers?")
+        s += sgl.assistant(sgl.gen("answer", regex=IP_REGEX, temperature=0))
+        s += sgl.user("And a city?") + sgl.assistant(sgl.gen("city", json_schema=CITY_SCHEMA, max_tokens=200))
+
+    with serving_engine(engine, served_model_name="tiny") as url:
+        api = OpenAI("tiny", base_url=f"{url}/v1", api_key="none")
+        state = address.run(backend=api)
+        assert re.fullmatch(IP_REGEX, state["answer"])
+        assert json.loads(state["city"]).keys() == {"name", "population"}
+        api.shutdown()
