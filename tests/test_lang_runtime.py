@@ -26,7 +26,7 @@ def test_a_runtime_serves_until_it_is_shut_down(tiny_llama: Path) -> None:
         assert runtime.get_server_info()["max_total_tokens"] == 2048
         assert runtime.flush_cache()
     assert runtime.process.returncode == 0
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="shut down"):
         count.run(backend=runtime)
 
 

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,7 +160,8 @@ class Executor:
 
     def abort(self) -> None:
         """End the state now, and its request at the server."""
-        self.backend.loop.call(self._abort)
+        with suppress(RuntimeError):  # the backend has been shut down, which ended everything
+            self.backend.loop.call(self._abort)
 
     # ---- on the loop ----
 

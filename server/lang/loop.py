@@ -34,9 +34,10 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def call(self, callback: Callable[..., object], *args: object) -> None:
-        """Call `callback` on the loop, soon. Nothing happens once the loop is closed."""
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(callback, *args)
+        """Call `callback` on the loop, soon. `RuntimeError` once the loop is closed."""
+        if self.loop.is_closed():
+            raise RuntimeError("the backend has been shut down")
+        self.loop.call_soon_threadsafe(callback, *args)
 
     def wait(self, future: "Future[T]") -> T:
         """The result of `future`, which something on the loop sets. Blocks the caller's thread."""
