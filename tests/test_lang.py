@@ -225,7 +225,7 @@ def test_constraints_are_sent_as_the_server_wants_them(recorder):
     def constrained(s):
         s += "Q: What is the IP address of the Google DNS servers?\nA: "
         s += sgl.gen("ip", temperature=0, regex=IP) + sgl.gen("character", max_tokens=256, regex=CHARACTER)
-        s += sgl.gen("city", json_schema='{"type": "object"}')
+        s += sgl.gen("city", json_schema={"type": "object"})
         s += sgl.gen("age", dtype=int) + sgl.gen_int("year", max_tokens=4) + sgl.gen("fine", dtype=bool)
         s += sgl.gen_string("name", stop=["."]) + sgl.gen("price", dtype=float)
 
@@ -372,6 +372,8 @@ def test_an_error_surfaces_where_the_variable_is_read(backend):
     streamed = program.run(temperature=0, stream=True)
     with pytest.raises(sgl.BackendError, match="temperature"):
         list(streamed.text_iter("wrong"))
+    with pytest.raises(sgl.BackendError, match="temperature"):
+        list(streamed.text_iter())
 
 
 def test_an_error_in_the_body_is_raised_by_run(backend):

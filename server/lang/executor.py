@@ -109,9 +109,8 @@ class Executor:
         self._scopes: dict[str, int] = {}
         self._committed = 0  # characters that were sent to the server, or came from it: its cache has them
         self._speculated = ""  # written by the API, not yet asked for
-        self._recorded: list[
-            tuple[Text | Gen, Sequence[str], Future[Any] | None]
-        ] = []  # of a chat, until its role ends
+        # What an assistant's message is made of, until its end: (part, its stops, its variable's future).
+        self._recorded: list[tuple[Text | Gen, Sequence[str], Future[Any] | None]] = []
         self._batch_prefix = batch_prefix
         self._lock = threading.Lock()
         self._queue: deque[tuple[Item, dict[str, Future[Any]]]] = deque()
@@ -414,6 +413,7 @@ class Executor:
             if not self.is_stream:
                 reasoning, content = split_reasoning(self.variables[name], model_type)
                 self.text = self.text[:start] + self.text[start:].replace(self.variables[name], content, 1)
+                self._committed = start
                 self._resolve(name, content, self.meta_info[name], futures)
             self._resolve(name + REASONING_SUFFIX, reasoning, {}, futures)
 
@@ -473,7 +473,7 @@ class Executor:
         return self.finished.done() or self.error is not None or (self._is_child and not self._is_active)
 
     async def pieces(self) -> AsyncIterator[str]:
-        """The text, piece by piece, to the end of the program."""
+        """The text, piece by piece, to the end of the program. Raises what ended it early."""
         position = 0
         while True:
             changed, is_over = self._changed, self._is_over
@@ -481,6 +481,8 @@ class Executor:
                 start, position = position, len(self.text)
                 yield self.text[start:position]
             elif is_over:
+                if self.error is not None:
+                    raise self.error
                 return
             else:
                 await changed.wait()

@@ -1,5 +1,6 @@
 """What a program may append to its state, and the functions that make it."""
 
+import json
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -202,7 +203,7 @@ def gen(
     choices: list[str] | None = None,
     choices_method: ChoicesSamplingMethod | None = None,
     regex: str | None = None,
-    json_schema: str | None = None,
+    json_schema: str | dict[str, Any] | None = None,
 ) -> Gen | Select:
     """Let the model write; the text becomes variable `name`. Whatever is None is as `run` says.
 
@@ -244,7 +245,7 @@ def gen(
             "return_text_in_logprobs": return_text_in_logprobs,
             "dtype": dtype,
             "regex": regex,
-            "json_schema": json_schema,
+            "json_schema": json.dumps(json_schema) if isinstance(json_schema, dict) else json_schema,
         },
     )
 

@@ -78,9 +78,11 @@ class LoopThread:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        while self.on_close:
-            await self.on_close.pop()()
-        self.loop.stop()
+        try:
+            while self.on_close:
+                await self.on_close.pop()()
+        finally:
+            self.loop.stop()
 
 
 _END = object()

@@ -8,6 +8,7 @@ import time
 import urllib.request
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -104,7 +105,14 @@ class Engine(Session):
         self.endpoint: EngineBackend = EngineBackend(model_path)
         engine = RealEngine(EngineConfig(model_path=model_path, **options))
         loop = self.endpoint.loop
-        loop.on_close.append(engine.stop)
+
+        async def stop() -> None:
+            with suppress(
+                RuntimeError
+            ):  # at the end of the process no thread can be started to free the device's memory
+                await engine.stop()
+
+        loop.on_close.append(stop)
         try:
             loop.run(engine.start())
         except BaseException:
