@@ -133,17 +133,16 @@ class Result:
 
 
 def measure(program: Program, backend: Any) -> Result:
-    """Of a second run: the first one warms up what happens once. `BackendError` if a program failed."""
-    for _ in range(2):
-        backend.flush_cache()
-        if isinstance(backend, CountingEndpoint):
-            backend.num_requests = backend.num_prompt_tokens = backend.num_cached_tokens = 0
-        started = time.perf_counter()
-        states = program(backend)
-        errors = [error for state in states if (error := state.error()) is not None]
-        seconds = time.perf_counter() - started
-        if errors:
-            raise errors[0]
+    """From an empty cache. `BackendError` if a program failed."""
+    backend.flush_cache()
+    if isinstance(backend, CountingEndpoint):
+        backend.num_requests = backend.num_prompt_tokens = backend.num_cached_tokens = 0
+    started = time.perf_counter()
+    states = program(backend)
+    errors = [error for state in states if (error := state.error()) is not None]
+    seconds = time.perf_counter() - started
+    if errors:
+        raise errors[0]
     count = backend.num_requests if isinstance(backend, CountingEndpoint) else 0
     hit_rate = backend.num_cached_tokens / backend.num_prompt_tokens if count else 0.0
     return Result(count / seconds, hit_rate, seconds)
@@ -224,20 +223,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a running server, instead of one started here")
     parser.add_argument("--naive-url", help="a running server without a radix cache")
+    parser.add_argument("--only", nargs="+", default=[""], help="beginnings of the names of the programs to run")
     parser.add_argument("--frontend", choices=("ours", "sglang"), default="ours")
     args, rest = parser.parse_known_args()
     given = {name: value for name, value in vars(parse_args(rest)).items() if value != getattr(parse_args([]), name)}
     options = {"launch_timeout": 600.0, **given}
     console = Console()
     many_states(console)
+
+    def chosen(lang: Any) -> dict[str, Program]:
+        return {name: one for name, one in make_programs(lang).items() if name.startswith(tuple(args.only))}
+
     with server_at(args.url, options, CountingEndpoint) as backend:
         if args.frontend == "sglang":
             sglang = importlib.import_module("sglang")
-            shared = measure_all(make_programs(sglang), sglang.RuntimeEndpoint(backend.base_url), console)
+            shared = measure_all(chosen(sglang), sglang.RuntimeEndpoint(backend.base_url), console)
         else:
-            shared = measure_all(make_programs(ours), backend, console)
+            shared = measure_all(chosen(ours), backend, console)
     with server_at(args.naive_url, {**options, "disable_radix_cache": True}, NaiveEndpoint) as backend:
-        naive = measure_all(make_programs(ours), backend, console)
+        naive = measure_all(chosen(ours), backend, console)
     table = Table(title=f"programs, front end: {args.frontend}", title_justify="left")
     for column in ("program", "requests/s", "hit rate", "naively: requests/s", "ratio of times"):
         table.add_column(column, justify="left" if column == "program" else "right")

@@ -107,9 +107,8 @@ class Engine(Session):
         loop = self.endpoint.loop
 
         async def stop() -> None:
-            with suppress(
-                RuntimeError
-            ):  # at the end of the process no thread can be started to free the device's memory
+            # At the end of the process no thread can be started, and nothing need be freed.
+            with suppress(RuntimeError):
                 await engine.stop()
 
         loop.on_close.append(stop)
