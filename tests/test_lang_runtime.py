@@ -24,6 +24,7 @@ def test_a_runtime_serves_until_it_is_shut_down(tiny_llama: Path) -> None:
         params = {"max_new_tokens": 4, "temperature": 0}
         assert runtime.generate("One, two,", params)["text"] == state["x"]
         assert runtime.get_server_info()["max_total_tokens"] == 2048
+        assert runtime.get_tokenizer().encode("One, two,") == engine.get_tokenizer().encode("One, two,")
         assert runtime.flush_cache()
     assert runtime.process.returncode == 0
     with pytest.raises(RuntimeError, match="shut down"):

@@ -1,6 +1,7 @@
 """Servers and engines that a program starts for itself."""
 
 import asyncio
+import dataclasses
 import socket
 import subprocess
 import sys
@@ -141,6 +142,7 @@ class Runtime(Session):
         **options: Any,
     ) -> None:
         port = _free_port(port)
+        self.options = {"model_path": model_path, **options}
         flags = {"model_path": model_path, "port": port, "log_level": log_level, "access_log": "none", **options}
         # The packages are found beside this one, wherever the program runs.
         command = [sys.executable, "-c", START, str(Path(__file__).parents[2]), *_arguments(flags)]
@@ -167,6 +169,20 @@ class Runtime(Session):
             except OSError:  # not listening yet, or not ready
                 time.sleep(POLL_S)
         raise RuntimeError("the server was not ready in time")
+
+    def get_tokenizer(self) -> Any:
+        """The model's tokenizer, loaded into this process."""
+        from engine.config import EngineConfig
+        from engine.tokenizer import Tokenizer
+        from engine.weights import resolve_model, resolve_tokenizer
+
+        known = {field.name for field in dataclasses.fields(EngineConfig)}
+        config = EngineConfig(**{name: value for name, value in self.options.items() if name in known})
+        return Tokenizer.load(resolve_tokenizer(config, resolve_model(config)), config.trust_remote_code)
+
+    def encode(self, prompt: str | list[str]) -> Any:
+        """Embeddings, as /encode answers."""
+        return self.endpoint.loop.run(self.endpoint.call("POST", "/encode", {"text": prompt}))
 
     def start_profile(self) -> None:
         self.endpoint.start_profile()

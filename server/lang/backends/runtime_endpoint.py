@@ -34,7 +34,7 @@ class RuntimeEndpoint(NativeBackend):
         self.base_url = base_url.rstrip("/")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.loop.run(self._open(headers, _ssl(verify), max_connections))
-        self.model_info: JSON = self.loop.run(self._call("GET", "/get_model_info"))
+        self.model_info: JSON = self.loop.run(self.call("GET", "/get_model_info"))
         self.use_template(chat_template_name, self.model_info["model_path"])
         if "image_token" in self.model_info:
             self.chat_template.image_token = self.model_info["image_token"]
@@ -48,7 +48,8 @@ class RuntimeEndpoint(NativeBackend):
         )
         self.loop.on_close.append(self._session.close)
 
-    async def _call(self, method: str, path: str, body: JSON | None = None) -> Any:
+    async def call(self, method: str, path: str, body: JSON | None = None) -> Any:
+        """The server's answer: JSON, or text. `BackendError` with its status if it is not 200."""
         try:
             async with self._session.request(method, self.base_url + path, json=body) as response:
                 data = await response.read()
@@ -58,7 +59,7 @@ class RuntimeEndpoint(NativeBackend):
         return orjson.loads(data) if response.content_type == "application/json" else data.decode()
 
     async def post(self, body: JSON) -> Any:
-        return await self._call("POST", "/generate", body)
+        return await self.call("POST", "/generate", body)
 
     async def post_stream(self, body: JSON) -> AsyncIterator[JSON]:
         try:
@@ -74,25 +75,25 @@ class RuntimeEndpoint(NativeBackend):
 
     async def render(self, messages: Sequence[JSON], add_generation_prompt: bool) -> str:
         body = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
-        return (await self._call("POST", "/tokenize", body))["prompt"]
+        return (await self.call("POST", "/tokenize", body))["prompt"]
 
     async def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         body = {"prompt": text, "add_special_tokens": add_special_tokens}
-        return (await self._call("POST", "/tokenize", body))["tokens"]
+        return (await self.call("POST", "/tokenize", body))["tokens"]
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         body = {"tokens": list(token_ids), "skip_special_tokens": False}
-        return (await self._call("POST", "/detokenize", body))["text"]
+        return (await self.call("POST", "/detokenize", body))["text"]
 
     def get_model_name(self) -> str:
         return self.model_info["model_path"]
 
     def get_server_info(self) -> JSON:
-        return self.loop.run(self._call("GET", "/get_server_info"))
+        return self.loop.run(self.call("GET", "/get_server_info"))
 
     def flush_cache(self) -> bool:
         try:
-            self.loop.run(self._call("POST", "/flush_cache"))
+            self.loop.run(self.call("POST", "/flush_cache"))
         except BackendError as error:
             if error.status != 400:
                 raise
@@ -100,10 +101,10 @@ class RuntimeEndpoint(NativeBackend):
         return True
 
     def start_profile(self) -> None:
-        self.loop.run(self._call("POST", "/start_profile"))
+        self.loop.run(self.call("POST", "/start_profile"))
 
     def stop_profile(self) -> None:
-        self.loop.run(self._call("POST", "/stop_profile"))
+        self.loop.run(self.call("POST", "/stop_profile"))
 
 
 def _ssl(verify: bool | str | None) -> "ssl.SSLContext | bool":
