@@ -84,7 +84,8 @@ def make_programs(lang: Any) -> dict[str, Program]:
 
     @lang.function
     def character(s: Any, name: str) -> None:
-        s += f"{name} is a character of a novel. Fill in what is known about {name}, in JSON:\n"
+        s += "Fill in, as JSON, what is known about a character of a novel: name, age and house.\n"
+        s += f"The character is {name}.\n"
         s += lang.gen("facts", max_tokens=96, json_schema=SCHEMA)
 
     def batch(program: Any, name: str, values: Sequence[Any]) -> Program:
