@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import regex
 
 import server.lang as sgl
 from server.lang.backends.openai import OpenAI
@@ -74,7 +75,8 @@ def test_answers_match_their_regex(backend: Any) -> None:
     state = regular_expression_gen.run(backend=backend)
     assert re.fullmatch(IP_REGEX, state["answer"])
     state = character_gen.run("Harry Potter", backend=backend, temperature=1.0)
-    assert re.fullmatch(CHARACTER_REGEX, state["json_output"])
+    pattern = CHARACTER_REGEX.replace(r"\w", r"\w\p{M}")  # the grammar's \w is Unicode's: marks are part of words
+    assert regex.fullmatch(pattern, state["json_output"])
 
 
 def test_a_schema_makes_json_of_its_shape(backend: Any) -> None:
