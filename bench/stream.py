@@ -47,7 +47,7 @@ class InstantRunner(ModelRunner):
     """Every step is done when it is launched; request after request says the same text."""
 
     def __init__(self, runner: ModelRunner, token_ids: list[int]) -> None:
-        super().__init__(runner.model, runner.kv, runner.sampler, runner.stager, runner.masks)
+        super().__init__(runner.model, runner.kv, runner.sampler, runner.stager, runner.comm)
         self.tokens = np.array(token_ids, np.int32)
 
     def launch(self, plan: Plan) -> Step:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from engine.plan import Plan
+from engine.plan import Groups, Plan
 
 NUM_STAGING_BUFFERS = 4  # steps that may be under way when the next is staged, and one to spare
 
@@ -133,6 +133,12 @@ class Stager:
             own_starts[: len(plan.groups.own_starts)] = plan.groups.own_starts
         return self._host[self._turn][:size]
 
+    def copy(self, staged: np.ndarray) -> torch.Tensor:
+        """Another rank's `write`, in the next pinned buffer."""
+        self._turn = (self._turn + 1) % NUM_STAGING_BUFFERS
+        self._host_arrays[self._turn][: len(staged)] = staged
+        return self._host[self._turn][: len(staged)]
+
     def upload(self, staged: torch.Tensor) -> None:
         self._device[: len(staged)].copy_(staged, non_blocking=True)
 
@@ -157,6 +163,23 @@ class Stager:
             shared=SharedPrefixes(*samples[3:]) if shape.has_groups else None,
         )
         return StagedBatch(batch, *samples[:3])
+
+
+def plan_of(staged: np.ndarray, shape: Shape, num_samples: int) -> Plan:
+    """As much of a plan as its staged form tells, padding included. Arrays are copies."""
+    layout, _ = _layout(shape)
+    rows, seq_lens, cu_q_lens, input_ids, _, out_cache_loc, *rest = (staged[slice(*place)].copy() for place in layout)
+    return Plan(
+        rows=rows,
+        q_lens=np.diff(cu_q_lens),
+        seq_lens=seq_lens,
+        input_ids=input_ids,
+        out_cache_loc=out_cache_loc,
+        num_decodes=shape.num_decodes,
+        samples=np.zeros(num_samples, np.int32),
+        epochs=np.zeros(len(rows), np.int64),
+        groups=Groups(*rest[4:]) if shape.has_groups else None,
+    )
 
 
 @functools.lru_cache(1024)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed import TCPStore
 
 from cache.allocator import PageAllocator
 from cache.pool import KVPool
 from cache.radix import NoCache, RadixCache
 from engine.batch import Shape, Stager
+from engine.channel import ChannelReader
 from engine.config import EngineConfig
 from engine.cuda_graph import MAX_REQUESTS_WITH_PREFILL, default_batch_sizes
 from engine.errors import ModelError
@@ -23,7 +25,10 @@ from engine.memory import MemoryBudget, plan_memory
 from engine.model_config import ModelConfig
 from engine.model_runner import ModelRunner
 from engine.models import CausalLM, build_model
+from engine.parallel import Communicator
 from engine.plan import Plan
+from engine.processes import Parent
+from engine.ranks import Ranks, follow, join_store
 from engine.rows import Rows
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
@@ -41,6 +46,7 @@ SMALL_CUDA_BYTES = 25e9
 CUDA_MAX_STEP_MS = 60.0
 CUDA_GRAPH_MAX_BS = 512
 KERNEL_PROMPTS = (2, 32, 512)  # numbers of prompts that attention has kernels for: all are compiled at the start
+SELF_TEST_BYTES, P2P_CHECK_BYTES = 1 << 10, 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,10 @@ def resolve_config(config: EngineConfig) -> EngineConfig:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("--device cuda was asked for, and torch sees no CUDA device")
     is_cuda = device.type == "cuda"
+    check_sizes(config)
+    if is_cuda:
+        device = torch.device("cuda", config.base_gpu_id if device.index is None else device.index)
+        check_gpus(device.index, config.ranks_per_node)
     chunk = config.chunked_prefill_size
     if chunk is None:
         is_small = is_cuda and torch.cuda.get_device_properties(device).total_memory < SMALL_CUDA_BYTES
@@ -72,6 +82,7 @@ def resolve_config(config: EngineConfig) -> EngineConfig:
         raise ModelError(str(error)) from None
     return config.replace(
         device=str(device),
+        base_gpu_id=device.index or 0,
         chunked_prefill_size=config.max_prefill_tokens if chunk < 0 else chunk,
         max_running_requests=max_running,
         attention_backend=backend,
@@ -79,6 +90,29 @@ def resolve_config(config: EngineConfig) -> EngineConfig:
         cuda_graph_max_bs=config.cuda_graph_max_bs or min(CUDA_GRAPH_MAX_BS, max_running),
         random_seed=time.time_ns() % (1 << 30) if config.random_seed is None else config.random_seed,
     )
+
+
+def check_sizes(config: EngineConfig) -> None:
+    """`ModelError` if the numbers of ranks, replicas and nodes do not fit each other."""
+    for name in ("tp_size", "dp_size", "nnodes"):
+        if getattr(config, name) < 1:
+            raise ModelError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    if config.tp_size % config.nnodes:
+        raise ModelError(f"--tp-size {config.tp_size} cannot be split over --nnodes {config.nnodes}")
+    if not 0 <= config.node_rank < config.nnodes:
+        raise ModelError(f"--node-rank must be between 0 and {config.nnodes - 1}, got {config.node_rank}")
+    if config.dp_size > 1 and config.nnodes > 1:
+        raise ModelError(f"--dp-size {config.dp_size} is for one node, and --nnodes is {config.nnodes}")
+
+
+def check_gpus(first: int, count: int) -> None:
+    """`ModelError` if this machine does not have GPUs `first` to `first` + `count` - 1."""
+    num_present = torch.cuda.device_count()
+    if first + count > num_present:
+        raise ModelError(
+            f"{count} GPUs are needed, from number {first} on (--tp-size, --dp-size, --base-gpu-id); "
+            f"this machine has {num_present}"
+        )
 
 
 def describe_backends(config: EngineConfig, device: torch.device) -> dict[str, str]:
@@ -98,20 +132,85 @@ def describe_backends(config: EngineConfig, device: torch.device) -> dict[str, s
     }
 
 
-def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
-    """Everything a running engine consists of. Blocks for as long as loading takes."""
+def build(
+    config: EngineConfig, on_progress: Callable[[str], None], on_failure: Callable[[str], object] = logger.critical
+) -> Parts:
+    """Everything a running engine consists of. Blocks for as long as loading takes.
+
+    With several ranks, `on_failure` is told when one of them can no longer go on, from a thread; nor can the engine.
+    """
     config = resolve_config(config)
-    device = torch.device(config.device or "cpu")
     folder = resolve_model(config)
     model_config = ModelConfig.from_path(folder, config)
-    with ThreadPoolExecutor(1) as executor:
-        loading_tokenizer = executor.submit(_load_tokenizer, folder, config)
-        model, weights_bytes = _load_model(folder, model_config, config, device)
-        tokenizer = loading_tokenizer.result()
-    on_progress("weights loaded")
+    comm = Communicator(0, config.tp_size)
+    model = new_model(config, model_config, comm)  # tells what cannot be split, before a process is started
+    ranks = Ranks(config, folder, run_rank, on_failure) if config.tp_size > 1 else None
+    try:
+        with ThreadPoolExecutor(1) as executor:
+            loading_tokenizer = executor.submit(load_tokenizer, folder, config)
+            store = None if ranks is None else ranks.store
+            runner, memory = build_runner(config, model_config, folder, model, comm, store, on_progress)
+            tokenizer = loading_tokenizer.result()
+        grammars = new_grammars(config, model_config, tokenizer)
+        if grammars is not None:
+            runner.masks = MaskFiller(grammars.vocab_size, is_pinned=runner.device.type == "cuda")
+        if ranks is not None:
+            ranks.wait_ready()
+            runner.ranks = ranks
+    except BaseException as error:
+        if ranks is None:
+            raise
+        raise ranks.abandon(error) from error
+    for operation, backend in describe_backends(config, runner.device).items():
+        on_progress(f"{operation}: {backend}")
 
-    assert config.max_running_requests and config.chunked_prefill_size and config.random_seed is not None
+    assert config.chunked_prefill_size and config.random_seed is not None
+    is_eos = np.zeros(model_config.vocab_size, bool)
+    is_eos[[token for token in model_config.eos_token_ids if token < model_config.vocab_size]] = True
+    cache_class = NoCache if config.disable_radix_cache else RadixCache
+    rows = runner.sampler.rows
+    scheduler = Scheduler(
+        rows,
+        PageAllocator(runner.kv.num_slots // config.page_size, config.page_size),
+        cache_class(config.page_size),
+        is_eos=is_eos,
+        chunked_prefill_size=config.chunked_prefill_size,
+        policy=config.schedule_policy,
+        conservativeness=config.schedule_conservativeness,
+        max_queued=config.max_queued_requests,
+        max_queued_tokens=config.max_queued_tokens,
+        seed=config.random_seed,
+    )
+    return Parts(config, model_config, tokenizer, rows, scheduler, runner, memory, grammars)
+
+
+def build_runner(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    folder: Path,
+    model: CausalLM,
+    comm: Communicator,
+    store: TCPStore | None,
+    on_progress: Callable[[str], None],
+) -> tuple[ModelRunner, MemoryBudget]:
+    """What every rank does alike: load its share of `model`, meet the others at `store`, measure, make its KV pool."""
+    device = torch.device(config.device or "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif comm.size > 1:
+        torch.set_num_threads(max(torch.get_num_threads() // comm.size, 1))
+    weights_bytes = _load_weights(model, folder, config, device)
+    on_progress("weights loaded")
+    if store is not None:
+        can_use_peers = config.nnodes == 1 and not config.disable_custom_all_reduce
+        comm.connect(store, device, use_peer_memory=can_use_peers)
+        rate = comm.self_test(config.dist_timeout, P2P_CHECK_BYTES if config.enable_p2p_check else SELF_TEST_BYTES)
+        at = f", {rate / 1e9:.1f} GB/s between the slowest pair" if config.enable_p2p_check else ""
+        on_progress(f"{comm.size} ranks: {comm.describe()}{at}")
+
+    assert config.max_running_requests and config.chunked_prefill_size
     kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, model_config.dtype)
+    num_kv_heads = _layer_config(config, model_config, comm).num_kv_heads(model_config.num_key_value_heads)
     max_len = model_config.context_length
     num_rows = config.max_running_requests
     slot_table = torch.zeros(num_rows + 1, max_len, dtype=torch.int32, device=device)
@@ -120,37 +219,25 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
     stager = Stager(max_step_tokens + num_rows, max(num_rows, MAX_REQUESTS_WITH_PREFILL), slot_table)
     sampler = Sampler(rows, model_config.vocab_size, model_config.eos_token_ids, device, config.sampling_backend)
 
-    grammars = GrammarCompiler(
-        tokenizer.to_json(),
-        max(model_config.vocab_size, tokenizer.vocab_size),
-        [token for token in model_config.eos_token_ids if token < tokenizer.vocab_size],
-        tokenizer.backend.special_tokens,
-        tokenizer.token_bytes,
-    )
-    masks = MaskFiller(grammars.vocab_size, is_pinned=device.type == "cuda")
-
     def new_pool(num_tokens: int) -> KVPool:
         return KVPool(
-            num_tokens + config.page_size, model_config.num_hidden_layers, model_config.num_key_value_heads,
+            num_tokens + config.page_size, model_config.num_hidden_layers, num_kv_heads,
             model_config.head_dim, kv_dtype, device,
         )  # fmt: skip
 
     largest_step = 0
     if device.type == "cuda":
-        probe = ModelRunner(model, new_pool(max_step_tokens), sampler, stager, masks)
+        probe = ModelRunner(model, new_pool(max_step_tokens), sampler, stager, comm)
         largest_step = measure_step(probe, max_step_tokens, num_rows, max_len)
         probe.close()
         del probe
     memory = plan_memory(
         config, model_config, kv_dtype, device,
         weights=weights_bytes, tables=slot_table.nbytes, largest_step=largest_step,
+        num_kv_heads=num_kv_heads, comm=comm,
     )  # fmt: skip
     on_progress("memory: " + ", ".join(f"{what} {size}" for what, size in memory.rows()))
-    for operation, backend in describe_backends(config, device).items():
-        on_progress(f"{operation}: {backend}")
-    pool = new_pool(memory.max_total_num_tokens)
-
-    runner = ModelRunner(model, pool, sampler, stager, masks)
+    runner = ModelRunner(model, new_pool(memory.max_total_num_tokens), sampler, stager, comm)
     if (
         device.type == "cuda"
         and not (config.disable_cuda_graph or config.is_embedding)
@@ -164,48 +251,59 @@ def build(config: EngineConfig, on_progress: Callable[[str], None]) -> Parts:
         on_progress(f"steps captured as CUDA graphs in {time.perf_counter() - start:.1f} s")
     if device.type == "cuda":
         measure_step(runner, max_step_tokens, num_rows, max_len)  # once more: the memory it takes is then at hand
-
-    is_eos = np.zeros(model_config.vocab_size, bool)
-    is_eos[[token for token in model_config.eos_token_ids if token < model_config.vocab_size]] = True
-    cache_class = NoCache if config.disable_radix_cache else RadixCache
-    scheduler = Scheduler(
-        rows,
-        PageAllocator(pool.num_slots // config.page_size, config.page_size),
-        cache_class(config.page_size),
-        is_eos=is_eos,
-        chunked_prefill_size=config.chunked_prefill_size,
-        policy=config.schedule_policy,
-        conservativeness=config.schedule_conservativeness,
-        max_queued=config.max_queued_requests,
-        max_queued_tokens=config.max_queued_tokens,
-        seed=config.random_seed,
-    )
-    has_grammars = config.grammar_backend != "none"
-    return Parts(
-        config, model_config, tokenizer, rows, scheduler, runner, memory, grammars if has_grammars else None
-    )  # fmt: skip
+    return runner, memory
 
 
-def _load_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer:
+def run_rank(
+    parent: Parent, config: EngineConfig, folder: Path, rank: int, host: str, port: int, plans: ChannelReader
+) -> None:
+    """What the process of another rank does: the same as rank 0's, one step after the other. `config` is rank 0's."""
+    device = torch.device(config.device or "cpu")
+    if device.type == "cuda":
+        config = config.replace(device=f"cuda:{config.base_gpu_id + rank % config.ranks_per_node}")
+    model_config = ModelConfig.from_path(folder, config)
+    comm = Communicator(rank, config.tp_size)
+    model = new_model(config, model_config, comm)
+    runner, _ = build_runner(config, model_config, folder, model, comm, join_store(host, port), logger.info)
+    parent.tell("ready")
+    follow(runner, plans)
+    runner.close()
+    comm.close()
+
+
+def load_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer:
     return Tokenizer.load(resolve_tokenizer(config, folder), config.trust_remote_code)
 
 
-def new_model(config: EngineConfig, model_config: ModelConfig) -> CausalLM:
-    """With its weights still on the meta device."""
-    layers = LayerConfig(dtype=model_config.dtype, attention_backend=config.attention_backend or "torch")
-    return build_model(model_config, layers)
+def new_grammars(config: EngineConfig, model_config: ModelConfig, tokenizer: Tokenizer) -> GrammarCompiler | None:
+    if config.grammar_backend == "none":
+        return None
+    return GrammarCompiler(
+        tokenizer.to_json(),
+        max(model_config.vocab_size, tokenizer.vocab_size),
+        [token for token in model_config.eos_token_ids if token < tokenizer.vocab_size],
+        tokenizer.backend.special_tokens,
+        tokenizer.token_bytes,
+    )
 
 
-def _load_model(
-    folder: Path, model_config: ModelConfig, config: EngineConfig, device: torch.device
-) -> tuple[CausalLM, int]:
-    model = new_model(config, model_config)
+def _layer_config(config: EngineConfig, model_config: ModelConfig, comm: Communicator) -> LayerConfig:
+    return LayerConfig(model_config.dtype, config.attention_backend or "torch", comm)
+
+
+def new_model(config: EngineConfig, model_config: ModelConfig, comm: Communicator) -> CausalLM:
+    """This rank's share, with its weights still on the meta device."""
+    return build_model(model_config, _layer_config(config, model_config, comm))
+
+
+def _load_weights(model: CausalLM, folder: Path, config: EngineConfig, device: torch.device) -> int:
+    """Bytes of this rank's weights."""
     load_weights(model, folder, config.load_format, device)
-    layers_of_model = unique_layers(model)
-    num_bytes = sum(weight.nbytes for layer in layers_of_model for _, weight in layer.weights())
-    for layer in layers_of_model:
+    layers = unique_layers(model)
+    num_bytes = sum(weight.nbytes for layer in layers for _, weight in layer.weights())
+    for layer in layers:
         layer.pack()
-    return model, num_bytes
+    return num_bytes
 
 
 def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len: int) -> int:
@@ -239,7 +337,8 @@ def _run_prompts(runner: ModelRunner, q_lens: list[int], num_samples: int) -> No
     with torch.cuda.stream(runner.stream), torch.inference_mode():
         runner.stager.upload(runner.stager.write(plan, Shape.of(plan)))
         batch, sample_tokens, sample_rows, positions = runner.stager.views(Shape.of(plan), plan)
-        logits = runner.model.compute_logits(runner.forward(batch)[sample_tokens])
-        work = runner.sampler.plan_work(plan)
-        work.is_greedy = False
-        runner.sampler.sample(logits, work, sample_rows, positions)
+        logits = runner.model.lm_head.gather(runner.model.compute_logits(runner.forward(batch)[sample_tokens]))
+        if logits is not None:
+            work = runner.sampler.plan_work(plan)
+            work.is_greedy = False
+            runner.sampler.sample(logits, work, sample_rows, positions)

@@ -96,9 +96,37 @@ class EngineConfig:
     cuda_graph_max_bs: int | None = option(None, KERNELS, "largest decode batch with a CUDA graph")
     cuda_graph_bs: list[int] | None = option(None, KERNELS, "the decode batch sizes with a CUDA graph")
 
+    tp_size: int = option(
+        1, PARALLEL, "GPUs, or CPU processes, that share one model", aliases=("--tp", "--tensor-parallel-size")
+    )
+    dp_size: int = option(1, PARALLEL, "whole engines behind the one address", aliases=("--dp", "--data-parallel-size"))
+    load_balance_method: str = option(
+        "cache_aware", PARALLEL, "which engine gets a request: the next, the least busy, the one that knows its prefix",
+        choices=("round_robin", "shortest_queue", "cache_aware"),
+    )  # fmt: skip
+    base_gpu_id: int = option(0, PARALLEL, "the first GPU to use")
+    enable_p2p_check: bool = option(
+        False, PARALLEL, "at start, also move 64 MiB between each pair of ranks, check it, and tell how fast it went"
+    )
+    disable_custom_all_reduce: bool = option(
+        False, PARALLEL, "do all sums over GPUs with NCCL, none through peer memory"
+    )
+    nnodes: int = option(1, PARALLEL, "hosts that share one model; each runs this command with its own --node-rank")
+    node_rank: int = option(0, PARALLEL, "which of them this is; 0 serves")
+    dist_init_addr: str | None = option(
+        None, PARALLEL, "HOST:PORT of node 0, free there, where the others find it", aliases=("--nccl-init-addr",)
+    )
+    dist_timeout: float = option(
+        30.0, PARALLEL, "seconds until a rank that does not answer ends the server: in the first test, and in steps"
+    )
+
     stream_interval: int = option(1, DEBUG, "tokens a streamed piece at least")
     decode_log_interval: int = option(40, DEBUG, "decode steps between two log lines")
     watchdog_timeout: float = option(300.0, DEBUG, "seconds a step may take before the server gives up; 0: any")
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tp_size // self.nnodes
 
     def replace(self, **changes: Any) -> "EngineConfig":
         return dataclasses.replace(self, **changes)

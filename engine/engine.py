@@ -16,9 +16,9 @@ import numpy as np
 from cache.radix import Prefix
 from engine.build import Parts, build
 from engine.config import EngineConfig
-from engine.errors import EngineError, EngineStopped, InvalidRequest, PromptTooLong, QueueFull
+from engine.errors import EngineError, EngineStopped, InvalidRequest, ModelError, PromptTooLong, QueueFull
 from engine.fairness import DrainRate
-from engine.grammar import Grammar, GrammarStats, Matcher
+from engine.grammar import Grammar, GrammarCompiler, GrammarStats, Matcher
 from engine.loop import LoopStats, StepLoop
 from engine.maintenance import Maintenance
 from engine.memory import MemoryBudget
@@ -74,6 +74,8 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._is_stopping = False
         self._drained = asyncio.Event()
+        self._failure = ""  # what has happened, when a rank is gone
+        self._has_failed = asyncio.Event()
         self._profiler: Profiler | None = None
         self._num_requests = self._num_aborted = self._num_refused = 0
         self._drain = DrainRate()
@@ -88,7 +90,7 @@ class Engine:
 
     async def start(self, on_progress: Callable[[str], None] = logger.info) -> None:
         """Load the model and begin to step. `ModelError` if it cannot be served."""
-        parts = self._parts = await asyncio.to_thread(build, self.config, on_progress)
+        parts = self._parts = await self._build(on_progress)
         self.config = parts.config
         self._output = OutputProcessor(parts.scheduler, self.config.stream_interval)
         self._loop = StepLoop(
@@ -104,6 +106,39 @@ class Engine:
         self._task = asyncio.create_task(self._loop.run(), name="step-loop")
         self._task.add_done_callback(self._on_loop_end)
 
+    async def _build(self, on_progress: Callable[[str], None]) -> Parts:
+        """A rank that ends meanwhile may leave the building thread waiting for it for ever: it is left behind."""
+        loop = asyncio.get_running_loop()
+
+        def on_failure(message: str) -> None:
+            loop.call_soon_threadsafe(self._on_failure, message)
+
+        building = asyncio.ensure_future(asyncio.to_thread(build, self.config, on_progress, on_failure))
+        failing = asyncio.ensure_future(self._has_failed.wait())
+        await asyncio.wait([building, failing], return_when=asyncio.FIRST_COMPLETED)
+        failing.cancel()
+        if self._failure:
+            building.add_done_callback(_see)  # what it raises is a consequence
+            raise ModelError(self._failure)
+        return building.result()
+
+    def _on_failure(self, message: str) -> None:
+        """A rank is gone: no step can be computed any more."""
+        logger.critical("%s; the engine cannot go on", message)
+        self._failure = message
+        self._has_failed.set()
+        self.abort_all(f"the engine has failed: {message}", status_code=500)
+
+    @property
+    def has_failed(self) -> bool:
+        """For good: it cannot be stopped in good order either, and the process must end."""
+        return self._has_failed.is_set()
+
+    async def failed(self) -> str:
+        """Returns, with the reason, once the engine has failed."""
+        await self._has_failed.wait()
+        return self._failure
+
     async def stop(self, drain_s: float = 0.0) -> None:
         """Refuse new requests, give running ones `drain_s` seconds, abort the rest, let go of the device."""
         self._is_stopping = True
@@ -114,7 +149,7 @@ class Engine:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-        if self._parts is not None:
+        if self._parts is not None and not self.has_failed:  # else a thread may wait for a rank that is gone
             await asyncio.to_thread(self._parts.runner.close)
 
     # ---- what it is ----
@@ -138,6 +173,10 @@ class Engine:
     @property
     def tokenizer(self) -> Tokenizer:
         return self.parts.tokenizer
+
+    @property
+    def grammars(self) -> GrammarCompiler | None:
+        return self.parts.grammars
 
     @property
     def memory(self) -> MemoryBudget:
@@ -203,7 +242,7 @@ class Engine:
             )
 
     async def _grammar(self, kind: str, text: str) -> Grammar:
-        grammars = self.parts.grammars
+        grammars = self.grammars
         if grammars is None:
             raise InvalidRequest(f"{kind} is not supported: the server runs with --grammar-backend none", kind)
         grammar = grammars.find(kind, text)
@@ -221,6 +260,8 @@ class Engine:
 
         Raises `InvalidRequest` (a field out of range), `PromptTooLong`, `QueueFull` or `EngineStopped`.
         """
+        if self.has_failed:
+            raise EngineStopped("the engine has failed")
         if self._is_stopping or not self.is_running:
             raise EngineStopped("the server is shutting down" if self._is_stopping else "the engine is not running")
         self._verify(request)
@@ -394,7 +435,7 @@ class Engine:
             return False
         return bool(self._requests or self._loop.steps_in_flight)
 
-    def progress(self) -> tuple[int, int] | None:
+    def progress(self) -> tuple[int, ...] | None:
         """Differs after each step; None while there is nothing to do. From any thread."""
         if self._loop is None or not self._has_work:
             return None
@@ -422,7 +463,7 @@ class Engine:
         assert self._loop is not None
         return EngineStats(
             self.parts.scheduler.stats(), self._loop.stats, self._num_requests, self._num_aborted, self._num_refused,
-            self._drain.tokens_per_s, self.parts.grammars.stats if self.parts.grammars else GrammarStats(),
+            self._drain.tokens_per_s, self.grammars.stats if self.grammars else GrammarStats(),
         )  # fmt: skip
 
     def top_prefixes(self, k: int) -> list[Prefix]:
@@ -434,3 +475,9 @@ class Engine:
             return
         logger.critical("the step loop ended", exc_info=task.exception())
         self.abort_all("the engine has failed; see its log", status_code=500)
+
+
+def _see(task: asyncio.Task[Any]) -> None:
+    """So that nobody is told that its exception was never looked at."""
+    if not task.cancelled():
+        task.exception()

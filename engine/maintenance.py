@@ -100,7 +100,7 @@ class Maintenance:
     def _read(self, model_path: str, load_format: str) -> CausalLM:
         config = self.parts.config.replace(model_path=model_path, load_format=load_format)
         try:
-            model = new_model(config, self.parts.model_config)
+            model = new_model(config, self.parts.model_config, self.parts.runner.comm)
             load_weights(model, resolve_model(config), load_format, torch.device("cpu"))
         except ModelError as error:
             raise InvalidRequest(f"the weights of {model_path} cannot be served: {error}", "model_path") from None
@@ -117,7 +117,12 @@ class Maintenance:
             rows = layer.weight_part(weight_name, part)[:num_rows]
             return await asyncio.to_thread(lambda: rows.float().tolist())
 
+    def _check_one_rank(self) -> None:
+        if (num_ranks := self.parts.runner.comm.size) > 1:
+            raise InvalidRequest(f"weights and memory are changed on one rank only, and this server has {num_ranks}")
+
     def _check_weights_here(self) -> None:
+        self._check_one_rank()
         if WEIGHTS in self.released:
             raise InvalidRequest("the weights are released: resume them first", "tags")
 
@@ -128,6 +133,7 @@ class Maintenance:
 
         kv_cache: with every cached prefix; requests that run are computed anew. weights: kept in host memory.
         """
+        self._check_one_rank()
         async with self._turn, self._still():
             runner, scheduler = self.parts.runner, self.parts.scheduler
             new_tags = set(tags) - self.released

@@ -12,6 +12,7 @@ from cache.pool import bytes_per_token
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.model_config import ModelConfig
+from engine.parallel import Communicator
 
 GIB = 1 << 30
 CUDA_MARGIN_BYTES = 3 * GIB // 2  # CUDA graphs, library workspaces, fragmentation
@@ -51,9 +52,14 @@ def plan_memory(
     weights: int,
     tables: int,
     largest_step: int,
+    num_kv_heads: int,
+    comm: Communicator,
 ) -> MemoryBudget:
-    """Divide the device's memory. `ModelError` with the numbers if not even one page of KV fits."""
-    token_bytes = bytes_per_token(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, kv_dtype)
+    """Divide the device's memory. All ranks get the tokens that fit on the one with the least room.
+
+    num_kv_heads: this rank's. `ModelError` with the numbers if not even one page of KV fits.
+    """
+    token_bytes = bytes_per_token(model.num_hidden_layers, num_kv_heads, model.head_dim, kv_dtype)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
@@ -62,8 +68,9 @@ def plan_memory(
             room = int(total * config.mem_fraction_static) - (total - free)
     else:
         total = _available_host_memory()
-        room = min(int(total * CPU_MEMORY_SHARE), CPU_CONTEXTS * model.context_length * token_bytes)
-    num_tokens = room // token_bytes
+        share = CPU_MEMORY_SHARE / (config.tp_size * config.dp_size)
+        room = min(int(total * share), CPU_CONTEXTS * model.context_length * token_bytes)
+    num_tokens = comm.minimum(room // token_bytes)
     if config.max_total_tokens is not None:
         num_tokens = min(num_tokens, config.max_total_tokens) if device.type == "cuda" else config.max_total_tokens
     num_tokens -= num_tokens % config.page_size

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,12 +21,13 @@ from engine.cuda_graph import StepGraphs
 from engine.grammar import MaskFiller, Matcher
 from engine.layers.layer import unique_layers
 from engine.models import CausalLM
+from engine.parallel import Communicator
 from engine.plan import Plan
 from engine.pooling import PooledChunks, pool
 from engine.request import Logprobs, Request
 from engine.sampler import SampledLogprobs, Sampler, SamplingWork
 from kernels.bookkeeping import begin_step, end_step
-from kernels.sampling import argmax, logprobs
+from kernels.sampling import logprobs
 
 PROMPT_LOGPROB_ROWS = 256  # logits rows at a time: 256 x 152k bf16 is 78 MB, whatever the prompt's length
 MAX_IDLE_S = 0.1
@@ -45,7 +47,7 @@ class PromptLogprobs:
 
 @dataclass(slots=True)
 class PromptLogprobWork:
-    request: Request
+    request: Request | None  # None on ranks that only compute
     start: int
     first_token: int  # of the chunk, in the step's T tokens
     target_ids: np.ndarray  # int64 [N]
@@ -74,6 +76,14 @@ class Step:
     pooled: PooledChunks | None = None
 
 
+class Followers(Protocol):
+    """The other ranks, as a runner sees them; see engine.ranks.Ranks."""
+
+    def announce(self, step: Step) -> None: ...
+    def fail(self, error: BaseException) -> None: ...
+    def close(self, close_comm: Callable[[], None]) -> None: ...
+
+
 class ModelRunner:
     """Owns the model, the KV buffers and everything a step touches on the device."""
 
@@ -83,10 +93,10 @@ class ModelRunner:
         kv: KVPool,
         sampler: Sampler,
         stager: Stager,
-        masks: MaskFiller,
+        comm: Communicator,
     ) -> None:
-        self.model, self.kv = model, kv
-        self.sampler, self.stager, self.masks = sampler, stager, masks
+        self.model, self.kv, self.comm = model, kv, comm
+        self.sampler, self.stager = sampler, stager
         self.graphs: StepGraphs | None = None
         self._graph_sizes: tuple[list[int], int] | None = None
         self.device = stager.device
@@ -95,6 +105,9 @@ class ModelRunner:
         # CUDA: waits for events, so that the loop need not. CPU: computes the steps, in order.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="step")
         self.stream = torch.cuda.Stream() if self._is_cuda else None
+        # Of rank 0 alone: who fills in masks, and who runs every step along with it.
+        self.masks: MaskFiller | None = None
+        self.ranks: Followers | None = None
 
     def capture_graphs(self, batch_sizes: list[int], max_tokens: int) -> None:
         self._graph_sizes = batch_sizes, max_tokens
@@ -137,7 +150,11 @@ class ModelRunner:
         torch.cuda.synchronize()
 
     def close(self) -> None:
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        # What other ranks were told to run must be run here too.
+        self._worker.shutdown(wait=True, cancel_futures=self.ranks is None)
+        self.graphs = None  # before the ranks part: graphs hold what their collectives need
+        if self.ranks is not None:
+            self.ranks.close(self.comm.close)
 
     def launch(self, plan: Plan) -> Step:
         """Enqueue `plan`, up to its logits if matchers have a say in its tokens: then `sample` must follow before the
@@ -155,7 +172,9 @@ class ModelRunner:
             launched_at=time.perf_counter(),
         )
         step.awaits_masks = step.work.masked is not None
-        self._enqueue(step, self._forward if step.awaits_masks else self._forward_and_sample)
+        if self.ranks is not None:
+            self.ranks.announce(step)
+        self._enqueue(step, self._forward if step.awaits_masks else self.run)
         return step
 
     def sample(self, step: Step, samples: list[int], matchers: list[Matcher]) -> dict[int, str]:
@@ -165,6 +184,7 @@ class ModelRunner:
         """
         errors: dict[int, str] = {}
         if samples:
+            assert self.masks is not None
             bits, errors = self.masks.fill(matchers)
             step.work.masks = bits, torch.tensor(samples, dtype=torch.int32)
         step.awaits_masks = False
@@ -178,7 +198,7 @@ class ModelRunner:
         events = [torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2)]
         with torch.cuda.stream(self.stream):
             events[0].record(self.stream)
-            work(step)
+            self._run(step, work)
             events[1].record(self.stream)
         step.events += events
         step.done = self._worker.submit(events[1].synchronize)
@@ -199,10 +219,19 @@ class ModelRunner:
         if after is not None:
             after.result()  # raises what it raised
         start = time.perf_counter()
-        work(step)
+        self._run(step, work)
         step.host_s += time.perf_counter() - start
 
-    def _forward_and_sample(self, step: Step) -> None:
+    def _run(self, step: Step, work: Callable[[Step], None]) -> None:
+        try:
+            work(step)
+        except BaseException as error:
+            if self.ranks is not None:
+                self.ranks.fail(error)
+            raise
+
+    def run(self, step: Step) -> None:
+        """The whole of `step`, enqueued on the current stream; on a CPU, computed."""
         self._forward(step)
         self._sample(step)
 
@@ -221,7 +250,7 @@ class ModelRunner:
         step.batch = staged = self.stager.views(Shape.of(plan), plan)
         hidden = self.forward(staged.batch)
         for work in step.prompt_work:
-            step.prompt_logprobs.append(self._prompt_logprobs(hidden, work))
+            step.prompt_logprobs += self._prompt_logprobs(hidden, work)
         if plan.pooled:
             parts, values = pool(self.model, hidden, plan)
             step.pooled = None if values is None else PooledChunks(parts, self._to_host(values))
@@ -238,13 +267,25 @@ class ModelRunner:
         if logits is None:
             step.tokens = torch.empty(0, dtype=torch.int32)
             return
-        if greedy is not None and step.work.is_plain:
+        assert staged is not None
+        logits, rows = logits[:num_samples], staged.sample_rows[:num_samples]
+        lm_head, last_tokens = self.model.lm_head, self.sampler.last_tokens
+        is_alone = self.comm.size == 1  # else the way was chosen, and told to all ranks, before there were masks
+        if step.work.is_plain and (greedy is not None if is_alone else step.work.masked is None):
+            if greedy is None:  # every rank finds the same, for less than gathering all logits takes
+                greedy = lm_head.most_likely(logits)
+                end_step(greedy, rows, last_tokens)
             step.tokens = self._to_host(greedy[:num_samples])
             return
-        assert staged is not None
+        all_logits = lm_head.gather(logits)
+        if all_logits is None:  # rank 0 samples
+            tokens = self.comm.broadcast(torch.empty(num_samples, dtype=torch.int32, device=self.device))
+            end_step(tokens, rows, last_tokens)
+            return
         tokens, sampled_logprobs = self.sampler.sample(
-            logits[:num_samples], step.work, staged.sample_rows[:num_samples], staged.sample_positions[:num_samples]
+            all_logits, step.work, rows, staged.sample_positions[:num_samples]
         )
+        self.comm.broadcast(tokens)
         step.tokens = self._to_host(tokens)
         if sampled_logprobs is not None:
             step.sampled_logprobs = SampledLogprobs(
@@ -259,7 +300,7 @@ class ModelRunner:
         hidden = self.forward(staged.batch)
         is_decode = staged.batch.num_decodes == len(hidden)
         logits = self.model.compute_logits(hidden if is_decode else hidden[staged.sample_tokens])
-        greedy = argmax(logits)
+        greedy = self.model.lm_head.most_likely(logits)
         end_step(greedy, staged.sample_rows, self.sampler.last_tokens)
         return logits, greedy
 
@@ -279,22 +320,29 @@ class ModelRunner:
             work.append(PromptLogprobWork(request, start, int(plan.q_lens[:b].sum()), target_ids))
         return work
 
-    def _prompt_logprobs(self, hidden: torch.Tensor, work: PromptLogprobWork) -> PromptLogprobs:
+    def _prompt_logprobs(self, hidden: torch.Tensor, work: PromptLogprobWork) -> list[PromptLogprobs]:
+        """One, or none on a rank that only computes."""
         request = work.request
-        ids = torch.tensor(request.token_ids_logprob, dtype=torch.int64, device=self.device)
+        wanted_ids = [] if request is None else request.token_ids_logprob
+        ids = torch.tensor(wanted_ids, dtype=torch.int64, device=self.device)
         parts = []
         for first in range(0, len(work.target_ids), PROMPT_LOGPROB_ROWS):
             targets = torch.from_numpy(work.target_ids[first : first + PROMPT_LOGPROB_ROWS]).to(self.device)
             start = work.first_token + first
-            logits = self.model.compute_logits(hidden[start : start + len(targets)])
+            logits = self.model.lm_head.gather(self.model.compute_logits(hidden[start : start + len(targets)]))
+            if logits is None:
+                continue
+            assert request is not None
             wanted = ids.expand(len(targets), -1) if len(ids) else None
             parts.append(logprobs(logits, targets, request.top_logprobs_num, wanted))
+        if request is None:
+            return []
         chosen, top_values, top_ids = (
             self._to_host(torch.cat(column)) for column in zip(*(part[:3] for part in parts), strict=True)
         )
         parts_of_ids = [part[3] for part in parts if part[3] is not None]
         ids_values = self._to_host(torch.cat(parts_of_ids)) if parts_of_ids else None
-        return PromptLogprobs(request, work.start, chosen, top_values, top_ids, ids_values)
+        return [PromptLogprobs(request, work.start, chosen, top_values, top_ids, ids_values)]
 
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         if not self._is_cuda:

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import uvloop
 from aiohttp import web
@@ -32,6 +33,7 @@ from server.recorder import RECORDER
 logger = logging.getLogger(__name__)
 
 ACCESS_LOG = "aiohttp.access"
+FAILURE_NOTICE_S = 2.0  # for clients to hear of a failure that ends the process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(config)
     console = Console(stderr=True)
     try:
+        if config.node_rank > 0:
+            join_node(config, console)
+            return 0
         with bind(config.host, config.port) as listener:  # before minutes go into loading
             uvloop.run(serve(config, listener, console))
     except (ModelError, StartError) as error:
@@ -52,6 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def join_node(config: ServerConfig, console: Console) -> None:
+    """Run this host's ranks for the server on the first one, until that ends."""
+    from engine.build import check_sizes, run_rank  # imports torch, as in `serve`
+    from engine.ranks import run_node
+
+    check_sizes(config)
+    run_node(config, run_rank, lambda step: console.print(step, style="dim", markup=False, highlight=False))
 
 
 class StartError(Exception):
@@ -87,9 +101,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 async def serve(config: ServerConfig, listener: socket.socket, console: Console) -> None:
     """Load the model, serve until a signal, let running answers end."""
-    from engine.engine import Engine  # imports torch: not for --help, nor before OMP_WAIT_POLICY is set
+    from engine.replicas import new_engine  # imports torch: not for --help, nor before OMP_WAIT_POLICY is set
 
-    engine = Engine(config)
+    engine = new_engine(config)
     stop = asyncio.Event()
     is_loading = True
 
@@ -107,15 +121,35 @@ async def serve(config: ServerConfig, listener: socket.socket, console: Console)
         await engine.start(lambda step: console.print(step, style="dim", markup=False, highlight=False))
         is_loading = False
         with Watchdog(config.watchdog_timeout, engine.progress, engine.describe) as watchdog:
-            if not config.skip_server_warmup:
+            for _ in range(0 if config.skip_server_warmup else config.dp_size):  # idle replicas take turns
                 await warm_up(engine)
             # What exists now stays. A walk over its 200,000 objects would hold up the streams for a tenth of a second.
             gc.collect()
             gc.freeze()
             await serve_http(engine, config, listener, console, stop, watchdog)
+    except (ModelError, StartError) as error:
+        if engine.has_failed:
+            end_failed(console, str(error))
+        raise
     finally:
         is_loading = False
         await engine.stop()
+
+
+async def wait_for_end(engine: Engine, stop: asyncio.Event) -> str | None:
+    """Until a signal, or the engine's failure, which is returned."""
+    stopped, failed = asyncio.create_task(stop.wait()), asyncio.create_task(engine.failed())
+    await asyncio.wait([stopped, failed], return_when=asyncio.FIRST_COMPLETED)
+    for task in (stopped, failed):
+        task.cancel()
+    return failed.result() if failed.done() else None
+
+
+def end_failed(console: Console, message: str) -> NoReturn:
+    """End the process although threads of it wait for a rank that is gone."""
+    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    logging.shutdown()
+    os._exit(1)
 
 
 async def warm_up(engine: Engine) -> None:
@@ -157,7 +191,10 @@ async def serve_http(
     try:
         with Acceptor(listener, runner.server):
             print_ready(console, engine, config, app[CHATS], listener.getsockname()[1])
-            await stop.wait()
+            failure = await wait_for_end(engine, stop)
+        if failure:
+            await asyncio.wait([asyncio.create_task(runner.cleanup())], timeout=FAILURE_NOTICE_S)
+            end_failed(console, failure)
         logger.info("shutting down: running answers have %.0f s to end", config.drain_timeout)
     finally:
         await runner.cleanup()

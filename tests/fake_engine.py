@@ -323,6 +323,11 @@ class FakeEngine:
     def describe(self) -> str:
         return "a fake engine\n"
 
+    has_failed = False
+
+    async def failed(self) -> str:
+        return await asyncio.get_running_loop().create_future()
+
     def health(self) -> FakeHealth:
         return FakeHealth(self.health_status, num_running=len(self.live))
 

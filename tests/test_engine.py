@@ -19,6 +19,7 @@ from llguidance import LLMatcher, LLTokenizer
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, PromptTooLong
+from engine.replicas import REPORT_S, ReplicaSet, new_engine
 from engine.request import Delta, Request, SamplingParams
 
 NUM_NEW_TOKENS = 24
@@ -28,8 +29,10 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @asynccontextmanager
 async def running_engine(folder: Path, **options: Any) -> AsyncIterator[Engine]:
     defaults: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_total_tokens": 4096, "random_seed": 0}
-    async with Engine(EngineConfig(model_path=str(folder), **(defaults | options))) as engine:
+    async with new_engine(EngineConfig(model_path=str(folder), **(defaults | options))) as engine:
         yield engine
+        if isinstance(engine, ReplicaSet):
+            await asyncio.sleep(3 * REPORT_S)  # for its statistics to arrive
         check_pages(engine)
 
 
@@ -38,7 +41,8 @@ def check_pages(engine: Engine) -> None:
     stats = engine.stats().scheduler
     assert (stats.num_running, stats.num_waiting, stats.num_held_tokens) == (0, 0, 0)
     assert stats.num_free_tokens + stats.num_cached_tokens == stats.num_total_tokens
-    engine.parts.scheduler.cache.check()
+    if not isinstance(engine, ReplicaSet):
+        engine.parts.scheduler.cache.check()
 
 
 def make_request(prompt: list[int], stream: bool = False, rid: str | None = None, **fields: Any) -> Request:
@@ -140,9 +144,13 @@ GPU_MIXES: dict[str, dict[str, Any]] = {
     "flashinfer": {"attention_backend": "flashinfer"},
     "torch_attention": {"attention_backend": "torch", "disable_cuda_graph": True},
 }
-CASES = [pytest.param("cpu", options, id=f"cpu-{name}") for name, options in MIXES.items()] + [
+PARALLEL_MIXES: dict[str, dict[str, Any]] = {
+    "two_ranks": {"tp_size": 2, "chunked_prefill_size": 32},
+    "two_replicas": {"dp_size": 2},
+}
+CASES = [pytest.param("cpu", options, id=f"cpu-{name}") for name, options in {**MIXES, **PARALLEL_MIXES}.items()] + [
     pytest.param("cuda", options, id=f"cuda-{name}", marks=pytest.mark.gpu)
-    for name, options in {**MIXES, **GPU_MIXES}.items()
+    for name, options in {**MIXES, **GPU_MIXES, **(PARALLEL_MIXES if torch.cuda.device_count() > 1 else {})}.items()
 ]
 
 

@@ -16,6 +16,7 @@ from engine.errors import ModelError
 from engine.layers.layer import LayerConfig, named_layers
 from engine.model_config import ModelConfig
 from engine.models import build_model
+from engine.parallel import Communicator
 from engine.weights import load_weights, resolve_model
 
 MakeTinyModel = Callable[..., Path]
@@ -300,7 +301,7 @@ def test_shards_of_all_ranks_together_are_the_whole_weight(tp_size: int, tiny_ll
         return {f"{path}.{name}": weight for path, layer in named_layers(model) for name, weight in layer.weights()}
 
     whole = load(LayerConfig(torch.float32))
-    ranks = [load(LayerConfig(torch.float32, tp_rank=rank, tp_size=tp_size)) for rank in range(tp_size)]
+    ranks = [load(LayerConfig(torch.float32, comm=Communicator(rank, tp_size))) for rank in range(tp_size)]
     head_dim, heads, copies = config.head_dim, config.num_attention_heads // tp_size, max(tp_size // 2, 1)
     kv_heads = max(config.num_key_value_heads // tp_size, 1)
     for name, weight in whole.items():

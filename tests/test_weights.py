@@ -19,6 +19,7 @@ from engine.errors import ModelError
 from engine.layers.layer import LayerConfig, named_layers
 from engine.model_config import ModelConfig
 from engine.models import build_model
+from engine.parallel import Communicator
 from engine.weights import load_weights, resolve_model, resolve_tokenizer
 
 CPU = torch.device("cpu")
@@ -120,7 +121,7 @@ def test_weights_staged_to_the_gpu_equal_those_on_the_cpu(
 ) -> None:
     monkeypatch.setattr(weights, "STAGING_BYTES", 1000)  # several pieces a weight
     config = ModelConfig.from_path(tiny_llama)
-    models = [build_model(config, LayerConfig(config.dtype, tp_rank=tp_rank, tp_size=2)) for _ in range(2)]
+    models = [build_model(config, LayerConfig(config.dtype, comm=Communicator(tp_rank, 2))) for _ in range(2)]
     for model, device in zip(models, (CPU, torch.device("cuda")), strict=True):
         load_weights(model, tiny_llama, "auto", device)
     for (path, a), (_, b) in zip(*map(named_layers, models), strict=True):

@@ -6,12 +6,13 @@ Nothing of a module is needed here: weights are never trained, and they get thei
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 
 from engine.errors import ModelError
+from engine.parallel import Communicator
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,22 @@ class LayerConfig:
 
     dtype: torch.dtype
     attention_backend: str = "torch"
-    tp_rank: int = 0
-    tp_size: int = 1
+    comm: Communicator = field(default_factory=Communicator)
 
     @property
     def shard(self) -> Shard:
-        return Shard(self.tp_rank, self.tp_size)
+        return Shard(self.comm.rank, self.comm.size)
+
+    def kv_shard(self, num_kv_heads: int) -> Shard:
+        """Of keys and values. More ranks than KV heads: several ranks hold the same head."""
+        size = self.comm.size
+        if size > num_kv_heads and size % num_kv_heads == 0:
+            return Shard(self.comm.rank * num_kv_heads // size, num_kv_heads)
+        return self.shard
+
+    def num_kv_heads(self, of_all: int) -> int:
+        """This rank's share of `of_all`."""
+        return self.kv_shard(of_all).size_of(of_all, "num_key_value_heads")
 
     def split(self, size: int, what: str) -> int:
         """This rank's share of `size`."""

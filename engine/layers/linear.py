@@ -11,7 +11,7 @@ import torch
 from engine.errors import ModelError
 from engine.layers.layer import Layer, LayerConfig, Shard, match_shard, meta_weight
 from engine.layers.norm import RMSNorm
-from kernels.gemm import linear_add, norm_linear, norm_linear_act, pack
+from kernels.gemm import linear, linear_add, norm_linear, norm_linear_act, pack
 
 # Hugging Face's name -> the kernels'
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -59,7 +59,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
 
 
 class QKVParallelLinear(ColumnParallelLinear):
-    """Queries, keys and values, split by heads. More ranks than KV heads: several ranks hold the same KV head.
+    """Queries, keys and values, split by heads.
 
     `num_heads` and `num_kv_heads` are this rank's.
     """
@@ -67,11 +67,9 @@ class QKVParallelLinear(ColumnParallelLinear):
     def __init__(
         self, input_size: int, head_dim: int, num_heads: int, num_kv_heads: int, bias: bool, layers: LayerConfig
     ) -> None:
-        kv_shard = layers.shard
-        if layers.tp_size > num_kv_heads and layers.tp_size % num_kv_heads == 0:
-            kv_shard = Shard(layers.tp_rank * num_kv_heads // layers.tp_size, num_kv_heads)
+        kv_shard = layers.kv_shard(num_kv_heads)
         self.num_heads = layers.split(num_heads, "num_attention_heads")
-        self.num_kv_heads = kv_shard.size_of(num_kv_heads, "num_key_value_heads")
+        self.num_kv_heads = layers.num_kv_heads(num_kv_heads)
         kv_size = self.num_kv_heads * head_dim
         super().__init__(
             input_size, [self.num_heads * head_dim, kv_size, kv_size], [layers.shard, kv_shard, kv_shard], bias, layers
@@ -79,17 +77,21 @@ class QKVParallelLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(Layer):
-    """The product that ends a residual branch: h + x W^T + b, which may be written into h."""
+    """The product that ends a residual branch: h + x W^T + b, which may be written into h.
+
+    Of several ranks the first adds h and b to its product, before the sum over ranks: that costs no pass of its own.
+    """
 
     weight_names: ClassVar = ("weight", "bias")
 
     def __init__(self, input_size: int, output_size: int, bias: bool, layers: LayerConfig) -> None:
-        self.shard = layers.shard
+        self.shard, self.comm = layers.shard, layers.comm
         self.weight = meta_weight(output_size, layers.split(input_size, "input size"), dtype=layers.dtype)
         self.bias = meta_weight(output_size, dtype=layers.dtype) if bias else None
 
     def __call__(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        return linear_add(x, self.weight, h, self.bias)
+        partial = linear_add(x, self.weight, h, self.bias) if self.comm.rank == 0 else linear(x, self.weight)
+        return self.comm.all_reduce(partial)
 
     def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
         if name == "bias":  # every rank holds all of it

@@ -1,0 +1,194 @@
+"""What the ranks of one model tell each other while they compute: NCCL between GPUs, gloo between CPU processes.
+
+Every rank calls the same operations in the same order; each is enqueued on the current stream, and can be captured in
+a CUDA graph. Small sums between GPUs go through peer memory: every rank writes its addend into a buffer that all can
+read, and adds up all buffers itself. That takes one exchange where NCCL's ring takes several.
+"""
+
+import logging
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from engine.errors import ModelError
+from kernels.sampling import argmax
+
+logger = logging.getLogger(__name__)
+
+# Ranks -> largest sum, in bytes, that goes through peer memory: each rank reads all of every other rank's addend.
+PEER_SUM_BYTES = {2: 4 << 20, 3: 1 << 20, 4: 512 << 10, 5: 256 << 10, 6: 256 << 10, 7: 256 << 10, 8: 256 << 10}
+PEER_ALIGNMENT = 16
+PEER_DTYPES = (torch.bfloat16, torch.float32)  # that torch's operation adds
+COLLECTIVE_TIMEOUT = timedelta(hours=1)  # a rank that is gone is noticed by who started it, long before
+POLL_S = 0.001
+
+
+class Communicator:
+    """Rank `rank` of `size`. A single rank needs no `connect`, and has nothing to exchange."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+        self._device = torch.device("cpu")
+        self._peer_buffer: torch.Tensor | None = None
+        self.backend = self._group_name = ""
+
+    def connect(self, store: dist.TCPStore, device: torch.device, use_peer_memory: bool = True) -> None:
+        """Meet the other ranks; this one computes on `device`. Blocks until all are there."""
+        self._device = device
+        self.backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            self.backend,
+            store=store,
+            rank=self.rank,
+            world_size=self.size,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+        if device.type == "cuda" and use_peer_memory:
+            self._peer_buffer = self._open_peer_memory()
+
+    def describe(self) -> str:
+        """How they exchange."""
+        if self._peer_buffer is None:
+            return self.backend
+        return f"{self.backend}; sums up to {self._peer_buffer.nbytes >> 10} KiB through peer memory"
+
+    def close(self) -> None:
+        """Only while all ranks are well: it waits for them."""
+        if self.size > 1 and dist.is_initialized():
+            self._peer_buffer = None
+            dist.destroy_process_group()
+
+    # ---- within a step ----
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' `x`, the same on each of them. May be `x` itself."""
+        if self.size == 1:
+            return x
+        buffer = self._peer_buffer
+        if (
+            buffer is not None
+            and x.dtype in PEER_DTYPES
+            and x.nbytes <= buffer.nbytes
+            and x.nbytes % PEER_ALIGNMENT == 0
+            and x.is_contiguous()
+        ):
+            mine = buffer.view(x.dtype)[: x.numel()].view(x.shape)
+            return torch.ops.symm_mem.one_shot_all_reduce_copy(mine, x, "sum", self._group_name)
+        x = x.contiguous()
+        dist.all_reduce(x)
+        return x
+
+    def gather(self, logits: torch.Tensor, width: int) -> torch.Tensor | None:
+        """Slices of a vocabulary side by side, on rank 0: [S, at most `width`] of each rank -> [S, V]; else None.
+
+        Only the last rank may have less than `width`.
+        """
+        if self.size == 1:
+            return logits
+        missing = width - logits.shape[1]
+        padded = F.pad(logits, (0, missing)) if missing else logits.contiguous()
+        slices = [torch.empty_like(padded) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(padded, slices)
+        return None if slices is None else torch.cat(slices, dim=1)
+
+    def most_likely(self, logits: torch.Tensor, first_token: int) -> torch.Tensor:
+        """`argmax` over all ranks' slices of a vocabulary, the same on each of them; [S, slice] -> int32 [S].
+
+        first_token: the id that this rank's slice begins with.
+        """
+        tokens = argmax(logits)
+        if self.size == 1:
+            return tokens
+        best = logits.gather(1, tokens.clamp(min=0).long()[:, None])
+        ids = torch.where(tokens < 0, -1, tokens + first_token)[:, None]
+        candidates = torch.zeros(self.size, *ids.shape[:1], 2, device=ids.device)
+        candidates[self.rank] = torch.cat((best.float(), ids.float()), dim=1)  # ids are below 2^24: exact
+        values, ids = self.all_reduce(candidates).unbind(dim=2)  # [R, S]: a sum with zeros gathers
+        winner = values.argmax(dim=0, keepdim=True)  # of equals the first, as argmax has it
+        chosen = ids.gather(0, winner)[0]
+        return torch.where((ids < 0).any(dim=0), -1, chosen).to(torch.int32)
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """Rank 0's `x` into everyone's."""
+        if self.size > 1:
+            dist.broadcast(x, 0)
+        return x
+
+    # ---- once, at the start ----
+
+    def minimum(self, value: int) -> int:
+        """The smallest of all ranks' values."""
+        if self.size == 1:
+            return value
+        least = torch.tensor(value, dtype=torch.int64, device=self._device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        return int(least)
+
+    def self_test(self, timeout_s: float, num_bytes: int = 1 << 10) -> float:
+        """Each pair of ranks exchanges `num_bytes`, which are checked. Returns the slowest exchange's bytes/s.
+
+        `ModelError` naming the pair if nothing, or something else, has arrived after `timeout_s`.
+        """
+        slowest = float("inf")
+        for distance in range(1, self.size):
+            to, source = (self.rank + distance) % self.size, (self.rank - distance) % self.size
+            sent = torch.full((num_bytes,), self.rank, dtype=torch.uint8, device=self._device)
+            received = torch.full_like(sent, 255)
+            start = time.perf_counter()
+            works = dist.batch_isend_irecv([dist.P2POp(dist.isend, sent, to), dist.P2POp(dist.irecv, received, source)])
+            if not self._all_end(works, timeout_s):
+                others = f"rank {to}" if to == source else f"ranks {source} and {to}"
+                raise ModelError(
+                    f"rank {self.rank} ({self._device}) and {others} could not exchange {num_bytes} bytes within "
+                    f"{timeout_s:g} s through {self.backend}"
+                )
+            if not bool((received == source).all()):
+                raise ModelError(f"rank {self.rank} ({self._device}) got other bytes from rank {source} than it sent")
+            slowest = min(slowest, num_bytes / (time.perf_counter() - start))
+        return slowest
+
+    def _all_end(self, works: list[dist.Work], timeout_s: float) -> bool:
+        deadline = time.perf_counter() + timeout_s
+        if self.backend == "gloo":  # whose works make progress only while someone waits
+            try:
+                return all(work.wait(timedelta(seconds=timeout_s)) for work in works)
+            except RuntimeError:
+                return False
+        while not all(work.is_completed() for work in works):
+            if time.perf_counter() > deadline:
+                return False
+            time.sleep(POLL_S)
+        return True
+
+    def _open_peer_memory(self) -> torch.Tensor | None:
+        """A buffer that all ranks can read; None where there is none to be had: NCCL then does all sums."""
+        num_bytes = PEER_SUM_BYTES.get(self.size, 0)
+        index = self._device.index
+        peers = [index - self.rank + rank for rank in range(self.size) if rank != self.rank]
+        buffer, reason = None, ""
+        group = dist.group.WORLD
+        assert group is not None
+        self._group_name = group.group_name
+        if not num_bytes:
+            reason = f"{self.size} ranks are too many"
+        elif not hasattr(torch.ops.symm_mem, "one_shot_all_reduce_copy"):
+            reason = "this torch has no such operation"
+        elif not all(torch.cuda.can_device_access_peer(index, peer) for peer in peers):
+            reason = "these GPUs cannot read each other's memory"
+        else:
+            import torch.distributed._symmetric_memory as symmetric_memory  # here: CPU builds need not have it
+
+            try:
+                buffer = symmetric_memory.empty(num_bytes // 4, dtype=torch.float32, device=self._device)
+                symmetric_memory.rendezvous(buffer, group)
+            except RuntimeError as error:  # of the driver or the container: file descriptors may not be shared, say
+                buffer, reason = None, str(error).partition("\n")[0]
+        if self.minimum(int(buffer is not None)):
+            return buffer
+        # One that goes another way than the rest would wait for ever.
+        logger.warning("sums go through NCCL, not peer memory: %s", reason or "another rank has none")
+        return None

@@ -1,0 +1,334 @@
+"""Several processes at work on one model, or behind one address: what travels between them, and how they end."""
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch.distributed import destroy_process_group
+
+from engine.balance import METHODS, Balancer
+from engine.channel import ChannelReader, open_channel
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import EngineStopped, InvalidRequest, ModelError
+from engine.replicas import REPORT_S, ReplicaSet
+from engine.request import Delta, FinishReason, Request, SamplingParams
+
+ROOT = Path(__file__).parent.parent
+SMALL = 1 << 12  # bytes of ring: a few messages
+
+
+def sum_messages(reader: ChannelReader, pipe: multiprocessing.connection.Connection) -> None:
+    """Checks that every message is whole: all its numbers are equal."""
+    count = total = 0
+    try:
+        while True:
+            numbers = np.frombuffer(reader.receive(), np.int32)
+            assert (numbers == numbers[:1]).all()
+            count, total = count + 1, total + int(numbers.sum())
+    except EOFError:
+        pipe.send((count, total))
+
+
+def test_messages_arrive_whole_in_other_processes_however_often_the_ring_wraps() -> None:
+    context = multiprocessing.get_context("spawn")
+    writer, (there, here) = open_channel(2, SMALL)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=sum_messages, args=(there, theirs))
+    process.start()
+    there.close()
+    thread = threading.Thread(target=sum_messages, args=(here, theirs))
+    thread.start()
+    total = 0
+    for i in range(3000):  # some 600 times round
+        numbers = np.full(i % 400, i, np.int32)
+        total += int(numbers.sum())
+        writer.send(numbers[: i % 7], numbers[i % 7 :])
+    writer.close()
+    assert [ours.recv() for _ in range(2)] == [(3000, total)] * 2
+    thread.join()
+    process.join()
+
+
+def test_a_slow_reader_holds_the_writer_back_and_loses_nothing() -> None:
+    writer, (fast, slow) = open_channel(2, SMALL)
+    message = bytes(SMALL // 4 - 8)
+    for i in range(4):
+        writer.send(message)
+        assert len(fast.receive()) == len(message) and writer.num_unread(0) == 0 and writer.num_unread(1) == i + 1
+    with pytest.raises(TimeoutError, match="reader 1"):
+        writer.send(b"one too many", timeout_s=0.01)
+    sender = threading.Thread(target=writer.send, args=(b"the last",))
+    sender.start()
+    received = [bytes(slow.receive()) for _ in range(5)]
+    sender.join()
+    assert received == [message] * 4 + [b"the last"]
+    assert bytes(fast.receive()) == b"the last"
+
+
+def test_a_message_stays_as_it_is_until_the_next_is_received() -> None:
+    writer, (reader,) = open_channel(1, SMALL)
+    writer.send(b"a" * 1000)
+    view = reader.receive()
+    for _ in range(3):
+        writer.send(b"b" * 1000)
+    with pytest.raises(TimeoutError):  # the first one's memory is still in use
+        writer.send(b"c" * 1000, timeout_s=0.01)
+    assert bytes(view) == b"a" * 1000
+    reader.receive()
+    writer.send(b"c" * 1000)
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
+    writer, _ = open_channel(1, SMALL)
+    with pytest.raises(ValueError, match=r"5000 bytes.*2040"):
+        writer.send(bytes(5000))
+
+
+def test_a_writer_without_its_reader_hears_of_it() -> None:
+    writer, (reader,) = open_channel(1, SMALL)
+    reader.close()
+    with pytest.raises(BrokenPipeError):
+        writer.send(b"is anybody there?")
+
+
+async def test_what_cannot_be_split_is_told_with_the_numbers(tiny_llama: Path) -> None:
+    with pytest.raises(ModelError, match="num_attention_heads is 4, which cannot be split over 3 ranks"):
+        await Engine(EngineConfig(model_path=str(tiny_llama), device="cpu", tp_size=3)).start()
+
+
+@pytest.fixture
+async def replicas(tiny_llama: Path) -> AsyncIterator[ReplicaSet]:
+    config = EngineConfig(
+        model_path=str(tiny_llama), device="cpu", dtype="float32", dp_size=2, max_total_tokens=2048, random_seed=0
+    )
+    engine = ReplicaSet(config)
+    async with engine:
+        yield engine
+
+
+async def ask(engine: Engine, input_ids: list[int], **fields: Any) -> list[Delta]:
+    options = {name: fields.pop(name) for name in ("stream", "return_logprob", "logprob_start_len") if name in fields}
+    params = SamplingParams(**{"max_new_tokens": 4, "temperature": 0.0, "ignore_eos": True, **fields})
+    request = Request(os.urandom(8).hex(), input_ids, params, lambda delta: None, **options)
+    return [delta async for delta in engine.generate(request)]
+
+
+async def test_engines_behind_one_facade_are_one_engine_until_one_dies(replicas: ReplicaSet) -> None:
+    engine = replicas
+    (delta,) = await ask(engine, [5, 6, 7], return_logprob=True, logprob_start_len=0)
+    request = delta.request
+    assert len(request.output_ids) == 4 and request.finish_reason == FinishReason("length")
+    assert request.input_logprobs is not None and len(request.input_logprobs.token) == 3
+    assert request.times.arrived < request.times.scheduled < request.times.first_token <= request.times.finished
+    streamed = await ask(engine, [5, 6, 7], stream=True)
+    assert [token for delta in streamed for token in delta.token_ids] == request.output_ids and len(streamed) > 1
+
+    (delta,) = await ask(engine, [5, 6, 7], regex="[0-9]{3}", ignore_eos=False, max_new_tokens=8)
+    assert delta.text.isdigit() and len(delta.text) == 3
+    with pytest.raises(InvalidRequest, match="regex"):
+        await ask(engine, [5], regex="[")
+    (delta,) = await ask(engine, [5], stop_regex=["(?s)(?:.|.|..)+(?<=\x00)"], max_new_tokens=300)  # refused later on
+    assert delta.finish_reason is not None and delta.finish_reason.status_code == 400
+
+    endless = Request("endless", [9], SamplingParams(max_new_tokens=400, ignore_eos=True), lambda delta: None, True)
+    async with aclosing(engine.generate(endless)) as deltas:
+        await anext(deltas)
+        assert engine.health().status == "ok" and not engine.flush_cache()
+    assert endless.finish_reason is not None and endless.finish_reason.type == "abort"
+    await asyncio.sleep(3 * REPORT_S)
+    scheduler = engine.stats().scheduler
+    assert (scheduler.num_running, scheduler.num_held_tokens, scheduler.num_total_tokens) == (0, 0, 2 * 2048)
+    assert engine.flush_cache()
+
+    victim = min(filter(is_rank, descendants(os.getpid())))
+    waiting = asyncio.create_task(ask(engine, [5, 6, 7], max_new_tokens=400))
+    await asyncio.sleep(0.05)
+    os.kill(victim, signal.SIGKILL)
+    assert f"(pid {victim}) was ended by SIGKILL" in await asyncio.wait_for(engine.failed(), 10)
+    (delta,) = await waiting
+    assert delta.finish_reason is not None and delta.finish_reason.status_code == 500
+    with pytest.raises(EngineStopped):
+        await ask(engine, [5, 6, 7])
+
+
+async def test_two_ranks_draw_and_score_as_one_does(tiny_llama: Path) -> None:
+    prompt = [5, 6, 7, *range(100, 140)]
+    drawn, scores = [], []
+    for tp_size in (1, 2):
+        config = EngineConfig(model_path=str(tiny_llama), device="cpu", dtype="float32", max_total_tokens=2048)
+        async with Engine(config.replace(tp_size=tp_size, chunked_prefill_size=16)) as engine:
+            fields = {"temperature": 1.2, "top_p": 0.9, "frequency_penalty": 1.0, "sampling_seed": 7}
+            (delta,) = await ask(engine, prompt, max_new_tokens=16, **fields)
+            drawn.append(delta.token_ids)
+            (delta,) = await ask(engine, prompt, return_logprob=True, logprob_start_len=0)
+            assert delta.logprobs is not None and delta.request.input_logprobs is not None
+            entries = delta.request.input_logprobs.token[1:] + delta.logprobs.token
+            scores.append([value for value, _ in entries])
+    assert drawn[0] == drawn[1]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_loads_are_spread_whatever_the_policy(method: str) -> None:
+    balancer = Balancer(method, 3)
+    assert sorted(balancer.pick(bytes([i]) * 1024, [0, 0, 0]) for i in range(6)) == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_shortest_queue_is_the_one_with_the_fewest_requests() -> None:
+    balancer = Balancer("shortest_queue", 3)
+    assert [balancer.pick(b"", loads) for loads in ([2, 1, 3], [0, 1, 1], [5, 5, 4])] == [1, 0, 2]
+
+
+def test_a_known_prefix_goes_where_it_is_cached_until_that_is_a_hot_spot() -> None:
+    balancer = Balancer("cache_aware", 2)
+    head = b"a" * 1024
+    home = balancer.pick(head, [0, 0])
+    other = 1 - home
+    busy = [0, 0]
+    busy[home] = 10
+    assert balancer.pick(head + b"b" * 300, busy) == home
+    assert balancer.pick(head + b"c" * 3000, busy) == other, "most of it is new"
+    assert balancer.pick(b"d" * 1024, busy) == other
+    busy[home] = 40
+    assert balancer.pick(head, busy) == other, "a hot spot"
+    busy[home] = 0
+    balancer.forget(home)
+    assert balancer.pick(head, [1, 1]) == other, "it knows the prefix too by now"
+
+
+def test_what_is_remembered_of_prompts_is_bounded() -> None:
+    balancer = Balancer("cache_aware", 2, max_chunks=4)
+    home = balancer.pick(b"a" * 1024, [0, 0])
+    balancer.pick(b"b" * 1024, [0, 0])
+    loads = [0, 0]
+    loads[home] = 1
+    assert balancer.pick(b"a" * 1024, loads) != home, "forgotten"
+
+
+def descendants(pid: int) -> set[int]:
+    children = {
+        int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
+    }
+    return children.union(*map(descendants, children))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def is_rank(pid: int) -> bool:
+    return b"--multiprocessing-fork" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def start_server(model: Path, log: Path, *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "server", "--model-path", str(model), "--device", "cpu", "--port", "0", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    with log.open("wb") as output:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+
+
+@contextmanager
+def server(model: Path, log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A server process that is ready."""
+    process = start_server(model, log, *options)
+    family = {process.pid}
+    try:
+        wait_until(lambda: process.poll() is not None or "radixloop is ready" in log.read_text(), 120)
+        assert process.poll() is None, log.read_text()
+        yield process
+    finally:
+        family |= descendants(process.pid)
+        for pid in filter(is_alive, family):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_until(condition, limit_s: float = 20.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(signal.SIGKILL, "was ended by SIGKILL"), (signal.SIGSTOP, "has not taken up a step")]
+)
+def test_a_rank_that_dies_or_hangs_ends_the_server_by_name(
+    number: signal.Signals, message: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with server(tiny_llama, log, "--tp", "2", "--dist-timeout", "2") as process:
+        family = descendants(process.pid)
+        (rank,) = filter(is_rank, family)
+        os.kill(rank, number)
+        if number == signal.SIGSTOP:  # an idle server needs no rank: the next step does
+            port = log.read_text().partition("http://127.0.0.1:")[2].partition("\n")[0].split("/")[0].strip()
+            body = '{"input_ids": [1, 2, 3]}'
+            subprocess.run(
+                ["curl", "-s", f"http://127.0.0.1:{port}/generate", "-H", "Content-Type: application/json", "-d", body],
+                check=False, capture_output=True, timeout=20,
+            )  # fmt: skip
+        assert process.wait(20) == 1
+        text = log.read_text()
+        assert f"error: rank 1 (pid {rank}) " in text and message in text
+        wait_until(lambda: not any(map(is_alive, family)))
+
+
+def test_ranks_do_not_outlive_a_server_that_is_killed(tiny_llama: Path, tmp_path: Path) -> None:
+    with server(tiny_llama, tmp_path / "log", "--tp", "2") as process:
+        family = descendants(process.pid)
+        assert any(map(is_rank, family))
+        process.kill()
+        wait_until(lambda: not any(map(is_alive, family)))
+
+
+async def test_a_model_spans_two_nodes_until_one_is_lost(tiny_llama: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    nodes = ("--tp", "2", "--nnodes", "2", "--dist-init-addr", address)
+    node = start_server(tiny_llama, tmp_path / "log", *nodes, "--node-rank", "1")
+    config = EngineConfig(model_path=str(tiny_llama), device="cpu", dtype="float32", max_total_tokens=2048)
+    engine = Engine(config.replace(tp_size=2, nnodes=2, dist_init_addr=address))
+    try:
+        async with engine:
+            (delta,) = await ask(engine, [5, 6, 7])
+            assert len(delta.token_ids) == 4
+            family = {node.pid, *descendants(node.pid)}
+            node.kill()
+            assert "node 1 is gone" in await asyncio.wait_for(engine.failed(), 10)
+        wait_until(lambda: not any(map(is_alive, family)))
+    finally:
+        node.kill()
+        node.wait()
+        destroy_process_group()  # a process whose engine has failed ends; this one goes on
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"tp_size": 0}, "tp-size must be at least 1, got 0"),
+        ({"tp_size": 3, "nnodes": 2}, "3 cannot be split over --nnodes 2"),
+        ({"tp_size": 2, "nnodes": 2, "node_rank": 2}, "between 0 and 1, got 2"),
+        ({"tp_size": 2, "nnodes": 2, "dp_size": 2}, "--dp-size 2 is for one node"),
+        ({"tp_size": 2, "nnodes": 2, "dist_init_addr": "somewhere"}, "HOST:PORT.*'somewhere'"),
+    ],
+)
+async def test_sizes_that_do_not_fit_each_other_are_told(sizes: dict[str, Any], message: str, tiny_llama: Path) -> None:
+    with pytest.raises(ModelError, match=message):
+        await Engine(EngineConfig(model_path=str(tiny_llama), device="cpu", **sizes)).start()
