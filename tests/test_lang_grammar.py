@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import regex
+import regex  # type: ignore[import-untyped]
 
 import server.lang as sgl
 from server.lang.backends.openai import OpenAI
