@@ -261,6 +261,7 @@ class Request:
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0  # of the prompt, found in the cache when first admitted
     num_retractions: int = 0
+    num_admitted_before: int = 0  # requests that the scheduler had admitted when this one came
     matcher: "Matcher | None" = None  # follows the answer, if it is constrained; made when prepared
     num_forced_tokens: int = 0  # of the answer: put there by the matcher, not sampled
     charged_tokens: float = 0.0  # to its client, while it runs

@@ -30,6 +30,7 @@ from engine.request import FinishReason, Request, Status
 from engine.rows import Rows
 
 MAX_SORTED_QUEUE = 128  # matching a longer queue against the tree costs more than its order gains
+MAX_OVERTAKEN = 256  # requests that the policy may admit before one that came earlier
 MAX_RESERVED_TOKENS = 4096  # of one answer, counted when asking whether a request fits
 MIN_SHARED_TOKENS = 2048  # reads of shared KV a step must save for the grouped attention to pay
 _NO_EPOCHS = np.empty(0, np.int64)
@@ -113,7 +114,7 @@ class Scheduler:
         self._min_ratio = 0.14 * self._base_ratio
         self._ratio_decay = (self._base_ratio - self._min_ratio) / 600
         self.new_token_ratio = self._base_ratio
-        self.num_retractions = self.num_prompt_tokens = self.num_hit_tokens = 0
+        self.num_retractions = self.num_prompt_tokens = self.num_hit_tokens = self.num_admitted = 0
 
     # ---- requests come and go ----
 
@@ -131,6 +132,7 @@ class Scheduler:
         self.shares.check(request)
         self.shares.enter(request)
         request.status = Status.WAITING
+        request.num_admitted_before = self.num_admitted
         self.waiting.append(request)
         self._is_sorted = False
 
@@ -356,6 +358,7 @@ class Scheduler:
         self.cached_lens[row] = self.num_slots[row] = 0  # the first chunk matches again and takes the prefix over
         if not request.num_retractions:
             self.num_prompt_tokens += request.prompt_len
+        self.num_admitted += 1
         self.prefilling.append(request)
         self.shares.admit(request, len(match.slots))
         return True
@@ -447,6 +450,10 @@ class Scheduler:
     def _by_policy(self) -> list[Request]:
         policy = self.policy if len(self.waiting) <= MAX_SORTED_QUEUE else "fcfs"
         waiting = sorted(self.waiting, key=lambda r: r.times.arrived)
+        # Whom the policy likes least is overtaken only so often.
+        newest_overdue = self.num_admitted - MAX_OVERTAKEN
+        overdue = [r for r in waiting if r.num_admitted_before <= newest_overdue]
+        waiting = [r for r in waiting if r.num_admitted_before > newest_overdue]
         if policy == "random":
             self._random.shuffle(waiting)
         elif policy == "lpm":
@@ -455,7 +462,7 @@ class Scheduler:
             waiting = _depth_first(
                 waiting, {id(r): self.cache.match(r.all_token_ids(), r.extra_key).node for r in waiting}
             )
-        return waiting
+        return overdue + waiting
 
     # ---- leaving ----
 

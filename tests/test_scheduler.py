@@ -7,6 +7,7 @@ import pytest
 
 from cache.allocator import PageAllocator
 from cache.radix import NoCache, RadixCache
+from engine import scheduler
 from engine.errors import PromptTooLong, QueueFull
 from engine.plan import Plan
 from engine.request import FinishReason, Request, SamplingParams, Status
@@ -192,6 +193,20 @@ def test_each_policy_serves_everyone(policy: str) -> None:
     requests = [traffic.submit(prompt_of(rng, 15, heads), 3) for _ in range(30)]
     traffic.run_all()
     assert all(r.output_ids == expected(r.input_ids, 3) for r in requests)
+
+
+def test_a_request_that_matches_nothing_is_overtaken_only_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "MAX_OVERTAKEN", 5)
+    traffic = Traffic(96, num_rows=1, policy="lpm")
+    traffic.submit(list(range(1, 30)))
+    traffic.run_all()
+    stranger = traffic.submit(list(range(500, 510)))
+    for i in range(8):
+        traffic.submit([*range(1, 30), 40 + i])
+    while stranger.status is Status.WAITING:
+        traffic.submit([*range(1, 30), 60])
+        traffic.step()
+    assert traffic.scheduler.num_admitted - stranger.num_admitted_before == 5 + 1
 
 
 def test_lpm_runs_the_longest_cached_prefix_first() -> None:
