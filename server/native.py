@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import os
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -220,6 +221,7 @@ class NativeApi:
                 "max_req_input_len": self.engine.context_length - 1,
                 "internal_states": [dataclasses.asdict(self.engine.stats())],
                 "version": _version(),
+                "pid": os.getpid(),
             }
         )
 

@@ -55,7 +55,7 @@ def test_messages_arrive_whole_in_other_processes_however_often_the_ring_wraps()
     for i in range(3000):  # some 600 times round
         numbers = np.full(i % 400, i, np.int32)
         total += int(numbers.sum())
-        writer.send(numbers[: i % 7], numbers[i % 7 :])
+        writer.send(numbers[: i % 7], numbers[i % 7 :], timeout_s=60)  # the process may take long to start
     writer.close()
     assert [ours.recv() for _ in range(2)] == [(3000, total)] * 2
     thread.join()

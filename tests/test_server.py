@@ -624,9 +624,9 @@ class SlowEngine(FakeEngine):
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, engine_class: type, *argv: str) -> int:
-    fake = types.ModuleType("engine.engine")
-    monkeypatch.setattr(fake, "Engine", engine_class, raising=False)
-    monkeypatch.setitem(sys.modules, "engine.engine", fake)
+    fake = types.ModuleType("engine.replicas")
+    monkeypatch.setattr(fake, "new_engine", engine_class, raising=False)
+    monkeypatch.setitem(sys.modules, "engine.replicas", fake)
     return main(["--model-path", "fake-model", *argv])
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 import socket
 import subprocess
 import sys
@@ -100,11 +101,11 @@ class Engine(Session):
 
     def __init__(self, model_path: str = "demo", chat_template_name: str | None = None, **options: Any) -> None:
         from engine.config import EngineConfig
-        from engine.engine import Engine as RealEngine
+        from engine.replicas import new_engine
 
         options.pop("log_level", None)  # a server's
         self.endpoint: EngineBackend = EngineBackend(model_path)
-        engine = RealEngine(EngineConfig(model_path=model_path, **options))
+        engine = new_engine(EngineConfig(model_path=model_path, **options))
         loop = self.endpoint.loop
 
         async def stop() -> None:
@@ -150,24 +151,27 @@ class Runtime(Session):
         self._end = weakref.finalize(self, _end_process, self.process)
         self.url = f"http://127.0.0.1:{port}"
         try:
-            self._wait_until_healthy(time.monotonic() + launch_timeout)
-            self.endpoint: RuntimeEndpoint = RuntimeEndpoint(
-                self.url, options.get("api_key"), chat_template_name=chat_template_name
-            )
+            api_key = options.get("api_key")
+            self._wait_until_ready(time.monotonic() + launch_timeout, api_key)
+            self.endpoint: RuntimeEndpoint = RuntimeEndpoint(self.url, api_key, chat_template_name=chat_template_name)
         except BaseException:
             self._end()
             raise
 
-    def _wait_until_healthy(self, deadline: float) -> None:
+    def _wait_until_ready(self, deadline: float, api_key: str | None) -> None:
+        request = urllib.request.Request(f"{self.url}/get_server_info")
+        if api_key:
+            request.add_header("Authorization", f"Bearer {api_key}")
         while time.monotonic() < deadline:
             if (status := self.process.poll()) is not None:
                 raise RuntimeError(f"the server ended with status {status} before it was ready")
             try:
-                with urllib.request.urlopen(f"{self.url}/health_generate", timeout=POLL_S + 20) as answer:
-                    if answer.status == 200:
+                with urllib.request.urlopen(request, timeout=20) as answer:
+                    if json.load(answer)["pid"] == self.process.pid:  # and not another's that was faster at this port
                         return
-            except OSError:  # not listening yet, or not ready
-                time.sleep(POLL_S)
+            except OSError:  # not listening yet
+                pass
+            time.sleep(POLL_S)
         raise RuntimeError("the server was not ready in time")
 
     def get_tokenizer(self) -> Any:
