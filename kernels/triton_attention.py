@@ -5,7 +5,7 @@ Scores are kept in units of log2, for exp2. The definition is `kernels.attention
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -106,10 +106,8 @@ def decode(
     On Hopper lengths and slots are read before the kernel ahead has ended, which must not be the one to write them.
     """
     num_requests = batch.num_decodes
-    num_heads, head_dim = q.shape[1:]
-    num_kv_heads = k_cache.shape[1]
-    group = num_heads // num_kv_heads
-    block_group = next_power_of_2(group)
+    head_dim, num_kv_heads = q.shape[2], k_cache.shape[1]
+    block_group = next_power_of_2(q.shape[1] // num_kv_heads)
     block_d = next_power_of_2(head_dim)
     config = config or decode_config(block_d, num_requests, q.dtype.itemsize)
     num_programs = num_programs or config.programs_per_sm * _num_sms(q.device)
@@ -150,22 +148,12 @@ def decode(
         batch.slot_table.stride(0),
         window,
         scale * LOG2_E,
-        Q_STRIDE=q.stride(0),
-        K_STRIDE=k_cache.stride(0),
-        V_STRIDE=v_cache.stride(0),
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        HAS_WINDOW=window >= 0,
-        SOFTCAP=softcap * LOG2_E,
+        **_constants(q, k_cache, v_cache, window, softcap),
         BLOCK_B=_block_requests(num_requests),
         BLOCK_M=max(MIN_DOT_ROWS, block_group),
-        BLOCK_GROUP=block_group,
         BLOCK_N=config.block_n,
-        BLOCK_D=block_d,
         BLOCK_P=max(1, merge_registers * 32 * config.num_warps // (block_group * block_d)),
         PREFIX_BLOCK_N=prefix_config.block_n if prefix_config is not None else 1,
-        PRECISION=_precision(q.dtype),
         PDL=pdl,
         HAS_PREFETCH=pdl and config.has_prefetch,
         num_warps=config.num_warps,
@@ -191,10 +179,8 @@ def _prefix_partials(
 ) -> None:
     """Attention of each group's members to its prefix, in `num_splits` parts: what `decode` merges with their own."""
     num_requests = batch.num_decodes
-    num_heads, head_dim = q.shape[1:]
     num_kv_heads = k_cache.shape[1]
-    group = num_heads // num_kv_heads
-    block_group = next_power_of_2(group)
+    block_group = next_power_of_2(q.shape[1] // num_kv_heads)
     num_groups = shared.prefix_lens.shape[0]
     # Enough for a few large groups; with many small ones a program takes several tiles.
     num_programs = cdiv(num_requests * block_group, config.block_m) + 7
@@ -217,20 +203,10 @@ def _prefix_partials(
         batch.slot_table.stride(0),
         window,
         scale * LOG2_E,
-        Q_STRIDE=q.stride(0),
-        K_STRIDE=k_cache.stride(0),
-        V_STRIDE=v_cache.stride(0),
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        HAS_WINDOW=window >= 0,
-        SOFTCAP=softcap * LOG2_E,
+        **_constants(q, k_cache, v_cache, window, softcap),
         BLOCK_GROUPS=_block_requests(num_groups),
-        BLOCK_GROUP=block_group,
         BLOCK_M=max(config.block_m, block_group),
         BLOCK_N=config.block_n,
-        BLOCK_D=next_power_of_2(head_dim),
-        PRECISION=_precision(q.dtype),
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -252,12 +228,9 @@ def prefill(
 ) -> None:
     """The tokens after the first num_decodes, whatever number of them a request has, into `out`."""
     num_requests = len(batch.rows) - batch.num_decodes
-    num_heads, head_dim = q.shape[1:]
     num_kv_heads = k_cache.shape[1]
-    group = num_heads // num_kv_heads
-    block_group = next_power_of_2(group)
-    block_d = next_power_of_2(head_dim)
-    config = config or prefill_config(PREFILL_CONFIGS, block_d, q.dtype.itemsize)
+    block_group = next_power_of_2(q.shape[1] // num_kv_heads)
+    config = config or prefill_config(PREFILL_CONFIGS, next_power_of_2(q.shape[2]), q.dtype.itemsize)
     block_m = max(config.block_m, block_group)
     num_tiles = (q.shape[0] - batch.num_decodes) // (block_m // block_group) + num_requests  # at most
     pdl = has_dependent_launch(q.device)
@@ -274,25 +247,37 @@ def prefill(
         batch.slot_table.stride(0),
         window,
         scale * LOG2_E,
-        Q_STRIDE=q.stride(0),
-        K_STRIDE=k_cache.stride(0),
-        V_STRIDE=v_cache.stride(0),
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        HAS_WINDOW=window >= 0,
-        SOFTCAP=softcap * LOG2_E,
+        **_constants(q, k_cache, v_cache, window, softcap),
         BLOCK_B=_block_requests(num_requests),
-        BLOCK_GROUP=block_group,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
-        BLOCK_D=block_d,
-        PRECISION=_precision(q.dtype),
         PDL=pdl,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         launch_pdl=pdl,
     )
+
+
+def _constants(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, window: int, softcap: float
+) -> dict[str, Any]:
+    """What all three kernels are compiled for."""
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads = k_cache.shape[1]
+    group = num_heads // num_kv_heads
+    return {
+        "Q_STRIDE": q.stride(0),
+        "K_STRIDE": k_cache.stride(0),
+        "V_STRIDE": v_cache.stride(0),
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "HAS_WINDOW": window >= 0,
+        "SOFTCAP": softcap * LOG2_E,
+        "BLOCK_GROUP": next_power_of_2(group),
+        "BLOCK_D": next_power_of_2(head_dim),
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }
 
 
 @functools.cache
@@ -322,10 +307,6 @@ _kernel = triton.jit(
         "seq_lens", "rows", "cu_q_lens", "own_starts", "prefix_lens", "cu_members", "members",
     ],
 )  # fmt: skip
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "ieee" if dtype == torch.float32 else "tf32"
 
 
 @triton.jit
