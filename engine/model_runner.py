@@ -7,7 +7,7 @@ step is launched up to its logits, and `sample` enqueues the rest once the host 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -351,13 +351,17 @@ class ModelRunner:
         return host.copy_(tensor, non_blocking=True)
 
 
-def token_logprobs(values: SampledLogprobs | PromptLogprobs, i: int, token_id: int, request: Request) -> Logprobs:
-    """Entry `i` of `values` in the request's terms: its own number of top tokens, its own wanted ids."""
-    result = Logprobs(token=[(float(values.chosen[i]), token_id)])
-    k = request.top_logprobs_num
-    if k:
-        result.top.append(list(zip(values.top_values[i, :k].tolist(), values.top_ids[i, :k].tolist(), strict=True)))
-    if request.token_ids_logprob and values.ids_values is not None:
-        wanted = request.token_ids_logprob
-        result.token_ids.append(list(zip(values.ids_values[i, : len(wanted)].tolist(), wanted, strict=True)))
+def logprobs_of(
+    values: SampledLogprobs | PromptLogprobs, first: int, token_ids: Sequence[int], request: Request
+) -> Logprobs:
+    """Entries of `values` from `first` on, those of `token_ids`, in the request's terms: its own number of top tokens,
+    its own wanted ids."""
+    rows = slice(first, first + len(token_ids))
+    result = Logprobs(token=list(zip(values.chosen[rows].tolist(), token_ids, strict=True)))
+    if k := request.top_logprobs_num:
+        top = zip(values.top_values[rows, :k].tolist(), values.top_ids[rows, :k].tolist(), strict=True)
+        result.top = [list(zip(*row, strict=True)) for row in top]
+    if (wanted := request.token_ids_logprob) and values.ids_values is not None:
+        of_ids = values.ids_values[rows, : len(wanted)].tolist()
+        result.token_ids = [list(zip(row, wanted, strict=True)) for row in of_ids]
     return result

@@ -4,7 +4,7 @@ import logging
 import time
 
 from engine.errors import InvalidRequest
-from engine.model_runner import PromptLogprobs, Step, token_logprobs
+from engine.model_runner import PromptLogprobs, Step, logprobs_of
 from engine.request import Delta, FinishReason, Logprobs, Request, Status
 from engine.scheduler import Outcome, Scheduler
 
@@ -44,7 +44,7 @@ class OutputProcessor:
             unsent.token_ids += tokens
             if sample in sampled_index:
                 assert step.sampled_logprobs is not None
-                entry = token_logprobs(step.sampled_logprobs, sampled_index[sample], tokens[0], request)
+                entry = logprobs_of(step.sampled_logprobs, sampled_index[sample], tokens[:1], request)
                 unsent.logprobs = _joined(unsent.logprobs, entry)
             try:
                 stream = request.text_stream
@@ -118,8 +118,10 @@ class OutputProcessor:
         request, collected = values.request, values.request.input_logprobs
         assert collected is not None
         next_position = request.logprob_start_len + len(collected.token)
-        for i in range(next_position - values.start - 1, len(values.chosen)):  # a retracted prompt repeats some
-            _joined(collected, token_logprobs(values, i, request.input_ids[values.start + 1 + i], request))
+        first, stop = next_position - values.start - 1, len(values.chosen)  # a retracted prompt repeats some
+        if first < stop:
+            token_ids = request.input_ids[next_position : values.start + 1 + stop]
+            _joined(collected, logprobs_of(values, first, token_ids, request))
 
 
 def _refusal(error: Exception) -> FinishReason:

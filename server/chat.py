@@ -21,7 +21,7 @@ from server.parsers.reasoning import (
     find_reasoning_format,
 )
 from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS, Hermes, ToolFormat, find_tool_format
-from server.protocol import JSON, Engine, Fields, TokenizerFacade, check_n
+from server.protocol import JSON, Engine, Fields, TokenizerFacade, check_n, check_token_ids
 from server.sampling import MAX_TOP_LOGPROBS, read_options, read_sampling_params
 from server.tool_choice import ToolChoice, json_or_calls, read_tool_choice, structural_tag, tool_constraint
 
@@ -142,9 +142,7 @@ class Chats:
         tool_format = self._tool_format(choice)
         params, tag_of = self._sampling_params(body, choice, tool_format, reasoning)
         options = await self._options(body, reasoning)
-        input_ids = await self.engine.encode(prompt, add_special_tokens=False)  # the template has written them
-        if not input_ids:
-            raise InvalidRequest("messages make an empty prompt", "messages")
+        input_ids = await self._input_ids(body, prompt)
 
         is_separate = body.flag("separate_reasoning", True)
         streams_reasoning = body.flag("stream_reasoning", True)
@@ -164,6 +162,16 @@ class Chats:
             params.skip_special_tokens = False
         end_ids = await self._ids(reasoning.format.end) if reasoning else []
         return ChatTurn(prompt, input_ids, params, options, new_parser, end_ids, tag_of)
+
+    async def _input_ids(self, body: Fields, prompt: str) -> list[int]:
+        """Those of the body (SGLang's field) stand for `prompt`, which then only tells how the answer is to be read."""
+        if body.has("input_ids"):
+            return check_token_ids(body.get("input_ids"), self.engine.model_config.vocab_size, "input_ids")
+        # Unless vLLM's field says otherwise: templates write special tokens themselves.
+        input_ids = await self.engine.encode(prompt, body.flag("add_special_tokens"))
+        if not input_ids:
+            raise InvalidRequest("messages make an empty prompt", "messages")
+        return input_ids
 
     def render(self, body: Fields, choice: ToolChoice | None = None) -> str:
         """The prompt of a chat request. `InvalidRequest` names the message, or says why the template refused."""
@@ -236,6 +244,10 @@ class Chats:
         has_logprobs = body.flag("logprobs")
         if num_top and not has_logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
+        if body.flag("echo"):
+            body.unsupported("echo")
+        if not body.flag("include_reasoning", True):
+            body.unsupported("include_reasoning")
         options = read_options(body, num_top if has_logprobs else -1)
         if reasoning is not None and reasoning.is_inside:
             options.max_thinking_tokens = max_thinking_tokens(body)
@@ -284,6 +296,9 @@ def _template_variables(body: Fields) -> JSON:
     variables = dict((body.object("chat_template_kwargs") or Fields({})).values)
     if taken := RESERVED_VARIABLES & variables.keys():
         raise InvalidRequest(f"chat_template_kwargs must not hold {', '.join(sorted(taken))}", "chat_template_kwargs")
+    if (thinking := body.object("thinking")) is not None:
+        is_on = thinking.one_of("type", ("enabled", "adaptive", "disabled"), "enabled") != "disabled"
+        variables = {"enable_thinking": is_on, "thinking": is_on, **variables}
     effort = body.get("reasoning_effort")
     if effort is None:
         return variables

@@ -3,7 +3,7 @@
 from typing import Any
 
 from engine.errors import InvalidRequest
-from server.protocol import JSON, Fields
+from server.protocol import JSON, Fields, refuse
 
 ANY_OBJECT = {"type": "object"}
 FORMATS = ("text", "json_object", "json_schema", "structural_tag")
@@ -30,6 +30,7 @@ def constraint_of(body: Fields) -> JSON:
         for theirs, ours in STRUCTURED_OUTPUTS.items():
             if outputs.has(theirs):
                 found[f"structured_outputs.{theirs}"] = ours, outputs.get(theirs)
+        refuse(outputs, ("whitespace_pattern", "disable_additional_properties"))
         if outputs.flag("json_object"):
             found["structured_outputs.json_object"] = "json_schema", ANY_OBJECT
     for theirs in GUIDED:

@@ -46,7 +46,8 @@ PER_PROMPT = ("sampling_params", "return_logprob", "logprob_start_len", "top_log
 # Better refused than ignored.
 UNSUPPORTED = (
     "input_embeds", "image_data", "video_data", "audio_data", "lora_path", "custom_logit_processor",
-    "return_hidden_states", "bootstrap_host", "bootstrap_room",
+    "return_hidden_states", "return_routed_experts", "return_sampling_mask", "return_entropy",
+    "return_prompt_token_ids", "bootstrap_host", "bootstrap_room",
 )  # fmt: skip
 
 
@@ -77,6 +78,7 @@ class NativeApi:
             web.post("/stop_profile", self.stop_profile),
             web.post("/tokenize", self.tokenize),
             web.post("/v1/tokenize", self.tokenize),
+            web.get("/tokenizer_info", self.tokenizer_info),
             web.post("/detokenize", self.detokenize),
             web.post("/v1/detokenize", self.detokenize),
             web.post("/parse_function_call", self.parse_function_call),
@@ -287,17 +289,24 @@ class NativeApi:
         answer |= {"tokens": tokens, "count": [len(row) for row in tokens] if is_batch else len(tokens)}
         return json_response(answer)
 
+    async def tokenizer_info(self, _: web.Request) -> web.Response:
+        """vLLM's route: what a client needs to render conversations itself."""
+        tokenizer = self.engine.tokenizer
+        template = self.chats.template or tokenizer.chat_template
+        return json_response({**tokenizer.named_tokens, "chat_template": template})
+
     async def detokenize(self, http_request: web.Request) -> web.Response:
+        """The text, under SGLang's name and vLLM's."""
         body = await read_json(http_request)
         ids, vocab_size = body.get("tokens"), self.engine.model_config.vocab_size
         skip = body.flag("skip_special_tokens", True)
         if isinstance(ids, list) and ids and isinstance(ids[0], list):
             rows = [check_token_ids(row, vocab_size, f"tokens[{i}]") for i, row in enumerate(ids)]
-            return json_response(
-                {"text": [self.engine.tokenizer.decode(row, skip_special_tokens=skip) for row in rows]}
-            )
+            texts = [self.engine.tokenizer.decode(row, skip_special_tokens=skip) for row in rows]
+            return json_response({"text": texts, "prompt": texts})
         row = check_token_ids(ids, vocab_size, "tokens")
-        return json_response({"text": self.engine.tokenizer.decode(row, skip_special_tokens=skip)})
+        text = self.engine.tokenizer.decode(row, skip_special_tokens=skip)
+        return json_response({"text": text, "prompt": text})
 
     # ---- parts of an answer ----
 

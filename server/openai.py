@@ -146,7 +146,13 @@ class OpenAIApi:
     ) -> web.StreamResponse:
         """n answers to each prompt, all in one response. Choice i belongs to prompt i // n."""
         rid = body.text("rid") or f"{format_.rid_prefix}-{new_rid()}"
-        include_usage = _includes_usage(body, options.stream)
+        format_.returns_token_ids = body.flag("return_token_ids")
+        if format_.returns_token_ids and options.stream:
+            raise InvalidRequest("return_token_ids is not supported with stream: true", "return_token_ids")
+        format_.names_tokens_by_id = body.flag("return_tokens_as_token_ids")
+        stream_options = _stream_options(body, options.stream)
+        include_usage = stream_options.flag("include_usage")
+        format_.has_continuous_usage = stream_options.flag("continuous_usage_stats") and include_usage
         n = params.n
         requests: list[Request] = []
         for i, input_ids in enumerate(prompts):
@@ -182,13 +188,11 @@ class OpenAIApi:
     # ---- reading ----
 
 
-def _includes_usage(body: Fields, is_stream: bool) -> bool:
+def _stream_options(body: Fields, is_stream: bool) -> Fields:
     options = body.object("stream_options")
-    if options is None:
-        return False
-    if not is_stream:
+    if options is not None and not is_stream:
         raise InvalidRequest("stream_options is allowed only with stream: true", "stream_options")
-    return options.flag("include_usage")
+    return options or Fields({})
 
 
 def count_usage(requests: Sequence[Request], num_output_tokens: Sequence[int], n: int) -> Usage:
@@ -213,6 +217,10 @@ class Format:
         self.tokenizer, self.model = tokenizer, model
         self._head: JSON = {}
         self.meta_info: MetaInfo | None = None  # of the choices, if asked for
+        # vLLM's fields:
+        self.returns_token_ids = False  # beside each choice's text
+        self.names_tokens_by_id = False  # in log-probabilities: "token_id:17", which no other token is called
+        self.has_continuous_usage = False  # in each chunk of a stream
 
     def begin(self, rid: str) -> None:
         self._head = {"id": rid, "created": int(time.time()), "model": self.model}
@@ -226,13 +234,20 @@ class Format:
 
     def whole_choice(self, index: int, delta: Delta) -> JSON:
         """A whole answer."""
-        return {**self.choice(index, delta), **self.meta_of(delta, len(delta.token_ids))}
+        choice = {**self.choice(index, delta), **self.meta_of(delta, len(delta.token_ids))}
+        if self.returns_token_ids:
+            choice |= {"prompt_token_ids": delta.request.input_ids, "token_ids": delta.token_ids}
+        return choice
 
     def meta_of(self, delta: Delta, num_output_tokens: int) -> JSON:
         """What goes with the end of a choice, by SGLang's `return_meta_info`."""
         if self.meta_info is None:
             return {}
         return {"meta_info": self.meta_info.counts(delta.request, num_output_tokens, delta.finish_reason)}
+
+    def token_name(self, token_id: int) -> str:
+        """What a token is called in log-probabilities."""
+        return f"token_id:{token_id}" if self.names_tokens_by_id else self.tokenizer.token_text(token_id)
 
     def choice(self, index: int, delta: Delta) -> JSON:
         raise NotImplementedError
@@ -346,8 +361,8 @@ class ChatFormat(Format):
 
     def _token(self, entry: TokenLogprob) -> JSON:
         logprob, token_id = entry
-        text, raw = self.tokenizer.token_text(token_id), self.tokenizer.token_bytes(token_id)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(raw)}
+        raw = self.tokenizer.token_bytes(token_id)
+        return {"token": self.token_name(token_id), "logprob": _finite(logprob), "bytes": list(raw)}
 
 
 class CompletionFormat(Format):
@@ -391,27 +406,29 @@ class CompletionFormat(Format):
         return self._logprobs(request, request.input_logprobs)
 
     def _logprobs(self, request: Request, logprobs: Logprobs) -> JSON:
-        texts = [self.tokenizer.token_text(token_id) for _, token_id in logprobs.token]
+        text_of, name = self.tokenizer.token_text, self.token_name
         offset = self._offsets.get(request.rid, 0)
         offsets = []
-        for text in texts:
+        for _, token_id in logprobs.token:
             offsets.append(offset)
-            offset += len(text)
+            offset += len(text_of(token_id))
         self._offsets[request.rid] = offset
         top = [self._alternatives(row, entry) for entry, row in zip(logprobs.token, logprobs.top, strict=False)]
         return {
-            "tokens": texts,
+            "tokens": [name(token_id) for _, token_id in logprobs.token],
             "token_logprobs": [_finite(logprob) for logprob, _ in logprobs.token],
             "top_logprobs": top if self.num_logprobs else None,
             "text_offset": offsets,
         }
 
     def _alternatives(self, row: list[TokenLogprob] | None, chosen: TokenLogprob) -> dict[str, float | None] | None:
-        """The most likely tokens, and the chosen one if it is not among them."""
+        """The most likely tokens, and the chosen one if it is not among them. Of tokens with one text, the likelier."""
         if row is None:
             return None
-        text = self.tokenizer.token_text
-        return {text(token_id): _finite(logprob) for logprob, token_id in [chosen, *row]}
+        likely: dict[str, float | None] = {}
+        for logprob, token_id in [*row, chosen]:
+            likely.setdefault(self.token_name(token_id), _finite(logprob))
+        return likely
 
     @staticmethod
     def _join(head: JSON | None, tail: JSON | None) -> JSON | None:
@@ -432,16 +449,17 @@ class OpenAIChoice(Choice):
         super().__init__(index)
         self._format = format_
         self._head = self._end = b""
+        self._has_usage, self._num_prompt_tokens = format_.has_continuous_usage, 0
 
     def events(self, delta: Delta) -> bytes:
         if not self._head:
             return self._first(delta.request) + self.events(delta)
-        if delta.logprobs is not None:
-            piece = self._format.piece(delta.text, self._format.streamed_logprobs(delta))
-            return event(self._format.chunk([{"index": self.index, **piece, "finish_reason": None}]))
-        if not delta.text:
-            return b""
-        return self._head + orjson.dumps(delta.text) + self._end
+        if delta.logprobs is None:
+            if not delta.text:
+                return b""
+            if not self._has_usage:
+                return self._head + orjson.dumps(delta.text) + self._end
+        return self._event(**self._format.piece(delta.text, self._format.streamed_logprobs(delta)), finish_reason=None)
 
     def last_events(self, delta: Delta) -> bytes:
         reason = delta.finish_reason
@@ -449,8 +467,14 @@ class OpenAIChoice(Choice):
             return event(openai_error(reason.status_code or 500, reason.message or "the request failed"))
         meta = self._format.meta_of(delta, self.num_output_tokens)
         news = self.events(delta) + self._rest()
-        last = {"index": self.index, **self._format.no_piece(), **self._ending(reason), **meta}
-        return news + event(self._format.chunk([last]))
+        return news + self._event(**self._format.no_piece(), **self._ending(reason), **meta)
+
+    def _event(self, **fields: Any) -> bytes:
+        """An event of the choice, `fields` beside its index."""
+        usage = None
+        if self._has_usage:
+            usage = Usage(self._num_prompt_tokens, self.num_output_tokens).to_dict(with_cached=False)
+        return event(self._format.chunk([{"index": self.index, **fields}], usage))
 
     def _rest(self) -> bytes:
         """The events of what was held back until the end."""
@@ -461,6 +485,7 @@ class OpenAIChoice(Choice):
 
     def _first(self, request: Request) -> bytes:
         mark = "\0text\0"
+        self._num_prompt_tokens = request.prompt_len
         choice = {"index": self.index, **self._format.piece(mark), "finish_reason": None}
         self._head, self._end = event(self._format.chunk([choice])).split(orjson.dumps(mark))
         return self._format.first_events(self.index, request)
@@ -486,10 +511,9 @@ class ParsedChoice(OpenAIChoice):
     def _events_of(self, parts: AnswerDelta, logprobs: JSON | None) -> bytes:
         fields = message_parts(parts, is_delta=True)
         if parts.text:
-            if not fields and logprobs is None:
+            if not fields and logprobs is None and not self._has_usage:
                 return self._head + orjson.dumps(parts.text) + self._end
             fields["content"] = parts.text
         elif not fields and logprobs is None:
             return b""
-        choice = {"index": self.index, "delta": fields, "logprobs": logprobs, "finish_reason": None}
-        return event(self._format.chunk([choice]))
+        return self._event(delta=fields, logprobs=logprobs, finish_reason=None)

@@ -138,7 +138,16 @@ OPENAI_BOTH: dict[str, JSON] = {
     "max_tokens": integer(0),
     "min_tokens": integer(0),
     "seed": integer(),
-    "stream_options": obj({"include_usage": BOOLEAN}),
+    "stream_options": obj(
+        {
+            "include_usage": BOOLEAN,
+            "continuous_usage_stats": {"type": "boolean", "description": "with include_usage: in each chunk"},
+        }
+    ),
+    "add_special_tokens": {"type": "boolean", "description": "to texts; default: prompts yes, conversations no"},
+    "include_stop_str_in_output": {"type": "boolean", "description": "as no_stop_trim"},
+    "return_token_ids": {"type": "boolean", "description": "`prompt_token_ids` and `token_ids` of each choice"},
+    "return_tokens_as_token_ids": {"type": "boolean", "description": "in log-probabilities: token_id:17"},
     "return_meta_info": {"type": "boolean", "description": "with each choice, what /generate tells in `meta_info`"},
     "user": STRING,
     "response_format": obj(
@@ -208,6 +217,8 @@ CHAT: dict[str, JSON] = {
     "separate_reasoning": {"type": "boolean", "description": "reasoning in `reasoning_content`; default: true"},
     "stream_reasoning": {"type": "boolean", "description": "as it comes, not when it has ended; default: true"},
     "chat_template_kwargs": ANY_OBJECT,
+    "thinking": obj({"type": {"enum": ["enabled", "adaptive", "disabled"]}}),
+    "input_ids": {**TOKEN_IDS, "description": "in place of what the template makes of the messages"},
     "add_generation_prompt": BOOLEAN,
     "continue_final_message": BOOLEAN,
 }
@@ -647,7 +658,10 @@ HEALTH = Operation(
 )  # fmt: skip
 TOKENIZE = Operation("Token ids of texts, or of a conversation", "tokens", ref("TokenizeRequest"), ANY_OBJECT)
 DETOKENIZE = Operation(
-    "Text of token ids", "tokens", ref("DetokenizeRequest"), obj({"text": or_list(STRING)}, ["text"])
+    "Text of token ids",
+    "tokens",
+    ref("DetokenizeRequest"),
+    obj({"text": or_list(STRING), "prompt": {**or_list(STRING), "description": "the same, vLLM's name"}}, ["text"]),
 )
 COMPLETIONS = Operation(
     "Complete prompts", "OpenAI", ref("CompletionRequest"), ref("OpenAIAnswer"), is_streaming=True, statuses=(404, 429)
@@ -819,6 +833,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("POST", "/tokenize"): TOKENIZE,
     ("POST", "/v1/tokenize"): TOKENIZE,
+    ("GET", "/tokenizer_info"): Operation("Named special tokens and the chat template", "tokens", answer=ANY_OBJECT),
     ("POST", "/detokenize"): DETOKENIZE,
     ("POST", "/v1/detokenize"): DETOKENIZE,
     ("POST", "/parse_function_call"): PARSE_FUNCTION_CALL,

@@ -41,6 +41,8 @@ class ModelInfo(Protocol):
 class TokenizerFacade(Protocol):
     @property
     def chat_template(self) -> str | dict[str, str] | None: ...
+    @property
+    def named_tokens(self) -> Mapping[str, str]: ...  # bos_token, eos_token, ...
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
     def token_text(self, token_id: int) -> str: ...
@@ -271,6 +273,7 @@ async def encode_prompt(engine: Engine, text: Any, field: str, add_special_token
 
 async def read_prompts(engine: Engine, body: Fields, name: str) -> list[list[int]]:
     """Token ids of each prompt of a field: a string, token ids, or a list of either."""
+    add_special_tokens = body.flag("add_special_tokens", True)
     given, vocab_size = body.get(name), engine.model_config.vocab_size
     if isinstance(given, str):
         given = [given]
@@ -285,7 +288,7 @@ async def read_prompts(engine: Engine, body: Fields, name: str) -> list[list[int
         if isinstance(one, list):
             prompts.append(check_token_ids(one, vocab_size, field))
         else:
-            prompts.append(await encode_prompt(engine, one, field))
+            prompts.append(await encode_prompt(engine, one, field, add_special_tokens))
         if i % 64 == 63:
             await asyncio.sleep(0)  # a long list must not hold up the streams
     return prompts

@@ -6,9 +6,20 @@ from engine.errors import InvalidRequest
 from engine.request import SamplingParams
 from server.grammars import constraint_of
 from server.live import Options
-from server.protocol import Engine, Fields, cache_namespace
+from server.protocol import Engine, Fields, cache_namespace, refuse
 
 MAX_TOP_LOGPROBS = 20
+
+# OpenAI's, SGLang's and vLLM's. They would change the answer: better refused than ignored.
+UNSUPPORTED = (
+    "functions", "function_call", "audio", "web_search_options",
+    "lora_path", "session_params", "custom_logit_processor", "custom_params", "watermark", "bootstrap_host",
+    "bootstrap_room", "return_hidden_states", "return_routed_experts", "return_sampling_mask",
+    "return_prompt_token_ids", "sampling_logprobs_mode",
+    "use_beam_search", "allowed_token_ids", "bad_words", "logits_processors", "logprob_token_ids", "vllm_xargs",
+    "truncate_prompt_tokens", "prompt_embeds", "documents", "chat_template", "thinking_token_budget",
+    "kv_transfer_params", "repetition_detection", "guided_whitespace_pattern",
+)  # fmt: skip
 
 # Fields that go into SamplingParams, under the engine's name where that differs.
 SAMPLING_FIELDS = {
@@ -18,18 +29,22 @@ SAMPLING_FIELDS = {
         "presence_penalty", "repetition_penalty", "logit_bias", "ignore_eos", "skip_special_tokens",
         "spaces_between_special_tokens", "no_stop_trim",
     )
-} | {"min_tokens": "min_new_tokens", "seed": "sampling_seed"}  # fmt: skip
+} | {
+    "min_tokens": "min_new_tokens",
+    "seed": "sampling_seed",
+    "include_stop_str_in_output": "no_stop_trim",  # vLLM's
+}  # fmt: skip
 
 
 def read_sampling_params(
     body: Fields, engine: Engine, max_tokens_names: Sequence[str], default_max_tokens: int | None
 ) -> SamplingParams:
     """Errors name the field as the client spelled it."""
-    names = dict(SAMPLING_FIELDS)
+    names = {theirs: ours for theirs, ours in SAMPLING_FIELDS.items() if body.has(theirs)}
     max_tokens_name = next((name for name in max_tokens_names if body.has(name)), None)
     if max_tokens_name is not None:
         names[max_tokens_name] = "max_new_tokens"
-    given = {ours: body.get(theirs) for theirs, ours in names.items() if body.has(theirs)}
+    given = {ours: body.get(theirs) for theirs, ours in names.items()}
     given |= constraint_of(body)
     try:
         params = SamplingParams.from_dict(given, engine.sampling_defaults)
@@ -46,6 +61,14 @@ def read_sampling_params(
 
 def read_options(body: Fields, num_logprobs: int) -> Options:
     """`num_logprobs`: alternatives a token; -1: no log-probabilities at all."""
+    refuse(body, UNSUPPORTED)
+    if body.has("prompt_logprobs"):
+        raise InvalidRequest(
+            "prompt_logprobs is not supported: /v1/completions gives them by echo: true and logprobs", "prompt_logprobs"
+        )
+    if any(modality != "text" for modality in body.strings("modalities")):
+        body.fail("modalities", '["text"]')
+    body.one_of("verbosity", ("medium",), "medium")
     return Options(
         stream=body.flag("stream"),
         return_logprob=num_logprobs >= 0,

@@ -539,8 +539,8 @@ async def test_text_becomes_tokens_and_back(client: Client) -> None:
 
     assert await post("/tokenize", prompt="Hi") == {"tokens": [72, 105], "count": 2, "max_model_len": 256}
     assert (await post("/v1/tokenize", prompt=["a", "bc"]))["count"] == [1, 2]
-    assert await post("/detokenize", tokens=[72, 105]) == {"text": "Hi"}
-    assert await post("/detokenize", tokens=[[72], [105]]) == {"text": ["H", "i"]}
+    assert await post("/detokenize", tokens=[72, 105]) == {"text": "Hi", "prompt": "Hi"}
+    assert await post("/detokenize", tokens=[[72], [105]]) == {"text": ["H", "i"], "prompt": ["H", "i"]}
     rendered = await post("/tokenize", messages=[{"role": "user", "content": "Hi"}])
     assert rendered["prompt"] == "[user]Hi[assistant]"
     assert (await client.post("/tokenize", json={"prompt": [1]})).status == 400
