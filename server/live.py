@@ -19,6 +19,7 @@ from server.protocol import Engine, Owner, TokenizerFacade
 logger = logging.getLogger(__name__)
 
 MAX_LOGGED_CHARS = 2048
+MANY_LOGPROBS = 1024  # tokens: about 10 ms of writing
 CLIENT_CLOSED_REQUEST = 499
 REQUESTS: web.RequestKey[Sequence[Request]] = web.RequestKey("requests", Sequence)  # those an HTTP request made
 
@@ -159,6 +160,12 @@ class _Collector:
         self._num_missing -= 1
         if not self._num_missing:
             self.done.set_result([delta for delta in self._deltas if delta is not None])
+
+
+async def written(write: Callable[[], web.Response], requests: Sequence[Request]) -> web.Response:
+    """What `write` makes of ended requests; off the event loop if that is a long list of log-probabilities."""
+    count = sum(request.num_tokens for request in requests if request.return_logprob)
+    return await asyncio.to_thread(write) if count > MANY_LOGPROBS else write()
 
 
 class RequestLog:

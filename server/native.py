@@ -14,7 +14,7 @@ from engine.errors import EngineStopped, InvalidRequest
 from engine.request import Delta, Logprobs, Request, SamplingParams
 from server.chat import Chats
 from server.config import ServerConfig
-from server.live import LiveRequests, Options, ignore, is_failure, make_requests, new_rid
+from server.live import LiveRequests, Options, ignore, is_failure, make_requests, new_rid, written
 from server.meta_info import MetaInfo
 from server.parsers import AnswerParser
 from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS, ReasoningParser
@@ -116,8 +116,12 @@ class NativeApi:
         formatter = MetaInfo(self.engine.tokenizer, body.flag("return_text_in_logprobs"))
         if not body.flag("stream"):
             deltas = await self.live.answers(http_request, rid, requests)
-            answers = [formatter.answer(delta) for delta in deltas]
-            return json_response(answers if is_list else answers[0])
+
+            def write() -> web.Response:
+                answers = [formatter.answer(delta) for delta in deltas]
+                return json_response(answers if is_list else answers[0])
+
+            return await written(write, requests)
         choices = [
             GenerateChoice(i, formatter, has_index=is_list, is_disjoint=self.config.stream_output)
             for i in range(len(requests))

@@ -12,7 +12,7 @@ from engine.errors import InvalidRequest
 from engine.request import Delta, FinishReason, Logprobs, Request, SamplingParams, TokenLogprob
 from server.chat import Chats, ChatTurn
 from server.config import ServerConfig
-from server.live import LiveRequests, Options, is_failure, make_requests, new_rid
+from server.live import LiveRequests, Options, is_failure, make_requests, new_rid, written
 from server.meta_info import MetaInfo
 from server.model_name import served_model
 from server.parsers import AnswerDelta, AnswerParser, ToolCallDelta
@@ -164,10 +164,14 @@ class OpenAIApi:
             format_.meta_info = MetaInfo(self.engine.tokenizer)
         if not options.stream:
             deltas = await self.live.answers(owner, rid, requests)
-            choices = [format_.whole_choice(i, delta) for i, delta in enumerate(deltas)]
-            usage = count_usage(requests, [len(delta.token_ids) for delta in deltas], n)
-            usage.reasoning = format_.count_reasoning(requests)
-            return json_response(format_.response(choices, usage.to_dict(self.config.enable_cache_report)))
+
+            def write() -> web.Response:
+                choices = [format_.whole_choice(i, delta) for i, delta in enumerate(deltas)]
+                usage = count_usage(requests, [len(delta.token_ids) for delta in deltas], n)
+                usage.reasoning = format_.count_reasoning(requests)
+                return json_response(format_.response(choices, usage.to_dict(self.config.enable_cache_report)))
+
+            return await written(write, requests)
 
         streamed = [format_.new_choice(i) for i in range(len(requests))]
         for choice, request in zip(streamed, requests, strict=True):

@@ -33,7 +33,9 @@ class FakeTokenizer:
     """A token is a byte."""
 
     chat_template: str | dict[str, str] | None = "fake"
-    named_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+
+    def __init__(self) -> None:
+        self.named_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return bytes(token_id for token_id in token_ids if token_id < 256).decode(errors="replace")

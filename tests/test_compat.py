@@ -1,0 +1,311 @@
+"""What clients written for SGLang's and vLLM's servers send, and the shapes they read: SGLang's front end, the
+evaluation harness of EleutherAI, openai's client with a data model."""
+
+import json
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pydantic
+import pytest
+import torch
+from aiohttp.test_utils import TestClient
+
+from server.live import MANY_LOGPROBS
+from tests.fake_engine import PARSERS, FakeEngine, events_of, serving
+from tests.test_engine import running_engine
+
+Client = TestClient[Any, Any]
+USER: list[Any] = [{"role": "user", "content": "Hi"}]
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+}
+
+
+@pytest.fixture
+async def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+async def client(engine: FakeEngine) -> AsyncIterator[Client]:
+    async with serving(engine) as client:
+        yield client
+
+
+async def post(client: Client, path: str, **body: Any) -> Any:
+    response = await client.post(path, json=body)
+    assert response.status == 200, await response.text()
+    return await response.json()
+
+
+async def chunks(client: Client, path: str, **body: Any) -> list[Any]:
+    response = await client.post(path, json={**body, "stream": True})
+    assert response.status == 200, await response.text()
+    *found, done = events_of(await response.read())
+    assert done == "[DONE]"
+    return [json.loads(event) for event in found]
+
+
+# ---- SGLang's front end: what sglang.RuntimeEndpoint asks ----
+
+
+async def test_a_front_end_learns_the_models_path(client: Client) -> None:
+    response = await client.get("/get_model_info", headers={"Content-Type": "application/json; charset=utf-8"})
+    info = await response.json()
+    assert info["model_path"] == "fake-model" and info["is_generation"] is True
+
+
+async def test_a_select_scores_its_choices_in_one_batch_from_before_the_prompts_end(client: Client) -> None:
+    prompt, choices = "Is it? ", ["yes", "perhaps"]
+    seed = await post(client, "/generate", text=prompt, sampling_params={"max_new_tokens": 0})
+    start = seed["meta_info"]["prompt_tokens"] - 2
+    answers = await post(
+        client,
+        "/generate",
+        text=[prompt + choice for choice in choices],
+        sampling_params={"max_new_tokens": 0, "temperature": 0},
+        return_logprob=True,
+        return_text_in_logprobs=True,
+        logprob_start_len=start,
+    )
+    for choice, answer in zip(choices, answers, strict=True):
+        meta = answer["meta_info"]
+        values, _, texts = zip(*meta["input_token_logprobs"], strict=True)
+        assert "".join(texts) == prompt[start:] + choice
+        assert values[0] is None and all(value == -0.5 for value in values[1:])
+        assert meta["output_token_logprobs"] == []
+
+
+async def test_every_sampling_field_of_the_front_end_is_known(client: Client, engine: FakeEngine) -> None:
+    sampling = {
+        "max_new_tokens": 8, "min_new_tokens": 2, "n": 1, "stop": ["x"], "stop_token_ids": [5], "stop_regex": "y+",
+        "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "frequency_penalty": 0.1, "presence_penalty": 0.1,
+        "ignore_eos": True, "regex": None, "json_schema": None, "skip_special_tokens": True,
+        "spaces_between_special_tokens": False,
+    }  # fmt: skip
+    *_, last = await chunks(client, "/generate", text="Hi", sampling_params=sampling)
+    assert last["text"] == "Hello, w"
+    assert engine.requests[0].sampling_params.stop_regex == ["y+"]
+
+
+# ---- the evaluation harness: local-completions, local-chat-completions, remote tokenizers ----
+
+
+async def harness_score(client: Client, prompts: list[list[int]], **more: Any) -> list[Any]:
+    fields = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True, **more}
+    answer = await post(client, "/v1/completions", model="default", prompt=prompts, **fields)
+    return [choice["logprobs"] for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+
+
+async def test_the_harness_reads_the_log_probabilities_that_transformers_gives(tiny_llama: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    prompts = [[9, 20, 31, 42, 53], [7, 7, 300]]
+    with torch.no_grad():
+        greedy = model(torch.tensor([prompts[0]])).logits[0, -1].argmax().item()
+    prompts.append([*prompts[0], greedy])
+    async with running_engine(tiny_llama) as engine, serving(engine) as client:
+        # Ends the answer with its one token, which must be reported all the same: clients drop the last.
+        scores = await harness_score(client, prompts, logit_bias={"2": 100})
+        for prompt, score in zip(prompts, scores, strict=True):
+            with torch.no_grad():
+                rows = model(torch.tensor([prompt])).logits[0].log_softmax(dim=-1)
+            expected = [row[token].item() for row, token in zip(rows, prompt[1:], strict=False)]
+            first, *values, _ = score["token_logprobs"]
+            assert first is None and score["top_logprobs"][0] is None
+            assert values == pytest.approx(expected, abs=1e-4)
+            assert len(score["tokens"]) == len(score["top_logprobs"]) == len(score["text_offset"]) == len(prompt) + 1
+            is_greedy = [
+                value == max(top.values()) for value, top in zip(values, score["top_logprobs"][1:-1], strict=True)
+            ]
+            assert is_greedy == [token == row.argmax().item() for row, token in zip(rows, prompt[1:], strict=False)]
+        assert is_greedy[-1]
+
+
+async def test_of_alternatives_with_one_text_the_likelier_is_told(client: Client, engine: FakeEngine) -> None:
+    engine.tokenizer.token_text = lambda token_id: "?"  # type: ignore[method-assign]
+    (score,) = await harness_score(client, [[72, 73]], logprobs=3)
+    assert score["top_logprobs"] == [None, {"?": -0.5}, {"?": -0.5}]
+
+
+@pytest.mark.parametrize(("num_tokens", "is_off"), [(8, False), (2 * MANY_LOGPROBS, True)])
+async def test_many_log_probabilities_are_written_off_the_event_loop(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, num_tokens: int, is_off: bool
+) -> None:
+    writers: set[threading.Thread] = set()
+
+    def token_text(token_id: int) -> str:
+        writers.add(threading.current_thread())
+        return chr(token_id)
+
+    monkeypatch.setattr(engine.tokenizer, "token_text", token_text)
+    engine.context_length = 1 << 16
+    prompt = [65] * num_tokens
+    async with serving(engine) as client:
+        (score,) = await harness_score(client, [prompt], max_tokens=0, logprobs=0)
+        body = {"input_ids": prompt, "return_logprob": True, "logprob_start_len": 0, "return_text_in_logprobs": True}
+        answer = await post(client, "/generate", **body, sampling_params={"max_new_tokens": 0})
+    assert len(score["token_logprobs"]) == len(answer["meta_info"]["input_token_logprobs"]) == num_tokens
+    assert score["text_offset"][-1] == num_tokens - 1
+    assert (threading.main_thread() not in writers) == is_off
+
+
+async def test_a_harness_may_send_text_and_stop_at_nothing(client: Client) -> None:
+    body = {"prompt": ["a", "b"], "max_tokens": 5, "temperature": 0, "stop": [], "seed": 1234}
+    assert [choice["text"] for choice in (await post(client, "/v1/completions", **body))["choices"]] == ["Hello"] * 2
+    body = {"messages": [{**USER[0], "type": "text"}], "max_tokens": 5, "temperature": 0, "stop": ["\n"], "seed": 1234}
+    (choice,) = (await post(client, "/v1/chat/completions", **body))["choices"]
+    assert choice["message"]["content"] == "Hello"
+
+
+async def test_a_client_may_use_the_servers_tokenizer(client: Client) -> None:
+    info = await (await client.get("/tokenizer_info")).json()
+    assert info == {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "fake"}
+    assert (await post(client, "/tokenize", prompt="Hi", add_special_tokens=False))["tokens"] == [72, 105]
+    assert (await post(client, "/detokenize", tokens=[72, 105]))["prompt"] == "Hi"
+
+
+# ---- vLLM's fields ----
+
+
+async def test_token_ids_come_with_the_text_if_asked_for(client: Client) -> None:
+    answer = await post(client, "/v1/completions", prompt="Hi", max_tokens=2, return_token_ids=True)
+    choice = answer["choices"][0]
+    assert (choice["prompt_token_ids"], choice["token_ids"]) == ([72, 105], [72, 101])
+    answer = await post(client, "/v1/chat/completions", messages=USER, max_tokens=2, return_token_ids=True)
+    assert answer["choices"][0]["token_ids"] == [72, 101]
+
+
+async def test_tokens_can_be_named_by_their_ids(client: Client) -> None:
+    body = {"max_tokens": 1, "return_tokens_as_token_ids": True}
+    answer = await post(client, "/v1/completions", prompt="Hi", logprobs=1, **body)
+    logprobs = answer["choices"][0]["logprobs"]
+    assert (logprobs["tokens"], logprobs["top_logprobs"]) == (["token_id:72"], [{"token_id:72": -0.5}])
+    answer = await post(client, "/v1/chat/completions", messages=USER, logprobs=True, **body)
+    assert answer["choices"][0]["logprobs"]["content"][0]["token"] == "token_id:72"
+
+
+@pytest.mark.parametrize("parsers", [{}, PARSERS])
+async def test_usage_can_come_with_each_chunk(engine: FakeEngine, parsers: dict[str, Any]) -> None:
+    async with serving(engine, **parsers) as client:
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        body = {"messages": USER, "max_tokens": 3, "stream_options": options}
+        _, *middle, _, total = await chunks(client, "/v1/chat/completions", **body)
+    assert [chunk["usage"]["completion_tokens"] for chunk in middle] == [1, 2, 3]
+    assert all(chunk["usage"]["prompt_tokens"] == 19 for chunk in middle)
+    assert total["choices"] == [] and total["usage"]["total_tokens"] == 22
+
+
+async def test_a_stop_string_can_stay_in_the_answer(client: Client, engine: FakeEngine) -> None:
+    await post(client, "/v1/completions", prompt="Hi", stop="w", include_stop_str_in_output=True)
+    assert engine.requests[0].sampling_params.no_stop_trim
+
+
+async def test_special_tokens_are_added_or_not_as_the_client_says(client: Client, engine: FakeEngine) -> None:
+    asked: list[bool] = []
+
+    async def encode(text: str, add_special_tokens: bool = True) -> list[int]:
+        asked.append(add_special_tokens)
+        return list(text.encode())
+
+    engine.encode = encode  # type: ignore[method-assign]
+    for path, body in (("/v1/completions", {"prompt": "Hi"}), ("/v1/chat/completions", {"messages": USER})):
+        for more in ({}, {"add_special_tokens": True}, {"add_special_tokens": False}):
+            await post(client, path, **body, **more)
+    assert asked == [True, True, False, False, True, False]
+
+
+async def test_a_chat_can_be_given_its_token_ids(client: Client, engine: FakeEngine) -> None:
+    await post(client, "/v1/chat/completions", messages=USER, input_ids=[1, 2, 3])
+    assert engine.requests[0].input_ids == [1, 2, 3]
+
+
+REFUSED = {
+    "functions": [WEATHER], "modalities": ["text", "audio"], "verbosity": "low", "web_search_options": {"x": 1},
+    "lora_path": "a", "session_params": {"id": "s"}, "custom_logit_processor": "x", "return_hidden_states": True,
+    "allowed_token_ids": [1], "bad_words": ["x"], "use_beam_search": True, "truncate_prompt_tokens": 5,
+    "prompt_logprobs": 0, "guided_whitespace_pattern": " ", "documents": [{"text": "x"}], "chat_template": "x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", REFUSED)
+async def test_what_would_change_the_answer_is_refused_and_not_ignored(client: Client, field: str) -> None:
+    for path, body in (("/v1/completions", {"prompt": "Hi"}), ("/v1/chat/completions", {"messages": USER})):
+        response = await client.post(path, json={**body, field: REFUSED[field]})
+        error = (await response.json())["error"]
+        assert (response.status, error["param"]) == (400, field)
+        assert (await client.post(path, json={**body, field: None})).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/chat/completions", {"messages": USER, "echo": True}, "echo"),
+        ("/v1/chat/completions", {"messages": USER, "include_reasoning": False}, "include_reasoning"),
+        ("/v1/chat/completions", {"messages": USER, "thinking": {"type": "loud"}}, "thinking.type"),
+        ("/v1/chat/completions", {"messages": USER, "input_ids": [1 << 20]}, "input_ids"),
+        ("/v1/completions", {"prompt": "Hi", "stream": True, "return_token_ids": True}, "return_token_ids"),
+        (
+            "/v1/completions",
+            {"prompt": "Hi", "structured_outputs": {"regex": "a", "whitespace_pattern": " "}},
+            "structured_outputs.whitespace_pattern",
+        ),
+        ("/v1/completions", {"prompt": "Hi", "include_stop_str_in_output": 1}, "include_stop_str_in_output"),
+    ],
+)
+async def test_a_refusal_names_the_field(client: Client, path: str, body: dict[str, Any], field: str) -> None:
+    response = await client.post(path, json=body)
+    assert (response.status, (await response.json())["error"]["param"]) == (400, field)
+
+
+async def test_thinking_can_be_turned_off_by_the_field_of_several_vendors(
+    client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def render(messages: Any, **variables: Any) -> str:
+        seen.append(variables)
+        return "x"
+
+    monkeypatch.setattr(engine.tokenizer, "render_chat", render)
+    for kind in ("disabled", "enabled"):
+        await post(client, "/v1/chat/completions", messages=USER, thinking={"type": kind})
+    assert [variables["enable_thinking"] for variables in seen] == [False, True]
+
+
+# ---- openai's client ----
+
+
+class City(pydantic.BaseModel):
+    name: str
+    population: int
+
+
+async def test_an_answer_is_parsed_into_a_data_model(engine: FakeEngine) -> None:
+    engine.answer = '{"name":"Oslo","population":700000}'
+    async with serving(engine) as client:
+        api = openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="none", max_retries=0)
+        answer = await api.chat.completions.parse(model="default", messages=USER, response_format=City)
+        assert answer.choices[0].message.parsed == City(name="Oslo", population=700_000)
+        async with api.chat.completions.stream(model="default", messages=USER, response_format=City) as stream:
+            final = await stream.get_final_completion()
+        assert final.choices[0].message.parsed == City(name="Oslo", population=700_000)
+    schema = engine.requests[0].sampling_params.json_schema
+    assert isinstance(schema, dict) and schema["required"] == ["name", "population"]
+
+
+async def test_streamed_calls_are_put_together_by_the_client(engine: FakeEngine) -> None:
+    engine.answer = 'So:<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    async with serving(engine, **PARSERS) as client:
+        api = openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="none", max_retries=0)
+        tools: Any = [WEATHER]
+        async with api.chat.completions.stream(model="default", messages=USER, tools=tools) as stream:
+            final = await stream.get_final_completion()
+    (call,) = final.choices[0].message.tool_calls or []
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Oslo"})
+    assert final.choices[0].finish_reason == "tool_calls"
