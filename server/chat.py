@@ -137,6 +137,8 @@ class Chats:
         prompt = self.render(body, choice)
         reasoning = self._reasoning(body, prompt)
         if reasoning is not None and not reasoning.is_inside and max_thinking_tokens(body) is not None:
+            if body.has("input_ids"):
+                raise InvalidRequest("max_thinking_tokens may not change a prompt of input_ids", "max_thinking_tokens")
             prompt += f"{reasoning.format.start}\n"  # a budget can be kept only where the reasoning is sure to come
             reasoning = replace(reasoning, is_inside=True)
         tool_format = self._tool_format(choice)

@@ -220,8 +220,12 @@ async def test_special_tokens_are_added_or_not_as_the_client_says(client: Client
     assert asked == [True, True, False, False, True, False]
 
 
-async def test_a_chat_can_be_given_its_token_ids(client: Client, engine: FakeEngine) -> None:
-    await post(client, "/v1/chat/completions", messages=USER, input_ids=[1, 2, 3])
+async def test_a_chat_can_be_given_its_token_ids(engine: FakeEngine) -> None:
+    body = {"messages": USER, "input_ids": [1, 2, 3]}
+    async with serving(engine, **PARSERS) as client:
+        await post(client, "/v1/chat/completions", **body)
+        response = await client.post("/v1/chat/completions", json={**body, "max_thinking_tokens": 5})
+        assert (response.status, (await response.json())["error"]["param"]) == (400, "max_thinking_tokens")
     assert engine.requests[0].input_ids == [1, 2, 3]
 
 
