@@ -87,11 +87,10 @@ class ServerConfig(EngineConfig):
 
 def parse_args(argv: Sequence[str]) -> ServerConfig:
     """The configuration of a command line; what it does not say is taken from its `--config` file. Exits on errors."""
-    parser = make_parser()
-    given = _parse_known(parser, argv)
-    if file := given.pop("config", None):
-        given = {**_parse_known(parser, _file_arguments(parser, file)), **given}
-    config = ServerConfig(**given)
+    parser = make_parser(
+        ServerConfig, "radixloop", "[--model-path MODEL] [options]", "Serve a large language model from one process."
+    )
+    config = ServerConfig(**read_options(parser, argv))
     if not 0 <= config.port <= 65535:
         parser.error(f"--port must be between 0 and 65535, got {config.port}")
     if config.max_body_bytes < 1:
@@ -101,22 +100,28 @@ def parse_args(argv: Sequence[str]) -> ServerConfig:
     return config
 
 
+def read_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """Values of the fields that a command line of `make_parser` gives, or else its `--config` file. Exits on errors."""
+    given = _parse_known(parser, argv)
+    if file := given.pop("config", None):
+        given = {**_parse_known(parser, _file_arguments(parser, file)), **given}
+    return given
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists every option.\n")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Flags of every field, in groups. Unset flags are absent from the result. A unique prefix is enough (`--tp`)."""
-    parser = _Parser(
-        prog="radixloop",
-        usage="%(prog)s [--model-path MODEL] [options]",
-        description="Serve a large language model from one process.",
-        argument_default=argparse.SUPPRESS,
-    )
+def make_parser(config_class: type, prog: str, usage: str, description: str) -> argparse.ArgumentParser:
+    """Flags of every field made by `option`, in groups. Unset flags are absent from the result.
+
+    A unique prefix of a flag is enough (`--tp`).
+    """
+    parser = _Parser(prog=prog, usage=f"%(prog)s {usage}", description=description, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line goes before it")
     groups: dict[str, Any] = {}
-    for field in dataclasses.fields(ServerConfig):
+    for field in dataclasses.fields(config_class):
         name = field.metadata["group"]
         group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
         scalar, is_list = option_type(field.type)
