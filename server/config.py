@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -167,15 +167,18 @@ def _file_arguments(parser: argparse.ArgumentParser, file: str) -> list[str]:
         parser.error(f"--config {file}: {error}")
     if not isinstance(values, dict):
         parser.error(f"--config {file}: the file must hold `option: value` lines")
+    return to_arguments(parser, values, f"--config {file}")
+
+
+def to_arguments(parser: argparse.ArgumentParser, values: Mapping[str, Any], source: str) -> list[str]:
+    """Options by name as if they stood on the command line. Exits on those that `parser` does not know."""
     known = _known_flags(parser)
     arguments: list[str] = []
     for key, value in values.items():
         flag = _flag(str(key))
         if flag not in known or flag == "--config":
             close = difflib.get_close_matches(flag, known, n=1)
-            parser.error(
-                f"--config {file}: unknown option {key}" + (f"; did you mean {close[0][2:]}?" if close else "")
-            )
+            parser.error(f"{source}: unknown option {key}" + (f"; did you mean {close[0][2:]}?" if close else ""))
         if isinstance(value, list):
             arguments += [flag, *map(str, value)]
         elif value is True:

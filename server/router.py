@@ -15,7 +15,7 @@ import logging
 import resource
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
 import aiohttp
@@ -133,17 +133,17 @@ class Router:
             checking = asyncio.create_task(self._check_forever())
             yield
             checking.cancel()
+            with suppress(asyncio.CancelledError):
+                await checking
 
     # ---- health ----
 
     async def _check_forever(self) -> None:
         while True:
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(self.config.health_check_interval):
                     await self._has_failed.wait()
-                    self._has_failed.clear()
-            except TimeoutError:
-                pass
+            self._has_failed.clear()
             await self._check_all()
 
     async def _check_all(self) -> None:

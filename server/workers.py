@@ -45,8 +45,7 @@ class Workers:
     def add(self, url: str) -> Worker:
         """`InvalidRequest` if `url` is none, or a worker's already."""
         url = url.rstrip("/")
-        parts = URL(url)
-        if parts.scheme not in ("http", "https") or not parts.host or parts.query_string or parts.fragment:
+        if not _is_base_url(url):
             raise InvalidRequest(f"url must be one like http://host:30000, got {url[:200]!r}", "url")
         if any(worker.url == url for worker in self):
             raise InvalidRequest(f"{url} is a worker already", "url")
@@ -81,3 +80,11 @@ class Workers:
         elif worker.failure and not failure:
             logger.info("%s joins the rotation", worker.url)
         worker.failure = failure
+
+
+def _is_base_url(text: str) -> bool:
+    try:
+        url = URL(text)
+    except ValueError:
+        return False
+    return url.scheme in ("http", "https") and bool(url.host) and not (url.raw_query_string or url.raw_fragment)

@@ -420,9 +420,10 @@ async def test_workers_are_added_and_removed() -> None:
         assert set(await answers(client, 4)) == {"a", "b"}
         assert (await client.post("/remove_worker", params={"url": url_b})).status == 200
         assert (await (await client.get("/health")).json()) == {"status": "ok", "num_workers": 1, "num_healthy": 1}
-        for method, body in (("POST", {"url": url_a}), ("POST", {"url": "nonsense"}), ("POST", {}), ("DELETE", {})):
-            got = await client.request(method, "/workers", json=body)
+        for body in ({"url": url_a}, {"url": "nonsense"}, {"url": "http://a:70000"}, {"url": "http://[::1"}, {}):
+            got = await client.post("/workers", json=body)
             assert (got.status, (await got.json())["error"]["field"]) == (400, "url")
+        assert (await client.delete("/workers")).status == 400
 
 
 async def test_with_a_key_only_its_owner_sees_and_changes_workers() -> None:
