@@ -91,8 +91,6 @@ def parse_args(argv: Sequence[str]) -> ServerConfig:
         ServerConfig, "radixloop", "[--model-path MODEL] [options]", "Serve a large language model from one process."
     )
     config = ServerConfig(**read_options(parser, argv))
-    if not 0 <= config.port <= 65535:
-        parser.error(f"--port must be between 0 and 65535, got {config.port}")
     if config.max_body_bytes < 1:
         parser.error(f"--max-body-bytes must be at least 1, got {config.max_body_bytes}")
     if not 0 <= config.log_requests_level <= 3:
@@ -105,6 +103,8 @@ def read_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[s
     given = _parse_known(parser, argv)
     if file := given.pop("config", None):
         given = {**_parse_known(parser, _file_arguments(parser, file)), **given}
+    if not 0 <= given.get("port", 0) <= 65535:
+        parser.error(f"--port must be between 0 and 65535, got {given['port']}")
     return given
 
 

@@ -7,11 +7,12 @@ A replica runs the whole server, on a port of its own host that only Serve's pro
 any of them: routes that need a certain one, or all, are refused here, and are what server/router.py is for.
 """
 
-import asyncio
 import dataclasses
 import logging
 import sys
+from argparse import ArgumentParser
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +26,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from yarl import URL
 
 from engine.config import option
+from server.__main__ import warm_up
 from server.app import build_app
 from server.config import ServerConfig, make_parser, read_options, to_arguments
 from server.protocol import error_shape
@@ -48,28 +50,34 @@ class FleetConfig(ServerConfig):
     num_cpus: float = option(1.0, FLEET, "CPU cores of a server")
 
 
-@serve.deployment
 class Replica:
     """A server, and the way to it from Serve's proxy."""
 
-    async def __init__(self, config: FleetConfig) -> None:
+    async def __init__(self, config: FleetConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         from engine.replicas import new_engine  # imports torch, which who deploys does not need
 
-        self._folder = TemporaryDirectory()
-        config = dataclasses.replace(config, file_storage_path=self._folder.name)  # replicas may share a host
+        self._stack = AsyncExitStack()
+        folder = self._stack.enter_context(TemporaryDirectory())
+        config = dataclasses.replace(config, file_storage_path=folder)  # replicas may share a host
         self._engine = new_engine(config)
+        self._stack.push_async_callback(self._engine.stop)
         await self._engine.start(logger.info)
-        self._runner = web.AppRunner(
+        if not config.skip_server_warmup:
+            await warm_up(self._engine)
+        runner = web.AppRunner(
             build_app(self._engine, config),
             handler_cancellation=True,
             shutdown_timeout=config.drain_timeout,
             access_log=None,
         )
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self._url = "http://127.0.0.1:{1}".format(*self._runner.addresses[0])
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(), auto_decompress=False
+        await runner.setup()
+        self._stack.push_async_callback(runner.cleanup)
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        self._url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        self._session = await self._stack.enter_async_context(
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(), auto_decompress=False
+            )
         )
 
     async def __call__(self, request: Request) -> Response:
@@ -77,9 +85,10 @@ class Replica:
         if path.startswith(REFUSED_PATHS):
             message = f"{path} concerns one server or all of them, and this is a fleet of servers that share nothing"
             return JSONResponse(error_shape(path)(501, message, None, None), 501)
+        target = request.scope["raw_path"] + b"?" + request.scope["query_string"]
         answer = await self._session.request(
             request.method,
-            URL(self._url + str(request.url.replace(scheme="", netloc="")), encoded=True),
+            URL(self._url + target.decode("ascii"), encoded=True),
             headers=end_to_end(CIMultiDict(request.headers.items())),
             data=await request.body() or None,
             allow_redirects=False,
@@ -94,10 +103,7 @@ class Replica:
 
     async def __del__(self) -> None:
         """Serve awaits it when the requests of a replica that is to go have ended."""
-        await self._session.close()
-        await self._runner.cleanup()
-        await self._engine.stop()
-        self._folder.cleanup()
+        await self._stack.aclose()
 
 
 async def pieces(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
@@ -114,8 +120,14 @@ def build(args: Mapping[str, Any]) -> serve.Application:
 
 
 def application(config: FleetConfig) -> serve.Application:
-    deployment = Replica.options(
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+    deployment = serve.deployment(
+        Replica,
+        ray_actor_options={
+            "num_cpus": config.num_cpus,
+            "num_gpus": config.num_gpus,
+            # OpenMP's threads must not spin while they wait, or they starve the event loop.
+            "runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "passive"}},
+        },
         max_ongoing_requests=config.max_ongoing_requests,
         graceful_shutdown_timeout_s=config.drain_timeout,
         autoscaling_config={
@@ -127,7 +139,7 @@ def application(config: FleetConfig) -> serve.Application:
     return deployment.bind(config)
 
 
-def _new_parser() -> Any:
+def _new_parser() -> ArgumentParser:
     usage = "[--model-path MODEL] [options]"
     return make_parser(FleetConfig, "python -m server.ray_serve", usage, "Several servers under Ray Serve.")
 

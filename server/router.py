@@ -323,6 +323,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     usage = "--worker-urls URL [URL ...] [options]"
     parser = make_parser(RouterConfig, "python -m server.router", usage, "One address for several servers.")
     config = RouterConfig(**read_options(parser, sys.argv[1:] if argv is None else argv))
+    if config.max_retries < 0:
+        parser.error(f"--max-retries must be at least 0, got {config.max_retries}")
+    for name in ("connect_timeout", "health_check_interval", "health_check_timeout"):
+        if not getattr(config, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, got {getattr(config, name)}")
     logging.basicConfig(
         level=config.log_level.upper(), format="[%(asctime)s] %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )

@@ -503,6 +503,9 @@ def test_a_wrong_option_is_a_clear_error(capsys: pytest.CaptureFixture[str]) -> 
     for argv, message in (
         (["--worker-urls", "localhost"], "url must be one like http://host:30000, got 'localhost'"),
         (["--policy", "best"], "invalid choice"),
+        (["--port", "70000"], "--port must be between 0 and 65535, got 70000"),
+        (["--max-retries=-1"], "--max-retries must be at least 0, got -1"),
+        (["--health-check-interval", "0"], "--health-check-interval must be above 0, got 0.0"),
         (["--wroker-urls", "x"], "did you mean --worker-urls?"),
     ):
         with pytest.raises(SystemExit) as exit_info:
