@@ -30,11 +30,12 @@ from server.__main__ import warm_up
 from server.app import build_app
 from server.config import ServerConfig, make_parser, read_options, to_arguments
 from server.protocol import error_shape
-from server.router import BROADCAST_PATHS, FIRST_WORKERS_PATHS, end_to_end
+from server.router import BROADCAST_PATHS, FIRST_WORKERS_PATHS, end_to_end, transparent_session
 
 logger = logging.getLogger(__name__)
 
 FLEET = "Ray Serve"
+CONNECT_TIMEOUT_S = 5.0
 REFUSED_PATHS = (*BROADCAST_PATHS, *FIRST_WORKERS_PATHS, "/v1/responses/")
 
 
@@ -74,11 +75,7 @@ class Replica:
         self._stack.push_async_callback(runner.cleanup)
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         self._url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        self._session = await self._stack.enter_async_context(
-            aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(), auto_decompress=False
-            )
-        )
+        self._session = await self._stack.enter_async_context(transparent_session(CONNECT_TIMEOUT_S))
 
     async def __call__(self, request: Request) -> Response:
         path = request.url.path
