@@ -41,7 +41,7 @@ WORKERS = "workers"
 # Routes that act on a server as such: every worker gets them.
 BROADCAST_PATHS = ADMIN_PATHS - {"/dashboard/data", "/get_weights_by_name"}
 FIRST_WORKERS_PATHS = ("/v1/files", "/v1/batches", "/open_session", "/close_session")
-SESSION_FIELD = b'"session_params"'
+SESSION_FIELD, PREVIOUS_FIELD = b'"session_params"', b'"previous_response_id"'
 RETRIED = frozenset({429, 500, 502, 503, 504})
 # Of one connection, not of the message (RFC 9110, 7.6.1), and those that the client library writes itself.
 HOP_BY_HOP = frozenset(
@@ -160,6 +160,8 @@ class Router:
         body = b"" if is_upload else await request.read()
         prompt = prompt_of(body) if self.workers.policy == "cache_aware" else b""
         at_first = request.path.startswith(FIRST_WORKERS_PATHS) or SESSION_FIELD in body
+        # A body that names something which a worker does not have is wrong to it, not 404.
+        unknown = {404, 400} if PREVIOUS_FIELD in body else {404}
         tried: dict[Worker, str] = {}  # what came of it
         num_failed, max_failed = 0, 0 if is_upload else self.config.max_retries
         while num_failed <= max_failed and (candidates := self.workers.in_rotation(without=tried)):
@@ -178,7 +180,7 @@ class Router:
                     continue
                 num_failed += answer.status in RETRIED
                 tried[worker] = f"answered {answer.status}"
-                is_final = is_upload or num_failed > max_failed or answer.status not in RETRIED | {404}
+                is_final = is_upload or num_failed > max_failed or answer.status not in RETRIED | unknown
                 if is_final or not self.workers.in_rotation(without=tried):
                     return await pass_on(request, answer, head)
         raise NoWorkerAnswers(self._why_none(tried))

@@ -487,6 +487,11 @@ async def test_what_one_worker_does_not_have_is_looked_for_at_the_others() -> No
         assert [await (await client.get("/v1/responses/resp_1")).text() for _ in range(2)] == ["b", "b"]
         b.says(404)
         assert (await client.get("/v1/responses/resp_1")).status == 404
+        a.says(400)
+        b.answer = b.say_name
+        for _ in range(2):
+            got = await client.post("/v1/responses", json={"previous_response_id": "resp_1", "input": "And?"})
+            assert await got.text() == "b"
 
 
 async def test_files_batches_and_sessions_are_kept_by_the_first_worker() -> None:
