@@ -175,8 +175,7 @@ class Router:
                 except (aiohttp.ClientError, TimeoutError) as error:
                     num_failed += 1
                     tried[worker] = describe(error)
-                    self.workers.judge(worker, tried[worker])
-                    self._has_failed.set()  # looked at soon: it may have been this connection only
+                    self._has_failed.set()  # its health tells whether it was this connection only
                     continue
                 num_failed += answer.status in RETRIED
                 tried[worker] = f"answered {answer.status}"

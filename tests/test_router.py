@@ -103,11 +103,11 @@ async def test_a_request_passes_through_unchanged() -> None:
     }  # fmt: skip
     async with routing(worker) as client:
         for body in (b'{"text" :  "Hi"}', b"no JSON", b""):
-            path = "/v1/x%2Fy/z?q=a%20b&q=%C3%BC"
+            path = "/v1/x%2Fy%2525/z?q=a%20b&q=%C3%BC"
             answer = await client.post(aiohttp.client.URL(path, encoded=True), data=body, headers=headers)
             assert answer.status == 200
     for (path, seen, got), body in zip(worker.seen, (b'{"text" :  "Hi"}', b"no JSON", b""), strict=True):
-        assert (path, got) == ("/v1/x%2Fy/z?q=a%20b&q=%C3%BC", body)
+        assert (path, got) == ("/v1/x%2Fy%2525/z?q=a%20b&q=%C3%BC", body)
         assert {name: seen[name] for name in headers} == headers
         assert seen["Host"] != "a" and "Transfer-Encoding" not in seen
 
@@ -266,12 +266,13 @@ async def test_every_policy_leaves_out_who_is_not_healthy(policy: str) -> None:
 # ---- retries ----
 
 
+@pytest.mark.parametrize("policy", METHODS)
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
-async def test_what_a_worker_refuses_goes_to_another(status: int) -> None:
+async def test_what_a_worker_refuses_goes_to_another(status: int, policy: str) -> None:
     a, b = FakeWorker("a"), FakeWorker("b")
     a.says(status)
-    async with routing(a, b) as client:
-        assert await answers(client, 3) == ["b", "b", "b"]
+    async with routing(a, b, policy=policy) as client:
+        assert await answers(client, 3, text=LONG) == ["b", "b", "b"]
         assert all(body == b.seen[0][2] for _, _, body in [*a.seen, *b.seen])
         assert all(one["is_healthy"] for one in (await worker_states(client)).values())
 
@@ -376,6 +377,15 @@ async def test_a_worker_that_cannot_be_reached_leaves_the_rotation_and_returns()
         assert set(await answers(client, 4)) == {"a", "back"}
         await server.close()
         assert set(await answers(client, 4)) == {"a"}
+
+
+async def test_a_worker_that_fails_is_looked_at_before_the_next_health_check_is_due() -> None:
+    a, b = FakeWorker("a"), TestServer(FakeWorker("b").app())
+    async with b, routing(a, url_of(b), health_check_interval=3600.0) as client:
+        await until_healthy(client, 2)
+        await b.close()
+        assert await answers(client, 2) == ["a", "a"]
+        await until_healthy(client, 1)
 
 
 async def test_a_worker_that_says_it_is_not_healthy_leaves_the_rotation_and_returns() -> None:
