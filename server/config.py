@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -87,13 +87,10 @@ class ServerConfig(EngineConfig):
 
 def parse_args(argv: Sequence[str]) -> ServerConfig:
     """The configuration of a command line; what it does not say is taken from its `--config` file. Exits on errors."""
-    parser = make_parser()
-    given = _parse_known(parser, argv)
-    if file := given.pop("config", None):
-        given = {**_parse_known(parser, _file_arguments(parser, file)), **given}
-    config = ServerConfig(**given)
-    if not 0 <= config.port <= 65535:
-        parser.error(f"--port must be between 0 and 65535, got {config.port}")
+    parser = make_parser(
+        ServerConfig, "radixloop", "[--model-path MODEL] [options]", "Serve a large language model from one process."
+    )
+    config = ServerConfig(**read_options(parser, argv))
     if config.max_body_bytes < 1:
         parser.error(f"--max-body-bytes must be at least 1, got {config.max_body_bytes}")
     if not 0 <= config.log_requests_level <= 3:
@@ -101,22 +98,30 @@ def parse_args(argv: Sequence[str]) -> ServerConfig:
     return config
 
 
+def read_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """Values of the fields that a command line of `make_parser` gives, or else its `--config` file. Exits on errors."""
+    given = _parse_known(parser, argv)
+    if file := given.pop("config", None):
+        given = {**_parse_known(parser, _file_arguments(parser, file)), **given}
+    if not 0 <= given.get("port", 0) <= 65535:
+        parser.error(f"--port must be between 0 and 65535, got {given['port']}")
+    return given
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists every option.\n")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Flags of every field, in groups. Unset flags are absent from the result. A unique prefix is enough (`--tp`)."""
-    parser = _Parser(
-        prog="radixloop",
-        usage="%(prog)s [--model-path MODEL] [options]",
-        description="Serve a large language model from one process.",
-        argument_default=argparse.SUPPRESS,
-    )
+def make_parser(config_class: type, prog: str, usage: str, description: str) -> argparse.ArgumentParser:
+    """Flags of every field made by `option`, in groups. Unset flags are absent from the result.
+
+    A unique prefix of a flag is enough (`--tp`).
+    """
+    parser = _Parser(prog=prog, usage=f"%(prog)s {usage}", description=description, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line goes before it")
     groups: dict[str, Any] = {}
-    for field in dataclasses.fields(ServerConfig):
+    for field in dataclasses.fields(config_class):
         name = field.metadata["group"]
         group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
         scalar, is_list = option_type(field.type)
@@ -162,15 +167,18 @@ def _file_arguments(parser: argparse.ArgumentParser, file: str) -> list[str]:
         parser.error(f"--config {file}: {error}")
     if not isinstance(values, dict):
         parser.error(f"--config {file}: the file must hold `option: value` lines")
+    return to_arguments(parser, values, f"--config {file}")
+
+
+def to_arguments(parser: argparse.ArgumentParser, values: Mapping[str, Any], source: str) -> list[str]:
+    """Options by name as if they stood on the command line. Exits on those that `parser` does not know."""
     known = _known_flags(parser)
     arguments: list[str] = []
     for key, value in values.items():
         flag = _flag(str(key))
         if flag not in known or flag == "--config":
             close = difflib.get_close_matches(flag, known, n=1)
-            parser.error(
-                f"--config {file}: unknown option {key}" + (f"; did you mean {close[0][2:]}?" if close else "")
-            )
+            parser.error(f"{source}: unknown option {key}" + (f"; did you mean {close[0][2:]}?" if close else ""))
         if isinstance(value, list):
             arguments += [flag, *map(str, value)]
         elif value is True:

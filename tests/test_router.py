@@ -1,0 +1,551 @@
+"""The router: who gets a request, what passes through, retries, workers that come and go."""
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer, unused_port
+
+from engine.balance import METHODS
+from server.router import Router, RouterConfig, main
+from tests.fake_engine import FakeEngine, serving
+
+Client = TestClient[Any, Any]
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+LONG = "A long text that several questions are about. " * 20
+
+
+class FakeWorker:
+    """Answers every request with its name, unless `answer` says otherwise."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.is_healthy = name, True
+        self.answer: Handler = self.say_name
+        self.seen: list[tuple[str, dict[str, str], bytes]] = []  # (path with query, headers, body)
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.add_routes([web.get("/health", self.health), web.route("*", "/{path:.*}", self.handle)])
+        return app
+
+    async def health(self, _: web.Request) -> web.Response:
+        return web.Response(status=200 if self.is_healthy else 503)
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        self.seen.append((request.raw_path, dict(request.headers), await request.read()))
+        return await self.answer(request)
+
+    async def say_name(self, _: web.Request) -> web.Response:
+        return web.Response(text=self.name)
+
+    def says(self, status: int, text: str = "") -> None:
+        async def answer(_: web.Request) -> web.Response:
+            return web.Response(status=status, text=text or f"{self.name} says {status}")
+
+        self.answer = answer
+
+
+@asynccontextmanager
+async def listening(app: web.Application) -> AsyncIterator[str]:
+    """The URL of a server of `app`."""
+    server = TestServer(app)
+    async with server:
+        yield url_of(server)
+
+
+def url_of(server: TestServer | Client) -> str:
+    return str(server.make_url("")).rstrip("/")
+
+
+@asynccontextmanager
+async def routing(*workers: FakeWorker | str, **options: Any) -> AsyncIterator[Client]:
+    """A client of a router; a worker given by its URL is someone else's to run."""
+    async with AsyncExitStack() as stack:
+        urls = [w if isinstance(w, str) else await stack.enter_async_context(listening(w.app())) for w in workers]
+        settings = {"policy": "round_robin", "health_check_interval": 3600.0, **options}
+        app = Router(RouterConfig(worker_urls=urls, **settings)).build_app()
+        yield await stack.enter_async_context(TestClient(TestServer(app), auto_decompress=False))
+
+
+async def answers(client: Client, count: int, **body: Any) -> list[str]:
+    return [await (await client.post("/generate", json={"text": "Hi", **body})).text() for _ in range(count)]
+
+
+async def worker_states(client: Client) -> dict[str, Any]:
+    return {one["url"]: one for one in (await (await client.get("/workers")).json())["workers"]}
+
+
+async def until_healthy(client: Client, count: int) -> None:
+    async with asyncio.timeout(10):
+        while sum(one["is_healthy"] for one in (await worker_states(client)).values()) != count:
+            pass
+
+
+def cut_off(request: web.Request) -> None:
+    assert request.transport is not None
+    request.transport.abort()
+
+
+# ---- what passes through ----
+
+
+async def test_a_request_passes_through_unchanged() -> None:
+    worker = FakeWorker("a")
+    headers = {
+        "Authorization": "Bearer mine", "User-Agent": "test", "X-Mine": "1", "Cookie": "k=v", "Accept-Encoding": "br",
+        "Content-Type": "application/json",
+    }  # fmt: skip
+    async with routing(worker) as client:
+        for body in (b'{"text" :  "Hi"}', b"no JSON", b""):
+            path = "/v1/x%2Fy%2525/z?q=a%20b&q=%C3%BC"
+            answer = await client.post(aiohttp.client.URL(path, encoded=True), data=body, headers=headers)
+            assert answer.status == 200
+    for (path, seen, got), body in zip(worker.seen, (b'{"text" :  "Hi"}', b"no JSON", b""), strict=True):
+        assert (path, got) == ("/v1/x%2Fy%2525/z?q=a%20b&q=%C3%BC", body)
+        assert {name: seen[name] for name in headers} == headers
+        assert seen["Host"] != "a" and "Transfer-Encoding" not in seen
+
+
+async def test_an_answer_passes_through_unchanged() -> None:
+    worker = FakeWorker("a")
+
+    async def answer(_: web.Request) -> web.Response:
+        response = web.Response(status=418, reason="Short and stout", body=b"\x1f\x8bnot really gzip")
+        response.headers.extend({"Content-Encoding": "gzip", "X-Its": "1", "Keep-Alive": "timeout=1"})
+        response.headers.add("Set-Cookie", "a=1")
+        response.headers.add("Set-Cookie", "b=2")
+        return response
+
+    worker.answer = answer
+    async with routing(worker) as client:
+        for method in ("GET", "POST", "PUT", "DELETE"):
+            got = await client.request(method, "/any")
+            assert (got.status, got.reason, await got.read()) == (418, "Short and stout", b"\x1f\x8bnot really gzip")
+            assert got.headers.getall("Set-Cookie") == ["a=1", "b=2"]
+            assert (got.headers["X-Its"], got.headers["Content-Length"]) == ("1", "17")
+            assert "Keep-Alive" not in got.headers
+        assert (await client.head("/any")).status == 418
+
+
+async def test_each_piece_of_a_streamed_answer_is_passed_on_as_it_comes() -> None:
+    worker, received = FakeWorker("a"), asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for i in range(3):
+            await response.write(b"data: %d\n\n" % i)
+            await received.wait()
+            received.clear()
+        return response
+
+    worker.answer = answer
+    async with routing(worker) as client:
+        got = await client.post("/generate", json={})
+        assert got.content_type == "text/event-stream"
+        for i in range(3):
+            assert await got.content.readany() == b"data: %d\n\n" % i
+            received.set()
+        assert await got.content.readany() == b""
+
+
+async def test_a_stream_of_our_server_is_the_same_through_the_router() -> None:
+    body = {"text": "Hi", "stream": True, "rid": "mine"}
+    async with serving(FakeEngine()) as direct, routing(url_of(direct)) as client:
+        expected = await (await direct.post("/generate", json=body)).read()
+        assert b"[DONE]" in expected
+        assert await (await client.post("/generate", json=body)).read() == expected
+
+
+async def test_a_worker_writes_no_faster_than_the_client_reads() -> None:
+    worker, piece, count = FakeWorker("a"), bytes(1 << 20), 128
+    written = 0
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        nonlocal written
+        response = web.StreamResponse()
+        await response.prepare(request)
+        for _ in range(count):
+            await response.write(piece)
+            written += 1
+        return response
+
+    worker.answer = answer
+    async with routing(worker) as client:
+        got = await client.get("/big")
+        before = -1
+        while before != written:
+            before = written
+            await asyncio.sleep(0.2)
+        assert written < count / 2
+        assert len(await got.read()) == count * len(piece)
+
+
+async def test_a_client_that_leaves_takes_its_request_along() -> None:
+    engine = FakeEngine(is_manual=True)
+    async with serving(engine) as worker, routing(url_of(worker)) as client:
+        got = asyncio.create_task(client.post("/generate", json={"text": "Hi", "rid": "waiting"}))
+        await engine.until(lambda: "waiting" in engine.live)
+        got.cancel()
+        await engine.until(lambda: engine.aborted == ["waiting"])
+        streaming = asyncio.create_task(client.post("/generate", json={"text": "Hi", "rid": "s", "stream": True}))
+        await engine.until(lambda: "s" in engine.live)
+        engine.emit(engine.live["s"], "Hello")
+        (await streaming).close()
+        await engine.until(lambda: engine.aborted == ["waiting", "s"])
+        assert [one["load"] for one in (await worker_states(client)).values()] == [0]
+
+
+# ---- who gets a request ----
+
+
+async def test_in_turn() -> None:
+    async with routing(FakeWorker("a"), FakeWorker("b")) as client:
+        assert await answers(client, 4) == ["a", "b", "a", "b"]
+
+
+async def test_the_least_busy_worker_is_the_one_with_the_fewest_requests() -> None:
+    a, b = FakeWorker("a"), FakeWorker("b")
+    asked, release = asyncio.Event(), asyncio.Event()
+
+    async def wait(_: web.Request) -> web.Response:
+        asked.set()
+        await release.wait()
+        return web.Response()
+
+    a.answer = wait
+    async with routing(a, b, policy="shortest_queue") as client:
+        waiting = asyncio.create_task(client.post("/generate", json={"text": "Hi"}))
+        await asked.wait()
+        assert await answers(client, 3) == ["b", "b", "b"]
+        release.set()
+        await waiting
+
+
+@pytest.mark.parametrize(
+    ("path", "first", "second"),
+    [
+        ("/generate", {"text": LONG + "Who?"}, {"text": LONG + "Why?", "stream": True}),
+        ("/generate", {"input_ids": [*range(1000)]}, {"input_ids": [*range(999), 7]}),
+        ("/v1/completions", {"prompt": LONG}, {"prompt": LONG + "And?", "max_tokens": 3}),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": LONG}]},
+            {"messages": [{"role": "user", "content": LONG}, {"role": "user", "content": "And?"}]},
+        ),
+        ("/v1/messages", {"system": LONG, "messages": ["a"]}, {"messages": ["b"], "system": LONG}),
+        ("/v1/responses", {"instructions": LONG, "input": "a"}, {"instructions": LONG, "input": "b"}),
+    ],
+)
+async def test_prompts_with_the_same_head_go_to_the_same_worker(path: str, first: Any, second: Any) -> None:
+    async with routing(*map(FakeWorker, "abc"), policy="cache_aware") as client:
+
+        async def ask(body: Any) -> str:
+            return await (await client.post(path, json=body)).text()
+
+        home = await ask(first)
+        assert await ask({"text": "short"}) != home
+        assert [await ask(second) for _ in range(4)] == [home] * 4
+        assert await ask({"cache_salt": "other", **second}) != home
+
+
+@pytest.mark.parametrize("policy", METHODS)
+async def test_every_policy_leaves_out_who_is_not_healthy(policy: str) -> None:
+    workers = [FakeWorker(name) for name in "abc"]
+    workers[1].is_healthy = False
+    async with routing(*workers, policy=policy) as client:
+        assert set(await answers(client, 6, text=LONG)) <= {"a", "c"}
+
+
+# ---- retries ----
+
+
+@pytest.mark.parametrize("policy", METHODS)
+@pytest.mark.parametrize("status", [429, 500, 502, 503])
+async def test_what_a_worker_refuses_goes_to_another(status: int, policy: str) -> None:
+    a, b = FakeWorker("a"), FakeWorker("b")
+    a.says(status)
+    async with routing(a, b, policy=policy) as client:
+        assert await answers(client, 3, text=LONG) == ["b", "b", "b"]
+        assert all(body == b.seen[0][2] for _, _, body in [*a.seen, *b.seen])
+        assert all(one["is_healthy"] for one in (await worker_states(client)).values())
+
+
+async def test_the_clients_own_errors_are_not_retried() -> None:
+    a, b = FakeWorker("a"), FakeWorker("b")
+    a.says(400)
+    async with routing(a, b) as client:
+        got = await client.post("/generate", json={})
+        assert (got.status, await got.text(), b.seen) == (400, "a says 400", [])
+
+
+async def test_if_all_refuse_the_last_answer_is_passed_on() -> None:
+    a, b = FakeWorker("a"), FakeWorker("b")
+    a.says(503)
+    b.says(429, "full")
+    async with routing(a, b) as client:
+        got = await client.post("/generate", json={})
+        assert (got.status, await got.text()) == (429, "full")
+
+
+async def test_the_number_of_retries_is_bounded() -> None:
+    workers = [FakeWorker(name) for name in "abcd"]
+    for worker in workers:
+        worker.says(503)
+    async with routing(*workers, max_retries=2) as client:
+        assert (await client.post("/generate", json={})).status == 503
+        assert sum(len(worker.seen) for worker in workers) == 3
+    async with routing(*workers, max_retries=0) as client:
+        assert (await client.post("/generate", json={})).status == 503
+        assert sum(len(worker.seen) for worker in workers) == 4
+
+
+async def test_an_answer_that_is_lost_before_its_first_byte_is_asked_for_again() -> None:
+    a, b = FakeWorker("a"), FakeWorker("b")
+
+    async def cut_off_at_once(request: web.Request) -> web.StreamResponse:
+        cut_off(request)
+        return web.Response()
+
+    async def cut_off_after_the_headers(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        cut_off(request)
+        return response
+
+    for answer in (cut_off_at_once, cut_off_after_the_headers):
+        a.answer = answer
+        async with routing(a, b) as client:
+            assert await answers(client, 1) == ["b"]
+            assert len(a.seen) == 1
+        a.seen.clear()
+
+
+async def test_an_answer_that_is_lost_later_ends_too_early_and_is_not_asked_for_again() -> None:
+    a, b = FakeWorker("a"), FakeWorker("b")
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"data: 1\n\n")
+        await asyncio.sleep(0.05)
+        cut_off(request)
+        return response
+
+    a.answer = answer
+    async with routing(a, b) as client:
+        got = await client.post("/generate", json={})
+        assert await got.content.readany() == b"data: 1\n\n"
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await got.read()
+        assert not b.seen
+
+
+async def test_a_file_is_sent_on_as_it_arrives_and_never_twice() -> None:
+    a, b = FakeWorker("a"), FakeWorker("b")
+    a.says(503)
+    async with routing(a, b, max_body_bytes=1000) as client:
+        form = aiohttp.FormData({"purpose": "batch"})
+        form.add_field("file", bytes(100_000), filename="x.jsonl")
+        got = await client.post("/v1/files", data=form)
+        assert got.status == 503
+        assert len(a.seen) == 1 and len(a.seen[0][2]) > 100_000 and not b.seen
+        got = await client.post("/generate", json={"text": "x" * 2000})
+        assert got.status == 413
+        assert "1000 bytes" in await got.text()
+
+
+# ---- workers come and go ----
+
+
+async def test_a_worker_that_cannot_be_reached_leaves_the_rotation_and_returns() -> None:
+    a, port = FakeWorker("a"), unused_port()
+    gone = f"http://127.0.0.1:{port}"
+    async with routing(a, gone, health_check_interval=0.01) as client:
+        assert await answers(client, 3) == ["a"] * 3
+        state = (await worker_states(client))[gone]
+        assert not state["is_healthy"] and "connect" in state["failure"].lower()
+        server = TestServer(FakeWorker("back").app(), port=port)
+        await server.start_server()
+        await until_healthy(client, 2)
+        assert set(await answers(client, 4)) == {"a", "back"}
+        await server.close()
+        assert set(await answers(client, 4)) == {"a"}
+
+
+async def test_a_worker_that_fails_is_looked_at_before_the_next_health_check_is_due() -> None:
+    a, b = FakeWorker("a"), TestServer(FakeWorker("b").app())
+    async with b, routing(a, url_of(b), health_check_interval=3600.0) as client:
+        await until_healthy(client, 2)
+        await b.close()
+        assert await answers(client, 2) == ["a", "a"]
+        await until_healthy(client, 1)
+
+
+async def test_a_worker_that_says_it_is_not_healthy_leaves_the_rotation_and_returns() -> None:
+    a, b = FakeWorker("a"), FakeWorker("b")
+    async with routing(a, b, health_check_interval=0.01) as client:
+        for is_healthy, expected in ((False, {"b"}), (True, {"a", "b"})):
+            a.is_healthy = is_healthy
+            await until_healthy(client, len(expected))
+            assert set(await answers(client, 4)) == expected
+
+
+async def test_when_all_are_down_the_error_says_why() -> None:
+    worker = FakeWorker("a")
+    worker.is_healthy = False
+    gone = f"http://127.0.0.1:{unused_port()}"
+    async with routing(worker, gone) as client:
+        assert (await client.get("/health")).status == 503
+        for path in ("/generate", "/v1/chat/completions"):
+            got = await client.post(path, json={})
+            assert got.status == 503
+            error = (await got.json())["error"]
+            assert "/health answers 503" in error["message"] and gone in error["message"]
+        assert error["type"] == "service_unavailable_error"
+    async with routing() as client:
+        got = await client.get("/v1/models")
+        assert (got.status, "has no workers" in await got.text()) == (503, True)
+        assert (await client.post("/flush_cache")).status == 503
+
+
+async def test_workers_are_added_and_removed() -> None:
+    a, b = FakeWorker("a"), FakeWorker("b")
+    async with listening(a.app()) as url_a, listening(b.app()) as url_b, routing() as client:
+        got = await client.post("/workers", json={"url": url_a + "/"})
+        assert (got.status, await got.json()) == (201, {"url": url_a, "is_healthy": True})
+        assert await answers(client, 2) == ["a", "a"]
+        assert (await client.post("/add_worker", params={"url": url_b})).status == 201
+        assert (await (await client.get("/list_workers")).json())["urls"] == [url_a, url_b]
+        assert set(await answers(client, 4)) == {"a", "b"}
+        assert (await client.delete("/workers", params={"url": url_a})).status == 200
+        assert await answers(client, 2) == ["b", "b"]
+        assert (await client.post("/workers", json={"url": url_a})).status == 201
+        assert set(await answers(client, 4)) == {"a", "b"}
+        assert (await client.post("/remove_worker", params={"url": url_b})).status == 200
+        assert (await (await client.get("/health")).json()) == {"status": "ok", "num_workers": 1, "num_healthy": 1}
+        for body in ({"url": url_a}, {"url": "nonsense"}, {"url": "http://a:70000"}, {"url": "http://[::1"}, {}):
+            got = await client.post("/workers", json=body)
+            assert (got.status, (await got.json())["error"]["field"]) == (400, "url")
+        assert (await client.delete("/workers")).status == 400
+
+
+async def test_with_a_key_only_its_owner_sees_and_changes_workers() -> None:
+    worker = FakeWorker("a")
+    async with routing(worker, api_key="secret") as client:
+        for method, path in (
+            ("GET", "/workers"),
+            ("POST", "/workers"),
+            ("DELETE", "/workers"),
+            ("GET", "/list_workers"),
+            ("POST", "/add_worker"),
+            ("POST", "/remove_worker"),
+        ):
+            for headers in ({}, {"Authorization": "Bearer wröng"}):
+                assert (await client.request(method, path, headers=headers)).status == 401
+        assert (await client.get("/workers", headers={"Authorization": "Bearer secret"})).status == 200
+        assert (await client.get("/health")).status == 200
+        assert await answers(client, 1) == ["a"]  # whose key is right is the worker's to say
+
+
+# ---- what concerns all workers, or one of them ----
+
+
+async def test_an_abort_and_a_flush_reach_every_worker() -> None:
+    engines = FakeEngine(is_manual=True), FakeEngine(is_manual=True)
+    async with (
+        serving(engines[0]) as first,
+        serving(engines[1]) as second,
+        routing(url_of(first), url_of(second)) as client,
+    ):
+        body = {"text": "Hi", "rid": "mine"}
+        tasks = [asyncio.create_task(client.post("/generate", json=body)) for _ in engines]
+        for engine in engines:
+            await engine.until(lambda engine=engine: "mine" in engine.live)  # type: ignore[misc]
+        got = await client.post("/flush_cache")
+        assert got.status == 400
+        message = (await got.json())["error"]["message"]
+        assert (
+            message.startswith("2 of 2 workers failed")
+            and url_of(first) in message
+            and "1 requests are running" in message
+        )
+        assert (await client.post("/abort_request", json={"rid": "mine"})).status == 200
+        await asyncio.gather(*tasks)
+        got = await client.post("/flush_cache")
+        assert (got.status, await got.text()) == (200, "Cache flushed.\n")
+
+
+async def test_a_flush_names_the_worker_that_could_not_be_reached() -> None:
+    gone = f"http://127.0.0.1:{unused_port()}"
+    async with routing(FakeWorker("a"), gone) as client:
+        got = await client.post("/flush_cache")
+        assert got.status == 502
+        assert f"1 of 2 workers failed: {gone}" in (await got.json())["error"]["message"]
+
+
+async def test_what_one_worker_does_not_have_is_looked_for_at_the_others() -> None:
+    a, b = FakeWorker("a"), FakeWorker("b")
+    a.says(404)
+    async with routing(a, b, max_retries=0) as client:
+        assert [await (await client.get("/v1/responses/resp_1")).text() for _ in range(2)] == ["b", "b"]
+        b.says(404)
+        assert (await client.get("/v1/responses/resp_1")).status == 404
+        a.says(400)
+        b.answer = b.say_name
+        for _ in range(2):
+            got = await client.post("/v1/responses", json={"previous_response_id": "resp_1", "input": "And?"})
+            assert await got.text() == "b"
+
+
+async def test_files_batches_and_sessions_are_kept_by_the_first_worker() -> None:
+    async with routing(*map(FakeWorker, "ab")) as client:
+        for path in ("/v1/files", "/v1/files/file-1/content", "/v1/batches", "/open_session"):
+            assert [await (await client.get(path)).text() for _ in range(2)] == ["a", "a"]
+        assert await answers(client, 2, session_params={"id": "s"}) == ["a", "a"]
+
+
+# ---- the command ----
+
+
+def test_a_wrong_option_is_a_clear_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, message in (
+        (["--worker-urls", "localhost"], "url must be one like http://host:30000, got 'localhost'"),
+        (["--policy", "best"], "invalid choice"),
+        (["--port", "70000"], "--port must be between 0 and 65535, got 70000"),
+        (["--max-retries=-1"], "--max-retries must be at least 0, got -1"),
+        (["--health-check-interval", "0"], "--health-check-interval must be above 0, got 0.0"),
+        (["--wroker-urls", "x"], "did you mean --worker-urls?"),
+    ):
+        with pytest.raises(SystemExit) as exit_info:
+            main(argv)
+        assert exit_info.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+async def test_the_process_routes_until_a_signal_and_needs_no_torch() -> None:
+    code = "import sys, server.router as r; s = r.main(); assert 'torch' not in sys.modules; sys.exit(s)"
+    port, worker = unused_port(), FakeWorker("a")
+    async with listening(worker.app()) as url, aiohttp.ClientSession() as client:
+        argv = ["-c", code, "--worker-urls", url, "--port", str(port)]
+        process = await asyncio.create_subprocess_exec(sys.executable, *argv)
+        try:
+            while True:
+                try:
+                    async with client.post(f"http://127.0.0.1:{port}/generate", data=json.dumps({"text": 1})) as got:
+                        assert await got.text() == "a"
+                    break
+                except aiohttp.ClientConnectionError:
+                    assert process.returncode is None
+                    await asyncio.sleep(0.05)
+            process.terminate()
+            assert await process.wait() == 0
+        finally:
+            if process.returncode is None:
+                process.kill()
