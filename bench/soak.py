@@ -45,7 +45,7 @@ SERVER_FLAGS = """
     --tool-call-parser hermes --reasoning-parser qwen3
 """
 PATTERNS = [r"(yes|no), because [a-z ]{3,20}\.", r"\d{4}-\d{2}-\d{2}", r"[A-Z][a-z]{2,8}( [A-Z][a-z]{2,8}){1,3}"]
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "name": {"type": "string", "maxLength": 12},
@@ -222,9 +222,10 @@ class Soak:
         if choice["finish_reason"] == "length":
             return "filled in half"
         message = choice["message"]
-        for text in (
-            [call["function"]["arguments"] for call in message["tool_calls"]] if is_call else [message["content"]]
-        ):
+        calls = message["tool_calls"] or []
+        if is_call and not calls:
+            self.problems.append(f"no tool was called, but one had to be: {message}")
+        for text in [call["function"]["arguments"] for call in calls] if is_call else [message["content"]]:
             if orjson.loads(text).keys() != SCHEMA["properties"].keys():
                 self.problems.append(f"{text!r} is not what the schema asks for")
         return "called" if is_call else "filled in"
@@ -299,8 +300,8 @@ class Soak:
         counts = batch["request_counts"]
         if batch["status"] == "failed" or (not is_cancelled and counts != {"total": 5, "completed": 4, "failed": 1}):
             self.problems.append(f"a batch is {batch['status']} with {counts}, {batch['errors']}")
-        for file_id in filter(None, (file_id, batch["output_file_id"], batch["error_file_id"])):
-            async with session.delete(f"{self.url}/v1/files/{file_id}", raise_for_status=True):
+        for used_id in filter(None, (file_id, batch["output_file_id"], batch["error_file_id"])):
+            async with session.delete(f"{self.url}/v1/files/{used_id}", raise_for_status=True):
                 pass
         return f"batch {batch['status']}"
 
