@@ -525,14 +525,16 @@ class Scheduler:
 
         ends = (tokens < 0) | (places + 1 >= rows.max_tokens[sampled])
         ends |= self.is_eos[tokens] & ~rows.ignore_eos[sampled]
-        for i in np.flatnonzero(rows.has_stop_ids[sampled]).tolist():
-            ends[i] |= tokens[i] in _request_of(rows, sampled[i]).sampling_params.stop_token_ids
+        has_extras = bool(rows.has_extras[sampled].any())
+        if has_extras:
+            for i in np.flatnonzero(rows.has_stop_ids[sampled]).tolist():
+                ends[i] |= tokens[i] in _request_of(rows, sampled[i]).sampling_params.stop_token_ids
 
         wanted = np.flatnonzero(rows.wants_tokens[sampled] & (tokens >= 0))
         requests = [_request_of(rows, row) for row in sampled[wanted].tolist()]
         runs: list[list[int]] = tokens[wanted, np.newaxis].tolist()
         outcome.tokens = list(zip(requests, runs, index[wanted].tolist(), strict=True))
-        if rows.has_matcher[sampled].any():
+        if has_extras and rows.has_matcher[sampled].any():
             run_of = dict(zip(wanted.tolist(), runs, strict=True))
             for i in np.flatnonzero(rows.has_matcher[sampled] & (tokens >= 0)).tolist():
                 request, token = _request_of(rows, sampled[i]), int(tokens[i])
@@ -652,7 +654,7 @@ class Scheduler:
 
     def _shared_prefixes(self, decodes: np.ndarray) -> Groups | None:
         """Put each decoding row into the group of the tree node whose shared reading saves most, if that is much."""
-        if len(decodes) < 2 or not self._is_cached:
+        if len(decodes) < 2 or int(self.cached_lens[decodes].sum()) < MIN_SHARED_TOKENS:
             return None
         key = (decodes.tobytes(), self.rows.epoch[decodes].tobytes())
         if key == self._grouped:
