@@ -14,7 +14,7 @@ its keys and values before it attends, and steps run in order, so even a request
 """
 
 import random
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -100,7 +100,7 @@ class Scheduler:
         self.chunked_prefill_size = max(chunked_prefill_size, self.page_size)
         self.policy = policy
         self.shares = FairShares(max_queued, max_queued_tokens)
-        self.waiting: deque[Request] = deque()
+        self.waiting: OrderedDict[Request, None] = OrderedDict()  # next one first; whoever leaves is found at once
         self.prefilling: list[Request] = []  # admitted, prompt not wholly scheduled
         self.nodes: dict[int, Node] = {}  # row -> the tree node it locks
         self.cached_lens = np.zeros(rows.num_rows + 1, np.int32)  # row -> leading tokens whose slots the tree owns
@@ -133,7 +133,7 @@ class Scheduler:
         self.shares.enter(request)
         request.status = Status.WAITING
         request.num_admitted_before = self.num_admitted
-        self.waiting.append(request)
+        self.waiting[request] = None
         self._is_sorted = False
 
     def finish(self, request: Request, reason: FinishReason) -> None:
@@ -141,7 +141,7 @@ class Scheduler:
         if request.status is Status.RUNNING:
             self._release(request, keep=reason.type != "abort")
         elif request.status is Status.WAITING:
-            self.waiting.remove(request)
+            del self.waiting[request]
             self.shares.leave(request)
         request.status = Status.FINISHED
         request.finish_reason = reason
@@ -329,8 +329,9 @@ class Scheduler:
             yield chunk
         if self.waiting and budget > 0 and self.rows.num_free:
             self._sort_waiting()
-        while self.waiting and budget > 0 and self.rows.num_free and self._admit(self.waiting[0]):
-            chunk = self._next_chunk(self.waiting.popleft(), budget)
+        while self.waiting and budget > 0 and self.rows.num_free and self._admit(next(iter(self.waiting))):
+            request, _ = self.waiting.popitem(last=False)
+            chunk = self._next_chunk(request, budget)
             if chunk is None:
                 return
             budget -= chunk.stop - chunk.start
@@ -445,7 +446,7 @@ class Scheduler:
         waiting = self.shares.order(waiting)
         # A retracted request was promised its place: it comes before those that never ran.
         waiting.sort(key=lambda r: r.num_retractions == 0)
-        self.waiting = deque(waiting)
+        self.waiting = OrderedDict.fromkeys(waiting)
 
     def _by_policy(self) -> list[Request]:
         policy = self.policy if len(self.waiting) <= MAX_SORTED_QUEUE else "fcfs"
@@ -472,7 +473,8 @@ class Scheduler:
         request.status = Status.WAITING
         request.num_retractions += 1
         self.num_retractions += 1
-        self.waiting.appendleft(request)
+        self.waiting[request] = None
+        self.waiting.move_to_end(request, last=False)
         self.shares.enter(request)
         self._is_sorted = False
         live = self._decoding
@@ -638,8 +640,9 @@ class Scheduler:
         for request in ended:
             self.rows.free(request.row)
         if not ended and self.waiting:
-            ended.append(self.waiting.popleft())
-            self.shares.leave(ended[0])
+            request, _ = self.waiting.popitem(last=False)
+            self.shares.leave(request)
+            ended.append(request)
         for request in ended:
             request.status, request.finish_reason = Status.FINISHED, reason
             self.shares.settle(request)

@@ -5,6 +5,8 @@ Faults are injected into the real engine on a tiny model. In the end nothing is 
 
 import asyncio
 import random
+import resource
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,9 +268,21 @@ async def test_a_cache_that_raises_for_good_ends_request_after_request(scene: Sc
     await scene.check_all_is_well()
 
 
-async def test_clients_that_vanish_together_leave_nothing_behind(tiny_llama: Path, tmp_path: Path) -> None:
-    """Their connections end without a word, some before the first byte of the answer and some within it."""
-    async with running_engine(tiny_llama, max_running_requests=32) as engine:
+async def test_a_thousand_clients_that_vanish_leave_nothing_behind_two_steps_later(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their connections end without a word: most wait for their turn, some are within their answers."""
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # both ends of a connection take one
+    async with running_engine(tiny_llama, max_running_requests=100, max_total_tokens=1 << 15) as engine:
+        runner = engine.parts.runner
+        forward = runner.forward
+
+        def slow_forward(batch: Any) -> torch.Tensor:
+            time.sleep(0.03)  # so that no answer comes to its end before its client vanishes
+            return forward(batch)
+
+        monkeypatch.setattr(runner, "forward", slow_forward)
         config = ServerConfig(model_path=str(tiny_llama), file_storage_path=str(tmp_path))
         server = TestServer(build_app(engine, config))
         await server.start_server()
@@ -277,17 +291,23 @@ async def test_clients_that_vanish_together_leave_nothing_behind(tiny_llama: Pat
             b'{"input_ids": [5, 6, 7], "stream": true, "sampling_params": {"max_new_tokens": 400, "ignore_eos": true}}'
         )
         head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
-        connections = [await asyncio.open_connection(server.host, server.port) for _ in range(300)]
+        connections = [await asyncio.open_connection(server.host, server.port) for _ in range(1000)]
         for _, writer in connections:
             writer.write(head + body)
         await connections[0][0].readuntil(b"data: ")
-        while engine.stats().num_requests < 300:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(30):
+            while engine.stats().num_requests < 1000:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert engine.stats().scheduler.num_running == 100
+        assert engine.stats().scheduler.num_waiting == 900
         for _, writer in connections:
             writer.transport.abort()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
+            while engine.stats().num_aborted < 1000:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            num_steps = engine.stats().loop.num_steps
             while engine.progress() is not None or len(asyncio.all_tasks()) > num_tasks:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-        assert engine.stats().num_aborted == 300
+                await asyncio.sleep(0)
+        assert engine.stats().loop.num_steps - num_steps <= 2
         check_pages(engine)
         await server.close()
