@@ -4,6 +4,7 @@ Faults are injected into the real engine on a tiny model. In the end nothing is 
 """
 
 import asyncio
+import json
 import random
 import resource
 import time
@@ -14,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from aiohttp.test_utils import TestServer
+from aiohttp.test_utils import TestClient, TestServer
 
 from engine.engine import Engine
-from engine.request import Delta, Request
+from engine.request import Delta, Request, Status
 from engine.tokenizer import Tokenizer
 from server.app import build_app
+from server.blocks import Blocks
 from server.config import ServerConfig
 from tests.test_engine import check_pages, collect, make_request, running_engine
 
@@ -210,6 +212,75 @@ async def test_a_detokenizer_that_raises_fails_its_own_request_only(scene: Scene
         assert await asyncio.gather(*bystanders) == [scene.expected] * 3
     scene.monkeypatch.undo()
     await scene.check_all_is_well()
+
+
+@pytest.mark.parametrize("pattern", ["[0-9]{2}(never mind ){3}", "(never mind ){3}[0-9]{2}"])
+async def test_a_detokenizer_that_raises_on_forced_tokens_fails_its_own_request_only(
+    scene: Scene, pattern: str
+) -> None:
+    """They come within the answer, or join the prompt before it is queued."""
+    text_stream = Tokenizer.text_stream
+
+    def sometimes_broken(self: Tokenizer, params: Any, input_ids: list[int]) -> Any:
+        whole = text_stream(self, params, input_ids)
+        return BrokenText(whole) if input_ids[0] == BAD else whole
+
+    scene.monkeypatch.setattr(Tokenizer, "text_stream", sometimes_broken)
+    bystanders = [asyncio.create_task(scene.answer(stream=bool(i % 2))) for i in range(3)]
+    victim = make_request([BAD, *scene.prompt], stream=True, regex=pattern)
+    if pattern.startswith("["):
+        deltas, _ = await collect(scene.engine, victim)
+        status, message = failure_of(deltas)
+        assert status == 500
+        assert "injected into the detokenizer" in message
+    else:
+        with pytest.raises(ValueError, match="injected into the detokenizer"):
+            await collect(scene.engine, victim)
+        assert victim.status is Status.FINISHED
+    assert await asyncio.gather(*bystanders) == [scene.expected] * 3
+    scene.monkeypatch.undo()
+    await scene.check_all_is_well()
+
+
+async def test_a_parser_that_raises_ends_its_own_message_with_an_error(
+    scene: Scene, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The victim's stream says what has happened; a whole answer is refused."""
+    push = Blocks.push
+    victims = list[Blocks]()
+
+    def sometimes_broken(self: Blocks, text: str) -> Any:
+        if not victims or self is victims[0]:
+            victims.append(self)
+            raise RuntimeError("injected into the blocks")
+        return push(self, text)
+
+    async def ask(client: TestClient[Any, Any], **fields: Any) -> tuple[int, str]:
+        body = {"max_tokens": 8, "messages": [{"role": "user", "content": "Hi"}], "temperature": 0, **fields}
+        async with client.post("/v1/messages", json=body) as response:
+            return response.status, await response.text()
+
+    config = ServerConfig(model_path=str(tiny_llama), file_storage_path=str(tmp_path))
+    async with TestClient(TestServer(build_app(scene.engine, config))) as client:
+        _, whole = await ask(client, stream=True)
+        scene.monkeypatch.setattr(Blocks, "push", sometimes_broken)
+        answers = await asyncio.gather(*(ask(client, stream=True) for _ in range(4)))
+        failed = [text for _, text in answers if "injected into the blocks" in text]
+        assert len(failed) == 1
+        assert failed[0].rstrip().split("\n")[-2] == "event: error"
+        good = [text for _, text in answers if text not in failed]
+        assert [said(text) for text in good] == [said(whole)] * 3
+        victims.clear()
+        status, text = await ask(client)
+        assert (status, json.loads(text)["type"]) == (500, "error")
+    scene.monkeypatch.undo()
+    await scene.check_all_is_well()
+
+
+def said(events: str) -> str:
+    """The text of a streamed message."""
+    lines = [json.loads(line.removeprefix("data: ")) for line in events.splitlines() if line.startswith("data: ")]
+    return "".join(line["delta"].get("text", "") for line in lines if line["type"] == "content_block_delta")
 
 
 async def test_a_tokenizer_that_raises_queues_nothing(scene: Scene) -> None:
