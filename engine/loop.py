@@ -100,7 +100,7 @@ class StepLoop:
             try:
                 plan = None
                 if self._may_step.is_set():
-                    plan = self.scheduler.schedule(self._pace.prefill_budget(self.scheduler.num_streams))
+                    plan = self.scheduler.schedule(self._prefill_budget())
             except Exception as error:  # noqa: BLE001 - a mistake of ours must not end the server
                 await self._abandon(error)
                 continue
@@ -129,6 +129,10 @@ class StepLoop:
                 await self._idle()
             elif plan is None or len(self._in_flight) >= self._depth:
                 resolved = await self._resolve(self._in_flight[0])
+
+    def _prefill_budget(self) -> int | None:
+        has_prompts = self.scheduler.waiting or self.scheduler.prefilling
+        return self._pace.prefill_budget(self.scheduler.num_streams) if has_prompts else None
 
     def _deliver(self, step: Step, outcome: Outcome) -> None:
         start = time.perf_counter()

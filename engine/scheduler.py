@@ -533,7 +533,7 @@ class Scheduler:
                 ends[i] |= tokens[i] in _request_of(rows, sampled[i]).sampling_params.stop_token_ids
 
         wanted = np.flatnonzero(rows.wants_tokens[sampled] & (tokens >= 0))
-        requests = [_request_of(rows, row) for row in sampled[wanted].tolist()]
+        requests = [request for row in sampled[wanted].tolist() if (request := rows.requests[row]) is not None]
         runs: list[list[int]] = tokens[wanted, np.newaxis].tolist()
         outcome.tokens = list(zip(requests, runs, index[wanted].tolist(), strict=True))
         if has_extras and rows.has_matcher[sampled].any():
@@ -663,8 +663,11 @@ class Scheduler:
         if key == self._grouped:
             return self._groups
         self._grouped, self._groups = key, None
-        paths = [list(self.cache.path(self.nodes[row])) for row in decodes.tolist()]
+        # A node that one request alone locks is shared by nobody: most are.
+        paths = [[n for n in self.cache.path(self.nodes[row]) if n.lock_ref > 1] for row in decodes.tolist()]
         num_users = Counter(node for path in paths for node in path)
+        if not num_users:
+            return None
         members: dict[Node, list[int]] = {}
         for i, path in enumerate(paths):
             best = max(path, key=lambda node: (num_users[node] - 1) * node.depth_tokens, default=None)
