@@ -222,9 +222,9 @@ class Soak:
         if choice["finish_reason"] == "length":
             return "filled in half"
         message = choice["message"]
-        calls = message["tool_calls"] or []
+        calls = message.get("tool_calls", [])
         if is_call and not calls:
-            self.problems.append(f"no tool was called, but one had to be: {message}")
+            self.problems.append(f"no tool was called, but one had to be: {choice}")
         for text in [call["function"]["arguments"] for call in calls] if is_call else [message["content"]]:
             if orjson.loads(text).keys() != SCHEMA["properties"].keys():
                 self.problems.append(f"{text!r} is not what the schema asks for")
