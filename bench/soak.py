@@ -2,10 +2,11 @@
 
     python -m bench.soak --minutes 10
 
-Clients ask for answers of random lengths, streamed or not, abort them, vanish in the middle, read slowly, send what is
-wrong, and flush the cache. Every half a minute all of them pause; then nothing may be left over: no page or row held,
-no task, no connection, nothing in the queue. Memory must not grow after warm-up, and every greedy answer must begin
-like the first one to its prompt. Exits with 1 and the reasons otherwise.
+Clients ask for answers of random lengths through every API, streamed or not, constrained by grammars, with tools and
+reasoning, ask for vectors, start batches, abort, vanish in the middle, read slowly, send what is wrong, and flush the
+cache. Every half a minute all of them pause; then nothing may be left over: no page or row held, no task, no
+connection, nothing in the queue. Memory must not grow after warm-up, every greedy answer must begin like the first one
+to its prompt, every constrained one must be what was asked for. Exits with 1 and the reasons otherwise.
 """
 
 import argparse
@@ -41,7 +42,21 @@ SERVER_FLAGS = """
     --model-path demo --device cpu --dtype float32 --max-total-tokens 2048 --max-running-requests 12
     --max-queued-requests 40 --chunked-prefill-size 128 --schedule-conservativeness 0.3 --context-length 1024
     --enable-metrics --access-log none --log-level warning --watchdog-timeout 60
+    --tool-call-parser hermes --reasoning-parser qwen3
 """
+PATTERNS = [r"(yes|no), because [a-z ]{3,20}\.", r"\d{4}-\d{2}-\d{2}", r"[A-Z][a-z]{2,8}( [A-Z][a-z]{2,8}){1,3}"]
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "house": {"enum": ["Gryffindor", "Hufflepuff", "Ravenclaw", "Slytherin"]},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "is_alive": {"type": "boolean"},
+    },
+    "required": ["name", "house", "age", "is_alive"],
+    "additionalProperties": False,
+}
+TOOLS = [{"type": "function", "function": {"name": "register_student", "strict": True, "parameters": SCHEMA}}]
 BAD_BODIES: list[tuple[str, bytes]] = [
     ("/generate", b"{"),
     ("/generate", b"[]"),
@@ -54,6 +69,12 @@ BAD_BODIES: list[tuple[str, bytes]] = [
     ("/v1/completions", b'{"prompt": "a", "n": 1000000}'),
     ("/v1/chat/completions", b'{"messages": [{"role": "nobody", "content": "a"}]}'),
     ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}'),
+    ("/generate", b'{"text": "a", "sampling_params": {"regex": "(", "max_new_tokens": 4}}'),
+    ("/generate", b'{"text": "a", "sampling_params": {"json_schema": "{\\"type\\": 7}", "max_new_tokens": 4}}'),
+    ("/v1/messages", b'{"messages": [{"role": "user", "content": "a"}]}'),
+    ("/v1/responses", b'{"input": 7}'),
+    ("/v1/embeddings", b'{"input": [-1]}'),
+    ("/v1/batches", b'{"input_file_id": "none", "endpoint": "/v1/chat/completions"}'),
     ("/detokenize", b'{"tokens": [-1]}'),
 ]
 
@@ -80,6 +101,7 @@ class Soak:
     rng: random.Random = field(init=False)
     prompts: list[list[int]] = field(init=False)
     answers: dict[int, list[int]] = field(default_factory=dict)  # prompt -> the longest answer seen
+    vectors: dict[int, list[float]] = field(default_factory=dict)  # prompt -> the first embedding seen
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     rids: "itertools.count[int]" = field(default_factory=itertools.count)
@@ -145,12 +167,143 @@ class Soak:
             await response.read()
         return "refused" if response.status == 429 else "sampled"
 
+    def messages(self) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"Tell me about number {self.rng.randrange(100)}."}]
+
+    async def post(self, session: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> bytes | None:
+        """The answer, or None if there is no room for it. Anything but these is a problem."""
+        async with session.post(self.url + path, json=body) as response:
+            data = await response.read()
+        if response.status == 429:
+            return None
+        if response.status != 200:
+            self.problems.append(f"{path} was answered with {response.status}: {data[:200]!r}")
+            return None
+        return data
+
     async def chat(self, session: aiohttp.ClientSession) -> str:
-        messages = [{"role": "user", "content": f"Tell me about number {self.rng.randrange(100)}."}]
-        body = {"messages": messages, "max_tokens": self.rng.randrange(1, 30), "stream": self.rng.random() < 0.5}
-        async with session.post(f"{self.url}/v1/chat/completions", json=body) as response:
-            await response.read()
-        return "refused" if response.status == 429 else "chatted"
+        """Some answers begin as reasoning with a budget."""
+        body: dict[str, Any] = {"messages": self.messages(), "max_tokens": self.rng.randrange(1, 30)}
+        if self.rng.random() < 0.5:
+            body["max_thinking_tokens"] = self.rng.randrange(10)
+        body["stream"] = self.rng.random() < 0.5
+        data = await self.post(session, "/v1/chat/completions", body)
+        if data is None:
+            return "refused"
+        if body["stream"] and not data.endswith(b"data: [DONE]\n\n"):
+            self.problems.append(f"a chat ended with {data[-100:]!r}")
+        return "chatted"
+
+    async def match(self, session: aiohttp.ClientSession) -> str:
+        """A regular expression, through /generate."""
+        _, body = self.work()
+        pattern = self.rng.choice(PATTERNS)
+        params = {"regex": pattern, "max_new_tokens": 60, "temperature": self.rng.choice([0, 1.0])}
+        data = await self.post(session, "/generate", {**body, "sampling_params": params})
+        if data is None:
+            return "refused"
+        answer = orjson.loads(data)
+        if answer["meta_info"]["finish_reason"]["type"] == "stop" and not re.fullmatch(pattern, answer["text"]):
+            self.problems.append(f"{answer['text']!r} does not match {pattern}")
+        return "matched"
+
+    async def fill_in(self, session: aiohttp.ClientSession) -> str:
+        """A JSON schema, through chat.completions: as the answer's form, or as a tool's arguments."""
+        body: dict[str, Any] = {"messages": self.messages(), "max_tokens": 120}
+        is_call = self.rng.random() < 0.5
+        if is_call:
+            body |= {"tools": TOOLS, "tool_choice": "required"}
+        else:
+            body["response_format"] = {"type": "json_schema", "json_schema": {"name": "student", "schema": SCHEMA}}
+        data = await self.post(session, "/v1/chat/completions", body)
+        if data is None:
+            return "refused"
+        choice = orjson.loads(data)["choices"][0]
+        if choice["finish_reason"] == "length":
+            return "filled in half"
+        message = choice["message"]
+        calls = message.get("tool_calls", [])
+        if is_call and not calls:
+            self.problems.append(f"no tool was called, but one had to be: {choice}")
+        for text in [call["function"]["arguments"] for call in calls] if is_call else [message["content"]]:
+            if orjson.loads(text).keys() != SCHEMA["properties"].keys():
+                self.problems.append(f"{text!r} is not what the schema asks for")
+        return "called" if is_call else "filled in"
+
+    async def send_message(self, session: aiohttp.ClientSession) -> str:
+        """Anthropic's API."""
+        body: dict[str, Any] = {"messages": self.messages(), "max_tokens": self.rng.randrange(1, 30), "model": "demo"}
+        body["stream"] = self.rng.random() < 0.7
+        data = await self.post(session, "/v1/messages", body)
+        if data is None:
+            return "refused"
+        if body["stream"] and b"event: message_stop" not in data[-100:]:
+            self.problems.append(f"a message ended with {data[-100:]!r}")
+        return "messaged"
+
+    async def respond(self, session: aiohttp.ClientSession) -> str:
+        """OpenAI's responses; some go on without their client, and are fetched, cancelled or deleted."""
+        body: dict[str, Any] = {"input": "Tell me more.", "max_output_tokens": self.rng.randrange(1, 30)}
+        if self.rng.random() < 0.6:
+            body |= {"stream": self.rng.random() < 0.7, "store": False}
+            data = await self.post(session, "/v1/responses", body)
+            if data is not None and body["stream"] and not re.search(rb"event: response\.(completed|incomplete)", data):
+                self.problems.append(f"a response ended with {data[-100:]!r}")
+            return "refused" if data is None else "responded"
+        data = await self.post(session, "/v1/responses", {**body, "background": True})
+        if data is None:
+            return "refused"
+        path = f"{self.url}/v1/responses/{orjson.loads(data)['id']}"
+        await asyncio.sleep(self.rng.random())
+        async with session.get(path) as response:
+            if response.status != 200:
+                self.problems.append(f"a response in the background was answered with {response.status}")
+        async with session.delete(path, raise_for_status=True):
+            return "responded in the background"
+
+    async def embed(self, session: aiohttp.ClientSession) -> str:
+        i = self.rng.randrange(NUM_PROMPTS)
+        data = await self.post(session, "/v1/embeddings", {"input": self.prompts[i]})
+        if data is None:
+            return "refused"
+        vector = orjson.loads(data)["data"][0]["embedding"]
+        known = self.vectors.setdefault(i, vector)
+        if (cosine := sum(a * b for a, b in zip(known, vector, strict=True))) < 0.999:
+            self.problems.append(f"the vectors of prompt {i} have a cosine of {cosine:.4f}")
+        return "embedded"
+
+    async def start_batch(self, session: aiohttp.ClientSession) -> str:
+        """Lines of which one is wrong; half of the batches are cancelled under way."""
+        bodies: list[dict[str, Any]] = [{"messages": self.messages(), "max_tokens": 8} for _ in range(5)]
+        bodies[3] = {"messages": []}
+        lines = [
+            {"custom_id": str(i), "method": "POST", "url": "/v1/chat/completions", "body": body}
+            for i, body in enumerate(bodies)
+        ]
+        form = aiohttp.FormData({"purpose": "batch"})
+        form.add_field("file", b"\n".join(map(orjson.dumps, lines)), filename="lines.jsonl")
+        async with session.post(f"{self.url}/v1/files", data=form, raise_for_status=True) as response:
+            file_id = (await response.json())["id"]
+        body = {"input_file_id": file_id, "endpoint": "/v1/chat/completions"}
+        data = await self.post(session, "/v1/batches", body)
+        assert data is not None, "batches are not refused"
+        batch = orjson.loads(data)
+        path = f"{self.url}/v1/batches/{batch['id']}"
+        if is_cancelled := self.rng.random() < 0.5:
+            await asyncio.sleep(self.rng.random())
+            async with session.post(f"{path}/cancel"):  # 400 if it was done before
+                pass
+        while batch["status"] not in ("completed", "cancelled", "failed"):
+            await asyncio.sleep(0.5)
+            async with session.get(path, raise_for_status=True) as response:
+                batch = await response.json()
+        counts = batch["request_counts"]
+        if batch["status"] == "failed" or (not is_cancelled and counts != {"total": 5, "completed": 4, "failed": 1}):
+            self.problems.append(f"a batch is {batch['status']} with {counts}, {batch['errors']}")
+        for used_id in filter(None, (file_id, batch["output_file_id"], batch["error_file_id"])):
+            async with session.delete(f"{self.url}/v1/files/{used_id}", raise_for_status=True):
+                pass
+        return f"batch {batch['status']}"
 
     async def abort(self, session: aiohttp.ClientSession) -> str:
         _, body = self.work()
@@ -166,14 +319,29 @@ class Soak:
         async with session.post(f"{self.url}/generate", json=body) as response:
             await response.read()
 
-    async def vanish(self, session: aiohttp.ClientSession) -> str:
-        """Close the connection without a word: before the answer, or after a few of its bytes."""
+    def long_work(self) -> tuple[str, dict[str, Any]]:
+        """(path, a request of it for a long answer)."""
         _, body = self.work()
         body["sampling_params"]["max_new_tokens"] = 500
+        constrained = {**body, "sampling_params": {"regex": "([a-z]{1,9} ){100}", "max_new_tokens": 400}}
+        limit = {"max_tokens": 500, "ignore_eos": True}
+        return self.rng.choice(
+            [
+                ("/generate", body),
+                ("/generate", constrained),
+                ("/v1/chat/completions", {"messages": self.messages(), "n": 2, **limit}),
+                ("/v1/messages", {"messages": self.messages(), "model": "demo", **limit}),
+                ("/v1/responses", {"input": "Tell me all.", "max_output_tokens": 500, "ignore_eos": True}),
+            ]
+        )
+
+    async def vanish(self, session: aiohttp.ClientSession) -> str:
+        """Close the connection without a word: before the answer, or after a few of its bytes."""
+        path, body = self.long_work()
         data = orjson.dumps({**body, "stream": self.rng.random() < 0.7})
         host, port = self.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 12)
-        writer.write(head_of(data) + data[: self.rng.choice([len(data), len(data), len(data) // 2])])
+        writer.write(head_of(path, data) + data[: self.rng.choice([len(data), len(data), len(data) // 2])])
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(reader.read(self.rng.choice([1, 300, 3000])), self.rng.random() * 2)
         writer.transport.abort()
@@ -181,8 +349,7 @@ class Soak:
 
     async def not_read(self, session: aiohttp.ClientSession) -> str:
         """Ask for a stream, read nothing of it for seconds, and leave."""
-        _, body = self.work()
-        body["sampling_params"]["max_new_tokens"] = 300
+        path, body = self.long_work()
         data = orjson.dumps({**body, "stream": True})
         host, port = self.url.removeprefix("http://").split(":")
         connection = socket.socket()
@@ -191,7 +358,7 @@ class Soak:
         loop = asyncio.get_running_loop()
         with connection:
             await loop.sock_connect(connection, (host, int(port)))
-            await loop.sock_sendall(connection, head_of(data) + data)
+            await loop.sock_sendall(connection, head_of(path, data) + data)
             await asyncio.sleep(1 + self.rng.random() * 3)
         return "never read"
 
@@ -200,7 +367,7 @@ class Soak:
         headers = {"Content-Type": "application/json"}
         async with session.post(self.url + path, data=body, headers=headers) as response:
             text = await response.text()
-        if response.status != 400 or "message" not in text:
+        if response.status not in (400, 404) or "message" not in text:
             self.problems.append(f"{path} {body[:60]!r} was answered with {response.status}: {text[:100]}")
         return "was wrong"
 
@@ -212,8 +379,10 @@ class Soak:
 
     async def client(self, session: aiohttp.ClientSession, until: float) -> None:
         acts: list[tuple[Callable[[aiohttp.ClientSession], Awaitable[str]], int]] = [
-            (self.ask, 25), (self.stream, 25), (self.sample_several, 6), (self.chat, 8), (self.stream_slowly, 5),
-            (self.abort, 10), (self.vanish, 10), (self.not_read, 3), (self.send_nonsense, 10), (self.flush, 2),
+            (self.ask, 20), (self.stream, 20), (self.sample_several, 6), (self.chat, 8), (self.match, 8),
+            (self.fill_in, 8), (self.send_message, 6), (self.respond, 6), (self.embed, 6), (self.start_batch, 2),
+            (self.stream_slowly, 5), (self.abort, 12), (self.vanish, 15), (self.not_read, 4), (self.send_nonsense, 10),
+            (self.flush, 3),
         ]  # fmt: skip
         while time.monotonic() < until:
             (act,) = self.rng.choices([act for act, _ in acts], [weight for _, weight in acts])
@@ -254,10 +423,10 @@ class Soak:
         return books
 
 
-def head_of(body: bytes) -> bytes:
-    return (
-        b"POST /generate HTTP/1.1\r\nHost: soak\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n" % len(body)
+def head_of(path: str, body: bytes) -> bytes:
+    return b"POST %b HTTP/1.1\r\nHost: soak\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (
+        path.encode(),
+        len(body),
     )
 
 
@@ -309,9 +478,10 @@ async def run_against_own_server(args: argparse.Namespace, console: Console) -> 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as folder:
         server = subprocess.Popen(  # noqa: ASYNC220 - nothing else runs yet
-            [sys.executable, "-m", "server", "--port", str(port), *SERVER_FLAGS.split(), *args.server_flags],
+            [sys.executable, "-m", "server", "--port", str(port), "--file-storage-path", folder,
+             *SERVER_FLAGS.split(), *args.server_flags],
             cwd=ROOT, env=environment, stderr=log,
         )  # fmt: skip
         try:

@@ -269,7 +269,11 @@ class Engine:
             request.text_stream = self.tokenizer.text_stream(request.sampling_params, request.input_ids)
         self._queue(request)
         if request.matcher is not None:
-            self._jump_ahead(request, request.matcher)
+            try:
+                self._jump_ahead(request, request.matcher)
+            except Exception as error:
+                self.parts.scheduler.finish(request, FinishReason("abort", message=str(error), status_code=500))
+                raise
         self._requests[request.rid] = request
         self._num_requests += 1
         if request.logprob_start_len >= 0:  # nothing predicts the first

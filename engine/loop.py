@@ -59,7 +59,7 @@ class StepLoop:
         self._may_step = asyncio.Event()
         self._may_step.set()
         self._is_still = asyncio.Event()
-        self._in_flight: deque[tuple[Step, asyncio.Future[None]]] = deque()
+        self._in_flight: deque[Step] = deque()
         self._pace = StepPace(max_step_ms, chunked_prefill_size)
         self._log = BatchLog(scheduler, decode_log_interval)
 
@@ -85,7 +85,7 @@ class StepLoop:
     @property
     def steps_in_flight(self) -> list[Step]:
         """Launched and not resolved, oldest first."""
-        return [step for step, _ in self._in_flight]
+        return list(self._in_flight)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -95,12 +95,12 @@ class StepLoop:
             if resolved is not None and (spare_s := self._spare_s()) > 0:
                 self._deliver(*resolved)
                 resolved = None
-                await asyncio.wait([self._in_flight[0][1]], timeout=spare_s)
+                await asyncio.wait([_end_of(self._in_flight[0])], timeout=spare_s)
             start = clock()
             try:
                 plan = None
                 if self._may_step.is_set():
-                    plan = self.scheduler.schedule(self._pace.prefill_budget(self.scheduler.num_streams))
+                    plan = self.scheduler.schedule(self._prefill_budget())
             except Exception as error:  # noqa: BLE001 - a mistake of ours must not end the server
                 await self._abandon(error)
                 continue
@@ -110,13 +110,13 @@ class StepLoop:
                 for request in plan.admitted:
                     request.times.scheduled = start
                 if self._in_flight:
-                    self.output.follow(has_run_dry=self._in_flight[-1][0].done.done())
+                    self.output.follow(has_run_dry=self._in_flight[-1].done.done())
                 try:
                     step = self.runner.launch(plan)
                 except Exception as error:  # noqa: BLE001 - out of memory, say: this step's failure alone
                     await self._fail(plan, error)
                     continue
-                self._in_flight.append((step, asyncio.wrap_future(step.done)))
+                self._in_flight.append(step)
                 self._log.on_launch(plan)
                 if step.awaits_masks and not await self._sample(step):
                     continue
@@ -128,7 +128,11 @@ class StepLoop:
             if not self._in_flight:
                 await self._idle()
             elif plan is None or len(self._in_flight) >= self._depth:
-                resolved = await self._resolve(*self._in_flight[0])
+                resolved = await self._resolve(self._in_flight[0])
+
+    def _prefill_budget(self) -> int | None:
+        has_prompts = self.scheduler.waiting or self.scheduler.prefilling
+        return self._pace.prefill_budget(self.scheduler.num_streams) if has_prompts else None
 
     def _deliver(self, step: Step, outcome: Outcome) -> None:
         start = time.perf_counter()
@@ -142,7 +146,7 @@ class StepLoop:
         """
         if not self._in_flight:
             return 0.0
-        step, _ = self._in_flight[0]
+        step = self._in_flight[0]
         begun_at = max(step.launched_at, self.stats.last_step_at)
         spare_s = begun_at + self._pace.predict_s(step.plan) - HOST_LEAD_S - time.perf_counter()
         return spare_s if spare_s >= MIN_SLEEP_S else 0.0
@@ -174,20 +178,19 @@ class StepLoop:
         except Exception as error:  # noqa: BLE001 - as of a launch
             await self._fail(step.plan, error)
             return False
-        _, forwarded = self._in_flight.pop()
-        forwarded.add_done_callback(lambda done: done.cancelled() or done.exception())  # which is `step.done`'s too
-        self._in_flight.append((step, asyncio.wrap_future(step.done)))
         for i, message in errors.items():
             request = self.scheduler.request_of(step.plan, wanted[0][i])
             self.abort(request, FinishReason("abort", message=f"the grammar failed: {message}", status_code=500))
         return True
 
-    async def _resolve(self, step: Step, done: asyncio.Future[None]) -> tuple[Step, Outcome] | None:
+    async def _resolve(self, step: Step) -> tuple[Step, Outcome] | None:
         """Wait for `step` and take in its tokens. A step that raised fails its own requests; the loop goes on."""
-        if done.done():
-            await asyncio.sleep(0)  # the device is ahead of the host: let the connections have their turn all the same
         try:
-            await done  # in flight until then: whoever asks why nothing moves finds it there
+            if step.done.done():  # the device is ahead of the host: let the connections have their turn all the same
+                await asyncio.sleep(0)
+                step.done.result()
+            else:
+                await asyncio.wrap_future(step.done)  # in flight until then: whoever asks why nothing moves finds it
         except Exception as error:  # noqa: BLE001 - whatever a step raises ends that step's requests and no others
             await self._fail(step.plan, error)
             return None
@@ -203,7 +206,7 @@ class StepLoop:
         stats.num_generated_tokens += outcome.num_tokens
         stats.device_idle_s += idle_s
         stats.last_step_at = time.perf_counter()
-        if self._in_flight and (newest := self._in_flight[-1][0]).awaits_masks:
+        if self._in_flight and (newest := self._in_flight[-1]).awaits_masks:
             await self._sample(newest)  # before the next launch, which may overwrite its logits
         stats.resolve_s += time.perf_counter() - start
         return step, outcome
@@ -224,9 +227,7 @@ class StepLoop:
         """What was launched behind a failure read what was never written."""
         self.stats.num_failed_steps += 1
         while self._in_flight:
-            _, done = self._in_flight.popleft()
-            await asyncio.wait([done])
-            done.exception()  # seen: it is a consequence
+            await asyncio.wait([_end_of(self._in_flight.popleft())])
 
     def _close(self, requests: list[Request]) -> None:
         now = time.perf_counter()
@@ -237,6 +238,13 @@ class StepLoop:
         """End `request` now: its slots are free before the next plan."""
         self.scheduler.finish(request, reason)
         self.output.close(request, time.perf_counter())
+
+
+def _end_of(step: Step) -> asyncio.Future[None]:
+    """Of what is enqueued of `step`; how it ended is asked of the step itself."""
+    end = asyncio.wrap_future(step.done)
+    end.add_done_callback(lambda end: end.cancelled() or end.exception())  # else asyncio would miss that question
+    return end
 
 
 def _failure(what: str, error: Exception) -> FinishReason:

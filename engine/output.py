@@ -34,6 +34,7 @@ class OutputProcessor:
             self._add_prompt_logprobs(values)
         if step.pooled is not None:
             step.pooled.deliver()
+        min_tokens = max(self.stream_interval, self.num_merged)
         sampled_index = {}
         if step.work.logprob_samples is not None:
             sampled_index = {int(s): i for i, s in enumerate(step.work.logprob_samples)}
@@ -42,7 +43,7 @@ class OutputProcessor:
             if unsent is None:
                 unsent = request.unsent = Delta(request, "", [])
             unsent.token_ids += tokens
-            if sample in sampled_index:
+            if sampled_index and sample in sampled_index:
                 assert step.sampled_logprobs is not None
                 entry = logprobs_of(step.sampled_logprobs, sampled_index[sample], tokens[:1], request)
                 unsent.logprobs = _joined(unsent.logprobs, entry)
@@ -51,11 +52,13 @@ class OutputProcessor:
                 if stream is not None:
                     if len(tokens) > 1:
                         self._push_run(unsent, tokens)
-                    elif not _is_trimmed_stop(request, tokens[0]):
+                    elif request.finish_reason is None or not _is_trimmed_stop(request, tokens[0]):
                         unsent.text += stream.push(tokens)
                     if stream.matched_stop is not None:
                         self._end(request, FinishReason("stop", matched=stream.matched_stop), outcome)
-                if request.stream and self._is_due(unsent) and request.status is Status.RUNNING:
+                # No text: half a character, or the head of what may become a stop string.
+                is_due = (unsent.text or unsent.logprobs is not None) and len(unsent.token_ids) >= min_tokens
+                if is_due and request.stream and request.status is Status.RUNNING:
                     request.unsent = None
                     request.sink(unsent)
             except Exception as error:  # noqa: BLE001 - one request's text or sink fails that request and no other
@@ -108,11 +111,6 @@ class OutputProcessor:
             outcome.finished.append(request)
         else:
             request.finish_reason = reason
-
-    def _is_due(self, delta: Delta) -> bool:
-        if not delta.text and delta.logprobs is None:
-            return False  # half a character, or the head of what may become a stop string
-        return len(delta.token_ids) >= max(self.stream_interval, self.num_merged)
 
     def _add_prompt_logprobs(self, values: PromptLogprobs) -> None:
         request, collected = values.request, values.request.input_logprobs

@@ -522,7 +522,7 @@ class ReplicaServer:
     async def _prepare(self, request: Request) -> None:
         try:
             await self.engine.prepare([request])
-        except EngineError as error:
+        except Exception as error:  # noqa: BLE001 - else whoever waits for the answer would wait for ever
             self._refuse(request, error)
         else:
             self._submit_prepared(request)
@@ -531,11 +531,16 @@ class ReplicaServer:
     def _submit_prepared(self, request: Request) -> None:
         try:
             self.engine.submit(request)
-        except EngineError as error:
+        except Exception as error:  # noqa: BLE001 - as in _prepare
             self._refuse(request, error)
 
-    def _refuse(self, request: Request, error: EngineError) -> None:
-        self._take(Delta(request, "", [], FinishReason("abort", message=str(error), status_code=error.status_code)))
+    def _refuse(self, request: Request, error: Exception) -> None:
+        status_code, message = 500, f"{type(error).__name__}: {error}"
+        if isinstance(error, EngineError):
+            status_code, message = error.status_code, str(error)
+        else:
+            logger.error("request %s could not be submitted", request.rid, exc_info=error)
+        self._take(Delta(request, "", [], FinishReason("abort", message=message, status_code=status_code)))
 
     async def _stop_profile(self) -> None:
         self._tell(STOP_PROFILE, await self.engine.stop_profile())

@@ -49,6 +49,7 @@ class Rows:
         self.wants_logprobs = np.zeros(size, bool)
         self.has_matcher = np.zeros(size, bool)
         self.has_mask = np.zeros(size, bool)  # its matcher may forbid tokens: sampling waits for it
+        self.has_extras = np.zeros(size, bool)  # any of the six has_ and wants_logprobs: most steps ask no further
         self.is_counted = np.zeros(size, bool)  # the device's counts for penalties follow the row's tokens
 
         self.sampling_version = 0  # grows when a sampling parameter changes, so that the device's copy is renewed
@@ -87,6 +88,10 @@ class Rows:
         self.wants_tokens[row] = request.wants_tokens
         self.has_matcher[row] = request.matcher is not None
         self.has_mask[row] = request.matcher is not None and request.matcher.masks
+        self.has_extras[row] = (
+            self.has_penalties[row] | self.has_logit_edits[row] | self.has_stop_ids[row]
+            | self.wants_logprobs[row] | self.has_matcher[row] | self.has_mask[row]
+        )  # fmt: skip
         self.is_counted[row] = False
         self.sampling_version += 1
         request.row = row

@@ -75,6 +75,8 @@ class Sampler:
         rows = self.rows
         sampled = plan.rows[plan.samples]
         work = SamplingWork(len(sampled), is_greedy=bool(rows.is_greedy[sampled].all()))
+        if work.is_greedy and not rows.has_extras[sampled].any():
+            return work
         needs_tables = not work.is_greedy
         if rows.has_penalties[sampled].any():
             needs_tables = True

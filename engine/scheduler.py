@@ -14,7 +14,7 @@ its keys and values before it attends, and steps run in order, so even a request
 """
 
 import random
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -100,7 +100,7 @@ class Scheduler:
         self.chunked_prefill_size = max(chunked_prefill_size, self.page_size)
         self.policy = policy
         self.shares = FairShares(max_queued, max_queued_tokens)
-        self.waiting: deque[Request] = deque()
+        self.waiting: OrderedDict[Request, None] = OrderedDict()  # next one first; whoever leaves is found at once
         self.prefilling: list[Request] = []  # admitted, prompt not wholly scheduled
         self.nodes: dict[int, Node] = {}  # row -> the tree node it locks
         self.cached_lens = np.zeros(rows.num_rows + 1, np.int32)  # row -> leading tokens whose slots the tree owns
@@ -133,7 +133,7 @@ class Scheduler:
         self.shares.enter(request)
         request.status = Status.WAITING
         request.num_admitted_before = self.num_admitted
-        self.waiting.append(request)
+        self.waiting[request] = None
         self._is_sorted = False
 
     def finish(self, request: Request, reason: FinishReason) -> None:
@@ -141,7 +141,7 @@ class Scheduler:
         if request.status is Status.RUNNING:
             self._release(request, keep=reason.type != "abort")
         elif request.status is Status.WAITING:
-            self.waiting.remove(request)
+            del self.waiting[request]
             self.shares.leave(request)
         request.status = Status.FINISHED
         request.finish_reason = reason
@@ -329,8 +329,9 @@ class Scheduler:
             yield chunk
         if self.waiting and budget > 0 and self.rows.num_free:
             self._sort_waiting()
-        while self.waiting and budget > 0 and self.rows.num_free and self._admit(self.waiting[0]):
-            chunk = self._next_chunk(self.waiting.popleft(), budget)
+        while self.waiting and budget > 0 and self.rows.num_free and self._admit(next(iter(self.waiting))):
+            request, _ = self.waiting.popitem(last=False)
+            chunk = self._next_chunk(request, budget)
             if chunk is None:
                 return
             budget -= chunk.stop - chunk.start
@@ -445,7 +446,7 @@ class Scheduler:
         waiting = self.shares.order(waiting)
         # A retracted request was promised its place: it comes before those that never ran.
         waiting.sort(key=lambda r: r.num_retractions == 0)
-        self.waiting = deque(waiting)
+        self.waiting = OrderedDict.fromkeys(waiting)
 
     def _by_policy(self) -> list[Request]:
         policy = self.policy if len(self.waiting) <= MAX_SORTED_QUEUE else "fcfs"
@@ -472,7 +473,8 @@ class Scheduler:
         request.status = Status.WAITING
         request.num_retractions += 1
         self.num_retractions += 1
-        self.waiting.appendleft(request)
+        self.waiting[request] = None
+        self.waiting.move_to_end(request, last=False)
         self.shares.enter(request)
         self._is_sorted = False
         live = self._decoding
@@ -525,14 +527,16 @@ class Scheduler:
 
         ends = (tokens < 0) | (places + 1 >= rows.max_tokens[sampled])
         ends |= self.is_eos[tokens] & ~rows.ignore_eos[sampled]
-        for i in np.flatnonzero(rows.has_stop_ids[sampled]).tolist():
-            ends[i] |= tokens[i] in _request_of(rows, sampled[i]).sampling_params.stop_token_ids
+        has_extras = bool(rows.has_extras[sampled].any())
+        if has_extras:
+            for i in np.flatnonzero(rows.has_stop_ids[sampled]).tolist():
+                ends[i] |= tokens[i] in _request_of(rows, sampled[i]).sampling_params.stop_token_ids
 
         wanted = np.flatnonzero(rows.wants_tokens[sampled] & (tokens >= 0))
-        requests = [_request_of(rows, row) for row in sampled[wanted].tolist()]
+        requests = [request for row in sampled[wanted].tolist() if (request := rows.requests[row]) is not None]
         runs: list[list[int]] = tokens[wanted, np.newaxis].tolist()
         outcome.tokens = list(zip(requests, runs, index[wanted].tolist(), strict=True))
-        if rows.has_matcher[sampled].any():
+        if has_extras and rows.has_matcher[sampled].any():
             run_of = dict(zip(wanted.tolist(), runs, strict=True))
             for i in np.flatnonzero(rows.has_matcher[sampled] & (tokens >= 0)).tolist():
                 request, token = _request_of(rows, sampled[i]), int(tokens[i])
@@ -636,8 +640,9 @@ class Scheduler:
         for request in ended:
             self.rows.free(request.row)
         if not ended and self.waiting:
-            ended.append(self.waiting.popleft())
-            self.shares.leave(ended[0])
+            request, _ = self.waiting.popitem(last=False)
+            self.shares.leave(request)
+            ended.append(request)
         for request in ended:
             request.status, request.finish_reason = Status.FINISHED, reason
             self.shares.settle(request)
@@ -652,14 +657,17 @@ class Scheduler:
 
     def _shared_prefixes(self, decodes: np.ndarray) -> Groups | None:
         """Put each decoding row into the group of the tree node whose shared reading saves most, if that is much."""
-        if len(decodes) < 2 or not self._is_cached:
+        if len(decodes) < 2 or int(self.cached_lens[decodes].sum()) < MIN_SHARED_TOKENS:
             return None
         key = (decodes.tobytes(), self.rows.epoch[decodes].tobytes())
         if key == self._grouped:
             return self._groups
         self._grouped, self._groups = key, None
-        paths = [list(self.cache.path(self.nodes[row])) for row in decodes.tolist()]
+        # A node that one request alone locks is shared by nobody: most are.
+        paths = [[n for n in self.cache.path(self.nodes[row]) if n.lock_ref > 1] for row in decodes.tolist()]
         num_users = Counter(node for path in paths for node in path)
+        if not num_users:
+            return None
         members: dict[Node, list[int]] = {}
         for i, path in enumerate(paths):
             best = max(path, key=lambda node: (num_users[node] - 1) * node.depth_tokens, default=None)

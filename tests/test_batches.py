@@ -15,6 +15,8 @@ from openai.types import Batch
 
 from engine.errors import QueueFull
 from engine.request import FinishReason, Request
+from server.chat import Chats, ChatTurn
+from server.protocol import Fields
 from tests.fake_engine import FakeEngine, serving
 
 
@@ -102,6 +104,26 @@ async def test_other_endpoints_have_batches_too(endpoint: Any, body: dict[str, A
         answers = await lines_of(api, batch.output_file_id)
         assert answers["a"]["response"]["body"]["object"] == kind
         assert batch.error_file_id is None
+
+
+async def test_a_line_that_raises_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    turn = Chats.turn
+
+    async def sometimes_broken(self: Chats, body: Fields) -> ChatTurn:
+        if "boom" in str(body.get("messages")):
+            raise RuntimeError("injected into the template")
+        return await turn(self, body)
+
+    monkeypatch.setattr(Chats, "turn", sometimes_broken)
+    async with api_of(FakeEngine()) as api:
+        batch = await start(api, [chat_line("1"), chat_line("2", "boom"), chat_line("3")])
+        batch = await until(api, batch.id, has_ended)
+        assert batch.status == "completed"
+        assert batch.request_counts is not None
+        assert (batch.request_counts.completed, batch.request_counts.failed) == (2, 1)
+        assert batch.error_file_id is not None
+        [line] = map(json.loads, (await api.files.content(batch.error_file_id)).text.splitlines())
+        assert (line["custom_id"], line["response"]["status_code"]) == ("2", 500)
 
 
 async def test_a_line_cannot_ask_for_a_stream() -> None:

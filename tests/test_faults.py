@@ -4,7 +4,10 @@ Faults are injected into the real engine on a tiny model. In the end nothing is 
 """
 
 import asyncio
+import json
 import random
+import resource
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from aiohttp.test_utils import TestServer
+from aiohttp.test_utils import TestClient, TestServer
 
 from engine.engine import Engine
-from engine.request import Delta, Request
+from engine.request import Delta, Request, Status
 from engine.tokenizer import Tokenizer
 from server.app import build_app
+from server.blocks import Blocks
 from server.config import ServerConfig
 from tests.test_engine import check_pages, collect, make_request, running_engine
 
@@ -210,6 +214,75 @@ async def test_a_detokenizer_that_raises_fails_its_own_request_only(scene: Scene
     await scene.check_all_is_well()
 
 
+@pytest.mark.parametrize("pattern", ["[0-9]{2}(never mind ){3}", "(never mind ){3}[0-9]{2}"])
+async def test_a_detokenizer_that_raises_on_forced_tokens_fails_its_own_request_only(
+    scene: Scene, pattern: str
+) -> None:
+    """They come within the answer, or join the prompt before it is queued."""
+    text_stream = Tokenizer.text_stream
+
+    def sometimes_broken(self: Tokenizer, params: Any, input_ids: list[int]) -> Any:
+        whole = text_stream(self, params, input_ids)
+        return BrokenText(whole) if input_ids[0] == BAD else whole
+
+    scene.monkeypatch.setattr(Tokenizer, "text_stream", sometimes_broken)
+    bystanders = [asyncio.create_task(scene.answer(stream=bool(i % 2))) for i in range(3)]
+    victim = make_request([BAD, *scene.prompt], stream=True, regex=pattern)
+    if pattern.startswith("["):
+        deltas, _ = await collect(scene.engine, victim)
+        status, message = failure_of(deltas)
+        assert status == 500
+        assert "injected into the detokenizer" in message
+    else:
+        with pytest.raises(ValueError, match="injected into the detokenizer"):
+            await collect(scene.engine, victim)
+        assert victim.status is Status.FINISHED
+    assert await asyncio.gather(*bystanders) == [scene.expected] * 3
+    scene.monkeypatch.undo()
+    await scene.check_all_is_well()
+
+
+async def test_a_parser_that_raises_ends_its_own_message_with_an_error(
+    scene: Scene, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The victim's stream says what has happened; a whole answer is refused."""
+    push = Blocks.push
+    victims = list[Blocks]()
+
+    def sometimes_broken(self: Blocks, text: str) -> Any:
+        if not victims or self is victims[0]:
+            victims.append(self)
+            raise RuntimeError("injected into the blocks")
+        return push(self, text)
+
+    async def ask(client: TestClient[Any, Any], **fields: Any) -> tuple[int, str]:
+        body = {"max_tokens": 8, "messages": [{"role": "user", "content": "Hi"}], "temperature": 0, **fields}
+        async with client.post("/v1/messages", json=body) as response:
+            return response.status, await response.text()
+
+    config = ServerConfig(model_path=str(tiny_llama), file_storage_path=str(tmp_path))
+    async with TestClient(TestServer(build_app(scene.engine, config))) as client:
+        _, whole = await ask(client, stream=True)
+        scene.monkeypatch.setattr(Blocks, "push", sometimes_broken)
+        answers = await asyncio.gather(*(ask(client, stream=True) for _ in range(4)))
+        failed = [text for _, text in answers if "injected into the blocks" in text]
+        assert len(failed) == 1
+        assert failed[0].rstrip().split("\n")[-2] == "event: error"
+        good = [text for _, text in answers if text not in failed]
+        assert [said(text) for text in good] == [said(whole)] * 3
+        victims.clear()
+        status, text = await ask(client)
+        assert (status, json.loads(text)["type"]) == (500, "error")
+    scene.monkeypatch.undo()
+    await scene.check_all_is_well()
+
+
+def said(events: str) -> str:
+    """The text of a streamed message."""
+    lines = [json.loads(line.removeprefix("data: ")) for line in events.splitlines() if line.startswith("data: ")]
+    return "".join(line["delta"].get("text", "") for line in lines if line["type"] == "content_block_delta")
+
+
 async def test_a_tokenizer_that_raises_queues_nothing(scene: Scene) -> None:
     def broken(*_: Any, **__: Any) -> list[int]:
         raise RuntimeError("injected into the tokenizer")
@@ -266,9 +339,21 @@ async def test_a_cache_that_raises_for_good_ends_request_after_request(scene: Sc
     await scene.check_all_is_well()
 
 
-async def test_clients_that_vanish_together_leave_nothing_behind(tiny_llama: Path, tmp_path: Path) -> None:
-    """Their connections end without a word, some before the first byte of the answer and some within it."""
-    async with running_engine(tiny_llama, max_running_requests=32) as engine:
+async def test_a_thousand_clients_that_vanish_leave_nothing_behind_two_steps_later(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their connections end without a word: most wait for their turn, some are within their answers."""
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # both ends of a connection take one
+    async with running_engine(tiny_llama, max_running_requests=100, max_total_tokens=1 << 15) as engine:
+        runner = engine.parts.runner
+        forward = runner.forward
+
+        def slow_forward(batch: Any) -> torch.Tensor:
+            time.sleep(0.03)  # so that no answer comes to its end before its client vanishes
+            return forward(batch)
+
+        monkeypatch.setattr(runner, "forward", slow_forward)
         config = ServerConfig(model_path=str(tiny_llama), file_storage_path=str(tmp_path))
         server = TestServer(build_app(engine, config))
         await server.start_server()
@@ -277,17 +362,23 @@ async def test_clients_that_vanish_together_leave_nothing_behind(tiny_llama: Pat
             b'{"input_ids": [5, 6, 7], "stream": true, "sampling_params": {"max_new_tokens": 400, "ignore_eos": true}}'
         )
         head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
-        connections = [await asyncio.open_connection(server.host, server.port) for _ in range(300)]
+        connections = [await asyncio.open_connection(server.host, server.port) for _ in range(1000)]
         for _, writer in connections:
             writer.write(head + body)
         await connections[0][0].readuntil(b"data: ")
-        while engine.stats().num_requests < 300:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(30):
+            while engine.stats().num_requests < 1000:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert engine.stats().scheduler.num_running == 100
+        assert engine.stats().scheduler.num_waiting == 900
         for _, writer in connections:
             writer.transport.abort()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
+            while engine.stats().num_aborted < 1000:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            num_steps = engine.stats().loop.num_steps
             while engine.progress() is not None or len(asyncio.all_tasks()) > num_tasks:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-        assert engine.stats().num_aborted == 300
+                await asyncio.sleep(0)
+        assert engine.stats().loop.num_steps - num_steps <= 2
         check_pages(engine)
         await server.close()
