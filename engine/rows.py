@@ -49,7 +49,7 @@ class Rows:
         self.wants_logprobs = np.zeros(size, bool)
         self.has_matcher = np.zeros(size, bool)
         self.has_mask = np.zeros(size, bool)  # its matcher may forbid tokens: sampling waits for it
-        self.has_extras = np.zeros(size, bool)  # any of the six has_ and wants_logprobs: most steps ask no further
+        self.has_extras = np.zeros(size, bool)  # wants_logprobs or another has_: most steps ask no further
         self.is_counted = np.zeros(size, bool)  # the device's counts for penalties follow the row's tokens
 
         self.sampling_version = 0  # grows when a sampling parameter changes, so that the device's copy is renewed
