@@ -1,5 +1,6 @@
 """The aiohttp application: routes, the engine's life, keys, and errors in each API's shape."""
 
+import asyncio
 import logging
 from pathlib import Path
 
@@ -99,8 +100,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
             raise
         status, message = error.status, _http_message(request, error)
         headers = {name: value for name, value in error.headers.items() if name in ("Allow", "WWW-Authenticate")}
-    except ConnectionError:
-        raise  # the client has gone: there is nobody to answer
+    except ConnectionError:  # the client has gone: ends as any disconnect does, while aiohttp would log this one
+        raise asyncio.CancelledError from None
     except Exception:
         # The outermost frame of our code: whatever went wrong fails this request alone, and its trace is in the log.
         logger.exception("%s %s failed", request.method, request.path)

@@ -5,6 +5,7 @@ Faults are injected into the real engine on a tiny model. In the end nothing is 
 
 import asyncio
 import json
+import logging
 import random
 import resource
 import time
@@ -15,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from aiohttp import ClientConnectionError
 from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.web import StreamResponse
 
 from engine.engine import Engine
 from engine.request import Delta, Request, Status
@@ -382,3 +385,17 @@ async def test_a_thousand_clients_that_vanish_leave_nothing_behind_two_steps_lat
         assert engine.stats().loop.num_steps - num_steps <= 2
         check_pages(engine)
         await server.close()
+
+
+async def test_a_client_that_vanishes_before_the_headers_is_no_error_in_the_log(
+    scene: Scene, tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = ServerConfig(model_path=str(tiny_llama), file_storage_path=str(tmp_path))
+    async with TestClient(TestServer(build_app(scene.engine, config))) as client:
+        num_raised = scene.break_once(StreamResponse, "prepare", ConnectionResetError("injected into the headers"))
+        body = {"input_ids": scene.prompt, "stream": True}
+        with pytest.raises(ClientConnectionError):
+            await client.post("/generate", json=body)
+        assert num_raised() == 1
+        assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    await scene.check_all_is_well()
