@@ -70,6 +70,8 @@ class GrammarCompiler:
         self._special_tokens, self._token_bytes = special_tokens, token_bytes
         self._cache: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
         self._lock = threading.Lock()
+        self._tokenizer_lock = threading.Lock()
+        self._made_tokenizer: LLTokenizer | None = None
 
     def find(self, kind: str, text: str) -> Grammar | None:
         """The grammar, if it has been compiled and is remembered. Takes microseconds."""
@@ -90,7 +92,10 @@ class GrammarCompiler:
         start = time.perf_counter()
         try:
             matcher = LLMatcher(
-                self._tokenizer, self._definition(kind, text), log_level=0, limits=LLParserLimits(verbose_errors=False)
+                self._tokenizer(),
+                self._definition(kind, text),
+                log_level=0,
+                limits=LLParserLimits(verbose_errors=False),
             )
             matcher.compute_bitmask()  # the first mask is the slowest, and shows grammars that are too complex
         except BaseException as error:  # noqa: BLE001 - a panic of the library is no Exception, and concerns one grammar
@@ -122,8 +127,14 @@ class GrammarCompiler:
             return grammar_from("lark", "start: " + " | ".join(map(json.dumps, dict.fromkeys(json.loads(text)))))
         return grammar_from("regex" if kind == "regex" else "ebnf", text)
 
-    @cached_property
     def _tokenizer(self) -> LLTokenizer:
+        """Made once, which takes up to seconds, however many compile at once."""
+        with self._tokenizer_lock:
+            if self._made_tokenizer is None:
+                self._made_tokenizer = self._make_tokenizer()
+            return self._made_tokenizer
+
+    def _make_tokenizer(self) -> LLTokenizer:
         if self._tokenizer_json is None:
             raise ValueError("this model's tokenizer is not one that grammars can be made for")
         tokenizer = LLTokenizer(self._tokenizer_json, n_vocab=self.vocab_size, eos_token=self._eos_token_ids)

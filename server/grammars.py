@@ -17,10 +17,13 @@ STRUCTURED_OUTPUTS = {
 }
 GUIDED = ("json", "regex", "choice", "grammar")
 OWN = ("json_schema", "regex", "ebnf", "structural_tag")  # SGLang's extra fields, which have the engine's names
+FIELDS = frozenset(("response_format", "structured_outputs", *OWN, *(f"guided_{name}" for name in GUIDED)))
 
 
 def constraint_of(body: Fields) -> JSON:
     """The one sampling field that constrains the answer, or {}. `InvalidRequest` if the body has two of them."""
+    if FIELDS.isdisjoint(body.values):
+        return {}
     found: dict[str, tuple[str, Any]] = {name: (name, body.get(name)) for name in OWN if body.has(name)}
     if (format := body.object("response_format")) is not None:
         kind = format.one_of("type", FORMATS, "text")

@@ -306,8 +306,8 @@ def check_n(n: int, num_prompts: int) -> None:
 
 def refuse(body: Fields, names: Collection[str]) -> None:
     """Better refused than ignored: fields that would change the answer."""
-    for name in names:
-        if body.get(name):
+    for name, value in body.values.items():
+        if value and name in names:
             body.unsupported(name)
 
 

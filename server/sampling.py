@@ -11,7 +11,7 @@ from server.protocol import Engine, Fields, cache_namespace, refuse
 MAX_TOP_LOGPROBS = 20
 
 # OpenAI's, SGLang's and vLLM's. They would change the answer: better refused than ignored.
-UNSUPPORTED = (
+UNSUPPORTED = frozenset((
     "functions", "function_call", "audio", "web_search_options",
     "lora_path", "session_params", "custom_logit_processor", "custom_params", "watermark", "bootstrap_host",
     "bootstrap_room", "return_hidden_states", "return_routed_experts", "return_sampling_mask",
@@ -19,7 +19,7 @@ UNSUPPORTED = (
     "use_beam_search", "allowed_token_ids", "bad_words", "logits_processors", "logprob_token_ids", "vllm_xargs",
     "truncate_prompt_tokens", "prompt_embeds", "documents", "chat_template", "thinking_token_budget",
     "kv_transfer_params", "repetition_detection", "guided_whitespace_pattern",
-)  # fmt: skip
+))  # fmt: skip
 
 # Fields that go into SamplingParams, under the engine's name where that differs.
 SAMPLING_FIELDS = {
@@ -40,7 +40,9 @@ def read_sampling_params(
     body: Fields, engine: Engine, max_tokens_names: Sequence[str], default_max_tokens: int | None
 ) -> SamplingParams:
     """Errors name the field as the client spelled it."""
-    names = {theirs: ours for theirs, ours in SAMPLING_FIELDS.items() if body.has(theirs)}
+    names = {
+        theirs: SAMPLING_FIELDS[theirs] for theirs in body.values if theirs in SAMPLING_FIELDS and body.has(theirs)
+    }
     max_tokens_name = next((name for name in max_tokens_names if body.has(name)), None)
     if max_tokens_name is not None:
         names[max_tokens_name] = "max_new_tokens"

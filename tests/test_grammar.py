@@ -5,6 +5,7 @@ import json
 import random
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -643,3 +644,17 @@ async def test_generate_ends_the_thinking_of_a_request_that_says_how_long(tiny_l
         assert re.fullmatch("[0-9]{3}", text.partition("</think>")[2])
         async with client.post("/generate", json=body | {"max_thinking_tokens": -1}) as response:
             assert response.status == 400 and (await response.json())["error"]["field"] == "max_thinking_tokens"
+
+
+def test_grammars_that_are_compiled_at_once_read_the_vocabulary_once(tokenizer: Tokenizer) -> None:
+    read: list[int] = []
+
+    def token_bytes(token: int) -> bytes:
+        read.append(token)
+        return tokenizer.token_bytes(token)
+
+    special_tokens = tokenizer.backend.special_tokens
+    compiler = GrammarCompiler(tokenizer.to_json(), tokenizer.vocab_size, (EOS,), special_tokens, token_bytes)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: compiler.compile("regex", f"[a-z]{{{i + 1}}}"), range(8)))
+    assert len(read) == len(set(read))
