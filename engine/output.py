@@ -56,8 +56,10 @@ class OutputProcessor:
                         unsent.text += stream.push(tokens)
                     if stream.matched_stop is not None:
                         self._end(request, FinishReason("stop", matched=stream.matched_stop), outcome)
-                # No text: half a character, or the head of what may become a stop string.
-                is_due = (unsent.text or unsent.logprobs is not None) and len(unsent.token_ids) >= min_tokens
+                # No text: half a character, or the head of what may become a stop string. The first is never held.
+                is_due = (unsent.text or unsent.logprobs is not None) and (
+                    len(unsent.token_ids) >= min_tokens or request.times.first_token == now
+                )
                 if is_due and request.stream and request.status is Status.RUNNING:
                     request.unsent = None
                     request.sink(unsent)

@@ -210,6 +210,14 @@ async def test_streamed_text_adds_up_to_the_unstreamed_answer(tiny_llama: Path) 
         assert "".join(delta.text for delta in deltas) == whole.text == engine.tokenizer.decode(tokens)
 
 
+async def test_a_streams_first_token_is_not_held_back_for_others(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama, stream_interval=8) as engine:
+        request = make_request(engine.tokenizer.encode("Once upon a time"), stream=True)
+        sizes = [len(delta.token_ids) async for delta in engine.generate(request)]
+    assert sizes[0] == 1 and sum(sizes) == NUM_NEW_TOKENS
+    assert min(sizes[1:-1]) >= 8
+
+
 async def test_a_stop_string_cuts_the_text_there(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama) as engine:
         (whole,), _ = await collect(engine, make_request([5, 6, 7]))
