@@ -110,7 +110,7 @@ class StepLoop:
                 for request in plan.admitted:
                     request.times.scheduled = start
                 if self._in_flight:
-                    self.output.follow(has_run_dry=self._in_flight[-1].done.done())
+                    self.output.follow(len(plan.rows), has_run_dry=self._in_flight[-1].done.done())
                 try:
                     step = self.runner.launch(plan)
                 except Exception as error:  # noqa: BLE001 - out of memory, say: this step's failure alone

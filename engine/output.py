@@ -11,6 +11,7 @@ from engine.scheduler import Outcome, Scheduler
 logger = logging.getLogger(__name__)
 
 MAX_MERGED_TOKENS = 4
+MIN_MERGED_STREAMS = 16  # fewer are not what the device waits for
 
 
 class OutputProcessor:
@@ -18,9 +19,9 @@ class OutputProcessor:
         self.scheduler, self.stream_interval = scheduler, stream_interval
         self.num_merged = 1  # tokens of a stream that go out together
 
-    def follow(self, has_run_dry: bool) -> None:
-        """Write fewer, longer pieces while the device waits for the host; each token by itself when it does not."""
-        if has_run_dry:
+    def follow(self, num_requests: int, has_run_dry: bool) -> None:
+        """Write fewer, longer pieces while the device waits for the host's writing; else each token by itself."""
+        if has_run_dry and num_requests >= MIN_MERGED_STREAMS:
             self.num_merged = min(self.num_merged + 1, MAX_MERGED_TOKENS)
         elif self.num_merged > 1:
             self.num_merged -= 1

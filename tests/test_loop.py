@@ -189,3 +189,16 @@ def test_a_prediction_is_never_longer_than_what_was_seen(num_prefill_tokens: int
     observe(pace, 0, 0.010)
     observe(pace, 1000, 0.030)
     assert pace.predict_s(plan_of(num_prefill_tokens)) <= (0.030 if num_prefill_tokens else 0.010)
+
+
+def test_tokens_are_merged_only_while_many_streams_keep_the_device_waiting() -> None:
+    output = OutputProcessor(None)  # type: ignore[arg-type]  # which only answers ask
+    for _ in range(3):
+        output.follow(1, has_run_dry=True)
+    assert output.num_merged == 1
+    for _ in range(9):
+        output.follow(256, has_run_dry=True)
+    assert output.num_merged == 4
+    for _ in range(9):
+        output.follow(256, has_run_dry=False)
+    assert output.num_merged == 1
