@@ -19,7 +19,7 @@ from engine.channel import ChannelReader
 from engine.config import EngineConfig
 from engine.cuda_graph import MAX_REQUESTS_WITH_PREFILL, default_batch_sizes
 from engine.errors import ModelError
-from engine.grammar import GrammarCompiler, MaskFiller
+from engine.grammar import GrammarCompiler
 from engine.layers.layer import LayerConfig, unique_layers
 from engine.memory import MemoryBudget, plan_memory
 from engine.model_config import ModelConfig
@@ -153,7 +153,7 @@ def build(
             tokenizer = loading_tokenizer.result()
         grammars = new_grammars(config, model_config, tokenizer)
         if grammars is not None:
-            runner.masks = MaskFiller(grammars.vocab_size, is_pinned=runner.device.type == "cuda")
+            runner.masks = grammars.new_mask_filler(is_pinned=runner.device.type == "cuda")
         if ranks is not None:
             ranks.wait_ready()
             runner.ranks = ranks
@@ -277,7 +277,12 @@ def load_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer:
 def new_grammars(config: EngineConfig, model_config: ModelConfig, tokenizer: Tokenizer) -> GrammarCompiler | None:
     if config.grammar_backend == "none":
         return None
-    return GrammarCompiler(
+    compiler_class: type[GrammarCompiler] = GrammarCompiler
+    if config.grammar_backend == "xgrammar":
+        from engine.xgrammar_backend import XGrammarCompiler  # its library takes seconds to import
+
+        compiler_class = XGrammarCompiler
+    return compiler_class(
         tokenizer.to_json(),
         max(model_config.vocab_size, tokenizer.vocab_size),
         [token for token in model_config.eos_token_ids if token < tokenizer.vocab_size],

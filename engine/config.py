@@ -79,8 +79,9 @@ class EngineConfig:
     )  # fmt: skip
     schedule_conservativeness: float = option(1.0, SCHEDULE, "larger: fewer retractions, fewer requests at once")
     grammar_backend: str = option(
-        "llguidance", SCHEDULE, "what constrains answers; none: such requests are refused",
-        choices=("llguidance", "none"),
+        "llguidance", SCHEDULE,
+        "what constrains answers; xgrammar: knows fewer schemas, no jump-forward; none: such requests are refused",
+        choices=("llguidance", "xgrammar", "none"),
     )  # fmt: skip
     disable_jump_forward: bool = option(False, SCHEDULE, "compute the tokens that a grammar forces one by one")
     disable_overlap_schedule: bool = option(

@@ -1,7 +1,8 @@
 """Constrained decoding: what an answer may look like, compiled once and followed token by token.
 
 The work is llguidance's: it compiles JSON schemas, regular expressions and grammars, says which tokens may come next
-(a mask) and which must (forced tokens, as the tokenizer would have written them).
+(a mask) and which must (forced tokens, as the tokenizer would have written them). engine.xgrammar_backend puts another
+library in its place.
 """
 
 import json
@@ -12,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol, Self
 
 import torch
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from
@@ -40,11 +42,25 @@ class GrammarStats:
     """Seconds that took."""
 
 
+class TokenMatcher(Protocol):
+    """What follows an answer token by token: an `LLMatcher`, or what has these methods of it."""
+
+    def deep_copy(self) -> Self: ...
+    def consume_token(self, token: int, /) -> bool: ...
+    def compute_ff_tokens(self) -> list[int]: ...
+    def is_accepting(self) -> bool: ...
+    def is_stopped(self) -> bool: ...
+    def is_error(self) -> bool: ...
+    def get_error(self) -> str: ...
+    def rollback(self, num_tokens: int, /) -> bool: ...
+    def reset(self) -> bool: ...
+
+
 @dataclass(slots=True)
 class Grammar:
     """A compiled constraint, for any number of answers."""
 
-    start: LLMatcher  # copied for each answer
+    start: TokenMatcher  # copied for each answer
     num_lessons: int = 0
 
 
@@ -91,13 +107,7 @@ class GrammarCompiler:
             raise InvalidRequest(f"{kind} has {len(text)} characters, the limit is {MAX_TEXT_BYTES}", kind)
         start = time.perf_counter()
         try:
-            matcher = LLMatcher(
-                self._tokenizer(),
-                self._definition(kind, text),
-                log_level=0,
-                limits=LLParserLimits(verbose_errors=False),
-            )
-            matcher.compute_bitmask()  # the first mask is the slowest, and shows grammars that are too complex
+            matcher = self._new_matcher(kind, text)
         except BaseException as error:  # noqa: BLE001 - a panic of the library is no Exception, and concerns one grammar
             raise _refused(kind, str(error)) from None
         finally:
@@ -112,6 +122,19 @@ class GrammarCompiler:
             if len(self._cache) > MAX_CACHED_GRAMMARS:
                 self._cache.popitem(last=False)
         return grammar
+
+    def new_mask_filler(self, is_pinned: bool) -> "MaskFiller":
+        return MaskFiller(self.vocab_size, is_pinned)
+
+    def _new_matcher(self, kind: str, text: str) -> TokenMatcher:
+        matcher = LLMatcher(
+            self._tokenizer(),
+            self._definition(kind, text),
+            log_level=0,
+            limits=LLParserLimits(verbose_errors=False),
+        )
+        matcher.compute_bitmask()  # the first mask is the slowest, and shows grammars that are too complex
+        return matcher
 
     def _definition(self, kind: str, text: str) -> str:
         """`text` in llguidance's own terms."""
@@ -236,7 +259,7 @@ class Matcher:
             source.num_lessons += 1
 
     @property
-    def masking_grammar(self) -> LLMatcher | None:
+    def masking_grammar(self) -> TokenMatcher | None:
         """What allows the next token; None: the end of the thinking, or nobody."""
         return None if self._is_thinking else self._grammar
 
@@ -267,7 +290,9 @@ class MaskFiller:
                 masks[i] = 0
                 masks[i, word] = 1 << bit if bit < WORD_BITS - 1 else -(1 << bit)
         if grammars:
-            self._executor.unsafe_compute_mask_ptr(
-                grammars, masks.data_ptr(), self._num_words * masks.itemsize, len(matchers)
-            )
+            self._fill(grammars, masks)
         return masks, {i: " ".join(grammar.get_error().split()) for grammar, i in grammars if grammar.is_error()}
+
+    def _fill(self, grammars: list[tuple[Any, int]], masks: torch.Tensor) -> None:
+        """Write the mask of each grammar into the row of `masks` it comes with."""
+        self._executor.unsafe_compute_mask_ptr(grammars, masks.data_ptr(), self._num_words * masks.itemsize, len(masks))
