@@ -1,5 +1,6 @@
 """From a configuration to the parts of a running engine."""
 
+import importlib.util
 import logging
 import time
 from collections.abc import Callable
@@ -71,6 +72,8 @@ def resolve_config(config: EngineConfig) -> EngineConfig:
     if is_cuda:
         device = torch.device("cuda", config.base_gpu_id if device.index is None else device.index)
         check_gpus(device.index, config.ranks_per_node)
+    if config.grammar_backend == "xgrammar" and importlib.util.find_spec("xgrammar") is None:
+        raise ModelError("--grammar-backend xgrammar needs xgrammar: pip install 'radixloop[xgrammar]'")
     chunk = config.chunked_prefill_size
     if chunk is None:
         is_small = is_cuda and torch.cuda.get_device_properties(device).total_memory < SMALL_CUDA_BYTES

@@ -12,15 +12,10 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+import xgrammar
 
-from engine.errors import ModelError
 from engine.grammar import WORD_BITS, GrammarCompiler, MaskFiller
 from engine.structural_tag import MAX_DEPTH
-
-try:
-    import xgrammar
-except ImportError as error:
-    raise ModelError(f"--grammar-backend xgrammar needs radixloop[xgrammar]: {error}") from error
 
 KEYWORDS_OF = {
     "string": {"minLength", "maxLength", "pattern", "format"},
