@@ -382,13 +382,13 @@ class MistralV11(Mistral):
         return json_tag(f"[TOOL_CALLS]{tool.name}[ARGS]", tool, "")
 
 
-class DeepSeekV3(ToolFormat):
-    """Calls as sections, "function", the name and a fenced block of JSON; since V3.1 the name and the JSON alone."""
+class SectionFormat(ToolFormat):
+    """A section of calls, each between marks of its own: its name, a separator, and its arguments in JSON."""
 
-    trigger = "<｜tool▁calls▁begin｜>"
-    begins = (trigger,)
-    call_begin, separator, call_end = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
-    end = "<｜tool▁calls▁end｜>"
+    call_begin: str
+    separator: str
+    call_end: str
+    end: str
 
     def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
         reader = calls.reader
@@ -397,20 +397,42 @@ class DeepSeekV3(ToolFormat):
         while True:
             head = yield from reader.read_until((self.separator,), MAX_NAME_LEN)
             reader.take(len(self.separator))
-            if head.strip() == "function" and (yield from reader.peek()) != "{":
-                head = yield from reader.read_until(("\n",), MAX_NAME_LEN)
-                yield from reader.skip_space()
-                yield from reader.expect("```json")
-            tool = calls.tool(head.strip())
+            tool = calls.tool((yield from self.read_name(reader, head.strip())))
             yield from reader.skip_space()
             yield from pass_arguments(calls, tool)
-            yield from reader.skip_space()
-            yield from reader.accept("```")
-            yield from reader.skip_space()
-            yield from reader.accept(self.call_end)
+            yield from self.read_call_end(reader)
             yield from reader.skip_space()
             if (yield from reader.accept(self.call_begin, self.end)) != self.call_begin:
                 return
+
+    def read_name(self, reader: Reader, head: str) -> Reading[str]:
+        """The tool's name, of the text before the separator or what comes next."""
+        raise NotImplementedError
+
+    def read_call_end(self, reader: Reader) -> Reading[None]:
+        yield from reader.skip_space()
+        yield from reader.accept(self.call_end)
+
+
+class DeepSeekV3(SectionFormat):
+    """Calls as sections, "function", the name and a fenced block of JSON; since V3.1 the name and the JSON alone."""
+
+    trigger = "<｜tool▁calls▁begin｜>"
+    begins = (trigger,)
+    call_begin, separator, call_end = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+    end = "<｜tool▁calls▁end｜>"
+
+    def read_name(self, reader: Reader, head: str) -> Reading[str]:
+        if head == "function" and (yield from reader.peek()) != "{":
+            head = yield from reader.read_until(("\n",), MAX_NAME_LEN)
+            yield from reader.skip_space()
+            yield from reader.expect("```json")
+        return head.strip()
+
+    def read_call_end(self, reader: Reader) -> Reading[None]:
+        yield from reader.skip_space()
+        yield from reader.accept("```")
+        yield from super().read_call_end(reader)
 
     def tag(self, tool: Tool) -> JSON:
         begin = f"{self.trigger}{self.call_begin}function{self.separator}{tool.name}\n```json\n"
@@ -423,7 +445,7 @@ class DeepSeekV31(DeepSeekV3):
         return json_tag(begin, tool, f"{self.call_end}{self.end}")
 
 
-class KimiK2(ToolFormat):
+class KimiK2(SectionFormat):
     """A section of calls named functions.NAME:INDEX, with their arguments in JSON."""
 
     trigger = "<|tool_calls_section_begin|>"
@@ -431,21 +453,9 @@ class KimiK2(ToolFormat):
     call_begin, separator, call_end = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
     end = "<|tool_calls_section_end|>"
 
-    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
-        reader = calls.reader
-        yield from reader.skip_space()
-        yield from reader.expect(self.call_begin)
-        while True:
-            full_name = yield from reader.read_until((self.separator,), MAX_NAME_LEN)
-            reader.take(len(self.separator))
-            tool = calls.tool(full_name.strip().removeprefix("functions.").rpartition(":")[0])
-            yield from reader.skip_space()
-            yield from pass_arguments(calls, tool)
-            yield from reader.skip_space()
-            yield from reader.accept(self.call_end)
-            yield from reader.skip_space()
-            if (yield from reader.accept(self.call_begin, self.end)) != self.call_begin:
-                return
+    def read_name(self, reader: Reader, head: str) -> Reading[str]:
+        yield from ()  # it is all in the head
+        return head.removeprefix("functions.").rpartition(":")[0]
 
     def tag(self, tool: Tool) -> JSON:
         parts: list[JSON] = [
