@@ -26,7 +26,7 @@ PREFILL_LADDERS = (
     (64, 64, (128, 256, 384, 512, 640, 768, 1024)),  # runs of forced tokens, mostly
     (256, 64, COARSE_TOKENS),
 )
-MAX_REQUESTS_WITH_PREFILL = 256 + 64
+MAX_REQUESTS_WITH_PREFILL = max(num_decodes + num_prompts for num_decodes, num_prompts, _ in PREFILL_LADDERS)
 GROUPED_SIZE_RATIO = 1.3  # of neighbours on the ladder of decode steps with shared prefixes
 
 

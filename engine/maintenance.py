@@ -19,7 +19,6 @@ from engine.weights import checkpoint_targets, load_weights, resolve_model
 KV_CACHE, WEIGHTS = "kv_cache", "weights"
 TAGS = (KV_CACHE, WEIGHTS)
 ABORT, RETRACT, IN_PLACE = "abort", "retract", "in_place"
-MODES = (ABORT, RETRACT, IN_PLACE)
 
 
 class Maintenance:

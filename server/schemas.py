@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from engine.request import TOP_K_ALL
+from server.maintenance import PAUSE_MODES
 from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS
 from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
 from server.protocol import JSON, MAX_INT, MAX_N, REQUEST_FIELDS
@@ -525,7 +526,7 @@ COMPONENTS: dict[str, JSON] = {
     ),
     "OpenSession": obj({"capacity_of_str_len": integer(0), "session_id": STRING}),
     "CloseSession": obj({"session_id": STRING}, ["session_id"]),
-    "PauseRequest": obj({"mode": {"enum": ["abort", "retract", "in_place"]}}),
+    "PauseRequest": obj({"mode": {"enum": PAUSE_MODES}}),
     "UpdateWeightsRequest": obj(
         {
             "model_path": STRING,
