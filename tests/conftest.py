@@ -1,12 +1,13 @@
-"""What every test may use: tiny random models, the `gpu` marker, and a guard against callbacks that block the loop."""
+"""What every test may use: tiny random models, a server without one, the `gpu` marker, and a guard against callbacks
+that block the loop."""
 
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before torch is imported: its idle OpenMP threads must not spin, the tests share few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -18,6 +19,11 @@ import torch
 if not torch.cuda.is_available():
     # Before a kernel is decorated: without a GPU, Triton's interpreter runs it on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if TYPE_CHECKING:
+    from aiohttp.test_utils import TestClient
+
+    from tests.fake_engine import FakeEngine
 
 torch.set_num_threads(1)
 
@@ -184,3 +190,20 @@ def blocking_call_guard(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     run_delay.close()
     if guard.blocked:
         pytest.fail(guard.report(), pytrace=False)
+
+
+@pytest.fixture
+async def engine() -> "FakeEngine":
+    """What `client` talks to; a file that wants another engine has a fixture of this name."""
+    from tests.fake_engine import FakeEngine
+
+    return FakeEngine()
+
+
+@pytest.fixture
+async def client(engine: "FakeEngine") -> "AsyncIterator[TestClient[Any, Any]]":
+    """Of a server around `engine`."""
+    from tests.fake_engine import serving
+
+    async with serving(engine) as client:
+        yield client

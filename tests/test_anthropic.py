@@ -21,17 +21,6 @@ ADAPTIVE: Any = {"type": "adaptive"}
 
 
 @pytest.fixture
-async def engine() -> FakeEngine:
-    return FakeEngine()
-
-
-@pytest.fixture
-async def client(engine: FakeEngine) -> AsyncIterator[Client]:
-    async with serving(engine) as client:
-        yield client
-
-
-@pytest.fixture
 async def api(client: Client) -> AsyncIterator[anthropic.AsyncAnthropic]:
     async with official(client) as api:
         yield api

@@ -1,7 +1,6 @@
 """Ollama's API."""
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -13,17 +12,6 @@ from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
 Client = TestClient[Any, Any]
 USER: list[Any] = [{"role": "user", "content": "Hi"}]
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-
-
-@pytest.fixture
-async def engine() -> FakeEngine:
-    return FakeEngine()
-
-
-@pytest.fixture
-async def client(engine: FakeEngine) -> AsyncIterator[Client]:
-    async with serving(engine) as client:
-        yield client
 
 
 async def answer(client: Client, path: str, **body: Any) -> Any:

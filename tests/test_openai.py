@@ -18,17 +18,6 @@ USER: list[Any] = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture
-async def engine() -> FakeEngine:
-    return FakeEngine()
-
-
-@pytest.fixture
-async def client(engine: FakeEngine) -> AsyncIterator[Client]:
-    async with serving(engine) as client:
-        yield client
-
-
-@pytest.fixture
 async def api(client: Client) -> AsyncIterator[openai.AsyncOpenAI]:
     async with official(client) as api:
         yield api

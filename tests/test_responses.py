@@ -24,12 +24,6 @@ async def engine() -> FakeEngine:
 
 
 @pytest.fixture
-async def client(engine: FakeEngine) -> AsyncIterator[Client]:
-    async with serving(engine) as client:
-        yield client
-
-
-@pytest.fixture
 async def api(client: Client) -> AsyncIterator[openai.AsyncOpenAI]:
     async with official(client) as api:
         yield api

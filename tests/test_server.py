@@ -28,17 +28,6 @@ from tests.fake_engine import FakeEngine, events_of, serving
 Client = TestClient[Any, Any]
 
 
-@pytest.fixture
-async def engine() -> FakeEngine:
-    return FakeEngine()
-
-
-@pytest.fixture
-async def client(engine: FakeEngine) -> AsyncIterator[Client]:
-    async with serving(engine) as client:
-        yield client
-
-
 async def generate(client: Client, **body: Any) -> Any:
     response = await client.post("/generate", json=body)
     assert response.status == 200, await response.text()
