@@ -18,7 +18,7 @@ from cache.radix import NoCache, RadixCache
 from engine.batch import Shape, Stager
 from engine.channel import ChannelReader
 from engine.config import EngineConfig
-from engine.cuda_graph import MAX_REQUESTS_WITH_PREFILL, default_batch_sizes
+from engine.cuda_graph import MAX_GRAPH_WORK, MAX_PROMPTS, default_batch_sizes
 from engine.errors import ModelError
 from engine.grammar import GrammarCompiler
 from engine.layers.layer import LayerConfig, unique_layers
@@ -218,7 +218,7 @@ def build_runner(
     slot_table = torch.zeros(num_rows + 1, max_len, dtype=torch.int32, device=device)
     rows = Rows(num_rows, max_len)
     max_step_tokens = max(config.chunked_prefill_size, num_rows)
-    stager = Stager(max_step_tokens + num_rows, max(num_rows, MAX_REQUESTS_WITH_PREFILL), slot_table)
+    stager = Stager(max_step_tokens + num_rows, num_rows + MAX_PROMPTS, slot_table)
     sampler = Sampler(rows, model_config.vocab_size, model_config.eos_token_ids, device, config.sampling_backend)
 
     def new_pool(num_tokens: int) -> KVPool:
@@ -228,6 +228,7 @@ def build_runner(
         )  # fmt: skip
 
     largest_step = 0
+    max_graph_tokens = min(config.chunked_prefill_size, max_len, comm.minimum(int(MAX_GRAPH_WORK / weights_bytes)))
     if device.type == "cuda":
         probe = ModelRunner(model, new_pool(max_step_tokens), sampler, stager, comm)
         largest_step = measure_step(probe, max_step_tokens, num_rows, max_len)
@@ -236,6 +237,7 @@ def build_runner(
     memory = plan_memory(
         config, model_config, kv_dtype, device,
         weights=weights_bytes, tables=slot_table.nbytes, largest_step=largest_step,
+        graphs=largest_step * max_graph_tokens // max_step_tokens,
         num_kv_heads=num_kv_heads, comm=comm,
     )  # fmt: skip
     on_progress("memory: " + ", ".join(f"{what} {size}" for what, size in memory.rows()))
@@ -249,7 +251,7 @@ def build_runner(
         assert config.cuda_graph_max_bs
         start = time.perf_counter()
         batch_sizes = config.cuda_graph_bs or default_batch_sizes(config.cuda_graph_max_bs)
-        runner.capture_graphs(batch_sizes, min(config.chunked_prefill_size, max_len))
+        runner.capture_graphs(batch_sizes, max_graph_tokens, num_rows)
         on_progress(f"steps captured as CUDA graphs in {time.perf_counter() - start:.1f} s")
     if device.type == "cuda":
         measure_step(runner, max_step_tokens, num_rows, max_len)  # once more: the memory it takes is then at hand

@@ -2,14 +2,15 @@
 
 A graph holds everything from the staged plan to the most likely tokens; attention reads lengths and slots on the
 device, so one capture serves every step of its size. Decode steps have a fine ladder. Steps with prompt chunks beside
-them have ladders too, the coarser the more they hold: launching their kernels one by one costs the host as much as
-computing them costs the device, up to some 2,048 tokens. All graphs share one memory pool, the largest captured first.
+them have ladders too, the coarser the more they hold, up to the size at which the device takes clearly longer for the
+kernels than the host to launch them one by one. All graphs share one memory pool, the largest captured first.
 """
 
 import bisect
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,16 +18,31 @@ import torch
 from engine.batch import Shape, StagedBatch, Stager
 from engine.plan import Groups, Plan
 
+
+class Ladder(NamedTuple):
+    """Sizes of graphs for steps with prompt chunks."""
+
+    num_decodes: int  # at most
+    num_prompts: int  # chunks at most
+    num_tokens: tuple[int, ...]  # of all chunks, ascending
+    has_groups: bool = False  # for steps whose decodes share prefixes
+
+
 FINE_TOKENS = (32, 64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 768, 1024, 1536, 2048)
-COARSE_TOKENS = (128, 256, 512, 1024, 2048)
-# Of steps with prompts: (decodes at most, prompt chunks at most, sizes in prompt tokens). The first that fits serves.
-PREFILL_LADDERS = (
-    (0, 16, FINE_TOKENS),
-    (32, 16, FINE_TOKENS),
-    (64, 64, (128, 256, 384, 512, 640, 768, 1024)),  # runs of forced tokens, mostly
-    (256, 64, COARSE_TOKENS),
+COARSE_TOKENS = (128, 256, 512, 1024, 2048, 4096, 6144, 8192)
+# The first that fits serves.
+LADDERS = (
+    Ladder(0, 16, FINE_TOKENS),
+    Ladder(32, 16, FINE_TOKENS),
+    Ladder(64, 64, (128, 256, 384, 512, 640, 768, 1024)),  # runs of forced tokens, mostly
+    Ladder(256, 72, COARSE_TOKENS),
+    Ladder(512, 72, COARSE_TOKENS[2:]),
+    Ladder(512, 72, COARSE_TOKENS[2:], has_groups=True),
 )
-MAX_REQUESTS_WITH_PREFILL = max(num_decodes + num_prompts for num_decodes, num_prompts, _ in PREFILL_LADDERS)
+MAX_PROMPTS = max(ladder.num_prompts for ladder in LADDERS)
+# Tokens times bytes of weights, above which a step's kernels need no graph: to launch a layer's takes the host some
+# 0.5 ms, which are then hidden by computing at least three times as long.
+MAX_GRAPH_WORK = 3.4e13
 GROUPED_SIZE_RATIO = 1.3  # of neighbours on the ladder of decode steps with shared prefixes
 
 
@@ -41,16 +57,16 @@ class StepGraphs:
         self,
         batch_sizes: list[int],
         max_tokens: int,
+        max_requests: int,
         stager: Stager,
         run: Callable[[StagedBatch], tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
-        """max_tokens: of a step with prompts. run: from a staged batch to (logits [S, V], their argmax [S])."""
+        """max_tokens: prompt tokens of a step with prompts. max_requests: that run at once. run: from a staged batch to
+        (logits [S, V], their argmax [S]).
+        """
         self.batch_sizes = sorted(batch_sizes)
         self.grouped_sizes = _coarse(self.batch_sizes)
-        self.prefill_ladders = [
-            (num_decodes, num_prompts, [size for size in sizes if size <= max_tokens])
-            for num_decodes, num_prompts, sizes in PREFILL_LADDERS
-        ]
+        self.ladders = fitting_ladders(max_tokens, max_requests)
         self._stager, self._run = stager, run
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, StagedBatch]] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -69,16 +85,21 @@ class StepGraphs:
         if not num_samples or plan.prompt_logprobs:
             return None
         num_prompts, num_tokens = len(plan.rows) - num_decodes, plan.num_prefill_tokens
-        for most_decodes, most_prompts, sizes in self.prefill_ladders:
-            if num_decodes <= most_decodes and num_prompts <= most_prompts and sizes and num_tokens <= sizes[-1]:
-                return _prefill_shape(most_decodes, most_prompts, sizes[bisect.bisect_left(sizes, num_tokens)])
+        for ladder in self.ladders:
+            if (
+                num_decodes <= ladder.num_decodes
+                and num_prompts <= ladder.num_prompts
+                and num_tokens <= ladder.num_tokens[-1]
+                and ladder.has_groups == (plan.groups is not None)
+            ):
+                return _prefill_shape(ladder, ladder.num_tokens[bisect.bisect_left(ladder.num_tokens, num_tokens)])
         return None
 
     def capture_all(self) -> None:
         """The largest first, since the smaller ones then fit into the memory it took."""
-        for num_decodes, num_prompts, sizes in reversed(self.prefill_ladders):
-            for num_tokens in reversed(sizes):
-                self._capture_padding(_prefill_shape(num_decodes, num_prompts, num_tokens))
+        for ladder in reversed(self.ladders):
+            for num_tokens in reversed(ladder.num_tokens):
+                self._capture_padding(_prefill_shape(ladder, num_tokens))
         for has_groups, sizes in ((True, self.grouped_sizes), (False, self.batch_sizes)):
             for size in reversed(sizes):
                 self._capture_padding(Shape(size, 0, 0, size, has_groups))
@@ -131,8 +152,26 @@ def _coarse(batch_sizes: list[int]) -> list[int]:
     return kept
 
 
-def _prefill_shape(num_decodes: int, num_prompts: int, num_tokens: int) -> Shape:
-    return Shape(num_decodes, num_prompts, num_tokens, num_decodes + num_prompts, False)
+def fitting_ladders(max_tokens: int, max_requests: int) -> list[Ladder]:
+    """Those of LADDERS that steps of so many prompt tokens and requests can need, cut to these."""
+    ladders: list[Ladder] = []
+    for ladder in LADDERS:
+        num_tokens = tuple(size for size in ladder.num_tokens if size <= max_tokens)
+        is_covered = any(
+            smaller.num_decodes >= max_requests
+            and smaller.num_tokens[-1:] >= num_tokens[-1:]
+            and smaller.has_groups == ladder.has_groups
+            for smaller in ladders
+        )
+        if num_tokens and not is_covered:
+            num_decodes = min(ladder.num_decodes, max_requests)
+            ladders.append(ladder._replace(num_decodes=num_decodes, num_tokens=num_tokens))
+    return ladders
+
+
+def _prefill_shape(ladder: Ladder, num_tokens: int) -> Shape:
+    num_samples = ladder.num_decodes + ladder.num_prompts
+    return Shape(ladder.num_decodes, ladder.num_prompts, num_tokens, num_samples, ladder.has_groups)
 
 
 class _Borrowed:

@@ -20,7 +20,8 @@ from engine.scheduler import Outcome, Scheduler
 logger = logging.getLogger(__name__)
 
 MIN_PREFILL_SHARE = 1 / 16  # of the longest chunk, in every step, however tight its time: a prompt must not starve
-HOST_LEAD_S = 0.0025  # a step is decided this long before the one before it ends: time to decide and enqueue it
+MIN_LEAD_S = 0.0025  # a step is decided at least this long before the one before it ends
+LAUNCH_MARGIN = 1.25  # launches vary; the device shall not wait for them
 MIN_SLEEP_S = 0.001  # uvloop's timers count milliseconds
 
 
@@ -120,7 +121,9 @@ class StepLoop:
                 self._log.on_launch(plan)
                 if step.awaits_masks and not await self._sample(step):
                     continue
-                stats.launch_s += clock() - scheduled
+                launched = clock()
+                stats.launch_s += launched - scheduled
+                self._pace.observe_launch(plan, launched - start)
             if resolved is not None:
                 self._deliver(*resolved)
                 resolved = None
@@ -130,9 +133,12 @@ class StepLoop:
             elif plan is None or len(self._in_flight) >= self._depth:
                 resolved = await self._resolve(self._in_flight[0])
 
+    @property
+    def _has_prompts(self) -> bool:
+        return bool(self.scheduler.waiting or self.scheduler.prefilling)
+
     def _prefill_budget(self) -> int | None:
-        has_prompts = self.scheduler.waiting or self.scheduler.prefilling
-        return self._pace.prefill_budget(self.scheduler.num_streams) if has_prompts else None
+        return self._pace.prefill_budget(self.scheduler.num_streams) if self._has_prompts else None
 
     def _deliver(self, step: Step, outcome: Outcome) -> None:
         start = time.perf_counter()
@@ -148,7 +154,8 @@ class StepLoop:
             return 0.0
         step = self._in_flight[0]
         begun_at = max(step.launched_at, self.stats.last_step_at)
-        spare_s = begun_at + self._pace.predict_s(step.plan) - HOST_LEAD_S - time.perf_counter()
+        lead_s = self._pace.lead_s(self._has_prompts)
+        spare_s = begun_at + self._pace.predict_s(step.plan) - lead_s - time.perf_counter()
         return spare_s if spare_s >= MIN_SLEEP_S else 0.0
 
     async def _idle(self) -> None:
@@ -252,9 +259,10 @@ def _failure(what: str, error: Exception) -> FinishReason:
 
 
 class StepPace:
-    """Cuts prompt chunks so that steps keep to a time budget while answers stream.
+    """Cuts prompt chunks so that steps keep to a time budget while answers stream, and tells when to decide the next.
 
-    What a decode step costs, and what a prompt token adds, are running means that follow the load.
+    What a decode step costs, what a prompt token adds, and how long the host takes are running means that follow the
+    load.
     """
 
     def __init__(self, max_step_ms: float | None, chunked_prefill_size: int) -> None:
@@ -262,6 +270,7 @@ class StepPace:
         self.min_budget = max(int(chunked_prefill_size * MIN_PREFILL_SHARE), 1)
         self.decode_s = 0.0
         self.prefill_token_s = 0.0
+        self.prefill_launch_s = 0.0
 
     def prefill_budget(self, num_streams: int) -> int | None:
         """Prompt tokens for the next step; None if nobody would notice a long one."""
@@ -275,6 +284,14 @@ class StepPace:
         elif plan.num_prefill_tokens >= self.min_budget:  # a shorter one's time is not its tokens'
             token_s = max(device_s - self.decode_s, 0.0) / plan.num_prefill_tokens
             self.prefill_token_s = _follow(self.prefill_token_s, token_s)
+
+    def observe_launch(self, plan: Plan, host_s: float) -> None:
+        if not plan.is_decode:
+            self.prefill_launch_s = _follow(self.prefill_launch_s, host_s)
+
+    def lead_s(self, has_prompts: bool) -> float:
+        """Seconds to decide and enqueue the next step: with prompts no graph may hold it, but hundreds of kernels."""
+        return max(MIN_LEAD_S, LAUNCH_MARGIN * self.prefill_launch_s) if has_prompts else MIN_LEAD_S
 
     def predict_s(self, plan: Plan) -> float:
         """How long `plan` will take, rather too short than too long."""

@@ -15,7 +15,7 @@ from engine.model_config import ModelConfig
 from engine.parallel import Communicator
 
 GIB = 1 << 30
-CUDA_MARGIN_BYTES = 3 * GIB // 2  # CUDA graphs, library workspaces, fragmentation
+CUDA_MARGIN_BYTES = 5 * GIB // 4  # library workspaces, graphs' own records, fragmentation
 CPU_MEMORY_SHARE = 0.25  # of what is available: a laptop has other things to do
 CPU_CONTEXTS = 8  # of full length, at most: more would only hold stale prefixes
 
@@ -28,6 +28,8 @@ class MemoryBudget:
     weights: int
     largest_step: int
     """Activations, logits and workspaces of the largest step."""
+    graphs: int
+    """Activations and logits of the largest step that is a CUDA graph: graphs have memory of their own."""
     tables: int
     """Slot table and sampling state of all rows."""
     kv: int
@@ -37,8 +39,9 @@ class MemoryBudget:
     def rows(self) -> list[tuple[str, str]]:
         """(what, how much) for a table."""
         parts = [
-            ("weights", self.weights), ("largest step", self.largest_step), ("request tables", self.tables),
-            ("KV cache", self.kv), ("left free", self.margin), ("device total", self.total),
+            ("weights", self.weights), ("largest step", self.largest_step), ("CUDA graphs", self.graphs),
+            ("request tables", self.tables), ("KV cache", self.kv), ("left free", self.margin),
+            ("device total", self.total),
         ]  # fmt: skip
         return [(name, f"{num_bytes / GIB:.2f} GiB") for name, num_bytes in parts if num_bytes]
 
@@ -52,6 +55,7 @@ def plan_memory(
     weights: int,
     tables: int,
     largest_step: int,
+    graphs: int,
     num_kv_heads: int,
     comm: Communicator,
 ) -> MemoryBudget:
@@ -63,7 +67,7 @@ def plan_memory(
     if device.type == "cuda":
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
-        room = free - largest_step - CUDA_MARGIN_BYTES
+        room = free - largest_step - graphs - CUDA_MARGIN_BYTES
         if config.mem_fraction_static is not None:
             room = int(total * config.mem_fraction_static) - (total - free)
     else:
@@ -81,7 +85,7 @@ def plan_memory(
         )
     kv = num_tokens * token_bytes
     margin = max(room + CUDA_MARGIN_BYTES - kv, 0) if device.type == "cuda" else 0
-    return MemoryBudget(total, weights, largest_step, tables, kv, margin, num_tokens)
+    return MemoryBudget(total, weights, largest_step, graphs, tables, kv, margin, num_tokens)
 
 
 def _available_host_memory() -> int:

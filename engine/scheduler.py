@@ -663,16 +663,23 @@ class Scheduler:
         if key == self._grouped:
             return self._groups
         self._grouped, self._groups = key, None
-        # A node that one request alone locks is shared by nobody: most are.
-        paths = [[n for n in self.cache.path(self.nodes[row]) if n.lock_ref > 1] for row in decodes.tolist()]
-        num_users = Counter(node for path in paths for node in path)
-        if not num_users:
-            return None
+        # By the deepest node that each shares with anybody: most rows have leaves of their own, and few nodes the rest.
+        sharing: dict[Node, list[int]] = {}
+        for i, row in enumerate(decodes.tolist()):
+            node: Node = self.nodes[row]
+            while node.lock_ref == 1 and node.parent is not None:
+                node = node.parent
+            sharing.setdefault(node, []).append(i)
+        num_users: Counter[Node] = Counter()
+        for node, indices in sharing.items():
+            for above in self.cache.path(node):
+                num_users[above] += len(indices)
         members: dict[Node, list[int]] = {}
-        for i, path in enumerate(paths):
+        for node, indices in sharing.items():
+            path = self.cache.path(node)
             best = max(path, key=lambda node: (num_users[node] - 1) * node.depth_tokens, default=None)
-            if best is not None and num_users[best] > 1:
-                members.setdefault(best, []).append(i)
+            if best is not None:
+                members.setdefault(best, []).extend(indices)
         members = {node: indices for node, indices in members.items() if len(indices) > 1}
         if sum((len(indices) - 1) * node.depth_tokens for node, indices in members.items()) >= MIN_SHARED_TOKENS:
             own_starts = np.zeros(len(decodes), np.int32)

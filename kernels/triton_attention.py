@@ -38,8 +38,7 @@ class PrefillConfig(NamedTuple):
 DECODE_CONFIGS: dict[tuple[int, int], DecodeConfig] = {
     (128, 4): DecodeConfig(block_n=64, num_warps=4, num_stages=3, programs_per_sm=1, has_prefetch=True),
     (128, 16): DecodeConfig(block_n=32, num_warps=1, num_stages=4, programs_per_sm=2),
-    (128, 96): DecodeConfig(block_n=32, num_warps=1, num_stages=4, programs_per_sm=4),
-    (128, 1 << 20): DecodeConfig(block_n=64, num_warps=4, num_stages=2, programs_per_sm=3),
+    (128, 1 << 20): DecodeConfig(block_n=32, num_warps=1, num_stages=4, programs_per_sm=4),
 }
 PREFIX_CONFIGS: dict[int, PrefillConfig] = {128: PrefillConfig(block_m=64, block_n=64, num_warps=4, num_stages=3)}
 PREFILL_CONFIGS: dict[int, PrefillConfig] = {128: PrefillConfig(block_m=64, block_n=64, num_warps=4, num_stages=3)}

@@ -9,6 +9,7 @@ import torch
 from engine.batch import Shape, StagedBatch
 from engine.build import Parts, build
 from engine.config import EngineConfig
+from engine.cuda_graph import COARSE_TOKENS, fitting_ladders
 from engine.plan import Groups, Plan
 
 
@@ -70,12 +71,35 @@ def test_padding_changes_no_logits(parts: Parts, decodes: list[int], prompts: li
     torch.testing.assert_close(padded, exact, rtol=1e-4, atol=1e-4)
 
 
+def test_padding_beside_a_shared_prefix_changes_no_logits(parts: Parts) -> None:
+    own_starts = np.array([4, 4, 0], np.int32)
+    groups = Groups(np.array([4], np.int32), np.array([0, 2], np.int32), np.array([0, 1], np.int32), own_starts)
+    plan = plan_of([5, 17, 3], [9, 4], groups)
+    exact = logits_of(parts, plan_of([5, 17, 3], [9, 4]), Shape.of(plan)._replace(has_groups=False))
+    padded = logits_of(parts, plan, Shape(8, 16, 32, 24, True))
+    torch.testing.assert_close(padded, exact, rtol=1e-4, atol=1e-4)
+
+
 def test_padding_writes_to_the_dump_slot_only(parts: Parts) -> None:
     plan = plan_of([5, 17, 3], [9])
     logits_of(parts, plan, Shape.of(plan))
     exact = parts.runner.kv.buffer.clone()
     logits_of(parts, plan, Shape(8, 16, 32, 24, False))
     torch.testing.assert_close(parts.runner.kv.buffer[:, :, 1:], exact[:, :, 1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("max_tokens", "max_requests"), [(8192, 1024), (2048, 1024), (8192, 100), (8192, 8), (16, 8)])
+def test_ladders_hold_every_step_they_are_for_and_none_twice(max_tokens: int, max_requests: int) -> None:
+    ladders = fitting_ladders(max_tokens, max_requests)
+    most_tokens = max((size for size in COARSE_TOKENS if size <= max_tokens), default=0)
+    for has_groups in (False, True):
+        ours = [ladder for ladder in ladders if ladder.has_groups == has_groups]
+        assert bool(ours) == bool(most_tokens)
+        for ladder in ours:
+            assert ladder.num_decodes <= max_requests and ladder.num_tokens[-1] <= max_tokens
+        if ours:
+            assert ours[-1].num_decodes == min(512, max_requests) and ours[-1].num_tokens[-1] == most_tokens
+    assert len({(ladder.num_decodes, ladder.num_prompts, ladder.has_groups) for ladder in ladders}) == len(ladders)
 
 
 def test_groups_of_a_padded_step_are_the_plans_own(parts: Parts) -> None:
