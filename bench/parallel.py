@@ -1,4 +1,4 @@
-"""Several GPUs at work on one model: sums over ranks by size, then decode steps of 1 and N ranks.
+"""Several GPUs at work on one model: sums over ranks by size, ours beside NCCL's, then decode steps of 1 and N ranks.
 
     python -m bench.parallel --tp 2 --model-path MODEL --load-format dummy
     python -m bench.parallel --tp 2 --only sums
@@ -57,7 +57,7 @@ def seconds_of(add: Callable[[torch.Tensor], object], x: torch.Tensor) -> float:
 
 
 def measure_sums(parent: Parent, rank: int, size: int, port: int, device_type: str) -> None:
-    """A rank's part. Tells, as "ready": the library, and the seconds for each of SIZES."""
+    """A rank's part. Tells, as "ready": how sums are done, and for each of SIZES the seconds (ours, the library's)."""
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -71,8 +71,8 @@ def measure_sums(parent: Parent, rank: int, size: int, port: int, device_type: s
         if not bool((total == size).all()):
             raise ValueError(f"a sum of {num_bytes} bytes is wrong: {total.unique().tolist()} instead of {size}")
         x.zero_()  # sums in place must not overflow
-        rows.append(seconds_of(comm.all_reduce, x))
-    parent.tell("ready", (comm.backend, rows))
+        rows.append((seconds_of(comm.all_reduce, x), seconds_of(torch.distributed.all_reduce, x)))
+    parent.tell("ready", (comm.describe(), rows))
     comm.close()
 
 
@@ -82,11 +82,11 @@ def print_sums(size: int, device_type: str, console: Console) -> None:
     for rank in range(size):
         children.spawn(f"rank {rank}", measure_sums, rank, size, store.port, device_type)
     children.watch()
-    library, rows = children.wait_ready()[0]
+    how, rows = children.wait_ready()[0]
     children.close()
-    table = Table("bytes", "µs", "GB/s", title=f"sums over {size} ranks: {library}")
-    for num_bytes, seconds in zip(SIZES, rows, strict=True):
-        table.add_row(f"{num_bytes:,}", f"{seconds * 1e6:.1f}", f"{num_bytes / seconds / 1e9:.1f}")
+    table = Table("bytes", "ours µs", "library µs", "ours GB/s", title=f"sums over {size} ranks: {how}")
+    for num_bytes, (ours, library) in zip(SIZES, rows, strict=True):
+        table.add_row(f"{num_bytes:,}", f"{ours * 1e6:.1f}", f"{library * 1e6:.1f}", f"{num_bytes / ours / 1e9:.1f}")
     console.print(table)
 
 

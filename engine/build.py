@@ -205,10 +205,10 @@ def build_runner(
     weights_bytes = _load_weights(model, folder, config, device)
     on_progress("weights loaded")
     if store is not None:
-        comm.connect(store, device)
+        comm.connect(store, device, use_peer_memory=config.nnodes == 1 and not config.disable_custom_all_reduce)
         rate = comm.self_test(config.dist_timeout, P2P_CHECK_BYTES if config.enable_p2p_check else SELF_TEST_BYTES)
         at = f", {rate / 1e9:.1f} GB/s between the slowest pair" if config.enable_p2p_check else ""
-        on_progress(f"{comm.size} ranks: {comm.backend}{at}")
+        on_progress(f"{comm.size} ranks: {comm.describe()}{at}")
 
     assert config.max_running_requests and config.chunked_prefill_size
     kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, model_config.dtype)

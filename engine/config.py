@@ -109,6 +109,9 @@ class EngineConfig:
     enable_p2p_check: bool = option(
         False, PARALLEL, "at start, also move 64 MiB between each pair of ranks, check it, and tell how fast it went"
     )
+    disable_custom_all_reduce: bool = option(
+        False, PARALLEL, "do all sums over GPUs with NCCL, none through peer memory"
+    )
     nnodes: int = option(1, PARALLEL, "hosts that share one model; each runs this command with its own --node-rank")
     node_rank: int = option(0, PARALLEL, "which of them this is; 0 serves")
     dist_init_addr: str | None = option(

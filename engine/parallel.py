@@ -1,11 +1,12 @@
 """What the ranks of one model tell each other while they compute: NCCL between GPUs, gloo between CPU processes.
 
 Every rank calls the same operations in the same order; each is enqueued on the current stream, and can be captured in
-a CUDA graph. All sums are NCCL's: torch's one-shot sum through peer memory took longer at every size from 4 KiB to
-4 MiB on two H100s (8.2 against 6.3 µs at 4 KiB, 37 against 33 µs at 4 MiB; bench/parallel.py).
+a CUDA graph. Small sums between GPUs that can write each other's memory need no library: see `kernels.all_reduce`.
 """
 
+import logging
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -13,8 +14,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from engine.errors import ModelError
+from kernels.all_reduce import PeerMemory, all_reduce
 from kernels.sampling import argmax
 
+logger = logging.getLogger(__name__)
+
+# Ranks -> bytes of the largest sum through peer memory: each rank sends its addend to every other, and twice the bytes.
+PEER_SUM_BYTES = {2: 4 << 20, 3: 1 << 20, 4: 512 << 10, 5: 256 << 10, 6: 256 << 10, 7: 256 << 10, 8: 256 << 10}
 COLLECTIVE_TIMEOUT = timedelta(hours=1)  # a rank that is gone is noticed by who started it, long before
 POLL_S = 0.001
 
@@ -25,9 +31,11 @@ class Communicator:
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
         self._device = torch.device("cpu")
+        self._peer_buffer: torch.Tensor | None = None  # keeps what `_peers` has the addresses of
+        self._peers: PeerMemory | None = None
         self.backend = ""
 
-    def connect(self, store: dist.TCPStore, device: torch.device) -> None:
+    def connect(self, store: dist.TCPStore, device: torch.device, use_peer_memory: bool = True) -> None:
         """Meet the other ranks; this one computes on `device`. Blocks until all are there."""
         self._device = device
         self.backend = "nccl" if device.type == "cuda" else "gloo"
@@ -39,9 +47,18 @@ class Communicator:
             timeout=COLLECTIVE_TIMEOUT,
             device_id=device if device.type == "cuda" else None,
         )
+        if device.type == "cuda" and use_peer_memory:
+            self._open_peer_memory()
+
+    def describe(self) -> str:
+        """How they exchange."""
+        if self._peers is None:
+            return self.backend
+        return f"{self.backend}; sums up to {self._peers.max_bytes >> 10} KiB through peer memory"
 
     def close(self) -> None:
         """Only while all ranks are well: it waits for them."""
+        self._peers = self._peer_buffer = None
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -51,6 +68,8 @@ class Communicator:
         """The sum of all ranks' `x`, the same on each of them. May be `x` itself."""
         if self.size == 1:
             return x
+        if self._peers is not None and self._peers.can_sum(x):
+            return all_reduce(x, self._peers)
         x = x.contiguous()
         dist.all_reduce(x)
         return x
@@ -122,17 +141,67 @@ class Communicator:
             if not bool((received == source).all()):
                 raise ModelError(f"rank {self.rank} ({self._device}) got other bytes from rank {source} than it sent")
             slowest = min(slowest, num_bytes / (time.perf_counter() - start))
+        if self._peers is not None:
+            self._test_sum(timeout_s)
         return slowest
 
+    def _test_sum(self, timeout_s: float) -> None:
+        total = self.all_reduce(torch.full((1024,), float(1 << self.rank), device=self._device))
+        ended = torch.cuda.Event()
+        ended.record()
+        if not _wait(ended.query, timeout_s):
+            raise ModelError(
+                f"rank {self.rank} ({self._device}) has not got the others' part of a sum through peer memory within "
+                f"{timeout_s:g} s; --disable-custom-all-reduce does without"
+            )
+        if not bool((total == (1 << self.size) - 1).all()):
+            raise ModelError(f"rank {self.rank} ({self._device}) got a wrong sum through peer memory")
+
     def _all_end(self, works: list[dist.Work], timeout_s: float) -> bool:
-        deadline = time.perf_counter() + timeout_s
         if self.backend == "gloo":  # whose works make progress only while someone waits
             try:
                 return all(work.wait(timedelta(seconds=timeout_s)) for work in works)
             except RuntimeError:
                 return False
-        while not all(work.is_completed() for work in works):
-            if time.perf_counter() > deadline:
-                return False
-            time.sleep(POLL_S)
-        return True
+        return _wait(lambda: all(work.is_completed() for work in works), timeout_s)
+
+    def _open_peer_memory(self) -> None:
+        """Let sums go through memory that all ranks can write, if there is such: NCCL does them otherwise."""
+        max_bytes = PEER_SUM_BYTES.get(self.size, 0)
+        index = self._device.index
+        peers = [index - self.rank + rank for rank in range(self.size) if rank != self.rank]
+        group = dist.group.WORLD
+        assert group is not None
+        reason, addresses = "", []
+        if not max_bytes:
+            reason = f"{self.size} ranks are too many"
+        elif not all(torch.cuda.can_device_access_peer(index, peer) for peer in peers):
+            reason = "these GPUs cannot reach each other's memory"
+        else:
+            import torch.distributed._symmetric_memory as symmetric_memory  # here: CPU builds need not have it
+
+            num_words = PeerMemory.buffer_words(self.size, max_bytes)
+            try:
+                self._peer_buffer = symmetric_memory.empty(num_words, dtype=torch.int64, device=self._device).zero_()
+                addresses = symmetric_memory.rendezvous(self._peer_buffer, group).buffer_ptrs
+            except RuntimeError as error:  # of the driver or the container: file descriptors may not be shared, say
+                reason = str(error).partition("\n")[0]
+        if not self.minimum(int(not reason)):  # one that goes another way than the rest would wait for ever
+            self._peer_buffer = None
+            logger.warning("sums go through NCCL, not peer memory: %s", reason or "another rank has none")
+            return
+        epochs = torch.zeros(PeerMemory.num_programs(max_bytes), dtype=torch.int32, device=self._device)
+        memory = PeerMemory(self.rank, self.size, max_bytes, torch.tensor(addresses, device=self._device), epochs)
+        torch.cuda.synchronize()
+        self.minimum(0)  # all buffers are zeros before anyone writes into one
+        self._peers = memory
+
+
+def _wait(is_done: Callable[[], bool], timeout_s: float) -> bool:
+    """Poll; False if it was in vain."""
+    deadline = time.perf_counter() + timeout_s
+    while not is_done():
+        if time.perf_counter() > deadline:
+            return False
+        time.sleep(POLL_S)
+    return True
