@@ -8,8 +8,9 @@ kernels than the host to launch them one by one. All graphs share one memory poo
 
 import bisect
 import contextlib
+import functools
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +29,7 @@ class Ladder(NamedTuple):
     has_groups: bool = False  # for steps whose decodes share prefixes
 
 
-FINE_TOKENS = (32, 64, 128, 192, 256, 320, 384, 448, 512, 576, 640, 768, 1024, 1536, 2048)
+FINE_TOKENS = (32, *range(64, 640, 64), *range(640, 1280, 128), 1280, 1536, 1792, 2048)
 COARSE_TOKENS = (128, 256, 512, 1024, 2048, 4096, 6144, 8192)
 # The first that fits serves.
 LADDERS = (
@@ -43,6 +44,7 @@ MAX_PROMPTS = max(ladder.num_prompts for ladder in LADDERS)
 # Tokens times bytes of weights, above which a step's kernels need no graph: to launch a layer's takes the host some
 # 0.5 ms, which are then hidden by computing at least three times as long.
 MAX_GRAPH_WORK = 3.4e13
+SAME_TIME = 1.02  # times that differ by less are equal
 GROUPED_SIZE_RATIO = 1.3  # of neighbours on the ladder of decode steps with shared prefixes
 
 
@@ -81,7 +83,7 @@ class StepGraphs:
                 return None
             sizes = self.batch_sizes if plan.groups is None else self.grouped_sizes
             size = sizes[bisect.bisect_left(sizes, num_decodes)]
-            return Shape(size, 0, 0, size, plan.groups is not None)
+            return _decode_shape(size, plan.groups is not None)
         if not num_samples or plan.prompt_logprobs:
             return None
         num_prompts, num_tokens = len(plan.rows) - num_decodes, plan.num_prefill_tokens
@@ -97,12 +99,22 @@ class StepGraphs:
 
     def capture_all(self) -> None:
         """The largest first, since the smaller ones then fit into the memory it took."""
-        for ladder in reversed(self.ladders):
-            for num_tokens in reversed(ladder.num_tokens):
-                self._capture_padding(_prefill_shape(ladder, num_tokens))
-        for has_groups, sizes in ((True, self.grouped_sizes), (False, self.batch_sizes)):
-            for size in reversed(sizes):
-                self._capture_padding(Shape(size, 0, 0, size, has_groups))
+        for i, ladder in reversed(list(enumerate(self.ladders))):
+            kept = self._capture_sizes(ladder.num_tokens, functools.partial(_prefill_shape, ladder))
+            self.ladders[i] = ladder._replace(num_tokens=tuple(kept))
+        self.grouped_sizes = self._capture_sizes(self.grouped_sizes, functools.partial(_decode_shape, has_groups=True))
+        self.batch_sizes = self._capture_sizes(self.batch_sizes, functools.partial(_decode_shape, has_groups=False))
+
+    def _capture_sizes(self, sizes: Sequence[int], shape_of: Callable[[int], Shape]) -> list[int]:
+        """Those worth having: for some sizes libraries choose kernels that are slower than those for more."""
+        kept: list[int] = []
+        least_ms = float("inf")
+        for size in reversed(sizes):
+            took_ms = self._capture_padding(shape_of(size))
+            if took_ms < least_ms * SAME_TIME:
+                kept.insert(0, size)
+                least_ms = min(least_ms, took_ms)
+        return kept
 
     def replay(self, shape: Shape, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, StagedBatch]:
         """(logits, their argmax, the batch) of the staged plan; overwritten by the next replay of any graph."""
@@ -112,10 +124,17 @@ class StepGraphs:
         graph.replay()
         return logits, greedy, staged
 
-    def _capture_padding(self, shape: Shape) -> None:
+    def _capture_padding(self, shape: Shape) -> float:
+        """Returns the milliseconds of a replay."""
         plan = _example_plan(shape)
         self._stager.upload(self._stager.write(plan, shape))
         self._capture(shape, self._stager.views(shape, plan))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self._graphs[shape][0].replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
 
     def _capture(self, shape: Shape, staged: StagedBatch) -> None:
         """Capture the staged plan's shape. It is also run once, which computes what a replay will compute again."""
@@ -167,6 +186,10 @@ def fitting_ladders(max_tokens: int, max_requests: int) -> list[Ladder]:
             num_decodes = min(ladder.num_decodes, max_requests)
             ladders.append(ladder._replace(num_decodes=num_decodes, num_tokens=num_tokens))
     return ladders
+
+
+def _decode_shape(size: int, has_groups: bool) -> Shape:
+    return Shape(size, 0, 0, size, has_groups)
 
 
 def _prefill_shape(ladder: Ladder, num_tokens: int) -> Shape:
