@@ -1,11 +1,17 @@
 """What the host adds to each token: the whole server around a model that answers at once, beside a bare loop.
 
     python -m bench.stream --streams 1 64 256 1024
+    python -m bench.stream --streams 256 1024 --step-ms 1.5
 
 `engine` is this server with everything but the forward: HTTP, scheduler, rows, staging, detokenizer, SSE. `bare` is an
 aiohttp application that has the same bytes ready and writes them, an event a token and connection. Each runs in a
 process of its own; the client, here, counts bytes and parses nothing. CPU time is the server process's. Where the
 device is never what it waits for, `engine` merges tokens into fewer events: the bytes of a token show how many.
+
+With --step-ms the model takes its time, as a GPU does: while the host goes on, so much a step and what reading the
+context's keys and values takes. Then the question is whether the device is ever idle (its share of the time between
+the first step and the last), how late the event loop is for what comes in between (its lag, looked at every 5 ms), and
+how long after the first request of the burst the first tokens come.
 """
 
 import argparse
@@ -15,6 +21,8 @@ import selectors
 import socket
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,10 +37,11 @@ from rich.table import Table
 from engine.batch import Shape
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.model_runner import ModelRunner, Step
+from engine.model_runner import MAX_IDLE_S, ModelRunner, Step
 from engine.plan import Plan
 from server.app import build_app
 from server.config import ServerConfig
+from server.monitor import percentile
 from server.sse import HEADERS
 
 ANSWER = (
@@ -41,6 +50,8 @@ ANSWER = (
 )
 PROMPT_LEN = 8
 END_OF_RESPONSE = b"\r\n0\r\n\r\n"
+CONTEXT_TOKEN_S = 4.4e-8  # to read the keys and values of a token: Qwen3-0.6B's 115 kB on an H100
+LAG_TICK_S = 0.005
 
 
 class InstantRunner(ModelRunner):
@@ -65,6 +76,34 @@ class InstantRunner(ModelRunner):
         return step
 
 
+class TimedRunner(InstantRunner):
+    """A device that computes one step after another while the host goes on."""
+
+    def __init__(self, runner: ModelRunner, token_ids: list[int], step_s: float) -> None:
+        super().__init__(runner, token_ids)
+        self.step_s = step_s
+        self._free_at = 0.0
+        self._device = ThreadPoolExecutor(1)
+        self._times: dict[Step, tuple[float, float]] = {}
+
+    def launch(self, plan: Plan) -> Step:
+        step = super().launch(plan)
+        start = max(time.perf_counter(), self._free_at)
+        step_s = self.step_s + CONTEXT_TOKEN_S * int(plan.seq_lens.sum())
+        idle_s = start - self._free_at
+        self._times[step] = step_s, idle_s if idle_s < MAX_IDLE_S else 0.0
+        self._free_at = start + step_s
+        step.done = self._device.submit(_sleep_until, self._free_at)
+        return step
+
+    def times(self, step: Step) -> tuple[float, float]:
+        return self._times.pop(step)
+
+
+def _sleep_until(moment: float) -> None:
+    time.sleep(max(moment - time.perf_counter(), 0.0))
+
+
 class _Array(np.ndarray):
     """An array that is asked for itself, as a tensor is."""
 
@@ -85,12 +124,31 @@ class Load:
         return self.num_streams * self.num_tokens
 
 
-def serve_engine(pipe: Connection, max_streams: int, max_tokens: int) -> None:
+@dataclass(frozen=True, slots=True)
+class ServerFigures:
+    """Of a server, since it was asked last."""
+
+    cpu_s: float
+    idle_s: float  # of the device
+    lags_s: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Of one run."""
+
+    seconds: float  # from the first request to the last byte
+    num_bytes: int
+    first_s: list[float]  # of each stream, from the first request to its first event
+    server: ServerFigures
+
+
+def serve_engine(pipe: Connection, max_streams: int, max_tokens: int, step_s: float) -> None:
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-    asyncio.run(_serve_engine(pipe, max_streams, max_tokens))
+    asyncio.run(_serve_engine(pipe, max_streams, max_tokens, step_s))
 
 
-async def _serve_engine(pipe: Connection, max_streams: int, max_tokens: int) -> None:
+async def _serve_engine(pipe: Connection, max_streams: int, max_tokens: int, step_s: float) -> None:
     config = ServerConfig(
         model_path="demo", load_format="dummy", json_model_override_args='{"num_hidden_layers": 1}', device="cpu",
         max_running_requests=max_streams, max_total_tokens=max_streams * (max_tokens + PROMPT_LEN + 1),
@@ -99,14 +157,16 @@ async def _serve_engine(pipe: Connection, max_streams: int, max_tokens: int) -> 
     engine = Engine(EngineConfig(**{name: getattr(config, name) for name in EngineConfig.__dataclass_fields__}))
     await engine.start(lambda step: None)
     assert engine._loop is not None
-    engine._loop.runner = InstantRunner(engine.parts.runner, engine.tokenizer.encode(ANSWER))
-    await _serve(build_app(engine, config), pipe)
+    runner, token_ids = engine.parts.runner, engine.tokenizer.encode(ANSWER)
+    engine._loop.runner = TimedRunner(runner, token_ids, step_s) if step_s else InstantRunner(runner, token_ids)
+    stats = engine._loop.stats
+    await _serve(build_app(engine, config), pipe, lambda: stats.device_idle_s)
     await engine.stop()
 
 
 def serve_bare(pipe: Connection, events: list[bytes]) -> None:
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-    asyncio.run(_serve(BareLoop(events).app, pipe))
+    asyncio.run(_serve(BareLoop(events).app, pipe, lambda: 0.0))
 
 
 class BareLoop:
@@ -138,25 +198,35 @@ class BareLoop:
         return response
 
 
-async def _serve(app: web.Application, pipe: Connection) -> None:
-    """Until the parent hangs up; every message from it is answered with the CPU seconds so far."""
+async def _serve(app: web.Application, pipe: Connection, device_idle_s: Callable[[], float]) -> None:
+    """Until the parent hangs up; every message from it is answered with `ServerFigures`."""
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0, backlog=4096)
     await site.start()
     pipe.send(runner.addresses[0][1])
     loop, hung_up = asyncio.get_running_loop(), asyncio.Event()
+    last_cpu_s = last_idle_s = 0.0
+    lags_s: list[float] = []
 
     def answer() -> None:
+        nonlocal last_cpu_s, last_idle_s
         try:
             pipe.recv()
-            pipe.send(time.process_time())
         except EOFError:
             loop.remove_reader(pipe.fileno())
             hung_up.set()
+            return
+        cpu_s, idle_s = time.process_time(), device_idle_s()
+        pipe.send(ServerFigures(cpu_s - last_cpu_s, idle_s - last_idle_s, lags_s[:]))
+        last_cpu_s, last_idle_s = cpu_s, idle_s
+        lags_s.clear()
 
     loop.add_reader(pipe.fileno(), answer)
-    await hung_up.wait()
+    while not hung_up.is_set():
+        due = time.perf_counter() + LAG_TICK_S
+        await asyncio.sleep(LAG_TICK_S)
+        lags_s.append(max(time.perf_counter() - due, 0.0))
     await runner.cleanup()
 
 
@@ -171,7 +241,7 @@ class Contestant:
         child.close()
         self.port: int = self.pipe.recv()
 
-    def cpu_s(self) -> float:
+    def figures(self) -> ServerFigures:
         self.pipe.send(None)
         return self.pipe.recv()
 
@@ -196,8 +266,7 @@ def request_of(load: Load) -> bytes:
     return f"{head}{len(body)}\r\n\r\n".encode() + body
 
 
-def run(contestant: Contestant, load: Load) -> tuple[float, float, int]:
-    """(seconds from the first request to the last byte, CPU seconds of the server, bytes)."""
+def run(contestant: Contestant, load: Load) -> Figures:
     request = request_of(load)
     connections = [socket.create_connection(("127.0.0.1", contestant.port)) for _ in range(load.num_streams)]
     selector = selectors.DefaultSelector()
@@ -206,7 +275,9 @@ def run(contestant: Contestant, load: Load) -> tuple[float, float, int]:
         connection.setblocking(False)
         selector.register(connection, selectors.EVENT_READ, connection)
         tails[connection] = b""
-    cpu_s, start, num_bytes = contestant.cpu_s(), time.perf_counter(), 0
+    contestant.figures()
+    start, num_bytes = time.perf_counter(), 0
+    first_s: dict[socket.socket, float] = {}
     for connection in connections:
         connection.sendall(request)
     while tails:
@@ -214,6 +285,8 @@ def run(contestant: Contestant, load: Load) -> tuple[float, float, int]:
             connection = key.data
             data = connection.recv(1 << 18)
             num_bytes += len(data)
+            if connection not in first_s and b"data: " in data:
+                first_s[connection] = time.perf_counter() - start
             tail = (tails[connection] + data)[-len(END_OF_RESPONSE) :]
             if not data:
                 raise ConnectionError(f"a stream broke off after {tail!r}")
@@ -223,8 +296,7 @@ def run(contestant: Contestant, load: Load) -> tuple[float, float, int]:
                 connection.close()
             else:
                 tails[connection] = tail
-    seconds = time.perf_counter() - start
-    return seconds, contestant.cpu_s() - cpu_s, num_bytes
+    return Figures(time.perf_counter() - start, num_bytes, list(first_s.values()), contestant.figures())
 
 
 def events_of(contestant: Contestant, num_tokens: int) -> list[bytes]:
@@ -239,45 +311,63 @@ def events_of(contestant: Contestant, num_tokens: int) -> list[bytes]:
     return (events + [typical] * num_tokens)[:num_tokens]
 
 
+def _line(load: Load, figures: Figures) -> dict[str, float]:
+    """A token is one of all streams'; `idle`: the device's share of the time from the first token to the last."""
+    lags_s, first_s = sorted(figures.server.lags_s), figures.first_s
+    return {
+        "tokens_per_s": load.total / figures.seconds,
+        "cpu_us": figures.server.cpu_s / load.total * 1e6,
+        "bytes": figures.num_bytes / load.total,
+        "lag_p50_ms": 1e3 * (percentile(lags_s, 0.5) or 0.0),
+        "lag_p99_ms": 1e3 * (percentile(lags_s, 0.99) or 0.0),
+        "first_p50_ms": 1e3 * (percentile(first_s, 0.5) or 0.0),
+        "first_p99_ms": 1e3 * (percentile(first_s, 0.99) or 0.0),
+        "idle": figures.server.idle_s / (figures.seconds - min(first_s)),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 64, 256, 1024])
     parser.add_argument("--tokens", type=int, default=200_000, help="of all streams of a run together, about")
     parser.add_argument("--rounds", type=int, default=3, help="the best of so many counts")
+    parser.add_argument("--step-ms", type=float, default=0.0, help="of the device, beside reading the context; 0: none")
     parser.add_argument("--json", type=Path, help="append the figures to this file")
     args = parser.parse_args()
     loads = [Load(n, max(min(args.tokens // n, 4000), 16)) for n in args.streams]
     longest = max(load.num_tokens for load in loads)
-    console = Console(width=128)
+    console = Console(width=160)
 
-    engine = Contestant(serve_engine, max(args.streams), longest)
+    engine = Contestant(serve_engine, max(args.streams), longest, args.step_ms / 1e3)
     bare = Contestant(serve_bare, events_of(engine, longest))
-    table = Table(title="host path of streamed tokens, a model that answers at once")
+    table = Table(title="host path of streamed tokens")
     columns = ("streams", "tokens each", "engine tok/s", "bare tok/s", "ratio")
-    for name in (*columns, *(f"{who} {what}/tok" for what in ("CPU µs", "bytes") for who in ("engine", "bare"))):
+    for name in (
+        *columns, *(f"{who} {what}/tok" for what in ("CPU µs", "bytes") for who in ("engine", "bare")),
+        "lag ms, p50 / p99", "first ms, p50 / p99", "device idle",
+    ):  # fmt: skip
         table.add_column(name, justify="right")
     try:
         for load in loads:
-            best: dict[str, tuple[float, float, int]] = {}
+            best: dict[str, Figures] = {}
             for _ in range(args.rounds):  # in turns, so that what else the machine does falls on both
                 for name, contestant in (("engine", engine), ("bare", bare)):
                     figures = run(contestant, load)
-                    best[name] = min(best.get(name, figures), figures)
-            (engine_s, engine_cpu_s, engine_bytes), (bare_s, bare_cpu_s, bare_bytes) = best["engine"], best["bare"]
+                    if name not in best or figures.seconds < best[name].seconds:
+                        best[name] = figures
+            lines = {name: _line(load, figures) for name, figures in best.items()}
+            ours, theirs = lines["engine"], lines["bare"]
             table.add_row(
-                str(load.num_streams), str(load.num_tokens), f"{load.total / engine_s:,.0f}",
-                f"{load.total / bare_s:,.0f}", f"{bare_s / engine_s:.2f}", f"{engine_cpu_s / load.total * 1e6:.1f}",
-                f"{bare_cpu_s / load.total * 1e6:.1f}", f"{engine_bytes / load.total:.0f}",
-                f"{bare_bytes / load.total:.0f}",
+                str(load.num_streams), str(load.num_tokens), f"{ours['tokens_per_s']:,.0f}",
+                f"{theirs['tokens_per_s']:,.0f}", f"{ours['tokens_per_s'] / theirs['tokens_per_s']:.2f}",
+                f"{ours['cpu_us']:.1f}", f"{theirs['cpu_us']:.1f}", f"{ours['bytes']:.0f}", f"{theirs['bytes']:.0f}",
+                f"{ours['lag_p50_ms']:.1f} / {ours['lag_p99_ms']:.1f}",
+                f"{ours['first_p50_ms']:.0f} / {ours['first_p99_ms']:.0f}",
+                f"{ours['idle']:.1%}" if args.step_ms else "",
             )  # fmt: skip
             if args.json:
-                line = {
-                    "streams": load.num_streams, "engine_tokens_per_s": load.total / engine_s,
-                    "bare_tokens_per_s": load.total / bare_s, "engine_cpu_us": engine_cpu_s / load.total * 1e6,
-                    "bare_cpu_us": bare_cpu_s / load.total * 1e6,
-                }  # fmt: skip
                 with args.json.open("ab") as file:
-                    file.write(orjson.dumps(line) + b"\n")
+                    file.write(orjson.dumps({"streams": load.num_streams, **lines}) + b"\n")
     finally:
         engine.close()
         bare.close()

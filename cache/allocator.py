@@ -49,7 +49,7 @@ class PageAllocator:
         return -(-(num_old + num_new) // self.page_size) + -num_old // self.page_size
 
     def pages_needed_each(self, num_old: np.ndarray) -> int:
-        """New pages that sequences of `num_old` (int32 [B]) tokens take together to grow by one token each."""
+        """New pages that sequences of `num_old` ([B]) tokens take together to grow by one token each."""
         return len(num_old) if self.page_size == 1 else int(np.count_nonzero(num_old % self.page_size == 0))
 
     def allocate(self, num_pages: int) -> np.ndarray | None:
@@ -74,7 +74,7 @@ class PageAllocator:
     def extend_each(self, num_old: np.ndarray, last_slots: np.ndarray) -> np.ndarray | None:
         """One more slot (int32 [B]) for each of B sequences: `extend` with num_new = 1, for all or for none.
 
-        num_old: int32 [B] tokens each has; last_slots: int32 [B] where its last token is.
+        num_old: [B] tokens each has; last_slots: int32 [B] where its last token is, not read when page_size is 1.
         """
         if self.page_size == 1:
             return self._pop(len(num_old))

@@ -41,8 +41,8 @@ class ForwardBatch:
     cu_q_lens: torch.Tensor  # int32 [B + 1], where each request's tokens start in [T]
     slot_table: torch.Tensor  # int32 [num_rows, max_context], the slot of every token of every row
     num_decodes: int  # requests 0 .. num_decodes have one token each; the rest have more
-    q_lens_host: np.ndarray  # int32 [B]
-    seq_lens_host: np.ndarray  # int32 [B]; in a captured graph both are the capture's, not the step's
+    q_lens_host: np.ndarray  # [B]
+    seq_lens_host: np.ndarray  # [B]; in a captured graph both are the capture's, not the step's
     shared: SharedPrefixes | None = None
 
 
@@ -90,10 +90,10 @@ class Stager:
         layout, size = _layout(shape)
         host = self._host_arrays[self._turn]
         host[:size] = 0
-        rows, seq_lens, cu_q_lens, input_ids, positions, out_cache_loc, token_rows = (
-            host[start:stop] for start, stop in layout[:7]
-        )
-        sample_tokens, sample_rows, sample_positions = (host[start:stop] for start, stop in layout[7:10])
+        (
+            rows, seq_lens, cu_q_lens, input_ids, positions, out_cache_loc, token_rows,
+            sample_tokens, sample_rows, sample_positions, *groups,
+        ) = [host[place] for place in layout]  # fmt: skip
         num_decodes, num_samples = plan.num_decodes, len(plan.samples)
 
         rows[:num_decodes] = token_rows[:num_decodes] = plan.rows[:num_decodes]
@@ -103,7 +103,7 @@ class Stager:
         positions[:num_decodes] = plan.seq_lens[:num_decodes] - 1
         out_cache_loc[:num_decodes] = plan.out_cache_loc[:num_decodes]
         cu_q_lens[: shape.num_decodes + 1] = self._arange[: shape.num_decodes + 1]
-        samples = plan.samples
+        samples = sampled_tokens = plan.samples
         if not plan.is_decode:
             first = shape.num_decodes  # request and token at which the prompts start
             last_request, last_token = first + len(plan.rows) - num_decodes, first + plan.num_prefill_tokens
@@ -120,12 +120,13 @@ class Stager:
             offsets = plan.seq_lens[num_decodes:] - ends
             positions[first:last_token] = self._arange[first:last_token] + offsets.repeat(q_lens)
             samples = np.where(samples < num_decodes, samples, samples + (first - num_decodes))
-        sample_tokens[:num_samples] = cu_q_lens[samples + 1] - 1
+            sampled_tokens = cu_q_lens[samples + 1] - 1
+        sample_tokens[:num_samples] = sampled_tokens
         sample_rows[:num_samples] = rows[samples]
         sample_positions[:num_samples] = seq_lens[samples]
         if shape.has_groups:
             assert plan.groups is not None
-            prefix_lens, cu_members, members, own_starts = (host[start:stop] for start, stop in layout[10:])
+            prefix_lens, cu_members, members, own_starts = groups
             prefix_lens[: len(plan.groups.prefix_lens)] = plan.groups.prefix_lens
             cu_members[:] = plan.groups.cu_members[-1]
             cu_members[: len(plan.groups.cu_members)] = plan.groups.cu_members
@@ -146,7 +147,7 @@ class Stager:
         """What `upload` sends of a plan of that shape. `plan` gives the host's own knowledge of it."""
         layout, _ = _layout(shape)
         rows, seq_lens, cu_q_lens, input_ids, positions, out_cache_loc, token_rows, *samples = (
-            self._device[start:stop] for start, stop in layout
+            self._device[place] for place in layout
         )
         batch = ForwardBatch(
             input_ids=input_ids,
@@ -168,7 +169,7 @@ class Stager:
 def plan_of(staged: np.ndarray, shape: Shape, num_samples: int) -> Plan:
     """As much of a plan as its staged form tells, padding included. Arrays are copies."""
     layout, _ = _layout(shape)
-    rows, seq_lens, cu_q_lens, input_ids, _, out_cache_loc, *rest = (staged[slice(*place)].copy() for place in layout)
+    rows, seq_lens, cu_q_lens, input_ids, _, out_cache_loc, *rest = (staged[place].copy() for place in layout)
     return Plan(
         rows=rows,
         q_lens=np.diff(cu_q_lens),
@@ -183,8 +184,8 @@ def plan_of(staged: np.ndarray, shape: Shape, num_samples: int) -> Plan:
 
 
 @functools.lru_cache(1024)
-def _layout(shape: Shape) -> tuple[list[tuple[int, int]], int]:
-    """(start, stop) of each array of a staged step, and the end. Starts are aligned to the 16 bytes of a wide load."""
+def _layout(shape: Shape) -> tuple[list[slice], int]:
+    """The place of each array of a staged step, and the end. Starts are aligned to the 16 bytes of a wide load."""
     num_requests = shape.num_decodes + shape.num_prefills
     num_tokens = shape.num_decodes + shape.num_prefill_tokens
     sizes = [num_requests, num_requests, num_requests + 1, *[num_tokens] * 4, *[shape.num_samples] * 3]
@@ -193,6 +194,6 @@ def _layout(shape: Shape) -> tuple[list[tuple[int, int]], int]:
         sizes += [num_groups, num_groups + 1, num_requests, num_requests]
     layout, end = [], 0
     for size in sizes:
-        layout.append((end, end + size))
+        layout.append(slice(end, end + size))
         end += (size + 3) // 4 * 4
     return layout, end

@@ -19,15 +19,15 @@ class Groups:
 
 @dataclass(slots=True)
 class Plan:
-    """One step: B requests, T tokens; requests with one token first. All arrays are the plan's own."""
+    """One step: B requests, T tokens; requests with one token first. Nobody writes to its arrays."""
 
-    rows: np.ndarray  # int32 [B]
-    q_lens: np.ndarray  # int32 [B], tokens to compute
-    seq_lens: np.ndarray  # int32 [B], num_computed after the step
+    rows: np.ndarray  # int64 [B]
+    q_lens: np.ndarray  # int64 [B], tokens to compute
+    seq_lens: np.ndarray  # int64 [B], num_computed after the step
     input_ids: np.ndarray  # int32 [T]; -1: the row's last sampled token, still on the device
     out_cache_loc: np.ndarray  # int32 [T]
     num_decodes: int
-    samples: np.ndarray  # int32 [S], indices into B of the requests whose next token is sampled
+    samples: np.ndarray  # int64 [S], indices into B of the requests whose next token is sampled
     epochs: np.ndarray  # int64 [B], of the rows when scheduled
     prefix_copies: list[tuple[int, int, np.ndarray]] = field(default_factory=list)  # (row, start, cached slots)
     prompt_logprobs: list[tuple[int, Request, int]] = field(default_factory=list)  # (b, request, first position)

@@ -103,9 +103,13 @@ class Scheduler:
         self.waiting: OrderedDict[Request, None] = OrderedDict()  # next one first; whoever leaves is found at once
         self.prefilling: list[Request] = []  # admitted, prompt not wholly scheduled
         self.nodes: dict[int, Node] = {}  # row -> the tree node it locks
-        self.cached_lens = np.zeros(rows.num_rows + 1, np.int32)  # row -> leading tokens whose slots the tree owns
-        self.num_slots = np.zeros(rows.num_rows + 1, np.int32)  # row -> leading tokens that have a slot
-        self._decoding = np.empty(0, np.int32)  # rows past their prompt, oldest first
+        self.cached_lens = np.zeros(rows.num_rows + 1, np.int64)  # row -> leading tokens whose slots the tree owns
+        self.num_slots = np.zeros(rows.num_rows + 1, np.int64)  # row -> leading tokens that have a slot
+        self._decoding = np.empty(0, np.int64)  # rows past their prompt, oldest first
+        # Of decodes only the number differs: plans take as much of these as they need.
+        self._one_each = np.ones(rows.num_rows, np.int64)
+        self._each = np.arange(rows.num_rows)
+        self._unknown = np.full(rows.num_rows, -1, np.int32)
         self._grouped = (b"", b"")  # rows and epochs
         self._groups: Groups | None = None  # of exactly those requests
         self._is_sorted = self._is_fair = True
@@ -184,20 +188,21 @@ class Scheduler:
         """
         rows = self.rows
         jumps: list[_Chunk] = []
-        if len(self._decoding):
+        decodes = self._decoding
+        if len(decodes):
             num_missing = self._num_missing()
-            if (num_missing > 1).any():
-                jumps = list(self._jump_chunks(self._decoding[num_missing > 1]))
-                num_missing = self._num_missing()  # of fewer rows, if some were retracted
-            decodes = self._decoding[num_missing == 1]
-            decodes, decode_slots = self._allocate_decodes(decodes)
-        else:
-            decode_slots = decodes = self._decoding
-        budget = self.chunked_prefill_size - len(decodes) - sum(jump.stop - jump.start for jump in jumps)
-        if prefill_budget is not None:
-            budget = min(budget, prefill_budget)
-
-        chunks = jumps + list(self._prefill_chunks(budget, may_wait=bool(len(self._decoding))))
+            if np.count_nonzero(num_missing == 1) < len(decodes):
+                if (num_missing > 1).any():
+                    jumps = list(self._jump_chunks(decodes[num_missing > 1]))
+                    num_missing = self._num_missing()  # of fewer rows, if some were retracted
+                decodes = self._decoding[num_missing == 1]
+        decodes, decode_slots = self._allocate_decodes(decodes)
+        chunks = jumps
+        if self.prefilling or self.waiting:
+            budget = self.chunked_prefill_size - len(decodes) - sum(jump.stop - jump.start for jump in jumps)
+            if prefill_budget is not None:
+                budget = min(budget, prefill_budget)
+            chunks += self._prefill_chunks(budget, may_wait=bool(len(self._decoding)))
         if not len(decodes) and not chunks:
             return None
         self.new_token_ratio = max(self._min_ratio, self.new_token_ratio - self._ratio_decay)
@@ -206,9 +211,9 @@ class Scheduler:
         if chunks:
             self._add_chunks(plan, chunks)
             plan.num_jumps = sum(jump.stop - jump.start > 1 for jump in jumps)
-        plan.groups = self._shared_prefixes(decodes)
-        rows.num_tokens[plan.rows[plan.samples]] += 1
         plan.epochs = rows.epoch[plan.rows]
+        plan.groups = self._shared_prefixes(decodes, plan.epochs[: len(decodes)])
+        rows.num_tokens[plan.rows[plan.samples]] += 1
         return plan
 
     def _num_missing(self) -> np.ndarray:
@@ -242,7 +247,7 @@ class Scheduler:
         rows = self.rows
         while len(decodes):
             computed = rows.num_computed[decodes]
-            last_slots = rows.slots[decodes, computed - 1]
+            last_slots = rows.slots[decodes, computed - 1] if self.page_size > 1 else computed  # then not read
             slots = self.allocator.extend_each(computed, last_slots)
             if slots is None and self._evict(len(decodes) * self.page_size):
                 slots = self.allocator.extend_each(computed, last_slots)
@@ -263,15 +268,18 @@ class Scheduler:
         rows, count = self.rows, len(decodes)
         computed = rows.num_computed[decodes]
         rows.num_computed[decodes] = seq_lens = computed + 1
+        input_ids = self._unknown[:count]
         is_known = computed < rows.num_known[decodes]
+        if np.count_nonzero(is_known):
+            input_ids = np.where(is_known, rows.token_ids[decodes, computed], input_ids)
         return Plan(
             rows=decodes,
-            q_lens=np.ones(count, np.int32),
+            q_lens=self._one_each[:count],
             seq_lens=seq_lens,
-            input_ids=np.where(is_known, rows.token_ids[decodes, computed], np.int32(-1)),
+            input_ids=input_ids,
             out_cache_loc=slots,
             num_decodes=count,
-            samples=np.arange(count, dtype=np.int32),
+            samples=self._each[:count],
             epochs=_NO_EPOCHS,
         )
 
@@ -297,9 +305,9 @@ class Scheduler:
                 plan.prompt_logprobs.append((b, request, chunk.start))
             if request.pooling is not None:
                 plan.pooled.append((b, request, chunk.start))
-        plan.rows = np.concatenate([plan.rows, np.array([c.request.row for c in chunks], np.int32)])
-        plan.q_lens = np.concatenate([plan.q_lens, np.array([c.stop - c.start for c in chunks], np.int32)])
-        plan.seq_lens = np.concatenate([plan.seq_lens, np.array([c.stop for c in chunks], np.int32)])
+        plan.rows = np.concatenate([plan.rows, np.array([c.request.row for c in chunks], np.int64)])
+        plan.q_lens = np.concatenate([plan.q_lens, np.array([c.stop - c.start for c in chunks], np.int64)])
+        plan.seq_lens = np.concatenate([plan.seq_lens, np.array([c.stop for c in chunks], np.int64)])
         plan.input_ids = np.concatenate(
             [plan.input_ids, *(rows.token_ids[c.request.row, c.start : c.stop] for c in chunks)]
         )
@@ -307,7 +315,7 @@ class Scheduler:
             [plan.out_cache_loc, *(rows.slots[c.request.row, c.start : c.stop] for c in chunks)]
         )
         plan.num_decodes += sum(c.stop - c.start == 1 for c in chunks)
-        plan.samples = np.array(samples, np.int32)
+        plan.samples = np.array(samples, np.int64)
 
     def _prefill_chunks(self, budget: int, *, may_wait: bool) -> Iterator[_Chunk]:
         """Chunks of prompts already begun, then of waiting requests that fit, `budget` tokens together.
@@ -406,7 +414,7 @@ class Scheduler:
         rows.num_computed[row] = stop
         if stop == num_tokens:
             self.prefilling.remove(request)
-            self._decoding = np.append(self._decoding, np.int32(row))
+            self._decoding = np.append(self._decoding, row)
         return _Chunk(request, num_computed, start, stop, is_first)
 
     def _extend(self, have: int, last_slot: int, count: int) -> np.ndarray | None:
@@ -485,7 +493,7 @@ class Scheduler:
 
     def _max_new(self, rows: np.ndarray) -> np.ndarray:
         prompt_lens = [request.prompt_len for row in rows.tolist() if (request := self.rows.requests[row])]
-        return self.rows.max_tokens[rows] - np.array(prompt_lens, np.int32)
+        return self.rows.max_tokens[rows] - np.array(prompt_lens, np.int64)
 
     def _release(self, request: Request, *, keep: bool) -> None:
         """Free the row and every slot the tree does not own; `keep`: hand computed tokens to the tree first."""
@@ -517,28 +525,29 @@ class Scheduler:
         """Take in the tokens (int32 [S], -1: the logits were not finite) that `plan` sampled."""
         rows = self.rows
         outcome = Outcome()
-        sampled = plan.rows[plan.samples]
-        places = plan.seq_lens[plan.samples]
-        index = np.flatnonzero((rows.epoch[sampled] == plan.epochs[plan.samples]) & (rows.num_known[sampled] == places))
-        sampled, tokens, places = sampled[index], tokens[index], places[index]
+        sampled, places = plan.rows[plan.samples], plan.seq_lens[plan.samples]
+        is_current = (rows.epoch[sampled] == plan.epochs[plan.samples]) & (rows.num_known[sampled] == places)
+        (index,) = is_current.nonzero()
+        sampled, tokens, places = sampled[index], tokens[index].astype(np.int64), places[index]
         rows.token_ids[sampled, places] = tokens
-        rows.num_known[sampled] = places + 1
+        rows.num_known[sampled] = lens = places + 1
         outcome.num_tokens = len(sampled)
 
-        ends = (tokens < 0) | (places + 1 >= rows.max_tokens[sampled])
-        ends |= self.is_eos[tokens] & ~rows.ignore_eos[sampled]
-        has_extras = bool(rows.has_extras[sampled].any())
+        is_finite = tokens >= 0
+        ends = (lens >= rows.max_tokens[sampled]) | ~is_finite
+        ends |= self.is_eos[tokens] & rows.stops_at_eos[sampled]
+        has_extras = np.count_nonzero(rows.has_extras[sampled]) > 0
         if has_extras:
             for i in np.flatnonzero(rows.has_stop_ids[sampled]).tolist():
                 ends[i] |= tokens[i] in _request_of(rows, sampled[i]).sampling_params.stop_token_ids
 
-        wanted = np.flatnonzero(rows.wants_tokens[sampled] & (tokens >= 0))
+        (wanted,) = (rows.wants_tokens[sampled] & is_finite).nonzero()
         requests = [request for row in sampled[wanted].tolist() if (request := rows.requests[row]) is not None]
         runs: list[list[int]] = tokens[wanted, np.newaxis].tolist()
         outcome.tokens = list(zip(requests, runs, index[wanted].tolist(), strict=True))
         if has_extras and rows.has_matcher[sampled].any():
             run_of = dict(zip(wanted.tolist(), runs, strict=True))
-            for i in np.flatnonzero(rows.has_matcher[sampled] & (tokens >= 0)).tolist():
+            for i in np.flatnonzero(rows.has_matcher[sampled] & is_finite).tolist():
                 request, token = _request_of(rows, sampled[i]), int(tokens[i])
                 if self._is_stop(request, token):
                     continue
@@ -549,7 +558,7 @@ class Scheduler:
                     ends[i] = False
                     self.finish(request, end)
                     outcome.finished.append(request)
-        for i in np.flatnonzero(ends).tolist():
+        for i in ends.nonzero()[0].tolist():
             request, token = _request_of(rows, sampled[i]), int(tokens[i])
             if token < 0:
                 rows.num_known[sampled[i]] -= 1
@@ -655,14 +664,16 @@ class Scheduler:
 
     # ---- shared prefixes ----
 
-    def _shared_prefixes(self, decodes: np.ndarray) -> Groups | None:
+    def _shared_prefixes(self, decodes: np.ndarray, epochs: np.ndarray) -> Groups | None:
         """Put each decoding row into the group of the tree node whose shared reading saves most, if that is much."""
-        if len(decodes) < 2 or int(self.cached_lens[decodes].sum()) < MIN_SHARED_TOKENS:
+        if len(decodes) < 2:
             return None
-        key = (decodes.tobytes(), self.rows.epoch[decodes].tobytes())
+        key = (decodes.tobytes(), epochs.tobytes())
         if key == self._grouped:
             return self._groups
         self._grouped, self._groups = key, None
+        if int(self.cached_lens[decodes].sum()) < MIN_SHARED_TOKENS:
+            return None
         # By the deepest node that each shares with anybody: most rows have leaves of their own, and few nodes the rest.
         sharing: dict[Node, list[int]] = {}
         for i, row in enumerate(decodes.tolist()):
