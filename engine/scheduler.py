@@ -202,7 +202,7 @@ class Scheduler:
             budget = self.chunked_prefill_size - len(decodes) - sum(jump.stop - jump.start for jump in jumps)
             if prefill_budget is not None:
                 budget = min(budget, prefill_budget)
-            chunks += self._prefill_chunks(budget, may_wait=bool(len(self._decoding)))
+            chunks = jumps + list(self._prefill_chunks(budget, may_wait=bool(len(self._decoding))))
         if not len(decodes) and not chunks:
             return None
         self.new_token_ratio = max(self._min_ratio, self.new_token_ratio - self._ratio_decay)

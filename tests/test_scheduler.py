@@ -238,6 +238,13 @@ def test_an_identical_prompt_computes_one_token() -> None:
     assert again.num_cached_tokens == 29
 
 
+def test_a_chunk_of_a_prompt_is_not_counted_as_forced_tokens() -> None:
+    traffic = Traffic()
+    traffic.submit(list(range(1, 20)))
+    plan = traffic.scheduler.schedule()
+    assert plan is not None and plan.num_prefill_tokens == 16 and plan.num_jumps == 0
+
+
 def test_zero_new_tokens_fills_the_cache_and_answers_nothing() -> None:
     traffic = Traffic(96)
     request = traffic.submit([4] * 30, 0)
