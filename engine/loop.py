@@ -20,7 +20,7 @@ from engine.scheduler import Outcome, Scheduler
 logger = logging.getLogger(__name__)
 
 MIN_PREFILL_SHARE = 1 / 16  # of the longest chunk, in every step, however tight its time: a prompt must not starve
-MIN_LEAD_S = 0.0025  # a step is decided at least this long before the one before it ends
+MIN_LEAD_S = 0.0015  # a step is decided at least this long before the one before it ends
 LAUNCH_MARGIN = 1.25  # launches vary; the device shall not wait for them
 MIN_SLEEP_S = 0.001  # uvloop's timers count milliseconds
 
@@ -270,7 +270,7 @@ class StepPace:
         self.min_budget = max(int(chunked_prefill_size * MIN_PREFILL_SHARE), 1)
         self.decode_s = 0.0
         self.prefill_token_s = 0.0
-        self.prefill_launch_s = 0.0
+        self.decode_launch_s = self.prefill_launch_s = 0.0
 
     def prefill_budget(self, num_streams: int) -> int | None:
         """Prompt tokens for the next step; None if nobody would notice a long one."""
@@ -286,16 +286,18 @@ class StepPace:
             self.prefill_token_s = _follow(self.prefill_token_s, token_s)
 
     def observe_launch(self, plan: Plan, host_s: float) -> None:
-        if not plan.is_decode:
+        if plan.is_decode:
+            self.decode_launch_s = _follow(self.decode_launch_s, host_s)
+        else:
             self.prefill_launch_s = _follow(self.prefill_launch_s, host_s)
 
     def lead_s(self, has_prompts: bool) -> float:
         """Seconds to decide and enqueue the next step: with prompts no graph may hold it, but hundreds of kernels."""
-        return max(MIN_LEAD_S, LAUNCH_MARGIN * self.prefill_launch_s) if has_prompts else MIN_LEAD_S
+        return max(MIN_LEAD_S, LAUNCH_MARGIN * (self.prefill_launch_s if has_prompts else self.decode_launch_s))
 
     def predict_s(self, plan: Plan) -> float:
         """How long `plan` will take, rather too short than too long."""
-        return 0.9 * (self.decode_s + plan.num_prefill_tokens * self.prefill_token_s)
+        return 0.95 * (self.decode_s + plan.num_prefill_tokens * self.prefill_token_s)
 
 
 def _follow(mean: float, value: float) -> float:

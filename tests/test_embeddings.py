@@ -54,10 +54,11 @@ MIXES: dict[str, dict[str, Any]] = {
     "chunked": {"chunked_prefill_size": 16},
     "paged and chunked": {"chunked_prefill_size": 16, "page_size": 8},
     "vectors only": {"is_embedding": True},
+    "gpu": {"device": "cuda"},
 }
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mix", [pytest.param(mix, marks=[pytest.mark.gpu] * (mix == "gpu")) for mix in MIXES])
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 async def test_a_vector_is_transformers_own(
     tiny_qwen3: Path, hidden_states: list[torch.Tensor], mix: str, pooling: str

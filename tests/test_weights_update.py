@@ -14,7 +14,7 @@ from engine.engine import Engine
 from engine.errors import InvalidRequest
 from engine.request import Delta, Request, SamplingParams
 from tests.fake_engine import FakeEngine, serving
-from tests.test_engine import running_engine
+from tests.test_engine import DEVICES, running_engine
 
 PROMPT = [7, 11, 300, 42, 5, 5, 99, 120, 33, 250] * 4
 NUM_NEW_TOKENS = 40
@@ -91,10 +91,11 @@ async def checked_engine(folder: Path, **options: Any) -> AsyncIterator[Engine]:
 # ---- weights ----
 
 
+@pytest.mark.parametrize("device", DEVICES)
 async def test_new_weights_serve_at_once_and_nothing_cached_outlives_the_old(
-    tiny_llama: Path, other_llama: Path
+    tiny_llama: Path, other_llama: Path, device: str
 ) -> None:
-    async with checked_engine(tiny_llama) as engine:
+    async with checked_engine(tiny_llama, device=device) as engine:
         old = await answer(engine)
         assert old == answer_of_transformers(tiny_llama, PROMPT, NUM_NEW_TOKENS)
         await engine.maintenance.update_weights(str(other_llama), weight_version="2")
@@ -105,8 +106,9 @@ async def test_new_weights_serve_at_once_and_nothing_cached_outlives_the_old(
         assert await answer(engine) == old
 
 
-async def test_an_answer_goes_on_with_the_new_weights(tiny_llama: Path, other_llama: Path) -> None:
-    async with checked_engine(tiny_llama) as engine:
+@pytest.mark.parametrize("device", DEVICES)
+async def test_an_answer_goes_on_with_the_new_weights(tiny_llama: Path, other_llama: Path, device: str) -> None:
+    async with checked_engine(tiny_llama, device=device) as engine:
         running = Running(engine, "a")
         await running.until(5)
         assert await engine.maintenance.update_weights(str(other_llama)) == 1
@@ -215,9 +217,10 @@ async def test_a_paused_engine_stays_paused_through_an_update(tiny_llama: Path, 
 # ---- memory ----
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tags", [["kv_cache"], ["weights"], ["kv_cache", "weights"]])
-async def test_released_memory_comes_back_and_answers_go_on(tiny_llama: Path, tags: list[str]) -> None:
-    async with checked_engine(tiny_llama) as engine:
+async def test_released_memory_comes_back_and_answers_go_on(tiny_llama: Path, tags: list[str], device: str) -> None:
+    async with checked_engine(tiny_llama, device=device) as engine:
         wanted = await answer(engine)
         running = Running(engine, "a")
         await running.until(3)
