@@ -20,7 +20,7 @@ from engine.scheduler import Outcome, Scheduler
 logger = logging.getLogger(__name__)
 
 MIN_PREFILL_SHARE = 1 / 16  # of the longest chunk, in every step, however tight its time: a prompt must not starve
-MIN_LEAD_S = 0.0015  # a step is decided at least this long before the one before it ends
+MIN_LEAD_S = 0.002  # a step is decided at least this long before the one before it ends
 LAUNCH_MARGIN = 1.25  # launches vary; the device shall not wait for them
 MIN_SLEEP_S = 0.001  # uvloop's timers count milliseconds
 
