@@ -33,7 +33,7 @@ def listening(loop: LoopThread, app: web.Application) -> Iterator[str]:
         loop.run(runner.cleanup())
 
 
-def tiny_engine(model: Path, **options: Any) -> sgl.Engine:
+def tiny_engine(model: Path | str, **options: Any) -> sgl.Engine:
     settings = {"device": "cpu", "dtype": "float32", "max_total_tokens": 8192, "max_running_requests": 64, **options}
     return sgl.Engine(model_path=str(model), **settings)
 

@@ -67,6 +67,28 @@ def test_a_completion_model_continues_text(url):
     backend.shutdown()
 
 
+def test_a_completion_model_selects_as_our_native_route_does(url):
+    backend = OpenAI("tiny", is_chat_model=False, base_url=url, api_key="none")
+    native = sgl.RuntimeEndpoint(url.removesuffix("/v1"))
+
+    @sgl.function
+    def pick(s, prompt, method):
+        s += prompt + sgl.select("x", choices=["a lazy dog", "the rain", "Grüße"], choices_method=method)
+
+    for method in (sgl.token_length_normalized, sgl.greedy_token_selection):
+        batch = [{"prompt": prompt, "method": method} for prompt in ("in Spain ", "日本 th", "The quick")]
+        for state, same in zip(
+            pick.run_batch(batch, backend=backend), pick.run_batch(batch, backend=native), strict=True
+        ):
+            assert state["x"] == same["x"]
+            scores, others = (one.get_meta_info("x")["normalized_prompt_logprobs"] for one in (state, same))
+            assert scores == pytest.approx(others, abs=1e-4)
+    with pytest.raises(NotImplementedError, match="token ids"):
+        pick.run("a", sgl.unconditional_likelihood_normalized, backend=backend)["x"]
+    backend.shutdown()
+    native.shutdown()
+
+
 def test_what_a_chat_api_cannot_do_is_an_error_at_the_variable(url):
     backend = OpenAI("tiny", base_url=url, api_key="none")
 

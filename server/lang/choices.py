@@ -33,6 +33,12 @@ class ChoicesSamplingMethod(Protocol):
     def __call__(self, logprobs: ChoiceLogprobs) -> ChoicesDecision: ...
 
 
+def check_select_temperature(temperature: float) -> None:
+    """`ValueError` unless it is 0, or next to it."""
+    if temperature > 1e-5:
+        raise ValueError(f"select takes the likeliest choice: temperature must be 0, got {temperature}")
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 

@@ -18,7 +18,6 @@ from typing import Any
 from server.lang.backends.base import JSON, BackendError, BaseBackend
 from server.lang.expressions import (
     REASONING_SUFFIX,
-    Concat,
     Expr,
     Gen,
     GenParams,
@@ -31,6 +30,7 @@ from server.lang.expressions import (
     VarScopeBegin,
     VarScopeEnd,
     Video,
+    leaves,
     names_of,
 )
 from server.lang.media import Media, content_of, load_image, load_video
@@ -124,15 +124,17 @@ class Executor:
     # ---- from any thread ----
 
     def submit(self, item: Item) -> None:
-        names = list(names_of(item)) if isinstance(item, Expr) else []
-        futures: dict[str, Future[Any]] = {name: Future() for name in names}
-        if isinstance(item, SetVariable):
+        steps: list[tuple[Item, dict[str, Future[Any]]]] = [(item, {})]
+        if isinstance(item, Expr):
+            steps = [(leaf, {name: Future() for name in names_of(leaf)}) for leaf in leaves(item)]
+        elif isinstance(item, SetVariable):
             known: Future[Any] = Future()
             known.set_result(item.value)
             self._futures[item.name] = known
-        self._futures.update(futures)
+        for _, futures in steps:
+            self._futures.update(futures)
         with self._lock:
-            self._queue.append((item, futures))
+            self._queue.extend(steps)
             if self._is_active:
                 return
             self._is_active = True
@@ -228,9 +230,6 @@ class Executor:
         match item:
             case Text(text):
                 self._append(text)
-            case Concat(parts):
-                for part in parts:
-                    await self._execute(part, futures)
             case Gen():
                 await self._generate(item, futures)
             case Select(name, choices, temperature, method):
@@ -407,8 +406,9 @@ class Executor:
     async def _separate_reasoning(self, expr: Expr, model_type: str | None, futures: dict[str, "Future[Any]"]) -> None:
         inner: dict[str, Future[Any]] = {}  # their values are not known before they are separated
         start = len(self.text)
-        await self._execute(expr, futures if self.is_stream else inner)
-        for name in names_of(expr):
+        for part in leaves(expr):
+            await self._execute(part, futures if self.is_stream else inner)
+        for name in [name for part in leaves(expr) for name in names_of(part)]:
             reasoning = None
             if not self.is_stream:
                 reasoning, content = split_reasoning(self.variables[name], model_type)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from server.lang.backends.base import BaseBackend
-from server.lang.expressions import Concat, Expr, RoleBegin, RoleEnd, Text, Variable, as_expr
+from server.lang.expressions import Expr, RoleBegin, RoleEnd, Text, Variable, as_expr, leaves
 from server.lang.state import BaseState
 
 
@@ -45,7 +45,7 @@ class TracerState(BaseState):
 
     def flatten_nodes(self) -> list[Expr]:
         """This state's expressions, without nesting."""
-        return [leaf for node in self.nodes for leaf in _leaves(node)]
+        return [leaf for node in self.nodes for leaf in leaves(node)]
 
     def __getattr__(self, name: str) -> Any:
         raise TraceStopped(f"a trace has no {name}")
@@ -105,11 +105,3 @@ async def prefix_of(state: TracerState, backend: BaseBackend) -> str:
             case _:
                 break
     return prefix
-
-
-def _leaves(expr: Expr) -> Iterator[Expr]:
-    if isinstance(expr, Concat):
-        for part in expr.parts:
-            yield from _leaves(part)
-    else:
-        yield expr

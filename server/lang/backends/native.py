@@ -6,12 +6,10 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from server.lang.backends.base import JSON, BackendError, BaseBackend, Prompt
-from server.lang.choices import ChoiceLogprobs, ChoicesDecision, ChoicesSamplingMethod
+from server.lang.choices import ChoiceLogprobs, ChoicesDecision, ChoicesSamplingMethod, check_select_temperature
 from server.lang.expressions import GenParams
 from server.lang.media import Media
 from server.lang.templates import ServedTemplate, TemplateRefused, get_chat_template, get_chat_template_by_model_path
-
-MAX_SELECT_TEMPERATURE = 1e-5
 
 
 class NativeBackend(BaseBackend):
@@ -70,8 +68,7 @@ class NativeBackend(BaseBackend):
     ) -> ChoicesDecision:
         """Token healing: a choice may change how the prompt's last token is read (" " + "a" is " a" to many models),
         so the choices are measured from that token on, unless it stays as it is."""
-        if temperature > MAX_SELECT_TEMPERATURE:
-            raise ValueError(f"select takes the likeliest choice: temperature must be 0, got {temperature}")
+        check_select_temperature(temperature)
         num_prompt_tokens = await self._read(prompt.text, prompt.images)
         answers = await self._logprobs(
             {"text": [prompt.text + choice for choice in choices]}, prompt.images, max(num_prompt_tokens - 2, 0)

@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import openai
 
 from server.lang.backends.base import JSON, BackendError, BaseBackend, Prompt
+from server.lang.choices import ChoiceLogprobs, ChoicesDecision, ChoicesSamplingMethod, check_select_temperature
 from server.lang.expressions import GenParams
 from server.lang.templates import ChatTemplate, get_chat_template
 
@@ -43,10 +44,7 @@ class OpenAI(BaseBackend):
 
     async def generate(self, prompt: Prompt, params: GenParams) -> tuple[list[str], list[JSON]]:
         answer = await self._create(prompt, params)
-        if answer.usage is not None:
-            self.token_usage["prompt_tokens"] += answer.usage.prompt_tokens
-            self.token_usage["completion_tokens"] += answer.usage.completion_tokens
-        usage = answer.usage.model_dump() if answer.usage is not None else {}
+        usage = self._count(answer.usage)
         texts = [(choice.message.content if self.is_chat else choice.text) or "" for choice in answer.choices]
         metas = [{"finish_reason": choice.finish_reason, **usage} for choice in answer.choices]
         return [only(params.dtype, text) for text in texts], metas
@@ -58,21 +56,48 @@ class OpenAI(BaseBackend):
                     text = choice.delta.content if self.is_chat else choice.text
                     yield text or "", {"finish_reason": choice.finish_reason}
 
+    async def select(
+        self, prompt: Prompt, choices: Sequence[str], temperature: float, method: ChoicesSamplingMethod
+    ) -> ChoicesDecision:
+        """By the log-probabilities of echoed prompts, which only completion models tell."""
+        if self.is_chat:
+            return await super().select(prompt, choices, temperature, method)
+        if method.requires_unconditional_logprobs:
+            raise NotImplementedError("this choices_method measures token ids, which OpenAI's API does not tell")
+        check_select_temperature(temperature)
+        texts = [prompt.text + choice for choice in choices]
+        answer = await self._post(
+            self.client.completions.create, {"prompt": texts, "echo": True, "logprobs": 1, "max_tokens": 0}
+        )
+        self._count(answer.usage)
+        rows = [_of_choice(one.logprobs, choice) for one, choice in zip(answer.choices, choices, strict=True)]
+        return method(ChoiceLogprobs(choices, [[logprob for logprob, *_ in row] for row in rows], rows))
+
     async def _create(self, prompt: Prompt, params: GenParams, **options: Any) -> Any:
         request = {**self._request(params), **options}
+        if self.is_chat:
+            return await self._post(self.client.chat.completions.create, {"messages": conversation(prompt), **request})
+        return await self._post(self.client.completions.create, {"prompt": prompt.text, **request})
+
+    async def _post(self, create: Callable[..., Awaitable[Any]], request: JSON) -> Any:
         try:
-            if self.is_chat:
-                messages: Any = conversation(prompt)
-                return await self.client.chat.completions.create(messages=messages, **request)
-            return await self.client.completions.create(prompt=prompt.text, **request)
+            return await create(model=self.model_name, **request)
         except openai.APIStatusError as error:
             raise BackendError(error.message, error.status_code) from error
         except openai.APIConnectionError as error:
             raise BackendError(str(error)) from error
 
+    def _count(self, usage: Any) -> JSON:
+        """The answer's share of `token_usage`, as a dict."""
+        if usage is None:
+            return {}
+        for name in self.token_usage:
+            self.token_usage[name] += getattr(usage, name)
+        return usage.model_dump()
+
     def _request(self, params: GenParams) -> JSON:
         """What differs from the API's defaults: some models refuse fields whatever their value."""
-        request: JSON = {"model": self.model_name, "max_tokens": params.max_new_tokens}
+        request: JSON = {"max_tokens": params.max_new_tokens}
         own: JSON = {"min_p": params.min_p, "ignore_eos": params.ignore_eos, "regex": params.regex}
         if self.is_chat and self.model_name.startswith(("o1", "o3", "o4", "gpt-5")):
             request["max_completion_tokens"] = request.pop("max_tokens")
@@ -94,6 +119,14 @@ class OpenAI(BaseBackend):
         if extra := {name: value for name, value in own.items() if value}:
             request["extra_body"] = extra
         return request
+
+
+def _of_choice(logprobs: Any, choice: str) -> list[Any]:
+    """[log-probability, None, text] of each token that reaches into the choice, at the end of the echoed text."""
+    ends = [*logprobs.text_offset[1:], logprobs.text_offset[-1] + len(logprobs.tokens[-1])]
+    start = ends[-1] - len(choice)
+    tokens = zip(logprobs.token_logprobs, logprobs.tokens, ends, strict=True)
+    return [[logprob, None, text] for logprob, text, end in tokens if end > start and logprob is not None]
 
 
 def conversation(prompt: Prompt) -> list[JSON]:

@@ -44,7 +44,8 @@ class RuntimeEndpoint(NativeBackend):
             headers=headers,
             connector=aiohttp.TCPConnector(limit=max_connections, ssl=trust),
             timeout=aiohttp.ClientTimeout(total=None),  # an answer may take its time
-            json_serialize=lambda value: orjson.dumps(value).decode(),
+            json_serialize_bytes=orjson.dumps,
+            cookie_jar=aiohttp.DummyCookieJar(),  # looked into for each request
         )
         self.loop.on_close.append(self._session.close)
 
