@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from engine.balance import METHODS
+
 
 def option(default: Any, group: str, help: str, *, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Any:
     """A dataclass field that is also a command-line flag: `--name-with-dashes` and its aliases."""
@@ -102,8 +104,8 @@ class EngineConfig:
     )
     dp_size: int = option(1, PARALLEL, "whole engines behind the one address", aliases=("--dp", "--data-parallel-size"))
     load_balance_method: str = option(
-        "cache_aware", PARALLEL, "which engine gets a request: the next, the least busy, the one that knows its prefix",
-        choices=("round_robin", "shortest_queue", "cache_aware"),
+        "cache_aware", PARALLEL, "which engine gets a request: the one that knows its prefix, the next, the least busy",
+        choices=METHODS,
     )  # fmt: skip
     base_gpu_id: int = option(0, PARALLEL, "the first GPU to use")
     enable_p2p_check: bool = option(

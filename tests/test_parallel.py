@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from torch.distributed import destroy_process_group
 
-from engine.balance import METHODS, Balancer
 from engine.channel import ChannelReader, open_channel
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -179,43 +178,6 @@ async def test_two_ranks_draw_and_score_as_one_does(tiny_llama: Path) -> None:
             scores.append([value for value, _ in entries])
     assert drawn[0] == drawn[1]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_equal_loads_are_spread_whatever_the_policy(method: str) -> None:
-    balancer = Balancer(method, 3)
-    assert sorted(balancer.pick(bytes([i]) * 1024, [0, 0, 0]) for i in range(6)) == [0, 0, 1, 1, 2, 2]
-
-
-def test_the_shortest_queue_is_the_one_with_the_fewest_requests() -> None:
-    balancer = Balancer("shortest_queue", 3)
-    assert [balancer.pick(b"", loads) for loads in ([2, 1, 3], [0, 1, 1], [5, 5, 4])] == [1, 0, 2]
-
-
-def test_a_known_prefix_goes_where_it_is_cached_until_that_is_a_hot_spot() -> None:
-    balancer = Balancer("cache_aware", 2)
-    head = b"a" * 1024
-    home = balancer.pick(head, [0, 0])
-    other = 1 - home
-    busy = [0, 0]
-    busy[home] = 10
-    assert balancer.pick(head + b"b" * 300, busy) == home
-    assert balancer.pick(head + b"c" * 3000, busy) == other, "most of it is new"
-    assert balancer.pick(b"d" * 1024, busy) == other
-    busy[home] = 40
-    assert balancer.pick(head, busy) == other, "a hot spot"
-    busy[home] = 0
-    balancer.forget(home)
-    assert balancer.pick(head, [1, 1]) == other, "it knows the prefix too by now"
-
-
-def test_what_is_remembered_of_prompts_is_bounded() -> None:
-    balancer = Balancer("cache_aware", 2, max_chunks=4)
-    home = balancer.pick(b"a" * 1024, [0, 0])
-    balancer.pick(b"b" * 1024, [0, 0])
-    loads = [0, 0]
-    loads[home] = 1
-    assert balancer.pick(b"a" * 1024, loads) != home, "forgotten"
 
 
 def descendants(pid: int) -> set[int]:
