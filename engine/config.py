@@ -114,10 +114,16 @@ class EngineConfig:
     disable_custom_all_reduce: bool = option(
         False, PARALLEL, "do all sums over GPUs with NCCL, none through peer memory"
     )
-    nnodes: int = option(1, PARALLEL, "hosts that share one model; each runs this command with its own --node-rank")
+    nnodes: int = option(
+        1, PARALLEL, "hosts that share one model; each runs this command with its own --node-rank, or is started by "
+        "`torchrun --nnodes N --nproc-per-node 1 ... -m server`, which tells this and the next four",
+    )  # fmt: skip
     node_rank: int = option(0, PARALLEL, "which of them this is; 0 serves")
     dist_init_addr: str | None = option(
         None, PARALLEL, "HOST:PORT of node 0, free there, where the others find it", aliases=("--nccl-init-addr",)
+    )
+    join_dist_store: bool = option(
+        False, PARALLEL, "a torch.distributed store is at --dist-init-addr already, as torchrun's: start none"
     )
     dist_timeout: float = option(
         30.0, PARALLEL, "seconds until a rank that does not answer ends the server: in the first test, and in steps"

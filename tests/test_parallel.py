@@ -4,19 +4,15 @@ import asyncio
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
-import sys
 import threading
-import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from torch.distributed import destroy_process_group
 
 from engine.channel import ChannelReader, open_channel
 from engine.config import EngineConfig
@@ -24,8 +20,8 @@ from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, ModelError
 from engine.replicas import REPORT_S, ReplicaSet
 from engine.request import Delta, FinishReason, Request, SamplingParams
+from tests.server_processes import descendants, is_alive, is_rank, server, wait_until
 
-ROOT = Path(__file__).parent.parent
 SMALL = 1 << 12  # bytes of ring: a few messages
 
 
@@ -180,54 +176,6 @@ async def test_two_ranks_draw_and_score_as_one_does(tiny_llama: Path) -> None:
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
-def descendants(pid: int) -> set[int]:
-    children = {
-        int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
-    }
-    return children.union(*map(descendants, children))
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def is_rank(pid: int) -> bool:
-    return b"--multiprocessing-fork" in Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-def start_server(model: Path, log: Path, *options: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "server", "--model-path", str(model), "--device", "cpu", "--port", "0", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    with log.open("wb") as output:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
-
-
-@contextmanager
-def server(model: Path, log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A server process that is ready."""
-    process = start_server(model, log, *options)
-    family = {process.pid}
-    try:
-        wait_until(lambda: process.poll() is not None or "radixloop is ready" in log.read_text(), 120)
-        assert process.poll() is None, log.read_text()
-        yield process
-    finally:
-        family |= descendants(process.pid)
-        for pid in filter(is_alive, family):
-            os.kill(pid, signal.SIGKILL)
-        process.wait()
-
-
-def wait_until(condition, limit_s: float = 20.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize(
     ("number", "message"), [(signal.SIGKILL, "was ended by SIGKILL"), (signal.SIGSTOP, "has not taken up a step")]
 )
@@ -258,27 +206,6 @@ def test_ranks_do_not_outlive_a_server_that_is_killed(tiny_llama: Path, tmp_path
         assert any(map(is_rank, family))
         process.kill()
         wait_until(lambda: not any(map(is_alive, family)))
-
-
-async def test_a_model_spans_two_nodes_until_one_is_lost(tiny_llama: Path, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    nodes = ("--tp", "2", "--nnodes", "2", "--dist-init-addr", address)
-    node = start_server(tiny_llama, tmp_path / "log", *nodes, "--node-rank", "1")
-    config = EngineConfig(model_path=str(tiny_llama), device="cpu", dtype="float32", max_total_tokens=2048)
-    engine = Engine(config.replace(tp_size=2, nnodes=2, dist_init_addr=address))
-    try:
-        async with engine:
-            (delta,) = await ask(engine, [5, 6, 7])
-            assert len(delta.token_ids) == 4
-            family = {node.pid, *descendants(node.pid)}
-            node.kill()
-            assert "node 1 is gone" in await asyncio.wait_for(engine.failed(), 10)
-        wait_until(lambda: not any(map(is_alive, family)))
-    finally:
-        node.kill()
-        node.wait()
-        destroy_process_group()  # a process whose engine has failed ends; this one goes on
 
 
 @pytest.mark.parametrize(
