@@ -343,10 +343,14 @@ class ReplicaSet(Engine):
         return ", ".join([await replica.traces.get() for replica in self._replicas])
 
     def stats(self) -> EngineStats:
-        total = combined([replica.report.stats for replica in self._replicas])
+        total = combined(self.replica_stats())
         return dataclasses.replace(
             total, num_requests=self._num_requests, num_aborted=self._num_aborted, num_refused=self._num_refused
         )
+
+    def replica_stats(self) -> list[EngineStats]:
+        """As of their last reports."""
+        return [replica.report.stats for replica in self._replicas]
 
     def health(self) -> Health:
         reports = [replica.report.health for replica in self._replicas]
