@@ -116,7 +116,7 @@ class EngineConfig:
     )
     nnodes: int = option(
         1, PARALLEL, "hosts that share one model; each runs this command with its own --node-rank, or is started by "
-        "`torchrun --nnodes N --nproc-per-node 1 ... -m server`, which tells this and the next four",
+        "`torchrun --nnodes N --nproc-per-node 1 ... -m server`, which tells this and the next three",
     )  # fmt: skip
     node_rank: int = option(0, PARALLEL, "which of them this is; 0 serves")
     dist_init_addr: str | None = option(

@@ -18,7 +18,7 @@ from torch.distributed import destroy_process_group
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.parallel import interface_to
+from engine.nodes import interface_to
 from server.config import parse_args
 from server.torchrun import torchrun_options
 from tests.server_processes import SERVER, descendants, ending, is_alive, start_server, wait_until, wait_until_ready
