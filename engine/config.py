@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from engine.balance import METHODS
+
 
 def option(default: Any, group: str, help: str, *, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Any:
     """A dataclass field that is also a command-line flag: `--name-with-dashes` and its aliases."""
@@ -102,8 +104,8 @@ class EngineConfig:
     )
     dp_size: int = option(1, PARALLEL, "whole engines behind the one address", aliases=("--dp", "--data-parallel-size"))
     load_balance_method: str = option(
-        "cache_aware", PARALLEL, "which engine gets a request: the next, the least busy, the one that knows its prefix",
-        choices=("round_robin", "shortest_queue", "cache_aware"),
+        "cache_aware", PARALLEL, "which engine gets a request: the one that knows its prefix, the next, the least busy",
+        choices=METHODS,
     )  # fmt: skip
     base_gpu_id: int = option(0, PARALLEL, "the first GPU to use")
     enable_p2p_check: bool = option(
@@ -112,10 +114,16 @@ class EngineConfig:
     disable_custom_all_reduce: bool = option(
         False, PARALLEL, "do all sums over GPUs with NCCL, none through peer memory"
     )
-    nnodes: int = option(1, PARALLEL, "hosts that share one model; each runs this command with its own --node-rank")
+    nnodes: int = option(
+        1, PARALLEL, "hosts that share one model; each runs this command with its own --node-rank, or is started by "
+        "`torchrun --nnodes N --nproc-per-node 1 ... -m server`, which tells this and the next three",
+    )  # fmt: skip
     node_rank: int = option(0, PARALLEL, "which of them this is; 0 serves")
     dist_init_addr: str | None = option(
         None, PARALLEL, "HOST:PORT of node 0, free there, where the others find it", aliases=("--nccl-init-addr",)
+    )
+    join_dist_store: bool = option(
+        False, PARALLEL, "a torch.distributed store is at --dist-init-addr already, as torchrun's: start none"
     )
     dist_timeout: float = option(
         30.0, PARALLEL, "seconds until a rank that does not answer ends the server: in the first test, and in steps"

@@ -470,6 +470,10 @@ class Engine:
             self._drain.tokens_per_s, self.grammars.stats if self.grammars else GrammarStats(),
         )  # fmt: skip
 
+    def replica_stats(self) -> list[EngineStats]:
+        """Of each engine behind this facade."""
+        return [self.stats()]
+
     def top_prefixes(self, k: int) -> list[Prefix]:
         """The k cached prefixes that were found most often, in full."""
         return self.parts.scheduler.cache.top_prefixes(k, head_len=1 << 20)

@@ -7,10 +7,14 @@ are for a trusted network.
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import logging
+import os
 import select
 import socket
+import struct
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -24,14 +28,16 @@ logger = logging.getLogger(__name__)
 LENGTH_BYTES = 8
 START_TIMEOUT = timedelta(minutes=10)  # for all hosts to be started
 ADDRESS_KEY = "radixloop/steps"
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # the one way to tell gloo
+SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 def open_store(config: EngineConfig) -> dist.TCPStore:
     """Where ranks meet: on the first host, at --dist-init-addr."""
     host, port = init_address(config)
-    is_first = config.node_rank == 0
+    is_master = config.node_rank == 0 and not config.join_dist_store
     try:
-        return dist.TCPStore(host, port, is_master=is_first, wait_for_workers=False, timeout=START_TIMEOUT)
+        return dist.TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=START_TIMEOUT)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise ModelError(f"--dist-init-addr {host}:{port}: {error}") from None
 
@@ -58,7 +64,7 @@ class NodeLinks:
                     link, _ = listener.accept()
                 except TimeoutError:
                     raise ModelError(f"only {i} of {config.nnodes} nodes have come (--nnodes)") from None
-                link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                _set_up(link, config.dist_timeout)
                 self._links.append(link)
         # The engine's options alone: a server's hold its keys.
         options = {one.name: getattr(config, one.name) for one in dataclasses.fields(EngineConfig)}
@@ -83,9 +89,10 @@ class NodeLinks:
 class NodeLink:
     """Another host's connection to the first."""
 
-    def __init__(self, store: dist.TCPStore) -> None:
+    def __init__(self, config: EngineConfig, store: dist.TCPStore) -> None:
         host, _, port = store.get(ADDRESS_KEY).decode().rpartition(":")
         self._socket = socket.create_connection((host, int(port)))
+        _set_up(self._socket, config.dist_timeout)
         self._file = self._socket.makefile("rb")
 
     def receive(self) -> bytes:
@@ -99,7 +106,57 @@ class NodeLink:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def _read(self, size: int) -> bytes:
-        data = self._file.read(size)
+        try:
+            data = self._file.read(size)
+        except OSError:  # such as a reset, or silence for too long
+            data = b""
         if len(data) < size:
             raise EOFError("the first node has gone")
         return data
+
+
+def _set_up(link: socket.socket, timeout_s: float) -> None:
+    """Messages go out at once; a host that has lost power or its network is noticed after `timeout_s`."""
+    link.settimeout(None)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    interval_s = max(1, int(timeout_s / 3))
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, interval_s)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval_s)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout_s * 1e3))
+
+
+@contextlib.contextmanager
+def gloo_interface(host: str, port: int) -> Iterator[None]:
+    """Have gloo use the network interface that leads to `host`, unless the user has named one.
+
+    By itself it takes the one of the address that this host's name resolves to. That may be the loopback, through
+    which no other host finds it.
+    """
+    name = None if GLOO_INTERFACE in os.environ else interface_to(host, port)
+    if name is None:
+        yield
+        return
+    os.environ[GLOO_INTERFACE] = name
+    try:
+        yield
+    finally:
+        del os.environ[GLOO_INTERFACE]
+
+
+def interface_to(host: str, port: int) -> str | None:
+    """The network interface whose IPv4 address this host has towards `host`, if there is one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, port))  # sends nothing
+        except OSError:
+            return None
+        wanted = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:  # it has none
+                continue
+            if answer[20:24] == wanted:
+                return name
+    return None

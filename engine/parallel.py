@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from engine.errors import ModelError
+from engine.nodes import gloo_interface
 from kernels.all_reduce import PeerMemory, all_reduce
 from kernels.sampling import argmax
 
@@ -39,14 +40,15 @@ class Communicator:
         """Meet the other ranks; this one computes on `device`. Blocks until all are there."""
         self._device = device
         self.backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            self.backend,
-            store=store,
-            rank=self.rank,
-            world_size=self.size,
-            timeout=COLLECTIVE_TIMEOUT,
-            device_id=device if device.type == "cuda" else None,
-        )
+        with gloo_interface(store.host, store.port):
+            dist.init_process_group(
+                self.backend,
+                store=store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=COLLECTIVE_TIMEOUT,
+                device_id=device if device.type == "cuda" else None,
+            )
         if device.type == "cuda" and use_peer_memory:
             self._open_peer_memory()
 

@@ -120,7 +120,7 @@ def join_store(host: str, port: int) -> dist.TCPStore:
 
 def run_node(config: EngineConfig, run: RunRank, on_progress: Callable[[str], None]) -> None:
     """What a host but the first does: run its ranks until the first one ends. `ModelError` if one fails."""
-    link = NodeLink(open_store(config))
+    link = NodeLink(config, open_store(config))
     told = json.loads(link.receive())
     own = {name: getattr(config, name) for name in ("model_path", "download_dir", "node_rank", "base_gpu_id")}
     config = EngineConfig(**{**told, **own})

@@ -22,7 +22,7 @@ import torch
 import uvloop
 
 from cache.radix import Prefix
-from engine.balance import Balancer
+from engine.balance import Balancer, Placement
 from engine.build import check_gpus, load_tokenizer, new_grammars, resolve_config
 from engine.channel import ChannelReader, ChannelWriter, open_channel
 from engine.config import EngineConfig
@@ -101,7 +101,7 @@ class ReplicaSet(Engine):
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
         self._replicas: list[Replica] = []
-        self._homes: dict[str, Replica] = {}  # rid -> who has it
+        self._placements: dict[str, Placement] = {}  # by rid
         self._balancer = Balancer(config.load_balance_method, config.dp_size)
         self._children: Children | None = None
         self._ready: list[Ready] = []
@@ -222,12 +222,17 @@ class ReplicaSet(Engine):
         self._check_queue(request)
         assert request.prompt_ids is not None
         head = request.extra_key.encode() + request.prompt_ids.tobytes()
-        replica = self._replicas[self._balancer.pick(head, [len(one.requests) for one in self._replicas])]
+        placement = self._balancer.pick(head)
+        replica = self._replicas[placement.engine]
         if not replica.requests:
             replica.heard_at = time.monotonic()
-        replica.send(SUBMIT, dataclasses.replace(request, sink=_drop, matcher=None))
+        try:
+            replica.send(SUBMIT, dataclasses.replace(request, sink=_drop, matcher=None))
+        except EngineStopped:
+            self._balancer.end(placement)
+            raise
         replica.requests[request.rid] = self._requests[request.rid] = request
-        self._homes[request.rid] = replica
+        self._placements[request.rid] = placement
         self._num_requests += 1
 
     def _check_queue(self, request: Request) -> None:
@@ -249,7 +254,7 @@ class ReplicaSet(Engine):
         if request is None:
             return False
         with contextlib.suppress(EngineStopped):  # then there is nothing left to abort there
-            self._homes[rid].send(ABORT, rid)
+            self._replicas[self._placements[rid].engine].send(ABORT, rid)
         self._num_aborted += 1
         now = time.perf_counter()
         request.times.first_token = request.times.first_token or now
@@ -259,7 +264,9 @@ class ReplicaSet(Engine):
         return True
 
     def _finish(self, request: Request, reason: FinishReason, delta: Delta) -> None:
-        del self._requests[request.rid], self._homes.pop(request.rid).requests[request.rid]
+        placement = self._placements.pop(request.rid)
+        self._balancer.end(placement)
+        del self._requests[request.rid], self._replicas[placement.engine].requests[request.rid]
         request.status, request.finish_reason, delta.finish_reason = Status.FINISHED, reason, reason
         self._give(request, delta)
         if self._is_stopping and not self._requests:
@@ -336,10 +343,14 @@ class ReplicaSet(Engine):
         return ", ".join([await replica.traces.get() for replica in self._replicas])
 
     def stats(self) -> EngineStats:
-        total = combined([replica.report.stats for replica in self._replicas])
+        total = combined(self.replica_stats())
         return dataclasses.replace(
             total, num_requests=self._num_requests, num_aborted=self._num_aborted, num_refused=self._num_refused
         )
+
+    def replica_stats(self) -> list[EngineStats]:
+        """As of their last reports."""
+        return [replica.report.stats for replica in self._replicas]
 
     def health(self) -> Health:
         reports = [replica.report.health for replica in self._replicas]

@@ -38,7 +38,7 @@ FAILURE_NOTICE_S = 2.0  # for clients to hear of a failure that ends the process
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGINT or SIGTERM. Returns the exit status: 0 after a signal, 1 if the server cannot start."""
-    config = parse_args(sys.argv[1:] if argv is None else argv)
+    config = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
     # Before torch is imported: its OpenMP threads must not spin while they wait, or they starve the event loop.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -13,6 +13,7 @@ import yaml
 from engine.config import DEBUG, EngineConfig, option, option_type
 from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS
 from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
+from server.torchrun import torchrun_options
 
 HTTP, API = "HTTP server", "API"
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -85,12 +86,19 @@ class ServerConfig(EngineConfig):
         return {name: value for name, value in values.items() if name not in SECRETS}
 
 
-def parse_args(argv: Sequence[str]) -> ServerConfig:
-    """The configuration of a command line; what it does not say is taken from its `--config` file. Exits on errors."""
+def parse_args(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> ServerConfig:
+    """The configuration of a command line; what it does not say is taken from its `--config` file. Exits on errors.
+
+    environ: this process's environment, for what torchrun says in it.
+    """
     parser = make_parser(
         ServerConfig, "radixloop", "[--model-path MODEL] [options]", "Serve a large language model from one process."
     )
-    config = ServerConfig(**read_options(parser, argv))
+    given = read_options(parser, argv)
+    try:
+        config = ServerConfig(**{**given, **torchrun_options(environ or {}, given)})
+    except ValueError as error:
+        parser.error(str(error))
     if config.max_body_bytes < 1:
         parser.error(f"--max-body-bytes must be at least 1, got {config.max_body_bytes}")
     if not 0 <= config.log_requests_level <= 3:

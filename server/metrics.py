@@ -5,7 +5,8 @@ when it ends. So metrics cost a token nothing.
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
@@ -98,23 +99,26 @@ class EngineCollector(Collector):
         stats = self.engine.stats()
         scheduler, loop = stats.scheduler, stats.loop
         health, rates = self.engine.health(), self.monitor.rates(RATE_SPAN_S)
-        num_hit, num_prompt = scheduler.num_hit_tokens, scheduler.num_prompt_tokens
-        usage = scheduler.num_held_tokens / scheduler.num_total_tokens
 
-        yield self._gauge("sglang:num_running_reqs", "requests that run", scheduler.num_running)
-        yield self._gauge("sglang:num_queue_reqs", "requests that wait", scheduler.num_waiting)
-        yield self._gauge("sglang:num_used_tokens", "KV slots held by running requests", scheduler.num_held_tokens)
-        yield self._gauge("sglang:token_usage", "their share of the pool", usage)
-        yield self._gauge("sglang:max_total_num_tokens", "KV slots of the pool", scheduler.num_total_tokens)
-        yield self._gauge(
-            "sglang:cache_hit_rate", "share of prompt tokens found in the cache", num_hit / max(num_prompt, 1)
+        yield self._by_replica("sglang:num_running_reqs", "requests that run", lambda s: s.num_running)
+        yield self._by_replica("sglang:num_queue_reqs", "requests that wait", lambda s: s.num_waiting)
+        yield self._by_replica(
+            "sglang:num_used_tokens", "KV slots held by running requests", lambda s: s.num_held_tokens
         )
+        yield self._by_replica(
+            "sglang:token_usage", "their share of the pool", lambda s: s.num_held_tokens / s.num_total_tokens
+        )
+        yield self._by_replica("sglang:max_total_num_tokens", "KV slots of the pool", lambda s: s.num_total_tokens)
+        yield self._by_replica(
+            "sglang:cache_hit_rate", "share of prompt tokens found in the cache",
+            lambda s: s.num_hit_tokens / max(s.num_prompt_tokens, 1),
+        )  # fmt: skip
         yield self._gauge("sglang:gen_throughput", "tokens generated a second, lately", rates.generated)
-        yield self._gauge(
-            "sglang:new_token_ratio", "share of the asked answers that is reserved", scheduler.new_token_ratio
+        yield self._by_replica(
+            "sglang:new_token_ratio", "share of the asked answers that is reserved", lambda s: s.new_token_ratio
         )
-        yield self._counter("sglang:prompt_tokens", "prompt tokens admitted", num_prompt)
-        yield self._counter("sglang:cached_tokens", "prompt tokens found in the cache", num_hit)
+        yield self._counter("sglang:prompt_tokens", "prompt tokens admitted", scheduler.num_prompt_tokens)
+        yield self._counter("sglang:cached_tokens", "prompt tokens found in the cache", scheduler.num_hit_tokens)
         yield self._counter("sglang:generation_tokens", "tokens generated", loop.num_generated_tokens)
         yield self._counter("sglang:num_requests", "requests accepted", stats.num_requests)
         yield self._counter("sglang:num_aborted_requests", "requests aborted", stats.num_aborted)
@@ -131,11 +135,11 @@ class EngineCollector(Collector):
             scheduler.num_retractions,
         )
 
-        yield self._gauge(
-            "radixloop:num_cached_tokens", "KV slots of prefixes that nothing runs on", scheduler.num_cached_tokens
+        yield self._by_replica(
+            "radixloop:num_cached_tokens", "KV slots of prefixes that nothing runs on", lambda s: s.num_cached_tokens
         )
-        yield self._gauge(
-            "radixloop:num_queued_tokens", "prompt tokens of requests that wait", scheduler.num_waiting_tokens
+        yield self._by_replica(
+            "radixloop:num_queued_tokens", "prompt tokens of requests that wait", lambda s: s.num_waiting_tokens
         )
         yield self._gauge(
             "radixloop:oldest_queued_seconds", "wait of the request that waits longest", health.oldest_queued_s
@@ -167,6 +171,13 @@ class EngineCollector(Collector):
             },
             "stage",
         )
+
+    def _by_replica(self, name: str, help: str, value_of: Callable[[Any], float]) -> Metric:
+        """A gauge of a scheduler; of several engines one each, which SGLang labels with its dp_rank."""
+        values = [value_of(stats.scheduler) for stats in self.engine.replica_stats()]
+        if len(values) == 1:
+            return self._gauge(name, help, values[0])
+        return self._gauge(name, help, {str(i): value for i, value in enumerate(values)}, "dp_rank")
 
     def _gauge(self, name: str, help: str, values: float | dict[str, float], label: str = "") -> Metric:
         return self._filled(GaugeMetricFamily, name, help, values, label)

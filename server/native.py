@@ -225,22 +225,25 @@ class NativeApi:
                 **self.config.public_values(),
                 "max_total_num_tokens": self.engine.max_total_num_tokens,
                 "max_req_input_len": self.engine.context_length - 1,
-                "internal_states": [dataclasses.asdict(self.engine.stats())],
+                "internal_states": [dataclasses.asdict(stats) for stats in self.engine.replica_stats()],
                 "version": _version(),
                 "pid": os.getpid(),
             }
         )
 
     async def load(self, _: web.Request) -> web.Response:
-        health = self.engine.health()
+        """For each replica; `num_tokens` are those in KV slots and in the prompts that wait."""
+        schedulers = [stats.scheduler for stats in self.engine.replica_stats()]
         return json_response(
             [
                 {
-                    "dp_rank": 0,
-                    "num_reqs": health.num_running + health.num_queued,
-                    "num_waiting_reqs": health.num_queued,
-                    "num_tokens": self.engine.stats().scheduler.num_held_tokens,
+                    "dp_rank": i,
+                    "num_reqs": scheduler.num_running + scheduler.num_waiting,
+                    "num_waiting_reqs": scheduler.num_waiting,
+                    "num_tokens": scheduler.num_held_tokens + scheduler.num_waiting_tokens,
+                    "num_pending_tokens": scheduler.num_waiting_tokens,
                 }
+                for i, scheduler in enumerate(schedulers)
             ]
         )
 

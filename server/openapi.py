@@ -261,7 +261,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/model_info"): MODEL_INFO,
     ("GET", "/get_server_info"): SERVER_INFO,
     ("GET", "/server_info"): SERVER_INFO,
-    ("GET", "/get_load"): Operation("Requests and tokens in the engine", "server", answer=array(ANY_OBJECT)),
+    ("GET", "/get_load"): Operation("Requests and tokens of each replica", "server", answer=array(ANY_OBJECT)),
     ("POST", "/abort_request"): ABORT,
     ("GET", "/flush_cache"): FLUSH,
     ("POST", "/flush_cache"): FLUSH,

@@ -25,7 +25,7 @@ from aiohttp import hdrs, web
 from multidict import CIMultiDict
 from yarl import URL
 
-from engine.balance import METHODS
+from engine.balance import METHODS, PROMPT_METHODS
 from engine.config import DEBUG, option
 from engine.errors import EngineError, InvalidRequest
 from server.app import answer_errors
@@ -63,7 +63,7 @@ class RouterConfig:
 
     worker_urls: list[str] = option([], WORKERS, "servers to start with, such as http://host1:30000")
     policy: str = option(
-        "cache_aware", WORKERS, "who gets a request: the worker that knows its prompt, the least busy, or in turn",
+        "cache_aware", WORKERS, "who gets a request: the worker that knows its prompt, in turn, or the least busy",
         choices=METHODS,
     )  # fmt: skip
     max_retries: int = option(
@@ -158,16 +158,15 @@ class Router:
         # A file is not kept here: it is sent on while it arrives, and once only.
         is_upload = request.content_type.startswith("multipart/")
         body = b"" if is_upload else await request.read()
-        prompt = prompt_of(body) if self.workers.policy == "cache_aware" else b""
+        prompt = prompt_of(body) if self.workers.policy in PROMPT_METHODS else b""
         at_first = request.path.startswith(FIRST_WORKERS_PATHS) or SESSION_FIELD in body
         # A body that names something which a worker does not have is wrong to it, not 404.
         unknown = {404, 400} if PREVIOUS_FIELD in body else {404}
         tried: dict[Worker, str] = {}  # what came of it
         num_failed, max_failed = 0, 0 if is_upload else self.config.max_retries
         while num_failed <= max_failed and (candidates := self.workers.in_rotation(without=tried)):
-            worker = candidates[0] if at_first else self.workers.pick(prompt, candidates)
             async with AsyncExitStack() as stack:
-                stack.enter_context(worker.serving())
+                worker = stack.enter_context(self.workers.serving(prompt, candidates[:1] if at_first else candidates))
                 try:
                     sent = self._send(worker, request, request.content if is_upload else body)
                     answer = await stack.enter_async_context(sent)

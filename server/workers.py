@@ -21,15 +21,6 @@ class Worker:
     load: int = 0  # requests there
     num_requests: int = 0  # since the router started
 
-    @contextmanager
-    def serving(self) -> Iterator[None]:
-        self.load += 1
-        self.num_requests += 1
-        try:
-            yield
-        finally:
-            self.load -= 1
-
 
 class Workers:
     """The workers, in the order in which they were added, and who is next."""
@@ -51,7 +42,7 @@ class Workers:
             raise InvalidRequest(f"{url} is a worker already", "url")
         if None not in self._slots:
             self._slots.append(None)
-            self._balancer.num_engines += 1
+            self._balancer.loads.append(0)
         worker = Worker(url, self._slots.index(None))
         self._slots[worker.index] = worker
         return worker
@@ -67,10 +58,18 @@ class Workers:
     def in_rotation(self, without: Collection[Worker] = ()) -> list[Worker]:
         return [worker for worker in self if not worker.failure and worker not in without]
 
-    def pick(self, prompt: bytes, candidates: Sequence[Worker]) -> Worker:
-        loads = [worker.load if worker else 0 for worker in self._slots]
-        index = self._balancer.pick(prompt, loads, [worker.index for worker in candidates])
-        return next(worker for worker in candidates if worker.index == index)
+    @contextmanager
+    def serving(self, prompt: bytes, candidates: Sequence[Worker]) -> Iterator[Worker]:
+        """The one of `candidates` that is to serve `prompt`; it is as busy as that makes it while the block runs."""
+        placement = self._balancer.pick(prompt, [worker.index for worker in candidates])
+        worker = next(worker for worker in candidates if worker.index == placement.engine)
+        worker.load += 1
+        worker.num_requests += 1
+        try:
+            yield worker
+        finally:
+            worker.load -= 1
+            self._balancer.end(placement)
 
     def judge(self, worker: Worker, failure: str) -> None:
         """Take it out of the rotation because of `failure`, or back into it if that is empty."""

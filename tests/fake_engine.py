@@ -183,6 +183,7 @@ class FakeEngine:
     ) -> None:
         self.answer, self.is_manual, self.max_queued = answer, is_manual, max_queued
         self.context_length = context_length
+        self.num_replicas = 1
         self.max_running_requests = 8
         self.maintenance = FakeMaintenance()
         self.is_generation, self.embedding_size = True, 4
@@ -305,6 +306,9 @@ class FakeEngine:
 
     def stats(self) -> FakeStats:
         return FakeStats()
+
+    def replica_stats(self) -> list[FakeStats]:
+        return [self.stats()] * self.num_replicas
 
     def top_prefixes(self, k: int) -> list[Prefix]:
         return [Prefix(np.array(list(b"<b>S"), np.int32), 4, 1, 42)][:k]

@@ -57,7 +57,8 @@ async def metrics_of(client: Client) -> dict[str, float]:
     """Sample with its labels, without the model's name, to value."""
     text = await (await client.get("/metrics")).text()
     lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
-    return {re.sub(r'model_name="fake-model",?', "", name).replace("{}", ""): float(value) for name, value in lines}
+    names = [re.sub(r',?model_name="fake-model"(?=})|model_name="fake-model",', "", name) for name, _ in lines]
+    return {name.replace("{}", ""): float(value) for name, (_, value) in zip(names, lines, strict=True)}
 
 
 async def test_metrics_have_sglangs_names(client: Client) -> None:
@@ -95,6 +96,16 @@ async def test_gauges_and_counters_are_the_engines_own(client: Client) -> None:
     assert metrics["radixloop:num_refused_requests_total"] == 5
     assert metrics['radixloop:host_seconds_total{stage="deliver"}'] == 0.004
     assert metrics["process_resident_memory_bytes"] > 1e6
+
+
+async def test_each_replica_has_its_gauges(client: Client, engine: FakeEngine) -> None:
+    engine.num_replicas = 2
+    metrics = await metrics_of(client)
+    for i in range(2):
+        assert metrics[f'sglang:num_running_reqs{{dp_rank="{i}"}}'] == 1
+        assert metrics[f'sglang:token_usage{{dp_rank="{i}"}}'] == 0.25
+    assert "sglang:token_usage" not in metrics
+    assert metrics["sglang:num_requests_total"] == 3
 
 
 # ---- the monitor ----

@@ -4,29 +4,24 @@ import asyncio
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
-import sys
 import threading
-import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from torch.distributed import destroy_process_group
 
-from engine.balance import METHODS, Balancer
 from engine.channel import ChannelReader, open_channel
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, ModelError
 from engine.replicas import REPORT_S, ReplicaSet
 from engine.request import Delta, FinishReason, Request, SamplingParams
+from tests.server_processes import descendants, is_alive, is_rank, server, wait_until
 
-ROOT = Path(__file__).parent.parent
 SMALL = 1 << 12  # bytes of ring: a few messages
 
 
@@ -181,91 +176,6 @@ async def test_two_ranks_draw_and_score_as_one_does(tiny_llama: Path) -> None:
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_equal_loads_are_spread_whatever_the_policy(method: str) -> None:
-    balancer = Balancer(method, 3)
-    assert sorted(balancer.pick(bytes([i]) * 1024, [0, 0, 0]) for i in range(6)) == [0, 0, 1, 1, 2, 2]
-
-
-def test_the_shortest_queue_is_the_one_with_the_fewest_requests() -> None:
-    balancer = Balancer("shortest_queue", 3)
-    assert [balancer.pick(b"", loads) for loads in ([2, 1, 3], [0, 1, 1], [5, 5, 4])] == [1, 0, 2]
-
-
-def test_a_known_prefix_goes_where_it_is_cached_until_that_is_a_hot_spot() -> None:
-    balancer = Balancer("cache_aware", 2)
-    head = b"a" * 1024
-    home = balancer.pick(head, [0, 0])
-    other = 1 - home
-    busy = [0, 0]
-    busy[home] = 10
-    assert balancer.pick(head + b"b" * 300, busy) == home
-    assert balancer.pick(head + b"c" * 3000, busy) == other, "most of it is new"
-    assert balancer.pick(b"d" * 1024, busy) == other
-    busy[home] = 40
-    assert balancer.pick(head, busy) == other, "a hot spot"
-    busy[home] = 0
-    balancer.forget(home)
-    assert balancer.pick(head, [1, 1]) == other, "it knows the prefix too by now"
-
-
-def test_what_is_remembered_of_prompts_is_bounded() -> None:
-    balancer = Balancer("cache_aware", 2, max_chunks=4)
-    home = balancer.pick(b"a" * 1024, [0, 0])
-    balancer.pick(b"b" * 1024, [0, 0])
-    loads = [0, 0]
-    loads[home] = 1
-    assert balancer.pick(b"a" * 1024, loads) != home, "forgotten"
-
-
-def descendants(pid: int) -> set[int]:
-    children = {
-        int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
-    }
-    return children.union(*map(descendants, children))
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def is_rank(pid: int) -> bool:
-    return b"--multiprocessing-fork" in Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-def start_server(model: Path, log: Path, *options: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "server", "--model-path", str(model), "--device", "cpu", "--port", "0", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    with log.open("wb") as output:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
-
-
-@contextmanager
-def server(model: Path, log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A server process that is ready."""
-    process = start_server(model, log, *options)
-    family = {process.pid}
-    try:
-        wait_until(lambda: process.poll() is not None or "radixloop is ready" in log.read_text(), 120)
-        assert process.poll() is None, log.read_text()
-        yield process
-    finally:
-        family |= descendants(process.pid)
-        for pid in filter(is_alive, family):
-            os.kill(pid, signal.SIGKILL)
-        process.wait()
-
-
-def wait_until(condition, limit_s: float = 20.0) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize(
     ("number", "message"), [(signal.SIGKILL, "was ended by SIGKILL"), (signal.SIGSTOP, "has not taken up a step")]
 )
@@ -296,27 +206,6 @@ def test_ranks_do_not_outlive_a_server_that_is_killed(tiny_llama: Path, tmp_path
         assert any(map(is_rank, family))
         process.kill()
         wait_until(lambda: not any(map(is_alive, family)))
-
-
-async def test_a_model_spans_two_nodes_until_one_is_lost(tiny_llama: Path, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    nodes = ("--tp", "2", "--nnodes", "2", "--dist-init-addr", address)
-    node = start_server(tiny_llama, tmp_path / "log", *nodes, "--node-rank", "1")
-    config = EngineConfig(model_path=str(tiny_llama), device="cpu", dtype="float32", max_total_tokens=2048)
-    engine = Engine(config.replace(tp_size=2, nnodes=2, dist_init_addr=address))
-    try:
-        async with engine:
-            (delta,) = await ask(engine, [5, 6, 7])
-            assert len(delta.token_ids) == 4
-            family = {node.pid, *descendants(node.pid)}
-            node.kill()
-            assert "node 1 is gone" in await asyncio.wait_for(engine.failed(), 10)
-        wait_until(lambda: not any(map(is_alive, family)))
-    finally:
-        node.kill()
-        node.wait()
-        destroy_process_group()  # a process whose engine has failed ends; this one goes on
 
 
 @pytest.mark.parametrize(

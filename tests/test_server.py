@@ -480,10 +480,12 @@ async def test_model_info_and_server_info_have_two_names_each(client: Client) ->
         assert info["internal_states"][0]["scheduler"]["num_held_tokens"] == 250
 
 
-async def test_load_counts_requests_and_tokens(client: Client) -> None:
-    assert await (await client.get("/get_load")).json() == [
-        {"dp_rank": 0, "num_reqs": 0, "num_waiting_reqs": 0, "num_tokens": 250}
-    ]
+async def test_load_counts_requests_and_tokens_of_each_replica(client: Client, engine: FakeEngine) -> None:
+    engine.num_replicas = 2
+    load = {"num_reqs": 3, "num_waiting_reqs": 2, "num_tokens": 280, "num_pending_tokens": 30}
+    assert await (await client.get("/get_load")).json() == [{"dp_rank": i, **load} for i in range(2)]
+    info = await (await client.get("/server_info")).json()
+    assert len(info["internal_states"]) == 2
 
 
 async def test_the_cache_is_flushed_only_when_nothing_runs(engine: FakeEngine) -> None:

@@ -1,0 +1,73 @@
+"""Whole servers as processes, and what becomes of them and of those they start."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SERVER = (sys.executable, "-m", "server")
+
+
+def descendants(pid: int) -> set[int]:
+    children = {
+        int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
+    }
+    return children.union(*map(descendants, children))
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def is_rank(pid: int) -> bool:
+    return b"--multiprocessing-fork" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def start_server(
+    model: Path, log: Path, *options: str, command: Sequence[str] = SERVER, port: int = 0
+) -> subprocess.Popen[bytes]:
+    words = [*command, "--model-path", str(model), "--device", "cpu", "--port", str(port), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    with log.open("wb") as output:
+        return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=output, stderr=output)
+
+
+@contextmanager
+def ending(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """Nothing of it is left afterwards."""
+    family = {process.pid}
+    try:
+        yield process
+    finally:
+        family |= descendants(process.pid)
+        for pid in filter(is_alive, family):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def server(model: Path, log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A server process that is ready."""
+    with ending(start_server(model, log, *options)) as process:
+        wait_until_ready(process, log)
+        yield process
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> None:
+    wait_until(lambda: process.poll() is not None or "radixloop is ready" in log.read_text(), 120)
+    assert process.poll() is None, log.read_text()
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float = 20.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.05)

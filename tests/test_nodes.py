@@ -1,0 +1,180 @@
+"""One model on several hosts: two network namespaces stand for them, which see each other through one cable."""
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed import destroy_process_group
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.nodes import interface_to
+from server.config import parse_args
+from server.torchrun import torchrun_options
+from tests.server_processes import SERVER, descendants, ending, is_alive, start_server, wait_until, wait_until_ready
+from tests.test_parallel import ask
+
+PROMPT = [5, 6, 7, *range(100, 140)]
+PORT, STORE_PORT = 30000, 7000  # free in a new namespace
+
+
+@dataclass(frozen=True)
+class Host:
+    namespace: str
+    address: str
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return ("ip", "netns", "exec", self.namespace)
+
+    def generate(self, **body: Any) -> dict[str, Any]:
+        """From the server of this host."""
+        curl = ["curl", "-s", f"http://127.0.0.1:{PORT}/generate", "-H", "Content-Type: application/json"]
+        done = subprocess.run([*self.command, *curl, "-d", json.dumps(body)], capture_output=True, check=True)
+        return json.loads(done.stdout)
+
+    def lose_network(self) -> None:
+        subprocess.run(["ip", "-n", self.namespace, "link", "set", "cable", "down"], check=True)
+
+
+def run_ip(script: str) -> None:
+    for line in filter(None, map(str.strip, script.splitlines())):
+        done = subprocess.run(["ip", *line.split()], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no network namespaces here: `ip {line}` said {done.stderr.strip()}")
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[Host]]:
+    if shutil.which("ip") is None:
+        pytest.skip("no network namespaces here: there is no `ip` (iproute2)")
+    pair = [Host(f"radixloop-{os.getpid()}-{i}", f"10.213.7.{i + 1}") for i in range(2)]
+    first, second = (host.namespace for host in pair)
+    try:
+        run_ip(f"""
+            netns add {first}
+            netns add {second}
+            link add cable netns {first} type veth peer name cable netns {second}
+        """)
+        for host in pair:
+            run_ip(f"""
+                -n {host.namespace} address add {host.address}/24 dev cable
+                -n {host.namespace} link set cable up
+                -n {host.namespace} link set lo up
+            """)
+        yield pair
+    finally:
+        for host in pair:
+            subprocess.run(["ip", "netns", "delete", host.namespace], capture_output=True, check=False)
+
+
+async def greedy_answer(model: Path) -> list[int]:
+    """By one rank, in this process."""
+    config = EngineConfig(model_path=str(model), device="cpu", dtype="float32", max_total_tokens=2048)
+    async with Engine(config) as engine:
+        (delta,) = await ask(engine, PROMPT, max_new_tokens=16)
+    return delta.token_ids
+
+
+@pytest.mark.parametrize("starter", ["flags", "torchrun"])
+async def test_two_hosts_answer_as_one_does_until_the_network_between_them_fails(
+    starter: str, hosts: list[Host], tiny_llama: Path, tmp_path: Path
+) -> None:
+    first, second = hosts
+    logs = [tmp_path / "0", tmp_path / "1"]
+    flags = ["--dtype", "float32", "--max-total-tokens", "2048", "--dist-timeout", "3"]
+    with ExitStack() as stack:
+        nodes = []
+        for i, (host, log) in enumerate(zip(hosts, logs, strict=True)):
+            if starter == "torchrun":
+                rendezvous = ("--master-addr", first.address, "--master-port", str(STORE_PORT), "--node-rank", str(i))
+                run = (sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1")
+                command: Sequence[str] = (*run, *rendezvous, "-m", "server")
+                options = flags
+            else:
+                address = f"{first.address}:{STORE_PORT}"
+                own = ["--tp", "2", "--nnodes", "2", "--node-rank", str(i), "--dist-init-addr", address]
+                command, options = SERVER, [*flags, *own]
+            node = start_server(tiny_llama, log, *options, command=(*host.command, *command), port=PORT)
+            nodes.append(stack.enter_context(ending(node)))
+        wait_until_ready(nodes[0], logs[0])
+        params = {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True}
+        answer = await asyncio.to_thread(first.generate, input_ids=PROMPT, sampling_params=params)
+        assert answer["output_ids"] == await greedy_answer(tiny_llama)
+
+        family = set().union(*(descendants(process.pid) for process in nodes))  # torchrun itself waits longer
+        family |= {process.pid for process in nodes} if starter == "flags" else set()
+        second.lose_network()
+        assert await asyncio.to_thread(nodes[0].wait, 30) == 1
+        assert "error: node 1 is gone" in logs[0].read_text()
+        wait_until(lambda: not any(map(is_alive, family)), 30)
+
+
+async def test_a_model_spans_two_nodes_until_one_is_lost(tiny_llama: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    nodes = ("--tp", "2", "--nnodes", "2", "--dist-init-addr", address)
+    config = EngineConfig(model_path=str(tiny_llama), device="cpu", dtype="float32", max_total_tokens=2048)
+    engine = Engine(config.replace(tp_size=2, nnodes=2, dist_init_addr=address))
+    with ending(start_server(tiny_llama, tmp_path / "log", *nodes, "--node-rank", "1")) as node:
+        async with engine:
+            (delta,) = await ask(engine, [5, 6, 7])
+            assert len(delta.token_ids) == 4
+            family = {node.pid, *descendants(node.pid)}
+            node.kill()
+            assert "node 1 is gone" in await asyncio.wait_for(engine.failed(), 10)
+        wait_until(lambda: not any(map(is_alive, family)))
+    destroy_process_group()  # a process whose engine has failed ends; this one goes on
+
+
+def test_the_loopback_leads_to_this_host() -> None:
+    assert interface_to("127.0.0.1", 1) == "lo"
+
+
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "none",
+    "TORCHELASTIC_RESTART_COUNT": "0",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "WORLD_SIZE": "4",
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "host0",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_torchrun_tells_a_process_its_place() -> None:
+    config = parse_args(["--tp", "8", "--base-gpu-id", "2"], TORCHRUN)
+    assert (config.nnodes, config.node_rank, config.dist_init_addr, config.join_dist_store) == (
+        4, 3, "host0:29500", True,
+    )  # fmt: skip
+    assert (config.tp_size, config.base_gpu_id) == (8, 4), "each process has two GPUs, this one its host's second pair"
+    assert parse_args([], TORCHRUN).tp_size == 4, "a rank each"
+    assert torchrun_options({"RANK": "1", "WORLD_SIZE": "2"}, {}) == {}, "another starter's"
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "message"),
+    [
+        (["--node-rank", "1"], {}, "--node-rank is 1, but torchrun says 3"),
+        (["--nnodes", "2"], {}, "--nnodes is 2, but torchrun says 4"),
+        (["--dist-init-addr", "here:1"], {}, "--dist-init-addr is here:1, but torchrun says host0:29500"),
+        ([], {"TORCHELASTIC_RESTART_COUNT": "1"}, "--max-restarts 0"),
+    ],
+)
+def test_what_contradicts_torchrun_is_told(
+    argv: list[str], environ: dict[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(argv, {**TORCHRUN, **environ})
+    assert message in capsys.readouterr().err
