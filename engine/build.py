@@ -35,7 +35,7 @@ from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.tokenizer import Tokenizer
 from engine.weights import load_weights, resolve_model, resolve_tokenizer
-from kernels.attention import choose_backend
+from kernels.attention import can_capture_prompts, choose_backend
 from kernels.gemm import GEMV_MAX_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -227,8 +227,9 @@ def build_runner(
             model_config.head_dim, kv_dtype, device,
         )  # fmt: skip
 
-    largest_step = 0
-    max_graph_tokens = min(config.chunked_prefill_size, max_len, comm.minimum(int(MAX_GRAPH_WORK / weights_bytes)))
+    largest_step = max_graph_tokens = 0
+    if can_capture_prompts(config.attention_backend):
+        max_graph_tokens = min(config.chunked_prefill_size, max_len, comm.minimum(int(MAX_GRAPH_WORK / weights_bytes)))
     if device.type == "cuda":
         probe = ModelRunner(model, new_pool(max_step_tokens), sampler, stager, comm)
         largest_step = measure_step(probe, max_step_tokens, num_rows, max_len)

@@ -86,8 +86,8 @@ def attention(
     """q [T, H, D], caches [num_slots, Hkv, D] (q's dtype or float8) -> [T, H, D].
 
     window: a token sees at most that many last tokens, itself included; -1: all. softcap c > 0: scores become
-    c tanh(score / c). With "triton" or "flashinfer" a batch of single tokens only can be captured in a CUDA graph:
-    lengths and slots are read on the device, and the launch depends on nothing but shapes.
+    c tanh(score / c). A launch of "triton", or of "flashinfer" for single tokens, can be captured in a CUDA graph: it
+    depends on nothing but shapes, and lengths and slots are read on the device.
     """
     if backend == "torch":
         return attention_torch(q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap)
@@ -98,6 +98,11 @@ def attention(
     from kernels.flashinfer_attention import attention_flashinfer
 
     return attention_flashinfer(q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap)
+
+
+def can_capture_prompts(backend: str | None) -> bool:
+    """Whether batches with prompts can be in CUDA graphs: FlashInfer plans each of them on the host."""
+    return backend == "triton"
 
 
 def choose_backend(requested: str | None, device: torch.device) -> tuple[str, str]:

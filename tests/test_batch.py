@@ -88,7 +88,9 @@ def test_padding_writes_to_the_dump_slot_only(parts: Parts) -> None:
     torch.testing.assert_close(parts.runner.kv.buffer[:, :, 1:], exact[:, :, 1:], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("max_tokens", "max_requests"), [(8192, 1024), (2048, 1024), (8192, 100), (8192, 8), (16, 8)])
+@pytest.mark.parametrize(
+    ("max_tokens", "max_requests"), [(8192, 1024), (2048, 1024), (8192, 100), (8192, 8), (16, 8), (0, 8)]
+)
 def test_ladders_hold_every_step_they_are_for_and_none_twice(max_tokens: int, max_requests: int) -> None:
     ladders = fitting_ladders(max_tokens, max_requests)
     most_tokens = max((size for size in COARSE_TOKENS if size <= max_tokens), default=0)
