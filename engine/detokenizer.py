@@ -357,6 +357,11 @@ class TextStream:
         self._parts: list[str] = []
 
     @property
+    def has_stops(self) -> bool:
+        """May the text end by what it says?"""
+        return self._scanner is not None
+
+    @property
     def matched_stop(self) -> str | None:
         """The stop string, or the pattern of the stop regex, that ended the text; nothing is released after it."""
         return self._scanner.matched_stop if self._scanner is not None else None

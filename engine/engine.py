@@ -92,7 +92,7 @@ class Engine:
         """Load the model and begin to step. `ModelError` if it cannot be served."""
         parts = self._parts = await self._build(on_progress)
         self.config = parts.config
-        self._output = OutputProcessor(parts.scheduler, self.config.stream_interval)
+        self._output = OutputProcessor(parts.scheduler, self.config.stream_interval, self._on_end)
         self._loop = StepLoop(
             parts.scheduler,
             parts.runner,
@@ -278,7 +278,6 @@ class Engine:
         self._num_requests += 1
         if request.logprob_start_len >= 0:  # nothing predicts the first
             request.input_logprobs = Logprobs([(None, request.input_ids[request.logprob_start_len])], [None], [None])
-        request.sink = functools.partial(self._pass_on, request.sink)
         assert self._loop is not None
         self._loop.wake()
 
@@ -307,19 +306,17 @@ class Engine:
             tokens.pop()
         request.output_ids = tokens
         request.num_forced_tokens = len(tokens)
-        if tokens and request.wants_tokens:
-            request.unsent = Delta(request, request.text_stream.push(tokens), list(tokens))
+        if request.wants_tokens:
+            request.new_token_ids = list(tokens)
 
-    def _pass_on(self, sink: Callable[[Delta], None], delta: Delta) -> None:
-        if delta.finish_reason is not None:
-            if delta.request.matcher is not None:
-                delta.request.matcher.close()
-            self._requests.pop(delta.request.rid, None)
-            num_served = self.parts.scheduler.shares.num_served_tokens
-            self._drain.observe(time.perf_counter(), num_served, is_idle=not self._requests)
-            if self._is_stopping and not self._requests:
-                self._drained.set()
-        sink(delta)
+    def _on_end(self, request: Request) -> None:
+        if request.matcher is not None:
+            request.matcher.close()
+        self._requests.pop(request.rid, None)
+        num_served = self.parts.scheduler.shares.num_served_tokens
+        self._drain.observe(time.perf_counter(), num_served, is_idle=not self._requests)
+        if self._is_stopping and not self._requests:
+            self._drained.set()
 
     def _verify(self, request: Request) -> None:
         vocab_size = self.model_config.vocab_size

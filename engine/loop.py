@@ -2,7 +2,8 @@
 
 Steps overlap. While step n runs on the device, step n+1 is already enqueued behind it, its input tokens taken on the
 device from step n's output. When n's tokens arrive, n+2 is decided and enqueued first; only then is n's text made
-and sent, so sockets are written while the device computes.
+and sent, so sockets are written while the device computes. That is done for a few streams a turn of the event loop, and
+each turn looks first whether the device has come back and wants its next step.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 MIN_PREFILL_SHARE = 1 / 16  # of the longest chunk, in every step, however tight its time: a prompt must not starve
 MIN_LEAD_S = 0.002  # a step is decided at least this long before the one before it ends
 LAUNCH_MARGIN = 1.25  # launches vary; the device shall not wait for them
+MAX_DELIVERIES = 4  # in one turn of the event loop
 MIN_SLEEP_S = 0.001  # uvloop's timers count milliseconds
 
 
@@ -56,28 +58,28 @@ class StepLoop:
         self.scheduler, self.runner, self.output = scheduler, runner, output
         self.stats = LoopStats()
         self._depth = 2 if is_overlapped else 1
-        self._work = asyncio.Event()
-        self._may_step = asyncio.Event()
-        self._may_step.set()
+        self._news = asyncio.Event()  # a step has ended, or there may be something to schedule
+        self._may_step = True
         self._is_still = asyncio.Event()
         self._in_flight: deque[Step] = deque()
         self._pace = StepPace(max_step_ms, chunked_prefill_size)
         self._log = BatchLog(scheduler, decode_log_interval)
 
     def wake(self) -> None:
-        """There is something to schedule."""
-        self._work.set()
+        """There may be something to schedule."""
+        self._news.set()
 
     async def pause(self) -> None:
         """Launch nothing more. Returns when what was launched has come back and its news are delivered."""
-        self._may_step.clear()
+        self._may_step = False
         self.wake()
         await self._is_still.wait()
 
     def resume(self) -> None:
         self._is_still.clear()
-        self._may_step.set()
+        self._may_step = True
         self.stats.last_step_at = time.perf_counter()  # so that the pause is taken for no step's delay
+        self.wake()
 
     @property
     def is_still(self) -> bool:
@@ -90,48 +92,82 @@ class StepLoop:
 
     async def run(self) -> None:
         """Until cancelled."""
-        resolved: tuple[Step, Outcome] | None = None
-        stats, clock = self.stats, time.perf_counter
         while True:
-            if resolved is not None and (spare_s := self._spare_s()) > 0:
-                self._deliver(*resolved)
-                resolved = None
-                await asyncio.wait([_end_of(self._in_flight[0])], timeout=spare_s)
-            start = clock()
-            try:
-                plan = None
-                if self._may_step.is_set():
-                    plan = self.scheduler.schedule(self._prefill_budget())
-            except Exception as error:  # noqa: BLE001 - a mistake of ours must not end the server
-                await self._abandon(error)
-                continue
-            scheduled = clock()
-            stats.schedule_s += scheduled - start
-            if plan is not None:
-                for request in plan.admitted:
-                    request.times.scheduled = start
-                if self._in_flight:
-                    self.output.follow(len(plan.rows), has_run_dry=self._in_flight[-1].done.done())
-                try:
-                    step = self.runner.launch(plan)
-                except Exception as error:  # noqa: BLE001 - out of memory, say: this step's failure alone
-                    await self._fail(plan, error)
-                    continue
-                self._in_flight.append(step)
-                self._log.on_launch(plan)
-                if step.awaits_masks and not await self._sample(step):
-                    continue
-                launched = clock()
-                stats.launch_s += launched - scheduled
-                self._pace.observe_launch(plan, launched - start)
-            if resolved is not None:
-                self._deliver(*resolved)
-                resolved = None
+            self._news.clear()
+            if self._has_ended:
+                await self._resolve(self._in_flight[0])
+            spare_s = 0.0
+            while self._may_step and len(self._in_flight) < self._depth:
+                spare_s = self._spare_s()
+                if spare_s or not await self._launch():
+                    break
+            if self.output.has_pending or self._has_ended:
+                self._deliver()
+                await asyncio.sleep(0)  # the connections have their turn
+            else:
+                await self._wait(spare_s)
 
-            if not self._in_flight:
-                await self._idle()
-            elif plan is None or len(self._in_flight) >= self._depth:
-                resolved = await self._resolve(self._in_flight[0])
+    @property
+    def _has_ended(self) -> bool:
+        """Has the oldest step come back?"""
+        return bool(self._in_flight) and self._in_flight[0].done.done()
+
+    def _deliver(self) -> None:
+        """Some of what is pending; little of it once a step has come back."""
+        start = time.perf_counter()
+        for _ in range(MAX_DELIVERIES):
+            self.output.deliver()
+            if self._has_ended:
+                break
+        self.stats.deliver_s += time.perf_counter() - start
+
+    async def _launch(self) -> bool:
+        """Decide and enqueue the next step. False: there is nothing that could be computed now."""
+        stats, clock = self.stats, time.perf_counter
+        start = clock()
+        try:
+            plan = self.scheduler.schedule(self._prefill_budget())
+        except Exception as error:  # noqa: BLE001 - a mistake of ours must not end the server
+            await self._abandon(error)
+            return True
+        scheduled = clock()
+        stats.schedule_s += scheduled - start
+        if plan is None:
+            return False
+        for request in plan.admitted:
+            request.times.scheduled = start
+        try:
+            step = self.runner.launch(plan)
+        except Exception as error:  # noqa: BLE001 - out of memory, say: this step's failure alone
+            await self._fail(plan, error)
+            return True
+        self._in_flight.append(step)
+        self._log.on_launch(plan)
+        if not step.awaits_masks:
+            self._tell_end_of(step)
+        elif not await self._sample(step):
+            return True
+        launched = clock()
+        stats.launch_s += launched - scheduled
+        self._pace.observe_launch(plan, launched - start)
+        return True
+
+    def _tell_end_of(self, step: Step) -> None:
+        """Wake the loop when all that is enqueued of `step` has been computed."""
+        loop = asyncio.get_running_loop()
+        step.done.add_done_callback(lambda _: loop.call_soon_threadsafe(self.wake))
+
+    async def _wait(self, spare_s: float) -> None:
+        """Sleep until there is news, or for `spare_s` if that is not 0; costs no CPU."""
+        if not self._in_flight:
+            if not self._may_step:
+                self._is_still.set()
+            elif self.scheduler.has_work:
+                spare_s = MIN_SLEEP_S  # only what the caller does next can free what the queue waits for
+        timer = asyncio.get_running_loop().call_later(spare_s, self.wake) if spare_s else None
+        await self._news.wait()
+        if timer is not None:
+            timer.cancel()
 
     @property
     def _has_prompts(self) -> bool:
@@ -139,11 +175,6 @@ class StepLoop:
 
     def _prefill_budget(self) -> int | None:
         return self._pace.prefill_budget(self.scheduler.num_streams) if self._has_prompts else None
-
-    def _deliver(self, step: Step, outcome: Outcome) -> None:
-        start = time.perf_counter()
-        self.output.deliver(step, outcome)
-        self.stats.deliver_s += time.perf_counter() - start
 
     def _spare_s(self) -> float:
         """Seconds until the next step must be decided for the device not to wait; 0 if that is about now.
@@ -157,18 +188,6 @@ class StepLoop:
         lead_s = self._pace.lead_s(self._has_prompts)
         spare_s = begun_at + self._pace.predict_s(step.plan) - lead_s - time.perf_counter()
         return spare_s if spare_s >= MIN_SLEEP_S else 0.0
-
-    async def _idle(self) -> None:
-        """Sleep until there is something to schedule; costs no CPU."""
-        if not self._may_step.is_set():
-            self._is_still.set()
-            await self._may_step.wait()
-            return
-        self._work.clear()
-        if self.scheduler.has_work:
-            await asyncio.sleep(0.001)  # only what the caller does next can free what the queue waits for
-        else:
-            await self._work.wait()
 
     async def _sample(self, step: Step) -> bool:
         """Enqueue the sampling of the newest step, if all tokens before it are known to the matchers.
@@ -185,26 +204,24 @@ class StepLoop:
         except Exception as error:  # noqa: BLE001 - as of a launch
             await self._fail(step.plan, error)
             return False
+        self._tell_end_of(step)
         for i, message in errors.items():
             request = self.scheduler.request_of(step.plan, wanted[0][i])
             self.abort(request, FinishReason("abort", message=f"the grammar failed: {message}", status_code=500))
         return True
 
-    async def _resolve(self, step: Step) -> tuple[Step, Outcome] | None:
-        """Wait for `step` and take in its tokens. A step that raised fails its own requests; the loop goes on."""
+    async def _resolve(self, step: Step) -> None:
+        """Take in the tokens of `step`, which has ended. If it raised, its own requests fail; the loop goes on."""
         try:
-            if step.done.done():  # the device is ahead of the host: let the connections have their turn all the same
-                await asyncio.sleep(0)
-                step.done.result()
-            else:
-                await asyncio.wrap_future(step.done)  # in flight until then: whoever asks why nothing moves finds it
+            step.done.result()
         except Exception as error:  # noqa: BLE001 - whatever a step raises ends that step's requests and no others
             await self._fail(step.plan, error)
-            return None
+            return
         self._in_flight.popleft()
         start = time.perf_counter()
         assert step.tokens is not None
         outcome = self.scheduler.resolve(step.plan, step.tokens.numpy())
+        self.output.take(step, outcome)
         device_s, idle_s = self.runner.times(step)
         self._pace.observe(step.plan, device_s)
         self._log.on_resolve(outcome)
@@ -216,7 +233,6 @@ class StepLoop:
         if self._in_flight and (newest := self._in_flight[-1]).awaits_masks:
             await self._sample(newest)  # before the next launch, which may overwrite its logits
         stats.resolve_s += time.perf_counter() - start
-        return step, outcome
 
     async def _fail(self, plan: Plan, error: Exception) -> None:
         """End the requests of a step that raised."""
@@ -237,14 +253,13 @@ class StepLoop:
             await asyncio.wait([_end_of(self._in_flight.popleft())])
 
     def _close(self, requests: list[Request]) -> None:
-        now = time.perf_counter()
         for request in requests:
-            self.output.close(request, now)
+            self.output.close(request)
 
     def abort(self, request: Request, reason: FinishReason) -> None:
         """End `request` now: its slots are free before the next plan."""
         self.scheduler.finish(request, reason)
-        self.output.close(request, time.perf_counter())
+        self.output.close(request)
 
 
 def _end_of(step: Step) -> asyncio.Future[None]:

@@ -1,7 +1,16 @@
-"""From sampled tokens to what the caller sees: text, stop strings, log-probabilities, deltas."""
+"""From sampled tokens to what the caller sees: text, stop strings, log-probabilities, deltas.
+
+`take` notes what a step brought, at little cost, so that the next one can be decided. `deliver` makes the text of a few
+requests and gives it to their sinks, and is called again and again: connections and steps have their turns in between.
+Whoever has news is served in order, and tokens that come before a request's turn go out with those that wait for it. So
+each token is a piece of its own while the host keeps up; where it does not, pieces grow until it does, and the device
+need not wait for sockets.
+"""
 
 import logging
 import time
+from collections import OrderedDict
+from collections.abc import Callable
 
 from engine.errors import InvalidRequest
 from engine.model_runner import PromptLogprobs, Step, logprobs_of
@@ -10,110 +19,150 @@ from engine.scheduler import Outcome, Scheduler
 
 logger = logging.getLogger(__name__)
 
-MAX_MERGED_TOKENS = 4
-MIN_MERGED_STREAMS = 16  # fewer are not what the device waits for
+MAX_COST = 16  # of one call of `deliver`, in deltas: with the writes to their sockets, some 0.15 ms of the loop
+COST_OF_END = 8  # a handler wakes and ends its response
 
 
 class OutputProcessor:
-    def __init__(self, scheduler: Scheduler, stream_interval: int = 1) -> None:
-        self.scheduler, self.stream_interval = scheduler, stream_interval
-        self.num_merged = 1  # tokens of a stream that go out together
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        stream_interval: int = 1,
+        on_end: Callable[[Request], None] = lambda request: None,
+    ) -> None:
+        """on_end: called with each request whose last delta is about to be given."""
+        self.scheduler, self.stream_interval, self.on_end = scheduler, stream_interval, on_end
+        self._pending: OrderedDict[Request, None] = OrderedDict()  # those with news, the next one first
 
-    def follow(self, num_requests: int, has_run_dry: bool) -> None:
-        """Write fewer, longer pieces while the device waits for the host's writing; else each token by itself."""
-        if has_run_dry and num_requests >= MIN_MERGED_STREAMS:
-            self.num_merged = min(self.num_merged + 1, MAX_MERGED_TOKENS)
-        elif self.num_merged > 1:
-            self.num_merged -= 1
+    @property
+    def has_pending(self) -> bool:
+        return bool(self._pending)
 
-    def deliver(self, step: Step, outcome: Outcome) -> None:
-        """Give every sink what this step brought. Ends requests whose text has reached a stop string."""
+    def take(self, step: Step, outcome: Outcome) -> None:
+        """Note what a resolved step brought. Ends requests whose text has reached a stop string."""
         now = time.perf_counter()
-        for request in step.plan.answering:
-            request.times.first_token = request.times.first_token or now
         for values in step.prompt_logprobs:
             self._add_prompt_logprobs(values)
         if step.pooled is not None:
             step.pooled.deliver()
-        min_tokens = max(self.stream_interval, self.num_merged)
-        sampled_index = {}
         if step.work.logprob_samples is not None:
-            sampled_index = {int(s): i for i, s in enumerate(step.work.logprob_samples)}
-        for request, tokens, sample in outcome.tokens:
-            unsent = request.unsent
-            if unsent is None:
-                unsent = request.unsent = Delta(request, "", [])
-            unsent.token_ids += tokens
-            if sampled_index and sample in sampled_index:
-                assert step.sampled_logprobs is not None
-                entry = logprobs_of(step.sampled_logprobs, sampled_index[sample], tokens[:1], request)
-                unsent.logprobs = _joined(unsent.logprobs, entry)
-            try:
-                stream = request.text_stream
-                if stream is not None:
-                    if len(tokens) > 1:
-                        self._push_run(unsent, tokens)
-                    elif request.finish_reason is None or not _is_trimmed_stop(request, tokens[0]):
-                        unsent.text += stream.push(tokens)
-                    if stream.matched_stop is not None:
-                        self._end(request, FinishReason("stop", matched=stream.matched_stop), outcome)
-                # No text: half a character, or the head of what may become a stop string. The first is never held.
-                is_due = (unsent.text or unsent.logprobs is not None) and (
-                    len(unsent.token_ids) >= min_tokens or request.times.first_token == now
-                )
-                if is_due and request.stream and request.status is Status.RUNNING:
-                    request.unsent = None
-                    request.sink(unsent)
-            except Exception as error:  # noqa: BLE001 - one request's text or sink fails that request and no other
-                request.text_stream = None
-                self._end(request, _refusal(error), outcome)
+            self._add_logprobs(step, outcome)
+        pending = self._pending
+        for request, token in zip(outcome.requests, outcome.token_ids, strict=True):
+            request.new_token_ids.append(token)
+            pending[request] = None
+        for request, forced in outcome.forced:
+            request.new_token_ids += forced
+        for request in outcome.watched:
+            self._guarded(self._read, request)
         for request in outcome.finished:
-            self.close(request, now)
+            request.times.finished = now
+            pending[request] = None
+        for request in step.plan.answering:
+            request.times.first_token = request.times.first_token or now
+            if request in pending:  # an empty page is looked at with less patience than one that grows
+                pending.move_to_end(request, last=False)
 
-    def _push_run(self, unsent: Delta, tokens: list[int]) -> None:
-        """Text of tokens that came together, up to a stop; those after it are none of the answer's."""
-        request = unsent.request
-        stream = request.text_stream
-        num_text = len(tokens) - _is_trimmed_stop(request, tokens[-1])
-        for num_after, token in zip(range(len(tokens) - 1, -1, -1), tokens[:num_text], strict=False):
-            unsent.text += stream.push((token,))
-            if stream.matched_stop is not None:
-                del unsent.token_ids[len(unsent.token_ids) - num_after :]
-                self.scheduler.cut(request, num_after)
-                return
+    def deliver(self) -> None:
+        """Give the sinks of the next few requests their news."""
+        cost = 0
+        while self._pending and cost < MAX_COST:
+            request, _ = self._pending.popitem(last=False)
+            if request.status is Status.FINISHED:
+                cost += COST_OF_END
+                self.close(request)
+            else:
+                cost += 1
+                self._guarded(self._send, request)
 
-    def close(self, request: Request, now: float) -> None:
+    def close(self, request: Request) -> None:
         """Give the sink of an ended request its last delta."""
-        request.times.finished = now
-        if not request.times.first_token:
-            request.times.first_token = now
-        delta = request.unsent or Delta(request, "", [])
-        request.unsent = None
+        self._pending.pop(request, None)
+        times = request.times
+        times.finished = times.finished or time.perf_counter()
+        times.first_token = times.first_token or times.finished
         stream = request.text_stream
         try:
-            if stream is not None:
-                if not request.wants_tokens:
-                    output_ids = request.output_ids
-                    is_trimmed = output_ids and _is_trimmed_stop(request, output_ids[-1])
-                    delta.text = stream.push(output_ids[:-1] if is_trimmed else output_ids)
-                delta.text += stream.finish()
-        except Exception as error:  # noqa: BLE001 - as in deliver
-            request.finish_reason = _refusal(error)
+            if not request.wants_tokens:
+                request.new_token_ids = request.output_ids
+            self._read(request)
+            tail = "" if stream is None else stream.finish()
+        except Exception as error:  # noqa: BLE001 - as in _guarded
+            request.finish_reason, tail = _refusal(error), ""
+        delta = request.unsent or Delta(request, "", [])
+        request.unsent = None
+        delta.text += tail
         if not request.stream:
             delta.token_ids = request.output_ids
         delta.finish_reason = request.finish_reason
+        self.on_end(request)
         try:
             request.sink(delta)
         except Exception:
             logger.exception("the receiver of request %s failed", request.rid)
 
-    def _end(self, request: Request, reason: FinishReason, outcome: Outcome) -> None:
+    def _guarded(self, act: Callable[[Request], None], request: Request) -> None:
+        try:
+            act(request)
+        except Exception as error:  # noqa: BLE001 - one request's text or sink fails that request and no other
+            request.text_stream = None
+            self._end(request, _refusal(error))
+
+    def _send(self, request: Request) -> None:
+        self._read(request)
+        delta = request.unsent
+        # No text: half a character, or the head of what may become a stop string.
+        if delta is None or not request.stream or not (delta.text or delta.logprobs is not None):
+            return
+        if len(delta.token_ids) >= self.stream_interval or not request.has_begun:
+            request.unsent, request.has_begun = None, True
+            request.sink(delta)
+
+    def _read(self, request: Request) -> None:
+        """Make the text of the newest tokens, up to a stop; tokens after it are none of the answer's."""
+        token_ids, stream = request.new_token_ids, request.text_stream
+        if not token_ids:
+            return
+        request.new_token_ids = []
+        unsent = request.unsent
+        if unsent is None:
+            unsent = request.unsent = Delta(request, "", token_ids)
+        else:
+            unsent.token_ids += token_ids
+        if stream is None:
+            return
+        shown = token_ids[:-1] if _is_trimmed_stop(request, token_ids[-1]) else token_ids
+        if not stream.has_stops:
+            unsent.text += stream.push(shown)
+            return
+        for num_read, token in enumerate(shown, start=1):
+            unsent.text += stream.push((token,))
+            if stream.matched_stop is not None:
+                num_after = len(token_ids) - num_read
+                del unsent.token_ids[len(unsent.token_ids) - num_after :]
+                self.scheduler.cut(request, num_after)
+                self._end(request, FinishReason("stop", matched=stream.matched_stop))
+                return
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
         """What the text says goes before whatever else ended the request with the same token."""
         if request.status is Status.RUNNING:
             self.scheduler.finish(request, reason)
-            outcome.finished.append(request)
+            request.times.finished = time.perf_counter()
+            self._pending[request] = None
         else:
             request.finish_reason = reason
+
+    def _add_logprobs(self, step: Step, outcome: Outcome) -> None:
+        values, samples = step.sampled_logprobs, step.work.logprob_samples
+        assert values is not None and samples is not None
+        index_of = {sample: i for i, sample in enumerate(samples.tolist())}
+        for request, token, sample in zip(outcome.requests, outcome.token_ids, outcome.samples.tolist(), strict=True):
+            if sample in index_of:
+                if request.unsent is None:
+                    request.unsent = Delta(request, "", [])
+                entry = logprobs_of(values, index_of[sample], [token], request)
+                request.unsent.logprobs = _joined(request.unsent.logprobs, entry)
 
     def _add_prompt_logprobs(self, values: PromptLogprobs) -> None:
         request, collected = values.request, values.request.input_logprobs

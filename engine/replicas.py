@@ -46,7 +46,8 @@ _FIELDS = [one.name for one in dataclasses.fields(Request)]
 OUTCOME = [
     name
     for name in _FIELDS[_FIELDS.index("status") :]
-    if name not in ("status", "row", "input_logprobs", "prompt_ids", "text_stream", "unsent", "matcher")
+    if name
+    not in ("status", "row", "input_logprobs", "prompt_ids", "text_stream", "new_token_ids", "unsent", "matcher")
 ]
 COMBINED: dict[str, Callable[[Sequence[Any]], Any]] = {"last_step_at": max, "new_token_ratio": fmean}  # others add up
 

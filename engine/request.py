@@ -269,7 +269,9 @@ class Request:
     embedding: np.ndarray | None = None  # float32, of a request with `pooling`; not normalized
     prompt_ids: np.ndarray | None = None  # input_ids as int32, once checked
     text_stream: Any = None  # engine.detokenizer.TextStream, made when submitted; None again if it failed
-    unsent: Delta | None = None  # what the sink has not been given yet
+    new_token_ids: list[int] = field(default_factory=list)  # whose text has not been made yet
+    unsent: Delta | None = None  # what the sink has not been given of all before them
+    has_begun: bool = False  # the sink has been given something
     times: RequestTimes = field(default_factory=lambda: RequestTimes(arrived=time.perf_counter()))
 
     @property
@@ -282,7 +284,7 @@ class Request:
 
     @property
     def wants_tokens(self) -> bool:
-        """Does someone look at each token as it comes? If not, the text is made once, at the end."""
+        """Does someone look at the tokens as they come? If not, the text is made once, at the end."""
         params = self.sampling_params
         return self.stream or self.return_logprob or bool(params.stop or params.stop_regex)
 

@@ -44,6 +44,7 @@ class Rows:
         self.repetition_penalty = np.ones(size, np.float32)
         self.seed = np.zeros(size, np.int64)
         self.is_greedy = np.ones(size, bool)
+        self.has_stop_text = np.zeros(size, bool)  # strings or regexes
         self.has_penalties = np.zeros(size, bool)
         self.has_logit_edits = np.zeros(size, bool)  # logit_bias or min_new_tokens
         self.stops_at_eos = np.zeros(size, bool)
@@ -52,7 +53,7 @@ class Rows:
         self.wants_logprobs = np.zeros(size, bool)
         self.has_matcher = np.zeros(size, bool)
         self.has_mask = np.zeros(size, bool)  # its matcher may forbid tokens: sampling waits for it
-        self.has_extras = np.zeros(size, bool)  # wants_logprobs or another has_: most steps ask no further
+        self.has_extras = np.zeros(size, bool)  # wants_logprobs or a has_ from has_penalties on: most steps have none
         self.is_counted = np.zeros(size, bool)  # the device's counts for penalties follow the row's tokens
 
         self.sampling_version = 0  # grows when a sampling parameter changes, so that the device's copy is renewed
@@ -87,6 +88,7 @@ class Rows:
         self.has_logit_edits[row] = bool(params.logit_bias or params.min_new_tokens)
         self.stops_at_eos[row] = not params.ignore_eos
         self.has_stop_ids[row] = bool(params.stop_token_ids)
+        self.has_stop_text[row] = bool(params.stop or params.stop_regex)
         self.wants_logprobs[row] = request.return_logprob
         self.wants_tokens[row] = request.wants_tokens
         self.has_matcher[row] = request.matcher is not None

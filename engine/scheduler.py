@@ -33,15 +33,18 @@ MAX_SORTED_QUEUE = 128  # matching a longer queue against the tree costs more th
 MAX_OVERTAKEN = 256  # requests that the policy may admit before one that came earlier
 MAX_RESERVED_TOKENS = 4096  # of one answer, counted when asking whether a request fits
 MIN_SHARED_TOKENS = 2048  # reads of shared KV a step must save for the grouped attention to pay
-_NO_EPOCHS = np.empty(0, np.int64)
+_NO_INDICES = np.empty(0, np.int64)
 
 
 @dataclass(slots=True)
 class Outcome:
     """What a resolved step means to those who wait: new tokens, and requests that ended."""
 
-    # (request, the sampled token and those it forces, index among the samples)
-    tokens: list[tuple[Request, list[int], int]] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)  # those sampled that want to see their tokens
+    token_ids: list[int] = field(default_factory=list)  # of each, its newest
+    samples: np.ndarray = field(default_factory=lambda: _NO_INDICES)  # of each, its index among the samples
+    forced: list[tuple[Request, list[int]]] = field(default_factory=list)  # tokens that follow from the newest
+    watched: list[Request] = field(default_factory=list)  # those whose text may end them
     finished: list[Request] = field(default_factory=list)
     num_tokens: int = 0
 
@@ -280,7 +283,7 @@ class Scheduler:
             out_cache_loc=slots,
             num_decodes=count,
             samples=self._each[:count],
-            epochs=_NO_EPOCHS,
+            epochs=_NO_INDICES,
         )
 
     def _add_chunks(self, plan: Plan, chunks: list[_Chunk]) -> None:
@@ -542,17 +545,18 @@ class Scheduler:
                 ends[i] |= tokens[i] in _request_of(rows, sampled[i]).sampling_params.stop_token_ids
 
         (wanted,) = (rows.wants_tokens[sampled] & is_finite).nonzero()
-        requests = [request for row in sampled[wanted].tolist() if (request := rows.requests[row]) is not None]
-        runs: list[list[int]] = tokens[wanted, np.newaxis].tolist()
-        outcome.tokens = list(zip(requests, runs, index[wanted].tolist(), strict=True))
+        outcome.requests = [request for row in sampled[wanted].tolist() if (request := rows.requests[row]) is not None]
+        outcome.token_ids, outcome.samples = tokens[wanted].tolist(), index[wanted]
+        (watched,) = (rows.has_stop_text[sampled] & is_finite).nonzero()
+        outcome.watched = [_request_of(rows, row) for row in sampled[watched].tolist()]
         if has_extras and rows.has_matcher[sampled].any():
-            run_of = dict(zip(wanted.tolist(), runs, strict=True))
             for i in np.flatnonzero(rows.has_matcher[sampled] & is_finite).tolist():
                 request, token = _request_of(rows, sampled[i]), int(tokens[i])
                 if self._is_stop(request, token):
                     continue
                 forced, end = self._follow(request, token)
-                run_of.get(i, []).extend(forced)
+                if forced and request.wants_tokens:
+                    outcome.forced.append((request, forced))
                 outcome.num_tokens += len(forced)
                 if end is not None:
                     ends[i] = False

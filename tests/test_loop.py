@@ -59,11 +59,10 @@ async def settle() -> None:
 
 
 @asynccontextmanager
-async def running_loop(**options: Any) -> AsyncIterator[tuple[StepLoop, ManualRunner]]:
-    rows = Rows(8, 256)
-    scheduler = Scheduler(
-        rows, PageAllocator(513, 1), RadixCache(1), is_eos=np.zeros(100, bool), chunked_prefill_size=64
-    )
+async def running_loop(num_rows: int = 8, **options: Any) -> AsyncIterator[tuple[StepLoop, ManualRunner]]:
+    rows = Rows(num_rows, 256)
+    allocator = PageAllocator(64 * num_rows + 1, 1)
+    scheduler = Scheduler(rows, allocator, RadixCache(1), is_eos=np.zeros(100, bool), chunked_prefill_size=4096)
     runner = ManualRunner()
     loop = StepLoop(scheduler, runner, OutputProcessor(scheduler), **options)  # type: ignore[arg-type]
     task = asyncio.create_task(loop.run())
@@ -81,6 +80,26 @@ def submit(loop: StepLoop, prompt: list[int], max_new_tokens: int = 8) -> tuple[
     loop.scheduler.submit(request)
     loop.wake()
     return request, deltas
+
+
+class OneLetterAToken:
+    has_stops, matched_stop = False, None
+
+    def push(self, token_ids: list[int]) -> str:
+        return "a" * len(token_ids)
+
+    def finish(self) -> str:
+        return ""
+
+
+def submit_streams(loop: StepLoop, count: int, max_new_tokens: int = 8) -> list[list[Delta]]:
+    """What each of `count` streams is given."""
+    given = []
+    for i in range(count):
+        request, deltas = submit(loop, [i, 1, 2], max_new_tokens)
+        request.stream, request.text_stream = True, OneLetterAToken()
+        given.append(deltas)
+    return given
 
 
 async def test_the_next_step_is_on_its_way_before_the_device_is_done() -> None:
@@ -191,14 +210,50 @@ def test_a_prediction_is_never_longer_than_what_was_seen(num_prefill_tokens: int
     assert pace.predict_s(plan_of(num_prefill_tokens)) <= (0.030 if num_prefill_tokens else 0.010)
 
 
-def test_tokens_are_merged_only_while_many_streams_keep_the_device_waiting() -> None:
-    output = OutputProcessor(None)  # type: ignore[arg-type]  # which only answers ask
-    for _ in range(3):
-        output.follow(1, has_run_dry=True)
-    assert output.num_merged == 1
-    for _ in range(9):
-        output.follow(256, has_run_dry=True)
-    assert output.num_merged == 4
-    for _ in range(9):
-        output.follow(256, has_run_dry=False)
-    assert output.num_merged == 1
+async def test_the_next_step_is_launched_before_the_last_ones_tokens_are_given() -> None:
+    async with running_loop() as (loop, runner):
+        request, _ = submit(loop, [1, 2, 3])
+        request.stream, request.text_stream = True, OneLetterAToken()
+        num_launched: list[int] = []
+        request.sink = lambda delta: num_launched.append(len(runner.launched))
+        await settle()
+        await runner.finish(0)
+        await runner.finish(1)
+        assert num_launched == [3, 4]
+
+
+async def test_each_token_is_a_piece_of_its_own_while_the_host_keeps_up() -> None:
+    async with running_loop(num_rows=40) as (loop, runner):
+        given = submit_streams(loop, 40)
+        await settle()
+        for i in range(3):
+            await runner.finish(i)
+        assert [[delta.token_ids for delta in deltas] for deltas in given] == [[[TOKEN]] * 3] * 40
+
+
+async def test_tokens_that_come_before_a_streams_turn_go_out_in_one_piece() -> None:
+    async with running_loop(num_rows=400) as (loop, runner):
+        given = submit_streams(loop, 400)
+        await settle()
+        for i in range(3):  # faster than the host can tell 400 streams
+            runner.launched[i].done.set_result(None)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        await settle()
+        sizes = [[len(delta.token_ids) for delta in deltas] for deltas in given]
+        assert {sum(one) for one in sizes} == {3}
+        assert max(map(max, sizes)) > 1, "some were told of two steps at once"
+        assert all(delta.text == "a" * len(delta.token_ids) for deltas in given for delta in deltas)
+
+
+async def test_a_turn_of_the_event_loop_serves_a_few_streams_and_ends_fewer() -> None:
+    async with running_loop(num_rows=400) as (loop, runner):
+        given = submit_streams(loop, 400, max_new_tokens=2)
+        await settle()
+        for step, most_a_turn in ((0, 64), (1, 8)):
+            runner.launched[step].done.set_result(None)
+            for _ in range(100):
+                num_before = sum(map(len, given))
+                await asyncio.sleep(0)
+                assert sum(map(len, given)) - num_before <= most_a_turn
+            assert all(len(deltas) == step + 1 for deltas in given)
