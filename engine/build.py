@@ -29,11 +29,12 @@ from engine.models import CausalLM, build_model
 from engine.parallel import Communicator
 from engine.plan import Plan
 from engine.processes import Parent
-from engine.ranks import Ranks, follow, join_store
+from engine.ranks import Follower, Ranks, follow, join_store
 from engine.rows import Rows
 from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.tokenizer import Tokenizer
+from engine.upkeep import Upkeep
 from engine.weights import load_weights, resolve_model, resolve_tokenizer
 from kernels.attention import can_capture_prompts, choose_backend
 from kernels.gemm import GEMV_MAX_TOKENS
@@ -60,6 +61,8 @@ class Parts:
     runner: ModelRunner
     memory: MemoryBudget
     grammars: GrammarCompiler | None  # None: --grammar-backend none
+    upkeep: Upkeep
+    ranks: Ranks | None  # the other ones
 
 
 def resolve_config(config: EngineConfig) -> EngineConfig:
@@ -184,7 +187,8 @@ def build(
         max_queued_tokens=config.max_queued_tokens,
         seed=config.random_seed,
     )
-    return Parts(config, model_config, tokenizer, rows, scheduler, runner, memory, grammars)
+    upkeep = Upkeep(config, runner, lambda: new_model(config, model_config, comm))
+    return Parts(config, model_config, tokenizer, rows, scheduler, runner, memory, grammars, upkeep, ranks)
 
 
 def build_runner(
@@ -269,9 +273,11 @@ def run_rank(
     model_config = ModelConfig.from_path(folder, config)
     comm = Communicator(rank, config.tp_size)
     model = new_model(config, model_config, comm)
-    runner, _ = build_runner(config, model_config, folder, model, comm, join_store(host, port), logger.info)
+    store = join_store(host, port)
+    runner, _ = build_runner(config, model_config, folder, model, comm, store, logger.info)
+    upkeep = Upkeep(config, runner, lambda: new_model(config, model_config, comm))
     parent.tell("ready")
-    follow(runner, plans)
+    follow(runner, plans, Follower(rank, store, upkeep))
     runner.close()
     comm.close()
 

@@ -4,21 +4,37 @@ Still means: every launched step has come back and no other is launched. Request
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection
+import functools
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import torch
-
-from engine.build import Parts, new_model
+from engine.build import Parts
 from engine.errors import InvalidRequest, ModelError
 from engine.loop import StepLoop
-from engine.models import CausalLM
-from engine.weights import checkpoint_targets, load_weights, resolve_model
+from engine.upkeep import KV_CACHE, TAGS, WEIGHTS, reason_of
+from engine.weights import checkpoint_targets
 
-KV_CACHE, WEIGHTS = "kv_cache", "weights"
-TAGS = (KV_CACHE, WEIGHTS)
 ABORT, RETRACT, IN_PLACE = "abort", "retract", "in_place"
+
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def whole(
+    method: "Callable[Concatenate[Maintenance, P], Coroutine[Any, Any, T]]",
+) -> "Callable[Concatenate[Maintenance, P], Coroutine[Any, Any, T]]":
+    """To its end, even if the caller gives up: half of it would leave an engine that may not go on."""
+
+    @functools.wraps(method)
+    async def run(self: "Maintenance", *args: P.args, **kwargs: P.kwargs) -> T:
+        task = asyncio.create_task(method(self, *args, **kwargs))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return await asyncio.shield(task)
+
+    return run
 
 
 class Maintenance:
@@ -30,6 +46,7 @@ class Maintenance:
         self.released: set[str] = set()
         self.model_path = parts.config.model_path
         self.weight_version = "default"
+        self.tasks: set[asyncio.Task[Any]] = set()
         self._turn = asyncio.Lock()
 
     @asynccontextmanager
@@ -65,6 +82,7 @@ class Maintenance:
 
     # ---- weights ----
 
+    @whole
     async def update_weights(
         self,
         model_path: str,
@@ -78,11 +96,12 @@ class Maintenance:
 
         They are read into host memory while the old ones serve; the pause is the copy alone. With `flush_cache`,
         requests that run are computed anew, since their keys and values are the old weights'. `InvalidRequest` names
-        the first tensor that does not fit; the old weights then stay.
+        the first tensor that does not fit, on any rank; the old weights then stay on all of them.
         """
         async with self._turn:
             self._check_weights_here()
-            new = await asyncio.to_thread(self._read, model_path, load_format)
+            if reason := await self._read_everywhere(model_path, load_format):
+                raise InvalidRequest(f"the weights of {model_path} cannot be served: {reason}", "model_path")
             async with self._still():
                 scheduler = self.parts.scheduler
                 num_running = len(scheduler.nodes)
@@ -91,24 +110,46 @@ class Maintenance:
                 if flush_cache:
                     scheduler.retract_all()
                     scheduler.drop_cache()
-                await asyncio.to_thread(self.parts.runner.adopt_weights, new)
+                await self._do_everywhere("adopt")
                 self.model_path = model_path
                 self.weight_version = weight_version or self.weight_version
             return num_running
 
-    def _read(self, model_path: str, load_format: str) -> CausalLM:
-        config = self.parts.config.replace(model_path=model_path, load_format=load_format)
+    async def _read_everywhere(self, model_path: str, load_format: str) -> str:
+        """Why one of the ranks cannot, if so: then all are as before."""
+        arguments = {"model_path": model_path, "load_format": load_format}
+        parts, reason = self.parts, ""
+        order = None if parts.ranks is None else parts.ranks.order("read", **arguments)
         try:
-            model = new_model(config, self.parts.model_config, self.parts.runner.comm)
-            load_weights(model, resolve_model(config), load_format, torch.device("cpu"))
-        except ModelError as error:
-            raise InvalidRequest(f"the weights of {model_path} cannot be served: {error}", "model_path") from None
-        return model
+            await asyncio.to_thread(parts.upkeep.do, "read", **arguments)
+        except (ModelError, OSError) as error:
+            reason = reason_of(error)
+        if parts.ranks is not None and order is not None:
+            others = await asyncio.to_thread(parts.ranks.wait_done, order)
+            reason = reason or "; ".join(f"rank {rank}: {what}" for rank, what in others.items())
+        if reason:
+            await self._do_everywhere("drop")
+        return reason
+
+    async def _do_everywhere(self, name: str, **arguments: Any) -> None:
+        """All ranks at once, as they may have to meet. One that fails ends the server: it is unlike the others then."""
+        parts = self.parts
+        order = None if parts.ranks is None else parts.ranks.order(name, **arguments)
+        try:
+            await asyncio.to_thread(parts.upkeep.do, name, **arguments)
+        except BaseException as error:
+            if parts.ranks is not None:
+                parts.ranks.fail(error, name)
+            raise
+        if parts.ranks is not None and order is not None:
+            await asyncio.to_thread(parts.ranks.wait_done, order)
 
     async def weight(self, name: str, num_rows: int) -> list[Any]:
         """The first rows of the weight that a checkpoint calls `name`, as nested lists of floats."""
         async with self._turn:
             self._check_weights_here()
+            if (num_ranks := self.parts.runner.comm.size) > 1:
+                raise InvalidRequest(f"weights are read on one rank only, and this server has {num_ranks}", "name")
             target = checkpoint_targets(self.parts.runner.model).get(name)
             if target is None:
                 raise InvalidRequest(f"the model has no weight {name[:200]!r}", "name")
@@ -116,44 +157,31 @@ class Maintenance:
             rows = layer.weight_part(weight_name, part)[:num_rows]
             return await asyncio.to_thread(lambda: rows.float().tolist())
 
-    def _check_one_rank(self) -> None:
-        if (num_ranks := self.parts.runner.comm.size) > 1:
-            raise InvalidRequest(f"weights and memory are changed on one rank only, and this server has {num_ranks}")
-
     def _check_weights_here(self) -> None:
-        self._check_one_rank()
         if WEIGHTS in self.released:
             raise InvalidRequest("the weights are released: resume them first", "tags")
 
     # ---- memory ----
 
+    @whole
     async def release_memory(self, tags: Collection[str] = TAGS) -> None:
         """Give device memory back. Requests, also those that run, wait until all of it is there again.
 
         kv_cache: with every cached prefix; requests that run are computed anew. weights: kept in host memory.
         """
-        self._check_one_rank()
         async with self._turn, self._still():
-            runner, scheduler = self.parts.runner, self.parts.scheduler
             new_tags = set(tags) - self.released
             self.released |= new_tags
             if KV_CACHE in new_tags:
-                scheduler.retract_all()
-                scheduler.drop_cache()
-                runner.kv.release()
-            if WEIGHTS in new_tags:
-                await asyncio.to_thread(runner.move_weights, torch.device("cpu"))
-            runner.release_graphs()
+                self.parts.scheduler.retract_all()
+                self.parts.scheduler.drop_cache()
+            await self._do_everywhere("release", tags=sorted(new_tags))
 
+    @whole
     async def resume_memory(self, tags: Collection[str] = TAGS) -> None:
-        """Take memory back. CUDA graphs hold addresses, so they are captured anew when all is there."""
+        """Take memory back; requests go on when all of it is there."""
         async with self._turn, self._still():
-            runner = self.parts.runner
             due = self.released & set(tags)
-            if KV_CACHE in due:
-                runner.kv.allocate()
-            if WEIGHTS in due:
-                await asyncio.to_thread(runner.move_weights, runner.device)
-            if self.released and due == self.released:
-                await asyncio.to_thread(runner.recapture_graphs)
+            if due:
+                await self._do_everywhere("resume", tags=sorted(due), is_complete=due == self.released)
             self.released -= due

@@ -5,9 +5,11 @@ rank 0 samples; a step's tokens reach the other devices by a collective that bel
 """
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,16 +18,19 @@ import torch.distributed as dist
 from engine.batch import Shape, plan_of
 from engine.channel import ChannelReader, Payload, open_channel
 from engine.config import EngineConfig
-from engine.errors import ModelError
+from engine.errors import EngineStopped, ModelError
 from engine.model_runner import ModelRunner, PromptLogprobWork, Step
 from engine.nodes import NodeLink, NodeLinks, open_store
 from engine.processes import Children, Parent
 from engine.sampler import SamplingWork
+from engine.upkeep import Upkeep, reason_of
 from engine.weights import resolve_model
 
 LOCALHOST = "127.0.0.1"
-PREFIX, STEP = 0, 1  # kinds of message; both are int32 arrays that begin with theirs
+PREFIX, STEP, ORDER = range(3)  # kinds of message: int32 arrays that begin with theirs
 NUM_STEP_FIELDS = 10
+ANSWER_KEY = "radixloop/order{}/rank{}"  # in the store: what has become of an order; empty: all is well
+ANSWER_POLL_S = 0.01
 
 
 RunRank = Callable[[Parent, EngineConfig, Path, int, str, int, ChannelReader], None]
@@ -48,6 +53,7 @@ class Ranks:
         self._plans, readers = open_channel(len(local_ranks))
         self._children = Children(on_failure)
         self._last_step: Step | None = None
+        self._size, self._num_orders = config.tp_size, 0
         self._timeout_s = config.dist_timeout
         self._last_look = [(0, time.monotonic())] * len(local_ranks)  # (messages that it had taken up, since when)
         for rank, reader in zip(local_ranks, readers, strict=True):
@@ -75,15 +81,34 @@ class Ranks:
         assert len(fields) == NUM_STEP_FIELDS
         self.send(np.array(fields, np.int32), np.array(prompts, np.int32).reshape(-1), step.staged.numpy())
 
+    def order(self, name: str, **arguments: Any) -> int:
+        """Have every rank do `Upkeep.do(name, **arguments)`, after the steps announced before. For `wait_done`."""
+        self._num_orders += 1
+        text = json.dumps([self._num_orders, name, arguments]).encode()
+        self.send(np.array([ORDER], np.int32), text.ljust(-(-len(text) // 4) * 4))
+        return self._num_orders
+
+    def wait_done(self, order: int) -> dict[int, str]:
+        """The ranks that could not do it, and why. Blocks. `EngineStopped` if one ended meanwhile."""
+        keys = {rank: ANSWER_KEY.format(order, rank) for rank in range(1, self._size)}
+        while not self.store.check(list(keys.values())):
+            if self._children.failure is not None:
+                raise EngineStopped(self._children.failure)
+            time.sleep(ANSWER_POLL_S)
+        reasons = {rank: self.store.get(key).decode() for rank, key in keys.items()}
+        for key in keys.values():
+            self.store.delete_key(key)
+        return {rank: reason for rank, reason in reasons.items() if reason}
+
     def send(self, *parts: Payload) -> None:
         """One message to all ranks."""
         self._plans.send(*parts)
         if self._nodes is not None:
             self._nodes.send(*parts)
 
-    def fail(self, error: BaseException) -> None:
-        """A step failed here, half way: the ranks are no longer in step with each other."""
-        self._children.fail(f"rank 0 failed in a step: {type(error).__name__}: {error}")
+    def fail(self, error: BaseException, what: str = "a step") -> None:
+        """`what` failed here, half way: the ranks are no longer in step with each other."""
+        self._children.fail(f"rank 0 failed in {what}: {type(error).__name__}: {error}")
 
     def close(self, close_comm: Callable[[], None]) -> None:
         """End the ranks; `close_comm` leaves their group, as they do, if all are well."""
@@ -141,8 +166,34 @@ def run_node(config: EngineConfig, run: RunRank, on_progress: Callable[[str], No
         raise ModelError(failures[0])
 
 
-def follow(runner: ModelRunner, plans: ChannelReader) -> None:
-    """Run every step that rank 0 announces, until it closes the channel."""
+class Follower:
+    """A rank but 0, and how it does what it is told beside steps."""
+
+    def __init__(self, rank: int, store: dist.TCPStore, upkeep: Upkeep) -> None:
+        self._rank, self._store, self._upkeep = rank, store, upkeep
+
+    def obey(self, order: int, name: str, arguments: dict[str, Any]) -> None:
+        """A failure that leaves this rank unlike the others is raised: it ends the server."""
+        if name == "read":  # takes long, and steps go on
+            threading.Thread(target=self._read, args=(order, arguments), daemon=True).start()
+            return
+        self._upkeep.do(name, **arguments)
+        self._answer(order, "")
+
+    def _read(self, order: int, arguments: dict[str, Any]) -> None:
+        reason = ""
+        try:
+            self._upkeep.read(**arguments)
+        except Exception as error:  # noqa: BLE001 - whatever it is, rank 0 waits for an answer
+            reason = reason_of(error)
+        self._answer(order, reason)
+
+    def _answer(self, order: int, reason: str) -> None:
+        self._store.set(ANSWER_KEY.format(order, self._rank), reason)
+
+
+def follow(runner: ModelRunner, plans: ChannelReader, follower: Follower) -> None:
+    """Do all that rank 0 announces, until it closes the channel."""
     prefix_copies: list[tuple[int, int, np.ndarray]] = []
     while True:
         try:
@@ -152,6 +203,9 @@ def follow(runner: ModelRunner, plans: ChannelReader) -> None:
         if message[0] == PREFIX:
             _, row, start = message[:3].tolist()
             prefix_copies.append((row, start, message[3:].copy()))  # the ring's memory is used again
+            continue
+        if message[0] == ORDER:
+            follower.obey(*json.loads(message[1:].tobytes()))
             continue
         _, *sizes, is_graph, num_samples, is_plain, num_prompts = message[:NUM_STEP_FIELDS].tolist()
         shape = Shape._make(sizes)

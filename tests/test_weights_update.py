@@ -1,6 +1,9 @@
 """What is done to a running engine: pauses, other weights, memory given back. Answers stay transformers' own."""
 
 import asyncio
+import dataclasses
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed import destroy_process_group
 
 from engine.engine import Engine
-from engine.errors import InvalidRequest
+from engine.errors import EngineStopped, InvalidRequest
 from engine.request import Delta, Request, SamplingParams
 from tests.fake_engine import FakeEngine, serving
+from tests.server_processes import descendants, is_rank
 from tests.test_engine import DEVICES, running_engine
 
 PROMPT = [7, 11, 300, 42, 5, 5, 99, 120, 33, 250] * 4
@@ -148,6 +153,103 @@ async def test_a_checkpoint_that_does_not_fit_changes_nothing(
         assert running.tokens == old == await answer(engine)
         with pytest.raises(InvalidRequest, match="no such folder"):
             await engine.maintenance.update_weights("/no/such/folder")
+
+
+async def test_an_update_goes_on_when_whoever_asked_for_it_has_left(tiny_llama: Path, other_llama: Path) -> None:
+    async with checked_engine(tiny_llama) as engine:
+        updating = asyncio.create_task(engine.maintenance.update_weights(str(other_llama)))
+        await asyncio.sleep(0)
+        updating.cancel()
+        await asyncio.wait([updating])
+        await asyncio.gather(*engine.maintenance.tasks)
+        assert await answer(engine) == answer_of_transformers(other_llama, PROMPT, NUM_NEW_TOKENS)
+
+
+# ---- on several ranks ----
+
+
+async def test_every_rank_takes_other_weights_or_none_does(tiny_llama: Path, other_llama: Path, tmp_path: Path) -> None:
+    bad = {**load_file(tiny_llama / "model.safetensors"), "extra.weight": torch.zeros(1)}
+    save_file(bad, tmp_path / "model.safetensors")
+    async with checked_engine(tiny_llama, tp_size=2) as engine:
+        old = await answer(engine)
+        with pytest.raises(InvalidRequest, match=r"extra\.weight"):
+            await engine.maintenance.update_weights(str(tmp_path))
+        assert await answer(engine) == old
+        running = Running(engine, "a")
+        await running.until(5)
+        await engine.maintenance.update_weights(str(other_llama), abort_all_requests=True)
+        assert running.finish_reason == "abort"
+        assert await answer(engine) == answer_of_transformers(other_llama, PROMPT, NUM_NEW_TOKENS) != old
+        with pytest.raises(InvalidRequest, match="one rank only, and this server has 2"):
+            await engine.maintenance.weight("lm_head.weight", 1)
+
+
+async def test_every_rank_gives_its_memory_back_and_holds_still(tiny_llama: Path) -> None:
+    async with checked_engine(tiny_llama, tp_size=2) as engine:
+        wanted = await answer(engine)
+        assert engine.flush_cache()
+        running = Running(engine, "a")
+        await running.until(3)
+        await engine.maintenance.release_memory()
+        late = Running(engine, "b")
+        await asyncio.sleep(0.05)
+        assert not late.tokens
+        await engine.maintenance.resume_memory()
+        await running.until(NUM_NEW_TOKENS)
+        await late.until(NUM_NEW_TOKENS)
+        assert running.tokens == late.tokens == wanted
+
+        running = Running(engine, "c")
+        await running.until(3)
+        await engine.maintenance.pause("retract")
+        await engine.maintenance.resume()
+        await running.until(NUM_NEW_TOKENS)
+        assert running.tokens == wanted
+        running = Running(engine, "d")
+        await running.until(1)
+        assert engine.abort("d") and running.finish_reason == "abort"
+        assert await answer(engine) == wanted
+
+
+class FakeRanks:
+    """Rank 1 cannot read the weights."""
+
+    def __init__(self) -> None:
+        self.orders: list[str] = []
+
+    def order(self, name: str, **arguments: Any) -> int:
+        self.orders.append(name)
+        return len(self.orders)
+
+    def wait_done(self, order: int) -> dict[int, str]:
+        return {1: "no such folder"} if self.orders[order - 1] == "read" else {}
+
+
+async def test_one_rank_that_cannot_read_the_weights_leaves_the_old_ones_to_all(
+    tiny_llama: Path, other_llama: Path
+) -> None:
+    async with checked_engine(tiny_llama) as engine:
+        old = await answer(engine)
+        ranks = FakeRanks()
+        engine.maintenance.parts = dataclasses.replace(engine.parts, ranks=ranks)  # type: ignore[arg-type]
+        with pytest.raises(InvalidRequest, match="rank 1: no such folder"):
+            await engine.maintenance.update_weights(str(other_llama))
+        assert ranks.orders == ["read", "drop"]
+        assert await answer(engine) == old
+
+
+async def test_a_rank_that_ends_in_an_update_ends_the_engine_by_name(tiny_llama: Path, other_llama: Path) -> None:
+    async with running_engine(tiny_llama, tp_size=2) as engine:
+        (rank,) = filter(is_rank, descendants(os.getpid()))
+        os.kill(rank, signal.SIGSTOP)
+        updating = asyncio.create_task(engine.maintenance.update_weights(str(other_llama)))
+        await asyncio.sleep(0.1)
+        os.kill(rank, signal.SIGKILL)
+        with pytest.raises(EngineStopped, match=rf"pid {rank}\) was ended by SIGKILL"):
+            await asyncio.wait_for(updating, 10)
+        assert f"pid {rank}" in await asyncio.wait_for(engine.failed(), 10)
+    destroy_process_group()  # a process whose engine has failed ends; this one goes on
 
 
 async def test_every_weight_can_be_read_by_its_checkpoints_name(tiny_llama: Path) -> None:
