@@ -9,8 +9,9 @@ flag of the server can be given. `--frontend sglang` runs the first with SGLang'
 
 The ratio is that of the work: a naive server reads each prompt anew, and both write the same answers. So it is large
 where prompts are long and answers short, and near 1 where answers are long. The chats come in both manners, with the
-sizes of SGLang's own multi-turn benchmark: 256 to 512 words a turn, answers of 4 to 8 tokens or of 256 to 512.
-`--scale 0.1` takes a tenth of those lengths, for a CPU.
+sizes of SGLang's own multi-turn benchmark: turns of 256 to 512 words, answers of 4 to 8 tokens or of 256 to 512. All
+users share a handbook of 1,024 words as the system message; without one, four equal turns could save no more than 2.5
+times. `--scale 0.1` takes a tenth of those lengths (not of the short answers), for a CPU.
 """
 
 import argparse
