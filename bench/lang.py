@@ -1,4 +1,4 @@
-"""Programs of the front-end language: what telling the server about prefixes is worth, and what a state costs.
+"""Programs of the front-end language: what sharing prefixes is worth.
 
     python -m bench.lang --model-path demo
     python -m bench.lang --url http://localhost:30000 --naive-url http://localhost:30001
@@ -6,15 +6,21 @@
 Each program runs twice: through the language on a server with its radix cache, and naively, every prompt sent whole to
 a server started with --disable-radix-cache. Without URLs, both servers are started here, one after the other; every
 flag of the server can be given. `--frontend sglang` runs the first with SGLang's own front end, where it is installed.
+
+The ratio is that of the work: a naive server reads each prompt anew, and both write the same answers. So it is large
+where prompts are long and answers short, and near 1 where answers are long. The chats come in both manners, with the
+sizes of SGLang's own multi-turn benchmark: turns of 256 to 512 words, answers of 4 to 8 tokens or of 256 to 512. All
+users share a handbook of 1,024 words as the system message; without one, four equal turns could save no more than 2.5
+times. `--scale 0.1` takes a tenth of those lengths (not of the short answers), for a CPU.
 """
 
 import argparse
-import asyncio
 import importlib
 import json
-import threading
+import random
+import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +30,19 @@ from rich.table import Table
 
 import server.lang as ours
 from server.config import parse_args
-from server.lang.backends.base import JSON, BackendError, BaseBackend, Prompt
-from server.lang.expressions import GenParams
-from server.lang.templates import get_chat_template
+from server.lang.backends.base import JSON, BackendError
 
 NUM_QUESTIONS, NUM_SHOTS = 64, 20
 BRANCHES, DEPTH, NUM_TREES = 4, 3, 4
 NUM_USERS, NUM_TURNS = 16, 4
+HANDBOOK_WORDS, TURN_WORDS = 1024, (256, 512)
+SHORT_ANSWERS, LONG_ANSWERS = (4, 8), (256, 512)  # tokens
 NUM_CHARACTERS = 16
-NUM_STATES, ANSWER_S = 10_000, 5.0
+WORDS = (
+    "time year people way day man thing woman life child world school state family student group country problem hand "
+    "part place case week company system program question work number night point home water room mother area money "
+    "story fact month lot right study book eye job word business issue side kind head house service friend father"
+)
 SCHEMA = json.dumps(
     {
         "type": "object",
@@ -45,11 +55,22 @@ SCHEMA = json.dumps(
         "additionalProperties": False,
     }
 )
-Program = Callable[[Any], Sequence[Any]]  # from a backend to the states
 
 
-def make_programs(lang: Any) -> dict[str, Program]:
-    """The workloads, written in `lang`: our module or SGLang's."""
+@dataclass(frozen=True)
+class Workload:
+    name: str
+    num_gens: int
+    run: Callable[[Any], Sequence[Any]]  # from a backend to the states
+
+
+def make_workloads(lang: Any, scale: float) -> list[Workload]:
+    """Programs written in `lang`, our module or SGLang's, and what they are run on. The same at each call."""
+    rng = random.Random(0)
+
+    def words(count: float) -> str:
+        return " ".join(rng.choices(WORDS.split(), k=max(round(count * scale), 1)))
+
     shots = "".join(
         f"Question: A farmer has {i + 3} sheep and buys {2 * i} more. How many sheep has the farmer now?\n"
         f"Answer: {i + 3} + {2 * i} = {3 * i + 3}. The answer is {3 * i + 3}.\n\n"
@@ -76,11 +97,11 @@ def make_programs(lang: Any) -> dict[str, Program]:
         grow(s, 0)
 
     @lang.function
-    def chat(s: Any, user: int) -> None:
-        s += lang.system("You are a patient guide to a museum of machines. " * 8)
+    def chat(s: Any, messages: list[str], answer_lens: list[int]) -> None:
+        s += lang.system("You know this handbook by heart: " + handbook)
         for turn in range(NUM_TURNS):
-            s += lang.user(f"I am visitor {user}. What should I see in room {turn + 1}, and why?")
-            s += lang.assistant(lang.gen(f"answer_{turn}", max_tokens=24, ignore_eos=True))
+            s += lang.user(messages[turn])
+            s += lang.assistant(lang.gen(f"answer_{turn}", max_tokens=answer_lens[turn], ignore_eos=True))
 
     @lang.function
     def character(s: Any, name: str) -> None:
@@ -88,40 +109,49 @@ def make_programs(lang: Any) -> dict[str, Program]:
         s += f"The character is {name}.\n"
         s += lang.gen("facts", max_tokens=96, json_schema=SCHEMA)
 
-    def batch(program: Any, name: str, values: Sequence[Any]) -> Program:
-        items = [{name: value} for value in values]
-        return lambda backend: program.run_batch(items, backend=backend, temperature=0.0)
+    handbook = words(HANDBOOK_WORDS)
+
+    def chats(fewest: float, most: float) -> list[JSON]:
+        return [
+            {
+                "messages": [words(rng.randint(*TURN_WORDS)) for _ in range(NUM_TURNS)],
+                "answer_lens": [max(round(rng.uniform(fewest, most)), 1) for _ in range(NUM_TURNS)],
+            }
+            for _ in range(NUM_USERS)
+        ]
+
+    def workload(name: str, program: Any, batch: list[JSON], gens_each: int = 1) -> Workload:
+        def run(backend: Any) -> Sequence[Any]:
+            return program.run_batch(batch, backend=backend, temperature=0.0)
+
+        return Workload(name, len(batch) * gens_each, run)
 
     questions = [f"A baker makes {i + 7} loaves and sells {i}. How many are left?" for i in range(NUM_QUESTIONS)]
-    return {
-        f"few-shot: {NUM_QUESTIONS} questions, {len(shots):,} characters shared": batch(
-            few_shot, "question", questions
+    turns = f"{NUM_USERS} users, {NUM_TURNS} turns"
+    return [
+        workload(
+            f"few-shot: {NUM_QUESTIONS} questions, {len(shots):,} characters shared",
+            few_shot,
+            [{"question": question} for question in questions],
         ),
-        f"tree of thought: {NUM_TREES} trees, branching {BRANCHES}, depth {DEPTH}": batch(
-            tree_of_thought, "problem", [f"{i} + {2 * i} = ?" for i in range(NUM_TREES)]
+        workload(
+            f"tree of thought: {NUM_TREES} trees, branching {BRANCHES}, depth {DEPTH}",
+            tree_of_thought,
+            [{"problem": f"{i} + {2 * i} = ?"} for i in range(NUM_TREES)],
+            sum(BRANCHES**level for level in range(1, DEPTH + 1)),
         ),
-        f"chat: {NUM_USERS} users, {NUM_TURNS} turns": batch(chat, "user", range(NUM_USERS)),
-        f"JSON by schema: {NUM_CHARACTERS} characters": batch(
-            character, "name", [f"Person {i}" for i in range(NUM_CHARACTERS)]
+        workload(f"chat, short answers: {turns}", chat, chats(*SHORT_ANSWERS), NUM_TURNS),
+        workload(f"chat, long answers: {turns}", chat, chats(*[scale * length for length in LONG_ANSWERS]), NUM_TURNS),
+        workload(
+            f"JSON by schema: {NUM_CHARACTERS} characters",
+            character,
+            [{"name": f"Person {i}"} for i in range(NUM_CHARACTERS)],
         ),
-    }
+    ]
 
 
-class CountingEndpoint(ours.RuntimeEndpoint):
-    """Counts what answers cost."""
-
-    num_requests = num_prompt_tokens = num_cached_tokens = 0
-
-    async def generate(self, prompt: Prompt, params: GenParams) -> tuple[list[str], list[JSON]]:
-        texts, metas = await super().generate(prompt, params)
-        self.num_requests += 1
-        self.num_prompt_tokens += sum(meta["prompt_tokens"] for meta in metas)
-        self.num_cached_tokens += sum(meta["cached_tokens"] for meta in metas)
-        return texts, metas
-
-
-class NaiveEndpoint(CountingEndpoint):
-    """Sends each prompt whole and says nothing beforehand."""
+class NaiveEndpoint(ours.RuntimeEndpoint):
+    """Says nothing beforehand of what prompts have in common."""
 
     caches_prefixes = False
 
@@ -130,38 +160,50 @@ class NaiveEndpoint(CountingEndpoint):
 class Result:
     requests_per_s: float
     hit_rate: float
+    """Of prompt tokens, by the server's own count."""
     seconds: float
 
 
-def measure(program: Program, backend: Any) -> Result:
-    """From an empty cache. `BackendError` if a program failed."""
-    backend.flush_cache()
-    if isinstance(backend, CountingEndpoint):
-        backend.num_requests = backend.num_prompt_tokens = backend.num_cached_tokens = 0
-    started = time.perf_counter()
-    states = program(backend)
-    errors = [error for state in states if (error := state.error()) is not None]
-    seconds = time.perf_counter() - started
-    if errors:
-        raise errors[0]
-    count = backend.num_requests if isinstance(backend, CountingEndpoint) else 0
-    hit_rate = backend.num_cached_tokens / backend.num_prompt_tokens if count else 0.0
-    return Result(count / seconds, hit_rate, seconds)
+def measure(workload: Workload, backend: Any, server: ours.RuntimeEndpoint, num_repeats: int) -> Result:
+    """The median of runs, each from an empty cache. `BackendError` if a program failed."""
+    seconds = []
+    num_prompt, num_hit = prompt_and_hit_tokens(server)
+    for _ in range(num_repeats):
+        server.flush_cache()
+        started = time.perf_counter()
+        states = workload.run(backend)
+        errors = [error for state in states if (error := state.error()) is not None]
+        seconds.append(time.perf_counter() - started)
+        if errors:
+            raise errors[0]
+    all_prompt, all_hit = prompt_and_hit_tokens(server)
+    median = statistics.median(seconds)
+    return Result(workload.num_gens / median, (all_hit - num_hit) / (all_prompt - num_prompt), median)
 
 
-def measure_all(programs: dict[str, Program], backend: Any, console: Console) -> dict[str, Result | str]:
+def prompt_and_hit_tokens(server: ours.RuntimeEndpoint) -> tuple[int, int]:
+    """Tokens of all prompts so far, and how many of them were cached."""
+    [stats] = [state["scheduler"] for state in server.get_server_info()["internal_states"]]
+    return stats["num_prompt_tokens"], stats["num_hit_tokens"]
+
+
+def measure_all(
+    workloads: list[Workload], backend: Any, server: ours.RuntimeEndpoint, num_repeats: int, console: Console
+) -> dict[str, Result | str]:
     results: dict[str, Result | str] = {}
-    for name, program in programs.items():
+    for workload in workloads:
         try:
-            results[name] = measure(program, backend)
+            results[workload.name] = measure(workload, backend, server, num_repeats)
         except BackendError as error:  # a server without grammars
-            results[name] = str(error)[:40]
-        console.print(f"{name}: {results[name]}", style="dim", highlight=False)
+            results[workload.name] = str(error)[:40]
+        console.print(f"{workload.name}: {results[workload.name]}", style="dim", highlight=False)
     return results
 
 
 @contextmanager
-def server_at(url: str | None, options: JSON, endpoint: type[CountingEndpoint]) -> Iterator[CountingEndpoint]:
+def server_at(
+    url: str | None, options: JSON, endpoint: type[ours.RuntimeEndpoint] = ours.RuntimeEndpoint
+) -> Iterator[ours.RuntimeEndpoint]:
     """An endpoint of the server at `url`, or of one started with `options`."""
     if url is not None:
         yield endpoint(url)
@@ -170,79 +212,31 @@ def server_at(url: str | None, options: JSON, endpoint: type[CountingEndpoint]) 
         yield endpoint(runtime.url)
 
 
-class Parrot(BaseBackend):
-    """Answers after `ANSWER_S` seconds, so that all states wait at once."""
-
-    chat_template = get_chat_template("default")
-    most_threads = num_waiting = most_waiting = 0
-
-    def get_model_name(self) -> str:
-        return "parrot"
-
-    async def generate(self, prompt: Prompt, params: GenParams) -> tuple[list[str], list[JSON]]:
-        self.num_waiting += 1
-        self.most_waiting = max(self.most_waiting, self.num_waiting)
-        self.most_threads = max(self.most_threads, threading.active_count())
-        await asyncio.sleep(ANSWER_S)
-        self.num_waiting -= 1
-        return ["yes"], [{}]
-
-    async def generate_stream(self, prompt: Prompt, params: GenParams) -> AsyncIterator[tuple[str, JSON]]:
-        yield "yes", {}
-
-
-@ours.function
-def ask(s: Any, i: int) -> None:
-    s += ours.user(f"Is {i} a number?") + ours.assistant(ours.gen("answer"))
-
-
-@ours.function
-async def ask_twice(s: Any, i: int) -> None:
-    s += ours.user(f"Is {i} a number?") + ours.assistant(ours.gen("answer"))
-    s += ours.user(f"You said {await s.get('answer')}. Sure?") + ours.assistant(ours.gen("second"))
-
-
-def many_states(console: Console) -> None:
-    table = Table(title=f"{NUM_STATES:,} states at once", title_justify="left")
-    for column in ("body", "states waiting", "threads", "s", "of them answers", "µs a state"):
-        table.add_column(column, justify="left" if column == "body" else "right")
-    for name, program, num_answers in (("plain, lazy", ask, 1), ("async, reads midway", ask_twice, 2)):
-        backend = Parrot()
-        started = time.perf_counter()
-        program.run_batch([{"i": i} for i in range(NUM_STATES)], backend=backend)
-        seconds = time.perf_counter() - started
-        own = seconds - num_answers * ANSWER_S
-        table.add_row(
-            name, f"{backend.most_waiting:,}", str(backend.most_threads), f"{seconds:.2f}",
-            f"{num_answers * ANSWER_S:.0f}", f"{own / NUM_STATES * 1e6:.0f}",
-        )  # fmt: skip
-        backend.shutdown()
-    console.print(table)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a running server, instead of one started here")
     parser.add_argument("--naive-url", help="a running server without a radix cache")
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of the names of the programs to run")
     parser.add_argument("--frontend", choices=("ours", "sglang"), default="ours")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the chats' messages and long answers")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of which the median is taken")
     args, rest = parser.parse_known_args()
     given = {name: value for name, value in vars(parse_args(rest)).items() if value != getattr(parse_args([]), name)}
     options = {"launch_timeout": 600.0, **given}
     console = Console()
-    many_states(console)
 
-    def chosen(lang: Any) -> dict[str, Program]:
-        return {name: one for name, one in make_programs(lang).items() if name.startswith(tuple(args.only))}
+    def chosen(lang: Any) -> list[Workload]:
+        return [one for one in make_workloads(lang, args.scale) if one.name.startswith(tuple(args.only))]
 
-    with server_at(args.url, options, CountingEndpoint) as backend:
+    with server_at(args.url, options) as server:
         if args.frontend == "sglang":
             sglang = importlib.import_module("sglang")
-            shared = measure_all(chosen(sglang), sglang.RuntimeEndpoint(backend.base_url), console)
+            endpoint = sglang.RuntimeEndpoint(server.base_url)
+            shared = measure_all(chosen(sglang), endpoint, server, args.repeats, console)
         else:
-            shared = measure_all(chosen(ours), backend, console)
-    with server_at(args.naive_url, {**options, "disable_radix_cache": True}, NaiveEndpoint) as backend:
-        naive = measure_all(chosen(ours), backend, console)
+            shared = measure_all(chosen(ours), server, server, args.repeats, console)
+    with server_at(args.naive_url, {**options, "disable_radix_cache": True}, NaiveEndpoint) as server:
+        naive = measure_all(chosen(ours), server, server, args.repeats, console)
     table = Table(title=f"programs, front end: {args.frontend}", title_justify="left")
     for column in ("program", "requests/s", "hit rate", "naively: requests/s", "ratio of times"):
         table.add_column(column, justify="left" if column == "program" else "right")

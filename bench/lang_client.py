@@ -159,7 +159,7 @@ def calls(lang: Any, parrot: Callable[[float], Any], num_states: int, repeats: i
     @lang.function
     def chat(s: Any, i: int) -> None:
         for turn in range(TURNS):
-            s += lang.user(f"Is {i + turn} a number?")
+            s += lang.user(f"Is {i} a number, and {turn}?")
             s += lang.assistant(lang.gen(f"answer_{turn}", max_tokens=4))
 
     batch = [{"i": i} for i in range(num_states)]

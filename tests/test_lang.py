@@ -307,6 +307,33 @@ def test_branches_join_by_variables_or_by_text(backend):
     )
 
 
+def test_a_branch_can_be_appended_to_by_its_index(backend):
+    @sgl.function
+    def program(s):
+        forks = s.fork(2)
+        forks[0] += "a"
+        forks[1] += "b" + sgl.gen("x", max_tokens=3)
+        with pytest.raises(TypeError, match="not replaced"):
+            forks[0] = forks[1]
+        forks.join("concate_and_append")
+        s["tail"] = forks[1]["x"]
+
+    state = program.run(temperature=0)
+    assert state.text() == f"ab{state['tail']}"
+
+
+def test_a_message_is_appended_once_however_it_is_written(backend):
+    @sgl.function
+    def program(s):
+        s += s.system("Be brief.")
+        s.user("Who?")
+        with s.assistant():
+            s += sgl.gen("x", max_tokens=3)
+
+    state = program.run(temperature=0)
+    assert [message["role"] for message in state.messages()] == ["system", "user", "assistant"]
+
+
 def test_log_probabilities_come_with_the_answer(backend):
     @sgl.function
     def program(s):

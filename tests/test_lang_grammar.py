@@ -29,6 +29,11 @@ def typed(s: Any) -> None:
     s += " costs " + sgl.gen("price", dtype=float, max_tokens=6) + " " + sgl.gen_string("name", max_tokens=200)
 
 
+@sgl.function
+def city(s: Any) -> None:
+    s += "Paris, in JSON: " + sgl.gen("facts", max_tokens=200, json_schema=CITY_SCHEMA)
+
+
 @pytest.fixture(scope="module")
 def engine(tiny_llama: Path) -> Iterator[sgl.Engine]:
     with tiny_engine(tiny_llama) as engine:
@@ -47,10 +52,6 @@ def backend(request: pytest.FixtureRequest, engine: sgl.Engine) -> Iterator[Any]
 
 
 def test_a_schema_makes_json_of_its_shape(backend: Any) -> None:
-    @sgl.function
-    def city(s: Any) -> None:
-        s += "Paris, in JSON: " + sgl.gen("facts", max_tokens=200, json_schema=CITY_SCHEMA)
-
     facts = json.loads(city.run(backend=backend)["facts"])
     assert facts.keys() == {"name", "population"} and isinstance(facts["population"], int)
 
@@ -62,7 +63,7 @@ def test_a_dtype_can_be_read_as_such(backend: Any) -> None:
     assert state["is_fine"] in ("True", "False")
 
 
-def test_a_regex_goes_through_openais_api(engine: sgl.Engine) -> None:
+def test_a_form_goes_through_openais_api(engine: sgl.Engine) -> None:
     @sgl.function
     def address(s: Any) -> None:
         s += sgl.user("What is the IP address of the Google DNS servers?")
@@ -74,4 +75,7 @@ def test_a_regex_goes_through_openais_api(engine: sgl.Engine) -> None:
         state = address.run(backend=api)
         assert re.fullmatch(IP_REGEX, state["answer"])
         assert json.loads(state["city"]).keys() == {"name", "population"}
+        completions = OpenAI("tiny", is_chat_model=False, base_url=f"{url}/v1", api_key="none")
+        assert city.run(backend=completions)["facts"].startswith("{")
         api.shutdown()
+        completions.shutdown()

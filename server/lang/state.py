@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from server.lang.executor import End, Executor, Fork, Item, SetVariable
 from server.lang.expressions import (
+    Concat,
     Expr,
     RoleBegin,
     RoleEnd,
@@ -31,7 +32,8 @@ class BaseState:
         return self
 
     def system(self, expr: Expr | str | None = None) -> Any:
-        """Append a whole message, or, without `expr`, be the context manager around one."""
+        """Append a whole message, or, without `expr`, be the context manager around one. `s += s.system(expr)` is the
+        same."""
         return self._role("system", None if expr is None else system(expr))
 
     def user(self, expr: Expr | str | None = None) -> Any:
@@ -44,7 +46,7 @@ class BaseState:
         if expr is None:
             return self._around(RoleBegin(role), RoleEnd(role))
         self.submit(expr)
-        return expr
+        return Concat([])  # nothing more to append
 
     def var_scope(self, name: str) -> Any:
         """A context manager: what is appended within becomes variable `name`."""
@@ -202,9 +204,9 @@ class ProgramState(BaseState):
         return ProgramStateGroup([ProgramState(child, self) for child in children], self)
 
     @contextmanager
-    def copy(self) -> Iterator["ProgramState"]:
+    def copy(self, position_ids_offset: list[int] | None = None) -> Iterator["ProgramState"]:
         """One branch, joined at the end."""
-        group = self.fork(1)
+        group = self.fork(1, position_ids_offset)
         yield group[0]
         group.join()
 
@@ -232,6 +234,11 @@ class ProgramStateGroup:
 
     def __getitem__(self, i: int) -> ProgramState:
         return self.states[i]
+
+    def __setitem__(self, i: int, state: ProgramState) -> None:
+        """What `group[i] += ...` ends with. `TypeError` for another state."""
+        if state is not self.states[i]:
+            raise TypeError("a state of a group can be appended to, not replaced")
 
     def __iter__(self) -> Iterator[ProgramState]:
         return iter(self.states)

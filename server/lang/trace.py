@@ -40,7 +40,7 @@ class TracerState(BaseState):
         return TracerGroup(children)
 
     @contextmanager
-    def copy(self) -> Iterator["TracerState"]:
+    def copy(self, position_ids_offset: list[int] | None = None) -> Iterator["TracerState"]:
         yield self.fork(1)[0]
 
     def flatten_nodes(self) -> list[Expr]:
@@ -60,6 +60,9 @@ class TracerGroup:
 
     def __getitem__(self, i: int) -> TracerState:
         return self.states[i]
+
+    def __setitem__(self, i: int, state: TracerState) -> None:
+        """What `group[i] += ...` ends with."""
 
     def __iadd__(self, other: Any) -> "TracerGroup":
         for i, state in enumerate(self.states):

@@ -25,13 +25,11 @@ class EngineBackend(NativeBackend):
         self.model_path = model_path
 
     def attach(self, engine: Engine, chat_template_name: str | None) -> None:
-
         self.engine = engine
         self._formatters = {flag: MetaInfo(engine.tokenizer, flag) for flag in (False, True)}
         self.use_template(chat_template_name, self.model_path)
 
     async def post(self, body: JSON) -> Any:
-
         formatter = self._formatters[bool(body.get("return_text_in_logprobs"))]
         requests, is_list = await self._requests(body, is_stream=False)
         deltas = await asyncio.gather(*[self._last(request) for request in requests])
@@ -39,7 +37,6 @@ class EngineBackend(NativeBackend):
         return answers if is_list else answers[0]
 
     async def _last(self, request: Request) -> Delta:
-
         try:
             async for delta in self.engine.generate(request):
                 if delta.finish_reason is not None:
@@ -50,7 +47,6 @@ class EngineBackend(NativeBackend):
         raise BackendError("the engine gave no answer", 500)
 
     async def post_stream(self, body: JSON) -> AsyncIterator[JSON]:
-
         formatter = self._formatters[bool(body.get("return_text_in_logprobs"))]
         [request], _ = await self._requests(body, is_stream=True)
         text, token_ids, logprobs = "", [], Logprobs()
@@ -72,7 +68,6 @@ class EngineBackend(NativeBackend):
 
     async def _requests(self, body: JSON, is_stream: bool) -> tuple[list[Request], bool]:
         """A request for each prompt and answer, and whether /generate would answer with a list."""
-
         if body.get("image_data") or body.get("video_data"):
             raise BackendError("this engine reads text only: image_data is not supported", 400)
         fields = Fields(body)
@@ -105,7 +100,6 @@ class EngineBackend(NativeBackend):
         return [await encode_prompt(self.engine, one, "text") for one in texts], isinstance(text, list)
 
     async def render(self, messages: Sequence[JSON], add_generation_prompt: bool) -> str:
-
         try:
             return self.engine.tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt)
         except EngineError as error:
@@ -121,7 +115,6 @@ class EngineBackend(NativeBackend):
         return self.model_path
 
     def get_server_info(self) -> JSON:
-
         async def stats() -> JSON:
             return dataclasses.asdict(self.engine.stats())
 

@@ -103,7 +103,8 @@ class OpenAI(BaseBackend):
             request["max_completion_tokens"] = request.pop("max_tokens")
         if params.json_schema is not None:
             schema = {"name": "answer", "schema": json.loads(params.json_schema), "strict": True}
-            request["response_format"] = {"type": "json_schema", "json_schema": schema}
+            format_ = {"type": "json_schema", "json_schema": schema}
+            (request if self.is_chat else own)["response_format"] = format_  # completions have it at our servers only
         if params.top_k > 0:
             own["top_k"] = params.top_k
         defaults = GenParams()
@@ -114,6 +115,8 @@ class OpenAI(BaseBackend):
             request["stop"] = list(params.all_stops)
         if params.stop_token_ids:
             own["stop_token_ids"] = list(params.stop_token_ids)
+        if params.stop_regex:
+            own["stop_regex"] = list(params.stop_regex)
         if params.min_new_tokens:
             own["min_tokens"] = params.min_new_tokens
         if extra := {name: value for name, value in own.items() if value}:
