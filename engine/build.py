@@ -46,7 +46,7 @@ CPU_ROWS, CUDA_ROWS = 64, 1024
 CPU_CHUNK, CUDA_CHUNK, SMALL_CUDA_CHUNK = 512, 8192, 2048
 SMALL_CUDA_BYTES = 25e9
 CUDA_MAX_STEP_MS = 60.0
-CUDA_GRAPH_MAX_BS = 512
+CUDA_GRAPH_MAX_BS = 1024
 KERNEL_PROMPTS = (2, 32, 512)  # numbers of prompts that attention has kernels for: all are compiled at the start
 SELF_TEST_BYTES, P2P_CHECK_BYTES = 1 << 10, 64 << 20
 

@@ -38,7 +38,9 @@ LADDERS = (
     Ladder(64, 64, (128, 256, 384, 512, 640, 768, 1024)),  # runs of forced tokens, mostly
     Ladder(256, 72, COARSE_TOKENS),
     Ladder(512, 72, COARSE_TOKENS[2:]),
+    Ladder(1024, 72, (512, 2048, 8192)),
     Ladder(512, 72, COARSE_TOKENS[2:], has_groups=True),
+    Ladder(1024, 72, (512, 2048, 8192), has_groups=True),
 )
 MAX_PROMPTS = max(ladder.num_prompts for ladder in LADDERS)
 # Tokens times bytes of weights, above which a step's kernels need no graph: to launch a layer's takes the host some
@@ -50,7 +52,8 @@ GROUPED_SIZE_RATIO = 1.3  # of neighbours on the ladder of decode steps with sha
 
 def default_batch_sizes(largest: int) -> list[int]:
     """1, 2, 4, then steps of an eighth to a quarter: padding costs little, and so does capturing."""
-    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32), *range(256, largest + 1, 64)]
+    fine = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32)]
+    sizes = [*fine, *range(256, 512, 64), *range(512, largest + 1, 128)]
     return [size for size in sizes if size <= largest] or [largest]
 
 

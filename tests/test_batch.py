@@ -9,7 +9,7 @@ import torch
 from engine.batch import Shape, StagedBatch
 from engine.build import Parts, build
 from engine.config import EngineConfig
-from engine.cuda_graph import COARSE_TOKENS, fitting_ladders
+from engine.cuda_graph import LADDERS, fitting_ladders
 from engine.plan import Groups, Plan
 
 
@@ -93,14 +93,14 @@ def test_padding_writes_to_the_dump_slot_only(parts: Parts) -> None:
 )
 def test_ladders_hold_every_step_they_are_for_and_none_twice(max_tokens: int, max_requests: int) -> None:
     ladders = fitting_ladders(max_tokens, max_requests)
-    most_tokens = max((size for size in COARSE_TOKENS if size <= max_tokens), default=0)
+    most_tokens = max((size for size in LADDERS[-1].num_tokens if size <= max_tokens), default=0)
     for has_groups in (False, True):
         ours = [ladder for ladder in ladders if ladder.has_groups == has_groups]
         assert bool(ours) == bool(most_tokens)
         for ladder in ours:
             assert ladder.num_decodes <= max_requests and ladder.num_tokens[-1] <= max_tokens
         if ours:
-            assert ours[-1].num_decodes == min(512, max_requests) and ours[-1].num_tokens[-1] == most_tokens
+            assert ours[-1].num_decodes == min(1024, max_requests) and ours[-1].num_tokens[-1] == most_tokens
     assert len({(ladder.num_decodes, ladder.num_prompts, ladder.has_groups) for ladder in ladders}) == len(ladders)
 
 
