@@ -131,7 +131,7 @@ class OutputProcessor:
             unsent.token_ids += token_ids
         if stream is None:
             return
-        shown = token_ids[:-1] if _is_trimmed_stop(request, token_ids[-1]) else token_ids
+        shown = token_ids[:-1] if request.finish_reason and _is_trimmed_stop(request, token_ids[-1]) else token_ids
         if not stream.has_stops:
             unsent.text += stream.push(shown)
             return
