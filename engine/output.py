@@ -75,6 +75,11 @@ class OutputProcessor:
                 cost += 1
                 self._guarded(self._send, request)
 
+    def flush(self) -> None:
+        """Give all that is pending: perhaps nobody will call `deliver` again."""
+        while self._pending:
+            self.deliver()
+
     def close(self, request: Request) -> None:
         """Give the sink of an ended request its last delta."""
         self._pending.pop(request, None)
