@@ -1,16 +1,17 @@
 """Token ids to text, as they are generated: no half characters, no half stop strings.
 
-A `TextStream` is a decoder (ids to text) and, where a request has stops, a `StopScanner` (text to released text).
+A `TextStream` is a decoder (ids to text), behind which a `StopScanner` (text to released text) reads for stops, if any.
 Most tokenizers decode token by token, so a dict of ready pieces does it: `ByteLevelDecoder` (GPT-2's alphabet: Llama 3,
 Qwen, SmolLM, DeepSeek) and `ByteFallbackDecoder` (SentencePiece's: Llama 2, Mistral, Gemma). For any other one,
 `WindowDecoder` decodes the last few tokens again. All give what decoding all ids at once gives.
 """
 
 import re
+from abc import ABC, abstractmethod
 from codecs import utf_8_decode
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
-from typing import Any, Protocol
+from typing import Any
 
 import regex  # type: ignore[import-untyped]
 
@@ -49,15 +50,30 @@ class Pieces(dict[int, Piece]):
         return piece
 
 
-class Decoder(Protocol):
+class TextStream(ABC):
+    """The text of one answer, as its tokens come."""
+
+    __slots__ = ()
+    has_stops = False  # may the text end by what it says?
+
+    @property
+    def matched_stop(self) -> str | None:
+        """The stop string, or the pattern of the stop regex, that ended the text; nothing is released after it."""
+        return None
+
+    @abstractmethod
     def push(self, token_ids: Sequence[int]) -> str:
-        """Text that no later token can change."""
+        """The text that `token_ids` release: whole characters, and nothing that may become a stop.
 
+        Raises `InvalidRequest` if a stop regex takes too long.
+        """
+
+    @abstractmethod
     def finish(self) -> str:
-        """The rest; what is still not whole UTF-8 becomes U+FFFD."""
+        """The text still held back; what is not whole UTF-8 becomes U+FFFD. Call it once, after the last push."""
 
 
-class ByteLevelDecoder:
+class ByteLevelDecoder(TextStream):
     """Tokens are bytes. A character is emitted with its last byte, U+FFFD as soon as bytes cannot become one."""
 
     __slots__ = ("_pending", "_pieces")
@@ -142,7 +158,7 @@ class TokenSteps:
         return reduce(lambda text, step: step(text, is_first), self._after, text)
 
 
-class ByteFallbackDecoder:
+class ByteFallbackDecoder(TextStream):
     """Tokens are text, or single bytes of characters that the vocabulary lacks.
 
     One bad byte spoils its whole run of byte tokens (see `TokenSteps.run`), so a run is held back until it ends.
@@ -194,7 +210,7 @@ class ByteFallbackDecoder:
         return text
 
 
-class WindowDecoder:
+class WindowDecoder(TextStream):
     """Any tokenizer: the text that a token adds to the few before it.
 
     Exact where a token's text depends on no token but the one before it (WordPiece, BPE with an end-of-word suffix).
@@ -344,57 +360,24 @@ class StopScanner:
         return text
 
 
-class TextStream:
-    """The text of one answer, as its tokens come."""
+class StoppedText(TextStream):
+    """What a decoder says, up to a stop."""
 
-    __slots__ = ("_decoder", "_parts", "_scanner", "_stop_tokens")
+    __slots__ = ("_decoder", "_scanner", "_stop_tokens")
+    has_stops = True
 
-    def __init__(self, decoder: Decoder, scanner: StopScanner | None, stop_tokens: Mapping[int, str]) -> None:
+    def __init__(self, decoder: TextStream, scanner: StopScanner, stop_tokens: Mapping[int, str]) -> None:
         """`stop_tokens`: stop strings that are one special token each, whose text is left out of the answer."""
         self._decoder = decoder
         self._scanner = scanner
         self._stop_tokens = stop_tokens
-        self._parts: list[str] = []
-
-    @property
-    def has_stops(self) -> bool:
-        """May the text end by what it says?"""
-        return self._scanner is not None
 
     @property
     def matched_stop(self) -> str | None:
-        """The stop string, or the pattern of the stop regex, that ended the text; nothing is released after it."""
-        return self._scanner.matched_stop if self._scanner is not None else None
-
-    @property
-    def text(self) -> str:
-        """All text released so far."""
-        if len(self._parts) > 1:
-            self._parts = ["".join(self._parts)]
-        return self._parts[0] if self._parts else ""
+        return self._scanner.matched_stop
 
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that `token_ids` release: whole characters, and nothing that may become a stop.
-
-        Raises `InvalidRequest` if a stop regex takes too long.
-        """
-        text = (
-            self._decoder.push(token_ids) if self._scanner is None else self._push_until_stop(token_ids, self._scanner)
-        )
-        if text:
-            self._parts.append(text)
-        return text
-
-    def finish(self) -> str:
-        """The text still held back. Call it once, after the last push."""
-        text = self._decoder.finish()
-        if self._scanner is not None:
-            text = "" if self._scanner.matched_stop is not None else self._scanner.push(text) + self._scanner.finish()
-        if text:
-            self._parts.append(text)
-        return text
-
-    def _push_until_stop(self, token_ids: Sequence[int], scanner: StopScanner) -> str:
+        scanner = self._scanner
         if scanner.matched_stop is not None:
             return ""
         for index, token_id in enumerate(token_ids):
@@ -405,6 +388,10 @@ class TextStream:
                     scanner.matched_stop = self._stop_tokens[token_id]
                 return text
         return scanner.push(self._decoder.push(token_ids))
+
+    def finish(self) -> str:
+        scanner, text = self._scanner, self._decoder.finish()
+        return "" if scanner.matched_stop is not None else scanner.push(text) + scanner.finish()
 
 
 class Detokenizer:
@@ -445,13 +432,13 @@ class Detokenizer:
         After a prompt, a first token keeps the space that SentencePiece drops from the start of a text.
         """
         is_skipping = params.skip_special_tokens
+        decoder = self._decoder(is_skipping, prompt_ids)
+        if not (params.stop or params.stop_regex):
+            return decoder
         stop_tokens: dict[int, str] = {}
-        scanner = None
-        if params.stop or params.stop_regex:
-            scanner = StopScanner(params.stop, params.stop_regex, params.no_stop_trim)
-            if is_skipping:
-                stop_tokens = {self._special_tokens[stop]: stop for stop in params.stop if stop in self._special_tokens}
-        return TextStream(self._decoder(is_skipping, prompt_ids), scanner, stop_tokens)
+        if is_skipping:
+            stop_tokens = {self._special_tokens[stop]: stop for stop in params.stop if stop in self._special_tokens}
+        return StoppedText(decoder, StopScanner(params.stop, params.stop_regex, params.no_stop_trim), stop_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         piece = self._all_pieces[token_id]
@@ -462,7 +449,7 @@ class Detokenizer:
         piece = self._all_pieces[token_id]
         return piece if isinstance(piece, str) else piece.decode("utf-8", "replace")
 
-    def _decoder(self, is_skipping: bool, prompt_ids: Sequence[int]) -> Decoder:
+    def _decoder(self, is_skipping: bool, prompt_ids: Sequence[int]) -> TextStream:
         pieces = self._shown_pieces if is_skipping else self._all_pieces
         if self._is_byte_level:
             return ByteLevelDecoder(pieces)

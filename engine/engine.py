@@ -376,7 +376,10 @@ class Engine:
 
     def abort_all(self, message: str = "aborted by the client", status_code: int = 499) -> int:
         """End every request. Returns how many there were."""
-        return sum(self.abort(rid, message, status_code) for rid in list(self._requests))
+        num_aborted = sum(self.abort(rid, message, status_code) for rid in list(self._requests))
+        if self._output is not None:
+            self._output.flush()  # to those that had just ended by themselves
+        return num_aborted
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
         """Deltas of `request` up to the one with a finish reason. Leaving early aborts it."""

@@ -75,6 +75,11 @@ class OutputProcessor:
                 cost += 1
                 self._guarded(self._send, request)
 
+    def flush(self) -> None:
+        """Give all that is pending: perhaps nobody will call `deliver` again."""
+        while self._pending:
+            self.deliver()
+
     def close(self, request: Request) -> None:
         """Give the sink of an ended request its last delta."""
         self._pending.pop(request, None)
@@ -131,7 +136,7 @@ class OutputProcessor:
             unsent.token_ids += token_ids
         if stream is None:
             return
-        shown = token_ids[:-1] if _is_trimmed_stop(request, token_ids[-1]) else token_ids
+        shown = token_ids[:-1] if request.finish_reason and _is_trimmed_stop(request, token_ids[-1]) else token_ids
         if not stream.has_stops:
             unsent.text += stream.push(shown)
             return

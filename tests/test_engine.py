@@ -385,3 +385,22 @@ async def test_an_idle_engine_runs_no_steps(tiny_llama: Path) -> None:
         await asyncio.sleep(0.2)
         assert engine.stats().loop.num_steps == before
         assert engine.health().status == "ok"
+
+
+async def test_answers_that_have_just_ended_are_given_also_when_the_engine_stops(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama, max_running_requests=64) as engine:
+        ended: list[Delta] = []
+        has_begun = asyncio.Event()
+
+        def sink(delta: Delta) -> None:
+            ended.append(delta)
+            has_begun.set()
+
+        for i in range(40):
+            request = make_request([i + 3, 5], max_new_tokens=1)
+            request.sink = sink
+            engine.submit(request)
+        await has_begun.wait()
+        assert len(ended) < 40, "they are told a few a turn"
+        await engine.stop()
+        assert [delta.finish_reason and delta.finish_reason.type for delta in ended] == ["length"] * 40
