@@ -110,7 +110,7 @@ class StepLoop:
     @property
     def _has_ended(self) -> bool:
         """Has the oldest step come back?"""
-        return bool(self._in_flight) and self._in_flight[0].done.done()
+        return bool(self._in_flight) and self._in_flight[0].has_ended
 
     def _deliver(self) -> None:
         """Some of what is pending; little of it once a step has come back."""
@@ -213,7 +213,7 @@ class StepLoop:
     async def _resolve(self, step: Step) -> None:
         """Take in the tokens of `step`, which has ended. If it raised, its own requests fail; the loop goes on."""
         try:
-            step.done.result()
+            step.result()
         except Exception as error:  # noqa: BLE001 - whatever a step raises ends that step's requests and no others
             await self._fail(step.plan, error)
             return

@@ -75,6 +75,18 @@ class Step:
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     pooled: PooledChunks | None = None
 
+    @property
+    def has_ended(self) -> bool:
+        """Is all that is enqueued of it computed? The device is asked: the thread that sets `done` may come late, since
+        it waits for the interpreter as well.
+        """
+        return self.done.done() or bool(self.events) and self.events[-1].query()
+
+    def result(self) -> None:
+        """Raise what the step raised. It must have ended."""
+        if self.done.done() or not self.events:
+            self.done.result()
+
 
 class Followers(Protocol):
     """The other ranks, as a runner sees them; see engine.ranks.Ranks."""

@@ -74,8 +74,9 @@ class Sampler:
     def plan_work(self, plan: Plan) -> SamplingWork:
         rows = self.rows
         sampled = plan.rows[plan.samples]
-        work = SamplingWork(len(sampled), is_greedy=bool(rows.is_greedy[sampled].all()))
-        if work.is_greedy and not rows.has_extras[sampled].any():
+        is_greedy = np.count_nonzero(rows.is_greedy[sampled]) == len(sampled)
+        work = SamplingWork(len(sampled), is_greedy=is_greedy)
+        if is_greedy and not np.count_nonzero(rows.has_extras[sampled]):  # for a few rows much faster than any()
             return work
         needs_tables = not work.is_greedy
         if rows.has_penalties[sampled].any():
