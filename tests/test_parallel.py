@@ -18,7 +18,8 @@ from engine.channel import ChannelReader, open_channel
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, ModelError
-from engine.replicas import REPORT_S, ReplicaSet
+from engine.replica import REPORT_S
+from engine.replicas import ReplicaSet
 from engine.request import Delta, FinishReason, Request, SamplingParams
 from tests.server_processes import descendants, is_alive, is_rank, server, wait_until
 
