@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 ACCESS_LOG = "aiohttp.access"
 FAILURE_NOTICE_S = 2.0  # for clients to hear of a failure that ends the process
+END_NOTICE_S = 2.0  # likewise, of the end of what the drain was too short for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,9 +102,6 @@ def bind(host: str, port: int) -> socket.socket:
 
 async def serve(config: ServerConfig, listener: socket.socket, console: Console) -> None:
     """Load the model, serve until a signal, let running answers end."""
-    from engine.replicas import new_engine  # imports torch: not for --help, nor before OMP_WAIT_POLICY is set
-
-    engine = new_engine(config)
     stop = asyncio.Event()
     is_loading = True
 
@@ -113,10 +111,14 @@ async def serve(config: ServerConfig, listener: socket.socket, console: Console)
         elif not stop.is_set():
             stop.set()
         else:  # the second signal
-            engine.abort_all("the server is shutting down", status_code=503)
+            end_answers(engine)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    from engine.replicas import new_engine  # imports torch: not for --help, nor before OMP_WAIT_POLICY is set
+
+    await asyncio.sleep(0)  # that took seconds: was there a signal?
+    engine = new_engine(config)
     try:
         await engine.start(lambda step: console.print(step, style="dim", markup=False, highlight=False))
         is_loading = False
@@ -134,6 +136,10 @@ async def serve(config: ServerConfig, listener: socket.socket, console: Console)
     finally:
         is_loading = False
         await engine.stop()
+
+
+def end_answers(engine: Engine) -> None:
+    engine.abort_all("the server is shutting down", status_code=503)
 
 
 async def wait_for_end(engine: Engine, stop: asyncio.Event) -> str | None:
@@ -179,7 +185,7 @@ async def serve_http(
     runner = web.AppRunner(
         app,
         handler_cancellation=True,
-        shutdown_timeout=config.drain_timeout,
+        shutdown_timeout=config.drain_timeout + END_NOTICE_S,
         access_log=None if config.access_log == "none" else logging.getLogger(ACCESS_LOG),
         access_log_class=JsonAccessLogger if config.access_log == "json" else AccessLogger,
         access_log_format='%a "%r" %s %Tfs',
@@ -196,6 +202,8 @@ async def serve_http(
             await asyncio.wait([asyncio.create_task(runner.cleanup())], timeout=FAILURE_NOTICE_S)
             end_failed(console, failure)
         logger.info("shutting down: running answers have %.0f s to end", config.drain_timeout)
+        # Before aiohttp, which would wait as long once more and then cut the connections.
+        asyncio.get_running_loop().call_later(config.drain_timeout, end_answers, engine)
     finally:
         await runner.cleanup()
 

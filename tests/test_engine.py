@@ -19,7 +19,8 @@ from llguidance import LLMatcher, LLTokenizer
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, PromptTooLong
-from engine.replicas import REPORT_S, ReplicaSet, new_engine
+from engine.replica import REPORT_S
+from engine.replicas import ReplicaSet, new_engine
 from engine.request import Delta, Request, SamplingParams
 
 NUM_NEW_TOKENS = 24

@@ -37,9 +37,9 @@ class Host:
     def command(self) -> tuple[str, ...]:
         return ("ip", "netns", "exec", self.namespace)
 
-    def generate(self, **body: Any) -> dict[str, Any]:
-        """From the server of this host."""
-        curl = ["curl", "-s", f"http://127.0.0.1:{PORT}/generate", "-H", "Content-Type: application/json"]
+    def post(self, path: str, **body: Any) -> dict[str, Any]:
+        """The answer of this host's server."""
+        curl = ["curl", "-s", f"http://127.0.0.1:{PORT}{path}", "-H", "Content-Type: application/json"]
         done = subprocess.run([*self.command, *curl, "-d", json.dumps(body)], capture_output=True, check=True)
         return json.loads(done.stdout)
 
@@ -108,9 +108,13 @@ async def test_two_hosts_answer_as_one_does_until_the_network_between_them_fails
             node = start_server(tiny_llama, log, *options, command=(*host.command, *command), port=PORT)
             nodes.append(stack.enter_context(ending(node)))
         wait_until_ready(nodes[0], logs[0])
-        params = {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True}
-        answer = await asyncio.to_thread(first.generate, input_ids=PROMPT, sampling_params=params)
-        assert answer["output_ids"] == await greedy_answer(tiny_llama)
+        body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True}}
+        wanted = await greedy_answer(tiny_llama)
+        for _ in range(2):
+            answer = await asyncio.to_thread(lambda: first.post("/generate", **body))
+            assert answer["output_ids"] == wanted
+            updated = await asyncio.to_thread(first.post, "/update_weights_from_disk", model_path=str(tiny_llama))
+            assert updated["success"], updated
 
         family = set().union(*(descendants(process.pid) for process in nodes))  # torchrun itself waits longer
         family |= {process.pid for process in nodes} if starter == "flags" else set()

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from engine.channel import ChannelReader, open_channel
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, ModelError
-from engine.replicas import REPORT_S, ReplicaSet
+from engine.replica import REPORT_S
+from engine.replicas import ReplicaSet
 from engine.request import Delta, FinishReason, Request, SamplingParams
 from tests.server_processes import descendants, is_alive, is_rank, server, wait_until
 
@@ -176,6 +177,10 @@ async def test_two_ranks_draw_and_score_as_one_does(tiny_llama: Path) -> None:
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
+def url_of(log: Path) -> str:
+    return log.read_text().partition("curl ")[2].partition("/generate")[0]
+
+
 @pytest.mark.parametrize(
     ("number", "message"), [(signal.SIGKILL, "was ended by SIGKILL"), (signal.SIGSTOP, "has not taken up a step")]
 )
@@ -188,15 +193,37 @@ def test_a_rank_that_dies_or_hangs_ends_the_server_by_name(
         (rank,) = filter(is_rank, family)
         os.kill(rank, number)
         if number == signal.SIGSTOP:  # an idle server needs no rank: the next step does
-            port = log.read_text().partition("http://127.0.0.1:")[2].partition("\n")[0].split("/")[0].strip()
             body = '{"input_ids": [1, 2, 3]}'
             subprocess.run(
-                ["curl", "-s", f"http://127.0.0.1:{port}/generate", "-H", "Content-Type: application/json", "-d", body],
+                ["curl", "-s", f"{url_of(log)}/generate", "-H", "Content-Type: application/json", "-d", body],
                 check=False, capture_output=True, timeout=20,
             )  # fmt: skip
         assert process.wait(20) == 1
         text = log.read_text()
         assert f"error: rank 1 (pid {rank}) " in text and message in text
+        wait_until(lambda: not any(map(is_alive, family)))
+
+
+def test_an_answer_that_the_drain_is_too_short_for_is_told_so(
+    make_tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    from transformers import LlamaConfig
+
+    model = make_tiny_model(LlamaConfig, "long_llama", max_position_embeddings=1 << 16)
+    log = tmp_path / "log"
+    with server(model, log, "--drain-timeout", "1", "--max-total-tokens", "65536", "--tp", "2", "--dp", "2") as process:
+        family = descendants(process.pid)
+        body = '{"input_ids": [1], "stream": true, "sampling_params": {"max_new_tokens": 60000, "ignore_eos": true}}'
+        client = subprocess.Popen(
+            ["curl", "-sN", f"{url_of(log)}/generate", "-H", "Content-Type: application/json", "-d", body],
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert client.stdout is not None and client.stdout.readline().startswith(b"data: ")
+        process.terminate()
+        rest, _ = client.communicate(timeout=30)
+        assert b"the server is shutting down" in rest and rest.endswith(b"data: [DONE]\n\n")
+        assert process.wait(20) == 0
+        assert "Traceback" not in log.read_text()
         wait_until(lambda: not any(map(is_alive, family)))
 
 
