@@ -80,7 +80,7 @@ class Step:
         """Is all that is enqueued of it computed? The device is asked: the thread that sets `done` may come late, since
         it waits for the interpreter as well.
         """
-        return self.done.done() or bool(self.events) and self.events[-1].query()
+        return self.done.done() or (bool(self.events) and self.events[-1].query())
 
     def result(self) -> None:
         """Raise what the step raised. It must have ended."""
