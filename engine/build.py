@@ -231,9 +231,10 @@ def build_runner(
             model_config.head_dim, kv_dtype, device,
         )  # fmt: skip
 
-    largest_step = max_graph_tokens = 0
-    if can_capture_prompts(config.attention_backend):
-        max_graph_tokens = min(config.chunked_prefill_size, max_len, comm.minimum(int(MAX_GRAPH_WORK / weights_bytes)))
+    largest_step = 0
+    can_capture = can_capture_prompts(config.attention_backend)
+    max_graph_prompts = min(config.chunked_prefill_size, max_len) if can_capture else 0
+    max_graph_tokens = comm.minimum(int(MAX_GRAPH_WORK / weights_bytes))
     if device.type == "cuda":
         probe = ModelRunner(model, new_pool(max_step_tokens), sampler, stager, comm)
         largest_step = measure_step(probe, max_step_tokens, num_rows, max_len)
@@ -242,7 +243,7 @@ def build_runner(
     memory = plan_memory(
         config, model_config, kv_dtype, device,
         weights=weights_bytes, tables=slot_table.nbytes, largest_step=largest_step,
-        graphs=largest_step * max_graph_tokens // max_step_tokens,
+        graphs=largest_step * min(max_graph_prompts, max_graph_tokens) // max_step_tokens,
         num_kv_heads=num_kv_heads, comm=comm,
     )  # fmt: skip
     on_progress("memory: " + ", ".join(f"{what} {size}" for what, size in memory.rows()))
@@ -256,7 +257,7 @@ def build_runner(
         assert config.cuda_graph_max_bs
         start = time.perf_counter()
         batch_sizes = config.cuda_graph_bs or default_batch_sizes(config.cuda_graph_max_bs)
-        runner.capture_graphs(batch_sizes, max_graph_tokens, num_rows)
+        runner.capture_graphs(batch_sizes, max_graph_prompts, max_graph_tokens, num_rows)
         on_progress(f"steps captured as CUDA graphs in {time.perf_counter() - start:.1f} s")
     if device.type == "cuda":
         measure_step(runner, max_step_tokens, num_rows, max_len)  # once more: the memory it takes is then at hand

@@ -61,17 +61,18 @@ class StepGraphs:
     def __init__(
         self,
         batch_sizes: list[int],
+        max_prompt_tokens: int,
         max_tokens: int,
         max_requests: int,
         stager: Stager,
         run: Callable[[StagedBatch], tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
-        """max_tokens: prompt tokens of a step with prompts. max_requests: that run at once. run: from a staged batch to
-        (logits [S, V], their argmax [S]).
+        """max_prompt_tokens: of a step that has any. max_tokens: of all its tokens. max_requests: that run at once.
+        run: from a staged batch to (logits [S, V], their argmax [S]).
         """
         self.batch_sizes = sorted(batch_sizes)
         self.grouped_sizes = _coarse(self.batch_sizes)
-        self.ladders = fitting_ladders(max_tokens, max_requests)
+        self.ladders = fitting_ladders(max_prompt_tokens, max_tokens, max_requests)
         self._stager, self._run = stager, run
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, StagedBatch]] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -174,19 +175,20 @@ def _coarse(batch_sizes: list[int]) -> list[int]:
     return kept
 
 
-def fitting_ladders(max_tokens: int, max_requests: int) -> list[Ladder]:
-    """Those of LADDERS that steps of so many prompt tokens and requests can need, cut to these."""
+def fitting_ladders(max_prompt_tokens: int, max_tokens: int, max_requests: int) -> list[Ladder]:
+    """Those of LADDERS that can be of use, cut to the limits: see `StepGraphs`."""
     ladders: list[Ladder] = []
     for ladder in LADDERS:
-        num_tokens = tuple(size for size in ladder.num_tokens if size <= max_tokens)
+        num_decodes = min(ladder.num_decodes, max_requests)
+        limit = min(max_prompt_tokens, max_tokens - num_decodes)
+        num_tokens = tuple(size for size in ladder.num_tokens if size <= limit)
         is_covered = any(
-            smaller.num_decodes >= max_requests
+            smaller.num_decodes >= num_decodes
             and smaller.num_tokens[-1:] >= num_tokens[-1:]
             and smaller.has_groups == ladder.has_groups
             for smaller in ladders
         )
         if num_tokens and not is_covered:
-            num_decodes = min(ladder.num_decodes, max_requests)
             ladders.append(ladder._replace(num_decodes=num_decodes, num_tokens=num_tokens))
     return ladders
 

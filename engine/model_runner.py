@@ -110,7 +110,7 @@ class ModelRunner:
         self.model, self.kv, self.comm = model, kv, comm
         self.sampler, self.stager = sampler, stager
         self.graphs: StepGraphs | None = None
-        self._graph_sizes: tuple[list[int], int, int] | None = None
+        self._graph_sizes: tuple[list[int], int, int, int] | None = None
         self.device = stager.device
         self._is_cuda = self.device.type == "cuda"
         self._last_end: torch.cuda.Event | None = None
@@ -121,9 +121,11 @@ class ModelRunner:
         self.masks: MaskFiller | None = None
         self.ranks: Followers | None = None
 
-    def capture_graphs(self, batch_sizes: list[int], max_tokens: int, max_requests: int) -> None:
+    def capture_graphs(
+        self, batch_sizes: list[int], max_prompt_tokens: int, max_tokens: int, max_requests: int
+    ) -> None:
         """The sizes are those of `StepGraphs`."""
-        self._graph_sizes = batch_sizes, max_tokens, max_requests
+        self._graph_sizes = batch_sizes, max_prompt_tokens, max_tokens, max_requests
         graphs = StepGraphs(*self._graph_sizes, self.stager, self.run_greedy)
         with torch.cuda.stream(self.stream), torch.inference_mode():
             graphs.capture_all()

@@ -9,7 +9,7 @@ import torch
 from engine.batch import Shape, StagedBatch
 from engine.build import Parts, build
 from engine.config import EngineConfig
-from engine.cuda_graph import LADDERS, fitting_ladders
+from engine.cuda_graph import fitting_ladders
 from engine.plan import Groups, Plan
 
 
@@ -88,20 +88,22 @@ def test_padding_writes_to_the_dump_slot_only(parts: Parts) -> None:
     torch.testing.assert_close(parts.runner.kv.buffer[:, :, 1:], exact[:, :, 1:], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("max_tokens", "max_requests"), [(8192, 1024), (2048, 1024), (8192, 100), (8192, 8), (16, 8), (0, 8)]
-)
-def test_ladders_hold_every_step_they_are_for_and_none_twice(max_tokens: int, max_requests: int) -> None:
-    ladders = fitting_ladders(max_tokens, max_requests)
-    most_tokens = max((size for size in LADDERS[-1].num_tokens if size <= max_tokens), default=0)
+@pytest.mark.parametrize("max_prompt_tokens", [8192, 2048, 16, 0])
+@pytest.mark.parametrize("max_tokens", [30_000, 2117])
+@pytest.mark.parametrize("max_requests", [1024, 100, 8])
+def test_ladders_keep_to_their_limits_and_cover_all_numbers_of_requests(
+    max_prompt_tokens: int, max_tokens: int, max_requests: int
+) -> None:
+    ladders = fitting_ladders(max_prompt_tokens, max_tokens, max_requests)
+    for ladder in ladders:
+        assert ladder.num_decodes <= max_requests and ladder.num_tokens[-1] <= max_prompt_tokens
+        assert ladder.num_decodes + ladder.num_tokens[-1] <= max_tokens
+    assert bool(ladders) == (max_prompt_tokens >= 32)
     for has_groups in (False, True):
         ours = [ladder for ladder in ladders if ladder.has_groups == has_groups]
-        assert bool(ours) == bool(most_tokens)
-        for ladder in ours:
-            assert ladder.num_decodes <= max_requests and ladder.num_tokens[-1] <= max_tokens
-        if ours:
-            assert ours[-1].num_decodes == min(1024, max_requests) and ours[-1].num_tokens[-1] == most_tokens
-    assert len({(ladder.num_decodes, ladder.num_prompts, ladder.has_groups) for ladder in ladders}) == len(ladders)
+        if max_prompt_tokens >= 512:
+            assert max(ladder.num_decodes for ladder in ours) == min(1024, max_requests)
+        assert len({(ladder.num_decodes, ladder.num_prompts) for ladder in ours}) == len(ours)
 
 
 def test_groups_of_a_padded_step_are_the_plans_own(parts: Parts) -> None:
