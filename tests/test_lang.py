@@ -403,7 +403,7 @@ def test_bound_arguments_join_the_run(backend):
         sgl.function(lambda state: None)
 
 
-FEW_SHOT = "".join(f"Q: What is {i} plus {i}?\nA: {2 * i}\n" for i in range(24))  # long enough to be worth asking for
+FEW_SHOT = "".join(f"Q: What is {i} plus {i}?\nA: {2 * i}\n" for i in range(12))  # long enough to be worth asking for
 
 
 @sgl.function

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MIN_PREFIX_CHARS = 512  # to ask for a shorter one takes longer than to read it in each prompt
+MIN_PREFIX_CHARS = 256  # to ask for a shorter one takes longer than to read it in each prompt
 
 
 def common_prefix(first: str, second: str) -> str:
