@@ -21,7 +21,7 @@ from kernels.sampling import argmax
 logger = logging.getLogger(__name__)
 
 # Ranks -> bytes of the largest sum through peer memory: each rank sends its addend to every other, and twice the bytes.
-PEER_SUM_BYTES = {2: 4 << 20, 3: 1 << 20, 4: 512 << 10, 5: 256 << 10, 6: 256 << 10, 7: 256 << 10, 8: 256 << 10}
+PEER_SUM_BYTES = {2: 2 << 20, 3: 1 << 20, 4: 512 << 10, 5: 256 << 10, 6: 256 << 10, 7: 256 << 10, 8: 256 << 10}
 COLLECTIVE_TIMEOUT = timedelta(hours=1)  # a rank that is gone is noticed by who started it, long before
 POLL_S = 0.001
 
