@@ -51,6 +51,23 @@ def test_a_chat_answers_as_our_native_route_does(url):
     native.shutdown()
 
 
+def test_litellms_providers_answer_as_the_api_itself_does(url, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else the import asks the network for prices
+    pytest.importorskip("litellm")
+    direct = OpenAI("tiny", base_url=url, api_key="none")
+    backend = sgl.LiteLLM("openai/tiny", api_base=url, api_key="none")
+    state, same = (conversation.run("Who?", backend=one, temperature=0) for one in (backend, direct))
+    assert state.messages() == same.messages() and state.error() is None
+    assert backend.token_usage == direct.token_usage
+    streamed = conversation.run("Who?", backend=backend, temperature=0, stream=True)
+    assert "".join(streamed.text_iter("second")) == same["second"]
+    with pytest.raises(sgl.BackendError) as refused:
+        conversation.run("Who?", backend=backend, temperature=-1)["first"]
+    assert refused.value.status == 400
+    backend.shutdown()
+    direct.shutdown()
+
+
 def test_a_completion_model_continues_text(url):
     backend = OpenAI("tiny", is_chat_model=False, base_url=url, api_key="none")
 

@@ -60,6 +60,7 @@ _OPTIONAL = {
     "Anthropic": "server.lang.backends.anthropic",
     "VertexAI": "server.lang.backends.gemini",
     "Gemini": "server.lang.backends.gemini",
+    "LiteLLM": "server.lang.backends.litellm",
 }
 
 
@@ -85,6 +86,7 @@ __all__ = [
     "BaseBackend",
     "Engine",
     "Gemini",
+    "LiteLLM",
     "OpenAI",
     "ProgramAborted",
     "ProgramState",

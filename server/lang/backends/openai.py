@@ -34,23 +34,26 @@ class OpenAI(BaseBackend):
         self.model_name = model_name
         self.is_chat = model_name not in COMPLETION_MODELS if is_chat_model is None else is_chat_model
         self.chat_template = chat_template or get_chat_template("default")
+        self.connect(is_azure, client_options)
+        self.token_usage = {"prompt_tokens": 0, "completion_tokens": 0}
+
+    def connect(self, is_azure: bool, client_options: JSON) -> None:
         client_type = openai.AsyncAzureOpenAI if is_azure else openai.AsyncOpenAI
         self.client = client_type(**client_options)
         self.loop.on_close.append(self.client.close)
-        self.token_usage = {"prompt_tokens": 0, "completion_tokens": 0}
 
     def get_model_name(self) -> str:
         return self.model_name
 
     async def generate(self, prompt: Prompt, params: GenParams) -> tuple[list[str], list[JSON]]:
-        answer = await self._create(prompt, params)
+        answer = await self.create(prompt, params)
         usage = self._count(answer.usage)
         texts = [(choice.message.content if self.is_chat else choice.text) or "" for choice in answer.choices]
         metas = [{"finish_reason": choice.finish_reason, **usage} for choice in answer.choices]
         return [only(params.dtype, text) for text in texts], metas
 
     async def generate_stream(self, prompt: Prompt, params: GenParams) -> AsyncIterator[tuple[str, JSON]]:
-        async with await self._create(prompt, params, stream=True) as stream:
+        async with await self.create(prompt, params, stream=True) as stream:
             async for chunk in stream:
                 for choice in chunk.choices:
                     text = choice.delta.content if self.is_chat else choice.text
@@ -66,20 +69,20 @@ class OpenAI(BaseBackend):
             raise NotImplementedError("this choices_method measures token ids, which OpenAI's API does not tell")
         check_select_temperature(temperature)
         texts = [prompt.text + choice for choice in choices]
-        answer = await self._post(
+        answer = await self.post(
             self.client.completions.create, {"prompt": texts, "echo": True, "logprobs": 1, "max_tokens": 0}
         )
         self._count(answer.usage)
         rows = [_of_choice(one.logprobs, choice) for one, choice in zip(answer.choices, choices, strict=True)]
         return method(ChoiceLogprobs(choices, [[logprob for logprob, *_ in row] for row in rows], rows))
 
-    async def _create(self, prompt: Prompt, params: GenParams, **options: Any) -> Any:
-        request = {**self._request(params), **options}
+    async def create(self, prompt: Prompt, params: GenParams, **options: Any) -> Any:
+        request = {**self.request_of(params), **options}
         if self.is_chat:
-            return await self._post(self.client.chat.completions.create, {"messages": conversation(prompt), **request})
-        return await self._post(self.client.completions.create, {"prompt": prompt.text, **request})
+            return await self.post(self.client.chat.completions.create, {"messages": conversation(prompt), **request})
+        return await self.post(self.client.completions.create, {"prompt": prompt.text, **request})
 
-    async def _post(self, create: Callable[..., Awaitable[Any]], request: JSON) -> Any:
+    async def post(self, create: Callable[..., Awaitable[Any]], request: JSON) -> Any:
         try:
             return await create(model=self.model_name, **request)
         except openai.APIStatusError as error:
@@ -95,7 +98,7 @@ class OpenAI(BaseBackend):
             self.token_usage[name] += getattr(usage, name)
         return usage.model_dump()
 
-    def _request(self, params: GenParams) -> JSON:
+    def request_of(self, params: GenParams) -> JSON:
         """What differs from the API's defaults: some models refuse fields whatever their value."""
         request: JSON = {"max_tokens": params.max_new_tokens}
         own: JSON = {"min_p": params.min_p, "ignore_eos": params.ignore_eos, "regex": params.regex}
