@@ -80,7 +80,10 @@ class Step:
         """Is all that is enqueued of it computed? The device is asked: the thread that sets `done` may come late, since
         it waits for the interpreter as well.
         """
-        return self.done.done() or (bool(self.events) and self.events[-1].query())
+        try:
+            return self.done.done() or (bool(self.events) and self.events[-1].query())
+        except RuntimeError:  # what the device failed in, `done` will say
+            return False
 
     def result(self) -> None:
         """Raise what the step raised. It must have ended."""

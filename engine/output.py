@@ -58,7 +58,7 @@ class OutputProcessor:
         for request in outcome.finished:
             request.times.finished = now
             pending[request] = None
-        for request in step.plan.answering:
+        for request in reversed(step.plan.answering):  # each to the front: the first ends up first
             request.times.first_token = request.times.first_token or now
             if request in pending:  # an empty page is looked at with less patience than one that grows
                 pending.move_to_end(request, last=False)
@@ -151,12 +151,12 @@ class OutputProcessor:
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         """What the text says goes before whatever else ended the request with the same token."""
-        if request.status is Status.RUNNING:
+        if request.status is Status.FINISHED:
+            request.finish_reason = reason
+        else:
             self.scheduler.finish(request, reason)
             request.times.finished = time.perf_counter()
             self._pending[request] = None
-        else:
-            request.finish_reason = reason
 
     def _add_logprobs(self, step: Step, outcome: Outcome) -> None:
         values, samples = step.sampled_logprobs, step.work.logprob_samples

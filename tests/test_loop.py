@@ -16,7 +16,7 @@ from engine.loop import StepLoop, StepPace
 from engine.model_runner import Step
 from engine.output import OutputProcessor
 from engine.plan import Plan
-from engine.request import Delta, Request, SamplingParams
+from engine.request import Delta, Request, SamplingParams, Status
 from engine.rows import Rows
 from engine.sampler import SamplingWork
 from engine.scheduler import Scheduler
@@ -142,6 +142,75 @@ async def test_a_step_that_cannot_be_launched_fails_its_own_requests() -> None:
         await settle()
         await runner.finish(0)
         assert later[-1].token_ids == [TOKEN]
+
+
+class ManualEvent:
+    """Stands in for a CUDA event behind a step."""
+
+    def __init__(self) -> None:
+        self.has_fired = False
+        self.error: Exception | None = None
+
+    def query(self) -> bool:
+        if self.error is not None:
+            raise self.error
+        return self.has_fired
+
+
+async def test_tokens_are_taken_when_the_device_has_them_though_the_waiting_thread_comes_late() -> None:
+    async with running_loop() as (loop, runner):
+        _, deltas = submit(loop, [1, 2, 3], max_new_tokens=1)
+        await settle()
+        event = ManualEvent()
+        runner.launched[0].events.append(event)  # type: ignore[arg-type]
+        loop.wake()
+        await settle()
+        assert not deltas
+        event.has_fired = True
+        loop.wake()
+        await settle()
+        assert deltas[-1].token_ids == [TOKEN] and not loop.steps_in_flight
+        await runner.finish(0)
+        assert len(deltas) == 1
+
+
+async def test_a_device_that_raises_when_asked_fails_the_step_and_not_the_loop() -> None:
+    async with running_loop() as (loop, runner):
+        _, failed = submit(loop, [1, 2, 3], max_new_tokens=1)
+        await settle()
+        event = ManualEvent()
+        event.error = RuntimeError("an illegal address")
+        runner.launched[0].events.append(event)  # type: ignore[arg-type]
+        loop.wake()
+        await settle()
+        assert not failed, "which requests it was is told with the step"
+        await runner.finish(0, event.error)
+        reason = failed[-1].finish_reason
+        assert reason is not None and "an illegal address" in (reason.message or "")
+        _, later = submit(loop, [4, 5, 6], max_new_tokens=1)
+        await settle()
+        await runner.finish(1)
+        assert later[-1].token_ids == [TOKEN]
+
+
+async def test_a_request_whose_sink_fails_ends_though_it_has_lost_its_slots_meanwhile() -> None:
+    async with running_loop(num_rows=40) as (loop, runner):
+        submit_streams(loop, 40)
+        requests = list(loop.scheduler.waiting)
+        await settle()
+        told: list[Delta] = []
+
+        def sink(delta: Delta) -> None:
+            told.append(delta)
+            if delta.finish_reason is None:
+                raise ConnectionError("gone")
+
+        last = requests[-1]
+        last.sink = sink
+        requests[0].sink = lambda delta: loop.scheduler.retract_all()
+        await runner.finish(0)
+        assert last.status is Status.FINISHED and last not in loop.scheduler.waiting
+        assert told[-1].finish_reason is not None and "gone" in (told[-1].finish_reason.message or "")
 
 
 async def test_a_request_that_did_not_run_in_the_failed_step_is_computed_anew() -> None:
