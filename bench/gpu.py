@@ -187,13 +187,10 @@ async def greedy_answers(folder: Path, device: str, **options: Any) -> list[list
 def check_greedy(args: argparse.Namespace, console: Console) -> bool:
     folder = demo_with_weights(args, console)
     wanted = asyncio.run(greedy_answers(folder, "cpu"))
-    default, _ = choose_backend(None, torch.device(args.device))
     variants: dict[str, dict[str, Any]] = {
         "defaults": {},
         "no CUDA graphs, no overlap": {"disable_cuda_graph": True, "disable_overlap_schedule": True},
     }
-    if default == "flashinfer":
-        variants["Triton attention"] = {"attention_backend": "triton"}
     table = Table("greedy, float32", "answers as on the CPU", "first difference", box=box.SIMPLE)
     is_right = True
     for name, options in variants.items():
@@ -298,9 +295,7 @@ def check_logits(args: argparse.Namespace, console: Console) -> bool:
 
     transformers.utils.logging.disable_progress_bar()
     device = torch.device(args.device)
-    default, reason = choose_backend(None, device)
-    console.print(f"attention: {default} ({reason})", style="dim")
-    backends = ["torch"] if default == "torch" else list(dict.fromkeys((default, "triton")))
+    backend = choose_backend(None, device)
     table = Table(box=box.SIMPLE)
     columns = ("logits, bfloat16", "attention", "size, rms", "theirs: error, rms", "ours", "theirs: worst", "ours")
     for i, column in enumerate((*columns, "same argmax", "right")):
@@ -315,19 +310,18 @@ def check_logits(args: argparse.Namespace, console: Console) -> bool:
         sequences = [rng.integers(3, sizes["vocab_size"], length).astype(np.int32) for length in SEQUENCE_LENS]
         exact = transformers_logits(folder, device, torch.float32, sequences)
         theirs = transformers_logits(folder, device, torch.bfloat16, sequences) - exact
-        for backend in backends:
-            ours = our_logits(folder, device, backend, sequences) - exact
-            errors = [(float(error.square().mean().sqrt()), float(error.abs().max())) for error in (theirs, ours)]
-            (their_rms, their_peak), (our_rms, our_peak) = errors
-            # NaNs compare as false
-            is_close = our_rms <= MAX_RMS_RATIO * their_rms and our_peak <= MAX_PEAK_RATIO * their_peak
-            is_right = is_right and is_close
-            same = (ours + exact).argmax(-1) == (theirs + exact).argmax(-1)
-            table.add_row(
-                name, backend, f"{exact.square().mean().sqrt():.3f}", f"{their_rms:.4f}", f"{our_rms:.4f}",
-                f"{their_peak:.3f}", f"{our_peak:.3f}", f"{same.float().mean():.1%}",
-                "yes" if is_close else "[red]NO[/]",
-            )  # fmt: skip
+        ours = our_logits(folder, device, backend, sequences) - exact
+        errors = [(float(error.square().mean().sqrt()), float(error.abs().max())) for error in (theirs, ours)]
+        (their_rms, their_peak), (our_rms, our_peak) = errors
+        # NaNs compare as false
+        is_close = our_rms <= MAX_RMS_RATIO * their_rms and our_peak <= MAX_PEAK_RATIO * their_peak
+        is_right = is_right and is_close
+        same = (ours + exact).argmax(-1) == (theirs + exact).argmax(-1)
+        table.add_row(
+            name, backend, f"{exact.square().mean().sqrt():.3f}", f"{their_rms:.4f}", f"{our_rms:.4f}",
+            f"{their_peak:.3f}", f"{our_peak:.3f}", f"{same.float().mean():.1%}",
+            "yes" if is_close else "[red]NO[/]",
+        )  # fmt: skip
         shutil.rmtree(folder)
     console.print(table)
     return is_right

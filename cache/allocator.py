@@ -48,10 +48,6 @@ class PageAllocator:
         """New pages that a sequence of `num_old` tokens takes to grow by `num_new`."""
         return -(-(num_old + num_new) // self.page_size) + -num_old // self.page_size
 
-    def pages_needed_each(self, num_old: np.ndarray) -> int:
-        """New pages that sequences of `num_old` ([B]) tokens take together to grow by one token each."""
-        return len(num_old) if self.page_size == 1 else int(np.count_nonzero(num_old % self.page_size == 0))
-
     def allocate(self, num_pages: int) -> np.ndarray | None:
         """Slots (int32 [num_pages * page_size]) of whole pages, page after page."""
         pages = self._pop(num_pages)

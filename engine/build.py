@@ -83,7 +83,7 @@ def resolve_config(config: EngineConfig) -> EngineConfig:
         chunk = (SMALL_CUDA_CHUNK if is_small else CUDA_CHUNK) if is_cuda else CPU_CHUNK
     max_running = config.max_running_requests or (CUDA_ROWS if is_cuda else CPU_ROWS)
     try:
-        backend, _ = choose_backend(config.attention_backend, device)
+        backend = choose_backend(config.attention_backend, device)
     except ValueError as error:
         raise ModelError(str(error)) from None
     return config.replace(

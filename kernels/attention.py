@@ -105,12 +105,12 @@ def can_capture_prompts(backend: str | None) -> bool:
     return backend == "triton"
 
 
-def choose_backend(requested: str | None, device: torch.device) -> tuple[str, str]:
-    """(backend, why) for `device`; None asks for the best. Raises ValueError where `requested` cannot run."""
+def choose_backend(requested: str | None, device: torch.device) -> str:
+    """The backend for `device`; None asks for the best. Raises ValueError where `requested` cannot run."""
     if requested not in (None, *BACKENDS):
         raise ValueError(f"no attention backend {requested!r}; there are {', '.join(BACKENDS)}")
     if requested == "torch" or (requested is None and device.type != "cuda"):
-        return "torch", "as asked" if requested else f"the one for {device.type}"
+        return "torch"
     if device.type != "cuda":
         raise ValueError(f"attention backend {requested!r} needs a CUDA device, and this is {device.type!r}")
     if requested == "flashinfer":
@@ -119,8 +119,7 @@ def choose_backend(requested: str | None, device: torch.device) -> tuple[str, st
         available, reason = is_available()
         if not available:
             raise ValueError(f"attention backend 'flashinfer' cannot run: {reason}")
-        return "flashinfer", "as asked"
-    return "triton", "as asked" if requested else "compiles in seconds, any GPU"
+    return requested or "triton"
 
 
 def attention_torch(

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from kernels.attention import AttentionBatch, SharedPrefixes
-from kernels.elementwise import has_dependent_launch
 from kernels.launch import cdiv, fast_launch, next_power_of_2
+from kernels.triton_elementwise import launch_options
 
 LOG2_E = 1.4426950408889634
 MIN_DOT_ROWS = 16
@@ -129,7 +129,7 @@ def decode(
     # Few requests are cut into many parts, whose merging is part of the latency; many requests need the registers
     # for more programs on an SM.
     merge_registers = 64 if num_requests <= 4 else 32
-    pdl = has_dependent_launch(q.device)
+    options = _options(q, k_cache, v_cache, window, softcap, config)
     _decode_kernel[(num_programs,)](
         q,
         k_cache,
@@ -147,17 +147,12 @@ def decode(
         batch.slot_table.stride(0),
         window,
         scale * LOG2_E,
-        **_constants(q, k_cache, v_cache, window, softcap),
+        **options,
         BLOCK_B=_block_requests(num_requests),
         BLOCK_M=max(MIN_DOT_ROWS, block_group),
-        BLOCK_N=config.block_n,
         BLOCK_P=max(1, merge_registers * 32 * config.num_warps // (block_group * block_d)),
         PREFIX_BLOCK_N=prefix_config.block_n if prefix_config is not None else 1,
-        PDL=pdl,
-        HAS_PREFETCH=pdl and config.has_prefetch,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        launch_pdl=pdl,
+        HAS_PREFETCH=options["PDL"] and config.has_prefetch,
     )
 
 
@@ -183,7 +178,7 @@ def _prefix_partials(
     num_groups = shared.prefix_lens.shape[0]
     # Enough for a few large groups; with many small ones a program takes several tiles.
     num_programs = cdiv(num_requests * block_group, config.block_m) + 7
-    pdl = has_dependent_launch(q.device)
+    options = _options(q, k_cache, v_cache, window, softcap, config)
     _prefix_kernel[(num_kv_heads, num_splits, num_programs)](
         q,
         k_cache,
@@ -202,14 +197,9 @@ def _prefix_partials(
         batch.slot_table.stride(0),
         window,
         scale * LOG2_E,
-        **_constants(q, k_cache, v_cache, window, softcap),
+        **options,
         BLOCK_GROUPS=_block_requests(num_groups),
         BLOCK_M=max(config.block_m, block_group),
-        BLOCK_N=config.block_n,
-        PDL=pdl,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        launch_pdl=pdl,
     )
 
 
@@ -232,7 +222,7 @@ def prefill(
     config = config or prefill_config(PREFILL_CONFIGS, next_power_of_2(q.shape[2]), q.dtype.itemsize)
     block_m = max(config.block_m, block_group)
     num_tiles = (q.shape[0] - batch.num_decodes) // (block_m // block_group) + num_requests  # at most
-    pdl = has_dependent_launch(q.device)
+    options = _options(q, k_cache, v_cache, window, softcap, config)
     _prefill_kernel[(num_tiles * num_kv_heads,)](
         q,
         k_cache,
@@ -246,21 +236,21 @@ def prefill(
         batch.slot_table.stride(0),
         window,
         scale * LOG2_E,
-        **_constants(q, k_cache, v_cache, window, softcap),
+        **options,
         BLOCK_B=_block_requests(num_requests),
         BLOCK_M=block_m,
-        BLOCK_N=config.block_n,
-        PDL=pdl,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        launch_pdl=pdl,
     )
 
 
-def _constants(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, window: int, softcap: float
+def _options(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    window: int,
+    softcap: float,
+    config: DecodeConfig | PrefillConfig,
 ) -> dict[str, Any]:
-    """What all three kernels are compiled for."""
+    """What all three kernels are compiled for and launched with."""
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k_cache.shape[1]
     group = num_heads // num_kv_heads
@@ -275,7 +265,10 @@ def _constants(
         "SOFTCAP": softcap * LOG2_E,
         "BLOCK_GROUP": next_power_of_2(group),
         "BLOCK_D": next_power_of_2(head_dim),
+        "BLOCK_N": config.block_n,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "num_stages": config.num_stages,
+        **launch_options(q.device, config.num_warps),
     }
 
 
