@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.batch import SharedPrefixes
 from kernels import flashinfer_attention, triton_attention
 from kernels.attention import attention_torch
 from kernels.triton_attention import DecodeConfig, PrefillConfig
@@ -105,14 +106,6 @@ SHARED_SHAPES = {  # sizes of groups with 4096 tokens in common and 192 of each 
 
 
 @dataclass
-class Shared:
-    prefix_lens: torch.Tensor
-    cu_members: torch.Tensor
-    members: torch.Tensor
-    own_starts: torch.Tensor
-
-
-@dataclass
 class Batch:
     """What `kernels.attention.AttentionBatch` asks for."""
 
@@ -123,35 +116,44 @@ class Batch:
     num_decodes: int
     q_lens_host: np.ndarray
     seq_lens_host: np.ndarray
-    shared: Shared | None = None
+    shared: SharedPrefixes | None = None
 
 
-def make_batch(lens: list[tuple[int, int]], group_sizes: tuple[int, ...] = (), prefix_len: int = 0) -> Batch:
-    """Requests of (q_len, seq_len), their slots scattered; the first sum(group_sizes) share prefixes, at random."""
-    rng = np.random.default_rng()
+def make_batch(
+    lens: list[tuple[int, int]],
+    groups: list[tuple[int, list[int]]] | None = None,
+    seed: int | None = None,
+    device: str = "cuda",
+) -> Batch:
+    """Requests of (q_len, seq_len), their slots scattered; groups of (shared tokens, members) share theirs."""
+    rng = np.random.default_rng(seed)
     q_lens, seq_lens = (np.array(column, np.int32) for column in zip(*lens, strict=True))
-    num_requests, max_len = len(lens), int(seq_lens.max())
-    table = rng.permutation(num_requests * max_len).reshape(num_requests, max_len).astype(np.int32)
-    rows = rng.permutation(num_requests).astype(np.int32)
+    num_requests, num_rows, max_len = len(lens), len(lens) + 3, int(seq_lens.max()) + 5
+    table = rng.permutation(num_rows * max_len).reshape(num_rows, max_len).astype(np.int32)
+    rows = rng.permutation(num_rows)[:num_requests].astype(np.int32)
+
+    def on_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
     shared = None
-    if group_sizes:
-        members, own_starts = np.zeros((2, num_requests), np.int32)
-        num_members = sum(group_sizes)
-        members[:num_members] = rng.permutation(num_members)
-        own_starts[:num_members] = prefix_len
-        prefix_lens = np.zeros(num_requests // 2, np.int32)
-        prefix_lens[: len(group_sizes)] = prefix_len
-        cu_members = np.full(len(prefix_lens) + 1, num_members, np.int32)
-        cu_members[: len(group_sizes) + 1] = np.cumsum([0, *group_sizes])
-        for start, stop in itertools.pairwise(cu_members):
-            if start < stop:
-                table[rows[members[start:stop]], :prefix_len] = table[rows[members[start]], :prefix_len]
-        shared = Shared(to_gpu(prefix_lens), to_gpu(cu_members), to_gpu(members), to_gpu(own_starts))
+    if groups is not None:
+        num_groups = max(num_requests // 2, len(groups))  # as a step has them: most are unused
+        prefix_lens, sizes = np.zeros((2, num_groups), np.int32)
+        all_members, own_starts = np.zeros((2, num_requests), np.int32)
+        num_members = 0
+        for i, (prefix_len, members) in enumerate(groups):
+            prefix_lens[i], sizes[i] = prefix_len, len(members)
+            all_members[num_members : num_members + len(members)] = members
+            num_members += len(members)
+            own_starts[members] = prefix_len
+            table[rows[members], :prefix_len] = table[rows[members[0]], :prefix_len]
+        cu_members = np.cumsum([0, *sizes], dtype=np.int32)
+        shared = SharedPrefixes(*map(on_device, (prefix_lens, cu_members, all_members, own_starts)))
     return Batch(
-        rows=to_gpu(rows),
-        seq_lens=to_gpu(seq_lens),
-        cu_q_lens=to_gpu(np.cumsum([0, *q_lens]).astype(np.int32)),
-        slot_table=to_gpu(table),
+        rows=on_device(rows),
+        seq_lens=on_device(seq_lens),
+        cu_q_lens=on_device(np.cumsum([0, *q_lens], dtype=np.int32)),
+        slot_table=on_device(table),
         num_decodes=int((q_lens == 1).sum()),
         q_lens_host=q_lens,
         seq_lens_host=seq_lens,
@@ -159,8 +161,10 @@ def make_batch(lens: list[tuple[int, int]], group_sizes: tuple[int, ...] = (), p
     )
 
 
-def to_gpu(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array).cuda()
+def random_groups(sizes: tuple[int, ...], prefix_len: int) -> list[tuple[int, list[int]]]:
+    """Groups of those sizes that the first sum(sizes) requests are in, at random."""
+    members = iter(np.random.default_rng().permutation(sum(sizes)).tolist())
+    return [(prefix_len, list(itertools.islice(members, size))) for size in sizes]
 
 
 class Problem:
@@ -229,7 +233,7 @@ CHECKS = {
 def run_check(name: str) -> float:
     """The largest difference of a fresh random batch from the definition in float32."""
     case = CHECKS[name]
-    batch = make_batch(list(case.lens), case.group_sizes, 400)
+    batch = make_batch(list(case.lens), random_groups(case.group_sizes, 400) if case.group_sizes else None)
     problem = Problem(batch, case.heads, 1, case.dtype, case.options)
     if case.kv_dtype is not None:
         problem.cache = problem.cache.to(case.kv_dtype)
@@ -255,7 +259,7 @@ def compile_prefill(heads: Heads, config: PrefillConfig) -> float:
 
 
 def compile_shared(config: PrefillConfig) -> float:
-    problem = Problem(make_batch([(1, 500)] * 64, (50, 10, 2), 300), LLAMA_8B)
+    problem = Problem(make_batch([(1, 500)] * 64, random_groups((50, 10, 2), 300)), LLAMA_8B)
     problem.decode(prefix_config=config)
     return problem.difference()
 
@@ -371,7 +375,7 @@ def run_prefill_plan(wrapper: Any, problem: Problem, layer: int) -> None:
 
 def bench_shared(results: Results) -> None:
     for shape, group_sizes in SHARED_SHAPES.items():
-        problem = Problem(make_batch([(1, 4096 + 192)] * sum(group_sizes), group_sizes, 4096), LLAMA_8B)
+        problem = Problem(make_batch([(1, 4096 + 192)] * sum(group_sizes), random_groups(group_sizes, 4096)), LLAMA_8B)
         results.amounts[shape] = kv_bytes(LLAMA_8B, len(group_sizes) * 4096 + sum(group_sizes) * 192), "TB/s"
         for config in PREFIX_CONFIGS:
             for num_splits in PREFIX_SPLITS:

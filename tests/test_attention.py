@@ -1,7 +1,6 @@
 """Attention: the torch definition against a naive float64 one, and the Triton kernels (interpreted without a GPU)."""
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is decorated
 
+import bench.attention
+from bench.attention import Batch
 from kernels import attention as torch_attention
 from kernels import flashinfer_attention, triton_attention
 from kernels.attention import attention, attention_torch, choose_backend
@@ -34,57 +35,8 @@ def interpreted_scalars_are_indices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
 
 
-@dataclass
-class Shared:
-    prefix_lens: torch.Tensor
-    cu_members: torch.Tensor
-    members: torch.Tensor
-    own_starts: torch.Tensor
-
-
-@dataclass
-class Batch:
-    rows: torch.Tensor
-    seq_lens: torch.Tensor
-    cu_q_lens: torch.Tensor
-    slot_table: torch.Tensor
-    num_decodes: int
-    q_lens_host: np.ndarray
-    seq_lens_host: np.ndarray
-    shared: Any = None
-
-
-def make_batch(lens: list[tuple[int, int]], seed: int = 0, groups: list[tuple[int, list[int]]] | None = None) -> Batch:
-    """Requests of (q_len, seq_len), their slots scattered; groups of (shared tokens, members) share theirs."""
-    rng = np.random.default_rng(seed)
-    q_lens, seq_lens = (np.array(column, np.int32) for column in zip(*lens, strict=True))
-    num_rows, max_len = len(lens) + 3, int(seq_lens.max()) + 5
-    slots = rng.permutation(num_rows * max_len)
-    table = slots.reshape(num_rows, max_len).astype(np.int32)
-    rows = rng.permutation(num_rows)[: len(lens)].astype(np.int32)
-    shared = None
-    if groups is not None:
-        own_starts = np.zeros(len(lens), np.int32)
-        for prefix_len, members in groups:
-            own_starts[members] = prefix_len
-            table[rows[members], :prefix_len] = table[rows[members[0]], :prefix_len]
-        prefix_lens = np.zeros(len(groups) + 2, np.int32)  # unused groups at the end
-        prefix_lens[: len(groups)] = [prefix_len for prefix_len, _ in groups]
-        sizes = [len(members) for _, members in groups] + [0, 0]
-        order = np.zeros(len(lens), np.int32)
-        order[: sum(sizes)] = [i for _, members in groups for i in members]
-        cu_members = np.cumsum([0, *sizes]).astype(np.int32)
-        shared = Shared(*(torch.from_numpy(x).to(DEVICE) for x in (prefix_lens, cu_members, order, own_starts)))
-    return Batch(
-        rows=torch.from_numpy(rows).to(DEVICE),
-        seq_lens=torch.from_numpy(seq_lens).to(DEVICE),
-        cu_q_lens=torch.from_numpy(np.cumsum([0, *q_lens]).astype(np.int32)).to(DEVICE),
-        slot_table=torch.from_numpy(table).to(DEVICE),
-        num_decodes=int((q_lens == 1).sum()),
-        q_lens_host=q_lens,
-        seq_lens_host=seq_lens,
-        shared=shared,
-    )
+def make_batch(lens: list[tuple[int, int]], groups: list[tuple[int, list[int]]] | None = None) -> Batch:
+    return bench.attention.make_batch(lens, groups, seed=0, device=DEVICE)
 
 
 def make_inputs(
