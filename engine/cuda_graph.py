@@ -110,20 +110,12 @@ class StepGraphs:
         self.batch_sizes = self._capture_sizes(self.batch_sizes, functools.partial(_decode_shape, has_groups=False))
 
     def _capture_sizes(self, sizes: Sequence[int], shape_of: Callable[[int], Shape]) -> list[int]:
-        """Those worth having: for some sizes libraries choose kernels that are slower than those for more."""
-        kept: list[int] = []
-        least_ms = float("inf")
-        for size in reversed(sizes):
-            took_ms = self._capture_padding(shape_of(size))
-            if took_ms < least_ms * SAME_TIME:
-                kept.insert(0, size)
-                least_ms = min(least_ms, took_ms)
-        return kept
+        """Those to use. The graphs of all stay: each rank measures for itself, and what rank 0 finds counts."""
+        took_ms = [self._capture_padding(shape_of(size)) for size in reversed(sizes)]
+        return useful_sizes(sizes, took_ms[::-1])
 
-    def replay(self, shape: Shape, plan: Plan) -> tuple[torch.Tensor, torch.Tensor, StagedBatch]:
+    def replay(self, shape: Shape) -> tuple[torch.Tensor, torch.Tensor, StagedBatch]:
         """(logits, their argmax, the batch) of the staged plan; overwritten by the next replay of any graph."""
-        if shape not in self._graphs:
-            self._capture(shape, self._stager.views(shape, plan))
         graph, logits, greedy, staged = self._graphs[shape]
         graph.replay()
         return logits, greedy, staged
@@ -175,6 +167,20 @@ def _coarse(batch_sizes: list[int]) -> list[int]:
     return kept
 
 
+def useful_sizes(sizes: Sequence[int], took_ms: Sequence[float]) -> list[int]:
+    """Those of `sizes`, ascending, to which no larger one is preferable.
+
+    For some sizes libraries choose kernels that are slower than those for more.
+    """
+    kept: list[int] = []
+    least_ms = float("inf")
+    for size, ms in zip(reversed(sizes), reversed(took_ms), strict=True):
+        if ms < least_ms * SAME_TIME:
+            kept.insert(0, size)
+            least_ms = min(least_ms, ms)
+    return kept
+
+
 def fitting_ladders(max_prompt_tokens: int, max_tokens: int, max_requests: int) -> list[Ladder]:
     """Those of LADDERS that can be of use, cut to the limits: see `StepGraphs`."""
     ladders: list[Ladder] = []
@@ -184,6 +190,7 @@ def fitting_ladders(max_prompt_tokens: int, max_tokens: int, max_requests: int) 
         num_tokens = tuple(size for size in ladder.num_tokens if size <= limit)
         is_covered = any(
             smaller.num_decodes >= num_decodes
+            and smaller.num_prompts >= min(ladder.num_prompts, max_requests)
             and smaller.num_tokens[-1:] >= num_tokens[-1:]
             and smaller.has_groups == ladder.has_groups
             for smaller in ladders

@@ -263,7 +263,7 @@ class ModelRunner:
         self.stager.upload(step.staged)
         if step.graph_shape is not None:
             assert self.graphs is not None
-            step.logits, step.greedy, step.batch = self.graphs.replay(step.graph_shape, plan)
+            step.logits, step.greedy, step.batch = self.graphs.replay(step.graph_shape)
             return
         step.batch = staged = self.stager.views(Shape.of(plan), plan)
         hidden = self.forward(staged.batch)

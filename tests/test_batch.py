@@ -9,7 +9,7 @@ import torch
 from engine.batch import Shape, StagedBatch
 from engine.build import Parts, build
 from engine.config import EngineConfig
-from engine.cuda_graph import fitting_ladders
+from engine.cuda_graph import MAX_PROMPTS, fitting_ladders, useful_sizes
 from engine.plan import Groups, Plan
 
 
@@ -90,7 +90,7 @@ def test_padding_writes_to_the_dump_slot_only(parts: Parts) -> None:
 
 @pytest.mark.parametrize("max_prompt_tokens", [8192, 2048, 16, 0])
 @pytest.mark.parametrize("max_tokens", [30_000, 2117])
-@pytest.mark.parametrize("max_requests", [1024, 100, 8])
+@pytest.mark.parametrize("max_requests", [1024, 100, 24, 8])
 def test_ladders_keep_to_their_limits_and_cover_all_numbers_of_requests(
     max_prompt_tokens: int, max_tokens: int, max_requests: int
 ) -> None:
@@ -103,7 +103,15 @@ def test_ladders_keep_to_their_limits_and_cover_all_numbers_of_requests(
         ours = [ladder for ladder in ladders if ladder.has_groups == has_groups]
         if max_prompt_tokens >= 512:
             assert max(ladder.num_decodes for ladder in ours) == min(1024, max_requests)
+            assert max(ladder.num_prompts for ladder in ours) >= min(MAX_PROMPTS, max_requests)
         assert len({(ladder.num_decodes, ladder.num_prompts) for ladder in ours}) == len(ours)
+
+
+def test_a_size_is_used_only_if_no_larger_one_takes_less() -> None:
+    assert useful_sizes([64, 128, 192, 256], [1.0, 2.0, 3.0, 2.5]) == [64, 128, 256]
+    assert useful_sizes([64, 128], [1.01, 1.0]) == [64, 128], "they take the same time"
+    assert useful_sizes([64, 128, 192], [3.0, 3.0, 2.0]) == [192]
+    assert useful_sizes([64], [1.0]) == [64]
 
 
 def test_groups_of_a_padded_step_are_the_plans_own(parts: Parts) -> None:
