@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from engine.build import Parts
-from engine.errors import InvalidRequest, ModelError
+from engine.errors import InvalidRequest
 from engine.loop import StepLoop
 from engine.upkeep import KV_CACHE, TAGS, WEIGHTS, reason_of
 from engine.weights import checkpoint_targets
@@ -122,7 +122,7 @@ class Maintenance:
         order = None if parts.ranks is None else parts.ranks.order("read", **arguments)
         try:
             await asyncio.to_thread(parts.upkeep.do, "read", **arguments)
-        except (ModelError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must drop what they have read
             reason = reason_of(error)
         if parts.ranks is not None and order is not None:
             others = await asyncio.to_thread(parts.ranks.wait_done, order)

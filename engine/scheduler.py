@@ -265,7 +265,7 @@ class Scheduler:
                 assert victim is not None
                 decodes = decodes[:-1]
                 self._retract(victim)
-        return decodes, decodes
+        return decodes, self._unknown[:0]  # no slots
 
     def _plan_decodes(self, decodes: np.ndarray, slots: np.ndarray) -> Plan:
         rows, count = self.rows, len(decodes)

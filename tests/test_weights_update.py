@@ -239,6 +239,21 @@ async def test_one_rank_that_cannot_read_the_weights_leaves_the_old_ones_to_all(
         assert await answer(engine) == old
 
 
+async def test_whatever_keeps_rank_0_from_reading_the_weights_no_rank_keeps_them(
+    tiny_llama: Path, other_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(**_: Any) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    async with checked_engine(tiny_llama) as engine:
+        ranks = FakeRanks()
+        engine.maintenance.parts = dataclasses.replace(engine.parts, ranks=ranks)  # type: ignore[arg-type]
+        monkeypatch.setattr(engine.parts.upkeep, "read", read)
+        with pytest.raises(InvalidRequest, match="can't allocate memory"):
+            await engine.maintenance.update_weights(str(other_llama))
+        assert ranks.orders == ["read", "drop"]
+
+
 async def test_a_rank_that_ends_in_an_update_ends_the_engine_by_name(tiny_llama: Path, other_llama: Path) -> None:
     async with running_engine(tiny_llama, tp_size=2) as engine:
         (rank,) = filter(is_rank, descendants(os.getpid()))
