@@ -183,8 +183,8 @@ def measure(workload: Workload, backend: Any, server: ours.RuntimeEndpoint, num_
 
 def prompt_and_hit_tokens(server: ours.RuntimeEndpoint) -> tuple[int, int]:
     """Tokens of all prompts so far, and how many of them were cached."""
-    [stats] = [state["scheduler"] for state in server.get_server_info()["internal_states"]]
-    return stats["num_prompt_tokens"], stats["num_hit_tokens"]
+    schedulers = [state["scheduler"] for state in server.get_server_info()["internal_states"]]  # of each replica
+    return sum(one["num_prompt_tokens"] for one in schedulers), sum(one["num_hit_tokens"] for one in schedulers)
 
 
 def measure_all(

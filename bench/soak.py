@@ -396,7 +396,8 @@ class Soak:
 
     async def books(self, session: aiohttp.ClientSession) -> Books:
         async with session.get(f"{self.url}/server_info", raise_for_status=True) as response:
-            scheduler = (await response.json())["internal_states"][0]["scheduler"]
+            schedulers = [state["scheduler"] for state in (await response.json())["internal_states"]]  # of each replica
+        scheduler = {name: sum(one[name] for one in schedulers) for name in schedulers[0]}
         async with session.get(f"{self.url}/metrics", raise_for_status=True) as response:
             metrics = dict(re.findall(r"^([\w:]+)(?:{[^}]*})? (\S+)$", await response.text(), re.MULTILINE))
         return Books(

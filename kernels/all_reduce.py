@@ -12,8 +12,7 @@ import torch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK_WORDS = 512  # of a program
-WORD_BYTES = 8
-DATA_BYTES = 4  # of a word
+DATA_BYTES = 4  # of the eight of a word
 
 
 @dataclass(frozen=True)
