@@ -63,6 +63,7 @@ class Maintenance:
 
     # ---- pause ----
 
+    @whole
     async def pause(self, mode: str = ABORT) -> int:
         """Hold still until `resume`. What runs is ended, or computed anew later, or goes on where it was. How many."""
         async with self._turn:

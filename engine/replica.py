@@ -26,14 +26,12 @@ logger = logging.getLogger(__name__)
 REPORT_S = 0.05
 PIECE_BYTES = 4 << 20  # of a long message
 SUBMIT, ABORT, FLUSH, PREFIXES, START_PROFILE, STOP_PROFILE, REPORT = range(7)  # what a message is about
-# What an ended request has become: all that the engine owns of it but its means of work.
+# What an ended request has become: all that the engine owns of it but its means of work, and what deltas bring.
 _FIELDS = [one.name for one in dataclasses.fields(Request)]
-OUTCOME = [
-    name
-    for name in _FIELDS[_FIELDS.index("status") :]
-    if name
-    not in ("status", "row", "input_logprobs", "prompt_ids", "text_stream", "new_token_ids", "unsent", "matcher")
-]
+_NO_OUTCOME = {
+    "status", "row", "input_logprobs", "prompt_ids", "text_stream", "new_token_ids", "unsent", "has_begun", "matcher",
+}  # fmt: skip
+OUTCOME = [name for name in _FIELDS[_FIELDS.index("status") :] if name not in _NO_OUTCOME]
 
 
 @dataclass(slots=True)

@@ -165,6 +165,19 @@ async def test_an_update_goes_on_when_whoever_asked_for_it_has_left(tiny_llama: 
         assert await answer(engine) == answer_of_transformers(other_llama, PROMPT, NUM_NEW_TOKENS)
 
 
+async def test_a_pause_ends_what_runs_also_when_whoever_asked_for_it_has_left(tiny_llama: Path) -> None:
+    async with checked_engine(tiny_llama) as engine:
+        running = Running(engine, "a")
+        await running.until(1)
+        pausing = asyncio.create_task(engine.maintenance.pause("abort"))
+        await asyncio.sleep(0)
+        pausing.cancel()
+        await asyncio.wait([pausing])
+        await asyncio.gather(*engine.maintenance.tasks)
+        assert running.finish_reason == "abort"
+        await engine.maintenance.resume()
+
+
 # ---- on several ranks ----
 
 
