@@ -127,7 +127,7 @@ def make_batch(
 ) -> Batch:
     """Requests of (q_len, seq_len), their slots scattered; groups of (shared tokens, members) share theirs."""
     rng = np.random.default_rng(seed)
-    q_lens, seq_lens = (np.array(column, np.int32) for column in zip(*lens, strict=True))
+    q_lens, seq_lens = (np.array(column, np.int64) for column in zip(*lens, strict=True))
     num_requests, num_rows, max_len = len(lens), len(lens) + 3, int(seq_lens.max()) + 5
     table = rng.permutation(num_rows * max_len).reshape(num_rows, max_len).astype(np.int32)
     rows = rng.permutation(num_rows)[:num_requests].astype(np.int32)
@@ -151,7 +151,7 @@ def make_batch(
         shared = SharedPrefixes(*map(on_device, (prefix_lens, cu_members, all_members, own_starts)))
     return Batch(
         rows=on_device(rows),
-        seq_lens=on_device(seq_lens),
+        seq_lens=on_device(seq_lens.astype(np.int32)),
         cu_q_lens=on_device(np.cumsum([0, *q_lens], dtype=np.int32)),
         slot_table=on_device(table),
         num_decodes=int((q_lens == 1).sum()),

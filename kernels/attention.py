@@ -61,11 +61,11 @@ class AttentionBatch(Protocol):
 
     @property
     def q_lens_host(self) -> np.ndarray:
-        """int32 [B]. The decode kernels of "triton" do not look at it: in a captured graph it is not the step's."""
+        """Integers [B]. The kernels of "triton" do not look at it: in a captured graph it is not the step's."""
 
     @property
     def seq_lens_host(self) -> np.ndarray:
-        """int32 [B], likewise."""
+        """Integers [B], likewise."""
 
     @property
     def shared(self) -> SharedPrefixes | None:

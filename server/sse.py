@@ -5,7 +5,7 @@ text and hands them to the socket. No queue, no task switch, one write. That pat
 merged in memory until the handler's task sends them as one event, when
 
 - the client reads slower than the model writes (the transport's buffer is above `HIGH_WATER_BYTES`),
-- several answers share the connection: a step's events then make one write,
+- several answers share the connection: what comes to them in a turn of the event loop then makes one write,
 - the answer ends: the last event, the usage and `[DONE]` go out with the end of the response.
 
 So what a slow reader costs is bounded: the transport's buffer and each answer's text, once.
