@@ -16,7 +16,7 @@ from engine.loop import StepLoop, StepPace
 from engine.model_runner import Step
 from engine.output import OutputProcessor
 from engine.plan import Plan
-from engine.request import Delta, Request, SamplingParams, Status
+from engine.request import Delta, FinishReason, Request, SamplingParams, Status
 from engine.rows import Rows
 from engine.sampler import SamplingWork
 from engine.scheduler import Scheduler
@@ -326,3 +326,31 @@ async def test_a_turn_of_the_event_loop_serves_a_few_streams_and_ends_fewer() ->
                 await asyncio.sleep(0)
                 assert sum(map(len, given)) - num_before <= most_a_turn
             assert all(len(deltas) == step + 1 for deltas in given)
+
+
+async def test_an_aborted_stream_is_given_the_tokens_that_wait_for_its_turn() -> None:
+    async with running_loop(num_rows=400) as (loop, runner):
+        given = submit_streams(loop, 400)
+        await settle()
+        requests = loop.scheduler.running_requests()
+        runner.launched[0].done.set_result(None)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert any(given) and not given[-1], "its turn has not come"
+        loop.abort(requests[-1], FinishReason("abort"))
+        await settle()
+        (last,) = given[-1]
+        assert (last.token_ids, last.text, last.finish_reason and last.finish_reason.type) == ([TOKEN], "a", "abort")
+        assert all(len(deltas) == 1 for deltas in given)
+
+
+async def test_a_pause_begins_when_all_news_are_given() -> None:
+    async with running_loop(num_rows=400) as (loop, runner):
+        given = submit_streams(loop, 400)
+        await settle()
+        pausing = asyncio.create_task(loop.pause())
+        for step in runner.launched:
+            step.done.set_result(None)
+        await asyncio.wait_for(pausing, 10)
+        assert {sum(len(delta.token_ids) for delta in deltas) for deltas in given} == {2}
+        assert loop.is_still and len(runner.launched) == 2
