@@ -74,7 +74,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._is_stopping = False
         self._drained = asyncio.Event()
-        self._failure = ""  # what has happened, when a rank is gone
+        self._failure = ""  # what has happened, when a rank or the step loop is gone
         self._has_failed = asyncio.Event()
         self._profiler: Profiler | None = None
         self._num_requests = self._num_aborted = self._num_refused = 0
@@ -123,7 +123,7 @@ class Engine:
         return building.result()
 
     def _on_failure(self, message: str) -> None:
-        """A rank is gone: no step can be computed any more."""
+        """No step can be computed any more."""
         logger.critical("%s; the engine cannot go on", message)
         self._failure = message
         self._has_failed.set()
@@ -482,7 +482,7 @@ class Engine:
         if task.cancelled():
             return
         logger.critical("the step loop ended", exc_info=task.exception())
-        self.abort_all("the engine has failed; see its log", status_code=500)
+        self._on_failure(f"the step loop ended: {task.exception()!r}")
 
 
 def _see(task: asyncio.Task[Any]) -> None:

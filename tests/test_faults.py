@@ -21,6 +21,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from aiohttp.web import StreamResponse
 
 from engine.engine import Engine
+from engine.errors import EngineStopped
 from engine.request import Delta, Request
 from engine.tokenizer import Tokenizer
 from server.app import build_app
@@ -327,6 +328,18 @@ async def test_a_fault_that_stays_ends_request_after_request_and_never_the_engin
     assert [failure_of(deltas)[0] for deltas, _ in results] == [500] * 6
     scene.monkeypatch.undo()
     await scene.check_all_is_well()
+
+
+async def test_an_engine_without_its_loop_says_so_and_ends_what_runs(scene: Scene) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("injected into the loop itself")
+
+    scene.monkeypatch.setattr(scene.engine.parts.scheduler, "resolve", broken)
+    deltas, _ = await collect(scene.engine, make_request(scene.prompt))
+    assert failure_of(deltas)[0] == 500 and "injected into the loop itself" in failure_of(deltas)[1]
+    assert "injected into the loop itself" in await asyncio.wait_for(scene.engine.failed(), 10)
+    with pytest.raises(EngineStopped):
+        scene.engine.submit(make_request(scene.prompt))
 
 
 async def test_a_cache_that_raises_for_good_ends_request_after_request(scene: Scene) -> None:
