@@ -74,8 +74,9 @@ class Metrics:
     def observe(self, request: Request) -> None:
         """A request has ended."""
         times, num_tokens = request.times, len(request.output_ids)
-        if times.scheduled:
-            self._queue.observe(times.scheduled - times.arrived)
+        if not times.scheduled:
+            return
+        self._queue.observe(times.scheduled - times.arrived)
         if not (times.finished and num_tokens):
             return
         self._first_token.observe(times.first_token - times.arrived)

@@ -19,6 +19,7 @@ from server.access_log import JsonAccessLogger
 from server.app import build_app
 from server.config import ServerConfig
 from server.dashboard import PAGE
+from server.metrics import Metrics
 from server.monitor import Monitor, percentile
 from tests.fake_engine import FakeEngine, events_of, serving
 
@@ -145,6 +146,14 @@ def test_a_request_that_never_ran_has_no_latency() -> None:
     monitor.observe(_request(RequestTimes(1.0, 2.0, 4.0, 8.0), [1, 2, 3]))
     (ended,) = monitor.ended
     assert (ended.queue_s, ended.first_token_s, ended.token_s, ended.total_s) == (1.0, 3.0, 2.0, 7.0)
+
+
+async def test_forced_tokens_of_a_request_that_never_ran_are_no_answer_to_measure() -> None:
+    """A grammar may force tokens before the request is admitted, and its client may leave before that."""
+    engine = FakeEngine()
+    metrics = Metrics(engine, Monitor(engine), "demo")
+    metrics.observe(_request(RequestTimes(arrived=1.0, first_token=2.0, finished=2.0), [1, 2, 3]))
+    assert metrics.registry.get_sample_value("sglang:time_to_first_token_seconds_count", {"model_name": "demo"}) == 0
 
 
 def _request(times: RequestTimes, output_ids: list[int] | None = None) -> Request:
