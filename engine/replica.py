@@ -153,7 +153,7 @@ class ReplicaServer:
         self._tell(STOP_PROFILE, await self.engine.stop_profile())
 
     def _take(self, delta: Delta) -> None:
-        """The sink of all requests: what a step brings goes out in one message, when the step is through."""
+        """The sink of all requests: what is delivered in one turn of the loop goes out in one message."""
         request = delta.request
         is_first = request.logprob_start_len >= 0 and request.rid not in self._introduced
         self._unsent.append(encode_delta(delta, with_input_logprobs=is_first))
