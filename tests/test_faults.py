@@ -203,7 +203,8 @@ class BrokenText:
         return self.inner.matched_stop
 
 
-async def test_a_detokenizer_that_raises_fails_its_own_request_only(scene: Scene) -> None:
+def break_texts(scene: Scene) -> None:
+    """Of prompts that begin with BAD, until the scene's patches are undone."""
     text_stream = Tokenizer.text_stream
 
     def sometimes_broken(self: Tokenizer, params: Any, input_ids: list[int]) -> Any:
@@ -211,6 +212,10 @@ async def test_a_detokenizer_that_raises_fails_its_own_request_only(scene: Scene
         return BrokenText(whole) if input_ids[0] == BAD else whole
 
     scene.monkeypatch.setattr(Tokenizer, "text_stream", sometimes_broken)
+
+
+async def test_a_detokenizer_that_raises_fails_its_own_request_only(scene: Scene) -> None:
+    break_texts(scene)
     for stream in (False, True):
         bystanders = [asyncio.create_task(scene.answer(stream=bool(i % 2))) for i in range(3)]
         deltas, _ = await collect(scene.engine, make_request([BAD, *scene.prompt], stream=stream))
@@ -227,13 +232,7 @@ async def test_a_detokenizer_that_raises_on_forced_tokens_fails_its_own_request_
     scene: Scene, pattern: str
 ) -> None:
     """They come within the answer, or join the prompt before it is queued."""
-    text_stream = Tokenizer.text_stream
-
-    def sometimes_broken(self: Tokenizer, params: Any, input_ids: list[int]) -> Any:
-        whole = text_stream(self, params, input_ids)
-        return BrokenText(whole) if input_ids[0] == BAD else whole
-
-    scene.monkeypatch.setattr(Tokenizer, "text_stream", sometimes_broken)
+    break_texts(scene)
     bystanders = [asyncio.create_task(scene.answer(stream=bool(i % 2))) for i in range(3)]
     victim = make_request([BAD, *scene.prompt], stream=True, regex=pattern)
     deltas, _ = await collect(scene.engine, victim)
