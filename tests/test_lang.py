@@ -21,6 +21,7 @@ from server.lang.expressions import Gen, GenParams
 from server.lang.loop import LoopThread
 from tests.fake_engine import FakeEngine
 from tests.lang_servers import fake_backend, listening, serving_engine, tiny_engine
+from tests.test_lang_programs import multi_turn_question, tip_suggestion
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +50,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[NativeBackend]:
 # ---- programs ----
 
 
-@sgl.function
-def multi_turn_question(s, question_1, question_2):
-    s += sgl.system("You are a helpful assistant.")
-    s += sgl.user(question_1)
-    s += sgl.assistant(sgl.gen("answer_1", max_tokens=12))
-    s += sgl.user(question_2)
-    s += sgl.assistant(sgl.gen("answer_2", max_tokens=12))
-
-
 def test_a_conversation_alternates_and_each_turn_finds_the_last_one_cached(backend):
     state = multi_turn_question.run(
         question_1="What is the capital of the United States?", question_2="List two local attractions.", temperature=0
@@ -70,19 +62,6 @@ def test_a_conversation_alternates_and_each_turn_finds_the_last_one_cached(backe
     first, second = state.get_meta_info("answer_1"), state.get_meta_info("answer_2")
     # A random model's answer need not be read as the tokens that it was written in.
     assert second["cached_tokens"] >= first["prompt_tokens"] - 1
-
-
-@sgl.function
-def tip_suggestion(s):
-    s += "Here are two tips for staying healthy: 1. Balanced Diet. 2. Regular Exercise.\n\n"
-    forks = s.fork(2)
-    for i, f in enumerate(forks):
-        f += f"Now, expand tip {i + 1} into a paragraph:\n"
-        f += sgl.gen("detailed_tip", max_tokens=10, stop="\n\n")
-    s += "Tip 1:" + forks[0]["detailed_tip"] + "\n"
-    s += "Tip 2:" + forks[1]["detailed_tip"] + "\n"
-    s += "In summary" + sgl.gen("summary", max_tokens=10)
-    forks.join()
 
 
 def test_a_fork_finds_its_prefix_cached(backend):

