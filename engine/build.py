@@ -36,6 +36,7 @@ from engine.scheduler import Scheduler
 from engine.tokenizer import Tokenizer
 from engine.upkeep import Upkeep
 from engine.weights import load_weights, resolve_model, resolve_tokenizer
+from kernels import gated_gemm
 from kernels.attention import can_capture_prompts, choose_backend
 from kernels.gemm import GEMV_MAX_TOKENS
 
@@ -130,9 +131,12 @@ def describe_backends(config: EngineConfig, device: torch.device) -> dict[str, s
         "flashinfer": "FlashInfer for prompts (as asked), Triton for single tokens (needs no plan a step)",
         "torch": "torch (as asked; slow, and without CUDA graphs)",
     }
+    products = f"cuBLAS; Triton for one token, for {GEMV_MAX_TOKENS} of small weights (at the memory's speed)"
+    if gated_gemm.is_available(device):
+        products += "; gate and up by our own kernel (Hopper)"
     return {
         "attention": attention[config.attention_backend or "torch"],
-        "products": f"cuBLAS; Triton for one token, for {GEMV_MAX_TOKENS} of small weights (at the memory's speed)",
+        "products": products,
         "sampling": "torch (as asked)" if config.sampling_backend == "pytorch" else "Triton (no sort)",
         "steps": "kernel by kernel (as asked)" if config.disable_cuda_graph else "CUDA graphs; larger ones by kernel",
     }

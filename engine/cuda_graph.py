@@ -34,7 +34,7 @@ COARSE_TOKENS = (128, 256, 512, 1024, 2048, 4096, 6144, 8192)
 # The first that fits serves.
 LADDERS = (
     Ladder(0, 16, FINE_TOKENS),
-    Ladder(32, 16, FINE_TOKENS),
+    Ladder(32, 16, tuple(size - 32 for size in FINE_TOKENS[1:])),  # with the decodes, whole tiles of the products
     Ladder(64, 64, (128, 256, 384, 512, 640, 768, 1024)),  # runs of forced tokens, mostly
     Ladder(256, 72, COARSE_TOKENS),
     Ladder(512, 72, COARSE_TOKENS[2:]),

@@ -21,10 +21,10 @@ from engine.scheduler import Outcome, Scheduler
 logger = logging.getLogger(__name__)
 
 MIN_PREFILL_SHARE = 1 / 16  # of the longest chunk, in every step, however tight its time: a prompt must not starve
-MIN_LEAD_S = 0.002  # a step is decided at least this long before the one before it ends
+MIN_LEAD_S = 0.001  # a step is decided at least this long before the one before it ends
 LAUNCH_MARGIN = 1.25  # launches vary; the device shall not wait for them
 MAX_DELIVERIES = 4  # in one turn of the event loop
-MIN_SLEEP_S = 0.001  # uvloop's timers count milliseconds
+MIN_SLEEP_S = 0.001  # uvloop's timers count milliseconds; what is shorter is waited for awake
 
 
 @dataclass(slots=True)
@@ -158,13 +158,17 @@ class StepLoop:
         step.done.add_done_callback(lambda _: loop.call_soon_threadsafe(self.wake))
 
     async def _wait(self, spare_s: float) -> None:
-        """Sleep until there is news, or for `spare_s` if that is not 0; costs no CPU."""
+        """Until there is news, or for at most `spare_s` if that is not 0."""
         if not self._in_flight:
             if not self._may_step:
                 self._is_still.set()
             elif self.scheduler.has_work:
-                spare_s = MIN_SLEEP_S  # only what the caller does next can free what the queue waits for
-        timer = asyncio.get_running_loop().call_later(spare_s, self.wake) if spare_s else None
+                spare_s = 2 * MIN_SLEEP_S  # only what the caller does next can free what the queue waits for
+        sleep_s = spare_s - MIN_SLEEP_S  # a timer may be late by as much
+        if spare_s and sleep_s < MIN_SLEEP_S:
+            await asyncio.sleep(0)
+            return
+        timer = asyncio.get_running_loop().call_later(sleep_s, self.wake) if spare_s else None
         await self._news.wait()
         if timer is not None:
             timer.cancel()
@@ -186,8 +190,7 @@ class StepLoop:
         step = self._in_flight[0]
         begun_at = max(step.launched_at, self.stats.last_step_at)
         lead_s = self._pace.lead_s(self._has_prompts)
-        spare_s = begun_at + self._pace.predict_s(step.plan) - lead_s - time.perf_counter()
-        return spare_s if spare_s >= MIN_SLEEP_S else 0.0
+        return max(begun_at + self._pace.predict_s(step.plan) - lead_s - time.perf_counter(), 0.0)
 
     async def _sample(self, step: Step) -> bool:
         """Enqueue the sampling of the newest step, if all tokens before it are known to the matchers.
@@ -218,7 +221,7 @@ class StepLoop:
             await self._fail(step.plan, error)
             return
         self._in_flight.popleft()
-        start = time.perf_counter()
+        start = self.stats.last_step_at = time.perf_counter()
         assert step.tokens is not None
         outcome = self.scheduler.resolve(step.plan, step.tokens.numpy())
         self.output.take(step, outcome)
@@ -229,7 +232,6 @@ class StepLoop:
         stats.num_steps += 1
         stats.num_generated_tokens += outcome.num_tokens
         stats.device_idle_s += idle_s
-        stats.last_step_at = time.perf_counter()
         if self._in_flight and (newest := self._in_flight[-1]).awaits_masks:
             await self._sample(newest)  # before the next launch, which may overwrite its logits
         stats.resolve_s += time.perf_counter() - start

@@ -1,12 +1,14 @@
 """Products with a weight matrix, with what comes before (RMS norm) and after (activation, residual) fused in.
 
-A few tokens on a GPU take `triton_gemm`, more of them cuBLAS; a CPU takes torch, or oneDNN if the weight is packed.
+A few tokens on a GPU take `triton_gemm`, more of them cuBLAS, or `gated_gemm` for gate and up; a CPU takes torch, or
+oneDNN if the weight is packed.
 """
 
 import torch
 import torch.nn.functional as F
 
 from kernels.elementwise import act_and_mul, rms_norm
+from kernels.gated_gemm import can_gated_gemm, gated_gemm
 
 GEMV_MAX_TOKENS = 4
 GEMV_SMALL_WEIGHT = 8 << 20  # elements; of larger weights only one token's product is faster than cuBLAS's
@@ -59,7 +61,10 @@ def norm_linear_act(
         from kernels.triton_gemm import gemv
 
         return gemv(h, weight, bias, norm_weight=norm_weight, eps=eps, act=act)
-    return act_and_mul(linear(rms_norm(h, norm_weight, eps), weight, bias), act)
+    x = rms_norm(h, norm_weight, eps)
+    if bias is None and can_gated_gemm(x, weight, act):
+        return gated_gemm(x, weight, act)
+    return act_and_mul(linear(x, weight, bias), act)
 
 
 def linear_add(
