@@ -49,6 +49,10 @@ SMALL_CUDA_BYTES = 25e9
 CUDA_MAX_STEP_MS = 60.0
 CUDA_GRAPH_MAX_BS = 1024
 KERNEL_PROMPTS = (2, 32, 512)  # numbers of prompts that attention has kernels for: all are compiled at the start
+COUNTS = (
+    "tp_size", "dp_size", "nnodes", "context_length", "max_total_tokens", "page_size", "max_running_requests",
+    "max_prefill_tokens", "cuda_graph_max_bs", "stream_interval", "decode_log_interval",
+)  # fmt: skip
 SELF_TEST_BYTES, P2P_CHECK_BYTES = 1 << 10, 64 << 20
 
 
@@ -90,20 +94,26 @@ def resolve_config(config: EngineConfig) -> EngineConfig:
     return config.replace(
         device=str(device),
         base_gpu_id=device.index or 0,
-        chunked_prefill_size=config.max_prefill_tokens if chunk < 0 else chunk,
+        chunked_prefill_size=config.max_prefill_tokens if chunk < 1 else chunk,
         max_running_requests=max_running,
         attention_backend=backend,
-        max_step_ms=config.max_step_ms or (CUDA_MAX_STEP_MS if is_cuda else None),
-        cuda_graph_max_bs=config.cuda_graph_max_bs or min(CUDA_GRAPH_MAX_BS, max_running),
+        max_step_ms=CUDA_MAX_STEP_MS if is_cuda and config.max_step_ms is None else config.max_step_ms,
+        cuda_graph_max_bs=min(config.cuda_graph_max_bs or CUDA_GRAPH_MAX_BS, max_running),
+        cuda_graph_bs=sorted({min(size, max_running) for size in config.cuda_graph_bs or ()}) or None,
         random_seed=time.time_ns() % (1 << 30) if config.random_seed is None else config.random_seed,
     )
 
 
 def check_sizes(config: EngineConfig) -> None:
-    """`ModelError` if the numbers of ranks, replicas and nodes do not fit each other."""
-    for name in ("tp_size", "dp_size", "nnodes"):
-        if getattr(config, name) < 1:
-            raise ModelError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    """`ModelError` if a number is none that can be, or those of ranks, replicas and nodes do not fit each other."""
+    for name in COUNTS:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ModelError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if any(size < 1 for size in config.cuda_graph_bs or ()):
+        raise ModelError(f"--cuda-graph-bs must be at least 1 each, got {config.cuda_graph_bs}")
+    if config.max_step_ms is not None and config.max_step_ms < 0:
+        raise ModelError(f"--max-step-ms must not be negative, got {config.max_step_ms}")
     if config.tp_size % config.nnodes:
         raise ModelError(f"--tp-size {config.tp_size} cannot be split over --nnodes {config.nnodes}")
     if not 0 <= config.node_rank < config.nnodes:
@@ -134,11 +144,17 @@ def describe_backends(config: EngineConfig, device: torch.device) -> dict[str, s
     products = f"cuBLAS; Triton for one token, for {GEMV_MAX_TOKENS} of small weights (at the memory's speed)"
     if gated_gemm.is_available(device):
         products += "; gate and up by our own kernel (Hopper)"
+    steps = "CUDA graphs; larger ones by kernel"
+    if config.disable_cuda_graph:
+        steps = "kernel by kernel (as asked)"
+    elif config.attention_backend == "torch":
+        steps = "kernel by kernel (torch's attention cannot be captured)"
     return {
         "attention": attention[config.attention_backend or "torch"],
+        "norms, rope, KV writes": "Triton (one pass each)",
         "products": products,
         "sampling": "torch (as asked)" if config.sampling_backend == "pytorch" else "Triton (no sort)",
-        "steps": "kernel by kernel (as asked)" if config.disable_cuda_graph else "CUDA graphs; larger ones by kernel",
+        "steps": steps,
     }
 
 

@@ -73,7 +73,7 @@ class EngineConfig:
     )
     max_prefill_tokens: int = option(16384, SCHEDULE, "prompt tokens of one step when chunking is off")
     max_step_ms: float | None = option(
-        None, SCHEDULE, "while answers stream, cut prompt chunks so that a step takes at most this long"
+        None, SCHEDULE, "while answers stream, cut prompt chunks so that a step takes at most this long; 0: any"
     )
     schedule_policy: str = option(
         "lpm", SCHEDULE, "order of the queue: longest prefix match, first come, by tree weight, random",

@@ -98,7 +98,7 @@ class Engine:
             parts.runner,
             self._output,
             is_overlapped=not self.config.disable_overlap_schedule,
-            max_step_ms=self.config.max_step_ms,
+            max_step_ms=self.config.max_step_ms or None,
             chunked_prefill_size=parts.scheduler.chunked_prefill_size,
             decode_log_interval=self.config.decode_log_interval,
         )

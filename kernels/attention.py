@@ -5,6 +5,7 @@ it. Token j of request i lies in slot slot_table[rows[i], j] of k_cache and v_ca
 """
 
 import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +13,8 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("flashinfer", "triton", "torch")
 
@@ -106,7 +109,10 @@ def can_capture_prompts(backend: str | None) -> bool:
 
 
 def choose_backend(requested: str | None, device: torch.device) -> str:
-    """The backend for `device`; None asks for the best. Raises ValueError where `requested` cannot run."""
+    """The backend for `device`; None asks for the best. Raises ValueError where `requested` cannot run.
+
+    Where only FlashInfer itself is missing, that is a warning, and Triton serves in its place.
+    """
     if requested not in (None, *BACKENDS):
         raise ValueError(f"no attention backend {requested!r}; there are {', '.join(BACKENDS)}")
     if requested == "torch" or (requested is None and device.type != "cuda"):
@@ -118,7 +124,8 @@ def choose_backend(requested: str | None, device: torch.device) -> str:
 
         available, reason = is_available()
         if not available:
-            raise ValueError(f"attention backend 'flashinfer' cannot run: {reason}")
+            logger.warning("attention backend 'flashinfer' cannot run, triton serves instead: %s", reason)
+            return "triton"
     return requested or "triton"
 
 
