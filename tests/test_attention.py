@@ -162,17 +162,23 @@ GROUPS = [(40, [0, 2, 3]), (33, [4, 5])]
 
 
 @pytest.mark.parametrize(
-    ("window", "num_splits", "num_programs", "block_m"), [(-1, 1, 2, 16), (-1, 3, 7, 32), (5, 2, 7, 32), (45, 7, 2, 16)]
-)
-def test_shared_prefixes_change_nothing(window: int, num_splits: int, num_programs: int, block_m: int) -> None:
+    ("window", "softcap", "num_splits", "num_programs", "block_m"),
+    [(-1, 0.0, 1, 2, 16), (-1, 0.0, 3, 7, 32), (5, 0.0, 2, 7, 32), (45, 0.0, 7, 2, 16), (-1, 2.0, 3, 7, 32),
+     (45, 2.0, 2, 7, 16)],
+)  # fmt: skip
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float8_e4m3fn])
+def test_shared_prefixes_change_nothing(
+    window: int, softcap: float, num_splits: int, num_programs: int, block_m: int, cache_dtype: torch.dtype
+) -> None:
     batch = make_batch(GROUPED, groups=GROUPS)
     q, k, v = make_inputs(batch, 6, 2)
+    k, v = k.to(cache_dtype), v.to(cache_dtype)
     out = torch.full_like(q, float("nan"))
     triton_attention.decode(
-        q, k, v, batch, out, scale=0.3, window=window, config=DecodeConfig(16, 4, 1, 1), num_programs=num_programs,
-        prefix_config=PrefillConfig(block_m, 16, 4, 1), num_prefix_splits=num_splits,
+        q, k, v, batch, out, scale=0.3, window=window, softcap=softcap, config=DecodeConfig(16, 4, 1, 1),
+        num_programs=num_programs, prefix_config=PrefillConfig(block_m, 16, 4, 1), num_prefix_splits=num_splits,
     )  # fmt: skip
-    check(out, naive(q, k, v, batch, 0.3, window, 0.0), q.dtype)
+    check(out, naive(q, k, v, batch, 0.3, window, softcap), q.dtype)
 
 
 @KERNELS

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import elementwise, gemm, sampling, triton_elementwise, triton_gemm, triton_sampling
+from kernels import (
+    bookkeeping,
+    elementwise,
+    gemm,
+    sampling,
+    triton_bookkeeping,
+    triton_elementwise,
+    triton_gemm,
+    triton_sampling,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -129,13 +138,68 @@ def test_rope_rotates_pairs_and_writes_only_its_slots() -> None:
     assert (k_cache == 7).all(dim=(1, 2)).sum() == 17
 
 
-def test_what_does_not_fit_a_float8_cache_saturates() -> None:
+ROPES = [elementwise.rope_and_store_torch, triton_elementwise.rope_and_store_triton]
+
+
+@pytest.mark.parametrize("run", ROPES)
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.float8_e4m3fn, 448), (torch.float8_e5m2, 57344)])
+def test_what_does_not_fit_a_float8_cache_saturates(
+    run: Callable[..., torch.Tensor], dtype: torch.dtype, largest: float
+) -> None:
     inputs = rope_inputs(2, 1, 16, 16, False, torch.float32)
-    inputs["qkv"] *= 1000
-    k_cache, v_cache = torch.zeros(2, 20, 1, 16, device=DEVICE).to(torch.float8_e4m3fn)
-    elementwise.rope_and_store(**inputs, k_cache=k_cache, v_cache=v_cache)
-    assert v_cache.float().abs().max() == 448
+    inputs["qkv"] *= 1e6
+    k_cache, v_cache = torch.zeros(2, 20, 1, 16, device=DEVICE).to(dtype)
+    run(**inputs, k_cache=k_cache, v_cache=v_cache)
+    assert v_cache.float().abs().max() == largest
     assert k_cache.float().isfinite().all()
+
+
+@pytest.mark.parametrize("run", ROPES)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_what_float8_can_hold_is_stored_as_it_is(run: Callable[..., torch.Tensor], dtype: torch.dtype) -> None:
+    # Not more: Triton's interpreter rounds what lies right below a power of two to half of it.
+    inputs = rope_inputs(4, 2, 64, 64, False, torch.float32)
+    inputs["cos_sin"][:] = floats(1, 0).repeat_interleave(32)  # no rotation
+    inputs["qkv"] = inputs["qkv"].to(dtype).float()
+    cache = torch.zeros(2, 20, 2, 64, device=DEVICE).to(dtype)
+    run(**inputs, k_cache=cache[0], v_cache=cache[1])
+    _, k, v = inputs["qkv"].view(3, 8, 64).split([4, 2, 2], dim=1)
+    slots = inputs["out_cache_loc"].long()
+    assert torch.equal(cache[0].float()[slots], k) and torch.equal(cache[1].float()[slots], v)
+
+
+# bookkeeping
+
+
+def test_the_kernel_that_begins_a_step_equals_its_twin() -> None:
+    num_rows, max_len, num_tokens = 9, 40, 300
+    place = torch.randperm(num_rows * max_len)[:num_tokens].to(torch.int32).to(DEVICE)  # no two tokens have the same
+    rows, positions = place // max_len, place % max_len
+    slots = torch.randint(1, 1000, (num_tokens,), dtype=torch.int32).to(DEVICE)
+    ids = torch.randint(-1, 50, (num_tokens,), dtype=torch.int32).to(DEVICE)
+    last_tokens = torch.arange(100, 100 + num_rows, dtype=torch.int32, device=DEVICE)
+    results = []
+    for run in (triton_bookkeeping.begin_step_triton, bookkeeping.begin_step_torch):
+        input_ids, table = ids.clone(), torch.zeros(num_rows, max_len, dtype=torch.int32, device=DEVICE)
+        run(input_ids, positions, slots, rows, last_tokens, table)
+        results.append((input_ids, table))
+    (found_ids, found_table), (expected_ids, expected_table) = results
+    assert torch.equal(found_ids, expected_ids) and torch.equal(found_table, expected_table)
+    assert (ids < 0).any() and torch.equal(expected_ids[ids < 0], last_tokens[rows[ids < 0]])
+    assert torch.equal(expected_table[rows, positions], slots)
+
+
+def test_the_kernel_that_ends_a_step_equals_its_twin() -> None:
+    rows = torch.randperm(400)[:300].to(torch.int32).to(DEVICE)
+    tokens = torch.randint(-1, 50, (300,), dtype=torch.int32).to(DEVICE)
+    results = []
+    for run in (triton_bookkeeping.end_step_triton, bookkeeping.end_step_torch):
+        last_tokens = torch.full((400,), 7, dtype=torch.int32, device=DEVICE)
+        run(tokens, rows, last_tokens)
+        results.append(last_tokens)
+    found, expected = results
+    assert torch.equal(found, expected)
+    assert (tokens < 0).any() and (expected >= 0).all() and (expected == 7).sum() >= 100
 
 
 # gemm
