@@ -228,6 +228,21 @@ def test_flashinfer_gets_the_slots_of_the_prompts_one_after_another() -> None:
     assert torch.equal(slots, torch.cat(expected))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("window", "softcap", "cache_dtype"), [(-1, 0.0, torch.bfloat16), (8, 2.0, torch.float8_e4m3fn)]
+)
+def test_flashinfer_equals_the_naive_definition(window: int, softcap: float, cache_dtype: torch.dtype) -> None:
+    available, reason = flashinfer_attention.is_available()
+    if not available:
+        pytest.skip(reason)
+    batch = make_batch(MIXED)
+    q, k, v = make_inputs(batch, head_dim=64, dtype=torch.bfloat16)
+    k, v = k.to(cache_dtype), v.to(cache_dtype)
+    result = flashinfer_attention.attention_flashinfer(q, k, v, batch, scale=0.3, window=window, softcap=softcap)
+    check(result, naive(q, k, v, batch, 0.3, window, softcap), q.dtype)
+
+
 @pytest.mark.parametrize("backend", ["triton", "flashinfer", "cudnn"])
 def test_a_backend_that_cannot_run_is_refused(backend: str) -> None:
     with pytest.raises(ValueError, match=backend):

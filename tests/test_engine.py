@@ -22,6 +22,7 @@ from engine.errors import EngineStopped, InvalidRequest, PromptTooLong
 from engine.replica import REPORT_S
 from engine.replicas import ReplicaSet, new_engine
 from engine.request import Delta, Request, SamplingParams
+from kernels.flashinfer_attention import is_available
 
 NUM_NEW_TOKENS = 24
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -141,9 +142,13 @@ GPU_MIXES: dict[str, dict[str, Any]] = {
     "graphs": {},
     "no_graphs": {"disable_cuda_graph": True},
     "few_graphs": {"cuda_graph_bs": [4, 16]},
+    "graphs_of_at_most_8": {"cuda_graph_max_bs": 8},
+    "graphs_no_overlap": {"disable_overlap_schedule": True},
     "triton": {"attention_backend": "triton"},
     "flashinfer": {"attention_backend": "flashinfer"},
-    "torch_attention": {"attention_backend": "torch", "disable_cuda_graph": True},
+    "flashinfer_no_graphs": {"attention_backend": "flashinfer", "disable_cuda_graph": True},
+    "torch_attention": {"attention_backend": "torch"},
+    "torch_sampling": {"sampling_backend": "pytorch"},
 }
 PARALLEL_MIXES: dict[str, dict[str, Any]] = {
     "two_ranks": {"tp_size": 2, "chunked_prefill_size": 32},
@@ -201,6 +206,21 @@ async def test_a_seeded_sample_does_not_depend_on_its_company(tiny_llama: Path, 
         assert among == alone
         _, other_seed = await collect(engine, make_request([5, 6, 7], temperature=1.5, sampling_seed=43))
         assert other_seed != alone
+
+
+@pytest.mark.gpu
+async def test_a_seeded_sample_is_the_same_with_either_sampling_backend(
+    tiny_llama: Path, prompts: list[list[int]]
+) -> None:
+    fields: list[dict[str, Any]] = [{}, {"top_k": 20}, {"top_p": 0.9}, {"min_p": 0.1}, {"frequency_penalty": 0.5}]
+    answers = {}
+    for backend in ("triton", "pytorch"):
+        async with running_engine(tiny_llama, device="cuda", sampling_backend=backend) as engine:
+            requests = [
+                make_request(prompts[i], temperature=0.9, sampling_seed=i, **some) for i, some in enumerate(fields)
+            ]
+            answers[backend] = [tokens for _, tokens in await asyncio.gather(*(collect(engine, r) for r in requests))]
+    assert answers["triton"] == answers["pytorch"]
 
 
 async def test_streamed_text_adds_up_to_the_unstreamed_answer(tiny_llama: Path) -> None:
@@ -279,6 +299,117 @@ async def test_log_probabilities_are_transformers_own(tiny_llama: Path, prompts:
                 assert top is not None and [t for _, t in top] == row.topk(3).indices.tolist()
                 assert ids is not None and [t for _, t in ids] == [4, 9]
                 assert [value for value, _ in ids] == pytest.approx(row[[4, 9]].tolist(), abs=1e-4)
+
+
+async def test_log_probabilities_of_a_long_prompt_are_made_of_few_logits_at_a_time(
+    tiny_llama: Path, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_engine(tiny_llama, disable_radix_cache=True) as engine:
+        model, num_rows = engine.parts.runner.model, []
+        compute_logits: Callable[[torch.Tensor], torch.Tensor] = model.compute_logits
+
+        def counted(hidden: torch.Tensor) -> torch.Tensor:
+            num_rows.append(len(hidden))
+            return compute_logits(hidden)
+
+        monkeypatch.setattr(model, "compute_logits", counted)
+        given = []
+        for most in (256, 7):
+            monkeypatch.setattr("engine.model_runner.PROMPT_LOGPROB_ROWS", most)
+            num_rows.clear()
+            request = make_request(
+                prompts[2], max_new_tokens=1, return_logprob=True, logprob_start_len=0, top_logprobs_num=2
+            )
+            await collect(engine, request)
+            assert request.input_logprobs is not None and max(num_rows) == min(most, len(prompts[2]) - 1)
+            given.append(request.input_logprobs)
+        whole, cut = given
+        assert [token for _, token in cut.token] == prompts[2]
+        assert [p for p, _ in cut.token[1:]] == pytest.approx([p for p, _ in whole.token[1:]], abs=1e-4)
+        assert [[t for _, t in top or ()] for top in cut.top] == [[t for _, t in top or ()] for top in whole.top]
+
+
+@pytest.mark.gpu
+async def test_log_probabilities_of_a_prompt_of_32k_tokens_take_little_memory(
+    make_tiny_model: Callable[..., Path],
+) -> None:
+    from transformers import LlamaConfig
+
+    prompt_len, vocab_size = 32_768, 131_072
+    folder = make_tiny_model(LlamaConfig, "wide", vocab_size=vocab_size, max_position_embeddings=prompt_len + 8)
+    async with running_engine(folder, device="cuda", max_total_tokens=prompt_len + 64) as engine:
+        request = make_request(
+            random.Random(1).choices(range(vocab_size), k=prompt_len), max_new_tokens=1, return_logprob=True,
+            logprob_start_len=0, top_logprobs_num=5,
+        )  # fmt: skip
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        (delta,), _ = await collect(engine, request)
+        assert delta.finish_reason is not None and delta.finish_reason.type == "length"
+        assert request.input_logprobs is not None and len(request.input_logprobs.token) == prompt_len
+        assert torch.cuda.max_memory_allocated() - before < 1 << 30, "all its logits are 16 GiB, those of a chunk 4"
+
+
+FP8_MIXES: dict[str, dict[str, Any]] = {
+    "batched": {"disable_radix_cache": True},
+    "cached": {},
+    "seven_token_chunks": {"chunked_prefill_size": 7},
+    "pages_of_16": {"page_size": 16},
+    "no_overlap": {"disable_overlap_schedule": True},
+}
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize(
+    ("device", "mixes"), [("cpu", FP8_MIXES), pytest.param("cuda", FP8_MIXES | GPU_MIXES, marks=pytest.mark.gpu)]
+)
+async def test_with_an_fp8_cache_too_greedy_answers_do_not_depend_on_the_mix(
+    tiny_llama: Path,
+    prompts: list[list[int]],
+    device: str,
+    mixes: dict[str, dict[str, Any]],
+    kv_cache_dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("engine.scheduler.MIN_SHARED_TOKENS", 1)
+
+    async def answers(**options: Any) -> list[list[int]]:
+        async with running_engine(tiny_llama, device=device, kv_cache_dtype=kv_cache_dtype, **options) as engine:
+            given = await asyncio.gather(*(collect(engine, make_request(prompt)) for prompt in prompts))
+            return [tokens for _, tokens in given]
+
+    alone = await answers(max_running_requests=1, disable_radix_cache=True, disable_overlap_schedule=True)
+    for name, options in mixes.items():
+        num_different = sum(a != b for a, b in zip(await answers(**options), alone, strict=True))
+        print(f"{name}: {num_different} of {len(prompts)} answers differ")
+        # A key on the border between two float8 values falls to either side, and a close choice of a token with it.
+        assert num_different <= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "flashinfer"])
+async def test_in_half_precision_the_attention_backends_agree(
+    make_tiny_model: Callable[..., Path], prompts: list[list[int]], backend: str
+) -> None:
+    from transformers import LlamaConfig
+
+    if backend == "flashinfer":
+        available, reason = is_available()
+        if not available:
+            pytest.skip(reason)
+    folder = make_tiny_model(LlamaConfig, "heads_of_64", head_dim=64)  # FlashInfer has no kernels for heads of 16
+    logprobs = {}
+    for name, dtype in (("torch", "float32"), ("torch", "float16"), (backend, "float16")):
+        options = {"device": "cuda", "dtype": dtype, "attention_backend": name, "chunked_prefill_size": 32}
+        async with running_engine(folder, **options) as engine:
+            requests = [make_request(prompt, return_logprob=True, logprob_start_len=0) for prompt in prompts]
+            await asyncio.gather(*(collect(engine, request) for request in requests))
+            given = [p or 0.0 for r in requests if r.input_logprobs is not None for p, _ in r.input_logprobs.token]
+            logprobs[name, dtype] = torch.tensor(given)
+    exact = logprobs["torch", "float32"]
+    theirs, ours = ((logprobs[name, "float16"] - exact).square().mean().sqrt() for name in ("torch", backend))
+    print(f"error, rms: torch {theirs:.2e}, {backend} {ours:.2e}")
+    assert 0 < ours < 1.5 * theirs
 
 
 @pytest.mark.parametrize("device", DEVICES)
