@@ -7,8 +7,10 @@
 Correctness first, each check in a process of its own:
 greedy: the demo model's greedy answers in float32 are on the GPU what they are on the CPU, token for token.
 logits: in bfloat16 the error of our logits is that of transformers' on the same GPU, each against transformers in
-        float32, for small random checkpoints of every family and for four layers of Llama-3-8B's widths; prompts in
-        chunks, mixed steps and decode steps, with every attention backend there is.
+        float32, for small random checkpoints of every family and for one of Llama-3-8B's shape; prompts in chunks,
+        mixed steps and decode steps, with every attention backend there is.
+pool:   a KV pool that is too small, down to a sixteenth of what is asked for at once: all answers are what they are
+        with room for all, nothing is left behind, and the rate falls no faster than the pool.
 pytest: the tests marked `gpu`.
 
 Then speed: for each model `python -m server` on dummy weights of the real shape, measured from its start to its first
@@ -57,7 +59,7 @@ from engine.models import build_model
 from engine.plan import Plan
 from engine.request import Request, SamplingParams
 from engine.weights import load_weights, resolve_model
-from kernels.attention import choose_backend
+from kernels import flashinfer_attention
 
 # --- model folders ----------------------------------------------------------------------------------------------------
 
@@ -218,7 +220,7 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "small Mistral, window 100": ("MistralConfig", SMALL | {"sliding_window": 100}),
     "small Qwen2": ("Qwen2Config", SMALL),
     "small Qwen3, tied": ("Qwen3Config", SMALL | {"tie_word_embeddings": True}),
-    "Llama-3-8B, 4 layers": ("LlamaConfig", LLAMA3_8B | {"num_hidden_layers": 4}),
+    "Llama-3-8B": ("LlamaConfig", LLAMA3_8B),
 }
 SEQUENCE_LENS = (700, 333)
 NUM_DECODE_STEPS = 6
@@ -290,12 +292,22 @@ def transformers_logits(
     return torch.cat([model(ids, use_cache=False).logits[0].float() for ids in inputs])
 
 
+def backends_of(device: torch.device) -> list[str]:
+    """The attention backends that can run here."""
+    if device.type == "cpu":
+        return ["torch"]
+    return ["torch", "triton", *(["flashinfer"] if flashinfer_attention.is_available()[0] else [])]
+
+
+def rms_and_peak(values: torch.Tensor) -> tuple[float, float]:
+    return float(values.square().mean().sqrt()), float(values.abs().max())
+
+
 def check_logits(args: argparse.Namespace, console: Console) -> bool:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     device = torch.device(args.device)
-    backend = choose_backend(None, device)
     table = Table(box=box.SIMPLE)
     columns = ("logits, bfloat16", "attention", "size, rms", "theirs: error, rms", "ours", "theirs: worst", "ours")
     for i, column in enumerate((*columns, "same argmax", "right")):
@@ -310,24 +322,91 @@ def check_logits(args: argparse.Namespace, console: Console) -> bool:
         sequences = [rng.integers(3, sizes["vocab_size"], length).astype(np.int32) for length in SEQUENCE_LENS]
         exact = transformers_logits(folder, device, torch.float32, sequences)
         theirs = transformers_logits(folder, device, torch.bfloat16, sequences) - exact
-        ours = our_logits(folder, device, backend, sequences) - exact
-        errors = [(float(error.square().mean().sqrt()), float(error.abs().max())) for error in (theirs, ours)]
-        (their_rms, their_peak), (our_rms, our_peak) = errors
-        # NaNs compare as false
-        is_close = our_rms <= MAX_RMS_RATIO * their_rms and our_peak <= MAX_PEAK_RATIO * their_peak
-        is_right = is_right and is_close
-        same = (ours + exact).argmax(-1) == (theirs + exact).argmax(-1)
-        table.add_row(
-            name, backend, f"{exact.square().mean().sqrt():.3f}", f"{their_rms:.4f}", f"{our_rms:.4f}",
-            f"{their_peak:.3f}", f"{our_peak:.3f}", f"{same.float().mean():.1%}",
-            "yes" if is_close else "[red]NO[/]",
-        )  # fmt: skip
+        their_rms, their_peak = rms_and_peak(theirs)
+        for backend in backends_of(device):
+            ours = our_logits(folder, device, backend, sequences) - exact
+            our_rms, our_peak = rms_and_peak(ours)
+            # NaNs compare as false
+            is_close = our_rms <= MAX_RMS_RATIO * their_rms and our_peak <= MAX_PEAK_RATIO * their_peak
+            is_right = is_right and is_close
+            same = (ours + exact).argmax(-1) == (theirs + exact).argmax(-1)
+            table.add_row(
+                name, backend, f"{rms_and_peak(exact)[0]:.3f}", f"{their_rms:.4f}", f"{our_rms:.4f}",
+                f"{their_peak:.3f}", f"{our_peak:.3f}", f"{same.float().mean():.1%}",
+                "yes" if is_close else "[red]NO[/]",
+            )  # fmt: skip
         shutil.rmtree(folder)
+    console.print(table)
+    if device.type == "cuda":
+        console.print(flashinfer_attention.is_available()[1], style="dim")
+    return is_right
+
+
+# --- correctness: a pool that runs out --------------------------------------------------------------------------------
+
+NUM_CROWD, CROWD_PROMPT_LEN, CROWD_ANSWER_LEN = 64, 32, 224
+POOL_SHARES = (1, 2, 4, 8, 16)
+MIN_RATE = 0.5  # of what a pool's share of the whole would give
+
+
+@dataclass
+class Crowd:
+    """What became of `NUM_CROWD` requests that came at once."""
+
+    answers: list[list[int]]
+    tokens_per_s: float
+    num_retractions: int
+    num_left: int  # tokens of the pool that are neither free nor cached after the end
+
+
+async def serve_crowd(folder: Path, device: str, pool_tokens: int) -> Crowd:
+    """Greedy answers in float32. Admission expects no request to need room for its answer, so that the pool does run
+    out.
+    """
+    config = EngineConfig(
+        model_path=str(folder), dtype="float32", device=device, max_total_tokens=pool_tokens, random_seed=0,
+        max_running_requests=NUM_CROWD, schedule_conservativeness=0.0,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    async with Engine(config) as engine:
+        prompts = rng.integers(3, engine.model_config.vocab_size, (NUM_CROWD, CROWD_PROMPT_LEN)).tolist()
+
+        async def answer(i: int, prompt: list[int]) -> list[int]:
+            params = SamplingParams(max_new_tokens=CROWD_ANSWER_LEN, temperature=0.0, ignore_eos=True)
+            request = Request(f"crowd-{i}", prompt, params, sink=lambda delta: None)
+            return [token async for delta in engine.generate(request) for token in delta.token_ids]
+
+        started = time.perf_counter()
+        answers = await asyncio.gather(*(answer(i, prompt) for i, prompt in enumerate(prompts)))
+        seconds = time.perf_counter() - started
+        engine.parts.scheduler.cache.check()
+        stats = engine.stats().scheduler
+        num_left = stats.num_total_tokens - stats.num_free_tokens - stats.num_cached_tokens
+        return Crowd(answers, sum(map(len, answers)) / seconds, stats.num_retractions, num_left)
+
+
+def check_pool(args: argparse.Namespace, console: Console) -> bool:
+    folder = demo_with_weights(args, console)
+    wanted_tokens = NUM_CROWD * (CROWD_PROMPT_LEN + CROWD_ANSWER_LEN)
+    table = Table(f"pool of {wanted_tokens:,} tokens", "tokens/s", "retractions", "answers as with room", "left behind")
+    ample: Crowd | None = None
+    is_right = True
+    for share in POOL_SHARES:
+        crowd = asyncio.run(serve_crowd(folder, args.device, wanted_tokens // share + 1))
+        ample = ample or crowd
+        num_same = sum(a == b for a, b in zip(crowd.answers, ample.answers, strict=True))
+        is_whole = all(len(answer) == CROWD_ANSWER_LEN for answer in crowd.answers)
+        is_graceful = crowd.tokens_per_s >= MIN_RATE * ample.tokens_per_s / share
+        is_right = is_right and is_whole and is_graceful and num_same == NUM_CROWD and not crowd.num_left
+        table.add_row(
+            f"1/{share}", f"{crowd.tokens_per_s:,.0f}", str(crowd.num_retractions), f"{num_same} of {NUM_CROWD}",
+            str(crowd.num_left),
+        )  # fmt: skip
     console.print(table)
     return is_right
 
 
-CHECKS = {"greedy": check_greedy, "logits": check_logits}
+CHECKS = {"greedy": check_greedy, "logits": check_logits, "pool": check_pool}
 PYTEST = "pytest"
 
 
