@@ -3,8 +3,9 @@
     python -m bench.attention [--limit 90] [--parts check,decode,prefill,shared,flashinfer]
 
 Kernels are compiled by a pool of processes first. Times are of launches inside a CUDA graph that goes through the
-layers of a cache larger than the L2 cache, with slots scattered (page size 1). The last table has the best setting of
-each shape. Ends by itself after --limit seconds, with what it has.
+layers of a cache larger than the L2 cache, with slots scattered (page size 1); those of the definition in torch, which
+no graph can hold, are on a stream. The last table has the best setting of each shape, beside FlashInfer's time. Ends by
+itself after --limit seconds, with what it has.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.roofline import measure_roofline, stream_us
 from engine.batch import SharedPrefixes
 from kernels import flashinfer_attention, triton_attention
 from kernels.attention import attention_torch
@@ -97,6 +99,7 @@ PREFIX_CONFIGS = [
     PrefillConfig(128, 128, 8, 2),
 ]
 PREFIX_SPLITS = (1, 2, 4, 8, 16)
+OTHERS = ("twin", "flashinfer", "ungrouped", "own slots")  # settings that are not the kernel's own
 SHARED_SHAPES = {  # sizes of groups with 4096 tokens in common and 192 of each request's own
     "8 groups of 32": (32,) * 8,
     "1 group of 40": (40,),
@@ -188,6 +191,10 @@ class Problem:
     def prefill(self, layer: int = 0, **settings: Any) -> None:
         k, v = self.cache[layer]
         triton_attention.prefill(self.q, k, v, self.batch, self.out, **self.options, **settings)
+
+    def twin(self) -> None:
+        k, v = self.cache[0]
+        attention_torch(self.q, k, v, self.batch, **self.options)
 
     def difference(self) -> float:
         """Of `out` from the definition in float32, at most."""
@@ -296,15 +303,19 @@ def time_us(launch: Callable[[int], None], num_layers: int) -> float:
 
 @dataclass
 class Results:
-    """Rows of a table: shape -> (setting -> µs), and what a shape's figure of merit is made of."""
+    """Rows of a table: shape -> (setting -> µs), and what each shape reads, or computes if that takes longer."""
 
     times: dict[str, dict[str, float]] = field(default_factory=dict)
-    amounts: dict[str, tuple[float, str]] = field(default_factory=dict)  # bytes or FLOPs, unit of 1e12 a second
+    num_bytes: dict[str, float] = field(default_factory=dict)
+    num_flops: dict[str, float] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
     def add(self, shape: str, setting: str, launch: Callable[[int], None], num_layers: int) -> None:
+        self.add_timed(shape, setting, lambda: time_us(launch, num_layers))
+
+    def add_timed(self, shape: str, setting: str, measure: Callable[[], float]) -> None:
         try:
-            us = time_us(launch, num_layers)
+            us = measure()
         except Exception as error:  # noqa: BLE001 - a setting that does not run is a result
             torch.cuda.synchronize()
             self.errors[setting] = f"{type(error).__name__}: {str(error)[:120]}"
@@ -320,16 +331,25 @@ class Results:
 
     def print_best(self) -> None:
         for shape, row in self.times.items():
-            ranked = sorted(row.items(), key=lambda item: item[1])[:3]
-            amount, unit = self.amounts[shape]
+            ours = {setting: us for setting, us in row.items() if setting not in OTHERS} or row
+            ranked = sorted(ours.items(), key=lambda item: item[1])[:3]
+            num_bytes, num_flops = self.num_bytes.get(shape, 0.0), self.num_flops.get(shape, 0.0)
             best = "   ".join(f"{setting} {us:.1f}" for setting, us in ranked)
-            others = [f"{name} {us:.1f}" for name, us in row.items() if name in ("flashinfer", "ungrouped")]
-            rate = amount / ranked[0][1] / 1e6
-            print(f"{shape:20} {rate:7.2f} {unit:9} µs: {best}   {'; '.join(others)}")
+            others = [f"{name} {us:.1f}" for name, us in row.items() if name in OTHERS]
+            us = ranked[0][1]
+            rate = f"{num_flops / us / 1e6:7.1f} TFLOP/s" if num_flops else f"{num_bytes / us / 1e6:7.2f} TB/s   "
+            share = measure_roofline().share(us, num_bytes, num_flops)
+            print(f"{shape:20} {rate} {share:4.0%} of the roofline, µs: {best}   {'; '.join(others)}")
 
 
 def kv_bytes(heads: Heads, num_tokens: int) -> int:
     return num_tokens * 2 * heads.num_kv_heads * heads.head_dim * 2
+
+
+def attention_flops(heads: Heads, lens: list[tuple[int, int]]) -> int:
+    """Of the pairs that see each other; lens are (q_len, seq_len)."""
+    pairs = sum(q_len * seq_len - q_len * (q_len - 1) // 2 for q_len, seq_len in lens)
+    return 4 * pairs * heads.num_heads * heads.head_dim
 
 
 def name_of(config: DecodeConfig | PrefillConfig) -> str:
@@ -339,7 +359,7 @@ def name_of(config: DecodeConfig | PrefillConfig) -> str:
 def bench_decode(results: Results, with_flashinfer: bool) -> None:
     for shape, heads, lens in DECODE_SHAPES:
         amount = kv_bytes(heads, sum(lens))
-        results.amounts[shape] = amount, "TB/s"
+        results.num_bytes[shape] = amount
         problem = Problem(make_batch([(1, seq_len) for seq_len in lens]), heads, -(-MIN_CACHE_BYTES // amount))
         if with_flashinfer:
             plan = flashinfer_attention.DecodePlan(len(lens), sum(lens), problem.q.device)
@@ -348,6 +368,7 @@ def bench_decode(results: Results, with_flashinfer: bool) -> None:
             continue
         for config in DECODE_CONFIGS:
             results.add(shape, name_of(config), partial(problem.decode, config=config), problem.num_layers)
+        results.add_timed(shape, "twin", partial(stream_us, problem.twin))
 
 
 def run_decode_plan(plan: flashinfer_attention.DecodePlan, problem: Problem, layer: int) -> None:
@@ -357,8 +378,7 @@ def run_decode_plan(plan: flashinfer_attention.DecodePlan, problem: Problem, lay
 
 def bench_prefill(results: Results, with_flashinfer: bool) -> None:
     for shape, heads, lens in PREFILL_SHAPES:
-        pairs = sum(q_len * seq_len - q_len * (q_len - 1) // 2 for q_len, seq_len in lens)
-        results.amounts[shape] = 4 * pairs * heads.num_heads * heads.head_dim, "TFLOP/s"
+        results.num_flops[shape] = attention_flops(heads, lens)
         problem = Problem(make_batch(lens), heads)
         if with_flashinfer:
             plans = flashinfer_attention.PrefillPlans(problem.q.device)
@@ -367,6 +387,7 @@ def bench_prefill(results: Results, with_flashinfer: bool) -> None:
             continue
         for config in PREFILL_CONFIGS:
             results.add(shape, name_of(config), partial(problem.prefill, config=config), 1)
+        results.add_timed(shape, "twin", partial(stream_us, problem.twin))
 
 
 def run_prefill_plan(wrapper: Any, problem: Problem, layer: int) -> None:
@@ -376,13 +397,23 @@ def run_prefill_plan(wrapper: Any, problem: Problem, layer: int) -> None:
 def bench_shared(results: Results) -> None:
     for shape, group_sizes in SHARED_SHAPES.items():
         problem = Problem(make_batch([(1, 4096 + 192)] * sum(group_sizes), random_groups(group_sizes, 4096)), LLAMA_8B)
-        results.amounts[shape] = kv_bytes(LLAMA_8B, len(group_sizes) * 4096 + sum(group_sizes) * 192), "TB/s"
+        results.num_bytes[shape] = kv_bytes(LLAMA_8B, len(group_sizes) * 4096 + sum(group_sizes) * 192)
         for config in PREFIX_CONFIGS:
             for num_splits in PREFIX_SPLITS:
                 launch = partial(problem.decode, prefix_config=config, num_prefix_splits=num_splits)
                 results.add(shape, f"{name_of(config)} / {num_splits}", launch, 1)
+        results.add_timed(shape, "twin", partial(stream_us, problem.twin))
         problem.batch.shared = None
         results.add(shape, "ungrouped", problem.decode, 1)
+
+
+def bench_shared_prompts(results: Results) -> None:
+    """What prompts gain from keys and values that are the same ones: those of a prefix come from the L2 cache."""
+    shape, lens = "32x128 after 4096", [(128, 4096 + 128)] * 32
+    results.num_flops[shape] = attention_flops(LLAMA_8B, lens)
+    for setting, groups in (("shared slots", random_groups((16, 16), 4096)), ("own slots", None)):
+        problem = Problem(make_batch(lens, groups), LLAMA_8B)
+        results.add(shape, setting, problem.prefill, 1)
 
 
 def flashinfer_shape(heads: Heads) -> flashinfer_attention.Shape:
@@ -463,6 +494,7 @@ def main() -> None:
     watchdog.daemon = True
     watchdog.start()
 
+    print(measure_roofline(), flush=True)
     wrong += precompile(parts, started + args.limit - 10)
     print(
         f"compiled and checked after {time.monotonic() - started:.0f} s: " + ("; ".join(wrong) or "all right"),
@@ -476,6 +508,7 @@ def main() -> None:
         tables["prefill"].print_all("prefill: block_m, block_n, warps, stages")
     if "shared" in parts:
         bench_shared(tables["shared"])
+        bench_shared_prompts(tables["prefill"])
         tables["shared"].print_all("shared prefixes: block_m, block_n, warps, stages / splits")
     available, reason = flashinfer_attention.is_available()
     print(f"\n{reason}", flush=True)

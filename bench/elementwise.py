@@ -1,17 +1,22 @@
-"""Elementwise and sampling kernels on a GPU: against their twins, and against the time of moving their bytes.
+"""Elementwise, bookkeeping and sampling kernels on a GPU: right, and how near to the memory's speed.
 
-python -m bench.elementwise
+    python -m bench.elementwise [--limit 90] [--flashinfer]
+
+Each kernel against its twin and against the roofline: the time of moving its bytes. Inputs of a few tokens stay in the
+L2 cache, so these may pass it. --flashinfer also times FlashInfer's kernels, which it compiles for minutes at first.
 """
 
+import argparse
+import importlib
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from bench.gemm import graph_us
-from kernels import elementwise, sampling
+from bench.roofline import graph_us, measure_roofline, stream_us
+from kernels import bookkeeping, elementwise, flashinfer_attention, sampling
 
 EPS = 1e-5
 
@@ -20,7 +25,9 @@ class Row(NamedTuple):
     name: str
     num_bytes: float
     run: Callable[[], object]
-    twin: Callable[[], object] | None = None  # also timed, if it can be captured
+    twin: Callable[[], object]
+    flashinfer: Callable[[], object] | None = None  # its kernel for the same, where it has one
+    is_twin_captured: bool = True  # else it waits for the device, and is timed without a graph
 
 
 def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -109,62 +116,158 @@ def elementwise_rows(num_tokens: int) -> list[Row]:
                 f"rms_norm {name} T={num_tokens}",
                 4 * x.numel(),
                 partial(elementwise.rms_norm, x, weight, EPS),
-                partial(torch.nn.functional.rms_norm, x, (n,), weight, EPS),
+                partial(elementwise.rms_norm_torch, x, weight, EPS),
+                partial(rms_norm_flashinfer, x, weight),
             )
         )
     gate_up = normal(num_tokens, 2 * 14336)
     rows.append(
-        Row(f"silu_and_mul T={num_tokens}", 3 * gate_up.numel(), lambda: elementwise.act_and_mul(gate_up, "silu"))
+        Row(
+            f"silu_and_mul T={num_tokens}",
+            3 * gate_up.numel(),
+            lambda: elementwise.act_and_mul(gate_up, "silu"),
+            lambda: elementwise.act_and_mul_torch(gate_up, "silu"),
+            lambda: peer("activation").silu_and_mul(gate_up),
+        )
     )
     for name, num_heads, has_norm in (("Llama", 32, False), ("Qwen", 16, True)):
         inputs = rope_inputs(num_tokens, num_heads, 8, has_norm, torch.bfloat16)
-        run = partial(elementwise.rope_and_store, **inputs)
-        rows.append(Row(f"rope_and_store {name} T={num_tokens}", 4 * inputs["qkv"].numel(), run))
-    return rows
+        rows.append(
+            Row(
+                f"rope_and_store {name} T={num_tokens}",
+                4 * inputs["qkv"].numel(),
+                partial(elementwise.rope_and_store, **inputs),
+                partial(elementwise.rope_and_store_torch, **inputs),
+            )
+        )
+    return rows + bookkeeping_rows(num_tokens)
+
+
+def bookkeeping_rows(num_tokens: int) -> list[Row]:
+    index = torch.arange(num_tokens, dtype=torch.int32, device="cuda")
+    ids, last_tokens = torch.full_like(index, -1), torch.zeros_like(index)
+    table = torch.zeros(num_tokens, 64, dtype=torch.int32, device="cuda")
+    step = (ids, index % 64, index, index, last_tokens, table)
+    return [
+        Row(
+            f"begin_step T={num_tokens}",
+            7 * 4 * num_tokens,
+            partial(bookkeeping.begin_step, *step),
+            partial(bookkeeping.begin_step_torch, *step),
+        ),
+        Row(
+            f"end_step S={num_tokens}",
+            3 * 4 * num_tokens,
+            partial(bookkeeping.end_step, ids, index, last_tokens),
+            partial(bookkeeping.end_step_torch, ids, index, last_tokens),
+        ),
+    ]
 
 
 def sampling_rows(num_rows: int, vocab_size: int) -> list[Row]:
     logits = normal(num_rows, vocab_size, scale=3)
+    wide = logits.float()  # what FlashInfer reads
     num_bytes = 2 * logits.numel()
     size = f"[{num_rows}, {vocab_size}]"
-    rows = [Row(f"argmax {size}", num_bytes, lambda: sampling.argmax(logits), lambda: logits.argmax(dim=-1))]
+    rows = [Row(f"argmax {size}", num_bytes, partial(sampling.argmax, logits), partial(sampling.argmax_torch, logits))]
     for label, temperature, top_k, top_p in (
         ("plain", 1.0, 1 << 30, 1.0), ("top_p 0.95", 0.8, 1 << 30, 0.95), ("top_k 20, top_p 0.95", 0.6, 20, 0.95)
     ):  # fmt: skip
         params = sampling_params(num_rows, temperature, top_k, top_p)
-        rows.append(Row(f"sample {label} {size}", num_bytes, partial(sampling.sample, logits, **params)))
-    rows.append(Row(f"logsumexp {size}", num_bytes, lambda: sampling.logsumexp(logits)))
+        rows.append(
+            Row(
+                f"sample {label} {size}",
+                num_bytes,
+                partial(sampling.sample, logits, **params),
+                partial(sampling.sample_torch, logits, **params),
+                partial(sample_flashinfer, wide, min(top_k, vocab_size), top_p),
+                is_twin_captured=False,
+            )
+        )
+    rows.append(
+        Row(
+            f"logsumexp {size}",
+            num_bytes,
+            partial(sampling.logsumexp, logits),
+            partial(sampling.logsumexp_torch, logits),
+        )
+    )
     bitmask = torch.randint(-(2**31), 2**31, (num_rows, (vocab_size + 31) // 32), device="cuda").int()
     scratch = logits.clone()
-    rows.append(Row(f"token bitmask {size}", num_bytes / 2, lambda: sampling.apply_token_bitmask(scratch, bitmask)))
+    rows.append(
+        Row(
+            f"token bitmask {size}",
+            num_bytes / 2,
+            partial(sampling.apply_token_bitmask, scratch, bitmask),
+            partial(sampling.apply_token_bitmask_torch, scratch, bitmask),
+        )
+    )
     counts = torch.zeros(num_rows, vocab_size, dtype=torch.int16, device="cuda")
     index = torch.arange(num_rows, dtype=torch.int32, device="cuda")
     some = torch.full((num_rows,), 0.1, device="cuda")
+    penalties = (scratch, index, counts, some, some, some + 1)
     rows.append(
         Row(
             f"penalties {size}",
             3 * num_bytes,
-            lambda: sampling.apply_penalties(scratch, index, counts, some, some, some + 1),
+            partial(sampling.apply_penalties, *penalties),
+            partial(sampling.apply_penalties_torch, *penalties),
         )
     )
     return rows
 
 
+def peer(module: str) -> Any:
+    return importlib.import_module(f"flashinfer.{module}")
+
+
+def rms_norm_flashinfer(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return peer("norm").rmsnorm(x, weight, EPS)
+
+
+def sample_flashinfer(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    if top_k == logits.shape[1] and top_p == 1.0:
+        return peer("sampling").sampling_from_logits(logits)
+    if top_k == logits.shape[1]:
+        return peer("sampling").top_p_sampling_from_probs(logits.softmax(-1), top_p)
+    return peer("sampling").top_k_top_p_sampling_from_logits(logits, top_k, top_p)
+
+
+def timed(measure: Callable[[], float]) -> str:
+    try:
+        return f"{measure():.2f}"
+    except Exception as error:  # noqa: BLE001 - a peer that does not run is a result
+        torch.cuda.synchronize()
+        return type(error).__name__
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=float, default=90.0, help="seconds after which nothing more is timed")
+    parser.add_argument("--flashinfer", action="store_true", help="time FlashInfer's kernels, too")
+    args = parser.parse_args()
     start = time.perf_counter()
     torch.manual_seed(time.time_ns() % 2**31)
     check()
-    print(f"\n{'in a CUDA graph':48s}{'us':>9s}{'TB/s':>7s}{'torch us':>10s}")
+    available, reason = flashinfer_attention.is_available()
+    has_peer = args.flashinfer and available
+    roofline = measure_roofline()
+    print(f"\n{roofline}" + (f"; {reason}" if args.flashinfer else ""))
+    print(f"{'in a CUDA graph':48s}{'us':>9s}{'TB/s':>7s}{'of it':>7s}{'twin us':>11s} {'FlashInfer us':>20s}")
     makers = [partial(elementwise_rows, num_tokens) for num_tokens in (1, 256, 8192)]
     makers += [partial(sampling_rows, *size) for size in ((1, 128256), (16, 128256), (256, 128256), (1, 151936))]
     for make in makers:
         for row in make():
-            if time.perf_counter() - start > 90:
+            if time.perf_counter() - start > args.limit:
                 print(f"{row.name:48s} (out of time)")
                 continue
             us = graph_us([row.run] * 10, num_replays=10)
-            twin = f"{graph_us([row.twin] * 10, num_replays=10):10.2f}" if row.twin else ""
-            print(f"{row.name:48s}{us:9.2f}{row.num_bytes / us / 1e6:7.2f}{twin}", flush=True)
+            twin_us = graph_us([row.twin] * 10, num_replays=3) if row.is_twin_captured else stream_us(row.twin)
+            flashinfer = ""
+            if has_peer and row.flashinfer is not None:
+                flashinfer = timed(partial(graph_us, [row.flashinfer] * 10, num_replays=10))
+            rate, share = row.num_bytes / us / 1e6, roofline.share(us, row.num_bytes)
+            print(f"{row.name:48s}{us:9.2f}{rate:7.2f}{share:7.0%}{twin_us:11.2f} {flashinfer:>20s}", flush=True)
     print(f"{time.perf_counter() - start:.0f} s in all")
 
 

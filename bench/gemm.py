@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 
+from bench.roofline import graph_us, measure_roofline
 from kernels import elementwise, gemm, triton_gemm
 from kernels.triton_gemm import GemvConfig
 
@@ -162,29 +163,6 @@ def compile_and_check(cases: list[Case]) -> set[Case]:
     return broken if num_done else set()  # none ran: processes may not share the GPU
 
 
-def graph_us(launches: list[Callable[[], object]], num_replays: int = 20) -> float:
-    """Microseconds a launch when all run one after another in a CUDA graph."""
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for launch in launches[:2]:
-            launch()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for launch in launches:
-                launch()
-        for _ in range(3):
-            graph.replay()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(num_replays):
-            graph.replay()
-        end.record()
-        end.synchronize()
-    return start.elapsed_time(end) * 1000 / num_replays / len(launches)
-
-
 def time_product(product: Product, num_tokens: int, run: Callable[[Inputs, torch.Tensor], torch.Tensor]) -> float:
     num_copies = max(1, math.ceil(ROTATION_BYTES / product.weight_bytes))
     weights = [make_weight(product) for _ in range(num_copies)]
@@ -258,13 +236,16 @@ def main() -> None:
             rows.append((model, product, alone, cublas))
     triton_gemm.GEMV_CONFIGS.update({(p.n, p.k): config for p, (_, config) in best.items()})
 
-    print(f"\n{'one token':22s}{'n x k':>14s}{'us':>9s}{'TB/s':>7s}{'no PDL':>9s}{'cuBLAS (product alone)':>24s}")
+    roofline = measure_roofline()
+    print(f"\n{roofline}")
+    columns = f"{'us':>9s}{'TB/s':>7s}{'of it':>7s}{'no PDL':>9s}{'cuBLAS (product alone)':>24s}"
+    print(f"{'one token':22s}{'n x k':>14s}{columns}")
     for model, product, alone, cublas in rows:
         us = best[product][0]
-        rate = product.weight_bytes / us / 1e6
+        rate, share = product.weight_bytes / us / 1e6, roofline.share(us, product.weight_bytes)
         name, size = f"{model} {product.name}", f"{product.n} x {product.k}"
-        print(f"{name:22s}{size:>14s}{us:9.2f}{rate:7.2f}{alone:9.2f}{cublas:24.2f}")
-    print(f"\n{'layer, us':22s}{'tokens':>8s}{'ours':>9s}{'TB/s':>7s}{'cuBLAS':>9s}")
+        print(f"{name:22s}{size:>14s}{us:9.2f}{rate:7.2f}{share:7.0%}{alone:9.2f}{cublas:24.2f}")
+    print(f"\n{'layer, us':22s}{'tokens':>8s}{'ours':>9s}{'TB/s':>7s}{'of it':>7s}{'cuBLAS':>9s}")
     for model, products in MODELS.items():
         num_layers = 6 if products[0].k == 4096 else 28
         layer_bytes = sum(product.weight_bytes for product in products[:4])
@@ -272,8 +253,8 @@ def main() -> None:
             ours = time_layers(products, num_tokens, num_layers)
             with mock.patch.object(gemm, "GEMV_MAX_TOKENS", 0):
                 cublas = time_layers(products, num_tokens, num_layers)
-            rate = layer_bytes / ours / 1e6
-            print(f"{model:22s}{num_tokens:>8d}{ours:9.1f}{rate:7.2f}{cublas:9.1f}", flush=True)
+            rate, share = layer_bytes / ours / 1e6, roofline.share(ours, layer_bytes)
+            print(f"{model:22s}{num_tokens:>8d}{ours:9.1f}{rate:7.2f}{share:7.0%}{cublas:9.1f}", flush=True)
             if time.perf_counter() - start > 120:
                 break
     print("\nGEMV_CONFIGS:")

@@ -1,5 +1,5 @@
-"""Every kernel on a GPU: checked against its definition in torch, then timed, with its share of what memory or the
-tensor cores could do, beside cuBLAS and, where it is installed, FlashInfer.
+"""Every kernel on a GPU: checked against its definition in torch, then timed beside it, beside cuBLAS and, where it is
+installed, FlashInfer, with its share of what memory or the tensor cores can do.
 
     python -m bench.kernels [gemm] [elementwise] [attention]
 
@@ -9,7 +9,7 @@ Runs `bench.gemm`, `bench.elementwise` and `bench.attention` one after the other
 import subprocess
 import sys
 
-BENCHES = ("gemm", "elementwise", "attention")
+BENCHES = {"gemm": [], "elementwise": ["--flashinfer", "--limit", "400"], "attention": []}
 
 
 def main() -> int:
@@ -18,7 +18,10 @@ def main() -> int:
         print(__doc__)
         return 0 if unknown <= {"-h", "--help"} else 2
     # A process each: none finds the memory or the caches as another left them.
-    return max(subprocess.run([sys.executable, "-m", f"bench.{name}"], check=False).returncode for name in chosen)
+    return max(
+        subprocess.run([sys.executable, "-m", f"bench.{name}", *BENCHES[name]], check=False).returncode
+        for name in chosen
+    )
 
 
 if __name__ == "__main__":

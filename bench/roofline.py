@@ -1,0 +1,72 @@
+"""How fast this GPU can be: the roofline (Williams et al. 2009) that the other benches hold their kernels against.
+
+Both lines are measured, since no chip keeps to its data sheet: memory by a copy, arithmetic by a large product.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+COPY_BYTES = 1 << 30
+PRODUCT_SIZE = 8192
+
+
+class Roofline(NamedTuple):
+    bytes_per_s: float
+    """Of device memory, read or written. What stays in the L2 cache may be faster."""
+    flops_per_s: float
+    """Of bfloat16 products, summed in float32."""
+
+    def share(self, us: float, num_bytes: float, num_flops: float = 0.0) -> float:
+        """The least time in which the bytes could be moved and the products made, as a share of `us`."""
+        return 1e6 * max(num_bytes / self.bytes_per_s, num_flops / self.flops_per_s) / us
+
+    def __str__(self) -> str:
+        return f"roofline: {self.bytes_per_s / 1e12:.2f} TB/s, {self.flops_per_s / 1e12:.0f} TFLOP/s, as measured here"
+
+
+@functools.cache
+def measure_roofline() -> Roofline:
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy_us = graph_us([lambda: target.copy_(source)] * 4)
+    a, b = torch.randn(2, PRODUCT_SIZE, PRODUCT_SIZE, device="cuda").bfloat16()
+    product_us = graph_us([lambda: a @ b] * 2, num_replays=5)
+    return Roofline(2e6 * COPY_BYTES / copy_us, 2e6 * PRODUCT_SIZE**3 / product_us)
+
+
+def graph_us(launches: list[Callable[[], object]], num_replays: int = 20) -> float:
+    """Microseconds a launch when all run one after another in a CUDA graph."""
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for launch in launches[:2]:
+            launch()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for launch in launches:
+                launch()
+        for _ in range(3):
+            graph.replay()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(num_replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end) * 1000 / num_replays / len(launches)
+
+
+def stream_us(launch: Callable[[], object], num_launches: int = 5) -> float:
+    """Microseconds a launch of what cannot be in a CUDA graph; the host's share is in it where that is longer."""
+    launch()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(num_launches):
+        launch()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1000 / num_launches
