@@ -11,6 +11,8 @@ logits: in bfloat16 the error of our logits is that of transformers' on the same
         mixed steps and decode steps, with every attention backend there is.
 pool:   a KV pool that is too small, down to a sixteenth of what is asked for at once: all answers are what they are
         with room for all, nothing is left behind, and the rate falls no faster than the pool.
+pace:   while answers stream, a prompt of 100,000 tokens, another one, and a long tail behind the first one's cached
+        tokens stretch no time between two tokens of a stream beyond --max-step-ms.
 pytest: the tests marked `gpu`.
 
 Then speed: for each model `python -m server` on dummy weights of the real shape, measured from its start to its first
@@ -24,6 +26,7 @@ its shape stand in. `--device cpu --models demo --scale 0.02 --length-scale 0.1`
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -57,7 +60,7 @@ from engine.layers.layer import LayerConfig
 from engine.model_config import ModelConfig
 from engine.models import build_model
 from engine.plan import Plan
-from engine.request import Request, SamplingParams
+from engine.request import Delta, Request, SamplingParams
 from engine.weights import load_weights, resolve_model
 from kernels import flashinfer_attention
 
@@ -406,7 +409,82 @@ def check_pool(args: argparse.Namespace, console: Console) -> bool:
     return is_right
 
 
-CHECKS = {"greedy": check_greedy, "logits": check_logits, "pool": check_pool}
+# --- correctness: streams beside a long prompt ------------------------------------------------------------------------
+
+NUM_STREAMS, STREAM_PROMPT_LEN = 8, 64
+LONG_PROMPT_LEN = 100_000  # less where the context is shorter: three quarters of it
+MAX_STEP_MS = 60.0
+MAX_STRETCH = 1.25  # of the time between two tokens at its worst: the loop and its timer have their share
+
+
+async def streams_beside(engine: Engine, prompt: list[int]) -> tuple[list[float], float]:
+    """Milliseconds between the tokens of `NUM_STREAMS` streams while `prompt` was computed, and seconds it took."""
+    rng = np.random.default_rng()
+    arrivals: list[list[float]] = [[] for _ in range(NUM_STREAMS)]
+    streams, have_begun = [], asyncio.Event()
+    for i, times in enumerate(arrivals):
+        ids = rng.integers(3, engine.model_config.vocab_size, STREAM_PROMPT_LEN).tolist()
+        max_new_tokens = engine.context_length - STREAM_PROMPT_LEN - 1
+        params = SamplingParams(max_new_tokens=max_new_tokens // 4, temperature=0.0, ignore_eos=True)
+
+        def sink(delta: Delta, times: list[float] = times) -> None:
+            times.append(time.perf_counter())
+            if min(map(len, arrivals)) == 20:
+                have_begun.set()
+
+        streams.append(Request(f"stream-{i}", ids, params, sink=sink, stream=True))
+        engine.submit(streams[-1])
+    await have_begun.wait()
+    params = SamplingParams(max_new_tokens=1, temperature=0.0)
+    started = time.perf_counter()
+    async for _ in engine.generate(Request("long", prompt, params, sink=lambda delta: None)):
+        ended = time.perf_counter()
+    for stream in streams:
+        engine.abort(stream.rid)
+    gaps = [(a, b) for times in arrivals for a, b in itertools.pairwise(times)]
+    return [1e3 * (b - a) for a, b in gaps if b > started and a < ended], ended - started
+
+
+async def measure_pace(folder: Path, args: argparse.Namespace, table: Table) -> bool:
+    config = EngineConfig(
+        model_path=str(folder), load_format="dummy", device=args.device, max_step_ms=MAX_STEP_MS, random_seed=0
+    )
+    is_right = True
+    async with Engine(config) as engine:
+        length = min(LONG_PROMPT_LEN, engine.context_length * 3 // 4)
+        first, other, tail = np.random.default_rng(0).integers(3, engine.model_config.vocab_size, (3, length)).tolist()
+        for name, prompt in (
+            (f"{length:,} tokens, the first ones", first),
+            (f"{length:,} others", other),
+            (f"{length // 16:,} behind the first {length:,}", first + tail[: length // 16]),
+        ):
+            gaps_ms, seconds = await streams_beside(engine, prompt)
+            worst = max(gaps_ms)
+            is_kept = worst <= MAX_STRETCH * MAX_STEP_MS
+            is_right = is_right and is_kept
+            p50, p99 = np.percentile(gaps_ms, (50, 99))
+            table.add_row(
+                name, f"{seconds:.2f}", f"{p50:.1f}", f"{p99:.1f}", f"{worst:.1f}", "yes" if is_kept else "[red]NO[/]"
+            )
+    return is_right
+
+
+def check_pace(args: argparse.Namespace, console: Console) -> bool:
+    if args.device == "cpu":
+        folder = demo_folder(args)
+    else:
+        folder = args.cache_dir / "llama3-8b"
+        make_dummy(folder, DUMMIES["llama3-8b"], demo_folder(args))
+    title = f"a prompt beside {NUM_STREAMS} streams"
+    table = Table(
+        title, "its s", "between tokens: p50, ms", "p99", "worst", f"{MAX_STEP_MS:.0f} ms kept", box=box.SIMPLE
+    )
+    is_right = asyncio.run(measure_pace(folder, args, table))
+    console.print(table)
+    return is_right
+
+
+CHECKS = {"greedy": check_greedy, "logits": check_logits, "pool": check_pool, "pace": check_pace}
 PYTEST = "pytest"
 
 
