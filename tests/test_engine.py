@@ -146,7 +146,6 @@ GPU_MIXES: dict[str, dict[str, Any]] = {
     "graphs_no_overlap": {"disable_overlap_schedule": True},
     "triton": {"attention_backend": "triton"},
     "flashinfer": {"attention_backend": "flashinfer"},
-    "flashinfer_no_graphs": {"attention_backend": "flashinfer", "disable_cuda_graph": True},
     "torch_attention": {"attention_backend": "torch"},
     "torch_sampling": {"sampling_backend": "pytorch"},
 }
@@ -357,11 +356,12 @@ FP8_MIXES: dict[str, dict[str, Any]] = {
     "pages_of_16": {"page_size": 16},
     "no_overlap": {"disable_overlap_schedule": True},
 }
+FP8_GPU_MIXES = FP8_MIXES | {name: GPU_MIXES[name] for name in ("no_graphs", "torch_attention")}
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["fp8_e4m3", "fp8_e5m2"])
 @pytest.mark.parametrize(
-    ("device", "mixes"), [("cpu", FP8_MIXES), pytest.param("cuda", FP8_MIXES | GPU_MIXES, marks=pytest.mark.gpu)]
+    ("device", "mixes"), [("cpu", FP8_MIXES), pytest.param("cuda", FP8_GPU_MIXES, marks=pytest.mark.gpu)]
 )
 async def test_with_an_fp8_cache_too_greedy_answers_do_not_depend_on_the_mix(
     tiny_llama: Path,
@@ -497,8 +497,14 @@ async def test_bad_requests_are_refused_by_name(tiny_llama: Path) -> None:
         engine.submit(make_request([1]))
 
 
-async def test_a_profile_shows_the_steps_that_ran_meanwhile(tiny_llama: Path, tmp_path: Path) -> None:
-    async with running_engine(tiny_llama) as engine:
+@pytest.mark.parametrize(
+    ("device", "operation"),
+    [("cpu", b"scaled_dot_product"), pytest.param("cuda", b"_decode_kernel", marks=pytest.mark.gpu)],
+)
+async def test_a_profile_shows_the_steps_that_ran_meanwhile(
+    tiny_llama: Path, tmp_path: Path, device: str, operation: bytes
+) -> None:
+    async with running_engine(tiny_llama, device=device) as engine:
         engine.start_profile(str(tmp_path))
         with pytest.raises(InvalidRequest, match="being recorded"):
             engine.start_profile(str(tmp_path))
@@ -507,7 +513,7 @@ async def test_a_profile_shows_the_steps_that_ran_meanwhile(tiny_llama: Path, tm
         with pytest.raises(InvalidRequest, match="no profile"):
             await engine.stop_profile()
     with gzip.open(path) as trace:
-        assert b"scaled_dot_product" in trace.read()
+        assert operation in trace.read()
 
 
 async def test_an_idle_engine_runs_no_steps(tiny_llama: Path) -> None:
