@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import itertools
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -477,13 +478,15 @@ def main() -> None:
     tables = {part: Results() for part in ("decode", "prefill", "shared")}
     wrong: list[str] = []
 
-    def print_summary() -> None:
+    def print_summary() -> int:
+        """The exit status."""
         print(f"\n==== {torch.cuda.get_device_name()}, {time.monotonic() - started:.0f} s; best settings ====")
         for results in tables.values():
             with contextlib.suppress(RuntimeError):  # the watchdog may catch a table while it grows
                 results.print_best()
         lines = wrong + [f"{name}: {error}" for results in tables.values() for name, error in results.errors.items()]
         print("all checks passed" if not lines else "WRONG:\n" + "\n".join(lines[:25]), flush=True)
+        return 1 if lines else 0
 
     def give_up() -> None:
         print("\nout of time")
@@ -516,7 +519,7 @@ def main() -> None:
         bench_decode(tables["decode"], with_flashinfer=True)
         bench_prefill(tables["prefill"], with_flashinfer=True)
     watchdog.cancel()
-    print_summary()
+    sys.exit(print_summary())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import functools
 import math
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -261,6 +262,7 @@ def main() -> None:
     for product, (_, config) in best.items():
         print(f"    ({product.n}, {product.k}): GemvConfig{tuple(config)},")
     print(f"{time.perf_counter() - start:.0f} s in all")
+    sys.exit(1 if broken else 0)
 
 
 if __name__ == "__main__":
