@@ -9,7 +9,7 @@ import torch
 from engine.build import CUDA_MAX_STEP_MS, describe_backends, resolve_config
 from engine.config import EngineConfig
 from engine.errors import ModelError
-from kernels import flashinfer_attention
+from kernels import flashinfer_attention, gated_gemm
 from kernels.attention import choose_backend
 
 CUDA = torch.device("cuda", 0)
@@ -29,6 +29,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(gated_gemm, "is_available", lambda device: False)
     monkeypatch.setattr(flashinfer_attention, "is_available", lambda: (False, "flashinfer cannot be imported"))
 
 
