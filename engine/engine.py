@@ -100,6 +100,7 @@ class Engine:
             is_overlapped=not self.config.disable_overlap_schedule,
             max_step_ms=self.config.max_step_ms or None,
             chunked_prefill_size=parts.scheduler.chunked_prefill_size,
+            context_cost=parts.model_config.context_cost,
             decode_log_interval=self.config.decode_log_interval,
         )
         self._maintenance = Maintenance(parts, self._loop, self.abort_all)

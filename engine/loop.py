@@ -20,7 +20,8 @@ from engine.scheduler import Outcome, Scheduler
 
 logger = logging.getLogger(__name__)
 
-MIN_PREFILL_SHARE = 1 / 16  # of the longest chunk, in every step, however tight its time: a prompt must not starve
+MIN_PREFILL_SHARE = 1 / 64  # of the longest chunk, in every step, however tight its time: a prompt must not starve
+TELLING_SHARE = 1 / 16  # of the longest chunk: the time of a shorter one is not its tokens'
 MIN_LEAD_S = 0.001  # a step is decided at least this long before the one before it ends
 LAUNCH_MARGIN = 1.25  # launches vary; the device shall not wait for them
 MAX_DELIVERIES = 4  # in one turn of the event loop
@@ -53,8 +54,10 @@ class StepLoop:
         is_overlapped: bool = True,
         max_step_ms: float | None = None,
         chunked_prefill_size: int = 8192,
+        context_cost: float = 0.0,
         decode_log_interval: int = 40,
     ) -> None:
+        """context_cost: see `StepPace`; the others are of the flags' names."""
         self.scheduler, self.runner, self.output = scheduler, runner, output
         self.stats = LoopStats()
         self._depth = 2 if is_overlapped else 1
@@ -62,7 +65,8 @@ class StepLoop:
         self._may_step = True
         self._is_still = asyncio.Event()
         self._in_flight: deque[Step] = deque()
-        self._pace = StepPace(max_step_ms, chunked_prefill_size)
+        self._last_end = 0.0  # time.perf_counter() when a step was last found to have ended
+        self._pace = StepPace(max_step_ms, chunked_prefill_size, context_cost)
         self._log = BatchLog(scheduler, decode_log_interval)
 
     def wake(self) -> None:
@@ -155,7 +159,12 @@ class StepLoop:
     def _tell_end_of(self, step: Step) -> None:
         """Wake the loop when all that is enqueued of `step` has been computed."""
         loop = asyncio.get_running_loop()
-        step.done.add_done_callback(lambda _: loop.call_soon_threadsafe(self.wake))
+
+        def tell(_: object) -> None:  # in the thread that waits for the device
+            step.ended_at = time.perf_counter()
+            loop.call_soon_threadsafe(self.wake)
+
+        step.done.add_done_callback(tell)
 
     async def _wait(self, spare_s: float) -> None:
         """Until there is news, or for at most `spare_s` if that is not 0."""
@@ -178,7 +187,9 @@ class StepLoop:
         return bool(self.scheduler.waiting or self.scheduler.prefilling)
 
     def _prefill_budget(self) -> int | None:
-        return self._pace.prefill_budget(self.scheduler.num_streams) if self._has_prompts else None
+        if not self._has_prompts:
+            return None
+        return self._pace.prefill_budget(self.scheduler.num_streams, self.scheduler.prefilled_context)
 
     def _spare_s(self) -> float:
         """Seconds until the next step must be decided for the device not to wait; 0 if that is about now.
@@ -188,7 +199,7 @@ class StepLoop:
         if not self._in_flight:
             return 0.0
         step = self._in_flight[0]
-        begun_at = max(step.launched_at, self.stats.last_step_at)
+        begun_at = max(step.launched_at, self._last_end)
         lead_s = self._pace.lead_s(self._has_prompts)
         return max(begun_at + self._pace.predict_s(step.plan) - lead_s - time.perf_counter(), 0.0)
 
@@ -222,6 +233,7 @@ class StepLoop:
             return
         self._in_flight.popleft()
         start = self.stats.last_step_at = time.perf_counter()
+        self._last_end = step.ended_at or start
         assert step.tokens is not None
         outcome = self.scheduler.resolve(step.plan, step.tokens.numpy())
         self.output.take(step, outcome)
@@ -282,25 +294,35 @@ class StepPace:
     load.
     """
 
-    def __init__(self, max_step_ms: float | None, chunked_prefill_size: int) -> None:
+    def __init__(self, max_step_ms: float | None, chunked_prefill_size: int, context_cost: float = 0.0) -> None:
+        """context_cost: what attending to a token of context takes, as a share of what else a prompt's token takes."""
         self.max_step_s = None if max_step_ms is None else max_step_ms / 1e3
         self.min_budget = max(int(chunked_prefill_size * MIN_PREFILL_SHARE), 1)
+        self.telling_work = max(int(chunked_prefill_size * TELLING_SHARE), 1)
+        self.context_cost = context_cost
         self.decode_s = 0.0
-        self.prefill_token_s = 0.0
+        self.prefill_token_s = 0.0  # without its context
         self.decode_launch_s = self.prefill_launch_s = 0.0
 
-    def prefill_budget(self, num_streams: int) -> int | None:
-        """Prompt tokens for the next step; None if nobody would notice a long one."""
-        if self.max_step_s is None or not num_streams or not self.prefill_token_s:
+    def prefill_budget(self, num_streams: int, context: int = 0) -> int | None:
+        """Prompt tokens for the next step, behind `context` tokens; None if nobody would notice a long step."""
+        if self.max_step_s is None or not num_streams:
             return None
-        return max(self.min_budget, int((self.max_step_s - self.decode_s) / self.prefill_token_s))
+        if not self.prefill_token_s:
+            return self.telling_work
+        token_s = self.prefill_token_s * (1 + self.context_cost * context)
+        return max(self.min_budget, int((self.max_step_s - self.decode_s) / token_s))
 
     def observe(self, plan: Plan, device_s: float) -> None:
         if plan.is_decode:
             self.decode_s = _follow(self.decode_s, device_s)
-        elif plan.num_prefill_tokens >= self.min_budget:  # a shorter one's time is not its tokens'
-            token_s = max(device_s - self.decode_s, 0.0) / plan.num_prefill_tokens
-            self.prefill_token_s = _follow(self.prefill_token_s, token_s)
+        elif (work := self._prefill_work(plan)) >= self.telling_work:
+            self.prefill_token_s = _follow(self.prefill_token_s, max(device_s - self.decode_s, 0.0) / work)
+
+    def _prefill_work(self, plan: Plan) -> float:
+        """Its prompt tokens, each weighed by its context."""
+        q_lens, seq_lens = plan.q_lens[plan.num_decodes :], plan.seq_lens[plan.num_decodes :]
+        return float((q_lens * (1 + self.context_cost * (seq_lens - q_lens / 2))).sum())
 
     def observe_launch(self, plan: Plan, host_s: float) -> None:
         if plan.is_decode:
@@ -314,7 +336,7 @@ class StepPace:
 
     def predict_s(self, plan: Plan) -> float:
         """How long `plan` will take, rather too short than too long."""
-        return 0.95 * (self.decode_s + plan.num_prefill_tokens * self.prefill_token_s)
+        return 0.95 * (self.decode_s + self._prefill_work(plan) * self.prefill_token_s)
 
 
 def _follow(mean: float, value: float) -> float:

@@ -129,6 +129,16 @@ class ModelConfig:
         )
 
     @property
+    def context_cost(self) -> float:
+        """What a prompt's token spends on each token it attends to, as a share of what it spends on all products.
+
+        By multiplications, those of attention counted twice: its kernels reach about half the speed.
+        """
+        attention = 2 * self.num_attention_heads * self.head_dim
+        projections = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim * self.hidden_size
+        return 2 * attention / (projections + 3 * self.hidden_size * self.intermediate_size)
+
+    @property
     def embedding_size(self) -> int:
         return self.num_labels if self.is_classifier else self.hidden_size
 

@@ -63,6 +63,7 @@ class Step:
     staged: torch.Tensor
     graph_shape: Shape | None
     launched_at: float  # time.perf_counter()
+    ended_at: float = 0.0  # likewise, when `done` was told so; 0 before
     host_s: float = 0.0  # what it took the CPU worker
     done: Future[None] = field(default_factory=Future)  # what has been enqueued of it is computed
     awaits_masks: bool = False  # enqueued up to its logits; `ModelRunner.sample` must follow

@@ -182,6 +182,11 @@ class Scheduler:
     def num_streams(self) -> int:
         return int(np.count_nonzero(self.rows.wants_tokens[self._decoding]))
 
+    @property
+    def prefilled_context(self) -> int:
+        """Tokens already computed of the prompt whose turn it is."""
+        return int(self.rows.num_computed[self.prefilling[0].row]) if self.prefilling else 0
+
     # ---- deciding a step ----
 
     def schedule(self, prefill_budget: int | None = None) -> Plan | None:

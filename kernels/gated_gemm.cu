@@ -169,9 +169,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) {
       Barriers at(barriers, 1);
-      auto load_w = [&](int column, int k) {
+      auto load_w = [&](int row, int column, int k) {
         u32 to = stages + at.stage * STAGE_BYTES + X_BYTES;
-        expect(at.is_full(), STAGE_BYTES);
+        int num_rows = SHARE_WEIGHTS ? row < M ? ROWS : 0 : row + ROWS / 2 < M ? ROWS : ROWS / 2;
+        expect(at.is_full(), num_rows * DEPTH * 2 + 2 * W_BYTES);
         if (SHARE_WEIGHTS) {
           load_for_both(to + rank * W_BYTES, &w_map, k * DEPTH, rank ? N + column : column, at.is_full());
         } else {
@@ -179,17 +180,19 @@ extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
           load(to + W_BYTES, &w_map, k * DEPTH, N + column, at.is_full());
         }
       };
-      auto load_x = [&](int row, int k) {
+      auto load_x = [&](int row, int k) {  // not rows past the end, which no warpgroup reads
         u32 to = stages + at.stage * STAGE_BYTES;
-        if (SHARE_WEIGHTS)
-          load(to, &x_map, k * DEPTH, row, at.is_full());
-        else
-          load_for_both(to + rank * (X_BYTES / 2), &x_map, k * DEPTH, row + rank * (ROWS / 2), at.is_full());
+        if (SHARE_WEIGHTS) {
+          if (row < M) load(to, &x_map, k * DEPTH, row, at.is_full());
+        } else {
+          row += rank * (ROWS / 2);
+          if (row < M) load_for_both(to + rank * (X_BYTES / 2), &x_map, k * DEPTH, row, at.is_full());
+        }
       };
       // Weights depend on no kernel: the first come in while the one ahead still runs.
       int row, column, num_ahead = min(STAGES, num_k);
       place(first_tile, row, column);
-      for (at.stage = 0; at.stage < num_ahead; at.stage++) load_w(column, at.stage);
+      for (at.stage = 0; at.stage < num_ahead; at.stage++) load_w(row, column, at.stage);
       asm volatile("griddepcontrol.wait;" ::: "memory");
       for (at.stage = 0; at.stage < num_ahead; at.stage++) load_x(row, at.stage);
       at.stage--;
@@ -198,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
         place(tile, row, column);
         for (; k < num_k; k++, at.next()) {
           wait(at.is_empty(), at.parity);
-          load_w(column, k);
+          load_w(row, column, k);
           load_x(row, k);
         }
       }

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 BACKLOG = 4096  # connections that may wait to be accepted
 MAX_ACCEPTS = 16  # in one turn
 RETRY_S = 1.0  # after the system refused one: no file descriptor is free, say
-MAX_COST_A_TURN = 32 << 10  # of requests, in bytes: some 1 ms of the loop
+MAX_COST_A_TURN = 64 << 10  # of requests, in bytes: some 2 ms of the loop
 COST_OF_REQUEST = 8 << 10  # beside its body's bytes
 
 
