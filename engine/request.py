@@ -288,6 +288,16 @@ class Request:
         params = self.sampling_params
         return self.stream or self.return_logprob or bool(params.stop or params.stop_regex)
 
+    @property
+    def runs_to_limit(self) -> bool:
+        """Will the answer have `max_new_tokens`, whatever the tokens are?"""
+        params = self.sampling_params
+        return (
+            params.ignore_eos
+            and self.matcher is None
+            and not (params.stop or params.stop_token_ids or params.stop_regex)
+        )
+
     def all_token_ids(self) -> np.ndarray:
         """int32 [num_tokens]; the prompt's part is made once."""
         if self.prompt_ids is None:

@@ -51,6 +51,7 @@ class Rows:
         self.has_logit_edits = np.zeros(size, bool)  # logit_bias or min_new_tokens
         self.stops_at_eos = np.zeros(size, bool)
         self.has_stop_ids = np.zeros(size, bool)
+        self.runs_to_limit = np.zeros(size, bool)  # see Request.runs_to_limit
         self.wants_tokens = np.zeros(size, bool)  # see Request.wants_tokens
         self.wants_logprobs = np.zeros(size, bool)
         self.has_matcher = np.zeros(size, bool)
@@ -92,6 +93,7 @@ class Rows:
         self.has_stop_ids[row] = bool(params.stop_token_ids)
         self.has_stop_text[row] = bool(params.stop or params.stop_regex)
         self.wants_logprobs[row] = request.return_logprob
+        self.runs_to_limit[row] = request.runs_to_limit
         self.wants_tokens[row] = request.wants_tokens
         self.has_matcher[row] = request.matcher is not None
         self.has_mask[row] = request.matcher is not None and request.matcher.masks

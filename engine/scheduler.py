@@ -107,6 +107,7 @@ class Scheduler:
         self.prefilling: list[Request] = []  # admitted, prompt not wholly scheduled
         self.nodes: dict[int, Node] = {}  # row -> the tree node it locks
         self.cached_lens = np.zeros(rows.num_rows + 1, np.int64)  # row -> leading tokens whose slots the tree owns
+        self.shared_lens = np.zeros(rows.num_rows + 1, np.int64)  # row -> those that others held when it was admitted
         self.num_slots = np.zeros(rows.num_rows + 1, np.int64)  # row -> leading tokens that have a slot
         self._decoding = np.empty(0, np.int64)  # rows past their prompt, oldest first
         # Of decodes only the number differs: plans take as much of these as they need.
@@ -355,23 +356,19 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Give `request` a row if its prompt, and probably its answer, fit beside what runs."""
-        rows, params = self.rows, request.sampling_params
-        assert params.max_new_tokens is not None
         tokens = request.all_token_ids()
         match = self.cache.match(tokens, request.extra_key)
         self.cache.lock(match.node)
+        num_shared = _shared_node(match.node).depth_tokens
         if self.nodes:
-            live = self._decoding
-            remaining = np.minimum(rows.max_tokens[live] - rows.num_tokens[live], MAX_RESERVED_TOKENS)
-            unfilled = sum(int(rows.num_tokens[r.row] - self.num_slots[r.row]) for r in self.prefilling)
-            own = min(params.max_new_tokens - len(request.output_ids), MAX_RESERVED_TOKENS)
-            reserve = (int(remaining.sum()) + own) * self.new_token_ratio + unfilled + self.page_size * (len(live) + 1)
-            if len(tokens) - len(match.slots) + reserve > self.allocator.num_free + self.cache.num_evictable:
+            needed = len(tokens) - len(match.slots) + self._growth_with(request, num_shared)
+            if needed > self.allocator.num_free + self.cache.num_evictable:
                 self.cache.unlock(match.node)
                 return False
-        row = rows.allocate(request, self._seed_of(request))
+        row = self.rows.allocate(request, self._seed_of(request))
         request.status = Status.RUNNING
         self.nodes[row] = match.node
+        self.shared_lens[row] = num_shared
         self.cached_lens[row] = self.num_slots[row] = 0  # the first chunk matches again and takes the prefix over
         if not request.num_retractions:
             self.num_prompt_tokens += request.prompt_len
@@ -379,6 +376,29 @@ class Scheduler:
         self.prefilling.append(request)
         self.shares.admit(request, len(match.slots))
         return True
+
+    def _growth_with(self, request: Request, num_shared: int) -> float:
+        """Slots that what runs, and `request` with it, will probably need beyond those of their tokens so far.
+
+        num_shared: leading tokens of `request` that others hold too.
+        """
+        rows, live = self.rows, self._decoding
+        is_known = rows.runs_to_limit[live]
+        known, others = live[is_known], live[~is_known]
+        remaining = rows.max_tokens[known] - rows.num_tokens[known]
+        own = rows.num_tokens[known] - self.shared_lens[known]
+        guessed = int(np.minimum(rows.max_tokens[others] - rows.num_tokens[others], MAX_RESERVED_TOKENS).sum())
+        assert request.sampling_params.max_new_tokens is not None
+        num_asked = request.sampling_params.max_new_tokens - len(request.output_ids)
+        if request.runs_to_limit:
+            remaining, own = np.append(remaining, num_asked), np.append(own, request.num_tokens - num_shared)
+        else:
+            guessed += min(num_asked, MAX_RESERVED_TOKENS)
+        unfilled = sum(int(rows.num_tokens[r.row] - self.num_slots[r.row]) for r in self.prefilling)
+        # A page each: the last one is not full, and an end is noticed a step late.
+        return (
+            _peak_growth(remaining, own) + guessed * self.new_token_ratio + unfilled + self.page_size * (len(live) + 1)
+        )
 
     def _next_chunk(self, request: Request, budget: int) -> _Chunk | None:
         """The next at most `budget` tokens of a prompt, with slots; None if the pool has no room just now."""
@@ -686,10 +706,7 @@ class Scheduler:
         # By the deepest node that each shares with anybody: most rows have leaves of their own, and few nodes the rest.
         sharing: dict[Node, list[int]] = {}
         for i, row in enumerate(decodes.tolist()):
-            node: Node = self.nodes[row]
-            while node.lock_ref == 1 and node.parent is not None:
-                node = node.parent
-            sharing.setdefault(node, []).append(i)
+            sharing.setdefault(_shared_node(self.nodes[row]), []).append(i)
         num_users: Counter[Node] = Counter()
         for node, indices in sharing.items():
             for above in self.cache.path(node):
@@ -734,6 +751,27 @@ def _request_of(rows: Rows, row: int) -> Request:
     request = rows.requests[row]
     assert request is not None
     return request
+
+
+def _shared_node(node: Node) -> Node:
+    """The deepest node above `node`, or itself, that more than one request locks; else the root."""
+    while node.lock_ref == 1 and node.parent is not None:
+        node = node.parent
+    return node
+
+
+def _peak_growth(remaining: np.ndarray, own: np.ndarray) -> int:
+    """Slots that requests will hold at the worst time beyond those they hold now.
+
+    remaining: [B] tokens to come, one a step; own: [B] tokens whose slots, like those of the ones to come, go free at
+    the end. Most is held just before an end, so those are the times to look at (Gong et al. 2025,
+    arXiv:2507.10150).
+    """
+    order = remaining.argsort()
+    remaining, own = remaining[order], own[order]
+    num_growing = np.arange(len(order), 0, -1)
+    given_back = own.cumsum() - own
+    return int((remaining * num_growing - given_back).max(initial=0))
 
 
 def _depth_first(waiting: list[Request], node_of: dict[int, Node]) -> list[Request]:

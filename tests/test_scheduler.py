@@ -185,6 +185,59 @@ def test_a_pool_too_small_for_all_retracts_and_still_finishes_everyone() -> None
     assert all(r.output_ids == expected(r.input_ids, 40) for r in requests)
 
 
+@pytest.mark.parametrize("page_size", [1, 4])
+@pytest.mark.parametrize("seed", range(4))
+def test_answers_of_known_length_are_not_retracted(seed: int, page_size: int) -> None:
+    rng = random.Random(seed)
+    traffic = Traffic(400, num_rows=40, page_size=page_size, chunk=64, conservativeness=0.0)
+    requests = [
+        traffic.submit(prompt_of(rng, rng.randint(5, 40), [[]]), rng.randint(1, 60), ignore_eos=True) for _ in range(60)
+    ]
+    traffic.run_all()
+    assert traffic.scheduler.num_retractions == 0
+    assert all(len(r.output_ids) == r.sampling_params.max_new_tokens for r in requests)
+
+
+def test_slots_that_an_answer_will_have_given_back_are_counted_on() -> None:
+    traffic = Traffic(64)
+    traffic.submit([2] * 30, 4, ignore_eos=True)
+    traffic.submit([3] * 20, 20, ignore_eos=True)  # 40 with the answer: fits once the 34 of the other are free
+    for _ in range(4):
+        traffic.step()
+    assert traffic.scheduler.stats().num_running == 2
+    traffic.run_all()
+    assert traffic.scheduler.num_retractions == 0
+
+
+def test_slots_of_a_shared_prefix_are_not_counted_on() -> None:
+    traffic = Traffic(64, chunk=64)
+    traffic.submit([2] * 30, 30, ignore_eos=True)
+    traffic.step()
+    for i in range(2):  # the first one's end frees none of the prefix
+        traffic.submit([2] * 29 + [3 + i], 4 + 26 * i, ignore_eos=True)
+    for _ in range(3):
+        traffic.step()
+    assert traffic.scheduler.stats().num_running == 2
+    traffic.run_all()
+    assert traffic.scheduler.num_retractions == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "num_running"),
+    [({"ignore_eos": True}, 1), ({}, 2), ({"ignore_eos": True, "stop_token_ids": [7]}, 2)],
+)
+def test_only_an_answer_that_cannot_end_early_reserves_all_its_slots(
+    options: dict[str, object], num_running: int
+) -> None:
+    traffic = Traffic(64, conservativeness=0.0)
+    for head in (2, 3):
+        traffic.submit([head] * 8, 30, **options)
+    for _ in range(3):
+        traffic.step()
+    assert traffic.scheduler.stats().num_running == num_running
+    traffic.run_all()
+
+
 @pytest.mark.parametrize("policy", ["lpm", "fcfs", "dfs-weight", "random"])
 def test_each_policy_serves_everyone(policy: str) -> None:
     traffic = Traffic(96, num_rows=2, policy=policy)
