@@ -224,7 +224,7 @@ def test_slots_of_a_shared_prefix_are_not_counted_on() -> None:
 
 @pytest.mark.parametrize(
     ("options", "num_running"),
-    [({"ignore_eos": True}, 1), ({}, 2), ({"ignore_eos": True, "stop_token_ids": [7]}, 2)],
+    [({"ignore_eos": True}, 1), ({}, 2), ({"ignore_eos": True, "stop_token_ids": [EOS]}, 2)],
 )
 def test_only_an_answer_that_cannot_end_early_reserves_all_its_slots(
     options: dict[str, object], num_running: int
