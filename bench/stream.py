@@ -62,12 +62,14 @@ class InstantRunner(ModelRunner):
         self.tokens = np.array(token_ids, np.int32)
 
     def launch(self, plan: Plan) -> Step:
+        shape = Shape.of(plan)
         step = Step(
             plan=plan,
             work=self.sampler.plan_work(plan),
             prompt_work=[],
-            staged=self.stager.write(plan, Shape.of(plan)),
-            graph_shape=None,
+            staged=self.stager.write(plan, shape),
+            shape=shape,
+            is_graph=False,
             launched_at=time.perf_counter(),
         )
         positions = plan.seq_lens[plan.samples] - PROMPT_LEN

@@ -56,9 +56,11 @@ class Shape(NamedTuple):
     has_groups: bool
 
     @classmethod
-    def of(cls, plan: Plan) -> "Shape":
+    def of(cls, plan: Plan, sample_multiple: int = 1) -> "Shape":
+        """The plan's own sizes, its samples rounded up."""
         num_prefills = len(plan.rows) - plan.num_decodes
-        return cls(plan.num_decodes, num_prefills, plan.num_prefill_tokens, len(plan.samples), plan.groups is not None)
+        num_samples = -(-len(plan.samples) // sample_multiple) * sample_multiple
+        return cls(plan.num_decodes, num_prefills, plan.num_prefill_tokens, num_samples, plan.groups is not None)
 
 
 class StagedBatch(NamedTuple):

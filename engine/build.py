@@ -24,7 +24,7 @@ from engine.grammar import GrammarCompiler
 from engine.layers.layer import LayerConfig, unique_layers
 from engine.memory import MemoryBudget, plan_memory
 from engine.model_config import ModelConfig
-from engine.model_runner import ModelRunner
+from engine.model_runner import SAMPLE_MULTIPLE, ModelRunner
 from engine.models import CausalLM, build_model
 from engine.parallel import Communicator
 from engine.plan import Plan
@@ -48,6 +48,7 @@ CPU_CHUNK, CUDA_CHUNK, SMALL_CUDA_CHUNK = 512, 8192, 2048
 SMALL_CUDA_BYTES = 25e9
 CUDA_MAX_STEP_MS = 60.0
 CUDA_GRAPH_MAX_BS = 1024
+SIZE_STRIDE = 256  # of the numbers of tokens whose kernels are loaded at the start
 KERNEL_PROMPTS = (2, 32, 512)  # numbers of prompts that attention has kernels for: all are compiled at the start
 COUNTS = (
     "tp_size", "dp_size", "nnodes", "context_length", "max_total_tokens", "page_size", "max_running_requests",
@@ -281,6 +282,7 @@ def build_runner(
         on_progress(f"steps captured as CUDA graphs in {time.perf_counter() - start:.1f} s")
     if device.type == "cuda":
         measure_step(runner, max_step_tokens, num_rows, max_len)  # once more: the memory it takes is then at hand
+        load_kernels(runner, max_step_tokens, num_rows, max_len)
     return runner, memory
 
 
@@ -356,6 +358,23 @@ def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len
         _run_prompts(runner, [2] * min(num_prompts, num_samples), num_samples)
     torch.cuda.synchronize()
     return torch.cuda.memory_reserved() - before
+
+
+def load_kernels(runner: ModelRunner, num_tokens: int, num_samples: int, max_len: int) -> None:
+    """Run steps of all sizes through one block of the model.
+
+    Libraries have kernels for ranges of sizes, load one at its first use, and wait then until the device is idle: a
+    step in the middle of traffic would be launched late by as long as the one before it takes.
+    """
+    decoder = runner.model.model
+    blocks, decoder.layers = decoder.layers, decoder.layers[:1]
+    try:
+        for i, size in enumerate(range(SIZE_STRIDE, num_tokens + 1, SIZE_STRIDE), start=1):
+            chunk = min(size, max_len)
+            _run_prompts(runner, [chunk] * (size // chunk), min(i * SAMPLE_MULTIPLE, num_samples))
+    finally:
+        decoder.layers = blocks
+    torch.cuda.synchronize()
 
 
 def _run_prompts(runner: ModelRunner, q_lens: list[int], num_samples: int) -> None:

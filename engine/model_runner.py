@@ -30,6 +30,8 @@ from kernels.bookkeeping import begin_step, end_step
 from kernels.sampling import logprobs
 
 PROMPT_LOGPROB_ROWS = 256  # logits rows at a time: 256 x 152k bf16 is 78 MB, whatever the prompt's length
+# What no graph holds samples a multiple of so many tokens: few sizes, whose kernels can be loaded at the start.
+SAMPLE_MULTIPLE = 64
 MAX_IDLE_S = 0.1
 
 
@@ -61,7 +63,8 @@ class Step:
     work: SamplingWork
     prompt_work: list[PromptLogprobWork]
     staged: torch.Tensor
-    graph_shape: Shape | None
+    shape: Shape  # of `staged`
+    is_graph: bool  # one is replayed
     launched_at: float  # time.perf_counter()
     ended_at: float = 0.0  # likewise, when `done` was told so; 0 before
     host_s: float = 0.0  # what it took the CPU worker
@@ -182,12 +185,14 @@ class ModelRunner:
         Raises what cannot be enqueued: out of memory, a kernel that does not compile.
         """
         graph_shape = self.graphs.shape_for(plan) if self.graphs is not None else None
+        shape = graph_shape or Shape.of(plan, SAMPLE_MULTIPLE if self._is_cuda else 1)
         step = Step(
             plan=plan,
             work=self.sampler.plan_work(plan),
             prompt_work=self._plan_prompt_logprobs(plan) if plan.prompt_logprobs else [],
-            staged=self.stager.write(plan, graph_shape or Shape.of(plan)),
-            graph_shape=graph_shape,
+            staged=self.stager.write(plan, shape),
+            shape=shape,
+            is_graph=graph_shape is not None,
             launched_at=time.perf_counter(),
         )
         step.awaits_masks = step.work.masked is not None
@@ -262,11 +267,11 @@ class ModelRunner:
             slots_tensor = torch.from_numpy(slots).to(self.device, non_blocking=True)
             self.stager.slot_table[row, start : start + len(slots)] = slots_tensor
         self.stager.upload(step.staged)
-        if step.graph_shape is not None:
+        if step.is_graph:
             assert self.graphs is not None
-            step.logits, step.greedy, step.batch = self.graphs.replay(step.graph_shape)
+            step.logits, step.greedy, step.batch = self.graphs.replay(step.shape)
             return
-        step.batch = staged = self.stager.views(Shape.of(plan), plan)
+        step.batch = staged = self.stager.views(step.shape, plan)
         hidden = self.forward(staged.batch)
         for work in step.prompt_work:
             step.prompt_logprobs += self._prompt_logprobs(hidden, work)

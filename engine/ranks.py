@@ -75,9 +75,8 @@ class Ranks:
         for row, start, slots in step.plan.prefix_copies:
             self.send(np.array([PREFIX, row, start], np.int32), slots.astype(np.int32, copy=False))
         prompts = [(work.first_token, len(work.target_ids)) for work in step.prompt_work]
-        shape = step.graph_shape or Shape.of(step.plan)
         is_plain = step.work.is_plain and step.work.masked is None
-        fields = [STEP, *shape, step.graph_shape is not None, len(step.plan.samples), is_plain, len(prompts)]
+        fields = [STEP, *step.shape, step.is_graph, len(step.plan.samples), is_plain, len(prompts)]
         assert len(fields) == NUM_STEP_FIELDS
         self.send(np.array(fields, np.int32), np.array(prompts, np.int32).reshape(-1), step.staged.numpy())
 
@@ -218,7 +217,8 @@ def follow(runner: ModelRunner, plans: ChannelReader, follower: Follower) -> Non
             work=SamplingWork(num_samples, is_greedy=bool(is_plain)),
             prompt_work=[PromptLogprobWork(None, 0, first, np.zeros(count, np.int64)) for first, count in prompts],
             staged=runner.stager.copy(staged),
-            graph_shape=shape if is_graph else None,
+            shape=shape,
+            is_graph=bool(is_graph),
             launched_at=time.perf_counter(),
         )
         with torch.cuda.stream(runner.stream):

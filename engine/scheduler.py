@@ -360,11 +360,10 @@ class Scheduler:
         match = self.cache.match(tokens, request.extra_key)
         self.cache.lock(match.node)
         num_shared = _shared_node(match.node).depth_tokens
-        if self.nodes:
-            needed = len(tokens) - len(match.slots) + self._growth_with(request, num_shared)
-            if needed > self.allocator.num_free + self.cache.num_evictable:
-                self.cache.unlock(match.node)
-                return False
+        room = self.allocator.num_free + self.cache.num_evictable - (len(tokens) - len(match.slots))
+        if self.nodes and room < self._most_growth_with(request) and room < self._growth_with(request, num_shared):
+            self.cache.unlock(match.node)
+            return False
         row = self.rows.allocate(request, self._seed_of(request))
         request.status = Status.RUNNING
         self.nodes[row] = match.node
@@ -376,6 +375,14 @@ class Scheduler:
         self.prefilling.append(request)
         self.shares.admit(request, len(match.slots))
         return True
+
+    def _most_growth_with(self, request: Request) -> int:
+        """The most slots that what runs, and `request` with it, may need beyond those of their tokens so far."""
+        rows, live = self.rows, self._decoding
+        assert request.sampling_params.max_new_tokens is not None
+        growth = request.sampling_params.max_new_tokens + int((rows.max_tokens[live] - rows.num_tokens[live]).sum())
+        growth += sum(int(rows.max_tokens[r.row] - self.num_slots[r.row]) for r in self.prefilling)
+        return growth + self.page_size * (len(live) + len(self.prefilling) + 1)
 
     def _growth_with(self, request: Request, num_shared: int) -> float:
         """Slots that what runs, and `request` with it, will probably need beyond those of their tokens so far.

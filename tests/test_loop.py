@@ -12,6 +12,7 @@ import torch
 
 from cache.allocator import PageAllocator
 from cache.radix import RadixCache
+from engine.batch import Shape
 from engine.loop import StepLoop, StepPace
 from engine.model_runner import Step
 from engine.output import OutputProcessor
@@ -36,7 +37,7 @@ class ManualRunner:
             error, self.error = self.error, None
             raise error
         work = SamplingWork(len(plan.samples), is_greedy=True)
-        step = Step(plan, work, [], torch.empty(0), None, launched_at=0.0, done=Future())
+        step = Step(plan, work, [], torch.empty(0), Shape.of(plan), is_graph=False, launched_at=0.0, done=Future())
         step.tokens = torch.full((len(plan.samples),), TOKEN, dtype=torch.int32)
         self.launched.append(step)
         return step

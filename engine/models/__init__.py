@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -25,12 +25,18 @@ REGISTRY = {
 CAUSAL, CLASSIFIER, BARE = "ForCausalLM", "ForSequenceClassification", "Model"
 
 
+class Decoder(Layer):
+    """Embedding, blocks and final norm."""
+
+    layers: list[Any]  # the blocks
+
+
 class CausalLM(Layer):
     """What a model file defines. Attributes are named as in the checkpoint, but for the packed layers."""
 
     # layer here -> the checkpoint's layers that are its parts, in order
     packed_modules_mapping: ClassVar[dict[str, tuple[str, ...]]] = {}
-    model: Layer
+    model: Decoder
     lm_head: VocabParallelEmbedding
 
     def __init__(self, config: ModelConfig, layers: LayerConfig) -> None:

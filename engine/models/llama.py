@@ -23,7 +23,7 @@ from engine.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, 
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import ModelConfig
-from engine.models import CausalLM
+from engine.models import CausalLM, Decoder
 from kernels.attention import attention
 from kernels.elementwise import rope_and_store
 
@@ -107,7 +107,7 @@ class LlamaDecoderLayer(Layer):
         return self.mlp(h, self.post_attention_layernorm)
 
 
-class LlamaModel(Layer):
+class LlamaModel(Decoder):
     def __init__(self, config: ModelConfig, layers: LayerConfig, attention_class: type[LlamaAttention]) -> None:
         rotary = RotaryEmbedding(config.rope, config.context_length)
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, layers)
