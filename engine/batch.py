@@ -47,7 +47,7 @@ class ForwardBatch:
 
 
 class Shape(NamedTuple):
-    """Sizes of a staged step. A captured graph's are rounded up, the rest is padding."""
+    """Sizes of a staged step. Where they are rounded up, as for a captured graph, the rest is padding."""
 
     num_decodes: int
     num_prefills: int
@@ -56,11 +56,9 @@ class Shape(NamedTuple):
     has_groups: bool
 
     @classmethod
-    def of(cls, plan: Plan, sample_multiple: int = 1) -> "Shape":
-        """The plan's own sizes, its samples rounded up."""
+    def of(cls, plan: Plan) -> "Shape":
         num_prefills = len(plan.rows) - plan.num_decodes
-        num_samples = -(-len(plan.samples) // sample_multiple) * sample_multiple
-        return cls(plan.num_decodes, num_prefills, plan.num_prefill_tokens, num_samples, plan.groups is not None)
+        return cls(plan.num_decodes, num_prefills, plan.num_prefill_tokens, len(plan.samples), plan.groups is not None)
 
 
 class StagedBatch(NamedTuple):
@@ -77,6 +75,7 @@ class Stager:
 
     def __init__(self, max_tokens: int, max_requests: int, slot_table: torch.Tensor) -> None:
         size = 4 * max_tokens + 12 * (max_requests + 8)
+        self.max_tokens = max_tokens
         self.slot_table = slot_table
         self.device = slot_table.device
         self._device = torch.zeros(size, dtype=torch.int32, device=self.device)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,13 @@ from cache.radix import NoCache, RadixCache
 from engine.batch import Shape, Stager
 from engine.channel import ChannelReader
 from engine.config import EngineConfig
-from engine.cuda_graph import MAX_GRAPH_WORK, MAX_PROMPTS, default_batch_sizes
+from engine.cuda_graph import MAX_GRAPH_WORK, MAX_PROMPTS, SAMPLE_MULTIPLE, default_batch_sizes
 from engine.errors import ModelError
 from engine.grammar import GrammarCompiler
 from engine.layers.layer import LayerConfig, unique_layers
 from engine.memory import MemoryBudget, plan_memory
 from engine.model_config import ModelConfig
-from engine.model_runner import SAMPLE_MULTIPLE, ModelRunner
+from engine.model_runner import ModelRunner
 from engine.models import CausalLM, build_model
 from engine.parallel import Communicator
 from engine.plan import Plan
@@ -48,7 +49,6 @@ CPU_CHUNK, CUDA_CHUNK, SMALL_CUDA_CHUNK = 512, 8192, 2048
 SMALL_CUDA_BYTES = 25e9
 CUDA_MAX_STEP_MS = 60.0
 CUDA_GRAPH_MAX_BS = 1024
-SIZE_STRIDE = 256  # of the numbers of tokens whose kernels are loaded at the start
 KERNEL_PROMPTS = (2, 32, 512)  # numbers of prompts that attention has kernels for: all are compiled at the start
 COUNTS = (
     "tp_size", "dp_size", "nnodes", "context_length", "max_total_tokens", "page_size", "max_running_requests",
@@ -282,7 +282,7 @@ def build_runner(
         on_progress(f"steps captured as CUDA graphs in {time.perf_counter() - start:.1f} s")
     if device.type == "cuda":
         measure_step(runner, max_step_tokens, num_rows, max_len)  # once more: the memory it takes is then at hand
-        load_kernels(runner, max_step_tokens, num_rows, max_len)
+        load_kernels(runner, num_rows, max_len)
     return runner, memory
 
 
@@ -356,29 +356,26 @@ def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len
     _run_prompts(runner, [chunk] * (num_tokens // chunk), num_samples)
     for num_prompts in KERNEL_PROMPTS:
         _run_prompts(runner, [2] * min(num_prompts, num_samples), num_samples)
-    torch.cuda.synchronize()
     return torch.cuda.memory_reserved() - before
 
 
-def load_kernels(runner: ModelRunner, num_tokens: int, num_samples: int, max_len: int) -> None:
-    """Run steps of all sizes through one block of the model.
-
-    Libraries have kernels for ranges of sizes, load one at its first use, and wait then until the device is idle: a
-    step in the middle of traffic would be launched late by as long as the one before it takes.
-    """
+def load_kernels(runner: ModelRunner, max_samples: int, max_len: int) -> None:
+    """Run one step of each size that has no graph, through one block of the model: see `StepGraphs.eager_shape`."""
+    if runner.graphs is None or not (sizes := runner.graphs.eager_sizes()):
+        return
     decoder = runner.model.model
     blocks, decoder.layers = decoder.layers, decoder.layers[:1]
+    samples = range(SAMPLE_MULTIPLE, max_samples + 1, SAMPLE_MULTIPLE)
     try:
-        for i, size in enumerate(range(SIZE_STRIDE, num_tokens + 1, SIZE_STRIDE), start=1):
-            chunk = min(size, max_len)
-            _run_prompts(runner, [chunk] * (size // chunk), min(i * SAMPLE_MULTIPLE, num_samples))
+        for num_tokens, num_samples in zip_longest(sizes, samples, fillvalue=SAMPLE_MULTIPLE):
+            chunk = min(num_tokens, max_len)
+            _run_prompts(runner, [chunk] * (num_tokens // chunk), num_samples, is_greedy=True)
     finally:
         decoder.layers = blocks
-    torch.cuda.synchronize()
 
 
-def _run_prompts(runner: ModelRunner, q_lens: list[int], num_samples: int) -> None:
-    """One step of prompts of row 0, with logits and draws of `num_samples`."""
+def _run_prompts(runner: ModelRunner, q_lens: list[int], num_samples: int, is_greedy: bool = False) -> None:
+    """One step of prompts of row 0, with logits and tokens of `num_samples`."""
     num_tokens, lens = sum(q_lens), np.array(q_lens, np.int32)
     plan = Plan(
         rows=np.zeros(len(lens), np.int32),
@@ -396,5 +393,6 @@ def _run_prompts(runner: ModelRunner, q_lens: list[int], num_samples: int) -> No
         logits = runner.model.lm_head.gather(runner.model.compute_logits(runner.forward(batch)[sample_tokens]))
         if logits is not None:
             work = runner.sampler.plan_work(plan)
-            work.is_greedy = False
+            work.is_greedy = is_greedy
             runner.sampler.sample(logits, work, sample_rows, positions)
+    torch.cuda.synchronize()  # the staging buffer is used again

@@ -29,12 +29,13 @@ class Ladder(NamedTuple):
     has_groups: bool = False  # for steps whose decodes share prefixes
 
 
-FINE_TOKENS = (32, *range(64, 640, 64), *range(640, 1280, 128), 1280, 1536, 1792, 2048)
+ALONE_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
+FINE_TOKENS = (*range(64, 640, 64), *range(640, 1280, 128), 1280, 1536, 1792, 2048)
 COARSE_TOKENS = (128, 256, 512, 1024, 2048, 4096, 6144, 8192)
 # The first that fits serves.
 LADDERS = (
-    Ladder(0, 16, FINE_TOKENS),
-    Ladder(32, 16, tuple(size - 32 for size in FINE_TOKENS[1:])),  # with the decodes, whole tiles of the products
+    Ladder(0, 16, ALONE_TOKENS),
+    Ladder(32, 16, tuple(size - 32 for size in FINE_TOKENS)),  # with the decodes, whole tiles of the products
     Ladder(64, 64, (128, 256, 384, 512, 640, 768, 1024)),  # runs of forced tokens, mostly
     Ladder(256, 72, COARSE_TOKENS),
     Ladder(512, 72, COARSE_TOKENS[2:]),
@@ -46,6 +47,7 @@ MAX_PROMPTS = max(ladder.num_prompts for ladder in LADDERS)
 # Tokens times bytes of weights, above which a step's kernels need no graph: to launch a layer's takes the host some
 # 0.5 ms, which are then hidden by computing at least three times as long.
 MAX_GRAPH_WORK = 3.4e13
+SAMPLE_MULTIPLE = 64  # of the tokens that a step without a graph samples
 SAME_TIME = 1.02  # times that differ by less are equal
 GROUPED_SIZE_RATIO = 1.3  # of neighbours on the ladder of decode steps with shared prefixes
 
@@ -100,6 +102,22 @@ class StepGraphs:
             ):
                 return _prefill_shape(ladder, ladder.num_tokens[bisect.bisect_left(ladder.num_tokens, num_tokens)])
         return None
+
+    def eager_shape(self, plan: Plan) -> Shape:
+        """Of a step that no graph serves."""
+        shape = Shape.of(plan)
+        if not self.ladders or plan.is_decode or plan.pooled:
+            return shape
+        return rounded_up(shape, self._stager.max_tokens)
+
+    def eager_sizes(self) -> list[int]:
+        """The numbers of tokens of steps that are too large for a graph."""
+        sizes: list[int] = []
+        if self.ladders:
+            largest = max(ladder.num_tokens[-1] for ladder in self.ladders)
+            while (size := _round_up(largest + 1)) <= self._stager.max_tokens:
+                sizes.append(largest := size)
+        return sizes
 
     def capture_all(self) -> None:
         """The largest first, since the smaller ones then fit into the memory it took."""
@@ -198,6 +216,23 @@ def fitting_ladders(max_prompt_tokens: int, max_tokens: int, max_requests: int) 
         if num_tokens and not is_covered:
             ladders.append(ladder._replace(num_decodes=num_decodes, num_tokens=num_tokens))
     return ladders
+
+
+def rounded_up(shape: Shape, max_tokens: int) -> Shape:
+    """A step with prompts, as one of few sizes.
+
+    For each number of rows libraries look for a kernel anew, and load it at its first use, which waits until the device
+    is idle: they do so at the start for these.
+    """
+    num_tokens = min(_round_up(shape.num_decodes + shape.num_prefill_tokens), max_tokens)
+    num_samples = -(-shape.num_samples // SAMPLE_MULTIPLE) * SAMPLE_MULTIPLE
+    return shape._replace(num_prefill_tokens=num_tokens - shape.num_decodes, num_samples=num_samples)
+
+
+def _round_up(num_tokens: int) -> int:
+    """To one of eight sizes between powers of 2."""
+    step = 1 << max(num_tokens.bit_length() - 4, 0)
+    return -(-num_tokens // step) * step
 
 
 def _decode_shape(size: int, has_groups: bool) -> Shape:

@@ -30,8 +30,6 @@ from kernels.bookkeeping import begin_step, end_step
 from kernels.sampling import logprobs
 
 PROMPT_LOGPROB_ROWS = 256  # logits rows at a time: 256 x 152k bf16 is 78 MB, whatever the prompt's length
-# What no graph holds samples a multiple of so many tokens: few sizes, whose kernels can be loaded at the start.
-SAMPLE_MULTIPLE = 64
 MAX_IDLE_S = 0.1
 
 
@@ -185,7 +183,7 @@ class ModelRunner:
         Raises what cannot be enqueued: out of memory, a kernel that does not compile.
         """
         graph_shape = self.graphs.shape_for(plan) if self.graphs is not None else None
-        shape = graph_shape or Shape.of(plan, SAMPLE_MULTIPLE if self._is_cuda else 1)
+        shape = graph_shape or (Shape.of(plan) if self.graphs is None else self.graphs.eager_shape(plan))
         step = Step(
             plan=plan,
             work=self.sampler.plan_work(plan),

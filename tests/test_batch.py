@@ -9,7 +9,7 @@ import torch
 from engine.batch import Shape, StagedBatch
 from engine.build import Parts, build
 from engine.config import EngineConfig
-from engine.cuda_graph import MAX_PROMPTS, fitting_ladders, useful_sizes
+from engine.cuda_graph import MAX_PROMPTS, fitting_ladders, rounded_up, useful_sizes
 from engine.plan import Groups, Plan
 
 
@@ -69,6 +69,24 @@ def test_padding_changes_no_logits(parts: Parts, decodes: list[int], prompts: li
     padded = logits_of(parts, plan, shape)
     assert len(exact) == len(plan.samples)
     torch.testing.assert_close(padded, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_without_a_graph_have_few_sizes_and_none_too_large() -> None:
+    def sizes(num_tokens: int) -> Shape:
+        return rounded_up(Shape(100, 3, num_tokens - 100, 103, False), max_tokens=9000)
+
+    totals = [sizes(num_tokens).num_prefill_tokens + 100 for num_tokens in range(2049, 9001)]
+    assert len(set(totals)) <= 17
+    assert all(num <= total <= min(1.125 * num, 9000) for num, total in enumerate(totals, start=2049))
+    assert 8192 in totals, "a full chunk is computed without padding"
+
+
+def test_rounding_a_step_up_changes_no_logits(parts: Parts) -> None:
+    plan = plan_of([5, 17, 3], [9, 4, 23])
+    shape = rounded_up(Shape.of(plan), max_tokens=64)
+    assert (shape.num_prefill_tokens, shape.num_samples) == (40 - 3, 64)
+    exact = logits_of(parts, plan, Shape.of(plan))
+    torch.testing.assert_close(logits_of(parts, plan, shape)[: len(exact)], exact, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_beside_a_shared_prefix_changes_no_logits(parts: Parts) -> None:
