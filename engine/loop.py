@@ -20,7 +20,8 @@ from engine.scheduler import Outcome, Scheduler
 
 logger = logging.getLogger(__name__)
 
-MIN_PREFILL_SHARE = 1 / 16  # of the longest chunk, in every step, however tight its time: a prompt must not starve
+MIN_PREFILL_SHARE = 1 / 32  # of the longest chunk, in every step, however tight its time: a prompt must not starve
+TELLING_SHARE = 1 / 16  # of the longest chunk: the time of a shorter one is not its tokens'
 MIN_LEAD_S = 0.001  # a step is decided at least this long before the one before it ends
 LAUNCH_MARGIN = 1.25  # launches vary; the device shall not wait for them
 MAX_DELIVERIES = 4  # in one turn of the event loop
@@ -297,6 +298,7 @@ class StepPace:
         """context_cost: what attending to a token of context takes, as a share of what else a prompt's token takes."""
         self.max_step_s = None if max_step_ms is None else max_step_ms / 1e3
         self.min_budget = max(int(chunked_prefill_size * MIN_PREFILL_SHARE), 1)
+        self.telling_work = max(int(chunked_prefill_size * TELLING_SHARE), 1)
         self.context_cost = context_cost
         self.decode_s = 0.0
         self.prefill_token_s = 0.0  # without its context
@@ -307,14 +309,14 @@ class StepPace:
         if self.max_step_s is None or not num_streams:
             return None
         if not self.prefill_token_s:
-            return self.min_budget
+            return self.telling_work
         token_s = self.prefill_token_s * (1 + self.context_cost * context)
         return max(self.min_budget, int((self.max_step_s - self.decode_s) / token_s))
 
     def observe(self, plan: Plan, device_s: float) -> None:
         if plan.is_decode:
             self.decode_s = _follow(self.decode_s, device_s)
-        elif (work := self._prefill_work(plan)) >= self.min_budget:  # a shorter one's time is not its tokens'
+        elif (work := self._prefill_work(plan)) >= self.telling_work:
             self.prefill_token_s = _follow(self.prefill_token_s, max(device_s - self.decode_s, 0.0) / work)
 
     def _prefill_work(self, plan: Plan) -> float:

@@ -42,6 +42,10 @@ DECODE_CONFIGS: dict[tuple[int, int], DecodeConfig] = {
 }
 PREFIX_CONFIGS: dict[int, PrefillConfig] = {128: PrefillConfig(block_m=64, block_n=64, num_warps=4, num_stages=3)}
 PREFILL_CONFIGS: dict[int, PrefillConfig] = {128: PrefillConfig(block_m=64, block_n=64, num_warps=4, num_stages=3)}
+PREFILL_PROGRAMS_PER_SM = 2
+MAX_PREFILL_SPLITS = 8
+MAX_SPLIT_PROMPTS = 16  # more of them fill the chip
+MIN_SPLIT_LEN = 512  # tokens of context that are worth a program of their own
 
 
 def decode_config(block_d: int, num_requests: int, itemsize: int) -> DecodeConfig:
@@ -214,16 +218,36 @@ def prefill(
     window: int = -1,
     softcap: float = 0.0,
     config: PrefillConfig | None = None,
+    num_splits: int | None = None,
+    min_split_len: int = MIN_SPLIT_LEN,
 ) -> None:
-    """The tokens after the first num_decodes, whatever number of them a request has, into `out`."""
+    """The tokens after the first num_decodes, whatever number of them a request has, into `out`.
+
+    Where they are too few to fill the chip, their context is cut into up to `num_splits` parts; the last program to
+    have attended to its part merges them. How many there are depends on the context, which only the device knows in a
+    captured graph.
+    """
     num_requests = len(batch.rows) - batch.num_decodes
     num_kv_heads = k_cache.shape[1]
     block_group = next_power_of_2(q.shape[1] // num_kv_heads)
     config = config or prefill_config(PREFILL_CONFIGS, next_power_of_2(q.shape[2]), q.dtype.itemsize)
     block_m = max(config.block_m, block_group)
-    num_tiles = (q.shape[0] - batch.num_decodes) // (block_m // block_group) + num_requests  # at most
+    num_whole_tiles = (q.shape[0] - batch.num_decodes) // (block_m // block_group)
+    num_programs = (num_whole_tiles + num_requests) * num_kv_heads  # at most
+    if window >= 0 or num_requests > MAX_SPLIT_PROMPTS:  # with a window there is little context
+        num_splits = 1
+    elif num_splits is None:
+        num_expected = (num_whole_tiles + 1) * num_kv_heads  # mostly it is one prompt
+        num_splits = PREFILL_PROGRAMS_PER_SM * _num_sms(q.device) // num_expected
+        num_splits = max(1, min(num_splits, MAX_PREFILL_SPLITS))
+    partial = partial_lse = arrivals = None
+    if num_splits > 1:
+        num_rows = num_programs * num_splits * block_m
+        partial = torch.empty(num_rows, q.shape[2], dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(num_rows, dtype=torch.float32, device=q.device)
+        arrivals = _arrival_counters(q.device, num_programs)
     options = _options(q, k_cache, v_cache, window, softcap, config)
-    _prefill_kernel[(num_tiles * num_kv_heads,)](
+    _prefill_kernel[(num_programs, num_splits)](
         q,
         k_cache,
         v_cache,
@@ -232,6 +256,9 @@ def prefill(
         batch.cu_q_lens[batch.num_decodes :],
         batch.rows[batch.num_decodes :],
         batch.slot_table,
+        partial,
+        partial_lse,
+        arrivals,
         num_requests,
         batch.slot_table.stride(0),
         window,
@@ -239,6 +266,7 @@ def prefill(
         **options,
         BLOCK_B=_block_requests(num_requests),
         BLOCK_M=block_m,
+        MIN_SPLIT_LEN=min_split_len,
     )
 
 
@@ -779,6 +807,9 @@ def _prefill_kernel(
     cu_q_lens,
     rows,
     slot_table,
+    partial,
+    partial_lse,
+    arrivals,
     num_requests,
     table_stride,
     window,
@@ -796,6 +827,7 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    MIN_SPLIT_LEN: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -813,15 +845,30 @@ def _prefill_kernel(
     ends = tl.cumsum((q_ends - q_begins + BLOCK_TOKENS - 1) // BLOCK_TOKENS, axis=0)
     # The last tiles of a prompt see the most: they start first, so that they do not end last.
     tile = tl.max(ends, axis=0) - 1 - tl.program_id(0) // NUM_KV_HEADS
-    if tile >= 0:
-        request, request_begin = _find(ends, tile)
-        q_begin = tl.sum(tl.where(i == request, q_begins, 0), axis=0)
-        q_len = tl.sum(tl.where(i == request, q_ends, 0), axis=0) - q_begin
-        seq_len = tl.sum(tl.where(i == request, all_lens, 0), axis=0)
-        row = tl.sum(tl.where(i == request, all_rows, 0), axis=0)
+    request, request_begin = _find(ends, tile)
+    q_begin = tl.sum(tl.where(i == request, q_begins, 0), axis=0)
+    q_len = tl.sum(tl.where(i == request, q_ends, 0), axis=0) - q_begin
+    seq_len = tl.sum(tl.where(i == request, all_lens, 0), axis=0)
+    row = tl.sum(tl.where(i == request, all_rows, 0), axis=0)
+    first_q = (tile - request_begin) * BLOCK_TOKENS
+    first_position = seq_len - q_len + first_q
+    last = tl.minimum(first_position + BLOCK_TOKENS, seq_len)
+    whole = (first_position + 1) // BLOCK_N * BLOCK_N  # tokens that all rows see
+    first = seq_len * 0
+    if HAS_WINDOW:
+        first = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
+    split = tl.program_id(1)
+    num_splits = first * 0 + 1
+    if partial is not None:
+        split_len = tl.maximum(_split_len(whole, tl.num_programs(1), BLOCK_N), MIN_SPLIT_LEN)
+        num_splits = tl.maximum(tl.cdiv(whole, split_len), 1)
+        first = split * split_len
+        if split < num_splits - 1:  # the last part has the tokens that not all rows see
+            last = first + split_len
+            whole = last
+    if (tile >= 0) & (split < num_splits):
         if PDL:
             tl.extra.cuda.gdc_wait()
-        first_q = (tile - request_begin) * BLOCK_TOKENS
         m_rows = tl.arange(0, BLOCK_M)
         d = tl.arange(0, BLOCK_D)
         q_index = first_q + m_rows // BLOCK_GROUP
@@ -834,14 +881,8 @@ def _prefill_kernel(
 
         row_last = seq_len - q_len + q_index
         row_first = row_last - window + 1
-        first_position = seq_len - q_len + first_q
-        last = tl.minimum(first_position + BLOCK_TOKENS, seq_len)
-        whole = (first_position + 1) // BLOCK_N * BLOCK_N  # tokens that all rows see
-        first = seq_len * 0
-        if HAS_WINDOW:
-            first = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
         slots = slot_table + row.to(tl.int64) * table_stride
-        _, l, acc = _attend_prompt(
+        m, l, acc = _attend_prompt(
             q_tile,
             k_cache + kv_head * HEAD_DIM,
             v_cache + kv_head * HEAD_DIM,
@@ -863,5 +904,34 @@ def _prefill_kernel(
             BLOCK_D,
             PRECISION,
         )
+        result = acc / l[:, None]
         out_row = (token * NUM_KV_HEADS * GROUP + head) * HEAD_DIM
-        tl.store(out + out_row[:, None] + d[None, :], (acc / l[:, None]).to(out.dtype.element_ty), mask=is_element)
+        out_pointers = out + out_row[:, None] + d[None, :]
+        if num_splits == 1:
+            tl.store(out_pointers, result.to(out.dtype.element_ty), mask=is_element)
+        elif partial is not None:
+            is_column = (d < HEAD_DIM)[None, :]
+            first_row = tl.program_id(0) * tl.num_programs(1) * BLOCK_M
+            part = first_row + split * BLOCK_M + m_rows
+            tl.store(partial + part[:, None] * HEAD_DIM + d[None, :], result, mask=is_column)
+            tl.store(partial_lse + part, m + tl.log2(l))
+            tl.debug_barrier()  # all threads' parts of the result are written before its arrival counts
+            arrival = arrivals + tl.program_id(0)
+            if tl.atomic_add(arrival, 1, sem="acq_rel") == num_splits - 1:
+                tl.store(arrival, 0)
+                m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+                l = tl.zeros([BLOCK_M], tl.float32)
+                acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+                for _ in range(num_splits):
+                    part = first_row + m_rows
+                    lse = tl.load(partial_lse + part, cache_modifier=".cg")
+                    pointers = partial + part[:, None] * HEAD_DIM + d[None, :]
+                    values = tl.load(pointers, mask=is_column, other=0.0, cache_modifier=".cg")
+                    new_m = tl.maximum(m, lse)
+                    weight = tl.exp2(lse - new_m)
+                    alpha = tl.exp2(m - new_m)
+                    l = l * alpha + weight
+                    acc = acc * alpha[:, None] + values * weight[:, None]
+                    m = new_m
+                    first_row += BLOCK_M
+                tl.store(out_pointers, (acc / l[:, None]).to(out.dtype.element_ty), mask=is_element)

@@ -99,6 +99,20 @@ def test_a_mixed_batch_equals_the_naive_definition(kernel: Any, window: int, sof
     check(result, naive(q, k, v, batch, 0.3, window, softcap), q.dtype)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("num_splits", [2, 3, 8])
+def test_a_context_cut_into_parts_gives_the_same_result(num_splits: int, softcap: float) -> None:
+    batch = make_batch([(1, 20), (3, 90), (7, 7), (20, 150), (5, 33), (2, 2)])
+    q, k, v = make_inputs(batch)
+    for _ in range(2):  # and leaves nothing behind that the next one would stumble over
+        result = torch.full_like(q, float("nan"))
+        triton_attention.decode(q, k, v, batch, result, scale=0.3, softcap=softcap)
+        triton_attention.prefill(
+            q, k, v, batch, result, scale=0.3, softcap=softcap, num_splits=num_splits, min_split_len=16
+        )
+        check(result, naive(q, k, v, batch, 0.3, -1, softcap), q.dtype)
+
+
 @KERNELS
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(3, 1, 16), (4, 4, 24), (6, 2, 16), (20, 1, 16)])
 def test_any_number_of_heads_and_head_dim(kernel: Any, num_heads: int, num_kv_heads: int, head_dim: int) -> None:

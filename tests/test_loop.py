@@ -272,7 +272,7 @@ def test_a_prompt_gets_its_share_however_slow_the_device() -> None:
     pace = StepPace(max_step_ms=60, chunked_prefill_size=8192)
     observe(pace, 0, 0.2)
     observe(pace, 2000, 2.0)
-    assert pace.prefill_budget(num_streams=4) == 8192 // 16
+    assert pace.prefill_budget(num_streams=4) == 8192 // 32
 
 
 def test_one_hiccup_does_not_starve_prompts_for_long() -> None:
