@@ -24,6 +24,7 @@ MIN_PREFILL_SHARE = 1 / 32  # of the longest chunk, in every step, however tight
 TELLING_SHARE = 1 / 16  # of the longest chunk: the time of a shorter one is not its tokens'
 MIN_LEAD_S = 0.001  # a step is decided at least this long before the one before it ends
 LAUNCH_MARGIN = 1.25  # launches vary; the device shall not wait for them
+STEP_MARGIN = 0.92  # so much of a step's time budget is planned for: steps vary
 MAX_DELIVERIES = 4  # in one turn of the event loop
 MIN_SLEEP_S = 0.001  # uvloop's timers count milliseconds; what is shorter is waited for awake
 
@@ -311,7 +312,7 @@ class StepPace:
         if not self.prefill_token_s:
             return self.telling_work
         token_s = self.prefill_token_s * (1 + self.context_cost * context)
-        return max(self.min_budget, int((self.max_step_s - self.decode_s) / token_s))
+        return max(self.min_budget, int((STEP_MARGIN * self.max_step_s - self.decode_s) / token_s))
 
     def observe(self, plan: Plan, device_s: float) -> None:
         if plan.is_decode:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from engine.plan import Plan
+from engine.request import TOP_K_ALL
 from engine.rows import Rows
 from kernels import sampling
 from kernels.bookkeeping import end_step
@@ -64,7 +65,7 @@ class Sampler:
         self.rows, self.vocab_size, self.eos_token_ids, self.device = rows, vocab_size, eos_token_ids, device
         self.last_tokens = torch.zeros(size, dtype=torch.int32, device=device)
         self._floats = torch.zeros(6, size, dtype=torch.float32, device=device)
-        self._top_k = torch.zeros(size, dtype=torch.int32, device=device)
+        self._top_k = torch.full((size,), TOP_K_ALL, dtype=torch.int32, device=device)
         self._seed = torch.zeros(size, dtype=torch.int64, device=device)
         self._counts: torch.Tensor | None = None  # int16 [num_rows + 1, vocab_size], made for the first who needs it
         self._version = -1

@@ -232,13 +232,13 @@ def prefill(
     block_group = next_power_of_2(q.shape[1] // num_kv_heads)
     config = config or prefill_config(PREFILL_CONFIGS, next_power_of_2(q.shape[2]), q.dtype.itemsize)
     block_m = max(config.block_m, block_group)
-    num_whole_tiles = (q.shape[0] - batch.num_decodes) // (block_m // block_group)
-    num_programs = (num_whole_tiles + num_requests) * num_kv_heads  # at most
+    num_tokens = q.shape[0] - batch.num_decodes
+    num_programs = (num_tokens // (block_m // block_group) + num_requests) * num_kv_heads  # at most
     if window >= 0 or num_requests > MAX_SPLIT_PROMPTS:  # with a window there is little context
         num_splits = 1
     elif num_splits is None:
-        num_expected = (num_whole_tiles + 1) * num_kv_heads  # mostly it is one prompt
-        num_splits = PREFILL_PROGRAMS_PER_SM * _num_sms(q.device) // num_expected
+        num_expected = cdiv(num_tokens, block_m // block_group) * num_kv_heads  # mostly it is one prompt
+        num_splits = PREFILL_PROGRAMS_PER_SM * _num_sms(q.device) // max(num_expected, 1)
         num_splits = max(1, min(num_splits, MAX_PREFILL_SPLITS))
     partial = partial_lse = arrivals = None
     if num_splits > 1:
