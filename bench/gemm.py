@@ -252,7 +252,8 @@ def main() -> None:
         layer_bytes = sum(product.weight_bytes for product in products[:4])
         for num_tokens in (1, 2, 3, 4):
             ours = time_layers(products, num_tokens, num_layers)
-            with mock.patch.object(gemm, "GEMV_MAX_TOKENS", 0):
+            no_gated_gemm = mock.patch.object(gemm, "can_gated_gemm", lambda x, weight, act: False)
+            with mock.patch.object(gemm, "GEMV_MAX_TOKENS", 0), no_gated_gemm:
                 cublas = time_layers(products, num_tokens, num_layers)
             rate, share = layer_bytes / ours / 1e6, roofline.share(ours, layer_bytes)
             print(f"{model:22s}{num_tokens:>8d}{ours:9.1f}{rate:7.2f}{share:7.0%}{cublas:9.1f}", flush=True)

@@ -1,15 +1,16 @@
 """Every kernel on a GPU: checked against its definition in torch, then timed beside it, beside cuBLAS and, where it is
 installed, FlashInfer, with its share of what memory or the tensor cores can do.
 
-    python -m bench.kernels [gemm] [elementwise] [attention]
+    python -m bench.kernels [gemm] [gated_gemm] [elementwise] [attention]
 
-Runs `bench.gemm`, `bench.elementwise` and `bench.attention` one after the other; each prints its table last.
+Runs `bench.gemm`, `bench.gated_gemm`, `bench.elementwise` and `bench.attention` one after the other; each prints its
+table last.
 """
 
 import subprocess
 import sys
 
-BENCHES = {"gemm": [], "elementwise": ["--flashinfer", "--limit", "400"], "attention": []}
+BENCHES = {"gemm": [], "gated_gemm": [], "elementwise": ["--flashinfer", "--limit", "400"], "attention": []}
 
 
 def main() -> int:

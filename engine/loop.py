@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 MIN_PREFILL_SHARE = 1 / 32  # of the longest chunk, in every step, however tight its time: a prompt must not starve
 TELLING_SHARE = 1 / 16  # of the longest chunk: the time of a shorter one is not its tokens'
 MIN_LEAD_S = 0.001  # a step is decided at least this long before the one before it ends
+# Likewise where other ranks run it, too: they hear of it later, and what they come late by looks like a longer step.
+MIN_RANKS_LEAD_S = 0.003
 LAUNCH_MARGIN = 1.25  # launches vary; the device shall not wait for them
 STEP_MARGIN = 0.92  # so much of a step's time budget is planned for: steps vary
 MAX_DELIVERIES = 4  # in one turn of the event loop
@@ -59,6 +61,7 @@ class StepLoop:
         decode_log_interval: int = 40,
     ) -> None:
         """context_cost: see `StepPace`; the others are of the flags' names."""
+        min_lead_s = MIN_LEAD_S if runner.ranks is None else MIN_RANKS_LEAD_S
         self.scheduler, self.runner, self.output = scheduler, runner, output
         self.stats = LoopStats()
         self._depth = 2 if is_overlapped else 1
@@ -67,7 +70,7 @@ class StepLoop:
         self._is_still = asyncio.Event()
         self._in_flight: deque[Step] = deque()
         self._last_end = 0.0  # time.perf_counter() when a step was last found to have ended
-        self._pace = StepPace(max_step_ms, chunked_prefill_size, context_cost)
+        self._pace = StepPace(max_step_ms, chunked_prefill_size, context_cost, min_lead_s)
         self._log = BatchLog(scheduler, decode_log_interval)
 
     def wake(self) -> None:
@@ -295,12 +298,18 @@ class StepPace:
     load.
     """
 
-    def __init__(self, max_step_ms: float | None, chunked_prefill_size: int, context_cost: float = 0.0) -> None:
+    def __init__(
+        self,
+        max_step_ms: float | None,
+        chunked_prefill_size: int,
+        context_cost: float = 0.0,
+        min_lead_s: float = MIN_LEAD_S,
+    ) -> None:
         """context_cost: what attending to a token of context takes, as a share of what else a prompt's token takes."""
         self.max_step_s = None if max_step_ms is None else max_step_ms / 1e3
         self.min_budget = max(int(chunked_prefill_size * MIN_PREFILL_SHARE), 1)
         self.telling_work = max(int(chunked_prefill_size * TELLING_SHARE), 1)
-        self.context_cost = context_cost
+        self.context_cost, self.min_lead_s = context_cost, min_lead_s
         self.decode_s = 0.0
         self.prefill_token_s = 0.0  # without its context
         self.decode_launch_s = self.prefill_launch_s = 0.0
@@ -333,7 +342,7 @@ class StepPace:
 
     def lead_s(self, has_prompts: bool) -> float:
         """Seconds to decide and enqueue the next step: with prompts no graph may hold it, but hundreds of kernels."""
-        return max(MIN_LEAD_S, LAUNCH_MARGIN * (self.prefill_launch_s if has_prompts else self.decode_launch_s))
+        return max(self.min_lead_s, LAUNCH_MARGIN * (self.prefill_launch_s if has_prompts else self.decode_launch_s))
 
     def predict_s(self, plan: Plan) -> float:
         """How long `plan` will take, rather too short than too long."""

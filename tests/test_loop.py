@@ -31,6 +31,7 @@ class ManualRunner:
     def __init__(self) -> None:
         self.launched: list[Step] = []
         self.error: Exception | None = None
+        self.ranks = None
 
     def launch(self, plan: Plan) -> Step:
         if self.error is not None:
