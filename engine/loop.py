@@ -205,7 +205,10 @@ class StepLoop:
         step = self._in_flight[0]
         begun_at = max(step.launched_at, self._last_end)
         lead_s = self._pace.lead_s(self._has_prompts)
-        return max(begun_at + self._pace.predict_s(step.plan) - lead_s - time.perf_counter(), 0.0)
+        spare_s = begun_at + self._pace.predict_s(step.plan) - lead_s - time.perf_counter()
+        if not step.events and spare_s < 2 * MIN_SLEEP_S:
+            return 0.0  # on a CPU the step would have to share it with a loop that waits awake
+        return max(spare_s, 0.0)
 
     async def _sample(self, step: Step) -> bool:
         """Enqueue the sampling of the newest step, if all tokens before it are known to the matchers.

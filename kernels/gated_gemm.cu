@@ -6,8 +6,8 @@
 // in between. Blocks work in pairs: two row tiles of the same weights, of which each loads half for both (SHARE_WEIGHTS),
 // or two column tiles of the same rows of x.
 //
-// gated_gemm.py puts in front: IS_BF16, COLUMNS, SHARE_WEIGHTS, STAGES, ACT (SILU or GELU_TANH), and for the instruction
-// WGMMA_TYPE and its operands, WGMMA_D, WGMMA_X, WGMMA_W, WGMMA_ADD, WGMMA_SUMS.
+// gated_gemm.py puts in front: COLUMNS, SHARE_WEIGHTS, STAGES, ACT (SILU or GELU_TANH), OUT_TYPE, and for the
+// instruction WGMMA_TYPE and its operands WGMMA_D, WGMMA_X, WGMMA_W, WGMMA_ADD, WGMMA_SUMS.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -85,7 +85,7 @@ __device__ __forceinline__ float activation(float x) {
 }
 __device__ __forceinline__ u32 pack(float low, float high) {
   u32 packed;
-  asm("cvt.rn." WGMMA_OUT "x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  asm("cvt.rn." OUT_TYPE "x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
 }
 // Write a warp's 16 rows, 8 groups of 8 columns at a time, through shared memory, so that 16 bytes of a row go at once.

@@ -5,6 +5,7 @@ gate and up never reach memory, tiles are cut so that they fill the multiprocess
 before the kernel ahead has ended. `gated_gemm.cu` is compiled by NVRTC, which comes with torch, and kept on disk.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -30,6 +31,7 @@ STAGING_BYTES = 8 * 16 * 144
 BARRIER_BYTES = 256
 MAX_STAGES = 8
 NUM_THREADS = 384
+OLDEST_NVRTC = (12, 0)
 ACTS = {"silu": "SILU", "gelu_tanh": "GELU_TANH"}
 
 
@@ -91,7 +93,9 @@ def is_available(device: torch.device) -> bool:
     try:
         from cuda.bindings import nvrtc
 
-        _check(nvrtc.nvrtcVersion())
+        version = _check(nvrtc.nvrtcVersion())
+        if version < OLDEST_NVRTC:
+            raise RuntimeError(f"it is of CUDA {version[0]}.{version[1]}")
     except (ImportError, RuntimeError) as error:
         logger.warning("gate and up are multiplied by cuBLAS: NVRTC cannot be used (%s)", error)
         return False
@@ -149,7 +153,7 @@ def source(dtype: torch.dtype, act: str, tile: Tile) -> str:
         "SHARE_WEIGHTS": int(tile.shares_weights),
         "STAGES": tile.num_stages,
         "WGMMA_TYPE": f'"m64n{2 * tile.columns}k16.f32.{short}.{short}"',
-        "WGMMA_OUT": f'"{short}"',
+        "OUT_TYPE": f'"{short}"',
         "WGMMA_D": '"' + ", ".join(f"%{i}" for i in sums) + '"',
         "WGMMA_X": f'"%{len(sums)}"',
         "WGMMA_W": f'"%{len(sums) + 1}"',
@@ -179,10 +183,11 @@ def _compile(source: str) -> bytes:
         raise RuntimeError(f"NVRTC could not compile gated_gemm.cu: {log.decode()}")
     cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
     _check(nvrtc.nvrtcGetCUBIN(program, cubin))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_bytes(cubin)
-    unfinished.replace(path)
+    with contextlib.suppress(OSError):  # nowhere to keep it: the next start compiles again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_bytes(cubin)
+        unfinished.replace(path)
     logger.info("compiled gated_gemm in %.1f s", time.perf_counter() - start)
     return cubin
 
