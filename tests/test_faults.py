@@ -359,7 +359,7 @@ async def test_a_thousand_clients_that_vanish_leave_nothing_behind_two_steps_lat
     """Their connections end without a word: most wait for their turn, some are within their answers."""
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # both ends of a connection take one
-    async with running_engine(tiny_llama, max_running_requests=100, max_total_tokens=1 << 15) as engine:
+    async with running_engine(tiny_llama, max_running_requests=100, max_total_tokens=1 << 16) as engine:
         runner = engine.parts.runner
         forward = runner.forward
 
