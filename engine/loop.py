@@ -334,6 +334,8 @@ class StepPace:
 
     def _prefill_work(self, plan: Plan) -> float:
         """Its prompt tokens, each weighed by its context."""
+        if plan.is_decode:
+            return 0.0
         q_lens, seq_lens = plan.q_lens[plan.num_decodes :], plan.seq_lens[plan.num_decodes :]
         return float((q_lens * (1 + self.context_cost * (seq_lens - q_lens / 2))).sum())
 
