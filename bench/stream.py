@@ -95,11 +95,22 @@ class TimedRunner(InstantRunner):
         idle_s = start - self._free_at
         self._times[step] = step_s, idle_s if idle_s < MAX_IDLE_S else 0.0
         self._free_at = start + step_s
+        step.events = [_Moment(self._free_at)]  # type: ignore[list-item]
         step.done = self._device.submit(_sleep_until, self._free_at)
         return step
 
     def times(self, step: Step) -> tuple[float, float]:
         return self._times.pop(step)
+
+
+class _Moment:
+    """Stands in for a CUDA event: at that time of time.perf_counter() it has come."""
+
+    def __init__(self, moment: float) -> None:
+        self._moment = moment
+
+    def query(self) -> bool:
+        return time.perf_counter() >= self._moment
 
 
 def _sleep_until(moment: float) -> None:
