@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.roofline import measure_roofline, stream_us
+from bench.roofline import elapsed_us, measure_roofline, stream_us
 from engine.batch import SharedPrefixes
 from kernels import flashinfer_attention, triton_attention
 from kernels.attention import attention_torch
@@ -289,13 +289,7 @@ def time_us(launch: Callable[[int], None], num_layers: int) -> float:
             launch(i % num_layers)
 
     def replay(count: int) -> float:
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(count):
-            graph.replay()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) * 1e3 / (count * num_launches)
+        return elapsed_us(graph.replay, count) / num_launches
 
     replay(1)
     count = int(max(2, min(30, 10e3 / (replay(1) * num_launches))))

@@ -13,14 +13,13 @@ import sys
 
 import torch
 
-from bench.roofline import graph_us, measure_roofline
+from bench.roofline import ROTATION_BYTES, graph_us, measure_roofline
 from kernels.elementwise import act_and_mul, act_and_mul_torch
-from kernels.gated_gemm import MAX_ROW_TILES, ROWS, choose_tile, gated_gemm, is_available, num_multiprocessors
-from kernels.launch import cdiv
+from kernels.gated_gemm import ROWS, choose_tile, gated_gemm, is_available
+from kernels.launch import cdiv, num_sms
 
 SIZES = {"Llama-3-8B": (14336, 4096), "Qwen3-0.6B": (3072, 1024)}  # columns of the result, K
 NUM_TOKENS = (8, 64, 128, 256, 384, 512, 768, 1024, 2048, 8192)
-ROTATION_BYTES = 200 << 20  # of weights between two uses of the same ones
 TIMED_US = 2000
 
 
@@ -51,7 +50,7 @@ def main() -> int:
                 graph_us([functools.partial(run, x, weight, "silu") for weight in weights * rounds], num_replays=3)
                 for run in (gated_gemm, cublas)
             ]
-            tile = choose_tile(min(cdiv(num_tokens, ROWS), MAX_ROW_TILES), n, num_multiprocessors(device))
+            tile = choose_tile(cdiv(num_tokens, ROWS), n, num_sms(device))
             assert tile is not None
             name = f"{ROWS}x{tile.columns}"
             share = roofline.share(took_us[0], num_bytes + 2 * num_tokens * (n + k), num_flops)

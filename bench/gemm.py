@@ -20,12 +20,11 @@ from unittest import mock
 
 import torch
 
-from bench.roofline import graph_us, measure_roofline
+from bench.roofline import ROTATION_BYTES, graph_us, measure_roofline
 from kernels import elementwise, gemm, triton_gemm
 from kernels.triton_gemm import GemvConfig
 
 EPS = 1e-5
-ROTATION_BYTES = 200 << 20  # of weights between two uses of the same ones: the L2 cache holds 50 MB
 COMPILE_LIMIT_S = 45
 
 

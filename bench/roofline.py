@@ -11,6 +11,7 @@ import torch
 
 COPY_BYTES = 1 << 30
 PRODUCT_SIZE = 8192
+ROTATION_BYTES = 200 << 20  # of weights between two uses of the same ones: the L2 cache holds 50 MB
 
 
 class Roofline(NamedTuple):
@@ -51,18 +52,17 @@ def graph_us(launches: list[Callable[[], object]], num_replays: int = 20) -> flo
                 launch()
         for _ in range(3):
             graph.replay()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(num_replays):
-            graph.replay()
-        end.record()
-        end.synchronize()
-    return start.elapsed_time(end) * 1000 / num_replays / len(launches)
+        return elapsed_us(graph.replay, num_replays) / len(launches)
 
 
 def stream_us(launch: Callable[[], object], num_launches: int = 5) -> float:
     """Microseconds a launch of what cannot be in a CUDA graph; the host's share is in it where that is longer."""
     launch()
+    return elapsed_us(launch, num_launches)
+
+
+def elapsed_us(launch: Callable[[], object], num_launches: int) -> float:
+    """Microseconds a launch, of so many one after another on the current stream."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(num_launches):

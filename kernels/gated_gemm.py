@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.launch import cdiv
+from kernels.launch import cdiv, num_sms
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +60,14 @@ class Tile(NamedTuple):
 
 
 @functools.cache
-def choose_tile(num_row_tiles: int, n: int, num_multiprocessors: int) -> Tile | None:
+def choose_tile(num_row_tiles: int, n: int, num_sms: int) -> Tile | None:
     """The tile whose rounds over all multiprocessors take the least time; None if none divides n."""
     tiles = [Tile(columns, shares) for columns in TILE_COLUMNS for shares in (True, False)]
     tiles = [tile for tile in tiles if n % (tile.columns if tile.shares_weights else 2 * tile.columns) == 0]
+    num_row_tiles = min(num_row_tiles, MAX_ROW_TILES)
 
     def cost(tile: Tile) -> int:
-        return cdiv(tile.num_pairs(num_row_tiles, n), num_multiprocessors // 2) * (tile.columns + COLUMN_OVERHEAD)
+        return cdiv(tile.num_pairs(num_row_tiles, n), num_sms // 2) * (tile.columns + COLUMN_OVERHEAD)
 
     return min(tiles, key=cost, default=None)
 
@@ -108,26 +109,21 @@ def gated_gemm(x: torch.Tensor, weight: torch.Tensor, act: str, tile: Tile | Non
     n = weight.shape[0] // 2
     num_row_tiles = cdiv(num_rows, ROWS)
     _prepare(x.dtype, act, n, x.device)
-    tile = tile or choose_tile(min(num_row_tiles, MAX_ROW_TILES), n, num_multiprocessors(x.device))
+    tile = tile or choose_tile(num_row_tiles, n, num_sms(x.device))
     assert tile is not None, f"no tile divides {n} columns"
     out = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
     x_map = _tensor_map(x.data_ptr(), num_rows, k, ROWS if tile.shares_weights else ROWS // 2, x.dtype)
     w_map = _tensor_map(weight.data_ptr(), 2 * n, k, tile.columns, x.dtype)
-    num_pairs = min(tile.num_pairs(num_row_tiles, n), num_multiprocessors(x.device) // 2)
+    num_pairs = min(tile.num_pairs(num_row_tiles, n), num_sms(x.device) // 2)
     kernel = _kernel(x.dtype, act, tile, x.device)
     kernel.launch(2 * num_pairs, x_map, w_map, out, num_rows, n, k)
     return out
 
 
 @functools.cache
-def num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
 def _prepare(dtype: torch.dtype, act: str, n: int, device: torch.device) -> None:
     """Compile all that `choose_tile` may choose, so that no later step waits for a compiler."""
-    chosen = {choose_tile(rows, n, num_multiprocessors(device)) for rows in range(1, MAX_ROW_TILES + 1)}
+    chosen = {choose_tile(rows, n, num_sms(device)) for rows in range(1, MAX_ROW_TILES + 1)}
     tiles = [tile for tile in chosen if tile]
     with ThreadPoolExecutor(len(tiles)) as threads:
         list(threads.map(lambda tile: _compile(source(dtype, act, tile)), tiles))
@@ -164,6 +160,7 @@ def source(dtype: torch.dtype, act: str, tile: Tile) -> str:
     return "".join(lines) + Path(__file__).with_suffix(".cu").read_text()
 
 
+@functools.cache
 def _compile(source: str) -> bytes:
     """A cubin for Hopper; from disk, if this source was compiled before."""
     from cuda.bindings import nvrtc  # here: only torch's CUDA builds bring it

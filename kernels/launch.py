@@ -1,5 +1,6 @@
 """Launching Triton kernels cheaply: Triton's own way costs the host more than many of our kernels cost the GPU."""
 
+import functools
 import logging
 import time
 from typing import Any
@@ -18,6 +19,12 @@ def cdiv(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 2 where Triton's interpreter stands in for one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 class Kernel:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention import AttentionBatch, SharedPrefixes
-from kernels.launch import cdiv, fast_launch, next_power_of_2
+from kernels.launch import cdiv, fast_launch, next_power_of_2, num_sms
 from kernels.triton_elementwise import launch_options
 
 LOG2_E = 1.4426950408889634
@@ -113,13 +113,13 @@ def decode(
     block_group = next_power_of_2(q.shape[1] // num_kv_heads)
     block_d = next_power_of_2(head_dim)
     config = config or decode_config(block_d, num_requests, q.dtype.itemsize)
-    num_programs = num_programs or config.programs_per_sm * _num_sms(q.device)
+    num_programs = num_programs or config.programs_per_sm * num_sms(q.device)
     shared = batch.shared
     num_splits = 0
     if shared is not None:
         prefix_config = prefix_config or prefill_config(PREFIX_CONFIGS, block_d, q.dtype.itemsize)
         num_tiles = cdiv(num_requests * block_group, prefix_config.block_m)
-        num_splits = num_prefix_splits or max(1, min(16, 2 * _num_sms(q.device) // (num_tiles * num_kv_heads)))
+        num_splits = num_prefix_splits or max(1, min(16, 2 * num_sms(q.device) // (num_tiles * num_kv_heads)))
     # A program leaves at most two partial results: of the request it starts in and of the one it ends in.
     num_partials = 2 * num_programs + num_splits * num_requests * num_kv_heads
     partial = torch.empty(num_partials, block_group, head_dim, dtype=torch.float32, device=q.device)
@@ -238,7 +238,7 @@ def prefill(
         num_splits = 1
     elif num_splits is None:
         num_expected = cdiv(num_tokens, block_m // block_group) * num_kv_heads  # mostly it is one prompt
-        num_splits = PREFILL_PROGRAMS_PER_SM * _num_sms(q.device) // max(num_expected, 1)
+        num_splits = PREFILL_PROGRAMS_PER_SM * num_sms(q.device) // max(num_expected, 1)
         num_splits = max(1, min(num_splits, MAX_PREFILL_SPLITS))
     partial = partial_lse = arrivals = None
     if num_splits > 1:
@@ -298,11 +298,6 @@ def _options(
         "num_stages": config.num_stages,
         **launch_options(q.device, config.num_warps),
     }
-
-
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @functools.cache
