@@ -74,7 +74,7 @@ class InstantRunner(ModelRunner):
         )
         positions = plan.seq_lens[plan.samples] - PROMPT_LEN
         step.tokens = _Array(self.tokens[positions % len(self.tokens)])  # type: ignore[assignment]
-        step.done.set_result(None)
+        step.done.set_result(step.launched_at)
         return step
 
 
@@ -113,8 +113,9 @@ class _Moment:
         return time.perf_counter() >= self._moment
 
 
-def _sleep_until(moment: float) -> None:
+def _sleep_until(moment: float) -> float:
     time.sleep(max(moment - time.perf_counter(), 0.0))
+    return time.perf_counter()
 
 
 class _Array(np.ndarray):

@@ -163,12 +163,8 @@ class StepLoop:
     def _tell_end_of(self, step: Step) -> None:
         """Wake the loop when all that is enqueued of `step` has been computed."""
         loop = asyncio.get_running_loop()
-
-        def tell(_: object) -> None:  # in the thread that waits for the device
-            step.ended_at = time.perf_counter()
-            loop.call_soon_threadsafe(self.wake)
-
-        step.done.add_done_callback(tell)
+        # In the thread that waits for the device. It must not name the step: that would be a cycle.
+        step.done.add_done_callback(lambda _: loop.call_soon_threadsafe(self.wake))
 
     async def _wait(self, spare_s: float) -> None:
         """Until there is news, or for at most `spare_s` if that is not 0."""
@@ -283,7 +279,7 @@ class StepLoop:
         self.output.close(request)
 
 
-def _end_of(step: Step) -> asyncio.Future[None]:
+def _end_of(step: Step) -> asyncio.Future[float]:
     """Of what is enqueued of `step`; how it ended is asked of the step itself."""
     end = asyncio.wrap_future(step.done)
     end.add_done_callback(lambda end: end.cancelled() or end.exception())  # else asyncio would miss that question

@@ -64,9 +64,9 @@ class Step:
     shape: Shape  # of `staged`
     is_graph: bool  # one is replayed
     launched_at: float  # time.perf_counter()
-    ended_at: float = 0.0  # likewise, when `done` was told so; 0 before
     host_s: float = 0.0  # what it took the CPU worker
-    done: Future[None] = field(default_factory=Future)  # what has been enqueued of it is computed
+    # What has been enqueued of it is computed; since when, as of time.perf_counter().
+    done: Future[float] = field(default_factory=Future)
     awaits_masks: bool = False  # enqueued up to its logits; `ModelRunner.sample` must follow
     events: list[torch.cuda.Event] = field(default_factory=list)  # the first and the last are around its work
     batch: StagedBatch | None = None
@@ -86,6 +86,11 @@ class Step:
             return self.done.done() or (bool(self.events) and self.events[-1].query())
         except RuntimeError:  # what the device failed in, `done` will say
             return False
+
+    @property
+    def ended_at(self) -> float | None:
+        """time.perf_counter() at its end; None before `done`."""
+        return self.done.result() if self.done.done() else None
 
     def result(self) -> None:
         """Raise what the step raised. It must have ended."""
@@ -213,7 +218,7 @@ class ModelRunner:
         self._enqueue(step, self._sample, after=step.done)
         return errors
 
-    def _enqueue(self, step: Step, work: Callable[[Step], None], after: Future[None] | None = None) -> None:
+    def _enqueue(self, step: Step, work: Callable[[Step], None], after: Future[float] | None = None) -> None:
         if self.stream is None:
             step.done = self._worker.submit(self._run_in_worker, step, work, after)
             return
@@ -223,7 +228,7 @@ class ModelRunner:
             self._run(step, work)
             events[1].record(self.stream)
         step.events += events
-        step.done = self._worker.submit(events[1].synchronize)
+        step.done = self._worker.submit(_wait_for, events[1])
 
     def times(self, step: Step) -> tuple[float, float]:
         """(seconds the device took for `step`, seconds it had waited for it), both of steps resolved in order.
@@ -237,12 +242,14 @@ class ModelRunner:
         idle_s = before.elapsed_time(begin) / 1e3 if before is not None else 0.0
         return begin.elapsed_time(end) / 1e3, idle_s if idle_s < MAX_IDLE_S else 0.0
 
-    def _run_in_worker(self, step: Step, work: Callable[[Step], None], after: Future[None] | None) -> None:
+    def _run_in_worker(self, step: Step, work: Callable[[Step], None], after: Future[float] | None) -> float:
         if after is not None:
             after.result()  # raises what it raised
         start = time.perf_counter()
         self._run(step, work)
-        step.host_s += time.perf_counter() - start
+        end = time.perf_counter()
+        step.host_s += end - start
+        return end
 
     def _run(self, step: Step, work: Callable[[Step], None]) -> None:
         try:
@@ -371,6 +378,12 @@ class ModelRunner:
             return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
+
+
+def _wait_for(event: torch.cuda.Event) -> float:
+    """time.perf_counter() when it has come."""
+    event.synchronize()
+    return time.perf_counter()
 
 
 def logprobs_of(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from engine.errors import InvalidRequest
 from engine.model_runner import PromptLogprobs, Step, logprobs_of
-from engine.request import Delta, FinishReason, Logprobs, Request, Status
+from engine.request import Delta, FinishReason, Logprobs, Request, Status, ignore
 from engine.scheduler import Outcome, Scheduler
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,9 @@ class OutputProcessor:
             delta.token_ids = request.output_ids
         delta.finish_reason = request.finish_reason
         self.on_end(request)
+        sink, request.sink = request.sink, ignore  # which may know the delta, and with it the request: a cycle
         try:
-            request.sink(delta)
+            sink(delta)
         except Exception:
             logger.exception("the receiver of request %s failed", request.rid)
 

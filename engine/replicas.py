@@ -43,7 +43,7 @@ from engine.replica import (
     run_replica,
     send_long,
 )
-from engine.request import Delta, FinishReason, Logprobs, Request, Status
+from engine.request import Delta, FinishReason, Logprobs, Request, Status, ignore
 from engine.tokenizer import Tokenizer
 from engine.weights import resolve_model, resolve_tokenizer
 
@@ -210,7 +210,7 @@ class ReplicaSet(Engine):
         if not replica.requests:
             replica.heard_at = time.monotonic()
         try:
-            replica.send(SUBMIT, dataclasses.replace(request, sink=_drop, matcher=None))
+            replica.send(SUBMIT, dataclasses.replace(request, sink=ignore, matcher=None))
         except EngineStopped:
             self._balancer.end(placement)
             raise
@@ -256,8 +256,11 @@ class ReplicaSet(Engine):
             self._drained.set()
 
     def _give(self, request: Request, delta: Delta) -> None:
+        sink = request.sink
+        if delta.finish_reason is not None:
+            request.sink = ignore  # as in OutputProcessor.close
         try:
-            request.sink(delta)
+            sink(delta)
         except Exception:
             logger.exception("the receiver of request %s failed", request.rid)
 
@@ -390,10 +393,6 @@ class NoMaintenance:
         raise InvalidRequest(f"this works on one engine only, and the server has {self._num_engines} (--dp-size)")
 
     pause = resume = update_weights = weight = release_memory = resume_memory = refuse
-
-
-def _drop(delta: Delta) -> None:
-    """The sink of a request on its way."""
 
 
 def combined(parts: Sequence[Any]) -> Any:

@@ -220,6 +220,10 @@ class Delta:
     logprobs: Logprobs | None = None
 
 
+def ignore(delta: Delta) -> None:
+    """The sink of a request that nobody listens to, or nobody any more."""
+
+
 @dataclass(slots=True)
 class RequestTimes:
     """time.perf_counter() seconds; 0.0 until it happened."""

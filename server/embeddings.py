@@ -16,9 +16,9 @@ import orjson
 from aiohttp import web
 
 from engine.errors import InvalidRequest, StepFailed
-from engine.request import Request, SamplingParams
+from engine.request import Request, SamplingParams, ignore
 from server.config import ServerConfig
-from server.live import LiveRequests, Options, ignore, make_requests, new_rid
+from server.live import LiveRequests, Options, make_requests, new_rid
 from server.meta_info import MetaInfo
 from server.model_name import served_model
 from server.protocol import (

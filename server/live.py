@@ -12,7 +12,7 @@ from typing import Any
 from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest
-from engine.request import Delta, FinishReason, Request, SamplingParams, Status
+from engine.request import Delta, FinishReason, Request, SamplingParams, Status, ignore
 from server.keys import bill
 from server.protocol import Engine, Owner, TokenizerFacade
 
@@ -35,10 +35,6 @@ class RequestFailed(EngineError):
 def is_failure(reason: FinishReason | None) -> bool:
     """Did the request end in an error, rather than by itself or by its client's abort?"""
     return reason is not None and reason.status_code not in (None, CLIENT_CLOSED_REQUEST)
-
-
-def ignore(delta: Delta) -> None:
-    """The sink of a request whose owner has not set one."""
 
 
 def new_rid() -> str:

@@ -11,10 +11,10 @@ import orjson
 from aiohttp import web
 
 from engine.errors import EngineStopped, InvalidRequest
-from engine.request import Delta, Logprobs, Request, SamplingParams
+from engine.request import Delta, Logprobs, Request, SamplingParams, ignore
 from server.chat import Chats
 from server.config import ServerConfig
-from server.live import LiveRequests, Options, ignore, is_failure, make_requests, new_rid, written
+from server.live import LiveRequests, Options, is_failure, make_requests, new_rid, written
 from server.meta_info import MetaInfo
 from server.parsers import AnswerParser
 from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS, ReasoningParser

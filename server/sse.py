@@ -125,6 +125,13 @@ class EventStream:
 
     async def run(self, http_request: web.Request) -> web.StreamResponse:
         """Send events until every choice has ended. Cancelled when the client disconnects."""
+        try:
+            return await self._run(http_request)
+        finally:
+            # They know the stream: such a cycle, with its connection, would wait for the garbage collector.
+            self.choices, self._tail = (), bytes
+
+    async def _run(self, http_request: web.Request) -> web.StreamResponse:
         transport = http_request.transport
         if transport is None:
             raise ConnectionResetError("the client has disconnected")

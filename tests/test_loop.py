@@ -49,7 +49,7 @@ class ManualRunner:
     async def finish(self, index: int, error: Exception | None = None) -> None:
         """The device has computed step `index`, or failed to; the loop gets time to notice."""
         if error is None:
-            self.launched[index].done.set_result(None)
+            self.launched[index].done.set_result(0.0)
         else:
             self.launched[index].done.set_exception(error)
         await settle()
@@ -320,7 +320,7 @@ async def test_tokens_that_come_before_a_streams_turn_go_out_in_one_piece() -> N
         given = submit_streams(loop, 400)
         await settle()
         for i in range(3):  # faster than the host can tell 400 streams
-            runner.launched[i].done.set_result(None)
+            runner.launched[i].done.set_result(0.0)
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         await settle()
@@ -335,7 +335,7 @@ async def test_a_turn_of_the_event_loop_serves_a_few_streams_and_ends_fewer() ->
         given = submit_streams(loop, 400, max_new_tokens=2)
         await settle()
         for step, most_a_turn in ((0, 64), (1, 8)):
-            runner.launched[step].done.set_result(None)
+            runner.launched[step].done.set_result(0.0)
             for _ in range(100):
                 num_before = sum(map(len, given))
                 await asyncio.sleep(0)
@@ -348,7 +348,7 @@ async def test_an_aborted_stream_is_given_the_tokens_that_wait_for_its_turn() ->
         given = submit_streams(loop, 400)
         await settle()
         requests = loop.scheduler.running_requests()
-        runner.launched[0].done.set_result(None)
+        runner.launched[0].done.set_result(0.0)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert any(given) and not given[-1], "its turn has not come"
@@ -365,7 +365,7 @@ async def test_a_pause_begins_when_all_news_are_given() -> None:
         await settle()
         pausing = asyncio.create_task(loop.pause())
         for step in runner.launched:
-            step.done.set_result(None)
+            step.done.set_result(0.0)
         await asyncio.wait_for(pausing, 10)
         assert {sum(len(delta.token_ids) for delta in deltas) for deltas in given} == {2}
         assert loop.is_still and len(runner.launched) == 2

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -16,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp.test_utils import TestClient
+from aiohttp.test_utils import TestClient, TestServer
 
 from engine.errors import ModelError
+from engine.model_runner import Step
 from engine.request import FinishReason, Request
 from server.__main__ import main
+from server.app import build_app
 from server.config import ServerConfig, parse_args
-from server.sse import HIGH_WATER_BYTES
+from server.sse import HIGH_WATER_BYTES, EventStream
 from tests.fake_engine import FakeEngine, events_of, serving
+from tests.test_engine import running_engine
 
 Client = TestClient[Any, Any]
 
@@ -445,6 +449,34 @@ async def test_a_connection_serves_another_request_after_a_stream(client: Client
 
 
 # ---- the routes about the server ----
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_what_an_answer_took_is_given_back_without_the_garbage_collector(
+    tiny_llama: Path, path: str, is_stream: bool
+) -> None:
+    body = {"stream": is_stream, "max_tokens": 6} if "v1" in path else {"stream": is_stream}
+    body |= {"prompt": [5, 6, 7]} if "v1" in path else {"input_ids": [5, 6, 7]}
+
+    def num_alive() -> int:
+        return sum(type(one) in (Request, Step, EventStream) for one in gc.get_objects())
+
+    async with running_engine(tiny_llama) as engine:
+        config = ServerConfig(model_path=str(tiny_llama), served_model_name="tiny")
+        async with TestClient(TestServer(build_app(engine, config))) as client:
+            gc.collect()
+            gc.disable()
+            try:
+                before = num_alive()
+                for _ in range(5):
+                    async with client.post(path, json=body) as response:
+                        assert response.status == 200
+                        await response.read()
+                await asyncio.sleep(0.1)  # the last step is behind the answer
+                assert num_alive() - before <= 1, "the step that was resolved last may be named somewhere"
+            finally:
+                gc.enable()
 
 
 async def test_health_follows_the_engine(client: Client, engine: FakeEngine) -> None:
