@@ -418,17 +418,20 @@ MAX_STRETCH = 1.25  # of the time between two tokens at its worst: the loop and 
 
 
 async def streams_beside(engine: Engine, prompt: list[int]) -> tuple[list[float], float]:
-    """Milliseconds between the tokens of `NUM_STREAMS` streams while `prompt` was computed, and seconds it took."""
+    """Milliseconds between the tokens of `NUM_STREAMS` streams while `prompt` was computed, and seconds it took.
+
+    Tokens that come together, as half characters do, shared the time.
+    """
     rng = np.random.default_rng()
-    arrivals: list[list[float]] = [[] for _ in range(NUM_STREAMS)]
+    arrivals: list[list[tuple[float, int]]] = [[] for _ in range(NUM_STREAMS)]  # time.perf_counter(), tokens
     streams, have_begun = [], asyncio.Event()
-    for i, times in enumerate(arrivals):
+    for i, given in enumerate(arrivals):
         ids = rng.integers(3, engine.model_config.vocab_size, STREAM_PROMPT_LEN).tolist()
         max_new_tokens = engine.context_length - STREAM_PROMPT_LEN - 1
         params = SamplingParams(max_new_tokens=max_new_tokens // 4, temperature=0.0, ignore_eos=True)
 
-        def sink(delta: Delta, times: list[float] = times) -> None:
-            times.append(time.perf_counter())
+        def sink(delta: Delta, given: list[tuple[float, int]] = given) -> None:
+            given.append((time.perf_counter(), len(delta.token_ids)))
             if min(map(len, arrivals)) == 20:
                 have_begun.set()
 
@@ -441,8 +444,8 @@ async def streams_beside(engine: Engine, prompt: list[int]) -> tuple[list[float]
         ended = time.perf_counter()
     for stream in streams:
         engine.abort(stream.rid)
-    gaps = [(a, b) for times in arrivals for a, b in itertools.pairwise(times)]
-    return [1e3 * (b - a) for a, b in gaps if b > started and a < ended], ended - started
+    gaps = [(a, b, count) for given in arrivals for (a, _), (b, count) in itertools.pairwise(given) if count]
+    return [1e3 * (b - a) / count for a, b, count in gaps if b > started and a < ended], ended - started
 
 
 async def measure_pace(folder: Path, args: argparse.Namespace, table: Table) -> bool:

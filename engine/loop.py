@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from engine.model_runner import ModelRunner, Step
 from engine.output import OutputProcessor
-from engine.plan import Plan
+from engine.plan import Plan, PrefillBudget, prefill_work
 from engine.request import FinishReason, Request
 from engine.scheduler import Outcome, Scheduler
 
@@ -186,10 +186,8 @@ class StepLoop:
     def _has_prompts(self) -> bool:
         return bool(self.scheduler.waiting or self.scheduler.prefilling)
 
-    def _prefill_budget(self) -> int | None:
-        if not self._has_prompts:
-            return None
-        return self._pace.prefill_budget(self.scheduler.num_streams, self.scheduler.prefilled_context)
+    def _prefill_budget(self) -> PrefillBudget | None:
+        return self._pace.prefill_budget(self.scheduler.num_streams) if self._has_prompts else None
 
     def _spare_s(self) -> float:
         """Seconds until the next step must be decided for the device not to wait; 0 if that is about now.
@@ -306,21 +304,22 @@ class StepPace:
     ) -> None:
         """context_cost: what attending to a token of context takes, as a share of what else a prompt's token takes."""
         self.max_step_s = None if max_step_ms is None else max_step_ms / 1e3
-        self.min_budget = max(int(chunked_prefill_size * MIN_PREFILL_SHARE), 1)
+        self.chunked_prefill_size = chunked_prefill_size
+        self.min_tokens = max(int(chunked_prefill_size * MIN_PREFILL_SHARE), 1)
         self.telling_work = max(int(chunked_prefill_size * TELLING_SHARE), 1)
         self.context_cost, self.min_lead_s = context_cost, min_lead_s
         self.decode_s = 0.0
         self.prefill_token_s = 0.0  # without its context
         self.decode_launch_s = self.prefill_launch_s = 0.0
 
-    def prefill_budget(self, num_streams: int, context: int = 0) -> int | None:
-        """Prompt tokens for the next step, behind `context` tokens; None if nobody would notice a long step."""
-        if self.max_step_s is None or not num_streams:
-            return None
-        if not self.prefill_token_s:
-            return self.telling_work
-        token_s = self.prefill_token_s * (1 + self.context_cost * context)
-        return max(self.min_budget, int((STEP_MARGIN * self.max_step_s - self.decode_s) / token_s))
+    def prefill_budget(self, num_streams: int) -> PrefillBudget:
+        """What the next step's prompts may take: as much as there is if nobody would notice a long step."""
+        budget = PrefillBudget(self.chunked_prefill_size)
+        if self.max_step_s is not None and num_streams:
+            spare_s = STEP_MARGIN * self.max_step_s - self.decode_s
+            budget.work = spare_s / self.prefill_token_s if self.prefill_token_s else self.telling_work
+            budget.context_cost, budget.min_tokens = self.context_cost, self.min_tokens
+        return budget
 
     def observe(self, plan: Plan, device_s: float) -> None:
         if plan.is_decode:
@@ -333,7 +332,7 @@ class StepPace:
         if plan.is_decode:
             return 0.0
         q_lens, seq_lens = plan.q_lens[plan.num_decodes :], plan.seq_lens[plan.num_decodes :]
-        return float((q_lens * (1 + self.context_cost * (seq_lens - q_lens / 2))).sum())
+        return float(prefill_work(q_lens, seq_lens - q_lens, self.context_cost).sum())
 
     def observe_launch(self, plan: Plan, host_s: float) -> None:
         if plan.is_decode:

@@ -1,6 +1,8 @@
-"""What the scheduler decided for one step: plain arrays, the only thing the runner is told."""
+"""What the scheduler decided for one step: plain arrays, the only thing the runner is told. And what it may decide."""
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -49,3 +51,37 @@ class Plan:
     @property
     def is_decode(self) -> bool:
         return self.num_decodes == len(self.rows)
+
+
+def prefill_work(num_tokens: Any, context: Any, context_cost: float) -> Any:
+    """What chunks of `num_tokens` behind `context` tokens take: each token 1, and `context_cost` for every one before
+    it. Numbers or arrays.
+    """
+    return num_tokens * (1 + context_cost * (context + num_tokens / 2))
+
+
+@dataclass(slots=True)
+class PrefillBudget:
+    """What the prompts of a step may take; spent chunk by chunk."""
+
+    max_tokens: int
+    work: float = math.inf  # as of `prefill_work`
+    context_cost: float = 0.0
+    min_tokens: int = 0  # are granted, whatever work they are: a prompt must not starve
+
+    @property
+    def is_spent(self) -> bool:
+        return self.max_tokens <= 0 or (self.work <= 0 and self.min_tokens <= 0)
+
+    def num_tokens_behind(self, context: int) -> int:
+        """How long a chunk behind `context` tokens may be: one token at least."""
+        if math.isinf(self.work):
+            return self.max_tokens
+        work, of_first = max(self.work, 0.0), 1 + self.context_cost * context
+        affordable = int(2 * work / (of_first + math.sqrt(of_first**2 + 2 * self.context_cost * work)))
+        return min(max(affordable, self.min_tokens, 1), self.max_tokens)
+
+    def spend(self, num_tokens: int, context: int) -> None:
+        self.max_tokens -= num_tokens
+        self.min_tokens -= num_tokens
+        self.work -= prefill_work(num_tokens, context, self.context_cost)

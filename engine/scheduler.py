@@ -25,7 +25,7 @@ from cache.radix import NoCache, Node, RadixCache
 from engine.errors import PromptTooLong
 from engine.fairness import FairShares
 from engine.grammar import GrammarError, Matcher
-from engine.plan import Groups, Plan
+from engine.plan import Groups, Plan, PrefillBudget
 from engine.request import FinishReason, Request, Status
 from engine.rows import Rows
 
@@ -183,17 +183,12 @@ class Scheduler:
     def num_streams(self) -> int:
         return int(np.count_nonzero(self.rows.wants_tokens[self._decoding]))
 
-    @property
-    def prefilled_context(self) -> int:
-        """Tokens already computed of the prompt whose turn it is."""
-        return int(self.rows.num_computed[self.prefilling[0].row]) if self.prefilling else 0
-
     # ---- deciding a step ----
 
-    def schedule(self, prefill_budget: int | None = None) -> Plan | None:
+    def schedule(self, budget: PrefillBudget | None = None) -> Plan | None:
         """The next step, or None when nothing can be computed until a launched step resolves.
 
-        prefill_budget: prompt tokens at most, if fewer than `chunked_prefill_size`.
+        budget: of its prompts, if they must do with less than `chunked_prefill_size` leaves them; it is spent.
         """
         rows = self.rows
         jumps: list[_Chunk] = []
@@ -208,9 +203,9 @@ class Scheduler:
         decodes, decode_slots = self._allocate_decodes(decodes)
         chunks = jumps
         if self.prefilling or self.waiting:
-            budget = self.chunked_prefill_size - len(decodes) - sum(jump.stop - jump.start for jump in jumps)
-            if prefill_budget is not None:
-                budget = min(budget, prefill_budget)
+            room = self.chunked_prefill_size - len(decodes) - sum(jump.stop - jump.start for jump in jumps)
+            budget = budget or PrefillBudget(room)
+            budget.max_tokens = min(budget.max_tokens, room)
             chunks = jumps + list(self._prefill_chunks(budget, may_wait=bool(len(self._decoding))))
         if not len(decodes) and not chunks:
             return None
@@ -326,13 +321,13 @@ class Scheduler:
         plan.num_decodes += sum(c.stop - c.start == 1 for c in chunks)
         plan.samples = np.array(samples, np.int64)
 
-    def _prefill_chunks(self, budget: int, *, may_wait: bool) -> Iterator[_Chunk]:
-        """Chunks of prompts already begun, then of waiting requests that fit, `budget` tokens together.
+    def _prefill_chunks(self, budget: PrefillBudget, *, may_wait: bool) -> Iterator[_Chunk]:
+        """Chunks of prompts already begun, then of waiting requests that fit, until `budget` is spent.
 
         may_wait: if the pool is full, slots will come free without our doing.
         """
         index = 0
-        while index < len(self.prefilling) and budget > 0:
+        while index < len(self.prefilling) and not budget.is_spent:
             request = self.prefilling[index]
             chunk = self._next_chunk(request, budget)
             if chunk is None:
@@ -341,17 +336,15 @@ class Scheduler:
                 self._retract(self.prefilling[-1])  # half-read prompts hold all slots: the oldest goes on
                 continue
             may_wait = True
-            budget -= chunk.stop - chunk.start
             index += chunk.stop < self.rows.num_known[request.row]  # a finished prompt has left the list
             yield chunk
-        if self.waiting and budget > 0 and self.rows.num_free:
+        if self.waiting and not budget.is_spent and self.rows.num_free:
             self._sort_waiting()
-        while self.waiting and budget > 0 and self.rows.num_free and self._admit(next(iter(self.waiting))):
+        while self.waiting and not budget.is_spent and self.rows.num_free and self._admit(next(iter(self.waiting))):
             request, _ = self.waiting.popitem(last=False)
             chunk = self._next_chunk(request, budget)
             if chunk is None:
                 return
-            budget -= chunk.stop - chunk.start
             yield chunk
 
     def _admit(self, request: Request) -> bool:
@@ -407,8 +400,8 @@ class Scheduler:
             _peak_growth(remaining, own) + guessed * self.new_token_ratio + unfilled + self.page_size * (len(live) + 1)
         )
 
-    def _next_chunk(self, request: Request, budget: int) -> _Chunk | None:
-        """The next at most `budget` tokens of a prompt, with slots; None if the pool has no room just now."""
+    def _next_chunk(self, request: Request, budget: PrefillBudget) -> _Chunk | None:
+        """As much of a prompt as `budget`, which is not spent, allows; None if the pool has no room just now."""
         rows, row = self.rows, request.row
         num_tokens = int(rows.num_known[row])
         tokens = rows.token_ids[row, :num_tokens]
@@ -426,7 +419,7 @@ class Scheduler:
         start = min(max(num_cached, num_computed), num_tokens - 1)
         if request.logprob_start_len >= 0 or request.pooling == "mean":
             start = min(start, max(num_computed, request.logprob_start_len))
-        stop = min(start + budget, num_tokens)
+        stop = min(start + budget.num_tokens_behind(start), num_tokens)
         if stop < num_tokens and stop % self.page_size:  # only whole pages enter the tree
             stop = max(stop - stop % self.page_size, start - start % self.page_size + self.page_size)
             stop = min(stop, num_tokens)
@@ -450,6 +443,7 @@ class Scheduler:
         if stop == num_tokens:
             self.prefilling.remove(request)
             self._decoding = np.append(self._decoding, row)
+        budget.spend(stop - start, start)
         return _Chunk(request, num_computed, start, stop, is_first)
 
     def _extend(self, have: int, last_slot: int, count: int) -> np.ndarray | None:

@@ -14,6 +14,7 @@ import torch
 from aiohttp.test_utils import TestClient, TestServer
 
 from engine.errors import InvalidRequest
+from engine.plan import PrefillBudget
 from engine.request import Request, SamplingParams
 from engine.scheduler import Scheduler
 from server.app import build_app
@@ -90,12 +91,12 @@ async def test_a_retracted_prompt_has_the_same_mean(
 ) -> None:
     schedule, num_calls = Scheduler.schedule, 0
 
-    def retract_once(self: Scheduler, prefill_budget: int | None = None) -> Any:
+    def retract_once(self: Scheduler, budget: PrefillBudget | None = None) -> Any:
         nonlocal num_calls
         num_calls += 1
         if num_calls == 3:
             self._retract(self.prefilling[0])
-        return schedule(self, prefill_budget)
+        return schedule(self, budget)
 
     monkeypatch.setattr(Scheduler, "schedule", retract_once)
     async with running_engine(tiny_qwen3, chunked_prefill_size=16) as engine:

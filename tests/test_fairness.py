@@ -10,6 +10,7 @@ import pytest
 
 from engine.errors import QueueFull
 from engine.fairness import MAX_IDLE_CLIENTS, MAX_RETRY_S, DrainRate, FairShares
+from engine.plan import PrefillBudget
 from engine.request import Delta, FinishReason, Request, SamplingParams, Status
 from tests.test_engine import collect, make_request, running_engine
 from tests.test_scheduler import Traffic, expected
@@ -262,7 +263,7 @@ def test_a_flood_of_long_prompts_does_not_hold_up_a_stream() -> None:
     traffic.step()
     floods = [submit(traffic, "flood", prompt_len=1500, answer_len=2) for _ in range(12)]
     for _ in range(200):
-        plan = traffic.scheduler.schedule(64)
+        plan = traffic.scheduler.schedule(PrefillBudget(64))
         assert plan is not None
         assert plan.num_prefill_tokens <= 64
         assert {request.row for request in streams} <= set(plan.rows.tolist())
@@ -277,7 +278,7 @@ def test_the_smallest_budget_still_moves_a_long_prompt() -> None:
     traffic.step()
     long = submit(traffic, "flood", prompt_len=800, answer_len=1)
     for _ in range(60):
-        plan = traffic.scheduler.schedule(16)
+        plan = traffic.scheduler.schedule(PrefillBudget(16))
         assert plan is not None
         traffic.scheduler.resolve(plan, traffic.run(plan))
     assert long.status is Status.FINISHED

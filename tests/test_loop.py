@@ -248,42 +248,46 @@ def observe(pace: StepPace, num_prefill_tokens: int, device_s: float) -> None:
 
 def test_prompt_chunks_are_cut_so_that_streams_keep_their_pace() -> None:
     pace = StepPace(max_step_ms=60, chunked_prefill_size=8192)
-    assert pace.prefill_budget(num_streams=4) == 8192 // 16, "nothing is known yet"
+    assert pace.prefill_budget(num_streams=4).work == 8192 // 16, "nothing is known yet"
     observe(pace, 0, 0.010)
     observe(pace, 2000, 0.010 + 2000 * 25e-6)
-    budget = pace.prefill_budget(num_streams=4)
-    assert budget is not None and 1750 <= budget <= 2000  # almost (60 - 10) ms at 25 µs a token
-    assert pace.prefill_budget(num_streams=0) is None, "nobody would notice"
+    assert 1750 <= pace.prefill_budget(num_streams=4).work <= 2000  # almost (60 - 10) ms at 25 µs a token
+    assert pace.prefill_budget(num_streams=0).num_tokens_behind(0) == 8192, "nobody would notice"
 
 
 def test_chunks_are_the_shorter_the_more_tokens_they_attend_to() -> None:
     pace = StepPace(max_step_ms=60, chunked_prefill_size=8192, context_cost=1e-4)
     observe(pace, 0, 0.010)
     observe(pace, 2000, 0.010 + 2000 * 1.1 * 25e-6)  # the mean token of that chunk sees 1,000 others: a tenth more
-    budgets = [pace.prefill_budget(4, context) for context in (0, 10_000, 20_000)]
-    assert budgets == pytest.approx([1808, 904, 603], rel=0.01)
+    before = pace.prefill_budget(4)
+    lens = [before.num_tokens_behind(context) for context in (0, 10_000, 20_000)]
+    assert lens == pytest.approx([1669, 884, 596], rel=0.01)
+    assert [n * (1 + (c + n / 2) / 1e4) for n, c in zip(lens, (0, 10_000, 20_000), strict=True)] == pytest.approx(
+        [before.work] * 3, rel=0.01
+    ), "they take the same time"
     deep = plan_of(500)
     deep.seq_lens = deep.q_lens + 40_000
-    before = pace.prefill_budget(4, 20_000)
     pace.observe(deep, 0.010 + 500 * 5.025 * 25e-6)  # as expected so deep in a prompt
-    assert pace.prefill_budget(4, 20_000) == pytest.approx(before, rel=0.01)
+    assert pace.prefill_budget(4).work == pytest.approx(before.work, rel=0.01)
 
 
 def test_a_prompt_gets_its_share_however_slow_the_device() -> None:
     pace = StepPace(max_step_ms=60, chunked_prefill_size=8192)
     observe(pace, 0, 0.2)
     observe(pace, 2000, 2.0)
-    assert pace.prefill_budget(num_streams=4) == 8192 // 32
+    budget = pace.prefill_budget(num_streams=4)
+    assert budget.num_tokens_behind(50_000) == 8192 // 32 and not budget.is_spent
+    budget.spend(8192 // 32, 50_000)
+    assert budget.is_spent
 
 
 def test_one_hiccup_does_not_starve_prompts_for_long() -> None:
     pace = StepPace(max_step_ms=60, chunked_prefill_size=8192)
     observe(pace, 0, 0.010)
     observe(pace, 2000, 0.060)
-    before = pace.prefill_budget(num_streams=1)
+    before = pace.prefill_budget(num_streams=1).work
     observe(pace, 2000, 5.0)  # a kernel was compiled
-    after = pace.prefill_budget(num_streams=1)
-    assert before is not None and after is not None and after > 0.7 * before
+    assert pace.prefill_budget(num_streams=1).work > 0.7 * before
 
 
 @pytest.mark.parametrize("num_prefill_tokens", [0, 1000])

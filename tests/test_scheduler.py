@@ -9,7 +9,7 @@ from cache.allocator import PageAllocator
 from cache.radix import NoCache, RadixCache
 from engine import scheduler
 from engine.errors import PromptTooLong, QueueFull
-from engine.plan import Plan
+from engine.plan import Plan, PrefillBudget, prefill_work
 from engine.request import FinishReason, Request, SamplingParams, Status
 from engine.rows import Rows
 from engine.scheduler import Outcome, Scheduler
@@ -405,3 +405,18 @@ def test_decoding_requests_are_grouped_by_the_prefix_they_share() -> None:
     for g, prefix_len in enumerate(plan.groups.prefix_lens):
         members = plan.groups.members[plan.groups.cu_members[g] : plan.groups.cu_members[g + 1]]
         assert len({traffic.rows.slots[plan.rows[i], :prefix_len].tobytes() for i in members}) == 1
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_a_prompt_behind_a_long_cached_one_gets_as_few_tokens_as_its_context_allows(page_size: int) -> None:
+    traffic = Traffic(8192, page_size=page_size, chunk=8192)
+    head = list(range(1, 3201))
+    traffic.submit(head)
+    traffic.run_all()
+    tails = [traffic.submit([*head, *range(first, first + 400)], max_new_tokens=1) for first in (4000, 5000)]
+    budget = PrefillBudget(8192, work=2000, context_cost=1e-3)
+    plan = traffic.scheduler.schedule(budget)
+    assert plan is not None
+    assert plan.q_lens.tolist() == pytest.approx([400, 55], abs=page_size)  # 400 * 4.4 and the rest, at 4.2 each
+    assert sum(prefill_work(n, 3200, 1e-3) for n in plan.q_lens) == pytest.approx(2000, abs=5 * page_size)
+    assert [request.num_cached_tokens for request in tails] == [3200, 3200]

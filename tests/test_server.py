@@ -456,8 +456,7 @@ async def test_a_connection_serves_another_request_after_a_stream(client: Client
 async def test_what_an_answer_took_is_given_back_without_the_garbage_collector(
     tiny_llama: Path, path: str, is_stream: bool
 ) -> None:
-    body = {"stream": is_stream, "max_tokens": 6} if "v1" in path else {"stream": is_stream}
-    body |= {"prompt": [5, 6, 7]} if "v1" in path else {"input_ids": [5, 6, 7]}
+    body = {"stream": is_stream, "prompt" if "v1" in path else "input_ids": [5, 6, 7]}
 
     def num_alive() -> int:
         return sum(type(one) in (Request, Step, EventStream) for one in gc.get_objects())
