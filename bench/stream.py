@@ -22,7 +22,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -74,6 +74,7 @@ class InstantRunner(ModelRunner):
         )
         positions = plan.seq_lens[plan.samples] - PROMPT_LEN
         step.tokens = _Array(self.tokens[positions % len(self.tokens)])  # type: ignore[assignment]
+        step.done = Future()
         step.done.set_result(step.launched_at)
         return step
 

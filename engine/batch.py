@@ -75,7 +75,7 @@ class Stager:
 
     def __init__(self, max_tokens: int, max_requests: int, slot_table: torch.Tensor) -> None:
         size = 4 * max_tokens + 12 * (max_requests + 8)
-        self.max_tokens = max_tokens
+        self.max_tokens, self.max_requests = max_tokens, max_requests
         self.slot_table = slot_table
         self.device = slot_table.device
         self._device = torch.zeros(size, dtype=torch.int32, device=self.device)

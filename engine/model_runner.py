@@ -6,6 +6,7 @@ Where a grammar forbids tokens, which ones depends on the token before, and that
 step is launched up to its logits, and `sample` enqueues the rest once the host knows.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from cache.pool import KVPool
-from engine.batch import ForwardBatch, Shape, StagedBatch, Stager
+from engine.batch import NUM_STAGING_BUFFERS, ForwardBatch, Shape, StagedBatch, Stager
 from engine.cuda_graph import StepGraphs
 from engine.grammar import MaskFiller, Matcher
 from engine.layers.layer import unique_layers
@@ -31,6 +32,7 @@ from kernels.sampling import logprobs
 
 PROMPT_LOGPROB_ROWS = 256  # logits rows at a time: 256 x 152k bf16 is 78 MB, whatever the prompt's length
 MAX_IDLE_S = 0.1
+NUM_EVENT_PAIRS = 4 * NUM_STAGING_BUFFERS  # a step has one pair, or two where its sampling is enqueued apart
 
 
 @dataclass(slots=True)
@@ -66,13 +68,13 @@ class Step:
     launched_at: float  # time.perf_counter()
     host_s: float = 0.0  # what it took the CPU worker
     # What has been enqueued of it is computed; since when, as of time.perf_counter().
-    done: Future[float] = field(default_factory=Future)
+    done: Future[float] = field(init=False)
     awaits_masks: bool = False  # enqueued up to its logits; `ModelRunner.sample` must follow
     events: list[torch.cuda.Event] = field(default_factory=list)  # the first and the last are around its work
     batch: StagedBatch | None = None
     logits: torch.Tensor | None = None  # [S or more, V]; like `batch` only valid until the next launch
     greedy: torch.Tensor | None = None  # int32 [S or more], their argmax, where a graph made it
-    tokens: torch.Tensor | None = None  # int32 [S], host
+    tokens: torch.Tensor | None = None  # int32 [S], host; written again NUM_STAGING_BUFFERS launches later
     sampled_logprobs: SampledLogprobs | None = None
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     pooled: PooledChunks | None = None
@@ -126,7 +128,22 @@ class ModelRunner:
         self._last_end: torch.cuda.Event | None = None
         # CUDA: waits for events, so that the loop need not. CPU: computes the steps, in order.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="step")
-        self.stream = torch.cuda.Stream() if self._is_cuda else None
+        self.stream: torch.cuda.Stream | None = None
+        if self._is_cuda:
+            self.stream = torch.cuda.Stream()
+            # In turns, since to make them anew would take a third of a launch's time.
+            self._event_pairs = itertools.cycle(
+                [
+                    [torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2)]
+                    for _ in range(NUM_EVENT_PAIRS)
+                ]
+            )
+            self._token_buffers = itertools.cycle(
+                [
+                    torch.empty(stager.max_requests, dtype=torch.int32, pin_memory=True)
+                    for _ in range(NUM_STAGING_BUFFERS)
+                ]
+            )
         # Of rank 0 alone: who fills in masks, and who runs every step along with it.
         self.masks: MaskFiller | None = None
         self.ranks: Followers | None = None
@@ -222,13 +239,13 @@ class ModelRunner:
         if self.stream is None:
             step.done = self._worker.submit(self._run_in_worker, step, work, after)
             return
-        events = [torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2)]
-        with torch.cuda.stream(self.stream):
-            events[0].record(self.stream)
-            self._run(step, work)
-            events[1].record(self.stream)
-        step.events += events
-        step.done = self._worker.submit(_wait_for, events[1])
+        torch.cuda.set_stream(self.stream)  # and leave it so: all that this thread does on the device is steps
+        begin, end = next(self._event_pairs)
+        begin.record(self.stream)
+        self._run(step, work)
+        end.record(self.stream)
+        step.events += (begin, end)
+        step.done = self._worker.submit(_wait_for, end)
 
     def times(self, step: Step) -> tuple[float, float]:
         """(seconds the device took for `step`, seconds it had waited for it), both of steps resolved in order.
@@ -255,6 +272,7 @@ class ModelRunner:
         try:
             work(step)
         except BaseException as error:
+            self._last_end = None  # its event may be in use again before a step is resolved
             if self.ranks is not None:
                 self.ranks.fail(error)
             raise
@@ -304,7 +322,7 @@ class ModelRunner:
             if greedy is None:  # every rank finds the same, for less than gathering all logits takes
                 greedy = lm_head.most_likely(logits)
                 end_step(greedy, rows, last_tokens)
-            step.tokens = self._to_host(greedy[:num_samples])
+            step.tokens = self._tokens_to_host(greedy[:num_samples])
             return
         all_logits = lm_head.gather(logits)
         if all_logits is None:  # rank 0 samples
@@ -315,7 +333,7 @@ class ModelRunner:
             all_logits, step.work, rows, staged.sample_positions[:num_samples]
         )
         self.comm.broadcast(tokens)
-        step.tokens = self._to_host(tokens)
+        step.tokens = self._tokens_to_host(tokens)
         if sampled_logprobs is not None:
             step.sampled_logprobs = SampledLogprobs(
                 self._to_host(sampled_logprobs.chosen),
@@ -372,6 +390,12 @@ class ModelRunner:
         parts_of_ids = [part[3] for part in parts if part[3] is not None]
         ids_values = self._to_host(torch.cat(parts_of_ids)) if parts_of_ids else None
         return [PromptLogprobs(request, work.start, chosen, top_values, top_ids, ids_values)]
+
+    def _tokens_to_host(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Into a buffer that is written again some steps later."""
+        if not self._is_cuda:
+            return tokens
+        return next(self._token_buffers)[: len(tokens)].copy_(tokens, non_blocking=True)
 
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         if not self._is_cuda:

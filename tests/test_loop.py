@@ -38,7 +38,8 @@ class ManualRunner:
             error, self.error = self.error, None
             raise error
         work = SamplingWork(len(plan.samples), is_greedy=True)
-        step = Step(plan, work, [], torch.empty(0), Shape.of(plan), is_graph=False, launched_at=0.0, done=Future())
+        step = Step(plan, work, [], torch.empty(0), Shape.of(plan), is_graph=False, launched_at=0.0)
+        step.done = Future()
         step.tokens = torch.full((len(plan.samples),), TOKEN, dtype=torch.int32)
         self.launched.append(step)
         return step
