@@ -20,7 +20,7 @@ from engine.scheduler import Outcome, Scheduler
 
 logger = logging.getLogger(__name__)
 
-MIN_PREFILL_SHARE = 1 / 32  # of the longest chunk, in every step, however tight its time: a prompt must not starve
+MIN_PREFILL_SHARE = 1 / 64  # of the longest chunk, in every step, however tight its time: a prompt must not starve
 TELLING_SHARE = 1 / 16  # of the longest chunk: the time of a shorter one is not its tokens'
 MIN_LEAD_S = 0.001  # a step is decided at least this long before the one before it ends
 # Likewise where other ranks run it, too: they hear of it later, and what they come late by looks like a longer step.

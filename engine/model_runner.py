@@ -315,16 +315,16 @@ class ModelRunner:
             step.tokens = torch.empty(0, dtype=torch.int32)
             return
         assert staged is not None
-        logits, rows = logits[:num_samples], staged.sample_rows[:num_samples]
         lm_head, last_tokens = self.model.lm_head, self.sampler.last_tokens
         is_alone = self.comm.size == 1  # else the way was chosen, and told to all ranks, before there were masks
         if step.work.is_plain and (greedy is not None if is_alone else step.work.masked is None):
             if greedy is None:  # every rank finds the same, for less than gathering all logits takes
-                greedy = lm_head.most_likely(logits)
-                end_step(greedy, rows, last_tokens)
+                greedy = lm_head.most_likely(logits[:num_samples])
+                end_step(greedy, staged.sample_rows[:num_samples], last_tokens)
             step.tokens = self._tokens_to_host(greedy[:num_samples])
             return
-        all_logits = lm_head.gather(logits)
+        rows = staged.sample_rows[:num_samples]
+        all_logits = lm_head.gather(logits[:num_samples])
         if all_logits is None:  # rank 0 samples
             tokens = self.comm.broadcast(torch.empty(num_samples, dtype=torch.int32, device=self.device))
             end_step(tokens, rows, last_tokens)

@@ -277,8 +277,8 @@ def test_a_prompt_gets_its_share_however_slow_the_device() -> None:
     observe(pace, 0, 0.2)
     observe(pace, 2000, 2.0)
     budget = pace.prefill_budget(num_streams=4)
-    assert budget.num_tokens_behind(50_000) == 8192 // 32 and not budget.is_spent
-    budget.spend(8192 // 32, 50_000)
+    assert budget.num_tokens_behind(50_000) == 8192 // 64 and not budget.is_spent
+    budget.spend(8192 // 64, 50_000)
     assert budget.is_spent
 
 
