@@ -404,11 +404,13 @@ def bench_shared(results: Results) -> None:
 
 def bench_shared_prompts(results: Results) -> None:
     """What prompts gain from keys and values that are the same ones: those of a prefix come from the L2 cache."""
-    shape, lens = "32x128 after 4096", [(128, 4096 + 128)] * 32
-    results.num_flops[shape] = attention_flops(LLAMA_8B, lens)
-    for setting, groups in (("shared slots", random_groups((16, 16), 4096)), ("own slots", None)):
-        problem = Problem(make_batch(lens, groups), LLAMA_8B)
-        results.add(shape, setting, problem.prefill, 1)
+    for num_prompts, q_len in ((32, 128), (64, 16), (64, 4)):
+        shape, lens = f"{num_prompts}x{q_len} after 4096", [(q_len, 4096 + q_len)] * num_prompts
+        results.num_flops[shape] = attention_flops(LLAMA_8B, lens)
+        sizes = (num_prompts // 2,) * 2
+        for setting, groups in (("shared slots", random_groups(sizes, 4096)), ("own slots", None)):
+            problem = Problem(make_batch(lens, groups), LLAMA_8B)
+            results.add(shape, setting, problem.prefill, 1)
 
 
 def flashinfer_shape(heads: Heads) -> flashinfer_attention.Shape:
