@@ -121,6 +121,7 @@ class Batch:
     q_lens_host: np.ndarray
     seq_lens_host: np.ndarray
     shared: SharedPrefixes | None = None
+    is_for_graph: bool = False
 
 
 def make_batch(

@@ -42,8 +42,9 @@ class ForwardBatch:
     slot_table: torch.Tensor  # int32 [num_rows, max_context], the slot of every token of every row
     num_decodes: int  # requests 0 .. num_decodes have one token each; the rest have more
     q_lens_host: np.ndarray  # [B]
-    seq_lens_host: np.ndarray  # [B]; in a captured graph both are the capture's, not the step's
+    seq_lens_host: np.ndarray  # [B]
     shared: SharedPrefixes | None = None
+    is_for_graph: bool = False  # both of the host's are the capture's, not the steps' that replay it
 
 
 class Shape(NamedTuple):
@@ -144,7 +145,7 @@ class Stager:
     def upload(self, staged: torch.Tensor) -> None:
         self._device[: len(staged)].copy_(staged, non_blocking=True)
 
-    def views(self, shape: Shape, plan: Plan) -> StagedBatch:
+    def views(self, shape: Shape, plan: Plan, *, is_for_graph: bool = False) -> StagedBatch:
         """What `upload` sends of a plan of that shape. `plan` gives the host's own knowledge of it."""
         layout, _ = _layout(shape)
         rows, seq_lens, cu_q_lens, input_ids, positions, out_cache_loc, token_rows, *samples = (
@@ -163,6 +164,7 @@ class Stager:
             q_lens_host=plan.q_lens,
             seq_lens_host=plan.seq_lens,
             shared=SharedPrefixes(*samples[3:]) if shape.has_groups else None,
+            is_for_graph=is_for_graph,
         )
         return StagedBatch(batch, *samples[:3])
 

@@ -38,7 +38,7 @@ from engine.tokenizer import Tokenizer
 from engine.upkeep import Upkeep
 from engine.weights import load_weights, resolve_model, resolve_tokenizer
 from kernels import gated_gemm
-from kernels.attention import can_capture_prompts, choose_backend
+from kernels.attention import choose_backend
 from kernels.gemm import GEMV_MAX_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def describe_backends(config: EngineConfig, device: torch.device) -> dict[str, s
         return {"all operations": "torch (the one for a CPU)"}
     attention = {
         "triton": "Triton (compiles in seconds, on any GPU)",
-        "flashinfer": "FlashInfer for prompts (as asked), Triton for single tokens (needs no plan a step)",
+        "flashinfer": "FlashInfer for prompts (as asked), Triton in CUDA graphs and for single tokens (needs no plan)",
         "torch": "torch (as asked; slow, and without CUDA graphs)",
     }
     products = f"cuBLAS; Triton for one token, for {GEMV_MAX_TOKENS} of small weights (at the memory's speed)"
@@ -253,10 +253,12 @@ def build_runner(
         )  # fmt: skip
 
     largest_step = 0
-    can_capture = can_capture_prompts(config.attention_backend)
+    can_capture = config.attention_backend != "torch"
     max_graph_prompts = min(config.chunked_prefill_size, max_len) if can_capture else 0
     max_graph_tokens = comm.minimum(int(MAX_GRAPH_WORK / weights_bytes))
     if device.type == "cuda":
+        if config.attention_backend == "flashinfer":
+            on_progress("FlashInfer's kernels are loaded; the first time they are compiled, which takes some 90 s")
         probe = ModelRunner(model, new_pool(max_step_tokens), sampler, stager, comm)
         largest_step = measure_step(probe, max_step_tokens, num_rows, max_len)
         probe.close()
@@ -273,7 +275,7 @@ def build_runner(
         device.type == "cuda"
         and not (config.disable_cuda_graph or config.is_embedding)
         and model_config.is_generation
-        and config.attention_backend != "torch"
+        and can_capture
     ):
         assert config.cuda_graph_max_bs
         start = time.perf_counter()

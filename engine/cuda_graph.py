@@ -142,7 +142,7 @@ class StepGraphs:
         """Returns the milliseconds of a replay."""
         plan = _example_plan(shape)
         self._stager.upload(self._stager.write(plan, shape))
-        self._capture(shape, self._stager.views(shape, plan))
+        self._capture(shape, self._stager.views(shape, plan, is_for_graph=True))
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         self._graphs[shape][0].replay()

@@ -64,7 +64,7 @@ class AttentionBatch(Protocol):
 
     @property
     def q_lens_host(self) -> np.ndarray:
-        """Integers [B]. The kernels of "triton" do not look at it: in a captured graph it is not the step's."""
+        """Integers [B]. The kernels of "triton" do not look at it."""
 
     @property
     def seq_lens_host(self) -> np.ndarray:
@@ -73,6 +73,10 @@ class AttentionBatch(Protocol):
     @property
     def shared(self) -> SharedPrefixes | None:
         """Prefixes to read once per group. They change the work, not the result."""
+
+    @property
+    def is_for_graph(self) -> bool:
+        """Will a CUDA graph replay this for steps of other lengths? Then the host's are not to be looked at."""
 
 
 def attention(
@@ -89,23 +93,18 @@ def attention(
     """q [T, H, D], caches [num_slots, Hkv, D] (q's dtype or float8) -> [T, H, D].
 
     window: a token sees at most that many last tokens, itself included; -1: all. softcap c > 0: scores become
-    c tanh(score / c). A launch of "triton", or of "flashinfer" for single tokens, can be captured in a CUDA graph: it
-    depends on nothing but shapes, and lengths and slots are read on the device.
+    c tanh(score / c). In a CUDA graph "flashinfer", which plans on the host, leaves all to "triton", as it always does
+    for single tokens: that depends on nothing but shapes, and reads lengths and slots on the device.
     """
     if backend == "torch":
         return attention_torch(q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap)
     from kernels.triton_attention import attention_triton  # here: a machine without a GPU need not have triton
 
-    if backend == "triton" or batch.num_decodes == len(batch.rows):
+    if backend == "triton" or batch.is_for_graph or batch.num_decodes == len(batch.rows):
         return attention_triton(q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap)
     from kernels.flashinfer_attention import attention_flashinfer
 
     return attention_flashinfer(q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap)
-
-
-def can_capture_prompts(backend: str | None) -> bool:
-    """Whether batches with prompts can be in CUDA graphs: FlashInfer plans each of them on the host."""
-    return backend == "triton"
 
 
 def choose_backend(requested: str | None, device: torch.device) -> str:
