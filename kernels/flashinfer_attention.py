@@ -64,7 +64,8 @@ def attention_flashinfer(
     shape = Shape(q.shape[1], k_cache.shape[1], q.shape[2], q.dtype, k_cache.dtype, scale, window, softcap)
     wrapper = _prefill_plans(q.device).wrapper_for(batch, shape)
     first = batch.num_decodes
-    wrapper.run(q[first:].contiguous(), (k_cache[:, None], v_cache[:, None]), out=out[first:])
+    stop = first + int(batch.q_lens_host[first:].sum())  # what comes then is padding, of which FlashInfer knows nothing
+    wrapper.run(q[first:stop].contiguous(), (k_cache[:, None], v_cache[:, None]), out=out[first:stop])
     return out
 
 

@@ -45,7 +45,9 @@ PREFILL_CONFIGS: dict[int, PrefillConfig] = {128: PrefillConfig(block_m=64, bloc
 PREFILL_PROGRAMS_PER_SM = 2
 MAX_PREFILL_SPLITS = 8
 MAX_SPLIT_PROMPTS = 16  # more of them fill the chip
-MIN_SPLIT_LEN = 512  # tokens of context that are worth a program of their own
+MIN_SPLIT_LEN = 512  # tokens of context that are worth a program of their own, if there are places for more of them
+MIN_WAVE_SPLIT_LEN = 4096  # likewise, if there are none
+MAX_SPLIT_WAVES = 4  # of programs on the device, above which a last one that is hardly filled costs little
 
 
 def decode_config(block_d: int, num_requests: int, itemsize: int) -> DecodeConfig:
@@ -223,9 +225,9 @@ def prefill(
 ) -> None:
     """The tokens after the first num_decodes, whatever number of them a request has, into `out`.
 
-    Where they are too few to fill the chip, their context is cut into up to `num_splits` parts; the last program to
-    have attended to its part merges them. How many there are depends on the context, which only the device knows in a
-    captured graph.
+    Where they do not fill the chip, or fill it a last time badly, their context is cut into up to `num_splits` parts;
+    the last program to have attended to its part merges them. How many there are depends on the context, which only the
+    device knows in a captured graph.
     """
     num_requests = len(batch.rows) - batch.num_decodes
     num_kv_heads = k_cache.shape[1]
@@ -238,8 +240,7 @@ def prefill(
         num_splits = 1
     elif num_splits is None:
         num_expected = cdiv(num_tokens, block_m // block_group) * num_kv_heads  # mostly it is one prompt
-        num_splits = PREFILL_PROGRAMS_PER_SM * num_sms(q.device) // max(num_expected, 1)
-        num_splits = max(1, min(num_splits, MAX_PREFILL_SPLITS))
+        num_splits, min_split_len = prefill_splits(num_expected, PREFILL_PROGRAMS_PER_SM * num_sms(q.device))
     partial = partial_lse = arrivals = None
     if num_splits > 1:
         num_rows = num_programs * num_splits * block_m
@@ -262,12 +263,27 @@ def prefill(
         num_requests,
         batch.slot_table.stride(0),
         window,
+        min_split_len,
         scale * LOG2_E,
         **options,
         BLOCK_B=_block_requests(num_requests),
         BLOCK_M=block_m,
-        MIN_SPLIT_LEN=min_split_len,
     )
+
+
+def prefill_splits(num_programs: int, num_places: int) -> tuple[int, int]:
+    """(parts that a prompt's context is cut into at most, tokens of context that are worth a part).
+
+    num_programs: for uncut contexts; num_places: how many programs the device runs at once. With 288 on 264 places the
+    second wave would keep 24 of them as busy as the first one all.
+    """
+    num_fitting = num_places // max(num_programs, 1)
+    if num_fitting > 1:
+        return min(num_fitting, MAX_PREFILL_SPLITS), MIN_SPLIT_LEN
+    if num_programs > MAX_SPLIT_WAVES * num_places:
+        return 1, MIN_SPLIT_LEN
+    waves = {splits: cdiv(num_programs * splits, num_places) / splits for splits in (1, 2, 3)}
+    return min(waves, key=lambda splits: waves[splits]), MIN_WAVE_SPLIT_LEN
 
 
 def _options(
@@ -317,7 +333,9 @@ def _block_requests(num_requests: int) -> int:
 
 # Views of a step's staging buffer start anywhere and counts vary: none of it is worth compiling a kernel again.
 _kernel = triton.jit(
-    do_not_specialize=["num_requests", "num_splits", "num_groups", "first_partial", "table_stride", "window"],
+    do_not_specialize=[
+        "num_requests", "num_splits", "num_groups", "first_partial", "table_stride", "window", "min_split_len",
+    ],
     do_not_specialize_on_alignment=[
         "seq_lens", "rows", "cu_q_lens", "own_starts", "prefix_lens", "cu_members", "members",
     ],
@@ -808,6 +826,7 @@ def _prefill_kernel(
     num_requests,
     table_stride,
     window,
+    min_split_len,
     qk_scale,
     Q_STRIDE: tl.constexpr,
     K_STRIDE: tl.constexpr,
@@ -822,7 +841,6 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    MIN_SPLIT_LEN: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -855,7 +873,7 @@ def _prefill_kernel(
     split = tl.program_id(1)
     num_splits = first * 0 + 1
     if partial is not None:
-        split_len = tl.maximum(_split_len(whole, tl.num_programs(1), BLOCK_N), MIN_SPLIT_LEN)
+        split_len = tl.maximum(_split_len(whole, tl.num_programs(1), BLOCK_N), min_split_len)
         num_splits = tl.maximum(tl.cdiv(whole, split_len), 1)
         first = split * split_len
         if split < num_splits - 1:  # the last part has the tokens that not all rows see

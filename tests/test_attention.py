@@ -242,6 +242,38 @@ def test_flashinfer_gets_the_slots_of_the_prompts_one_after_another() -> None:
     assert torch.equal(slots, torch.cat(expected))
 
 
+def test_flashinfer_is_given_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch([(1, 9), (3, 21), (5, 5)])
+    q, k, v = make_inputs(batch)
+    padded = torch.cat([q, torch.zeros_like(q)])
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Plans:
+        def wrapper_for(self, *_: object) -> "Plans":
+            return self
+
+        def run(self, q: torch.Tensor, cache: object, out: torch.Tensor) -> None:
+            given.append((q, out))
+
+    monkeypatch.setattr(flashinfer_attention, "_prefill_plans", lambda device: Plans())
+    monkeypatch.setattr(flashinfer_attention, "HEAD_DIMS", (q.shape[2],))
+    flashinfer_attention.attention_flashinfer(padded.bfloat16(), k.bfloat16(), v.bfloat16(), batch, scale=0.3)
+    ((queries, out),) = given
+    assert torch.equal(queries, q[1:].bfloat16())
+    assert out.shape == queries.shape
+
+
+def test_a_context_is_cut_so_that_the_last_wave_of_programs_is_not_nearly_empty() -> None:
+    places = 264
+    for num_programs in range(1, 6 * places):
+        num_splits, min_len = triton_attention.prefill_splits(num_programs, places)
+        waves, uncut = -(-num_programs * num_splits // places) / num_splits, -(-num_programs // places)
+        assert waves <= uncut
+        assert num_splits == 1 or min_len <= 512 or waves < uncut, "cut for nothing"
+        if places / 2 < num_programs <= 4 * places:
+            assert waves <= max(1.5 * num_programs / places, 2 / 3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("window", "softcap", "cache_dtype"), [(-1, 0.0, torch.bfloat16), (8, 2.0, torch.float8_e4m3fn)]
