@@ -29,7 +29,7 @@ from engine.model_runner import ModelRunner
 from engine.models import CausalLM, build_model
 from engine.parallel import Communicator
 from engine.plan import Plan
-from engine.processes import Parent
+from engine.processes import Parent, settle_garbage_collector
 from engine.ranks import Follower, Ranks, follow, join_store
 from engine.rows import Rows
 from engine.sampler import Sampler
@@ -301,6 +301,7 @@ def run_rank(
     store = join_store(host, port)
     runner, _ = build_runner(config, model_config, folder, model, comm, store, logger.info)
     upkeep = Upkeep(config, runner, lambda: new_model(config, model_config, comm))
+    settle_garbage_collector()
     parent.tell("ready")
     follow(runner, plans, Follower(rank, store, upkeep))
     runner.close()

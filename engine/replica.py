@@ -18,7 +18,7 @@ from engine.channel import ChannelReader, ChannelWriter
 from engine.config import EngineConfig
 from engine.engine import Engine, EngineStats, Health
 from engine.errors import EngineError
-from engine.processes import Parent
+from engine.processes import Parent, settle_garbage_collector
 from engine.request import Delta, FinishReason, Logprobs, Request
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,7 @@ class ReplicaServer:
         """Until the front end closes its channel, or the engine fails."""
         loop = asyncio.get_running_loop()
         async with self.engine as engine:
+            settle_garbage_collector()
             self._parent.tell(
                 "ready",
                 Ready(engine.config, engine.max_total_num_tokens, engine.context_length, self._new_report()),

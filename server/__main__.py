@@ -1,7 +1,6 @@
 """`python -m server`, and the console script `radixloop`."""
 
 import asyncio
-import gc
 import logging
 import os
 import resource
@@ -19,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from engine.errors import ModelError
+from engine.processes import settle_garbage_collector
 from engine.request import Request, SamplingParams, ignore
 from engine.watchdog import Watchdog
 from server.access_log import JsonAccessLogger
@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 ACCESS_LOG = "aiohttp.access"
 FAILURE_NOTICE_S = 2.0  # for clients to hear of a failure that ends the process
 END_NOTICE_S = 2.0  # likewise, of the end of what the drain was too short for
-GC_THRESHOLD = 50_000  # objects more than before; what serves a request leaves no cycles to be found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,10 +125,7 @@ async def serve(config: ServerConfig, listener: socket.socket, console: Console)
         with Watchdog(config.watchdog_timeout, engine.progress, engine.describe) as watchdog:
             for _ in range(0 if config.skip_server_warmup else config.dp_size):  # idle replicas take turns
                 await warm_up(engine)
-            # What exists now stays. A walk over its 200,000 objects would hold up the streams for a tenth of a second.
-            gc.collect()
-            gc.freeze()
-            gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
+            settle_garbage_collector()
             await serve_http(engine, config, listener, console, stop, watchdog)
     except (ModelError, StartError) as error:
         if engine.has_failed:
