@@ -9,7 +9,7 @@ need not wait for sockets.
 
 import logging
 import time
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable
 
 from engine.errors import InvalidRequest
@@ -32,7 +32,8 @@ class OutputProcessor:
     ) -> None:
         """on_end: called with each request whose last delta is about to be given."""
         self.scheduler, self.stream_interval, self.on_end = scheduler, stream_interval, on_end
-        self._pending: OrderedDict[Request, None] = OrderedDict()  # those with news, the next one first
+        # Those with news, the next one first. Who was served out of turn is passed over: `is_pending` tells.
+        self._pending: deque[Request] = deque()
 
     @property
     def has_pending(self) -> bool:
@@ -50,24 +51,34 @@ class OutputProcessor:
         pending = self._pending
         for request, token in zip(outcome.requests, outcome.token_ids, strict=True):
             request.new_token_ids.append(token)
-            pending[request] = None
+            if not request.is_pending:
+                request.is_pending = True
+                pending.append(request)
         for request, forced in outcome.forced:
             request.new_token_ids += forced
         for request in outcome.watched:
             self._guarded(self._read, request)
         for request in outcome.finished:
             request.times.finished = now
-            pending[request] = None
+            self._add(request)
         for request in reversed(step.plan.answering):  # each to the front: the first ends up first
             request.times.first_token = request.times.first_token or now
-            if request in pending:  # an empty page is looked at with less patience than one that grows
-                pending.move_to_end(request, last=False)
+            if request.is_pending:  # an empty page is looked at with less patience than one that grows
+                pending.appendleft(request)
+
+    def _add(self, request: Request) -> None:
+        if not request.is_pending:
+            request.is_pending = True
+            self._pending.append(request)
 
     def deliver(self) -> None:
         """Give the sinks of the next few requests their news."""
         cost = 0
         while self._pending and cost < MAX_COST:
-            request, _ = self._pending.popitem(last=False)
+            request = self._pending.popleft()
+            if not request.is_pending:
+                continue
+            request.is_pending = False
             if request.status is Status.FINISHED:
                 cost += COST_OF_END
                 self.close(request)
@@ -82,7 +93,7 @@ class OutputProcessor:
 
     def close(self, request: Request) -> None:
         """Give the sink of an ended request its last delta."""
-        self._pending.pop(request, None)
+        request.is_pending = False
         times = request.times
         times.finished = times.finished or time.perf_counter()
         times.first_token = times.first_token or times.finished
@@ -157,7 +168,7 @@ class OutputProcessor:
         else:
             self.scheduler.finish(request, reason)
             request.times.finished = time.perf_counter()
-            self._pending[request] = None
+            self._add(request)
 
     def _add_logprobs(self, step: Step, outcome: Outcome) -> None:
         values, samples = step.sampled_logprobs, step.work.logprob_samples

@@ -276,6 +276,7 @@ class Request:
     new_token_ids: list[int] = field(default_factory=list)  # whose text has not been made yet
     unsent: Delta | None = None  # what the sink has not been given of all before them
     has_begun: bool = False  # the sink has been given something
+    is_pending: bool = False  # it waits for its turn to be given something
     times: RequestTimes = field(default_factory=lambda: RequestTimes(arrived=time.perf_counter()))
 
     @property

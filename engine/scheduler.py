@@ -17,6 +17,7 @@ import random
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 
@@ -571,7 +572,8 @@ class Scheduler:
                 ends[i] |= tokens[i] in _request_of(rows, sampled[i]).sampling_params.stop_token_ids
 
         (wanted,) = (rows.wants_tokens[sampled] & is_finite).nonzero()
-        outcome.requests = [request for row in sampled[wanted].tolist() if (request := rows.requests[row]) is not None]
+        # All of them run: `is_current`.
+        outcome.requests = cast("list[Request]", list(map(rows.requests.__getitem__, sampled[wanted].tolist())))
         outcome.token_ids, outcome.samples = tokens[wanted].tolist(), index[wanted]
         (watched,) = (rows.has_stop_text[sampled] & is_finite).nonzero()
         outcome.watched = [_request_of(rows, row) for row in sampled[watched].tolist()]
