@@ -22,7 +22,7 @@ from typing import cast
 import numpy as np
 
 from cache.allocator import PageAllocator
-from cache.radix import NoCache, Node, RadixCache
+from cache.radix import Match, NoCache, Node, RadixCache
 from engine.errors import PromptTooLong
 from engine.fairness import FairShares
 from engine.grammar import GrammarError, Matcher
@@ -341,15 +341,19 @@ class Scheduler:
             yield chunk
         if self.waiting and not budget.is_spent and self.rows.num_free:
             self._sort_waiting()
-        while self.waiting and not budget.is_spent and self.rows.num_free and self._admit(next(iter(self.waiting))):
+        while self.waiting and not budget.is_spent and self.rows.num_free:
+            match = self._admit(next(iter(self.waiting)))
+            if match is None:
+                return
             request, _ = self.waiting.popitem(last=False)
-            chunk = self._next_chunk(request, budget)
+            chunk = self._next_chunk(request, budget, match)
             if chunk is None:
                 return
             yield chunk
 
-    def _admit(self, request: Request) -> bool:
-        """Give `request` a row if its prompt, and probably its answer, fit beside what runs."""
+    def _admit(self, request: Request) -> Match | None:
+        """Give `request` a row if its prompt, and probably its answer, fit beside what runs; then, what is cached of
+        it."""
         tokens = request.all_token_ids()
         match = self.cache.match(tokens, request.extra_key)
         self.cache.lock(match.node)
@@ -357,18 +361,18 @@ class Scheduler:
         room = self.allocator.num_free + self.cache.num_evictable - (len(tokens) - len(match.slots))
         if self.nodes and room < self._most_growth_with(request) and room < self._growth_with(request, num_shared):
             self.cache.unlock(match.node)
-            return False
+            return None
         row = self.rows.allocate(request, self._seed_of(request))
         request.status = Status.RUNNING
         self.nodes[row] = match.node
         self.shared_lens[row] = num_shared
-        self.cached_lens[row] = self.num_slots[row] = 0  # the first chunk matches again and takes the prefix over
+        self.cached_lens[row] = self.num_slots[row] = 0  # the first chunk takes the prefix over
         if not request.num_retractions:
             self.num_prompt_tokens += request.prompt_len
         self.num_admitted += 1
         self.prefilling.append(request)
         self.shares.admit(request, len(match.slots))
-        return True
+        return match
 
     def _most_growth_with(self, request: Request) -> int:
         """The most slots that what runs, and `request` with it, may need beyond those of their tokens so far."""
@@ -401,12 +405,15 @@ class Scheduler:
             _peak_growth(remaining, own) + guessed * self.new_token_ratio + unfilled + self.page_size * (len(live) + 1)
         )
 
-    def _next_chunk(self, request: Request, budget: PrefillBudget) -> _Chunk | None:
-        """As much of a prompt as `budget`, which is not spent, allows; None if the pool has no room just now."""
+    def _next_chunk(self, request: Request, budget: PrefillBudget, match: Match | None = None) -> _Chunk | None:
+        """As much of a prompt as `budget`, which is not spent, allows; None if the pool has no room just now.
+
+        match: what is cached of the prompt, if that has just been looked up.
+        """
         rows, row = self.rows, request.row
         num_tokens = int(rows.num_known[row])
         tokens = rows.token_ids[row, :num_tokens]
-        match = self.cache.match(tokens, request.extra_key)
+        match = match or self.cache.match(tokens, request.extra_key)
         num_cached = len(match.slots)
         had_cached = int(self.cached_lens[row])
         if num_cached > had_cached:
