@@ -391,23 +391,26 @@ async def serve_crowd(folder: Path, device: str, pool_tokens: int) -> Crowd:
         return Crowd(prompts, answers, sum(map(len, answers)) / seconds, stats.num_retractions, num_left)
 
 
-async def gap_between(folder: Path, device: str, prompt: list[int], a: list[int], b: list[int]) -> float:
-    """Of the log-probabilities of two answers' tokens where they first differ."""
-    place = next(i for i, (one, other) in enumerate(zip(a, b, strict=True)) if one != other)
+async def gaps_between(folder: Path, device: str, ours: Crowd, theirs: Crowd, parted: Sequence[int]) -> list[float]:
+    """Of the log-probabilities of the tokens where the answers to prompts `parted` first differ."""
     config = EngineConfig(
         model_path=str(folder), dtype="float32", device=device, max_total_tokens=4096, max_running_requests=1
     )
+    gaps = []
     async with Engine(config) as engine:
-        request = Request(
-            "gap", prompt + a[:place], SamplingParams(max_new_tokens=1, temperature=0.0), sink=lambda delta: None,
-            return_logprob=True, token_ids_logprob=[a[place], b[place]],
-        )  # fmt: skip
-        async for delta in engine.generate(request):
-            assert delta.logprobs is not None
-            ((one, _), (other, _)) = delta.logprobs.token_ids[0] or []
-            assert one is not None and other is not None
-            return abs(one - other)
-    raise AssertionError("no answer")
+        for i in parted:
+            a, b = ours.answers[i], theirs.answers[i]
+            place = next(place for place, (one, other) in enumerate(zip(a, b, strict=True)) if one != other)
+            request = Request(
+                "gap", ours.prompts[i] + a[:place], SamplingParams(max_new_tokens=1, temperature=0.0),
+                sink=lambda delta: None, return_logprob=True, token_ids_logprob=[a[place], b[place]],
+            )  # fmt: skip
+            async for delta in engine.generate(request):
+                assert delta.logprobs is not None
+                ((one, _), (other, _)) = delta.logprobs.token_ids[0] or []
+                assert one is not None and other is not None
+                gaps.append(abs(one - other))
+    return gaps
 
 
 def check_pool(args: argparse.Namespace, console: Console) -> bool:
@@ -421,10 +424,7 @@ def check_pool(args: argparse.Namespace, console: Console) -> bool:
         crowd = asyncio.run(serve_crowd(folder, args.device, wanted_tokens // share + 1))
         ample = ample or crowd
         parted = [i for i, answer in enumerate(crowd.answers) if answer != ample.answers[i]]
-        gaps = [
-            asyncio.run(gap_between(folder, args.device, crowd.prompts[i], crowd.answers[i], ample.answers[i]))
-            for i in parted
-        ]
+        gaps = asyncio.run(gaps_between(folder, args.device, crowd, ample, parted)) if parted else []
         is_whole = all(len(answer) == CROWD_ANSWER_LEN for answer in crowd.answers)
         is_graceful = crowd.tokens_per_s >= MIN_RATE * ample.tokens_per_s / share
         is_tied = max(gaps, default=0.0) <= MAX_TIE

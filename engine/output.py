@@ -51,7 +51,7 @@ class OutputProcessor:
         pending = self._pending
         for request, token in zip(outcome.requests, outcome.token_ids, strict=True):
             request.new_token_ids.append(token)
-            if not request.is_pending:
+            if not request.is_pending:  # `_add`, without a call for each token
                 request.is_pending = True
                 pending.append(request)
         for request, forced in outcome.forced:
@@ -112,11 +112,7 @@ class OutputProcessor:
             delta.token_ids = request.output_ids
         delta.finish_reason = request.finish_reason
         self.on_end(request)
-        sink, request.sink = request.sink, ignore  # which may know the delta, and with it the request: a cycle
-        try:
-            sink(delta)
-        except Exception:
-            logger.exception("the receiver of request %s failed", request.rid)
+        give(request, delta)
 
     def _guarded(self, act: Callable[[Request], None], request: Request) -> None:
         try:
@@ -189,6 +185,19 @@ class OutputProcessor:
         if first < stop:
             token_ids = request.input_ids[next_position : values.start + 1 + stop]
             _joined(collected, logprobs_of(values, first, token_ids, request))
+
+
+def give(request: Request, delta: Delta) -> None:
+    """Call the request's sink, and forget it after the last delta: it may know that, and so the request. A cycle would
+    wait for the garbage collector. What the sink raises is its own fault, and logged.
+    """
+    sink = request.sink
+    if delta.finish_reason is not None:
+        request.sink = ignore
+    try:
+        sink(delta)
+    except Exception:
+        logger.exception("the receiver of request %s failed", request.rid)
 
 
 def _refusal(error: Exception) -> FinishReason:

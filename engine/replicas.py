@@ -28,6 +28,7 @@ from engine.engine import Engine, EngineStats, Health
 from engine.errors import EngineStopped, InvalidRequest, QueueFull
 from engine.grammar import GrammarCompiler
 from engine.model_config import ModelConfig
+from engine.output import give
 from engine.processes import Children
 from engine.replica import (
     ABORT,
@@ -251,18 +252,9 @@ class ReplicaSet(Engine):
         self._balancer.end(placement)
         del self._requests[request.rid], self._replicas[placement.engine].requests[request.rid]
         request.status, request.finish_reason, delta.finish_reason = Status.FINISHED, reason, reason
-        self._give(request, delta)
+        give(request, delta)
         if self._is_stopping and not self._requests:
             self._drained.set()
-
-    def _give(self, request: Request, delta: Delta) -> None:
-        sink = request.sink
-        if delta.finish_reason is not None:
-            request.sink = ignore  # as in OutputProcessor.close
-        try:
-            sink(delta)
-        except Exception:
-            logger.exception("the receiver of request %s failed", request.rid)
 
     def _on_message(self, replica: Replica) -> None:
         try:
@@ -296,7 +288,7 @@ class ReplicaSet(Engine):
             request.input_logprobs = Logprobs(*input_logprobs)
         delta = Delta(request, text, token_ids, None, None if logprobs is None else Logprobs(*logprobs))
         if end is None:
-            self._give(request, delta)
+            give(request, delta)
             return
         reason, outcome = pickle.loads(end)
         for name, value in outcome.items():

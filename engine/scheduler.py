@@ -352,8 +352,9 @@ class Scheduler:
             yield chunk
 
     def _admit(self, request: Request) -> Match | None:
-        """Give `request` a row if its prompt, and probably its answer, fit beside what runs; then, what is cached of
-        it."""
+        """Give `request` a row if its prompt, and probably its answer, fit beside what runs. Returns what is cached of
+        its prompt, None if it has to wait.
+        """
         tokens = request.all_token_ids()
         match = self.cache.match(tokens, request.extra_key)
         self.cache.lock(match.node)

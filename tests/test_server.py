@@ -448,9 +448,6 @@ async def test_a_connection_serves_another_request_after_a_stream(client: Client
     writer.close()
 
 
-# ---- the routes about the server ----
-
-
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
 @pytest.mark.parametrize("is_stream", [False, True])
 async def test_what_an_answer_took_is_given_back_without_the_garbage_collector(
@@ -476,6 +473,9 @@ async def test_what_an_answer_took_is_given_back_without_the_garbage_collector(
                 assert num_alive() - before <= 1, "the step that was resolved last may be named somewhere"
             finally:
                 gc.enable()
+
+
+# ---- the routes about the server ----
 
 
 async def test_health_follows_the_engine(client: Client, engine: FakeEngine) -> None:
