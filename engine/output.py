@@ -5,11 +5,13 @@ requests and gives it to their sinks, and is called again and again: connections
 Whoever has news is served in order, and tokens that come before a request's turn go out with those that wait for it. So
 each token is a piece of its own while the host keeps up; where it does not, pieces grow until it does, and the device
 need not wait for sockets.
+
+An answer that is given whole is read in between too, so that little is left to do at its end: many may end at once.
 """
 
 import logging
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from engine.errors import InvalidRequest
@@ -21,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 MAX_COST = 16  # of one call of `deliver`, in deltas: with the writes to their sockets, some 0.15 ms of the loop
 COST_OF_END = 8  # a handler wakes and ends its response
+READ_INTERVAL = 32  # steps, in which each answer that is given whole is read once
 
 
 class OutputProcessor:
@@ -34,6 +37,7 @@ class OutputProcessor:
         self.scheduler, self.stream_interval, self.on_end = scheduler, stream_interval, on_end
         # Those with news, the next one first. Who was served out of turn is passed over: `is_pending` tells.
         self._pending: deque[Request] = deque()
+        self._whole: OrderedDict[Request, None] = OrderedDict()  # answers that are given whole, the next to read first
 
     @property
     def has_pending(self) -> bool:
@@ -65,6 +69,12 @@ class OutputProcessor:
             request.times.first_token = request.times.first_token or now
             if request.is_pending:  # an empty page is looked at with less patience than one that grows
                 pending.appendleft(request)
+            elif not request.wants_tokens and request.status is Status.RUNNING:
+                self._whole[request] = None
+        for _ in range(-(-len(self._whole) // READ_INTERVAL)):
+            request = next(iter(self._whole))
+            self._whole.move_to_end(request)
+            self._add(request)
 
     def _add(self, request: Request) -> None:
         if not request.is_pending:
@@ -94,13 +104,12 @@ class OutputProcessor:
     def close(self, request: Request) -> None:
         """Give the sink of an ended request its last delta."""
         request.is_pending = False
+        self._whole.pop(request, None)
         times = request.times
         times.finished = times.finished or time.perf_counter()
         times.first_token = times.first_token or times.finished
         stream = request.text_stream
         try:
-            if not request.wants_tokens:
-                request.new_token_ids = request.output_ids
             self._read(request)
             tail = "" if stream is None else stream.finish()
         except Exception as error:  # noqa: BLE001 - as in _guarded
@@ -133,11 +142,13 @@ class OutputProcessor:
 
     def _read(self, request: Request) -> None:
         """Make the text of the newest tokens, up to a stop; tokens after it are none of the answer's."""
-        token_ids, stream = request.new_token_ids, request.text_stream
+        unsent, stream = request.unsent, request.text_stream
+        if not request.wants_tokens:
+            request.new_token_ids = self.scheduler.output_ids(request, 0 if unsent is None else len(unsent.token_ids))
+        token_ids = request.new_token_ids
         if not token_ids:
             return
         request.new_token_ids = []
-        unsent = request.unsent
         if unsent is None:
             unsent = request.unsent = Delta(request, "", token_ids)
         else:

@@ -657,6 +657,13 @@ class Scheduler:
         """Whose token it is; the request must still be running."""
         return _request_of(self.rows, plan.rows[plan.samples[sample]])
 
+    def output_ids(self, request: Request, start: int) -> list[int]:
+        """The tokens of an answer that are known, from number `start` on."""
+        if request.status is not Status.RUNNING:
+            return request.output_ids[start:]
+        row = request.row
+        return self.rows.token_ids[row, request.prompt_len + start : self.rows.num_known[row]].tolist()
+
     def cut(self, request: Request, num_tokens: int) -> None:
         """Take back the last `num_tokens` of an answer, whose text ended before them."""
         if request.status is Status.RUNNING:
