@@ -87,7 +87,7 @@ class Stager:
         self._turn = 0
 
     def write(self, plan: Plan, shape: Shape) -> torch.Tensor:
-        """Lay `plan` out in the next pinned buffer; padding is of row 0, token 0, slot 0."""
+        """Lay `plan` out in the next pinned buffer; padding is of row 0, token 0, slot 0, length 0."""
         self._turn = (self._turn + 1) % NUM_STAGING_BUFFERS
         layout, size = _layout(shape)
         host = self._host_arrays[self._turn]
@@ -99,7 +99,6 @@ class Stager:
         num_decodes, num_samples = plan.num_decodes, len(plan.samples)
 
         rows[:num_decodes] = token_rows[:num_decodes] = plan.rows[:num_decodes]
-        seq_lens[num_decodes:] = 1
         seq_lens[:num_decodes] = plan.seq_lens[:num_decodes]
         input_ids[:num_decodes] = plan.input_ids[:num_decodes]
         positions[:num_decodes] = plan.seq_lens[:num_decodes] - 1

@@ -48,7 +48,7 @@ class AttentionBatch(Protocol):
 
     @property
     def seq_lens(self) -> torch.Tensor:
-        """int32 [B], tokens that a request's last token sees, itself included."""
+        """int32 [B], tokens that a request's last token sees, itself included; 0: padding, with any result."""
 
     @property
     def cu_q_lens(self) -> torch.Tensor:

@@ -163,6 +163,21 @@ def test_however_the_work_is_cut_the_parts_merge_to_the_same(num_programs: int, 
     check(out, naive(q, k, v, batch, 0.3, window, 0.0), q.dtype)
 
 
+@pytest.mark.parametrize(("num_programs", "window"), [(1, -1), (7, -1), (61, 20), (200, -1), (500, -1)])
+def test_many_requests_may_be_of_any_length_and_padding_among_them(num_programs: int, window: int) -> None:
+    lens = np.random.default_rng(0).choice([1, 2, 15, 16, 17, 33, 100], triton_attention.MAX_SPREAD_REQUESTS + 8)
+    batch = make_batch([(1, int(length)) for length in lens])
+    padding = [0, 9, 10, len(lens) - 1]
+    batch.seq_lens[padding] = 0
+    q, k, v = make_inputs(batch)
+    out = torch.full_like(q, float("nan"))
+    config = DecodeConfig(16, 4, 1, 1)
+    triton_attention.decode(q, k, v, batch, out, scale=0.3, window=window, config=config, num_programs=num_programs)
+    is_request = batch.seq_lens.cpu() > 0
+    check(out[is_request], naive(q, k, v, batch, 0.3, window, 0.0)[is_request], q.dtype)
+    assert out[padding].isnan().all(), "padding is left as it is"
+
+
 def test_the_arrival_counters_are_zero_again() -> None:
     batch = make_batch(DECODES)
     q, k, v = make_inputs(batch)
