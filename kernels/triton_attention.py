@@ -42,9 +42,6 @@ DECODE_CONFIGS: dict[tuple[int, int], DecodeConfig] = {
 }
 PREFIX_CONFIGS: dict[int, PrefillConfig] = {128: PrefillConfig(block_m=64, block_n=64, num_warps=4, num_stages=3)}
 PREFILL_CONFIGS: dict[int, PrefillConfig] = {128: PrefillConfig(block_m=64, block_n=64, num_warps=4, num_stages=3)}
-# With more requests, most programs have whole rows (a request's heads of one KV head), and a row takes them about as
-# long as one tile more; with fewer, many programs share each row.
-MAX_SPREAD_REQUESTS = 16
 PREFILL_PROGRAMS_PER_SM = 2
 MAX_PREFILL_SPLITS = 8
 MAX_SPLIT_PROMPTS = 16  # more of them fill the chip
@@ -161,7 +158,6 @@ def decode(
         BLOCK_M=max(MIN_DOT_ROWS, block_group),
         BLOCK_P=max(1, merge_registers * 32 * config.num_warps // (block_group * block_d)),
         PREFIX_BLOCK_N=prefix_config.block_n if prefix_config is not None else 1,
-        ROW_COST=int(num_requests > MAX_SPREAD_REQUESTS),
         HAS_PREFETCH=options["PDL"] and config.has_prefetch,
     )
 
@@ -525,7 +521,6 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     PREFIX_BLOCK_N: tl.constexpr,
-    ROW_COST: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
     HAS_PREFETCH: tl.constexpr,
@@ -535,7 +530,7 @@ def _decode_kernel(
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
 
-    # Tiles in order of request, KV head, token. Before a request's tiles for a head, a row, come ROW_COST of none.
+    # Tiles in order of request, KV head, token. Padding has none.
     i = tl.arange(0, BLOCK_B)
     is_request = i < num_requests
     lens = tl.load(seq_lens + i, mask=is_request, other=0)
@@ -544,8 +539,7 @@ def _decode_kernel(
         firsts = tl.load(own_starts + i, mask=is_request, other=0)
     if HAS_WINDOW:
         firsts = tl.maximum(firsts, lens - window)
-    tiles = (lens - firsts + BLOCK_N - 1) // BLOCK_N
-    ends = tl.cumsum(tl.where(lens > 0, tiles + ROW_COST, 0), axis=0) * NUM_KV_HEADS
+    ends = tl.cumsum((lens - firsts + BLOCK_N - 1) // BLOCK_N, axis=0) * NUM_KV_HEADS
     total = tl.max(ends, axis=0)
     share = total // num_programs
     rest = total % num_programs  # as many programs have one tile more
@@ -567,92 +561,91 @@ def _decode_kernel(
         if HAS_WINDOW:
             first = tl.maximum(first, seq_len - window)
         num_tiles = (seq_len - first + BLOCK_N - 1) // BLOCK_N
-        kv_head = (work - request_begin) // (num_tiles + ROW_COST)
-        row_begin = request_begin + kv_head * (num_tiles + ROW_COST) + ROW_COST
-        row_end = row_begin + num_tiles
-        tile = tl.maximum(work - row_begin, 0)
-        num_taken = tl.minimum(row_end, end) - row_begin - tile
-        if num_taken > 0:  # else there was room for the row's cost alone
-            tile_first = first + tile * BLOCK_N
-            slots = slot_table + tl.load(rows + request).to(tl.int64) * table_stride
-            slot = _load_slots(slots, tile_first, seq_len, BLOCK_N)
-            if HAS_PREFETCH and work == begin:
-                _prefetch(k_cache + kv_head * HEAD_DIM + slot.to(tl.int64) * K_STRIDE, HEAD_DIM)
-                _prefetch(v_cache + kv_head * HEAD_DIM + slot.to(tl.int64) * V_STRIDE, HEAD_DIM)
-            if PDL:
-                tl.extra.cuda.gdc_wait()  # for the queries and the newest key and value; all else was there before
+        kv_head = (work - request_begin) // num_tiles
+        row_begin = request_begin + kv_head * num_tiles
+        tile = work - row_begin
+        num_taken = tl.minimum(num_tiles - tile, end - work)
 
-            is_element = (m_rows < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
-            q_row = request.to(tl.int64) * Q_STRIDE + (kv_head * GROUP + m_rows) * HEAD_DIM
-            row_last = tl.zeros([BLOCK_M], tl.int32) + seq_len - 1
-            m, l, acc = _attend(
-                tl.load(q + q_row[:, None] + d[None, :], mask=is_element, other=0.0),
-                tl.full([BLOCK_M], float("-inf"), tl.float32),
-                tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
-                tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
-                k_cache + kv_head * HEAD_DIM,
-                v_cache + kv_head * HEAD_DIM,
-                slots,
-                slot,
-                tile_first,
-                tl.minimum(tile_first + num_taken * BLOCK_N, seq_len),
-                seq_len,
-                row_last,
-                row_last,
-                qk_scale,
-                K_STRIDE,
-                V_STRIDE,
-                HEAD_DIM,
-                True,
-                False,
-                SOFTCAP,
-                True,
-                BLOCK_N,
-                BLOCK_D,
-                PRECISION,
-            )
-            l = tl.sum(l, axis=1)
-            result = acc / l[:, None]
-            out_row = (request.to(tl.int64) * NUM_KV_HEADS + kv_head) * GROUP * HEAD_DIM
-            if (num_taken == num_tiles) & (prefix_len == 0):
-                out_pointers = out + out_row + m_rows[:, None] * HEAD_DIM + d[None, :]
-                tl.store(out_pointers, result.to(out.dtype.element_ty), mask=is_element)
-            else:
-                index = 2 * program + (work != begin).to(tl.int32)
-                pointers = partial + (index * BLOCK_GROUP + m_rows[:, None]) * HEAD_DIM + d[None, :]
-                tl.store(pointers, result, mask=is_element)
-                tl.store(partial_lse + index * BLOCK_GROUP + m_rows, m + tl.log2(l), mask=m_rows < GROUP)
+        tile_first = first + tile * BLOCK_N
+        slots = slot_table + tl.load(rows + request).to(tl.int64) * table_stride
+        slot = _load_slots(slots, tile_first, seq_len, BLOCK_N)
+        if HAS_PREFETCH and work == begin:
+            _prefetch(k_cache + kv_head * HEAD_DIM + slot.to(tl.int64) * K_STRIDE, HEAD_DIM)
+            _prefetch(v_cache + kv_head * HEAD_DIM + slot.to(tl.int64) * V_STRIDE, HEAD_DIM)
+        if PDL:
+            tl.extra.cuda.gdc_wait()  # for the queries and the newest key and value; all else was there before
 
-                first_program = _program_of(row_begin, share, rest)
-                num_own = _program_of(row_begin + num_tiles - 1, share, rest) - first_program + 1
-                tl.debug_barrier()  # all threads' parts of the partial result are written before its arrival counts
-                arrival = arrivals + request * NUM_KV_HEADS + kv_head
-                if tl.atomic_add(arrival, 1, sem="acq_rel") == num_own - 1:
-                    tl.store(arrival, 0)
-                    first_begin = first_program * share + tl.minimum(first_program, rest)
-                    prefix_first = 2 * num_programs + request * NUM_KV_HEADS + kv_head
-                    num_prefix = 0
-                    if own_starts is not None:
-                        num_prefix = tl.cdiv(prefix_len, _split_len(prefix_len, num_splits, PREFIX_BLOCK_N))
-                    merged = _merge(
-                        partial,
-                        partial_lse,
-                        2 * first_program + (row_begin - ROW_COST > first_begin).to(tl.int32),
-                        2 * first_program,
-                        num_own,
-                        prefix_first,
-                        num_requests * NUM_KV_HEADS,
-                        num_prefix,
-                        GROUP,
-                        HEAD_DIM,
-                        BLOCK_P,
-                        BLOCK_GROUP,
-                        BLOCK_D,
-                    )
-                    merged_pointers = out + out_row + g[:, None] * HEAD_DIM + d[None, :]
-                    mask = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
-                    tl.store(merged_pointers, merged.to(out.dtype.element_ty), mask=mask)
-        work = tl.minimum(row_end, end)
+        is_element = (m_rows < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+        q_row = request.to(tl.int64) * Q_STRIDE + (kv_head * GROUP + m_rows) * HEAD_DIM
+        row_last = tl.zeros([BLOCK_M], tl.int32) + seq_len - 1
+        m, l, acc = _attend(
+            tl.load(q + q_row[:, None] + d[None, :], mask=is_element, other=0.0),
+            tl.full([BLOCK_M], float("-inf"), tl.float32),
+            tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
+            tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
+            k_cache + kv_head * HEAD_DIM,
+            v_cache + kv_head * HEAD_DIM,
+            slots,
+            slot,
+            tile_first,
+            tl.minimum(tile_first + num_taken * BLOCK_N, seq_len),
+            seq_len,
+            row_last,
+            row_last,
+            qk_scale,
+            K_STRIDE,
+            V_STRIDE,
+            HEAD_DIM,
+            True,
+            False,
+            SOFTCAP,
+            True,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+        )
+        l = tl.sum(l, axis=1)
+        result = acc / l[:, None]
+        out_row = (request.to(tl.int64) * NUM_KV_HEADS + kv_head) * GROUP * HEAD_DIM
+        if (num_taken == num_tiles) & (prefix_len == 0):
+            out_pointers = out + out_row + m_rows[:, None] * HEAD_DIM + d[None, :]
+            tl.store(out_pointers, result.to(out.dtype.element_ty), mask=is_element)
+        else:
+            index = 2 * program + (work != begin).to(tl.int32)
+            pointers = partial + (index * BLOCK_GROUP + m_rows[:, None]) * HEAD_DIM + d[None, :]
+            tl.store(pointers, result, mask=is_element)
+            tl.store(partial_lse + index * BLOCK_GROUP + m_rows, m + tl.log2(l), mask=m_rows < GROUP)
+
+            first_program = _program_of(row_begin, share, rest)
+            num_own = _program_of(row_begin + num_tiles - 1, share, rest) - first_program + 1
+            tl.debug_barrier()  # all threads' parts of the partial result are written before its arrival counts
+            arrival = arrivals + request * NUM_KV_HEADS + kv_head
+            if tl.atomic_add(arrival, 1, sem="acq_rel") == num_own - 1:
+                tl.store(arrival, 0)
+                first_begin = first_program * share + tl.minimum(first_program, rest)
+                prefix_first = 2 * num_programs + request * NUM_KV_HEADS + kv_head
+                num_prefix = 0
+                if own_starts is not None:
+                    num_prefix = tl.cdiv(prefix_len, _split_len(prefix_len, num_splits, PREFIX_BLOCK_N))
+                merged = _merge(
+                    partial,
+                    partial_lse,
+                    2 * first_program + (row_begin != first_begin).to(tl.int32),
+                    2 * first_program,
+                    num_own,
+                    prefix_first,
+                    num_requests * NUM_KV_HEADS,
+                    num_prefix,
+                    GROUP,
+                    HEAD_DIM,
+                    BLOCK_P,
+                    BLOCK_GROUP,
+                    BLOCK_D,
+                )
+                merged_pointers = out + out_row + g[:, None] * HEAD_DIM + d[None, :]
+                mask = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+                tl.store(merged_pointers, merged.to(out.dtype.element_ty), mask=mask)
+        work += num_taken
 
 
 @triton.jit
