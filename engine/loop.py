@@ -26,7 +26,7 @@ MIN_LEAD_S = 0.001  # a step is decided at least this long before the one before
 # Likewise where other ranks run it, too: they hear of it later, and what they come late by looks like a longer step.
 MIN_RANKS_LEAD_S = 0.003
 LAUNCH_MARGIN = 1.25  # launches vary; the device shall not wait for them
-STEP_MARGIN = 0.92  # so much of a step's time budget is planned for: steps vary
+STEP_MARGIN = 0.9  # so much of a step's time budget is planned for: steps vary
 MAX_DELIVERIES = 4  # in one turn of the event loop
 MIN_SLEEP_S = 0.001  # uvloop's timers count milliseconds; what is shorter is waited for awake
 
@@ -317,7 +317,8 @@ class StepPace:
         budget = PrefillBudget(self.chunked_prefill_size)
         if self.max_step_s is not None and num_streams:
             spare_s = STEP_MARGIN * self.max_step_s - self.decode_s
-            budget.work = spare_s / self.prefill_token_s if self.prefill_token_s else self.telling_work
+            # The first chunk must tell: it may turn out a little shorter than its budget.
+            budget.work = spare_s / self.prefill_token_s if self.prefill_token_s else 2 * self.telling_work
             budget.context_cost, budget.min_tokens = self.context_cost, self.min_tokens
         return budget
 

@@ -48,6 +48,7 @@ MAX_SPLIT_PROMPTS = 16  # more of them fill the chip
 MIN_SPLIT_LEN = 512  # tokens of context that are worth a program of their own, if there are places for more of them
 MIN_WAVE_SPLIT_LEN = 4096  # likewise, if there are none
 MAX_SPLIT_WAVES = 4  # of programs on the device, above which a last one that is hardly filled costs little
+SAME_WAVES = 1.08  # so little more waves are not worth more parts, which have to be merged
 
 
 def decode_config(block_d: int, num_requests: int, itemsize: int) -> DecodeConfig:
@@ -282,8 +283,9 @@ def prefill_splits(num_programs: int, num_places: int) -> tuple[int, int]:
         return min(num_fitting, MAX_PREFILL_SPLITS), MIN_SPLIT_LEN
     if num_programs > MAX_SPLIT_WAVES * num_places:
         return 1, MIN_SPLIT_LEN
-    waves = {splits: cdiv(num_programs * splits, num_places) / splits for splits in (1, 2, 3)}
-    return min(waves, key=lambda splits: waves[splits]), MIN_WAVE_SPLIT_LEN
+    waves = {splits: cdiv(num_programs * splits, num_places) / splits for splits in range(1, MAX_PREFILL_SPLITS + 1)}
+    good_enough = SAME_WAVES * min(waves.values())
+    return next(splits for splits in waves if waves[splits] <= good_enough), MIN_WAVE_SPLIT_LEN
 
 
 def _options(
@@ -873,7 +875,8 @@ def _prefill_kernel(
     split = tl.program_id(1)
     num_splits = first * 0 + 1
     if partial is not None:
-        split_len = tl.maximum(_split_len(whole, tl.num_programs(1), BLOCK_N), min_split_len)
+        most_splits = tl.minimum(tl.num_programs(1), tl.maximum(whole // min_split_len, 1))
+        split_len = _split_len(whole, most_splits, BLOCK_N)
         num_splits = tl.maximum(tl.cdiv(whole, split_len), 1)
         first = split * split_len
         if split < num_splits - 1:  # the last part has the tokens that not all rows see
