@@ -310,6 +310,7 @@ class StepPace:
         self.context_cost, self.min_lead_s = context_cost, min_lead_s
         self.decode_s = 0.0
         self.prefill_token_s = 0.0  # without its context
+        self.slow_token_s = 0.0  # likewise, in the slower ones of the last steps: not every size suits the kernels
         self.decode_launch_s = self.prefill_launch_s = 0.0
 
     def prefill_budget(self, num_streams: int) -> PrefillBudget:
@@ -318,7 +319,7 @@ class StepPace:
         if self.max_step_s is not None and num_streams:
             spare_s = STEP_MARGIN * self.max_step_s - self.decode_s
             # The first chunk must tell: it may turn out a little shorter than its budget.
-            budget.work = spare_s / self.prefill_token_s if self.prefill_token_s else 2 * self.telling_work
+            budget.work = spare_s / self.slow_token_s if self.slow_token_s else 2 * self.telling_work
             budget.context_cost, budget.min_tokens = self.context_cost, self.min_tokens
         return budget
 
@@ -326,7 +327,9 @@ class StepPace:
         if plan.is_decode:
             self.decode_s = _follow(self.decode_s, device_s)
         elif (work := self._prefill_work(plan)) >= self.telling_work:
-            self.prefill_token_s = _follow(self.prefill_token_s, max(device_s - self.decode_s, 0.0) / work)
+            token_s = max(device_s - self.decode_s, 0.0) / work
+            self.prefill_token_s = _follow(self.prefill_token_s, token_s)
+            self.slow_token_s = _follow(self.slow_token_s, token_s, rise=0.3, fall=0.05)
 
     def _prefill_work(self, plan: Plan) -> float:
         """Its prompt tokens, each weighed by its context."""
@@ -350,9 +353,14 @@ class StepPace:
         return 0.95 * (self.decode_s + self._prefill_work(plan) * self.prefill_token_s)
 
 
-def _follow(mean: float, value: float) -> float:
-    """A running mean that takes a hiccup, such as a kernel's compilation, for no more than twice what is usual."""
-    return mean + 0.2 * (min(value, 2 * mean) - mean) if mean else value
+def _follow(mean: float, value: float, rise: float = 0.2, fall: float = 0.2) -> float:
+    """A running mean that takes a hiccup, such as a kernel's compilation, for no more than twice what is usual.
+
+    One that rises faster than it falls stays near the largest values.
+    """
+    if not mean:
+        return value
+    return mean + (rise if value > mean else fall) * (min(value, 2 * mean) - mean)
 
 
 class BatchLog:
