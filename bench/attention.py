@@ -27,9 +27,12 @@ import torch
 
 from bench.roofline import elapsed_us, measure_roofline, stream_us
 from engine.batch import SharedPrefixes
-from kernels import flashinfer_attention, triton_attention
+from kernels import flashinfer_attention
 from kernels.attention import attention_torch
-from kernels.triton_attention import DecodeConfig, PrefillConfig
+from kernels.triton_attention import attention_triton
+from kernels.triton_decode import DecodeConfig, decode
+from kernels.triton_prefill import prefill
+from kernels.triton_softmax import PrefillConfig
 
 PARTS = ("check", "decode", "prefill", "shared", "flashinfer")
 NUM_COMPILERS = 12
@@ -188,11 +191,11 @@ class Problem:
 
     def decode(self, layer: int = 0, **settings: Any) -> None:
         k, v = self.cache[layer]
-        triton_attention.decode(self.q, k, v, self.batch, self.out, **self.options, **settings)
+        decode(self.q, k, v, self.batch, self.out, **self.options, **settings)
 
     def prefill(self, layer: int = 0, **settings: Any) -> None:
         k, v = self.cache[layer]
-        triton_attention.prefill(self.q, k, v, self.batch, self.out, **self.options, **settings)
+        prefill(self.q, k, v, self.batch, self.out, **self.options, **settings)
 
     def twin(self) -> None:
         k, v = self.cache[0]
@@ -249,7 +252,7 @@ def run_check(name: str) -> float:
     k, v = problem.cache[0]
     worst = 0.0
     for _ in range(3):  # again with the arrival counters that the run before left
-        problem.out = triton_attention.attention_triton(problem.q, k, v, batch, **problem.options)
+        problem.out = attention_triton(problem.q, k, v, batch, **problem.options)
         worst = max(worst, problem.difference())
     return worst
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from kernels import triton_attention
 from kernels.attention import AttentionBatch
+from kernels.triton_attention import attention_triton
+from kernels.triton_decode import decode
 
 WORKSPACE_BYTES = 128 << 20
 # A plan is copied from its wrapper's pinned buffer when the GPU gets there: steps still in flight need theirs.
@@ -55,12 +56,10 @@ def attention_flashinfer(
     """As `kernels.attention.attention`; what FlashInfer has no kernel for goes to Triton."""
     is_known = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] in HEAD_DIMS
     if not is_known or batch.num_decodes == len(batch.rows):
-        return triton_attention.attention_triton(
-            q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap
-        )
+        return attention_triton(q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if batch.num_decodes:
-        triton_attention.decode(q, k_cache, v_cache, batch, out, scale=scale, window=window, softcap=softcap)
+        decode(q, k_cache, v_cache, batch, out, scale=scale, window=window, softcap=softcap)
     shape = Shape(q.shape[1], k_cache.shape[1], q.shape[2], q.dtype, k_cache.dtype, scale, window, softcap)
     wrapper = _prefill_plans(q.device).wrapper_for(batch, shape)
     first = batch.num_decodes

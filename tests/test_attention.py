@@ -13,9 +13,12 @@ if not torch.cuda.is_available():
 import bench.attention
 from bench.attention import Batch
 from kernels import attention as torch_attention
-from kernels import flashinfer_attention, triton_attention
+from kernels import flashinfer_attention
 from kernels.attention import attention, attention_torch, choose_backend
-from kernels.triton_attention import DecodeConfig, PrefillConfig, attention_triton
+from kernels.triton_attention import attention_triton
+from kernels.triton_decode import DecodeConfig, decode
+from kernels.triton_prefill import prefill, prefill_splits
+from kernels.triton_softmax import PrefillConfig, arrival_counters
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -106,10 +109,8 @@ def test_a_context_cut_into_parts_gives_the_same_result(num_splits: int, softcap
     q, k, v = make_inputs(batch)
     for _ in range(2):  # and leaves nothing behind that the next one would stumble over
         result = torch.full_like(q, float("nan"))
-        triton_attention.decode(q, k, v, batch, result, scale=0.3, softcap=softcap)
-        triton_attention.prefill(
-            q, k, v, batch, result, scale=0.3, softcap=softcap, num_splits=num_splits, min_split_len=16
-        )
+        decode(q, k, v, batch, result, scale=0.3, softcap=softcap)
+        prefill(q, k, v, batch, result, scale=0.3, softcap=softcap, num_splits=num_splits, min_split_len=16)
         check(result, naive(q, k, v, batch, 0.3, -1, softcap), q.dtype)
 
 
@@ -159,7 +160,7 @@ def test_however_the_work_is_cut_the_parts_merge_to_the_same(num_programs: int, 
     q, k, v = make_inputs(batch)
     out = torch.full_like(q, float("nan"))
     config = DecodeConfig(block_n, 4, 1, 1)
-    triton_attention.decode(q, k, v, batch, out, scale=0.3, window=window, config=config, num_programs=num_programs)
+    decode(q, k, v, batch, out, scale=0.3, window=window, config=config, num_programs=num_programs)
     check(out, naive(q, k, v, batch, 0.3, window, 0.0), q.dtype)
 
 
@@ -172,7 +173,7 @@ def test_many_requests_may_be_of_any_length_and_padding_among_them(num_programs:
     q, k, v = make_inputs(batch)
     out = torch.full_like(q, float("nan"))
     config = DecodeConfig(16, 4, 1, 1)
-    triton_attention.decode(q, k, v, batch, out, scale=0.3, window=window, config=config, num_programs=num_programs)
+    decode(q, k, v, batch, out, scale=0.3, window=window, config=config, num_programs=num_programs)
     is_request = batch.seq_lens.cpu() > 0
     check(out[is_request], naive(q, k, v, batch, 0.3, window, 0.0)[is_request], q.dtype)
     assert out[padding].isnan().all(), "padding is left as it is"
@@ -182,8 +183,8 @@ def test_the_arrival_counters_are_zero_again() -> None:
     batch = make_batch(DECODES)
     q, k, v = make_inputs(batch)
     for num_programs in (3, 7):
-        triton_attention.decode(q, k, v, batch, torch.empty_like(q), scale=0.3, num_programs=num_programs)
-    assert not triton_attention._arrival_counters(q.device, 1).any()
+        decode(q, k, v, batch, torch.empty_like(q), scale=0.3, num_programs=num_programs)
+    assert not arrival_counters(q.device, 1).any()
 
 
 GROUPED = [(1, 50), (1, 3), (1, 45), (1, 41), (1, 64), (1, 39)]
@@ -203,7 +204,7 @@ def test_shared_prefixes_change_nothing(
     q, k, v = make_inputs(batch, 6, 2)
     k, v = k.to(cache_dtype), v.to(cache_dtype)
     out = torch.full_like(q, float("nan"))
-    triton_attention.decode(
+    decode(
         q, k, v, batch, out, scale=0.3, window=window, softcap=softcap, config=DecodeConfig(16, 4, 1, 1),
         num_programs=num_programs, prefix_config=PrefillConfig(block_m, 16, 4, 1), num_prefix_splits=num_splits,
     )  # fmt: skip
@@ -229,9 +230,7 @@ def test_prompts_in_tiles_of_any_shape(block_m: int, block_n: int, window: int) 
     batch = make_batch([(1, 5), (17, 17), (2, 35), (33, 60)])
     q, k, v = make_inputs(batch)
     out = torch.zeros_like(q)
-    triton_attention.prefill(
-        q, k, v, batch, out, scale=0.3, window=window, config=PrefillConfig(block_m, block_n, 4, 1)
-    )
+    prefill(q, k, v, batch, out, scale=0.3, window=window, config=PrefillConfig(block_m, block_n, 4, 1))
     check(out[1:], naive(q, k, v, batch, 0.3, window, 0.0)[1:], q.dtype)
 
 
@@ -281,7 +280,7 @@ def test_flashinfer_is_given_no_padding(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_context_is_cut_so_that_the_last_wave_of_programs_is_not_nearly_empty() -> None:
     places = 264
     for num_programs in range(1, 6 * places):
-        num_splits, min_len = triton_attention.prefill_splits(num_programs, places)
+        num_splits, min_len = prefill_splits(num_programs, places)
         waves, uncut = -(-num_programs * num_splits // places) / num_splits, -(-num_programs // places)
         assert waves <= uncut
         assert num_splits == 1 or min_len <= 512 or waves < uncut, "cut for nothing"

@@ -1,0 +1,507 @@
+"""Attention of single tokens in Triton, with the prefixes that requests share read once."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.attention import AttentionBatch, SharedPrefixes
+from kernels.launch import cdiv, fast_launch, next_power_of_2, num_sms
+from kernels.triton_softmax import (
+    LOG2_E,
+    PrefillConfig,
+    arrival_counters,
+    attend,
+    attend_prompt,
+    attention_kernel,
+    block_requests,
+    find,
+    launch_settings,
+    load_slots,
+    part_len,
+    prefill_config,
+)
+
+MIN_DOT_ROWS = 16
+
+
+class DecodeConfig(NamedTuple):
+    block_n: int  # tokens a tile
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+    has_prefetch: bool = False  # bring a program's first tile to the L2 cache before the kernel ahead has ended
+
+
+# By (head_dim rounded up to a power of two, largest number of requests it is for): the fastest of bench/attention.py.
+DECODE_CONFIGS: dict[tuple[int, int], DecodeConfig] = {
+    (128, 4): DecodeConfig(block_n=64, num_warps=4, num_stages=3, programs_per_sm=1, has_prefetch=True),
+    (128, 16): DecodeConfig(block_n=32, num_warps=1, num_stages=4, programs_per_sm=2),
+    (128, 1 << 20): DecodeConfig(block_n=32, num_warps=1, num_stages=4, programs_per_sm=4),
+}
+PREFIX_CONFIGS: dict[int, PrefillConfig] = {128: PrefillConfig(block_m=64, block_n=64, num_warps=4, num_stages=3)}
+
+
+def decode_config(block_d: int, num_requests: int, itemsize: int) -> DecodeConfig:
+    """itemsize: bytes of an element of q."""
+    if itemsize == 4:
+        return DecodeConfig(block_n=16, num_warps=4, num_stages=2, programs_per_sm=2)
+    fitting = [key for key in DECODE_CONFIGS if key[0] == block_d and num_requests <= key[1]]
+    if fitting:
+        return DECODE_CONFIGS[min(fitting)]
+    return DecodeConfig(block_n=64 if block_d <= 128 else 32, num_warps=4, num_stages=3, programs_per_sm=2)
+
+
+def decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    window: int = -1,
+    softcap: float = 0.0,
+    config: DecodeConfig | None = None,
+    num_programs: int | None = None,
+    prefix_config: PrefillConfig | None = None,
+    num_prefix_splits: int | None = None,
+) -> None:
+    """The first num_decodes tokens of the batch, into `out`, which stays as it is where the length is 0: padding.
+
+    Every program takes an equal run of the tiles of all requests and heads ("stream-K", Osama et al. 2023), so that
+    any mix of lengths fills the chip. Where a run starts or ends inside a request, the program leaves a partial
+    result, and the last to arrive at a request merges them: no second kernel, and none of this for whole requests.
+    On Hopper lengths and slots are read before the kernel ahead has ended, which must not be the one to write them.
+    """
+    num_requests = batch.num_decodes
+    head_dim, num_kv_heads = q.shape[2], k_cache.shape[1]
+    block_group = next_power_of_2(q.shape[1] // num_kv_heads)
+    block_d = next_power_of_2(head_dim)
+    config = config or decode_config(block_d, num_requests, q.dtype.itemsize)
+    num_programs = num_programs or config.programs_per_sm * num_sms(q.device)
+    shared = batch.shared
+    num_splits = 0
+    if shared is not None:
+        prefix_config = prefix_config or prefill_config(PREFIX_CONFIGS, block_d, q.dtype.itemsize)
+        num_tiles = cdiv(num_requests * block_group, prefix_config.block_m)
+        num_splits = num_prefix_splits or max(1, min(16, 2 * num_sms(q.device) // (num_tiles * num_kv_heads)))
+    # A program leaves at most two partial results: of the request it starts in and of the one it ends in.
+    num_partials = 2 * num_programs + num_splits * num_requests * num_kv_heads
+    partial = torch.empty(num_partials, block_group, head_dim, dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty(num_partials, block_group, dtype=torch.float32, device=q.device)
+    if shared is not None:
+        assert prefix_config is not None
+        _prefix_partials(
+            q, k_cache, v_cache, batch, shared, partial, partial_lse, 2 * num_programs, num_splits, scale, window,
+            softcap, prefix_config,
+        )  # fmt: skip
+    # Few requests are cut into many parts, whose merging is part of the latency; many requests need the registers
+    # for more programs on an SM.
+    merge_registers = 64 if num_requests <= 4 else 32
+    settings = launch_settings(
+        q, k_cache, v_cache, window, softcap, config.block_n, config.num_warps, config.num_stages
+    )
+    _decode_kernel[(num_programs,)](
+        q,
+        k_cache,
+        v_cache,
+        out,
+        batch.seq_lens,
+        batch.rows,
+        batch.slot_table,
+        shared.own_starts if shared is not None else None,
+        partial,
+        partial_lse,
+        arrival_counters(q.device, num_requests * num_kv_heads),
+        num_requests,
+        num_splits,
+        batch.slot_table.stride(0),
+        window,
+        scale * LOG2_E,
+        **settings,
+        BLOCK_B=block_requests(num_requests),
+        BLOCK_M=max(MIN_DOT_ROWS, block_group),
+        BLOCK_P=max(1, merge_registers * 32 * config.num_warps // (block_group * block_d)),
+        PREFIX_BLOCK_N=prefix_config.block_n if prefix_config is not None else 1,
+        HAS_PREFETCH=settings["PDL"] and config.has_prefetch,
+    )
+
+
+def _prefix_partials(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    shared: SharedPrefixes,
+    partial: torch.Tensor,
+    partial_lse: torch.Tensor,
+    first_partial: int,
+    num_splits: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    config: PrefillConfig,
+) -> None:
+    """Attention of each group's members to its prefix, in `num_splits` parts: what `decode` merges with their own."""
+    num_requests = batch.num_decodes
+    num_kv_heads = k_cache.shape[1]
+    block_group = next_power_of_2(q.shape[1] // num_kv_heads)
+    num_groups = shared.prefix_lens.shape[0]
+    # Enough for a few large groups; with many small ones a program takes several tiles.
+    num_programs = cdiv(num_requests * block_group, config.block_m) + 7
+    settings = launch_settings(
+        q, k_cache, v_cache, window, softcap, config.block_n, config.num_warps, config.num_stages
+    )
+    _prefix_kernel[(num_kv_heads, num_splits, num_programs)](
+        q,
+        k_cache,
+        v_cache,
+        batch.seq_lens,
+        batch.rows,
+        batch.slot_table,
+        shared.prefix_lens,
+        shared.cu_members,
+        shared.members,
+        partial,
+        partial_lse,
+        num_requests,
+        num_groups,
+        first_partial,
+        batch.slot_table.stride(0),
+        window,
+        scale * LOG2_E,
+        **settings,
+        BLOCK_GROUPS=block_requests(num_groups),
+        BLOCK_M=max(config.block_m, block_group),
+    )
+
+
+@triton.jit
+def _prefetch(pointers, N: tl.constexpr):
+    """Start to bring the N elements at each pointer to the L2 cache."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [pointers, tl.full([1], N * pointers.dtype.element_ty.primitive_bitwidth // 8, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@fast_launch
+@attention_kernel
+def _decode_kernel(
+    q,
+    k_cache,
+    v_cache,
+    out,
+    seq_lens,
+    rows,
+    slot_table,
+    own_starts,
+    partial,
+    partial_lse,
+    arrivals,
+    num_requests,
+    num_splits,
+    table_stride,
+    window,
+    qk_scale,
+    Q_STRIDE: tl.constexpr,
+    K_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PREFIX_BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+    HAS_PREFETCH: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+
+    # Tiles in order of request, KV head, token. Padding has none.
+    i = tl.arange(0, BLOCK_B)
+    is_request = i < num_requests
+    lens = tl.load(seq_lens + i, mask=is_request, other=0)
+    firsts = tl.zeros_like(lens)
+    if own_starts is not None:
+        firsts = tl.load(own_starts + i, mask=is_request, other=0)
+    if HAS_WINDOW:
+        firsts = tl.maximum(firsts, lens - window)
+    ends = tl.cumsum((lens - firsts + BLOCK_N - 1) // BLOCK_N, axis=0) * NUM_KV_HEADS
+    total = tl.max(ends, axis=0)
+    share = total // num_programs
+    rest = total % num_programs  # as many programs have one tile more
+    begin = program * share + tl.minimum(program, rest)
+    end = begin + share + (program < rest).to(tl.int32)
+
+    m_rows = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    g = tl.arange(0, BLOCK_GROUP)
+    work = begin
+    while work < end:
+        request, request_begin = find(ends, work)
+        seq_len = tl.load(seq_lens + request)
+        first = seq_len * 0
+        prefix_len = seq_len * 0
+        if own_starts is not None:
+            prefix_len = tl.load(own_starts + request)
+            first = prefix_len
+        if HAS_WINDOW:
+            first = tl.maximum(first, seq_len - window)
+        num_tiles = (seq_len - first + BLOCK_N - 1) // BLOCK_N
+        kv_head = (work - request_begin) // num_tiles
+        row_begin = request_begin + kv_head * num_tiles
+        tile = work - row_begin
+        num_taken = tl.minimum(num_tiles - tile, end - work)
+
+        tile_first = first + tile * BLOCK_N
+        slots = slot_table + tl.load(rows + request).to(tl.int64) * table_stride
+        slot = load_slots(slots, tile_first, seq_len, BLOCK_N)
+        if HAS_PREFETCH and work == begin:
+            _prefetch(k_cache + kv_head * HEAD_DIM + slot.to(tl.int64) * K_STRIDE, HEAD_DIM)
+            _prefetch(v_cache + kv_head * HEAD_DIM + slot.to(tl.int64) * V_STRIDE, HEAD_DIM)
+        if PDL:
+            tl.extra.cuda.gdc_wait()  # for the queries and the newest key and value; all else was there before
+
+        is_element = (m_rows < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+        q_row = request.to(tl.int64) * Q_STRIDE + (kv_head * GROUP + m_rows) * HEAD_DIM
+        row_last = tl.zeros([BLOCK_M], tl.int32) + seq_len - 1
+        m, l, acc = attend(
+            tl.load(q + q_row[:, None] + d[None, :], mask=is_element, other=0.0),
+            tl.full([BLOCK_M], float("-inf"), tl.float32),
+            tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
+            tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
+            k_cache + kv_head * HEAD_DIM,
+            v_cache + kv_head * HEAD_DIM,
+            slots,
+            slot,
+            tile_first,
+            tl.minimum(tile_first + num_taken * BLOCK_N, seq_len),
+            seq_len,
+            row_last,
+            row_last,
+            qk_scale,
+            K_STRIDE,
+            V_STRIDE,
+            HEAD_DIM,
+            True,
+            False,
+            SOFTCAP,
+            True,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+        )
+        l = tl.sum(l, axis=1)
+        result = acc / l[:, None]
+        out_row = (request.to(tl.int64) * NUM_KV_HEADS + kv_head) * GROUP * HEAD_DIM
+        if (num_taken == num_tiles) & (prefix_len == 0):
+            out_pointers = out + out_row + m_rows[:, None] * HEAD_DIM + d[None, :]
+            tl.store(out_pointers, result.to(out.dtype.element_ty), mask=is_element)
+        else:
+            index = 2 * program + (work != begin).to(tl.int32)
+            pointers = partial + (index * BLOCK_GROUP + m_rows[:, None]) * HEAD_DIM + d[None, :]
+            tl.store(pointers, result, mask=is_element)
+            tl.store(partial_lse + index * BLOCK_GROUP + m_rows, m + tl.log2(l), mask=m_rows < GROUP)
+
+            first_program = _program_of(row_begin, share, rest)
+            num_own = _program_of(row_begin + num_tiles - 1, share, rest) - first_program + 1
+            tl.debug_barrier()  # all threads' parts of the partial result are written before its arrival counts
+            arrival = arrivals + request * NUM_KV_HEADS + kv_head
+            if tl.atomic_add(arrival, 1, sem="acq_rel") == num_own - 1:
+                tl.store(arrival, 0)
+                first_begin = first_program * share + tl.minimum(first_program, rest)
+                prefix_first = 2 * num_programs + request * NUM_KV_HEADS + kv_head
+                num_prefix = 0
+                if own_starts is not None:
+                    num_prefix = tl.cdiv(prefix_len, part_len(prefix_len, num_splits, PREFIX_BLOCK_N))
+                merged = _merge(
+                    partial,
+                    partial_lse,
+                    2 * first_program + (row_begin != first_begin).to(tl.int32),
+                    2 * first_program,
+                    num_own,
+                    prefix_first,
+                    num_requests * NUM_KV_HEADS,
+                    num_prefix,
+                    GROUP,
+                    HEAD_DIM,
+                    BLOCK_P,
+                    BLOCK_GROUP,
+                    BLOCK_D,
+                )
+                merged_pointers = out + out_row + g[:, None] * HEAD_DIM + d[None, :]
+                mask = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+                tl.store(merged_pointers, merged.to(out.dtype.element_ty), mask=mask)
+        work += num_taken
+
+
+@triton.jit
+def _program_of(tile, share, rest):
+    """The program that has `tile`, where the first `rest` programs have share + 1 each and the others share."""
+    split = rest * (share + 1)
+    return tl.where(tile < split, tile // (share + 1), rest + (tile - split) // tl.maximum(share, 1))
+
+
+@triton.jit
+def _merge(
+    partial,
+    partial_lse,
+    first_own,
+    base_own,
+    num_own,
+    base_prefix,
+    prefix_stride,
+    num_prefix,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The results of `num_own` programs and `num_prefix` parts of a prefix, as one: [BLOCK_GROUP, BLOCK_D].
+
+    Loads go past the L1 cache, which may hold what lay there before.
+    """
+    p = tl.arange(0, BLOCK_P)
+    g = tl.arange(0, BLOCK_GROUP)
+    d = tl.arange(0, BLOCK_D)
+    m = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_GROUP], tl.float32)
+    acc = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
+    for start in range(0, num_own + num_prefix, BLOCK_P):
+        piece = start + p
+        own = tl.where(piece == 0, first_own, base_own + 2 * piece)
+        index = tl.where(piece < num_own, own, base_prefix + (piece - num_own) * prefix_stride).to(tl.int64)
+        row = index[:, None] * BLOCK_GROUP + g[None, :]
+        is_row = (piece < num_own + num_prefix)[:, None] & (g < GROUP)[None, :]
+        lse = tl.load(partial_lse + row, mask=is_row, other=float("-inf"), cache_modifier=".cg")
+        pointers = partial + row[:, :, None] * HEAD_DIM + d[None, None, :]
+        mask = is_row[:, :, None] & (d < HEAD_DIM)[None, None, :]
+        values = tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
+        new_m = tl.maximum(tl.maximum(m, tl.max(lse, axis=0)), -1e30)  # rows of padding have seen nothing
+        weights = tl.exp2(lse - new_m[None, :])
+        alpha = tl.exp2(m - new_m)
+        l = l * alpha + tl.sum(weights, axis=0)
+        acc = acc * alpha[:, None] + tl.sum(values * weights[:, :, None], axis=0)
+        m = new_m
+    return acc / l[:, None]
+
+
+@fast_launch
+@attention_kernel
+def _prefix_kernel(
+    q,
+    k_cache,
+    v_cache,
+    seq_lens,
+    rows,
+    slot_table,
+    prefix_lens,
+    cu_members,
+    members,
+    partial,
+    partial_lse,
+    num_requests,
+    num_groups,
+    first_partial,
+    table_stride,
+    window,
+    qk_scale,
+    Q_STRIDE: tl.constexpr,
+    K_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    num_splits = tl.num_programs(1)
+    BLOCK_MEMBERS: tl.constexpr = BLOCK_M // BLOCK_GROUP
+    i = tl.arange(0, BLOCK_GROUPS)
+    is_group = i < num_groups
+    sizes = tl.load(cu_members + i + 1, mask=is_group, other=0) - tl.load(cu_members + i, mask=is_group, other=0)
+    sizes = tl.where(tl.load(prefix_lens + i, mask=is_group, other=0) > 0, sizes, 0)
+    ends = tl.cumsum((sizes + BLOCK_MEMBERS - 1) // BLOCK_MEMBERS, axis=0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    m_rows = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    for tile in range(tl.program_id(2), tl.max(ends, axis=0), tl.num_programs(2)):
+        group, group_begin = find(ends, tile)
+        prefix_len = tl.load(prefix_lens + group)
+        split_len = part_len(prefix_len, num_splits, BLOCK_N)
+        first = split * split_len
+        last = tl.minimum(first + split_len, prefix_len)
+        if first < last:
+            first_member = tl.load(cu_members + group)
+            member = first_member + (tile - group_begin) * BLOCK_MEMBERS + m_rows // BLOCK_GROUP
+            is_row = (member < tl.load(cu_members + group + 1)) & (m_rows % BLOCK_GROUP < GROUP)
+            request = tl.load(members + member, mask=is_row, other=0)
+            head = kv_head * GROUP + m_rows % BLOCK_GROUP
+            is_element = is_row[:, None] & (d < HEAD_DIM)[None, :]
+            q_row = request.to(tl.int64) * Q_STRIDE + head * HEAD_DIM
+            q_tile = tl.load(q + q_row[:, None] + d[None, :], mask=is_element, other=0.0)
+            row_last = tl.zeros([BLOCK_M], tl.int32) + last - 1
+            row_first = row_last
+            if HAS_WINDOW:
+                row_first = tl.load(seq_lens + request, mask=is_row, other=0) - window
+            slots = slot_table + tl.load(rows + tl.load(members + first_member)).to(tl.int64) * table_stride
+            whole = last // BLOCK_N * BLOCK_N  # `first` is a whole number of tiles
+            m, l, acc = attend_prompt(
+                q_tile,
+                k_cache + kv_head * HEAD_DIM,
+                v_cache + kv_head * HEAD_DIM,
+                slots,
+                first,
+                whole,
+                last,
+                last,
+                row_first,
+                row_last,
+                qk_scale,
+                K_STRIDE,
+                V_STRIDE,
+                HEAD_DIM,
+                HAS_WINDOW,
+                SOFTCAP,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                PRECISION,
+            )
+            if HAS_WINDOW:
+                l = tl.where(l > 0, l, 1.0)  # a member whose window is past this part: its m is -1e30
+            index = first_partial + (split * num_requests + request.to(tl.int64)) * NUM_KV_HEADS + kv_head
+            row = index * BLOCK_GROUP + m_rows % BLOCK_GROUP
+            tl.store(partial + row[:, None] * HEAD_DIM + d[None, :], acc / l[:, None], mask=is_element)
+            tl.store(partial_lse + row, m + tl.log2(l), mask=is_row)

@@ -1,0 +1,264 @@
+"""Attention of prompts in Triton: any number of tokens of each request, behind any context."""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.attention import AttentionBatch
+from kernels.launch import cdiv, fast_launch, next_power_of_2, num_sms
+from kernels.triton_softmax import (
+    LOG2_E,
+    PrefillConfig,
+    arrival_counters,
+    attend_prompt,
+    attention_kernel,
+    block_requests,
+    find,
+    launch_settings,
+    part_len,
+    prefill_config,
+)
+
+PREFILL_CONFIGS: dict[int, PrefillConfig] = {128: PrefillConfig(block_m=64, block_n=64, num_warps=4, num_stages=3)}
+PREFILL_PROGRAMS_PER_SM = 2
+MAX_PREFILL_SPLITS = 8
+MAX_SPLIT_PROMPTS = 16  # more of them fill the chip
+MIN_SPLIT_LEN = 512  # tokens of context that are worth a program of their own, if there are places for more of them
+MIN_WAVE_SPLIT_LEN = 4096  # likewise, if there are none
+MAX_SPLIT_WAVES = 4  # of programs on the device, above which a last one that is hardly filled costs little
+SAME_WAVES = 1.08  # so little more waves are not worth more parts, which have to be merged
+
+
+def prefill(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    window: int = -1,
+    softcap: float = 0.0,
+    config: PrefillConfig | None = None,
+    num_splits: int | None = None,
+    min_split_len: int = MIN_SPLIT_LEN,
+) -> None:
+    """The tokens after the first num_decodes, whatever number of them a request has, into `out`.
+
+    Where they do not fill the chip, or fill it a last time badly, their context is cut into up to `num_splits` parts;
+    the last program to have attended to its part merges them. How many there are depends on the context, which only the
+    device knows in a captured graph.
+    """
+    num_requests = len(batch.rows) - batch.num_decodes
+    num_kv_heads = k_cache.shape[1]
+    block_group = next_power_of_2(q.shape[1] // num_kv_heads)
+    config = config or prefill_config(PREFILL_CONFIGS, next_power_of_2(q.shape[2]), q.dtype.itemsize)
+    block_m = max(config.block_m, block_group)
+    num_tokens = q.shape[0] - batch.num_decodes
+    num_programs = (num_tokens // (block_m // block_group) + num_requests) * num_kv_heads  # at most
+    if window >= 0 or num_requests > MAX_SPLIT_PROMPTS:  # with a window there is little context
+        num_splits = 1
+    elif num_splits is None:
+        num_expected = cdiv(num_tokens, block_m // block_group) * num_kv_heads  # mostly it is one prompt
+        num_splits, min_split_len = prefill_splits(num_expected, PREFILL_PROGRAMS_PER_SM * num_sms(q.device))
+    partial = partial_lse = arrivals = None
+    if num_splits > 1:
+        num_rows = num_programs * num_splits * block_m
+        partial = torch.empty(num_rows, q.shape[2], dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(num_rows, dtype=torch.float32, device=q.device)
+        arrivals = arrival_counters(q.device, num_programs)
+    settings = launch_settings(
+        q, k_cache, v_cache, window, softcap, config.block_n, config.num_warps, config.num_stages
+    )
+    _prefill_kernel[(num_programs, num_splits)](
+        q,
+        k_cache,
+        v_cache,
+        out,
+        batch.seq_lens[batch.num_decodes :],
+        batch.cu_q_lens[batch.num_decodes :],
+        batch.rows[batch.num_decodes :],
+        batch.slot_table,
+        partial,
+        partial_lse,
+        arrivals,
+        num_requests,
+        batch.slot_table.stride(0),
+        window,
+        min_split_len,
+        scale * LOG2_E,
+        **settings,
+        BLOCK_B=block_requests(num_requests),
+        BLOCK_M=block_m,
+    )
+
+
+def prefill_splits(num_programs: int, num_places: int) -> tuple[int, int]:
+    """(parts that a prompt's context is cut into at most, tokens of context that are worth a part).
+
+    num_programs: for uncut contexts; num_places: how many programs the device runs at once. With 288 on 264 places the
+    second wave would keep 24 of them as busy as the first one all.
+    """
+    num_fitting = num_places // max(num_programs, 1)
+    if num_fitting > 1:
+        return min(num_fitting, MAX_PREFILL_SPLITS), MIN_SPLIT_LEN
+    if num_programs > MAX_SPLIT_WAVES * num_places:
+        return 1, MIN_SPLIT_LEN
+    waves = {splits: cdiv(num_programs * splits, num_places) / splits for splits in range(1, MAX_PREFILL_SPLITS + 1)}
+    good_enough = SAME_WAVES * min(waves.values())
+    return next(splits for splits in waves if waves[splits] <= good_enough), MIN_WAVE_SPLIT_LEN
+
+
+@fast_launch
+@attention_kernel
+def _prefill_kernel(
+    q,
+    k_cache,
+    v_cache,
+    out,
+    seq_lens,
+    cu_q_lens,
+    rows,
+    slot_table,
+    partial,
+    partial_lse,
+    arrivals,
+    num_requests,
+    table_stride,
+    window,
+    min_split_len,
+    qk_scale,
+    Q_STRIDE: tl.constexpr,
+    K_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    BLOCK_TOKENS: tl.constexpr = BLOCK_M // BLOCK_GROUP
+    kv_head = tl.program_id(0) % NUM_KV_HEADS
+    i = tl.arange(0, BLOCK_B)
+    is_request = i < num_requests
+    # All requests' figures at once, though one is wanted: loads that wait for each other take longer than sums.
+    q_begins = tl.load(cu_q_lens + i, mask=is_request, other=0)
+    q_ends = tl.load(cu_q_lens + i + 1, mask=is_request, other=0)
+    all_lens = tl.load(seq_lens + i, mask=is_request, other=0)
+    all_rows = tl.load(rows + i, mask=is_request, other=0)
+    ends = tl.cumsum((q_ends - q_begins + BLOCK_TOKENS - 1) // BLOCK_TOKENS, axis=0)
+    # The last tiles of a prompt see the most: they start first, so that they do not end last.
+    tile = tl.max(ends, axis=0) - 1 - tl.program_id(0) // NUM_KV_HEADS
+    request, request_begin = find(ends, tile)
+    q_begin = tl.sum(tl.where(i == request, q_begins, 0), axis=0)
+    q_len = tl.sum(tl.where(i == request, q_ends, 0), axis=0) - q_begin
+    seq_len = tl.sum(tl.where(i == request, all_lens, 0), axis=0)
+    row = tl.sum(tl.where(i == request, all_rows, 0), axis=0)
+    first_q = (tile - request_begin) * BLOCK_TOKENS
+    first_position = seq_len - q_len + first_q
+    last = tl.minimum(first_position + BLOCK_TOKENS, seq_len)
+    whole = (first_position + 1) // BLOCK_N * BLOCK_N  # tokens that all rows see
+    first = seq_len * 0
+    if HAS_WINDOW:
+        first = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
+    split = tl.program_id(1)
+    num_splits = first * 0 + 1
+    if partial is not None:
+        most_splits = tl.minimum(tl.num_programs(1), tl.maximum(whole // min_split_len, 1))
+        split_len = part_len(whole, most_splits, BLOCK_N)
+        num_splits = tl.maximum(tl.cdiv(whole, split_len), 1)
+        first = split * split_len
+        if split < num_splits - 1:  # the last part has the tokens that not all rows see
+            last = first + split_len
+            whole = last
+    if (tile >= 0) & (split < num_splits):
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        m_rows = tl.arange(0, BLOCK_M)
+        d = tl.arange(0, BLOCK_D)
+        q_index = first_q + m_rows // BLOCK_GROUP
+        head = kv_head * GROUP + m_rows % BLOCK_GROUP
+        is_row = (q_index < q_len) & (m_rows % BLOCK_GROUP < GROUP)
+        is_element = is_row[:, None] & (d < HEAD_DIM)[None, :]
+        token = (q_begin + q_index).to(tl.int64)
+        q_row = token * Q_STRIDE + head * HEAD_DIM
+        q_tile = tl.load(q + q_row[:, None] + d[None, :], mask=is_element, other=0.0)
+
+        row_last = seq_len - q_len + q_index
+        row_first = row_last - window + 1
+        slots = slot_table + row.to(tl.int64) * table_stride
+        m, l, acc = attend_prompt(
+            q_tile,
+            k_cache + kv_head * HEAD_DIM,
+            v_cache + kv_head * HEAD_DIM,
+            slots,
+            first,
+            whole,
+            last,
+            seq_len,
+            row_first,
+            row_last,
+            qk_scale,
+            K_STRIDE,
+            V_STRIDE,
+            HEAD_DIM,
+            HAS_WINDOW,
+            SOFTCAP,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            PRECISION,
+        )
+        result = acc / l[:, None]
+        out_row = (token * NUM_KV_HEADS * GROUP + head) * HEAD_DIM
+        out_pointers = out + out_row[:, None] + d[None, :]
+        if num_splits == 1:
+            tl.store(out_pointers, result.to(out.dtype.element_ty), mask=is_element)
+        elif partial is not None:
+            is_column = (d < HEAD_DIM)[None, :]
+            first_row = tl.program_id(0) * tl.num_programs(1) * BLOCK_M
+            part = first_row + split * BLOCK_M + m_rows
+            tl.store(partial + part[:, None] * HEAD_DIM + d[None, :], result, mask=is_column)
+            tl.store(partial_lse + part, m + tl.log2(l))
+            tl.debug_barrier()  # all threads' parts of the result are written before its arrival counts
+            arrival = arrivals + tl.program_id(0)
+            if tl.atomic_add(arrival, 1, sem="acq_rel") == num_splits - 1:
+                tl.store(arrival, 0)
+                merged = _merge(partial, partial_lse, first_row, num_splits, HEAD_DIM, BLOCK_M, BLOCK_D)
+                tl.store(out_pointers, merged.to(out.dtype.element_ty), mask=is_element)
+
+
+@triton.jit
+def _merge(
+    partial, partial_lse, first_row, num_splits, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """The results of a tile's parts, which lie one after another, as one: [BLOCK_M, BLOCK_D].
+
+    Loads go past the L1 cache, which may hold what lay there before.
+    """
+    m_rows = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for split in range(num_splits):
+        row = first_row + split * BLOCK_M + m_rows
+        lse = tl.load(partial_lse + row, cache_modifier=".cg")
+        pointers = partial + row[:, None] * HEAD_DIM + d[None, :]
+        values = tl.load(pointers, mask=(d < HEAD_DIM)[None, :], other=0.0, cache_modifier=".cg")
+        new_m = tl.maximum(m, lse)
+        weight = tl.exp2(lse - new_m)
+        alpha = tl.exp2(m - new_m)
+        l = l * alpha + weight
+        acc = acc * alpha[:, None] + values * weight[:, None]
+        m = new_m
+    return acc / l[:, None]

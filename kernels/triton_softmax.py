@@ -1,0 +1,228 @@
+"""What the Triton attention kernels have in common: a running softmax over tiles of the paged cache, and launching.
+
+The query heads of one KV head are rows of one tile (GQA packed in M), so keys and values are read once for all of them.
+Scores are kept in units of log2, for exp2. The definition is `kernels.attention.attention_torch`.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.launch import next_power_of_2
+from kernels.triton_elementwise import launch_options
+
+LOG2_E = 1.4426950408889634
+
+
+class PrefillConfig(NamedTuple):
+    block_m: int  # queries x heads of a KV head
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def prefill_config(configs: dict[int, PrefillConfig], block_d: int, itemsize: int) -> PrefillConfig:
+    """An entry of PREFILL_CONFIGS or PREFIX_CONFIGS, or what surely fits. itemsize: bytes of an element of q."""
+    if itemsize == 4:
+        return PrefillConfig(block_m=32, block_n=16, num_warps=4, num_stages=1)
+    default = PrefillConfig(block_m=64, block_n=64 if block_d <= 128 else 32, num_warps=4, num_stages=2)
+    return configs.get(block_d, default)
+
+
+def launch_settings(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    window: int,
+    softcap: float,
+    block_n: int,
+    num_warps: int,
+    num_stages: int,
+) -> dict[str, Any]:
+    """What all three kernels are compiled for and launched with."""
+    num_heads, head_dim = q.shape[1:]
+    num_kv_heads = k_cache.shape[1]
+    group = num_heads // num_kv_heads
+    return {
+        "Q_STRIDE": q.stride(0),
+        "K_STRIDE": k_cache.stride(0),
+        "V_STRIDE": v_cache.stride(0),
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "HAS_WINDOW": window >= 0,
+        "SOFTCAP": softcap * LOG2_E,
+        "BLOCK_GROUP": next_power_of_2(group),
+        "BLOCK_D": next_power_of_2(head_dim),
+        "BLOCK_N": block_n,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "num_stages": num_stages,
+        **launch_options(q.device, num_warps),
+    }
+
+
+@functools.cache
+def _counters(device: torch.device, size: int) -> torch.Tensor:
+    return torch.zeros(size, dtype=torch.int32, device=device)
+
+
+def arrival_counters(device: torch.device, size: int) -> torch.Tensor:
+    """Zeros, and zeros again when a kernel is done with them. The first call must not be inside a graph's capture."""
+    return _counters(device, max(16384, next_power_of_2(size)))
+
+
+def block_requests(num_requests: int) -> int:
+    """A power of two that holds them; few different ones, since each compiles its own kernel."""
+    return next((block for block in (16, 256) if num_requests <= block), max(1024, next_power_of_2(num_requests)))
+
+
+# Views of a step's staging buffer start anywhere and counts vary: none of it is worth compiling a kernel again.
+attention_kernel = triton.jit(
+    do_not_specialize=[
+        "num_requests", "num_splits", "num_groups", "first_partial", "table_stride", "window", "min_split_len",
+    ],
+    do_not_specialize_on_alignment=[
+        "seq_lens", "rows", "cu_q_lens", "own_starts", "prefix_lens", "cu_members", "members",
+    ],
+)  # fmt: skip
+
+
+@triton.jit
+def load_slots(slots, first, seq_len, BLOCK_N: tl.constexpr):
+    """Of tokens first, first + 1, ...; past the end the last one's: some slot must be read, and this one is finite."""
+    return tl.load(slots + tl.minimum(first + tl.arange(0, BLOCK_N), seq_len - 1))
+
+
+@triton.jit
+def attend(
+    q,
+    m,
+    l,
+    acc,
+    k_cache,
+    v_cache,
+    slots,
+    slot,
+    first,
+    last,
+    seq_len,
+    row_first,
+    row_last,
+    qk_scale,
+    K_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    LAZY_SUM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add tokens [first, last) of a sequence to the running softmax (m, l, acc) of q [M, D].
+
+    k_cache and v_cache point at the KV head, `slots` at the sequence's line of the slot table; `slot` [BLOCK_N] is
+    what stands there at `first`: the pipeliner would spend its stages on slots and leave few to keys and values, so
+    they are loaded a tile ahead by hand. Row r sees tokens row_first[r] to row_last[r], which are looked at if
+    IS_MASKED (and HAS_WINDOW, for row_first). With LAZY_SUM l is [M, BLOCK_N], summed by the caller: a sum over
+    columns that several warps hold costs two barriers.
+    """
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    for start in range(first, last, BLOCK_N):
+        token = start + n
+        next_slot = load_slots(slots, start + BLOCK_N, seq_len, BLOCK_N)
+        offset = slot.to(tl.int64)[:, None]
+        if HEAD_DIM == BLOCK_D:
+            k = tl.load(k_cache + offset * K_STRIDE + d[None, :])
+        else:
+            k = tl.load(k_cache + offset * K_STRIDE + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)
+        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
+        if SOFTCAP > 0:
+            # tanh(x) = 2 sigmoid(2 x) - 1; SOFTCAP and qk_scale are both in units of log2.
+            scores = SOFTCAP * (2 * tl.sigmoid(scores * (2 * qk_scale / SOFTCAP)) - 1)
+            scale = 1.0
+        else:
+            scale = qk_scale
+        if IS_MASKED:
+            is_seen = token[None, :] <= row_last[:, None]
+            if HAS_WINDOW:
+                is_seen &= token[None, :] >= row_first[:, None]
+            scores = tl.where(is_seen, scores, float("-inf"))
+        new_m = tl.maximum(m, tl.max(scores, axis=1) * scale)
+        if HAS_WINDOW:
+            new_m = tl.where(new_m == float("-inf"), -1e30, new_m)  # a row that has seen nothing yet
+        p = tl.exp2(scores * scale - new_m[:, None])
+        alpha = tl.exp2(m - new_m)
+        if LAZY_SUM:
+            l = l * alpha[:, None] + p
+        else:
+            l = l * alpha + tl.sum(p, axis=1)
+        acc = acc * alpha[:, None]
+        if HEAD_DIM == BLOCK_D:
+            v = tl.load(v_cache + offset * V_STRIDE + d[None, :])
+        else:
+            v = tl.load(v_cache + offset * V_STRIDE + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
+        m = new_m
+        slot = next_slot
+    return m, l, acc
+
+
+@triton.jit
+def attend_prompt(
+    q,
+    k_cache,
+    v_cache,
+    slots,
+    first,
+    whole,
+    last,
+    seq_len,
+    row_first,
+    row_last,
+    qk_scale,
+    K_STRIDE: tl.constexpr,
+    V_STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(m, l, acc) of q over tokens [first, last), of which all rows see those before `whole` if there is no window."""
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    masked = first
+    if not HAS_WINDOW:
+        masked = whole
+        slot = load_slots(slots, first, seq_len, BLOCK_N)
+        m, l, acc = attend(
+            q, m, l, acc, k_cache, v_cache, slots, slot, first, whole, seq_len, row_first, row_last, qk_scale,
+            K_STRIDE, V_STRIDE, HEAD_DIM, False, False, SOFTCAP, False, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    slot = load_slots(slots, masked, seq_len, BLOCK_N)
+    return attend(
+        q, m, l, acc, k_cache, v_cache, slots, slot, masked, last, seq_len, row_first, row_last, qk_scale,
+        K_STRIDE, V_STRIDE, HEAD_DIM, True, HAS_WINDOW, SOFTCAP, False, BLOCK_N, BLOCK_D, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
+def find(ends, work):
+    """(index, where it starts) of the entry whose run of work, ended by `ends` [N] (ascending), holds `work`."""
+    is_before = ends <= work
+    return tl.sum(is_before.to(tl.int32), axis=0), tl.max(tl.where(is_before, ends, 0), axis=0)
+
+
+@triton.jit
+def part_len(prefix_len, num_splits, BLOCK_N: tl.constexpr):
+    """Tokens of a prefix in each of its parts, the last apart: whole tiles."""
+    return tl.maximum(tl.cdiv(tl.cdiv(prefix_len, num_splits), BLOCK_N), 1) * BLOCK_N
