@@ -442,7 +442,7 @@ def check_pool(args: argparse.Namespace, console: Console) -> bool:
 NUM_STREAMS, STREAM_PROMPT_LEN = 8, 64
 LONG_PROMPT_LEN = 100_000  # less where the context is shorter: three quarters of it
 MAX_STEP_MS = 60.0
-MAX_STRETCH = 1.25  # of the time between two tokens at its worst: the loop and its timer have their share
+MAX_STRETCH = 1.15  # of the time between two tokens at its worst: the loop and its timer have their share
 
 
 async def streams_beside(engine: Engine, prompt: list[int]) -> tuple[list[float], float]:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,10 @@ from torch.distributed import TCPStore
 from cache.allocator import PageAllocator
 from cache.pool import KVPool
 from cache.radix import NoCache, RadixCache
-from engine.batch import Shape, Stager
+from engine.batch import Stager
 from engine.channel import ChannelReader
 from engine.config import EngineConfig
-from engine.cuda_graph import MAX_GRAPH_WORK, MAX_PROMPTS, SAMPLE_MULTIPLE, default_batch_sizes
+from engine.cuda_graph import MAX_GRAPH_WORK, MAX_PROMPTS, GraphSizes, default_batch_sizes
 from engine.errors import ModelError
 from engine.grammar import GrammarCompiler
 from engine.layers.layer import LayerConfig, unique_layers
@@ -28,7 +27,6 @@ from engine.model_config import ModelConfig
 from engine.model_runner import ModelRunner
 from engine.models import CausalLM, build_model
 from engine.parallel import Communicator
-from engine.plan import Plan
 from engine.processes import Parent, settle_garbage_collector
 from engine.ranks import Follower, Ranks, follow, join_store
 from engine.rows import Rows
@@ -36,6 +34,7 @@ from engine.sampler import Sampler
 from engine.scheduler import Scheduler
 from engine.tokenizer import Tokenizer
 from engine.upkeep import Upkeep
+from engine.warmup import compile_kernels, load_kernels, measure_step
 from engine.weights import load_weights, resolve_model, resolve_tokenizer
 from kernels import gated_gemm
 from kernels.attention import choose_backend
@@ -49,7 +48,6 @@ CPU_CHUNK, CUDA_CHUNK, SMALL_CUDA_CHUNK = 512, 8192, 2048
 SMALL_CUDA_BYTES = 25e9
 CUDA_MAX_STEP_MS = 60.0
 CUDA_GRAPH_MAX_BS = 1024
-KERNEL_PROMPTS = (2, 32, 512)  # numbers of prompts that attention has kernels for: all are compiled at the start
 COUNTS = (
     "tp_size", "dp_size", "nnodes", "context_length", "max_total_tokens", "page_size", "max_running_requests",
     "max_prefill_tokens", "cuda_graph_max_bs", "stream_interval", "decode_log_interval",
@@ -253,34 +251,42 @@ def build_runner(
         )  # fmt: skip
 
     largest_step = 0
-    can_capture = config.attention_backend != "torch"
-    max_graph_prompts = min(config.chunked_prefill_size, max_len) if can_capture else 0
+    is_captured = (
+        device.type == "cuda"
+        and not (config.disable_cuda_graph or config.is_embedding)
+        and model_config.is_generation
+        and config.attention_backend != "torch"
+    )
     max_graph_tokens = comm.minimum(int(MAX_GRAPH_WORK / weights_bytes))
+    graph_sizes = None
+    if is_captured:
+        assert config.cuda_graph_max_bs
+        graph_sizes = GraphSizes(
+            config.cuda_graph_bs or default_batch_sizes(config.cuda_graph_max_bs),
+            max_prompt_tokens=min(config.chunked_prefill_size, max_len),
+            max_tokens=max_graph_tokens,
+            max_requests=num_rows,
+        )
+    graph_tokens = min(graph_sizes.max_prompt_tokens, graph_sizes.max_tokens) if graph_sizes is not None else 0
     if device.type == "cuda":
         if config.attention_backend == "flashinfer":
             on_progress("FlashInfer's kernels are loaded; the first time they are compiled, which takes some 90 s")
         probe = ModelRunner(model, new_pool(max_step_tokens), sampler, stager, comm)
+        compile_kernels(probe, graph_sizes, max_step_tokens, num_rows, max_len)
         largest_step = measure_step(probe, max_step_tokens, num_rows, max_len)
         probe.close()
         del probe
     memory = plan_memory(
         config, model_config, kv_dtype, device,
         weights=weights_bytes, tables=slot_table.nbytes, largest_step=largest_step,
-        graphs=largest_step * min(max_graph_prompts, max_graph_tokens) // max_step_tokens,
+        graphs=largest_step * graph_tokens // max_step_tokens,
         num_kv_heads=num_kv_heads, comm=comm,
     )  # fmt: skip
     on_progress("memory: " + ", ".join(f"{what} {size}" for what, size in memory.rows()))
     runner = ModelRunner(model, new_pool(memory.max_total_num_tokens), sampler, stager, comm)
-    if (
-        device.type == "cuda"
-        and not (config.disable_cuda_graph or config.is_embedding)
-        and model_config.is_generation
-        and can_capture
-    ):
-        assert config.cuda_graph_max_bs
+    if graph_sizes is not None:
         start = time.perf_counter()
-        batch_sizes = config.cuda_graph_bs or default_batch_sizes(config.cuda_graph_max_bs)
-        runner.capture_graphs(batch_sizes, max_graph_prompts, max_graph_tokens, num_rows)
+        runner.capture_graphs(graph_sizes)
         on_progress(f"steps captured as CUDA graphs in {time.perf_counter() - start:.1f} s")
     if device.type == "cuda":
         measure_step(runner, max_step_tokens, num_rows, max_len)  # once more: the memory it takes is then at hand
@@ -346,56 +352,3 @@ def _load_weights(model: CausalLM, folder: Path, config: EngineConfig, device: t
     for layer in layers:
         layer.pack()
     return num_bytes
-
-
-def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len: int) -> int:
-    """Bytes that the largest step takes on the device: a full chunk of prompts, and logits of every row.
-
-    Counted as the allocator reserves them, fragments included; they stay reserved for the runner's stream.
-    """
-    chunk = min(num_tokens, max_len)
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    _run_prompts(runner, [chunk] * (num_tokens // chunk), num_samples)
-    for num_prompts in KERNEL_PROMPTS:
-        _run_prompts(runner, [2] * min(num_prompts, num_samples), num_samples)
-    return torch.cuda.memory_reserved() - before
-
-
-def load_kernels(runner: ModelRunner, max_samples: int, max_len: int) -> None:
-    """Run one step of each size that has no graph, through one block of the model: see `StepGraphs.eager_shape`."""
-    if runner.graphs is None or not (sizes := runner.graphs.eager_sizes()):
-        return
-    decoder = runner.model.model
-    blocks, decoder.layers = decoder.layers, decoder.layers[:1]
-    samples = range(SAMPLE_MULTIPLE, max_samples + 1, SAMPLE_MULTIPLE)
-    try:
-        for num_tokens, num_samples in zip_longest(sizes, samples, fillvalue=SAMPLE_MULTIPLE):
-            chunk = min(num_tokens, max_len)
-            _run_prompts(runner, [chunk] * (num_tokens // chunk), num_samples, is_greedy=True)
-    finally:
-        decoder.layers = blocks
-
-
-def _run_prompts(runner: ModelRunner, q_lens: list[int], num_samples: int, is_greedy: bool = False) -> None:
-    """One step of prompts of row 0, with logits and tokens of `num_samples`."""
-    num_tokens, lens = sum(q_lens), np.array(q_lens, np.int32)
-    plan = Plan(
-        rows=np.zeros(len(lens), np.int32),
-        q_lens=lens,
-        seq_lens=lens,
-        input_ids=np.zeros(num_tokens, np.int32),
-        out_cache_loc=1 + np.arange(num_tokens, dtype=np.int32) % (runner.kv.num_slots - 1),  # a small pool has fewer
-        num_decodes=0,
-        samples=np.zeros(num_samples, np.int32),
-        epochs=np.zeros(len(lens), np.int64),
-    )
-    with torch.cuda.stream(runner.stream), torch.inference_mode():
-        runner.stager.upload(runner.stager.write(plan, Shape.of(plan)))
-        batch, sample_tokens, sample_rows, positions = runner.stager.views(Shape.of(plan), plan)
-        logits = runner.model.lm_head.gather(runner.model.compute_logits(runner.forward(batch)[sample_tokens]))
-        if logits is not None:
-            work = runner.sampler.plan_work(plan)
-            work.is_greedy = is_greedy
-            runner.sampler.sample(logits, work, sample_rows, positions)
-    torch.cuda.synchronize()  # the staging buffer is used again

@@ -59,22 +59,23 @@ def default_batch_sizes(largest: int) -> list[int]:
     return [size for size in sizes if size <= largest] or [largest]
 
 
+class GraphSizes(NamedTuple):
+    """What steps may be captured."""
+
+    batch_sizes: list[int]  # of decode steps
+    max_prompt_tokens: int  # of a step that has any
+    max_tokens: int  # of all of a step
+    max_requests: int  # that run at once
+
+
 class StepGraphs:
     def __init__(
-        self,
-        batch_sizes: list[int],
-        max_prompt_tokens: int,
-        max_tokens: int,
-        max_requests: int,
-        stager: Stager,
-        run: Callable[[StagedBatch], tuple[torch.Tensor, torch.Tensor]],
+        self, sizes: GraphSizes, stager: Stager, run: Callable[[StagedBatch], tuple[torch.Tensor, torch.Tensor]]
     ) -> None:
-        """max_prompt_tokens: of a step that has any. max_tokens: of all its tokens. max_requests: that run at once.
-        run: from a staged batch to (logits [S, V], their argmax [S]).
-        """
-        self.batch_sizes = sorted(batch_sizes)
+        """run: from a staged batch to (logits [S, V], their argmax [S])."""
+        self.batch_sizes = sorted(sizes.batch_sizes)
         self.grouped_sizes = _coarse(self.batch_sizes)
-        self.ladders = fitting_ladders(max_prompt_tokens, max_tokens, max_requests)
+        self.ladders = fitting_ladders(sizes.max_prompt_tokens, sizes.max_tokens, sizes.max_requests)
         self._stager, self._run = stager, run
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, StagedBatch]] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -119,6 +120,15 @@ class StepGraphs:
                 sizes.append(largest := size)
         return sizes
 
+    def run_all(self) -> None:
+        """An example of each shape, without a graph."""
+        shapes = [_prefill_shape(ladder, num_tokens) for ladder in self.ladders for num_tokens in ladder.num_tokens]
+        shapes += [_decode_shape(size, has_groups=True) for size in self.grouped_sizes]
+        shapes += [_decode_shape(size, has_groups=False) for size in self.batch_sizes]
+        for shape in shapes:
+            self._run(self._example(shape))
+            torch.cuda.synchronize()  # the staging buffer is used again
+
     def capture_all(self) -> None:
         """The largest first, since the smaller ones then fit into the memory it took."""
         for i, ladder in reversed(list(enumerate(self.ladders))):
@@ -140,15 +150,18 @@ class StepGraphs:
 
     def _capture_padding(self, shape: Shape) -> float:
         """Returns the milliseconds of a replay."""
-        plan = _example_plan(shape)
-        self._stager.upload(self._stager.write(plan, shape))
-        self._capture(shape, self._stager.views(shape, plan, is_for_graph=True))
+        self._capture(shape, self._example(shape))
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         self._graphs[shape][0].replay()
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
+
+    def _example(self, shape: Shape) -> StagedBatch:
+        plan = _example_plan(shape)
+        self._stager.upload(self._stager.write(plan, shape))
+        return self._stager.views(shape, plan, is_for_graph=True)
 
     def _capture(self, shape: Shape, staged: StagedBatch) -> None:
         """Capture the staged plan's shape. It is also run once, which computes what a replay will compute again."""

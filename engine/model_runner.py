@@ -18,7 +18,7 @@ import torch
 
 from cache.pool import KVPool
 from engine.batch import NUM_STAGING_BUFFERS, ForwardBatch, Shape, StagedBatch, Stager
-from engine.cuda_graph import StepGraphs
+from engine.cuda_graph import GraphSizes, StepGraphs
 from engine.grammar import MaskFiller, Matcher
 from engine.layers.layer import unique_layers
 from engine.models import CausalLM
@@ -122,7 +122,7 @@ class ModelRunner:
         self.model, self.kv, self.comm = model, kv, comm
         self.sampler, self.stager = sampler, stager
         self.graphs: StepGraphs | None = None
-        self._graph_sizes: tuple[list[int], int, int, int] | None = None
+        self._graph_sizes: GraphSizes | None = None
         self.device = stager.device
         self._is_cuda = self.device.type == "cuda"
         self._last_end: torch.cuda.Event | None = None
@@ -148,12 +148,13 @@ class ModelRunner:
         self.masks: MaskFiller | None = None
         self.ranks: Followers | None = None
 
-    def capture_graphs(
-        self, batch_sizes: list[int], max_prompt_tokens: int, max_tokens: int, max_requests: int
-    ) -> None:
-        """The sizes are those of `StepGraphs`."""
-        self._graph_sizes = batch_sizes, max_prompt_tokens, max_tokens, max_requests
-        graphs = StepGraphs(*self._graph_sizes, self.stager, self.run_greedy)
+    def new_graphs(self, sizes: GraphSizes) -> StepGraphs:
+        """Not captured yet."""
+        return StepGraphs(sizes, self.stager, self.run_greedy)
+
+    def capture_graphs(self, sizes: GraphSizes) -> None:
+        self._graph_sizes = sizes
+        graphs = self.new_graphs(sizes)
         with torch.cuda.stream(self.stream), torch.inference_mode():
             graphs.capture_all()
         self.graphs = graphs
@@ -169,7 +170,7 @@ class ModelRunner:
         if self._is_cuda:
             torch.cuda.synchronize()  # weights and pool were written on another stream
         if self._graph_sizes is not None:
-            self.capture_graphs(*self._graph_sizes)
+            self.capture_graphs(self._graph_sizes)
 
     def move_weights(self, device: torch.device) -> None:
         """To `device`, or to host memory and back. No step may be in flight."""

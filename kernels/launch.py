@@ -1,14 +1,20 @@
 """Launching Triton kernels cheaply: Triton's own way costs the host more than many of our kernels cost the GPU."""
 
+import contextlib
 import functools
 import logging
+import os
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 logger = logging.getLogger(__name__)
 
+SLOW_COMPILING_S = 2.0  # kernels of an earlier start are read in less
 SLOW_LAUNCH_S = 0.2  # a first launch that takes longer has compiled; a kernel of an earlier start comes from disk
 
 
@@ -25,6 +31,29 @@ def next_power_of_2(n: int) -> int:
 def num_sms(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 2 where Triton's interpreter stands in for one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+_compiling_thread: int | None = None  # in which launches only compile
+
+
+@contextlib.contextmanager
+def compiling_ahead() -> Iterator[None]:
+    """This thread's launches launch nothing, so that results are arbitrary: the kernels that they lack are compiled
+    many at once, and ready when the context ends.
+    """
+    import triton  # here: a machine without a GPU need not have it
+
+    global _compiling_thread
+    start = time.perf_counter()
+    num_threads = len(os.sched_getaffinity(0))
+    try:
+        with ThreadPoolExecutor(num_threads, "compiler") as threads, triton.AsyncCompileMode(threads) as mode:
+            _compiling_thread = threading.get_ident()
+            yield
+    finally:
+        _compiling_thread = None
+    if (took_s := time.perf_counter() - start) > SLOW_COMPILING_S:
+        logger.info("compiled %d kernels in %.1f s", len(mode.raw_futures), took_s)
 
 
 class Kernel:
@@ -45,6 +74,10 @@ class Kernel:
     def launch(self, grid: tuple[int, ...], args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         key = (tuple(keywords.values()), tuple([_kind(arg) for arg in args]))
         known = self._compiled.get(key)
+        if _compiling_thread is not None and _compiling_thread == threading.get_ident():
+            if known is None:
+                self.function.run(*args, grid=grid, warmup=True, **keywords)
+            return
         if known is not None:
             kernel, constexprs = known
             kernel[grid if len(grid) == 3 else (*grid, 1, 1)[:3]](*args, *constexprs)

@@ -1,6 +1,7 @@
 """Each kernel against its torch twin, each twin against plain formulas; on Triton's interpreter without a GPU."""
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from kernels import (
     bookkeeping,
     elementwise,
     gemm,
+    launch,
     sampling,
     triton_bookkeeping,
     triton_elementwise,
@@ -466,3 +468,31 @@ def test_a_nucleus_wider_than_the_first_sort_is_found_whole(width: int) -> None:
     num_kept = (scaled >= floor.unsqueeze(1)).sum(dim=1)
     assert abs(num_kept[0].item() - 0.9 * width) < 0.01 * width
     assert abs(num_kept[1].item() - 3600) < 40
+
+
+# launching
+
+
+def test_in_a_rehearsal_launches_only_compile() -> None:
+    calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    class Function:
+        """Stands in for a triton.JITFunction."""
+
+        __name__ = "function"
+
+        def run(self, *args: Any, grid: tuple[int, ...], warmup: bool, n: int) -> None:
+            assert warmup
+            calls.append(("compile", (*args, n)))
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, n: calls.append(("launch", (*args, n)))
+
+    kernel = launch.fast_launch(Function())
+    other_thread = threading.Thread(target=lambda: kernel[(1,)](3, n=4))
+    with launch.compiling_ahead():
+        kernel[(1,)](1, n=2)
+        other_thread.start()
+        other_thread.join()
+    kernel[(1,)](1, n=2)
+    assert calls == [("compile", (1, 2)), ("launch", (3, 4)), ("launch", (1, 2))]

@@ -1,0 +1,92 @@
+"""What a runner does before its first request: compile and load kernels, and find out what the largest step takes."""
+
+import contextlib
+from collections.abc import Iterator
+from itertools import zip_longest
+
+import numpy as np
+import torch
+
+from engine.batch import Shape
+from engine.cuda_graph import SAMPLE_MULTIPLE, GraphSizes
+from engine.model_runner import ModelRunner
+from engine.plan import Plan
+from kernels.launch import compiling_ahead
+
+KERNEL_PROMPTS = (2, 32, 512)  # numbers of prompts that attention has kernels for: all are compiled at the start
+
+
+def compile_kernels(
+    runner: ModelRunner, graph_sizes: GraphSizes | None, num_tokens: int, num_samples: int, max_len: int
+) -> None:
+    """All that `measure_step` and the graphs need, many at once: one by one they would take a first start minutes."""
+    with _first_block_alone(runner), compiling_ahead():
+        _run_largest(runner, num_tokens, num_samples, max_len)
+        if graph_sizes is not None:
+            with torch.cuda.stream(runner.stream), torch.inference_mode():
+                runner.new_graphs(graph_sizes).run_all()
+
+
+def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len: int) -> int:
+    """Bytes that the largest step takes on the device: a full chunk of prompts, and logits of every row.
+
+    Counted as the allocator reserves them, fragments included; they stay reserved for the runner's stream.
+    """
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    _run_largest(runner, num_tokens, num_samples, max_len)
+    return torch.cuda.memory_reserved() - before
+
+
+def load_kernels(runner: ModelRunner, max_samples: int, max_len: int) -> None:
+    """Run one step of each size that has no graph, through one block of the model: see `StepGraphs.eager_shape`."""
+    if runner.graphs is None or not (sizes := runner.graphs.eager_sizes()):
+        return
+    samples = range(SAMPLE_MULTIPLE, max_samples + 1, SAMPLE_MULTIPLE)
+    with _first_block_alone(runner):
+        for num_tokens, num_samples in zip_longest(sizes, samples, fillvalue=SAMPLE_MULTIPLE):
+            chunk = min(num_tokens, max_len)
+            _run_prompts(runner, [chunk] * (num_tokens // chunk), num_samples, is_greedy=True)
+
+
+@contextlib.contextmanager
+def _first_block_alone(runner: ModelRunner) -> Iterator[None]:
+    """Most of the others have the same kernels."""
+    decoder = runner.model.model
+    blocks, decoder.layers = decoder.layers, decoder.layers[:1]
+    try:
+        yield
+    finally:
+        decoder.layers = blocks
+
+
+def _run_largest(runner: ModelRunner, num_tokens: int, num_samples: int, max_len: int) -> None:
+    """A full chunk of prompts, and a few tokens of as many prompts as make a difference to kernels."""
+    chunk = min(num_tokens, max_len)
+    _run_prompts(runner, [chunk] * (num_tokens // chunk), num_samples)
+    for num_prompts in KERNEL_PROMPTS:
+        _run_prompts(runner, [2] * min(num_prompts, num_samples), num_samples)
+
+
+def _run_prompts(runner: ModelRunner, q_lens: list[int], num_samples: int, is_greedy: bool = False) -> None:
+    """One step of prompts of row 0, with logits and tokens of `num_samples`."""
+    num_tokens, lens = sum(q_lens), np.array(q_lens, np.int32)
+    plan = Plan(
+        rows=np.zeros(len(lens), np.int32),
+        q_lens=lens,
+        seq_lens=lens,
+        input_ids=np.zeros(num_tokens, np.int32),
+        out_cache_loc=1 + np.arange(num_tokens, dtype=np.int32) % (runner.kv.num_slots - 1),  # a small pool has fewer
+        num_decodes=0,
+        samples=np.zeros(num_samples, np.int32),
+        epochs=np.zeros(len(lens), np.int64),
+    )
+    with torch.cuda.stream(runner.stream), torch.inference_mode():
+        runner.stager.upload(runner.stager.write(plan, Shape.of(plan)))
+        batch, sample_tokens, sample_rows, positions = runner.stager.views(Shape.of(plan), plan)
+        logits = runner.model.lm_head.gather(runner.model.compute_logits(runner.forward(batch)[sample_tokens]))
+        if logits is not None:
+            work = runner.sampler.plan_work(plan)
+            work.is_greedy = is_greedy
+            runner.sampler.sample(logits, work, sample_rows, positions)
+    torch.cuda.synchronize()  # the staging buffer is used again
