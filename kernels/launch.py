@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -46,14 +46,24 @@ def compiling_ahead() -> Iterator[None]:
     global _compiling_thread
     start = time.perf_counter()
     num_threads = len(os.sched_getaffinity(0))
+    initializer = None
+    if torch.cuda.is_available():
+        initializer = functools.partial(torch.cuda.set_device, torch.cuda.current_device())
     try:
-        with ThreadPoolExecutor(num_threads, "compiler") as threads, triton.AsyncCompileMode(threads) as mode:
-            _compiling_thread = threading.get_ident()
-            yield
+        with ThreadPoolExecutor(num_threads, "compiler", initializer) as threads:
+            with triton.AsyncCompileMode(threads) as mode:
+                _compiling_thread = threading.get_ident()
+                yield
+            list(threads.map(_load, mode.raw_futures))
     finally:
         _compiling_thread = None
     if (took_s := time.perf_counter() - start) > SLOW_COMPILING_S:
         logger.info("compiled %d kernels in %.1f s", len(mode.raw_futures), took_s)
+
+
+def _load(compiled: Future[Any]) -> None:
+    """Have what launches a kernel, which is C and has its own compiler, and the kernel itself on the device."""
+    _ = compiled.result().run
 
 
 class Kernel:
