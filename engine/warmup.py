@@ -19,7 +19,10 @@ KERNEL_PROMPTS = (2, 32, 512)  # numbers of prompts that attention has kernels f
 def compile_kernels(
     runner: ModelRunner, graph_sizes: GraphSizes | None, num_tokens: int, num_samples: int, max_len: int
 ) -> None:
-    """All that `measure_step` and the graphs need, many at once: one by one they would take a first start minutes."""
+    """All that `measure_step` and the graphs need, many at once: one by one they would take half a minute more.
+
+    A rehearsal finds out which those are; nothing but what libraries compute is launched in it.
+    """
     with _first_block_alone(runner), compiling_ahead():
         _run_largest(runner, num_tokens, num_samples, max_len)
         if graph_sizes is not None:

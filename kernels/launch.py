@@ -49,6 +49,8 @@ def compiling_ahead() -> Iterator[None]:
     initializer = None
     if torch.cuda.is_available():
         initializer = functools.partial(torch.cuda.set_device, torch.cuda.current_device())
+    notice = threading.Timer(SLOW_COMPILING_S, logger.info, ["compiling kernels, for later starts too"])
+    notice.start()
     try:
         with ThreadPoolExecutor(num_threads, "compiler", initializer) as threads:
             with triton.AsyncCompileMode(threads) as mode:
@@ -56,6 +58,7 @@ def compiling_ahead() -> Iterator[None]:
                 yield
             list(threads.map(_load, mode.raw_futures))
     finally:
+        notice.cancel()
         _compiling_thread = None
     if (took_s := time.perf_counter() - start) > SLOW_COMPILING_S:
         logger.info("compiled %d kernels in %.1f s", len(mode.raw_futures), took_s)

@@ -10,6 +10,7 @@ import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +20,11 @@ from llguidance import LLMatcher, LLTokenizer
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, PromptTooLong
+from engine.output import READ_INTERVAL
 from engine.replica import REPORT_S
 from engine.replicas import ReplicaSet, new_engine
 from engine.request import Delta, Request, SamplingParams
+from engine.tokenizer import Tokenizer
 from kernels.flashinfer_attention import is_available
 
 NUM_NEW_TOKENS = 24
@@ -228,6 +231,27 @@ async def test_streamed_text_adds_up_to_the_unstreamed_answer(tiny_llama: Path) 
         deltas, tokens = await collect(engine, make_request([5, 6, 7], stream=True))
         assert len(deltas) > 5
         assert "".join(delta.text for delta in deltas) == whole.text == engine.tokenizer.decode(tokens)
+
+
+async def test_whole_answers_are_read_while_they_grow(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    text_stream = Tokenizer.text_stream
+
+    def recording_stream(self: Tokenizer, *args: Any) -> Any:
+        stream = text_stream(self, *args)
+
+        def push(token_ids: list[int]) -> str:
+            read.append(len(token_ids))
+            return stream.push(token_ids)
+
+        return SimpleNamespace(push=push, finish=stream.finish, has_stops=False, matched_stop=None)
+
+    monkeypatch.setattr(Tokenizer, "text_stream", recording_stream)
+    async with running_engine(tiny_llama) as engine:
+        requests = [make_request([5, 6, i], max_new_tokens=4 * READ_INTERVAL) for i in range(3, 6)]
+        answers = await asyncio.gather(*(collect(engine, request) for request in requests))
+        assert [delta.text for (delta,), _ in answers] == [engine.tokenizer.decode(tokens) for _, tokens in answers]
+    assert sum(read) == 3 * 4 * READ_INTERVAL and max(read) <= 2 * READ_INTERVAL
 
 
 async def test_a_streams_first_token_is_not_held_back_for_others(tiny_llama: Path) -> None:

@@ -281,6 +281,16 @@ def test_chunks_are_the_shorter_the_more_tokens_they_attend_to() -> None:
     assert pace.prefill_budget(4).work == pytest.approx(before.work, rel=0.01)
 
 
+def test_budgets_count_on_the_slower_ones_of_the_last_steps() -> None:
+    pace = StepPace(max_step_ms=60, chunked_prefill_size=8192)
+    observe(pace, 0, 0.010)
+    for token_s in (20e-6, 20e-6, 20e-6, 28e-6) * 20:
+        observe(pace, 2000, 0.010 + 2000 * token_s)
+    work = pace.prefill_budget(num_streams=4).work
+    assert 0.010 + work * 28e-6 < 0.065, "a slow step stretches the pace by little"
+    assert pace.predict_s(plan_of(2000)) < 0.010 + 2000 * 23e-6, "while the usual one is what is expected"
+
+
 def test_a_prompt_gets_its_share_however_slow_the_device() -> None:
     pace = StepPace(max_step_ms=60, chunked_prefill_size=8192)
     observe(pace, 0, 0.2)
