@@ -287,7 +287,7 @@ def test_budgets_count_on_the_slower_ones_of_the_last_steps() -> None:
     for token_s in (20e-6, 20e-6, 20e-6, 28e-6) * 20:
         observe(pace, 2000, 0.010 + 2000 * token_s)
     work = pace.prefill_budget(num_streams=4).work
-    assert 0.010 + work * 28e-6 < 0.065, "a slow step stretches the pace by little"
+    assert 0.010 + work * 28e-6 < 0.060, "a slow step keeps to the budget, too"
     assert pace.predict_s(plan_of(2000)) < 0.010 + 2000 * 23e-6, "while the usual one is what is expected"
 
 
