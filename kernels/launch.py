@@ -66,7 +66,10 @@ def compiling_ahead() -> Iterator[None]:
 
 def _load(compiled: Future[Any]) -> None:
     """Have what launches a kernel, which is C and has its own compiler, and the kernel itself on the device."""
-    _ = compiled.result().run
+    from triton.runtime.errors import OutOfResources
+
+    with contextlib.suppress(OutOfResources):  # its first launch will know what to do
+        _ = compiled.result().run
 
 
 class Kernel:
@@ -80,6 +83,10 @@ class Kernel:
     def __init__(self, function: Any) -> None:
         self.function = function  # triton.JITFunction; its interpreter's stand-in has no compiled kernels
         self._compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__.strip("_")
 
     def __getitem__(self, grid: tuple[int, ...]) -> "_Launch":
         return _Launch(self, grid)
@@ -96,12 +103,25 @@ class Kernel:
             kernel[grid if len(grid) == 3 else (*grid, 1, 1)[:3]](*args, *constexprs)
             return
         start = time.perf_counter()
-        kernel = self.function[grid](*args, **keywords)
+        kernel = self._first_launch(grid, args, keywords)
         if (took_s := time.perf_counter() - start) > SLOW_LAUNCH_S:
-            logger.info("compiled %s in %.1f s", self.function.__name__.strip("_"), took_s)
+            logger.info("compiled %s in %.1f s", self.name, took_s)
         if hasattr(kernel, "packed_metadata"):
             names = self.function.arg_names[len(args) :]
             self._compiled[key] = kernel, tuple(keywords[name] for name in names)
+
+    def _first_launch(self, grid: tuple[int, ...], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """By Triton. A GPU with less shared memory than the number of stages was chosen for gets fewer of them."""
+        from triton.runtime.errors import OutOfResources  # here: a machine without a GPU need not have it
+
+        try:
+            return self.function[grid](*args, **keywords)
+        except OutOfResources as error:
+            num_stages = keywords.get("num_stages", 1) - 1
+            if not num_stages:
+                raise
+            logger.info("%s gets %d stages in place of %d: %s", self.name, num_stages, num_stages + 1, error)
+            return self._first_launch(grid, args, keywords | {"num_stages": num_stages})
 
 
 class _Launch:

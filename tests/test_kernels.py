@@ -496,3 +496,29 @@ def test_in_a_rehearsal_launches_only_compile() -> None:
         other_thread.join()
     kernel[(1,)](1, n=2)
     assert calls == [("compile", (1, 2)), ("launch", (3, 4)), ("launch", (1, 2))]
+
+
+def test_a_gpu_with_little_shared_memory_gets_fewer_stages() -> None:
+    from triton.runtime.errors import OutOfResources
+
+    launched: list[dict[str, int]] = []
+
+    class Function:
+        """Stands in for a triton.JITFunction on a GPU with room for two stages."""
+
+        __name__ = "function"
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def run(*, block: int, num_stages: int = 1) -> None:
+                if num_stages * block > 128:
+                    raise OutOfResources(num_stages * block, 128, "shared memory")
+                launched.append({"block": block, "num_stages": num_stages})
+
+            return run
+
+    kernel = launch.fast_launch(Function())
+    kernel[(1,)](block=64, num_stages=4)
+    kernel[(1,)](block=64, num_stages=1)
+    assert launched == [{"block": 64, "num_stages": 2}, {"block": 64, "num_stages": 1}]
+    with pytest.raises(OutOfResources):
+        kernel[(1,)](block=256, num_stages=3)
