@@ -90,12 +90,17 @@ def resolve_config(config: EngineConfig) -> EngineConfig:
         backend = choose_backend(config.attention_backend, device)
     except ValueError as error:
         raise ModelError(str(error)) from None
+    sampling_backend = config.sampling_backend
+    if sampling_backend == "flashinfer":
+        logger.warning("sampling backend 'flashinfer' is not used: Triton's kernels, which sort nothing either, serve")
+        sampling_backend = "triton"
     return config.replace(
         device=str(device),
         base_gpu_id=device.index or 0,
         chunked_prefill_size=config.max_prefill_tokens if chunk < 1 else chunk,
         max_running_requests=max_running,
         attention_backend=backend,
+        sampling_backend=sampling_backend,
         max_step_ms=CUDA_MAX_STEP_MS if is_cuda and config.max_step_ms is None else config.max_step_ms,
         cuda_graph_max_bs=min(config.cuda_graph_max_bs or CUDA_GRAPH_MAX_BS, max_running),
         cuda_graph_bs=sorted({min(size, max_running) for size in config.cuda_graph_bs or ()}) or None,

@@ -94,7 +94,10 @@ class EngineConfig:
     attention_backend: str | None = option(
         None, KERNELS, "attention kernels", choices=("flashinfer", "triton", "torch")
     )
-    sampling_backend: str | None = option(None, KERNELS, "sampling kernels", choices=("triton", "pytorch"))
+    sampling_backend: str | None = option(
+        None, KERNELS, "sampling kernels; for flashinfer, SGLang's default, Triton's serve",
+        choices=("triton", "pytorch", "flashinfer"),
+    )  # fmt: skip
     disable_cuda_graph: bool = option(False, KERNELS, "launch every kernel of a decode step by itself")
     cuda_graph_max_bs: int | None = option(None, KERNELS, "largest decode batch with a CUDA graph")
     cuda_graph_bs: list[int] | None = option(None, KERNELS, "the decode batch sizes with a CUDA graph")

@@ -47,6 +47,13 @@ def test_a_flashinfer_that_can_run_serves_when_asked(monkeypatch: pytest.MonkeyP
     assert choose_backend(None, CUDA) == "triton"
 
 
+def test_sglangs_default_for_sampling_is_taken_and_what_serves_in_its_place_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert resolve(sampling_backend="flashinfer").sampling_backend == "triton"
+    assert "'flashinfer' is not used: Triton" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "operation", "said"),
     [
@@ -54,6 +61,7 @@ def test_a_flashinfer_that_can_run_serves_when_asked(monkeypatch: pytest.MonkeyP
         ({"attention_backend": "torch"}, "attention", "as asked"),
         ({}, "sampling", "Triton"),
         ({"sampling_backend": "pytorch"}, "sampling", "torch (as asked)"),
+        ({"sampling_backend": "flashinfer"}, "sampling", "Triton"),
         ({}, "steps", "CUDA graphs"),
         ({"disable_cuda_graph": True}, "steps", "as asked"),
         ({"attention_backend": "torch"}, "steps", "kernel by kernel"),
