@@ -473,29 +473,39 @@ def test_a_nucleus_wider_than_the_first_sort_is_found_whole(width: int) -> None:
 # launching
 
 
-def test_in_a_rehearsal_launches_only_compile() -> None:
-    calls: list[tuple[str, tuple[Any, ...]]] = []
+def test_in_a_rehearsal_launches_only_compile_each_kernel_once() -> None:
+    calls: list[tuple[str, int]] = []
+
+    class Compiled:
+        def __init__(self, n: int) -> None:
+            self.n = n
+
+        @property
+        def run(self) -> None:
+            calls.append(("load", self.n))
 
     class Function:
         """Stands in for a triton.JITFunction."""
 
         __name__ = "function"
 
-        def run(self, *args: Any, grid: tuple[int, ...], warmup: bool, n: int) -> None:
+        def run(self, *args: Any, grid: tuple[int, ...], warmup: bool, n: int) -> Compiled:
             assert warmup
-            calls.append(("compile", (*args, n)))
+            calls.append(("compile", n))
+            return Compiled(n)
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *args, n: calls.append(("launch", (*args, n)))
+            return lambda *args, n: calls.append(("launch", n))
 
     kernel = launch.fast_launch(Function())
     other_thread = threading.Thread(target=lambda: kernel[(1,)](3, n=4))
     with launch.compiling_ahead():
-        kernel[(1,)](1, n=2)
+        kernel[(1,)](3, n=2)
+        kernel[(2,)](5, n=2)
         other_thread.start()
         other_thread.join()
-    kernel[(1,)](1, n=2)
-    assert calls == [("compile", (1, 2)), ("launch", (3, 4)), ("launch", (1, 2))]
+    kernel[(1,)](3, n=2)
+    assert calls == [("compile", 2), ("launch", 4), ("load", 2), ("launch", 2)]
 
 
 def test_a_gpu_with_little_shared_memory_gets_fewer_stages() -> None:
