@@ -30,9 +30,9 @@ from engine.batch import SharedPrefixes
 from kernels import flashinfer_attention
 from kernels.attention import attention_torch
 from kernels.triton_attention import attention_triton
-from kernels.triton_decode import DecodeConfig, decode
+from kernels.triton_decode import decode
 from kernels.triton_prefill import prefill
-from kernels.triton_softmax import PrefillConfig
+from kernels.triton_softmax import DecodeConfig, PrefillConfig
 
 PARTS = ("check", "decode", "prefill", "shared", "flashinfer")
 NUM_COMPILERS = 12

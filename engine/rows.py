@@ -114,11 +114,16 @@ class Rows:
         self.num_known[row] = self.num_tokens[row] = stop
         self.is_counted[row] = False
 
+    def output_ids(self, request: Request, start: int = 0) -> list[int]:
+        """The known tokens of a running request's answer, from number `start` on."""
+        row = request.row
+        return self.token_ids[row, request.prompt_len + start : self.num_known[row]].tolist()
+
     def free(self, row: int) -> None:
         """Take the row back. Steps still in flight for it are recognized by its old epoch."""
         request = self.requests[row]
         assert request is not None
-        request.output_ids = self.token_ids[row, request.prompt_len : self.num_known[row]].tolist()
+        request.output_ids = self.output_ids(request)
         request.row = -1
         self.requests[row] = None
         self.epoch[row] += 1

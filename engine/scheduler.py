@@ -661,8 +661,7 @@ class Scheduler:
         """The tokens of an answer that are known, from number `start` on."""
         if request.status is not Status.RUNNING:
             return request.output_ids[start:]
-        row = request.row
-        return self.rows.token_ids[row, request.prompt_len + start : self.rows.num_known[row]].tolist()
+        return self.rows.output_ids(request, start)
 
     def cut(self, request: Request, num_tokens: int) -> None:
         """Take back the last `num_tokens` of an answer, whose text ended before them."""

@@ -48,8 +48,7 @@ def load_kernels(runner: ModelRunner, max_samples: int, max_len: int) -> None:
     samples = range(SAMPLE_MULTIPLE, max_samples + 1, SAMPLE_MULTIPLE)
     with _first_block_alone(runner):
         for num_tokens, num_samples in zip_longest(sizes, samples, fillvalue=SAMPLE_MULTIPLE):
-            chunk = min(num_tokens, max_len)
-            _run_prompts(runner, [chunk] * (num_tokens // chunk), num_samples, is_greedy=True)
+            _run_prompts(runner, _full_prompts(num_tokens, max_len), num_samples, is_greedy=True)
 
 
 @contextlib.contextmanager
@@ -65,10 +64,15 @@ def _first_block_alone(runner: ModelRunner) -> Iterator[None]:
 
 def _run_largest(runner: ModelRunner, num_tokens: int, num_samples: int, max_len: int) -> None:
     """A full chunk of prompts, and a few tokens of as many prompts as make a difference to kernels."""
-    chunk = min(num_tokens, max_len)
-    _run_prompts(runner, [chunk] * (num_tokens // chunk), num_samples)
+    _run_prompts(runner, _full_prompts(num_tokens, max_len), num_samples)
     for num_prompts in KERNEL_PROMPTS:
         _run_prompts(runner, [2] * min(num_prompts, num_samples), num_samples)
+
+
+def _full_prompts(num_tokens: int, max_len: int) -> list[int]:
+    """Lengths of prompts, as long as they may be, that `num_tokens` have room for."""
+    length = min(num_tokens, max_len)
+    return [length] * (num_tokens // length)
 
 
 def _run_prompts(runner: ModelRunner, q_lens: list[int], num_samples: int, is_greedy: bool = False) -> None:

@@ -1,7 +1,5 @@
 """Attention of single tokens in Triton, with the prefixes that requests share read once."""
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +8,7 @@ from kernels.attention import AttentionBatch, SharedPrefixes
 from kernels.launch import cdiv, fast_launch, next_power_of_2, num_sms
 from kernels.triton_softmax import (
     LOG2_E,
+    DecodeConfig,
     PrefillConfig,
     arrival_counters,
     attend,
@@ -24,14 +23,6 @@ from kernels.triton_softmax import (
 )
 
 MIN_DOT_ROWS = 16
-
-
-class DecodeConfig(NamedTuple):
-    block_n: int  # tokens a tile
-    num_warps: int
-    num_stages: int
-    programs_per_sm: int
-    has_prefetch: bool = False  # bring a program's first tile to the L2 cache before the kernel ahead has ended
 
 
 # By (head_dim rounded up to a power of two, largest number of requests it is for): the fastest of bench/attention.py.
@@ -100,9 +91,7 @@ def decode(
     # Few requests are cut into many parts, whose merging is part of the latency; many requests need the registers
     # for more programs on an SM.
     merge_registers = 64 if num_requests <= 4 else 32
-    settings = launch_settings(
-        q, k_cache, v_cache, window, softcap, config.block_n, config.num_warps, config.num_stages
-    )
+    settings = launch_settings(q, k_cache, v_cache, window, softcap, config)
     _decode_kernel[(num_programs,)](
         q,
         k_cache,
@@ -151,9 +140,7 @@ def _prefix_partials(
     num_groups = shared.prefix_lens.shape[0]
     # Enough for a few large groups; with many small ones a program takes several tiles.
     num_programs = cdiv(num_requests * block_group, config.block_m) + 7
-    settings = launch_settings(
-        q, k_cache, v_cache, window, softcap, config.block_n, config.num_warps, config.num_stages
-    )
+    settings = launch_settings(q, k_cache, v_cache, window, softcap, config)
     _prefix_kernel[(num_kv_heads, num_splits, num_programs)](
         q,
         k_cache,

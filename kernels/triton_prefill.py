@@ -67,9 +67,7 @@ def prefill(
         partial = torch.empty(num_rows, q.shape[2], dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(num_rows, dtype=torch.float32, device=q.device)
         arrivals = arrival_counters(q.device, num_programs)
-    settings = launch_settings(
-        q, k_cache, v_cache, window, softcap, config.block_n, config.num_warps, config.num_stages
-    )
+    settings = launch_settings(q, k_cache, v_cache, window, softcap, config)
     _prefill_kernel[(num_programs, num_splits)](
         q,
         k_cache,

@@ -17,6 +17,14 @@ from kernels.triton_elementwise import launch_options
 LOG2_E = 1.4426950408889634
 
 
+class DecodeConfig(NamedTuple):
+    block_n: int  # tokens a tile
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+    has_prefetch: bool = False  # bring a program's first tile to the L2 cache before the kernel ahead has ended
+
+
 class PrefillConfig(NamedTuple):
     block_m: int  # queries x heads of a KV head
     block_n: int
@@ -38,9 +46,7 @@ def launch_settings(
     v_cache: torch.Tensor,
     window: int,
     softcap: float,
-    block_n: int,
-    num_warps: int,
-    num_stages: int,
+    config: DecodeConfig | PrefillConfig,
 ) -> dict[str, Any]:
     """What all three kernels are compiled for and launched with."""
     num_heads, head_dim = q.shape[1:]
@@ -57,10 +63,10 @@ def launch_settings(
         "SOFTCAP": softcap * LOG2_E,
         "BLOCK_GROUP": next_power_of_2(group),
         "BLOCK_D": next_power_of_2(head_dim),
-        "BLOCK_N": block_n,
+        "BLOCK_N": config.block_n,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-        "num_stages": num_stages,
-        **launch_options(q.device, num_warps),
+        "num_stages": config.num_stages,
+        **launch_options(q.device, config.num_warps),
     }
 
 

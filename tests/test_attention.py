@@ -16,9 +16,9 @@ from kernels import attention as torch_attention
 from kernels import flashinfer_attention
 from kernels.attention import attention, attention_torch, choose_backend
 from kernels.triton_attention import attention_triton
-from kernels.triton_decode import DecodeConfig, decode
+from kernels.triton_decode import decode
 from kernels.triton_prefill import prefill, prefill_splits
-from kernels.triton_softmax import PrefillConfig, arrival_counters
+from kernels.triton_softmax import DecodeConfig, PrefillConfig, arrival_counters
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
