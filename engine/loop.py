@@ -187,7 +187,14 @@ class StepLoop:
         return bool(self.scheduler.waiting or self.scheduler.prefilling)
 
     def _prefill_budget(self) -> PrefillBudget | None:
-        return self._pace.prefill_budget(self.scheduler.num_streams) if self._has_prompts else None
+        if not self._has_prompts:
+            return None
+        scheduler = self.scheduler
+        budget = self._pace.prefill_budget(scheduler.num_streams)
+        best = self.runner.best_prompt_tokens(scheduler.num_decodes, scheduler.num_context_tokens)
+        if best is not None:
+            budget.max_tokens = min(budget.max_tokens, best)
+        return budget
 
     def _spare_s(self) -> float:
         """Seconds until the next step must be decided for the device not to wait; 0 if that is about now.

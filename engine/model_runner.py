@@ -28,6 +28,7 @@ from engine.pooling import PooledChunks, pool
 from engine.request import Logprobs, Request
 from engine.sampler import SampledLogprobs, Sampler, SamplingWork
 from kernels.bookkeeping import begin_step, end_step
+from kernels.corun import STEP_TOKENS, Corun, choose_corun
 from kernels.sampling import logprobs
 
 PROMPT_LOGPROB_ROWS = 256  # logits rows at a time: 256 x 152k bf16 is 78 MB, whatever the prompt's length
@@ -66,6 +67,7 @@ class Step:
     shape: Shape  # of `staged`
     is_graph: bool  # one is replayed
     launched_at: float  # time.perf_counter()
+    corun: Corun | None = None  # its layers are split so
     host_s: float = 0.0  # what it took the CPU worker
     # What has been enqueued of it is computed; since when, as of time.perf_counter().
     done: Future[float] = field(init=False)
@@ -121,6 +123,7 @@ class ModelRunner:
     ) -> None:
         self.model, self.kv, self.comm = model, kv, comm
         self.sampler, self.stager = sampler, stager
+        self.corun_costs = model.model.corun_costs(kv)  # None: no step can be split
         self.graphs: StepGraphs | None = None
         self._graph_sizes: GraphSizes | None = None
         self.device = stager.device
@@ -205,8 +208,10 @@ class ModelRunner:
 
         Raises what cannot be enqueued: out of memory, a kernel that does not compile.
         """
-        graph_shape = self.graphs.shape_for(plan) if self.graphs is not None else None
-        shape = graph_shape or (Shape.of(plan) if self.graphs is None else self.graphs.eager_shape(plan))
+        shape = Shape.of(plan) if self.graphs is None else self.graphs.eager_shape(plan)
+        corun = self._corun_for(plan, shape)
+        graph_shape = self.graphs.shape_for(plan) if self.graphs is not None and corun is None else None
+        shape = graph_shape or shape
         step = Step(
             plan=plan,
             work=self.sampler.plan_work(plan),
@@ -214,6 +219,7 @@ class ModelRunner:
             staged=self.stager.write(plan, shape),
             shape=shape,
             is_graph=graph_shape is not None,
+            corun=corun,
             launched_at=time.perf_counter(),
         )
         step.awaits_masks = step.work.masked is not None
@@ -221,6 +227,22 @@ class ModelRunner:
             self.ranks.announce(step)
         self._enqueue(step, self._forward if step.awaits_masks else self.run)
         return step
+
+    def _corun_for(self, plan: Plan, shape: Shape) -> Corun | None:
+        if self.corun_costs is None or not plan.num_decodes or plan.is_decode:
+            return None
+        num_context_tokens = int(plan.seq_lens[: plan.num_decodes].sum())
+        if plan.groups is not None:
+            num_context_tokens -= int(plan.groups.own_starts.sum())
+        num_tokens = shape.num_decodes + shape.num_prefill_tokens
+        return choose_corun(self.corun_costs, num_tokens, plan.num_decodes, num_context_tokens)
+
+    def best_prompt_tokens(self, num_decodes: int, num_context_tokens: int) -> int | None:
+        """So many a step should have beside `num_decodes` that see `num_context_tokens`; None: as many as it may."""
+        if self.corun_costs is None:
+            return None
+        corun = choose_corun(self.corun_costs, num_decodes + STEP_TOKENS, num_decodes, num_context_tokens)
+        return None if corun is None else STEP_TOKENS
 
     def sample(self, step: Step, samples: list[int], matchers: list[Matcher]) -> dict[int, str]:
         """Enqueue the sampling of a step that awaits it. Returns index -> message of the matchers that failed.
@@ -295,7 +317,7 @@ class ModelRunner:
             assert self.graphs is not None
             step.logits, step.greedy, step.batch = self.graphs.replay(step.shape)
             return
-        step.batch = staged = self.stager.views(step.shape, plan)
+        step.batch = staged = self.stager.views(step.shape, plan, corun=step.corun)
         hidden = self.forward(staged.batch)
         for work in step.prompt_work:
             step.prompt_logprobs += self._prompt_logprobs(hidden, work)

@@ -184,6 +184,17 @@ class Scheduler:
     def num_streams(self) -> int:
         return int(np.count_nonzero(self.rows.wants_tokens[self._decoding]))
 
+    @property
+    def num_decodes(self) -> int:
+        """Requests past their prompt."""
+        return len(self._decoding)
+
+    @property
+    def num_context_tokens(self) -> int:
+        """What attention reads for one token of each of those; of prefixes that it reads once per group, nothing."""
+        num_tokens = int(self.rows.num_computed[self._decoding].sum())
+        return num_tokens - (0 if self._groups is None else int(self._groups.own_starts.sum()))
+
     # ---- deciding a step ----
 
     def schedule(self, budget: PrefillBudget | None = None) -> Plan | None:

@@ -1,8 +1,8 @@
 """What a runner does before its first request: compile and load kernels, and find out what the largest step takes."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator
-from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from engine.batch import Shape
 from engine.cuda_graph import SAMPLE_MULTIPLE, GraphSizes
 from engine.model_runner import ModelRunner
 from engine.plan import Plan
+from kernels.corun import FLOPS_PER_BYTE, STEP_TOKENS, Corun
 from kernels.launch import compiling_ahead
 
 KERNEL_PROMPTS = (2, 32, 512)  # numbers of prompts that attention has kernels for: all are compiled at the start
@@ -42,13 +43,19 @@ def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len
 
 
 def load_kernels(runner: ModelRunner, max_samples: int, max_len: int) -> None:
-    """Run one step of each size that has no graph, through one block of the model: see `StepGraphs.eager_shape`."""
+    """Run one step of each size that has no graph, through one block of the model: see `StepGraphs.eager_shape`. And
+    steps whose layers are split, for the sizes of their parts.
+    """
     if runner.graphs is None or not (sizes := runner.graphs.eager_sizes()):
         return
     samples = range(SAMPLE_MULTIPLE, max_samples + 1, SAMPLE_MULTIPLE)
     with _first_block_alone(runner):
-        for num_tokens, num_samples in zip_longest(sizes, samples, fillvalue=SAMPLE_MULTIPLE):
+        for num_tokens, num_samples in itertools.zip_longest(sizes, samples, fillvalue=SAMPLE_MULTIPLE):
             _run_prompts(runner, _full_prompts(num_tokens, max_len), num_samples, is_greedy=True)
+        if runner.corun_costs is not None:
+            for num_tokens, num_free_sms in zip(range(128, STEP_TOKENS + 1, 128), itertools.cycle(FLOPS_PER_BYTE)):
+                half = Corun(num_tokens, num_free_sms)
+                _run_prompts(runner, _full_prompts(2 * num_tokens, max_len), SAMPLE_MULTIPLE, corun=half)
 
 
 @contextlib.contextmanager
@@ -75,7 +82,9 @@ def _full_prompts(num_tokens: int, max_len: int) -> list[int]:
     return [length] * (num_tokens // length)
 
 
-def _run_prompts(runner: ModelRunner, q_lens: list[int], num_samples: int, is_greedy: bool = False) -> None:
+def _run_prompts(
+    runner: ModelRunner, q_lens: list[int], num_samples: int, is_greedy: bool = False, corun: Corun | None = None
+) -> None:
     """One step of prompts of row 0, with logits and tokens of `num_samples`."""
     num_tokens, lens = sum(q_lens), np.array(q_lens, np.int32)
     plan = Plan(
@@ -90,7 +99,7 @@ def _run_prompts(runner: ModelRunner, q_lens: list[int], num_samples: int, is_gr
     )
     with torch.cuda.stream(runner.stream), torch.inference_mode():
         runner.stager.upload(runner.stager.write(plan, Shape.of(plan)))
-        batch, sample_tokens, sample_rows, positions = runner.stager.views(Shape.of(plan), plan)
+        batch, sample_tokens, sample_rows, positions = runner.stager.views(Shape.of(plan), plan, corun=corun)
         logits = runner.model.lm_head.gather(runner.model.compute_logits(runner.forward(batch)[sample_tokens]))
         if logits is not None:
             work = runner.sampler.plan_work(plan)

@@ -8,7 +8,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -89,22 +89,25 @@ def attention(
     window: int = -1,
     softcap: float = 0.0,
     backend: str = "torch",
+    has_decodes: bool = True,
 ) -> torch.Tensor:
     """q [T, H, D], caches [num_slots, Hkv, D] (q's dtype or float8) -> [T, H, D].
 
     window: a token sees at most that many last tokens, itself included; -1: all. softcap c > 0: scores become
-    c tanh(score / c). In a CUDA graph "flashinfer", which plans on the host, leaves all to "triton", as it always does
-    for single tokens: that depends on nothing but shapes, and reads lengths and slots on the device.
+    c tanh(score / c). Not has_decodes: single tokens' part of the result is left as it is (`kernels.corun` fills it).
+    In a CUDA graph "flashinfer", which plans on the host, leaves all to "triton", as it always does for single tokens:
+    that depends on nothing but shapes, and reads lengths and slots on the device.
     """
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "has_decodes": has_decodes}
     if backend == "torch":
-        return attention_torch(q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap)
+        return attention_torch(q, k_cache, v_cache, batch, **options)
     from kernels.triton_attention import attention_triton  # here: a machine without a GPU need not have triton
 
     if backend == "triton" or batch.is_for_graph or batch.num_decodes == len(batch.rows):
-        return attention_triton(q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap)
+        return attention_triton(q, k_cache, v_cache, batch, **options)
     from kernels.flashinfer_attention import attention_flashinfer
 
-    return attention_flashinfer(q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap)
+    return attention_flashinfer(q, k_cache, v_cache, batch, **options)
 
 
 def choose_backend(requested: str | None, device: torch.device) -> str:
@@ -137,16 +140,33 @@ def attention_torch(
     scale: float,
     window: int = -1,
     softcap: float = 0.0,
+    has_decodes: bool = True,
 ) -> torch.Tensor:
     """The definition of `attention`. Sizes come from the host's lengths, so it cannot be captured."""
     out = torch.empty_like(q)
-    for members in _decode_sets(_SameBatch(batch), window, q.dtype):
-        _decode(q, k_cache, v_cache, members, scale, softcap, out)
+    if has_decodes:
+        decodes_torch(q, k_cache, v_cache, batch, out, scale=scale, window=window, softcap=softcap)
     end = batch.num_decodes
     for i in range(end, len(batch.seq_lens_host)):
         start, end = end, end + int(batch.q_lens_host[i])
         _prefill(q, k_cache, v_cache, batch, i, start, end, scale, window, softcap, out)
     return out
+
+
+def decodes_torch(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    window: int = -1,
+    softcap: float = 0.0,
+) -> None:
+    """`attention_torch` of the first num_decodes tokens alone, into `out`."""
+    for members in _decode_sets(_SameBatch(batch), window, q.dtype):
+        _decode(q, k_cache, v_cache, members, scale, softcap, out)
 
 
 class _SameBatch:

@@ -52,13 +52,16 @@ def attention_flashinfer(
     scale: float,
     window: int = -1,
     softcap: float = 0.0,
+    has_decodes: bool = True,
 ) -> torch.Tensor:
     """As `kernels.attention.attention`; what FlashInfer has no kernel for goes to Triton."""
     is_known = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] in HEAD_DIMS
     if not is_known or batch.num_decodes == len(batch.rows):
-        return attention_triton(q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap)
+        return attention_triton(
+            q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap, has_decodes=has_decodes
+        )
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    if batch.num_decodes:
+    if batch.num_decodes and has_decodes:
         decode(q, k_cache, v_cache, batch, out, scale=scale, window=window, softcap=softcap)
     shape = Shape(q.shape[1], k_cache.shape[1], q.shape[2], q.dtype, k_cache.dtype, scale, window, softcap)
     wrapper = _prefill_plans(q.device).wrapper_for(batch, shape)

@@ -103,27 +103,41 @@ def is_available(device: torch.device) -> bool:
     return True
 
 
-def gated_gemm(x: torch.Tensor, weight: torch.Tensor, act: str, tile: Tile | None = None) -> torch.Tensor:
-    """x [T, K], weight [2N, K] -> [T, N]; the sums and the activation in fp32, rounded once."""
+def gated_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    act: str,
+    tile: Tile | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    num_free_sms: int = 0,
+) -> torch.Tensor:
+    """x [T, K], weight [2N, K] -> [T, N], into `out` if given; the sums and the activation in fp32, rounded once.
+
+    num_free_sms: multiprocessors, an even number, to leave to the next kernel, which may run beside this one if it
+    waits for it only at its end (`triton_decode.decode`). This one begins when all before it has ended.
+    """
     num_rows, k = x.shape
     n = weight.shape[0] // 2
     num_row_tiles = cdiv(num_rows, ROWS)
-    _prepare(x.dtype, act, n, x.device)
-    tile = tile or choose_tile(num_row_tiles, n, num_sms(x.device))
+    num_blocks = num_sms(x.device) - num_free_sms
+    _prepare(x.dtype, act, n, num_blocks, x.device)
+    tile = tile or choose_tile(num_row_tiles, n, num_blocks)
     assert tile is not None, f"no tile divides {n} columns"
-    out = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
     x_map = _tensor_map(x.data_ptr(), num_rows, k, ROWS if tile.shares_weights else ROWS // 2, x.dtype)
     w_map = _tensor_map(weight.data_ptr(), 2 * n, k, tile.columns, x.dtype)
-    num_pairs = min(tile.num_pairs(num_row_tiles, n), num_sms(x.device) // 2)
+    num_pairs = min(tile.num_pairs(num_row_tiles, n), num_blocks // 2)
     kernel = _kernel(x.dtype, act, tile, x.device)
-    kernel.launch(2 * num_pairs, x_map, w_map, out, num_rows, n, k)
+    kernel.launch(2 * num_pairs, x_map, w_map, out, num_rows, n, k, is_early=not num_free_sms)
     return out
 
 
 @functools.cache
-def _prepare(dtype: torch.dtype, act: str, n: int, device: torch.device) -> None:
+def _prepare(dtype: torch.dtype, act: str, n: int, num_blocks: int, device: torch.device) -> None:
     """Compile all that `choose_tile` may choose, so that no later step waits for a compiler."""
-    chosen = {choose_tile(rows, n, num_sms(device)) for rows in range(1, MAX_ROW_TILES + 1)}
+    chosen = {choose_tile(rows, n, num_blocks) for rows in range(1, MAX_ROW_TILES + 1)}
     tiles = [tile for tile in chosen if tile]
     with ThreadPoolExecutor(len(tiles)) as threads:
         list(threads.map(lambda tile: _compile(source(dtype, act, tile)), tiles))
@@ -207,9 +221,13 @@ class _Kernel:
         self._config.gridDimY = self._config.gridDimZ = self._config.blockDimY = self._config.blockDimZ = 1
         self._config.blockDimX = NUM_THREADS
         self._config.sharedMemBytes = shared_bytes
-        self._config.attrs, self._config.numAttrs = [early], 1
+        self._config.attrs = [early]
 
-    def launch(self, num_blocks: int, x_map: Any, w_map: Any, out: torch.Tensor, num_rows: int, n: int, k: int) -> None:
+    def launch(
+        self, num_blocks: int, x_map: Any, w_map: Any, out: torch.Tensor, num_rows: int, n: int, k: int, is_early: bool
+    ) -> None:
+        """is_early: it may be loaded, and load weights, before the kernel ahead has ended."""
+        self._config.numAttrs = int(is_early)
         self._config.gridDimX = num_blocks
         self._config.hStream = torch.cuda.current_stream(out.device).cuda_stream
         values = (ctypes.c_void_p(out.data_ptr()), ctypes.c_int(num_rows), ctypes.c_int(n), ctypes.c_int(k))

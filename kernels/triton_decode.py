@@ -1,5 +1,7 @@
 """Attention of single tokens in Triton, with the prefixes that requests share read once."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -56,6 +58,8 @@ def decode(
     softcap: float = 0.0,
     config: DecodeConfig | None = None,
     num_programs: int | None = None,
+    num_free_sms: int = 0,
+    launch_beside: Callable[[], None] | None = None,
     prefix_config: PrefillConfig | None = None,
     num_prefix_splits: int | None = None,
 ) -> None:
@@ -65,13 +69,16 @@ def decode(
     any mix of lengths fills the chip. Where a run starts or ends inside a request, the program leaves a partial
     result, and the last to arrive at a request merges them: no second kernel, and none of this for whole requests.
     On Hopper lengths and slots are read before the kernel ahead has ended, which must not be the one to write them.
+
+    launch_beside: on Hopper, launches a kernel to run beside this one, on all but `num_free_sms` multiprocessors: as
+    `gated_gemm` does, it begins when all before it has ended, and lets the next one begin at once.
     """
     num_requests = batch.num_decodes
     head_dim, num_kv_heads = q.shape[2], k_cache.shape[1]
     block_group = next_power_of_2(q.shape[1] // num_kv_heads)
     block_d = next_power_of_2(head_dim)
     config = config or decode_config(block_d, num_requests, q.dtype.itemsize)
-    num_programs = num_programs or config.programs_per_sm * num_sms(q.device)
+    num_programs = num_programs or config.programs_per_sm * (num_free_sms or num_sms(q.device))
     shared = batch.shared
     num_splits = 0
     if shared is not None:
@@ -92,6 +99,8 @@ def decode(
     # for more programs on an SM.
     merge_registers = 64 if num_requests <= 4 else 32
     settings = launch_settings(q, k_cache, v_cache, window, softcap, config)
+    if launch_beside is not None:
+        launch_beside()
     _decode_kernel[(num_programs,)](
         q,
         k_cache,
@@ -108,6 +117,7 @@ def decode(
         num_splits,
         batch.slot_table.stride(0),
         window,
+        int(launch_beside is not None),
         scale * LOG2_E,
         **settings,
         BLOCK_B=block_requests(num_requests),
@@ -196,6 +206,7 @@ def _decode_kernel(
     num_splits,
     table_stride,
     window,
+    is_beside,
     qk_scale,
     Q_STRIDE: tl.constexpr,
     K_STRIDE: tl.constexpr,
@@ -263,8 +274,9 @@ def _decode_kernel(
         if HAS_PREFETCH and work == begin:
             _prefetch(k_cache + kv_head * HEAD_DIM + slot.to(tl.int64) * K_STRIDE, HEAD_DIM)
             _prefetch(v_cache + kv_head * HEAD_DIM + slot.to(tl.int64) * V_STRIDE, HEAD_DIM)
-        if PDL:
-            tl.extra.cuda.gdc_wait()  # for the queries and the newest key and value; all else was there before
+        if PDL:  # noqa: SIM102 - known to the compiler, which must not see more where it does not hold
+            if is_beside == 0:
+                tl.extra.cuda.gdc_wait()  # for the queries and the newest key and value; all else was there before
 
         is_element = (m_rows < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
         q_row = request.to(tl.int64) * Q_STRIDE + (kv_head * GROUP + m_rows) * HEAD_DIM
@@ -337,6 +349,9 @@ def _decode_kernel(
                 mask = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
                 tl.store(merged_pointers, merged.to(out.dtype.element_ty), mask=mask)
         work += num_taken
+    if PDL:  # noqa: SIM102
+        if is_beside != 0:
+            tl.extra.cuda.gdc_wait()  # so that who waits for this kernel has waited for the one ahead
 
 
 @triton.jit

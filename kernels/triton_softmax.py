@@ -88,7 +88,8 @@ def block_requests(num_requests: int) -> int:
 # Views of a step's staging buffer start anywhere and counts vary: none of it is worth compiling a kernel again.
 attention_kernel = triton.jit(
     do_not_specialize=[
-        "num_requests", "num_splits", "num_groups", "first_partial", "table_stride", "window", "min_split_len",
+        "num_requests", "num_splits", "num_groups", "first_partial", "table_stride", "window", "is_beside",
+        "min_split_len",
     ],
     do_not_specialize_on_alignment=[
         "seq_lens", "rows", "cu_q_lens", "own_starts", "prefix_lens", "cu_members", "members",

@@ -32,6 +32,10 @@ class ManualRunner:
         self.launched: list[Step] = []
         self.error: Exception | None = None
         self.ranks = None
+        self.best: int | None = None
+
+    def best_prompt_tokens(self, num_decodes: int, num_context_tokens: int) -> int | None:
+        return self.best
 
     def launch(self, plan: Plan) -> Step:
         if self.error is not None:

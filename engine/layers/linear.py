@@ -93,6 +93,12 @@ class RowParallelLinear(Layer):
         partial = linear_add(x, self.weight, h, self.bias) if self.comm.rank == 0 else linear(x, self.weight)
         return self.comm.all_reduce(partial)
 
+    def add_to(self, h: torch.Tensor, x: torch.Tensor) -> None:
+        """The same, written into h."""
+        result = self(x, h)
+        if result.data_ptr() != h.data_ptr():
+            h.copy_(result)
+
     def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
         if name == "bias":  # every rank holds all of it
             return super().place_weight(name, loaded, part)

@@ -12,6 +12,7 @@ from engine.errors import ModelError
 from engine.layers.embedding import VocabParallelEmbedding
 from engine.layers.layer import Layer, LayerConfig
 from engine.model_config import ModelConfig
+from kernels.corun import CorunCosts
 
 # config.json's architecture -> module of this package : class. Imported when asked for.
 REGISTRY = {
@@ -29,6 +30,10 @@ class Decoder(Layer):
     """Embedding, blocks and final norm."""
 
     layers: list[Any]  # the blocks
+
+    def corun_costs(self, kv: KVPool) -> CorunCosts | None:
+        """By which `kernels.corun` splits steps; None: the blocks do not take a step that is split."""
+        return None
 
 
 class CausalLM(Layer):

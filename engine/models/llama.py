@@ -25,6 +25,7 @@ from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import ModelConfig
 from engine.models import CausalLM, Decoder
 from kernels.attention import attention
+from kernels.corun import Corun, CorunCosts, can_corun, gated_beside_decodes, gated_into
 from kernels.elementwise import rope_and_store
 
 
@@ -55,6 +56,13 @@ class LlamaAttention(Layer):
         return has_bias, has_bias
 
     def __call__(self, h: torch.Tensor, norm: RMSNorm, batch: ForwardBatch, kv: KVPool) -> torch.Tensor:
+        _, o = self.attend(h, norm, batch, kv)
+        return self.o_proj(o.flatten(1), h)
+
+    def attend(
+        self, h: torch.Tensor, norm: RMSNorm, batch: ForwardBatch, kv: KVPool, *, has_decodes: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(queries, what they find), each [T, H, D]. has_decodes: see `kernels.attention.attention`."""
         qkv = self.qkv_proj(h, norm)  # [T, (H + 2 Hkv) D]
         k_cache, v_cache = kv.k(self.layer_id), kv.v(self.layer_id)
         q = rope_and_store(
@@ -70,9 +78,17 @@ class LlamaAttention(Layer):
             self.q_norm.weight if self.qk_norm else None,
             self.k_norm.weight if self.qk_norm else None,
             self.eps,
-        )  # [T, H, D]
-        o = attention(q, k_cache, v_cache, batch, scale=self.scale, window=self.window, backend=self.backend)
-        return self.o_proj(o.flatten(1), h)
+        )
+        return q, attention(
+            q,
+            k_cache,
+            v_cache,
+            batch,
+            scale=self.scale,
+            window=self.window,
+            backend=self.backend,
+            has_decodes=has_decodes,
+        )
 
 
 class Qwen2Attention(LlamaAttention):
@@ -103,8 +119,43 @@ class LlamaDecoderLayer(Layer):
         self.mlp = LlamaMLP(config, layers)
 
     def __call__(self, h: torch.Tensor, batch: ForwardBatch, kv: KVPool) -> torch.Tensor:
+        if batch.corun is not None:
+            return self._run_split(h, batch, kv, batch.corun)
         h = self.self_attn(h, self.input_layernorm, batch, kv)
         return self.mlp(h, self.post_attention_layernorm)
+
+    def _run_split(self, h: torch.Tensor, batch: ForwardBatch, kv: KVPool, corun: Corun) -> torch.Tensor:
+        """The same with the last tokens ahead of the others: see `kernels.corun`."""
+        attn, mlp, norm = self.self_attn, self.mlp, self.post_attention_layernorm
+        q, o = attn.attend(h, self.input_layernorm, batch, kv, has_decodes=False)
+        weight, first = mlp.gate_up_proj.weight, len(h) - corun.num_tokens
+        gated = h.new_empty(len(h), len(weight) // 2)
+        attn.o_proj.add_to(h[first:], o[first:].flatten(1))
+        gated_beside_decodes(
+            norm(h[first:]),
+            weight,
+            mlp.act,
+            gated[first:],
+            q,
+            kv.k(attn.layer_id),
+            kv.v(attn.layer_id),
+            batch,
+            o,
+            num_free_sms=corun.num_free_sms,
+            scale=attn.scale,
+        )
+        attn.o_proj.add_to(h[:first], o[:first].flatten(1))
+        gated_into(gated[:first], norm(h[:first]), weight, mlp.act)
+        return mlp.down_proj(gated, h)
+
+    def corun_costs(self, kv: KVPool) -> CorunCosts | None:
+        """None: its steps cannot be split."""
+        attn, gate_up = self.self_attn, self.mlp.gate_up_proj
+        is_alone = attn.o_proj.comm.size == 1  # else each half would need a sum over ranks of its own
+        has_window = attn.window >= 0  # and little for attention to read
+        if not is_alone or has_window or gate_up.bias is not None or not can_corun(gate_up.weight, self.mlp.act):
+            return None
+        return CorunCosts(2 * kv.k(attn.layer_id)[0].nbytes, 2 * gate_up.weight.numel())
 
 
 class LlamaModel(Decoder):
@@ -116,6 +167,10 @@ class LlamaModel(Decoder):
             for i in range(config.num_hidden_layers)
         ]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, layers)
+
+    def corun_costs(self, kv: KVPool) -> CorunCosts | None:
+        costs = {layer.corun_costs(kv) for layer in self.layers}
+        return costs.pop() if len(costs) == 1 else None  # of all, or of none
 
     def __call__(self, batch: ForwardBatch, kv: KVPool) -> torch.Tensor:
         h = self.embed_tokens(batch.input_ids)

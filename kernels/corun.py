@@ -1,0 +1,103 @@
+"""Two kernels at once: attention of single tokens, which reads memory, beside gate's and up's product, which computes.
+
+In a step of prompts and decodes each of the two leaves half of the device idle, and they cannot share it for the same
+tokens: a layer's product needs its attention. So the last tokens of a step, all of prompts, go ahead: while they are
+multiplied on most multiprocessors, the decodes' attention runs on the others. The products of the decodes and of the
+first prompt tokens follow. To run what computes beside what reads is the idea of NanoFlow (Zhu et al. 2024), which
+splits a batch in two to that end; here one product of a part is enough, and nothing else of a layer is split but what
+leads there.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from kernels.attention import AttentionBatch, decodes_torch
+from kernels.elementwise import act_and_mul_torch
+from kernels.gated_gemm import can_gated_gemm, gated_gemm
+from kernels.gemm import linear
+from kernels.launch import num_sms
+
+MEASURED_SMS = 132  # of the devices (H100, H200) that the next figures hold for
+# Multiprocessors for the attention -> operations of the product on all others while the attention reads a byte.
+FLOPS_PER_BYTE = {32: 380, 48: 245}
+MULTIPLE = 256  # of tokens: pairs of `gated_gemm`'s tiles
+MIN_BYTES = 256 << 20  # less to read, and the additional kernels take what is gained
+ENOUGH = 0.8  # so much of the attention beside the product is nearly as good as all of it
+# Prompt tokens of a step whose layers are split: more of them would leave more decodes to steps without prompts.
+STEP_TOKENS = 2048
+
+
+class CorunCosts(NamedTuple):
+    """What decides how many tokens take as long as the attention, in each layer."""
+
+    context_bytes: int  # of keys and values that attention reads of a token
+    token_flops: int  # of gate and up
+
+
+class Corun(NamedTuple):
+    """How the layers of a step are split."""
+
+    num_tokens: int  # the last ones of the step, which are multiplied beside the attention of single tokens
+    num_free_sms: int  # multiprocessors for that attention
+
+
+def can_corun(weight: torch.Tensor, act: str) -> bool:
+    """Whether `gated_beside_decodes` can run two kernels at once, with gate's and up's `weight` [2N, K]."""
+    return weight.is_cuda and num_sms(weight.device) == MEASURED_SMS and can_gated_gemm(weight[:1], weight, act)
+
+
+def choose_corun(costs: CorunCosts, num_tokens: int, num_decodes: int, num_context_tokens: int) -> Corun | None:
+    """For a step of `num_tokens`, `num_decodes` of them single ones that see `num_context_tokens` in all. None: it is
+    not worth it, or there are too few other tokens.
+    """
+    num_bytes = num_context_tokens * costs.context_bytes
+    room = (num_tokens - num_decodes) // MULTIPLE
+    if num_bytes < MIN_BYTES:
+        return None
+    for num_free_sms, flops_per_byte in FLOPS_PER_BYTE.items():
+        wanted = num_bytes * flops_per_byte / (costs.token_flops * MULTIPLE)
+        if ENOUGH * wanted <= room:
+            return Corun(MULTIPLE * max(min(round(wanted), room), 1), num_free_sms)
+    return None
+
+
+def gated_into(gated: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, act: str) -> None:
+    """gated [M, N] = act(x @ gate.T) * (x @ up.T); x [M, K], weight [2N, K]."""
+    if x.is_cuda:
+        gated_gemm(x, weight, act, out=gated)
+    else:
+        gated.copy_(act_and_mul_torch(linear(x, weight), act))
+
+
+def gated_beside_decodes(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    act: str,
+    gated: torch.Tensor,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    attended: torch.Tensor,
+    *,
+    num_free_sms: int,
+    scale: float,
+    softcap: float = 0.0,
+) -> None:
+    """`gated_into`; meanwhile, on `num_free_sms` multiprocessors, the attention of the batch's single tokens, q and
+    the caches as for `kernels.attention.attention`, into their part of `attended` [T, H, D].
+    """
+    if not x.is_cuda:
+        gated_into(gated, x, weight, act)
+        decodes_torch(q, k_cache, v_cache, batch, attended, scale=scale, softcap=softcap)
+        return
+    multiply = functools.partial(gated_gemm, x, weight, act, out=gated, num_free_sms=num_free_sms)
+    if not batch.num_decodes:
+        multiply()
+        return
+    from kernels.triton_decode import decode  # here: a machine without a GPU need not have triton
+
+    settings: dict[str, Any] = {"num_free_sms": num_free_sms, "launch_beside": multiply}
+    decode(q, k_cache, v_cache, batch, attended, scale=scale, softcap=softcap, **settings)
