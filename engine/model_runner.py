@@ -241,8 +241,8 @@ class ModelRunner:
         """So many a step should have beside `num_decodes` that see `num_context_tokens`; None: as many as it may."""
         if self.corun_costs is None:
             return None
-        corun = choose_corun(self.corun_costs, num_decodes + STEP_TOKENS, num_decodes, num_context_tokens)
-        return None if corun is None else STEP_TOKENS
+        corun = choose_corun(self.corun_costs, STEP_TOKENS, num_decodes, num_context_tokens)
+        return None if corun is None else STEP_TOKENS - num_decodes
 
     def sample(self, step: Step, samples: list[int], matchers: list[Matcher]) -> dict[int, str]:
         """Enqueue the sampling of a step that awaits it. Returns index -> message of the matchers that failed.

@@ -21,12 +21,12 @@ from kernels.launch import num_sms
 
 MEASURED_SMS = 132  # of the devices (H100, H200) that the next figures hold for
 # Multiprocessors for the attention -> operations of the product on all others while the attention reads a byte.
-FLOPS_PER_BYTE = {32: 380, 48: 245}
+FLOPS_PER_BYTE = {32: 400, 48: 245}
 MULTIPLE = 256  # of tokens: pairs of `gated_gemm`'s tiles
 MIN_BYTES = 256 << 20  # less to read, and the additional kernels take what is gained
 ENOUGH = 0.8  # so much of the attention beside the product is nearly as good as all of it
-# Prompt tokens of a step whose layers are split: more of them would leave more decodes to steps without prompts.
-STEP_TOKENS = 2048
+# Of a step that may be split: whole tiles. More of them would leave more decodes to steps without prompts.
+STEP_TOKENS = 2304
 
 
 class CorunCosts(NamedTuple):
