@@ -208,10 +208,8 @@ class ModelRunner:
 
         Raises what cannot be enqueued: out of memory, a kernel that does not compile.
         """
-        shape = Shape.of(plan) if self.graphs is None else self.graphs.eager_shape(plan)
-        corun = self._corun_for(plan, shape)
-        graph_shape = self.graphs.shape_for(plan) if self.graphs is not None and corun is None else None
-        shape = graph_shape or shape
+        graph_shape = self.graphs.shape_for(plan) if self.graphs is not None else None
+        shape = graph_shape or (Shape.of(plan) if self.graphs is None else self.graphs.eager_shape(plan))
         step = Step(
             plan=plan,
             work=self.sampler.plan_work(plan),
@@ -219,7 +217,7 @@ class ModelRunner:
             staged=self.stager.write(plan, shape),
             shape=shape,
             is_graph=graph_shape is not None,
-            corun=corun,
+            corun=self._corun_for(plan, shape) if graph_shape is None else None,
             launched_at=time.perf_counter(),
         )
         step.awaits_masks = step.work.masked is not None

@@ -52,10 +52,12 @@ def load_kernels(runner: ModelRunner, max_samples: int, max_len: int) -> None:
     with _first_block_alone(runner):
         for num_tokens, num_samples in itertools.zip_longest(sizes, samples, fillvalue=SAMPLE_MULTIPLE):
             _run_prompts(runner, _full_prompts(num_tokens, max_len), num_samples, is_greedy=True)
-        if runner.corun_costs is not None:
-            for num_tokens, num_free_sms in zip(range(128, STEP_TOKENS + 1, 128), itertools.cycle(FLOPS_PER_BYTE)):
-                half = Corun(num_tokens, num_free_sms)
-                _run_prompts(runner, _full_prompts(2 * num_tokens, max_len), SAMPLE_MULTIPLE, corun=half)
+        if runner.corun_costs is None:
+            return
+        largest = min(STEP_TOKENS, runner.stager.max_tokens // 2)
+        for num_tokens, num_free_sms in zip(range(128, largest + 1, 128), itertools.cycle(FLOPS_PER_BYTE)):
+            prompts = _full_prompts(2 * num_tokens, max_len)
+            _run_prompts(runner, prompts, SAMPLE_MULTIPLE, corun=Corun(num_tokens, num_free_sms))
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ MULTIPLE = 256  # of tokens: pairs of `gated_gemm`'s tiles
 MIN_BYTES = 256 << 20  # less to read, and the additional kernels take what is gained
 ENOUGH = 0.8  # so much of the attention beside the product is nearly as good as all of it
 # Of a step that may be split: whole tiles. More of them would leave more decodes to steps without prompts.
-STEP_TOKENS = 2304
+STEP_TOKENS = 2560
 
 
 class CorunCosts(NamedTuple):

@@ -251,6 +251,18 @@ def observe(pace: StepPace, num_prefill_tokens: int, device_s: float) -> None:
     pace.observe(plan_of(num_prefill_tokens), device_s)
 
 
+async def test_beside_decodes_a_chunk_is_as_long_as_suits_the_device() -> None:
+    async with running_loop() as (loop, runner):
+        submit(loop, [1, 2, 3])
+        await settle()
+        runner.best = 50
+        submit(loop, [*range(4, 204)])
+        await runner.finish(0)
+        await runner.finish(1)
+        await runner.finish(2)
+        assert [step.plan.num_prefill_tokens for step in runner.launched] == [3, 0, 50, 50, 50]
+
+
 def test_prompt_chunks_are_cut_so_that_streams_keep_their_pace() -> None:
     pace = StepPace(max_step_ms=60, chunked_prefill_size=8192)
     assert pace.prefill_budget(num_streams=4).work == 2 * 8192 // 16, "nothing is known yet"
