@@ -11,8 +11,9 @@ from engine.batch import Shape
 from engine.cuda_graph import SAMPLE_MULTIPLE, GraphSizes
 from engine.model_runner import ModelRunner
 from engine.plan import Plan
+from kernels import sampling
 from kernels.corun import FLOPS_PER_BYTE, STEP_TOKENS, Corun
-from kernels.launch import compiling_ahead
+from kernels.launch import cdiv, compiling_ahead
 
 KERNEL_PROMPTS = (2, 32, 512)  # numbers of prompts that attention has kernels for: all are compiled at the start
 
@@ -27,8 +28,26 @@ def compile_kernels(
     with _first_block_alone(runner), compiling_ahead():
         _run_largest(runner, num_tokens, num_samples, max_len)
         if graph_sizes is not None:
+            _rehearse_sampling(runner.model.lm_head.weight.dtype, runner.sampler.vocab_size, num_samples, runner.device)
             with torch.cuda.stream(runner.stream), torch.inference_mode():
                 runner.new_graphs(graph_sizes).run_all()
+
+
+def _rehearse_sampling(dtype: torch.dtype, vocab_size: int, max_samples: int, device: torch.device) -> None:
+    """What may be asked of logits, of as many rows as make a difference to kernels: a first request that samples shall
+    not wait for a compiler. Results are arbitrary.
+    """
+    counts = torch.zeros(1, vocab_size, dtype=torch.int16, device=device)
+    bitmask = torch.zeros(1, cdiv(vocab_size, 32), dtype=torch.int32, device=device)
+    for num_samples in (1 << i for i in range(max_samples.bit_length())):
+        logits = torch.empty(num_samples, vocab_size, dtype=dtype, device=device)
+        floats = torch.zeros(num_samples, device=device)
+        ints = torch.zeros(num_samples, dtype=torch.int32, device=device)
+        sampling.argmax(logits)
+        sampling.sample(logits, floats, ints, floats, floats, ints.long(), ints)
+        sampling.logsumexp(logits)
+        sampling.apply_penalties(logits, ints, counts, floats, floats, floats)
+        sampling.apply_token_bitmask(logits, bitmask, ints[:1])
 
 
 def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len: int) -> int:

@@ -23,6 +23,7 @@ MEASURED_SMS = 132  # of the devices (H100, H200) that the next figures hold for
 # Multiprocessors for the attention -> operations of the product on all others while the attention reads a byte.
 FLOPS_PER_BYTE = {32: 400, 48: 245}
 MULTIPLE = 256  # of tokens: pairs of `gated_gemm`'s tiles
+MIN_DECODES = 32  # the attention kernels for fewer of them are made for latency, and fill few multiprocessors badly
 MIN_BYTES = 256 << 20  # less to read, and the additional kernels take what is gained
 ENOUGH = 0.8  # so much of the attention beside the product is nearly as good as all of it
 # Of a step that may be split: whole tiles. More of them would leave more decodes to steps without prompts.
@@ -54,7 +55,7 @@ def choose_corun(costs: CorunCosts, num_tokens: int, num_decodes: int, num_conte
     """
     num_bytes = num_context_tokens * costs.context_bytes
     room = (num_tokens - num_decodes) // MULTIPLE
-    if num_bytes < MIN_BYTES:
+    if num_decodes < MIN_DECODES or num_bytes < MIN_BYTES:
         return None
     for num_free_sms, flops_per_byte in FLOPS_PER_BYTE.items():
         wanted = num_bytes * flops_per_byte / (costs.token_flops * MULTIPLE)

@@ -37,9 +37,15 @@ def test_where_prompt_tokens_are_few_attention_gets_more_of_the_chip() -> None:
     assert many.num_free_sms < few.num_free_sms and many.num_tokens > few.num_tokens
 
 
-@pytest.mark.parametrize(("num_prompt_tokens", "context"), [(2048, 30_000), (0, 300_000), (500, 300_000)])
-def test_a_step_is_left_whole_where_little_could_be_gained(num_prompt_tokens: int, context: int) -> None:
-    assert choose_corun(LLAMA_8B, num_prompt_tokens + DECODES, DECODES, context) is None
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "num_decodes", "context"),
+    [(2048, 256, 30_000), (0, 256, 300_000), (500, 256, 300_000), (2048, 4, 300_000)],
+)
+def test_a_step_is_left_whole_where_little_could_be_gained(
+    num_prompt_tokens: int, num_decodes: int, context: int
+) -> None:
+    assert choose_corun(LLAMA_8B, num_prompt_tokens + num_decodes, num_decodes, context) is None
+    assert choose_corun(LLAMA_8B, 2048 + DECODES, DECODES, 300_000) is not None
 
 
 def test_decodes_are_never_among_the_tokens_ahead() -> None:
@@ -52,6 +58,7 @@ async def test_answers_are_the_same_when_steps_are_split(tiny_llama: Path, monke
     rng = random.Random(3)
     prompts = [[rng.randrange(3, 384) for _ in range(length)] for length in rng.choices(range(5, 120), k=16)]
     monkeypatch.setattr(corun, "MIN_BYTES", 1)
+    monkeypatch.setattr(corun, "MIN_DECODES", 1)
     monkeypatch.setattr(corun, "MULTIPLE", 3)
     splits: list[Corun | None] = []
 
