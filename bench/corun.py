@@ -24,7 +24,7 @@ from server.config import parse_args
 PROMPT_LEN = 1024
 SIZES = ((1152, 128), (STEP_TOKENS, 64), (STEP_TOKENS, 160), (STEP_TOKENS, 288), (4096, 288))  # tokens, decodes of them
 CONTEXTS = (512, 1024)
-STEADY_S = 1.0  # of a size, of which the second half counts
+STEADY_S = 0.6  # of a size, of which the second half counts
 
 
 def mixed_plan(runner: ModelRunner, num_tokens: int, num_decodes: int, context: int) -> Plan:

@@ -28,12 +28,12 @@ def compile_kernels(
     with _first_block_alone(runner), compiling_ahead():
         _run_largest(runner, num_tokens, num_samples, max_len)
         if graph_sizes is not None:
-            _rehearse_sampling(runner.model.lm_head.weight.dtype, runner.sampler.vocab_size, num_samples, runner.device)
+            rehearse_sampling(runner.model.lm_head.weight.dtype, runner.sampler.vocab_size, num_samples, runner.device)
             with torch.cuda.stream(runner.stream), torch.inference_mode():
                 runner.new_graphs(graph_sizes).run_all()
 
 
-def _rehearse_sampling(dtype: torch.dtype, vocab_size: int, max_samples: int, device: torch.device) -> None:
+def rehearse_sampling(dtype: torch.dtype, vocab_size: int, max_samples: int, device: torch.device) -> None:
     """What may be asked of logits, of as many rows as make a difference to kernels: a first request that samples shall
     not wait for a compiler. Results are arbitrary.
     """

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.warmup import rehearse_sampling
 from kernels import (
     bookkeeping,
     elementwise,
@@ -506,6 +507,31 @@ def test_in_a_rehearsal_launches_only_compile_each_kernel_once() -> None:
         other_thread.join()
     kernel[(1,)](3, n=2)
     assert calls == [("compile", 2), ("launch", 4), ("load", 2), ("launch", 2)]
+
+
+def test_no_number_of_sampled_requests_needs_a_kernel_that_was_not_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = set()
+
+    def note(kernel: launch.Kernel, grid: tuple[int, ...], args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        launched.add((kernel.name, tuple(keywords.values()), tuple(launch._kind(arg) for arg in args)))
+
+    monkeypatch.setattr(launch.Kernel, "launch", note)
+    for name in ("argmax", "sample", "logsumexp", "apply_penalties", "apply_token_bitmask"):
+        monkeypatch.setattr(sampling, name, getattr(triton_sampling, f"{name}_triton"))
+    vocab_size = 50_000
+    rehearse_sampling(torch.float16, vocab_size, 512, torch.device(DEVICE))
+    rehearsed = launched.copy()
+    counts, mask = torch.zeros(3, vocab_size, dtype=torch.int16), torch.zeros(2, 1563, dtype=torch.int32)
+    for num_samples in (1, 2, 17, 40, 100, 300, 512):
+        logits, floats = torch.empty(num_samples, vocab_size, dtype=torch.float16), torch.zeros(num_samples)
+        whole = torch.zeros(num_samples, dtype=torch.int32)
+        sampling.argmax(logits)
+        sampling.sample(logits, floats, whole, floats, floats, whole.long(), whole)
+        sampling.logsumexp(logits)
+        sampling.apply_penalties(logits, whole, counts, floats, floats, floats)
+        sampling.apply_token_bitmask(logits, mask, whole[:2])
+    assert launched == rehearsed
+    assert len({name for name, *_ in launched}) == 5
 
 
 def test_a_gpu_with_little_shared_memory_gets_fewer_stages() -> None:
