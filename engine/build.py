@@ -136,8 +136,8 @@ def check_gpus(first: int, count: int) -> None:
         )
 
 
-def describe_backends(config: EngineConfig, device: torch.device) -> dict[str, str]:
-    """Operation -> what serves it, and why. `config` is resolved."""
+def describe_backends(config: EngineConfig, device: torch.device, *, has_corun: bool = False) -> dict[str, str]:
+    """Operation -> what serves it, and why. `config` is resolved; has_corun: steps may be split (`kernels.corun`)."""
     if device.type == "cpu":
         return {"all operations": "torch (the one for a CPU)"}
     attention = {
@@ -153,6 +153,8 @@ def describe_backends(config: EngineConfig, device: torch.device) -> dict[str, s
         steps = "kernel by kernel (as asked)"
     elif config.attention_backend == "torch":
         steps = "kernel by kernel (torch's attention cannot be captured)"
+    if has_corun:
+        steps += "; attention of many decodes beside gate and up of prompts"
     return {
         "attention": attention[config.attention_backend or "torch"],
         "norms, rope, KV writes": "Triton (one pass each)",
@@ -191,7 +193,8 @@ def build(
         if ranks is None:
             raise
         raise ranks.abandon(error) from error
-    for operation, backend in describe_backends(config, runner.device).items():
+    has_corun = runner.corun_costs is not None
+    for operation, backend in describe_backends(config, runner.device, has_corun=has_corun).items():
         on_progress(f"{operation}: {backend}")
 
     assert config.chunked_prefill_size and config.random_seed is not None

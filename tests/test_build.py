@@ -73,6 +73,11 @@ def test_what_serves_each_operation_is_said_with_the_reason(
     assert said in describe_backends(resolve(device="cuda", **options), CUDA)[operation]
 
 
+def test_steps_that_may_be_split_are_said(one_gpu: None) -> None:
+    said = describe_backends(resolve(device="cuda"), CUDA, has_corun=True)["steps"]
+    assert "beside gate and up" in said
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

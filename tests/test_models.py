@@ -18,6 +18,7 @@ from engine.model_config import ModelConfig
 from engine.models import build_model
 from engine.parallel import Communicator
 from engine.weights import load_weights, resolve_model
+from kernels.corun import Corun, CorunCosts
 
 MakeTinyModel = Callable[..., Path]
 
@@ -46,7 +47,7 @@ class TinyEngine:
         self.lens = [0, 0, 0]
 
     @torch.inference_mode()
-    def forward(self, tokens: dict[int, list[int]]) -> torch.Tensor:
+    def forward(self, tokens: dict[int, list[int]], corun: Corun | None = None) -> torch.Tensor:
         """Append tokens to rows (rows of one token first); the logits of all of them, row after row."""
         rows = list(tokens)
         starts = [self.lens[row] for row in rows]
@@ -68,6 +69,7 @@ class TinyEngine:
             num_decodes=int((q_lens == 1).sum()),
             q_lens_host=q_lens,
             seq_lens_host=seq_lens,
+            corun=corun,
         )
         return self.model.compute_logits(self.model(batch, self.pool))
 
@@ -181,6 +183,46 @@ def test_logits_equal_transformers(case: str, make_tiny_model: MakeTinyModel) ->
     config_class, overrides = CASES[case]
     folder = make_tiny_model(getattr(transformers, config_class), "model", **overrides)
     assert_equals_reference(TinyEngine(folder), folder, random_ids(29, seed=1), random_ids(23, seed=2))
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral without a window", "qwen2", "qwen3"])
+def test_logits_equal_transformers_where_prompt_tokens_go_ahead(case: str, make_tiny_model: MakeTinyModel) -> None:
+    import transformers
+
+    config_class, overrides = CASES[case]
+    folder = make_tiny_model(getattr(transformers, config_class), "model", **overrides)
+    engine, first, second = TinyEngine(folder), random_ids(20, seed=1), random_ids(17, seed=2)
+    engine.forward({0: first[:-1]})
+    engine.forward({1: second[:3]})
+    logits = engine.forward({0: first[-1:], 1: second[3:]}, Corun(num_tokens=9, num_free_sms=32))
+    torch.testing.assert_close(logits[0], reference_logits(folder, first)[-1], rtol=0, atol=MAX_DIFFERENCE)
+    torch.testing.assert_close(logits[1:], reference_logits(folder, second)[3:], rtol=0, atol=MAX_DIFFERENCE)
+
+
+@pytest.mark.parametrize(
+    ("case", "backend", "is_split"),
+    [
+        ("llama", "triton", True),
+        ("llama", "torch", False),
+        ("qwen3", "flashinfer", True),
+        ("llama with biases", "triton", False),
+        ("qwen2, window in the upper layer", "triton", False),
+        ("mistral, window shorter than the prompt", "triton", False),
+    ],
+)
+def test_steps_are_split_where_every_block_can_be(
+    case: str, backend: str, is_split: bool, make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    monkeypatch.setattr("engine.models.llama.can_corun", lambda weight, act: True)
+    config_class, overrides = CASES[case]
+    folder = make_tiny_model(getattr(transformers, config_class), "model", **overrides)
+    config = ModelConfig.from_path(folder, EngineConfig(dtype="float32"))
+    pool = KVPool(8, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, torch.float32, CPU)
+    costs = build_model(config, LayerConfig(torch.float32, backend)).model.corun_costs(pool)
+    kv_bytes = 2 * 4 * config.num_key_value_heads * config.head_dim
+    assert costs == (CorunCosts(kv_bytes, 4 * config.hidden_size * config.intermediate_size) if is_split else None)
 
 
 def test_a_model_with_random_biases_uses_them(make_tiny_model: MakeTinyModel, tmp_path: Path) -> None:

@@ -152,8 +152,11 @@ class LlamaDecoderLayer(Layer):
         """None: its steps cannot be split."""
         attn, gate_up = self.self_attn, self.mlp.gate_up_proj
         is_alone = attn.o_proj.comm.size == 1  # else each half would need a sum over ranks of its own
+        has_kernel = attn.backend != "torch"
         has_window = attn.window >= 0  # and little for attention to read
-        if not is_alone or has_window or gate_up.bias is not None or not can_corun(gate_up.weight, self.mlp.act):
+        if not is_alone or not has_kernel or has_window or gate_up.bias is not None:
+            return None
+        if not can_corun(gate_up.weight, self.mlp.act):
             return None
         return CorunCosts(2 * kv.k(attn.layer_id)[0].nbytes, 2 * gate_up.weight.numel())
 
