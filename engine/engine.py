@@ -77,6 +77,7 @@ class Engine:
         self._failure = ""  # what has happened, when a rank or the step loop is gone
         self._has_failed = asyncio.Event()
         self._profiler: Profiler | None = None
+        self._warming_up: asyncio.Future[None] | None = None
         self._num_requests = self._num_aborted = self._num_refused = 0
         self._drain = DrainRate()
         self._busy_since = 0.0
@@ -241,6 +242,11 @@ class Engine:
             request.matcher = Matcher(
                 grammar, request.reasoning_end_ids, request.max_thinking_tokens, may_jump=may_jump
             )
+
+    def warm_up_grammars(self) -> None:
+        """To be called once the start is over, when nobody is likely to wait for anything."""
+        if self.grammars is not None and self.is_generation:
+            self._warming_up = asyncio.get_running_loop().run_in_executor(None, self.grammars.warm_up)
 
     async def _grammar(self, kind: str, text: str) -> Grammar:
         grammars = self.grammars

@@ -6,6 +6,7 @@ library in its place.
 """
 
 import json
+import logging
 import re
 import threading
 import time
@@ -20,6 +21,8 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, gramm
 
 from engine.errors import InvalidRequest
 from engine.structural_tag import structural_tag_to_lark
+
+logger = logging.getLogger(__name__)
 
 MAX_TEXT_BYTES = 64 << 10
 MAX_CACHED_GRAMMARS = 256
@@ -122,6 +125,15 @@ class GrammarCompiler:
             if len(self._cache) > MAX_CACHED_GRAMMARS:
                 self._cache.popitem(last=False)
         return grammar
+
+    def warm_up(self) -> None:
+        """Make what the first grammar would wait for, up to seconds; the library holds the interpreter all the while,
+        and with it everybody's streams.
+        """
+        try:
+            self._new_matcher("regex", "a")
+        except BaseException as error:  # noqa: BLE001 - as in `compile`; who asks for a grammar will hear of it
+            logger.debug("grammars cannot be warmed up: %s", error)
 
     def new_mask_filler(self, is_pinned: bool) -> "MaskFiller":
         return MaskFiller(self.vocab_size, is_pinned)

@@ -85,6 +85,7 @@ class ReplicaServer:
                 Ready(engine.config, engine.max_total_num_tokens, engine.context_length, self._new_report()),
             )
             loop.add_reader(self._commands.fileno(), self._on_message)
+            engine.warm_up_grammars()
             ended, failed = asyncio.create_task(self._has_ended.wait()), asyncio.create_task(engine.failed())
             await asyncio.wait([ended, failed], return_when=asyncio.FIRST_COMPLETED)
             if failed.done():

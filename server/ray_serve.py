@@ -76,6 +76,7 @@ class Replica:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         self._url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         self._session = await self._stack.enter_async_context(transparent_session(CONNECT_TIMEOUT_S))
+        self._engine.warm_up_grammars()
 
     async def __call__(self, request: Request) -> Response:
         path = request.url.path

@@ -201,6 +201,9 @@ class FakeEngine:
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
+    def warm_up_grammars(self) -> None:
+        pass
+
     async def prepare(self, requests: Sequence[Request]) -> None:
         pass
 

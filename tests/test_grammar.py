@@ -91,6 +91,37 @@ async def answer(engine: Engine, request: Request) -> tuple[str, FinishReason]:
     return "".join(delta.text for delta in deltas), request.finish_reason
 
 
+# ---- the start ----
+
+
+async def test_what_the_first_grammar_waits_for_is_made_before_anybody_asks(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[GrammarCompiler] = []
+    make_tokenizer = GrammarCompiler._make_tokenizer
+
+    def noting_make_tokenizer(compiler: GrammarCompiler) -> Any:
+        made.append(compiler)
+        return make_tokenizer(compiler)
+
+    monkeypatch.setattr(GrammarCompiler, "_make_tokenizer", noting_make_tokenizer)
+    async with running_engine(tiny_llama) as engine:
+        engine.warm_up_grammars()
+        assert engine._warming_up is not None
+        await engine._warming_up
+        assert len(made) == 1
+        text, _ = await answer(engine, constrained(regex="[ab]{3}"))
+        assert re.fullmatch("[ab]{3}", text)
+    assert len(made) == 1
+
+
+def test_a_tokenizer_that_grammars_cannot_read_is_told_to_those_who_ask_and_not_before() -> None:
+    compiler = GrammarCompiler(None, 100, (EOS,), {}, lambda token: b"")
+    compiler.warm_up()
+    with pytest.raises(InvalidRequest, match="not one that grammars can be made for"):
+        compiler.compile("regex", "a")
+
+
 # ---- every kind ----
 
 TAGGED = {
