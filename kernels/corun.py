@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels.attention import AttentionBatch, decodes_torch
-from kernels.elementwise import act_and_mul_torch
 from kernels.gated_gemm import can_gated_gemm, gated_gemm
-from kernels.gemm import linear
+from kernels.gemm import linear_act
 from kernels.launch import num_sms
 
 MEASURED_SMS = 132  # of the devices (H100, H200) that the next figures hold for
@@ -64,14 +63,6 @@ def choose_corun(costs: CorunCosts, num_tokens: int, num_decodes: int, num_conte
     return None
 
 
-def gated_into(gated: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, act: str) -> None:
-    """gated [M, N] = act(x @ gate.T) * (x @ up.T); x [M, K], weight [2N, K]."""
-    if x.is_cuda:
-        gated_gemm(x, weight, act, out=gated)
-    else:
-        gated.copy_(act_and_mul_torch(linear(x, weight), act))
-
-
 def gated_beside_decodes(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -87,11 +78,12 @@ def gated_beside_decodes(
     scale: float,
     softcap: float = 0.0,
 ) -> None:
-    """`gated_into`; meanwhile, on `num_free_sms` multiprocessors, the attention of the batch's single tokens, q and
-    the caches as for `kernels.attention.attention`, into their part of `attended` [T, H, D].
+    """`linear_act` of x [M, K] into `gated` [M, N]; meanwhile, on `num_free_sms` multiprocessors, the attention of the
+    batch's single tokens, q and the caches as for `kernels.attention.attention`, into their part of `attended`
+    [T, H, D].
     """
     if not x.is_cuda:
-        gated_into(gated, x, weight, act)
+        linear_act(x, weight, act=act, out=gated)
         decodes_torch(q, k_cache, v_cache, batch, attended, scale=scale, softcap=softcap)
         return
     multiply = functools.partial(gated_gemm, x, weight, act, out=gated, num_free_sms=num_free_sms)

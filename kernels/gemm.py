@@ -61,10 +61,21 @@ def norm_linear_act(
         from kernels.triton_gemm import gemv
 
         return gemv(h, weight, bias, norm_weight=norm_weight, eps=eps, act=act)
-    x = rms_norm(h, norm_weight, eps)
+    return linear_act(rms_norm(h, norm_weight, eps), weight, bias, act)
+
+
+def linear_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    act: str = "silu",
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """act(gate) * up of [gate, up] = linear(x), into `out` if given; x [T, K], weight [2N, K] -> [T, N]."""
     if bias is None and can_gated_gemm(x, weight, act):
-        return gated_gemm(x, weight, act)
-    return act_and_mul(linear(x, weight, bias), act)
+        return gated_gemm(x, weight, act, out=out)
+    gated = act_and_mul(linear(x, weight, bias), act)
+    return gated if out is None else out.copy_(gated)
 
 
 def linear_add(

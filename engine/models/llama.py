@@ -25,8 +25,9 @@ from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import ModelConfig
 from engine.models import CausalLM, Decoder
 from kernels.attention import attention
-from kernels.corun import Corun, CorunCosts, can_corun, gated_beside_decodes, gated_into
+from kernels.corun import Corun, CorunCosts, can_corun, gated_beside_decodes
 from kernels.elementwise import rope_and_store
+from kernels.gemm import linear_act
 
 
 class LlamaAttention(Layer):
@@ -145,7 +146,7 @@ class LlamaDecoderLayer(Layer):
             scale=attn.scale,
         )
         attn.o_proj.add_to(h[:first], o[:first].flatten(1))
-        gated_into(gated[:first], norm(h[:first]), weight, mlp.act)
+        linear_act(norm(h[:first]), weight, act=mlp.act, out=gated[:first])
         return mlp.down_proj(gated, h)
 
     def corun_costs(self, kv: KVPool) -> CorunCosts | None:
