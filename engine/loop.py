@@ -191,9 +191,10 @@ class StepLoop:
             return None
         scheduler = self.scheduler
         budget = self._pace.prefill_budget(scheduler.num_streams)
-        best = self.runner.best_prompt_tokens(scheduler.num_decodes, scheduler.num_context_tokens)
-        if best is not None:
-            budget.max_tokens = min(budget.max_tokens, best)
+        if self.runner.corun_costs is not None:  # else there is no need to count
+            best = self.runner.best_prompt_tokens(scheduler.num_decodes, scheduler.num_context_tokens)
+            if best is not None:
+                budget.max_tokens = min(budget.max_tokens, best)
         return budget
 
     def _spare_s(self) -> float:

@@ -23,7 +23,7 @@ from engine.grammar import MaskFiller, Matcher
 from engine.layers.layer import unique_layers
 from engine.models import CausalLM
 from engine.parallel import Communicator
-from engine.plan import Plan
+from engine.plan import Plan, context_tokens
 from engine.pooling import PooledChunks, pool
 from engine.request import Logprobs, Request
 from engine.sampler import SampledLogprobs, Sampler, SamplingWork
@@ -229,16 +229,15 @@ class ModelRunner:
     def _corun_for(self, plan: Plan, shape: Shape) -> Corun | None:
         if self.corun_costs is None or not plan.num_decodes or plan.is_decode:
             return None
-        num_context_tokens = int(plan.seq_lens[: plan.num_decodes].sum())
-        if plan.groups is not None:
-            num_context_tokens -= int(plan.groups.own_starts.sum())
+        num_context_tokens = context_tokens(plan.seq_lens[: plan.num_decodes], plan.groups)
         num_tokens = shape.num_decodes + shape.num_prefill_tokens
         return choose_corun(self.corun_costs, num_tokens, plan.num_decodes, num_context_tokens)
 
     def best_prompt_tokens(self, num_decodes: int, num_context_tokens: int) -> int | None:
-        """So many a step should have beside `num_decodes` that see `num_context_tokens`; None: as many as it may."""
-        if self.corun_costs is None:
-            return None
+        """So many a step should have beside `num_decodes` that see `num_context_tokens`, where steps may be split at
+        all; None: as many as it may.
+        """
+        assert self.corun_costs is not None
         corun = choose_corun(self.corun_costs, STEP_TOKENS, num_decodes, num_context_tokens)
         return None if corun is None else STEP_TOKENS - num_decodes
 

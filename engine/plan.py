@@ -53,6 +53,11 @@ class Plan:
         return self.num_decodes == len(self.rows)
 
 
+def context_tokens(seq_lens: np.ndarray, groups: Groups | None) -> int:
+    """What attention reads for one token of each of `seq_lens`; of prefixes that it reads once per group, nothing."""
+    return int(seq_lens.sum()) - (0 if groups is None else int(groups.own_starts.sum()))
+
+
 def prefill_work(num_tokens: Any, context: Any, context_cost: float) -> Any:
     """What chunks of `num_tokens` behind `context` tokens take: each token 1, and `context_cost` for every one before
     it. Numbers or arrays.

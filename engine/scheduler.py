@@ -26,7 +26,7 @@ from cache.radix import Match, NoCache, Node, RadixCache
 from engine.errors import PromptTooLong
 from engine.fairness import FairShares
 from engine.grammar import GrammarError, Matcher
-from engine.plan import Groups, Plan, PrefillBudget
+from engine.plan import Groups, Plan, PrefillBudget, context_tokens
 from engine.request import FinishReason, Request, Status
 from engine.rows import Rows
 
@@ -191,9 +191,8 @@ class Scheduler:
 
     @property
     def num_context_tokens(self) -> int:
-        """What attention reads for one token of each of those; of prefixes that it reads once per group, nothing."""
-        num_tokens = int(self.rows.num_computed[self._decoding].sum())
-        return num_tokens - (0 if self._groups is None else int(self._groups.own_starts.sum()))
+        """Theirs, as of `engine.plan.context_tokens`."""
+        return context_tokens(self.rows.num_computed[self._decoding], self._groups)
 
     # ---- deciding a step ----
 

@@ -21,6 +21,7 @@ from engine.request import Delta, FinishReason, Request, SamplingParams, Status
 from engine.rows import Rows
 from engine.sampler import SamplingWork
 from engine.scheduler import Scheduler
+from kernels.corun import CorunCosts
 
 TOKEN = 7
 
@@ -32,7 +33,8 @@ class ManualRunner:
         self.launched: list[Step] = []
         self.error: Exception | None = None
         self.ranks = None
-        self.best: int | None = None
+        self.best: int | None = None  # prompt tokens of a step, where steps may be split
+        self.corun_costs: CorunCosts | None = None
 
     def best_prompt_tokens(self, num_decodes: int, num_context_tokens: int) -> int | None:
         return self.best
@@ -255,7 +257,7 @@ async def test_beside_decodes_a_chunk_is_as_long_as_suits_the_device() -> None:
     async with running_loop() as (loop, runner):
         submit(loop, [1, 2, 3])
         await settle()
-        runner.best = 50
+        runner.best, runner.corun_costs = 50, CorunCosts(1, 1)
         submit(loop, [*range(4, 204)])
         await runner.finish(0)
         await runner.finish(1)
