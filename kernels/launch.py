@@ -38,8 +38,7 @@ class _Rehearsal:
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
-        self.seen: set[Any] = set()
-        self.kernels: list[Any] = []  # Triton's, or its futures of them
+        self.kernels: dict[Any, Any] = {}  # Triton's, or its futures of them, by what they are compiled for
 
 
 _rehearsal: _Rehearsal | None = None
@@ -65,7 +64,7 @@ def compiling_ahead() -> Iterator[None]:
         with ThreadPoolExecutor(num_threads, "compiler", initializer) as threads:
             with triton.AsyncCompileMode(threads):
                 yield
-            list(threads.map(_load, rehearsal.kernels))
+            list(threads.map(_load, rehearsal.kernels.values()))
     finally:
         notice.cancel()
         _rehearsal = None
@@ -104,9 +103,8 @@ class Kernel:
         key = (tuple(keywords.values()), tuple([_kind(arg) for arg in args]))
         known = self._compiled.get(key)
         if _rehearsal is not None and _rehearsal.thread == threading.get_ident():
-            if known is None and (self, key) not in _rehearsal.seen:
-                _rehearsal.seen.add((self, key))
-                _rehearsal.kernels.append(self.function.run(*args, grid=grid, warmup=True, **keywords))
+            if known is None and (self, key) not in _rehearsal.kernels:
+                _rehearsal.kernels[self, key] = self.function.run(*args, grid=grid, warmup=True, **keywords)
             return
         if known is not None:
             kernel, constexprs = known
