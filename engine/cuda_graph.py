@@ -120,22 +120,28 @@ class StepGraphs:
                 sizes.append(largest := size)
         return sizes
 
+    def _families(self) -> list[tuple[Sequence[int], Callable[[int], Shape]]]:
+        """(sizes, the shape of one): of each ladder, of decode steps with groups, of those without."""
+        return [
+            *((ladder.num_tokens, functools.partial(_prefill_shape, ladder)) for ladder in self.ladders),
+            (self.grouped_sizes, functools.partial(_decode_shape, has_groups=True)),
+            (self.batch_sizes, functools.partial(_decode_shape, has_groups=False)),
+        ]
+
     def run_all(self) -> None:
         """An example of each shape, without a graph."""
-        shapes = [_prefill_shape(ladder, num_tokens) for ladder in self.ladders for num_tokens in ladder.num_tokens]
-        shapes += [_decode_shape(size, has_groups=True) for size in self.grouped_sizes]
-        shapes += [_decode_shape(size, has_groups=False) for size in self.batch_sizes]
-        for shape in shapes:
-            self._run(self._example(shape))
-            torch.cuda.synchronize()  # the staging buffer is used again
+        for sizes, shape_of in self._families():
+            for size in sizes:
+                self._run(self._example(shape_of(size)))
+                torch.cuda.synchronize()  # the staging buffer is used again
 
     def capture_all(self) -> None:
         """The largest first, since the smaller ones then fit into the memory it took."""
-        for i, ladder in reversed(list(enumerate(self.ladders))):
-            kept = self._capture_sizes(ladder.num_tokens, functools.partial(_prefill_shape, ladder))
-            self.ladders[i] = ladder._replace(num_tokens=tuple(kept))
-        self.grouped_sizes = self._capture_sizes(self.grouped_sizes, functools.partial(_decode_shape, has_groups=True))
-        self.batch_sizes = self._capture_sizes(self.batch_sizes, functools.partial(_decode_shape, has_groups=False))
+        *of_ladders, of_grouped, of_decodes = self._families()
+        for i, family in reversed(list(enumerate(of_ladders))):
+            self.ladders[i] = self.ladders[i]._replace(num_tokens=tuple(self._capture_sizes(*family)))
+        self.grouped_sizes = self._capture_sizes(*of_grouped)
+        self.batch_sizes = self._capture_sizes(*of_decodes)
 
     def _capture_sizes(self, sizes: Sequence[int], shape_of: Callable[[int], Shape]) -> list[int]:
         """Those to use. The graphs of all stay: each rank measures for itself, and what rank 0 finds counts."""
