@@ -65,13 +65,10 @@ def median_ms(runner: ModelRunner, plan: Plan) -> float:
     return statistics.median(took_ms)
 
 
-async def main() -> int:
-    engine = Engine(parse_args(sys.argv[1:]))
-    await engine.start(print)
-    runner = engine.parts.runner
+def measure(runner: ModelRunner) -> None:
     if (costs := runner.corun_costs) is None:
         print("steps are not split: the model's blocks or the GPU are not made for it")
-        return 0
+        return
     print(f"{'tokens':>8s}{'decodes':>9s}{'context':>9s}{'whole, ms':>11s}{'split':>8s}{'ahead':>8s}{'gain':>7s}")
     for (num_tokens, num_decodes), context in itertools.product(SIZES, CONTEXTS):
         plan = mixed_plan(runner, num_tokens, num_decodes, context)
@@ -85,9 +82,14 @@ async def main() -> int:
             split_ms = median_ms(runner, plan)
             line += f"{split_ms:8.2f}{step.corun.num_tokens:>8d}{1 - split_ms / whole_ms:7.1%}"
         print(line, flush=True)
+
+
+async def main() -> None:
+    engine = Engine(parse_args(sys.argv[1:]))
+    await engine.start(print)
+    measure(engine.parts.runner)
     await engine.stop()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    asyncio.run(main())
