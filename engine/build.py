@@ -280,8 +280,7 @@ def build_runner(
         if config.attention_backend == "flashinfer":
             on_progress("FlashInfer's kernels are loaded; the first time they are compiled, which takes some 90 s")
         probe = ModelRunner(model, new_pool(max_step_tokens), sampler, stager, comm)
-        if comm.size == 1:  # ranks compile as they go: rehearsing their sums has not been tried
-            compile_kernels(probe, graph_sizes, max_step_tokens, num_rows, max_len)
+        compile_kernels(probe, graph_sizes, max_step_tokens, num_rows, max_len)
         largest_step = measure_step(probe, max_step_tokens, num_rows, max_len)
         probe.close()
         del probe

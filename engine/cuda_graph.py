@@ -70,13 +70,17 @@ class GraphSizes(NamedTuple):
 
 class StepGraphs:
     def __init__(
-        self, sizes: GraphSizes, stager: Stager, run: Callable[[StagedBatch], tuple[torch.Tensor, torch.Tensor]]
+        self,
+        sizes: GraphSizes,
+        stager: Stager,
+        run: Callable[[StagedBatch], tuple[torch.Tensor, torch.Tensor]],
+        meet: Callable[[], None],
     ) -> None:
-        """run: from a staged batch to (logits [S, V], their argmax [S])."""
+        """run: from a staged batch to (logits [S, V], their argmax [S]). meet: `Communicator.meet`."""
         self.batch_sizes = sorted(sizes.batch_sizes)
         self.grouped_sizes = _coarse(self.batch_sizes)
         self.ladders = fitting_ladders(sizes.max_prompt_tokens, sizes.max_tokens, sizes.max_requests)
-        self._stager, self._run = stager, run
+        self._stager, self._run, self._meet = stager, run, meet
         self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, StagedBatch]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -136,7 +140,7 @@ class StepGraphs:
                 torch.cuda.synchronize()  # the staging buffer is used again
 
     def capture_all(self) -> None:
-        """The largest first, since the smaller ones then fit into the memory it took."""
+        """After `run_all`. The largest first, since the smaller ones then fit into the memory it took."""
         *of_ladders, of_grouped, of_decodes = self._families()
         for i, family in reversed(list(enumerate(of_ladders))):
             self.ladders[i] = self.ladders[i]._replace(num_tokens=tuple(self._capture_sizes(*family)))
@@ -157,6 +161,7 @@ class StepGraphs:
     def _capture_padding(self, shape: Shape) -> float:
         """Returns the milliseconds of a replay."""
         self._capture(shape, self._example(shape))
+        self._meet()  # else the time would be that of waiting for the others
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         self._graphs[shape][0].replay()
@@ -170,9 +175,7 @@ class StepGraphs:
         return self._stager.views(shape, plan, is_for_graph=True)
 
     def _capture(self, shape: Shape, staged: StagedBatch) -> None:
-        """Capture the staged plan's shape. It is also run once, which computes what a replay will compute again."""
-        self._run(staged)  # compiles kernels and lets libraries allocate what they keep
-        torch.cuda.synchronize()
+        """Capture the staged plan's shape."""
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         with (

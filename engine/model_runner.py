@@ -153,12 +153,14 @@ class ModelRunner:
 
     def new_graphs(self, sizes: GraphSizes) -> StepGraphs:
         """Not captured yet."""
-        return StepGraphs(sizes, self.stager, self.run_greedy)
+        return StepGraphs(sizes, self.stager, self.run_greedy, self.comm.meet)
 
     def capture_graphs(self, sizes: GraphSizes) -> None:
         self._graph_sizes = sizes
         graphs = self.new_graphs(sizes)
         with torch.cuda.stream(self.stream), torch.inference_mode():
+            with self.model.model.few_layers():
+                graphs.run_all()  # what a kernel or a library needs once must not happen in a capture
             graphs.capture_all()
         self.graphs = graphs
 

@@ -97,7 +97,8 @@ class Communicator:
         tokens = argmax(logits)
         if self.size == 1:
             return tokens
-        best = logits.gather(1, tokens.clamp(min=0).long()[:, None])
+        # Of no token (-1), or one that a rehearsal leaves at random, any will do.
+        best = logits.gather(1, tokens.clamp(0, logits.shape[1] - 1).long()[:, None])
         ids = torch.where(tokens < 0, -1, tokens + first_token)[:, None]
         candidates = torch.zeros(self.size, *ids.shape[:1], 2, device=ids.device)
         candidates[self.rank] = torch.cat((best.float(), ids.float()), dim=1)  # ids are below 2^24: exact
@@ -121,6 +122,10 @@ class Communicator:
         least = torch.tensor(value, dtype=torch.int64, device=self._device)
         dist.all_reduce(least, dist.ReduceOp.MIN)
         return int(least)
+
+    def meet(self) -> None:
+        """Return when all ranks have called it."""
+        self.minimum(0)
 
     def self_test(self, timeout_s: float, num_bytes: int = 1 << 10) -> float:
         """Each pair of ranks exchanges `num_bytes`, which are checked. Returns the slowest exchange's bytes/s.
@@ -195,7 +200,7 @@ class Communicator:
         epochs = torch.zeros(PeerMemory.num_programs(max_bytes), dtype=torch.int32, device=self._device)
         memory = PeerMemory(self.rank, self.size, max_bytes, torch.tensor(addresses, device=self._device), epochs)
         torch.cuda.synchronize()
-        self.minimum(0)  # all buffers are zeros before anyone writes into one
+        self.meet()  # all buffers are zeros before anyone writes into one
         self._peers = memory
 
 

@@ -1,8 +1,6 @@
 """What a runner does before its first request: compile and load kernels, and find out what the largest step takes."""
 
-import contextlib
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -25,7 +23,7 @@ def compile_kernels(
 
     A rehearsal finds out which those are; nothing but what libraries compute is launched in it.
     """
-    with _first_block_alone(runner), compiling_ahead():
+    with runner.model.model.few_layers(), compiling_ahead():
         _run_largest(runner, num_tokens, num_samples, max_len)
         if graph_sizes is not None:
             rehearse_sampling(runner.model.lm_head.weight.dtype, runner.sampler.vocab_size, num_samples, runner.device)
@@ -62,13 +60,13 @@ def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len
 
 
 def load_kernels(runner: ModelRunner, max_samples: int, max_len: int) -> None:
-    """Run one step of each size that has no graph, through one block of the model: see `StepGraphs.eager_shape`. And
+    """Run one step of each size that has no graph, through few blocks of the model: see `StepGraphs.eager_shape`. And
     steps whose layers are split, for the sizes of their parts.
     """
     if runner.graphs is None or not (sizes := runner.graphs.eager_sizes()):
         return
     samples = range(SAMPLE_MULTIPLE, max_samples + 1, SAMPLE_MULTIPLE)
-    with _first_block_alone(runner):
+    with runner.model.model.few_layers():
         for num_tokens, num_samples in itertools.zip_longest(sizes, samples, fillvalue=SAMPLE_MULTIPLE):
             _run_prompts(runner, _full_prompts(num_tokens, max_len), num_samples, is_greedy=True)
         if runner.corun_costs is None:
@@ -77,17 +75,6 @@ def load_kernels(runner: ModelRunner, max_samples: int, max_len: int) -> None:
         for num_tokens, num_free_sms in zip(range(128, largest + 1, 128), itertools.cycle(FLOPS_PER_BYTE)):
             prompts = _full_prompts(2 * num_tokens, max_len)
             _run_prompts(runner, prompts, SAMPLE_MULTIPLE, corun=Corun(num_tokens, num_free_sms))
-
-
-@contextlib.contextmanager
-def _first_block_alone(runner: ModelRunner) -> Iterator[None]:
-    """Most of the others have the same kernels."""
-    decoder = runner.model.model
-    blocks, decoder.layers = decoder.layers, decoder.layers[:1]
-    try:
-        yield
-    finally:
-        decoder.layers = blocks
 
 
 def _run_largest(runner: ModelRunner, num_tokens: int, num_samples: int, max_len: int) -> None:

