@@ -1,12 +1,16 @@
-"""Matrix-vector kernels of `kernels.triton_gemm` on a GPU: right, and how near to the memory's speed.
+"""Products of weights with one token or a few, on a GPU: right, and how near to the memory's speed.
 
     python -m bench.gemm
+    python -m bench.gemm --skinny
 
-Every product of Llama-3-8B and Qwen3-0.6B for one token, in the fused form the model uses, in CUDA graphs over copies
-of the weights that together exceed the L2 cache. First each configuration, then whole layers with the best ones,
-beside cuBLAS. The lines at the end go into `GEMV_CONFIGS`.
+Every product of Llama-3-8B and Qwen3-0.6B in the fused form the model uses, in CUDA graphs over copies of the weights
+that together exceed the L2 cache. First each configuration for one token, then whole layers with the best ones for one
+to 64, beside cuBLAS. The lines at the end go into `GEMV_CONFIGS`. With --skinny instead the configurations for up to 16
+and up to 32 tokens, each judged by the time of whole layers: what a kernel takes alone says little of what it leaves to
+the next one, which begins while it runs. Its lines go into `SKINNY_CONFIGS`.
 """
 
+import argparse
 import concurrent.futures
 import functools
 import math
@@ -21,8 +25,10 @@ from unittest import mock
 import torch
 
 from bench.roofline import ROTATION_BYTES, graph_us, measure_roofline
-from kernels import elementwise, gemm, triton_gemm
+from kernels import elementwise, gemm, triton_gemm, triton_skinny
+from kernels.launch import compiling_ahead
 from kernels.triton_gemm import GemvConfig
+from kernels.triton_skinny import SKINNY_CONFIGS, SkinnyConfig
 
 EPS = 1e-5
 COMPILE_LIMIT_S = 45
@@ -70,6 +76,12 @@ CANDIDATES = {
     4096: [(2, 4, 4), (4, 4, 4), (4, 4, 2), (4, 4, 0), (8, 4, 1), (2, 8, 2), (4, 8, 2), (4, 2, 4)],
     14336: [(2, 4, 4), (4, 4, 4), (4, 4, 1), (2, 4, 2), (2, 8, 4), (4, 8, 4), (4, 8, 2), (8, 8, 1)],
 }
+# (block_n, block_k, warps, stages)
+SKINNY_CANDIDATES = [
+    (8, 128, 2, 4), (8, 128, 4, 3), (16, 64, 2, 6), (16, 64, 4, 4), (16, 64, 4, 6), (16, 128, 1, 3), (16, 128, 2, 3),
+    (16, 128, 2, 4), (16, 128, 4, 3), (16, 128, 4, 4), (32, 64, 2, 4), (32, 64, 4, 3), (32, 128, 2, 3),
+]  # fmt: skip
+SKINNY_TOKENS = {16: 8, 32: 28}  # tokens at most -> tokens timed
 
 
 def candidates(product: Product) -> list[GemvConfig]:
@@ -172,11 +184,12 @@ def time_product(product: Product, num_tokens: int, run: Callable[[Inputs, torch
 
 
 def time_layers(products: list[Product], num_tokens: int, num_layers: int) -> float:
-    """Microseconds for one layer's four products, each fed by the one before."""
-    qkv, o, gate_up, down = products[:4]
+    """Microseconds for one layer's products, each fed by the one before; a fifth one follows them all."""
+    qkv, o, gate_up, down, *last = products
     h = make_inputs(qkv, num_tokens).x
     norms = [make_inputs(qkv, 1).norm_weight for _ in range(2)]
     layers = [[make_weight(product) for product in (qkv, o, gate_up, down)] for _ in range(num_layers)]
+    last_weights = [make_weight(product) for product in last]
 
     def step() -> None:
         nonlocal h
@@ -184,8 +197,47 @@ def time_layers(products: list[Product], num_tokens: int, num_layers: int) -> fl
             x = gemm.norm_linear(h, norms[0], EPS, qkv_weight)[:, : o.k].contiguous()
             h = gemm.linear_add(x, o_weight, h)
             h = gemm.linear_add(gemm.norm_linear_act(h, norms[1], EPS, gate_up_weight), down_weight, h)
+        for weight in last_weights:
+            gemm.linear(h, weight)
 
     return graph_us([step]) / num_layers
+
+
+def find_skinny_configs(products: list[Product], num_layers: int) -> None:
+    """Prints lines for `SKINNY_CONFIGS`, product by product, those before at their best."""
+    with compiling_ahead():
+        for product in products:
+            weight = make_weight(product)
+            for max_tokens in SKINNY_TOKENS:
+                x = make_inputs(product, max_tokens).x
+                for config in skinny_candidates(product):
+                    residual = make_inputs(product, max_tokens).residual if product.fused == "add" else None
+                    act = "silu" if product.fused == "act" else None
+                    triton_skinny.skinny_gemm(x, weight, act=act, residual=residual, config=config)
+    for max_tokens, num_tokens in SKINNY_TOKENS.items():
+        print(
+            f"# up to {max_tokens} tokens: {time_layers(products, num_tokens, num_layers):.1f} us a layer with these:"
+        )
+        for product in products:
+            key, timed = (product.n, product.k, max_tokens), []
+            for config in skinny_candidates(product):
+                SKINNY_CONFIGS[key] = config
+                timed.append((time_layers(products, num_tokens, num_layers), config))
+            timed.sort()
+            SKINNY_CONFIGS[key] = timed[0][1]
+            others = ", ".join(f"{us:.1f} {tuple(config)[:4]}" for us, config in timed[1:4])
+            line = f"{key}: SkinnyConfig{tuple(timed[0][1])[:4]},"
+            print(f"    {line:56s}# {product.name}: {timed[0][0]:.1f} us, then {others}", flush=True)
+
+
+def skinny_candidates(product: Product) -> list[SkinnyConfig]:
+    configs = (SkinnyConfig(*candidate) for candidate in SKINNY_CANDIDATES)
+    return [config for config in configs if product.k % (config.block_k * config.num_warps) == 0]
+
+
+def num_layers_of(products: list[Product]) -> int:
+    """Enough for their weights to exceed the L2 cache."""
+    return 6 if products[0].k == 4096 else 28
 
 
 def check_capture_after_a_copy() -> None:
@@ -211,6 +263,13 @@ def check_capture_after_a_copy() -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--skinny", action="store_true", help="the configurations for a few tokens")
+    if parser.parse_args().skinny:
+        for model, products in MODELS.items():
+            print(f"# {model}")
+            find_skinny_configs(products, num_layers_of(products))
+        return
     start = time.perf_counter()
     cases = [Case(product, 1, config) for product in PRODUCTS for config in candidates(product)]
     cases += [Case(product, num_tokens, None) for product in PRODUCTS for num_tokens in (1, 2, 4)]
@@ -247,13 +306,14 @@ def main() -> None:
         print(f"{name:22s}{size:>14s}{us:9.2f}{rate:7.2f}{share:7.0%}{alone:9.2f}{cublas:24.2f}")
     print(f"\n{'layer, us':22s}{'tokens':>8s}{'ours':>9s}{'TB/s':>7s}{'of it':>7s}{'cuBLAS':>9s}")
     for model, products in MODELS.items():
-        num_layers = 6 if products[0].k == 4096 else 28
+        num_layers = num_layers_of(products)
         layer_bytes = sum(product.weight_bytes for product in products[:4])
-        for num_tokens in (1, 2, 3, 4):
-            ours = time_layers(products, num_tokens, num_layers)
+        for num_tokens in (1, 2, 3, 4, 8, 16, 24, 32, 64):
+            ours = time_layers(products[:4], num_tokens, num_layers)
             no_gated_gemm = mock.patch.object(gemm, "can_gated_gemm", lambda x, weight, act: False)
-            with mock.patch.object(gemm, "GEMV_MAX_TOKENS", 0), no_gated_gemm:
-                cublas = time_layers(products, num_tokens, num_layers)
+            no_kernels = mock.patch.multiple(gemm, _is_gemv=lambda x, weight: False, SKINNY_MAX_TOKENS=0)
+            with no_kernels, no_gated_gemm:
+                cublas = time_layers(products[:4], num_tokens, num_layers)
             rate, share = layer_bytes / ours / 1e6, roofline.share(ours, layer_bytes)
             print(f"{model:22s}{num_tokens:>8d}{ours:9.1f}{rate:7.2f}{share:7.0%}{cublas:9.1f}", flush=True)
             if time.perf_counter() - start > 120:

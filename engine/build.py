@@ -38,7 +38,7 @@ from engine.warmup import compile_kernels, load_kernels, measure_step
 from engine.weights import load_weights, resolve_model, resolve_tokenizer
 from kernels import gated_gemm
 from kernels.attention import choose_backend
-from kernels.gemm import GEMV_MAX_TOKENS
+from kernels.gemm import SKINNY_MAX_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def describe_backends(config: EngineConfig, device: torch.device, *, has_corun: 
         "flashinfer": "FlashInfer for prompts (as asked), Triton in CUDA graphs and for single tokens (needs no plan)",
         "torch": "torch (as asked; slow, and without CUDA graphs)",
     }
-    products = f"cuBLAS; Triton for one token, for {GEMV_MAX_TOKENS} of small weights (at the memory's speed)"
+    products = f"cuBLAS; Triton for up to {SKINNY_MAX_TOKENS} tokens (near the memory's speed)"
     if gated_gemm.is_available(device):
         products += "; gate and up by our own kernel (Hopper)"
     steps = "CUDA graphs; larger ones by kernel"

@@ -1,8 +1,10 @@
 """Products with a weight matrix, with what comes before (RMS norm) and after (activation, residual) fused in.
 
-A few tokens on a GPU take `triton_gemm`, more of them cuBLAS, or `gated_gemm` for gate and up; a CPU takes torch, or
-oneDNN if the weight is packed.
+On a GPU one token takes `triton_gemm`, a few take `triton_skinny`, more cuBLAS, or `gated_gemm` for gate and up; a CPU
+takes torch, or oneDNN if the weight is packed.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,9 @@ import torch.nn.functional as F
 from kernels.elementwise import act_and_mul, rms_norm
 from kernels.gated_gemm import can_gated_gemm, gated_gemm
 
-GEMV_MAX_TOKENS = 4
-GEMV_SMALL_WEIGHT = 8 << 20  # elements; of larger weights only one token's product is faster than cuBLAS's
+SMALL_WEIGHT = 8 << 20  # elements
+GEMV_MAX_TOKENS = 3  # of small weights; of larger ones only one
+SKINNY_MAX_TOKENS = 32
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -26,10 +29,8 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight.T + bias; x [T, K], weight [N, K] -> [T, N]."""
-    if _is_gemv(x, weight):
-        from kernels.triton_gemm import gemv  # here: a machine without a GPU need not have triton
-
-        return gemv(x, weight, bias)
+    if kernel := _kernel_for_few(x, weight):
+        return kernel(x, weight, bias)
     if weight.is_mkldnn:
         from kernels.onednn_gemm import linear_onednn
 
@@ -42,7 +43,7 @@ def norm_linear(
 ) -> torch.Tensor:
     """linear(rms_norm(h)); h [T, K], norm_weight [K], weight [N, K] -> [T, N]."""
     if _is_gemv(h, weight):
-        from kernels.triton_gemm import gemv
+        from kernels.triton_gemm import gemv  # here: a machine without a GPU need not have triton
 
         return gemv(h, weight, bias, norm_weight=norm_weight, eps=eps)
     return linear(rms_norm(h, norm_weight, eps), weight, bias)
@@ -72,8 +73,12 @@ def linear_act(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """act(gate) * up of [gate, up] = linear(x), into `out` if given; x [T, K], weight [2N, K] -> [T, N]."""
-    if bias is None and can_gated_gemm(x, weight, act):
+    kernel = _kernel_for_few(x, weight) if out is None else None
+    is_few = kernel is not None and weight.numel() <= SMALL_WEIGHT  # of large ones `gated_gemm` is as near to the limit
+    if bias is None and not is_few and can_gated_gemm(x, weight, act):
         return gated_gemm(x, weight, act, out=out)
+    if kernel is not None:
+        return kernel(x, weight, bias, act=act)
     gated = act_and_mul(linear(x, weight, bias), act)
     return gated if out is None else out.copy_(gated)
 
@@ -82,10 +87,8 @@ def linear_add(
     x: torch.Tensor, weight: torch.Tensor, h: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """h + x @ weight.T + bias, which may be written into h; x [T, K], weight [N, K], h [T, N]."""
-    if _is_gemv(x, weight) and h.is_contiguous():
-        from kernels.triton_gemm import gemv
-
-        return gemv(x, weight, bias, residual=h)
+    if h.is_contiguous() and (kernel := _kernel_for_few(x, weight)):
+        return kernel(x, weight, bias, residual=h)
     if x.is_cuda and bias is None:
         return h.addmm_(x, weight.t())
     if weight.is_mkldnn:
@@ -96,6 +99,19 @@ def linear_add(
 
 
 def _is_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    if not x.is_cuda or not (x.shape[0] == 1 or weight.numel() <= GEMV_SMALL_WEIGHT):
-        return False
-    return 0 < x.shape[0] <= GEMV_MAX_TOKENS and x.is_contiguous() and weight.is_contiguous()
+    max_tokens = GEMV_MAX_TOKENS if weight.numel() <= SMALL_WEIGHT else 1
+    return x.is_cuda and 0 < x.shape[0] <= max_tokens and x.is_contiguous() and weight.is_contiguous()
+
+
+def _kernel_for_few(x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+    """`gemv` or `skinny_gemm`, if x [T, K] has so few tokens that it is the fastest."""
+    if _is_gemv(x, weight):
+        from kernels.triton_gemm import gemv
+
+        return gemv
+    if not x.is_cuda or not 0 < x.shape[0] <= SKINNY_MAX_TOKENS:
+        return None
+    from kernels.triton_skinny import fits_skinny, skinny_gemm
+
+    can_run = x.dtype.itemsize == 2 and fits_skinny(x.shape[1]) and x.is_contiguous() and weight.is_contiguous()
+    return skinny_gemm if can_run else None

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from kernels.attention import AttentionBatch, SharedPrefixes
 from kernels.launch import cdiv, fast_launch, next_power_of_2, num_sms
+from kernels.triton_elementwise import prefetch_to_l2
 from kernels.triton_softmax import (
     LOG2_E,
     DecodeConfig,
@@ -175,19 +176,6 @@ def _prefix_partials(
     )
 
 
-@triton.jit
-def _prefetch(pointers, N: tl.constexpr):
-    """Start to bring the N elements at each pointer to the L2 cache."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-        "=r,l,r",
-        [pointers, tl.full([1], N * pointers.dtype.element_ty.primitive_bitwidth // 8, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 @fast_launch
 @attention_kernel
 def _decode_kernel(
@@ -272,8 +260,8 @@ def _decode_kernel(
         slots = slot_table + tl.load(rows + request).to(tl.int64) * table_stride
         slot = load_slots(slots, tile_first, seq_len, BLOCK_N)
         if HAS_PREFETCH and work == begin:
-            _prefetch(k_cache + kv_head * HEAD_DIM + slot.to(tl.int64) * K_STRIDE, HEAD_DIM)
-            _prefetch(v_cache + kv_head * HEAD_DIM + slot.to(tl.int64) * V_STRIDE, HEAD_DIM)
+            prefetch_to_l2(k_cache + kv_head * HEAD_DIM + slot.to(tl.int64) * K_STRIDE, HEAD_DIM)
+            prefetch_to_l2(v_cache + kv_head * HEAD_DIM + slot.to(tl.int64) * V_STRIDE, HEAD_DIM)
         if PDL:  # noqa: SIM102 - known to the compiler, which must not see more where it does not hold
             if is_beside == 0:
                 tl.extra.cuda.gdc_wait()  # for the queries and the newest key and value; all else was there before

@@ -1,4 +1,4 @@
-"""The Triton kernels of `elementwise`, and what kernels share: programmatic dependent launch, activations."""
+"""The Triton kernels of `elementwise`, and what kernels share: dependent launch, prefetching, activations."""
 
 from typing import Any
 
@@ -21,6 +21,19 @@ def wait_for_input(PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch_to_l2(pointers, N: tl.constexpr):
+    """Start to bring the N elements at each pointer to the L2 cache."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [pointers, tl.full([1], N * pointers.dtype.element_ty.primitive_bitwidth // 8, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit

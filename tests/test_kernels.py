@@ -19,6 +19,7 @@ from kernels import (
     triton_elementwise,
     triton_gemm,
     triton_sampling,
+    triton_skinny,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -241,6 +242,45 @@ def test_a_gemv_configuration_changes_the_speed_only(config: tuple[int, int, int
     x, weight = randn(1, 1100), randn(13, 1100)
     found = triton_gemm.gemv(x, weight, config=triton_gemm.GemvConfig(*config))
     assert_near(found, torch.nn.functional.linear(x, weight), f"{config}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_tokens", "n", "k"), [(2, 24, 256), (5, 13, 384), (16, 16, 512), (17, 37, 256), (32, 8, 128)]
+)
+def test_the_skinny_kernel_equals_the_fused_twins(n: int, k: int, num_tokens: int, dtype: torch.dtype) -> None:
+    x, h = randn(num_tokens, k, dtype=dtype), randn(num_tokens, n, dtype=dtype)
+    weight, bias = randn(n, k, dtype=dtype, scale=k**-0.5), randn(n, dtype=dtype)
+    gate_up, gate_up_bias = randn(2 * n, k, dtype=dtype, scale=k**-0.5), randn(2 * n, dtype=dtype)
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x.float(), weight.float(), bias.float())
+
+    assert_near(triton_skinny.skinny_gemm(x, weight, bias), linear(x, weight, bias).to(dtype), "linear")
+    assert_near(
+        triton_skinny.skinny_gemm(x, gate_up, gate_up_bias, act="gelu_tanh"),
+        elementwise.act_and_mul_torch(linear(x, gate_up, gate_up_bias), "gelu_tanh").to(dtype),
+        "linear_act",
+    )
+    expected = (h.float() + linear(x, weight, bias)).to(dtype)
+    assert_near(triton_skinny.skinny_gemm(x, weight, bias, residual=h), expected, "linear_add")
+    assert_near(h, expected, "linear_add in place")
+
+
+@pytest.mark.parametrize("config", [(8, 64, 1, 2), (16, 128, 2, 3), (32, 64, 4, 6, 64)])
+def test_a_skinny_configuration_changes_the_speed_only(config: tuple[int, ...]) -> None:
+    x, weight = randn(9, 512), randn(50, 512, scale=512**-0.5)
+    found = triton_skinny.skinny_gemm(x, weight, config=triton_skinny.SkinnyConfig(*config))
+    assert_near(found, torch.nn.functional.linear(x, weight), f"{config}")
+
+
+@pytest.mark.parametrize("block_t", [16, 32])
+def test_every_width_that_the_skinny_kernel_takes_has_a_configuration_that_divides_it(block_t: int) -> None:
+    for k in filter(triton_skinny.fits_skinny, range(64, 8192, 64)):
+        config = triton_skinny.default_skinny_config(k, block_t)
+        assert k % (config.block_k * config.num_warps) == 0
+    for (_, k, _), config in triton_skinny.SKINNY_CONFIGS.items():
+        assert k % (config.block_k * config.num_warps) == 0
 
 
 def test_linear_add_returns_the_residual_it_was_given() -> None:

@@ -1,0 +1,162 @@
+"""Products of a weight and a few tokens for `gemm`: too many tokens for `triton_gemm`, too few for cuBLAS to be fast.
+
+The time is still that of reading the weight, if enough of it is on its way at any moment. So each program has few rows
+of the weight, all of K, which its warps share; and what they read first is on its way to the L2 cache before the kernel
+ahead has ended (programmatic dependent launch).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.launch import cdiv, fast_launch, next_power_of_2
+from kernels.triton_elementwise import activation, launch_options, prefetch_to_l2
+
+MIN_BLOCK_T = 16  # rows of a tensor core's matrix
+MIN_BLOCK_K = 64
+PREFETCH_PIECE = tl.constexpr(64)  # elements that a thread asks for at once
+
+
+class SkinnyConfig(NamedTuple):
+    """A program has block_n rows of the weight (with an activation, of gate and of up each). Each of its warps has
+    block_k elements of them at a time, num_stages times over on their way; of each row `prefetch` elements are early.
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    prefetch: int = 512
+
+
+# By (weight rows, K, tokens at most): the fastest of bench/gemm.py. What is not here gets `default_skinny_config`.
+SKINNY_CONFIGS: dict[tuple[int, int, int], SkinnyConfig] = {
+    (6144, 4096, 16): SkinnyConfig(8, 128, 2, 4),
+    (6144, 4096, 32): SkinnyConfig(16, 128, 2, 4),
+    (4096, 4096, 32): SkinnyConfig(16, 128, 2, 4),
+    (4096, 14336, 16): SkinnyConfig(16, 128, 4, 4),
+    (128256, 4096, 16): SkinnyConfig(16, 128, 4, 4),
+    (128256, 4096, 32): SkinnyConfig(32, 128, 2, 3),
+    (1024, 2048, 32): SkinnyConfig(16, 128, 4, 4),
+    (6144, 1024, 16): SkinnyConfig(16, 128, 4, 3),
+    (6144, 1024, 32): SkinnyConfig(16, 64, 2, 6),
+    (1024, 3072, 16): SkinnyConfig(16, 128, 4, 4),
+    (1024, 3072, 32): SkinnyConfig(16, 128, 4, 4),
+    (151936, 1024, 16): SkinnyConfig(32, 128, 2, 3),
+    (151936, 1024, 32): SkinnyConfig(16, 128, 1, 3),
+}
+
+
+def default_skinny_config(k: int, block_t: int) -> SkinnyConfig:
+    num_warps = 4 if k % (4 * MIN_BLOCK_K) == 0 else 2
+    if block_t <= MIN_BLOCK_T or k % (2 * MIN_BLOCK_K * num_warps):
+        return SkinnyConfig(16, MIN_BLOCK_K, num_warps, 6)
+    return SkinnyConfig(16, 2 * MIN_BLOCK_K, num_warps, 3)
+
+
+def fits_skinny(k: int) -> bool:
+    """Whether `skinny_gemm` takes a weight with K columns."""
+    return k % (2 * MIN_BLOCK_K) == 0
+
+
+def skinny_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    act: str | None = None,
+    residual: torch.Tensor | None = None,
+    config: SkinnyConfig | None = None,
+) -> torch.Tensor:
+    """x [T, K], weight [N, K] ([2N, K] with `act`) -> [T, N], or into `residual`; all contiguous."""
+    num_tokens, k = x.shape
+    num_rows = weight.shape[0]
+    n = num_rows // 2 if act else num_rows
+    block_t = max(MIN_BLOCK_T, next_power_of_2(num_tokens))
+    config = config or SKINNY_CONFIGS.get((num_rows, k, block_t)) or default_skinny_config(k, block_t)
+    assert k % (config.block_k * config.num_warps) == 0, f"K is {k}, which is no multiple of a program's {config}"
+    out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device) if residual is None else residual
+    _skinny_kernel[(cdiv(n, config.block_n),)](
+        x,
+        weight,
+        bias,
+        residual,
+        out,
+        num_tokens,
+        n,
+        K=k,
+        BLOCK_T=block_t,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        NUM_WARPS=config.num_warps,
+        PREFETCH=min(config.prefetch, 1 << (k.bit_length() - 1)),
+        ACT=act,
+        num_stages=config.num_stages,
+        **launch_options(x.device, config.num_warps),
+    )
+    return out
+
+
+@fast_launch
+@triton.jit(do_not_specialize=["num_tokens"])
+def _skinny_kernel(
+    x,
+    weight,
+    bias,
+    residual,
+    out,
+    num_tokens,
+    n,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    ACT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    first = tl.program_id(0) * BLOCK_N
+    i = tl.arange(0, BLOCK_N)
+    row_starts = tl.minimum(i, n - 1 - first) * K  # rows past the end read the last one
+    gate = weight + first.to(tl.int64) * K
+    up = gate + tl.cast(n, tl.int64) * K
+    if PDL:
+        pieces = row_starts[:, None] + tl.arange(0, PREFETCH // PREFETCH_PIECE)[None, :] * PREFETCH_PIECE
+        prefetch_to_l2(gate + pieces, PREFETCH_PIECE)
+        if ACT is not None:
+            prefetch_to_l2(up + pieces, PREFETCH_PIECE)
+        tl.extra.cuda.gdc_wait()
+
+    # Of a batch of matrices tl.dot gives each warp one: so they share K, which they take turns with.
+    t = tl.arange(0, BLOCK_T)
+    k = tl.arange(0, NUM_WARPS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    is_token = t < num_tokens
+    x_pointers = x + t[None, :, None] * K + k[:, None, :]
+    offsets = row_starts[None, None, :] + k[:, :, None]
+    sums = tl.zeros([NUM_WARPS, BLOCK_T, BLOCK_N], tl.float32)
+    up_sums = sums
+    for start in range(0, K, NUM_WARPS * BLOCK_K):
+        x_tile = tl.load(x_pointers + start, mask=is_token[None, :, None], other=0.0)
+        sums = tl.dot(x_tile, tl.load(gate + offsets + start), sums, input_precision="ieee")
+        if ACT is not None:
+            up_sums = tl.dot(x_tile, tl.load(up + offsets + start), up_sums, input_precision="ieee")
+
+    y = tl.sum(sums, axis=0)
+    is_row = first + i < n
+    if bias is not None:
+        y += tl.load(bias + first + i, mask=is_row, other=0.0).to(tl.float32)[None, :]
+    if ACT is not None:
+        z = tl.sum(up_sums, axis=0)
+        if bias is not None:
+            z += tl.load(bias + n + first + i, mask=is_row, other=0.0).to(tl.float32)[None, :]
+        y = activation(y, ACT) * z
+    places = t[:, None] * n + first + i[None, :]
+    mask = is_token[:, None] & is_row[None, :]
+    if residual is not None:
+        y += tl.load(residual + places, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + places, y.to(out.dtype.element_ty), mask=mask)
