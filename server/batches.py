@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import orjson
 from aiohttp import web
@@ -21,7 +21,7 @@ from aiohttp import web
 from engine.errors import EngineError, InvalidRequest
 from server.files import FileStore, NotFound, new_id, page_of, write_atomically
 from server.keys import CLIENT, Client
-from server.protocol import JSON, Fields, Owner, error_response, json_response, openai_error, read_json
+from server.protocol import JSON, Fields, Owner, error_response, json_response, openai_error, parse_json, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -343,11 +343,7 @@ def check_lines(path: Path, endpoint: str) -> tuple[int, list[JSON]]:
 
 
 def _check_line(text: bytes, endpoint: str) -> str:
-    try:
-        values: Any = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the line is not valid JSON: {error}") from None
-    line = Fields(values)
+    line = Fields(parse_json(text, "the line"))
     if line.one_of("method", ("POST",), "") and line.one_of("url", (endpoint,), "") and line.object("body") is None:
         line.fail("body", "an object")
     return line.text("custom_id") or line.fail("custom_id", "a non-empty string")

@@ -20,6 +20,8 @@ Owner = MutableMapping[Any, Any]
 MAX_INT = 1 << 53  # beyond it JSON numbers are not exact
 MAX_REQUESTS = 65536  # of one HTTP request: prompts times n
 MAX_N = 128
+MAX_DEPTH = 200  # of a body's objects and lists
+WRITABLE_DEPTH = 254  # orjson's, which reads 1,024: the difference is for what an answer puts around what it repeats
 REQUEST_FIELDS = ("priority", "extra_key", "cache_salt")  # SGLang's, which every API takes
 
 
@@ -341,11 +343,24 @@ async def read_json(request: web.Request) -> Fields:
         raise InvalidRequest(f"Content-Type must be application/json, got {kind}", "Content-Type")
     body = await request.read()
     await request.app[TURNS].wait(len(body))
+    return Fields(parse_json(body, "the body"))
+
+
+def parse_json(text: bytes, name: str) -> Any:
+    """What a client wrote. `InvalidRequest` if it is not JSON, or so deep that it could not be written or shown."""
     try:
-        values = orjson.loads(body)
+        values = orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
-    return Fields(values)
+        raise InvalidRequest(f"{name} is not valid JSON: {error}") from None
+    if text.count(b"{") + text.count(b"[") > MAX_DEPTH:
+        wrapped = values
+        for _ in range(WRITABLE_DEPTH - MAX_DEPTH):
+            wrapped = [wrapped]
+        try:
+            orjson.dumps(wrapped)
+        except TypeError:
+            raise InvalidRequest(f"{name} has more than {MAX_DEPTH} objects or lists inside each other") from None
+    return values
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

@@ -244,6 +244,29 @@ async def test_a_body_that_is_not_a_json_object_is_a_400(client: Client, path: s
     assert ("type" in error) == path.startswith("/v1/")
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", '{"text": "a", "rid": %s}'),
+        ("/generate", '{"text": "a", "sampling_params": {"json_schema": {"const": %s}}}'),
+        ("/v1/chat/completions", '{"messages": [{"role": "user", "content": %s}]}'),
+        ("/v1/embeddings", '{"input": %s}'),
+        ("/v1/messages", '{"max_tokens": 1, "messages": [{"role": "assistant", "content": [%s]}]}'),
+        ("/v1/responses", '{"input": "a", "reasoning": {"effort": null, "more": %s}}'),
+        ("/v1/batches", '{"endpoint": "/v1/completions", "metadata": {"a": %s}}'),
+        ("/api/chat", '{"messages": [{"role": "user", "content": "a"}], "format": {"const": %s}}'),
+    ],
+)
+@pytest.mark.parametrize("depth", [195, 260, 1010])
+async def test_no_depth_of_a_body_is_too_much_for_its_answer(client: Client, path: str, body: str, depth: int) -> None:
+    deep = (body % ("[" * depth + "]" * depth)).encode()
+    response = await client.post(path, data=deep, headers={"Content-Type": "application/json"})
+    assert response.status < 500
+    if depth > 200:
+        assert response.status == 400
+        assert "more than 200 objects or lists" in await response.text()
+
+
 async def test_a_form_is_refused_because_any_web_page_can_send_one(client: Client) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded"):
         response = await client.post("/generate", data=b'{"text": "a"}', headers={"Content-Type": kind})
