@@ -15,6 +15,7 @@ from typing import Any
 
 import orjson
 from aiohttp import BodyPartReader, web
+from aiohttp.http_exceptions import BadHttpMessage
 
 from engine.errors import EngineError, InvalidRequest
 from server.protocol import JSON, json_response
@@ -159,15 +160,20 @@ class FilesApi:
             async for part in await http_request.multipart():
                 if not isinstance(part, BodyPartReader):
                     raise InvalidRequest("a part of the form is itself a form", None)
-                if part.name == "file":
+                name = _utf8(part.name or "")
+                if name == "file":
+                    if filename is not None:
+                        raise InvalidRequest("the form has more than one file", name)
                     await self._receive_file(part, to)
-                    filename = part.filename or "upload"
-                elif part.name == "purpose":
+                    filename = _utf8(part.filename or "upload")
+                elif name == "purpose":
                     purpose = (await part.read_chunk(MAX_PURPOSE_BYTES)).decode(errors="replace")
                 else:
-                    raise InvalidRequest(f"unknown field of the form: {part.name!r}", part.name)
+                    raise InvalidRequest(f"unknown field of the form: {name!r}", name)
         except ValueError as error:  # aiohttp's, of a form that is none
             raise InvalidRequest(f"the form cannot be read: {error}") from None
+        except BadHttpMessage as error:
+            raise InvalidRequest(f"a part's headers cannot be read: {error.message}") from None
         return filename, purpose
 
     async def _receive_file(self, part: BodyPartReader, to: Path) -> None:
@@ -199,6 +205,11 @@ class FilesApi:
     async def content(self, http_request: web.Request) -> web.FileResponse:
         file = self.store.get(http_request.match_info["file_id"])
         return web.FileResponse(self.store.path(file["id"]), headers={"Content-Type": "application/octet-stream"})
+
+
+def _utf8(header: str) -> str:
+    """What a part's header says. aiohttp reads other encodings, Latin-1 say, as halves of surrogate pairs."""
+    return header.encode(errors="surrogateescape").decode(errors="replace")
 
 
 class FileTooLarge(EngineError):

@@ -292,6 +292,46 @@ async def test_a_wrong_form_is_refused_by_name(fields: dict[str, Any], named: st
         assert (await response.json())["error"]["param"] == named
 
 
+def form_part(headers: bytes, content: bytes) -> bytes:
+    return b"--x\r\nContent-Disposition: form-data; " + headers + b"\r\n\r\n" + content + b"\r\n"
+
+
+A_FILE = form_part(b'name="file"; filename="a.jsonl"', b"{}")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (A_FILE, "more than one file"),
+        (form_part(b'name="\xe9"', b"1"), "unknown field"),
+        (form_part(b'name="a\0"', b"1"), "headers"),
+        (form_part(b'name="a"\r\nX: ' + b"x" * 20_000, b"1"), "headers"),
+    ],
+)
+async def test_a_form_that_is_wrong_in_its_bytes_is_refused_and_leaves_nothing(
+    part: bytes, message: str, tmp_path: Path
+) -> None:
+    async with serving(FakeEngine(), file_storage_path=str(tmp_path)) as client:
+        form = form_part(b'name="purpose"', b"batch") + A_FILE + part + b"--x--\r\n"
+        response = await client.post(
+            "/v1/files", data=form, headers={"Content-Type": "multipart/form-data; boundary=x"}
+        )
+        assert response.status == 400
+        assert message in (await response.json())["error"]["message"]
+        assert set(os.listdir(tmp_path)) == {"lock", "batches"}
+
+
+async def test_a_file_whose_name_is_not_utf_8_is_kept_and_listed() -> None:
+    async with serving(FakeEngine()) as client:
+        form = form_part(b'name="purpose"', b"batch") + A_FILE.replace(b"a.jsonl", b"caf\xe9.jsonl") + b"--x--\r\n"
+        response = await client.post(
+            "/v1/files", data=form, headers={"Content-Type": "multipart/form-data; boundary=x"}
+        )
+        assert response.status == 200
+        assert (await response.json())["filename"] == "caf\N{REPLACEMENT CHARACTER}.jsonl"
+        assert len((await (await client.get("/v1/files")).json())["data"]) == 1
+
+
 async def test_lists_come_in_pages_newest_first() -> None:
     async with api_of(FakeEngine()) as api:
         ids = [(await api.files.create(file=("a", b"{}"), purpose="batch")).id for _ in range(3)]
