@@ -100,6 +100,8 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
             raise
         status, message = error.status, _http_message(request, error)
         headers = {name: value for name, value in error.headers.items() if name in ("Allow", "WWW-Authenticate")}
+    except web.RequestPayloadError:
+        status, message = 400, "the body is not what its Content-Encoding or Transfer-Encoding says"
     except ConnectionError:  # the client has gone: ends as any disconnect does, while aiohttp would log this one
         raise asyncio.CancelledError from None
     except Exception:

@@ -267,6 +267,15 @@ async def test_no_depth_of_a_body_is_too_much_for_its_answer(client: Client, pat
         assert "more than 200 objects or lists" in await response.text()
 
 
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions", "/v1/messages", "/api/chat", "/v1/files"])
+async def test_a_body_that_is_not_compressed_as_it_says_is_a_400(client: Client, path: str) -> None:
+    kind = "multipart/form-data; boundary=x" if path == "/v1/files" else "application/json"
+    headers = {"Content-Type": kind, "Content-Encoding": "gzip"}
+    response = await client.post(path, data=b'{"text": "a"}', headers=headers)
+    assert response.status == 400
+    assert "Content-Encoding" in await response.text()
+
+
 async def test_a_form_is_refused_because_any_web_page_can_send_one(client: Client) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded"):
         response = await client.post("/generate", data=b'{"text": "a"}', headers={"Content-Type": kind})
