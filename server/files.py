@@ -219,7 +219,7 @@ class FileTooLarge(EngineError):
 def page_of(items: list[Any], http_request: web.Request, default_limit: int) -> JSON:
     """OpenAI's page of a list: the `limit` items that follow the one whose id is `after`."""
     text = http_request.query.get("limit", str(default_limit))
-    if not text.isdecimal() or not 1 <= int(text) <= MAX_LISTED:
+    if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= MAX_LISTED:  # int() refuses thousands of digits
         raise InvalidRequest(f"limit must be between 1 and {MAX_LISTED}, got {text[:20]!r}", "limit")
     after = http_request.query.get("after")
     if after is not None:

@@ -341,6 +341,15 @@ async def test_lists_come_in_pages_newest_first() -> None:
         assert [file.id async for file in first] == ids[::-1]
 
 
+@pytest.mark.parametrize("limit", ["0", "-1", "10001", "x", "1.5", "", "9" * 5000])
+async def test_a_page_that_cannot_be_is_refused(limit: str) -> None:
+    async with serving(FakeEngine()) as client:
+        for path in ("/v1/files", "/v1/batches"):
+            response = await client.get(path, params={"limit": limit})
+            assert response.status == 400
+            assert (await response.json())["error"]["param"] == "limit"
+
+
 async def test_two_servers_do_not_share_a_folder(tmp_path: Path) -> None:
     async with (
         api_of(FakeEngine(), file_storage_path=str(tmp_path)),
