@@ -178,10 +178,11 @@ class Batches:
     async def _live(self, batch: Batch) -> None:
         """From whatever status `batch` has to its last. Cancelled: by its client, or because the server stops."""
         try:
-            await self._run(batch)
-        except asyncio.CancelledError:
-            if batch.record["status"] == "cancelling":
-                await self._finalize(batch, "cancelled")
+            try:
+                await self._run(batch)
+            except asyncio.CancelledError:
+                if batch.record["status"] == "cancelling":
+                    await self._finalize(batch, "cancelled")
         except Exception as error:  # a full disk, say: this batch's failure alone
             logger.error("batch %s failed", batch.id, exc_info=error)
             batch.record["errors"] = _errors([_error("internal_error", f"{type(error).__name__}: {error}")])
@@ -283,7 +284,8 @@ class Batches:
     def _write_files(self, batch: Batch, status: str) -> None:
         error = {"code": f"batch_{status}", "message": f"the batch was {status} before this line had its answer"}
         with open(self.store.path(batch.errors_id), "ab") as errors:
-            for line in self._lines(batch):
+            # Before it was in progress nobody had looked whether these are lines.
+            for line in self._lines(batch) if batch.record["in_progress_at"] else ():
                 if line["custom_id"] not in batch.done:
                     _append(errors, line["custom_id"], None, error)
         for name, file_id in (("output_file_id", batch.output_id), ("error_file_id", batch.errors_id)):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -214,6 +215,21 @@ async def test_a_cancelled_batch_keeps_its_answers() -> None:
         assert [line["error"]["code"] for line in errors.values()] == ["batch_cancelled"] * 5
         with pytest.raises(openai.BadRequestError, match="nothing to cancel"):
             await api.batches.cancel(batch.id)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", json.dumps({"method": "POST"})])
+async def test_a_batch_can_be_cancelled_before_its_file_is_known_to_be_wrong(
+    line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_cancelled = threading.Event()
+    monkeypatch.setattr("server.batches.check_lines", lambda path, endpoint: is_cancelled.wait(10))
+    async with api_of(FakeEngine()) as api:
+        batch = await start(api, [line])
+        await asyncio.sleep(0)
+        assert (await api.batches.cancel(batch.id)).status == "cancelling"
+        is_cancelled.set()
+        batch = await until(api, batch.id, has_ended)
+        assert (batch.status, batch.output_file_id, batch.error_file_id) == ("cancelled", None, None)
 
 
 async def test_a_batch_that_outlives_its_window_expires() -> None:
