@@ -44,3 +44,9 @@ class StepFailed(EngineError):
 
 class ModelError(EngineError):
     pass
+
+
+def shown(value: object) -> str:
+    """`value` as an error message quotes it: never long."""
+    text = repr(value)
+    return text if len(text) <= 64 else text[:60] + " ..."

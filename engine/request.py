@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.errors import InvalidRequest
+from engine.errors import InvalidRequest, shown
 
 if TYPE_CHECKING:
     from engine.grammar import Matcher  # which imports torch: `--help` should not wait for that
@@ -90,7 +90,7 @@ class SamplingParams:
 
         def check(ok: bool, name: str, rule: str) -> None:
             if not ok:
-                raise InvalidRequest(f"{name} must be {rule}, got {getattr(self, name)!r}", name)
+                raise InvalidRequest(f"{name} must be {rule}, got {shown(getattr(self, name))}", name)
 
         def ids_in_vocab(ids: Any) -> bool:
             return all(0 <= token_id < vocab_size for token_id in ids)
@@ -134,7 +134,7 @@ def _coerce(name: str, value: Any) -> Any:
 
     def expect(ok: bool, kind: str) -> None:
         if not ok:
-            raise InvalidRequest(f"{name} must be {kind}, got {value!r}", name)
+            raise InvalidRequest(f"{name} must be {kind}, got {shown(value)}", name)
 
     def is_int(x: Any) -> bool:
         return isinstance(x, int) and not isinstance(x, bool)

@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 from aiohttp import web
 
-from engine.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull
+from engine.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull, shown
 from engine.request import Delta, Request
 from server.intake import TURNS
 
@@ -155,24 +155,18 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _shown(value: Any) -> str:
-    """`value` as an error message quotes it: never long."""
-    text = repr(value)
-    return text if len(text) <= 64 else text[:60] + " ..."
-
-
 class Fields:
     """A JSON object read field by field. Null is the same as absent; a wrong type is an `InvalidRequest` naming it."""
 
     def __init__(self, values: Any, path: str = "") -> None:
         if not isinstance(values, dict):
-            raise InvalidRequest(f"{path or 'the body'} must be a JSON object, got {_shown(values)}", path or None)
+            raise InvalidRequest(f"{path or 'the body'} must be a JSON object, got {shown(values)}", path or None)
         self.values: JSON = values
         self._path = f"{path}." if path else ""
 
     def fail(self, name: str, rule: str) -> NoReturn:
         field = self._path + name
-        raise InvalidRequest(f"{field} must be {rule}, got {_shown(self.values.get(name))}", field)
+        raise InvalidRequest(f"{field} must be {rule}, got {shown(self.values.get(name))}", field)
 
     def unsupported(self, name: str) -> NoReturn:
         field = self._path + name
@@ -256,10 +250,10 @@ class Fields:
 def check_token_ids(ids: Any, vocab_size: int, field: str) -> list[int]:
     """`ids` if it is a non-empty list of ids of the vocabulary."""
     if not isinstance(ids, list) or not ids:
-        raise InvalidRequest(f"{field} must be a non-empty list of token ids, got {_shown(ids)}", field)
+        raise InvalidRequest(f"{field} must be a non-empty list of token ids, got {shown(ids)}", field)
     if set(map(type, ids)) != {int}:
         wrong = next(token_id for token_id in ids if type(token_id) is not int)
-        raise InvalidRequest(f"{field} must hold integers only, got {_shown(wrong)}", field)
+        raise InvalidRequest(f"{field} must hold integers only, got {shown(wrong)}", field)
     for token_id in (min(ids), max(ids)):
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(f"{field} holds {token_id}, the vocabulary has ids 0 to {vocab_size - 1}", field)

@@ -276,6 +276,14 @@ async def test_a_body_that_is_not_compressed_as_it_says_is_a_400(client: Client,
     assert "Content-Encoding" in await response.text()
 
 
+@pytest.mark.parametrize("name", ["stop", "stop_token_ids", "logit_bias", "regex", "temperature", "choice"])
+async def test_an_error_quotes_little_of_a_long_value(client: Client, name: str) -> None:
+    body = {"text": "a", "sampling_params": {name: [7] * 100_000 + ["x", None]}}
+    response = await client.post("/generate", json=body)
+    assert response.status == 400
+    assert len(await response.read()) < 1000
+
+
 async def test_a_form_is_refused_because_any_web_page_can_send_one(client: Client) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded"):
         response = await client.post("/generate", data=b'{"text": "a"}', headers={"Content-Type": kind})
