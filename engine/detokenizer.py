@@ -312,7 +312,7 @@ class StopScanner:
         self._released = ""  # the last of it, for a regex's look-behind
         try:
             self._patterns = [regex.compile(pattern) for pattern in patterns]
-        except regex.error as error:
+        except (regex.error, RecursionError) as error:
             raise InvalidRequest(f"stop_regex is not a regular expression: {error}", "stop_regex") from None
 
     def push(self, text: str) -> str:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 TOP_K_ALL = 1 << 30
 GREEDY_TEMPERATURE = 1e-6
-MAX_STOP_REGEX_LEN = 1024
+MAX_STOP_CHARS = {"stop": 4096, "stop_regex": 1024}  # of all that a request has
+MAX_UNROLLED_LEN = 1 << 16  # of all its stop regexes: some 20 MB, and 50 ms
+REPEAT = re.compile(r"(\)?)\{(\d+)")
+VERBOSE = re.compile(r"(?<!\\)(?:\\\\)*\(\?[a-zA-Z]*x")
 CONSTRAINTS = ("json_schema", "regex", "ebnf", "structural_tag", "choice")
 
 
@@ -113,12 +116,39 @@ class SamplingParams:
         constraints = [name for name in CONSTRAINTS if getattr(self, name) is not None]
         if len(constraints) > 1:
             raise InvalidRequest(f"at most one of {', '.join(CONSTRAINTS)} may be given", constraints[1])
+        self._verify_stops()
+
+    def _verify_stops(self) -> None:
+        """What searches for stops is made on the event loop, and takes memory for each of their characters."""
+        for name, limit in MAX_STOP_CHARS.items():
+            num_chars = sum(map(len, getattr(self, name)))
+            if num_chars > limit:
+                raise InvalidRequest(f"{name} has {num_chars} characters, the limit is {limit}", name)
+        size = sum(map(unrolled_len, self.stop_regex))
+        if size > MAX_UNROLLED_LEN:
+            raise InvalidRequest(
+                f"stop_regex may have {size} characters when its repetitions are written out, "
+                f"the limit is {MAX_UNROLLED_LEN}",
+                "stop_regex",
+            )
         for pattern in self.stop_regex:
-            check(len(pattern) <= MAX_STOP_REGEX_LEN, "stop_regex", f"at most {MAX_STOP_REGEX_LEN} characters")
+            if VERBOSE.search(pattern):
+                raise InvalidRequest("stop_regex must not set the flag x, which hides repetitions", "stop_regex")
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise InvalidRequest(f"stop_regex is not a regular expression: {error}", "stop_regex") from None
+
+
+def unrolled_len(pattern: str) -> int:
+    """At most so long is `pattern` with its repetitions written out, as `regex` compiles it (a{10000000}: 3 GB)."""
+    inner, outer = 1, 1
+    for after_group, count in REPEAT.findall(pattern):
+        if after_group:
+            outer *= max(int(count), 1)
+        else:
+            inner += int(count)
+    return len(pattern) * inner * outer
 
 
 _FIELD_NAMES = frozenset(f.name for f in fields(SamplingParams))

@@ -284,6 +284,41 @@ async def test_an_error_quotes_little_of_a_long_value(client: Client, name: str)
     assert len(await response.read()) < 1000
 
 
+STOPS_THAT_COST_TOO_MUCH = [
+    {"stop": ["a" * 5000]},
+    {"stop": [f"stop {i}" for i in range(1000)]},
+    {"stop_regex": "a" * 1025},
+    {"stop_regex": [f"a{i}" for i in range(400)]},
+    {"stop_regex": "a{100000}"},
+    {"stop_regex": "(?:(?:a{100}){100}){100}"},
+    {"stop_regex": "(?x)a{1 0 0 0 0 0}"},
+    {"stop_regex": "(?s)(?ix:a{#\n100000})"},
+    {"stop_regex": "a{99999999999}"},
+    {"stop_regex": "(" * 490 + ")" * 490},
+]
+
+
+@pytest.mark.parametrize("stops", STOPS_THAT_COST_TOO_MUCH, ids=range(len(STOPS_THAT_COST_TOO_MUCH)))
+async def test_stops_that_would_take_the_loop_or_the_memory_are_refused(client: Client, stops: dict[str, Any]) -> None:
+    response = await client.post("/generate", json={"text": "a", "sampling_params": stops})
+    assert response.status == 400
+    assert (await response.json())["error"]["field"] in stops
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
+        r".{1000}",
+        r"(?i)f\(?x",
+        r"(?:\d{3}){2}",
+        "a{,9999}",
+    ],
+)
+async def test_usual_repetitions_may_stop_an_answer(client: Client, pattern: str) -> None:
+    assert (await generate(client, text="Hi", sampling_params={"stop_regex": pattern}))["text"] == "Hello, world"
+
+
 async def test_a_form_is_refused_because_any_web_page_can_send_one(client: Client) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded"):
         response = await client.post("/generate", data=b'{"text": "a"}', headers={"Content-Type": kind})
