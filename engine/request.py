@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TOP_K_ALL = 1 << 30
 GREEDY_TEMPERATURE = 1e-6
+MIN_PENALTY, MAX_BIAS = 1e-6, 1e30  # beyond these a logit, divided by a temperature, may be more than float32 holds
 MAX_STOP_CHARS = {"stop": 4096, "stop_regex": 1024}  # of all that a request has
 MAX_UNROLLED_LEN = 1 << 16  # of all its stop regexes: some 20 MB, and 50 ms
 REPEAT = re.compile(r"(\)?)\{(\d+)")
@@ -104,14 +105,15 @@ class SamplingParams:
         check(self.top_k == -1 or 1 <= self.top_k <= TOP_K_ALL, "top_k", "-1 (off) or at least 1")
         check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "in [-2, 2]")
         check(-2 <= self.presence_penalty <= 2, "presence_penalty", "in [-2, 2]")
-        check(0 < self.repetition_penalty <= 2, "repetition_penalty", "in (0, 2]")
+        check(MIN_PENALTY <= self.repetition_penalty <= 2, "repetition_penalty", f"between {MIN_PENALTY} and 2")
         check(self.max_new_tokens is None or self.max_new_tokens >= 0, "max_new_tokens", ">= 0")
         limit = math.inf if self.max_new_tokens is None else self.max_new_tokens
         check(0 <= self.min_new_tokens <= limit, "min_new_tokens", "between 0 and max_new_tokens")
         check(self.n >= 1, "n", "at least 1")
         check(ids_in_vocab(self.stop_token_ids), "stop_token_ids", f"ids below the vocabulary size {vocab_size}")
         check(ids_in_vocab(self.logit_bias), "logit_bias", f"keyed by ids below the vocabulary size {vocab_size}")
-        check(all(math.isfinite(bias) for bias in self.logit_bias.values()), "logit_bias", "finite numbers")
+        is_near = all(abs(bias) <= MAX_BIAS for bias in self.logit_bias.values())
+        check(is_near, "logit_bias", f"numbers between -{MAX_BIAS} and {MAX_BIAS}")
         check(self.sampling_seed is None or abs(self.sampling_seed) < 1 << 63, "sampling_seed", "a 64-bit integer")
         constraints = [name for name in CONSTRAINTS if getattr(self, name) is not None]
         if len(constraints) > 1:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from engine.request import TOP_K_ALL
+from engine.request import MIN_PENALTY, TOP_K_ALL
 from server.maintenance import PAUSE_MODES
 from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS
 from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
@@ -57,7 +57,7 @@ SAMPLING: dict[str, JSON] = {
     "min_p": number(0, 1),
     "frequency_penalty": number(-2, 2),
     "presence_penalty": number(-2, 2),
-    "repetition_penalty": {"type": "number", "exclusiveMinimum": 0, "maximum": 2},
+    "repetition_penalty": number(MIN_PENALTY, 2),
     "logit_bias": {
         "type": "object",
         "additionalProperties": number(-100, 100),

@@ -188,6 +188,8 @@ BAD_GENERATE: list[tuple[Any, str]] = [
     ({"text": "a", "sampling_params": {"temperature": "hot"}}, "temperature"),
     ({"text": "a", "sampling_params": {"top_p": 0}}, "top_p"),
     ({"text": "a", "sampling_params": {"top_k": 0}}, "top_k"),
+    ({"text": "a", "sampling_params": {"repetition_penalty": 1e-40}}, "repetition_penalty"),
+    ({"text": "a", "sampling_params": {"logit_bias": {"5": 1e38}}}, "logit_bias"),
     ({"text": "a", "sampling_params": {"n": 0}}, "n"),
     ({"text": "a", "sampling_params": {"n": 10**9}}, "n"),
     ({"text": "a", "sampling_params": {"stop_token_ids": [9999]}}, "stop_token_ids"),
