@@ -491,7 +491,7 @@ class OpenAIChoice(Choice):
         mark = "\0text\0"
         self._num_prompt_tokens = request.prompt_len
         choice = {"index": self.index, **self._format.piece(mark), "finish_reason": None}
-        self._head, self._end = event(self._format.chunk([choice])).split(orjson.dumps(mark))
+        self._head, self._end = event(self._format.chunk([choice])).rsplit(orjson.dumps(mark), 1)  # a rid may hold it
         return self._format.first_events(self.index, request)
 
 

@@ -97,6 +97,12 @@ async def test_a_streamed_chat_starts_with_the_role_and_ends_with_the_reason(cli
     assert "usage" not in last
 
 
+async def test_no_rid_spoils_its_stream(client: Client) -> None:
+    for rid in ("\0text\0", '"}]}', "data: [DONE]\n\n"):
+        first, *_ = await events(client, "/v1/chat/completions", messages=USER, max_tokens=5, rid=rid)
+        assert first["id"] == rid
+
+
 async def test_the_usage_chunk_comes_last_and_only_when_asked_for(api: openai.AsyncOpenAI) -> None:
     stream = await api.chat.completions.create(
         model="fake-model", messages=USER, stream=True, n=2, max_tokens=4, stream_options={"include_usage": True}
