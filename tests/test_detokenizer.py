@@ -366,3 +366,12 @@ def test_a_regex_that_backtracks_without_end_fails_its_own_request() -> None:
 def test_an_invalid_regex_is_an_invalid_request() -> None:
     with pytest.raises(InvalidRequest, match="not a regular expression"):
         make("byte level").text_stream(SamplingParams(stop_regex=["("]))
+
+
+def test_answers_with_the_same_stops_share_what_searches_for_them() -> None:
+    params = SamplingParams(stop=["END", "\n\n"], stop_regex=["[0-9]{3}"])
+    first, second = (StopScanner(params.stop, params.stop_regex, False) for _ in range(2))
+    assert first._strings is second._strings
+    assert first.push("12") == "" and second.push("ab") == "ab"
+    assert first.push("3") == "" and first.matched_stop == "[0-9]{3}"
+    assert second.push("EN") == "" and second.push("x") == "ENx" and second.matched_stop is None
