@@ -20,6 +20,7 @@ from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest
 from server.files import FileStore, NotFound, new_id, page_of, write_atomically
+from server.intake import paced
 from server.keys import CLIENT, Client
 from server.protocol import JSON, Fields, Owner, error_response, json_response, openai_error, parse_json, read_json
 
@@ -230,9 +231,7 @@ class Batches:
             await asyncio.to_thread(open, self.store.path(batch.errors_id), "ab") as errors,
         ):
             async with asyncio.TaskGroup() as group:
-                for number, line in enumerate(self._lines(batch)):
-                    if number % 64 == 63:
-                        await asyncio.sleep(0)  # reading past what is done must not hold up the streams
+                async for line in paced(self._lines(batch)):
                     if line["custom_id"] in batch.done:
                         continue
                     await self._slots.acquire()

@@ -5,7 +5,6 @@ SGLang      /encode, /classify, /v1/rerank, and /v1/score with `query`, `items` 
 vLLM        /v1/classify, /rerank and /v2/rerank (also Jina's and Cohere's), /v1/score with `text_1` and `text_2`
 """
 
-import asyncio
 import base64
 import time
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from aiohttp import web
 from engine.errors import InvalidRequest, StepFailed
 from engine.request import Request, SamplingParams, ignore
 from server.config import ServerConfig
+from server.intake import paced
 from server.live import LiveRequests, Options, make_requests, new_rid
 from server.meta_info import MetaInfo
 from server.model_name import served_model
@@ -71,9 +71,7 @@ class EmbeddingsApi:
         size = body.integer("dimensions", size, low=1, high=size)
         requests = await self._run(owner, body, await read_prompts(self.engine, body, "input"))
         data = []
-        for i, request in enumerate(requests):
-            if i % NUM_A_TURN == NUM_A_TURN - 1:
-                await asyncio.sleep(0)
+        async for i, request in paced(enumerate(requests), NUM_A_TURN):
             vector = _normalized(_vector(request)[:size])
             shown = base64.b64encode(vector.tobytes()).decode() if encoding == "base64" else _json(vector)
             data.append({"object": "embedding", "index": i, "embedding": shown})
@@ -96,9 +94,7 @@ class EmbeddingsApi:
         is_list = isinstance(value, list) and not (value and is_int(value[0]))
         requests = await self._run(http_request, body, await read_prompts(self.engine, body, name))
         meta_info, answers = MetaInfo(self.engine.tokenizer), []
-        for i, request in enumerate(requests):
-            if i % NUM_A_TURN == NUM_A_TURN - 1:
-                await asyncio.sleep(0)
+        async for request in paced(requests, NUM_A_TURN):
             vector = _normalized(_vector(request)) if is_normalized else _vector(request)
             answers.append(
                 {"embedding": _json(vector), "meta_info": meta_info.counts(request, 0, request.finish_reason)}
@@ -196,9 +192,9 @@ class EmbeddingsApi:
         models read each by itself, and the cosine of the two vectors counts.
         """
         check_batch_size(len(first) + len(second), names[1])
-        heads = [await encode_prompt(self.engine, text, names[0]) for text in first]
+        heads = [await encode_prompt(self.engine, text, names[0]) async for text in paced(first)]
         is_classifier = self.engine.model_config.is_classifier
-        tails = [await encode_prompt(self.engine, text, names[1], not is_classifier) for text in second]
+        tails = [await encode_prompt(self.engine, text, names[1], not is_classifier) async for text in paced(second)]
         if is_classifier:
             pairs = [heads[i % len(heads)] + tail for i, tail in enumerate(tails)]
             requests = await self._run(owner, body, pairs)
@@ -216,7 +212,7 @@ class EmbeddingsApi:
         check_batch_size(len(items), "items")
         prompts = [
             await encode_prompt(self.engine, item + query if is_item_first else query + item, f"items[{i}]")
-            for i, item in enumerate(items)
+            async for i, item in paced(enumerate(items))
         ]
         params = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
         options = Options(

@@ -4,11 +4,13 @@ import asyncio
 import logging
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import TypeVar
 
 from aiohttp import web
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 BACKLOG = 4096  # connections that may wait to be accepted
 MAX_ACCEPTS = 16  # in one turn
@@ -103,6 +105,14 @@ class Turns:
             if not future.done():  # its client has gone
                 future.set_result(None)
                 self._spend(cost)
+
+
+async def paced(items: Iterable[T], num_a_turn: int = 64) -> AsyncIterator[T]:
+    """`items`, a few a turn of the loop: a long list must not hold up the streams."""
+    for number, item in enumerate(items, start=1):
+        yield item
+        if number % num_a_turn == 0:
+            await asyncio.sleep(0)
 
 
 TURNS = web.AppKey("turns", Turns)

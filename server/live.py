@@ -13,6 +13,7 @@ from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest
 from engine.request import Delta, FinishReason, Request, SamplingParams, Status, ignore
+from server.intake import paced
 from server.keys import bill
 from server.protocol import Engine, Owner, TokenizerFacade
 
@@ -107,7 +108,7 @@ class LiveRequests:
         self._rids[rid] = [request.rid for request in requests]
         accepted: list[Request] = []
         try:
-            for request in requests:
+            async for request in paced(requests, num_a_turn=16):
                 self.engine.submit(request)
                 accepted.append(request)
                 for observe in self.arrival_observers:

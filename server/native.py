@@ -14,6 +14,7 @@ from engine.errors import EngineStopped, InvalidRequest
 from engine.request import Delta, Logprobs, Request, SamplingParams, ignore
 from server.chat import Chats
 from server.config import ServerConfig
+from server.intake import paced
 from server.live import LiveRequests, Options, is_failure, make_requests, new_rid, written
 from server.meta_info import MetaInfo
 from server.parsers import AnswerParser
@@ -148,16 +149,14 @@ class NativeApi:
         if not isinstance(text, list) or not text:
             body.fail("text", "a string or a non-empty list of strings")
         check_batch_size(len(text), "text")
-        return [await encode_prompt(self.engine, one, f"text[{i}]") for i, one in enumerate(text)], True
+        return [await encode_prompt(self.engine, one, f"text[{i}]") async for i, one in paced(enumerate(text))], True
 
     async def _requests(self, body: Fields, prompts: list[list[int]], is_batch: bool) -> tuple[str, list[Request]]:
         """The rid that stands for all of them, and one request for each prompt and answer."""
         rid, rids = _rids(body, len(prompts), is_batch)
         namespace = cache_namespace(body)
         requests: list[Request] = []
-        for i, input_ids in enumerate(prompts):
-            if i % 64 == 63:
-                await asyncio.sleep(0)  # a long list must not hold up the streams
+        async for i, input_ids in paced(enumerate(prompts)):
             item = _item(body, i, len(prompts)) if is_batch else body
             params = SamplingParams.from_dict(item.get("sampling_params") or {}, self.engine.sampling_defaults)
             params.verify(self.engine.model_config.vocab_size)
@@ -289,7 +288,7 @@ class NativeApi:
             texts = prompt if isinstance(prompt, list) else [prompt]
             if not all(isinstance(text, str) for text in texts):
                 body.fail(name, "a string or a list of strings")
-            tokens = [await self.engine.encode(text, add_special_tokens) for text in texts]
+            tokens = [await self.engine.encode(text, add_special_tokens) async for text in paced(texts)]
             if not isinstance(prompt, list):
                 tokens = tokens[0]
         is_batch = bool(tokens) and isinstance(tokens[0], list)
@@ -309,7 +308,7 @@ class NativeApi:
         skip = body.flag("skip_special_tokens", True)
         if isinstance(ids, list) and ids and isinstance(ids[0], list):
             rows = [check_token_ids(row, vocab_size, f"tokens[{i}]") for i, row in enumerate(ids)]
-            texts = [self.engine.tokenizer.decode(row, skip_special_tokens=skip) for row in rows]
+            texts = [self.engine.tokenizer.decode(row, skip_special_tokens=skip) async for row in paced(rows)]
             return json_response({"text": texts, "prompt": texts})
         row = check_token_ids(ids, vocab_size, "tokens")
         text = self.engine.tokenizer.decode(row, skip_special_tokens=skip)

@@ -12,6 +12,7 @@ from engine.errors import InvalidRequest
 from engine.request import Delta, FinishReason, Logprobs, Request, SamplingParams, TokenLogprob
 from server.chat import Chats, ChatTurn
 from server.config import ServerConfig
+from server.intake import paced
 from server.live import LiveRequests, Options, is_failure, make_requests, new_rid, written
 from server.meta_info import MetaInfo
 from server.model_name import served_model
@@ -155,7 +156,7 @@ class OpenAIApi:
         format_.has_continuous_usage = stream_options.flag("continuous_usage_stats") and include_usage
         n = params.n
         requests: list[Request] = []
-        for i, input_ids in enumerate(prompts):
+        async for i, input_ids in paced(enumerate(prompts), num_a_turn=-(-64 // n)):
             first = i * n
             names = [rid] if n * len(prompts) == 1 else [f"{rid}-{k}" for k in range(first, first + n)]
             requests += make_requests(names, input_ids, params, options)

@@ -1,6 +1,5 @@
 """What the APIs share: the engine as they see it, typed reading of JSON bodies, and errors in each API's shape."""
 
-import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull, shown
 from engine.request import Delta, Request
-from server.intake import TURNS
+from server.intake import TURNS, paced
 
 JSON = dict[str, Any]
 # Who makes requests, as a mapping that tells and is told about them: an HTTP request, or a line of a batch.
@@ -281,14 +280,12 @@ async def read_prompts(engine: Engine, body: Fields, name: str) -> list[list[int
         body.fail(name, "a string, a list of token ids, or a non-empty list of these")
     check_batch_size(len(given), name)
     prompts = []
-    for i, one in enumerate(given):
+    async for i, one in paced(enumerate(given)):
         field = name if len(given) == 1 else f"{name}[{i}]"
         if isinstance(one, list):
             prompts.append(check_token_ids(one, vocab_size, field))
         else:
             prompts.append(await encode_prompt(engine, one, field, add_special_tokens))
-        if i % 64 == 63:
-            await asyncio.sleep(0)  # a long list must not hold up the streams
     return prompts
 
 

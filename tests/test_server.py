@@ -12,6 +12,7 @@ import threading
 import time
 import types
 import urllib.request
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,48 @@ async def test_stops_that_would_take_the_loop_or_the_memory_are_refused(client: 
 )
 async def test_usual_repetitions_may_stop_an_answer(client: Client, pattern: str) -> None:
     assert (await generate(client, text="Hi", sampling_params={"stop_regex": pattern}))["text"] == "Hello, world"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"text": ["a"] * 400, "sampling_params": {"max_new_tokens": 0}}),
+        ("/v1/completions", {"prompt": ["a"] * 8, "n": 50, "max_tokens": 0}),
+        ("/tokenize", {"prompt": ["a"] * 400}),
+        ("/detokenize", {"tokens": [[65]] * 400}),
+        ("/encode", {"text": ["a"] * 400}),
+        ("/score", {"text_1": ["a"] * 200, "text_2": ["b"] * 200}),
+    ],
+)
+async def test_a_long_list_is_taken_a_part_a_turn(
+    client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, path: str, body: Any
+) -> None:
+    turn, counts = 0, Counter[tuple[str, int]]()
+
+    def counted(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            counts[name, turn] += 1
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while True:
+            await asyncio.sleep(0)
+            turn += 1
+
+    counted(engine, "encode")
+    counted(engine, "submit")
+    counted(engine.tokenizer, "decode")
+    counting = asyncio.create_task(count_turns())
+    response = await client.post(path, json=body)
+    counting.cancel()
+    assert response.status == 200
+    assert counts.total() >= 400
+    assert max(counts.values()) <= 128
 
 
 async def test_a_form_is_refused_because_any_web_page_can_send_one(client: Client) -> None:
