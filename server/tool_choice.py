@@ -59,6 +59,7 @@ def _read_tool(fields: Fields, path: str) -> Tool:
     parameters = function.object("parameters") or Fields(NO_PARAMETERS, f"{path}.function.parameters")
     parameters.one_of("type", ("object",), "object")
     parameters.object("properties")
+    parameters.strings("required")
     return Tool(name, {"type": "object", **parameters.values}, function.flag("strict"))
 
 

@@ -460,6 +460,7 @@ BAD_BODIES: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"function": {"name": "a", "parameters": "x"}}]}, "tools[0].function.parameters"),
     ({"tools": [tool("a", {"type": "string"})]}, "tools[0].function.parameters.type"),
     ({"tools": [tool("a", {"properties": []})]}, "tools[0].function.parameters.properties"),
+    ({"tools": [tool("a", {"required": 5})]}, "tools[0].function.parameters.required"),
     ({"tools": [tool("a", strict=1)]}, "tools[0].function.strict"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": "always"}, "tool_choice"),
