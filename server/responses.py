@@ -268,8 +268,10 @@ def _add_call(messages: list[JSON], item: Fields) -> None:
     for name in ("call_id", "name", "arguments"):
         item.required(name, "a string")
     try:
-        orjson.loads(item.text("arguments") or "{}")
+        arguments = orjson.loads(item.text("arguments") or "{}")
     except orjson.JSONDecodeError:
+        arguments = None
+    if not isinstance(arguments, dict):
         item.fail("arguments", "a JSON object as text")
     calls = _assistant(messages, lacks=()).setdefault("tool_calls", [])
     calls.append(chat_call(item.text("call_id"), item.text("name"), item.text("arguments")))

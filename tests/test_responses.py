@@ -340,6 +340,7 @@ async def test_a_wrong_field_inside_has_the_clients_name(client: Client) -> None
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": 1}}}, "text.format.schema"),
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
         ({"previous_response_id": "resp_x"}, "previous_response_id"),
+        ({"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "[1]"}]}, "input[0].arguments"),
     ):
         response = await client.post("/v1/responses", json={"input": "Hi", **body})
         assert (response.status, (await response.json())["error"]["param"]) == (400, field)
