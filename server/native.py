@@ -61,6 +61,7 @@ class NativeApi:
     def routes(self) -> list[web.RouteDef]:
         return [
             *self.sessions.routes(),
+            web.get("/", self.root),
             web.get("/health", self.health),
             web.get("/health_generate", self.health_generate),
             web.get("/get_model_info", self.model_info),
@@ -170,6 +171,10 @@ class NativeApi:
         return rid, requests
 
     # ---- about the server ----
+
+    async def root(self, _: web.Request) -> web.Response:
+        """What Ollama's command line, and others, ask first (HEAD) to see whether a server is there."""
+        return web.Response(text="radixloop is running\n")
 
     async def health(self, _: web.Request) -> web.Response:
         """Judged by the step loop's heartbeat: nothing is generated, so a busy server is not thought dead."""

@@ -252,6 +252,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/detokenize"): DETOKENIZE,
     ("POST", "/parse_function_call"): PARSE_FUNCTION_CALL,
     ("POST", "/separate_reasoning"): SEPARATE_REASONING,
+    ("GET", "/"): Operation("Is a server there?", "server", media_type="text/plain"),
     ("GET", "/health"): HEALTH,
     ("GET", "/health_generate"): Operation(
         "As /health, and an idle engine is asked for one token", "server", answer=ref("Health"), statuses=(503,),

@@ -159,6 +159,12 @@ async def test_what_cannot_be_done_is_refused_by_name(client: Client, field: str
     assert field in message
 
 
+async def test_clients_that_look_for_a_server_first_find_it(client: Client) -> None:
+    head, get = await client.head("/"), await client.get("/")
+    assert (head.status, get.status) == (200, 200)
+    assert "running" in await get.text()
+
+
 async def test_an_unknown_model_is_not_found(client: Client) -> None:
     for path in ("/api/chat", "/api/show"):
         response = await client.post(path, json={"model": "llama3", "messages": USER})
