@@ -207,10 +207,10 @@ class Scheduler:
         if len(decodes):
             num_missing = self._num_missing()
             if np.count_nonzero(num_missing == 1) < len(decodes):
-                if (num_missing > 1).any():
-                    jumps = list(self._jump_chunks(decodes[num_missing > 1]))
-                    num_missing = self._num_missing()  # of fewer rows, if some were retracted
-                decodes = self._decoding[num_missing == 1]
+                jumping, decodes = decodes[num_missing > 1], decodes[num_missing == 1]
+                if len(jumping):
+                    jumps = list(self._jump_chunks(jumping))
+                    decodes = decodes[np.isin(decodes, self._decoding)]  # some may have been retracted
         decodes, decode_slots = self._allocate_decodes(decodes)
         chunks = jumps
         if self.prefilling or self.waiting:

@@ -71,6 +71,7 @@ class Traffic:
         """What the device does: store, then read back every token a request attends to."""
         for row, start, slots in plan.prefix_copies:
             self.slot_table[row, start : start + len(slots)] = slots
+        assert len(set(plan.rows.tolist())) == len(plan.rows), "a request stands in a step twice"
         ends = np.cumsum(plan.q_lens)
         inputs = plan.input_ids.copy()
         for b, row in enumerate(plan.rows):
@@ -296,6 +297,35 @@ def test_a_chunk_of_a_prompt_is_not_counted_as_forced_tokens() -> None:
     traffic.submit(list(range(1, 20)))
     plan = traffic.scheduler.schedule()
     assert plan is not None and plan.num_prefill_tokens == 16 and plan.num_jumps == 0
+
+
+class ForcedRun:
+    """Stands in for a matcher: `tokens` follow the first token of the answer, behind them anything may come."""
+
+    may_jump, masks, is_finished = True, False, False
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def advance(self, token: int) -> None:
+        pass
+
+    def jump(self, max_tokens: int) -> list[int]:
+        tokens, self.tokens = self.tokens, []
+        return tokens
+
+
+@pytest.mark.parametrize("num_forced", [2, 8])
+@pytest.mark.parametrize("num_tokens", [17, 19, 21, 40])
+def test_forced_tokens_that_a_step_has_no_room_for_come_in_the_next(num_forced: int, num_tokens: int) -> None:
+    traffic = Traffic(num_tokens, chunk=4, depth=1, conservativeness=0.0)
+    forced = list(range(101, 101 + num_forced))
+    plain, jumping = traffic.submit([1, 2, 3], 14), traffic.submit([4, 5, 6], 14)
+    jumping.matcher = ForcedRun(forced)  # type: ignore[assignment]
+    traffic.run_all()
+    first = expected([4, 5, 6], 1) + forced
+    assert plain.output_ids == expected([1, 2, 3], 14)
+    assert jumping.output_ids == first + expected([4, 5, 6, *first], 14 - len(first))
 
 
 def test_zero_new_tokens_fills_the_cache_and_answers_nothing() -> None:
