@@ -20,7 +20,7 @@ from engine.channel import ChannelReader
 from engine.config import EngineConfig
 from engine.cuda_graph import MAX_GRAPH_WORK, MAX_PROMPTS, GraphSizes, default_batch_sizes
 from engine.errors import ModelError
-from engine.grammar import GrammarCompiler
+from engine.grammar import GrammarCompiler, MaskFiller
 from engine.layers.layer import LayerConfig, unique_layers
 from engine.memory import MemoryBudget, plan_memory
 from engine.model_config import ModelConfig
@@ -184,8 +184,11 @@ def build(
             runner, memory = build_runner(config, model_config, folder, model, comm, store, on_progress)
             tokenizer = loading_tokenizer.result()
         grammars = new_grammars(config, model_config, tokenizer)
-        if grammars is not None:
-            runner.masks = grammars.new_mask_filler(is_pinned=runner.device.type == "cuda")
+        is_pinned = runner.device.type == "cuda"
+        if grammars is None:  # the end of thinking is forced through masks, too
+            runner.masks = MaskFiller(model_config.vocab_size, is_pinned)
+        else:
+            runner.masks = grammars.new_mask_filler(is_pinned)
         if ranks is not None:
             ranks.wait_ready()
             runner.ranks = ranks

@@ -370,6 +370,15 @@ async def test_thinking_ends_with_its_budget_and_the_grammar_holds_from_there(
         assert tokens == [*thought, *expected]
 
 
+async def test_thinking_is_bounded_without_a_grammar_backend(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama, grammar_backend="none") as engine:
+        for return_logprob in (False, True):  # with, masks let the end through one token at a time
+            request = make_request([5, 6, 7], return_logprob=return_logprob)
+            request.max_thinking_tokens, request.reasoning_end_ids = 3, THINK_END
+            _, tokens = await collect(engine, request)
+            assert tokens[3 : 3 + len(THINK_END)] == THINK_END
+
+
 def test_an_end_of_thinking_that_has_begun_is_completed() -> None:
     matcher = Matcher(None, [1, 2, 3], max_thinking_tokens=3)
     for token in (9, 1, 2):
