@@ -216,8 +216,9 @@ class Matcher:
 
     @property
     def masks(self) -> bool:
-        """May there ever be a mask? If not, sampling need not wait for the matcher."""
-        return self._grammar is not None or not self.may_jump
+        """May there be a mask from now on? If not, sampling need not wait for the matcher."""
+        # What must come at once was not jumped over: it is the answer's first token, or might be a stop.
+        return self._grammar is not None or not self.may_jump or bool(self.forced_tokens())
 
     @property
     def is_finished(self) -> bool:

@@ -370,6 +370,15 @@ async def test_thinking_ends_with_its_budget_and_the_grammar_holds_from_there(
         assert tokens == [*thought, *expected]
 
 
+@pytest.mark.parametrize("fields", [{"stop": ["no such text"]}, {"stop_token_ids": [3]}, {"max_new_tokens": 1}])
+async def test_thinking_that_may_take_no_token_takes_none(tiny_llama: Path, fields: dict[str, Any]) -> None:
+    async with running_engine(tiny_llama) as engine:
+        request = make_request([5, 6, 7], **fields)
+        request.max_thinking_tokens, request.reasoning_end_ids = 0, THINK_END
+        _, tokens = await collect(engine, request)
+        assert tokens[: len(THINK_END)] == THINK_END[: request.sampling_params.max_new_tokens]
+
+
 async def test_thinking_is_bounded_without_a_grammar_backend(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama, grammar_backend="none") as engine:
         for return_logprob in (False, True):  # with, masks let the end through one token at a time
