@@ -309,7 +309,8 @@ class Scheduler:
             if chunk.stop == rows.num_tokens[row]:
                 if chunk.stop < rows.max_tokens[row]:
                     samples.append(b)
-                    plan.answering.append(request)
+                    if chunk.start < request.num_tokens:  # not tokens that were forced since
+                        plan.answering.append(request)
                 else:
                     plan.prefill_only.append((b, request))
             if chunk.start > chunk.known:

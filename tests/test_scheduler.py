@@ -328,6 +328,17 @@ def test_forced_tokens_that_a_step_has_no_room_for_come_in_the_next(num_forced: 
     assert jumping.output_ids == first + expected([4, 5, 6, *first], 14 - len(first))
 
 
+def test_forced_tokens_are_not_taken_for_the_end_of_a_prompt() -> None:
+    traffic = Traffic(depth=1)
+    request = traffic.submit([1, 2, 3], 10)
+    request.matcher = ForcedRun([4, 5])  # type: ignore[assignment]
+    answering = []
+    while plan := traffic.scheduler.schedule():
+        answering.append(plan.answering)
+        traffic.scheduler.resolve(plan, traffic.run(plan))
+    assert answering == [[request]] + [[]] * (len(answering) - 1)
+
+
 def test_zero_new_tokens_fills_the_cache_and_answers_nothing() -> None:
     traffic = Traffic(96)
     request = traffic.submit([4] * 30, 0)
