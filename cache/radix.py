@@ -123,8 +123,6 @@ class RadixCache:
         """
         data = self._whole_pages(token_ids)
         path, num_matched = self._touch(data, extra_key)
-        for node in path:
-            node.hits += 1
         self._num_matches += 1
         self._num_lookup_tokens += len(data) // TOKEN_BYTES
         self._num_hit_tokens += num_matched
@@ -159,6 +157,11 @@ class RadixCache:
         self.num_evictable += num_whole - num_existing
         self._push_if_evictable(leaf)
         return num_existing, leaf
+
+    def hit(self, node: Node) -> None:
+        """Somebody new is served from what ends at `node`; see `top_prefixes`."""
+        for step in self.path(node):
+            step.hits += 1
 
     def lock(self, node: Node) -> None:
         """Keep `node` and its path to the root from eviction, until as many `unlock`s."""
@@ -219,7 +222,7 @@ class RadixCache:
             node = node.parent
 
     def top_prefixes(self, k: int, head_len: int = 32) -> list[Prefix]:
-        """The k prefixes that were matched most often, each as far as all its hits went, with its first tokens."""
+        """The k prefixes that were hit most often, each as far as all its hits went, with its first tokens."""
         # Hits never grow downwards, so a best-first search finds them in order.
         top: list[Prefix] = []
         frontier = [(-node.hits, next(self._serial), node) for node in self.root.children.values() if node.hits]

@@ -381,6 +381,7 @@ class Scheduler:
         self.cached_lens[row] = self.num_slots[row] = 0  # the first chunk takes the prefix over
         if not request.num_retractions:
             self.num_prompt_tokens += request.prompt_len
+            self.cache.hit(match.node)  # not at each match: those that wait, or come in chunks, are matched many times
         self.num_admitted += 1
         self.prefilling.append(request)
         self.shares.admit(request, len(match.slots))

@@ -71,6 +71,7 @@ class RadixMachine(RuleBasedStateMachine):
         assert match.slots.dtype == np.int32
         assert match.node.depth_tokens == len(match.slots)
         self.touch(expected)
+        self.cache.hit(match.node)
         if lock:
             self.lock(tokens[: len(match.slots)], extra_key, match.node)
 
@@ -299,7 +300,7 @@ def test_top_prefixes_come_by_hits_and_as_far_as_their_hits_went() -> None:
     fill(cache, tokens(1, 2, 4), 20)
     cache.lock(fill(cache, tokens(5, 6), 30))
     for ids in ((1, 2, 3), (1, 2, 3), (1, 2, 4), (5, 6)):
-        cache.match(tokens(*ids))
+        cache.hit(cache.match(tokens(*ids)).node)
     top = [(p.token_ids.tolist(), p.num_tokens, p.lock_ref, p.hits) for p in cache.top_prefixes(3, head_len=2)]
     assert top[:2] == [([1, 2], 2, 0, 3), ([1, 2], 3, 0, 2)]
     assert cache.top_prefixes(10)[-1].hits == 1

@@ -281,6 +281,19 @@ def test_requests_of_one_step_share_a_prompt_that_none_has_computed_yet() -> Non
     assert all(r.output_ids == expected([3] * 50, 2) for r in requests)
 
 
+def test_a_prefix_is_hit_once_by_each_request_however_long_that_waits_and_is_read() -> None:
+    traffic = Traffic(num_tokens=80, chunk=8)
+    prompt = list(range(1, 41))
+    traffic.submit(prompt, max_new_tokens=1)
+    traffic.run_all()
+    assert traffic.cache.top_prefixes(9) == []
+    traffic.submit([99] * 60, max_new_tokens=10)
+    traffic.step()
+    traffic.submit([*prompt, *range(50, 80)], max_new_tokens=1)  # has to wait for it
+    traffic.run_all()
+    assert [prefix.hits for prefix in traffic.cache.top_prefixes(9)] == [1]
+
+
 def test_an_identical_prompt_computes_one_token() -> None:
     traffic = Traffic(96)
     traffic.submit([4] * 30, 1)
