@@ -7,11 +7,10 @@ with one difference: an answer's length is charged when its request is admitted,
 and put right at its end, so nothing here is called for each token.
 """
 
-import heapq
 import itertools
 import math
-from collections import Counter, deque
-from collections.abc import Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
 
 from engine.errors import QueueFull
 from engine.request import Request
@@ -93,37 +92,9 @@ class FairShares:
 
     # ---- whose turn it is ----
 
-    @property
-    def is_contested(self) -> bool:
-        """Does more than one client wait?"""
-        return len(self.num_requests) > 1
-
-    def order(self, waiting: Iterable[Request]) -> list[Request]:
-        """`waiting`, the highest priority first; within a priority, clients take turns by what they have been served.
-
-        The requests of one client and priority stay in the order given.
-        """
-        by_priority = sorted(waiting, key=lambda request: -request.priority)
-        if not self.is_contested:
-            return by_priority
-        served = dict(self._served)
-        ordered: list[Request] = []
-        for _, requests in itertools.groupby(by_priority, key=lambda request: request.priority):
-            queues: dict[str, deque[Request]] = {}
-            for request in requests:
-                queues.setdefault(request.client, deque()).append(request)
-            turns = [(served[client], place, client) for place, client in enumerate(queues)]
-            heapq.heapify(turns)
-            while turns:
-                _, place, client = turns[0]
-                request = queues[client].popleft()
-                ordered.append(request)
-                served[client] += self._expected_cost(request, 0) / request.weight
-                if queues[client]:
-                    heapq.heapreplace(turns, (served[client], place, client))
-                else:
-                    heapq.heappop(turns)
-        return ordered
+    def served(self, client: str) -> float:
+        """Where `client` stands: of those that wait, who stands lowest goes next."""
+        return self._served[client]
 
     def admit(self, request: Request, num_cached: int) -> None:
         """`request` leaves the queue to run; `num_cached` tokens of its prompt cost nothing."""
@@ -155,6 +126,55 @@ class FairShares:
     def num_waiting_work(self) -> float:
         """Tokens to compute for all that waits, about."""
         return self.num_waiting_tokens + self.mean_answer * self.num_requests.total()
+
+
+class Queue:
+    """Those that wait, in lines: of what was retracted and what is new, of each priority, of each client.
+
+    Coming, leaving and finding the next one take no longer the more requests wait.
+    """
+
+    def __init__(self, shares: FairShares) -> None:
+        self._shares = shares
+        self._lines: dict[tuple[bool, int, str], OrderedDict[Request, None]] = {}  # of those that have any
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def __iter__(self) -> Iterator[Request]:
+        return itertools.chain.from_iterable(self._lines.values())
+
+    def add(self, request: Request, *, is_first: bool = False) -> None:
+        """At the end of its line, or at its head. `FairShares.enter` must come before."""
+        line = self._lines.setdefault(_line_of(request), OrderedDict())
+        line[request] = None
+        line.move_to_end(request, last=not is_first)
+
+    def remove(self, request: Request) -> None:
+        key = _line_of(request)
+        del self._lines[key][request]
+        if not self._lines[key]:
+            del self._lines[key]
+
+    def next(self) -> Request:
+        """What was retracted was promised its place: it comes first. Then the highest priority counts, then whose turn
+        it is, then the order within the line.
+        """
+        key = min(self._lines, key=lambda key: (*key[:2], self._shares.served(key[2])))
+        return next(iter(self._lines[key]))
+
+    def reorder(self, requests: Iterable[Request]) -> None:
+        """Let all that wait, which is `requests`, stand in their lines in that order."""
+        self._lines.clear()
+        for request in requests:
+            self.add(request)
+
+
+def _line_of(request: Request) -> tuple[bool, int, str]:
+    return request.num_retractions == 0, -request.priority, request.client
 
 
 class DrainRate:

@@ -14,7 +14,7 @@ its keys and values before it attends, and steps run in order, so even a request
 """
 
 import random
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import cast
@@ -24,7 +24,7 @@ import numpy as np
 from cache.allocator import PageAllocator
 from cache.radix import Match, NoCache, Node, RadixCache
 from engine.errors import PromptTooLong
-from engine.fairness import FairShares
+from engine.fairness import FairShares, Queue
 from engine.grammar import GrammarError, Matcher
 from engine.plan import Groups, Plan, PrefillBudget, context_tokens
 from engine.request import FinishReason, Request, Status
@@ -104,7 +104,7 @@ class Scheduler:
         self.chunked_prefill_size = max(chunked_prefill_size, self.page_size)
         self.policy = policy
         self.shares = FairShares(max_queued, max_queued_tokens)
-        self.waiting: OrderedDict[Request, None] = OrderedDict()  # next one first; whoever leaves is found at once
+        self.waiting = Queue(self.shares)
         self.prefilling: list[Request] = []  # admitted, prompt not wholly scheduled
         self.nodes: dict[int, Node] = {}  # row -> the tree node it locks
         self.cached_lens = np.zeros(rows.num_rows + 1, np.int64)  # row -> leading tokens whose slots the tree owns
@@ -117,7 +117,7 @@ class Scheduler:
         self._unknown = np.full(rows.num_rows, -1, np.int32)
         self._grouped = (b"", b"")  # rows and epochs
         self._groups: Groups | None = None  # of exactly those requests
-        self._is_sorted = self._is_fair = True
+        self._is_sorted = True
         self._random = random.Random(seed)
         self._base_ratio = min(0.7 * conservativeness, 1.0)
         self._min_ratio = 0.14 * self._base_ratio
@@ -142,7 +142,7 @@ class Scheduler:
         self.shares.enter(request)
         request.status = Status.WAITING
         request.num_admitted_before = self.num_admitted
-        self.waiting[request] = None
+        self.waiting.add(request)
         self._is_sorted = False
 
     def finish(self, request: Request, reason: FinishReason) -> None:
@@ -150,12 +150,11 @@ class Scheduler:
         if request.status is Status.RUNNING:
             self._release(request, keep=reason.type != "abort")
         elif request.status is Status.WAITING:
-            del self.waiting[request]
+            self.waiting.remove(request)
             self.shares.leave(request)
         request.status = Status.FINISHED
         request.finish_reason = reason
         self.shares.settle(request)
-        self._is_fair = False  # what it really took may change whose turn it is
 
     def flush(self) -> bool:
         """Empty the cache. False, and nothing done, while anything runs or waits."""
@@ -170,7 +169,7 @@ class Scheduler:
 
     def retract_all(self) -> None:
         """Queue all that runs again, to be computed anew."""
-        for request in self.running_requests():
+        for request in reversed(self.running_requests()):  # the oldest ends up first
             self._retract(request)
 
     def running_requests(self) -> list[Request]:
@@ -353,10 +352,10 @@ class Scheduler:
         if self.waiting and not budget.is_spent and self.rows.num_free:
             self._sort_waiting()
         while self.waiting and not budget.is_spent and self.rows.num_free:
-            match = self._admit(next(iter(self.waiting)))
+            request = self.waiting.next()
+            match = self._admit(request)
             if match is None:
                 return
-            request, _ = self.waiting.popitem(last=False)
             chunk = self._next_chunk(request, budget, match)
             if chunk is None:
                 return
@@ -383,6 +382,7 @@ class Scheduler:
             self.num_prompt_tokens += request.prompt_len
             self.cache.hit(match.node)  # not at each match: those that wait, or come in chunks, are matched many times
         self.num_admitted += 1
+        self.waiting.remove(request)
         self.prefilling.append(request)
         self.shares.admit(request, len(match.slots))
         return match
@@ -497,27 +497,21 @@ class Scheduler:
 
     def _sort_waiting(self) -> None:
         """Anew when requests have come: a tree that grows in between is worth less than matching the queue again."""
-        if self._is_sorted and (self._is_fair or not self.shares.is_contested):
-            return
-        waiting = list(self.waiting) if self._is_sorted else self._by_policy()
-        self._is_sorted = self._is_fair = True
-        waiting = self.shares.order(waiting)
-        # A retracted request was promised its place: it comes before those that never ran.
-        waiting.sort(key=lambda r: r.num_retractions == 0)
-        self.waiting = OrderedDict.fromkeys(waiting)
+        if not self._is_sorted and len(self.waiting) <= MAX_SORTED_QUEUE:
+            self.waiting.reorder(self._by_policy())
+        self._is_sorted = True
 
     def _by_policy(self) -> list[Request]:
-        policy = self.policy if len(self.waiting) <= MAX_SORTED_QUEUE else "fcfs"
         waiting = sorted(self.waiting, key=lambda r: r.times.arrived)
         # Whom the policy likes least is overtaken only so often.
         newest_overdue = self.num_admitted - MAX_OVERTAKEN
         overdue = [r for r in waiting if r.num_admitted_before <= newest_overdue]
         waiting = [r for r in waiting if r.num_admitted_before > newest_overdue]
-        if policy == "random":
+        if self.policy == "random":
             self._random.shuffle(waiting)
-        elif policy == "lpm":
+        elif self.policy == "lpm":
             waiting.sort(key=lambda r: -self.cache.match_len(r.all_token_ids(), r.extra_key))
-        elif policy == "dfs-weight":
+        elif self.policy == "dfs-weight":
             waiting = _depth_first(
                 waiting, {id(r): self.cache.match(r.all_token_ids(), r.extra_key).node for r in waiting}
             )
@@ -531,9 +525,8 @@ class Scheduler:
         request.status = Status.WAITING
         request.num_retractions += 1
         self.num_retractions += 1
-        self.waiting[request] = None
-        self.waiting.move_to_end(request, last=False)
         self.shares.enter(request)
+        self.waiting.add(request, is_first=True)
         self._is_sorted = False
         live = self._decoding
         if len(live):  # what ran so far says how long answers get; be that careful, and a little more
@@ -707,7 +700,8 @@ class Scheduler:
         for request in ended:
             self.rows.free(request.row)
         if not ended and self.waiting:
-            request, _ = self.waiting.popitem(last=False)
+            request = self.waiting.next()
+            self.waiting.remove(request)
             self.shares.leave(request)
             ended.append(request)
         for request in ended:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from engine.errors import QueueFull
-from engine.fairness import MAX_IDLE_CLIENTS, MAX_RETRY_S, DrainRate, FairShares
+from engine.fairness import MAX_IDLE_CLIENTS, MAX_RETRY_S, DrainRate, FairShares, Queue
 from engine.plan import PrefillBudget
 from engine.request import Delta, FinishReason, Request, SamplingParams, Status
+from engine.scheduler import MAX_SORTED_QUEUE
 from tests.test_engine import collect, make_request, running_engine
 from tests.test_scheduler import Traffic, expected
 
@@ -81,18 +82,30 @@ def test_tokens_are_shared_and_not_requests() -> None:
     assert served["long"] / served["short"] == pytest.approx(1.0, rel=0.25)
 
 
+def queue_of(shares: FairShares, requests: list[Request]) -> Queue:
+    queue = Queue(shares)
+    for request in requests:
+        shares.enter(request)
+        queue.add(request)
+    return queue
+
+
+def admit_next(queue: Queue, shares: FairShares) -> Request:
+    request = queue.next()
+    queue.remove(request)
+    shares.admit(request, 0)
+    return request
+
+
 def test_who_asks_for_much_and_takes_little_is_charged_for_little() -> None:
     shares = FairShares()
     modest, greedy = (
         [request_of(client, max_new_tokens=2000) for _ in range(20)] for client in ("stops early", "goes on")
     )
-    for request in modest + greedy:
-        shares.enter(request)
+    queue = queue_of(shares, modest + greedy)
     admitted: Counter[str] = Counter()
-    waiting = modest + greedy
     for _ in range(20):
-        request, *waiting = shares.order(waiting)
-        shares.admit(request, 0)
+        request = admit_next(queue, shares)
         admitted[request.client] += 1
         request.output_ids = [1] * (10 if request.client == "stops early" else 500)
         shares.settle(request)
@@ -105,16 +118,14 @@ def test_nobody_saves_up_turns_while_away() -> None:
     shares.enter(early)
     shares.admit(early, 0)
     shares.settle(early)
-    for request in worker:
+    queue = queue_of(shares, worker)
+    for _ in range(80):
+        shares.settle(admit_next(queue, shares))
+    for request in [request_of("away") for _ in range(20)]:
         shares.enter(request)
-    for request in worker[:80]:
-        shares.admit(request, 0)
-        shares.settle(request)
-    back = [request_of("away") for _ in range(20)]
-    for request in back:
-        shares.enter(request)
-    clients = [request.client for request in shares.order(worker[80:] + back)]
-    assert 4 <= clients[:10].count("away") <= 6
+        queue.add(request)
+    clients = [admit_next(queue, shares).client for _ in range(10)]
+    assert 4 <= clients.count("away") <= 6
 
 
 def test_priority_goes_before_fairness() -> None:
@@ -133,6 +144,33 @@ def test_every_policy_keeps_to_priorities(policy: str) -> None:
     low, high = submit(traffic, "a", priority=-1), submit(traffic, "a", priority=1)
     traffic.step()
     assert (low.status, high.status) == (Status.WAITING, Status.RUNNING)
+
+
+def test_the_next_one_of_a_long_queue_is_found_without_looking_at_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    traffic = Traffic(96, num_rows=2)
+    requests = [submit(traffic, "abc"[i % 3], priority=i % 2) for i in range(3 * MAX_SORTED_QUEUE)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Queue, "__iter__", None)
+        while len(traffic.scheduler.waiting) > MAX_SORTED_QUEUE:
+            requests.append(submit(traffic, "c"))
+            for _ in range(8):
+                traffic.step()
+    traffic.run_all()
+    assert all(request.output_ids == expected(request.input_ids, 4) for request in requests)
+
+
+def test_of_equals_the_one_that_came_first_is_next_also_among_the_retracted() -> None:
+    traffic = Traffic(64, num_rows=8)
+    requests = [submit(traffic, "a", prompt_len=4, answer_len=8) for _ in range(4)]
+    for _ in range(6):
+        traffic.step()
+    late = [submit(traffic, "a") for _ in range(MAX_SORTED_QUEUE)]
+    traffic.scheduler.retract_all()
+    order = []
+    while traffic.scheduler.waiting:
+        order.append(request := traffic.scheduler.waiting.next())
+        traffic.scheduler.finish(request, FinishReason("abort"))
+    assert order == requests + late
 
 
 def test_a_retracted_request_pays_once() -> None:
