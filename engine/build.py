@@ -252,7 +252,9 @@ def build_runner(
     slot_table = torch.zeros(num_rows + 1, max_len, dtype=torch.int32, device=device)
     rows = Rows(num_rows, max_len)
     max_step_tokens = max(config.chunked_prefill_size, num_rows)
-    stager = Stager(max_step_tokens + num_rows, num_rows + MAX_PROMPTS, slot_table)
+    # A step may be longer by a graph's padding, or by a page: no chunk that goes on is shorter.
+    max_extra_tokens = max(num_rows, config.page_size)
+    stager = Stager(max_step_tokens + max_extra_tokens, num_rows + MAX_PROMPTS, slot_table)
     sampler = Sampler(rows, model_config.vocab_size, model_config.eos_token_ids, device, config.sampling_backend)
 
     def new_pool(num_tokens: int) -> KVPool:

@@ -20,7 +20,9 @@ from llguidance import LLMatcher, LLTokenizer
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, PromptTooLong
+from engine.model_runner import Step
 from engine.output import READ_INTERVAL
+from engine.plan import Plan
 from engine.replica import REPORT_S
 from engine.replicas import ReplicaSet, new_engine
 from engine.request import Delta, Request, SamplingParams
@@ -538,6 +540,22 @@ async def test_a_profile_shows_the_steps_that_ran_meanwhile(
             await engine.stop_profile()
     with gzip.open(path) as trace:
         assert operation in trace.read()
+
+
+async def test_a_step_whose_last_chunk_is_a_page_longer_than_its_room_can_be_staged(tiny_llama: Path) -> None:
+    options = {"page_size": 64, "chunked_prefill_size": 64, "max_running_requests": 2}
+    async with running_engine(tiny_llama, **options) as engine:
+        runner, num_tokens = engine.parts.runner, []
+        launch = runner.launch
+
+        def counted(plan: Plan) -> Step:
+            num_tokens.append(plan.num_tokens)
+            return launch(plan)
+
+        runner.launch = counted  # type: ignore[method-assign]
+        await asyncio.gather(*(collect(engine, make_request([head] * 63)) for head in (5, 6)))
+        assert 63 + 63 in num_tokens
+        assert runner.stager.max_tokens >= 63 + 63
 
 
 async def test_an_idle_engine_runs_no_steps(tiny_llama: Path) -> None:
