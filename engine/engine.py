@@ -307,7 +307,7 @@ class Engine:
         assert params.max_new_tokens is not None
         if not matcher.may_jump or params.stop or params.stop_regex or params.stop_token_ids:
             return
-        tokens = matcher.jump(params.max_new_tokens - 1)
+        tokens = matcher.jump(max(params.max_new_tokens - 1, 0))
         if tokens and matcher.is_finished:
             matcher.step_back()
             tokens.pop()

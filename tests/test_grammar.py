@@ -28,7 +28,7 @@ from engine.tokenizer import FastBackend, Tokenizer
 from server.app import build_app
 from server.config import ServerConfig
 from tests.fake_engine import events_of
-from tests.test_engine import collect, make_request, running_engine
+from tests.test_engine import NUM_NEW_TOKENS, collect, make_request, running_engine
 
 EOS = 2
 PERSON = {
@@ -333,6 +333,17 @@ async def test_forced_tokens_that_do_not_fit_wait_for_others_to_end(tiny_llama: 
             assert [tokens for _, tokens in answers] == [tokens for _, tokens in expected]
             assert engine.stats().scheduler.num_retractions > 0
             assert all(request.num_forced_tokens > 30 for request in requests)
+
+
+@pytest.mark.parametrize("prompt_len", [4, 512])  # the second fills the context
+async def test_an_answer_of_no_tokens_has_no_forced_ones(tiny_llama: Path, prompt_len: int) -> None:
+    async with running_engine(tiny_llama) as engine:
+        other = asyncio.create_task(collect(engine, make_request([8])))
+        await asyncio.sleep(0)
+        request = constrained([5] * prompt_len, regex="the quick brown fox", max_new_tokens=0)
+        assert await answer(engine, request) == ("", FinishReason("length"))
+        assert request.output_ids == []
+        assert len((await other)[1]) == NUM_NEW_TOKENS
 
 
 async def test_an_abort_between_forced_tokens_frees_everything(tiny_llama: Path) -> None:
