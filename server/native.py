@@ -39,7 +39,7 @@ from server.sessions import SessionParams, Sessions
 from server.sse import Choice, EventStream, event
 from server.tool_choice import read_tool_choice
 
-MAX_TOP_LOGPROBS = 1024
+MAX_LOGPROBS = 1024  # of a token, the most likely ones and those of given ids each
 HEALTH_GENERATE_TIMEOUT_S = 20.0
 REASONING_END = "</think>"
 # Fields of /generate that a list gives prompt by prompt.
@@ -396,10 +396,10 @@ def _options(item: Fields, i: int | None) -> Options:
         options.max_thinking_tokens = item.integer("max_thinking_tokens", low=0)
     # Read, so that a wrong type is an error, even where return_logprob is off.
     start = item.integer("logprob_start_len", -1, low=-1)
-    num_top = item.integer("top_logprobs_num", 0, low=0, high=MAX_TOP_LOGPROBS)
+    num_top = item.integer("top_logprobs_num", 0, low=0, high=MAX_LOGPROBS)
     token_ids = item.array("token_ids_logprob")
-    if not all(map(is_int, token_ids)):
-        item.fail("token_ids_logprob", "a list of token ids")
+    if len(token_ids) > MAX_LOGPROBS or not all(map(is_int, token_ids)):
+        item.fail("token_ids_logprob", f"a list of at most {MAX_LOGPROBS} token ids")
     if options.return_logprob:
         options.logprob_start_len, options.top_logprobs_num, options.token_ids_logprob = start, num_top, token_ids
     return options

@@ -372,7 +372,7 @@ COMPONENTS: dict[str, JSON] = {
             "return_logprob": one_of(BOOLEAN, array(BOOLEAN)),
             "logprob_start_len": one_of(integer(-1), array(integer(-1))),
             "top_logprobs_num": one_of(integer(0, 1024), array(integer(0, 1024))),
-            "token_ids_logprob": array(integer(0)),
+            "token_ids_logprob": array(integer(0), maxItems=1024),
             "return_text_in_logprobs": BOOLEAN,
             "max_thinking_tokens": integer(0),
             "require_reasoning": BOOLEAN,

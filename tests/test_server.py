@@ -204,6 +204,7 @@ BAD_GENERATE: list[tuple[Any, str]] = [
     ({"text": "a", "top_logprobs_num": 10**6}, "top_logprobs_num"),
     ({"text": "a", "logprob_start_len": "0"}, "logprob_start_len"),
     ({"text": "a", "token_ids_logprob": ["x"]}, "token_ids_logprob"),
+    ({"text": "a", "token_ids_logprob": [1] * 1025}, "token_ids_logprob"),
     ({"text": "a", "image_data": "cat.png"}, "image_data"),
     ({"text": "a", "lora_path": "adapter"}, "lora_path"),
 ]
