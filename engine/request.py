@@ -108,7 +108,7 @@ class SamplingParams:
         check(MIN_PENALTY <= self.repetition_penalty <= 2, "repetition_penalty", f"between {MIN_PENALTY} and 2")
         check(self.max_new_tokens is None or self.max_new_tokens >= 0, "max_new_tokens", ">= 0")
         limit = math.inf if self.max_new_tokens is None else self.max_new_tokens
-        check(0 <= self.min_new_tokens <= limit, "min_new_tokens", "between 0 and max_new_tokens")
+        check(0 <= self.min_new_tokens <= limit, "min_new_tokens", f"between 0 and max_new_tokens, which is {limit}")
         check(self.n >= 1, "n", "at least 1")
         check(ids_in_vocab(self.stop_token_ids), "stop_token_ids", f"ids below the vocabulary size {vocab_size}")
         check(ids_in_vocab(self.logit_bias), "logit_bias", f"keyed by ids below the vocabulary size {vocab_size}")
