@@ -17,8 +17,10 @@ from aiohttp import web
 import server.lang as sgl
 from engine.request import FinishReason
 from server.lang.backends.native import NativeBackend
+from server.lang.executor import Executor
 from server.lang.expressions import Gen, GenParams
 from server.lang.loop import LoopThread
+from server.lang.state import ProgramState
 from tests.fake_engine import FakeEngine
 from tests.lang_servers import fake_backend, listening, serving_engine, tiny_engine
 from tests.test_lang_programs import multi_turn_question, tip_suggestion
@@ -476,6 +478,20 @@ def test_a_reader_of_an_aborted_state_is_told():
         with pytest.raises(sgl.ProgramAborted):
             state["answer"]
         wait_for(lambda: not engine.live)
+
+
+def test_a_state_that_is_aborted_before_its_work_begins_tells_its_readers():
+    with fake_backend(FakeEngine(is_manual=True)) as backend:
+        state = ProgramState(Executor(backend, GenParams()))
+
+        def write_and_abort() -> None:  # on the loop, which begins nothing in between
+            state.submit("a" + sgl.gen("x"))
+            state.abort()
+
+        backend.loop.call(write_and_abort)
+        wait_for(lambda: "x" in state._executor._futures)
+        with pytest.raises(sgl.ProgramAborted):
+            state._executor._futures["x"].result(timeout=10)
 
 
 def wait_for(condition) -> None:

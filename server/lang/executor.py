@@ -167,7 +167,7 @@ class Executor:
     # ---- on the loop ----
 
     def _start(self) -> None:
-        self._task = asyncio.create_task(self._work())
+        asyncio.create_task(self._work())  # noqa: RUF006 - it keeps itself, once it has begun
 
     def _abort(self) -> None:
         if self.error is None and not self.finished.done():
@@ -198,6 +198,8 @@ class Executor:
 
     async def _work(self) -> None:
         """Take items until there are none."""
+        # A task that is cancelled before it has begun never runs, and would leave who waits for its items waiting.
+        self._task = asyncio.current_task()
         while True:
             with self._lock:
                 if not self._queue:
