@@ -359,6 +359,18 @@ def test_an_error_in_the_body_is_raised_by_run(backend):
         program.run_batch([{}, {}])
 
 
+def test_an_error_in_a_streamed_body_is_raised_where_its_text_is_read(backend):
+    @sgl.function
+    def program(s):
+        s += "a" + sgl.gen("x", max_tokens=2)
+        s["x"]
+        raise LookupError("mine")
+
+    for name in (None, "y"):
+        with pytest.raises(LookupError, match="mine"):
+            list(program.run(stream=True).text_iter(name))
+
+
 async def test_asynchronous_bodies_wait_without_a_thread(backend):
     @sgl.function
     async def program(s, i):

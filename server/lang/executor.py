@@ -159,19 +159,19 @@ class Executor:
         self._joined += children
         self.submit(Join(children, is_text))
 
-    def abort(self) -> None:
-        """End the state now, and its request at the server."""
+    def abort(self, error: BaseException | None = None) -> None:
+        """End the state now, and its request at the server. Readers get `error` if it is an `Exception`."""
         with suppress(RuntimeError):  # the backend has been shut down, which ended everything
-            self.backend.loop.call(self._abort)
+            self.backend.loop.call(self._abort, error)
 
     # ---- on the loop ----
 
     def _start(self) -> None:
         asyncio.create_task(self._work())  # noqa: RUF006 - it keeps itself, once it has begun
 
-    def _abort(self) -> None:
+    def _abort(self, error: BaseException | None = None) -> None:
         if self.error is None and not self.finished.done():
-            self.fail(ProgramAborted("the program was aborted"))
+            self.fail(error if isinstance(error, Exception) else ProgramAborted("the program was aborted"))
             if self._task is not None:
                 self._task.cancel()
             for child in self._joined:

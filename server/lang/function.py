@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from typing import Any, overload
 
@@ -141,25 +141,23 @@ class SglFunction:
     def _run_body(self, state: ProgramState, args: Sequence[Any], arguments: JSON) -> None:
         try:
             state.ret_value = self.func(state, *args, **{**self.bind_arguments, **arguments})
-        except BaseException:
-            state.abort()
+        except BaseException as error:
+            state._executor.abort(error)
             raise
 
     async def _run_async(self, state: ProgramState, args: Sequence[Any], arguments: JSON) -> None:
         try:
             state.ret_value = await self.func(state, *args, **{**self.bind_arguments, **arguments})
-        except BaseException:
-            state.abort()
+        except BaseException as error:
+            state._executor.abort(error)
             raise
 
     def _run_in_thread(self, state: ProgramState, args: Sequence[Any], arguments: JSON) -> None:
-        try:
+        with suppress(Exception):  # nobody waits here: it is raised where the state is read
             if self.is_async:
                 asyncio.run(self._run_async(state, args, arguments))
             else:
                 self._run_body(state, args, arguments)
-        except Exception as error:  # noqa: BLE001 - nobody waits here: raised where the state is read
-            state.fail(error)
         state.end()
 
     def _split(self, kwargs: JSON) -> tuple[GenParams, JSON]:

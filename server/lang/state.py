@@ -148,10 +148,6 @@ class ProgramState(BaseState):
         """Until the program has ended, well or not."""
         self._wait(self._executor.finished)
 
-    def fail(self, error: BaseException) -> None:
-        """End the state with `error`, which its variables raise."""
-        self._executor.backend.loop.call(self._executor.fail, error)
-
     def _wait(self, future: "Future[Any]") -> Any:
         return self._executor.backend.loop.wait(future)
 
