@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -489,6 +490,38 @@ def test_a_reader_of_an_aborted_state_is_told():
         state.abort()
         with pytest.raises(sgl.ProgramAborted):
             state["answer"]
+        wait_for(lambda: not engine.live)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("ends_by", ["error", "reader"])
+def test_a_batch_that_nobody_reads_on_is_aborted(ends_by, is_async):
+    begun = []
+
+    def plain(s, i):
+        begun.append(i)
+        if i == 0 and ends_by == "error":
+            raise LookupError("mine")
+        if i:
+            s += f"{i}" + sgl.gen("x")
+            s["x"]
+
+    async def asynchronous(s, i):
+        begun.append(i)
+        if i == 0 and ends_by == "error":
+            raise LookupError("mine")
+        if i:
+            s += f"{i}" + sgl.gen("x")
+            await s.get("x")
+
+    engine = FakeEngine(is_manual=True)  # nothing is ever answered
+    with fake_backend(engine) as backend:
+        program = sgl.function(asynchronous if is_async else plain)
+        batch = program.run_batch([(i,) for i in range(10)], backend=backend, num_threads=4, generator_style=True)
+        with pytest.raises(LookupError) if ends_by == "error" else nullcontext():
+            next(batch)
+        batch.close()
+        assert len(begun) < 10
         wait_for(lambda: not engine.live)
 
 

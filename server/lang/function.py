@@ -244,19 +244,31 @@ class SglFunction:
         with Progress(disable=not progress_bar) as progress, ThreadPoolExecutor(max_threads) as pool:
             bar = progress.add_task(self.__name__, total=len(batch))
             running: deque[tuple[ProgramState, Future[None]]] = deque()
-            scouts = [start(i) for i in range(min(2, len(batch)))]
-            for i, arguments in enumerate(batch):
-                state = scouts[i] if i < 2 else start(i)
-                if self.is_async:
-                    running.append((state, backend.loop.submit(arun(state, arguments))))
-                else:
-                    running.append((state, pool.submit(run, state, arguments)))
-                if max_ahead and len(running) == max_ahead:
-                    yield self._ended(*running.popleft())
-                    progress.advance(bar)
-            while running:
-                yield self._ended(*running.popleft())
+
+            def take() -> ProgramState:
+                state = self._ended(*running[0])
+                running.popleft()
                 progress.advance(bar)
+                return state
+
+            scouts = [start(i) for i in range(min(2, len(batch)))]
+            try:
+                for i, arguments in enumerate(batch):
+                    state = scouts[i] if i < 2 else start(i)
+                    if self.is_async:
+                        running.append((state, backend.loop.submit(arun(state, arguments))))
+                    else:
+                        running.append((state, pool.submit(run, state, arguments)))
+                    if max_ahead and len(running) == max_ahead:
+                        yield take()
+                while running:
+                    yield take()
+            except BaseException:  # a body's error, Ctrl-C, or a reader that has left: nobody will read the others
+                pool.shutdown(wait=False, cancel_futures=True)
+                for state, body in running:
+                    body.cancel()
+                    state.abort()
+                raise
 
     def _ended(self, state: ProgramState, body: "Future[None]") -> ProgramState:
         body.result()
