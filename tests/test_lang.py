@@ -21,6 +21,7 @@ from server.lang.backends.native import NativeBackend
 from server.lang.executor import Executor
 from server.lang.expressions import Gen, GenParams
 from server.lang.loop import LoopThread
+from server.lang.media import load_image
 from server.lang.state import ProgramState
 from tests.fake_engine import FakeEngine
 from tests.lang_servers import fake_backend, listening, serving_engine, tiny_engine
@@ -207,6 +208,14 @@ def test_images_go_with_the_prompt_and_into_the_message(recorder, tmp_path):
     ]
     with pytest.raises(FileNotFoundError):
         image_qa.run(image_path="no-such.png", question="?", backend=endpoint)["answer"]
+
+
+def test_an_image_may_be_base64_text_of_any_length_or_a_data_url():
+    for num_bytes in (8, 300, 5000):  # a name of more than 255 bytes is an error to the file system
+        encoded = base64.b64encode(b"\x89PNG" + bytes(num_bytes)).decode()
+        url = f"data:image/png;base64,{encoded}"
+        assert load_image(encoded).source == encoded
+        assert load_image(encoded).url == load_image(url).url == load_image(url).source == url
 
 
 def test_a_video_is_sent_with_its_number_of_frames(recorder, tmp_path):

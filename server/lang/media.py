@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,25 @@ class Media:
     @property
     def url(self) -> str:
         """As OpenAI's API wants it."""
-        if "://" in self.source:
+        if _is_url(self.source):
             return self.source
         head = base64.b64decode(self.source[:16])
         mime = next((mime for magic, mime in MIME_TYPES.items() if head.startswith(magic)), "image/png")
         return f"data:{mime};base64,{self.source}"
 
 
+def _is_url(source: str) -> bool:
+    return "://" in source or source.startswith("data:")
+
+
 def load_image(source: Any) -> Media:
     """From a URL, a path, bytes, base64 text, or an image of PIL. `OSError` if a file cannot be read."""
     if isinstance(source, bytes):
         return Media(base64.b64encode(source).decode())
-    if isinstance(source, Path) or (isinstance(source, str) and len(source) < 4096 and Path(source).is_file()):
+    if isinstance(source, Path) or (isinstance(source, str) and os.path.isfile(source)):
         return Media(base64.b64encode(Path(source).read_bytes()).decode())
     if isinstance(source, str):
-        if "://" not in source:
+        if not _is_url(source):
             try:
                 base64.b64decode(source, validate=True)
             except ValueError:
