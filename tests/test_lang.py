@@ -639,5 +639,12 @@ def test_gen_checks_what_it_can_at_once():
     assert isinstance(expr, Gen) and "regex" not in expr.overrides
     with pytest.raises(ValueError, match="choices"):
         sgl.select("x")
+    for write in (sgl.gen, sgl.select):
+        with pytest.raises(ValueError, match="at least one"):
+            write("x", choices=[])
+        no_strings: list[Any] = ["yes", [1, 2]]
+        for wrong in no_strings:
+            with pytest.raises(TypeError, match="a list of strings"):
+                write("x", choices=wrong)
     assert GenParams().override({"stop": "a", "temperature": None}) == GenParams(stop=("a",))
     assert re.fullmatch(IP, "8.8.8.8") and json.loads('"x"') == "x"

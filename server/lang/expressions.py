@@ -218,10 +218,8 @@ def gen(
 
     `dtype` (int, float, bool or str) and `regex` constrain the text, dtype first; `choices` makes it a `select`.
     """
-    if choices:
-        return Select(
-            name, list(choices), 0.0 if temperature is None else temperature, choices_method or token_length_normalized
-        )
+    if choices is not None:
+        return select(name, choices, temperature or 0.0, choices_method or token_length_normalized)
     if regex is not None:
         try:
             re.compile(regex)
@@ -296,6 +294,8 @@ def select(
     """Append the likeliest of `choices`, as `choices_method` measures it."""
     if not choices:
         raise ValueError("select needs choices, at least one")
+    if isinstance(choices, str) or not all(isinstance(choice, str) for choice in choices):
+        raise TypeError(f"choices must be a list of strings, got {choices!r}")
     return Select(name, list(choices), temperature, choices_method)
 
 
