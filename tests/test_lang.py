@@ -103,6 +103,26 @@ def test_a_batch_keeps_its_order(backend):
         text_qa.run_batch([("a", "b")])
 
 
+def test_a_batch_is_checked_before_it_runs(backend):
+    @sgl.function
+    def translate(s, text, language="French", tone="plain"):
+        s += f"{text} in {language}, {tone}:"
+
+    states = translate.run_batch([("a",), ("b", "German")])
+    assert [state.text() for state in states] == ["a in French, plain:", "b in German, plain:"]
+    assert [state.text() for state in translate.bind(text="c").run_batch([()])] == ["c in French, plain:"]
+    for mismatch in ((), ("a", "b", "c", "d")):
+        with pytest.raises(TypeError, match=f"item 0 has {len(mismatch)}, translate takes 1 to 3"):
+            translate.run_batch([mismatch])
+    items: list[Any] = ["a", 1]
+    for item in items:
+        with pytest.raises(TypeError, match="item 0 of a batch must be a dict or a tuple"):
+            translate.run_batch([item])
+    for num_threads in (0, "many"):
+        with pytest.raises(ValueError, match="num_threads must be"):
+            translate.run_batch([("a",)], num_threads=num_threads)
+
+
 def test_streaming_gives_the_text_piece_by_piece(backend):
     whole = text_qa.run(question="What is the capital of France?", temperature=0).text()
     state = text_qa.run(question="What is the capital of France?", temperature=0, stream=True)

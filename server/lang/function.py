@@ -66,10 +66,11 @@ class SglFunction:
         self.func, self.num_api_spec_tokens = func, num_api_spec_tokens
         self.bind_arguments = bound or {}
         self.__name__, self.__doc__ = getattr(func, "__name__", "program"), func.__doc__
-        parameters = list(inspect.signature(func).parameters)
-        if parameters[:1] != ["s"]:
+        parameters = inspect.signature(func).parameters
+        self.arg_names = list(parameters)[1:]
+        if list(parameters)[:1] != ["s"]:
             raise TypeError(f"the first parameter of {self.__name__} must be named s")
-        self.arg_names = parameters[1:]
+        self.required_names = [name for name in self.arg_names if parameters[name].default is inspect.Parameter.empty]
         self.is_async = inspect.iscoroutinefunction(func)
 
     def bind(self, **arguments: Any) -> "SglFunction":
@@ -183,6 +184,8 @@ class SglFunction:
         `num_threads` bounds the bodies that run at once; a number also bounds the programs, so that an API's rate is
         kept. "auto": max(96, 16 for each core) bodies and any number of programs. `generator_style`: an iterator.
         """
+        if num_threads != "auto" and not (isinstance(num_threads, int) and num_threads > 0):
+            raise ValueError(f'num_threads must be "auto" or a number above 0, got {num_threads!r}')
         batch = [self._arguments(i, item) for i, item in enumerate(batch_kwargs)]
         params, unknown = self._split(sampling)
         if unknown:
@@ -194,12 +197,16 @@ class SglFunction:
     def _arguments(self, i: int, item: JSON | Sequence[Any]) -> JSON:
         if isinstance(item, dict):
             return item
+        if not isinstance(item, (list, tuple)):
+            raise TypeError(f"item {i} of a batch must be a dict or a tuple of arguments, not {type(item).__name__}")
         names = [name for name in self.arg_names if name not in self.bind_arguments]
-        if len(item) != len(names):
+        num_required = len(set(self.required_names) - self.bind_arguments.keys())
+        if not num_required <= len(item) <= len(names):
+            takes = len(names) if num_required == len(names) else f"{num_required} to {len(names)}"
             raise TypeError(
-                f"Given arguments mismatch: item {i} has {len(item)}, {self.__name__} takes {len(names)}: {names}"
+                f"Given arguments mismatch: item {i} has {len(item)}, {self.__name__} takes {takes}: {names}"
             )
-        return dict(zip(names, item, strict=True))
+        return dict(zip(names, item, strict=False))
 
     def _run_each(
         self,
