@@ -449,6 +449,30 @@ def test_a_program_caches_the_text_that_every_run_starts_with(backend):
     assert prefix == "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 
 
+def test_a_program_whose_trace_stops_caches_what_comes_before(backend):
+    @sgl.function
+    def shouting(s, question):
+        s += "Answer me."
+        s += question.upper()
+
+    @sgl.function
+    def looking(s, question):
+        s += "Answer me."
+        if "?" in question:
+            s += "Now!"
+
+    @sgl.function
+    async def asynchronous(s, question):
+        s += "Answer me." + sgl.gen("x")
+        s += await s.get("x")
+        await asyncio.sleep(1)
+
+    for program in (shouting, looking, asynchronous):
+        assert program.cache() == "Answer me."
+        with pytest.raises(sgl.TraceStopped):
+            program.trace()
+
+
 def test_a_trace_lists_what_a_program_appends():
     trace = tip_like.trace()
     assert [type(node).__name__ for node in trace.flatten_nodes()] == ["Text", "Variable", "Gen", "Variable"]

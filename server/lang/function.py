@@ -18,7 +18,7 @@ from server.lang.executor import Executor
 from server.lang.expressions import GenParams, Variable
 from server.lang.prefix import BatchPrefix
 from server.lang.state import ProgramState
-from server.lang.trace import TracerState, prefix_of, trace_program
+from server.lang.trace import TracerState, TraceStopped, prefix_of, trace_program
 
 MAX_AHEAD = 200  # programs that a generator-style batch runs before its reader asks for them
 RUN_PARAMS = frozenset(item.name for item in fields(GenParams)) - {"dtype", "regex", "json_schema", "n"}
@@ -287,13 +287,19 @@ class SglFunction:
     def trace(self, *, backend: Any = None, **kwargs: Any) -> TracerState:
         """What the body appends, with placeholders for arguments that are not given. `TraceStopped` if it looks into
         one."""
-        known = {**self.bind_arguments, **kwargs}
-        return trace_program(self.func, {name: known.get(name, Variable(name, True)) for name in self.arg_names})
+        state = TracerState()
+        self._trace(state, {**self.bind_arguments, **kwargs})
+        return state
+
+    def _trace(self, state: TracerState, known: JSON) -> None:
+        trace_program(self.func, {name: Variable(name, True) for name in self.arg_names} | known, state)
 
     def cache(self, backend: Any = None) -> str:
         """Have the server cache the text that every run starts with; returns it."""
-        chosen = DEFAULT_BACKEND.resolve(backend)
-        prefix = chosen.loop.run(prefix_of(self.trace(), chosen))
+        chosen, state = DEFAULT_BACKEND.resolve(backend), TracerState()
+        with suppress(TraceStopped):  # what comes before is the same in every run
+            self._trace(state, self.bind_arguments)
+        prefix = chosen.loop.run(prefix_of(state, chosen))
         if prefix:
             chosen.cache_prefix(prefix)
         return prefix

@@ -1,7 +1,8 @@
 """What a program appends, found out by running its body with nothing behind it."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 from server.lang.backends.base import BaseBackend
@@ -28,6 +29,9 @@ class TracerState(BaseState):
         return Variable(name)
 
     get_var = __getitem__
+
+    async def get(self, name: str) -> Variable:
+        return Variable(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
         """The trace knows variables by name only."""
@@ -82,14 +86,25 @@ class TracerGroup:
         """As `__exit__`."""
 
 
-def trace_program(body: Callable[..., Any], arguments: dict[str, Any]) -> TracerState:
-    """`TraceStopped` if the body's course depends on what the model would write."""
-    state = TracerState()
+def trace_program(body: Callable[..., Any], arguments: dict[str, Any], state: TracerState) -> None:
+    """Record in `state` what the body appends. `TraceStopped` where its course depends on what the model would write;
+    `state` has then what comes before."""
     try:
-        body(state, **arguments)
-    except TypeError as error:  # a placeholder was used as the value that it stands for
+        written = body(state, **arguments)
+        if inspect.iscoroutine(written):
+            _step(written)
+    except (TypeError, AttributeError) as error:  # a placeholder was used as the value that it stands for
         raise TraceStopped(str(error)) from error
-    return state
+
+
+def _step(body: Coroutine[Any, Any, Any]) -> None:
+    """Run an asynchronous body, which has nothing to wait for but its state."""
+    with suppress(RuntimeError), closing(body):  # asyncio's: there is no running event loop
+        try:
+            body.send(None)
+        except StopIteration:
+            return
+    raise TraceStopped("a trace waits for nothing but the state's variables")
 
 
 async def prefix_of(state: TracerState, backend: BaseBackend) -> str:
