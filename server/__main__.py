@@ -90,14 +90,20 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise StartError(f"cannot listen on {host}: {error.strerror}") from None
+        raise StartError(f"cannot listen on --host {host!r}: {error.strerror}") from None
+    except UnicodeError:  # of the encoding of names, for an empty or a long part between dots
+        raise StartError(f"cannot listen on --host {host!r}: not the name of a host") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
         listener.close()
-        raise StartError(f"cannot listen on {host}:{port}: {error.strerror}. Choose another with --port.") from None
+        raise _cannot_listen(host, port, error) from None
     return listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> StartError:
+    return StartError(f"cannot listen on {host}:{port}: {error.strerror}. Choose another with --port.")
 
 
 async def serve(config: ServerConfig, listener: socket.socket, console: Console) -> None:
@@ -193,7 +199,11 @@ async def serve_http(
     if RECORDER in app:
         watchdog.on_hang.append(app[RECORDER].dump)
     try:
-        with Acceptor(listener, runner.server):
+        try:
+            acceptor = Acceptor(listener, runner.server)
+        except OSError as error:  # a server that was bound to the port at the same time has been ready first
+            raise _cannot_listen(config.host, config.port, error) from None
+        with acceptor:
             print_ready(console, engine, config, app[CHATS], listener.getsockname()[1])
             engine.warm_up_grammars()
             failure = await wait_for_end(engine, stop)

@@ -20,7 +20,8 @@ COST_OF_REQUEST = 8 << 10  # beside its body's bytes
 
 
 class Acceptor:
-    """Accepts the connections of `listener`, a bound socket, from entering to leaving a `with` block.
+    """Accepts the connections of `listener`, a bound socket, from entering to leaving a `with` block. `OSError` if the
+    socket cannot listen.
 
     uvloop's own servers accept one a turn of the loop (libuv does, since 1.45). While answers stream a turn takes
     milliseconds: of a burst of 256 clients the last waited for 0.4 s.
@@ -31,10 +32,10 @@ class Acceptor:
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._retry: asyncio.TimerHandle | None = None
+        listener.setblocking(False)
+        listener.listen(BACKLOG)
 
     def __enter__(self) -> "Acceptor":
-        self._listener.setblocking(False)
-        self._listener.listen(BACKLOG)
         self._resume()
         return self
 

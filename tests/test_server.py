@@ -821,6 +821,30 @@ def test_a_taken_port_is_one_line_and_not_a_traceback(
     assert "Traceback" not in shown
 
 
+def test_a_port_that_another_server_takes_while_this_one_loads_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))  # two may be bound to a port, as long as none listens
+        port = other.getsockname()[1]
+
+        class Slower(SlowEngine):
+            async def start(self, on_progress: Any) -> None:
+                other.listen()
+
+        assert run_main(monkeypatch, Slower, "--port", str(port), "--skip-server-warmup") == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["my..host", "a" * 100])
+def test_a_host_that_cannot_be_a_name_is_one_line(
+    host: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, SlowEngine, "--host", host) == 1
+    assert f"--host '{host}'" in capsys.readouterr().err
+
+
 def test_a_bad_model_is_one_line_and_not_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
