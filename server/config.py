@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +100,6 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] | None = None) ->
         config = ServerConfig(**{**given, **torchrun_options(environ or {}, given)})
     except ValueError as error:
         parser.error(str(error))
-    if config.max_body_bytes < 1:
-        parser.error(f"--max-body-bytes must be at least 1, got {config.max_body_bytes}")
     if not 0 <= config.log_requests_level <= 3:
         parser.error(f"--log-requests-level must be between 0 and 3, got {config.log_requests_level}")
     return config
@@ -113,6 +112,12 @@ def read_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[s
         given = {**_parse_known(parser, _file_arguments(parser, file)), **given}
     if not 0 <= given.get("port", 0) <= 65535:
         parser.error(f"--port must be between 0 and 65535, got {given['port']}")
+    for name in ("max_body_bytes", "max_file_bytes"):
+        if given.get(name, 1) < 1:
+            parser.error(f"{_flag(name)} must be at least 1, got {given[name]}")
+    for name in ("drain_timeout", "watchdog_timeout"):
+        if not 0 <= given.get(name, 0) < math.inf:
+            parser.error(f"{_flag(name)} must be a number of seconds, at least 0, got {given[name]}")
     return given
 
 
@@ -170,7 +175,7 @@ def _known_flags(parser: argparse.ArgumentParser) -> list[str]:
 def _file_arguments(parser: argparse.ArgumentParser, file: str) -> list[str]:
     """The options of a YAML file as if they stood on the command line."""
     try:
-        values = yaml.safe_load(Path(file).read_text())
+        values = yaml.safe_load(Path(file).read_bytes())
     except (OSError, yaml.YAMLError) as error:
         parser.error(f"--config {file}: {error}")
     if not isinstance(values, dict):

@@ -907,6 +907,9 @@ def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
         (["--dtype", "int3"], "invalid choice"),
         (["stray"], "unknown argument: stray"),
         (["--config", "/nonexistent.yaml"], "/nonexistent.yaml"),
+        (["--max-file-bytes", "0"], "--max-file-bytes must be at least 1, got 0"),
+        (["--drain-timeout", "nan"], "--drain-timeout must be a number of seconds, at least 0, got nan"),
+        (["--watchdog-timeout", "-1"], "--watchdog-timeout must be a number of seconds, at least 0, got -1"),
     ],
 )
 def test_a_wrong_flag_is_a_clear_error(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -922,6 +925,10 @@ def test_a_wrong_option_in_the_file_is_a_clear_error(tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit):
         parse_args(["--config", str(file)])
     assert "unknown option prot; did you mean port?" in capsys.readouterr().err
+    file.write_bytes(b"host: \xff\n")
+    with pytest.raises(SystemExit):
+        parse_args(["--config", str(file)])
+    assert f"--config {file}: unacceptable character" in capsys.readouterr().err
 
 
 def test_help_names_every_option_and_its_group(capsys: pytest.CaptureFixture[str]) -> None:
