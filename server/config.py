@@ -118,6 +118,9 @@ def read_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[s
     for name in ("drain_timeout", "watchdog_timeout"):
         if not 0 <= given.get(name, 0) < math.inf:
             parser.error(f"{_flag(name)} must be a number of seconds, at least 0, got {given[name]}")
+    for name in SECRETS:
+        if given.get(name) == "":  # an unset variable of a shell's: to serve everyone is not what was meant
+            parser.error(f"{_flag(name)} is empty: leave it out to serve without a key")
     return given
 
 

@@ -907,6 +907,8 @@ def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
         (["--dtype", "int3"], "invalid choice"),
         (["stray"], "unknown argument: stray"),
         (["--config", "/nonexistent.yaml"], "/nonexistent.yaml"),
+        (["--api-key", ""], "--api-key is empty"),
+        (["--admin-api-key="], "--admin-api-key is empty"),
         (["--max-file-bytes", "0"], "--max-file-bytes must be at least 1, got 0"),
         (["--drain-timeout", "nan"], "--drain-timeout must be a number of seconds, at least 0, got nan"),
         (["--watchdog-timeout", "-1"], "--watchdog-timeout must be a number of seconds, at least 0, got -1"),
