@@ -117,6 +117,26 @@ def test_what_a_chat_api_cannot_do_is_an_error_at_the_variable(url):
         midway.run(backend=backend)["x"]
 
     @sgl.function
+    def outside(s, before):
+        s += before + sgl.user("hi") + "\n" + sgl.assistant(sgl.gen("x", max_tokens=2))
+        s += "The end."
+
+    assert isinstance(outside.run("\n", backend=backend)["x"], str)
+    for before, named in (("Rhyme.", "Rhyme"), (sgl.image(PICTURE), "<image>")):
+        with pytest.raises(RuntimeError, match=f"outside of them.*{named}"):
+            outside.run(before, backend=backend)["x"]
+
+    @sgl.function
+    def joined(s):
+        forks = s.fork(2)
+        forks += sgl.user("hi")
+        forks.join("concate_and_append")
+        s += sgl.assistant(sgl.gen("x"))
+
+    with pytest.raises(RuntimeError, match="outside of them"):
+        joined.run(backend=backend)["x"]
+
+    @sgl.function
     def pick(s):
         s += sgl.user("hi") + sgl.assistant(sgl.select("x", choices=["a", "b"]))
 

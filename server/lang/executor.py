@@ -97,6 +97,7 @@ class Executor:
         self.messages: list[JSON] = []
         self.roles: tuple[str, ...] = ()  # of messages
         self.role: str | None = None  # that is open
+        self.loose_text = ""  # of no message, where a backend is sent messages
         self.images: list[Media] = []
         self.variables: dict[str, Any] = {}
         self.meta_info: dict[str, Any] = {}
@@ -231,7 +232,7 @@ class Executor:
     async def _execute(self, item: Item, futures: dict[str, "Future[Any]"]) -> None:
         match item:
             case Text(text):
-                self._append(text)
+                self._add(text)
             case Gen():
                 await self._generate(item, futures)
             case Select(name, choices, temperature, method):
@@ -261,6 +262,12 @@ class Executor:
                 await self._join(children, is_text)
             case _:
                 raise TypeError(f"{type(item).__name__} cannot be executed")
+
+    def _add(self, text: str) -> None:
+        """Append what the program wrote, not its chat template."""
+        if self.role is None and self.backend.is_chat:
+            self.loose_text += text.strip()
+        self._append(text)
 
     def _append(self, text: str) -> None:
         if self._speculates_chat:
@@ -400,7 +407,10 @@ class Executor:
     def _add_media(self, media: Media) -> None:
         self.images.append(media)
         self._role_images.append(media)
-        if not self.backend.is_chat:
+        if self.backend.is_chat:
+            if self.role is None:
+                self.loose_text += f"<{media.kind}>"
+        else:
             self._append(self.backend.chat_template.image_token)
             if self.role is not None and self.role_text == self.backend.chat_template.image_token:
                 self._role_start = len(self.text)  # a message holds its images beside the text
@@ -435,6 +445,7 @@ class Executor:
     def begin(self, parent: "Executor") -> None:
         """Start as `parent` is now."""
         self.text, self.messages, self.roles, self.role = parent.text, [*parent.messages], parent.roles, parent.role
+        self.loose_text = parent.loose_text
         self.images, self.variables, self.meta_info = [*parent.images], {**parent.variables}, {**parent.meta_info}
         self._role_start, self._role_images = parent._role_start, [*parent._role_images]
         self._scopes, self._committed = {**parent._scopes}, parent._committed
@@ -452,7 +463,7 @@ class Executor:
         metas: dict[str, list[Any]] = {}
         for child in children:
             if is_text:
-                self._append(child.text[child.fork_position :])
+                self._add(child.text[child.fork_position :])
             for name in child.variables.keys() - child.fork_variables:
                 gathered.setdefault(name, []).append(child.variables[name])
                 metas.setdefault(name, []).append(child.meta_info.get(name))

@@ -35,6 +35,8 @@ class Prompt(Protocol):
     def role(self) -> str | None: ...  # that is open now
     @property
     def role_text(self) -> str: ...  # written since it began
+    @property
+    def loose_text(self) -> str: ...  # of no message, where messages are sent
 
 
 class BaseBackend(ABC):

@@ -142,6 +142,11 @@ def conversation(prompt: Prompt) -> list[JSON]:
             "a chat API answers whole messages: gen must come first in the assistant's message "
             "(with num_api_spec_tokens, one call writes all of it)"
         )
+    if prompt.loose_text:
+        raise RuntimeError(
+            "a chat API is sent messages, and not what a program writes outside of them (use system, user or "
+            f"assistant): {prompt.loose_text[:200]!r}"
+        )
     return list(prompt.messages)
 
 
