@@ -267,6 +267,25 @@ def character(s):
     s += sgl.gen("job", stop="\n")
 
 
+@pytest.mark.parametrize("make", [OpenAI, Anthropic, Gemini])
+def test_what_an_api_lacks_is_refused_and_not_left_out(make):
+    backend = make("m", api_key="k")  # is never asked
+
+    @sgl.function
+    def program(s, asked):
+        s += sgl.user("hi") + sgl.assistant(sgl.gen("x", **asked))
+
+    lacking: list[dict[str, Any]] = [{"return_logprob": True}]
+    if make is not OpenAI:
+        lacking += [{"stop_regex": "a+"}, {"stop_token_ids": [7]}, {"min_p": 0.1}, {"regex": "a"}]
+    for asked in lacking:
+        with pytest.raises(NotImplementedError, match=f"has no {next(iter(asked))}"):
+            program.run(asked, backend=backend)["x"]
+    with pytest.raises(NotImplementedError, match=r"a stream of .* has no dtype"):
+        list(program.run({"dtype": int}, backend=backend, stream=True).text_iter("x"))
+    backend.shutdown()
+
+
 def test_one_call_serves_several_gens_of_a_completion_model():
     text = " Ada\nAge: 36\nJob: mathematician\nHome: London"
     with recording(lambda body: completion_answer(text), "/v1/completions") as (url, bodies):

@@ -7,9 +7,14 @@ from typing import Any
 import anthropic
 
 from server.lang.backends.base import JSON, BackendError, BaseBackend, Prompt
-from server.lang.backends.openai import conversation, only
+from server.lang.backends.openai import conversation, only, refuse
 from server.lang.expressions import GenParams
 from server.lang.templates import get_chat_template
+
+LACKING = (
+    "regex", "min_new_tokens", "stop_token_ids", "stop_regex", "min_p", "frequency_penalty", "presence_penalty",
+    "ignore_eos", "return_logprob",
+)  # fmt: skip
 
 
 class Anthropic(BaseBackend):
@@ -41,6 +46,7 @@ class Anthropic(BaseBackend):
         return [only(params.dtype, text)], [meta]
 
     async def generate_stream(self, prompt: Prompt, params: GenParams) -> AsyncIterator[tuple[str, JSON]]:
+        refuse(params, ("dtype",), "a stream of Anthropic's API")
         try:
             async with self.client.messages.stream(**self._request(prompt, params)) as stream:
                 async for text in stream.text_stream:
@@ -51,8 +57,7 @@ class Anthropic(BaseBackend):
             raise BackendError(str(error)) from error
 
     def _request(self, prompt: Prompt, params: GenParams) -> JSON:
-        if params.regex is not None:
-            raise NotImplementedError("Anthropic's API cannot be held to a regex")
+        refuse(params, LACKING, "Anthropic's API")
         messages = conversation(prompt)
         request: JSON = {"model": self.model_name, "max_tokens": params.max_new_tokens}
         if messages and messages[0]["role"] == "system":

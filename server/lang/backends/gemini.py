@@ -9,10 +9,11 @@ from google import genai
 from google.genai import errors, types
 
 from server.lang.backends.base import JSON, BackendError, BaseBackend, Prompt
-from server.lang.backends.openai import conversation, only
+from server.lang.backends.openai import conversation, only, refuse
 from server.lang.expressions import GenParams
 from server.lang.templates import get_chat_template
 
+LACKING = ("regex", "min_new_tokens", "stop_token_ids", "stop_regex", "min_p", "ignore_eos", "return_logprob")
 ROLES = {"user": "user", "assistant": "model"}
 
 
@@ -51,6 +52,7 @@ class Gemini(BaseBackend):
         )
 
     async def generate_stream(self, prompt: Prompt, params: GenParams) -> AsyncIterator[tuple[str, JSON]]:
+        refuse(params, ("dtype",), "a stream of Gemini's API")
         contents, config = self._request(prompt, params)
         try:
             stream = await self.client.aio.models.generate_content_stream(
@@ -63,8 +65,7 @@ class Gemini(BaseBackend):
             raise BackendError(str(error), error.code) from error
 
     def _request(self, prompt: Prompt, params: GenParams) -> tuple[list[Any], types.GenerateContentConfig]:
-        if params.regex is not None:
-            raise NotImplementedError("Gemini's API cannot be held to a regex")
+        refuse(params, LACKING, "Gemini's API")
         messages = conversation(prompt)
         config: JSON = {
             "max_output_tokens": params.max_new_tokens,

@@ -7,7 +7,7 @@ from typing import Any
 import litellm
 
 from server.lang.backends.base import JSON, Prompt
-from server.lang.backends.openai import OpenAI, conversation
+from server.lang.backends.openai import OpenAI, conversation, refuse
 from server.lang.expressions import GenParams
 from server.lang.templates import ChatTemplate
 
@@ -25,6 +25,7 @@ class LiteLLM(OpenAI):
         self.options = client_options  # the package connects with each call
 
     async def generate_stream(self, prompt: Prompt, params: GenParams) -> AsyncIterator[tuple[str, JSON]]:
+        refuse(params, ("dtype",), "a stream of LiteLLM's")
         async with aclosing(await self.create(prompt, params, stream=True)) as stream:
             async for chunk in stream:
                 for choice in chunk.choices:

@@ -53,6 +53,7 @@ class OpenAI(BaseBackend):
         return [only(params.dtype, text) for text in texts], metas
 
     async def generate_stream(self, prompt: Prompt, params: GenParams) -> AsyncIterator[tuple[str, JSON]]:
+        refuse(params, ("dtype",), "a stream of OpenAI's API")  # it is found in the whole answer
         async with await self.create(prompt, params, stream=True) as stream:
             async for chunk in stream:
                 for choice in chunk.choices:
@@ -100,6 +101,7 @@ class OpenAI(BaseBackend):
 
     def request_of(self, params: GenParams) -> JSON:
         """What differs from the API's defaults: some models refuse fields whatever their value."""
+        refuse(params, ("return_logprob",), "a gen of this backend")
         request: JSON = {"max_tokens": params.max_new_tokens}
         own: JSON = {"min_p": params.min_p, "ignore_eos": params.ignore_eos, "regex": params.regex}
         if self.is_chat and self.model_name.startswith(("o1", "o3", "o4", "gpt-5")):
@@ -148,6 +150,12 @@ def conversation(prompt: Prompt) -> list[JSON]:
             f"assistant): {prompt.loose_text[:200]!r}"
         )
     return list(prompt.messages)
+
+
+def refuse(params: GenParams, names: Sequence[str], api: str) -> None:
+    """`NotImplementedError` if one of these fields is asked for: better than an answer without it."""
+    if given := [name for name in names if getattr(params, name)]:
+        raise NotImplementedError(f"{api} has no {', '.join(given)}")
 
 
 DTYPE_PATTERNS = {int: r"[-+]?\d+", float: r"[-+]?\d*\.?\d+", bool: r"True|False", str: r'"[^"]*"'}
