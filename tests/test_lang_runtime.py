@@ -51,4 +51,15 @@ async def test_an_engine_generates_without_a_program(tiny_llama: Path) -> None:
         assert streamed[-1]["text"] == whole["text"]
         with pytest.raises(sgl.BackendError, match="nothing"):
             await asyncio.to_thread(engine.generate, "a", {"nothing": 1})
+        for wrong, message in (
+            ({"prompt": "a", "lora_path": "adapter"}, "does not take lora_path"),
+            ({"prompt": "a", "input_ids": [1]}, "exactly one of text and input_ids"),
+            ({}, "exactly one of text and input_ids"),
+            ({"input_ids": ["x"]}, "input_ids must hold integers only"),
+            ({"prompt": ["a", "b"], "sampling_params": [params]}, "has 1 items for 2 prompts"),
+        ):
+            with pytest.raises(sgl.BackendError, match=message):
+                await asyncio.to_thread(engine.generate, **wrong)
+        with pytest.raises(sgl.BackendError, match="streams one answer at a time, not 2"):
+            list(engine.generate(["a", "b"], params, stream=True))
         assert engine.get_server_info()["internal_states"] and engine.flush_cache()

@@ -6,13 +6,21 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from engine.errors import EngineError
+from engine.errors import EngineError, InvalidRequest
 from engine.request import Delta, Logprobs, Request, SamplingParams
 from server.lang.backends.base import JSON, BackendError
 from server.lang.backends.native import NativeBackend
 from server.live import Options, make_requests, new_rid
 from server.meta_info import MetaInfo
-from server.protocol import Engine, Fields, encode_prompt
+from server.protocol import Engine, Fields, check_token_ids, encode_prompt
+
+# Fields of /generate; others would be ignored.
+KNOWN = frozenset(
+    {
+        "text", "input_ids", "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num",
+        "token_ids_logprob", "return_text_in_logprobs",
+    }
+)  # fmt: skip
 
 
 class EngineBackend(NativeBackend):
@@ -68,13 +76,15 @@ class EngineBackend(NativeBackend):
 
     async def _requests(self, body: JSON, is_stream: bool) -> tuple[list[Request], bool]:
         """A request for each prompt and answer, and whether /generate would answer with a list."""
-        if body.get("image_data") or body.get("video_data"):
-            raise BackendError("this engine reads text only: image_data is not supported", 400)
+        if unknown := [name for name, value in body.items() if value and name not in KNOWN]:
+            raise BackendError(f"the engine in this process does not take {', '.join(unknown)}", 400)
         fields = Fields(body)
         try:
             prompts, is_list = await self._prompts(body)
             given = body.get("sampling_params") or {}
             per_prompt = given if isinstance(given, list) else [given] * len(prompts)
+            if len(per_prompt) != len(prompts):
+                raise InvalidRequest(f"sampling_params has {len(per_prompt)} items for {len(prompts)} prompts")
             params = [SamplingParams.from_dict(one, self.engine.sampling_defaults) for one in per_prompt]
             options = Options(stream=is_stream, return_logprob=fields.flag("return_logprob"))
             if options.return_logprob:
@@ -88,14 +98,19 @@ class EngineBackend(NativeBackend):
             for ids, own in zip(prompts, params, strict=True)
             for request in make_requests([new_rid() for _ in range(own.n)], ids, own, options)
         ]
+        if is_stream and len(requests) != 1:
+            raise BackendError(f"the engine in this process streams one answer at a time, not {len(requests)}", 400)
         return requests, is_list or len(requests) > 1
 
     async def _prompts(self, body: JSON) -> tuple[list[list[int]], bool]:
         """Token ids of each prompt, and whether the body holds a list of prompts."""
-        if (ids := body.get("input_ids")) is not None:
+        text, ids = body.get("text"), body.get("input_ids")
+        if (text is None) == (ids is None):
+            raise InvalidRequest("give exactly one of text and input_ids")
+        if ids is not None:
             is_list = bool(ids) and isinstance(ids[0], list)
-            return ids if is_list else [ids], is_list
-        text = body.get("text")
+            vocab_size = self.engine.model_config.vocab_size
+            return [check_token_ids(row, vocab_size, "input_ids") for row in (ids if is_list else [ids])], is_list
         texts = text if isinstance(text, list) else [text]
         return [await encode_prompt(self.engine, one, "text") for one in texts], isinstance(text, list)
 
