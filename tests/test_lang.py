@@ -663,6 +663,15 @@ def test_a_server_that_is_not_there_is_an_error():
         text_qa.run("x")
 
 
+def test_a_backend_that_was_shut_down_says_so(recwarn):
+    with fake_backend(FakeEngine()) as backend:
+        pass
+    for ask in (backend.get_server_info, backend.flush_cache, lambda: text_qa.run("x", backend=backend)):
+        with pytest.raises(RuntimeError, match="has been shut down"):
+            ask()
+    assert not [warning for warning in recwarn if "never awaited" in str(warning.message)]
+
+
 def test_an_api_key_is_sent(engine):
     with serving_engine(engine, api_key="sesame") as url:
         with pytest.raises(sgl.BackendError) as refused:

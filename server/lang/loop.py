@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import uvloop
 
 T = TypeVar("T")
+SHUT_DOWN = "the backend has been shut down"
 
 
 class LoopThread:
@@ -30,13 +31,16 @@ class LoopThread:
         return threading.current_thread() is self._thread
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
-        """Run `coroutine` on the loop. Cancelling the future cancels it."""
+        """Run `coroutine` on the loop. Cancelling the future cancels it. `RuntimeError` once the loop is closed."""
+        if self.loop.is_closed():
+            coroutine.close()
+            raise RuntimeError(SHUT_DOWN)
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def call(self, callback: Callable[..., object], *args: object) -> None:
         """Call `callback` on the loop, soon. `RuntimeError` once the loop is closed."""
         if self.loop.is_closed():
-            raise RuntimeError("the backend has been shut down")
+            raise RuntimeError(SHUT_DOWN)
         self.loop.call_soon_threadsafe(callback, *args)
 
     def wait(self, future: "Future[T]") -> T:
