@@ -26,6 +26,7 @@ from server.app import build_app
 from server.chat import CHATS, Chats
 from server.config import ServerConfig, parse_args
 from server.intake import Acceptor
+from server.keys import KeyRing
 from server.live import new_rid
 from server.protocol import Engine
 from server.recorder import RECORDER
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.node_rank > 0:
             join_node(config, console)
             return 0
+        check_keys(config)
         with bind(config.host, config.port) as listener:  # before minutes go into loading
             uvloop.run(serve(config, listener, console))
     except (ModelError, StartError) as error:
@@ -82,6 +84,14 @@ def set_up_logging(config: ServerConfig) -> None:
     if config.access_log == "json":  # a line is a JSON object and nothing else
         access_log.addHandler(logging.StreamHandler())
         access_log.propagate = False
+
+
+def check_keys(config: ServerConfig) -> None:
+    """Find now, and not after the model has been loaded, that there are no keys to serve with."""
+    try:
+        KeyRing(config)
+    except ValueError as error:
+        raise StartError(str(error)) from None
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -40,10 +40,12 @@ CLIENT = web.RequestKey("client", Client)
 def load_keys(file: str) -> dict[str, Client]:
     """Keys to clients, from the lines of a YAML file: `name: key` or `name: {key: ..., weight: 2}`.
 
-    `OSError` if it cannot be read, `ValueError` if it is wrong.
+    `ValueError` if it cannot be read or is wrong.
     """
     try:
-        entries = yaml.safe_load(Path(file).read_text())
+        entries = yaml.safe_load(Path(file).read_bytes())
+    except OSError as error:
+        raise ValueError(f"--api-key-file {file}: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"--api-key-file {file} is not YAML: {error}") from None
     if not isinstance(entries, dict) or not entries:

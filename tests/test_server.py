@@ -865,6 +865,17 @@ def test_a_missing_chat_template_is_one_line_and_not_a_traceback(
     assert "--chat-template nope" in capsys.readouterr().err
 
 
+def test_a_missing_key_file_is_one_line_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Loaded(SlowEngine):
+        async def start(self, on_progress: Any) -> None:
+            raise AssertionError("the keys come first")
+
+    assert run_main(monkeypatch, Loaded, "--port", "0", "--api-key-file", "/nowhere") == 1
+    assert "--api-key-file /nowhere: No such file or directory" in capsys.readouterr().err
+
+
 def test_a_model_that_cannot_generate_is_found_by_the_warm_up(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
