@@ -658,9 +658,16 @@ def test_importing_the_language_does_not_import_torch():
 def test_a_server_that_is_not_there_is_an_error():
     with pytest.raises(sgl.BackendError, match=r"127\.0\.0\.1:9"):
         sgl.RuntimeEndpoint("http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="begins with http"):
+        sgl.RuntimeEndpoint("localhost:30000")
     sgl.set_default_backend(None)
     with pytest.raises(ValueError, match="set_default_backend"):
         text_qa.run("x")
+    for wrong in ("http://localhost:30000", sgl.RuntimeEndpoint):
+        with pytest.raises(TypeError, match="a backend is"):
+            sgl.set_default_backend(wrong)
+        with pytest.raises(TypeError, match="a backend is"):
+            text_qa.run("x", backend=wrong)
 
 
 def test_a_backend_that_was_shut_down_says_so(recwarn):

@@ -43,7 +43,10 @@ class DefaultBackend:
 
 
 def endpoint_of(backend: Any) -> BaseBackend:
-    return getattr(backend, "endpoint", backend)
+    endpoint = getattr(backend, "endpoint", backend)
+    if not isinstance(endpoint, BaseBackend):
+        raise TypeError(f"a backend is a RuntimeEndpoint(url), an Engine or the like, not {backend!r}")
+    return endpoint
 
 
 DEFAULT_BACKEND = DefaultBackend()

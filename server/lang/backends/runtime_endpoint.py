@@ -30,6 +30,8 @@ class RuntimeEndpoint(NativeBackend):
         chat_template_name: str | None = None,
         max_connections: int = MAX_CONNECTIONS,
     ) -> None:
+        if not base_url.startswith(("http://", "https://")):
+            raise ValueError(f"a server's URL begins with http:// or https://, got {base_url!r}")
         super().__init__()
         self.base_url = base_url.rstrip("/")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
