@@ -446,7 +446,14 @@ async def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def main() -> None:
-    sys.exit(uvloop.run(run(argument_parser().parse_args(), Console())))
+    parser = argument_parser()
+    args = parser.parse_args()
+    if not args.request_rate > 0:
+        parser.error(f"--request-rate must be above 0, got {args.request_rate}")
+    for name in ("num_prompts", "random_input_len", "random_output_len", "num_groups", "max_concurrency"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    sys.exit(uvloop.run(run(args, Console())))
 
 
 if __name__ == "__main__":

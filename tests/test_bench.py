@@ -13,7 +13,7 @@ from aiohttp.test_utils import TestServer
 from rich.console import Console
 
 from bench.roofline import Roofline
-from bench.serve import Client, Metrics, Result, Work, argument_parser, make_work, run, run_load
+from bench.serve import Client, Metrics, Result, Work, argument_parser, main, make_work, run, run_load
 from engine.request import FinishReason
 from tests.fake_engine import FakeEngine, serving
 
@@ -108,3 +108,15 @@ def test_a_kernels_share_is_of_what_bounds_it() -> None:
     roofline = Roofline(bytes_per_s=2e12, flops_per_s=5e14)
     assert roofline.share(us=10, num_bytes=1e7) == pytest.approx(0.5)
     assert roofline.share(us=10, num_bytes=1e7, num_flops=4e9) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--request-rate", "0"), ("--max-concurrency", "-1"), ("--num-prompts", "0")]
+)
+def test_a_load_that_cannot_be_is_refused_by_its_flag(
+    flag: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench.serve", flag, value])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert f"{flag} must be" in capsys.readouterr().err
