@@ -81,7 +81,6 @@ def download(name: str, config: EngineConfig, patterns: list[str]) -> Path:
     if config.use_modelscope:
         return download_from_modelscope(name, config, patterns)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
     try:
         folder = snapshot_download(
@@ -91,8 +90,8 @@ def download(name: str, config: EngineConfig, patterns: list[str]) -> Path:
             allow_patterns=patterns,
             ignore_patterns=DUPLICATES,
         )
-    except (OSError, HFValidationError) as error:  # its HTTP, offline and not-found errors are all OSErrors
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # its HTTP client's and parsers', too: a connection that breaks, a login page
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"{name} is no local folder, and cannot be had from the Hugging Face hub"
             f" (revision {config.revision or 'main'}): {reason}"

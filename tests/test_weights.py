@@ -173,6 +173,18 @@ def test_a_hub_id_that_cannot_be_had_is_a_model_error(tmp_path: Path) -> None:
         resolve_model(EngineConfig(model_path="org/model", download_dir=str(tmp_path)))
 
 
+@pytest.mark.parametrize("error", [TimeoutError(), ValueError("Expecting value: line 1"), EOFError("disconnected")])
+def test_whatever_breaks_a_download_is_a_model_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def snapshot_download(*args: Any, **kw: Any) -> Path:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ModelError, match=f"org/model .* hub .*: {str(error) or 'TimeoutError'}$"):
+        resolve_model(EngineConfig(model_path="org/model"))
+
+
 def test_modelscope_ids_go_to_modelscope(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = EngineConfig(model_path="org/model", use_modelscope=True)
     monkeypatch.setitem(sys.modules, "modelscope", None)
