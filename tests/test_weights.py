@@ -1,6 +1,7 @@
 """From a name to a folder, and from a folder to weights."""
 
 import importlib.util
+import resource
 import shutil
 import struct
 import sys
@@ -305,6 +306,34 @@ def test_a_conversion_that_broke_off_is_not_reused(tmp_path: Path, monkeypatch: 
     load(resolve_model(config))
     monkeypatch.setattr(gguf, "convert", fail)
     load(resolve_model(config))
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "tiny.gguf", TINY_GGUF, tiny_tensors())
+    config = EngineConfig(model_path=str(tmp_path / "tiny.gguf"), download_dir=str(tmp_path / "tiny.gguf" / "cache"))
+    with pytest.raises(ModelError, match=r"tiny\.gguf/cache \(--download-dir\): Not a directory"):
+        resolve_model(config)
+
+    def fail(**kw: object) -> None:
+        raise PermissionError(13, "Permission denied", kw["dir"])
+
+    monkeypatch.setattr(weights.tempfile, "TemporaryDirectory", fail)
+    for name in ("demo", config.model_path):
+        with pytest.raises(ModelError, match=rf"cannot .* to {tmp_path / 'cache'}.*Permission denied"):
+            resolve_model(config.replace(model_path=name, download_dir=str(tmp_path / "cache")))
+
+
+def test_a_disk_that_is_full_is_a_model_error_and_keeps_nothing(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", TINY_GGUF, tiny_tensors())
+    config = EngineConfig(model_path=str(tmp_path / "tiny.gguf"), download_dir=str(tmp_path / "cache"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))  # bytes of a file: enough for all but the weights
+    try:
+        with pytest.raises(ModelError, match=r"cannot convert .*tiny\.gguf.* too large"):
+            resolve_model(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 @pytest.mark.parametrize(
