@@ -41,11 +41,15 @@ BLOCK_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+EMBEDDING = "token_embd.weight"
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1's scaling, as one divisor for each frequency
 
 # The kinds of metadata values, by their number; 8 is a string, 9 an array
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+
+# What a file that was damaged can raise, for any of its entries may be of another kind, length or size than it should.
+MALFORMED = (struct.error, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError)
 
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -66,6 +70,16 @@ class GGUFTensor:
     @property
     def num_elements(self) -> int:
         return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        try:
+            block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(self.quantization)]
+        except ValueError:
+            raise ModelError(f"GGUF tensor {self.name!r} is of a type that is not known: {self.quantization}") from None
+        return self.num_elements // block_size * block_bytes
 
 
 @dataclass(frozen=True)
@@ -92,7 +106,7 @@ def read_gguf(path: Path) -> GGUF:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 gguf = _Header(data).parse()
-            except (struct.error, KeyError, ValueError) as error:
+            except MALFORMED as error:
                 raise ModelError(f"{path} is broken: {error}") from None
     if gguf.get("split.count", 1) > 1:
         raise ModelError(f"{path} is one of {gguf['split.count']} parts: merge them with llama-gguf-split first")
@@ -152,11 +166,24 @@ def convert(path: Path, folder: Path, dtype: torch.dtype, advance: Callable[[int
     if architecture not in ARCHITECTURES:
         raise ModelError(f"GGUF architecture {architecture!r} is not supported, only {', '.join(ARCHITECTURES)}")
     data = np.memmap(path, dtype=np.uint8, mode="r")
-    rope_factors = next((dequantize(data, t) for t in gguf.tensors if t.name == ROPE_FACTORS), None)
-    write_json(folder / "config.json", make_config(gguf, dtype, rope_factors))
-    write_json(folder / "generation_config.json", special_ids(gguf))
-    write_tokenizer(gguf, folder)
-    write_weights(gguf, data, folder, dtype, advance)
+    try:
+        check_whole(gguf, len(data))
+        rope_factors = next((dequantize(data, t) for t in gguf.tensors if t.name == ROPE_FACTORS), None)
+        write_json(folder / "config.json", make_config(gguf, dtype, rope_factors))
+        write_json(folder / "generation_config.json", special_ids(gguf))
+        write_tokenizer(gguf, folder)
+        write_weights(gguf, data, folder, dtype, advance)
+    except MALFORMED as error:
+        raise ModelError(f"{path} is broken: {type(error).__name__}: {error}") from error
+
+
+def check_whole(gguf: GGUF, file_bytes: int) -> None:
+    """Asked first: a conversion takes minutes. Raises ValueError, or `ModelError` naming a tensor of no known type."""
+    end = max((tensor.offset + tensor.num_bytes for tensor in gguf.tensors), default=0)
+    if end > file_bytes:
+        raise ValueError(f"it has {file_bytes} bytes, its tensors go on to {end}: an unfinished download?")
+    if not any(tensor.name == EMBEDDING for tensor in gguf.tensors):
+        raise ValueError(f"it has no tensor {EMBEDDING}")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -171,7 +198,7 @@ def make_config(gguf: GGUF, dtype: torch.dtype, rope_factors: np.ndarray | None)
         "architectures": [ARCHITECTURES[gguf["general.architecture"]]],
         "model_type": gguf["general.architecture"],
         "dtype": str(dtype).removeprefix("torch."),
-        "vocab_size": shapes["token_embd.weight"][0],
+        "vocab_size": shapes[EMBEDDING][0],
         "hidden_size": gguf["{}.embedding_length"],
         "intermediate_size": gguf["{}.feed_forward_length"],
         "num_hidden_layers": gguf["{}.block_count"],
@@ -366,14 +393,12 @@ def read_weight(gguf: GGUF, data: np.ndarray, tensor: GGUFTensor) -> torch.Tenso
 
 def dequantize(data: np.ndarray, tensor: GGUFTensor) -> np.ndarray:
     """float32 of the tensor's shape; `data` is the whole file, uint8."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize as dequantize_blocks
 
     try:
         quantization = GGMLQuantizationType(tensor.quantization)
-        block_size, block_bytes = GGML_QUANT_SIZES[quantization]
-        num_bytes = tensor.num_elements // block_size * block_bytes
-        blocks = data[tensor.offset : tensor.offset + num_bytes].reshape(*tensor.shape[:-1], -1)
+        blocks = data[tensor.offset : tensor.offset + tensor.num_bytes].reshape(*tensor.shape[:-1], -1)
         if quantization in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
             blocks = blocks.view(np.float32 if quantization == GGMLQuantizationType.F32 else np.float16)
         return np.array(dequantize_blocks(blocks, quantization), dtype=np.float32)

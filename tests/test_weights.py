@@ -351,6 +351,40 @@ def test_a_broken_gguf_is_named(content: bytes, message: str, tmp_path: Path) ->
         resolve_model(EngineConfig(model_path=str(file), download_dir=str(tmp_path / "cache")))
 
 
+def test_a_gguf_that_was_cut_off_says_so_before_it_is_converted(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, TINY_GGUF, tiny_tensors())
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[: size - 100])
+    with pytest.raises(ModelError, match=rf"tiny\.gguf is broken: .* {size - 100} bytes, its tensors go on to {size}"):
+        gguf.convert(file, tmp_path / "nowhere", torch.float32, lambda num_bytes: None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.attention.head_count", 0),
+        ("llama.attention.head_count", 3),
+        ("llama.attention.head_count_kv", "two"),
+        ("llama.attention.layer_norm_rms_epsilon", [1]),
+        ("tokenizer.ggml.tokens", 7),
+        ("tokenizer.ggml.scores", [0.5]),
+        ("tokenizer.ggml.bos_token_id", 1 << 31),
+    ],
+)
+def test_a_gguf_whose_entries_make_no_sense_is_broken(key: str, value: Any, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", TINY_GGUF | {key: value}, tiny_tensors())
+    with pytest.raises(ModelError, match=r"tiny\.gguf is broken: \w+Error: "):
+        resolve_model(EngineConfig(model_path=str(tmp_path / "tiny.gguf"), download_dir=str(tmp_path / "cache")))
+
+
+def test_a_length_in_a_gguf_that_no_file_has_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, (1 << 64) - 1))
+    with pytest.raises(ModelError, match=r"tiny\.gguf is broken"):
+        gguf.read_gguf(file)
+
+
 def test_an_architecture_or_tensor_that_gguf_conversion_does_not_know_is_named(tmp_path: Path) -> None:
     cache = str(tmp_path / "cache")
     write_gguf(tmp_path / "a.gguf", {}, {}, arch="mamba")
