@@ -19,7 +19,7 @@ import orjson
 from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest
-from server.files import FileStore, NotFound, new_id, page_of, write_atomically
+from server.files import FileStore, NotFound, new_id, page_of, read_records, write_atomically
 from server.intake import paced
 from server.keys import CLIENT, Client
 from server.protocol import JSON, Fields, Owner, error_response, json_response, openai_error, parse_json, read_json
@@ -86,8 +86,7 @@ class Batches:
         """The server's life: take up what an earlier one left, leave what is not done to a later one."""
         if self.store.open():
             self.folder.mkdir(exist_ok=True)
-            records = [orjson.loads(path.read_bytes()) for path in self.folder.glob("batch_*.json")]
-            for record in sorted(records, key=lambda record: record["created_at"]):
+            for record in read_records(self.folder, "batch_*.json"):
                 batch = self._batches[record["id"]] = Batch(record)
                 if record["status"] not in FINAL:
                     self._start(batch)

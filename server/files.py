@@ -6,6 +6,7 @@ is half an upload, or a batch's answers so far, and is not listed.
 
 import asyncio
 import fcntl
+import logging
 import os
 import time
 import uuid
@@ -19,6 +20,8 @@ from aiohttp.http_exceptions import BadHttpMessage
 
 from engine.errors import EngineError, InvalidRequest
 from server.protocol import JSON, json_response
+
+logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
 MAX_LISTED = 10_000
@@ -43,6 +46,20 @@ def write_atomically(path: Path, content: bytes) -> None:
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_bytes(content)
     unfinished.rename(path)
+
+
+def read_records(folder: Path, pattern: str) -> list[JSON]:
+    """What the files hold that are named so, oldest first. A damaged one must not keep the server from starting."""
+    records = []
+    for path in folder.glob(pattern):
+        try:
+            record = orjson.loads(path.read_bytes())
+            if record["id"] != path.stem:
+                raise ValueError(f"its id is {record['id']!r}")
+            records.append((record["created_at"], path.stem, record))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            logger.error("%s is damaged and left out: %s: %s", path, type(error).__name__, error)
+    return [record for *_, record in sorted(records)]
 
 
 def new_id(prefix: str) -> str:
@@ -72,8 +89,7 @@ class FileStore:
             self._problem = ""
             for unfinished in self.folder.glob("*.part"):
                 unfinished.unlink()
-            known = [orjson.loads(path.read_bytes()) for path in self.folder.glob("file-*.json")]
-            self._files = {file["id"]: file for file in sorted(known, key=lambda file: file["created_at"])}
+            self._files = {file["id"]: file for file in read_records(self.folder, "file-*.json")}
         return not self._problem
 
     def close(self) -> None:

@@ -197,6 +197,22 @@ async def test_a_restarted_server_computes_no_line_twice(tmp_path: Path) -> None
         assert len((await api.files.list()).data) == 2
 
 
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"id": "file-other"}'])
+async def test_a_damaged_record_is_left_out_by_name_and_the_server_starts(
+    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with api_of(FakeEngine(), file_storage_path=str(tmp_path)) as api:
+        batch = await until(api, (await start(api, [chat_line("a")])).id, has_ended)
+    damaged = [tmp_path / "file-1.json", tmp_path / "batches" / "batch_1.json"]
+    for path in damaged:
+        path.write_bytes(content)
+    async with api_of(FakeEngine(), file_storage_path=str(tmp_path)) as api:
+        assert [one.id for one in (await api.batches.list()).data] == [batch.id]
+        assert len((await api.files.list()).data) == 2
+    for path in damaged:
+        assert f"{path} is damaged and left out" in caplog.text
+
+
 async def test_a_cancelled_batch_keeps_its_answers() -> None:
     engine = FakeEngine(is_manual=True)
     async with api_of(engine) as api:
