@@ -19,7 +19,7 @@ import orjson
 from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest
-from server.files import FileStore, NotFound, new_id, page_of, read_records, write_atomically
+from server.files import FileStore, NotFound, StorageUnavailable, new_id, page_of, read_records, write_atomically
 from server.intake import paced
 from server.keys import CLIENT, Client
 from server.protocol import JSON, Fields, Owner, error_response, json_response, openai_error, parse_json, read_json
@@ -186,7 +186,7 @@ class Batches:
         except Exception as error:  # a full disk, say: this batch's failure alone
             logger.error("batch %s failed", batch.id, exc_info=error)
             batch.record["errors"] = _errors([_error("internal_error", f"{type(error).__name__}: {error}")])
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(StorageUnavailable):
                 self._enter(batch, "failed")
 
     async def _run(self, batch: Batch) -> None:

@@ -10,7 +10,8 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,20 @@ class StorageUnavailable(EngineError):
 def write_atomically(path: Path, content: bytes) -> None:
     """A process that is killed leaves the old content or the new. Small contents: this is for the event loop."""
     unfinished = path.with_name(path.name + ".part")
-    unfinished.write_bytes(content)
-    unfinished.rename(path)
+    with storing(path.parent):
+        unfinished.write_bytes(content)
+        unfinished.rename(path)
+
+
+@contextmanager
+def storing(folder: Path) -> Iterator[None]:
+    """A disk that is full, say, is told to the client: `StorageUnavailable`."""
+    try:
+        yield
+    except ConnectionError:  # the client's own end
+        raise
+    except OSError as error:
+        raise StorageUnavailable(f"no files can be kept in {folder}: {error.strerror}") from error
 
 
 def read_records(folder: Path, pattern: str) -> list[JSON]:
@@ -165,9 +178,12 @@ class FilesApi:
             if purpose != PURPOSE:
                 raise InvalidRequest(f"purpose must be {PURPOSE!r}, got {purpose!r}", "purpose")
             unfinished.rename(self.store.path(file_id))
+            return json_response(self.store.add(file_id, filename, purpose))
+        except StorageUnavailable:
+            self.store.path(file_id).unlink(missing_ok=True)
+            raise
         finally:
             unfinished.unlink(missing_ok=True)
-        return json_response(self.store.add(file_id, filename, purpose))
 
     async def _receive(self, http_request: web.Request, to: Path) -> tuple[str | None, str]:
         """(name of the file, now in `to`; purpose), as far as the form has them."""
@@ -194,7 +210,7 @@ class FilesApi:
 
     async def _receive_file(self, part: BodyPartReader, to: Path) -> None:
         num_bytes = 0
-        with await asyncio.to_thread(open, to, "wb") as file:
+        with storing(to.parent), await asyncio.to_thread(open, to, "wb") as file:
             while chunk := await part.read_chunk(CHUNK_BYTES):
                 num_bytes += len(chunk)
                 if num_bytes > self.max_bytes:

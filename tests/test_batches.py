@@ -1,6 +1,7 @@
 """Files and batches through OpenAI's own client, and what a restart leaves of them."""
 
 import asyncio
+import errno
 import json
 import os
 import threading
@@ -288,6 +289,39 @@ async def test_a_file_comes_back_as_it_was_until_it_is_deleted() -> None:
         assert (await api.files.delete(file.id)).deleted
         with pytest.raises(openai.NotFoundError):
             await api.files.retrieve(file.id)
+
+
+@pytest.mark.parametrize("place", ["pathlib.Path.write_bytes", "builtins.open"])
+async def test_a_full_disk_is_told_and_leaves_nothing(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with api_of(FakeEngine(), file_storage_path=str(tmp_path)) as api:
+        before = sorted(os.listdir(tmp_path))
+        with monkeypatch.context() as patch:
+            patch.setattr(place, fail)
+            with pytest.raises(openai.APIStatusError, match=f"{tmp_path}: No space left") as caught:
+                await api.files.create(file=("a", b"x"), purpose="batch")
+        assert caught.value.status_code == 503
+        assert sorted(os.listdir(tmp_path)) == before
+
+
+async def test_a_batch_that_the_disk_has_no_room_for_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with api_of(FakeEngine(is_manual=True)) as api:
+        batch = await start(api, [chat_line("a")])
+        with monkeypatch.context() as patch:
+            patch.setattr("pathlib.Path.write_bytes", fail)
+            with pytest.raises(openai.APIStatusError, match="No space left") as caught:
+                await api.batches.create(
+                    input_file_id=batch.input_file_id, endpoint="/v1/chat/completions", completion_window="24h"
+                )
+        assert caught.value.status_code == 503
+        assert [one.id for one in (await api.batches.list()).data] == [batch.id]
 
 
 async def test_a_file_that_a_batch_reads_cannot_be_deleted() -> None:
