@@ -5,6 +5,7 @@ Parsed by us rather than by transformers, whose import costs seconds at every st
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from engine.config import EngineConfig
-from engine.errors import ModelError
+from engine.errors import ModelError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,46 @@ DTYPES = {
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # Rotary scalings whose `max_position_embeddings` is the length before scaling.
 STRETCHED_BY_FACTOR = ("linear", "yarn")
+
+Check = Callable[[Any], bool]
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def is_list_of(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+# What entries must be that are there: a model made of anything else fails far from here, or not before its first step.
+KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
+    ("a positive integer", lambda value: type(value) is int and value > 0, (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings",
+    )),
+    ("a positive number", lambda value: is_number(value) and value > 0, (
+        "rms_norm_eps", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor",
+    )),
+    ("a number", is_number, (
+        "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+        "temperature", "top_p", "min_p", "repetition_penalty",
+    )),
+    ("an integer", lambda value: type(value) is int, ("sliding_window", "max_window_layers", "top_k")),
+    ("true or false", lambda value: isinstance(value, bool), (
+        "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window",
+    )),
+    ("a string", lambda value: isinstance(value, str), ("hidden_act", "model_type", "dtype", "torch_dtype")),
+    ("an object", lambda value: isinstance(value, dict), (
+        "rope_parameters", "rope_scaling", "quantization_config", "id2label",
+    )),
+    ("a list of strings", is_list_of(lambda value: isinstance(value, str)), ("architectures", "layer_types")),
+    ("a list of numbers", is_list_of(is_number), ("short_factor", "long_factor")),
+    ("a token's id, or a list of them", lambda value: is_list_of(lambda one: type(one) is int)(
+        value if isinstance(value, list) else [value]
+    ), ("eos_token_id",)),
+)  # fmt: skip
+
 TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3_text", "cohere", "cohere2"})
 
 
@@ -60,7 +101,6 @@ class ModelConfig:
     windows: tuple[int, ...]  # per layer: how many last tokens a token sees, itself included; -1: all
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
     generation_defaults: dict[str, float]  # sampling fields that generation_config.json sets
     pooling: str  # how a prompt becomes a vector: "last" or "mean"
     raw: dict[str, Any]  # config.json with the overrides, for what only one family has
@@ -70,15 +110,16 @@ class ModelConfig:
         """Read `folder`/config.json, overridden by `config`. `ModelError` if it is missing, broken or incomplete."""
         config = config or EngineConfig()
         folder = Path(folder)
-        raw = read_json(folder / "config.json", required=True) | parse_overrides(config.json_model_override_args)
+        file = folder / "config.json"
+        raw = read_json(file, required=True) | parse_overrides(config.json_model_override_args)
         try:
-            return cls._from_raw(folder, raw, config)
+            return cls._from_raw(folder, checked(raw, file), config)
         except KeyError as error:
-            raise ModelError(f"{folder / 'config.json'} has no {error.args[0]!r}") from None
+            raise ModelError(f"{file} has no {error.args[0]!r}") from None
 
     @classmethod
     def _from_raw(cls, folder: Path, raw: dict[str, Any], config: EngineConfig) -> "ModelConfig":
-        generation = read_json(folder / "generation_config.json")
+        generation = checked(read_json(folder / "generation_config.json"), folder / "generation_config.json")
         num_heads = raw["num_attention_heads"]
         head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
         rope = parse_rope(raw, head_dim)
@@ -101,7 +142,6 @@ class ModelConfig:
             windows=parse_windows(raw),
             tie_word_embeddings=raw.get("tie_word_embeddings", raw.get("model_type") in TIED_BY_DEFAULT),
             eos_token_ids=tuple(dict.fromkeys(_ids(generation) + _ids(raw))),
-            bos_token_id=raw.get("bos_token_id"),
             generation_defaults=parse_generation_defaults(generation),
             pooling=config.pooling or parse_pooling(folder),
             raw=raw,
@@ -156,6 +196,19 @@ def read_json(path: Path, required: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} is not a JSON object")
     return content
+
+
+def checked(entries: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Those of `entries` that are not null. `ModelError` naming the first that is not what it must be."""
+    present = {name: value for name, value in entries.items() if value is not None}
+    for wanted, is_right, names in KINDS:
+        for name in names:
+            if name in present and not is_right(present[name]):
+                raise ModelError(f"{file}: {name} must be {wanted}, got {shown(present[name])}")
+    for name in ("rope_parameters", "rope_scaling"):
+        if name in present:
+            present[name] = checked(present[name], file)
+    return present
 
 
 def parse_overrides(text: str) -> dict[str, Any]:
@@ -213,6 +266,8 @@ def parse_windows(raw: dict[str, Any]) -> tuple[int, ...]:
     if not window or not raw.get("use_sliding_window", True):
         return (-1,) * num_layers
     if layer_types := raw.get("layer_types"):
+        if len(layer_types) < num_layers:
+            raise ModelError(f"layer_types names {len(layer_types)} layers, num_hidden_layers is {num_layers}")
         return tuple(window if kind == "sliding_attention" else -1 for kind in layer_types)
     first = raw.get("max_window_layers", 0) if "use_sliding_window" in raw else 0
     return tuple(window if layer >= first else -1 for layer in range(num_layers))
@@ -232,4 +287,5 @@ def parse_generation_defaults(generation: dict[str, Any]) -> dict[str, float]:
 
 def _ids(config: dict[str, Any]) -> list[int]:
     ids = config.get("eos_token_id")
-    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    return [token_id for token_id in ids if token_id >= 0]  # some files say -1 for none

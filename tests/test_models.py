@@ -1,6 +1,7 @@
 """Every family computes what transformers computes: tiny random checkpoints, float32, scattered slots."""
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -294,8 +295,6 @@ def test_dynamic_ntk_beyond_the_trained_length_is_what_a_sequence_of_the_context
 
 
 def test_rope_parameters_are_read_in_the_older_spelling(tiny_llama: Path, tmp_path: Path) -> None:
-    import json
-
     raw = json.loads((tiny_llama / "config.json").read_text())
     del raw["rope_parameters"]
     raw |= {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
@@ -334,6 +333,17 @@ def test_end_tokens_and_sampling_defaults_come_from_generation_config(tiny_llama
         ('{"rope_parameters": {"rope_type": "spiral"}}', "spiral"),
         ('{"rope_parameters": {"rope_type": "linear"}}', "factor"),
         ('{"quantization_config": {"quant_method": "awq"}}', "awq"),
+        ('{"hidden_size": "64"}', "config.json: hidden_size must be a positive integer, got '64'"),
+        ('{"num_attention_heads": 0}', "num_attention_heads must be a positive integer, got 0"),
+        ('{"vocab_size": null}', "has no 'vocab_size'"),
+        ('{"rms_norm_eps": "1e-5"}', "rms_norm_eps must be a positive number"),
+        ('{"tie_word_embeddings": "false"}', "tie_word_embeddings must be true or false"),
+        ('{"rope_parameters": {"rope_type": "linear", "factor": "2"}}', "factor must be a positive number, got '2'"),
+        ('{"rope_parameters": {"rope_type": "linear", "factor": null}}', "lack 'factor'"),
+        ('{"rope_parameters": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1]}}', "1 factors, not 8"),
+        ('{"architectures": "LlamaForCausalLM"}', "architectures must be a list of strings"),
+        ('{"eos_token_id": [[2]]}', "eos_token_id must be a token's id, or a list of them"),
+        ('{"sliding_window": 8, "layer_types": ["full_attention"]}', "layer_types names 1 layers"),
         ("[1]", "JSON object"),
         ("{", "not JSON"),
     ],
@@ -341,6 +351,22 @@ def test_end_tokens_and_sampling_defaults_come_from_generation_config(tiny_llama
 def test_what_cannot_run_is_named(overrides: str, message: str, tiny_llama: Path) -> None:
     with pytest.raises(ModelError, match=message):
         TinyEngine(tiny_llama, json_model_override_args=overrides)
+
+
+def test_null_in_a_config_means_that_the_entry_is_not_there(tiny_llama: Path) -> None:
+    plain = ModelConfig.from_path(tiny_llama)
+    names = ("rms_norm_eps", "hidden_act", "tie_word_embeddings", "sliding_window", "eos_token_id", "rope_scaling")
+    options = EngineConfig(json_model_override_args=json.dumps(dict.fromkeys(names)))
+    config = ModelConfig.from_path(tiny_llama, options)
+    assert config.rms_norm_eps == plain.rms_norm_eps == 1e-6
+    assert (config.hidden_act, config.tie_word_embeddings, config.windows) == ("silu", False, plain.windows)
+
+
+def test_an_end_token_of_minus_one_is_none(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [-1, 7]}')
+    options = EngineConfig(json_model_override_args='{"eos_token_id": -1}')
+    assert ModelConfig.from_path(tmp_path, options).eos_token_ids == (7,)
 
 
 def test_a_config_without_sizes_is_an_error_that_names_the_entry(tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ def longrope(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float
     scaling = rope.scaling
     original = scaling["original_max_position_embeddings"]
     factors = scaling["long_factor" if context_length > original else "short_factor"]
+    if len(factors) != rope.rotary_dim // 2:
+        raise ModelError(f"rope parameters of type 'longrope' have {len(factors)} factors, not {rope.rotary_dim // 2}")
     scale = scaling.get("attention_factor")
     if scale is None:
         factor = scaling.get("factor") or rope.max_position_embeddings / original
