@@ -225,9 +225,12 @@ def checkpoint_targets(model: CausalLM) -> dict[str, Target]:
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """The safetensors files that the index names, or the only one, or all."""
-    index = read_json(folder / "model.safetensors.index.json")
-    if index:
-        files = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
+    index_file = folder / "model.safetensors.index.json"
+    if index_file.is_file():
+        weight_map = read_json(index_file).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ModelError(f"{index_file}: weight_map must be an object that gives each weight's file")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
     elif (folder / "model.safetensors").is_file():
         files = [folder / "model.safetensors"]
     else:
@@ -250,8 +253,8 @@ def locate_weights(files: list[Path], targets: dict[str, Target]) -> dict[Path, 
         try:
             with safe_open(file, framework="pt") as checkpoint:
                 names = list(checkpoint.keys())
-        except SafetensorError as error:
-            raise ModelError(f"{file} is broken: {error}") from None
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file} cannot be read, or is broken: {error}") from None
         for name in names:
             target = targets.get(name)
             if target is None:
@@ -279,6 +282,8 @@ def copy_weights(located: dict[Path, dict[str, Target]], device: torch.device) -
             with safe_open(file, framework="pt") as checkpoint:
                 for name, (layer, weight_name, part) in targets.items():
                     loaded = checkpoint.get_tensor(name)
+                    if not loaded.is_floating_point():
+                        raise ModelError(f"{name} is of {loaded.dtype}: quantized weights are not supported")
                     try:
                         copy(*layer.place_weight(weight_name, loaded, part))
                     except ModelError as error:

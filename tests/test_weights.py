@@ -106,6 +106,21 @@ def test_a_file_that_the_index_names_and_nobody_has_is_an_error(checkpoint: Path
         load(checkpoint)
 
 
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": null}', '{"weight_map": {"lm_head.weight": 1}}'])
+def test_an_index_that_names_no_files_is_an_error(index: str, checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json: weight_map must be"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_a_weight_that_is_no_floating_point_is_refused_by_name(dtype: torch.dtype, checkpoint: Path) -> None:
+    weight = load_file(checkpoint / "model.safetensors")["model.norm.weight"]
+    edit(checkpoint, **{"model.norm.weight": weight.to(dtype)})
+    with pytest.raises(ModelError, match=rf"model\.norm\.weight is of {dtype}"):
+        load(checkpoint)
+
+
 def test_dummy_weights_need_no_files_and_are_the_same_every_time(checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
     first, second = load(checkpoint, "dummy"), load(checkpoint, "dummy")
