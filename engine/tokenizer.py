@@ -27,6 +27,7 @@ from engine.request import SamplingParams
 TEMPLATE_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
 )  # fmt: skip
+MALFORMED = (AttributeError, LookupError, TypeError, ValueError)  # what an entry of the wrong kind raises
 # Those that are added to a vocabulary that lacks them.
 STANDARD_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 CONTINUE_MARK = "<~continue from here~> "
@@ -128,15 +129,19 @@ class Tokenizer:
 
         Raises `ModelError` if there is no tokenizer that can be used.
         """
-        config = read_json(folder / "tokenizer_config.json")
+        config_file = folder / "tokenizer_config.json"
+        config = read_json(config_file)
         legacy_names = read_json(folder / "special_tokens_map.json")
         extra_names = config.get("extra_special_tokens")
         named_tokens = find_named_tokens(legacy_names) | find_named_tokens(config)
         if isinstance(extra_names, dict):
             named_tokens |= find_named_tokens(extra_names)
-        chat_templates = (
-            {"default": chat_template} if chat_template is not None else find_chat_templates(folder, config)
-        )
+        try:
+            chat_templates = (
+                {"default": chat_template} if chat_template is not None else find_chat_templates(folder, config)
+            )
+        except (OSError, *MALFORMED) as error:
+            raise ModelError(f"the chat templates of {folder} are malformed: {described(error)}") from error
         file = folder / "tokenizer.json"
         if not file.exists():
             return cls(load_with_transformers(folder, trust_remote_code), named_tokens, chat_templates)
@@ -144,7 +149,10 @@ class Tokenizer:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
             raise ModelError(f"{file} is not a tokenizer: {error}") from error
-        apply_config(tokenizer, config, named_tokens)
+        try:
+            apply_config(tokenizer, config, named_tokens)
+        except MALFORMED as error:
+            raise ModelError(f"{config_file} is malformed: {described(error)}") from error
         return cls(FastBackend(tokenizer), named_tokens, chat_templates)
 
     def to_json(self) -> str | None:
@@ -262,11 +270,17 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise ModelError(f"cannot read {file}: {error.strerror}") from None
     except ValueError as error:
         raise ModelError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{file} is not a JSON object")
     return content
+
+
+def described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def load_with_transformers(folder: Path, trust_remote_code: bool) -> Backend:
@@ -310,7 +324,7 @@ def apply_config(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], nam
     """
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     known = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
-    listed = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
+    listed = sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
     tokens = [AddedToken(e["content"], **{flag: e[flag] for flag in flags if flag in e}) for _, e in listed]
     names = known.keys() | {token.content for token in tokens}
     standard = dict.fromkeys(named_tokens[name] for name in STANDARD_TOKENS if name in named_tokens)

@@ -134,6 +134,34 @@ def test_a_broken_tokenizer_file_is_a_model_error(make_folder: Callable[..., Pat
         Tokenizer.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [
+        ({"added_tokens_decoder": [1]}, r"tokenizer_config\.json is malformed: AttributeError"),
+        ({"added_tokens_decoder": {"x": {}}}, r"tokenizer_config\.json is malformed: ValueError"),
+        ({"added_tokens_decoder": {"1": {"content": 5}}}, r"tokenizer_config\.json is malformed: TypeError"),
+        ({"chat_template": [{"name": "default"}]}, r"chat templates of .* malformed: KeyError: 'template'"),
+    ],
+)
+def test_an_entry_of_the_tokenizers_config_that_makes_no_sense_is_told(
+    entry: dict[str, Any], named: str, make_folder: Callable[..., Path]
+) -> None:
+    folder = make_folder(**entry)
+    with pytest.raises(ModelError, match=named):
+        Tokenizer.load(folder)
+
+
+def test_a_null_in_the_tokenizers_config_is_no_entry(make_folder: Callable[..., Path]) -> None:
+    assert Tokenizer.load(make_folder(added_tokens_decoder=None, chat_template=None)).chat_template is None
+
+
+def test_a_chat_template_that_is_no_text_is_told(make_folder: Callable[..., Path]) -> None:
+    folder = make_folder()
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ModelError, match=r"chat templates of .* malformed: UnicodeDecodeError"):
+        Tokenizer.load(folder)
+
+
 def test_a_folder_without_a_tokenizer_is_a_model_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot load the tokenizer"):
         Tokenizer.load(tmp_path)
