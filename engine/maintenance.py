@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import torch
+
 from engine.build import Parts
-from engine.errors import InvalidRequest
+from engine.errors import EngineError, InvalidRequest
 from engine.loop import StepLoop
 from engine.upkeep import KV_CACHE, TAGS, WEIGHTS, reason_of
 from engine.weights import checkpoint_targets
@@ -180,9 +182,12 @@ class Maintenance:
 
     @whole
     async def resume_memory(self, tags: Collection[str] = TAGS) -> None:
-        """Take memory back; requests go on when all of it is there."""
+        """Take memory back; requests go on when all of it is there. `EngineError` if the device has no room now."""
         async with self._turn, self._still():
-            due = self.released & set(tags)
-            if due:
-                await self._do_everywhere("resume", tags=sorted(due), is_complete=due == self.released)
-            self.released -= due
+            for tag in sorted(self.released & set(tags)):  # one by one: what is back is not taken twice by a second try
+                try:
+                    await self._do_everywhere("resume", tags=[tag], is_complete=self.released == {tag})
+                except torch.OutOfMemoryError as error:
+                    reason = str(error).partition("\n")[0]
+                    raise EngineError(f"there is no room for {tag}, which stays released: {reason}") from error
+                self.released.remove(tag)

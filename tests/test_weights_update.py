@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import destroy_process_group
 
 from engine.engine import Engine
-from engine.errors import EngineStopped, InvalidRequest
+from engine.errors import EngineError, EngineStopped, InvalidRequest
 from engine.request import Delta, Request, SamplingParams
 from tests.fake_engine import FakeEngine, serving
 from tests.server_processes import descendants, is_rank
@@ -365,6 +365,28 @@ async def test_released_memory_comes_back_and_answers_go_on(tiny_llama: Path, ta
         await running.until(NUM_NEW_TOKENS)
         await late.until(NUM_NEW_TOKENS)
         assert running.tokens == late.tokens == wanted
+
+
+async def test_memory_that_has_no_room_yet_stays_released_and_what_is_back_is_not_taken_twice(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(device: torch.device) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory\nand so on")
+
+    async with checked_engine(tiny_llama) as engine:
+        wanted, runner = await answer(engine), engine.parts.runner
+        await engine.maintenance.release_memory()
+        running = Running(engine, "a")
+        with monkeypatch.context() as patch:
+            patch.setattr(runner, "move_weights", fail)
+            with pytest.raises(EngineError, match=r"no room for weights, which stays released: CUDA out of memory$"):
+                await engine.maintenance.resume_memory()
+        pool = runner.kv.buffer
+        assert pool.nbytes and not running.tokens
+        await engine.maintenance.resume_memory()
+        assert runner.kv.buffer is pool
+        await running.until(NUM_NEW_TOKENS)
+        assert running.tokens == wanted
 
 
 async def test_released_weights_cannot_be_read_or_replaced(tiny_llama: Path) -> None:
