@@ -413,7 +413,7 @@ class Engine:
         """Record what host and device do, until `stop_profile`. `InvalidRequest` if that is going on already."""
         if self._profiler is not None:
             raise InvalidRequest("a profile is being recorded")
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        make_profile_folder(output_dir)
         self._profiler = Profiler(output_dir)
 
     async def stop_profile(self) -> str:
@@ -496,3 +496,11 @@ def _see(task: asyncio.Task[Any]) -> None:
     """So that nobody is told that its exception was never looked at."""
     if not task.cancelled():
         task.exception()
+
+
+def make_profile_folder(path: str) -> None:
+    """`InvalidRequest` if it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(f"no profile can be written to {path}: {error.strerror}", "output_dir") from None

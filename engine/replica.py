@@ -152,7 +152,11 @@ class ReplicaServer:
         self._take(Delta(request, "", [], FinishReason("abort", message=message, status_code=status_code)))
 
     async def _stop_profile(self) -> None:
-        self._tell(STOP_PROFILE, await self.engine.stop_profile())
+        try:
+            answer = await self.engine.stop_profile(), ""
+        except Exception as error:  # noqa: BLE001 - as in _prepare
+            answer = "", f"{self._parent.name} has no profile: {type(error).__name__}: {error}"
+        self._tell(STOP_PROFILE, answer)
 
     def _take(self, delta: Delta) -> None:
         """The sink of all requests: what is delivered in one turn of the loop goes out in one message."""

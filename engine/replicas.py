@@ -24,8 +24,8 @@ from engine.balance import Balancer, Placement
 from engine.build import check_gpus, load_tokenizer, new_grammars, resolve_config
 from engine.channel import ChannelReader, ChannelWriter, open_channel
 from engine.config import EngineConfig
-from engine.engine import Engine, EngineStats, Health
-from engine.errors import EngineStopped, InvalidRequest, QueueFull
+from engine.engine import Engine, EngineStats, Health, make_profile_folder
+from engine.errors import EngineError, EngineStopped, InvalidRequest, QueueFull
 from engine.grammar import GrammarCompiler
 from engine.model_config import ModelConfig
 from engine.output import give
@@ -67,7 +67,7 @@ class Replica:
     num_sent: int = 0
     num_heard: int = 0
     heard_at: float = 0.0  # or given the first request after a pause; time.monotonic()
-    traces: asyncio.Queue[str] = field(default_factory=asyncio.Queue)  # paths of recorded profiles
+    traces: asyncio.Queue[tuple[str, str]] = field(default_factory=asyncio.Queue)  # (path of a profile, why none)
     pieces: bytearray = field(default_factory=bytearray)
 
     def send(self, command: int, *args: Any) -> None:
@@ -308,9 +308,12 @@ class ReplicaSet(Engine):
     def start_profile(self, output_dir: str) -> None:
         if self._is_profiling:
             raise InvalidRequest("a profile is being recorded")
+        folders = [str(Path(output_dir, replica.name.replace(" ", "-"))) for replica in self._replicas]
+        for folder in folders:  # here, where the client can be told that it cannot be
+            make_profile_folder(folder)
         self._is_profiling = True
-        for replica in self._replicas:
-            replica.send(START_PROFILE, str(Path(output_dir, replica.name.replace(" ", "-"))))
+        for replica, folder in zip(self._replicas, folders, strict=True):
+            replica.send(START_PROFILE, folder)
 
     async def stop_profile(self) -> str:
         if not self._is_profiling:
@@ -318,7 +321,10 @@ class ReplicaSet(Engine):
         self._is_profiling = False
         for replica in self._replicas:
             replica.send(STOP_PROFILE)
-        return ", ".join([await replica.traces.get() for replica in self._replicas])
+        answers = [await replica.traces.get() for replica in self._replicas]
+        if reasons := [reason for _, reason in answers if reason]:
+            raise EngineError("; ".join(reasons))
+        return ", ".join(path for path, _ in answers)
 
     def stats(self) -> EngineStats:
         total = combined(self.replica_stats())
