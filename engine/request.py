@@ -118,7 +118,8 @@ class SamplingParams:
         constraints = [name for name in CONSTRAINTS if getattr(self, name) is not None]
         if len(constraints) > 1:
             raise InvalidRequest(f"at most one of {', '.join(CONSTRAINTS)} may be given", constraints[1])
-        self._verify_stops()
+        if self.stop or self.stop_regex:
+            self._verify_stops()
 
     def _verify_stops(self) -> None:
         """What searches for stops is made on the event loop, and takes memory for each of their characters."""
