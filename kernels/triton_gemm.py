@@ -111,12 +111,9 @@ def _gemv_kernel(
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    first = tl.program_id(0) * BLOCK_N
+    first, row_starts, gate, up = rows_of_program(weight, N, K, BLOCK_N)
     n = tl.arange(0, BLOCK_N)
     is_row = first + n < N
-    row_starts = tl.minimum(n, N - 1 - first) * K  # rows past the end read the last one
-    gate = weight + first.to(tl.int64) * K
-    up = gate + tl.cast(N, tl.int64) * K
 
     # Weights depend on no kernel: what is loaded here comes in while the one ahead still runs.
     gate_tiles = ()
@@ -193,6 +190,17 @@ def _gemv_kernel(
         if residual is not None:
             y += added[t]
         tl.store(out + t * N + first + n, y.to(out.dtype.element_ty), mask=is_row)
+
+
+@triton.jit
+def rows_of_program(weight, n, K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(this program's first row of [n, K], where its BLOCK_N rows start behind that, that row of the first and of the
+    second n rows of `weight`).
+    """
+    first = tl.program_id(0) * BLOCK_N
+    row_starts = tl.minimum(tl.arange(0, BLOCK_N), n - 1 - first) * K  # rows past the end read the last one
+    gate = weight + first.to(tl.int64) * K
+    return first, row_starts, gate, gate + tl.cast(n, tl.int64) * K
 
 
 @triton.jit

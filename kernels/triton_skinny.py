@@ -13,6 +13,7 @@ import triton.language as tl
 
 from kernels.launch import cdiv, fast_launch, next_power_of_2
 from kernels.triton_elementwise import activation, launch_options, prefetch_to_l2
+from kernels.triton_gemm import rows_of_program
 
 MIN_BLOCK_T = 16  # rows of a tensor core's matrix
 MIN_BLOCK_K = 64
@@ -120,11 +121,8 @@ def _skinny_kernel(
 ):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    first = tl.program_id(0) * BLOCK_N
+    first, row_starts, gate, up = rows_of_program(weight, n, K, BLOCK_N)
     i = tl.arange(0, BLOCK_N)
-    row_starts = tl.minimum(i, n - 1 - first) * K  # rows past the end read the last one
-    gate = weight + first.to(tl.int64) * K
-    up = gate + tl.cast(n, tl.int64) * K
     if PDL:
         pieces = row_starts[:, None] + tl.arange(0, PREFETCH // PREFETCH_PIECE)[None, :] * PREFETCH_PIECE
         prefetch_to_l2(gate + pieces, PREFETCH_PIECE)
