@@ -26,7 +26,9 @@ def compile_kernels(
     with runner.model.model.few_layers(), compiling_ahead():
         _run_largest(runner, num_tokens, num_samples, max_len)
         if graph_sizes is not None:
-            rehearse_sampling(runner.model.lm_head.weight.dtype, runner.sampler.vocab_size, num_samples, runner.device)
+            if runner.comm.rank == 0:  # the only one that samples
+                dtype, vocab_size = runner.model.lm_head.weight.dtype, runner.sampler.vocab_size
+                rehearse_sampling(dtype, vocab_size, num_samples, runner.device)
             with torch.cuda.stream(runner.stream), torch.inference_mode():
                 runner.new_graphs(graph_sizes).run_all()
 
