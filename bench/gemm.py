@@ -144,6 +144,11 @@ def run_case(case: Case) -> float:
     right = expected(case.product, inputs, weight)
     with mock.patch.object(triton_gemm, "has_dependent_launch", lambda device: case.has_pdl):
         found = run_gemv(case.product, inputs, weight, case.config)
+    return relative_error(found, right)
+
+
+def relative_error(found: torch.Tensor, right: torch.Tensor) -> float:
+    """The largest error, as a share of the largest value."""
     return ((found.float() - right).abs().max() / right.abs().max()).item()
 
 
@@ -221,7 +226,7 @@ def check_skinny() -> bool:
             right = expected(product, inputs, weight)
             x = normed if product.fused in ("norm", "act") else inputs.x
             found = run_skinny(product, inputs._replace(x=x), weight)
-            errors.append(((found.float() - right).abs().max() / right.abs().max()).item())
+            errors.append(relative_error(found, right))
     print(f"the skinny kernel for 2 to 32 tokens: largest relative error {max(errors):.4f}")
     return all(error < 0.01 for error in errors)  # not of one that is no number
 
