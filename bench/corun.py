@@ -57,11 +57,11 @@ def median_ms(runner: ModelRunner, plan: Plan) -> float:
     start = last = time.perf_counter()
     while last - start < STEADY_S:
         steps.append(runner.launch(plan))
-        steps.pop(0).done.result()
+        steps.pop(0).result()
         last, before = time.perf_counter(), last
         if last - start > STEADY_S / 2:
             took_ms.append(1e3 * (last - before))
-    steps[-1].done.result()
+    steps[-1].result()
     return statistics.median(took_ms)
 
 
@@ -76,7 +76,7 @@ def measure(runner: ModelRunner) -> None:
         whole_ms = median_ms(runner, plan)
         runner.corun_costs = costs
         step = runner.launch(plan)
-        step.done.result()
+        step.result()
         line = f"{num_tokens:>8d}{num_decodes:>9d}{context:>9d}{whole_ms:11.2f}"
         if step.corun is not None:
             split_ms = median_ms(runner, plan)

@@ -22,7 +22,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -75,7 +75,7 @@ class InstantRunner(ModelRunner):
         positions = plan.seq_lens[plan.samples] - PROMPT_LEN
         step.tokens = _Array(self.tokens[positions % len(self.tokens)])  # type: ignore[assignment]
         step.done = Future()
-        step.done.set_result(step.launched_at)
+        step.done.set_result(None)
         return step
 
 
@@ -86,7 +86,6 @@ class TimedRunner(InstantRunner):
         super().__init__(runner, token_ids)
         self.step_s = step_s
         self._free_at = 0.0
-        self._device = ThreadPoolExecutor(1)
         self._times: dict[Step, tuple[float, float]] = {}
 
     def launch(self, plan: Plan) -> Step:
@@ -97,7 +96,7 @@ class TimedRunner(InstantRunner):
         self._times[step] = step_s, idle_s if idle_s < MAX_IDLE_S else 0.0
         self._free_at = start + step_s
         step.events = [_Moment(self._free_at)]  # type: ignore[list-item]
-        step.done = self._device.submit(_sleep_until, self._free_at)
+        step.done = None
         return step
 
     def times(self, step: Step) -> tuple[float, float]:
@@ -113,10 +112,8 @@ class _Moment:
     def query(self) -> bool:
         return time.perf_counter() >= self._moment
 
-
-def _sleep_until(moment: float) -> float:
-    time.sleep(max(moment - time.perf_counter(), 0.0))
-    return time.perf_counter()
+    def synchronize(self) -> None:
+        time.sleep(max(self._moment - time.perf_counter(), 0.0))
 
 
 class _Array(np.ndarray):

@@ -58,6 +58,11 @@ class Shape(NamedTuple):
     num_samples: int
     has_groups: bool
 
+    @property
+    def is_decode(self) -> bool:
+        """Has each request one token, and is each sampled?"""
+        return not self.num_prefills and self.num_samples == self.num_decodes
+
     @classmethod
     def of(cls, plan: Plan) -> "Shape":
         num_prefills = len(plan.rows) - plan.num_decodes
@@ -89,7 +94,10 @@ class Stager:
         self._turn = 0
 
     def write(self, plan: Plan, shape: Shape) -> torch.Tensor:
-        """Lay `plan` out in the next pinned buffer; padding is of row 0, token 0, slot 0, length 0."""
+        """Lay `plan` out in the next pinned buffer; padding is of row 0, token 0, slot 0, length 0.
+
+        A plan of decodes of which not all are sampled needs a shape that says so.
+        """
         self._turn = (self._turn + 1) % NUM_STAGING_BUFFERS
         layout, size = _layout(shape)
         host = self._host_arrays[self._turn]
@@ -100,13 +108,13 @@ class Stager:
         ) = [host[place] for place in layout]  # fmt: skip
         num_decodes, num_samples = plan.num_decodes, len(plan.samples)
 
-        rows[:num_decodes] = token_rows[:num_decodes] = plan.rows[:num_decodes]
+        rows[:num_decodes] = plan.rows[:num_decodes]
         seq_lens[:num_decodes] = plan.seq_lens[:num_decodes]
         input_ids[:num_decodes] = plan.input_ids[:num_decodes]
         positions[:num_decodes] = plan.seq_lens[:num_decodes] - 1
         out_cache_loc[:num_decodes] = plan.out_cache_loc[:num_decodes]
         cu_q_lens[: shape.num_decodes + 1] = self._arange[: shape.num_decodes + 1]
-        samples = sampled_tokens = plan.samples
+        samples = plan.samples
         if not plan.is_decode:
             first = shape.num_decodes  # request and token at which the prompts start
             last_request, last_token = first + len(plan.rows) - num_decodes, first + plan.num_prefill_tokens
@@ -123,10 +131,11 @@ class Stager:
             offsets = plan.seq_lens[num_decodes:] - ends
             positions[first:last_token] = self._arange[first:last_token] + offsets.repeat(q_lens)
             samples = np.where(samples < num_decodes, samples, samples + (first - num_decodes))
-            sampled_tokens = cu_q_lens[samples + 1] - 1
-        sample_tokens[:num_samples] = sampled_tokens
-        sample_rows[:num_samples] = rows[samples]
-        sample_positions[:num_samples] = seq_lens[samples]
+        if not shape.is_decode:
+            token_rows[:num_decodes] = plan.rows[:num_decodes]
+            sample_tokens[:num_samples] = cu_q_lens[samples + 1] - 1
+            sample_rows[:num_samples] = rows[samples]
+            sample_positions[:num_samples] = seq_lens[samples]
         if shape.has_groups:
             assert plan.groups is not None
             prefix_lens, cu_members, members, own_starts = groups
@@ -190,15 +199,22 @@ def plan_of(staged: np.ndarray, shape: Shape, num_samples: int) -> Plan:
 
 @functools.lru_cache(1024)
 def _layout(shape: Shape) -> tuple[list[slice], int]:
-    """The place of each array of a staged step, and the end. Starts are aligned to the 16 bytes of a wide load."""
+    """The place of each array of a staged step, and the end. Starts are aligned to the 16 bytes of a wide load.
+
+    Where tokens, requests and samples are the same, so are the places of what is known of them.
+    """
     num_requests = shape.num_decodes + shape.num_prefills
     num_tokens = shape.num_decodes + shape.num_prefill_tokens
-    sizes = [num_requests, num_requests, num_requests + 1, *[num_tokens] * 4, *[shape.num_samples] * 3]
-    if shape.has_groups:
-        num_groups = max(num_requests // 2, 1)  # a group has two members at least
-        sizes += [num_groups, num_groups + 1, num_requests, num_requests]
-    layout, end = [], 0
-    for size in sizes:
-        layout.append(slice(end, end + size))
+    num_groups = max(num_requests // 2, 1)  # a group has two members at least
+    of_requests = [num_requests, num_requests, num_requests + 1]
+    of_samples = [num_tokens, *[shape.num_samples] * 3]
+    of_groups = [num_groups, num_groups + 1, num_requests, num_requests] if shape.has_groups else []
+    places, end = [], 0
+    for size in [*of_requests, *[num_tokens] * 3, *([] if shape.is_decode else of_samples), *of_groups]:
+        places.append(slice(end, end + size))
         end += (size + 3) // 4 * 4
-    return layout, end
+    if shape.is_decode:
+        rows, seq_lens, cu_q_lens, *of_tokens = places[:6]
+        arange = slice(cu_q_lens.start, cu_q_lens.stop - 1)
+        places = [rows, seq_lens, cu_q_lens, *of_tokens, rows, arange, rows, seq_lens, *places[6:]]
+    return places, end

@@ -28,7 +28,10 @@ MIN_RANKS_LEAD_S = 0.003
 LAUNCH_MARGIN = 1.25  # launches vary; the device shall not wait for them
 STEP_MARGIN = 0.9  # so much of a step's time budget is planned for: steps vary
 MAX_DELIVERIES = 4  # in one turn of the event loop
-MIN_SLEEP_S = 0.001  # uvloop's timers count milliseconds; what is shorter is waited for awake
+MIN_SLEEP_S = 0.001  # uvloop's timers count milliseconds
+# A GPU's step is waited for awake when its end is nearer than that, or as much overdue: a core that has slept has lost
+# its caches, and then deciding and launching takes two to three times as long.
+AWAKE_S = 0.02
 
 
 @dataclass(slots=True)
@@ -69,7 +72,8 @@ class StepLoop:
         self._may_step = True
         self._is_still = asyncio.Event()
         self._in_flight: deque[Step] = deque()
-        self._last_end = 0.0  # time.perf_counter() when a step was last found to have ended
+        self._seen_running = 0.0  # time.perf_counter() when a step was last found not to have ended
+        self._last_end = 0.0  # likewise when one ended
         self._pace = StepPace(max_step_ms, chunked_prefill_size, context_cost, min_lead_s)
         self._log = BatchLog(scheduler, decode_log_interval)
 
@@ -102,30 +106,34 @@ class StepLoop:
         """Until cancelled."""
         while True:
             self._news.clear()
-            if self._has_ended:
+            if self._has_ended():
                 await self._resolve(self._in_flight[0])
             spare_s = 0.0
             while self._may_step and len(self._in_flight) < self._depth:
                 spare_s = self._spare_s()
                 if spare_s or not await self._launch():
                     break
-            if self.output.has_pending or self._has_ended:
+            if self.output.has_pending or self._has_ended():
                 self._deliver()
                 await asyncio.sleep(0)  # the connections have their turn
             else:
                 await self._wait(spare_s)
 
-    @property
     def _has_ended(self) -> bool:
         """Has the oldest step come back?"""
-        return bool(self._in_flight) and self._in_flight[0].has_ended
+        if not self._in_flight:
+            return False
+        if self._in_flight[0].has_ended:
+            return True
+        self._seen_running = time.perf_counter()
+        return False
 
     def _deliver(self) -> None:
         """Some of what is pending; little of it once a step has come back."""
         start = time.perf_counter()
         for _ in range(MAX_DELIVERIES):
             self.output.deliver()
-            if self._has_ended:
+            if self._has_ended():
                 break
         self.stats.deliver_s += time.perf_counter() - start
 
@@ -161,10 +169,10 @@ class StepLoop:
         return True
 
     def _tell_end_of(self, step: Step) -> None:
-        """Wake the loop when all that is enqueued of `step` has been computed."""
-        loop = asyncio.get_running_loop()
-        # In the thread that waits for the device. It must not name the step: that would be a cycle.
-        step.done.add_done_callback(lambda _: loop.call_soon_threadsafe(self.wake))
+        """Have the worker that computes `step`, if there is one, wake the loop at its end."""
+        if step.done is not None:
+            loop = asyncio.get_running_loop()
+            step.done.add_done_callback(lambda _: loop.call_soon_threadsafe(self.wake))  # naming no step: no cycle
 
     async def _wait(self, spare_s: float) -> None:
         """Until there is news, or for at most `spare_s` if that is not 0."""
@@ -172,12 +180,14 @@ class StepLoop:
             if not self._may_step:
                 self._is_still.set()
             elif self.scheduler.has_work:
-                spare_s = 2 * MIN_SLEEP_S  # only what the caller does next can free what the queue waits for
-        sleep_s = spare_s - MIN_SLEEP_S  # a timer may be late by as much
-        if spare_s and sleep_s < MIN_SLEEP_S:
-            await asyncio.sleep(0)
-            return
-        timer = asyncio.get_running_loop().call_later(sleep_s, self.wake) if spare_s else None
+                spare_s = MIN_SLEEP_S  # only what the caller does next can free what the queue waits for
+        elif self._in_flight[0].done is None:  # a GPU's: nobody tells of its end
+            left_s = spare_s or self._left_s()
+            if abs(left_s) < AWAKE_S:
+                await asyncio.sleep(0)
+                return
+            spare_s = max(left_s - AWAKE_S, MIN_SLEEP_S)
+        timer = asyncio.get_running_loop().call_later(spare_s, self.wake) if spare_s else None
         await self._news.wait()
         if timer is not None:
             timer.cancel()
@@ -197,6 +207,14 @@ class StepLoop:
                 budget.max_tokens = min(budget.max_tokens, best)
         return budget
 
+    def _begun_at(self, oldest: Step) -> float:
+        return max(oldest.launched_at, self._last_end)
+
+    def _left_s(self) -> float:
+        """Seconds until the oldest step will probably end."""
+        oldest = self._in_flight[0]
+        return self._begun_at(oldest) + self._pace.predict_s(oldest.plan) - time.perf_counter()
+
     def _spare_s(self) -> float:
         """Seconds until the next step must be decided for the device not to wait; 0 if that is about now.
 
@@ -204,12 +222,10 @@ class StepLoop:
         """
         if not self._in_flight:
             return 0.0
-        step = self._in_flight[0]
-        begun_at = max(step.launched_at, self._last_end)
-        lead_s = self._pace.lead_s(self._has_prompts)
-        spare_s = begun_at + self._pace.predict_s(step.plan) - lead_s - time.perf_counter()
-        if not step.events and spare_s < 2 * MIN_SLEEP_S:
-            return 0.0  # on a CPU the step would have to share it with a loop that waits awake
+        spare_s = self._left_s() - self._pace.lead_s(self._has_prompts)
+        if self._in_flight[0].done is not None:  # on a CPU, which the step shares with whoever waits awake
+            spare_s -= MIN_SLEEP_S  # a timer may be late by as much
+            return spare_s if spare_s >= MIN_SLEEP_S else 0.0
         return max(spare_s, 0.0)
 
     async def _sample(self, step: Step) -> bool:
@@ -242,11 +258,12 @@ class StepLoop:
             return
         self._in_flight.popleft()
         start = self.stats.last_step_at = time.perf_counter()
-        self._last_end = step.ended_at or start
         assert step.tokens is not None
         outcome = self.scheduler.resolve(step.plan, step.tokens.numpy())
         self.output.take(step, outcome)
         device_s, idle_s = self.runner.times(step)
+        # By the device's own clock; when it was looked at says no more than after which time and before which.
+        self._last_end = min(max(self._begun_at(step) + device_s, self._seen_running), start)
         self._pace.observe(step.plan, device_s)
         self._log.on_resolve(outcome)
         stats = self.stats
@@ -273,7 +290,9 @@ class StepLoop:
         """What was launched behind a failure read what was never written."""
         self.stats.num_failed_steps += 1
         while self._in_flight:
-            await asyncio.wait([_end_of(self._in_flight.popleft())])
+            step = self._in_flight.popleft()
+            while not step.has_ended:  # noqa: ASYNC110 - a GPU tells nobody
+                await asyncio.sleep(MIN_SLEEP_S)
 
     def _close(self, requests: list[Request]) -> None:
         for request in requests:
@@ -283,13 +302,6 @@ class StepLoop:
         """End `request` now: its slots are free before the next plan."""
         self.scheduler.finish(request, reason)
         self.output.close(request)
-
-
-def _end_of(step: Step) -> asyncio.Future[float]:
-    """Of what is enqueued of `step`; how it ended is asked of the step itself."""
-    end = asyncio.wrap_future(step.done)
-    end.add_done_callback(lambda end: end.cancelled() or end.exception())  # else asyncio would miss that question
-    return end
 
 
 def _failure(what: str, error: Exception) -> FinishReason:

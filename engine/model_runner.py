@@ -6,6 +6,7 @@ Where a grammar forbids tokens, which ones depends on the token before, and that
 step is launched up to its logits, and `sample` enqueues the rest once the host knows.
 """
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -58,7 +59,7 @@ class PromptLogprobWork:
 
 @dataclass(slots=True, eq=False)
 class Step:
-    """A launched plan. `tokens` and the log-probabilities are valid once `done` is; it raises what the step raised."""
+    """A launched plan. `tokens` and the log-probabilities are valid once it has ended."""
 
     plan: Plan
     work: SamplingWork
@@ -69,8 +70,7 @@ class Step:
     launched_at: float  # time.perf_counter()
     corun: Corun | None = None  # its layers are split so
     host_s: float = 0.0  # what it took the CPU worker
-    # What has been enqueued of it is computed; since when, as of time.perf_counter().
-    done: Future[float] = field(init=False)
+    done: Future[None] | None = None  # of the worker that computes it, on a CPU; nobody tells of a GPU's end
     awaits_masks: bool = False  # enqueued up to its logits; `ModelRunner.sample` must follow
     events: list[torch.cuda.Event] = field(default_factory=list)  # the first and the last are around its work
     batch: StagedBatch | None = None
@@ -83,23 +83,20 @@ class Step:
 
     @property
     def has_ended(self) -> bool:
-        """Is all that is enqueued of it computed? The device is asked: the thread that sets `done` may come late, since
-        it waits for the interpreter as well.
-        """
+        """Is all that is enqueued of it computed, or has it failed?"""
+        if self.done is not None:
+            return self.done.done()
         try:
-            return self.done.done() or (bool(self.events) and self.events[-1].query())
-        except RuntimeError:  # what the device failed in, `done` will say
-            return False
-
-    @property
-    def ended_at(self) -> float | None:
-        """time.perf_counter() at its end; None before `done`."""
-        return self.done.result() if self.done.done() else None
+            return self.events[-1].query()
+        except RuntimeError:  # `result` will say it
+            return True
 
     def result(self) -> None:
-        """Raise what the step raised. It must have ended."""
-        if self.done.done() or not self.events:
+        """Wait for its end. Raises what the step raised."""
+        if self.done is not None:
             self.done.result()
+        else:
+            self.events[-1].synchronize()
 
 
 class Followers(Protocol):
@@ -129,8 +126,7 @@ class ModelRunner:
         self.device = stager.device
         self._is_cuda = self.device.type == "cuda"
         self._last_end: torch.cuda.Event | None = None
-        # CUDA: waits for events, so that the loop need not. CPU: computes the steps, in order.
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="step")
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="step")  # on a CPU, computes the steps, in order
         self.stream: torch.cuda.Stream | None = None
         if self._is_cuda:
             self.stream = torch.cuda.Stream()
@@ -198,6 +194,9 @@ class ModelRunner:
         torch.cuda.synchronize()
 
     def close(self) -> None:
+        if self.stream is not None:
+            with contextlib.suppress(RuntimeError):  # a device that has failed has nothing under way
+                self.stream.synchronize()
         # What other ranks were told to run must be run here too.
         self._worker.shutdown(wait=True, cancel_futures=self.ranks is None)
         self.graphs = None  # before the ranks part: graphs hold what their collectives need
@@ -257,7 +256,7 @@ class ModelRunner:
         self._enqueue(step, self._sample, after=step.done)
         return errors
 
-    def _enqueue(self, step: Step, work: Callable[[Step], None], after: Future[float] | None = None) -> None:
+    def _enqueue(self, step: Step, work: Callable[[Step], None], after: Future[None] | None = None) -> None:
         if self.stream is None:
             step.done = self._worker.submit(self._run_in_worker, step, work, after)
             return
@@ -267,7 +266,6 @@ class ModelRunner:
         self._run(step, work)
         end.record(self.stream)
         step.events += (begin, end)
-        step.done = self._worker.submit(_wait_for, end)
 
     def times(self, step: Step) -> tuple[float, float]:
         """(seconds the device took for `step`, seconds it had waited for it), both of steps resolved in order.
@@ -281,18 +279,17 @@ class ModelRunner:
         idle_s = before.elapsed_time(begin) / 1e3 if before is not None else 0.0
         return begin.elapsed_time(end) / 1e3, idle_s if idle_s < MAX_IDLE_S else 0.0
 
-    def _run_in_worker(self, step: Step, work: Callable[[Step], None], after: Future[float] | None) -> float:
+    def _run_in_worker(self, step: Step, work: Callable[[Step], None], after: Future[None] | None) -> None:
         if after is not None:
             after.result()  # raises what it raised
         start = time.perf_counter()
         self._run(step, work)
-        end = time.perf_counter()
-        step.host_s += end - start
-        return end
+        step.host_s += time.perf_counter() - start
 
     def _run(self, step: Step, work: Callable[[Step], None]) -> None:
         try:
-            work(step)
+            with torch.inference_mode():
+                work(step)
         except BaseException as error:
             self._last_end = None  # its event may be in use again before a step is resolved
             if self.ranks is not None:
@@ -300,11 +297,10 @@ class ModelRunner:
             raise
 
     def run(self, step: Step) -> None:
-        """The whole of `step`, enqueued on the current stream; on a CPU, computed."""
+        """The whole of `step`, enqueued on the current stream; on a CPU, computed. In inference mode."""
         self._forward(step)
         self._sample(step)
 
-    @torch.inference_mode()
     def _forward(self, step: Step) -> None:
         """From the staged plan to the logits."""
         plan = step.plan
@@ -327,7 +323,6 @@ class ModelRunner:
             is_all = len(plan.samples) == len(hidden)  # and not only `is_decode`: some may have more to compute
             step.logits = self.model.compute_logits(hidden if is_all else hidden[staged.sample_tokens])
 
-    @torch.inference_mode()
     def _sample(self, step: Step) -> None:
         """From the logits to the tokens on the host."""
         num_samples = len(step.plan.samples)
@@ -424,12 +419,6 @@ class ModelRunner:
             return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
-
-
-def _wait_for(event: torch.cuda.Event) -> float:
-    """time.perf_counter() when it has come."""
-    event.synchronize()
-    return time.perf_counter()
 
 
 def logprobs_of(

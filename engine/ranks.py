@@ -221,5 +221,5 @@ def follow(runner: ModelRunner, plans: ChannelReader, follower: Follower) -> Non
             is_graph=bool(is_graph),
             launched_at=time.perf_counter(),
         )
-        with torch.cuda.stream(runner.stream):
+        with torch.cuda.stream(runner.stream), torch.inference_mode():
             runner.run(step)

@@ -9,6 +9,7 @@ takes longer (1 to 2 us) than the rest of what a small step asks of an array.
 
 import contextlib
 import mmap
+from typing import cast
 
 import numpy as np
 
@@ -106,6 +107,10 @@ class Rows:
         request.row = row
         return row
 
+    def requests_of(self, rows: np.ndarray) -> list[Request]:
+        """Of rows that all belong to somebody."""
+        return cast("list[Request]", list(map(self.requests.__getitem__, rows.tolist())))
+
     def append(self, row: int, tokens: list[int]) -> None:
         """Known tokens behind the last known one. A token that a step in flight samples there is stale."""
         start = int(self.num_known[row])
@@ -128,6 +133,25 @@ class Rows:
         self.requests[row] = None
         self.epoch[row] += 1
         self._free.append(row)
+
+
+class RowSet:
+    """Some rows, and what stays the same of them while they belong to the same requests: looked up once for all the
+    steps in which nobody comes or goes.
+    """
+
+    def __init__(self, tables: Rows, rows: np.ndarray) -> None:
+        """rows: int64 [B]."""
+        self.rows = rows
+        self.epochs = tables.epoch[rows]
+        self.max_tokens = tables.max_tokens[rows]
+        self.has_extras = np.count_nonzero(tables.has_extras[rows]) > 0  # for a few rows much faster than any()
+        stops_at_eos = tables.stops_at_eos[rows]
+        self.stops_at_eos = stops_at_eos if np.count_nonzero(stops_at_eos) else None  # bool [B]; None: nobody does
+        (self.wanted,) = tables.wants_tokens[rows].nonzero()  # indices of those that `requests` holds
+        self.requests = tables.requests_of(rows[self.wanted])
+        has_stop_text = tables.has_stop_text[rows]
+        self.watched = tables.requests_of(rows[has_stop_text]) if np.count_nonzero(has_stop_text) else []
 
 
 def _sparse_table(num_rows: int, num_columns: int) -> np.ndarray:

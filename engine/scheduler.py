@@ -17,7 +17,6 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import cast
 
 import numpy as np
 
@@ -28,7 +27,7 @@ from engine.fairness import FairShares, Queue
 from engine.grammar import GrammarError, Matcher
 from engine.plan import Groups, Plan, PrefillBudget, context_tokens
 from engine.request import FinishReason, Request, Status
-from engine.rows import Rows
+from engine.rows import Rows, RowSet
 
 MAX_SORTED_QUEUE = 128  # matching a longer queue against the tree costs more than its order gains
 MAX_OVERTAKEN = 256  # requests that the policy may admit before one that came earlier
@@ -110,12 +109,15 @@ class Scheduler:
         self.cached_lens = np.zeros(rows.num_rows + 1, np.int64)  # row -> leading tokens whose slots the tree owns
         self.shared_lens = np.zeros(rows.num_rows + 1, np.int64)  # row -> those that others held when it was admitted
         self.num_slots = np.zeros(rows.num_rows + 1, np.int64)  # row -> leading tokens that have a slot
-        self._decoding = np.empty(0, np.int64)  # rows past their prompt, oldest first
+        self._decoding = np.empty(0, np.int64)  # rows past their prompt, oldest first; another array when others are
+        self._decoding_set: RowSet | None = None  # of exactly these, where a step has asked for it
+        self._num_plain_steps = 0  # in which each of these has exactly one token to compute
         # Of decodes only the number differs: plans take as much of these as they need.
         self._one_each = np.ones(rows.num_rows, np.int64)
         self._each = np.arange(rows.num_rows)
         self._unknown = np.full(rows.num_rows, -1, np.int32)
-        self._grouped = (b"", b"")  # rows and epochs
+        self._grouped = _NO_INDICES  # rows
+        self._grouped_key = (b"", b"")  # theirs and their epochs
         self._groups: Groups | None = None  # of exactly those requests
         self._is_sorted = True
         self._random = random.Random(seed)
@@ -181,7 +183,7 @@ class Scheduler:
 
     @property
     def num_streams(self) -> int:
-        return int(np.count_nonzero(self.rows.wants_tokens[self._decoding]))
+        return len(self._live.wanted) if len(self._decoding) else 0
 
     @property
     def num_decodes(self) -> int:
@@ -203,14 +205,14 @@ class Scheduler:
         rows = self.rows
         jumps: list[_Chunk] = []
         decodes = self._decoding
-        if len(decodes):
+        if len(decodes) and not self._is_plain_step():
             num_missing = self._num_missing()
             if np.count_nonzero(num_missing == 1) < len(decodes):
                 jumping, decodes = decodes[num_missing > 1], decodes[num_missing == 1]
                 if len(jumping):
                     jumps = list(self._jump_chunks(jumping))
                     decodes = decodes[np.isin(decodes, self._decoding)]  # some may have been retracted
-        decodes, decode_slots = self._allocate_decodes(decodes)
+        decodes, computed, slots = self._allocate_decodes(decodes)
         chunks = jumps
         if self.prefilling or self.waiting:
             room = self.chunked_prefill_size - len(decodes) - sum(jump.stop - jump.start for jump in jumps)
@@ -221,14 +223,37 @@ class Scheduler:
             return None
         self.new_token_ratio = max(self._min_ratio, self.new_token_ratio - self._ratio_decay)
 
-        plan = self._plan_decodes(decodes, decode_slots)
+        plan = self._plan_decodes(decodes, computed, slots)
         if chunks:
             self._add_chunks(plan, chunks)
             plan.num_jumps = sum(jump.stop - jump.start > 1 for jump in jumps)
-        plan.epochs = rows.epoch[plan.rows]
+        is_same = plan.rows is self._decoding
+        plan.epochs = self._live.epochs if is_same else rows.epoch[plan.rows]
         plan.groups = self._shared_prefixes(decodes, plan.epochs[: len(decodes)])
-        rows.num_tokens[plan.rows[plan.samples]] += 1
+        rows.num_tokens[plan.rows if is_same else plan.rows[plan.samples]] += 1
         return plan
+
+    @property
+    def _live(self) -> RowSet:
+        """Of the rows past their prompt."""
+        if self._decoding_set is None:
+            rows, live = self.rows, self._decoding
+            self._decoding_set = RowSet(rows, live)
+            is_plain = not self._decoding_set.has_extras
+            self._num_plain_steps = int((rows.compute_limit[live] - rows.num_computed[live]).min()) if is_plain else 0
+        return self._decoding_set
+
+    def _set_decoding(self, live: np.ndarray) -> None:
+        self._decoding, self._decoding_set = live, None
+
+    def _is_plain_step(self) -> bool:
+        """Has each decoding row exactly one token to compute, its last one, that need not be known here? Counted down,
+        so that a step need not look: forced tokens apart, only an answer's limit ends that.
+        """
+        if self._live.has_extras or not self._num_plain_steps:
+            return False
+        self._num_plain_steps -= 1
+        return True
 
     def _num_missing(self) -> np.ndarray:
         """Tokens that each decoding row has yet to compute before it can sample."""
@@ -256,8 +281,11 @@ class Scheduler:
             budget -= stop - start
             yield _Chunk(request, start, start, stop, is_first=False)
 
-    def _allocate_decodes(self, decodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """One slot for each row; the youngest rows are retracted until the rest have theirs."""
+    def _allocate_decodes(self, decodes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One slot for each row; the youngest rows are retracted until the rest have theirs.
+
+        Returns the rows, their numbers of computed tokens, and the slots.
+        """
         rows = self.rows
         while len(decodes):
             computed = rows.num_computed[decodes]
@@ -267,8 +295,7 @@ class Scheduler:
                 slots = self.allocator.extend_each(computed, last_slots)
             if slots is not None:
                 rows.slots[decodes, computed] = slots
-                self.num_slots[decodes] = computed + 1
-                return decodes, slots
+                return decodes, computed, slots
             if self.prefilling:  # has produced nothing yet, so loses least
                 self._retract(self.prefilling[-1])
             else:
@@ -276,15 +303,14 @@ class Scheduler:
                 assert victim is not None
                 decodes = decodes[:-1]
                 self._retract(victim)
-        return decodes, self._unknown[:0]  # no slots
+        return decodes, decodes, self._unknown[:0]  # nothing of any
 
-    def _plan_decodes(self, decodes: np.ndarray, slots: np.ndarray) -> Plan:
+    def _plan_decodes(self, decodes: np.ndarray, computed: np.ndarray, slots: np.ndarray) -> Plan:
         rows, count = self.rows, len(decodes)
-        computed = rows.num_computed[decodes]
-        rows.num_computed[decodes] = seq_lens = computed + 1
+        rows.num_computed[decodes] = self.num_slots[decodes] = seq_lens = computed + 1
         input_ids = self._unknown[:count]
-        is_known = computed < rows.num_known[decodes]
-        if np.count_nonzero(is_known):
+        if count and self._live.has_extras:  # forced tokens, perhaps, which the device has not sampled
+            is_known = computed < rows.num_known[decodes]
             input_ids = np.where(is_known, rows.token_ids[decodes, computed], input_ids)
         return Plan(
             rows=decodes,
@@ -463,7 +489,7 @@ class Scheduler:
         rows.num_computed[row] = stop
         if stop == num_tokens:
             self.prefilling.remove(request)
-            self._decoding = np.append(self._decoding, row)
+            self._set_decoding(np.append(self._decoding, row))
         budget.spend(stop - start, start)
         return _Chunk(request, num_computed, start, stop, is_first)
 
@@ -559,7 +585,7 @@ class Scheduler:
         if request in self.prefilling:
             self.prefilling.remove(request)
         else:
-            self._decoding = self._decoding[self._decoding != row]
+            self._set_decoding(self._decoding[self._decoding != row])
         rows.free(row)
 
     # ---- what a step brought ----
@@ -568,29 +594,37 @@ class Scheduler:
         """Take in the tokens (int32 [S], -1: the logits were not finite) that `plan` sampled."""
         rows = self.rows
         outcome = Outcome()
-        sampled, places = plan.rows[plan.samples], plan.seq_lens[plan.samples]
-        is_current = (rows.epoch[sampled] == plan.epochs[plan.samples]) & (rows.num_known[sampled] == places)
-        (index,) = is_current.nonzero()
-        sampled, tokens, places = sampled[index], tokens[index].astype(np.int64), places[index]
+        tokens = tokens.astype(np.int64)
+        if plan.rows is self._decoding and not self._live.has_extras:  # nobody has come or gone
+            these, sampled, places, index = self._live, plan.rows, plan.seq_lens, plan.samples
+        else:
+            sampled, places = plan.rows[plan.samples], plan.seq_lens[plan.samples]
+            is_current = (rows.epoch[sampled] == plan.epochs[plan.samples]) & (rows.num_known[sampled] == places)
+            (index,) = is_current.nonzero()
+            sampled, tokens, places = sampled[index], tokens[index], places[index]
+            these = RowSet(rows, sampled)
         rows.token_ids[sampled, places] = tokens
         rows.num_known[sampled] = lens = places + 1
         outcome.num_tokens = len(sampled)
 
+        ends = lens >= these.max_tokens
+        if these.stops_at_eos is not None:
+            ends |= self.is_eos[tokens] & these.stops_at_eos
         is_finite = tokens >= 0
-        ends = (lens >= rows.max_tokens[sampled]) | ~is_finite
-        ends |= self.is_eos[tokens] & rows.stops_at_eos[sampled]
-        has_extras = np.count_nonzero(rows.has_extras[sampled]) > 0
-        if has_extras:
+        if np.count_nonzero(is_finite) == len(tokens):
+            outcome.requests, outcome.watched, wanted = these.requests, these.watched, these.wanted
+        else:
+            ends |= ~is_finite
+            finite = RowSet(rows, sampled[is_finite])
+            outcome.requests, outcome.watched = finite.requests, finite.watched
+            wanted = is_finite.nonzero()[0][finite.wanted]
+        is_all = len(wanted) == len(tokens)
+        outcome.token_ids = (tokens if is_all else tokens[wanted]).tolist()
+        outcome.samples = index if is_all else index[wanted]
+        if these.has_extras:
             for i in np.flatnonzero(rows.has_stop_ids[sampled]).tolist():
                 ends[i] |= tokens[i] in _request_of(rows, sampled[i]).sampling_params.stop_token_ids
-
-        (wanted,) = (rows.wants_tokens[sampled] & is_finite).nonzero()
-        # All of them run: `is_current`.
-        outcome.requests = cast("list[Request]", list(map(rows.requests.__getitem__, sampled[wanted].tolist())))
-        outcome.token_ids, outcome.samples = tokens[wanted].tolist(), index[wanted]
-        (watched,) = (rows.has_stop_text[sampled] & is_finite).nonzero()
-        outcome.watched = [_request_of(rows, row) for row in sampled[watched].tolist()]
-        if has_extras and rows.has_matcher[sampled].any():
+        if these.has_extras and rows.has_matcher[sampled].any():
             for i in np.flatnonzero(rows.has_matcher[sampled] & is_finite).tolist():
                 request, token = _request_of(rows, sampled[i]), int(tokens[i])
                 if self._is_stop(request, token):
@@ -709,7 +743,7 @@ class Scheduler:
             self.shares.settle(request)
         self.nodes.clear()
         self.prefilling.clear()
-        self._decoding = self._decoding[:0]
+        self._set_decoding(self._decoding[:0])
         self.allocator = PageAllocator(self.allocator.num_pages, self.page_size)
         self.cache = type(self.cache)(self.page_size)
         return ended
@@ -720,10 +754,12 @@ class Scheduler:
         """Put each decoding row into the group of the tree node whose shared reading saves most, if that is much."""
         if len(decodes) < 2:
             return None
-        key = (decodes.tobytes(), epochs.tobytes())
-        if key == self._grouped:
+        if decodes is self._grouped:
             return self._groups
-        self._grouped, self._groups = key, None
+        self._grouped, before, self._grouped_key = decodes, self._grouped_key, (decodes.tobytes(), epochs.tobytes())
+        if self._grouped_key == before:
+            return self._groups
+        self._groups = None
         if int(self.cached_lens[decodes].sum()) < MIN_SHARED_TOKENS:
             return None
         # By the deepest node that each shares with anybody: most rows have leaves of their own, and few nodes the rest.

@@ -32,7 +32,7 @@ def plan_of(decodes: list[int], prompts: list[int], groups: Groups | None = None
         input_ids=rng.integers(3, 300, num_tokens).astype(np.int32),
         out_cache_loc=np.arange(300, 300 + num_tokens, dtype=np.int32),
         num_decodes=len(decodes),
-        samples=np.arange(len(lens), dtype=np.int32)[::2],
+        samples=np.arange(len(lens), dtype=np.int32)[:: 2 if prompts else 1],
         epochs=np.zeros(len(lens), np.int64),
         groups=groups,
     )

@@ -1,6 +1,7 @@
 """The step loop against a device that answers when it is told to."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
@@ -31,6 +32,7 @@ class ManualRunner:
 
     def __init__(self) -> None:
         self.launched: list[Step] = []
+        self.ends: list[Future[None]] = []  # of the launched steps
         self.error: Exception | None = None
         self.ranks = None
         self.best: int | None = None  # prompt tokens of a step, where steps may be split
@@ -44,8 +46,9 @@ class ManualRunner:
             error, self.error = self.error, None
             raise error
         work = SamplingWork(len(plan.samples), is_greedy=True)
-        step = Step(plan, work, [], torch.empty(0), Shape.of(plan), is_graph=False, launched_at=0.0)
+        step = Step(plan, work, [], torch.empty(0), Shape.of(plan), is_graph=False, launched_at=time.perf_counter())
         step.done = Future()
+        self.ends.append(step.done)
         step.tokens = torch.full((len(plan.samples),), TOKEN, dtype=torch.int32)
         self.launched.append(step)
         return step
@@ -56,9 +59,9 @@ class ManualRunner:
     async def finish(self, index: int, error: Exception | None = None) -> None:
         """The device has computed step `index`, or failed to; the loop gets time to notice."""
         if error is None:
-            self.launched[index].done.set_result(0.0)
+            self.ends[index].set_result(None)
         else:
-            self.launched[index].done.set_exception(error)
+            self.ends[index].set_exception(error)
         await settle()
 
 
@@ -127,7 +130,7 @@ async def test_without_overlap_each_step_waits_for_the_one_before() -> None:
         await settle()
         assert len(runner.launched) == 1
         await runner.finish(0)
-        assert len(runner.launched) == 2 and runner.launched[1].plan.input_ids.tolist() == [TOKEN]
+        assert len(runner.launched) == 2
 
 
 async def test_nothing_is_launched_while_there_is_nothing_to_do() -> None:
@@ -165,35 +168,51 @@ class ManualEvent:
             raise self.error
         return self.has_fired
 
+    def synchronize(self) -> None:
+        assert self.query()
 
-async def test_tokens_are_taken_when_the_device_has_them_though_the_waiting_thread_comes_late() -> None:
+
+def on_a_gpu(step: Step) -> ManualEvent:
+    """From now on `step` is one that has an event, and nobody to tell of its end."""
+    event = ManualEvent()
+    step.done, step.events = None, [event]  # type: ignore[list-item]
+    return event
+
+
+async def test_the_end_of_a_step_that_nobody_tells_of_is_found() -> None:
     async with running_loop() as (loop, runner):
         _, deltas = submit(loop, [1, 2, 3], max_new_tokens=1)
         await settle()
-        event = ManualEvent()
-        runner.launched[0].events.append(event)  # type: ignore[arg-type]
+        event = on_a_gpu(runner.launched[0])
         loop.wake()
         await settle()
         assert not deltas
         event.has_fired = True
-        loop.wake()
         await settle()
         assert deltas[-1].token_ids == [TOKEN] and not loop.steps_in_flight
-        await runner.finish(0)
-        assert len(deltas) == 1
 
 
-async def test_a_device_that_raises_when_asked_fails_the_step_and_not_the_loop() -> None:
+async def test_a_step_that_is_long_overdue_is_still_looked_at() -> None:
+    async with running_loop() as (loop, runner):
+        _, deltas = submit(loop, [1, 2, 3], max_new_tokens=1)
+        await settle()
+        event = on_a_gpu(runner.launched[0])
+        runner.launched[0].launched_at = time.perf_counter() - 60
+        loop.wake()
+        await asyncio.sleep(0.01)
+        event.has_fired = True
+        while not deltas:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        assert deltas[-1].token_ids == [TOKEN]
+
+
+async def test_a_device_that_fails_fails_the_step_and_not_the_loop() -> None:
     async with running_loop() as (loop, runner):
         _, failed = submit(loop, [1, 2, 3], max_new_tokens=1)
         await settle()
-        event = ManualEvent()
-        event.error = RuntimeError("an illegal address")
-        runner.launched[0].events.append(event)  # type: ignore[arg-type]
+        on_a_gpu(runner.launched[0]).error = RuntimeError("an illegal address")
         loop.wake()
         await settle()
-        assert not failed, "which requests it was is told with the step"
-        await runner.finish(0, event.error)
         reason = failed[-1].finish_reason
         assert reason is not None and "an illegal address" in (reason.message or "")
         _, later = submit(loop, [4, 5, 6], max_new_tokens=1)
@@ -362,7 +381,7 @@ async def test_tokens_that_come_before_a_streams_turn_go_out_in_one_piece() -> N
         given = submit_streams(loop, 400)
         await settle()
         for i in range(3):  # faster than the host can tell 400 streams
-            runner.launched[i].done.set_result(0.0)
+            runner.ends[i].set_result(None)
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         await settle()
@@ -377,7 +396,7 @@ async def test_a_turn_of_the_event_loop_serves_a_few_streams_and_ends_fewer() ->
         given = submit_streams(loop, 400, max_new_tokens=2)
         await settle()
         for step, most_a_turn in ((0, 64), (1, 8)):
-            runner.launched[step].done.set_result(0.0)
+            runner.ends[step].set_result(None)
             for _ in range(100):
                 num_before = sum(map(len, given))
                 await asyncio.sleep(0)
@@ -390,7 +409,7 @@ async def test_an_aborted_stream_is_given_the_tokens_that_wait_for_its_turn() ->
         given = submit_streams(loop, 400)
         await settle()
         requests = loop.scheduler.running_requests()
-        runner.launched[0].done.set_result(0.0)
+        runner.ends[0].set_result(None)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert any(given) and not given[-1], "its turn has not come"
@@ -406,8 +425,8 @@ async def test_a_pause_begins_when_all_news_are_given() -> None:
         given = submit_streams(loop, 400)
         await settle()
         pausing = asyncio.create_task(loop.pause())
-        for step in runner.launched:
-            step.done.set_result(0.0)
+        for end in runner.ends:
+            end.set_result(None)
         await asyncio.wait_for(pausing, 10)
         assert {sum(len(delta.token_ids) for delta in deltas) for deltas in given} == {2}
         assert loop.is_still and len(runner.launched) == 2
