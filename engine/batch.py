@@ -78,6 +78,24 @@ class StagedBatch(NamedTuple):
     sample_positions: torch.Tensor  # int32 [S], where each sampled token will stand in its sequence
 
 
+class _Decodes:
+    """A step of decodes in a staging buffer, where a later one of the same requests changes little."""
+
+    def __init__(self, plan: Plan, shape: Shape, changing: list[np.ndarray], staged: torch.Tensor) -> None:
+        self._rows, self._groups, self._shape = plan.rows, plan.groups, shape
+        self._changing, self.staged = changing, staged
+
+    def are_of(self, plan: Plan, shape: Shape) -> bool:
+        return plan.rows is self._rows and plan.groups is self._groups and shape == self._shape
+
+    def write_next(self, plan: Plan) -> None:
+        input_ids, seq_lens, positions, out_cache_loc = self._changing
+        input_ids[:] = plan.input_ids
+        seq_lens[:] = plan.seq_lens
+        np.subtract(plan.seq_lens, 1, out=positions, casting="same_kind")
+        out_cache_loc[:] = plan.out_cache_loc
+
+
 class Stager:
     """Turns plans into batches. A batch of the same shape always lies at the same device addresses."""
 
@@ -92,15 +110,20 @@ class Stager:
         self._host_arrays = [buffer.numpy() for buffer in self._host]
         self._arange = np.arange(max_tokens + max_requests + 1, dtype=np.int32)
         self._turn = 0
+        self._decodes: list[_Decodes | None] = [None] * NUM_STAGING_BUFFERS
 
     def write(self, plan: Plan, shape: Shape) -> torch.Tensor:
         """Lay `plan` out in the next pinned buffer; padding is of row 0, token 0, slot 0, length 0.
 
         A plan of decodes of which not all are sampled needs a shape that says so.
         """
-        self._turn = (self._turn + 1) % NUM_STAGING_BUFFERS
+        turn = self._turn = (self._turn + 1) % NUM_STAGING_BUFFERS
+        before = self._decodes[turn]
+        if before is not None and before.are_of(plan, shape):
+            before.write_next(plan)
+            return before.staged
         layout, size = _layout(shape)
-        host = self._host_arrays[self._turn]
+        host, staged = self._host_arrays[turn], self._host[turn][:size]
         host[:size] = 0
         (
             rows, seq_lens, cu_q_lens, input_ids, positions, out_cache_loc, token_rows,
@@ -144,11 +167,14 @@ class Stager:
             cu_members[: len(plan.groups.cu_members)] = plan.groups.cu_members
             members[: len(plan.groups.members)] = plan.groups.members
             own_starts[: len(plan.groups.own_starts)] = plan.groups.own_starts
-        return self._host[self._turn][:size]
+        changing = [array[:num_decodes] for array in (input_ids, seq_lens, positions, out_cache_loc)]
+        self._decodes[turn] = _Decodes(plan, shape, changing, staged) if shape.is_decode else None
+        return staged
 
     def copy(self, staged: np.ndarray) -> torch.Tensor:
         """Another rank's `write`, in the next pinned buffer."""
         self._turn = (self._turn + 1) % NUM_STAGING_BUFFERS
+        self._decodes[self._turn] = None
         self._host_arrays[self._turn][: len(staged)] = staged
         return self._host[self._turn][: len(staged)]
 
