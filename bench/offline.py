@@ -3,8 +3,9 @@
     python -m bench.offline --model-path demo --batch 1 64 256 --input-len 128 --output-len 64
 
 Takes every flag of the engine besides its own. Each batch runs twice, the first time to warm up; prompts are random,
-so the second run's are not in the cache. Host times are microseconds a decode step, in parts; "idle" is how long the
-device had to wait for a step (a GPU only: a CPU that computes does not wait for itself).
+so the second run's are not in the cache. Host times are microseconds a decode step: what it takes to decide, launch and
+resolve one, and in parts; to deliver its tokens, which is done while the device computes. "Idle" is how long the device
+had to wait for a step (a GPU only: a CPU that computes does not wait for itself).
 """
 
 import argparse
@@ -21,8 +22,8 @@ from engine.engine import Engine
 from engine.request import Delta, Request, SamplingParams
 from server.config import parse_args
 
-PARTS = ("schedule", "launch", "resolve", "deliver")
-TIMES = (*PARTS, "device_idle")  # of LoopStats
+PARTS = ("schedule", "launch", "resolve")
+TIMES = (*PARTS, "deliver", "device_idle")  # of LoopStats
 
 
 async def run_batch(engine: Engine, batch: int, input_len: int, output_len: int) -> dict[str, float]:
@@ -102,7 +103,7 @@ async def main() -> None:
             f"{engine.max_total_num_tokens}; --max-running-requests is {engine.max_running_requests}"
         )
     table = Table(box=box.SIMPLE)
-    for column in ("batch", "TTFT ms", "ms/step", "tokens/s", "host µs", *PARTS, "device idle µs"):
+    for column in ("batch", "TTFT ms", "ms/step", "tokens/s", "host µs", *PARTS, "deliver", "device idle µs"):
         table.add_column(column, justify="right")
     host_us: dict[int, float] = {}
     for batch in args.batch:
@@ -114,7 +115,7 @@ async def main() -> None:
                 table.add_row(
                     str(batch), f"{1e3 * figures['ttft_s']:.1f}", f"{figures['step_ms']:.3f}",
                     f"{figures['tokens_per_s']:,.0f}", f"{host_us[batch]:.0f}", *(f"{us:.0f}" for us in parts),
-                    f"{figures['device_idle_us']:.1f}",
+                    f"{figures['deliver_us']:.0f}", f"{figures['device_idle_us']:.1f}",
                 )  # fmt: skip
     console.print(table)
     least, most = min(host_us), max(host_us)
