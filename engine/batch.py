@@ -78,10 +78,17 @@ class StagedBatch(NamedTuple):
     sample_positions: torch.Tensor  # int32 [S], where each sampled token will stand in its sequence
 
 
+class Staged(NamedTuple):
+    """A plan laid out in pinned memory, and where on the device it goes: int32 [N]."""
+
+    host: torch.Tensor
+    device: torch.Tensor
+
+
 class _Decodes:
     """A step of decodes in a staging buffer, where a later one of the same requests changes little."""
 
-    def __init__(self, plan: Plan, shape: Shape, changing: list[np.ndarray], staged: torch.Tensor) -> None:
+    def __init__(self, plan: Plan, shape: Shape, changing: list[np.ndarray], staged: Staged) -> None:
         self._rows, self._groups, self._shape = plan.rows, plan.groups, shape
         self._changing, self.staged = changing, staged
 
@@ -112,7 +119,7 @@ class Stager:
         self._turn = 0
         self._decodes: list[_Decodes | None] = [None] * NUM_STAGING_BUFFERS
 
-    def write(self, plan: Plan, shape: Shape) -> torch.Tensor:
+    def write(self, plan: Plan, shape: Shape) -> Staged:
         """Lay `plan` out in the next pinned buffer; padding is of row 0, token 0, slot 0, length 0.
 
         A plan of decodes of which not all are sampled needs a shape that says so.
@@ -123,7 +130,7 @@ class Stager:
             before.write_next(plan)
             return before.staged
         layout, size = _layout(shape)
-        host, staged = self._host_arrays[turn], self._host[turn][:size]
+        host, staged = self._host_arrays[turn], Staged(self._host[turn][:size], self._device[:size])
         host[:size] = 0
         (
             rows, seq_lens, cu_q_lens, input_ids, positions, out_cache_loc, token_rows,
@@ -171,15 +178,16 @@ class Stager:
         self._decodes[turn] = _Decodes(plan, shape, changing, staged) if shape.is_decode else None
         return staged
 
-    def copy(self, staged: np.ndarray) -> torch.Tensor:
-        """Another rank's `write`, in the next pinned buffer."""
-        self._turn = (self._turn + 1) % NUM_STAGING_BUFFERS
-        self._decodes[self._turn] = None
-        self._host_arrays[self._turn][: len(staged)] = staged
-        return self._host[self._turn][: len(staged)]
+    def copy(self, written: np.ndarray) -> Staged:
+        """What another rank's `write` wrote, in the next pinned buffer."""
+        turn = self._turn = (self._turn + 1) % NUM_STAGING_BUFFERS
+        self._decodes[turn] = None
+        size = len(written)
+        self._host_arrays[turn][:size] = written
+        return Staged(self._host[turn][:size], self._device[:size])
 
-    def upload(self, staged: torch.Tensor) -> None:
-        self._device[: len(staged)].copy_(staged, non_blocking=True)
+    def upload(self, staged: Staged) -> None:
+        staged.device.copy_(staged.host, non_blocking=True)
 
     def views(self, shape: Shape, plan: Plan, *, corun: Corun | None = None, is_for_graph: bool = False) -> StagedBatch:
         """What `upload` sends of a plan of that shape. `plan` gives the host's own knowledge of it."""

@@ -259,7 +259,7 @@ class StepLoop:
         self._in_flight.popleft()
         start = self.stats.last_step_at = time.perf_counter()
         assert step.tokens is not None
-        outcome = self.scheduler.resolve(step.plan, step.tokens.numpy())
+        outcome = self.scheduler.resolve(step.plan, step.tokens.numpy()[: len(step.plan.samples)])
         self.output.take(step, outcome)
         device_s, idle_s = self.runner.times(step)
         # By the device's own clock; when it was looked at says no more than after which time and before which.

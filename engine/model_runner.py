@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from cache.pool import KVPool
-from engine.batch import NUM_STAGING_BUFFERS, ForwardBatch, Shape, StagedBatch, Stager
+from engine.batch import NUM_STAGING_BUFFERS, ForwardBatch, Shape, Staged, StagedBatch, Stager
 from engine.cuda_graph import GraphSizes, StepGraphs
 from engine.grammar import MaskFiller, Matcher
 from engine.layers.layer import unique_layers
@@ -64,7 +64,7 @@ class Step:
     plan: Plan
     work: SamplingWork
     prompt_work: list[PromptLogprobWork]
-    staged: torch.Tensor
+    staged: Staged
     shape: Shape  # of `staged`
     is_graph: bool  # one is replayed
     launched_at: float  # time.perf_counter()
@@ -76,7 +76,7 @@ class Step:
     batch: StagedBatch | None = None
     logits: torch.Tensor | None = None  # [S or more, V]; like `batch` only valid until the next launch
     greedy: torch.Tensor | None = None  # int32 [S or more], their argmax, where a graph made it
-    tokens: torch.Tensor | None = None  # int32 [S], host; written again NUM_STAGING_BUFFERS launches later
+    tokens: torch.Tensor | None = None  # int32 [S or more], host; written again NUM_STAGING_BUFFERS launches later
     sampled_logprobs: SampledLogprobs | None = None
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     pooled: PooledChunks | None = None
@@ -137,12 +137,11 @@ class ModelRunner:
                     for _ in range(NUM_EVENT_PAIRS)
                 ]
             )
-            self._token_buffers = itertools.cycle(
-                [
-                    torch.empty(stager.max_requests, dtype=torch.int32, pin_memory=True)
-                    for _ in range(NUM_STAGING_BUFFERS)
-                ]
-            )
+            self._token_buffers = [
+                torch.empty(stager.max_requests, dtype=torch.int32, pin_memory=True) for _ in range(NUM_STAGING_BUFFERS)
+            ]
+            self._token_parts: dict[int, list[torch.Tensor]] = {}  # the first so many of each of them
+            self._token_turn = 0
         # Of rank 0 alone: who fills in masks, and who runs every step along with it.
         self.masks: MaskFiller | None = None
         self.ranks: Followers | None = None
@@ -338,7 +337,7 @@ class ModelRunner:
             if greedy is None:  # every rank finds the same, for less than gathering all logits takes
                 greedy = lm_head.most_likely(logits[:num_samples])
                 end_step(greedy, staged.sample_rows[:num_samples], last_tokens)
-            step.tokens = self._tokens_to_host(greedy[:num_samples])
+            step.tokens = self._tokens_to_host(greedy)
             return
         rows = staged.sample_rows[:num_samples]
         all_logits = lm_head.gather(logits[:num_samples])
@@ -412,7 +411,11 @@ class ModelRunner:
         """Into a buffer that is written again some steps later."""
         if not self._is_cuda:
             return tokens
-        return next(self._token_buffers)[: len(tokens)].copy_(tokens, non_blocking=True)
+        num_tokens = len(tokens)
+        if (parts := self._token_parts.get(num_tokens)) is None:
+            parts = self._token_parts[num_tokens] = [buffer[:num_tokens] for buffer in self._token_buffers]
+        self._token_turn = (self._token_turn + 1) % NUM_STAGING_BUFFERS
+        return parts[self._token_turn].copy_(tokens, non_blocking=True)
 
     def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         if not self._is_cuda:

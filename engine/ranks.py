@@ -78,7 +78,7 @@ class Ranks:
         is_plain = step.work.is_plain and step.work.masked is None
         fields = [STEP, *step.shape, step.is_graph, len(step.plan.samples), is_plain, len(prompts)]
         assert len(fields) == NUM_STEP_FIELDS
-        self.send(np.array(fields, np.int32), np.array(prompts, np.int32).reshape(-1), step.staged.numpy())
+        self.send(np.array(fields, np.int32), np.array(prompts, np.int32).reshape(-1), step.staged.host.numpy())
 
     def order(self, name: str, **arguments: Any) -> int:
         """Have every rank do `Upkeep.do(name, **arguments)`, after the steps announced before. For `wait_done`."""
@@ -209,14 +209,14 @@ def follow(runner: ModelRunner, plans: ChannelReader, follower: Follower) -> Non
         _, *sizes, is_graph, num_samples, is_plain, num_prompts = message[:NUM_STEP_FIELDS].tolist()
         shape = Shape._make(sizes)
         prompts = message[NUM_STEP_FIELDS:][: 2 * num_prompts].reshape(-1, 2).tolist()
-        staged = message[NUM_STEP_FIELDS + 2 * num_prompts :]
-        plan = plan_of(staged, shape, num_samples)
+        written = message[NUM_STEP_FIELDS + 2 * num_prompts :]
+        plan = plan_of(written, shape, num_samples)
         plan.prefix_copies, prefix_copies = prefix_copies, []
         step = Step(
             plan=plan,
             work=SamplingWork(num_samples, is_greedy=bool(is_plain)),
             prompt_work=[PromptLogprobWork(None, 0, first, np.zeros(count, np.int64)) for first, count in prompts],
-            staged=runner.stager.copy(staged),
+            staged=runner.stager.copy(written),
             shape=shape,
             is_graph=bool(is_graph),
             launched_at=time.perf_counter(),

@@ -13,7 +13,7 @@ import torch
 
 from cache.allocator import PageAllocator
 from cache.radix import RadixCache
-from engine.batch import Shape
+from engine.batch import Shape, Staged
 from engine.loop import StepLoop, StepPace
 from engine.model_runner import Step
 from engine.output import OutputProcessor
@@ -46,7 +46,15 @@ class ManualRunner:
             error, self.error = self.error, None
             raise error
         work = SamplingWork(len(plan.samples), is_greedy=True)
-        step = Step(plan, work, [], torch.empty(0), Shape.of(plan), is_graph=False, launched_at=time.perf_counter())
+        step = Step(
+            plan,
+            work,
+            [],
+            Staged(torch.empty(0), torch.empty(0)),
+            Shape.of(plan),
+            is_graph=False,
+            launched_at=time.perf_counter(),
+        )
         step.done = Future()
         self.ends.append(step.done)
         step.tokens = torch.full((len(plan.samples),), TOKEN, dtype=torch.int32)

@@ -387,7 +387,7 @@ async def test_a_random_model_that_must_call_calls(tiny_llama: Path) -> None:
                 response = await client.post("/v1/chat/completions", json=refused)
                 assert (response.status, (await response.json())["error"]["param"]) == (400, "tools")
         async with serving(engine, reasoning_parser="qwen3") as client:
-            found = await chunks(client, **body, tool_choice=named, max_thinking_tokens=5)
+            found = await chunks(client, **body, tool_choice=named, max_thinking_tokens=5, seed=7)
     deltas = [chunk["choices"][0]["delta"] for chunk in found]
     calls = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
     assert calls[0]["function"]["name"] == "get"
