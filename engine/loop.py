@@ -29,9 +29,9 @@ LAUNCH_MARGIN = 1.25  # launches vary; the device shall not wait for them
 STEP_MARGIN = 0.9  # so much of a step's time budget is planned for: steps vary
 MAX_DELIVERIES = 4  # in one turn of the event loop
 MIN_SLEEP_S = 0.001  # uvloop's timers count milliseconds
-# A GPU's step is waited for awake when its end is nearer than that, or as much overdue: a core that has slept has lost
-# its caches, and then deciding and launching takes two to three times as long.
-AWAKE_S = 0.02
+# What a GPU does next is waited for awake when it is due this soon, or as much overdue: in seconds, and as a share of how
+# long its step is expected to take.
+AWAKE_S, AWAKE_SHARE = 0.002, 1 / 8
 
 
 @dataclass(slots=True)
@@ -183,10 +183,11 @@ class StepLoop:
                 spare_s = MIN_SLEEP_S  # only what the caller does next can free what the queue waits for
         elif self._in_flight[0].done is None:  # a GPU's: nobody tells of its end
             left_s = spare_s or self._left_s()
-            if abs(left_s) < AWAKE_S:
+            awake_s = AWAKE_S + AWAKE_SHARE * self._pace.predict_s(self._in_flight[0].plan)
+            if abs(left_s) < awake_s:
                 await asyncio.sleep(0)
                 return
-            spare_s = max(left_s - AWAKE_S, MIN_SLEEP_S)
+            spare_s = max(left_s - awake_s, MIN_SLEEP_S)
         timer = asyncio.get_running_loop().call_later(spare_s, self.wake) if spare_s else None
         await self._news.wait()
         if timer is not None:
