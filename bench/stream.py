@@ -6,12 +6,13 @@
 `engine` is this server with everything but the forward: HTTP, scheduler, rows, staging, detokenizer, SSE. `bare` is an
 aiohttp application that has the same bytes ready and writes them, an event a token and connection. Each runs in a
 process of its own; the client, here, counts bytes and parses nothing. CPU time is the server process's. Where the
-device is never what it waits for, `engine` merges tokens into fewer events: the bytes of a token show how many.
+device is never what it waits for, `engine` merges tokens into fewer events: the bytes of a token show how many. "Lag"
+is how late the event loop is for what comes in between, looked at every 5 ms, and "thread" how late another thread of
+the server's, such as one that reads a long prompt.
 
 With --step-ms the model takes its time, as a GPU does: while the host goes on, so much a step and what reading the
 context's keys and values takes. Then the question is whether the device is ever idle (its share of the time between
-the first step and the last), how late the event loop is for what comes in between (its lag, looked at every 5 ms), and
-how long after the first request of the burst the first tokens come.
+the first step and the last), and how long after the first request of the burst the first tokens come.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import multiprocessing
 import selectors
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -142,7 +144,8 @@ class ServerFigures:
 
     cpu_s: float
     idle_s: float  # of the device
-    lags_s: list[float]
+    lags_s: list[float]  # how late the event loop was
+    thread_lags_s: list[float]  # likewise another thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +223,8 @@ async def _serve(app: web.Application, pipe: Connection, device_idle_s: Callable
     loop, hung_up = asyncio.get_running_loop(), asyncio.Event()
     last_cpu_s = last_idle_s = 0.0
     lags_s: list[float] = []
+    thread_lags_s: list[float] = []
+    threading.Thread(target=_watch_own_lag, args=(thread_lags_s,), daemon=True).start()
 
     def answer() -> None:
         nonlocal last_cpu_s, last_idle_s
@@ -230,9 +235,10 @@ async def _serve(app: web.Application, pipe: Connection, device_idle_s: Callable
             hung_up.set()
             return
         cpu_s, idle_s = time.process_time(), device_idle_s()
-        pipe.send(ServerFigures(cpu_s - last_cpu_s, idle_s - last_idle_s, lags_s[:]))
+        pipe.send(ServerFigures(cpu_s - last_cpu_s, idle_s - last_idle_s, lags_s[:], thread_lags_s[:]))
         last_cpu_s, last_idle_s = cpu_s, idle_s
         lags_s.clear()
+        thread_lags_s.clear()
 
     loop.add_reader(pipe.fileno(), answer)
     while not hung_up.is_set():
@@ -240,6 +246,14 @@ async def _serve(app: web.Application, pipe: Connection, device_idle_s: Callable
         await asyncio.sleep(LAG_TICK_S)
         lags_s.append(max(time.perf_counter() - due, 0.0))
     await runner.cleanup()
+
+
+def _watch_own_lag(lags_s: list[float]) -> None:
+    """How late this thread gets the interpreter that it wants every few milliseconds."""
+    while True:
+        due = time.perf_counter() + LAG_TICK_S
+        time.sleep(LAG_TICK_S)
+        lags_s.append(max(time.perf_counter() - due, 0.0))
 
 
 class Contestant:
@@ -326,12 +340,15 @@ def events_of(contestant: Contestant, num_tokens: int) -> list[bytes]:
 def _line(load: Load, figures: Figures) -> dict[str, float]:
     """A token is one of all streams'; `idle`: the device's share of the time from the first token to the last."""
     lags_s, first_s = sorted(figures.server.lags_s), figures.first_s
+    thread_lags_s = sorted(figures.server.thread_lags_s)
     return {
         "tokens_per_s": load.total / figures.seconds,
         "cpu_us": figures.server.cpu_s / load.total * 1e6,
         "bytes": figures.num_bytes / load.total,
         "lag_p50_ms": 1e3 * (percentile(lags_s, 0.5) or 0.0),
         "lag_p99_ms": 1e3 * (percentile(lags_s, 0.99) or 0.0),
+        "thread_p50_ms": 1e3 * (percentile(thread_lags_s, 0.5) or 0.0),
+        "thread_p99_ms": 1e3 * (percentile(thread_lags_s, 0.99) or 0.0),
         "first_p50_ms": 1e3 * (percentile(first_s, 0.5) or 0.0),
         "first_p99_ms": 1e3 * (percentile(first_s, 0.99) or 0.0),
         "idle": figures.server.idle_s / (figures.seconds - min(first_s)),
@@ -356,7 +373,7 @@ def main() -> int:
     columns = ("streams", "tokens each", "engine tok/s", "bare tok/s", "ratio")
     for name in (
         *columns, *(f"{who} {what}/tok" for what in ("CPU µs", "bytes") for who in ("engine", "bare")),
-        "lag ms, p50 / p99", "first ms, p50 / p99", "device idle",
+        *(f"{what} ms, p50 / p99" for what in ("lag", "thread", "first")), "device idle",
     ):  # fmt: skip
         table.add_column(name, justify="right")
     try:
@@ -374,6 +391,7 @@ def main() -> int:
                 f"{theirs['tokens_per_s']:,.0f}", f"{ours['tokens_per_s'] / theirs['tokens_per_s']:.2f}",
                 f"{ours['cpu_us']:.1f}", f"{theirs['cpu_us']:.1f}", f"{ours['bytes']:.0f}", f"{theirs['bytes']:.0f}",
                 f"{ours['lag_p50_ms']:.1f} / {ours['lag_p99_ms']:.1f}",
+                f"{ours['thread_p50_ms']:.1f} / {ours['thread_p99_ms']:.1f}",
                 f"{ours['first_p50_ms']:.0f} / {ours['first_p99_ms']:.0f}",
                 f"{ours['idle']:.1%}" if args.step_ms else "",
             )  # fmt: skip

@@ -29,9 +29,10 @@ LAUNCH_MARGIN = 1.25  # launches vary; the device shall not wait for them
 STEP_MARGIN = 0.9  # so much of a step's time budget is planned for: steps vary
 MAX_DELIVERIES = 4  # in one turn of the event loop
 MIN_SLEEP_S = 0.001  # uvloop's timers count milliseconds
-# What a GPU does next is waited for awake when it is due this soon, or as much overdue: in seconds, and as a share of how
-# long its step is expected to take.
-AWAKE_S, AWAKE_SHARE = 0.002, 1 / 8
+# What a GPU does next is waited for awake when it is due this soon, or as much overdue: then it is found at once, and a
+# core that has slept takes half as long again to decide and launch the next step.
+AWAKE_S = 0.05
+YIELD_S = 0.002  # other threads get the interpreter this often
 
 
 @dataclass(slots=True)
@@ -72,6 +73,7 @@ class StepLoop:
         self._may_step = True
         self._is_still = asyncio.Event()
         self._in_flight: deque[Step] = deque()
+        self._yielded_at = 0.0  # time.perf_counter()
         self._seen_running = 0.0  # time.perf_counter() when a step was last found not to have ended
         self._last_end = 0.0  # likewise when one ended
         self._pace = StepPace(max_step_ms, chunked_prefill_size, context_cost, min_lead_s)
@@ -105,6 +107,7 @@ class StepLoop:
     async def run(self) -> None:
         """Until cancelled."""
         while True:
+            self._yield()
             self._news.clear()
             if self._has_ended():
                 await self._resolve(self._in_flight[0])
@@ -118,6 +121,17 @@ class StepLoop:
                 await asyncio.sleep(0)  # the connections have their turn
             else:
                 await self._wait(spare_s)
+
+    def _yield(self) -> None:
+        """Give threads that wait for the interpreter a chance to get it.
+
+        uvloop gives it up at each turn, but takes it again before they are awake. So they would neither get it nor, as
+        they were told that it is free, demand it: a loop whose turns take 0.2 ms keeps them waiting for a second.
+        """
+        now = time.perf_counter()
+        if now - self._yielded_at > YIELD_S:
+            self._yielded_at = now
+            time.sleep(0)
 
     def _has_ended(self) -> bool:
         """Has the oldest step come back?"""
@@ -183,11 +197,10 @@ class StepLoop:
                 spare_s = MIN_SLEEP_S  # only what the caller does next can free what the queue waits for
         elif self._in_flight[0].done is None:  # a GPU's: nobody tells of its end
             left_s = spare_s or self._left_s()
-            awake_s = AWAKE_S + AWAKE_SHARE * self._pace.predict_s(self._in_flight[0].plan)
-            if abs(left_s) < awake_s:
+            if abs(left_s) < AWAKE_S:
                 await asyncio.sleep(0)
                 return
-            spare_s = max(left_s - awake_s, MIN_SLEEP_S)
+            spare_s = max(left_s - AWAKE_S, MIN_SLEEP_S)
         timer = asyncio.get_running_loop().call_later(spare_s, self.wake) if spare_s else None
         await self._news.wait()
         if timer is not None:
