@@ -222,6 +222,7 @@ class StepLoop:
         return budget
 
     def _begun_at(self, oldest: Step) -> float:
+        """time.perf_counter() when the device began with it, as far as is known."""
         return max(oldest.launched_at, self._last_end)
 
     def _left_s(self) -> float:

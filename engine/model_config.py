@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from engine.config import EngineConfig
-from engine.errors import ModelError, shown
+from engine.errors import InvalidRequest, ModelError, shown
+from engine.request import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +121,17 @@ class ModelConfig:
     @classmethod
     def _from_raw(cls, folder: Path, raw: dict[str, Any], config: EngineConfig) -> "ModelConfig":
         generation = checked(read_json(folder / "generation_config.json"), folder / "generation_config.json")
+        generation_defaults = parse_generation_defaults(generation)
         num_heads = raw["num_attention_heads"]
         head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
         rope = parse_rope(raw, head_dim)
+        if config.sampling_defaults == "model":
+            try:
+                SamplingParams.from_dict({}, generation_defaults).verify(raw["vocab_size"])
+            except InvalidRequest as error:
+                raise ModelError(
+                    f"{folder / 'generation_config.json'}: {error} (--sampling-defaults openai does without)"
+                ) from None
         return cls(
             path=folder,
             architectures=tuple(raw.get("architectures") or ()),
@@ -142,7 +151,7 @@ class ModelConfig:
             windows=parse_windows(raw),
             tie_word_embeddings=raw.get("tie_word_embeddings", raw.get("model_type") in TIED_BY_DEFAULT),
             eos_token_ids=tuple(dict.fromkeys(_ids(generation) + _ids(raw))),
-            generation_defaults=parse_generation_defaults(generation),
+            generation_defaults=generation_defaults,
             pooling=config.pooling or parse_pooling(folder),
             raw=raw,
         )
@@ -225,8 +234,10 @@ def resolve_dtype(name: str, raw: dict[str, Any]) -> torch.dtype:
     """`name`, or for "auto" the checkpoint's dtype, bfloat16 instead of float32."""
     if name != "auto":
         return DTYPES[name]
-    stored = DTYPES.get(raw.get("dtype") or raw.get("torch_dtype") or "float32", torch.bfloat16)
-    return torch.bfloat16 if stored is torch.float32 else stored
+    stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if stored not in DTYPES:
+        raise ModelError(f"config.json: dtype {stored!r} is none of {', '.join(DTYPES)}: choose one with --dtype")
+    return torch.bfloat16 if DTYPES[stored] is torch.float32 else DTYPES[stored]
 
 
 def parse_rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:

@@ -193,7 +193,7 @@ class ModelRunner:
         torch.cuda.synchronize()
 
     def close(self) -> None:
-        if self.stream is not None:
+        if self.stream is not None and self.comm.rank == 0:  # another may wait for one that is gone
             with contextlib.suppress(RuntimeError):  # a device that has failed has nothing under way
                 self.stream.synchronize()
         # What other ranks were told to run must be run here too.

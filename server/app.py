@@ -11,6 +11,7 @@ from engine.errors import EngineError
 from server.anthropic import AnthropicApi
 from server.batches import Batches
 from server.chat import CHATS, Chats
+from server.clouds import CloudApi
 from server.config import ServerConfig
 from server.dashboard import Dashboard
 from server.embeddings import EmbeddingsApi
@@ -47,7 +48,8 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     )
     app[TURNS] = Turns()
     app[CHATS] = chats
-    app.add_routes(NativeApi(engine, config, live, chats).routes())
+    native = NativeApi(engine, config, live, chats)
+    app.add_routes(native.routes())
     app.add_routes(AnthropicApi(config, live, chats).routes())
     app.add_routes(OllamaApi(engine, config, live, chats).routes())
     responses = ResponsesApi(config, live, chats)
@@ -56,6 +58,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app.add_routes(MaintenanceApi(engine).routes())
     openai = OpenAIApi(engine, config, live, chats)
     app.add_routes(openai.routes())
+    app.add_routes(CloudApi(native, openai).routes())
     embeddings = EmbeddingsApi(engine, config, live)
     app.add_routes(embeddings.routes())
     store = FileStore(Path(config.file_storage_path).expanduser())

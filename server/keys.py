@@ -15,7 +15,9 @@ from engine.request import Request
 from server.config import ServerConfig
 from server.protocol import Owner
 
-OPEN_PATHS = frozenset({"/health", "/dashboard"})  # the page is empty: it asks for a key, then for /dashboard/data
+OPEN_PATHS = frozenset(
+    {"/health", "/ping", "/dashboard"}
+)  # the page is empty: it asks for a key, then for /dashboard/data
 ADMIN_PATHS = frozenset(
     {
         "/flush_cache", "/abort_request", "/dashboard/data", "/start_profile", "/stop_profile", "/pause_generation",

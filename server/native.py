@@ -90,14 +90,17 @@ class NativeApi:
     # ---- /generate ----
 
     async def generate(self, http_request: web.Request) -> web.StreamResponse:
-        body = await read_json(http_request)
+        return await self.answer(http_request, await read_json(http_request))
+
+    async def answer(self, http_request: web.Request, body: Fields, envelope: str | None = None) -> web.StreamResponse:
+        """The answer to `body`; `envelope`: the field of an object that holds it, if it is not streamed."""
         refuse(body, UNSUPPORTED)
         session = body.object("session_params")
         if session is not None:
             return await self._generate_in_session(http_request, body, self.sessions.read(session))
         prompts, is_batch = await self._prompts(body)
         rid, requests = await self._requests(body, prompts, is_batch)
-        return await self._answer(http_request, body, rid, requests, is_batch or len(requests) > 1)
+        return await self._answer(http_request, body, rid, requests, is_batch or len(requests) > 1, envelope)
 
     async def _generate_in_session(
         self, http_request: web.Request, body: Fields, params: SessionParams
@@ -113,7 +116,13 @@ class NativeApi:
             return await self._answer(http_request, body, rid, requests, is_list=False)
 
     async def _answer(
-        self, http_request: web.Request, body: Fields, rid: str, requests: list[Request], is_list: bool
+        self,
+        http_request: web.Request,
+        body: Fields,
+        rid: str,
+        requests: list[Request],
+        is_list: bool,
+        envelope: str | None = None,
     ) -> web.StreamResponse:
         formatter = MetaInfo(self.engine.tokenizer, body.flag("return_text_in_logprobs"))
         if not body.flag("stream"):
@@ -121,7 +130,8 @@ class NativeApi:
 
             def write() -> web.Response:
                 answers = [formatter.answer(delta) for delta in deltas]
-                return json_response(answers if is_list else answers[0])
+                answer = answers if is_list else answers[0]
+                return json_response({envelope: answer} if envelope else answer)
 
             return await written(write, requests)
         choices = [

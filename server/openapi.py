@@ -254,6 +254,13 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/separate_reasoning"): SEPARATE_REASONING,
     ("GET", "/"): Operation("Is a server there?", "server", media_type="text/plain"),
     ("GET", "/health"): HEALTH,
+    ("GET", "/ping"): HEALTH,
+    ("POST", "/invocations"): CHAT_COMPLETIONS,
+    ("POST", "/vertex_generate"): Operation(
+        "/generate for Vertex AI: a prompt an instance, all other fields as parameters", "SGLang",
+        obj({"instances": array(ANY_OBJECT), "parameters": ANY_OBJECT}, ["instances"]),
+        obj({"predictions": array(ref("GenerateAnswer"))}), statuses=(429,),
+    ),
     ("GET", "/health_generate"): Operation(
         "As /health, and an idle engine is asked for one token", "server", answer=ref("Health"), statuses=(503,),
         error=HEALTH_ERROR,

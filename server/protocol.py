@@ -400,7 +400,12 @@ def ollama_error(status: int, message: str, field: str | None = None, code: str 
     return {"error": message}
 
 
-ERROR_SHAPES: dict[str, ErrorShape] = {"/v1/messages": anthropic_error, "/v1/": openai_error, "/api/": ollama_error}
+ERROR_SHAPES: dict[str, ErrorShape] = {
+    "/v1/messages": anthropic_error,
+    "/v1/": openai_error,
+    "/invocations": openai_error,
+    "/api/": ollama_error,
+}
 
 
 def error_shape(path: str) -> ErrorShape:

@@ -316,6 +316,14 @@ def test_a_float32_checkpoint_runs_in_bfloat16_unless_asked_otherwise(tiny_llama
     assert ModelConfig.from_path(tiny_llama, EngineConfig(dtype="float")).dtype == torch.float32
 
 
+def test_a_checkpoints_dtype_that_is_not_known_is_an_error_unless_another_is_asked_for(tiny_llama: Path) -> None:
+    overrides = '{"dtype": "float8"}'
+    with pytest.raises(ModelError, match=r"dtype 'float8' is none of half, float16, .* --dtype"):
+        ModelConfig.from_path(tiny_llama, EngineConfig(json_model_override_args=overrides))
+    asked = EngineConfig(json_model_override_args=overrides, dtype="float16")
+    assert ModelConfig.from_path(tiny_llama, asked).dtype == torch.float16
+
+
 def test_end_tokens_and_sampling_defaults_come_from_generation_config(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
     generation = '{"eos_token_id": [1, 2], "temperature": 0.6, "top_k": 0, "top_p": null, "do_sample": true}'
@@ -323,6 +331,14 @@ def test_end_tokens_and_sampling_defaults_come_from_generation_config(tiny_llama
     config = ModelConfig.from_path(tmp_path)
     assert config.eos_token_ids == (1, 2)
     assert config.generation_defaults == {"temperature": 0.6, "top_k": -1}
+
+
+def test_sampling_defaults_that_no_request_could_use_are_told_at_the_start(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"top_p": 1.5}')
+    with pytest.raises(ModelError, match=r"generation_config\.json: top_p must be .*, got 1\.5"):
+        ModelConfig.from_path(tmp_path)
+    ModelConfig.from_path(tmp_path, EngineConfig(sampling_defaults="openai"))
 
 
 @pytest.mark.parametrize(

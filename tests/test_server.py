@@ -609,6 +609,32 @@ async def test_health_follows_the_engine(client: Client, engine: FakeEngine) -> 
     assert not engine.requests  # health is not asked by generating
 
 
+async def test_sagemaker_finds_its_two_routes(client: Client, engine: FakeEngine) -> None:
+    assert (await client.get("/ping")).status == 200
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    answers = [await (await client.post(path, json=chat)).json() for path in ("/invocations", "/v1/chat/completions")]
+    assert answers[0]["choices"] == answers[1]["choices"] and answers[0]["object"] == "chat.completion"
+    refused = await (await client.post("/invocations", json={"messages": 1})).json()
+    assert refused["error"]["param"] == "messages"
+    engine.health_status = "stuck"
+    assert (await client.get("/ping")).status == 503
+
+
+async def test_vertex_instances_are_prompts_and_its_parameters_everything_else(client: Client) -> None:
+    parameters = {"sampling_params": {"max_new_tokens": 2}}
+    texts = ["a", "b"]
+    asked = {"instances": [{"text": text} for text in texts], "parameters": parameters}
+    found = await (await client.post("/vertex_generate", json=asked)).json()
+    plain = await (await client.post("/generate", json={"text": texts, **parameters})).json()
+    assert [answer["text"] for answer in found["predictions"]] == [answer["text"] for answer in plain]
+    one = await (await client.post("/vertex_generate", json={"instances": [{"input_ids": [5, 6]}]})).json()
+    assert len(one["predictions"]) == 1
+    wrongs: list[Any] = [[], [1], [{"text": "a"}, {"input_ids": [5]}], [{"text": "a", "image_data": "b"}], [{}]]
+    for wrong in wrongs:
+        response = await client.post("/vertex_generate", json={"instances": wrong})
+        assert response.status == 400 and "instances" in await response.text()
+
+
 async def test_health_generate_asks_an_idle_engine_for_a_token_and_trusts_a_busy_one(engine: FakeEngine) -> None:
     async with serving(engine) as client:
         assert (await client.get("/health_generate")).status == 200
