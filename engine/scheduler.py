@@ -756,10 +756,10 @@ class Scheduler:
             return None
         if decodes is self._grouped:
             return self._groups
-        self._grouped, before, self._grouped_key = decodes, self._grouped_key, (decodes.tobytes(), epochs.tobytes())
-        if self._grouped_key == before:
+        self._grouped, key = decodes, (decodes.tobytes(), epochs.tobytes())
+        if key == self._grouped_key:
             return self._groups
-        self._groups = None
+        self._grouped_key, self._groups = key, None
         if int(self.cached_lens[decodes].sum()) < MIN_SHARED_TOKENS:
             return None
         # By the deepest node that each shares with anybody: most rows have leaves of their own, and few nodes the rest.
