@@ -1,12 +1,13 @@
 """Staging: a padded step, as CUDA graphs run it, gives the same logits as the step itself."""
 
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from engine.batch import Shape, StagedBatch
+from engine.batch import Shape, StagedBatch, Stager
 from engine.build import Parts, build
 from engine.config import EngineConfig
 from engine.cuda_graph import MAX_PROMPTS, fitting_ladders, rounded_up, useful_sizes
@@ -145,3 +146,25 @@ def test_groups_of_a_padded_step_are_the_plans_own(parts: Parts) -> None:
     assert shared.cu_members.tolist() == [0, 2, 2, 2, 2]
     assert shared.members.tolist()[:2] == [0, 1]
     assert shared.own_starts.tolist() == [4, 4, 0, 0, 0, 0, 0, 0]
+
+
+def test_a_later_step_of_the_same_requests_is_staged_as_if_there_had_been_none_before() -> None:
+    table = torch.zeros(9, 64, dtype=torch.int32)
+    stager = Stager(64, 8, table)
+    rng = random.Random(0)
+    some, others = (
+        Groups(np.array([n], np.int32), np.array([0, 2], np.int32), np.array([0, 1], np.int32), np.zeros(3, np.int32))
+        for n in (4, 5)
+    )
+    sets = [plan_of([5, 17, 3], [], some), plan_of([5, 17, 3], []), plan_of([9, 8, 7, 6], [])]
+    for i in range(300):
+        plan = rng.choice(sets)
+        plan.seq_lens = plan.seq_lens + 1
+        plan.input_ids = np.full(plan.num_decodes, rng.choice([-1, 7]), np.int32)
+        plan.out_cache_loc = plan.out_cache_loc + 5
+        shape = rng.choice([Shape.of(plan), Shape(8, 0, 0, 8, plan.groups is not None)])
+        fresh = Stager(64, 8, table).write(plan, shape).host
+        assert torch.equal(stager.write(plan, shape).host, fresh)
+        if i % 7 == 0:  # what another rank wrote, and other groups of the same requests
+            stager.copy(np.full(80, 9, np.int32))
+            sets[0].groups = others if sets[0].groups is some else some
