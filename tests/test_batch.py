@@ -20,8 +20,10 @@ def parts(tiny_llama: Path) -> Parts:
     return build(config, on_progress=lambda line: None)
 
 
-def plan_of(decodes: list[int], prompts: list[int], groups: Groups | None = None) -> Plan:
-    """decodes: lengths so far, of rows 1, 2, ...; prompts: tokens of each, from the start. No two share a slot."""
+def plan_of(decodes: list[int], prompts: list[int], groups: Groups | None = None, every: int = 2) -> Plan:
+    """decodes: lengths so far, of rows 1, 2, ...; prompts: tokens of each, from the start. No two share a slot. Every
+    `every`th of all is sampled.
+    """
     lens = np.array([n + 1 for n in decodes] + prompts, np.int32)
     q_lens = np.array([1] * len(decodes) + prompts, np.int32)
     rng = np.random.default_rng(0)
@@ -33,7 +35,7 @@ def plan_of(decodes: list[int], prompts: list[int], groups: Groups | None = None
         input_ids=rng.integers(3, 300, num_tokens).astype(np.int32),
         out_cache_loc=np.arange(300, 300 + num_tokens, dtype=np.int32),
         num_decodes=len(decodes),
-        samples=np.arange(len(lens), dtype=np.int32)[:: 2 if prompts else 1],
+        samples=np.arange(len(lens), dtype=np.int32)[::every],
         epochs=np.zeros(len(lens), np.int64),
         groups=groups,
     )
@@ -65,11 +67,17 @@ def logits_of(parts: Parts, plan: Plan, shape: Shape) -> torch.Tensor:
     ],
 )
 def test_padding_changes_no_logits(parts: Parts, decodes: list[int], prompts: list[int], shape: Shape) -> None:
-    plan = plan_of(decodes, prompts)
+    plan = plan_of(decodes, prompts, every=1 if shape.is_decode else 2)
     exact = logits_of(parts, plan, Shape.of(plan))
     padded = logits_of(parts, plan, shape)
     assert len(exact) == len(plan.samples)
     torch.testing.assert_close(padded, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_of_decodes_that_are_not_all_sampled_those_that_are_get_their_own_logits(parts: Parts) -> None:
+    some, all_of_them = plan_of([5, 17, 3], []), plan_of([5, 17, 3], [], every=1)
+    exact = logits_of(parts, all_of_them, Shape.of(all_of_them))
+    torch.testing.assert_close(logits_of(parts, some, Shape.of(some)), exact[::2], rtol=1e-4, atol=1e-4)
 
 
 def test_steps_without_a_graph_have_few_sizes_and_none_too_large() -> None:
@@ -136,7 +144,7 @@ def test_a_size_is_used_only_if_no_larger_one_takes_less() -> None:
 def test_groups_of_a_padded_step_are_the_plans_own(parts: Parts) -> None:
     own_starts = np.array([4, 4, 0], np.int32)
     groups = Groups(np.array([4], np.int32), np.array([0, 2], np.int32), np.array([0, 1], np.int32), own_starts)
-    plan = plan_of([5, 17, 3], [], groups)
+    plan = plan_of([5, 17, 3], [], groups, every=1)
     stager = parts.runner.stager
     shape = Shape(8, 0, 0, 8, True)
     stager.upload(stager.write(plan, shape))
@@ -156,7 +164,9 @@ def test_a_later_step_of_the_same_requests_is_staged_as_if_there_had_been_none_b
         Groups(np.array([n], np.int32), np.array([0, 2], np.int32), np.array([0, 1], np.int32), np.zeros(3, np.int32))
         for n in (4, 5)
     )
-    sets = [plan_of([5, 17, 3], [], some), plan_of([5, 17, 3], []), plan_of([9, 8, 7, 6], [])]
+    sets = [
+        plan_of(lens, [], groups, every=1) for lens, groups in (([5, 17, 3], some), ([5, 17, 3], None), ([9, 8], None))
+    ]
     for i in range(300):
         plan = rng.choice(sets)
         plan.seq_lens = plan.seq_lens + 1
