@@ -120,18 +120,14 @@ class ModelConfig:
 
     @classmethod
     def _from_raw(cls, folder: Path, raw: dict[str, Any], config: EngineConfig) -> "ModelConfig":
-        generation = checked(read_json(folder / "generation_config.json"), folder / "generation_config.json")
+        generation_file = folder / "generation_config.json"
+        generation = checked(read_json(generation_file), generation_file)
         generation_defaults = parse_generation_defaults(generation)
         num_heads = raw["num_attention_heads"]
         head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
         rope = parse_rope(raw, head_dim)
         if config.sampling_defaults == "model":
-            try:
-                SamplingParams.from_dict({}, generation_defaults).verify(raw["vocab_size"])
-            except InvalidRequest as error:
-                raise ModelError(
-                    f"{folder / 'generation_config.json'}: {error} (--sampling-defaults openai does without)"
-                ) from None
+            verify_generation_defaults(generation_defaults, raw["vocab_size"], generation_file)
         return cls(
             path=folder,
             architectures=tuple(raw.get("architectures") or ()),
@@ -194,11 +190,11 @@ class ModelConfig:
 
 def read_json(path: Path, required: bool = False) -> dict[str, Any]:
     """The object in a JSON file; {} if the file is missing and not required."""
-    if not required and not path.is_file():
-        return {}
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and not required:
+            return {}
         raise ModelError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise ModelError(f"{path} is not JSON: {error}") from None
@@ -294,6 +290,14 @@ def parse_generation_defaults(generation: dict[str, Any]) -> dict[str, float]:
     if defaults.get("top_k") == 0:  # Hugging Face's "off"
         defaults["top_k"] = -1
     return defaults
+
+
+def verify_generation_defaults(defaults: dict[str, float], vocab_size: int, file: Path) -> None:
+    """`ModelError` if no request could use them."""
+    try:
+        SamplingParams.from_dict({}, defaults).verify(vocab_size)
+    except InvalidRequest as error:
+        raise ModelError(f"{file}: {error} (--sampling-defaults openai does without)") from None
 
 
 def _ids(config: dict[str, Any]) -> list[int]:

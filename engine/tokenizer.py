@@ -21,6 +21,7 @@ from tokenizers.processors import TemplateProcessing
 
 from engine.detokenizer import Detokenizer, TextStream
 from engine.errors import InvalidRequest, ModelError
+from engine.model_config import read_json
 from engine.request import SamplingParams
 
 # What code in a template can raise beside Jinja's own errors: it adds, indexes, formats and calls what it is given.
@@ -262,21 +263,6 @@ class Tokenizer:
             names = ", ".join(sorted(templates))
             raise InvalidRequest(f"model has no default chat template; choose one of: {names}", "chat_template")
         raise InvalidRequest("model has no chat template; give --chat-template", "messages")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """{} if there is no such file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise ModelError(f"cannot read {file}: {error.strerror}") from None
-    except ValueError as error:
-        raise ModelError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{file} is not a JSON object")
-    return content
 
 
 def described(error: Exception) -> str:
