@@ -130,7 +130,7 @@ class Stager:
             before.write_next(plan)
             return before.staged
         layout, size = _layout(shape)
-        host, staged = self._host_arrays[turn], Staged(self._host[turn][:size], self._device[:size])
+        host, staged = self._host_arrays[turn], self._staged(size)
         host[:size] = 0
         (
             rows, seq_lens, cu_q_lens, input_ids, positions, out_cache_loc, token_rows,
@@ -184,7 +184,11 @@ class Stager:
         self._decodes[turn] = None
         size = len(written)
         self._host_arrays[turn][:size] = written
-        return Staged(self._host[turn][:size], self._device[:size])
+        return self._staged(size)
+
+    def _staged(self, size: int) -> Staged:
+        """So much of this turn's buffer."""
+        return Staged(self._host[self._turn][:size], self._device[:size])
 
     def upload(self, staged: Staged) -> None:
         staged.device.copy_(staged.host, non_blocking=True)

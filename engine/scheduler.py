@@ -183,7 +183,7 @@ class Scheduler:
 
     @property
     def num_streams(self) -> int:
-        return len(self._live.wanted) if len(self._decoding) else 0
+        return len(self._live.wanted)
 
     @property
     def num_decodes(self) -> int:
@@ -239,7 +239,7 @@ class Scheduler:
         if self._decoding_set is None:
             rows, live = self.rows, self._decoding
             self._decoding_set = RowSet(rows, live)
-            is_plain = not self._decoding_set.has_extras
+            is_plain = len(live) and not self._decoding_set.has_extras
             self._num_plain_steps = int((rows.compute_limit[live] - rows.num_computed[live]).min()) if is_plain else 0
         return self._decoding_set
 
@@ -250,7 +250,7 @@ class Scheduler:
         """Has each decoding row exactly one token to compute, its last one, that need not be known here? Counted down,
         so that a step need not look: forced tokens apart, only an answer's limit ends that.
         """
-        if self._live.has_extras or not self._num_plain_steps:
+        if self._live.has_extras or not self._num_plain_steps:  # in this order: `_live` begins the count
             return False
         self._num_plain_steps -= 1
         return True
@@ -309,7 +309,7 @@ class Scheduler:
         rows, count = self.rows, len(decodes)
         rows.num_computed[decodes] = self.num_slots[decodes] = seq_lens = computed + 1
         input_ids = self._unknown[:count]
-        if count and self._live.has_extras:  # forced tokens, perhaps, which the device has not sampled
+        if self._live.has_extras:  # forced tokens, perhaps, which the device has not sampled
             is_known = computed < rows.num_known[decodes]
             input_ids = np.where(is_known, rows.token_ids[decodes, computed], input_ids)
         return Plan(

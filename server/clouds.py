@@ -21,7 +21,7 @@ class CloudApi:
     async def predict(self, http_request: web.Request) -> web.StreamResponse:
         """/generate in Vertex AI's envelope: a prompt an instance, what else /generate takes as parameters."""
         body = generate_body(await read_json(http_request))
-        return await self.native.answer(http_request, body, envelope="predictions")
+        return await self.native.generate_from(http_request, body, envelope="predictions")
 
 
 def generate_body(body: Fields) -> Fields:

@@ -90,9 +90,11 @@ class NativeApi:
     # ---- /generate ----
 
     async def generate(self, http_request: web.Request) -> web.StreamResponse:
-        return await self.answer(http_request, await read_json(http_request))
+        return await self.generate_from(http_request, await read_json(http_request))
 
-    async def answer(self, http_request: web.Request, body: Fields, envelope: str | None = None) -> web.StreamResponse:
+    async def generate_from(
+        self, http_request: web.Request, body: Fields, envelope: str | None = None
+    ) -> web.StreamResponse:
         """The answer to `body`; `envelope`: the field of an object that holds it, if it is not streamed."""
         refuse(body, UNSUPPORTED)
         session = body.object("session_params")
