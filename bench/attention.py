@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from bench.roofline import elapsed_us, measure_roofline, stream_us
-from engine.batch import SharedPrefixes
+from engine.step.batch import SharedPrefixes
 from kernels import flashinfer_attention
 from kernels.attention import attention_torch
 from kernels.triton_attention import attention_triton

@@ -17,7 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from bench.compare import wide_console
-from engine.balance import Balancer, Placement
+from engine.replicas.balance import Balancer, Placement
 
 STEP_S, TOKEN_S, ANSWER_S, GROUP_S = 6e-3, 1 / 42_000, 25e-6, 0.5e-3
 CHUNK = 8192  # prompt tokens a step

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from engine.channel import ChannelReader, open_channel
+from engine.ranks.channel import ChannelReader, open_channel
 
 NUM_READERS = (1, 2, 4, 8)
 

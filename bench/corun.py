@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from engine.engine import Engine
-from engine.model_runner import ModelRunner
-from engine.plan import Plan
+from engine.schedule.plan import Plan
+from engine.step.model_runner import ModelRunner
 from kernels.corun import STEP_TOKENS
 from server.config import parse_args
 

@@ -115,8 +115,8 @@ def serve_llama_cpp(model_path: str, threads: int, num_slots: int, context_len: 
     """Child process: llama.cpp's own HTTP server; sends its address, runs until the pipe says so."""
     import xllamacpp
 
+    from engine.checkpoint.weights import cache_dir, demo_file
     from engine.config import EngineConfig
-    from engine.weights import cache_dir, demo_file
 
     params = xllamacpp.CommonParams()
     params.model.path = str(demo_file(cache_dir(EngineConfig())) if model_path == "demo" else model_path)
@@ -158,8 +158,8 @@ def load_transformers(model_path: str, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from engine.checkpoint.weights import resolve_model
     from engine.config import EngineConfig
-    from engine.weights import resolve_model
 
     folder = resolve_model(EngineConfig(model_path=model_path, dtype=dtype, device="cpu"))
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()

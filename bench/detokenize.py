@@ -15,7 +15,7 @@ from rich.table import Table
 from tokenizers import decoders, models, pre_tokenizers
 
 from engine.request import SamplingParams
-from engine.tokenizer import FastBackend, Tokenizer
+from engine.text.tokenizer import FastBackend, Tokenizer
 
 TEXTS = {
     "English": "The quick brown fox jumps over the lazy dog, while seven wise wizards count to twelve. ",

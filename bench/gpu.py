@@ -53,16 +53,16 @@ from rich.table import Table
 from bench.compare import WORKLOADS, number, wide_console
 from bench.cpu import ROOT, free_port, measure_idle
 from cache.pool import KVPool
-from engine.batch import Shape, Stager
+from engine.checkpoint.weights import load_weights, resolve_model
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ModelError
 from engine.layers.layer import LayerConfig
 from engine.model_config import ModelConfig
 from engine.models import build_model
-from engine.plan import Plan
 from engine.request import Delta, Request, SamplingParams
-from engine.weights import load_weights, resolve_model
+from engine.schedule.plan import Plan
+from engine.step.batch import Shape, Stager
 from kernels import flashinfer_attention
 
 # --- model folders ----------------------------------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from torch.distributed import TCPStore
 
-from engine.parallel import Communicator
-from engine.processes import Children, Parent
-from engine.ranks import LOCALHOST, join_store
+from engine.layers.communicator import Communicator
+from engine.ranks.children import Children, Parent
+from engine.ranks.leader import LOCALHOST, join_store
 
 SIZES = tuple(1 << exponent for exponent in range(12, 25, 2))  # bytes
 NUM_SUMS, NUM_REPLAYS = 50, 10

@@ -36,15 +36,15 @@ from aiohttp import web
 from rich.console import Console
 from rich.table import Table
 
-from engine.batch import Shape
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.model_runner import MAX_IDLE_S, ModelRunner, Step
-from engine.plan import Plan
+from engine.schedule.plan import Plan
+from engine.step.batch import Shape
+from engine.step.model_runner import MAX_IDLE_S, ModelRunner, Step
 from server.app import build_app
 from server.config import ServerConfig
-from server.monitor import percentile
-from server.sse import HEADERS
+from server.http.sse import HEADERS
+from server.watch.monitor import percentile
 
 ANSWER = (
     "The quick brown fox jumps over the lazy dog, and then it thinks about what it has done. "

@@ -15,27 +15,27 @@ from torch.distributed import TCPStore
 from cache.allocator import PageAllocator
 from cache.pool import KVPool
 from cache.radix import NoCache, RadixCache
-from engine.batch import Stager
-from engine.channel import ChannelReader
+from engine.checkpoint.weights import load_weights, resolve_model, resolve_tokenizer
 from engine.config import EngineConfig
-from engine.cuda_graph import MAX_GRAPH_WORK, MAX_PROMPTS, GraphSizes, default_batch_sizes
 from engine.errors import ModelError
-from engine.grammar import GrammarCompiler, MaskFiller
+from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, unique_layers
-from engine.memory import MemoryBudget, plan_memory
 from engine.model_config import ModelConfig
-from engine.model_runner import ModelRunner
 from engine.models import CausalLM, build_model
-from engine.parallel import Communicator
-from engine.processes import Parent, settle_garbage_collector
-from engine.ranks import Follower, Ranks, follow, join_store
-from engine.rows import Rows
-from engine.sampler import Sampler
-from engine.scheduler import Scheduler
-from engine.tokenizer import Tokenizer
+from engine.ranks.channel import ChannelReader
+from engine.ranks.children import Parent, settle_garbage_collector
+from engine.ranks.leader import Follower, Ranks, follow, join_store
+from engine.schedule.rows import Rows
+from engine.schedule.scheduler import Scheduler
+from engine.step.batch import Stager
+from engine.step.cuda_graph import MAX_GRAPH_WORK, MAX_PROMPTS, GraphSizes, default_batch_sizes
+from engine.step.memory import MemoryBudget, plan_memory
+from engine.step.model_runner import ModelRunner
+from engine.step.sampler import Sampler
+from engine.step.warmup import compile_kernels, load_kernels, measure_step
+from engine.text.grammar import GrammarCompiler, MaskFiller
+from engine.text.tokenizer import Tokenizer
 from engine.upkeep import Upkeep
-from engine.warmup import compile_kernels, load_kernels, measure_step
-from engine.weights import load_weights, resolve_model, resolve_tokenizer
 from kernels import gated_gemm
 from kernels.attention import choose_backend
 from kernels.gemm import SKINNY_MAX_TOKENS
@@ -336,7 +336,7 @@ def new_grammars(config: EngineConfig, model_config: ModelConfig, tokenizer: Tok
         return None
     compiler_class: type[GrammarCompiler] = GrammarCompiler
     if config.grammar_backend == "xgrammar":
-        from engine.xgrammar_backend import XGrammarCompiler  # its library takes seconds to import
+        from engine.text.xgrammar import XGrammarCompiler  # its library takes seconds to import
 
         compiler_class = XGrammarCompiler
     return compiler_class(

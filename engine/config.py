@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from engine.balance import METHODS
+from engine.replicas.balance import METHODS
 
 
 def option(default: Any, group: str, help: str, *, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Any:

@@ -17,18 +17,18 @@ from cache.radix import Prefix
 from engine.build import Parts, build
 from engine.config import EngineConfig
 from engine.errors import EngineError, EngineStopped, InvalidRequest, ModelError, PromptTooLong, QueueFull
-from engine.fairness import DrainRate
-from engine.grammar import Grammar, GrammarCompiler, GrammarStats, Matcher
 from engine.loop import LoopStats, StepLoop
 from engine.maintenance import Maintenance
-from engine.memory import MemoryBudget
 from engine.model_config import ModelConfig
 from engine.output import OutputProcessor
-from engine.pooling import LAST, MEAN
 from engine.profiler import Profiler
 from engine.request import Delta, FinishReason, Logprobs, Request, Status
-from engine.scheduler import SchedulerStats
-from engine.tokenizer import Tokenizer
+from engine.schedule.fairness import DrainRate
+from engine.schedule.scheduler import SchedulerStats
+from engine.step.memory import MemoryBudget
+from engine.step.pooling import LAST, MEAN
+from engine.text.grammar import Grammar, GrammarCompiler, GrammarStats, Matcher
+from engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

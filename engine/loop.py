@@ -12,11 +12,11 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from engine.model_runner import ModelRunner, Step
 from engine.output import OutputProcessor
-from engine.plan import Plan, PrefillBudget, prefill_work
 from engine.request import FinishReason, Request
-from engine.scheduler import Outcome, Scheduler
+from engine.schedule.plan import Plan, PrefillBudget, prefill_work
+from engine.schedule.scheduler import Outcome, Scheduler
+from engine.step.model_runner import ModelRunner, Step
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 
 from engine.build import Parts
+from engine.checkpoint.weights import checkpoint_targets
 from engine.errors import EngineError, InvalidRequest
 from engine.loop import StepLoop
 from engine.upkeep import KV_CACHE, TAGS, WEIGHTS, reason_of
-from engine.weights import checkpoint_targets
 
 ABORT, RETRACT, IN_PLACE = "abort", "retract", "in_place"
 

@@ -15,9 +15,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from engine.errors import InvalidRequest
-from engine.model_runner import PromptLogprobs, Step, logprobs_of
 from engine.request import Delta, FinishReason, Logprobs, Request, Status, ignore
-from engine.scheduler import Outcome, Scheduler
+from engine.schedule.scheduler import Outcome, Scheduler
+from engine.step.model_runner import PromptLogprobs, Step, logprobs_of
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import numpy as np
 from engine.errors import InvalidRequest, shown
 
 if TYPE_CHECKING:
-    from engine.grammar import Matcher  # which imports torch: `--help` should not wait for that
+    from engine.text.grammar import Matcher  # which imports torch: `--help` should not wait for that
 
 TOP_K_ALL = 1 << 30
 GREEDY_TEMPERATURE = 1e-6
@@ -305,7 +305,7 @@ class Request:
     input_logprobs: Logprobs | None = None  # of the prompt from logprob_start_len on, complete at the first delta
     embedding: np.ndarray | None = None  # float32, of a request with `pooling`; not normalized
     prompt_ids: np.ndarray | None = None  # input_ids as int32, once checked
-    text_stream: Any = None  # engine.detokenizer.TextStream, made when submitted; None again if it failed
+    text_stream: Any = None  # engine.text.detokenizer.TextStream, made when submitted; None again if it failed
     new_token_ids: list[int] = field(default_factory=list)  # whose text has not been made yet
     unsent: Delta | None = None  # what the sink has not been given of all before them
     has_begun: bool = False  # the sink has been given something

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
+from engine.checkpoint.weights import load_weights, resolve_model
 from engine.config import EngineConfig
 from engine.errors import ModelError
-from engine.model_runner import ModelRunner
 from engine.models import CausalLM
-from engine.weights import load_weights, resolve_model
+from engine.step.model_runner import ModelRunner
 
 KV_CACHE, WEIGHTS = "kv_cache", "weights"
 TAGS = (KV_CACHE, WEIGHTS)

@@ -8,27 +8,27 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from engine.errors import EngineError
-from server.anthropic import AnthropicApi
-from server.batches import Batches
-from server.chat import CHATS, Chats
-from server.clouds import CloudApi
+from server.apis.anthropic import AnthropicApi
+from server.apis.batches import Batches
+from server.apis.clouds import CloudApi
+from server.apis.embeddings import EmbeddingsApi
+from server.apis.files import FilesApi, FileStore
+from server.apis.maintenance import MaintenanceApi
+from server.apis.native import NativeApi
+from server.apis.ollama import OllamaApi
+from server.apis.openai import OpenAIApi
+from server.apis.responses import ResponsesApi
 from server.config import ServerConfig
-from server.dashboard import Dashboard
-from server.embeddings import EmbeddingsApi
-from server.files import FilesApi, FileStore
-from server.intake import TURNS, Turns
-from server.keys import KeyRing, require_key
-from server.live import LiveRequests, RequestLog
-from server.maintenance import MaintenanceApi
-from server.metrics import Metrics
-from server.monitor import Monitor
-from server.native import NativeApi
-from server.ollama import OllamaApi
-from server.openai import OpenAIApi
-from server.openapi import OpenApi
-from server.protocol import Engine, error_response, error_shape, json_response
-from server.recorder import RECORDER, RequestRecorder
-from server.responses import ResponsesApi
+from server.http.intake import TURNS, Turns
+from server.http.keys import KeyRing, require_key
+from server.http.live import LiveRequests, RequestLog
+from server.reading.chat import CHATS, Chats
+from server.reading.protocol import Engine, error_response, error_shape, json_response
+from server.watch.dashboard import Dashboard
+from server.watch.metrics import Metrics
+from server.watch.monitor import Monitor
+from server.watch.openapi import OpenApi
+from server.watch.recorder import RECORDER, RequestRecorder
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 import yaml
 
 from engine.config import DEBUG, EngineConfig, option, option_type
+from server.fleet.torchrun import torchrun_options
 from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS
 from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
-from server.torchrun import torchrun_options
 
 HTTP, API = "HTTP server", "API"
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")

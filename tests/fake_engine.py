@@ -12,11 +12,11 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from cache.radix import Prefix
 from engine.errors import EngineStopped, InvalidRequest, PromptTooLong, QueueFull
-from engine.grammar import GrammarStats
 from engine.request import Delta, FinishReason, Logprobs, Request, Status, TokenLogprob
+from engine.text.grammar import GrammarStats
 from server.app import build_app
 from server.config import ServerConfig
-from server.protocol import Engine
+from server.reading.protocol import Engine
 
 VOCAB_SIZE = 260
 EOS = 257

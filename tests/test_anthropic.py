@@ -10,8 +10,8 @@ from aiohttp.test_utils import TestClient
 
 from engine.errors import InvalidRequest
 from engine.request import FinishReason
-from server.anthropic import chat_body
-from server.protocol import Fields
+from server.apis.anthropic import chat_body
+from server.reading.protocol import Fields
 from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
 
 Client = TestClient[Any, Any]

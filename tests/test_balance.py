@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from engine.balance import ANSWER_CHUNKS, CHUNK_BYTES, HOT_SPOT_CHUNKS, METHODS, Balancer
+from engine.replicas.balance import ANSWER_CHUNKS, CHUNK_BYTES, HOT_SPOT_CHUNKS, METHODS, Balancer
 
 TOKEN_BYTES = 4
 PREFIX_LEN, QUESTION_LEN, NUM_GROUPS, NUM_REQUESTS = 4096, 128, 8, 512  # tokens

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine.batch import Shape, StagedBatch, Stager
 from engine.build import Parts, build
 from engine.config import EngineConfig
-from engine.cuda_graph import MAX_PROMPTS, fitting_ladders, rounded_up, useful_sizes
-from engine.plan import Groups, Plan
+from engine.schedule.plan import Groups, Plan
+from engine.step.batch import Shape, StagedBatch, Stager
+from engine.step.cuda_graph import MAX_PROMPTS, fitting_ladders, rounded_up, useful_sizes
 
 
 @pytest.fixture(scope="module")

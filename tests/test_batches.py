@@ -17,8 +17,8 @@ from openai.types import Batch
 
 from engine.errors import QueueFull
 from engine.request import FinishReason, Request
-from server.chat import Chats, ChatTurn
-from server.protocol import Fields
+from server.reading.chat import Chats, ChatTurn
+from server.reading.protocol import Fields
 from tests.fake_engine import FakeEngine, serving
 
 
@@ -239,7 +239,7 @@ async def test_a_batch_can_be_cancelled_before_its_file_is_known_to_be_wrong(
     line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_cancelled = threading.Event()
-    monkeypatch.setattr("server.batches.check_lines", lambda path, endpoint: is_cancelled.wait(10))
+    monkeypatch.setattr("server.apis.batches.check_lines", lambda path, endpoint: is_cancelled.wait(10))
     async with api_of(FakeEngine()) as api:
         batch = await start(api, [line])
         await asyncio.sleep(0)
@@ -258,7 +258,7 @@ async def test_a_batch_that_outlives_its_window_expires() -> None:
 
 
 async def test_a_full_queue_only_delays_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.batches.RETRY_S", 0.01)
+    monkeypatch.setattr("server.apis.batches.RETRY_S", 0.01)
     engine = FakeEngine()
     submit, num_refused = engine.submit, 0
 

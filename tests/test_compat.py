@@ -12,7 +12,7 @@ import pytest
 import torch
 from aiohttp.test_utils import TestClient
 
-from server.live import MANY_LOGPROBS
+from server.http.live import MANY_LOGPROBS
 from tests.fake_engine import PARSERS, FakeEngine, events_of, serving
 from tests.test_engine import running_engine
 

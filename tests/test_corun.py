@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is decorated
 
 import bench.attention
-from engine.plan import Plan
+from engine.schedule.plan import Plan
 from kernels import corun
 from kernels.attention import attention
 from kernels.corun import Corun, CorunCosts, choose_corun, gated_beside_decodes

@@ -23,8 +23,8 @@ import openai
 import pytest
 import torch
 
+from engine.checkpoint.weights import resolve_model
 from engine.config import EngineConfig
-from engine.weights import resolve_model
 from server.app import build_app
 from server.config import ServerConfig
 from tests.fake_engine import FakeEngine

@@ -14,9 +14,9 @@ import torch
 from aiohttp.test_utils import TestClient, TestServer
 
 from engine.errors import InvalidRequest
-from engine.plan import PrefillBudget
 from engine.request import Request, SamplingParams
-from engine.scheduler import Scheduler
+from engine.schedule.plan import PrefillBudget
+from engine.schedule.scheduler import Scheduler
 from server.app import build_app
 from server.config import ServerConfig
 from tests.fake_engine import FakeEngine, FakeModel, serving

@@ -20,13 +20,13 @@ from llguidance import LLMatcher, LLTokenizer
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError, EngineStopped, InvalidRequest, PromptTooLong
-from engine.model_runner import Step
 from engine.output import READ_INTERVAL
-from engine.plan import Plan
-from engine.replica import REPORT_S
-from engine.replicas import ReplicaSet, new_engine
+from engine.replicas.facade import ReplicaSet, new_engine
+from engine.replicas.replica import REPORT_S
 from engine.request import Delta, Request, SamplingParams
-from engine.tokenizer import Tokenizer
+from engine.schedule.plan import Plan
+from engine.step.model_runner import Step
+from engine.text.tokenizer import Tokenizer
 from kernels.flashinfer_attention import is_available
 
 NUM_NEW_TOKENS = 24
@@ -177,7 +177,9 @@ async def test_greedy_answers_equal_transformers_whatever_the_mix(
     rng = random.Random(1)
     is_small = options.get("max_total_tokens") == 200  # then all ask at once: a fast device would be done with most
     spread_s = 0.0 if is_small else 0.2
-    monkeypatch.setattr("engine.scheduler.MIN_SHARED_TOKENS", 1)  # even short prefixes are read once for a group
+    monkeypatch.setattr(
+        "engine.schedule.scheduler.MIN_SHARED_TOKENS", 1
+    )  # even short prefixes are read once for a group
     async with running_engine(tiny_llama, device=device, **options) as engine:
 
         async def ask(i: int) -> list[int]:
@@ -342,7 +344,7 @@ async def test_log_probabilities_of_a_long_prompt_are_made_of_few_logits_at_a_ti
         monkeypatch.setattr(model, "compute_logits", counted)
         given = []
         for most in (256, 7):
-            monkeypatch.setattr("engine.model_runner.PROMPT_LOGPROB_ROWS", most)
+            monkeypatch.setattr("engine.step.model_runner.PROMPT_LOGPROB_ROWS", most)
             num_rows.clear()
             request = make_request(
                 prompts[2], max_new_tokens=1, return_logprob=True, logprob_start_len=0, top_logprobs_num=2
@@ -399,7 +401,7 @@ async def test_with_an_fp8_cache_too_greedy_answers_do_not_depend_on_the_mix(
     kv_cache_dtype: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("engine.scheduler.MIN_SHARED_TOKENS", 1)
+    monkeypatch.setattr("engine.schedule.scheduler.MIN_SHARED_TOKENS", 1)
 
     async def answers(**options: Any) -> list[list[int]]:
         async with running_engine(tiny_llama, device=device, kv_cache_dtype=kv_cache_dtype, **options) as engine:
@@ -551,7 +553,7 @@ async def test_a_profile_that_cannot_be_written_is_told_by_every_engine_and_neve
         (tmp_path / "file").touch()
         with pytest.raises(InvalidRequest, match="file/replica-0: Not a directory"):
             engine.start_profile(str(tmp_path / "file"))
-        monkeypatch.setattr("engine.replicas.make_profile_folder", lambda path: None, raising=False)
+        monkeypatch.setattr("engine.replicas.facade.make_profile_folder", lambda path: None, raising=False)
         engine.start_profile(str(tmp_path / "file"))
         with pytest.raises(EngineError, match=r"replica 0 has no profile: .*; replica 1 has no profile: "):
             async with asyncio.timeout(60):

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from engine.errors import QueueFull
-from engine.fairness import MAX_IDLE_CLIENTS, MAX_RETRY_S, DrainRate, FairShares, Queue
-from engine.plan import PrefillBudget
 from engine.request import Delta, FinishReason, Request, SamplingParams, Status
-from engine.scheduler import MAX_SORTED_QUEUE
+from engine.schedule.fairness import MAX_IDLE_CLIENTS, MAX_RETRY_S, DrainRate, FairShares, Queue
+from engine.schedule.plan import PrefillBudget
+from engine.schedule.scheduler import MAX_SORTED_QUEUE
 from tests.test_engine import collect, make_request, running_engine
 from tests.test_scheduler import Traffic, expected
 

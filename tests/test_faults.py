@@ -23,9 +23,9 @@ from aiohttp.web import StreamResponse
 from engine.engine import Engine
 from engine.errors import EngineStopped
 from engine.request import Delta, Request
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
+from server.apis.blocks import Blocks
 from server.app import build_app
-from server.blocks import Blocks
 from server.config import ServerConfig
 from tests.test_engine import check_pages, collect, make_request, running_engine
 

@@ -17,7 +17,7 @@ from aiohttp.test_utils import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.openapi import OPERATIONS, routes_of
+from server.watch.openapi import OPERATIONS, routes_of
 from tests.fake_engine import FakeEngine, events_of, serving
 
 PATIENCE_S = 10.0

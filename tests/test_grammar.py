@@ -22,9 +22,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from engine.engine import Engine
 from engine.errors import InvalidRequest
-from engine.grammar import Grammar, GrammarCompiler, GrammarError, MaskFiller, Matcher
 from engine.request import FinishReason, Request, SamplingParams
-from engine.tokenizer import FastBackend, Tokenizer
+from engine.text.grammar import Grammar, GrammarCompiler, GrammarError, MaskFiller, Matcher
+from engine.text.tokenizer import FastBackend, Tokenizer
 from server.app import build_app
 from server.config import ServerConfig
 from tests.fake_engine import events_of
@@ -55,7 +55,7 @@ def compiler_for(tokenizer: Tokenizer, eos: int, backend: str = "llguidance") ->
     compiler_class: type[GrammarCompiler] = GrammarCompiler
     if backend == "xgrammar":
         pytest.importorskip("xgrammar")
-        from engine.xgrammar_backend import XGrammarCompiler
+        from engine.text.xgrammar import XGrammarCompiler
 
         compiler_class = XGrammarCompiler
     special_tokens = tokenizer.backend.special_tokens

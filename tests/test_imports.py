@@ -18,12 +18,12 @@ ONLY_IN = {"triton": "kernels", "flashinfer": "kernels", "aiohttp": "server"}
 KNOWS_ASYNCIO_AND_CUDA = "engine/loop.py"
 # engine -> loop -> { scheduler -> cache }, { model_runner -> models -> layers -> kernels }
 NEVER_IN_ENGINE = {
-    "engine/layers/": ("engine.models", "engine.model_runner", "engine.scheduler", "engine.loop", "engine.engine"),
-    "engine/models/": ("engine.model_runner", "engine.scheduler", "engine.loop", "engine.engine"),
-    "engine/model_runner.py": ("engine.scheduler", "engine.loop", "engine.engine"),
-    "engine/scheduler.py": ("engine.models", "engine.model_runner", "engine.loop", "engine.engine"),
+    "engine/layers/": ("engine.models", "engine.step.model_runner", "engine.schedule", "engine.loop", "engine.engine"),
+    "engine/models/": ("engine.step.model_runner", "engine.schedule.scheduler", "engine.loop", "engine.engine"),
+    "engine/step/": ("engine.schedule.scheduler", "engine.loop", "engine.engine"),
+    "engine/schedule/": ("engine.models", "engine.step", "engine.loop", "engine.engine"),
     "engine/loop.py": ("engine.engine",),
-}
+}  # fmt: skip
 
 
 def imported_modules(source: str, package: str = "") -> Iterator[tuple[str, int]]:
@@ -90,7 +90,7 @@ def test_inside_the_engine_nobody_imports_who_drives_it(place: str) -> None:
 
 
 def test_the_scheduler_has_no_device_no_loop_and_no_clock() -> None:
-    names = {name for name, _ in imports_of("engine/scheduler.py")}
+    names = {name for name, _ in imports_of("engine/schedule/scheduler.py")}
     assert not {name for name in names if is_in(name, {"torch.cuda", "asyncio", "time", "datetime", "threading"})}
 
 
@@ -110,7 +110,7 @@ def test_importing_kernels_imports_nothing() -> None:
     ("source", "module"),
     [
         ("import triton.language as tl", "triton.language"),
-        ("def f():\n    from engine import scheduler", "engine.scheduler"),
+        ("def f():\n    from engine.schedule import scheduler", "engine.schedule.scheduler"),
         ("from ..engine.request import Request", "server.engine.request.Request"),
         ("from . import pool", "server.lang.pool"),
         ("import torch\nevent = torch.cuda.Event()", "torch.cuda"),

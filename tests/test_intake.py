@@ -8,8 +8,8 @@ import socket
 import pytest
 import uvloop
 
-from server import intake
-from server.intake import COST_OF_REQUEST, MAX_COST_A_TURN, Acceptor, Turns
+from server.http import intake
+from server.http.intake import COST_OF_REQUEST, MAX_COST_A_TURN, Acceptor, Turns
 
 LOOPS = pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 

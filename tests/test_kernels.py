@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.warmup import rehearse_sampling
+from engine.step.warmup import rehearse_sampling
 from kernels import (
     bookkeeping,
     elementwise,

@@ -8,8 +8,8 @@ import jinja2
 import pytest
 
 import server.lang as sgl
-from server.chat import CHATML, LLAMA_3
 from server.lang.templates import Roles, ServedTemplate, TemplateRefused, get_chat_template
+from server.reading.chat import CHATML, LLAMA_3
 from tests.fake_engine import FakeEngine
 from tests.lang_servers import fake_backend
 

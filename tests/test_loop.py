@@ -13,15 +13,15 @@ import torch
 
 from cache.allocator import PageAllocator
 from cache.radix import RadixCache
-from engine.batch import Shape, Staged
 from engine.loop import StepLoop, StepPace
-from engine.model_runner import Step
 from engine.output import OutputProcessor
-from engine.plan import Plan
 from engine.request import Delta, FinishReason, Request, SamplingParams, Status
-from engine.rows import Rows
-from engine.sampler import SamplingWork
-from engine.scheduler import Scheduler
+from engine.schedule.plan import Plan
+from engine.schedule.rows import Rows
+from engine.schedule.scheduler import Scheduler
+from engine.step.batch import Shape, Staged
+from engine.step.model_runner import Step
+from engine.step.sampler import SamplingWork
 from kernels.corun import CorunCosts
 
 TOKEN = 7

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from cache.pool import KVPool
-from engine.batch import ForwardBatch
+from engine.checkpoint.weights import load_weights, resolve_model
 from engine.config import EngineConfig
 from engine.errors import ModelError
+from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, named_layers
 from engine.model_config import ModelConfig
 from engine.models import build_model
-from engine.parallel import Communicator
-from engine.weights import load_weights, resolve_model
+from engine.step.batch import ForwardBatch
 from kernels.corun import Corun, CorunCosts
 
 MakeTinyModel = Callable[..., Path]

@@ -15,12 +15,12 @@ from aiohttp.test_utils import TestClient, TestServer
 from engine.errors import QueueFull
 from engine.request import FinishReason, Request, RequestTimes, SamplingParams
 from server.__main__ import set_up_logging
-from server.access_log import JsonAccessLogger
 from server.app import build_app
 from server.config import ServerConfig
-from server.dashboard import PAGE
-from server.metrics import Metrics
-from server.monitor import Monitor, percentile
+from server.http.access_log import JsonAccessLogger
+from server.watch.dashboard import PAGE
+from server.watch.metrics import Metrics
+from server.watch.monitor import Monitor, percentile
 from tests.fake_engine import FakeEngine, events_of, serving
 
 Client = TestClient[Any, Any]
@@ -161,8 +161,8 @@ def _request(times: RequestTimes, output_ids: list[int] | None = None) -> Reques
 
 
 async def test_a_blocked_event_loop_shows_as_lag(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.monitor.IDLE_TICK_S", 0.01)
-    monkeypatch.setattr("server.monitor.TICK_S", 0.01)
+    monkeypatch.setattr("server.watch.monitor.IDLE_TICK_S", 0.01)
+    monkeypatch.setattr("server.watch.monitor.TICK_S", 0.01)
     monitor, seen = Monitor(FakeEngine()), asyncio.Event()
     monitor.lag_observers.append(lambda lag_s: seen.set() if lag_s > 0.1 else None)
     context = monitor.running(None)  # type: ignore[arg-type]

@@ -18,9 +18,9 @@ from torch.distributed import destroy_process_group
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.nodes import interface_to
+from engine.ranks.nodes import interface_to
 from server.config import parse_args
-from server.torchrun import torchrun_options
+from server.fleet.torchrun import torchrun_options
 from tests.server_processes import SERVER, descendants, ending, is_alive, start_server, wait_until, wait_until_ready
 from tests.test_parallel import ask
 

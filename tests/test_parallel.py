@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.channel import ChannelReader, open_channel
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, ModelError
-from engine.replica import REPORT_S
-from engine.replicas import ReplicaSet
+from engine.ranks.channel import ChannelReader, open_channel
+from engine.replicas.facade import ReplicaSet
+from engine.replicas.replica import REPORT_S
 from engine.request import Delta, FinishReason, Request, SamplingParams
 from tests.server_processes import descendants, is_alive, is_rank, server, wait_until
 

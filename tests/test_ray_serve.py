@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def fleet(tiny_llama: Path) -> Iterator[str]:
     """The URL of a fleet of one server."""
-    from server.ray_serve import build
+    from server.fleet.ray_serve import build
 
     env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ray.init(num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, runtime_env={"env_vars": env})

@@ -8,7 +8,7 @@ import pytest
 
 from bench.replay import Answer, Dump, compare, first_difference, replay
 from engine.request import FinishReason, Request, SamplingParams, Status
-from server.recorder import MAX_REQUESTS, MAX_TOKENS, RECORDER, RequestRecorder
+from server.watch.recorder import MAX_REQUESTS, MAX_TOKENS, RECORDER, RequestRecorder
 from tests.fake_engine import FakeEngine, serving
 
 

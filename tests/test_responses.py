@@ -10,8 +10,8 @@ from aiohttp.test_utils import TestClient
 
 from engine.errors import InvalidRequest
 from engine.request import FinishReason
-from server.protocol import Fields
-from server.responses import ResponseStore, chat_body, read_input
+from server.apis.responses import ResponseStore, chat_body, read_input
+from server.reading.protocol import Fields
 from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
 
 Client = TestClient[Any, Any]

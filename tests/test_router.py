@@ -12,8 +12,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer, unused_port
 
-from engine.balance import METHODS
-from server.router import Router, RouterConfig, main
+from engine.replicas.balance import METHODS
+from server.fleet.router import Router, RouterConfig, main
 from tests.fake_engine import FakeEngine, serving
 
 Client = TestClient[Any, Any]
@@ -530,7 +530,7 @@ def test_a_wrong_option_is_a_clear_error(capsys: pytest.CaptureFixture[str]) -> 
 
 
 async def test_the_process_routes_until_a_signal_and_needs_no_torch() -> None:
-    code = "import sys, server.router as r; s = r.main(); assert 'torch' not in sys.modules; sys.exit(s)"
+    code = "import sys, server.fleet.router as r; s = r.main(); assert 'torch' not in sys.modules; sys.exit(s)"
     port, worker = unused_port(), FakeWorker("a")
     async with listening(worker.app()) as url, aiohttp.ClientSession() as client:
         argv = ["-c", code, "--worker-urls", url, "--port", str(port)]

@@ -7,12 +7,12 @@ import pytest
 
 from cache.allocator import PageAllocator
 from cache.radix import NoCache, RadixCache
-from engine import scheduler
 from engine.errors import PromptTooLong, QueueFull
-from engine.plan import Plan, PrefillBudget, prefill_work
 from engine.request import FinishReason, Request, SamplingParams, Status
-from engine.rows import Rows
-from engine.scheduler import Outcome, Scheduler
+from engine.schedule import scheduler
+from engine.schedule.plan import Plan, PrefillBudget, prefill_work
+from engine.schedule.rows import Rows
+from engine.schedule.scheduler import Outcome, Scheduler
 
 VOCAB = 1000
 EOS = 0
@@ -156,7 +156,7 @@ def test_every_answer_is_the_one_it_would_get_alone(page_size: int, chunk: int, 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_answers_survive_a_pool_that_runs_out_again_and_again(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.scheduler.MIN_SHARED_TOKENS", 1)  # groups form and dissolve all the time
+    monkeypatch.setattr("engine.schedule.scheduler.MIN_SHARED_TOKENS", 1)  # groups form and dissolve all the time
     rng = random.Random(seed)
     page_size = rng.choice([1, 1, 4])
     traffic = Traffic(64, num_rows=rng.choice([3, 6]), chunk=rng.choice([3, 9, 40]), page_size=page_size,

@@ -21,12 +21,12 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from engine.errors import ModelError
-from engine.model_runner import Step
 from engine.request import FinishReason, Request
+from engine.step.model_runner import Step
 from server.__main__ import main
 from server.app import build_app
 from server.config import ServerConfig, parse_args
-from server.sse import HIGH_WATER_BYTES, EventStream
+from server.http.sse import HIGH_WATER_BYTES, EventStream
 from tests.fake_engine import FakeEngine, events_of, serving
 from tests.test_engine import running_engine
 
@@ -764,10 +764,10 @@ async def test_keys_are_not_told(engine: FakeEngine) -> None:
 async def test_each_ended_request_is_a_line_when_asked_for(
     engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level("INFO", "server.live"):
+    with caplog.at_level("INFO", "server.http.live"):
         async with serving(engine, log_requests=True, log_requests_level=2) as client:
             await generate(client, text="Hi", rid="mine")
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "server.live"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "server.http.live"]
     assert "mine" in line
     assert "completion_tokens=12" in line
     assert "'Hello, world'" in line
@@ -793,9 +793,9 @@ class SlowEngine(FakeEngine):
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, engine_class: type, *argv: str) -> int:
-    fake = types.ModuleType("engine.replicas")
+    fake = types.ModuleType("engine.replicas.facade")
     monkeypatch.setattr(fake, "new_engine", engine_class, raising=False)
-    monkeypatch.setitem(sys.modules, "engine.replicas", fake)
+    monkeypatch.setitem(sys.modules, "engine.replicas.facade", fake)
     return main(["--model-path", "fake-model", *argv])
 
 

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from engine.errors import InvalidRequest, ModelError
 from engine.request import SamplingParams
-from engine.tokenizer import FastBackend, PythonBackend, Tokenizer
+from engine.text.tokenizer import FastBackend, PythonBackend, Tokenizer
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

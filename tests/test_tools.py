@@ -11,11 +11,11 @@ from aiohttp.test_utils import TestClient
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.grammar import GrammarCompiler
-from engine.tokenizer import Tokenizer
+from engine.text.grammar import GrammarCompiler
+from engine.text.tokenizer import Tokenizer
 from server.parsers import AnswerParser
 from server.parsers.tool_calls import TOOL_FORMATS, Tool, ToolCallParser
-from server.tool_choice import ToolChoice, structural_tag, tool_constraint
+from server.reading.tool_choice import ToolChoice, structural_tag, tool_constraint
 from tests.fake_engine import FakeEngine, events_of, serving
 
 Client = TestClient[Any, Any]

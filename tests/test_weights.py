@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine import gguf, weights
+from engine.checkpoint import gguf, weights
+from engine.checkpoint.weights import load_weights, resolve_model, resolve_tokenizer
 from engine.config import EngineConfig
 from engine.errors import ModelError
+from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, named_layers
 from engine.model_config import ModelConfig
 from engine.models import build_model
-from engine.parallel import Communicator
-from engine.weights import load_weights, resolve_model, resolve_tokenizer
 
 CPU = torch.device("cpu")
 

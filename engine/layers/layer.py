@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from engine.errors import ModelError
-from engine.parallel import Communicator
+from engine.layers.communicator import Communicator
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 
 from cache.pool import KVPool
-from engine.batch import ForwardBatch
 from engine.errors import ModelError
 from engine.layers.embedding import VocabParallelEmbedding
 from engine.layers.layer import Layer, LayerConfig
 from engine.model_config import ModelConfig
+from engine.step.batch import ForwardBatch
 from kernels.corun import CorunCosts
 
 # config.json's architecture -> module of this package : class. Imported when asked for.

@@ -16,7 +16,6 @@ from typing import ClassVar
 import torch
 
 from cache.pool import KVPool
-from engine.batch import ForwardBatch
 from engine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from engine.layers.layer import Layer, LayerConfig
 from engine.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear, activation
@@ -24,6 +23,7 @@ from engine.layers.norm import RMSNorm
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import ModelConfig
 from engine.models import CausalLM, Decoder
+from engine.step.batch import ForwardBatch
 from kernels.attention import attention
 from kernels.corun import Corun, CorunCosts, can_corun, gated_beside_decodes
 from kernels.elementwise import rope_and_store

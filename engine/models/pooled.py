@@ -3,10 +3,10 @@
 import torch
 
 from cache.pool import KVPool
-from engine.batch import ForwardBatch
 from engine.layers.layer import Layer, LayerConfig, meta_weight
 from engine.model_config import ModelConfig
 from engine.models import CausalLM
+from engine.step.batch import ForwardBatch
 from kernels.gemm import linear
 
 

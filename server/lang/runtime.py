@@ -101,7 +101,7 @@ class Engine(Session):
 
     def __init__(self, model_path: str = "demo", chat_template_name: str | None = None, **options: Any) -> None:
         from engine.config import EngineConfig
-        from engine.replicas import new_engine
+        from engine.replicas.facade import new_engine
 
         options.pop("log_level", None)  # a server's
         self.endpoint: EngineBackend = EngineBackend(model_path)
@@ -176,9 +176,9 @@ class Runtime(Session):
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer, loaded into this process."""
+        from engine.checkpoint.weights import resolve_model, resolve_tokenizer
         from engine.config import EngineConfig
-        from engine.tokenizer import Tokenizer
-        from engine.weights import resolve_model, resolve_tokenizer
+        from engine.text.tokenizer import Tokenizer
 
         known = {field.name for field in dataclasses.fields(EngineConfig)}
         config = EngineConfig(**{name: value for name, value in self.options.items() if name in known})

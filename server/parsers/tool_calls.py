@@ -14,7 +14,7 @@ import orjson
 
 from server.parsers.delta import ToolCallDelta
 from server.parsers.reader import PYTHON_SYNTAX, Malformed, Reader, Reading
-from server.protocol import JSON
+from server.reading.protocol import JSON
 
 MAX_NAME_LEN = 256  # longer names, and keys, are not waited for
 JSON_CALL_KEYS = ("name", "arguments", "parameters", "type", "id")

@@ -8,11 +8,11 @@ from typing import Any
 
 from engine.errors import EngineError, InvalidRequest
 from engine.request import Delta, Logprobs, Request, SamplingParams
+from server.apis.meta_info import MetaInfo
+from server.http.live import Options, make_requests, new_rid
 from server.lang.backends.base import JSON, BackendError
 from server.lang.backends.native import NativeBackend
-from server.live import Options, make_requests, new_rid
-from server.meta_info import MetaInfo
-from server.protocol import Engine, Fields, check_token_ids, encode_prompt
+from server.reading.protocol import Engine, Fields, check_token_ids, encode_prompt
 
 # Fields of /generate; others would be ignored.
 KNOWN = frozenset(

@@ -1,0 +1,92 @@
+"""What the scheduler decided for one step: plain arrays, the only thing the runner is told. And what it may decide."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from engine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Decoding requests that share a cached prefix; arrays as in engine.step.batch.SharedPrefixes."""
+
+    prefix_lens: np.ndarray
+    cu_members: np.ndarray
+    members: np.ndarray
+    own_starts: np.ndarray
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step: B requests, T tokens; requests with one token first. Nobody writes to its arrays."""
+
+    rows: np.ndarray  # int64 [B]
+    q_lens: np.ndarray  # int64 [B], tokens to compute
+    seq_lens: np.ndarray  # int64 [B], num_computed after the step
+    input_ids: np.ndarray  # int32 [T]; -1: the row's last sampled token, still on the device
+    out_cache_loc: np.ndarray  # int32 [T]
+    num_decodes: int
+    samples: np.ndarray  # int64 [S], indices into B of the requests whose next token is sampled
+    epochs: np.ndarray  # int64 [B], of the rows when scheduled
+    prefix_copies: list[tuple[int, int, np.ndarray]] = field(default_factory=list)  # (row, start, cached slots)
+    prompt_logprobs: list[tuple[int, Request, int]] = field(default_factory=list)  # (b, request, first position)
+    pooled: list[tuple[int, Request, int]] = field(default_factory=list)  # (b, request, first position)
+    prefill_only: list[tuple[int, Request]] = field(default_factory=list)  # (b, request) that end with this step
+    admitted: list[Request] = field(default_factory=list)  # that run for the first time
+    answering: list[Request] = field(default_factory=list)  # whose prompt ends with this step
+    groups: Groups | None = None
+    num_jumps: int = 0  # requests with several tokens of their answer
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return len(self.input_ids) - self.num_decodes
+
+    @property
+    def is_decode(self) -> bool:
+        return self.num_decodes == len(self.rows)
+
+
+def context_tokens(seq_lens: np.ndarray, groups: Groups | None) -> int:
+    """What attention reads for one token of each of `seq_lens`; of prefixes that it reads once per group, nothing."""
+    return int(seq_lens.sum()) - (0 if groups is None else int(groups.own_starts.sum()))
+
+
+def prefill_work(num_tokens: Any, context: Any, context_cost: float) -> Any:
+    """What chunks of `num_tokens` behind `context` tokens take: each token 1, and `context_cost` for every one before
+    it. Numbers or arrays.
+    """
+    return num_tokens * (1 + context_cost * (context + num_tokens / 2))
+
+
+@dataclass(slots=True)
+class PrefillBudget:
+    """What the prompts of a step may take; spent chunk by chunk."""
+
+    max_tokens: int
+    work: float = math.inf  # as of `prefill_work`
+    context_cost: float = 0.0
+    min_tokens: int = 0  # are granted, whatever work they are: a prompt must not starve
+
+    @property
+    def is_spent(self) -> bool:
+        return self.max_tokens <= 0 or (self.work <= 0 and self.min_tokens <= 0)
+
+    def num_tokens_behind(self, context: int) -> int:
+        """How long a chunk behind `context` tokens may be: one token at least."""
+        if math.isinf(self.work):
+            return self.max_tokens
+        work, of_first = max(self.work, 0.0), 1 + self.context_cost * context
+        affordable = int(2 * work / (of_first + math.sqrt(of_first**2 + 2 * self.context_cost * work)))
+        return min(max(affordable, self.min_tokens, 1), self.max_tokens)
+
+    def spend(self, num_tokens: int, context: int) -> None:
+        self.max_tokens -= num_tokens
+        self.min_tokens -= num_tokens
+        self.work -= prefill_work(num_tokens, context, self.context_cost)

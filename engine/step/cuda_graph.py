@@ -1,0 +1,302 @@
+"""Steps as CUDA graphs: one a size of a ladder, smaller steps padded up to it.
+
+A graph holds everything from the staged plan to the most likely tokens; attention reads lengths and slots on the
+device, so one capture serves every step of its size. Decode steps have a fine ladder. Steps with prompt chunks beside
+them have ladders too, the coarser the more they hold, up to the size at which the device takes clearly longer for the
+kernels than the host to launch them one by one. All graphs share one memory pool, the largest captured first.
+"""
+
+import bisect
+import contextlib
+import functools
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from engine.schedule.plan import Groups, Plan
+from engine.step.batch import Shape, StagedBatch, Stager
+
+
+class Ladder(NamedTuple):
+    """Sizes of graphs for steps with prompt chunks."""
+
+    num_decodes: int  # at most
+    num_prompts: int  # chunks at most
+    num_tokens: tuple[int, ...]  # of all chunks, ascending
+    has_groups: bool = False  # for steps whose decodes share prefixes
+
+
+ALONE_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
+FINE_TOKENS = (*range(64, 640, 64), *range(640, 1280, 128), 1280, 1536, 1792, 2048)
+COARSE_TOKENS = (128, 256, 512, 1024, 2048, 4096, 6144, 8192)
+# The first that fits serves.
+LADDERS = (
+    Ladder(0, 16, ALONE_TOKENS),
+    Ladder(32, 16, tuple(size - 32 for size in FINE_TOKENS)),  # with the decodes, whole tiles of the products
+    Ladder(64, 64, (128, 256, 384, 512, 640, 768, 1024)),  # runs of forced tokens, mostly
+    Ladder(256, 72, COARSE_TOKENS),
+    Ladder(512, 72, COARSE_TOKENS[2:]),
+    Ladder(1024, 72, (512, 2048, 8192)),
+    Ladder(512, 72, COARSE_TOKENS[2:], has_groups=True),
+    Ladder(1024, 72, (512, 2048, 8192), has_groups=True),
+)
+MAX_PROMPTS = max(ladder.num_prompts for ladder in LADDERS)
+# Tokens times bytes of weights, above which a step's kernels need no graph: to launch a layer's takes the host some
+# 0.5 ms, which are then hidden by computing at least three times as long.
+MAX_GRAPH_WORK = 3.4e13
+SAMPLE_MULTIPLE = 64  # of the tokens that a step without a graph samples
+SAME_TIME = 1.02  # times that differ by less are equal
+GROUPED_SIZE_RATIO = 1.3  # of neighbours on the ladder of decode steps with shared prefixes
+
+
+def default_batch_sizes(largest: int) -> list[int]:
+    """1, 2, 4, then steps of an eighth to a quarter: padding costs little, and so does capturing."""
+    fine = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32)]
+    sizes = [*fine, *range(256, 512, 64), *range(512, largest + 1, 128)]
+    return [size for size in sizes if size <= largest] or [largest]
+
+
+class GraphSizes(NamedTuple):
+    """What steps may be captured."""
+
+    batch_sizes: list[int]  # of decode steps
+    max_prompt_tokens: int  # of a step that has any
+    max_tokens: int  # of all of a step
+    max_requests: int  # that run at once
+
+
+class StepGraphs:
+    def __init__(
+        self,
+        sizes: GraphSizes,
+        stager: Stager,
+        run: Callable[[StagedBatch], tuple[torch.Tensor, torch.Tensor]],
+        meet: Callable[[], None],
+    ) -> None:
+        """run: from a staged batch to (logits [S, V], their argmax [S]). meet: `Communicator.meet`."""
+        self.batch_sizes = sorted(sizes.batch_sizes)
+        self.grouped_sizes = _coarse(self.batch_sizes)
+        self.ladders = fitting_ladders(sizes.max_prompt_tokens, sizes.max_tokens, sizes.max_requests)
+        self._stager, self._run, self._meet = stager, run, meet
+        self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, StagedBatch]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def shape_for(self, plan: Plan) -> Shape | None:
+        """Of the graph that serves `plan`, or None: it is larger than any, or asks for what no graph does."""
+        if plan.pooled:
+            return None
+        num_decodes, num_samples = plan.num_decodes, len(plan.samples)
+        if plan.is_decode:
+            if num_decodes > self.batch_sizes[-1] or num_samples < num_decodes:
+                return None
+            sizes = self.batch_sizes if plan.groups is None else self.grouped_sizes
+            size = sizes[bisect.bisect_left(sizes, num_decodes)]
+            return _decode_shape(size, plan.groups is not None)
+        if not num_samples or plan.prompt_logprobs:
+            return None
+        num_prompts, num_tokens = len(plan.rows) - num_decodes, plan.num_prefill_tokens
+        for ladder in self.ladders:
+            if (
+                num_decodes <= ladder.num_decodes
+                and num_prompts <= ladder.num_prompts
+                and num_tokens <= ladder.num_tokens[-1]
+                and ladder.has_groups == (plan.groups is not None)
+            ):
+                return _prefill_shape(ladder, ladder.num_tokens[bisect.bisect_left(ladder.num_tokens, num_tokens)])
+        return None
+
+    def eager_shape(self, plan: Plan) -> Shape:
+        """Of a step that no graph serves."""
+        shape = Shape.of(plan)
+        if not self.ladders or plan.is_decode or plan.pooled:
+            return shape
+        return rounded_up(shape, self._stager.max_tokens)
+
+    def eager_sizes(self) -> list[int]:
+        """The numbers of tokens of steps that are too large for a graph."""
+        sizes: list[int] = []
+        if self.ladders:
+            largest = max(ladder.num_tokens[-1] for ladder in self.ladders)
+            while (size := _round_up(largest + 1)) <= self._stager.max_tokens:
+                sizes.append(largest := size)
+        return sizes
+
+    def _families(self) -> list[tuple[Sequence[int], Callable[[int], Shape]]]:
+        """(sizes, the shape of one): of each ladder, of decode steps with groups, of those without."""
+        return [
+            *((ladder.num_tokens, functools.partial(_prefill_shape, ladder)) for ladder in self.ladders),
+            (self.grouped_sizes, functools.partial(_decode_shape, has_groups=True)),
+            (self.batch_sizes, functools.partial(_decode_shape, has_groups=False)),
+        ]
+
+    def run_all(self) -> None:
+        """An example of each shape, without a graph."""
+        for sizes, shape_of in self._families():
+            for size in sizes:
+                self._run(self._example(shape_of(size)))
+                torch.cuda.synchronize()  # the staging buffer is used again
+
+    def capture_all(self) -> None:
+        """After `run_all`. The largest first, since the smaller ones then fit into the memory it took."""
+        *of_ladders, of_grouped, of_decodes = self._families()
+        for i, family in reversed(list(enumerate(of_ladders))):
+            self.ladders[i] = self.ladders[i]._replace(num_tokens=tuple(self._capture_sizes(*family)))
+        self.grouped_sizes = self._capture_sizes(*of_grouped)
+        self.batch_sizes = self._capture_sizes(*of_decodes)
+
+    def _capture_sizes(self, sizes: Sequence[int], shape_of: Callable[[int], Shape]) -> list[int]:
+        """Those to use. The graphs of all stay: each rank measures for itself, and what rank 0 finds counts."""
+        took_ms = [self._capture_padding(shape_of(size)) for size in reversed(sizes)]
+        return useful_sizes(sizes, took_ms[::-1])
+
+    def replay(self, shape: Shape) -> tuple[torch.Tensor, torch.Tensor, StagedBatch]:
+        """(logits, their argmax, the batch) of the staged plan; overwritten by the next replay of any graph."""
+        graph, logits, greedy, staged = self._graphs[shape]
+        graph.replay()
+        return logits, greedy, staged
+
+    def _capture_padding(self, shape: Shape) -> float:
+        """Returns the milliseconds of a replay."""
+        self._capture(shape, self._example(shape))
+        self._meet()  # else the time would be that of waiting for the others
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        self._graphs[shape][0].replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    def _example(self, shape: Shape) -> StagedBatch:
+        plan = _example_plan(shape)
+        self._stager.upload(self._stager.write(plan, shape))
+        return self._stager.views(shape, plan, is_for_graph=True)
+
+    def _capture(self, shape: Shape, staged: StagedBatch) -> None:
+        """Capture the staged plan's shape."""
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
+        with (
+            _no_garbage_collection(),
+            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            logits, greedy = self._run(staged)
+        self._graphs[shape] = graph, _without_ownership(logits), _without_ownership(greedy), staged
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A CUDA graph that the collector destroys (an earlier engine's) would break the capture that goes on."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _coarse(batch_sizes: list[int]) -> list[int]:
+    """The largest of them, and those that are well below the next one kept."""
+    kept = batch_sizes[-1:]
+    for size in reversed(batch_sizes):
+        if size * GROUPED_SIZE_RATIO <= kept[0]:
+            kept.insert(0, size)
+    return kept
+
+
+def useful_sizes(sizes: Sequence[int], took_ms: Sequence[float]) -> list[int]:
+    """Those of `sizes`, ascending, to which no larger one is preferable.
+
+    For some sizes libraries choose kernels that are slower than those for more.
+    """
+    kept: list[int] = []
+    least_ms = float("inf")
+    for size, ms in zip(reversed(sizes), reversed(took_ms), strict=True):
+        if ms < least_ms * SAME_TIME:
+            kept.insert(0, size)
+            least_ms = min(least_ms, ms)
+    return kept
+
+
+def fitting_ladders(max_prompt_tokens: int, max_tokens: int, max_requests: int) -> list[Ladder]:
+    """Those of LADDERS that can be of use, cut to the limits: see `StepGraphs`."""
+    ladders: list[Ladder] = []
+    for ladder in LADDERS:
+        num_decodes = min(ladder.num_decodes, max_requests)
+        limit = min(max_prompt_tokens, max_tokens - num_decodes)
+        num_tokens = tuple(size for size in ladder.num_tokens if size <= limit)
+        is_covered = any(
+            smaller.num_decodes >= num_decodes
+            and smaller.num_prompts >= min(ladder.num_prompts, max_requests)
+            and smaller.num_tokens[-1:] >= num_tokens[-1:]
+            and smaller.has_groups == ladder.has_groups
+            for smaller in ladders
+        )
+        if num_tokens and not is_covered:
+            ladders.append(ladder._replace(num_decodes=num_decodes, num_tokens=num_tokens))
+    return ladders
+
+
+def rounded_up(shape: Shape, max_tokens: int) -> Shape:
+    """A step with prompts, as one of few sizes.
+
+    For each number of rows libraries look for a kernel anew, and load it at its first use, which waits until the device
+    is idle: they do so at the start for these.
+    """
+    num_tokens = min(_round_up(shape.num_decodes + shape.num_prefill_tokens), max_tokens)
+    num_samples = -(-shape.num_samples // SAMPLE_MULTIPLE) * SAMPLE_MULTIPLE
+    return shape._replace(num_prefill_tokens=num_tokens - shape.num_decodes, num_samples=num_samples)
+
+
+def _round_up(num_tokens: int) -> int:
+    """To one of eight sizes between powers of 2."""
+    step = 1 << max(num_tokens.bit_length() - 4, 0)
+    return -(-num_tokens // step) * step
+
+
+def _decode_shape(size: int, has_groups: bool) -> Shape:
+    return Shape(size, 0, 0, size, has_groups)
+
+
+def _prefill_shape(ladder: Ladder, num_tokens: int) -> Shape:
+    num_samples = ladder.num_decodes + ladder.num_prompts
+    return Shape(ladder.num_decodes, ladder.num_prompts, num_tokens, num_samples, ladder.has_groups)
+
+
+class _Borrowed:
+    """Device memory that numpy-like libraries may look at (CUDA array interface, version 3)."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        shape = (*tensor.shape[:-1], tensor.shape[-1] * tensor.itemsize)
+        self.__cuda_array_interface__ = {
+            "shape": shape, "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 3,
+        }  # fmt: skip
+
+
+def _without_ownership(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor that does not keep it: the next graph's capture may use it too.
+
+    Logits of a whole ladder of graphs would take gigabytes, and only one graph's are alive at a time.
+    """
+    return torch.as_tensor(_Borrowed(tensor), device=tensor.device).view(tensor.dtype)
+
+
+def _example_plan(shape: Shape) -> Plan:
+    """All decodes are padding: row 0, token 0, slot 0, no groups. One prompt, likewise, has all prompt tokens."""
+    num_decodes, num_prompts = shape.num_decodes, min(shape.num_prefills, 1)
+    lens = np.array([1] * num_decodes + [shape.num_prefill_tokens] * num_prompts, np.int32)
+    num_tokens = num_decodes + shape.num_prefill_tokens
+    return Plan(
+        rows=np.zeros(num_decodes + num_prompts, np.int32),
+        q_lens=lens,
+        seq_lens=lens,
+        input_ids=np.zeros(num_tokens, np.int32),
+        out_cache_loc=np.zeros(num_tokens, np.int32),
+        num_decodes=num_decodes,
+        samples=np.arange(num_decodes + num_prompts, dtype=np.int32),
+        epochs=np.zeros(num_decodes + num_prompts, np.int64),
+        groups=Groups(*[np.zeros(size, np.int32) for size in (0, 1, 0, 0)]) if shape.has_groups else None,
+    )

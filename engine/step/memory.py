@@ -1,0 +1,96 @@
+"""How many tokens of KV fit: measured, not guessed.
+
+On a GPU the largest step the configuration allows is run once, before there is a pool; what it leaves free, less a
+margin for what cannot be foreseen, is the pool's.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from cache.pool import bytes_per_token
+from engine.config import EngineConfig
+from engine.errors import ModelError
+from engine.layers.communicator import Communicator
+from engine.model_config import ModelConfig
+
+GIB = 1 << 30
+CUDA_MARGIN_BYTES = 5 * GIB // 4  # library workspaces, graphs' own records, fragmentation
+CPU_MEMORY_SHARE = 0.25  # of what is available: a laptop has other things to do
+CPU_CONTEXTS = 8  # of full length, at most: more would only hold stale prefixes
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """Bytes of device memory, and the tokens that fit."""
+
+    total: int
+    weights: int
+    largest_step: int
+    """Activations, logits and workspaces of the largest step."""
+    graphs: int
+    """Activations and logits of the largest step that is a CUDA graph: graphs have memory of their own."""
+    tables: int
+    """Slot table and sampling state of all rows."""
+    kv: int
+    margin: int
+    max_total_num_tokens: int
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(what, how much) for a table."""
+        parts = [
+            ("weights", self.weights), ("largest step", self.largest_step), ("CUDA graphs", self.graphs),
+            ("request tables", self.tables), ("KV cache", self.kv), ("left free", self.margin),
+            ("device total", self.total),
+        ]  # fmt: skip
+        return [(name, f"{num_bytes / GIB:.2f} GiB") for name, num_bytes in parts if num_bytes]
+
+
+def plan_memory(
+    config: EngineConfig,
+    model: ModelConfig,
+    kv_dtype: torch.dtype,
+    device: torch.device,
+    *,
+    weights: int,
+    tables: int,
+    largest_step: int,
+    graphs: int,
+    num_kv_heads: int,
+    comm: Communicator,
+) -> MemoryBudget:
+    """Divide the device's memory. All ranks get the tokens that fit on the one with the least room.
+
+    num_kv_heads: this rank's. `ModelError` with the numbers if not even one page of KV fits.
+    """
+    token_bytes = bytes_per_token(model.num_hidden_layers, num_kv_heads, model.head_dim, kv_dtype)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        room = free - largest_step - graphs - CUDA_MARGIN_BYTES
+        if config.mem_fraction_static is not None:
+            room = int(total * config.mem_fraction_static) - (total - free)
+    else:
+        total = _available_host_memory()
+        share = CPU_MEMORY_SHARE / (config.tp_size * config.dp_size)
+        room = min(int(total * share), CPU_CONTEXTS * model.context_length * token_bytes)
+    num_tokens = comm.minimum(room // token_bytes)
+    if config.max_total_tokens is not None:
+        num_tokens = min(num_tokens, config.max_total_tokens) if device.type == "cuda" else config.max_total_tokens
+    num_tokens -= num_tokens % config.page_size
+    if num_tokens < max(config.page_size, 2):
+        raise ModelError(
+            f"no memory is left for the KV cache: {room / GIB:.2f} GiB after {weights / GIB:.2f} GiB of weights and "
+            f"{largest_step / GIB:.2f} GiB for the largest step; a token takes {token_bytes} bytes"
+        )
+    kv = num_tokens * token_bytes
+    margin = max(room + CUDA_MARGIN_BYTES - kv, 0) if device.type == "cuda" else 0
+    return MemoryBudget(total, weights, largest_step, graphs, tables, kv, margin, num_tokens)
+
+
+def _available_host_memory() -> int:
+    with open("/proc/meminfo") as meminfo:
+        for line in meminfo:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise ModelError("/proc/meminfo does not say how much memory is available; give --max-total-tokens")

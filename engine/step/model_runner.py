@@ -1,0 +1,440 @@
+"""Runs plans on the device. `launch` enqueues a step and returns; its tokens are read when its event has fired.
+
+On a GPU the stream keeps steps in order; on a CPU one worker thread does. Either way the caller goes on at once.
+
+Where a grammar forbids tokens, which ones depends on the token before, and that may still be on the device. Such a
+step is launched up to its logits, and `sample` enqueues the rest once the host knows.
+"""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from cache.pool import KVPool
+from engine.layers.communicator import Communicator
+from engine.layers.layer import unique_layers
+from engine.models import CausalLM
+from engine.request import Logprobs, Request
+from engine.schedule.plan import Plan, context_tokens
+from engine.step.batch import NUM_STAGING_BUFFERS, ForwardBatch, Shape, Staged, StagedBatch, Stager
+from engine.step.cuda_graph import GraphSizes, StepGraphs
+from engine.step.pooling import PooledChunks, pool
+from engine.step.sampler import SampledLogprobs, Sampler, SamplingWork
+from engine.text.grammar import MaskFiller, Matcher
+from kernels.bookkeeping import begin_step, end_step
+from kernels.corun import STEP_TOKENS, Corun, choose_corun
+from kernels.sampling import logprobs
+
+PROMPT_LOGPROB_ROWS = 256  # logits rows at a time: 256 x 152k bf16 is 78 MB, whatever the prompt's length
+MAX_IDLE_S = 0.1
+NUM_EVENT_PAIRS = 4 * NUM_STAGING_BUFFERS  # a step has one pair, or two where its sampling is enqueued apart
+
+
+@dataclass(slots=True)
+class PromptLogprobs:
+    """Log-probabilities of a prompt's tokens [start + 1, start + 1 + N), from one chunk; host tensors."""
+
+    request: Request
+    start: int
+    chosen: torch.Tensor  # float32 [N]
+    top_values: torch.Tensor  # float32 [N, K]
+    top_ids: torch.Tensor  # [N, K]
+    ids_values: torch.Tensor | None  # float32 [N, M]
+
+
+@dataclass(slots=True)
+class PromptLogprobWork:
+    request: Request | None  # None on ranks that only compute
+    start: int
+    first_token: int  # of the chunk, in the step's T tokens
+    target_ids: np.ndarray  # int64 [N]
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """A launched plan. `tokens` and the log-probabilities are valid once it has ended."""
+
+    plan: Plan
+    work: SamplingWork
+    prompt_work: list[PromptLogprobWork]
+    staged: Staged
+    shape: Shape  # of `staged`
+    is_graph: bool  # one is replayed
+    launched_at: float  # time.perf_counter()
+    corun: Corun | None = None  # its layers are split so
+    host_s: float = 0.0  # what it took the CPU worker
+    done: Future[None] | None = None  # of the worker that computes it, on a CPU; nobody tells of a GPU's end
+    awaits_masks: bool = False  # enqueued up to its logits; `ModelRunner.sample` must follow
+    events: list[torch.cuda.Event] = field(default_factory=list)  # the first and the last are around its work
+    batch: StagedBatch | None = None
+    logits: torch.Tensor | None = None  # [S or more, V]; like `batch` only valid until the next launch
+    greedy: torch.Tensor | None = None  # int32 [S or more], their argmax, where a graph made it
+    tokens: torch.Tensor | None = None  # int32 [S or more], host; written again NUM_STAGING_BUFFERS launches later
+    sampled_logprobs: SampledLogprobs | None = None
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    pooled: PooledChunks | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Is all that is enqueued of it computed, or has it failed?"""
+        if self.done is not None:
+            return self.done.done()
+        try:
+            return self.events[-1].query()
+        except RuntimeError:  # `result` will say it
+            return True
+
+    def result(self) -> None:
+        """Wait for its end. Raises what the step raised."""
+        if self.done is not None:
+            self.done.result()
+        else:
+            self.events[-1].synchronize()
+
+
+class Followers(Protocol):
+    """The other ranks, as a runner sees them; see engine.ranks.leader.Ranks."""
+
+    def announce(self, step: Step) -> None: ...
+    def fail(self, error: BaseException) -> None: ...
+    def close(self, close_comm: Callable[[], None]) -> None: ...
+
+
+class ModelRunner:
+    """Owns the model, the KV buffers and everything a step touches on the device."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        kv: KVPool,
+        sampler: Sampler,
+        stager: Stager,
+        comm: Communicator,
+    ) -> None:
+        self.model, self.kv, self.comm = model, kv, comm
+        self.sampler, self.stager = sampler, stager
+        self.corun_costs = model.model.corun_costs(kv)  # None: no step can be split
+        self.graphs: StepGraphs | None = None
+        self._graph_sizes: GraphSizes | None = None
+        self.device = stager.device
+        self._is_cuda = self.device.type == "cuda"
+        self._last_end: torch.cuda.Event | None = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="step")  # on a CPU, computes the steps, in order
+        self.stream: torch.cuda.Stream | None = None
+        if self._is_cuda:
+            self.stream = torch.cuda.Stream()
+            # In turns, since to make them anew would take a third of a launch's time.
+            self._event_pairs = itertools.cycle(
+                [
+                    [torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2)]
+                    for _ in range(NUM_EVENT_PAIRS)
+                ]
+            )
+            self._token_buffers = [
+                torch.empty(stager.max_requests, dtype=torch.int32, pin_memory=True) for _ in range(NUM_STAGING_BUFFERS)
+            ]
+            self._token_parts: dict[int, list[torch.Tensor]] = {}  # the first so many of each of them
+            self._token_turn = 0
+        # Of rank 0 alone: who fills in masks, and who runs every step along with it.
+        self.masks: MaskFiller | None = None
+        self.ranks: Followers | None = None
+
+    def new_graphs(self, sizes: GraphSizes) -> StepGraphs:
+        """Not captured yet."""
+        return StepGraphs(sizes, self.stager, self.run_greedy, self.comm.meet)
+
+    def capture_graphs(self, sizes: GraphSizes) -> None:
+        self._graph_sizes = sizes
+        graphs = self.new_graphs(sizes)
+        with torch.cuda.stream(self.stream), torch.inference_mode():
+            with self.model.model.few_layers():
+                graphs.run_all()  # what a kernel or a library needs once must not happen in a capture
+            graphs.capture_all()
+        self.graphs = graphs
+
+    def release_graphs(self) -> None:
+        """Forget the graphs, and give what the allocator keeps back to the device."""
+        self.graphs = None
+        if self._is_cuda:
+            torch.cuda.empty_cache()
+
+    def recapture_graphs(self) -> None:
+        """Anew, where there were any: they hold the addresses of weights and KV pool."""
+        if self._is_cuda:
+            torch.cuda.synchronize()  # weights and pool were written on another stream
+        if self._graph_sizes is not None:
+            self.capture_graphs(self._graph_sizes)
+
+    def move_weights(self, device: torch.device) -> None:
+        """To `device`, or to host memory and back. No step may be in flight."""
+        for layer in unique_layers(self.model):
+            layer.move_to(device)
+
+    def adopt_weights(self, new: CausalLM) -> None:
+        """Take over the weights of `new`, the same model in host memory. No step may be in flight.
+
+        Graphs hold the addresses of the device's weights, so these are written in place; on a CPU nothing does.
+        """
+        if not self._is_cuda:
+            for layer in unique_layers(new):
+                layer.pack()
+            self.model = new
+            return
+        for layer, new_layer in zip(unique_layers(self.model), unique_layers(new), strict=True):
+            for (_, weight), (_, new_weight) in zip(layer.weights(), new_layer.weights(), strict=True):
+                weight.copy_(new_weight)
+        torch.cuda.synchronize()
+
+    def close(self) -> None:
+        if self.stream is not None and self.comm.rank == 0:  # another may wait for one that is gone
+            with contextlib.suppress(RuntimeError):  # a device that has failed has nothing under way
+                self.stream.synchronize()
+        # What other ranks were told to run must be run here too.
+        self._worker.shutdown(wait=True, cancel_futures=self.ranks is None)
+        self.graphs = None  # before the ranks part: graphs hold what their collectives need
+        if self.ranks is not None:
+            self.ranks.close(self.comm.close)
+
+    def launch(self, plan: Plan) -> Step:
+        """Enqueue `plan`, up to its logits if matchers have a say in its tokens: then `sample` must follow before the
+        next launch. Everything it needs from the host is copied before this returns.
+
+        Raises what cannot be enqueued: out of memory, a kernel that does not compile.
+        """
+        graph_shape = self.graphs.shape_for(plan) if self.graphs is not None else None
+        shape = graph_shape or (Shape.of(plan) if self.graphs is None else self.graphs.eager_shape(plan))
+        step = Step(
+            plan=plan,
+            work=self.sampler.plan_work(plan),
+            prompt_work=self._plan_prompt_logprobs(plan) if plan.prompt_logprobs else [],
+            staged=self.stager.write(plan, shape),
+            shape=shape,
+            is_graph=graph_shape is not None,
+            corun=self._corun_for(plan, shape) if graph_shape is None else None,
+            launched_at=time.perf_counter(),
+        )
+        step.awaits_masks = step.work.masked is not None
+        if self.ranks is not None:
+            self.ranks.announce(step)
+        self._enqueue(step, self._forward if step.awaits_masks else self.run)
+        return step
+
+    def _corun_for(self, plan: Plan, shape: Shape) -> Corun | None:
+        if self.corun_costs is None or not plan.num_decodes or plan.is_decode:
+            return None
+        num_context_tokens = context_tokens(plan.seq_lens[: plan.num_decodes], plan.groups)
+        num_tokens = shape.num_decodes + shape.num_prefill_tokens
+        return choose_corun(self.corun_costs, num_tokens, plan.num_decodes, num_context_tokens)
+
+    def best_prompt_tokens(self, num_decodes: int, num_context_tokens: int) -> int | None:
+        """So many a step should have beside `num_decodes` that see `num_context_tokens`, where steps may be split at
+        all; None: as many as it may.
+        """
+        assert self.corun_costs is not None
+        corun = choose_corun(self.corun_costs, STEP_TOKENS, num_decodes, num_context_tokens)
+        return None if corun is None else STEP_TOKENS - num_decodes
+
+    def sample(self, step: Step, samples: list[int], matchers: list[Matcher]) -> dict[int, str]:
+        """Enqueue the sampling of a step that awaits it. Returns index -> message of the matchers that failed.
+
+        samples: indices into S whose tokens `matchers` restrict, all of them ready for that token.
+        """
+        errors: dict[int, str] = {}
+        if samples:
+            assert self.masks is not None
+            bits, errors = self.masks.fill(matchers)
+            step.work.masks = bits, torch.tensor(samples, dtype=torch.int32)
+        step.awaits_masks = False
+        self._enqueue(step, self._sample, after=step.done)
+        return errors
+
+    def _enqueue(self, step: Step, work: Callable[[Step], None], after: Future[None] | None = None) -> None:
+        if self.stream is None:
+            step.done = self._worker.submit(self._run_in_worker, step, work, after)
+            return
+        torch.cuda.set_stream(self.stream)  # and leave it so: all that this thread does on the device is steps
+        begin, end = next(self._event_pairs)
+        begin.record(self.stream)
+        self._run(step, work)
+        end.record(self.stream)
+        step.events += (begin, end)
+
+    def times(self, step: Step) -> tuple[float, float]:
+        """(seconds the device took for `step`, seconds it had waited for it), both of steps resolved in order.
+
+        The wait is 0 on a CPU, and after a pause: without work the device may rest.
+        """
+        if not step.events:
+            return step.host_s, 0.0
+        begin, end = step.events[0], step.events[-1]
+        before, self._last_end = self._last_end, end
+        idle_s = before.elapsed_time(begin) / 1e3 if before is not None else 0.0
+        return begin.elapsed_time(end) / 1e3, idle_s if idle_s < MAX_IDLE_S else 0.0
+
+    def _run_in_worker(self, step: Step, work: Callable[[Step], None], after: Future[None] | None) -> None:
+        if after is not None:
+            after.result()  # raises what it raised
+        start = time.perf_counter()
+        self._run(step, work)
+        step.host_s += time.perf_counter() - start
+
+    def _run(self, step: Step, work: Callable[[Step], None]) -> None:
+        try:
+            with torch.inference_mode():
+                work(step)
+        except BaseException as error:
+            self._last_end = None  # its event may be in use again before a step is resolved
+            if self.ranks is not None:
+                self.ranks.fail(error)
+            raise
+
+    def run(self, step: Step) -> None:
+        """The whole of `step`, enqueued on the current stream; on a CPU, computed. In inference mode."""
+        self._forward(step)
+        self._sample(step)
+
+    def _forward(self, step: Step) -> None:
+        """From the staged plan to the logits."""
+        plan = step.plan
+        for row, start, slots in plan.prefix_copies:
+            slots_tensor = torch.from_numpy(slots).to(self.device, non_blocking=True)
+            self.stager.slot_table[row, start : start + len(slots)] = slots_tensor
+        self.stager.upload(step.staged)
+        if step.is_graph:
+            assert self.graphs is not None
+            step.logits, step.greedy, step.batch = self.graphs.replay(step.shape)
+            return
+        step.batch = staged = self.stager.views(step.shape, plan, corun=step.corun)
+        hidden = self.forward(staged.batch)
+        for work in step.prompt_work:
+            step.prompt_logprobs += self._prompt_logprobs(hidden, work)
+        if plan.pooled:
+            parts, values = pool(self.model, hidden, plan)
+            step.pooled = None if values is None else PooledChunks(parts, self._to_host(values))
+        if len(plan.samples):
+            is_all = len(plan.samples) == len(hidden)  # and not only `is_decode`: some may have more to compute
+            step.logits = self.model.compute_logits(hidden if is_all else hidden[staged.sample_tokens])
+
+    def _sample(self, step: Step) -> None:
+        """From the logits to the tokens on the host."""
+        num_samples = len(step.plan.samples)
+        logits, greedy, staged = step.logits, step.greedy, step.batch
+        step.logits = step.greedy = step.batch = None  # their memory is the next step's
+        if logits is None:
+            step.tokens = torch.empty(0, dtype=torch.int32)
+            return
+        assert staged is not None
+        lm_head, last_tokens = self.model.lm_head, self.sampler.last_tokens
+        is_alone = self.comm.size == 1  # else the way was chosen, and told to all ranks, before there were masks
+        if step.work.is_plain and (greedy is not None if is_alone else step.work.masked is None):
+            if greedy is None:  # every rank finds the same, for less than gathering all logits takes
+                greedy = lm_head.most_likely(logits[:num_samples])
+                end_step(greedy, staged.sample_rows[:num_samples], last_tokens)
+            step.tokens = self._tokens_to_host(greedy)
+            return
+        rows = staged.sample_rows[:num_samples]
+        all_logits = lm_head.gather(logits[:num_samples])
+        if all_logits is None:  # rank 0 samples
+            tokens = self.comm.broadcast(torch.empty(num_samples, dtype=torch.int32, device=self.device))
+            end_step(tokens, rows, last_tokens)
+            return
+        tokens, sampled_logprobs = self.sampler.sample(
+            all_logits, step.work, rows, staged.sample_positions[:num_samples]
+        )
+        self.comm.broadcast(tokens)
+        step.tokens = self._tokens_to_host(tokens)
+        if sampled_logprobs is not None:
+            step.sampled_logprobs = SampledLogprobs(
+                self._to_host(sampled_logprobs.chosen),
+                self._to_host(sampled_logprobs.top_values),
+                self._to_host(sampled_logprobs.top_ids),
+                None if sampled_logprobs.ids_values is None else self._to_host(sampled_logprobs.ids_values),
+            )
+
+    def run_greedy(self, staged: StagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """A whole step up to its most likely tokens, which become the next step's input: what graphs hold."""
+        hidden = self.forward(staged.batch)
+        is_decode = staged.batch.num_decodes == len(hidden)
+        logits = self.model.compute_logits(hidden if is_decode else hidden[staged.sample_tokens])
+        greedy = self.model.lm_head.most_likely(logits)
+        end_step(greedy, staged.sample_rows, self.sampler.last_tokens)
+        return logits, greedy
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Hidden states [T, hidden_size] of the batch; its keys and values are stored on the way."""
+        begin_step(
+            batch.input_ids, batch.positions, batch.out_cache_loc, batch.token_rows,
+            self.sampler.last_tokens, batch.slot_table,
+        )  # fmt: skip
+        return self.model(batch, self.kv)
+
+    def _plan_prompt_logprobs(self, plan: Plan) -> list[PromptLogprobWork]:
+        work = []
+        for b, request, start in plan.prompt_logprobs:
+            stop = min(int(plan.seq_lens[b]), request.prompt_len - 1)
+            target_ids = np.asarray(request.input_ids[start + 1 : stop + 1], np.int64)
+            work.append(PromptLogprobWork(request, start, int(plan.q_lens[:b].sum()), target_ids))
+        return work
+
+    def _prompt_logprobs(self, hidden: torch.Tensor, work: PromptLogprobWork) -> list[PromptLogprobs]:
+        """One, or none on a rank that only computes."""
+        request = work.request
+        wanted_ids = [] if request is None else request.token_ids_logprob
+        ids = torch.tensor(wanted_ids, dtype=torch.int64, device=self.device)
+        parts = []
+        for first in range(0, len(work.target_ids), PROMPT_LOGPROB_ROWS):
+            targets = torch.from_numpy(work.target_ids[first : first + PROMPT_LOGPROB_ROWS]).to(self.device)
+            start = work.first_token + first
+            logits = self.model.lm_head.gather(self.model.compute_logits(hidden[start : start + len(targets)]))
+            if logits is None:
+                continue
+            assert request is not None
+            wanted = ids.expand(len(targets), -1) if len(ids) else None
+            parts.append(logprobs(logits, targets, request.top_logprobs_num, wanted))
+        if request is None:
+            return []
+        chosen, top_values, top_ids = (
+            self._to_host(torch.cat(column)) for column in zip(*(part[:3] for part in parts), strict=True)
+        )
+        parts_of_ids = [part[3] for part in parts if part[3] is not None]
+        ids_values = self._to_host(torch.cat(parts_of_ids)) if parts_of_ids else None
+        return [PromptLogprobs(request, work.start, chosen, top_values, top_ids, ids_values)]
+
+    def _tokens_to_host(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Into a buffer that is written again some steps later."""
+        if not self._is_cuda:
+            return tokens
+        num_tokens = len(tokens)
+        if (parts := self._token_parts.get(num_tokens)) is None:
+            parts = self._token_parts[num_tokens] = [buffer[:num_tokens] for buffer in self._token_buffers]
+        self._token_turn = (self._token_turn + 1) % NUM_STAGING_BUFFERS
+        return parts[self._token_turn].copy_(tokens, non_blocking=True)
+
+    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not self._is_cuda:
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+
+def logprobs_of(
+    values: SampledLogprobs | PromptLogprobs, first: int, token_ids: Sequence[int], request: Request
+) -> Logprobs:
+    """Entries of `values` from `first` on, those of `token_ids`, in the request's terms: its own number of top tokens,
+    its own wanted ids."""
+    rows = slice(first, first + len(token_ids))
+    result = Logprobs(token=list(zip(values.chosen[rows].tolist(), token_ids, strict=True)))
+    if k := request.top_logprobs_num:
+        top = zip(values.top_values[rows, :k].tolist(), values.top_ids[rows, :k].tolist(), strict=True)
+        result.top = [list(zip(*row, strict=True)) for row in top]
+    if (wanted := request.token_ids_logprob) and values.ids_values is not None:
+        of_ids = values.ids_values[rows, : len(wanted)].tolist()
+        result.token_ids = [list(zip(row, wanted, strict=True)) for row in of_ids]
+    return result

@@ -1,0 +1,197 @@
+"""From logits to the next tokens: edits, penalties, the draw, log-probabilities.
+
+The host decides which of these a step needs (`SamplingWork`), so that a plain greedy step is one argmax.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from engine.request import TOP_K_ALL
+from engine.schedule.plan import Plan
+from engine.schedule.rows import Rows
+from kernels import sampling
+from kernels.bookkeeping import end_step
+
+IN_PROMPT = 1 << 14  # bit of a token's count that says it occurs in the prompt; see kernels.sampling.apply_penalties
+
+
+@dataclass(slots=True)
+class SamplingWork:
+    """What to do to a step's logits [S, V]; S indexes the sampled requests."""
+
+    num_samples: int
+    is_greedy: bool
+    tables: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # new per-row parameters for the device
+    edits: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # (s, token id, value to add)
+    penalized: np.ndarray | None = None  # int64 indices into S
+    masked: np.ndarray | None = None  # int64 indices into S whose matchers may forbid tokens
+    masks: tuple[torch.Tensor, torch.Tensor] | None = None  # host int32 (bits [M, V / 32], indices into S [M])
+    new_counts: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)  # (row, prompt ids, output ids)
+    logprob_samples: np.ndarray | None = None  # int64 indices into S
+    num_top_logprobs: int = 0
+    logprob_ids: np.ndarray | None = None  # int64 [len(logprob_samples), M], padded with 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but the most likely token is wanted."""
+        return (
+            self.is_greedy
+            and self.penalized is None
+            and self.edits is None
+            and self.logprob_samples is None
+            and self.masks is None
+        )
+
+
+@dataclass(slots=True)
+class SampledLogprobs:
+    """Of the requests in SamplingWork.logprob_samples; host tensors, valid once the step is done."""
+
+    chosen: torch.Tensor  # float32 [N]
+    top_values: torch.Tensor  # float32 [N, K]
+    top_ids: torch.Tensor  # [N, K]
+    ids_values: torch.Tensor | None  # float32 [N, M]
+
+
+class Sampler:
+    def __init__(
+        self, rows: Rows, vocab_size: int, eos_token_ids: tuple[int, ...], device: torch.device, backend: str | None
+    ) -> None:
+        """backend: "pytorch" draws with torch's own operations also on a GPU."""
+        self._draw = sampling.sample_torch if backend == "pytorch" else sampling.sample
+        size = rows.num_rows + 1
+        self.rows, self.vocab_size, self.eos_token_ids, self.device = rows, vocab_size, eos_token_ids, device
+        self.last_tokens = torch.zeros(size, dtype=torch.int32, device=device)
+        self._floats = torch.zeros(6, size, dtype=torch.float32, device=device)
+        self._top_k = torch.full((size,), TOP_K_ALL, dtype=torch.int32, device=device)
+        self._seed = torch.zeros(size, dtype=torch.int64, device=device)
+        self._counts: torch.Tensor | None = None  # int16 [num_rows + 1, vocab_size], made for the first who needs it
+        self._version = -1
+        # Of the last step whose requests wanted nothing but the most likely token.
+        self._plain_rows, self._plain_work = np.empty(0, np.int64), SamplingWork(0, is_greedy=True)
+
+    # ---- on the event loop: what does this plan need? ----
+
+    def plan_work(self, plan: Plan) -> SamplingWork:
+        rows = self.rows
+        if plan.rows is self._plain_rows:  # still the same requests
+            return self._plain_work
+        sampled = plan.rows[plan.samples]
+        is_greedy = np.count_nonzero(rows.is_greedy[sampled]) == len(sampled)
+        work = SamplingWork(len(sampled), is_greedy=is_greedy)
+        if is_greedy and not np.count_nonzero(rows.has_extras[sampled]):  # for a few rows much faster than any()
+            self._plain_rows, self._plain_work = plan.rows, work
+            return work
+        needs_tables = not work.is_greedy
+        if rows.has_penalties[sampled].any():
+            needs_tables = True
+            work.penalized = np.flatnonzero(rows.has_penalties[sampled])
+            for row in sampled[work.penalized].tolist():
+                if not rows.is_counted[row]:
+                    rows.is_counted[row] = True
+                    request = rows.requests[row]
+                    assert request is not None
+                    tokens = rows.token_ids[row, : rows.num_known[row]].astype(np.int64)
+                    work.new_counts.append((row, tokens[: request.prompt_len], tokens[request.prompt_len :]))
+        if needs_tables and self._version != rows.sampling_version:
+            self._version = rows.sampling_version
+            floats = (
+                rows.temperature, rows.top_p, rows.min_p,
+                rows.frequency_penalty, rows.presence_penalty, rows.repetition_penalty,
+            )  # fmt: skip
+            work.tables = (np.stack(floats), rows.top_k.copy(), rows.seed.copy())
+        if rows.has_logit_edits[sampled].any():
+            work.edits = self._logit_edits(plan, sampled)
+        if rows.has_mask[sampled].any():
+            work.masked = np.flatnonzero(rows.has_mask[sampled])
+        if rows.wants_logprobs[sampled].any():
+            work.logprob_samples = np.flatnonzero(rows.wants_logprobs[sampled])
+            requests = [rows.requests[row] for row in sampled[work.logprob_samples].tolist()]
+            work.num_top_logprobs = max(request.top_logprobs_num for request in requests if request)
+            num_ids = max(len(request.token_ids_logprob) for request in requests if request)
+            if num_ids:
+                work.logprob_ids = np.zeros((len(requests), num_ids), np.int64)
+                for i, request in enumerate(requests):
+                    assert request is not None
+                    work.logprob_ids[i, : len(request.token_ids_logprob)] = request.token_ids_logprob
+        return work
+
+    def _logit_edits(self, plan: Plan, sampled: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        samples: list[int] = []
+        ids: list[int] = []
+        values: list[float] = []
+        for s in np.flatnonzero(self.rows.has_logit_edits[sampled]).tolist():
+            request = self.rows.requests[sampled[s]]
+            assert request is not None
+            params = request.sampling_params
+            edits = dict(params.logit_bias)
+            if plan.seq_lens[plan.samples[s]] < self.rows.min_tokens[sampled[s]]:
+                edits |= dict.fromkeys([*self.eos_token_ids, *params.stop_token_ids], -np.inf)
+            samples += [s] * len(edits)
+            ids += edits.keys()
+            values += edits.values()
+        if not samples:
+            return None
+        return np.array(samples, np.int64), np.array(ids, np.int64), np.array(values, np.float32)
+
+    # ---- on the device's stream ----
+
+    def sample(
+        self, logits: torch.Tensor, work: SamplingWork, rows: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, SampledLogprobs | None]:
+        """Next tokens (int32 [S], -1 where logits are not finite) of logits [S, V], which may be changed in place.
+
+        rows, positions: int32 [S], whose token it is and where in its sequence it will stand. Log-probabilities are
+        the model's own: before edits, penalties and temperature.
+        """
+        if work.tables is not None:
+            for table, values in zip((self._floats, self._top_k, self._seed), work.tables, strict=True):
+                table.copy_(torch.from_numpy(values), non_blocking=True)
+        raw = None
+        if work.logprob_samples is not None:
+            raw = logits[self._to_device(work.logprob_samples)]
+        if work.penalized is not None:
+            self._apply_penalties(logits, work, rows)
+        if work.edits is not None:
+            index, ids, bias = map(self._to_device, work.edits)
+            logits.index_put_((index, ids), bias.to(logits.dtype), accumulate=True)
+        if work.masks is not None:
+            bits, samples = (part.to(self.device, non_blocking=True) for part in work.masks)
+            sampling.apply_token_bitmask(logits, bits, samples)
+        if work.is_greedy:
+            tokens = sampling.argmax(logits)
+        else:
+            temperature, top_p, min_p = (self._floats[i, rows] for i in range(3))
+            tokens = self._draw(logits, temperature, self._top_k[rows], top_p, min_p, self._seed[rows], positions)
+        end_step(tokens, rows, self.last_tokens)
+        if work.penalized is not None:
+            assert self._counts is not None
+            index = self._to_device(work.penalized)
+            self._counts[rows[index], tokens[index].clamp(min=0)] += 1
+        if raw is None:
+            return tokens, None
+        return tokens, self._logprobs(raw, tokens, work)
+
+    def _apply_penalties(self, logits: torch.Tensor, work: SamplingWork, rows: torch.Tensor) -> None:
+        if self._counts is None:
+            size = (self.rows.num_rows + 1, self.vocab_size)
+            self._counts = torch.zeros(size, dtype=torch.int16, device=self.device)
+        for row, prompt_ids, output_ids in work.new_counts:
+            counts = np.zeros(self.vocab_size, np.int16)
+            np.add.at(counts, output_ids, 1)
+            counts[prompt_ids] |= IN_PROMPT
+            self._counts[row] = torch.from_numpy(counts).to(self.device)
+        frequency, presence, repetition = (self._floats[i, rows] for i in range(3, 6))
+        sampling.apply_penalties(logits, rows, self._counts, frequency, presence, repetition)
+
+    def _logprobs(self, raw: torch.Tensor, tokens: torch.Tensor, work: SamplingWork) -> SampledLogprobs:
+        assert work.logprob_samples is not None
+        chosen_ids = tokens[self._to_device(work.logprob_samples)].clamp(min=0)
+        ids = None if work.logprob_ids is None else self._to_device(work.logprob_ids)
+        chosen, top_values, top_ids, ids_values = sampling.logprobs(raw, chosen_ids, work.num_top_logprobs, ids)
+        return SampledLogprobs(chosen, top_values, top_ids, ids_values)
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)

@@ -1,0 +1,118 @@
+"""What a runner does before its first request: compile and load kernels, and find out what the largest step takes."""
+
+import itertools
+
+import numpy as np
+import torch
+
+from engine.schedule.plan import Plan
+from engine.step.batch import Shape
+from engine.step.cuda_graph import SAMPLE_MULTIPLE, GraphSizes
+from engine.step.model_runner import ModelRunner
+from kernels import sampling
+from kernels.corun import FLOPS_PER_BYTE, STEP_TOKENS, Corun
+from kernels.launch import cdiv, compiling_ahead
+
+KERNEL_PROMPTS = (2, 32, 512)  # numbers of prompts that attention has kernels for: all are compiled at the start
+
+
+def compile_kernels(
+    runner: ModelRunner, graph_sizes: GraphSizes | None, num_tokens: int, num_samples: int, max_len: int
+) -> None:
+    """All that `measure_step` and the graphs need, many at once: one by one they would take half a minute more.
+
+    A rehearsal finds out which those are; nothing but what libraries compute is launched in it.
+    """
+    with runner.model.model.few_layers(), compiling_ahead():
+        _run_largest(runner, num_tokens, num_samples, max_len)
+        if graph_sizes is not None:
+            if runner.comm.rank == 0:  # the only one that samples
+                dtype, vocab_size = runner.model.lm_head.weight.dtype, runner.sampler.vocab_size
+                rehearse_sampling(dtype, vocab_size, num_samples, runner.device)
+            with torch.cuda.stream(runner.stream), torch.inference_mode():
+                runner.new_graphs(graph_sizes).run_all()
+
+
+def rehearse_sampling(dtype: torch.dtype, vocab_size: int, max_samples: int, device: torch.device) -> None:
+    """What may be asked of logits, of as many rows as make a difference to kernels: a first request that samples shall
+    not wait for a compiler. Results are arbitrary.
+    """
+    counts = torch.zeros(1, vocab_size, dtype=torch.int16, device=device)
+    bitmask = torch.zeros(1, cdiv(vocab_size, 32), dtype=torch.int32, device=device)
+    for num_samples in (1 << i for i in range(max_samples.bit_length())):
+        logits = torch.empty(num_samples, vocab_size, dtype=dtype, device=device)
+        floats = torch.zeros(num_samples, device=device)
+        ints = torch.zeros(num_samples, dtype=torch.int32, device=device)
+        sampling.argmax(logits)
+        sampling.sample(logits, floats, ints, floats, floats, ints.long(), ints)
+        sampling.logsumexp(logits)
+        sampling.apply_penalties(logits, ints, counts, floats, floats, floats)
+        sampling.apply_token_bitmask(logits, bitmask, ints[:1])
+
+
+def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len: int) -> int:
+    """Bytes that the largest step takes on the device: a full chunk of prompts, and logits of every row.
+
+    Counted as the allocator reserves them, fragments included; they stay reserved for the runner's stream.
+    """
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    _run_largest(runner, num_tokens, num_samples, max_len)
+    return torch.cuda.memory_reserved() - before
+
+
+def load_kernels(runner: ModelRunner, max_samples: int, max_len: int) -> None:
+    """Run one step of each size that has no graph, through few blocks of the model: see `StepGraphs.eager_shape`. And
+    steps whose layers are split, for the sizes of their parts.
+    """
+    if runner.graphs is None or not (sizes := runner.graphs.eager_sizes()):
+        return
+    samples = range(SAMPLE_MULTIPLE, max_samples + 1, SAMPLE_MULTIPLE)
+    with runner.model.model.few_layers():
+        for num_tokens, num_samples in itertools.zip_longest(sizes, samples, fillvalue=SAMPLE_MULTIPLE):
+            _run_prompts(runner, _full_prompts(num_tokens, max_len), num_samples, is_greedy=True)
+        if runner.corun_costs is None:
+            return
+        largest = min(STEP_TOKENS, runner.stager.max_tokens // 2)
+        for num_tokens, num_free_sms in zip(range(128, largest + 1, 128), itertools.cycle(FLOPS_PER_BYTE)):
+            prompts = _full_prompts(2 * num_tokens, max_len)
+            _run_prompts(runner, prompts, SAMPLE_MULTIPLE, corun=Corun(num_tokens, num_free_sms))
+
+
+def _run_largest(runner: ModelRunner, num_tokens: int, num_samples: int, max_len: int) -> None:
+    """A full chunk of prompts, and a few tokens of as many prompts as make a difference to kernels."""
+    _run_prompts(runner, _full_prompts(num_tokens, max_len), num_samples)
+    for num_prompts in KERNEL_PROMPTS:
+        _run_prompts(runner, [2] * min(num_prompts, num_samples), num_samples)
+
+
+def _full_prompts(num_tokens: int, max_len: int) -> list[int]:
+    """Lengths of prompts, as long as they may be, that `num_tokens` have room for."""
+    length = min(num_tokens, max_len)
+    return [length] * (num_tokens // length)
+
+
+def _run_prompts(
+    runner: ModelRunner, q_lens: list[int], num_samples: int, is_greedy: bool = False, corun: Corun | None = None
+) -> None:
+    """One step of prompts of row 0, with logits and tokens of `num_samples`."""
+    num_tokens, lens = sum(q_lens), np.array(q_lens, np.int32)
+    plan = Plan(
+        rows=np.zeros(len(lens), np.int32),
+        q_lens=lens,
+        seq_lens=lens,
+        input_ids=np.zeros(num_tokens, np.int32),
+        out_cache_loc=1 + np.arange(num_tokens, dtype=np.int32) % (runner.kv.num_slots - 1),  # a small pool has fewer
+        num_decodes=0,
+        samples=np.zeros(num_samples, np.int32),
+        epochs=np.zeros(len(lens), np.int64),
+    )
+    with torch.cuda.stream(runner.stream), torch.inference_mode():
+        runner.stager.upload(runner.stager.write(plan, Shape.of(plan)))
+        batch, sample_tokens, sample_rows, positions = runner.stager.views(Shape.of(plan), plan, corun=corun)
+        logits = runner.model.lm_head.gather(runner.model.compute_logits(runner.forward(batch)[sample_tokens]))
+        if logits is not None:
+            work = runner.sampler.plan_work(plan)
+            work.is_greedy = is_greedy
+            runner.sampler.sample(logits, work, sample_rows, positions)
+    torch.cuda.synchronize()  # the staging buffer is used again

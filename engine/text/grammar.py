@@ -1,0 +1,311 @@
+"""Constrained decoding: what an answer may look like, compiled once and followed token by token.
+
+The work is llguidance's: it compiles JSON schemas, regular expressions and grammars, says which tokens may come next
+(a mask) and which must (forced tokens, as the tokenizer would have written them). engine.text.xgrammar puts another
+library in its place.
+"""
+
+import json
+import logging
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol, Self
+
+import torch
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+
+from engine.errors import InvalidRequest
+from engine.text.structural_tag import structural_tag_to_lark
+
+logger = logging.getLogger(__name__)
+
+MAX_TEXT_BYTES = 64 << 10
+MAX_CACHED_GRAMMARS = 256
+MAX_REASON_LEN = 400
+MAX_LESSONS = 16  # more would only add to a grammar's memory
+WORD_BITS = 32
+SPECIAL_MARK = b"\xff"  # what llguidance puts before special tokens, and drops when it decodes
+
+
+class GrammarError(Exception):
+    """A grammar and the answer that follows it cannot go on."""
+
+
+@dataclass(slots=True)
+class GrammarStats:
+    num_compiled: int = 0
+    """Those refused included."""
+    num_cache_hits: int = 0
+    compile_s: float = 0.0
+    """Seconds that took."""
+
+
+class TokenMatcher(Protocol):
+    """What follows an answer token by token: an `LLMatcher`, or what has these methods of it."""
+
+    def deep_copy(self) -> Self: ...
+    def consume_token(self, token: int, /) -> bool: ...
+    def compute_ff_tokens(self) -> list[int]: ...
+    def is_accepting(self) -> bool: ...
+    def is_stopped(self) -> bool: ...
+    def is_error(self) -> bool: ...
+    def get_error(self) -> str: ...
+    def rollback(self, num_tokens: int, /) -> bool: ...
+    def reset(self) -> bool: ...
+
+
+@dataclass(slots=True)
+class Grammar:
+    """A compiled constraint, for any number of answers."""
+
+    start: TokenMatcher  # copied for each answer
+    num_lessons: int = 0
+
+
+class GrammarCompiler:
+    """Compiles constraints for one tokenizer. Thread-safe, and to be called off the event loop: it takes milliseconds,
+    in bad cases seconds."""
+
+    def __init__(
+        self,
+        tokenizer_json: str | None,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        special_tokens: dict[str, int],
+        token_bytes: Callable[[int], bytes],
+    ) -> None:
+        """tokenizer_json: the tokenizers library's description; None: the tokenizer is not that library's.
+
+        vocab_size: of masks; may be more than the tokenizer's, to which eos_token_ids must belong.
+        """
+        self.stats = GrammarStats()
+        self.vocab_size = vocab_size
+        self._tokenizer_json, self._eos_token_ids = tokenizer_json, list(eos_token_ids)
+        self._special_tokens, self._token_bytes = special_tokens, token_bytes
+        self._cache: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
+        self._lock = threading.Lock()
+        self._tokenizer_lock = threading.Lock()
+        self._made_tokenizer: LLTokenizer | None = None
+
+    def find(self, kind: str, text: str) -> Grammar | None:
+        """The grammar, if it has been compiled and is remembered. Takes microseconds."""
+        with self._lock:
+            grammar = self._cache.get((kind, text))
+            if grammar is not None:
+                self._cache.move_to_end((kind, text))
+                self.stats.num_cache_hits += 1
+            return grammar
+
+    def compile(self, kind: str, text: str) -> Grammar:
+        """The grammar of field `kind`, one of engine.request.CONSTRAINTS.
+
+        Raises `InvalidRequest` with what the library has against it.
+        """
+        if len(text) > MAX_TEXT_BYTES:
+            raise InvalidRequest(f"{kind} has {len(text)} characters, the limit is {MAX_TEXT_BYTES}", kind)
+        start = time.perf_counter()
+        try:
+            matcher = self._new_matcher(kind, text)
+        except BaseException as error:  # noqa: BLE001 - a panic of the library is no Exception, and concerns one grammar
+            raise _refused(kind, str(error)) from None
+        finally:
+            with self._lock:
+                self.stats.num_compiled += 1
+                self.stats.compile_s += time.perf_counter() - start
+        if matcher.is_error():
+            raise _refused(kind, matcher.get_error())
+        grammar = Grammar(matcher)
+        with self._lock:
+            self._cache[kind, text] = grammar
+            if len(self._cache) > MAX_CACHED_GRAMMARS:
+                self._cache.popitem(last=False)
+        return grammar
+
+    def warm_up(self) -> None:
+        """Make what the first grammar would wait for, up to seconds; the library holds the interpreter all the while,
+        and with it everybody's streams.
+        """
+        try:
+            self._new_matcher("regex", "a")
+        except BaseException as error:  # noqa: BLE001 - as in `compile`; who asks for a grammar will hear of it
+            logger.debug("grammars cannot be warmed up: %s", error)
+
+    def new_mask_filler(self, is_pinned: bool) -> "MaskFiller":
+        return MaskFiller(self.vocab_size, is_pinned)
+
+    def _new_matcher(self, kind: str, text: str) -> TokenMatcher:
+        matcher = LLMatcher(
+            self._tokenizer(),
+            self._definition(kind, text),
+            log_level=0,
+            limits=LLParserLimits(verbose_errors=False),
+        )
+        matcher.compute_bitmask()  # the first mask is the slowest, and shows grammars that are too complex
+        return matcher
+
+    def _definition(self, kind: str, text: str) -> str:
+        """`text` in llguidance's own terms."""
+        if kind == "json_schema":
+            if not isinstance(json.loads(text), dict):
+                raise ValueError("a JSON schema must be an object")
+            # Without spaces between its parts, far more of a JSON text is forced.
+            return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_flexible": False})
+        if kind == "structural_tag":
+            text = structural_tag_to_lark(json.loads(text), self._special_tokens)
+            return LLMatcher.grammar_from_lark(text)
+        if kind == "choice":
+            return grammar_from("lark", "start: " + " | ".join(map(json.dumps, dict.fromkeys(json.loads(text)))))
+        return grammar_from("regex" if kind == "regex" else "ebnf", text)
+
+    def _tokenizer(self) -> LLTokenizer:
+        """Made once, which takes up to seconds, however many compile at once."""
+        with self._tokenizer_lock:
+            if self._made_tokenizer is None:
+                self._made_tokenizer = self._make_tokenizer()
+            return self._made_tokenizer
+
+    def _make_tokenizer(self) -> LLTokenizer:
+        if self._tokenizer_json is None:
+            raise ValueError("this model's tokenizer is not one that grammars can be made for")
+        tokenizer = LLTokenizer(self._tokenizer_json, n_vocab=self.vocab_size, eos_token=self._eos_token_ids)
+        # The library reads the common kinds. The tokens of another it may misread: masks would let wrong text through.
+        specials = {*self._special_tokens.values(), *self._eos_token_ids}
+        pieces = {token: self._token_bytes(token) for token in range(self.vocab_size) if token not in specials}
+        pieces = {token: piece for token, piece in pieces.items() if piece not in (b"", SPECIAL_MARK)}
+        if tokenizer.decode_bytes(list(pieces)) != b"".join(pieces.values()):
+            raise ValueError("this model's tokenizer writes its tokens in a way that grammars cannot be made for")
+        return tokenizer
+
+
+def _refused(kind: str, message: str) -> InvalidRequest:
+    reason, *_ = re.split(r"\n +1 \| ", message)  # what follows is the grammar itself, as the library sees it
+    reason = " ".join(reason.split())
+    if len(reason) > MAX_REASON_LEN:  # it quotes a long text between what went wrong and why
+        reason = f"{reason[: MAX_REASON_LEN // 2]} ... {reason[-MAX_REASON_LEN // 2 :]}"
+    return InvalidRequest(f"{kind} cannot be used: {reason}", kind)
+
+
+class Matcher:
+    """Follows one answer: says what may come next, what must, and when nothing more can.
+
+    While the model thinks, that is until `reasoning_end_ids` were generated, the grammar sleeps and everything may
+    come; after `max_thinking_tokens` of it, the ids must. `may_jump`: forced tokens join the answer at once (`jump`);
+    if not, masks let them through one at a time.
+    """
+
+    def __init__(
+        self,
+        grammar: Grammar | None,
+        reasoning_end_ids: Sequence[int] = (),
+        max_thinking_tokens: int | None = None,
+        *,
+        may_jump: bool = True,
+    ) -> None:
+        self.may_jump = may_jump
+        self._source = grammar
+        self._grammar = None if grammar is None else grammar.start.deep_copy()
+        self._end_ids, self._max_thinking_tokens = list(reasoning_end_ids), max_thinking_tokens
+        self._is_thinking = bool(self._end_ids)
+        self._num_thought = 0
+        self._last: list[int] = []  # tokens of the thinking, as many as may begin its end
+
+    @property
+    def masks(self) -> bool:
+        """May there be a mask from now on? If not, sampling need not wait for the matcher."""
+        # What must come at once was not jumped over: it is the answer's first token, or might be a stop.
+        return self._grammar is not None or not self.may_jump or bool(self.forced_tokens())
+
+    @property
+    def is_finished(self) -> bool:
+        """Only the answer's end can come."""
+        return not self._is_thinking and self._grammar is not None and self._grammar.is_stopped()
+
+    def advance(self, token: int) -> None:
+        """The next token of the answer. `GrammarError` if it is none that may come."""
+        if self._is_thinking:
+            self._num_thought += 1
+            self._last = [*self._last, token][-len(self._end_ids) :]
+            self._is_thinking = self._last != self._end_ids
+        elif self._grammar is not None and not self._grammar.consume_token(token):
+            raise GrammarError(" ".join(self._grammar.get_error().split()))
+
+    def forced_tokens(self) -> list[int]:
+        """What must come next, as far as it is known."""
+        if not self._is_thinking:
+            return [] if self._grammar is None else self._grammar.compute_ff_tokens()
+        if self._max_thinking_tokens is None or self._num_thought < self._max_thinking_tokens:
+            return []
+        num_last = len(self._last)
+        begun = max(n for n in range(len(self._end_ids)) if self._last[num_last - n :] == self._end_ids[:n])
+        return self._end_ids[begun:]
+
+    def jump(self, max_tokens: int) -> list[int]:
+        """Advance over what must come next, at most `max_tokens` of it; returns the tokens."""
+        jumped: list[int] = []
+        while forced := self.forced_tokens()[: max_tokens - len(jumped)]:
+            for token in forced:
+                self.advance(token)
+            jumped += forced
+        return jumped
+
+    def step_back(self) -> None:
+        """Undo the last `advance` over a token of the grammar."""
+        assert self._grammar is not None
+        self._grammar.rollback(1)
+
+    def close(self) -> None:
+        """The answer has ended: later ones start with what the library has learnt from this one.
+
+        It keeps what it finds out about a grammar's states, in each copy by itself, and finding out what may come in a
+        string with a pattern takes a millisecond where knowing takes microseconds.
+        """
+        source, grammar = self._source, self._grammar
+        if source is None or grammar is None or source.num_lessons == MAX_LESSONS or grammar.is_error():
+            return
+        if grammar.reset():
+            source.start = grammar
+            source.num_lessons += 1
+
+    @property
+    def masking_grammar(self) -> TokenMatcher | None:
+        """What allows the next token; None: the end of the thinking, or nobody."""
+        return None if self._is_thinking else self._grammar
+
+
+class MaskFiller:
+    """Makes the token masks of a step, in parallel."""
+
+    def __init__(self, vocab_size: int, is_pinned: bool) -> None:
+        self._num_words = (vocab_size + WORD_BITS - 1) // WORD_BITS
+        self._is_pinned = is_pinned
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        return LLExecutor()  # when it is needed: it keeps threads
+
+    def fill(self, matchers: Sequence[Matcher]) -> tuple[torch.Tensor, dict[int, str]]:
+        """(host int32 [M, vocab_size / 32 rounded up], index -> what went wrong with that matcher).
+
+        A set bit is a token that may come, see kernels.sampling.apply_token_bitmask.
+        """
+        masks = torch.full((len(matchers), self._num_words), -1, dtype=torch.int32, pin_memory=self._is_pinned)
+        grammars = []
+        for i, matcher in enumerate(matchers):
+            if (grammar := matcher.masking_grammar) is not None:
+                grammars.append((grammar, i))
+            elif forced := matcher.forced_tokens():
+                word, bit = divmod(forced[0], WORD_BITS)
+                masks[i] = 0
+                masks[i, word] = 1 << bit if bit < WORD_BITS - 1 else -(1 << bit)
+        if grammars:
+            self._fill(grammars, masks)
+        return masks, {i: " ".join(grammar.get_error().split()) for grammar, i in grammars if grammar.is_error()}
+
+    def _fill(self, grammars: list[tuple[Any, int]], masks: torch.Tensor) -> None:
+        """Write the mask of each grammar into the row of `masks` it comes with."""
+        self._executor.unsafe_compute_mask_ptr(grammars, masks.data_ptr(), self._num_words * masks.itemsize, len(masks))

@@ -1,0 +1,395 @@
+"""Text to token ids and back, chat messages to a prompt.
+
+Works on the tokenizers library directly, because importing transformers takes seconds; only a folder without a
+tokenizer.json goes through transformers.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import jinja2
+import jinja2.ext
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
+
+from engine.errors import InvalidRequest, ModelError
+from engine.model_config import read_json
+from engine.request import SamplingParams
+from engine.text.detokenizer import Detokenizer, TextStream
+
+# What code in a template can raise beside Jinja's own errors: it adds, indexes, formats and calls what it is given.
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
+)  # fmt: skip
+MALFORMED = (AttributeError, LookupError, TypeError, ValueError)  # what an entry of the wrong kind raises
+# Those that are added to a vocabulary that lacks them.
+STANDARD_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+CONTINUE_MARK = "<~continue from here~> "
+Message = Mapping[str, Any]
+
+
+class Backend(Protocol):
+    """What is asked of the library that holds the vocabulary."""
+
+    vocab_size: int
+    special_tokens: dict[str, int]  # their text to their id
+    decoder: dict[str, Any] | None  # the tokenizers library's description of it
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str: ...
+
+    def id_to_token(self, token_id: int) -> str | None: ...
+
+    def token_to_id(self, token: str) -> int | None: ...
+
+    def to_json(self) -> str | None: ...
+
+
+class FastBackend:
+    """The tokenizers library."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        tokenizer.no_truncation()  # some files bring both, for training
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self.id_to_token = tokenizer.id_to_token
+        self.token_to_id = tokenizer.token_to_id
+        self.to_json = tokenizer.to_str
+        self.vocab_size = tokenizer.get_vocab_size()
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {token.content: token_id for token_id, token in added.items() if token.special}
+        decoder = tokenizer.decoder
+        self.decoder = json.loads(decoder.__getstate__()) if decoder is not None else None
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        # The library lets other threads run only while it encodes a batch; "fast" leaves out offsets nobody reads.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+
+class PythonBackend:
+    """A transformers tokenizer without a counterpart in the tokenizers library."""
+
+    decoder: dict[str, Any] | None = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.vocab_size = len(tokenizer)
+        self.special_tokens = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        known = [token_id for token_id in token_ids if token_id < self.vocab_size]
+        return self._tokenizer.decode(
+            known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+    def id_to_token(self, token_id: int) -> str | None:
+        return self._tokenizer.convert_ids_to_tokens(token_id) if token_id < self.vocab_size else None
+
+    def token_to_id(self, token: str) -> int | None:
+        token_id = self._tokenizer.convert_tokens_to_ids(token)
+        return token_id if token_id is not None and self.id_to_token(token_id) == token else None  # not <unk>'s
+
+    def to_json(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    backend: Backend
+    named_tokens: dict[str, str] = field(default_factory=dict)  # bos_token, eos_token, ...: templates see them
+    chat_templates: dict[str, str] = field(default_factory=dict)  # by name; "default" is the usual one
+    detokenizer: Detokenizer = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        backend = self.backend
+        detokenizer = Detokenizer(
+            backend.decoder,
+            backend.id_to_token,
+            lambda token_ids: backend.decode(token_ids, False),
+            backend.special_tokens,
+        )
+        object.__setattr__(self, "detokenizer", detokenizer)
+
+    @classmethod
+    def load(cls, folder: Path, trust_remote_code: bool = False, chat_template: str | None = None) -> "Tokenizer":
+        """From a Hugging Face model folder. `chat_template`: Jinja text in place of the folder's templates.
+
+        Raises `ModelError` if there is no tokenizer that can be used.
+        """
+        config_file = folder / "tokenizer_config.json"
+        config = read_json(config_file)
+        legacy_names = read_json(folder / "special_tokens_map.json")
+        extra_names = config.get("extra_special_tokens")
+        named_tokens = find_named_tokens(legacy_names) | find_named_tokens(config)
+        if isinstance(extra_names, dict):
+            named_tokens |= find_named_tokens(extra_names)
+        try:
+            chat_templates = (
+                {"default": chat_template} if chat_template is not None else find_chat_templates(folder, config)
+            )
+        except (OSError, *MALFORMED) as error:
+            raise ModelError(f"the chat templates of {folder} are malformed: {described(error)}") from error
+        file = folder / "tokenizer.json"
+        if not file.exists():
+            return cls(load_with_transformers(folder, trust_remote_code), named_tokens, chat_templates)
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise ModelError(f"{file} is not a tokenizer: {error}") from error
+        try:
+            apply_config(tokenizer, config, named_tokens)
+        except MALFORMED as error:
+            raise ModelError(f"{config_file} is malformed: {described(error)}") from error
+        return cls(FastBackend(tokenizer), named_tokens, chat_templates)
+
+    def to_json(self) -> str | None:
+        """The tokenizers library's description, added tokens included; None: it is not that library's."""
+        return self.backend.to_json()
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the tokenizer, added tokens included; a model's embedding may have more rows."""
+        return self.backend.vocab_size
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(self.backend.special_tokens.values())
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._named_id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._named_id("eos_token")
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The model's template, or its templates by name if it has several."""
+        return self.chat_templates.get("default") if self.chat_templates.keys() <= {"default"} else self.chat_templates
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """`add_special_tokens`: those that the model wants around any text, such as a first <s>. Chat templates write
+        them out, so a rendered chat is encoded without."""
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InvalidRequest(f"text has half a surrogate pair at character {error.start}", "text") from None
+        return self.backend.encode(text, add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Ids that the tokenizer does not know have no text. Raises `InvalidRequest` for what cannot be an id."""
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < 1 << 31:
+            raise InvalidRequest("token ids must be between 0 and 2147483647", "input_ids")
+        return self.backend.decode(list(token_ids), skip_special_tokens)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self.backend.token_to_id(token)
+
+    def token_text(self, token_id: int) -> str:
+        """One token's text for log-probabilities, spaces kept; incomplete UTF-8 shows as U+FFFD."""
+        return self.detokenizer.token_text(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.detokenizer.token_bytes(token_id)
+
+    def text_stream(self, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> TextStream:
+        """The text of the tokens that will follow `prompt_ids`, with `params`' stops."""
+        return self.detokenizer.stream(params, prompt_ids)
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt that the model's chat template makes of `messages`; what transformers' apply_chat_template gives.
+
+        `chat_template`: a template's name, or Jinja text. `kwargs` are the template's own variables.
+        `continue_final_message` ends the prompt inside the last message (and leaves out the generation prompt).
+        Raises `InvalidRequest` if there is no template, or the template refuses the messages.
+        """
+        if not messages or not all(isinstance(message, Mapping) for message in messages):
+            raise InvalidRequest("messages must be objects, and at least one", "messages")
+        source = self._template_source(chat_template, bool(tools))
+        # OpenAI clients send "content": null; templates test whether a key is there.
+        chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        final_text = mark_end(chat) if continue_final_message else ""
+        variables = {
+            **self.named_tokens,
+            "messages": chat,
+            "tools": tools or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            **kwargs,
+        }
+        try:
+            prompt = compile_template(source).render(variables)
+        except TEMPLATE_ERRORS as error:
+            raise InvalidRequest(f"chat template: {error or type(error).__name__}", "messages") from error
+        return cut_at_mark(prompt, final_text) if continue_final_message else prompt
+
+    def _named_id(self, name: str) -> int | None:
+        token = self.named_tokens.get(name)
+        return self.backend.token_to_id(token) if token is not None else None
+
+    def _template_source(self, chat_template: str | None, has_tools: bool) -> str:
+        templates = self.chat_templates
+        if chat_template is not None:
+            return templates.get(chat_template, chat_template)
+        if has_tools and "tool_use" in templates:
+            return templates["tool_use"]
+        if "default" in templates:
+            return templates["default"]
+        if templates:
+            names = ", ".join(sorted(templates))
+            raise InvalidRequest(f"model has no default chat template; choose one of: {names}", "chat_template")
+        raise InvalidRequest("model has no chat template; give --chat-template", "messages")
+
+
+def described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def load_with_transformers(folder: Path, trust_remote_code: bool) -> Backend:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # may run a repository's own code
+        raise ModelError(f"cannot load the tokenizer of {folder}: {error}") from error
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        return PythonBackend(tokenizer)
+    return FastBackend(fast)
+
+
+def find_named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token, ...: strings, or objects with their content and flags."""
+    contents = {name: token.get("content") if isinstance(token, dict) else token for name, token in config.items()}
+    return {name: token for name, token in contents.items() if name.endswith("_token") and isinstance(token, str)}
+
+
+def find_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Template texts by name: .jinja files, else a processor's chat_template.json, else tokenizer_config.json's."""
+    files = {file.stem: file for file in (folder / "additional_chat_templates").glob("*.jinja")}
+    if (file := folder / "chat_template.jinja").exists():
+        files["default"] = file
+    if files:
+        return {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+    found = read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
+    if isinstance(found, list):
+        return {template["name"]: template["template"] for template in found}
+    if isinstance(found, dict):
+        return dict(found)
+    return {"default": found} if found else {}
+
+
+def apply_config(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], named_tokens: Mapping[str, str]) -> None:
+    """What tokenizer_config.json changes in tokenizer.json, as transformers does it.
+
+    It may add tokens, make them special, and say whether texts start with bos and end with eos.
+    """
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    known = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
+    listed = sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
+    tokens = [AddedToken(e["content"], **{flag: e[flag] for flag in flags if flag in e}) for _, e in listed]
+    names = known.keys() | {token.content for token in tokens}
+    standard = dict.fromkeys(named_tokens[name] for name in STANDARD_TOKENS if name in named_tokens)
+    tokens += [AddedToken(name, special=True) for name in standard if name not in names]
+    tokenizer.add_tokens([token for token in tokens if known.get(token.content) != token.special])
+    if "add_bos_token" in config or "add_eos_token" in config:
+        around = (
+            named_tokens.get(f"{name}_token") if config.get(f"add_{name}_token") else None for name in ("bos", "eos")
+        )
+        tokenizer.post_processor = template_processing(tokenizer, *around)
+
+
+def template_processing(tokenizer: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> TemplateProcessing:
+    single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
+    used: Iterable[str] = dict.fromkeys(token for token in (bos, eos) if token)
+    return TemplateProcessing(single=single, special_tokens=[(token, tokenizer.token_to_id(token)) for token in used])
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %} marks an assistant's text for training; here it renders its content."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own escapes HTML and sorts keys."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+@lru_cache(maxsize=16)
+def compile_template(source: str) -> jinja2.Template:
+    """In a sandbox: a template comes from whoever made the model."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    return environment.from_string(source)
+
+
+def mark_end(chat: list[dict[str, Any]]) -> str:
+    """Append `CONTINUE_MARK` to the last message's last text (in copies), and return that text."""
+    content = chat[-1].get("content")
+    if isinstance(content, str):
+        chat[-1]["content"] = content + CONTINUE_MARK
+        return content
+    parts = list(content) if isinstance(content, (list, tuple)) else []
+    for index in reversed(range(len(parts))):
+        part = parts[index]
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+            parts[index] = {**part, "text": part["text"] + CONTINUE_MARK}
+            chat[-1]["content"] = parts
+            return part["text"]
+    raise InvalidRequest("continue_final_message: the last message has no text to continue", "messages")
+
+
+def cut_at_mark(prompt: str, final_text: str) -> str:
+    """Templates may trim a message, and with it the mark's last space; then the text's end was meant to be trimmed."""
+    mark = CONTINUE_MARK.strip()
+    end = prompt.rfind(mark)
+    if end < 0 or final_text.strip() not in prompt:
+        raise InvalidRequest("continue_final_message: the chat template changes the last message", "messages")
+    is_trimmed = not prompt.startswith(CONTINUE_MARK, end)
+    return prompt[:end].rstrip() if is_trimmed else prompt[:end]

@@ -1,0 +1,358 @@
+"""/v1/batches, in OpenAI's shapes: the lines of an uploaded file, answered when nothing more urgent is to be done.
+
+Lines run through the handlers of the endpoint that they name, a bounded number at once, below every other request's
+priority. An answer is appended to its file as it comes, so that a server that starts again computes none twice: a
+batch's record is written when its status changes, and what is done is read off its answers.
+"""
+
+import asyncio
+import contextlib
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import orjson
+from aiohttp import web
+
+from engine.errors import EngineError, InvalidRequest
+from server.apis.files import FileStore, NotFound, StorageUnavailable, new_id, page_of, read_records, write_atomically
+from server.http.intake import paced
+from server.http.keys import CLIENT, Client
+from server.reading.protocol import (
+    JSON,
+    Fields,
+    Owner,
+    error_response,
+    json_response,
+    openai_error,
+    parse_json,
+    read_json,
+)
+
+logger = logging.getLogger(__name__)
+
+# Answers a request's body. Raises `EngineError`.
+LineHandler = Callable[[Owner, Fields], Awaitable[web.StreamResponse]]
+
+BATCH_CLIENT = Client("batches", priority=-(1 << 40))  # whoever waits goes first
+MAX_LINES = 50_000  # OpenAI's, as the next
+MAX_METADATA = 16
+MAX_ERRORS = 100  # of a file that is no batch, told to its client
+MAX_CONCURRENT_LINES = 256  # of all batches
+RETRY_S = 1.0
+DEFAULT_LIMIT = 20  # batches listed
+WINDOW = re.compile(r"([1-9]\d{0,5})([smhd])")
+WINDOW_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+FINAL = ("failed", "completed", "expired", "cancelled")
+
+
+@dataclass(eq=False)
+class Batch:
+    record: JSON  # OpenAI's object, as it is stored
+    task: asyncio.Task[None] | None = None
+    done: set[str] = field(default_factory=set)  # custom_ids with an answer
+
+    @property
+    def id(self) -> str:
+        return self.record["id"]
+
+    @property
+    def output_id(self) -> str:
+        """Of the file of answers. Derived, so that a crash between file and record is harmless; as the next."""
+        return self.id.replace("batch_", "file-") + "-output"
+
+    @property
+    def errors_id(self) -> str:
+        return self.id.replace("batch_", "file-") + "-errors"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.record["request_counts"]
+
+
+class Batches:
+    def __init__(self, store: FileStore, handlers: Mapping[str, LineHandler], max_running_requests: int) -> None:
+        """handlers: what answers the lines of each endpoint."""
+        self.store, self.handlers = store, handlers
+        self.folder = store.folder / "batches"
+        self._batches: dict[str, Batch] = {}  # oldest first
+        # Half of what may run: who comes while long answers are under way must find a place.
+        self._slots = asyncio.Semaphore(max(1, min(MAX_CONCURRENT_LINES, max_running_requests // 2)))
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.post("/v1/batches", self.create),
+            web.get("/v1/batches", self.list),
+            web.get("/v1/batches/{batch_id}", self.retrieve),
+            web.post("/v1/batches/{batch_id}/cancel", self.cancel),
+        ]
+
+    async def running(self, _: web.Application) -> AsyncIterator[None]:
+        """The server's life: take up what an earlier one left, leave what is not done to a later one."""
+        if self.store.open():
+            self.folder.mkdir(exist_ok=True)
+            for record in read_records(self.folder, "batch_*.json"):
+                batch = self._batches[record["id"]] = Batch(record)
+                if record["status"] not in FINAL:
+                    self._start(batch)
+        yield
+        await self.stop()
+        self.store.close()
+
+    async def stop(self, _: web.Application | None = None) -> None:
+        tasks = [batch.task for batch in self._batches.values() if batch.task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def reader_of(self, file_id: str) -> str | None:
+        """Id of the unfinished batch that reads that file."""
+        return next(
+            (
+                batch.id
+                for batch in self._batches.values()
+                if batch.record["input_file_id"] == file_id and batch.record["status"] not in FINAL
+            ),
+            None,
+        )
+
+    # ---- routes ----
+
+    async def create(self, http_request: web.Request) -> web.Response:
+        body = await read_json(http_request)
+        endpoint = body.one_of("endpoint", self.handlers, "")
+        window = WINDOW.fullmatch(body.text("completion_window", "24h"))
+        if window is None:
+            body.fail("completion_window", "a number of s, m, h or d, such as 24h")
+        metadata = body.object("metadata")
+        if metadata is not None and (
+            len(metadata.values) > MAX_METADATA or not all(isinstance(text, str) for text in metadata.values.values())
+        ):
+            body.fail("metadata", f"an object of at most {MAX_METADATA} strings")
+        input_id = body.text("input_file_id")
+        self.store.get(input_id, "input_file_id")
+        now = int(time.time())
+        batch = Batch(
+            {
+                "id": new_id("batch_"), "object": "batch", "endpoint": endpoint, "errors": None,
+                "input_file_id": input_id, "completion_window": window[0], "status": "validating",
+                "output_file_id": None, "error_file_id": None, "created_at": now, "in_progress_at": None,
+                "expires_at": now + int(window[1]) * WINDOW_UNITS_S[window[2]], "finalizing_at": None,
+                "completed_at": None, "failed_at": None, "expired_at": None, "cancelling_at": None,
+                "cancelled_at": None, "request_counts": {"total": 0, "completed": 0, "failed": 0},
+                "metadata": None if metadata is None else metadata.values,
+            }
+        )  # fmt: skip
+        self._save(batch)
+        self._batches[batch.id] = batch
+        self._start(batch)
+        return json_response(batch.record)
+
+    async def list(self, http_request: web.Request) -> web.Response:
+        self.store.check()
+        newest_first = [batch.record for batch in self._batches.values()][::-1]
+        return json_response(page_of(newest_first, http_request, DEFAULT_LIMIT))
+
+    async def retrieve(self, http_request: web.Request) -> web.Response:
+        return json_response(self._get(http_request).record)
+
+    async def cancel(self, http_request: web.Request) -> web.Response:
+        """Aborts the lines that run; the answers there are become the batch's files."""
+        batch = self._get(http_request)
+        if batch.record["status"] in (*FINAL, "finalizing"):
+            raise InvalidRequest(f"{batch.id} is {batch.record['status']}: there is nothing to cancel", "batch_id")
+        if batch.record["status"] != "cancelling":
+            self._enter(batch, "cancelling")
+            assert batch.task is not None
+            batch.task.cancel()
+        return json_response(batch.record)
+
+    def _get(self, http_request: web.Request) -> Batch:
+        self.store.check()
+        batch_id = http_request.match_info["batch_id"]
+        if batch_id not in self._batches:
+            raise NotFound(f"no such batch: {batch_id[:100]!r}", "batch_id")
+        return self._batches[batch_id]
+
+    # ---- the life of a batch ----
+
+    def _start(self, batch: Batch) -> None:
+        batch.task = asyncio.create_task(self._live(batch), name=batch.id)
+
+    async def _live(self, batch: Batch) -> None:
+        """From whatever status `batch` has to its last. Cancelled: by its client, or because the server stops."""
+        try:
+            try:
+                await self._run(batch)
+            except asyncio.CancelledError:
+                if batch.record["status"] == "cancelling":
+                    await self._finalize(batch, "cancelled")
+        except Exception as error:  # a full disk, say: this batch's failure alone
+            logger.error("batch %s failed", batch.id, exc_info=error)
+            batch.record["errors"] = _errors([_error("internal_error", f"{type(error).__name__}: {error}")])
+            with contextlib.suppress(StorageUnavailable):
+                self._enter(batch, "failed")
+
+    async def _run(self, batch: Batch) -> None:
+        record = batch.record
+        if record["status"] == "validating":
+            endpoint, path = record["endpoint"], self.store.path(record["input_file_id"])
+            num_lines, errors = await asyncio.to_thread(check_lines, path, endpoint)
+            batch.counts["total"] = num_lines
+            if errors:
+                record["errors"] = _errors(errors)
+                return self._enter(batch, "failed")
+            self._enter(batch, "in_progress")
+        else:
+            batch.counts["completed"] = await asyncio.to_thread(self._take_up, batch, batch.output_id)
+            batch.counts["failed"] = await asyncio.to_thread(self._take_up, batch, batch.errors_id)
+        if record["status"] == "in_progress":
+            try:
+                async with asyncio.timeout(record["expires_at"] - time.time()):
+                    await self._answer_lines(batch)
+            except TimeoutError:
+                return await self._finalize(batch, "expired")
+        if record["status"] == "cancelling":
+            raise asyncio.CancelledError
+        await self._finalize(batch, "completed")
+
+    def _take_up(self, batch: Batch, file_id: str) -> int:
+        """Note what a file of answers holds, and cut off a line that a crash left unfinished. Returns its lines."""
+        path, count = self.store.path(file_id), 0
+        if not path.exists():
+            return 0
+        with open(path, "r+b") as file:
+            while (line := file.readline()).endswith(b"\n"):
+                batch.done.add(orjson.loads(line)["custom_id"])
+                count += 1
+            file.truncate(file.tell() - len(line))
+        return count
+
+    async def _answer_lines(self, batch: Batch) -> None:
+        with (
+            await asyncio.to_thread(open, self.store.path(batch.output_id), "ab") as output,
+            await asyncio.to_thread(open, self.store.path(batch.errors_id), "ab") as errors,
+        ):
+            async with asyncio.TaskGroup() as group:
+                async for line in paced(self._lines(batch)):
+                    if line["custom_id"] in batch.done:
+                        continue
+                    await self._slots.acquire()
+                    task = group.create_task(self._answer_line(batch, line, output, errors))
+                    task.add_done_callback(lambda _: self._slots.release())
+
+    def _lines(self, batch: Batch) -> Iterator[JSON]:
+        with open(self.store.path(batch.record["input_file_id"]), "rb") as file:
+            for text in file:
+                if text.strip():
+                    yield orjson.loads(text)
+
+    async def _answer_line(self, batch: Batch, line: JSON, output: BinaryIO, errors: BinaryIO) -> None:
+        response = await self._response_to(batch, line["body"])
+        is_ok = response.status == 200
+        body = orjson.Fragment(response.body) if isinstance(response.body, bytes) else None
+        answer = {"status_code": response.status, "request_id": new_id("req_"), "body": body}
+        _append(output if is_ok else errors, line["custom_id"], answer, None)
+        batch.counts["completed" if is_ok else "failed"] += 1
+        batch.done.add(line["custom_id"])
+
+    async def _response_to(self, batch: Batch, values: JSON) -> web.Response:
+        """The endpoint's answer, or what its client would be told of an error."""
+        endpoint = batch.record["endpoint"]
+        while True:
+            try:
+                body = Fields(values)
+                for name in ("stream", "background"):
+                    if body.flag(name):
+                        raise InvalidRequest(f"{name} must be false in a batch", name)
+                response = await self.handlers[endpoint]({CLIENT: BATCH_CLIENT}, body)
+                assert isinstance(response, web.Response)
+                return response
+            except EngineError as error:
+                if error.status_code not in (429, 503):  # else: not now
+                    return error_response(endpoint, error)
+            except Exception:
+                # As at the outermost frame of a handler: this line fails, and its trace is in the log.
+                logger.exception("a line of batch %s failed", batch.id)
+                return json_response(openai_error(500, "internal server error; the server's log says more"), 500)
+            await asyncio.sleep(RETRY_S)
+
+    async def _finalize(self, batch: Batch, status: str) -> None:
+        """Turn what there is into files, lines without an answer into errors, and the batch into what it ends as."""
+        self._enter(batch, "cancelling" if status == "cancelled" else "finalizing")
+        await asyncio.to_thread(self._write_files, batch, status)
+        self._enter(batch, status)
+
+    def _write_files(self, batch: Batch, status: str) -> None:
+        error = {"code": f"batch_{status}", "message": f"the batch was {status} before this line had its answer"}
+        with open(self.store.path(batch.errors_id), "ab") as errors:
+            # Before it was in progress nobody had looked whether these are lines.
+            for line in self._lines(batch) if batch.record["in_progress_at"] else ():
+                if line["custom_id"] not in batch.done:
+                    _append(errors, line["custom_id"], None, error)
+        for name, file_id in (("output_file_id", batch.output_id), ("error_file_id", batch.errors_id)):
+            path = self.store.path(file_id)
+            if path.exists() and path.stat().st_size:
+                self.store.add(file_id, f"{file_id}.jsonl", "batch_output")
+                batch.record[name] = file_id
+            else:
+                path.unlink(missing_ok=True)
+
+    def _enter(self, batch: Batch, status: str) -> None:
+        batch.record["status"] = status
+        batch.record[f"{status}_at"] = int(time.time())
+        self._save(batch)
+
+    def _save(self, batch: Batch) -> None:
+        write_atomically(self.folder / f"{batch.id}.json", orjson.dumps(batch.record))
+
+
+def _append(file: BinaryIO, custom_id: str, response: JSON | None, error: JSON | None) -> None:
+    """A line of a batch's output or errors, on its way to the disk when this returns."""
+    line = {"id": new_id("batch_req_"), "custom_id": custom_id, "response": response, "error": error}
+    file.write(orjson.dumps(line) + b"\n")
+    file.flush()
+
+
+def _error(code: str, message: str, line: int | None = None, param: str | None = None) -> JSON:
+    return {"code": code, "message": message, "line": line, "param": param}
+
+
+def _errors(errors: list[JSON]) -> JSON:
+    return {"object": "list", "data": errors}
+
+
+def check_lines(path: Path, endpoint: str) -> tuple[int, list[JSON]]:
+    """The number of lines of a batch's input, and what is wrong with them (the first MAX_ERRORS)."""
+    num_lines, custom_ids, errors = 0, set[str](), []
+    with open(path, "rb") as file:
+        for number, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            num_lines += 1
+            try:
+                custom_id = _check_line(text, endpoint)
+                if custom_id in custom_ids:
+                    raise InvalidRequest(f"custom_id {custom_id[:100]!r} was used before", "custom_id")
+                custom_ids.add(custom_id)
+            except InvalidRequest as error:
+                errors.append(_error("invalid_request", str(error), number, error.field))
+            if len(errors) >= MAX_ERRORS:
+                break
+    if not num_lines:
+        errors.append(_error("empty_file", "the file has no lines"))
+    if num_lines > MAX_LINES:
+        errors.append(_error("too_many_lines", f"the file has {num_lines} lines, the limit is {MAX_LINES}"))
+    return num_lines, errors
+
+
+def _check_line(text: bytes, endpoint: str) -> str:
+    line = Fields(parse_json(text, "the line"))
+    if line.one_of("method", ("POST",), "") and line.one_of("url", (endpoint,), "") and line.object("body") is None:
+        line.fail("body", "an object")
+    return line.text("custom_id") or line.fail("custom_id", "a non-empty string")

@@ -1,0 +1,301 @@
+"""Vectors and scores of prompts, each route in the shape of who came up with it.
+
+OpenAI      /v1/embeddings
+SGLang      /encode, /classify, /v1/rerank, and /v1/score with `query`, `items` and `label_token_ids`
+vLLM        /v1/classify, /rerank and /v2/rerank (also Jina's and Cohere's), /v1/score with `text_1` and `text_2`
+"""
+
+import base64
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+from aiohttp import web
+
+from engine.errors import InvalidRequest, StepFailed
+from engine.request import Request, SamplingParams, ignore
+from server.apis.meta_info import MetaInfo
+from server.config import ServerConfig
+from server.http.intake import paced
+from server.http.live import LiveRequests, Options, make_requests, new_rid
+from server.reading.model_name import served_model
+from server.reading.protocol import (
+    JSON,
+    Engine,
+    Fields,
+    Owner,
+    cache_namespace,
+    check_batch_size,
+    check_token_ids,
+    encode_prompt,
+    is_int,
+    json_response,
+    read_json,
+    read_prompts,
+)
+
+NUM_A_TURN = 32  # vectors written as JSON before the streams have their turn
+
+
+class EmbeddingsApi:
+    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests) -> None:
+        self.engine, self.config, self.live = engine, config, live
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.post("/v1/embeddings", self.embeddings),
+            web.post("/encode", self.encode),
+            web.put("/encode", self.encode),
+            web.post("/classify", self.classify),
+            web.put("/classify", self.classify),
+            web.post("/v1/classify", self.classify_with_labels),
+            web.post("/v1/score", self.score),
+            web.post("/score", self.score),
+            web.post("/v1/rerank", self.rerank_for_sglang),
+            web.post("/rerank", self.rerank),
+            web.post("/v2/rerank", self.rerank),
+        ]
+
+    # ---- OpenAI ----
+
+    async def embeddings(self, http_request: web.Request) -> web.StreamResponse:
+        return await self.embed(http_request, await read_json(http_request))
+
+    async def embed(self, owner: Owner, body: Fields) -> web.StreamResponse:
+        """The answer to a body of /v1/embeddings."""
+        model = served_model(self.config, body.text("model"))
+        encoding = body.one_of("encoding_format", ("float", "base64"), "float")
+        size = self.engine.embedding_size
+        size = body.integer("dimensions", size, low=1, high=size)
+        requests = await self._run(owner, body, await read_prompts(self.engine, body, "input"))
+        data = []
+        async for i, request in paced(enumerate(requests), NUM_A_TURN):
+            vector = _normalized(_vector(request)[:size])
+            shown = base64.b64encode(vector.tobytes()).decode() if encoding == "base64" else _json(vector)
+            data.append({"object": "embedding", "index": i, "embedding": shown})
+        return json_response({"object": "list", "data": data, "model": model, "usage": _usage(requests)})
+
+    # ---- SGLang ----
+
+    async def encode(self, http_request: web.Request) -> web.Response:
+        return await self._native(http_request, is_normalized=True)
+
+    async def classify(self, http_request: web.Request) -> web.Response:
+        """The scores of a model with a classification head, as they come out of it."""
+        self._check_classifier()
+        return await self._native(http_request, is_normalized=False)
+
+    async def _native(self, http_request: web.Request, *, is_normalized: bool) -> web.Response:
+        body = await read_json(http_request)
+        name = "input_ids" if body.has("input_ids") else "text"
+        value = body.get(name)
+        is_list = isinstance(value, list) and not (value and is_int(value[0]))
+        requests = await self._run(http_request, body, await read_prompts(self.engine, body, name))
+        meta_info, answers = MetaInfo(self.engine.tokenizer), []
+        async for request in paced(requests, NUM_A_TURN):
+            vector = _normalized(_vector(request)) if is_normalized else _vector(request)
+            answers.append(
+                {"embedding": _json(vector), "meta_info": meta_info.counts(request, 0, request.finish_reason)}
+            )
+        return json_response(answers if is_list else answers[0])
+
+    async def rerank_for_sglang(self, http_request: web.Request) -> web.Response:
+        body = await read_json(http_request)
+        results, requests = await self._reranked(http_request, body)
+        meta_info = MetaInfo(self.engine.tokenizer)
+        return json_response(
+            [
+                {
+                    "score": score,
+                    "index": index,
+                    **({"document": document} if body.flag("return_documents", True) else {}),
+                    "meta_info": meta_info.counts(requests[-1], 0, requests[-1].finish_reason),
+                }
+                for score, index, document in results
+            ]
+        )
+
+    # ---- vLLM ----
+
+    async def classify_with_labels(self, http_request: web.Request) -> web.Response:
+        self._check_classifier()
+        body = await read_json(http_request)
+        model = served_model(self.config, body.text("model"))
+        requests = await self._run(http_request, body, await read_prompts(self.engine, body, "input"))
+        data = []
+        for i, request in enumerate(requests):
+            probs = _probabilities(_vector(request))
+            label = self.engine.model_config.labels[int(probs.argmax())]
+            data.append({"index": i, "label": label, "probs": _json(probs), "num_classes": len(probs)})
+        return json_response(
+            {
+                "id": f"classify-{new_rid()}", "object": "list", "created": int(time.time()), "model": model,
+                "data": data, "usage": _usage(requests),
+            }
+        )  # fmt: skip
+
+    async def rerank(self, http_request: web.Request) -> web.Response:
+        body = await read_json(http_request)
+        model = served_model(self.config, body.text("model"))
+        results, requests = await self._reranked(http_request, body)
+        return json_response(
+            {
+                "id": f"rerank-{new_rid()}",
+                "model": model,
+                "usage": _usage(requests),
+                "results": [
+                    {
+                        "index": index,
+                        "relevance_score": score,
+                        **({"document": {"text": document}} if body.flag("return_documents", True) else {}),
+                    }
+                    for score, index, document in results
+                ],
+            }
+        )
+
+    async def _reranked(self, owner: Owner, body: Fields) -> tuple[list[tuple[float, int, str]], list[Request]]:
+        """(score, index, document) of the best `top_n`, best first, and the requests it took."""
+        query, documents = body.text("query"), _texts(body, "documents")
+        top_n = body.integer("top_n", len(documents), low=1)
+        scores, requests = await self._score_pairs(owner, body, [query], documents, ("query", "documents"))
+        ranked = sorted(zip(scores, range(len(documents)), documents, strict=True), key=lambda one: (-one[0], one[1]))
+        return ranked[:top_n], requests
+
+    async def score(self, http_request: web.Request) -> web.Response:
+        body = await read_json(http_request)
+        model = served_model(self.config, body.text("model"))
+        if body.has("label_token_ids") or body.has("items"):
+            return await self._score_labels(http_request, body, model)
+        first, second = _texts(body, "text_1"), _texts(body, "text_2")
+        if len(first) not in (1, len(second)):
+            raise InvalidRequest(
+                f"text_1 has {len(first)} texts for {len(second)} of text_2: give 1 or as many", "text_1"
+            )
+        scores, requests = await self._score_pairs(http_request, body, first, second, ("text_1", "text_2"))
+        return json_response(
+            {
+                "id": f"score-{new_rid()}", "object": "list", "created": int(time.time()), "model": model,
+                "data": [{"index": i, "object": "score", "score": score} for i, score in enumerate(scores)],
+                "usage": _usage(requests),
+            }
+        )  # fmt: skip
+
+    async def _score_pairs(
+        self, owner: Owner, body: Fields, first: list[str], second: list[str], names: tuple[str, str]
+    ) -> tuple[list[float], list[Request]]:
+        """How well each of `second` fits its own of `first`, or the only one.
+
+        A classifier reads both as one prompt, and its score, or that of its last label, becomes a probability. Other
+        models read each by itself, and the cosine of the two vectors counts.
+        """
+        check_batch_size(len(first) + len(second), names[1])
+        heads = [await encode_prompt(self.engine, text, names[0]) async for text in paced(first)]
+        is_classifier = self.engine.model_config.is_classifier
+        tails = [await encode_prompt(self.engine, text, names[1], not is_classifier) async for text in paced(second)]
+        if is_classifier:
+            pairs = [heads[i % len(heads)] + tail for i, tail in enumerate(tails)]
+            requests = await self._run(owner, body, pairs)
+            return [float(_probabilities(_vector(request))[-1]) for request in requests], requests
+        requests = await self._run(owner, body, heads + tails)
+        vectors = [_normalized(_vector(request)) for request in requests]
+        pairs_of = [(vectors[i % len(heads)], vector) for i, vector in enumerate(vectors[len(heads) :])]
+        return [float(head @ tail) for head, tail in pairs_of], requests
+
+    async def _score_labels(self, owner: Owner, body: Fields, model: str) -> web.Response:
+        """SGLang's: how likely each of some tokens comes after `query` and an item."""
+        labels = check_token_ids(body.get("label_token_ids"), self.engine.model_config.vocab_size, "label_token_ids")
+        query, items = body.text("query"), _texts(body, "items")
+        is_item_first, is_softmax = body.flag("item_first"), body.flag("apply_softmax")
+        check_batch_size(len(items), "items")
+        prompts = [
+            await encode_prompt(self.engine, item + query if is_item_first else query + item, f"items[{i}]")
+            async for i, item in paced(enumerate(items))
+        ]
+        params = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
+        options = Options(
+            return_logprob=True, token_ids_logprob=labels, priority=body.integer("priority"),
+            extra_key=cache_namespace(body),
+        )  # fmt: skip
+        rid = body.text("rid") or new_rid()
+        requests = [
+            request
+            for i, input_ids in enumerate(prompts)
+            for request in make_requests([f"{rid}-{i}"], input_ids, params, options)
+        ]
+        scores = []
+        for delta in await self.live.answers(owner, rid, requests):
+            assert delta.logprobs is not None
+            entries = delta.logprobs.token_ids[0]
+            assert entries is not None
+            likely = np.exp(np.array([logprob for logprob, _ in entries], np.float64))
+            scores.append((likely / max(likely.sum(), 1e-300) if is_softmax else likely).tolist())
+        return json_response({"object": "scoring", "scores": scores, "model": model, "usage": _usage(requests)})
+
+    # ---- all of them ----
+
+    async def _run(self, owner: Owner, body: Fields, prompts: Sequence[list[int]]) -> list[Request]:
+        """One request a prompt, its vector there. `rid`, `priority` and the cache's keys are read off `body`."""
+        rid = body.text("rid") or new_rid()
+        priority, extra_key = body.integer("priority"), cache_namespace(body)
+        requests = [
+            Request(
+                rid=rid if len(prompts) == 1 else f"{rid}-{i}",
+                input_ids=input_ids,
+                sampling_params=SamplingParams(max_new_tokens=0),
+                sink=ignore,
+                priority=priority,
+                extra_key=extra_key,
+                pooling=self.engine.model_config.pooling,
+            )
+            for i, input_ids in enumerate(prompts)
+        ]
+        await self.live.answers(owner, rid, requests)
+        return requests
+
+    def _check_classifier(self) -> None:
+        if not self.engine.model_config.is_classifier:
+            raise InvalidRequest("the model has no classification head", "model")
+
+
+def _texts(body: Fields, name: str) -> list[str]:
+    """A text, or a list of at least one."""
+    value = body.get(name)
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        body.fail(name, "a string or a non-empty list of strings")
+    return texts
+
+
+def _vector(request: Request) -> np.ndarray:
+    """float32 [size]."""
+    vector = request.embedding
+    if vector is None or not np.isfinite(vector).all():
+        raise StepFailed("the model's output is not finite (NaN or inf)")
+    return vector
+
+
+def _normalized(vector: np.ndarray) -> np.ndarray:
+    """Of length 1."""
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)
+
+
+def _probabilities(scores: np.ndarray) -> np.ndarray:
+    """Of each label; of a single score, its own (sigmoid)."""
+    if len(scores) == 1:
+        return 1 / (1 + np.exp(-scores))
+    likely = np.exp(scores - scores.max())
+    return likely / likely.sum()
+
+
+def _json(vector: np.ndarray) -> Any:
+    """Written at once, and without a Python object a number."""
+    return orjson.Fragment(orjson.dumps(np.ascontiguousarray(vector, np.float32), option=orjson.OPT_SERIALIZE_NUMPY))
+
+
+def _usage(requests: Sequence[Request]) -> JSON:
+    num_tokens = sum(request.prompt_len for request in requests)
+    num_output = sum(len(request.output_ids) for request in requests)
+    return {"prompt_tokens": num_tokens, "completion_tokens": num_output, "total_tokens": num_tokens + num_output}

@@ -1,0 +1,266 @@
+"""Files that clients upload and batches write: /v1/files, in OpenAI's shapes.
+
+A folder holds each file's bytes under its id, and what is known of it as `<id>.json`, written last: a file without that
+is half an upload, or a batch's answers so far, and is not listed.
+"""
+
+import asyncio
+import fcntl
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+from aiohttp import BodyPartReader, web
+from aiohttp.http_exceptions import BadHttpMessage
+
+from engine.errors import EngineError, InvalidRequest
+from server.reading.protocol import JSON, json_response
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 1 << 20
+MAX_LISTED = 10_000
+PURPOSE = "batch"
+MAX_PURPOSE_BYTES = 64
+
+
+class NotFound(EngineError):
+    status_code = 404
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class StorageUnavailable(EngineError):
+    status_code = 503
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """A process that is killed leaves the old content or the new. Small contents: this is for the event loop."""
+    unfinished = path.with_name(path.name + ".part")
+    with storing(path.parent):
+        unfinished.write_bytes(content)
+        unfinished.rename(path)
+
+
+@contextmanager
+def storing(folder: Path) -> Iterator[None]:
+    """A disk that is full, say, is told to the client: `StorageUnavailable`."""
+    try:
+        yield
+    except ConnectionError:  # the client's own end
+        raise
+    except OSError as error:
+        raise StorageUnavailable(f"no files can be kept in {folder}: {error.strerror}") from error
+
+
+def read_records(folder: Path, pattern: str) -> list[JSON]:
+    """What the files hold that are named so, oldest first. A damaged one must not keep the server from starting."""
+    records = []
+    for path in folder.glob(pattern):
+        try:
+            record = orjson.loads(path.read_bytes())
+            if record["id"] != path.stem:
+                raise ValueError(f"its id is {record['id']!r}")
+            records.append((record["created_at"], path.stem, record))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            logger.error("%s is damaged and left out: %s: %s", path, type(error).__name__, error)
+    return [record for *_, record in sorted(records)]
+
+
+def new_id(prefix: str) -> str:
+    return prefix + uuid.uuid4().hex
+
+
+class FileStore:
+    """The files of one folder. Only one server at a time has it: another's answers are `StorageUnavailable`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._problem = "the server is starting"
+        self._lock_fd = -1
+        self._files: dict[str, JSON] = {}  # oldest first
+
+    def open(self) -> bool:
+        """Take the folder and read what it holds. False if it cannot be had; every use then says why."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock_fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._problem = f"another server uses {self.folder}: give this one its own --file-storage-path"
+        except OSError as error:
+            self._problem = f"no files can be kept in {self.folder}: {error.strerror}"
+        else:
+            self._problem = ""
+            for unfinished in self.folder.glob("*.part"):
+                unfinished.unlink()
+            self._files = {file["id"]: file for file in read_records(self.folder, "file-*.json")}
+        return not self._problem
+
+    def close(self) -> None:
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def check(self) -> None:
+        if self._problem:
+            raise StorageUnavailable(self._problem)
+
+    def path(self, file_id: str) -> Path:
+        return self.folder / file_id
+
+    def get(self, file_id: str, field: str = "file_id") -> JSON:
+        self.check()
+        file = self._files.get(file_id)
+        if file is None:
+            raise NotFound(f"no such file: {file_id[:100]!r}", field)
+        return file
+
+    def list(self) -> list[JSON]:
+        """Oldest first."""
+        self.check()
+        return list(self._files.values())
+
+    def add(self, file_id: str, filename: str, purpose: str) -> JSON:
+        """Make the bytes under `file_id` a file that clients see."""
+        file = {
+            "id": file_id, "object": "file", "bytes": self.path(file_id).stat().st_size,
+            "created_at": int(time.time()), "filename": filename, "purpose": purpose, "status": "processed",
+        }  # fmt: skip
+        write_atomically(self.folder / f"{file_id}.json", orjson.dumps(file))
+        self._files[file_id] = file
+        return file
+
+    def remove(self, file_id: str) -> None:
+        self.get(file_id)
+        (self.folder / f"{file_id}.json").unlink(missing_ok=True)
+        self.path(file_id).unlink(missing_ok=True)
+        del self._files[file_id]
+
+
+class FilesApi:
+    def __init__(self, store: FileStore, max_bytes: int, is_in_use: Callable[[str], str | None]) -> None:
+        """is_in_use: id of the batch that still reads the file of that id, if one does."""
+        self.store, self.max_bytes, self.is_in_use = store, max_bytes, is_in_use
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.post("/v1/files", self.upload),
+            web.get("/v1/files", self.list),
+            web.get("/v1/files/{file_id}", self.retrieve),
+            web.delete("/v1/files/{file_id}", self.delete),
+            web.get("/v1/files/{file_id}/content", self.content),
+        ]
+
+    async def upload(self, http_request: web.Request) -> web.Response:
+        """A form with `file` and `purpose`. The file goes to disk as it comes."""
+        self.store.check()
+        if http_request.headers.get("Sec-Fetch-Site") == "cross-site":
+            raise web.HTTPForbidden(text="a page of another site may not upload files")
+        if http_request.content_type != "multipart/form-data":
+            raise InvalidRequest(
+                f"Content-Type must be multipart/form-data, got {http_request.content_type}", "Content-Type"
+            )
+        file_id = new_id("file-")
+        unfinished = self.store.folder / f"{file_id}.part"
+        try:
+            filename, purpose = await self._receive(http_request, unfinished)
+            if filename is None:
+                raise InvalidRequest("the form has no file", "file")
+            if purpose != PURPOSE:
+                raise InvalidRequest(f"purpose must be {PURPOSE!r}, got {purpose!r}", "purpose")
+            unfinished.rename(self.store.path(file_id))
+            return json_response(self.store.add(file_id, filename, purpose))
+        except StorageUnavailable:
+            self.store.path(file_id).unlink(missing_ok=True)
+            raise
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    async def _receive(self, http_request: web.Request, to: Path) -> tuple[str | None, str]:
+        """(name of the file, now in `to`; purpose), as far as the form has them."""
+        filename, purpose = None, ""
+        try:
+            async for part in await http_request.multipart():
+                if not isinstance(part, BodyPartReader):
+                    raise InvalidRequest("a part of the form is itself a form", None)
+                name = _utf8(part.name or "")
+                if name == "file":
+                    if filename is not None:
+                        raise InvalidRequest("the form has more than one file", name)
+                    await self._receive_file(part, to)
+                    filename = _utf8(part.filename or "upload")
+                elif name == "purpose":
+                    purpose = (await part.read_chunk(MAX_PURPOSE_BYTES)).decode(errors="replace")
+                else:
+                    raise InvalidRequest(f"unknown field of the form: {name!r}", name)
+        except ValueError as error:  # aiohttp's, of a form that is none
+            raise InvalidRequest(f"the form cannot be read: {error}") from None
+        except BadHttpMessage as error:
+            raise InvalidRequest(f"a part's headers cannot be read: {error.message}") from None
+        return filename, purpose
+
+    async def _receive_file(self, part: BodyPartReader, to: Path) -> None:
+        num_bytes = 0
+        with storing(to.parent), await asyncio.to_thread(open, to, "wb") as file:
+            while chunk := await part.read_chunk(CHUNK_BYTES):
+                num_bytes += len(chunk)
+                if num_bytes > self.max_bytes:
+                    raise FileTooLarge(f"the file is longer than {self.max_bytes} bytes, the limit of --max-file-bytes")
+                await asyncio.to_thread(file.write, chunk)
+
+    async def list(self, http_request: web.Request) -> web.Response:
+        purpose = http_request.query.get("purpose")
+        files = [file for file in self.store.list() if purpose in (None, file["purpose"])]
+        is_ascending = http_request.query.get("order") == "asc"
+        return json_response(page_of(files if is_ascending else files[::-1], http_request, MAX_LISTED))
+
+    async def retrieve(self, http_request: web.Request) -> web.Response:
+        return json_response(self.store.get(http_request.match_info["file_id"]))
+
+    async def delete(self, http_request: web.Request) -> web.Response:
+        file_id = http_request.match_info["file_id"]
+        self.store.get(file_id)
+        if batch_id := self.is_in_use(file_id):
+            raise InvalidRequest(f"{file_id} is being read by {batch_id}: cancel that first", "file_id")
+        self.store.remove(file_id)
+        return json_response({"id": file_id, "object": "file", "deleted": True})
+
+    async def content(self, http_request: web.Request) -> web.FileResponse:
+        file = self.store.get(http_request.match_info["file_id"])
+        return web.FileResponse(self.store.path(file["id"]), headers={"Content-Type": "application/octet-stream"})
+
+
+def _utf8(header: str) -> str:
+    """What a part's header says. aiohttp reads other encodings, Latin-1 say, as halves of surrogate pairs."""
+    return header.encode(errors="surrogateescape").decode(errors="replace")
+
+
+class FileTooLarge(EngineError):
+    status_code = 413
+
+
+def page_of(items: list[Any], http_request: web.Request, default_limit: int) -> JSON:
+    """OpenAI's page of a list: the `limit` items that follow the one whose id is `after`."""
+    text = http_request.query.get("limit", str(default_limit))
+    if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= MAX_LISTED:  # int() refuses thousands of digits
+        raise InvalidRequest(f"limit must be between 1 and {MAX_LISTED}, got {text[:20]!r}", "limit")
+    after = http_request.query.get("after")
+    if after is not None:
+        start = next((i for i, item in enumerate(items) if item["id"] == after), None)
+        if start is None:
+            raise InvalidRequest(f"after names nothing in the list: {after[:100]!r}", "after")
+        items = items[start + 1 :]
+    page = items[: int(text)]
+    return {
+        "object": "list", "data": page, "has_more": len(page) < len(items),
+        "first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None,
+    }  # fmt: skip

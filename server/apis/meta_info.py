@@ -1,0 +1,69 @@
+"""`meta_info`, SGLang's account of an answer: what it cost, how long it took and why, and its log-probabilities."""
+
+from engine.request import Delta, FinishReason, Logprobs, Request, TokenLogprob
+from server.reading.protocol import JSON, TokenizerFacade
+
+
+class MetaInfo:
+    def __init__(self, tokenizer: TokenizerFacade, with_text: bool = False) -> None:
+        self.tokenizer, self.with_text = tokenizer, with_text  # with_text: in log-probabilities
+
+    def answer(self, delta: Delta) -> JSON:
+        """The answer of a request that does not stream."""
+        meta = self.counts(delta.request, len(delta.token_ids), delta.finish_reason)
+        if delta.request.return_logprob:
+            meta |= self.logprobs(delta.request, delta.logprobs or Logprobs())
+        return {"text": delta.text, "output_ids": delta.token_ids, "meta_info": meta}
+
+    def counts(self, request: Request, num_output_tokens: int, reason: FinishReason | None) -> JSON:
+        """With the times, in seconds, once there is a `reason`."""
+        meta: JSON = {
+            "id": request.rid,
+            "finish_reason": reason and reason.to_dict(num_output_tokens),
+            "prompt_tokens": request.prompt_len,
+            "cached_tokens": request.num_cached_tokens,
+            "completion_tokens": num_output_tokens,
+        }
+        if reason is None:
+            return meta
+        times = request.times
+        meta["completion_tokens_wo_jump_forward"] = num_output_tokens - request.num_forced_tokens
+        meta["total_retractions"] = request.num_retractions
+        meta["first_missed_token"] = self._first_missed(request) if times.scheduled else None
+        if times.scheduled:
+            meta["queue_time"] = times.scheduled - times.arrived
+            if times.first_token >= times.scheduled:
+                meta["prefill_time"] = times.first_token - times.scheduled
+        if times.finished:
+            if times.first_token:
+                meta["decode_time"] = times.finished - times.first_token
+            meta["e2e_latency"] = times.finished - times.arrived
+        return meta
+
+    def _first_missed(self, request: Request) -> JSON | None:
+        """Where the prompt left what was cached; None if no more than its last token was computed, for its logits."""
+        position = request.num_cached_tokens
+        if position >= request.prompt_len - 1:
+            return None
+        token_id = request.input_ids[position]
+        return {"position": position, "token_id": token_id, "text": self.tokenizer.token_text(token_id)}
+
+    def logprobs(self, request: Request, output: Logprobs) -> JSON:
+        prompt = request.input_logprobs or Logprobs()
+        meta: JSON = {
+            "input_token_logprobs": self._triples(prompt.token),
+            "output_token_logprobs": self._triples(output.token),
+        }
+        if request.top_logprobs_num:
+            meta["input_top_logprobs"] = [self._triples(row) for row in prompt.top]
+            meta["output_top_logprobs"] = [self._triples(row) for row in output.top]
+        if request.token_ids_logprob:
+            meta["input_token_ids_logprobs"] = [self._triples(row) for row in prompt.token_ids]
+            meta["output_token_ids_logprobs"] = [self._triples(row) for row in output.token_ids]
+        return meta
+
+    def _triples(self, entries: list[TokenLogprob] | None) -> list[tuple[float | None, int, str | None]] | None:
+        if entries is None:
+            return None
+        text = self.tokenizer.token_text
+        return [(logprob, token, text(token) if self.with_text else None) for logprob, token in entries]

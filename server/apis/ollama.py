@@ -1,0 +1,319 @@
+"""Ollama's API: /api/chat and /api/generate, which stream lines of JSON, and what its clients ask about models."""
+
+import hashlib
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from engine.request import FinishReason
+from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockChoice, answer, arguments_of, chat_call
+from server.config import ServerConfig
+from server.http.live import LiveRequests, new_rid
+from server.reading.chat import Chats, ChatTurn
+from server.reading.model_name import served_model
+from server.reading.protocol import (
+    JSON,
+    REQUEST_FIELDS,
+    Engine,
+    Fields,
+    encode_prompt,
+    json_response,
+    ollama_error,
+    read_json,
+    refuse,
+    spelled,
+)
+from server.reading.sampling import read_options, read_sampling_params
+
+VERSION = "0.12.6"  # of Ollama, whose API this is: clients refuse a server that is too old for them
+NDJSON = {"Content-Type": "application/x-ndjson", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+FOREVER = "2318-01-01T00:00:00Z"  # when the model is unloaded; Ollama's own way to say never
+
+UNSUPPORTED = ("images", "suffix", "template", "context", "logprobs", "top_logprobs", "n")
+SAME_NAMES = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "stop")
+OUR_NAMES = {name: f"options.{name}" for name in (*SAME_NAMES, "top_k")} | {
+    "max_tokens": "options.num_predict",
+    "max_completion_tokens": "options.num_predict",
+    "seed": "options.seed",
+    "repetition_penalty": "options.repeat_penalty",
+    "response_format": "format",
+    "reasoning_effort": "think",
+    "json_schema": "format",
+}
+# Options of samplers that this server lacks: the one value that leaves the answer as it is.
+NEUTRAL = {"mirostat": 0, "tfs_z": 1, "typical_p": 1, "repeat_last_n": -1}
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class OllamaApi:
+    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests, chats: Chats) -> None:
+        self.engine, self.config, self.live, self.chats = engine, config, live, chats
+        self.started_at = _now()
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.post("/api/chat", self.chat),
+            web.post("/api/generate", self.generate),
+            web.get("/api/tags", self.tags),
+            web.get("/api/ps", self.running),
+            web.post("/api/show", self.show),
+            web.get("/api/version", self.version),
+        ]
+
+    async def chat(self, http_request: web.Request) -> web.StreamResponse:
+        body = await read_json(http_request)
+        model = self._model_of(body)
+        messages = [_read_message(message) for message in body.objects("messages")]
+        if not messages:
+            return json_response(_loaded(model, {"message": {"role": "assistant", "content": ""}}))
+        with spelled(OUR_NAMES):
+            turn = await self.chats.turn(Fields(chat_body(body) | {"messages": messages}))
+            return await answer(http_request, self.live, ChatLines(turn, model), headers=NDJSON)
+
+    async def generate(self, http_request: web.Request) -> web.StreamResponse:
+        body = await read_json(http_request)
+        model = self._model_of(body)
+        refuse(body, ("tools",))
+        if not body.text("prompt"):
+            return json_response(_loaded(model, {"response": ""}))
+        with spelled(OUR_NAMES):
+            turn = await (self._raw_turn(body) if body.flag("raw") else self._prompt_turn(body))
+            return await answer(http_request, self.live, GenerateLines(turn, model), headers=NDJSON)
+
+    async def _prompt_turn(self, body: Fields) -> ChatTurn:
+        messages = [{"role": "user", "content": body.text("prompt")}]
+        if body.text("system"):
+            messages.insert(0, {"role": "system", "content": body.text("system")})
+        return await self.chats.turn(Fields(chat_body(body) | {"messages": messages}))
+
+    async def _raw_turn(self, body: Fields) -> ChatTurn:
+        """A prompt that is the client's own: no template, and nothing to parse in its answer."""
+        refuse(body, ("system", "think"))
+        chat = Fields(chat_body(body))
+        params = read_sampling_params(chat, self.engine, ("max_tokens",), None)
+        input_ids = await encode_prompt(self.engine, body.text("prompt"), "prompt")
+        return ChatTurn(body.text("prompt"), input_ids, params, read_options(chat, -1), None)
+
+    # ---- about models ----
+
+    async def tags(self, _: web.Request) -> web.Response:
+        return json_response({"models": [self._card()]})
+
+    async def running(self, _: web.Request) -> web.Response:
+        held = {"expires_at": FOREVER, "size_vram": 0, "context_length": self.engine.context_length}
+        return json_response({"models": [self._card() | held]})
+
+    async def show(self, http_request: web.Request) -> web.Response:
+        body = await read_json(http_request)
+        self._model_of(body)
+        model = self.engine.model_config
+        template = self.chats.template or self.engine.tokenizer.chat_template
+        return json_response(
+            {
+                "modelfile": f"FROM {self.config.model_path}\n",
+                "parameters": "\n".join(f"{name} {value}" for name, value in self.engine.sampling_defaults.items()),
+                "template": template if isinstance(template, str) else "",
+                "modified_at": self.started_at,
+                "details": self._details(),
+                "model_info": {
+                    "general.architecture": model.model_type,
+                    f"{model.model_type}.context_length": self.engine.context_length,
+                },
+                "capabilities": self._capabilities(),
+            }
+        )
+
+    async def version(self, _: web.Request) -> web.Response:
+        return json_response({"version": VERSION})
+
+    def _model_of(self, body: Fields) -> str:
+        name = body.text("model") or body.text("name")
+        served_model(self.config, name.removesuffix(":latest"))
+        return name or self.config.model_name
+
+    def _capabilities(self) -> list[str]:
+        found = {"tools": self.chats.tool_call_parser, "thinking": self.chats.reasoning_parser}
+        return ["completion", *(name for name, parser in found.items() if parser)]
+
+    def _card(self) -> JSON:
+        name = self.config.model_name
+        return {
+            "name": name,
+            "model": name,
+            "modified_at": self.started_at,
+            "size": 0,
+            "digest": hashlib.sha256(name.encode()).hexdigest(),
+            "details": self._details(),
+        }
+
+    def _details(self) -> JSON:
+        family = self.engine.model_config.model_type
+        return {
+            "parent_model": "",
+            "format": "safetensors",
+            "family": family,
+            "families": [family],
+            "parameter_size": "",
+            "quantization_level": "",
+        }
+
+
+# ---- reading ----
+
+
+def chat_body(body: Fields) -> JSON:
+    """All but the messages of the same request to chat.completions."""
+    refuse(body, UNSUPPORTED)
+    chat = {name: body.get(name) for name in REQUEST_FIELDS if body.has(name)}
+    chat |= {"stream": body.flag("stream", True)} | _read_options(body.object("options") or Fields({}, "options"))
+    if tools := body.array("tools"):
+        chat["tools"] = tools
+    if format_ := body.get("format"):
+        chat["response_format"] = _read_format(body, format_)
+    think = body.get("think")
+    if think is not None:
+        if isinstance(think, str):
+            chat["reasoning_effort"] = body.one_of("think", ("low", "medium", "high"), "medium")
+        is_on = isinstance(think, str) or body.flag("think")
+        chat["chat_template_kwargs"] = {"enable_thinking": is_on, "thinking": is_on}
+    return chat
+
+
+def _read_options(options: Fields) -> JSON:
+    """Those about hardware are ignored, and `num_ctx` too: the context is always the model's."""
+    for name, value in NEUTRAL.items():
+        if options.has(name) and options.get(name) != value:
+            options.fail(name, f"{value} (this server has no such sampler)")
+    read: JSON = {name: options.get(name) for name in SAME_NAMES if options.has(name)}
+    if options.integer("num_predict", -1) >= 0:
+        read["max_tokens"] = options.integer("num_predict")
+    if options.has("top_k"):
+        read["top_k"] = options.integer("top_k") or -1  # 0: off
+    if options.integer("seed", -1) >= 0:
+        read["seed"] = options.integer("seed")
+    if options.has("repeat_penalty"):
+        read["repetition_penalty"] = options.get("repeat_penalty")
+    return read
+
+
+def _read_format(body: Fields, format_: Any) -> JSON:
+    if format_ == "json":
+        return {"type": "json_object"}
+    if not isinstance(format_, dict):
+        body.fail("format", '"json" or a JSON schema')
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": format_}}
+
+
+def _read_message(message: Fields) -> JSON:
+    refuse(message, ("images",))
+    message.required("role", " or ".join(map(repr, ROLES)))
+    read: JSON = {"role": message.one_of("role", ROLES, "user"), "content": message.text("content")}
+    if message.has("thinking"):
+        read["reasoning_content"] = message.text("thinking")
+    if message.has("tool_name"):
+        read["name"] = message.text("tool_name")
+    if message.has("tool_call_id"):
+        read["tool_call_id"] = message.text("tool_call_id")
+    if calls := message.objects("tool_calls"):
+        read["tool_calls"] = [_read_call(call) for call in calls]
+    return read
+
+
+def _read_call(call: Fields) -> JSON:
+    call.required("function", "an object")
+    function = call.object("function")
+    assert function is not None
+    function.required("name", "a string")
+    arguments = function.object("arguments") or Fields({})
+    return chat_call(call.text("id"), function.text("name"), orjson.dumps(arguments.values).decode())
+
+
+# ---- writing ----
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
+
+
+def _loaded(model: str, empty: JSON) -> JSON:
+    """The answer to a client that asks for nothing but the model to be there."""
+    return {"model": model, "created_at": _now(), **empty, "done": True, "done_reason": "load"}
+
+
+class Lines(BlockChoice):
+    """JSON lines. A tool call makes one, when it is complete."""
+
+    def __init__(self, turn: ChatTurn, model: str) -> None:
+        super().__init__(new_rid(), turn)
+        self.model = model
+
+    def said(self, text: str, thinking: str, calls: list[JSON]) -> JSON:
+        """How an endpoint says what is new."""
+        raise NotImplementedError
+
+    def grow(self, block: Block, piece: str) -> bytes:
+        if block.kind == TOOL_CALL:
+            return b""
+        is_text = block.kind == TEXT
+        return self._line(self.said(piece if is_text else "", "" if is_text else piece, []), done=False)
+
+    def stop(self, block: Block) -> bytes:
+        return self._line(self.said("", "", [_call(block)]), done=False) if block.kind == TOOL_CALL else b""
+
+    def end(self, reason: FinishReason) -> bytes:
+        return self._line(self.said("", "", []), done=True, **self._ending(reason))
+
+    def fail(self, reason: FinishReason) -> bytes:
+        return orjson.dumps(ollama_error(reason.status_code or 500, reason.message or "the request failed")) + b"\n"
+
+    def whole(self, reason: FinishReason) -> JSON:
+        def all_of(kind: str) -> str:
+            return "".join(block.content for block in self.blocks.all if block.kind == kind)
+
+        calls = [_call(block) for block in self.blocks.all if block.kind == TOOL_CALL]
+        return self._value(self.said(all_of(TEXT), all_of(REASONING), calls), done=True, **self._ending(reason))
+
+    def _line(self, said: JSON, **more: Any) -> bytes:
+        return orjson.dumps(self._value(said, **more)) + b"\n"
+
+    def _value(self, said: JSON, **more: Any) -> JSON:
+        return {"model": self.model, "created_at": _now(), **said, **more}
+
+    def _ending(self, reason: FinishReason) -> JSON:
+        """Durations in nanoseconds."""
+        request, times = self.request, self.request.times
+        return {
+            "done_reason": reason.type,
+            "total_duration": _nanoseconds(times.arrived, times.finished),
+            "load_duration": 0,
+            "prompt_eval_count": request.prompt_len,
+            "prompt_eval_duration": _nanoseconds(times.scheduled, times.first_token),
+            "eval_count": self.num_output_tokens,
+            "eval_duration": _nanoseconds(times.first_token, times.finished),
+        }
+
+
+class ChatLines(Lines):
+    def said(self, text: str, thinking: str, calls: list[JSON]) -> JSON:
+        message: JSON = {"role": "assistant", "content": text}
+        if thinking:
+            message["thinking"] = thinking
+        if calls:
+            message["tool_calls"] = calls
+        return {"message": message}
+
+
+class GenerateLines(Lines):
+    def said(self, text: str, thinking: str, calls: list[JSON]) -> JSON:
+        return {"response": text, **({"thinking": thinking} if thinking else {})}
+
+
+def _call(block: Block) -> JSON:
+    return {"id": block.call_id, "function": {"name": block.name, "arguments": arguments_of(block)}}
+
+
+def _nanoseconds(begin: float, end: float) -> int:
+    """0 where one of the two never happened."""
+    return int((end - begin) * 1e9) if 0.0 < begin <= end else 0

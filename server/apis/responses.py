@@ -1,0 +1,513 @@
+"""OpenAI's Responses API: /v1/responses, with answers that are kept to be continued or fetched later."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from engine.errors import EngineError, InvalidRequest
+from engine.request import Delta, FinishReason
+from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockChoice, answer, chat_call
+from server.config import ServerConfig
+from server.http.keys import CLIENT
+from server.http.live import LiveRequests, is_failure, new_rid
+from server.http.sse import named_event
+from server.reading.chat import Chats, ChatTurn
+from server.reading.model_name import served_model
+from server.reading.protocol import JSON, REQUEST_FIELDS, Fields, Owner, json_response, read_json, refuse, spelled
+
+MAX_STORED = 4096
+MAX_STORED_BYTES = 64 * 1024 * 1024
+MAX_METADATA = 16
+
+UNSUPPORTED = ("conversation", "prompt", "context_management", "moderation", "image", "top_logprobs", "n")
+SAME_NAMES = ("temperature", "top_p", "stream", "parallel_tool_calls", *REQUEST_FIELDS)
+OUR_NAMES = {
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "response_format.json_schema.schema": "text.format.schema",
+    "json_schema": "text.format.schema",
+    "reasoning_effort": "reasoning.effort",
+    "messages": "input",
+}
+ROLES = ("user", "assistant", "system", "developer")
+ITEM_PREFIXES = {REASONING: "rs", TEXT: "msg", TOOL_CALL: "fc"}
+
+
+class ResponseNotFound(EngineError):
+    status_code = 404
+    code = "response_not_found"
+    field = "response_id"
+
+
+class ResponsesApi:
+    def __init__(self, config: ServerConfig, live: LiveRequests, chats: Chats) -> None:
+        self.config, self.live, self.chats = config, live, chats
+        self.store = ResponseStore()
+        self._background: dict[str, BackgroundResponse] = {}  # those that run
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.post("/v1/responses", self.create),
+            web.get("/v1/responses/{response_id}", self.retrieve),
+            web.delete("/v1/responses/{response_id}", self.delete),
+            web.post("/v1/responses/{response_id}/cancel", self.cancel),
+        ]
+
+    async def running(self, _: web.Application) -> AsyncIterator[None]:
+        """A cleanup context: background responses end with the server."""
+        yield
+        tasks = [background.task for background in self._background.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def create(self, http_request: web.Request) -> web.StreamResponse:
+        return await self.respond(http_request, await read_json(http_request))
+
+    async def respond(self, caller: Owner, body: Fields) -> web.StreamResponse:
+        """The answer to `body`. Only an HTTP request may ask for a stream, or for an answer in the background."""
+        model = served_model(self.config, body.text("model"))
+        owner = self._owner(caller)
+        is_stored, is_background = body.flag("store", True), body.flag("background")
+        if is_background and (not is_stored or body.flag("stream")):
+            raise InvalidRequest("background needs store: true and stream: false", "background")
+        messages = self._earlier_messages(body, owner) + read_input(body)
+        with spelled(OUR_NAMES):
+            turn = await self.chats.turn(Fields(chat_body(body, messages)))
+            choice = ResponseChoice(turn, echo_of(body, model))
+            if is_stored:
+                choice.on_end = lambda response: self.store.put(owner, response, [*messages, choice.message()])
+            if not is_background:
+                return await answer(caller, self.live, choice)
+            assert isinstance(caller, web.Request)
+            background = BackgroundResponse(owner, choice)
+            await background.begin(caller, self.live)
+        self._background[background.id] = background
+        background.task.add_done_callback(lambda _: self._background.pop(background.id))
+        return json_response(background.state())
+
+    async def retrieve(self, http_request: web.Request) -> web.Response:
+        if http_request.query.get("stream", "false") != "false":
+            raise InvalidRequest("stream is not supported here: ask for the answer again until it is done", "stream")
+        response_id, owner = http_request.match_info["response_id"], self._owner(http_request)
+        background = self._find_background(response_id, owner)
+        return json_response(background.state() if background else self._find(response_id, owner).response)
+
+    async def cancel(self, http_request: web.Request) -> web.Response:
+        """The response as it ended. One that had ended before stays as it was."""
+        response = (await self._end(http_request)).response
+        if not response["background"]:
+            raise InvalidRequest("only a response made with background: true can be cancelled", "response_id")
+        return json_response(response)
+
+    async def delete(self, http_request: web.Request) -> web.Response:
+        """A response that still runs is cancelled first."""
+        await self._end(http_request)
+        response_id = http_request.match_info["response_id"]
+        self.store.remove(response_id)
+        return json_response({"id": response_id, "object": "response", "deleted": True})
+
+    async def _end(self, http_request: web.Request) -> "StoredResponse":
+        """A response, which is aborted if it runs."""
+        response_id, owner = http_request.match_info["response_id"], self._owner(http_request)
+        background = self._find_background(response_id, owner)
+        if background is not None:
+            self.live.abort(response_id)
+            await asyncio.shield(background.task)
+        return self._find(response_id, owner)
+
+    def _owner(self, caller: Owner) -> str:
+        """Whose responses one may see: with a key for each client, one's own."""
+        return caller[CLIENT].name if self.config.api_key_file else ""
+
+    def _find_background(self, response_id: str, owner: str) -> "BackgroundResponse | None":
+        background = self._background.get(response_id)
+        return background if background is not None and background.owner == owner else None
+
+    def _find(self, response_id: str, owner: str) -> "StoredResponse":
+        stored = self.store.get(owner, response_id)
+        if stored is None:
+            raise ResponseNotFound(f"there is no response {response_id!r}: never stored, deleted, or long ago")
+        return stored
+
+    def _earlier_messages(self, body: Fields, owner: str) -> list[JSON]:
+        """The conversation up to and with the answer of `previous_response_id`."""
+        previous = body.text("previous_response_id")
+        if not previous:
+            return []
+        if self._find_background(previous, owner):
+            raise InvalidRequest(f"previous_response_id: {previous!r} has not ended yet", "previous_response_id")
+        stored = self.store.get(owner, previous)
+        if stored is None:
+            raise InvalidRequest(f"previous_response_id: there is no response {previous!r}", "previous_response_id")
+        return stored.messages
+
+
+# ---- keeping ----
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    response: JSON
+    messages: list[JSON]  # the conversation that it ends, without instructions
+
+
+class ResponseStore:
+    """The responses used last, as many as fit, in memory. Kept as JSON text, whose length is what they cost."""
+
+    def __init__(self, max_count: int = MAX_STORED, max_bytes: int = MAX_STORED_BYTES) -> None:
+        self.max_count, self.max_bytes = max_count, max_bytes
+        self.num_bytes = 0
+        self._entries: OrderedDict[str, tuple[str, bytes]] = OrderedDict()  # id -> owner, JSON; least used first
+
+    def put(self, owner: str, response: JSON, messages: list[JSON]) -> None:
+        text = orjson.dumps([response, messages])
+        self._entries[response["id"]] = owner, text
+        self.num_bytes += len(text)
+        while len(self._entries) > self.max_count or self.num_bytes > self.max_bytes:
+            self.remove(next(iter(self._entries)))
+
+    def get(self, owner: str, response_id: str) -> StoredResponse | None:
+        entry = self._entries.get(response_id)
+        if entry is None or entry[0] != owner:
+            return None
+        self._entries.move_to_end(response_id)
+        return StoredResponse(*orjson.loads(entry[1]))
+
+    def remove(self, response_id: str) -> None:
+        _, text = self._entries.pop(response_id)
+        self.num_bytes -= len(text)
+
+
+class BackgroundResponse:
+    """A response that nobody waits for."""
+
+    def __init__(self, owner: str, choice: "ResponseChoice") -> None:
+        self.owner, self.choice, self.id = owner, choice, choice.request.rid
+        self.task: asyncio.Task[None]
+        self._done: asyncio.Future[Delta] = asyncio.get_running_loop().create_future()
+
+    async def begin(self, http_request: web.Request, live: LiveRequests) -> None:
+        """Submit the request. An `EngineError` if it is refused."""
+        self.choice.request.sink = self._sink
+        submitted = AsyncExitStack()
+        await submitted.enter_async_context(live.submitted(http_request, self.id, [self.choice.request]))
+        self.task = asyncio.create_task(self._finish(submitted))
+
+    def _sink(self, delta: Delta) -> None:
+        if not self._done.done():  # else the server is going down
+            self._done.set_result(delta)
+
+    async def _finish(self, submitted: AsyncExitStack) -> None:
+        async with submitted:
+            self.choice.read_whole(await self._done)
+
+    def state(self) -> JSON:
+        return self.choice.response("in_progress" if self.choice.request.times.scheduled else "queued")
+
+
+# ---- reading ----
+
+
+def read_input(body: Fields) -> list[JSON]:
+    """`input` as OpenAI's chat messages."""
+    given = body.required("input", "a string or a list of items")
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    messages: list[JSON] = []
+    for item in body.objects("input"):
+        match item.text("type", "message"):
+            case "message":
+                _add_message(messages, item)
+            case "reasoning":
+                _add_reasoning(messages, item)
+            case "function_call":
+                _add_call(messages, item)
+            case "function_call_output":
+                item.required("call_id", "a string")
+                output = _join_texts(item, "output")
+                messages.append({"role": "tool", "tool_call_id": item.text("call_id"), "content": output})
+            case _:
+                item.fail("type", "message, reasoning, function_call or function_call_output")
+    if not messages:
+        body.fail("input", "a string or a list of at least one item")
+    return messages
+
+
+def _add_message(messages: list[JSON], item: Fields) -> None:
+    item.required("role", " or ".join(map(repr, ROLES)))
+    role = item.one_of("role", ROLES, "user")
+    content = _join_texts(item, "content")
+    if role == "assistant":
+        # What the model said, thought and called in one turn comes as items of one message each.
+        message = _assistant(messages, lacks=("content", "tool_calls"))
+        message["content"] = content
+    else:
+        messages.append({"role": role, "content": content})
+
+
+def _add_reasoning(messages: list[JSON], item: Fields) -> None:
+    """Only reasoning in the clear can be read: a summary is not what the model thought."""
+    texts = []
+    for part in item.objects("content"):
+        part.one_of("type", ("reasoning_text",), "reasoning_text")
+        texts.append(part.text("text"))
+    if texts:
+        message = _assistant(messages, lacks=("content", "tool_calls", "reasoning_content"))
+        message["reasoning_content"] = "\n".join(texts)
+
+
+def _add_call(messages: list[JSON], item: Fields) -> None:
+    for name in ("call_id", "name", "arguments"):
+        item.required(name, "a string")
+    try:
+        arguments = orjson.loads(item.text("arguments") or "{}")
+    except orjson.JSONDecodeError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        item.fail("arguments", "a JSON object as text")
+    calls = _assistant(messages, lacks=()).setdefault("tool_calls", [])
+    calls.append(chat_call(item.text("call_id"), item.text("name"), item.text("arguments")))
+
+
+def _assistant(messages: list[JSON], lacks: tuple[str, ...]) -> JSON:
+    """The assistant's message that is being put together, or a new one if that has one of `lacks` already."""
+    if not messages or messages[-1]["role"] != "assistant" or any(messages[-1].get(name) for name in lacks):
+        messages.append({"role": "assistant", "content": ""})
+    return messages[-1]
+
+
+def _join_texts(owner: Fields, name: str) -> str:
+    content = owner.required(name, "a string or a list of parts")
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in owner.objects(name):
+        if part.text("type") not in ("input_text", "output_text", "text"):
+            part.fail("type", "input_text or output_text: this model reads text only")
+        part.required("text", "a string")
+        texts.append(part.text("text"))
+    return "\n".join(texts)
+
+
+def chat_body(body: Fields, messages: list[JSON]) -> JSON:
+    """The same request to chat.completions. What cannot be said there is an `InvalidRequest` naming it."""
+    refuse(body, UNSUPPORTED)
+    body.one_of("truncation", ("disabled",), "disabled")
+    if "message.output_text.logprobs" in body.strings("include"):
+        body.fail("include", "without message.output_text.logprobs")
+    if body.text("instructions"):
+        messages = [{"role": "system", "content": body.text("instructions")}, *messages]
+    chat: JSON = {name: body.get(name) for name in SAME_NAMES if body.has(name)}
+    chat["messages"] = messages
+    if body.has("max_output_tokens"):
+        chat["max_completion_tokens"] = body.integer("max_output_tokens", low=1)
+    if tools := body.objects("tools"):
+        chat["tools"] = [_read_tool(tool) for tool in tools]
+    if body.has("tool_choice"):
+        chat["tool_choice"] = _read_tool_choice(body)
+    if reasoning := body.object("reasoning"):
+        chat["reasoning_effort"] = reasoning.get("effort")
+    if text := body.object("text"):
+        text.one_of("verbosity", ("medium",), "medium")
+        if format_ := text.object("format"):
+            chat["response_format"] = _read_format(format_)
+    return chat
+
+
+def _read_tool(tool: Fields) -> JSON:
+    tool.one_of("type", ("function",), "")
+    tool.required("name", "a string")
+    tool.object("parameters")  # a wrong type is an error
+    names = ("name", "description", "parameters", "strict")
+    return {"type": "function", "function": {name: tool.get(name) for name in names if tool.has(name)}}
+
+
+def _read_tool_choice(body: Fields) -> Any:
+    if isinstance(body.get("tool_choice"), str):
+        return body.one_of("tool_choice", ("auto", "none", "required"), "auto")
+    choice = body.object("tool_choice") or Fields({})
+    choice.one_of("type", ("function",), "")
+    choice.required("name", "a string")
+    return {"type": "function", "function": {"name": choice.text("name")}}
+
+
+def _read_format(format_: Fields) -> JSON:
+    kind = format_.one_of("type", ("text", "json_object", "json_schema"), "text")
+    if kind != "json_schema":
+        return {"type": kind}
+    format_.required("schema", "an object")
+    names = ("name", "description", "schema", "strict")
+    return {"type": kind, "json_schema": {name: format_.get(name) for name in names if format_.has(name)}}
+
+
+def echo_of(body: Fields, model: str) -> JSON:
+    """What a response repeats of its request."""
+    metadata = body.object("metadata") or Fields({})
+    if len(metadata.values) > MAX_METADATA or not all(isinstance(value, str) for value in metadata.values.values()):
+        body.fail("metadata", f"an object of at most {MAX_METADATA} strings")
+    return {
+        "model": model,
+        "background": body.flag("background"),
+        "instructions": body.text("instructions") or None,
+        "max_output_tokens": body.get("max_output_tokens"),
+        "metadata": metadata.values,
+        "parallel_tool_calls": body.flag("parallel_tool_calls", True),
+        "previous_response_id": body.text("previous_response_id") or None,
+        "reasoning": {"effort": None, "summary": None} | (body.get("reasoning") or {}),
+        "store": body.flag("store", True),
+        "text": {"format": {"type": "text"}} | (body.get("text") or {}),
+        "tool_choice": body.get("tool_choice") or "auto",
+        "tools": body.array("tools"),
+        "truncation": "disabled",
+        "user": body.text("user") or None,
+    }
+
+
+# ---- writing ----
+
+
+class ResponseChoice(BlockChoice):
+    """Blocks are items of the response's output; those of reasoning and of text have one content part each."""
+
+    def __init__(self, turn: ChatTurn, echo: JSON) -> None:
+        super().__init__(f"resp_{new_rid()}", turn)
+        self.on_end: Callable[[JSON], None] = _forget  # called with the response, however it ended
+        self._echo = echo
+        self._created_at = int(time.time())
+        self._num_events = 0
+
+    def response(self, status: str, reason: FinishReason | None = None) -> JSON:
+        params = self.request.sampling_params
+        failure = {"code": "server_error", "message": reason.message} if reason and status == "failed" else None
+        return {
+            "id": self.request.rid,
+            "object": "response",
+            "created_at": self._created_at,
+            "completed_at": int(time.time()) if status == "completed" else None,
+            "status": status,
+            "error": failure,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "output": [self._item(block) for block in self.blocks.all],
+            **self._echo,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "usage": None if reason is None else self._usage(),
+        }
+
+    def message(self) -> JSON:
+        """The answer as a message of chat.completions."""
+        message: JSON = {"role": "assistant", "content": ""}
+        for block in self.blocks.all:
+            if block.kind == TOOL_CALL:
+                calls = message.setdefault("tool_calls", [])
+                calls.append(chat_call(block.call_id, block.name, block.content))
+            else:
+                name = "content" if block.kind == TEXT else "reasoning_content"
+                message[name] = message.get(name, "") + block.content
+        return message
+
+    def whole(self, reason: FinishReason) -> JSON:
+        response = self.response(_status_of(reason), reason)
+        self.on_end(response)
+        return response
+
+    def _usage(self) -> JSON:
+        request = self.request
+        return {
+            "input_tokens": request.prompt_len,
+            "input_tokens_details": {"cached_tokens": request.num_cached_tokens},
+            "output_tokens": self.num_output_tokens,
+            "output_tokens_details": {"reasoning_tokens": self.num_reasoning_tokens},
+            "total_tokens": request.prompt_len + self.num_output_tokens,
+        }
+
+    def _item(self, block: Block) -> JSON:
+        is_cut = self.is_cut and block is self.blocks.all[-1]
+        return self._item_of(block, "incomplete" if is_cut else "completed", block.content)
+
+    def _item_of(self, block: Block, status: str, content: str) -> JSON:
+        item: JSON = {"id": self._item_id(block), "status": status}
+        if block.kind == TOOL_CALL:
+            return item | {"type": "function_call", "call_id": block.call_id, "name": block.name, "arguments": content}
+        if block.kind == REASONING:
+            return item | {"type": "reasoning", "summary": [], "content": [_part(block, content)]}
+        return item | {"type": "message", "role": "assistant", "content": [_part(block, content)]}
+
+    def _item_id(self, block: Block) -> str:
+        return f"{ITEM_PREFIXES[block.kind]}_{self.request.rid.removeprefix('resp_')}{block.index:02x}"
+
+    # ---- events ----
+
+    def begin(self) -> bytes:
+        response = self.response("in_progress")
+        return self._event("created", response=response) + self._event("in_progress", response=response)
+
+    def start(self, block: Block) -> bytes:
+        item = self._item_of(block, "in_progress", "")
+        has_part = "content" in item
+        if has_part:
+            item["content"] = []
+        added = self._event("output_item.added", output_index=block.index, item=item)
+        return added + self._part_event("content_part.added", block, part=_part(block, "")) if has_part else added
+
+    def grow(self, block: Block, piece: str) -> bytes:
+        if block.kind == TOOL_CALL:
+            return self._item_event("function_call_arguments.delta", block, delta=piece)
+        if block.kind == REASONING:
+            return self._part_event("reasoning_text.delta", block, delta=piece)
+        return self._part_event("output_text.delta", block, delta=piece, logprobs=[])
+
+    def stop(self, block: Block) -> bytes:
+        content = block.content
+        if block.kind == TOOL_CALL:
+            done = self._item_event("function_call_arguments.done", block, name=block.name, arguments=content)
+        else:
+            if block.kind == REASONING:
+                done = self._part_event("reasoning_text.done", block, text=content)
+            else:
+                done = self._part_event("output_text.done", block, text=content, logprobs=[])
+            done += self._part_event("content_part.done", block, part=_part(block, content))
+        return done + self._event("output_item.done", output_index=block.index, item=self._item(block))
+
+    def end(self, reason: FinishReason) -> bytes:
+        response = self.whole(reason)
+        return self._event("completed" if response["status"] == "completed" else "incomplete", response=response)
+
+    def fail(self, reason: FinishReason) -> bytes:
+        begun = b"" if self.has_begun else self.begin()
+        return begun + self._event("failed", response=self.whole(reason))
+
+    def _part_event(self, kind: str, block: Block, **values: Any) -> bytes:
+        return self._item_event(kind, block, content_index=0, **values)
+
+    def _item_event(self, kind: str, block: Block, **values: Any) -> bytes:
+        return self._event(kind, item_id=self._item_id(block), output_index=block.index, **values)
+
+    def _event(self, kind: str, **values: Any) -> bytes:
+        number = self._num_events
+        self._num_events += 1
+        return named_event({"type": f"response.{kind}", "sequence_number": number, **values})
+
+
+def _status_of(reason: FinishReason) -> str:
+    if is_failure(reason):
+        return "failed"
+    return {"stop": "completed", "length": "incomplete"}.get(reason.type, "cancelled")
+
+
+def _part(block: Block, text: str) -> JSON:
+    if block.kind == REASONING:
+        return {"type": "reasoning_text", "text": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _forget(response: JSON) -> None:
+    """What becomes of a response that is not stored."""

@@ -1,0 +1,1 @@
+"""Several servers: router, Ray Serve, torchrun."""

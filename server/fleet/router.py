@@ -1,0 +1,354 @@
+"""A router for several servers: `python -m server.router --worker-urls http://host1:30000 http://host2:30000`.
+
+Requests and answers pass through as they are, a streamed answer piece by piece at the client's pace. A client that
+leaves takes its request along. Whatever a worker refuses for want of health or room (a lost connection, 429, 5xx) goes
+to another one, as long as nothing of the answer has been passed on.
+
+What one worker alone knows is found again: files, batches and sessions are kept by the first worker, and what a worker
+does not have (404: a response it has not stored, a model it does not serve) is looked for at the others. A request
+goes to one worker as a whole, a batch of prompts too.
+"""
+
+import asyncio
+import hmac
+import logging
+import resource
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+
+import aiohttp
+import orjson
+import uvloop
+from aiohttp import hdrs, web
+from multidict import CIMultiDict
+from yarl import URL
+
+from engine.config import DEBUG, option
+from engine.errors import EngineError, InvalidRequest
+from engine.replicas.balance import METHODS, PROMPT_METHODS
+from server.app import answer_errors
+from server.config import HTTP, LOG_LEVELS, make_parser, read_options
+from server.fleet.workers import Worker, Workers
+from server.http.intake import BACKLOG, TURNS, Turns
+from server.http.keys import ADMIN_PATHS
+from server.reading.protocol import error_shape, json_response, read_json
+
+logger = logging.getLogger(__name__)
+
+WORKERS = "workers"
+# Routes that act on a server as such: every worker gets them.
+BROADCAST_PATHS = ADMIN_PATHS - {"/dashboard/data", "/get_weights_by_name"}
+FIRST_WORKERS_PATHS = ("/v1/files", "/v1/batches", "/open_session", "/close_session")
+SESSION_FIELD, PREVIOUS_FIELD = b'"session_params"', b'"previous_response_id"'
+RETRIED = frozenset({429, 500, 502, 503, 504})
+# Of one connection, not of the message (RFC 9110, 7.6.1), and those that the client library writes itself.
+HOP_BY_HOP = frozenset(
+    {
+        "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+        "transfer-encoding", "upgrade", "expect", "host",
+    }
+)  # fmt: skip
+# Fields of all APIs that a prompt is made of, those that come first in it first.
+PROMPT_FIELDS = (
+    "model", "extra_key", "cache_salt", "system", "instructions", "tools", "messages", "text", "input_ids", "prompt",
+    "input",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """What `python -m server.router` can be told."""
+
+    worker_urls: list[str] = option([], WORKERS, "servers to start with, such as http://host1:30000")
+    policy: str = option(
+        "cache_aware", WORKERS, "who gets a request: the worker that knows its prompt, in turn, or the least busy",
+        choices=METHODS,
+    )  # fmt: skip
+    max_retries: int = option(
+        3, WORKERS, "other workers to ask after one failed or refused", aliases=("--retry-max-retries",)
+    )
+    connect_timeout: float = option(5.0, WORKERS, "seconds a worker may take to accept a connection")
+    health_check_interval: float = option(
+        5.0, WORKERS, "seconds between looks at /health of the workers", aliases=("--health-check-interval-secs",)
+    )
+    health_check_timeout: float = option(
+        5.0, WORKERS, "seconds a worker may take to answer them", aliases=("--health-check-timeout-secs",)
+    )
+
+    host: str = option("127.0.0.1", HTTP, "address to listen on; 0.0.0.0: every network interface")
+    port: int = option(30000, HTTP, "port to listen on")
+    api_key: str | None = option(
+        None, HTTP, "key of the routes that list and change workers; clients' keys are the workers' to check"
+    )
+    max_body_bytes: int = option(32 << 20, HTTP, "longest request body, files aside; beyond it: 413")
+    drain_timeout: float = option(60.0, HTTP, "seconds that running answers may take to end after SIGTERM or Ctrl-C")
+
+    log_level: str = option("info", DEBUG, "of the router's log", choices=LOG_LEVELS)
+
+
+class NoWorkerAnswers(EngineError):
+    status_code = 503
+
+
+class Router:
+    def __init__(self, config: RouterConfig) -> None:
+        self.config, self.workers = config, Workers(config.policy)
+        for url in config.worker_urls:
+            self.workers.add(url)
+        self._has_failed = asyncio.Event()
+
+    def build_app(self) -> web.Application:
+        """Run it with aiohttp's `handler_cancellation`: a disconnect then ends the request at its worker."""
+        app = web.Application(middlewares=[answer_errors], client_max_size=self.config.max_body_bytes)
+        app[TURNS] = Turns()
+        app.cleanup_ctx.append(self._running)
+        app.add_routes(
+            [
+                web.get("/health", self.health),
+                web.get("/workers", self.list_workers),
+                web.post("/workers", self.add_worker),
+                web.delete("/workers", self.remove_worker),
+                # SGLang's router's
+                web.get("/list_workers", self.list_workers),
+                web.post("/add_worker", self.add_worker),
+                web.post("/remove_worker", self.remove_worker),
+                *(web.route("*", path, self.broadcast) for path in sorted(BROADCAST_PATHS)),
+                web.route("*", "/{path:.*}", self.forward),
+            ]
+        )
+        return app
+
+    async def _running(self, _: web.Application) -> AsyncIterator[None]:
+        async with transparent_session(self.config.connect_timeout) as self._session:
+            await self._check_all()
+            checking = asyncio.create_task(self._check_forever())
+            yield
+            checking.cancel()
+            with suppress(asyncio.CancelledError):
+                await checking
+
+    # ---- health ----
+
+    async def _check_forever(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.config.health_check_interval):
+                    await self._has_failed.wait()
+            self._has_failed.clear()
+            await self._check_all()
+
+    async def _check_all(self) -> None:
+        await asyncio.gather(*map(self._check, self.workers))
+
+    async def _check(self, worker: Worker) -> None:
+        limit = aiohttp.ClientTimeout(total=self.config.health_check_timeout)
+        try:
+            async with self._session.get(worker.url + "/health", timeout=limit) as answer:
+                failure = "" if answer.status == 200 else f"/health answers {answer.status}"
+        except (aiohttp.ClientError, TimeoutError) as error:
+            failure = describe(error)
+        self.workers.judge(worker, failure)
+
+    # ---- what workers answer ----
+
+    async def forward(self, request: web.Request) -> web.StreamResponse:
+        """The answer of the worker that the policy picks, or of another one."""
+        # A file is not kept here: it is sent on while it arrives, and once only.
+        is_upload = request.content_type.startswith("multipart/")
+        body = b"" if is_upload else await request.read()
+        prompt = prompt_of(body) if self.workers.policy in PROMPT_METHODS else b""
+        at_first = request.path.startswith(FIRST_WORKERS_PATHS) or SESSION_FIELD in body
+        # A body that names something which a worker does not have is wrong to it, not 404.
+        unknown = {404, 400} if PREVIOUS_FIELD in body else {404}
+        tried: dict[Worker, str] = {}  # what came of it
+        num_failed, max_failed = 0, 0 if is_upload else self.config.max_retries
+        while num_failed <= max_failed and (candidates := self.workers.in_rotation(without=tried)):
+            async with AsyncExitStack() as stack:
+                worker = stack.enter_context(self.workers.serving(prompt, candidates[:1] if at_first else candidates))
+                try:
+                    sent = self._send(worker, request, request.content if is_upload else body)
+                    answer = await stack.enter_async_context(sent)
+                    head = await answer.content.readany()
+                except (aiohttp.ClientError, TimeoutError) as error:
+                    num_failed += 1
+                    tried[worker] = describe(error)
+                    self._has_failed.set()  # its health tells whether it was this connection only
+                    continue
+                num_failed += answer.status in RETRIED
+                tried[worker] = f"answered {answer.status}"
+                is_final = is_upload or num_failed > max_failed or answer.status not in RETRIED | unknown
+                if is_final or not self.workers.in_rotation(without=tried):
+                    return await pass_on(request, answer, head)
+        raise NoWorkerAnswers(self._why_none(tried))
+
+    def _send(
+        self, worker: Worker, request: web.Request, body: bytes | aiohttp.StreamReader
+    ) -> "aiohttp.client._RequestContextManager":
+        headers = end_to_end(request.headers)
+        if isinstance(body, bytes):
+            headers.popall(hdrs.CONTENT_LENGTH, None)
+        return self._session.request(
+            request.method,
+            URL(worker.url + request.rel_url.raw_path_qs, encoded=True),
+            headers=headers,
+            data=body or None,
+            allow_redirects=False,
+        )
+
+    def _why_none(self, tried: dict[Worker, str]) -> str:
+        if not list(self.workers):
+            return "the router has no workers: POST /workers with a url adds one"
+        reasons = [f"{worker.url}: {tried.get(worker) or worker.failure or 'not tried'}" for worker in self.workers]
+        return "no worker can answer now; " + ", ".join(reasons)
+
+    async def broadcast(self, request: web.Request) -> web.Response:
+        """The first worker's answer if all succeed, or else an error that says who failed."""
+        body = await request.read()
+        workers = list(self.workers)
+        if not workers:
+            raise NoWorkerAnswers(self._why_none({}))
+        answers = await asyncio.gather(*(self._whole_answer(worker, request, body) for worker in workers))
+        failed = {worker.url: one for worker, one in zip(workers, answers, strict=True) if one[0] >= 400}
+        if failed:
+            details = ", ".join(f"{url}: {body[:500].decode(errors='replace')}" for url, (_, _, body) in failed.items())
+            message = f"{len(failed)} of {len(workers)} workers failed: {details}"
+            status = max(status for status, _, _ in failed.values())
+            return json_response(error_shape(request.path)(status, message, None, None), status)
+        status, headers, content = answers[0]
+        return web.Response(body=content, status=status, headers=headers)
+
+    async def _whole_answer(
+        self, worker: Worker, request: web.Request, body: bytes
+    ) -> tuple[int, "CIMultiDict[str]", bytes]:
+        """Its status, headers and body; a status of 502 and the reason if there is none."""
+        try:
+            async with self._send(worker, request, body) as answer:
+                return answer.status, end_to_end(answer.headers), await answer.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            return 502, CIMultiDict(), describe(error).encode()
+
+    # ---- what the router answers ----
+
+    async def health(self, _: web.Request) -> web.Response:
+        """503 if no worker could answer."""
+        num_workers, num_healthy = len(list(self.workers)), len(self.workers.in_rotation())
+        status = "ok" if num_healthy else "no worker is healthy"
+        values = {"status": status, "num_workers": num_workers, "num_healthy": num_healthy}
+        return json_response(values, 200 if num_healthy else 503)
+
+    async def list_workers(self, request: web.Request) -> web.Response:
+        self._check_key(request)
+        workers = [
+            {
+                "url": worker.url,
+                "is_healthy": not worker.failure,
+                "failure": worker.failure or None,
+                "load": worker.load,
+                "num_requests": worker.num_requests,
+            }
+            for worker in self.workers
+        ]
+        return json_response({"workers": workers, "urls": [worker.url for worker in self.workers]})
+
+    async def add_worker(self, request: web.Request) -> web.Response:
+        """It joins the rotation when it is healthy, now or later."""
+        self._check_key(request)
+        url = request.query.get("url") or (await read_json(request)).required("url", "a worker's URL")
+        worker = self.workers.add(str(url))
+        await self._check(worker)
+        return json_response({"url": worker.url, "is_healthy": not worker.failure}, 201)
+
+    async def remove_worker(self, request: web.Request) -> web.Response:
+        self._check_key(request)
+        url = request.query.get("url", "")
+        self.workers.remove(url)
+        return json_response({"url": url})
+
+    def _check_key(self, request: web.Request) -> None:
+        given, wanted = request.headers.get(hdrs.AUTHORIZATION, ""), f"Bearer {self.config.api_key}"
+        if self.config.api_key and not hmac.compare_digest(given.encode(errors="surrogateescape"), wanted.encode()):
+            raise web.HTTPUnauthorized(
+                text="the router's --api-key is required: send the header `Authorization: Bearer KEY`",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+
+def transparent_session(connect_timeout: float) -> aiohttp.ClientSession:
+    """One that adds nothing to requests, takes nothing from answers, and never gives up on a slow one."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(sock_connect=connect_timeout),
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        skip_auto_headers=(hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.USER_AGENT, hdrs.CONTENT_TYPE),
+    )
+
+
+def prompt_of(body: bytes) -> bytes:
+    """Bytes that start as those of another request do, if the prompts of the two do. Empty if there is no prompt."""
+    try:
+        values = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return b""  # its worker says what is wrong with it
+    if not isinstance(values, dict):
+        return b""
+    return b"".join(orjson.dumps(values[name]) for name in PROMPT_FIELDS if values.get(name) is not None)
+
+
+def end_to_end(headers: "CIMultiDict[str] | aiohttp.typedefs.CIMultiDictProxy[str]") -> "CIMultiDict[str]":
+    """Those that are not for the next hop only."""
+    named = {name.strip().lower() for name in headers.get(hdrs.CONNECTION, "").split(",")}
+    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in HOP_BY_HOP | named)
+
+
+async def pass_on(request: web.Request, answer: aiohttp.ClientResponse, head: bytes) -> web.StreamResponse:
+    """`answer`, whose body starts with `head`, as it comes; it is read no faster than the client reads."""
+    response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=end_to_end(answer.headers))
+    await response.prepare(request)
+    try:
+        while head:
+            await response.write(head)
+            head = await answer.content.readany()
+    except aiohttp.ClientPayloadError as error:
+        # Part of it has gone out: all that can be said is that it ends too early.
+        raise ConnectionResetError(f"the worker failed in the middle of an answer: {error}") from error
+    await response.write_eof()
+    return response
+
+
+def describe(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Route until SIGINT or SIGTERM. Returns the exit status."""
+    usage = "--worker-urls URL [URL ...] [options]"
+    parser = make_parser(RouterConfig, "python -m server.router", usage, "One address for several servers.")
+    config = RouterConfig(**read_options(parser, sys.argv[1:] if argv is None else argv))
+    if config.max_retries < 0:
+        parser.error(f"--max-retries must be at least 0, got {config.max_retries}")
+    for name in ("connect_timeout", "health_check_interval", "health_check_timeout"):
+        if not getattr(config, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, got {getattr(config, name)}")
+    logging.basicConfig(
+        level=config.log_level.upper(), format="[%(asctime)s] %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a request takes two connections
+    try:
+        app = Router(config).build_app()
+        web.run_app(
+            app,
+            host=config.host,
+            port=config.port,
+            backlog=BACKLOG,
+            handler_cancellation=True,
+            shutdown_timeout=config.drain_timeout,
+            access_log=None,
+            loop=uvloop.new_event_loop(),
+        )
+    except (InvalidRequest, OSError) as error:
+        parser.error(str(error))
+    return 0

@@ -1,0 +1,89 @@
+"""The servers behind a router: which of them are in the rotation, and who is next."""
+
+import logging
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from yarl import URL
+
+from engine.errors import InvalidRequest
+from engine.replicas.balance import Balancer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Worker:
+    url: str
+    index: int  # as the balancer counts
+    failure: str = "not asked yet"  # why it is out of the rotation; empty: it is in
+    load: int = 0  # requests there
+    num_requests: int = 0  # since the router started
+
+
+class Workers:
+    """The workers, in the order in which they were added, and who is next."""
+
+    def __init__(self, policy: str) -> None:
+        self.policy = policy
+        self._balancer = Balancer(policy, 0)
+        self._slots: list[Worker | None] = []  # by index; None: removed, its place may be taken
+
+    def __iter__(self) -> Iterator[Worker]:
+        return (worker for worker in self._slots if worker is not None)
+
+    def add(self, url: str) -> Worker:
+        """`InvalidRequest` if `url` is none, or a worker's already."""
+        url = url.rstrip("/")
+        if not _is_base_url(url):
+            raise InvalidRequest(f"url must be one like http://host:30000, got {url[:200]!r}", "url")
+        if any(worker.url == url for worker in self):
+            raise InvalidRequest(f"{url} is a worker already", "url")
+        if None not in self._slots:
+            self._slots.append(None)
+            self._balancer.loads.append(0)
+        worker = Worker(url, self._slots.index(None))
+        self._slots[worker.index] = worker
+        return worker
+
+    def remove(self, url: str) -> None:
+        """What runs there goes on. `InvalidRequest` if there is no such worker."""
+        worker = next((worker for worker in self if worker.url == url.rstrip("/")), None)
+        if worker is None:
+            raise InvalidRequest(f"no worker is {url[:200]!r}", "url")
+        self._slots[worker.index] = None
+        self._balancer.forget(worker.index)
+
+    def in_rotation(self, without: Collection[Worker] = ()) -> list[Worker]:
+        return [worker for worker in self if not worker.failure and worker not in without]
+
+    @contextmanager
+    def serving(self, prompt: bytes, candidates: Sequence[Worker]) -> Iterator[Worker]:
+        """The one of `candidates` that is to serve `prompt`; it is as busy as that makes it while the block runs."""
+        placement = self._balancer.pick(prompt, [worker.index for worker in candidates])
+        worker = next(worker for worker in candidates if worker.index == placement.engine)
+        worker.load += 1
+        worker.num_requests += 1
+        try:
+            yield worker
+        finally:
+            worker.load -= 1
+            self._balancer.end(placement)
+
+    def judge(self, worker: Worker, failure: str) -> None:
+        """Take it out of the rotation because of `failure`, or back into it if that is empty."""
+        if failure and not worker.failure:
+            logger.warning("%s leaves the rotation: %s", worker.url, failure)
+            self._balancer.forget(worker.index)  # it may come back as another process
+        elif worker.failure and not failure:
+            logger.info("%s joins the rotation", worker.url)
+        worker.failure = failure
+
+
+def _is_base_url(text: str) -> bool:
+    try:
+        url = URL(text)
+    except ValueError:
+        return False
+    return url.scheme in ("http", "https") and bool(url.host) and not (url.raw_query_string or url.raw_fragment)

@@ -1,0 +1,190 @@
+"""The requests that HTTP clients wait for now: who owns them, and how they end."""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from aiohttp import web
+
+from engine.errors import EngineError, InvalidRequest
+from engine.request import Delta, FinishReason, Request, SamplingParams, Status, ignore
+from server.http.intake import paced
+from server.http.keys import bill
+from server.reading.protocol import Engine, Owner, TokenizerFacade
+
+logger = logging.getLogger(__name__)
+
+MAX_LOGGED_CHARS = 2048
+MANY_LOGPROBS = 1024  # tokens: about 10 ms of writing
+CLIENT_CLOSED_REQUEST = 499
+REQUESTS: web.RequestKey[Sequence[Request]] = web.RequestKey("requests", Sequence)  # those an HTTP request made
+
+
+class RequestFailed(EngineError):
+    """A request ended in an error that its answer must carry."""
+
+    def __init__(self, reason: FinishReason) -> None:
+        super().__init__(reason.message or "the request failed")
+        self.status_code = reason.status_code or 500
+
+
+def is_failure(reason: FinishReason | None) -> bool:
+    """Did the request end in an error, rather than by itself or by its client's abort?"""
+    return reason is not None and reason.status_code not in (None, CLIENT_CLOSED_REQUEST)
+
+
+def new_rid() -> str:
+    return uuid.uuid4().hex
+
+
+@dataclass(slots=True)
+class Options:
+    """What a caller may ask of a request besides sampling."""
+
+    stream: bool = False
+    return_logprob: bool = False
+    logprob_start_len: int = -1
+    top_logprobs_num: int = 0
+    token_ids_logprob: list[int] = field(default_factory=list)
+    priority: int = 0
+    extra_key: str = ""
+    max_thinking_tokens: int | None = None
+    reasoning_end_ids: list[int] = field(default_factory=list)
+
+
+def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingParams, options: Options) -> list[Request]:
+    """One request for each of `rids`, all of one prompt. With a seed, answer i is sampled with seed + i."""
+    return [
+        Request(
+            rid=rid,
+            input_ids=input_ids,
+            sampling_params=_own_params(params, i),
+            sink=ignore,
+            stream=options.stream,
+            return_logprob=options.return_logprob,
+            logprob_start_len=options.logprob_start_len,
+            top_logprobs_num=options.top_logprobs_num,
+            token_ids_logprob=options.token_ids_logprob,
+            priority=options.priority,
+            extra_key=options.extra_key,
+            max_thinking_tokens=options.max_thinking_tokens,
+            reasoning_end_ids=options.reasoning_end_ids,
+        )
+        for i, rid in enumerate(rids)
+    ]
+
+
+def _own_params(params: SamplingParams, i: int) -> SamplingParams:
+    """A copy for the i-th answer, because the engine fills in its length limit and equal seeds make equal answers."""
+    seed = params.sampling_seed
+    return replace(params, n=1, sampling_seed=None if seed is None else seed + i)
+
+
+class LiveRequests:
+    """Submits the requests of an HTTP request, and aborts what is left of them when its handler ends, however it ends.
+
+    A disconnect cancels the handler (aiohttp's handler_cancellation), so the engine hears of it at once.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.arrival_observers: list[Callable[[Request], None]] = []  # called with each request that was accepted
+        self.observers: list[Callable[[Request], None]] = []  # called with each request that ended
+        self._rids: dict[str, list[str]] = {}  # rid given by the client -> rids of the requests made of it
+
+    @asynccontextmanager
+    async def submitted(self, owner: Owner, rid: str, requests: Sequence[Request]) -> AsyncIterator[None]:
+        """All of `requests`, or none when one of them is refused. `rid` stands for all of them."""
+        await self.engine.prepare(requests)
+        bill(owner, requests)
+        owner[REQUESTS] = requests
+        if rid in self._rids:
+            raise InvalidRequest(f"a request with rid {rid!r} is still running", "rid")
+        self._rids[rid] = [request.rid for request in requests]
+        accepted: list[Request] = []
+        try:
+            async for request in paced(requests, num_a_turn=16):
+                self.engine.submit(request)
+                accepted.append(request)
+                for observe in self.arrival_observers:
+                    observe(request)
+            yield
+        finally:
+            del self._rids[rid]
+            for request in accepted:
+                if request.status is not Status.FINISHED:
+                    self.engine.abort(request.rid)
+                for observe in self.observers:
+                    observe(request)
+
+    async def answers(self, owner: Owner, rid: str, requests: Sequence[Request]) -> list[Delta]:
+        """The whole answer of each request. Raises when one of them failed."""
+        collector = _Collector(len(requests))
+        for i, request in enumerate(requests):
+            request.sink = collector.sink_of(i)
+        async with self.submitted(owner, rid, requests):
+            return await collector.done
+
+    def abort(self, rid: str) -> None:
+        for request_rid in self._rids.get(rid, [rid]):
+            self.engine.abort(request_rid)
+
+
+class _Collector:
+    """Gathers the only delta of each request that does not stream."""
+
+    def __init__(self, count: int) -> None:
+        self.done: asyncio.Future[list[Delta]] = asyncio.get_running_loop().create_future()
+        self._deltas: list[Delta | None] = [None] * count
+        self._num_missing = count
+
+    def sink_of(self, i: int) -> Any:
+        return lambda delta: self._take(i, delta)
+
+    def _take(self, i: int, delta: Delta) -> None:
+        if self.done.done():  # the handler has gone: this is the answer to its abort
+            return
+        reason = delta.finish_reason
+        if reason is not None and is_failure(reason):
+            self.done.set_exception(RequestFailed(reason))
+            return
+        self._deltas[i] = delta
+        self._num_missing -= 1
+        if not self._num_missing:
+            self.done.set_result([delta for delta in self._deltas if delta is not None])
+
+
+async def written(write: Callable[[], web.Response], requests: Sequence[Request]) -> web.Response:
+    """What `write` makes of ended requests; off the event loop if that is a long list of log-probabilities."""
+    count = sum(request.num_tokens for request in requests if request.return_logprob)
+    return await asyncio.to_thread(write) if count > MANY_LOGPROBS else write()
+
+
+class RequestLog:
+    """Writes a line for each request that ended. `level` 0 to 3: how much it tells, see --log-requests-level."""
+
+    def __init__(self, tokenizer: TokenizerFacade, level: int) -> None:
+        self.tokenizer, self.level = tokenizer, level
+
+    def __call__(self, request: Request) -> None:
+        reason = request.finish_reason
+        told: dict[str, Any] = {
+            "prompt_tokens": request.prompt_len,
+            "completion_tokens": len(request.output_ids),
+            "cached_tokens": request.num_cached_tokens,
+            "finish_reason": reason.type if reason else None,
+            "seconds": round((request.times.finished or time.perf_counter()) - request.times.arrived, 4),
+        }
+        if self.level >= 1:
+            told["sampling_params"] = request.sampling_params
+        if self.level >= 2:
+            limit = MAX_LOGGED_CHARS if self.level == 2 else None
+            decode = self.tokenizer.decode
+            told["prompt"] = decode(request.input_ids, skip_special_tokens=False)[:limit]
+            told["answer"] = decode(request.output_ids, skip_special_tokens=False)[:limit]
+        logger.info("request %s: %s", request.rid, ", ".join(f"{name}={value!r}" for name, value in told.items()))

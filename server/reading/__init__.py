@@ -1,0 +1,1 @@
+"""From a client's JSON to requests of the engine."""

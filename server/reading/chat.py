@@ -1,0 +1,374 @@
+"""From an OpenAI chat body to what is asked of the engine, and to a parser of what it will answer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from engine.errors import InvalidRequest
+from engine.request import SamplingParams
+from server.config import ServerConfig
+from server.http.live import Options
+from server.parsers import AnswerParser
+from server.parsers.reasoning import (
+    REASONING_ALIASES,
+    REASONING_FORMATS,
+    ReasoningFormat,
+    ReasoningParser,
+    find_reasoning_format,
+)
+from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS, Hermes, ToolFormat, find_tool_format
+from server.reading.protocol import JSON, Engine, Fields, TokenizerFacade, check_n, check_token_ids
+from server.reading.sampling import MAX_TOP_LOGPROBS, read_options, read_sampling_params
+from server.reading.tool_choice import ToolChoice, json_or_calls, read_tool_choice, structural_tag, tool_constraint
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+MEDIA_PARTS = ("image_url", "input_image", "image", "input_audio", "audio_url", "video_url")
+
+RESERVED_VARIABLES = frozenset(
+    {"self", "messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}
+)
+
+REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+# For models that bring no template of their own.
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA_3 = (
+    "{{ bos_token or '' }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+VICUNA = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + ' ' }}"
+    "{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' + message['content'] + '</s>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+BUILT_IN_TEMPLATES = {"chatml": CHATML, "llama-3-instruct": LLAMA_3, "vicuna_v1.1": VICUNA}
+
+
+def load_chat_template(name: str | None, tokenizer: TokenizerFacade) -> str | None:
+    """The template that --chat-template names: one of the model's, a built-in one, or a file (Jinja, or JSON that
+    holds a `chat_template`). None means the model's own. `ValueError` if there is no such template."""
+    if name is None:
+        return None
+    of_model = tokenizer.chat_template
+    if isinstance(of_model, dict) and name in of_model:
+        return of_model[name]
+    if name in BUILT_IN_TEMPLATES:
+        return BUILT_IN_TEMPLATES[name]
+    file = Path(name)
+    if not file.is_file():
+        known = [*BUILT_IN_TEMPLATES, *(of_model if isinstance(of_model, dict) else ())]
+        raise ValueError(f"--chat-template {name}: no such file, nor one of {', '.join(known)}")
+    text = file.read_text()
+    if file.suffix == ".json":
+        values = orjson.loads(text)
+        if not isinstance(values, dict) or not isinstance(values.get("chat_template"), str):
+            raise ValueError(f"--chat-template {name}: no text under the key chat_template")
+        return values["chat_template"]
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTurn:
+    """A conversation's next answer: what to generate it from and how, and how to read it."""
+
+    prompt: str
+    input_ids: list[int]
+    params: SamplingParams
+    options: Options
+    new_parser: Callable[[], AnswerParser] | None  # one for each answer; None: all of an answer is its text
+    reasoning_end_ids: list[int] = field(default_factory=list)  # of the mark after reasoning; empty if there is none
+
+    tag_of: str | None = None  # the body's field that the structural tag was made of, unless the client wrote it
+
+    def in_clients_terms(self, error: InvalidRequest) -> InvalidRequest:
+        """An error that blames a field which the client did not write blames the one it was made of."""
+        if error.field != "structural_tag" or self.tag_of is None:
+            return error
+        return InvalidRequest(str(error).replace("structural_tag", self.tag_of), self.tag_of)
+
+    def count_reasoning(self, output_ids: Sequence[int], parser: AnswerParser | None) -> int:
+        """How many tokens of an answer that `parser` has read are its reasoning, marks included.
+
+        All of them if the end mark was merged with its neighbours: it is not found then.
+        """
+        if parser is None or parser.reasoning is None or not parser.reasoning.is_inside:
+            return 0
+        ids = self.reasoning_end_ids
+        for start, token_id in enumerate(output_ids):
+            if token_id == ids[0] and output_ids[start : start + len(ids)] == ids:
+                return start + len(ids)
+        return len(output_ids)
+
+
+class Chats:
+    """Reads chat requests: the prompt by the model's template, or the one given on the command line.
+
+    That template also tells how the model writes reasoning and tool calls, unless the command line does.
+    """
+
+    def __init__(self, engine: Engine, config: ServerConfig) -> None:
+        """`OSError` or `ValueError` if there is no such template."""
+        self.engine = engine
+        self.template = load_chat_template(config.chat_template, engine.tokenizer)
+        text = self.template or engine.tokenizer.chat_template or ""
+        if isinstance(text, dict):
+            text = "\n".join(text.values())
+        self.tool_call_parser = _parser_name(config.tool_call_parser, find_tool_format(text))
+        self.reasoning_parser = _parser_name(config.reasoning_parser, find_reasoning_format(text))
+        self._hidden: dict[str, bool] = {}  # mark -> does the tokenizer leave it out of texts?
+
+    async def turn(self, body: Fields) -> ChatTurn:
+        """What an OpenAI chat body asks for. `InvalidRequest` names the field that is wrong."""
+        choice = read_tool_choice(body)
+        prompt = self.render(body, choice)
+        reasoning = self._reasoning(body, prompt)
+        if reasoning is not None and not reasoning.is_inside and max_thinking_tokens(body) is not None:
+            if body.has("input_ids"):
+                raise InvalidRequest("max_thinking_tokens may not change a prompt of input_ids", "max_thinking_tokens")
+            prompt += f"{reasoning.format.start}\n"  # a budget can be kept only where the reasoning is sure to come
+            reasoning = replace(reasoning, is_inside=True)
+        tool_format = self._tool_format(choice)
+        params, tag_of = self._sampling_params(body, choice, tool_format, reasoning)
+        options = await self._options(body, reasoning)
+        input_ids = await self._input_ids(body, prompt)
+
+        is_separate = body.flag("separate_reasoning", True)
+        streams_reasoning = body.flag("stream_reasoning", True)
+        if tool_format is None and (reasoning is None or not is_separate):
+            return ChatTurn(prompt, input_ids, params, options, None, tag_of=tag_of)
+
+        def new_parser() -> AnswerParser:
+            return AnswerParser(
+                None if reasoning is None else reasoning.new_parser(is_separate),
+                None if tool_format is None else choice.new_parser(tool_format),
+                streams_reasoning=streams_reasoning,
+            )
+
+        marks = [*tool_format.begins] if tool_format else []
+        marks += [reasoning.format.start, reasoning.format.end] if reasoning else []
+        if any([await self._is_hidden(mark) for mark in marks]):
+            params.skip_special_tokens = False
+        end_ids = await self._ids(reasoning.format.end) if reasoning else []
+        return ChatTurn(prompt, input_ids, params, options, new_parser, end_ids, tag_of)
+
+    async def _input_ids(self, body: Fields, prompt: str) -> list[int]:
+        """Those of the body (SGLang's field) stand for `prompt`, which then only tells how the answer is to be read."""
+        if body.has("input_ids"):
+            return check_token_ids(body.get("input_ids"), self.engine.model_config.vocab_size, "input_ids")
+        # Unless vLLM's field says otherwise: templates write special tokens themselves.
+        input_ids = await self.engine.encode(prompt, body.flag("add_special_tokens"))
+        if not input_ids:
+            raise InvalidRequest("messages make an empty prompt", "messages")
+        return input_ids
+
+    def render(self, body: Fields, choice: ToolChoice | None = None) -> str:
+        """The prompt of a chat request. `InvalidRequest` names the message, or says why the template refused."""
+        messages = parse_messages(body)
+        continues = body.flag("continue_final_message")
+        if continues and messages[-1]["role"] != "assistant":
+            raise InvalidRequest("continue_final_message needs an assistant message at the end", "messages")
+        return self.engine.tokenizer.render_chat(
+            messages,
+            tools=(choice or read_tool_choice(body)).shown,
+            add_generation_prompt=body.flag("add_generation_prompt", not continues),
+            continue_final_message=continues,
+            chat_template=self.template,
+            **_template_variables(body),
+        )
+
+    def _reasoning(self, body: Fields, prompt: str) -> "Reasoning | None":
+        """How this answer begins; None: without reasoning."""
+        if self.reasoning_parser is None:
+            if max_thinking_tokens(body) is not None:
+                raise InvalidRequest(
+                    "max_thinking_tokens needs a model whose marks of reasoning are known, see --reasoning-parser",
+                    "max_thinking_tokens",
+                )
+            return None
+        format_ = REASONING_FORMATS[self.reasoning_parser]
+        if body.flag("continue_final_message"):
+            begun = parse_messages(body)[-1]["content"].rpartition(format_.start)
+            is_inside = bool(begun[1]) and format_.end not in begun[2]
+            return Reasoning(format_, True) if is_inside else None
+        variables = _template_variables(body)
+        if format_.is_always and False in (variables.get("enable_thinking"), variables.get("thinking")):
+            return None
+        begins_inside = format_.begins_inside(prompt)
+        return None if begins_inside is None else Reasoning(format_, begins_inside)
+
+    def _tool_format(self, choice: ToolChoice) -> ToolFormat | None:
+        """How this answer's calls will be written. Forced ones can be where the model's own way is not known."""
+        if not choice.callable:
+            return None
+        format_ = TOOL_FORMATS[self.tool_call_parser]() if self.tool_call_parser else None
+        if choice.is_forced and (format_ is None or format_.tag(choice.callable[0]) is None):
+            return Hermes()
+        return format_
+
+    def _sampling_params(
+        self, body: Fields, choice: ToolChoice, tool_format: ToolFormat | None, reasoning: "Reasoning | None"
+    ) -> tuple[SamplingParams, str | None]:
+        """And what the structural tag was made of."""
+        params = read_sampling_params(body, self.engine, ("max_completion_tokens", "max_tokens"), None)
+        check_n(params.n, 1)
+        thinks = (reasoning.format.start, reasoning.format.end) if reasoning and not reasoning.is_inside else None
+        held: JSON | None = None
+        tag_of = "tools"
+        if params.constraint is None:
+            held = tool_constraint(choice, tool_format) if tool_format else None
+        elif choice.is_forced:
+            raise InvalidRequest("tool_choice forces a call, while the answer is to have another form", "tool_choice")
+        elif isinstance(params.json_schema, dict) and (thinks or tool_format):
+            held = json_or_calls(params.json_schema, choice, tool_format)
+            params.json_schema = None
+            tag_of = "json_schema" if body.has("json_schema") else "response_format"
+        if held is None:
+            return params, None
+        params.structural_tag = structural_tag(held, thinks)
+        return params, tag_of
+
+    async def _options(self, body: Fields, reasoning: "Reasoning | None") -> Options:
+        num_top = body.integer("top_logprobs", 0, low=0, high=MAX_TOP_LOGPROBS)
+        has_logprobs = body.flag("logprobs")
+        if num_top and not has_logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
+        if body.flag("echo"):
+            body.unsupported("echo")
+        if not body.flag("include_reasoning", True):
+            body.unsupported("include_reasoning")
+        options = read_options(body, num_top if has_logprobs else -1)
+        if reasoning is not None and reasoning.is_inside:
+            options.max_thinking_tokens = max_thinking_tokens(body)
+            options.reasoning_end_ids = await self._ids(reasoning.format.end)
+        return options
+
+    async def _ids(self, mark: str) -> list[int]:
+        return await self.engine.encode(mark, add_special_tokens=False)
+
+    async def _is_hidden(self, mark: str) -> bool:
+        """Is the mark a special token, which texts are usually without?"""
+        if mark not in self._hidden:
+            text = self.engine.tokenizer.decode(await self._ids(mark), skip_special_tokens=True)
+            self._hidden[mark] = mark not in text
+        return self._hidden[mark]
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """The reasoning that an answer may begin with."""
+
+    format: ReasoningFormat
+    is_inside: bool  # it does: the prompt, or the model's habit, says so
+
+    def new_parser(self, is_separate: bool) -> ReasoningParser:
+        return ReasoningParser(self.format, is_inside=self.is_inside, is_separate=is_separate)
+
+
+CHATS: web.AppKey[Chats] = web.AppKey("chats", Chats)  # for the start table
+
+
+def _parser_name(given: str | None, found: str | None) -> str | None:
+    """The parser to use: as the command line says ("none": no parser), else as found."""
+    if given is None:
+        return found
+    return None if given == "none" else TOOL_ALIASES.get(given) or REASONING_ALIASES.get(given) or given
+
+
+def max_thinking_tokens(body: Fields) -> int | None:
+    """How many tokens of reasoning are allowed; None: any number."""
+    return body.integer("max_thinking_tokens", low=0) if body.has("max_thinking_tokens") else None
+
+
+def _template_variables(body: Fields) -> JSON:
+    """What the client tells the template beside the messages."""
+    variables = dict((body.object("chat_template_kwargs") or Fields({})).values)
+    if taken := RESERVED_VARIABLES & variables.keys():
+        raise InvalidRequest(f"chat_template_kwargs must not hold {', '.join(sorted(taken))}", "chat_template_kwargs")
+    if (thinking := body.object("thinking")) is not None:
+        is_on = thinking.one_of("type", ("enabled", "adaptive", "disabled"), "enabled") != "disabled"
+        variables = {"enable_thinking": is_on, "thinking": is_on, **variables}
+    effort = body.get("reasoning_effort")
+    if effort is None:
+        return variables
+    if isinstance(effort, str):
+        body.one_of("reasoning_effort", REASONING_EFFORTS, "")
+    elif not 0 <= body.number("reasoning_effort") < 1:
+        body.fail("reasoning_effort", "a level's name, or a number from 0 to 0.99")
+    if effort == "none":
+        return {"enable_thinking": False, "thinking": False, **variables}
+    return {"reasoning_effort": effort, **variables}
+
+
+def parse_messages(body: Fields) -> list[JSON]:
+    """Checked messages: known roles, content as one string (null only beside tool calls)."""
+    given = body.array("messages")
+    if not given:
+        raise InvalidRequest("messages must be a list of at least one message", "messages")
+    return [_parse_message(Fields(message, f"messages[{i}]"), f"messages[{i}]") for i, message in enumerate(given)]
+
+
+def _parse_message(fields: Fields, path: str) -> JSON:
+    if not fields.has("role"):
+        fields.fail("role", " or ".join(map(repr, ROLES)))
+    role = fields.one_of("role", ROLES, "user")
+    message = {**fields.values, "role": "system" if role == "developer" else role}
+    content = fields.get("content")
+    if isinstance(content, list):
+        message["content"] = _join_parts(content, f"{path}.content")
+    elif content is None and role == "assistant" and fields.has("tool_calls"):
+        message["content"] = ""
+    elif not isinstance(content, str):
+        fields.fail("content", "a string or a list of parts")
+    if reasoning := fields.text("reasoning_content") or fields.text("reasoning"):
+        message["reasoning_content"] = message["reasoning"] = reasoning  # templates know it by one of these
+    fields.text("tool_call_id")
+    if fields.has("tool_calls"):
+        message["tool_calls"] = [
+            _parse_tool_call(call, f"{path}.tool_calls[{i}]") for i, call in enumerate(fields.array("tool_calls"))
+        ]
+    return message
+
+
+def _join_parts(parts: list[Any], path: str) -> str:
+    texts = []
+    for i, part in enumerate(parts):
+        fields = Fields(part, f"{path}[{i}]")
+        kind = fields.text("type")
+        if kind in MEDIA_PARTS:
+            raise InvalidRequest(f"{path}[{i}] is {kind}, but this model reads text only", f"{path}[{i}].type")
+        if kind not in ("text", "input_text") or not fields.has("text"):
+            raise InvalidRequest(f'{path}[{i}] must be {{"type": "text", "text": ...}}', f"{path}[{i}]")
+        texts.append(fields.text("text"))
+    return "\n".join(texts)
+
+
+def _parse_tool_call(call: Any, path: str) -> JSON:
+    """Templates want a call's arguments as an object; OpenAI's clients send them as JSON text."""
+    fields = Fields(call, path)
+    function = fields.object("function")
+    if function is None:
+        fields.fail("function", "an object")
+    function.text("name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = orjson.loads(arguments or "{}")
+        except orjson.JSONDecodeError:
+            function.fail("arguments", "a JSON object as text")
+    if not isinstance(arguments, dict) and arguments is not None:
+        function.fail("arguments", "a JSON object, or one as text")
+    return {**fields.values, "function": {**function.values, "arguments": arguments or {}}}

@@ -1,0 +1,424 @@
+"""What the APIs share: the engine as they see it, typed reading of JSON bodies, and errors in each API's shape."""
+
+import math
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+import orjson
+from aiohttp import web
+
+from engine.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull, shown
+from engine.request import Delta, Request
+from server.http.intake import TURNS, paced
+
+JSON = dict[str, Any]
+# Who makes requests, as a mapping that tells and is told about them: an HTTP request, or a line of a batch.
+Owner = MutableMapping[Any, Any]
+MAX_INT = 1 << 53  # beyond it JSON numbers are not exact
+MAX_REQUESTS = 65536  # of one HTTP request: prompts times n
+MAX_N = 128
+MAX_DEPTH = 200  # of a body's objects and lists
+WRITABLE_DEPTH = 254  # orjson's, which reads 1,024: the difference is for what an answer puts around what it repeats
+REQUEST_FIELDS = ("priority", "extra_key", "cache_salt")  # SGLang's, which every API takes
+
+
+class ModelInfo(Protocol):
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def architectures(self) -> Sequence[str]: ...
+    @property
+    def pooling(self) -> str: ...
+    @property
+    def is_classifier(self) -> bool: ...
+    @property
+    def labels(self) -> Sequence[str]: ...
+
+
+class TokenizerFacade(Protocol):
+    @property
+    def chat_template(self) -> str | dict[str, str] | None: ...
+    @property
+    def named_tokens(self) -> Mapping[str, str]: ...  # bos_token, eos_token, ...
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+    def token_text(self, token_id: int) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+    def render_chat(
+        self,
+        messages: Sequence[JSON],
+        tools: Sequence[JSON] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> str: ...
+
+
+class PrefixInfo(Protocol):
+    @property
+    def token_ids(self) -> np.ndarray: ...  # int32 [num_tokens]
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def lock_ref(self) -> int: ...
+    @property
+    def hits(self) -> int: ...
+
+
+class HealthInfo(Protocol):
+    @property
+    def status(self) -> str: ...  # "ok", or why not
+    @property
+    def last_step_age_s(self) -> float: ...
+    @property
+    def oldest_queued_s(self) -> float: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_queued(self) -> int: ...
+
+
+class Maintenance(Protocol):
+    """As engine.maintenance.Maintenance."""
+
+    weight_version: str
+
+    @property
+    def model_path(self) -> str: ...
+    async def pause(self, mode: str = ...) -> int: ...
+    async def resume(self) -> None: ...
+    async def update_weights(
+        self,
+        model_path: str,
+        load_format: str = ...,
+        *,
+        abort_all_requests: bool = ...,
+        flush_cache: bool = ...,
+        weight_version: str | None = ...,
+    ) -> int: ...
+    async def weight(self, name: str, num_rows: int) -> list[Any]: ...
+    async def release_memory(self, tags: Collection[str] = ...) -> None: ...
+    async def resume_memory(self, tags: Collection[str] = ...) -> None: ...
+
+
+class Engine(Protocol):
+    """The part of engine.engine.Engine that HTTP handlers use."""
+
+    @property
+    def model_config(self) -> ModelInfo: ...
+    @property
+    def tokenizer(self) -> TokenizerFacade: ...
+    @property
+    def max_total_num_tokens(self) -> int: ...
+    @property
+    def context_length(self) -> int: ...
+    @property
+    def is_generation(self) -> bool: ...
+    @property
+    def embedding_size(self) -> int: ...
+    @property
+    def max_running_requests(self) -> int: ...
+    @property
+    def sampling_defaults(self) -> JSON: ...
+
+    @property
+    def maintenance(self) -> Maintenance: ...
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def warm_up_grammars(self) -> None: ...
+    async def prepare(self, requests: Sequence[Request]) -> None: ...
+    def submit(self, request: Request) -> None: ...
+    def abort(self, rid: str) -> bool: ...
+    def abort_all(self, message: str = ..., status_code: int = ...) -> int: ...
+    def generate(self, request: Request) -> AsyncIterator[Delta]: ...
+    def flush_cache(self) -> bool: ...
+    def start_profile(self, output_dir: str) -> None: ...
+    async def stop_profile(self) -> str: ...
+    def stats(self) -> Any: ...
+    def replica_stats(self) -> Sequence[Any]: ...
+    def top_prefixes(self, k: int) -> Sequence[PrefixInfo]: ...
+    def health(self) -> HealthInfo: ...
+    def progress(self) -> Any: ...
+    def describe(self) -> str: ...
+    @property
+    def has_failed(self) -> bool: ...
+    async def failed(self) -> str: ...
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class Fields:
+    """A JSON object read field by field. Null is the same as absent; a wrong type is an `InvalidRequest` naming it."""
+
+    def __init__(self, values: Any, path: str = "") -> None:
+        if not isinstance(values, dict):
+            raise InvalidRequest(f"{path or 'the body'} must be a JSON object, got {shown(values)}", path or None)
+        self.values: JSON = values
+        self._path = f"{path}." if path else ""
+
+    def fail(self, name: str, rule: str) -> NoReturn:
+        field = self._path + name
+        raise InvalidRequest(f"{field} must be {rule}, got {shown(self.values.get(name))}", field)
+
+    def unsupported(self, name: str) -> NoReturn:
+        field = self._path + name
+        raise InvalidRequest(f"{field} is not supported by this server", field)
+
+    def has(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def get(self, name: str) -> Any:
+        return self.values.get(name)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self.fail(name, "true or false")
+        return value
+
+    def text(self, name: str, default: str = "") -> str:
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            self.fail(name, "a string")
+        return value
+
+    def integer(self, name: str, default: int = 0, low: int = -MAX_INT, high: int = MAX_INT) -> int:
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if not is_int(value):
+            self.fail(name, "an integer")
+        if not low <= value <= high:
+            self.fail(name, f"between {low} and {high}")
+        return value
+
+    def number(self, name: str, default: float = 0.0) -> float:
+        value = self.values.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            self.fail(name, "a finite number")
+        return float(value)
+
+    def object(self, name: str) -> "Fields | None":
+        value = self.values.get(name)
+        if value is None:
+            return None
+        return Fields(value, self._path + name)
+
+    def array(self, name: str) -> list[Any]:
+        value = self.values.get(name)
+        if value is None:
+            return []
+        if not isinstance(value, list):
+            self.fail(name, "a list")
+        return value
+
+    def strings(self, name: str) -> list[str]:
+        values = self.array(name)
+        if not all(isinstance(value, str) for value in values):
+            self.fail(name, "a list of strings")
+        return values
+
+    def objects(self, name: str) -> "list[Fields]":
+        return [Fields(value, f"{self._path}{name}[{i}]") for i, value in enumerate(self.array(name))]
+
+    def required(self, name: str, rule: str) -> Any:
+        if not self.has(name):
+            self.fail(name, rule)
+        return self.values[name]
+
+    def one_of(self, name: str, choices: Collection[str], default: str) -> str:
+        value = self.text(name, default)
+        if value not in choices:
+            self.fail(name, " or ".join(map(repr, choices)))
+        return value
+
+
+def check_token_ids(ids: Any, vocab_size: int, field: str) -> list[int]:
+    """`ids` if it is a non-empty list of ids of the vocabulary."""
+    if not isinstance(ids, list) or not ids:
+        raise InvalidRequest(f"{field} must be a non-empty list of token ids, got {shown(ids)}", field)
+    if set(map(type, ids)) != {int}:
+        wrong = next(token_id for token_id in ids if type(token_id) is not int)
+        raise InvalidRequest(f"{field} must hold integers only, got {shown(wrong)}", field)
+    for token_id in (min(ids), max(ids)):
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequest(f"{field} holds {token_id}, the vocabulary has ids 0 to {vocab_size - 1}", field)
+    return ids
+
+
+async def encode_prompt(engine: Engine, text: Any, field: str, add_special_tokens: bool = True) -> list[int]:
+    if not isinstance(text, str):
+        raise InvalidRequest(f"{field} must be a string", field)
+    ids = await engine.encode(text, add_special_tokens) if text else []
+    if not ids:
+        raise InvalidRequest(f"{field} is an empty prompt: it needs at least one token", field)
+    return ids
+
+
+async def read_prompts(engine: Engine, body: Fields, name: str) -> list[list[int]]:
+    """Token ids of each prompt of a field: a string, token ids, or a list of either."""
+    add_special_tokens = body.flag("add_special_tokens", True)
+    given, vocab_size = body.get(name), engine.model_config.vocab_size
+    if isinstance(given, str):
+        given = [given]
+    elif isinstance(given, list) and given and is_int(given[0]):
+        return [check_token_ids(given, vocab_size, name)]
+    if not isinstance(given, list) or not given:
+        body.fail(name, "a string, a list of token ids, or a non-empty list of these")
+    check_batch_size(len(given), name)
+    prompts = []
+    async for i, one in paced(enumerate(given)):
+        field = name if len(given) == 1 else f"{name}[{i}]"
+        if isinstance(one, list):
+            prompts.append(check_token_ids(one, vocab_size, field))
+        else:
+            prompts.append(await encode_prompt(engine, one, field, add_special_tokens))
+    return prompts
+
+
+def check_batch_size(count: int, field: str) -> None:
+    if count > MAX_REQUESTS:
+        raise InvalidRequest(f"{field} has {count} prompts, the limit is {MAX_REQUESTS}", field)
+
+
+def check_n(n: int, num_prompts: int) -> None:
+    if n > MAX_N or n * num_prompts > MAX_REQUESTS:
+        raise InvalidRequest(f"n must be between 1 and {min(MAX_N, MAX_REQUESTS // num_prompts)}, got {n}", "n")
+
+
+def refuse(body: Fields, names: Collection[str]) -> None:
+    """Better refused than ignored: fields that would change the answer."""
+    for name, value in body.values.items():
+        if value and name in names:
+            body.unsupported(name)
+
+
+@contextmanager
+def spelled(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors from inside name a field as the client spelled it; `names` leads from OpenAI's name to the client's."""
+    try:
+        yield
+    except InvalidRequest as error:
+        ours = error.field or ""
+        if ours not in names:
+            raise
+        raise InvalidRequest(str(error).replace(ours, names[ours], 1), names[ours]) from None
+
+
+def cache_namespace(fields: Fields) -> str:
+    """Requests share cached prefixes only within one `extra_key` and one `cache_salt`."""
+    return fields.text("extra_key") + fields.text("cache_salt")
+
+
+async def read_json(request: web.Request) -> Fields:
+    """The request's body. 400 when it is not a JSON object, 413 when it is longer than the server allows."""
+    limit = request.client_max_size
+    if request.content_length is not None and request.content_length > limit:
+        raise web.HTTPRequestEntityTooLarge(limit, request.content_length)
+    kind = request.content_type
+    if "Content-Type" in request.headers and not kind.endswith(("/json", "+json")):
+        # A web page may send text/plain or a form to a local server without asking; never JSON.
+        raise InvalidRequest(f"Content-Type must be application/json, got {kind}", "Content-Type")
+    body = await request.read()
+    await request.app[TURNS].wait(len(body))
+    return Fields(parse_json(body, "the body"))
+
+
+def parse_json(text: bytes, name: str) -> Any:
+    """What a client wrote. `InvalidRequest` if it is not JSON, or so deep that it could not be written or shown."""
+    try:
+        values = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"{name} is not valid JSON: {error}") from None
+    if text.count(b"{") + text.count(b"[") > MAX_DEPTH:
+        wrapped = values
+        for _ in range(WRITABLE_DEPTH - MAX_DEPTH):
+            wrapped = [wrapped]
+        try:
+            orjson.dumps(wrapped)
+        except TypeError:
+            raise InvalidRequest(f"{name} has more than {MAX_DEPTH} objects or lists inside each other") from None
+    return values
+
+
+def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    return web.Response(body=orjson.dumps(value), status=status, headers=headers, content_type="application/json")
+
+
+# (status, message, field, code) to the body of an error answer.
+ErrorShape = Callable[[int, str, str | None, str | None], JSON]
+
+
+def native_error(status: int, message: str, field: str | None = None, code: str | None = None) -> JSON:
+    """SGLang's shape, with the field where one is to blame."""
+    return {"error": {"message": message, "code": status, **({"field": field} if field else {})}}
+
+
+_OPENAI_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+
+
+def openai_error(status: int, message: str, field: str | None = None, code: str | None = None) -> JSON:
+    kind = _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": field, "code": code}}
+
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_error(status: int, message: str, field: str | None = None, code: str | None = None) -> JSON:
+    kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def ollama_error(status: int, message: str, field: str | None = None, code: str | None = None) -> JSON:
+    return {"error": message}
+
+
+ERROR_SHAPES: dict[str, ErrorShape] = {
+    "/v1/messages": anthropic_error,
+    "/v1/": openai_error,
+    "/invocations": openai_error,
+    "/api/": ollama_error,
+}
+
+
+def error_shape(path: str) -> ErrorShape:
+    """The shape that clients of the API at `path` expect."""
+    return next((shape for prefix, shape in ERROR_SHAPES.items() if path.startswith(prefix)), native_error)
+
+
+def error_response(path: str, error: EngineError) -> web.Response:
+    """What a client of the API at `path` is told of `error`."""
+    headers: dict[str, str] = {}
+    field, code = getattr(error, "field", None), getattr(error, "code", None)
+    if isinstance(error, PromptTooLong):
+        code = "context_length_exceeded"
+    elif isinstance(error, QueueFull):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    return json_response(error_shape(path)(error.status_code, str(error), field, code), error.status_code, headers)

@@ -1,0 +1,116 @@
+"""Which functions a chat request offers, what it says about calling them, and the grammar that holds a model to it."""
+
+import re
+from dataclasses import dataclass
+
+from engine.errors import InvalidRequest
+from server.parsers.tool_calls import Tool, ToolCallParser, ToolFormat, schema_format
+from server.reading.protocol import JSON, Fields
+
+NAME = re.compile(r"[\w.:/-]{1,128}")
+NO_PARAMETERS: JSON = {"type": "object", "properties": {}}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """`callable`: the functions that may be called; none if the answer is to be text."""
+
+    shown: list[JSON] | None  # to the template, as the client wrote them
+    callable: list[Tool]
+    is_forced: bool  # at least one call
+    is_parallel: bool  # more than one call
+
+    def new_parser(self, format_: ToolFormat) -> ToolCallParser:
+        return ToolCallParser(format_, self.callable, None if self.is_parallel else 1)
+
+
+def read_tool_choice(body: Fields) -> ToolChoice:
+    """`InvalidRequest` names the tool, or the choice, that is wrong."""
+    tools: dict[str, Tool] = {}
+    for i, given in enumerate(body.array("tools")):
+        tool = _read_tool(Fields(given, f"tools[{i}]"), f"tools[{i}]")
+        if tool.name in tools:
+            raise InvalidRequest(f"tools has two functions named {tool.name!r}", f"tools[{i}].function.name")
+        tools[tool.name] = tool
+    choice = body.get("tool_choice")
+    is_parallel = body.flag("parallel_tool_calls", True)
+    if isinstance(choice, dict):
+        name = _chosen_name(Fields(choice, "tool_choice"))
+        if name not in tools:
+            raise InvalidRequest(f"tool_choice names {name!r}, which is not in tools", "tool_choice.function.name")
+        return ToolChoice(body.array("tools"), [tools[name]], True, is_parallel)
+    choice = body.one_of("tool_choice", ("auto", "none", "required"), "auto") if choice is not None else "auto"
+    if choice == "required" and not tools:
+        raise InvalidRequest('tool_choice "required" needs tools', "tool_choice")
+    if choice == "none" or not tools:
+        return ToolChoice(None, [], False, is_parallel)
+    return ToolChoice(body.array("tools"), list(tools.values()), choice == "required", is_parallel)
+
+
+def _read_tool(fields: Fields, path: str) -> Tool:
+    fields.one_of("type", ("function",), "function")
+    function = fields.object("function")
+    if function is None:
+        fields.fail("function", "an object")
+    name = function.text("name")
+    if not NAME.fullmatch(name):
+        function.fail("name", "1 to 128 letters, digits, or characters of _ . : / -")
+    function.text("description")
+    parameters = function.object("parameters") or Fields(NO_PARAMETERS, f"{path}.function.parameters")
+    parameters.one_of("type", ("object",), "object")
+    parameters.object("properties")
+    parameters.strings("required")
+    return Tool(name, {"type": "object", **parameters.values}, function.flag("strict"))
+
+
+def _chosen_name(choice: Fields) -> str:
+    choice.one_of("type", ("function",), "function")
+    function = choice.object("function")
+    if function is None or not function.has("name"):
+        choice.fail("function", 'an object with a "name"')
+    return function.text("name")
+
+
+def tool_constraint(choice: ToolChoice, format_: ToolFormat) -> JSON | None:
+    """The structural tag, in xgrammar's shape, that keeps calls valid; None: nothing is to be held.
+
+    Forced calls begin at once. Otherwise the text is free until a call begins, and held only if a function is strict.
+    """
+    tags = format_.tags(choice.callable)
+    if choice.is_forced:
+        return _calls(tags, choice, format_)
+    return _free_text(tags, choice, format_) if tags and any(tool.is_strict for tool in choice.callable) else None
+
+
+def json_or_calls(schema: JSON, choice: ToolChoice, format_: ToolFormat | None) -> JSON:
+    """JSON of `schema`, or, if the format can be held to, calls."""
+    tags = format_.tags(choice.callable) if format_ else []
+    answer = schema_format(schema)
+    return {"type": "or", "elements": [answer, _calls(tags, choice, format_)]} if format_ and tags else answer
+
+
+def _calls(tags: list[JSON], choice: ToolChoice, format_: ToolFormat) -> JSON:
+    """A call, at once, and if they may be several, text with more of them."""
+    first: JSON = {"type": "or", "elements": tags}
+    if not choice.is_parallel:
+        return first
+    return {"type": "sequence", "elements": [first, _free_text(tags, choice, format_)]}
+
+
+def _free_text(tags: list[JSON], choice: ToolChoice, format_: ToolFormat) -> JSON:
+    return {
+        "type": "triggered_tags",
+        "triggers": [format_.trigger],
+        "tags": tags,
+        "stop_after_first": not choice.is_parallel,
+    }
+
+
+def structural_tag(format_: JSON, thinks_between: tuple[str, str] | None) -> JSON:
+    """`format_` as a sampling parameter. `thinks_between`: marks of a reasoning that may come first."""
+    if thinks_between is not None:
+        start, end = thinks_between
+        thought: JSON = {"type": "tag", "begin": start, "content": {"type": "any_text"}, "end": end}
+        nothing: JSON = {"type": "const_string", "value": ""}
+        format_ = {"type": "sequence", "elements": [{"type": "or", "elements": [thought, nothing]}, format_]}
+    return {"type": "structural_tag", "format": format_}

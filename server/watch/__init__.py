@@ -1,0 +1,1 @@
+"""Metrics, dashboard, recordings, and the description of the routes."""

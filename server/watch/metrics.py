@@ -1,0 +1,205 @@
+"""Prometheus metrics: SGLang's under their names, and under `radixloop:` those that SGLang has no name for.
+
+Counters and gauges are read from the engine's own when /metrics is asked; a request is counted into the histograms
+when it ends. So metrics cost a token nothing.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.registry import Collector
+
+from engine.request import Request
+from server.reading.protocol import Engine
+from server.watch.monitor import Monitor, percentile
+
+FIRST_TOKEN_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
+LATENCY_BUCKETS_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 80, 160, 320, 640)
+TOKEN_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+LAG_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+TOKEN_COUNT_BUCKETS = (1, 4, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+RATE_SPAN_S = 10.0
+
+
+class Metrics:
+    """What /metrics tells."""
+
+    def __init__(self, engine: Engine, monitor: Monitor, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(EngineCollector(engine, monitor, model_name))
+        ProcessCollector(registry=self.registry)  # memory, CPU seconds and open files, under Prometheus' own names
+
+        def histogram(name: str, help: str, buckets: tuple[float, ...], **labels: str) -> Histogram:
+            names = ["model_name", *labels]
+            family = families.get(name)
+            if family is None:
+                family = Histogram(f"sglang:{name}", help, names, registry=self.registry, buckets=buckets)
+                families[name] = family
+            return family.labels(model_name, *labels.values())
+
+        families: dict[str, Histogram] = {}
+        self._first_token = histogram(
+            "time_to_first_token_seconds", "from a request's arrival to its first token", FIRST_TOKEN_BUCKETS_S
+        )
+        self._latency = histogram(
+            "e2e_request_latency_seconds", "from a request's arrival to its end", LATENCY_BUCKETS_S
+        )
+        self._queue = histogram(
+            "queue_time_seconds", "from a request's arrival to its first step", FIRST_TOKEN_BUCKETS_S
+        )
+        self._prefill, self._decode = (
+            histogram("per_stage_req_latency_seconds", "a stage of a request", LATENCY_BUCKETS_S, stage=stage)
+            for stage in ("prefill", "decode")
+        )
+        self._token = [
+            histogram(name, "between two tokens of an answer, its mean", TOKEN_BUCKETS_S)
+            for name in ("inter_token_latency_seconds", "time_per_output_token_seconds")  # SGLang's new and old name
+        ]
+        self._prompt_len = histogram("prompt_tokens_histogram", "prompt tokens of a request", TOKEN_COUNT_BUCKETS)
+        self._answer_len = histogram("generation_tokens_histogram", "tokens of an answer", TOKEN_COUNT_BUCKETS)
+        lag = histogram("event_loop_lag_seconds", "how late the event loop is for what is due", LAG_BUCKETS_S)
+        monitor.lag_observers.append(lag.observe)
+
+    def routes(self) -> list[web.RouteDef]:
+        return [web.get("/metrics", self.metrics)]
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(self.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    def observe(self, request: Request) -> None:
+        """A request has ended."""
+        times, num_tokens = request.times, len(request.output_ids)
+        if not times.scheduled:
+            return
+        self._queue.observe(times.scheduled - times.arrived)
+        if not (times.finished and num_tokens):
+            return
+        self._first_token.observe(times.first_token - times.arrived)
+        self._latency.observe(times.finished - times.arrived)
+        self._prefill.observe(times.first_token - times.scheduled)
+        self._decode.observe(times.finished - times.first_token)
+        self._prompt_len.observe(request.prompt_len)
+        self._answer_len.observe(num_tokens)
+        if num_tokens > 1:
+            for histogram in self._token:
+                histogram.observe((times.finished - times.first_token) / (num_tokens - 1))
+
+
+class EngineCollector(Collector):
+    """Reads the engine when Prometheus asks."""
+
+    def __init__(self, engine: Engine, monitor: Monitor, model_name: str) -> None:
+        self.engine, self.monitor, self.model_name = engine, monitor, model_name
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self.engine.stats()
+        scheduler, loop = stats.scheduler, stats.loop
+        health, rates = self.engine.health(), self.monitor.rates(RATE_SPAN_S)
+
+        yield self._by_replica("sglang:num_running_reqs", "requests that run", lambda s: s.num_running)
+        yield self._by_replica("sglang:num_queue_reqs", "requests that wait", lambda s: s.num_waiting)
+        yield self._by_replica(
+            "sglang:num_used_tokens", "KV slots held by running requests", lambda s: s.num_held_tokens
+        )
+        yield self._by_replica(
+            "sglang:token_usage", "their share of the pool", lambda s: s.num_held_tokens / s.num_total_tokens
+        )
+        yield self._by_replica("sglang:max_total_num_tokens", "KV slots of the pool", lambda s: s.num_total_tokens)
+        yield self._by_replica(
+            "sglang:cache_hit_rate", "share of prompt tokens found in the cache",
+            lambda s: s.num_hit_tokens / max(s.num_prompt_tokens, 1),
+        )  # fmt: skip
+        yield self._gauge("sglang:gen_throughput", "tokens generated a second, lately", rates.generated)
+        yield self._by_replica(
+            "sglang:new_token_ratio", "share of the asked answers that is reserved", lambda s: s.new_token_ratio
+        )
+        yield self._counter("sglang:prompt_tokens", "prompt tokens admitted", scheduler.num_prompt_tokens)
+        yield self._counter("sglang:cached_tokens", "prompt tokens found in the cache", scheduler.num_hit_tokens)
+        yield self._counter("sglang:generation_tokens", "tokens generated", loop.num_generated_tokens)
+        yield self._counter("sglang:num_requests", "requests accepted", stats.num_requests)
+        yield self._counter("sglang:num_aborted_requests", "requests aborted", stats.num_aborted)
+        grammars = stats.grammars
+        compile_time = SummaryMetricFamily(
+            "sglang:grammar_compilation_time_seconds", "of a grammar that was not remembered", labels=["model_name"]
+        )
+        compile_time.add_metric([self.model_name], grammars.num_compiled, grammars.compile_s)
+        yield compile_time
+        yield self._counter("sglang:num_grammar_cache_hit", "grammars that were remembered", grammars.num_cache_hits)
+        yield self._counter(
+            "sglang:num_retracted_requests",
+            "times a request gave its slots back and waited again",
+            scheduler.num_retractions,
+        )
+
+        yield self._by_replica(
+            "radixloop:num_cached_tokens", "KV slots of prefixes that nothing runs on", lambda s: s.num_cached_tokens
+        )
+        yield self._by_replica(
+            "radixloop:num_queued_tokens", "prompt tokens of requests that wait", lambda s: s.num_waiting_tokens
+        )
+        yield self._gauge(
+            "radixloop:oldest_queued_seconds", "wait of the request that waits longest", health.oldest_queued_s
+        )
+        yield self._gauge("radixloop:last_step_age_seconds", "since a step came back", health.last_step_age_s)
+        yield self._gauge(
+            "radixloop:drain_tokens_per_second",
+            "tokens of requests that end, by working second",
+            stats.drain_tokens_per_s,
+        )
+        yield self._gauge("radixloop:host_us_per_step", "host microseconds a step, lately", rates.host_us_per_step)
+        yield self._gauge(
+            "radixloop:event_loop_lag_seconds", "over the last minute",
+            {share: percentile(self.monitor.lags, float(share)) or 0.0 for share in ("0.5", "0.99", "1")}, "quantile",
+        )  # fmt: skip
+        yield self._gauge("radixloop:event_loop_tasks", "asyncio tasks", len(asyncio.all_tasks()))
+        yield self._counter("radixloop:num_refused_requests", "requests refused for a full queue", stats.num_refused)
+        yield self._counter("radixloop:steps", "steps resolved", loop.num_steps)
+        yield self._counter("radixloop:failed_steps", "steps that raised", loop.num_failed_steps)
+        yield self._counter("radixloop:device_idle_seconds", "between two steps on the device", loop.device_idle_s)
+        yield self._counter(
+            "radixloop:host_seconds",
+            "host time of steps",
+            {
+                "schedule": loop.schedule_s,
+                "launch": loop.launch_s,
+                "resolve": loop.resolve_s,
+                "deliver": loop.deliver_s,
+            },
+            "stage",
+        )
+
+    def _by_replica(self, name: str, help: str, value_of: Callable[[Any], float]) -> Metric:
+        """A gauge of a scheduler; of several engines one each, which SGLang labels with its dp_rank."""
+        values = [value_of(stats.scheduler) for stats in self.engine.replica_stats()]
+        if len(values) == 1:
+            return self._gauge(name, help, values[0])
+        return self._gauge(name, help, {str(i): value for i, value in enumerate(values)}, "dp_rank")
+
+    def _gauge(self, name: str, help: str, values: float | dict[str, float], label: str = "") -> Metric:
+        return self._filled(GaugeMetricFamily, name, help, values, label)
+
+    def _counter(self, name: str, help: str, values: float | dict[str, float], label: str = "") -> Metric:
+        return self._filled(CounterMetricFamily, name, help, values, label)
+
+    def _filled(
+        self,
+        family: type[GaugeMetricFamily | CounterMetricFamily],
+        name: str,
+        help: str,
+        values: float | dict[str, float],
+        label: str,
+    ) -> Metric:
+        """One value, or one for each value of `label`."""
+        if not isinstance(values, dict):
+            metric = family(name, help, labels=["model_name"])
+            metric.add_metric([self.model_name], values)
+            return metric
+        metric = family(name, help, labels=["model_name", label])
+        for key, value in values.items():
+            metric.add_metric([self.model_name, key], value)
+        return metric

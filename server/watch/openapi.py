@@ -1,0 +1,375 @@
+"""/openapi.json: an OpenAPI 3.1 document of every route, made from the one table here.
+
+A route that the table does not know fails a test, and the fuzzer in the tests sends what the table allows.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from aiohttp import web
+
+from server.reading.protocol import (
+    JSON,
+    ErrorShape,
+    anthropic_error,
+    error_shape,
+    json_response,
+    native_error,
+    ollama_error,
+    openai_error,
+)
+from server.watch.schemas import (
+    ANY_OBJECT,
+    BOOLEAN,
+    COMPONENTS,
+    STRING,
+    TOKEN_IDS,
+    array,
+    integer,
+    obj,
+    one_of,
+    or_list,
+    path_parameter,
+    ref,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One method of one route. `body` and `answer` are schemas; an answer of None is no JSON."""
+
+    summary: str
+    tag: str
+    body: JSON | None = None
+    answer: JSON | None = None
+    media_type: str = "application/json"  # of the answer
+    is_streaming: bool = False  # with `stream`
+    stream_type: str = "text/event-stream"  # of a streamed answer
+    statuses: tuple[int, ...] = ()  # of errors, besides those any request can meet
+    is_open: bool = False  # needs no key
+    parameters: tuple[JSON, ...] = ()
+    error: JSON | None = None  # if not the API's own shape
+    form: JSON | None = None  # schema of a multipart body
+
+
+GENERATE = Operation(
+    "Answer one prompt or many", "SGLang", ref("GenerateRequest"),
+    one_of(ref("GenerateAnswer"), array(ref("GenerateAnswer"))), is_streaming=True, statuses=(429,),
+)  # fmt: skip
+FLUSH = Operation(
+    "Forget every cached prefix, unless something runs", "server", media_type="text/plain", statuses=(400,)
+)
+ABORT = Operation("End a request, or all", "server", ref("AbortRequest"), media_type="text/plain")
+START_PROFILE = Operation("Begin to record what host and device do", "server", media_type="text/plain", statuses=(400,))
+STOP_PROFILE = Operation("Write what was recorded to a file", "server", answer=obj({"path": STRING}), statuses=(400,))
+MODEL_INFO = Operation("About the model", "server", answer=ANY_OBJECT)
+SERVER_INFO = Operation("Every option, and what it was resolved to", "server", answer=ANY_OBJECT)
+HEALTH_ERROR = one_of(ref("Health"), ref("NativeError"))
+HEALTH = Operation(
+    "Judged by the age of the last step and of the oldest queued request", "server", answer=ref("Health"),
+    statuses=(503,), is_open=True, error=HEALTH_ERROR,
+)  # fmt: skip
+TOKENIZE = Operation("Token ids of texts, or of a conversation", "tokens", ref("TokenizeRequest"), ANY_OBJECT)
+DETOKENIZE = Operation(
+    "Text of token ids",
+    "tokens",
+    ref("DetokenizeRequest"),
+    obj({"text": or_list(STRING), "prompt": {**or_list(STRING), "description": "the same, vLLM's name"}}, ["text"]),
+)
+COMPLETIONS = Operation(
+    "Complete prompts", "OpenAI", ref("CompletionRequest"), ref("OpenAIAnswer"), is_streaming=True, statuses=(404, 429)
+)
+CHAT_COMPLETIONS = Operation(
+    "Answer a conversation", "OpenAI", ref("ChatRequest"), ref("OpenAIAnswer"), is_streaming=True, statuses=(404, 429)
+)
+RENDER = Operation(
+    "The prompt that a conversation makes", "OpenAI", ref("ChatRequest"),
+    obj({"prompt": STRING, "prompt_token_ids": TOKEN_IDS}, ["prompt", "prompt_token_ids"]), statuses=(404,),
+)  # fmt: skip
+PARSE_FUNCTION_CALL = Operation(
+    "Tool calls in a text", "tokens", ref("ParseFunctionCallRequest"),
+    obj({"normal_text": STRING, "calls": array(ANY_OBJECT)}, ["normal_text", "calls"]),
+)  # fmt: skip
+SEPARATE_REASONING = Operation(
+    "Reasoning in a text", "tokens", ref("SeparateReasoningRequest"),
+    obj({"reasoning_text": STRING, "text": STRING}, ["reasoning_text", "text"]),
+)  # fmt: skip
+MODELS = Operation("The models there are", "OpenAI", answer=obj({"data": array(ref("ModelCard"))}, ["data"]))
+MODEL = Operation(
+    "One model", "OpenAI", answer=ref("ModelCard"), statuses=(404,),
+    parameters=path_parameter("model"),
+)  # fmt: skip
+
+
+def page(name: str) -> JSON:
+    return obj({"object": {"const": "list"}, "data": array(ref(name)), "has_more": BOOLEAN}, ["data", "has_more"])
+
+
+PAGE_PARAMETERS = (
+    {"name": "limit", "in": "query", "schema": integer(1)},
+    {"name": "after", "in": "query", "schema": STRING},
+)
+UPLOAD = Operation(
+    "Store the lines of a batch", "OpenAI", answer=ref("File"), statuses=(400, 403, 413, 503),
+    form=obj({"file": {"type": "string", "format": "binary"}, "purpose": {"enum": ["batch"]}}, ["file", "purpose"]),
+)  # fmt: skip
+CREATE_BATCH = Operation(
+    "Answer the lines of a file when nothing more urgent is to be done", "OpenAI", ref("BatchRequest"), ref("Batch"),
+    statuses=(404, 503),
+)  # fmt: skip
+
+MESSAGE_ANSWER = Operation(
+    "Anthropic's messages", "Anthropic", ref("MessagesRequest"), ref("AnthropicMessage"), is_streaming=True,
+    statuses=(404, 429),
+)  # fmt: skip
+COUNT_TOKENS = Operation(
+    "Tokens of a conversation's prompt", "Anthropic", ref("CountTokensRequest"),
+    obj({"input_tokens": integer(1)}, ["input_tokens"]), statuses=(404,),
+)  # fmt: skip
+CREATE_RESPONSE = Operation(
+    "OpenAI's responses", "OpenAI", ref("ResponsesRequest"), ref("Response"), is_streaming=True, statuses=(404, 429)
+)
+RESPONSE_ID = ({"name": "response_id", "in": "path", "required": True, "schema": STRING},)
+RESPONSE = Operation("A stored response", "OpenAI", answer=ref("Response"), statuses=(400, 404), parameters=RESPONSE_ID)
+CANCEL_RESPONSE = Operation(
+    "End a background response", "OpenAI", answer=ref("Response"), statuses=(400, 404), parameters=RESPONSE_ID
+)
+DELETE_RESPONSE = Operation(
+    "Forget a response", "OpenAI", answer=obj({"deleted": BOOLEAN}), statuses=(404,), parameters=RESPONSE_ID
+)
+NDJSON = "application/x-ndjson"
+OLLAMA_CHAT = Operation(
+    "Ollama's chat", "Ollama", ref("OllamaChatRequest"), ref("OllamaAnswer"), is_streaming=True, stream_type=NDJSON,
+    statuses=(404, 429),
+)  # fmt: skip
+OLLAMA_GENERATE = Operation(
+    "Ollama's completion", "Ollama", ref("OllamaGenerateRequest"), ref("OllamaAnswer"), is_streaming=True,
+    stream_type=NDJSON, statuses=(404, 429),
+)  # fmt: skip
+OLLAMA_SHOW = Operation(
+    "About the model", "Ollama", obj({"model": STRING}), obj({"capabilities": array(STRING)}), statuses=(404,)
+)
+OLLAMA_MODELS = obj({"models": array(ANY_OBJECT)}, ["models"])
+EMBEDDINGS = Operation(
+    "Vectors of length 1", "OpenAI", ref("EmbeddingsRequest"), ref("Embeddings"), statuses=(404, 429)
+)
+ENCODE = Operation(
+    "Vectors of length 1", "SGLang", ref("EncodeRequest"), one_of(ref("Encoded"), array(ref("Encoded"))),
+    statuses=(429,),
+)  # fmt: skip
+CLASSIFY = dataclasses.replace(ENCODE, summary="Scores of a model with a classification head")
+CLASSIFY_WITH_LABELS = Operation(
+    "Probabilities of a classifier's labels", "OpenAI", ref("ClassifyRequest"), ANY_OBJECT, statuses=(404, 429)
+)
+RERANK = Operation("Documents, best first", "OpenAI", ref("RerankRequest"), ANY_OBJECT, statuses=(404, 429))
+RERANK_FOR_SGLANG = dataclasses.replace(RERANK, answer=array(ANY_OBJECT))
+SCORE = Operation(
+    "How well texts fit, or how likely tokens follow", "OpenAI", ref("ScoreRequest"), ANY_OBJECT, statuses=(404, 429)
+)
+
+OPERATIONS: dict[tuple[str, str], Operation] = {
+    ("POST", "/generate"): GENERATE,
+    ("PUT", "/generate"): GENERATE,
+    ("POST", "/v1/chat/completions"): CHAT_COMPLETIONS,
+    ("POST", "/v1/chat/completions/render"): RENDER,
+    ("POST", "/v1/completions"): COMPLETIONS,
+    ("GET", "/v1/models"): MODELS,
+    ("GET", "/v1/models/{model}"): MODEL,
+    ("POST", "/v1/messages"): MESSAGE_ANSWER,
+    ("POST", "/v1/messages/count_tokens"): COUNT_TOKENS,
+    ("POST", "/v1/responses"): CREATE_RESPONSE,
+    ("GET", "/v1/responses/{response_id}"): RESPONSE,
+    ("DELETE", "/v1/responses/{response_id}"): DELETE_RESPONSE,
+    ("POST", "/v1/responses/{response_id}/cancel"): CANCEL_RESPONSE,
+    ("POST", "/api/chat"): OLLAMA_CHAT,
+    ("POST", "/api/generate"): OLLAMA_GENERATE,
+    ("POST", "/api/show"): OLLAMA_SHOW,
+    ("GET", "/api/tags"): Operation("The models there are", "Ollama", answer=OLLAMA_MODELS),
+    ("GET", "/api/ps"): Operation("The models in memory", "Ollama", answer=OLLAMA_MODELS),
+    ("GET", "/api/version"): Operation("Of Ollama's API", "Ollama", answer=obj({"version": STRING})),
+    ("POST", "/open_session"): Operation("Begin a session", "SGLang", ref("OpenSession"), STRING),
+    ("POST", "/close_session"): Operation("Forget a session", "SGLang", ref("CloseSession"), media_type="text/plain"),
+    ("POST", "/pause_generation"): Operation(
+        "Hold still; what runs ends, is computed anew or goes on later", "server", ref("PauseRequest"), ref("Done")
+    ),
+    ("POST", "/continue_generation"): Operation("End a pause", "server", ANY_OBJECT, ref("Done")),
+    ("POST", "/update_weights_from_disk"): Operation(
+        "Serve the weights of another checkpoint of the same shape", "server", ref("UpdateWeightsRequest"), ref("Done")
+    ),
+    ("POST", "/update_weight_version"): Operation(
+        "Name the weights", "server", ref("UpdateVersionRequest"), ref("Done")
+    ),
+    ("POST", "/get_weights_by_name"): Operation(
+        "The first rows of a weight", "server", ref("WeightRequest"), array({})
+    ),
+    ("POST", "/release_memory_occupation"): Operation(
+        "Give device memory back; requests wait", "server", ref("MemoryRequest"), media_type="text/plain"
+    ),
+    ("POST", "/resume_memory_occupation"): Operation(
+        "Take device memory again", "server", ref("MemoryRequest"), media_type="text/plain"
+    ),
+    ("POST", "/v1/embeddings"): EMBEDDINGS,
+    ("POST", "/encode"): ENCODE,
+    ("PUT", "/encode"): ENCODE,
+    ("POST", "/classify"): CLASSIFY,
+    ("PUT", "/classify"): CLASSIFY,
+    ("POST", "/v1/classify"): CLASSIFY_WITH_LABELS,
+    ("POST", "/v1/score"): SCORE,
+    ("POST", "/score"): SCORE,
+    ("POST", "/v1/rerank"): RERANK_FOR_SGLANG,
+    ("POST", "/rerank"): RERANK,
+    ("POST", "/v2/rerank"): RERANK,
+    ("POST", "/v1/files"): UPLOAD,
+    ("GET", "/v1/files"): Operation(
+        "The files there are", "OpenAI", answer=page("File"), statuses=(400, 503), parameters=PAGE_PARAMETERS
+    ),
+    ("GET", "/v1/files/{file_id}"): Operation(
+        "One file", "OpenAI", answer=ref("File"), statuses=(404, 503), parameters=path_parameter("file_id")
+    ),
+    ("DELETE", "/v1/files/{file_id}"): Operation(
+        "Delete a file", "OpenAI", answer=ANY_OBJECT, statuses=(400, 404, 503), parameters=path_parameter("file_id")
+    ),
+    ("GET", "/v1/files/{file_id}/content"): Operation(
+        "What a file holds", "OpenAI", media_type="application/octet-stream", statuses=(404, 503),
+        parameters=path_parameter("file_id"),
+    ),
+    ("POST", "/v1/batches"): CREATE_BATCH,
+    ("GET", "/v1/batches"): Operation(
+        "The batches there are", "OpenAI", answer=page("Batch"), statuses=(400, 503), parameters=PAGE_PARAMETERS
+    ),
+    ("GET", "/v1/batches/{batch_id}"): Operation(
+        "One batch", "OpenAI", answer=ref("Batch"), statuses=(404, 503), parameters=path_parameter("batch_id")
+    ),
+    ("POST", "/v1/batches/{batch_id}/cancel"): Operation(
+        "End a batch now; the answers there are stay", "OpenAI", answer=ref("Batch"), statuses=(400, 404, 503),
+        parameters=path_parameter("batch_id"),
+    ),
+    ("POST", "/tokenize"): TOKENIZE,
+    ("POST", "/v1/tokenize"): TOKENIZE,
+    ("GET", "/tokenizer_info"): Operation("Named special tokens and the chat template", "tokens", answer=ANY_OBJECT),
+    ("POST", "/detokenize"): DETOKENIZE,
+    ("POST", "/v1/detokenize"): DETOKENIZE,
+    ("POST", "/parse_function_call"): PARSE_FUNCTION_CALL,
+    ("POST", "/separate_reasoning"): SEPARATE_REASONING,
+    ("GET", "/"): Operation("Is a server there?", "server", media_type="text/plain"),
+    ("GET", "/health"): HEALTH,
+    ("GET", "/ping"): HEALTH,
+    ("POST", "/invocations"): CHAT_COMPLETIONS,
+    ("POST", "/vertex_generate"): Operation(
+        "/generate for Vertex AI: a prompt an instance, all other fields as parameters", "SGLang",
+        obj({"instances": array(ANY_OBJECT), "parameters": ANY_OBJECT}, ["instances"]),
+        obj({"predictions": array(ref("GenerateAnswer"))}), statuses=(429,),
+    ),
+    ("GET", "/health_generate"): Operation(
+        "As /health, and an idle engine is asked for one token", "server", answer=ref("Health"), statuses=(503,),
+        error=HEALTH_ERROR,
+    ),
+    ("GET", "/get_model_info"): MODEL_INFO,
+    ("GET", "/model_info"): MODEL_INFO,
+    ("GET", "/get_server_info"): SERVER_INFO,
+    ("GET", "/server_info"): SERVER_INFO,
+    ("GET", "/get_load"): Operation("Requests and tokens of each replica", "server", answer=array(ANY_OBJECT)),
+    ("POST", "/abort_request"): ABORT,
+    ("GET", "/flush_cache"): FLUSH,
+    ("POST", "/flush_cache"): FLUSH,
+    ("GET", "/start_profile"): START_PROFILE,
+    ("POST", "/start_profile"): START_PROFILE,
+    ("GET", "/stop_profile"): STOP_PROFILE,
+    ("POST", "/stop_profile"): STOP_PROFILE,
+    ("GET", "/metrics"): Operation("Prometheus metrics", "server", media_type="text/plain"),
+    ("GET", "/dashboard"): Operation("The live page", "server", media_type="text/html", is_open=True),
+    ("GET", "/dashboard/data"): Operation("What the live page shows", "server", answer=ANY_OBJECT),
+    ("GET", "/openapi.json"): Operation("This document", "server", answer=ANY_OBJECT),
+}  # fmt: skip
+
+ERROR_NAMES: dict[ErrorShape, str] = {
+    native_error: "NativeError",
+    openai_error: "OpenAIError",
+    anthropic_error: "AnthropicError",
+    ollama_error: "OllamaError",
+}
+STATUS_TEXTS = {
+    400: "the request is wrong; the message says which field and why",
+    401: "a key is missing or wrong",
+    403: "a web page of another site may not do this",
+    404: "there is no such thing",
+    413: "the body is longer than --max-body-bytes, or a file than --max-file-bytes",
+    429: "the queue is full; Retry-After says when to come back",
+    503: "not now: starting, stuck or stopping",
+}
+
+
+class OpenApi:
+    def routes(self) -> list[web.RouteDef]:
+        return [web.get("/openapi.json", self.document)]
+
+    async def document(self, http_request: web.Request) -> web.Response:
+        return json_response(document_of(http_request.app))
+
+
+def routes_of(app: web.Application) -> list[tuple[str, str]]:
+    """(method, path) of each route, without the HEAD that comes with every GET."""
+    return [
+        (route.method, route.resource.canonical)
+        for route in app.router.routes()
+        if route.resource is not None and route.method != "HEAD"
+    ]
+
+
+def document_of(app: web.Application) -> JSON:
+    paths: dict[str, JSON] = {}
+    for method, path in routes_of(app):
+        paths.setdefault(path, {})[method.lower()] = _described(method, path, OPERATIONS[method, path])
+    try:
+        number = version("radixloop")
+    except PackageNotFoundError:  # run from a checkout
+        number = "0"
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "radixloop",
+            "version": number,
+            "description": "The APIs of SGLang, OpenAI, Anthropic and Ollama, of one model.",
+        },
+        "paths": paths,
+        "components": {
+            "schemas": COMPONENTS,
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+        "security": [{"key": []}, {"x-api-key": []}, {}],
+    }
+
+
+def _described(method: str, path: str, operation: Operation) -> JSON:
+    content: JSON = {operation.media_type: {"schema": operation.answer or STRING}}
+    if operation.is_streaming:
+        content[operation.stream_type] = {"schema": {"type": "string", "description": "with `stream`"}}
+    error_schema = operation.error or ref(ERROR_NAMES[error_shape(path)])
+    error = {"application/json": {"schema": error_schema}}
+    statuses = {*operation.statuses}
+    if not operation.is_open:
+        statuses.add(401)
+    if operation.body is not None:
+        statuses |= {400, 413}
+    described: JSON = {
+        "operationId": f"{method.lower()}{path.translate(str.maketrans('/.{}', '____'))}",
+        "summary": operation.summary,
+        "tags": [operation.tag],
+        "responses": {
+            "200": {"description": "the answer", "content": content},
+            **{str(status): {"description": STATUS_TEXTS[status], "content": error} for status in sorted(statuses)},
+        },
+    }
+    if operation.parameters:
+        described["parameters"] = list(operation.parameters)
+    if operation.body is not None:
+        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": operation.body}}}
+    if operation.form is not None:
+        described["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": operation.form}}}
+    if operation.is_open:
+        described["security"] = [{}]
+    return described

@@ -1,0 +1,598 @@
+"""JSON schemas of what the routes take and answer, for `server.watch.openapi`."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from engine.request import MIN_PENALTY, TOP_K_ALL
+from server.apis.maintenance import PAUSE_MODES
+from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS
+from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
+from server.reading.protocol import JSON, MAX_INT, MAX_N, REQUEST_FIELDS
+
+SCHEMAS = "#/components/schemas/"
+
+
+def ref(name: str) -> JSON:
+    return {"$ref": SCHEMAS + name}
+
+
+def obj(properties: dict[str, JSON], required: Iterable[str] = (), **more: Any) -> JSON:
+    return {"type": "object", "properties": properties, "required": list(required), **more}
+
+
+def array(items: JSON, **more: Any) -> JSON:
+    return {"type": "array", "items": items, **more}
+
+
+def integer(low: int = -MAX_INT, high: int = MAX_INT) -> JSON:
+    return {"type": "integer", "minimum": low, "maximum": high}
+
+
+def number(low: float, high: float) -> JSON:
+    return {"type": "number", "minimum": low, "maximum": high}
+
+
+def one_of(*schemas: JSON) -> JSON:
+    return {"anyOf": list(schemas)}
+
+
+def or_list(schema: JSON) -> JSON:
+    return one_of(schema, array(schema))
+
+
+STRING, BOOLEAN, ANY_OBJECT = {"type": "string"}, {"type": "boolean"}, {"type": "object"}
+
+
+def path_parameter(name: str) -> tuple[JSON, ...]:
+    return ({"name": name, "in": "path", "required": True, "schema": STRING},)
+
+
+TOKEN_IDS = array(integer(0), minItems=1)
+LOGPROBS = array({"type": "array"})
+
+SAMPLING: dict[str, JSON] = {
+    "temperature": number(0, 100),
+    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+    "top_k": one_of({"const": -1}, integer(1, TOP_K_ALL)),
+    "min_p": number(0, 1),
+    "frequency_penalty": number(-2, 2),
+    "presence_penalty": number(-2, 2),
+    "repetition_penalty": number(MIN_PENALTY, 2),
+    "logit_bias": {
+        "type": "object",
+        "additionalProperties": number(-100, 100),
+        "propertyNames": {"type": "string", "pattern": "^[0-9]{1,6}$"},
+        "description": "token id to what is added to its logit",
+    },
+    "stop": or_list(STRING),
+    "stop_token_ids": array(integer(0)),
+    "stop_regex": or_list(STRING),
+    "n": integer(1, MAX_N),
+    "ignore_eos": BOOLEAN,
+    "skip_special_tokens": BOOLEAN,
+    "spaces_between_special_tokens": BOOLEAN,
+    "no_stop_trim": BOOLEAN,
+    "json_schema": {**one_of(ANY_OBJECT, STRING), "description": "the answer is JSON of this schema"},
+    "regex": {"type": "string", "description": "the answer matches it"},
+    "ebnf": {"type": "string", "description": "a grammar, in GBNF or Lark"},
+    "structural_tag": one_of(ANY_OBJECT, STRING),
+}
+NATIVE_SAMPLING = {
+    **SAMPLING,
+    "choice": array(STRING, minItems=1),
+    "max_new_tokens": one_of(integer(0), {"type": "null"}),
+    "min_new_tokens": integer(0),
+    "sampling_seed": integer(),
+}
+EVERYWHERE: dict[str, JSON] = {
+    "stream": BOOLEAN,
+    "rid": {"type": "string", "description": "name of the request, for /abort_request"},
+    "priority": {**integer(), "description": "larger runs first"},
+    "extra_key": {"type": "string", "description": "cached prefixes are shared within one key only"},
+    "cache_salt": {"type": "string", "description": "as extra_key"},
+}
+OPENAI_BOTH: dict[str, JSON] = {
+    **SAMPLING,
+    **EVERYWHERE,
+    "model": STRING,
+    "max_tokens": integer(0),
+    "min_tokens": integer(0),
+    "seed": integer(),
+    "stream_options": obj(
+        {
+            "include_usage": BOOLEAN,
+            "continuous_usage_stats": {"type": "boolean", "description": "with include_usage: in each chunk"},
+        }
+    ),
+    "add_special_tokens": {"type": "boolean", "description": "to texts; default: prompts yes, conversations no"},
+    "include_stop_str_in_output": {"type": "boolean", "description": "as no_stop_trim"},
+    "return_token_ids": {"type": "boolean", "description": "`prompt_token_ids` and `token_ids` of each choice"},
+    "return_tokens_as_token_ids": {"type": "boolean", "description": "in log-probabilities: token_id:17"},
+    "return_meta_info": {"type": "boolean", "description": "with each choice, what /generate tells in `meta_info`"},
+    "user": STRING,
+    "response_format": obj(
+        {
+            "type": {"enum": ["text", "json_object", "json_schema", "structural_tag"]},
+            "json_schema": obj({"name": STRING, "schema": ANY_OBJECT, "strict": BOOLEAN}, ["schema"]),
+        },
+        ["type"],
+    ),
+    "structured_outputs": obj(
+        {
+            "json": one_of(ANY_OBJECT, STRING),
+            "regex": STRING,
+            "choice": array(STRING, minItems=1),
+            "grammar": STRING,
+            "structural_tag": one_of(ANY_OBJECT, STRING),
+            "json_object": BOOLEAN,
+        }
+    ),
+    "guided_json": one_of(ANY_OBJECT, STRING),
+    "guided_regex": STRING,
+    "guided_choice": array(STRING, minItems=1),
+    "guided_grammar": STRING,
+}
+TEXT_PART = obj({"type": {"enum": ["text", "input_text"]}, "text": STRING}, ["type", "text"])
+FUNCTION_CALL = obj({"name": STRING, "arguments": one_of(STRING, ANY_OBJECT)}, ["name"])
+TOOL_CALL = obj({"id": STRING, "type": {"const": "function"}, "function": FUNCTION_CALL}, ["function"])
+TOOL = obj(
+    {
+        "type": {"const": "function"},
+        "function": obj(
+            {
+                "name": {"type": "string", "pattern": "^[A-Za-z0-9_]{1,64}$"},
+                "description": STRING,
+                "parameters": {**ANY_OBJECT, "description": "JSON schema of an object"},
+                "strict": BOOLEAN,
+            },
+            ["name"],
+        ),
+    },
+    ["type", "function"],
+)
+MESSAGE = obj(
+    {
+        "role": {"enum": ["system", "developer", "user", "assistant", "tool", "function"]},
+        "content": one_of(STRING, array(TEXT_PART)),
+        "name": STRING,
+        "tool_calls": array(TOOL_CALL),
+        "tool_call_id": STRING,
+        "reasoning_content": STRING,
+    },
+    ["role", "content"],
+)
+CHAT: dict[str, JSON] = {
+    "messages": array(ref("Message"), minItems=1),
+    "tools": array(TOOL),
+    "tool_choice": one_of(
+        {"enum": ["auto", "none", "required"]},
+        obj({"type": {"const": "function"}, "function": obj({"name": STRING}, ["name"])}, ["function"]),
+    ),
+    "parallel_tool_calls": BOOLEAN,
+    "reasoning_effort": one_of(
+        {"enum": ["none", "minimal", "low", "medium", "high", "xhigh", "max"]},
+        number(0, 0.99),
+    ),
+    "max_thinking_tokens": {**integer(0), "description": "of reasoning, which is ended after so many"},
+    "separate_reasoning": {"type": "boolean", "description": "reasoning in `reasoning_content`; default: true"},
+    "stream_reasoning": {"type": "boolean", "description": "as it comes, not when it has ended; default: true"},
+    "chat_template_kwargs": ANY_OBJECT,
+    "thinking": obj({"type": {"enum": ["enabled", "adaptive", "disabled"]}}),
+    "input_ids": {**TOKEN_IDS, "description": "in place of what the template makes of the messages"},
+    "add_generation_prompt": BOOLEAN,
+    "continue_final_message": BOOLEAN,
+}
+USAGE = obj(
+    {
+        "prompt_tokens": integer(0),
+        "completion_tokens": integer(0),
+        "total_tokens": integer(0),
+        "prompt_tokens_details": obj({"cached_tokens": integer(0)}),
+        "completion_tokens_details": obj({"reasoning_tokens": integer(0)}),
+    },
+    ["prompt_tokens", "completion_tokens", "total_tokens"],
+)
+META_INFO = obj(
+    {
+        "id": STRING,
+        "finish_reason": one_of(obj({"type": {"enum": ["stop", "length", "abort"]}}, ["type"]), {"type": "null"}),
+        "prompt_tokens": integer(0),
+        "cached_tokens": integer(0),
+        "completion_tokens": integer(0),
+        "total_retractions": integer(0),
+        "queue_time": {"type": "number", "description": "seconds until its first step"},
+        "prefill_time": {"type": "number", "description": "seconds from there to the first token"},
+        "decode_time": {"type": "number", "description": "seconds from there to the end"},
+        "e2e_latency": {"type": "number"},
+        "first_missed_token": {
+            **one_of(obj({"position": integer(0), "token_id": integer(0), "text": STRING}), {"type": "null"}),
+            "description": "where the prompt left what was cached",
+        },
+        "input_token_logprobs": LOGPROBS,
+        "output_token_logprobs": LOGPROBS,
+    },
+    ["id", "finish_reason", "prompt_tokens", "cached_tokens", "completion_tokens"],
+)
+OPENAI_ANSWER = obj(
+    {
+        "id": STRING,
+        "object": STRING,
+        "created": integer(0),
+        "model": STRING,
+        "choices": array(ANY_OBJECT),
+        "usage": ref("Usage"),
+    },
+    ["id", "object", "created", "model", "choices", "usage"],
+)
+MODEL_CARD = obj({"id": STRING, "object": {"const": "model"}, "max_model_len": integer(1)}, ["id", "object"])
+
+SHARED_FIELDS: dict[str, JSON] = {name: EVERYWHERE[name] for name in ("stream", *REQUEST_FIELDS)} | {"model": STRING}
+
+ANTHROPIC_TEXT = obj({"type": {"const": "text"}, "text": STRING}, ["type", "text"])
+ANTHROPIC_BLOCK = one_of(
+    ANTHROPIC_TEXT,
+    obj({"type": {"const": "thinking"}, "thinking": STRING, "signature": STRING}, ["type", "thinking"]),
+    obj({"type": {"const": "tool_use"}, "id": STRING, "name": STRING, "input": ANY_OBJECT}, ["type", "id", "name"]),
+    obj(
+        {
+            "type": {"const": "tool_result"},
+            "tool_use_id": STRING,
+            "content": one_of(STRING, array(ANTHROPIC_TEXT)),
+            "is_error": BOOLEAN,
+        },
+        ["type", "tool_use_id"],
+    ),
+)
+ANTHROPIC_TOOL = obj({"name": STRING, "description": STRING, "input_schema": ANY_OBJECT}, ["name", "input_schema"])
+MESSAGES: dict[str, JSON] = {
+    **SHARED_FIELDS,
+    "messages": array(
+        obj(
+            {"role": {"enum": ["user", "assistant", "system"]}, "content": one_of(STRING, array(ANTHROPIC_BLOCK))},
+            ["role", "content"],
+        ),
+        minItems=1,
+    ),
+    "system": one_of(STRING, array(ANTHROPIC_TEXT)),
+    "tools": array(ANTHROPIC_TOOL),
+    "tool_choice": obj(
+        {"type": {"enum": ["auto", "any", "tool", "none"]}, "name": STRING, "disable_parallel_tool_use": BOOLEAN},
+        ["type"],
+    ),
+    "thinking": obj({"type": {"enum": ["enabled", "adaptive", "disabled"]}, "budget_tokens": integer(1)}, ["type"]),
+    "output_config": obj(
+        {"effort": STRING, "format": obj({"type": {"const": "json_schema"}, "schema": ANY_OBJECT}, ["type", "schema"])}
+    ),
+}
+MESSAGES_SAMPLING: dict[str, JSON] = {
+    **{name: SAMPLING[name] for name in ("temperature", "top_p", "top_k")},
+    "max_tokens": integer(0),
+    "stop_sequences": array(STRING),
+    "metadata": ANY_OBJECT,
+}
+
+RESPONSES_PART = obj({"type": {"enum": ["input_text", "output_text"]}, "text": STRING}, ["type", "text"])
+RESPONSES_TEXT = one_of(STRING, array(RESPONSES_PART))
+RESPONSES_ITEM = one_of(
+    obj(
+        {"role": {"enum": ["user", "assistant", "system", "developer"]}, "content": RESPONSES_TEXT}, ["role", "content"]
+    ),
+    obj(
+        {"type": {"const": "function_call"}, "call_id": STRING, "name": STRING, "arguments": STRING},
+        ["type", "call_id", "name", "arguments"],
+    ),
+    obj(
+        {"type": {"const": "function_call_output"}, "call_id": STRING, "output": RESPONSES_TEXT},
+        ["type", "call_id", "output"],
+    ),
+    obj(
+        {
+            "type": {"const": "reasoning"},
+            "content": array(obj({"type": {"const": "reasoning_text"}, "text": STRING}, ["type", "text"])),
+        },
+        ["type"],
+    ),
+)
+RESPONSES_REQUEST = obj(
+    {
+        **SHARED_FIELDS,
+        **{name: SAMPLING[name] for name in ("temperature", "top_p")},
+        "input": one_of(STRING, array(RESPONSES_ITEM, minItems=1)),
+        "instructions": STRING,
+        "max_output_tokens": integer(1),
+        "previous_response_id": STRING,
+        "store": {
+            "type": "boolean",
+            "description": "keep the answer in memory, as long as there is room; default: true",
+        },
+        "background": {"type": "boolean", "description": "answer at once, with an id to ask for later"},
+        "tools": array(
+            obj({"type": {"const": "function"}, "name": STRING, "parameters": ANY_OBJECT}, ["type", "name"])
+        ),
+        "tool_choice": one_of(
+            {"enum": ["auto", "none", "required"]},
+            obj({"type": {"const": "function"}, "name": STRING}, ["type", "name"]),
+        ),
+        "parallel_tool_calls": BOOLEAN,
+        "reasoning": obj({"effort": STRING}),
+        "text": obj(
+            {
+                "format": obj(
+                    {"type": {"enum": ["text", "json_object", "json_schema"]}, "name": STRING, "schema": ANY_OBJECT},
+                    ["type"],
+                )
+            }
+        ),
+        "truncation": {"const": "disabled"},
+        "metadata": {"type": "object", "additionalProperties": STRING},
+        "user": STRING,
+    },
+    ["input"],
+)
+
+OLLAMA_MESSAGE = obj(
+    {
+        "role": {"enum": ["system", "user", "assistant", "tool"]},
+        "content": STRING,
+        "thinking": STRING,
+        "tool_name": STRING,
+        "tool_calls": array(obj({"function": obj({"name": STRING, "arguments": ANY_OBJECT}, ["name"])}, ["function"])),
+    },
+    ["role", "content"],
+)
+OLLAMA_BOTH: dict[str, JSON] = {
+    **SHARED_FIELDS,
+    "options": obj(
+        {
+            **{
+                name: SAMPLING[name]
+                for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "stop")
+            },
+            "num_predict": integer(),
+            "top_k": integer(0, TOP_K_ALL),
+            "seed": integer(),
+            "repeat_penalty": SAMPLING["repetition_penalty"],
+        }
+    ),
+    "format": one_of({"const": "json"}, ANY_OBJECT),
+    "think": one_of(BOOLEAN, {"enum": ["low", "medium", "high"]}),
+    "keep_alive": one_of(STRING, integer()),
+}
+PROMPTS = one_of(STRING, TOKEN_IDS, array(STRING, minItems=1), array(TOKEN_IDS, minItems=1))
+POOLED: dict[str, JSON] = {"model": STRING, **{name: EVERYWHERE[name] for name in EVERYWHERE if name != "stream"}}
+
+COMPONENTS: dict[str, JSON] = {
+    "SamplingParams": obj(NATIVE_SAMPLING, additionalProperties=False),
+    "GenerateRequest": obj(
+        {
+            **EVERYWHERE,
+            "text": {**or_list(STRING), "description": "the prompt or prompts; give this or input_ids"},
+            "input_ids": one_of(TOKEN_IDS, array(TOKEN_IDS, minItems=1)),
+            "sampling_params": one_of(ref("SamplingParams"), array(ref("SamplingParams"))),
+            "return_logprob": one_of(BOOLEAN, array(BOOLEAN)),
+            "logprob_start_len": one_of(integer(-1), array(integer(-1))),
+            "top_logprobs_num": one_of(integer(0, 1024), array(integer(0, 1024))),
+            "token_ids_logprob": array(integer(0), maxItems=1024),
+            "return_text_in_logprobs": BOOLEAN,
+            "max_thinking_tokens": integer(0),
+            "require_reasoning": BOOLEAN,
+            "session_params": obj(
+                {
+                    "id": STRING,
+                    "rid": STRING,
+                    "offset": integer(-1),
+                    "replace": BOOLEAN,
+                    "drop_previous_output": BOOLEAN,
+                },
+                ["id"],
+            ),
+        }
+    ),
+    "MetaInfo": META_INFO,
+    "GenerateAnswer": obj(
+        {"text": STRING, "output_ids": array(integer(0)), "meta_info": ref("MetaInfo"), "index": integer(0)},
+        ["text", "output_ids", "meta_info"],
+    ),
+    "Message": MESSAGE,
+    "CompletionRequest": obj(
+        {
+            **OPENAI_BOTH,
+            "prompt": PROMPTS,
+            "logprobs": integer(0, 20),
+            "echo": BOOLEAN,
+            "best_of": integer(1),
+        },
+        ["prompt"],
+    ),
+    "ChatRequest": obj(
+        {
+            **OPENAI_BOTH,
+            **CHAT,
+            "max_completion_tokens": integer(0),
+            "logprobs": BOOLEAN,
+            "top_logprobs": integer(0, 20),
+        },
+        ["messages"],
+    ),
+    "Usage": USAGE,
+    "OpenAIAnswer": OPENAI_ANSWER,
+    "ModelCard": MODEL_CARD,
+    "TokenizeRequest": obj({**CHAT, "prompt": or_list(STRING), "text": or_list(STRING), "add_special_tokens": BOOLEAN}),
+    "DetokenizeRequest": obj(
+        {"tokens": one_of(TOKEN_IDS, array(TOKEN_IDS, minItems=1)), "skip_special_tokens": BOOLEAN}, ["tokens"]
+    ),
+    "ParseFunctionCallRequest": obj(
+        {"text": STRING, "tools": array(TOOL), "tool_call_parser": {"enum": [*TOOL_FORMATS, *TOOL_ALIASES]}},
+        ["text", "tools", "tool_call_parser"],
+    ),
+    "SeparateReasoningRequest": obj(
+        {"text": STRING, "reasoning_parser": {"enum": [*REASONING_FORMATS, *REASONING_ALIASES]}},
+        ["text", "reasoning_parser"],
+    ),
+    "AbortRequest": obj({"rid": STRING, "abort_all": BOOLEAN}),
+    "Health": obj(
+        {
+            "status": {"enum": ["ok", "starting", "stuck", "stopping", "stopped"]},
+            "last_step_age_s": {"type": "number"},
+            "oldest_queued_s": {"type": "number"},
+            "num_running": integer(0),
+            "num_queued": integer(0),
+        },
+        ["status"],
+    ),
+    "File": obj(
+        {
+            "id": STRING,
+            "object": {"const": "file"},
+            "bytes": integer(0),
+            "created_at": integer(0),
+            "filename": STRING,
+            "purpose": STRING,
+            "status": STRING,
+        },
+        ["id", "object", "bytes", "created_at", "filename", "purpose"],
+    ),
+    "BatchRequest": obj(
+        {
+            "input_file_id": STRING,
+            "endpoint": {"enum": ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]},
+            "completion_window": {
+                "type": "string",
+                "description": "such as 24h; lines not answered by then are errors",
+            },
+            "metadata": {"type": "object", "additionalProperties": STRING},
+        },
+        ["input_file_id", "endpoint"],
+    ),
+    "Batch": obj(
+        {
+            "id": STRING,
+            "object": {"const": "batch"},
+            "endpoint": STRING,
+            "input_file_id": STRING,
+            "status": STRING,
+            "created_at": integer(0),
+            "request_counts": ANY_OBJECT,
+        },
+        ["id", "object", "endpoint", "input_file_id", "completion_window", "status", "created_at", "request_counts"],
+    ),
+    "EmbeddingsRequest": obj(
+        {
+            **POOLED,
+            "input": PROMPTS,
+            "encoding_format": {"enum": ["float", "base64"]},
+            "dimensions": {
+                **integer(1),
+                "description": "numbers of the vector to keep, which is then of length 1 again",
+            },
+        },
+        ["input"],
+    ),
+    "Embeddings": obj(
+        {
+            "object": {"const": "list"},
+            "data": array(obj({"index": integer(0)}, ["object", "index", "embedding"])),
+            "model": STRING,
+            "usage": ref("Usage"),
+        },
+        ["object", "data", "model", "usage"],
+    ),
+    "EncodeRequest": obj({**POOLED, "text": or_list(STRING), "input_ids": one_of(TOKEN_IDS, array(TOKEN_IDS))}),
+    "Encoded": obj({"embedding": array({"type": "number"}), "meta_info": ref("MetaInfo")}, ["embedding", "meta_info"]),
+    "ClassifyRequest": obj({**POOLED, "input": PROMPTS}, ["input"]),
+    "RerankRequest": obj(
+        {
+            **POOLED,
+            "query": STRING,
+            "documents": array(STRING, minItems=1),
+            "top_n": integer(1),
+            "return_documents": BOOLEAN,
+        },
+        ["query", "documents"],
+    ),
+    "ScoreRequest": one_of(
+        obj({**POOLED, "text_1": or_list(STRING), "text_2": or_list(STRING)}, ["text_1", "text_2"]),
+        obj(
+            {
+                **POOLED,
+                "query": STRING,
+                "items": or_list(STRING),
+                "label_token_ids": TOKEN_IDS,
+                "apply_softmax": BOOLEAN,
+                "item_first": BOOLEAN,
+            },
+            ["items", "label_token_ids"],
+        ),
+    ),
+    "OpenSession": obj({"capacity_of_str_len": integer(0), "session_id": STRING}),
+    "CloseSession": obj({"session_id": STRING}, ["session_id"]),
+    "PauseRequest": obj({"mode": {"enum": PAUSE_MODES}}),
+    "UpdateWeightsRequest": obj(
+        {
+            "model_path": STRING,
+            "load_format": {"enum": ["auto", "safetensors", "gguf", "dummy"]},
+            "abort_all_requests": BOOLEAN,
+            "flush_cache": BOOLEAN,
+            "weight_version": STRING,
+        },
+        ["model_path"],
+    ),
+    "UpdateVersionRequest": obj({"new_version": STRING, "abort_all_requests": BOOLEAN}, ["new_version"]),
+    "WeightRequest": obj({"name": STRING, "truncate_size": integer(1, 4096)}, ["name"]),
+    "MemoryRequest": obj({"tags": array({"enum": ["kv_cache", "weights"]})}),
+    "Done": obj({"message": STRING}, ["message"]),
+    "NativeError": obj(
+        {"error": obj({"message": STRING, "code": integer(400, 599), "field": STRING}, ["message", "code"])}, ["error"]
+    ),
+    "OpenAIError": obj(
+        {"error": obj({"message": STRING, "type": STRING, "param": {}, "code": {}}, ["message", "type"])}, ["error"]
+    ),
+}
+COMPONENTS |= {
+    "MessagesRequest": obj({**MESSAGES, **MESSAGES_SAMPLING}, ["max_tokens", "messages"]),
+    "CountTokensRequest": obj(MESSAGES, ["messages"]),
+    "AnthropicMessage": obj(
+        {
+            "id": STRING,
+            "type": {"const": "message"},
+            "role": {"const": "assistant"},
+            "content": array(ANY_OBJECT),
+            "stop_reason": {"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
+            "stop_sequence": one_of(STRING, {"type": "null"}),
+            "usage": obj(
+                {"input_tokens": integer(0), "cache_read_input_tokens": integer(0), "output_tokens": integer(0)},
+                ["input_tokens", "output_tokens"],
+            ),
+        },
+        ["id", "type", "role", "content", "model", "stop_reason", "usage"],
+    ),
+    "AnthropicError": obj(
+        {"type": {"const": "error"}, "error": obj({"type": STRING, "message": STRING}, ["type", "message"])},
+        ["type", "error"],
+    ),
+    "ResponsesRequest": RESPONSES_REQUEST,
+    "Response": obj(
+        {
+            "id": STRING,
+            "object": {"const": "response"},
+            "status": {"enum": ["completed", "incomplete", "failed", "cancelled", "queued", "in_progress"]},
+            "output": array(ANY_OBJECT),
+            "usage": one_of(ANY_OBJECT, {"type": "null"}),
+        },
+        ["id", "object", "status", "output", "usage"],
+    ),
+    "OllamaChatRequest": obj({**OLLAMA_BOTH, "messages": array(OLLAMA_MESSAGE), "tools": array(ANY_OBJECT)}),
+    "OllamaGenerateRequest": obj({**OLLAMA_BOTH, "prompt": STRING, "system": STRING, "raw": BOOLEAN}),
+    "OllamaAnswer": obj(
+        {
+            "model": STRING,
+            "created_at": STRING,
+            "message": obj({"role": {"const": "assistant"}, "content": STRING}, ["role", "content"]),
+            "response": STRING,
+            "done": BOOLEAN,
+            "done_reason": STRING,
+        },
+        ["model", "created_at", "done", "done_reason"],
+    ),
+    "OllamaError": obj({"error": STRING}, ["error"]),
+}
