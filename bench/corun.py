@@ -66,15 +66,15 @@ def median_ms(runner: ModelRunner, plan: Plan) -> float:
 
 
 def measure(runner: ModelRunner) -> None:
-    if (costs := runner.corun_costs) is None:
+    if (costs := runner.splitter.costs) is None:
         print("steps are not split: the model's blocks or the GPU are not made for it")
         return
     print(f"{'tokens':>8s}{'decodes':>9s}{'context':>9s}{'whole, ms':>11s}{'split':>8s}{'ahead':>8s}{'gain':>7s}")
     for (num_tokens, num_decodes), context in itertools.product(SIZES, CONTEXTS):
         plan = mixed_plan(runner, num_tokens, num_decodes, context)
-        runner.corun_costs = None
+        runner.splitter.costs = None
         whole_ms = median_ms(runner, plan)
-        runner.corun_costs = costs
+        runner.splitter.costs = costs
         step = runner.launch(plan)
         step.result()
         line = f"{num_tokens:>8d}{num_decodes:>9d}{context:>9d}{whole_ms:11.2f}"

@@ -25,7 +25,8 @@ from unittest import mock
 import torch
 
 from bench.roofline import ROTATION_BYTES, graph_us, measure_roofline
-from kernels import elementwise, gemm, triton_gemm, triton_skinny
+from kernels import dense, elementwise, triton_gemm, triton_skinny
+from kernels.dense import DenseWeight
 from kernels.launch import compiling_ahead
 from kernels.triton_gemm import GemvConfig
 from kernels.triton_skinny import SKINNY_CONFIGS, SkinnyConfig
@@ -188,22 +189,35 @@ def time_product(product: Product, num_tokens: int, run: Callable[[Inputs, torch
     return graph_us([functools.partial(run, inputs, weight) for weight in weights * rounds])
 
 
+class RMSNorm:
+    """A norm that products may fuse."""
+
+    is_rms = True
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight, self.eps = weight, EPS
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return elementwise.rms_norm(x, self.weight, self.eps)
+
+
 def time_layers(products: list[Product], num_tokens: int, num_layers: int) -> float:
     """Microseconds for one layer's products, each fed by the one before; a fifth one follows them all."""
     qkv, o, gate_up, down, *last = products
     h = make_inputs(qkv, num_tokens).x
-    norms = [make_inputs(qkv, 1).norm_weight for _ in range(2)]
-    layers = [[make_weight(product) for product in (qkv, o, gate_up, down)] for _ in range(num_layers)]
-    last_weights = [make_weight(product) for product in last]
+    norms = [RMSNorm(make_inputs(qkv, 1).norm_weight) for _ in range(2)]
+    layers = [[DenseWeight.of(make_weight(part)) for part in (qkv, o, gate_up, down)] for _ in range(num_layers)]
+    last_weights = [DenseWeight.of(make_weight(product)) for product in last]
 
     def step() -> None:
         nonlocal h
         for qkv_weight, o_weight, gate_up_weight, down_weight in layers:
-            x = gemm.norm_linear(h, norms[0], EPS, qkv_weight)[:, : o.k].contiguous()
-            h = gemm.linear_add(x, o_weight, h)
-            h = gemm.linear_add(gemm.norm_linear_act(h, norms[1], EPS, gate_up_weight), down_weight, h)
+            x = qkv_weight.product(h, norm=norms[0])[:, : o.k].contiguous()
+            h = o_weight.product(x, residual=h, may_overwrite=True)
+            gated = gate_up_weight.product(h, norm=norms[1], act="silu")
+            h = down_weight.product(gated, residual=h, may_overwrite=True)
         for weight in last_weights:
-            gemm.linear(h, weight)
+            weight.product(h)
 
     return graph_us([step]) / num_layers
 
@@ -245,7 +259,7 @@ def find_skinny_configs(products: list[Product], num_layers: int) -> None:
             f"# up to {max_tokens} tokens: {time_layers(products, num_tokens, num_layers):.1f} us a layer with these:"
         )
         for product in products:
-            if product.fused == "act" and product.n * product.k > gemm.SMALL_WEIGHT:
+            if product.fused == "act" and product.n * product.k > dense.SMALL_WEIGHT:
                 continue  # `gated_gemm` has those
             key, timed = (product.n, product.k, max_tokens), []
             for config in skinny_candidates(product):
@@ -339,8 +353,8 @@ def main() -> None:
         layer_bytes = sum(product.weight_bytes for product in products[:4])
         for num_tokens in (1, 2, 3, 4, 8, 16, 24, 32, 64):
             ours = time_layers(products[:4], num_tokens, num_layers)
-            no_gated_gemm = mock.patch.object(gemm, "can_gated_gemm", lambda x, weight, act: False)
-            no_kernels = mock.patch.multiple(gemm, _is_gemv=lambda x, weight: False, SKINNY_MAX_TOKENS=0)
+            no_gated_gemm = mock.patch.object(dense, "can_gated_gemm", lambda x, weight, act: False)
+            no_kernels = mock.patch.multiple(dense, _is_gemv=lambda x, weight: False, SKINNY_MAX_TOKENS=0)
             with no_kernels, no_gated_gemm:
                 cublas = time_layers(products[:4], num_tokens, num_layers)
             rate, share = layer_bytes / ours / 1e6, roofline.share(ours, layer_bytes)

@@ -52,14 +52,13 @@ from rich.table import Table
 
 from bench.compare import WORKLOADS, number, wide_console
 from bench.cpu import ROOT, free_port, measure_idle
-from cache.pool import KVPool
+from cache.pool import CachePool
 from engine.checkpoint.weights import load_weights, resolve_model
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ModelError
 from engine.layers.layer import LayerConfig
-from engine.model_config import ModelConfig
-from engine.models import build_model
+from engine.models.registry import build_model, load_config
 from engine.request import Delta, Request, SamplingParams
 from engine.schedule.plan import Plan
 from engine.step.batch import Shape, Stager
@@ -244,14 +243,12 @@ def steps_of(lens: Sequence[int]) -> list[list[int]]:
 @torch.inference_mode()
 def our_logits(folder: Path, device: torch.device, backend: str, sequences: Sequence[np.ndarray]) -> torch.Tensor:
     """float32 [total tokens, vocabulary] of a bfloat16 model that gets `sequences` as `steps_of` says."""
-    config = ModelConfig.from_path(folder, EngineConfig(dtype="bfloat16"))
+    config = load_config(folder, EngineConfig(dtype="bfloat16"))
     model = build_model(config, LayerConfig(config.dtype, attention_backend=backend))
     load_weights(model, folder, "auto", device)
     lens = [len(sequence) for sequence in sequences]
     num_slots = sum(lens) + 1  # and slot 0, which belongs to nobody
-    pool = KVPool(
-        num_slots, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, config.dtype, device
-    )
+    pool = CachePool(model.cache_layout(), num_slots, config.dtype, device)
     slot_table = np.zeros((len(lens), max(lens)), np.int32)
     scattered = np.random.default_rng(1).permutation(num_slots - 1).astype(np.int32) + 1
     for row, slots in enumerate(np.split(scattered, np.cumsum(lens)[:-1])):

@@ -1,63 +1,71 @@
-"""The KV buffers of all layers."""
+"""The buffers that hold what all layers keep of their tokens."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
-
-@dataclass(frozen=True, slots=True)
-class PoolStats:
-    num_slots: int  # page 0, where padding writes, included
-    bytes_per_token: int  # all layers, key and value
-    num_bytes: int
-    dtype: torch.dtype
+from cache.layout import KV, LayerCache, buffer_shape, bytes_per_token
 
 
-class KVPool:
-    """Keys and values of `num_slots` tokens, `num_layers` deep, in one allocation.
+class KVViews(NamedTuple):
+    """The keys and values of one layer."""
 
-    buffer: [num_layers, 2, num_slots, num_kv_heads, head_dim]; [:, 0] are keys, [:, 1] values.
+    k: torch.Tensor  # [num_slots, heads, head_dim]
+    v: torch.Tensor  # [num_slots, heads, v_dim]
+
+
+class LatentViews(NamedTuple):
+    """The latent vectors of one layer."""
+
+    latent: torch.Tensor  # [num_slots, 1, rank + rope_dim]
+
+
+class CachePool:
+    """What `num_slots` tokens leave behind in every layer of a model.
+
+    Layers with equal entries share one buffer, and all buffers use the same slot numbers. `pool[layer]` gives the
+    views of a layer, of the type that its entry in the layout calls for.
     """
 
     def __init__(
-        self,
-        num_slots: int,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, layout: Sequence[LayerCache], num_slots: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        """Raises torch.OutOfMemoryError when the device has no room for it."""
-        self.num_slots = num_slots
-        self.bytes_per_token = bytes_per_token(num_layers, num_kv_heads, head_dim, dtype)
-        self._shape = (num_layers, 2, num_slots, num_kv_heads, head_dim)
-        self._dtype, self._device = dtype, device
+        """num_slots: page 0, where padding writes, included. Raises torch.OutOfMemoryError if there is no room."""
+        self.layout, self.num_slots, self.dtype = tuple(layout), num_slots, dtype
+        self.bytes_per_token = bytes_per_token(self.layout, dtype)
+        self._device = device
         self.allocate()
 
     def allocate(self) -> None:
-        """Have the buffer, all zeros: at the start, and again after `release`."""
+        """Make the buffers, all zeros: at the start, and again after `release`."""
         # Zeros, not empty: kernels may read slots of padding under a mask, and 0 * NaN is not 0.
-        self.buffer = torch.zeros(self._shape, dtype=self._dtype, device=self._device)
-        self._layers = [(layer[0], layer[1]) for layer in self.buffer]
+        views: dict[int, KVViews | LatentViews] = {}
+        self.buffers: list[torch.Tensor] = []
+        for entry in dict.fromkeys(self.layout):
+            layers = [i for i, other in enumerate(self.layout) if other == entry]
+            shape = buffer_shape(entry, len(layers), self.num_slots)
+            buffer = torch.zeros(shape, dtype=self.dtype, device=self._device)
+            self.buffers.append(buffer)
+            views.update(zip(layers, (_views(entry, part) for part in buffer), strict=True))
+        self._views = [views[i] for i in range(len(self.layout))]
 
     def release(self) -> None:
-        """Give the memory back, with all it holds."""
-        self._layers = []
-        self.buffer = self.buffer.new_empty(0)
+        """Free the memory, with all it holds."""
+        self._views, self.buffers = [], []
 
-    def k(self, layer: int) -> torch.Tensor:
-        """[num_slots, num_kv_heads, head_dim], a view."""
-        return self._layers[layer][0]
+    def __getitem__(self, layer: int) -> Any:
+        """Return the views of a layer: `KVViews` or `LatentViews`, as its entry in the layout says."""
+        return self._views[layer]
 
-    def v(self, layer: int) -> torch.Tensor:
-        """[num_slots, num_kv_heads, head_dim], a view."""
-        return self._layers[layer][1]
-
-    def stats(self) -> PoolStats:
-        return PoolStats(self.num_slots, self.bytes_per_token, self.buffer.nbytes, self.buffer.dtype)
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers)
 
 
-def bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """What one slot costs, over all layers, key and value: to size a pool before there is one."""
-    return num_layers * 2 * num_kv_heads * head_dim * dtype.itemsize
+def _views(entry: LayerCache, buffer: torch.Tensor) -> KVViews | LatentViews:
+    if not isinstance(entry, KV):
+        return LatentViews(buffer)
+    if entry.value_dim == entry.head_dim:
+        return KVViews(buffer[0], buffer[1])
+    return KVViews(buffer[..., : entry.head_dim], buffer[..., entry.head_dim :])

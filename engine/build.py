@@ -13,7 +13,8 @@ import torch
 from torch.distributed import TCPStore
 
 from cache.allocator import PageAllocator
-from cache.pool import KVPool
+from cache.layout import bytes_per_token
+from cache.pool import CachePool
 from cache.radix import NoCache, RadixCache
 from engine.checkpoint.weights import load_weights, resolve_model, resolve_tokenizer
 from engine.config import EngineConfig
@@ -21,7 +22,8 @@ from engine.errors import ModelError
 from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, unique_layers
 from engine.model_config import ModelConfig
-from engine.models import CausalLM, build_model
+from engine.models.base import CausalLM
+from engine.models.registry import build_model, load_config
 from engine.ranks.channel import ChannelReader
 from engine.ranks.children import Parent, settle_garbage_collector
 from engine.ranks.leader import Follower, Ranks, follow, join_store
@@ -38,7 +40,7 @@ from engine.text.tokenizer import Tokenizer
 from engine.upkeep import Upkeep
 from kernels import gated_gemm
 from kernels.attention import choose_backend
-from kernels.gemm import SKINNY_MAX_TOKENS
+from kernels.dense import SKINNY_MAX_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +175,7 @@ def build(
     """
     config = resolve_config(config)
     folder = resolve_model(config)
-    model_config = ModelConfig.from_path(folder, config)
+    model_config = load_config(folder, config)
     comm = Communicator(0, config.tp_size)
     model = new_model(config, model_config, comm)  # tells what cannot be split, before a process is started
     ranks = Ranks(config, folder, run_rank, on_failure) if config.tp_size > 1 else None
@@ -196,7 +198,7 @@ def build(
         if ranks is None:
             raise
         raise ranks.abandon(error) from error
-    has_corun = runner.corun_costs is not None
+    has_corun = runner.splitter.can_split
     for operation, backend in describe_backends(config, runner.device, has_corun=has_corun).items():
         on_progress(f"{operation}: {backend}")
 
@@ -246,7 +248,6 @@ def build_runner(
 
     assert config.max_running_requests and config.chunked_prefill_size
     kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, model_config.dtype)
-    num_kv_heads = _layer_config(config, model_config, comm).num_kv_heads(model_config.num_key_value_heads)
     max_len = model_config.context_length
     num_rows = config.max_running_requests
     slot_table = torch.zeros(num_rows + 1, max_len, dtype=torch.int32, device=device)
@@ -257,11 +258,8 @@ def build_runner(
     stager = Stager(max_step_tokens + max_extra_tokens, num_rows + MAX_PROMPTS, slot_table)
     sampler = Sampler(rows, model_config.vocab_size, model_config.eos_token_ids, device, config.sampling_backend)
 
-    def new_pool(num_tokens: int) -> KVPool:
-        return KVPool(
-            num_tokens + config.page_size, model_config.num_hidden_layers, num_kv_heads,
-            model_config.head_dim, kv_dtype, device,
-        )  # fmt: skip
+    def new_pool(num_tokens: int) -> CachePool:
+        return CachePool(model.cache_layout(), num_tokens + config.page_size, kv_dtype, device)
 
     largest_step = 0
     is_captured = (
@@ -290,10 +288,10 @@ def build_runner(
         probe.close()
         del probe
     memory = plan_memory(
-        config, model_config, kv_dtype, device,
+        config, model_config.context_length, bytes_per_token(model.cache_layout(), kv_dtype), device,
         weights=weights_bytes, tables=slot_table.nbytes, largest_step=largest_step,
         graphs=largest_step * graph_tokens // max_step_tokens,
-        num_kv_heads=num_kv_heads, comm=comm,
+        comm=comm,
     )  # fmt: skip
     on_progress("memory: " + ", ".join(f"{what} {size}" for what, size in memory.rows()))
     runner = ModelRunner(model, new_pool(memory.max_total_num_tokens), sampler, stager, comm)
@@ -314,7 +312,7 @@ def run_rank(
     device = torch.device(config.device or "cpu")
     if device.type == "cuda":
         config = config.replace(device=f"cuda:{config.base_gpu_id + rank % config.ranks_per_node}")
-    model_config = ModelConfig.from_path(folder, config)
+    model_config = load_config(folder, config)
     comm = Communicator(rank, config.tp_size)
     model = new_model(config, model_config, comm)
     store = join_store(host, port)

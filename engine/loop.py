@@ -215,8 +215,8 @@ class StepLoop:
             return None
         scheduler = self.scheduler
         budget = self._pace.prefill_budget(scheduler.num_streams)
-        if self.runner.corun_costs is not None:  # else there is no need to count
-            best = self.runner.best_prompt_tokens(scheduler.num_decodes, scheduler.num_context_tokens)
+        if self.runner.splitter.can_split:  # else there is no need to count
+            best = self.runner.splitter.best_prompt_tokens(scheduler.num_decodes, scheduler.num_context_tokens)
             if best is not None:
                 budget.max_tokens = min(budget.max_tokens, best)
         return budget

@@ -153,7 +153,7 @@ class Maintenance:
             self._check_weights_here()
             if (num_ranks := self.parts.runner.comm.size) > 1:
                 raise InvalidRequest(f"weights are read on one rank only, and this server has {num_ranks}", "name")
-            target = checkpoint_targets(self.parts.runner.model).get(name)
+            target = checkpoint_targets(self.parts.runner.model).get((name, None))
             if target is None:
                 raise InvalidRequest(f"the model has no weight {name[:200]!r}", "name")
             layer, weight_name, part = target

@@ -1,12 +1,13 @@
-"""What a model is: the parts of its config.json and generation_config.json that the engine reads.
+"""The description of a model: what the engine reads of its config.json and generation_config.json.
 
-Parsed by us rather than by transformers, whose import costs seconds at every start.
+Parsed by us rather than by transformers, whose import costs seconds at every start. `read_decoder` knows the spellings
+that most families share; a family's own `read_config` calls it and says what differs.
 """
 
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
     )),
     ("a positive number", lambda value: is_number(value) and value > 0, (
         "rms_norm_eps", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor",
+        "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
     )),
     ("a number", is_number, (
         "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
@@ -57,7 +59,9 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
     ("true or false", lambda value: isinstance(value, bool), (
         "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window",
     )),
-    ("a string", lambda value: isinstance(value, str), ("hidden_act", "model_type", "dtype", "torch_dtype")),
+    ("a string", lambda value: isinstance(value, str), (
+        "hidden_act", "hidden_activation", "model_type", "dtype", "torch_dtype",
+    )),
     ("an object", lambda value: isinstance(value, dict), (
         "rope_parameters", "rope_scaling", "quantization_config", "id2label",
     )),
@@ -68,8 +72,6 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
     ), ("eos_token_id",)),
 )  # fmt: skip
 
-TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3_text", "cohere", "cohere2"})
-
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -79,78 +81,67 @@ class RopeConfig:
     rotary_dim: int  # of head_dim, the first this many are rotated
     max_position_embeddings: int
     rope_type: str = "default"
-    scaling: dict[str, Any] = field(default_factory=dict)  # the type's own parameters: factor, beta_fast, ...
+    scaling: dict[str, Any] = field(default_factory=dict, hash=False)  # the type's own parameters: factor, ...
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """The attention of one layer; heads are the whole model's."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: RopeConfig
+    scale: float  # of scores
+    window: int = -1  # last tokens that a token sees, itself included; -1: all
+    softcap: float = 0.0  # scores become softcap tanh(score / softcap); 0: they do not
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False  # of each query and key head, before the rotation
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    path: Path
+    """A decoder, as its family's `read_config` describes it, and how it is to be served, filled in by `complete`."""
+
     architectures: tuple[str, ...]
     model_type: str
-    dtype: torch.dtype  # of weights and activations
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    attention: tuple[AttentionConfig, ...]  # one entry a layer
     hidden_act: str
-    rms_norm_eps: float
-    rope: RopeConfig
-    context_length: int  # longest prompt + answer in tokens
-    windows: tuple[int, ...]  # per layer: how many last tokens a token sees, itself included; -1: all
+    norm_eps: float
+    mlp_bias: bool
     tie_word_embeddings: bool
-    eos_token_ids: tuple[int, ...]
-    generation_defaults: dict[str, float]  # sampling fields that generation_config.json sets
-    pooling: str  # how a prompt becomes a vector: "last" or "mean"
-    raw: dict[str, Any]  # config.json with the overrides, for what only one family has
+    raw: dict[str, Any]  # config.json with the overrides
+    embed_scale: float = 1.0
+    logit_softcap: float = 0.0  # logits become softcap tanh(logit / softcap); 0: they do not
 
-    @classmethod
-    def from_path(cls, folder: str | Path, config: EngineConfig | None = None) -> "ModelConfig":
-        """Read `folder`/config.json, overridden by `config`. `ModelError` if it is missing, broken or incomplete."""
-        config = config or EngineConfig()
-        folder = Path(folder)
-        file = folder / "config.json"
-        raw = read_json(file, required=True) | parse_overrides(config.json_model_override_args)
-        try:
-            return cls._from_raw(folder, checked(raw, file), config)
-        except KeyError as error:
-            raise ModelError(f"{file} has no {error.args[0]!r}") from None
+    path: Path = Path()
+    dtype: torch.dtype = torch.bfloat16  # of weights and activations
+    context_length: int = 0  # longest prompt + answer in tokens
+    eos_token_ids: tuple[int, ...] = ()
+    generation_defaults: dict[str, float] = field(default_factory=dict)  # sampling fields of generation_config.json
+    pooling: str = "last"  # how a prompt becomes a vector: "last" or "mean"
 
-    @classmethod
-    def _from_raw(cls, folder: Path, raw: dict[str, Any], config: EngineConfig) -> "ModelConfig":
-        generation_file = folder / "generation_config.json"
-        generation = checked(read_json(generation_file), generation_file)
-        generation_defaults = parse_generation_defaults(generation)
-        num_heads = raw["num_attention_heads"]
-        head_dim = raw.get("head_dim") or raw["hidden_size"] // num_heads
-        rope = parse_rope(raw, head_dim)
-        if config.sampling_defaults == "model":
-            verify_generation_defaults(generation_defaults, raw["vocab_size"], generation_file)
-        return cls(
-            path=folder,
-            architectures=tuple(raw.get("architectures") or ()),
-            model_type=raw.get("model_type", ""),
-            dtype=resolve_dtype(config.dtype, raw),
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=num_heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or num_heads,
-            head_dim=head_dim,
-            hidden_act=raw.get("hidden_act", "silu"),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope=rope,
-            context_length=resolve_context_length(config.context_length, rope),
-            windows=parse_windows(raw),
-            tie_word_embeddings=raw.get("tie_word_embeddings", raw.get("model_type") in TIED_BY_DEFAULT),
-            eos_token_ids=tuple(dict.fromkeys(_ids(generation) + _ids(raw))),
-            generation_defaults=generation_defaults,
-            pooling=config.pooling or parse_pooling(folder),
-            raw=raw,
-        )
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.attention)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        return tuple(layer.window for layer in self.attention)
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """Each rotary embedding that some layer has, once."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.attention))
+
+    @property
+    def rope(self) -> RopeConfig:
+        """The first layer's."""
+        return self.attention[0].rope
 
     @property
     def is_classifier(self) -> bool:
@@ -179,13 +170,85 @@ class ModelConfig:
 
         By multiplications, those of attention counted twice: its kernels reach about half the speed.
         """
-        attention = 2 * self.num_attention_heads * self.head_dim
-        projections = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim * self.hidden_size
+        layer = self.attention[0]
+        attention = 2 * layer.num_heads * layer.head_dim
+        projections = 2 * (layer.num_heads + layer.num_kv_heads) * layer.head_dim * self.hidden_size
         return 2 * attention / (projections + 3 * self.hidden_size * self.intermediate_size)
 
     @property
     def embedding_size(self) -> int:
         return self.num_labels if self.is_classifier else self.hidden_size
+
+
+def read_raw(folder: Path, config: EngineConfig) -> dict[str, Any]:
+    """Return `folder`/config.json with the overrides of `config`. `ModelError` if an entry is not what it must be."""
+    file = folder / "config.json"
+    return checked(read_json(file, required=True) | parse_overrides(config.json_model_override_args), file)
+
+
+def read_decoder(
+    raw: dict[str, Any],
+    *,
+    windows: Sequence[int] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    qkv_bias: bool | None = None,
+    o_bias: bool | None = None,
+    qk_norm: bool = False,
+    **differs: Any,
+) -> ModelConfig:
+    """Read what most families spell alike. KeyError naming an entry that is missing.
+
+    differs: fields of `ModelConfig` that a family spells differently. The other keywords are those of
+    `AttentionConfig`, for all layers; windows: one a layer.
+    """
+    num_heads, hidden_size, num_layers = raw["num_attention_heads"], raw["hidden_size"], raw["num_hidden_layers"]
+    head_dim = raw.get("head_dim") or hidden_size // num_heads
+    has_bias = raw.get("attention_bias", False)
+    layer = AttentionConfig(
+        num_heads=num_heads,
+        num_kv_heads=raw.get("num_key_value_heads", num_heads),
+        head_dim=head_dim,
+        rope=parse_rope(raw, head_dim),
+        scale=head_dim**-0.5 if scale is None else scale,
+        softcap=softcap,
+        qkv_bias=has_bias if qkv_bias is None else qkv_bias,
+        o_bias=has_bias if o_bias is None else o_bias,
+        qk_norm=qk_norm,
+    )
+    windows = parse_windows(raw) if windows is None else windows
+    fields = {
+        "architectures": tuple(raw.get("architectures") or ()),
+        "model_type": raw.get("model_type", ""),
+        "vocab_size": raw["vocab_size"],
+        "hidden_size": hidden_size,
+        "intermediate_size": raw["intermediate_size"],
+        "attention": tuple(replace(layer, window=windows[i]) for i in range(num_layers)),
+        "hidden_act": raw.get("hidden_act", "silu"),
+        "norm_eps": raw.get("rms_norm_eps", 1e-6),
+        "mlp_bias": raw.get("mlp_bias", False),
+        "tie_word_embeddings": raw.get("tie_word_embeddings", False),
+        "raw": raw,
+    }
+    return ModelConfig(**(fields | differs))
+
+
+def complete(model: ModelConfig, raw: dict[str, Any], folder: Path, config: EngineConfig) -> ModelConfig:
+    """Return `model` with what does not depend on its family: dtype, context length, end tokens, sampling defaults."""
+    generation_file = folder / "generation_config.json"
+    generation = checked(read_json(generation_file), generation_file)
+    generation_defaults = parse_generation_defaults(generation)
+    if config.sampling_defaults == "model":
+        verify_generation_defaults(generation_defaults, model.vocab_size, generation_file)
+    return replace(
+        model,
+        path=folder,
+        dtype=resolve_dtype(config.dtype, raw),
+        context_length=resolve_context_length(config.context_length, model.rope),
+        eos_token_ids=tuple(dict.fromkeys(_ids(generation) + _ids(raw))),
+        generation_defaults=generation_defaults,
+        pooling=config.pooling or parse_pooling(folder),
+    )
 
 
 def read_json(path: Path, required: bool = False) -> dict[str, Any]:
@@ -267,17 +330,24 @@ def resolve_context_length(asked: int | None, rope: RopeConfig) -> int:
 
 
 def parse_windows(raw: dict[str, Any]) -> tuple[int, ...]:
-    """Each layer's sliding window, from whichever of its spellings the family uses."""
+    """Return each layer's sliding window, as Mistral and Qwen2 spell it; -1: it sees all."""
     num_layers = raw["num_hidden_layers"]
-    window = raw.get("sliding_window")
-    if not window or not raw.get("use_sliding_window", True):
+    if not raw.get("use_sliding_window", True):
         return (-1,) * num_layers
-    if layer_types := raw.get("layer_types"):
-        if len(layer_types) < num_layers:
-            raise ModelError(f"layer_types names {len(layer_types)} layers, num_hidden_layers is {num_layers}")
-        return tuple(window if kind == "sliding_attention" else -1 for kind in layer_types)
     first = raw.get("max_window_layers", 0) if "use_sliding_window" in raw else 0
-    return tuple(window if layer >= first else -1 for layer in range(num_layers))
+    return layer_windows(raw, [layer >= first for layer in range(num_layers)])
+
+
+def layer_windows(raw: dict[str, Any], is_local: Sequence[bool]) -> tuple[int, ...]:
+    """Return the window of each layer: `sliding_window` where `layer_types` says so, or `is_local` without that."""
+    window = raw.get("sliding_window")
+    if not window:
+        return (-1,) * len(is_local)
+    if layer_types := raw.get("layer_types"):
+        if len(layer_types) < len(is_local):
+            raise ModelError(f"layer_types names {len(layer_types)} layers, num_hidden_layers is {len(is_local)}")
+        is_local = [kind == "sliding_attention" for kind in layer_types[: len(is_local)]]
+    return tuple(window if local else -1 for local in is_local)
 
 
 def parse_pooling(folder: Path) -> str:

@@ -8,7 +8,7 @@ import torch
 from engine.checkpoint.weights import load_weights, resolve_model
 from engine.config import EngineConfig
 from engine.errors import ModelError
-from engine.models import CausalLM
+from engine.models.base import CausalLM
 from engine.step.model_runner import ModelRunner
 
 KV_CACHE, WEIGHTS = "kv_cache", "weights"

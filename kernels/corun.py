@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels.attention import AttentionBatch, decodes_torch
+from kernels.dense import DenseWeight
 from kernels.gated_gemm import can_gated_gemm, gated_gemm
-from kernels.gemm import linear_act
 from kernels.launch import num_sms
+from kernels.weights import Weight
 
 MEASURED_SMS = 132  # of the devices (H100, H200) that the next figures hold for
 # Multiprocessors for the attention -> operations of the product on all others while the attention reads a byte.
@@ -43,9 +44,11 @@ class Corun(NamedTuple):
     num_free_sms: int  # multiprocessors for that attention
 
 
-def can_corun(weight: torch.Tensor, act: str) -> bool:
-    """Whether `gated_beside_decodes` can run two kernels at once, with gate's and up's `weight` [2N, K]."""
-    return weight.is_cuda and num_sms(weight.device) == MEASURED_SMS and can_gated_gemm(weight[:1], weight, act)
+def can_corun(weight: Weight, act: str) -> bool:
+    """Return whether `gated_beside_decodes` can run two kernels at once, with gate's and up's `weight`."""
+    if not isinstance(weight, DenseWeight) or not weight.data.is_cuda:
+        return False
+    return num_sms(weight.data.device) == MEASURED_SMS and can_gated_gemm(weight.data[:1], weight.data, act)
 
 
 def choose_corun(costs: CorunCosts, num_tokens: int, num_decodes: int, num_context_tokens: int) -> Corun | None:
@@ -65,7 +68,7 @@ def choose_corun(costs: CorunCosts, num_tokens: int, num_decodes: int, num_conte
 
 def gated_beside_decodes(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     act: str,
     gated: torch.Tensor,
     q: torch.Tensor,
@@ -78,15 +81,17 @@ def gated_beside_decodes(
     scale: float,
     softcap: float = 0.0,
 ) -> None:
-    """`linear_act` of x [M, K] into `gated` [M, N]; meanwhile, on `num_free_sms` multiprocessors, the attention of the
-    batch's single tokens, q and the caches as for `kernels.attention.attention`, into their part of `attended`
-    [T, H, D].
+    """Write the product of x [M, K] and gate's and up's `weight`, with `act`, into `gated` [M, N]; meanwhile, on
+    `num_free_sms` multiprocessors, the attention of the batch's single tokens into their part of `attended` [T, H, D].
+
+    q and the caches are those of `kernels.attention.attention`. On a GPU `can_corun` must hold.
     """
     if not x.is_cuda:
-        linear_act(x, weight, act=act, out=gated)
+        weight.product(x, act=act, out=gated)
         decodes_torch(q, k_cache, v_cache, batch, attended, scale=scale, softcap=softcap)
         return
-    multiply = functools.partial(gated_gemm, x, weight, act, out=gated, num_free_sms=num_free_sms)
+    assert isinstance(weight, DenseWeight)
+    multiply = functools.partial(gated_gemm, x, weight.data, act, out=gated, num_free_sms=num_free_sms)
     if not batch.num_decodes:
         multiply()
         return

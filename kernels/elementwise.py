@@ -22,7 +22,8 @@ def has_dependent_launch(device: torch.device) -> bool:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x²) + eps) * weight over the last dimension; [T, N] -> [T, N].
 
-    The normalized value is rounded to x's dtype before it meets the weight, as Hugging Face's Llama does.
+    The normalized value is rounded to the weight's dtype before it meets the weight: x's own, as in Hugging Face's
+    Llama, or float32, as in its Gemma.
     """
     if x.is_cuda:
         from kernels.triton_elementwise import rms_norm_triton  # here: a machine without a GPU need not have triton
@@ -32,6 +33,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if weight.dtype != x.dtype:
+        return rms_norm_torch(x.float(), weight.float(), eps).to(x.dtype)
     size = x.shape[-1]
     # x and -x together have mean 0 and variance mean(x²). On a CPU layer_norm is one pass, F.rms_norm ten.
     return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=eps)[..., :size] * weight
@@ -132,6 +135,19 @@ def to_cache_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         limit = torch.finfo(dtype).max
         x = x.clamp(-limit, limit)
     return x.to(dtype)
+
+
+def softcap_(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """Replace x by cap tanh(x / cap), in place, and return it."""
+    if x.is_cuda:
+        from kernels.triton_elementwise import softcap_triton_
+
+        return softcap_triton_(x, cap)
+    return softcap_torch_(x, cap)
+
+
+def softcap_torch_(x: torch.Tensor, cap: float) -> torch.Tensor:
+    return x.div_(cap).tanh_().mul_(cap)
 
 
 def embed(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,8 @@ def _rms_norm_kernel(x, weight, out, x_stride, eps, N: tl.constexpr, BLOCK: tl.c
     wait_for_input(PDL)
     values = tl.load(x + row * x_stride + n, mask=n < N, other=0.0).to(tl.float32)
     values *= tl.rsqrt(tl.sum(values * values, axis=0) / N + eps)
-    tl.store(out + row * N + n, values.to(out.dtype.element_ty) * scale, mask=n < N)
+    scaled = values.to(weight.dtype.element_ty) * scale
+    tl.store(out + row * N + n, scaled.to(out.dtype.element_ty), mask=n < N)
 
 
 def act_and_mul_triton(x: torch.Tensor, act: str) -> torch.Tensor:
@@ -93,6 +94,26 @@ def _act_and_mul_kernel(x, out, x_stride, N: tl.constexpr, ACT: tl.constexpr, BL
     up = tl.load(x + row * x_stride + N + n, mask=n < N, other=0.0)
     activated = activation(gate.to(tl.float32), ACT).to(gate.dtype)  # rounded there, as torch does
     tl.store(out + row * N + n, activated * up, mask=n < N)
+
+
+def softcap_triton_(x: torch.Tensor, cap: float) -> torch.Tensor:
+    if x.numel():
+        block = 2048
+        rows = x.flatten(0, -2)
+        grid = (cdiv(rows.shape[1], block), rows.shape[0])
+        _softcap_kernel[grid](rows, rows.stride(0), rows.shape[1], cap, BLOCK=block, **launch_options(x.device, 4))
+    return x
+
+
+@fast_launch
+@triton.jit
+def _softcap_kernel(x, x_stride, N, cap, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    pointers = x + tl.program_id(1).to(tl.int64) * x_stride + n
+    wait_for_input(PDL)
+    values = tl.load(pointers, mask=n < N, other=0.0).to(tl.float32) / cap
+    tanh = 2.0 * tl.sigmoid(2.0 * values) - 1.0
+    tl.store(pointers, (cap * tanh).to(x.dtype.element_ty), mask=n < N)
 
 
 def rope_and_store_triton(

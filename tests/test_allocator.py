@@ -2,13 +2,11 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cache.allocator import PageAllocator
-from cache.pool import KVPool, bytes_per_token
 
 
 class AllocatorMachine(RuleBasedStateMachine):
@@ -172,14 +170,3 @@ def test_check_finds_a_page_that_nobody_holds() -> None:
     assert slots is not None
     with pytest.raises(AssertionError, match="neither held nor free"):
         allocator.check(slots[:2])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
-def test_keys_and_values_of_all_layers_are_views_of_one_zeroed_buffer(dtype: torch.dtype) -> None:
-    pool = KVPool(num_slots=8, num_layers=3, num_kv_heads=2, head_dim=4, dtype=dtype, device="cpu")
-    assert pool.buffer.float().abs().sum() == 0
-    pool.v(1)[5] = 1.0
-    assert pool.k(1).shape == pool.v(1).shape == (8, 2, 4)
-    assert pool.buffer[1, 1, 5].float().sum() == pool.buffer.float().sum() == 8
-    assert pool.bytes_per_token == bytes_per_token(3, 2, 4, dtype) == pool.buffer.nbytes // 8
-    assert pool.stats().num_bytes == pool.buffer.nbytes

@@ -43,7 +43,7 @@ def plan_of(decodes: list[int], prompts: list[int], groups: Groups | None = None
 
 def logits_of(parts: Parts, plan: Plan, shape: Shape) -> torch.Tensor:
     runner = parts.runner
-    table, buffer = runner.stager.slot_table, runner.kv.buffer
+    table, buffer = runner.stager.slot_table, runner.kv.buffers[0]
     table.zero_()
     table[1:, :200] = torch.arange(1, 201, dtype=torch.int32)  # what decodes have seen: slots all rows share
     generator = torch.Generator().manual_seed(0)
@@ -110,9 +110,9 @@ def test_padding_beside_a_shared_prefix_changes_no_logits(parts: Parts) -> None:
 def test_padding_writes_to_the_dump_slot_only(parts: Parts) -> None:
     plan = plan_of([5, 17, 3], [9])
     logits_of(parts, plan, Shape.of(plan))
-    exact = parts.runner.kv.buffer.clone()
+    exact = parts.runner.kv.buffers[0].clone()
     logits_of(parts, plan, Shape(8, 16, 32, 24, False))
-    torch.testing.assert_close(parts.runner.kv.buffer[:, :, 1:], exact[:, :, 1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(parts.runner.kv.buffers[0][:, :, 1:], exact[:, :, 1:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("max_prompt_tokens", [8192, 2048, 16, 0])

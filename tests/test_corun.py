@@ -17,6 +17,7 @@ from engine.schedule.plan import Plan
 from kernels import corun
 from kernels.attention import attention
 from kernels.corun import Corun, CorunCosts, choose_corun, gated_beside_decodes
+from kernels.dense import DenseWeight
 from kernels.elementwise import act_and_mul_torch
 from tests.test_engine import collect, make_request, running_engine
 
@@ -65,7 +66,7 @@ async def test_answers_are_the_same_when_steps_are_split(tiny_llama: Path, monke
     async def answers(costs: CorunCosts | None) -> list[list[int]]:
         async with running_engine(tiny_llama, chunked_prefill_size=48) as engine:
             runner = engine.parts.runner
-            runner.corun_costs = costs
+            runner.splitter.costs = costs
             launch = runner.launch
 
             def noting_launch(plan: Plan) -> Any:
@@ -105,6 +106,7 @@ def test_two_kernels_at_once_compute_what_they_do_alone(
         attended = attention(q, k, v, batch, scale=0.09, backend="triton", has_decodes=False)
         attended[:200] = torch.nan
         gated = torch.full((700, 3072), torch.nan, device="cuda").bfloat16()
-        gated_beside_decodes(x, weight, "silu", gated, q, k, v, batch, attended, num_free_sms=num_free_sms, scale=0.09)
+        matrix, free = DenseWeight.of(weight), num_free_sms
+        gated_beside_decodes(x, matrix, "silu", gated, q, k, v, batch, attended, num_free_sms=free, scale=0.09)
         torch.testing.assert_close(attended, whole, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(gated.float(), gated_whole, rtol=2e-2, atol=2e-2)

@@ -12,7 +12,6 @@ from engine.step.warmup import rehearse_sampling
 from kernels import (
     bookkeeping,
     elementwise,
-    gemm,
     launch,
     sampling,
     triton_bookkeeping,
@@ -281,39 +280,6 @@ def test_every_width_that_the_skinny_kernel_takes_has_a_configuration_that_divid
         assert k % (config.block_k * config.num_warps) == 0
     for (_, k, _), config in triton_skinny.SKINNY_CONFIGS.items():
         assert k % (config.block_k * config.num_warps) == 0
-
-
-def test_linear_add_returns_the_residual_it_was_given() -> None:
-    x, weight, h = randn(7, 32), randn(16, 32), randn(7, 16)
-    expected = h + x @ weight.t()
-    found = gemm.linear_add(x, weight, h)
-    assert found.data_ptr() == h.data_ptr()
-    assert_near(found, expected, "linear_add")
-
-
-def test_the_fused_products_are_their_parts_in_a_row() -> None:
-    h, norm_weight, weight, bias = randn(6, 32), randn(32), randn(16, 32), randn(16)
-    normed = elementwise.rms_norm(h, norm_weight, EPS)
-    assert_near(gemm.linear(h, weight, bias), h @ weight.t() + bias, "linear")
-    assert_near(gemm.norm_linear(h, norm_weight, EPS, weight, bias), normed @ weight.t() + bias, "norm_linear")
-    gate, up = (normed @ weight.t() + bias).chunk(2, dim=-1)
-    found = gemm.norm_linear_act(h, norm_weight, EPS, weight, bias)
-    assert_near(found, torch.nn.functional.silu(gate) * up, "norm_linear_act")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("num_tokens", [1, 5, 70])
-def test_a_packed_weight_changes_no_product(num_tokens: int, dtype: torch.dtype) -> None:
-    x, h = randn(num_tokens, 48, dtype=dtype), randn(num_tokens, 80, dtype=dtype)
-    weight, bias = randn(80, 48, dtype=dtype, scale=48**-0.5), randn(80, dtype=dtype)
-    norm_weight = randn(48, dtype=dtype)
-    packed = gemm.pack(weight)
-    for given in (None, bias):
-        assert_near(gemm.linear(x, packed, given), gemm.linear(x, weight, given), "linear")
-        found = gemm.norm_linear(x, norm_weight, EPS, packed, given)
-        assert_near(found, gemm.norm_linear(x, norm_weight, EPS, weight, given), "norm_linear")
-        found = gemm.linear_add(x, packed, h.clone(), given)
-        assert_near(found, gemm.linear_add(x, weight, h.clone(), given), "linear_add")
 
 
 # sampling

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from cache.pool import KVPool
+from cache.pool import CachePool
 from engine.checkpoint.weights import load_weights, resolve_model
 from engine.config import EngineConfig
 from engine.errors import ModelError
+from engine.layers.block import Block
 from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, named_layers
-from engine.model_config import ModelConfig
-from engine.models import build_model
+from engine.models.registry import build_model, load_config
 from engine.step.batch import ForwardBatch
+from engine.step.splitter import StepSplitter
 from kernels.corun import Corun, CorunCosts
 
 MakeTinyModel = Callable[..., Path]
@@ -32,17 +33,10 @@ class TinyEngine:
     """A model, its pool, and rows whose tokens lie in randomly scattered slots."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
-        self.config = ModelConfig.from_path(folder, EngineConfig(dtype="float32", **options))
+        self.config = load_config(folder, EngineConfig(dtype="float32", **options))
         self.model = build_model(self.config, LayerConfig(torch.float32))
         load_weights(self.model, folder, "auto", CPU)
-        self.pool = KVPool(
-            NUM_SLOTS,
-            self.config.num_hidden_layers,
-            self.config.num_key_value_heads,
-            self.config.head_dim,
-            torch.float32,
-            CPU,
-        )
+        self.pool = CachePool(self.model.cache_layout(), NUM_SLOTS, torch.float32, CPU)
         scattered = torch.randperm(NUM_SLOTS - 1, generator=torch.Generator().manual_seed(1)) + 1
         self.slot_table = scattered[: NUM_SLOTS // 4 * 3].view(3, -1).to(torch.int32)
         self.lens = [0, 0, 0]
@@ -70,9 +64,15 @@ class TinyEngine:
             num_decodes=int((q_lens == 1).sum()),
             q_lens_host=q_lens,
             seq_lens_host=seq_lens,
-            corun=corun,
         )
-        return self.model.compute_logits(self.model(batch, self.pool))
+        run_block = None
+        if corun is not None:
+            splitter = StepSplitter(self.model.model, self.pool)
+
+            def run_block(block: Block, h: torch.Tensor) -> torch.Tensor:
+                return splitter.run_block(block, h, batch, corun)
+
+        return self.model.compute_logits(self.model(batch, self.pool, run_block))
 
 
 @torch.inference_mode()
@@ -118,6 +118,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("Qwen3Config", {"tie_word_embeddings": False}),
     "qwen3, tied": ("Qwen3Config", {"tie_word_embeddings": True}),
+    "gemma 2": ("Gemma2Config", {"sliding_window": 8, "query_pre_attn_scalar": 24, "num_hidden_layers": 3}),
+    "gemma 2 without caps": (
+        "Gemma2Config",
+        {"attn_logit_softcapping": None, "final_logit_softcapping": None, "query_pre_attn_scalar": 16},
+    ),
+    "gemma 2, caps that bite": (
+        "Gemma2Config",
+        {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 1.5, "sliding_window": 8},
+    ),
     "theta": ("LlamaConfig", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     "linear": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "dynamic": ("LlamaConfig", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
@@ -209,6 +218,7 @@ def test_logits_equal_transformers_where_prompt_tokens_go_ahead(case: str, make_
         ("llama with biases", "triton", False),
         ("qwen2, window in the upper layer", "triton", False),
         ("mistral, window shorter than the prompt", "triton", False),
+        ("gemma 2", "triton", False),
     ],
 )
 def test_steps_are_split_where_every_block_can_be(
@@ -216,19 +226,24 @@ def test_steps_are_split_where_every_block_can_be(
 ) -> None:
     import transformers
 
-    monkeypatch.setattr("engine.models.llama.can_corun", lambda weight, act: True)
+    monkeypatch.setattr("engine.step.splitter.can_corun", lambda weight, act: True)
     config_class, overrides = CASES[case]
     folder = make_tiny_model(getattr(transformers, config_class), "model", **overrides)
-    config = ModelConfig.from_path(folder, EngineConfig(dtype="float32"))
-    pool = KVPool(8, config.num_hidden_layers, config.num_key_value_heads, config.head_dim, torch.float32, CPU)
-    costs = build_model(config, LayerConfig(torch.float32, backend)).model.corun_costs(pool)
-    kv_bytes = 2 * 4 * config.num_key_value_heads * config.head_dim
+    config = load_config(folder, EngineConfig(dtype="float32"))
+    model = build_model(config, LayerConfig(torch.float32, backend))
+    costs = StepSplitter(model.model, CachePool(model.cache_layout(), 8, torch.float32, CPU)).costs
+    kv_bytes = 2 * 4 * config.attention[0].num_kv_heads * config.attention[0].head_dim
     assert costs == (CorunCosts(kv_bytes, 4 * config.hidden_size * config.intermediate_size) if is_split else None)
 
 
 @pytest.mark.parametrize(
     ("case", "windows"),
-    [("llama", [-1]), ("mistral, window shorter than the prompt", [8]), ("qwen2, window in the upper layer", [-1, 8])],
+    [
+        ("llama", [-1]),
+        ("mistral, window shorter than the prompt", [8]),
+        ("qwen2, window in the upper layer", [-1, 8]),
+        ("gemma 2", [8, -1]),
+    ],
 )
 def test_kernels_are_found_out_by_blocks_of_each_kind_and_then_all_are_back(
     case: str, windows: list[int], make_tiny_model: MakeTinyModel
@@ -237,7 +252,7 @@ def test_kernels_are_found_out_by_blocks_of_each_kind_and_then_all_are_back(
 
     config_class, overrides = CASES[case]
     folder = make_tiny_model(getattr(transformers, config_class), "model", **overrides)
-    config = ModelConfig.from_path(folder, EngineConfig(dtype="float32"))
+    config = load_config(folder, EngineConfig(dtype="float32"))
     decoder = build_model(config, LayerConfig(torch.float32)).model
     layers = list(decoder.layers)
     with decoder.few_layers():
@@ -299,36 +314,36 @@ def test_rope_parameters_are_read_in_the_older_spelling(tiny_llama: Path, tmp_pa
     del raw["rope_parameters"]
     raw |= {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    config = ModelConfig.from_path(tmp_path)
+    config = load_config(tmp_path)
     assert (config.rope.rope_type, config.rope.theta, config.rope.scaling["factor"]) == ("linear", 5e5, 2.0)
     assert config.context_length == 1024
 
 
 def test_config_overrides_reach_the_model(tiny_llama: Path) -> None:
     options = EngineConfig(json_model_override_args='{"num_hidden_layers": 1}', context_length=100, dtype="half")
-    config = ModelConfig.from_path(tiny_llama, options)
+    config = load_config(tiny_llama, options)
     assert (config.num_hidden_layers, config.context_length, config.dtype) == (1, 100, torch.float16)
     assert config.windows == (-1,)
 
 
 def test_a_float32_checkpoint_runs_in_bfloat16_unless_asked_otherwise(tiny_llama: Path) -> None:
-    assert ModelConfig.from_path(tiny_llama).dtype == torch.bfloat16
-    assert ModelConfig.from_path(tiny_llama, EngineConfig(dtype="float")).dtype == torch.float32
+    assert load_config(tiny_llama).dtype == torch.bfloat16
+    assert load_config(tiny_llama, EngineConfig(dtype="float")).dtype == torch.float32
 
 
 def test_a_checkpoints_dtype_that_is_not_known_is_an_error_unless_another_is_asked_for(tiny_llama: Path) -> None:
     overrides = '{"dtype": "float8"}'
     with pytest.raises(ModelError, match=r"dtype 'float8' is none of half, float16, .* --dtype"):
-        ModelConfig.from_path(tiny_llama, EngineConfig(json_model_override_args=overrides))
+        load_config(tiny_llama, EngineConfig(json_model_override_args=overrides))
     asked = EngineConfig(json_model_override_args=overrides, dtype="float16")
-    assert ModelConfig.from_path(tiny_llama, asked).dtype == torch.float16
+    assert load_config(tiny_llama, asked).dtype == torch.float16
 
 
 def test_end_tokens_and_sampling_defaults_come_from_generation_config(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
     generation = '{"eos_token_id": [1, 2], "temperature": 0.6, "top_k": 0, "top_p": null, "do_sample": true}'
     (tmp_path / "generation_config.json").write_text(generation)
-    config = ModelConfig.from_path(tmp_path)
+    config = load_config(tmp_path)
     assert config.eos_token_ids == (1, 2)
     assert config.generation_defaults == {"temperature": 0.6, "top_k": -1}
 
@@ -337,8 +352,8 @@ def test_sampling_defaults_that_no_request_could_use_are_told_at_the_start(tiny_
     (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
     (tmp_path / "generation_config.json").write_text('{"top_p": 1.5}')
     with pytest.raises(ModelError, match=r"generation_config\.json: top_p must be .*, got 1\.5"):
-        ModelConfig.from_path(tmp_path)
-    ModelConfig.from_path(tmp_path, EngineConfig(sampling_defaults="openai"))
+        load_config(tmp_path)
+    load_config(tmp_path, EngineConfig(sampling_defaults="openai"))
 
 
 @pytest.mark.parametrize(
@@ -370,11 +385,11 @@ def test_what_cannot_run_is_named(overrides: str, message: str, tiny_llama: Path
 
 
 def test_null_in_a_config_means_that_the_entry_is_not_there(tiny_llama: Path) -> None:
-    plain = ModelConfig.from_path(tiny_llama)
+    plain = load_config(tiny_llama)
     names = ("rms_norm_eps", "hidden_act", "tie_word_embeddings", "sliding_window", "eos_token_id", "rope_scaling")
     options = EngineConfig(json_model_override_args=json.dumps(dict.fromkeys(names)))
-    config = ModelConfig.from_path(tiny_llama, options)
-    assert config.rms_norm_eps == plain.rms_norm_eps == 1e-6
+    config = load_config(tiny_llama, options)
+    assert config.norm_eps == plain.norm_eps == 1e-6
     assert (config.hidden_act, config.tie_word_embeddings, config.windows) == ("silu", False, plain.windows)
 
 
@@ -382,21 +397,21 @@ def test_an_end_token_of_minus_one_is_none(tiny_llama: Path, tmp_path: Path) -> 
     (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [-1, 7]}')
     options = EngineConfig(json_model_override_args='{"eos_token_id": -1}')
-    assert ModelConfig.from_path(tmp_path, options).eos_token_ids == (7,)
+    assert load_config(tmp_path, options).eos_token_ids == (7,)
 
 
 def test_a_config_without_sizes_is_an_error_that_names_the_entry(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot read"):
-        ModelConfig.from_path(tmp_path)
+        load_config(tmp_path)
     (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
     with pytest.raises(ModelError, match="hidden_size"):
-        ModelConfig.from_path(tmp_path)
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_shards_of_all_ranks_together_are_the_whole_weight(tp_size: int, tiny_llama: Path) -> None:
     # 4 heads, 2 KV heads: with 4 ranks two ranks hold the same KV head
-    config = ModelConfig.from_path(tiny_llama, EngineConfig(dtype="float32"))
+    config = load_config(tiny_llama, EngineConfig(dtype="float32"))
 
     def load(layers: LayerConfig) -> dict[str, torch.Tensor]:
         model = build_model(config, layers)
@@ -405,8 +420,8 @@ def test_shards_of_all_ranks_together_are_the_whole_weight(tp_size: int, tiny_ll
 
     whole = load(LayerConfig(torch.float32))
     ranks = [load(LayerConfig(torch.float32, comm=Communicator(rank, tp_size))) for rank in range(tp_size)]
-    head_dim, heads, copies = config.head_dim, config.num_attention_heads // tp_size, max(tp_size // 2, 1)
-    kv_heads = max(config.num_key_value_heads // tp_size, 1)
+    head_dim, heads, copies = config.rope.rotary_dim, config.attention[0].num_heads // tp_size, max(tp_size // 2, 1)
+    kv_heads = max(config.attention[0].num_kv_heads // tp_size, 1)
     for name, weight in whole.items():
         parts = [rank[name] for rank in ranks]
         if "qkv_proj" in name:
@@ -439,3 +454,28 @@ def test_the_demo_knows_the_capital_of_france(tmp_path: Path) -> None:
         answer.append(int(engine.forward({0: ids})[-1].argmax()))
         ids = answer[-1:]
     assert tokenizer.decode(answer) == "The capital of France is Paris."
+
+
+def test_norm_weights_that_transformers_starts_at_zero_count(make_tiny_model: MakeTinyModel, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    folder = make_tiny_model(Gemma2Config, "gemma2", sliding_window=8)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(-0.5, 0.5)
+    model.save_pretrained(tmp_path)
+    engine = TinyEngine(tmp_path)
+    assert_equals_reference(engine, tmp_path, random_ids(29, seed=1), random_ids(23, seed=2))
+    norm = engine.model.model.norm
+    assert torch.equal(norm.weight_part("weight", 0), norm.weight - 1)
+
+
+def test_a_config_that_names_its_layers_in_the_old_way_gives_the_same_windows(make_tiny_model: MakeTinyModel) -> None:
+    from transformers import Gemma2Config
+
+    folder = make_tiny_model(Gemma2Config, "gemma2", sliding_window=8, num_hidden_layers=3)
+    old = EngineConfig(json_model_override_args='{"layer_types": null}')
+    assert load_config(folder).windows == load_config(folder, old).windows == (8, -1, 8)

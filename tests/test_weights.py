@@ -20,14 +20,13 @@ from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, named_layers
-from engine.model_config import ModelConfig
-from engine.models import build_model
+from engine.models.registry import build_model, load_config
 
 CPU = torch.device("cpu")
 
 
 def load(folder: Path, load_format: str = "auto") -> Any:
-    config = ModelConfig.from_path(folder, EngineConfig(dtype="float32"))
+    config = load_config(folder, EngineConfig(dtype="float32"))
     model = build_model(config, LayerConfig(config.dtype))
     load_weights(model, folder, load_format, CPU)
     return model
@@ -80,7 +79,7 @@ def test_a_tied_model_takes_its_embedding_under_either_name(tiny_qwen3: Path, tm
         {"model.embed_tokens.weight": None},
     ):
         edit(folder, **changes)
-        torch.testing.assert_close(load(folder).lm_head.weight, embedding, rtol=0, atol=0)
+        torch.testing.assert_close(load(folder).lm_head.weight_part("weight", 0), embedding, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +135,7 @@ def test_weights_staged_to_the_gpu_equal_those_on_the_cpu(
     tp_rank: int, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights, "STAGING_BYTES", 1000)  # several pieces a weight
-    config = ModelConfig.from_path(tiny_llama)
+    config = load_config(tiny_llama)
     models = [build_model(config, LayerConfig(config.dtype, comm=Communicator(tp_rank, 2))) for _ in range(2)]
     for model, device in zip(models, (CPU, torch.device("cuda")), strict=True):
         load_weights(model, tiny_llama, "auto", device)
@@ -264,15 +263,15 @@ def test_a_converted_gguf_loads_and_has_its_rotary_halves_apart(tmp_path: Path) 
     config = EngineConfig(model_path=str(tmp_path / "tiny.gguf"), dtype="float32", download_dir=str(tmp_path / "cache"))
     folder = resolve_model(config)
     model = load(folder)
-    qkv = model.model.layers[0].self_attn.qkv_proj.weight
+    qkv = model.model.layers[0].self_attn.qkv_proj.weight.data
     # rows of a head: pair 0 first, pair 0 second, pair 1 first, ... -> all firsts, then all seconds
     order = [0, 2, 4, 6, 1, 3, 5, 7]
     q = tensors["blk.0.attn_q.weight"].reshape(2, 8, 16)[:, order].reshape(16, 16)
     k = tensors["blk.0.attn_k.weight"][order]
     wanted = np.concatenate((q, k, tensors["blk.0.attn_v.weight"]))
     np.testing.assert_array_equal(qkv.numpy(), wanted)
-    np.testing.assert_array_equal(model.lm_head.weight.numpy(), tensors["output.weight"])
-    assert ModelConfig.from_path(folder).eos_token_ids == (2,)
+    np.testing.assert_array_equal(model.lm_head.weight_part("weight", 0).numpy(), tensors["output.weight"])
+    assert load_config(folder).eos_token_ids == (2,)
 
 
 def test_a_sentencepiece_vocabulary_gets_its_merges_back(tmp_path: Path) -> None:
@@ -291,7 +290,7 @@ def test_llama_3_1_frequency_factors_become_the_model_s_rope(tmp_path: Path) -> 
     factors = np.array([1.0, 1.5, 4.0, 8.0], np.float32)
     write_gguf(tmp_path / "tiny.gguf", TINY_GGUF, tiny_tensors() | {"rope_freqs.weight": factors})
     config = EngineConfig(model_path=str(tmp_path / "tiny.gguf"), download_dir=str(tmp_path / "cache"))
-    rope = ModelConfig.from_path(resolve_model(config)).rope
+    rope = load_config(resolve_model(config)).rope
     inv_freq, scale = FREQUENCIES[rope.rope_type](rope, 64)
     np.testing.assert_allclose(inv_freq.numpy(), 10000.0 ** -(np.arange(4) / 4) / factors, rtol=1e-6)
     assert scale == 1.0

@@ -355,7 +355,7 @@ async def test_released_memory_comes_back_and_answers_go_on(tiny_llama: Path, ta
         running = Running(engine, "a")
         await running.until(3)
         await engine.maintenance.release_memory(tags)
-        assert (engine.parts.runner.kv.buffer.nbytes == 0) == ("kv_cache" in tags)
+        assert (engine.parts.runner.kv.nbytes == 0) == ("kv_cache" in tags)
         late = Running(engine, "b")
         await engine.maintenance.resume()  # of a pause that there is not: the memory is still away
         await asyncio.sleep(0.05)
@@ -381,10 +381,10 @@ async def test_memory_that_has_no_room_yet_stays_released_and_what_is_back_is_no
             patch.setattr(runner, "move_weights", fail)
             with pytest.raises(EngineError, match=r"no room for weights, which stays released: CUDA out of memory$"):
                 await engine.maintenance.resume_memory()
-        pool = runner.kv.buffer
-        assert pool.nbytes and not running.tokens
+        pool = runner.kv.buffers
+        assert runner.kv.nbytes and not running.tokens
         await engine.maintenance.resume_memory()
-        assert runner.kv.buffer is pool
+        assert runner.kv.buffers is pool
         await running.until(NUM_NEW_TOKENS)
         assert running.tokens == wanted
 

@@ -10,18 +10,20 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from engine.checkpoint.names import Piece, Rule, pieces_of
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.layers.layer import Layer, named_layers, unique_layers
 from engine.model_config import DTYPES, read_json
-from engine.models import CausalLM
+from engine.models.base import CausalLM
+from kernels.weights import ShapeError
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +37,6 @@ WEIGHT_FILES = ["*.safetensors"]
 DUPLICATES = ["consolidated*", "original/*", "onnx/*"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
-# Buffers that old checkpoints hold and nobody reads.
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 STAGING_BYTES = 16 << 20
 
 
@@ -187,7 +187,9 @@ def load_weights(model: CausalLM, folder: Path, load_format: str, device: torch.
     `ModelError` names every weight that is missing or unexpected, before anything is copied.
     """
     started = time.perf_counter()
-    files = {} if load_format == "dummy" else locate_weights(checkpoint_files(folder), checkpoint_targets(model))
+    files: Located = {}
+    if load_format != "dummy":
+        files = locate_weights(checkpoint_files(folder), checkpoint_targets(model), model.names)
     layers = unique_layers(model)
     for layer in layers:
         layer.materialize(device)
@@ -204,22 +206,41 @@ def load_weights(model: CausalLM, folder: Path, load_format: str, device: torch.
 
 
 class Target(NamedTuple):
-    """Where a tensor of the checkpoint belongs."""
+    """Where a tensor belongs: the `part`-th of a layer's weight `weight_name`."""
 
     layer: Layer
     weight_name: str
     part: int
 
 
-def checkpoint_targets(model: CausalLM) -> dict[str, Target]:
-    """The checkpoint's name for every weight of `model`, or part of a packed one. A tied weight has several names."""
+class Source(NamedTuple):
+    """What a target gets: a piece of the tensor `tensor` of a checkpoint."""
+
+    tensor: str
+    piece: Piece
+    target: Target
+
+
+Key = tuple[str, int | None]
+"""A name after all rules, and the number in a stack."""
+Located = dict[Path, list[Source]]
+
+
+def checkpoint_targets(model: CausalLM) -> dict[Key, Target]:
+    """Return where each tensor of a checkpoint belongs, by its name after the model's rules.
+
+    Tensors of a stacked weight have numbers: its parts are those of the first in the stack, then of the second, ...
+    """
     targets = {}
     for path, layer in named_layers(model):
         parent, _, leaf = path.rpartition(".")
+        modules = layer.part_names or (leaf,)
         for weight_name, _ in layer.weights():
-            for part, module in enumerate(model.packed_modules_mapping.get(leaf, (leaf,))):
-                name = ".".join(filter(None, (parent, module, weight_name)))
-                targets[name] = Target(layer, weight_name, part)
+            for i in range(layer.stack_size or 1):
+                for part, module in enumerate(modules):
+                    name = ".".join(filter(None, (parent, module, weight_name)))
+                    key = name, i if layer.stack_size else None
+                    targets[key] = Target(layer, weight_name, i * len(modules) + part)
     return targets
 
 
@@ -243,11 +264,11 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return files
 
 
-def locate_weights(files: list[Path], targets: dict[str, Target]) -> dict[Path, dict[str, Target]]:
-    """For every file the tensors to take from it; each target once. Strict about names."""
+def locate_weights(files: list[Path], targets: dict[Key, Target], rules: Sequence[Rule]) -> Located:
+    """Return for every file what to take from it; each target once. Strict about names."""
     from safetensors import SafetensorError, safe_open
 
-    located: dict[Path, dict[str, Target]] = {file: {} for file in files}
+    located: Located = {file: [] for file in files}
     unexpected, found = [], set()
     for file in files:
         try:
@@ -256,39 +277,40 @@ def locate_weights(files: list[Path], targets: dict[str, Target]) -> dict[Path, 
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file} cannot be read, or is broken: {error}") from None
         for name in names:
-            target = targets.get(name)
-            if target is None:
-                if not name.endswith(IGNORED_SUFFIXES):
+            for piece in pieces_of(name, rules):
+                key = piece.name, piece.index
+                if key not in targets:
                     unexpected.append(name)
-            elif target not in found:
-                found.add(target)
-                located[file][name] = target
-    missing = [name for name, target in targets.items() if target not in found]
+                elif key not in found:
+                    found.add(key)
+                    located[file].append(Source(name, piece, targets[key]))
+    missing = [name if index is None else f"{name}[{index}]" for name, index in targets.keys() - found]
     if missing or unexpected:
-        lists = {"missing": missing, "unexpected": unexpected}
+        lists = {"missing": sorted(missing), "unexpected": unexpected}
         listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in lists.items() if names)
         raise ModelError(f"the weights in {files[0].parent} do not fit the model; {listed}")
     return located
 
 
-def copy_weights(located: dict[Path, dict[str, Target]], device: torch.device) -> None:
-    """From the mapped files to the device; of a sharded weight only this rank's part is read."""
+def copy_weights(located: Located, device: torch.device) -> None:
+    """Copy from the mapped files to the device; of a sharded weight only this rank's part is read."""
     from safetensors import safe_open
 
     copy = StagedCopy() if device.type == "cuda" else torch.Tensor.copy_
     total = sum(file.stat().st_size for file in located)
     with progress_bar("Loading weights", total) as advance:
-        for file, targets in located.items():
+        for file, sources in located.items():
             with safe_open(file, framework="pt") as checkpoint:
-                for name, (layer, weight_name, part) in targets.items():
+                for name, piece, (layer, weight_name, part) in sources:
                     loaded = checkpoint.get_tensor(name)
                     if not loaded.is_floating_point():
                         raise ModelError(f"{name} is of {loaded.dtype}: quantized weights are not supported")
                     try:
-                        copy(*layer.place_weight(weight_name, loaded, part))
-                    except ModelError as error:
+                        source = piece.of(loaded)
+                        copy(*layer.place_weight(weight_name, source, part))
+                    except (ShapeError, ModelError) as error:
                         raise ModelError(f"{name} {error}") from None
-                    advance(loaded.nbytes)
+                    advance(source.nbytes)
 
 
 class StagedCopy:

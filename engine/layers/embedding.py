@@ -1,59 +1,119 @@
 """Token ids to vectors, and vectors to logits. Both weights are [vocabulary, hidden], split by vocabulary."""
 
-from typing import ClassVar
+from collections.abc import Iterator
 
 import torch
 
-from engine.errors import ModelError
-from engine.layers.layer import Layer, LayerConfig, meta_weight
-from kernels.elementwise import embed
-from kernels.gemm import linear, pack
+from engine.layers.layer import Layer, LayerConfig
+from engine.layers.linear import Linear
+from kernels.dense import DenseWeight
+from kernels.elementwise import embed, softcap_
+from kernels.weights import Part, ShapeError, Weight
+
+
+class VocabularySlice:
+    """The ids that a rank has: `width` of them from `first_token` on, the last rank maybe fewer."""
+
+    def __init__(self, vocab_size: int, layers: LayerConfig) -> None:
+        self.vocab_size = vocab_size
+        self.width = -(-vocab_size // layers.comm.size)
+        self.first_token = layers.comm.rank * self.width
+        self.num_tokens = min(self.width, vocab_size - self.first_token)
+
+    def rows_of(self, loaded: torch.Tensor, hidden_size: int) -> torch.Tensor:
+        """Return this rank's rows of a checkpoint's tensor [vocabulary, hidden]."""
+        if loaded.shape != (self.vocab_size, hidden_size):
+            raise ShapeError(f"has shape {list(loaded.shape)}, the model wants {[self.vocab_size, hidden_size]}")
+        return loaded.narrow(0, self.first_token, self.num_tokens)
 
 
 class VocabParallelEmbedding(Layer):
-    """This rank has the ids from `first_token` on: `width` of them, the last rank maybe fewer."""
+    """The vectors of token ids, times `scale`, which is rounded to the model's dtype."""
 
-    weight_names: ClassVar = ("weight",)
-
-    def __init__(self, vocab_size: int, hidden_size: int, layers: LayerConfig) -> None:
-        self.comm, self.vocab_size = layers.comm, vocab_size
-        self.width = -(-vocab_size // self.comm.size)
-        self.first_token = self.comm.rank * self.width
-        num_tokens = min(self.width, vocab_size - self.first_token)
-        self.weight = meta_weight(num_tokens, hidden_size, dtype=layers.dtype)
-        self.packed: torch.Tensor | None = None  # `logits`' own copy, where that is faster
+    def __init__(self, vocab_size: int, hidden_size: int, layers: LayerConfig, scale: float = 1.0) -> None:
+        self.comm, self.slice = layers.comm, VocabularySlice(vocab_size, layers)
+        self.scale = float(torch.tensor(scale).to(layers.dtype))
+        self.weight = DenseWeight([Part(self.slice.num_tokens)], hidden_size, layers.dtype)
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return [T, hidden] of ids [T]."""
+        weight = self.weight.data
         if self.comm.size == 1:
-            return embed(input_ids, self.weight)  # [T, hidden]
-        local = input_ids - self.first_token
-        is_here = (local >= 0) & (local < len(self.weight))
-        return self.comm.all_reduce(embed(torch.where(is_here, local, 0), self.weight) * is_here[:, None])
+            h = embed(input_ids, weight)
+        else:
+            local = input_ids - self.slice.first_token
+            is_here = (local >= 0) & (local < len(weight))
+            h = self.comm.all_reduce(embed(torch.where(is_here, local, 0), weight) * is_here[:, None])
+        return h if self.scale == 1.0 else h.mul_(self.scale)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return linear(hidden, self.weight if self.packed is None else self.packed)  # [S, this rank's tokens]
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.weight.tensors()
 
-    def gather(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """All ranks' logits, on rank 0: [S, vocabulary]; None on others."""
-        return self.comm.gather(logits, self.width)
-
-    def most_likely(self, logits: torch.Tensor) -> torch.Tensor:
-        """int32 [S], as `kernels.sampling.argmax` of all ranks' logits would have it; on every rank."""
-        return self.comm.most_likely(logits, self.first_token)
-
-    def pack_for_logits(self) -> None:
-        self.packed = pack(self.weight)
+    def materialize(self, device: torch.device) -> None:
+        self.weight.materialize(device)
 
     def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if loaded.shape != (self.vocab_size, self.weight.shape[1]):
-            raise ModelError(
-                f"has shape {list(loaded.shape)}, the model wants {[self.vocab_size, self.weight.shape[1]]}"
-            )
-        return self.weight, loaded.narrow(0, self.first_token, len(self.weight))
+        return self.weight.place(name, self.slice.rows_of(loaded, self.weight.k), part)
+
+    def weight_part(self, name: str, part: int) -> torch.Tensor:
+        return self.weight.data
+
+    def move_to(self, device: torch.device) -> None:
+        self.weight.transform(lambda tensor: tensor.to(device))
+
+    def fill_dummy(self, generator: torch.Generator) -> None:
+        self.weight.fill_random(generator)
 
 
-class ParallelLMHead(VocabParallelEmbedding):
-    """The output side's own weight. Models that tie their embeddings use the embedding in its place."""
+class ParallelLMHead(Linear):
+    """Logits of hidden states. softcap c > 0: logits become c tanh(logit / c)."""
 
-    def pack_for_logits(self) -> None:
-        self.weight = pack(self.weight)  # no row of it is ever looked up
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        layers: LayerConfig,
+        *,
+        tied_to: VocabParallelEmbedding | None = None,
+        softcap: float = 0.0,
+    ) -> None:
+        """tied_to: the embedding whose weight serves here too; it owns, loads and moves it."""
+        self.comm, self.slice, self.softcap = layers.comm, VocabularySlice(vocab_size, layers), softcap
+        self.is_tied = tied_to is not None
+        self.weight: Weight
+        if tied_to is None:
+            super().__init__((), [Part(self.slice.num_tokens)], hidden_size, layers)
+        else:
+            self.weight, self.bias = tied_to.weight, None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return this rank's logits [S, tokens] of hidden states [S, hidden]."""
+        logits = self(hidden)
+        return softcap_(logits, self.softcap) if self.softcap else logits
+
+    def gather(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """Return all ranks' logits [S, vocabulary] on rank 0, None on others."""
+        return self.comm.gather(logits, self.slice.width)
+
+    def most_likely(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return int32 [S], on every rank, as `kernels.sampling.argmax` of all ranks' logits would."""
+        return self.comm.most_likely(logits, self.slice.first_token)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if not self.is_tied:
+            yield from super().weights()
+
+    def materialize(self, device: torch.device) -> None:
+        if not self.is_tied:
+            super().materialize(device)
+
+    def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.weight.place(name, self.slice.rows_of(loaded, self.weight.k), part)
+
+    def move_to(self, device: torch.device) -> None:
+        if not self.is_tied:
+            super().move_to(device)
+
+    def fill_dummy(self, generator: torch.Generator) -> None:
+        if not self.is_tied:
+            super().fill_dummy(generator)

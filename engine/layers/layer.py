@@ -1,4 +1,4 @@
-"""What every layer is.
+"""The base of every layer.
 
 Layers are plain objects rather than `torch.nn.Module`s: a forward on a small model is a few hundred attribute
 reads, and a module's weights and children are found through `__getattr__`, ten times slower than a plain attribute.
@@ -6,57 +6,64 @@ Nothing of a module is needed here: weights are never trained, and they get thei
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 
 from engine.errors import ModelError
 from engine.layers.communicator import Communicator
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One of `count` equal slices; all of it by default."""
-
-    index: int = 0
-    count: int = 1
-
-    def size_of(self, size: int, what: str) -> int:
-        if size % self.count:
-            raise ModelError(f"{what} is {size}, which cannot be split over {self.count} ranks")
-        return size // self.count
-
-
-WHOLE = Shard()
+from engine.quantization import Quantization, Scheme
+from kernels.weights import Shard, match_shard
 
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What all layers of one rank have in common. Passed down, so that model files need not know of it."""
+    """What all layers of one rank have in common, and the path of the layer that is being made.
+
+    Passed down, so that model files need not know of ranks or formats.
+    """
 
     dtype: torch.dtype
     attention_backend: str = "torch"
     comm: Communicator = field(default_factory=Communicator)
+    quantization: Quantization = field(default_factory=Quantization)
+    path: str = ""
+
+    def within(self, name: str) -> "LayerConfig":
+        """Return the configuration of the child `name`."""
+        return replace(self, path=f"{self.path}.{name}" if self.path else name)
+
+    @property
+    def scheme(self) -> Scheme:
+        """The format of the weights of the layer at `path`."""
+        return self.quantization.scheme_of(self.path)
 
     @property
     def shard(self) -> Shard:
         return Shard(self.comm.rank, self.comm.size)
 
     def kv_shard(self, num_kv_heads: int) -> Shard:
-        """Of keys and values. More ranks than KV heads: several ranks hold the same head."""
+        """Return this rank's slice of keys and values. With more ranks than KV heads, several ranks hold one head."""
         size = self.comm.size
         if size > num_kv_heads and size % num_kv_heads == 0:
             return Shard(self.comm.rank * num_kv_heads // size, num_kv_heads)
         return self.shard
 
     def num_kv_heads(self, of_all: int) -> int:
-        """This rank's share of `of_all`."""
-        return self.kv_shard(of_all).size_of(of_all, "num_key_value_heads")
+        """Return this rank's share of `of_all` KV heads. `ModelError` if they cannot be split."""
+        return size_of(self.kv_shard(of_all), of_all, "num_key_value_heads")
 
     def split(self, size: int, what: str) -> int:
-        """This rank's share of `size`."""
-        return self.shard.size_of(size, what)
+        """Return this rank's share of `size`. `ModelError`, which names `what`, if it cannot be split."""
+        return size_of(self.shard, size, what)
+
+
+def size_of(shard: Shard, size: int, what: str) -> int:
+    """Return the length of a shard of `size`. `ModelError` if `size` does not divide."""
+    if size % shard.count:
+        raise ModelError(f"{what} is {size}, which cannot be split over {shard.count} ranks")
+    return size // shard.count
 
 
 class Layer:
@@ -66,47 +73,50 @@ class Layer:
     """
 
     weight_names: ClassVar[tuple[str, ...]] = ()
+    part_names: tuple[str, ...] = ()
+    """The names in a checkpoint of the tensors that stand row on row in each weight; (): the layer's own."""
+    stack_size: int | None = None
+    """How many weights of a kind (experts) are stacked; None: it is one weight."""
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """This layer's own weights, not its children's; an absent bias is None and not listed."""
+        """Yield this layer's own tensors, not its children's; an absent bias is None and not listed."""
         for name in self.weight_names:
             if (weight := getattr(self, name)) is not None:
                 yield name, weight
 
     def materialize(self, device: torch.device) -> None:
-        """Give this layer's weights memory on `device`; what they hold is undefined."""
+        """Give this layer's weights memory on `device`; their values are undefined."""
         for name, weight in self.weights():
             setattr(self, name, torch.empty(weight.shape, dtype=weight.dtype, device=device))
 
     def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views (target, source): source is this rank's shard of a checkpoint's tensor, target where it goes.
+        """Return (target, source): where this rank's shard of a checkpoint's tensor goes, and that shard.
 
-        `loaded` is the whole tensor, the `part`-th part of weight `name`; only packed layers have more than one.
-        `ModelError` if it is of another shape.
+        loaded: the whole tensor of the `part`-th of `part_names`. `kernels.weights.ShapeError` if it has another shape.
         """
         return match_shard(getattr(self, name), loaded)
 
     def weight_part(self, name: str, part: int) -> torch.Tensor:
-        """A view of this rank's shard of the `part`-th part of weight `name`; of a packed weight, a copy."""
-        weight = getattr(self, name)
-        return weight.to_dense() if weight.is_mkldnn else weight
+        """Return this rank's shard of a tensor, as a checkpoint would hold it: a view, or a copy where it is packed."""
+        weight: torch.Tensor = getattr(self, name)
+        return weight
 
     def move_to(self, device: torch.device) -> None:
-        """Its weights, which no longer have their addresses."""
+        """Move the weights to `device`: they get new addresses."""
         for name, weight in self.weights():
             setattr(self, name, weight.to(device))
 
     def pack(self) -> None:
-        """Once loaded: lay the weights out as the kernels read them fastest. Nothing else can read them then."""
+        """Lay the weights, once loaded, out as the kernels read them fastest. Nothing else can read them then."""
 
     def fill_dummy(self, generator: torch.Generator) -> None:
-        """Random weights that keep activations in range."""
+        """Fill with random weights that keep activations in range."""
         for _, weight in self.weights():
             weight.normal_(0, 0.02, generator=generator)
 
 
 def named_layers(layer: Layer, prefix: str = "") -> Iterator[tuple[str, Layer]]:
-    """`layer` and everything below it with its dotted path. A shared layer comes once for each of its paths."""
+    """Yield `layer` and everything below it with its dotted path; a shared layer once for each of its paths."""
     yield prefix, layer
     for name, value in vars(layer).items():
         path = f"{prefix}.{name}" if prefix else name
@@ -119,20 +129,10 @@ def named_layers(layer: Layer, prefix: str = "") -> Iterator[tuple[str, Layer]]:
 
 
 def unique_layers(layer: Layer) -> list[Layer]:
+    """Return `layer` and everything below it, each once."""
     return list({id(child): child for _, child in named_layers(layer)}.values())
 
 
 def meta_weight(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor without memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def match_shard(
-    target: torch.Tensor, loaded: torch.Tensor, dim: int = 0, shard: Shard = WHOLE
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(target, the shard of `loaded` along `dim`)."""
-    wanted = list(target.shape)
-    wanted[dim] *= shard.count
-    if list(loaded.shape) != wanted:
-        raise ModelError(f"has shape {list(loaded.shape)}, the model wants {wanted}")
-    size = target.shape[dim]
-    return target, loaded.narrow(dim, shard.index * size, size)

@@ -1,115 +1,104 @@
 """Matrix products of a transformer block, split over ranks as in Megatron-LM (Shoeybi et al. 2019).
 
-Column parallel: every rank computes some of the outputs. Row parallel: every rank holds some of the inputs and adds
-its share to the sum.
+Column parallel: every rank computes some of the outputs. Row parallel: every rank holds some of the inputs, and the
+products of all ranks are summed (`engine.layers.block.sum_over_ranks`).
 """
 
-from typing import ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from engine.errors import ModelError
-from engine.layers.layer import Layer, LayerConfig, Shard, match_shard, meta_weight
-from engine.layers.norm import RMSNorm
-from kernels.gemm import linear, linear_add, norm_linear, norm_linear_act, pack
+from engine.layers.layer import Layer, LayerConfig, meta_weight
+from kernels.weights import WHOLE, Part, Shard, Weight, match_shard
 
 # Hugging Face's name -> the kernels'
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-class ColumnParallelLinear(Layer):
-    """norm, then product. The weight [N, K] is a stack of parts; part i holds `shards[i]` of a checkpoint's tensor.
-
-    `part_sizes` are this rank's.
-    """
-
-    weight_names: ClassVar = ("weight", "bias")
+class Linear(Layer):
+    """A weight, a bias if the model has one, and the names of the checkpoint's tensors that are stacked in them."""
 
     def __init__(
-        self, input_size: int, part_sizes: list[int], shards: list[Shard], bias: bool, layers: LayerConfig
+        self,
+        part_names: Sequence[str],
+        parts: Sequence[Part],
+        input_size: int,
+        layers: LayerConfig,
+        *,
+        bias: bool = False,
+        input_shard: Shard = WHOLE,
     ) -> None:
-        self.part_sizes = part_sizes
-        self.shards = shards
-        self.weight = meta_weight(sum(part_sizes), input_size, dtype=layers.dtype)
-        self.bias = meta_weight(sum(part_sizes), dtype=layers.dtype) if bias else None
+        """part_names: () if the layer's own name is the only one. input_size: on this rank."""
+        self.part_names = tuple(part_names)
+        self.weight: Weight = layers.scheme.weight(parts, input_size, input_shard, layers.dtype)
+        self.bias = meta_weight(self.weight.n, dtype=layers.dtype) if bias else None
 
-    def __call__(self, h: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
-        return norm_linear(h, norm.weight, norm.eps, self.weight, self.bias)
+    def __call__(self, x: torch.Tensor, **fused: Any) -> torch.Tensor:
+        """Return x W^T + bias, and what `Weight.product`'s keywords ask for around it."""
+        return self.weight.product(x, bias=self.bias, **fused)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self.weight.tensors()
+        if self.bias is not None:
+            yield "bias", self.bias
+
+    def materialize(self, device: torch.device) -> None:
+        self.weight.materialize(device)
+        if self.bias is not None:
+            self.bias = torch.empty_like(self.bias, device=device)
 
     def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return match_shard(self.weight_part(name, part), loaded, 0, self.shards[part])
+        if name == "bias":  # of inputs that are split, every rank holds all of it
+            return match_shard(self.weight_part(name, part), loaded, 0, self.weight.parts[part].shard)
+        return self.weight.place(name, loaded, part)
 
     def weight_part(self, name: str, part: int) -> torch.Tensor:
-        return super().weight_part(name, part).narrow(0, sum(self.part_sizes[:part]), self.part_sizes[part])
+        if name == "bias":
+            assert self.bias is not None
+            return self.bias[self.weight.row_slice(part)]
+        return self.weight.rows_of(part)
+
+    def move_to(self, device: torch.device) -> None:
+        self.weight.transform(lambda tensor: tensor.to(device))
+        if self.bias is not None:
+            self.bias = self.bias.to(device)
 
     def pack(self) -> None:
-        self.weight = pack(self.weight)
+        self.weight = self.weight.pack()
+
+    def fill_dummy(self, generator: torch.Generator) -> None:
+        self.weight.fill_random(generator)
+        if self.bias is not None:
+            self.bias.normal_(0, 0.02, generator=generator)
 
 
-class MergedColumnParallelLinear(ColumnParallelLinear):
-    """Several products of the same input, each split evenly."""
-
-    def __init__(self, input_size: int, output_sizes: list[int], bias: bool, layers: LayerConfig) -> None:
-        part_sizes = [layers.split(size, "output size") for size in output_sizes]
-        super().__init__(input_size, part_sizes, [layers.shard] * len(output_sizes), bias, layers)
-
-    def gated(self, h: torch.Tensor, norm: RMSNorm, act: str) -> torch.Tensor:
-        """act(gate) * up of two products, gate and up: [T, 2N] is not kept."""
-        return norm_linear_act(h, norm.weight, norm.eps, self.weight, self.bias, act)
+def merged_column_parallel(
+    part_names: Sequence[str], output_sizes: Sequence[int], input_size: int, layers: LayerConfig, *, bias: bool = False
+) -> Linear:
+    """Return several products of one input as one, each split evenly over the ranks."""
+    parts = [Part(layers.split(size, "output size"), layers.shard) for size in output_sizes]
+    return Linear(part_names, parts, input_size, layers, bias=bias)
 
 
-class QKVParallelLinear(ColumnParallelLinear):
-    """Queries, keys and values, split by heads.
-
-    `num_heads` and `num_kv_heads` are this rank's.
-    """
-
-    def __init__(
-        self, input_size: int, head_dim: int, num_heads: int, num_kv_heads: int, bias: bool, layers: LayerConfig
-    ) -> None:
-        kv_shard = layers.kv_shard(num_kv_heads)
-        self.num_heads = layers.split(num_heads, "num_attention_heads")
-        self.num_kv_heads = layers.num_kv_heads(num_kv_heads)
-        kv_size = self.num_kv_heads * head_dim
-        super().__init__(
-            input_size, [self.num_heads * head_dim, kv_size, kv_size], [layers.shard, kv_shard, kv_shard], bias, layers
-        )
+def qkv_parallel(
+    input_size: int, head_dim: int, num_heads: int, num_kv_heads: int, layers: LayerConfig, *, bias: bool = False
+) -> Linear:
+    """Return the product that makes queries, keys and values, split by heads. The numbers of heads are the model's."""
+    q = Part(layers.split(num_heads, "num_attention_heads") * head_dim, layers.shard)
+    kv = Part(layers.num_kv_heads(num_kv_heads) * head_dim, layers.kv_shard(num_kv_heads))
+    return Linear(("q_proj", "k_proj", "v_proj"), [q, kv, kv], input_size, layers, bias=bias)
 
 
-class RowParallelLinear(Layer):
-    """The product that ends a residual branch: h + x W^T + b, which may be written into h.
-
-    Of several ranks the first adds h and b to its product, before the sum over ranks: that costs no pass of its own.
-    """
-
-    weight_names: ClassVar = ("weight", "bias")
-
-    def __init__(self, input_size: int, output_size: int, bias: bool, layers: LayerConfig) -> None:
-        self.shard, self.comm = layers.shard, layers.comm
-        self.weight = meta_weight(output_size, layers.split(input_size, "input size"), dtype=layers.dtype)
-        self.bias = meta_weight(output_size, dtype=layers.dtype) if bias else None
-
-    def __call__(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        partial = linear_add(x, self.weight, h, self.bias) if self.comm.rank == 0 else linear(x, self.weight)
-        return self.comm.all_reduce(partial)
-
-    def add_to(self, h: torch.Tensor, x: torch.Tensor) -> None:
-        """The same, written into h."""
-        result = self(x, h)
-        if result.data_ptr() != h.data_ptr():
-            h.copy_(result)
-
-    def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if name == "bias":  # every rank holds all of it
-            return super().place_weight(name, loaded, part)
-        return match_shard(self.weight, loaded, 1, self.shard)
-
-    def pack(self) -> None:
-        self.weight = pack(self.weight)
+def row_parallel(input_size: int, output_size: int, layers: LayerConfig, *, bias: bool = False) -> Linear:
+    """Return a product whose inputs are split over the ranks."""
+    num_inputs = layers.split(input_size, "input size")
+    return Linear((), [Part(output_size)], num_inputs, layers, bias=bias, input_shard=layers.shard)
 
 
 def activation(hidden_act: str) -> str:
-    """The name kernels give to config.json's `hidden_act`."""
+    """Return the kernels' name for config.json's `hidden_act`. `ModelError` if there is no such kernel."""
     if hidden_act not in ACTIVATIONS:
         raise ModelError(f"hidden_act {hidden_act!r} is not supported, only {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[hidden_act]

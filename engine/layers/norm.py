@@ -1,4 +1,4 @@
-"""Root mean square layer normalization (Zhang and Sennrich 2019)."""
+"""Normalizations of hidden states. Every rank holds all of their weights."""
 
 from typing import ClassVar
 
@@ -9,9 +9,10 @@ from kernels.elementwise import rms_norm
 
 
 class RMSNorm(Layer):
-    """Every rank holds all of it. Layers that take a norm as an argument fuse it into their product."""
+    """Root mean square layer normalization (Zhang and Sennrich 2019); a `kernels.weights.Norm` that products fuse."""
 
     weight_names: ClassVar = ("weight",)
+    is_rms: ClassVar = True
 
     def __init__(self, size: int, eps: float, layers: LayerConfig) -> None:
         self.eps = eps
@@ -22,3 +23,21 @@ class RMSNorm(Layer):
 
     def fill_dummy(self, generator: torch.Generator) -> None:
         self.weight.fill_(1.0)
+
+
+class OffsetRMSNorm(RMSNorm):
+    """An RMS norm that scales by 1 + weight, in float32 and rounded last (Gemma, Qwen3-Next).
+
+    The 1 is added when the weight is loaded; bf16 would lose bits of the sum, so it is kept in float32.
+    """
+
+    def __init__(self, size: int, eps: float, layers: LayerConfig) -> None:
+        super().__init__(size, eps, layers)
+        self.weight = meta_weight(size, dtype=torch.float32)
+
+    def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        target, source = super().place_weight(name, loaded, part)
+        return target, 1 + source.float()
+
+    def weight_part(self, name: str, part: int) -> torch.Tensor:
+        return super().weight_part(name, part) - 1

@@ -26,6 +26,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine, EngineStats, Health, make_profile_folder
 from engine.errors import EngineError, EngineStopped, InvalidRequest, QueueFull
 from engine.model_config import ModelConfig
+from engine.models.registry import load_config
 from engine.output import give
 from engine.ranks.channel import ChannelReader, ChannelWriter, open_channel
 from engine.ranks.children import Children
@@ -134,7 +135,7 @@ class ReplicaSet(Engine):
         if torch.device(config.device or "cpu").type == "cuda":
             check_gpus(config.base_gpu_id, config.dp_size * config.tp_size)
         folder = resolve_model(config)  # downloaded and converted once, not by every engine
-        self._model_config = ModelConfig.from_path(folder, config)
+        self._model_config = load_config(folder, config)
         self._tokenizer = load_tokenizer(folder, config)
         self._grammars = new_grammars(config, self._model_config, self._tokenizer)
         device = self.config.device and torch.device(self.config.device).type

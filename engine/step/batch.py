@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from engine.schedule.plan import Groups, Plan
-from kernels.corun import Corun
 
 NUM_STAGING_BUFFERS = 4  # steps that may be under way when the next is staged, and one to spare
 
@@ -45,7 +44,6 @@ class ForwardBatch:
     q_lens_host: np.ndarray  # [B]
     seq_lens_host: np.ndarray  # [B]
     shared: SharedPrefixes | None = None
-    corun: Corun | None = None  # layers are split so
     is_for_graph: bool = False  # both of the host's are the capture's, not the steps' that replay it
 
 
@@ -193,7 +191,7 @@ class Stager:
     def upload(self, staged: Staged) -> None:
         staged.device.copy_(staged.host, non_blocking=True)
 
-    def views(self, shape: Shape, plan: Plan, *, corun: Corun | None = None, is_for_graph: bool = False) -> StagedBatch:
+    def views(self, shape: Shape, plan: Plan, *, is_for_graph: bool = False) -> StagedBatch:
         """What `upload` sends of a plan of that shape. `plan` gives the host's own knowledge of it."""
         layout, _ = _layout(shape)
         rows, seq_lens, cu_q_lens, input_ids, positions, out_cache_loc, token_rows, *samples = (
@@ -212,7 +210,6 @@ class Stager:
             q_lens_host=plan.q_lens,
             seq_lens_host=plan.seq_lens,
             shared=SharedPrefixes(*samples[3:]) if shape.has_groups else None,
-            corun=corun,
             is_for_graph=is_for_graph,
         )
         return StagedBatch(batch, *samples[:3])

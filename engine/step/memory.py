@@ -8,11 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from cache.pool import bytes_per_token
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.layers.communicator import Communicator
-from engine.model_config import ModelConfig
 
 GIB = 1 << 30
 CUDA_MARGIN_BYTES = 5 * GIB // 4  # library workspaces, graphs' own records, fragmentation
@@ -48,22 +46,21 @@ class MemoryBudget:
 
 def plan_memory(
     config: EngineConfig,
-    model: ModelConfig,
-    kv_dtype: torch.dtype,
+    context_length: int,
+    token_bytes: int,
     device: torch.device,
     *,
     weights: int,
     tables: int,
     largest_step: int,
     graphs: int,
-    num_kv_heads: int,
     comm: Communicator,
 ) -> MemoryBudget:
     """Divide the device's memory. All ranks get the tokens that fit on the one with the least room.
 
-    num_kv_heads: this rank's. `ModelError` with the numbers if not even one page of KV fits.
+    token_bytes: bytes that all layers of this rank keep of a token. `ModelError` with the numbers if not even one page
+    of KV fits.
     """
-    token_bytes = bytes_per_token(model.num_hidden_layers, num_kv_heads, model.head_dim, kv_dtype)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
@@ -73,7 +70,7 @@ def plan_memory(
     else:
         total = _available_host_memory()
         share = CPU_MEMORY_SHARE / (config.tp_size * config.dp_size)
-        room = min(int(total * share), CPU_CONTEXTS * model.context_length * token_bytes)
+        room = min(int(total * share), CPU_CONTEXTS * context_length * token_bytes)
     num_tokens = comm.minimum(room // token_bytes)
     if config.max_total_tokens is not None:
         num_tokens = min(num_tokens, config.max_total_tokens) if device.type == "cuda" else config.max_total_tokens

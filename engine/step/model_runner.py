@@ -17,19 +17,20 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from cache.pool import KVPool
+from cache.pool import CachePool
 from engine.layers.communicator import Communicator
 from engine.layers.layer import unique_layers
-from engine.models import CausalLM
+from engine.models.base import CausalLM
 from engine.request import Logprobs, Request
-from engine.schedule.plan import Plan, context_tokens
+from engine.schedule.plan import Plan
 from engine.step.batch import NUM_STAGING_BUFFERS, ForwardBatch, Shape, Staged, StagedBatch, Stager
 from engine.step.cuda_graph import GraphSizes, StepGraphs
 from engine.step.pooling import PooledChunks, pool
 from engine.step.sampler import SampledLogprobs, Sampler, SamplingWork
+from engine.step.splitter import StepSplitter
 from engine.text.grammar import MaskFiller, Matcher
 from kernels.bookkeeping import begin_step, end_step
-from kernels.corun import STEP_TOKENS, Corun, choose_corun
+from kernels.corun import Corun
 from kernels.sampling import logprobs
 
 PROMPT_LOGPROB_ROWS = 256  # logits rows at a time: 256 x 152k bf16 is 78 MB, whatever the prompt's length
@@ -113,14 +114,14 @@ class ModelRunner:
     def __init__(
         self,
         model: CausalLM,
-        kv: KVPool,
+        kv: CachePool,
         sampler: Sampler,
         stager: Stager,
         comm: Communicator,
     ) -> None:
         self.model, self.kv, self.comm = model, kv, comm
         self.sampler, self.stager = sampler, stager
-        self.corun_costs = model.model.corun_costs(kv)  # None: no step can be split
+        self.splitter = StepSplitter(model.model, kv)
         self.graphs: StepGraphs | None = None
         self._graph_sizes: GraphSizes | None = None
         self.device = stager.device
@@ -217,7 +218,7 @@ class ModelRunner:
             staged=self.stager.write(plan, shape),
             shape=shape,
             is_graph=graph_shape is not None,
-            corun=self._corun_for(plan, shape) if graph_shape is None else None,
+            corun=self.splitter.choose(plan, shape) if graph_shape is None else None,
             launched_at=time.perf_counter(),
         )
         step.awaits_masks = step.work.masked is not None
@@ -225,21 +226,6 @@ class ModelRunner:
             self.ranks.announce(step)
         self._enqueue(step, self._forward if step.awaits_masks else self.run)
         return step
-
-    def _corun_for(self, plan: Plan, shape: Shape) -> Corun | None:
-        if self.corun_costs is None or not plan.num_decodes or plan.is_decode:
-            return None
-        num_context_tokens = context_tokens(plan.seq_lens[: plan.num_decodes], plan.groups)
-        num_tokens = shape.num_decodes + shape.num_prefill_tokens
-        return choose_corun(self.corun_costs, num_tokens, plan.num_decodes, num_context_tokens)
-
-    def best_prompt_tokens(self, num_decodes: int, num_context_tokens: int) -> int | None:
-        """So many a step should have beside `num_decodes` that see `num_context_tokens`, where steps may be split at
-        all; None: as many as it may.
-        """
-        assert self.corun_costs is not None
-        corun = choose_corun(self.corun_costs, STEP_TOKENS, num_decodes, num_context_tokens)
-        return None if corun is None else STEP_TOKENS - num_decodes
 
     def sample(self, step: Step, samples: list[int], matchers: list[Matcher]) -> dict[int, str]:
         """Enqueue the sampling of a step that awaits it. Returns index -> message of the matchers that failed.
@@ -311,8 +297,8 @@ class ModelRunner:
             assert self.graphs is not None
             step.logits, step.greedy, step.batch = self.graphs.replay(step.shape)
             return
-        step.batch = staged = self.stager.views(step.shape, plan, corun=step.corun)
-        hidden = self.forward(staged.batch)
+        step.batch = staged = self.stager.views(step.shape, plan)
+        hidden = self.forward(staged.batch, step.corun)
         for work in step.prompt_work:
             step.prompt_logprobs += self._prompt_logprobs(hidden, work)
         if plan.pooled:
@@ -367,13 +353,19 @@ class ModelRunner:
         end_step(greedy, staged.sample_rows, self.sampler.last_tokens)
         return logits, greedy
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Hidden states [T, hidden_size] of the batch; its keys and values are stored on the way."""
+    def forward(self, batch: ForwardBatch, corun: Corun | None = None) -> torch.Tensor:
+        """Return the hidden states [T, hidden_size] of the batch; its cache entries are stored on the way.
+
+        corun: how the layers are split, if they are.
+        """
         begin_step(
             batch.input_ids, batch.positions, batch.out_cache_loc, batch.token_rows,
             self.sampler.last_tokens, batch.slot_table,
         )  # fmt: skip
-        return self.model(batch, self.kv)
+        if corun is None:
+            return self.model(batch, self.kv)
+        splitter, split = self.splitter, corun
+        return self.model(batch, self.kv, lambda block, h: splitter.run_block(block, h, batch, split))
 
     def _plan_prompt_logprobs(self, plan: Plan) -> list[PromptLogprobWork]:
         work = []

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.models import CausalLM
+from engine.models.base import CausalLM
 from engine.request import Request
 from engine.schedule.plan import Plan
 

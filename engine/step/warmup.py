@@ -27,7 +27,7 @@ def compile_kernels(
         _run_largest(runner, num_tokens, num_samples, max_len)
         if graph_sizes is not None:
             if runner.comm.rank == 0:  # the only one that samples
-                dtype, vocab_size = runner.model.lm_head.weight.dtype, runner.sampler.vocab_size
+                dtype, vocab_size = runner.model.config.dtype, runner.sampler.vocab_size
                 rehearse_sampling(dtype, vocab_size, num_samples, runner.device)
             with torch.cuda.stream(runner.stream), torch.inference_mode():
                 runner.new_graphs(graph_sizes).run_all()
@@ -71,7 +71,7 @@ def load_kernels(runner: ModelRunner, max_samples: int, max_len: int) -> None:
     with runner.model.model.few_layers():
         for num_tokens, num_samples in itertools.zip_longest(sizes, samples, fillvalue=SAMPLE_MULTIPLE):
             _run_prompts(runner, _full_prompts(num_tokens, max_len), num_samples, is_greedy=True)
-        if runner.corun_costs is None:
+        if not runner.splitter.can_split:
             return
         largest = min(STEP_TOKENS, runner.stager.max_tokens // 2)
         for num_tokens, num_free_sms in zip(range(128, largest + 1, 128), itertools.cycle(FLOPS_PER_BYTE)):
@@ -109,8 +109,8 @@ def _run_prompts(
     )
     with torch.cuda.stream(runner.stream), torch.inference_mode():
         runner.stager.upload(runner.stager.write(plan, Shape.of(plan)))
-        batch, sample_tokens, sample_rows, positions = runner.stager.views(Shape.of(plan), plan, corun=corun)
-        logits = runner.model.lm_head.gather(runner.model.compute_logits(runner.forward(batch)[sample_tokens]))
+        batch, sample_tokens, sample_rows, positions = runner.stager.views(Shape.of(plan), plan)
+        logits = runner.model.lm_head.gather(runner.model.compute_logits(runner.forward(batch, corun)[sample_tokens]))
         if logits is not None:
             work = runner.sampler.plan_work(plan)
             work.is_greedy = is_greedy

@@ -1,0 +1,143 @@
+"""From the names and shapes of a checkpoint's tensors to those of a model: a list of rules, applied in order.
+
+A tensor becomes one piece or several; each rule looks at the piece's name as the rules before it have left it.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from kernels.weights import ShapeError
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor for the model, made from a checkpoint's."""
+
+    name: str
+    transforms: tuple[Transform, ...] = ()  # of the checkpoint's tensor, in order
+    index: int | None = None  # which one of a stack it is
+
+    def of(self, loaded: torch.Tensor) -> torch.Tensor:
+        """Return the piece of a checkpoint's tensor."""
+        for transform in self.transforms:
+            loaded = transform(loaded)
+        return loaded
+
+
+class Rule(Protocol):
+    """One step of the way."""
+
+    def __call__(self, piece: Piece) -> Iterable[Piece]:
+        """Yield what becomes of `piece`: itself where the rule does not apply, nothing where it is to be ignored."""
+
+
+@dataclass(frozen=True)
+class Rename:
+    """Replace what the regular expression `pattern` finds in a name, once, by `to`."""
+
+    pattern: str
+    to: str
+
+    def __call__(self, piece: Piece) -> Iterable[Piece]:
+        yield Piece(re.sub(self.pattern, self.to, piece.name, count=1), piece.transforms, piece.index)
+
+
+@dataclass(frozen=True)
+class Ignore:
+    """Drop tensors whose name `pattern` finds: what nobody reads must be named, nothing is dropped silently."""
+
+    pattern: str
+
+    def __call__(self, piece: Piece) -> Iterable[Piece]:
+        if not re.search(self.pattern, piece.name):
+            yield piece
+
+
+@dataclass(frozen=True)
+class Split:
+    """Cut the rows of a tensor that holds several: `into` are their names, in order, in place of `name`.
+
+    sizes: the share of the rows that each has, such as (heads, kv_heads, kv_heads).
+    """
+
+    name: str
+    into: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    def __call__(self, piece: Piece) -> Iterable[Piece]:
+        if not re.search(rf"\b{re.escape(self.name)}\b", piece.name):
+            yield piece
+            return
+        start, total = 0, sum(self.sizes)
+        for part, size in zip(self.into, self.sizes, strict=True):
+            cut = _cut(start, size, total)
+            name = re.sub(rf"\b{re.escape(self.name)}\b", part, piece.name)
+            yield Piece(name, (*piece.transforms, cut), piece.index)
+            start += size
+
+
+@dataclass(frozen=True)
+class Interleave:
+    """Reorder the rows of heads whose rotary pairs lie side by side, so that pairs are halves of a head.
+
+    Scores do not change if the rows of queries and keys are reordered alike. head_dim, rotary_dim: rows of a head, and
+    those of them, the first ones, that are rotated.
+    """
+
+    pattern: str
+    head_dim: int
+    rotary_dim: int
+
+    def __call__(self, piece: Piece) -> Iterable[Piece]:
+        if re.search(self.pattern, piece.name):
+            piece = Piece(piece.name, (*piece.transforms, self._reorder), piece.index)
+        yield piece
+
+    def _reorder(self, loaded: torch.Tensor) -> torch.Tensor:
+        heads = loaded.view(-1, self.head_dim, *loaded.shape[1:])
+        rotated = torch.cat((heads[:, : self.rotary_dim : 2], heads[:, 1 : self.rotary_dim : 2]), dim=1)
+        return torch.cat((rotated, heads[:, self.rotary_dim :]), dim=1).reshape(loaded.shape)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Put tensors that are numbered into one stack: the first group of `pattern` is the number, `to` the new name."""
+
+    pattern: str
+    to: str
+
+    def __call__(self, piece: Piece) -> Iterable[Piece]:
+        match = re.search(self.pattern, piece.name)
+        if match is None:
+            yield piece
+        else:
+            name = piece.name[: match.start()] + self.to + piece.name[match.end() :]
+            yield Piece(name, piece.transforms, int(match[1]))
+
+
+def _cut(start: int, size: int, total: int) -> Transform:
+    def cut(loaded: torch.Tensor) -> torch.Tensor:
+        if len(loaded) % total:
+            raise ShapeError(f"has {len(loaded)} rows, which are no multiple of {total}")
+        unit = len(loaded) // total
+        return loaded.narrow(0, start * unit, size * unit)
+
+    return cut
+
+
+def pieces_of(name: str, rules: Sequence[Rule]) -> list[Piece]:
+    """Return what the rules make of a checkpoint's tensor; [] if it is to be ignored."""
+    pieces = [Piece(name)]
+    for rule in rules:
+        pieces = [new for piece in pieces for new in rule(piece)]
+    return pieces
+
+
+# Buffers that old checkpoints hold and nobody reads.
+COMMON_NAMES: tuple[Rule, ...] = (Ignore(r"(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$"),)

@@ -1,0 +1,114 @@
+"""One block of a decoder, by the place of its norms: each class is an equation, and its attributes the checkpoint's.
+
+h [T, hidden] is the residual stream; attention and MLP are what stands before the product that ends each branch.
+"""
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from cache.pool import CachePool
+from engine.layers.attention import Attention
+from engine.layers.communicator import Communicator
+from engine.layers.layer import Layer, LayerConfig
+from engine.layers.linear import Linear
+from engine.layers.mlp import GatedMLP
+from engine.layers.norm import RMSNorm
+from engine.layers.rotary import RotaryEmbedding
+from engine.model_config import AttentionConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from engine.step.batch import ForwardBatch
+
+
+class Block(Layer):
+    """Attention, MLP, and the norms that the class names."""
+
+    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
+    norm_names: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: AttentionConfig,
+        layer_id: int,
+        rotary: RotaryEmbedding,
+        layers: LayerConfig,
+    ) -> None:
+        hidden, eps = config.hidden_size, config.norm_eps
+        self.self_attn = Attention(
+            attention, hidden, eps, layer_id, rotary, layers.within("self_attn"), self.norm_class
+        )
+        self.mlp = GatedMLP(config, layers.within("mlp"))
+        for name in self.norm_names:
+            setattr(self, name, self.norm_class(hidden, eps, layers))
+        self.comm = layers.comm
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Blocks of the same kind need the same kernels."""
+        return (type(self), self.self_attn.config)
+
+    def __call__(self, h: torch.Tensor, batch: "ForwardBatch", pool: CachePool) -> torch.Tensor:
+        """Return the new residual stream, which may be `h` itself, overwritten."""
+        raise NotImplementedError
+
+
+class PreNorm(Block):
+    """Norms before attention and MLP, inside the residual branch (Llama).
+
+    h = h + Wo attention(norm(h))
+    h = h + Wdown mlp(norm(h))
+    """
+
+    norm_names: ClassVar = ("input_layernorm", "post_attention_layernorm")
+    input_layernorm: RMSNorm
+    post_attention_layernorm: RMSNorm
+
+    def __call__(self, h: torch.Tensor, batch: "ForwardBatch", pool: CachePool) -> torch.Tensor:
+        attn, mlp = self.self_attn, self.mlp
+        found = attn(h, batch, pool, norm=self.input_layernorm)
+        h = sum_over_ranks(self.comm, attn.o_proj, found, residual=h, may_overwrite=True)
+        gated = mlp(h, norm=self.post_attention_layernorm)
+        return sum_over_ranks(self.comm, mlp.down_proj, gated, residual=h, may_overwrite=True)
+
+
+class Sandwich(Block):
+    """Norms before and after attention and MLP (Gemma 2).
+
+    h = h + norm(Wo attention(norm(h)))
+    h = h + norm(Wdown mlp(norm(h)))
+    """
+
+    norm_names: ClassVar = (
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+    )  # fmt: skip
+    input_layernorm: RMSNorm
+    post_attention_layernorm: RMSNorm
+    pre_feedforward_layernorm: RMSNorm
+    post_feedforward_layernorm: RMSNorm
+
+    def __call__(self, h: torch.Tensor, batch: "ForwardBatch", pool: CachePool) -> torch.Tensor:
+        attn, mlp = self.self_attn, self.mlp
+        found = attn(h, batch, pool, norm=self.input_layernorm)
+        h = h + self.post_attention_layernorm(sum_over_ranks(self.comm, attn.o_proj, found))
+        gated = mlp(h, norm=self.pre_feedforward_layernorm)
+        return h + self.post_feedforward_layernorm(sum_over_ranks(self.comm, mlp.down_proj, gated))
+
+
+def sum_over_ranks(
+    comm: Communicator,
+    linear: Linear,
+    x: torch.Tensor,
+    *,
+    residual: torch.Tensor | None = None,
+    may_overwrite: bool = False,
+) -> torch.Tensor:
+    """Return residual + the sum of all ranks' x W^T + bias: what a row-parallel product stands for.
+
+    The first rank alone adds residual and bias, before the sum: that costs no pass of its own.
+    may_overwrite: the result may be written into `residual`.
+    """
+    if comm.rank:
+        return comm.all_reduce(linear.weight.product(x))
+    return comm.all_reduce(linear(x, residual=residual, may_overwrite=may_overwrite))

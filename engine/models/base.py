@@ -1,0 +1,107 @@
+"""What all decoders are: embedding, blocks, final norm and head. A family says which blocks, names and numbers."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from cache.layout import LayerCache
+from cache.pool import CachePool
+from engine.checkpoint.names import COMMON_NAMES, Rename, Rule
+from engine.layers.block import Block, PreNorm
+from engine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from engine.layers.layer import Layer, LayerConfig
+from engine.layers.rotary import RotaryEmbedding
+from engine.model_config import ModelConfig, read_decoder
+
+if TYPE_CHECKING:
+    from engine.step.batch import ForwardBatch
+
+RunBlock = Callable[[Block, torch.Tensor], torch.Tensor]
+"""Computes one block: (block, h) -> h."""
+
+
+class Decoder(Layer):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: ModelConfig, block_class: type[Block], layers: LayerConfig) -> None:
+        rotary = {rope: RotaryEmbedding(rope, config.context_length) for rope in config.ropes}
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, layers, config.embed_scale)
+        self.layers = [
+            block_class(config, attention, i, rotary[attention.rope], layers.within(f"layers.{i}"))
+            for i, attention in enumerate(config.attention)
+        ]
+        self.norm = block_class.norm_class(config.hidden_size, config.norm_eps, layers)
+
+    def __call__(self, batch: "ForwardBatch", pool: CachePool, run_block: RunBlock | None = None) -> torch.Tensor:
+        """Return the last hidden states [T, hidden]. run_block: computes a block in place of the block itself."""
+        h = self.embed_tokens(batch.input_ids)
+        if run_block is None:
+            for block in self.layers:
+                h = block(h, batch, pool)
+        else:
+            for block in self.layers:
+                h = run_block(block, h)
+        return self.norm(h)
+
+    @contextlib.contextmanager
+    def few_layers(self) -> Iterator[None]:
+        """Keep one block of each kind only, meanwhile: enough to find out which kernels there are; results are not."""
+        layers, few = self.layers, dict[tuple[object, ...], Block]()
+        for block in layers:
+            few.setdefault(block.kind, block)
+        self.layers = list(few.values())
+        try:
+            yield
+        finally:
+            self.layers = layers
+
+
+class CausalLM(Layer):
+    """A decoder and its head. Attributes are named as in the checkpoint, but for what `checkpoint` renames.
+
+    A family is a subclass that sets what differs from Llama.
+    """
+
+    block: ClassVar[type[Block]] = PreNorm
+    checkpoint: ClassVar[Sequence[Rule]] = COMMON_NAMES
+
+    @staticmethod
+    def read_config(raw: dict[str, Any]) -> ModelConfig:
+        """Read a config.json of this family. KeyError naming an entry that is missing."""
+        return read_decoder(raw)
+
+    def __init__(self, config: ModelConfig, layers: LayerConfig) -> None:
+        self.config = config
+        self.model = Decoder(config, self.block, layers.within("model"))
+        self.lm_head = ParallelLMHead(
+            config.vocab_size,
+            config.hidden_size,
+            layers.within("lm_head"),
+            tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
+            softcap=config.logit_softcap,
+        )
+
+    @property
+    def names(self) -> Sequence[Rule]:
+        """From a checkpoint's names to this model's."""
+        if self.config.tie_word_embeddings:
+            return (*self.checkpoint, Rename(r"^lm_head\.", "model.embed_tokens."))
+        return self.checkpoint
+
+    def __call__(self, batch: "ForwardBatch", pool: CachePool, run_block: RunBlock | None = None) -> torch.Tensor:
+        """Return the last hidden states [T, hidden], final norm applied; keep the tokens' cache entries in `pool`."""
+        return self.model(batch, pool, run_block)
+
+    def cache_layout(self) -> tuple[LayerCache, ...]:
+        """Return what this rank's layers keep of each token, one entry a layer."""
+        return tuple(block.self_attn.cache for block in self.model.layers)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return this rank's logits of hidden states: [S, hidden] -> [S, tokens of this rank], in the model's dtype."""
+        return self.lm_head.logits(hidden)
+
+    def pool(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what a prompt that wants a vector gets: float32 [N, size] of pooled states, float32 [N, hidden]."""
+        return hidden

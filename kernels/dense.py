@@ -1,0 +1,193 @@
+"""Weights of plain floating-point numbers.
+
+On a GPU one token takes `triton_gemm`, a few take `triton_skinny`, more cuBLAS, or `gated_gemm` for gate and up; a CPU
+takes torch, or oneDNN where the weight can lie in its blocked layout.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kernels.elementwise import act_and_mul
+from kernels.gated_gemm import can_gated_gemm, gated_gemm
+from kernels.weights import WHOLE, Norm, Part, Shard, Weight, match_shard
+
+SMALL_WEIGHT = 8 << 20  # elements
+GEMV_MAX_TOKENS = 3  # of small weights; of larger ones only one
+SKINNY_MAX_TOKENS = 32
+
+
+class DenseWeight(Weight):
+    """A matrix [n, k] as one contiguous tensor."""
+
+    def __init__(
+        self, parts: Sequence[Part], k: int, dtype: torch.dtype, input_shard: Shard = WHOLE, data: Any = None
+    ) -> None:
+        super().__init__(parts, k, input_shard)
+        self.data: torch.Tensor = torch.empty(self.n, k, dtype=dtype, device="meta") if data is None else data
+
+    @classmethod
+    def of(cls, data: torch.Tensor) -> "DenseWeight":
+        """Wrap a matrix [n, k] that exists already."""
+        return cls([Part(data.shape[0])], data.shape[1], data.dtype, data=data)
+
+    def product(
+        self,
+        x: torch.Tensor,
+        *,
+        norm: Norm | None = None,
+        bias: torch.Tensor | None = None,
+        act: str | None = None,
+        residual: torch.Tensor | None = None,
+        may_overwrite: bool = False,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        weight = self.data
+        if norm is not None:
+            if norm.is_rms and residual is None and out is None and _is_gemv(x, weight):
+                from kernels.triton_gemm import gemv  # here: a machine without a GPU need not have triton
+
+                return gemv(x, weight, bias, norm_weight=norm.weight, eps=norm.eps, act=act)
+            x = norm(x)
+        if act is not None:
+            result = _gated(x, weight, bias, act, out)
+            return result if residual is None else residual + result
+        kernel = _kernel_for_few(x, weight)
+        if residual is not None:
+            return _added(x, weight, bias, residual, may_overwrite, kernel)
+        result = kernel(x, weight, bias) if kernel else F.linear(x, weight, bias)
+        return result if out is None else out.copy_(result)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "weight", self.data
+
+    def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.data = function(self.data)
+
+    def place(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, columns = self.parts[part].shard, self.input_shard
+        if columns.count > 1:
+            return match_shard(self.rows_of(part), loaded, 1, columns)
+        return match_shard(self.rows_of(part), loaded, 0, rows)
+
+    def rows_of(self, part: int) -> torch.Tensor:
+        return self.data[self.row_slice(part)]
+
+    def pack(self) -> Weight:
+        """Return a oneDNN weight where this one lies on a CPU that multiplies its dtype, else itself."""
+        if not self.data.is_cpu or not torch.backends.mkldnn.is_available() or not _has_onednn_units(self.data.dtype):
+            return self
+        return OneDNNWeight(self)
+
+
+class OneDNNWeight(Weight):
+    """A matrix on a CPU in oneDNN's blocked layout.
+
+    Given a plain weight, oneDNN lays it out anew in every call. For the few tokens of a decode step that costs half as
+    much again as the product itself (576 x 3072, bf16, AMX: 900 µs instead of 640).
+    """
+
+    _linear = staticmethod(torch.ops.mkldnn._linear_pointwise.default)
+    _linear_add = staticmethod(torch.ops.mkldnn._linear_pointwise.binary)
+
+    def __init__(self, dense: DenseWeight) -> None:
+        super().__init__(dense.parts, dense.k, dense.input_shard)
+        self.data = torch.ops.mkldnn._reorder_linear_weight.default(dense.data)
+
+    def product(
+        self,
+        x: torch.Tensor,
+        *,
+        norm: Norm | None = None,
+        bias: torch.Tensor | None = None,
+        act: str | None = None,
+        residual: torch.Tensor | None = None,
+        may_overwrite: bool = False,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if norm is not None:
+            x = norm(x)
+        if residual is not None and act is None:
+            return self._linear_add(x, residual, self.data, bias, "add")
+        result = self._linear(x, self.data, bias, "none", [], "")
+        if act is not None:
+            result = act_and_mul(result, act)
+        if residual is not None:
+            result = residual + result
+        return result if out is None else out.copy_(result)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "weight", self.data
+
+    def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.data = function(self.data)
+
+    def place(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError("a packed weight is replaced by another one, not filled again")
+
+    def rows_of(self, part: int) -> torch.Tensor:
+        return self.data.to_dense()[self.row_slice(part)]
+
+
+def _has_onednn_units(dtype: torch.dtype) -> bool:
+    """Return whether products of `dtype` go through oneDNN here; those of float32 never do."""
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def _gated(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act: str, out: torch.Tensor | None
+) -> torch.Tensor:
+    """Return act(gate) * up of [gate, up] = x W^T + bias, in `out` if given."""
+    kernel = _kernel_for_few(x, weight) if out is None else None
+    is_few = kernel is not None and weight.numel() <= SMALL_WEIGHT  # of large ones `gated_gemm` is as near to the limit
+    if bias is None and not is_few and can_gated_gemm(x, weight, act):
+        return gated_gemm(x, weight, act, out=out)
+    if kernel is not None:
+        return kernel(x, weight, bias, act=act)
+    few = _kernel_for_few(x, weight)
+    gated = act_and_mul(few(x, weight, bias) if few else F.linear(x, weight, bias), act)
+    return gated if out is None else out.copy_(gated)
+
+
+def _added(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    may_overwrite: bool,
+    kernel: Callable[..., torch.Tensor] | None,
+) -> torch.Tensor:
+    """Return residual + x W^T + bias; it is `residual` itself if that may be overwritten."""
+    if kernel is not None and residual.is_contiguous():
+        return kernel(x, weight, bias, residual=residual if may_overwrite else residual.clone())
+    if x.is_cuda and bias is None:
+        if may_overwrite:
+            return residual.addmm_(x, weight.t())
+        return torch.addmm(residual, x, weight.t())
+    product = kernel(x, weight, bias) if kernel else F.linear(x, weight, bias)
+    return residual.add_(product) if may_overwrite else product.add_(residual)
+
+
+def _is_gemv(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    max_tokens = GEMV_MAX_TOKENS if weight.numel() <= SMALL_WEIGHT else 1
+    return x.is_cuda and 0 < x.shape[0] <= max_tokens and x.is_contiguous() and weight.is_contiguous()
+
+
+def _kernel_for_few(x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+    """Return `gemv` or `skinny_gemm`, if x [T, K] has so few tokens that it is the fastest."""
+    if not x.is_cuda:
+        return None
+    if _is_gemv(x, weight):
+        from kernels.triton_gemm import gemv  # here: a machine without a GPU need not have triton
+
+        return gemv
+    if not 0 < x.shape[0] <= SKINNY_MAX_TOKENS:
+        return None
+    from kernels.triton_skinny import fits_skinny, skinny_gemm
+
+    can_run = x.dtype.itemsize == 2 and fits_skinny(x.shape[1]) and x.is_contiguous() and weight.is_contiguous()
+    return skinny_gemm if can_run else None

@@ -1,0 +1,132 @@
+"""Weight matrices: how one is stored, how a checkpoint fills it, and its product with a step's activations.
+
+A `Weight` hides its format. Layers ask for `product` and say by keyword what stands before it (a norm), after it
+(an activation, a residual) and where the result may go; each format fuses what it can and composes the rest.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class Norm(Protocol):
+    """A normalization of the last dimension, which a product may fuse where it `is_rms`."""
+
+    weight: torch.Tensor
+    eps: float
+
+    @property
+    def is_rms(self) -> bool:
+        """Whether it is x / sqrt(mean(x²) + eps) * weight and nothing else."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class ShapeError(ValueError):
+    """A checkpoint's tensor does not have the shape that its place in the model asks for."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One of `count` equal slices; the whole by default."""
+
+    index: int = 0
+    count: int = 1
+
+
+WHOLE = Shard()
+
+
+class Part(NamedTuple):
+    """Consecutive rows of a weight that come from one tensor of a checkpoint."""
+
+    num_rows: int  # on this rank
+    shard: Shard = WHOLE  # which slice of the tensor's rows they are
+
+
+class Weight(ABC):
+    """A matrix [n, k] on this rank: a stack of parts, each a slice of a checkpoint's tensor.
+
+    Starts on the meta device; `materialize` gives it memory, `place` says where a checkpoint's tensors go, and `pack`
+    lays it out for its kernels once all are there.
+    """
+
+    def __init__(self, parts: Sequence[Part], k: int, input_shard: Shard = WHOLE) -> None:
+        """k: inputs on this rank, the slice `input_shard` of the tensor's columns."""
+        self.parts, self.k, self.input_shard = tuple(parts), k, input_shard
+        self.n = sum(part.num_rows for part in parts)
+
+    @abstractmethod
+    def product(
+        self,
+        x: torch.Tensor,
+        *,
+        norm: Norm | None = None,
+        bias: torch.Tensor | None = None,
+        act: str | None = None,
+        residual: torch.Tensor | None = None,
+        may_overwrite: bool = False,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return residual + act(norm(x) W^T + bias): x [T, k] -> [T, n], or [T, n / 2] with `act`.
+
+        act: "silu", "gelu_tanh" or "gelu" of the first half of the outputs (gate), times the second half (up).
+        may_overwrite: the result may be written into `residual`, whose old values are lost then.
+        out: [T, n or n / 2], where the result is written and which is returned. Not together with `residual`.
+        """
+
+    @abstractmethod
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each tensor that holds the weight, by the last part of its name in a checkpoint."""
+
+    @abstractmethod
+    def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace each tensor by `function` of it."""
+
+    @abstractmethod
+    def place(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (target, source), views to copy between, for a checkpoint's whole tensor `name` of a part.
+
+        `ShapeError` if it has another shape.
+        """
+
+    @abstractmethod
+    def rows_of(self, part: int) -> torch.Tensor:
+        """Return this rank's rows of a part as [rows, k] numbers: a view, or a copy if they are packed."""
+
+    def pack(self) -> "Weight":
+        """Return the weight in the layout that its device multiplies fastest; `place` may not work on it any more."""
+        return self
+
+    def materialize(self, device: torch.device) -> None:
+        """Give the weight memory on `device`; its values are undefined."""
+        self.transform(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+
+    def fill_random(self, generator: torch.Generator) -> None:
+        """Fill with small random values that keep activations in range."""
+        for _, tensor in self.tensors():
+            tensor.normal_(0, 0.02, generator=generator)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for _, tensor in self.tensors())
+
+    def row_slice(self, part: int) -> slice:
+        """Return the rows of a part."""
+        start = sum(other.num_rows for other in self.parts[:part])
+        return slice(start, start + self.parts[part].num_rows)
+
+
+def match_shard(
+    target: torch.Tensor, loaded: torch.Tensor, dim: int = 0, shard: Shard = WHOLE
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (target, the slice `shard` of `loaded` along `dim`). `ShapeError` if `loaded` is of another shape."""
+    wanted = list(target.shape)
+    wanted[dim] *= shard.count
+    if list(loaded.shape) != wanted:
+        raise ShapeError(f"has shape {list(loaded.shape)}, the model wants {wanted}")
+    size = target.shape[dim]
+    return target, loaded.narrow(dim, shard.index * size, size)
