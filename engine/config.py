@@ -1,6 +1,7 @@
 """What can be set. One frozen dataclass; the command line, its help and the README's table are made from it."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -139,6 +140,10 @@ class EngineConfig:
     @property
     def ranks_per_node(self) -> int:
         return self.tp_size // self.nnodes
+
+    def choose_sampling_defaults(self, of_model: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the defaults of sampling fields: `of_model`, from generation_config.json, or none."""
+        return dict(of_model) if self.sampling_defaults == "model" else {}
 
     def replace(self, **changes: Any) -> "EngineConfig":
         return dataclasses.replace(self, **changes)

@@ -14,6 +14,7 @@ import numpy as np
 import orjson
 from aiohttp import web
 
+from engine.engine import Engine
 from engine.errors import InvalidRequest, StepFailed
 from engine.request import Request, SamplingParams, ignore
 from server.apis.meta_info import MetaInfo
@@ -23,7 +24,6 @@ from server.http.live import LiveRequests, Options, make_requests, new_rid
 from server.reading.model_name import served_model
 from server.reading.protocol import (
     JSON,
-    Engine,
     Fields,
     Owner,
     cache_namespace,
