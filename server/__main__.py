@@ -64,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def join_node(config: ServerConfig, console: Console) -> None:
     """Run this host's ranks for the server on the first one, until that ends."""
-    from engine.build import check_sizes, run_rank  # imports torch, as in `serve`
+    from engine.build import run_rank  # imports torch, as in `serve`
     from engine.ranks.leader import run_node
+    from engine.sizes import check_sizes
 
     check_sizes(config)
     run_node(config, run_rank, lambda step: console.print(step, style="dim", markup=False, highlight=False))
