@@ -15,7 +15,7 @@ import time
 import numpy as np
 import torch
 
-from engine.engine import Engine
+from engine.local import LocalEngine
 from engine.schedule.plan import Plan
 from engine.step.model_runner import ModelRunner
 from kernels.corun import STEP_TOKENS
@@ -85,7 +85,7 @@ def measure(runner: ModelRunner) -> None:
 
 
 async def main() -> None:
-    engine = Engine(parse_args(sys.argv[1:]))
+    engine = LocalEngine(parse_args(sys.argv[1:]))
     await engine.start(print)
     measure(engine.parts.runner)
     await engine.stop()

@@ -55,9 +55,9 @@ from bench.cpu import ROOT, free_port, measure_idle
 from cache.pool import CachePool
 from engine.checkpoint.weights import load_weights, resolve_model
 from engine.config import EngineConfig
-from engine.engine import Engine
 from engine.errors import ModelError
 from engine.layers.layer import LayerConfig
+from engine.local import LocalEngine
 from engine.models.registry import build_model, load_config
 from engine.request import Delta, Request, SamplingParams
 from engine.schedule.plan import Plan
@@ -178,7 +178,7 @@ async def greedy_answers(folder: Path, device: str, **options: Any) -> list[list
         model_path=str(folder), dtype="float32", device=device, max_total_tokens=8192, max_running_requests=16,
         chunked_prefill_size=128, random_seed=0, **options,
     )  # fmt: skip
-    async with Engine(config) as engine:
+    async with LocalEngine(config) as engine:
 
         async def answer(prompt: str) -> list[int]:
             params = SamplingParams(max_new_tokens=NUM_GREEDY_TOKENS, temperature=0.0, ignore_eos=True)
@@ -371,7 +371,7 @@ async def serve_crowd(folder: Path, device: str, pool_tokens: int) -> Crowd:
         max_running_requests=NUM_CROWD, schedule_conservativeness=0.0,
     )  # fmt: skip
     rng = np.random.default_rng(0)
-    async with Engine(config) as engine:
+    async with LocalEngine(config) as engine:
         prompts = rng.integers(3, engine.model_config.vocab_size, (NUM_CROWD, CROWD_PROMPT_LEN)).tolist()
 
         async def answer(i: int, prompt: list[int]) -> list[int]:
@@ -394,7 +394,7 @@ async def gaps_between(folder: Path, device: str, ours: Crowd, theirs: Crowd, pa
         model_path=str(folder), dtype="float32", device=device, max_total_tokens=4096, max_running_requests=1
     )
     gaps = []
-    async with Engine(config) as engine:
+    async with LocalEngine(config) as engine:
         for i in parted:
             a, b = ours.answers[i], theirs.answers[i]
             place = next(place for place, (one, other) in enumerate(zip(a, b, strict=True)) if one != other)
@@ -442,7 +442,7 @@ MAX_STEP_MS = 60.0
 MAX_STRETCH = 1.15  # of the time between two tokens at its worst: the loop and its timer have their share
 
 
-async def streams_beside(engine: Engine, prompt: list[int]) -> tuple[list[float], float]:
+async def streams_beside(engine: LocalEngine, prompt: list[int]) -> tuple[list[float], float]:
     """Milliseconds between the tokens of `NUM_STREAMS` streams while `prompt` was computed, and seconds it took.
 
     Tokens that come together, as half characters do, shared the time.
@@ -478,7 +478,7 @@ async def measure_pace(folder: Path, args: argparse.Namespace, table: Table) -> 
         model_path=str(folder), load_format="dummy", device=args.device, max_step_ms=MAX_STEP_MS, random_seed=0
     )
     is_right = True
-    async with Engine(config) as engine:
+    async with LocalEngine(config) as engine:
         length = min(LONG_PROMPT_LEN, engine.context_length * 3 // 4)
         first, other, tail = np.random.default_rng(0).integers(3, engine.model_config.vocab_size, (3, length)).tolist()
         for name, prompt in (

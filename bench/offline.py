@@ -18,7 +18,7 @@ from rich.table import Table
 
 from bench.compare import wide_console
 from engine.config import EngineConfig
-from engine.engine import Engine
+from engine.local import LocalEngine
 from engine.request import Delta, Request, SamplingParams
 from server.config import parse_args
 
@@ -26,7 +26,7 @@ PARTS = ("schedule", "launch", "resolve")
 TIMES = (*PARTS, "deliver", "device_idle")  # of LoopStats
 
 
-async def run_batch(engine: Engine, batch: int, input_len: int, output_len: int) -> dict[str, float]:
+async def run_batch(engine: LocalEngine, batch: int, input_len: int, output_len: int) -> dict[str, float]:
     """Seconds to everyone's first token, ms a decode step, tokens/s, and µs a decode step: host by part, device idle.
 
     Decode steps are those after everyone's first token and before anyone's last: nobody comes or goes.
@@ -93,7 +93,7 @@ async def main() -> None:
     config: EngineConfig = parse_args(engine_flags)
     if config.max_running_requests is None:
         config = config.replace(max_running_requests=max(args.batch))
-    engine = Engine(config)
+    engine = LocalEngine(config)
     console = wide_console()
     await engine.start(console.print)
     num_tokens = max(args.batch) * (args.input_len + args.output_len)

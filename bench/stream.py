@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.config import EngineConfig
-from engine.engine import Engine
+from engine.local import LocalEngine
 from engine.schedule.plan import Plan
 from engine.step.batch import Shape
 from engine.step.model_runner import MAX_IDLE_S, ModelRunner, Step
@@ -169,12 +169,11 @@ async def _serve_engine(pipe: Connection, max_streams: int, max_tokens: int, ste
         max_running_requests=max_streams, max_total_tokens=max_streams * (max_tokens + PROMPT_LEN + 1),
         chunked_prefill_size=8192, access_log="none",
     )  # fmt: skip
-    engine = Engine(EngineConfig(**{name: getattr(config, name) for name in EngineConfig.__dataclass_fields__}))
+    engine = LocalEngine(EngineConfig(**{name: getattr(config, name) for name in EngineConfig.__dataclass_fields__}))
     await engine.start(lambda step: None)
-    assert engine._loop is not None
     runner, token_ids = engine.parts.runner, engine.tokenizer.encode(ANSWER)
-    engine._loop.runner = TimedRunner(runner, token_ids, step_s) if step_s else InstantRunner(runner, token_ids)
-    stats = engine._loop.stats
+    engine.started.loop.runner = TimedRunner(runner, token_ids, step_s) if step_s else InstantRunner(runner, token_ids)
+    stats = engine.started.loop.stats
     await _serve(build_app(engine, config), pipe, lambda: stats.device_idle_s)
     await engine.stop()
 

@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a running engine."""
+"""Building an engine: from a configuration to the parts that run."""
 
 import importlib.util
 import logging
@@ -29,8 +29,9 @@ from engine.ranks.children import Parent, settle_garbage_collector
 from engine.ranks.leader import Follower, Ranks, follow, join_store
 from engine.schedule.rows import Rows
 from engine.schedule.scheduler import Scheduler
+from engine.sizes import Sizes, check_sizes, choose_graph_sizes, graphs_bytes, max_graph_tokens, resolve_sizes
 from engine.step.batch import Stager
-from engine.step.cuda_graph import MAX_GRAPH_WORK, MAX_PROMPTS, GraphSizes, default_batch_sizes
+from engine.step.cuda_graph import GraphSizes
 from engine.step.memory import MemoryBudget, plan_memory
 from engine.step.model_runner import ModelRunner
 from engine.step.sampler import Sampler
@@ -45,20 +46,13 @@ from kernels.dense import SKINNY_MAX_TOKENS
 logger = logging.getLogger(__name__)
 
 KV_DTYPES = {"bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
-CPU_ROWS, CUDA_ROWS = 64, 1024
-CPU_CHUNK, CUDA_CHUNK, SMALL_CUDA_CHUNK = 512, 8192, 2048
-SMALL_CUDA_BYTES = 25e9
-CUDA_MAX_STEP_MS = 60.0
-CUDA_GRAPH_MAX_BS = 1024
-COUNTS = (
-    "tp_size", "dp_size", "nnodes", "context_length", "max_total_tokens", "page_size", "max_running_requests",
-    "max_prefill_tokens", "cuda_graph_max_bs", "stream_interval", "decode_log_interval",
-)  # fmt: skip
 SELF_TEST_BYTES, P2P_CHECK_BYTES = 1 << 10, 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
+    """The objects of which an engine consists, for the step loop and everything around it."""
+
     config: EngineConfig
     model_config: ModelConfig
     tokenizer: Tokenizer
@@ -72,22 +66,18 @@ class Parts:
 
 
 def resolve_config(config: EngineConfig) -> EngineConfig:
-    """`config` with everything decided that depends on the machine alone."""
+    """Return `config` with everything decided that depends on the machine alone."""
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("--device cuda was asked for, and torch sees no CUDA device")
-    is_cuda = device.type == "cuda"
     check_sizes(config)
-    if is_cuda:
+    cuda_bytes = None
+    if device.type == "cuda":
         device = torch.device("cuda", config.base_gpu_id if device.index is None else device.index)
         check_gpus(device.index, config.ranks_per_node)
+        cuda_bytes = torch.cuda.get_device_properties(device).total_memory
     if config.grammar_backend == "xgrammar" and importlib.util.find_spec("xgrammar") is None:
         raise ModelError("--grammar-backend xgrammar needs xgrammar: pip install 'radixloop[xgrammar]'")
-    chunk = config.chunked_prefill_size
-    if chunk is None:
-        is_small = is_cuda and torch.cuda.get_device_properties(device).total_memory < SMALL_CUDA_BYTES
-        chunk = (SMALL_CUDA_CHUNK if is_small else CUDA_CHUNK) if is_cuda else CPU_CHUNK
-    max_running = config.max_running_requests or (CUDA_ROWS if is_cuda else CPU_ROWS)
     try:
         backend = choose_backend(config.attention_backend, device)
     except ValueError as error:
@@ -96,40 +86,17 @@ def resolve_config(config: EngineConfig) -> EngineConfig:
     if sampling_backend == "flashinfer":
         logger.warning("sampling backend 'flashinfer' is not used: Triton's kernels, which sort nothing either, serve")
         sampling_backend = "triton"
-    return config.replace(
+    return resolve_sizes(config, cuda_bytes).replace(
         device=str(device),
         base_gpu_id=device.index or 0,
-        chunked_prefill_size=config.max_prefill_tokens if chunk < 1 else chunk,
-        max_running_requests=max_running,
         attention_backend=backend,
         sampling_backend=sampling_backend,
-        max_step_ms=CUDA_MAX_STEP_MS if is_cuda and config.max_step_ms is None else config.max_step_ms,
-        cuda_graph_max_bs=min(config.cuda_graph_max_bs or CUDA_GRAPH_MAX_BS, max_running),
-        cuda_graph_bs=sorted({min(size, max_running) for size in config.cuda_graph_bs or ()}) or None,
         random_seed=time.time_ns() % (1 << 30) if config.random_seed is None else config.random_seed,
     )
 
 
-def check_sizes(config: EngineConfig) -> None:
-    """`ModelError` if a number is none that can be, or those of ranks, replicas and nodes do not fit each other."""
-    for name in COUNTS:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ModelError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if any(size < 1 for size in config.cuda_graph_bs or ()):
-        raise ModelError(f"--cuda-graph-bs must be at least 1 each, got {config.cuda_graph_bs}")
-    if config.max_step_ms is not None and config.max_step_ms < 0:
-        raise ModelError(f"--max-step-ms must not be negative, got {config.max_step_ms}")
-    if config.tp_size % config.nnodes:
-        raise ModelError(f"--tp-size {config.tp_size} cannot be split over --nnodes {config.nnodes}")
-    if not 0 <= config.node_rank < config.nnodes:
-        raise ModelError(f"--node-rank must be between 0 and {config.nnodes - 1}, got {config.node_rank}")
-    if config.dp_size > 1 and config.nnodes > 1:
-        raise ModelError(f"--dp-size {config.dp_size} is for one node, and --nnodes is {config.nnodes}")
-
-
 def check_gpus(first: int, count: int) -> None:
-    """`ModelError` if this machine does not have GPUs `first` to `first` + `count` - 1."""
+    """Raise `ModelError` if this machine does not have GPUs `first` to `first` + `count` - 1."""
     num_present = torch.cuda.device_count()
     if first + count > num_present:
         raise ModelError(
@@ -139,7 +106,10 @@ def check_gpus(first: int, count: int) -> None:
 
 
 def describe_backends(config: EngineConfig, device: torch.device, *, has_corun: bool = False) -> dict[str, str]:
-    """Operation -> what serves it, and why. `config` is resolved; has_corun: steps may be split (`kernels.corun`)."""
+    """Return for each operation which implementation serves it, and why.
+
+    config: resolved. has_corun: steps may be split (`kernels.corun`).
+    """
     if device.type == "cpu":
         return {"all operations": "torch (the one for a CPU)"}
     attention = {
@@ -169,15 +139,16 @@ def describe_backends(config: EngineConfig, device: torch.device, *, has_corun: 
 def build(
     config: EngineConfig, on_progress: Callable[[str], None], on_failure: Callable[[str], object] = logger.critical
 ) -> Parts:
-    """Everything a running engine consists of. Blocks for as long as loading takes.
+    """Build every part of an engine. Blocks for as long as loading takes. `ModelError` if the model cannot be served.
 
-    With several ranks, `on_failure` is told when one of them can no longer go on, from a thread; nor can the engine.
+    on_failure: called from a thread, with the reason, when one of several ranks can compute no more; nor can the
+    engine then.
     """
     config = resolve_config(config)
     folder = resolve_model(config)
     model_config = load_config(folder, config)
     comm = Communicator(0, config.tp_size)
-    model = new_model(config, model_config, comm)  # tells what cannot be split, before a process is started
+    model = new_model(config, model_config, comm)  # raises if it cannot be split, before a process is started
     ranks = Ranks(config, folder, run_rank, on_failure) if config.tp_size > 1 else None
     try:
         with ThreadPoolExecutor(1) as executor:
@@ -202,13 +173,19 @@ def build(
     for operation, backend in describe_backends(config, runner.device, has_corun=has_corun).items():
         on_progress(f"{operation}: {backend}")
 
+    scheduler = _new_scheduler(config, model_config, runner)
+    upkeep = Upkeep(config, runner, lambda: new_model(config, model_config, comm))
+    rows = runner.sampler.rows
+    return Parts(config, model_config, tokenizer, rows, scheduler, runner, memory, grammars, upkeep, ranks)
+
+
+def _new_scheduler(config: EngineConfig, model_config: ModelConfig, runner: ModelRunner) -> Scheduler:
     assert config.chunked_prefill_size and config.random_seed is not None
     is_eos = np.zeros(model_config.vocab_size, bool)
     is_eos[[token for token in model_config.eos_token_ids if token < model_config.vocab_size]] = True
     cache_class = NoCache if config.disable_radix_cache else RadixCache
-    rows = runner.sampler.rows
-    scheduler = Scheduler(
-        rows,
+    return Scheduler(
+        runner.sampler.rows,
         PageAllocator(runner.kv.num_slots // config.page_size, config.page_size),
         cache_class(config.page_size),
         is_eos=is_eos,
@@ -219,8 +196,6 @@ def build(
         max_queued_tokens=config.max_queued_tokens,
         seed=config.random_seed,
     )
-    upkeep = Upkeep(config, runner, lambda: new_model(config, model_config, comm))
-    return Parts(config, model_config, tokenizer, rows, scheduler, runner, memory, grammars, upkeep, ranks)
 
 
 def build_runner(
@@ -232,83 +207,105 @@ def build_runner(
     store: TCPStore | None,
     on_progress: Callable[[str], None],
 ) -> tuple[ModelRunner, MemoryBudget]:
-    """What every rank does alike: load its share of `model`, meet the others at `store`, measure, make its KV pool."""
+    """Load this rank's share of `model`, meet the others at `store`, measure, allocate the KV pool, capture graphs.
+
+    The same on every rank. Blocks for as long as that takes. config: resolved.
+    """
+    device = _set_device(config, comm)
+    weights_bytes = _load_weights(model, folder, config, device)
+    on_progress("weights loaded")
+    if store is not None:
+        _connect(config, comm, store, device, on_progress)
+
+    sizes = Sizes.of(config, model_config.context_length)
+    max_tokens = comm.minimum(max_graph_tokens(weights_bytes))
+    graph_sizes = None
+    if device.type == "cuda":
+        graph_sizes = choose_graph_sizes(config, sizes, model_config.is_generation, max_tokens)
+    slot_table = torch.zeros(sizes.num_rows + 1, sizes.max_len, dtype=torch.int32, device=device)
+    stager = Stager(sizes.max_staged_tokens, sizes.max_staged_requests, slot_table)
+    rows = Rows(sizes.num_rows, sizes.max_len)
+    sampler = Sampler(rows, model_config.vocab_size, model_config.eos_token_ids, device, config.sampling_backend)
+
+    layout, kv_dtype = model.cache_layout(), KV_DTYPES.get(config.kv_cache_dtype, model_config.dtype)
+
+    def new_runner(num_tokens: int) -> ModelRunner:
+        pool = CachePool(layout, sizes.num_slots(num_tokens), kv_dtype, device)
+        return ModelRunner(model, pool, sampler, stager, comm)
+
+    largest_step = 0
+    if device.type == "cuda":
+        if config.attention_backend == "flashinfer":
+            on_progress("FlashInfer's kernels are loaded; the first time they are compiled, which takes some 90 s")
+        largest_step = _measure(new_runner(sizes.max_step_tokens), sizes, graph_sizes)
+    memory = plan_memory(
+        config, sizes.max_len, bytes_per_token(layout, kv_dtype), device,
+        weights=weights_bytes, tables=slot_table.nbytes, largest_step=largest_step,
+        graphs=graphs_bytes(graph_sizes, largest_step, sizes.max_step_tokens),
+        comm=comm,
+    )  # fmt: skip
+    on_progress("memory: " + ", ".join(f"{what} {size}" for what, size in memory.rows()))
+    runner = new_runner(memory.max_total_num_tokens)
+    if device.type == "cuda":
+        _capture(runner, sizes, graph_sizes, on_progress)
+    return runner, memory
+
+
+def _set_device(config: EngineConfig, comm: Communicator) -> torch.device:
+    """Make the rank's device this thread's current one; on a CPU, divide the cores among the ranks."""
     device = torch.device(config.device or "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif comm.size > 1:
         torch.set_num_threads(max(torch.get_num_threads() // comm.size, 1))
-    weights_bytes = _load_weights(model, folder, config, device)
-    on_progress("weights loaded")
-    if store is not None:
-        comm.connect(store, device, use_peer_memory=config.nnodes == 1 and not config.disable_custom_all_reduce)
-        rate = comm.self_test(config.dist_timeout, P2P_CHECK_BYTES if config.enable_p2p_check else SELF_TEST_BYTES)
-        at = f", {rate / 1e9:.1f} GB/s between the slowest pair" if config.enable_p2p_check else ""
-        on_progress(f"{comm.size} ranks: {comm.describe()}{at}")
+    return device
 
-    assert config.max_running_requests and config.chunked_prefill_size
-    kv_dtype = KV_DTYPES.get(config.kv_cache_dtype, model_config.dtype)
-    max_len = model_config.context_length
-    num_rows = config.max_running_requests
-    slot_table = torch.zeros(num_rows + 1, max_len, dtype=torch.int32, device=device)
-    rows = Rows(num_rows, max_len)
-    max_step_tokens = max(config.chunked_prefill_size, num_rows)
-    # A step may be longer by a graph's padding, or by a page: no chunk that goes on is shorter.
-    max_extra_tokens = max(num_rows, config.page_size)
-    stager = Stager(max_step_tokens + max_extra_tokens, num_rows + MAX_PROMPTS, slot_table)
-    sampler = Sampler(rows, model_config.vocab_size, model_config.eos_token_ids, device, config.sampling_backend)
 
-    def new_pool(num_tokens: int) -> CachePool:
-        return CachePool(model.cache_layout(), num_tokens + config.page_size, kv_dtype, device)
+def _connect(
+    config: EngineConfig,
+    comm: Communicator,
+    store: TCPStore,
+    device: torch.device,
+    on_progress: Callable[[str], None],
+) -> None:
+    """Meet the other ranks and test the way to them; with --enable-p2p-check, also its speed."""
+    comm.connect(store, device, use_peer_memory=config.nnodes == 1 and not config.disable_custom_all_reduce)
+    rate = comm.self_test(config.dist_timeout, P2P_CHECK_BYTES if config.enable_p2p_check else SELF_TEST_BYTES)
+    at = f", {rate / 1e9:.1f} GB/s between the slowest pair" if config.enable_p2p_check else ""
+    on_progress(f"{comm.size} ranks: {comm.describe()}{at}")
 
-    largest_step = 0
-    is_captured = (
-        device.type == "cuda"
-        and not (config.disable_cuda_graph or config.is_embedding)
-        and model_config.is_generation
-        and config.attention_backend != "torch"
-    )
-    max_graph_tokens = comm.minimum(int(MAX_GRAPH_WORK / weights_bytes))
-    graph_sizes = None
-    if is_captured:
-        assert config.cuda_graph_max_bs
-        graph_sizes = GraphSizes(
-            config.cuda_graph_bs or default_batch_sizes(config.cuda_graph_max_bs),
-            max_prompt_tokens=min(config.chunked_prefill_size, max_len),
-            max_tokens=max_graph_tokens,
-            max_requests=num_rows,
-        )
-    graph_tokens = min(graph_sizes.max_prompt_tokens, graph_sizes.max_tokens) if graph_sizes is not None else 0
-    if device.type == "cuda":
-        if config.attention_backend == "flashinfer":
-            on_progress("FlashInfer's kernels are loaded; the first time they are compiled, which takes some 90 s")
-        probe = ModelRunner(model, new_pool(max_step_tokens), sampler, stager, comm)
-        compile_kernels(probe, graph_sizes, max_step_tokens, num_rows, max_len)
-        largest_step = measure_step(probe, max_step_tokens, num_rows, max_len)
-        probe.close()
-        del probe
-    memory = plan_memory(
-        config, model_config.context_length, bytes_per_token(model.cache_layout(), kv_dtype), device,
-        weights=weights_bytes, tables=slot_table.nbytes, largest_step=largest_step,
-        graphs=largest_step * graph_tokens // max_step_tokens,
-        comm=comm,
-    )  # fmt: skip
-    on_progress("memory: " + ", ".join(f"{what} {size}" for what, size in memory.rows()))
-    runner = ModelRunner(model, new_pool(memory.max_total_num_tokens), sampler, stager, comm)
+
+def _measure(probe: ModelRunner, sizes: Sizes, graph_sizes: GraphSizes | None) -> int:
+    """Return the bytes that the largest step takes on the device, and close `probe`. Compiles the kernels first.
+
+    probe: a runner with a KV pool that is just large enough.
+    """
+    compile_kernels(probe, graph_sizes, sizes.max_step_tokens, sizes.num_rows, sizes.max_len)
+    largest_step = measure_step(probe, sizes.max_step_tokens, sizes.num_rows, sizes.max_len)
+    probe.close()
+    return largest_step
+
+
+def _capture(
+    runner: ModelRunner, sizes: Sizes, graph_sizes: GraphSizes | None, on_progress: Callable[[str], None]
+) -> None:
+    """Capture the CUDA graphs, and run what the first steps would otherwise wait for."""
     if graph_sizes is not None:
         start = time.perf_counter()
         runner.capture_graphs(graph_sizes)
         on_progress(f"steps captured as CUDA graphs in {time.perf_counter() - start:.1f} s")
-    if device.type == "cuda":
-        measure_step(runner, max_step_tokens, num_rows, max_len)  # once more: the memory it takes is then at hand
-        load_kernels(runner, num_rows, max_len)
-    return runner, memory
+    # Once more: the memory that the largest step takes is then reserved.
+    measure_step(runner, sizes.max_step_tokens, sizes.num_rows, sizes.max_len)
+    load_kernels(runner, sizes.num_rows, sizes.max_len)
 
 
 def run_rank(
     parent: Parent, config: EngineConfig, folder: Path, rank: int, host: str, port: int, plans: ChannelReader
 ) -> None:
-    """What the process of another rank does: the same as rank 0's, one step after the other. `config` is rank 0's."""
+    """Follow rank 0, step by step, until it closes the channel. The target of another rank's process.
+
+    config: rank 0's.
+    """
     device = torch.device(config.device or "cpu")
     if device.type == "cuda":
         config = config.replace(device=f"cuda:{config.base_gpu_id + rank % config.ranks_per_node}")
@@ -326,10 +323,12 @@ def run_rank(
 
 
 def load_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer:
+    """Load the tokenizer of the model in `folder`, unless --tokenizer-path names another."""
     return Tokenizer.load(resolve_tokenizer(config, folder), config.trust_remote_code)
 
 
 def new_grammars(config: EngineConfig, model_config: ModelConfig, tokenizer: Tokenizer) -> GrammarCompiler | None:
+    """Return the compiler that --grammar-backend names, or None for "none"."""
     if config.grammar_backend == "none":
         return None
     compiler_class: type[GrammarCompiler] = GrammarCompiler
@@ -351,12 +350,12 @@ def _layer_config(config: EngineConfig, model_config: ModelConfig, comm: Communi
 
 
 def new_model(config: EngineConfig, model_config: ModelConfig, comm: Communicator) -> CausalLM:
-    """This rank's share, with its weights still on the meta device."""
+    """Return this rank's share of the model, with its weights still on the meta device."""
     return build_model(model_config, _layer_config(config, model_config, comm))
 
 
 def _load_weights(model: CausalLM, folder: Path, config: EngineConfig, device: torch.device) -> int:
-    """Bytes of this rank's weights."""
+    """Load and pack this rank's weights, and return their bytes."""
     load_weights(model, folder, config.load_format, device)
     layers = unique_layers(model)
     num_bytes = sum(weight.nbytes for layer in layers for _, weight in layer.weights())

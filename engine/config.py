@@ -1,6 +1,10 @@
-"""What can be set. One frozen dataclass; the command line, its help and the README's table are made from it."""
+"""The options of an engine: one frozen dataclass.
+
+The command line and its help are made from it; the README's table of flags is tested against it.
+"""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -8,7 +12,7 @@ from engine.replicas.balance import METHODS
 
 
 def option(default: Any, group: str, help: str, *, aliases: tuple[str, ...] = (), choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that is also a command-line flag: `--name-with-dashes` and its aliases."""
+    """Return a dataclass field that is also a command-line flag: `--name-with-dashes` and its aliases."""
     metadata = {"group": group, "help": help, "aliases": aliases, "choices": choices}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -21,7 +25,7 @@ DEBUG = "logging and debugging"
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Every choice the engine knows. None means: decided at start from the model and the device."""
+    """Every option of the engine. None: decided at start, from the model and the device, or no limit."""
 
     model_path: str = option(
         "demo", MODEL, "folder, hub id, .gguf file, or `demo` (SmolLM2-135M-Instruct)", aliases=("--model",)
@@ -112,14 +116,14 @@ class EngineConfig:
     )  # fmt: skip
     base_gpu_id: int = option(0, PARALLEL, "the first GPU to use")
     enable_p2p_check: bool = option(
-        False, PARALLEL, "at start, also move 64 MiB between each pair of ranks, check it, and tell how fast it went"
+        False, PARALLEL, "at start, also move 64 MiB between each pair of ranks, check the bytes, and report the speed"
     )
     disable_custom_all_reduce: bool = option(
         False, PARALLEL, "do all sums over GPUs with NCCL, none through peer memory"
     )
     nnodes: int = option(
         1, PARALLEL, "hosts that share one model; each runs this command with its own --node-rank, or is started by "
-        "`torchrun --nnodes N --nproc-per-node 1 ... -m server`, which tells this and the next three",
+        "`torchrun --nnodes N --nproc-per-node 1 ... -m server`, which sets this and the next three",
     )  # fmt: skip
     node_rank: int = option(0, PARALLEL, "which of them this is; 0 serves")
     dist_init_addr: str | None = option(
@@ -132,7 +136,7 @@ class EngineConfig:
         30.0, PARALLEL, "seconds until a rank that does not answer ends the server: in the first test, and in steps"
     )
 
-    stream_interval: int = option(1, DEBUG, "tokens a streamed piece at least")
+    stream_interval: int = option(1, DEBUG, "least tokens of a streamed piece")
     decode_log_interval: int = option(40, DEBUG, "decode steps between two log lines")
     watchdog_timeout: float = option(300.0, DEBUG, "seconds a step may take before the server gives up; 0: any")
 
@@ -140,12 +144,16 @@ class EngineConfig:
     def ranks_per_node(self) -> int:
         return self.tp_size // self.nnodes
 
+    def choose_sampling_defaults(self, of_model: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the defaults of sampling fields: `of_model`, from generation_config.json, or none."""
+        return dict(of_model) if self.sampling_defaults == "model" else {}
+
     def replace(self, **changes: Any) -> "EngineConfig":
         return dataclasses.replace(self, **changes)
 
 
 def option_type(annotation: Any) -> tuple[type, bool]:
-    """(scalar type, is a list) of a field's annotation, for parsers: `list[int] | None` gives (int, True)."""
+    """Return (scalar type, is a list) of a field's annotation, for parsers: `list[int] | None` gives (int, True)."""
     args = [arg for arg in get_args(annotation) if arg is not type(None)]
     if getattr(annotation, "__origin__", None) is list:
         return get_args(annotation)[0], True

@@ -1,51 +1,86 @@
-"""The facade: what the server, and anyone in process, talks to."""
+"""The facade: everything the server, and any program that holds an engine, may ask of it.
+
+Engine
+├── engine.local.LocalEngine                one model on this process's device, with its step loop
+├── engine.replicas.replica_set.ReplicaSet  several of them, each in a process of its own
+└── tests.fake_engine.FakeEngine            no model: answers as a test says
+
+Nothing here imports torch: the command line's help, the router and the front-end language read these types too.
+"""
+
+from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
 import functools
 import logging
-import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-import numpy as np
+from engine.request import Delta, Request
 
-from cache.radix import Prefix
-from engine.build import Parts, build
-from engine.config import EngineConfig
-from engine.errors import EngineError, EngineStopped, InvalidRequest, ModelError, PromptTooLong, QueueFull
-from engine.loop import LoopStats, StepLoop
-from engine.maintenance import Maintenance
-from engine.model_config import ModelConfig
-from engine.output import OutputProcessor
-from engine.profiler import Profiler
-from engine.request import Delta, FinishReason, Logprobs, Request, Status
-from engine.schedule.fairness import DrainRate
-from engine.schedule.scheduler import SchedulerStats
-from engine.step.memory import MemoryBudget
-from engine.step.pooling import LAST, MEAN
-from engine.text.grammar import Grammar, GrammarCompiler, GrammarStats, Matcher
-from engine.text.tokenizer import Tokenizer
+if TYPE_CHECKING:
+    from cache.radix import Prefix
+    from engine.loop import LoopStats
+    from engine.schedule.scheduler import SchedulerStats
+    from engine.text.grammar import GrammarStats
 
 logger = logging.getLogger(__name__)
 
-GRAMMAR_TIMEOUT_S = 10.0  # a grammar that takes longer to compile is refused
 LONG_TEXT = 1500  # characters; shorter texts are tokenized on the event loop, in about a millisecond
-STUCK_AFTER_S = 30.0  # a step this long makes /health fail; --watchdog-timeout is when the process gives up
+
+
+class ModelInfo(Protocol):
+    """The part of `engine.model_config.ModelConfig` that users of an engine read."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def architectures(self) -> Sequence[str]: ...
+    @property
+    def pooling(self) -> str: ...
+    @property
+    def is_classifier(self) -> bool: ...
+    @property
+    def labels(self) -> Sequence[str]: ...
+
+
+class TokenizerFacade(Protocol):
+    """The part of `engine.text.tokenizer.Tokenizer` that users of an engine call."""
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None: ...
+    @property
+    def named_tokens(self) -> Mapping[str, str]: ...  # bos_token, eos_token, ...
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+    def token_text(self, token_id: int) -> str: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
+    def render_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
     status: str
     """ok, starting, stuck (a step has not come back), stopping, or stopped."""
-    last_step_age_s: float
-    """Since a step last came back, or since there was work again; 0 while idle."""
-    oldest_queued_s: float
-    num_running: int
-    num_queued: int
+    last_step_age_s: float = 0.0
+    """Seconds since a step last came back, or since there was work again; 0 while idle."""
+    oldest_queued_s: float = 0.0
+    """Seconds for which the oldest queued request has waited; 0 if none waits."""
+    num_running: int = 0
+    num_queued: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,341 +90,174 @@ class EngineStats:
     num_requests: int
     num_aborted: int
     num_refused: int
-    """For a full queue."""
+    """Requests refused because the queue was full."""
     drain_tokens_per_s: float
-    """Tokens computed for requests that ended, by working second."""
+    """Tokens computed for requests that ended, per second in which there was work."""
     grammars: GrammarStats
 
 
-class Engine:
-    """One model, ready for requests between `start` and `stop`. Not thread-safe: use it from its event loop."""
+class Maintenance(ABC):
+    """Operations that hold a running engine still. One runs at a time; later callers wait for it to end."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        self._parts: Parts | None = None
-        self._loop: StepLoop | None = None
-        self._maintenance: Maintenance | None = None
-        self._output: OutputProcessor | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._requests: dict[str, Request] = {}
-        self._is_stopping = False
-        self._drained = asyncio.Event()
-        self._failure = ""  # what has happened, when a rank or the step loop is gone
-        self._has_failed = asyncio.Event()
-        self._profiler: Profiler | None = None
-        self._warming_up: asyncio.Future[None] | None = None
-        self._num_requests = self._num_aborted = self._num_refused = 0
-        self._drain = DrainRate()
-        self._busy_since = 0.0
+    model_path: str
+    """Where the weights that are served came from."""
+    weight_version: str
 
-    async def __aenter__(self) -> "Engine":
+    @abstractmethod
+    async def pause(self, mode: str = "abort") -> int:
+        """Launch no step until `resume`, and return how many requests were running.
+
+        mode: "abort" ends all requests, "retract" computes the running ones anew later, "in_place" continues them.
+        """
+
+    @abstractmethod
+    async def resume(self) -> None:
+        """End a pause. Does nothing if there is none."""
+
+    @abstractmethod
+    async def update_weights(
+        self,
+        model_path: str,
+        load_format: str = "auto",
+        *,
+        abort_all_requests: bool = False,
+        flush_cache: bool = True,
+        weight_version: str | None = None,
+    ) -> int:
+        """Serve the weights of another checkpoint of the same shape. Return how many requests were interrupted.
+
+        The weights are read into host memory while the old ones serve; the pause is the copy alone. With
+        `flush_cache`, running requests are computed anew, since their keys and values are the old weights'.
+        `InvalidRequest` names the first tensor that does not fit, on any rank; all ranks then keep the old weights.
+        """
+
+    @abstractmethod
+    async def weight(self, name: str, num_rows: int) -> list[Any]:
+        """Return the first rows of the weight that a checkpoint calls `name`, as nested lists of floats."""
+
+    @abstractmethod
+    async def release_memory(self, tags: Collection[str] = ...) -> None:
+        """Give device memory back. All requests, running ones too, wait until all of it has been resumed.
+
+        kv_cache: with every cached prefix; running requests are computed anew. weights: kept in host memory.
+        """
+
+    @abstractmethod
+    async def resume_memory(self, tags: Collection[str] = ...) -> None:
+        """Take memory back; requests continue when nothing is released. `EngineError` if the device has no room."""
+
+
+class Engine(ABC):
+    """A model that answers requests between `start` and `stop`. Not thread-safe: use it on its event loop.
+
+    Facts about the model are known once `start` has returned; before, they raise `EngineStopped`.
+    """
+
+    async def __aenter__(self) -> Self:
         await self.start()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
+    @abstractmethod
     async def start(self, on_progress: Callable[[str], None] = logger.info) -> None:
-        """Load the model and begin to step. `ModelError` if it cannot be served."""
-        parts = self._parts = await self._build(on_progress)
-        self.config = parts.config
-        self._output = OutputProcessor(parts.scheduler, self.config.stream_interval, self._on_end)
-        self._loop = StepLoop(
-            parts.scheduler,
-            parts.runner,
-            self._output,
-            is_overlapped=not self.config.disable_overlap_schedule,
-            max_step_ms=self.config.max_step_ms or None,
-            chunked_prefill_size=parts.scheduler.chunked_prefill_size,
-            context_cost=parts.model_config.context_cost,
-            decode_log_interval=self.config.decode_log_interval,
-        )
-        self._maintenance = Maintenance(parts, self._loop, self.abort_all)
-        self._task = asyncio.create_task(self._loop.run(), name="step-loop")
-        self._task.add_done_callback(self._on_loop_end)
+        """Load the model and begin to step: seconds to minutes. `ModelError` if the model cannot be served."""
 
-    async def _build(self, on_progress: Callable[[str], None]) -> Parts:
-        """A rank that ends meanwhile may leave the building thread waiting for it for ever: it is left behind."""
-        loop = asyncio.get_running_loop()
-
-        def on_failure(message: str) -> None:
-            loop.call_soon_threadsafe(self._on_failure, message)
-
-        building = asyncio.ensure_future(asyncio.to_thread(build, self.config, on_progress, on_failure))
-        failing = asyncio.ensure_future(self._has_failed.wait())
-        await asyncio.wait([building, failing], return_when=asyncio.FIRST_COMPLETED)
-        failing.cancel()
-        if self._failure:
-            building.add_done_callback(_see)  # what it raises is a consequence
-            raise ModelError(self._failure)
-        return building.result()
-
-    def _on_failure(self, message: str) -> None:
-        """No step can be computed any more."""
-        logger.critical("%s; the engine cannot go on", message)
-        self._failure = message
-        self._has_failed.set()
-        self.abort_all(f"the engine has failed: {message}", status_code=500)
-
-    @property
-    def has_failed(self) -> bool:
-        """For good: it cannot be stopped in good order either, and the process must end."""
-        return self._has_failed.is_set()
-
-    async def failed(self) -> str:
-        """Returns, with the reason, once the engine has failed."""
-        await self._has_failed.wait()
-        return self._failure
-
+    @abstractmethod
     async def stop(self, drain_s: float = 0.0) -> None:
-        """Refuse new requests, give running ones `drain_s` seconds, abort the rest, let go of the device."""
-        self._is_stopping = True
-        if self._requests and drain_s:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._drained.wait(), drain_s)
-        self.abort_all("the server is shutting down", status_code=503)
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-        if self._parts is not None and not self.has_failed:  # else a thread may wait for a rank that is gone
-            await asyncio.to_thread(self._parts.runner.close)
-
-    # ---- what it is ----
+        """Refuse new requests, give running ones `drain_s` seconds, abort the rest, release the device."""
 
     @property
-    def parts(self) -> Parts:
-        if self._parts is None:
-            raise EngineStopped("the engine is starting")
-        return self._parts
+    @abstractmethod
+    def is_running(self) -> bool:
+        """Whether steps can be computed now."""
 
     @property
-    def maintenance(self) -> Maintenance:
-        if self._maintenance is None or not self.is_running:
-            raise EngineStopped("the engine is not running")
-        return self._maintenance
+    @abstractmethod
+    def has_failed(self) -> bool:
+        """Whether the engine is beyond repair: `stop` cannot release all that it holds, and the process must end."""
+
+    @abstractmethod
+    async def failed(self) -> str:
+        """Wait until the engine has failed, and return the reason."""
+
+    # ---- facts ----
 
     @property
-    def model_config(self) -> ModelConfig:
-        return self.parts.model_config
+    @abstractmethod
+    def model_config(self) -> ModelInfo: ...
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        return self.parts.tokenizer
+    @abstractmethod
+    def tokenizer(self) -> TokenizerFacade: ...
 
     @property
-    def grammars(self) -> GrammarCompiler | None:
-        return self.parts.grammars
-
-    @property
-    def memory(self) -> MemoryBudget:
-        return self.parts.memory
-
-    @property
+    @abstractmethod
     def max_total_num_tokens(self) -> int:
-        return self.parts.scheduler.allocator.num_total
+        """Tokens that the KV pool holds; of all replicas together."""
 
     @property
+    @abstractmethod
     def context_length(self) -> int:
         """Longest prompt + answer in tokens."""
-        return min(self.parts.rows.max_len, self.max_total_num_tokens)
 
     @property
+    @abstractmethod
     def max_running_requests(self) -> int:
-        return self.parts.rows.num_rows
+        """Requests that run at once; in all replicas together."""
 
     @property
-    def max_req_input_len(self) -> int:
-        return self.context_length - 1
-
-    @property
+    @abstractmethod
     def is_generation(self) -> bool:
-        """Does it answer prompts, or turn them into vectors only?"""
-        return self.model_config.is_generation and not self.config.is_embedding
+        """Whether prompts are answered, and not only turned into vectors."""
 
     @property
+    @abstractmethod
     def embedding_size(self) -> int:
-        """Numbers of the vector that a prompt becomes."""
-        return self.model_config.embedding_size
+        """Length of the vector that a prompt becomes."""
 
     @property
+    @abstractmethod
     def sampling_defaults(self) -> dict[str, Any]:
         """Sampling fields that the model's generation_config.json sets, unless the configuration says otherwise."""
-        return dict(self.model_config.generation_defaults) if self.config.sampling_defaults == "model" else {}
-
-    @property
-    def is_running(self) -> bool:
-        return self._task is not None and not self._task.done()
 
     # ---- requests ----
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`. Long texts are tokenized off the event loop."""
+        """Return the token ids of `text`. Long texts are tokenized off the event loop."""
         encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
         return encode() if len(text) < LONG_TEXT else await asyncio.to_thread(encode)
 
+    @abstractmethod
     async def prepare(self, requests: Sequence[Request]) -> None:
-        """Compile what constrains the answers of `requests`, off the event loop. Must come before `submit`.
+        """Compile the grammars that constrain the answers of `requests`, off the event loop. Call before `submit`.
 
         Raises `InvalidRequest` if that is impossible, or takes too long.
         """
-        for request in requests:
-            constraint, grammar = request.sampling_params.constraint, None
-            if constraint is not None:
-                grammar = await self._grammar(*constraint)
-            elif request.max_thinking_tokens is None:
-                continue
-            may_jump = not (self.config.disable_jump_forward or request.return_logprob)
-            request.matcher = Matcher(
-                grammar, request.reasoning_end_ids, request.max_thinking_tokens, may_jump=may_jump
-            )
 
+    @abstractmethod
     def warm_up_grammars(self) -> None:
-        """To be called once the start is over, when nobody is likely to wait for anything."""
-        if self.grammars is not None and self.is_generation:
-            self._warming_up = asyncio.get_running_loop().run_in_executor(None, self.grammars.warm_up)
+        """Build the tables that the first grammar needs, on a thread. Call when nobody waits for the start any more."""
 
-    async def _grammar(self, kind: str, text: str) -> Grammar:
-        grammars = self.grammars
-        if grammars is None:
-            raise InvalidRequest(f"{kind} is not supported: the server runs with --grammar-backend none", kind)
-        grammar = grammars.find(kind, text)
-        if grammar is not None:
-            return grammar
-        compiling = asyncio.to_thread(grammars.compile, kind, text)
-        try:
-            return await asyncio.wait_for(compiling, GRAMMAR_TIMEOUT_S)
-        except TimeoutError:
-            message = f"{kind} is too complex: compiling it took more than {GRAMMAR_TIMEOUT_S:.0f} s"
-            raise InvalidRequest(message, kind) from None
-
+    @abstractmethod
     def submit(self, request: Request) -> None:
-        """Queue `request`, after `prepare`; its sink hears of it from now on.
+        """Queue `request`, after `prepare`; its sink is called with its deltas from now on.
 
-        Raises `InvalidRequest` (a field out of range), `PromptTooLong`, `QueueFull` or `EngineStopped`.
+        Raises `InvalidRequest` (a field out of range), `PromptTooLong`, `QueueFull` or `EngineStopped`. What only a
+        replica can find out ends the request as an abort instead.
         """
-        if self.has_failed:
-            raise EngineStopped("the engine has failed")
-        if self._is_stopping or not self.is_running:
-            raise EngineStopped("the server is shutting down" if self._is_stopping else "the engine is not running")
-        self._verify(request)
-        if request.pooling is None:
-            request.text_stream = self.tokenizer.text_stream(request.sampling_params, request.input_ids)
-        self._queue(request)
-        if request.matcher is not None:
-            try:
-                self._jump_ahead(request, request.matcher)
-            except Exception as error:
-                self.parts.scheduler.finish(request, FinishReason("abort", message=str(error), status_code=500))
-                raise
-        self._requests[request.rid] = request
-        self._num_requests += 1
-        if request.logprob_start_len >= 0:  # nothing predicts the first
-            request.input_logprobs = Logprobs([(None, request.input_ids[request.logprob_start_len])], [None], [None])
-        assert self._loop is not None
-        self._loop.wake()
 
-    def _queue(self, request: Request) -> None:
-        now, scheduler = time.perf_counter(), self.parts.scheduler
-        try:
-            scheduler.submit(request)
-        except QueueFull as full:
-            self._num_refused += 1
-            full.retry_after_s = self._drain.seconds_for(scheduler.shares.num_waiting_work, now)
-            raise
-        if not self._has_work:
-            self._busy_since = now
-        self._drain.busy(now)
-
-    @staticmethod
-    def _jump_ahead(request: Request, matcher: Matcher) -> None:
-        """What must come first joins the prompt, to be computed with it. One token at least is left to be sampled."""
-        params = request.sampling_params
-        assert params.max_new_tokens is not None
-        if not matcher.may_jump or params.stop or params.stop_regex or params.stop_token_ids:
-            return
-        tokens = matcher.jump(max(params.max_new_tokens - 1, 0))
-        if tokens and matcher.is_finished:
-            matcher.step_back()
-            tokens.pop()
-        request.output_ids = tokens
-        request.num_forced_tokens = len(tokens)
-        if request.wants_tokens:
-            request.new_token_ids = list(tokens)
-
-    def _on_end(self, request: Request) -> None:
-        if request.matcher is not None:
-            request.matcher.close()
-        self._requests.pop(request.rid, None)
-        num_served = self.parts.scheduler.shares.num_served_tokens
-        self._drain.observe(time.perf_counter(), num_served, is_idle=not self._requests)
-        if self._is_stopping and not self._requests:
-            self._drained.set()
-
-    def _verify(self, request: Request) -> None:
-        vocab_size = self.model_config.vocab_size
-        request.sampling_params.verify(vocab_size)
-        if request.sampling_params.constraint is not None and request.matcher is None:
-            raise EngineError("a constrained request must be prepared before it is submitted")
-        if request.max_thinking_tokens is not None and not request.reasoning_end_ids:
-            raise InvalidRequest("max_thinking_tokens needs a model whose answers have an end of reasoning")
-        if request.rid in self._requests:
-            raise InvalidRequest(f"a request with rid {request.rid!r} is running", "rid")
-        if request.pooling is None and not self.is_generation:
-            raise InvalidRequest("this server turns prompts into vectors and does not generate", "model")
-        if request.pooling is not None and (
-            request.pooling not in (LAST, MEAN) or request.sampling_params.max_new_tokens != 0
-        ):
-            raise InvalidRequest(
-                f"pooling must be {LAST} or {MEAN} with max_new_tokens 0, got {request.pooling!r}", "pooling"
-            )
-        if not request.input_ids:
-            raise InvalidRequest("the prompt is empty", "input_ids")
-        if request.prompt_len > self.max_req_input_len and request.sampling_params.max_new_tokens != 0:
-            raise PromptTooLong(
-                f"prompt has {request.prompt_len} tokens, the context is {self.context_length} "
-                f"and at least one is left for the answer",
-                "input_ids",
-            )
-        token_ids = np.asarray(request.input_ids, np.int64)
-        is_bad = (token_ids < 0) | (token_ids >= vocab_size)
-        if is_bad.any():
-            bad = token_ids[is_bad.argmax()]
-            raise InvalidRequest(f"token id {bad} is outside the vocabulary of {vocab_size}", "input_ids")
-        request.prompt_ids = token_ids.astype(np.int32)
-        if not all(0 <= token < vocab_size for token in request.token_ids_logprob):
-            raise InvalidRequest(
-                f"token_ids_logprob has ids outside the vocabulary of {vocab_size}", "token_ids_logprob"
-            )
-        if not 0 <= request.top_logprobs_num <= vocab_size:
-            raise InvalidRequest(
-                f"top_logprobs_num must be at least 0, got {request.top_logprobs_num}", "top_logprobs_num"
-            )
-        if not -1 <= request.logprob_start_len < request.prompt_len:
-            raise InvalidRequest(
-                f"logprob_start_len must be -1 or a position of the prompt, which has {request.prompt_len} tokens; "
-                f"got {request.logprob_start_len}",
-                "logprob_start_len",
-            )
-
+    @abstractmethod
     def abort(self, rid: str, message: str = "aborted by the client", status_code: int = 499) -> bool:
-        """End a request now; its sink gets a last delta. False if there is none of that name."""
-        request = self._requests.get(rid)
-        if request is None or request.status is Status.FINISHED:
-            return False
-        assert self._loop is not None
-        self._loop.abort(request, FinishReason("abort", message=message, status_code=status_code))
-        self._num_aborted += 1
-        return True
+        """End a request now; its sink gets a last delta. Return False if no request has that rid."""
 
+    @abstractmethod
     def abort_all(self, message: str = "aborted by the client", status_code: int = 499) -> int:
-        """End every request. Returns how many there were."""
-        num_aborted = sum(self.abort(rid, message, status_code) for rid in list(self._requests))
-        if self._output is not None:
-            self._output.flush()  # to those that had just ended by themselves
-        return num_aborted
+        """End every request. Return how many there were."""
 
     async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        """Deltas of `request` up to the one with a finish reason. Leaving early aborts it."""
+        """Yield the deltas of `request` up to the one with a finish reason. Closing the generator aborts it."""
         deltas: asyncio.Queue[Delta] = asyncio.Queue()
         request.sink = deltas.put_nowait
         await self.prepare([request])
@@ -403,104 +271,44 @@ class Engine:
         finally:
             self.abort(request.rid)
 
-    def flush_cache(self) -> bool:
-        """Forget every cached prefix. False, and nothing done, while anything runs or waits."""
-        return self.parts.scheduler.flush()
-
-    # ---- how it is ----
-
-    def start_profile(self, output_dir: str) -> None:
-        """Record what host and device do, until `stop_profile`. `InvalidRequest` if that is going on already."""
-        if self._profiler is not None:
-            raise InvalidRequest("a profile is being recorded")
-        make_profile_folder(output_dir)
-        self._profiler = Profiler(output_dir)
-
-    async def stop_profile(self) -> str:
-        """Write the recording as a Chrome trace and return its path. `InvalidRequest` if there is none."""
-        if self._profiler is None:
-            raise InvalidRequest("no profile is being recorded")
-        profiler, self._profiler = self._profiler, None
-        profiler.stop()
-        return await asyncio.to_thread(profiler.write)
-
-    def health(self) -> Health:
-        if self._loop is None or self._parts is None:
-            return Health("starting", 0.0, 0.0, 0, 0)
-        now = time.perf_counter()
-        scheduler = self._parts.scheduler
-        age = now - max(self._busy_since, self._loop.stats.last_step_at) if self._has_work else 0.0
-        oldest = min((request.times.arrived for request in scheduler.waiting), default=now)
-        status = "ok"
-        if not self.is_running:
-            status = "stopped"
-        elif self._is_stopping:
-            status = "stopping"
-        elif age > min(STUCK_AFTER_S, self.config.watchdog_timeout or STUCK_AFTER_S):
-            status = "stuck"
-        return Health(status, age, now - oldest, len(scheduler.nodes), len(scheduler.waiting))
+    # ---- cache and weights ----
 
     @property
-    def _has_work(self) -> bool:
-        if self._loop is None or self._loop.is_still:
-            return False
-        return bool(self._requests or self._loop.steps_in_flight)
+    @abstractmethod
+    def maintenance(self) -> Maintenance: ...
 
-    def progress(self) -> tuple[int, ...] | None:
-        """Differs after each step; None while there is nothing to do. From any thread."""
-        if self._loop is None or not self._has_work:
-            return None
-        return self._loop.stats.num_steps, self._loop.stats.num_failed_steps
+    @abstractmethod
+    def flush_cache(self) -> bool:
+        """Forget every cached prefix. Return False, with nothing done, while any request runs or waits."""
 
-    def describe(self) -> str:
-        """What the engine is doing, for someone who must find out why it does not. From any thread."""
-        now = time.perf_counter()
-        lines = [f"{name}: {value}" for name, value in dataclasses.asdict(self.stats()).items()]
-        for step in [] if self._loop is None else self._loop.steps_in_flight:
-            plan = step.plan
-            rids = [request.rid for row in plan.rows.tolist() if (request := self.parts.rows.requests[row])]
-            lines.append(
-                f"step in flight for {now - step.launched_at:.3f} s: {plan.num_tokens} tokens, "
-                f"{plan.num_decodes} decodes, q_lens {plan.q_lens.tolist()}, seq_lens {plan.seq_lens.tolist()}, {rids}"
-            )
-        for request in list(self._requests.values()):
-            lines.append(
-                f"request {request.rid}: {request.status.name}, a prompt of {request.prompt_len} tokens, "
-                f"{now - request.times.arrived:.3f} s old"
-            )
-        return "\n".join(lines) + "\n"
+    @abstractmethod
+    def top_prefixes(self, k: int) -> Sequence[Prefix]:
+        """Return the k cached prefixes that were hit most often, in full. Walks the whole tree."""
 
-    def stats(self) -> EngineStats:
-        assert self._loop is not None
-        return EngineStats(
-            self.parts.scheduler.stats(), self._loop.stats, self._num_requests, self._num_aborted, self._num_refused,
-            self._drain.tokens_per_s, self.grammars.stats if self.grammars else GrammarStats(),
-        )  # fmt: skip
+    # ---- observation ----
 
-    def replica_stats(self) -> list[EngineStats]:
-        """Of each engine behind this facade."""
+    @abstractmethod
+    def health(self) -> Health: ...
+
+    @abstractmethod
+    def stats(self) -> EngineStats: ...
+
+    def replica_stats(self) -> Sequence[EngineStats]:
+        """Return the statistics of each engine behind the facade."""
         return [self.stats()]
 
-    def top_prefixes(self, k: int) -> list[Prefix]:
-        """The k cached prefixes that were found most often, in full."""
-        return self.parts.scheduler.cache.top_prefixes(k, head_len=1 << 20)
+    @abstractmethod
+    def progress(self) -> object:
+        """Return a value that differs after each step; None while there is nothing to do. Callable from any thread."""
 
-    def _on_loop_end(self, task: asyncio.Task[None]) -> None:
-        if task.cancelled():
-            return
-        logger.critical("the step loop ended", exc_info=task.exception())
-        self._on_failure(f"the step loop ended: {task.exception()!r}")
+    @abstractmethod
+    def describe(self) -> str:
+        """Return lines that help to find out why the engine hangs. Callable from any thread."""
 
+    @abstractmethod
+    def start_profile(self, output_dir: str) -> None:
+        """Record what host and device do, until `stop_profile`. `InvalidRequest` if a profile is being recorded."""
 
-def _see(task: asyncio.Task[Any]) -> None:
-    """So that nobody is told that its exception was never looked at."""
-    if not task.cancelled():
-        task.exception()
-
-
-def make_profile_folder(path: str) -> None:
-    """`InvalidRequest` if it cannot be."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidRequest(f"no profile can be written to {path}: {error.strerror}", "output_dir") from None
+    @abstractmethod
+    async def stop_profile(self) -> str:
+        """Write the recording as a Chrome trace and return its path. `InvalidRequest` if none is being recorded."""

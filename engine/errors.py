@@ -1,12 +1,31 @@
-"""Every error the engine raises on purpose.
+"""Every exception class of the project. The engine's own are defined here, the others where they are raised.
 
-EngineError
-├── InvalidRequest      400  the request is wrong; says which field and the numbers
-│   └── PromptTooLong   400  can never fit the context or the KV pool
-├── QueueFull           429  try again after `retry_after_s`
-├── EngineStopped       503  shutting down, or the step loop is dead
-├── StepFailed          500  a step raised; only the requests in it see this
-└── ModelError               the model folder, its config or its weights cannot be used (at start-up)
+A request that ends in an EngineError is answered with the status and the message, in the shape of its API
+(`server.app`). `field` names the field of the request that is wrong.
+
+EngineError                  500  this request, or the engine, cannot be served
+├── InvalidRequest           400  the request is wrong; the message has the numbers
+│   └── PromptTooLong        400  the prompt can never fit the context or the KV pool
+├── QueueFull                429  try again after `retry_after_s`
+├── EngineStopped            503  the engine is starting, shutting down, or has failed
+├── OutputNotFinite          500  the model's output is NaN or inf; a step that raises has no class: see RequestFailed
+├── ModelError               500  the model's folder, config or weights cannot be used; ends the start
+├── RequestFailed            ---  server.http.live: the request ended as an abort, with the status of its FinishReason
+├── ModelNotFound            404  server.reading.model_name
+├── ResponseNotFound         404  server.apis.responses
+├── NotFound                 404  server.apis.files: no such file or batch
+├── FileTooLarge             413  server.apis.files
+├── StorageUnavailable       503  server.apis.files: the disk is full, or not writable
+└── NoWorkerAnswers          503  server.fleet.router
+
+Exception                         for one caller, which catches it
+├── GrammarError                  engine.text.grammar: a grammar and the answer that follows it contradict each other
+├── StartError                    server.__main__: the server cannot start, for a reason that the user can mend
+├── Malformed                     server.parsers.reader: the text is not what it began to look like
+├── BackendError                  server.lang.backends.base: a backend refused or failed a request
+├── TemplateRefused               server.lang.templates: the template cannot render such a conversation
+├── ProgramAborted                server.lang.executor: the state was aborted, or nobody was left to read it
+└── TraceStopped                  server.lang.trace: the body needs a value that only a run can give
 """
 
 
@@ -38,7 +57,7 @@ class EngineStopped(EngineError):
     status_code = 503
 
 
-class StepFailed(EngineError):
+class OutputNotFinite(EngineError):
     pass
 
 
@@ -47,6 +66,6 @@ class ModelError(EngineError):
 
 
 def shown(value: object) -> str:
-    """`value` as an error message quotes it: never long."""
+    """Return `value` as an error message quotes it, cut to 64 characters."""
     text = repr(value)
     return text if len(text) <= 64 else text[:60] + " ..."

@@ -1,6 +1,6 @@
-"""What is done to a running engine while it holds still: a pause, other weights, memory given back and taken again.
+"""Maintenance of a local engine while it is still: a pause, other weights, memory released and resumed.
 
-Still means: every launched step has come back and no other is launched. Requests go on arriving, and wait.
+Still means: every launched step has come back and no other is launched. Requests continue to arrive, and wait.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import torch
 
 from engine.build import Parts
 from engine.checkpoint.weights import checkpoint_targets
+from engine.engine import Maintenance
 from engine.errors import EngineError, InvalidRequest
 from engine.loop import StepLoop
 from engine.upkeep import KV_CACHE, TAGS, WEIGHTS, reason_of
@@ -24,13 +25,13 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 
-def whole(
-    method: "Callable[Concatenate[Maintenance, P], Coroutine[Any, Any, T]]",
-) -> "Callable[Concatenate[Maintenance, P], Coroutine[Any, Any, T]]":
-    """To its end, even if the caller gives up: half of it would leave an engine that may not go on."""
+def uninterrupted(
+    method: "Callable[Concatenate[LocalMaintenance, P], Coroutine[Any, Any, T]]",
+) -> "Callable[Concatenate[LocalMaintenance, P], Coroutine[Any, Any, T]]":
+    """Run `method` to its end even if its caller is cancelled: half of it would leave the engine still for ever."""
 
     @functools.wraps(method)
-    async def run(self: "Maintenance", *args: P.args, **kwargs: P.kwargs) -> T:
+    async def run(self: "LocalMaintenance", *args: P.args, **kwargs: P.kwargs) -> T:
         task = asyncio.create_task(method(self, *args, **kwargs))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -39,17 +40,17 @@ def whole(
     return run
 
 
-class Maintenance:
-    """One thing at a time; callers that come meanwhile wait for their turn."""
+class LocalMaintenance(Maintenance):
+    """Holds the step loop still and has every rank do the work."""
 
     def __init__(self, parts: Parts, loop: StepLoop, abort_all: Callable[[], int]) -> None:
         self.parts, self.loop, self.abort_all = parts, loop, abort_all
-        self.is_paused = False  # by `pause`; a release holds the engine still too
+        self.is_paused = False  # by `pause`; released memory holds the engine still too
         self.released: set[str] = set()
         self.model_path = parts.config.model_path
         self.weight_version = "default"
         self.tasks: set[asyncio.Task[Any]] = set()
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()  # one operation at a time
 
     @asynccontextmanager
     async def _still(self) -> AsyncIterator[None]:
@@ -57,18 +58,17 @@ class Maintenance:
         try:
             yield
         finally:
-            self._go_on()
+            self._resume_if_free()
 
-    def _go_on(self) -> None:
+    def _resume_if_free(self) -> None:
         if not self.is_paused and not self.released:
             self.loop.resume()
 
     # ---- pause ----
 
-    @whole
+    @uninterrupted
     async def pause(self, mode: str = ABORT) -> int:
-        """Hold still until `resume`. What runs is ended, or computed anew later, or goes on where it was. How many."""
-        async with self._turn:
+        async with self._lock:
             self.is_paused = True
             await self.loop.pause()
             num_running = len(self.parts.scheduler.nodes)
@@ -79,13 +79,13 @@ class Maintenance:
             return num_running
 
     async def resume(self) -> None:
-        async with self._turn:
+        async with self._lock:
             self.is_paused = False
-            self._go_on()
+            self._resume_if_free()
 
     # ---- weights ----
 
-    @whole
+    @uninterrupted
     async def update_weights(
         self,
         model_path: str,
@@ -95,14 +95,8 @@ class Maintenance:
         flush_cache: bool = True,
         weight_version: str | None = None,
     ) -> int:
-        """Serve the weights of another checkpoint of the same shape. Returns how many requests were interrupted.
-
-        They are read into host memory while the old ones serve; the pause is the copy alone. With `flush_cache`,
-        requests that run are computed anew, since their keys and values are the old weights'. `InvalidRequest` names
-        the first tensor that does not fit, on any rank; the old weights then stay on all of them.
-        """
-        async with self._turn:
-            self._check_weights_here()
+        async with self._lock:
+            self._check_weights_present()
             if reason := await self._read_everywhere(model_path, load_format):
                 raise InvalidRequest(f"the weights of {model_path} cannot be served: {reason}", "model_path")
             async with self._still():
@@ -119,7 +113,7 @@ class Maintenance:
             return num_running
 
     async def _read_everywhere(self, model_path: str, load_format: str) -> str:
-        """Why one of the ranks cannot, if so: then all are as before."""
+        """Have every rank read the weights, and return why one cannot, or "": then all drop what they have read."""
         arguments = {"model_path": model_path, "load_format": load_format}
         parts, reason = self.parts, ""
         order = None if parts.ranks is None else parts.ranks.order("read", **arguments)
@@ -135,7 +129,10 @@ class Maintenance:
         return reason
 
     async def _do_everywhere(self, name: str, **arguments: Any) -> None:
-        """All ranks at once, as they may have to meet. One that fails ends the server: it is unlike the others then."""
+        """Have all ranks do an operation at once, as they may have to meet.
+
+        A rank that fails ends the server: its state is then unlike the others'.
+        """
         parts = self.parts
         order = None if parts.ranks is None else parts.ranks.order(name, **arguments)
         try:
@@ -148,9 +145,8 @@ class Maintenance:
             await asyncio.to_thread(parts.ranks.wait_done, order)
 
     async def weight(self, name: str, num_rows: int) -> list[Any]:
-        """The first rows of the weight that a checkpoint calls `name`, as nested lists of floats."""
-        async with self._turn:
-            self._check_weights_here()
+        async with self._lock:
+            self._check_weights_present()
             if (num_ranks := self.parts.runner.comm.size) > 1:
                 raise InvalidRequest(f"weights are read on one rank only, and this server has {num_ranks}", "name")
             target = checkpoint_targets(self.parts.runner.model).get((name, None))
@@ -160,19 +156,15 @@ class Maintenance:
             rows = layer.weight_part(weight_name, part)[:num_rows]
             return await asyncio.to_thread(lambda: rows.float().tolist())
 
-    def _check_weights_here(self) -> None:
+    def _check_weights_present(self) -> None:
         if WEIGHTS in self.released:
             raise InvalidRequest("the weights are released: resume them first", "tags")
 
     # ---- memory ----
 
-    @whole
+    @uninterrupted
     async def release_memory(self, tags: Collection[str] = TAGS) -> None:
-        """Give device memory back. Requests, also those that run, wait until all of it is there again.
-
-        kv_cache: with every cached prefix; requests that run are computed anew. weights: kept in host memory.
-        """
-        async with self._turn, self._still():
+        async with self._lock, self._still():
             new_tags = set(tags) - self.released
             self.released |= new_tags
             if KV_CACHE in new_tags:
@@ -180,11 +172,10 @@ class Maintenance:
                 self.parts.scheduler.drop_cache()
             await self._do_everywhere("release", tags=sorted(new_tags))
 
-    @whole
+    @uninterrupted
     async def resume_memory(self, tags: Collection[str] = TAGS) -> None:
-        """Take memory back; requests go on when all of it is there. `EngineError` if the device has no room now."""
-        async with self._turn, self._still():
-            for tag in sorted(self.released & set(tags)):  # one by one: what is back is not taken twice by a second try
+        async with self._lock, self._still():
+            for tag in sorted(self.released & set(tags)):  # one by one: a second try must not resume a tag twice
                 try:
                     await self._do_everywhere("resume", tags=[tag], is_complete=self.released == {tag})
                 except torch.OutOfMemoryError as error:

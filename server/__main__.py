@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from engine.engine import Engine
 from engine.errors import ModelError
 from engine.ranks.children import settle_garbage_collector
 from engine.request import Request, SamplingParams, ignore
@@ -28,7 +29,6 @@ from server.http.intake import Acceptor
 from server.http.keys import KeyRing
 from server.http.live import new_rid
 from server.reading.chat import CHATS, Chats
-from server.reading.protocol import Engine
 from server.watch.recorder import RECORDER
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def join_node(config: ServerConfig, console: Console) -> None:
     """Run this host's ranks for the server on the first one, until that ends."""
-    from engine.build import check_sizes, run_rank  # imports torch, as in `serve`
+    from engine.build import run_rank  # imports torch, as in `serve`
     from engine.ranks.leader import run_node
+    from engine.sizes import check_sizes
 
     check_sizes(config)
     run_node(config, run_rank, lambda step: console.print(step, style="dim", markup=False, highlight=False))
@@ -131,7 +132,7 @@ async def serve(config: ServerConfig, listener: socket.socket, console: Console)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
-    from engine.replicas.facade import new_engine  # imports torch: not for --help, nor before OMP_WAIT_POLICY is set
+    from engine.new_engine import new_engine  # imports torch: not for --help, nor before OMP_WAIT_POLICY is set
 
     await asyncio.sleep(0)  # that took seconds: was there a signal?
     engine = new_engine(config)

@@ -7,6 +7,7 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from engine.engine import Engine
 from engine.errors import EngineError
 from server.apis.anthropic import AnthropicApi
 from server.apis.batches import Batches
@@ -23,7 +24,7 @@ from server.http.intake import TURNS, Turns
 from server.http.keys import KeyRing, require_key
 from server.http.live import LiveRequests, RequestLog
 from server.reading.chat import CHATS, Chats
-from server.reading.protocol import Engine, error_response, error_shape, json_response
+from server.reading.protocol import error_response, error_shape, json_response
 from server.watch.dashboard import Dashboard
 from server.watch.metrics import Metrics
 from server.watch.monitor import Monitor

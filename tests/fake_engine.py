@@ -1,9 +1,9 @@
-"""An engine without a model: the facade that the server talks to, answering at once or when told to."""
+"""An engine without a model, behind the real facade: it answers at once, or when a test says so."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -11,12 +11,14 @@ import numpy as np
 from aiohttp.test_utils import TestClient, TestServer
 
 from cache.radix import Prefix
+from engine.engine import Engine, EngineStats, Health, Maintenance
 from engine.errors import EngineStopped, InvalidRequest, PromptTooLong, QueueFull
+from engine.loop import LoopStats
 from engine.request import Delta, FinishReason, Logprobs, Request, Status, TokenLogprob
+from engine.schedule.scheduler import SchedulerStats
 from engine.text.grammar import GrammarStats
 from server.app import build_app
 from server.config import ServerConfig
-from server.reading.protocol import Engine
 
 VOCAB_SIZE = 260
 EOS = 257
@@ -36,6 +38,9 @@ class FakeTokenizer:
 
     def __init__(self) -> None:
         self.named_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return bytes(token_id for token_id in token_ids if token_id < 256).decode(errors="replace")
@@ -74,50 +79,36 @@ class FakeModel:
         return "FakeForSequenceClassification" in self.architectures
 
 
-@dataclass
-class FakeHealth:
-    status: str = "ok"
-    last_step_age_s: float = 0.0
-    oldest_queued_s: float = 0.0
-    num_running: int = 0
-    num_queued: int = 0
-
-
-@dataclass
-class FakeSchedulerStats:
-    num_running: int = 1
-    num_waiting: int = 2
-    num_waiting_tokens: int = 30
-    num_total_tokens: int = 1000
-    num_held_tokens: int = 250
-    num_cached_tokens: int = 500
-    new_token_ratio: float = 0.7
-    num_retractions: int = 0
-    num_prompt_tokens: int = 100
-    num_hit_tokens: int = 40
-
-
-@dataclass
-class FakeLoopStats:
-    num_generated_tokens: int = 7
-    num_steps: int = 4
-    num_failed_steps: int = 0
-    schedule_s: float = 0.001
-    launch_s: float = 0.002
-    resolve_s: float = 0.003
-    deliver_s: float = 0.004
-    device_idle_s: float = 0.005
-
-
-@dataclass
-class FakeStats:
-    scheduler: FakeSchedulerStats = field(default_factory=FakeSchedulerStats)
-    loop: FakeLoopStats = field(default_factory=FakeLoopStats)
-    num_requests: int = 3
-    num_aborted: int = 1
-    num_refused: int = 5
-    drain_tokens_per_s: float = 1234.0
-    grammars: GrammarStats = field(default_factory=lambda: GrammarStats(2, 6, 0.5))
+def fake_stats() -> EngineStats:
+    return EngineStats(
+        SchedulerStats(
+            num_running=1,
+            num_waiting=2,
+            num_waiting_tokens=30,
+            num_total_tokens=1000,
+            num_free_tokens=250,
+            num_cached_tokens=500,
+            num_held_tokens=250,
+            num_retractions=0,
+            num_prompt_tokens=100,
+            num_hit_tokens=40,
+            new_token_ratio=0.7,
+        ),
+        LoopStats(
+            num_steps=4,
+            num_generated_tokens=7,
+            schedule_s=0.001,
+            launch_s=0.002,
+            resolve_s=0.003,
+            deliver_s=0.004,
+            device_idle_s=0.005,
+        ),
+        num_requests=3,
+        num_aborted=1,
+        num_refused=5,
+        drain_tokens_per_s=1234.0,
+        grammars=GrammarStats(2, 6, 0.5),
+    )
 
 
 def logprobs_of(token_ids: Sequence[int], num_top: int, ids: Sequence[int], *, is_prompt: bool = False) -> Logprobs:
@@ -137,12 +128,11 @@ def logprobs_of(token_ids: Sequence[int], num_top: int, ids: Sequence[int], *, i
     return result
 
 
-class FakeMaintenance:
+class FakeMaintenance(Maintenance):
     """Weights "0.weight" of one row; a checkpoint fits if its path is "other"."""
 
-    model_path, weight_version = "fake-model", "default"
-
     def __init__(self) -> None:
+        self.model_path, self.weight_version = "fake-model", "default"
         self.calls: list[Any] = []
 
     async def pause(self, mode: str = "abort") -> int:
@@ -170,8 +160,17 @@ class FakeMaintenance:
         self.calls.append(("resume", tags))
 
 
-class FakeEngine:
-    """Answers every request with the bytes of `answer`, one a step; with `is_manual`, as `emit` and `finish` say."""
+class FakeEngine(Engine):
+    """Answers every request with the bytes of `answer`, one a step; with `is_manual`, as `emit` and `finish` say.
+
+    The facts are attributes, which tests change.
+    """
+
+    is_running, has_failed = True, False
+    is_generation, embedding_size, max_running_requests = True, 4, 8
+    context_length = max_total_num_tokens = 0
+    model_config, tokenizer, maintenance = FakeModel(), FakeTokenizer(), FakeMaintenance()
+    sampling_defaults: dict[str, Any] = {}  # noqa: RUF012 - replaced, never written into
 
     def __init__(
         self,
@@ -183,13 +182,11 @@ class FakeEngine:
     ) -> None:
         self.answer, self.is_manual, self.max_queued = answer, is_manual, max_queued
         self.context_length = context_length
+        self.current_stats = fake_stats()
         self.num_replicas = 1
-        self.max_running_requests = 8
         self.maintenance = FakeMaintenance()
-        self.is_generation, self.embedding_size = True, 4
         self.max_total_num_tokens = 4 * context_length
         self.model_config, self.tokenizer = FakeModel(), FakeTokenizer()
-        self.sampling_defaults: dict[str, Any] = {}
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.live: dict[str, Request] = {}
@@ -198,8 +195,11 @@ class FakeEngine:
         self.is_profiling = False
         self.failure: FinishReason | None = None  # how every request ends
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return list(text.encode())
+    async def start(self, on_progress: Callable[[str], None] = print) -> None:
+        pass
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        pass
 
     def warm_up_grammars(self) -> None:
         pass
@@ -291,26 +291,13 @@ class FakeEngine:
     def abort_all(self, message: str = "aborted by the client", status_code: int = 499) -> int:
         return sum(self.abort(rid, message, status_code) for rid in list(self.live))
 
-    async def generate(self, request: Request) -> AsyncIterator[Delta]:
-        deltas: asyncio.Queue[Delta] = asyncio.Queue()
-        request.sink = deltas.put_nowait
-        self.submit(request)
-        try:
-            while True:
-                delta = await deltas.get()
-                yield delta
-                if delta.finish_reason is not None:
-                    return
-        finally:
-            self.abort(request.rid)
-
     def flush_cache(self) -> bool:
         return not self.live
 
-    def stats(self) -> FakeStats:
-        return FakeStats()
+    def stats(self) -> EngineStats:
+        return self.current_stats
 
-    def replica_stats(self) -> list[FakeStats]:
+    def replica_stats(self) -> list[EngineStats]:
         return [self.stats()] * self.num_replicas
 
     def top_prefixes(self, k: int) -> list[Prefix]:
@@ -333,13 +320,11 @@ class FakeEngine:
     def describe(self) -> str:
         return "a fake engine\n"
 
-    has_failed = False
-
     async def failed(self) -> str:
         return await asyncio.get_running_loop().create_future()
 
-    def health(self) -> FakeHealth:
-        return FakeHealth(self.health_status, num_running=len(self.live))
+    def health(self) -> Health:
+        return Health(self.health_status, num_running=len(self.live))
 
     def _changed(self) -> None:
         self.has_changed.set()

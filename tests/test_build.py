@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from engine.build import CUDA_MAX_STEP_MS, describe_backends, resolve_config
+from engine.build import describe_backends, resolve_config
 from engine.config import EngineConfig
 from engine.errors import ModelError
+from engine.sizes import CUDA_MAX_STEP_MS
 from kernels import flashinfer_attention, gated_gemm
 from kernels.attention import choose_backend
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,9 +20,11 @@ from llguidance import LLMatcher, LLTokenizer
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineError, EngineStopped, InvalidRequest, PromptTooLong
+from engine.local import LocalEngine
+from engine.new_engine import new_engine
 from engine.output import READ_INTERVAL
-from engine.replicas.facade import ReplicaSet, new_engine
 from engine.replicas.replica import REPORT_S
+from engine.replicas.replica_set import ReplicaSet
 from engine.request import Delta, Request, SamplingParams
 from engine.schedule.plan import Plan
 from engine.step.model_runner import Step
@@ -34,10 +36,10 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @asynccontextmanager
-async def running_engine(folder: Path, **options: Any) -> AsyncIterator[Engine]:
+async def running_engine(folder: Path, **options: Any) -> AsyncIterator[LocalEngine]:
     defaults: dict[str, Any] = {"dtype": "float32", "device": "cpu", "max_total_tokens": 4096, "random_seed": 0}
     async with new_engine(EngineConfig(model_path=str(folder), **(defaults | options))) as engine:
-        yield engine
+        yield cast(LocalEngine, engine)  # tests of a set of replicas use what every engine has
         if isinstance(engine, ReplicaSet):
             await asyncio.sleep(3 * REPORT_S)  # for its statistics to arrive
         check_pages(engine)
@@ -48,7 +50,7 @@ def check_pages(engine: Engine) -> None:
     stats = engine.stats().scheduler
     assert (stats.num_running, stats.num_waiting, stats.num_held_tokens) == (0, 0, 0)
     assert stats.num_free_tokens + stats.num_cached_tokens == stats.num_total_tokens
-    if not isinstance(engine, ReplicaSet):
+    if isinstance(engine, LocalEngine):
         engine.parts.scheduler.cache.check()
 
 
@@ -553,7 +555,7 @@ async def test_a_profile_that_cannot_be_written_is_told_by_every_engine_and_neve
         (tmp_path / "file").touch()
         with pytest.raises(InvalidRequest, match="file/replica-0: Not a directory"):
             engine.start_profile(str(tmp_path / "file"))
-        monkeypatch.setattr("engine.replicas.facade.make_profile_folder", lambda path: None, raising=False)
+        monkeypatch.setattr("engine.replicas.profile.make_profile_folder", lambda path: None)
         engine.start_profile(str(tmp_path / "file"))
         with pytest.raises(EngineError, match=r"replica 0 has no profile: .*; replica 1 has no profile: "):
             async with asyncio.timeout(60):

@@ -345,7 +345,7 @@ async def test_a_refused_request_is_told_when_the_queue_will_be_done(tiny_llama:
         await asyncio.gather(*tasks)
         rate = engine.stats().drain_tokens_per_s
         assert rate > 0
-        engine._drain._tokens /= rate  # as if it drained a token a second
+        engine.started.intake.drain_rate._tokens /= rate  # as if it drained a token a second
         tasks, told = await flood()
         work = engine.parts.scheduler.shares.num_waiting_work
         assert told == pytest.approx(work, rel=0.01)

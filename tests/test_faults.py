@@ -20,8 +20,8 @@ from aiohttp import ClientConnectionError
 from aiohttp.test_utils import TestClient, TestServer
 from aiohttp.web import StreamResponse
 
-from engine.engine import Engine
 from engine.errors import EngineStopped
+from engine.local import LocalEngine
 from engine.request import Delta, Request
 from engine.text.tokenizer import Tokenizer
 from server.apis.blocks import Blocks
@@ -36,7 +36,7 @@ BAD = 77  # a token that the victim's prompt begins with, and no other's
 class Scene:
     """A running engine, and what an undisturbed request answers."""
 
-    engine: Engine
+    engine: LocalEngine
     monkeypatch: pytest.MonkeyPatch
     prompt: list[int]
     expected: list[int]

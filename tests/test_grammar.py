@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from engine.engine import Engine
 from engine.errors import InvalidRequest
+from engine.local import LocalEngine
 from engine.request import FinishReason, Request, SamplingParams
 from engine.text.grammar import Grammar, GrammarCompiler, GrammarError, MaskFiller, Matcher
 from engine.text.tokenizer import FastBackend, Tokenizer
@@ -85,7 +85,7 @@ def constrained(prompt: Sequence[int] = (5, 6, 7), **fields: Any) -> Request:
     return make_request(list(prompt), **(defaults | fields))
 
 
-async def answer(engine: Engine, request: Request) -> tuple[str, FinishReason]:
+async def answer(engine: LocalEngine, request: Request) -> tuple[str, FinishReason]:
     deltas, _ = await collect(engine, request)
     assert request.finish_reason is not None
     return "".join(delta.text for delta in deltas), request.finish_reason
@@ -107,8 +107,8 @@ async def test_what_the_first_grammar_waits_for_is_made_before_anybody_asks(
     monkeypatch.setattr(GrammarCompiler, "_make_tokenizer", noting_make_tokenizer)
     async with running_engine(tiny_llama) as engine:
         engine.warm_up_grammars()
-        assert engine._warming_up is not None
-        await engine._warming_up
+        assert engine.started.constraints.warming_up is not None
+        await engine.started.constraints.warming_up
         assert len(made) == 1
         text, _ = await answer(engine, constrained(regex="[ab]{3}"))
         assert re.fullmatch("[ab]{3}", text)
@@ -440,7 +440,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 
 
 @asynccontextmanager
-async def served(engine: Engine) -> AsyncIterator[TestClient[Any, Any]]:
+async def served(engine: LocalEngine) -> AsyncIterator[TestClient[Any, Any]]:
     app = build_app(engine, ServerConfig(model_path="tiny", enable_metrics=True))
     async with TestClient(TestServer(app)) as client:
         yield client
@@ -653,7 +653,7 @@ class LoopedEngine:
     """An engine on an event loop of its own, for tests that are not coroutines."""
 
     runner: asyncio.Runner
-    engine: Engine
+    engine: LocalEngine
 
     def ask(self, schemas: list[dict[str, Any]]) -> list[tuple[str, FinishReason] | BaseException]:
         requests = [

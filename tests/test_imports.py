@@ -17,13 +17,14 @@ OURS = frozenset(MAY_IMPORT)
 ONLY_IN = {"triton": "kernels", "flashinfer": "kernels", "aiohttp": "server"}
 KNOWS_ASYNCIO_AND_CUDA = "engine/loop.py"
 # engine -> loop -> { scheduler -> cache }, { model_runner -> models -> layers -> kernels }
+FACADE = ("engine.engine", "engine.local", "engine.new_engine")
 NEVER_IN_ENGINE = {
-    "engine/layers/": ("engine.models", "engine.step.model_runner", "engine.schedule", "engine.loop", "engine.engine"),
-    "engine/models/": ("engine.step.model_runner", "engine.schedule.scheduler", "engine.loop", "engine.engine"),
-    "engine/step/": ("engine.schedule.scheduler", "engine.loop", "engine.engine"),
-    "engine/schedule/": ("engine.models", "engine.step", "engine.loop", "engine.engine"),
-    "engine/loop.py": ("engine.engine",),
-}  # fmt: skip
+    "engine/layers/": ("engine.models", "engine.step.model_runner", "engine.schedule", "engine.loop", *FACADE),
+    "engine/models/": ("engine.step.model_runner", "engine.schedule.scheduler", "engine.loop", *FACADE),
+    "engine/step/": ("engine.schedule.scheduler", "engine.loop", *FACADE),
+    "engine/schedule/": ("engine.models", "engine.step", "engine.loop", *FACADE),
+    "engine/loop.py": FACADE,
+}
 
 
 def imported_modules(source: str, package: str = "") -> Iterator[tuple[str, int]]:

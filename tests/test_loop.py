@@ -22,9 +22,19 @@ from engine.schedule.scheduler import Scheduler
 from engine.step.batch import Shape, Staged
 from engine.step.model_runner import Step
 from engine.step.sampler import SamplingWork
-from kernels.corun import CorunCosts
 
 TOKEN = 7
+
+
+class ManualSplitter:
+    """Stands in for StepSplitter."""
+
+    def __init__(self) -> None:
+        self.best: int | None = None  # prompt tokens of a step
+        self.can_split = False
+
+    def best_prompt_tokens(self, num_decodes: int, num_context_tokens: int) -> int | None:
+        return self.best
 
 
 class ManualRunner:
@@ -35,11 +45,7 @@ class ManualRunner:
         self.ends: list[Future[None]] = []  # of the launched steps
         self.error: Exception | None = None
         self.ranks = None
-        self.best: int | None = None  # prompt tokens of a step, where steps may be split
-        self.corun_costs: CorunCosts | None = None
-
-    def best_prompt_tokens(self, num_decodes: int, num_context_tokens: int) -> int | None:
-        return self.best
+        self.splitter = ManualSplitter()
 
     def launch(self, plan: Plan) -> Step:
         if self.error is not None:
@@ -284,7 +290,7 @@ async def test_beside_decodes_a_chunk_is_as_long_as_suits_the_device() -> None:
     async with running_loop() as (loop, runner):
         submit(loop, [1, 2, 3])
         await settle()
-        runner.best, runner.corun_costs = 50, CorunCosts(1, 1)
+        runner.splitter.best, runner.splitter.can_split = 50, True
         submit(loop, [*range(4, 204)])
         await runner.finish(0)
         await runner.finish(1)

@@ -1,6 +1,7 @@
 """What can be seen from outside: metrics, the dashboard, the access log, and the account on each answer."""
 
 import asyncio
+import dataclasses
 import json
 import logging
 import re
@@ -122,17 +123,21 @@ def test_a_percentile_is_one_of_the_values() -> None:
 def test_rates_are_differences_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, clock = FakeEngine(), [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    monitor, stats = Monitor(engine), engine.stats()
-    monkeypatch.setattr(engine, "stats", lambda: stats)
+    monitor = Monitor(engine)
     assert monitor.rates(5).generated == 0
     for _ in range(10):
         monitor.samples.append(monitor.sample())
         clock[0] += 1
-        stats.loop.num_generated_tokens += 50
-        stats.loop.num_steps += 10
-        stats.loop.deliver_s += 0.002
-        stats.scheduler.num_prompt_tokens += 100
-        stats.scheduler.num_hit_tokens += 75
+        scheduler, loop = engine.current_stats.scheduler, engine.current_stats.loop
+        loop.num_generated_tokens += 50
+        loop.num_steps += 10
+        loop.deliver_s += 0.002
+        scheduler = dataclasses.replace(
+            scheduler,
+            num_prompt_tokens=scheduler.num_prompt_tokens + 100,
+            num_hit_tokens=scheduler.num_hit_tokens + 75,
+        )
+        engine.current_stats = dataclasses.replace(engine.current_stats, scheduler=scheduler)
     rates = monitor.rates(5)
     assert (rates.generated, rates.prompt, rates.steps, rates.hit_rate) == (50, 100, 10, 0.75)
     assert rates.host_us_per_step == pytest.approx(200)

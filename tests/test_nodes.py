@@ -17,7 +17,7 @@ import pytest
 from torch.distributed import destroy_process_group
 
 from engine.config import EngineConfig
-from engine.engine import Engine
+from engine.local import LocalEngine
 from engine.ranks.nodes import interface_to
 from server.config import parse_args
 from server.fleet.torchrun import torchrun_options
@@ -81,7 +81,7 @@ def hosts() -> Iterator[list[Host]]:
 async def greedy_answer(model: Path) -> list[int]:
     """By one rank, in this process."""
     config = EngineConfig(model_path=str(model), device="cpu", dtype="float32", max_total_tokens=2048)
-    async with Engine(config) as engine:
+    async with LocalEngine(config) as engine:
         (delta,) = await ask(engine, PROMPT, max_new_tokens=16)
     return delta.token_ids
 
@@ -129,7 +129,7 @@ async def test_a_model_spans_two_nodes_until_one_is_lost(tiny_llama: Path, tmp_p
         address = f"127.0.0.1:{free.getsockname()[1]}"
     nodes = ("--tp", "2", "--nnodes", "2", "--dist-init-addr", address)
     config = EngineConfig(model_path=str(tiny_llama), device="cpu", dtype="float32", max_total_tokens=2048)
-    engine = Engine(config.replace(tp_size=2, nnodes=2, dist_init_addr=address))
+    engine = LocalEngine(config.replace(tp_size=2, nnodes=2, dist_init_addr=address))
     with ending(start_server(tiny_llama, tmp_path / "log", *nodes, "--node-rank", "1")) as node:
         async with engine:
             (delta,) = await ask(engine, [5, 6, 7])

@@ -17,9 +17,10 @@ import pytest
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, ModelError
+from engine.local import LocalEngine
 from engine.ranks.channel import ChannelReader, open_channel
-from engine.replicas.facade import ReplicaSet
 from engine.replicas.replica import REPORT_S
+from engine.replicas.replica_set import ReplicaSet
 from engine.request import Delta, FinishReason, Request, SamplingParams
 from tests.server_processes import descendants, is_alive, is_rank, server, wait_until
 
@@ -102,7 +103,7 @@ def test_a_writer_without_its_reader_hears_of_it() -> None:
 
 async def test_what_cannot_be_split_is_told_with_the_numbers(tiny_llama: Path) -> None:
     with pytest.raises(ModelError, match="num_attention_heads is 4, which cannot be split over 3 ranks"):
-        await Engine(EngineConfig(model_path=str(tiny_llama), device="cpu", tp_size=3)).start()
+        await LocalEngine(EngineConfig(model_path=str(tiny_llama), device="cpu", tp_size=3)).start()
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ async def test_two_ranks_draw_and_score_as_one_does(tiny_llama: Path) -> None:
     drawn, scores = [], []
     for tp_size in (1, 2):
         config = EngineConfig(model_path=str(tiny_llama), device="cpu", dtype="float32", max_total_tokens=2048)
-        async with Engine(config.replace(tp_size=tp_size, chunked_prefill_size=16)) as engine:
+        async with LocalEngine(config.replace(tp_size=tp_size, chunked_prefill_size=16)) as engine:
             fields = {"temperature": 1.2, "top_p": 0.9, "frequency_penalty": 1.0, "sampling_seed": 7}
             (delta,) = await ask(engine, prompt, max_new_tokens=16, **fields)
             drawn.append(delta.token_ids)
@@ -247,4 +248,4 @@ def test_ranks_do_not_outlive_a_server_that_is_killed(tiny_llama: Path, tmp_path
 )
 async def test_sizes_that_do_not_fit_each_other_are_told(sizes: dict[str, Any], message: str, tiny_llama: Path) -> None:
     with pytest.raises(ModelError, match=message):
-        await Engine(EngineConfig(model_path=str(tiny_llama), device="cpu", **sizes)).start()
+        await LocalEngine(EngineConfig(model_path=str(tiny_llama), device="cpu", **sizes)).start()

@@ -1,6 +1,7 @@
 """What the README promises exists."""
 
 import ast
+import dataclasses
 import re
 import subprocess
 import sys
@@ -8,6 +9,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+from engine.config import EngineConfig
+from engine.sizes import resolve_sizes
+from server.config import ServerConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,6 +43,44 @@ def test_every_flag_of_the_table_is_known_to_the_server() -> None:
     flags = set(re.findall(r"`(--[a-z-]+)`", section))
     assert len(flags) > 10
     assert flags <= set(re.findall(r"--[a-z-]+", help_of("server")))
+
+
+def flag_rows() -> list[tuple[list[str], str]]:
+    """(flags, the cell of their default) of each row of the table."""
+    section = README.split("### Flags")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`--[^|]+) \| ([^|]*) \|", section, re.MULTILINE)
+    return [(re.findall(r"`--([a-z0-9-]+)`", flags), default.strip()) for flags, default in rows]
+
+
+@pytest.mark.parametrize(("flags", "stated"), [pytest.param(*row, id=row[0][0]) for row in flag_rows()])
+def test_the_default_that_the_table_states_is_the_configurations(flags: list[str], stated: str) -> None:
+    """`literals` and numbers are defaults, one for each flag or one for all; other words describe a None."""
+    fields = {field.name.replace("_", "-"): field.default for field in dataclasses.fields(ServerConfig)}
+    literals = [part.strip() for part in stated.split(",")]
+    if len(literals) != len(flags):
+        literals = [stated] * len(flags)
+    for flag, literal in zip(flags, literals, strict=True):
+        default = fields[flag]
+        if literal == "off":
+            assert default is False, flag
+        elif literal.startswith("`") or re.fullmatch(r"[\d.]+( [a-zA-Z]+)?", literal):
+            assert str(default) in (literal.strip("`"), f"{literal.split()[0]}.0", literal.split()[0]), flag
+        else:
+            assert default is None, f"--{flag} is {default!r}, not {literal!r}"
+
+
+@pytest.mark.parametrize(("device", "cuda_bytes"), [("CPU", None), ("GPU", 141 << 30)])
+def test_the_sizes_that_the_table_states_for_a_device_are_those_decided(device: str, cuda_bytes: int | None) -> None:
+    decided = resolve_sizes(EngineConfig(), cuda_bytes)
+    sizes = {
+        flags[0]: size[1]
+        for flags, stated in flag_rows()
+        if (size := re.search(rf"(\w+) on a (?:large )?{device}", stated))
+    }
+    assert sizes
+    for flag, stated in sizes.items():
+        value = getattr(decided, flag.replace("-", "_"))
+        assert value == (None if stated == "none" else float(stated)), flag
 
 
 def test_the_commands_install_extras_that_exist() -> None:

@@ -782,20 +782,17 @@ class SlowEngine(FakeEngine):
     def __init__(self, config: ServerConfig) -> None:
         super().__init__()
 
-    async def start(self, on_progress: Any) -> None:
+    async def start(self, on_progress: Any = print) -> None:
         on_progress("weights loaded")
-
-    async def stop(self) -> None:
-        pass
 
     def _step(self, request: Request) -> None:
         asyncio.get_running_loop().call_later(0.08, super()._step, request)
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, engine_class: type, *argv: str) -> int:
-    fake = types.ModuleType("engine.replicas.facade")
+    fake = types.ModuleType("engine.new_engine")
     monkeypatch.setattr(fake, "new_engine", engine_class, raising=False)
-    monkeypatch.setitem(sys.modules, "engine.replicas.facade", fake)
+    monkeypatch.setitem(sys.modules, "engine.new_engine", fake)
     return main(["--model-path", "fake-model", *argv])
 
 
@@ -856,7 +853,7 @@ def test_a_port_that_another_server_takes_while_this_one_loads_is_one_line(
         port = other.getsockname()[1]
 
         class Slower(SlowEngine):
-            async def start(self, on_progress: Any) -> None:
+            async def start(self, on_progress: Any = None) -> None:
                 other.listen()
 
         assert run_main(monkeypatch, Slower, "--port", str(port), "--skip-server-warmup") == 1
@@ -875,7 +872,7 @@ def test_a_bad_model_is_one_line_and_not_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class NoModel(SlowEngine):
-        async def start(self, on_progress: Any) -> None:
+        async def start(self, on_progress: Any = None) -> None:
             raise ModelError("no folder [/nowhere]")
 
     assert run_main(monkeypatch, NoModel, "--port", "0") == 1
@@ -895,7 +892,7 @@ def test_a_missing_key_file_is_one_line_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Loaded(SlowEngine):
-        async def start(self, on_progress: Any) -> None:
+        async def start(self, on_progress: Any = None) -> None:
             raise AssertionError("the keys come first")
 
     assert run_main(monkeypatch, Loaded, "--port", "0", "--api-key-file", "/nowhere") == 1

@@ -10,7 +10,7 @@ import pytest
 from aiohttp.test_utils import TestClient
 
 from engine.config import EngineConfig
-from engine.engine import Engine
+from engine.local import LocalEngine
 from engine.text.grammar import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
 from server.parsers import AnswerParser
@@ -373,7 +373,7 @@ async def test_a_random_model_that_must_call_calls(tiny_llama: Path) -> None:
     body = {"tools": [tool("set", schema), tool("get", schema)], "parallel_tool_calls": False, "max_tokens": 200}
     config = EngineConfig(model_path=str(tiny_llama), dtype="float32", device="cpu", max_total_tokens=4096)
     named = {"type": "function", "function": {"name": "get"}}
-    async with Engine(config) as engine:
+    async with LocalEngine(config) as engine:
         async with serving(engine) as client:
             for choice in (await ask(client, **body, tool_choice="required", seed=7, n=4))["choices"]:
                 assert choice["finish_reason"] == "tool_calls"

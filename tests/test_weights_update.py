@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed import destroy_process_group
 
-from engine.engine import Engine
 from engine.errors import EngineError, EngineStopped, InvalidRequest
+from engine.local import LocalEngine
 from engine.request import Delta, Request, SamplingParams
 from tests.fake_engine import FakeEngine, serving
 from tests.server_processes import descendants, is_rank
@@ -30,14 +30,14 @@ def request_of(rid: str, sink: Callable[[Delta], None] = print, **params: Any) -
     return Request(rid=rid, input_ids=PROMPT, sampling_params=SamplingParams(**given), sink=sink, stream=True)
 
 
-async def answer(engine: Engine, rid: str = "r") -> list[int]:
+async def answer(engine: LocalEngine, rid: str = "r") -> list[int]:
     return [token async for delta in engine.generate(request_of(rid)) for token in delta.token_ids]
 
 
 class Running:
     """A request under way, and a way to wait for its tokens."""
 
-    def __init__(self, engine: Engine, rid: str) -> None:
+    def __init__(self, engine: LocalEngine, rid: str) -> None:
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self._news = asyncio.Event()
@@ -84,7 +84,7 @@ def answer_of_transformers(folder: Path, prompt: list[int], num_tokens: int) -> 
 
 
 @asynccontextmanager
-async def checked_engine(folder: Path, **options: Any) -> AsyncIterator[Engine]:
+async def checked_engine(folder: Path, **options: Any) -> AsyncIterator[LocalEngine]:
     """No slot may be lost by the end of a test."""
     async with running_engine(folder, **options) as engine:
         yield engine

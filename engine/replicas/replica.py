@@ -1,69 +1,54 @@
-"""One of several engines: what its process does, and what it and the front end tell each other.
+"""The process of a replica: an engine that gets its requests from a channel and answers into another.
 
-Requests and reports travel pickled, a request or some twenty reports a second; the deltas in between as plain tuples.
+The other end is `engine.replicas.replica_set`.
 """
 
 import asyncio
-import dataclasses
 import logging
-import marshal
 import pickle
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import uvloop
 
 from engine.config import EngineConfig
-from engine.engine import Engine, EngineStats, Health
 from engine.errors import EngineError
+from engine.local import LocalEngine
 from engine.ranks.channel import ChannelReader, ChannelWriter
 from engine.ranks.children import Parent, settle_garbage_collector
-from engine.request import Delta, FinishReason, Logprobs, Request
+from engine.replicas.messages import (
+    ABORT,
+    FLUSH,
+    PREFIXES,
+    REPORT,
+    START_PROFILE,
+    STOP_PROFILE,
+    SUBMIT,
+    Ready,
+    Report,
+    encode_delta,
+    receive_long,
+    send_answer,
+    send_deltas,
+)
+from engine.request import Delta, FinishReason, Request
 
 logger = logging.getLogger(__name__)
 
-REPORT_S = 0.05
-PIECE_BYTES = 4 << 20  # of a long message
-SUBMIT, ABORT, FLUSH, PREFIXES, START_PROFILE, STOP_PROFILE, REPORT = range(7)  # what a message is about
-# What an ended request has become: all that the engine owns of it but its means of work, and what deltas bring.
-_FIELDS = [one.name for one in dataclasses.fields(Request)]
-_NO_OUTCOME = {
-    "status", "row", "input_logprobs", "prompt_ids", "text_stream", "new_token_ids", "unsent", "has_begun", "matcher",
-}  # fmt: skip
-OUTCOME = [name for name in _FIELDS[_FIELDS.index("status") :] if name not in _NO_OUTCOME]
-
-
-@dataclass(slots=True)
-class Report:
-    """How an engine is."""
-
-    stats: EngineStats
-    health: Health
-    num_received: int  # messages, so far
-
-
-@dataclass(slots=True)
-class Ready:
-    """What an engine is, once it has started."""
-
-    config: EngineConfig
-    max_total_num_tokens: int
-    context_length: int
-    report: Report
+REPORT_S = 0.05  # between two reports, while there are requests
 
 
 def run_replica(parent: Parent, config: EngineConfig, commands: ChannelReader, deltas: ChannelWriter) -> None:
-    """What a replica's process does."""
+    """Serve as a replica until the front end closes its channel. The target of the process."""
     torch.set_num_threads(max(torch.get_num_threads() // config.dp_size, 1))
     uvloop.run(ReplicaServer(parent, config, commands, deltas).run())
 
 
 class ReplicaServer:
-    """An engine that gets its requests from a channel and answers into another."""
+    """Does what the front end's messages say to the engine of this process."""
 
     def __init__(self, parent: Parent, config: EngineConfig, commands: ChannelReader, deltas: ChannelWriter) -> None:
-        self.engine = Engine(config)
+        self.engine = LocalEngine(config)
         self._parent, self._commands, self._deltas = parent, commands, deltas
         self._pieces = bytearray()
         self._num_received = 0
@@ -72,11 +57,11 @@ class ReplicaServer:
         self._reporting: asyncio.TimerHandle | None = None
         self._preparing: dict[str, asyncio.Task[None]] = {}
         self._stopping_profile: asyncio.Task[None] | None = None
-        self._introduced: set[str] = set()  # requests whose prompt's log-probabilities were sent
+        self._introduced: set[str] = set()  # rids whose prompt's log-probabilities were sent
         self._has_ended = asyncio.Event()
 
     async def run(self) -> None:
-        """Until the front end closes its channel, or the engine fails."""
+        """Serve until the front end closes its channel. `EngineError` if the engine fails."""
         loop = asyncio.get_running_loop()
         async with self.engine as engine:
             settle_garbage_collector()
@@ -114,7 +99,7 @@ class ReplicaServer:
         elif command == FLUSH:
             engine.flush_cache()
         elif command == PREFIXES:
-            self._tell(PREFIXES, engine.top_prefixes(*args))
+            self._send(PREFIXES, engine.top_prefixes(*args))
         elif command == START_PROFILE:
             engine.start_profile(*args)
         elif command == STOP_PROFILE:
@@ -122,7 +107,7 @@ class ReplicaServer:
         self._report_soon()
 
     def _submit(self, request: Request) -> None:
-        request.sink = self._take
+        request.sink = self._send_delta
         if request.sampling_params.constraint is None and request.max_thinking_tokens is None:
             self._submit_prepared(request)
         else:
@@ -149,17 +134,17 @@ class ReplicaServer:
             status_code, message = error.status_code, str(error)
         else:
             logger.error("request %s could not be submitted", request.rid, exc_info=error)
-        self._take(Delta(request, "", [], FinishReason("abort", message=message, status_code=status_code)))
+        self._send_delta(Delta(request, "", [], FinishReason("abort", message=message, status_code=status_code)))
 
     async def _stop_profile(self) -> None:
         try:
             answer = await self.engine.stop_profile(), ""
         except Exception as error:  # noqa: BLE001 - as in _prepare
             answer = "", f"{self._parent.name} has no profile: {type(error).__name__}: {error}"
-        self._tell(STOP_PROFILE, answer)
+        self._send(STOP_PROFILE, answer)
 
-    def _take(self, delta: Delta) -> None:
-        """The sink of all requests: what is delivered in one turn of the loop goes out in one message."""
+    def _send_delta(self, delta: Delta) -> None:
+        """Send `delta`; the sink of all requests. Deltas of one iteration of the event loop are one message."""
         request = delta.request
         is_first = request.logprob_start_len >= 0 and request.rid not in self._introduced
         self._unsent.append(encode_delta(delta, with_input_logprobs=is_first))
@@ -173,7 +158,7 @@ class ReplicaServer:
     def _flush(self) -> None:
         self._flushing = None
         deltas, self._unsent = self._unsent, []
-        send_long(self._deltas, marshal.dumps((deltas, None)))
+        send_deltas(self._deltas, deltas)
         self._report_soon()
 
     def _report_soon(self) -> None:
@@ -183,46 +168,12 @@ class ReplicaServer:
     def _report(self) -> None:
         self._reporting = None
         report = self._new_report()
-        self._tell(REPORT, report)
+        self._send(REPORT, report)
         if report.health.num_running or report.health.num_queued:
             self._report_soon()
 
     def _new_report(self) -> Report:
         return Report(self.engine.stats(), self.engine.health(), self._num_received)
 
-    def _tell(self, what: int, value: Any) -> None:
-        send_long(self._deltas, marshal.dumps(([], pickle.dumps((what, value)))))
-
-
-def send_long(writer: ChannelWriter, message: bytes) -> None:
-    """In pieces, if it is longer than the channel takes. The first byte of a piece tells whether it is the last."""
-    for start in range(0, len(message), PIECE_BYTES):
-        is_last = start + PIECE_BYTES >= len(message)
-        writer.send(bytes([is_last]), memoryview(message)[start : start + PIECE_BYTES])
-
-
-def receive_long(reader: ChannelReader, pieces: bytearray) -> bytes | memoryview | None:
-    """The message that the next piece completes, or None; `pieces` are those received so far."""
-    piece = reader.receive()
-    if piece[0] and not pieces:
-        return piece[1:]
-    pieces += piece[1:]
-    if not piece[0]:
-        return None
-    message = bytes(pieces)
-    pieces.clear()
-    return message
-
-
-def encode_delta(delta: Delta, with_input_logprobs: bool) -> tuple[Any, ...]:
-    """`delta`, and at the end what its request has become, for marshal; see `ReplicaSet._take`."""
-    request, end = delta.request, None
-    logprobs = None if delta.logprobs is None else _plain(delta.logprobs)
-    input_logprobs = _plain(request.input_logprobs) if with_input_logprobs and request.input_logprobs else None
-    if delta.finish_reason is not None:
-        end = pickle.dumps((delta.finish_reason, {name: getattr(request, name) for name in OUTCOME}))
-    return request.rid, delta.text, delta.token_ids, logprobs, input_logprobs, end
-
-
-def _plain(logprobs: Logprobs) -> tuple[Any, ...]:
-    return logprobs.token, logprobs.top, logprobs.token_ids
+    def _send(self, kind: int, value: Any) -> None:
+        send_answer(self._deltas, kind, value)

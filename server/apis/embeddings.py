@@ -14,7 +14,8 @@ import numpy as np
 import orjson
 from aiohttp import web
 
-from engine.errors import InvalidRequest, StepFailed
+from engine.engine import Engine
+from engine.errors import InvalidRequest, OutputNotFinite
 from engine.request import Request, SamplingParams, ignore
 from server.apis.meta_info import MetaInfo
 from server.config import ServerConfig
@@ -23,7 +24,6 @@ from server.http.live import LiveRequests, Options, make_requests, new_rid
 from server.reading.model_name import served_model
 from server.reading.protocol import (
     JSON,
-    Engine,
     Fields,
     Owner,
     cache_namespace,
@@ -273,7 +273,7 @@ def _vector(request: Request) -> np.ndarray:
     """float32 [size]."""
     vector = request.embedding
     if vector is None or not np.isfinite(vector).all():
-        raise StepFailed("the model's output is not finite (NaN or inf)")
+        raise OutputNotFinite("the model's output is not finite (NaN or inf)")
     return vector
 
 

@@ -2,8 +2,9 @@
 
 from aiohttp import web
 
+from engine.engine import Engine
 from engine.errors import InvalidRequest
-from server.reading.protocol import Engine, Fields, json_response, native_error, read_json
+from server.reading.protocol import Fields, json_response, native_error, read_json
 
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 PAUSE_MODES = ("abort", "retract", "in_place")

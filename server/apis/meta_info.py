@@ -1,7 +1,8 @@
 """`meta_info`, SGLang's account of an answer: what it cost, how long it took and why, and its log-probabilities."""
 
+from engine.engine import TokenizerFacade
 from engine.request import Delta, FinishReason, Logprobs, Request, TokenLogprob
-from server.reading.protocol import JSON, TokenizerFacade
+from server.reading.protocol import JSON
 
 
 class MetaInfo:

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest
 from engine.request import Delta, Logprobs, Request, SamplingParams, ignore
 from server.apis.meta_info import MetaInfo
@@ -24,7 +25,6 @@ from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
 from server.reading.chat import Chats
 from server.reading.protocol import (
     JSON,
-    Engine,
     Fields,
     cache_namespace,
     check_batch_size,

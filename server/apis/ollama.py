@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from engine.engine import Engine
 from engine.request import FinishReason
 from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockChoice, answer, arguments_of, chat_call
 from server.config import ServerConfig
@@ -16,7 +17,6 @@ from server.reading.model_name import served_model
 from server.reading.protocol import (
     JSON,
     REQUEST_FIELDS,
-    Engine,
     Fields,
     encode_prompt,
     json_response,

@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from engine.engine import Engine, TokenizerFacade
 from engine.errors import InvalidRequest
 from engine.request import Delta, FinishReason, Logprobs, Request, SamplingParams, TokenLogprob
 from server.apis.meta_info import MetaInfo
@@ -18,18 +19,7 @@ from server.http.sse import DONE, Choice, EventStream, event
 from server.parsers import AnswerDelta, AnswerParser, ToolCallDelta
 from server.reading.chat import Chats, ChatTurn
 from server.reading.model_name import served_model
-from server.reading.protocol import (
-    JSON,
-    Engine,
-    Fields,
-    Owner,
-    TokenizerFacade,
-    check_n,
-    json_response,
-    openai_error,
-    read_json,
-    read_prompts,
-)
+from server.reading.protocol import JSON, Fields, Owner, check_n, json_response, openai_error, read_json, read_prompts
 from server.reading.sampling import MAX_TOP_LOGPROBS, read_options, read_sampling_params
 
 COMPLETION_MAX_TOKENS = 16

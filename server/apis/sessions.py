@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from engine.engine import Engine
 from engine.errors import InvalidRequest
 from engine.request import Request, Status
 from server.http.live import new_rid
-from server.reading.protocol import Engine, Fields, json_response, read_json
+from server.reading.protocol import Fields, json_response, read_json
 
 MAX_SESSIONS = 4096
 MAX_TURNS = 4096  # of one session

@@ -55,7 +55,7 @@ class Replica:
     """A server, and the way to it from Serve's proxy."""
 
     async def __init__(self, config: FleetConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        from engine.replicas.facade import new_engine  # imports torch, which who deploys does not need
+        from engine.new_engine import new_engine  # imports torch, which who deploys does not need
 
         self._stack = AsyncExitStack()
         folder = self._stack.enter_context(TemporaryDirectory())

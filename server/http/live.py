@@ -11,11 +11,12 @@ from typing import Any
 
 from aiohttp import web
 
+from engine.engine import Engine, TokenizerFacade
 from engine.errors import EngineError, InvalidRequest
 from engine.request import Delta, FinishReason, Request, SamplingParams, Status, ignore
 from server.http.intake import paced
 from server.http.keys import bill
-from server.reading.protocol import Engine, Owner, TokenizerFacade
+from server.reading.protocol import Owner
 
 logger = logging.getLogger(__name__)
 

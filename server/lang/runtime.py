@@ -101,7 +101,7 @@ class Engine(Session):
 
     def __init__(self, model_path: str = "demo", chat_template_name: str | None = None, **options: Any) -> None:
         from engine.config import EngineConfig
-        from engine.replicas.facade import new_engine
+        from engine.new_engine import new_engine
 
         options.pop("log_level", None)  # a server's
         self.endpoint: EngineBackend = EngineBackend(model_path)

@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from engine.engine import Engine, TokenizerFacade
 from engine.errors import InvalidRequest
 from engine.request import SamplingParams
 from server.config import ServerConfig
@@ -21,7 +22,7 @@ from server.parsers.reasoning import (
     find_reasoning_format,
 )
 from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS, Hermes, ToolFormat, find_tool_format
-from server.reading.protocol import JSON, Engine, Fields, TokenizerFacade, check_n, check_token_ids
+from server.reading.protocol import JSON, Fields, check_n, check_token_ids
 from server.reading.sampling import MAX_TOP_LOGPROBS, read_options, read_sampling_params
 from server.reading.tool_choice import ToolChoice, json_or_calls, read_tool_choice, structural_tag, tool_constraint
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
+from engine.engine import Engine
 from engine.errors import InvalidRequest
 from engine.request import SamplingParams
 from server.http.live import Options
 from server.reading.grammars import constraint_of
-from server.reading.protocol import Engine, Fields, cache_namespace, refuse
+from server.reading.protocol import Fields, cache_namespace, refuse
 
 MAX_TOP_LOGPROBS = 20
 

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from aiohttp import web
 
+from cache.radix import Prefix
+from engine.engine import Engine
 from server.config import ServerConfig
-from server.reading.protocol import JSON, Engine, PrefixInfo, json_response
+from server.reading.protocol import JSON, json_response
 from server.watch.monitor import Monitor, percentile
 
 PAGE = Path(__file__).with_name("dashboard.html")
@@ -127,7 +129,7 @@ class Dashboard:
         return self.engine.tokenizer.decode(token_ids.tolist(), skip_special_tokens=False)
 
 
-def _is_cut(prefix: PrefixInfo) -> bool:
+def _is_cut(prefix: Prefix) -> bool:
     return prefix.num_tokens > NUM_HEAD_TOKENS + NUM_TAIL_TOKENS
 
 

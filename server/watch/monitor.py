@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from engine.engine import Engine
 from engine.request import Request
-from server.reading.protocol import Engine
 
 TICK_S, IDLE_TICK_S = 0.05, 0.5
 SAMPLE_S = 1.0

@@ -6,13 +6,14 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from engine.engine import Engine
 from engine.errors import EngineError, InvalidRequest
 from engine.request import Delta, Logprobs, Request, SamplingParams
 from server.apis.meta_info import MetaInfo
 from server.http.live import Options, make_requests, new_rid
 from server.lang.backends.base import JSON, BackendError
 from server.lang.backends.native import NativeBackend
-from server.reading.protocol import Engine, Fields, check_token_ids, encode_prompt
+from server.reading.protocol import Fields, check_token_ids, encode_prompt
 
 # Fields of /generate; others would be ignored.
 KNOWN = frozenset(
@@ -59,7 +60,7 @@ class EngineBackend(NativeBackend):
         [request], _ = await self._requests(body, is_stream=True)
         text, token_ids, logprobs = "", [], Logprobs()
         try:
-            async with aclosing(self.engine.generate(request)) as deltas:  # type: ignore[type-var]
+            async with aclosing(self.engine.generate(request)) as deltas:
                 async for delta in deltas:
                     _check(delta)
                     text += delta.text

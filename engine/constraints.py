@@ -1,0 +1,55 @@
+"""Grammars of requests, compiled before the requests are submitted."""
+
+import asyncio
+from collections.abc import Sequence
+
+from engine.errors import InvalidRequest
+from engine.request import Request
+from engine.text.grammar import Grammar, GrammarCompiler, GrammarStats, Matcher
+
+GRAMMAR_TIMEOUT_S = 10.0  # a grammar that takes longer to compile is refused
+
+
+class Constraints:
+    """Gives requests their matchers."""
+
+    def __init__(self, grammars: GrammarCompiler | None, *, may_jump: bool) -> None:
+        """grammars: None refuses every constraint. may_jump: forced tokens join answers at once (see `Matcher`)."""
+        self._grammars, self._may_jump = grammars, may_jump
+        self.warming_up: asyncio.Future[None] | None = None
+
+    @property
+    def stats(self) -> GrammarStats:
+        return self._grammars.stats if self._grammars else GrammarStats()
+
+    async def prepare(self, requests: Sequence[Request]) -> None:
+        """Set `matcher` of those `requests` that need one; see `Engine.prepare`."""
+        for request in requests:
+            constraint, grammar = request.sampling_params.constraint, None
+            if constraint is not None:
+                grammar = await self._grammar(*constraint)
+            elif request.max_thinking_tokens is None:
+                continue
+            may_jump = self._may_jump and not request.return_logprob
+            request.matcher = Matcher(
+                grammar, request.reasoning_end_ids, request.max_thinking_tokens, may_jump=may_jump
+            )
+
+    async def _grammar(self, kind: str, text: str) -> Grammar:
+        grammars = self._grammars
+        if grammars is None:
+            raise InvalidRequest(f"{kind} is not supported: the server runs with --grammar-backend none", kind)
+        grammar = grammars.find(kind, text)
+        if grammar is not None:
+            return grammar
+        compiling = asyncio.to_thread(grammars.compile, kind, text)
+        try:
+            return await asyncio.wait_for(compiling, GRAMMAR_TIMEOUT_S)
+        except TimeoutError:
+            message = f"{kind} is too complex: compiling it took more than {GRAMMAR_TIMEOUT_S:.0f} s"
+            raise InvalidRequest(message, kind) from None
+
+    def warm_up(self) -> None:
+        """Build the tables that the first grammar needs, on a thread."""
+        if self._grammars is not None:
+            self.warming_up = asyncio.get_running_loop().run_in_executor(None, self._grammars.warm_up)

@@ -1,0 +1,81 @@
+"""The state of a local engine as others see it: health, statistics, a description for whoever looks for a hang."""
+
+import dataclasses
+import time
+
+from engine.build import Parts
+from engine.constraints import Constraints
+from engine.engine import EngineStats, Health
+from engine.intake import Intake
+from engine.loop import StepLoop
+
+STUCK_AFTER_S = 30.0  # a step this long makes /health fail; --watchdog-timeout is when the process gives up
+
+
+class Diagnostics:
+    """Reads the engine's objects and changes none of them."""
+
+    def __init__(self, parts: Parts, loop: StepLoop, intake: Intake, constraints: Constraints) -> None:
+        self._parts, self._loop, self._intake, self._constraints = parts, loop, intake, constraints
+        self._requests = intake.requests
+        self._busy_since = 0.0  # time.perf_counter()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step should come back before long. Callable from any thread."""
+        if self._loop.is_still:
+            return False
+        return bool(self._requests.by_rid or self._loop.steps_in_flight)
+
+    def record_work(self) -> None:
+        """Note that there is work from now on: the age of the last step counts from here."""
+        self._busy_since = time.perf_counter()
+
+    def health(self, is_running: bool) -> Health:
+        now = time.perf_counter()
+        scheduler = self._parts.scheduler
+        age_s = now - max(self._busy_since, self._loop.stats.last_step_at) if self.has_work else 0.0
+        oldest = min((request.times.arrived for request in scheduler.waiting), default=now)
+        status = "ok"
+        if not is_running:
+            status = "stopped"
+        elif self._requests.is_stopping:
+            status = "stopping"
+        elif age_s > min(STUCK_AFTER_S, self._parts.config.watchdog_timeout or STUCK_AFTER_S):
+            status = "stuck"
+        return Health(status, age_s, now - oldest, len(scheduler.nodes), len(scheduler.waiting))
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            scheduler=self._parts.scheduler.stats(),
+            loop=self._loop.stats,
+            num_requests=self._requests.num_requests,
+            num_aborted=self._requests.num_aborted,
+            num_refused=self._requests.num_refused,
+            drain_tokens_per_s=self._intake.drain_rate.tokens_per_s,
+            grammars=self._constraints.stats,
+        )
+
+    def progress(self) -> tuple[int, ...] | None:
+        """See `Engine.progress`."""
+        if not self.has_work:
+            return None
+        return self._loop.stats.num_steps, self._loop.stats.num_failed_steps
+
+    def describe(self) -> str:
+        """See `Engine.describe`."""
+        now = time.perf_counter()
+        lines = [f"{name}: {value}" for name, value in dataclasses.asdict(self.stats()).items()]
+        for step in self._loop.steps_in_flight:
+            plan = step.plan
+            rids = [request.rid for row in plan.rows.tolist() if (request := self._parts.rows.requests[row])]
+            lines.append(
+                f"step in flight for {now - step.launched_at:.3f} s: {plan.num_tokens} tokens, "
+                f"{plan.num_decodes} decodes, q_lens {plan.q_lens.tolist()}, seq_lens {plan.seq_lens.tolist()}, {rids}"
+            )
+        for request in list(self._requests.by_rid.values()):
+            lines.append(
+                f"request {request.rid}: {request.status.name}, a prompt of {request.prompt_len} tokens, "
+                f"{now - request.times.arrived:.3f} s old"
+            )
+        return "\n".join(lines) + "\n"

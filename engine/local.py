@@ -1,0 +1,262 @@
+"""One model on this process's device, with its step loop."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cache.radix import Prefix
+from engine.build import Parts, build
+from engine.config import EngineConfig
+from engine.constraints import Constraints
+from engine.diagnostics import Diagnostics
+from engine.engine import Engine, EngineStats, Health
+from engine.errors import EngineStopped, InvalidRequest, ModelError
+from engine.failure import Failure
+from engine.intake import Intake
+from engine.loop import StepLoop
+from engine.maintenance import LocalMaintenance
+from engine.model_config import ModelConfig
+from engine.output import OutputProcessor
+from engine.profiler import Profiler, make_profile_folder
+from engine.request import FinishReason, Request, Status
+from engine.request_table import RequestTable
+from engine.text.tokenizer import Tokenizer
+from engine.verify import RequestLimits
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The objects of an engine whose model is loaded."""
+
+    parts: Parts
+    limits: RequestLimits
+    intake: Intake
+    constraints: Constraints
+    output: OutputProcessor
+    loop: StepLoop
+    maintenance: LocalMaintenance
+    diagnostics: Diagnostics
+    task: asyncio.Task[None]  # runs `loop`
+
+
+class LocalEngine(Engine):
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config  # resolved once `start` has returned
+        self._started: Started | None = None
+        self._requests = RequestTable()
+        self._failure = Failure()
+        self._profiler: Profiler | None = None
+
+    async def start(self, on_progress: Callable[[str], None] = logger.info) -> None:
+        parts = await _build(self.config, on_progress, self._failure, self._on_failure)
+        config = self.config = parts.config
+        scheduler, requests = parts.scheduler, self._requests
+        context_length = min(parts.rows.max_len, scheduler.allocator.num_total)
+        is_generation = parts.model_config.is_generation and not config.is_embedding
+        limits = RequestLimits(parts.model_config.vocab_size, context_length, is_generation)
+        intake = Intake(scheduler, parts.tokenizer, limits, requests)
+        constraints = Constraints(parts.grammars, may_jump=not config.disable_jump_forward)
+        output = OutputProcessor(scheduler, config.stream_interval, intake.end)
+        loop = StepLoop(
+            scheduler,
+            parts.runner,
+            output,
+            is_overlapped=not config.disable_overlap_schedule,
+            max_step_ms=config.max_step_ms or None,
+            chunked_prefill_size=scheduler.chunked_prefill_size,
+            context_cost=parts.model_config.context_cost,
+            decode_log_interval=config.decode_log_interval,
+        )
+        maintenance = LocalMaintenance(parts, loop, self.abort_all)
+        diagnostics = Diagnostics(parts, loop, intake, constraints)
+        task = asyncio.create_task(loop.run(), name="step-loop")
+        task.add_done_callback(self._on_loop_end)
+        self._started = Started(parts, limits, intake, constraints, output, loop, maintenance, diagnostics, task)
+
+    def _on_failure(self, message: str) -> None:
+        logger.critical("%s; the engine cannot go on", message)
+        self._failure.record(message)
+        self.abort_all(f"the engine has failed: {message}", status_code=500)
+
+    def _on_loop_end(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            return
+        logger.critical("the step loop ended", exc_info=task.exception())
+        self._on_failure(f"the step loop ended: {task.exception()!r}")
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        await self._requests.drain(drain_s)
+        self.abort_all("the server is shutting down", status_code=503)
+        if self._started is None:
+            return
+        self._started.task.cancel()
+        await asyncio.wait([self._started.task])
+        if not self.has_failed:  # else a thread may wait for a rank that is gone
+            await asyncio.to_thread(self._started.parts.runner.close)
+
+    @property
+    def started(self) -> Started:
+        if self._started is None:
+            raise EngineStopped("the engine is starting")
+        return self._started
+
+    @property
+    def parts(self) -> Parts:
+        return self.started.parts
+
+    @property
+    def is_running(self) -> bool:
+        return self._started is not None and not self._started.task.done()
+
+    @property
+    def has_failed(self) -> bool:
+        return self._failure.has_happened
+
+    async def failed(self) -> str:
+        return await self._failure.wait()
+
+    # ---- facts ----
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.parts.model_config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.parts.tokenizer
+
+    @property
+    def max_total_num_tokens(self) -> int:
+        return self.parts.scheduler.allocator.num_total
+
+    @property
+    def context_length(self) -> int:
+        return self.started.limits.context_length
+
+    @property
+    def max_running_requests(self) -> int:
+        return self.parts.rows.num_rows
+
+    @property
+    def is_generation(self) -> bool:
+        return self.started.limits.is_generation
+
+    @property
+    def embedding_size(self) -> int:
+        return self.model_config.embedding_size
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        return self.config.choose_sampling_defaults(self.model_config.generation_defaults)
+
+    # ---- requests ----
+
+    async def prepare(self, requests: Sequence[Request]) -> None:
+        await self.started.constraints.prepare(requests)
+
+    def warm_up_grammars(self) -> None:
+        if self.is_generation:
+            self.started.constraints.warm_up()
+
+    def submit(self, request: Request) -> None:
+        if self.has_failed:
+            raise EngineStopped("the engine has failed")
+        self._requests.check_open(self.is_running)
+        started = self.started
+        is_idle = not started.diagnostics.has_work
+        started.intake.submit(request)
+        if is_idle:
+            started.diagnostics.record_work()
+        started.loop.wake()
+
+    def abort(self, rid: str, message: str = "aborted by the client", status_code: int = 499) -> bool:
+        request = self._requests.by_rid.get(rid)
+        if request is None or request.status is Status.FINISHED:
+            return False
+        self.started.loop.abort(request, FinishReason("abort", message=message, status_code=status_code))
+        self._requests.num_aborted += 1
+        return True
+
+    def abort_all(self, message: str = "aborted by the client", status_code: int = 499) -> int:
+        num_aborted = sum(self.abort(rid, message, status_code) for rid in list(self._requests.by_rid))
+        if self._started is not None:
+            self._started.output.flush()  # to those that had just ended by themselves
+        return num_aborted
+
+    # ---- cache and weights ----
+
+    @property
+    def maintenance(self) -> LocalMaintenance:
+        if not self.is_running:
+            raise EngineStopped("the engine is not running")
+        return self.started.maintenance
+
+    def flush_cache(self) -> bool:
+        return self.parts.scheduler.flush()
+
+    def top_prefixes(self, k: int) -> list[Prefix]:
+        return self.parts.scheduler.cache.top_prefixes(k, head_len=1 << 20)
+
+    # ---- observation ----
+
+    def health(self) -> Health:
+        if self._started is None:
+            return Health("starting")
+        return self._started.diagnostics.health(self.is_running)
+
+    def stats(self) -> EngineStats:
+        return self.started.diagnostics.stats()
+
+    def progress(self) -> tuple[int, ...] | None:
+        return None if self._started is None else self._started.diagnostics.progress()
+
+    def describe(self) -> str:
+        return "the engine is starting\n" if self._started is None else self._started.diagnostics.describe()
+
+    def start_profile(self, output_dir: str) -> None:
+        if self._profiler is not None:
+            raise InvalidRequest("a profile is being recorded")
+        make_profile_folder(output_dir)
+        self._profiler = Profiler(output_dir)
+
+    async def stop_profile(self) -> str:
+        if self._profiler is None:
+            raise InvalidRequest("no profile is being recorded")
+        profiler, self._profiler = self._profiler, None
+        profiler.stop()
+        return await asyncio.to_thread(profiler.write)
+
+
+async def _build(
+    config: EngineConfig,
+    on_progress: Callable[[str], None],
+    failure: Failure,
+    on_failure: Callable[[str], None],
+) -> Parts:
+    """Build the parts on a thread. `ModelError` if they cannot be built, or if `failure` happens first.
+
+    A rank that ends meanwhile may leave the building thread waiting for it for ever: the thread is then abandoned.
+    """
+    loop = asyncio.get_running_loop()
+
+    def report_failure(message: str) -> None:
+        loop.call_soon_threadsafe(on_failure, message)
+
+    building = asyncio.ensure_future(asyncio.to_thread(build, config, on_progress, report_failure))
+    failing = asyncio.ensure_future(failure.wait())
+    await asyncio.wait([building, failing], return_when=asyncio.FIRST_COMPLETED)
+    failing.cancel()
+    if failure.has_happened:
+        building.add_done_callback(_retrieve_exception)  # what it raises is a consequence
+        raise ModelError(failure.reason)
+    return building.result()
+
+
+def _retrieve_exception(task: asyncio.Task[Any]) -> None:
+    """Keep asyncio from logging that nobody has retrieved the exception of `task`."""
+    if not task.cancelled():
+        task.exception()

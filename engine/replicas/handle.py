@@ -1,0 +1,65 @@
+"""The front end's side of a replica."""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from cache.radix import Prefix
+from engine.errors import EngineStopped
+from engine.ranks.channel import ChannelReader, ChannelWriter
+from engine.replicas.messages import PREFIXES, REPORT, Report, decode_answer, receive_long, send_command
+from engine.request import Request
+
+
+@dataclass(slots=True)
+class ReplicaHandle:
+    """A replica as the front end knows it: its channels, its live requests and its last report."""
+
+    name: str
+    commands: ChannelWriter
+    answers: ChannelReader
+    report: Report = field(init=False)  # exists once the replica is ready
+    requests: dict[str, Request] = field(default_factory=dict)
+    prefixes: list[Prefix] = field(default_factory=list)
+    num_sent: int = 0  # messages
+    num_received: int = 0
+    last_sign_at: float = 0.0  # time.monotonic() of the last message, or of the first request after a pause
+    profiles: asyncio.Queue[tuple[str, str]] = field(default_factory=asyncio.Queue)  # (path, why there is none)
+    pieces: bytearray = field(default_factory=bytearray)
+
+    def send(self, kind: int, *args: Any) -> None:
+        """Send a command. `EngineStopped` if nobody reads it."""
+        try:
+            send_command(self.commands, kind, *args)
+        except OSError as error:
+            raise EngineStopped(f"{self.name} does not answer: {error}") from None
+        self.num_sent += 1
+
+    def submit(self, kind: int, request: Request) -> None:
+        """Send the command that brings a request; the time without a message counts from here if it is the only one."""
+        if not self.requests:
+            self.last_sign_at = time.monotonic()
+        self.send(kind, request)
+
+    def receive(self) -> list[tuple[Any, ...]]:
+        """Return the encoded deltas of the next message, and keep what it has besides. `EOFError` at the end."""
+        message = receive_long(self.answers, self.pieces)
+        if message is None:
+            return []
+        self.num_received += 1
+        self.last_sign_at = time.monotonic()
+        deltas, answer = decode_answer(message)
+        if answer is not None:
+            kind, value = answer
+            if kind == REPORT:
+                self.report = value
+            elif kind == PREFIXES:
+                self.prefixes = value
+            else:
+                self.profiles.put_nowait(value)
+        return deltas
+
+    def describe(self) -> str:
+        silent_s = time.monotonic() - self.last_sign_at
+        return f"{self.name}: {len(self.requests)} requests, last message {silent_s:.1f} s ago, {self.report}"

@@ -1,0 +1,81 @@
+"""Checks of a request against the model, before it is queued."""
+
+from collections.abc import Container
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.errors import EngineError, InvalidRequest, PromptTooLong
+from engine.request import Request
+from engine.step.pooling import LAST, MEAN
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What an engine can compute of a request."""
+
+    vocab_size: int
+    context_length: int  # longest prompt + answer in tokens
+    is_generation: bool
+
+    def verify(self, request: Request, live_rids: Container[str]) -> None:
+        """Raise `InvalidRequest` or `PromptTooLong` with the numbers; otherwise set `request.prompt_ids`.
+
+        `EngineError` if the request should have been prepared and is not.
+        """
+        request.sampling_params.verify(self.vocab_size)
+        _verify_grammar(request)
+        if request.rid in live_rids:
+            raise InvalidRequest(f"a request with rid {request.rid!r} is running", "rid")
+        self._verify_kind(request)
+        self._verify_prompt(request)
+        self._verify_logprobs(request)
+
+    def _verify_kind(self, request: Request) -> None:
+        if request.pooling is None and not self.is_generation:
+            raise InvalidRequest("this server turns prompts into vectors and does not generate", "model")
+        if request.pooling is not None and (
+            request.pooling not in (LAST, MEAN) or request.sampling_params.max_new_tokens != 0
+        ):
+            raise InvalidRequest(
+                f"pooling must be {LAST} or {MEAN} with max_new_tokens 0, got {request.pooling!r}", "pooling"
+            )
+
+    def _verify_prompt(self, request: Request) -> None:
+        if not request.input_ids:
+            raise InvalidRequest("the prompt is empty", "input_ids")
+        if request.prompt_len > self.context_length - 1 and request.sampling_params.max_new_tokens != 0:
+            raise PromptTooLong(
+                f"prompt has {request.prompt_len} tokens, the context is {self.context_length} "
+                f"and at least one is left for the answer",
+                "input_ids",
+            )
+        token_ids = np.asarray(request.input_ids, np.int64)
+        is_bad = (token_ids < 0) | (token_ids >= self.vocab_size)
+        if is_bad.any():
+            bad = token_ids[is_bad.argmax()]
+            raise InvalidRequest(f"token id {bad} is outside the vocabulary of {self.vocab_size}", "input_ids")
+        request.prompt_ids = token_ids.astype(np.int32)
+
+    def _verify_logprobs(self, request: Request) -> None:
+        if not all(0 <= token < self.vocab_size for token in request.token_ids_logprob):
+            raise InvalidRequest(
+                f"token_ids_logprob has ids outside the vocabulary of {self.vocab_size}", "token_ids_logprob"
+            )
+        if not 0 <= request.top_logprobs_num <= self.vocab_size:
+            raise InvalidRequest(
+                f"top_logprobs_num must be at least 0, got {request.top_logprobs_num}", "top_logprobs_num"
+            )
+        if not -1 <= request.logprob_start_len < request.prompt_len:
+            raise InvalidRequest(
+                f"logprob_start_len must be -1 or a position of the prompt, which has {request.prompt_len} tokens; "
+                f"got {request.logprob_start_len}",
+                "logprob_start_len",
+            )
+
+
+def _verify_grammar(request: Request) -> None:
+    if request.sampling_params.constraint is not None and request.matcher is None:
+        raise EngineError("a constrained request must be prepared before it is submitted")
+    if request.max_thinking_tokens is not None and not request.reasoning_end_ids:
+        raise InvalidRequest("max_thinking_tokens needs a model whose answers have an end of reasoning")
