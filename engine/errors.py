@@ -19,6 +19,7 @@ EngineError                  500  this request, or the engine, cannot be served
 └── NoWorkerAnswers          503  server.fleet.router
 
 Exception                         for one caller, which catches it
+├── ShapeError                    kernels.weights: a checkpoint's tensor does not fit; becomes a ModelError
 ├── GrammarError                  engine.text.grammar: a grammar and the answer that follows it contradict each other
 ├── StartError                    server.__main__: the server cannot start, for a reason that the user can mend
 ├── Malformed                     server.parsers.reader: the text is not what it began to look like

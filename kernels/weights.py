@@ -25,7 +25,7 @@ class Norm(Protocol):
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
-class ShapeError(ValueError):
+class ShapeError(Exception):
     """A checkpoint's tensor does not have the shape that its place in the model asks for."""
 
 

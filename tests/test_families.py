@@ -1,0 +1,54 @@
+"""Families through the whole engine: greedy answers are transformers', in every mix and on several ranks."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.test_engine import GPU_MIXES, MIXES, collect, make_request, prompts, running_engine
+
+MakeTinyModel = Callable[..., Path]
+__all__ = ["prompts"]  # a fixture
+
+# What differs from Llama where steps, chunks, caches or ranks could tell: windows, norms behind a sum, caps.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma 2": ("Gemma2Config", {"sliding_window": 24, "query_pre_attn_scalar": 24, "num_hidden_layers": 3}),
+}
+SOME = ("plain", "cached", "seven_token_chunks", "pages_of_16", "retracting")
+CASES = [pytest.param("cpu", {**MIXES, "two_ranks": {"tp_size": 2}}[mix], id=mix) for mix in (*SOME, "two_ranks")] + [
+    pytest.param("cuda", mix, id=f"cuda-{name}", marks=pytest.mark.gpu) for name, mix in GPU_MIXES.items()
+]
+
+
+@pytest.fixture(scope="module")
+def families(make_tiny_model: MakeTinyModel, prompts: list[list[int]]) -> dict[str, tuple[Path, list[list[int]]]]:
+    """Name -> (folder, transformers' greedy answers to `prompts`)."""
+    import transformers
+
+    made = {}
+    for name, (config_class, overrides) in FAMILIES.items():
+        folder = make_tiny_model(getattr(transformers, config_class), "family", **overrides)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        answers = [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts]
+        made[name] = folder, answers
+    return made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("device", "options"), CASES)
+async def test_greedy_answers_of_a_family_equal_transformers(
+    family: str,
+    device: str,
+    options: dict[str, Any],
+    families: dict[str, tuple[Path, list[list[int]]]],
+    prompts: list[list[int]],
+) -> None:
+    folder, wanted = families[family]
+    async with running_engine(folder, device=device, **options) as engine:
+        for _ in range(2):  # the second time everything is cached
+            answers = await asyncio.gather(*(collect(engine, make_request(prompt)) for prompt in prompts))
+            assert [tokens for _, tokens in answers] == wanted
