@@ -2,6 +2,9 @@
 that block the loop."""
 
 import asyncio
+import gc
+import inspect
+import math
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -49,6 +52,7 @@ CORPUS = (
     '{"name": "Harry", "house": "Gryffindor", "alive": true, "age": 17}',
     "Grüße aus Köln, naïve café, 日本語のテキスト, 你好世界, Привет, мир! 🙂🚀",
 )
+MAX_CALLBACK_MS = 50
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB_SIZE = 384
 
@@ -129,24 +133,38 @@ def tiny_qwen3(make_tiny_model: Callable[..., Path]) -> Path:
     return make_tiny_model(Qwen3Config, "tiny_qwen3", tie_word_embeddings=True)
 
 
-class RunDelay:
-    """Seconds the calling thread was ready to run while others had its core; 0.0 where Linux does not say.
+class OthersTime:
+    """Read how long the calling thread could not run for reasons that are not its own, in seconds so far.
 
-    From the second figure (nanoseconds) of /proc's schedstat.
+    That is: time it was ready while others had its core (the second figure, in nanoseconds, of /proc's schedstat; 0
+    where Linux does not report it), and pauses of the garbage collector, which walks what all earlier tests have left.
     """
 
     def __init__(self) -> None:
+        self._collected_s = 0.0  # of collections that have ended
+        self._collecting_since = math.inf
         try:
-            self.fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+            self._fd = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
         except OSError:
-            self.fd = -1
+            self._fd = -1
+        gc.callbacks.append(self._on_collection)
+
+    def _on_collection(self, phase: str, _info: dict[str, int]) -> None:
+        if phase == "start":
+            self._collecting_since = time.perf_counter()
+        else:
+            self._collected_s += time.perf_counter() - self._collecting_since
+            self._collecting_since = math.inf
 
     def __call__(self) -> float:
-        return int(os.pread(self.fd, 64, 0).split()[1]) / 1e9 if self.fd >= 0 else 0.0
+        run_delay_s = int(os.pread(self._fd, 64, 0).split()[1]) / 1e9 if self._fd >= 0 else 0.0
+        # A collection on another thread counts while it is not recorded: that thread waits for the interpreter again.
+        return run_delay_s + self._collected_s + max(time.perf_counter() - self._collecting_since, 0.0)
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
+        gc.callbacks.remove(self._on_collection)
+        if self._fd >= 0:
+            os.close(self._fd)
 
 
 @dataclass
@@ -165,29 +183,37 @@ def describe_callback(callback: Any) -> str:
     return repr(owner) if isinstance(owner, asyncio.Task) else f"{getattr(callback, '__qualname__', callback)!s}"
 
 
-@pytest.fixture
-def blocking_call_guard(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[BlockingCallGuard]:
-    """Fails an async test in which one callback held the event loop for more than 50 ms.
+@pytest.fixture(autouse=True)
+def blocking_call_guard(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[BlockingCallGuard | None]:
+    """Fail an async test in which one callback held the event loop for more than 50 ms.
 
-    `@pytest.mark.max_callback_ms(200)` sets another limit. Every callback and every step of a task is a
-    `Handle._run`; its length is wall time less the time the thread waited for a core, so a busy machine fails no test.
+    `@pytest.mark.max_callback_ms(200)` sets another limit; a comment beside it says why. Every callback and every step
+    of a task is a `Handle._run`, those of async fixtures included; its length is wall time less `OthersTime`, so that a
+    busy machine fails no test. A test may ask for the guard to read it; tests without a loop get None.
     """
+    if not inspect.iscoroutinefunction(request.function):
+        yield None
+        return
     marker = request.node.get_closest_marker("max_callback_ms")
-    guard = BlockingCallGuard((marker.args[0] if marker else 50) / 1e3)
-    run_delay = RunDelay()  # opened on the loop's thread: tests and their loop share it
+    guard = BlockingCallGuard((marker.args[0] if marker else MAX_CALLBACK_MS) / 1e3)
+    others_time = OthersTime()  # made on the loop's thread: tests and their loop share it
     run = asyncio.Handle._run
 
     def timed_run(handle: asyncio.Handle) -> None:
         callback = getattr(handle, "_callback", None)  # gone once a cancelled handle has run
-        started, delayed = time.perf_counter(), run_delay()
+        started, others = time.perf_counter(), others_time()
         run(handle)
         held_s = time.perf_counter() - started
-        if held_s > guard.limit_s and (held_s := held_s - (run_delay() - delayed)) > guard.limit_s:
+        if held_s > guard.limit_s and (held_s := held_s - (others_time() - others)) > guard.limit_s:
             guard.blocked.append((describe_callback(callback), held_s))
 
     monkeypatch.setattr(asyncio.Handle, "_run", timed_run)
+    # Official clients read the machine's 300 KB of certificates for every client made; no async test speaks TLS.
+    monkeypatch.setenv("SSL_CERT_DIR", os.path.dirname(__file__))
     yield guard
-    run_delay.close()
+    others_time.close()
     if guard.blocked:
         pytest.fail(guard.report(), pytrace=False)
 
