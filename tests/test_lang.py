@@ -401,6 +401,7 @@ def test_an_error_in_a_streamed_body_is_raised_where_its_text_is_read(backend):
             list(program.run(stream=True).text_iter(name))
 
 
+@pytest.mark.max_callback_ms(10_000)  # it also calls the ways to run that wait, as a script may
 async def test_asynchronous_bodies_wait_without_a_thread(backend):
     @sgl.function
     async def program(s, i):
