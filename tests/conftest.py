@@ -1,5 +1,4 @@
-"""What every test may use: tiny random models, a server without one, the `gpu` marker, and a guard against callbacks
-that block the loop."""
+"""Fixtures for all tests: tiny random models, a server without one, the `gpu` marker, a guard of the event loop."""
 
 import asyncio
 import contextlib
@@ -61,7 +60,7 @@ VOCAB_SIZE = 384
 
 
 def save_tokenizer(folder: Path) -> None:
-    """A byte-level BPE tokenizer of `VOCAB_SIZE` entries: special tokens (ids 0 to 2), 256 bytes, a few merges."""
+    """Write a byte-level BPE tokenizer, `VOCAB_SIZE` entries: special tokens (ids 0 to 2), 256 bytes, a few merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -87,7 +86,7 @@ def save_tokenizer(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def make_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`make_tiny_model(LlamaConfig, "name", **overrides)`: a folder with a random float32 model and its tokenizer.
+    """Return `make(LlamaConfig, "name", **overrides)`: it writes a random float32 model and its tokenizer.
 
     The weights are ten times larger than at a usual initialization, so that greedy answers vary and no two logits tie.
     """
@@ -122,7 +121,7 @@ def make_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
 
 @pytest.fixture(scope="session")
 def tiny_llama(make_tiny_model: Callable[..., Path]) -> Path:
-    """Folder of a random Llama: 2 layers, 4 heads of 16, 2 KV heads, context 512, weights not tied."""
+    """Return the folder of a random Llama: 2 layers, 4 heads of 16, 2 KV heads, context 512, weights not tied."""
     from transformers import LlamaConfig
 
     return make_tiny_model(LlamaConfig, "tiny_llama", tie_word_embeddings=False)
@@ -130,7 +129,7 @@ def tiny_llama(make_tiny_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_qwen3(make_tiny_model: Callable[..., Path]) -> Path:
-    """Folder of a random Qwen3: as `tiny_llama`, with per-head q/k norms and tied embeddings."""
+    """Return the folder of a random Qwen3: like `tiny_llama`, with per-head q/k norms and tied embeddings."""
     from transformers import Qwen3Config
 
     return make_tiny_model(Qwen3Config, "tiny_qwen3", tie_word_embeddings=True)
@@ -199,7 +198,7 @@ class BlockingCallGuard:
 
 
 def describe_callback(callback: Any) -> str:
-    """A task's coroutine and the line it waits at now, or the function's name."""
+    """Return a task's coroutine and the line it waits at now, or the function's name."""
     owner = getattr(callback, "__self__", None)
     return repr(owner) if isinstance(owner, asyncio.Task) else f"{getattr(callback, '__qualname__', callback)!s}"
 
@@ -243,7 +242,7 @@ def blocking_call_guard(
 
 @pytest.fixture
 async def engine() -> "FakeEngine":
-    """What `client` talks to; a file that wants another engine has a fixture of this name."""
+    """Return what `client` talks to; a file that wants another engine has a fixture of this name."""
     from tests.fake_engine import FakeEngine
 
     return FakeEngine()
@@ -251,7 +250,7 @@ async def engine() -> "FakeEngine":
 
 @pytest.fixture
 async def client(engine: "FakeEngine") -> "AsyncIterator[TestClient[Any, Any]]":
-    """Of a server around `engine`."""
+    """Yield a client of a server around `engine`."""
     from tests.fake_engine import serving
 
     async with serving(engine) as client:

@@ -1,5 +1,7 @@
-"""What clients written for SGLang's and vLLM's servers send, and the shapes they read: SGLang's front end, the
-evaluation harness of EleutherAI, openai's client with a data model."""
+"""Bodies that clients written for SGLang's and vLLM's servers send, and shapes they read.
+
+SGLang's front end, the evaluation harness of EleutherAI, openai's client with a data model.
+"""
 
 import json
 import threading

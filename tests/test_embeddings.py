@@ -42,7 +42,7 @@ async def embed(engine: Engine, input_ids: list[int], pooling: str = "last", rid
 
 @pytest.fixture(scope="module")
 def hidden_states(tiny_qwen3: Path) -> list[torch.Tensor]:
-    """transformers' last hidden states of each prompt, [T, hidden]."""
+    """Return transformers' last hidden states of each prompt, [T, hidden]."""
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(tiny_qwen3, dtype=torch.float32)

@@ -159,7 +159,7 @@ def test_a_role_cannot_begin_inside_another(backend):
 
 @pytest.fixture
 def recorder() -> Iterator[tuple[sgl.RuntimeEndpoint, list[dict[str, Any]]]]:
-    """A backend, and the bodies of its /generate."""
+    """Yield a backend, and the bodies of its /generate."""
     bodies: list[dict[str, Any]] = []
 
     async def info(_: web.Request) -> web.Response:

@@ -40,7 +40,7 @@ async def generate(client: Client, **body: Any) -> Any:
 
 
 async def stream(client: Client, path: str = "/generate", **body: Any) -> list[Any]:
-    """The events of a streamed answer, which must end in [DONE]."""
+    """Return the events of a streamed answer, which must end in [DONE]."""
     response = await client.post(path, json={**body, "stream": True})
     assert response.status == 200, await response.text()
     assert response.content_type == "text/event-stream"
@@ -539,7 +539,7 @@ async def test_what_a_slow_reader_costs_is_bounded_and_it_misses_nothing(engine:
 
 
 def unchunk(data: bytes) -> bytes:
-    """The body of a response in chunked framing, which must be whole."""
+    """Return the body of a response in chunked framing, which must be whole."""
     chunks, start = [], 0
     while True:
         end = data.index(b"\r\n", start)
