@@ -71,3 +71,9 @@ def test_every_module_that_a_page_runs_exists(page: str) -> None:
 
 def test_the_readme_is_read_in_minutes() -> None:
     assert 9_000 <= len(README.encode()) <= 11_000
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    first = re.search(r"^## (\S+)", (ROOT / ".github" / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert first is not None and first[1] == version
