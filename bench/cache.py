@@ -38,7 +38,7 @@ def distinct_prompts(num_prompts: int, prompt_len: int) -> np.ndarray:
 
 
 def radix_times(page_size: int, prompt_len: int, num_prompts: int) -> dict[str, float]:
-    """Times of one cache as it fills up with prompts, is used, and is emptied."""
+    """Time one cache as it fills up with prompts, is used, and is emptied."""
     prompts = distinct_prompts(2 * num_prompts, prompt_len)
     cached, others = prompts[:num_prompts], prompts[num_prompts:]
     slots = np.arange(prompt_len, dtype=np.int32)
@@ -63,7 +63,7 @@ def radix_times(page_size: int, prompt_len: int, num_prompts: int) -> dict[str, 
 
 
 def allocator_times(page_size: int, prompt_len: int, batch_size: int) -> dict[str, float]:
-    """Times of prompts that come and go, and of a decode batch that grows by a token a step."""
+    """Time prompts that come and go, and of a decode batch that grows by a token a step."""
     allocator = PageAllocator(num_pages=1 + 1000 * prompt_len // page_size, page_size=page_size)
     num_pages = prompt_len // page_size
     held: list[np.ndarray] = []

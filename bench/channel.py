@@ -1,4 +1,4 @@
-"""Microseconds from a plan's being written into the shared ring to its being read by every rank.
+"""Measure the microseconds from a plan's being written into the shared ring to its being read by every rank.
 
     python -m bench.channel [--num-bytes 10240] [--interval-ms 3]
 

@@ -53,7 +53,7 @@ class Workload:
     is_spread: bool = False  # over several client processes: one cannot read that many streams
 
     def scaled(self, requests: float, lengths: float) -> "Workload":
-        """The same with fewer requests, at least one, and fewer tokens, at least two."""
+        """Return the same with fewer requests, at least one, and fewer tokens, at least two."""
 
         def tokens(length: int) -> int:
             return max(2, int(length * lengths))
@@ -163,7 +163,7 @@ async def send_all(target: Target, workload: Workload, work: Sequence[Work], see
 
 
 def send_share(target: Target, workload: Workload, work: Sequence[Work], barrier: Barrier, pipe: Connection) -> None:
-    """A client process: sends its share when all are ready; reports the results and when it began and ended."""
+    """Send a client process's share when all are ready; report the results and when it began and ended."""
     barrier.wait(CLIENT_START_S)
     started = time.monotonic()
     results, _ = uvloop.run(send_all(target, workload, work, seed=0))
@@ -173,7 +173,7 @@ def send_share(target: Target, workload: Workload, work: Sequence[Work], barrier
 def send_spread(
     target: Target, workload: Workload, work: Sequence[Work], num_clients: int
 ) -> tuple[list[Result], float]:
-    """As `send_all`, from several processes. Results come in the order of `work`."""
+    """Do what `send_all` does, from several processes. Results come in the order of `work`."""
     context = multiprocessing.get_context("spawn")
     num_clients = min(num_clients, len(work))
     barrier = context.Barrier(num_clients)
@@ -211,7 +211,7 @@ def measure(target: Target, workload: Workload, seed: int, num_clients: int) -> 
 
 
 def wide_console() -> Console:
-    """A console whose tables are not squeezed when the output goes to a file."""
+    """Return a console whose tables are not squeezed when the output goes to a file."""
     return Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 
@@ -222,7 +222,7 @@ def number(value: float) -> str:
 
 
 def aim_of(reference: Reference, figure: str, measured: dict[str, Metrics]) -> float:
-    """The aim as a figure; NaN if there is none, or if what it is a share of was not measured."""
+    """Return the aim as a figure; NaN if there is none, or if what it is a share of was not measured."""
     if not reference.aim_of:
         return reference.aim
     other = measured.get(reference.aim_of)

@@ -1,4 +1,4 @@
-"""This server on a CPU beside transformers' `generate`: same weights, dtype, threads and prompts, in one run.
+"""Compare this server on a CPU with transformers' `generate`: same weights, dtype, threads and prompts, in one run.
 
     python -m bench.cpu --model-path demo --threads 2
 
@@ -133,7 +133,7 @@ def serve_llama_cpp(model_path: str, threads: int, num_slots: int, context_len: 
 
 @contextlib.contextmanager
 def llama_cpp_server(args: argparse.Namespace) -> Iterator[str]:
-    """Base URL of a llama.cpp server, which ends with the block."""
+    """Yield the base URL of a llama.cpp server, which ends with the block."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     context_len = args.input_len + args.prefix_len + args.output_len + 64
@@ -166,7 +166,7 @@ def load_transformers(model_path: str, dtype: str) -> Any:
 
 
 def transformers_tokens_per_s(model_path: str, dtype: str, prompts: list[list[int]], output_len: int) -> float:
-    """Runs in the worker process. Output tokens a second of one greedy `generate` of all `prompts`."""
+    """Return the output tokens a second of one greedy `generate` of all `prompts`; runs in the worker process."""
     import torch
 
     model = load_transformers(model_path, dtype)
@@ -204,7 +204,7 @@ async def http_tokens_per_s(client: Client, prompts: list[list[int]], output_len
 
 
 async def measure_ttft(client: Client, prompts: Prompts, prefix_len: int, figures: Figures) -> None:
-    """Two requests, one after the other, that share a new prefix of `prefix_len` tokens."""
+    """Send two requests, one after the other, that share a new prefix of `prefix_len` tokens."""
     prefix = prompts.tokens(prefix_len)
     results = require_success([await client.send(Work(prefix + prompts.tokens(8), 2)) for _ in range(2)])
     figures.first_ttft_ms.append(results[0].ttft_s * 1e3)
@@ -228,7 +228,7 @@ async def measure_idle(pid: int, seconds: float) -> float:
 
 
 async def measure_server(client: Client, prompts: Prompts, args: argparse.Namespace, figures: Figures) -> None:
-    """One round over HTTP."""
+    """Take one round over HTTP."""
     figures.single.append(await http_tokens_per_s(client, prompts.batch(1, args.input_len), args.output_len))
     batch = prompts.batch(args.concurrency, args.input_len)
     figures.batch.append(await http_tokens_per_s(client, batch, args.output_len))

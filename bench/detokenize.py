@@ -1,4 +1,6 @@
-"""Cost of turning tokens into text, for one stream and for many: `python -m bench.detokenize [--tokenizer FOLDER]`.
+"""Measure the cost of turning tokens into text, for one stream and for many.
+
+    python -m bench.detokenize [--tokenizer FOLDER]
 
 CPU time of this thread, tokens pushed one at a time as a decode step brings them, pieces already in the table.
 Without a folder: a byte-level tokenizer of 256 bytes and the words of this text. The budget of the design: 256 streams

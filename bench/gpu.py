@@ -140,7 +140,7 @@ def demo_folder(args: argparse.Namespace) -> Path:
 
 
 def demo_with_weights(args: argparse.Namespace, console: Console) -> Path:
-    """The demo's folder, or a copy with random weights if it has none."""
+    """Return the demo's folder, or a copy with random weights if it has none."""
     source = demo_folder(args)
     if any(source.glob("*.safetensors")):
         return source
@@ -294,7 +294,7 @@ def transformers_logits(
 
 
 def backends_of(device: torch.device) -> list[str]:
-    """The attention backends that can run here."""
+    """Return the attention backends that can run here."""
     if device.type == "cpu":
         return ["torch"]
     return ["torch", "triton", *(["flashinfer"] if flashinfer_attention.is_available()[0] else [])]
@@ -363,8 +363,9 @@ class Crowd:
 
 
 async def serve_crowd(folder: Path, device: str, pool_tokens: int) -> Crowd:
-    """Greedy answers in float32. Admission expects no request to need room for its answer, so that the pool does run
-    out.
+    """Return greedy answers in float32.
+
+    Admission expects no request to need room for its answer, so that the pool does run out.
     """
     config = EngineConfig(
         model_path=str(folder), dtype="float32", device=device, max_total_tokens=pool_tokens, random_seed=0,
@@ -536,7 +537,7 @@ def run_bounded(command: Sequence[str], timeout_s: float) -> int | None:
 
 
 def query_gpus(what: str) -> list[str]:
-    """A line a GPU of nvidia-smi's answer; none where there is no nvidia-smi."""
+    """Return a line a GPU of nvidia-smi's answer; none where there is no nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
@@ -548,7 +549,7 @@ def used_gpu_mib() -> int:
 
 
 def check_all(args: argparse.Namespace, console: Console) -> dict[str, str]:
-    """Result of each check: "passed", "FAILED" or "TIMED OUT"."""
+    """Return the result of each check: "passed", "FAILED" or "TIMED OUT"."""
     outcomes = {}
     for name in args.checks:
         console.rule(f"correctness: {name}", style="dim")
@@ -584,7 +585,7 @@ class ServerFigures:
 
 @contextlib.contextmanager
 def running_server(command: Sequence[str], log: Path, figures: ServerFigures) -> Iterator[subprocess.Popen[bytes]]:
-    """A server process; on leaving it gets a SIGTERM, and what it does not do in good order joins the failures."""
+    """Run a server process; on leaving it gets a SIGTERM, and what goes wrong then joins the failures."""
     before_mib = used_gpu_mib()
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -610,7 +611,7 @@ def running_server(command: Sequence[str], log: Path, figures: ServerFigures) ->
 
 
 async def wait_until_healthy(base_url: str, process: subprocess.Popen[bytes], timeout_s: float) -> bool:
-    """False if the process ended before it was healthy, or took too long."""
+    """Return False if the process ended before it was healthy, or took too long."""
     deadline = time.monotonic() + timeout_s
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session:
         while time.monotonic() < deadline and process.poll() is None:

@@ -1,4 +1,4 @@
-"""What constrained answers cost a running server, and what forced tokens save.
+"""Measure what constrained answers cost a running server, and what forced tokens save.
 
     python -m bench.grammar --port 30000
 

@@ -165,7 +165,7 @@ class Result:
 
 
 def measure(workload: Workload, backend: Any, server: ours.RuntimeEndpoint, num_repeats: int) -> Result:
-    """The median of runs, each from an empty cache. `BackendError` if a program failed."""
+    """Return the median of runs, each from an empty cache. `BackendError` if a program failed."""
     seconds = []
     num_prompt, num_hit = prompt_and_hit_tokens(server)
     for _ in range(num_repeats):
@@ -204,7 +204,7 @@ def measure_all(
 def server_at(
     url: str | None, options: JSON, endpoint: type[ours.RuntimeEndpoint] = ours.RuntimeEndpoint
 ) -> Iterator[ours.RuntimeEndpoint]:
-    """An endpoint of the server at `url`, or of one started with `options`."""
+    """Yield an endpoint of the server at `url`, or of one started with `options`."""
     if url is not None:
         yield endpoint(url)
         return

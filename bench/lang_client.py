@@ -89,7 +89,7 @@ class Parrot(BaseBackend):
 
 
 def sglang_parrot(answer_s: float) -> Any:
-    """The same for SGLang's front end."""
+    """Do the same with SGLang's front end."""
     base: Any = importlib.import_module("sglang.lang.backend.base_backend").BaseBackend
 
     class SglangParrot(base):
@@ -139,7 +139,7 @@ def serve_instantly(port: Connection) -> None:
 
 @contextmanager
 def instant_server() -> Iterator[str]:
-    """The URL of a process that answers at once."""
+    """Yield the URL of a process that answers at once."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=serve_instantly, args=(sender,), daemon=True)
@@ -150,7 +150,7 @@ def instant_server() -> Iterator[str]:
 
 
 def calls(lang: Any, parrot: Callable[[float], Any], num_states: int, repeats: int) -> Table:
-    """A table of microseconds for a gen."""
+    """Return a table of microseconds for a gen."""
 
     @lang.function
     def question(s: Any, i: int) -> None:
@@ -194,7 +194,7 @@ async def ask_twice(s: Any, i: int) -> None:
 
 
 def states(lang: Any, parrot: Callable[[float], Any], num_states: int, answer_s: float) -> Table:
-    """A table of what `num_states` cost that wait for their answers."""
+    """Return a table of what `num_states` cost that wait for their answers."""
 
     @lang.function
     def ask(s: Any, i: int) -> None:

@@ -1,4 +1,4 @@
-"""The engine without a server: prefill and decode latency, and what the host spends on a step.
+"""Measure the engine without a server: prefill and decode latency, and what the host spends on a step.
 
     python -m bench.offline --model-path demo --batch 1 64 256 --input-len 128 --output-len 64
 

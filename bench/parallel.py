@@ -57,7 +57,7 @@ def seconds_of(add: Callable[[torch.Tensor], object], x: torch.Tensor) -> float:
 
 
 def measure_sums(parent: Parent, rank: int, size: int, port: int, device_type: str) -> None:
-    """A rank's part. Tells, as "ready": how sums are done, and for each of SIZES the seconds (ours, the library's)."""
+    """Do a rank's part; report as "ready" how sums are done and each of SIZES' seconds (ours, the library's)."""
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)

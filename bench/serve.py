@@ -1,4 +1,4 @@
-"""Load a server over HTTP and say how fast it answers. Works with any server that has OpenAI's API.
+"""Load a server over HTTP and report how fast it answers. Works with any server that has OpenAI's API.
 
     python -m bench.serve --port 30000 --dataset-name random --num-prompts 256 \
         --random-input 1024 --random-output 128 --request-rate 16
@@ -171,7 +171,7 @@ class Client:
         result.output_len = result.output_len or num_pieces
 
     def has_token(self, choice: dict[str, Any]) -> bool:
-        """False for the pieces that frame a chat answer: its role, its bare end."""
+        """Return False for the pieces that frame a chat answer: its role, its bare end."""
         if self.api == "chat":
             delta = choice.get("delta") or {}
             return any(delta.get(name) for name in ("content", "reasoning_content", "tool_calls"))
@@ -198,7 +198,7 @@ class Prompts:
 
 
 def drawn_len(rng: random.Random, length: int, range_ratio: float) -> int:
-    """A length between `length * range_ratio` and `length`, each as likely."""
+    """Return a length between `length * range_ratio` and `length`, each as likely."""
     return rng.randint(min(max(1, int(length * range_ratio)), length), length)
 
 
@@ -235,7 +235,7 @@ async def run_load(
     rng: random.Random | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Result], float]:
-    """Sends all of `work`; returns a result for each, in its order, and the seconds from first send to last answer."""
+    """Send all of `work`; return a result for each, in its order, and the seconds from first send to last answer."""
     rng = rng or random.Random(0)
     free = asyncio.Semaphore(max_concurrency or len(work))
     bar = progress.add_task("requests", total=len(work), tokens_s=0.0) if progress else None

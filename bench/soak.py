@@ -171,7 +171,7 @@ class Soak:
         return [{"role": "user", "content": f"Tell me about number {self.rng.randrange(100)}."}]
 
     async def post(self, session: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> bytes | None:
-        """The answer, or None if there is no room for it. Anything but these is a problem."""
+        """Return the answer, or None if there is no room for it. Anything but these is a problem."""
         async with session.post(self.url + path, json=body) as response:
             data = await response.read()
         if response.status == 429:
@@ -182,7 +182,7 @@ class Soak:
         return data
 
     async def chat(self, session: aiohttp.ClientSession) -> str:
-        """Some answers begin as reasoning with a budget."""
+        """Ask for an answer that begins as reasoning with a budget."""
         body: dict[str, Any] = {"messages": self.messages(), "max_tokens": self.rng.randrange(1, 30)}
         if self.rng.random() < 0.5:
             body["max_thinking_tokens"] = self.rng.randrange(10)
@@ -195,7 +195,7 @@ class Soak:
         return "chatted"
 
     async def match(self, session: aiohttp.ClientSession) -> str:
-        """A regular expression, through /generate."""
+        """Ask for a regular expression, through /generate."""
         _, body = self.work()
         pattern = self.rng.choice(PATTERNS)
         params = {"regex": pattern, "max_new_tokens": 60, "temperature": self.rng.choice([0, 1.0])}
@@ -208,7 +208,7 @@ class Soak:
         return "matched"
 
     async def fill_in(self, session: aiohttp.ClientSession) -> str:
-        """A JSON schema, through chat.completions: as the answer's form, or as a tool's arguments."""
+        """Ask for a JSON schema, through chat.completions: as the answer's form, or as a tool's arguments."""
         body: dict[str, Any] = {"messages": self.messages(), "max_tokens": 120}
         is_call = self.rng.random() < 0.5
         if is_call:
@@ -408,7 +408,7 @@ class Soak:
         )  # fmt: skip
 
     async def settle(self, session: aiohttp.ClientSession, first: Books | None) -> Books:
-        """The books once everything has ended; what is then left over is a problem."""
+        """Check the books once everything has ended; what is then left over is a problem."""
         deadline = time.monotonic() + SETTLE_S
         while True:
             books = await self.books(session)

@@ -325,7 +325,7 @@ def run(contestant: Contestant, load: Load) -> Figures:
 
 
 def events_of(contestant: Contestant, num_tokens: int) -> list[bytes]:
-    """What one stream of `num_tokens` says, an event a token."""
+    """Return what one stream of `num_tokens` says, an event a token."""
     with socket.create_connection(("127.0.0.1", contestant.port)) as connection:
         connection.sendall(request_of(Load(1, num_tokens)))
         data = b""
@@ -337,7 +337,10 @@ def events_of(contestant: Contestant, num_tokens: int) -> list[bytes]:
 
 
 def _line(load: Load, figures: Figures) -> dict[str, float]:
-    """A token is one of all streams'; `idle`: the device's share of the time from the first token to the last."""
+    """Return a row of figures. A token is one of all streams'.
+
+    `idle`: the device's share of the time from the first token to the last.
+    """
     lags_s, first_s = sorted(figures.server.lags_s), figures.first_s
     thread_lags_s = sorted(figures.server.thread_lags_s)
     return {

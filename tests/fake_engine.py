@@ -254,7 +254,7 @@ class FakeEngine(Engine):
         asyncio.get_running_loop().call_soon(self._step, request)
 
     def emit(self, request: Request, text: str, token_ids: list[int] | None = None) -> None:
-        """A step's news: the sink hears of it if the request streams."""
+        """Bring a step's news: the sink gets it if the request streams."""
         ids = list(text.encode()) if token_ids is None else token_ids
         request.output_ids += ids
         request.times.first_token = request.times.first_token or request.times.scheduled + 0.25
@@ -339,7 +339,7 @@ class FakeEngine(Engine):
 
 @asynccontextmanager
 async def serving(engine: Engine, **options: Any) -> AsyncIterator[TestClient[Any, Any]]:
-    """A client of a server around `engine`."""
+    """Yield a client of a server around `engine`."""
     with TemporaryDirectory() as folder:
         config = ServerConfig(model_path="fake-model", **{"file_storage_path": folder, **options})
         async with TestClient(TestServer(build_app(engine, config))) as client:
@@ -347,7 +347,7 @@ async def serving(engine: Engine, **options: Any) -> AsyncIterator[TestClient[An
 
 
 def events_of(body: bytes) -> list[str]:
-    """The data of each server-sent event."""
+    """Return the data of each server-sent event."""
     events = body.decode().split("\n\n")
     assert events.pop() == ""
     assert all(event.startswith("data: ") for event in events)

@@ -55,7 +55,7 @@ def ending(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]
 
 @contextmanager
 def server(model: Path, log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A server process that is ready."""
+    """Yield a server process that is ready."""
     with ending(start_server(model, log, *options)) as process:
         wait_until_ready(process, log)
         yield process

@@ -19,7 +19,7 @@ def addend(rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tenso
 def work(
     rank: int, buffers: list[torch.Tensor], sums: list[tuple[tuple[int, ...], torch.dtype]], pipe: Connection
 ) -> None:
-    """A rank's sums, one after the other as fast as it can: that these come right is the protocol's doing."""
+    """Add up as one rank, one sum after the other as fast as it can: that they come right is the protocol's doing."""
     import kernels.triton_all_reduce as module  # with the interpreter, which conftest has asked for
 
     addresses = torch.tensor([buffer.data_ptr() for buffer in buffers])

@@ -63,7 +63,7 @@ def naive(
     window: int,
     softcap: float,
 ) -> torch.Tensor:
-    """One token and one head at a time, in float64."""
+    """Compute one token and one head at a time, in float64."""
     out = torch.empty(q.shape, dtype=torch.float64)
     q, k_cache, v_cache = (x.double().cpu() for x in (q, k_cache, v_cache))
     table, rows = batch.slot_table.cpu(), batch.rows.tolist()

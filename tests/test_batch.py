@@ -21,8 +21,9 @@ def parts(tiny_llama: Path) -> Parts:
 
 
 def plan_of(decodes: list[int], prompts: list[int], groups: Groups | None = None, every: int = 2) -> Plan:
-    """decodes: lengths so far, of rows 1, 2, ...; prompts: tokens of each, from the start. No two share a slot. Every
-    `every`th of all is sampled.
+    """Return the plan of a step in which no two requests share a slot, and every `every`th is sampled.
+
+    decodes: lengths so far, of rows 1, 2, ...; prompts: tokens of each, from the start.
     """
     lens = np.array([n + 1 for n in decodes] + prompts, np.int32)
     q_lens = np.array([1] * len(decodes) + prompts, np.int32)

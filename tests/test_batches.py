@@ -44,7 +44,7 @@ async def start(api: openai.AsyncOpenAI, lines: list[Any], **options: Any) -> Ba
 
 
 def write_half_a_line(folder: Path) -> None:
-    """As a crash in the middle of a write leaves it."""
+    """Leave a line as a crash in the middle of a write does."""
     with open(next(folder.glob("*-output")), "ab") as file:
         file.write(b'{"id": "batch_req_1", "custom_')
 

@@ -22,7 +22,7 @@ def resolve(**options: Any) -> EngineConfig:
 
 @pytest.fixture
 def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with a large GPU and without FlashInfer, as far as the choices at start can see."""
+    """Look like a machine with a large GPU and without FlashInfer to the choices at start."""
 
     class Properties:
         total_memory = 80 << 30

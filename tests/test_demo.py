@@ -230,7 +230,7 @@ async def test_greedy_text_equals_transformers_own(server: Server) -> None:
 
 
 def transformers_texts() -> list[str]:
-    """What transformers' generate makes of `PROMPTS`, in float32."""
+    """Return what transformers' generate makes of `PROMPTS`, in float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = resolve_model(EngineConfig(model_path="demo", dtype="float32", device="cpu"))

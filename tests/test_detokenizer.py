@@ -76,7 +76,7 @@ def word_piece() -> Tokenizer:
 
 
 def bpe_suffix() -> Tokenizer:
-    """The first GPT's way: words end with a mark."""
+    """Build a tokenizer in the first GPT's way: words end with a mark."""
     vocab = {token: i for i, token in enumerate(["<unk>", "t", "h", "e", "t</w>", "e</w>", "日</w>", "th", "the</w>"])}
     merges = [("t", "h"), ("th", "e</w>")]
     model = models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", end_of_word_suffix="</w>")
@@ -129,7 +129,7 @@ def id_of(tokenizer: Tokenizer, token: str) -> int:
 
 
 def byte_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The byte-level tokens of one byte each."""
+    """Return the byte-level tokens of one byte each."""
     char_of_byte = {byte: char for char, byte in BYTE_OF_CHAR.items()}
     return [id_of(tokenizer, char_of_byte[byte]) for byte in text.encode()]
 

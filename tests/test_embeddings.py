@@ -1,5 +1,6 @@
 """Prompts become the vectors and scores that transformers computes, and the routes show them as each API does."""
 
+import asyncio
 import base64
 import random
 from collections.abc import AsyncIterator, Callable
@@ -41,7 +42,7 @@ async def embed(engine: Engine, input_ids: list[int], pooling: str = "last", rid
 
 @pytest.fixture(scope="module")
 def hidden_states(tiny_qwen3: Path) -> list[torch.Tensor]:
-    """transformers' last hidden states of each prompt, [T, hidden]."""
+    """Return transformers' last hidden states of each prompt, [T, hidden]."""
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(tiny_qwen3, dtype=torch.float32)
@@ -112,17 +113,20 @@ async def test_a_classifiers_scores_are_transformers_own(
 ) -> None:
     import transformers
 
-    folder = make_tiny_model(getattr(transformers, f"{family}Config"), f"tiny_{family}")
-    config = transformers.AutoConfig.from_pretrained(folder, num_labels=num_labels)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    model.save_pretrained(folder)
+    def save_classifier() -> tuple[Path, list[np.ndarray]]:
+        """Return a random classifier's folder and its logits for each of PROMPTS."""
+        folder = make_tiny_model(getattr(transformers, f"{family}Config"), f"tiny_{family}")
+        config = transformers.AutoConfig.from_pretrained(folder, num_labels=num_labels)
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+            torch.manual_seed(1)
+            model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+            model.save_pretrained(folder)
+            return folder, [model(torch.tensor([input_ids])).logits[0].numpy() for input_ids in PROMPTS]
+
+    folder, logits = await asyncio.to_thread(save_classifier)
     async with running_engine(folder, chunked_prefill_size=16) as engine:
         assert not engine.is_generation
-        for input_ids in PROMPTS:
-            with torch.inference_mode():
-                wanted = model(torch.tensor([input_ids])).logits[0].numpy()
+        for input_ids, wanted in zip(PROMPTS, logits, strict=True):
             got = await embed(engine, input_ids)
             assert got.shape == (num_labels,)
             assert np.abs(got - wanted).max() < MAX_DIFFERENCE
@@ -136,8 +140,12 @@ async def test_a_decoder_without_a_head_embeds(
     """Its checkpoint names the weights without `model.` before them."""
     from transformers import AutoModel, Qwen3Config
 
-    folder = make_tiny_model(Qwen3Config, "bare")
-    AutoModel.from_pretrained(tiny_qwen3, dtype=torch.float32).save_pretrained(folder)
+    def save_bare_decoder() -> Path:
+        folder = make_tiny_model(Qwen3Config, "bare")
+        AutoModel.from_pretrained(tiny_qwen3, dtype=torch.float32).save_pretrained(folder)
+        return folder
+
+    folder = await asyncio.to_thread(save_bare_decoder)
     async with running_engine(folder) as engine:
         got = await embed(engine, PROMPTS[2])
         assert np.abs(got - hidden_states[2][-1].numpy()).max() < MAX_DIFFERENCE

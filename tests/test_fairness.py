@@ -22,7 +22,7 @@ numbers = itertools.count()
 def submit(
     traffic: Traffic, client: str, prompt_len: int = 10, answer_len: int = 4, *, weight: float = 1.0, priority: int = 0
 ) -> Request:
-    """A request whose prompt is like no other."""
+    """Return a request whose prompt is like no other."""
     number = next(numbers)
     request = Request(
         f"{client}-{number}",
@@ -295,7 +295,7 @@ def test_before_anything_has_ended_the_wait_so_far_is_the_guess() -> None:
 
 
 def test_a_flood_of_long_prompts_does_not_hold_up_a_stream() -> None:
-    """As StepPace cuts prompts: whatever waits, a step computes at most its budget and one token of each stream."""
+    """Cut prompts as StepPace does: whatever waits, a step computes at most its budget and one token of each stream."""
     traffic = Traffic(20_000, num_rows=64, chunk=4096, depth=1)
     streams = [submit(traffic, "chat", prompt_len=5, answer_len=300) for _ in range(4)]
     traffic.step()

@@ -34,7 +34,7 @@ BAD = 77  # a token that the victim's prompt begins with, and no other's
 
 @dataclass
 class Scene:
-    """A running engine, and what an undisturbed request answers."""
+    """Yield a running engine, and what an undisturbed request answers."""
 
     engine: LocalEngine
     monkeypatch: pytest.MonkeyPatch
@@ -42,7 +42,7 @@ class Scene:
     expected: list[int]
 
     def break_once(self, owner: Any, name: str, error: Exception) -> Callable[[], int]:
-        """The next call of `owner.name` raises. Returns a function that tells how often it has."""
+        """Make the next call of `owner.name` raise. Return a function that counts how often it has."""
         whole, num_raised = getattr(owner, name), 0
 
         def broken(*args: Any, **kwargs: Any) -> Any:
@@ -280,7 +280,7 @@ async def test_a_parser_that_raises_ends_its_own_message_with_an_error(
 
 
 def said(events: str) -> str:
-    """The text of a streamed message."""
+    """Return the text of a streamed message."""
     lines = [json.loads(line.removeprefix("data: ")) for line in events.splitlines() if line.startswith("data: ")]
     return "".join(line["delta"].get("text", "") for line in lines if line["type"] == "content_block_delta")
 

@@ -116,7 +116,7 @@ def resolve(schema: Schema, document: Schema) -> Schema:
 
 @st.composite
 def spoilt(draw: st.DrawFn, values: st.SearchStrategy[Any]) -> Any:
-    """A value with one thing in it replaced, removed or added."""
+    """Return a value with one thing in it replaced, removed or added."""
     value = draw(values)
     node = value
     path: list[tuple[Any, Any]] = []
@@ -162,7 +162,7 @@ TYPES: dict[str, Any] = {
 
 
 def misfit(value: Any, schema: Schema, document: Schema, at: str = "answer") -> str | None:
-    """What in `value` the schema does not allow; None if nothing."""
+    """Return what in `value` the schema does not allow; None if nothing."""
     schema = resolve(schema, document)
     if "anyOf" in schema:
         misfits = [misfit(value, choice, document, at) for choice in schema["anyOf"]]
@@ -187,7 +187,7 @@ def misfit(value: Any, schema: Schema, document: Schema, at: str = "answer") -> 
 
 
 def check(reply: Reply, operation: Schema, document: Schema) -> None:
-    """The reply is one that the document announces."""
+    """Assert that the reply is one that the document announces."""
     said = f"{reply.status} {reply.kind} {reply.body[:200]!r}"
     assert reply.status < 500, said
     responses = operation["responses"]

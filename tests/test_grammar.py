@@ -245,7 +245,7 @@ async def test_an_answer_without_any_choice_is_whole(tiny_llama: Path, fields: d
 
 
 def sentence_piece(decoder: Any) -> Tokenizer:
-    """Marks for spaces, byte tokens for what the vocabulary lacks; token 0 ends an answer."""
+    """Build a tokenizer with marks for spaces and byte tokens for what the vocabulary lacks; token 0 ends an answer."""
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     words = [MARK, "a", "t", "h", "e", "日", "th", "the", f"{MARK}t", f"{MARK}th", f"{MARK}the", "\n"]
     vocab = {token: i for i, token in enumerate(["</s>", *byte_tokens, *words])}

@@ -159,7 +159,7 @@ def test_a_role_cannot_begin_inside_another(backend):
 
 @pytest.fixture
 def recorder() -> Iterator[tuple[sgl.RuntimeEndpoint, list[dict[str, Any]]]]:
-    """A backend, and the bodies of its /generate."""
+    """Yield a backend, and the bodies of its /generate."""
     bodies: list[dict[str, Any]] = []
 
     async def info(_: web.Request) -> web.Response:
@@ -401,6 +401,7 @@ def test_an_error_in_a_streamed_body_is_raised_where_its_text_is_read(backend):
             list(program.run(stream=True).text_iter(name))
 
 
+@pytest.mark.max_callback_ms(10_000)  # it also calls the ways to run that wait, as a script may
 async def test_asynchronous_bodies_wait_without_a_thread(backend):
     @sgl.function
     async def program(s, i):

@@ -153,7 +153,7 @@ def test_what_a_chat_api_cannot_do_is_an_error_at_the_variable(url):
 
 @contextmanager
 def recording(answers: Callable[[dict[str, Any]], Any], path: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A server that answers each POST to `path` with `answers(body)`, a JSON object or a status."""
+    """Yield the URL of a server that answers each POST to `path` with `answers(body)`, a JSON object or a status."""
     bodies: list[dict[str, Any]] = []
 
     async def answer(request: web.Request) -> web.Response:

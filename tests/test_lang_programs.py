@@ -27,7 +27,7 @@ as_chat = pytest.mark.parametrize("backend", ["http", "in_process", "openai_chat
 
 @pytest.fixture(scope="module")
 def backends(tiny_llama: Path) -> Iterator[dict[str, Any]]:
-    """By name; one engine answers for all of them."""
+    """Yield backends by name; one engine answers for all of them."""
     model = "demo" if HAS_DEMO else tiny_llama
     served: dict[str, Any] = {"served_model_name": "demo", "enable_cache_report": True}
     with tiny_engine(model) as engine, serving_engine(engine, **served) as url:
@@ -44,7 +44,7 @@ def backends(tiny_llama: Path) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, backends: dict[str, Any]) -> Iterator[str]:
-    """The name of the default backend, whose cache is empty."""
+    """Return the name of the default backend, whose cache is empty."""
     sgl.set_default_backend(backends[request.param])
     assert sgl.flush_cache(backends["in_process"])
     yield request.param

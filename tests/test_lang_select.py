@@ -34,13 +34,16 @@ class Reference:
 
     @torch.inference_mode()
     def logprobs(self, ids: Sequence[int]) -> list[float]:
-        """Of each token but the first, given those before it."""
+        """Return the log-probability of each token but the first, given those before it."""
         logits = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         return [float(logits[i, ids[i + 1]]) for i in range(len(ids) - 1)]
 
     def choice(self, prompt: str, choice: str) -> tuple[list[int], list[float]]:
-        """The token ids that are the choice's, and their log-probabilities after the prompt. The prompt's last token
-        is among them if the choice changed it."""
+        """Return the choice's token ids and their log-probabilities after the prompt.
+
+        The prompt's last token
+        is among them if the choice changed it.
+        """
         prompt_ids, ids = self.tokenizer.encode(prompt), self.tokenizer.encode(prompt + choice)
         last = len(prompt_ids) - 1
         first = last + 1 if ids[: last + 1] == prompt_ids else last

@@ -52,7 +52,7 @@ def template_of(source: str, bos: str = "<s>") -> ServedTemplate:
 
 
 async def write(template: ServedTemplate, messages: Sequence[tuple[str, str]], is_open: bool = False) -> str:
-    """The text that a program of these messages has; without the last one's end if it is open."""
+    """Return the text that a program of these messages has; without the last one's end if it is open."""
     text = ""
     roles: Roles = ()
     for role, content in messages:

@@ -71,7 +71,7 @@ class ManualRunner:
         return 0.0, 0.0
 
     async def finish(self, index: int, error: Exception | None = None) -> None:
-        """The device has computed step `index`, or failed to; the loop gets time to notice."""
+        """End step `index` on the device, or fail it; the loop gets time to notice."""
         if error is None:
             self.ends[index].set_result(None)
         else:
@@ -119,7 +119,7 @@ class OneLetterAToken:
 
 
 def submit_streams(loop: StepLoop, count: int, max_new_tokens: int = 8) -> list[list[Delta]]:
-    """What each of `count` streams is given."""
+    """Return what each of `count` streams is given."""
     given = []
     for i in range(count):
         request, deltas = submit(loop, [i, 1, 2], max_new_tokens)
@@ -268,7 +268,7 @@ async def test_a_request_that_did_not_run_in_the_failed_step_is_computed_anew() 
 
 
 def plan_of(num_prefill_tokens: int) -> Plan:
-    """One prompt of that many tokens, or one decoding request."""
+    """Return the plan of one prompt of that many tokens, or of one decoding request."""
     q_lens = np.array([num_prefill_tokens or 1], np.int32)
     return Plan(
         rows=q_lens,

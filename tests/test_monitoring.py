@@ -165,6 +165,7 @@ def _request(times: RequestTimes, output_ids: list[int] | None = None) -> Reques
     return Request("r", [1], SamplingParams(), print, output_ids=output_ids or [], times=times)
 
 
+@pytest.mark.max_callback_ms(400)  # it blocks the loop to see that this is found
 async def test_a_blocked_event_loop_shows_as_lag(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.watch.monitor.IDLE_TICK_S", 0.01)
     monkeypatch.setattr("server.watch.monitor.TICK_S", 0.01)

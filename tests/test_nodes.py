@@ -38,7 +38,7 @@ class Host:
         return ("ip", "netns", "exec", self.namespace)
 
     def post(self, path: str, **body: Any) -> dict[str, Any]:
-        """The answer of this host's server."""
+        """Return the answer of this host's server."""
         curl = ["curl", "-s", f"http://127.0.0.1:{PORT}{path}", "-H", "Content-Type: application/json"]
         done = subprocess.run([*self.command, *curl, "-d", json.dumps(body)], capture_output=True, check=True)
         return json.loads(done.stdout)
@@ -79,7 +79,7 @@ def hosts() -> Iterator[list[Host]]:
 
 
 async def greedy_answer(model: Path) -> list[int]:
-    """By one rank, in this process."""
+    """Return the answer of one rank, in this process."""
     config = EngineConfig(model_path=str(model), device="cpu", dtype="float32", max_total_tokens=2048)
     async with LocalEngine(config) as engine:
         (delta,) = await ask(engine, PROMPT, max_new_tokens=16)
@@ -87,7 +87,7 @@ async def greedy_answer(model: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("starter", ["flags", "torchrun"])
-async def test_two_hosts_answer_as_one_does_until_the_network_between_them_fails(
+def test_two_hosts_answer_as_one_does_until_the_network_between_them_fails(
     starter: str, hosts: list[Host], tiny_llama: Path, tmp_path: Path
 ) -> None:
     first, second = hosts
@@ -109,17 +109,17 @@ async def test_two_hosts_answer_as_one_does_until_the_network_between_them_fails
             nodes.append(stack.enter_context(ending(node)))
         wait_until_ready(nodes[0], logs[0])
         body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 16, "temperature": 0, "ignore_eos": True}}
-        wanted = await greedy_answer(tiny_llama)
+        wanted = asyncio.run(greedy_answer(tiny_llama))
         for _ in range(2):
-            answer = await asyncio.to_thread(lambda: first.post("/generate", **body))
+            answer = first.post("/generate", **body)
             assert answer["output_ids"] == wanted
-            updated = await asyncio.to_thread(first.post, "/update_weights_from_disk", model_path=str(tiny_llama))
+            updated = first.post("/update_weights_from_disk", model_path=str(tiny_llama))
             assert updated["success"], updated
 
         family = set().union(*(descendants(process.pid) for process in nodes))  # torchrun itself waits longer
         family |= {process.pid for process in nodes} if starter == "flags" else set()
         second.lose_network()
-        assert await asyncio.to_thread(nodes[0].wait, 30) == 1
+        assert nodes[0].wait(30) == 1
         assert "error: node 1 is gone" in logs[0].read_text()
         wait_until(lambda: not any(map(is_alive, family)), 30)
 

@@ -28,7 +28,7 @@ SMALL = 1 << 12  # bytes of ring: a few messages
 
 
 def sum_messages(reader: ChannelReader, pipe: multiprocessing.connection.Connection) -> None:
-    """Checks that every message is whole: all its numbers are equal."""
+    """Check that every message is whole: all its numbers are equal."""
     count = total = 0
     try:
         while True:

@@ -35,7 +35,7 @@ def new_parser(tools: str | None = None, reasoning: str | None = None, *, is_ins
 
 
 def read(parser: AnswerParser, pieces: list[str]) -> Result:
-    """What a client makes of the deltas, which must come in order: a call's id and name first, and once."""
+    """Return what a client makes of the deltas, which must come in order: a call's id and name first, and once."""
     deltas = [*map(parser.push, pieces), parser.finish()]
     calls: list[ToolCallDelta] = []
     for call in (call for delta in deltas for call in delta.tool_calls):

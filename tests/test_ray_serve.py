@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def fleet(tiny_llama: Path) -> Iterator[str]:
-    """The URL of a fleet of one server."""
+    """Yield the URL of a fleet of one server."""
     from server.fleet.ray_serve import build
 
     env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

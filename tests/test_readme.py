@@ -1,7 +1,8 @@
-"""What the README promises exists."""
+"""What the README and the pages beside it promise exists."""
 
 import ast
 import dataclasses
+import importlib.util
 import re
 import subprocess
 import sys
@@ -16,6 +17,11 @@ from server.config import ServerConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = sorted(
+    str(page.relative_to(ROOT))
+    for folder in (".", "engine", "bench", ".github")
+    for page in (ROOT / folder).glob("*.md")
+)
 
 
 def help_of(module: str) -> str:
@@ -24,9 +30,14 @@ def help_of(module: str) -> str:
     ).stdout
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:|#)([^)#]+)", README))))
-def test_a_link_leads_to_a_file(target: str) -> None:
-    assert (ROOT / target).exists()
+def links_of(page: Path) -> set[Path]:
+    """Return the files and folders that a page links to."""
+    return {page.parent / target for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file(page: str) -> None:
+    assert [link for link in links_of(ROOT / page) if not link.exists()] == []
 
 
 def test_the_hot_path_runs_through_functions_that_exist() -> None:
@@ -93,3 +104,19 @@ def test_the_commands_install_extras_that_exist() -> None:
 def test_the_benches_explain_themselves() -> None:
     assert "--random-input-len" in help_of("bench.serve")
     assert "--concurrency" in help_of("bench.cpu")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_module_that_a_page_runs_exists(page: str) -> None:
+    modules = re.findall(r"python -m ((?:bench|server|tests)(?:\.\w+)*)", (ROOT / page).read_text())
+    assert [name for name in modules if importlib.util.find_spec(name) is None] == []
+
+
+def test_the_readme_is_read_in_minutes() -> None:
+    assert 9_000 <= len(README.encode()) <= 11_000
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    first = re.search(r"^## (\S+)", (ROOT / ".github" / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert first is not None and first[1] == version

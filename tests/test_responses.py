@@ -1,5 +1,6 @@
 """OpenAI's Responses API, through its own client where that can say what is meant."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,6 +17,20 @@ from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
 
 Client = TestClient[Any, Any]
 TOOL: Any = {"type": "function", "name": "weather", "parameters": {"type": "object"}, "strict": None}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _models_of_the_official_client() -> None:
+    """Use the official client once before the event loop is guarded: it builds its models then, for 0.2 s."""
+
+    async def use() -> None:
+        async with serving(FakeEngine(context_length=1024)) as client, official(client) as api:
+            response = await api.responses.create(model="fake-model", input="Hi")
+            await api.responses.retrieve(response.id)
+            async with api.responses.stream(model="fake-model", input="Hi") as stream:
+                await stream.get_final_response()
+
+    asyncio.run(use())
 
 
 @pytest.fixture

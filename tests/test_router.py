@@ -53,7 +53,7 @@ class FakeWorker:
 
 @asynccontextmanager
 async def listening(app: web.Application) -> AsyncIterator[str]:
-    """The URL of a server of `app`."""
+    """Return the URL of a server of `app`."""
     server = TestServer(app)
     async with server:
         yield url_of(server)
@@ -65,7 +65,7 @@ def url_of(server: TestServer | Client) -> str:
 
 @asynccontextmanager
 async def routing(*workers: FakeWorker | str, **options: Any) -> AsyncIterator[Client]:
-    """A client of a router; a worker given by its URL is someone else's to run."""
+    """Yield a client of a router; a worker given by its URL is someone else's to run."""
     async with AsyncExitStack() as stack:
         urls = [w if isinstance(w, str) else await stack.enter_async_context(listening(w.app())) for w in workers]
         settings = {"policy": "round_robin", "health_check_interval": 3600.0, **options}
@@ -163,6 +163,7 @@ async def test_a_stream_of_our_server_is_the_same_through_the_router() -> None:
         assert await (await client.post("/generate", json=body)).read() == expected
 
 
+@pytest.mark.max_callback_ms(400)  # the client reads a body of 128 MB here
 async def test_a_worker_writes_no_faster_than_the_client_reads() -> None:
     worker, piece, count = FakeWorker("a"), bytes(1 << 20), 128
     written = 0

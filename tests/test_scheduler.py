@@ -19,7 +19,7 @@ EOS = 0
 
 
 def next_token(token_ids: np.ndarray) -> int:
-    """A stand-in for a model: depends on the whole sequence, and is never EOS."""
+    """Return a token that depends on the whole sequence and is never EOS: a stand-in for a model."""
     return 1 + hash(token_ids.tobytes()) % (VOCAB - 1)
 
 
@@ -57,7 +57,7 @@ class Traffic:
         return request
 
     def step(self) -> Outcome | None:
-        """One turn of the loop; None when nothing is left to do."""
+        """Take one turn of the loop; None when nothing is left to do."""
         plan = self.scheduler.schedule()
         if plan is not None:
             self.in_flight.append((plan, self.run(plan)))
@@ -68,7 +68,7 @@ class Traffic:
         return Outcome()
 
     def run(self, plan: Plan) -> np.ndarray:
-        """What the device does: store, then read back every token a request attends to."""
+        """Do what the device does: store, then read back every token a request attends to."""
         for row, start, slots in plan.prefix_copies:
             self.slot_table[row, start : start + len(slots)] = slots
         assert len(set(plan.rows.tolist())) == len(plan.rows), "a request stands in a step twice"
@@ -93,7 +93,7 @@ class Traffic:
         return np.array(tokens, np.int32)
 
     def check_groups(self, plan: Plan) -> None:
-        """A group's members have the same slots for its prefix, and their own part begins behind it."""
+        """Assert that a group's members have the same slots for its prefix, and their own part begins behind it."""
         groups = plan.groups
         assert groups is not None
         for g, prefix_len in enumerate(groups.prefix_lens):

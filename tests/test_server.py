@@ -40,7 +40,7 @@ async def generate(client: Client, **body: Any) -> Any:
 
 
 async def stream(client: Client, path: str = "/generate", **body: Any) -> list[Any]:
-    """The events of a streamed answer, which must end in [DONE]."""
+    """Return the events of a streamed answer, which must end in [DONE]."""
     response = await client.post(path, json={**body, "stream": True})
     assert response.status == 200, await response.text()
     assert response.content_type == "text/event-stream"
@@ -372,6 +372,7 @@ async def test_a_form_is_refused_because_any_web_page_can_send_one(client: Clien
         assert "application/json" in (await response.json())["error"]["message"]
 
 
+@pytest.mark.max_callback_ms(400)  # the client copies its 50 MB here
 async def test_a_body_over_the_limit_is_a_413_and_the_next_request_is_served(client: Client) -> None:
     body = b'{"text": "' + b"a" * 50_000_000 + b'"}'
     response = await client.post("/generate", data=body, headers={"Content-Type": "application/json"})
@@ -501,6 +502,7 @@ async def test_answers_on_one_connection_make_one_write_a_step(engine: FakeEngin
         assert len(events_of(chunk)) == 3
 
 
+@pytest.mark.max_callback_ms(400)  # the client reads 20,000 events here
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
 async def test_what_a_slow_reader_costs_is_bounded_and_it_misses_nothing(engine: FakeEngine, path: str) -> None:
     engine.is_manual, engine.context_length = True, 1 << 20
@@ -537,7 +539,7 @@ async def test_what_a_slow_reader_costs_is_bounded_and_it_misses_nothing(engine:
 
 
 def unchunk(data: bytes) -> bytes:
-    """The body of a response in chunked framing, which must be whole."""
+    """Return the body of a response in chunked framing, which must be whole."""
     chunks, start = [], 0
     while True:
         end = data.index(b"\r\n", start)
@@ -569,6 +571,7 @@ async def test_a_connection_serves_another_request_after_a_stream(client: Client
     writer.close()
 
 
+@pytest.mark.max_callback_ms(5000)  # it walks all objects there are
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
 @pytest.mark.parametrize("is_stream", [False, True])
 async def test_what_an_answer_took_is_given_back_without_the_garbage_collector(

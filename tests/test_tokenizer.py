@@ -41,7 +41,7 @@ def small_tokenizer() -> tokenizers.Tokenizer:
 
 @pytest.fixture
 def make_folder(tmp_path: Path) -> Callable[..., Path]:
-    """A folder with `small_tokenizer` and the given entries of tokenizer_config.json."""
+    """Write a folder with `small_tokenizer` and the given entries of tokenizer_config.json."""
 
     def make(tokenizer: tokenizers.Tokenizer | None = None, **config: Any) -> Path:
         (tokenizer or small_tokenizer()).save(str(tmp_path / "tokenizer.json"))

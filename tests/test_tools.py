@@ -334,7 +334,7 @@ def grammars(tiny_llama: Path) -> tuple[Tokenizer, GrammarCompiler]:
 
 
 def is_allowed(grammars: tuple[Tokenizer, GrammarCompiler], choice: ToolChoice, name: str, text: str) -> bool:
-    """May an answer under the constraint be `text`, from its first to its last token?"""
+    """Return whether an answer under the constraint may be `text`, from its first to its last token."""
     tokenizer, compiler = grammars
     held = tool_constraint(choice, TOOL_FORMATS[name]())
     assert held is not None

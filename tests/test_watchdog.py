@@ -24,7 +24,7 @@ async def watchdog_of(progress: Any, timeout_s: float = 10.0) -> Watchdog:
 
 
 async def looks(watchdog: Watchdog, *elapsed: float) -> list[str | None]:
-    """What it says, the event loop having run between looks."""
+    """Return what it says, the event loop having run between looks."""
     said = []
     for seconds in elapsed:
         said.append(watchdog.look(seconds))

@@ -215,7 +215,7 @@ def test_modelscope_ids_go_to_modelscope(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def write_gguf(path: Path, metadata: dict, tensors: dict[str, np.ndarray], **options: str) -> None:
-    """A GGUF file of float32 tensors, by the `gguf` package."""
+    """Write a GGUF file of float32 tensors, by the `gguf` package."""
     from gguf import GGUFWriter
 
     writer = GGUFWriter(path, options.get("arch", "llama"))

@@ -73,14 +73,18 @@ def other_llama(make_tiny_model: Callable[..., Path], tiny_llama: Path) -> Path:
     return folder
 
 
-def answer_of_transformers(folder: Path, prompt: list[int], num_tokens: int) -> list[int]:
+async def answer_of_transformers(folder: Path, prompt: list[int], num_tokens: int) -> list[int]:
+    """Return transformers' greedy answer, computed off the event loop."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    output = model.generate(
-        torch.tensor([prompt]), max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
-    return output[0, len(prompt) :].tolist()
+    def generate() -> list[int]:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        output = model.generate(
+            torch.tensor([prompt]), max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        return output[0, len(prompt) :].tolist()
+
+    return await asyncio.to_thread(generate)
 
 
 @asynccontextmanager
@@ -102,10 +106,10 @@ async def test_new_weights_serve_at_once_and_nothing_cached_outlives_the_old(
 ) -> None:
     async with checked_engine(tiny_llama, device=device) as engine:
         old = await answer(engine)
-        assert old == answer_of_transformers(tiny_llama, PROMPT, NUM_NEW_TOKENS)
+        assert old == await answer_of_transformers(tiny_llama, PROMPT, NUM_NEW_TOKENS)
         await engine.maintenance.update_weights(str(other_llama), weight_version="2")
         new = await answer(engine)
-        assert new == answer_of_transformers(other_llama, PROMPT, NUM_NEW_TOKENS) != old
+        assert new == await answer_of_transformers(other_llama, PROMPT, NUM_NEW_TOKENS) != old
         assert (engine.maintenance.weight_version, engine.maintenance.model_path) == ("2", str(other_llama))
         await engine.maintenance.update_weights(str(tiny_llama))
         assert await answer(engine) == old
@@ -120,7 +124,7 @@ async def test_an_answer_goes_on_with_the_new_weights(tiny_llama: Path, other_ll
         num_old = len(running.request.output_ids)  # more than were sent, maybe: tokens go out together
         await running.until(NUM_NEW_TOKENS)
         assert 5 <= num_old < NUM_NEW_TOKENS
-        rest = answer_of_transformers(other_llama, PROMPT + running.tokens[:num_old], NUM_NEW_TOKENS - num_old)
+        rest = await answer_of_transformers(other_llama, PROMPT + running.tokens[:num_old], NUM_NEW_TOKENS - num_old)
         assert running.tokens[num_old:] == rest
 
 
@@ -162,7 +166,7 @@ async def test_an_update_goes_on_when_whoever_asked_for_it_has_left(tiny_llama: 
         updating.cancel()
         await asyncio.wait([updating])
         await asyncio.gather(*engine.maintenance.tasks)
-        assert await answer(engine) == answer_of_transformers(other_llama, PROMPT, NUM_NEW_TOKENS)
+        assert await answer(engine) == await answer_of_transformers(other_llama, PROMPT, NUM_NEW_TOKENS)
 
 
 async def test_a_pause_ends_what_runs_also_when_whoever_asked_for_it_has_left(tiny_llama: Path) -> None:
@@ -193,7 +197,7 @@ async def test_every_rank_takes_other_weights_or_none_does(tiny_llama: Path, oth
         await running.until(5)
         await engine.maintenance.update_weights(str(other_llama), abort_all_requests=True)
         assert running.finish_reason == "abort"
-        assert await answer(engine) == answer_of_transformers(other_llama, PROMPT, NUM_NEW_TOKENS) != old
+        assert await answer(engine) == await answer_of_transformers(other_llama, PROMPT, NUM_NEW_TOKENS) != old
         with pytest.raises(InvalidRequest, match="one rank only, and this server has 2"):
             await engine.maintenance.weight("lm_head.weight", 1)
 
@@ -341,7 +345,7 @@ async def test_a_paused_engine_stays_paused_through_an_update(tiny_llama: Path, 
         assert not waiting.tokens
         await engine.maintenance.resume()
         await waiting.until(NUM_NEW_TOKENS)
-        assert waiting.tokens == answer_of_transformers(other_llama, PROMPT, NUM_NEW_TOKENS)
+        assert waiting.tokens == await answer_of_transformers(other_llama, PROMPT, NUM_NEW_TOKENS)
 
 
 # ---- memory ----

@@ -20,7 +20,7 @@ from engine.errors import EngineStopped, QueueFull
 from engine.failure import Failure
 from engine.model_config import ModelConfig
 from engine.output import give
-from engine.ranks.channel import open_channel
+from engine.ranks.channel import ChannelReader, ChannelWriter, open_channel
 from engine.ranks.children import Children
 from engine.replicas.balance import Balancer, Placement
 from engine.replicas.front_end import FrontEnd, config_of_replica, load_front_end
@@ -51,6 +51,9 @@ class Started:
     max_running_requests: int
 
 
+Channel = tuple[ChannelWriter, list[ChannelReader]]
+
+
 class ReplicaSet(Engine):
     """`dp_size` engines that look like one."""
 
@@ -69,10 +72,12 @@ class ReplicaSet(Engine):
         loop = asyncio.get_running_loop()
         front_end = await asyncio.to_thread(load_front_end, self.config)
         config, model_config = front_end.replica_config, front_end.model_config
+        # Memory of channels is mapped page by page: 0.1 s that the event loop has better uses for.
+        channels = await asyncio.to_thread(lambda: [(open_channel(1), open_channel(1)) for _ in range(config.dp_size)])
         children = Children(lambda message: loop.call_soon_threadsafe(self._on_failure, message))
         self._children = children
-        for i in range(config.dp_size):
-            self._replicas.append(spawn_replica(children, i, config))
+        for i, (commands, answers) in enumerate(channels):
+            self._replicas.append(spawn_replica(children, i, config, commands, answers))
         children.checks.append(self._find_hung)
         children.watch()
         try:
@@ -317,10 +322,13 @@ class ReplicaSet(Engine):
         return await self._profiles.stop(self._replicas)
 
 
-def spawn_replica(children: Children, i: int, config: EngineConfig) -> ReplicaHandle:
-    """Start the process of replica `i`, and return the handle to it. config: for all replicas."""
-    commands, (command_reader,) = open_channel(1)
-    answer_writer, (answers,) = open_channel(1)
+def spawn_replica(children: Children, i: int, config: EngineConfig, to: Channel, back: Channel) -> ReplicaHandle:
+    """Start the process of replica `i`, and return the handle to it.
+
+    config: for all replicas. to, back: channels for commands and for answers.
+    """
+    commands, (command_reader,) = to
+    answer_writer, (answers,) = back
     name = f"replica {i}"
     # Not a daemon: it may have ranks to start.
     children.spawn(name, run_replica, config_of_replica(config, i), command_reader, answer_writer, is_daemon=False)

@@ -20,7 +20,7 @@ from engine.request import SamplingParams
 
 REPLACEMENT = "\ufffd"
 REGEX_WINDOW = 1024  # characters: a longer match of a stop regex loses its start
-REGEX_TIMEOUT_S = 0.05  # of one search; a pattern that backtracks without end fails its own request
+REGEX_TIMEOUT_S = 0.025  # of one search, on the event loop; a pattern that takes longer fails its own request
 WINDOW_CONTEXT = 5  # prompt tokens that `WindowDecoder` decodes along
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
