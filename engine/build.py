@@ -24,6 +24,7 @@ from engine.layers.layer import LayerConfig, unique_layers
 from engine.model_config import ModelConfig
 from engine.models.base import CausalLM
 from engine.models.registry import build_model, load_config
+from engine.rank_maintenance import RankMaintenance
 from engine.ranks.channel import ChannelReader
 from engine.ranks.children import Parent, settle_garbage_collector
 from engine.ranks.leader import Follower, Ranks, follow, join_store
@@ -38,7 +39,6 @@ from engine.step.sampler import Sampler
 from engine.step.warmup import compile_kernels, load_kernels, measure_step
 from engine.text.grammar import GrammarCompiler, MaskFiller
 from engine.text.tokenizer import Tokenizer
-from engine.upkeep import Upkeep
 from kernels import gated_gemm
 from kernels.attention import choose_backend
 from kernels.dense import SKINNY_MAX_TOKENS
@@ -50,7 +50,7 @@ SELF_TEST_BYTES, P2P_CHECK_BYTES = 1 << 10, 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class EngineParts:
     """The objects of which an engine consists, for the step loop and everything around it."""
 
     config: EngineConfig
@@ -61,7 +61,7 @@ class Parts:
     runner: ModelRunner
     memory: MemoryBudget
     grammars: GrammarCompiler | None  # None: --grammar-backend none
-    upkeep: Upkeep
+    rank_maintenance: RankMaintenance
     ranks: Ranks | None  # the other ones
 
 
@@ -138,7 +138,7 @@ def describe_backends(config: EngineConfig, device: torch.device, *, has_corun: 
 
 def build(
     config: EngineConfig, on_progress: Callable[[str], None], on_failure: Callable[[str], object] = logger.critical
-) -> Parts:
+) -> EngineParts:
     """Build every part of an engine. Blocks for as long as loading takes. `ModelError` if the model cannot be served.
 
     on_failure: called from a thread, with the reason, when one of several ranks can compute no more; nor can the
@@ -174,9 +174,9 @@ def build(
         on_progress(f"{operation}: {backend}")
 
     scheduler = _new_scheduler(config, model_config, runner)
-    upkeep = Upkeep(config, runner, lambda: new_model(config, model_config, comm))
+    maintenance = RankMaintenance(config, runner, lambda: new_model(config, model_config, comm))
     rows = runner.sampler.rows
-    return Parts(config, model_config, tokenizer, rows, scheduler, runner, memory, grammars, upkeep, ranks)
+    return EngineParts(config, model_config, tokenizer, rows, scheduler, runner, memory, grammars, maintenance, ranks)
 
 
 def _new_scheduler(config: EngineConfig, model_config: ModelConfig, runner: ModelRunner) -> Scheduler:
@@ -314,10 +314,10 @@ def run_rank(
     model = new_model(config, model_config, comm)
     store = join_store(host, port)
     runner, _ = build_runner(config, model_config, folder, model, comm, store, logger.info)
-    upkeep = Upkeep(config, runner, lambda: new_model(config, model_config, comm))
+    maintenance = RankMaintenance(config, runner, lambda: new_model(config, model_config, comm))
     settle_garbage_collector()
     parent.tell("ready")
-    follow(runner, plans, Follower(rank, store, upkeep))
+    follow(runner, plans, Follower(rank, store, maintenance))
     runner.close()
     comm.close()
 

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 
-from engine.build import Parts
+from engine.build import EngineParts
 from engine.constraints import Constraints
 from engine.engine import EngineStats, Health
 from engine.intake import Intake
@@ -15,7 +15,7 @@ STUCK_AFTER_S = 30.0  # a step this long makes /health fail; --watchdog-timeout 
 class Diagnostics:
     """Reads the engine's objects and changes none of them."""
 
-    def __init__(self, parts: Parts, loop: StepLoop, intake: Intake, constraints: Constraints) -> None:
+    def __init__(self, parts: EngineParts, loop: StepLoop, intake: Intake, constraints: Constraints) -> None:
         self._parts, self._loop, self._intake, self._constraints = parts, loop, intake, constraints
         self._requests = intake.requests
         self._busy_since = 0.0  # time.perf_counter()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cache.radix import Prefix
-from engine.build import Parts, build
+from engine.build import EngineParts, build
 from engine.config import EngineConfig
 from engine.constraints import Constraints
 from engine.diagnostics import Diagnostics
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class Started:
     """The objects of an engine whose model is loaded."""
 
-    parts: Parts
+    parts: EngineParts
     limits: RequestLimits
     intake: Intake
     constraints: Constraints
@@ -105,7 +105,7 @@ class LocalEngine(Engine):
         return self._started
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> EngineParts:
         return self.started.parts
 
     @property
@@ -236,7 +236,7 @@ async def _build(
     on_progress: Callable[[str], None],
     failure: Failure,
     on_failure: Callable[[str], None],
-) -> Parts:
+) -> EngineParts:
     """Build the parts on a thread. `ModelError` if they cannot be built, or if `failure` happens first.
 
     A rank that ends meanwhile may leave the building thread waiting for it for ever: the thread is then abandoned.

@@ -11,12 +11,12 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from engine.build import Parts
+from engine.build import EngineParts
 from engine.checkpoint.weights import checkpoint_targets
 from engine.engine import Maintenance
 from engine.errors import EngineError, InvalidRequest
 from engine.loop import StepLoop
-from engine.upkeep import KV_CACHE, TAGS, WEIGHTS, reason_of
+from engine.rank_maintenance import KV_CACHE, TAGS, WEIGHTS, reason_of
 
 ABORT, RETRACT, IN_PLACE = "abort", "retract", "in_place"
 
@@ -43,7 +43,7 @@ def uninterrupted(
 class LocalMaintenance(Maintenance):
     """Holds the step loop still and has every rank do the work."""
 
-    def __init__(self, parts: Parts, loop: StepLoop, abort_all: Callable[[], int]) -> None:
+    def __init__(self, parts: EngineParts, loop: StepLoop, abort_all: Callable[[], int]) -> None:
         self.parts, self.loop, self.abort_all = parts, loop, abort_all
         self.is_paused = False  # by `pause`; released memory holds the engine still too
         self.released: set[str] = set()
@@ -118,7 +118,7 @@ class LocalMaintenance(Maintenance):
         parts, reason = self.parts, ""
         order = None if parts.ranks is None else parts.ranks.order("read", **arguments)
         try:
-            await asyncio.to_thread(parts.upkeep.do, "read", **arguments)
+            await asyncio.to_thread(parts.rank_maintenance.do, "read", **arguments)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must drop what they have read
             reason = reason_of(error)
         if parts.ranks is not None and order is not None:
@@ -136,7 +136,7 @@ class LocalMaintenance(Maintenance):
         parts = self.parts
         order = None if parts.ranks is None else parts.ranks.order(name, **arguments)
         try:
-            await asyncio.to_thread(parts.upkeep.do, name, **arguments)
+            await asyncio.to_thread(parts.rank_maintenance.do, name, **arguments)
         except BaseException as error:
             if parts.ranks is not None:
                 parts.ranks.fail(error, name)

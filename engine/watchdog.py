@@ -1,9 +1,9 @@
-"""Ends a process that has stopped working, after writing down what it was doing.
+"""The watchdog: ends a process that hangs, after writing what it was doing.
 
-A thread of its own looks on, so that it also sees an event loop that no longer runs. What it calls a hang: there is
-work and no step has come back, or the event loop has answered nothing, for `timeout_s`. If a call into C holds the
-interpreter's lock, not even this thread runs: for that case the C timer of `faulthandler`, wound up again at every
-look, writes the stacks and ends the process.
+It runs on a thread of its own, so that it also sees an event loop that is blocked. A hang: there is work and no step
+has come back for `timeout_s`, or the event loop has not run a callback for `timeout_s`. If a call into C holds the
+interpreter's lock, not even this thread runs: for that case the C timer of `faulthandler`, restarted at every check,
+writes the stacks and ends the process.
 """
 
 import asyncio
@@ -22,16 +22,16 @@ from typing import Any, Self, TextIO
 logger = logging.getLogger(__name__)
 
 EXIT_STATUS = 70  # sysexits.h: an internal error
-LOOKS_PER_TIMEOUT = 20
-MAX_INTERVAL_S = 1.0
+CHECKS_PER_TIMEOUT = 20
+MAX_INTERVAL_S = 1.0  # between two checks
 LOCK_GRACE_S = 5.0  # beyond twice the timeout, for the C timer
 
 
 class Watchdog:
-    """Use as a context manager on the event loop's thread. A timeout of 0: nothing is watched.
+    """Watches while it is entered as a context manager, on the event loop's thread. A timeout of 0 watches nothing.
 
-    progress: something that differs after each step; None while there is nothing to do.
-    describe: what the engine is doing, as text.
+    progress: returns a value that differs after each step; None while there is nothing to do.
+    describe: returns what the engine is doing, as text.
     Both are called from the watchdog's thread, as is `on_hang`.
     """
 
@@ -46,7 +46,7 @@ class Watchdog:
     ) -> None:
         self.timeout_s, self.progress, self.describe = timeout_s, progress, describe
         self.on_hang: list[Callable[[str], object]] = []  # called with the reason before the process ends
-        self.interval_s = min(timeout_s / LOOKS_PER_TIMEOUT, MAX_INTERVAL_S)
+        self.interval_s = min(timeout_s / CHECKS_PER_TIMEOUT, MAX_INTERVAL_S)
         self._exit, self._output = exit_process, output
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -66,21 +66,21 @@ class Watchdog:
             self._thread.join()
 
     def _run(self) -> None:
-        last_look = time.monotonic()
+        last_check = time.monotonic()
         with _stderr_of_the_process() as stderr:
             while not self._stopped.wait(self.interval_s):
                 if stderr is not None:
                     faulthandler.dump_traceback_later(2 * self.timeout_s + LOCK_GRACE_S, exit=True, file=stderr)
                 now = time.monotonic()
                 # A process that was itself stopped for an hour has not been hanging for an hour.
-                reason = self.look(min(now - last_look, 2 * self.interval_s))
-                last_look = now
+                reason = self.check(min(now - last_check, 2 * self.interval_s))
+                last_check = now
                 if reason is not None:
                     self._end(reason)
                     return
 
-    def look(self, elapsed_s: float) -> str | None:
-        """Why the process must end, `elapsed_s` after the last look; None if all is well."""
+    def check(self, elapsed_s: float) -> str | None:
+        """Return why the process must end, or None. elapsed_s: seconds since the last check."""
         if self._has_answered:
             self._has_answered, self._silent_s = False, 0.0
             try:
@@ -91,7 +91,7 @@ class Watchdog:
             self._silent_s += elapsed_s
         try:
             progress = self.progress()
-        except RuntimeError:  # it changed while it was read: so it moves
+        except RuntimeError:  # it changed while it was read: there is progress
             progress = None
         if progress is None or progress != self._last_progress:
             self._last_progress, self._stalled_s = progress, 0.0
@@ -121,7 +121,7 @@ class Watchdog:
             self._exit(EXIT_STATUS)
 
     def report(self, reason: str) -> str:
-        """What every thread and task is doing, and the engine's state."""
+        """Return the stacks of all threads and tasks, and the engine's state, as text."""
         report = io.StringIO()
         report.write(f"\nWATCHDOG: {reason}; ending the process (--watchdog-timeout {self.timeout_s:g})\n")
         for title, write in (
@@ -132,7 +132,7 @@ class Watchdog:
             report.write(f"\n--- {title} ---\n")
             try:
                 write()
-            except Exception as error:  # noqa: BLE001 - it is read while it may be changing: tell what can be told
+            except Exception as error:  # noqa: BLE001 - it may change while it is read: report the rest
                 report.write(f"({type(error).__name__}: {error})\n")
         report.write("\n")
         return report.getvalue()
@@ -151,7 +151,7 @@ def _write_threads(report: TextIO) -> None:
 
 @contextlib.contextmanager
 def _stderr_of_the_process() -> Iterator[TextIO | None]:
-    """A file that `faulthandler` can write to; None where there is no standard error."""
+    """Yield a copy of standard error that `faulthandler` can write to; None if there is no standard error."""
     try:
         copy = os.dup(2)
     except OSError:

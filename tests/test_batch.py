@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.build import Parts, build
+from engine.build import EngineParts, build
 from engine.config import EngineConfig
 from engine.schedule.plan import Groups, Plan
 from engine.step.batch import Shape, StagedBatch, Stager
@@ -15,7 +15,7 @@ from engine.step.cuda_graph import MAX_PROMPTS, fitting_ladders, rounded_up, use
 
 
 @pytest.fixture(scope="module")
-def parts(tiny_llama: Path) -> Parts:
+def parts(tiny_llama: Path) -> EngineParts:
     config = EngineConfig(model_path=str(tiny_llama), dtype="float32", device="cpu", max_total_tokens=512)
     return build(config, on_progress=lambda line: None)
 
@@ -42,7 +42,7 @@ def plan_of(decodes: list[int], prompts: list[int], groups: Groups | None = None
     )
 
 
-def logits_of(parts: Parts, plan: Plan, shape: Shape) -> torch.Tensor:
+def logits_of(parts: EngineParts, plan: Plan, shape: Shape) -> torch.Tensor:
     runner = parts.runner
     table, buffer = runner.stager.slot_table, runner.kv.buffers[0]
     table.zero_()
@@ -67,7 +67,7 @@ def logits_of(parts: Parts, plan: Plan, shape: Shape) -> torch.Tensor:
         ([5, 17, 3], [9, 23], Shape(3, 2, 32, 5, False)),
     ],
 )
-def test_padding_changes_no_logits(parts: Parts, decodes: list[int], prompts: list[int], shape: Shape) -> None:
+def test_padding_changes_no_logits(parts: EngineParts, decodes: list[int], prompts: list[int], shape: Shape) -> None:
     plan = plan_of(decodes, prompts, every=1 if shape.is_decode else 2)
     exact = logits_of(parts, plan, Shape.of(plan))
     padded = logits_of(parts, plan, shape)
@@ -75,7 +75,7 @@ def test_padding_changes_no_logits(parts: Parts, decodes: list[int], prompts: li
     torch.testing.assert_close(padded, exact, rtol=1e-4, atol=1e-4)
 
 
-def test_of_decodes_that_are_not_all_sampled_those_that_are_get_their_own_logits(parts: Parts) -> None:
+def test_of_decodes_that_are_not_all_sampled_those_that_are_get_their_own_logits(parts: EngineParts) -> None:
     some, all_of_them = plan_of([5, 17, 3], []), plan_of([5, 17, 3], [], every=1)
     exact = logits_of(parts, all_of_them, Shape.of(all_of_them))
     torch.testing.assert_close(logits_of(parts, some, Shape.of(some)), exact[::2], rtol=1e-4, atol=1e-4)
@@ -91,7 +91,7 @@ def test_steps_without_a_graph_have_few_sizes_and_none_too_large() -> None:
     assert 8192 in totals, "a full chunk is computed without padding"
 
 
-def test_rounding_a_step_up_changes_no_logits(parts: Parts) -> None:
+def test_rounding_a_step_up_changes_no_logits(parts: EngineParts) -> None:
     plan = plan_of([5, 17, 3], [9, 4, 23])
     shape = rounded_up(Shape.of(plan), max_tokens=64)
     assert (shape.num_prefill_tokens, shape.num_samples) == (40 - 3, 64)
@@ -99,7 +99,7 @@ def test_rounding_a_step_up_changes_no_logits(parts: Parts) -> None:
     torch.testing.assert_close(logits_of(parts, plan, shape)[: len(exact)], exact, rtol=1e-4, atol=1e-4)
 
 
-def test_padding_beside_a_shared_prefix_changes_no_logits(parts: Parts) -> None:
+def test_padding_beside_a_shared_prefix_changes_no_logits(parts: EngineParts) -> None:
     own_starts = np.array([4, 4, 0], np.int32)
     groups = Groups(np.array([4], np.int32), np.array([0, 2], np.int32), np.array([0, 1], np.int32), own_starts)
     plan = plan_of([5, 17, 3], [9, 4], groups)
@@ -108,7 +108,7 @@ def test_padding_beside_a_shared_prefix_changes_no_logits(parts: Parts) -> None:
     torch.testing.assert_close(padded, exact, rtol=1e-4, atol=1e-4)
 
 
-def test_padding_writes_to_the_dump_slot_only(parts: Parts) -> None:
+def test_padding_writes_to_the_dump_slot_only(parts: EngineParts) -> None:
     plan = plan_of([5, 17, 3], [9])
     logits_of(parts, plan, Shape.of(plan))
     exact = parts.runner.kv.buffers[0].clone()
@@ -142,7 +142,7 @@ def test_a_size_is_used_only_if_no_larger_one_takes_less() -> None:
     assert useful_sizes([64], [1.0]) == [64]
 
 
-def test_groups_of_a_padded_step_are_the_plans_own(parts: Parts) -> None:
+def test_groups_of_a_padded_step_are_the_plans_own(parts: EngineParts) -> None:
     own_starts = np.array([4, 4, 0], np.int32)
     groups = Groups(np.array([4], np.int32), np.array([0, 2], np.int32), np.array([0, 1], np.int32), own_starts)
     plan = plan_of([5, 17, 3], [], groups, every=1)

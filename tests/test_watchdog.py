@@ -27,7 +27,7 @@ async def looks(watchdog: Watchdog, *elapsed: float) -> list[str | None]:
     """Return what it says, the event loop having run between looks."""
     said = []
     for seconds in elapsed:
-        said.append(watchdog.look(seconds))
+        said.append(watchdog.check(seconds))
         await asyncio.sleep(0)
     return said
 
@@ -62,7 +62,7 @@ async def test_new_work_has_the_whole_time_however_old_the_last_step() -> None:
 
 async def test_an_event_loop_that_does_not_run_is_a_hang() -> None:
     watchdog = await watchdog_of(lambda: None)
-    said = [watchdog.look(4.0) for _ in range(4)]  # nothing is awaited in between
+    said = [watchdog.check(4.0) for _ in range(4)]  # nothing is awaited in between
     assert said[:3] == [None] * 3
     assert said[3] is not None and "event loop has not run for 12.0 s" in said[3]
 

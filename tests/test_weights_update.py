@@ -265,7 +265,7 @@ async def test_whatever_keeps_rank_0_from_reading_the_weights_no_rank_keeps_them
     async with checked_engine(tiny_llama) as engine:
         ranks = FakeRanks()
         engine.maintenance.parts = dataclasses.replace(engine.parts, ranks=ranks)  # type: ignore[arg-type]
-        monkeypatch.setattr(engine.parts.upkeep, "read", read)
+        monkeypatch.setattr(engine.parts.rank_maintenance, "read", read)
         with pytest.raises(InvalidRequest, match="can't allocate memory"):
             await engine.maintenance.update_weights(str(other_llama))
         assert ranks.orders == ["read", "drop"]

@@ -18,13 +18,13 @@ import torch.distributed as dist
 from engine.checkpoint.weights import resolve_model
 from engine.config import EngineConfig
 from engine.errors import EngineStopped, ModelError
+from engine.rank_maintenance import RankMaintenance, reason_of
 from engine.ranks.channel import ChannelReader, Payload, open_channel
 from engine.ranks.children import Children, Parent
 from engine.ranks.nodes import NodeLink, NodeLinks, open_store
 from engine.step.batch import Shape, plan_of
 from engine.step.model_runner import ModelRunner, PromptLogprobWork, Step
 from engine.step.sampler import SamplingWork
-from engine.upkeep import Upkeep, reason_of
 
 LOCALHOST = "127.0.0.1"
 PREFIX, STEP, ORDER = range(3)  # kinds of message: int32 arrays that begin with theirs
@@ -81,7 +81,10 @@ class Ranks:
         self.send(np.array(fields, np.int32), np.array(prompts, np.int32).reshape(-1), step.staged.host.numpy())
 
     def order(self, name: str, **arguments: Any) -> int:
-        """Have every rank do `Upkeep.do(name, **arguments)`, after the steps announced before. For `wait_done`."""
+        """Have every rank call `RankMaintenance.do(name, **arguments)`, after the steps announced before.
+
+        Returns the order's number, for `wait_done`.
+        """
         self._num_orders += 1
         text = json.dumps([self._num_orders, name, arguments]).encode()
         self.send(np.array([ORDER], np.int32), text.ljust(-(-len(text) // 4) * 4))
@@ -168,21 +171,21 @@ def run_node(config: EngineConfig, run: RunRank, on_progress: Callable[[str], No
 class Follower:
     """A rank but 0, and how it does what it is told beside steps."""
 
-    def __init__(self, rank: int, store: dist.TCPStore, upkeep: Upkeep) -> None:
-        self._rank, self._store, self._upkeep = rank, store, upkeep
+    def __init__(self, rank: int, store: dist.TCPStore, maintenance: RankMaintenance) -> None:
+        self._rank, self._store, self._maintenance = rank, store, maintenance
 
     def obey(self, order: int, name: str, arguments: dict[str, Any]) -> None:
         """A failure that leaves this rank unlike the others is raised: it ends the server."""
         if name == "read":  # takes long, and steps go on
             threading.Thread(target=self._read, args=(order, arguments), daemon=True).start()
             return
-        self._upkeep.do(name, **arguments)
+        self._maintenance.do(name, **arguments)
         self._answer(order, "")
 
     def _read(self, order: int, arguments: dict[str, Any]) -> None:
         reason = ""
         try:
-            self._upkeep.read(**arguments)
+            self._maintenance.read(**arguments)
         except Exception as error:  # noqa: BLE001 - whatever it is, rank 0 waits for an answer
             reason = reason_of(error)
         self._answer(order, reason)

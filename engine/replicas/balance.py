@@ -1,4 +1,4 @@
-"""Which of several engines gets a request."""
+"""The choice of the engine, among several, that gets a request."""
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -7,41 +7,42 @@ from dataclasses import dataclass
 # The names are SGLang's, which has called shortest_queue total_requests of late.
 METHODS = ("cache_aware", "round_robin", "shortest_queue", "total_requests", "total_tokens")
 PROMPT_METHODS = ("cache_aware", "total_tokens")  # those that look at the prompt
-CHUNK_BYTES = 256  # of a prompt: 64 token ids, or about as many tokens of text
-ANSWER_CHUNKS = 4  # what an answer, whose length nobody knows, counts for beside its prompt
-MAX_CHUNKS = 1 << 18  # remembered: 16 million tokens
-MIN_KNOWN_SHARE = 0.5  # of a prompt, for its cached part to decide where it goes
+CHUNK_BYTES = 256  # of a prompt: 64 token ids, or about 64 tokens of text
+ANSWER_CHUNKS = 4  # load of an answer, whose length is unknown
+MAX_CHUNKS = 1 << 18  # remembered: 16 million tokens of prompts
+MIN_KNOWN_SHARE = 0.5  # of a prompt, from which on its cached part decides where the prompt goes
 HOT_SPOT_CHUNKS, HOT_SPOT_RATIO = 128, 1.25  # an engine this far ahead of the least busy one is a hot spot
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a request went, and what it counts for there until `Balancer.end`."""
+    """The engine that got a request, and the request's load there until `Balancer.end`."""
 
     engine: int
     load: int
 
 
 class Balancer:
-    """`method` is one of METHODS.
+    """Chooses engines by `method`, one of METHODS.
 
-    round_robin takes turns. total_requests takes the engine with the fewest requests, total_tokens the one with the
-    fewest tokens. cache_aware takes the one that was given the longest head of the prompt before, unless that head is
-    short or the engine a hot spot: then it is the one that has least to compute. What engines have cached is known by
-    what they were given, so a prefix counts as soon as it is sent, and an eviction goes unnoticed.
+    round_robin cycles through the engines. total_requests (shortest_queue) picks the one with the fewest requests,
+    total_tokens the one with the fewest tokens. cache_aware picks the one that got the longest head of the prompt
+    before, unless that head is short or the engine is a hot spot: then it picks the one with the least load. What an
+    engine has cached is inferred from the prompts that it got, so a prefix counts as soon as it is sent, and an
+    eviction goes unnoticed.
 
-    To cache_aware a request is the chunks of its prompt that are new where it goes, and its answer. By numbers of
-    requests, an engine would be given new prefixes for having few requests, whatever these have yet to compute.
+    For cache_aware, a request's load is its answer and the chunks of its prompt that are new to the engine. If loads
+    were numbers of requests, an engine with few requests would get new prefixes, however much it has yet to compute.
     """
 
     def __init__(self, method: str, num_engines: int, max_chunks: int = MAX_CHUNKS) -> None:
         self.method, self.max_chunks = method, max_chunks
-        self.loads = [0] * num_engines  # requests, or chunks of what they have and have yet to compute
-        self._turn = -1
+        self.loads = [0] * num_engines  # in requests, or in chunks that live requests hold or have yet to compute
+        self._last = -1
         self._known: OrderedDict[int, int] = OrderedDict()  # chunk with all before it -> bits of engines; oldest first
 
     def pick(self, prompt: bytes, candidates: Sequence[int] | None = None) -> Placement:
-        """The engine for `prompt`, one of `candidates`; of all by default."""
+        """Choose the engine for `prompt` among `candidates` (default: all), and add the request to its load."""
         candidates = candidates or range(len(self.loads))
         if self.method == "round_robin":
             return self._place(self._next(candidates), 1)
@@ -60,11 +61,11 @@ class Balancer:
         return self._place(best, len(keys) - lens[best] + ANSWER_CHUNKS)
 
     def end(self, placement: Placement) -> None:
-        """Its request has ended."""
+        """Subtract the load of a request that has ended."""
         self.loads[placement.engine] -= placement.load
 
     def forget(self, engine: int) -> None:
-        """Its cache is empty again."""
+        """Forget the prompts that `engine` got: its cache has been flushed."""
         for key in self._known:
             self._known[key] &= ~(1 << engine)
 
@@ -73,12 +74,12 @@ class Balancer:
         return Placement(engine, load)
 
     def _next(self, candidates: Sequence[int]) -> int:
-        """In turn: the first one after the last taken."""
-        self._turn = min(candidates, key=lambda i: (i - self._turn - 1) % len(self.loads))
-        return self._turn
+        """Return the first candidate after the engine that was returned last: idle engines alternate."""
+        self._last = min(candidates, key=lambda i: (i - self._last - 1) % len(self.loads))
+        return self._last
 
     def _known_lens(self, keys: Sequence[int]) -> list[int]:
-        """For each engine how many chunks from the first on it was given."""
+        """Return for each engine how many of `keys`, counted from the first, it got before."""
         num_engines = len(self.loads)
         lens = [0] * num_engines
         holders = (1 << num_engines) - 1
@@ -100,7 +101,7 @@ class Balancer:
 
 
 def _chunk_keys(prompt: bytes) -> Iterator[int]:
-    """A key for each whole chunk, of it and all before it."""
+    """Yield a key for each whole chunk: a hash of it and all chunks before it."""
     key = 0
     for end in range(CHUNK_BYTES, len(prompt) + 1, CHUNK_BYTES):
         key = hash((key, prompt[end - CHUNK_BYTES : end]))

@@ -1,4 +1,4 @@
-"""What is done to one rank's model and memory while no step runs; all ranks of a model do it together."""
+"""Operations on one rank's model and memory while no step runs. All ranks of a model do them together."""
 
 from collections.abc import Callable, Collection
 from typing import Any
@@ -15,38 +15,42 @@ KV_CACHE, WEIGHTS = "kv_cache", "weights"
 TAGS = (KV_CACHE, WEIGHTS)
 
 
-class Upkeep:
-    """Everything but `read` and `drop` needs a runner that is still, on every rank."""
+class RankMaintenance:
+    """Replaces, releases and resumes what one rank holds.
+
+    All methods but `read` and `drop` need a runner that is still, on every rank.
+    """
 
     def __init__(self, config: EngineConfig, runner: ModelRunner, new_model: Callable[[], CausalLM]) -> None:
-        """new_model: makes this rank's share of the model, without weights."""
+        """new_model: returns this rank's share of the model, without weights."""
         self._config, self._runner, self._new_model = config, runner, new_model
         self._new: CausalLM | None = None
 
     def do(self, name: str, **arguments: Any) -> None:
-        """The method of that name."""
+        """Call the method `name`: orders to ranks travel as names."""
         getattr(self, name)(**arguments)
 
     def read(self, model_path: str, load_format: str) -> None:
-        """Other weights into host memory, to be adopted or dropped. `ModelError` if they do not fit."""
+        """Read other weights into host memory, to be adopted or dropped. `ModelError` if they do not fit the model."""
         config = self._config.replace(model_path=model_path, load_format=load_format)
         model = self._new_model()
         load_weights(model, resolve_model(config), load_format, torch.device("cpu"))
         self._new = model
 
     def drop(self) -> None:
+        """Forget the weights that were read."""
         self._new = None
 
     def adopt(self) -> None:
-        """Compute with the weights that were read."""
+        """Copy the weights that were read into those that the steps use."""
         assert self._new is not None
         new, self._new = self._new, None
-        self._settle()
+        self._synchronize()
         self._runner.adopt_weights(new)
 
     def release(self, tags: Collection[str]) -> None:
-        """Give device memory back: the KV pool's, or the weights', which are kept in host memory."""
-        self._settle()
+        """Give device memory back: the KV pool's, or the weights', which move to host memory."""
+        self._synchronize()
         if KV_CACHE in tags:
             self._runner.kv.release()
         if WEIGHTS in tags:
@@ -54,8 +58,11 @@ class Upkeep:
         self._runner.release_graphs()
 
     def resume(self, tags: Collection[str], is_complete: bool) -> None:
-        """Take memory back. CUDA graphs hold addresses, so they are captured anew when all is there."""
-        self._settle()
+        """Take memory back. is_complete: nothing stays released.
+
+        CUDA graphs hold addresses, so they are captured anew when all memory is back.
+        """
+        self._synchronize()
         if KV_CACHE in tags:
             self._runner.kv.allocate()
         if WEIGHTS in tags:
@@ -63,12 +70,13 @@ class Upkeep:
         if is_complete:
             self._runner.recapture_graphs()
 
-    def _settle(self) -> None:
-        """What was enqueued is computed; and this may be a thread that has never seen the device."""
+    def _synchronize(self) -> None:
+        """Make the runner's device current in this thread, and wait until all enqueued work is computed."""
         if self._runner.device.type == "cuda":
             torch.cuda.set_device(self._runner.device)
             torch.cuda.synchronize()
 
 
 def reason_of(error: Exception) -> str:
+    """Return `error` as a rank reports it: with its class, unless the message is written for users."""
     return str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
