@@ -8,127 +8,17 @@ import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kernels.attention_batch import AttentionBatch
+
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("flashinfer", "triton", "torch")
-
-
-class SharedPrefixes(Protocol):
-    """Groups of decoding requests whose first tokens lie in the same slots. Each request is in one group at most."""
-
-    @property
-    def prefix_lens(self) -> torch.Tensor:
-        """int32 [G], shared tokens; 0 for an unused group."""
-
-    @property
-    def cu_members(self) -> torch.Tensor:
-        """int32 [G + 1], where each group's requests start in `members`."""
-
-    @property
-    def members(self) -> torch.Tensor:
-        """int32 [B], request indices, group after group."""
-
-    @property
-    def own_starts(self) -> torch.Tensor:
-        """int32 [B], the first token that is not in the request's group's prefix."""
-
-
-class AttentionBatch(Protocol):
-    """What attention reads of a step: T tokens of B requests, those with a single token first."""
-
-    @property
-    def rows(self) -> torch.Tensor:
-        """int32 [B], each request's line in slot_table."""
-
-    @property
-    def seq_lens(self) -> torch.Tensor:
-        """int32 [B], tokens that a request's last token sees, itself included; 0: padding, with any result."""
-
-    @property
-    def cu_q_lens(self) -> torch.Tensor:
-        """int32 [B + 1], where each request's tokens start in [T]."""
-
-    @property
-    def slot_table(self) -> torch.Tensor:
-        """int32 [num_rows, max_context]."""
-
-    @property
-    def num_decodes(self) -> int:
-        """How many requests, the first ones, have a single token."""
-
-    @property
-    def q_lens_host(self) -> np.ndarray:
-        """Integers [B]. The kernels of "triton" do not look at it."""
-
-    @property
-    def seq_lens_host(self) -> np.ndarray:
-        """Integers [B], likewise."""
-
-    @property
-    def shared(self) -> SharedPrefixes | None:
-        """Prefixes to read once per group. They change the work, not the result."""
-
-    @property
-    def is_for_graph(self) -> bool:
-        """Will a CUDA graph replay this for steps of other lengths? Then the host's are not to be looked at."""
-
-
-def attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    batch: AttentionBatch,
-    *,
-    scale: float,
-    window: int = -1,
-    softcap: float = 0.0,
-    backend: str = "torch",
-    has_decodes: bool = True,
-) -> torch.Tensor:
-    """q [T, H, D], caches [num_slots, Hkv, D] (q's dtype or float8) -> [T, H, D].
-
-    window: a token sees at most that many last tokens, itself included; -1: all. softcap c > 0: scores become
-    c tanh(score / c). Not has_decodes: single tokens' part of the result is left as it is (`kernels.corun` fills it).
-    In a CUDA graph "flashinfer", which plans on the host, leaves all to "triton", as it always does for single tokens:
-    that depends on nothing but shapes, and reads lengths and slots on the device.
-    """
-    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "has_decodes": has_decodes}
-    if backend == "torch":
-        return attention_torch(q, k_cache, v_cache, batch, **options)
-    from kernels.triton_attention import attention_triton  # here: a machine without a GPU need not have triton
-
-    if backend == "triton" or batch.is_for_graph or batch.num_decodes == len(batch.rows):
-        return attention_triton(q, k_cache, v_cache, batch, **options)
-    from kernels.flashinfer_attention import attention_flashinfer
-
-    return attention_flashinfer(q, k_cache, v_cache, batch, **options)
-
-
-def choose_backend(requested: str | None, device: torch.device) -> str:
-    """The backend for `device`; None asks for the best. Raises ValueError where `requested` cannot run.
-
-    Where only FlashInfer itself is missing, that is a warning, and Triton serves in its place.
-    """
-    if requested not in (None, *BACKENDS):
-        raise ValueError(f"no attention backend {requested!r}; there are {', '.join(BACKENDS)}")
-    if requested == "torch" or (requested is None and device.type != "cuda"):
-        return "torch"
-    if device.type != "cuda":
-        raise ValueError(f"attention backend {requested!r} needs a CUDA device, and this is {device.type!r}")
-    if requested == "flashinfer":
-        from kernels.flashinfer_attention import is_available
-
-        available, reason = is_available()
-        if not available:
-            logger.warning("attention backend 'flashinfer' cannot run, triton serves instead: %s", reason)
-            return "triton"
-    return requested or "triton"
 
 
 def attention_torch(
@@ -305,3 +195,55 @@ def _sdpa(
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return (scores.softmax(-1) @ v.float().repeat_interleave(group, 1)).to(q.dtype)
+
+
+def attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int = -1,
+    softcap: float = 0.0,
+    backend: str = "torch",
+    has_decodes: bool = True,
+) -> torch.Tensor:
+    """q [T, H, D], caches [num_slots, Hkv, D] (q's dtype or float8) -> [T, H, D].
+
+    window: a token sees at most that many last tokens, itself included; -1: all. softcap c > 0: scores become
+    c tanh(score / c). Not has_decodes: single tokens' part of the result is left as it is (`kernels.corun` fills it).
+    In a CUDA graph "flashinfer", which plans on the host, leaves all to "triton", as it always does for single tokens:
+    that depends on nothing but shapes, and reads lengths and slots on the device.
+    """
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "has_decodes": has_decodes}
+    if backend == "torch":
+        return attention_torch(q, k_cache, v_cache, batch, **options)
+    from kernels.triton_attention import attention_triton  # here: a machine without a GPU need not have triton
+
+    if backend == "triton" or batch.is_for_graph or batch.num_decodes == len(batch.rows):
+        return attention_triton(q, k_cache, v_cache, batch, **options)
+    from kernels.flashinfer_attention import attention_flashinfer
+
+    return attention_flashinfer(q, k_cache, v_cache, batch, **options)
+
+
+def choose_backend(requested: str | None, device: torch.device) -> str:
+    """The backend for `device`; None asks for the best. Raises ValueError where `requested` cannot run.
+
+    Where only FlashInfer itself is missing, that is a warning, and Triton serves in its place.
+    """
+    if requested not in (None, *BACKENDS):
+        raise ValueError(f"no attention backend {requested!r}; there are {', '.join(BACKENDS)}")
+    if requested == "torch" or (requested is None and device.type != "cuda"):
+        return "torch"
+    if device.type != "cuda":
+        raise ValueError(f"attention backend {requested!r} needs a CUDA device, and this is {device.type!r}")
+    if requested == "flashinfer":
+        from kernels.flashinfer_attention import is_available
+
+        available, reason = is_available()
+        if not available:
+            logger.warning("attention backend 'flashinfer' cannot run, triton serves instead: %s", reason)
+            return "triton"
+    return requested or "triton"

@@ -3,20 +3,14 @@
 The torch function that ends in _torch defines each; tensors on a GPU take the kernel in `triton_elementwise`.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
 
-@functools.cache
-def has_dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel may be launched before the one ahead of it has ended (Hopper and later).
-
-    Such a kernel reads nothing that a kernel before it writes until `gdc_wait`. Every kernel that lets its dependents
-    start early also waits itself, so that the end of one means the end of all before it.
-    """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    size = x.shape[-1]
+    # x and -x together have mean 0 and variance mean(x²). On a CPU layer_norm is one pass, F.rms_norm ten.
+    return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=eps)[..., :size] * weight
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -31,10 +25,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return rms_norm_torch(x, weight, eps)
 
 
-def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    size = x.shape[-1]
-    # x and -x together have mean 0 and variance mean(x²). On a CPU layer_norm is one pass, F.rms_norm ten.
-    return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=eps)[..., :size] * weight
+def act_and_mul_torch(x: torch.Tensor, act: str) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    if act == "silu":
+        return F.silu(gate).mul_(up)
+    return F.gelu(gate, approximate="tanh" if act == "gelu_tanh" else "none").mul_(up)
 
 
 def act_and_mul(x: torch.Tensor, act: str) -> torch.Tensor:
@@ -44,42 +39,6 @@ def act_and_mul(x: torch.Tensor, act: str) -> torch.Tensor:
 
         return act_and_mul_triton(x, act)
     return act_and_mul_torch(x, act)
-
-
-def act_and_mul_torch(x: torch.Tensor, act: str) -> torch.Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    if act == "silu":
-        return F.silu(gate).mul_(up)
-    return F.gelu(gate, approximate="tanh" if act == "gelu_tanh" else "none").mul_(up)
-
-
-def rope_and_store(
-    qkv: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    out_cache_loc: torch.Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 1e-6,
-) -> torch.Tensor:
-    """Rotate queries and keys by their positions, write keys and values to their slots, return the queries.
-
-    qkv [T, (H + 2 Hkv) D]; positions and out_cache_loc int32 [T]; k_cache and v_cache [num_slots, Hkv, D] in the
-    cache's dtype; q_norm and k_norm [D] scale an RMS norm of each head before the rotation. cos_sin fp32
-    [max_position, rotary_dim] holds cosines in its first half, sines in its second; the first rotary_dim elements of
-    a head are rotated in GPT-NeoX pairs (i, i + rotary_dim / 2), in fp32. Returns q [T, H, D].
-    """
-    run = rope_and_store_torch
-    if qkv.is_cuda:
-        from kernels.triton_elementwise import rope_and_store_triton as run
-    return run(
-        qkv, positions, cos_sin, k_cache, v_cache, out_cache_loc, num_heads, num_kv_heads, head_dim, q_norm, k_norm, eps
-    )
 
 
 def rope_and_store_torch(
@@ -116,6 +75,35 @@ def rope_and_store_torch(
     store(k_cache, slots, rotated[:, num_heads:])
     store(v_cache, slots, v)
     return rotated[:, :num_heads]
+
+
+def rope_and_store(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Rotate queries and keys by their positions, write keys and values to their slots, return the queries.
+
+    qkv [T, (H + 2 Hkv) D]; positions and out_cache_loc int32 [T]; k_cache and v_cache [num_slots, Hkv, D] in the
+    cache's dtype; q_norm and k_norm [D] scale an RMS norm of each head before the rotation. cos_sin fp32
+    [max_position, rotary_dim] holds cosines in its first half, sines in its second; the first rotary_dim elements of
+    a head are rotated in GPT-NeoX pairs (i, i + rotary_dim / 2), in fp32. Returns q [T, H, D].
+    """
+    run = rope_and_store_torch
+    if qkv.is_cuda:
+        from kernels.triton_elementwise import rope_and_store_triton as run
+    return run(
+        qkv, positions, cos_sin, k_cache, v_cache, out_cache_loc, num_heads, num_kv_heads, head_dim, q_norm, k_norm, eps
+    )
 
 
 def store(cache: torch.Tensor, slots: torch.Tensor, x: torch.Tensor) -> None:

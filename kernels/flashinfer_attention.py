@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from kernels.attention import AttentionBatch
+from kernels.attention_batch import AttentionBatch
 from kernels.triton_attention import attention_triton
 from kernels.triton_decode import decode
 

@@ -33,6 +33,16 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+@functools.cache
+def has_dependent_launch(device: torch.device) -> bool:
+    """Return whether a kernel may be launched before the one ahead of it has ended (Hopper and later).
+
+    Such a kernel reads nothing that a kernel before it writes until `gdc_wait`. Every kernel that lets its dependents
+    start early also waits itself, so that the end of one means the end of all before it.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 class _Rehearsal:
     """Launches of one thread that only compile."""
 

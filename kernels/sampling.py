@@ -11,6 +11,11 @@ MAX_UNIFORM = 1 - 2.0**-24  # the largest float32 below 1
 PROMPT_BIT = 1 << 14  # of an entry of `counts`: the token occurs in the prompt; the bits below: times generated
 
 
+def argmax_torch(logits: torch.Tensor) -> torch.Tensor:
+    values, token_ids = logits.max(dim=-1)
+    return torch.where(values.isfinite(), token_ids, -1).to(torch.int32)
+
+
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """The first largest of each row, or -1 where a row holds a NaN or inf or nothing but -inf; [S, V] -> int32 [S]."""
     if logits.is_cuda:
@@ -18,34 +23,6 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
 
         return argmax_triton(logits)
     return argmax_torch(logits)
-
-
-def argmax_torch(logits: torch.Tensor) -> torch.Tensor:
-    values, token_ids = logits.max(dim=-1)
-    return torch.where(values.isfinite(), token_ids, -1).to(torch.int32)
-
-
-def sample(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    seed: torch.Tensor,
-    position: torch.Tensor,
-) -> torch.Tensor:
-    """One token a row, or -1 where a row holds a NaN or inf or nothing but -inf; logits [S, V] -> int32 [S].
-
-    temperature, top_p, min_p fp32 [S]; top_k and position int32 [S]; seed int64 [S]. A row with a temperature below
-    1e-6 or top_k 1 gets its argmax. Else, in this order and with ties at a limit all kept:
-    top_k keeps the k most likely tokens; top_p keeps, of those, each token that has less than top_p of their mass
-    before it; min_p keeps tokens at least min_p times as likely as the likeliest. Of what is kept, one token is drawn
-    by its probability: the largest logit / temperature + Gumbel noise wins (Gumbel-max).
-    """
-    run = sample_torch
-    if logits.is_cuda:
-        from kernels.triton_sampling import sample_triton as run
-    return run(logits, temperature, top_k, top_p, min_p, seed, position)
 
 
 def sample_torch(
@@ -125,23 +102,27 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-def apply_penalties(
+def sample(
     logits: torch.Tensor,
-    rows: torch.Tensor,
-    counts: torch.Tensor,
-    frequency: torch.Tensor,
-    presence: torch.Tensor,
-    repetition: torch.Tensor,
-) -> None:
-    """In place on logits [S, V]. counts int16 [R, V]: bit 14 is set for the prompt's tokens, the bits below count how
-    often a token was generated; logits row i belongs to counts[rows[i]]. Penalties fp32 [S], as OpenAI and
-    Hugging Face define them: repetition divides positive and multiplies negative logits of all tokens seen, then
-    frequency is subtracted once a time generated, presence once if generated at all.
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+) -> torch.Tensor:
+    """One token a row, or -1 where a row holds a NaN or inf or nothing but -inf; logits [S, V] -> int32 [S].
+
+    temperature, top_p, min_p fp32 [S]; top_k and position int32 [S]; seed int64 [S]. A row with a temperature below
+    1e-6 or top_k 1 gets its argmax. Else, in this order and with ties at a limit all kept:
+    top_k keeps the k most likely tokens; top_p keeps, of those, each token that has less than top_p of their mass
+    before it; min_p keeps tokens at least min_p times as likely as the likeliest. Of what is kept, one token is drawn
+    by its probability: the largest logit / temperature + Gumbel noise wins (Gumbel-max).
     """
-    run = apply_penalties_torch
+    run = sample_torch
     if logits.is_cuda:
-        from kernels.triton_sampling import apply_penalties_triton as run
-    run(logits, rows, counts, frequency, presence, repetition)
+        from kernels.triton_sampling import sample_triton as run
+    return run(logits, temperature, top_k, top_p, min_p, seed, position)
 
 
 def apply_penalties_torch(
@@ -161,6 +142,35 @@ def apply_penalties_torch(
     logits.copy_(values)
 
 
+def apply_penalties(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    frequency: torch.Tensor,
+    presence: torch.Tensor,
+    repetition: torch.Tensor,
+) -> None:
+    """In place on logits [S, V]. counts int16 [R, V]: bit 14 is set for the prompt's tokens, the bits below count how
+    often a token was generated; logits row i belongs to counts[rows[i]]. Penalties fp32 [S], as OpenAI and
+    Hugging Face define them: repetition divides positive and multiplies negative logits of all tokens seen, then
+    frequency is subtracted once a time generated, presence once if generated at all.
+    """
+    run = apply_penalties_torch
+    if logits.is_cuda:
+        from kernels.triton_sampling import apply_penalties_triton as run
+    run(logits, rows, counts, frequency, presence, repetition)
+
+
+def apply_token_bitmask_torch(logits: torch.Tensor, bitmask: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
+    is_forbidden = ((bitmask.unsqueeze(-1) >> bits) & 1 == 0).flatten(1)[:, : logits.shape[1]]
+    if rows is None:
+        logits.masked_fill_(is_forbidden, -torch.inf)
+    else:
+        used = rows >= 0
+        logits[rows[used]] = logits[rows[used]].masked_fill(is_forbidden[used], -torch.inf)
+
+
 def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, rows: torch.Tensor | None = None) -> None:
     """-inf, in place on logits [S, V], where a token's bit is 0. bitmask int32 [M, ceil(V / 32)], token 32 w + b is
     bit b of word w; line i belongs to logits row rows[i] (int32 [M]), to row i without `rows`. A negative row is
@@ -172,14 +182,17 @@ def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, rows: torch
     run(logits, bitmask, rows)
 
 
-def apply_token_bitmask_torch(logits: torch.Tensor, bitmask: torch.Tensor, rows: torch.Tensor | None = None) -> None:
-    bits = torch.arange(32, dtype=torch.int32, device=logits.device)
-    is_forbidden = ((bitmask.unsqueeze(-1) >> bits) & 1 == 0).flatten(1)[:, : logits.shape[1]]
-    if rows is None:
-        logits.masked_fill_(is_forbidden, -torch.inf)
-    else:
-        used = rows >= 0
-        logits[rows[used]] = logits[rows[used]].masked_fill(is_forbidden[used], -torch.inf)
+def logsumexp_torch(logits: torch.Tensor) -> torch.Tensor:
+    return logits.float().logsumexp(dim=-1)
+
+
+def logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    """log(sum(exp(logits))) over V, in fp32; [S, V] -> fp32 [S]."""
+    if logits.is_cuda:
+        from kernels.triton_sampling import logsumexp_triton
+
+        return logsumexp_triton(logits)
+    return logsumexp_torch(logits)
 
 
 def logprobs(
@@ -195,16 +208,3 @@ def logprobs(
     top_values, top_ids = logits.topk(k, dim=-1)
     chosen = at(token_ids.unsqueeze(1)).squeeze(1)
     return chosen, top_values.float() - log_normalizer, top_ids, None if ids is None else at(ids)
-
-
-def logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """log(sum(exp(logits))) over V, in fp32; [S, V] -> fp32 [S]."""
-    if logits.is_cuda:
-        from kernels.triton_sampling import logsumexp_triton
-
-        return logsumexp_triton(logits)
-    return logsumexp_torch(logits)
-
-
-def logsumexp_torch(logits: torch.Tensor) -> torch.Tensor:
-    return logits.float().logsumexp(dim=-1)

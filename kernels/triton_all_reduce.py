@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.all_reduce import BLOCK_WORDS, DATA_BYTES, PeerMemory
 from kernels.launch import cdiv, fast_launch
+from kernels.peer_memory import BLOCK_WORDS, DATA_BYTES, PeerMemory
 from kernels.triton_elementwise import launch_options, wait_for_input
 
 

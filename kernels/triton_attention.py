@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.attention import AttentionBatch
+from kernels.attention_batch import AttentionBatch
 from kernels.triton_decode import decode
 from kernels.triton_prefill import prefill
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention import AttentionBatch, SharedPrefixes
+from kernels.attention_batch import AttentionBatch, SharedPrefixes
 from kernels.launch import cdiv, fast_launch, next_power_of_2, num_sms
 from kernels.triton_elementwise import prefetch_to_l2
 from kernels.triton_softmax import (

@@ -11,8 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.elementwise import has_dependent_launch
-from kernels.launch import cdiv, fast_launch, next_power_of_2
+from kernels.launch import cdiv, fast_launch, has_dependent_launch, next_power_of_2
 from kernels.triton_elementwise import activation
 
 

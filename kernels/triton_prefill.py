@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention import AttentionBatch
+from kernels.attention_batch import AttentionBatch
 from kernels.launch import cdiv, fast_launch, next_power_of_2, num_sms
 from kernels.triton_softmax import (
     LOG2_E,

@@ -1,0 +1,32 @@
+"""Memory of each GPU of a host that the others can write, which `all_reduce` sends its addends through."""
+
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BLOCK_WORDS = 512  # of a program
+DATA_BYTES = 4  # of the eight of a word
+
+
+@dataclass(frozen=True)
+class PeerMemory:
+    """What one rank has for sums with `size` ranks of one host."""
+
+    rank: int
+    size: int
+    max_bytes: int  # of an addend
+    addresses: torch.Tensor  # int64 [size]: where each rank's buffer lies as this rank sees it
+    epochs: torch.Tensor  # int32, sums that each program has done; zeros at first
+
+    @staticmethod
+    def buffer_words(size: int, max_bytes: int) -> int:
+        """int64 elements of a rank's buffer, zeros at first: addends of all ranks, of this sum and of the next."""
+        return 2 * size * (max_bytes // DATA_BYTES)
+
+    @staticmethod
+    def num_programs(max_bytes: int) -> int:
+        return -(-max_bytes // (DATA_BYTES * BLOCK_WORDS))
+
+    def can_sum(self, x: torch.Tensor) -> bool:
+        return x.dtype in DTYPES and 0 < x.nbytes <= self.max_bytes and x.nbytes % DATA_BYTES == 0 and x.is_contiguous()
