@@ -1,11 +1,12 @@
 """Attention kernels on this GPU: right against the definition in float32, then timed for every candidate setting.
 
-    python -m bench.attention [--limit 90] [--parts check,decode,prefill,shared,flashinfer]
+    python -m bench.attention [--limit 90] [--parts check,decode,prefill,shared,flashinfer] [--write]
 
 Kernels are compiled by a pool of processes first. Times are of launches inside a CUDA graph that goes through the
 layers of a cache larger than the L2 cache, with slots scattered (page size 1); those of the definition in torch, which
-no graph can hold, are on a stream. The last table has the best setting of each shape, beside FlashInfer's time. Ends by
-itself after --limit seconds, with what it has.
+no graph can hold, are on a stream. The last table has the best setting of each shape, beside FlashInfer's time; then
+come the best settings as a table of `kernels/tuned`, which --write puts into this card's. Ends by itself after --limit
+seconds, with what it has.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,14 +26,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.roofline import elapsed_us, measure_roofline, stream_us
+from bench.roofline import measure_roofline, stream_us
+from bench.tables import publish
 from engine.step.batch import SharedPrefixes
 from kernels import flashinfer_attention
 from kernels.attention import attention_torch
+from kernels.timing import elapsed_us
 from kernels.triton_attention import attention_triton
-from kernels.triton_decode import decode
+from kernels.triton_decode import DECODE_LIMITS, decode
 from kernels.triton_prefill import prefill
 from kernels.triton_softmax import DecodeConfig, PrefillConfig
+from kernels.tuning import Entries
 
 PARTS = ("check", "decode", "prefill", "shared", "flashinfer")
 NUM_COMPILERS = 12
@@ -433,25 +437,27 @@ def flashinfer_shape(heads: Heads) -> flashinfer_attention.Shape:
 # ---- all of it ----
 
 
-def precompile(parts: list[str], deadline: float) -> list[str]:
-    """What is wrong, one line each. Compiled kernels are left in Triton's cache folder."""
-    tasks: dict[str, tuple[Callable[..., float], tuple[Any, ...], float]] = {}
+def compile_tasks(parts: list[str]) -> Iterator[tuple[str, Callable[..., float], tuple[Any, ...], float]]:
+    """Yield (name, function, arguments, largest difference allowed) of every kernel that `parts` run."""
     if "check" in parts:
         for name, case in CHECKS.items():
-            tasks[f"check {name}"] = run_check, (name,), case.tolerance
+            yield f"check {name}", run_check, (name,), case.tolerance
     if "decode" in parts:
         for heads, num_requests in ((LLAMA_8B, 1), (LLAMA_8B, 8), (LLAMA_8B, 32), (QWEN_06B, 32)):
             for config in {(*config[:3], config[4]): config for config in DECODE_CONFIGS}.values():
                 name = f"decode {heads.name} {num_requests} {name_of(config)}"
-                tasks[name] = compile_decode, (heads, num_requests, config), 0.03
+                yield name, compile_decode, (heads, num_requests, config), 0.03
     if "prefill" in parts:
-        for heads in (LLAMA_8B, QWEN_06B):
-            for prefill_config in PREFILL_CONFIGS:
-                name = f"prefill {heads.name} {name_of(prefill_config)}"
-                tasks[name] = compile_prefill, (heads, prefill_config), 0.03
+        for heads, prefill_config in itertools.product((LLAMA_8B, QWEN_06B), PREFILL_CONFIGS):
+            yield f"prefill {heads.name} {name_of(prefill_config)}", compile_prefill, (heads, prefill_config), 0.03
     if "shared" in parts:
         for prefill_config in PREFIX_CONFIGS:
-            tasks[f"shared {name_of(prefill_config)}"] = compile_shared, (prefill_config,), 0.03
+            yield f"shared {name_of(prefill_config)}", compile_shared, (prefill_config,), 0.03
+
+
+def precompile(parts: list[str], deadline: float) -> list[str]:
+    """Compile and check kernels, which are left in Triton's cache folder. Return what is wrong, one line each."""
+    tasks = {name: (function, args, tolerance) for name, function, args, tolerance in compile_tasks(parts)}
     num_processes = max(1, min(NUM_COMPILERS, (os.cpu_count() or 2) - 2, len(tasks)))
     pool = ProcessPoolExecutor(num_processes, get_context("spawn"))
     futures = {pool.submit(function, *args): name for name, (function, args, _) in tasks.items()}
@@ -468,10 +474,44 @@ def precompile(parts: list[str], deadline: float) -> list[str]:
     return wrong
 
 
+def best_entries(tables: dict[str, Results]) -> Entries:
+    """Return the best configurations as tables have them, for the heads that were timed."""
+    entries: Entries = {"decode": {}, "prefill": {}, "prefix": {}}
+    (head_dim,) = {LLAMA_8B.head_dim, QWEN_06B.head_dim}
+    requests = {shape: len(lens) for shape, _, lens in DECODE_SHAPES}
+    fewest = 0
+    for limit in DECODE_LIMITS:
+        times = {shape: row for shape, row in tables["decode"].times.items() if fewest < requests[shape] <= limit}
+        fewest = limit
+        if config := best_config(list(times.values()), DECODE_CONFIGS):
+            entries["decode"][head_dim, limit] = config._asdict()
+    prompts = [row for shape, row in tables["prefill"].times.items() if "after 4096" not in shape]
+    if prefill_config := best_config(prompts, PREFILL_CONFIGS):
+        entries["prefill"][head_dim,] = prefill_config._asdict()
+    if prefix_config := best_config(list(tables["shared"].times.values()), PREFIX_CONFIGS):
+        entries["prefix"][head_dim,] = prefix_config._asdict()
+    return {kind: configs for kind, configs in entries.items() if configs}
+
+
+def best_config(rows: list[dict[str, float]], configs: list[Any]) -> Any:
+    """Return the configuration whose times are the smallest multiples of the best ones, None if none has them all.
+
+    rows: of each shape, setting -> µs; of settings "configuration / splits" the best number of splits counts.
+    """
+    costs = {}
+    for config in configs:
+        name = name_of(config)
+        times = [[us for setting, us in row.items() if setting.split(" / ")[0] == name] for row in rows]
+        if times and all(times):
+            costs[config] = sum(min(own) / min(row.values()) for own, row in zip(times, rows, strict=True))
+    return min(costs, key=costs.__getitem__, default=None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=float, default=90.0, help="seconds it may take")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of " + ",".join(PARTS))
+    parser.add_argument("--write", action="store_true", help="put what is found into this card's shipped table")
     args = parser.parse_args()
     parts = args.parts.split(",")
     started = time.monotonic()
@@ -519,7 +559,9 @@ def main() -> None:
         bench_decode(tables["decode"], with_flashinfer=True)
         bench_prefill(tables["prefill"], with_flashinfer=True)
     watchdog.cancel()
-    sys.exit(print_summary())
+    status = print_summary()
+    publish(best_entries(tables), args.write)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.launch import cdiv, num_sms
+from kernels.launch import cache_folder, cdiv, num_sms
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def _compile(source: str) -> bytes:
 
     version = _check(nvrtc.nvrtcVersion())
     name = hashlib.sha256(f"{version} {source}".encode()).hexdigest()
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "radixloop" / f"{name}.cubin"
+    path = cache_folder() / f"{name}.cubin"
     if path.exists():
         return path.read_bytes()
     start = time.perf_counter()

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from kernels.launch import cdiv, fast_launch, has_dependent_launch, next_power_of_2
 from kernels.triton_elementwise import activation
+from kernels.tuning import Configs
 
 
 class GemvConfig(NamedTuple):
@@ -27,24 +28,12 @@ class GemvConfig(NamedTuple):
     prefetch: int
 
 
-# By (weight rows, K), for one token: the fastest of bench/gemm.py. What is not here gets `default_gemv_config`.
-GEMV_CONFIGS: dict[tuple[int, int], GemvConfig] = {
-    (6144, 4096): GemvConfig(4, 1024, 4, 4),
-    (4096, 4096): GemvConfig(4, 2048, 8, 2),
-    (28672, 4096): GemvConfig(8, 1024, 4, 1),
-    (4096, 14336): GemvConfig(2, 1024, 4, 4),
-    (128256, 4096): GemvConfig(2, 2048, 8, 2),
-    (4096, 1024): GemvConfig(2, 512, 2, 2),
-    (1024, 2048): GemvConfig(1, 1024, 4, 2),
-    (6144, 1024): GemvConfig(4, 256, 1, 4),
-    (1024, 3072): GemvConfig(1, 512, 2, 6),
-    (151936, 1024): GemvConfig(2, 1024, 4, 1),
-}
-
-
 def default_gemv_config(num_rows: int, k: int) -> GemvConfig:
     num_warps = 2 if k <= 512 else 4 if k <= 4096 else 8
     return GemvConfig(4 if num_rows >= 4096 else 2, 256 * num_warps, num_warps, prefetch=4)
+
+
+GEMV_CONFIGS = Configs("gemv", GemvConfig, default_gemv_config)  # by (weight rows, K), for one token
 
 
 def gemv(
@@ -62,7 +51,7 @@ def gemv(
     num_tokens, k = x.shape
     num_rows = weight.shape[0]
     n = num_rows // 2 if act else num_rows
-    config = config or GEMV_CONFIGS.get((num_rows, k)) or default_gemv_config(num_rows, k)
+    config = config or GEMV_CONFIGS.get(x.device, num_rows, k)
     num_sums = next_power_of_2(num_tokens) * (2 if act else 1)
     block_n = max(1, config.block_n // num_sums)
     out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device) if residual is None else residual

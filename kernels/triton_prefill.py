@@ -13,13 +13,15 @@ from kernels.triton_softmax import (
     attend_prompt,
     attention_kernel,
     block_requests,
+    default_prefill_config,
     find,
     launch_settings,
     part_len,
     prefill_config,
 )
+from kernels.tuning import Configs
 
-PREFILL_CONFIGS: dict[int, PrefillConfig] = {128: PrefillConfig(block_m=64, block_n=64, num_warps=4, num_stages=3)}
+PREFILL_CONFIGS = Configs("prefill", PrefillConfig, default_prefill_config)  # by (head_dim up to a power of two)
 PREFILL_PROGRAMS_PER_SM = 2
 MAX_PREFILL_SPLITS = 8
 MAX_SPLIT_PROMPTS = 16  # more of them fill the chip
@@ -52,7 +54,7 @@ def prefill(
     num_requests = len(batch.rows) - batch.num_decodes
     num_kv_heads = k_cache.shape[1]
     block_group = next_power_of_2(q.shape[1] // num_kv_heads)
-    config = config or prefill_config(PREFILL_CONFIGS, next_power_of_2(q.shape[2]), q.dtype.itemsize)
+    config = config or prefill_config(PREFILL_CONFIGS, q)
     block_m = max(config.block_m, block_group)
     num_tokens = q.shape[0] - batch.num_decodes
     num_programs = (num_tokens // (block_m // block_group) + num_requests) * num_kv_heads  # at most

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from kernels.launch import next_power_of_2
 from kernels.triton_elementwise import launch_options
+from kernels.tuning import Configs
 
 LOG2_E = 1.4426950408889634
 
@@ -32,12 +33,16 @@ class PrefillConfig(NamedTuple):
     num_stages: int
 
 
-def prefill_config(configs: dict[int, PrefillConfig], block_d: int, itemsize: int) -> PrefillConfig:
-    """An entry of PREFILL_CONFIGS or PREFIX_CONFIGS, or what surely fits. itemsize: bytes of an element of q."""
-    if itemsize == 4:
+def default_prefill_config(block_d: int) -> PrefillConfig:
+    """Return what surely fits; block_d: head_dim, rounded up to a power of two."""
+    return PrefillConfig(block_m=64, block_n=64 if block_d <= 128 else 32, num_warps=4, num_stages=2)
+
+
+def prefill_config(configs: Configs[PrefillConfig], q: torch.Tensor) -> PrefillConfig:
+    """Return the configuration for queries q [T, H, D] by a table whose key is the power of two from D on."""
+    if q.dtype.itemsize == 4:
         return PrefillConfig(block_m=32, block_n=16, num_warps=4, num_stages=1)
-    default = PrefillConfig(block_m=64, block_n=64 if block_d <= 128 else 32, num_warps=4, num_stages=2)
-    return configs.get(block_d, default)
+    return configs.get(q.device, next_power_of_2(q.shape[2]))
 
 
 def launch_settings(

@@ -1,6 +1,7 @@
 """What a runner does before its first request: compile and load kernels, and find out what the largest step takes."""
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,17 +13,27 @@ from engine.step.model_runner import ModelRunner
 from kernels import sampling
 from kernels.corun import FLOPS_PER_BYTE, STEP_TOKENS, Corun
 from kernels.launch import cdiv, compiling_ahead
+from kernels.tune import tune_kernels
+from kernels.tuning import AttentionShape, WeightShape
 
 KERNEL_PROMPTS = (2, 32, 512)  # numbers of prompts that attention has kernels for: all are compiled at the start
 
 
 def compile_kernels(
-    runner: ModelRunner, graph_sizes: GraphSizes | None, num_tokens: int, num_samples: int, max_len: int
+    runner: ModelRunner,
+    graph_sizes: GraphSizes | None,
+    num_tokens: int,
+    num_samples: int,
+    max_len: int,
+    shapes: Sequence[WeightShape] = (),
+    attention: Sequence[AttentionShape] = (),
 ) -> None:
-    """All that `measure_step` and the graphs need, many at once: one by one they would take half a minute more.
+    """Compile all that `measure_step` and the graphs need, many at once: one by one they would take half a minute more.
 
-    A rehearsal finds out which those are; nothing but what libraries compute is launched in it.
+    A rehearsal finds out which those are; nothing but what libraries compute is launched in it. Kernels are tuned
+    first for those of the model's `shapes` and `attention` that no table knows: other configurations are other kernels.
     """
+    tune_kernels(shapes, attention=attention, dtype=runner.model.lm_head.weight.dtype, is_writer=runner.comm.rank == 0)
     with runner.model.model.few_layers(), compiling_ahead():
         _run_largest(runner, num_tokens, num_samples, max_len)
         if graph_sizes is not None:
