@@ -33,7 +33,9 @@ def compile_kernels(
     A rehearsal finds out which those are; nothing but what libraries compute is launched in it. Kernels are tuned
     first for those of the model's `shapes` and `attention` that no table knows: other configurations are other kernels.
     """
-    tune_kernels(shapes, attention=attention, dtype=runner.model.lm_head.weight.dtype, is_writer=runner.comm.rank == 0)
+    if shapes or attention:
+        dtype = runner.model.lm_head.weight.dtype
+        tune_kernels(shapes, attention=attention, dtype=dtype, is_writer=runner.comm.rank == 0)
     with runner.model.model.few_layers(), compiling_ahead():
         _run_largest(runner, num_tokens, num_samples, max_len)
         if graph_sizes is not None:
