@@ -74,7 +74,7 @@ def sampling_params(num_rows: int, temperature: float, top_k: int, top_p: float)
 
 
 def check() -> list[str]:
-    """What is wrong. Prints all differences, as shares of the largest value."""
+    """Print all differences, as shares of the largest value; return the ones that are too large."""
     wrong = []
 
     def report(name: str, found: float, allowed: float, end: str = ", ") -> None:

@@ -123,7 +123,7 @@ def configured(product: Product, config: GemvConfig) -> Callable[[Inputs, torch.
 
 
 def expected(product: Product, inputs: Inputs, weight: torch.Tensor) -> torch.Tensor:
-    """In float32, from the same bf16 values."""
+    """Return the right product, in float32, from the same bf16 values."""
     x = inputs.x
     if product.fused in ("norm", "act"):
         x = elementwise.rms_norm_torch(x, inputs.norm_weight, EPS)
@@ -141,7 +141,7 @@ class Case(NamedTuple):
 
 
 def run_case(case: Case) -> float:
-    """Compile and run once; the largest error relative to the largest value."""
+    """Compile and run once; return the largest error relative to the largest value."""
     torch.manual_seed(time.time_ns() % 2**31)
     inputs, weight = make_inputs(case.product, case.num_tokens), make_weight(case.product)
     right = expected(case.product, inputs, weight)
@@ -151,13 +151,15 @@ def run_case(case: Case) -> float:
 
 
 def relative_error(found: torch.Tensor, right: torch.Tensor) -> float:
-    """The largest error, as a share of the largest value."""
+    """Return the largest error, as a share of the largest value."""
     return ((found.float() - right).abs().max() / right.abs().max()).item()
 
 
 def compile_and_check(cases: list[Case]) -> set[Case]:
-    """The cases that cannot run. In processes of their own, since compiling holds the interpreter's lock; what they
-    compile is then in Triton's cache.
+    """Return the cases that cannot run.
+
+    They run in processes of their own, since compiling holds the interpreter's lock; Triton's cache then has their
+    kernels.
     """
     start = time.perf_counter()
     num_workers = max(1, min(12, (os.cpu_count() or 2) - 2))
@@ -192,7 +194,7 @@ def time_product(product: Product, num_tokens: int, run: Callable[[Inputs, torch
 
 
 def time_layers(products: list[Product], num_tokens: int, num_layers: int) -> float:
-    """Microseconds for one layer's products, each fed by the one before; a fifth one follows them all."""
+    """Return the microseconds of one layer's products, each fed by the one before; a fifth one follows them all."""
     qkv, o, gate_up, down, *last = products
     h = make_inputs(qkv, num_tokens).x
     norms = [make_inputs(qkv, 1).norm_weight for _ in range(2)]
@@ -214,7 +216,7 @@ def time_layers(products: list[Product], num_tokens: int, num_layers: int) -> fl
 def run_skinny(
     product: Product, inputs: Inputs, weight: torch.Tensor, config: SkinnyConfig | None = None
 ) -> torch.Tensor:
-    """Without the norm, which is a kernel of its own there."""
+    """Run the product without the norm, which is a kernel of its own there."""
     act = "silu" if product.fused == "act" else None
     residual = inputs.residual if product.fused == "add" else None
     return triton_skinny.skinny_gemm(inputs.x, weight, act=act, residual=residual, config=config)
@@ -270,12 +272,12 @@ def skinny_candidates(product: Product) -> list[SkinnyConfig]:
 
 
 def num_layers_of(products: list[Product]) -> int:
-    """Enough for their weights to exceed the L2 cache."""
+    """Return a number of layers whose weights exceed the L2 cache."""
     return 6 if products[0].k == 4096 else 28
 
 
 def check_capture_after_a_copy() -> None:
-    """A dependent launch right behind a copy or memset node of a graph, and a replay that gives the same bits."""
+    """Check a dependent launch right behind a copy or memset node of a graph, and that replays give the same bits."""
     product = PRODUCTS[1]
     inputs, weight = make_inputs(product, 1), make_weight(product)
     source, right = torch.randn_like(inputs.residual), []

@@ -12,7 +12,7 @@ from kernels.peer_memory import PeerMemory
 
 
 def all_reduce_torch(addends: list[torch.Tensor]) -> torch.Tensor:
-    """In float32, in order of rank, rounded once."""
+    """Return the sum of the ranks' tensors, added in float32 in the order of ranks and rounded once."""
     total = addends[0].float()
     for addend in addends[1:]:
         total = total + addend.float()
@@ -20,7 +20,7 @@ def all_reduce_torch(addends: list[torch.Tensor]) -> torch.Tensor:
 
 
 def all_reduce(x: torch.Tensor, memory: PeerMemory) -> torch.Tensor:
-    """The sum of all ranks' x, to the bit the same on each: what `all_reduce_torch` makes of the list of them.
+    """Return the sum of all ranks' x, to the bit the same on each rank: `all_reduce_torch` of the list of them.
 
     All ranks must call it, in the same order, with tensors for which `can_sum` holds.
     """

@@ -32,7 +32,7 @@ def attention_torch(
     softcap: float = 0.0,
     has_decodes: bool = True,
 ) -> torch.Tensor:
-    """The definition of `attention`. Sizes come from the host's lengths, so it cannot be captured."""
+    """Define `attention`. Sizes come from the host's lengths, so a CUDA graph cannot capture it."""
     out = torch.empty_like(q)
     if has_decodes:
         decodes_torch(q, k_cache, v_cache, batch, out, scale=scale, window=window, softcap=softcap)
@@ -54,7 +54,7 @@ def decodes_torch(
     window: int = -1,
     softcap: float = 0.0,
 ) -> None:
-    """`attention_torch` of the first num_decodes tokens alone, into `out`."""
+    """Write `attention_torch` of the first num_decodes tokens alone into `out`."""
     for members in _decode_sets(_SameBatch(batch), window, q.dtype):
         _decode(q, k_cache, v_cache, members, scale, softcap, out)
 
@@ -103,7 +103,7 @@ def _decode_sets(key: _SameBatch, window: int, dtype: torch.dtype) -> list[_Deco
 
 
 def _similar_lengths(lens: np.ndarray) -> Iterator[np.ndarray]:
-    """Split requests into sets that waste little when padded to their longest; indices, ascending in each set."""
+    """Yield sets of requests that waste little when padded to their longest: indices, ascending in each set."""
     order = np.argsort(-lens, kind="stable")
     start = 0
     while start < len(order):
@@ -124,7 +124,10 @@ def _decode(
     softcap: float,
     out: torch.Tensor,
 ) -> None:
-    """The heads of one KV head take the place of a sequence's queries, so nothing is repeated for them."""
+    """Write the attention of a set of single tokens into `out`.
+
+    The heads of one KV head take the place of a sequence's queries, so no key or value is repeated for them.
+    """
     queries = q[members.index]
     n, num_heads, head_dim = queries.shape
     num_kv_heads = k_cache.shape[1]
@@ -148,7 +151,7 @@ def _prefill(
     softcap: float,
     out: torch.Tensor,
 ) -> None:
-    """Request i, whose tokens are [start, end) of q."""
+    """Write the attention of request i, whose tokens are [start, end) of q, into `out`."""
     q_len, seq_len = end - start, int(batch.seq_lens_host[i])
     first_seen = max(seq_len - q_len + 1 - window, 0) if window >= 0 else 0  # by the first of its tokens
     slots = batch.slot_table[batch.rows[i], first_seen:seq_len]
@@ -167,7 +170,7 @@ def _prefill(
 
 
 def _gather(cache: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows `slots` [N] of the cache in `dtype`: [N, Hkv, D]."""
+    """Return rows `slots` [N] of the cache in `dtype`: [N, Hkv, D]."""
     if cache.dtype.itemsize == 1:  # torch gathers no float8
         return cache.view(torch.uint8).index_select(0, slots).view(cache.dtype).to(dtype)
     return cache.index_select(0, slots).to(dtype)
@@ -182,8 +185,10 @@ def _sdpa(
     scale: float,
     softcap: float,
 ) -> torch.Tensor:
-    """q [n, H, Q, D], k and v [n, Hkv, L, D], mask (bool, or to be added) broadcast to [n, H, Q, L]
-    -> [n, H, Q, D]."""
+    """Return softmax(scale q k^T) v [n, H, Q, D] of q [n, H, Q, D], k and v [n, Hkv, L, D].
+
+    mask: bool, or to be added to the scores; broadcast to [n, H, Q, L].
+    """
     is_grouped = q.shape[1] != k.shape[1]
     if not softcap:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=is_grouped)
@@ -209,7 +214,7 @@ def attention(
     backend: str = "torch",
     has_decodes: bool = True,
 ) -> torch.Tensor:
-    """q [T, H, D], caches [num_slots, Hkv, D] (q's dtype or float8) -> [T, H, D].
+    """Attend q [T, H, D] to the caches [num_slots, Hkv, D], in q's dtype or float8; return [T, H, D].
 
     window: a token sees at most that many last tokens, itself included; -1: all. softcap c > 0: scores become
     c tanh(score / c). Not has_decodes: single tokens' part of the result is left as it is (`kernels.corun` fills it).
@@ -229,9 +234,9 @@ def attention(
 
 
 def choose_backend(requested: str | None, device: torch.device) -> str:
-    """The backend for `device`; None asks for the best. Raises ValueError where `requested` cannot run.
+    """Choose the backend for `device`; None asks for the best. Raises ValueError where `requested` cannot run.
 
-    Where only FlashInfer itself is missing, that is a warning, and Triton serves in its place.
+    Where FlashInfer itself is all that is missing, warns, and Triton serves in its place.
     """
     if requested not in (None, *BACKENDS):
         raise ValueError(f"no attention backend {requested!r}; there are {', '.join(BACKENDS)}")

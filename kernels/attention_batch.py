@@ -27,7 +27,7 @@ class SharedPrefixes(Protocol):
 
 
 class AttentionBatch(Protocol):
-    """What attention reads of a step: T tokens of B requests, those with a single token first."""
+    """The part of a step that attention reads: T tokens of B requests, those with a single token first."""
 
     @property
     def rows(self) -> torch.Tensor:
@@ -47,15 +47,15 @@ class AttentionBatch(Protocol):
 
     @property
     def num_decodes(self) -> int:
-        """How many requests, the first ones, have a single token."""
+        """Number of requests, the first ones, that have a single token."""
 
     @property
     def q_lens_host(self) -> np.ndarray:
-        """Integers [B]. The kernels of "triton" do not look at it."""
+        """Integers [B]. The "triton" kernels do not read it."""
 
     @property
     def seq_lens_host(self) -> np.ndarray:
-        """Integers [B], likewise."""
+        """Integers [B]. The "triton" kernels do not read it."""
 
     @property
     def shared(self) -> SharedPrefixes | None:
@@ -63,4 +63,4 @@ class AttentionBatch(Protocol):
 
     @property
     def is_for_graph(self) -> bool:
-        """Will a CUDA graph replay this for steps of other lengths? Then the host's are not to be looked at."""
+        """Whether a CUDA graph replays this for steps of other lengths: the host's must then not be read."""

@@ -1,6 +1,6 @@
 """The passes between matrix products: RMS norm, gated activations, rotary embedding with the KV store.
 
-The torch function that ends in _torch defines each; tensors on a GPU take the kernel in `triton_elementwise`.
+Each is defined by the torch function whose name ends in _torch; tensors on a GPU take a kernel of `triton_elementwise`.
 """
 
 import torch
@@ -14,7 +14,7 @@ def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x²) + eps) * weight over the last dimension; [T, N] -> [T, N].
+    """Return x / sqrt(mean(x²) + eps) * weight over the last dimension; [T, N] -> [T, N].
 
     The normalized value is rounded to x's dtype before it meets the weight, as Hugging Face's Llama does.
     """
@@ -33,7 +33,7 @@ def act_and_mul_torch(x: torch.Tensor, act: str) -> torch.Tensor:
 
 
 def act_and_mul(x: torch.Tensor, act: str) -> torch.Tensor:
-    """act(gate) * up of x = [gate, up], act one of "silu", "gelu_tanh", "gelu"; [T, 2N] -> [T, N]."""
+    """Return act(gate) * up of x = [gate, up], act one of "silu", "gelu_tanh", "gelu"; [T, 2N] -> [T, N]."""
     if x.is_cuda:
         from kernels.triton_elementwise import act_and_mul_triton
 
@@ -115,7 +115,7 @@ def store(cache: torch.Tensor, slots: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def to_cache_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Cast, saturating: torch's cast to float8 turns what overflows into NaN or infinity."""
+    """Cast x to `dtype`, saturating: torch's cast to float8 turns values that overflow into NaN or infinity."""
     if dtype.itemsize == 1:
         limit = torch.finfo(dtype).max
         x = x.clamp(-limit, limit)
@@ -123,5 +123,5 @@ def to_cache_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def embed(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Rows of weight [vocab, N]; [T] -> [T, N]."""
+    """Return the rows `input_ids` of weight [vocab, N]; [T] -> [T, N]."""
     return F.embedding(input_ids, weight)

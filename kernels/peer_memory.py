@@ -11,7 +11,7 @@ DATA_BYTES = 4  # of the eight of a word
 
 @dataclass(frozen=True)
 class PeerMemory:
-    """What one rank has for sums with `size` ranks of one host."""
+    """The buffers of one rank for sums with `size` ranks of one host."""
 
     rank: int
     size: int
@@ -21,12 +21,14 @@ class PeerMemory:
 
     @staticmethod
     def buffer_words(size: int, max_bytes: int) -> int:
-        """int64 elements of a rank's buffer, zeros at first: addends of all ranks, of this sum and of the next."""
+        """Return the int64 elements of a rank's buffer, zeros at first: all addends to this sum and to the next."""
         return 2 * size * (max_bytes // DATA_BYTES)
 
     @staticmethod
     def num_programs(max_bytes: int) -> int:
+        """Return the programs of the largest sum."""
         return -(-max_bytes // (DATA_BYTES * BLOCK_WORDS))
 
     def can_sum(self, x: torch.Tensor) -> bool:
+        """Return whether `all_reduce` takes x through this memory."""
         return x.dtype in DTYPES and 0 < x.nbytes <= self.max_bytes and x.nbytes % DATA_BYTES == 0 and x.is_contiguous()

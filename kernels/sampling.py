@@ -17,7 +17,7 @@ def argmax_torch(logits: torch.Tensor) -> torch.Tensor:
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """The first largest of each row, or -1 where a row holds a NaN or inf or nothing but -inf; [S, V] -> int32 [S]."""
+    """Return the first largest of each row, [S, V] -> int32 [S]; -1 where a row holds a NaN or inf or only -inf."""
     if logits.is_cuda:
         from kernels.triton_sampling import argmax_triton  # here: a machine without a GPU need not have triton
 
@@ -47,7 +47,7 @@ def sample_torch(
 
 
 def _nucleus_floor(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """The smallest of scaled [S, V] that top_k [S, 1] and then top_p [S, 1] keep; [S]."""
+    """Return the smallest of scaled [S, V] that top_k [S, 1] and then top_p [S, 1] keep; [S]."""
     vocab_size = scaled.shape[1]
     largest = scaled.amax(dim=-1, keepdim=True)
     mass_of_all = (scaled - largest).exp_().sum(dim=-1, keepdim=True)
@@ -72,7 +72,7 @@ def _nucleus_floor(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tenso
 
 
 def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Standard Gumbel noise, fp32 [S, vocab_size], from a hash of (seed, position, token id).
+    """Return standard Gumbel noise, fp32 [S, vocab_size], from a hash of (seed, position, token id).
 
     MurmurHash3's 32-bit finalizer over the token id, keyed by two finalized words of seed and position; int32
     arithmetic wraps as the kernel's uint32 does.
@@ -94,7 +94,7 @@ def _finalize(x: torch.Tensor, key: torch.Tensor | int = 0) -> torch.Tensor:
 
 
 def _shift_right(x: torch.Tensor, num_bits: int) -> torch.Tensor:
-    """The shift of an unsigned word."""
+    """Shift x right as an unsigned word."""
     return (x >> num_bits) & ((1 << (32 - num_bits)) - 1)
 
 
@@ -111,7 +111,7 @@ def sample(
     seed: torch.Tensor,
     position: torch.Tensor,
 ) -> torch.Tensor:
-    """One token a row, or -1 where a row holds a NaN or inf or nothing but -inf; logits [S, V] -> int32 [S].
+    """Draw one token a row, or -1 where a row holds a NaN or inf or nothing but -inf; logits [S, V] -> int32 [S].
 
     temperature, top_p, min_p fp32 [S]; top_k and position int32 [S]; seed int64 [S]. A row with a temperature below
     1e-6 or top_k 1 gets its argmax. Else, in this order and with ties at a limit all kept:
@@ -150,10 +150,12 @@ def apply_penalties(
     presence: torch.Tensor,
     repetition: torch.Tensor,
 ) -> None:
-    """In place on logits [S, V]. counts int16 [R, V]: bit 14 is set for the prompt's tokens, the bits below count how
-    often a token was generated; logits row i belongs to counts[rows[i]]. Penalties fp32 [S], as OpenAI and
-    Hugging Face define them: repetition divides positive and multiplies negative logits of all tokens seen, then
-    frequency is subtracted once a time generated, presence once if generated at all.
+    """Apply penalties to logits [S, V], in place.
+
+    counts int16 [R, V]: bit 14 is set for the prompt's tokens, the bits below count how often a token was generated;
+    logits row i belongs to counts[rows[i]]. Penalties fp32 [S], as OpenAI and Hugging Face define them: repetition
+    divides positive and multiplies negative logits of all tokens seen, then frequency is subtracted once a time
+    generated, presence once if generated at all.
     """
     run = apply_penalties_torch
     if logits.is_cuda:
@@ -172,9 +174,10 @@ def apply_token_bitmask_torch(logits: torch.Tensor, bitmask: torch.Tensor, rows:
 
 
 def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, rows: torch.Tensor | None = None) -> None:
-    """-inf, in place on logits [S, V], where a token's bit is 0. bitmask int32 [M, ceil(V / 32)], token 32 w + b is
-    bit b of word w; line i belongs to logits row rows[i] (int32 [M]), to row i without `rows`. A negative row is
-    skipped, so that a captured graph can have unused lines.
+    """Set logits [S, V] to -inf, in place, where a token's bit is 0.
+
+    bitmask int32 [M, ceil(V / 32)], token 32 w + b is bit b of word w; line i belongs to logits row rows[i] (int32
+    [M]), to row i without `rows`. A negative row is skipped, so that a captured graph can have unused lines.
     """
     run = apply_token_bitmask_torch
     if logits.is_cuda:
@@ -187,7 +190,7 @@ def logsumexp_torch(logits: torch.Tensor) -> torch.Tensor:
 
 
 def logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """log(sum(exp(logits))) over V, in fp32; [S, V] -> fp32 [S]."""
+    """Return log(sum(exp(logits))) over V, in fp32; [S, V] -> fp32 [S]."""
     if logits.is_cuda:
         from kernels.triton_sampling import logsumexp_triton
 
@@ -198,8 +201,10 @@ def logsumexp(logits: torch.Tensor) -> torch.Tensor:
 def logprobs(
     logits: torch.Tensor, token_ids: torch.Tensor, k: int, ids: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Log-softmax of logits [S, V] where it is wanted: (of token_ids [S], the k largest [S, k], their ids int64
-    [S, k], of ids [S, M] or None), values fp32."""
+    """Return the log-softmax of logits [S, V], fp32, where it is wanted.
+
+    (of token_ids [S], the k largest [S, k], their ids int64 [S, k], of ids [S, M] or None).
+    """
     log_normalizer = logsumexp(logits).unsqueeze(1)
 
     def at(wanted: torch.Tensor) -> torch.Tensor:

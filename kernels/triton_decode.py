@@ -69,7 +69,7 @@ def decode(
     prefix_config: PrefillConfig | None = None,
     num_prefix_splits: int | None = None,
 ) -> None:
-    """The first num_decodes tokens of the batch, into `out`, which stays as it is where the length is 0: padding.
+    """Write the attention of the first num_decodes tokens into `out`, which stays as it is for padding, of length 0.
 
     Every program takes an equal run of the tiles of all requests and heads ("stream-K", Osama et al. 2023), so that
     any mix of lengths fills the chip. Where a run starts or ends inside a request, the program leaves a partial
@@ -149,7 +149,7 @@ def _prefix_partials(
     softcap: float,
     config: PrefillConfig,
 ) -> None:
-    """Attention of each group's members to its prefix, in `num_splits` parts: what `decode` merges with their own."""
+    """Compute the attention of each group's members to its prefix, in `num_splits` parts; `decode` merges them."""
     num_requests = batch.num_decodes
     num_kv_heads = k_cache.shape[1]
     block_group = next_power_of_2(q.shape[1] // num_kv_heads)
@@ -349,7 +349,7 @@ def _decode_kernel(
 
 @triton.jit
 def _program_of(tile, share, rest):
-    """The program that has `tile`, where the first `rest` programs have share + 1 each and the others share."""
+    """Return the program that has `tile`, where the first `rest` programs have share + 1 each and the others share."""
     split = rest * (share + 1)
     return tl.where(tile < split, tile // (share + 1), rest + (tile - split) // tl.maximum(share, 1))
 
@@ -370,9 +370,9 @@ def _merge(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The results of `num_own` programs and `num_prefix` parts of a prefix, as one: [BLOCK_GROUP, BLOCK_D].
+    """Merge the results of `num_own` programs and `num_prefix` parts of a prefix: [BLOCK_GROUP, BLOCK_D].
 
-    Loads go past the L1 cache, which may hold what lay there before.
+    Loads bypass the L1 cache, which may hold older values.
     """
     p = tl.arange(0, BLOCK_P)
     g = tl.arange(0, BLOCK_GROUP)

@@ -45,7 +45,7 @@ def prefill(
     num_splits: int | None = None,
     min_split_len: int = MIN_SPLIT_LEN,
 ) -> None:
-    """The tokens after the first num_decodes, whatever number of them a request has, into `out`.
+    """Write the attention of the tokens after the first num_decodes, any number of each request, into `out`.
 
     Where they do not fill the chip, or fill it a last time badly, their context is cut into up to `num_splits` parts;
     the last program to have attended to its part merges them. How many there are depends on the context, which only the
@@ -94,7 +94,7 @@ def prefill(
 
 
 def prefill_splits(num_programs: int, num_places: int) -> tuple[int, int]:
-    """(parts that a prompt's context is cut into at most, tokens of context that are worth a part).
+    """Return (most parts that a prompt's context is cut into, tokens of context that are worth a part).
 
     num_programs: for uncut contexts; num_places: how many programs the device runs at once. With 288 on 264 places the
     second wave would keep 24 of them as busy as the first one all.
@@ -241,9 +241,9 @@ def _prefill_kernel(
 def _merge(
     partial, partial_lse, first_row, num_splits, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """The results of a tile's parts, which lie one after another, as one: [BLOCK_M, BLOCK_D].
+    """Merge the results of a tile's parts, which lie one after another: [BLOCK_M, BLOCK_D].
 
-    Loads go past the L1 cache, which may hold what lay there before.
+    Loads bypass the L1 cache, which may hold older values.
     """
     m_rows = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)

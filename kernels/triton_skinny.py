@@ -22,8 +22,10 @@ PREFETCH_PIECE = tl.constexpr(64)  # elements that a thread asks for at once
 
 
 class SkinnyConfig(NamedTuple):
-    """A program has block_n rows of the weight (with an activation, of gate and of up each). Each of its warps has
-    block_k elements of them at a time, num_stages times over on their way; of each row `prefetch` elements are early.
+    """How `skinny_gemm` cuts a weight.
+
+    A program has block_n rows (with an activation, of gate and of up each). Each of its warps has block_k elements of
+    them at a time, num_stages times over on their way; of each row `prefetch` elements are asked for early.
     """
 
     block_n: int
@@ -34,6 +36,7 @@ class SkinnyConfig(NamedTuple):
 
 
 def default_skinny_config(k: int, block_t: int) -> SkinnyConfig:
+    """Return the configuration of shapes that no table has; it divides every K that `fits_skinny` takes."""
     num_warps = 4 if k % (4 * MIN_BLOCK_K) == 0 else 2
     if block_t <= MIN_BLOCK_T or k % (2 * MIN_BLOCK_K * num_warps):
         return SkinnyConfig(16, MIN_BLOCK_K, num_warps, 6)
@@ -45,7 +48,7 @@ SKINNY_CONFIGS = Configs("skinny", SkinnyConfig, lambda _num_rows, k, block_t: d
 
 
 def fits_skinny(k: int) -> bool:
-    """Whether `skinny_gemm` takes a weight with K columns."""
+    """Return whether `skinny_gemm` takes a weight with K columns."""
     return k % (2 * MIN_BLOCK_K) == 0
 
 
@@ -58,7 +61,11 @@ def skinny_gemm(
     residual: torch.Tensor | None = None,
     config: SkinnyConfig | None = None,
 ) -> torch.Tensor:
-    """x [T, K], weight [N, K] ([2N, K] with `act`) -> [T, N], or into `residual`; all contiguous."""
+    """Return x @ weight.T + bias [T, N] of up to 32 tokens x [T, K] and weight [N, K], all contiguous.
+
+    act: the weight is [2N, K], gate and up, and the result is act(gate) * up. residual [T, N]: the product is added to
+    it, in place, and it is returned. Results do not depend on `config` but for rounding.
+    """
     num_tokens, k = x.shape
     num_rows = weight.shape[0]
     n = num_rows // 2 if act else num_rows

@@ -90,7 +90,7 @@ class Tables:
     """All configurations that are known for a card, by kind of kernel and shape."""
 
     def __init__(self, card: str, cache_path: Path | None) -> None:
-        """`cache_path`: the file of what is found on this machine; None: it is not kept."""
+        """Read the tables. `cache_path`: the file of what this machine finds; None: nothing is kept."""
         self.card, self.cache_path = card, cache_path
         path = shipped_file(card)
         self._is_shipped_for_card = path is not None
@@ -170,7 +170,7 @@ class Configs(Generic[C]):
     """
 
     def __init__(self, kind: str, config: Callable[..., C], default: Callable[..., C]) -> None:
-        """`config`: the named tuple of its fields. `default`: makes one of a key that no table has."""
+        """Name the kernel. `config`: the named tuple of its fields; `default`: makes one of a key that no table has."""
         self.kind = kind
         self._config, self._default = config, default
         self.get = functools.cache(self._find)
