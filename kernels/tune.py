@@ -35,7 +35,6 @@ def tune_kernels(
     *,
     attention: Sequence[AttentionShape] = (),
     dtype: torch.dtype = torch.bfloat16,
-    is_writer: bool = True,
 ) -> None:
     """Find the fastest configuration of each kernel for those of a model's shapes that no table knows.
 
@@ -44,8 +43,8 @@ def tune_kernels(
     for float32, which is not served by configurations for it. Must run before kernels are compiled or captured in
     graphs for these shapes, and not inside `compiling_ahead`.
 
-    Every rank calls it, for its own card and without waiting for others. `is_writer`: keep what is found for later
-    starts of all ranks; one of them does. At a first start ranks may so differ by rounding.
+    Every rank calls it, for its own card and without waiting for others. At a first start they may so have different
+    configurations, and results that differ by rounding; later starts of all on a host read the same file.
     """
     if not torch.cuda.is_available() or dtype.itemsize != 2 or budget_s <= 0:
         return
@@ -56,8 +55,7 @@ def tune_kernels(
         found = tune(tasks_of(shapes, attention, dtype, device), budget_s, device)
     if found:
         torch.cuda.empty_cache()  # what follows measures how much memory a step takes
-        if is_writer:
-            tables(device).save()
+        tables(device).save()
 
 
 def tune(

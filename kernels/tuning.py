@@ -135,7 +135,7 @@ class Tables:
             try:
                 write_table(self.cache_path, [self.card], self._found)
             except ValueError:
-                self.cache_path.unlink()
+                self.cache_path.unlink(missing_ok=True)
                 write_table(self.cache_path, [self.card], self._found)
         except OSError as error:
             logger.warning("tuned configurations cannot be kept in %s: %s", self.cache_path, error)

@@ -34,8 +34,7 @@ def compile_kernels(
     first for those of the model's `shapes` and `attention` that no table knows: other configurations are other kernels.
     """
     if shapes or attention:
-        dtype = runner.model.lm_head.weight.dtype
-        tune_kernels(shapes, attention=attention, dtype=dtype, is_writer=runner.comm.rank == 0)
+        tune_kernels(shapes, attention=attention, dtype=runner.model.lm_head.weight.dtype)
     with runner.model.model.few_layers(), compiling_ahead():
         _run_largest(runner, num_tokens, num_samples, max_len)
         if graph_sizes is not None:
