@@ -78,10 +78,10 @@ class _DecodeSet:
 
     index: torch.Tensor | slice  # of the requests, in the batch and in q
     slots: torch.Tensor  # int32 [N * L]
-    mask: torch.Tensor | None  # [N, 1, 1, L], if some have fewer than L; to be added: torch makes that of a bool one
+    mask: torch.Tensor | None  # [N, 1, 1, L], to be added, if some have fewer than L; torch would convert a bool one
 
 
-@functools.lru_cache(maxsize=2)  # layers with a window and layers without; made anew for each step
+@functools.lru_cache(maxsize=2)  # one step's sets: of layers with a window and of layers without
 def _decode_sets(key: _SameBatch, window: int, dtype: torch.dtype) -> list[_DecodeSet]:
     batch = key.batch
     all_lens = batch.seq_lens_host[: batch.num_decodes]
@@ -153,7 +153,7 @@ def _prefill(
 ) -> None:
     """Write the attention of request i, whose tokens are [start, end) of q, into `out`."""
     q_len, seq_len = end - start, int(batch.seq_lens_host[i])
-    first_seen = max(seq_len - q_len + 1 - window, 0) if window >= 0 else 0  # by the first of its tokens
+    first_seen = max(seq_len - q_len + 1 - window, 0) if window >= 0 else 0  # by the request's first new token
     slots = batch.slot_table[batch.rows[i], first_seen:seq_len]
     k = _gather(k_cache, slots, q.dtype).transpose(0, 1)[None]
     v = _gather(v_cache, slots, q.dtype).transpose(0, 1)[None]

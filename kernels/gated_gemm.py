@@ -22,11 +22,11 @@ from kernels.launch import cache_folder, cdiv, num_sms
 
 logger = logging.getLogger(__name__)
 
-ROWS, DEPTH = 128, 64  # of a tile
+ROWS, DEPTH = 128, 64  # rows of a tile, and columns of x and weight that it reads at a time
 TILE_COLUMNS = (128, 112, 96, 64, 48, 32)
-COLUMN_OVERHEAD = 17  # a tile takes as long as its columns and so many more
+COLUMN_OVERHEAD = 17  # fixed cost of a tile, in columns
 MAX_ROW_TILES = 64  # with more of them, all tiles keep the multiprocessors equally busy
-SHARED_BYTES = 227 << 10  # that one block may have
+SHARED_BYTES = 227 << 10  # shared memory that one block may have
 STAGING_BYTES = 8 * 16 * 144
 BARRIER_BYTES = 256
 MAX_STAGES = 8
@@ -156,7 +156,7 @@ def _kernel(dtype: torch.dtype, act: str, tile: Tile, device: torch.device) -> "
 def source(dtype: torch.dtype, act: str, tile: Tile) -> str:
     """Return the source of a tile's kernel, for NVRTC."""
     short = "bf16" if dtype == torch.bfloat16 else "f16"
-    sums = range(tile.columns)  # in the registers of a thread
+    sums = range(tile.columns)  # registers of a thread
     defines = {
         "SILU": 1,
         "GELU_TANH": 2,

@@ -15,7 +15,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SLOW_COMPILING_S = 2.0  # kernels of an earlier start are read in less
+SLOW_COMPILING_S = 2.0  # reading the kernels of an earlier start takes less
 SLOW_LAUNCH_S = 0.2  # a first launch that takes longer has compiled; a kernel of an earlier start comes from disk
 
 

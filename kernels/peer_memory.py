@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BLOCK_WORDS = 512  # of a program
-DATA_BYTES = 4  # of the eight of a word
+BLOCK_WORDS = 512  # words that a program sums
+DATA_BYTES = 4  # data in a word of eight bytes
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class PeerMemory:
 
     rank: int
     size: int
-    max_bytes: int  # of an addend
+    max_bytes: int  # size of the largest addend
     addresses: torch.Tensor  # int64 [size]: where each rank's buffer lies as this rank sees it
     epochs: torch.Tensor  # int32, sums that each program has done; zeros at first
 

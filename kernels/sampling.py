@@ -8,7 +8,7 @@ import torch
 
 GREEDY_TEMPERATURE = 1e-6
 MAX_UNIFORM = 1 - 2.0**-24  # the largest float32 below 1
-PROMPT_BIT = 1 << 14  # of an entry of `counts`: the token occurs in the prompt; the bits below: times generated
+PROMPT_BIT = 1 << 14  # in `counts`: the token occurs in the prompt; the bits below count how often it was generated
 
 
 def argmax_torch(logits: torch.Tensor) -> torch.Tensor:

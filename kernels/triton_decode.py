@@ -38,7 +38,7 @@ def default_decode_config(block_d: int) -> DecodeConfig:
     return DecodeConfig(block_n=64 if block_d <= 128 else 32, num_warps=4, num_stages=3, programs_per_sm=2)
 
 
-# By (head_dim up to a power of two, most requests), and by (head_dim up to a power of two).
+# Keys: (head_dim rounded up to a power of two, most requests), and (head_dim rounded up to a power of two).
 DECODE_CONFIGS = Configs("decode", DecodeConfig, lambda block_d, _max_requests: default_decode_config(block_d))
 PREFIX_CONFIGS = Configs("prefix", PrefillConfig, default_prefill_config)
 

@@ -21,14 +21,14 @@ from kernels.triton_softmax import (
 )
 from kernels.tuning import Configs
 
-PREFILL_CONFIGS = Configs("prefill", PrefillConfig, default_prefill_config)  # by (head_dim up to a power of two)
+PREFILL_CONFIGS = Configs("prefill", PrefillConfig, default_prefill_config)  # by (head_dim, rounded up to 2^n)
 PREFILL_PROGRAMS_PER_SM = 2
 MAX_PREFILL_SPLITS = 8
-MAX_SPLIT_PROMPTS = 16  # more of them fill the chip
-MIN_SPLIT_LEN = 512  # tokens of context that are worth a program of their own, if there are places for more of them
-MIN_WAVE_SPLIT_LEN = 4096  # likewise, if there are none
-MAX_SPLIT_WAVES = 4  # of programs on the device, above which a last one that is hardly filled costs little
-SAME_WAVES = 1.08  # so little more waves are not worth more parts, which have to be merged
+MAX_SPLIT_PROMPTS = 16  # prompts whose contexts are cut; more of them fill the chip uncut
+MIN_SPLIT_LEN = 512  # tokens of context that are worth a program of their own while the device has places left
+MIN_WAVE_SPLIT_LEN = 4096  # tokens of context that are worth one where all places are taken
+MAX_SPLIT_WAVES = 4  # waves of programs above which a last one that is hardly filled costs little
+SAME_WAVES = 1.08  # ratio of waves that is not worth more parts, which have to be merged
 
 
 def prefill(

@@ -7,8 +7,8 @@ import triton.language as tl
 from kernels.launch import cdiv, fast_launch, next_power_of_2
 from kernels.triton_elementwise import launch_options, wait_for_input
 
-PIECE_BLOCK = 2048  # logits a program of the first pass looks at together: 8 a thread
-NUM_PROGRAMS = 1024  # of the first pass, at least, if the rows are long enough
+PIECE_BLOCK = 2048  # logits that a program of the first pass reads together: 8 a thread
+NUM_PROGRAMS = 1024  # least programs of the first pass, if the rows are long enough
 ROW_BLOCK, ROW_WARPS = 4096, 16
 
 
@@ -66,7 +66,7 @@ def _sample_triton(logits: torch.Tensor, params: tuple[torch.Tensor, ...] | None
         logits.stride(0),
         num_pieces,
         V=vocab_size,
-        # How many of the low bits of a logit's float32 are always the same.
+        # Low bits of a logit's float32 that are always the same.
         UNUSED_BITS={torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[logits.dtype],
         BLOCK_PIECES=next_power_of_2(num_pieces),
         BLOCK=ROW_BLOCK,
