@@ -1,11 +1,12 @@
 """Attention kernels on this GPU: right against the definition in float32, then timed for every candidate setting.
 
-    python -m bench.attention [--limit 90] [--parts check,decode,prefill,shared,flashinfer]
+    python -m bench.attention [--limit 90] [--parts check,decode,prefill,shared,flashinfer] [--write]
 
 Kernels are compiled by a pool of processes first. Times are of launches inside a CUDA graph that goes through the
 layers of a cache larger than the L2 cache, with slots scattered (page size 1); those of the definition in torch, which
-no graph can hold, are on a stream. The last table has the best setting of each shape, beside FlashInfer's time. Ends by
-itself after --limit seconds, with what it has.
+no graph can hold, are on a stream. The last table has the best setting of each shape, beside FlashInfer's time; then
+come the best settings as a table of `kernels/tuned`, which --write puts into this card's. Ends by itself after --limit
+seconds, with what it has.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,14 +26,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.roofline import elapsed_us, measure_roofline, stream_us
+from bench.roofline import measure_roofline, stream_us
+from bench.tables import publish
 from engine.step.batch import SharedPrefixes
 from kernels import flashinfer_attention
 from kernels.attention import attention_torch
+from kernels.attention_batch import AttentionBatch
+from kernels.timing import elapsed_us
 from kernels.triton_attention import attention_triton
-from kernels.triton_decode import decode
+from kernels.triton_decode import DECODE_LIMITS, decode
 from kernels.triton_prefill import prefill
 from kernels.triton_softmax import DecodeConfig, PrefillConfig
+from kernels.tuning import Entries
 
 PARTS = ("check", "decode", "prefill", "shared", "flashinfer")
 NUM_COMPILERS = 12
@@ -114,7 +119,7 @@ SHARED_SHAPES = {  # sizes of groups with 4096 tokens in common and 192 of each 
 
 @dataclass
 class Batch:
-    """What `kernels.attention.AttentionBatch` asks for."""
+    """Requests of a step, as `kernels.attention_batch.AttentionBatch`."""
 
     rows: torch.Tensor
     seq_lens: torch.Tensor
@@ -133,7 +138,7 @@ def make_batch(
     seed: int | None = None,
     device: str = "cuda",
 ) -> Batch:
-    """Requests of (q_len, seq_len), their slots scattered; groups of (shared tokens, members) share theirs."""
+    """Make requests of (q_len, seq_len), their slots scattered; groups of (shared tokens, members) share theirs."""
     rng = np.random.default_rng(seed)
     q_lens, seq_lens = (np.array(column, np.int64) for column in zip(*lens, strict=True))
     num_requests, num_rows, max_len = len(lens), len(lens) + 3, int(seq_lens.max()) + 5
@@ -170,7 +175,7 @@ def make_batch(
 
 
 def random_groups(sizes: tuple[int, ...], prefix_len: int) -> list[tuple[int, list[int]]]:
-    """Groups of those sizes that the first sum(sizes) requests are in, at random."""
+    """Make groups of those sizes that the first sum(sizes) requests are in, at random."""
     members = iter(np.random.default_rng().permutation(sum(sizes)).tolist())
     return [(prefix_len, list(itertools.islice(members, size))) for size in sizes]
 
@@ -202,7 +207,7 @@ class Problem:
         attention_torch(self.q, k, v, self.batch, **self.options)
 
     def difference(self) -> float:
-        """Of `out` from the definition in float32, at most."""
+        """Return the largest difference of `out` from the definition in float32."""
         k, v = self.cache[0].float()
         expected = attention_torch(self.q.float(), k, v, self.batch, **self.options)
         return (self.out.float() - expected).abs().nan_to_num(float("inf")).max().item()
@@ -243,7 +248,7 @@ CHECKS = {
 
 
 def run_check(name: str) -> float:
-    """The largest difference of a fresh random batch from the definition in float32."""
+    """Return the largest difference of a fresh random batch from the definition in float32."""
     case = CHECKS[name]
     batch = make_batch(list(case.lens), random_groups(case.group_sizes, 400) if case.group_sizes else None)
     problem = Problem(batch, case.heads, 1, case.dtype, case.options)
@@ -258,7 +263,7 @@ def run_check(name: str) -> float:
 
 
 def compile_decode(heads: Heads, num_requests: int, config: DecodeConfig) -> float:
-    """Compiles by running it, on little; the difference again."""
+    """Compile by running on a small batch; return the largest difference."""
     problem = Problem(make_batch([(1, 300)] * num_requests), heads)
     problem.decode(config=config)
     return problem.difference()
@@ -280,7 +285,7 @@ def compile_shared(config: PrefillConfig) -> float:
 
 
 def time_us(launch: Callable[[int], None], num_layers: int) -> float:
-    """Microseconds of `launch(layer)` in a CUDA graph of many."""
+    """Return the microseconds of `launch(layer)` in a CUDA graph of many."""
     num_launches = max(8, num_layers)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -346,7 +351,7 @@ def kv_bytes(heads: Heads, num_tokens: int) -> int:
 
 
 def attention_flops(heads: Heads, lens: list[tuple[int, int]]) -> int:
-    """Of the pairs that see each other; lens are (q_len, seq_len)."""
+    """Return the operations of the pairs that see each other; lens are (q_len, seq_len)."""
     pairs = sum(q_len * seq_len - q_len * (q_len - 1) // 2 for q_len, seq_len in lens)
     return 4 * pairs * heads.num_heads * heads.head_dim
 
@@ -361,7 +366,7 @@ def bench_decode(results: Results, with_flashinfer: bool) -> None:
         results.num_bytes[shape] = amount
         problem = Problem(make_batch([(1, seq_len) for seq_len in lens]), heads, -(-MIN_CACHE_BYTES // amount))
         if with_flashinfer:
-            plan = flashinfer_attention.DecodePlan(len(lens), sum(lens), problem.q.device)
+            plan = DecodePlan(len(lens), sum(lens), problem.q.device)
             plan.plan(problem.batch, flashinfer_shape(heads))
             results.add(shape, "flashinfer", partial(run_decode_plan, plan, problem), problem.num_layers)
             continue
@@ -370,7 +375,36 @@ def bench_decode(results: Results, with_flashinfer: bool) -> None:
         results.add_timed(shape, "twin", partial(stream_us, problem.twin))
 
 
-def run_decode_plan(plan: flashinfer_attention.DecodePlan, problem: Problem, layer: int) -> None:
+class DecodePlan:
+    """FlashInfer's tensor-core decode of `num_requests` single tokens.
+
+    `run` can be captured in a CUDA graph: its inputs lie in fixed buffers, and `plan` refills them before a replay.
+    """
+
+    def __init__(self, num_requests: int, max_total_tokens: int, device: torch.device) -> None:
+        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+        self.wrapper = BatchDecodeWithPagedKVCacheWrapper(
+            torch.empty(flashinfer_attention.WORKSPACE_BYTES, dtype=torch.uint8, device=device),
+            "NHD",
+            use_cuda_graph=True,
+            use_tensor_cores=True,
+            paged_kv_indptr_buffer=torch.empty(num_requests + 1, dtype=torch.int32, device=device),
+            paged_kv_indices_buffer=torch.empty(max_total_tokens, dtype=torch.int32, device=device),
+            paged_kv_last_page_len_buffer=torch.empty(num_requests, dtype=torch.int32, device=device),
+        )
+
+    def plan(self, batch: AttentionBatch, shape: flashinfer_attention.PlanShape) -> None:
+        """Plan a batch of single tokens only. Takes 0.2 to 0.9 ms of the host's time."""
+        indptr, slots = flashinfer_attention.kv_indices(batch, 0)
+        last_page_lens = torch.ones(len(indptr) - 1, dtype=torch.int32)
+        self.wrapper.plan(indptr, slots, last_page_lens, head_dim=shape.head_dim, **shape.arguments())
+
+    def run(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor) -> None:
+        self.wrapper.run(q, (k_cache[:, None], v_cache[:, None]), out=out)
+
+
+def run_decode_plan(plan: DecodePlan, problem: Problem, layer: int) -> None:
     k, v = problem.cache[layer]
     plan.run(problem.q, k, v, problem.out)
 
@@ -407,7 +441,7 @@ def bench_shared(results: Results) -> None:
 
 
 def bench_shared_prompts(results: Results) -> None:
-    """What prompts gain from keys and values that are the same ones: those of a prefix come from the L2 cache."""
+    """Measure how prompts gain from a shared prefix, whose keys and values come from the L2 cache."""
     for num_prompts, q_len in ((32, 128), (64, 16), (64, 4)):
         shape, lens = f"{num_prompts}x{q_len} after 4096", [(q_len, 4096 + q_len)] * num_prompts
         results.num_flops[shape] = attention_flops(LLAMA_8B, lens)
@@ -417,8 +451,8 @@ def bench_shared_prompts(results: Results) -> None:
             results.add(shape, setting, problem.prefill, 1)
 
 
-def flashinfer_shape(heads: Heads) -> flashinfer_attention.Shape:
-    return flashinfer_attention.Shape(
+def flashinfer_shape(heads: Heads) -> flashinfer_attention.PlanShape:
+    return flashinfer_attention.PlanShape(
         heads.num_heads,
         heads.num_kv_heads,
         heads.head_dim,
@@ -433,25 +467,27 @@ def flashinfer_shape(heads: Heads) -> flashinfer_attention.Shape:
 # ---- all of it ----
 
 
-def precompile(parts: list[str], deadline: float) -> list[str]:
-    """What is wrong, one line each. Compiled kernels are left in Triton's cache folder."""
-    tasks: dict[str, tuple[Callable[..., float], tuple[Any, ...], float]] = {}
+def compile_tasks(parts: list[str]) -> Iterator[tuple[str, Callable[..., float], tuple[Any, ...], float]]:
+    """Yield (name, function, arguments, largest difference allowed) of every kernel that `parts` run."""
     if "check" in parts:
         for name, case in CHECKS.items():
-            tasks[f"check {name}"] = run_check, (name,), case.tolerance
+            yield f"check {name}", run_check, (name,), case.tolerance
     if "decode" in parts:
         for heads, num_requests in ((LLAMA_8B, 1), (LLAMA_8B, 8), (LLAMA_8B, 32), (QWEN_06B, 32)):
             for config in {(*config[:3], config[4]): config for config in DECODE_CONFIGS}.values():
                 name = f"decode {heads.name} {num_requests} {name_of(config)}"
-                tasks[name] = compile_decode, (heads, num_requests, config), 0.03
+                yield name, compile_decode, (heads, num_requests, config), 0.03
     if "prefill" in parts:
-        for heads in (LLAMA_8B, QWEN_06B):
-            for prefill_config in PREFILL_CONFIGS:
-                name = f"prefill {heads.name} {name_of(prefill_config)}"
-                tasks[name] = compile_prefill, (heads, prefill_config), 0.03
+        for heads, prefill_config in itertools.product((LLAMA_8B, QWEN_06B), PREFILL_CONFIGS):
+            yield f"prefill {heads.name} {name_of(prefill_config)}", compile_prefill, (heads, prefill_config), 0.03
     if "shared" in parts:
         for prefill_config in PREFIX_CONFIGS:
-            tasks[f"shared {name_of(prefill_config)}"] = compile_shared, (prefill_config,), 0.03
+            yield f"shared {name_of(prefill_config)}", compile_shared, (prefill_config,), 0.03
+
+
+def precompile(parts: list[str], deadline: float) -> list[str]:
+    """Compile and check kernels, which are left in Triton's cache folder. Return what is wrong, one line each."""
+    tasks = {name: (function, args, tolerance) for name, function, args, tolerance in compile_tasks(parts)}
     num_processes = max(1, min(NUM_COMPILERS, (os.cpu_count() or 2) - 2, len(tasks)))
     pool = ProcessPoolExecutor(num_processes, get_context("spawn"))
     futures = {pool.submit(function, *args): name for name, (function, args, _) in tasks.items()}
@@ -468,10 +504,44 @@ def precompile(parts: list[str], deadline: float) -> list[str]:
     return wrong
 
 
+def best_entries(tables: dict[str, Results]) -> Entries:
+    """Return the best configurations as tables have them, for the heads that were timed."""
+    entries: Entries = {"decode": {}, "prefill": {}, "prefix": {}}
+    (head_dim,) = {LLAMA_8B.head_dim, QWEN_06B.head_dim}
+    requests = {shape: len(lens) for shape, _, lens in DECODE_SHAPES}
+    fewest = 0
+    for limit in DECODE_LIMITS:
+        times = {shape: row for shape, row in tables["decode"].times.items() if fewest < requests[shape] <= limit}
+        fewest = limit
+        if config := best_config(list(times.values()), DECODE_CONFIGS):
+            entries["decode"][head_dim, limit] = config._asdict()
+    prompts = [row for shape, row in tables["prefill"].times.items() if "after 4096" not in shape]
+    if prefill_config := best_config(prompts, PREFILL_CONFIGS):
+        entries["prefill"][head_dim,] = prefill_config._asdict()
+    if prefix_config := best_config(list(tables["shared"].times.values()), PREFIX_CONFIGS):
+        entries["prefix"][head_dim,] = prefix_config._asdict()
+    return {kind: configs for kind, configs in entries.items() if configs}
+
+
+def best_config(rows: list[dict[str, float]], configs: list[Any]) -> Any:
+    """Return the configuration whose times are the smallest multiples of the best ones, None if none has them all.
+
+    rows: of each shape, setting -> µs; of settings "configuration / splits" the best number of splits counts.
+    """
+    costs = {}
+    for config in configs:
+        name = name_of(config)
+        times = [[us for setting, us in row.items() if setting.split(" / ")[0] == name] for row in rows]
+        if times and all(times):
+            costs[config] = sum(min(own) / min(row.values()) for own, row in zip(times, rows, strict=True))
+    return min(costs, key=costs.__getitem__, default=None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=float, default=90.0, help="seconds it may take")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of " + ",".join(PARTS))
+    parser.add_argument("--write", action="store_true", help="put what is found into this card's shipped table")
     args = parser.parse_args()
     parts = args.parts.split(",")
     started = time.monotonic()
@@ -479,7 +549,7 @@ def main() -> None:
     wrong: list[str] = []
 
     def print_summary() -> int:
-        """The exit status."""
+        """Print the best settings and what is wrong; return the exit status."""
         print(f"\n==== {torch.cuda.get_device_name()}, {time.monotonic() - started:.0f} s; best settings ====")
         for results in tables.values():
             with contextlib.suppress(RuntimeError):  # the watchdog may catch a table while it grows
@@ -519,7 +589,9 @@ def main() -> None:
         bench_decode(tables["decode"], with_flashinfer=True)
         bench_prefill(tables["prefill"], with_flashinfer=True)
     watchdog.cancel()
-    sys.exit(print_summary())
+    status = print_summary()
+    publish(best_entries(tables), args.write)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ STEADY_S = 0.6  # of a size, of which the second half counts
 
 
 def mixed_plan(runner: ModelRunner, num_tokens: int, num_decodes: int, context: int) -> Plan:
-    """`num_decodes` behind `context` tokens each, the rest new prompts; rows and slots from the first on."""
+    """Plan `num_decodes` behind `context` tokens each, the rest new prompts; rows and slots from the first on."""
     prompt_lens = [PROMPT_LEN] * ((num_tokens - num_decodes) // PROMPT_LEN)
     if rest := num_tokens - num_decodes - sum(prompt_lens):
         prompt_lens.append(rest)
@@ -52,7 +52,7 @@ def mixed_plan(runner: ModelRunner, num_tokens: int, num_decodes: int, context: 
 
 
 def median_ms(runner: ModelRunner, plan: Plan) -> float:
-    """Of a step, two of which are always under way."""
+    """Return the median milliseconds of a step, two of which are always under way."""
     took_ms, steps = [], [runner.launch(plan)]
     start = last = time.perf_counter()
     while last - start < STEADY_S:

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.roofline import graph_us, measure_roofline, stream_us
+from bench.roofline import measure_roofline, stream_us
 from kernels import bookkeeping, elementwise, flashinfer_attention, sampling
+from kernels.timing import graph_us
 
 EPS = 1e-5
 BF16_DIFFERENCE, FP8_DIFFERENCE = 0.01, 0.13  # one rounding to the other side, of the largest value
@@ -73,7 +74,7 @@ def sampling_params(num_rows: int, temperature: float, top_k: int, top_p: float)
 
 
 def check() -> list[str]:
-    """What is wrong. Prints all differences, as shares of the largest value."""
+    """Print all differences, as shares of the largest value; return the ones that are too large."""
     wrong = []
 
     def report(name: str, found: float, allowed: float, end: str = ", ") -> None:

@@ -13,10 +13,11 @@ import sys
 
 import torch
 
-from bench.roofline import ROTATION_BYTES, graph_us, measure_roofline
+from bench.roofline import ROTATION_BYTES, measure_roofline
 from kernels.elementwise import act_and_mul, act_and_mul_torch
 from kernels.gated_gemm import ROWS, choose_tile, gated_gemm, is_available
 from kernels.launch import cdiv, num_sms
+from kernels.timing import graph_us
 
 SIZES = {"Llama-3-8B": (14336, 4096), "Qwen3-0.6B": (3072, 1024)}  # columns of the result, K
 NUM_TOKENS = (8, 64, 128, 256, 384, 512, 768, 1024, 2048, 8192)

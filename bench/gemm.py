@@ -1,13 +1,13 @@
 """Products of weights with one token or a few, on a GPU: right, and how near to the memory's speed.
 
-    python -m bench.gemm
-    python -m bench.gemm --skinny
+    python -m bench.gemm [--write]
+    python -m bench.gemm --skinny [--write]
 
 Every product of Llama-3-8B and Qwen3-0.6B in the fused form the model uses, in CUDA graphs over copies of the weights
 that together exceed the L2 cache. First each configuration for one token, then whole layers with the best ones for one
-to 64, beside cuBLAS. The lines at the end go into `GEMV_CONFIGS`. With --skinny instead the configurations for up to 16
-and up to 32 tokens, each judged by the time of whole layers: what a kernel takes alone says little of what it leaves to
-the next one, which begins while it runs. Its lines go into `SKINNY_CONFIGS`.
+to 64, beside cuBLAS. With --skinny instead the configurations for up to 16 and up to 32 tokens, each judged by the time
+of whole layers: what a kernel takes alone says little of what it leaves to the next one, which begins while it runs.
+Prints what it finds as a table of `kernels/tuned`; --write puts it into this card's table.
 """
 
 import argparse
@@ -24,12 +24,15 @@ from unittest import mock
 
 import torch
 
-from bench.roofline import ROTATION_BYTES, graph_us, measure_roofline
+from bench.roofline import ROTATION_BYTES, measure_roofline
+from bench.tables import publish
 from kernels import dense, elementwise, triton_gemm, triton_skinny
 from kernels.dense import DenseWeight
 from kernels.launch import compiling_ahead
+from kernels.timing import graph_us
 from kernels.triton_gemm import GemvConfig
 from kernels.triton_skinny import SKINNY_CONFIGS, SkinnyConfig
+from kernels.tuning import Fields, Key
 
 EPS = 1e-5
 COMPILE_LIMIT_S = 45
@@ -121,7 +124,7 @@ def configured(product: Product, config: GemvConfig) -> Callable[[Inputs, torch.
 
 
 def expected(product: Product, inputs: Inputs, weight: torch.Tensor) -> torch.Tensor:
-    """In float32, from the same bf16 values."""
+    """Return the right product, in float32, from the same bf16 values."""
     x = inputs.x
     if product.fused in ("norm", "act"):
         x = elementwise.rms_norm_torch(x, inputs.norm_weight, EPS)
@@ -139,7 +142,7 @@ class Case(NamedTuple):
 
 
 def run_case(case: Case) -> float:
-    """Compile and run once; the largest error relative to the largest value."""
+    """Compile and run once; return the largest error relative to the largest value."""
     torch.manual_seed(time.time_ns() % 2**31)
     inputs, weight = make_inputs(case.product, case.num_tokens), make_weight(case.product)
     right = expected(case.product, inputs, weight)
@@ -149,13 +152,15 @@ def run_case(case: Case) -> float:
 
 
 def relative_error(found: torch.Tensor, right: torch.Tensor) -> float:
-    """The largest error, as a share of the largest value."""
+    """Return the largest error, as a share of the largest value."""
     return ((found.float() - right).abs().max() / right.abs().max()).item()
 
 
 def compile_and_check(cases: list[Case]) -> set[Case]:
-    """The cases that cannot run. In processes of their own, since compiling holds the interpreter's lock; what they
-    compile is then in Triton's cache.
+    """Return the cases that cannot run.
+
+    They run in processes of their own, since compiling holds the interpreter's lock; Triton's cache then has their
+    kernels.
     """
     start = time.perf_counter()
     num_workers = max(1, min(12, (os.cpu_count() or 2) - 2))
@@ -202,7 +207,7 @@ class RMSNorm:
 
 
 def time_layers(products: list[Product], num_tokens: int, num_layers: int) -> float:
-    """Microseconds for one layer's products, each fed by the one before; a fifth one follows them all."""
+    """Return the microseconds of one layer's products, each fed by the one before; a fifth one follows them all."""
     qkv, o, gate_up, down, *last = products
     h = make_inputs(qkv, num_tokens).x
     norms = [RMSNorm(make_inputs(qkv, 1).norm_weight) for _ in range(2)]
@@ -225,7 +230,7 @@ def time_layers(products: list[Product], num_tokens: int, num_layers: int) -> fl
 def run_skinny(
     product: Product, inputs: Inputs, weight: torch.Tensor, config: SkinnyConfig | None = None
 ) -> torch.Tensor:
-    """Without the norm, which is a kernel of its own there."""
+    """Run the product without the norm, which is a kernel of its own there."""
     act = "silu" if product.fused == "act" else None
     residual = inputs.residual if product.fused == "add" else None
     return triton_skinny.skinny_gemm(inputs.x, weight, act=act, residual=residual, config=config)
@@ -245,8 +250,10 @@ def check_skinny() -> bool:
     return all(error < 0.01 for error in errors)  # not of one that is no number
 
 
-def find_skinny_configs(products: list[Product], num_layers: int) -> None:
-    """Prints lines for `SKINNY_CONFIGS`, product by product, those before at their best."""
+def find_skinny_configs(products: list[Product], num_layers: int) -> dict[Key, Fields]:
+    """Return the fastest configurations by shape: product by product, those before at their best."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    best: dict[Key, Fields] = {}
     with compiling_ahead():
         for product in products:
             weight = make_weight(product)
@@ -263,13 +270,14 @@ def find_skinny_configs(products: list[Product], num_layers: int) -> None:
                 continue  # `gated_gemm` has those
             key, timed = (product.n, product.k, max_tokens), []
             for config in skinny_candidates(product):
-                SKINNY_CONFIGS[key] = config
+                SKINNY_CONFIGS.record(device, key, config)
                 timed.append((time_layers(products, num_tokens, num_layers), config))
             timed.sort()
-            SKINNY_CONFIGS[key] = timed[0][1]
-            others = ", ".join(f"{us:.1f} {tuple(config)[:4]}" for us, config in timed[1:4])
-            line = f"{key}: SkinnyConfig{tuple(timed[0][1])[:4]},"
-            print(f"    {line:56s}# {product.name}: {timed[0][0]:.1f} us, then {others}", flush=True)
+            SKINNY_CONFIGS.record(device, key, timed[0][1])
+            best[key] = timed[0][1]._asdict()
+            listed = ", ".join(f"{us:.1f} {tuple(config)[:4]}" for us, config in timed[:4])
+            print(f"    {key} {product.name}: {listed}", flush=True)
+    return best
 
 
 def skinny_candidates(product: Product) -> list[SkinnyConfig]:
@@ -278,12 +286,12 @@ def skinny_candidates(product: Product) -> list[SkinnyConfig]:
 
 
 def num_layers_of(products: list[Product]) -> int:
-    """Enough for their weights to exceed the L2 cache."""
+    """Return a number of layers whose weights exceed the L2 cache."""
     return 6 if products[0].k == 4096 else 28
 
 
 def check_capture_after_a_copy() -> None:
-    """A dependent launch right behind a copy or memset node of a graph, and a replay that gives the same bits."""
+    """Check a dependent launch right behind a copy or memset node of a graph, and that replays give the same bits."""
     product = PRODUCTS[1]
     inputs, weight = make_inputs(product, 1), make_weight(product)
     source, right = torch.randn_like(inputs.residual), []
@@ -307,10 +315,14 @@ def check_capture_after_a_copy() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--skinny", action="store_true", help="the configurations for a few tokens")
-    if parser.parse_args().skinny:
+    parser.add_argument("--write", action="store_true", help="put what is found into this card's shipped table")
+    args = parser.parse_args()
+    if args.skinny:
+        found: dict[Key, Fields] = {}
         for model, products in MODELS.items():
             print(f"# {model}")
-            find_skinny_configs(products, num_layers_of(products))
+            found |= find_skinny_configs(products, num_layers_of(products))
+        publish({"skinny": found}, args.write)
         return
     start = time.perf_counter()
     cases = [Case(product, 1, config) for product in PRODUCTS for config in candidates(product)]
@@ -318,9 +330,19 @@ def main() -> None:
     broken = compile_and_check(cases)
     is_right = check_skinny() and not broken
     check_capture_after_a_copy()
+    best = find_gemv_configs(broken)
+    print_gemv_times(best)
+    print_layer_times(deadline=start + 120)
+    publish({"gemv": {(p.n, p.k): config._asdict() for p, (_, config) in best.items()}}, args.write)
+    print(f"{time.perf_counter() - start:.0f} s in all")
+    sys.exit(0 if is_right else 1)
+
+
+def find_gemv_configs(broken: set[Case]) -> dict[Product, tuple[float, GemvConfig]]:
+    """Return the fastest configuration of each product for one token and its microseconds; use it from now on."""
     print(f"\n{'':22s}{'n x k':>14s}  us of each (block_n, warps, prefetch)")
+    device = torch.device("cuda", torch.cuda.current_device())
     best: dict[Product, tuple[float, GemvConfig]] = {}
-    rows = []
     for model, products in MODELS.items():
         for product in products:
             timed = sorted(
@@ -331,22 +353,30 @@ def main() -> None:
             best[product] = timed[0]
             listed = "  ".join(f"{us:.2f} ({c.block_n}, {c.num_warps}, {c.prefetch})" for us, c in timed)
             print(f"{model + ' ' + product.name:22s}{f'{product.n} x {product.k}':>14s}  {listed}", flush=True)
-            config = timed[0][1]
-            with mock.patch.object(triton_gemm, "has_dependent_launch", lambda device: False):
-                alone = time_product(product, 1, configured(product, config))
-            cublas = time_product(product, 1, lambda i, w: torch.nn.functional.linear(i.x, w))
-            rows.append((model, product, alone, cublas))
-    triton_gemm.GEMV_CONFIGS.update({(p.n, p.k): config for p, (_, config) in best.items()})
+            triton_gemm.GEMV_CONFIGS.record(device, (product.n, product.k), timed[0][1])
+    return best
 
+
+def print_gemv_times(best: dict[Product, tuple[float, GemvConfig]]) -> None:
+    """Print each product's best time for one token beside the roofline, no dependent launch and cuBLAS."""
     roofline = measure_roofline()
     print(f"\n{roofline}")
     columns = f"{'us':>9s}{'TB/s':>7s}{'of it':>7s}{'no PDL':>9s}{'cuBLAS (product alone)':>24s}"
     print(f"{'one token':22s}{'n x k':>14s}{columns}")
-    for model, product, alone, cublas in rows:
-        us = best[product][0]
-        rate, share = product.weight_bytes / us / 1e6, roofline.share(us, product.weight_bytes)
-        name, size = f"{model} {product.name}", f"{product.n} x {product.k}"
-        print(f"{name:22s}{size:>14s}{us:9.2f}{rate:7.2f}{share:7.0%}{alone:9.2f}{cublas:24.2f}")
+    for model, products in MODELS.items():
+        for product in products:
+            us, config = best[product]
+            with mock.patch.object(triton_gemm, "has_dependent_launch", lambda device: False):
+                alone = time_product(product, 1, configured(product, config))
+            cublas = time_product(product, 1, lambda i, w: torch.nn.functional.linear(i.x, w))
+            rate, share = product.weight_bytes / us / 1e6, roofline.share(us, product.weight_bytes)
+            name, size = f"{model} {product.name}", f"{product.n} x {product.k}"
+            print(f"{name:22s}{size:>14s}{us:9.2f}{rate:7.2f}{share:7.0%}{alone:9.2f}{cublas:24.2f}")
+
+
+def print_layer_times(deadline: float) -> None:
+    """Print the times of whole layers for one to 64 tokens beside cuBLAS's, of few more after `deadline`."""
+    roofline = measure_roofline()
     print(f"\n{'layer, us':22s}{'tokens':>8s}{'ours':>9s}{'TB/s':>7s}{'of it':>7s}{'cuBLAS':>9s}")
     for model, products in MODELS.items():
         num_layers = num_layers_of(products)
@@ -359,13 +389,8 @@ def main() -> None:
                 cublas = time_layers(products[:4], num_tokens, num_layers)
             rate, share = layer_bytes / ours / 1e6, roofline.share(ours, layer_bytes)
             print(f"{model:22s}{num_tokens:>8d}{ours:9.1f}{rate:7.2f}{share:7.0%}{cublas:9.1f}", flush=True)
-            if time.perf_counter() - start > 120:
+            if time.perf_counter() > deadline:
                 break
-    print("\nGEMV_CONFIGS:")
-    for product, (_, config) in best.items():
-        print(f"    ({product.n}, {product.k}): GemvConfig{tuple(config)},")
-    print(f"{time.perf_counter() - start:.0f} s in all")
-    sys.exit(0 if is_right else 1)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,23 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.timing import elapsed_us, graph_us
+
 COPY_BYTES = 1 << 30
 PRODUCT_SIZE = 8192
 ROTATION_BYTES = 200 << 20  # of weights between two uses of the same ones: the L2 cache holds 50 MB
 
 
 class Roofline(NamedTuple):
+    """The rates of this GPU, as measured."""
+
     bytes_per_s: float
-    """Of device memory, read or written. What stays in the L2 cache may be faster."""
+    """Bytes of device memory, read or written. What stays in the L2 cache may be faster."""
     flops_per_s: float
-    """Of bfloat16 products, summed in float32."""
+    """Operations of bfloat16 products, summed in float32."""
 
     def share(self, us: float, num_bytes: float, num_flops: float = 0.0) -> float:
-        """The least time in which the bytes could be moved and the products made, as a share of `us`."""
+        """Return the least time for moving the bytes and making the products, as a share of `us`."""
         return 1e6 * max(num_bytes / self.bytes_per_s, num_flops / self.flops_per_s) / us
 
     def __str__(self) -> str:
@@ -30,6 +34,7 @@ class Roofline(NamedTuple):
 
 @functools.cache
 def measure_roofline() -> Roofline:
+    """Measure both rates of the current GPU, at the first call."""
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copy_us = graph_us([lambda: target.copy_(source)] * 4)
@@ -38,35 +43,7 @@ def measure_roofline() -> Roofline:
     return Roofline(2e6 * COPY_BYTES / copy_us, 2e6 * PRODUCT_SIZE**3 / product_us)
 
 
-def graph_us(launches: list[Callable[[], object]], num_replays: int = 20) -> float:
-    """Microseconds a launch when all run one after another in a CUDA graph."""
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for launch in launches[:2]:
-            launch()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for launch in launches:
-                launch()
-        for _ in range(3):
-            graph.replay()
-        return elapsed_us(graph.replay, num_replays) / len(launches)
-
-
 def stream_us(launch: Callable[[], object], num_launches: int = 5) -> float:
-    """Microseconds a launch of what cannot be in a CUDA graph; the host's share is in it where that is longer."""
+    """Return the microseconds of a launch that cannot be in a CUDA graph; of the host, where it takes longer."""
     launch()
     return elapsed_us(launch, num_launches)
-
-
-def elapsed_us(launch: Callable[[], object], num_launches: int) -> float:
-    """Microseconds a launch, of so many one after another on the current stream."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(num_launches):
-        launch()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1000 / num_launches

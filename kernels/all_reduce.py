@@ -6,51 +6,24 @@ of data travel in one eight-byte word with the number of the sum, so that a word
 (as in NCCL's LL protocol): no barrier, no fence. That doubles the bytes, which is why large sums go another way.
 """
 
-from dataclasses import dataclass
-
 import torch
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BLOCK_WORDS = 512  # of a program
-DATA_BYTES = 4  # of the eight of a word
+from kernels.peer_memory import PeerMemory
 
 
-@dataclass(frozen=True)
-class PeerMemory:
-    """What one rank has for sums with `size` ranks of one host."""
-
-    rank: int
-    size: int
-    max_bytes: int  # of an addend
-    addresses: torch.Tensor  # int64 [size]: where each rank's buffer lies as this rank sees it
-    epochs: torch.Tensor  # int32, sums that each program has done; zeros at first
-
-    @staticmethod
-    def buffer_words(size: int, max_bytes: int) -> int:
-        """int64 elements of a rank's buffer, zeros at first: addends of all ranks, of this sum and of the next."""
-        return 2 * size * (max_bytes // DATA_BYTES)
-
-    @staticmethod
-    def num_programs(max_bytes: int) -> int:
-        return -(-max_bytes // (DATA_BYTES * BLOCK_WORDS))
-
-    def can_sum(self, x: torch.Tensor) -> bool:
-        return x.dtype in DTYPES and 0 < x.nbytes <= self.max_bytes and x.nbytes % DATA_BYTES == 0 and x.is_contiguous()
+def all_reduce_torch(addends: list[torch.Tensor]) -> torch.Tensor:
+    """Return the sum of the ranks' tensors, added in float32 in the order of ranks and rounded once."""
+    total = addends[0].float()
+    for addend in addends[1:]:
+        total = total + addend.float()
+    return total.to(addends[0].dtype)
 
 
 def all_reduce(x: torch.Tensor, memory: PeerMemory) -> torch.Tensor:
-    """The sum of all ranks' x, to the bit the same on each: what `all_reduce_torch` makes of the list of them.
+    """Return the sum of all ranks' x, to the bit the same on each rank: `all_reduce_torch` of the list of them.
 
     All ranks must call it, in the same order, with tensors for which `can_sum` holds.
     """
     from kernels.triton_all_reduce import all_reduce_triton  # here: a machine without a GPU need not have triton
 
     return all_reduce_triton(x, memory)
-
-
-def all_reduce_torch(addends: list[torch.Tensor]) -> torch.Tensor:
-    """In float32, in order of rank, rounded once."""
-    total = addends[0].float()
-    for addend in addends[1:]:
-        total = total + addend.float()
-    return total.to(addends[0].dtype)

@@ -8,127 +8,17 @@ import functools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kernels.attention_batch import AttentionBatch
+
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("flashinfer", "triton", "torch")
-
-
-class SharedPrefixes(Protocol):
-    """Groups of decoding requests whose first tokens lie in the same slots. Each request is in one group at most."""
-
-    @property
-    def prefix_lens(self) -> torch.Tensor:
-        """int32 [G], shared tokens; 0 for an unused group."""
-
-    @property
-    def cu_members(self) -> torch.Tensor:
-        """int32 [G + 1], where each group's requests start in `members`."""
-
-    @property
-    def members(self) -> torch.Tensor:
-        """int32 [B], request indices, group after group."""
-
-    @property
-    def own_starts(self) -> torch.Tensor:
-        """int32 [B], the first token that is not in the request's group's prefix."""
-
-
-class AttentionBatch(Protocol):
-    """What attention reads of a step: T tokens of B requests, those with a single token first."""
-
-    @property
-    def rows(self) -> torch.Tensor:
-        """int32 [B], each request's line in slot_table."""
-
-    @property
-    def seq_lens(self) -> torch.Tensor:
-        """int32 [B], tokens that a request's last token sees, itself included; 0: padding, with any result."""
-
-    @property
-    def cu_q_lens(self) -> torch.Tensor:
-        """int32 [B + 1], where each request's tokens start in [T]."""
-
-    @property
-    def slot_table(self) -> torch.Tensor:
-        """int32 [num_rows, max_context]."""
-
-    @property
-    def num_decodes(self) -> int:
-        """How many requests, the first ones, have a single token."""
-
-    @property
-    def q_lens_host(self) -> np.ndarray:
-        """Integers [B]. The kernels of "triton" do not look at it."""
-
-    @property
-    def seq_lens_host(self) -> np.ndarray:
-        """Integers [B], likewise."""
-
-    @property
-    def shared(self) -> SharedPrefixes | None:
-        """Prefixes to read once per group. They change the work, not the result."""
-
-    @property
-    def is_for_graph(self) -> bool:
-        """Will a CUDA graph replay this for steps of other lengths? Then the host's are not to be looked at."""
-
-
-def attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    batch: AttentionBatch,
-    *,
-    scale: float,
-    window: int = -1,
-    softcap: float = 0.0,
-    backend: str = "torch",
-    has_decodes: bool = True,
-) -> torch.Tensor:
-    """q [T, H, D], caches [num_slots, Hkv, D] (q's dtype or float8) -> [T, H, D].
-
-    window: a token sees at most that many last tokens, itself included; -1: all. softcap c > 0: scores become
-    c tanh(score / c). Not has_decodes: single tokens' part of the result is left as it is (`kernels.corun` fills it).
-    In a CUDA graph "flashinfer", which plans on the host, leaves all to "triton", as it always does for single tokens:
-    that depends on nothing but shapes, and reads lengths and slots on the device.
-    """
-    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "has_decodes": has_decodes}
-    if backend == "torch":
-        return attention_torch(q, k_cache, v_cache, batch, **options)
-    from kernels.triton_attention import attention_triton  # here: a machine without a GPU need not have triton
-
-    if backend == "triton" or batch.is_for_graph or batch.num_decodes == len(batch.rows):
-        return attention_triton(q, k_cache, v_cache, batch, **options)
-    from kernels.flashinfer_attention import attention_flashinfer
-
-    return attention_flashinfer(q, k_cache, v_cache, batch, **options)
-
-
-def choose_backend(requested: str | None, device: torch.device) -> str:
-    """The backend for `device`; None asks for the best. Raises ValueError where `requested` cannot run.
-
-    Where only FlashInfer itself is missing, that is a warning, and Triton serves in its place.
-    """
-    if requested not in (None, *BACKENDS):
-        raise ValueError(f"no attention backend {requested!r}; there are {', '.join(BACKENDS)}")
-    if requested == "torch" or (requested is None and device.type != "cuda"):
-        return "torch"
-    if device.type != "cuda":
-        raise ValueError(f"attention backend {requested!r} needs a CUDA device, and this is {device.type!r}")
-    if requested == "flashinfer":
-        from kernels.flashinfer_attention import is_available
-
-        available, reason = is_available()
-        if not available:
-            logger.warning("attention backend 'flashinfer' cannot run, triton serves instead: %s", reason)
-            return "triton"
-    return requested or "triton"
 
 
 def attention_torch(
@@ -142,7 +32,7 @@ def attention_torch(
     softcap: float = 0.0,
     has_decodes: bool = True,
 ) -> torch.Tensor:
-    """The definition of `attention`. Sizes come from the host's lengths, so it cannot be captured."""
+    """Define `attention`. Sizes come from the host's lengths, so a CUDA graph cannot capture it."""
     out = torch.empty_like(q)
     if has_decodes:
         decodes_torch(q, k_cache, v_cache, batch, out, scale=scale, window=window, softcap=softcap)
@@ -164,7 +54,7 @@ def decodes_torch(
     window: int = -1,
     softcap: float = 0.0,
 ) -> None:
-    """`attention_torch` of the first num_decodes tokens alone, into `out`."""
+    """Write `attention_torch` of the first num_decodes tokens alone into `out`."""
     for members in _decode_sets(_SameBatch(batch), window, q.dtype):
         _decode(q, k_cache, v_cache, members, scale, softcap, out)
 
@@ -188,10 +78,10 @@ class _DecodeSet:
 
     index: torch.Tensor | slice  # of the requests, in the batch and in q
     slots: torch.Tensor  # int32 [N * L]
-    mask: torch.Tensor | None  # [N, 1, 1, L], if some have fewer than L; to be added: torch makes that of a bool one
+    mask: torch.Tensor | None  # [N, 1, 1, L], to be added, if some have fewer than L; torch would convert a bool one
 
 
-@functools.lru_cache(maxsize=2)  # layers with a window and layers without; made anew for each step
+@functools.lru_cache(maxsize=2)  # one step's sets: of layers with a window and of layers without
 def _decode_sets(key: _SameBatch, window: int, dtype: torch.dtype) -> list[_DecodeSet]:
     batch = key.batch
     all_lens = batch.seq_lens_host[: batch.num_decodes]
@@ -213,7 +103,7 @@ def _decode_sets(key: _SameBatch, window: int, dtype: torch.dtype) -> list[_Deco
 
 
 def _similar_lengths(lens: np.ndarray) -> Iterator[np.ndarray]:
-    """Split requests into sets that waste little when padded to their longest; indices, ascending in each set."""
+    """Yield sets of requests that waste little when padded to their longest: indices, ascending in each set."""
     order = np.argsort(-lens, kind="stable")
     start = 0
     while start < len(order):
@@ -234,7 +124,10 @@ def _decode(
     softcap: float,
     out: torch.Tensor,
 ) -> None:
-    """The heads of one KV head take the place of a sequence's queries, so nothing is repeated for them."""
+    """Write the attention of a set of single tokens into `out`.
+
+    The heads of one KV head take the place of a sequence's queries, so no key or value is repeated for them.
+    """
     queries = q[members.index]
     n, num_heads, head_dim = queries.shape
     num_kv_heads = k_cache.shape[1]
@@ -258,9 +151,9 @@ def _prefill(
     softcap: float,
     out: torch.Tensor,
 ) -> None:
-    """Request i, whose tokens are [start, end) of q."""
+    """Write the attention of request i, whose tokens are [start, end) of q, into `out`."""
     q_len, seq_len = end - start, int(batch.seq_lens_host[i])
-    first_seen = max(seq_len - q_len + 1 - window, 0) if window >= 0 else 0  # by the first of its tokens
+    first_seen = max(seq_len - q_len + 1 - window, 0) if window >= 0 else 0  # by the request's first new token
     slots = batch.slot_table[batch.rows[i], first_seen:seq_len]
     k = _gather(k_cache, slots, q.dtype).transpose(0, 1)[None]
     v = _gather(v_cache, slots, q.dtype).transpose(0, 1)[None]
@@ -277,7 +170,7 @@ def _prefill(
 
 
 def _gather(cache: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows `slots` [N] of the cache in `dtype`: [N, Hkv, D]."""
+    """Return rows `slots` [N] of the cache in `dtype`: [N, Hkv, D]."""
     if cache.dtype.itemsize == 1:  # torch gathers no float8
         return cache.view(torch.uint8).index_select(0, slots).view(cache.dtype).to(dtype)
     return cache.index_select(0, slots).to(dtype)
@@ -292,8 +185,10 @@ def _sdpa(
     scale: float,
     softcap: float,
 ) -> torch.Tensor:
-    """q [n, H, Q, D], k and v [n, Hkv, L, D], mask (bool, or to be added) broadcast to [n, H, Q, L]
-    -> [n, H, Q, D]."""
+    """Return softmax(scale q k^T) v [n, H, Q, D] of q [n, H, Q, D], k and v [n, Hkv, L, D].
+
+    mask: bool, or to be added to the scores; broadcast to [n, H, Q, L].
+    """
     is_grouped = q.shape[1] != k.shape[1]
     if not softcap:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=is_grouped)
@@ -305,3 +200,55 @@ def _sdpa(
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return (scores.softmax(-1) @ v.float().repeat_interleave(group, 1)).to(q.dtype)
+
+
+def attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    window: int = -1,
+    softcap: float = 0.0,
+    backend: str = "torch",
+    has_decodes: bool = True,
+) -> torch.Tensor:
+    """Attend q [T, H, D] to the caches [num_slots, Hkv, D], in q's dtype or float8; return [T, H, D].
+
+    window: a token sees at most that many last tokens, itself included; -1: all. softcap c > 0: scores become
+    c tanh(score / c). Not has_decodes: single tokens' part of the result is left as it is (`kernels.corun` fills it).
+    In a CUDA graph "flashinfer", which plans on the host, leaves all to "triton", as it always does for single tokens:
+    that depends on nothing but shapes, and reads lengths and slots on the device.
+    """
+    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "has_decodes": has_decodes}
+    if backend == "torch":
+        return attention_torch(q, k_cache, v_cache, batch, **options)
+    from kernels.triton_attention import attention_triton  # here: a machine without a GPU need not have triton
+
+    if backend == "triton" or batch.is_for_graph or batch.num_decodes == len(batch.rows):
+        return attention_triton(q, k_cache, v_cache, batch, **options)
+    from kernels.flashinfer_attention import attention_flashinfer
+
+    return attention_flashinfer(q, k_cache, v_cache, batch, **options)
+
+
+def choose_backend(requested: str | None, device: torch.device) -> str:
+    """Choose the backend for `device`; None asks for the best. Raises ValueError where `requested` cannot run.
+
+    Where FlashInfer itself is all that is missing, warns, and Triton serves in its place.
+    """
+    if requested not in (None, *BACKENDS):
+        raise ValueError(f"no attention backend {requested!r}; there are {', '.join(BACKENDS)}")
+    if requested == "torch" or (requested is None and device.type != "cuda"):
+        return "torch"
+    if device.type != "cuda":
+        raise ValueError(f"attention backend {requested!r} needs a CUDA device, and this is {device.type!r}")
+    if requested == "flashinfer":
+        from kernels.flashinfer_attention import is_available
+
+        available, reason = is_available()
+        if not available:
+            logger.warning("attention backend 'flashinfer' cannot run, triton serves instead: %s", reason)
+            return "triton"
+    return requested or "triton"

@@ -1,4 +1,4 @@
-"""What a step does to the per-row tables before its first layer and after its sampler."""
+"""Updates of the per-row tables, before a step's first layer and after its sampler."""
 
 import torch
 
@@ -28,7 +28,7 @@ def begin_step(
     last_tokens: torch.Tensor,
     slot_table: torch.Tensor,
 ) -> None:
-    """`begin_step_torch`, as one kernel on a GPU."""
+    """Run `begin_step_torch`, as one kernel on a GPU."""
     if not input_ids.is_cuda:
         begin_step_torch(input_ids, positions, out_cache_loc, token_rows, last_tokens, slot_table)
         return
@@ -38,7 +38,7 @@ def begin_step(
 
 
 def end_step_torch(tokens: torch.Tensor, rows: torch.Tensor, last_tokens: torch.Tensor) -> None:
-    """Note each row's sampled token for the next step. In place.
+    """Record each row's sampled token for the next step. In place.
 
     tokens, rows: int32 [S]. A failed draw (-1) leaves 0: its request is ended, but a launched step may still read it.
     """
@@ -46,7 +46,7 @@ def end_step_torch(tokens: torch.Tensor, rows: torch.Tensor, last_tokens: torch.
 
 
 def end_step(tokens: torch.Tensor, rows: torch.Tensor, last_tokens: torch.Tensor) -> None:
-    """`end_step_torch`, as one kernel on a GPU."""
+    """Run `end_step_torch`, as one kernel on a GPU."""
     if not tokens.is_cuda:
         end_step_torch(tokens, rows, last_tokens)
         return

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from kernels.elementwise import act_and_mul
 from kernels.gated_gemm import can_gated_gemm, gated_gemm
+from kernels.tuning import WeightShape
 from kernels.weights import WHOLE, Norm, Part, Shard, Weight, match_shard
 
 SMALL_WEIGHT = 8 << 20  # elements
@@ -74,6 +75,14 @@ class DenseWeight(Weight):
 
     def rows_of(self, part: int) -> torch.Tensor:
         return self.data[self.row_slice(part)]
+
+    def tuning_shape(
+        self, *, act: str | None = None, has_norm: bool = False, has_residual: bool = False
+    ) -> WeightShape:
+        has_gated_gemm = (
+            act is not None and self.data.numel() > SMALL_WEIGHT and can_gated_gemm(self.data[:1], self.data, act)
+        )
+        return WeightShape(self.n, self.k, act, has_norm, has_residual, 1 if has_gated_gemm else SKINNY_MAX_TOKENS)
 
     def pack(self) -> Weight:
         """Return a oneDNN weight where this one lies on a CPU that multiplies its dtype, else itself."""

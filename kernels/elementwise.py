@@ -1,26 +1,22 @@
 """The passes between matrix products: RMS norm, gated activations, rotary embedding with the KV store.
 
-The torch function that ends in _torch defines each; tensors on a GPU take the kernel in `triton_elementwise`.
+Each is defined by the torch function whose name ends in _torch; tensors on a GPU take a kernel of `triton_elementwise`.
 """
-
-import functools
 
 import torch
 import torch.nn.functional as F
 
 
-@functools.cache
-def has_dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel may be launched before the one ahead of it has ended (Hopper and later).
-
-    Such a kernel reads nothing that a kernel before it writes until `gdc_wait`. Every kernel that lets its dependents
-    start early also waits itself, so that the end of one means the end of all before it.
-    """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if weight.dtype != x.dtype:
+        return rms_norm_torch(x.float(), weight.float(), eps).to(x.dtype)
+    size = x.shape[-1]
+    # x and -x together have mean 0 and variance mean(x²). On a CPU layer_norm is one pass, F.rms_norm ten.
+    return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=eps)[..., :size] * weight
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x²) + eps) * weight over the last dimension; [T, N] -> [T, N].
+    """Return x / sqrt(mean(x²) + eps) * weight over the last dimension; [T, N] -> [T, N].
 
     The normalized value is rounded to the weight's dtype before it meets the weight: x's own, as in Hugging Face's
     Llama, or float32, as in its Gemma.
@@ -32,23 +28,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return rms_norm_torch(x, weight, eps)
 
 
-def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    if weight.dtype != x.dtype:
-        return rms_norm_torch(x.float(), weight.float(), eps).to(x.dtype)
-    size = x.shape[-1]
-    # x and -x together have mean 0 and variance mean(x²). On a CPU layer_norm is one pass, F.rms_norm ten.
-    return F.layer_norm(torch.cat((x, -x), dim=-1), (2 * size,), eps=eps)[..., :size] * weight
-
-
-def act_and_mul(x: torch.Tensor, act: str) -> torch.Tensor:
-    """act(gate) * up of x = [gate, up], act one of "silu", "gelu_tanh", "gelu"; [T, 2N] -> [T, N]."""
-    if x.is_cuda:
-        from kernels.triton_elementwise import act_and_mul_triton
-
-        return act_and_mul_triton(x, act)
-    return act_and_mul_torch(x, act)
-
-
 def act_and_mul_torch(x: torch.Tensor, act: str) -> torch.Tensor:
     gate, up = x.chunk(2, dim=-1)
     if act == "silu":
@@ -56,33 +35,13 @@ def act_and_mul_torch(x: torch.Tensor, act: str) -> torch.Tensor:
     return F.gelu(gate, approximate="tanh" if act == "gelu_tanh" else "none").mul_(up)
 
 
-def rope_and_store(
-    qkv: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    out_cache_loc: torch.Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 1e-6,
-) -> torch.Tensor:
-    """Rotate queries and keys by their positions, write keys and values to their slots, return the queries.
+def act_and_mul(x: torch.Tensor, act: str) -> torch.Tensor:
+    """Return act(gate) * up of x = [gate, up], act one of "silu", "gelu_tanh", "gelu"; [T, 2N] -> [T, N]."""
+    if x.is_cuda:
+        from kernels.triton_elementwise import act_and_mul_triton
 
-    qkv [T, (H + 2 Hkv) D]; positions and out_cache_loc int32 [T]; k_cache and v_cache [num_slots, Hkv, D] in the
-    cache's dtype; q_norm and k_norm [D] scale an RMS norm of each head before the rotation. cos_sin fp32
-    [max_position, rotary_dim] holds cosines in its first half, sines in its second; the first rotary_dim elements of
-    a head are rotated in GPT-NeoX pairs (i, i + rotary_dim / 2), in fp32. Returns q [T, H, D].
-    """
-    run = rope_and_store_torch
-    if qkv.is_cuda:
-        from kernels.triton_elementwise import rope_and_store_triton as run
-    return run(
-        qkv, positions, cos_sin, k_cache, v_cache, out_cache_loc, num_heads, num_kv_heads, head_dim, q_norm, k_norm, eps
-    )
+        return act_and_mul_triton(x, act)
+    return act_and_mul_torch(x, act)
 
 
 def rope_and_store_torch(
@@ -121,6 +80,35 @@ def rope_and_store_torch(
     return rotated[:, :num_heads]
 
 
+def rope_and_store(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> torch.Tensor:
+    """Rotate queries and keys by their positions, write keys and values to their slots, return the queries.
+
+    qkv [T, (H + 2 Hkv) D]; positions and out_cache_loc int32 [T]; k_cache and v_cache [num_slots, Hkv, D] in the
+    cache's dtype; q_norm and k_norm [D] scale an RMS norm of each head before the rotation. cos_sin fp32
+    [max_position, rotary_dim] holds cosines in its first half, sines in its second; the first rotary_dim elements of
+    a head are rotated in GPT-NeoX pairs (i, i + rotary_dim / 2), in fp32. Returns q [T, H, D].
+    """
+    run = rope_and_store_torch
+    if qkv.is_cuda:
+        from kernels.triton_elementwise import rope_and_store_triton as run
+    return run(
+        qkv, positions, cos_sin, k_cache, v_cache, out_cache_loc, num_heads, num_kv_heads, head_dim, q_norm, k_norm, eps
+    )
+
+
 def store(cache: torch.Tensor, slots: torch.Tensor, x: torch.Tensor) -> None:
     """Write x [T, Hkv, D] to its slots, int64 [T]."""
     x = to_cache_dtype(x, cache.dtype)
@@ -130,11 +118,15 @@ def store(cache: torch.Tensor, slots: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def to_cache_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Cast, saturating: torch's cast to float8 turns what overflows into NaN or infinity."""
+    """Cast x to `dtype`, saturating: torch's cast to float8 turns values that overflow into NaN or infinity."""
     if dtype.itemsize == 1:
         limit = torch.finfo(dtype).max
         x = x.clamp(-limit, limit)
     return x.to(dtype)
+
+
+def softcap_torch_(x: torch.Tensor, cap: float) -> torch.Tensor:
+    return x.div_(cap).tanh_().mul_(cap)
 
 
 def softcap_(x: torch.Tensor, cap: float) -> torch.Tensor:
@@ -146,10 +138,6 @@ def softcap_(x: torch.Tensor, cap: float) -> torch.Tensor:
     return softcap_torch_(x, cap)
 
 
-def softcap_torch_(x: torch.Tensor, cap: float) -> torch.Tensor:
-    return x.div_(cap).tanh_().mul_(cap)
-
-
 def embed(input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Rows of weight [vocab, N]; [T] -> [T, N]."""
+    """Return the rows `input_ids` of weight [vocab, N]; [T] -> [T, N]."""
     return F.embedding(input_ids, weight)

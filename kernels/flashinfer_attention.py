@@ -1,7 +1,7 @@
 """Attention by FlashInfer (0.6): FlashAttention-3 for prompts on Hopper, its FlashAttention-2 elsewhere.
 
 Its kernels follow a plan made on the host from the lengths, once per step. Single tokens go to the Triton kernel,
-which needs none and so can be replayed from a CUDA graph; `DecodePlan` is FlashInfer's own, for comparison.
+which needs none and so can be replayed from a CUDA graph.
 FlashInfer compiles its kernels at first use (30 to 90 seconds each) and keeps them in its cache folder.
 """
 
@@ -12,19 +12,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from kernels.attention import AttentionBatch
+from kernels.attention_batch import AttentionBatch
 from kernels.triton_attention import attention_triton
 from kernels.triton_decode import decode
 
 WORKSPACE_BYTES = 128 << 20
-# A plan is copied from its wrapper's pinned buffer when the GPU gets there: steps still in flight need theirs.
+# A plan is copied from its wrapper's pinned buffer when the GPU gets there, so steps still in flight need their own.
 NUM_PLANS_IN_FLIGHT = 4
 HEAD_DIMS = (64, 128, 256)
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def is_available() -> tuple[bool, str]:
-    """(whether FlashInfer can run here, why)."""
+    """Return (whether FlashInfer can run here, the reason or how it serves)."""
     if not torch.cuda.is_available():
         return False, "flashinfer needs a CUDA device"
     try:
@@ -54,7 +54,7 @@ def attention_flashinfer(
     softcap: float = 0.0,
     has_decodes: bool = True,
 ) -> torch.Tensor:
-    """As `kernels.attention.attention`; what FlashInfer has no kernel for goes to Triton."""
+    """Run `kernels.attention.attention` with FlashInfer; cases that it has no kernel for go to Triton."""
     is_known = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] in HEAD_DIMS
     if not is_known or batch.num_decodes == len(batch.rows):
         return attention_triton(
@@ -63,7 +63,7 @@ def attention_flashinfer(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if batch.num_decodes and has_decodes:
         decode(q, k_cache, v_cache, batch, out, scale=scale, window=window, softcap=softcap)
-    shape = Shape(q.shape[1], k_cache.shape[1], q.shape[2], q.dtype, k_cache.dtype, scale, window, softcap)
+    shape = PlanShape(q.shape[1], k_cache.shape[1], q.shape[2], q.dtype, k_cache.dtype, scale, window, softcap)
     wrapper = _prefill_plans(q.device).wrapper_for(batch, shape)
     first = batch.num_decodes
     stop = first + int(batch.q_lens_host[first:].sum())  # what comes then is padding, of which FlashInfer knows nothing
@@ -71,8 +71,8 @@ def attention_flashinfer(
     return out
 
 
-class Shape(NamedTuple):
-    """What a plan depends on beside the batch."""
+class PlanShape(NamedTuple):
+    """The parameters of a plan beside the batch."""
 
     num_heads: int
     num_kv_heads: int
@@ -84,7 +84,7 @@ class Shape(NamedTuple):
     softcap: float
 
     def arguments(self) -> dict[str, Any]:
-        """Of both wrappers' `plan`."""
+        """Return the keyword arguments that both of FlashInfer's wrappers plan with."""
         return {
             "num_qo_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads,
@@ -105,20 +105,20 @@ def _prefill_plans(device: torch.device) -> "PrefillPlans":
 class PrefillPlans:
     """The prompt wrappers of a device. Layers of one shape share a plan; a step has one for each shape.
 
-    A batch is told from the one before by identity: each step must bring an object of its own.
+    Batches are compared by identity: each step must bring an object of its own.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self._rings: dict[Shape, list[Any]] = {}
-        self._turns: dict[Shape, int] = {}
+        self._rings: dict[PlanShape, list[Any]] = {}
+        self._last_used: dict[PlanShape, int] = {}  # places in the rings
         self._batch: AttentionBatch | None = None
-        self._planned: dict[Shape, Any] = {}  # wrappers that hold `_batch`'s plan
+        self._planned: dict[PlanShape, Any] = {}  # wrappers that hold `_batch`'s plan
         self._indptr = self._slots = torch.empty(0)
 
-    def wrapper_for(self, batch: AttentionBatch, shape: Shape) -> Any:
-        """A wrapper that is planned for the batch's requests after the first num_decodes."""
+    def wrapper_for(self, batch: AttentionBatch, shape: PlanShape) -> Any:
+        """Return a wrapper that is planned for the batch's requests after the first num_decodes."""
         if batch is not self._batch:
             self._batch, self._planned = batch, {}
             self._indptr, self._slots = kv_indices(batch, batch.num_decodes)
@@ -137,50 +137,21 @@ class PrefillPlans:
             )
         return self._planned[shape]
 
-    def _next_wrapper(self, shape: Shape) -> Any:
+    def _next_wrapper(self, shape: PlanShape) -> Any:
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
         # Its FlashAttention-3 reads no float8 cache for 16-bit queries.
         is_hopper = torch.cuda.get_device_capability(self.device)[0] == 9
         backend = "fa3" if is_hopper and shape.kv_dtype not in FLOAT8 else "fa2"
         ring = self._rings.setdefault(shape, [])
-        turn = self._turns[shape] = (self._turns.get(shape, -1) + 1) % NUM_PLANS_IN_FLIGHT
-        if turn == len(ring):
+        place = self._last_used[shape] = (self._last_used.get(shape, -1) + 1) % NUM_PLANS_IN_FLIGHT
+        if place == len(ring):
             ring.append(BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend=backend))
-        return ring[turn]
-
-
-class DecodePlan:
-    """FlashInfer's tensor-core decode of `num_requests` single tokens.
-
-    `run` can be captured in a CUDA graph: its inputs lie in fixed buffers, and `plan` refills them before a replay.
-    """
-
-    def __init__(self, num_requests: int, max_total_tokens: int, device: torch.device) -> None:
-        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
-
-        self.wrapper = BatchDecodeWithPagedKVCacheWrapper(
-            torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device),
-            "NHD",
-            use_cuda_graph=True,
-            use_tensor_cores=True,
-            paged_kv_indptr_buffer=torch.empty(num_requests + 1, dtype=torch.int32, device=device),
-            paged_kv_indices_buffer=torch.empty(max_total_tokens, dtype=torch.int32, device=device),
-            paged_kv_last_page_len_buffer=torch.empty(num_requests, dtype=torch.int32, device=device),
-        )
-
-    def plan(self, batch: AttentionBatch, shape: Shape) -> None:
-        """Of a batch of single tokens only. Takes 0.2 to 0.9 ms of the host's time."""
-        indptr, slots = kv_indices(batch, 0)
-        last_page_lens = torch.ones(len(indptr) - 1, dtype=torch.int32)
-        self.wrapper.plan(indptr, slots, last_page_lens, head_dim=shape.head_dim, **shape.arguments())
-
-    def run(self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor) -> None:
-        self.wrapper.run(q, (k_cache[:, None], v_cache[:, None]), out=out)
+        return ring[place]
 
 
 def kv_indices(batch: AttentionBatch, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(int32 [N + 1] on the host, int32 on the device): the slots of requests from `first` on, one after another."""
+    """Return (starts int32 [N + 1] on the host, slots int32 on the device) of the requests from `first` on."""
     lens = batch.seq_lens_host[first:]
     indptr_host = np.zeros(len(lens) + 1, np.int32)
     np.cumsum(lens, out=indptr_host[1:])

@@ -18,15 +18,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.launch import cdiv, num_sms
+from kernels.launch import cache_folder, cdiv, num_sms
 
 logger = logging.getLogger(__name__)
 
-ROWS, DEPTH = 128, 64  # of a tile
+ROWS, DEPTH = 128, 64  # rows of a tile, and columns of x and weight that it reads at a time
 TILE_COLUMNS = (128, 112, 96, 64, 48, 32)
-COLUMN_OVERHEAD = 17  # a tile takes as long as its columns and so many more
+COLUMN_OVERHEAD = 17  # fixed cost of a tile, in columns
 MAX_ROW_TILES = 64  # with more of them, all tiles keep the multiprocessors equally busy
-SHARED_BYTES = 227 << 10  # that one block may have
+SHARED_BYTES = 227 << 10  # shared memory that one block may have
 STAGING_BYTES = 8 * 16 * 144
 BARRIER_BYTES = 256
 MAX_STAGES = 8
@@ -36,7 +36,7 @@ ACTS = {"silu": "SILU", "gelu_tanh": "GELU_TANH"}
 
 
 class Tile(NamedTuple):
-    """128 rows by so many columns of the result; pairs of blocks share the weights of theirs, or else the rows of x."""
+    """A block's part of the result: 128 rows by `columns`. Pairs of blocks share their weights, or their rows of x."""
 
     columns: int
     shares_weights: bool
@@ -61,7 +61,7 @@ class Tile(NamedTuple):
 
 @functools.cache
 def choose_tile(num_row_tiles: int, n: int, num_sms: int) -> Tile | None:
-    """The tile whose rounds over all multiprocessors take the least time; None if none divides n."""
+    """Choose the tile whose rounds over all multiprocessors take the least time; None if none divides n."""
     tiles = [Tile(columns, shares) for columns in TILE_COLUMNS for shares in (True, False)]
     tiles = [tile for tile in tiles if n % (tile.columns if tile.shares_weights else 2 * tile.columns) == 0]
     num_row_tiles = min(num_row_tiles, MAX_ROW_TILES)
@@ -73,7 +73,7 @@ def choose_tile(num_row_tiles: int, n: int, num_sms: int) -> Tile | None:
 
 
 def can_gated_gemm(x: torch.Tensor, weight: torch.Tensor, act: str) -> bool:
-    """Whether `gated_gemm` takes these: a Hopper GPU, 16-bit floats, contiguous, K a multiple of 64, N of 64."""
+    """Return whether `gated_gemm` takes these: a Hopper GPU, 16-bit floats, contiguous, K a multiple of 64, N of 64."""
     return (
         is_available(x.device)
         and x.dtype == weight.dtype in (torch.bfloat16, torch.float16)
@@ -88,7 +88,7 @@ def can_gated_gemm(x: torch.Tensor, weight: torch.Tensor, act: str) -> bool:
 
 @functools.cache
 def is_available(device: torch.device) -> bool:
-    """Whether `device` is a Hopper GPU and there is NVRTC to compile for it; warns if only that is missing."""
+    """Return whether `device` is a Hopper GPU and NVRTC can compile for it; warn if only NVRTC is missing."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     try:
@@ -112,7 +112,9 @@ def gated_gemm(
     out: torch.Tensor | None = None,
     num_free_sms: int = 0,
 ) -> torch.Tensor:
-    """x [T, K], weight [2N, K] -> [T, N], into `out` if given; the sums and the activation in fp32, rounded once.
+    """Return act(x @ gate.T) * (x @ up.T) of x [T, K] and weight [2N, K]: [T, N], written into `out` if given.
+
+    Sums and activation are in fp32, rounded once.
 
     num_free_sms: multiprocessors, an even number, to leave to the next kernel, which may run beside this one if it
     waits for it only at its end (`triton_decode.decode`). This one begins when all before it has ended.
@@ -136,7 +138,7 @@ def gated_gemm(
 
 @functools.cache
 def _prepare(dtype: torch.dtype, act: str, n: int, num_blocks: int, device: torch.device) -> None:
-    """Compile all that `choose_tile` may choose, so that no later step waits for a compiler."""
+    """Compile every tile that `choose_tile` may choose, so that no later step waits for a compiler."""
     chosen = {choose_tile(rows, n, num_blocks) for rows in range(1, MAX_ROW_TILES + 1)}
     tiles = [tile for tile in chosen if tile]
     with ThreadPoolExecutor(len(tiles)) as threads:
@@ -152,9 +154,9 @@ def _kernel(dtype: torch.dtype, act: str, tile: Tile, device: torch.device) -> "
 
 
 def source(dtype: torch.dtype, act: str, tile: Tile) -> str:
-    """What NVRTC compiles."""
+    """Return the source of a tile's kernel, for NVRTC."""
     short = "bf16" if dtype == torch.bfloat16 else "f16"
-    sums = range(tile.columns)  # in the registers of a thread
+    sums = range(tile.columns)  # registers of a thread
     defines = {
         "SILU": 1,
         "GELU_TANH": 2,
@@ -176,12 +178,12 @@ def source(dtype: torch.dtype, act: str, tile: Tile) -> str:
 
 @functools.cache
 def _compile(source: str) -> bytes:
-    """A cubin for Hopper; from disk, if this source was compiled before."""
+    """Return the source's cubin for Hopper; from disk, if it was compiled before."""
     from cuda.bindings import nvrtc  # here: only torch's CUDA builds bring it
 
     version = _check(nvrtc.nvrtcVersion())
     name = hashlib.sha256(f"{version} {source}".encode()).hexdigest()
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "radixloop" / f"{name}.cubin"
+    path = cache_folder() / f"{name}.cubin"
     if path.exists():
         return path.read_bytes()
     start = time.perf_counter()
@@ -204,7 +206,7 @@ def _compile(source: str) -> bytes:
 
 
 class _Kernel:
-    """Compiled and loaded, to be launched on the current stream."""
+    """A kernel that is compiled and loaded, to be launched on the current stream."""
 
     def __init__(self, cubin: bytes, shared_bytes: int) -> None:
         from cuda.bindings import driver
@@ -226,7 +228,7 @@ class _Kernel:
     def launch(
         self, num_blocks: int, x_map: Any, w_map: Any, out: torch.Tensor, num_rows: int, n: int, k: int, is_early: bool
     ) -> None:
-        """is_early: it may be loaded, and load weights, before the kernel ahead has ended."""
+        """Launch the kernel. is_early: it may start, and load weights, before the kernel ahead has ended."""
         self._config.numAttrs = int(is_early)
         self._config.gridDimX = num_blocks
         self._config.hStream = torch.cuda.current_stream(out.device).cuda_stream
@@ -237,7 +239,10 @@ class _Kernel:
 
 @functools.lru_cache(4096)
 def _tensor_map(pointer: int, num_rows: int, k: int, box_rows: int, dtype: torch.dtype) -> Any:
-    """How the tensor memory accelerator reads boxes [box_rows, DEPTH] of a contiguous matrix; zeros past its end."""
+    """Describe a contiguous matrix to the tensor memory accelerator, which reads boxes [box_rows, DEPTH] of it.
+
+    Past its end it reads zeros.
+    """
     from cuda.bindings import driver
 
     types = driver.CUtensorMapDataType
@@ -261,7 +266,7 @@ def _tensor_map(pointer: int, num_rows: int, k: int, box_rows: int, dtype: torch
 
 
 def _check(answer: tuple[Any, ...]) -> Any:
-    """What a call of CUDA's returned; raises RuntimeError if it failed."""
+    """Return the values of a CUDA call's answer; raise RuntimeError if it failed."""
     error, *values = answer
     if error:
         raise RuntimeError(f"{type(error).__name__}: {error.name}")

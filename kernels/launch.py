@@ -8,33 +8,50 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 
 logger = logging.getLogger(__name__)
 
-SLOW_COMPILING_S = 2.0  # kernels of an earlier start are read in less
+SLOW_COMPILING_S = 2.0  # reading the kernels of an earlier start takes less
 SLOW_LAUNCH_S = 0.2  # a first launch that takes longer has compiled; a kernel of an earlier start comes from disk
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own is a traced function, ten times slower to call."""
+    """Return a / b, rounded up. Triton's own is a traced function, ten times slower to call."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is not below n."""
     return 1 << (n - 1).bit_length()
+
+
+def cache_folder() -> Path:
+    """Return the folder of what later starts need not compile or time again; it may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "radixloop"
 
 
 @functools.cache
 def num_sms(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; 2 where Triton's interpreter stands in for one."""
+    """Return the number of a GPU's multiprocessors; 2 where Triton's interpreter stands in for one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+@functools.cache
+def has_dependent_launch(device: torch.device) -> bool:
+    """Return whether a kernel may be launched before the one ahead of it has ended (Hopper and later).
+
+    Such a kernel reads nothing that a kernel before it writes until `gdc_wait`. Every kernel that lets its dependents
+    start early also waits itself, so that the end of one means the end of all before it.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 class _Rehearsal:
-    """Launches of one thread that only compile."""
+    """The kernels that one thread's launches have asked for while it only compiles."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
@@ -46,8 +63,9 @@ _rehearsal: _Rehearsal | None = None
 
 @contextlib.contextmanager
 def compiling_ahead() -> Iterator[None]:
-    """This thread's launches launch nothing, so that results are arbitrary: the kernels that they lack are compiled
-    many at once, and ready when the context ends.
+    """Compile the kernels that this thread's launches lack, many at once; all are ready when the context ends.
+
+    Nothing is launched in it, so results are arbitrary.
     """
     import triton  # here: a machine without a GPU need not have it
 
@@ -73,10 +91,10 @@ def compiling_ahead() -> Iterator[None]:
 
 
 def _load(kernel: Any) -> None:
-    """Have what launches a kernel, which is C and has its own compiler, and the kernel itself on the device."""
+    """Load a kernel to the device, and compile its launcher, which is C and has its own compiler."""
     from triton.runtime.errors import OutOfResources
 
-    with contextlib.suppress(OutOfResources):  # its first launch will know what to do
+    with contextlib.suppress(OutOfResources):  # its first launch takes fewer stages
         _ = (kernel.result() if hasattr(kernel, "result") else kernel).run
 
 
@@ -119,7 +137,7 @@ class Kernel:
             self._compiled[key] = kernel, tuple(keywords[name] for name in names)
 
     def _first_launch(self, grid: tuple[int, ...], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """By Triton. A GPU with less shared memory than the number of stages was chosen for gets fewer of them."""
+        """Launch by Triton, which compiles. A GPU with less shared memory than the stages need gets fewer of them."""
         from triton.runtime.errors import OutOfResources  # here: a machine without a GPU need not have it
 
         try:
@@ -143,7 +161,7 @@ class _Launch:
 
 
 def _kind(arg: Any) -> Any:
-    """What Triton compiles separate kernels for."""
+    """Return the properties of an argument that Triton compiles separate kernels for."""
     if isinstance(arg, torch.Tensor):
         return arg.dtype, arg.data_ptr() % 16 == 0
     if isinstance(arg, int):
@@ -152,5 +170,5 @@ def _kind(arg: Any) -> Any:
 
 
 def fast_launch(function: Any) -> Kernel:
-    """Decorator over `@triton.jit` of a function that the host launches."""
+    """Wrap a `@triton.jit` function that the host launches; a decorator."""
     return Kernel(function)

@@ -8,16 +8,7 @@ import torch
 
 GREEDY_TEMPERATURE = 1e-6
 MAX_UNIFORM = 1 - 2.0**-24  # the largest float32 below 1
-PROMPT_BIT = 1 << 14  # of an entry of `counts`: the token occurs in the prompt; the bits below: times generated
-
-
-def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """The first largest of each row, or -1 where a row holds a NaN or inf or nothing but -inf; [S, V] -> int32 [S]."""
-    if logits.is_cuda:
-        from kernels.triton_sampling import argmax_triton  # here: a machine without a GPU need not have triton
-
-        return argmax_triton(logits)
-    return argmax_torch(logits)
+PROMPT_BIT = 1 << 14  # in `counts`: the token occurs in the prompt; the bits below count how often it was generated
 
 
 def argmax_torch(logits: torch.Tensor) -> torch.Tensor:
@@ -25,27 +16,13 @@ def argmax_torch(logits: torch.Tensor) -> torch.Tensor:
     return torch.where(values.isfinite(), token_ids, -1).to(torch.int32)
 
 
-def sample(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    seed: torch.Tensor,
-    position: torch.Tensor,
-) -> torch.Tensor:
-    """One token a row, or -1 where a row holds a NaN or inf or nothing but -inf; logits [S, V] -> int32 [S].
-
-    temperature, top_p, min_p fp32 [S]; top_k and position int32 [S]; seed int64 [S]. A row with a temperature below
-    1e-6 or top_k 1 gets its argmax. Else, in this order and with ties at a limit all kept:
-    top_k keeps the k most likely tokens; top_p keeps, of those, each token that has less than top_p of their mass
-    before it; min_p keeps tokens at least min_p times as likely as the likeliest. Of what is kept, one token is drawn
-    by its probability: the largest logit / temperature + Gumbel noise wins (Gumbel-max).
-    """
-    run = sample_torch
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """Return the first largest of each row, [S, V] -> int32 [S]; -1 where a row holds a NaN or inf or only -inf."""
     if logits.is_cuda:
-        from kernels.triton_sampling import sample_triton as run
-    return run(logits, temperature, top_k, top_p, min_p, seed, position)
+        from kernels.triton_sampling import argmax_triton  # here: a machine without a GPU need not have triton
+
+        return argmax_triton(logits)
+    return argmax_torch(logits)
 
 
 def sample_torch(
@@ -70,7 +47,7 @@ def sample_torch(
 
 
 def _nucleus_floor(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
-    """The smallest of scaled [S, V] that top_k [S, 1] and then top_p [S, 1] keep; [S]."""
+    """Return the smallest of scaled [S, V] that top_k [S, 1] and then top_p [S, 1] keep; [S]."""
     vocab_size = scaled.shape[1]
     largest = scaled.amax(dim=-1, keepdim=True)
     mass_of_all = (scaled - largest).exp_().sum(dim=-1, keepdim=True)
@@ -95,7 +72,7 @@ def _nucleus_floor(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tenso
 
 
 def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Standard Gumbel noise, fp32 [S, vocab_size], from a hash of (seed, position, token id).
+    """Return standard Gumbel noise, fp32 [S, vocab_size], from a hash of (seed, position, token id).
 
     MurmurHash3's 32-bit finalizer over the token id, keyed by two finalized words of seed and position; int32
     arithmetic wraps as the kernel's uint32 does.
@@ -117,7 +94,7 @@ def _finalize(x: torch.Tensor, key: torch.Tensor | int = 0) -> torch.Tensor:
 
 
 def _shift_right(x: torch.Tensor, num_bits: int) -> torch.Tensor:
-    """The shift of an unsigned word."""
+    """Shift x right as an unsigned word."""
     return (x >> num_bits) & ((1 << (32 - num_bits)) - 1)
 
 
@@ -125,23 +102,27 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-def apply_penalties(
+def sample(
     logits: torch.Tensor,
-    rows: torch.Tensor,
-    counts: torch.Tensor,
-    frequency: torch.Tensor,
-    presence: torch.Tensor,
-    repetition: torch.Tensor,
-) -> None:
-    """In place on logits [S, V]. counts int16 [R, V]: bit 14 is set for the prompt's tokens, the bits below count how
-    often a token was generated; logits row i belongs to counts[rows[i]]. Penalties fp32 [S], as OpenAI and
-    Hugging Face define them: repetition divides positive and multiplies negative logits of all tokens seen, then
-    frequency is subtracted once a time generated, presence once if generated at all.
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+) -> torch.Tensor:
+    """Draw one token a row, or -1 where a row holds a NaN or inf or nothing but -inf; logits [S, V] -> int32 [S].
+
+    temperature, top_p, min_p fp32 [S]; top_k and position int32 [S]; seed int64 [S]. A row with a temperature below
+    1e-6 or top_k 1 gets its argmax. Else, in this order and with ties at a limit all kept:
+    top_k keeps the k most likely tokens; top_p keeps, of those, each token that has less than top_p of their mass
+    before it; min_p keeps tokens at least min_p times as likely as the likeliest. Of what is kept, one token is drawn
+    by its probability: the largest logit / temperature + Gumbel noise wins (Gumbel-max).
     """
-    run = apply_penalties_torch
+    run = sample_torch
     if logits.is_cuda:
-        from kernels.triton_sampling import apply_penalties_triton as run
-    run(logits, rows, counts, frequency, presence, repetition)
+        from kernels.triton_sampling import sample_triton as run
+    return run(logits, temperature, top_k, top_p, min_p, seed, position)
 
 
 def apply_penalties_torch(
@@ -161,15 +142,25 @@ def apply_penalties_torch(
     logits.copy_(values)
 
 
-def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, rows: torch.Tensor | None = None) -> None:
-    """-inf, in place on logits [S, V], where a token's bit is 0. bitmask int32 [M, ceil(V / 32)], token 32 w + b is
-    bit b of word w; line i belongs to logits row rows[i] (int32 [M]), to row i without `rows`. A negative row is
-    skipped, so that a captured graph can have unused lines.
+def apply_penalties(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    frequency: torch.Tensor,
+    presence: torch.Tensor,
+    repetition: torch.Tensor,
+) -> None:
+    """Apply penalties to logits [S, V], in place.
+
+    counts int16 [R, V]: bit 14 is set for the prompt's tokens, the bits below count how often a token was generated;
+    logits row i belongs to counts[rows[i]]. Penalties fp32 [S], as OpenAI and Hugging Face define them: repetition
+    divides positive and multiplies negative logits of all tokens seen, then frequency is subtracted once a time
+    generated, presence once if generated at all.
     """
-    run = apply_token_bitmask_torch
+    run = apply_penalties_torch
     if logits.is_cuda:
-        from kernels.triton_sampling import apply_token_bitmask_triton as run
-    run(logits, bitmask, rows)
+        from kernels.triton_sampling import apply_penalties_triton as run
+    run(logits, rows, counts, frequency, presence, repetition)
 
 
 def apply_token_bitmask_torch(logits: torch.Tensor, bitmask: torch.Tensor, rows: torch.Tensor | None = None) -> None:
@@ -182,11 +173,38 @@ def apply_token_bitmask_torch(logits: torch.Tensor, bitmask: torch.Tensor, rows:
         logits[rows[used]] = logits[rows[used]].masked_fill(is_forbidden[used], -torch.inf)
 
 
+def apply_token_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+    """Set logits [S, V] to -inf, in place, where a token's bit is 0.
+
+    bitmask int32 [M, ceil(V / 32)], token 32 w + b is bit b of word w; line i belongs to logits row rows[i] (int32
+    [M]), to row i without `rows`. A negative row is skipped, so that a captured graph can have unused lines.
+    """
+    run = apply_token_bitmask_torch
+    if logits.is_cuda:
+        from kernels.triton_sampling import apply_token_bitmask_triton as run
+    run(logits, bitmask, rows)
+
+
+def logsumexp_torch(logits: torch.Tensor) -> torch.Tensor:
+    return logits.float().logsumexp(dim=-1)
+
+
+def logsumexp(logits: torch.Tensor) -> torch.Tensor:
+    """Return log(sum(exp(logits))) over V, in fp32; [S, V] -> fp32 [S]."""
+    if logits.is_cuda:
+        from kernels.triton_sampling import logsumexp_triton
+
+        return logsumexp_triton(logits)
+    return logsumexp_torch(logits)
+
+
 def logprobs(
     logits: torch.Tensor, token_ids: torch.Tensor, k: int, ids: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Log-softmax of logits [S, V] where it is wanted: (of token_ids [S], the k largest [S, k], their ids int64
-    [S, k], of ids [S, M] or None), values fp32."""
+    """Return the log-softmax of logits [S, V], fp32, where it is wanted.
+
+    (of token_ids [S], the k largest [S, k], their ids int64 [S, k], of ids [S, M] or None).
+    """
     log_normalizer = logsumexp(logits).unsqueeze(1)
 
     def at(wanted: torch.Tensor) -> torch.Tensor:
@@ -195,16 +213,3 @@ def logprobs(
     top_values, top_ids = logits.topk(k, dim=-1)
     chosen = at(token_ids.unsqueeze(1)).squeeze(1)
     return chosen, top_values.float() - log_normalizer, top_ids, None if ids is None else at(ids)
-
-
-def logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """log(sum(exp(logits))) over V, in fp32; [S, V] -> fp32 [S]."""
-    if logits.is_cuda:
-        from kernels.triton_sampling import logsumexp_triton
-
-        return logsumexp_triton(logits)
-    return logsumexp_torch(logits)
-
-
-def logsumexp_torch(logits: torch.Tensor) -> torch.Tensor:
-    return logits.float().logsumexp(dim=-1)

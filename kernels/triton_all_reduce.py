@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.all_reduce import BLOCK_WORDS, DATA_BYTES, PeerMemory
 from kernels.launch import cdiv, fast_launch
+from kernels.peer_memory import BLOCK_WORDS, DATA_BYTES, PeerMemory
 from kernels.triton_elementwise import launch_options, wait_for_input
 
 
@@ -41,10 +41,11 @@ def _all_reduce_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program sums the same words on all ranks and counts its sums in `epochs`. Programs start in order, so those
-    that wait have their counterparts running or done, however many there are.
+    """Sum the same words on all ranks in each program, which counts its sums in `epochs`.
 
-    Sums take turns with two halves of the buffers. That is enough: a rank writes for the sum after the next when it
+    Programs start in order, so those that wait have their counterparts running or done, however many there are.
+
+    Sums alternate between two halves of the buffers. That is enough: a rank writes for the sum after the next when it
     has the others' addends for the next, and those were sent when they had read everything for this one.
     """
     word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.attention import AttentionBatch
+from kernels.attention_batch import AttentionBatch
 from kernels.triton_decode import decode
 from kernels.triton_prefill import prefill
 
@@ -18,7 +18,7 @@ def attention_triton(
     softcap: float = 0.0,
     has_decodes: bool = True,
 ) -> torch.Tensor:
-    """As `kernels.attention.attention`. On one device it must not run on two streams at once."""
+    """Run `kernels.attention.attention` in Triton. On one device it must not run on two streams at once."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     num_decodes = batch.num_decodes
     if num_decodes and has_decodes:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention import AttentionBatch, SharedPrefixes
+from kernels.attention_batch import AttentionBatch, SharedPrefixes
 from kernels.launch import cdiv, fast_launch, next_power_of_2, num_sms
 from kernels.triton_elementwise import prefetch_to_l2
 from kernels.triton_softmax import (
@@ -18,33 +18,38 @@ from kernels.triton_softmax import (
     attend_prompt,
     attention_kernel,
     block_requests,
+    default_prefill_config,
     find,
     launch_settings,
     load_slots,
     part_len,
     prefill_config,
 )
+from kernels.tuning import Configs
 
 MIN_DOT_ROWS = 16
 
-
-# By (head_dim rounded up to a power of two, largest number of requests it is for): the fastest of bench/attention.py.
-DECODE_CONFIGS: dict[tuple[int, int], DecodeConfig] = {
-    (128, 4): DecodeConfig(block_n=64, num_warps=4, num_stages=3, programs_per_sm=1, has_prefetch=True),
-    (128, 16): DecodeConfig(block_n=32, num_warps=1, num_stages=4, programs_per_sm=2),
-    (128, 1 << 20): DecodeConfig(block_n=32, num_warps=1, num_stages=4, programs_per_sm=4),
-}
-PREFIX_CONFIGS: dict[int, PrefillConfig] = {128: PrefillConfig(block_m=64, block_n=64, num_warps=4, num_stages=3)}
+# Most requests that a configuration is for. A few are made for latency, many to fill the chip.
+DECODE_LIMITS = (4, 16, 1 << 20)
 
 
-def decode_config(block_d: int, num_requests: int, itemsize: int) -> DecodeConfig:
-    """itemsize: bytes of an element of q."""
-    if itemsize == 4:
-        return DecodeConfig(block_n=16, num_warps=4, num_stages=2, programs_per_sm=2)
-    fitting = [key for key in DECODE_CONFIGS if key[0] == block_d and num_requests <= key[1]]
-    if fitting:
-        return DECODE_CONFIGS[min(fitting)]
+def default_decode_config(block_d: int) -> DecodeConfig:
+    """Return what surely fits; block_d: head_dim, rounded up to a power of two."""
     return DecodeConfig(block_n=64 if block_d <= 128 else 32, num_warps=4, num_stages=3, programs_per_sm=2)
+
+
+# Keys: (head_dim rounded up to a power of two, most requests), and (head_dim rounded up to a power of two).
+DECODE_CONFIGS = Configs("decode", DecodeConfig, lambda block_d, _max_requests: default_decode_config(block_d))
+PREFIX_CONFIGS = Configs("prefix", PrefillConfig, default_prefill_config)
+
+
+def decode_config(q: torch.Tensor, num_requests: int) -> DecodeConfig:
+    """Return the configuration for single tokens q [T, H, D] of `num_requests`."""
+    if q.dtype.itemsize == 4:
+        return DecodeConfig(block_n=16, num_warps=4, num_stages=2, programs_per_sm=2)
+    few, some, many = DECODE_LIMITS
+    max_requests = few if num_requests <= few else some if num_requests <= some else many
+    return DECODE_CONFIGS.get(q.device, next_power_of_2(q.shape[2]), max_requests)
 
 
 def decode(
@@ -64,7 +69,7 @@ def decode(
     prefix_config: PrefillConfig | None = None,
     num_prefix_splits: int | None = None,
 ) -> None:
-    """The first num_decodes tokens of the batch, into `out`, which stays as it is where the length is 0: padding.
+    """Write the attention of the first num_decodes tokens into `out`, which stays as it is for padding, of length 0.
 
     Every program takes an equal run of the tiles of all requests and heads ("stream-K", Osama et al. 2023), so that
     any mix of lengths fills the chip. Where a run starts or ends inside a request, the program leaves a partial
@@ -78,12 +83,12 @@ def decode(
     head_dim, num_kv_heads = q.shape[2], k_cache.shape[1]
     block_group = next_power_of_2(q.shape[1] // num_kv_heads)
     block_d = next_power_of_2(head_dim)
-    config = config or decode_config(block_d, num_requests, q.dtype.itemsize)
+    config = config or decode_config(q, num_requests)
     num_programs = num_programs or config.programs_per_sm * (num_free_sms or num_sms(q.device))
     shared = batch.shared
     num_splits = 0
     if shared is not None:
-        prefix_config = prefix_config or prefill_config(PREFIX_CONFIGS, block_d, q.dtype.itemsize)
+        prefix_config = prefix_config or prefill_config(PREFIX_CONFIGS, q)
         num_tiles = cdiv(num_requests * block_group, prefix_config.block_m)
         num_splits = num_prefix_splits or max(1, min(16, 2 * num_sms(q.device) // (num_tiles * num_kv_heads)))
     # A program leaves at most two partial results: of the request it starts in and of the one it ends in.
@@ -144,7 +149,7 @@ def _prefix_partials(
     softcap: float,
     config: PrefillConfig,
 ) -> None:
-    """Attention of each group's members to its prefix, in `num_splits` parts: what `decode` merges with their own."""
+    """Compute the attention of each group's members to its prefix, in `num_splits` parts; `decode` merges them."""
     num_requests = batch.num_decodes
     num_kv_heads = k_cache.shape[1]
     block_group = next_power_of_2(q.shape[1] // num_kv_heads)
@@ -344,7 +349,7 @@ def _decode_kernel(
 
 @triton.jit
 def _program_of(tile, share, rest):
-    """The program that has `tile`, where the first `rest` programs have share + 1 each and the others share."""
+    """Return the program that has `tile`, where the first `rest` programs have share + 1 each and the others share."""
     split = rest * (share + 1)
     return tl.where(tile < split, tile // (share + 1), rest + (tile - split) // tl.maximum(share, 1))
 
@@ -365,9 +370,9 @@ def _merge(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The results of `num_own` programs and `num_prefix` parts of a prefix, as one: [BLOCK_GROUP, BLOCK_D].
+    """Merge the results of `num_own` programs and `num_prefix` parts of a prefix: [BLOCK_GROUP, BLOCK_D].
 
-    Loads go past the L1 cache, which may hold what lay there before.
+    Loads bypass the L1 cache, which may hold older values.
     """
     p = tl.arange(0, BLOCK_P)
     g = tl.arange(0, BLOCK_GROUP)

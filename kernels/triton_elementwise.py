@@ -1,4 +1,4 @@
-"""The Triton kernels of `elementwise`, and what kernels share: dependent launch, prefetching, activations."""
+"""The Triton kernels of `elementwise`, and parts that kernels share: dependent launch, prefetching, activations."""
 
 from typing import Any
 
@@ -6,12 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.elementwise import has_dependent_launch
-from kernels.launch import cdiv, fast_launch, next_power_of_2
+from kernels.launch import cdiv, fast_launch, has_dependent_launch, next_power_of_2
 
 
 def launch_options(device: torch.device, num_warps: int) -> dict[str, Any]:
-    """Keyword arguments of every kernel here: PDL is the kernel's own, the others Triton's."""
+    """Return the keyword arguments of every kernel here: PDL is the kernel's own, the others Triton's."""
     pdl = has_dependent_launch(device)
     return {"PDL": pdl, "launch_pdl": pdl, "num_warps": num_warps}
 
@@ -38,7 +37,7 @@ def prefetch_to_l2(pointers, N: tl.constexpr):
 
 @triton.jit
 def activation(x, ACT: tl.constexpr):
-    """fp32 to fp32; "silu", "gelu_tanh" or "gelu"."""
+    """Return the activation of x, fp32; ACT is "silu", "gelu_tanh" or "gelu"."""
     if ACT == "silu":
         return x * tl.sigmoid(x)
     elif ACT == "gelu_tanh":
@@ -247,7 +246,7 @@ def _rope_and_store_kernel(
 
 @triton.jit
 def _norm_heads(x, scale, q_norm, k_norm, offsets, is_element, is_q, is_k):
-    """RMS norm of the query and key rows of x; the others stay."""
+    """Return x with its query and key rows scaled by an RMS norm."""
     normed = (x.to(tl.float32) * scale).to(x.dtype)
     if q_norm is not None:
         x = tl.where(is_q[:, None], normed * tl.load(q_norm + offsets, mask=is_element, other=0.0)[None, :], x)

@@ -11,15 +11,17 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.elementwise import has_dependent_launch
-from kernels.launch import cdiv, fast_launch, next_power_of_2
+from kernels.launch import cdiv, fast_launch, has_dependent_launch, next_power_of_2
 from kernels.triton_elementwise import activation
+from kernels.tuning import Configs
 
 
 class GemvConfig(NamedTuple):
-    """block_n weight rows a program for one token (for more tokens fewer: the accumulators share the registers);
-    block_k elements of each at a time, of which `prefetch` pieces are on their way before the program waits for its
-    input. block_k = 256 * num_warps gives each thread one 16-byte access a row and piece.
+    """How `gemv` cuts a weight.
+
+    A program has block_n rows for one token (for more tokens fewer: the accumulators share the registers), and reads
+    block_k elements of each at a time; `prefetch` such pieces are on their way before it waits for its input.
+    block_k = 256 * num_warps gives each thread one 16-byte access a row and piece.
     """
 
     block_n: int
@@ -28,24 +30,13 @@ class GemvConfig(NamedTuple):
     prefetch: int
 
 
-# By (weight rows, K), for one token: the fastest of bench/gemm.py. What is not here gets `default_gemv_config`.
-GEMV_CONFIGS: dict[tuple[int, int], GemvConfig] = {
-    (6144, 4096): GemvConfig(4, 1024, 4, 4),
-    (4096, 4096): GemvConfig(4, 2048, 8, 2),
-    (28672, 4096): GemvConfig(8, 1024, 4, 1),
-    (4096, 14336): GemvConfig(2, 1024, 4, 4),
-    (128256, 4096): GemvConfig(2, 2048, 8, 2),
-    (4096, 1024): GemvConfig(2, 512, 2, 2),
-    (1024, 2048): GemvConfig(1, 1024, 4, 2),
-    (6144, 1024): GemvConfig(4, 256, 1, 4),
-    (1024, 3072): GemvConfig(1, 512, 2, 6),
-    (151936, 1024): GemvConfig(2, 1024, 4, 1),
-}
-
-
 def default_gemv_config(num_rows: int, k: int) -> GemvConfig:
+    """Return the configuration of shapes that no table has."""
     num_warps = 2 if k <= 512 else 4 if k <= 4096 else 8
     return GemvConfig(4 if num_rows >= 4096 else 2, 256 * num_warps, num_warps, prefetch=4)
+
+
+GEMV_CONFIGS = Configs("gemv", GemvConfig, default_gemv_config)  # by (weight rows, K), for one token
 
 
 def gemv(
@@ -59,11 +50,16 @@ def gemv(
     residual: torch.Tensor | None = None,
     config: GemvConfig | None = None,
 ) -> torch.Tensor:
-    """All of the above for a few tokens: x [T, K], weight [N, K] ([2N, K] with `act`) -> [T, N], or into `residual`."""
+    """Return x @ weight.T + bias [T, N] of a few tokens x [T, K] and weight [N, K], with more fused in.
+
+    norm_weight [K], eps: x is RMS-normed first. act: the weight is [2N, K], gate and up, and the result is
+    act(gate) * up. residual [T, N]: the product is added to it, in place, and it is returned. Results do not depend on
+    `config` but for rounding.
+    """
     num_tokens, k = x.shape
     num_rows = weight.shape[0]
     n = num_rows // 2 if act else num_rows
-    config = config or GEMV_CONFIGS.get((num_rows, k)) or default_gemv_config(num_rows, k)
+    config = config or GEMV_CONFIGS.get(x.device, num_rows, k)
     num_sums = next_power_of_2(num_tokens) * (2 if act else 1)
     block_n = max(1, config.block_n // num_sums)
     out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device) if residual is None else residual
@@ -194,8 +190,8 @@ def _gemv_kernel(
 
 @triton.jit
 def rows_of_program(weight, n, K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(this program's first row of [n, K], where its BLOCK_N rows start behind that, that row of the first and of the
-    second n rows of `weight`).
+    """Return (this program's first row of [n, K], where its BLOCK_N rows start behind that, that row's address in the
+    first n rows of `weight`, in the second n rows).
     """
     first = tl.program_id(0) * BLOCK_N
     row_starts = tl.minimum(tl.arange(0, BLOCK_N), n - 1 - first) * K  # rows past the end read the last one
@@ -205,7 +201,7 @@ def rows_of_program(weight, n, K: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _load_rows(weight, row_starts, piece: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A [BLOCK_N, BLOCK_K] piece of the rows, zeros past their end."""
+    """Load a [BLOCK_N, BLOCK_K] piece of the rows, with zeros past their end."""
     k = piece * BLOCK_K + tl.arange(0, BLOCK_K)
     pointers = weight + row_starts[:, None] + k[None, :]
     if (piece + 1) * BLOCK_K <= K:

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention import AttentionBatch
+from kernels.attention_batch import AttentionBatch
 from kernels.launch import cdiv, fast_launch, next_power_of_2, num_sms
 from kernels.triton_softmax import (
     LOG2_E,
@@ -13,20 +13,22 @@ from kernels.triton_softmax import (
     attend_prompt,
     attention_kernel,
     block_requests,
+    default_prefill_config,
     find,
     launch_settings,
     part_len,
     prefill_config,
 )
+from kernels.tuning import Configs
 
-PREFILL_CONFIGS: dict[int, PrefillConfig] = {128: PrefillConfig(block_m=64, block_n=64, num_warps=4, num_stages=3)}
+PREFILL_CONFIGS = Configs("prefill", PrefillConfig, default_prefill_config)  # by (head_dim, rounded up to 2^n)
 PREFILL_PROGRAMS_PER_SM = 2
 MAX_PREFILL_SPLITS = 8
-MAX_SPLIT_PROMPTS = 16  # more of them fill the chip
-MIN_SPLIT_LEN = 512  # tokens of context that are worth a program of their own, if there are places for more of them
-MIN_WAVE_SPLIT_LEN = 4096  # likewise, if there are none
-MAX_SPLIT_WAVES = 4  # of programs on the device, above which a last one that is hardly filled costs little
-SAME_WAVES = 1.08  # so little more waves are not worth more parts, which have to be merged
+MAX_SPLIT_PROMPTS = 16  # prompts whose contexts are cut; more of them fill the chip uncut
+MIN_SPLIT_LEN = 512  # tokens of context that are worth a program of their own while the device has places left
+MIN_WAVE_SPLIT_LEN = 4096  # tokens of context that are worth one where all places are taken
+MAX_SPLIT_WAVES = 4  # waves of programs above which a last one that is hardly filled costs little
+SAME_WAVES = 1.08  # ratio of waves that is not worth more parts, which have to be merged
 
 
 def prefill(
@@ -43,7 +45,7 @@ def prefill(
     num_splits: int | None = None,
     min_split_len: int = MIN_SPLIT_LEN,
 ) -> None:
-    """The tokens after the first num_decodes, whatever number of them a request has, into `out`.
+    """Write the attention of the tokens after the first num_decodes, any number of each request, into `out`.
 
     Where they do not fill the chip, or fill it a last time badly, their context is cut into up to `num_splits` parts;
     the last program to have attended to its part merges them. How many there are depends on the context, which only the
@@ -52,7 +54,7 @@ def prefill(
     num_requests = len(batch.rows) - batch.num_decodes
     num_kv_heads = k_cache.shape[1]
     block_group = next_power_of_2(q.shape[1] // num_kv_heads)
-    config = config or prefill_config(PREFILL_CONFIGS, next_power_of_2(q.shape[2]), q.dtype.itemsize)
+    config = config or prefill_config(PREFILL_CONFIGS, q)
     block_m = max(config.block_m, block_group)
     num_tokens = q.shape[0] - batch.num_decodes
     num_programs = (num_tokens // (block_m // block_group) + num_requests) * num_kv_heads  # at most
@@ -92,7 +94,7 @@ def prefill(
 
 
 def prefill_splits(num_programs: int, num_places: int) -> tuple[int, int]:
-    """(parts that a prompt's context is cut into at most, tokens of context that are worth a part).
+    """Return (most parts that a prompt's context is cut into, tokens of context that are worth a part).
 
     num_programs: for uncut contexts; num_places: how many programs the device runs at once. With 288 on 264 places the
     second wave would keep 24 of them as busy as the first one all.
@@ -239,9 +241,9 @@ def _prefill_kernel(
 def _merge(
     partial, partial_lse, first_row, num_splits, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """The results of a tile's parts, which lie one after another, as one: [BLOCK_M, BLOCK_D].
+    """Merge the results of a tile's parts, which lie one after another: [BLOCK_M, BLOCK_D].
 
-    Loads go past the L1 cache, which may hold what lay there before.
+    Loads bypass the L1 cache, which may hold older values.
     """
     m_rows = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)

@@ -7,8 +7,8 @@ import triton.language as tl
 from kernels.launch import cdiv, fast_launch, next_power_of_2
 from kernels.triton_elementwise import launch_options, wait_for_input
 
-PIECE_BLOCK = 2048  # logits a program of the first pass looks at together: 8 a thread
-NUM_PROGRAMS = 1024  # of the first pass, at least, if the rows are long enough
+PIECE_BLOCK = 2048  # logits that a program of the first pass reads together: 8 a thread
+NUM_PROGRAMS = 1024  # least programs of the first pass, if the rows are long enough
 ROW_BLOCK, ROW_WARPS = 4096, 16
 
 
@@ -29,7 +29,7 @@ def sample_triton(
 
 
 def _sample_triton(logits: torch.Tensor, params: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
-    """Without params the argmax. Two launches: the winner of each piece of a row, then of the row."""
+    """Return each row's token, without params its argmax. Two launches: the winner of each piece, then of the row."""
     num_rows, vocab_size = logits.shape
     token_ids = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
     if num_rows == 0:
@@ -66,7 +66,7 @@ def _sample_triton(logits: torch.Tensor, params: tuple[torch.Tensor, ...] | None
         logits.stride(0),
         num_pieces,
         V=vocab_size,
-        # How many of the low bits of a logit's float32 are always the same.
+        # Low bits of a logit's float32 that are always the same.
         UNUSED_BITS={torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[logits.dtype],
         BLOCK_PIECES=next_power_of_2(num_pieces),
         BLOCK=ROW_BLOCK,
@@ -76,8 +76,9 @@ def _sample_triton(logits: torch.Tensor, params: tuple[torch.Tensor, ...] | None
 
 
 def _cut_row(num_rows: int, vocab_size: int) -> tuple[int, int]:
-    """(pieces, blocks a piece): enough pieces for a few rows, too, to fill the device; blocks are powers of 2, since
-    a kernel is compiled for each number of them.
+    """Return (pieces a row, blocks a piece): enough pieces that a few rows fill the device, too.
+
+    Blocks are powers of 2: a kernel is compiled for each number of them.
     """
     num_blocks = cdiv(vocab_size, PIECE_BLOCK)
     blocks_a_piece = next_power_of_2(cdiv(num_blocks * num_rows, NUM_PROGRAMS))
@@ -100,7 +101,7 @@ def _piece_winner_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Of one piece of a row: the largest logit (NaN if one is), the largest logit / temperature + noise and its id."""
+    """Store a piece's largest logit (NaN if one is), and its largest logit / temperature + noise with that one's id."""
     wait_for_input(PDL)
     row = tl.program_id(0)
     logits += row.to(tl.int64) * logits_stride
@@ -171,10 +172,11 @@ def _row_winner_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The winner over the tokens kept, without knowing which they are: while the winner is not one of them, none at
-    or below it is (what is kept is the head of the order), so draw again above it, with the same noise. That ends
-    with the token that a draw over the kept ones alone would give; seldom is a second draw needed.
-    (FlashInfer's rejection sampling draws anew instead.)
+    """Store the winner over the tokens kept, without knowing which they are.
+
+    While the winner is not one of them, none at or below it is (the kept ones are the head of the order), so draw again
+    above it, with the same noise. That ends with the token that a draw over the kept ones alone would give; seldom is a
+    second draw needed. (FlashInfer's rejection sampling draws anew instead.)
     """
     wait_for_input(PDL)
     row = tl.program_id(0)
@@ -253,7 +255,10 @@ def _kept_winner(
 
 @triton.jit
 def _count_above(logits, limit, largest, inverse, V: tl.constexpr, BLOCK: tl.constexpr):
-    """(tokens above limit, tokens at it, mass above it, mass of all); mass is exp((logit - largest) / temperature)."""
+    """Return (tokens above limit, tokens at it, mass above it, mass of all).
+
+    A token's mass is exp((logit - largest) / temperature).
+    """
     num_above = tl.zeros([BLOCK], tl.int32)
     num_equal = tl.zeros([BLOCK], tl.int32)
     mass_above = tl.zeros([BLOCK], tl.float32)
@@ -271,7 +276,7 @@ def _count_above(logits, limit, largest, inverse, V: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _draw_above(logits, limit, floor, inverse, key1, key2, V: tl.constexpr, BLOCK: tl.constexpr):
-    """The token with the largest logit / temperature + noise, of those with a logit above limit."""
+    """Return the token with the largest logit / temperature + noise, of those with a logit above limit."""
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_id = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
     for start in range(0, V, BLOCK):
@@ -297,7 +302,10 @@ def _mass_of_top_k(
     UNUSED_BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The k-th largest logit lies in (below_top_k, in_top_k]: bisect the integers that order as the floats do."""
+    """Return the mass of the top k.
+
+    The k-th largest logit lies in (below_top_k, in_top_k]: bisect the integers that order as the floats do.
+    """
     low = _order(below_top_k, UNUSED_BITS)
     high = _order(in_top_k, UNUSED_BITS)
     while high - low > 1:
@@ -322,7 +330,7 @@ def _mass_of_top_k(
 
 @triton.jit
 def _order(x, UNUSED_BITS: tl.constexpr):
-    """An int64 that orders as the float does, neighbours one apart."""
+    """Return an int64 that orders as the float does, neighbours one apart."""
     bits = x.to(tl.int32, bitcast=True)
     return (tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> UNUSED_BITS).to(tl.int64)
 

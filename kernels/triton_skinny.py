@@ -14,6 +14,7 @@ import triton.language as tl
 from kernels.launch import cdiv, fast_launch, next_power_of_2
 from kernels.triton_elementwise import activation, launch_options, prefetch_to_l2
 from kernels.triton_gemm import rows_of_program
+from kernels.tuning import Configs
 
 MIN_BLOCK_T = 16  # rows of a tensor core's matrix
 MIN_BLOCK_K = 64
@@ -21,8 +22,10 @@ PREFETCH_PIECE = tl.constexpr(64)  # elements that a thread asks for at once
 
 
 class SkinnyConfig(NamedTuple):
-    """A program has block_n rows of the weight (with an activation, of gate and of up each). Each of its warps has
-    block_k elements of them at a time, num_stages times over on their way; of each row `prefetch` elements are early.
+    """How `skinny_gemm` cuts a weight.
+
+    A program has block_n rows (with an activation, of gate and of up each). Each of its warps has block_k elements of
+    them at a time, num_stages times over on their way; of each row `prefetch` elements are asked for early.
     """
 
     block_n: int
@@ -32,33 +35,20 @@ class SkinnyConfig(NamedTuple):
     prefetch: int = 512
 
 
-# By (weight rows, K, tokens at most): the fastest of bench/gemm.py. What is not here gets `default_skinny_config`.
-SKINNY_CONFIGS: dict[tuple[int, int, int], SkinnyConfig] = {
-    (6144, 4096, 16): SkinnyConfig(8, 128, 2, 4),
-    (6144, 4096, 32): SkinnyConfig(16, 128, 2, 4),
-    (4096, 4096, 32): SkinnyConfig(16, 128, 2, 4),
-    (4096, 14336, 16): SkinnyConfig(16, 128, 4, 4),
-    (128256, 4096, 16): SkinnyConfig(16, 128, 4, 4),
-    (128256, 4096, 32): SkinnyConfig(32, 128, 2, 3),
-    (1024, 2048, 32): SkinnyConfig(16, 128, 4, 4),
-    (6144, 1024, 16): SkinnyConfig(16, 128, 4, 3),
-    (6144, 1024, 32): SkinnyConfig(16, 64, 2, 6),
-    (1024, 3072, 16): SkinnyConfig(16, 128, 4, 4),
-    (1024, 3072, 32): SkinnyConfig(16, 128, 4, 4),
-    (151936, 1024, 16): SkinnyConfig(32, 128, 2, 3),
-    (151936, 1024, 32): SkinnyConfig(16, 128, 1, 3),
-}
-
-
 def default_skinny_config(k: int, block_t: int) -> SkinnyConfig:
+    """Return the configuration of shapes that no table has; it divides every K that `fits_skinny` takes."""
     num_warps = 4 if k % (4 * MIN_BLOCK_K) == 0 else 2
     if block_t <= MIN_BLOCK_T or k % (2 * MIN_BLOCK_K * num_warps):
         return SkinnyConfig(16, MIN_BLOCK_K, num_warps, 6)
     return SkinnyConfig(16, 2 * MIN_BLOCK_K, num_warps, 3)
 
 
+# By (weight rows, K, most tokens: 16 or 32).
+SKINNY_CONFIGS = Configs("skinny", SkinnyConfig, lambda _num_rows, k, block_t: default_skinny_config(k, block_t))
+
+
 def fits_skinny(k: int) -> bool:
-    """Whether `skinny_gemm` takes a weight with K columns."""
+    """Return whether `skinny_gemm` takes a weight with K columns."""
     return k % (2 * MIN_BLOCK_K) == 0
 
 
@@ -71,12 +61,16 @@ def skinny_gemm(
     residual: torch.Tensor | None = None,
     config: SkinnyConfig | None = None,
 ) -> torch.Tensor:
-    """x [T, K], weight [N, K] ([2N, K] with `act`) -> [T, N], or into `residual`; all contiguous."""
+    """Return x @ weight.T + bias [T, N] of up to 32 tokens x [T, K] and weight [N, K], all contiguous.
+
+    act: the weight is [2N, K], gate and up, and the result is act(gate) * up. residual [T, N]: the product is added to
+    it, in place, and it is returned. Results do not depend on `config` but for rounding.
+    """
     num_tokens, k = x.shape
     num_rows = weight.shape[0]
     n = num_rows // 2 if act else num_rows
     block_t = max(MIN_BLOCK_T, next_power_of_2(num_tokens))
-    config = config or SKINNY_CONFIGS.get((num_rows, k, block_t)) or default_skinny_config(k, block_t)
+    config = config or SKINNY_CONFIGS.get(x.device, num_rows, k, block_t)
     assert k % (config.block_k * config.num_warps) == 0, f"K is {k}, which is no multiple of a program's {config}"
     out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device) if residual is None else residual
     _skinny_kernel[(cdiv(n, config.block_n),)](

@@ -1,4 +1,4 @@
-"""What the Triton attention kernels have in common: a running softmax over tiles of the paged cache, and launching.
+"""Parts that the Triton attention kernels share: a running softmax over tiles of the paged cache, and launching.
 
 The query heads of one KV head are rows of one tile (GQA packed in M), so keys and values are read once for all of them.
 Scores are kept in units of log2, for exp2. The definition is `kernels.attention.attention_torch`.
@@ -13,11 +13,14 @@ import triton.language as tl
 
 from kernels.launch import next_power_of_2
 from kernels.triton_elementwise import launch_options
+from kernels.tuning import Configs
 
 LOG2_E = 1.4426950408889634
 
 
 class DecodeConfig(NamedTuple):
+    """How `decode` cuts its work."""
+
     block_n: int  # tokens a tile
     num_warps: int
     num_stages: int
@@ -26,18 +29,24 @@ class DecodeConfig(NamedTuple):
 
 
 class PrefillConfig(NamedTuple):
+    """How `prefill`, and `decode` for shared prefixes, cut their work."""
+
     block_m: int  # queries x heads of a KV head
     block_n: int
     num_warps: int
     num_stages: int
 
 
-def prefill_config(configs: dict[int, PrefillConfig], block_d: int, itemsize: int) -> PrefillConfig:
-    """An entry of PREFILL_CONFIGS or PREFIX_CONFIGS, or what surely fits. itemsize: bytes of an element of q."""
-    if itemsize == 4:
+def default_prefill_config(block_d: int) -> PrefillConfig:
+    """Return what surely fits; block_d: head_dim, rounded up to a power of two."""
+    return PrefillConfig(block_m=64, block_n=64 if block_d <= 128 else 32, num_warps=4, num_stages=2)
+
+
+def prefill_config(configs: Configs[PrefillConfig], q: torch.Tensor) -> PrefillConfig:
+    """Return the configuration for queries q [T, H, D] by a table whose key is the power of two from D on."""
+    if q.dtype.itemsize == 4:
         return PrefillConfig(block_m=32, block_n=16, num_warps=4, num_stages=1)
-    default = PrefillConfig(block_m=64, block_n=64 if block_d <= 128 else 32, num_warps=4, num_stages=2)
-    return configs.get(block_d, default)
+    return configs.get(q.device, next_power_of_2(q.shape[2]))
 
 
 def launch_settings(
@@ -48,7 +57,7 @@ def launch_settings(
     softcap: float,
     config: DecodeConfig | PrefillConfig,
 ) -> dict[str, Any]:
-    """What all three kernels are compiled for and launched with."""
+    """Return the keyword arguments that all three kernels are compiled for and launched with."""
     num_heads, head_dim = q.shape[1:]
     num_kv_heads = k_cache.shape[1]
     group = num_heads // num_kv_heads
@@ -76,12 +85,12 @@ def _counters(device: torch.device, size: int) -> torch.Tensor:
 
 
 def arrival_counters(device: torch.device, size: int) -> torch.Tensor:
-    """Zeros, and zeros again when a kernel is done with them. The first call must not be inside a graph's capture."""
+    """Return int32 zeros, which every kernel leaves as zeros. The first call must not be inside a graph's capture."""
     return _counters(device, max(16384, next_power_of_2(size)))
 
 
 def block_requests(num_requests: int) -> int:
-    """A power of two that holds them; few different ones, since each compiles its own kernel."""
+    """Return a power of two that holds them; few different ones, since each compiles its own kernel."""
     return next((block for block in (16, 256) if num_requests <= block), max(1024, next_power_of_2(num_requests)))
 
 
@@ -99,7 +108,10 @@ attention_kernel = triton.jit(
 
 @triton.jit
 def load_slots(slots, first, seq_len, BLOCK_N: tl.constexpr):
-    """Of tokens first, first + 1, ...; past the end the last one's: some slot must be read, and this one is finite."""
+    """Load the slots of tokens first, first + 1, ...; past the end the last one's.
+
+    Some slot must be read there, and the last one's values are finite.
+    """
     return tl.load(slots + tl.minimum(first + tl.arange(0, BLOCK_N), seq_len - 1))
 
 
@@ -203,7 +215,7 @@ def attend_prompt(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(m, l, acc) of q over tokens [first, last), of which all rows see those before `whole` if there is no window."""
+    """Return (m, l, acc) of q over tokens [first, last); without a window all rows see those before `whole`."""
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -224,12 +236,12 @@ def attend_prompt(
 
 @triton.jit
 def find(ends, work):
-    """(index, where it starts) of the entry whose run of work, ended by `ends` [N] (ascending), holds `work`."""
+    """Return (index, where it starts) of the entry whose run of work, ended by `ends` [N] (ascending), holds `work`."""
     is_before = ends <= work
     return tl.sum(is_before.to(tl.int32), axis=0), tl.max(tl.where(is_before, ends, 0), axis=0)
 
 
 @triton.jit
 def part_len(prefix_len, num_splits, BLOCK_N: tl.constexpr):
-    """Tokens of a prefix in each of its parts, the last apart: whole tiles."""
+    """Return the tokens of a prefix in each of its parts but the last: whole tiles."""
     return tl.maximum(tl.cdiv(tl.cdiv(prefix_len, num_splits), BLOCK_N), 1) * BLOCK_N

@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from kernels.tuning import WeightShape
+
 
 class Norm(Protocol):
     """A normalization of the last dimension, which a product may fuse where it `is_rms`."""
@@ -96,6 +98,12 @@ class Weight(ABC):
     @abstractmethod
     def rows_of(self, part: int) -> torch.Tensor:
         """Return this rank's rows of a part as [rows, k] numbers: a view, or a copy if they are packed."""
+
+    def tuning_shape(
+        self, *, act: str | None = None, has_norm: bool = False, has_residual: bool = False
+    ) -> WeightShape | None:
+        """Return the shape to tune kernels for, used with such a `product`; None: the format has nothing to tune."""
+        return None
 
     def pack(self) -> "Weight":
         """Return the weight in the layout that its device multiplies fastest; `place` may not work on it any more."""

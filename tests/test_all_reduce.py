@@ -6,7 +6,8 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from kernels.all_reduce import PeerMemory, all_reduce_torch
+from kernels.all_reduce import all_reduce_torch
+from kernels.peer_memory import PeerMemory
 
 pytest.importorskip("triton")
 MAX_BYTES = 8192

@@ -55,6 +55,42 @@ def imports_of(file: str) -> list[tuple[str, int]]:
     return list(imported_modules((ROOT / file).read_text(), ".".join(Path(file).parent.parts)))
 
 
+def import_graph(*folders: str) -> dict[str, set[str]]:
+    """Return the modules that each module of `folders` imports at any place, inside functions too."""
+    modules = {
+        file.removesuffix(".py").removesuffix("/__init__").replace("/", "."): file for file in files_of(*folders)
+    }
+    graph: dict[str, set[str]] = {module: set() for module in modules}
+    for module, file in modules.items():
+        for name, _ in imports_of(file):
+            while name and name not in modules:  # `a.b` of `from a import b` may be a name in module `a`
+                name = name.rpartition(".")[0]
+            if name and name != module:
+                graph[module].add(name)
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[tuple[str, ...]]:
+    """Return the sets of modules that import each other, directly or through others."""
+    reached: dict[str, set[str]] = {}
+    for module in graph:
+        reached[module], waiting = set(), [module]
+        while waiting:
+            found = graph[waiting.pop()] - reached[module]
+            reached[module] |= found
+            waiting += found
+    return sorted({tuple(sorted(b for b in reached[a] if a in reached[b])) for a in graph if a in reached[a]})
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circles(import_graph(*OURS, "bench", "tests")) == []
+
+
+def test_a_circle_of_any_length_is_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"f"}, "f": {"g"}, "g": {"e", "a"}}
+    assert circles(graph) == [("b", "c"), ("e", "f", "g")]
+
+
 @pytest.mark.parametrize("folder", MAY_IMPORT)
 def test_imports_point_from_server_to_engine_to_cache_to_kernels(folder: str) -> None:
     forbidden = OURS - MAY_IMPORT[folder] | {"tests", "bench"}

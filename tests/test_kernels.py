@@ -19,6 +19,7 @@ from kernels import (
     triton_gemm,
     triton_sampling,
     triton_skinny,
+    tuning,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -278,7 +279,8 @@ def test_every_width_that_the_skinny_kernel_takes_has_a_configuration_that_divid
     for k in filter(triton_skinny.fits_skinny, range(64, 8192, 64)):
         config = triton_skinny.default_skinny_config(k, block_t)
         assert k % (config.block_k * config.num_warps) == 0
-    for (_, k, _), config in triton_skinny.SKINNY_CONFIGS.items():
+    for num_rows, k, max_tokens in tuning.tables(torch.device(DEVICE)).shapes("skinny"):
+        config = triton_skinny.SKINNY_CONFIGS.get(torch.device(DEVICE), num_rows, k, max_tokens)
         assert k % (config.block_k * config.num_warps) == 0
 
 

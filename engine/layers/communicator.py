@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from engine.errors import ModelError
 from engine.ranks.nodes import gloo_interface
-from kernels.all_reduce import PeerMemory, all_reduce
+from kernels.all_reduce import all_reduce
+from kernels.peer_memory import PeerMemory
 from kernels.sampling import argmax
 
 logger = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import torch
 
+from engine.models.base import CausalLM
 from engine.schedule.plan import Plan
 from engine.step.batch import Shape
 from engine.step.cuda_graph import SAMPLE_MULTIPLE, GraphSizes
@@ -12,17 +13,29 @@ from engine.step.model_runner import ModelRunner
 from kernels import sampling
 from kernels.corun import FLOPS_PER_BYTE, STEP_TOKENS, Corun
 from kernels.launch import cdiv, compiling_ahead
+from kernels.tune import tune_kernels
+from kernels.tuning import AttentionShape, WeightShape
 
 KERNEL_PROMPTS = (2, 32, 512)  # numbers of prompts that attention has kernels for: all are compiled at the start
 
 
 def compile_kernels(
-    runner: ModelRunner, graph_sizes: GraphSizes | None, num_tokens: int, num_samples: int, max_len: int
+    runner: ModelRunner,
+    graph_sizes: GraphSizes | None,
+    num_tokens: int,
+    num_samples: int,
+    max_len: int,
 ) -> None:
-    """All that `measure_step` and the graphs need, many at once: one by one they would take half a minute more.
+    """Compile all that `measure_step` and the graphs need, many at once: one by one they would take half a minute more.
 
-    A rehearsal finds out which those are; nothing but what libraries compute is launched in it.
+    A rehearsal finds out which those are; nothing but what libraries compute is launched in it. Kernels are tuned
+    first for those of the model's shapes that no table knows: other configurations are other kernels.
     """
+    tune_kernels(
+        weight_shapes(runner.model),
+        attention=attention_shapes(runner.model, runner.kv.dtype),
+        dtype=runner.model.config.dtype,
+    )
     with runner.model.model.few_layers(), compiling_ahead():
         _run_largest(runner, num_tokens, num_samples, max_len)
         if graph_sizes is not None:
@@ -31,6 +44,32 @@ def compile_kernels(
                 rehearse_sampling(dtype, vocab_size, num_samples, runner.device)
             with torch.cuda.stream(runner.stream), torch.inference_mode():
                 runner.new_graphs(graph_sizes).run_all()
+
+
+def weight_shapes(model: CausalLM) -> list[WeightShape]:
+    """Return the shapes of the products of one token, each with what its block fuses."""
+    shapes = [model.lm_head.weight.tuning_shape()]
+    for block in {block.kind: block for block in model.model.layers}.values():
+        attn, mlp = block.self_attn, block.mlp
+        shapes += [
+            attn.qkv_proj.weight.tuning_shape(has_norm=True),
+            attn.o_proj.weight.tuning_shape(has_residual=True),
+            mlp.gate_up_proj.weight.tuning_shape(has_norm=True, act=mlp.act),
+            mlp.down_proj.weight.tuning_shape(has_residual=True),
+        ]
+    return [shape for shape in shapes if shape is not None]
+
+
+def attention_shapes(model: CausalLM, kv_dtype: torch.dtype) -> list[AttentionShape]:
+    """Return the heads of this rank's attention, each kind once; none where Triton's kernels do not serve it."""
+    layers = [block.self_attn for block in model.model.layers]
+    return list(
+        dict.fromkeys(
+            AttentionShape(attn.num_heads, attn.num_kv_heads, attn.head_dim, kv_dtype)
+            for attn in layers
+            if attn.backend != "torch"
+        )
+    )
 
 
 def rehearse_sampling(dtype: torch.dtype, vocab_size: int, max_samples: int, device: torch.device) -> None:

@@ -1,0 +1,296 @@
+"""Tuned configurations: what is shipped serves as before; what is new is timed once, kept, and found again."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from kernels import launch, triton_tasks, tune, tuning
+from kernels.triton_decode import DECODE_CONFIGS, DECODE_LIMITS, PREFIX_CONFIGS, decode_config
+from kernels.triton_gemm import GEMV_CONFIGS, GemvConfig, default_gemv_config
+from kernels.triton_prefill import PREFILL_CONFIGS
+from kernels.triton_skinny import SKINNY_CONFIGS, SkinnyConfig, default_skinny_config
+from kernels.triton_softmax import DecodeConfig, PrefillConfig, default_prefill_config
+from kernels.tuning import AttentionShape, Configs, Task, WeightShape
+
+CARD = torch.device("cuda", 0)  # nothing is run on it
+CPU = torch.device("cpu")
+
+
+class Config(NamedTuple):
+    block: int
+    num_warps: int = 4
+
+
+DEFAULT, FAST, SLOW, BROKEN = Config(1), Config(2), Config(3, 8), Config(4)
+TAKES_US = {DEFAULT: 10.0, FAST: 5.0, SLOW: 20.0}
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
+    """Give `CARD` a name, and this machine an empty cache folder. Calling it is a new start, on a card of that name."""
+
+    def start(name: str = "Test Card 9") -> None:
+        monkeypatch.setattr(tuning, "card_name", lambda device: name if device.type == "cuda" else device.type)
+        forget()
+
+    def forget() -> None:
+        tuning.tables.cache_clear()
+        for configs in (GEMV_CONFIGS, SKINNY_CONFIGS, DECODE_CONFIGS, PREFIX_CONFIGS, PREFILL_CONFIGS):
+            configs.get.cache_clear()
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    start()
+    yield start
+    forget()
+
+
+def new_configs() -> Configs[Config]:
+    return Configs("test", Config, lambda *_: DEFAULT)
+
+
+class Bench:
+    """Stands in for a GPU: every launch takes what `TAKES_US` says, a second passes for each task compiled."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.timed: list[Config] = []
+        self.prepared: list[tuple[int, ...]] = []
+
+    def task(self, configs: Configs[Config], *key: int) -> Task:
+        def prepare() -> list[Callable[[Config], object]]:
+            self.prepared.append(key)
+            return [self.launch] * 3
+
+        return Task(configs, key, [SLOW, BROKEN, FAST], prepare)
+
+    def launch(self, config: Config) -> None:
+        if config == BROKEN:
+            raise RuntimeError("out of resource: shared memory")
+        self.timed.append(config)
+
+    def timer(self, launches: list[Callable[[], object]]) -> Callable[[], float]:
+        for run in launches:
+            run()
+        config = self.timed[-1]
+        return lambda: TAKES_US[config]
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        self.now_s += 1.0
+        yield
+
+    def tune(self, tasks: list[Task], budget_s: float = 100.0) -> int:
+        return tune.tune(tasks, budget_s, CARD, timer=self.timer, compiling=self.compiling, clock=lambda: self.now_s)
+
+
+def cache_file(tmp_path: Path) -> Path:
+    (path,) = (tmp_path / "radixloop" / "tuned").iterdir()
+    return path
+
+
+# what is shipped
+
+
+def test_known_shapes_have_the_configurations_that_were_found_for_them(card: Callable[[str], None]) -> None:
+    for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"):
+        card(name)
+        assert GEMV_CONFIGS.get(CARD, 6144, 4096) == GemvConfig(4, 1024, 4, 4)
+        assert GEMV_CONFIGS.get(CARD, 151936, 1024) == GemvConfig(2, 1024, 4, 1)
+        assert SKINNY_CONFIGS.get(CARD, 6144, 1024, 32) == SkinnyConfig(16, 64, 2, 6)
+        assert DECODE_CONFIGS.get(CARD, 128, 4) == DecodeConfig(64, 4, 3, 1, True)
+        assert DECODE_CONFIGS.get(CARD, 128, 1 << 20) == DecodeConfig(32, 1, 4, 4)
+        assert PREFILL_CONFIGS.get(CARD, 128) == PREFIX_CONFIGS.get(CARD, 128) == PrefillConfig(64, 64, 4, 3)
+
+
+def test_shapes_that_no_table_has_get_the_kernels_default(card: Callable[[str], None]) -> None:
+    assert GEMV_CONFIGS.get(CARD, 999, 512) == default_gemv_config(999, 512)
+    assert SKINNY_CONFIGS.get(CARD, 999, 768, 32) == default_skinny_config(768, 32)
+    assert PREFILL_CONFIGS.get(CARD, 256) == default_prefill_config(256)
+
+
+def test_the_number_of_requests_decides_about_decode_configurations(card: Callable[[str], None]) -> None:
+    q = torch.empty(1, 4, 128, dtype=torch.bfloat16)
+    found = [decode_config(q, num_requests) for num_requests in (1, 4, 5, 16, 17, 4000)]
+    assert found == [DECODE_CONFIGS.get(CPU, 128, limit) for limit in DECODE_LIMITS for _ in range(2)]
+    assert len(set(found)) == 3
+
+
+def test_a_card_has_its_own_table_and_others_are_tuned_anew(card: Callable[[str], None]) -> None:
+    for name, is_tuned in (("NVIDIA H200", True), ("NVIDIA H100 PCIe", True), ("NVIDIA L4", False), ("cpu", False)):
+        card(name)
+        assert GEMV_CONFIGS.is_tuned(CARD, (6144, 4096)) is is_tuned, name
+
+
+def test_every_shipped_table_is_as_it_would_be_written() -> None:
+    paths = list(tuning.SHIPPED.glob("*.json"))
+    assert tuning.SHIPPED / tuning.FALLBACK in paths
+    for path in paths:
+        text = path.read_text()
+        assert text == tuning.format_table(json.loads(text)["cards"], tuning.parse_table(text))
+
+
+# what is found
+
+
+def test_a_new_shape_is_tuned_once_and_found_by_later_starts(card: Callable[[str], None], tmp_path: Path) -> None:
+    configs, bench = new_configs(), Bench()
+    assert configs.get(CARD, 7, 5) == DEFAULT
+    assert bench.tune([bench.task(configs, 7, 5)]) == 1
+    assert configs.get(CARD, 7, 5) == FAST and configs.get(CARD, 7, 6) == DEFAULT
+    tuning.tables(CARD).save()
+    assert "Test_Card_9-" in cache_file(tmp_path).name
+
+    card("Test Card 9")
+    configs, bench = new_configs(), Bench()
+    assert configs.get(CARD, 7, 5) == FAST
+    assert bench.tune([bench.task(configs, 7, 5)]) == 0
+    assert not bench.prepared and bench.now_s == 0.0, "a later start has nothing to do"
+
+
+def test_another_card_does_not_get_what_was_found(card: Callable[[str], None]) -> None:
+    configs, bench = new_configs(), Bench()
+    bench.tune([bench.task(configs, 7)])
+    tuning.tables(CARD).save()
+    card("Test Card 10")
+    assert new_configs().get(CARD, 7) == DEFAULT
+
+
+def test_files_of_several_models_are_one(card: Callable[[str], None]) -> None:
+    for key in (7, 8):
+        configs, bench = new_configs(), Bench()
+        bench.tune([bench.task(configs, key)])
+        others = tuning.Tables("Test Card 9", tuning.tables(CARD).cache_path)
+        others.add("test", (9,), SLOW._asdict())
+        others.save()  # another process, which has not seen the first one's
+        tuning.tables(CARD).save()
+        card("Test Card 9")
+    assert [new_configs().get(CARD, key) for key in (7, 8, 9)] == [FAST, FAST, SLOW]
+
+
+def test_the_default_stays_where_others_are_hardly_faster(
+    card: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs, bench = new_configs(), Bench()
+    monkeypatch.setitem(TAKES_US, FAST, 9.9)
+    bench.tune([bench.task(configs, 7)])
+    assert configs.get(CARD, 7) == DEFAULT and configs.is_tuned(CARD, (7,))
+
+
+def test_a_kernel_none_of_whose_candidates_runs_keeps_its_default(card: Callable[[str], None]) -> None:
+    configs, bench = new_configs(), Bench()
+    tasks = [bench.task(configs, 7)._replace(candidates=[BROKEN])]
+
+    def prepare() -> list[Callable[[Config], object]]:
+        raise RuntimeError("CUDA out of memory")
+
+    tasks.append(bench.task(configs, 8)._replace(prepare=prepare))
+    bench.tune(tasks)
+    assert configs.get(CARD, 7) == configs.get(CARD, 8) == DEFAULT
+
+
+def test_tuning_ends_when_its_time_is_spent(card: Callable[[str], None], caplog: pytest.LogCaptureFixture) -> None:
+    configs, bench = new_configs(), Bench()
+    tasks = [bench.task(configs, key)._replace(candidates=[FAST] * 20) for key in range(9)]
+    with caplog.at_level(logging.INFO, "kernels.tune"):
+        assert bench.tune(tasks, budget_s=3.0) == 3
+    assert bench.now_s <= 3.0
+    assert [configs.get(CARD, key) for key in range(4)] == [FAST, FAST, FAST, DEFAULT]
+    assert "3 of 9 new shapes" in caplog.text and "keep their defaults" in caplog.text
+    assert bench.tune(tasks) == 6, "a later start goes on"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", '{"configs": {"test": {"x": {}}}}', '{"configs": {"test": [1]}}', "\0"]
+)
+def test_a_broken_cache_file_is_a_warning_and_is_replaced(
+    card: Callable[[str], None], text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tuning.tables(CARD).cache_path
+    assert path is not None
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    card("Test Card 9")
+    configs, bench = new_configs(), Bench()
+    assert configs.get(CARD, 7) == DEFAULT
+    assert str(path) in caplog.text
+    bench.tune([bench.task(configs, 7)])
+    tuning.tables(CARD).save()
+    card("Test Card 9")
+    assert new_configs().get(CARD, 7) == FAST
+
+
+def test_a_cache_file_of_other_fields_is_a_warning(
+    card: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    tuning.tables(CARD).add("test", (7,), {"block": 2, "num_moons": 1})
+    assert new_configs().get(CARD, 7) == DEFAULT
+    assert "num_moons" in caplog.text
+
+
+def test_a_cache_folder_that_cannot_be_written_is_a_warning(
+    card: Callable[[str], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "radixloop").write_text("a file where the folder should be")
+    configs, bench = new_configs(), Bench()
+    bench.tune([bench.task(configs, 7)])
+    tuning.tables(CARD).save()
+    assert "cannot be kept" in caplog.text
+    assert configs.get(CARD, 7) == FAST
+
+
+def test_without_a_gpu_nothing_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(tune, "tune", lambda *_: pytest.fail("tuned"))
+    tune.tune_kernels([WeightShape(64, 64)], attention=[AttentionShape(4, 2, 64)])
+    assert tuning.tables(CPU).cache_path is None
+
+
+# the tasks
+
+
+SHAPES = [
+    WeightShape(96, 256, has_norm=True), WeightShape(64, 256, has_residual=True), WeightShape(64, 256, "silu", True),
+    WeightShape(40, 512, max_tokens=1),
+]  # fmt: skip
+
+
+def test_every_kernel_of_a_model_is_a_task_and_each_shape_once() -> None:
+    tasks = triton_tasks.tasks_of(SHAPES, [AttentionShape(4, 2, 16)] * 2, torch.float16, CPU)
+    assert len({(task.configs.kind, task.key) for task in tasks}) == len(tasks)
+    keys: dict[str, list[Any]] = {}
+    for task in tasks:
+        keys.setdefault(task.configs.kind, []).append(task.key)
+    assert keys == {
+        "gemv": [(96, 256), (40, 512), (64, 256)],
+        "decode": [(16, limit) for limit in DECODE_LIMITS],
+        "prefill": [(16,)],
+        "skinny": [(96, 256, 16), (64, 256, 16), (96, 256, 32), (64, 256, 32)],
+        "prefix": [(16,)],
+    }
+
+
+@pytest.mark.parametrize("kind", ["gemv", "skinny", "decode", "prefill", "prefix"])
+def test_a_tasks_launches_run_its_kernel_with_every_candidate(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_tasks, "ROTATION_BYTES", 1 << 17)
+    monkeypatch.setattr(triton_tasks, "DECODE_LENS", dict.fromkeys(DECODE_LIMITS, (2, 40)))
+    for name, value in (("PROMPT_LEN", 24), ("PREFIX_REQUESTS", 3), ("PREFIX_LEN", 20), ("OWN_LEN", 4)):
+        monkeypatch.setattr(triton_tasks, name, value)
+    launched: list[str] = []
+    monkeypatch.setattr(launch.Kernel, "launch", note_into(launched))
+    for task in triton_tasks.tasks_of(SHAPES[:1], [AttentionShape(4, 2, 16)], torch.float16, CPU):
+        if task.configs.kind == kind:
+            launches = task.prepare()
+            assert len(launches) >= triton_tasks.MIN_LAUNCHES and task.candidates
+            for config in task.candidates:
+                launches[0](config)
+    assert launched
+
+
+def note_into(launched: list[str]) -> Callable[..., None]:
+    return lambda kernel, *_: launched.append(kernel.name)
