@@ -13,11 +13,13 @@ from server.apis.batches import Batches
 from server.apis.clouds import CloudApi
 from server.apis.embeddings import EmbeddingsApi
 from server.apis.files import FilesApi, FileStore
+from server.apis.generate import GenerateApi
 from server.apis.maintenance import MaintenanceApi
 from server.apis.native import NativeApi
 from server.apis.ollama import OllamaApi
 from server.apis.openai import OpenAIApi
 from server.apis.responses import ResponsesApi
+from server.apis.text import TextApi
 from server.config import ServerConfig
 from server.http.intake import TURNS, Turns
 from server.http.keys import KeyRing, require_key
@@ -48,8 +50,11 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     )
     app[TURNS] = Turns()
     app[CHATS] = chats
-    native = NativeApi(engine, config, live, chats)
+    native = NativeApi(engine, config, live)
+    generate = GenerateApi(engine, config, live)
     app.add_routes(native.routes())
+    app.add_routes(generate.routes())
+    app.add_routes(TextApi(engine, chats).routes())
     app.add_routes(AnthropicApi(config, live, chats).routes())
     app.add_routes(OllamaApi(engine, config, live, chats).routes())
     responses = ResponsesApi(config, live, chats)
@@ -58,7 +63,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app.add_routes(MaintenanceApi(engine).routes())
     openai = OpenAIApi(engine, config, live, chats)
     app.add_routes(openai.routes())
-    app.add_routes(CloudApi(native, openai).routes())
+    app.add_routes(CloudApi(native, generate, openai).routes())
     embeddings = EmbeddingsApi(engine, config, live)
     app.add_routes(embeddings.routes())
     store = FileStore(Path(config.file_storage_path).expanduser())

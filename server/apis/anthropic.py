@@ -7,7 +7,17 @@ from aiohttp import web
 
 from engine.errors import InvalidRequest
 from engine.request import FinishReason
-from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockChoice, answer, arguments_of, chat_call
+from server.apis.answer import failure_of
+from server.apis.blocks import (
+    REASONING,
+    TEXT,
+    TOOL_CALL,
+    Block,
+    BlockAnswer,
+    arguments_of,
+    chat_call,
+    respond_in_blocks,
+)
 from server.config import ServerConfig
 from server.http.live import LiveRequests, RequestFailed, new_rid
 from server.http.sse import named_event
@@ -54,7 +64,7 @@ class AnthropicApi:
         body.required("max_tokens", "an integer")
         with spelled(OUR_NAMES):
             turn = await self.chats.turn(Fields(chat_body(body)))
-            return await answer(http_request, self.live, MessageChoice(turn, model))
+            return await respond_in_blocks(http_request, self.live, MessageAnswer(turn, model))
 
     async def count_tokens(self, http_request: web.Request) -> web.Response:
         body = await read_json(http_request)
@@ -235,7 +245,9 @@ def _read_thinking(thinking: Fields | None) -> JSON:
 # ---- writing ----
 
 
-class MessageChoice(BlockChoice):
+class MessageAnswer(BlockAnswer):
+    """Blocks are content blocks of the message."""
+
     def __init__(self, turn: ChatTurn, model: str) -> None:
         super().__init__(f"msg_{new_rid()}", turn)
         self.model = model
@@ -264,16 +276,16 @@ class MessageChoice(BlockChoice):
     def stop(self, block: Block) -> bytes:
         return named_event({"type": "content_block_stop", "index": block.index})
 
-    def end(self, reason: FinishReason) -> bytes:
+    def close(self, reason: FinishReason) -> bytes:
         if reason.type == "abort":
             return self.fail(reason)
         delta = {"type": "message_delta", "delta": self._ending(reason), "usage": self._usage()}
         return named_event(delta) + named_event({"type": "message_stop"})
 
     def fail(self, reason: FinishReason) -> bytes:
-        return named_event(anthropic_error(reason.status_code or 500, reason.message or "the request failed"))
+        return named_event(anthropic_error(*failure_of(reason)))
 
-    def whole(self, reason: FinishReason) -> JSON:
+    def body(self, reason: FinishReason) -> JSON:
         if reason.type == "abort":  # Anthropic knows no such ending
             raise RequestFailed(reason)
         return self._message([self._content(block) for block in self.blocks.all], reason)

@@ -8,7 +8,17 @@ import orjson
 from aiohttp import web
 
 from engine.request import FinishReason
-from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockChoice, answer, arguments_of, chat_call
+from server.apis.answer import failure_of
+from server.apis.blocks import (
+    REASONING,
+    TEXT,
+    TOOL_CALL,
+    Block,
+    BlockAnswer,
+    arguments_of,
+    chat_call,
+    respond_in_blocks,
+)
 from server.config import ServerConfig
 from server.http.live import LiveRequests, new_rid
 from server.reading.chat import Chats, ChatTurn
@@ -70,7 +80,7 @@ class OllamaApi:
             return json_response(_loaded(model, {"message": {"role": "assistant", "content": ""}}))
         with spelled(OUR_NAMES):
             turn = await self.chats.turn(Fields(chat_body(body) | {"messages": messages}))
-            return await answer(http_request, self.live, ChatLines(turn, model), headers=NDJSON)
+            return await respond_in_blocks(http_request, self.live, ChatLines(turn, model), NDJSON)
 
     async def generate(self, http_request: web.Request) -> web.StreamResponse:
         body = await read_json(http_request)
@@ -80,7 +90,7 @@ class OllamaApi:
             return json_response(_loaded(model, {"response": ""}))
         with spelled(OUR_NAMES):
             turn = await (self._raw_turn(body) if body.flag("raw") else self._prompt_turn(body))
-            return await answer(http_request, self.live, GenerateLines(turn, model), headers=NDJSON)
+            return await respond_in_blocks(http_request, self.live, GenerateLines(turn, model), NDJSON)
 
     async def _prompt_turn(self, body: Fields) -> ChatTurn:
         messages = [{"role": "user", "content": body.text("prompt")}]
@@ -242,7 +252,7 @@ def _loaded(model: str, empty: JSON) -> JSON:
     return {"model": model, "created_at": _now(), **empty, "done": True, "done_reason": "load"}
 
 
-class Lines(BlockChoice):
+class Lines(BlockAnswer):
     """JSON lines. A tool call makes one, when it is complete."""
 
     def __init__(self, turn: ChatTurn, model: str) -> None:
@@ -262,13 +272,13 @@ class Lines(BlockChoice):
     def stop(self, block: Block) -> bytes:
         return self._line(self.said("", "", [_call(block)]), done=False) if block.kind == TOOL_CALL else b""
 
-    def end(self, reason: FinishReason) -> bytes:
+    def close(self, reason: FinishReason) -> bytes:
         return self._line(self.said("", "", []), done=True, **self._ending(reason))
 
     def fail(self, reason: FinishReason) -> bytes:
-        return orjson.dumps(ollama_error(reason.status_code or 500, reason.message or "the request failed")) + b"\n"
+        return orjson.dumps(ollama_error(*failure_of(reason))) + b"\n"
 
-    def whole(self, reason: FinishReason) -> JSON:
+    def body(self, reason: FinishReason) -> JSON:
         def all_of(kind: str) -> str:
             return "".join(block.content for block in self.blocks.all if block.kind == kind)
 

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest
 from engine.request import Delta, FinishReason
-from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockChoice, answer, chat_call
+from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockAnswer, chat_call, respond_in_blocks
 from server.config import ServerConfig
 from server.http.keys import CLIENT
 from server.http.live import LiveRequests, is_failure, new_rid
@@ -81,13 +81,13 @@ class ResponsesApi:
         messages = self._earlier_messages(body, owner) + read_input(body)
         with spelled(OUR_NAMES):
             turn = await self.chats.turn(Fields(chat_body(body, messages)))
-            choice = ResponseChoice(turn, echo_of(body, model))
+            answer = ResponseAnswer(turn, echo_of(body, model))
             if is_stored:
-                choice.on_end = lambda response: self.store.put(owner, response, [*messages, choice.message()])
+                answer.on_end = lambda response: self.store.put(owner, response, [*messages, answer.message()])
             if not is_background:
-                return await answer(caller, self.live, choice)
+                return await respond_in_blocks(caller, self.live, answer)
             assert isinstance(caller, web.Request)
-            background = BackgroundResponse(owner, choice)
+            background = BackgroundResponse(owner, answer)
             await background.begin(caller, self.live)
         self._background[background.id] = background
         background.task.add_done_callback(lambda _: self._background.pop(background.id))
@@ -189,16 +189,16 @@ class ResponseStore:
 class BackgroundResponse:
     """A response that nobody waits for."""
 
-    def __init__(self, owner: str, choice: "ResponseChoice") -> None:
-        self.owner, self.choice, self.id = owner, choice, choice.request.rid
+    def __init__(self, owner: str, answer: "ResponseAnswer") -> None:
+        self.owner, self.answer, self.id = owner, answer, answer.request.rid
         self.task: asyncio.Task[None]
         self._done: asyncio.Future[Delta] = asyncio.get_running_loop().create_future()
 
     async def begin(self, http_request: web.Request, live: LiveRequests) -> None:
         """Submit the request. An `EngineError` if it is refused."""
-        self.choice.request.sink = self._sink
+        self.answer.request.sink = self._sink
         submitted = AsyncExitStack()
-        await submitted.enter_async_context(live.submitted(http_request, self.id, [self.choice.request]))
+        await submitted.enter_async_context(live.submitted(http_request, self.id, [self.answer.request]))
         self.task = asyncio.create_task(self._finish(submitted))
 
     def _sink(self, delta: Delta) -> None:
@@ -207,10 +207,10 @@ class BackgroundResponse:
 
     async def _finish(self, submitted: AsyncExitStack) -> None:
         async with submitted:
-            self.choice.read_whole(await self._done)
+            self.answer.read_whole(await self._done)
 
     def state(self) -> JSON:
-        return self.choice.response("in_progress" if self.choice.request.times.scheduled else "queued")
+        return self.answer.response("in_progress" if self.answer.request.times.scheduled else "queued")
 
 
 # ---- reading ----
@@ -374,7 +374,7 @@ def echo_of(body: Fields, model: str) -> JSON:
 # ---- writing ----
 
 
-class ResponseChoice(BlockChoice):
+class ResponseAnswer(BlockAnswer):
     """Blocks are items of the response's output; those of reasoning and of text have one content part each."""
 
     def __init__(self, turn: ChatTurn, echo: JSON) -> None:
@@ -414,7 +414,7 @@ class ResponseChoice(BlockChoice):
                 message[name] = message.get(name, "") + block.content
         return message
 
-    def whole(self, reason: FinishReason) -> JSON:
+    def body(self, reason: FinishReason) -> JSON:
         response = self.response(_status_of(reason), reason)
         self.on_end(response)
         return response
@@ -477,13 +477,13 @@ class ResponseChoice(BlockChoice):
             done += self._part_event("content_part.done", block, part=_part(block, content))
         return done + self._event("output_item.done", output_index=block.index, item=self._item(block))
 
-    def end(self, reason: FinishReason) -> bytes:
-        response = self.whole(reason)
+    def close(self, reason: FinishReason) -> bytes:
+        response = self.body(reason)
         return self._event("completed" if response["status"] == "completed" else "incomplete", response=response)
 
     def fail(self, reason: FinishReason) -> bytes:
         begun = b"" if self.has_begun else self.begin()
-        return begun + self._event("failed", response=self.whole(reason))
+        return begun + self._event("failed", response=self.body(reason))
 
     def _part_event(self, kind: str, block: Block, **values: Any) -> bytes:
         return self._item_event(kind, block, content_index=0, **values)
