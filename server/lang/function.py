@@ -194,7 +194,8 @@ class SglFunction:
         if unknown:
             raise TypeError(f"run_batch has no argument {', '.join(sorted(unknown))}")
         chosen = DEFAULT_BACKEND.resolve(backend)
-        states = self._run_each(batch, params, chosen, num_threads, progress_bar, MAX_AHEAD if generator_style else 0)
+        run = _BatchRun(self, batch, params, chosen, num_threads)
+        states = run.states(progress_bar, MAX_AHEAD if generator_style else len(batch) + 1)
         return states if generator_style else list(states)
 
     def _arguments(self, i: int, item: JSON | Sequence[Any]) -> JSON:
@@ -210,80 +211,6 @@ class SglFunction:
                 f"Given arguments mismatch: item {i} has {len(item)}, {self.__name__} takes {takes}: {names}"
             )
         return dict(zip(names, item, strict=False))
-
-    def _run_each(
-        self,
-        batch: list[JSON],
-        params: GenParams,
-        backend: BaseBackend,
-        num_threads: int | str,
-        progress_bar: bool,
-        max_ahead: int,
-    ) -> Iterator[ProgramState]:
-        is_bounded = num_threads != "auto"
-        max_threads = int(num_threads) if is_bounded else max(96, 16 * (os.cpu_count() or 1))
-        # A lone thread could not bring the second program to its first prompt while the first one waits.
-        has_prefix = backend.caches_prefixes and len(batch) > 1 and max_threads > 1
-        batch_prefix = BatchPrefix(backend) if has_prefix else None
-
-        def start(i: int) -> ProgramState:
-            state = self._state(backend, params, batch_prefix=batch_prefix)
-            if batch_prefix is not None and i < 2:
-                batch_prefix.add_scout(state._executor)
-            return state
-
-        def run(state: ProgramState, arguments: JSON) -> None:
-            try:
-                self._run_body(state, (), arguments)
-            finally:
-                finished = state.end()
-            if is_bounded:
-                finished.result()
-
-        places = asyncio.Semaphore(max_threads)
-
-        async def arun(state: ProgramState, arguments: JSON) -> None:
-            async with places if is_bounded else nullcontext():
-                try:
-                    await self._run_async(state, (), arguments)
-                finally:
-                    finished = state.end()
-                if is_bounded:
-                    await asyncio.wrap_future(finished)
-
-        with Progress(disable=not progress_bar) as progress, ThreadPoolExecutor(max_threads) as pool:
-            bar = progress.add_task(self.__name__, total=len(batch))
-            running: deque[tuple[ProgramState, Future[None]]] = deque()
-
-            def take() -> ProgramState:
-                state = self._ended(*running[0])
-                running.popleft()
-                progress.advance(bar)
-                return state
-
-            scouts = [start(i) for i in range(min(2, len(batch)))]
-            try:
-                for i, arguments in enumerate(batch):
-                    state = scouts[i] if i < 2 else start(i)
-                    if self.is_async:
-                        running.append((state, backend.loop.submit(arun(state, arguments))))
-                    else:
-                        running.append((state, pool.submit(run, state, arguments)))
-                    if max_ahead and len(running) == max_ahead:
-                        yield take()
-                while running:
-                    yield take()
-            except BaseException:  # a body's error, Ctrl-C, or a reader that has left: nobody will read the others
-                pool.shutdown(wait=False, cancel_futures=True)
-                for state, body in running:
-                    body.cancel()
-                    state.abort()
-                raise
-
-    def _ended(self, state: ProgramState, body: "Future[None]") -> ProgramState:
-        body.result()
-        state.wait()
-        return state
 
     # ---- what it is ----
 
@@ -306,6 +233,84 @@ class SglFunction:
         if prefix:
             chosen.cache_prefix(prefix)
         return prefix
+
+
+class _BatchRun:
+    """One program, run with many arguments at once."""
+
+    def __init__(
+        self,
+        program: SglFunction,
+        batch: list[JSON],
+        params: GenParams,
+        backend: BaseBackend,
+        num_threads: int | str,
+    ) -> None:
+        self._program, self._batch, self._params, self._backend = program, batch, params, backend
+        self._is_bounded = num_threads != "auto"
+        self._max_threads = int(num_threads) if self._is_bounded else max(96, 16 * (os.cpu_count() or 1))
+        self._places = asyncio.Semaphore(self._max_threads)  # of asynchronous bodies
+        # A lone thread could not bring the second program to its first prompt while the first one waits.
+        has_prefix = backend.caches_prefixes and len(batch) > 1 and self._max_threads > 1
+        self._prefix = BatchPrefix(backend) if has_prefix else None
+
+    def states(self, progress_bar: bool, max_ahead: int) -> Iterator[ProgramState]:
+        """Yield each ended state, in order, while at most `max_ahead` programs run that were not asked for yet."""
+        running: deque[tuple[ProgramState, Future[None]]] = deque()
+        with Progress(disable=not progress_bar) as progress, ThreadPoolExecutor(self._max_threads) as pool:
+            bar = progress.add_task(self._program.__name__, total=len(self._batch))
+
+            def take() -> ProgramState:
+                state, body = running[0]
+                body.result()
+                state.wait()
+                running.popleft()
+                progress.advance(bar)
+                return state
+
+            scouts = [self._start() for _ in self._batch[:2]]
+            if self._prefix is not None:
+                for state in scouts:
+                    self._prefix.add_scout(state._executor.interpreter)
+            try:
+                for i, arguments in enumerate(self._batch):
+                    state = scouts[i] if i < 2 else self._start()
+                    running.append((state, self._submit(pool, state, arguments)))
+                    if len(running) == max_ahead:
+                        yield take()
+                while running:
+                    yield take()
+            except BaseException:  # a body's error, Ctrl-C, or a reader that has left: nobody will read the others
+                pool.shutdown(wait=False, cancel_futures=True)
+                for state, body in running:
+                    body.cancel()
+                    state.abort()
+                raise
+
+    def _start(self) -> ProgramState:
+        return self._program._state(self._backend, self._params, batch_prefix=self._prefix)
+
+    def _submit(self, pool: ThreadPoolExecutor, state: ProgramState, arguments: JSON) -> "Future[None]":
+        if self._program.is_async:
+            return self._backend.loop.submit(self._arun(state, arguments))
+        return pool.submit(self._run, state, arguments)
+
+    def _run(self, state: ProgramState, arguments: JSON) -> None:
+        try:
+            self._program._run_body(state, (), arguments)
+        finally:
+            finished = state.end()
+        if self._is_bounded:
+            finished.result()
+
+    async def _arun(self, state: ProgramState, arguments: JSON) -> None:
+        async with self._places if self._is_bounded else nullcontext():
+            try:
+                await self._program._run_async(state, (), arguments)
+            finally:
+                finished = state.end()
+            if self._is_bounded:
+                await asyncio.wrap_future(finished)
 
 
 @overload

@@ -90,7 +90,7 @@ class ProgramState(BaseState):
         if self._executor.future_of(name) is not None:
             return True
         self.sync()
-        return name in self._executor.variables
+        return name in self._executor.transcript.variables
 
     def get_var(self, name: str) -> Any:
         """The value of a variable, waited for. `KeyError` if there is none; or the error that kept it from being."""
@@ -109,9 +109,9 @@ class ProgramState(BaseState):
         return self._known(name)
 
     def _known(self, name: str) -> Any:
-        if self._executor.error is not None and name not in self._executor.variables:
+        if self._executor.error is not None and name not in self._executor.transcript.variables:
             raise self._executor.error
-        return self._executor.variables[name]
+        return self._executor.transcript.variables[name]
 
     def set_var(self, name: str, value: Any) -> None:
         self._executor.submit(SetVariable(name, value))
@@ -119,17 +119,17 @@ class ProgramState(BaseState):
     def get_meta_info(self, name: str) -> Any:
         """The server's account of the answer: token counts, `finish_reason`, log-probabilities."""
         self.get_var(name)
-        return self._executor.meta_info[name]
+        return self._executor.transcript.meta_info[name]
 
     def text(self) -> str:
         """Everything so far: the prompt and what the model wrote."""
         self.sync()
-        return self._executor.text
+        return self._executor.transcript.text
 
     def messages(self) -> list[dict[str, Any]]:
         """The ended messages, in OpenAI's shape."""
         self.sync()
-        return [*self._executor.messages]
+        return [*self._executor.transcript.messages]
 
     def sync(self) -> None:
         """Wait for everything appended so far."""
@@ -171,10 +171,10 @@ class ProgramState(BaseState):
         if not executor.is_stream:
             await asyncio.wrap_future(executor.sync())
             if var_name is None:
-                yield executor.text
+                yield executor.transcript.text
             else:
                 text = await self.get(var_name)
-                yield (text, executor.meta_info[var_name]) if return_meta_data else text
+                yield (text, executor.transcript.meta_info[var_name]) if return_meta_data else text
         elif var_name is None:
             async for piece in executor.backend.loop.aiterate(executor.pieces()):
                 yield piece
