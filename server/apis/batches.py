@@ -58,7 +58,7 @@ class Batch:
 
     @property
     def id(self) -> str:
-        return self.record["id"]
+        return str(self.record["id"])
 
     @property
     def output_id(self) -> str:
@@ -71,7 +71,8 @@ class Batch:
 
     @property
     def counts(self) -> dict[str, int]:
-        return self.record["request_counts"]
+        counts: dict[str, int] = self.record["request_counts"]
+        return counts
 
 
 class Batches:

@@ -285,9 +285,9 @@ def _normalized(vector: np.ndarray) -> np.ndarray:
 def _probabilities(scores: np.ndarray) -> np.ndarray:
     """Of each label; of a single score, its own (sigmoid)."""
     if len(scores) == 1:
-        return 1 / (1 + np.exp(-scores))
+        return np.asarray(1 / (1 + np.exp(-scores)))
     likely = np.exp(scores - scores.max())
-    return likely / likely.sum()
+    return np.asarray(likely / likely.sum())
 
 
 def _json(vector: np.ndarray) -> Any:

@@ -316,7 +316,7 @@ class ChatLines(Lines):
 
 
 class GenerateLines(Lines):
-    def said(self, text: str, thinking: str, calls: list[JSON]) -> JSON:
+    def said(self, text: str, thinking: str, _calls: list[JSON]) -> JSON:
         return {"response": text, **({"thinking": thinking} if thinking else {})}
 
 

@@ -22,7 +22,7 @@ import aiohttp
 import orjson
 import uvloop
 from aiohttp import hdrs, web
-from multidict import CIMultiDict
+from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from engine.config import DEBUG, option
@@ -297,7 +297,7 @@ def prompt_of(body: bytes) -> bytes:
     return b"".join(orjson.dumps(values[name]) for name in PROMPT_FIELDS if values.get(name) is not None)
 
 
-def end_to_end(headers: "CIMultiDict[str] | aiohttp.typedefs.CIMultiDictProxy[str]") -> "CIMultiDict[str]":
+def end_to_end(headers: "CIMultiDict[str] | CIMultiDictProxy[str]") -> "CIMultiDict[str]":
     """Those that are not for the next hop only."""
     named = {name.strip().lower() for name in headers.get(hdrs.CONNECTION, "").split(",")}
     return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in HOP_BY_HOP | named)

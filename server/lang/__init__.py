@@ -72,6 +72,7 @@ def __getattr__(name: str) -> Any:
 
 def flush_cache(backend: Any = None, empty_cache: bool = True) -> bool:
     """Forget cached prefixes. False if requests are running. `empty_cache`: accepted for SGLang's sake."""
+    del empty_cache
     return DEFAULT_BACKEND.resolve(backend).flush_cache()
 
 

@@ -217,6 +217,7 @@ class SglFunction:
     def trace(self, *, backend: Any = None, **kwargs: Any) -> TracerState:
         """What the body appends, with placeholders for arguments that are not given. `TraceStopped` if it looks into
         one."""
+        del backend  # SGLang's
         state = TracerState()
         self._trace(state, {**self.bind_arguments, **kwargs})
         return state

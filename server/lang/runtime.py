@@ -100,7 +100,7 @@ class Engine(Session):
     """
 
     def __init__(self, model_path: str = "demo", chat_template_name: str | None = None, **options: Any) -> None:
-        from engine.config import EngineConfig
+        from engine.config import EngineConfig  # imports torch: not for programs of a remote server
         from engine.replicas.facade import new_engine
 
         options.pop("log_level", None)  # a server's
@@ -176,6 +176,7 @@ class Runtime(Session):
 
     def get_tokenizer(self) -> Any:
         """The model's tokenizer, loaded into this process."""
+        # They import torch and transformers: not for programs of a remote server.
         from engine.checkpoint.weights import resolve_model, resolve_tokenizer
         from engine.config import EngineConfig
         from engine.text.tokenizer import Tokenizer

@@ -189,6 +189,7 @@ class ProgramState(BaseState):
 
         `position_ids_offset` is accepted for SGLang's sake; its own servers ignore it too.
         """
+        del position_ids_offset
         if size < 1:
             raise ValueError(f"fork makes at least 1 state, got {size}")
         executor = self._executor

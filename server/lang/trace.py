@@ -39,13 +39,14 @@ class TracerState(BaseState):
     set_var = __setitem__
 
     def fork(self, size: int = 1, position_ids_offset: list[int] | None = None) -> "TracerGroup":
+        del position_ids_offset  # ProgramState has it
         children = [TracerState(self) for _ in range(size)]
         self.children += children
         return TracerGroup(children)
 
     @contextmanager
     def copy(self, position_ids_offset: list[int] | None = None) -> Iterator["TracerState"]:
-        yield self.fork(1)[0]
+        yield self.fork(1, position_ids_offset)[0]
 
     def flatten_nodes(self) -> list[Expr]:
         """This state's expressions, without nesting."""

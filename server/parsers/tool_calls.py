@@ -164,14 +164,14 @@ class ToolFormat:
         """Read one call, or a list of them. The reader stands after `mark`. `Malformed`: the rest is no call."""
         raise NotImplementedError
 
-    def tag(self, tool: Tool) -> JSON | None:
+    def tag(self, _tool: Tool) -> JSON | None:
         """The tag of a structural tag that one call is. None: the format cannot be held to."""
         return None
 
     def tags(self, tools: Sequence[Tool]) -> list[JSON]:
         return [tag for tool in tools if (tag := self.tag(tool)) is not None]
 
-    def new_id(self, name: str, index: int) -> str:
+    def new_id(self, _name: str, _index: int) -> str:
         return f"call_{uuid.uuid4().hex[:24]}"
 
 
@@ -310,7 +310,7 @@ class Hermes(ToolFormat):
     begins = ("<tool_call>",)
     trigger = "<tool_call>"
 
-    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+    def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
         reader = calls.reader
         yield from reader.skip_space()
         yield from read_json_call(calls)
@@ -330,7 +330,7 @@ class Llama3(ToolFormat):
     bare = "{"
     trigger = '{"name": '
 
-    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+    def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
         reader = calls.reader
         while True:
             yield from reader.skip_space()
@@ -351,7 +351,7 @@ class Mistral(ToolFormat):
     begins = ("[TOOL_CALLS]",)
     trigger = "[TOOL_CALLS]"
 
-    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+    def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
         reader = calls.reader
         yield from reader.skip_space()
         head = yield from reader.peek()
@@ -371,7 +371,7 @@ class Mistral(ToolFormat):
     def tag(self, tool: Tool) -> JSON:
         return json_tag(f'[TOOL_CALLS] [{{"name": {json_of(tool.name)}, "arguments": ', tool, "}]")
 
-    def new_id(self, name: str, index: int) -> str:
+    def new_id(self, _name: str, _index: int) -> str:
         return uuid.uuid4().hex[:9]  # their templates refuse any other length
 
 
@@ -390,7 +390,7 @@ class SectionFormat(ToolFormat):
     call_end: str
     end: str
 
-    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+    def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
         reader = calls.reader
         yield from reader.skip_space()
         yield from reader.expect(self.call_begin)
@@ -453,7 +453,7 @@ class KimiK2(SectionFormat):
     call_begin, separator, call_end = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
     end = "<|tool_calls_section_end|>"
 
-    def read_name(self, reader: Reader, head: str) -> Reading[str]:
+    def read_name(self, _reader: Reader, head: str) -> Reading[str]:
         yield from ()  # it is all in the head
         return head.removeprefix("functions.").rpartition(":")[0]
 
@@ -477,7 +477,7 @@ class Pythonic(ToolFormat):
     begins = ("<|python_start|>",)
     bare = "["
 
-    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+    def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
         reader = calls.reader
         yield from reader.skip_space()
         yield from reader.expect("[")
@@ -542,7 +542,7 @@ class Glm45(ToolFormat):
     begins = ("<tool_call>",)
     trigger = "<tool_call>"
 
-    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+    def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
         reader = calls.reader
         name = yield from reader.read_until(("<arg_key>", "</tool_call>"), MAX_NAME_LEN)
         arguments = Arguments(calls, calls.tool(name.strip()))

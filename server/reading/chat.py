@@ -77,7 +77,7 @@ def load_chat_template(name: str | None, tokenizer: TokenizerFacade) -> str | No
         values = orjson.loads(text)
         if not isinstance(values, dict) or not isinstance(values.get("chat_template"), str):
             raise ValueError(f"--chat-template {name}: no text under the key chat_template")
-        return values["chat_template"]
+        return str(values["chat_template"])
     return text
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeGuard
 
 import numpy as np
 import orjson
@@ -150,7 +150,7 @@ class Engine(Protocol):
     async def failed(self) -> str: ...
 
 
-def is_int(value: Any) -> bool:
+def is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -362,7 +362,7 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 ErrorShape = Callable[[int, str, str | None, str | None], JSON]
 
 
-def native_error(status: int, message: str, field: str | None = None, code: str | None = None) -> JSON:
+def native_error(status: int, message: str, field: str | None = None, _code: str | None = None) -> JSON:
     """SGLang's shape, with the field where one is to blame."""
     return {"error": {"message": message, "code": status, **({"field": field} if field else {})}}
 
@@ -391,12 +391,12 @@ _ANTHROPIC_TYPES = {
 }
 
 
-def anthropic_error(status: int, message: str, field: str | None = None, code: str | None = None) -> JSON:
+def anthropic_error(status: int, message: str, _field: str | None = None, _code: str | None = None) -> JSON:
     kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     return {"type": "error", "error": {"type": kind, "message": message}}
 
 
-def ollama_error(status: int, message: str, field: str | None = None, code: str | None = None) -> JSON:
+def ollama_error(_status: int, message: str, _field: str | None = None, _code: str | None = None) -> JSON:
     return {"error": message}
 
 

@@ -61,7 +61,7 @@ class NativeBackend(BaseBackend):
     async def _read(self, text: str, images: Sequence[Media]) -> int:
         """Tokens of `text`, which the server has cached then."""
         answer = await self.post(_body(text, images, GenParams(max_new_tokens=0, temperature=0.0)))
-        return answer["meta_info"]["prompt_tokens"]
+        return int(answer["meta_info"]["prompt_tokens"])
 
     async def select(
         self, prompt: Prompt, choices: Sequence[str], temperature: float, method: ChoicesSamplingMethod
@@ -94,7 +94,7 @@ class NativeBackend(BaseBackend):
     async def _logprobs(self, prompts: JSON, images: Sequence[Media], start: int) -> list[JSON]:
         """An answer for each of `prompts`, with the log-probabilities of its tokens from `start` on."""
         count = len(next(iter(prompts.values())))
-        return await self.post(
+        answers: list[JSON] = await self.post(
             {
                 **prompts,
                 "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
@@ -104,6 +104,7 @@ class NativeBackend(BaseBackend):
                 **({"image_data": [[image.source for image in images]] * count} if images else {}),
             }
         )
+        return answers
 
     # ---- the served chat template ----
 

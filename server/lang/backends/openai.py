@@ -97,7 +97,8 @@ class OpenAI(BaseBackend):
             return {}
         for name in self.token_usage:
             self.token_usage[name] += getattr(usage, name)
-        return usage.model_dump()
+        share: JSON = usage.model_dump()
+        return share
 
     def request_of(self, params: GenParams) -> JSON:
         """What differs from the API's defaults: some models refuse fields whatever their value."""
