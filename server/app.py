@@ -21,7 +21,7 @@ from server.apis.openai import OpenAIApi
 from server.apis.responses import ResponsesApi
 from server.apis.text import TextApi
 from server.config import ServerConfig
-from server.http.intake import TURNS, Turns
+from server.http.intake import GATE, Gate
 from server.http.keys import KeyRing, require_key
 from server.http.live import LiveRequests, RequestLog
 from server.reading.chat import CHATS, Chats
@@ -48,7 +48,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
         middlewares=[answer_errors, require_key(KeyRing(config))],
         client_max_size=config.max_body_bytes,
     )
-    app[TURNS] = Turns()
+    app[GATE] = Gate()
     app[CHATS] = chats
     native = NativeApi(engine, config, live)
     generate = GenerateApi(engine, config, live)

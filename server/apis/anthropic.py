@@ -78,7 +78,7 @@ class AnthropicApi:
 
 
 def chat_body(body: Fields) -> JSON:
-    """The same request to chat.completions. What cannot be said there is an `InvalidRequest` naming it."""
+    """Return the same request to chat.completions. `InvalidRequest` names what cannot be said there."""
     refuse(body, UNSUPPORTED)
     messages = read_messages(body)
     chat: JSON = {name: body.get(name) for name in SAME_NAMES if body.has(name)}
@@ -97,7 +97,7 @@ def chat_body(body: Fields) -> JSON:
 
 
 def read_messages(body: Fields) -> list[JSON]:
-    """OpenAI's messages. One of Anthropic's becomes several where it holds tool results."""
+    """Return OpenAI's messages. One of Anthropic's becomes several where it holds tool results."""
     messages = [{"role": "system", "content": _join_texts(body, "system")}] if body.has("system") else []
     given = body.objects("messages")
     if not given:
@@ -115,7 +115,7 @@ def read_messages(body: Fields) -> list[JSON]:
 
 
 def _blocks(owner: Fields, name: str) -> list[Fields]:
-    """Content given as blocks, or as a string that stands for one of text."""
+    """Return content given as blocks, or as a string that stands for one of text."""
     content = owner.required(name, "a string or a list of blocks")
     if isinstance(content, str):
         return [Fields({"type": "text", "text": content})]
@@ -140,7 +140,7 @@ def _join_texts(owner: Fields, name: str) -> str:
 
 
 def _read_user(message: Fields) -> list[JSON]:
-    """Tool results become messages of their own; an error's text says that it is one, since templates cannot."""
+    """Return messages, tool results apart. The text of an error says that it is one: templates cannot."""
     messages: list[JSON] = []
     for block in _blocks(message, "content"):
         match block.text("type"):
@@ -229,7 +229,7 @@ def _read_output_config(output: Fields) -> JSON:
 
 
 def _read_thinking(thinking: Fields | None) -> JSON:
-    """Off unless asked for, as at Anthropic: clients that did not ask take the first block for the answer."""
+    """Read `thinking`, off unless asked for: clients that did not ask take the first block for the answer."""
     kind = "disabled"
     read: JSON = {}
     if thinking is not None:
@@ -324,7 +324,7 @@ class MessageAnswer(BlockAnswer):
         return {"stop_reason": stop_reason, "stop_sequence": matched}
 
     def _usage(self) -> JSON:
-        """`input_tokens` are those the cache did not hold, as at Anthropic."""
+        """Return the usage. `input_tokens`: those that the cache did not hold, as at Anthropic."""
         cached = self.request.num_cached_tokens
         return {
             "input_tokens": self.request.prompt_len - cached,

@@ -33,7 +33,7 @@ class Block:
 
     @property
     def content(self) -> str:
-        """The text so far, or a call's arguments so far as JSON text."""
+        """Text so far, or a call's arguments so far as JSON text."""
         return "".join(self.pieces)
 
 
@@ -94,7 +94,7 @@ class BlockAnswer(Answer):
 
     @property
     def is_cut(self) -> bool:
-        """Whether it ended before the model was done."""
+        """True if it ended before the model was done."""
         return self.reason is not None and self.reason.type != "stop"
 
     @property

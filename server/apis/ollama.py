@@ -1,4 +1,4 @@
-"""Ollama's API: /api/chat and /api/generate, which stream lines of JSON, and what its clients ask about models."""
+"""Ollama's API: /api/chat and /api/generate, which stream lines of JSON, and its routes about models."""
 
 import hashlib
 from datetime import UTC, datetime
@@ -99,7 +99,7 @@ class OllamaApi:
         return await self.chats.turn(Fields(chat_body(body) | {"messages": messages}))
 
     async def _raw_turn(self, body: Fields) -> ChatTurn:
-        """A prompt that is the client's own: no template, and nothing to parse in its answer."""
+        """Read a prompt that is the client's own: no template, and nothing to parse in its answer."""
         refuse(body, ("system", "think"))
         chat = Fields(chat_body(body))
         params = read_sampling_params(chat, self.engine, ("max_tokens",), None)
@@ -174,7 +174,7 @@ class OllamaApi:
 
 
 def chat_body(body: Fields) -> JSON:
-    """All but the messages of the same request to chat.completions."""
+    """Return the same request to chat.completions, all but the messages."""
     refuse(body, UNSUPPORTED)
     chat = {name: body.get(name) for name in REQUEST_FIELDS if body.has(name)}
     chat |= {"stream": body.flag("stream", True)} | _read_options(body.object("options") or Fields({}, "options"))
@@ -192,7 +192,7 @@ def chat_body(body: Fields) -> JSON:
 
 
 def _read_options(options: Fields) -> JSON:
-    """Those about hardware are ignored, and `num_ctx` too: the context is always the model's."""
+    """Read options. Those about hardware are ignored, `num_ctx` too: the context is always the model's."""
     for name, value in NEUTRAL.items():
         if options.has(name) and options.get(name) != value:
             options.fail(name, f"{value} (this server has no such sampler)")
@@ -248,7 +248,7 @@ def _now() -> str:
 
 
 def _loaded(model: str, empty: JSON) -> JSON:
-    """The answer to a client that asks for nothing but the model to be there."""
+    """Answer a client that only asks for the model to be loaded."""
     return {"model": model, "created_at": _now(), **empty, "done": True, "done_reason": "load"}
 
 
@@ -260,7 +260,7 @@ class Lines(BlockAnswer):
         self.model = model
 
     def said(self, text: str, thinking: str, calls: list[JSON]) -> JSON:
-        """How an endpoint says what is new."""
+        """Return the endpoint's fields for what is new."""
         raise NotImplementedError
 
     def grow(self, block: Block, piece: str) -> bytes:
@@ -292,7 +292,7 @@ class Lines(BlockAnswer):
         return {"model": self.model, "created_at": _now(), **said, **more}
 
     def _ending(self, reason: FinishReason) -> JSON:
-        """Durations in nanoseconds."""
+        """Return the last line's fields. Durations are in nanoseconds."""
         request, times = self.request, self.request.times
         return {
             "done_reason": reason.type,
@@ -325,5 +325,5 @@ def _call(block: Block) -> JSON:
 
 
 def _nanoseconds(begin: float, end: float) -> int:
-    """0 where one of the two never happened."""
+    """Return the time from `begin` to `end`; 0 where one of the two never happened."""
     return int((end - begin) * 1e9) if 0.0 < begin <= end else 0

@@ -141,7 +141,7 @@ class OpenAIApi:
         """Return n answers to each prompt, all in one response. Choice i belongs to prompt i // n."""
         rid, n = envelope.id, params.n
         requests: list[Request] = []
-        async for i, input_ids in paced(enumerate(prompts), num_a_turn=-(-64 // n)):
+        async for i, input_ids in paced(enumerate(prompts), num_a_pass=-(-64 // n)):
             first = i * n
             names = [rid] if n * len(prompts) == 1 else [f"{rid}-{k}" for k in range(first, first + n)]
             requests += make_requests(names, input_ids, params, options)

@@ -77,7 +77,7 @@ def flush_cache(backend: Any = None, empty_cache: bool = True) -> bool:
 
 
 def get_server_info(backend: Any = None) -> dict[str, Any]:
-    """The server's settings and state."""
+    """Return the server's settings and state."""
     return DEFAULT_BACKEND.resolve(backend).get_server_info()
 
 

@@ -156,7 +156,7 @@ class Executor:
             self._finish()
 
     def fail(self, error: BaseException) -> None:
-        """Nothing more is executed; whoever reads a variable gets `error`."""
+        """Execute nothing more; raise `error` where a variable is read."""
         if self.error is None:
             self.error = error
             self.interpreter.recording.fail(error)
@@ -254,7 +254,7 @@ class Executor:
 
     @property
     def _is_over(self) -> bool:
-        """Whether nothing more will be written. A child has no body of its own: it is over when idle."""
+        """True if nothing more will be written. A child has no body of its own: it is over when idle."""
         return self.finished.done() or self.error is not None or (self._is_child and not self._is_active)
 
     async def pieces(self) -> AsyncIterator[str]:

@@ -31,7 +31,7 @@ class DefaultBackend:
         self._backend: BaseBackend | None = None
 
     def set(self, backend: Any) -> None:
-        """A backend, or a `Runtime` or `Engine`, which have one."""
+        """Set the default: a backend, or a `Runtime` or `Engine`, which have one."""
         self._backend = None if backend is None else endpoint_of(backend)
 
     def resolve(self, given: Any) -> BaseBackend:
@@ -53,7 +53,7 @@ DEFAULT_BACKEND = DefaultBackend()
 
 
 class SglFunction:
-    """What `@function` makes of a program's body, whose first parameter is the state `s`.
+    """A program, made by `@function` of its body, whose first parameter is the state `s`.
 
     The body is plain or `async def`. A plain body runs in the caller's thread, or in a pool's for a batch, and only
     while it writes or waits for a variable; what it appended goes on without it. An asynchronous body reads with
@@ -77,7 +77,7 @@ class SglFunction:
         self.is_async = inspect.iscoroutinefunction(func)
 
     def bind(self, **arguments: Any) -> "SglFunction":
-        """The program with some arguments given."""
+        """Return the program with some arguments given."""
         unknown = arguments.keys() - set(self.arg_names)
         if unknown:
             raise TypeError(f"{self.__name__} has no argument {', '.join(sorted(unknown))}")
@@ -109,7 +109,7 @@ class SglFunction:
         return state
 
     async def arun(self, *args: Any, stream: bool = False, backend: Any = None, **kwargs: Any) -> ProgramState:
-        """`run` for asynchronous callers; any number at once. A plain body runs on a thread of the loop's pool."""
+        """Run for asynchronous callers, any number at once. A plain body runs on a thread of the loop's pool."""
         params, arguments = self._split(kwargs)
         state = self._state(DEFAULT_BACKEND.resolve(backend), params, is_stream=stream)
         if stream:
@@ -165,7 +165,7 @@ class SglFunction:
         state.end()
 
     def _split(self, kwargs: JSON) -> tuple[GenParams, JSON]:
-        """(sampling defaults, the program's arguments). A name that the program has is its own."""
+        """Split into sampling defaults and the program's arguments. A name that the program has is its own."""
         given = {name: value for name, value in kwargs.items() if name in RUN_PARAMS and name not in self.arg_names}
         arguments = {name: value for name, value in kwargs.items() if name not in given and name != "use_thread"}
         return GenParams().override(given), arguments
@@ -182,7 +182,7 @@ class SglFunction:
         generator_style: bool = False,
         **sampling: Any,
     ) -> Any:
-        """A state for each of `batch_kwargs` (arguments by name, or a tuple of them by position), in their order.
+        """Run for each of `batch_kwargs` (arguments by name, or a tuple by position); return states in that order.
 
         `num_threads` bounds the bodies that run at once; a number also bounds the programs, so that an API's rate is
         kept. "auto": max(96, 16 for each core) bodies and any number of programs. `generator_style`: an iterator.
@@ -215,7 +215,7 @@ class SglFunction:
     # ---- what it is ----
 
     def trace(self, *, backend: Any = None, **kwargs: Any) -> TracerState:
-        """What the body appends, with placeholders for arguments that are not given. `TraceStopped` if it looks into
+        """Trace what the body appends, with placeholders for arguments not given. `TraceStopped` if it looks into
         one."""
         del backend  # SGLang's
         state = TracerState()

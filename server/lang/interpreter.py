@@ -191,7 +191,7 @@ class Interpreter:
 
     @property
     def _records_chat(self) -> bool:
-        """Whether the assistant's message is generated in one call, at its end."""
+        """True inside an assistant's message that is generated in one call, at its end."""
         return self._num_api_spec_tokens is not None and self.backend.is_chat and self.transcript.role == "assistant"
 
     async def _generate_recorded(self) -> None:

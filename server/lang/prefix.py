@@ -39,7 +39,7 @@ class BatchPrefix:
             await self._is_open.wait()
 
     def leave(self, program: object) -> None:
-        """`program` has ended: nobody needs to wait for it."""
+        """Note that `program` has ended: nobody needs to wait for it."""
         self._report(program, "")
 
     def _report(self, program: object, prompt: str) -> None:

@@ -52,7 +52,7 @@ class RuntimeEndpoint(NativeBackend):
         self.loop.on_close.append(self._session.close)
 
     async def call(self, method: str, path: str, body: JSON | None = None) -> Any:
-        """The server's answer: JSON, or text. `BackendError` with its status if it is not 200."""
+        """Return the server's answer: JSON, or text. `BackendError` with its status if it is not 200."""
         try:
             async with self._session.request(method, self.base_url + path, json=body) as response:
                 data = await response.read()
@@ -124,7 +124,7 @@ def _check(status: int, data: bytes) -> None:
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[JSON]:
-    """Server-sent events up to [DONE]. A line may be long: the text so far is in each."""
+    """Yield server-sent events up to [DONE]. A line may be long: the text so far is in each."""
     rest = b""
     async for chunk in content.iter_any():
         *events, rest = (rest + chunk).split(b"\n\n")
