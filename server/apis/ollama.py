@@ -1,6 +1,7 @@
 """Ollama's API: /api/chat and /api/generate, which stream lines of JSON, and its routes about models."""
 
 import hashlib
+from abc import abstractmethod
 from datetime import UTC, datetime
 from typing import Any
 
@@ -259,9 +260,9 @@ class Lines(BlockAnswer):
         super().__init__(new_rid(), turn)
         self.model = model
 
+    @abstractmethod
     def said(self, text: str, thinking: str, calls: list[JSON]) -> JSON:
         """Return the endpoint's fields for what is new."""
-        raise NotImplementedError
 
     def grow(self, block: Block, piece: str) -> bytes:
         if block.kind == TOOL_CALL:

@@ -1,6 +1,7 @@
 """Choices as OpenAI's /v1/completions and /v1/chat/completions spell them, with SGLang's and vLLM's extra fields."""
 
 import time
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from engine.request import Delta, FinishReason, Logprobs, Request, TokenLogprob
 from server.apis.answer import Answer, failure_of
 from server.apis.meta_info import MetaInfo
 from server.http.sse import event
-from server.parsers import AnswerDelta, ToolCallDelta
+from server.parsers import AnswerDelta, AnswerParser, ToolCallDelta
 from server.reading.chat import ChatTurn
 from server.reading.protocol import JSON, TokenizerFacade, openai_error
 
@@ -55,16 +56,17 @@ class Envelope:
     names_tokens_by_id: bool = False  # in log-probabilities: "token_id:17", a name that no other token has
     has_continuous_usage: bool = False  # in each event of a stream
     has_usage: bool = False  # OpenAI's: in an event after a stream's last choice
+    _head: JSON = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._head = {"id": self.id, "created": self.created, "model": self.model}
 
     def response(self, choices: list[JSON], usage: JSON) -> JSON:
-        return {**self._head(), "object": self.object, "choices": choices, "usage": usage}
+        return {**self._head, "object": self.object, "choices": choices, "usage": usage}
 
     def chunk(self, choices: list[JSON], usage: JSON | None = None) -> JSON:
-        chunk = {**self._head(), "object": self.chunk_object, "choices": choices}
+        chunk = {**self._head, "object": self.chunk_object, "choices": choices}
         return chunk if usage is None else {**chunk, "usage": usage}
-
-    def _head(self) -> JSON:
-        return {"id": self.id, "created": self.created, "model": self.model}
 
 
 class OpenAIAnswer(Answer):
@@ -76,9 +78,9 @@ class OpenAIAnswer(Answer):
         request: Request,
         envelope: Envelope,
         tokenizer: TokenizerFacade,
-        turn: ChatTurn | None = None,
+        parser: AnswerParser | None = None,
     ) -> None:
-        super().__init__(index, request, turn.new_parser() if turn and turn.new_parser else None)
+        super().__init__(index, request, parser)
         self.envelope, self.tokenizer = envelope, tokenizer
         self._has_usage = envelope.has_continuous_usage
         self._head = self._end = b""  # of an event whose choice gains text, around the text
@@ -90,24 +92,25 @@ class OpenAIAnswer(Answer):
 
     # ---- the spelling, by endpoint ----
 
+    @abstractmethod
     def opening(self) -> JSON | None:
         """Return the choice of the event ahead of the first text, if there is one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def piece(self, text: str, logprobs: Any = None) -> JSON:
         """Return the fields of a choice that gains `text`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def last_piece(self) -> JSON:
         """Return the fields of a choice that gains nothing more."""
-        raise NotImplementedError
 
+    @abstractmethod
     def spell_logprobs(self, logprobs: Logprobs | None) -> Any:
-        raise NotImplementedError
+        """Return log-probabilities in the endpoint's shape."""
 
+    @abstractmethod
     def choice(self, delta: Delta) -> JSON:
         """Return the choice of an answer that is not streamed."""
-        raise NotImplementedError
 
     # ---- for Answer ----
 
@@ -165,7 +168,7 @@ class ChatAnswer(OpenAIAnswer):
     def __init__(
         self, index: int, request: Request, envelope: Envelope, tokenizer: TokenizerFacade, *, turn: ChatTurn
     ) -> None:
-        super().__init__(index, request, envelope, tokenizer, turn)
+        super().__init__(index, request, envelope, tokenizer, turn.new_parser and turn.new_parser())
         self._turn = turn
 
     @property
