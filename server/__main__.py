@@ -96,7 +96,7 @@ def check_keys(config: ServerConfig) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, not yet listening."""
+    """Return a socket bound to the address, not yet listening."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -158,7 +158,7 @@ def end_answers(engine: Engine) -> None:
 
 
 async def wait_for_end(engine: Engine, stop: asyncio.Event) -> str | None:
-    """Until a signal, or the engine's failure, which is returned."""
+    """Wait for a signal, or for the engine's failure, and return the failure."""
     stopped, failed = asyncio.create_task(stop.wait()), asyncio.create_task(engine.failed())
     await asyncio.wait([stopped, failed], return_when=asyncio.FIRST_COMPLETED)
     for task in (stopped, failed):

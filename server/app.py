@@ -14,13 +14,15 @@ from server.apis.batches import Batches
 from server.apis.clouds import CloudApi
 from server.apis.embeddings import EmbeddingsApi
 from server.apis.files import FilesApi, FileStore
+from server.apis.generate import GenerateApi
 from server.apis.maintenance import MaintenanceApi
 from server.apis.native import NativeApi
 from server.apis.ollama import OllamaApi
 from server.apis.openai import OpenAIApi
 from server.apis.responses import ResponsesApi
+from server.apis.text import TextApi
 from server.config import ServerConfig
-from server.http.intake import TURNS, Turns
+from server.http.intake import GATE, Gate
 from server.http.keys import KeyRing, require_key
 from server.http.live import LiveRequests, RequestLog
 from server.reading.chat import CHATS, Chats
@@ -47,10 +49,13 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
         middlewares=[answer_errors, require_key(KeyRing(config))],
         client_max_size=config.max_body_bytes,
     )
-    app[TURNS] = Turns()
+    app[GATE] = Gate()
     app[CHATS] = chats
-    native = NativeApi(engine, config, live, chats)
+    native = NativeApi(engine, config, live)
+    generate = GenerateApi(engine, config, live)
     app.add_routes(native.routes())
+    app.add_routes(generate.routes())
+    app.add_routes(TextApi(engine, chats).routes())
     app.add_routes(AnthropicApi(config, live, chats).routes())
     app.add_routes(OllamaApi(engine, config, live, chats).routes())
     responses = ResponsesApi(config, live, chats)
@@ -59,7 +64,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app.add_routes(MaintenanceApi(engine).routes())
     openai = OpenAIApi(engine, config, live, chats)
     app.add_routes(openai.routes())
-    app.add_routes(CloudApi(native, openai).routes())
+    app.add_routes(CloudApi(native, generate, openai).routes())
     embeddings = EmbeddingsApi(engine, config, live)
     app.add_routes(embeddings.routes())
     store = FileStore(Path(config.file_storage_path).expanduser())

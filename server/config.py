@@ -25,7 +25,7 @@ SECRETS = ("api_key", "api_key_file", "admin_api_key")
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig(EngineConfig):
-    """What `python -m server` can be told."""
+    """Options of `python -m server`."""
 
     host: str = option("127.0.0.1", HTTP, "address to listen on; 0.0.0.0: every network interface")
     port: int = option(30000, HTTP, "port to listen on; 0: any free one")
@@ -78,17 +78,17 @@ class ServerConfig(EngineConfig):
 
     @property
     def model_name(self) -> str:
-        """What clients call the model."""
+        """Name by which clients ask for the model."""
         return self.served_model_name or self.model_path
 
     def public_values(self) -> dict[str, Any]:
-        """Every option but the keys."""
+        """Return every option but the keys."""
         values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if name not in SECRETS}
 
 
 def parse_args(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> ServerConfig:
-    """The configuration of a command line; what it does not say is taken from its `--config` file. Exits on errors.
+    """Return the configuration of a command line; its `--config` file gives the rest. Exits on errors.
 
     environ: this process's environment, for what torchrun says in it.
     """
@@ -106,7 +106,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] | None = None) ->
 
 
 def read_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """Values of the fields that a command line of `make_parser` gives, or else its `--config` file. Exits on errors."""
+    """Return the fields that a command line of `make_parser` gives, or else its `--config` file. Exits on errors."""
     given = _parse_known(parser, argv)
     if file := given.pop("config", None):
         given = {**_parse_known(parser, _file_arguments(parser, file)), **given}
@@ -130,7 +130,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(config_class: type, prog: str, usage: str, description: str) -> argparse.ArgumentParser:
-    """Flags of every field made by `option`, in groups. Unset flags are absent from the result.
+    """Make flags of every field made by `option`, in groups. Unset flags are absent from the result.
 
     A unique prefix of a flag is enough (`--tp`).
     """
@@ -176,7 +176,7 @@ def _known_flags(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def _file_arguments(parser: argparse.ArgumentParser, file: str) -> list[str]:
-    """The options of a YAML file as if they stood on the command line."""
+    """Return the options of a YAML file as if they stood on the command line."""
     try:
         values = yaml.safe_load(Path(file).read_bytes())
     except (OSError, yaml.YAMLError) as error:
@@ -187,7 +187,7 @@ def _file_arguments(parser: argparse.ArgumentParser, file: str) -> list[str]:
 
 
 def to_arguments(parser: argparse.ArgumentParser, values: Mapping[str, Any], source: str) -> list[str]:
-    """Options by name as if they stood on the command line. Exits on those that `parser` does not know."""
+    """Return options by name as if they stood on the command line. Exits on those that `parser` does not know."""
     known = _known_flags(parser)
     arguments: list[str] = []
     for key, value in values.items():

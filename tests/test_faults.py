@@ -27,6 +27,7 @@ from engine.text.tokenizer import Tokenizer
 from server.apis.blocks import Blocks
 from server.app import build_app
 from server.config import ServerConfig
+from server.parsers import AnswerDelta
 from tests.test_engine import check_pages, collect, make_request, running_engine
 
 BAD = 77  # a token that the victim's prompt begins with, and no other's
@@ -248,14 +249,14 @@ async def test_a_parser_that_raises_ends_its_own_message_with_an_error(
     scene: Scene, tiny_llama: Path, tmp_path: Path
 ) -> None:
     """The victim's stream says what has happened; a whole answer is refused."""
-    push = Blocks.push
+    cut = Blocks.cut
     victims = list[Blocks]()
 
-    def sometimes_broken(self: Blocks, text: str) -> Any:
+    def sometimes_broken(self: Blocks, parts: AnswerDelta) -> Any:
         if not victims or self is victims[0]:
             victims.append(self)
             raise RuntimeError("injected into the blocks")
-        return push(self, text)
+        return cut(self, parts)
 
     async def ask(client: TestClient[Any, Any], **fields: Any) -> tuple[int, str]:
         body = {"max_tokens": 8, "messages": [{"role": "user", "content": "Hi"}], "temperature": 0, **fields}
@@ -265,7 +266,7 @@ async def test_a_parser_that_raises_ends_its_own_message_with_an_error(
     config = ServerConfig(model_path=str(tiny_llama), file_storage_path=str(tmp_path))
     async with TestClient(TestServer(build_app(scene.engine, config))) as client:
         _, whole = await ask(client, stream=True)
-        scene.monkeypatch.setattr(Blocks, "push", sometimes_broken)
+        scene.monkeypatch.setattr(Blocks, "cut", sometimes_broken)
         answers = await asyncio.gather(*(ask(client, stream=True) for _ in range(4)))
         failed = [text for _, text in answers if "injected into the blocks" in text]
         assert len(failed) == 1

@@ -155,3 +155,19 @@ def test_importing_kernels_imports_nothing() -> None:
 )
 def test_the_walk_sees_an_import_in_every_form(source: str, module: str) -> None:
     assert module in {name for name, _ in imported_modules(source, "server.lang")}
+
+
+def test_server_has_no_import_circle_not_even_a_lazy_one() -> None:
+    """Imports inside functions and under TYPE_CHECKING count."""
+    names = {file: file.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for file in files_of("server")}
+    known = set(names.values())
+
+    def home(name: str) -> str | None:
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        return name or None
+
+    arrows = {name: {home(target) for target, _ in imports_of(file)} - {None, name} for file, name in names.items()}
+    while leaves := {name for name, targets in arrows.items() if not targets & arrows.keys()}:
+        arrows = {name: targets for name, targets in arrows.items() if name not in leaves}
+    assert not arrows

@@ -9,7 +9,7 @@ import pytest
 import uvloop
 
 from server.http import intake
-from server.http.intake import COST_OF_REQUEST, MAX_COST_A_TURN, Acceptor, Turns
+from server.http.intake import COST_OF_REQUEST, MAX_COST_A_PASS, Acceptor, Gate
 
 LOOPS = pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 
@@ -89,10 +89,10 @@ async def test_connections_are_taken_again_after_the_system_refused_one(monkeypa
 
 
 async def test_a_burst_of_requests_passes_a_few_a_turn_and_in_order() -> None:
-    turns, passed = Turns(), []
+    gate, passed = Gate(), []
 
     async def request(i: int) -> None:
-        await turns.wait(0)
+        await gate.wait(0)
         passed.append(i)
 
     tasks = [asyncio.create_task(request(i)) for i in range(100)]
@@ -102,15 +102,15 @@ async def test_a_burst_of_requests_passes_a_few_a_turn_and_in_order() -> None:
         num_passed.append(len(passed))
     assert passed == list(range(100))
     most_in_a_turn = max(after - before for before, after in itertools.pairwise(num_passed))
-    assert most_in_a_turn <= 2 * MAX_COST_A_TURN // COST_OF_REQUEST
+    assert most_in_a_turn <= 2 * MAX_COST_A_PASS // COST_OF_REQUEST
     await asyncio.gather(*tasks)
 
 
 async def test_a_request_that_was_cancelled_in_the_queue_holds_nobody_up() -> None:
-    turns = Turns()
-    tasks = [asyncio.create_task(turns.wait(MAX_COST_A_TURN)) for _ in range(4)]
+    gate = Gate()
+    tasks = [asyncio.create_task(gate.wait(MAX_COST_A_PASS)) for _ in range(4)]
     await asyncio.sleep(0)
     tasks[1].cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert [task.cancelled() for task in tasks] == [False, True, False, False]
-    await asyncio.wait_for(turns.wait(0), 1)
+    await asyncio.wait_for(gate.wait(0), 1)

@@ -7,7 +7,17 @@ from aiohttp import web
 
 from engine.errors import InvalidRequest
 from engine.request import FinishReason
-from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockChoice, answer, arguments_of, chat_call
+from server.apis.answer import failure_of
+from server.apis.blocks import (
+    REASONING,
+    TEXT,
+    TOOL_CALL,
+    Block,
+    BlockAnswer,
+    arguments_of,
+    chat_call,
+    respond_in_blocks,
+)
 from server.config import ServerConfig
 from server.http.live import LiveRequests, RequestFailed, new_rid
 from server.http.sse import named_event
@@ -54,7 +64,7 @@ class AnthropicApi:
         body.required("max_tokens", "an integer")
         with spelled(OUR_NAMES):
             turn = await self.chats.turn(Fields(chat_body(body)))
-            return await answer(http_request, self.live, MessageChoice(turn, model))
+            return await respond_in_blocks(http_request, self.live, MessageAnswer(turn, model))
 
     async def count_tokens(self, http_request: web.Request) -> web.Response:
         body = await read_json(http_request)
@@ -68,7 +78,7 @@ class AnthropicApi:
 
 
 def chat_body(body: Fields) -> JSON:
-    """The same request to chat.completions. What cannot be said there is an `InvalidRequest` naming it."""
+    """Return the same request to chat.completions. `InvalidRequest` names what cannot be said there."""
     refuse(body, UNSUPPORTED)
     messages = read_messages(body)
     chat: JSON = {name: body.get(name) for name in SAME_NAMES if body.has(name)}
@@ -87,7 +97,7 @@ def chat_body(body: Fields) -> JSON:
 
 
 def read_messages(body: Fields) -> list[JSON]:
-    """OpenAI's messages. One of Anthropic's becomes several where it holds tool results."""
+    """Return OpenAI's messages. One of Anthropic's becomes several where it holds tool results."""
     messages = [{"role": "system", "content": _join_texts(body, "system")}] if body.has("system") else []
     given = body.objects("messages")
     if not given:
@@ -105,7 +115,7 @@ def read_messages(body: Fields) -> list[JSON]:
 
 
 def _blocks(owner: Fields, name: str) -> list[Fields]:
-    """Content given as blocks, or as a string that stands for one of text."""
+    """Return content given as blocks, or as a string that stands for one of text."""
     content = owner.required(name, "a string or a list of blocks")
     if isinstance(content, str):
         return [Fields({"type": "text", "text": content})]
@@ -130,7 +140,7 @@ def _join_texts(owner: Fields, name: str) -> str:
 
 
 def _read_user(message: Fields) -> list[JSON]:
-    """Tool results become messages of their own; an error's text says that it is one, since templates cannot."""
+    """Return messages, tool results apart. The text of an error says that it is one: templates cannot."""
     messages: list[JSON] = []
     for block in _blocks(message, "content"):
         match block.text("type"):
@@ -219,7 +229,7 @@ def _read_output_config(output: Fields) -> JSON:
 
 
 def _read_thinking(thinking: Fields | None) -> JSON:
-    """Off unless asked for, as at Anthropic: clients that did not ask take the first block for the answer."""
+    """Read `thinking`, off unless asked for: clients that did not ask take the first block for the answer."""
     kind = "disabled"
     read: JSON = {}
     if thinking is not None:
@@ -235,7 +245,9 @@ def _read_thinking(thinking: Fields | None) -> JSON:
 # ---- writing ----
 
 
-class MessageChoice(BlockChoice):
+class MessageAnswer(BlockAnswer):
+    """Blocks are content blocks of the message."""
+
     def __init__(self, turn: ChatTurn, model: str) -> None:
         super().__init__(f"msg_{new_rid()}", turn)
         self.model = model
@@ -264,16 +276,16 @@ class MessageChoice(BlockChoice):
     def stop(self, block: Block) -> bytes:
         return named_event({"type": "content_block_stop", "index": block.index})
 
-    def end(self, reason: FinishReason) -> bytes:
+    def close(self, reason: FinishReason) -> bytes:
         if reason.type == "abort":
             return self.fail(reason)
         delta = {"type": "message_delta", "delta": self._ending(reason), "usage": self._usage()}
         return named_event(delta) + named_event({"type": "message_stop"})
 
     def fail(self, reason: FinishReason) -> bytes:
-        return named_event(anthropic_error(reason.status_code or 500, reason.message or "the request failed"))
+        return named_event(anthropic_error(*failure_of(reason)))
 
-    def whole(self, reason: FinishReason) -> JSON:
+    def body(self, reason: FinishReason) -> JSON:
         if reason.type == "abort":  # Anthropic knows no such ending
             raise RequestFailed(reason)
         return self._message([self._content(block) for block in self.blocks.all], reason)
@@ -312,7 +324,7 @@ class MessageChoice(BlockChoice):
         return {"stop_reason": stop_reason, "stop_sequence": matched}
 
     def _usage(self) -> JSON:
-        """`input_tokens` are those the cache did not hold, as at Anthropic."""
+        """Return the usage. `input_tokens`: those that the cache did not hold, as at Anthropic."""
         cached = self.request.num_cached_tokens
         return {
             "input_tokens": self.request.prompt_len - cached,

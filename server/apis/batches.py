@@ -41,7 +41,7 @@ LineHandler = Callable[[Owner, Fields], Awaitable[web.StreamResponse]]
 BATCH_CLIENT = Client("batches", priority=-(1 << 40))  # whoever waits goes first
 MAX_LINES = 50_000  # OpenAI's, as the next
 MAX_METADATA = 16
-MAX_ERRORS = 100  # of a file that is no batch, told to its client
+MAX_ERRORS = 100  # of a file that is no batch, reported to its client
 MAX_CONCURRENT_LINES = 256  # of all batches
 RETRY_S = 1.0
 DEFAULT_LIMIT = 20  # batches listed
@@ -58,11 +58,11 @@ class Batch:
 
     @property
     def id(self) -> str:
-        return self.record["id"]
+        return str(self.record["id"])
 
     @property
     def output_id(self) -> str:
-        """Of the file of answers. Derived, so that a crash between file and record is harmless; as the next."""
+        """Id of the file of answers. Derived, as `errors_id`, so that a crash between file and record is harmless."""
         return self.id.replace("batch_", "file-") + "-output"
 
     @property
@@ -71,12 +71,13 @@ class Batch:
 
     @property
     def counts(self) -> dict[str, int]:
-        return self.record["request_counts"]
+        counts: dict[str, int] = self.record["request_counts"]
+        return counts
 
 
 class Batches:
     def __init__(self, store: FileStore, handlers: Mapping[str, LineHandler], max_running_requests: int) -> None:
-        """handlers: what answers the lines of each endpoint."""
+        """`handlers`: by endpoint, the function that answers its lines."""
         self.store, self.handlers = store, handlers
         self.folder = store.folder / "batches"
         self._batches: dict[str, Batch] = {}  # oldest first
@@ -92,7 +93,7 @@ class Batches:
         ]
 
     async def running(self, _: web.Application) -> AsyncIterator[None]:
-        """The server's life: take up what an earlier one left, leave what is not done to a later one."""
+        """Resume what an earlier server left, and leave what is not done to a later one: a cleanup context."""
         if self.store.open():
             self.folder.mkdir(exist_ok=True)
             for record in read_records(self.folder, "batch_*.json"):
@@ -111,7 +112,7 @@ class Batches:
             await asyncio.wait(tasks)
 
     def reader_of(self, file_id: str) -> str | None:
-        """Id of the unfinished batch that reads that file."""
+        """Return the id of the unfinished batch that reads that file."""
         return next(
             (
                 batch.id
@@ -162,7 +163,7 @@ class Batches:
         return json_response(self._get(http_request).record)
 
     async def cancel(self, http_request: web.Request) -> web.Response:
-        """Aborts the lines that run; the answers there are become the batch's files."""
+        """Abort the lines that run. The answers that exist become the batch's files."""
         batch = self._get(http_request)
         if batch.record["status"] in (*FINAL, "finalizing"):
             raise InvalidRequest(f"{batch.id} is {batch.record['status']}: there is nothing to cancel", "batch_id")
@@ -185,7 +186,7 @@ class Batches:
         batch.task = asyncio.create_task(self._live(batch), name=batch.id)
 
     async def _live(self, batch: Batch) -> None:
-        """From whatever status `batch` has to its last. Cancelled: by its client, or because the server stops."""
+        """Take `batch` from its status to its last. Cancelled: by its client, or because the server stops."""
         try:
             try:
                 await self._run(batch)
@@ -262,7 +263,7 @@ class Batches:
         batch.done.add(line["custom_id"])
 
     async def _response_to(self, batch: Batch, values: JSON) -> web.Response:
-        """The endpoint's answer, or what its client would be told of an error."""
+        """Return the endpoint's answer, or the error as its client would see it."""
         endpoint = batch.record["endpoint"]
         while True:
             try:
@@ -277,13 +278,13 @@ class Batches:
                 if error.status_code not in (429, 503):  # else: not now
                     return error_response(endpoint, error)
             except Exception:
-                # As at the outermost frame of a handler: this line fails, and its trace is in the log.
+                # The outermost frame of our code, as in a handler: this line fails, and its trace is in the log.
                 logger.exception("a line of batch %s failed", batch.id)
                 return json_response(openai_error(500, "internal server error; the server's log says more"), 500)
             await asyncio.sleep(RETRY_S)
 
     async def _finalize(self, batch: Batch, status: str) -> None:
-        """Turn what there is into files, lines without an answer into errors, and the batch into what it ends as."""
+        """Make files of the answers, errors of lines without one, and give the batch its last status."""
         self._enter(batch, "cancelling" if status == "cancelled" else "finalizing")
         await asyncio.to_thread(self._write_files, batch, status)
         self._enter(batch, status)
@@ -313,7 +314,7 @@ class Batches:
 
 
 def _append(file: BinaryIO, custom_id: str, response: JSON | None, error: JSON | None) -> None:
-    """A line of a batch's output or errors, on its way to the disk when this returns."""
+    """Append a line to a batch's output or errors. It is on its way to the disk when this returns."""
     line = {"id": new_id("batch_req_"), "custom_id": custom_id, "response": response, "error": error}
     file.write(orjson.dumps(line) + b"\n")
     file.flush()
@@ -328,7 +329,7 @@ def _errors(errors: list[JSON]) -> JSON:
 
 
 def check_lines(path: Path, endpoint: str) -> tuple[int, list[JSON]]:
-    """The number of lines of a batch's input, and what is wrong with them (the first MAX_ERRORS)."""
+    """Return the number of lines of a batch's input, and their errors (the first MAX_ERRORS)."""
     num_lines, custom_ids, errors = 0, set[str](), []
     with open(path, "rb") as file:
         for number, text in enumerate(file, start=1):

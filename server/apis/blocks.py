@@ -1,23 +1,24 @@
-"""Answers as blocks, which is what APIs younger than chat.completions speak of.
+"""Answers as blocks, the shape of APIs younger than chat.completions.
 
-A block is a stretch of reasoning, a stretch of text, or one tool call. `BlockChoice` turns a request's deltas into
-the beginning, the growth and the end of blocks; each API's subclass writes these down in its own words.
+A block is a stretch of reasoning, a stretch of text, or one tool call. `BlockAnswer` turns the parts of an answer into
+the beginning, the growth and the end of blocks, which each API's subclass spells.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 from aiohttp import web
 
-from engine.request import Delta, FinishReason
-from server.http.live import LiveRequests, is_failure, make_requests
-from server.http.sse import HEADERS, Choice, EventStream
-from server.parsers import AnswerDelta, AnswerParser
+from engine.request import Delta, FinishReason, Logprobs
+from server.apis.answer import Answer, respond
+from server.http.live import LiveRequests, make_requests
+from server.http.sse import HEADERS
+from server.parsers import AnswerDelta
 from server.reading.chat import ChatTurn
-from server.reading.protocol import JSON, Owner, json_response
+from server.reading.protocol import JSON, Owner
 
 REASONING, TEXT, TOOL_CALL = "reasoning", "text", "tool_call"
 
@@ -32,13 +33,16 @@ class Block:
 
     @property
     def content(self) -> str:
-        """The text, or a call's arguments as JSON text; up to now."""
+        """Text so far, or a call's arguments so far as JSON text."""
         return "".join(self.pieces)
 
 
 def arguments_of(block: Block) -> JSON:
-    """A call's arguments. What is no JSON object, because the answer was cut or the model erred, is given as Anthropic
-    advises: under the key INVALID_JSON."""
+    """Return a call's arguments.
+
+    Text that is no JSON object, because the answer was cut or the model erred, goes under the key INVALID_JSON, as
+    Anthropic advises.
+    """
     try:
         arguments: Any = orjson.loads(block.content or "{}")
     except orjson.JSONDecodeError:
@@ -47,32 +51,24 @@ def arguments_of(block: Block) -> JSON:
 
 
 def chat_call(call_id: str, name: str, arguments: str) -> JSON:
-    """A tool call as chat.completions has it; `arguments` is JSON text."""
+    """Return a tool call in the shape of chat.completions. `arguments` is JSON text."""
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 class Blocks:
-    """Cuts one answer into blocks, as its text comes."""
+    """Cuts one answer into blocks, as its parts come."""
 
-    def __init__(self, parser: AnswerParser | None) -> None:
+    def __init__(self) -> None:
         self.all: list[Block] = []
-        self.parser = parser
 
-    def push(self, text: str) -> list[tuple[Block, str]]:
-        """Blocks and what each gained, in the answer's order."""
-        return self._cut(AnswerDelta(text=text) if self.parser is None else self.parser.push(text))
-
-    def finish(self) -> list[tuple[Block, str]]:
-        """As `push`, of what the parser held back."""
-        return self._cut(AnswerDelta() if self.parser is None else self.parser.finish())
-
-    def _cut(self, delta: AnswerDelta) -> list[tuple[Block, str]]:
+    def cut(self, parts: AnswerDelta) -> list[tuple[Block, str]]:
+        """Return the blocks that grew, each with the text that it gained, in the answer's order."""
         grown = []
-        if delta.reasoning:
-            grown.append(self._grow(REASONING, delta.reasoning))
-        if delta.text:
-            grown.append(self._grow(TEXT, delta.text))
-        for call in delta.tool_calls:
+        if parts.reasoning:
+            grown.append(self._grow(REASONING, parts.reasoning))
+        if parts.text:
+            grown.append(self._grow(TEXT, parts.text))
+        for call in parts.tool_calls:
             if call.id is not None:
                 self.all.append(Block(len(self.all), TOOL_CALL, call.id, call.name or ""))
             grown.append(self._grow(TOOL_CALL, call.arguments))
@@ -86,98 +82,89 @@ class Blocks:
         return block, piece
 
 
-class BlockChoice(Choice):
-    """The one answer to a turn, streamed or whole."""
+class BlockAnswer(Answer):
+    """The one answer to a chat's turn, streamed or whole."""
 
     def __init__(self, rid: str, turn: ChatTurn) -> None:
-        super().__init__(0)
-        [self.request] = make_requests([rid], turn.input_ids, turn.params, turn.options)
-        self.request.sink = self.sink
+        [request] = make_requests([rid], turn.input_ids, turn.params, turn.options)
+        super().__init__(0, request, turn.new_parser and turn.new_parser())
         self.turn = turn
-        self.blocks = Blocks(turn.new_parser and turn.new_parser())
-        self.has_begun = False
-        self.is_cut = False  # it ended before the model was done
+        self.blocks = Blocks()
         self._open: Block | None = None
 
     @property
+    def is_cut(self) -> bool:
+        """True if it ended before the model was done."""
+        return self.reason is not None and self.reason.type != "stop"
+
+    @property
     def num_reasoning_tokens(self) -> int:
-        """Of an answer that has ended."""
-        return self.turn.count_reasoning(self.request.output_ids, self.blocks.parser)
+        """Reasoning tokens of an answer that has ended."""
+        return self.turn.count_reasoning(self.request.output_ids, self.parser)
 
-    # ---- what an API writes ----
+    # ---- the spelling, by API; beside these `begin` and `fail` ----
 
-    def begin(self) -> bytes:
-        """What goes before the first block."""
-        return b""
-
-    def start(self, block: Block) -> bytes:
+    def start(self, _block: Block) -> bytes:
+        """Return the events that begin a block."""
         return b""
 
     @abstractmethod
-    def grow(self, block: Block, piece: str) -> bytes: ...
+    def grow(self, block: Block, piece: str) -> bytes:
+        """Return the events of a block's new text."""
 
-    def stop(self, block: Block) -> bytes:
+    def stop(self, _block: Block) -> bytes:
+        """Return the events that end a block."""
         return b""
 
     @abstractmethod
+    def close(self, reason: FinishReason) -> bytes:
+        """Return the events after the last block."""
+
+    @abstractmethod
+    def body(self, reason: FinishReason) -> JSON:
+        """Return the whole answer, for a client that does not stream."""
+
+    # ---- from parts to blocks ----
+
+    def text(self, delta: Delta) -> bytes:
+        block, text = self._open, delta.text
+        if block is None or not text:
+            return self._write(self.blocks.cut(AnswerDelta(text=text)))
+        block.pieces.append(text)  # without a parser there is but this block
+        return self.grow(block, text)
+
+    def parts(self, parts: AnswerDelta, _logprobs: Logprobs | None) -> bytes:
+        return self._write(self.blocks.cut(parts))
+
     def end(self, reason: FinishReason) -> bytes:
-        """What goes after the last block."""
+        stopped = b"" if self._open is None else self.stop(self._open)
+        return stopped + self.close(reason)
 
-    @abstractmethod
-    def fail(self, reason: FinishReason) -> bytes:
-        """The end of an answer that failed; perhaps before it began."""
+    def whole(self, delta: Delta) -> JSON:
+        parser = self.parser
+        self.blocks.cut(AnswerDelta(text=delta.text) if parser is None else parser.push(delta.text))
+        if parser is not None:
+            self.blocks.cut(parser.finish())
+        assert delta.finish_reason is not None
+        return self.body(delta.finish_reason)
 
-    @abstractmethod
-    def whole(self, reason: FinishReason) -> JSON:
-        """The answer to a client that does not stream."""
-
-    # ---- from deltas to these ----
-
-    def events(self, delta: Delta) -> bytes:
-        begun = b"" if self.has_begun else self.begin()
-        self.has_begun = True
-        return begun + b"".join(self._write(self.blocks.push(delta.text)))
-
-    def last_events(self, delta: Delta) -> bytes:
-        reason = delta.finish_reason
-        assert reason is not None
-        if is_failure(reason):
-            return self.fail(reason)
-        self.is_cut = reason.type != "stop"
-        written = [self.events(delta), *self._write(self.blocks.finish())]
-        if self._open is not None:
-            written.append(self.stop(self._open))
-        return b"".join([*written, self.end(reason)])
-
-    def read_whole(self, delta: Delta) -> JSON:
-        """The answer of a request that does not stream, from its only delta."""
-        self.num_output_tokens = len(delta.token_ids)
-        self.blocks.push(delta.text)
-        self.blocks.finish()
-        reason = delta.finish_reason
-        assert reason is not None
-        self.is_cut = reason.type != "stop"
-        return self.whole(reason)
-
-    def _write(self, grown: Sequence[tuple[Block, str]]) -> Iterator[bytes]:
+    def _write(self, grown: Sequence[tuple[Block, str]]) -> bytes:
+        written = []
         for block, piece in grown:
             if block is not self._open:
                 if self._open is not None:
-                    yield self.stop(self._open)
+                    written.append(self.stop(self._open))
                 self._open = block
-                yield self.start(block)
+                written.append(self.start(block))
             if piece:
-                yield self.grow(block, piece)
+                written.append(self.grow(block, piece))
+        return b"".join(written)
 
 
-async def answer(
-    owner: Owner, live: LiveRequests, choice: BlockChoice, headers: Mapping[str, str] = HEADERS
+async def respond_in_blocks(
+    owner: Owner, live: LiveRequests, answer: BlockAnswer, headers: Mapping[str, str] = HEADERS
 ) -> web.StreamResponse:
-    """The response that `choice` writes: a stream if its request streams, which only an HTTP request may ask for."""
-    request = choice.request
-    if not request.stream:
-        [delta] = await live.answers(owner, request.rid, [request])
-        return json_response(choice.read_whole(delta))
-    assert isinstance(owner, web.Request)
-    async with live.submitted(owner, request.rid, [request]):
-        return await EventStream([choice], bytes, headers).run(owner)
+    """Return the response of `answer`, a stream if its request streams, which only an HTTP request may ask for."""
+    return await respond(
+        owner, live, answer.request.rid, [answer], body=lambda bodies: bodies[0], tail=bytes, headers=headers
+    )

@@ -1,15 +1,16 @@
-"""What managed clouds want of a container: SageMaker's /ping and /invocations, Vertex AI's predictions."""
+"""Routes that managed clouds expect of a container: SageMaker's /ping and /invocations, Vertex AI's predictions."""
 
 from aiohttp import web
 
+from server.apis.generate import GenerateApi
 from server.apis.native import NativeApi
 from server.apis.openai import OpenAIApi
 from server.reading.protocol import JSON, Fields, read_json
 
 
 class CloudApi:
-    def __init__(self, native: NativeApi, openai: OpenAIApi) -> None:
-        self.native, self.openai = native, openai
+    def __init__(self, native: NativeApi, generate: GenerateApi, openai: OpenAIApi) -> None:
+        self.native, self.generate, self.openai = native, generate, openai
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -19,13 +20,13 @@ class CloudApi:
         ]
 
     async def predict(self, http_request: web.Request) -> web.StreamResponse:
-        """/generate in Vertex AI's envelope: a prompt an instance, what else /generate takes as parameters."""
+        """Answer /generate in Vertex AI's envelope: a prompt an instance, its other fields as parameters."""
         body = generate_body(await read_json(http_request))
-        return await self.native.generate_from(http_request, body, envelope="predictions")
+        return await self.generate.generate_from(http_request, body, envelope="predictions")
 
 
 def generate_body(body: Fields) -> Fields:
-    """What /generate would be sent for Vertex AI's `instances` and `parameters`."""
+    """Return the body of /generate that says the same as Vertex AI's `instances` and `parameters`."""
     instances = body.array("instances")
     kinds = {tuple(instance) if isinstance(instance, dict) else () for instance in instances}
     if kinds not in ({("text",)}, {("input_ids",)}):

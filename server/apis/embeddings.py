@@ -36,7 +36,7 @@ from server.reading.protocol import (
     read_prompts,
 )
 
-NUM_A_TURN = 32  # vectors written as JSON before the streams have their turn
+NUM_A_PASS = 32  # vectors written as JSON before the streams have their turn
 
 
 class EmbeddingsApi:
@@ -64,14 +64,14 @@ class EmbeddingsApi:
         return await self.embed(http_request, await read_json(http_request))
 
     async def embed(self, owner: Owner, body: Fields) -> web.StreamResponse:
-        """The answer to a body of /v1/embeddings."""
+        """Answer a body of /v1/embeddings."""
         model = served_model(self.config, body.text("model"))
         encoding = body.one_of("encoding_format", ("float", "base64"), "float")
         size = self.engine.embedding_size
         size = body.integer("dimensions", size, low=1, high=size)
         requests = await self._run(owner, body, await read_prompts(self.engine, body, "input"))
         data = []
-        async for i, request in paced(enumerate(requests), NUM_A_TURN):
+        async for i, request in paced(enumerate(requests), NUM_A_PASS):
             vector = _normalized(_vector(request)[:size])
             shown = base64.b64encode(vector.tobytes()).decode() if encoding == "base64" else _json(vector)
             data.append({"object": "embedding", "index": i, "embedding": shown})
@@ -83,7 +83,7 @@ class EmbeddingsApi:
         return await self._native(http_request, is_normalized=True)
 
     async def classify(self, http_request: web.Request) -> web.Response:
-        """The scores of a model with a classification head, as they come out of it."""
+        """Return the raw scores of a model with a classification head."""
         self._check_classifier()
         return await self._native(http_request, is_normalized=False)
 
@@ -94,7 +94,7 @@ class EmbeddingsApi:
         is_list = isinstance(value, list) and not (value and is_int(value[0]))
         requests = await self._run(http_request, body, await read_prompts(self.engine, body, name))
         meta_info, answers = MetaInfo(self.engine.tokenizer), []
-        async for request in paced(requests, NUM_A_TURN):
+        async for request in paced(requests, NUM_A_PASS):
             vector = _normalized(_vector(request)) if is_normalized else _vector(request)
             answers.append(
                 {"embedding": _json(vector), "meta_info": meta_info.counts(request, 0, request.finish_reason)}
@@ -157,7 +157,7 @@ class EmbeddingsApi:
         )
 
     async def _reranked(self, owner: Owner, body: Fields) -> tuple[list[tuple[float, int, str]], list[Request]]:
-        """(score, index, document) of the best `top_n`, best first, and the requests it took."""
+        """Return (score, index, document) of the best `top_n`, best first, and the requests that this took."""
         query, documents = body.text("query"), _texts(body, "documents")
         top_n = body.integer("top_n", len(documents), low=1)
         scores, requests = await self._score_pairs(owner, body, [query], documents, ("query", "documents"))
@@ -186,7 +186,7 @@ class EmbeddingsApi:
     async def _score_pairs(
         self, owner: Owner, body: Fields, first: list[str], second: list[str], names: tuple[str, str]
     ) -> tuple[list[float], list[Request]]:
-        """How well each of `second` fits its own of `first`, or the only one.
+        """Score how well each of `second` fits its own of `first`, or the only one.
 
         A classifier reads both as one prompt, and its score, or that of its last label, becomes a probability. Other
         models read each by itself, and the cosine of the two vectors counts.
@@ -205,7 +205,7 @@ class EmbeddingsApi:
         return [float(head @ tail) for head, tail in pairs_of], requests
 
     async def _score_labels(self, owner: Owner, body: Fields, model: str) -> web.Response:
-        """SGLang's: how likely each of some tokens comes after `query` and an item."""
+        """Score how likely each of some tokens comes after `query` and an item (SGLang's)."""
         labels = check_token_ids(body.get("label_token_ids"), self.engine.model_config.vocab_size, "label_token_ids")
         query, items = body.text("query"), _texts(body, "items")
         is_item_first, is_softmax = body.flag("item_first"), body.flag("apply_softmax")
@@ -237,7 +237,7 @@ class EmbeddingsApi:
     # ---- all of them ----
 
     async def _run(self, owner: Owner, body: Fields, prompts: Sequence[list[int]]) -> list[Request]:
-        """One request a prompt, its vector there. `rid`, `priority` and the cache's keys are read off `body`."""
+        """Run one request a prompt; their vectors are there then. `body` gives `rid`, `priority` and cache keys."""
         rid = body.text("rid") or new_rid()
         priority, extra_key = body.integer("priority"), cache_namespace(body)
         requests = [
@@ -261,7 +261,7 @@ class EmbeddingsApi:
 
 
 def _texts(body: Fields, name: str) -> list[str]:
-    """A text, or a list of at least one."""
+    """Read a text, or a list of at least one."""
     value = body.get(name)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
@@ -270,7 +270,7 @@ def _texts(body: Fields, name: str) -> list[str]:
 
 
 def _vector(request: Request) -> np.ndarray:
-    """float32 [size]."""
+    """Return the request's vector, float32 [size]."""
     vector = request.embedding
     if vector is None or not np.isfinite(vector).all():
         raise OutputNotFinite("the model's output is not finite (NaN or inf)")
@@ -278,20 +278,20 @@ def _vector(request: Request) -> np.ndarray:
 
 
 def _normalized(vector: np.ndarray) -> np.ndarray:
-    """Of length 1."""
+    """Scale a vector to length 1."""
     return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
 
 def _probabilities(scores: np.ndarray) -> np.ndarray:
-    """Of each label; of a single score, its own (sigmoid)."""
+    """Return the probability of each label; of a single score its own (sigmoid)."""
     if len(scores) == 1:
-        return 1 / (1 + np.exp(-scores))
+        return np.asarray(1 / (1 + np.exp(-scores)))
     likely = np.exp(scores - scores.max())
-    return likely / likely.sum()
+    return np.asarray(likely / likely.sum())
 
 
 def _json(vector: np.ndarray) -> Any:
-    """Written at once, and without a Python object a number."""
+    """Write JSON at once, and without a Python object for each number."""
     return orjson.Fragment(orjson.dumps(np.ascontiguousarray(vector, np.float32), option=orjson.OPT_SERIALIZE_NUMPY))
 
 

@@ -43,7 +43,7 @@ class StorageUnavailable(EngineError):
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """A process that is killed leaves the old content or the new. Small contents: this is for the event loop."""
+    """Write so that a killed process leaves the old content or the new. For small contents, on the event loop."""
     unfinished = path.with_name(path.name + ".part")
     with storing(path.parent):
         unfinished.write_bytes(content)
@@ -52,7 +52,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def storing(folder: Path) -> Iterator[None]:
-    """A disk that is full, say, is told to the client: `StorageUnavailable`."""
+    """Raise `StorageUnavailable`, which the client sees, for errors of the disk: it is full, say."""
     try:
         yield
     except ConnectionError:  # the client's own end
@@ -62,7 +62,7 @@ def storing(folder: Path) -> Iterator[None]:
 
 
 def read_records(folder: Path, pattern: str) -> list[JSON]:
-    """What the files hold that are named so, oldest first. A damaged one must not keep the server from starting."""
+    """Read the records of files named so, oldest first. A damaged one must not keep the server from starting."""
     records = []
     for path in folder.glob(pattern):
         try:
@@ -125,7 +125,7 @@ class FileStore:
         return file
 
     def list(self) -> list[JSON]:
-        """Oldest first."""
+        """Return the files, oldest first."""
         self.check()
         return list(self._files.values())
 
@@ -148,7 +148,7 @@ class FileStore:
 
 class FilesApi:
     def __init__(self, store: FileStore, max_bytes: int, is_in_use: Callable[[str], str | None]) -> None:
-        """is_in_use: id of the batch that still reads the file of that id, if one does."""
+        """`is_in_use`: returns the id of the batch that still reads a file, if one does."""
         self.store, self.max_bytes, self.is_in_use = store, max_bytes, is_in_use
 
     def routes(self) -> list[web.RouteDef]:
@@ -161,7 +161,7 @@ class FilesApi:
         ]
 
     async def upload(self, http_request: web.Request) -> web.Response:
-        """A form with `file` and `purpose`. The file goes to disk as it comes."""
+        """Receive a form with `file` and `purpose`. The file goes to disk as it comes."""
         self.store.check()
         if http_request.headers.get("Sec-Fetch-Site") == "cross-site":
             raise web.HTTPForbidden(text="a page of another site may not upload files")
@@ -186,7 +186,7 @@ class FilesApi:
             unfinished.unlink(missing_ok=True)
 
     async def _receive(self, http_request: web.Request, to: Path) -> tuple[str | None, str]:
-        """(name of the file, now in `to`; purpose), as far as the form has them."""
+        """Return (name of the file, now in `to`; purpose), as far as the form has them."""
         filename, purpose = None, ""
         try:
             async for part in await http_request.multipart():
@@ -240,7 +240,7 @@ class FilesApi:
 
 
 def _utf8(header: str) -> str:
-    """What a part's header says. aiohttp reads other encodings, Latin-1 say, as halves of surrogate pairs."""
+    """Return a part's header as text. aiohttp reads other encodings, Latin-1 say, as halves of surrogate pairs."""
     return header.encode(errors="surrogateescape").decode(errors="replace")
 
 
@@ -249,7 +249,7 @@ class FileTooLarge(EngineError):
 
 
 def page_of(items: list[Any], http_request: web.Request, default_limit: int) -> JSON:
-    """OpenAI's page of a list: the `limit` items that follow the one whose id is `after`."""
+    """Return OpenAI's page of a list: the `limit` items behind the one whose id is `after`."""
     text = http_request.query.get("limit", str(default_limit))
     if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= MAX_LISTED:  # int() refuses thousands of digits
         raise InvalidRequest(f"limit must be between 1 and {MAX_LISTED}, got {text[:20]!r}", "limit")

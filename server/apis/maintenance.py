@@ -1,4 +1,4 @@
-"""SGLang's routes that hold the engine still: a pause, other weights, device memory given back and taken again."""
+"""SGLang's routes that hold the engine still: a pause, other weights, device memory released and resumed."""
 
 from aiohttp import web
 
@@ -39,7 +39,7 @@ class MaintenanceApi:
         return json_response({"message": "generation goes on", "status": "ok"})
 
     async def update_weights(self, http_request: web.Request) -> web.Response:
-        """A checkpoint that does not fit is a 400 in which `message` names the tensor; the old weights stay."""
+        """Load other weights. One that does not fit is a 400 whose `message` names the tensor; the old weights stay."""
         body = await read_json(http_request)
         model_path = body.text("model_path")
         if not model_path:
@@ -68,7 +68,7 @@ class MaintenanceApi:
         return json_response({"success": True, "message": "weight version updated", "new_version": version})
 
     async def weight(self, http_request: web.Request) -> web.Response:
-        """The first `truncate_size` rows, as SGLang shows them."""
+        """Return the first `truncate_size` rows, as SGLang shows them."""
         body = await read_json(http_request)
         num_rows = body.integer("truncate_size", 100, low=1, high=MAX_ROWS)
         return json_response(await self.engine.maintenance.weight(body.text("name"), num_rows))
@@ -91,5 +91,5 @@ async def _read_tags(http_request: web.Request) -> list[str]:
 
 
 async def _read_optional(http_request: web.Request) -> Fields:
-    """The body, which may be left out."""
+    """Read the body, which may be left out."""
     return await read_json(http_request) if http_request.body_exists else Fields({})

@@ -1,4 +1,4 @@
-"""`meta_info`, SGLang's account of an answer: what it cost, how long it took and why, and its log-probabilities."""
+"""`meta_info`, SGLang's account of an answer: its costs, times and their causes, and its log-probabilities."""
 
 from engine.engine import TokenizerFacade
 from engine.request import Delta, FinishReason, Logprobs, Request, TokenLogprob
@@ -10,14 +10,14 @@ class MetaInfo:
         self.tokenizer, self.with_text = tokenizer, with_text  # with_text: in log-probabilities
 
     def answer(self, delta: Delta) -> JSON:
-        """The answer of a request that does not stream."""
+        """Return the answer of a request that does not stream."""
         meta = self.counts(delta.request, len(delta.token_ids), delta.finish_reason)
         if delta.request.return_logprob:
             meta |= self.logprobs(delta.request, delta.logprobs or Logprobs())
         return {"text": delta.text, "output_ids": delta.token_ids, "meta_info": meta}
 
     def counts(self, request: Request, num_output_tokens: int, reason: FinishReason | None) -> JSON:
-        """With the times, in seconds, once there is a `reason`."""
+        """Return the counts, and the times, in seconds, once there is a `reason`."""
         meta: JSON = {
             "id": request.rid,
             "finish_reason": reason and reason.to_dict(num_output_tokens),
@@ -42,7 +42,7 @@ class MetaInfo:
         return meta
 
     def _first_missed(self, request: Request) -> JSON | None:
-        """Where the prompt left what was cached; None if no more than its last token was computed, for its logits."""
+        """Return the first token not found in the cache. None if only the last was computed, for its logits."""
         position = request.num_cached_tokens
         if position >= request.prompt_len - 1:
             return None

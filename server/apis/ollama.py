@@ -1,6 +1,7 @@
-"""Ollama's API: /api/chat and /api/generate, which stream lines of JSON, and what its clients ask about models."""
+"""Ollama's API: /api/chat and /api/generate, which stream lines of JSON, and its routes about models."""
 
 import hashlib
+from abc import abstractmethod
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,7 +10,17 @@ from aiohttp import web
 
 from engine.engine import Engine
 from engine.request import FinishReason
-from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockChoice, answer, arguments_of, chat_call
+from server.apis.answer import failure_of
+from server.apis.blocks import (
+    REASONING,
+    TEXT,
+    TOOL_CALL,
+    Block,
+    BlockAnswer,
+    arguments_of,
+    chat_call,
+    respond_in_blocks,
+)
 from server.config import ServerConfig
 from server.http.live import LiveRequests, new_rid
 from server.reading.chat import Chats, ChatTurn
@@ -70,7 +81,7 @@ class OllamaApi:
             return json_response(_loaded(model, {"message": {"role": "assistant", "content": ""}}))
         with spelled(OUR_NAMES):
             turn = await self.chats.turn(Fields(chat_body(body) | {"messages": messages}))
-            return await answer(http_request, self.live, ChatLines(turn, model), headers=NDJSON)
+            return await respond_in_blocks(http_request, self.live, ChatLines(turn, model), NDJSON)
 
     async def generate(self, http_request: web.Request) -> web.StreamResponse:
         body = await read_json(http_request)
@@ -80,7 +91,7 @@ class OllamaApi:
             return json_response(_loaded(model, {"response": ""}))
         with spelled(OUR_NAMES):
             turn = await (self._raw_turn(body) if body.flag("raw") else self._prompt_turn(body))
-            return await answer(http_request, self.live, GenerateLines(turn, model), headers=NDJSON)
+            return await respond_in_blocks(http_request, self.live, GenerateLines(turn, model), NDJSON)
 
     async def _prompt_turn(self, body: Fields) -> ChatTurn:
         messages = [{"role": "user", "content": body.text("prompt")}]
@@ -89,7 +100,7 @@ class OllamaApi:
         return await self.chats.turn(Fields(chat_body(body) | {"messages": messages}))
 
     async def _raw_turn(self, body: Fields) -> ChatTurn:
-        """A prompt that is the client's own: no template, and nothing to parse in its answer."""
+        """Read a prompt that is the client's own: no template, and nothing to parse in its answer."""
         refuse(body, ("system", "think"))
         chat = Fields(chat_body(body))
         params = read_sampling_params(chat, self.engine, ("max_tokens",), None)
@@ -164,7 +175,7 @@ class OllamaApi:
 
 
 def chat_body(body: Fields) -> JSON:
-    """All but the messages of the same request to chat.completions."""
+    """Return the same request to chat.completions, all but the messages."""
     refuse(body, UNSUPPORTED)
     chat = {name: body.get(name) for name in REQUEST_FIELDS if body.has(name)}
     chat |= {"stream": body.flag("stream", True)} | _read_options(body.object("options") or Fields({}, "options"))
@@ -182,7 +193,7 @@ def chat_body(body: Fields) -> JSON:
 
 
 def _read_options(options: Fields) -> JSON:
-    """Those about hardware are ignored, and `num_ctx` too: the context is always the model's."""
+    """Read options. Those about hardware are ignored, `num_ctx` too: the context is always the model's."""
     for name, value in NEUTRAL.items():
         if options.has(name) and options.get(name) != value:
             options.fail(name, f"{value} (this server has no such sampler)")
@@ -238,20 +249,20 @@ def _now() -> str:
 
 
 def _loaded(model: str, empty: JSON) -> JSON:
-    """The answer to a client that asks for nothing but the model to be there."""
+    """Answer a client that only asks for the model to be loaded."""
     return {"model": model, "created_at": _now(), **empty, "done": True, "done_reason": "load"}
 
 
-class Lines(BlockChoice):
+class Lines(BlockAnswer):
     """JSON lines. A tool call makes one, when it is complete."""
 
     def __init__(self, turn: ChatTurn, model: str) -> None:
         super().__init__(new_rid(), turn)
         self.model = model
 
+    @abstractmethod
     def said(self, text: str, thinking: str, calls: list[JSON]) -> JSON:
-        """How an endpoint says what is new."""
-        raise NotImplementedError
+        """Return the endpoint's fields for what is new."""
 
     def grow(self, block: Block, piece: str) -> bytes:
         if block.kind == TOOL_CALL:
@@ -262,13 +273,13 @@ class Lines(BlockChoice):
     def stop(self, block: Block) -> bytes:
         return self._line(self.said("", "", [_call(block)]), done=False) if block.kind == TOOL_CALL else b""
 
-    def end(self, reason: FinishReason) -> bytes:
+    def close(self, reason: FinishReason) -> bytes:
         return self._line(self.said("", "", []), done=True, **self._ending(reason))
 
     def fail(self, reason: FinishReason) -> bytes:
-        return orjson.dumps(ollama_error(reason.status_code or 500, reason.message or "the request failed")) + b"\n"
+        return orjson.dumps(ollama_error(*failure_of(reason))) + b"\n"
 
-    def whole(self, reason: FinishReason) -> JSON:
+    def body(self, reason: FinishReason) -> JSON:
         def all_of(kind: str) -> str:
             return "".join(block.content for block in self.blocks.all if block.kind == kind)
 
@@ -282,7 +293,7 @@ class Lines(BlockChoice):
         return {"model": self.model, "created_at": _now(), **said, **more}
 
     def _ending(self, reason: FinishReason) -> JSON:
-        """Durations in nanoseconds."""
+        """Return the last line's fields. Durations are in nanoseconds."""
         request, times = self.request, self.request.times
         return {
             "done_reason": reason.type,
@@ -306,7 +317,7 @@ class ChatLines(Lines):
 
 
 class GenerateLines(Lines):
-    def said(self, text: str, thinking: str, calls: list[JSON]) -> JSON:
+    def said(self, text: str, thinking: str, _calls: list[JSON]) -> JSON:
         return {"response": text, **({"thinking": thinking} if thinking else {})}
 
 
@@ -315,5 +326,5 @@ def _call(block: Block) -> JSON:
 
 
 def _nanoseconds(begin: float, end: float) -> int:
-    """0 where one of the two never happened."""
+    """Return the time from `begin` to `end`; 0 where one of the two never happened."""
     return int((end - begin) * 1e9) if 0.0 < begin <= end else 0

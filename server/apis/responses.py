@@ -13,7 +13,7 @@ from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest
 from engine.request import Delta, FinishReason
-from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockChoice, answer, chat_call
+from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockAnswer, chat_call, respond_in_blocks
 from server.config import ServerConfig
 from server.http.keys import CLIENT
 from server.http.live import LiveRequests, is_failure, new_rid
@@ -61,7 +61,7 @@ class ResponsesApi:
         ]
 
     async def running(self, _: web.Application) -> AsyncIterator[None]:
-        """A cleanup context: background responses end with the server."""
+        """End background responses with the server: a cleanup context."""
         yield
         tasks = [background.task for background in self._background.values()]
         for task in tasks:
@@ -72,7 +72,7 @@ class ResponsesApi:
         return await self.respond(http_request, await read_json(http_request))
 
     async def respond(self, caller: Owner, body: Fields) -> web.StreamResponse:
-        """The answer to `body`. Only an HTTP request may ask for a stream, or for an answer in the background."""
+        """Answer `body`. Only an HTTP request may ask for a stream, or for an answer in the background."""
         model = served_model(self.config, body.text("model"))
         owner = self._owner(caller)
         is_stored, is_background = body.flag("store", True), body.flag("background")
@@ -81,13 +81,13 @@ class ResponsesApi:
         messages = self._earlier_messages(body, owner) + read_input(body)
         with spelled(OUR_NAMES):
             turn = await self.chats.turn(Fields(chat_body(body, messages)))
-            choice = ResponseChoice(turn, echo_of(body, model))
+            answer = ResponseAnswer(turn, echo_of(body, model))
             if is_stored:
-                choice.on_end = lambda response: self.store.put(owner, response, [*messages, choice.message()])
+                answer.on_end = lambda response: self.store.put(owner, response, [*messages, answer.message()])
             if not is_background:
-                return await answer(caller, self.live, choice)
+                return await respond_in_blocks(caller, self.live, answer)
             assert isinstance(caller, web.Request)
-            background = BackgroundResponse(owner, choice)
+            background = BackgroundResponse(owner, answer)
             await background.begin(caller, self.live)
         self._background[background.id] = background
         background.task.add_done_callback(lambda _: self._background.pop(background.id))
@@ -101,21 +101,21 @@ class ResponsesApi:
         return json_response(background.state() if background else self._find(response_id, owner).response)
 
     async def cancel(self, http_request: web.Request) -> web.Response:
-        """The response as it ended. One that had ended before stays as it was."""
+        """Cancel a response and return it as it ended. One that had ended before stays as it was."""
         response = (await self._end(http_request)).response
         if not response["background"]:
             raise InvalidRequest("only a response made with background: true can be cancelled", "response_id")
         return json_response(response)
 
     async def delete(self, http_request: web.Request) -> web.Response:
-        """A response that still runs is cancelled first."""
+        """Delete a response. One that still runs is cancelled first."""
         await self._end(http_request)
         response_id = http_request.match_info["response_id"]
         self.store.remove(response_id)
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
     async def _end(self, http_request: web.Request) -> "StoredResponse":
-        """A response, which is aborted if it runs."""
+        """Return a response, aborted if it ran."""
         response_id, owner = http_request.match_info["response_id"], self._owner(http_request)
         background = self._find_background(response_id, owner)
         if background is not None:
@@ -124,7 +124,7 @@ class ResponsesApi:
         return self._find(response_id, owner)
 
     def _owner(self, caller: Owner) -> str:
-        """Whose responses one may see: with a key for each client, one's own."""
+        """Return the owner of the caller's responses: with a key for each client, the client itself."""
         return caller[CLIENT].name if self.config.api_key_file else ""
 
     def _find_background(self, response_id: str, owner: str) -> "BackgroundResponse | None":
@@ -138,7 +138,7 @@ class ResponsesApi:
         return stored
 
     def _earlier_messages(self, body: Fields, owner: str) -> list[JSON]:
-        """The conversation up to and with the answer of `previous_response_id`."""
+        """Return the conversation up to and with the answer of `previous_response_id`."""
         previous = body.text("previous_response_id")
         if not previous:
             return []
@@ -189,16 +189,16 @@ class ResponseStore:
 class BackgroundResponse:
     """A response that nobody waits for."""
 
-    def __init__(self, owner: str, choice: "ResponseChoice") -> None:
-        self.owner, self.choice, self.id = owner, choice, choice.request.rid
+    def __init__(self, owner: str, answer: "ResponseAnswer") -> None:
+        self.owner, self.answer, self.id = owner, answer, answer.request.rid
         self.task: asyncio.Task[None]
         self._done: asyncio.Future[Delta] = asyncio.get_running_loop().create_future()
 
     async def begin(self, http_request: web.Request, live: LiveRequests) -> None:
         """Submit the request. An `EngineError` if it is refused."""
-        self.choice.request.sink = self._sink
+        self.answer.request.sink = self._sink
         submitted = AsyncExitStack()
-        await submitted.enter_async_context(live.submitted(http_request, self.id, [self.choice.request]))
+        await submitted.enter_async_context(live.submitted(http_request, self.id, [self.answer.request]))
         self.task = asyncio.create_task(self._finish(submitted))
 
     def _sink(self, delta: Delta) -> None:
@@ -207,17 +207,17 @@ class BackgroundResponse:
 
     async def _finish(self, submitted: AsyncExitStack) -> None:
         async with submitted:
-            self.choice.read_whole(await self._done)
+            self.answer.read_whole(await self._done)
 
     def state(self) -> JSON:
-        return self.choice.response("in_progress" if self.choice.request.times.scheduled else "queued")
+        return self.answer.response("in_progress" if self.answer.request.times.scheduled else "queued")
 
 
 # ---- reading ----
 
 
 def read_input(body: Fields) -> list[JSON]:
-    """`input` as OpenAI's chat messages."""
+    """Return `input` as OpenAI's chat messages."""
     given = body.required("input", "a string or a list of items")
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
@@ -246,7 +246,7 @@ def _add_message(messages: list[JSON], item: Fields) -> None:
     role = item.one_of("role", ROLES, "user")
     content = _join_texts(item, "content")
     if role == "assistant":
-        # What the model said, thought and called in one turn comes as items of one message each.
+        # Text, thoughts and calls of one turn of the model come as items of one message each.
         message = _assistant(messages, lacks=("content", "tool_calls"))
         message["content"] = content
     else:
@@ -254,7 +254,7 @@ def _add_message(messages: list[JSON], item: Fields) -> None:
 
 
 def _add_reasoning(messages: list[JSON], item: Fields) -> None:
-    """Only reasoning in the clear can be read: a summary is not what the model thought."""
+    """Add reasoning in the clear. A summary is left out: it is not what the model thought."""
     texts = []
     for part in item.objects("content"):
         part.one_of("type", ("reasoning_text",), "reasoning_text")
@@ -278,7 +278,7 @@ def _add_call(messages: list[JSON], item: Fields) -> None:
 
 
 def _assistant(messages: list[JSON], lacks: tuple[str, ...]) -> JSON:
-    """The assistant's message that is being put together, or a new one if that has one of `lacks` already."""
+    """Return the assistant's message being put together, or a new one if that has one of `lacks` already."""
     if not messages or messages[-1]["role"] != "assistant" or any(messages[-1].get(name) for name in lacks):
         messages.append({"role": "assistant", "content": ""})
     return messages[-1]
@@ -298,7 +298,7 @@ def _join_texts(owner: Fields, name: str) -> str:
 
 
 def chat_body(body: Fields, messages: list[JSON]) -> JSON:
-    """The same request to chat.completions. What cannot be said there is an `InvalidRequest` naming it."""
+    """Return the same request to chat.completions. `InvalidRequest` names what cannot be said there."""
     refuse(body, UNSUPPORTED)
     body.one_of("truncation", ("disabled",), "disabled")
     if "message.output_text.logprobs" in body.strings("include"):
@@ -349,7 +349,7 @@ def _read_format(format_: Fields) -> JSON:
 
 
 def echo_of(body: Fields, model: str) -> JSON:
-    """What a response repeats of its request."""
+    """Return the fields of a request that its response repeats."""
     metadata = body.object("metadata") or Fields({})
     if len(metadata.values) > MAX_METADATA or not all(isinstance(value, str) for value in metadata.values.values()):
         body.fail("metadata", f"an object of at most {MAX_METADATA} strings")
@@ -374,7 +374,7 @@ def echo_of(body: Fields, model: str) -> JSON:
 # ---- writing ----
 
 
-class ResponseChoice(BlockChoice):
+class ResponseAnswer(BlockAnswer):
     """Blocks are items of the response's output; those of reasoning and of text have one content part each."""
 
     def __init__(self, turn: ChatTurn, echo: JSON) -> None:
@@ -403,7 +403,7 @@ class ResponseChoice(BlockChoice):
         }
 
     def message(self) -> JSON:
-        """The answer as a message of chat.completions."""
+        """Return the answer as a message of chat.completions."""
         message: JSON = {"role": "assistant", "content": ""}
         for block in self.blocks.all:
             if block.kind == TOOL_CALL:
@@ -414,7 +414,7 @@ class ResponseChoice(BlockChoice):
                 message[name] = message.get(name, "") + block.content
         return message
 
-    def whole(self, reason: FinishReason) -> JSON:
+    def body(self, reason: FinishReason) -> JSON:
         response = self.response(_status_of(reason), reason)
         self.on_end(response)
         return response
@@ -477,13 +477,13 @@ class ResponseChoice(BlockChoice):
             done += self._part_event("content_part.done", block, part=_part(block, content))
         return done + self._event("output_item.done", output_index=block.index, item=self._item(block))
 
-    def end(self, reason: FinishReason) -> bytes:
-        response = self.whole(reason)
+    def close(self, reason: FinishReason) -> bytes:
+        response = self.body(reason)
         return self._event("completed" if response["status"] == "completed" else "incomplete", response=response)
 
     def fail(self, reason: FinishReason) -> bytes:
         begun = b"" if self.has_begun else self.begin()
-        return begun + self._event("failed", response=self.whole(reason))
+        return begun + self._event("failed", response=self.body(reason))
 
     def _part_event(self, kind: str, block: Block, **values: Any) -> bytes:
         return self._item_event(kind, block, content_index=0, **values)
@@ -510,4 +510,4 @@ def _part(block: Block, text: str) -> JSON:
 
 
 def _forget(response: JSON) -> None:
-    """What becomes of a response that is not stored."""
+    """Forget a response that is not stored."""

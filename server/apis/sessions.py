@@ -34,7 +34,7 @@ class Turn:
         return self.request is not None and self.request.status is not Status.FINISHED
 
     def token_ids(self, *, with_output: bool) -> list[int]:
-        """Of the whole conversation up to here."""
+        """Token ids of the whole conversation up to here."""
         path = [self]
         while (parent := path[-1].parent) is not None:
             path.append(parent)
@@ -72,7 +72,7 @@ class Sessions:
         return [web.post("/open_session", self.open), web.post("/close_session", self.close)]
 
     async def open(self, http_request: web.Request) -> web.Response:
-        """The session's id."""
+        """Open a session and return its id."""
         body = await read_json(http_request)
         capacity = body.integer("capacity_of_str_len", 0, low=0)
         session_id = body.text("session_id") or new_rid()
@@ -91,7 +91,7 @@ class Sessions:
         return web.Response()
 
     def read(self, fields: Fields) -> SessionParams:
-        """`InvalidRequest` if there is no such session, no such turn in it, or the turn is still running."""
+        """Read the parameters. `InvalidRequest` if session or turn do not exist, or the turn is still running."""
         session = self._sessions.get(fields.text("id"))
         if session is None:
             fields.fail("id", "an open session")
@@ -110,7 +110,7 @@ class Sessions:
         return SessionParams(session, previous, None if offset < 0 else offset, replaces, drops_output)
 
     def continued(self, params: SessionParams, input_ids: list[int]) -> tuple[list[int], int]:
-        """(the prompt that continues the previous turn with `input_ids`, how many tokens of that turn it keeps)."""
+        """Return the prompt that continues the previous turn with `input_ids`, and how many of its tokens are kept."""
         kept: list[int] = []
         if params.previous is not None:
             running = params.previous.request
@@ -133,7 +133,7 @@ class Sessions:
 
     @contextmanager
     def turn(self, params: SessionParams, request: Request, num_kept: int) -> Iterator[None]:
-        """`request` is a turn of the session, unless it is refused. With `replace`, those after the previous go."""
+        """Make `request` a turn of the session, unless it is refused. With `replace`, those after the previous go."""
         session = params.session
         if request.rid in session.turns:
             raise InvalidRequest(f"the session has a request {request.rid!r} already", "rid")
@@ -151,7 +151,7 @@ class Sessions:
                 session.turns.pop(turn.rid, None)
 
     def _forget_after(self, session: Session, previous: Turn | None) -> None:
-        """All turns that follow `previous`, or all there are. Those that run are ended."""
+        """Forget all turns that follow `previous`, or all there are. Those that run are ended."""
         gone = {rid: turn for rid, turn in session.turns.items() if previous is None or _follows(turn, previous)}
         for rid, turn in gone.items():
             del session.turns[rid]

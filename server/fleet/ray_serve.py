@@ -41,7 +41,7 @@ REFUSED_PATHS = (*BROADCAST_PATHS, *FIRST_WORKERS_PATHS, "/v1/responses/")
 
 @dataclass(frozen=True, kw_only=True)
 class FleetConfig(ServerConfig):
-    """What `python -m server.ray_serve` can be told."""
+    """Options of `python -m server.ray_serve`."""
 
     min_replicas: int = option(1, FLEET, "servers when there is nothing to do")
     max_replicas: int = option(1, FLEET, "servers at most")
@@ -94,7 +94,7 @@ class Replica:
         return StreamingResponse(pieces(answer), answer.status, dict(end_to_end(answer.headers)))
 
     async def check_health(self) -> None:
-        """Raises if Serve should put another in its place."""
+        """Raise if Serve should replace this process."""
         health = self._engine.health()
         if health.status not in ("ok", "stopping"):
             raise RuntimeError(f"the engine is {health.status}")
@@ -105,14 +105,14 @@ class Replica:
 
 
 async def pieces(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """The body of `answer` as it comes. When it is closed early (the client has gone), the server hears of it."""
+    """Yield the body of `answer` as it comes. Closing it early (the client has gone) closes the server's request."""
     async with answer:
         async for piece in answer.content.iter_any():
             yield piece
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
-    """The application, for `serve run` and Serve's YAML files. `args` are options by name, as in `--config` files."""
+    """Build the application, for `serve run` and Serve's YAML files. `args`: options by name, as in `--config`."""
     parser = _new_parser()
     return application(FleetConfig(**read_options(parser, to_arguments(parser, args, "args"))))
 

@@ -22,7 +22,7 @@ import aiohttp
 import orjson
 import uvloop
 from aiohttp import hdrs, web
-from multidict import CIMultiDict
+from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from engine.config import DEBUG, option
@@ -31,7 +31,7 @@ from engine.replicas.balance import METHODS, PROMPT_METHODS
 from server.app import answer_errors
 from server.config import HTTP, LOG_LEVELS, make_parser, read_options
 from server.fleet.workers import Worker, Workers
-from server.http.intake import BACKLOG, TURNS, Turns
+from server.http.intake import BACKLOG, GATE, Gate
 from server.http.keys import ADMIN_PATHS
 from server.reading.protocol import error_shape, json_response, read_json
 
@@ -43,7 +43,7 @@ BROADCAST_PATHS = ADMIN_PATHS - {"/dashboard/data", "/get_weights_by_name"}
 FIRST_WORKERS_PATHS = ("/v1/files", "/v1/batches", "/open_session", "/close_session")
 SESSION_FIELD, PREVIOUS_FIELD = b'"session_params"', b'"previous_response_id"'
 RETRIED = frozenset({429, 500, 502, 503, 504})
-# Of one connection, not of the message (RFC 9110, 7.6.1), and those that the client library writes itself.
+# Headers of one connection, not of the message (RFC 9110, 7.6.1), and those that the client library writes itself.
 HOP_BY_HOP = frozenset(
     {
         "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
@@ -59,7 +59,7 @@ PROMPT_FIELDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """What `python -m server.router` can be told."""
+    """Options of `python -m server.router`."""
 
     worker_urls: list[str] = option([], WORKERS, "servers to start with, such as http://host1:30000")
     policy: str = option(
@@ -102,7 +102,7 @@ class Router:
     def build_app(self) -> web.Application:
         """Run it with aiohttp's `handler_cancellation`: a disconnect then ends the request at its worker."""
         app = web.Application(middlewares=[answer_errors], client_max_size=self.config.max_body_bytes)
-        app[TURNS] = Turns()
+        app[GATE] = Gate()
         app.cleanup_ctx.append(self._running)
         app.add_routes(
             [
@@ -154,7 +154,7 @@ class Router:
     # ---- what workers answer ----
 
     async def forward(self, request: web.Request) -> web.StreamResponse:
-        """The answer of the worker that the policy picks, or of another one."""
+        """Return the answer of the worker that the policy picks, or of another one."""
         # A file is not kept here: it is sent on while it arrives, and once only.
         is_upload = request.content_type.startswith("multipart/")
         body = b"" if is_upload else await request.read()
@@ -174,7 +174,7 @@ class Router:
                 except (aiohttp.ClientError, TimeoutError) as error:
                     num_failed += 1
                     tried[worker] = describe(error)
-                    self._has_failed.set()  # its health tells whether it was this connection only
+                    self._has_failed.set()  # its health shows whether it was this connection only
                     continue
                 num_failed += answer.status in RETRIED
                 tried[worker] = f"answered {answer.status}"
@@ -204,7 +204,7 @@ class Router:
         return "no worker can answer now; " + ", ".join(reasons)
 
     async def broadcast(self, request: web.Request) -> web.Response:
-        """The first worker's answer if all succeed, or else an error that says who failed."""
+        """Ask all workers; return the first one's answer if all succeed, or else an error that says which failed."""
         body = await request.read()
         workers = list(self.workers)
         if not workers:
@@ -222,7 +222,7 @@ class Router:
     async def _whole_answer(
         self, worker: Worker, request: web.Request, body: bytes
     ) -> tuple[int, "CIMultiDict[str]", bytes]:
-        """Its status, headers and body; a status of 502 and the reason if there is none."""
+        """Return a worker's status, headers and body; status 502 and the reason if there is no answer."""
         try:
             async with self._send(worker, request, body) as answer:
                 return answer.status, end_to_end(answer.headers), await answer.read()
@@ -232,7 +232,7 @@ class Router:
     # ---- what the router answers ----
 
     async def health(self, _: web.Request) -> web.Response:
-        """503 if no worker could answer."""
+        """Report health: 503 if no worker could answer."""
         num_workers, num_healthy = len(list(self.workers)), len(self.workers.in_rotation())
         status = "ok" if num_healthy else "no worker is healthy"
         values = {"status": status, "num_workers": num_workers, "num_healthy": num_healthy}
@@ -253,7 +253,7 @@ class Router:
         return json_response({"workers": workers, "urls": [worker.url for worker in self.workers]})
 
     async def add_worker(self, request: web.Request) -> web.Response:
-        """It joins the rotation when it is healthy, now or later."""
+        """Add a worker. It joins the rotation when it is healthy, now or later."""
         self._check_key(request)
         url = request.query.get("url") or (await read_json(request)).required("url", "a worker's URL")
         worker = self.workers.add(str(url))
@@ -276,7 +276,7 @@ class Router:
 
 
 def transparent_session(connect_timeout: float) -> aiohttp.ClientSession:
-    """One that adds nothing to requests, takes nothing from answers, and never gives up on a slow one."""
+    """Open a session that adds nothing to requests, removes nothing from answers, and has no time limit."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(sock_connect=connect_timeout),
@@ -287,7 +287,7 @@ def transparent_session(connect_timeout: float) -> aiohttp.ClientSession:
 
 
 def prompt_of(body: bytes) -> bytes:
-    """Bytes that start as those of another request do, if the prompts of the two do. Empty if there is no prompt."""
+    """Return bytes that share a prefix with another request's as their prompts do. Empty if there is no prompt."""
     try:
         values = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -297,14 +297,14 @@ def prompt_of(body: bytes) -> bytes:
     return b"".join(orjson.dumps(values[name]) for name in PROMPT_FIELDS if values.get(name) is not None)
 
 
-def end_to_end(headers: "CIMultiDict[str] | aiohttp.typedefs.CIMultiDictProxy[str]") -> "CIMultiDict[str]":
-    """Those that are not for the next hop only."""
+def end_to_end(headers: "CIMultiDict[str] | CIMultiDictProxy[str]") -> "CIMultiDict[str]":
+    """Return the headers that are not for the next hop only."""
     named = {name.strip().lower() for name in headers.get(hdrs.CONNECTION, "").split(",")}
     return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in HOP_BY_HOP | named)
 
 
 async def pass_on(request: web.Request, answer: aiohttp.ClientResponse, head: bytes) -> web.StreamResponse:
-    """`answer`, whose body starts with `head`, as it comes; it is read no faster than the client reads."""
+    """Pass on `answer`, whose body starts with `head`, as it comes, read no faster than the client reads."""
     response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=end_to_end(answer.headers))
     await response.prepare(request)
     try:

@@ -11,7 +11,7 @@ RUN_ID = "TORCHELASTIC_RUN_ID"  # there if and only if torchrun has started this
 
 
 def torchrun_options(environ: Mapping[str, str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by name, for a process with this environment; none if torchrun has not started it.
+    """Return options by name for a process with this environment; none if torchrun has not started it.
 
     given: what the command line says. `ValueError` if that contradicts torchrun.
     """

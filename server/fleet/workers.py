@@ -34,7 +34,7 @@ class Workers:
         return (worker for worker in self._slots if worker is not None)
 
     def add(self, url: str) -> Worker:
-        """`InvalidRequest` if `url` is none, or a worker's already."""
+        """Add a worker. `InvalidRequest` if `url` is no URL, or a worker's already."""
         url = url.rstrip("/")
         if not _is_base_url(url):
             raise InvalidRequest(f"url must be one like http://host:30000, got {url[:200]!r}", "url")
@@ -48,7 +48,7 @@ class Workers:
         return worker
 
     def remove(self, url: str) -> None:
-        """What runs there goes on. `InvalidRequest` if there is no such worker."""
+        """Remove a worker; its running requests go on. `InvalidRequest` if there is no such worker."""
         worker = next((worker for worker in self if worker.url == url.rstrip("/")), None)
         if worker is None:
             raise InvalidRequest(f"no worker is {url[:200]!r}", "url")
@@ -60,7 +60,7 @@ class Workers:
 
     @contextmanager
     def serving(self, prompt: bytes, candidates: Sequence[Worker]) -> Iterator[Worker]:
-        """The one of `candidates` that is to serve `prompt`; it is as busy as that makes it while the block runs."""
+        """Pick the one of `candidates` to serve `prompt`. It counts as that much busier while the block runs."""
         placement = self._balancer.pick(prompt, [worker.index for worker in candidates])
         worker = next(worker for worker in candidates if worker.index == placement.engine)
         worker.load += 1

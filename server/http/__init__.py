@@ -1,1 +1,1 @@
-"""What every route shares of HTTP: event streams, intake, keys, the access log."""
+"""HTTP for every route: event streams, intake, keys, the access log."""

@@ -33,7 +33,7 @@ class JsonAccessLogger(AbstractAccessLogger):
 
 
 def cost_of(requests: Sequence[Request]) -> dict[str, Any]:
-    """Of all requests that one HTTP request made; the times are of the slowest, in seconds."""
+    """Sum the costs of all requests that one HTTP request made; the times are the slowest one's, in seconds."""
     now = time.perf_counter()
 
     def slowest(begin: str, end: str) -> float | None:

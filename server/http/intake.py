@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BACKLOG = 4096  # connections that may wait to be accepted
-MAX_ACCEPTS = 16  # in one turn
+MAX_ACCEPTS = 16  # in one pass of the event loop
 RETRY_S = 1.0  # after the system refused one: no file descriptor is free, say
-MAX_COST_A_TURN = 64 << 10  # of requests, in bytes: some 2 ms of the loop
+MAX_COST_A_PASS = 64 << 10  # of requests, in bytes: some 2 ms of the loop
 COST_OF_REQUEST = 8 << 10  # beside its body's bytes
 
 
@@ -23,7 +23,7 @@ class Acceptor:
     """Accepts the connections of `listener`, a bound socket, from entering to leaving a `with` block. `OSError` if the
     socket cannot listen.
 
-    uvloop's own servers accept one a turn of the loop (libuv does, since 1.45). While answers stream a turn takes
+    uvloop's own servers accept one a pass of the loop (libuv does, since 1.45). While answers stream a pass takes
     milliseconds: of a burst of 256 clients the last waited for 0.4 s.
     """
 
@@ -73,8 +73,8 @@ class Acceptor:
             connection.close()
 
 
-class Turns:
-    """Lets a few requests a turn of the loop pass, in order, so that steps are launched while the others wait.
+class Gate:
+    """Lets a few requests through in each pass of the loop, in order, so that steps are launched while the others wait.
 
     To read a request takes 0.3 ms, or 1 ms with a prompt of thousands of token ids. 512 that come at once would keep
     the loop busy, and the device idle, for half a second.
@@ -87,7 +87,7 @@ class Turns:
     async def wait(self, body_bytes: int) -> None:
         """Return when a request with a body of that size may be read."""
         cost = COST_OF_REQUEST + body_bytes
-        if self._waiting or self._spent >= MAX_COST_A_TURN:
+        if self._waiting or self._spent >= MAX_COST_A_PASS:
             future = asyncio.get_running_loop().create_future()
             self._waiting.append((future, cost))
             await future
@@ -96,24 +96,24 @@ class Turns:
 
     def _spend(self, cost: int) -> None:
         if not self._spent:
-            asyncio.get_running_loop().call_soon(self._begin_turn)
+            asyncio.get_running_loop().call_soon(self._begin_pass)
         self._spent += cost
 
-    def _begin_turn(self) -> None:
+    def _begin_pass(self) -> None:
         self._spent = 0
-        while self._waiting and self._spent < MAX_COST_A_TURN:
+        while self._waiting and self._spent < MAX_COST_A_PASS:
             future, cost = self._waiting.popleft()
             if not future.done():  # its client has gone
                 future.set_result(None)
                 self._spend(cost)
 
 
-async def paced(items: Iterable[T], num_a_turn: int = 64) -> AsyncIterator[T]:
-    """`items`, a few a turn of the loop: a long list must not hold up the streams."""
+async def paced(items: Iterable[T], num_a_pass: int = 64) -> AsyncIterator[T]:
+    """Yield `items`, a few a pass of the loop: a long list must not hold up the streams."""
     for number, item in enumerate(items, start=1):
         yield item
-        if number % num_a_turn == 0:
+        if number % num_a_pass == 0:
             await asyncio.sleep(0)
 
 
-TURNS = web.AppKey("turns", Turns)
+GATE = web.AppKey("gate", Gate)

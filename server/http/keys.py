@@ -29,7 +29,7 @@ ADMIN_PATHS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Whom a request is for. Clients that wait take turns, in proportion to their weights."""
+    """A client, for whom requests run. Waiting clients are served round robin, in proportion to their weights."""
 
     name: str
     weight: float = 1.0
@@ -40,7 +40,7 @@ CLIENT = web.RequestKey("client", Client)
 
 
 def load_keys(file: str) -> dict[str, Client]:
-    """Keys to clients, from the lines of a YAML file: `name: key` or `name: {key: ..., weight: 2}`.
+    """Return clients by key, from the lines of a YAML file: `name: key` or `name: {key: ..., weight: 2}`.
 
     `ValueError` if it cannot be read or is wrong.
     """
@@ -67,7 +67,7 @@ def load_keys(file: str) -> dict[str, Client]:
 
 
 class KeyRing:
-    """The keys that open the server. Looked up by their digests, so that the time taken tells nothing about them."""
+    """The keys that open the server. Looked up by their digests, so that the time it takes reveals nothing."""
 
     def __init__(self, config: ServerConfig) -> None:
         users = load_keys(config.api_key_file) if config.api_key_file else {}
@@ -76,7 +76,7 @@ class KeyRing:
         admins = {config.admin_api_key: Client("admin")} if config.admin_api_key else {}
         self._users = {_digest(key): client for key, client in users.items()}
         self._admins = {_digest(key): client for key, client in admins.items()}
-        # With one key for all, or none, addresses tell clients apart, and without an admin key all are admins.
+        # With one key for all, or none, addresses distinguish clients, and without an admin key all are admins.
         self._is_by_address = not config.api_key_file
         self._needs_admin = bool(config.admin_api_key or config.api_key_file)
 
@@ -84,7 +84,7 @@ class KeyRing:
         return path in OPEN_PATHS or not (self._users or (path in ADMIN_PATHS and self._needs_admin))
 
     def client_of(self, request: web.Request) -> Client | None:
-        """Whom the request is for; None: it does not have the key that its route needs."""
+        """Return the client that sent the request; None: it does not have the key that its route needs."""
         if not (self._users or self._admins):
             return Client(request.remote or "")
         digest = _digest(_key_of(request))
@@ -100,7 +100,7 @@ class KeyRing:
 
 
 def _key_of(request: web.Request) -> str:
-    """The key sent as OpenAI's clients do, or as Anthropic's; empty if none."""
+    """Return the key, sent as OpenAI's clients do, or as Anthropic's; empty if none."""
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
     return given.strip() if scheme.lower() == "bearer" else request.headers.get("X-Api-Key", "").strip()
 
@@ -110,7 +110,7 @@ def _digest(key: str) -> bytes:
 
 
 def require_key(keys: KeyRing) -> Middleware:
-    """Clients must present a key on every route but the open ones; routes that reach into the server, the admin's."""
+    """Demand a key on every route but the open ones; on routes that reach into the server, the admin's."""
 
     @web.middleware
     async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -35,7 +35,7 @@ class RequestFailed(EngineError):
 
 
 def is_failure(reason: FinishReason | None) -> bool:
-    """Did the request end in an error, rather than by itself or by its client's abort?"""
+    """Return whether the request ended in an error, rather than by itself or by its client's abort."""
     return reason is not None and reason.status_code not in (None, CLIENT_CLOSED_REQUEST)
 
 
@@ -45,7 +45,7 @@ def new_rid() -> str:
 
 @dataclass(slots=True)
 class Options:
-    """What a caller may ask of a request besides sampling."""
+    """Wishes for a request besides sampling."""
 
     stream: bool = False
     return_logprob: bool = False
@@ -59,7 +59,7 @@ class Options:
 
 
 def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingParams, options: Options) -> list[Request]:
-    """One request for each of `rids`, all of one prompt. With a seed, answer i is sampled with seed + i."""
+    """Make one request for each of `rids`, all of one prompt. With a seed, answer i is sampled with seed + i."""
     return [
         Request(
             rid=rid,
@@ -81,7 +81,7 @@ def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingPar
 
 
 def _own_params(params: SamplingParams, i: int) -> SamplingParams:
-    """A copy for the i-th answer, because the engine fills in its length limit and equal seeds make equal answers."""
+    """Copy for the i-th answer: the engine fills in its length limit, and equal seeds would make equal answers."""
     seed = params.sampling_seed
     return replace(params, n=1, sampling_seed=None if seed is None else seed + i)
 
@@ -100,7 +100,7 @@ class LiveRequests:
 
     @asynccontextmanager
     async def submitted(self, owner: Owner, rid: str, requests: Sequence[Request]) -> AsyncIterator[None]:
-        """All of `requests`, or none when one of them is refused. `rid` stands for all of them."""
+        """Submit all of `requests`, or none when one of them is refused. `rid` stands for all of them."""
         await self.engine.prepare(requests)
         bill(owner, requests)
         owner[REQUESTS] = requests
@@ -109,7 +109,7 @@ class LiveRequests:
         self._rids[rid] = [request.rid for request in requests]
         accepted: list[Request] = []
         try:
-            async for request in paced(requests, num_a_turn=16):
+            async for request in paced(requests, num_a_pass=16):
                 self.engine.submit(request)
                 accepted.append(request)
                 for observe in self.arrival_observers:
@@ -124,7 +124,7 @@ class LiveRequests:
                     observe(request)
 
     async def answers(self, owner: Owner, rid: str, requests: Sequence[Request]) -> list[Delta]:
-        """The whole answer of each request. Raises when one of them failed."""
+        """Return the whole answer of each request. Raises when one of them failed."""
         collector = _Collector(len(requests))
         for i, request in enumerate(requests):
             request.sink = collector.sink_of(i)
@@ -161,20 +161,20 @@ class _Collector:
 
 
 async def written(write: Callable[[], web.Response], requests: Sequence[Request]) -> web.Response:
-    """What `write` makes of ended requests; off the event loop if that is a long list of log-probabilities."""
+    """Call `write` on ended requests; off the event loop if it writes many log-probabilities."""
     count = sum(request.num_tokens for request in requests if request.return_logprob)
     return await asyncio.to_thread(write) if count > MANY_LOGPROBS else write()
 
 
 class RequestLog:
-    """Writes a line for each request that ended. `level` 0 to 3: how much it tells, see --log-requests-level."""
+    """Writes a line for each request that ended. `level` 0 to 3: how much it reports, see --log-requests-level."""
 
     def __init__(self, tokenizer: TokenizerFacade, level: int) -> None:
         self.tokenizer, self.level = tokenizer, level
 
     def __call__(self, request: Request) -> None:
         reason = request.finish_reason
-        told: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "prompt_tokens": request.prompt_len,
             "completion_tokens": len(request.output_ids),
             "cached_tokens": request.num_cached_tokens,
@@ -182,10 +182,10 @@ class RequestLog:
             "seconds": round((request.times.finished or time.perf_counter()) - request.times.arrived, 4),
         }
         if self.level >= 1:
-            told["sampling_params"] = request.sampling_params
+            facts["sampling_params"] = request.sampling_params
         if self.level >= 2:
             limit = MAX_LOGGED_CHARS if self.level == 2 else None
             decode = self.tokenizer.decode
-            told["prompt"] = decode(request.input_ids, skip_special_tokens=False)[:limit]
-            told["answer"] = decode(request.output_ids, skip_special_tokens=False)[:limit]
-        logger.info("request %s: %s", request.rid, ", ".join(f"{name}={value!r}" for name, value in told.items()))
+            facts["prompt"] = decode(request.input_ids, skip_special_tokens=False)[:limit]
+            facts["answer"] = decode(request.output_ids, skip_special_tokens=False)[:limit]
+        logger.info("request %s: %s", request.rid, ", ".join(f"{name}={value!r}" for name, value in facts.items()))

@@ -72,11 +72,12 @@ def __getattr__(name: str) -> Any:
 
 def flush_cache(backend: Any = None, empty_cache: bool = True) -> bool:
     """Forget cached prefixes. False if requests are running. `empty_cache`: accepted for SGLang's sake."""
+    del empty_cache
     return DEFAULT_BACKEND.resolve(backend).flush_cache()
 
 
 def get_server_info(backend: Any = None) -> dict[str, Any]:
-    """The server's settings and state."""
+    """Return the server's settings and state."""
     return DEFAULT_BACKEND.resolve(backend).get_server_info()
 
 

@@ -1,4 +1,4 @@
-"""How `select` picks one of several choices by their tokens' log-probabilities."""
+"""Ways for `select` to pick one of several choices by their tokens' log-probabilities."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class ChoiceLogprobs:
-    """Of each choice, given the prompt. Lists are [choices][tokens of the choice]."""
+    """Log-probabilities of each choice, given the prompt. Lists are [choices][tokens of the choice]."""
 
     choices: Sequence[str]
     token_logprobs: Sequence[Sequence[float]]
@@ -17,7 +17,7 @@ class ChoiceLogprobs:
 
     @property
     def normalized(self) -> list[float]:
-        """The mean of each choice."""
+        """Return the mean of each choice."""
         return [_mean(row) for row in self.token_logprobs]
 
 
@@ -34,7 +34,7 @@ class ChoicesSamplingMethod(Protocol):
 
 
 def check_select_temperature(temperature: float) -> None:
-    """`ValueError` unless it is 0, or next to it."""
+    """Raise `ValueError` unless the temperature is 0, or next to it."""
     if temperature > 1e-5:
         raise ValueError(f"select takes the likeliest choice: temperature must be 0, got {temperature}")
 
@@ -44,7 +44,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _best(scores: Sequence[float]) -> int:
-    """The first of the largest."""
+    """Return the first of the largest."""
     return max(range(len(scores)), key=scores.__getitem__)
 
 

@@ -1,4 +1,4 @@
-"""What a program may append to its state, and the functions that make it."""
+"""The expressions that a program may append to its state, and the functions that make them."""
 
 import json
 import re
@@ -19,7 +19,7 @@ NUMBER_STOPS = (" ", "\n")
 
 @dataclass(frozen=True)
 class GenParams:
-    """How to generate: SGLang's names and defaults. `run` sets them for a program, `gen` overrides them."""
+    """Parameters of generation, by SGLang's names and defaults. `run` sets them for a program, `gen` overrides them."""
 
     max_new_tokens: int = 128
     min_new_tokens: int = 0
@@ -43,7 +43,7 @@ class GenParams:
     dtype: type | None = None
 
     def override(self, given: dict[str, Any]) -> "GenParams":
-        """With each of `given` that is not None. A lone stop becomes a tuple of one."""
+        """Return a copy with each of `given` that is not None. A lone stop becomes a tuple of one."""
         known = {name: value for name, value in given.items() if value is not None}
         if not known:
             return self
@@ -57,7 +57,7 @@ class GenParams:
 
     @property
     def pattern(self) -> str | None:
-        """The regular expression that the answer must match; a dtype has one of its own."""
+        """Regular expression that the answer must match; a dtype has one of its own."""
         return self.regex if self.dtype is None else DTYPE_REGEX[self.dtype]
 
     @property
@@ -76,7 +76,7 @@ class Expr:
 
 
 def as_expr(value: "Expr | str") -> Expr:
-    """A string as an expression. `ValueError` for None, `TypeError` for anything else."""
+    """Make an expression of a string. `ValueError` for None, `TypeError` for anything else."""
     if isinstance(value, Expr):
         return value
     if isinstance(value, str):
@@ -166,7 +166,7 @@ class SeparateReasoning(Expr):
 
 
 def leaves(expr: Expr) -> Iterator[Expr]:
-    """The expressions that `expr` joins, in order."""
+    """Yield the expressions that `expr` joins, in order."""
     if isinstance(expr, Concat):
         for part in expr.parts:
             yield from leaves(part)
@@ -175,7 +175,7 @@ def leaves(expr: Expr) -> Iterator[Expr]:
 
 
 def names_of(leaf: Expr) -> list[str]:
-    """The variables that an expression sets."""
+    """Return the variables that an expression sets."""
     match leaf:
         case Gen(name) | Select(name) | VarScopeEnd(name) if name is not None:
             return [name]
@@ -256,12 +256,12 @@ def gen(
 
 
 def gen_int(name: str | None = None, max_tokens: int | None = None, **params: Any) -> Gen | Select:
-    """`gen` of an integer. `params`: those of `gen` but min_tokens, dtype, choices, regex and json_schema."""
+    """Generate an integer. `params`: those of `gen` but min_tokens, dtype, choices, regex and json_schema."""
     return _gen_dtype(int, name, max_tokens, params)
 
 
 def gen_string(name: str | None = None, max_tokens: int | None = None, **params: Any) -> Gen | Select:
-    """`gen` of a string in double quotes. `params`: as of `gen_int`."""
+    """Generate a string in double quotes. `params`: as of `gen_int`."""
     return _gen_dtype(str, name, max_tokens, params)
 
 
@@ -276,12 +276,12 @@ def _gen_dtype(dtype: type, name: str | None, max_tokens: int | None, params: di
 
 
 def image(expr: Any) -> Image:
-    """An image: a path, its bytes, or an image of PIL."""
+    """Append an image: a path, its bytes, or an image of PIL."""
     return Image(expr)
 
 
 def video(path: str, num_frames: int) -> Video:
-    """`num_frames` frames of a video file."""
+    """Append `num_frames` frames of a video file."""
     return Video(path, num_frames)
 
 

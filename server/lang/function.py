@@ -31,7 +31,7 @@ class DefaultBackend:
         self._backend: BaseBackend | None = None
 
     def set(self, backend: Any) -> None:
-        """A backend, or a `Runtime` or `Engine`, which have one."""
+        """Set the default: a backend, or a `Runtime` or `Engine`, which have one."""
         self._backend = None if backend is None else endpoint_of(backend)
 
     def resolve(self, given: Any) -> BaseBackend:
@@ -53,7 +53,7 @@ DEFAULT_BACKEND = DefaultBackend()
 
 
 class SglFunction:
-    """What `@function` makes of a program's body, whose first parameter is the state `s`.
+    """A program, made by `@function` of its body, whose first parameter is the state `s`.
 
     The body is plain or `async def`. A plain body runs in the caller's thread, or in a pool's for a batch, and only
     while it writes or waits for a variable; what it appended goes on without it. An asynchronous body reads with
@@ -77,7 +77,7 @@ class SglFunction:
         self.is_async = inspect.iscoroutinefunction(func)
 
     def bind(self, **arguments: Any) -> "SglFunction":
-        """The program with some arguments given."""
+        """Return the program with some arguments given."""
         unknown = arguments.keys() - set(self.arg_names)
         if unknown:
             raise TypeError(f"{self.__name__} has no argument {', '.join(sorted(unknown))}")
@@ -109,7 +109,7 @@ class SglFunction:
         return state
 
     async def arun(self, *args: Any, stream: bool = False, backend: Any = None, **kwargs: Any) -> ProgramState:
-        """`run` for asynchronous callers; any number at once. A plain body runs on a thread of the loop's pool."""
+        """Run for asynchronous callers, any number at once. A plain body runs on a thread of the loop's pool."""
         params, arguments = self._split(kwargs)
         state = self._state(DEFAULT_BACKEND.resolve(backend), params, is_stream=stream)
         if stream:
@@ -165,7 +165,7 @@ class SglFunction:
         state.end()
 
     def _split(self, kwargs: JSON) -> tuple[GenParams, JSON]:
-        """(sampling defaults, the program's arguments). A name that the program has is its own."""
+        """Split into sampling defaults and the program's arguments. A name that the program has is its own."""
         given = {name: value for name, value in kwargs.items() if name in RUN_PARAMS and name not in self.arg_names}
         arguments = {name: value for name, value in kwargs.items() if name not in given and name != "use_thread"}
         return GenParams().override(given), arguments
@@ -182,7 +182,7 @@ class SglFunction:
         generator_style: bool = False,
         **sampling: Any,
     ) -> Any:
-        """A state for each of `batch_kwargs` (arguments by name, or a tuple of them by position), in their order.
+        """Run for each of `batch_kwargs` (arguments by name, or a tuple by position); return states in that order.
 
         `num_threads` bounds the bodies that run at once; a number also bounds the programs, so that an API's rate is
         kept. "auto": max(96, 16 for each core) bodies and any number of programs. `generator_style`: an iterator.
@@ -194,7 +194,8 @@ class SglFunction:
         if unknown:
             raise TypeError(f"run_batch has no argument {', '.join(sorted(unknown))}")
         chosen = DEFAULT_BACKEND.resolve(backend)
-        states = self._run_each(batch, params, chosen, num_threads, progress_bar, MAX_AHEAD if generator_style else 0)
+        run = _BatchRun(self, batch, params, chosen, num_threads)
+        states = run.states(progress_bar, MAX_AHEAD if generator_style else len(batch) + 1)
         return states if generator_style else list(states)
 
     def _arguments(self, i: int, item: JSON | Sequence[Any]) -> JSON:
@@ -211,85 +212,12 @@ class SglFunction:
             )
         return dict(zip(names, item, strict=False))
 
-    def _run_each(
-        self,
-        batch: list[JSON],
-        params: GenParams,
-        backend: BaseBackend,
-        num_threads: int | str,
-        progress_bar: bool,
-        max_ahead: int,
-    ) -> Iterator[ProgramState]:
-        is_bounded = num_threads != "auto"
-        max_threads = int(num_threads) if is_bounded else max(96, 16 * (os.cpu_count() or 1))
-        # A lone thread could not bring the second program to its first prompt while the first one waits.
-        has_prefix = backend.caches_prefixes and len(batch) > 1 and max_threads > 1
-        batch_prefix = BatchPrefix(backend) if has_prefix else None
-
-        def start(i: int) -> ProgramState:
-            state = self._state(backend, params, batch_prefix=batch_prefix)
-            if batch_prefix is not None and i < 2:
-                batch_prefix.add_scout(state._executor)
-            return state
-
-        def run(state: ProgramState, arguments: JSON) -> None:
-            try:
-                self._run_body(state, (), arguments)
-            finally:
-                finished = state.end()
-            if is_bounded:
-                finished.result()
-
-        places = asyncio.Semaphore(max_threads)
-
-        async def arun(state: ProgramState, arguments: JSON) -> None:
-            async with places if is_bounded else nullcontext():
-                try:
-                    await self._run_async(state, (), arguments)
-                finally:
-                    finished = state.end()
-                if is_bounded:
-                    await asyncio.wrap_future(finished)
-
-        with Progress(disable=not progress_bar) as progress, ThreadPoolExecutor(max_threads) as pool:
-            bar = progress.add_task(self.__name__, total=len(batch))
-            running: deque[tuple[ProgramState, Future[None]]] = deque()
-
-            def take() -> ProgramState:
-                state = self._ended(*running[0])
-                running.popleft()
-                progress.advance(bar)
-                return state
-
-            scouts = [start(i) for i in range(min(2, len(batch)))]
-            try:
-                for i, arguments in enumerate(batch):
-                    state = scouts[i] if i < 2 else start(i)
-                    if self.is_async:
-                        running.append((state, backend.loop.submit(arun(state, arguments))))
-                    else:
-                        running.append((state, pool.submit(run, state, arguments)))
-                    if max_ahead and len(running) == max_ahead:
-                        yield take()
-                while running:
-                    yield take()
-            except BaseException:  # a body's error, Ctrl-C, or a reader that has left: nobody will read the others
-                pool.shutdown(wait=False, cancel_futures=True)
-                for state, body in running:
-                    body.cancel()
-                    state.abort()
-                raise
-
-    def _ended(self, state: ProgramState, body: "Future[None]") -> ProgramState:
-        body.result()
-        state.wait()
-        return state
-
     # ---- what it is ----
 
     def trace(self, *, backend: Any = None, **kwargs: Any) -> TracerState:
-        """What the body appends, with placeholders for arguments that are not given. `TraceStopped` if it looks into
+        """Trace what the body appends, with placeholders for arguments not given. `TraceStopped` if it looks into
         one."""
+        del backend  # SGLang's
         state = TracerState()
         self._trace(state, {**self.bind_arguments, **kwargs})
         return state
@@ -306,6 +234,84 @@ class SglFunction:
         if prefix:
             chosen.cache_prefix(prefix)
         return prefix
+
+
+class _BatchRun:
+    """One program, run with many arguments at once."""
+
+    def __init__(
+        self,
+        program: SglFunction,
+        batch: list[JSON],
+        params: GenParams,
+        backend: BaseBackend,
+        num_threads: int | str,
+    ) -> None:
+        self._program, self._batch, self._params, self._backend = program, batch, params, backend
+        self._is_bounded = num_threads != "auto"
+        self._max_threads = int(num_threads) if self._is_bounded else max(96, 16 * (os.cpu_count() or 1))
+        self._places = asyncio.Semaphore(self._max_threads)  # of asynchronous bodies
+        # A lone thread could not bring the second program to its first prompt while the first one waits.
+        has_prefix = backend.caches_prefixes and len(batch) > 1 and self._max_threads > 1
+        self._prefix = BatchPrefix(backend) if has_prefix else None
+
+    def states(self, progress_bar: bool, max_ahead: int) -> Iterator[ProgramState]:
+        """Yield each ended state, in order, while at most `max_ahead` programs run that were not asked for yet."""
+        running: deque[tuple[ProgramState, Future[None]]] = deque()
+        with Progress(disable=not progress_bar) as progress, ThreadPoolExecutor(self._max_threads) as pool:
+            bar = progress.add_task(self._program.__name__, total=len(self._batch))
+
+            def take() -> ProgramState:
+                state, body = running[0]
+                body.result()
+                state.wait()
+                running.popleft()
+                progress.advance(bar)
+                return state
+
+            scouts = [self._start() for _ in self._batch[:2]]
+            if self._prefix is not None:
+                for state in scouts:
+                    self._prefix.add_scout(state._executor.interpreter)
+            try:
+                for i, arguments in enumerate(self._batch):
+                    state = scouts[i] if i < 2 else self._start()
+                    running.append((state, self._submit(pool, state, arguments)))
+                    if len(running) == max_ahead:
+                        yield take()
+                while running:
+                    yield take()
+            except BaseException:  # a body's error, Ctrl-C, or a reader that has left: nobody will read the others
+                pool.shutdown(wait=False, cancel_futures=True)
+                for state, body in running:
+                    body.cancel()
+                    state.abort()
+                raise
+
+    def _start(self) -> ProgramState:
+        return self._program._state(self._backend, self._params, batch_prefix=self._prefix)
+
+    def _submit(self, pool: ThreadPoolExecutor, state: ProgramState, arguments: JSON) -> "Future[None]":
+        if self._program.is_async:
+            return self._backend.loop.submit(self._arun(state, arguments))
+        return pool.submit(self._run, state, arguments)
+
+    def _run(self, state: ProgramState, arguments: JSON) -> None:
+        try:
+            self._program._run_body(state, (), arguments)
+        finally:
+            finished = state.end()
+        if self._is_bounded:
+            finished.result()
+
+    async def _arun(self, state: ProgramState, arguments: JSON) -> None:
+        async with self._places if self._is_bounded else nullcontext():
+            try:
+                await self._program._run_async(state, (), arguments)
+            finally:
+                finished = state.end()
+            if self._is_bounded:
+                await asyncio.wrap_future(finished)
 
 
 @overload

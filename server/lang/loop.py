@@ -27,7 +27,7 @@ class LoopThread:
 
     @property
     def is_current(self) -> bool:
-        """Is the caller on the loop's own thread, where waiting would stop the loop?"""
+        """True if the caller is on the loop's own thread, where waiting would stop the loop."""
         return threading.current_thread() is self._thread
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
@@ -44,25 +44,25 @@ class LoopThread:
         self.loop.call_soon_threadsafe(callback, *args)
 
     def wait(self, future: "Future[T]") -> T:
-        """The result of `future`, which something on the loop sets. Blocks the caller's thread."""
+        """Return the result of `future`, which something on the loop sets. Blocks the caller's thread."""
         if self.is_current and not future.done():
             raise RuntimeError("this would block the event loop that must do the work; use `await s.get(name)`")
         return future.result()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """What `coroutine` returns. Blocks the caller's thread."""
+        """Run `coroutine` on the loop and return its result. Blocks the caller's thread."""
         if self.is_current:
             coroutine.close()
             raise RuntimeError("this would block the event loop that must do the work; await the coroutine instead")
         return self.submit(coroutine).result()
 
     def iterate(self, items: AsyncIterator[T]) -> Iterator[T]:
-        """The items of an asynchronous iterator that lives on the loop, for a plain `for`."""
+        """Yield the items of an asynchronous iterator that lives on the loop, for a plain `for`."""
         while (item := self.run(_next(items))) is not _END:
             yield item  # type: ignore[misc]
 
     async def aiterate(self, items: AsyncIterator[T]) -> AsyncIterator[T]:
-        """The same for `async for` on any other loop."""
+        """Yield the items of an asynchronous iterator that lives on the loop, for `async for` on any other loop."""
         while (item := await asyncio.wrap_future(self.submit(_next(items)))) is not _END:
             yield item  # type: ignore[misc]
 

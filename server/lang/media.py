@@ -19,7 +19,7 @@ class Media:
 
     @property
     def url(self) -> str:
-        """As OpenAI's API wants it."""
+        """URL in the form of OpenAI's API."""
         if _is_url(self.source):
             return self.source
         head = base64.b64decode(self.source[:16])
@@ -32,7 +32,7 @@ def _is_url(source: str) -> bool:
 
 
 def load_image(source: Any) -> Media:
-    """From a URL, a path, bytes, base64 text, or an image of PIL. `OSError` if a file cannot be read."""
+    """Load from a URL, a path, bytes, base64 text, or an image of PIL. `OSError` if a file cannot be read."""
     if isinstance(source, bytes):
         return Media(base64.b64encode(source).decode())
     if isinstance(source, Path) or (isinstance(source, str) and os.path.isfile(source)):
@@ -52,12 +52,12 @@ def load_image(source: Any) -> Media:
 
 
 def load_video(path: str, num_frames: int) -> Media:
-    """The name SGLang's servers know: `video:<frames>:<base64 of the file>`."""
+    """Load under the name that SGLang's servers know: `video:<frames>:<base64 of the file>`."""
     return Media(f"video:{num_frames}:{base64.b64encode(Path(path).read_bytes()).decode()}", "video")
 
 
 def content_of(text: str, media: list[Media]) -> "str | list[dict[str, Any]]":
-    """A message's content: its text, after its images if it has any."""
+    """Return a message's content: its text, after its images if it has any."""
     if not media:
         return text
     parts: list[dict[str, Any]] = [

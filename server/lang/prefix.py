@@ -2,12 +2,8 @@
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
 
 from server.lang.backends.base import BackendError, BaseBackend
-
-if TYPE_CHECKING:
-    from server.lang.executor import Executor
 
 logger = logging.getLogger(__name__)
 
@@ -28,27 +24,27 @@ class BatchPrefix:
 
     def __init__(self, backend: BaseBackend) -> None:
         self.backend = backend
-        self._scouts: list[Executor] = []
-        self._prompts: dict[Executor, str] = {}
+        self._scouts: list[object] = []
+        self._prompts: dict[object, str] = {}
         self._is_open = asyncio.Event()
         self._commit: asyncio.Task[None] | None = None
 
-    def add_scout(self, executor: "Executor") -> None:
-        self._scouts.append(executor)
+    def add_scout(self, program: object) -> None:
+        self._scouts.append(program)
 
-    async def arrive(self, executor: "Executor", prompt: str) -> None:
-        """Wait until the prefix is cached. `executor` is about to send `prompt`."""
+    async def arrive(self, program: object, prompt: str) -> None:
+        """Wait until the prefix is cached. `program` is about to send `prompt`."""
         if not self._is_open.is_set():
-            self._report(executor, prompt)
+            self._report(program, prompt)
             await self._is_open.wait()
 
-    def leave(self, executor: "Executor") -> None:
-        """`executor` has ended: nobody needs to wait for it."""
-        self._report(executor, "")
+    def leave(self, program: object) -> None:
+        """Note that `program` has ended: nobody needs to wait for it."""
+        self._report(program, "")
 
-    def _report(self, executor: "Executor", prompt: str) -> None:
-        if executor in self._scouts:
-            self._prompts.setdefault(executor, prompt)
+    def _report(self, program: object, prompt: str) -> None:
+        if program in self._scouts:
+            self._prompts.setdefault(program, prompt)
             if len(self._prompts) == len(self._scouts) and self._commit is None:
                 self._commit = asyncio.create_task(self._cache(common_prefix(*self._prompts.values())))
 

@@ -1,4 +1,4 @@
-"""Where a model's thoughts end and its answer begins."""
+"""The boundary between a model's thoughts and its answer."""
 
 MARKERS = {"kimi": ("◁think▷", "◁/think▷")}
 THINK = ("<think>", "</think>")
@@ -6,7 +6,7 @@ THINKS_FIRST = ("deepseek-r1",)  # begins inside its thoughts: the chat template
 
 
 def split_reasoning(text: str, model_type: str | None) -> tuple[str, str]:
-    """(reasoning, content). `model_type` is a reasoning parser's name, as the server's --reasoning-parser has them."""
+    """Return (reasoning, content). `model_type`: a reasoning parser's name, as in the server's --reasoning-parser."""
     begin, end = MARKERS.get(model_type or "", THINK)
     before, marker, after = text.partition(end)
     if not marker and not (text.lstrip().startswith(begin) or model_type in THINKS_FIRST):

@@ -41,7 +41,7 @@ class Session:
         stream: bool = False,
         **options: Any,
     ) -> Any:
-        """/generate's answer, or a list for a list of prompts; with `stream`, an iterator of its events.
+        """Return /generate's answer, or a list for a list of prompts; with `stream`, an iterator of its events.
 
         `options`: other fields of /generate (`return_logprob`, `logprob_start_len`, ...).
         """
@@ -62,7 +62,7 @@ class Session:
         stream: bool = False,
         **options: Any,
     ) -> Any:
-        """`generate` for asynchronous callers; with `stream`, an asynchronous iterator."""
+        """Generate for asynchronous callers; with `stream`, return an asynchronous iterator."""
         body = _generate_body(prompt, sampling_params, input_ids, options)
         if stream:
             return self.endpoint.loop.aiterate(self.endpoint.post_stream(body))
@@ -100,7 +100,7 @@ class Engine(Session):
     """
 
     def __init__(self, model_path: str = "demo", chat_template_name: str | None = None, **options: Any) -> None:
-        from engine.config import EngineConfig
+        from engine.config import EngineConfig  # imports torch: not for programs of a remote server
         from engine.new_engine import new_engine
 
         options.pop("log_level", None)  # a server's
@@ -175,7 +175,8 @@ class Runtime(Session):
         raise RuntimeError("the server was not ready in time")
 
     def get_tokenizer(self) -> Any:
-        """The model's tokenizer, loaded into this process."""
+        """Return the model's tokenizer, loaded into this process."""
+        # They import torch and transformers: not for programs of a remote server.
         from engine.checkpoint.weights import resolve_model, resolve_tokenizer
         from engine.config import EngineConfig
         from engine.text.tokenizer import Tokenizer
@@ -185,7 +186,7 @@ class Runtime(Session):
         return Tokenizer.load(resolve_tokenizer(config, resolve_model(config)), config.trust_remote_code)
 
     def encode(self, prompt: str | list[str]) -> Any:
-        """Embeddings, as /encode answers."""
+        """Return embeddings, as /encode answers."""
         return self.endpoint.loop.run(self.endpoint.call("POST", "/encode", {"text": prompt}))
 
     def start_profile(self) -> None:
@@ -214,7 +215,7 @@ def _free_port(first: int) -> int:
 
 
 def _arguments(options: JSON) -> Iterator[str]:
-    """A command line's flags."""
+    """Return options as a command line's flags."""
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, (list, tuple)):

@@ -22,7 +22,7 @@ from server.lang.expressions import (
 
 
 class BaseState:
-    """What a program writes with, whether it runs or is traced."""
+    """The interface that a program writes with, whether it runs or is traced."""
 
     def submit(self, expr: Expr) -> None:
         raise NotImplementedError
@@ -49,7 +49,7 @@ class BaseState:
         return Concat([])  # nothing more to append
 
     def var_scope(self, name: str) -> Any:
-        """A context manager: what is appended within becomes variable `name`."""
+        """Make variable `name` of what is appended within: a context manager."""
         return self._around(VarScopeBegin(name), VarScopeEnd(name))
 
     @contextmanager
@@ -90,10 +90,10 @@ class ProgramState(BaseState):
         if self._executor.future_of(name) is not None:
             return True
         self.sync()
-        return name in self._executor.variables
+        return name in self._executor.transcript.variables
 
     def get_var(self, name: str) -> Any:
-        """The value of a variable, waited for. `KeyError` if there is none; or the error that kept it from being."""
+        """Wait for a variable and return it. `KeyError` if there is none; or the error that kept it from being."""
         future = self._executor.future_of(name)
         if future is not None:
             return self._wait(future)
@@ -101,7 +101,7 @@ class ProgramState(BaseState):
         return self._known(name)
 
     async def get(self, name: str) -> Any:
-        """`get_var` for asynchronous programs."""
+        """Wait for a variable and return it, in asynchronous programs."""
         future = self._executor.future_of(name)
         if future is not None:
             return await asyncio.wrap_future(future)
@@ -109,34 +109,34 @@ class ProgramState(BaseState):
         return self._known(name)
 
     def _known(self, name: str) -> Any:
-        if self._executor.error is not None and name not in self._executor.variables:
+        if self._executor.error is not None and name not in self._executor.transcript.variables:
             raise self._executor.error
-        return self._executor.variables[name]
+        return self._executor.transcript.variables[name]
 
     def set_var(self, name: str, value: Any) -> None:
         self._executor.submit(SetVariable(name, value))
 
     def get_meta_info(self, name: str) -> Any:
-        """The server's account of the answer: token counts, `finish_reason`, log-probabilities."""
+        """Return the server's account of the answer: token counts, `finish_reason`, log-probabilities."""
         self.get_var(name)
-        return self._executor.meta_info[name]
+        return self._executor.transcript.meta_info[name]
 
     def text(self) -> str:
-        """Everything so far: the prompt and what the model wrote."""
+        """Return everything so far: the prompt and the model's answers."""
         self.sync()
-        return self._executor.text
+        return self._executor.transcript.text
 
     def messages(self) -> list[dict[str, Any]]:
-        """The ended messages, in OpenAI's shape."""
+        """Return the ended messages, in OpenAI's shape."""
         self.sync()
-        return [*self._executor.messages]
+        return [*self._executor.transcript.messages]
 
     def sync(self) -> None:
         """Wait for everything appended so far."""
         self._wait(self._executor.sync())
 
     def error(self) -> BaseException | None:
-        """What went wrong, if anything did."""
+        """Return the error of the program, if it failed."""
         self.sync()
         return self._executor.error
 
@@ -145,7 +145,7 @@ class ProgramState(BaseState):
         self._executor.abort()
 
     def wait(self) -> None:
-        """Until the program has ended, well or not."""
+        """Wait until the program has ended, well or not."""
         self._wait(self._executor.finished)
 
     def _wait(self, future: "Future[Any]") -> Any:
@@ -154,7 +154,7 @@ class ProgramState(BaseState):
     # ---- streaming ----
 
     def text_iter(self, var_name: str | None = None) -> Iterator[str]:
-        """New text as it comes: all of it, or that of one variable."""
+        """Yield new text as it comes: all of it, or that of one variable."""
         if not self._executor.is_stream:
             yield self.text() if var_name is None else self.get_var(var_name)
         elif var_name is None:
@@ -164,17 +164,17 @@ class ProgramState(BaseState):
                 yield piece
 
     async def text_async_iter(self, var_name: str | None = None, return_meta_data: bool = False) -> AsyncIterator[Any]:
-        """The same for `async for`. `return_meta_data`: (new text, meta_info so far) of a variable."""
+        """Yield new text, for `async for`. `return_meta_data`: (new text, meta_info so far) of a variable."""
         if return_meta_data and var_name is None:
             raise ValueError("return_meta_data needs a var_name: only an answer has meta_info")
         executor = self._executor
         if not executor.is_stream:
             await asyncio.wrap_future(executor.sync())
             if var_name is None:
-                yield executor.text
+                yield executor.transcript.text
             else:
                 text = await self.get(var_name)
-                yield (text, executor.meta_info[var_name]) if return_meta_data else text
+                yield (text, executor.transcript.meta_info[var_name]) if return_meta_data else text
         elif var_name is None:
             async for piece in executor.backend.loop.aiterate(executor.pieces()):
                 yield piece
@@ -185,10 +185,11 @@ class ProgramState(BaseState):
     # ---- branches ----
 
     def fork(self, size: int = 1, position_ids_offset: list[int] | None = None) -> "ProgramStateGroup":
-        """`size` states that go on from here. What they have in common is cached before they part.
+        """Return `size` states that go on from here. Their common text is cached before they part.
 
         `position_ids_offset` is accepted for SGLang's sake; its own servers ignore it too.
         """
+        del position_ids_offset
         if size < 1:
             raise ValueError(f"fork makes at least 1 state, got {size}")
         executor = self._executor
@@ -201,7 +202,7 @@ class ProgramState(BaseState):
 
     @contextmanager
     def copy(self, position_ids_offset: list[int] | None = None) -> Iterator["ProgramState"]:
-        """One branch, joined at the end."""
+        """Yield one branch, joined at the end."""
         group = self.fork(1, position_ids_offset)
         yield group[0]
         group.join()
@@ -214,7 +215,7 @@ class ProgramState(BaseState):
     # ---- the program ----
 
     def end(self) -> "Future[None]":
-        """The body has returned; done when all that it appended is."""
+        """Note that the body has returned; the future is done when all that it appended is."""
         self.submit(End())
         return self._executor.finished
 
@@ -232,7 +233,7 @@ class ProgramStateGroup:
         return self.states[i]
 
     def __setitem__(self, i: int, state: ProgramState) -> None:
-        """What `group[i] += ...` ends with. `TypeError` for another state."""
+        """Accept the end of `group[i] += ...`. `TypeError` for another state."""
         if state is not self.states[i]:
             raise TypeError("a state of a group can be appended to, not replaced")
 

@@ -20,11 +20,11 @@ class ChatTemplate(ABC):
 
     @abstractmethod
     async def begin(self, roles: Roles, role: str) -> str:
-        """What comes between the messages of `roles`, all of them ended, and the text of a `role` message."""
+        """Return the text between the messages of `roles`, all of them ended, and the text of a `role` message."""
 
     @abstractmethod
     async def end(self, roles: Roles) -> str:
-        """What follows the text of the last message of `roles`."""
+        """Return the text behind the last message of `roles`."""
 
 
 class TemplateRefused(Exception):
@@ -64,7 +64,7 @@ class ServedTemplate(ChatTemplate):
             return ""  # it comes with the beginning of the next message
 
     async def _around(self, roles: Roles, add_generation_prompt: bool = False) -> list[str]:
-        """The text before, between and after the messages' texts: one more than there are messages."""
+        """Return the text before, between and after the messages' texts: one more than there are messages."""
         key = roles, add_generation_prompt
         task = self._known.get(key)
         if task is None or (task.done() and (task.cancelled() or not _is_final(task))):
@@ -85,7 +85,7 @@ class ServedTemplate(ChatTemplate):
 
 
 def _is_final(task: "asyncio.Task[list[str]]") -> bool:
-    """Would the same question be answered the same way?"""
+    """Return whether the same question would be answered the same way."""
     error = task.exception()
     return error is None or isinstance(error, TemplateRefused)
 
@@ -111,7 +111,7 @@ class NamedTemplate(ChatTemplate):
         return self.role_prefix_and_suffix[roles[-1]][1]
 
     def get_prompt(self, messages: Sequence[Message]) -> str:
-        """The whole prompt of a conversation."""
+        """Return the whole prompt of a conversation."""
         if messages and messages[0]["role"] != "system" and self.default_system_prompt is not None:
             messages = [{"role": "system", "content": self.default_system_prompt}, *messages]
         roles = tuple(message["role"] for message in messages)
@@ -135,7 +135,7 @@ class NamedTemplate(ChatTemplate):
 
 
 def _headers(before: str, after: str, end: str, assistant: str = "assistant") -> dict[str, tuple[str, str]]:
-    """Each role's name between two markers."""
+    """Return each role's name between two markers."""
     names = {"system": "system", "user": "user", "assistant": assistant}
     return {role: (f"{before}{name}{after}", end) for role, name in names.items()}
 
@@ -200,7 +200,7 @@ class TemplateRegistry:
         return template
 
     def register_rule(self, rule: Callable[[str], str | None]) -> Callable[[str], str | None]:
-        """`rule(model_path)` gives the name of a template, or None."""
+        """Register `rule(model_path)`, which returns the name of a template, or None."""
         self._rules.append(rule)
         return rule
 
@@ -210,7 +210,7 @@ class TemplateRegistry:
         return self._templates[name]
 
     def get_by_model_path(self, model_path: str) -> NamedTemplate | None:
-        """What the first rule says that knows the model; None where no rule does: nothing is guessed."""
+        """Return the template of the first rule that knows the model; None where no rule does: nothing is guessed."""
         name = next((name for rule in self._rules if (name := rule(model_path)) is not None), None)
         return None if name is None else self.get(name)
 

@@ -1,4 +1,4 @@
-"""What a program appends, found out by running its body with nothing behind it."""
+"""Traces: the expressions that a program appends, found by running its body with nothing behind it."""
 
 import inspect
 from collections.abc import Callable, Coroutine, Iterator
@@ -34,21 +34,22 @@ class TracerState(BaseState):
         return Variable(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        """The trace knows variables by name only."""
+        """Ignore the value: a trace knows variables by name only."""
 
     set_var = __setitem__
 
     def fork(self, size: int = 1, position_ids_offset: list[int] | None = None) -> "TracerGroup":
+        del position_ids_offset  # ProgramState has it
         children = [TracerState(self) for _ in range(size)]
         self.children += children
         return TracerGroup(children)
 
     @contextmanager
     def copy(self, position_ids_offset: list[int] | None = None) -> Iterator["TracerState"]:
-        yield self.fork(1)[0]
+        yield self.fork(1, position_ids_offset)[0]
 
     def flatten_nodes(self) -> list[Expr]:
-        """This state's expressions, without nesting."""
+        """Return this state's expressions, without nesting."""
         return [leaf for node in self.nodes for leaf in leaves(node)]
 
     def __getattr__(self, name: str) -> Any:
@@ -66,7 +67,7 @@ class TracerGroup:
         return self.states[i]
 
     def __setitem__(self, i: int, state: TracerState) -> None:
-        """What `group[i] += ...` ends with."""
+        """Accept the end of `group[i] += ...`."""
 
     def __iadd__(self, other: Any) -> "TracerGroup":
         for i, state in enumerate(self.states):
@@ -80,10 +81,10 @@ class TracerGroup:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing to join: the branches' values are unknown."""
+        """Join nothing: the branches' values are unknown."""
 
     def join(self, mode: str = "gather_variable") -> None:
-        """As `__exit__`."""
+        """Join nothing: the branches' values are unknown."""
 
 
 def trace_program(body: Callable[..., Any], arguments: dict[str, Any], state: TracerState) -> None:
@@ -108,7 +109,7 @@ def _step(body: Coroutine[Any, Any, Any]) -> None:
 
 
 async def prefix_of(state: TracerState, backend: BaseBackend) -> str:
-    """The constant text that the trace starts with, as `backend`'s chat template has it."""
+    """Return the constant text that the trace starts with, in `backend`'s chat template."""
     prefix = ""
     roles: tuple[str, ...] = ()
     for node in state.flatten_nodes():

@@ -34,7 +34,7 @@ class AnswerParser:
         return self._delta(reasoning, text)
 
     def finish(self) -> AnswerDelta:
-        """The answer has ended: what was held back."""
+        """Return what was held back: the answer has ended."""
         reasoning = text = ""
         if self.reasoning is not None and not self.reasoning.is_done:
             reasoning, text = self.reasoning.finish()
@@ -46,7 +46,7 @@ class AnswerParser:
         return delta
 
     def parse(self, text: str) -> AnswerDelta:
-        """The parts of a whole answer."""
+        """Return the parts of a whole answer."""
         delta, rest = self.push(text), self.finish()
         delta.reasoning += rest.reasoning
         delta.text += rest.text
@@ -67,7 +67,7 @@ class AnswerParser:
 
 
 def joined(deltas: Sequence[ToolCallDelta]) -> list[ToolCallDelta]:
-    """Each call in one."""
+    """Join the deltas of each call into one."""
     calls: list[ToolCallDelta] = []
     for delta in deltas:
         if delta.id is not None:

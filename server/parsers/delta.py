@@ -16,7 +16,7 @@ class ToolCallDelta:
 
 @dataclass(slots=True)
 class AnswerDelta:
-    """What a piece of text turned out to be, in this order."""
+    """The parts that a piece of text turned out to be, in this order."""
 
     reasoning: str = ""
     text: str = ""

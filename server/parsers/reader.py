@@ -21,7 +21,7 @@ class Malformed(Exception):
 
 
 class Syntax:
-    """What opens, closes and quotes in a language of values."""
+    """The openers, closers and quotes of a language of values."""
 
     def __init__(self, openers: str, closers: str, quotes: str) -> None:
         self.openers, self.quotes = openers, quotes
@@ -43,7 +43,7 @@ class ValueScanner:
         self._is_escaped = False
 
     def find_end(self, text: str, pos: int) -> int:
-        """The position after the value, or -1 if all of `text` from `pos` on belongs to it: call again with more."""
+        """Return the position after the value, or -1 if all of `text` from `pos` on is in it: call again with more."""
         if self._is_escaped and pos < len(text):
             pos, self._is_escaped = pos + 1, False
         while True:
@@ -86,7 +86,7 @@ class Reader:
         self._mark = None if self._mark is None else 0
 
     def close(self) -> None:
-        """No more text will come."""
+        """Note that no more text will come."""
         self._is_closed = True
 
     def mark(self) -> None:
@@ -96,7 +96,7 @@ class Reader:
         self._mark = None
 
     def rewind(self) -> None:
-        """Back to the mark, which is taken away."""
+        """Go back to the mark, and remove it."""
         assert self._mark is not None
         self._pos, self._mark = self._mark, None
 
@@ -108,19 +108,19 @@ class Reader:
         return not (yield from self.peek())
 
     def peek(self) -> Reading[str]:
-        """The next character; empty at the end."""
+        """Return the next character; empty at the end."""
         while self._pos == len(self._text) and not self._is_closed:
             yield
         return self._text[self._pos : self._pos + 1]
 
     def take(self, count: int) -> str:
-        """Characters that were seen already."""
+        """Read characters that were seen already."""
         taken = self._text[self._pos : self._pos + count]
         self._pos += len(taken)
         return taken
 
     def skip_space(self) -> Reading[str]:
-        """The white space passed over."""
+        """Pass over white space, and return it."""
         skipped = ""
         while True:
             match = SPACE.match(self._text, self._pos)
@@ -132,7 +132,7 @@ class Reader:
             yield
 
     def looks_at(self, *words: str) -> Reading[str]:
-        """That of `words` which comes next; empty if none does."""
+        """Return the one of `words` that comes next; empty if none does."""
         while True:
             text = self._text[self._pos : self._pos + max(map(len, words))]
             for word in words:
@@ -143,7 +143,7 @@ class Reader:
             yield
 
     def accept(self, *words: str) -> Reading[str]:
-        """As `looks_at`, and reads it."""
+        """Read the one of `words` that comes next; empty if none does."""
         word = yield from self.looks_at(*words)
         self._pos += len(word)
         return word
@@ -178,7 +178,7 @@ class Reader:
             yield
 
     def read_until(self, marks: tuple[str, ...], limit: int) -> Reading[str]:
-        """What comes before the first of `marks`: at most `limit` characters, else it is malformed."""
+        """Read up to the first of `marks`: at most `limit` characters, else the text is malformed."""
         parts: list[str] = []
 
         def collect(part: str) -> None:
@@ -205,13 +205,13 @@ class Reader:
             yield
 
     def read_value(self, syntax: Syntax = JSON_SYNTAX) -> Reading[str]:
-        """One value, whole."""
+        """Read one value, whole."""
         parts: list[str] = []
         yield from self.pass_value(parts.append, syntax)
         return "".join(parts)
 
     def _safe_end(self, marks: tuple[str, ...]) -> int:
-        """Where the text ends, less what may be the head of a mark."""
+        """Return where the text ends, less a tail that may be the head of a mark."""
         end = len(self._text)
         for start in range(max(self._pos, end - max(map(len, marks)) + 1), end):
             if any(mark.startswith(self._text[start:]) for mark in marks):
@@ -226,6 +226,6 @@ def _end_of_scalar(text: str, pos: int) -> int:
 
 @lru_cache(maxsize=64)
 def patterns_of(marks: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """The first character of one of `marks`, and one of them."""
+    """Return patterns of the first character of one of `marks`, and of one of them."""
     head = "".join({mark[0] for mark in marks})
     return re.compile(f"[{re.escape(head)}]"), re.compile("|".join(map(re.escape, marks)))

@@ -1,4 +1,4 @@
-"""Where an answer's reasoning ends and what it says begins."""
+"""The boundary between an answer's reasoning and the rest."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class ReasoningFormat:
     is_always: bool = False  # answers begin inside, with or without the start mark
 
     def begins_inside(self, prompt: str) -> bool | None:
-        """What the end of a prompt has decided: inside, past the reasoning (None), or not yet (False)."""
+        """Return what a prompt's end has decided: inside, past the reasoning (None), or not yet (False)."""
         head = prompt.rstrip()
         if head.endswith(self.start):
             return True
@@ -41,7 +41,7 @@ REASONING_ALIASES = {  # vLLM's spellings
 
 
 def find_reasoning_format(template: str) -> str | None:
-    """The name of the format whose marks a chat template writes. The prompt will tell whether it has begun."""
+    """Return the name of the format whose marks a chat template writes. Whether it has begun is the prompt's to say."""
     for mark, name in (("◁think▷", "kimi"), ("[THINK]", "mistral"), ("<think>", "qwen3"), ("</think>", "qwen3")):
         if mark in template:
             return name

@@ -1,4 +1,4 @@
-"""How models write calls of tools, format by format, and a parser that reads them as they come.
+"""The formats in which models write calls of tools, and a parser that reads them as they come.
 
 A `ToolFormat` says three things: which marks begin calls, how to read what follows, and how a grammar can hold the
 model to it. What turns out not to be a call is text: nothing is lost.
@@ -30,11 +30,11 @@ class Tool:
     is_strict: bool = False
 
     def takes_text(self, key: str) -> bool:
-        """Is the argument a string, so that its text must not be read as JSON?"""
+        """Return whether the argument is a string, so that its text must not be read as JSON."""
         return self._schema(key).get("type") == "string" or bool(self.allowed_texts(key))
 
     def allowed_texts(self, key: str) -> list[str]:
-        """All that the argument may be; empty if that is not a list of strings."""
+        """Return all that the argument may be; empty if that is not a list of strings."""
         schema = self._schema(key)
         values = schema.get("enum", [schema["const"]] if "const" in schema else [])
         return values if isinstance(values, list) and all(isinstance(value, str) for value in values) else []
@@ -72,14 +72,14 @@ class ToolCallParser:
     # ---- what formats call ----
 
     def tool(self, name: Any) -> Tool:
-        """`Malformed` if there is no such function."""
+        """Return the function of that name. `Malformed` if there is none."""
         tool = self.tools.get(name) if isinstance(name, str) else None
         if tool is None:
             raise Malformed
         return tool
 
     def begin_call(self, tool: Tool) -> None:
-        """A call is certain: what was read up to here will not be text any more."""
+        """Begin a call that is certain: the text read up to here stays a part of it."""
         self.reader.mark()
         self._space = ""
         self._num_begun += 1
@@ -91,7 +91,7 @@ class ToolCallParser:
         self.num_tool_calls += 1
 
     def add_arguments(self, text: str) -> None:
-        """More of the JSON text of the last call's arguments."""
+        """Add to the JSON text of the last call's arguments."""
         self.reader.mark()
         if self._is_left_out:
             return
@@ -125,7 +125,7 @@ class ToolCallParser:
             self._text.append(self._space)
 
     def _read_calls(self, mark: str) -> Reading[None]:
-        """Calls that begin with `mark`. If they do not, the mark is text and what follows is read again."""
+        """Read calls that begin with `mark`. Without a call, the mark is text and what follows is read again."""
         num_begun = self._num_begun
         self.reader.mark()
         self.reader.take(len(mark))
@@ -145,7 +145,7 @@ class ToolCallParser:
 
 
 def json_tag(begin: str, tool: Tool, end: str) -> JSON:
-    """The tag of a call whose arguments are written as JSON."""
+    """Return the tag of a call whose arguments are written as JSON."""
     return {"type": "tag", "begin": begin, "content": schema_format(tool.parameters), "end": end}
 
 
@@ -154,7 +154,7 @@ def schema_format(schema: JSON) -> JSON:
 
 
 class ToolFormat:
-    """How a model writes calls."""
+    """A model's way of writing calls."""
 
     begins: tuple[str, ...] = ()  # marks anywhere in the text
     bare = ""  # the character that begins calls without a mark, at the answer's head
@@ -164,14 +164,14 @@ class ToolFormat:
         """Read one call, or a list of them. The reader stands after `mark`. `Malformed`: the rest is no call."""
         raise NotImplementedError
 
-    def tag(self, tool: Tool) -> JSON | None:
-        """The tag of a structural tag that one call is. None: the format cannot be held to."""
+    def tag(self, _tool: Tool) -> JSON | None:
+        """Return one call as a tag of a structural tag. None: the format cannot be enforced."""
         return None
 
     def tags(self, tools: Sequence[Tool]) -> list[JSON]:
         return [tag for tool in tools if (tag := self.tag(tool)) is not None]
 
-    def new_id(self, name: str, index: int) -> str:
+    def new_id(self, _name: str, _index: int) -> str:
         return f"call_{uuid.uuid4().hex[:24]}"
 
 
@@ -213,7 +213,7 @@ def read_json_call(calls: ToolCallParser) -> Reading[None]:
 
 
 def read_json_calls(calls: ToolCallParser) -> Reading[None]:
-    """A list of them, in brackets."""
+    """Read a list of JSON calls, in brackets."""
     reader = calls.reader
     yield from reader.expect("[")
     while True:
@@ -233,7 +233,7 @@ def decoded(text: str) -> Any:
 
 
 def read_arguments(reader: Reader) -> Reading[str]:
-    """Arguments as JSON text; some models write that text as a string, or null for none."""
+    """Read arguments as JSON text; some models write that text as a string, or null for none."""
     text = yield from reader.read_value()
     value = decoded(text)
     if isinstance(value, str):
@@ -247,7 +247,7 @@ def read_arguments(reader: Reader) -> Reading[str]:
 
 
 def pass_arguments(calls: ToolCallParser, tool: Tool) -> Reading[None]:
-    """Arguments in JSON, passed on as they come."""
+    """Pass on arguments in JSON, as they come."""
     if (yield from calls.reader.peek()) == "{":
         calls.begin_call(tool)
         yield from calls.reader.pass_value(calls.add_arguments)
@@ -266,7 +266,7 @@ class Arguments:
         calls.begin_call(tool)
 
     def read_value(self, key: str, marks: tuple[str, ...]) -> Reading[str]:
-        """A value up to one of `marks`, which is returned (not read): text as it comes, anything else when whole."""
+        """Read a value up to one of `marks`, returned but not read: text as it comes, anything else when whole."""
         calls = self._calls
         if self._tool.takes_text(key):
             self._add(key, '"')
@@ -293,7 +293,7 @@ def json_of(value: Any) -> str:
 
 
 def json_value(text: str) -> str:
-    """`text` where it is JSON, else the JSON of what it means."""
+    """Return `text` where it is JSON, else the JSON of what it means."""
     try:
         orjson.loads(text)
     except orjson.JSONDecodeError:
@@ -310,7 +310,7 @@ class Hermes(ToolFormat):
     begins = ("<tool_call>",)
     trigger = "<tool_call>"
 
-    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+    def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
         reader = calls.reader
         yield from reader.skip_space()
         yield from read_json_call(calls)
@@ -330,7 +330,7 @@ class Llama3(ToolFormat):
     bare = "{"
     trigger = '{"name": '
 
-    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+    def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
         reader = calls.reader
         while True:
             yield from reader.skip_space()
@@ -351,7 +351,7 @@ class Mistral(ToolFormat):
     begins = ("[TOOL_CALLS]",)
     trigger = "[TOOL_CALLS]"
 
-    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+    def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
         reader = calls.reader
         yield from reader.skip_space()
         head = yield from reader.peek()
@@ -371,12 +371,12 @@ class Mistral(ToolFormat):
     def tag(self, tool: Tool) -> JSON:
         return json_tag(f'[TOOL_CALLS] [{{"name": {json_of(tool.name)}, "arguments": ', tool, "}]")
 
-    def new_id(self, name: str, index: int) -> str:
+    def new_id(self, _name: str, _index: int) -> str:
         return uuid.uuid4().hex[:9]  # their templates refuse any other length
 
 
 class MistralV11(Mistral):
-    """As tokenizers from version 11 on write them."""
+    """Calls as written by tokenizers from version 11 on."""
 
     def tag(self, tool: Tool) -> JSON:
         return json_tag(f"[TOOL_CALLS]{tool.name}[ARGS]", tool, "")
@@ -390,7 +390,7 @@ class SectionFormat(ToolFormat):
     call_end: str
     end: str
 
-    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+    def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
         reader = calls.reader
         yield from reader.skip_space()
         yield from reader.expect(self.call_begin)
@@ -406,7 +406,7 @@ class SectionFormat(ToolFormat):
                 return
 
     def read_name(self, reader: Reader, head: str) -> Reading[str]:
-        """The tool's name, of the text before the separator or what comes next."""
+        """Read the tool's name, from the text before the separator or behind it."""
         raise NotImplementedError
 
     def read_call_end(self, reader: Reader) -> Reading[None]:
@@ -453,7 +453,7 @@ class KimiK2(SectionFormat):
     call_begin, separator, call_end = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
     end = "<|tool_calls_section_end|>"
 
-    def read_name(self, reader: Reader, head: str) -> Reading[str]:
+    def read_name(self, _reader: Reader, head: str) -> Reading[str]:
         yield from ()  # it is all in the head
         return head.removeprefix("functions.").rpartition(":")[0]
 
@@ -477,7 +477,7 @@ class Pythonic(ToolFormat):
     begins = ("<|python_start|>",)
     bare = "["
 
-    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+    def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
         reader = calls.reader
         yield from reader.skip_space()
         yield from reader.expect("[")
@@ -496,7 +496,7 @@ class Pythonic(ToolFormat):
 
     @staticmethod
     def _read_arguments(reader: Reader) -> Reading[str]:
-        """(key=value, ...) of Python literals, as a JSON object."""
+        """Read (key=value, ...) of Python literals as a JSON object."""
         text = yield from reader.read_value(PYTHON_SYNTAX)
         try:
             call = ast.parse("f" + text, mode="eval").body
@@ -519,7 +519,7 @@ def literal(node: ast.expr) -> Any:
 
 
 def argument_formats(tool: Tool, around: Callable[[str], tuple[str, str]]) -> JSON:
-    """Arguments that are not JSON together, each between the marks that `around` gives for its key."""
+    """Return the grammar of arguments that are not JSON together, each between the marks `around` gives its key."""
     elements: list[JSON] = []
     shared: JSON = {name: tool.parameters[name] for name in ("$defs", "definitions") if name in tool.parameters}
     for key, schema in (tool.parameters.get("properties") or {}).items():
@@ -542,7 +542,7 @@ class Glm45(ToolFormat):
     begins = ("<tool_call>",)
     trigger = "<tool_call>"
 
-    def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
+    def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
         reader = calls.reader
         name = yield from reader.read_until(("<arg_key>", "</tool_call>"), MAX_NAME_LEN)
         arguments = Arguments(calls, calls.tool(name.strip()))
@@ -640,5 +640,5 @@ TEMPLATE_MARKS = (
 
 
 def find_tool_format(template: str) -> str | None:
-    """The name of the format in which a chat template writes calls."""
+    """Return the name of the format in which a chat template writes calls."""
     return next((name for marks, name in TEMPLATE_MARKS if all(mark in template for mark in marks)), None)

@@ -1,4 +1,4 @@
-"""From an OpenAI chat body to what is asked of the engine, and to a parser of what it will answer."""
+"""From an OpenAI chat body to requests of the engine, and to a parser of its answer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -60,8 +60,11 @@ BUILT_IN_TEMPLATES = {"chatml": CHATML, "llama-3-instruct": LLAMA_3, "vicuna_v1.
 
 
 def load_chat_template(name: str | None, tokenizer: TokenizerFacade) -> str | None:
-    """The template that --chat-template names: one of the model's, a built-in one, or a file (Jinja, or JSON that
-    holds a `chat_template`). None means the model's own. `ValueError` if there is no such template."""
+    """Load the template that --chat-template names; None means the model's own.
+
+    It is one of the model's, a built-in one, or a file (Jinja, or JSON that holds a `chat_template`). `ValueError` if
+    there is no such template.
+    """
     if name is None:
         return None
     of_model = tokenizer.chat_template
@@ -78,7 +81,7 @@ def load_chat_template(name: str | None, tokenizer: TokenizerFacade) -> str | No
         values = orjson.loads(text)
         if not isinstance(values, dict) or not isinstance(values.get("chat_template"), str):
             raise ValueError(f"--chat-template {name}: no text under the key chat_template")
-        return values["chat_template"]
+        return str(values["chat_template"])
     return text
 
 
@@ -96,13 +99,13 @@ class ChatTurn:
     tag_of: str | None = None  # the body's field that the structural tag was made of, unless the client wrote it
 
     def in_clients_terms(self, error: InvalidRequest) -> InvalidRequest:
-        """An error that blames a field which the client did not write blames the one it was made of."""
+        """Let an error that names a field which the client did not write name the one it was made of."""
         if error.field != "structural_tag" or self.tag_of is None:
             return error
         return InvalidRequest(str(error).replace("structural_tag", self.tag_of), self.tag_of)
 
     def count_reasoning(self, output_ids: Sequence[int], parser: AnswerParser | None) -> int:
-        """How many tokens of an answer that `parser` has read are its reasoning, marks included.
+        """Count the tokens of reasoning in an answer that `parser` has read, marks included.
 
         All of them if the end mark was merged with its neighbours: it is not found then.
         """
@@ -122,7 +125,7 @@ class Chats:
     """
 
     def __init__(self, engine: Engine, config: ServerConfig) -> None:
-        """`OSError` or `ValueError` if there is no such template."""
+        """Load the template. `OSError` or `ValueError` if there is no such template."""
         self.engine = engine
         self.template = load_chat_template(config.chat_template, engine.tokenizer)
         text = self.template or engine.tokenizer.chat_template or ""
@@ -133,7 +136,7 @@ class Chats:
         self._hidden: dict[str, bool] = {}  # mark -> does the tokenizer leave it out of texts?
 
     async def turn(self, body: Fields) -> ChatTurn:
-        """What an OpenAI chat body asks for. `InvalidRequest` names the field that is wrong."""
+        """Read an OpenAI chat body. `InvalidRequest` names the field that is wrong."""
         choice = read_tool_choice(body)
         prompt = self.render(body, choice)
         reasoning = self._reasoning(body, prompt)
@@ -167,7 +170,10 @@ class Chats:
         return ChatTurn(prompt, input_ids, params, options, new_parser, end_ids, tag_of)
 
     async def _input_ids(self, body: Fields, prompt: str) -> list[int]:
-        """Those of the body (SGLang's field) stand for `prompt`, which then only tells how the answer is to be read."""
+        """Return the body's token ids (SGLang's field), else those of `prompt`.
+
+        Beside ids of the body, `prompt` only decides how the answer is read.
+        """
         if body.has("input_ids"):
             return check_token_ids(body.get("input_ids"), self.engine.model_config.vocab_size, "input_ids")
         # Unless vLLM's field says otherwise: templates write special tokens themselves.
@@ -177,7 +183,7 @@ class Chats:
         return input_ids
 
     def render(self, body: Fields, choice: ToolChoice | None = None) -> str:
-        """The prompt of a chat request. `InvalidRequest` names the message, or says why the template refused."""
+        """Render the prompt of a chat request. `InvalidRequest` names the message, or says why the template refused."""
         messages = parse_messages(body)
         continues = body.flag("continue_final_message")
         if continues and messages[-1]["role"] != "assistant":
@@ -192,7 +198,7 @@ class Chats:
         )
 
     def _reasoning(self, body: Fields, prompt: str) -> "Reasoning | None":
-        """How this answer begins; None: without reasoning."""
+        """Return the reasoning that this answer may begin with; None: without reasoning."""
         if self.reasoning_parser is None:
             if max_thinking_tokens(body) is not None:
                 raise InvalidRequest(
@@ -212,7 +218,7 @@ class Chats:
         return None if begins_inside is None else Reasoning(format_, begins_inside)
 
     def _tool_format(self, choice: ToolChoice) -> ToolFormat | None:
-        """How this answer's calls will be written. Forced ones can be where the model's own way is not known."""
+        """Return the format of this answer's calls. Forced ones have one even if the model's own is not known."""
         if not choice.callable:
             return None
         format_ = TOOL_FORMATS[self.tool_call_parser]() if self.tool_call_parser else None
@@ -223,7 +229,7 @@ class Chats:
     def _sampling_params(
         self, body: Fields, choice: ToolChoice, tool_format: ToolFormat | None, reasoning: "Reasoning | None"
     ) -> tuple[SamplingParams, str | None]:
-        """And what the structural tag was made of."""
+        """Return the parameters, and the field that the structural tag was made of."""
         params = read_sampling_params(body, self.engine, ("max_completion_tokens", "max_tokens"), None)
         check_n(params.n, 1)
         thinks = (reasoning.format.start, reasoning.format.end) if reasoning and not reasoning.is_inside else None
@@ -261,7 +267,7 @@ class Chats:
         return await self.engine.encode(mark, add_special_tokens=False)
 
     async def _is_hidden(self, mark: str) -> bool:
-        """Is the mark a special token, which texts are usually without?"""
+        """Return whether the mark is a special token, which texts usually lack."""
         if mark not in self._hidden:
             text = self.engine.tokenizer.decode(await self._ids(mark), skip_special_tokens=True)
             self._hidden[mark] = mark not in text
@@ -283,19 +289,19 @@ CHATS: web.AppKey[Chats] = web.AppKey("chats", Chats)  # for the start table
 
 
 def _parser_name(given: str | None, found: str | None) -> str | None:
-    """The parser to use: as the command line says ("none": no parser), else as found."""
+    """Return the parser to use: as the command line says ("none": no parser), else as found."""
     if given is None:
         return found
     return None if given == "none" else TOOL_ALIASES.get(given) or REASONING_ALIASES.get(given) or given
 
 
 def max_thinking_tokens(body: Fields) -> int | None:
-    """How many tokens of reasoning are allowed; None: any number."""
+    """Return how many tokens of reasoning are allowed; None: any number."""
     return body.integer("max_thinking_tokens", low=0) if body.has("max_thinking_tokens") else None
 
 
 def _template_variables(body: Fields) -> JSON:
-    """What the client tells the template beside the messages."""
+    """Return the client's variables for the template beside the messages."""
     variables = dict((body.object("chat_template_kwargs") or Fields({})).values)
     if taken := RESERVED_VARIABLES & variables.keys():
         raise InvalidRequest(f"chat_template_kwargs must not hold {', '.join(sorted(taken))}", "chat_template_kwargs")
@@ -315,7 +321,7 @@ def _template_variables(body: Fields) -> JSON:
 
 
 def parse_messages(body: Fields) -> list[JSON]:
-    """Checked messages: known roles, content as one string (null only beside tool calls)."""
+    """Check messages: known roles, content as one string (null only beside tool calls)."""
     given = body.array("messages")
     if not given:
         raise InvalidRequest("messages must be a list of at least one message", "messages")
@@ -358,7 +364,7 @@ def _join_parts(parts: list[Any], path: str) -> str:
 
 
 def _parse_tool_call(call: Any, path: str) -> JSON:
-    """Templates want a call's arguments as an object; OpenAI's clients send them as JSON text."""
+    """Read a call. Templates expect its arguments as an object; OpenAI's clients send them as JSON text."""
     fields = Fields(call, path)
     function = fields.object("function")
     if function is None:

@@ -1,4 +1,4 @@
-"""What an OpenAI body says about the form of the answer: OpenAI's field, SGLang's and vLLM's, as sampling fields."""
+"""The form of the answer in an OpenAI body: OpenAI's field, SGLang's and vLLM's, as sampling fields."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ FIELDS = frozenset(("response_format", "structured_outputs", *OWN, *(f"guided_{n
 
 
 def constraint_of(body: Fields) -> JSON:
-    """The one sampling field that constrains the answer, or {}. `InvalidRequest` if the body has two of them."""
+    """Return the one sampling field that constrains the answer, or {}. `InvalidRequest` if the body has two of them."""
     if FIELDS.isdisjoint(body.values):
         return {}
     found: dict[str, tuple[str, Any]] = {name: (name, body.get(name)) for name in OWN if body.has(name)}

@@ -11,7 +11,7 @@ class ModelNotFound(EngineError):
 
 
 def served_model(config: ServerConfig, name: str) -> str:
-    """The name to answer with. Absent and "default" mean the one model there is, as SGLang's clients send."""
+    """Return the name to answer with. Absent and "default" (SGLang's clients) mean the one model there is."""
     known = (config.model_name, config.model_path)
     if name and name != "default" and name not in known:
         raise ModelNotFound(f"The model {name!r} does not exist; this server has {config.model_name!r}.")

@@ -1,19 +1,19 @@
-"""What the APIs share: typed reading of JSON bodies, and errors in each API's shape."""
+"""Common ground of the APIs: typed reading of JSON bodies, and errors in each API's shape."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import orjson
 from aiohttp import web
 
 from engine.engine import Engine
 from engine.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull, shown
-from server.http.intake import TURNS, paced
+from server.http.intake import GATE, paced
 
 JSON = dict[str, Any]
-# Who makes requests, as a mapping that tells and is told about them: an HTTP request, or a line of a batch.
+# The maker of requests, as a mapping of facts about them: an HTTP request, or a line of a batch.
 Owner = MutableMapping[Any, Any]
 MAX_INT = 1 << 53  # beyond it JSON numbers are not exact
 MAX_REQUESTS = 65536  # of one HTTP request: prompts times n
@@ -23,7 +23,7 @@ WRITABLE_DEPTH = 254  # orjson's, which reads 1,024: the difference is for what 
 REQUEST_FIELDS = ("priority", "extra_key", "cache_salt")  # SGLang's, which every API takes
 
 
-def is_int(value: Any) -> bool:
+def is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -120,7 +120,7 @@ class Fields:
 
 
 def check_token_ids(ids: Any, vocab_size: int, field: str) -> list[int]:
-    """`ids` if it is a non-empty list of ids of the vocabulary."""
+    """Return `ids` if it is a non-empty list of ids of the vocabulary."""
     if not isinstance(ids, list) or not ids:
         raise InvalidRequest(f"{field} must be a non-empty list of token ids, got {shown(ids)}", field)
     if set(map(type, ids)) != {int}:
@@ -142,7 +142,7 @@ async def encode_prompt(engine: Engine, text: Any, field: str, add_special_token
 
 
 async def read_prompts(engine: Engine, body: Fields, name: str) -> list[list[int]]:
-    """Token ids of each prompt of a field: a string, token ids, or a list of either."""
+    """Return the token ids of each prompt of a field: a string, token ids, or a list of either."""
     add_special_tokens = body.flag("add_special_tokens", True)
     given, vocab_size = body.get(name), engine.model_config.vocab_size
     if isinstance(given, str):
@@ -173,7 +173,7 @@ def check_n(n: int, num_prompts: int) -> None:
 
 
 def refuse(body: Fields, names: Collection[str]) -> None:
-    """Better refused than ignored: fields that would change the answer."""
+    """Refuse fields that would change the answer: better than to ignore them."""
     for name, value in body.values.items():
         if value and name in names:
             body.unsupported(name)
@@ -181,7 +181,7 @@ def refuse(body: Fields, names: Collection[str]) -> None:
 
 @contextmanager
 def spelled(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors from inside name a field as the client spelled it; `names` leads from OpenAI's name to the client's."""
+    """Let errors from inside name a field as the client spelled it. `names`: OpenAI's name to the client's."""
     try:
         yield
     except InvalidRequest as error:
@@ -192,12 +192,12 @@ def spelled(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def cache_namespace(fields: Fields) -> str:
-    """Requests share cached prefixes only within one `extra_key` and one `cache_salt`."""
+    """Return the namespace: requests share cached prefixes only within one `extra_key` and one `cache_salt`."""
     return fields.text("extra_key") + fields.text("cache_salt")
 
 
 async def read_json(request: web.Request) -> Fields:
-    """The request's body. 400 when it is not a JSON object, 413 when it is longer than the server allows."""
+    """Read the request's body. 400 when it is not a JSON object, 413 when it is longer than the server allows."""
     limit = request.client_max_size
     if request.content_length is not None and request.content_length > limit:
         raise web.HTTPRequestEntityTooLarge(limit, request.content_length)
@@ -206,12 +206,12 @@ async def read_json(request: web.Request) -> Fields:
         # A web page may send text/plain or a form to a local server without asking; never JSON.
         raise InvalidRequest(f"Content-Type must be application/json, got {kind}", "Content-Type")
     body = await request.read()
-    await request.app[TURNS].wait(len(body))
+    await request.app[GATE].wait(len(body))
     return Fields(parse_json(body, "the body"))
 
 
 def parse_json(text: bytes, name: str) -> Any:
-    """What a client wrote. `InvalidRequest` if it is not JSON, or so deep that it could not be written or shown."""
+    """Parse a client's JSON. `InvalidRequest` if it is none, or so deep that it could not be written or shown."""
     try:
         values = orjson.loads(text)
     except orjson.JSONDecodeError as error:
@@ -235,8 +235,8 @@ def json_response(value: Any, status: int = 200, headers: dict[str, str] | None 
 ErrorShape = Callable[[int, str, str | None, str | None], JSON]
 
 
-def native_error(status: int, message: str, field: str | None = None, code: str | None = None) -> JSON:
-    """SGLang's shape, with the field where one is to blame."""
+def native_error(status: int, message: str, field: str | None = None, _code: str | None = None) -> JSON:
+    """Return an error in SGLang's shape, with the field where one is to blame."""
     return {"error": {"message": message, "code": status, **({"field": field} if field else {})}}
 
 
@@ -264,12 +264,12 @@ _ANTHROPIC_TYPES = {
 }
 
 
-def anthropic_error(status: int, message: str, field: str | None = None, code: str | None = None) -> JSON:
+def anthropic_error(status: int, message: str, _field: str | None = None, _code: str | None = None) -> JSON:
     kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     return {"type": "error", "error": {"type": kind, "message": message}}
 
 
-def ollama_error(status: int, message: str, field: str | None = None, code: str | None = None) -> JSON:
+def ollama_error(_status: int, message: str, _field: str | None = None, _code: str | None = None) -> JSON:
     return {"error": message}
 
 
@@ -282,12 +282,12 @@ ERROR_SHAPES: dict[str, ErrorShape] = {
 
 
 def error_shape(path: str) -> ErrorShape:
-    """The shape that clients of the API at `path` expect."""
+    """Return the shape of errors that clients of the API at `path` expect."""
     return next((shape for prefix, shape in ERROR_SHAPES.items() if path.startswith(prefix)), native_error)
 
 
 def error_response(path: str, error: EngineError) -> web.Response:
-    """What a client of the API at `path` is told of `error`."""
+    """Return the response that reports `error` to a client of the API at `path`."""
     headers: dict[str, str] = {}
     field, code = getattr(error, "field", None), getattr(error, "code", None)
     if isinstance(error, PromptTooLong):

@@ -1,4 +1,4 @@
-"""What an OpenAI body asks of the sampler and of the request, in the engine's terms."""
+"""The fields of an OpenAI body about sampling and the request, in the engine's terms."""
 
 from collections.abc import Sequence
 
@@ -40,7 +40,7 @@ SAMPLING_FIELDS = {
 def read_sampling_params(
     body: Fields, engine: Engine, max_tokens_names: Sequence[str], default_max_tokens: int | None
 ) -> SamplingParams:
-    """Errors name the field as the client spelled it."""
+    """Read sampling parameters. Errors name the field as the client spelled it."""
     names = {
         theirs: SAMPLING_FIELDS[theirs] for theirs in body.values if theirs in SAMPLING_FIELDS and body.has(theirs)
     }
@@ -63,7 +63,7 @@ def read_sampling_params(
 
 
 def read_options(body: Fields, num_logprobs: int) -> Options:
-    """`num_logprobs`: alternatives a token; -1: no log-probabilities at all."""
+    """Read options. `num_logprobs`: alternatives a token; -1: no log-probabilities at all."""
     refuse(body, UNSUPPORTED)
     if body.has("prompt_logprobs"):
         raise InvalidRequest(

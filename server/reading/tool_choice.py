@@ -1,4 +1,4 @@
-"""Which functions a chat request offers, what it says about calling them, and the grammar that holds a model to it."""
+"""The functions that a chat request offers, its rules for calling them, and the grammar that enforces these."""
 
 import re
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class ToolChoice:
 
 
 def read_tool_choice(body: Fields) -> ToolChoice:
-    """`InvalidRequest` names the tool, or the choice, that is wrong."""
+    """Read tools and choice. `InvalidRequest` names the tool, or the choice, that is wrong."""
     tools: dict[str, Tool] = {}
     for i, given in enumerate(body.array("tools")):
         tool = _read_tool(Fields(given, f"tools[{i}]"), f"tools[{i}]")
@@ -72,7 +72,7 @@ def _chosen_name(choice: Fields) -> str:
 
 
 def tool_constraint(choice: ToolChoice, format_: ToolFormat) -> JSON | None:
-    """The structural tag, in xgrammar's shape, that keeps calls valid; None: nothing is to be held.
+    """Return the structural tag, in xgrammar's shape, that keeps calls valid; None: nothing is to be enforced.
 
     Forced calls begin at once. Otherwise the text is free until a call begins, and held only if a function is strict.
     """
@@ -83,14 +83,14 @@ def tool_constraint(choice: ToolChoice, format_: ToolFormat) -> JSON | None:
 
 
 def json_or_calls(schema: JSON, choice: ToolChoice, format_: ToolFormat | None) -> JSON:
-    """JSON of `schema`, or, if the format can be held to, calls."""
+    """Return the grammar of JSON of `schema` or, if the format can be enforced, of calls."""
     tags = format_.tags(choice.callable) if format_ else []
     answer = schema_format(schema)
     return {"type": "or", "elements": [answer, _calls(tags, choice, format_)]} if format_ and tags else answer
 
 
 def _calls(tags: list[JSON], choice: ToolChoice, format_: ToolFormat) -> JSON:
-    """A call, at once, and if they may be several, text with more of them."""
+    """Return the grammar of a call, at once, and if they may be several, text with more of them."""
     first: JSON = {"type": "or", "elements": tags}
     if not choice.is_parallel:
         return first
@@ -107,7 +107,7 @@ def _free_text(tags: list[JSON], choice: ToolChoice, format_: ToolFormat) -> JSO
 
 
 def structural_tag(format_: JSON, thinks_between: tuple[str, str] | None) -> JSON:
-    """`format_` as a sampling parameter. `thinks_between`: marks of a reasoning that may come first."""
+    """Return `format_` as a sampling parameter. `thinks_between`: marks of a reasoning that may come first."""
     if thinks_between is not None:
         start, end = thinks_between
         thought: JSON = {"type": "tag", "begin": start, "content": {"type": "any_text"}, "end": end}

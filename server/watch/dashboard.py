@@ -81,7 +81,7 @@ class Dashboard:
         }
 
     def _latency(self) -> JSON:
-        """Percentiles in seconds, of the last requests that ended and of the event loop's lag."""
+        """Return percentiles in seconds, of the last requests that ended and of the event loop's lag."""
         ended = list(self.monitor.ended)
         return {
             "num_requests": len(ended),
@@ -93,7 +93,7 @@ class Dashboard:
         }
 
     def _series(self) -> JSON:
-        """A value a second for the last minutes, oldest first; `age_s` counts from now."""
+        """Return a value a second for the last minutes, oldest first; `age_s` counts from now."""
         series, now = self.monitor.series(), time.perf_counter()
         return {
             "age_s": [round(now - sample.at, 1) for sample, _ in series],
@@ -112,7 +112,7 @@ class Dashboard:
         return self._prefixes
 
     def _top_prefixes(self) -> list[JSON]:
-        """The cached prefixes that saved most tokens; of long ones the first and the last of their text."""
+        """Return the cached prefixes that saved most tokens; of long ones the first and the last of their text."""
         prefixes = sorted(self.engine.top_prefixes(4 * NUM_PREFIXES), key=lambda one: -one.hits * one.num_tokens)
         return [
             {

@@ -27,7 +27,7 @@ RATE_SPAN_S = 10.0
 
 
 class Metrics:
-    """What /metrics tells."""
+    """The metrics of /metrics."""
 
     def __init__(self, engine: Engine, monitor: Monitor, model_name: str) -> None:
         self.registry = CollectorRegistry()
@@ -72,7 +72,7 @@ class Metrics:
         return web.Response(body=generate_latest(self.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     def observe(self, request: Request) -> None:
-        """A request has ended."""
+        """Record a request that has ended."""
         times, num_tokens = request.times, len(request.output_ids)
         if not times.scheduled:
             return
@@ -174,7 +174,7 @@ class EngineCollector(Collector):
         )
 
     def _by_replica(self, name: str, help: str, value_of: Callable[[Any], float]) -> Metric:
-        """A gauge of a scheduler; of several engines one each, which SGLang labels with its dp_rank."""
+        """Return a gauge of a scheduler; of several engines one each, which SGLang labels with its dp_rank."""
         values = [value_of(stats.scheduler) for stats in self.engine.replica_stats()]
         if len(values) == 1:
             return self._gauge(name, help, values[0])
@@ -194,7 +194,7 @@ class EngineCollector(Collector):
         values: float | dict[str, float],
         label: str,
     ) -> Metric:
-        """One value, or one for each value of `label`."""
+        """Fill in one value, or one for each value of `label`."""
         if not isinstance(values, dict):
             metric = family(name, help, labels=["model_name"])
             metric.add_metric([self.model_name], values)

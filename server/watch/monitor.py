@@ -1,4 +1,4 @@
-"""What the server did in the last minutes, from a look at it now and then: nothing here runs for each token.
+"""The server's last minutes, sampled now and then: nothing here runs for each token.
 
 A tick is late by as long as the event loop was busy when it was due: that lateness is the loop's lag, what a request
 that comes at a random moment waits for. While nothing runs, ticks are few.
@@ -46,7 +46,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How long a request took, in seconds."""
+    """Times of a request that has ended, in seconds."""
 
     queue_s: float
     first_token_s: float
@@ -79,7 +79,7 @@ class Monitor:
         self.lag_observers: list[Callable[[float], None]] = []
 
     async def running(self, _: web.Application) -> AsyncIterator[None]:
-        """A cleanup context: looks as long as the application lives."""
+        """Sample as long as the application lives: a cleanup context."""
         task = asyncio.create_task(self._watch(), name="monitor")
         yield
         task.cancel()
@@ -121,7 +121,7 @@ class Monitor:
         )
 
     def observe(self, request: Request) -> None:
-        """A request has ended."""
+        """Record a request that has ended."""
         times, num_tokens = request.times, len(request.output_ids)
         if times.scheduled and times.finished and num_tokens:
             token_s = (times.finished - times.first_token) / (num_tokens - 1) if num_tokens > 1 else None
@@ -135,7 +135,7 @@ class Monitor:
             )
 
     def rates(self, span_s: float) -> Rates:
-        """Over the last `span_s` seconds, or as far back as there are samples."""
+        """Return the rates over the last `span_s` seconds, or as far back as there are samples."""
         now = self.sample()
         earlier = [sample for sample in self.samples if now.at - sample.at <= span_s]
         if not earlier or now.at - earlier[0].at < SAMPLE_S / 10:
@@ -143,7 +143,7 @@ class Monitor:
         return rates_between(earlier[0], now)
 
     def series(self) -> list[tuple[Sample, Rates]]:
-        """Each sample with the rates since the few before it, oldest first."""
+        """Return each sample with the rates since the few before it, oldest first."""
         samples = list(self.samples)
         return [
             (sample, rates_between(samples[max(i - SMOOTHED_SAMPLES, 0)], sample))
@@ -167,7 +167,7 @@ def rates_between(before: Sample, after: Sample) -> Rates:
 
 
 def percentile(values: Sequence[float], share: float) -> float | None:
-    """The smallest value that `share` of `values` do not exceed; None of none."""
+    """Return the smallest value that `share` of `values` do not exceed; None of none."""
     if not values:
         return None
     ordered = sorted(values)

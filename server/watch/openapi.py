@@ -309,7 +309,7 @@ class OpenApi:
 
 
 def routes_of(app: web.Application) -> list[tuple[str, str]]:
-    """(method, path) of each route, without the HEAD that comes with every GET."""
+    """Return (method, path) of each route, without the HEAD that comes with every GET."""
     return [
         (route.method, route.resource.canonical)
         for route in app.router.routes()

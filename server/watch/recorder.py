@@ -28,7 +28,7 @@ MIN_INTERVAL_S = 60.0  # between two files that failed requests cause
 
 class RequestRecorder:
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        """`OSError` if the folder cannot be made."""
+        """Make the folder. `OSError` if it cannot be made."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.config = folder, config
         self._requests: deque[Request] = deque()
@@ -37,14 +37,14 @@ class RequestRecorder:
         self._writing: asyncio.Future[Path] | None = None
 
     def remember(self, request: Request) -> None:
-        """A request was accepted."""
+        """Remember a request that was accepted."""
         self._requests.append(request)
         self._num_tokens += request.prompt_len
         while len(self._requests) > MAX_REQUESTS or (self._num_tokens > MAX_TOKENS and len(self._requests) > 1):
             self._num_tokens -= self._requests.popleft().prompt_len
 
     def observe(self, request: Request) -> None:
-        """A request has ended. If the server is to blame, the file is written, off the event loop."""
+        """Note that a request has ended. If the server is to blame, the file is written, off the event loop."""
         reason = request.finish_reason
         if reason is None or reason.status_code != 500:
             return
@@ -74,7 +74,7 @@ RECORDER = web.AppKey("recorder", RequestRecorder)
 
 
 def as_record(request: Request, now: float) -> dict[str, Any]:
-    """What it takes to send `request` again, and how it went. `arrived_s` is relative to the file's time."""
+    """Return the fields to send `request` again, and its outcome. `arrived_s` is relative to the file's time."""
     reason = request.finish_reason
     times = dataclasses.asdict(request.times)
     return {

@@ -76,7 +76,7 @@ class Anthropic(BaseBackend):
 
 
 def _blocks(content: Any) -> Any:
-    """OpenAI's parts of a message as Anthropic's."""
+    """Return OpenAI's parts of a message as Anthropic's."""
     if isinstance(content, str):
         return content
     blocks = []

@@ -1,4 +1,4 @@
-"""What a backend must offer a program."""
+"""The interface between programs and backends."""
 
 import weakref
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ class BackendError(Exception):
 
 
 class Prompt(Protocol):
-    """What a backend sees of a state."""
+    """A state as a backend sees it."""
 
     @property
     def text(self) -> str: ...
@@ -56,11 +56,11 @@ class BaseBackend(ABC):
 
     @abstractmethod
     async def generate(self, prompt: Prompt, params: GenParams) -> tuple[list[str], list[JSON]]:
-        """`params.n` answers and the meta_info of each. `BackendError` if there are none."""
+        """Return `params.n` answers and the meta_info of each. `BackendError` if there are none."""
 
     @abstractmethod
     def generate_stream(self, prompt: Prompt, params: GenParams) -> AsyncIterator[tuple[str, JSON]]:
-        """Pieces of one answer, each with the meta_info so far."""
+        """Yield pieces of one answer, each with the meta_info so far."""
 
     async def select(
         self, prompt: Prompt, choices: Sequence[str], temperature: float, method: ChoicesSamplingMethod

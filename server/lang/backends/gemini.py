@@ -102,7 +102,7 @@ class VertexAI(Gemini):
 
 
 def _parts(content: Any) -> list[types.Part]:
-    """OpenAI's parts of a message as Gemini's."""
+    """Return OpenAI's parts of a message as Gemini's."""
     if isinstance(content, str):
         return [types.Part(text=content)]
     parts = []

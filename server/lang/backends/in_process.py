@@ -76,7 +76,7 @@ class EngineBackend(NativeBackend):
             raise BackendError(str(error), error.status_code) from error
 
     async def _requests(self, body: JSON, is_stream: bool) -> tuple[list[Request], bool]:
-        """A request for each prompt and answer, and whether /generate would answer with a list."""
+        """Return a request for each prompt and answer, and whether /generate would answer with a list."""
         if unknown := [name for name, value in body.items() if value and name not in KNOWN]:
             raise BackendError(f"the engine in this process does not take {', '.join(unknown)}", 400)
         fields = Fields(body)
@@ -104,7 +104,7 @@ class EngineBackend(NativeBackend):
         return requests, is_list or len(requests) > 1
 
     async def _prompts(self, body: JSON) -> tuple[list[list[int]], bool]:
-        """Token ids of each prompt, and whether the body holds a list of prompts."""
+        """Return the token ids of each prompt, and whether the body holds a list of prompts."""
         text, ids = body.get("text"), body.get("input_ids")
         if (text is None) == (ids is None):
             raise InvalidRequest("give exactly one of text and input_ids")

@@ -21,7 +21,7 @@ class LiteLLM(OpenAI):
     def __init__(self, model_name: str, chat_template: ChatTemplate | None = None, **options: Any) -> None:
         super().__init__(model_name, True, chat_template, **options)
 
-    def connect(self, is_azure: bool, client_options: JSON) -> None:
+    def connect(self, _is_azure: bool, client_options: JSON) -> None:
         self.options = client_options  # the package connects with each call
 
     async def generate_stream(self, prompt: Prompt, params: GenParams) -> AsyncIterator[tuple[str, JSON]]:

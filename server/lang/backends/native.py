@@ -1,4 +1,4 @@
-"""What the two ways to our own engine share: requests in the shape of /generate, and `select`."""
+"""Common base of the two ways to our own engine: requests in the shape of /generate, and `select`."""
 
 import asyncio
 from abc import abstractmethod
@@ -16,7 +16,7 @@ class NativeBackend(BaseBackend):
     caches_prefixes = True
 
     def use_template(self, name: str | None, model_path: str) -> None:
-        """The one named, or named by a registered rule; else the served model's."""
+        """Use the template named, or named by a registered rule; else the served model's."""
         named = get_chat_template(name) if name is not None else get_chat_template_by_model_path(model_path)
         self.chat_template = named or ServedTemplate(self._render_or_refuse, self._bos_text)
         self._bos: str | None = None
@@ -25,22 +25,22 @@ class NativeBackend(BaseBackend):
 
     @abstractmethod
     async def post(self, body: JSON) -> Any:
-        """The answer of /generate to `body`: an object, or a list if it holds a list of prompts."""
+        """Return /generate's answer to `body`: an object, or a list if it holds a list of prompts."""
 
     @abstractmethod
     def post_stream(self, body: JSON) -> AsyncIterator[JSON]:
-        """/generate's events; their text is cumulative."""
+        """Yield /generate's events; their text is cumulative."""
 
     @abstractmethod
     async def render(self, messages: Sequence[JSON], add_generation_prompt: bool) -> str:
-        """The served model's prompt for `messages`. `BackendError` 400 if its template refuses them."""
+        """Return the served model's prompt for `messages`. `BackendError` 400 if its template refuses them."""
 
     @abstractmethod
     async def tokenize(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
     @abstractmethod
     async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """With special tokens."""
+        """Return the text of tokens, special ones included."""
 
     # ---- what programs ask for ----
 
@@ -59,9 +59,9 @@ class NativeBackend(BaseBackend):
         await self._read(text, images)
 
     async def _read(self, text: str, images: Sequence[Media]) -> int:
-        """Tokens of `text`, which the server has cached then."""
+        """Have the server cache `text`, and return its number of tokens."""
         answer = await self.post(_body(text, images, GenParams(max_new_tokens=0, temperature=0.0)))
-        return answer["meta_info"]["prompt_tokens"]
+        return int(answer["meta_info"]["prompt_tokens"])
 
     async def select(
         self, prompt: Prompt, choices: Sequence[str], temperature: float, method: ChoicesSamplingMethod
@@ -92,9 +92,9 @@ class NativeBackend(BaseBackend):
         )
 
     async def _logprobs(self, prompts: JSON, images: Sequence[Media], start: int) -> list[JSON]:
-        """An answer for each of `prompts`, with the log-probabilities of its tokens from `start` on."""
+        """Return an answer for each of `prompts`, with the log-probabilities of its tokens from `start` on."""
         count = len(next(iter(prompts.values())))
-        return await self.post(
+        answers: list[JSON] = await self.post(
             {
                 **prompts,
                 "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
@@ -104,6 +104,7 @@ class NativeBackend(BaseBackend):
                 **({"image_data": [[image.source for image in images]] * count} if images else {}),
             }
         )
+        return answers
 
     # ---- the served chat template ----
 
@@ -117,7 +118,7 @@ class NativeBackend(BaseBackend):
             raise TemplateRefused(f"{error}{hint}") from error
 
     async def _bos_text(self) -> str:
-        """What the server's tokenizer puts before any text."""
+        """Return the text that the server's tokenizer puts before any other."""
         if self._bos is None:
             with_special, plain = await asyncio.gather(self.tokenize("a", True), self.tokenize("a", False))
             num_before = next((i for i in range(len(with_special)) if with_special[i:][: len(plain)] == plain), 0)
@@ -126,7 +127,7 @@ class NativeBackend(BaseBackend):
 
 
 def _of_choice(entries: Sequence[Any], prompt: str) -> list[Any]:
-    """The tokens that belong to a choice; the first of `entries` is the last but one of the prompt's."""
+    """Return the tokens that belong to a choice; the first of `entries` is the last but one of the prompt's."""
     known = [entry for entry in entries if entry[0] is not None]
     return known[1:] if len(known) > 1 and prompt.endswith(known[0][2]) else known
 

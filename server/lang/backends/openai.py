@@ -63,7 +63,7 @@ class OpenAI(BaseBackend):
     async def select(
         self, prompt: Prompt, choices: Sequence[str], temperature: float, method: ChoicesSamplingMethod
     ) -> ChoicesDecision:
-        """By the log-probabilities of echoed prompts, which only completion models tell."""
+        """Select by the log-probabilities of echoed prompts, which only completion models report."""
         if self.is_chat:
             return await super().select(prompt, choices, temperature, method)
         if method.requires_unconditional_logprobs:
@@ -92,15 +92,16 @@ class OpenAI(BaseBackend):
             raise BackendError(str(error)) from error
 
     def _count(self, usage: Any) -> JSON:
-        """The answer's share of `token_usage`, as a dict."""
+        """Add to `token_usage`, and return the answer's share as a dict."""
         if usage is None:
             return {}
         for name in self.token_usage:
             self.token_usage[name] += getattr(usage, name)
-        return usage.model_dump()
+        share: JSON = usage.model_dump()
+        return share
 
     def request_of(self, params: GenParams) -> JSON:
-        """What differs from the API's defaults: some models refuse fields whatever their value."""
+        """Return the fields that differ from the API's defaults: some models refuse fields whatever their value."""
         refuse(params, ("return_logprob",), "a gen of this backend")
         request: JSON = {"max_tokens": params.max_new_tokens}
         own: JSON = {"min_p": params.min_p, "ignore_eos": params.ignore_eos, "regex": params.regex}
@@ -130,7 +131,7 @@ class OpenAI(BaseBackend):
 
 
 def _of_choice(logprobs: Any, choice: str) -> list[Any]:
-    """[log-probability, None, text] of each token that reaches into the choice, at the end of the echoed text."""
+    """Return [log-probability, None, text] of each token that reaches into the choice, the end of the echoed text."""
     ends = [*logprobs.text_offset[1:], logprobs.text_offset[-1] + len(logprobs.tokens[-1])]
     start = ends[-1] - len(choice)
     tokens = zip(logprobs.token_logprobs, logprobs.tokens, ends, strict=True)
@@ -138,7 +139,7 @@ def _of_choice(logprobs: Any, choice: str) -> list[Any]:
 
 
 def conversation(prompt: Prompt) -> list[JSON]:
-    """The messages to answer. `RuntimeError` where a program writes what no chat API can continue."""
+    """Return the messages to answer. `RuntimeError` where a program writes what no chat API can continue."""
     if prompt.role != "assistant" or prompt.role_text:
         raise RuntimeError(
             "a chat API answers whole messages: gen must come first in the assistant's message "
@@ -153,7 +154,7 @@ def conversation(prompt: Prompt) -> list[JSON]:
 
 
 def refuse(params: GenParams, names: Sequence[str], api: str) -> None:
-    """`NotImplementedError` if one of these fields is asked for: better than an answer without it."""
+    """Raise `NotImplementedError` if one of these fields is asked for: better than an answer without it."""
     if given := [name for name in names if getattr(params, name)]:
         raise NotImplementedError(f"{api} has no {', '.join(given)}")
 
@@ -162,7 +163,7 @@ DTYPE_PATTERNS = {int: r"[-+]?\d+", float: r"[-+]?\d*\.?\d+", bool: r"True|False
 
 
 def only(dtype: type | None, text: str) -> str:
-    """The part of a free answer that is a `dtype`, where an API cannot be held to it. `ValueError` if there is none."""
+    """Find the `dtype` in a free answer, where an API cannot be held to it. `ValueError` if there is none."""
     if dtype is None:
         return text
     found = re.search(DTYPE_PATTERNS[dtype], text)

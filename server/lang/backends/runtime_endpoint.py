@@ -52,7 +52,7 @@ class RuntimeEndpoint(NativeBackend):
         self.loop.on_close.append(self._session.close)
 
     async def call(self, method: str, path: str, body: JSON | None = None) -> Any:
-        """The server's answer: JSON, or text. `BackendError` with its status if it is not 200."""
+        """Return the server's answer: JSON, or text. `BackendError` with its status if it is not 200."""
         try:
             async with self._session.request(method, self.base_url + path, json=body) as response:
                 data = await response.read()
@@ -78,18 +78,18 @@ class RuntimeEndpoint(NativeBackend):
 
     async def render(self, messages: Sequence[JSON], add_generation_prompt: bool) -> str:
         body = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
-        return (await self.call("POST", "/tokenize", body))["prompt"]
+        return str((await self.call("POST", "/tokenize", body))["prompt"])
 
     async def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         body = {"prompt": text, "add_special_tokens": add_special_tokens}
-        return (await self.call("POST", "/tokenize", body))["tokens"]
+        return list((await self.call("POST", "/tokenize", body))["tokens"])
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         body = {"tokens": list(token_ids), "skip_special_tokens": False}
-        return (await self.call("POST", "/detokenize", body))["text"]
+        return str((await self.call("POST", "/detokenize", body))["text"])
 
     def get_model_name(self) -> str:
-        return self.model_info["model_path"]
+        return str(self.model_info["model_path"])
 
     def get_server_info(self) -> JSON:
         return self.loop.run(self.call("GET", "/get_server_info"))
@@ -124,7 +124,7 @@ def _check(status: int, data: bytes) -> None:
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[JSON]:
-    """Server-sent events up to [DONE]. A line may be long: the text so far is in each."""
+    """Yield server-sent events up to [DONE]. A line may be long: the text so far is in each."""
     rest = b""
     async for chunk in content.iter_any():
         *events, rest = (rest + chunk).split(b"\n\n")

@@ -1,0 +1,166 @@
+"""One answer in the shape of any API: the engine's deltas in, events or a JSON body out.
+
+`Answer` owns what every API shares: delivery (at once, or held and merged), the parser of reasoning and tool calls,
+the count of tokens, how the answer begins, ends and fails. An API's subclass only spells:
+
+    stream    begin  (text | parts)*  end        or, at any time, fail
+    no stream whole
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from aiohttp import web
+
+from engine.request import Delta, FinishReason, Logprobs, Request, ignore
+from server.http.live import LiveRequests, is_failure, written
+from server.http.sse import DONE, HEADERS, EventStream
+from server.parsers import AnswerDelta, AnswerParser
+from server.reading.protocol import Owner, json_response
+
+
+def failure_of(reason: FinishReason) -> tuple[int, str]:
+    """Return the HTTP status and the message of a request that failed."""
+    return reason.status_code or 500, reason.message or "the request failed"
+
+
+class Answer(ABC):
+    """The answer to one request, number `index` of its response."""
+
+    stream: EventStream  # set by the stream that it is written to
+
+    def __init__(self, index: int, request: Request, parser: AnswerParser | None = None) -> None:
+        """`parser`: splits the text into reasoning, text and tool calls; None: all of it is text."""
+        self.index, self.request, self.parser = index, request, parser
+        self.num_output_tokens = 0
+        self.reason: FinishReason | None = None  # set once the answer has ended, unless a stream failed
+        self.has_begun = False
+        self.is_finished = False
+        self._is_plain = False  # has begun, and all that follows is text
+        self._held: Delta | None = None
+
+    # ---- the spelling, by API ----
+
+    def begin(self) -> bytes:
+        """Return the events before the first of the answer's own."""
+        return b""
+
+    @abstractmethod
+    def text(self, delta: Delta) -> bytes:
+        """Return the events of a delta that is text and nothing else; empty if there is nothing to report yet."""
+
+    def parts(self, parts: AnswerDelta, logprobs: Logprobs | None) -> bytes:
+        """Return the events of what the parser found in a delta. Called on answers with a parser only."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def end(self, reason: FinishReason) -> bytes:
+        """Return the events after the last text or part."""
+
+    @abstractmethod
+    def fail(self, reason: FinishReason) -> bytes:
+        """Return the last events of an answer that failed, perhaps before it began."""
+
+    @abstractmethod
+    def whole(self, delta: Delta) -> Any:
+        """Return the JSON of an answer that is not streamed, from its only delta."""
+
+    # ---- from deltas to these ----
+
+    def sink(self, delta: Delta) -> None:
+        """Write a delta, or hold it. Called by the engine, at most once a step."""
+        stream = self.stream
+        if stream.is_direct and delta.finish_reason is None:
+            self.num_output_tokens += len(delta.token_ids)
+            stream.write(self.text(delta) if self._is_plain else self.events(delta))
+        else:
+            self._hold(delta)
+            stream.wake.set()
+
+    def events(self, delta: Delta) -> bytes:
+        """Return the events of a delta, ahead of them those that begin the answer."""
+        begun = b""
+        if not self.has_begun:
+            begun = self.begin()
+            self.has_begun, self._is_plain = True, self.parser is None
+        if self.parser is None:
+            return begun + self.text(delta)
+        return begun + self.parts(self.parser.push(delta.text), delta.logprobs)
+
+    def take_held(self) -> bytes:
+        """Return the events of all deltas held since the last call, as of one."""
+        delta, self._held = self._held, None
+        if delta is None:
+            return b""
+        self.num_output_tokens += len(delta.token_ids)
+        reason = delta.finish_reason
+        if reason is None:
+            return self.events(delta)
+        self.is_finished = True
+        if is_failure(reason):
+            return self.fail(reason)
+        self.reason = reason
+        news = self.events(delta)
+        if self.parser is not None:
+            news += self.parts(self.parser.finish(), None)
+        return news + self.end(reason)
+
+    def read_whole(self, delta: Delta) -> Any:
+        """Return the JSON of an answer that is not streamed, from its only delta."""
+        self.num_output_tokens, self.reason = len(delta.token_ids), delta.finish_reason
+        return self.whole(delta)
+
+    def _hold(self, delta: Delta) -> None:
+        if self.is_finished:
+            return
+        held = self._held
+        if held is None:
+            logprobs = None if delta.logprobs is None else Logprobs()
+            held = self._held = Delta(delta.request, "", [], None, logprobs)
+        held.text += delta.text
+        held.token_ids += delta.token_ids
+        held.finish_reason = delta.finish_reason
+        if delta.logprobs is not None:
+            if held.logprobs is None:
+                held.logprobs = Logprobs()
+            held.logprobs.token += delta.logprobs.token
+            held.logprobs.top += delta.logprobs.top
+            held.logprobs.token_ids += delta.logprobs.token_ids
+
+
+async def respond(
+    owner: Owner,
+    live: LiveRequests,
+    rid: str,
+    answers: Sequence[Answer],
+    *,
+    body: Callable[[list[Any]], Any],
+    tail: Callable[[], bytes] = lambda: DONE,
+    headers: Mapping[str, str] = HEADERS,
+) -> web.StreamResponse:
+    """Submit the requests of `answers`, all or none, and return the response, a stream if they stream.
+
+    `rid` stands for all of them. `body` makes the JSON of a response from that of each answer; `tail` and `headers`
+    are a stream's. Only an HTTP request may ask for a stream. Raises `RequestFailed` if an answer that is not
+    streamed failed, and any `EngineError` of a request that is refused.
+    """
+    requests = [answer.request for answer in answers]
+    if not requests[0].stream:
+        deltas = await live.answers(owner, rid, requests)
+
+        def write() -> web.Response:
+            return json_response(
+                body([answer.read_whole(delta) for answer, delta in zip(answers, deltas, strict=True)])
+            )
+
+        return await written(write, requests)
+    assert isinstance(owner, web.Request)
+    for answer in answers:
+        answer.request.sink = answer.sink
+    try:
+        async with live.submitted(owner, rid, requests):
+            return await EventStream(answers, tail, headers).run(owner)
+    finally:
+        for request in requests:  # a request that knows its answer is a cycle: it would wait for the garbage collector
+            request.sink = ignore

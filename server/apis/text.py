@@ -1,0 +1,105 @@
+"""SGLang's and vLLM's routes on text alone: into tokens and back, and the parts of an answer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from aiohttp import web
+
+from engine.engine import Engine
+from server.http.intake import paced
+from server.parsers import AnswerParser
+from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS, ReasoningParser
+from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
+from server.reading.chat import Chats
+from server.reading.protocol import JSON, Fields, check_token_ids, json_response, read_json
+from server.reading.tool_choice import read_tool_choice
+
+
+class TextApi:
+    def __init__(self, engine: Engine, chats: Chats) -> None:
+        self.engine, self.chats = engine, chats
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.post("/tokenize", self.tokenize),
+            web.post("/v1/tokenize", self.tokenize),
+            web.get("/tokenizer_info", self.tokenizer_info),
+            web.post("/detokenize", self.detokenize),
+            web.post("/v1/detokenize", self.detokenize),
+            web.post("/parse_function_call", self.parse_function_call),
+            web.post("/separate_reasoning", self.separate_reasoning),
+        ]
+
+    # ---- tokens ----
+
+    async def tokenize(self, http_request: web.Request) -> web.Response:
+        """Return the token ids of `prompt` (or `text`), a string or a list, or of `messages`, their prompt beside."""
+        body = await read_json(http_request)
+        answer: JSON = {"max_model_len": self.engine.context_length}
+        if body.has("messages"):
+            answer["prompt"] = self.chats.render(body)
+            tokens: Any = await self.engine.encode(answer["prompt"], add_special_tokens=False)
+        else:
+            name = "prompt" if body.has("prompt") else "text"
+            prompt = body.get(name)
+            add_special_tokens = body.flag("add_special_tokens", True)
+            texts = prompt if isinstance(prompt, list) else [prompt]
+            if not all(isinstance(text, str) for text in texts):
+                body.fail(name, "a string or a list of strings")
+            tokens = [await self.engine.encode(text, add_special_tokens) async for text in paced(texts)]
+            if not isinstance(prompt, list):
+                tokens = tokens[0]
+        is_batch = bool(tokens) and isinstance(tokens[0], list)
+        answer |= {"tokens": tokens, "count": [len(row) for row in tokens] if is_batch else len(tokens)}
+        return json_response(answer)
+
+    async def tokenizer_info(self, _: web.Request) -> web.Response:
+        """Return the needs of a client that renders conversations itself (vLLM's route)."""
+        tokenizer = self.engine.tokenizer
+        template = self.chats.template or tokenizer.chat_template
+        return json_response({**tokenizer.named_tokens, "chat_template": template})
+
+    async def detokenize(self, http_request: web.Request) -> web.Response:
+        """Return the text, under SGLang's name and vLLM's."""
+        body = await read_json(http_request)
+        ids, vocab_size = body.get("tokens"), self.engine.model_config.vocab_size
+        skip = body.flag("skip_special_tokens", True)
+        if isinstance(ids, list) and ids and isinstance(ids[0], list):
+            rows = [check_token_ids(row, vocab_size, f"tokens[{i}]") for i, row in enumerate(ids)]
+            texts = [self.engine.tokenizer.decode(row, skip_special_tokens=skip) async for row in paced(rows)]
+            return json_response({"text": texts, "prompt": texts})
+        row = check_token_ids(ids, vocab_size, "tokens")
+        text = self.engine.tokenizer.decode(row, skip_special_tokens=skip)
+        return json_response({"text": text, "prompt": text})
+
+    # ---- parts of an answer ----
+
+    async def parse_function_call(self, http_request: web.Request) -> web.Response:
+        """Find the calls of `tools` in `text`. Arguments are JSON text."""
+        body = await read_json(http_request)
+        name = self._parser_name(body, "tool_call_parser", (*TOOL_FORMATS, *TOOL_ALIASES), self.chats.tool_call_parser)
+        format_ = TOOL_FORMATS[TOOL_ALIASES.get(name, name)]()
+        parser = AnswerParser(None, read_tool_choice(Fields({"tools": body.array("tools")})).new_parser(format_))
+        parts = parser.parse(body.text("text"))
+        calls = [
+            {"tool_index": call.index, "name": call.name, "parameters": call.arguments} for call in parts.tool_calls
+        ]
+        return json_response({"normal_text": parts.text, "calls": calls})
+
+    async def separate_reasoning(self, http_request: web.Request) -> web.Response:
+        """Split `text` into reasoning and the rest."""
+        body = await read_json(http_request)
+        name = self._parser_name(
+            body, "reasoning_parser", (*REASONING_FORMATS, *REASONING_ALIASES), self.chats.reasoning_parser
+        )
+        format_ = REASONING_FORMATS[REASONING_ALIASES.get(name, name)]
+        parts = AnswerParser(ReasoningParser(format_, is_inside=format_.is_always), None).parse(body.text("text"))
+        return json_response({"reasoning_text": parts.reasoning, "text": parts.text})
+
+    @staticmethod
+    def _parser_name(body: Fields, field: str, known: Sequence[str], default: str | None) -> str:
+        """Return the parser that the body names, else the model's."""
+        name = body.text(field) or default
+        if name is None or name not in known:
+            body.fail(field, f"one of {', '.join(known)}")
+        return name
