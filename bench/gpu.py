@@ -62,7 +62,8 @@ from engine.model_config import ModelConfig
 from engine.models import build_model
 from engine.request import Delta, Request, SamplingParams
 from engine.schedule.plan import Plan
-from engine.step.batch import Shape, Stager
+from engine.step.batch import Stager
+from engine.step.fields import StepShape
 from kernels import flashinfer_attention
 
 # --- model folders ----------------------------------------------------------------------------------------------------
@@ -273,8 +274,8 @@ def our_logits(folder: Path, device: torch.device, backend: str, sequences: Sequ
             samples=np.arange(len(rows), dtype=np.int32),
             epochs=np.zeros(len(rows), np.int64),
         )
-        stager.upload(stager.write(plan, Shape.of(plan)))
-        batch = stager.views(Shape.of(plan), plan).batch
+        stager.upload(stager.write(plan, StepShape.of(plan)))
+        batch = stager.views(StepShape.of(plan), plan).batch
         logits = model.compute_logits(model(batch, pool)).float()
         for row, part in zip(rows, logits.split(q_lens.tolist()), strict=True):
             parts[row].append(part.clone())
@@ -385,7 +386,7 @@ async def serve_crowd(folder: Path, device: str, pool_tokens: int) -> Crowd:
         started = time.perf_counter()
         answers = await asyncio.gather(*(answer(i, prompt) for i, prompt in enumerate(prompts)))
         seconds = time.perf_counter() - started
-        engine.parts.scheduler.cache.check()
+        engine.parts.scheduler.held.check()
         stats = engine.stats().scheduler
         num_left = stats.num_total_tokens - stats.num_free_tokens - stats.num_cached_tokens
         return Crowd(prompts, answers, sum(map(len, answers)) / seconds, stats.num_retractions, num_left)

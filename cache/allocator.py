@@ -4,22 +4,9 @@ Page p is the slots p * page_size .. (p + 1) * page_size. Page 0 is never handed
 writes. A sequence owns whole pages and fills them in order, so token i sits at place i % page_size of its page.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 MAX_NUM_SLOTS = 1 << 31
-
-
-@dataclass(frozen=True, slots=True)
-class AllocatorStats:
-    num_free: int  # slots that can be handed out now
-    num_total: int  # slots that can be handed out at all: without page 0
-    page_size: int
-
-    @property
-    def num_used(self) -> int:
-        return self.num_total - self.num_free
 
 
 class PageAllocator:
@@ -96,9 +83,6 @@ class PageAllocator:
         # Reversed, as _pop reverses: a page list that is freed and allocated again keeps its order.
         self._free[self._num_free_pages : num_free] = pages[::-1]
         self._num_free_pages = num_free
-
-    def stats(self) -> AllocatorStats:
-        return AllocatorStats(self.num_free, self.num_total, self.page_size)
 
     def check(self, held: np.ndarray | None = None) -> None:
         """Raise AssertionError if a page is free twice or page 0 is free. Linear in num_pages: for tests and idle time.

@@ -250,14 +250,14 @@ class RadixCache:
 
     def slots(self) -> np.ndarray:
         """Every slot in the tree (int32 [num_cached]). Linear in the tree: for tests and idle time."""
-        return np.concatenate([NO_SLOTS, *(node.slots for node in self._nodes())])
+        return np.concatenate([NO_SLOTS, *(node.slots for node in self.nodes())])
 
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken. Linear in the tree: for tests and idle time."""
         num_nodes = num_evictable = num_locked = 0
         in_heap = {id(node) for _, _, node in self._heap}
         assert len(in_heap) == len(self._heap), "a node is in the heap twice"
-        for node in self._nodes():
+        for node in self.nodes():
             parent = node.parent
             assert parent is not None
             assert parent.children[node.key] is node
@@ -339,7 +339,8 @@ class RadixCache:
             node.in_heap = True
             heapq.heappush(self._heap, (node.last_access, next(self._serial), node))
 
-    def _nodes(self) -> Iterator[Node]:
+    def nodes(self) -> Iterator[Node]:
+        """Yield every node but the root, in no order."""
         stack = list(self.root.children.values())
         while stack:
             node = stack.pop()

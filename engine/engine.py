@@ -186,7 +186,7 @@ class Engine:
 
     @property
     def max_total_num_tokens(self) -> int:
-        return self.parts.scheduler.allocator.num_total
+        return self.parts.scheduler.held.allocator.num_total
 
     @property
     def context_length(self) -> int:
@@ -438,7 +438,7 @@ class Engine:
             status = "stopping"
         elif age > min(STUCK_AFTER_S, self.config.watchdog_timeout or STUCK_AFTER_S):
             status = "stuck"
-        return Health(status, age, now - oldest, len(scheduler.nodes), len(scheduler.waiting))
+        return Health(status, age, now - oldest, scheduler.num_running, len(scheduler.waiting))
 
     @property
     def _has_work(self) -> bool:
@@ -483,7 +483,7 @@ class Engine:
 
     def top_prefixes(self, k: int) -> list[Prefix]:
         """The k cached prefixes that were found most often, in full."""
-        return self.parts.scheduler.cache.top_prefixes(k, head_len=1 << 20)
+        return self.parts.scheduler.held.cache.top_prefixes(k, head_len=1 << 20)
 
     def _on_loop_end(self, task: asyncio.Task[None]) -> None:
         if task.cancelled():

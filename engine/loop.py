@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from engine.output import OutputProcessor
 from engine.request import FinishReason, Request
 from engine.schedule.plan import Plan, PrefillBudget, prefill_work
-from engine.schedule.scheduler import Outcome, Scheduler
+from engine.schedule.resolver import Outcome
+from engine.schedule.scheduler import Scheduler
 from engine.step.model_runner import ModelRunner, Step
 
 logger = logging.getLogger(__name__)
@@ -249,7 +250,7 @@ class StepLoop:
         False: that failed, and the step with it.
         """
         assert step.work.masked is not None
-        wanted = self.scheduler.matchers_of(step.plan, step.work.masked)
+        wanted = self.scheduler.resolver.matchers_of(step.plan, step.work.masked)
         if wanted is None:
             assert len(self._in_flight) > 1, "a token is waited for that no step brings"
             return True
@@ -260,7 +261,8 @@ class StepLoop:
             return False
         self._tell_end_of(step)
         for i, message in errors.items():
-            request = self.scheduler.request_of(step.plan, wanted[0][i])
+            plan = step.plan
+            request = self.scheduler.rows.request_at(plan.rows[plan.samples[wanted[0][i]]])
             self.abort(request, FinishReason("abort", message=f"the grammar failed: {message}", status_code=500))
         return True
 

@@ -71,7 +71,7 @@ class Maintenance:
         async with self._turn:
             self.is_paused = True
             await self.loop.pause()
-            num_running = len(self.parts.scheduler.nodes)
+            num_running = self.parts.scheduler.num_running
             if mode == ABORT:
                 return self.abort_all()
             if mode == RETRACT:
@@ -107,7 +107,7 @@ class Maintenance:
                 raise InvalidRequest(f"the weights of {model_path} cannot be served: {reason}", "model_path")
             async with self._still():
                 scheduler = self.parts.scheduler
-                num_running = len(scheduler.nodes)
+                num_running = scheduler.num_running
                 if abort_all_requests:
                     num_running = self.abort_all()
                 if flush_cache:

@@ -49,7 +49,7 @@ def check_pages(engine: Engine) -> None:
     assert (stats.num_running, stats.num_waiting, stats.num_held_tokens) == (0, 0, 0)
     assert stats.num_free_tokens + stats.num_cached_tokens == stats.num_total_tokens
     if not isinstance(engine, ReplicaSet):
-        engine.parts.scheduler.cache.check()
+        engine.parts.scheduler.held.check()
 
 
 def make_request(prompt: list[int], stream: bool = False, rid: str | None = None, **fields: Any) -> Request:
@@ -178,7 +178,7 @@ async def test_greedy_answers_equal_transformers_whatever_the_mix(
     is_small = options.get("max_total_tokens") == 200  # then all ask at once: a fast device would be done with most
     spread_s = 0.0 if is_small else 0.2
     monkeypatch.setattr(
-        "engine.schedule.scheduler.MIN_SHARED_TOKENS", 1
+        "engine.schedule.grouping.MIN_SHARED_TOKENS", 1
     )  # even short prefixes are read once for a group
     async with running_engine(tiny_llama, device=device, **options) as engine:
 
@@ -401,7 +401,7 @@ async def test_with_an_fp8_cache_too_greedy_answers_do_not_depend_on_the_mix(
     kv_cache_dtype: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("engine.schedule.scheduler.MIN_SHARED_TOKENS", 1)
+    monkeypatch.setattr("engine.schedule.grouping.MIN_SHARED_TOKENS", 1)
 
     async def answers(**options: Any) -> list[list[int]]:
         async with running_engine(tiny_llama, device=device, kv_cache_dtype=kv_cache_dtype, **options) as engine:

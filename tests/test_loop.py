@@ -19,7 +19,8 @@ from engine.request import Delta, FinishReason, Request, SamplingParams, Status
 from engine.schedule.plan import Plan
 from engine.schedule.rows import Rows
 from engine.schedule.scheduler import Scheduler
-from engine.step.batch import Shape, Staged
+from engine.step.batch import Staged
+from engine.step.fields import StepShape
 from engine.step.model_runner import Step
 from engine.step.sampler import SamplingWork
 from kernels.corun import CorunCosts
@@ -51,7 +52,7 @@ class ManualRunner:
             work,
             [],
             Staged(torch.empty(0), torch.empty(0)),
-            Shape.of(plan),
+            StepShape.of(plan),
             is_graph=False,
             launched_at=time.perf_counter(),
         )

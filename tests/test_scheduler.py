@@ -9,10 +9,11 @@ from cache.allocator import PageAllocator
 from cache.radix import NoCache, RadixCache
 from engine.errors import PromptTooLong, QueueFull
 from engine.request import FinishReason, Request, SamplingParams, Status
-from engine.schedule import scheduler
+from engine.schedule import policy
 from engine.schedule.plan import Plan, PrefillBudget, prefill_work
+from engine.schedule.resolver import Outcome
 from engine.schedule.rows import Rows
-from engine.schedule.scheduler import Outcome, Scheduler
+from engine.schedule.scheduler import Scheduler
 
 VOCAB = 1000
 EOS = 0
@@ -114,10 +115,11 @@ class Traffic:
     def check_pages(self) -> None:
         stats = self.scheduler.stats()
         assert stats.num_free_tokens + stats.num_cached_tokens + stats.num_held_tokens == stats.num_total_tokens
-        if not self.scheduler.nodes:
+        if not self.scheduler.num_running:
             assert stats.num_held_tokens == 0
             assert self.rows.num_free == self.rows.num_rows
-        self.cache.check()
+        assert self.scheduler.violations() == []
+        self.scheduler.held.check()
 
 
 def expected(prompt: list[int], num_tokens: int) -> list[int]:
@@ -156,7 +158,7 @@ def test_every_answer_is_the_one_it_would_get_alone(page_size: int, chunk: int, 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_answers_survive_a_pool_that_runs_out_again_and_again(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.schedule.scheduler.MIN_SHARED_TOKENS", 1)  # groups form and dissolve all the time
+    monkeypatch.setattr("engine.schedule.grouping.MIN_SHARED_TOKENS", 1)  # groups form and dissolve all the time
     rng = random.Random(seed)
     page_size = rng.choice([1, 1, 4])
     traffic = Traffic(64, num_rows=rng.choice([3, 6]), chunk=rng.choice([3, 9, 40]), page_size=page_size,
@@ -250,7 +252,7 @@ def test_each_policy_serves_everyone(policy: str) -> None:
 
 
 def test_a_request_that_matches_nothing_is_overtaken_only_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "MAX_OVERTAKEN", 5)
+    monkeypatch.setattr(policy, "MAX_OVERTAKEN", 5)
     traffic = Traffic(96, num_rows=1, policy="lpm")
     traffic.submit(list(range(1, 30)))
     traffic.run_all()
@@ -411,11 +413,11 @@ def test_a_scheduler_that_raises_ends_what_runs_and_serves_what_comes(monkeypatc
     def broken(*_: object) -> None:
         raise RuntimeError("injected")
 
-    monkeypatch.setattr(traffic.scheduler.allocator, "extend_each", broken)
+    monkeypatch.setattr(traffic.scheduler.held.allocator, "extend_each", broken)
     with pytest.raises(RuntimeError, match="injected"):
         traffic.step()
     assert traffic.scheduler.abandon(FinishReason("abort", status_code=500)) == running
-    traffic.allocator, traffic.cache = traffic.scheduler.allocator, traffic.scheduler.cache
+    traffic.allocator, traffic.cache = traffic.scheduler.held.allocator, traffic.scheduler.held.cache
     traffic.run_all()
     assert waiting.output_ids == expected([4] * 5, 9)
 

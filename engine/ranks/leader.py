@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,19 +21,40 @@ from engine.errors import EngineStopped, ModelError
 from engine.ranks.channel import ChannelReader, Payload, open_channel
 from engine.ranks.children import Children, Parent
 from engine.ranks.nodes import NodeLink, NodeLinks, open_store
-from engine.step.batch import Shape, plan_of
+from engine.step.batch import plan_of
+from engine.step.fields import StepShape
 from engine.step.model_runner import ModelRunner, PromptLogprobWork, Step
 from engine.step.sampler import SamplingWork
 from engine.upkeep import Upkeep, reason_of
 
 LOCALHOST = "127.0.0.1"
 PREFIX, STEP, ORDER = range(3)  # kinds of message: int32 arrays that begin with theirs
-NUM_STEP_FIELDS = 10
 ANSWER_KEY = "radixloop/order{}/rank{}"  # in the store: what has become of an order; empty: all is well
 ANSWER_POLL_S = 0.01
 
-
 RunRank = Callable[[Parent, EngineConfig, Path, int, str, int, ChannelReader], None]
+
+
+class StepHeader(NamedTuple):
+    """What a rank must know of a step beside its fields; travels as int32 numbers, in this order."""
+
+    shape: StepShape
+    is_graph: bool
+    num_samples: int  # without the shape's padding
+    is_plain: bool  # the most likely tokens are wanted, and every rank finds them
+    num_prompts: int  # chunks whose tokens' log-probabilities are wanted: (first token, count) each
+
+    def to_message(self) -> np.ndarray:
+        """Return the numbers as a message begins with them."""
+        return np.array([STEP, *self.shape, *self[1:]], np.int32)
+
+    @classmethod
+    def from_message(cls, message: np.ndarray) -> tuple["StepHeader", np.ndarray]:
+        """Return the header of a message of kind STEP, and what follows it."""
+        num_sizes = len(StepShape._fields)
+        end = num_sizes + len(cls._fields)
+        numbers = message[1:end].tolist()
+        return cls(StepShape._make(numbers[:num_sizes]), *numbers[num_sizes:]), message[end:]
 
 
 class Ranks:
@@ -75,10 +96,14 @@ class Ranks:
         for row, start, slots in step.plan.prefix_copies:
             self.send(np.array([PREFIX, row, start], np.int32), slots.astype(np.int32, copy=False))
         prompts = [(work.first_token, len(work.target_ids)) for work in step.prompt_work]
-        is_plain = step.work.is_plain and step.work.masked is None
-        fields = [STEP, *step.shape, step.is_graph, len(step.plan.samples), is_plain, len(prompts)]
-        assert len(fields) == NUM_STEP_FIELDS
-        self.send(np.array(fields, np.int32), np.array(prompts, np.int32).reshape(-1), step.staged.host.numpy())
+        header = StepHeader(
+            step.shape,
+            is_graph=step.is_graph,
+            num_samples=len(step.plan.samples),
+            is_plain=step.work.is_plain and step.work.masked is None,
+            num_prompts=len(prompts),
+        )
+        self.send(header.to_message(), np.array(prompts, np.int32).reshape(-1), step.staged.host.numpy())
 
     def order(self, name: str, **arguments: Any) -> int:
         """Have every rank do `Upkeep.do(name, **arguments)`, after the steps announced before. For `wait_done`."""
@@ -206,19 +231,18 @@ def follow(runner: ModelRunner, plans: ChannelReader, follower: Follower) -> Non
         if message[0] == ORDER:
             follower.obey(*json.loads(message[1:].tobytes()))
             continue
-        _, *sizes, is_graph, num_samples, is_plain, num_prompts = message[:NUM_STEP_FIELDS].tolist()
-        shape = Shape._make(sizes)
-        prompts = message[NUM_STEP_FIELDS:][: 2 * num_prompts].reshape(-1, 2).tolist()
-        written = message[NUM_STEP_FIELDS + 2 * num_prompts :]
-        plan = plan_of(written, shape, num_samples)
+        header, rest = StepHeader.from_message(message)
+        prompts = rest[: 2 * header.num_prompts].reshape(-1, 2).tolist()
+        written = rest[2 * header.num_prompts :]
+        plan = plan_of(written, header.shape, header.num_samples)
         plan.prefix_copies, prefix_copies = prefix_copies, []
         step = Step(
             plan=plan,
-            work=SamplingWork(num_samples, is_greedy=bool(is_plain)),
+            work=SamplingWork(header.num_samples, is_greedy=bool(header.is_plain)),
             prompt_work=[PromptLogprobWork(None, 0, first, np.zeros(count, np.int64)) for first, count in prompts],
             staged=runner.stager.copy(written),
-            shape=shape,
-            is_graph=bool(is_graph),
+            shape=header.shape,
+            is_graph=bool(header.is_graph),
             launched_at=time.perf_counter(),
         )
         with torch.cuda.stream(runner.stream), torch.inference_mode():

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from engine.request import Request
+from engine.schedule.cohort import Cohort
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,9 @@ class Plan:
     num_decodes: int
     samples: np.ndarray  # int64 [S], indices into B of the requests whose next token is sampled
     epochs: np.ndarray  # int64 [B], of the rows when scheduled
+    # Who decodes, if they are all that the step is for: each computes one token, and one of each is sampled. The same
+    # object from step to step while nobody comes or goes.
+    cohort: Cohort | None = None
     prefix_copies: list[tuple[int, int, np.ndarray]] = field(default_factory=list)  # (row, start, cached slots)
     prompt_logprobs: list[tuple[int, Request, int]] = field(default_factory=list)  # (b, request, first position)
     pooled: list[tuple[int, Request, int]] = field(default_factory=list)  # (b, request, first position)
@@ -39,6 +43,7 @@ class Plan:
     answering: list[Request] = field(default_factory=list)  # whose prompt ends with this step
     groups: Groups | None = None
     num_jumps: int = 0  # requests with several tokens of their answer
+    num_drafts: np.ndarray | None = None  # int64 [S], tokens of each sampled one that are guesses; None: of nobody
 
     @property
     def num_tokens(self) -> int:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from engine.schedule.plan import Groups, Plan
-from engine.step.batch import Shape, StagedBatch, Stager
+from engine.step.batch import StagedBatch, Stager
+from engine.step.fields import StepShape
 
 
 class Ladder(NamedTuple):
@@ -81,10 +82,10 @@ class StepGraphs:
         self.grouped_sizes = _coarse(self.batch_sizes)
         self.ladders = fitting_ladders(sizes.max_prompt_tokens, sizes.max_tokens, sizes.max_requests)
         self._stager, self._run, self._meet = stager, run, meet
-        self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, StagedBatch]] = {}
+        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, StagedBatch]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def shape_for(self, plan: Plan) -> Shape | None:
+    def shape_for(self, plan: Plan) -> StepShape | None:
         """Of the graph that serves `plan`, or None: it is larger than any, or asks for what no graph does."""
         if plan.pooled:
             return None
@@ -108,9 +109,9 @@ class StepGraphs:
                 return _prefill_shape(ladder, ladder.num_tokens[bisect.bisect_left(ladder.num_tokens, num_tokens)])
         return None
 
-    def eager_shape(self, plan: Plan) -> Shape:
+    def eager_shape(self, plan: Plan) -> StepShape:
         """Of a step that no graph serves."""
-        shape = Shape.of(plan)
+        shape = StepShape.of(plan)
         if not self.ladders or plan.is_decode or plan.pooled:
             return shape
         return rounded_up(shape, self._stager.max_tokens)
@@ -124,7 +125,7 @@ class StepGraphs:
                 sizes.append(largest := size)
         return sizes
 
-    def _families(self) -> list[tuple[Sequence[int], Callable[[int], Shape]]]:
+    def _families(self) -> list[tuple[Sequence[int], Callable[[int], StepShape]]]:
         """(sizes, the shape of one): of each ladder, of decode steps with groups, of those without."""
         return [
             *((ladder.num_tokens, functools.partial(_prefill_shape, ladder)) for ladder in self.ladders),
@@ -147,18 +148,18 @@ class StepGraphs:
         self.grouped_sizes = self._capture_sizes(*of_grouped)
         self.batch_sizes = self._capture_sizes(*of_decodes)
 
-    def _capture_sizes(self, sizes: Sequence[int], shape_of: Callable[[int], Shape]) -> list[int]:
+    def _capture_sizes(self, sizes: Sequence[int], shape_of: Callable[[int], StepShape]) -> list[int]:
         """Those to use. The graphs of all stay: each rank measures for itself, and what rank 0 finds counts."""
         took_ms = [self._capture_padding(shape_of(size)) for size in reversed(sizes)]
         return useful_sizes(sizes, took_ms[::-1])
 
-    def replay(self, shape: Shape) -> tuple[torch.Tensor, torch.Tensor, StagedBatch]:
+    def replay(self, shape: StepShape) -> tuple[torch.Tensor, torch.Tensor, StagedBatch]:
         """(logits, their argmax, the batch) of the staged plan; overwritten by the next replay of any graph."""
         graph, logits, greedy, staged = self._graphs[shape]
         graph.replay()
         return logits, greedy, staged
 
-    def _capture_padding(self, shape: Shape) -> float:
+    def _capture_padding(self, shape: StepShape) -> float:
         """Returns the milliseconds of a replay."""
         self._capture(shape, self._example(shape))
         self._meet()  # else the time would be that of waiting for the others
@@ -169,12 +170,12 @@ class StepGraphs:
         end.synchronize()
         return begin.elapsed_time(end)
 
-    def _example(self, shape: Shape) -> StagedBatch:
+    def _example(self, shape: StepShape) -> StagedBatch:
         plan = _example_plan(shape)
         self._stager.upload(self._stager.write(plan, shape))
         return self._stager.views(shape, plan, is_for_graph=True)
 
-    def _capture(self, shape: Shape, staged: StagedBatch) -> None:
+    def _capture(self, shape: StepShape, staged: StagedBatch) -> None:
         """Capture the staged plan's shape."""
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
@@ -240,7 +241,7 @@ def fitting_ladders(max_prompt_tokens: int, max_tokens: int, max_requests: int) 
     return ladders
 
 
-def rounded_up(shape: Shape, max_tokens: int) -> Shape:
+def rounded_up(shape: StepShape, max_tokens: int) -> StepShape:
     """A step with prompts, as one of few sizes.
 
     For each number of rows libraries look for a kernel anew, and load it at its first use, which waits until the device
@@ -257,13 +258,13 @@ def _round_up(num_tokens: int) -> int:
     return -(-num_tokens // step) * step
 
 
-def _decode_shape(size: int, has_groups: bool) -> Shape:
-    return Shape(size, 0, 0, size, has_groups)
+def _decode_shape(size: int, has_groups: bool) -> StepShape:
+    return StepShape(size, 0, 0, size, has_groups)
 
 
-def _prefill_shape(ladder: Ladder, num_tokens: int) -> Shape:
+def _prefill_shape(ladder: Ladder, num_tokens: int) -> StepShape:
     num_samples = ladder.num_decodes + ladder.num_prompts
-    return Shape(ladder.num_decodes, ladder.num_prompts, num_tokens, num_samples, ladder.has_groups)
+    return StepShape(ladder.num_decodes, ladder.num_prompts, num_tokens, num_samples, ladder.has_groups)
 
 
 class _Borrowed:
@@ -284,7 +285,7 @@ def _without_ownership(tensor: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(_Borrowed(tensor), device=tensor.device).view(tensor.dtype)
 
 
-def _example_plan(shape: Shape) -> Plan:
+def _example_plan(shape: StepShape) -> Plan:
     """All decodes are padding: row 0, token 0, slot 0, no groups. One prompt, likewise, has all prompt tokens."""
     num_decodes, num_prompts = shape.num_decodes, min(shape.num_prefills, 1)
     lens = np.array([1] * num_decodes + [shape.num_prefill_tokens] * num_prompts, np.int32)

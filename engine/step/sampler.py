@@ -69,20 +69,22 @@ class Sampler:
         self._seed = torch.zeros(size, dtype=torch.int64, device=device)
         self._counts: torch.Tensor | None = None  # int16 [num_rows + 1, vocab_size], made for the first who needs it
         self._version = -1
-        # Of the last step whose requests wanted nothing but the most likely token.
-        self._plain_rows, self._plain_work = np.empty(0, np.int64), SamplingWork(0, is_greedy=True)
+        # The last cohort that wanted nothing but the most likely token, and its work. Never None, as plans' may be.
+        self._plain_cohort: object = self
+        self._plain_work = SamplingWork(0, is_greedy=True)
 
     # ---- on the event loop: what does this plan need? ----
 
     def plan_work(self, plan: Plan) -> SamplingWork:
         rows = self.rows
-        if plan.rows is self._plain_rows:  # still the same requests
+        if plan.cohort is self._plain_cohort:
             return self._plain_work
         sampled = plan.rows[plan.samples]
         is_greedy = np.count_nonzero(rows.is_greedy[sampled]) == len(sampled)
         work = SamplingWork(len(sampled), is_greedy=is_greedy)
         if is_greedy and not np.count_nonzero(rows.has_extras[sampled]):  # for a few rows much faster than any()
-            self._plain_rows, self._plain_work = plan.rows, work
+            if plan.cohort is not None:
+                self._plain_cohort, self._plain_work = plan.cohort, work
             return work
         needs_tables = not work.is_greedy
         if rows.has_penalties[sampled].any():
