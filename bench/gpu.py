@@ -386,7 +386,7 @@ async def serve_crowd(folder: Path, device: str, pool_tokens: int) -> Crowd:
         started = time.perf_counter()
         answers = await asyncio.gather(*(answer(i, prompt) for i, prompt in enumerate(prompts)))
         seconds = time.perf_counter() - started
-        engine.parts.scheduler.held.check()
+        engine.parts.scheduler.check()
         stats = engine.stats().scheduler
         num_left = stats.num_total_tokens - stats.num_free_tokens - stats.num_cached_tokens
         return Crowd(prompts, answers, sum(map(len, answers)) / seconds, stats.num_retractions, num_left)

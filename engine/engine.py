@@ -46,6 +46,8 @@ class Health:
     oldest_queued_s: float
     num_running: int
     num_queued: int
+    num_violations: int = 0
+    """Mistakes in the bookkeeping of KV slots and rows, found while idle: see the log. None is expected."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,7 +440,8 @@ class Engine:
             status = "stopping"
         elif age > min(STUCK_AFTER_S, self.config.watchdog_timeout or STUCK_AFTER_S):
             status = "stuck"
-        return Health(status, age, now - oldest, scheduler.num_running, len(scheduler.waiting))
+        num_violations = self._loop.stats.num_violations
+        return Health(status, age, now - oldest, scheduler.num_running, len(scheduler.waiting), num_violations)
 
     @property
     def _has_work(self) -> bool:

@@ -145,9 +145,8 @@ class OutputProcessor:
         """Make the text of the newest tokens, up to a stop; tokens after it are none of the answer's."""
         unsent, stream = request.unsent, request.text_stream
         if not request.wants_tokens:
-            request.new_token_ids = self.scheduler.rows.output_ids(
-                request, 0 if unsent is None else len(unsent.token_ids)
-            )
+            num_read = 0 if unsent is None else len(unsent.token_ids)
+            request.new_token_ids = self.scheduler.rows.output_ids(request, num_read)
         token_ids = request.new_token_ids
         if not token_ids:
             return

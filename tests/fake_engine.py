@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from aiohttp.test_utils import TestClient, TestServer
 
-from cache.radix import Prefix
+from cache.radix import Prefix, RadixStats
 from engine.errors import EngineStopped, InvalidRequest, PromptTooLong, QueueFull
 from engine.request import Delta, FinishReason, Logprobs, Request, Status, TokenLogprob
 from engine.text.grammar import GrammarStats
@@ -81,6 +81,7 @@ class FakeHealth:
     oldest_queued_s: float = 0.0
     num_running: int = 0
     num_queued: int = 0
+    num_violations: int = 0
 
 
 @dataclass
@@ -95,6 +96,7 @@ class FakeSchedulerStats:
     num_retractions: int = 0
     num_prompt_tokens: int = 100
     num_hit_tokens: int = 40
+    cache: RadixStats = field(default_factory=lambda: RadixStats(3, 500, 100, 9, 120, 40, 60))
 
 
 @dataclass
@@ -102,6 +104,7 @@ class FakeLoopStats:
     num_generated_tokens: int = 7
     num_steps: int = 4
     num_failed_steps: int = 0
+    num_violations: int = 0
     schedule_s: float = 0.001
     launch_s: float = 0.002
     resolve_s: float = 0.003

@@ -49,7 +49,7 @@ def check_pages(engine: Engine) -> None:
     assert (stats.num_running, stats.num_waiting, stats.num_held_tokens) == (0, 0, 0)
     assert stats.num_free_tokens + stats.num_cached_tokens == stats.num_total_tokens
     if not isinstance(engine, ReplicaSet):
-        engine.parts.scheduler.held.check()
+        engine.parts.scheduler.check()
 
 
 def make_request(prompt: list[int], stream: bool = False, rid: str | None = None, **fields: Any) -> Request:

@@ -351,6 +351,7 @@ class ReplicaSet(Engine):
             max(one.oldest_queued_s for one in reports),
             sum(one.num_running for one in reports),
             sum(one.num_queued for one in reports),
+            sum(one.num_violations for one in reports),
         )
 
     def progress(self) -> tuple[int, ...] | None:

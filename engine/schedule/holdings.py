@@ -131,15 +131,16 @@ class Holdings:
         Constant work but for `num_held`: for idle time. See `check` for more.
         """
         found = []
-        free, cached, held, total = (
-            self.allocator.num_free, self.cache.num_evictable, self.num_held, self.allocator.num_total
-        )  # fmt: skip
-        if free + cached + held != total:
-            found.append(f"{free} free + {cached} cached + {held} held slots are {free + cached + held} of {total}")
+        total = self.allocator.num_total
+        num_lost = total - self.allocator.num_free - self.cache.num_evictable - self.num_held
+        if num_lost:  # said without what changes from step to step: one mistake is one message
+            what = "neither free, cached nor held" if num_lost > 0 else "counted twice among free, cached and held"
+            found.append(f"{abs(num_lost)} of {total} KV slots are {what}")
         if not self.nodes and self.cache.num_locked:
             found.append(f"{self.cache.num_locked} cached tokens are locked, and no request runs")
-        if num_lost := np.count_nonzero(self.num_slots) - sum(self.num_slots[row] > 0 for row in self.nodes):
-            found.append(f"{num_lost} rows hold slots, and no request runs in them")
+        num_stray = np.count_nonzero(self.num_slots) - sum(self.num_slots[row] > 0 for row in self.nodes)
+        if num_stray:
+            found.append(f"{num_stray} rows hold KV slots, and no request runs in them")
         return found
 
     def check(self) -> None:
@@ -147,7 +148,6 @@ class Holdings:
 
         Every page is free, in the tree, or a row's own, and one of these only; every lock is a running request's.
         """
-        assert not self.violations(), "; ".join(self.violations())
         self.cache.check()
         own = [self._rows.slots[row, self.cached_lens[row] : self.num_slots[row]] for row in self.nodes]
         self.allocator.check(np.concatenate([self.cache.slots(), *own]))

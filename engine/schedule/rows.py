@@ -140,7 +140,10 @@ class Rows:
         request.num_forced_tokens -= num_tokens
 
     def free(self, row: int) -> None:
-        """Take the row back, and put the answer's tokens into the request. Steps still in flight for it are recognized by its old epoch."""
+        """Take the row back, and put the answer's tokens into the request.
+
+        Steps still in flight for it are recognized by its old epoch.
+        """
         request = self.requests[row]
         assert request is not None
         request.output_ids = self.output_ids(request)

@@ -401,6 +401,14 @@ class Scheduler:
             found.append(f"{num_taken} rows are taken, and {self.num_running} requests run")
         return found
 
+    def check(self) -> None:
+        """Raise AssertionError if an invariant is broken: `violations`, and page by page. Linear in the pool: for
+        tests.
+        """
+        found = self.violations()
+        assert not found, "; ".join(found)
+        self.held.check()
+
     def stats(self) -> SchedulerStats:
         held = self.held
         return SchedulerStats(
