@@ -112,7 +112,7 @@ class Maintenance:
                     num_running = self.abort_all()
                 if flush_cache:
                     scheduler.retract_all()
-                    scheduler.drop_cache()
+                    scheduler.held.drop_cache()
                 await self._do_everywhere("adopt")
                 self.model_path = model_path
                 self.weight_version = weight_version or self.weight_version
@@ -177,7 +177,7 @@ class Maintenance:
             self.released |= new_tags
             if KV_CACHE in new_tags:
                 self.parts.scheduler.retract_all()
-                self.parts.scheduler.drop_cache()
+                self.parts.scheduler.held.drop_cache()
             await self._do_everywhere("release", tags=sorted(new_tags))
 
     @whole

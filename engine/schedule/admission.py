@@ -4,7 +4,7 @@ import numpy as np
 
 from engine.errors import PromptTooLong
 from engine.request import Request
-from engine.schedule.cohort import Decoding
+from engine.schedule.decoding import Decoding
 from engine.schedule.holdings import Holdings
 from engine.schedule.rows import Rows
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from cache.radix import Match
 from engine.request import Request
-from engine.schedule.cohort import Decoding
+from engine.schedule.decoding import Decoding
 from engine.schedule.holdings import Holdings
 from engine.schedule.plan import Plan, PrefillBudget
 from engine.schedule.rows import Rows

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engine.request import FinishReason, Request, Status
-from engine.schedule.cohort import Cohort, Decoding
+from engine.schedule.cohort import Cohort
+from engine.schedule.decoding import Decoding
 from engine.schedule.holdings import Holdings
 from engine.schedule.plan import Plan
 from engine.schedule.rows import Rows

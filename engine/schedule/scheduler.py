@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from cache.allocator import PageAllocator
-from cache.radix import Match, RadixCache, RadixStats
+from cache.radix import NO_SLOTS, Match, RadixCache, RadixStats
 from engine.request import FinishReason, Request, Status
 from engine.schedule.admission import Admission
-from engine.schedule.cohort import Decoding
+from engine.schedule.decoding import Decoding
 from engine.schedule.fairness import FairShares, Queue
 from engine.schedule.grouping import PrefixGroups
 from engine.schedule.holdings import Holdings, shared_node
@@ -32,8 +32,6 @@ from engine.schedule.policy import QueueOrder
 from engine.schedule.prefill import Chunk, Prompts, add_chunks
 from engine.schedule.resolver import Outcome, Resolver
 from engine.schedule.rows import Rows
-
-_NO_INDICES = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,7 @@ class Scheduler:
     ) -> None:
         self.rows = rows
         self.held = Holdings(rows, allocator, cache)
-        self.decoding = Decoding(rows)
+        self.decoding = Decoding(rows, self.held)
         self.prompts = Prompts(rows, self.held, self.decoding)
         self.prefilling = self.prompts.unfinished
         self.admission = Admission(rows, self.held, self.decoding, self.prefilling, conservativeness)
@@ -97,10 +95,6 @@ class Scheduler:
         self.groups = PrefixGroups(self.held)
         self.resolver = Resolver(rows, self.held, self.decoding, is_eos, self.finish)
         self.chunked_prefill_size = max(chunked_prefill_size, allocator.page_size)
-        # Of decodes only the number differs: plans take as much of these as they need.
-        self._one_each = np.ones(rows.num_rows, np.int64)
-        self._each = np.arange(rows.num_rows)
-        self._unknown = np.full(rows.num_rows, -1, np.int32)
         self.num_retractions = self.num_prompt_tokens = self.num_admitted = 0
 
     # ---- requests come and go ----
@@ -132,10 +126,6 @@ class Scheduler:
             return False
         self.held.drop_cache()
         return True
-
-    def drop_cache(self) -> None:
-        """Forget every prefix. Nothing may be running."""
-        self.held.drop_cache()
 
     def retract_all(self) -> None:
         """Queue all that runs again, to be computed anew."""
@@ -180,7 +170,7 @@ class Scheduler:
         live = decoding.current or decoding.cohort
         decodes = live.rows
         if len(decodes) and not decoding.count_plain_step():
-            num_missing = self._num_missing()
+            num_missing = decoding.num_missing()
             if np.count_nonzero(num_missing == 1) < len(decodes):
                 jumping, decodes = decodes[num_missing > 1], decodes[num_missing == 1]
                 if len(jumping):
@@ -198,7 +188,7 @@ class Scheduler:
             return None
         self.admission.on_step()
 
-        plan = self._plan_decodes(decodes, computed, slots)
+        plan = decoding.plan(decodes, computed, slots)
         if chunks:
             add_chunks(plan, chunks, rows)
             plan.num_jumps = sum(len(jump) > 1 for jump in jumps)
@@ -210,11 +200,6 @@ class Scheduler:
             rows.num_tokens[plan.rows[plan.samples]] += 1
         plan.groups = self.groups.find(decodes, plan.epochs, cohort)
         return plan
-
-    def _num_missing(self) -> np.ndarray:
-        """Return the tokens that each decoding row has yet to compute before it can sample."""
-        live, rows = self.decoding.rows, self.rows
-        return np.minimum(rows.num_tokens[live], rows.compute_limit[live]) - rows.num_computed[live]
 
     def _jump_chunks(self, jumping: np.ndarray) -> Iterator[Chunk]:
         """Cut forced tokens of `jumping` rows: as many as a step has room for, of each one at least."""
@@ -256,25 +241,7 @@ class Scheduler:
                 victim = rows.request_at(decodes[-1])
                 decodes = decodes[:-1]
                 self._retract(victim)
-        return decodes, decodes, self._unknown[:0]  # nothing of any
-
-    def _plan_decodes(self, decodes: np.ndarray, computed: np.ndarray, slots: np.ndarray) -> Plan:
-        rows, decoding, count = self.rows, self.decoding, len(decodes)
-        rows.num_computed[decodes] = self.held.num_slots[decodes] = seq_lens = computed + 1
-        input_ids = self._unknown[:count]
-        if (decoding.current or decoding.cohort).has_extras:  # forced tokens, perhaps, which no step has sampled
-            is_known = computed < rows.num_known[decodes]
-            input_ids = np.where(is_known, rows.token_ids[decodes, computed], input_ids)
-        return Plan(
-            rows=decodes,
-            q_lens=self._one_each[:count],
-            seq_lens=seq_lens,
-            input_ids=input_ids,
-            out_cache_loc=slots,
-            num_decodes=count,
-            samples=self._each[:count],
-            epochs=_NO_INDICES,
-        )
+        return decodes, decodes, NO_SLOTS  # nothing of any
 
     def _prefill_chunks(self, budget: PrefillBudget, *, may_wait: bool) -> Iterator[Chunk]:
         """Cut chunks of prompts already begun, then of waiting requests that fit, until `budget` is spent.
@@ -362,7 +329,7 @@ class Scheduler:
         for request in failed:
             self.finish(request, reason)
         self.retract_all()
-        self.drop_cache()  # it names tokens that the step never stored
+        self.held.drop_cache()  # it names tokens that the step never stored
         return failed
 
     def abandon(self, reason: FinishReason) -> list[Request]:

@@ -86,17 +86,10 @@ class Sampler:
             if plan.cohort is not None:
                 self._plain_cohort, self._plain_work = plan.cohort, work
             return work
-        needs_tables = not work.is_greedy
         if rows.has_penalties[sampled].any():
-            needs_tables = True
             work.penalized = np.flatnonzero(rows.has_penalties[sampled])
-            for row in sampled[work.penalized].tolist():
-                if not rows.is_counted[row]:
-                    rows.is_counted[row] = True
-                    request = rows.requests[row]
-                    assert request is not None
-                    tokens = rows.token_ids[row, : rows.num_known[row]].astype(np.int64)
-                    work.new_counts.append((row, tokens[: request.prompt_len], tokens[request.prompt_len :]))
+            work.new_counts = self._new_counts(sampled[work.penalized])
+        needs_tables = not is_greedy or work.penalized is not None
         if needs_tables and self._version != rows.sampling_version:
             self._version = rows.sampling_version
             floats = (
@@ -110,24 +103,27 @@ class Sampler:
             work.masked = np.flatnonzero(rows.has_mask[sampled])
         if rows.wants_logprobs[sampled].any():
             work.logprob_samples = np.flatnonzero(rows.wants_logprobs[sampled])
-            requests = [rows.requests[row] for row in sampled[work.logprob_samples].tolist()]
-            work.num_top_logprobs = max(request.top_logprobs_num for request in requests if request)
-            num_ids = max(len(request.token_ids_logprob) for request in requests if request)
-            if num_ids:
-                work.logprob_ids = np.zeros((len(requests), num_ids), np.int64)
-                for i, request in enumerate(requests):
-                    assert request is not None
-                    work.logprob_ids[i, : len(request.token_ids_logprob)] = request.token_ids_logprob
+            requests = rows.requests_of(sampled[work.logprob_samples])
+            work.num_top_logprobs = max(request.top_logprobs_num for request in requests)
+            work.logprob_ids = _padded([request.token_ids_logprob for request in requests])
         return work
+
+    def _new_counts(self, penalized: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """Return (row, prompt ids, output ids) of those rows whose tokens the device has not counted."""
+        rows, new = self.rows, []
+        for row in penalized[~rows.is_counted[penalized]].tolist():
+            rows.is_counted[row] = True
+            prompt_len = rows.request_at(row).prompt_len
+            tokens = rows.token_ids[row, : rows.num_known[row]].astype(np.int64)
+            new.append((row, tokens[:prompt_len], tokens[prompt_len:]))
+        return new
 
     def _logit_edits(self, plan: Plan, sampled: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         samples: list[int] = []
         ids: list[int] = []
         values: list[float] = []
         for s in np.flatnonzero(self.rows.has_logit_edits[sampled]).tolist():
-            request = self.rows.requests[sampled[s]]
-            assert request is not None
-            params = request.sampling_params
+            params = self.rows.request_at(sampled[s]).sampling_params
             edits = dict(params.logit_bias)
             if plan.seq_lens[plan.samples[s]] < self.rows.min_tokens[sampled[s]]:
                 edits |= dict.fromkeys([*self.eos_token_ids, *params.stop_token_ids], -np.inf)
@@ -197,3 +193,14 @@ class Sampler:
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def _padded(lists: list[list[int]]) -> np.ndarray | None:
+    """Return the lists as int64 [len(lists), longest], padded with 0; None if all are empty."""
+    longest = max(map(len, lists))
+    if not longest:
+        return None
+    padded = np.zeros((len(lists), longest), np.int64)
+    for line, values in zip(padded, lists, strict=True):
+        line[: len(values)] = values
+    return padded
