@@ -36,7 +36,7 @@ RunRank = Callable[[Parent, EngineConfig, Path, int, str, int, ChannelReader], N
 
 
 class StepHeader(NamedTuple):
-    """What a rank must know of a step beside its fields; travels as int32 numbers, in this order."""
+    """Say of a step what its fields do not; travels as int32 numbers, in this order."""
 
     shape: StepShape
     is_graph: bool
@@ -45,7 +45,7 @@ class StepHeader(NamedTuple):
     num_prompts: int  # chunks whose tokens' log-probabilities are wanted: (first token, count) each
 
     def to_message(self) -> np.ndarray:
-        """Return the numbers as a message begins with them."""
+        """Return the numbers that a message begins with: int32, the kind first."""
         return np.array([STEP, *self.shape, *self[1:]], np.int32)
 
     @classmethod
@@ -58,7 +58,7 @@ class StepHeader(NamedTuple):
 
 
 class Ranks:
-    """The ranks of this host, as processes, but for rank 0; on the first host also the way to other hosts' ranks."""
+    """Run the ranks of this host but rank 0 as processes; on the first host, also reach other hosts' ranks."""
 
     def __init__(self, config: EngineConfig, folder: Path, run: RunRank, on_failure: Callable[[str], object]) -> None:
         """run: what a rank does, given its parent, the configuration, the model's folder, its rank, host and port of
@@ -113,7 +113,7 @@ class Ranks:
         return self._num_orders
 
     def wait_done(self, order: int) -> dict[int, str]:
-        """The ranks that could not do it, and why. Blocks. `EngineStopped` if one ended meanwhile."""
+        """Return the ranks that could not do it, and why. Blocks. Raises `EngineStopped` if one ended meanwhile."""
         keys = {rank: ANSWER_KEY.format(order, rank) for rank in range(1, self._size)}
         while not self.store.check(list(keys.values())):
             if self._children.failure is not None:
@@ -125,13 +125,13 @@ class Ranks:
         return {rank: reason for rank, reason in reasons.items() if reason}
 
     def send(self, *parts: Payload) -> None:
-        """One message to all ranks."""
+        """Send one message to all ranks."""
         self._plans.send(*parts)
         if self._nodes is not None:
             self._nodes.send(*parts)
 
     def fail(self, error: BaseException, what: str = "a step") -> None:
-        """`what` failed here, half way: the ranks are no longer in step with each other."""
+        """Report that `what` failed here, half way: the ranks are no longer in step with each other."""
         self._children.fail(f"rank 0 failed in {what}: {type(error).__name__}: {error}")
 
     def close(self, close_comm: Callable[[], None]) -> None:
@@ -147,11 +147,11 @@ class Ranks:
             self._children.kill()
 
     def abandon(self, error: BaseException) -> BaseException:
-        """`error` ended the start: end the ranks. Returns what is to be told, which may be what happened to one."""
+        """End the ranks after `error` ended the start. Returns the error to report, perhaps what happened to one."""
         return self._children.abandon(error)
 
     def _find_hung(self) -> str | None:
-        """A rank that takes up no step although there is one, as after SIGSTOP."""
+        """Return the description of a rank that takes up no step although there is one, as after SIGSTOP."""
         now = time.monotonic()
         for i, (num_sent, since) in enumerate(self._last_look):
             num_unread = self._plans.num_unread(i)
@@ -168,7 +168,7 @@ def join_store(host: str, port: int) -> dist.TCPStore:
 
 
 def run_node(config: EngineConfig, run: RunRank, on_progress: Callable[[str], None]) -> None:
-    """What a host but the first does: run its ranks until the first one ends. `ModelError` if one fails."""
+    """Run the ranks of a host but the first until one ends. Raises `ModelError` if one fails."""
     link = NodeLink(config, open_store(config))
     told = json.loads(link.receive())
     own = {name: getattr(config, name) for name in ("model_path", "download_dir", "node_rank", "base_gpu_id")}
@@ -191,13 +191,13 @@ def run_node(config: EngineConfig, run: RunRank, on_progress: Callable[[str], No
 
 
 class Follower:
-    """A rank but 0, and how it does what it is told beside steps."""
+    """Carry out, on a rank but 0, the orders that are not steps."""
 
     def __init__(self, rank: int, store: dist.TCPStore, upkeep: Upkeep) -> None:
         self._rank, self._store, self._upkeep = rank, store, upkeep
 
     def obey(self, order: int, name: str, arguments: dict[str, Any]) -> None:
-        """A failure that leaves this rank unlike the others is raised: it ends the server."""
+        """Do what rank 0 orders. Raises a failure that leaves this rank unlike the others: it ends the server."""
         if name == "read":  # takes long, and steps go on
             threading.Thread(target=self._read, args=(order, arguments), daemon=True).start()
             return
@@ -217,7 +217,7 @@ class Follower:
 
 
 def follow(runner: ModelRunner, plans: ChannelReader, follower: Follower) -> None:
-    """Do all that rank 0 announces, until it closes the channel."""
+    """Run all that rank 0 announces, until it closes the channel."""
     prefix_copies: list[tuple[int, int, np.ndarray]] = []
     while True:
         try:

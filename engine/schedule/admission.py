@@ -1,4 +1,4 @@
-"""Whether a request fits: ever, and now beside what runs, whose answers grow."""
+"""Room for requests: whether one can ever fit, and whether it fits now beside running ones, whose answers grow."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ NUM_DECAY_STEPS = 600  # in which the reserved share of answers falls from its f
 
 
 class Admission:
-    """Estimates how many slots what runs will need, by the answers' limits and by what became of earlier ones.
+    """Estimate the slots that running requests will need, from their limits and from what became of earlier ones.
 
     new_token_ratio: the share of an answer's limit that is reserved. It falls step by step, and rises when slots
     have run out.
@@ -72,7 +72,10 @@ class Admission:
         return growth + held.page_size * (len(live) + len(self._prefilling) + 1)
 
     def _growth_with(self, request: Request, num_shared: int) -> float:
-        """Return the slots that these will probably need."""
+        """Return the slots that they will probably need, likewise.
+
+        num_shared: leading tokens of `request` that others hold too.
+        """
         rows, held, live = self._rows, self._held, self._decoding.rows
         is_known = rows.runs_to_limit[live]
         known, others = live[is_known], live[~is_known]

@@ -9,7 +9,7 @@ from engine.schedule.rows import Rows
 
 
 class Cohort:
-    """Some running requests, and what stays the same of them while they run.
+    """Hold some running requests, and what stays the same of them while they run.
 
     Two steps are of the same requests if their plans name the same cohort: compare with `is`. Nobody writes to it.
     """

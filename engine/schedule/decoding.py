@@ -1,4 +1,4 @@
-"""Which requests are past their prompt, and the plan of their next tokens."""
+"""The requests past their prompt, and the plan of their next tokens."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ _NO_INDICES = np.empty(0, np.int64)
 
 
 class Decoding:
-    """The requests past their prompt, oldest first, and for how many steps each has just one token to compute."""
+    """Keep the requests past their prompt, oldest first, and count the steps in which each has one token to compute."""
 
     def __init__(self, tables: Rows, held: Holdings) -> None:
         self.rows = np.empty(0, np.int64)  # never written to: another array when others are
@@ -28,7 +28,7 @@ class Decoding:
 
     @property
     def cohort(self) -> Cohort:
-        """Exactly these requests; the same object until others are."""
+        """Exactly these requests: one object until somebody comes or goes."""
         if self.current is None:
             tables, rows = self._tables, self.rows
             self.current = Cohort(tables, rows)

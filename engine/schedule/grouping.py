@@ -1,4 +1,4 @@
-"""Which decoding requests share a cached prefix that is worth reading once for all of them."""
+"""Groups of decoding requests that share a cached prefix worth reading once for all of them."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ MIN_SHARED_TOKENS = 2048  # reads of shared KV a step must save for the grouped 
 
 
 class PrefixGroups:
-    """Remembers the groups of the last step, which stay while its decoding requests do."""
+    """Group decoding requests, and remember the last step's groups, which stay while its requests do."""
 
     def __init__(self, held: Holdings) -> None:
         self._held = held

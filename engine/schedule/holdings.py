@@ -1,4 +1,4 @@
-"""Which KV slots running requests hold: leading ones that the tree owns and shares, the others each its own."""
+"""The KV slots of running requests: leading ones that the tree owns and shares, the others each request's own."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from engine.schedule.rows import Rows
 
 
 class Holdings:
-    """Moves slots between the pool's free pages, the tree, and the rows of running requests.
+    """Move slots between the pool's free pages, the tree, and the rows of running requests.
 
     Of a row, slots [0, cached_lens) are the tree's, which `nodes` keeps locked; [cached_lens, num_slots) are its own.
     Both are 0 for rows that nobody runs in.
@@ -45,7 +45,7 @@ class Holdings:
             self.num_slots[row] = max(num_cached, int(self.num_slots[row]))
 
     def extend(self, row: int, stop: int) -> bool:
-        """Have slots for the first `stop` tokens, evicting what nobody uses. False: the pool has no room just now."""
+        """Allocate slots for the first `stop` tokens, evicting what nobody uses. False: the pool has no room."""
         have, slots = int(self.num_slots[row]), self._rows.slots
         if stop <= have:
             return True
@@ -126,9 +126,9 @@ class Holdings:
         return self.cache.num_locked + int((num_pages * self.page_size - self.cached_lens).sum())
 
     def violations(self) -> list[str]:
-        """Return what is wrong with the bookkeeping: pages that nobody accounts for, locks of nobody. [] if nothing.
+        """Return the mistakes in the bookkeeping: pages that nobody accounts for, locks of nobody. [] if none.
 
-        Constant work but for `num_held`: for idle time. See `check` for more.
+        Does not look at pages and nodes one by one, as `check` does: for idle time.
         """
         found = []
         total = self.allocator.num_total

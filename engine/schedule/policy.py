@@ -1,4 +1,4 @@
-"""In which order requests that wait are admitted, as far as priorities and clients' shares leave it open."""
+"""The order in which waiting requests are admitted, as far as priorities and clients' shares leave it open."""
 
 import random
 from collections import Counter
@@ -13,7 +13,7 @@ MAX_OVERTAKEN = 256  # requests that the policy may admit before one that came e
 
 
 class QueueOrder:
-    """Sorts the queue when requests have come: a tree that grows in between is worth less than matching it again."""
+    """Sort the queue when requests have come: a tree that grows in between gains less than matching it again costs."""
 
     def __init__(self, policy: str, held: Holdings, rng: random.Random) -> None:
         """policy: as --schedule-policy; rng: shuffles for the policy "random"."""

@@ -14,7 +14,7 @@ from engine.schedule.rows import Rows
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Known tokens [start, stop) of a request; those of [known, start) are cached, which is news to the device."""
+    """Name known tokens [start, stop) of a request; those of [known, start) are cached, which is news to the device."""
 
     request: Request
     known: int
@@ -27,7 +27,7 @@ class Chunk:
 
 
 class Prompts:
-    """Cuts prompts into chunks. A prompt whose last chunk is cut joins the decoding requests."""
+    """Cut prompts into chunks. A request whose last chunk is cut joins the decoding ones."""
 
     def __init__(self, rows: Rows, held: Holdings, decoding: Decoding) -> None:
         self._rows, self._held, self._decoding = rows, held, decoding
@@ -63,7 +63,7 @@ class Prompts:
     def _span(
         self, request: Request, num_cached: int, num_computed: int, num_tokens: int, budget: PrefillBudget
     ) -> tuple[int, int]:
-        """Return which tokens of `num_tokens` come next: [start, stop).
+        """Return the tokens of `num_tokens` that come next: [start, stop).
 
         The last token is computed even when cached, for its logits; so are tokens whose log-probabilities are wanted,
         and all for a mean of their states. They are written again, the same values, to the slots they have.
@@ -103,7 +103,7 @@ def add_chunks(plan: Plan, chunks: list[Chunk], rows: Rows) -> None:
 
 
 def _note_request(plan: Plan, b: int, chunk: Chunk, rows: Rows) -> None:
-    """Note in `plan` what its request number `b` wants beside tokens, and what the device does not know of it."""
+    """Note in `plan` what its request number `b` wants beside tokens, and slots that are news to the device."""
     request, row = chunk.request, chunk.request.row
     if chunk.start > chunk.known:
         plan.prefix_copies.append((row, chunk.known, rows.slots[row, chunk.known : chunk.start].copy()))

@@ -1,4 +1,4 @@
-"""What a step's tokens mean once they are known: answers grow, grammars move on, requests end."""
+"""A step's tokens once they are known: answers grow, grammars move on, requests end."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ _NO_INDICES = np.empty(0, np.int64)
 
 @dataclass(slots=True)
 class Outcome:
-    """What a resolved step means to those who wait: new tokens, and requests that ended."""
+    """Report a resolved step to those who wait: new tokens, and requests that ended."""
 
     requests: list[Request] = field(default_factory=list)  # that want to see their tokens; again for each token
     token_ids: list[int] = field(default_factory=list)  # each one's newest; of several, the oldest first
@@ -31,7 +31,7 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Runs:
-    """New tokens of N running requests, several each: number i has tokens[i, :lens[i]]."""
+    """Hold new tokens of N running requests, several each: number i has tokens[i, :lens[i]]."""
 
     rows: np.ndarray  # int64 [N]
     places: np.ndarray  # int64 [N], where the first one stands
@@ -42,7 +42,7 @@ class _Runs:
 
 
 class Resolver:
-    """Takes in sampled tokens: accepts those that are not stale, finds the ends, moves grammars on, finishes."""
+    """Take in sampled tokens: accept those that are not stale, find the ends, move grammars on, finish."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Resolver:
         self._is_eos, self._finish = is_eos, finish
 
     def resolve(self, plan: Plan, tokens: np.ndarray, num_accepted: np.ndarray | None = None) -> Outcome:
-        """Take in what `plan` sampled.
+        """Take in the tokens that `plan` sampled.
 
         tokens: int32 [S], -1 where the logits were not finite. Or [S, 1 + D], of a plan with `num_drafts`: then
         num_accepted, int [S] from 1 to 1 + D, says how many of each request's are right.
@@ -109,7 +109,7 @@ class Resolver:
             ends[i] |= tokens[i] in self._rows.request_at(sampled[i]).sampling_params.stop_token_ids
 
     def _advance_grammars(self, outcome: Outcome, sampled: np.ndarray, tokens: np.ndarray, ends: np.ndarray) -> None:
-        """Move matchers on by their new token. Tokens that this forces join their requests, some of which end here."""
+        """Move matchers on by their new token, add the tokens that this forces, finish answers that it completes."""
         rows = self._rows
         for i in np.flatnonzero(rows.has_matcher[sampled] & (tokens >= 0)).tolist():
             request, token = rows.request_at(sampled[i]), int(tokens[i])
@@ -125,8 +125,9 @@ class Resolver:
                 outcome.finished.append(request)
 
     def _advance(self, request: Request, token: int) -> tuple[list[int], FinishReason | None]:
-        """Move the request's matcher on by its newest token. Returns what that forces, now known, and the end, if it
-        is.
+        """Move the request's matcher on by its newest token.
+
+        Returns the tokens that this forces, now known, and the reason if the answer has come to its end.
         """
         row, matcher = request.row, request.matcher
         assert matcher is not None
@@ -176,7 +177,7 @@ class Resolver:
     # ---- several tokens each ----
 
     def _resolve_runs(self, plan: Plan, tokens: np.ndarray, num_accepted: np.ndarray) -> Outcome:
-        """As `resolve`, where the step has verified drafts: each request gains a run of tokens."""
+        """Take in the tokens of a step that verified drafts: each request gains a run of them. See `resolve`."""
         rows, outcome = self._rows, Outcome()
         runs = self._accept_runs(plan, tokens.astype(np.int64), num_accepted)
         grammar_ends = self._advance_runs(outcome, runs)
@@ -242,8 +243,9 @@ class Resolver:
 
     @staticmethod
     def _advance_quietly(request: Request, tokens: list[int]) -> tuple[int, FinishReason] | None:
-        """Move the matcher on by `tokens`, behind which more is known. Returns the number that the answer's end leaves
-        of them, and the end, if it comes.
+        """Move the matcher on by `tokens`, behind which more is known.
+
+        Returns the number of them that the answer keeps and the reason, if it comes to its end here.
         """
         assert request.matcher is not None
         for num_tokens, token in enumerate(tokens, start=1):
@@ -270,8 +272,9 @@ class Resolver:
     # ---- what is known so far ----
 
     def matchers_of(self, plan: Plan, masked: np.ndarray) -> tuple[list[int], list[Matcher]] | None:
-        """Return those of the samples `masked` that are still wanted, and their matchers; None: a token before one of
-        them is still on the device.
+        """Return those of the samples `masked` that are still wanted, and their matchers.
+
+        None if a token before one of them is still on the device.
         """
         rows = self._rows
         b = plan.samples[masked]

@@ -17,7 +17,7 @@ from engine.request import TOP_K_ALL, Request
 
 
 class Rows:
-    """Tables of `num_rows` requests (row 0 apart) of at most `max_len` tokens each.
+    """Hold tables of `num_rows` requests (row 0 apart) of at most `max_len` tokens each.
 
     Of a row, tokens [0, num_known) have reached the host; [num_known, num_tokens) are promised by launched steps and
     exist only on the device; [0, num_computed) have (or will have, once those steps ran) their KV in `slots`.
@@ -108,13 +108,13 @@ class Rows:
         return row
 
     def request_at(self, row: int) -> Request:
-        """Return whose row it is; somebody's it must be."""
+        """Return the request that runs in `row`. There must be one."""
         request = self.requests[row]
         assert request is not None
         return request
 
     def requests_of(self, rows: np.ndarray) -> list[Request]:
-        """Return whose rows they are, all of them somebody's."""
+        """Return the requests that run in `rows`, one in each."""
         return cast("list[Request]", list(map(self.requests.__getitem__, rows.tolist())))
 
     def append(self, row: int, tokens: list[int]) -> None:
@@ -154,7 +154,7 @@ class Rows:
 
 
 def _sparse_table(num_rows: int, num_columns: int) -> np.ndarray:
-    """int32 zeros, of which only pages written to cost memory.
+    """Return int32 zeros, of which only pages written to cost memory.
 
     Small pages: numpy would ask for huge ones, and the first token of a row would wait 0.2 ms for 2 MB to be cleared.
     """

@@ -1,4 +1,4 @@
-"""Which tokens the next step computes. Decides and nothing else: no device, no event loop, no clock.
+"""The choice of the tokens that the next step computes: no device, no event loop, no clock.
 
 One identity explains it: a step moves each request's `num_computed` towards `num_tokens`. A prompt, a chunk of a
 prompt, the next token of an answer are sizes of the same difference. Everything a launched step will do to the
@@ -45,23 +45,25 @@ class SchedulerStats:
     num_total_tokens: int
     """KV slots of the pool."""
     num_free_tokens: int
+    """Slots in free pages."""
     num_cached_tokens: int
-    """Held by the tree alone: reusable, and evictable at once."""
+    """Slots that the tree alone holds: reusable, and evictable at once."""
     num_held_tokens: int
-    """In pages of running requests, shared or not; counted by who holds them."""
+    """Slots in pages of running requests, shared or not; counted by who holds them."""
     num_retractions: int
     """Times that a request lost its slots and was queued again."""
     num_prompt_tokens: int
     """Tokens of the prompts admitted so far."""
     num_hit_tokens: int
-    """Of num_prompt_tokens, those found in the cache."""
+    """Those of num_prompt_tokens that were found in the cache."""
     new_token_ratio: float
     """Share of the running answers' limits that is reserved for them."""
     cache: RadixStats
+    """The prefix tree's own."""
 
 
 class Scheduler:
-    """Admits, plans, retracts and ends requests; the parts it holds know the rest.
+    """Admit, plan, retract and end requests; the parts it holds know the rest.
 
     `held` knows who holds which slots, `decoding` who is past the prompt, `prompts` who is not and how a prompt is
     cut, `admission` who fits, `order` and `shares` who goes next, `groups` who shares a prefix, `resolver` what
@@ -273,8 +275,9 @@ class Scheduler:
             yield chunk
 
     def _admit(self, request: Request) -> Match | None:
-        """Let `request` run if its prompt, and probably its answer, fit beside what runs. Returns what is cached of
-        its prompt, None if it has to wait.
+        """Let `request` run if its prompt, and probably its answer, fit beside what runs.
+
+        Returns the cached part of its prompt, None if it has to wait.
         """
         tokens, cache = request.all_token_ids(), self.held.cache
         match = cache.match(tokens, request.extra_key)
@@ -333,10 +336,11 @@ class Scheduler:
         return failed
 
     def abandon(self, reason: FinishReason) -> list[Request]:
-        """End what may be the cause after `schedule` itself raised: nobody knows how far it came. Returns the ended.
+        """End what may be the cause after `schedule` itself raised, since nobody knows how far it came.
 
-        They are all that run, since no slot's owner is certain any more, and without any the first in the queue, which
-        would raise again. Pool and cache start afresh; steps still in flight are recognized by their epochs.
+        Returns the ended requests: all that run, since no slot's owner is certain any more, and without any the first
+        in the queue, which would raise again. Pool and cache start afresh; steps still in flight are recognized by
+        their epochs.
         """
         ended = self.running_requests()
         for request in ended:
@@ -361,7 +365,7 @@ class Scheduler:
         return self.resolver.resolve(plan, tokens, num_accepted)
 
     def violations(self) -> list[str]:
-        """Return what is wrong with the bookkeeping of slots and rows; [] if nothing. For idle time."""
+        """Return the mistakes in the bookkeeping of slots and rows, [] if there are none. For idle time."""
         found = self.held.violations()
         num_taken = self.rows.num_rows - self.rows.num_free
         if num_taken != self.num_running:
@@ -369,9 +373,7 @@ class Scheduler:
         return found
 
     def check(self) -> None:
-        """Raise AssertionError if an invariant is broken: `violations`, and page by page. Linear in the pool: for
-        tests.
-        """
+        """Raise AssertionError if `violations` or a look at each page and node finds a mistake. Linear: for tests."""
         found = self.violations()
         assert not found, "; ".join(found)
         self.held.check()

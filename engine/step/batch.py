@@ -18,7 +18,7 @@ NUM_STAGING_BUFFERS = 4  # steps that may be under way when the next is staged, 
 
 @dataclass(slots=True)
 class SharedPrefixes:
-    """Groups of decoding requests whose first tokens live in the same slots, so that attention reads them once.
+    """Group decoding requests whose first tokens live in the same slots, so that attention reads them once.
 
     Request i of the step belongs to at most one group. `members` lists request indices group after group.
     """
@@ -31,7 +31,7 @@ class SharedPrefixes:
 
 @dataclass(slots=True)
 class ForwardBatch:
-    """What one forward reads. T tokens of B requests; the requests with exactly one token come first.
+    """Hold all that one forward reads: T tokens of B requests, those with exactly one token first.
 
     Device tensors are views of one staging buffer and stay valid until the next step is launched.
     """
@@ -53,7 +53,7 @@ class ForwardBatch:
 
 
 class StagedBatch(NamedTuple):
-    """A step's tensors on the device, and what is sampled: S of its requests."""
+    """Hold a step's tensors on the device, and what is sampled: S of its requests."""
 
     batch: ForwardBatch
     sample_tokens: torch.Tensor  # int32 [S], whose logits are wanted: indices into the T tokens
@@ -70,14 +70,14 @@ BATCH_FIELDS, SAMPLE_FIELDS, GROUP_FIELDS = map(_fields_of, (ForwardBatch, Stage
 
 
 class Staged(NamedTuple):
-    """A plan laid out in pinned memory, and where on the device it goes: int32 [N]."""
+    """Hold a plan laid out in pinned memory, and its place on the device: int32 [N]."""
 
     host: torch.Tensor
     device: torch.Tensor
 
 
 class _Decodes:
-    """A step of decodes in a staging buffer, where the next one of the same cohort changes four fields."""
+    """Remember a step of decodes in a staging buffer, where the next one of the same cohort changes four fields."""
 
     def __init__(self, plan: Plan, shape: StepShape, host: dict[str, np.ndarray], staged: Staged) -> None:
         self._cohort, self._groups, self._shape = plan.cohort, plan.groups, shape
@@ -89,7 +89,7 @@ class _Decodes:
         self.staged = staged
 
     def precede(self, plan: Plan, shape: StepShape) -> bool:
-        """Is `plan` a step of the same cohort, groups and shape?"""
+        """Return whether `plan` is a step of the same cohort, groups and shape."""
         return plan.cohort is self._cohort and plan.groups is self._groups and shape == self._shape
 
     def write_next(self, plan: Plan) -> None:
@@ -100,7 +100,7 @@ class _Decodes:
 
 
 class Stager:
-    """Turns plans into batches. A batch of the same shape always lies at the same device addresses."""
+    """Turn plans into batches. A batch of the same shape always lies at the same device addresses."""
 
     def __init__(self, max_tokens: int, max_requests: int, slot_table: torch.Tensor) -> None:
         size = max_size(max_tokens, 2 * max_requests)  # the steps of a warm-up may have more requests than any plan

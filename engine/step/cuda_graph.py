@@ -22,7 +22,7 @@ from engine.step.fields import StepShape
 
 
 class Ladder(NamedTuple):
-    """Sizes of graphs for steps with prompt chunks."""
+    """List the sizes of graphs for steps with prompt chunks."""
 
     num_decodes: int  # at most
     num_prompts: int  # chunks at most
@@ -54,14 +54,14 @@ GROUPED_SIZE_RATIO = 1.3  # of neighbours on the ladder of decode steps with sha
 
 
 def default_batch_sizes(largest: int) -> list[int]:
-    """1, 2, 4, then steps of an eighth to a quarter: padding costs little, and so does capturing."""
+    """Return 1, 2, 4, then steps of an eighth to a quarter: padding costs little, and so does capturing."""
     fine = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32)]
     sizes = [*fine, *range(256, 512, 64), *range(512, largest + 1, 128)]
     return [size for size in sizes if size <= largest] or [largest]
 
 
 class GraphSizes(NamedTuple):
-    """What steps may be captured."""
+    """Limit the steps that may be captured."""
 
     batch_sizes: list[int]  # of decode steps
     max_prompt_tokens: int  # of a step that has any
@@ -86,7 +86,7 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def shape_for(self, plan: Plan) -> StepShape | None:
-        """Of the graph that serves `plan`, or None: it is larger than any, or asks for what no graph does."""
+        """Return the shape of the graph that serves `plan`. None: it is too large, or asks for what no graph does."""
         if plan.pooled:
             return None
         num_decodes, num_samples = plan.num_decodes, len(plan.samples)
@@ -110,14 +110,14 @@ class StepGraphs:
         return None
 
     def eager_shape(self, plan: Plan) -> StepShape:
-        """Of a step that no graph serves."""
+        """Return the shape of a step that no graph serves."""
         shape = StepShape.of(plan)
         if not self.ladders or plan.is_decode or plan.pooled:
             return shape
         return rounded_up(shape, self._stager.max_tokens)
 
     def eager_sizes(self) -> list[int]:
-        """The numbers of tokens of steps that are too large for a graph."""
+        """Return the numbers of tokens of steps that are too large for a graph."""
         sizes: list[int] = []
         if self.ladders:
             largest = max(ladder.num_tokens[-1] for ladder in self.ladders)
@@ -126,7 +126,7 @@ class StepGraphs:
         return sizes
 
     def _families(self) -> list[tuple[Sequence[int], Callable[[int], StepShape]]]:
-        """(sizes, the shape of one): of each ladder, of decode steps with groups, of those without."""
+        """Return (sizes, the shape of one) of each ladder, of decode steps with groups, of those without."""
         return [
             *((ladder.num_tokens, functools.partial(_prefill_shape, ladder)) for ladder in self.ladders),
             (self.grouped_sizes, functools.partial(_decode_shape, has_groups=True)),
@@ -134,14 +134,14 @@ class StepGraphs:
         ]
 
     def run_all(self) -> None:
-        """An example of each shape, without a graph."""
+        """Run an example of each shape, without a graph."""
         for sizes, shape_of in self._families():
             for size in sizes:
                 self._run(self._example(shape_of(size)))
                 torch.cuda.synchronize()  # the staging buffer is used again
 
     def capture_all(self) -> None:
-        """After `run_all`. The largest first, since the smaller ones then fit into the memory it took."""
+        """Capture all shapes, after `run_all`. The largest first: the smaller ones then fit into the memory it took."""
         *of_ladders, of_grouped, of_decodes = self._families()
         for i, family in reversed(list(enumerate(of_ladders))):
             self.ladders[i] = self.ladders[i]._replace(num_tokens=tuple(self._capture_sizes(*family)))
@@ -149,18 +149,21 @@ class StepGraphs:
         self.batch_sizes = self._capture_sizes(*of_decodes)
 
     def _capture_sizes(self, sizes: Sequence[int], shape_of: Callable[[int], StepShape]) -> list[int]:
-        """Those to use. The graphs of all stay: each rank measures for itself, and what rank 0 finds counts."""
+        """Capture all `sizes` and return those to use.
+
+        The graphs of all stay: each rank measures for itself, and what rank 0 finds counts.
+        """
         took_ms = [self._capture_padding(shape_of(size)) for size in reversed(sizes)]
         return useful_sizes(sizes, took_ms[::-1])
 
     def replay(self, shape: StepShape) -> tuple[torch.Tensor, torch.Tensor, StagedBatch]:
-        """(logits, their argmax, the batch) of the staged plan; overwritten by the next replay of any graph."""
+        """Replay the staged plan: (logits, their argmax, the batch), overwritten by the next replay of any graph."""
         graph, logits, greedy, staged = self._graphs[shape]
         graph.replay()
         return logits, greedy, staged
 
     def _capture_padding(self, shape: StepShape) -> float:
-        """Returns the milliseconds of a replay."""
+        """Capture a step of padding and return the milliseconds of a replay."""
         self._capture(shape, self._example(shape))
         self._meet()  # else the time would be that of waiting for the others
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -189,7 +192,7 @@ class StepGraphs:
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A CUDA graph that the collector destroys (an earlier engine's) would break the capture that goes on."""
+    """Keep the collector from destroying a CUDA graph (an earlier engine's), which would break a capture."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -200,7 +203,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _coarse(batch_sizes: list[int]) -> list[int]:
-    """The largest of them, and those that are well below the next one kept."""
+    """Return the largest of them, and those that are well below the next one kept."""
     kept = batch_sizes[-1:]
     for size in reversed(batch_sizes):
         if size * GROUPED_SIZE_RATIO <= kept[0]:
@@ -209,7 +212,7 @@ def _coarse(batch_sizes: list[int]) -> list[int]:
 
 
 def useful_sizes(sizes: Sequence[int], took_ms: Sequence[float]) -> list[int]:
-    """Those of `sizes`, ascending, to which no larger one is preferable.
+    """Return those of `sizes`, ascending, to which no larger one is preferable.
 
     For some sizes libraries choose kernels that are slower than those for more.
     """
@@ -223,7 +226,7 @@ def useful_sizes(sizes: Sequence[int], took_ms: Sequence[float]) -> list[int]:
 
 
 def fitting_ladders(max_prompt_tokens: int, max_tokens: int, max_requests: int) -> list[Ladder]:
-    """Those of LADDERS that can be of use, cut to the limits: see `StepGraphs`."""
+    """Return those of LADDERS that can be of use, cut to the limits: see `StepGraphs`."""
     ladders: list[Ladder] = []
     for ladder in LADDERS:
         num_decodes = min(ladder.num_decodes, max_requests)
@@ -242,7 +245,7 @@ def fitting_ladders(max_prompt_tokens: int, max_tokens: int, max_requests: int) 
 
 
 def rounded_up(shape: StepShape, max_tokens: int) -> StepShape:
-    """A step with prompts, as one of few sizes.
+    """Return the shape of a step with prompts as one of few sizes.
 
     For each number of rows libraries look for a kernel anew, and load it at its first use, which waits until the device
     is idle: they do so at the start for these.
@@ -253,7 +256,7 @@ def rounded_up(shape: StepShape, max_tokens: int) -> StepShape:
 
 
 def _round_up(num_tokens: int) -> int:
-    """To one of eight sizes between powers of 2."""
+    """Return the next of eight sizes between powers of 2."""
     step = 1 << max(num_tokens.bit_length() - 4, 0)
     return -(-num_tokens // step) * step
 
@@ -268,7 +271,7 @@ def _prefill_shape(ladder: Ladder, num_tokens: int) -> StepShape:
 
 
 class _Borrowed:
-    """Device memory that numpy-like libraries may look at (CUDA array interface, version 3)."""
+    """Show device memory to numpy-like libraries (CUDA array interface, version 3)."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         shape = (*tensor.shape[:-1], tensor.shape[-1] * tensor.itemsize)
@@ -278,7 +281,7 @@ class _Borrowed:
 
 
 def _without_ownership(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as a tensor that does not keep it: the next graph's capture may use it too.
+    """Return the same memory as a tensor that does not keep it: the next graph's capture may use it too.
 
     Logits of a whole ladder of graphs would take gigabytes, and only one graph's are alive at a time.
     """
@@ -286,7 +289,7 @@ def _without_ownership(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _example_plan(shape: StepShape) -> Plan:
-    """All decodes are padding: row 0, token 0, slot 0, no groups. One prompt, likewise, has all prompt tokens."""
+    """Return a plan that fills `shape` with padding: row 0, token 0, slot 0, no groups. One prompt has all tokens."""
     num_decodes, num_prompts = shape.num_decodes, min(shape.num_prefills, 1)
     lens = np.array([1] * num_decodes + [shape.num_prefill_tokens] * num_prompts, np.int32)
     num_tokens = num_decodes + shape.num_prefill_tokens

@@ -22,7 +22,7 @@ Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
 
 class StepShape(NamedTuple):
-    """Sizes of a staged step. Where they are rounded up, as for a captured graph, the rest is padding.
+    """Give the sizes of a staged step. Where they are rounded up, as for a captured graph, the rest is padding.
 
     A key of dictionaries at each step, so a tuple: those hash fastest.
     """
@@ -43,7 +43,7 @@ class StepShape(NamedTuple):
 
     @property
     def is_decode(self) -> bool:
-        """Has each request one token, and is each sampled?"""
+        """Whether each request has one token, and each is sampled."""
         return not self.num_prefills and self.num_samples == self.num_decodes
 
     @classmethod
@@ -53,7 +53,7 @@ class StepShape(NamedTuple):
 
 
 class Size(enum.Enum):
-    """How many numbers a field has, by the step's shape."""
+    """Name the quantity that says how many numbers a field has."""
 
     REQUESTS = enum.auto()  # B
     REQUEST_BOUNDS = enum.auto()  # B + 1
@@ -84,7 +84,7 @@ def _has_groups(shape: StepShape) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """One array of a staged step: [size], or [width, size]."""
+    """Describe one array of a staged step: [size], or [width, size]."""
 
     name: str
     size: Size
@@ -112,7 +112,7 @@ FIELDS = (
 
 
 class Layout:
-    """Where the fields of a step of one shape lie in its buffer."""
+    """Place the fields of a step of one shape in its buffer."""
 
     def __init__(self, shape: StepShape, fields: tuple[Field, ...]) -> None:
         self.places: dict[str, slice] = {}  # name -> its numbers

@@ -19,7 +19,7 @@ IN_PROMPT = 1 << 14  # bit of a token's count that says it occurs in the prompt;
 
 @dataclass(slots=True)
 class SamplingWork:
-    """What to do to a step's logits [S, V]; S indexes the sampled requests."""
+    """Say what to do to a step's logits [S, V]; S indexes the sampled requests."""
 
     num_samples: int
     is_greedy: bool
@@ -35,7 +35,7 @@ class SamplingWork:
 
     @property
     def is_plain(self) -> bool:
-        """Nothing but the most likely token is wanted."""
+        """Whether nothing but the most likely token is wanted."""
         return (
             self.is_greedy
             and self.penalized is None
@@ -47,7 +47,7 @@ class SamplingWork:
 
 @dataclass(slots=True)
 class SampledLogprobs:
-    """Of the requests in SamplingWork.logprob_samples; host tensors, valid once the step is done."""
+    """Hold what SamplingWork.logprob_samples asked for: host tensors, valid once the step is done."""
 
     chosen: torch.Tensor  # float32 [N]
     top_values: torch.Tensor  # float32 [N, K]
@@ -76,6 +76,7 @@ class Sampler:
     # ---- on the event loop: what does this plan need? ----
 
     def plan_work(self, plan: Plan) -> SamplingWork:
+        """Decide what the logits of `plan` need. Nobody writes to the result of a plain step: it is used again."""
         rows = self.rows
         if plan.cohort is self._plain_cohort:
             return self._plain_work
@@ -139,7 +140,7 @@ class Sampler:
     def sample(
         self, logits: torch.Tensor, work: SamplingWork, rows: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, SampledLogprobs | None]:
-        """Next tokens (int32 [S], -1 where logits are not finite) of logits [S, V], which may be changed in place.
+        """Return the next tokens (int32 [S], -1 where logits are not finite) of logits [S, V], which may change.
 
         rows, positions: int32 [S], whose token it is and where in its sequence it will stand. Log-probabilities are
         the model's own: before edits, penalties and temperature.
