@@ -48,6 +48,7 @@ def check_pages(engine: Engine) -> None:
     stats = engine.stats().scheduler
     assert (stats.num_running, stats.num_waiting, stats.num_held_tokens) == (0, 0, 0)
     assert stats.num_free_tokens + stats.num_cached_tokens == stats.num_total_tokens
+    assert engine.health().num_violations == 0
     if not isinstance(engine, ReplicaSet):
         engine.parts.scheduler.check()
 
@@ -487,6 +488,20 @@ async def test_an_abort_ends_the_stream_and_frees_everything(tiny_llama: Path) -
         assert request.finish_reason is not None and request.finish_reason.type == "abort"
         assert engine.stats().scheduler.num_held_tokens == 0
         assert not engine.abort(request.rid)
+
+
+@pytest.mark.breaks_bookkeeping
+async def test_a_page_that_is_lost_shows_in_the_health_of_an_engine_that_has_become_idle(tiny_llama: Path) -> None:
+    config = EngineConfig(model_path=str(tiny_llama), dtype="float32", device="cpu", max_total_tokens=1024)
+    async with Engine(config) as engine:
+        await collect(engine, make_request([5, 6, 7]))
+        assert engine.health().num_violations == 0
+        engine.parts.scheduler.held.allocator.allocate(1)
+        await collect(engine, make_request([5, 6, 7]))
+        while not engine.health().num_violations:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        assert engine.health().status == "ok", "it can go on without that page"
+        assert engine.stats().loop.num_violations == 1
 
 
 async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(

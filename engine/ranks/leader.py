@@ -1,4 +1,4 @@
-"""The ranks of a tensor-parallel model: rank 0 lives in this process, the others are told each step through a ring.
+"""The ranks of a tensor-parallel model: rank 0 lives in this process, the others get each step through a ring.
 
 What travels is the step as it is staged for the device, so a follower copies it on and enqueues the same work. Only
 rank 0 samples; a step's tokens reach the other devices by a collective that belongs to the step.
@@ -170,9 +170,9 @@ def join_store(host: str, port: int) -> dist.TCPStore:
 def run_node(config: EngineConfig, run: RunRank, on_progress: Callable[[str], None]) -> None:
     """Run the ranks of a host but the first until one ends. Raises `ModelError` if one fails."""
     link = NodeLink(config, open_store(config))
-    told = json.loads(link.receive())
+    received = json.loads(link.receive())
     own = {name: getattr(config, name) for name in ("model_path", "download_dir", "node_rank", "base_gpu_id")}
-    config = EngineConfig(**{**told, **own})
+    config = EngineConfig(**{**received, **own})
     failures: list[str] = []
 
     def on_failure(message: str) -> None:

@@ -32,8 +32,8 @@ class Plan:
     num_decodes: int
     samples: np.ndarray  # int64 [S], indices into B of the requests whose next token is sampled
     epochs: np.ndarray  # int64 [B], of the rows when scheduled
-    # Who decodes, if they are all that the step is for: each computes one token, and one of each is sampled. The same
-    # object from step to step while nobody comes or goes.
+    # Set if the step is this cohort's alone: each computes one token, and one of each is sampled. The same object from
+    # step to step while nobody comes or goes.
     cohort: Cohort | None = None
     prefix_copies: list[tuple[int, int, np.ndarray]] = field(default_factory=list)  # (row, start, cached slots)
     prompt_logprobs: list[tuple[int, Request, int]] = field(default_factory=list)  # (b, request, first position)

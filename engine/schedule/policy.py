@@ -30,7 +30,7 @@ class QueueOrder:
     def _by_policy(self, queue: Queue, num_admitted: int) -> list[Request]:
         cache = self._held.cache
         waiting = sorted(queue, key=lambda r: r.times.arrived)
-        # Whom the policy likes least is overtaken only so often.
+        # Requests that the policy likes least are overtaken only so often.
         newest_overdue = num_admitted - MAX_OVERTAKEN
         overdue = [r for r in waiting if r.num_admitted_before <= newest_overdue]
         waiting = [r for r in waiting if r.num_admitted_before > newest_overdue]

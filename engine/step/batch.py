@@ -185,7 +185,7 @@ class Stager:
     def views(
         self, shape: StepShape, plan: Plan, *, corun: Corun | None = None, is_for_graph: bool = False
     ) -> StagedBatch:
-        """Return the tensors that `upload` fills for a plan of that shape. `plan` gives the host's own knowledge."""
+        """Return the tensors that `upload` fills for a plan of that shape. `plan` has the host's own knowledge."""
         tensors = layout_of(shape).views(self._device)
         batch = ForwardBatch(
             **_pick(BATCH_FIELDS, tensors),

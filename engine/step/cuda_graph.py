@@ -302,5 +302,10 @@ def _example_plan(shape: StepShape) -> Plan:
         num_decodes=num_decodes,
         samples=np.arange(num_decodes + num_prompts, dtype=np.int32),
         epochs=np.zeros(num_decodes + num_prompts, np.int64),
-        groups=Groups(*[np.zeros(size, np.int32) for size in (0, 1, 0, 0)]) if shape.has_groups else None,
+        groups=_no_groups() if shape.has_groups else None,
     )
+
+
+def _no_groups() -> Groups:
+    empty = np.zeros(0, np.int32)
+    return Groups(prefix_lens=empty, cu_members=np.zeros(1, np.int32), members=empty, own_starts=empty)

@@ -110,8 +110,8 @@ def _run_prompts(
     with torch.cuda.stream(runner.stream), torch.inference_mode():
         runner.stager.upload(runner.stager.write(plan, StepShape.of(plan)))
         staged = runner.stager.views(StepShape.of(plan), plan, corun=corun)
-        hidden = runner.forward(staged.batch)
-        logits = runner.model.lm_head.gather(runner.model.compute_logits(hidden[staged.sample_tokens]))
+        wanted = runner.forward(staged.batch)[staged.sample_tokens]
+        logits = runner.model.lm_head.gather(runner.model.compute_logits(wanted))
         if logits is not None:
             work = runner.sampler.plan_work(plan)
             work.is_greedy = is_greedy
