@@ -52,30 +52,22 @@ class StepShape(NamedTuple):
         return cls(plan.num_decodes, num_prefills, plan.num_prefill_tokens, len(plan.samples), plan.groups is not None)
 
 
-class Size(enum.Enum):
-    """Name the quantity that says how many numbers a field has."""
+class Size(enum.IntEnum):
+    """Name the quantity that says how many numbers a field has: an index into `counts_of`."""
 
-    REQUESTS = enum.auto()  # B
-    REQUEST_BOUNDS = enum.auto()  # B + 1
-    TOKENS = enum.auto()  # T
-    SAMPLES = enum.auto()  # S
-    GROUPS = enum.auto()  # G
-    GROUP_BOUNDS = enum.auto()  # G + 1
-
-    def count(self, shape: StepShape) -> int:
-        num_groups = max(shape.num_requests // 2, 1)  # a group has two members at least
-        return {
-            Size.REQUESTS: shape.num_requests,
-            Size.REQUEST_BOUNDS: shape.num_requests + 1,
-            Size.TOKENS: shape.num_tokens,
-            Size.SAMPLES: shape.num_samples,
-            Size.GROUPS: num_groups,
-            Size.GROUP_BOUNDS: num_groups + 1,
-        }[self]
+    REQUESTS = 0  # B
+    REQUEST_BOUNDS = 1  # B + 1
+    TOKENS = 2  # T
+    SAMPLES = 3  # S
+    GROUPS = 4  # G
+    GROUP_BOUNDS = 5  # G + 1
 
 
-def _always(shape: StepShape) -> bool:
-    return True
+def counts_of(shape: StepShape) -> tuple[int, ...]:
+    """Return the quantities of `Size`, in its order."""
+    num_requests = shape.num_requests
+    num_groups = max(num_requests // 2, 1)  # a group has two members at least
+    return num_requests, num_requests + 1, shape.num_tokens, shape.num_samples, num_groups, num_groups + 1
 
 
 def _has_groups(shape: StepShape) -> bool:
@@ -89,7 +81,7 @@ class Field:
     name: str
     size: Size
     width: int = 1
-    when: Callable[[StepShape], bool] = _always  # steps of other shapes do not have it
+    when: Callable[[StepShape], bool] | None = None  # steps of other shapes do not have it; None: all do
     in_decodes: str = ""  # the field before it that has the same numbers where each request has one sampled token
 
 
@@ -117,12 +109,12 @@ class Layout:
     def __init__(self, shape: StepShape, fields: tuple[Field, ...]) -> None:
         self.places: dict[str, slice] = {}  # name -> its numbers
         self._widths: dict[str, int] = {}  # of those that have more than one
-        end = 0
+        counts, is_decode, end = counts_of(shape), shape.is_decode, 0
         for field in fields:
-            if not field.when(shape):
+            if field.when is not None and not field.when(shape):
                 continue
-            size = field.width * field.size.count(shape)
-            if field.in_decodes and shape.is_decode:
+            size = field.width * counts[field.size]
+            if field.in_decodes and is_decode:
                 start = self.places[field.in_decodes].start
                 self.places[field.name] = slice(start, start + size)
                 continue
