@@ -61,7 +61,8 @@ from engine.local import LocalEngine
 from engine.models.registry import build_model, load_config
 from engine.request import Delta, Request, SamplingParams
 from engine.schedule.plan import Plan
-from engine.step.batch import Shape, Stager
+from engine.step.batch import Stager
+from engine.step.fields import StepShape
 from kernels import flashinfer_attention
 
 # --- model folders ----------------------------------------------------------------------------------------------------
@@ -270,8 +271,8 @@ def our_logits(folder: Path, device: torch.device, backend: str, sequences: Sequ
             samples=np.arange(len(rows), dtype=np.int32),
             epochs=np.zeros(len(rows), np.int64),
         )
-        stager.upload(stager.write(plan, Shape.of(plan)))
-        batch = stager.views(Shape.of(plan), plan).batch
+        stager.upload(stager.write(plan, StepShape.of(plan)))
+        batch = stager.views(StepShape.of(plan), plan).batch
         logits = model.compute_logits(model(batch, pool)).float()
         for row, part in zip(rows, logits.split(q_lens.tolist()), strict=True):
             parts[row].append(part.clone())
@@ -383,7 +384,7 @@ async def serve_crowd(folder: Path, device: str, pool_tokens: int) -> Crowd:
         started = time.perf_counter()
         answers = await asyncio.gather(*(answer(i, prompt) for i, prompt in enumerate(prompts)))
         seconds = time.perf_counter() - started
-        engine.parts.scheduler.cache.check()
+        engine.parts.scheduler.check()
         stats = engine.stats().scheduler
         num_left = stats.num_total_tokens - stats.num_free_tokens - stats.num_cached_tokens
         return Crowd(prompts, answers, sum(map(len, answers)) / seconds, stats.num_retractions, num_left)

@@ -39,7 +39,7 @@ from rich.table import Table
 from engine.config import EngineConfig
 from engine.local import LocalEngine
 from engine.schedule.plan import Plan
-from engine.step.batch import Shape
+from engine.step.fields import StepShape
 from engine.step.model_runner import MAX_IDLE_S, ModelRunner, Step
 from server.app import build_app
 from server.config import ServerConfig
@@ -64,7 +64,7 @@ class InstantRunner(ModelRunner):
         self.tokens = np.array(token_ids, np.int32)
 
     def launch(self, plan: Plan) -> Step:
-        shape = Shape.of(plan)
+        shape = StepShape.of(plan)
         step = Step(
             plan=plan,
             work=self.sampler.plan_work(plan),

@@ -1,29 +1,16 @@
-"""Hands out KV slots, a page at a time.
+"""Allocation of KV slots, a page at a time.
 
 Page p is the slots p * page_size .. (p + 1) * page_size. Page 0 is never handed out: its slots are where padding
 writes. A sequence owns whole pages and fills them in order, so token i sits at place i % page_size of its page.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 
 MAX_NUM_SLOTS = 1 << 31
 
 
-@dataclass(frozen=True, slots=True)
-class AllocatorStats:
-    num_free: int  # slots that can be handed out now
-    num_total: int  # slots that can be handed out at all: without page 0
-    page_size: int
-
-    @property
-    def num_used(self) -> int:
-        return self.num_total - self.num_free
-
-
 class PageAllocator:
-    """A stack of free pages. Every method is vectorized and all or nothing: None means too few are free."""
+    """Keep a stack of free pages. Every method is vectorized and all or nothing: None means too few are free."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         """`num_pages` includes page 0: a pool of num_pages * page_size slots, one page of which is padding's."""
@@ -45,18 +32,18 @@ class PageAllocator:
         return (self.num_pages - 1) * self.page_size
 
     def pages_needed(self, num_old: int, num_new: int) -> int:
-        """New pages that a sequence of `num_old` tokens takes to grow by `num_new`."""
+        """Return the new pages that a sequence of `num_old` tokens needs to grow by `num_new`."""
         return -(-(num_old + num_new) // self.page_size) + -num_old // self.page_size
 
     def allocate(self, num_pages: int) -> np.ndarray | None:
-        """Slots (int32 [num_pages * page_size]) of whole pages, page after page."""
+        """Return slots (int32 [num_pages * page_size]) of whole pages, page after page."""
         pages = self._pop(num_pages)
         if pages is None or self.page_size == 1:
             return pages
         return (pages[:, None] * self.page_size + self._offsets).reshape(-1)
 
     def extend(self, num_old: int, last_slot: int, num_new: int) -> np.ndarray | None:
-        """Slots (int32 [num_new]) for a sequence that has `num_old` tokens, the last one in `last_slot`.
+        """Return slots (int32 [num_new]) for a sequence that has `num_old` tokens, the last one in `last_slot`.
 
         First the rest of its last page, then new pages. `last_slot` is not read when num_old is 0.
         """
@@ -68,7 +55,7 @@ class PageAllocator:
         return np.concatenate((rest, slots[: num_new - num_in_last_page]))
 
     def extend_each(self, num_old: np.ndarray, last_slots: np.ndarray) -> np.ndarray | None:
-        """One more slot (int32 [B]) for each of B sequences: `extend` with num_new = 1, for all or for none.
+        """Return one more slot (int32 [B]) for each of B sequences: `extend` with num_new = 1, for all or for none.
 
         num_old: [B] tokens each has; last_slots: int32 [B] where its last token is, not read when page_size is 1.
         """
@@ -83,7 +70,7 @@ class PageAllocator:
         return slots
 
     def free(self, slots: np.ndarray) -> None:
-        """Give back every page that has a slot in `slots` (int32, any order, each once): the whole page."""
+        """Free every page that has a slot in `slots` (int32, any order, each once): the whole page."""
         pages = slots
         if self.page_size > 1:
             pages = np.sort(slots // self.page_size)  # SIMD: np.unique costs 20 times as much
@@ -96,9 +83,6 @@ class PageAllocator:
         # Reversed, as _pop reverses: a page list that is freed and allocated again keeps its order.
         self._free[self._num_free_pages : num_free] = pages[::-1]
         self._num_free_pages = num_free
-
-    def stats(self) -> AllocatorStats:
-        return AllocatorStats(self.num_free, self.num_total, self.page_size)
 
     def check(self, held: np.ndarray | None = None) -> None:
         """Raise AssertionError if a page is free twice or page 0 is free. Linear in num_pages: for tests and idle time.
@@ -121,7 +105,7 @@ class PageAllocator:
         assert len(lost) == 0, f"pages neither held nor free: {lost}"
 
     def _pop(self, num_pages: int) -> np.ndarray | None:
-        """The top pages (int32 [num_pages]), a copy."""
+        """Return the top pages (int32 [num_pages]), a copy."""
         left = self._num_free_pages - num_pages
         if left < 0:
             return None

@@ -1,4 +1,4 @@
-"""Which prompts' keys and values are still in the KV buffers: a radix tree over token ids.
+"""The prompts whose keys and values are still in the KV buffers: a radix tree over token ids.
 
 An edge (a node's token_ids) is a run of whole pages; two children of a node differ within their first page. Keys with
 different `extra_key` have no node but the root in common. Idea: RadixAttention, Zheng et al. 2023 (arXiv:2312.07104).
@@ -25,7 +25,7 @@ TOKEN_BYTES = 4
 
 
 class Node:
-    """The tokens between the end of `parent` and its own end. Callers read; only the tree writes."""
+    """Hold the tokens between the end of `parent` and its own end. Callers read; only the tree writes."""
 
     __slots__ = (
         "children",
@@ -64,7 +64,7 @@ class Match(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """One line of `top_prefixes`."""
+    """Describe one prefix, for `top_prefixes`."""
 
     token_ids: np.ndarray  # int32, its first tokens
     num_tokens: int  # all of it
@@ -74,13 +74,20 @@ class Prefix(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RadixStats:
-    num_nodes: int  # without the root
-    num_evictable: int  # tokens
-    num_locked: int  # tokens
-    num_matches: int  # calls of match
-    num_lookup_tokens: int  # tokens that match was asked for, in whole pages
-    num_hit_tokens: int  # tokens of them that it found
-    num_evicted: int  # tokens
+    num_nodes: int
+    """Nodes without the root."""
+    num_evictable: int
+    """Tokens that nobody locks."""
+    num_locked: int
+    """Tokens that somebody locks."""
+    num_matches: int
+    """Calls of `match`."""
+    num_lookup_tokens: int
+    """Tokens that `match` was asked for, in whole pages."""
+    num_hit_tokens: int
+    """Those of num_lookup_tokens that `match` found."""
+    num_evicted: int
+    """Tokens dropped to make room."""
 
     @property
     def num_cached(self) -> int:
@@ -92,7 +99,7 @@ class RadixStats:
 
 
 class RadixCache:
-    """Owns the slots in it; the caller owns all others. `token_ids` are int32 [n] arrays, and are copied."""
+    """Own the slots of cached prefixes; all others are the caller's. `token_ids` are int32 [n], and are copied."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
@@ -117,7 +124,7 @@ class RadixCache:
         return self.num_evictable + self.num_locked
 
     def match(self, token_ids: np.ndarray, extra_key: str = "") -> Match:
-        """Longest cached prefix of `token_ids`, whole pages only, now the most recently used one.
+        """Return the longest cached prefix of `token_ids`, whole pages only, now the most recently used one.
 
         Splits a node when the match ends inside it. The slots may be evicted until `lock(match.node)`.
         """
@@ -131,11 +138,11 @@ class RadixCache:
         return Match(np.concatenate([node.slots for node in path]), path[-1])
 
     def match_len(self, token_ids: np.ndarray, extra_key: str = "") -> int:
-        """Tokens that `match` would find. Changes nothing: for ordering a queue."""
+        """Return the number of tokens that `match` would find. Changes nothing: for ordering a queue."""
         return self._walk(self._whole_pages(token_ids), extra_key)[1]
 
     def insert(self, token_ids: np.ndarray, slots: np.ndarray, extra_key: str = "") -> tuple[int, Node]:
-        """Put the whole pages of `token_ids` into the tree: (num_existing, the node where they end).
+        """Put the whole pages of `token_ids` into the tree. Returns (num_existing, the node where they end).
 
         The tree takes over slots[num_existing : whole pages]. The first `num_existing` tokens were there already: the
         caller's slots for them are still the caller's, unless they are the tree's own. Slots: int32 [>= n].
@@ -159,7 +166,7 @@ class RadixCache:
         return num_existing, leaf
 
     def hit(self, node: Node) -> None:
-        """Somebody new is served from what ends at `node`; see `top_prefixes`."""
+        """Count a request that is served from the prefix that ends at `node`; see `top_prefixes`."""
         for step in self.path(node):
             step.hits += 1
 
@@ -216,13 +223,13 @@ class RadixCache:
         return self.evict(self.num_evictable)
 
     def path(self, node: Node) -> Iterator[Node]:
-        """`node` and its ancestors, deepest first, without the root."""
+        """Yield `node` and its ancestors, deepest first, without the root."""
         while node.parent is not None:
             yield node
             node = node.parent
 
     def top_prefixes(self, k: int, head_len: int = 32) -> list[Prefix]:
-        """The k prefixes that were hit most often, each as far as all its hits went, with its first tokens."""
+        """Return the k prefixes that were hit most often, each as far as all its hits went, with its first tokens."""
         # Hits never grow downwards, so a best-first search finds them in order.
         top: list[Prefix] = []
         frontier = [(-node.hits, next(self._serial), node) for node in self.root.children.values() if node.hits]
@@ -249,15 +256,15 @@ class RadixCache:
         )
 
     def slots(self) -> np.ndarray:
-        """Every slot in the tree (int32 [num_cached]). Linear in the tree: for tests and idle time."""
-        return np.concatenate([NO_SLOTS, *(node.slots for node in self._nodes())])
+        """Return every slot in the tree (int32 [num_cached]). Linear in the tree: for tests and idle time."""
+        return np.concatenate([NO_SLOTS, *(node.slots for node in self.nodes())])
 
     def check(self) -> None:
         """Raise AssertionError if an invariant is broken. Linear in the tree: for tests and idle time."""
         num_nodes = num_evictable = num_locked = 0
         in_heap = {id(node) for _, _, node in self._heap}
         assert len(in_heap) == len(self._heap), "a node is in the heap twice"
-        for node in self._nodes():
+        for node in self.nodes():
             parent = node.parent
             assert parent is not None
             assert parent.children[node.key] is node
@@ -291,7 +298,7 @@ class RadixCache:
         return token_ids[: len(token_ids) // self.page_size * self.page_size].tobytes()
 
     def _walk(self, data: bytes, extra_key: str) -> tuple[list[Node], int]:
-        """The nodes along `data`, the last one perhaps in part, and how many tokens they have in common."""
+        """Return the nodes along `data`, the last one perhaps in part, and how many tokens they have in common."""
         path: list[Node] = []
         node, start = self.root, 0
         key: Hashable = (extra_key, data[: self._page_bytes])
@@ -308,7 +315,7 @@ class RadixCache:
         return path, node.depth_tokens
 
     def _touch(self, data: bytes, extra_key: str) -> tuple[list[Node], int]:
-        """_walk, then split the last node if it goes on beyond the common part, and mark all as just used."""
+        """Walk along `data`, split the last node if it goes on beyond the common part, mark all as just used."""
         path, num_matched = self._walk(data, extra_key)
         if path and path[-1].depth_tokens > num_matched:
             path[-1] = self._split(path[-1], num_matched)
@@ -339,7 +346,8 @@ class RadixCache:
             node.in_heap = True
             heapq.heappush(self._heap, (node.last_access, next(self._serial), node))
 
-    def _nodes(self) -> Iterator[Node]:
+    def nodes(self) -> Iterator[Node]:
+        """Yield every node but the root, in no order."""
         stack = list(self.root.children.values())
         while stack:
             node = stack.pop()
@@ -348,15 +356,15 @@ class RadixCache:
 
 
 class NoCache(RadixCache):
-    """Remembers nothing: every match is empty, every slot stays its request's."""
+    """Remember nothing: every match is empty, every slot stays its request's."""
 
     def insert(self, token_ids: np.ndarray, slots: np.ndarray, extra_key: str = "") -> tuple[int, Node]:
-        """Takes over none of `slots`: as if all whole pages were there already."""
+        """Take over none of `slots`: as if all whole pages were there already."""
         return len(token_ids) // self.page_size * self.page_size, self.root
 
 
 def _common_len(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the common prefix of two arrays, neither empty."""
+    """Return the length of the common prefix of two arrays, neither empty."""
     num = min(len(a), len(b))
     differs = a[:num] != b[:num]
     first = int(differs.argmax())  # 0 also when none differs

@@ -43,7 +43,9 @@ class Diagnostics:
             status = "stopping"
         elif age_s > min(STUCK_AFTER_S, self._parts.config.watchdog_timeout or STUCK_AFTER_S):
             status = "stuck"
-        return Health(status, age_s, now - oldest, len(scheduler.nodes), len(scheduler.waiting))
+        return Health(
+            status, age_s, now - oldest, scheduler.num_running, len(scheduler.waiting), self._loop.stats.num_violations
+        )
 
     def stats(self) -> EngineStats:
         return EngineStats(

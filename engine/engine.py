@@ -81,6 +81,8 @@ class Health:
     """Seconds for which the oldest queued request has waited; 0 if none waits."""
     num_running: int = 0
     num_queued: int = 0
+    num_violations: int = 0
+    """Mistakes in the bookkeeping of KV slots and rows, found while idle: see the log. None is expected."""
 
 
 @dataclass(frozen=True, slots=True)

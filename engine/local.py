@@ -55,7 +55,7 @@ class LocalEngine(Engine):
         parts = await _build(self.config, on_progress, self._failure, self._on_failure)
         config = self.config = parts.config
         scheduler, requests = parts.scheduler, self._requests
-        context_length = min(parts.rows.max_len, scheduler.allocator.num_total)
+        context_length = min(parts.rows.max_len, scheduler.held.allocator.num_total)
         is_generation = parts.model_config.is_generation and not config.is_embedding
         limits = RequestLimits(parts.model_config.vocab_size, context_length, is_generation)
         intake = Intake(scheduler, parts.tokenizer, limits, requests)
@@ -131,7 +131,7 @@ class LocalEngine(Engine):
 
     @property
     def max_total_num_tokens(self) -> int:
-        return self.parts.scheduler.allocator.num_total
+        return self.parts.scheduler.held.allocator.num_total
 
     @property
     def context_length(self) -> int:
@@ -199,7 +199,7 @@ class LocalEngine(Engine):
         return self.parts.scheduler.flush()
 
     def top_prefixes(self, k: int) -> list[Prefix]:
-        return self.parts.scheduler.cache.top_prefixes(k, head_len=1 << 20)
+        return self.parts.scheduler.held.cache.top_prefixes(k, head_len=1 << 20)
 
     # ---- observation ----
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from engine.output import OutputProcessor
 from engine.request import FinishReason, Request
 from engine.schedule.plan import Plan, PrefillBudget, prefill_work
-from engine.schedule.scheduler import Outcome, Scheduler
+from engine.schedule.resolver import Outcome
+from engine.schedule.scheduler import Scheduler
 from engine.step.model_runner import ModelRunner, Step
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ class LoopStats:
     num_steps: int = 0
     num_generated_tokens: int = 0
     num_failed_steps: int = 0
+    num_violations: int = 0
+    """Mistakes in the bookkeeping of KV slots and rows that were found while idle; one that stays counts once."""
     schedule_s: float = 0.0
     """Host seconds spent deciding steps, since the start; likewise the next three."""
     launch_s: float = 0.0
@@ -78,6 +81,8 @@ class StepLoop:
         self._last_end = 0.0  # likewise when one ended
         self._pace = StepPace(max_step_ms, chunked_prefill_size, context_cost, min_lead_s)
         self._log = BatchLog(scheduler, decode_log_interval)
+        self._num_verified_steps = 0  # that had come back when the bookkeeping was looked at last
+        self._violations: list[str] = []  # what was wrong with it then
 
     def wake(self) -> None:
         """There may be something to schedule."""
@@ -195,6 +200,8 @@ class StepLoop:
                 self._is_still.set()
             elif self.scheduler.has_work:
                 spare_s = MIN_SLEEP_S  # only what the caller does next can free what the queue waits for
+            else:
+                self._verify()
         elif self._in_flight[0].done is None:  # a GPU's: nobody tells of its end
             left_s = spare_s or self._left_s()
             if abs(left_s) < AWAKE_S:
@@ -205,6 +212,19 @@ class StepLoop:
         await self._news.wait()
         if timer is not None:
             timer.cancel()
+
+    def _verify(self) -> None:
+        """Check the scheduler's bookkeeping, once an idle period; report what was not wrong the last time."""
+        stats = self.stats
+        num_steps = stats.num_steps + stats.num_failed_steps
+        if num_steps == self._num_verified_steps:
+            return
+        self._num_verified_steps = num_steps
+        before, self._violations = self._violations, self.scheduler.violations()
+        for violation in self._violations:
+            if violation not in before:
+                stats.num_violations += 1
+                logger.error("the scheduler's bookkeeping is wrong: %s; %s", violation, self.scheduler.stats())
 
     @property
     def _has_prompts(self) -> bool:
@@ -249,7 +269,7 @@ class StepLoop:
         False: that failed, and the step with it.
         """
         assert step.work.masked is not None
-        wanted = self.scheduler.matchers_of(step.plan, step.work.masked)
+        wanted = self.scheduler.resolver.matchers_of(step.plan, step.work.masked)
         if wanted is None:
             assert len(self._in_flight) > 1, "a token is waited for that no step brings"
             return True
@@ -260,7 +280,8 @@ class StepLoop:
             return False
         self._tell_end_of(step)
         for i, message in errors.items():
-            request = self.scheduler.request_of(step.plan, wanted[0][i])
+            plan = step.plan
+            request = self.scheduler.rows.request_at(plan.rows[plan.samples[wanted[0][i]]])
             self.abort(request, FinishReason("abort", message=f"the grammar failed: {message}", status_code=500))
         return True
 

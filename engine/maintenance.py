@@ -71,7 +71,7 @@ class LocalMaintenance(Maintenance):
         async with self._lock:
             self.is_paused = True
             await self.loop.pause()
-            num_running = len(self.parts.scheduler.nodes)
+            num_running = self.parts.scheduler.num_running
             if mode == ABORT:
                 return self.abort_all()
             if mode == RETRACT:
@@ -101,12 +101,12 @@ class LocalMaintenance(Maintenance):
                 raise InvalidRequest(f"the weights of {model_path} cannot be served: {reason}", "model_path")
             async with self._still():
                 scheduler = self.parts.scheduler
-                num_running = len(scheduler.nodes)
+                num_running = scheduler.num_running
                 if abort_all_requests:
                     num_running = self.abort_all()
                 if flush_cache:
                     scheduler.retract_all()
-                    scheduler.drop_cache()
+                    scheduler.held.drop_cache()
                 await self._do_everywhere("adopt")
                 self.model_path = model_path
                 self.weight_version = weight_version or self.weight_version
@@ -169,7 +169,7 @@ class LocalMaintenance(Maintenance):
             self.released |= new_tags
             if KV_CACHE in new_tags:
                 self.parts.scheduler.retract_all()
-                self.parts.scheduler.drop_cache()
+                self.parts.scheduler.held.drop_cache()
             await self._do_everywhere("release", tags=sorted(new_tags))
 
     @uninterrupted

@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 from engine.errors import InvalidRequest
 from engine.request import Delta, FinishReason, Logprobs, Request, Status, ignore
-from engine.schedule.scheduler import Outcome, Scheduler
+from engine.schedule.resolver import Outcome
+from engine.schedule.scheduler import Scheduler
 from engine.step.model_runner import PromptLogprobs, Step, logprobs_of
 
 logger = logging.getLogger(__name__)
@@ -144,7 +145,8 @@ class OutputProcessor:
         """Make the text of the newest tokens, up to a stop; tokens after it are none of the answer's."""
         unsent, stream = request.unsent, request.text_stream
         if not request.wants_tokens:
-            request.new_token_ids = self.scheduler.output_ids(request, 0 if unsent is None else len(unsent.token_ids))
+            num_read = 0 if unsent is None else len(unsent.token_ids)
+            request.new_token_ids = self.scheduler.rows.output_ids(request, num_read)
         token_ids = request.new_token_ids
         if not token_ids:
             return
@@ -164,7 +166,7 @@ class OutputProcessor:
             if stream.matched_stop is not None:
                 num_after = len(token_ids) - num_read
                 del unsent.token_ids[len(unsent.token_ids) - num_after :]
-                self.scheduler.cut(request, num_after)
+                self.scheduler.rows.cut(request, num_after)
                 self._end(request, FinishReason("stop", matched=stream.matched_stop))
                 return
 

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 # Before torch is imported: its idle OpenMP threads must not spin, the tests share few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -27,6 +28,7 @@ if not torch.cuda.is_available():
 if TYPE_CHECKING:
     from aiohttp.test_utils import TestClient
 
+    from engine.schedule.scheduler import Scheduler
     from tests.fake_engine import FakeEngine
 
 torch.set_num_threads(1)
@@ -238,6 +240,39 @@ def blocking_call_guard(
     others_time.close()
     if guard.blocked:
         pytest.fail(guard.report(), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def living_schedulers() -> "Iterator[WeakSet[Scheduler]]":
+    """Every scheduler of this process, as long as it lives."""
+    from engine.schedule.scheduler import Scheduler
+
+    living: WeakSet[Scheduler] = WeakSet()
+    init = Scheduler.__init__
+
+    def registering(self: Scheduler, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        living.add(self)
+
+    Scheduler.__init__ = registering  # type: ignore[method-assign]
+    yield living
+    Scheduler.__init__ = init  # type: ignore[method-assign]
+
+
+@pytest.fixture(autouse=True)
+def checked_schedulers(request: pytest.FixtureRequest, living_schedulers: "WeakSet[Scheduler]") -> Iterator[None]:
+    """Fails a test that leaves a scheduler whose pages or locks are wrong.
+
+    `@pytest.mark.breaks_bookkeeping` is for those that do so on purpose, to a scheduler of their own.
+    """
+    before = set(living_schedulers)
+    yield
+    if request.node.get_closest_marker("breaks_bookkeeping"):
+        for scheduler in set(living_schedulers) - before:
+            living_schedulers.discard(scheduler)
+    del before
+    for scheduler in list(living_schedulers):
+        scheduler.check()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from aiohttp.test_utils import TestClient, TestServer
 
-from cache.radix import Prefix
+from cache.radix import Prefix, RadixStats
 from engine.engine import Engine, EngineStats, Health, Maintenance
 from engine.errors import EngineStopped, InvalidRequest, PromptTooLong, QueueFull
 from engine.loop import LoopStats
@@ -93,6 +93,7 @@ def fake_stats() -> EngineStats:
             num_prompt_tokens=100,
             num_hit_tokens=40,
             new_token_ratio=0.7,
+            cache=RadixStats(3, 500, 100, 9, 120, 40, 60),
         ),
         LoopStats(
             num_steps=4,

@@ -9,9 +9,14 @@ import torch
 
 from engine.build import EngineParts, build
 from engine.config import EngineConfig
+from engine.ranks.leader import StepHeader
+from engine.schedule.cohort import Cohort
 from engine.schedule.plan import Groups, Plan
-from engine.step.batch import Shape, StagedBatch, Stager
+from engine.schedule.rows import Rows
+from engine.step.batch import BATCH_FIELDS, GROUP_FIELDS, SAMPLE_FIELDS, StagedBatch, Stager
+from engine.step.batch import plan_of as read_plan
 from engine.step.cuda_graph import MAX_PROMPTS, fitting_ladders, rounded_up, useful_sizes
+from engine.step.fields import FIELDS, Field, Layout, Size, StepShape
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,7 @@ def plan_of(decodes: list[int], prompts: list[int], groups: Groups | None = None
     )
 
 
-def logits_of(parts: EngineParts, plan: Plan, shape: Shape) -> torch.Tensor:
+def logits_of(parts: EngineParts, plan: Plan, shape: StepShape) -> torch.Tensor:
     runner = parts.runner
     table, buffer = runner.stager.slot_table, runner.kv.buffers[0]
     table.zero_()
@@ -61,15 +66,17 @@ def logits_of(parts: EngineParts, plan: Plan, shape: Shape) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("decodes", "prompts", "shape"),
     [
-        ([5, 17, 3], [], Shape(8, 0, 0, 8, False)),
-        ([], [7], Shape(0, 4, 32, 4, False)),
-        ([5, 17, 3], [9, 4, 2], Shape(8, 16, 32, 24, False)),
-        ([5, 17, 3], [9, 23], Shape(3, 2, 32, 5, False)),
+        ([5, 17, 3], [], StepShape(8, 0, 0, 8, False)),
+        ([], [7], StepShape(0, 4, 32, 4, False)),
+        ([5, 17, 3], [9, 4, 2], StepShape(8, 16, 32, 24, False)),
+        ([5, 17, 3], [9, 23], StepShape(3, 2, 32, 5, False)),
     ],
 )
-def test_padding_changes_no_logits(parts: EngineParts, decodes: list[int], prompts: list[int], shape: Shape) -> None:
+def test_padding_changes_no_logits(
+    parts: EngineParts, decodes: list[int], prompts: list[int], shape: StepShape
+) -> None:
     plan = plan_of(decodes, prompts, every=1 if shape.is_decode else 2)
-    exact = logits_of(parts, plan, Shape.of(plan))
+    exact = logits_of(parts, plan, StepShape.of(plan))
     padded = logits_of(parts, plan, shape)
     assert len(exact) == len(plan.samples)
     torch.testing.assert_close(padded, exact, rtol=1e-4, atol=1e-4)
@@ -77,13 +84,13 @@ def test_padding_changes_no_logits(parts: EngineParts, decodes: list[int], promp
 
 def test_of_decodes_that_are_not_all_sampled_those_that_are_get_their_own_logits(parts: EngineParts) -> None:
     some, all_of_them = plan_of([5, 17, 3], []), plan_of([5, 17, 3], [], every=1)
-    exact = logits_of(parts, all_of_them, Shape.of(all_of_them))
-    torch.testing.assert_close(logits_of(parts, some, Shape.of(some)), exact[::2], rtol=1e-4, atol=1e-4)
+    exact = logits_of(parts, all_of_them, StepShape.of(all_of_them))
+    torch.testing.assert_close(logits_of(parts, some, StepShape.of(some)), exact[::2], rtol=1e-4, atol=1e-4)
 
 
 def test_steps_without_a_graph_have_few_sizes_and_none_too_large() -> None:
-    def sizes(num_tokens: int) -> Shape:
-        return rounded_up(Shape(100, 3, num_tokens - 100, 103, False), max_tokens=9000)
+    def sizes(num_tokens: int) -> StepShape:
+        return rounded_up(StepShape(100, 3, num_tokens - 100, 103, False), max_tokens=9000)
 
     totals = [sizes(num_tokens).num_prefill_tokens + 100 for num_tokens in range(2049, 9001)]
     assert len(set(totals)) <= 17
@@ -93,9 +100,9 @@ def test_steps_without_a_graph_have_few_sizes_and_none_too_large() -> None:
 
 def test_rounding_a_step_up_changes_no_logits(parts: EngineParts) -> None:
     plan = plan_of([5, 17, 3], [9, 4, 23])
-    shape = rounded_up(Shape.of(plan), max_tokens=64)
+    shape = rounded_up(StepShape.of(plan), max_tokens=64)
     assert (shape.num_prefill_tokens, shape.num_samples) == (40 - 3, 64)
-    exact = logits_of(parts, plan, Shape.of(plan))
+    exact = logits_of(parts, plan, StepShape.of(plan))
     torch.testing.assert_close(logits_of(parts, plan, shape)[: len(exact)], exact, rtol=1e-4, atol=1e-4)
 
 
@@ -103,16 +110,16 @@ def test_padding_beside_a_shared_prefix_changes_no_logits(parts: EngineParts) ->
     own_starts = np.array([4, 4, 0], np.int32)
     groups = Groups(np.array([4], np.int32), np.array([0, 2], np.int32), np.array([0, 1], np.int32), own_starts)
     plan = plan_of([5, 17, 3], [9, 4], groups)
-    exact = logits_of(parts, plan_of([5, 17, 3], [9, 4]), Shape.of(plan)._replace(has_groups=False))
-    padded = logits_of(parts, plan, Shape(8, 16, 32, 24, True))
+    exact = logits_of(parts, plan_of([5, 17, 3], [9, 4]), StepShape.of(plan)._replace(has_groups=False))
+    padded = logits_of(parts, plan, StepShape(8, 16, 32, 24, True))
     torch.testing.assert_close(padded, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_writes_to_the_dump_slot_only(parts: EngineParts) -> None:
     plan = plan_of([5, 17, 3], [9])
-    logits_of(parts, plan, Shape.of(plan))
+    logits_of(parts, plan, StepShape.of(plan))
     exact = parts.runner.kv.buffers[0].clone()
-    logits_of(parts, plan, Shape(8, 16, 32, 24, False))
+    logits_of(parts, plan, StepShape(8, 16, 32, 24, False))
     torch.testing.assert_close(parts.runner.kv.buffers[0][:, :, 1:], exact[:, :, 1:], rtol=1e-4, atol=1e-4)
 
 
@@ -147,7 +154,7 @@ def test_groups_of_a_padded_step_are_the_plans_own(parts: EngineParts) -> None:
     groups = Groups(np.array([4], np.int32), np.array([0, 2], np.int32), np.array([0, 1], np.int32), own_starts)
     plan = plan_of([5, 17, 3], [], groups, every=1)
     stager = parts.runner.stager
-    shape = Shape(8, 0, 0, 8, True)
+    shape = StepShape(8, 0, 0, 8, True)
     stager.upload(stager.write(plan, shape))
     shared = stager.views(shape, plan).batch.shared
     assert shared is not None
@@ -166,16 +173,56 @@ def test_a_later_step_of_the_same_requests_is_staged_as_if_there_had_been_none_b
         for n in (4, 5)
     )
     sets = [
-        plan_of(lens, [], groups, every=1) for lens, groups in (([5, 17, 3], some), ([5, 17, 3], None), ([9, 8], None))
+        plan_of(lens, [], groups, every=1)
+        for lens, groups in (([5, 17, 3], some), ([5, 17, 3], None), ([9, 8], None), ([7], None))
     ]
+    for plan in sets[:3]:
+        plan.cohort = Cohort(Rows(8, 64), np.empty(0, np.int64))  # each its own; the last set is nobody's
     for i in range(300):
         plan = rng.choice(sets)
         plan.seq_lens = plan.seq_lens + 1
         plan.input_ids = np.full(plan.num_decodes, rng.choice([-1, 7]), np.int32)
         plan.out_cache_loc = plan.out_cache_loc + 5
-        shape = rng.choice([Shape.of(plan), Shape(8, 0, 0, 8, plan.groups is not None)])
+        shape = rng.choice([StepShape.of(plan), StepShape(8, 0, 0, 8, plan.groups is not None)])
         fresh = Stager(64, 8, table).write(plan, shape).host
         assert torch.equal(stager.write(plan, shape).host, fresh)
         if i % 7 == 0:  # what another rank wrote, and other groups of the same requests
             stager.copy(np.full(80, 9, np.int32))
             sets[0].groups = others if sets[0].groups is some else some
+
+
+def test_a_field_is_added_by_a_line_in_the_table() -> None:
+    shapes = [StepShape(3, 0, 0, 3, False), StepShape(3, 2, 9, 4, False), StepShape(4, 1, 5, 5, True)]
+    mrope = Field("mrope", Size.TOKENS, width=3, when=lambda shape: shape.num_prefills > 0)
+    for shape in shapes:
+        before, after = Layout(shape, FIELDS), Layout(shape, (*FIELDS, mrope))
+        assert {name: place for name, place in after.places.items() if name != "mrope"} == before.places
+        if not shape.num_prefills:
+            assert after.size == before.size and "mrope" not in after.places
+            continue
+        buffer = np.zeros(after.size, np.int32)
+        views = after.views(buffer)
+        assert views["mrope"].shape == (3, shape.num_tokens)
+        views["mrope"][:] = 1
+        assert all((view == 0).all() for name, view in views.items() if name != "mrope")
+        assert after.places["mrope"].start % 4 == 0 and buffer.sum() == 3 * shape.num_tokens
+
+
+def test_every_field_reaches_a_batch_under_its_name() -> None:
+    named = {*BATCH_FIELDS, *SAMPLE_FIELDS, *GROUP_FIELDS}
+    assert named == {field.name for field in FIELDS}
+
+
+@pytest.mark.parametrize(("decodes", "prompts"), [([5, 17, 3], []), ([5, 17, 3], [9, 4]), ([], [7])])
+def test_a_rank_reads_from_a_staged_step_the_plan_that_was_written(decodes: list[int], prompts: list[int]) -> None:
+    plan = plan_of(decodes, prompts, every=1)
+    shape = StepShape.of(plan)
+    staged = Stager(64, 8, torch.zeros(9, 64, dtype=torch.int32)).write(plan, shape)
+    header = StepHeader(shape, is_graph=False, num_samples=len(plan.samples), is_plain=True, num_prompts=0)
+    message = np.concatenate([header.to_message(), staged.host.numpy()])
+    received, rest = StepHeader.from_message(message)
+    assert received == header and received.shape == shape
+    read = read_plan(rest, received.shape, received.num_samples)
+    for name in ("rows", "q_lens", "seq_lens", "input_ids", "out_cache_loc"):
+        assert np.array_equal(getattr(read, name), getattr(plan, name)), name
+    assert (read.num_decodes, len(read.samples)) == (plan.num_decodes, len(plan.samples))

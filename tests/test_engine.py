@@ -50,8 +50,9 @@ def check_pages(engine: Engine) -> None:
     stats = engine.stats().scheduler
     assert (stats.num_running, stats.num_waiting, stats.num_held_tokens) == (0, 0, 0)
     assert stats.num_free_tokens + stats.num_cached_tokens == stats.num_total_tokens
+    assert engine.health().num_violations == 0
     if isinstance(engine, LocalEngine):
-        engine.parts.scheduler.cache.check()
+        engine.parts.scheduler.check()
 
 
 def make_request(prompt: list[int], stream: bool = False, rid: str | None = None, **fields: Any) -> Request:
@@ -180,7 +181,7 @@ async def test_greedy_answers_equal_transformers_whatever_the_mix(
     is_small = options.get("max_total_tokens") == 200  # then all ask at once: a fast device would be done with most
     spread_s = 0.0 if is_small else 0.2
     monkeypatch.setattr(
-        "engine.schedule.scheduler.MIN_SHARED_TOKENS", 1
+        "engine.schedule.grouping.MIN_SHARED_TOKENS", 1
     )  # even short prefixes are read once for a group
     async with running_engine(tiny_llama, device=device, **options) as engine:
 
@@ -403,7 +404,7 @@ async def test_with_an_fp8_cache_too_greedy_answers_do_not_depend_on_the_mix(
     kv_cache_dtype: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("engine.schedule.scheduler.MIN_SHARED_TOKENS", 1)
+    monkeypatch.setattr("engine.schedule.grouping.MIN_SHARED_TOKENS", 1)
 
     async def answers(**options: Any) -> list[list[int]]:
         async with running_engine(tiny_llama, device=device, kv_cache_dtype=kv_cache_dtype, **options) as engine:
@@ -489,6 +490,20 @@ async def test_an_abort_ends_the_stream_and_frees_everything(tiny_llama: Path) -
         assert request.finish_reason is not None and request.finish_reason.type == "abort"
         assert engine.stats().scheduler.num_held_tokens == 0
         assert not engine.abort(request.rid)
+
+
+@pytest.mark.breaks_bookkeeping
+async def test_a_page_that_is_lost_shows_in_the_health_of_an_engine_that_has_become_idle(tiny_llama: Path) -> None:
+    config = EngineConfig(model_path=str(tiny_llama), dtype="float32", device="cpu", max_total_tokens=1024)
+    async with LocalEngine(config) as engine:
+        await collect(engine, make_request([5, 6, 7]))
+        assert engine.health().num_violations == 0
+        engine.parts.scheduler.held.allocator.allocate(1)
+        await collect(engine, make_request([5, 6, 7]))
+        while not engine.health().num_violations:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        assert engine.health().status == "ok", "it can go on without that page"
+        assert engine.stats().loop.num_violations == 1
 
 
 async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(

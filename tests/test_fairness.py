@@ -12,7 +12,7 @@ from engine.errors import QueueFull
 from engine.request import Delta, FinishReason, Request, SamplingParams, Status
 from engine.schedule.fairness import MAX_IDLE_CLIENTS, MAX_RETRY_S, DrainRate, FairShares, Queue
 from engine.schedule.plan import PrefillBudget
-from engine.schedule.scheduler import MAX_SORTED_QUEUE
+from engine.schedule.policy import MAX_SORTED_QUEUE
 from tests.test_engine import collect, make_request, running_engine
 from tests.test_scheduler import Traffic, expected
 

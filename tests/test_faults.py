@@ -91,10 +91,10 @@ def faults(scene: Scene) -> dict[str, tuple[Any, str]]:
         "sampler": (parts.runner.sampler, "sample"),
         "sampling_plan": (parts.runner.sampler, "plan_work"),
         "staging": (parts.runner.stager, "write"),
-        "allocator_of_prompts": (parts.scheduler.allocator, "extend"),
-        "allocator_of_decodes": (parts.scheduler.allocator, "extend_each"),
-        "cache_match": (parts.scheduler.cache, "match"),
-        "cache_insert": (parts.scheduler.cache, "insert"),
+        "allocator_of_prompts": (parts.scheduler.held.allocator, "extend"),
+        "allocator_of_decodes": (parts.scheduler.held.allocator, "extend_each"),
+        "cache_match": (parts.scheduler.held.cache, "match"),
+        "cache_insert": (parts.scheduler.held.cache, "insert"),
         "rows": (parts.rows, "allocate"),
     }
 
@@ -346,7 +346,7 @@ async def test_a_cache_that_raises_for_good_ends_request_after_request(scene: Sc
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("injected for good")
 
-    cache_class = type(scene.engine.parts.scheduler.cache)
+    cache_class = type(scene.engine.parts.scheduler.held.cache)
     scene.monkeypatch.setattr(cache_class, "insert", broken)
     results = await asyncio.gather(*(collect(scene.engine, make_request([10 + i, 11])) for i in range(6)))
     assert [failure_of(deltas)[0] for deltas, _ in results] == [500] * 6

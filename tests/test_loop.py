@@ -19,7 +19,8 @@ from engine.request import Delta, FinishReason, Request, SamplingParams, Status
 from engine.schedule.plan import Plan
 from engine.schedule.rows import Rows
 from engine.schedule.scheduler import Scheduler
-from engine.step.batch import Shape, Staged
+from engine.step.batch import Staged
+from engine.step.fields import StepShape
 from engine.step.model_runner import Step
 from engine.step.sampler import SamplingWork
 
@@ -57,7 +58,7 @@ class ManualRunner:
             work,
             [],
             Staged(torch.empty(0), torch.empty(0)),
-            Shape.of(plan),
+            StepShape.of(plan),
             is_graph=False,
             launched_at=time.perf_counter(),
         )
@@ -444,3 +445,31 @@ async def test_a_pause_begins_when_all_news_are_given() -> None:
         await asyncio.wait_for(pausing, 10)
         assert {sum(len(delta.token_ids) for delta in deltas) for deltas in given} == {2}
         assert loop.is_still and len(runner.launched) == 2
+
+
+@pytest.mark.breaks_bookkeeping
+async def test_an_idle_loop_reports_a_page_that_is_lost_once_and_says_so_in_its_statistics(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with running_loop() as (loop, runner):
+
+        async def serve(prompt: list[int]) -> None:
+            submit(loop, prompt, max_new_tokens=1)
+            await settle()
+            await runner.finish(-1)
+
+        await serve([1, 2, 3])
+        assert loop.stats.num_violations == 0 and not caplog.records
+        loop.scheduler.held.allocator.allocate(2)
+        loop.wake()
+        await settle()
+        assert loop.stats.num_violations == 0, "checked once an idle period"
+        for prompt in ([4, 5], [6, 7, 8]):  # the same mistake twice
+            await serve(prompt)
+            assert loop.stats.num_violations == 1
+        loop.scheduler.held.allocator.allocate(1)
+        await serve([9])
+        assert loop.stats.num_violations == 2
+        errors = [record.getMessage() for record in caplog.records]
+        assert ["2 of 512 KV slots" in errors[0], "3 of 512 KV slots" in errors[1]] == [True, True]
+        assert len(errors) == 2

@@ -94,6 +94,8 @@ async def test_a_request_is_counted_when_it_ends(client: Client, engine: FakeEng
 async def test_gauges_and_counters_are_the_engines_own(client: Client) -> None:
     metrics = await metrics_of(client)
     assert metrics["sglang:token_usage"] == 0.25
+    assert metrics["radixloop:bookkeeping_violations_total"] == 0
+    assert (metrics["radixloop:evicted_tokens_total"], metrics["radixloop:num_cached_prefixes"]) == (60, 3)
     assert metrics["sglang:cache_hit_rate"] == 0.4
     assert metrics["radixloop:num_refused_requests_total"] == 5
     assert metrics['radixloop:host_seconds_total{stage="deliver"}'] == 0.004

@@ -1,6 +1,8 @@
 """The scheduler plays traffic without a model: a token is a function of what came before, so recomputation shows."""
 
 import random
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +11,12 @@ from cache.allocator import PageAllocator
 from cache.radix import NoCache, RadixCache
 from engine.errors import PromptTooLong, QueueFull
 from engine.request import FinishReason, Request, SamplingParams, Status
-from engine.schedule import scheduler
+from engine.schedule import policy
+from engine.schedule.holdings import Holdings
 from engine.schedule.plan import Plan, PrefillBudget, prefill_work
+from engine.schedule.resolver import Outcome
 from engine.schedule.rows import Rows
-from engine.schedule.scheduler import Outcome, Scheduler
+from engine.schedule.scheduler import Scheduler
 
 VOCAB = 1000
 EOS = 0
@@ -114,10 +118,10 @@ class Traffic:
     def check_pages(self) -> None:
         stats = self.scheduler.stats()
         assert stats.num_free_tokens + stats.num_cached_tokens + stats.num_held_tokens == stats.num_total_tokens
-        if not self.scheduler.nodes:
+        if not self.scheduler.num_running:
             assert stats.num_held_tokens == 0
             assert self.rows.num_free == self.rows.num_rows
-        self.cache.check()
+        self.scheduler.check()
 
 
 def expected(prompt: list[int], num_tokens: int) -> list[int]:
@@ -156,7 +160,7 @@ def test_every_answer_is_the_one_it_would_get_alone(page_size: int, chunk: int, 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_answers_survive_a_pool_that_runs_out_again_and_again(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.schedule.scheduler.MIN_SHARED_TOKENS", 1)  # groups form and dissolve all the time
+    monkeypatch.setattr("engine.schedule.grouping.MIN_SHARED_TOKENS", 1)  # groups form and dissolve all the time
     rng = random.Random(seed)
     page_size = rng.choice([1, 1, 4])
     traffic = Traffic(64, num_rows=rng.choice([3, 6]), chunk=rng.choice([3, 9, 40]), page_size=page_size,
@@ -250,7 +254,7 @@ def test_each_policy_serves_everyone(policy: str) -> None:
 
 
 def test_a_request_that_matches_nothing_is_overtaken_only_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "MAX_OVERTAKEN", 5)
+    monkeypatch.setattr(policy, "MAX_OVERTAKEN", 5)
     traffic = Traffic(96, num_rows=1, policy="lpm")
     traffic.submit(list(range(1, 30)))
     traffic.run_all()
@@ -411,11 +415,11 @@ def test_a_scheduler_that_raises_ends_what_runs_and_serves_what_comes(monkeypatc
     def broken(*_: object) -> None:
         raise RuntimeError("injected")
 
-    monkeypatch.setattr(traffic.scheduler.allocator, "extend_each", broken)
+    monkeypatch.setattr(traffic.scheduler.held.allocator, "extend_each", broken)
     with pytest.raises(RuntimeError, match="injected"):
         traffic.step()
     assert traffic.scheduler.abandon(FinishReason("abort", status_code=500)) == running
-    traffic.allocator, traffic.cache = traffic.scheduler.allocator, traffic.scheduler.cache
+    traffic.allocator, traffic.cache = traffic.scheduler.held.allocator, traffic.scheduler.held.cache
     traffic.run_all()
     assert waiting.output_ids == expected([4] * 5, 9)
 
@@ -474,3 +478,208 @@ def test_a_prompt_behind_a_long_cached_one_gets_as_few_tokens_as_its_context_all
     assert plan.q_lens.tolist() == pytest.approx([400, 55], abs=page_size)  # 400 * 4.4 and the rest, at 4.2 each
     assert sum(prefill_work(n, 3200, 1e-3) for n in plan.q_lens) == pytest.approx(2000, abs=5 * page_size)
     assert [request.num_cached_tokens for request in tails] == [3200, 3200]
+
+
+# ---- several tokens a row ----
+
+NUM_DRAFTS = 2
+
+
+def verify_drafts(
+    traffic: Traffic, plan: Plan, runs: dict[Request, tuple[list[int], int]]
+) -> tuple[Plan, np.ndarray, np.ndarray]:
+    """Turn a plan of decodes into one that verifies NUM_DRAFTS guesses a row, and run it: what `resolve` is given.
+
+    runs: request -> (its 1 + NUM_DRAFTS tokens, how many of them are accepted). As many guesses are right.
+    """
+    rows, held = traffic.rows, traffic.scheduler.held
+    assert plan.is_decode and len(plan.samples) == len(plan.rows)
+    requests = rows.requests_of(plan.rows)
+    for row, seq_len in zip(plan.rows.tolist(), plan.seq_lens.tolist(), strict=True):
+        assert held.extend(row, seq_len + NUM_DRAFTS)
+    rows.num_computed[plan.rows] += NUM_DRAFTS
+    rows.num_tokens[plan.rows] += NUM_DRAFTS
+    spans = [(row, slice(end - 1, end + NUM_DRAFTS)) for row, end in zip(plan.rows, plan.seq_lens, strict=True)]
+    last_known = [rows.token_ids[row, span.start] for row, span in spans]
+    guesses = [
+        [token if i + 1 < accepted else 0 for i, token in enumerate(tokens[:NUM_DRAFTS])]
+        for tokens, accepted in (runs[request] for request in requests)
+    ]
+    plan.cohort, plan.num_decodes, plan.num_drafts = None, 0, np.full(len(requests), NUM_DRAFTS)
+    plan.q_lens, plan.seq_lens = np.full(len(requests), 1 + NUM_DRAFTS), plan.seq_lens + NUM_DRAFTS
+    plan.input_ids = np.concatenate([[last, *guess] for last, guess in zip(last_known, guesses, strict=True)])
+    plan.out_cache_loc = np.concatenate([rows.slots[row, span] for row, span in spans])
+    traffic.run(plan)
+    tokens = np.array([runs[request][0] for request in requests], np.int32)
+    num_accepted = np.array([runs[request][1] for request in requests])
+    traffic.last_tokens[plan.rows] = tokens[np.arange(len(tokens)), num_accepted - 1]
+    return plan, tokens, num_accepted
+
+
+def answering(traffic: Traffic, *requests: Request) -> Plan:
+    """Return a plan in which all `requests`, their prompts read and one token known of each, decode."""
+    plan = traffic.scheduler.schedule()
+    assert plan is not None
+    traffic.scheduler.resolve(plan, traffic.run(plan))
+    plan = traffic.scheduler.schedule()
+    assert plan is not None and traffic.rows.requests_of(plan.rows) == list(requests)
+    return plan
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_a_row_gains_as_many_tokens_as_are_accepted(page_size: int) -> None:
+    traffic = Traffic(400, page_size=page_size, depth=1, chunk=128)
+    requests = [traffic.submit([i + 1] * 9, 12) for i in range(3)]
+    for request in requests[1:]:
+        request.stream = True
+    plan = answering(traffic, *requests)
+    known = traffic.rows.num_known[plan.rows]
+    truth = {request: expected(request.input_ids, 4)[1:] for request in requests}
+    runs = {request: (truth[request][:n] + [7] * (3 - n), n) for n, request in enumerate(requests, start=1)}
+    outcome = traffic.scheduler.resolve(*verify_drafts(traffic, plan, runs))
+
+    rows = traffic.rows
+    assert (rows.num_known[plan.rows] - known).tolist() == [1, 2, 3]
+    assert np.array_equal(rows.num_tokens[plan.rows], rows.num_known[plan.rows])
+    assert np.array_equal(rows.num_computed[plan.rows], rows.num_known[plan.rows] - 1)
+    assert np.array_equal(traffic.scheduler.held.num_slots[plan.rows], rows.num_computed[plan.rows])
+    assert outcome.requests == [requests[1]] * 2 + [requests[2]] * 3
+    assert outcome.token_ids == truth[requests[1]][:2] + truth[requests[2]]
+    assert outcome.samples.tolist() == [1, 1, 2, 2, 2]
+    assert (outcome.num_tokens, outcome.finished) == (6, [])
+    traffic.check_pages()
+    traffic.run_all()
+    assert all(request.output_ids == expected(request.input_ids, 12) for request in requests)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens", "num_accepted", "answer", "reason"),
+    [
+        ({}, [5, EOS, 6], 3, [5, EOS], FinishReason("stop", matched=EOS)),
+        ({"ignore_eos": True, "max_new_tokens": 4}, [5, EOS, 6], 3, [5, EOS, 6], FinishReason("length")),
+        ({"max_new_tokens": 3}, [5, 6, 7], 3, [5, 6], FinishReason("length")),
+        ({"max_new_tokens": 2}, [5, 6, 7], 3, [5], FinishReason("length")),
+        ({"stop_token_ids": [6]}, [5, 6, 7], 3, [5, 6], FinishReason("stop", matched=6)),
+        ({"stop_token_ids": [6]}, [5, 6, 7], 1, [5], None),
+        ({}, [5, -1, 6], 3, [5], "the model's output is not finite"),
+        ({}, [5, EOS, 6], 1, [5], None),
+    ],
+)
+def test_an_answer_ends_inside_of_what_is_accepted(
+    fields: dict[str, Any], tokens: list[int], num_accepted: int, answer: list[int], reason: FinishReason | str | None
+) -> None:
+    traffic = Traffic(64, depth=1)
+    request = traffic.submit([3] * 6, **{"max_new_tokens": 9, **fields})
+    request.stream = True
+    first = expected([3] * 6, 1)
+    plan = answering(traffic, request)
+    outcome = traffic.scheduler.resolve(*verify_drafts(traffic, plan, {request: (tokens, num_accepted)}))
+    assert outcome.token_ids == answer
+    assert traffic.rows.output_ids(request) == first + answer
+    assert outcome.finished == ([] if reason is None else [request])
+    if isinstance(reason, str):
+        assert request.finish_reason is not None and reason in (request.finish_reason.message or "")
+    else:
+        assert request.finish_reason == reason
+    traffic.check_pages()
+
+
+class CountingMatcher:
+    """Stands in for a matcher: forces `forced` behind token `forces_at` of the answer, and ends it with `ends_at`."""
+
+    may_jump, masks = True, False
+
+    def __init__(self, forces_at: int = -1, forced: tuple[int, ...] = (), ends_at: int = -1) -> None:
+        self.forces_at, self.forced, self.ends_at = forces_at, list(forced), ends_at
+        self.seen: list[int] = []
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.seen) == self.ends_at
+
+    def advance(self, token: int) -> None:
+        self.seen.append(token)
+
+    def jump(self, max_tokens: int) -> list[int]:
+        return self.forced[:max_tokens] if len(self.seen) == self.forces_at else []
+
+
+def test_a_matcher_follows_each_accepted_token_and_forces_what_comes_behind_them() -> None:
+    traffic = Traffic(64, depth=1)
+    request = traffic.submit([3] * 6, 10)
+    request.stream = True
+    matcher = CountingMatcher(forces_at=3, forced=(8, 9))
+    request.matcher = matcher  # type: ignore[assignment]
+    first, second, third = expected([3] * 6, 3)
+    plan = answering(traffic, request)
+    outcome = traffic.scheduler.resolve(*verify_drafts(traffic, plan, {request: ([second, third, 1], 2)}))
+    assert matcher.seen == [first, second, third]
+    assert (outcome.token_ids, outcome.forced, outcome.num_tokens) == ([second, third], [(request, [8, 9])], 4)
+    traffic.run_all()
+    start = [first, second, third, 8, 9]
+    assert request.output_ids == start + expected([3] * 6 + start, 5)
+
+
+def test_a_matcher_that_comes_to_its_end_drops_what_was_accepted_behind_it() -> None:
+    traffic = Traffic(64, depth=1)
+    request = traffic.submit([3] * 6, 10)
+    request.matcher = CountingMatcher(ends_at=2)  # type: ignore[assignment]
+    first, second, third, fourth = expected([3] * 6, 4)
+    plan = answering(traffic, request)
+    outcome = traffic.scheduler.resolve(*verify_drafts(traffic, plan, {request: ([second, third, fourth], 3)}))
+    assert outcome.finished == [request] and request.output_ids == [first, second]
+    assert request.finish_reason == FinishReason("stop") and outcome.num_tokens == 1
+    traffic.check_pages()
+
+
+def test_tokens_of_a_request_that_has_ended_meanwhile_are_dropped_however_many() -> None:
+    traffic = Traffic(64, depth=1)
+    gone, stays = traffic.submit([3] * 6, 10), traffic.submit([4] * 6, 10)
+    plan = answering(traffic, gone, stays)
+    truth = expected([4] * 6, 4)[1:]
+    step = verify_drafts(traffic, plan, {gone: ([5, 5, 5], 3), stays: (truth, 3)})
+    traffic.scheduler.finish(gone, FinishReason("abort"))
+    assert traffic.scheduler.resolve(*step).num_tokens == 3
+    traffic.run_all()
+    assert len(gone.output_ids) == 1 and stays.output_ids == expected([4] * 6, 10)
+
+
+# ---- the books ----
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda held: held.allocator.allocate(3), "3 of 64 KV slots are neither free, cached nor held"),
+        (lambda held: held.allocator.free(held.cache.slots()[:2]), "2 of 64 KV slots are counted twice"),
+        (
+            lambda held: held.cache.lock(held.cache.match(np.array([4] * 8, np.int32)).node),
+            "8 cached tokens are locked",
+        ),
+        (lambda held: held.num_slots.__setitem__(2, 5), "1 rows hold KV slots, and no request runs in them"),
+    ],
+)
+@pytest.mark.breaks_bookkeeping
+def test_a_broken_account_of_pages_and_locks_is_seen(damage: Callable[[Holdings], object], message: str) -> None:
+    traffic = Traffic(64)
+    traffic.submit([4] * 8, 3)
+    traffic.run_all()
+    assert traffic.scheduler.violations() == []
+    damage(traffic.scheduler.held)
+    assert any(message in violation for violation in traffic.scheduler.violations())
+    with pytest.raises(AssertionError):
+        traffic.scheduler.check()
+
+
+@pytest.mark.breaks_bookkeeping
+def test_a_row_that_nobody_runs_in_and_a_lock_too_many_are_seen() -> None:
+    traffic = Traffic(64)
+    running = traffic.submit([4] * 8, 30)
+    traffic.step()
+    traffic.check_pages()
+    traffic.cache.lock(traffic.scheduler.held.nodes[running.row])
+    with pytest.raises(AssertionError, match="2 locks, 1 requests"):
+        traffic.scheduler.check()
+    traffic.cache.unlock(traffic.scheduler.held.nodes[running.row])
+    traffic.rows.allocate(Request("stray", [1], SamplingParams(max_new_tokens=1), lambda delta: None), seed=0)
+    assert traffic.scheduler.violations() == ["2 rows are taken, and 1 requests run"]

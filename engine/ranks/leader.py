@@ -1,4 +1,4 @@
-"""The ranks of a tensor-parallel model: rank 0 lives in this process, the others are told each step through a ring.
+"""The ranks of a tensor-parallel model: rank 0 lives in this process, the others get each step through a ring.
 
 What travels is the step as it is staged for the device, so a follower copies it on and enqueues the same work. Only
 rank 0 samples; a step's tokens reach the other devices by a collective that belongs to the step.
@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,22 +22,43 @@ from engine.rank_maintenance import RankMaintenance, reason_of
 from engine.ranks.channel import ChannelReader, Payload, open_channel
 from engine.ranks.children import Children, Parent
 from engine.ranks.nodes import NodeLink, NodeLinks, open_store
-from engine.step.batch import Shape, plan_of
+from engine.step.batch import plan_of
+from engine.step.fields import StepShape
 from engine.step.model_runner import ModelRunner, PromptLogprobWork, Step
 from engine.step.sampler import SamplingWork
 
 LOCALHOST = "127.0.0.1"
 PREFIX, STEP, ORDER = range(3)  # kinds of message: int32 arrays that begin with theirs
-NUM_STEP_FIELDS = 10
 ANSWER_KEY = "radixloop/order{}/rank{}"  # in the store: what has become of an order; empty: all is well
 ANSWER_POLL_S = 0.01
-
 
 RunRank = Callable[[Parent, EngineConfig, Path, int, str, int, ChannelReader], None]
 
 
+class StepHeader(NamedTuple):
+    """Say of a step what its fields do not; travels as int32 numbers, in this order."""
+
+    shape: StepShape
+    is_graph: bool
+    num_samples: int  # without the shape's padding
+    is_plain: bool  # the most likely tokens are wanted, and every rank finds them
+    num_prompts: int  # chunks whose tokens' log-probabilities are wanted: (first token, count) each
+
+    def to_message(self) -> np.ndarray:
+        """Return the numbers that a message begins with: int32, the kind first."""
+        return np.array([STEP, *self.shape, *self[1:]], np.int32)
+
+    @classmethod
+    def from_message(cls, message: np.ndarray) -> tuple["StepHeader", np.ndarray]:
+        """Return the header of a message of kind STEP, and what follows it."""
+        num_sizes = len(StepShape._fields)
+        end = num_sizes + len(cls._fields)
+        numbers = message[1:end].tolist()
+        return cls(StepShape._make(numbers[:num_sizes]), *numbers[num_sizes:]), message[end:]
+
+
 class Ranks:
-    """The ranks of this host, as processes, but for rank 0; on the first host also the way to other hosts' ranks."""
+    """Run the ranks of this host but rank 0 as processes; on the first host, also reach other hosts' ranks."""
 
     def __init__(self, config: EngineConfig, folder: Path, run: RunRank, on_failure: Callable[[str], object]) -> None:
         """run: what a rank does, given its parent, the configuration, the model's folder, its rank, host and port of
@@ -75,10 +96,14 @@ class Ranks:
         for row, start, slots in step.plan.prefix_copies:
             self.send(np.array([PREFIX, row, start], np.int32), slots.astype(np.int32, copy=False))
         prompts = [(work.first_token, len(work.target_ids)) for work in step.prompt_work]
-        is_plain = step.work.is_plain and step.work.masked is None
-        fields = [STEP, *step.shape, step.is_graph, len(step.plan.samples), is_plain, len(prompts)]
-        assert len(fields) == NUM_STEP_FIELDS
-        self.send(np.array(fields, np.int32), np.array(prompts, np.int32).reshape(-1), step.staged.host.numpy())
+        header = StepHeader(
+            step.shape,
+            is_graph=step.is_graph,
+            num_samples=len(step.plan.samples),
+            is_plain=step.work.is_plain and step.work.masked is None,
+            num_prompts=len(prompts),
+        )
+        self.send(header.to_message(), np.array(prompts, np.int32).reshape(-1), step.staged.host.numpy())
 
     def order(self, name: str, **arguments: Any) -> int:
         """Have every rank call `RankMaintenance.do(name, **arguments)`, after the steps announced before.
@@ -91,7 +116,7 @@ class Ranks:
         return self._num_orders
 
     def wait_done(self, order: int) -> dict[int, str]:
-        """The ranks that could not do it, and why. Blocks. `EngineStopped` if one ended meanwhile."""
+        """Return the ranks that could not do it, and why. Blocks. Raises `EngineStopped` if one ended meanwhile."""
         keys = {rank: ANSWER_KEY.format(order, rank) for rank in range(1, self._size)}
         while not self.store.check(list(keys.values())):
             if self._children.failure is not None:
@@ -103,13 +128,13 @@ class Ranks:
         return {rank: reason for rank, reason in reasons.items() if reason}
 
     def send(self, *parts: Payload) -> None:
-        """One message to all ranks."""
+        """Send one message to all ranks."""
         self._plans.send(*parts)
         if self._nodes is not None:
             self._nodes.send(*parts)
 
     def fail(self, error: BaseException, what: str = "a step") -> None:
-        """`what` failed here, half way: the ranks are no longer in step with each other."""
+        """Report that `what` failed here, half way: the ranks are no longer in step with each other."""
         self._children.fail(f"rank 0 failed in {what}: {type(error).__name__}: {error}")
 
     def close(self, close_comm: Callable[[], None]) -> None:
@@ -125,11 +150,11 @@ class Ranks:
             self._children.kill()
 
     def abandon(self, error: BaseException) -> BaseException:
-        """`error` ended the start: end the ranks. Returns what is to be told, which may be what happened to one."""
+        """End the ranks after `error` ended the start. Returns the error to report, perhaps what happened to one."""
         return self._children.abandon(error)
 
     def _find_hung(self) -> str | None:
-        """A rank that takes up no step although there is one, as after SIGSTOP."""
+        """Return the description of a rank that takes up no step although there is one, as after SIGSTOP."""
         now = time.monotonic()
         for i, (num_sent, since) in enumerate(self._last_look):
             num_unread = self._plans.num_unread(i)
@@ -146,11 +171,11 @@ def join_store(host: str, port: int) -> dist.TCPStore:
 
 
 def run_node(config: EngineConfig, run: RunRank, on_progress: Callable[[str], None]) -> None:
-    """What a host but the first does: run its ranks until the first one ends. `ModelError` if one fails."""
+    """Run the ranks of a host but the first until one ends. Raises `ModelError` if one fails."""
     link = NodeLink(config, open_store(config))
-    told = json.loads(link.receive())
+    received = json.loads(link.receive())
     own = {name: getattr(config, name) for name in ("model_path", "download_dir", "node_rank", "base_gpu_id")}
-    config = EngineConfig(**{**told, **own})
+    config = EngineConfig(**{**received, **own})
     failures: list[str] = []
 
     def on_failure(message: str) -> None:
@@ -169,13 +194,13 @@ def run_node(config: EngineConfig, run: RunRank, on_progress: Callable[[str], No
 
 
 class Follower:
-    """A rank but 0, and how it does what it is told beside steps."""
+    """Carry out, on a rank but 0, the orders that are not steps."""
 
     def __init__(self, rank: int, store: dist.TCPStore, maintenance: RankMaintenance) -> None:
         self._rank, self._store, self._maintenance = rank, store, maintenance
 
     def obey(self, order: int, name: str, arguments: dict[str, Any]) -> None:
-        """A failure that leaves this rank unlike the others is raised: it ends the server."""
+        """Do what rank 0 orders. Raises a failure that leaves this rank unlike the others: it ends the server."""
         if name == "read":  # takes long, and steps go on
             threading.Thread(target=self._read, args=(order, arguments), daemon=True).start()
             return
@@ -195,7 +220,7 @@ class Follower:
 
 
 def follow(runner: ModelRunner, plans: ChannelReader, follower: Follower) -> None:
-    """Do all that rank 0 announces, until it closes the channel."""
+    """Run all that rank 0 announces, until it closes the channel."""
     prefix_copies: list[tuple[int, int, np.ndarray]] = []
     while True:
         try:
@@ -209,19 +234,18 @@ def follow(runner: ModelRunner, plans: ChannelReader, follower: Follower) -> Non
         if message[0] == ORDER:
             follower.obey(*json.loads(message[1:].tobytes()))
             continue
-        _, *sizes, is_graph, num_samples, is_plain, num_prompts = message[:NUM_STEP_FIELDS].tolist()
-        shape = Shape._make(sizes)
-        prompts = message[NUM_STEP_FIELDS:][: 2 * num_prompts].reshape(-1, 2).tolist()
-        written = message[NUM_STEP_FIELDS + 2 * num_prompts :]
-        plan = plan_of(written, shape, num_samples)
+        header, rest = StepHeader.from_message(message)
+        prompts = rest[: 2 * header.num_prompts].reshape(-1, 2).tolist()
+        written = rest[2 * header.num_prompts :]
+        plan = plan_of(written, header.shape, header.num_samples)
         plan.prefix_copies, prefix_copies = prefix_copies, []
         step = Step(
             plan=plan,
-            work=SamplingWork(num_samples, is_greedy=bool(is_plain)),
+            work=SamplingWork(header.num_samples, is_greedy=bool(header.is_plain)),
             prompt_work=[PromptLogprobWork(None, 0, first, np.zeros(count, np.int64)) for first, count in prompts],
             staged=runner.stager.copy(written),
-            shape=shape,
-            is_graph=bool(is_graph),
+            shape=header.shape,
+            is_graph=bool(header.is_graph),
             launched_at=time.perf_counter(),
         )
         with torch.cuda.stream(runner.stream), torch.inference_mode():

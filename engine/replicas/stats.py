@@ -28,4 +28,5 @@ def combined_health(each: Sequence[Health]) -> Health:
         max(one.oldest_queued_s for one in each),
         sum(one.num_running for one in each),
         sum(one.num_queued for one in each),
+        sum(one.num_violations for one in each),
     )

@@ -1,8 +1,8 @@
-"""Whose turn it is in the queue, and when the queue is too long.
+"""The order among waiting clients, and the limits of the queue.
 
 Clients that wait share the server by tokens, in proportion to their weights: the client that has been served least
 per unit of weight goes next, and one that comes back to the queue starts level with the one that is furthest behind,
-so that nobody saves up turns while away. This is the virtual token counter of Sheng et al. 2024 (arXiv:2401.00588),
+so that nobody saves up tokens while away. This is the virtual token counter of Sheng et al. 2024 (arXiv:2401.00588),
 with one difference: an answer's length is charged when its request is admitted, as the mean of what ended so far,
 and put right at its end, so nothing here is called for each token.
 """
@@ -22,7 +22,7 @@ MAX_RETRY_S = 600.0
 
 
 class FairShares:
-    """The accounts of clients: how much each waits for, and how much each has been served.
+    """Keep the accounts of clients: how much each waits for, and how much each has been served.
 
     max_requests, max_tokens: what may wait in the queue, as requests and as prompt tokens.
     """
@@ -40,7 +40,7 @@ class FairShares:
     # ---- the queue's length ----
 
     def check(self, request: Request) -> None:
-        """`QueueFull` if `request` is one too many.
+        """Raise `QueueFull` if `request` is one too many.
 
         A full queue still takes from a client that holds less than its equal part of it: a client that floods the
         queue does not shut out the others.
@@ -65,7 +65,7 @@ class FairShares:
             )
 
     def enter(self, request: Request) -> None:
-        """`request` waits from now on."""
+        """Enter `request` among those that wait."""
         client = request.client
         if client not in self.num_requests:
             others = (self._served[other] for other in self.num_requests)
@@ -82,7 +82,7 @@ class FairShares:
         self.num_waiting_tokens += request.prompt_len
 
     def leave(self, request: Request) -> None:
-        """`request` no longer waits."""
+        """Remove `request` from those that wait."""
         client = request.client
         self.num_requests[client] -= 1
         self.num_tokens[client] -= request.prompt_len
@@ -90,14 +90,14 @@ class FairShares:
         if not self.num_requests[client]:
             del self.num_requests[client], self.num_tokens[client]
 
-    # ---- whose turn it is ----
+    # ---- who goes next ----
 
     def served(self, client: str) -> float:
-        """Where `client` stands: of those that wait, who stands lowest goes next."""
+        """Return the tokens per unit of weight that `client` has been served: who waits and has least goes next."""
         return self._served[client]
 
     def admit(self, request: Request, num_cached: int) -> None:
-        """`request` leaves the queue to run; `num_cached` tokens of its prompt cost nothing."""
+        """Charge `request`, which leaves the queue to run, what it will cost; `num_cached` prompt tokens are free."""
         self.leave(request)
         if request.charged_tokens:  # it was retracted: paid for when first admitted
             return
@@ -106,7 +106,7 @@ class FairShares:
         self._served[request.client] += request.charged_tokens / request.weight
 
     def settle(self, request: Request) -> None:
-        """`request` has ended: charge what it took, and not what was expected."""
+        """Charge `request`, which has ended, what it took, and not what was expected."""
         if not request.charged_tokens:
             return
         num_output = len(request.output_ids)
@@ -124,12 +124,12 @@ class FairShares:
 
     @property
     def num_waiting_work(self) -> float:
-        """Tokens to compute for all that waits, about."""
+        """Tokens to compute for all that waits, estimated."""
         return self.num_waiting_tokens + self.mean_answer * self.num_requests.total()
 
 
 class Queue:
-    """Those that wait, in lines: of what was retracted and what is new, of each priority, of each client.
+    """Keep waiting requests in lines: of retracted and of new ones, of each priority, of each client.
 
     Coming, leaving and finding the next one take no longer the more requests wait.
     """
@@ -148,7 +148,7 @@ class Queue:
         return itertools.chain.from_iterable(self._lines.values())
 
     def add(self, request: Request, *, is_first: bool = False) -> None:
-        """At the end of its line, or at its head. `FairShares.enter` must come before."""
+        """Put `request` at the end of its line, or at its head. `FairShares.enter` must come before."""
         line = self._lines.setdefault(_line_of(request), OrderedDict())
         line[request] = None
         line.move_to_end(request, last=not is_first)
@@ -160,14 +160,16 @@ class Queue:
             del self._lines[key]
 
     def next(self) -> Request:
-        """What was retracted was promised its place: it comes first. Then the highest priority counts, then whose turn
-        it is, then the order within the line.
+        """Return the request to admit next.
+
+        What was retracted was promised its place: it comes first. Then the highest priority counts, then which client
+        has been served least, then the order within the line.
         """
         key = min(self._lines, key=lambda key: (*key[:2], self._shares.served(key[2])))
         return next(iter(self._lines[key]))
 
     def reorder(self, requests: Iterable[Request]) -> None:
-        """Let all that wait, which is `requests`, stand in their lines in that order."""
+        """Put all that wait, which must be `requests`, into their lines in that order."""
         self._lines.clear()
         for request in requests:
             self.add(request)
@@ -178,7 +180,7 @@ def _line_of(request: Request) -> tuple[bool, int, str]:
 
 
 class DrainRate:
-    """Tokens per second that leave the engine as part of requests that ended, while it has work.
+    """Measure the tokens per second that leave the engine in requests that ended, while it has work.
 
     Times are the caller's, in seconds; idle time between `idle` and `busy` does not count.
     """
@@ -189,12 +191,12 @@ class DrainRate:
         self._since: float | None = None  # None: idle
 
     def busy(self, now: float) -> None:
-        """There is work, from now on if there was none."""
+        """Begin to count time, if there was no work before."""
         if self._since is None:
             self._since = now
 
     def observe(self, now: float, num_served_tokens: int, *, is_idle: bool) -> None:
-        """A request has ended: of all that ended so far, `num_served_tokens` were computed."""
+        """Count a request that has ended; `num_served_tokens` were computed for all that ended so far."""
         if self._since is not None:
             elapsed = max(now - self._since, 0.0)
             fading = math.exp(-elapsed / DRAIN_MEMORY_S)
@@ -205,11 +207,11 @@ class DrainRate:
 
     @property
     def tokens_per_s(self) -> float:
-        """0 until a request has ended."""
+        """Tokens per working second, 0 until a request has ended."""
         return self._tokens / self._seconds if self._seconds else 0.0
 
     def seconds_for(self, num_tokens: float, now: float) -> float:
-        """How long `num_tokens` of work take; at least a second, and a guess before anything has ended."""
+        """Return how long `num_tokens` of work take: at least a second, and a guess before anything has ended."""
         if self.tokens_per_s:
             seconds = num_tokens / self.tokens_per_s
         else:

@@ -1,4 +1,4 @@
-"""What the scheduler decided for one step: plain arrays, the only thing the runner is told. And what it may decide."""
+"""The scheduler's decision for one step: plain arrays, all that the runner gets. And the budget it decides within."""
 
 import math
 from dataclasses import dataclass, field
@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from engine.request import Request
+from engine.schedule.cohort import Cohort
 
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Decoding requests that share a cached prefix; arrays as in engine.step.batch.SharedPrefixes."""
+    """Hold the decoding requests that share a cached prefix; arrays as in engine.step.batch.SharedPrefixes."""
 
     prefix_lens: np.ndarray
     cu_members: np.ndarray
@@ -21,7 +22,7 @@ class Groups:
 
 @dataclass(slots=True)
 class Plan:
-    """One step: B requests, T tokens; requests with one token first. Nobody writes to its arrays."""
+    """Describe one step: B requests, T tokens; requests with one token first. Nobody writes to its arrays."""
 
     rows: np.ndarray  # int64 [B]
     q_lens: np.ndarray  # int64 [B], tokens to compute
@@ -31,6 +32,9 @@ class Plan:
     num_decodes: int
     samples: np.ndarray  # int64 [S], indices into B of the requests whose next token is sampled
     epochs: np.ndarray  # int64 [B], of the rows when scheduled
+    # Set if the step is this cohort's alone: each computes one token, and one of each is sampled. The same object from
+    # step to step while nobody comes or goes.
+    cohort: Cohort | None = None
     prefix_copies: list[tuple[int, int, np.ndarray]] = field(default_factory=list)  # (row, start, cached slots)
     prompt_logprobs: list[tuple[int, Request, int]] = field(default_factory=list)  # (b, request, first position)
     pooled: list[tuple[int, Request, int]] = field(default_factory=list)  # (b, request, first position)
@@ -39,6 +43,7 @@ class Plan:
     answering: list[Request] = field(default_factory=list)  # whose prompt ends with this step
     groups: Groups | None = None
     num_jumps: int = 0  # requests with several tokens of their answer
+    num_drafts: np.ndarray | None = None  # int64 [S], tokens of each sampled one that are guesses; None: of nobody
 
     @property
     def num_tokens(self) -> int:
@@ -54,20 +59,24 @@ class Plan:
 
 
 def context_tokens(seq_lens: np.ndarray, groups: Groups | None) -> int:
-    """What attention reads for one token of each of `seq_lens`; of prefixes that it reads once per group, nothing."""
+    """Return the tokens that attention reads for one token of each of `seq_lens`, shared prefixes left out.
+
+    Those of `groups` are read once per group.
+    """
     return int(seq_lens.sum()) - (0 if groups is None else int(groups.own_starts.sum()))
 
 
 def prefill_work(num_tokens: Any, context: Any, context_cost: float) -> Any:
-    """What chunks of `num_tokens` behind `context` tokens take: each token 1, and `context_cost` for every one before
-    it. Numbers or arrays.
+    """Return the work of chunks of `num_tokens` behind `context` tokens. Numbers or arrays.
+
+    Each token costs 1, and `context_cost` for every one before it.
     """
     return num_tokens * (1 + context_cost * (context + num_tokens / 2))
 
 
 @dataclass(slots=True)
 class PrefillBudget:
-    """What the prompts of a step may take; spent chunk by chunk."""
+    """Limit the prompts of a step; spent chunk by chunk."""
 
     max_tokens: int
     work: float = math.inf  # as of `prefill_work`
@@ -79,7 +88,7 @@ class PrefillBudget:
         return self.max_tokens <= 0 or (self.work <= 0 and self.min_tokens <= 0)
 
     def num_tokens_behind(self, context: int) -> int:
-        """How long a chunk behind `context` tokens may be: one token at least."""
+        """Return how long a chunk behind `context` tokens may be: one token at least."""
         if math.isinf(self.work):
             return self.max_tokens
         work, of_first = max(self.work, 0.0), 1 + self.context_cost * context

@@ -17,7 +17,7 @@ from engine.request import TOP_K_ALL, Request
 
 
 class Rows:
-    """Tables of `num_rows` requests (row 0 apart) of at most `max_len` tokens each.
+    """Hold tables of `num_rows` requests (row 0 apart) of at most `max_len` tokens each.
 
     Of a row, tokens [0, num_known) have reached the host; [num_known, num_tokens) are promised by launched steps and
     exist only on the device; [0, num_computed) have (or will have, once those steps ran) their KV in `slots`.
@@ -68,7 +68,7 @@ class Rows:
         return len(self._free)
 
     def allocate(self, request: Request, seed: int) -> int:
-        """Give `request` a row and fill it in. There must be a free one."""
+        """Fill in a free row for `request` and return it. There must be one."""
         row = self._free.pop()
         params = request.sampling_params
         tokens = request.all_token_ids()
@@ -107,12 +107,18 @@ class Rows:
         request.row = row
         return row
 
+    def request_at(self, row: int) -> Request:
+        """Return the request that runs in `row`. There must be one."""
+        request = self.requests[row]
+        assert request is not None
+        return request
+
     def requests_of(self, rows: np.ndarray) -> list[Request]:
-        """Of rows that all belong to somebody."""
+        """Return the requests that run in `rows`, one in each."""
         return cast("list[Request]", list(map(self.requests.__getitem__, rows.tolist())))
 
     def append(self, row: int, tokens: list[int]) -> None:
-        """Known tokens behind the last known one. A token that a step in flight samples there is stale."""
+        """Put known tokens behind the last known one. A token that a step in flight samples there is stale."""
         start = int(self.num_known[row])
         stop = start + len(tokens)
         self.token_ids[row, start:stop] = tokens
@@ -120,12 +126,24 @@ class Rows:
         self.is_counted[row] = False
 
     def output_ids(self, request: Request, start: int = 0) -> list[int]:
-        """The known tokens of a running request's answer, from number `start` on."""
-        row = request.row
+        """Return the known tokens of an answer, from number `start` on."""
+        if (row := request.row) < 0:
+            return request.output_ids[start:]
         return self.token_ids[row, request.prompt_len + start : self.num_known[row]].tolist()
 
+    def cut(self, request: Request, num_tokens: int) -> None:
+        """Take back the last `num_tokens` of an answer, whose text ended before them."""
+        if request.row >= 0:
+            self.num_known[request.row] -= num_tokens
+        elif num_tokens:
+            del request.output_ids[-num_tokens:]
+        request.num_forced_tokens -= num_tokens
+
     def free(self, row: int) -> None:
-        """Take the row back. Steps still in flight for it are recognized by its old epoch."""
+        """Take the row back, and put the answer's tokens into the request.
+
+        Steps still in flight for it are recognized by its old epoch.
+        """
         request = self.requests[row]
         assert request is not None
         request.output_ids = self.output_ids(request)
@@ -135,27 +153,8 @@ class Rows:
         self._free.append(row)
 
 
-class RowSet:
-    """Some rows, and what stays the same of them while they belong to the same requests: looked up once for all the
-    steps in which nobody comes or goes.
-    """
-
-    def __init__(self, tables: Rows, rows: np.ndarray) -> None:
-        """rows: int64 [B]."""
-        self.rows = rows
-        self.epochs = tables.epoch[rows]
-        self.max_tokens = tables.max_tokens[rows]
-        self.has_extras = np.count_nonzero(tables.has_extras[rows]) > 0  # for a few rows much faster than any()
-        stops_at_eos = tables.stops_at_eos[rows]
-        self.stops_at_eos = stops_at_eos if np.count_nonzero(stops_at_eos) else None  # bool [B]; None: nobody does
-        (self.wanted,) = tables.wants_tokens[rows].nonzero()  # indices of those that `requests` holds
-        self.requests = tables.requests_of(rows[self.wanted])
-        has_stop_text = tables.has_stop_text[rows]
-        self.watched = tables.requests_of(rows[has_stop_text]) if np.count_nonzero(has_stop_text) else []
-
-
 def _sparse_table(num_rows: int, num_columns: int) -> np.ndarray:
-    """int32 zeros, of which only pages written to cost memory.
+    """Return int32 zeros, of which only pages written to cost memory.
 
     Small pages: numpy would ask for huge ones, and the first token of a row would wait 0.2 ms for 2 MB to be cleared.
     """

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from engine.schedule.plan import Groups, Plan
-from engine.step.batch import Shape, StagedBatch, Stager
+from engine.step.batch import StagedBatch, Stager
+from engine.step.fields import StepShape
 
 
 class Ladder(NamedTuple):
-    """Sizes of graphs for steps with prompt chunks."""
+    """List the sizes of graphs for steps with prompt chunks."""
 
     num_decodes: int  # at most
     num_prompts: int  # chunks at most
@@ -53,14 +54,14 @@ GROUPED_SIZE_RATIO = 1.3  # of neighbours on the ladder of decode steps with sha
 
 
 def default_batch_sizes(largest: int) -> list[int]:
-    """1, 2, 4, then steps of an eighth to a quarter: padding costs little, and so does capturing."""
+    """Return 1, 2, 4, then steps of an eighth to a quarter: padding costs little, and so does capturing."""
     fine = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, 256, 32)]
     sizes = [*fine, *range(256, 512, 64), *range(512, largest + 1, 128)]
     return [size for size in sizes if size <= largest] or [largest]
 
 
 class GraphSizes(NamedTuple):
-    """What steps may be captured."""
+    """Limit the steps that may be captured."""
 
     batch_sizes: list[int]  # of decode steps
     max_prompt_tokens: int  # of a step that has any
@@ -81,11 +82,11 @@ class StepGraphs:
         self.grouped_sizes = _coarse(self.batch_sizes)
         self.ladders = fitting_ladders(sizes.max_prompt_tokens, sizes.max_tokens, sizes.max_requests)
         self._stager, self._run, self._meet = stager, run, meet
-        self._graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, StagedBatch]] = {}
+        self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, StagedBatch]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def shape_for(self, plan: Plan) -> Shape | None:
-        """Of the graph that serves `plan`, or None: it is larger than any, or asks for what no graph does."""
+    def shape_for(self, plan: Plan) -> StepShape | None:
+        """Return the shape of the graph that serves `plan`. None: it is too large, or asks for what no graph does."""
         if plan.pooled:
             return None
         num_decodes, num_samples = plan.num_decodes, len(plan.samples)
@@ -108,15 +109,15 @@ class StepGraphs:
                 return _prefill_shape(ladder, ladder.num_tokens[bisect.bisect_left(ladder.num_tokens, num_tokens)])
         return None
 
-    def eager_shape(self, plan: Plan) -> Shape:
-        """Of a step that no graph serves."""
-        shape = Shape.of(plan)
+    def eager_shape(self, plan: Plan) -> StepShape:
+        """Return the shape of a step that no graph serves."""
+        shape = StepShape.of(plan)
         if not self.ladders or plan.is_decode or plan.pooled:
             return shape
         return rounded_up(shape, self._stager.max_tokens)
 
     def eager_sizes(self) -> list[int]:
-        """The numbers of tokens of steps that are too large for a graph."""
+        """Return the numbers of tokens of steps that are too large for a graph."""
         sizes: list[int] = []
         if self.ladders:
             largest = max(ladder.num_tokens[-1] for ladder in self.ladders)
@@ -124,8 +125,8 @@ class StepGraphs:
                 sizes.append(largest := size)
         return sizes
 
-    def _families(self) -> list[tuple[Sequence[int], Callable[[int], Shape]]]:
-        """(sizes, the shape of one): of each ladder, of decode steps with groups, of those without."""
+    def _families(self) -> list[tuple[Sequence[int], Callable[[int], StepShape]]]:
+        """Return (sizes, the shape of one) of each ladder, of decode steps with groups, of those without."""
         return [
             *((ladder.num_tokens, functools.partial(_prefill_shape, ladder)) for ladder in self.ladders),
             (self.grouped_sizes, functools.partial(_decode_shape, has_groups=True)),
@@ -133,33 +134,36 @@ class StepGraphs:
         ]
 
     def run_all(self) -> None:
-        """An example of each shape, without a graph."""
+        """Run an example of each shape, without a graph."""
         for sizes, shape_of in self._families():
             for size in sizes:
                 self._run(self._example(shape_of(size)))
                 torch.cuda.synchronize()  # the staging buffer is used again
 
     def capture_all(self) -> None:
-        """After `run_all`. The largest first, since the smaller ones then fit into the memory it took."""
+        """Capture all shapes, after `run_all`. The largest first: the smaller ones then fit into the memory it took."""
         *of_ladders, of_grouped, of_decodes = self._families()
         for i, family in reversed(list(enumerate(of_ladders))):
             self.ladders[i] = self.ladders[i]._replace(num_tokens=tuple(self._capture_sizes(*family)))
         self.grouped_sizes = self._capture_sizes(*of_grouped)
         self.batch_sizes = self._capture_sizes(*of_decodes)
 
-    def _capture_sizes(self, sizes: Sequence[int], shape_of: Callable[[int], Shape]) -> list[int]:
-        """Those to use. The graphs of all stay: each rank measures for itself, and what rank 0 finds counts."""
+    def _capture_sizes(self, sizes: Sequence[int], shape_of: Callable[[int], StepShape]) -> list[int]:
+        """Capture all `sizes` and return those to use.
+
+        The graphs of all stay: each rank measures for itself, and what rank 0 finds counts.
+        """
         took_ms = [self._capture_padding(shape_of(size)) for size in reversed(sizes)]
         return useful_sizes(sizes, took_ms[::-1])
 
-    def replay(self, shape: Shape) -> tuple[torch.Tensor, torch.Tensor, StagedBatch]:
-        """(logits, their argmax, the batch) of the staged plan; overwritten by the next replay of any graph."""
+    def replay(self, shape: StepShape) -> tuple[torch.Tensor, torch.Tensor, StagedBatch]:
+        """Replay the staged plan: (logits, their argmax, the batch), overwritten by the next replay of any graph."""
         graph, logits, greedy, staged = self._graphs[shape]
         graph.replay()
         return logits, greedy, staged
 
-    def _capture_padding(self, shape: Shape) -> float:
-        """Returns the milliseconds of a replay."""
+    def _capture_padding(self, shape: StepShape) -> float:
+        """Capture a step of padding and return the milliseconds of a replay."""
         self._capture(shape, self._example(shape))
         self._meet()  # else the time would be that of waiting for the others
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -169,12 +173,12 @@ class StepGraphs:
         end.synchronize()
         return begin.elapsed_time(end)
 
-    def _example(self, shape: Shape) -> StagedBatch:
+    def _example(self, shape: StepShape) -> StagedBatch:
         plan = _example_plan(shape)
         self._stager.upload(self._stager.write(plan, shape))
         return self._stager.views(shape, plan, is_for_graph=True)
 
-    def _capture(self, shape: Shape, staged: StagedBatch) -> None:
+    def _capture(self, shape: StepShape, staged: StagedBatch) -> None:
         """Capture the staged plan's shape."""
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
@@ -188,7 +192,7 @@ class StepGraphs:
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A CUDA graph that the collector destroys (an earlier engine's) would break the capture that goes on."""
+    """Keep the collector from destroying a CUDA graph (an earlier engine's), which would break a capture."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -199,7 +203,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _coarse(batch_sizes: list[int]) -> list[int]:
-    """The largest of them, and those that are well below the next one kept."""
+    """Return the largest of them, and those that are well below the next one kept."""
     kept = batch_sizes[-1:]
     for size in reversed(batch_sizes):
         if size * GROUPED_SIZE_RATIO <= kept[0]:
@@ -208,7 +212,7 @@ def _coarse(batch_sizes: list[int]) -> list[int]:
 
 
 def useful_sizes(sizes: Sequence[int], took_ms: Sequence[float]) -> list[int]:
-    """Those of `sizes`, ascending, to which no larger one is preferable.
+    """Return those of `sizes`, ascending, to which no larger one is preferable.
 
     For some sizes libraries choose kernels that are slower than those for more.
     """
@@ -222,7 +226,7 @@ def useful_sizes(sizes: Sequence[int], took_ms: Sequence[float]) -> list[int]:
 
 
 def fitting_ladders(max_prompt_tokens: int, max_tokens: int, max_requests: int) -> list[Ladder]:
-    """Those of LADDERS that can be of use, cut to the limits: see `StepGraphs`."""
+    """Return those of LADDERS that can be of use, cut to the limits: see `StepGraphs`."""
     ladders: list[Ladder] = []
     for ladder in LADDERS:
         num_decodes = min(ladder.num_decodes, max_requests)
@@ -240,8 +244,8 @@ def fitting_ladders(max_prompt_tokens: int, max_tokens: int, max_requests: int) 
     return ladders
 
 
-def rounded_up(shape: Shape, max_tokens: int) -> Shape:
-    """A step with prompts, as one of few sizes.
+def rounded_up(shape: StepShape, max_tokens: int) -> StepShape:
+    """Return the shape of a step with prompts as one of few sizes.
 
     For each number of rows libraries look for a kernel anew, and load it at its first use, which waits until the device
     is idle: they do so at the start for these.
@@ -252,22 +256,22 @@ def rounded_up(shape: Shape, max_tokens: int) -> Shape:
 
 
 def _round_up(num_tokens: int) -> int:
-    """To one of eight sizes between powers of 2."""
+    """Return the next of eight sizes between powers of 2."""
     step = 1 << max(num_tokens.bit_length() - 4, 0)
     return -(-num_tokens // step) * step
 
 
-def _decode_shape(size: int, has_groups: bool) -> Shape:
-    return Shape(size, 0, 0, size, has_groups)
+def _decode_shape(size: int, has_groups: bool) -> StepShape:
+    return StepShape(size, 0, 0, size, has_groups)
 
 
-def _prefill_shape(ladder: Ladder, num_tokens: int) -> Shape:
+def _prefill_shape(ladder: Ladder, num_tokens: int) -> StepShape:
     num_samples = ladder.num_decodes + ladder.num_prompts
-    return Shape(ladder.num_decodes, ladder.num_prompts, num_tokens, num_samples, ladder.has_groups)
+    return StepShape(ladder.num_decodes, ladder.num_prompts, num_tokens, num_samples, ladder.has_groups)
 
 
 class _Borrowed:
-    """Device memory that numpy-like libraries may look at (CUDA array interface, version 3)."""
+    """Show device memory to numpy-like libraries (CUDA array interface, version 3)."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         shape = (*tensor.shape[:-1], tensor.shape[-1] * tensor.itemsize)
@@ -277,15 +281,15 @@ class _Borrowed:
 
 
 def _without_ownership(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as a tensor that does not keep it: the next graph's capture may use it too.
+    """Return the same memory as a tensor that does not keep it: the next graph's capture may use it too.
 
     Logits of a whole ladder of graphs would take gigabytes, and only one graph's are alive at a time.
     """
     return torch.as_tensor(_Borrowed(tensor), device=tensor.device).view(tensor.dtype)
 
 
-def _example_plan(shape: Shape) -> Plan:
-    """All decodes are padding: row 0, token 0, slot 0, no groups. One prompt, likewise, has all prompt tokens."""
+def _example_plan(shape: StepShape) -> Plan:
+    """Return a plan that fills `shape` with padding: row 0, token 0, slot 0, no groups. One prompt has all tokens."""
     num_decodes, num_prompts = shape.num_decodes, min(shape.num_prefills, 1)
     lens = np.array([1] * num_decodes + [shape.num_prefill_tokens] * num_prompts, np.int32)
     num_tokens = num_decodes + shape.num_prefill_tokens
@@ -298,5 +302,10 @@ def _example_plan(shape: Shape) -> Plan:
         num_decodes=num_decodes,
         samples=np.arange(num_decodes + num_prompts, dtype=np.int32),
         epochs=np.zeros(num_decodes + num_prompts, np.int64),
-        groups=Groups(*[np.zeros(size, np.int32) for size in (0, 1, 0, 0)]) if shape.has_groups else None,
+        groups=_no_groups() if shape.has_groups else None,
     )
+
+
+def _no_groups() -> Groups:
+    empty = np.zeros(0, np.int32)
+    return Groups(prefix_lens=empty, cu_members=np.zeros(1, np.int32), members=empty, own_starts=empty)

@@ -23,8 +23,9 @@ from engine.layers.layer import unique_layers
 from engine.models.base import CausalLM
 from engine.request import Logprobs, Request
 from engine.schedule.plan import Plan
-from engine.step.batch import NUM_STAGING_BUFFERS, ForwardBatch, Shape, Staged, StagedBatch, Stager
+from engine.step.batch import NUM_STAGING_BUFFERS, ForwardBatch, Staged, StagedBatch, Stager
 from engine.step.cuda_graph import GraphSizes, StepGraphs
+from engine.step.fields import StepShape
 from engine.step.pooling import PooledChunks, pool
 from engine.step.sampler import SampledLogprobs, Sampler, SamplingWork
 from engine.step.splitter import StepSplitter
@@ -66,7 +67,7 @@ class Step:
     work: SamplingWork
     prompt_work: list[PromptLogprobWork]
     staged: Staged
-    shape: Shape  # of `staged`
+    shape: StepShape  # of `staged`
     is_graph: bool  # one is replayed
     launched_at: float  # time.perf_counter()
     corun: Corun | None = None  # its layers are split so
@@ -210,7 +211,7 @@ class ModelRunner:
         Raises what cannot be enqueued: out of memory, a kernel that does not compile.
         """
         graph_shape = self.graphs.shape_for(plan) if self.graphs is not None else None
-        shape = graph_shape or (Shape.of(plan) if self.graphs is None else self.graphs.eager_shape(plan))
+        shape = graph_shape or (StepShape.of(plan) if self.graphs is None else self.graphs.eager_shape(plan))
         step = Step(
             plan=plan,
             work=self.sampler.plan_work(plan),

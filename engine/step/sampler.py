@@ -19,7 +19,7 @@ IN_PROMPT = 1 << 14  # bit of a token's count that says it occurs in the prompt;
 
 @dataclass(slots=True)
 class SamplingWork:
-    """What to do to a step's logits [S, V]; S indexes the sampled requests."""
+    """Say what to do to a step's logits [S, V]; S indexes the sampled requests."""
 
     num_samples: int
     is_greedy: bool
@@ -35,7 +35,7 @@ class SamplingWork:
 
     @property
     def is_plain(self) -> bool:
-        """Nothing but the most likely token is wanted."""
+        """Whether nothing but the most likely token is wanted."""
         return (
             self.is_greedy
             and self.penalized is None
@@ -47,7 +47,7 @@ class SamplingWork:
 
 @dataclass(slots=True)
 class SampledLogprobs:
-    """Of the requests in SamplingWork.logprob_samples; host tensors, valid once the step is done."""
+    """Hold what SamplingWork.logprob_samples asked for: host tensors, valid once the step is done."""
 
     chosen: torch.Tensor  # float32 [N]
     top_values: torch.Tensor  # float32 [N, K]
@@ -69,32 +69,28 @@ class Sampler:
         self._seed = torch.zeros(size, dtype=torch.int64, device=device)
         self._counts: torch.Tensor | None = None  # int16 [num_rows + 1, vocab_size], made for the first who needs it
         self._version = -1
-        # Of the last step whose requests wanted nothing but the most likely token.
-        self._plain_rows, self._plain_work = np.empty(0, np.int64), SamplingWork(0, is_greedy=True)
+        # The last cohort that wanted nothing but the most likely token, and its work. Never None, as plans' may be.
+        self._plain_cohort: object = self
+        self._plain_work = SamplingWork(0, is_greedy=True)
 
     # ---- on the event loop: what does this plan need? ----
 
     def plan_work(self, plan: Plan) -> SamplingWork:
+        """Decide what the logits of `plan` need. Nobody writes to the result of a plain step: it is used again."""
         rows = self.rows
-        if plan.rows is self._plain_rows:  # still the same requests
+        if plan.cohort is self._plain_cohort:
             return self._plain_work
         sampled = plan.rows[plan.samples]
         is_greedy = np.count_nonzero(rows.is_greedy[sampled]) == len(sampled)
         work = SamplingWork(len(sampled), is_greedy=is_greedy)
         if is_greedy and not np.count_nonzero(rows.has_extras[sampled]):  # for a few rows much faster than any()
-            self._plain_rows, self._plain_work = plan.rows, work
+            if plan.cohort is not None:
+                self._plain_cohort, self._plain_work = plan.cohort, work
             return work
-        needs_tables = not work.is_greedy
         if rows.has_penalties[sampled].any():
-            needs_tables = True
             work.penalized = np.flatnonzero(rows.has_penalties[sampled])
-            for row in sampled[work.penalized].tolist():
-                if not rows.is_counted[row]:
-                    rows.is_counted[row] = True
-                    request = rows.requests[row]
-                    assert request is not None
-                    tokens = rows.token_ids[row, : rows.num_known[row]].astype(np.int64)
-                    work.new_counts.append((row, tokens[: request.prompt_len], tokens[request.prompt_len :]))
+            work.new_counts = self._new_counts(sampled[work.penalized])
+        needs_tables = not is_greedy or work.penalized is not None
         if needs_tables and self._version != rows.sampling_version:
             self._version = rows.sampling_version
             floats = (
@@ -108,24 +104,27 @@ class Sampler:
             work.masked = np.flatnonzero(rows.has_mask[sampled])
         if rows.wants_logprobs[sampled].any():
             work.logprob_samples = np.flatnonzero(rows.wants_logprobs[sampled])
-            requests = [rows.requests[row] for row in sampled[work.logprob_samples].tolist()]
-            work.num_top_logprobs = max(request.top_logprobs_num for request in requests if request)
-            num_ids = max(len(request.token_ids_logprob) for request in requests if request)
-            if num_ids:
-                work.logprob_ids = np.zeros((len(requests), num_ids), np.int64)
-                for i, request in enumerate(requests):
-                    assert request is not None
-                    work.logprob_ids[i, : len(request.token_ids_logprob)] = request.token_ids_logprob
+            requests = rows.requests_of(sampled[work.logprob_samples])
+            work.num_top_logprobs = max(request.top_logprobs_num for request in requests)
+            work.logprob_ids = _padded([request.token_ids_logprob for request in requests])
         return work
+
+    def _new_counts(self, penalized: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """Return (row, prompt ids, output ids) of those rows whose tokens the device has not counted."""
+        rows, new = self.rows, []
+        for row in penalized[~rows.is_counted[penalized]].tolist():
+            rows.is_counted[row] = True
+            prompt_len = rows.request_at(row).prompt_len
+            tokens = rows.token_ids[row, : rows.num_known[row]].astype(np.int64)
+            new.append((row, tokens[:prompt_len], tokens[prompt_len:]))
+        return new
 
     def _logit_edits(self, plan: Plan, sampled: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         samples: list[int] = []
         ids: list[int] = []
         values: list[float] = []
         for s in np.flatnonzero(self.rows.has_logit_edits[sampled]).tolist():
-            request = self.rows.requests[sampled[s]]
-            assert request is not None
-            params = request.sampling_params
+            params = self.rows.request_at(sampled[s]).sampling_params
             edits = dict(params.logit_bias)
             if plan.seq_lens[plan.samples[s]] < self.rows.min_tokens[sampled[s]]:
                 edits |= dict.fromkeys([*self.eos_token_ids, *params.stop_token_ids], -np.inf)
@@ -141,7 +140,7 @@ class Sampler:
     def sample(
         self, logits: torch.Tensor, work: SamplingWork, rows: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, SampledLogprobs | None]:
-        """Next tokens (int32 [S], -1 where logits are not finite) of logits [S, V], which may be changed in place.
+        """Return the next tokens (int32 [S], -1 where logits are not finite) of logits [S, V], which may change.
 
         rows, positions: int32 [S], whose token it is and where in its sequence it will stand. Log-probabilities are
         the model's own: before edits, penalties and temperature.
@@ -195,3 +194,14 @@ class Sampler:
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def _padded(lists: list[list[int]]) -> np.ndarray | None:
+    """Return the lists as int64 [len(lists), longest], padded with 0; None if all are empty."""
+    longest = max(map(len, lists))
+    if not longest:
+        return None
+    padded = np.zeros((len(lists), longest), np.int64)
+    for line, values in zip(padded, lists, strict=True):
+        line[: len(values)] = values
+    return padded

@@ -9,7 +9,8 @@ from cache.pool import CachePool
 from engine.layers.block import Block, PreNorm, sum_over_ranks
 from engine.models.base import Decoder
 from engine.schedule.plan import Plan, context_tokens
-from engine.step.batch import ForwardBatch, Shape
+from engine.step.batch import ForwardBatch
+from engine.step.fields import StepShape
 from kernels.corun import STEP_TOKENS, Corun, CorunCosts, can_corun, choose_corun, gated_beside_decodes
 
 
@@ -24,7 +25,7 @@ class StepSplitter:
     def can_split(self) -> bool:
         return self.costs is not None
 
-    def choose(self, plan: Plan, shape: Shape) -> Corun | None:
+    def choose(self, plan: Plan, shape: StepShape) -> Corun | None:
         """Return how the layers of a step are split; None: not at all."""
         if self.costs is None or not plan.num_decodes or plan.is_decode:
             return None

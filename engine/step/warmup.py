@@ -7,8 +7,8 @@ import torch
 
 from engine.models.base import CausalLM
 from engine.schedule.plan import Plan
-from engine.step.batch import Shape
 from engine.step.cuda_graph import SAMPLE_MULTIPLE, GraphSizes
+from engine.step.fields import StepShape
 from engine.step.model_runner import ModelRunner
 from kernels import sampling
 from kernels.corun import FLOPS_PER_BYTE, STEP_TOKENS, Corun
@@ -147,11 +147,12 @@ def _run_prompts(
         epochs=np.zeros(len(lens), np.int64),
     )
     with torch.cuda.stream(runner.stream), torch.inference_mode():
-        runner.stager.upload(runner.stager.write(plan, Shape.of(plan)))
-        batch, sample_tokens, sample_rows, positions = runner.stager.views(Shape.of(plan), plan)
-        logits = runner.model.lm_head.gather(runner.model.compute_logits(runner.forward(batch, corun)[sample_tokens]))
+        runner.stager.upload(runner.stager.write(plan, StepShape.of(plan)))
+        staged = runner.stager.views(StepShape.of(plan), plan)
+        wanted = runner.forward(staged.batch, corun)[staged.sample_tokens]
+        logits = runner.model.lm_head.gather(runner.model.compute_logits(wanted))
         if logits is not None:
             work = runner.sampler.plan_work(plan)
             work.is_greedy = is_greedy
-            runner.sampler.sample(logits, work, sample_rows, positions)
+            runner.sampler.sample(logits, work, staged.sample_rows, staged.sample_positions)
     torch.cuda.synchronize()  # the staging buffer is used again

@@ -160,6 +160,12 @@ class EngineCollector(Collector):
         yield self._counter("radixloop:num_refused_requests", "requests refused for a full queue", stats.num_refused)
         yield self._counter("radixloop:steps", "steps resolved", loop.num_steps)
         yield self._counter("radixloop:failed_steps", "steps that raised", loop.num_failed_steps)
+        yield self._counter(
+            "radixloop:bookkeeping_violations", "mistakes in the account of KV slots, found while idle",
+            loop.num_violations,
+        )  # fmt: skip
+        yield self._by_replica("radixloop:num_cached_prefixes", "nodes of the prefix tree", lambda s: s.cache.num_nodes)
+        yield self._counter("radixloop:evicted_tokens", "cached tokens given up", scheduler.cache.num_evicted)
         yield self._counter("radixloop:device_idle_seconds", "between two steps on the device", loop.device_idle_s)
         yield self._counter(
             "radixloop:host_seconds",

@@ -437,6 +437,7 @@ COMPONENTS: dict[str, JSON] = {
             "oldest_queued_s": {"type": "number"},
             "num_running": integer(0),
             "num_queued": integer(0),
+            "num_violations": integer(0),
         },
         ["status"],
     ),

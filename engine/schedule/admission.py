@@ -1,0 +1,108 @@
+"""Room for requests: whether one can ever fit, and whether it fits now beside running ones, whose answers grow."""
+
+import numpy as np
+
+from engine.errors import PromptTooLong
+from engine.request import Request
+from engine.schedule.decoding import Decoding
+from engine.schedule.holdings import Holdings
+from engine.schedule.rows import Rows
+
+MAX_RESERVED_TOKENS = 4096  # of one answer, counted when asking whether a request fits
+NUM_DECAY_STEPS = 600  # in which the reserved share of answers falls from its first value to its least
+
+
+class Admission:
+    """Estimate the slots that running requests will need, from their limits and from what became of earlier ones.
+
+    new_token_ratio: the share of an answer's limit that is reserved. It falls step by step, and rises when slots
+    have run out.
+    """
+
+    def __init__(
+        self, rows: Rows, held: Holdings, decoding: Decoding, prefilling: list[Request], conservativeness: float
+    ) -> None:
+        """prefilling: the requests whose prompts are not wholly scheduled, kept up to date by the caller."""
+        self._rows, self._held, self._decoding, self._prefilling = rows, held, decoding, prefilling
+        first_ratio = min(0.7 * conservativeness, 1.0)
+        self._min_ratio = 0.14 * first_ratio
+        self._ratio_decay = (first_ratio - self._min_ratio) / NUM_DECAY_STEPS
+        self.new_token_ratio = first_ratio
+
+    def check(self, request: Request) -> None:
+        """Raise `PromptTooLong` if `request` can never fit. Sets its max_new_tokens, if that is None."""
+        params, held = request.sampling_params, self._held
+        room = min(self._rows.max_len, held.allocator.num_total - held.page_size + 1) - request.prompt_len
+        if params.max_new_tokens is None:
+            params.max_new_tokens = max(room, 0)
+        if room < max(params.max_new_tokens, params.min_new_tokens, 0) or room < 0:
+            raise PromptTooLong(
+                f"prompt has {request.prompt_len} tokens and max_new_tokens is {params.max_new_tokens}, "
+                f"the limit for both together is {room + request.prompt_len}"
+            )
+
+    def fits(self, request: Request, room: int, num_shared: int) -> bool:
+        """Decide whether `request` and what runs will probably get by with `room` slots beside those of their tokens.
+
+        num_shared: leading tokens of `request` that others hold too.
+        """
+        return room >= self._most_growth_with(request) or room >= self._growth_with(request, num_shared)
+
+    def on_step(self) -> None:
+        """Reserve a little less: a step went well."""
+        self.new_token_ratio = max(self._min_ratio, self.new_token_ratio - self._ratio_decay)
+
+    def on_retraction(self) -> None:
+        """Reserve what the running answers show to be right, and a little more: slots have run out."""
+        rows, live = self._rows, self._decoding.rows
+        if not len(live):
+            return
+        prompt_lens = np.array([request.prompt_len for request in rows.requests_of(live)], np.int64)
+        max_new = rows.max_tokens[live] - prompt_lens
+        used = rows.num_tokens[live] - prompt_lens
+        ratio = (float(used.sum()) + 20 * len(live)) / max(float(max_new.sum()), 1.0)
+        self.new_token_ratio = min(1.0, max(self.new_token_ratio, ratio))
+
+    def _most_growth_with(self, request: Request) -> int:
+        """Return the most slots that what runs, and `request` with it, may need beyond those of their tokens so far."""
+        rows, held, live = self._rows, self._held, self._decoding.rows
+        assert request.sampling_params.max_new_tokens is not None
+        growth = request.sampling_params.max_new_tokens + int((rows.max_tokens[live] - rows.num_tokens[live]).sum())
+        growth += sum(int(rows.max_tokens[r.row] - held.num_slots[r.row]) for r in self._prefilling)
+        return growth + held.page_size * (len(live) + len(self._prefilling) + 1)
+
+    def _growth_with(self, request: Request, num_shared: int) -> float:
+        """Return the slots that they will probably need, likewise.
+
+        num_shared: leading tokens of `request` that others hold too.
+        """
+        rows, held, live = self._rows, self._held, self._decoding.rows
+        is_known = rows.runs_to_limit[live]
+        known, others = live[is_known], live[~is_known]
+        remaining = rows.max_tokens[known] - rows.num_tokens[known]
+        own = rows.num_tokens[known] - held.shared_lens[known]
+        guessed = int(np.minimum(rows.max_tokens[others] - rows.num_tokens[others], MAX_RESERVED_TOKENS).sum())
+        assert request.sampling_params.max_new_tokens is not None
+        num_asked = request.sampling_params.max_new_tokens - len(request.output_ids)
+        if request.runs_to_limit:
+            remaining, own = np.append(remaining, num_asked), np.append(own, request.num_tokens - num_shared)
+        else:
+            guessed += min(num_asked, MAX_RESERVED_TOKENS)
+        unfilled = sum(int(rows.num_tokens[r.row] - held.num_slots[r.row]) for r in self._prefilling)
+        # A page each: the last one is not full, and an end is noticed a step late.
+        num_pages = len(live) + 1
+        return _peak_growth(remaining, own) + guessed * self.new_token_ratio + unfilled + held.page_size * num_pages
+
+
+def _peak_growth(remaining: np.ndarray, own: np.ndarray) -> int:
+    """Return the slots that requests will hold at the worst time beyond those they hold now.
+
+    remaining: [B] tokens to come, one a step; own: [B] tokens whose slots, like those of the ones to come, go free at
+    the end. Most is held just before an end, so those are the times to look at (Gong et al. 2025,
+    arXiv:2507.10150).
+    """
+    order = remaining.argsort()
+    remaining, own = remaining[order], own[order]
+    num_growing = np.arange(len(order), 0, -1)
+    given_back = own.cumsum() - own
+    return int((remaining * num_growing - given_back).max(initial=0))

@@ -1,0 +1,115 @@
+"""Chunks: known tokens that a step computes for a request, of its prompt or forced by its grammar."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cache.radix import Match
+from engine.request import Request
+from engine.schedule.decoding import Decoding
+from engine.schedule.holdings import Holdings
+from engine.schedule.plan import Plan, PrefillBudget
+from engine.schedule.rows import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Name known tokens [start, stop) of a request; those of [known, start) are cached, which is news to the device."""
+
+    request: Request
+    known: int
+    start: int
+    stop: int
+    is_first: bool  # of a request that runs for the first time
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class Prompts:
+    """Cut prompts into chunks. A request whose last chunk is cut joins the decoding ones."""
+
+    def __init__(self, rows: Rows, held: Holdings, decoding: Decoding) -> None:
+        self._rows, self._held, self._decoding = rows, held, decoding
+        self.unfinished: list[Request] = []  # admitted, prompt not wholly scheduled; oldest first
+        self.num_hit_tokens = 0  # prompt tokens found in the cache, of all requests so far
+
+    def next_chunk(self, request: Request, budget: PrefillBudget, match: Match | None = None) -> Chunk | None:
+        """Cut as much of a prompt as `budget`, which is not spent, allows. None: the pool has no room just now.
+
+        match: what is cached of the prompt, if that has just been looked up.
+        """
+        rows, held, row = self._rows, self._held, request.row
+        num_tokens = int(rows.num_known[row])
+        match = match or held.cache.match(rows.token_ids[row, :num_tokens], request.extra_key)
+        held.adopt(row, match)
+        num_computed = int(rows.num_computed[row])
+        start, stop = self._span(request, len(match.slots), num_computed, num_tokens, budget)
+        if not held.extend(row, stop):
+            return None
+        if held.is_cached and stop > len(match.slots):
+            held.publish(row, stop, request.extra_key)
+        is_first = num_computed == 0 and not request.num_retractions
+        if is_first:
+            request.num_cached_tokens = min(start, request.prompt_len)
+            self.num_hit_tokens += request.num_cached_tokens
+        rows.num_computed[row] = stop
+        if stop == num_tokens:
+            self.unfinished.remove(request)
+            self._decoding.add(row)
+        budget.spend(stop - start, start)
+        return Chunk(request, num_computed, start, stop, is_first)
+
+    def _span(
+        self, request: Request, num_cached: int, num_computed: int, num_tokens: int, budget: PrefillBudget
+    ) -> tuple[int, int]:
+        """Return the tokens of `num_tokens` that come next: [start, stop).
+
+        The last token is computed even when cached, for its logits; so are tokens whose log-probabilities are wanted,
+        and all for a mean of their states. They are written again, the same values, to the slots they have.
+        """
+        page_size = self._held.page_size
+        start = min(max(num_cached, num_computed), num_tokens - 1)
+        if request.logprob_start_len >= 0 or request.pooling == "mean":
+            start = min(start, max(num_computed, request.logprob_start_len))
+        stop = min(start + budget.num_tokens_behind(start), num_tokens)
+        if stop < num_tokens and stop % page_size:  # only whole pages enter the tree
+            stop = max(stop - stop % page_size, start - start % page_size + page_size)
+            stop = min(stop, num_tokens)
+        return start, stop
+
+
+def add_chunks(plan: Plan, chunks: list[Chunk], rows: Rows) -> None:
+    """Join chunks of prompts and of forced tokens to a plan of decodes; those of one token stand with the decodes."""
+    chunks.sort(key=lambda chunk: len(chunk) > 1)
+    samples = plan.samples.tolist()
+    for b, chunk in enumerate(chunks, start=len(plan.rows)):
+        if chunk.stop == rows.num_tokens[chunk.request.row]:
+            if chunk.stop < rows.max_tokens[chunk.request.row]:
+                samples.append(b)
+                if chunk.start < chunk.request.num_tokens:  # not tokens that were forced since
+                    plan.answering.append(chunk.request)
+            else:
+                plan.prefill_only.append((b, chunk.request))
+        _note_request(plan, b, chunk, rows)
+    parts = [(chunk.request.row, slice(chunk.start, chunk.stop)) for chunk in chunks]
+    plan.rows = np.concatenate([plan.rows, np.array([row for row, _ in parts], np.int64)])
+    plan.q_lens = np.concatenate([plan.q_lens, np.array([len(chunk) for chunk in chunks], np.int64)])
+    plan.seq_lens = np.concatenate([plan.seq_lens, np.array([chunk.stop for chunk in chunks], np.int64)])
+    plan.input_ids = np.concatenate([plan.input_ids, *(rows.token_ids[part] for part in parts)])
+    plan.out_cache_loc = np.concatenate([plan.out_cache_loc, *(rows.slots[part] for part in parts)])
+    plan.num_decodes += sum(len(chunk) == 1 for chunk in chunks)
+    plan.samples = np.array(samples, np.int64)
+
+
+def _note_request(plan: Plan, b: int, chunk: Chunk, rows: Rows) -> None:
+    """Note in `plan` what its request number `b` wants beside tokens, and slots that are news to the device."""
+    request, row = chunk.request, chunk.request.row
+    if chunk.start > chunk.known:
+        plan.prefix_copies.append((row, chunk.known, rows.slots[row, chunk.known : chunk.start].copy()))
+    if chunk.is_first:
+        plan.admitted.append(request)
+    if request.logprob_start_len >= 0 and chunk.start < request.prompt_len - 1:
+        plan.prompt_logprobs.append((b, request, chunk.start))
+    if request.pooling is not None:
+        plan.pooled.append((b, request, chunk.start))
