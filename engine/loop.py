@@ -12,21 +12,16 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+from engine.batch_log import BatchLog
 from engine.output import OutputProcessor
+from engine.pace import MIN_LEAD_S, MIN_RANKS_LEAD_S, StepPace
 from engine.request import FinishReason, Request
-from engine.schedule.plan import Plan, PrefillBudget, prefill_work
-from engine.schedule.scheduler import Outcome, Scheduler
+from engine.schedule.plan import Plan, PrefillBudget
+from engine.schedule.scheduler import Scheduler
 from engine.step.model_runner import ModelRunner, Step
 
 logger = logging.getLogger(__name__)
 
-MIN_PREFILL_SHARE = 1 / 64  # of the longest chunk, in every step, however tight its time: a prompt must not starve
-TELLING_SHARE = 1 / 16  # of the longest chunk: the time of a shorter one is not its tokens'
-MIN_LEAD_S = 0.001  # a step is decided at least this long before the one before it ends
-# Likewise where other ranks run it, too: they hear of it later, and what they come late by looks like a longer step.
-MIN_RANKS_LEAD_S = 0.003
-LAUNCH_MARGIN = 1.25  # launches vary; the device shall not wait for them
-STEP_MARGIN = 0.9  # so much of a step's time budget is planned for: steps vary
 MAX_DELIVERIES = 4  # in one turn of the event loop
 MIN_SLEEP_S = 0.001  # uvloop's timers count milliseconds
 # What a GPU does next is waited for awake when it is due this soon, or as much overdue: then it is found at once, and a
@@ -321,119 +316,3 @@ class StepLoop:
 
 def _failure(what: str, error: Exception) -> FinishReason:
     return FinishReason("abort", message=f"{what}: {type(error).__name__}: {error}", status_code=500)
-
-
-class StepPace:
-    """Cuts prompt chunks so that steps keep to a time budget while answers stream, and tells when to decide the next.
-
-    What a decode step costs, what a prompt token adds, and how long the host takes are running means that follow the
-    load.
-    """
-
-    def __init__(
-        self,
-        max_step_ms: float | None,
-        chunked_prefill_size: int,
-        context_cost: float = 0.0,
-        min_lead_s: float = MIN_LEAD_S,
-    ) -> None:
-        """context_cost: what attending to a token of context takes, as a share of what else a prompt's token takes."""
-        self.max_step_s = None if max_step_ms is None else max_step_ms / 1e3
-        self.chunked_prefill_size = chunked_prefill_size
-        self.min_tokens = max(int(chunked_prefill_size * MIN_PREFILL_SHARE), 1)
-        self.telling_work = max(int(chunked_prefill_size * TELLING_SHARE), 1)
-        self.context_cost, self.min_lead_s = context_cost, min_lead_s
-        self.decode_s = 0.0
-        self.prefill_token_s = 0.0  # without its context
-        self.slow_token_s = 0.0  # likewise, in the slower ones of the last steps: not every size suits the kernels
-        self.decode_launch_s = self.prefill_launch_s = 0.0
-
-    def prefill_budget(self, num_streams: int) -> PrefillBudget:
-        """What the next step's prompts may take: as much as there is if nobody would notice a long step."""
-        budget = PrefillBudget(self.chunked_prefill_size)
-        if self.max_step_s is not None and num_streams:
-            spare_s = STEP_MARGIN * self.max_step_s - self.decode_s
-            # The first chunk must tell: it may turn out a little shorter than its budget.
-            budget.work = spare_s / self.slow_token_s if self.slow_token_s else 2 * self.telling_work
-            budget.context_cost, budget.min_tokens = self.context_cost, self.min_tokens
-        return budget
-
-    def observe(self, plan: Plan, device_s: float) -> None:
-        if plan.is_decode:
-            self.decode_s = _follow(self.decode_s, device_s)
-        elif (work := self._prefill_work(plan)) >= self.telling_work:
-            token_s = max(device_s - self.decode_s, 0.0) / work
-            self.prefill_token_s = _follow(self.prefill_token_s, token_s)
-            self.slow_token_s = _follow(self.slow_token_s, token_s, rise=0.3, fall=0.05)
-
-    def _prefill_work(self, plan: Plan) -> float:
-        """Its prompt tokens, each weighed by its context."""
-        if plan.is_decode:
-            return 0.0
-        q_lens, seq_lens = plan.q_lens[plan.num_decodes :], plan.seq_lens[plan.num_decodes :]
-        return float(prefill_work(q_lens, seq_lens - q_lens, self.context_cost).sum())
-
-    def observe_launch(self, plan: Plan, host_s: float) -> None:
-        if plan.is_decode:
-            self.decode_launch_s = _follow(self.decode_launch_s, host_s)
-        else:
-            self.prefill_launch_s = _follow(self.prefill_launch_s, host_s)
-
-    def lead_s(self, has_prompts: bool) -> float:
-        """Seconds to decide and enqueue the next step: with prompts no graph may hold it, but hundreds of kernels."""
-        return max(self.min_lead_s, LAUNCH_MARGIN * (self.prefill_launch_s if has_prompts else self.decode_launch_s))
-
-    def predict_s(self, plan: Plan) -> float:
-        """How long `plan` will take, rather too short than too long."""
-        return 0.95 * (self.decode_s + self._prefill_work(plan) * self.prefill_token_s)
-
-
-def _follow(mean: float, value: float, rise: float = 0.2, fall: float = 0.2) -> float:
-    """A running mean that takes a hiccup, such as a kernel's compilation, for no more than twice what is usual.
-
-    One that rises faster than it falls stays near the largest values.
-    """
-    if not mean:
-        return value
-    return mean + (rise if value > mean else fall) * (min(value, 2 * mean) - mean)
-
-
-class BatchLog:
-    """SGLang's two log lines: one a step with prompt tokens, one every `interval` decode steps."""
-
-    def __init__(self, scheduler: Scheduler, interval: int) -> None:
-        self.scheduler, self.interval = scheduler, interval
-        self._num_decode_steps = self._num_tokens = 0
-        self._since = time.perf_counter()
-
-    def on_launch(self, plan: Plan) -> None:
-        if not logger.isEnabledFor(logging.INFO):
-            return
-        num_prompts = len(plan.rows) - plan.num_decodes - plan.num_jumps
-        if not num_prompts:
-            self._num_decode_steps += 1
-            if self._num_decode_steps % self.interval == 0:
-                self._log_decode()
-        else:
-            stats = self.scheduler.stats()
-            num_cached = sum(len(slots) for _, _, slots in plan.prefix_copies)
-            logger.info(
-                "Prefill batch. #new-seq: %d, #new-token: %d, #cached-token: %d, token usage: %.2f, "
-                "#running-req: %d, #queue-req: %d",
-                num_prompts, plan.num_prefill_tokens, num_cached,
-                stats.num_held_tokens / stats.num_total_tokens, stats.num_running, stats.num_waiting,
-            )  # fmt: skip
-
-    def on_resolve(self, outcome: Outcome) -> None:
-        self._num_tokens += outcome.num_tokens
-
-    def _log_decode(self) -> None:
-        now = time.perf_counter()
-        stats = self.scheduler.stats()
-        logger.info(
-            "Decode batch. #running-req: %d, #token: %d, token usage: %.2f, gen throughput (token/s): %.2f, "
-            "#queue-req: %d",
-            stats.num_running, stats.num_held_tokens, stats.num_held_tokens / stats.num_total_tokens,
-            self._num_tokens / max(now - self._since, 1e-9), stats.num_waiting,
-        )  # fmt: skip
-        self._num_tokens, self._since = 0, now
