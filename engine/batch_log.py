@@ -1,4 +1,4 @@
-"""Log the steps in SGLang's words."""
+"""Log steps in SGLang's format."""
 
 import logging
 import time
@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 class BatchLog:
-    """SGLang's two log lines: one a step with prompt tokens, one every `interval` decode steps."""
+    """Write SGLang's two log lines: one per step with prompt tokens, one every `interval` decode steps."""
 
     def __init__(self, scheduler: Scheduler, interval: int) -> None:
         self.scheduler, self.interval = scheduler, interval
@@ -18,6 +18,7 @@ class BatchLog:
         self._since = time.perf_counter()
 
     def on_launch(self, plan: Plan) -> None:
+        """Log `plan` if it has prompt tokens, or if `interval` decode steps have passed."""
         if not logger.isEnabledFor(logging.INFO):
             return
         num_prompts = len(plan.rows) - plan.num_decodes - plan.num_jumps
@@ -36,6 +37,7 @@ class BatchLog:
             )  # fmt: skip
 
     def on_resolve(self, outcome: Outcome) -> None:
+        """Count the tokens of a step that has ended, for the throughput."""
         self._num_tokens += outcome.num_tokens
 
     def _log_decode(self) -> None:
