@@ -191,9 +191,7 @@ class StepLoop:
         """Have the worker that computes `step`, if there is one, wake the loop when the step ends."""
         if step.done is not None:
             loop = asyncio.get_running_loop()
-            step.done.add_done_callback(
-                lambda _: loop.call_soon_threadsafe(self.wake)
-            )  # without `step`: no cycle
+            step.done.add_done_callback(lambda _: loop.call_soon_threadsafe(self.wake))  # without `step`: no cycle
 
     async def _wait(self, spare_s: float) -> None:
         """Wait until the loop is woken, or for at most `spare_s` seconds if that is not 0."""

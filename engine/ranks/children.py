@@ -118,7 +118,10 @@ class Children:
         return [self._ready[child.name] for child in self._children]
 
     def fail(self, message: str) -> None:
-        """Report that this process cannot go on; if a child's end is found to be the cause, that is reported instead."""
+        """Report that this process cannot go on.
+
+        A child's end may be the cause: if one is found within `OWN_FAILURE_GRACE_S`, it is reported instead.
+        """
         self._own_failure = self._own_failure or (time.monotonic(), message)
 
     def abandon(self, error: BaseException) -> BaseException:

@@ -85,7 +85,10 @@ class XGrammarCompiler(GrammarCompiler):
         return self._compiler(has_specials).compile_structural_tag(json.dumps(_compiled_parts(tag)))
 
     def _compiler(self, specials_are_text: bool) -> Any:
-        """Return the compiler of either kind, made once. Unless special tokens are text, only an answer's end may be one."""
+        """Return the compiler of either kind, made once.
+
+        Unless special tokens are text, only the end of an answer may be one.
+        """
         with self._tokenizer_lock:
             if specials_are_text not in self._compilers:
                 pieces = [self._token_bytes(token) for token in range(self.vocab_size)]
