@@ -31,7 +31,10 @@ class CachePool:
     def __init__(
         self, layout: Sequence[LayerCache], num_slots: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        """Allocate `num_slots`, page 0, where padding writes, included. Raises torch.OutOfMemoryError if out of room."""
+        """Allocate the buffers. Raises torch.OutOfMemoryError if there is no room.
+
+        num_slots: page 0, where padding writes, included.
+        """
         self.layout, self.num_slots, self.dtype = tuple(layout), num_slots, dtype
         self.bytes_per_token = bytes_per_token(self.layout, dtype)
         self._device = device

@@ -1,4 +1,4 @@
-"""Backends to run programs against: a server over HTTP on a port of its own, and the engine behind it."""
+"""Provide backends to run programs against: a server over HTTP on a port of its own, and the engine behind it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from tests.fake_engine import FakeEngine
 
 @contextmanager
 def listening(loop: LoopThread, app: web.Application) -> Iterator[str]:
-    """The URL at which `app` is served by `loop`."""
+    """Serve `app` on `loop` and return its URL."""
     runner = web.AppRunner(app, handler_cancellation=True)
 
     async def start() -> str:
@@ -40,7 +40,7 @@ def tiny_engine(model: Path | str, **options: Any) -> sgl.Engine:
 
 @contextmanager
 def serving_engine(engine: sgl.Engine, **options: Any) -> Iterator[str]:
-    """The URL of a server around the engine of this process."""
+    """Serve the engine of this process and return the URL."""
     config = ServerConfig(model_path=engine.endpoint.model_path, **options)
     with listening(engine.endpoint.loop, build_app(engine.endpoint.engine, config)) as url:
         yield url
@@ -48,7 +48,7 @@ def serving_engine(engine: sgl.Engine, **options: Any) -> Iterator[str]:
 
 @contextmanager
 def fake_backend(engine: FakeEngine) -> Iterator[EngineBackend]:
-    """A backend without a model, whose `engine.requests` can be looked at."""
+    """Provide a backend without a model, whose `engine.requests` can be inspected."""
     backend = EngineBackend("fake-model")
     backend.attach(engine, None)
     try:

@@ -1,6 +1,6 @@
-"""The engine as a whole, on tiny models: its greedy answers are transformers' own, whatever the mix of requests.
+"""Test the whole engine on tiny models: its greedy answers equal transformers', whatever the mix of requests.
 
-Some of them, in the mixed test, must be JSON: there the reference is transformers' logits under a mask, token by token.
+Some answers of the mixed test must be JSON: their reference is transformers' logits under a mask, token by token.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ async def running_engine(folder: Path, **options: Any) -> AsyncIterator[Engine]:
 
 
 def check_pages(engine: Engine) -> None:
-    """Nothing runs: every page is free or cached, and nothing is locked."""
+    """Check an idle engine: every page is free or cached, and nothing is locked."""
     stats = engine.stats().scheduler
     assert (stats.num_running, stats.num_waiting, stats.num_held_tokens) == (0, 0, 0)
     assert stats.num_free_tokens + stats.num_cached_tokens == stats.num_total_tokens
@@ -69,7 +69,7 @@ async def collect(engine: Engine, request: Request) -> tuple[list[Delta], list[i
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    """20 prompts, several with a common head, one of a single token."""
+    """Return 20 prompts, several with a common head, one of a single token."""
     rng = random.Random(5)
     heads = [[], [rng.randrange(3, 384) for _ in range(30)], [rng.randrange(3, 384) for _ in range(70)]]
     tails = [[rng.randrange(3, 384) for _ in range(rng.randrange(1, 40))] for _ in range(19)]
@@ -78,7 +78,7 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def reference(tiny_llama: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """transformers' greedy answers."""
+    """Return transformers' greedy answers."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
@@ -105,7 +105,7 @@ FORCED_RUNS = {
 
 @pytest.fixture(scope="module")
 def constrained_reference(tiny_llama: Path, prompts: list[list[int]]) -> list[list[int]]:
-    """Of each prompt, the most likely tokens that JSON of `FORCED_RUNS` allows, up to its end."""
+    """Return for each prompt the most likely tokens that JSON of `FORCED_RUNS` allows, up to the JSON's end."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What each construct of the language promises, over HTTP and in process."""
+"""Test what each construct of the language promises, over HTTP and in process."""
 
 import asyncio
 import base64
@@ -159,7 +159,7 @@ def test_a_role_cannot_begin_inside_another(backend):
 
 @pytest.fixture
 def recorder() -> Iterator[tuple[sgl.RuntimeEndpoint, list[dict[str, Any]]]]:
-    """A backend, and the bodies of its /generate."""
+    """Return a backend, and the bodies of its requests to /generate."""
     bodies: list[dict[str, Any]] = []
 
     async def info(_: web.Request) -> web.Response:

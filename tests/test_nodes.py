@@ -1,4 +1,4 @@
-"""One model on several hosts: two network namespaces stand for them, which see each other through one cable."""
+"""Test one model on several hosts: two network namespaces, connected by one cable, stand for them."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ class Host:
         return ("ip", "netns", "exec", self.namespace)
 
     def post(self, path: str, **body: Any) -> dict[str, Any]:
-        """The answer of this host's server."""
+        """Return the answer of this host's server."""
         curl = ["curl", "-s", f"http://127.0.0.1:{PORT}{path}", "-H", "Content-Type: application/json"]
         done = subprocess.run([*self.command, *curl, "-d", json.dumps(body)], capture_output=True, check=True)
         return json.loads(done.stdout)
@@ -79,7 +79,7 @@ def hosts() -> Iterator[list[Host]]:
 
 
 async def greedy_answer(model: Path) -> list[int]:
-    """By one rank, in this process."""
+    """Return the greedy answer of one rank, computed in this process."""
     config = EngineConfig(model_path=str(model), device="cpu", dtype="float32", max_total_tokens=2048)
     async with Engine(config) as engine:
         (delta,) = await ask(engine, PROMPT, max_new_tokens=16)

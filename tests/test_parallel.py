@@ -1,4 +1,4 @@
-"""Several processes at work on one model, or behind one address: what travels between them, and how they end."""
+"""Test several processes that serve one model, or one address: their messages, and how they end."""
 
 import asyncio
 import multiprocessing
@@ -27,7 +27,7 @@ SMALL = 1 << 12  # bytes of ring: a few messages
 
 
 def sum_messages(reader: ChannelReader, pipe: multiprocessing.connection.Connection) -> None:
-    """Checks that every message is whole: all its numbers are equal."""
+    """Check that every message is whole: all its numbers are equal."""
     count = total = 0
     try:
         while True:

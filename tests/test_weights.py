@@ -1,4 +1,4 @@
-"""From a name to a folder, and from a folder to weights."""
+"""Test the way from a name to a folder, and from a folder to weights."""
 
 import importlib.util
 import resource
@@ -38,7 +38,7 @@ def checkpoint(tiny_llama: Path, tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, **changes: torch.Tensor | None) -> None:
-    """Replace tensors of a checkpoint; None removes one."""
+    """Replace tensors of a checkpoint; None removes a tensor."""
     file = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()} | changes
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
@@ -215,7 +215,7 @@ def test_modelscope_ids_go_to_modelscope(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def write_gguf(path: Path, metadata: dict, tensors: dict[str, np.ndarray], **options: str) -> None:
-    """A GGUF file of float32 tensors, by the `gguf` package."""
+    """Write a GGUF file of float32 tensors with the `gguf` package."""
     from gguf import GGUFWriter
 
     writer = GGUFWriter(path, options.get("arch", "llama"))

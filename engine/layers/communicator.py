@@ -12,7 +12,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed import TCPStore
 
 from engine.errors import ModelError
 from engine.ranks.nodes import gloo_interface
@@ -38,7 +37,7 @@ class Communicator:
         self._peers: PeerMemory | None = None
         self.backend = ""
 
-    def connect(self, store: TCPStore, device: torch.device, use_peer_memory: bool = True) -> None:
+    def connect(self, store: dist.TCPStore, device: torch.device, use_peer_memory: bool = True) -> None:
         """Connect to the other ranks; this one computes on `device`. Blocks until all are connected."""
         self._device = device
         self.backend = "nccl" if device.type == "cuda" else "gloo"

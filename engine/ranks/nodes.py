@@ -17,7 +17,7 @@ import struct
 from collections.abc import Iterator
 from datetime import timedelta
 
-from torch.distributed import DistNetworkError, DistStoreError, TCPStore
+import torch.distributed as dist
 
 from engine.config import EngineConfig
 from engine.errors import ModelError
@@ -32,13 +32,13 @@ GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # environment variable: gloo has no other
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
-def open_store(config: EngineConfig) -> TCPStore:
+def open_store(config: EngineConfig) -> dist.TCPStore:
     """Open the store at which ranks meet: on the first host, at --dist-init-addr. Raises `ModelError`."""
     host, port = init_address(config)
     is_master = config.node_rank == 0 and not config.join_dist_store
     try:
-        return TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=START_TIMEOUT)
-    except (DistNetworkError, DistStoreError) as error:
+        return dist.TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=START_TIMEOUT)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise ModelError(f"--dist-init-addr {host}:{port}: {error}") from None
 
 
@@ -53,7 +53,7 @@ def init_address(config: EngineConfig) -> tuple[str, int]:
 class NodeLinks:
     """Send messages from the first host to the others."""
 
-    def __init__(self, config: EngineConfig, store: TCPStore) -> None:
+    def __init__(self, config: EngineConfig, store: dist.TCPStore) -> None:
         """Wait until all hosts are connected, and send them the configuration. Raises `ModelError`."""
         host, _ = init_address(config)
         self._links: list[socket.socket] = []
@@ -91,7 +91,7 @@ class NodeLinks:
 class NodeLink:
     """Receive messages from the first host, on another host."""
 
-    def __init__(self, config: EngineConfig, store: TCPStore) -> None:
+    def __init__(self, config: EngineConfig, store: dist.TCPStore) -> None:
         """Connect to the first host."""
         host, _, port = store.get(ADDRESS_KEY).decode().rpartition(":")
         self._socket = socket.create_connection((host, int(port)))
