@@ -12,7 +12,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from engine.errors import InvalidRequest
 from engine.request import SamplingParams
-from engine.text.detokenizer import BYTE_OF_CHAR, REGEX_WINDOW, StopScanner, WindowDecoder
+from engine.text.detokenizer import BYTE_OF_CHAR, WindowDecoder
+from engine.text.stops import REGEX_WINDOW, StopScanner
 from engine.text.tokenizer import FastBackend, Tokenizer
 
 CORPUS = ("the cat sat on the mat", "Grüße, 日本語のテキスト 日本 你好世界 🙂🚀🙂", "  x = 1\n\n  y = 22", "naïve café")
