@@ -46,7 +46,7 @@ class LoopStats:
     deliver_s: float = 0.0
     """Host seconds spent making and sending text."""
     device_idle_s: float = 0.0
-    """Device seconds between the end of a step and the start of the next, where the next was already enqueued."""
+    """Device seconds between the end of a step and the start of the next, pauses without work aside."""
     last_step_at: float = 0.0
     """time.perf_counter() when a step last resolved."""
 

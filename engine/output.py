@@ -38,7 +38,8 @@ class OutputProcessor:
     ) -> None:
         """Start without pending output.
 
-        stream_interval: least tokens of a delta but the last. on_end: called with each request before its last delta.
+        stream_interval: least tokens of a delta between the first and the last. on_end: called with each request
+        before its last delta.
         """
         self.scheduler, self.stream_interval, self.on_end = scheduler, stream_interval, on_end
         # Requests with pending output, the next one first. One served out of order is skipped: `is_pending` is False.

@@ -25,7 +25,7 @@ from engine.errors import EngineError, ModelError
 logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-LOOK_S = 1.0  # seconds between two runs of `Children.checks`
+LOOK_S = 1.0  # most seconds between two runs of `Children.checks`
 OWN_FAILURE_GRACE_S = 1.0  # seconds: a child's death makes this process fail too, and its message says more
 LAST_WORDS_S = 0.2  # seconds: a child's message may come right after its end of the pipe
 GC_THRESHOLD = 50_000  # new objects before a collection; serving a request leaves no cycles to find
