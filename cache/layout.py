@@ -1,4 +1,4 @@
-"""What the layers of a model keep of each token."""
+"""Describe the values that a model's layers cache for each token."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,39 +8,42 @@ import torch
 
 @dataclass(frozen=True)
 class KV:
-    """Keys and values of `heads` heads.
+    """Cache keys and values of `heads` heads.
 
-    Equal entries share a buffer, so what does not change the layout of a slot does not belong here.
+    Equal entries share a buffer, so a property that does not change the layout of a slot does not belong here.
     """
 
     heads: int
     head_dim: int
-    v_dim: int | None = None  # of a value; None: head_dim
-    window: int | None = None  # last tokens that the layer attends to; None: all
+    v_dim: int | None = None  # dimensions of a value; None: head_dim
+    window: int | None = None  # number of last tokens that the layer attends to; None: all
 
     @property
     def value_dim(self) -> int:
+        """Return the dimensions of a value."""
         return self.head_dim if self.v_dim is None else self.v_dim
 
     @property
     def values_per_token(self) -> int:
+        """Return the number of elements that a layer caches per token."""
         return self.heads * (self.head_dim + self.value_dim)
 
 
 @dataclass(frozen=True)
 class Latent:
-    """One compressed vector for all heads, with a rotated part behind it (multi-head latent attention)."""
+    """Cache one compressed vector for all heads, followed by a rotated part (multi-head latent attention)."""
 
     rank: int
     rope_dim: int
 
     @property
     def values_per_token(self) -> int:
+        """Return the number of elements that a layer caches per token."""
         return self.rank + self.rope_dim
 
 
 LayerCache = KV | Latent
-"""What one layer keeps; a model's layout is a tuple of these, one entry a layer."""
+"""Cache entry of one layer; a model's layout is a tuple of entries, one per layer."""
 
 
 def bytes_per_token(layout: Sequence[LayerCache], dtype: torch.dtype) -> int:

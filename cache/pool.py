@@ -1,4 +1,4 @@
-"""The buffers that hold what all layers keep of their tokens."""
+"""Hold the buffers in which all layers cache their tokens."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,29 +9,32 @@ from cache.layout import KV, LayerCache, buffer_shape, bytes_per_token
 
 
 class KVViews(NamedTuple):
-    """The keys and values of one layer."""
+    """View the keys and values of one layer."""
 
     k: torch.Tensor  # [num_slots, heads, head_dim]
     v: torch.Tensor  # [num_slots, heads, v_dim]
 
 
 class LatentViews(NamedTuple):
-    """The latent vectors of one layer."""
+    """View the latent vectors of one layer."""
 
     latent: torch.Tensor  # [num_slots, 1, rank + rope_dim]
 
 
 class CachePool:
-    """What `num_slots` tokens leave behind in every layer of a model.
+    """Hold `num_slots` tokens for every layer of a model.
 
-    Layers with equal entries share one buffer, and all buffers use the same slot numbers. `pool[layer]` gives the
-    views of a layer, of the type that its entry in the layout calls for.
+    Layers with equal entries share one buffer, and all buffers use the same slot numbers. `pool[layer]` returns the
+    views of a layer, of the type that its entry in the layout requires.
     """
 
     def __init__(
         self, layout: Sequence[LayerCache], num_slots: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        """num_slots: page 0, where padding writes, included. Raises torch.OutOfMemoryError if there is no room."""
+        """Allocate the buffers. Raises torch.OutOfMemoryError if there is no room.
+
+        num_slots: page 0, where padding writes, included.
+        """
         self.layout, self.num_slots, self.dtype = tuple(layout), num_slots, dtype
         self.bytes_per_token = bytes_per_token(self.layout, dtype)
         self._device = device
@@ -39,7 +42,7 @@ class CachePool:
 
     def allocate(self) -> None:
         """Make the buffers, all zeros: at the start, and again after `release`."""
-        # Zeros, not empty: kernels may read slots of padding under a mask, and 0 * NaN is not 0.
+        # Zeros, not uninitialized: kernels may read slots of padding under a mask, and 0 * NaN is not 0.
         views: dict[int, KVViews | LatentViews] = {}
         self.buffers: list[torch.Tensor] = []
         for entry in dict.fromkeys(self.layout):
@@ -51,7 +54,7 @@ class CachePool:
         self._views = [views[i] for i in range(len(self.layout))]
 
     def release(self) -> None:
-        """Free the memory, with all it holds."""
+        """Free the memory; its contents are lost."""
         self._views, self.buffers = [], []
 
     def __getitem__(self, layer: int) -> Any:
@@ -60,6 +63,7 @@ class CachePool:
 
     @property
     def nbytes(self) -> int:
+        """Return the bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
 

@@ -1,9 +1,9 @@
-"""The step loop: the only place that knows both the event loop and the device.
+"""Run the step loop: the only place that knows both the event loop and the device.
 
 Steps overlap. While step n runs on the device, step n+1 is already enqueued behind it, its input tokens taken on the
 device from step n's output. When n's tokens arrive, n+2 is decided and enqueued first; only then is n's text made
-and sent, so sockets are written while the device computes. That is done for a few streams a turn of the event loop, and
-each turn looks first whether the device has come back and wants its next step.
+and sent, so sockets are written while the device computes. Each iteration of the event loop serves a few streams, and
+first checks whether the device has finished a step and needs the next one.
 """
 
 import asyncio
@@ -12,49 +12,50 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+from engine.batch_log import BatchLog
 from engine.output import OutputProcessor
+from engine.pace import MIN_LEAD_S, MIN_RANKS_LEAD_S, StepPace
 from engine.request import FinishReason, Request
-from engine.schedule.plan import Plan, PrefillBudget, prefill_work
-from engine.schedule.resolver import Outcome
+from engine.schedule.plan import Plan, PrefillBudget
 from engine.schedule.scheduler import Scheduler
 from engine.step.model_runner import ModelRunner, Step
 
 logger = logging.getLogger(__name__)
 
-MIN_PREFILL_SHARE = 1 / 64  # of the longest chunk, in every step, however tight its time: a prompt must not starve
-TELLING_SHARE = 1 / 16  # of the longest chunk: the time of a shorter one is not its tokens'
-MIN_LEAD_S = 0.001  # a step is decided at least this long before the one before it ends
-# Likewise where other ranks run it, too: they hear of it later, and what they come late by looks like a longer step.
-MIN_RANKS_LEAD_S = 0.003
-LAUNCH_MARGIN = 1.25  # launches vary; the device shall not wait for them
-STEP_MARGIN = 0.9  # so much of a step's time budget is planned for: steps vary
-MAX_DELIVERIES = 4  # in one turn of the event loop
-MIN_SLEEP_S = 0.001  # uvloop's timers count milliseconds
-# What a GPU does next is waited for awake when it is due this soon, or as much overdue: then it is found at once, and a
-# core that has slept takes half as long again to decide and launch the next step.
+MAX_DELIVERIES = 4  # calls of `OutputProcessor.deliver` in one iteration of the event loop
+MIN_SLEEP_S = 0.001  # seconds: uvloop's timers count milliseconds
+# Seconds before and after the expected end of a GPU's step during which the loop busy-polls for it: the end is seen at
+# once, and a core that has slept takes half as long again to decide and launch the next step.
 AWAKE_S = 0.05
-YIELD_S = 0.002  # other threads get the interpreter this often
+YIELD_S = 0.002  # seconds between the moments at which other threads get the interpreter
 
 
 @dataclass(slots=True)
 class LoopStats:
+    """Count what the loop has done since the start, and the seconds it took."""
+
     num_steps: int = 0
     num_generated_tokens: int = 0
     num_failed_steps: int = 0
     num_violations: int = 0
     """Mistakes in the bookkeeping of KV slots and rows that were found while idle; one that stays counts once."""
     schedule_s: float = 0.0
-    """Host seconds spent deciding steps, since the start; likewise the next three."""
+    """Host seconds spent deciding steps."""
     launch_s: float = 0.0
+    """Host seconds spent enqueuing steps."""
     resolve_s: float = 0.0
+    """Host seconds spent recording the tokens of steps that have ended."""
     deliver_s: float = 0.0
+    """Host seconds spent making and sending text."""
     device_idle_s: float = 0.0
-    """Device seconds between the end of a step and the start of the next, where the next was there to be started."""
+    """Device seconds between the end of a step and the start of the next, pauses without work aside."""
     last_step_at: float = 0.0
     """time.perf_counter() when a step last resolved."""
 
 
 class StepLoop:
+    """Decide, launch and resolve steps, and deliver their output, on the event loop that calls `run`."""
+
     def __init__(
         self,
         scheduler: Scheduler,
@@ -67,7 +68,7 @@ class StepLoop:
         context_cost: float = 0.0,
         decode_log_interval: int = 40,
     ) -> None:
-        """context_cost: see `StepPace`; the others are of the flags' names."""
+        """Set up the loop; it starts with `run`. context_cost: see `StepPace`; the others are named after the flags."""
         min_lead_s = MIN_LEAD_S if runner.ranks is None else MIN_RANKS_LEAD_S
         self.scheduler, self.runner, self.output = scheduler, runner, output
         self.stats = LoopStats()
@@ -77,40 +78,42 @@ class StepLoop:
         self._is_still = asyncio.Event()
         self._in_flight: deque[Step] = deque()
         self._yielded_at = 0.0  # time.perf_counter()
-        self._seen_running = 0.0  # time.perf_counter() when a step was last found not to have ended
-        self._last_end = 0.0  # likewise when one ended
+        self._seen_running = 0.0  # time.perf_counter() when a step was last seen running
+        self._last_end = 0.0  # time.perf_counter() when a step last ended
         self._pace = StepPace(max_step_ms, chunked_prefill_size, context_cost, min_lead_s)
         self._log = BatchLog(scheduler, decode_log_interval)
         self._num_verified_steps = 0  # that had come back when the bookkeeping was looked at last
         self._violations: list[str] = []  # what was wrong with it then
 
     def wake(self) -> None:
-        """There may be something to schedule."""
+        """Wake the loop: there may be something to schedule."""
         self._news.set()
 
     async def pause(self) -> None:
-        """Launch nothing more. Returns when what was launched has come back and its news are delivered."""
+        """Launch nothing more. Returns when all launched steps have ended and their output is delivered."""
         self._may_step = False
         self.wake()
         await self._is_still.wait()
 
     def resume(self) -> None:
+        """Launch steps again after `pause`."""
         self._is_still.clear()
         self._may_step = True
-        self.stats.last_step_at = time.perf_counter()  # so that the pause is taken for no step's delay
+        self.stats.last_step_at = time.perf_counter()  # so that the pause does not count as a step's delay
         self.wake()
 
     @property
     def is_still(self) -> bool:
+        """Return whether a pause has begun: nothing is in flight, and nothing is launched."""
         return self._is_still.is_set()
 
     @property
     def steps_in_flight(self) -> list[Step]:
-        """Launched and not resolved, oldest first."""
+        """Return the steps that are launched and not resolved, oldest first."""
         return list(self._in_flight)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Run steps until cancelled."""
         while True:
             self._yield()
             self._news.clear()
@@ -123,15 +126,16 @@ class StepLoop:
                     break
             if self.output.has_pending or self._has_ended():
                 self._deliver()
-                await asyncio.sleep(0)  # the connections have their turn
+                await asyncio.sleep(0)  # let the connections run
             else:
                 await self._wait(spare_s)
 
     def _yield(self) -> None:
-        """Give threads that wait for the interpreter a chance to get it.
+        """Let other threads take the interpreter lock, every `YIELD_S`.
 
-        uvloop gives it up at each turn, but takes it again before they are awake. So they would neither get it nor, as
-        they were told that it is free, demand it: a loop whose turns take 0.2 ms keeps them waiting for a second.
+        uvloop releases the lock in each iteration, but takes it again before a waiting thread is awake. Such a thread
+        neither gets the lock nor, because it was signalled that the lock is free, requests it: a loop whose iterations
+        take 0.2 ms keeps threads waiting for a second.
         """
         now = time.perf_counter()
         if now - self._yielded_at > YIELD_S:
@@ -139,7 +143,7 @@ class StepLoop:
             time.sleep(0)
 
     def _has_ended(self) -> bool:
-        """Has the oldest step come back?"""
+        """Return whether the oldest step has ended."""
         if not self._in_flight:
             return False
         if self._in_flight[0].has_ended:
@@ -148,7 +152,7 @@ class StepLoop:
         return False
 
     def _deliver(self) -> None:
-        """Some of what is pending; little of it once a step has come back."""
+        """Deliver some of the pending output: at most `MAX_DELIVERIES` calls, fewer once a step has ended."""
         start = time.perf_counter()
         for _ in range(MAX_DELIVERIES):
             self.output.deliver()
@@ -157,12 +161,12 @@ class StepLoop:
         self.stats.deliver_s += time.perf_counter() - start
 
     async def _launch(self) -> bool:
-        """Decide and enqueue the next step. False: there is nothing that could be computed now."""
+        """Decide and enqueue the next step. Returns False if nothing can be computed now."""
         stats, clock = self.stats, time.perf_counter
         start = clock()
         try:
             plan = self.scheduler.schedule(self._prefill_budget())
-        except Exception as error:  # noqa: BLE001 - a mistake of ours must not end the server
+        except Exception as error:  # noqa: BLE001 - a bug of ours must not end the server
             await self._abandon(error)
             return True
         scheduled = clock()
@@ -173,7 +177,7 @@ class StepLoop:
             request.times.scheduled = start
         try:
             step = self.runner.launch(plan)
-        except Exception as error:  # noqa: BLE001 - out of memory, say: this step's failure alone
+        except Exception as error:  # noqa: BLE001 - such as out of memory: only this step fails
             await self._fail(plan, error)
             return True
         self._in_flight.append(step)
@@ -188,21 +192,21 @@ class StepLoop:
         return True
 
     def _tell_end_of(self, step: Step) -> None:
-        """Have the worker that computes `step`, if there is one, wake the loop at its end."""
+        """Have the worker that computes `step`, if there is one, wake the loop when the step ends."""
         if step.done is not None:
             loop = asyncio.get_running_loop()
-            step.done.add_done_callback(lambda _: loop.call_soon_threadsafe(self.wake))  # naming no step: no cycle
+            step.done.add_done_callback(lambda _: loop.call_soon_threadsafe(self.wake))  # without `step`: no cycle
 
     async def _wait(self, spare_s: float) -> None:
-        """Until there is news, or for at most `spare_s` if that is not 0."""
+        """Wait until the loop is woken, or for at most `spare_s` seconds if that is not 0."""
         if not self._in_flight:
             if not self._may_step:
                 self._is_still.set()
             elif self.scheduler.has_work:
-                spare_s = MIN_SLEEP_S  # only what the caller does next can free what the queue waits for
+                spare_s = MIN_SLEEP_S  # only the caller can free what the queue waits for
             else:
                 self._verify()
-        elif self._in_flight[0].done is None:  # a GPU's: nobody tells of its end
+        elif self._in_flight[0].done is None:  # a GPU's step: nothing wakes the loop at its end
             left_s = spare_s or self._left_s()
             if abs(left_s) < AWAKE_S:
                 await asyncio.sleep(0)
@@ -242,31 +246,31 @@ class StepLoop:
         return budget
 
     def _begun_at(self, oldest: Step) -> float:
-        """time.perf_counter() when the device began with it, as far as is known."""
+        """Return the time.perf_counter() at which the device began `oldest`, as far as is known."""
         return max(oldest.launched_at, self._last_end)
 
     def _left_s(self) -> float:
-        """Seconds until the oldest step will probably end."""
+        """Return the seconds until the oldest step will probably end."""
         oldest = self._in_flight[0]
         return self._begun_at(oldest) + self._pace.predict_s(oldest.plan) - time.perf_counter()
 
     def _spare_s(self) -> float:
-        """Seconds until the next step must be decided for the device not to wait; 0 if that is about now.
+        """Return the seconds until the next step must be decided to keep the device busy; 0 if that is about now.
 
-        Deciding late lets a request that comes in the meantime into the very next step.
+        Deciding late lets a request that arrives in the meantime join the very next step.
         """
         if not self._in_flight:
             return 0.0
         spare_s = self._left_s() - self._pace.lead_s(self._has_prompts)
-        if self._in_flight[0].done is not None:  # on a CPU, which the step shares with whoever waits awake
+        if self._in_flight[0].done is not None:  # on a CPU, where busy-polling would slow the step
             spare_s -= MIN_SLEEP_S  # a timer may be late by as much
             return spare_s if spare_s >= MIN_SLEEP_S else 0.0
         return max(spare_s, 0.0)
 
     async def _sample(self, step: Step) -> bool:
-        """Enqueue the sampling of the newest step, if all tokens before it are known to the matchers.
+        """Enqueue the sampling of the newest step, if the matchers know all tokens before it.
 
-        False: that failed, and the step with it.
+        Returns False if sampling failed; the step has failed then, too.
         """
         assert step.work.masked is not None
         wanted = self.scheduler.resolver.matchers_of(step.plan, step.work.masked)
@@ -275,7 +279,7 @@ class StepLoop:
             return True
         try:
             errors = self.runner.sample(step, *wanted)
-        except Exception as error:  # noqa: BLE001 - as of a launch
+        except Exception as error:  # noqa: BLE001 - as in `_launch`
             await self._fail(step.plan, error)
             return False
         self._tell_end_of(step)
@@ -286,7 +290,7 @@ class StepLoop:
         return True
 
     async def _resolve(self, step: Step) -> None:
-        """Take in the tokens of `step`, which has ended. If it raised, its own requests fail; the loop goes on."""
+        """Record the tokens of `step`, which has ended. If it raised, its own requests fail; the loop goes on."""
         try:
             step.result()
         except Exception as error:  # noqa: BLE001 - whatever a step raises ends that step's requests and no others
@@ -298,7 +302,7 @@ class StepLoop:
         outcome = self.scheduler.resolve(step.plan, step.tokens.numpy()[: len(step.plan.samples)])
         self.output.take(step, outcome)
         device_s, idle_s = self.runner.times(step)
-        # By the device's own clock; when it was looked at says no more than after which time and before which.
+        # By the device's own clock: the host's polls only bound the end from below and above.
         self._last_end = min(max(self._begun_at(step) + device_s, self._seen_running), start)
         self._pace.observe(step.plan, device_s)
         self._log.on_resolve(outcome)
@@ -311,23 +315,23 @@ class StepLoop:
         stats.resolve_s += time.perf_counter() - start
 
     async def _fail(self, plan: Plan, error: Exception) -> None:
-        """End the requests of a step that raised."""
+        """Fail the requests of a step that raised."""
         logger.error("a step of %d requests failed", len(plan.rows), exc_info=error)
         await self._drop_in_flight()
         self._close(self.scheduler.fail(plan, _failure("step failed", error)))
 
     async def _abandon(self, error: Exception) -> None:
-        """No step could be decided: end what may be the cause, so that the next can."""
+        """End the requests that may be why no step could be decided, so that the next one can."""
         logger.error("no step could be scheduled", exc_info=error)
         await self._drop_in_flight()
         self._close(self.scheduler.abandon(_failure("scheduling failed", error)))
 
     async def _drop_in_flight(self) -> None:
-        """What was launched behind a failure read what was never written."""
+        """Discard the steps launched behind a failure: their inputs were never written."""
         self.stats.num_failed_steps += 1
         while self._in_flight:
             step = self._in_flight.popleft()
-            while not step.has_ended:  # noqa: ASYNC110 - a GPU tells nobody
+            while not step.has_ended:  # noqa: ASYNC110 - a GPU signals no event
                 await asyncio.sleep(MIN_SLEEP_S)
 
     def _close(self, requests: list[Request]) -> None:
@@ -335,126 +339,10 @@ class StepLoop:
             self.output.close(request)
 
     def abort(self, request: Request, reason: FinishReason) -> None:
-        """End `request` now: its slots are free before the next plan."""
+        """End `request` now; its slots are free before the next plan."""
         self.scheduler.finish(request, reason)
         self.output.close(request)
 
 
 def _failure(what: str, error: Exception) -> FinishReason:
     return FinishReason("abort", message=f"{what}: {type(error).__name__}: {error}", status_code=500)
-
-
-class StepPace:
-    """Cuts prompt chunks so that steps keep to a time budget while answers stream, and tells when to decide the next.
-
-    What a decode step costs, what a prompt token adds, and how long the host takes are running means that follow the
-    load.
-    """
-
-    def __init__(
-        self,
-        max_step_ms: float | None,
-        chunked_prefill_size: int,
-        context_cost: float = 0.0,
-        min_lead_s: float = MIN_LEAD_S,
-    ) -> None:
-        """context_cost: what attending to a token of context takes, as a share of what else a prompt's token takes."""
-        self.max_step_s = None if max_step_ms is None else max_step_ms / 1e3
-        self.chunked_prefill_size = chunked_prefill_size
-        self.min_tokens = max(int(chunked_prefill_size * MIN_PREFILL_SHARE), 1)
-        self.telling_work = max(int(chunked_prefill_size * TELLING_SHARE), 1)
-        self.context_cost, self.min_lead_s = context_cost, min_lead_s
-        self.decode_s = 0.0
-        self.prefill_token_s = 0.0  # without its context
-        self.slow_token_s = 0.0  # likewise, in the slower ones of the last steps: not every size suits the kernels
-        self.decode_launch_s = self.prefill_launch_s = 0.0
-
-    def prefill_budget(self, num_streams: int) -> PrefillBudget:
-        """What the next step's prompts may take: as much as there is if nobody would notice a long step."""
-        budget = PrefillBudget(self.chunked_prefill_size)
-        if self.max_step_s is not None and num_streams:
-            spare_s = STEP_MARGIN * self.max_step_s - self.decode_s
-            # The first chunk must tell: it may turn out a little shorter than its budget.
-            budget.work = spare_s / self.slow_token_s if self.slow_token_s else 2 * self.telling_work
-            budget.context_cost, budget.min_tokens = self.context_cost, self.min_tokens
-        return budget
-
-    def observe(self, plan: Plan, device_s: float) -> None:
-        if plan.is_decode:
-            self.decode_s = _follow(self.decode_s, device_s)
-        elif (work := self._prefill_work(plan)) >= self.telling_work:
-            token_s = max(device_s - self.decode_s, 0.0) / work
-            self.prefill_token_s = _follow(self.prefill_token_s, token_s)
-            self.slow_token_s = _follow(self.slow_token_s, token_s, rise=0.3, fall=0.05)
-
-    def _prefill_work(self, plan: Plan) -> float:
-        """Its prompt tokens, each weighed by its context."""
-        if plan.is_decode:
-            return 0.0
-        q_lens, seq_lens = plan.q_lens[plan.num_decodes :], plan.seq_lens[plan.num_decodes :]
-        return float(prefill_work(q_lens, seq_lens - q_lens, self.context_cost).sum())
-
-    def observe_launch(self, plan: Plan, host_s: float) -> None:
-        if plan.is_decode:
-            self.decode_launch_s = _follow(self.decode_launch_s, host_s)
-        else:
-            self.prefill_launch_s = _follow(self.prefill_launch_s, host_s)
-
-    def lead_s(self, has_prompts: bool) -> float:
-        """Seconds to decide and enqueue the next step: with prompts no graph may hold it, but hundreds of kernels."""
-        return max(self.min_lead_s, LAUNCH_MARGIN * (self.prefill_launch_s if has_prompts else self.decode_launch_s))
-
-    def predict_s(self, plan: Plan) -> float:
-        """How long `plan` will take, rather too short than too long."""
-        return 0.95 * (self.decode_s + self._prefill_work(plan) * self.prefill_token_s)
-
-
-def _follow(mean: float, value: float, rise: float = 0.2, fall: float = 0.2) -> float:
-    """A running mean that takes a hiccup, such as a kernel's compilation, for no more than twice what is usual.
-
-    One that rises faster than it falls stays near the largest values.
-    """
-    if not mean:
-        return value
-    return mean + (rise if value > mean else fall) * (min(value, 2 * mean) - mean)
-
-
-class BatchLog:
-    """SGLang's two log lines: one a step with prompt tokens, one every `interval` decode steps."""
-
-    def __init__(self, scheduler: Scheduler, interval: int) -> None:
-        self.scheduler, self.interval = scheduler, interval
-        self._num_decode_steps = self._num_tokens = 0
-        self._since = time.perf_counter()
-
-    def on_launch(self, plan: Plan) -> None:
-        if not logger.isEnabledFor(logging.INFO):
-            return
-        num_prompts = len(plan.rows) - plan.num_decodes - plan.num_jumps
-        if not num_prompts:
-            self._num_decode_steps += 1
-            if self._num_decode_steps % self.interval == 0:
-                self._log_decode()
-        else:
-            stats = self.scheduler.stats()
-            num_cached = sum(len(slots) for _, _, slots in plan.prefix_copies)
-            logger.info(
-                "Prefill batch. #new-seq: %d, #new-token: %d, #cached-token: %d, token usage: %.2f, "
-                "#running-req: %d, #queue-req: %d",
-                num_prompts, plan.num_prefill_tokens, num_cached,
-                stats.num_held_tokens / stats.num_total_tokens, stats.num_running, stats.num_waiting,
-            )  # fmt: skip
-
-    def on_resolve(self, outcome: Outcome) -> None:
-        self._num_tokens += outcome.num_tokens
-
-    def _log_decode(self) -> None:
-        now = time.perf_counter()
-        stats = self.scheduler.stats()
-        logger.info(
-            "Decode batch. #running-req: %d, #token: %d, token usage: %.2f, gen throughput (token/s): %.2f, "
-            "#queue-req: %d",
-            stats.num_running, stats.num_held_tokens, stats.num_held_tokens / stats.num_total_tokens,
-            self._num_tokens / max(now - self._since, 1e-9), stats.num_waiting,
-        )  # fmt: skip
-        self._num_tokens, self._since = 0, now

@@ -1,12 +1,13 @@
-"""From sampled tokens to what the caller sees: text, stop strings, log-probabilities, deltas.
+"""Turn sampled tokens into the caller's output: text, stop strings, log-probabilities, deltas.
 
-`take` notes what a step brought, at little cost, so that the next one can be decided. `deliver` makes the text of a few
-requests and gives it to their sinks, and is called again and again: connections and steps have their turns in between.
-Whoever has news is served in order, and tokens that come before a request's turn go out with those that wait for it. So
-each token is a piece of its own while the host keeps up; where it does not, pieces grow until it does, and the device
-need not wait for sockets.
+`take` records the output of a step, at little cost, so that the next step can be decided. `deliver` makes the text of a
+few requests and sends it to their sinks, and is called again and again: connections and steps run in between.
+Requests with pending output are served in order, and tokens that arrive before a request is served join those that
+already wait. So each token is a piece of its own while the host keeps up; where it does not, pieces grow until it does,
+and the device need not wait for sockets.
 
-An answer that is given whole is read in between too, so that little is left to do at its end: many may end at once.
+The text of an answer that is sent whole is made in between, too, so that little is left to do at its end: many answers
+may end at once.
 """
 
 import logging
@@ -22,41 +23,44 @@ from engine.step.model_runner import PromptLogprobs, Step, logprobs_of
 
 logger = logging.getLogger(__name__)
 
-MAX_COST = 16  # of one call of `deliver`, in deltas: with the writes to their sockets, some 0.15 ms of the loop
-COST_OF_END = 8  # a handler wakes and ends its response
-READ_INTERVAL = 32  # steps, in which each answer that is given whole is read once
+MAX_COST = 16  # deltas per call of `deliver`: with the writes to their sockets, about 0.15 ms of the loop
+COST_OF_END = 8  # cost of ending a request, in deltas: a handler wakes and ends its response
+READ_INTERVAL = 32  # steps in which each answer that is sent whole is read once
 
 
 class OutputProcessor:
+    """Make the output of requests from the tokens of their steps, and send it to their sinks."""
+
     def __init__(
         self,
         scheduler: Scheduler,
         stream_interval: int = 1,
-        on_end: Callable[[Request], None] = lambda request: None,
+        on_end: Callable[[Request], None] = lambda _: None,
     ) -> None:
-        """on_end: called with each request whose last delta is about to be given."""
+        """Start without pending output.
+
+        stream_interval: least tokens of a delta between the first and the last. on_end: called with each request
+        before its last delta.
+        """
         self.scheduler, self.stream_interval, self.on_end = scheduler, stream_interval, on_end
-        # Those with news, the next one first. Who was served out of turn is passed over: `is_pending` tells.
+        # Requests with pending output, the next one first. One served out of order is skipped: `is_pending` is False.
         self._pending: deque[Request] = deque()
-        self._whole: OrderedDict[Request, None] = OrderedDict()  # answers that are given whole, the next to read first
+        self._whole: OrderedDict[Request, None] = OrderedDict()  # answers that are sent whole, the next to read first
 
     @property
     def has_pending(self) -> bool:
+        """Return whether `deliver` has something to do."""
         return bool(self._pending)
 
     def take(self, step: Step, outcome: Outcome) -> None:
-        """Note what a resolved step brought. Ends requests whose text has reached a stop string."""
+        """Record the output of a resolved step. Ends requests whose text has reached a stop string."""
         now = time.perf_counter()
-        for values in step.prompt_logprobs:
-            self._add_prompt_logprobs(values)
-        if step.pooled is not None:
-            step.pooled.deliver()
-        if step.work.logprob_samples is not None:
-            self._add_logprobs(step, outcome)
+        if step.prompt_logprobs or step.pooled is not None or step.work.logprob_samples is not None:
+            self._take_values(step, outcome)
         pending = self._pending
         for request, token in zip(outcome.requests, outcome.token_ids, strict=True):
             request.new_token_ids.append(token)
-            if not request.is_pending:  # `_add`, without a call for each token
+            if not request.is_pending:  # `_add` inlined: no call for each token
                 request.is_pending = True
                 pending.append(request)
         for request, forced in outcome.forced:
@@ -66,9 +70,9 @@ class OutputProcessor:
         for request in outcome.finished:
             request.times.finished = now
             self._add(request)
-        for request in reversed(step.plan.answering):  # each to the front: the first ends up first
+        for request in reversed(step.plan.answering):  # each is put in front, so the first ends up first
             request.times.first_token = request.times.first_token or now
-            if request.is_pending:  # an empty page is looked at with less patience than one that grows
+            if request.is_pending:  # users wait less patiently for a first token than for the next
                 pending.appendleft(request)
             elif not request.wants_tokens and request.status is Status.RUNNING:
                 self._whole[request] = None
@@ -77,13 +81,22 @@ class OutputProcessor:
             self._whole.move_to_end(request)
             self._add(request)
 
+    def _take_values(self, step: Step, outcome: Outcome) -> None:
+        """Record a step's log-probabilities and pooled vectors."""
+        for values in step.prompt_logprobs:
+            self._add_prompt_logprobs(values)
+        if step.pooled is not None:
+            step.pooled.deliver()
+        if step.work.logprob_samples is not None:
+            self._add_logprobs(step, outcome)
+
     def _add(self, request: Request) -> None:
         if not request.is_pending:
             request.is_pending = True
             self._pending.append(request)
 
     def deliver(self) -> None:
-        """Give the sinks of the next few requests their news."""
+        """Send the pending output of the next few requests to their sinks."""
         cost = 0
         while self._pending and cost < MAX_COST:
             request = self._pending.popleft()
@@ -98,12 +111,12 @@ class OutputProcessor:
                 self._guarded(self._send, request)
 
     def flush(self) -> None:
-        """Give all that is pending: perhaps nobody will call `deliver` again."""
+        """Send all pending output: `deliver` may not be called again."""
         while self._pending:
             self.deliver()
 
     def close(self, request: Request) -> None:
-        """Give the sink of an ended request its last delta."""
+        """Send the last delta of an ended request to its sink."""
         request.is_pending = False
         self._whole.pop(request, None)
         times = request.times
@@ -134,7 +147,7 @@ class OutputProcessor:
     def _send(self, request: Request) -> None:
         self._read(request)
         delta = request.unsent
-        # No text: half a character, or the head of what may become a stop string.
+        # Without text, the tokens are half a character, or the beginning of a possible stop string.
         if delta is None or not request.stream or not (delta.text or delta.logprobs is not None):
             return
         if len(delta.token_ids) >= self.stream_interval or not request.has_begun:
@@ -142,7 +155,7 @@ class OutputProcessor:
             request.sink(delta)
 
     def _read(self, request: Request) -> None:
-        """Make the text of the newest tokens, up to a stop; tokens after it are none of the answer's."""
+        """Make the text of the newest tokens, up to a stop; tokens after a stop do not belong to the answer."""
         unsent, stream = request.unsent, request.text_stream
         if not request.wants_tokens:
             num_read = 0 if unsent is None else len(unsent.token_ids)
@@ -171,7 +184,7 @@ class OutputProcessor:
                 return
 
     def _end(self, request: Request, reason: FinishReason) -> None:
-        """What the text says goes before whatever else ended the request with the same token."""
+        """End `request` for a reason found in its text, which overrides another reason found at the same token."""
         if request.status is Status.FINISHED:
             request.finish_reason = reason
         else:
@@ -194,15 +207,16 @@ class OutputProcessor:
         request, collected = values.request, values.request.input_logprobs
         assert collected is not None
         next_position = request.logprob_start_len + len(collected.token)
-        first, stop = next_position - values.start - 1, len(values.chosen)  # a retracted prompt repeats some
+        first, stop = next_position - values.start - 1, len(values.chosen)  # a retracted prompt repeats some positions
         if first < stop:
             token_ids = request.input_ids[next_position : values.start + 1 + stop]
             _joined(collected, logprobs_of(values, first, token_ids, request))
 
 
 def give(request: Request, delta: Delta) -> None:
-    """Call the request's sink, and forget it after the last delta: it may know that, and so the request. A cycle would
-    wait for the garbage collector. What the sink raises is its own fault, and logged.
+    """Call the request's sink, and drop it after the last delta; errors that the sink raises are logged.
+
+    The sink may refer to the delta and so to the request: a cycle would wait for the garbage collector.
     """
     sink = request.sink
     if delta.finish_reason is not None:
@@ -214,7 +228,7 @@ def give(request: Request, delta: Delta) -> None:
 
 
 def _refusal(error: Exception) -> FinishReason:
-    """A stop regex that takes too long is the client's doing; anything else is ours."""
+    """Return the finish reason of an error: a stop regex that takes too long is the client's, anything else ours."""
     if isinstance(error, InvalidRequest):
         return FinishReason("abort", message=str(error), status_code=error.status_code)
     logger.error("a request's text could not be made or sent", exc_info=error)
@@ -222,7 +236,7 @@ def _refusal(error: Exception) -> FinishReason:
 
 
 def _is_trimmed_stop(request: Request, token: int) -> bool:
-    """Is `token` the stop token that ended the request, and not part of its text?"""
+    """Return whether `token` is the stop token that ended the request and is left out of its text."""
     reason = request.finish_reason
     return (
         reason is not None

@@ -1,4 +1,4 @@
-"""Backends to run programs against: a server over HTTP on a port of its own, and the engine behind it."""
+"""Provide backends to run programs against: a server over HTTP on a port of its own, and the engine behind it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""The real server, a process of its own, on the demo model: what its users see, end to end."""
+"""Test the real server, a process of its own, on the demo model, end to end as its users see it."""
 
 import asyncio
 import contextlib
@@ -54,7 +54,7 @@ class Server:
     def ask(
         self, method: str, path: str, body: bytes | dict[str, Any] | None = None, key: str = KEY
     ) -> tuple[int, bytes]:
-        """(status, body) of the answer."""
+        """Send a request and return (status, body) of the answer."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
         with contextlib.closing(self.connect()) as connection:
             data = json.dumps(body).encode() if isinstance(body, dict) else body
@@ -91,7 +91,7 @@ class Server:
 
 @contextlib.contextmanager
 def running_server(*flags: str) -> Iterator[Server]:
-    """`python -m server` on the demo model, ready to answer. The block must not leave it in a bad state."""
+    """Run `python -m server` on the demo model, ready to answer. The block must not leave it in a bad state."""
     command = [sys.executable, "-m", "server", "--model-path", "demo", "--device", "cpu", "--port", "0", *flags]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
@@ -114,7 +114,7 @@ def running_server(*flags: str) -> Iterator[Server]:
 
 
 def environment() -> dict[str, str]:
-    """Ours, but for what conftest sets for itself."""
+    """Return this process's environment without the variables that conftest sets for itself."""
     return {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "HF_HUB_OFFLINE")}
 
 

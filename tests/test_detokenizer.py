@@ -1,4 +1,4 @@
-"""Streams against decoding everything at once, over every kind of decoder; stops against a search in the whole text."""
+"""Test streams against decoding all ids at once, for every kind of decoder, and stops against a whole-text search."""
 
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -12,7 +12,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from engine.errors import InvalidRequest
 from engine.request import SamplingParams
-from engine.text.detokenizer import BYTE_OF_CHAR, REGEX_WINDOW, StopScanner, WindowDecoder
+from engine.text.detokenizer import BYTE_OF_CHAR, WindowDecoder
+from engine.text.stops import REGEX_WINDOW, StopScanner
 from engine.text.tokenizer import FastBackend, Tokenizer
 
 CORPUS = ("the cat sat on the mat", "Grüße, 日本語のテキスト 日本 你好世界 🙂🚀🙂", "  x = 1\n\n  y = 22", "naïve café")
@@ -37,7 +38,7 @@ def byte_level() -> Tokenizer:
 
 
 def byte_fallback(decoder: decoders.Decoder | None) -> Tokenizer:
-    """SentencePiece's way: marks for spaces, byte tokens for what the vocabulary lacks."""
+    """Make a tokenizer like SentencePiece's: marks for spaces, byte tokens for characters that the vocabulary lacks."""
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     words = [
         MARK,
@@ -109,7 +110,7 @@ TABLE_KINDS = [kind for kind in MAKERS if kind not in ("word piece", "bpe suffix
 
 @st.composite
 def token_ids(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
-    """Any ids, with stretches of real text between them so that whole characters occur."""
+    """Generate any ids, with stretches of real text between them so that whole characters occur."""
     texts = st.sampled_from((*CORPUS, "🙂", "日本", " the", MARK)).map(lambda text: tokenizer.encode(text))
     ids = st.lists(st.integers(0, tokenizer.vocab_size + NUM_UNKNOWN - 1), max_size=6)
     return [token_id for part in draw(st.lists(texts | ids, max_size=5)) for token_id in part]
@@ -117,7 +118,7 @@ def token_ids(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
 
 @st.composite
 def cut_up(draw: st.DrawFn, items: list[Any] | str) -> list[Any]:
-    """`items` in parts, some of them empty."""
+    """Cut `items` into parts, some of them empty."""
     cuts = sorted(draw(st.lists(st.integers(0, len(items)), max_size=len(items) + 2)))
     return [items[start:end] for start, end in zip([0, *cuts], [*cuts, len(items)], strict=True)]
 
@@ -229,7 +230,7 @@ def test_a_tokens_text_keeps_its_space_and_shows_half_characters_as_replacements
 
 
 def first_stop(text: str, stops: list[str]) -> tuple[int, str] | None:
-    """(end, stop) of the stop that ends first, the longest of several, by looking everywhere."""
+    """Return (end, stop) of the stop that ends first, the longest of several, by looking everywhere."""
     for end in range(len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:

@@ -1,6 +1,6 @@
-"""The engine as a whole, on tiny models: its greedy answers are transformers' own, whatever the mix of requests.
+"""Test the whole engine on tiny models: its greedy answers equal transformers', whatever the mix of requests.
 
-Some of them, in the mixed test, must be JSON: there the reference is transformers' logits under a mask, token by token.
+Some answers of the mixed test must be JSON: their reference is transformers' logits under a mask, token by token.
 """
 
 import asyncio

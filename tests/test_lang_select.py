@@ -1,4 +1,4 @@
-"""`select` against log-probabilities computed by transformers."""
+"""Test `select` against log-probabilities computed by transformers."""
 
 import random
 import re
@@ -24,7 +24,7 @@ METHODS: dict[str, Any] = {
 
 
 class Reference:
-    """What each choice's tokens are worth, by the definition: one forward each, no cache, no server."""
+    """Score each choice's tokens by definition: one forward per choice, no cache, no server."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -50,7 +50,7 @@ class Reference:
         return ids[first:], self.logprobs(ids)[first - 1 :]
 
     def scores(self, method: str, prompt: str, choices: Sequence[str]) -> list[Any]:
-        """Larger is better; compared as Python compares."""
+        """Return scores, larger is better, compared as Python compares."""
         measured = [self.choice(prompt, choice) for choice in choices]
         if method == "token_length_normalized":
             return [sum(row) / len(row) for _, row in measured]
@@ -65,7 +65,10 @@ class Reference:
 
 
 def cases() -> list[tuple[str, list[str]]]:
-    """30 prompts: after a word, after a space that the choice's first token may swallow, in the middle of a word."""
+    """Return 30 prompts.
+
+    They end after a word, after a space that the choice's first token may swallow, or in the middle of a word.
+    """
     rng = random.Random(4)
     result = []
     for i in range(30):

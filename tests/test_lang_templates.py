@@ -1,4 +1,4 @@
-"""What stands around messages: asked of the served model's template, never guessed."""
+"""Test the text around messages: it comes from the served model's template, and is never guessed."""
 
 import asyncio
 from collections.abc import Sequence

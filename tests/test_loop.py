@@ -13,8 +13,9 @@ import torch
 
 from cache.allocator import PageAllocator
 from cache.radix import RadixCache
-from engine.loop import StepLoop, StepPace
+from engine.loop import StepLoop
 from engine.output import OutputProcessor
+from engine.pace import StepPace
 from engine.request import Delta, FinishReason, Request, SamplingParams, Status
 from engine.schedule.plan import Plan
 from engine.schedule.rows import Rows

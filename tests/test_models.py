@@ -1,4 +1,4 @@
-"""Every family computes what transformers computes: tiny random checkpoints, float32, scattered slots."""
+"""Test that every family computes the logits of transformers: tiny random checkpoints, float32, scattered slots."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 class TinyEngine:
-    """A model, its pool, and rows whose tokens lie in randomly scattered slots."""
+    """Hold a model, its pool, and rows whose tokens lie in randomly scattered slots."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
         self.config = load_config(folder, EngineConfig(dtype="float32", **options))
@@ -43,7 +43,7 @@ class TinyEngine:
 
     @torch.inference_mode()
     def forward(self, tokens: dict[int, list[int]], corun: Corun | None = None) -> torch.Tensor:
-        """Append tokens to rows (rows of one token first); the logits of all of them, row after row."""
+        """Append tokens to rows (rows of one token first) and return the logits of all tokens, row after row."""
         rows = list(tokens)
         starts = [self.lens[row] for row in rows]
         q_lens = np.array([len(ids) for ids in tokens.values()], np.int32)
@@ -88,7 +88,7 @@ def random_ids(length: int, seed: int) -> list[int]:
 
 
 def assert_equals_reference(engine: TinyEngine, folder: Path, first: list[int], second: list[int]) -> None:
-    """Prefill of two rows together, then a mixed step, then decode steps of both, against whole forwards."""
+    """Compare a prefill of two rows together, a mixed step, then decode steps of both, with whole forwards."""
     wanted = {0: reference_logits(folder, first), 1: reference_logits(folder, second)}
     ids = {0: first, 1: second}
     done = {0: len(first) - 6, 1: len(second) - 6}

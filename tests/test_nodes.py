@@ -1,4 +1,4 @@
-"""One model on several hosts: two network namespaces stand for them, which see each other through one cable."""
+"""Test one model on several hosts: two network namespaces, connected by one cable, stand for them."""
 
 import asyncio
 import json

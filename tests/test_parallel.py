@@ -1,4 +1,4 @@
-"""Several processes at work on one model, or behind one address: what travels between them, and how they end."""
+"""Test several processes that serve one model, or one address: their messages, and how they end."""
 
 import asyncio
 import multiprocessing

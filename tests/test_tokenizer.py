@@ -1,4 +1,4 @@
-"""Loading a tokenizer from a model folder, and chat templates against transformers' own rendering."""
+"""Test loading a tokenizer from a model folder, and chat templates against transformers' rendering."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ TOOLS: list[dict[str, Any]] = [
 
 
 def small_tokenizer() -> tokenizers.Tokenizer:
-    """Bytes, <s> (1), </s> (2) and <unk> (0)."""
+    """Make a tokenizer of bytes, <s> (1), </s> (2) and <unk> (0)."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<unk>", "<s>", "</s>", *alphabet]
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))

@@ -1,4 +1,4 @@
-"""From a name to a folder, and from a folder to weights."""
+"""Test the way from a name to a folder, and from a folder to weights."""
 
 import importlib.util
 import resource
@@ -38,7 +38,7 @@ def checkpoint(tiny_llama: Path, tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, **changes: torch.Tensor | None) -> None:
-    """Replace tensors of a checkpoint; None removes one."""
+    """Replace tensors of a checkpoint; None removes a tensor."""
     file = folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()} | changes
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)

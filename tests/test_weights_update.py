@@ -1,4 +1,4 @@
-"""What is done to a running engine: pauses, other weights, memory given back. Answers stay transformers' own."""
+"""Test pauses, weight updates and released memory of a running engine: answers stay equal to transformers'."""
 
 import asyncio
 import dataclasses
@@ -35,7 +35,7 @@ async def answer(engine: LocalEngine, rid: str = "r") -> list[int]:
 
 
 class Running:
-    """A request under way, and a way to wait for its tokens."""
+    """Hold a running request, and wait for its tokens."""
 
     def __init__(self, engine: LocalEngine, rid: str) -> None:
         self.tokens: list[int] = []
@@ -59,7 +59,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def other_llama(make_tiny_model: Callable[..., Path], tiny_llama: Path) -> Path:
-    """`tiny_llama` with other weights."""
+    """Make `tiny_llama` with other weights."""
     from transformers import LlamaConfig
 
     folder = make_tiny_model(LlamaConfig, "other_llama", tie_word_embeddings=False)
@@ -230,7 +230,7 @@ async def test_every_rank_gives_its_memory_back_and_holds_still(tiny_llama: Path
 
 
 class FakeRanks:
-    """Rank 1 cannot read the weights."""
+    """Stand for ranks of which rank 1 cannot read the weights."""
 
     def __init__(self) -> None:
         self.orders: list[str] = []
@@ -295,7 +295,7 @@ async def test_every_weight_can_be_read_by_its_checkpoints_name(tiny_llama: Path
 
 
 async def test_packed_weights_can_be_replaced_and_read(tiny_llama: Path, other_llama: Path) -> None:
-    """A CPU lays bfloat16 weights out its own way."""
+    """Replace and read weights whose layout a CPU has changed, as it does for bfloat16."""
     async with checked_engine(tiny_llama, dtype="bfloat16") as engine:
         await engine.maintenance.update_weights(str(other_llama))
         wanted = load_file(other_llama / "model.safetensors")

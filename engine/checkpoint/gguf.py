@@ -1,7 +1,7 @@
-"""GGUF files (llama.cpp's format) turned into Hugging Face folders: config, tokenizer, dequantized safetensors.
+"""Convert GGUF files (llama.cpp's format) to Hugging Face folders: config, tokenizer, dequantized safetensors.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Read by us: it takes a tenth of a second where the
-`gguf` package's reader takes five. Its dequantization we use.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is parsed here, which takes a tenth of a
+second where the `gguf` package's reader takes five; dequantization is that package's.
 """
 
 import json
@@ -21,7 +21,7 @@ from engine.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 4 << 30  # most bytes of a safetensors file
 
 # general.architecture -> architecture in config.json
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -44,11 +44,11 @@ BLOCK_NAMES = {
 EMBEDDING = "token_embd.weight"
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1's scaling, as one divisor for each frequency
 
-# The kinds of metadata values, by their number; 8 is a string, 9 an array
+# Number of a metadata value's kind -> struct format; 8 is a string, 9 an array
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 
-# What a file that was damaged can raise, for any of its entries may be of another kind, length or size than it should.
+# Errors that a damaged file can raise: any entry may be of the wrong kind, length or size.
 MALFORMED = (struct.error, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError)
 
 LLAMA3_WORDS = (
@@ -62,6 +62,8 @@ CONTROL, USER_DEFINED = 3, 4  # token types
 
 @dataclass(frozen=True)
 class GGUFTensor:
+    """Describe one tensor of a GGUF file."""
+
     name: str
     shape: tuple[int, ...]  # row-major, as torch has it
     quantization: int  # gguf.GGMLQuantizationType
@@ -69,37 +71,42 @@ class GGUFTensor:
 
     @property
     def num_elements(self) -> int:
+        """Return the number of elements, dequantized."""
         return prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
+        """Return the bytes in the file. Raises `ModelError` if the quantization is unknown."""
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
         try:
             block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(self.quantization)]
         except ValueError:
             raise ModelError(f"GGUF tensor {self.name!r} is of a type that is not known: {self.quantization}") from None
-        return self.num_elements // block_size * block_bytes
+        return self.num_elements // int(block_size) * int(block_bytes)
 
 
 @dataclass(frozen=True)
 class GGUF:
+    """Hold the metadata and the list of tensors of a GGUF file."""
+
     metadata: dict[str, Any]
     tensors: list[GGUFTensor]
 
     def __getitem__(self, key: str) -> Any:
-        """Metadata under `key`; `{}` in it stands for the architecture's name."""
+        """Return the metadata under `key`; `{}` in the key stands for the architecture's name. Raises `ModelError`."""
         key = key.format(self.metadata.get("general.architecture", ""))
         if key not in self.metadata:
             raise ModelError(f"the GGUF file has no {key!r}")
         return self.metadata[key]
 
     def get(self, key: str, default: Any = None) -> Any:
+        """Return the metadata under `key` as `gguf[key]` does, or `default` if there is none."""
         return self.metadata.get(key.format(self.metadata.get("general.architecture", "")), default)
 
 
 def read_gguf(path: Path) -> GGUF:
-    """Metadata and the list of tensors; `ModelError` if the file is not a whole GGUF of version 2 or 3."""
+    """Read metadata and the list of tensors. Raises `ModelError` unless the file is one GGUF of version 2 or 3."""
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file")
@@ -114,7 +121,7 @@ def read_gguf(path: Path) -> GGUF:
 
 
 class _Header:
-    """A cursor over the file's first part."""
+    """Parse the first part of a file, at a cursor."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
@@ -160,7 +167,7 @@ class _Header:
 
 
 def convert(path: Path, folder: Path, dtype: torch.dtype, advance: Callable[[int], None]) -> None:
-    """Write `path` as a Hugging Face folder with weights of `dtype`. `advance(num_bytes)` tells of progress."""
+    """Write `path` as a Hugging Face folder with weights of `dtype`. Calls advance(num_bytes written) as it goes."""
     gguf = read_gguf(path)
     architecture = gguf["general.architecture"]
     if architecture not in ARCHITECTURES:
@@ -178,7 +185,10 @@ def convert(path: Path, folder: Path, dtype: torch.dtype, advance: Callable[[int
 
 
 def check_whole(gguf: GGUF, file_bytes: int) -> None:
-    """Asked first: a conversion takes minutes. Raises ValueError, or `ModelError` naming a tensor of no known type."""
+    """Check that the file has all its tensors, before a conversion that takes minutes.
+
+    Raises ValueError, or `ModelError` with the name of a tensor of unknown type.
+    """
     end = max((tensor.offset + tensor.num_bytes for tensor in gguf.tensors), default=0)
     if end > file_bytes:
         raise ValueError(f"it has {file_bytes} bytes, its tensors go on to {end}: an unfinished download?")
@@ -187,11 +197,12 @@ def check_whole(gguf: GGUF, file_bytes: int) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as indented JSON."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def make_config(gguf: GGUF, dtype: torch.dtype, rope_factors: np.ndarray | None) -> dict[str, Any]:
-    """config.json's content."""
+    """Return the content of config.json."""
     shapes = {tensor.name: tensor.shape for tensor in gguf.tensors}
     num_heads, context_length = gguf["{}.attention.head_count"], gguf["{}.context_length"]
     return {
@@ -216,6 +227,7 @@ def make_config(gguf: GGUF, dtype: torch.dtype, rope_factors: np.ndarray | None)
 
 
 def make_rope_parameters(gguf: GGUF, context_length: int, rope_factors: np.ndarray | None) -> dict[str, Any]:
+    """Return the rope_parameters of config.json; `rope_factors` divide the frequencies, if any."""
     parameters = {"rope_theta": shortest(gguf.get("{}.rope.freq_base", 10000.0))}
     kind = gguf.get("{}.rope.scaling.type", "none")
     if rope_factors is not None:
@@ -237,11 +249,12 @@ def make_rope_parameters(gguf: GGUF, context_length: int, rope_factors: np.ndarr
 
 
 def shortest(value: float) -> float:
-    """The shortest decimal that rounds to the same float32: 1e-05, not 9.999999747378752e-06."""
+    """Return the shortest decimal that rounds to the same float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
 def special_ids(gguf: GGUF) -> dict[str, Any]:
+    """Return the ids of the special tokens by their names in config.json."""
     eos = [gguf.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     return {
         "bos_token_id": gguf.get("tokenizer.ggml.bos_token_id"),
@@ -251,7 +264,7 @@ def special_ids(gguf: GGUF) -> dict[str, Any]:
 
 
 def write_tokenizer(gguf: GGUF, folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json. An unknown kind of tokenizer is left out, with a warning."""
+    """Write tokenizer.json and tokenizer_config.json. Skips an unknown kind of tokenizer, with a warning."""
     from tokenizers import AddedToken
 
     builders = {"gpt2": byte_level_tokenizer, "llama": sentencepiece_tokenizer}
@@ -289,6 +302,7 @@ def write_tokenizer(gguf: GGUF, folder: Path) -> None:
 
 
 def byte_level_tokenizer(gguf: GGUF) -> Any:
+    """Return a byte-level BPE tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     words = gguf.get("tokenizer.ggml.pre", "default")
@@ -309,7 +323,10 @@ def byte_level_tokenizer(gguf: GGUF) -> Any:
 
 
 def sentencepiece_tokenizer(gguf: GGUF) -> Any:
-    """Its merges are not in the file: any two tokens that make a third are one, the best-scored third first."""
+    """Return a SentencePiece-like BPE tokenizer.
+
+    The file has no merges: any two tokens that join to a third are a merge, the best-scored third first.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     vocab = vocabulary(gguf)
@@ -332,13 +349,14 @@ def sentencepiece_tokenizer(gguf: GGUF) -> Any:
 
 
 def vocabulary(gguf: GGUF) -> dict[str, int]:
+    """Return the ids of all tokens."""
     return {token: token_id for token_id, token in enumerate(gguf["tokenizer.ggml.tokens"])}
 
 
 def write_weights(
     gguf: GGUF, data: np.ndarray, folder: Path, dtype: torch.dtype, advance: Callable[[int], None]
 ) -> None:
-    """The tensors as safetensors of at most `SHARD_BYTES` each (or one tensor), with an index if it takes several."""
+    """Write the tensors as safetensors of at most `SHARD_BYTES` (or one tensor) each, with an index if several."""
     from safetensors.torch import save_file
 
     tensors = [tensor for tensor in gguf.tensors if tensor.name != ROPE_FACTORS]
@@ -357,6 +375,7 @@ def write_weights(
 
 
 def split_by_size(tensors: list[GGUFTensor], max_elements: int) -> Iterator[list[GGUFTensor]]:
+    """Split `tensors` into consecutive lists of at most `max_elements` elements, or one tensor, each."""
     shard: list[GGUFTensor] = []
     num_elements = 0
     for tensor in tensors:
@@ -370,7 +389,7 @@ def split_by_size(tensors: list[GGUFTensor], max_elements: int) -> Iterator[list
 
 
 def checkpoint_name(name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    """Translate a name: `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`. Raises `ModelError`."""
     stem, _, kind = name.rpartition(".")
     if stem in TOP_NAMES:
         return f"{TOP_NAMES[stem]}.{kind}"
@@ -381,18 +400,21 @@ def checkpoint_name(name: str) -> str:
 
 
 def read_weight(gguf: GGUF, data: np.ndarray, tensor: GGUFTensor) -> torch.Tensor:
-    """Dequantized, float32. Llama files keep rotary pairs side by side in q and k; here they are half a head apart."""
+    """Return the dequantized tensor, float32.
+
+    Llama files keep rotary pairs side by side in q and k; in a checkpoint they are half a head apart.
+    """
     weight = torch.from_numpy(dequantize(data, tensor))
     num_heads = {"attn_q": gguf["{}.attention.head_count"], "attn_k": gguf.get("{}.attention.head_count_kv")}
     projection = tensor.name.split(".")[-2]
     if gguf["general.architecture"] == "llama" and projection in num_heads:
         heads = num_heads[projection] or num_heads["attn_q"]
-        weight = weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
+        weight = weight.view(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
     return weight
 
 
 def dequantize(data: np.ndarray, tensor: GGUFTensor) -> np.ndarray:
-    """float32 of the tensor's shape; `data` is the whole file, uint8."""
+    """Return `tensor` as float32 of its shape. data: the whole file, uint8. Raises `ModelError`."""
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize as dequantize_blocks
 

@@ -1,4 +1,4 @@
-"""What the ranks of one model tell each other while they compute: NCCL between GPUs, gloo between CPU processes.
+"""Exchange tensors between the ranks of one model: NCCL between GPUs, gloo between CPU processes.
 
 Every rank calls the same operations in the same order; each is enqueued on the current stream, and can be captured in
 a CUDA graph. Small sums between GPUs that can write each other's memory need no library: see `kernels.all_reduce`.
@@ -21,24 +21,25 @@ from kernels.sampling import argmax
 
 logger = logging.getLogger(__name__)
 
-# Ranks -> bytes of the largest sum through peer memory: each rank sends its addend to every other, and twice the bytes.
+# Ranks -> bytes of the largest sum through peer memory, where each rank sends its addend to every other, in twice the
+# bytes.
 PEER_SUM_BYTES = {2: 2 << 20, 3: 1 << 20, 4: 512 << 10, 5: 256 << 10, 6: 256 << 10, 7: 256 << 10, 8: 256 << 10}
-COLLECTIVE_TIMEOUT = timedelta(hours=1)  # a rank that is gone is noticed by who started it, long before
-POLL_S = 0.001
+COLLECTIVE_TIMEOUT = timedelta(hours=1)  # whoever started a rank notices long before that it is gone
+POLL_S = 0.001  # seconds between polls
 
 
 class Communicator:
-    """Rank `rank` of `size`. A single rank needs no `connect`, and has nothing to exchange."""
+    """Exchange tensors as rank `rank` of `size`. A single rank needs no `connect`, and has nothing to exchange."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
         self._device = torch.device("cpu")
-        self._peer_buffer: torch.Tensor | None = None  # keeps what `_peers` has the addresses of
+        self._peer_buffer: torch.Tensor | None = None  # keeps the memory alive whose addresses `_peers` has
         self._peers: PeerMemory | None = None
         self.backend = ""
 
     def connect(self, store: dist.TCPStore, device: torch.device, use_peer_memory: bool = True) -> None:
-        """Meet the other ranks; this one computes on `device`. Blocks until all are there."""
+        """Connect to the other ranks; this one computes on `device`. Blocks until all are connected."""
         self._device = device
         self.backend = "nccl" if device.type == "cuda" else "gloo"
         with gloo_interface(store.host, store.port):
@@ -54,13 +55,13 @@ class Communicator:
             self._open_peer_memory()
 
     def describe(self) -> str:
-        """How they exchange."""
+        """Return how the ranks exchange tensors."""
         if self._peers is None:
             return self.backend
         return f"{self.backend}; sums up to {self._peers.max_bytes >> 10} KiB through peer memory"
 
     def close(self) -> None:
-        """Only while all ranks are well: it waits for them."""
+        """Disconnect. To be called only while all ranks work: it waits for them."""
         self._peers = self._peer_buffer = None
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
@@ -68,7 +69,7 @@ class Communicator:
     # ---- within a step ----
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of all ranks' `x`, the same on each of them. May be `x` itself."""
+        """Return the sum of all ranks' `x`, the same on each rank. May be `x` itself, overwritten."""
         if self.size == 1:
             return x
         if self._peers is not None and self._peers.can_sum(x):
@@ -78,7 +79,7 @@ class Communicator:
         return x
 
     def gather(self, logits: torch.Tensor, width: int) -> torch.Tensor | None:
-        """Slices of a vocabulary side by side, on rank 0: [S, at most `width`] of each rank -> [S, V]; else None.
+        """Concatenate the ranks' slices of a vocabulary, [S, at most `width`] each: [S, V] on rank 0, else None.
 
         Only the last rank may have less than `width`.
         """
@@ -91,25 +92,25 @@ class Communicator:
         return None if slices is None else torch.cat(slices, dim=1)
 
     def most_likely(self, logits: torch.Tensor, first_token: int) -> torch.Tensor:
-        """`argmax` over all ranks' slices of a vocabulary, the same on each of them; [S, slice] -> int32 [S].
+        """Return `argmax` over all ranks' slices of a vocabulary, the same on each rank; [S, slice] -> int32 [S].
 
-        first_token: the id that this rank's slice begins with.
+        first_token: first id of this rank's slice.
         """
         tokens = argmax(logits)
         if self.size == 1:
             return tokens
-        # Of no token (-1), or one that a rehearsal leaves at random, any will do.
+        # No token (-1), or one that a rehearsal leaves at random, is clamped to any valid id.
         best = logits.gather(1, tokens.clamp(0, logits.shape[1] - 1).long()[:, None])
         ids = torch.where(tokens < 0, -1, tokens + first_token)[:, None]
         candidates = torch.zeros(self.size, *ids.shape[:1], 2, device=ids.device)
         candidates[self.rank] = torch.cat((best.float(), ids.float()), dim=1)  # ids are below 2^24: exact
         values, ids = self.all_reduce(candidates).unbind(dim=2)  # [R, S]: a sum with zeros gathers
-        winner = values.argmax(dim=0, keepdim=True)  # of equals the first, as argmax has it
+        winner = values.argmax(dim=0, keepdim=True)  # the first of equal ones, as in argmax
         chosen = ids.gather(0, winner)[0]
         return torch.where((ids < 0).any(dim=0), -1, chosen).to(torch.int32)
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
-        """Rank 0's `x` into everyone's."""
+        """Copy rank 0's `x` into every rank's, and return it."""
         if self.size > 1:
             dist.broadcast(x, 0)
         return x
@@ -117,7 +118,7 @@ class Communicator:
     # ---- once, at the start ----
 
     def minimum(self, value: int) -> int:
-        """The smallest of all ranks' values."""
+        """Return the smallest of all ranks' values."""
         if self.size == 1:
             return value
         least = torch.tensor(value, dtype=torch.int64, device=self._device)
@@ -125,13 +126,13 @@ class Communicator:
         return int(least)
 
     def meet(self) -> None:
-        """Return when all ranks have called it."""
+        """Wait until all ranks have called this method."""
         self.minimum(0)
 
     def self_test(self, timeout_s: float, num_bytes: int = 1 << 10) -> float:
-        """Each pair of ranks exchanges `num_bytes`, which are checked. Returns the slowest exchange's bytes/s.
+        """Exchange and check `num_bytes` between each pair of ranks. Returns the slowest exchange's bytes/s.
 
-        `ModelError` naming the pair if nothing, or something else, has arrived after `timeout_s`.
+        Raises `ModelError` with the pair if nothing, or something else, has arrived after `timeout_s`.
         """
         slowest = float("inf")
         for distance in range(1, self.size):
@@ -166,7 +167,7 @@ class Communicator:
             raise ModelError(f"rank {self.rank} ({self._device}) got a wrong sum through peer memory")
 
     def _all_end(self, works: list[dist.Work], timeout_s: float) -> bool:
-        if self.backend == "gloo":  # whose works make progress only while someone waits
+        if self.backend == "gloo":  # gloo's works make progress only while someone waits
             try:
                 return all(work.wait(timedelta(seconds=timeout_s)) for work in works)
             except RuntimeError:
@@ -174,7 +175,7 @@ class Communicator:
         return _wait(lambda: all(work.is_completed() for work in works), timeout_s)
 
     def _open_peer_memory(self) -> None:
-        """Let sums go through memory that all ranks can write, if there is such: NCCL does them otherwise."""
+        """Send sums through memory that all ranks can write, if there is any; NCCL computes them otherwise."""
         max_bytes = PEER_SUM_BYTES.get(self.size, 0)
         index = self._device.index
         peers = [index - self.rank + rank for rank in range(self.size) if rank != self.rank]
@@ -186,15 +187,15 @@ class Communicator:
         elif not all(torch.cuda.can_device_access_peer(index, peer) for peer in peers):
             reason = "these GPUs cannot reach each other's memory"
         else:
-            import torch.distributed._symmetric_memory as symmetric_memory  # here: CPU builds need not have it
+            import torch.distributed._symmetric_memory as symmetric_memory  # imported here: CPU builds need not have it
 
             num_words = PeerMemory.buffer_words(self.size, max_bytes)
             try:
                 self._peer_buffer = symmetric_memory.empty(num_words, dtype=torch.int64, device=self._device).zero_()
                 addresses = symmetric_memory.rendezvous(self._peer_buffer, group).buffer_ptrs
-            except RuntimeError as error:  # of the driver or the container: file descriptors may not be shared, say
+            except RuntimeError as error:  # driver or container may not allow it, such as sharing file descriptors
                 reason = str(error).partition("\n")[0]
-        if not self.minimum(int(not reason)):  # one that goes another way than the rest would wait for ever
+        if not self.minimum(int(not reason)):  # a rank that goes another way than the rest would wait for ever
             self._peer_buffer = None
             logger.warning("sums go through NCCL, not peer memory: %s", reason or "another rank has none")
             return
@@ -206,7 +207,7 @@ class Communicator:
 
 
 def _wait(is_done: Callable[[], bool], timeout_s: float) -> bool:
-    """Poll; False if it was in vain."""
+    """Poll until `is_done`. Returns False after `timeout_s`."""
     deadline = time.perf_counter() + timeout_s
     while not is_done():
         if time.perf_counter() > deadline:

@@ -1,8 +1,8 @@
-"""Rotary position embedding (Su et al. 2021) and the ways to stretch it over a longer context.
+"""Compute rotary position embeddings (Su et al. 2021), and stretch them over a longer context.
 
 Dynamic NTK and LongRoPE choose their frequencies by the length of the sequence. Cached keys are rotated already, so
-here the choice is made once, for the context length the server runs with: at `max_position_embeddings`, what a
-sequence of any allowed length gets from dynamic NTK is what transformers gives it.
+here the choice is made once, for the context length that the server runs with: at `max_position_embeddings`, dynamic
+NTK gives a sequence of any allowed length the same frequencies as transformers does.
 """
 
 import math
@@ -17,7 +17,7 @@ from engine.model_config import RopeConfig
 
 
 class RotaryEmbedding(Layer):
-    """`cos_sin` [context_length, rotary_dim] float32: cosines in the first half, sines in the second.
+    """Hold `cos_sin` [context_length, rotary_dim] float32: cosines in the first half, sines in the second.
 
     Shared by all layers. Ready after `materialize`.
     """
@@ -30,6 +30,7 @@ class RotaryEmbedding(Layer):
         self.cos_sin = torch.empty(context_length, rope.rotary_dim, dtype=torch.float32, device="meta")
 
     def materialize(self, device: torch.device) -> None:
+        """Compute `cos_sin` on `device`. Raises `ModelError` if the config lacks a parameter."""
         try:
             inv_freq, scale = FREQUENCIES[self.rope.rope_type](self.rope, self.context_length)
         except KeyError as error:
@@ -39,25 +40,25 @@ class RotaryEmbedding(Layer):
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1) * scale
 
 
-def default(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:
-    """(inverse frequencies [rotary_dim / 2], factor on cosines and sines), as of all functions below."""
+def default(rope: RopeConfig, _context_length: int) -> tuple[torch.Tensor, float]:
+    """Return (inverse frequencies [rotary_dim / 2], factor on cosines and sines), as do the functions below."""
     return inverse_frequencies(rope.theta, rope.rotary_dim), 1.0
 
 
-def linear(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:
-    """Position interpolation (Chen et al. 2023)."""
+def linear(rope: RopeConfig, _context_length: int) -> tuple[torch.Tensor, float]:
+    """Interpolate positions (Chen et al. 2023)."""
     return inverse_frequencies(rope.theta, rope.rotary_dim) / rope.scaling["factor"], 1.0
 
 
 def dynamic_ntk(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:
-    """A base that grows with the length beyond `max_position_embeddings`."""
+    """Raise the base with the length beyond `max_position_embeddings`."""
     factor, dim = rope.scaling["factor"], rope.rotary_dim
     excess = max(context_length / rope.max_position_embeddings, 1.0)
     return inverse_frequencies(rope.theta * (factor * excess - (factor - 1)) ** (dim / (dim - 2)), dim), 1.0
 
 
-def llama3(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:
-    """Llama 3.1: long wavelengths are interpolated, short ones kept, those between blended."""
+def llama3(rope: RopeConfig, _context_length: int) -> tuple[torch.Tensor, float]:
+    """Interpolate long wavelengths, keep short ones, blend those between (Llama 3.1)."""
     factor, low, high = (rope.scaling[name] for name in ("factor", "low_freq_factor", "high_freq_factor"))
     inv_freq = inverse_frequencies(rope.theta, rope.rotary_dim)
     rotations = rope.scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
@@ -65,14 +66,14 @@ def llama3(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:
     return inv_freq * (kept + (1 - kept) / factor), 1.0
 
 
-def yarn(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:
-    """YaRN (Peng et al. 2023): as llama3, with a ramp over dimensions, and sharper attention."""
+def yarn(rope: RopeConfig, _context_length: int) -> tuple[torch.Tensor, float]:
+    """Interpolate as `llama3`, with a ramp over dimensions and sharper attention (YaRN, Peng et al. 2023)."""
     scaling, dim = rope.scaling, rope.rotary_dim
     original = scaling["original_max_position_embeddings"]
     factor = scaling.get("factor") or rope.max_position_embeddings / original
 
     def dim_of(num_rotations: float) -> float:
-        """The (fractional) dimension pair that turns this often within the original context."""
+        """Return the (fractional) dimension pair that rotates this often within the original context."""
         return dim * math.log(original / (num_rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dim_of(scaling.get("beta_fast") or 32), dim_of(scaling.get("beta_slow") or 1)
@@ -85,18 +86,21 @@ def yarn(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:
 
 
 def yarn_scale(scaling: dict[str, Any], factor: float) -> float:
+    """Return YaRN's factor on cosines and sines."""
+
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    if scaling.get("attention_factor") is not None:
-        return scaling["attention_factor"]
+    attention_factor: float | None = scaling.get("attention_factor")
+    if attention_factor is not None:
+        return attention_factor
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
         return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
     return mscale(1.0)
 
 
 def longrope(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:
-    """LongRoPE (Ding et al. 2024): a searched factor for every dimension."""
+    """Divide each frequency by a factor found by search (LongRoPE, Ding et al. 2024)."""
     scaling = rope.scaling
     original = scaling["original_max_position_embeddings"]
     factors = scaling["long_factor" if context_length > original else "short_factor"]
@@ -110,6 +114,7 @@ def longrope(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float
 
 
 def inverse_frequencies(theta: float, rotary_dim: int) -> torch.Tensor:
+    """Return the angles that each pair of dimensions rotates per position, float32 [rotary_dim / 2]."""
     return 1.0 / theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
 
 

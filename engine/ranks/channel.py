@@ -1,8 +1,8 @@
-"""Messages from one process to others of the same host, through a ring in shared memory.
+"""Send messages from one process to others of the same host, through a ring in shared memory.
 
-The ring is an anonymous file (memfd_create(2)): without a name, nothing of it is left behind however its processes
-end. Each reader has a pipe that brings it one byte a message. So readers sleep in the kernel and never poll, the
-message is in memory before its byte is there to be read, and the pipe's end tells that the other side has gone.
+The ring is an anonymous file (memfd_create(2)): it has no name, so nothing of it is left behind however its processes
+end. Each reader has a pipe that carries one byte per message. So readers sleep in the kernel and never poll, a message
+is in memory before its byte can be read, and the pipe's end of file reports that the other side has gone.
 """
 
 import mmap
@@ -13,20 +13,21 @@ from typing import Any
 
 import numpy as np
 
-CAPACITY = 16 << 20
-ALIGNMENT = 64  # of messages, for arrays to be looked at in place; and a cache line for each reader's state
-LENGTH_BYTES = 8
+CAPACITY = 16 << 20  # bytes of a ring
+ALIGNMENT = 64  # bytes: messages can hold arrays that are read in place, and each reader's state has a cache line
+LENGTH_BYTES = 8  # before each message
 WRAP = -1  # in place of a length: the next message is at the ring's beginning
-FULL_POLL_S = 1e-4
-READ_BYTES, NUM_RECEIVED = 0, 1  # a reader's state
+FULL_POLL_S = 1e-4  # seconds between looks at a full ring
+READ_BYTES, NUM_RECEIVED = 0, 1  # indices into a reader's state
 
 Payload = bytes | bytearray | memoryview | np.ndarray
 
 
 def open_channel(num_readers: int, capacity: int = CAPACITY) -> "tuple[ChannelWriter, list[ChannelReader]]":
-    """Both sides. Any of them may be an argument of a process that is being spawned; it is to be closed here then.
+    """Open a channel and return both sides.
 
-    capacity: bytes, a multiple of 64. The longest message has half of it.
+    A side may be an argument of a process that is being spawned; the caller must close its own copy then.
+    capacity: bytes, a multiple of 64. The longest message has half the capacity.
     """
     memory = os.memfd_create("radixloop-channel")
     os.ftruncate(memory, num_readers * ALIGNMENT + capacity)
@@ -38,14 +39,14 @@ def open_channel(num_readers: int, capacity: int = CAPACITY) -> "tuple[ChannelWr
 
 
 class ChannelWriter:
-    """The side that sends."""
+    """Send messages: the writing side of a channel."""
 
     def __init__(self, memory_fd: int, pipe_fds: list[int], capacity: int) -> None:
         self.num_sent = 0
         self._capacity = capacity
-        # Since the beginning, as are the readers' own counts: the ring holds the difference.
+        # Both counts run from the start, as do the readers' own: the ring holds the difference.
         self._written_bytes = 0
-        self._read_bytes = 0  # by all readers, when last looked
+        self._read_bytes = 0  # bytes that all readers have read, when last looked at
         self._memory_fd, self._pipe_fds = memory_fd, pipe_fds
         self._states, self._ring = _map(memory_fd, len(pipe_fds), capacity)
 
@@ -59,9 +60,9 @@ class ChannelWriter:
             os.set_blocking(fd, False)
 
     def send(self, *parts: Payload, timeout_s: float = 10.0) -> None:
-        """Send `parts` as one message. Waits while a slow reader has the ring full.
+        """Send `parts` as one message. Waits while the ring is full because of a slow reader.
 
-        `TimeoutError` after `timeout_s` of waiting; `BrokenPipeError` if a reader has gone.
+        Raises `TimeoutError` after waiting for `timeout_s`, `BrokenPipeError` if a reader has gone.
         """
         buffers = [memoryview(part).cast("B") for part in parts]  # type: ignore[arg-type] # numpy's arrays are buffers
         length = sum(buffer.nbytes for buffer in buffers)
@@ -93,15 +94,15 @@ class ChannelWriter:
                 try:
                     os.write(fd, b"\0")
                     break
-                except BlockingIOError:  # 65536 tiny messages wait
+                except BlockingIOError:  # 65536 tiny messages are unread
                     self._wait(deadline, timeout_s)
 
     def num_unread(self, i: int) -> int:
-        """Messages that reader i has not taken up yet."""
+        """Return the number of messages that reader i has not received yet."""
         return self.num_sent - int(self._states[i, NUM_RECEIVED])
 
     def close(self) -> None:
-        """Readers get what is in the ring, then `EOFError`."""
+        """Close the channel: readers receive the messages still in the ring, then `EOFError`."""
         for fd in (*self._pipe_fds, self._memory_fd):
             os.close(fd)
         self._pipe_fds = []
@@ -117,7 +118,7 @@ class ChannelWriter:
 
 
 class ChannelReader:
-    """A side that receives."""
+    """Receive messages: a reading side of a channel."""
 
     def __init__(self, memory_fd: int, pipe_fd: int, index: int, num_readers: int, capacity: int) -> None:
         self._memory_fd, self._pipe_fd = memory_fd, pipe_fd
@@ -125,7 +126,7 @@ class ChannelReader:
         states, self._ring = _map(memory_fd, num_readers, capacity)
         self._state = states[index]
         self._capacity = capacity
-        self._end = 0  # of the last message, which may still be looked at
+        self._end = 0  # end of the last message, which may still be in use
 
     def __getstate__(self) -> tuple[Any, ...]:
         return DupFd(self._memory_fd), DupFd(self._pipe_fd), *self._layout
@@ -135,11 +136,14 @@ class ChannelReader:
         self.__init__(memory_fd.detach(), pipe_fd.detach(), *layout)  # type: ignore[misc]
 
     def fileno(self) -> int:
-        """Readable while there is a message, or nothing more to come."""
+        """Return a file descriptor that is readable while there is a message, or when the channel has ended."""
         return self._pipe_fd
 
     def receive(self) -> memoryview:
-        """The next message, waited for; a view of the ring that is valid until the next call. `EOFError` at the end."""
+        """Wait for the next message and return it, a view of the ring that is valid until the next call.
+
+        Raises `EOFError` at the channel's end.
+        """
         self._state[READ_BYTES] = self._end
         if not os.read(self._pipe_fd, 1):
             raise EOFError("the channel's writer has gone")
@@ -154,6 +158,7 @@ class ChannelReader:
         return self._ring[at + LENGTH_BYTES : at + LENGTH_BYTES + length]
 
     def close(self) -> None:
+        """Close this side's file descriptors."""
         os.close(self._pipe_fd)
         os.close(self._memory_fd)
 
@@ -162,8 +167,8 @@ class ChannelReader:
 
 
 def _map(fd: int, num_readers: int, capacity: int) -> tuple[np.ndarray, memoryview]:
-    """(the readers' states, int64 [num_readers, 8]; the ring)."""
-    # Populated now: the first message to touch a page would wait for it, at 10 µs a page.
+    """Map the file and return (the readers' states, int64 [num_readers, 8]; the ring)."""
+    # Populated now: otherwise the first message to touch a page would wait for it, 10 µs per page.
     flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
     memory = memoryview(mmap.mmap(fd, num_readers * ALIGNMENT + capacity, flags=flags))
     states = np.frombuffer(memory[: num_readers * ALIGNMENT], np.int64).reshape(num_readers, ALIGNMENT // 8)

@@ -1,7 +1,7 @@
-"""Processes that this one starts, and that end when it does, however it ends.
+"""Start child processes that end when their parent does, however it ends.
 
-They are spawned, not forked: a fork would take a copy of CUDA's state and of threads' locks. A child notices its
-parent's end twice over: by a signal from the kernel, and by the end of a pipe that a thread of it waits at.
+Children are spawned, not forked: a fork would copy CUDA's state and threads' locks. A child notices its parent's end
+in two ways: by a signal from the kernel, and by the end of a pipe at which one of its threads waits.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ from engine.errors import EngineError, ModelError
 logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-LOOK_S = 1.0
-OWN_FAILURE_GRACE_S = 1.0  # a child that has died makes this process fail too: its message says more
-LAST_WORDS_S = 0.2  # a child's message may come right after its end of the pipe
-GC_THRESHOLD = 50_000  # objects more than before; what serves a request leaves no cycles to be found
+LOOK_S = 1.0  # most seconds between two runs of `Children.checks`
+OWN_FAILURE_GRACE_S = 1.0  # seconds: a child's death makes this process fail too, and its message says more
+LAST_WORDS_S = 0.2  # seconds: a child's message may come right after its end of the pipe
+GC_THRESHOLD = 50_000  # new objects before a collection; serving a request leaves no cycles to find
 
 
 def settle_garbage_collector() -> None:
-    """When all is loaded: what exists now stays, and what comes is seldom looked through.
+    """Exempt all existing objects from garbage collection and make collections rare; to be called once all is loaded.
 
     A walk over 200,000 objects would hold up the streams for a tenth of a second.
     """
@@ -43,20 +43,23 @@ def settle_garbage_collector() -> None:
 
 @dataclass(slots=True)
 class Parent:
-    """A child's way to its parent; the first argument of what the child runs."""
+    """Report from a child to its parent; the first argument of the function that the child runs."""
 
     pid: int
-    name: str  # the child's
+    name: str  # name of the child
     log_level: int
     pipe: Connection
 
     def tell(self, event: str, detail: Any = None) -> None:
+        """Send the parent an event, "ready" or "failed"; ignored if the parent is gone."""
         with contextlib.suppress(BrokenPipeError):
             self.pipe.send((event, detail))
 
 
 @dataclass(slots=True)
 class Child:
+    """Hold a child process and its pipe."""
+
     name: str
     process: SpawnProcess
     pipe: Connection
@@ -66,10 +69,16 @@ class Child:
 
 
 class Children:
-    """Children that are all needed: the first that ends, or says that it cannot go on, is a failure of all."""
+    """Start and watch children that are all needed.
+
+    The first that ends, or reports that it cannot go on, is a failure of all.
+    """
 
     def __init__(self, on_failure: Callable[[str], object]) -> None:
-        """on_failure: called once at most, from a thread, with what happened to whom."""
+        """Hold no children yet.
+
+        on_failure: called at most once, from a thread, with a message that says what happened to which child.
+        """
         self._on_failure = on_failure
         self._children: list[Child] = []
         self._news = threading.Condition()
@@ -78,12 +87,12 @@ class Children:
         self._own_failure: tuple[float, str] | None = None
         self._is_closing = False
         self._watcher = threading.Thread(target=self._watch, name="children", daemon=True)
-        self.checks: list[Callable[[], str | None]] = []  # called every second; each may find a failure
+        self.checks: list[Callable[[], str | None]] = []  # called every `LOOK_S`; each may return a failure's message
 
     def spawn(self, name: str, target: Callable[..., None], *args: Any, is_daemon: bool = True) -> None:
-        """Run target(Parent, *args) in a new process. Only before `watch`.
+        """Run target(Parent, *args) in a new process. To be called only before `watch`.
 
-        The kernel's signal comes when the *thread* that called this ends: it must be one that stays.
+        The kernel signals the child when the calling *thread* ends: it must be one that stays.
         """
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
@@ -94,10 +103,14 @@ class Children:
         self._children.append(Child(name, process, ours))
 
     def watch(self) -> None:
+        """Start the thread that watches the children."""
         self._watcher.start()
 
     def wait_ready(self) -> list[Any]:
-        """What each child told with its "ready", in order. `ModelError` with what happened if one cannot."""
+        """Wait until all children are ready and return the details they reported, in order of spawning.
+
+        Raises `ModelError` with the failure if one cannot get ready.
+        """
         with self._news:
             self._news.wait_for(lambda: self.failure is not None or len(self._ready) == len(self._children))
         if self.failure is not None:
@@ -105,11 +118,14 @@ class Children:
         return [self._ready[child.name] for child in self._children]
 
     def fail(self, message: str) -> None:
-        """This process cannot go on, for a reason that may be a child's end: that one is told if there is one."""
+        """Report that this process cannot go on.
+
+        A child's end may be the cause: if one is found within `OWN_FAILURE_GRACE_S`, it is reported instead.
+        """
         self._own_failure = self._own_failure or (time.monotonic(), message)
 
     def abandon(self, error: BaseException) -> BaseException:
-        """Kill all. Returns `error`, or what happened to a child if that may be why."""
+        """Kill all children. Returns `error`, or a child's failure that may be its cause."""
         if not isinstance(error, EngineError):
             with self._news:
                 self._news.wait_for(lambda: self.failure is not None, OWN_FAILURE_GRACE_S)
@@ -117,15 +133,15 @@ class Children:
         return error if self.failure is None else ModelError(self.failure)
 
     def describe(self, i: int) -> str:
-        """The i-th child's name and process."""
+        """Return the name and process id of the i-th child."""
         return str(self._children[i])
 
     def stop_watching(self) -> None:
-        """Children may end from now on."""
+        """Stop treating a child's end as a failure."""
         self._is_closing = True
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Wait for children that were told to end, and kill those that do not within `timeout_s`."""
+        """Wait for children that were asked to end, and kill those that do not within `timeout_s`."""
         self._is_closing = True
         deadline = time.monotonic() + timeout_s
         for child in self._children:
@@ -133,6 +149,7 @@ class Children:
         self.kill()
 
     def kill(self) -> None:
+        """Kill all children and wait for their end."""
         self._is_closing = True
         for child in self._children:
             child.process.kill()
@@ -171,6 +188,7 @@ class Children:
                 return self._report(self._own_failure[1])
 
     def _obituary(self, child: Child) -> str:
+        """Return how a child ended: the failure it reported, else its signal or exit status."""
         with contextlib.suppress(EOFError, OSError):
             while child.pipe.poll(LAST_WORDS_S):
                 event, detail = child.pipe.recv()
@@ -189,16 +207,16 @@ class Children:
             self.failure = message
             self._news.notify_all()
         for child in self._children:
-            child.process.kill()  # of no use without the one that failed
+            child.process.kill()  # useless without the one that failed
         self._on_failure(message)
 
 
 def _run_child(parent: Parent, target: Callable[..., None], args: tuple[Any, ...]) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent.pid:  # it was gone before the kernel was asked to tell
+    if os.getppid() != parent.pid:  # the parent ended before the signal was requested
         os._exit(1)
     threading.Thread(target=_end_with, args=(parent.pipe,), name="parent", daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says when to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides when to end
     logging.basicConfig(
         level=max(parent.log_level, logging.WARNING),
         format=f"[%(asctime)s] %(levelname)s {parent.name} %(name)s: %(message)s",
@@ -214,11 +232,11 @@ def _run_child(parent: Parent, target: Callable[..., None], args: tuple[Any, ...
     else:
         return
     sys.stderr.flush()
-    os._exit(1)  # at once: the others wait for what will not come
+    os._exit(1)  # at once: other ranks may wait for this one
 
 
 def _end_with(pipe: Connection) -> None:
-    """Nothing is ever sent this way: what can be read is the pipe's end."""
+    """Exit when the parent does: nothing is ever sent to a child, so reading returns only at the pipe's end."""
     with contextlib.suppress(EOFError, OSError):
         pipe.recv()
     os._exit(1)

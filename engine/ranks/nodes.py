@@ -1,8 +1,8 @@
-"""Ranks on other hosts. Each host runs the same command with its own --node-rank; only the first one serves.
+"""Connect hosts. Each host runs the same command with its own --node-rank; only the first one serves.
 
-The first host tells the others its configuration, so that all ranks agree, and then every step, over one TCP
-connection each; what arrives goes into the host's own ring, as on the first. The connections, as those of the ranks,
-are for a trusted network.
+The first host sends the others its configuration, so that all ranks agree, and then every step, over one TCP
+connection per host; the receiving host puts each message into its own ring, as the first does. These connections, like
+those between ranks, are for a trusted network.
 """
 
 import contextlib
@@ -25,15 +25,15 @@ from engine.ranks.channel import Payload
 
 logger = logging.getLogger(__name__)
 
-LENGTH_BYTES = 8
+LENGTH_BYTES = 8  # before each message
 START_TIMEOUT = timedelta(minutes=10)  # for all hosts to be started
-ADDRESS_KEY = "radixloop/steps"
-GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # the one way to tell gloo
+ADDRESS_KEY = "radixloop/steps"  # key of the store under which the first host announces its address
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # environment variable: gloo has no other setting
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 def open_store(config: EngineConfig) -> dist.TCPStore:
-    """Where ranks meet: on the first host, at --dist-init-addr."""
+    """Open the store at which ranks meet: on the first host, at --dist-init-addr. Raises `ModelError`."""
     host, port = init_address(config)
     is_master = config.node_rank == 0 and not config.join_dist_store
     try:
@@ -43,6 +43,7 @@ def open_store(config: EngineConfig) -> dist.TCPStore:
 
 
 def init_address(config: EngineConfig) -> tuple[str, int]:
+    """Return host and port of --dist-init-addr. Raises `ModelError`."""
     host, _, port = (config.dist_init_addr or "").rpartition(":")
     if not host or not port.isdigit():
         raise ModelError(f"--dist-init-addr must be HOST:PORT of the first node, got {config.dist_init_addr!r}")
@@ -50,10 +51,10 @@ def init_address(config: EngineConfig) -> tuple[str, int]:
 
 
 class NodeLinks:
-    """The first host's connections to the others."""
+    """Send messages from the first host to the others."""
 
     def __init__(self, config: EngineConfig, store: dist.TCPStore) -> None:
-        """Waits until all are there."""
+        """Wait until all hosts are connected, and send them the configuration. Raises `ModelError`."""
         host, _ = init_address(config)
         self._links: list[socket.socket] = []
         with socket.create_server((host, 0)) as listener:
@@ -66,42 +67,44 @@ class NodeLinks:
                     raise ModelError(f"only {i} of {config.nnodes} nodes have come (--nnodes)") from None
                 _set_up(link, config.dist_timeout)
                 self._links.append(link)
-        # The engine's options alone: a server's hold its keys.
+        # The engine's options only: a server's options include its keys.
         options = {one.name: getattr(config, one.name) for one in dataclasses.fields(EngineConfig)}
         self.send(json.dumps(options).encode())
 
     def send(self, *parts: Payload) -> None:
-        """One message to every node. Waits while a node's connection is full."""
+        """Send `parts` as one message to every node. Waits while a node's connection is full."""
         message = b"".join(bytes(memoryview(part).cast("B")) for part in parts)  # type: ignore[arg-type]
         for link in self._links:
             link.sendall(len(message).to_bytes(LENGTH_BYTES, "little") + message)
 
     def find_lost(self) -> str | None:
-        """Nodes never send: what can be read is the connection's end."""
+        """Return a message about a node that is gone, if any: nodes never send, so a readable connection has ended."""
         readable, _, _ = select.select(self._links, [], [], 0)
         return f"node {1 + self._links.index(readable[0])} is gone; its own log says more" if readable else None
 
     def close(self) -> None:
+        """Close all connections."""
         for link in self._links:
             link.close()
 
 
 class NodeLink:
-    """Another host's connection to the first."""
+    """Receive messages from the first host, on another host."""
 
     def __init__(self, config: EngineConfig, store: dist.TCPStore) -> None:
+        """Connect to the first host."""
         host, _, port = store.get(ADDRESS_KEY).decode().rpartition(":")
         self._socket = socket.create_connection((host, int(port)))
         _set_up(self._socket, config.dist_timeout)
         self._file = self._socket.makefile("rb")
 
     def receive(self) -> bytes:
-        """The next message, waited for. `EOFError` at the end."""
+        """Wait for the next message and return it. Raises `EOFError` at the connection's end."""
         length = int.from_bytes(self._read(LENGTH_BYTES), "little")
         return self._read(length)
 
     def close(self) -> None:
-        """From any thread: `receive` ends then."""
+        """Close the connection, from any thread; `receive` raises `EOFError` then."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
@@ -116,7 +119,7 @@ class NodeLink:
 
 
 def _set_up(link: socket.socket, timeout_s: float) -> None:
-    """Messages go out at once; a host that has lost power or its network is noticed after `timeout_s`."""
+    """Set options: messages are sent at once, and a host without power or network is noticed after `timeout_s`."""
     link.settimeout(None)
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -128,10 +131,10 @@ def _set_up(link: socket.socket, timeout_s: float) -> None:
 
 @contextlib.contextmanager
 def gloo_interface(host: str, port: int) -> Iterator[None]:
-    """Have gloo use the network interface that leads to `host`, unless the user has named one.
+    """Make gloo use the network interface that leads to `host`, unless the user has named one.
 
-    By itself it takes the one of the address that this host's name resolves to. That may be the loopback, through
-    which no other host finds it.
+    By default gloo uses the interface of the address that this host's name resolves to. That may be the loopback
+    interface, which no other host can reach.
     """
     name = None if GLOO_INTERFACE in os.environ else interface_to(host, port)
     if name is None:
@@ -145,7 +148,7 @@ def gloo_interface(host: str, port: int) -> Iterator[None]:
 
 
 def interface_to(host: str, port: int) -> str | None:
-    """The network interface whose IPv4 address this host has towards `host`, if there is one."""
+    """Return the network interface with the IPv4 address that this host uses towards `host`, if there is one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, port))  # sends nothing
@@ -155,7 +158,7 @@ def interface_to(host: str, port: int) -> str | None:
         for _, name in socket.if_nameindex():
             try:
                 answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
-            except OSError:  # it has none
+            except OSError:  # the interface has no address
                 continue
             if answer[20:24] == wanted:
                 return name

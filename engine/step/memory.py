@@ -1,7 +1,7 @@
-"""How many tokens of KV fit: measured, not guessed.
+"""Plan how many tokens of KV fit: measured, not guessed.
 
-On a GPU the largest step the configuration allows is run once, before there is a pool; what it leaves free, less a
-margin for what cannot be foreseen, is the pool's.
+On a GPU the largest step that the configuration allows is run once, before there is a pool. The pool gets the memory
+which that step leaves free, less a margin for unforeseen needs.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from engine.layers.communicator import Communicator
 
 GIB = 1 << 30
 CUDA_MARGIN_BYTES = 5 * GIB // 4  # library workspaces, graphs' own records, fragmentation
-CPU_MEMORY_SHARE = 0.25  # of what is available: a laptop has other things to do
-CPU_CONTEXTS = 8  # of full length, at most: more would only hold stale prefixes
+CPU_MEMORY_SHARE = 0.25  # share of the available memory: a laptop has other things to do
+CPU_CONTEXTS = 8  # most sequences of full length that the pool holds: more would only hold stale prefixes
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryBudget:
-    """Bytes of device memory, and the tokens that fit."""
+    """Hold bytes of device memory by use, and the tokens that fit."""
 
     total: int
     weights: int
@@ -35,7 +35,7 @@ class MemoryBudget:
     max_total_num_tokens: int
 
     def rows(self) -> list[tuple[str, str]]:
-        """(what, how much) for a table."""
+        """Return (use, amount) rows for a table, empty uses left out."""
         parts = [
             ("weights", self.weights), ("largest step", self.largest_step), ("CUDA graphs", self.graphs),
             ("request tables", self.tables), ("KV cache", self.kv), ("left free", self.margin),
@@ -56,10 +56,10 @@ def plan_memory(
     graphs: int,
     comm: Communicator,
 ) -> MemoryBudget:
-    """Divide the device's memory. All ranks get the tokens that fit on the one with the least room.
+    """Divide the device's memory. All ranks get the tokens that fit on the rank with the least room.
 
-    token_bytes: bytes that all layers of this rank keep of a token. `ModelError` with the numbers if not even one page
-    of KV fits.
+    token_bytes: bytes that all layers of this rank keep of a token. weights, tables, largest_step, graphs: bytes, see
+    `MemoryBudget`. Raises `ModelError` with the numbers if not even one page of KV fits.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -86,6 +86,7 @@ def plan_memory(
 
 
 def _available_host_memory() -> int:
+    """Return the available bytes of host memory."""
     with open("/proc/meminfo") as meminfo:
         for line in meminfo:
             if line.startswith("MemAvailable:"):

@@ -1,4 +1,4 @@
-"""From the hidden states of a prompt to the one vector that stands for it, chunk by chunk."""
+"""Pool the hidden states of a prompt into one vector, chunk by chunk."""
 
 from dataclasses import dataclass
 
@@ -13,13 +13,13 @@ LAST, MEAN = "last", "mean"
 
 @dataclass(slots=True)
 class PooledChunks:
-    """What a step adds to its requests' vectors."""
+    """Hold the vectors that a step adds to its requests' embeddings."""
 
     parts: list[tuple[Request, int]]  # (request, first position of the chunk)
-    values: torch.Tensor  # float32 [len(parts), size]; host, valid once the step is done
+    values: torch.Tensor  # float32 [len(parts), size]; host, valid once the step has ended
 
     def deliver(self) -> None:
-        """Add to each `Request.embedding`. A prompt that was retracted begins again at 0."""
+        """Add each vector to its `Request.embedding`. A prompt that was retracted starts again at position 0."""
         for (request, start), value in zip(self.parts, self.values.numpy(), strict=True):
             if request.embedding is None or start == 0 or request.pooling == LAST:
                 request.embedding = value.copy()
@@ -28,9 +28,10 @@ class PooledChunks:
 
 
 def pool(model: CausalLM, hidden: torch.Tensor, plan: Plan) -> tuple[list[tuple[Request, int]], torch.Tensor | None]:
-    """What the step's hidden states [T, hidden] add to the vectors of `plan.pooled`: parts, and values as above.
+    """Pool the step's hidden states [T, hidden] for `plan.pooled`.
 
-    The last token's state comes with the last chunk; a mean is the sum of its chunks' shares.
+    Returns (parts, values) of `PooledChunks`, still on the device; values are None without parts. The last token's
+    state comes with the last chunk; a mean is the sum of its chunks' shares.
     """
     parts, states = [], []
     for b, request, start in plan.pooled:

@@ -1,32 +1,28 @@
-"""Token ids to text, as they are generated: no half characters, no half stop strings.
+"""Decode token ids to text as they are generated: no half characters, no half stop strings.
 
-A `TextStream` is a decoder (ids to text), behind which a `StopScanner` (text to released text) reads for stops, if any.
-Most tokenizers decode token by token, so a dict of ready pieces does it: `ByteLevelDecoder` (GPT-2's alphabet: Llama 3,
-Qwen, SmolLM, DeepSeek) and `ByteFallbackDecoder` (SentencePiece's: Llama 2, Mistral, Gemma). For any other one,
-`WindowDecoder` decodes the last few tokens again. All give what decoding all ids at once gives.
+A `TextStream` is a decoder (ids to text), followed by a `StopScanner` (text to released text) if there are stops.
+Most tokenizers decode token by token, so a dict of pieces suffices: `ByteLevelDecoder` (GPT-2's alphabet: Llama 3,
+Qwen, SmolLM, DeepSeek) and `ByteFallbackDecoder` (SentencePiece's: Llama 2, Mistral, Gemma). For any other tokenizer,
+`WindowDecoder` decodes the last few tokens again. All return the same text as decoding all ids at once.
 """
 
 import re
 from abc import ABC, abstractmethod
 from codecs import utf_8_decode
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial, reduce
+from functools import partial, reduce
 from typing import Any
 
-import regex  # type: ignore[import-untyped]
-
-from engine.errors import InvalidRequest
 from engine.request import SamplingParams
+from engine.text.stops import StopScanner
 
 REPLACEMENT = "\ufffd"
-REGEX_WINDOW = 1024  # characters: a longer match of a stop regex loses its start
-REGEX_TIMEOUT_S = 0.025  # of one search, on the event loop; a pattern that takes longer fails its own request
-WINDOW_CONTEXT = 5  # prompt tokens that `WindowDecoder` decodes along
+WINDOW_CONTEXT = 5  # prompt tokens that `WindowDecoder` decodes as context
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte: itself where it is visible in Latin-1, else from U+0100 on."""
+    """Return GPT-2's printable character for each byte: itself where visible in Latin-1, else from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in visible}
     hidden = (byte for byte in range(256) if byte not in visible)
@@ -34,15 +30,16 @@ def byte_alphabet() -> dict[str, int]:
 
 
 BYTE_OF_CHAR = byte_alphabet()
-# For str.translate, the fastest way to a token's bytes; what is not of the alphabet becomes what is not of Latin-1.
+# A table for str.translate, the fastest way to a token's bytes. A character outside the alphabet becomes one outside
+# Latin-1.
 LATIN_1_OF_CHAR = dict.fromkeys(range(0x100), REPLACEMENT) | {ord(char): byte for char, byte in BYTE_OF_CHAR.items()}
 
-# The text of a token, or its bytes where only its neighbours make them whole UTF-8; b"" for a token left out.
+# The text of a token, or its bytes where only neighbouring tokens complete them to UTF-8; b"" for a token left out.
 Piece = str | bytes
 
 
 class Pieces(dict[int, Piece]):
-    """Token id to piece, filled at first use: a large vocabulary costs nothing at start."""
+    """Map a token id to its piece, computed at first use: a large vocabulary costs nothing at start."""
 
     def __init__(self, piece_of: Callable[[int], Piece]) -> None:
         self._piece_of = piece_of
@@ -53,36 +50,39 @@ class Pieces(dict[int, Piece]):
 
 
 class TextStream(ABC):
-    """The text of one answer, as its tokens come."""
+    """Turn the tokens of one answer into text, as they are generated."""
 
     __slots__ = ()
-    has_stops = False  # may the text end by what it says?
+    has_stops = False  # whether the text can end at a stop string or regex
 
     @property
     def matched_stop(self) -> str | None:
-        """The stop string, or the pattern of the stop regex, that ended the text; nothing is released after it."""
+        """Return the stop string, or the stop regex's pattern, that ended the text; nothing is released after it."""
         return None
 
     @abstractmethod
     def push(self, token_ids: Sequence[int]) -> str:
-        """The text that `token_ids` release: whole characters, and nothing that may become a stop.
+        """Return the text that `token_ids` release: whole characters, and nothing that may become a stop.
 
         Raises `InvalidRequest` if a stop regex takes too long.
         """
 
     @abstractmethod
     def finish(self) -> str:
-        """The text still held back; what is not whole UTF-8 becomes U+FFFD. Call it once, after the last push."""
+        """Return the text still held back; incomplete UTF-8 becomes U+FFFD. Call once, after the last push."""
 
 
 class ByteLevelDecoder(TextStream):
-    """Tokens are bytes. A character is emitted with its last byte, U+FFFD as soon as bytes cannot become one."""
+    """Decode tokens that are bytes.
+
+    A character is released with its last byte, U+FFFD as soon as bytes cannot become a character.
+    """
 
     __slots__ = ("_pending", "_pieces")
 
     def __init__(self, pieces: Pieces) -> None:
         self._pieces = pieces
-        self._pending = b""  # the start of a character
+        self._pending = b""  # the first bytes of an incomplete character
 
     def push(self, token_ids: Sequence[int]) -> str:
         pieces = self._pieces
@@ -106,17 +106,19 @@ class ByteLevelDecoder(TextStream):
 
 
 def replace(text: str, is_first: bool, old: str, new: str, first_new: str) -> str:
+    """Replace `old` by `new`, or by `first_new` in the first piece of a text."""
     return text.replace(old, first_new if is_first else new)
 
 
 class TokenSteps:
-    """What a SentencePiece-like decoder does to tokens, in the order the tokenizers library does it.
+    """Apply the steps of a SentencePiece-like decoder to tokens, in the order of the tokenizers library.
 
-    Before `ByteFallback` to each token, after it to each token or run of byte tokens, then to the whole text's start.
+    The steps before `ByteFallback` apply to each token, those after it to each token or run of byte tokens, and `Strip`
+    after `Fuse` to the start of the whole text.
     """
 
     def __init__(self, steps: list[dict[str, Any]]) -> None:
-        """Raises ValueError if a step looks at more than one token, so that no table can be made of it."""
+        """Read `steps`. Raises ValueError if one depends on several tokens, so that no table can hold its results."""
         self.has_byte_fallback = False
         self.strip_char, self.num_strip = "", 0
         self._before: list[Callable[[str, bool], str]] = []
@@ -143,13 +145,14 @@ class TokenSteps:
         (self._after if self.has_byte_fallback else self._before).append(step)
 
     def piece(self, token: str, is_first: bool = False) -> Piece:
+        """Return the text of `token`, or the byte that it stands for. is_first: it begins the text."""
         token = reduce(lambda text, step: step(text, is_first), self._before, token)
         if self.has_byte_fallback and (byte := BYTE_TOKEN.fullmatch(token)):
             return bytes.fromhex(byte[1])
         return self._finish(token, is_first)
 
     def run(self, data: bytes, is_first: bool) -> str:
-        """Text of consecutive byte tokens: if they are not whole UTF-8, the library gives U+FFFD for every byte."""
+        """Return the text of consecutive byte tokens: U+FFFD for each byte if not UTF-8, as the library does."""
         try:
             text = data.decode()
         except UnicodeDecodeError:
@@ -161,9 +164,10 @@ class TokenSteps:
 
 
 class ByteFallbackDecoder(TextStream):
-    """Tokens are text, or single bytes of characters that the vocabulary lacks.
+    """Decode tokens that are text, or single bytes of characters that the vocabulary lacks.
 
-    One bad byte spoils its whole run of byte tokens (see `TokenSteps.run`), so a run is held back until it ends.
+    One invalid byte changes the text of its whole run of byte tokens (see `TokenSteps.run`), so a run is held back
+    until it ends.
     """
 
     __slots__ = ("_first_piece", "_is_first", "_num_strip", "_pending", "_pieces", "_steps")
@@ -175,7 +179,7 @@ class ByteFallbackDecoder(TextStream):
         self._steps = steps
         self._first_piece = first_piece
         self._is_first = is_at_start
-        self._num_strip = steps.num_strip if is_at_start else 0  # that may still be dropped from the text's start
+        self._num_strip = steps.num_strip if is_at_start else 0  # most characters still to strip from the text's start
         self._pending = b""
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -185,7 +189,7 @@ class ByteFallbackDecoder(TextStream):
             piece = pieces[token_id]
             if self._is_first and not self._pending and piece != b"":
                 piece = self._first_piece(token_id)
-                self._is_first = isinstance(piece, bytes)  # then the whole run is the first
+                self._is_first = isinstance(piece, bytes)  # a run of bytes is the first piece as a whole
             if isinstance(piece, str):
                 if self._pending:
                     text += self._flush()
@@ -213,10 +217,10 @@ class ByteFallbackDecoder(TextStream):
 
 
 class WindowDecoder(TextStream):
-    """Any tokenizer: the text that a token adds to the few before it.
+    """Decode the tokens of any tokenizer: return the text that new tokens add to the few before them.
 
     Exact where a token's text depends on no token but the one before it (WordPiece, BPE with an end-of-word suffix).
-    Costs two decode calls a push. The algorithm is that of text-generation-inference.
+    Costs two decode calls per push. The algorithm is that of text-generation-inference.
     """
 
     __slots__ = ("_decode", "_ids", "_is_shown", "_num_read")
@@ -225,7 +229,7 @@ class WindowDecoder(TextStream):
         self._decode = decode
         self._is_shown = is_shown
         self._ids = context  # the window
-        self._num_read = len(context)  # of the window, whose text is out
+        self._num_read = len(context)  # tokens of the window whose text is released
 
     def push(self, token_ids: Sequence[int]) -> str:
         self._ids += filter(self._is_shown, token_ids)
@@ -245,136 +249,17 @@ class WindowDecoder(TextStream):
         return self._decode(self._ids)[len(self._decode(self._ids[: self._num_read])) :]
 
 
-class StopStrings:
-    """Which of some strings ends first in a text that comes in parts: the automaton of Aho and Corasick (1975).
-
-    A state stands for the longest tail of the text that starts one of the strings: exactly what must be held back.
-    """
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._next: list[dict[str, int]] = [{}]
-        self._fail = [0]
-        self.num_chars = [0]  # of a state: the length of its tail
-        self.stop: list[str | None] = [None]  # of a state: the longest stop string that its tail ends with
-        for stop in filter(None, stops):
-            state = 0
-            for num_chars, char in enumerate(stop, start=1):
-                state = self._next[state].setdefault(char, len(self._next))
-                if state == len(self._next):
-                    self._next.append({})
-                    self._fail.append(0)
-                    self.num_chars.append(num_chars)
-                    self.stop.append(None)
-            self.stop[state] = stop
-        self._first_chars = frozenset(self._next[0])
-        level = list(self._next[0].values())
-        while level:  # breadth first: a state's fail link points to a shorter tail
-            below = []
-            for state in level:
-                for char, child in self._next[state].items():
-                    self._fail[child] = self._step(self._fail[state], char)
-                    self.stop[child] = self.stop[child] or self.stop[self._fail[child]]
-                    below.append(child)
-            level = below
-
-    def _step(self, state: int, char: str) -> int:
-        while (after := self._next[state].get(char)) is None:
-            if not state:
-                return 0
-            state = self._fail[state]
-        return after
-
-    def scan(self, state: int, text: str) -> tuple[int, int]:
-        """(state after `text`, -1), or (state, characters read) at the first end of a stop string."""
-        if not state and self._first_chars.isdisjoint(text):
-            return 0, -1  # most texts: saves the walk
-        for index, char in enumerate(text):
-            state = self._step(state, char)
-            if self.stop[state] is not None:
-                return state, index + 1
-        return state, -1
-
-
-@lru_cache(maxsize=32)
-def compiled_stops(stops: tuple[str, ...], patterns: tuple[str, ...]) -> tuple[StopStrings, "list[regex.Pattern[str]]"]:
-    """Made once for n answers, and for a client that always sends the same: it takes up to some 20 ms, and 5 MB."""
-    try:
-        return StopStrings(stops), [regex.compile(pattern, cache_pattern=False) for pattern in patterns]
-    except (regex.error, RecursionError) as error:
-        raise InvalidRequest(f"stop_regex is not a regular expression: {error}", "stop_regex") from None
-
-
-class StopScanner:
-    """Text in, text that can be no part of a stop out.
-
-    The stop that ends first wins, the longest of those; so where tokens begin and end makes no difference to strings.
-    A regex sees the text so far (`$` matches there) and is searched for in what is held back, at most the last
-    `REGEX_WINDOW` characters: a pattern like `.*END` holds back that much, and costs no more however long the answer.
-    """
-
-    def __init__(self, stops: Sequence[str], patterns: Sequence[str], is_kept: bool) -> None:
-        self.matched_stop: str | None = None  # the string, or the regex's pattern
-        self._is_kept = is_kept
-        self._strings, self._patterns = compiled_stops(tuple(stops), tuple(patterns))
-        self._state = 0
-        self._held = ""
-        self._released = ""  # the last of it, for a regex's look-behind
-
-    def push(self, text: str) -> str:
-        self._state, end = self._strings.scan(self._state, text)
-        if not (self._state or self._held or self._patterns):
-            return text
-        num_before = len(self._held)
-        self._held += text
-        matches = []  # (end, start, stop) in the held text
-        if end >= 0 and (stop := self._strings.stop[self._state]) is not None:
-            end += num_before
-            matches.append((end, end - len(stop), stop))
-        num_held = self._strings.num_chars[self._state]
-        for pattern in self._patterns:
-            found = self._search(pattern, len(text))
-            if found is None:
-                continue
-            start, match_end = (place - len(self._released) for place in found.span())
-            if found.partial:
-                num_held = max(num_held, min(len(self._held) - start, REGEX_WINDOW))
-            else:
-                matches.append((match_end, start, pattern.pattern))
-        if matches:
-            end, start, self.matched_stop = min(matches)
-            return self._release(end if self._is_kept else start)
-        return self._release(len(self._held) - num_held)
-
-    def finish(self) -> str:
-        return self._release(len(self._held)) if self.matched_stop is None else ""
-
-    def _search(self, pattern: "regex.Pattern[str]", num_new: int) -> "regex.Match[str] | None":
-        text = self._released + self._held
-        start = max(len(self._released), len(text) - num_new - REGEX_WINDOW)
-        try:
-            return pattern.search(text, start, partial=True, timeout=REGEX_TIMEOUT_S)
-        except TimeoutError:
-            limit_ms = REGEX_TIMEOUT_S * 1e3
-            message = (
-                f"stop_regex {pattern.pattern!r} took more than {limit_ms:.0f} ms on {len(text) - start} characters"
-            )
-            raise InvalidRequest(message, "stop_regex") from None
-
-    def _release(self, num_chars: int) -> str:
-        text, self._held = self._held[:num_chars], self._held[num_chars:]
-        if self._patterns:
-            self._released = (self._released + text)[-REGEX_WINDOW:]
-        return text
-
-
 class StoppedText(TextStream):
-    """What a decoder says, up to a stop."""
+    """Release the text of a decoder, up to a stop."""
 
     __slots__ = ("_decoder", "_scanner", "_stop_tokens")
     has_stops = True
 
     def __init__(self, decoder: TextStream, scanner: StopScanner, stop_tokens: Mapping[int, str]) -> None:
-        """`stop_tokens`: stop strings that are one special token each, whose text is left out of the answer."""
+        """Join the two.
+
+        stop_tokens: id -> stop string that is one special token, whose text is left out of the answer.
+        """
         self._decoder = decoder
         self._scanner = scanner
         self._stop_tokens = stop_tokens
@@ -402,9 +287,10 @@ class StoppedText(TextStream):
 
 
 class Detokenizer:
-    """Makes the text streams of one tokenizer, and knows the text and bytes of its single tokens.
+    """Make the text streams of one tokenizer, and look up the text and bytes of single tokens.
 
-    `decoder`: the tokenizers library's own description of its decoder; None: there is none, or it is not that library.
+    decoder: the tokenizers library's description of its decoder; None: there is none, or the tokenizer is another
+    library's.
     """
 
     def __init__(
@@ -434,7 +320,7 @@ class Detokenizer:
         )
 
     def stream(self, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> TextStream:
-        """A stream for the tokens that follow `prompt_ids`.
+        """Return a stream for the tokens that follow `prompt_ids`.
 
         After a prompt, a first token keeps the space that SentencePiece drops from the start of a text.
         """
@@ -448,11 +334,12 @@ class Detokenizer:
         return StoppedText(decoder, StopScanner(params.stop, params.stop_regex, params.no_stop_trim), stop_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of one token, spaces kept."""
         piece = self._all_pieces[token_id]
         return piece.encode() if isinstance(piece, str) else piece
 
     def token_text(self, token_id: int) -> str:
-        """The token's text, spaces kept; bytes that are not whole UTF-8 by themselves show as U+FFFD."""
+        """Return the text of one token, spaces kept; bytes that are incomplete UTF-8 by themselves show as U+FFFD."""
         piece = self._all_pieces[token_id]
         return piece if isinstance(piece, str) else piece.decode("utf-8", "replace")
 
@@ -485,13 +372,17 @@ class Detokenizer:
 
 
 def flatten(decoder: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the steps of a decoder, nested sequences dissolved."""
     if decoder["type"] != "Sequence":
         return [decoder]
     return [step for inner in decoder["decoders"] for step in flatten(inner)]
 
 
 def byte_level_piece(token: str) -> Piece:
-    """A token with a character outside the alphabet (an added token, mostly) stands for itself."""
+    """Return the piece of a byte-level token.
+
+    A token with a character outside the alphabet (mostly an added token) stands for itself.
+    """
     try:
         data = token.translate(LATIN_1_OF_CHAR).encode("latin-1")
     except UnicodeEncodeError:

@@ -1,8 +1,8 @@
-"""Constrained decoding: what an answer may look like, compiled once and followed token by token.
+"""Constrain answers to a grammar, compiled once and followed token by token.
 
-The work is llguidance's: it compiles JSON schemas, regular expressions and grammars, says which tokens may come next
-(a mask) and which must (forced tokens, as the tokenizer would have written them). engine.text.xgrammar puts another
-library in its place.
+llguidance does the work: it compiles JSON schemas, regular expressions and grammars, and computes which tokens may come
+next (a mask) and which must (forced tokens, as the tokenizer would have written them). engine.text.xgrammar puts
+another library in its place.
 """
 
 import json
@@ -26,27 +26,29 @@ logger = logging.getLogger(__name__)
 
 MAX_TEXT_BYTES = 64 << 10
 MAX_CACHED_GRAMMARS = 256
-MAX_REASON_LEN = 400
-MAX_LESSONS = 16  # more would only add to a grammar's memory
+MAX_REASON_LEN = 400  # characters
+MAX_LESSONS = 16  # answers that a grammar learns from: more would only add to its memory
 WORD_BITS = 32
-SPECIAL_MARK = b"\xff"  # what llguidance puts before special tokens, and drops when it decodes
+SPECIAL_MARK = b"\xff"  # the byte that llguidance puts before special tokens, and drops when it decodes
 
 
 class GrammarError(Exception):
-    """A grammar and the answer that follows it cannot go on."""
+    """Report that a grammar does not allow the answer to go on."""
 
 
 @dataclass(slots=True)
 class GrammarStats:
+    """Count compiled grammars and the seconds they took."""
+
     num_compiled: int = 0
-    """Those refused included."""
+    """Grammars compiled, refused ones included."""
     num_cache_hits: int = 0
     compile_s: float = 0.0
-    """Seconds that took."""
+    """Seconds spent compiling."""
 
 
 class TokenMatcher(Protocol):
-    """What follows an answer token by token: an `LLMatcher`, or what has these methods of it."""
+    """Follow an answer token by token: an `LLMatcher`, or an object with these methods of it."""
 
     def deep_copy(self) -> Self: ...
     def consume_token(self, token: int, /) -> bool: ...
@@ -61,15 +63,17 @@ class TokenMatcher(Protocol):
 
 @dataclass(slots=True)
 class Grammar:
-    """A compiled constraint, for any number of answers."""
+    """Hold a compiled constraint, for any number of answers."""
 
     start: TokenMatcher  # copied for each answer
-    num_lessons: int = 0
+    num_lessons: int = 0  # answers that `start` has learnt from
 
 
 class GrammarCompiler:
-    """Compiles constraints for one tokenizer. Thread-safe, and to be called off the event loop: it takes milliseconds,
-    in bad cases seconds."""
+    """Compile constraints for one tokenizer.
+
+    Thread-safe. To be called off the event loop: compiling takes milliseconds, in bad cases seconds.
+    """
 
     def __init__(
         self,
@@ -79,9 +83,10 @@ class GrammarCompiler:
         special_tokens: dict[str, int],
         token_bytes: Callable[[int], bytes],
     ) -> None:
-        """tokenizer_json: the tokenizers library's description; None: the tokenizer is not that library's.
+        """Make a compiler; the tokenizer is only read at first use.
 
-        vocab_size: of masks; may be more than the tokenizer's, to which eos_token_ids must belong.
+        tokenizer_json: the tokenizers library's description; None: the tokenizer is not that library's. vocab_size:
+        bits of a mask; may be more than the tokenizer's tokens, to which eos_token_ids must belong.
         """
         self.stats = GrammarStats()
         self.vocab_size = vocab_size
@@ -93,7 +98,7 @@ class GrammarCompiler:
         self._made_tokenizer: LLTokenizer | None = None
 
     def find(self, kind: str, text: str) -> Grammar | None:
-        """The grammar, if it has been compiled and is remembered. Takes microseconds."""
+        """Return the grammar if it is cached, else None. Takes microseconds."""
         with self._lock:
             grammar = self._cache.get((kind, text))
             if grammar is not None:
@@ -102,9 +107,9 @@ class GrammarCompiler:
             return grammar
 
     def compile(self, kind: str, text: str) -> Grammar:
-        """The grammar of field `kind`, one of engine.request.CONSTRAINTS.
+        """Compile and cache the grammar in field `kind`, one of engine.request.CONSTRAINTS.
 
-        Raises `InvalidRequest` with what the library has against it.
+        Raises `InvalidRequest` with the library's reason if it refuses the grammar.
         """
         if len(text) > MAX_TEXT_BYTES:
             raise InvalidRequest(f"{kind} has {len(text)} characters, the limit is {MAX_TEXT_BYTES}", kind)
@@ -127,15 +132,17 @@ class GrammarCompiler:
         return grammar
 
     def warm_up(self) -> None:
-        """Make what the first grammar would wait for, up to seconds; the library holds the interpreter all the while,
-        and with it everybody's streams.
+        """Make the tokenizer that the first grammar would wait for, which takes up to seconds.
+
+        The library holds the interpreter lock all the while, and so would hold up all streams.
         """
         try:
             self._new_matcher("regex", "a")
-        except BaseException as error:  # noqa: BLE001 - as in `compile`; who asks for a grammar will hear of it
+        except BaseException as error:  # noqa: BLE001 - as in `compile`; a request with a grammar will get it
             logger.debug("grammars cannot be warmed up: %s", error)
 
     def new_mask_filler(self, is_pinned: bool) -> "MaskFiller":
+        """Return a filler whose masks are in pinned memory if `is_pinned`."""
         return MaskFiller(self.vocab_size, is_pinned)
 
     def _new_matcher(self, kind: str, text: str) -> TokenMatcher:
@@ -149,7 +156,7 @@ class GrammarCompiler:
         return matcher
 
     def _definition(self, kind: str, text: str) -> str:
-        """`text` in llguidance's own terms."""
+        """Return `text` as a grammar of llguidance's own."""
         if kind == "json_schema":
             if not isinstance(json.loads(text), dict):
                 raise ValueError("a JSON schema must be an object")
@@ -163,7 +170,7 @@ class GrammarCompiler:
         return grammar_from("regex" if kind == "regex" else "ebnf", text)
 
     def _tokenizer(self) -> LLTokenizer:
-        """Made once, which takes up to seconds, however many compile at once."""
+        """Return the tokenizer, made once however many threads compile at once; that takes up to seconds."""
         with self._tokenizer_lock:
             if self._made_tokenizer is None:
                 self._made_tokenizer = self._make_tokenizer()
@@ -173,7 +180,7 @@ class GrammarCompiler:
         if self._tokenizer_json is None:
             raise ValueError("this model's tokenizer is not one that grammars can be made for")
         tokenizer = LLTokenizer(self._tokenizer_json, n_vocab=self.vocab_size, eos_token=self._eos_token_ids)
-        # The library reads the common kinds. The tokens of another it may misread: masks would let wrong text through.
+        # The library reads the common kinds of tokenizer. It may misread others' tokens: masks would admit wrong text.
         specials = {*self._special_tokens.values(), *self._eos_token_ids}
         pieces = {token: self._token_bytes(token) for token in range(self.vocab_size) if token not in specials}
         pieces = {token: piece for token, piece in pieces.items() if piece not in (b"", SPECIAL_MARK)}
@@ -183,19 +190,19 @@ class GrammarCompiler:
 
 
 def _refused(kind: str, message: str) -> InvalidRequest:
-    reason, *_ = re.split(r"\n +1 \| ", message)  # what follows is the grammar itself, as the library sees it
+    reason, *_ = re.split(r"\n +1 \| ", message)  # the rest is the grammar itself, as the library sees it
     reason = " ".join(reason.split())
-    if len(reason) > MAX_REASON_LEN:  # it quotes a long text between what went wrong and why
+    if len(reason) > MAX_REASON_LEN:  # the library quotes a long text between the error and its cause
         reason = f"{reason[: MAX_REASON_LEN // 2]} ... {reason[-MAX_REASON_LEN // 2 :]}"
     return InvalidRequest(f"{kind} cannot be used: {reason}", kind)
 
 
 class Matcher:
-    """Follows one answer: says what may come next, what must, and when nothing more can.
+    """Follow one answer: decide which tokens may come next, which must, and when none can.
 
-    While the model thinks, that is until `reasoning_end_ids` were generated, the grammar sleeps and everything may
-    come; after `max_thinking_tokens` of it, the ids must. `may_jump`: forced tokens join the answer at once (`jump`);
-    if not, masks let them through one at a time.
+    While the model thinks, that is until `reasoning_end_ids` were generated, the grammar is not consulted and any token
+    may come; after `max_thinking_tokens` of thinking, `reasoning_end_ids` must. `may_jump`: forced tokens join the
+    answer at once (`jump`); if not, masks let them through one at a time.
     """
 
     def __init__(
@@ -212,21 +219,21 @@ class Matcher:
         self._end_ids, self._max_thinking_tokens = list(reasoning_end_ids), max_thinking_tokens
         self._is_thinking = bool(self._end_ids)
         self._num_thought = 0
-        self._last: list[int] = []  # tokens of the thinking, as many as may begin its end
+        self._last: list[int] = []  # the last tokens of the thinking, as many as `reasoning_end_ids` has
 
     @property
     def masks(self) -> bool:
-        """May there be a mask from now on? If not, sampling need not wait for the matcher."""
-        # What must come at once was not jumped over: it is the answer's first token, or might be a stop.
+        """Return whether there may be a mask from now on. If not, sampling need not wait for the matcher."""
+        # Tokens forced now were not jumped over: they begin the answer, or might be a stop.
         return self._grammar is not None or not self.may_jump or bool(self.forced_tokens())
 
     @property
     def is_finished(self) -> bool:
-        """Only the answer's end can come."""
+        """Return whether only the answer's end can come."""
         return not self._is_thinking and self._grammar is not None and self._grammar.is_stopped()
 
     def advance(self, token: int) -> None:
-        """The next token of the answer. `GrammarError` if it is none that may come."""
+        """Follow the answer's next token. Raises `GrammarError` if it may not come."""
         if self._is_thinking:
             self._num_thought += 1
             self._last = [*self._last, token][-len(self._end_ids) :]
@@ -235,7 +242,7 @@ class Matcher:
             raise GrammarError(" ".join(self._grammar.get_error().split()))
 
     def forced_tokens(self) -> list[int]:
-        """What must come next, as far as it is known."""
+        """Return the tokens that must come next, as far as known."""
         if not self._is_thinking:
             return [] if self._grammar is None else self._grammar.compute_ff_tokens()
         if self._max_thinking_tokens is None or self._num_thought < self._max_thinking_tokens:
@@ -245,7 +252,7 @@ class Matcher:
         return self._end_ids[begun:]
 
     def jump(self, max_tokens: int) -> list[int]:
-        """Advance over what must come next, at most `max_tokens` of it; returns the tokens."""
+        """Advance over the tokens that must come next, at most `max_tokens`, and return them."""
         jumped: list[int] = []
         while forced := self.forced_tokens()[: max_tokens - len(jumped)]:
             for token in forced:
@@ -259,10 +266,10 @@ class Matcher:
         self._grammar.rollback(1)
 
     def close(self) -> None:
-        """The answer has ended: later ones start with what the library has learnt from this one.
+        """End the answer: later answers start with what the library has learnt from this one.
 
-        It keeps what it finds out about a grammar's states, in each copy by itself, and finding out what may come in a
-        string with a pattern takes a millisecond where knowing takes microseconds.
+        Each copy of an `LLMatcher` caches the states of the grammar that it has visited: computing which tokens may
+        come in a string with a pattern takes a millisecond, looking it up takes microseconds.
         """
         source, grammar = self._source, self._grammar
         if source is None or grammar is None or source.num_lessons == MAX_LESSONS or grammar.is_error():
@@ -273,12 +280,12 @@ class Matcher:
 
     @property
     def masking_grammar(self) -> TokenMatcher | None:
-        """What allows the next token; None: the end of the thinking, or nobody."""
+        """Return the grammar that masks the next token; None while the model thinks, or without a grammar."""
         return None if self._is_thinking else self._grammar
 
 
 class MaskFiller:
-    """Makes the token masks of a step, in parallel."""
+    """Compute the token masks of a step, in parallel."""
 
     def __init__(self, vocab_size: int, is_pinned: bool) -> None:
         self._num_words = (vocab_size + WORD_BITS - 1) // WORD_BITS
@@ -286,12 +293,13 @@ class MaskFiller:
 
     @cached_property
     def _executor(self) -> LLExecutor:
-        return LLExecutor()  # when it is needed: it keeps threads
+        return LLExecutor()  # made when first needed: it keeps threads
 
     def fill(self, matchers: Sequence[Matcher]) -> tuple[torch.Tensor, dict[int, str]]:
-        """(host int32 [M, vocab_size / 32 rounded up], index -> what went wrong with that matcher).
+        """Return (masks, index -> error message of that matcher).
 
-        A set bit is a token that may come, see kernels.sampling.apply_token_bitmask.
+        masks: host int32 [M, vocab_size / 32 rounded up]. A set bit is a token that may come, see
+        kernels.sampling.apply_token_bitmask.
         """
         masks = torch.full((len(matchers), self._num_words), -1, dtype=torch.int32, pin_memory=self._is_pinned)
         grammars = []
@@ -307,5 +315,5 @@ class MaskFiller:
         return masks, {i: " ".join(grammar.get_error().split()) for grammar, i in grammars if grammar.is_error()}
 
     def _fill(self, grammars: list[tuple[Any, int]], masks: torch.Tensor) -> None:
-        """Write the mask of each grammar into the row of `masks` it comes with."""
+        """Write the mask of each grammar into its row of `masks`. grammars: (grammar, row)."""
         self._executor.unsafe_compute_mask_ptr(grammars, masks.data_ptr(), self._num_words * masks.itemsize, len(masks))

@@ -1,7 +1,8 @@
-"""Structural tags, SGLang's and xgrammar's way to say where in a free text constrained parts stand, as Lark grammars.
+"""Translate structural tags, which say where in a free text constrained parts stand, to Lark grammars.
 
-Two shapes: the older {"structures": [{"begin", "schema", "end"}], "triggers": [...]}, and
-{"type": "structural_tag", "format": {...}}, whose formats nest.
+They are SGLang's and xgrammar's. Two shapes: the older
+{"structures": [{"begin", "schema", "end"}], "triggers": [...]}, and {"type": "structural_tag", "format": {...}}, whose
+formats nest.
 """
 
 import json
@@ -14,7 +15,7 @@ ANY_TEXT = r"/(.|\n)*/"
 
 
 def structural_tag_to_lark(tag: Any, special_tokens: dict[str, int]) -> str:
-    """A grammar in llguidance's Lark. Raises `ValueError` for what cannot be one.
+    """Return `tag` as a grammar in llguidance's Lark. Raises `ValueError` if it cannot be one.
 
     special_tokens: text -> id of the tokens that are no text to the tokenizer; literals may hold them.
     """
@@ -52,7 +53,7 @@ def _list(format: dict[str, Any], name: str) -> list[Any]:
 
 
 class _Writer:
-    """Collects the rules that formats turn into; `write` gives the expression that stands for one."""
+    """Collect the rules of formats; `write` returns the expression that stands for one."""
 
     def __init__(self, special_tokens: dict[str, int]) -> None:
         self.rules: list[str] = []
@@ -63,7 +64,7 @@ class _Writer:
         self._formats: dict[str, Callable[[dict[str, Any]], str]] = {
             "const_string": lambda format: self._literal(_text(format, "value")),
             "json_schema": lambda format: f"%json {self._schema(format)}",
-            "any_text": lambda format: ANY_TEXT,
+            "any_text": lambda _: ANY_TEXT,
             "regex": lambda format: f"/{self._pattern(_text(format, 'pattern'))}/",
             "sequence": lambda format: " ".join(map(self.write, _list(format, "elements"))),
             "or": lambda format: " | ".join(map(self.write, _list(format, "elements"))),
@@ -72,7 +73,7 @@ class _Writer:
         }
 
     def write(self, format: Any) -> str:
-        """The name of a new rule for `format`."""
+        """Add a rule for `format` and return its name."""
         kind = format.get("type") if isinstance(format, dict) else None
         if kind not in self._formats:
             raise ValueError(f"a format's type must be one of {', '.join(self._formats)}, got {kind!r}")
@@ -92,7 +93,7 @@ class _Writer:
         schema = format.get("json_schema")
         if not isinstance(schema, dict):
             raise ValueError("json_schema must be an object")
-        # No spaces, as everywhere. `defaults` of the library do not reach a schema inside a grammar.
+        # No spaces, as everywhere. The library does not apply `defaults` to a schema inside a grammar.
         return json.dumps({"x-guidance": {"whitespace_flexible": False}, **schema})
 
     @staticmethod
@@ -100,7 +101,7 @@ class _Writer:
         return re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", pattern).replace("\n", r"\n")
 
     def _literal(self, text: str) -> str:
-        """Text, and special tokens by their ids: to the tokenizer they are other bytes."""
+        """Return an expression for `text`, special tokens by id: the tokenizer has other bytes for them."""
         parts = []
         position = 0
         for found in self._specials.finditer(text) if self._specials else ():
@@ -110,7 +111,7 @@ class _Writer:
         return " ".join(part for part in parts if part != '""') or '""'
 
     def _text_until(self, end: str) -> str:
-        """Any text up to the first `end`, which belongs to it."""
+        """Return an expression for any text up to and including the first `end`."""
         if not end:
             return ANY_TEXT
         found = self._specials.match(end) if self._specials else None
@@ -128,7 +129,7 @@ class _Writer:
         return f"{self.write(content)} {self._literal(end)}"
 
     def _triggered_tags(self, format: dict[str, Any]) -> str:
-        """Free text in which each trigger starts one of the tags that begin with it."""
+        """Return an expression for free text in which each trigger starts one of the tags that begin with it."""
         tags_of: dict[str, list[str]] = {}
         triggers = [trigger for trigger in _list(format, "triggers") if isinstance(trigger, str) and trigger]
         for tag in _list(format, "tags"):

@@ -1,4 +1,4 @@
-"""Text to token ids and back, chat messages to a prompt.
+"""Convert text to token ids and back, and chat messages to a prompt.
 
 Works on the tokenizers library directly, because importing transformers takes seconds; only a folder without a
 tokenizer.json goes through transformers.
@@ -24,23 +24,23 @@ from engine.model_config import read_json
 from engine.request import SamplingParams
 from engine.text.detokenizer import Detokenizer, TextStream
 
-# What code in a template can raise beside Jinja's own errors: it adds, indexes, formats and calls what it is given.
+# Errors of code in a template, which adds, indexes, formats and calls values of any kind; Jinja's own come first.
 TEMPLATE_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
 )  # fmt: skip
-MALFORMED = (AttributeError, LookupError, TypeError, ValueError)  # what an entry of the wrong kind raises
-# Those that are added to a vocabulary that lacks them.
+MALFORMED = (AttributeError, LookupError, TypeError, ValueError)  # errors raised by an entry of the wrong kind
+# Named tokens that are added to a vocabulary that lacks them.
 STANDARD_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 CONTINUE_MARK = "<~continue from here~> "
 Message = Mapping[str, Any]
 
 
 class Backend(Protocol):
-    """What is asked of the library that holds the vocabulary."""
+    """Declare what is called of the library that holds the vocabulary."""
 
     vocab_size: int
-    special_tokens: dict[str, int]  # their text to their id
-    decoder: dict[str, Any] | None  # the tokenizers library's description of it
+    special_tokens: dict[str, int]  # text -> id
+    decoder: dict[str, Any] | None  # the tokenizers library's description of its decoder; None: there is none
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
@@ -54,10 +54,10 @@ class Backend(Protocol):
 
 
 class FastBackend:
-    """The tokenizers library."""
+    """Encode and decode with the tokenizers library."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        tokenizer.no_truncation()  # some files bring both, for training
+        tokenizer.no_truncation()  # some files set truncation and padding, for training
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.id_to_token = tokenizer.id_to_token
@@ -78,7 +78,7 @@ class FastBackend:
 
 
 class PythonBackend:
-    """A transformers tokenizer without a counterpart in the tokenizers library."""
+    """Encode and decode with a transformers tokenizer that has no counterpart in the tokenizers library."""
 
     decoder: dict[str, Any] | None = None
 
@@ -88,13 +88,15 @@ class PythonBackend:
         self.special_tokens = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return token_ids
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         known = [token_id for token_id in token_ids if token_id < self.vocab_size]
-        return self._tokenizer.decode(
+        text: str = self._tokenizer.decode(
             known, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
+        return text
 
     def id_to_token(self, token_id: int) -> str | None:
         return self._tokenizer.convert_ids_to_tokens(token_id) if token_id < self.vocab_size else None
@@ -109,6 +111,8 @@ class PythonBackend:
 
 @dataclass(frozen=True)
 class Tokenizer:
+    """Convert text to token ids and back, and render chats, for one model."""
+
     backend: Backend
     named_tokens: dict[str, str] = field(default_factory=dict)  # bos_token, eos_token, ...: templates see them
     chat_templates: dict[str, str] = field(default_factory=dict)  # by name; "default" is the usual one
@@ -126,9 +130,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path, trust_remote_code: bool = False, chat_template: str | None = None) -> "Tokenizer":
-        """From a Hugging Face model folder. `chat_template`: Jinja text in place of the folder's templates.
+        """Load the tokenizer of a Hugging Face model folder.
 
-        Raises `ModelError` if there is no tokenizer that can be used.
+        chat_template: Jinja text in place of the folder's templates. Raises `ModelError` if there is no usable
+        tokenizer.
         """
         config_file = folder / "tokenizer_config.json"
         config = read_json(config_file)
@@ -157,12 +162,12 @@ class Tokenizer:
         return cls(FastBackend(tokenizer), named_tokens, chat_templates)
 
     def to_json(self) -> str | None:
-        """The tokenizers library's description, added tokens included; None: it is not that library's."""
+        """Return the tokenizers library's description, added tokens included; None: it is another library's."""
         return self.backend.to_json()
 
     @property
     def vocab_size(self) -> int:
-        """Entries of the tokenizer, added tokens included; a model's embedding may have more rows."""
+        """Return the number of tokens, added tokens included; a model's embedding may have more rows."""
         return self.backend.vocab_size
 
     @property
@@ -179,12 +184,15 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:
-        """The model's template, or its templates by name if it has several."""
+        """Return the model's template, or its templates by name if it has several."""
         return self.chat_templates.get("default") if self.chat_templates.keys() <= {"default"} else self.chat_templates
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """`add_special_tokens`: those that the model wants around any text, such as a first <s>. Chat templates write
-        them out, so a rendered chat is encoded without."""
+        """Return the token ids of `text`. Raises `InvalidRequest` if it has half a surrogate pair.
+
+        add_special_tokens: add the tokens that the model expects around any text, such as a first <s>. Chat templates
+        write them out, so a rendered chat is encoded without.
+        """
         if not text.isascii():
             try:
                 text.encode()
@@ -193,7 +201,10 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Ids that the tokenizer does not know have no text. Raises `InvalidRequest` for what cannot be an id."""
+        """Return the text of `token_ids`; ids that the tokenizer does not know have none.
+
+        Raises `InvalidRequest` for numbers that cannot be an id.
+        """
         if token_ids and not 0 <= min(token_ids) <= max(token_ids) < 1 << 31:
             raise InvalidRequest("token ids must be between 0 and 2147483647", "input_ids")
         return self.backend.decode(list(token_ids), skip_special_tokens)
@@ -202,14 +213,14 @@ class Tokenizer:
         return self.backend.token_to_id(token)
 
     def token_text(self, token_id: int) -> str:
-        """One token's text for log-probabilities, spaces kept; incomplete UTF-8 shows as U+FFFD."""
+        """Return one token's text for log-probabilities, spaces kept; incomplete UTF-8 shows as U+FFFD."""
         return self.detokenizer.token_text(token_id)
 
     def token_bytes(self, token_id: int) -> bytes:
         return self.detokenizer.token_bytes(token_id)
 
     def text_stream(self, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> TextStream:
-        """The text of the tokens that will follow `prompt_ids`, with `params`' stops."""
+        """Return a stream for the text of the tokens that follow `prompt_ids`, with the stops of `params`."""
         return self.detokenizer.stream(params, prompt_ids)
 
     def render_chat(
@@ -221,10 +232,10 @@ class Tokenizer:
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> str:
-        """The prompt that the model's chat template makes of `messages`; what transformers' apply_chat_template gives.
+        """Render `messages` to a prompt with the model's chat template, as transformers' apply_chat_template does.
 
-        `chat_template`: a template's name, or Jinja text. `kwargs` are the template's own variables.
-        `continue_final_message` ends the prompt inside the last message (and leaves out the generation prompt).
+        chat_template: a template's name, or Jinja text. kwargs: the template's own variables. continue_final_message:
+        end the prompt inside the last message (and leave out the generation prompt).
         Raises `InvalidRequest` if there is no template, or the template refuses the messages.
         """
         if not messages or not all(isinstance(message, Mapping) for message in messages):
@@ -266,10 +277,12 @@ class Tokenizer:
 
 
 def described(error: Exception) -> str:
+    """Return the error's type and message."""
     return f"{type(error).__name__}: {error}"
 
 
 def load_with_transformers(folder: Path, trust_remote_code: bool) -> Backend:
+    """Load a tokenizer without a tokenizer.json. Raises `ModelError` if transformers cannot."""
     from transformers import AutoTokenizer
 
     try:
@@ -283,13 +296,13 @@ def load_with_transformers(folder: Path, trust_remote_code: bool) -> Backend:
 
 
 def find_named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token, ...: strings, or objects with their content and flags."""
+    """Return the texts of bos_token, eos_token, ..., which are strings, or objects with content and flags."""
     contents = {name: token.get("content") if isinstance(token, dict) else token for name, token in config.items()}
     return {name: token for name, token in contents.items() if name.endswith("_token") and isinstance(token, str)}
 
 
 def find_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Template texts by name: .jinja files, else a processor's chat_template.json, else tokenizer_config.json's."""
+    """Return templates by name: .jinja files, else a processor's chat_template.json, else tokenizer_config.json's."""
     files = {file.stem: file for file in (folder / "additional_chat_templates").glob("*.jinja")}
     if (file := folder / "chat_template.jinja").exists():
         files["default"] = file
@@ -304,9 +317,9 @@ def find_chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, st
 
 
 def apply_config(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], named_tokens: Mapping[str, str]) -> None:
-    """What tokenizer_config.json changes in tokenizer.json, as transformers does it.
+    """Apply the changes that tokenizer_config.json makes to tokenizer.json, as transformers does.
 
-    It may add tokens, make them special, and say whether texts start with bos and end with eos.
+    The file may add tokens, make them special, and set whether texts start with bos and end with eos.
     """
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     known = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
@@ -324,13 +337,14 @@ def apply_config(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], nam
 
 
 def template_processing(tokenizer: tokenizers.Tokenizer, bos: str | None, eos: str | None) -> TemplateProcessing:
+    """Return a post-processor that puts `bos` before every text and `eos` after it, where not None."""
     single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
     used: Iterable[str] = dict.fromkeys(token for token in (bos, eos) if token)
     return TemplateProcessing(single=single, special_tokens=[(token, tokenizer.token_to_id(token)) for token in used])
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """{% generation %} ... {% endgeneration %} marks an assistant's text for training; here it renders its content."""
+    """Render the content of {% generation %} ... {% endgeneration %}, which marks an assistant's text for training."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
 
@@ -350,7 +364,7 @@ def tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own escapes HTML and sorts keys."""
+    """Return `value` as JSON. Replaces Jinja's own filter, which escapes HTML and sorts keys."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -360,7 +374,7 @@ def strftime_now(format: str) -> str:
 
 @lru_cache(maxsize=16)
 def compile_template(source: str) -> jinja2.Template:
-    """In a sandbox: a template comes from whoever made the model."""
+    """Compile a template, to run in a sandbox: templates come from whoever made the model."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
     )
@@ -378,15 +392,18 @@ def mark_end(chat: list[dict[str, Any]]) -> str:
     parts = list(content) if isinstance(content, (list, tuple)) else []
     for index in reversed(range(len(parts))):
         part = parts[index]
-        if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-            parts[index] = {**part, "text": part["text"] + CONTINUE_MARK}
+        if isinstance(part, Mapping) and isinstance(text := part.get("text"), str):
+            parts[index] = {**part, "text": text + CONTINUE_MARK}
             chat[-1]["content"] = parts
-            return part["text"]
+            return text
     raise InvalidRequest("continue_final_message: the last message has no text to continue", "messages")
 
 
 def cut_at_mark(prompt: str, final_text: str) -> str:
-    """Templates may trim a message, and with it the mark's last space; then the text's end was meant to be trimmed."""
+    """Return `prompt` up to `CONTINUE_MARK`. Raises `InvalidRequest` if the template changed the last message.
+
+    Templates may trim a message, and with it the mark's last space; then the text's end was meant to be trimmed, too.
+    """
     mark = CONTINUE_MARK.strip()
     end = prompt.rfind(mark)
     if end < 0 or final_text.strip() not in prompt:

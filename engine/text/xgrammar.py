@@ -1,8 +1,8 @@
-"""Constrained decoding with xgrammar: other masks under engine.text.grammar's compiler and matcher.
+"""Constrain answers with xgrammar: other masks under engine.text.grammar's compiler and matcher.
 
-It forces no tokens, so there is no jump-forward. Of what it cannot hold an answer to, it ignores much without a word:
-such schemas and patterns are found and refused here. As in other engines that use it, a structural tag that names a
-special token lets special tokens into its free texts.
+xgrammar forces no tokens, so there is no jump-forward. It silently ignores many constraints that it cannot enforce:
+schemas and patterns with such constraints are found and refused here. As in other engines that use xgrammar, a
+structural tag that names a special token lets special tokens into its free texts.
 """
 
 import json
@@ -24,27 +24,27 @@ KEYWORDS_OF = {
     "array": {"items", "prefixItems", "minItems", "maxItems"},
     "object": {"properties", "required", "additionalProperties", "minProperties", "maxProperties"},
 }
-EXCLUSIVE = ("$ref", "const", "enum", "anyOf", "allOf")  # of a schema with one of these, nothing else is read
+EXCLUSIVE = ("$ref", "const", "enum", "anyOf", "allOf")  # xgrammar ignores all other keywords beside one of these
 IGNORED = {
     "$dynamicRef", "$recursiveRef", "additionalItems", "contains", "dependencies", "dependentRequired",
     "dependentSchemas", "else", "if", "maxContains", "minContains", "not", "oneOf", "patternProperties",
     "propertyNames", "then", "unevaluatedItems", "unevaluatedProperties",
 }  # fmt: skip
-"""Not held, or not in every case: oneOf may turn into anyOf."""
+"""Keywords that xgrammar does not enforce, or not in every case: oneOf may turn into anyOf."""
 CONSTRAINING = set().union(*KEYWORDS_OF.values(), EXCLUSIVE, {"type"})
 FORMATS = {
     "date", "date-time", "duration", "hostname", "ipv4", "ipv6", "time", "uri", "uri-reference", "uuid"
 }  # fmt: skip
-"""Those that xgrammar knows and that cannot hold a quote, which it would not escape."""
-MAX_REPEAT = 1000  # what many more cost to compile grows with their square
+"""String formats that xgrammar knows and that cannot hold a quote, which it would not escape."""
+MAX_REPEAT = 1000  # repetitions in a pattern: the cost of compiling grows with their square
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 PATTERN_PART = re.compile(r"\\.|\[(?:\\.|[^]\\])*]|\(\?.?|.", re.DOTALL)
 KNOWN_ESCAPE = re.compile(r"\\(?:[dDwWsSnrtfvxu0]|[^a-zA-Z0-9])")
-CODED = re.compile(r'["\x00-\x1f]|\\[\\nrtfvxu0]')  # what a JSON string has to write otherwise, or may have to
+CODED = re.compile(r'["\x00-\x1f]|\\[\\nrtfvxu0]')  # characters that a JSON string must or may have to escape
 
 
 class XGrammarCompiler(GrammarCompiler):
-    """See `GrammarCompiler`."""
+    """Compile constraints for one tokenizer with xgrammar; see `GrammarCompiler`."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -85,7 +85,10 @@ class XGrammarCompiler(GrammarCompiler):
         return self._compiler(has_specials).compile_structural_tag(json.dumps(_compiled_parts(tag)))
 
     def _compiler(self, specials_are_text: bool) -> Any:
-        """Made once of either sort. If special tokens are no text, nothing but the end of an answer may be one."""
+        """Return the compiler of either kind, made once.
+
+        Unless special tokens are text, only the end of an answer may be one.
+        """
         with self._tokenizer_lock:
             if specials_are_text not in self._compilers:
                 pieces = [self._token_bytes(token) for token in range(self.vocab_size)]
@@ -99,10 +102,10 @@ class XGrammarCompiler(GrammarCompiler):
 
 
 class XGrammarMatcher:
-    """What `Matcher` wants of an `LLMatcher`, done by an xgrammar.GrammarMatcher."""
+    """Adapt an xgrammar.GrammarMatcher to the methods of an `LLMatcher` that `Matcher` calls."""
 
     def __init__(self, matcher: Any, end_mask: torch.Tensor) -> None:
-        """end_mask: the mask where only the end of the answer may come."""
+        """Wrap `matcher`. end_mask: the mask where only the end of the answer may come."""
         self._matcher, self._end_mask = matcher, end_mask
         self._error = ""
         self._mask: torch.Tensor | None = None
@@ -111,7 +114,7 @@ class XGrammarMatcher:
         return type(self)(self._matcher.fork(), self._end_mask)
 
     def mask(self) -> torch.Tensor:
-        """int32 [vocab_size / 32 rounded up]: a set bit is a token that may come."""
+        """Return the mask, int32 [vocab_size / 32 rounded up]: a set bit is a token that may come."""
         if self._mask is None:
             self._mask = torch.zeros_like(self._end_mask)
             try:
@@ -130,7 +133,7 @@ class XGrammarMatcher:
         return []
 
     def is_accepting(self) -> bool:
-        return self._matcher.is_completed()
+        return bool(self._matcher.is_completed())
 
     def is_stopped(self) -> bool:
         return self._matcher.is_terminated() or (self.is_accepting() and torch.equal(self.mask(), self._end_mask))
@@ -153,7 +156,7 @@ class XGrammarMatcher:
 
 
 class XGrammarMaskFiller(MaskFiller):
-    """See `MaskFiller`."""
+    """Collect the token masks of a step; see `MaskFiller`."""
 
     def _fill(self, grammars: list[tuple[XGrammarMatcher, int]], masks: torch.Tensor) -> None:
         for grammar, i in grammars:
@@ -161,7 +164,7 @@ class XGrammarMaskFiller(MaskFiller):
 
 
 def _schema_grammar(schema: Any) -> Any:
-    """What an answer to the schema may be, without spaces between its parts."""
+    """Return the grammar of answers to `schema`, without spaces between their parts."""
     if not isinstance(schema, dict):
         raise ValueError("a JSON schema must be an object")
     _check_schema(schema, 0)
@@ -171,21 +174,15 @@ def _schema_grammar(schema: Any) -> Any:
 
 
 def _check_schema(schema: Any, depth: int) -> None:
-    """Raises `ValueError` for what the library would not hold an answer to; says lengths as patterns."""
+    """Raise `ValueError` for constraints that the library would not enforce; rewrite lengths as patterns, in place.
+
+    The library reads minLength and maxLength itself in a way that admits control characters.
+    """
     if not isinstance(schema, dict):
         return
     if depth > MAX_DEPTH:
         raise ValueError(f"schemas may nest {MAX_DEPTH} deep")
-    ignored = IGNORED & schema.keys()
-    if schema.get("uniqueItems"):
-        ignored.add("uniqueItems")
-    exclusive = next((keyword for keyword in EXCLUSIVE if keyword in schema), None)
-    if exclusive:
-        ignored |= CONSTRAINING & schema.keys() - {exclusive}
-        if exclusive in ("const", "enum") and _is_typed(schema):
-            ignored.discard("type")
-    else:
-        ignored |= _ignored_of_type(schema)
+    ignored, exclusive = _ignored_keywords(schema)
     if ignored:
         beside = f" beside {exclusive}" if exclusive else ""
         raise ValueError(f"{', '.join(sorted(ignored))}{beside}: xgrammar cannot hold an answer to that")
@@ -193,11 +190,7 @@ def _check_schema(schema: Any, depth: int) -> None:
         raise ValueError(f"$ref must be within the schema, got {schema['$ref']}")
     if len(schema.get("allOf", [])) > 1:
         raise ValueError("xgrammar cannot hold an answer to allOf with more than one schema")
-    if {"minLength", "maxLength"} & schema.keys():  # read as they stand, they let control characters in
-        low, high = schema.pop("minLength", 0), schema.pop("maxLength", "")
-        if high != "" and low > high:
-            raise ValueError(f"minLength {low} is greater than maxLength {high}")
-        schema["pattern"] = f"^.{{{low},{high}}}$"
+    _rewrite_lengths(schema)
     if "pattern" in schema:
         _checked_pattern(schema["pattern"])
         if coded := CODED.search(schema["pattern"]):
@@ -206,9 +199,33 @@ def _check_schema(schema: Any, depth: int) -> None:
         _check_schema(inner, depth + 1)
 
 
+def _ignored_keywords(schema: dict[str, Any]) -> tuple[set[str], str | None]:
+    """Return (keywords that xgrammar would ignore, the exclusive keyword that makes it ignore them, if any)."""
+    ignored = IGNORED & schema.keys()
+    if schema.get("uniqueItems"):
+        ignored.add("uniqueItems")
+    exclusive = next((keyword for keyword in EXCLUSIVE if keyword in schema), None)
+    if exclusive is None:
+        return ignored | _ignored_of_type(schema), None
+    ignored |= CONSTRAINING & schema.keys() - {exclusive}
+    if exclusive in ("const", "enum") and _is_typed(schema):
+        ignored.discard("type")
+    return ignored, exclusive
+
+
+def _rewrite_lengths(schema: dict[str, Any]) -> None:
+    """Replace minLength and maxLength by a pattern: read as they stand, they admit control characters."""
+    if {"minLength", "maxLength"} & schema.keys():
+        low, high = schema.pop("minLength", 0), schema.pop("maxLength", "")
+        if high != "" and low > high:
+            raise ValueError(f"minLength {low} is greater than maxLength {high}")
+        schema["pattern"] = f"^.{{{low},{high}}}$"
+
+
 def _ignored_of_type(schema: dict[str, Any]) -> set[str]:
+    """Return the keywords that xgrammar would ignore because they do not constrain the schema's type."""
     kinds = schema.get("type")
-    if kinds is None:  # the library guesses, as people do
+    if kinds is None:  # guess as the library does
         kinds = ["object"] if "properties" in schema else ["array"] if {"items", "prefixItems"} & schema.keys() else []
     kinds = [kinds] if isinstance(kinds, str) else kinds
     known = set().union(*(KEYWORDS_OF.get(kind, set()) for kind in kinds), {"type"})
@@ -220,12 +237,12 @@ def _ignored_of_type(schema: dict[str, Any]) -> set[str]:
     if "format" in schema and ("pattern" in schema or schema["format"] not in FORMATS):
         ignored.add("format")
     if not set(schema.get("required", [])) <= set(schema.get("properties", {})):
-        ignored.add("required")  # of what is no property
+        ignored.add("required")  # names that are no property
     return ignored
 
 
 def _is_typed(schema: dict[str, Any]) -> bool:
-    """Are all values of const or enum of the type that stands beside?"""
+    """Return whether all values of const or enum are of the type that the schema names beside them."""
     kinds = schema.get("type")
     kinds = {kinds} if isinstance(kinds, str) else set(kinds or [])
     if "number" in kinds:
@@ -244,7 +261,10 @@ def _inner_schemas(schema: dict[str, Any]) -> Iterator[Any]:
 
 
 def _checked_pattern(pattern: str) -> str:
-    """The pattern, with "." for no line break as everywhere. Raises `ValueError` for what the library misreads."""
+    """Return the pattern, with "." not matching a line break, as everywhere.
+
+    Raises `ValueError` for syntax that the library misreads.
+    """
     for bound in re.findall(r"\d+", "".join(re.findall(r"\{\d*,?\d*}", pattern))):
         if int(bound) > MAX_REPEAT:
             raise ValueError(f"{bound} repetitions or characters, the limit is {MAX_REPEAT}")
@@ -261,7 +281,7 @@ def _checked_pattern(pattern: str) -> str:
 
 
 def _modern_tag(tag: Any) -> Any:
-    """A structural tag of the older shape in the newer one."""
+    """Return a structural tag in the newer shape."""
     if not isinstance(tag, dict):
         raise ValueError("a structural tag must be an object")
     if "structures" not in tag:
@@ -287,7 +307,10 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _compiled_parts(format: Any) -> Any:
-    """A structural tag whose schemas are grammars: left to itself, the library reads them otherwise than elsewhere."""
+    """Return a structural tag with its schemas compiled to grammars.
+
+    The library would read a schema inside a tag otherwise than elsewhere.
+    """
     if isinstance(format, list):
         return [_compiled_parts(inner) for inner in format]
     if not isinstance(format, dict):

@@ -1,0 +1,99 @@
+"""Estimate how long steps take, to size prompt chunks and to time the next decision."""
+
+from engine.schedule.plan import Plan, PrefillBudget, prefill_work
+
+# Smallest prompt chunk of a step, as a share of chunked_prefill_size, however tight the time: prompts must not starve.
+MIN_PREFILL_SHARE = 1 / 64
+# Chunks shorter than this share of chunked_prefill_size are not used to estimate seconds per token: fixed costs
+# dominate them.
+MIN_SAMPLE_SHARE = 1 / 16
+MIN_LEAD_S = 0.001  # least seconds between deciding a step and the end of the step before it
+# MIN_LEAD_S with several ranks: the others receive the step later, and their delay looks like a longer step.
+MIN_RANKS_LEAD_S = 0.003
+LAUNCH_MARGIN = 1.25  # factor on the expected launch time: launches vary, and the device must not wait for them
+STEP_MARGIN = 0.9  # share of a step's time budget that is planned for: steps vary
+
+
+class StepPace:
+    """Size prompt chunks so that steps keep to a time budget while answers stream, and time the next decision.
+
+    The cost of a decode step, the cost of a prompt token and the host's time per launch are exponential moving
+    averages, which follow the load.
+    """
+
+    def __init__(
+        self,
+        max_step_ms: float | None,
+        chunked_prefill_size: int,
+        context_cost: float = 0.0,
+        min_lead_s: float = MIN_LEAD_S,
+    ) -> None:
+        """Start without estimates.
+
+        max_step_ms: time budget of a step while answers stream; None: no limit. context_cost: cost of attending to one
+        token of context, as a share of a prompt token's other cost. min_lead_s: see `lead_s`.
+        """
+        self.max_step_s = None if max_step_ms is None else max_step_ms / 1e3
+        self.chunked_prefill_size = chunked_prefill_size
+        self.min_tokens = max(int(chunked_prefill_size * MIN_PREFILL_SHARE), 1)
+        self.min_sample_work = max(int(chunked_prefill_size * MIN_SAMPLE_SHARE), 1)
+        self.context_cost, self.min_lead_s = context_cost, min_lead_s
+        self.decode_s = 0.0
+        self.prefill_token_s = 0.0  # seconds per prompt token, without its context
+        self.slow_token_s = 0.0  # prefill_token_s of the slower recent steps: not every size suits the kernels
+        self.decode_launch_s = self.prefill_launch_s = 0.0
+
+    def prefill_budget(self, num_streams: int) -> PrefillBudget:
+        """Return what the next step's prompts may take: all if no answer streams, which a long step would delay."""
+        budget = PrefillBudget(self.chunked_prefill_size)
+        if self.max_step_s is not None and num_streams:
+            spare_s = STEP_MARGIN * self.max_step_s - self.decode_s
+            # The first chunk must be long enough to sample, and may turn out a little shorter than its budget.
+            budget.work = spare_s / self.slow_token_s if self.slow_token_s else 2 * self.min_sample_work
+            budget.context_cost, budget.min_tokens = self.context_cost, self.min_tokens
+        return budget
+
+    def observe(self, plan: Plan, device_s: float) -> None:
+        """Update the estimates with the device seconds that `plan` took."""
+        if plan.is_decode:
+            self.decode_s = _follow(self.decode_s, device_s)
+        elif (work := self._prefill_work(plan)) >= self.min_sample_work:
+            token_s = max(device_s - self.decode_s, 0.0) / work
+            self.prefill_token_s = _follow(self.prefill_token_s, token_s)
+            self.slow_token_s = _follow(self.slow_token_s, token_s, rise=0.3, fall=0.05)
+
+    def _prefill_work(self, plan: Plan) -> float:
+        """Return the number of prompt tokens in `plan`, each weighted by its context."""
+        if plan.is_decode:
+            return 0.0
+        q_lens, seq_lens = plan.q_lens[plan.num_decodes :], plan.seq_lens[plan.num_decodes :]
+        return float(prefill_work(q_lens, seq_lens - q_lens, self.context_cost).sum())
+
+    def observe_launch(self, plan: Plan, host_s: float) -> None:
+        """Update the estimates with the host seconds that deciding and enqueuing `plan` took."""
+        if plan.is_decode:
+            self.decode_launch_s = _follow(self.decode_launch_s, host_s)
+        else:
+            self.prefill_launch_s = _follow(self.prefill_launch_s, host_s)
+
+    def lead_s(self, has_prompts: bool) -> float:
+        """Return the seconds that deciding and enqueuing the next step takes, at least `min_lead_s`.
+
+        With prompts the step may fit no graph and launch hundreds of kernels instead.
+        """
+        return max(self.min_lead_s, LAUNCH_MARGIN * (self.prefill_launch_s if has_prompts else self.decode_launch_s))
+
+    def predict_s(self, plan: Plan) -> float:
+        """Return the device seconds that `plan` will take, estimated rather too short than too long."""
+        return 0.95 * (self.decode_s + self._prefill_work(plan) * self.prefill_token_s)
+
+
+def _follow(mean: float, value: float, rise: float = 0.2, fall: float = 0.2) -> float:
+    """Return the exponential moving average `mean` updated by `value`.
+
+    An outlier, such as a kernel's compilation, counts as at most twice the mean. An average that rises faster than it
+    falls stays near the largest values.
+    """
+    if not mean:
+        return value
+    return mean + (rise if value > mean else fall) * (min(value, 2 * mean) - mean)
