@@ -364,9 +364,9 @@ async def test_a_thousand_clients_that_vanish_leave_nothing_behind_two_steps_lat
         runner = engine.parts.runner
         forward = runner.forward
 
-        def slow_forward(batch: Any) -> torch.Tensor:
+        def slow_forward(*batch: Any) -> torch.Tensor:
             time.sleep(0.03)  # so that no answer comes to its end before its client vanishes
-            return forward(batch)
+            return forward(*batch)
 
         monkeypatch.setattr(runner, "forward", slow_forward)
         config = ServerConfig(model_path=str(tiny_llama), file_storage_path=str(tmp_path))

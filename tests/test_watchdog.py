@@ -158,9 +158,9 @@ async def test_a_step_that_hangs_on_the_device_is_seen_and_named(
         await collect(engine, make_request([5, 6, 7]))
         forward = engine.parts.runner.forward
 
-        def hang(batch: Any) -> Any:
+        def hang(*batch: Any) -> Any:
             release.wait(30)
-            return forward(batch)
+            return forward(*batch)
 
         monkeypatch.setattr(engine.parts.runner, "forward", hang)
         watchdog = await watchdog_of(engine.progress)
