@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from typing import Any
 
 import pytest
@@ -346,3 +347,59 @@ def test_the_prompt_tells_whether_reasoning_has_begun(prompt: str, expected: boo
 )
 def test_a_chat_template_shows_its_formats(template: str, tools: str | None, reasoning: str | None) -> None:
     assert (find_tool_format(template), find_reasoning_format(template)) == (tools, reasoning)
+
+
+HOSTILE = (
+    "<tool_call>", '<tool_call>{"name": ', '<tool_call>{"id": [', '<tool_call>{"arguments": {"',
+    "[TOOL_CALLS]", "[TOOL_CALLS] [", "[TOOL_CALLS]x[ARGS]", '<|python_tag|>{"parameters": {', "<|python_start|>[f(",
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>", "<|tool_calls_section_begin|><|tool_call_begin|>",
+    "<tool_call>get_time<arg_key>", "<tool_call>get_weather<arg_key>days</arg_key><arg_value>",
+    "<function=", "<function=get_weather><parameter=days>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("piece_len", [0, 700], ids=["whole", "in pieces"])
+@pytest.mark.parametrize("format_", TOOL_FORMATS)
+def test_the_time_to_read_a_hostile_answer_is_linear_in_its_length(format_: str, piece_len: int) -> None:
+    start = time.process_time()
+    for mark in HOSTILE:
+        text = mark * (300_000 // len(mark))
+        parser = new_parser(format_)
+        for at in range(0, len(text), piece_len or len(text)):
+            parser.push(text[at : at + (piece_len or len(text))])
+        parser.finish()
+    assert time.process_time() - start < 5  # usually 0.5; up to minutes when it was quadratic
+
+
+def test_white_space_that_comes_piece_by_piece_costs_linear_time() -> None:
+    parser = new_parser("qwen25", "qwen3", is_inside=True)
+    start = time.process_time()
+    for part in ("a", " ", "</think>b", " "):
+        for _ in range(100_000 if part == " " else 1):
+            parser.push(part)
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize(
+    "between", ["{0}\n{1}", "{0}{1}", "{0}, {1}", "{0};{1}", "[{0}, {1}]", "[{0},{1}]\n", "{0}}}\n{1}"]
+)
+@pytest.mark.parametrize("piece_len", [1, 1000])
+def test_one_mark_may_hold_several_calls(between: str, piece_len: int) -> None:
+    calls = between.format(*(json_call(name, arguments) for name, arguments in CALLS))
+    text = f"So: <tool_call>\n{calls}\n</tool_call> Done."
+    pieces = [text[at : at + piece_len] for at in range(0, len(text), piece_len)]
+    assert read(new_parser("qwen25"), pieces) == ("", "So: Done.", CALLS)
+
+
+@pytest.mark.parametrize("rest", [', and {"more": 1}', '{"name": "unknown"}', "; done"])
+def test_what_follows_a_call_inside_its_marks_and_is_none_stays_text(rest: str) -> None:
+    text = "<tool_call>" + json_call(*CALLS[1]) + rest
+    assert read(new_parser("qwen25"), [text]) == ("", rest, [CALLS[1]])
+
+
+@pytest.mark.parametrize("piece_len", [1, 1000])
+def test_the_first_lines_indentation_after_reasoning_is_kept(piece_len: int) -> None:
+    text = "<think>Code.</think>\n\n    def f():\n        pass"
+    pieces = [text[at : at + piece_len] for at in range(0, len(text), piece_len)]
+    assert read(new_parser(reasoning="qwen3"), pieces) == ("Code.", "    def f():\n        pass", [])
+    assert read(new_parser(reasoning="qwen3"), ["<think>Well.</think>\n\n   \n  "]) == ("Well.", "", [])

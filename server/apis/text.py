@@ -1,7 +1,8 @@
 """SGLang's and vLLM's routes on text alone: into tokens and back, and the parts of an answer."""
 
-from collections.abc import Sequence
-from typing import Any
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -13,6 +14,14 @@ from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
 from server.reading.chat import Chats
 from server.reading.protocol import JSON, Fields, check_token_ids, json_response, read_json
 from server.reading.tool_choice import read_tool_choice
+
+T = TypeVar("T")
+LONG = 4096  # characters or token ids: more are read off the event loop
+
+
+async def off_loop(count: int, function: Callable[[], T]) -> T:
+    """Call `function`, which works on `count` characters or ids; in a thread if they are many."""
+    return await asyncio.to_thread(function) if count > LONG else function()
 
 
 class TextApi:
@@ -65,12 +74,15 @@ class TextApi:
         ids, vocab_size = body.get("tokens"), self.engine.model_config.vocab_size
         skip = body.flag("skip_special_tokens", True)
         if isinstance(ids, list) and ids and isinstance(ids[0], list):
-            rows = [check_token_ids(row, vocab_size, f"tokens[{i}]") for i, row in enumerate(ids)]
-            texts = [self.engine.tokenizer.decode(row, skip_special_tokens=skip) async for row in paced(rows)]
+            rows = [check_token_ids(row, vocab_size, f"tokens[{i}]") async for i, row in paced(enumerate(ids))]
+            texts = [await self._decode(row, skip) async for row in paced(rows)]
             return json_response({"text": texts, "prompt": texts})
         row = check_token_ids(ids, vocab_size, "tokens")
-        text = self.engine.tokenizer.decode(row, skip_special_tokens=skip)
+        text = await self._decode(row, skip)
         return json_response({"text": text, "prompt": text})
+
+    async def _decode(self, ids: list[int], skip: bool) -> str:
+        return await off_loop(len(ids), lambda: self.engine.tokenizer.decode(ids, skip_special_tokens=skip))
 
     # ---- parts of an answer ----
 
@@ -80,7 +92,8 @@ class TextApi:
         name = self._parser_name(body, "tool_call_parser", (*TOOL_FORMATS, *TOOL_ALIASES), self.chats.tool_call_parser)
         format_ = TOOL_FORMATS[TOOL_ALIASES.get(name, name)]()
         parser = AnswerParser(None, read_tool_choice(Fields({"tools": body.array("tools")})).new_parser(format_))
-        parts = parser.parse(body.text("text"))
+        text = body.text("text")
+        parts = await off_loop(len(text), lambda: parser.parse(text))
         calls = [
             {"tool_index": call.index, "name": call.name, "parameters": call.arguments} for call in parts.tool_calls
         ]
@@ -93,7 +106,8 @@ class TextApi:
             body, "reasoning_parser", (*REASONING_FORMATS, *REASONING_ALIASES), self.chats.reasoning_parser
         )
         format_ = REASONING_FORMATS[REASONING_ALIASES.get(name, name)]
-        parts = AnswerParser(ReasoningParser(format_, is_inside=format_.is_always), None).parse(body.text("text"))
+        text, parser = body.text("text"), AnswerParser(ReasoningParser(format_, is_inside=format_.is_always), None)
+        parts = await off_loop(len(text), lambda: parser.parse(text))
         return json_response({"reasoning_text": parts.reasoning, "text": parts.text})
 
     @staticmethod

@@ -69,9 +69,10 @@ class AnswerParser:
 def joined(deltas: Sequence[ToolCallDelta]) -> list[ToolCallDelta]:
     """Join the deltas of each call into one."""
     calls: list[ToolCallDelta] = []
+    arguments: list[list[str]] = []
     for delta in deltas:
         if delta.id is not None:
-            calls.append(replace(delta))
-        else:
-            calls[delta.index].arguments += delta.arguments
-    return calls
+            calls.append(delta)
+            arguments.append([])
+        arguments[delta.index].append(delta.arguments)
+    return [replace(call, arguments="".join(parts)) for call, parts in zip(calls, arguments, strict=True)]

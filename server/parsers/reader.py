@@ -80,10 +80,15 @@ class Reader:
         self._is_closed = False
 
     def feed(self, text: str) -> None:
+        """Append `text`. In time linear in all that is fed, however long the mark stays where it is."""
         start = self._pos if self._mark is None else self._mark
-        self._text = self._text[start:] + text
-        self._pos -= start
-        self._mark = None if self._mark is None else 0
+        kept, self._text = self._text, ""  # the only reference: CPython then appends in place
+        if 2 * start >= len(kept):
+            kept = kept[start:]
+            self._pos -= start
+            self._mark = None if self._mark is None else 0
+        kept += text
+        self._text = kept
 
     def close(self) -> None:
         """Note that no more text will come."""
@@ -95,10 +100,12 @@ class Reader:
     def unmark(self) -> None:
         self._mark = None
 
-    def rewind(self) -> None:
-        """Go back to the mark, and remove it."""
+    def rewind(self) -> int:
+        """Go back to the mark, and remove it. Returns the number of characters that will be read again."""
         assert self._mark is not None
+        num_chars = self._pos - self._mark
         self._pos, self._mark = self._mark, None
+        return num_chars
 
     def take_rest(self) -> str:
         rest, self._pos = self._text[self._pos :], len(self._text)
@@ -179,16 +186,15 @@ class Reader:
 
     def read_until(self, marks: tuple[str, ...], limit: int) -> Reading[str]:
         """Read up to the first of `marks`: at most `limit` characters, else the text is malformed."""
-        parts: list[str] = []
-
-        def collect(part: str) -> None:
-            parts.append(part)
-            if sum(map(len, parts)) > limit:
+        _, pattern = patterns_of(marks)
+        most = limit + max(map(len, marks))
+        while True:
+            match = pattern.search(self._text, self._pos, self._pos + most)
+            if match and match.start() <= self._pos + limit:
+                return self.take(match.start() - self._pos)
+            if self._is_closed or len(self._text) >= self._pos + most:
                 raise Malformed
-
-        if not (yield from self.pass_until(marks, collect)):
-            raise Malformed
-        return "".join(parts)
+            yield
 
     def pass_value(self, emit: Emit, syntax: Syntax = JSON_SYNTAX) -> Reading[None]:
         """Emit one value, as it comes; what there is of it if the text ends first."""

@@ -59,7 +59,7 @@ class ReasoningParser:
         self._reader = Reader()
         self._reasoning: list[str] = []
         self._rest: list[str] = []
-        self._space = ""  # reasoning's last white space, dropped at its end
+        self._space: list[str] = []  # reasoning's last white space, dropped at its end
         self._program = self._read()
 
     def push(self, text: str) -> tuple[str, str]:
@@ -95,9 +95,13 @@ class ReasoningParser:
             yield from reader.skip_space()
             if (yield from reader.pass_until((format_.end,), self._add)):
                 reader.take(len(format_.end))
-                yield from reader.skip_space()
+                space = yield from reader.skip_space()
+                if not (yield from reader.is_at_end()):
+                    self._rest.append(space[space.rfind("\n") + 1 :] if "\n" in space else "")  # an indentation stays
 
     def _add(self, text: str) -> None:
-        text = self._space + text
-        self._reasoning.append(text.rstrip())
-        self._space = text[len(self._reasoning[-1]) :]
+        shown = text.rstrip()
+        if shown:
+            self._reasoning += (*self._space, shown)
+            self._space = []
+        self._space.append(text[len(shown) :])

@@ -17,6 +17,8 @@ from server.parsers.reader import PYTHON_SYNTAX, Malformed, Reader, Reading
 from server.reading.protocol import JSON
 
 MAX_NAME_LEN = 256  # longer names, and keys, are not waited for
+MAX_REREAD_CHARS = 1 << 20  # of an answer, in what began like calls and was none; text after that has no calls
+MAX_PYTHON_CHARS = 1 << 18  # of a call's arguments in Python: half a second of parsing
 JSON_CALL_KEYS = ("name", "arguments", "parameters", "type", "id")
 PYTHON_CONSTANTS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
 
@@ -55,8 +57,10 @@ class ToolCallParser:
         self.num_tool_calls = 0
         self._format, self._max_calls = format_, max_calls
         self._text: list[str] = []
-        self._space = ""  # the text's last, until more of it comes
+        self._space: list[str] = []  # the text's last, until more of it comes
         self._deltas: list[ToolCallDelta] = []
+        self._arguments: list[str] = []  # of the last delta
+        self._num_reread_chars = 0
         self._num_begun = 0
         self._is_left_out = False  # the call being read
         self._program = self._read()
@@ -81,12 +85,13 @@ class ToolCallParser:
     def begin_call(self, tool: Tool) -> None:
         """Begin a call that is certain: the text read up to here stays a part of it."""
         self.reader.mark()
-        self._space = ""
+        self._space = []
         self._num_begun += 1
         self._is_left_out = self._max_calls is not None and self._num_begun > self._max_calls
         if self._is_left_out:
             return
         call_id = self._format.new_id(tool.name, self.num_tool_calls)
+        self._join_arguments()
         self._deltas.append(ToolCallDelta(self.num_tool_calls, call_id, tool.name, ""))
         self.num_tool_calls += 1
 
@@ -96,14 +101,20 @@ class ToolCallParser:
         if self._is_left_out:
             return
         index = self.num_tool_calls - 1
-        if not (self._deltas and self._deltas[-1].index == index):
+        if not self._deltas:
             self._deltas.append(ToolCallDelta(index, None, None, ""))
-        self._deltas[-1].arguments += text
+        self._arguments.append(text)
+
+    def _join_arguments(self) -> None:
+        if self._arguments:
+            self._deltas[-1].arguments = "".join(self._arguments)
+            self._arguments.clear()
 
     # ---- the program ----
 
     def _run(self) -> tuple[str, list[ToolCallDelta]]:
         next(self._program, None)
+        self._join_arguments()
         parts = "".join(self._text), self._deltas
         self._text, self._deltas = [], []
         return parts
@@ -115,14 +126,14 @@ class ToolCallParser:
             if (yield from reader.peek()) == format_.bare:
                 yield from self._read_calls("")
         while not (yield from reader.is_at_end()):
-            if format_.begins:
+            if format_.begins and self._num_reread_chars <= MAX_REREAD_CHARS:
                 mark = yield from reader.pass_until(format_.begins, self._add_text)
                 if mark:
                     yield from self._read_calls(mark)
             else:
                 self._add_text(reader.take_rest())
         if not self.num_tool_calls:
-            self._text.append(self._space)
+            self._text += self._space
 
     def _read_calls(self, mark: str) -> Reading[None]:
         """Read calls that begin with `mark`. Without a call, the mark is text and what follows is read again."""
@@ -133,15 +144,16 @@ class ToolCallParser:
             yield from self._format.read_calls(self, mark)
             self.reader.unmark()
         except Malformed:
-            self.reader.rewind()
+            self._num_reread_chars += self.reader.rewind()
             if self._num_begun == num_begun:
                 self._add_text(self.reader.take(max(len(mark), 1)))
 
     def _add_text(self, text: str) -> None:
-        text = self._space + text
-        told = text.rstrip()
-        self._space = text[len(told) :]
-        self._text.append(told)
+        shown = text.rstrip()
+        if shown:
+            self._text += (*self._space, shown)
+            self._space = []
+        self._space.append(text[len(shown) :])
 
 
 def json_tag(begin: str, tool: Tool, end: str) -> JSON:
@@ -305,7 +317,10 @@ def json_value(text: str) -> str:
 
 
 class Hermes(ToolFormat):
-    """<tool_call>{"name": ..., "arguments": ...}</tool_call>, of Hermes 2 Pro, Qwen 2.5 and Qwen 3."""
+    """<tool_call>{"name": ..., "arguments": ...}</tool_call>, of Hermes 2 Pro, Qwen 2.5 and Qwen 3.
+
+    Some answers have several calls between the two marks: one behind the other, or in a list.
+    """
 
     begins = ("<tool_call>",)
     trigger = "<tool_call>"
@@ -313,11 +328,27 @@ class Hermes(ToolFormat):
     def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
         reader = calls.reader
         yield from reader.skip_space()
-        yield from read_json_call(calls)
-        yield from reader.skip_space()
-        yield from reader.accept("}")  # models that lose count of their braces write one too many
+        if (yield from reader.peek()) == "[":
+            yield from read_json_calls(calls)
+        else:
+            yield from self._read_objects(calls)
         yield from reader.skip_space()
         yield from reader.accept("</tool_call>")
+
+    @staticmethod
+    def _read_objects(calls: ToolCallParser) -> Reading[None]:
+        reader = calls.reader
+        while True:
+            yield from read_json_call(calls)
+            yield from reader.skip_space()
+            yield from reader.accept("}")  # models that lose count of their braces write one too many
+            reader.mark()
+            yield from reader.skip_space()
+            yield from reader.accept(",", ";")
+            yield from reader.skip_space()
+            if (yield from reader.peek()) != "{":
+                reader.rewind()
+                return
 
     def tag(self, tool: Tool) -> JSON:
         return json_tag(f'<tool_call>\n{{"name": {json_of(tool.name)}, "arguments": ', tool, "}\n</tool_call>")
@@ -498,6 +529,8 @@ class Pythonic(ToolFormat):
     def _read_arguments(reader: Reader) -> Reading[str]:
         """Read (key=value, ...) of Python literals as a JSON object."""
         text = yield from reader.read_value(PYTHON_SYNTAX)
+        if len(text) > MAX_PYTHON_CHARS:
+            raise Malformed
         try:
             call = ast.parse("f" + text, mode="eval").body
             if not isinstance(call, ast.Call) or call.args:
