@@ -22,6 +22,7 @@ from server.apis.openai import OpenAIApi
 from server.apis.responses import ResponsesApi
 from server.apis.text import TextApi
 from server.config import ServerConfig
+from server.http.bodies import BODY, BODY_BUDGET, BodyBudget
 from server.http.intake import GATE, Gate
 from server.http.keys import KeyRing, require_key
 from server.http.live import LiveRequests, RequestLog
@@ -50,6 +51,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
         client_max_size=config.max_body_bytes,
     )
     app[GATE] = Gate()
+    app[BODY_BUDGET] = BodyBudget(config.max_held_bytes)
     app[CHATS] = chats
     native = NativeApi(engine, config, live)
     generate = GenerateApi(engine, config, live)
@@ -74,7 +76,9 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
         "/v1/embeddings": embeddings.embed,
         "/v1/responses": responses.respond,
     }
-    batches = Batches(store, handlers, engine.max_running_requests)
+    batches = Batches(
+        store, handlers, engine.max_running_requests, config.max_body_bytes, max(1, config.max_held_bytes // 4)
+    )
     app.cleanup_ctx.append(batches.running)
     app.on_shutdown.append(batches.stop)
     app.add_routes(batches.routes())
@@ -119,6 +123,9 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         if request.writer.output_size:  # an answer has begun: all that can be said is that it ends too early
             raise ConnectionResetError("failed in the middle of an answer") from None
         status, message = 500, "internal server error; the server's log says more"
+    finally:
+        if (body := request.get(BODY)) is not None:
+            body.drop()
     return json_response(error_shape(request.path)(status, message, None, None), status, headers)
 
 
@@ -127,6 +134,4 @@ def _http_message(request: web.Request, error: web.HTTPException) -> str:
         return f"there is no route {request.path}"
     if isinstance(error, web.HTTPMethodNotAllowed):
         return f"{request.path} takes {' or '.join(sorted(error.allowed_methods))}, not {request.method}"
-    if isinstance(error, web.HTTPRequestEntityTooLarge):
-        return f"the body is longer than {request.client_max_size} bytes, the limit set by --max-body-bytes"
     return error.text or error.reason

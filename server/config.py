@@ -37,6 +37,9 @@ class ServerConfig(EngineConfig):
         None, HTTP, "key of /flush_cache, /abort_request and the dashboard's data, which then refuse all others"
     )
     max_body_bytes: int = option(32 << 20, HTTP, "longest request body; beyond it: 413")
+    max_held_bytes: int = option(
+        1 << 30, HTTP, "memory of all requests that are being read; beyond it: 429, for one alone: 413"
+    )
     max_file_bytes: int = option(512 << 20, HTTP, "longest file of /v1/files; beyond it: 413")
     file_storage_path: str = option(
         "~/.cache/radixloop/files", HTTP, "folder of uploaded files and batches; each server needs its own",
@@ -112,7 +115,7 @@ def read_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[s
         given = {**_parse_known(parser, _file_arguments(parser, file)), **given}
     if not 0 <= given.get("port", 0) <= 65535:
         parser.error(f"--port must be between 0 and 65535, got {given['port']}")
-    for name in ("max_body_bytes", "max_file_bytes"):
+    for name in ("max_body_bytes", "max_held_bytes", "max_file_bytes"):
         if given.get(name, 1) < 1:
             parser.error(f"{_flag(name)} must be at least 1, got {given[name]}")
     for name in ("drain_timeout", "watchdog_timeout"):

@@ -239,7 +239,7 @@ async def test_a_batch_can_be_cancelled_before_its_file_is_known_to_be_wrong(
     line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_cancelled = threading.Event()
-    monkeypatch.setattr("server.apis.batches.check_lines", lambda path, endpoint: is_cancelled.wait(10))
+    monkeypatch.setattr("server.apis.batches.check_lines", lambda *_: is_cancelled.wait(10))
     async with api_of(FakeEngine()) as api:
         batch = await start(api, [line])
         await asyncio.sleep(0)

@@ -3,11 +3,19 @@
 Every async test also runs under the guard of `conftest`: no callback may hold the loop for more than 50 ms.
 """
 
+import asyncio
+import gc
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
+import aiohttp
+import orjson
 import pytest
 from aiohttp.test_utils import TestClient
+
+from server.http.bodies import BODY_BUDGET
+from tests.fake_engine import FakeEngine, serving
 
 Client = TestClient[Any, Any]
 
@@ -26,3 +34,203 @@ async def test_a_long_text_of_marks_is_parsed_off_the_loop(client: Client, parse
 
 
 JSON = {"Content-Type": "application/json"}
+
+
+# ---- bodies ----
+
+
+async def post(client: Client, path: str, body: bytes) -> tuple[int, Any]:
+    answer = await client.post(path, data=body, headers=JSON)
+    return answer.status, await answer.json()
+
+
+def message_of(answer: Any) -> str:
+    error = answer["error"]
+    return str(error if isinstance(error, str) else error["message"])
+
+
+PATHS = (
+    "/generate", "/v1/chat/completions", "/v1/messages", "/v1/responses", "/api/chat", "/v1/embeddings", "/tokenize",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("values", "what"), [(b"{},", "objects and lists"), (b"[],", "objects"), (b"1,", "values")])
+async def test_a_body_of_millions_of_values_is_a_413_before_they_are_made(
+    client: Client, path: str, values: bytes, what: str
+) -> None:
+    status, answer = await post(client, path, b'{"model": "x", "unknown": [' + values * 2_500_000 + b"1]}")
+    assert status == 413
+    assert what in message_of(answer)
+
+
+async def test_a_body_that_others_leave_no_room_for_is_a_429_and_one_too_large_for_all_a_413(
+    engine: FakeEngine,
+) -> None:
+    async with serving(engine, max_held_bytes=3_000_000) as client:
+        budget = client.server.app[BODY_BUDGET]  # type: ignore[attr-defined]
+        release = asyncio.Event()
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield b'{"text": "' + b" " * 1_000_000
+            await release.wait()
+            yield b'"}'
+
+        begun = asyncio.create_task(client.post("/generate", data=slow(), headers=JSON))
+        async with asyncio.timeout(5):
+            while budget.num_bytes < 2_000_000:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        answer = await client.post("/v1/completions", data=b'{"prompt": "%b"}' % (b" " * 1_000_000), headers=JSON)
+        assert answer.status == 429
+        assert answer.headers["Retry-After"]
+        assert (await post(client, "/generate", b'{"text": "Hi"}'))[0] == 200
+        release.set()
+        assert (await begun).status in (200, 400)
+        assert (await post(client, "/generate", b'{"text": "%b"}' % (b" " * 2_000_000)))[0] == 413
+        assert budget.num_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"text": "Hi"}),
+        ("/v1/completions", {"prompt": "Hi"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}),
+        ("/v1/responses", {"input": "Hi"}),
+        ("/v1/responses", {"input": "Hi", "background": True}),
+        ("/api/chat", {"model": "fake-model", "messages": [{"role": "user", "content": "Hi"}]}),
+        ("/api/generate", {"model": "fake-model", "prompt": "Hi"}),
+    ],
+)
+@pytest.mark.max_callback_ms(1000)  # of looking at all objects there are
+async def test_what_was_read_is_not_held_while_the_answer_is_generated(
+    engine: FakeEngine, path: str, body: dict[str, Any]
+) -> None:
+    """Neither the bytes, nor what is not known, nor the text of the prompt."""
+    engine.is_manual = True
+    async with serving(engine) as client:
+        budget = client.server.app[BODY_BUDGET]  # type: ignore[attr-defined]
+        text = json.dumps({"model": "fake-model", **body})[:-1] + ', "unknown": ["' + "x" * 100_000 + '"]}'
+        asking = asyncio.create_task(client.post(path, data=text, headers=JSON))
+        await engine.until(lambda: bool(engine.live))
+        assert budget.num_bytes == 0
+        assert not any(
+            isinstance(value, str) and len(value) == 100_000
+            for found in gc.get_objects()
+            if isinstance(found, list) and len(found) == 1
+            for value in found
+        )
+        asking.cancel()
+
+
+@pytest.mark.parametrize("path", PATHS[1:5])
+@pytest.mark.max_callback_ms(150)  # 3 MB are parsed in one go
+async def test_more_messages_than_can_ever_fit_are_refused_at_once(client: Client, path: str) -> None:
+    messages = b'{"role":"user","content":"a"},' * 100_000
+    name = b"input" if path == "/v1/responses" else b"messages"
+    status, answer = await post(
+        client, path, b'{"model": "fake-model", "max_tokens": 5, "%b": [%b]}' % (name, messages[:-1])
+    )
+    assert status == 400
+    assert "100000" in message_of(answer)
+
+
+@pytest.mark.parametrize("path", PATHS[1:5])
+async def test_thousands_of_messages_do_not_hold_the_loop(client: Client, path: str) -> None:
+    messages = b'{"role":"user","content":"a"},' * 10_000
+    name = b"input" if path == "/v1/responses" else b"messages"
+    status, _ = await post(
+        client, path, b'{"model": "fake-model", "max_tokens": 5, "%b": [%b]}' % (name, messages[:-1])
+    )
+    assert status in (200, 400)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/generate", {"text": ["a"] * 16_384, "sampling_params": {"max_new_tokens": 0}}),
+        ("/v1/completions", {"prompt": ["a"] * 16_384, "max_tokens": 0}),
+        ("/v1/completions", {"prompt": [[1]] * 16_384, "max_tokens": 0}),
+        ("/tokenize", {"prompt": ["a"] * 16_384}),
+        ("/generate", {"input_ids": [1] * 2_000_000}),
+        ("/v1/completions", {"prompt": [1] * 2_000_000}),
+        ("/detokenize", {"tokens": [65] * 2_000_000}),
+    ],
+    ids=range(7),
+)
+@pytest.mark.max_callback_ms(150)  # 4 MB of ids are parsed, and checked, in one go
+async def test_the_longest_lists_do_not_hold_the_loop(client: Client, path: str, body: dict[str, Any]) -> None:
+    status, _ = await post(client, path, orjson.dumps(body))
+    assert status in (200, 400, 429)
+
+
+# ---- files ----
+
+
+async def upload(client: Client, content: bytes) -> str:
+    form = aiohttp.FormData({"purpose": "batch"})
+    form.add_field("file", content, filename="lines.jsonl")
+    answer = await client.post("/v1/files", data=form)
+    assert answer.status == 200, await answer.text()
+    return str((await answer.json())["id"])
+
+
+async def failure_of_batch(client: Client, content: bytes) -> list[Any]:
+    body = {"input_file_id": await upload(client, content), "endpoint": "/v1/completions"}
+    batch = await (await client.post("/v1/batches", json=body)).json()
+    async with asyncio.timeout(20):
+        while batch["status"] == "validating":
+            await asyncio.sleep(0.02)
+            batch = await (await client.get(f"/v1/batches/{batch['id']}")).json()
+    assert batch["status"] == "failed"
+    return list(batch["errors"]["data"])
+
+
+def batch_line(custom_id: str, **body: Any) -> bytes:
+    line = {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hi", **body}}
+    return json.dumps(line).encode() + b"\n"
+
+
+async def test_a_batchs_line_is_no_longer_than_a_body_and_is_not_read_to_its_end(engine: FakeEngine) -> None:
+    async with serving(engine, max_body_bytes=1000) as client:
+        content = batch_line("a") + batch_line("b", unknown="x" * 100_000) + batch_line("c", unknown="x" * 800)
+        (error,) = await failure_of_batch(client, content + batch_line("d"))
+        assert error["line"] == 2
+        assert "1000 bytes" in error["message"]
+
+
+async def test_a_batchs_line_of_millions_of_values_is_refused(client: Client) -> None:
+    text = batch_line("a", unknown=[]).replace(b"[]", b"[" + b"{}," * 300_000 + b"1]")
+    (error,) = await failure_of_batch(client, text)
+    assert error["line"] == 1
+    assert "the line has more than" in error["message"]
+
+
+async def test_lines_that_are_large_together_are_answered_one_after_the_other(engine: FakeEngine) -> None:
+    async with serving(engine, max_held_bytes=400_000) as client:
+        lines = b"".join(batch_line(f"{i}", unknown="x" * 30_000) for i in range(4))
+        body = {"input_file_id": await upload(client, lines), "endpoint": "/v1/completions"}
+        batch = await (await client.post("/v1/batches", json=body)).json()
+        async with asyncio.timeout(20):
+            while batch["status"] != "completed":
+                await asyncio.sleep(0.05)
+                batch = await (await client.get(f"/v1/batches/{batch['id']}")).json()
+        assert batch["request_counts"] == {"total": 4, "completed": 4, "failed": 0}
+
+
+@pytest.mark.parametrize("name", ["purpose", "file", "other"])
+async def test_a_form_has_few_parts(client: Client, name: str) -> None:
+    part = f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\nbatch\r\n'.encode()
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    answer = await client.post("/v1/files", data=part * 50_000 + b"--b--\r\n", headers=headers)
+    assert answer.status == 400
+    assert (await answer.json())["error"]["param"] == name
+
+
+@pytest.mark.parametrize("filler", [b"\r\n", b"\n", b"x\r\n", b"-" * 1000])
+async def test_what_stands_before_a_forms_parts_is_short(client: Client, filler: bytes) -> None:
+    part = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--b--\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    answer = await client.post("/v1/files", data=filler * (2_000_000 // len(filler)) + part, headers=headers)
+    assert answer.status == 400

@@ -12,15 +12,16 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import orjson
 from aiohttp import web
 
-from engine.errors import EngineError, InvalidRequest
+from engine.errors import EngineError, InvalidRequest, QueueFull
 from server.apis.files import FileStore, NotFound, StorageUnavailable, new_id, page_of, read_records, write_atomically
-from server.http.intake import paced
+from server.http.bodies import BodyBudget, HeldBody
 from server.http.keys import CLIENT, Client
 from server.reading.protocol import (
     JSON,
@@ -76,9 +77,17 @@ class Batch:
 
 
 class Batches:
-    def __init__(self, store: FileStore, handlers: Mapping[str, LineHandler], max_running_requests: int) -> None:
-        """`handlers`: by endpoint, the function that answers its lines."""
-        self.store, self.handlers = store, handlers
+    def __init__(
+        self,
+        store: FileStore,
+        handlers: Mapping[str, LineHandler],
+        max_running_requests: int,
+        max_line_bytes: int,
+        max_held_bytes: int,
+    ) -> None:
+        """`handlers`: by endpoint, the function that answers its lines. `max_held_bytes`: of all lines at work."""
+        self.store, self.handlers, self.max_line_bytes = store, handlers, max_line_bytes
+        self._budget = BodyBudget(max_held_bytes)
         self.folder = store.folder / "batches"
         self._batches: dict[str, Batch] = {}  # oldest first
         # Half of what may run: who comes while long answers are under way must find a place.
@@ -203,7 +212,9 @@ class Batches:
         record = batch.record
         if record["status"] == "validating":
             endpoint, path = record["endpoint"], self.store.path(record["input_file_id"])
-            num_lines, errors = await asyncio.to_thread(check_lines, path, endpoint)
+            num_lines, errors = await asyncio.to_thread(
+                check_lines, path, endpoint, self.max_line_bytes, self._budget.max_bytes
+            )
             batch.counts["total"] = num_lines
             if errors:
                 record["errors"] = _errors(errors)
@@ -240,18 +251,39 @@ class Batches:
             await asyncio.to_thread(open, self.store.path(batch.errors_id), "ab") as errors,
         ):
             async with asyncio.TaskGroup() as group:
-                async for line in paced(self._lines(batch)):
+                lines = self._lines(batch)
+                while (text := await asyncio.to_thread(next, lines, None)) is not None:
+                    line = orjson.loads(text)
                     if line["custom_id"] in batch.done:
                         continue
-                    await self._slots.acquire()
+                    held = await self._room_for(text)
+                    try:
+                        await self._slots.acquire()
+                    except asyncio.CancelledError:
+                        held.drop()
+                        raise
                     task = group.create_task(self._answer_line(batch, line, output, errors))
-                    task.add_done_callback(lambda _: self._slots.release())
+                    task.add_done_callback(partial(self._leave, held))
 
-    def _lines(self, batch: Batch) -> Iterator[JSON]:
+    def _leave(self, held: HeldBody, _: asyncio.Task[None]) -> None:
+        held.drop()
+        self._slots.release()
+
+    async def _room_for(self, line: bytes) -> HeldBody:
+        """Wait until the lines at work leave room for another."""
+        while True:
+            held = HeldBody(self._budget)
+            try:
+                held.add(line)
+                return held
+            except QueueFull:
+                await asyncio.sleep(RETRY_S)
+
+    def _lines(self, batch: Batch) -> Iterator[bytes]:
         with open(self.store.path(batch.record["input_file_id"]), "rb") as file:
             for text in file:
                 if text.strip():
-                    yield orjson.loads(text)
+                    yield text
 
     async def _answer_line(self, batch: Batch, line: JSON, output: BinaryIO, errors: BinaryIO) -> None:
         response = await self._response_to(batch, line["body"])
@@ -293,7 +325,7 @@ class Batches:
         error = {"code": f"batch_{status}", "message": f"the batch was {status} before this line had its answer"}
         with open(self.store.path(batch.errors_id), "ab") as errors:
             # Before it was in progress nobody had looked whether these are lines.
-            for line in self._lines(batch) if batch.record["in_progress_at"] else ():
+            for line in map(orjson.loads, self._lines(batch) if batch.record["in_progress_at"] else ()):
                 if line["custom_id"] not in batch.done:
                     _append(errors, line["custom_id"], None, error)
         for name, file_id in (("output_file_id", batch.output_id), ("error_file_id", batch.errors_id)):
@@ -328,21 +360,35 @@ def _errors(errors: list[JSON]) -> JSON:
     return {"object": "list", "data": errors}
 
 
-def check_lines(path: Path, endpoint: str) -> tuple[int, list[JSON]]:
+def bounded_lines(path: Path, max_bytes: int) -> Iterator[bytes]:
+    """Yield the lines of a file. Of a line that is longer than `max_bytes`, only a head that is longer."""
+    with open(path, "rb") as file:
+        while text := file.readline(max_bytes + 1):
+            yield text
+            while len(text) > max_bytes and not text.endswith(b"\n"):
+                text = file.readline(max_bytes + 1)
+
+
+def check_lines(path: Path, endpoint: str, max_line_bytes: int, max_held_bytes: int) -> tuple[int, list[JSON]]:
     """Return the number of lines of a batch's input, and their errors (the first MAX_ERRORS)."""
     num_lines, custom_ids, errors = 0, set[str](), []
-    with open(path, "rb") as file:
-        for number, text in enumerate(file, start=1):
+    with contextlib.closing(bounded_lines(path, max_line_bytes)) as lines:
+        for number, text in enumerate(lines, start=1):
             if not text.strip():
                 continue
             num_lines += 1
             try:
+                if len(text) > max_line_bytes:
+                    raise InvalidRequest(f"the line is longer than {max_line_bytes} bytes, the limit of a request")
+                HeldBody(BodyBudget(max_held_bytes)).add(text)
                 custom_id = _check_line(text, endpoint)
                 if custom_id in custom_ids:
                     raise InvalidRequest(f"custom_id {custom_id[:100]!r} was used before", "custom_id")
                 custom_ids.add(custom_id)
             except InvalidRequest as error:
                 errors.append(_error("invalid_request", str(error), number, error.field))
+            except web.HTTPRequestEntityTooLarge as error:
+                errors.append(_error("invalid_request", str(error.text).replace("the body", "the line"), number))
             if len(errors) >= MAX_ERRORS:
                 break
     if not num_lines:

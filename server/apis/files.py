@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from aiohttp import BodyPartReader, web
+from aiohttp import BodyPartReader, MultipartReader, StreamReader, web
 from aiohttp.http_exceptions import BadHttpMessage
 
 from engine.errors import EngineError, InvalidRequest
@@ -28,6 +28,7 @@ CHUNK_BYTES = 1 << 20
 MAX_LISTED = 10_000
 PURPOSE = "batch"
 MAX_PURPOSE_BYTES = 64
+MAX_FORM_LINES = 64  # around its parts' contents
 
 
 class NotFound(EngineError):
@@ -188,8 +189,9 @@ class FilesApi:
     async def _receive(self, http_request: web.Request, to: Path) -> tuple[str | None, str]:
         """Return (name of the file, now in `to`; purpose), as far as the form has them."""
         filename, purpose = None, ""
+        content: Any = FormStream(http_request.content)
         try:
-            async for part in await http_request.multipart():
+            async for part in MultipartReader(http_request.headers, content):
                 if not isinstance(part, BodyPartReader):
                     raise InvalidRequest("a part of the form is itself a form", None)
                 name = _utf8(part.name or "")
@@ -199,6 +201,8 @@ class FilesApi:
                     await self._receive_file(part, to)
                     filename = _utf8(part.filename or "upload")
                 elif name == "purpose":
+                    if purpose:
+                        raise InvalidRequest("the form has more than one purpose", name)
                     purpose = (await part.read_chunk(MAX_PURPOSE_BYTES)).decode(errors="replace")
                 else:
                     raise InvalidRequest(f"unknown field of the form: {name!r}", name)
@@ -237,6 +241,21 @@ class FilesApi:
     async def content(self, http_request: web.Request) -> web.FileResponse:
         file = self.store.get(http_request.match_info["file_id"])
         return web.FileResponse(self.store.path(file["id"]), headers={"Content-Type": "application/octet-stream"})
+
+
+class FormStream:
+    """The body of a form for aiohttp's reader, which would go on for any number of lines before, or between, parts."""
+
+    def __init__(self, content: StreamReader) -> None:
+        self._content = content
+        self._num_lines = 0
+        self.read, self.unread_data, self.at_eof = content.read, content.unread_data, content.at_eof
+
+    async def readline(self, **options: Any) -> bytes:
+        self._num_lines += 1
+        if self._num_lines > MAX_FORM_LINES:
+            raise ValueError(f"it has more than {MAX_FORM_LINES} lines around its parts")
+        return await self._content.readline(**options)
 
 
 def _utf8(header: str) -> str:

@@ -111,7 +111,9 @@ class GenerateApi:
             vocab_size = self.engine.model_config.vocab_size
             if isinstance(ids, list) and ids and isinstance(ids[0], list):
                 check_batch_size(len(ids), "input_ids")
-                return [check_token_ids(row, vocab_size, f"input_ids[{i}]") for i, row in enumerate(ids)], True
+                return [
+                    check_token_ids(row, vocab_size, f"input_ids[{i}]") async for i, row in paced(enumerate(ids))
+                ], True
             return [check_token_ids(ids, vocab_size, "input_ids")], False
         if isinstance(text, str):
             return [await encode_prompt(self.engine, text, "text", add_special_tokens)], False

@@ -46,7 +46,7 @@ class TextApi:
         body = await read_json(http_request)
         answer: JSON = {"max_model_len": self.engine.context_length}
         if body.has("messages"):
-            answer["prompt"] = self.chats.render(body)
+            answer["prompt"] = await self.chats.rendered(body)
             tokens: Any = await self.engine.encode(answer["prompt"], add_special_tokens=False)
         else:
             name = "prompt" if body.has("prompt") else "text"

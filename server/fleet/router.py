@@ -31,6 +31,7 @@ from engine.replicas.balance import METHODS, PROMPT_METHODS
 from server.app import answer_errors
 from server.config import HTTP, LOG_LEVELS, make_parser, read_options
 from server.fleet.workers import Worker, Workers
+from server.http.bodies import BODY_BUDGET, BodyBudget
 from server.http.intake import BACKLOG, GATE, Gate
 from server.http.keys import ADMIN_PATHS
 from server.reading.protocol import error_shape, json_response, read_json
@@ -103,6 +104,7 @@ class Router:
         """Run it with aiohttp's `handler_cancellation`: a disconnect then ends the request at its worker."""
         app = web.Application(middlewares=[answer_errors], client_max_size=self.config.max_body_bytes)
         app[GATE] = Gate()
+        app[BODY_BUDGET] = BodyBudget(self.config.max_body_bytes * 8)
         app.cleanup_ctx.append(self._running)
         app.add_routes(
             [

@@ -14,6 +14,7 @@ from aiohttp import web
 from engine.engine import Engine, TokenizerFacade
 from engine.errors import EngineError, InvalidRequest
 from engine.request import Delta, FinishReason, Request, SamplingParams, Status, ignore
+from server.http.bodies import BODY
 from server.http.intake import paced
 from server.http.keys import bill
 from server.reading.protocol import Owner
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 MAX_LOGGED_CHARS = 2048
 MANY_LOGPROBS = 1024  # tokens: about 10 ms of writing
+MANY_REQUESTS = 512  # likewise
 CLIENT_CLOSED_REQUEST = 499
 REQUESTS: web.RequestKey[Sequence[Request]] = web.RequestKey("requests", Sequence)  # those an HTTP request made
 
@@ -114,6 +116,8 @@ class LiveRequests:
                 accepted.append(request)
                 for observe in self.arrival_observers:
                     observe(request)
+            if (body := owner.get(BODY)) is not None:
+                body.drop()  # it would be there as long as its answers take
             yield
         finally:
             del self._rids[rid]
@@ -161,9 +165,10 @@ class _Collector:
 
 
 async def written(write: Callable[[], web.Response], requests: Sequence[Request]) -> web.Response:
-    """Call `write` on ended requests; off the event loop if it writes many log-probabilities."""
+    """Call `write` on ended requests; off the event loop if they are many, or have many log-probabilities."""
     count = sum(request.num_tokens for request in requests if request.return_logprob)
-    return await asyncio.to_thread(write) if count > MANY_LOGPROBS else write()
+    is_long = count > MANY_LOGPROBS or len(requests) > MANY_REQUESTS
+    return await asyncio.to_thread(write) if is_long else write()
 
 
 class RequestLog:

@@ -1,5 +1,6 @@
 """From an OpenAI chat body to requests of the engine, and to a parser of its answer."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ RESERVED_VARIABLES = frozenset(
     {"self", "messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}
 )
 
+MANY_MESSAGES = 256  # about 5 ms of rendering
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 # For models that bring no template of their own.
@@ -138,7 +140,7 @@ class Chats:
     async def turn(self, body: Fields) -> ChatTurn:
         """Read an OpenAI chat body. `InvalidRequest` names the field that is wrong."""
         choice = read_tool_choice(body)
-        prompt = self.render(body, choice)
+        prompt = await self.rendered(body, choice)
         reasoning = self._reasoning(body, prompt)
         if reasoning is not None and not reasoning.is_inside and max_thinking_tokens(body) is not None:
             if body.has("input_ids"):
@@ -181,6 +183,11 @@ class Chats:
         if not input_ids:
             raise InvalidRequest("messages make an empty prompt", "messages")
         return input_ids
+
+    async def rendered(self, body: Fields, choice: ToolChoice | None = None) -> str:
+        """Return what `render` does, off the event loop if there are many messages."""
+        is_long = len(body.array("messages")) > MANY_MESSAGES
+        return await asyncio.to_thread(self.render, body, choice) if is_long else self.render(body, choice)
 
     def render(self, body: Fields, choice: ToolChoice | None = None) -> str:
         """Render the prompt of a chat request. `InvalidRequest` names the message, or says why the template refused."""
@@ -325,7 +332,7 @@ def parse_messages(body: Fields) -> list[JSON]:
     given = body.array("messages")
     if not given:
         raise InvalidRequest("messages must be a list of at least one message", "messages")
-    return [_parse_message(Fields(message, f"messages[{i}]"), f"messages[{i}]") for i, message in enumerate(given)]
+    return [_parse_message(fields, f"messages[{i}]") for i, fields in enumerate(body.objects("messages"))]
 
 
 def _parse_message(fields: Fields, path: str) -> JSON:

@@ -1,5 +1,6 @@
 """Common ground of the APIs: typed reading of JSON bodies, and errors in each API's shape."""
 
+import asyncio
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -10,14 +11,17 @@ from aiohttp import web
 
 from engine.engine import Engine
 from engine.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull, shown
+from server.http.bodies import BODY, BODY_BUDGET, HeldBody, too_large
 from server.http.intake import GATE, paced
 
 JSON = dict[str, Any]
 # The maker of requests, as a mapping of facts about them: an HTTP request, or a line of a batch.
 Owner = MutableMapping[Any, Any]
 MAX_INT = 1 << 53  # beyond it JSON numbers are not exact
-MAX_REQUESTS = 65536  # of one HTTP request: prompts times n
+MAX_REQUESTS = 1 << 14  # of one HTTP request: prompts times n
 MAX_N = 128
+MAX_OBJECTS = 1 << 14  # of a list: messages, tools
+LONG_BODY = 1 << 18  # bytes
 MAX_DEPTH = 200  # of a body's objects and lists
 WRITABLE_DEPTH = 254  # orjson's, which reads 1,024: the difference is for what an answer puts around what it repeats
 REQUEST_FIELDS = ("priority", "extra_key", "cache_salt")  # SGLang's, which every API takes
@@ -105,6 +109,10 @@ class Fields:
         return values
 
     def objects(self, name: str) -> "list[Fields]":
+        if len(self.array(name)) > MAX_OBJECTS:
+            raise InvalidRequest(
+                f"{self._path}{name} has {len(self.array(name))} entries, the limit is {MAX_OBJECTS}", self._path + name
+            )
         return [Fields(value, f"{self._path}{name}[{i}]") for i, value in enumerate(self.array(name))]
 
     def required(self, name: str, rule: str) -> Any:
@@ -197,17 +205,41 @@ def cache_namespace(fields: Fields) -> str:
 
 
 async def read_json(request: web.Request) -> Fields:
-    """Read the request's body. 400 when it is not a JSON object, 413 when it is longer than the server allows."""
+    """Read the request's body. 400 when it is not a JSON object, 413 when it is longer than the server allows.
+
+    What is returned loses its large fields once the engine has the requests made of it (`LiveRequests.submitted`).
+    """
     limit = request.client_max_size
-    if request.content_length is not None and request.content_length > limit:
-        raise web.HTTPRequestEntityTooLarge(limit, request.content_length)
+    if (request.content_length or 0) > limit:
+        raise _too_long(limit)
     kind = request.content_type
     if "Content-Type" in request.headers and not kind.endswith(("/json", "+json")):
         # A web page may send text/plain or a form to a local server without asking; never JSON.
         raise InvalidRequest(f"Content-Type must be application/json, got {kind}", "Content-Type")
-    body = await request.read()
+    held = request[BODY] = HeldBody(request.app[BODY_BUDGET])
+    body = await _receive(request, held, limit)
     await request.app[GATE].wait(len(body))
-    return Fields(parse_json(body, "the body"))
+    fields = Fields(parse_json(body, "the body"))
+    if len(body) > LONG_BODY:
+        await asyncio.sleep(0)  # reading the values, checking them: each is a long callback
+    held.keep(fields.values)
+    return fields
+
+
+async def _receive(request: web.Request, held: HeldBody, limit: int) -> bytes:
+    """Return the body. aiohttp's own `read` would keep it as long as the request."""
+    pieces, num_bytes = [], 0
+    while piece := await request.content.readany():
+        num_bytes += len(piece)
+        if num_bytes > limit:
+            raise _too_long(limit)
+        held.add(piece)
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _too_long(limit: int) -> web.HTTPRequestEntityTooLarge:
+    return too_large(f"the body is longer than {limit} bytes, the limit set by --max-body-bytes")
 
 
 def parse_json(text: bytes, name: str) -> Any:

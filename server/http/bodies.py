@@ -1,0 +1,78 @@
+"""The memory of request bodies: of each while it comes and is read, and of all together."""
+
+from typing import Any
+
+from aiohttp import web
+
+from engine.errors import QueueFull
+
+MAX_CONTAINERS = 1 << 18  # of a body: its objects and lists, counted by their brackets, those in texts too
+MAX_VALUES = 1 << 21  # of a body, counted by its commas: 0.1 s of reading
+SMALL_TEXT = 256  # characters of a text that is kept once the request is made
+# Bytes that the values of a JSON text take in memory, about, by the byte that begins or separates them.
+BYTES_OF_MARK = {b"{": 192, b"[": 64, b",": 32, b'"': 32}
+
+
+class BodyBudget:
+    """The bytes that all bodies may take from when they come to when their requests are made."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.num_bytes = max_bytes, 0
+
+
+class HeldBody:
+    """The part of a `budget` that one body takes. Give it back with `drop`, which can be called again."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self._num_bytes = self._num_containers = self._num_commas = 0
+        self._values: dict[str, Any] = {}
+
+    def add(self, piece: bytes) -> None:
+        """Account for more of the body. HTTP 413 if nothing so large may be, `QueueFull` if others leave no room."""
+        counts = {mark: piece.count(mark) for mark in BYTES_OF_MARK}
+        self._num_containers += counts[b"{"] + counts[b"["]
+        self._num_commas += counts[b","]
+        if self._num_containers > MAX_CONTAINERS or self._num_commas > MAX_VALUES:
+            raise too_large(
+                f"the body has more than {MAX_CONTAINERS} objects and lists"
+                if self._num_containers > MAX_CONTAINERS
+                else f"the body has more than {MAX_VALUES} values"
+            )
+        # The text is there twice: in pieces and as a whole, or as a whole and as its values.
+        cost = 2 * len(piece) + sum(count * BYTES_OF_MARK[mark] for mark, count in counts.items())
+        budget = self._budget
+        if self._num_bytes + cost > budget.max_bytes:
+            raise too_large(f"the body takes more than {budget.max_bytes} bytes, the limit set by --max-held-bytes")
+        if budget.num_bytes + cost > budget.max_bytes:
+            raise QueueFull(
+                f"requests that are being read take {budget.num_bytes} bytes of {budget.max_bytes}: try again later"
+            )
+        self._num_bytes += cost
+        budget.num_bytes += cost
+
+    def keep(self, values: dict[str, Any]) -> None:
+        """Hold the body's fields, until `drop`."""
+        self._values = values
+
+    def drop(self) -> None:
+        """Forget the body's fields but the small ones, and leave its room to others: the requests have been made."""
+        self._budget.num_bytes -= self._num_bytes
+        self._num_bytes = 0
+        for name, value in self._values.items():
+            if isinstance(value, (dict, list)) or (isinstance(value, str) and len(value) > SMALL_TEXT):
+                self._values[name] = DROPPED
+        self._values = {}
+
+
+class Dropped:
+    """Stands where a field was: whoever reads it after all has an error, and not the field's default."""
+
+
+DROPPED = Dropped()
+BODY_BUDGET = web.AppKey("body_budget", BodyBudget)
+BODY = web.RequestKey("body", HeldBody)
+
+
+def too_large(message: str) -> web.HTTPRequestEntityTooLarge:
+    return web.HTTPRequestEntityTooLarge(0, 0, text=message)
