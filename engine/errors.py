@@ -14,6 +14,7 @@ EngineError                  500  this request, or the engine, cannot be served
 ├── ModelNotFound            404  server.reading.model_name
 ├── ResponseNotFound         404  server.apis.responses
 ├── NotFound                 404  server.apis.files: no such file or batch
+├── BodyTooLarge             413  server.http.bodies
 ├── FileTooLarge             413  server.apis.files
 ├── StorageUnavailable       503  server.apis.files: the disk is full, or not writable
 └── NoWorkerAnswers          503  server.fleet.router

@@ -25,6 +25,7 @@ from engine.watchdog import Watchdog
 from server.app import build_app
 from server.config import ServerConfig, parse_args
 from server.http.access_log import JsonAccessLogger
+from server.http.connections import Connections
 from server.http.intake import Acceptor
 from server.http.keys import KeyRing
 from server.http.live import new_rid
@@ -197,35 +198,35 @@ async def serve_http(
         app = build_app(engine, config)
     except (OSError, ValueError) as error:
         raise StartError(str(error)) from error
-    runner = web.AppRunner(
-        app,
-        handler_cancellation=True,
-        shutdown_timeout=config.drain_timeout + END_NOTICE_S,
-        access_log=None if config.access_log == "none" else logging.getLogger(ACCESS_LOG),
-        access_log_class=JsonAccessLogger if config.access_log == "json" else AccessLogger,
-        access_log_format='%a "%r" %s %Tfs',
-    )
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=config.drain_timeout + END_NOTICE_S)
     await runner.setup()
     assert runner.server is not None
     if RECORDER in app:
         watchdog.on_hang.append(app[RECORDER].dump)
-    try:
+    connections = Connections(
+        runner.server,
+        access_log=None if config.access_log == "none" else logging.getLogger(ACCESS_LOG),
+        access_log_class=JsonAccessLogger if config.access_log == "json" else AccessLogger,
+        access_log_format='%a "%r" %s %Tfs',
+    )
+    async with connections:
         try:
-            acceptor = Acceptor(listener, runner.server)
-        except OSError as error:  # a server that was bound to the port at the same time has been ready first
-            raise _cannot_listen(config.host, config.port, error) from None
-        with acceptor:
-            print_ready(console, engine, config, app[CHATS], listener.getsockname()[1])
-            engine.warm_up_grammars()
-            failure = await wait_for_end(engine, stop)
-        if failure:
-            await asyncio.wait([asyncio.create_task(runner.cleanup())], timeout=FAILURE_NOTICE_S)
-            end_failed(console, failure)
-        logger.info("shutting down: running answers have %.0f s to end", config.drain_timeout)
-        # Before aiohttp, which would wait as long once more and then cut the connections.
-        asyncio.get_running_loop().call_later(config.drain_timeout, end_answers, engine)
-    finally:
-        await runner.cleanup()
+            try:
+                acceptor = Acceptor(listener, connections)
+            except OSError as error:  # a server that was bound to the port at the same time has been ready first
+                raise _cannot_listen(config.host, config.port, error) from None
+            with acceptor:
+                print_ready(console, engine, config, app[CHATS], listener.getsockname()[1])
+                engine.warm_up_grammars()
+                failure = await wait_for_end(engine, stop)
+            if failure:
+                await asyncio.wait([asyncio.create_task(runner.cleanup())], timeout=FAILURE_NOTICE_S)
+                end_failed(console, failure)
+            logger.info("shutting down: running answers have %.0f s to end", config.drain_timeout)
+            # Before aiohttp, which would wait as long once more and then cut the connections.
+            asyncio.get_running_loop().call_later(config.drain_timeout, end_answers, engine)
+        finally:
+            await runner.cleanup()
 
 
 def print_ready(console: Console, engine: Engine, config: ServerConfig, chats: Chats, port: int) -> None:

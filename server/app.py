@@ -134,4 +134,6 @@ def _http_message(request: web.Request, error: web.HTTPException) -> str:
         return f"there is no route {request.path}"
     if isinstance(error, web.HTTPMethodNotAllowed):
         return f"{request.path} takes {' or '.join(sorted(error.allowed_methods))}, not {request.method}"
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return f"the body is longer than {request.client_max_size} bytes, the limit set by --max-body-bytes"
     return error.text or error.reason

@@ -6,15 +6,24 @@ Every async test also runs under the guard of `conftest`: no callback may hold t
 import asyncio
 import gc
 import json
+import logging
+import socket
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import orjson
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import TestClient
 
+from server.app import build_app
+from server.config import ServerConfig
 from server.http.bodies import BODY_BUDGET
+from server.http.connections import Connections
+from server.http.intake import Acceptor
 from tests.fake_engine import FakeEngine, serving
 
 Client = TestClient[Any, Any]
@@ -234,3 +243,98 @@ async def test_what_stands_before_a_forms_parts_is_short(client: Client, filler:
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
     answer = await client.post("/v1/files", data=filler * (2_000_000 // len(filler)) + part, headers=headers)
     assert answer.status == 400
+
+
+# ---- connections ----
+
+
+@asynccontextmanager
+async def listening(engine: FakeEngine, tmp_path: Path) -> AsyncIterator[int]:
+    """Yield the port of a server whose connections are as `python -m server` makes them."""
+    runner = web.AppRunner(
+        build_app(engine, ServerConfig(model_path="fake-model", file_storage_path=str(tmp_path))),
+        handler_cancellation=True,
+        shutdown_timeout=0.1,
+    )
+    await runner.setup()
+    assert runner.server is not None
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        async with Connections(runner.server) as connections:
+            with Acceptor(listener, connections):
+                yield listener.getsockname()[1]
+            await runner.cleanup()
+
+
+def head_of(path: str, body: bytes, *headers: str) -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", *headers]
+    return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
+
+
+async def answer_to(port: int, request: bytes) -> tuple[int, str, Any]:
+    """Return the status, the content type and the JSON of the answer to raw bytes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request)
+    head, _, body = (await asyncio.wait_for(reader.read(100_000), 5)).partition(b"\r\n\r\n")
+    writer.close()
+    lines = head.decode().split("\r\n")
+    kind = next(line.split(": ")[1] for line in lines if line.lower().startswith("content-type"))
+    return int(lines[0].split()[1]), kind, json.loads(body)
+
+
+@pytest.mark.parametrize("num_requests", [2, 50, 500])
+async def test_a_client_that_pipelines_and_goes_has_one_request_at_work_and_then_none(
+    engine: FakeEngine, tmp_path: Path, num_requests: int
+) -> None:
+    engine.is_manual = True
+    async with listening(engine, tmp_path) as port:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head_of("/generate", b'{"text": "Hi"}') * num_requests)
+        await engine.until(lambda: len(engine.live) == 1)
+        await asyncio.sleep(0.2)
+        assert len(engine.live) == 1
+        writer.close()
+        await engine.until(lambda: not engine.live)
+        await asyncio.sleep(0.1)
+        assert len(engine.requests) == 1
+
+
+async def test_a_client_that_goes_while_its_next_body_waits_ends_what_is_at_work(
+    engine: FakeEngine, tmp_path: Path
+) -> None:
+    engine.is_manual = True
+    async with listening(engine, tmp_path) as port:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head_of("/generate", b'{"text": "Hi"}') + head_of("/generate", b" " * 1_000_000))
+        await engine.until(lambda: len(engine.live) == 1)
+        writer.close()
+        await engine.until(lambda: not engine.live)
+
+
+async def test_a_header_may_have_64_kib(engine: FakeEngine, tmp_path: Path) -> None:
+    async with listening(engine, tmp_path) as port:
+        status, _, answer = await answer_to(port, head_of("/generate", b'{"text": "Hi"}', f"Cookie: {'x' * 60_000}"))
+        assert (status, answer["text"]) == (200, "Hello, world")
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (head_of("/v1/messages", b"{}", f"Cookie: {'x' * 70_000}"), 400),
+        (head_of("/v1/messages", b"{}", "Content-Encoding: br"), 415),
+        (b"POST /v1/messages HTTP/1.1\r\nContent-Length: x\r\n\r\n", 400),
+        (b"no request at all\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
+    ],
+    ids=["header", "br", "length", "words", "tls"],
+)
+async def test_what_is_no_http_is_answered_in_json_and_is_no_error_in_the_log(
+    engine: FakeEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture, request_: bytes, status: int
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with listening(engine, tmp_path) as port:
+        got, kind, answer = await answer_to(port, request_)
+    assert (got, kind.split(";")[0]) == (status, "application/json")
+    assert answer["type"] == "error"
+    assert answer["error"]["message"]
+    assert not [record for record in caplog.records if record.levelno > logging.INFO or record.exc_info]

@@ -21,7 +21,7 @@ from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest, QueueFull
 from server.apis.files import FileStore, NotFound, StorageUnavailable, new_id, page_of, read_records, write_atomically
-from server.http.bodies import BodyBudget, HeldBody
+from server.http.bodies import BodyBudget, BodyTooLarge, HeldBody
 from server.http.keys import CLIENT, Client
 from server.reading.protocol import (
     JSON,
@@ -387,8 +387,8 @@ def check_lines(path: Path, endpoint: str, max_line_bytes: int, max_held_bytes: 
                 custom_ids.add(custom_id)
             except InvalidRequest as error:
                 errors.append(_error("invalid_request", str(error), number, error.field))
-            except web.HTTPRequestEntityTooLarge as error:
-                errors.append(_error("invalid_request", str(error.text).replace("the body", "the line"), number))
+            except BodyTooLarge as error:
+                errors.append(_error("invalid_request", str(error).replace("the body", "the line"), number))
             if len(errors) >= MAX_ERRORS:
                 break
     if not num_lines:

@@ -4,13 +4,17 @@ from typing import Any
 
 from aiohttp import web
 
-from engine.errors import QueueFull
+from engine.errors import EngineError, QueueFull
 
 MAX_CONTAINERS = 1 << 18  # of a body: its objects and lists, counted by their brackets, those in texts too
 MAX_VALUES = 1 << 21  # of a body, counted by its commas: 0.1 s of reading
 SMALL_TEXT = 256  # characters of a text that is kept once the request is made
 # Bytes that the values of a JSON text take in memory, about, by the byte that begins or separates them.
 BYTES_OF_MARK = {b"{": 192, b"[": 64, b",": 32, b'"': 32}
+
+
+class BodyTooLarge(EngineError):
+    status_code = 413
 
 
 class BodyBudget:
@@ -29,12 +33,12 @@ class HeldBody:
         self._values: dict[str, Any] = {}
 
     def add(self, piece: bytes) -> None:
-        """Account for more of the body. HTTP 413 if nothing so large may be, `QueueFull` if others leave no room."""
+        """Account for more of the body. `BodyTooLarge` if none may be so large, `QueueFull` if others leave no room."""
         counts = {mark: piece.count(mark) for mark in BYTES_OF_MARK}
         self._num_containers += counts[b"{"] + counts[b"["]
         self._num_commas += counts[b","]
         if self._num_containers > MAX_CONTAINERS or self._num_commas > MAX_VALUES:
-            raise too_large(
+            raise BodyTooLarge(
                 f"the body has more than {MAX_CONTAINERS} objects and lists"
                 if self._num_containers > MAX_CONTAINERS
                 else f"the body has more than {MAX_VALUES} values"
@@ -43,7 +47,7 @@ class HeldBody:
         cost = 2 * len(piece) + sum(count * BYTES_OF_MARK[mark] for mark, count in counts.items())
         budget = self._budget
         if self._num_bytes + cost > budget.max_bytes:
-            raise too_large(f"the body takes more than {budget.max_bytes} bytes, the limit set by --max-held-bytes")
+            raise BodyTooLarge(f"the body takes more than {budget.max_bytes} bytes, the limit set by --max-held-bytes")
         if budget.num_bytes + cost > budget.max_bytes:
             raise QueueFull(
                 f"requests that are being read take {budget.num_bytes} bytes of {budget.max_bytes}: try again later"
@@ -72,7 +76,3 @@ class Dropped:
 DROPPED = Dropped()
 BODY_BUDGET = web.AppKey("body_budget", BodyBudget)
 BODY = web.RequestKey("body", HeldBody)
-
-
-def too_large(message: str) -> web.HTTPRequestEntityTooLarge:
-    return web.HTTPRequestEntityTooLarge(0, 0, text=message)

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from engine.engine import Engine
 from engine.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull, shown
-from server.http.bodies import BODY, BODY_BUDGET, HeldBody, too_large
+from server.http.bodies import BODY, BODY_BUDGET, BodyTooLarge, HeldBody
 from server.http.intake import GATE, paced
 
 JSON = dict[str, Any]
@@ -238,8 +238,8 @@ async def _receive(request: web.Request, held: HeldBody, limit: int) -> bytes:
     return b"".join(pieces)
 
 
-def _too_long(limit: int) -> web.HTTPRequestEntityTooLarge:
-    return too_large(f"the body is longer than {limit} bytes, the limit set by --max-body-bytes")
+def _too_long(limit: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the body is longer than {limit} bytes, the limit set by --max-body-bytes")
 
 
 def parse_json(text: bytes, name: str) -> Any:

@@ -1,0 +1,90 @@
+"""The connections of clients: what is not HTTP is refused in JSON, and the end of each is seen."""
+
+import asyncio
+import logging
+import select
+from typing import Any
+
+from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMethod, ContentEncodingError
+
+from server.reading.protocol import json_response
+
+logger = logging.getLogger(__name__)
+
+MAX_LINE_BYTES = 64 << 10  # of a request's first line, and of a header: keys and cookies of gateways are long
+WATCH_INTERVAL_S = 0.5
+ENDED = select.POLLRDHUP | select.POLLHUP | select.POLLERR
+
+
+class Connection(web.RequestHandler):
+    """One client's connection. Requests on it are at work one at a time; up to 32 wait, the others in the socket."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what could not be read as HTTP: no handler has it, and nobody knows its path.
+
+        So the answer has every API's fields. What strangers send is no error of the server's, and is not logged as one.
+        """
+        if request.writer.output_size > 0 or status >= 500:
+            return super().handle_error(request, status, exc, message)
+        logger.log(
+            logging.DEBUG if isinstance(exc, BadHttpMethod) else logging.INFO,
+            "%s sent what is no request: %s", request.remote, repr(message)[:200],
+        )  # fmt: skip
+        if isinstance(exc, ContentEncodingError):
+            status = 415
+        error = {"type": "invalid_request_error", "message": message or "bad request", "code": status, "param": None}
+        response = json_response({"type": "error", "error": error}, status)
+        response.force_close()
+        return response
+
+
+class Connections:
+    """Makes connections of `server`'s, and watches for their ends, from entering to leaving an `async with` block."""
+
+    def __init__(self, server: web.Server, **options: Any) -> None:
+        """`options`: a connection's, as `web.AppRunner` takes them."""
+        self._server, self._options = server, options
+        self._loop = asyncio.get_running_loop()
+        self._watching: asyncio.Task[None]
+
+    def __call__(self) -> Connection:
+        return Connection(
+            self._server, loop=self._loop, max_line_size=MAX_LINE_BYTES, max_field_size=MAX_LINE_BYTES, **self._options
+        )
+
+    async def __aenter__(self) -> "Connections":
+        self._watching = asyncio.create_task(self._watch(), name="connections")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._watching.cancel()
+        await asyncio.wait([self._watching])
+
+    async def _watch(self) -> None:
+        """Close connections whose clients have gone while nothing was read from them.
+
+        While more waits to be read than may be, a request's body or other requests, the event loop does not look at a
+        connection: what its client asked for before would run to the end.
+        """
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            for connection in self._server.connections:
+                transport = connection.transport
+                if transport is not None and not transport.is_reading() and has_ended(transport):
+                    transport.abort()
+
+
+def has_ended(transport: asyncio.Transport) -> bool:
+    """Return whether the peer has closed its side, whatever it sent before."""
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), ENDED)
+    return bool(poll.poll(0))
