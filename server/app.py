@@ -26,6 +26,7 @@ from server.http.bodies import BODY, BODY_BUDGET, BodyBudget
 from server.http.intake import GATE, Gate
 from server.http.keys import KeyRing, require_key
 from server.http.live import LiveRequests, RequestLog
+from server.http.origins import guard_origins, origins_of
 from server.reading.chat import CHATS, Chats
 from server.reading.protocol import error_response, error_shape, json_response
 from server.watch.dashboard import Dashboard
@@ -46,10 +47,12 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     if config.log_requests:
         live.observers.append(RequestLog(engine.tokenizer, config.log_requests_level))
     chats = Chats(engine, config)
+    origins = origins_of(config)
     app = web.Application(
-        middlewares=[answer_errors, require_key(KeyRing(config))],
+        middlewares=[answer_errors, guard_origins(origins), require_key(KeyRing(config))],
         client_max_size=config.max_body_bytes,
     )
+    app.on_response_prepare.append(origins.add_cors)
     app[GATE] = Gate()
     app[BODY_BUDGET] = BodyBudget(config.max_held_bytes)
     app[CHATS] = chats

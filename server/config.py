@@ -36,6 +36,14 @@ class ServerConfig(EngineConfig):
     admin_api_key: str | None = option(
         None, HTTP, "key of /flush_cache, /abort_request and the dashboard's data, which then refuse all others"
     )
+    allowed_origins: list[str] | None = option(
+        None, HTTP, "web pages that may call the server, such as https://chat.example; default: its own alone; *: all"
+    )
+    allowed_hosts: list[str] | None = option(
+        None,
+        HTTP,
+        "names it may be called by, beside localhost and addresses; default: any; on loopback: none",
+    )
     max_body_bytes: int = option(32 << 20, HTTP, "longest request body; beyond it: 413")
     max_held_bytes: int = option(
         1 << 30, HTTP, "memory of all requests that are being read; beyond it: 429, for one alone: 413"

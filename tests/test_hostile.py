@@ -112,7 +112,7 @@ async def test_a_body_that_others_leave_no_room_for_is_a_429_and_one_too_large_f
         ("/api/generate", {"model": "fake-model", "prompt": "Hi"}),
     ],
 )
-@pytest.mark.max_callback_ms(1000)  # of looking at all objects there are
+@pytest.mark.max_callback_ms(5000)  # of looking at all objects there are
 async def test_what_was_read_is_not_held_while_the_answer_is_generated(
     engine: FakeEngine, path: str, body: dict[str, Any]
 ) -> None:
@@ -125,9 +125,9 @@ async def test_what_was_read_is_not_held_while_the_answer_is_generated(
         await engine.until(lambda: bool(engine.live))
         assert budget.num_bytes == 0
         assert not any(
-            isinstance(value, str) and len(value) == 100_000
+            type(value) is str and len(value) == 100_000
             for found in gc.get_objects()
-            if isinstance(found, list) and len(found) == 1
+            if type(found) is list and len(found) == 1
             for value in found
         )
         asking.cancel()
@@ -338,3 +338,105 @@ async def test_what_is_no_http_is_answered_in_json_and_is_no_error_in_the_log(
     assert answer["type"] == "error"
     assert answer["error"]["message"]
     assert not [record for record in caplog.records if record.levelno > logging.INFO or record.exc_info]
+
+
+# ---- web pages ----
+
+ACTIONS = (
+    ("POST", "/generate"), ("POST", "/v1/chat/completions"), ("POST", "/pause_generation"), ("POST", "/api/chat"),
+    ("POST", "/release_memory_occupation"), ("POST", "/flush_cache"), ("GET", "/flush_cache"),
+    ("POST", "/start_profile"), ("GET", "/start_profile"), ("GET", "/health_generate"), ("POST", "/v1/files"),
+    ("DELETE", "/v1/files/file-x"), ("POST", "/v1/batches/batch_x/cancel"), ("POST", "/close_session"),
+)  # fmt: skip
+FOREIGN = (
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site", "Origin": "http://localhost:3000"},
+    {"Origin": "https://evil.example"},
+    {"Origin": "null"},
+    {"Origin": "http://localhost:1"},
+    {"Origin": "http://["},
+)
+
+
+@pytest.mark.parametrize("headers", FOREIGN, ids=str)
+@pytest.mark.parametrize(("method", "path"), ACTIONS)
+async def test_a_page_of_another_site_can_do_nothing(
+    client: Client, engine: FakeEngine, method: str, path: str, headers: dict[str, str]
+) -> None:
+    answer = await client.request(method, path, headers=headers)
+    assert answer.status == 403
+    assert "--allowed-origins" in message_of(await answer.json())
+    assert not engine.requests
+
+
+async def test_every_route_that_is_not_a_plain_get_refuses_other_sites(client: Client) -> None:
+    routes = {
+        (route.method, route.resource.canonical.replace("{", "x").replace("}", "x"))
+        for route in client.server.app.router.routes()  # type: ignore[attr-defined]
+        if route.resource is not None and route.method not in ("GET", "HEAD")
+    }
+    assert len(routes) > 40
+    for method, path in routes:
+        answer = await client.request(method, path, headers={"Sec-Fetch-Site": "cross-site"})
+        assert answer.status == 403, (method, path)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Sec-Fetch-Site": "same-origin", "Origin": "https://behind.a.proxy"},
+        {"Sec-Fetch-Site": "none"},
+        {"Origin": "http://localhost:{port}", "Sec-Fetch-Site": "cross-site"},
+        {"Origin": "http://127.0.0.1:{port}"},
+        {"Origin": "http://[::1]:{port}"},
+    ],
+    ids=str,
+)
+async def test_our_own_pages_and_programs_may_do_everything(client: Client, headers: dict[str, str]) -> None:
+    headers = {name: value.replace("{port}", str(client.port)) for name, value in headers.items()}
+    answer = await client.post("/generate", json={"text": "Hi"}, headers=headers)
+    assert answer.status == 200
+
+
+async def test_a_link_to_the_dashboard_works_from_anywhere(client: Client) -> None:
+    assert (await client.get("/dashboard", headers={"Sec-Fetch-Site": "cross-site"})).status == 200
+
+
+async def test_a_preflight_is_a_204_that_allows_nothing_unless_the_origin_is_listed(engine: FakeEngine) -> None:
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, x-stainless-os"}
+    async with serving(engine, api_key="secret", allowed_origins=["https://chat.example"]) as client:
+        for origin in ("https://evil.example", "null", "http://chat.example"):
+            answer = await client.options("/v1/chat/completions", headers={"Origin": origin, **asked})
+            assert answer.status == 204
+            assert not [name for name in answer.headers if name.startswith("Access-Control")]
+        own = {"Origin": "https://chat.example"}
+        answer = await client.options("/v1/chat/completions", headers={**own, **asked})
+        assert answer.status == 204
+        assert answer.headers["Access-Control-Allow-Origin"] == "https://chat.example"
+        assert answer.headers["Access-Control-Allow-Headers"] == asked["Access-Control-Request-Headers"]
+        assert "POST" in answer.headers["Access-Control-Allow-Methods"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_listed_origins_page_may_read_answers_streams_and_errors(engine: FakeEngine, stream: bool) -> None:
+    headers = {"Origin": "https://chat.example", "Sec-Fetch-Site": "cross-site"}
+    async with serving(engine, allowed_origins=["https://chat.example"]) as client:
+        for body, status in (({"text": "Hi", "stream": stream}, 200), ({}, 400)):
+            answer = await client.post("/generate", json=body, headers=headers)
+            assert answer.status == status
+            assert answer.headers["Access-Control-Allow-Origin"] == "https://chat.example"
+        assert "Access-Control-Allow-Origin" not in (await client.get("/health")).headers
+
+
+async def test_a_server_on_loopback_answers_to_its_own_names_only(engine: FakeEngine) -> None:
+    async with serving(engine, allowed_hosts=["llm.example"]) as client:
+        for name, status in (
+            ("evil.example", 403), ("127.0.0.1.evil.example", 403), ("localhost@evil.example", 403),
+            ("localhost", 200), ("LOCALHOST:30000", 200), ("127.0.0.1:30000", 200), ("[::1]:30000", 200),
+            ("192.168.1.7", 200), ("host.docker.internal:30000", 200), ("llm.example", 200), ("app.localhost", 200),
+        ):  # fmt: skip
+            for path in ("/get_model_info", "/health", "/dashboard"):
+                assert (await client.get(path, headers={"Host": name})).status == status, (name, path)
+    async with serving(engine, host="0.0.0.0") as client:
+        assert (await client.get("/health", headers={"Host": "any.example"})).status == 200

@@ -164,8 +164,6 @@ class FilesApi:
     async def upload(self, http_request: web.Request) -> web.Response:
         """Receive a form with `file` and `purpose`. The file goes to disk as it comes."""
         self.store.check()
-        if http_request.headers.get("Sec-Fetch-Site") == "cross-site":
-            raise web.HTTPForbidden(text="a page of another site may not upload files")
         if http_request.content_type != "multipart/form-data":
             raise InvalidRequest(
                 f"Content-Type must be multipart/form-data, got {http_request.content_type}", "Content-Type"
