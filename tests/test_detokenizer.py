@@ -1,5 +1,9 @@
 """Test streams against decoding all ids at once, for every kind of decoder, and stops against a whole-text search."""
 
+import hashlib
+import string
+import threading
+import time
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -12,6 +16,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from engine.errors import InvalidRequest
 from engine.request import SamplingParams
+from engine.text import stops
 from engine.text.detokenizer import BYTE_OF_CHAR, WindowDecoder
 from engine.text.stops import REGEX_WINDOW, StopScanner
 from engine.text.tokenizer import FastBackend, Tokenizer
@@ -362,6 +367,39 @@ def test_a_regex_that_backtracks_without_end_fails_its_own_request() -> None:
     scanner = StopScanner([], ["(a|a)*b"], False)
     with pytest.raises(InvalidRequest, match="took more than"):
         scanner.push("a" * 500 + "c")
+
+
+SLOW, SLOW_TEXT = "(a|a)*b", "a" * 12 + "c"  # 2 ms
+
+
+def test_all_regexes_of_a_request_share_one_budget_of_time() -> None:
+    assert StopScanner([], [SLOW], False).push(SLOW_TEXT) == SLOW_TEXT  # alone, each is within it
+    scanner = StopScanner([], [SLOW.replace("b", char) for char in string.ascii_lowercase if char not in "ac"], False)
+    begun = time.thread_time()
+    with pytest.raises(InvalidRequest, match="took more than 25 ms"):
+        scanner.push(SLOW_TEXT)
+    assert time.thread_time() - begun < 3 * stops.REGEX_BUDGET_S
+
+
+def test_other_threads_time_is_not_a_regexs() -> None:
+    """A pattern of 8 ms must not fail since threads of a forward have spent 25 ms of CPU time meanwhile."""
+    text, is_over = "a" * 14 + "c", threading.Event()
+
+    def work() -> None:
+        data = b"x" * 10_000_000
+        while not is_over.is_set():
+            hashlib.sha256(data).digest()  # without the interpreter's lock
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(3):
+            assert StopScanner([], [SLOW], False).push(text) == text
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_an_invalid_regex_is_an_invalid_request() -> None:
