@@ -285,6 +285,7 @@ class Request:
     top_logprobs_num: int = 0
     token_ids_logprob: list[int] = field(default_factory=list)
     priority: int = 0  # larger runs first
+    own_priority: int = 0  # likewise, among the requests of its client that have the same priority
     extra_key: str = ""  # requests share cached prefixes only within one key
     client: str = ""  # clients that wait take turns
     weight: float = 1.0  # its client's share of the server, beside other clients' weights

@@ -80,7 +80,12 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
         "/v1/responses": responses.respond,
     }
     batches = Batches(
-        store, handlers, engine.max_running_requests, config.max_body_bytes, max(1, config.max_held_bytes // 4)
+        store,
+        handlers,
+        engine.max_running_requests,
+        config.max_body_bytes,
+        max_held_bytes=max(1, config.max_held_bytes // 4),
+        shares_cache=config.share_prefix_cache,
     )
     app.cleanup_ctx.append(batches.running)
     app.on_shutdown.append(batches.stop)

@@ -21,6 +21,8 @@ LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 TOOL_CALL_PARSERS = ("none", *TOOL_FORMATS, *TOOL_ALIASES)
 REASONING_PARSERS = ("none", *REASONING_FORMATS, *REASONING_ALIASES)
 SECRETS = ("api_key", "api_key_file", "admin_api_key")
+# Keys that need not stand on the command line, which every user of the machine can read.
+SECRET_VARIABLES = {"api_key": "RADIXLOOP_API_KEY", "admin_api_key": "RADIXLOOP_ADMIN_API_KEY"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +31,19 @@ class ServerConfig(EngineConfig):
 
     host: str = option("127.0.0.1", HTTP, "address to listen on; 0.0.0.0: every network interface")
     port: int = option(30000, HTTP, "port to listen on; 0: any free one")
-    api_key: str | None = option(None, HTTP, "clients must send `Authorization: Bearer KEY`, except to /health")
-    api_key_file: str | None = option(
-        None, HTTP, "YAML file of `name: key` or `name: {key: ..., weight: 2}` lines; clients that wait take turns"
+    api_key: str | None = option(
+        None, HTTP, "clients must send `Authorization: Bearer KEY`, except to /health; or set RADIXLOOP_API_KEY"
     )
+    api_key_file: str | None = option(
+        None, HTTP, "YAML file of `name: key` or `name: {key: ..., weight: 2, admin: true}` lines, read again when it "
+        "changes; clients that wait take turns, and own what they make"
+    )  # fmt: skip
     admin_api_key: str | None = option(
-        None, HTTP, "key of /flush_cache, /abort_request and the dashboard's data, which then refuse all others"
+        None, HTTP, "key of /flush_cache, /abort_request and the dashboard's data, which then refuse all others; "
+        "or set RADIXLOOP_ADMIN_API_KEY"
+    )  # fmt: skip
+    share_prefix_cache: bool = option(
+        False, HTTP, "clients of --api-key-file share cached prompts, whose times tell what others have sent"
     )
     allowed_origins: list[str] | None = option(
         None, HTTP, "web pages that may call the server, such as https://chat.example; default: its own alone; *: all"
@@ -106,7 +115,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] | None = None) ->
     parser = make_parser(
         ServerConfig, "radixloop", "[--model-path MODEL] [options]", "Serve a large language model from one process."
     )
-    given = read_options(parser, argv)
+    given = {**keys_from(environ or {}), **read_options(parser, argv)}
     try:
         config = ServerConfig(**{**given, **torchrun_options(environ or {}, given)})
     except ValueError as error:
@@ -114,6 +123,11 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] | None = None) ->
     if not 0 <= config.log_requests_level <= 3:
         parser.error(f"--log-requests-level must be between 0 and 3, got {config.log_requests_level}")
     return config
+
+
+def keys_from(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the keys that this process's environment has."""
+    return {name: environ[variable] for name, variable in SECRET_VARIABLES.items() if environ.get(variable)}
 
 
 def read_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:

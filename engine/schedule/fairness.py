@@ -129,14 +129,14 @@ class FairShares:
 
 
 class Queue:
-    """Keep waiting requests in lines: of retracted and of new ones, of each priority, of each client.
+    """Keep waiting requests in lines: of retracted and new ones, of each priority, each client, each own priority.
 
     Coming, leaving and finding the next one take no longer the more requests wait.
     """
 
     def __init__(self, shares: FairShares) -> None:
         self._shares = shares
-        self._lines: dict[tuple[bool, int, str], OrderedDict[Request, None]] = {}  # of those that have any
+        self._lines: dict[tuple[bool, int, str, int], OrderedDict[Request, None]] = {}  # of those that have any
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
@@ -163,9 +163,10 @@ class Queue:
         """Return the request to admit next.
 
         What was retracted was promised its place: it comes first. Then the highest priority counts, then which client
-        has been served least, then the order within the line.
+        has been served least, then which of its requests it holds highest, then the order within the line.
         """
-        key = min(self._lines, key=lambda key: (*key[:2], self._shares.served(key[2])))
+        *head, _ = min(self._lines, key=lambda key: (*key[:2], self._shares.served(key[2])))
+        key = min((key for key in self._lines if [*key[:3]] == head), key=lambda key: key[3])
         return next(iter(self._lines[key]))
 
     def reorder(self, requests: Iterable[Request]) -> None:
@@ -175,8 +176,8 @@ class Queue:
             self.add(request)
 
 
-def _line_of(request: Request) -> tuple[bool, int, str]:
-    return request.num_retractions == 0, -request.priority, request.client
+def _line_of(request: Request) -> tuple[bool, int, str, int]:
+    return request.num_retractions == 0, -request.priority, request.client, -request.own_priority
 
 
 class DrainRate:

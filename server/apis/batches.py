@@ -11,7 +11,7 @@ import logging
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -20,9 +20,18 @@ import orjson
 from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest, QueueFull
-from server.apis.files import FileStore, NotFound, StorageUnavailable, new_id, page_of, read_records, write_atomically
+from server.apis.files import (
+    FileStore,
+    NotFound,
+    StorageUnavailable,
+    new_id,
+    page_of,
+    read_records,
+    shown,
+    write_atomically,
+)
 from server.http.bodies import BodyBudget, BodyTooLarge, HeldBody
-from server.http.keys import CLIENT, Client
+from server.http.owners import CLIENT, EVERYBODY, Client, may_find, owner_of
 from server.reading.protocol import (
     JSON,
     Fields,
@@ -62,6 +71,10 @@ class Batch:
         return str(self.record["id"])
 
     @property
+    def owner(self) -> str:
+        return str(self.record.get("owner", EVERYBODY))
+
+    @property
     def output_id(self) -> str:
         """Id of the file of answers. Derived, as `errors_id`, so that a crash between file and record is harmless."""
         return self.id.replace("batch_", "file-") + "-output"
@@ -84,8 +97,13 @@ class Batches:
         max_running_requests: int,
         max_line_bytes: int,
         max_held_bytes: int,
+        shares_cache: bool = False,
     ) -> None:
-        """`handlers`: by endpoint, the function that answers its lines. `max_held_bytes`: of all lines at work."""
+        """`handlers`: by endpoint, the function that answers its lines. `max_held_bytes`: of all lines at work.
+
+        `shares_cache`: of batches of different clients.
+        """
+        self._line_client = replace(BATCH_CLIENT, shares_cache=shares_cache)
         self.store, self.handlers, self.max_line_bytes = store, handlers, max_line_bytes
         self._budget = BodyBudget(max_held_bytes)
         self.folder = store.folder / "batches"
@@ -145,11 +163,12 @@ class Batches:
         ):
             body.fail("metadata", f"an object of at most {MAX_METADATA} strings")
         input_id = body.text("input_file_id")
-        self.store.get(input_id, "input_file_id")
+        self.store.get(http_request, input_id, "input_file_id")
         now = int(time.time())
         batch = Batch(
             {
-                "id": new_id("batch_"), "object": "batch", "endpoint": endpoint, "errors": None,
+                "id": new_id("batch_"), "object": "batch", "owner": owner_of(http_request),
+                "endpoint": endpoint, "errors": None,
                 "input_file_id": input_id, "completion_window": window[0], "status": "validating",
                 "output_file_id": None, "error_file_id": None, "created_at": now, "in_progress_at": None,
                 "expires_at": now + int(window[1]) * WINDOW_UNITS_S[window[2]], "finalizing_at": None,
@@ -161,15 +180,17 @@ class Batches:
         self._save(batch)
         self._batches[batch.id] = batch
         self._start(batch)
-        return json_response(batch.record)
+        return json_response(shown(batch.record))
 
     async def list(self, http_request: web.Request) -> web.Response:
         self.store.check()
-        newest_first = [batch.record for batch in self._batches.values()][::-1]
+        newest_first = [shown(batch.record) for batch in self._batches.values() if may_find(http_request, batch.owner)][
+            ::-1
+        ]
         return json_response(page_of(newest_first, http_request, DEFAULT_LIMIT))
 
     async def retrieve(self, http_request: web.Request) -> web.Response:
-        return json_response(self._get(http_request).record)
+        return json_response(shown(self._get(http_request).record))
 
     async def cancel(self, http_request: web.Request) -> web.Response:
         """Abort the lines that run. The answers that exist become the batch's files."""
@@ -180,14 +201,15 @@ class Batches:
             self._enter(batch, "cancelling")
             assert batch.task is not None
             batch.task.cancel()
-        return json_response(batch.record)
+        return json_response(shown(batch.record))
 
     def _get(self, http_request: web.Request) -> Batch:
         self.store.check()
         batch_id = http_request.match_info["batch_id"]
-        if batch_id not in self._batches:
+        batch = self._batches.get(batch_id)
+        if batch is None or not may_find(http_request, batch.owner):
             raise NotFound(f"no such batch: {batch_id[:100]!r}", "batch_id")
-        return self._batches[batch_id]
+        return batch
 
     # ---- the life of a batch ----
 
@@ -296,14 +318,14 @@ class Batches:
 
     async def _response_to(self, batch: Batch, values: JSON) -> web.Response:
         """Return the endpoint's answer, or the error as its client would see it."""
-        endpoint = batch.record["endpoint"]
+        endpoint, client = batch.record["endpoint"], replace(self._line_client, owner=batch.owner)
         while True:
             try:
                 body = Fields(values)
                 for name in ("stream", "background"):
                     if body.flag(name):
                         raise InvalidRequest(f"{name} must be false in a batch", name)
-                response = await self.handlers[endpoint]({CLIENT: BATCH_CLIENT}, body)
+                response = await self.handlers[endpoint]({CLIENT: client}, body)
                 assert isinstance(response, web.Response)
                 return response
             except EngineError as error:
@@ -331,7 +353,7 @@ class Batches:
         for name, file_id in (("output_file_id", batch.output_id), ("error_file_id", batch.errors_id)):
             path = self.store.path(file_id)
             if path.exists() and path.stat().st_size:
-                self.store.add(file_id, f"{file_id}.jsonl", "batch_output")
+                self.store.add(batch.owner, file_id, f"{file_id}.jsonl", "batch_output")
                 batch.record[name] = file_id
             else:
                 path.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from aiohttp import BodyPartReader, MultipartReader, StreamReader, web
 from aiohttp.http_exceptions import BadHttpMessage
 
 from engine.errors import EngineError, InvalidRequest
+from server.http.owners import EVERYBODY, Caller, may_find, owner_of
 from server.reading.protocol import JSON, json_response
 
 logger = logging.getLogger(__name__)
@@ -118,33 +119,40 @@ class FileStore:
     def path(self, file_id: str) -> Path:
         return self.folder / file_id
 
-    def get(self, file_id: str, field: str = "file_id") -> JSON:
+    def get(self, caller: Caller, file_id: str, field: str = "file_id") -> JSON:
+        """Return the record of a file, one of the caller's own."""
         self.check()
         file = self._files.get(file_id)
-        if file is None:
+        if file is None or not may_find(caller, file.get("owner", EVERYBODY)):
             raise NotFound(f"no such file: {file_id[:100]!r}", field)
         return file
 
-    def list(self) -> list[JSON]:
-        """Return the files, oldest first."""
+    def list(self, caller: Caller) -> list[JSON]:
+        """Return the caller's files, oldest first."""
         self.check()
-        return list(self._files.values())
+        return [file for file in self._files.values() if may_find(caller, file.get("owner", EVERYBODY))]
 
-    def add(self, file_id: str, filename: str, purpose: str) -> JSON:
+    def add(self, owner: str, file_id: str, filename: str, purpose: str) -> JSON:
         """Make the bytes under `file_id` a file that clients see."""
         file = {
             "id": file_id, "object": "file", "bytes": self.path(file_id).stat().st_size,
             "created_at": int(time.time()), "filename": filename, "purpose": purpose, "status": "processed",
+            "owner": owner,
         }  # fmt: skip
         write_atomically(self.folder / f"{file_id}.json", orjson.dumps(file))
         self._files[file_id] = file
         return file
 
     def remove(self, file_id: str) -> None:
-        self.get(file_id)
+        self.check()
         (self.folder / f"{file_id}.json").unlink(missing_ok=True)
         self.path(file_id).unlink(missing_ok=True)
         del self._files[file_id]
+
+
+def shown(record: JSON) -> JSON:
+    """Return a record of a file or a batch as clients see it."""
+    return {name: value for name, value in record.items() if name != "owner"}
 
 
 class FilesApi:
@@ -177,7 +185,7 @@ class FilesApi:
             if purpose != PURPOSE:
                 raise InvalidRequest(f"purpose must be {PURPOSE!r}, got {purpose!r}", "purpose")
             unfinished.rename(self.store.path(file_id))
-            return json_response(self.store.add(file_id, filename, purpose))
+            return json_response(shown(self.store.add(owner_of(http_request), file_id, filename, purpose)))
         except StorageUnavailable:
             self.store.path(file_id).unlink(missing_ok=True)
             raise
@@ -221,23 +229,23 @@ class FilesApi:
 
     async def list(self, http_request: web.Request) -> web.Response:
         purpose = http_request.query.get("purpose")
-        files = [file for file in self.store.list() if purpose in (None, file["purpose"])]
+        files = [shown(file) for file in self.store.list(http_request) if purpose in (None, file["purpose"])]
         is_ascending = http_request.query.get("order") == "asc"
         return json_response(page_of(files if is_ascending else files[::-1], http_request, MAX_LISTED))
 
     async def retrieve(self, http_request: web.Request) -> web.Response:
-        return json_response(self.store.get(http_request.match_info["file_id"]))
+        return json_response(shown(self.store.get(http_request, http_request.match_info["file_id"])))
 
     async def delete(self, http_request: web.Request) -> web.Response:
         file_id = http_request.match_info["file_id"]
-        self.store.get(file_id)
+        self.store.get(http_request, file_id)
         if batch_id := self.is_in_use(file_id):
             raise InvalidRequest(f"{file_id} is being read by {batch_id}: cancel that first", "file_id")
         self.store.remove(file_id)
         return json_response({"id": file_id, "object": "file", "deleted": True})
 
     async def content(self, http_request: web.Request) -> web.FileResponse:
-        file = self.store.get(http_request.match_info["file_id"])
+        file = self.store.get(http_request, http_request.match_info["file_id"])
         return web.FileResponse(self.store.path(file["id"]), headers={"Content-Type": "application/octet-stream"})
 
 

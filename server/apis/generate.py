@@ -44,7 +44,7 @@ UNSUPPORTED = (
 class GenerateApi:
     def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests) -> None:
         self.engine, self.config, self.live = engine, config, live
-        self.sessions = Sessions(engine)
+        self.sessions = Sessions(live)
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -63,7 +63,7 @@ class GenerateApi:
         refuse(body, UNSUPPORTED)
         session = body.object("session_params")
         if session is not None:
-            return await self._generate_in_session(http_request, body, self.sessions.read(session))
+            return await self._generate_in_session(http_request, body, self.sessions.read(http_request, session))
         prompts, is_batch = await self._prompts(body)
         rid, requests = await self._requests(body, prompts, is_batch)
         return await self._answer(http_request, body, rid, requests, is_batch or len(requests) > 1, envelope)

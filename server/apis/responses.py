@@ -15,8 +15,8 @@ from engine.errors import EngineError, InvalidRequest
 from engine.request import Delta, FinishReason
 from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockAnswer, chat_call, respond_in_blocks
 from server.config import ServerConfig
-from server.http.keys import CLIENT
 from server.http.live import LiveRequests, is_failure, new_rid
+from server.http.owners import may_find, owner_of
 from server.http.sse import named_event
 from server.reading.chat import Chats, ChatTurn
 from server.reading.model_name import served_model
@@ -74,11 +74,11 @@ class ResponsesApi:
     async def respond(self, caller: Owner, body: Fields) -> web.StreamResponse:
         """Answer `body`. Only an HTTP request may ask for a stream, or for an answer in the background."""
         model = served_model(self.config, body.text("model"))
-        owner = self._owner(caller)
+        owner = owner_of(caller)
         is_stored, is_background = body.flag("store", True), body.flag("background")
         if is_background and (not is_stored or body.flag("stream")):
             raise InvalidRequest("background needs store: true and stream: false", "background")
-        messages = self._earlier_messages(body, owner) + read_input(body)
+        messages = self._earlier_messages(body, caller) + read_input(body)
         with spelled(OUR_NAMES):
             turn = await self.chats.turn(Fields(chat_body(body, messages)))
             answer = ResponseAnswer(turn, echo_of(body, model))
@@ -96,9 +96,9 @@ class ResponsesApi:
     async def retrieve(self, http_request: web.Request) -> web.Response:
         if http_request.query.get("stream", "false") != "false":
             raise InvalidRequest("stream is not supported here: ask for the answer again until it is done", "stream")
-        response_id, owner = http_request.match_info["response_id"], self._owner(http_request)
-        background = self._find_background(response_id, owner)
-        return json_response(background.state() if background else self._find(response_id, owner).response)
+        response_id = http_request.match_info["response_id"]
+        background = self._find_background(response_id, http_request)
+        return json_response(background.state() if background else self._find(response_id, http_request).response)
 
     async def cancel(self, http_request: web.Request) -> web.Response:
         """Cancel a response and return it as it ended. One that had ended before stays as it was."""
@@ -116,35 +116,35 @@ class ResponsesApi:
 
     async def _end(self, http_request: web.Request) -> "StoredResponse":
         """Return a response, aborted if it ran."""
-        response_id, owner = http_request.match_info["response_id"], self._owner(http_request)
-        background = self._find_background(response_id, owner)
+        response_id = http_request.match_info["response_id"]
+        background = self._find_background(response_id, http_request)
         if background is not None:
             self.live.abort(response_id)
             await asyncio.shield(background.task)
-        return self._find(response_id, owner)
+        return self._find(response_id, http_request)
 
-    def _owner(self, caller: Owner) -> str:
-        """Return the owner of the caller's responses: with a key for each client, the client itself."""
-        return caller[CLIENT].name if self.config.api_key_file else ""
-
-    def _find_background(self, response_id: str, owner: str) -> "BackgroundResponse | None":
+    def _find_background(self, response_id: str, caller: Owner) -> "BackgroundResponse | None":
         background = self._background.get(response_id)
-        return background if background is not None and background.owner == owner else None
+        return background if background is not None and may_find(caller, background.owner) else None
 
-    def _find(self, response_id: str, owner: str) -> "StoredResponse":
-        stored = self.store.get(owner, response_id)
+    def _find_stored(self, response_id: str, caller: Owner) -> "StoredResponse | None":
+        owner = self.store.owner(response_id)
+        return self.store.get(owner, response_id) if owner is not None and may_find(caller, owner) else None
+
+    def _find(self, response_id: str, caller: Owner) -> "StoredResponse":
+        stored = self._find_stored(response_id, caller)
         if stored is None:
             raise ResponseNotFound(f"there is no response {response_id!r}: never stored, deleted, or long ago")
         return stored
 
-    def _earlier_messages(self, body: Fields, owner: str) -> list[JSON]:
+    def _earlier_messages(self, body: Fields, caller: Owner) -> list[JSON]:
         """Return the conversation up to and with the answer of `previous_response_id`."""
         previous = body.text("previous_response_id")
         if not previous:
             return []
-        if self._find_background(previous, owner):
+        if self._find_background(previous, caller):
             raise InvalidRequest(f"previous_response_id: {previous!r} has not ended yet", "previous_response_id")
-        stored = self.store.get(owner, previous)
+        stored = self._find_stored(previous, caller)
         if stored is None:
             raise InvalidRequest(f"previous_response_id: there is no response {previous!r}", "previous_response_id")
         return stored.messages
@@ -173,6 +173,10 @@ class ResponseStore:
         self.num_bytes += len(text)
         while len(self._entries) > self.max_count or self.num_bytes > self.max_bytes:
             self.remove(next(iter(self._entries)))
+
+    def owner(self, response_id: str) -> str | None:
+        entry = self._entries.get(response_id)
+        return None if entry is None else entry[0]
 
     def get(self, owner: str, response_id: str) -> StoredResponse | None:
         entry = self._entries.get(response_id)

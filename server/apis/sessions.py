@@ -4,19 +4,22 @@ A session is a tree of turns. Each holds what it adds to the turn before it, so 
 that its prefix need not be computed again is the radix cache's doing.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from engine.engine import Engine
 from engine.errors import InvalidRequest
 from engine.request import Request, Status
-from server.http.live import new_rid
+from server.http.live import LiveRequests, new_rid
+from server.http.owners import Caller, may_find, owner_of
 from server.reading.protocol import Fields, json_response, read_json
 
 MAX_SESSIONS = 4096
+MAX_OWN_SESSIONS = 512  # of a client with a key of its own
+IDLE_S = 3600.0  # without a request, after which a session is closed
 MAX_TURNS = 4096  # of one session
 
 
@@ -48,8 +51,14 @@ class Turn:
 
 @dataclass(slots=True, eq=False)
 class Session:
+    owner: str
     capacity: int | None  # tokens of a conversation
     turns: dict[str, Turn] = field(default_factory=dict)
+    used_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() - self.used_at > IDLE_S and not any(turn.is_running for turn in self.turns.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,37 +73,52 @@ class SessionParams:
 
 
 class Sessions:
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self._sessions: dict[str, Session] = {}
+    def __init__(self, live: LiveRequests) -> None:
+        self.live = live
+        self._sessions: dict[tuple[str, str], Session] = {}  # by owner and id
 
     def routes(self) -> list[web.RouteDef]:
         return [web.post("/open_session", self.open), web.post("/close_session", self.close)]
 
     async def open(self, http_request: web.Request) -> web.Response:
-        """Open a session and return its id."""
+        """Open a session of the caller's and return its id."""
         body = await read_json(http_request)
         capacity = body.integer("capacity_of_str_len", 0, low=0)
-        session_id = body.text("session_id") or new_rid()
-        if session_id in self._sessions:
+        owner, session_id = owner_of(http_request), body.text("session_id") or new_rid()
+        self._sessions = {key: session for key, session in self._sessions.items() if not session.is_over}
+        if (owner, session_id) in self._sessions:
             body.fail("session_id", "one that is not open")
-        if len(self._sessions) >= MAX_SESSIONS:
-            raise InvalidRequest(f"{MAX_SESSIONS} sessions are open, the limit: close some", "session_id")
-        self._sessions[session_id] = Session(capacity or None)
+        num_own = sum(session.owner == owner for session in self._sessions.values()) if owner else 0
+        if len(self._sessions) >= MAX_SESSIONS or num_own >= MAX_OWN_SESSIONS:
+            limit = MAX_OWN_SESSIONS if num_own >= MAX_OWN_SESSIONS else MAX_SESSIONS
+            raise InvalidRequest(f"{limit} sessions are open, the limit: close some", "session_id")
+        self._sessions[owner, session_id] = Session(owner, capacity or None)
         return json_response(session_id)
 
     async def close(self, http_request: web.Request) -> web.Response:
         """Forget a session. What runs in it goes on."""
         body = await read_json(http_request)
-        if self._sessions.pop(body.text("session_id"), None) is None:
+        key = self._key(http_request, body.text("session_id"))
+        if key is None:
             body.fail("session_id", "an open session")
+        del self._sessions[key]
         return web.Response()
 
-    def read(self, fields: Fields) -> SessionParams:
+    def _key(self, caller: Caller, session_id: str) -> tuple[str, str] | None:
+        """Return the key of the session that `caller` calls so: its own, or for an admin anybody's."""
+        own = owner_of(caller), session_id
+        if own in self._sessions:
+            return own
+        others = (key for key in self._sessions if key[1] == session_id and may_find(caller, key[0]))
+        return next(others, None)
+
+    def read(self, caller: Caller, fields: Fields) -> SessionParams:
         """Read the parameters. `InvalidRequest` if session or turn do not exist, or the turn is still running."""
-        session = self._sessions.get(fields.text("id"))
-        if session is None:
+        key = self._key(caller, fields.text("id"))
+        session = None if key is None else self._sessions[key]
+        if session is None or session.is_over:
             fields.fail("id", "an open session")
+        session.used_at = time.monotonic()
         previous, rid = None, fields.text("rid")
         replaces = fields.flag("replace")
         if rid:
@@ -115,7 +139,7 @@ class Sessions:
         if params.previous is not None:
             running = params.previous.request
             if running is not None:
-                self.engine.abort(running.rid)
+                self.live.end(running)
             kept = params.previous.token_ids(with_output=not params.drops_output)
             if params.offset is not None:
                 if params.offset > len(kept):
@@ -147,6 +171,7 @@ class Sessions:
             yield
         finally:
             turn.output_ids, turn.request = request.output_ids, None
+            session.used_at = time.monotonic()
             if request.status is not Status.FINISHED:
                 session.turns.pop(turn.rid, None)
 
@@ -156,7 +181,7 @@ class Sessions:
         for rid, turn in gone.items():
             del session.turns[rid]
             if turn.request is not None:
-                self.engine.abort(rid)
+                self.live.end(turn.request)
 
 
 def _follows(turn: Turn, previous: Turn) -> bool:

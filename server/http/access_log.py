@@ -10,8 +10,8 @@ from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
 
 from engine.request import Request
-from server.http.keys import CLIENT
 from server.http.live import REQUESTS
+from server.http.owners import CLIENT
 
 
 class JsonAccessLogger(AbstractAccessLogger):

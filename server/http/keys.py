@@ -1,9 +1,11 @@
 """Who may call which route, and on whose account."""
 
 import hashlib
+import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import yaml
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from engine.request import Request
 from server.config import ServerConfig
-from server.reading.protocol import Owner
+from server.http.owners import CLIENT, Client, owner_of_key
+
+logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset(
     {"/health", "/ping", "/dashboard"}
@@ -27,20 +30,11 @@ ADMIN_PATHS = frozenset(
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Client:
-    """A client, for whom requests run. Waiting clients are served round robin, in proportion to their weights."""
-
-    name: str
-    weight: float = 1.0
-    priority: int = 0  # added to its requests' own
-
-
-CLIENT = web.RequestKey("client", Client)
+CHECK_INTERVAL_S = 1.0  # between two looks at whether the key file has changed
 
 
 def load_keys(file: str) -> dict[str, Client]:
-    """Return clients by key, from the lines of a YAML file: `name: key` or `name: {key: ..., weight: 2}`.
+    """Return clients by key, from the lines of a YAML file: `name: key`, or `name: {key: ..., weight: 2, admin: true}`.
 
     `ValueError` if it cannot be read or is wrong.
     """
@@ -55,14 +49,16 @@ def load_keys(file: str) -> dict[str, Client]:
     clients: dict[str, Client] = {}
     for name, entry in entries.items():
         values: dict[str, Any] = entry if isinstance(entry, dict) else {"key": entry}
-        key, weight = values.get("key"), values.get("weight", 1.0)
-        if not isinstance(key, str) or not key or values.keys() - {"key", "weight"}:
+        key, weight, is_admin = values.get("key"), values.get("weight", 1.0), values.get("admin", False)
+        if not isinstance(key, str) or not key or values.keys() - {"key", "weight", "admin"}:
             raise ValueError(f"--api-key-file {file}: {name} needs a key in quotes, and may have a weight")
         if not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
             raise ValueError(f"--api-key-file {file}: the weight of {name} must be a number above 0")
+        if not isinstance(is_admin, bool):
+            raise ValueError(f"--api-key-file {file}: admin of {name} must be true or false")
         if key in clients:
             raise ValueError(f"--api-key-file {file}: {name} has the key of {clients[key].name}")
-        clients[key] = Client(str(name), float(weight))
+        clients[key] = Client(str(name), float(weight), owner=owner_of_key(key), is_admin=is_admin)
     return clients
 
 
@@ -70,23 +66,58 @@ class KeyRing:
     """The keys that open the server. Looked up by their digests, so that the time it takes reveals nothing."""
 
     def __init__(self, config: ServerConfig) -> None:
-        users = load_keys(config.api_key_file) if config.api_key_file else {}
-        if config.api_key:
-            users.setdefault(config.api_key, Client("api-key"))
-        admins = {config.admin_api_key: Client("admin")} if config.admin_api_key else {}
-        self._users = {_digest(key): client for key, client in users.items()}
-        self._admins = {_digest(key): client for key, client in admins.items()}
+        self._config = config
         # With one key for all, or none, addresses distinguish clients, and without an admin key all are admins.
         self._is_by_address = not config.api_key_file
         self._needs_admin = bool(config.admin_api_key or config.api_key_file)
+        self._checked_at = time.monotonic()
+        self._version = self._file_version()
+        self._read()
+
+    def _read(self) -> None:
+        """Read all keys. `ValueError` if the file is wrong: those read before then stay."""
+        config = self._config
+        clients = load_keys(config.api_key_file) if config.api_key_file else {}
+        if config.api_key:
+            owner = "" if self._is_by_address else owner_of_key(config.api_key)
+            clients.setdefault(config.api_key, Client("api-key", owner=owner))
+        if config.admin_api_key:
+            clients[config.admin_api_key] = Client("admin", is_admin=True)
+        clients = {key: replace(client, shares_cache=config.share_prefix_cache) for key, client in clients.items()}
+        self._users = {_digest(key): client for key, client in clients.items() if not client.is_admin}
+        self._admins = {_digest(key): client for key, client in clients.items() if client.is_admin}
+
+    def _file_version(self) -> tuple[int, int, int] | None:
+        """Return what changes with the key file; None: there is none now."""
+        try:
+            found = os.stat(self._config.api_key_file or "")
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def _follow_file(self) -> None:
+        """Read the key file again if it has changed. One that is wrong, or half written, changes nothing."""
+        if time.monotonic() - self._checked_at < CHECK_INTERVAL_S:
+            return
+        self._checked_at = time.monotonic()
+        version = self._file_version()
+        if version != self._version:
+            self._version = version
+            try:
+                self._read()
+                logger.info("--api-key-file has changed: %d keys", len(self._users) + len(self._admins))
+            except ValueError as error:
+                logger.error("the keys stay as they were: %s", error)
 
     def is_open(self, path: str) -> bool:
         return path in OPEN_PATHS or not (self._users or (path in ADMIN_PATHS and self._needs_admin))
 
     def client_of(self, request: web.Request) -> Client | None:
         """Return the client that sent the request; None: it does not have the key that its route needs."""
+        if self._config.api_key_file:
+            self._follow_file()
         if not (self._users or self._admins):
-            return Client(request.remote or "")
+            return Client(request.remote or "", is_admin=True)
         digest = _digest(_key_of(request))
         if request.path in ADMIN_PATHS and self._needs_admin:
             client = self._admins.get(digest)
@@ -95,14 +126,17 @@ class KeyRing:
         if client is None and not self.is_open(request.path):
             return None
         if client is None or self._is_by_address:
-            return Client(request.remote or "")
+            is_admin = client is not None and (client.is_admin or not self._needs_admin)
+            return Client(request.remote or "", is_admin=is_admin)
         return client
 
 
 def _key_of(request: web.Request) -> str:
-    """Return the key, sent as OpenAI's clients do, or as Anthropic's; empty if none."""
+    """Return the key, sent as OpenAI's clients do, as Anthropic's or as Azure's; empty if none."""
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    return given.strip() if scheme.lower() == "bearer" else request.headers.get("X-Api-Key", "").strip()
+    if scheme.lower() == "bearer":
+        return given.strip()
+    return (request.headers.get("X-Api-Key") or request.headers.get("Api-Key", "")).strip()
 
 
 def _digest(key: str) -> bytes:
@@ -128,12 +162,3 @@ def require_key(keys: KeyRing) -> Middleware:
 
 def _key_kind(path: str) -> str:
     return "a valid key (--admin-api-key if there are several)" if path in ADMIN_PATHS else "a valid key"
-
-
-def bill(owner: Owner, requests: Sequence[Request]) -> None:
-    """Put `requests` on the account of the client that `owner` names."""
-    client = owner.get(CLIENT)
-    if client is not None:
-        for request in requests:
-            request.client, request.weight = client.name, client.weight
-            request.priority += client.priority

@@ -16,7 +16,7 @@ from engine.errors import EngineError, InvalidRequest
 from engine.request import Delta, FinishReason, Request, SamplingParams, Status, ignore
 from server.http.bodies import BODY
 from server.http.intake import paced
-from server.http.keys import bill
+from server.http.owners import bill
 from server.reading.protocol import Owner
 
 logger = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ class LiveRequests:
         self.engine = engine
         self.arrival_observers: list[Callable[[Request], None]] = []  # called with each request that was accepted
         self.observers: list[Callable[[Request], None]] = []  # called with each request that ended
+        self._accepted: dict[str, Request] = {}  # by rid, those that have not ended
         self._rids: dict[str, list[str]] = {}  # rid given by the client -> rids of the requests made of it
 
     @asynccontextmanager
@@ -114,6 +115,7 @@ class LiveRequests:
             async for request in paced(requests, num_a_pass=16):
                 self.engine.submit(request)
                 accepted.append(request)
+                self._accepted[request.rid] = request
                 for observe in self.arrival_observers:
                     observe(request)
             if (body := owner.get(BODY)) is not None:
@@ -122,6 +124,7 @@ class LiveRequests:
         finally:
             del self._rids[rid]
             for request in accepted:
+                del self._accepted[request.rid]
                 if request.status is not Status.FINISHED:
                     self.engine.abort(request.rid)
                 for observe in self.observers:
@@ -134,6 +137,11 @@ class LiveRequests:
             request.sink = collector.sink_of(i)
         async with self.submitted(owner, rid, requests):
             return await collector.done
+
+    def end(self, request: Request) -> None:
+        """Abort `request` if it runs: never another of its rid, which it was refused for."""
+        if self._accepted.get(request.rid) is request:
+            self.engine.abort(request.rid)
 
     def abort(self, rid: str) -> None:
         for request_rid in self._rids.get(rid, [rid]):
@@ -171,6 +179,11 @@ async def written(write: Callable[[], web.Response], requests: Sequence[Request]
     return await asyncio.to_thread(write) if is_long else write()
 
 
+def escaped(text: str) -> str:
+    """Return a client's text for a line of the log: without line ends and other control characters."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 class RequestLog:
     """Writes a line for each request that ended. `level` 0 to 3: how much it reports, see --log-requests-level."""
 
@@ -193,4 +206,6 @@ class RequestLog:
             decode = self.tokenizer.decode
             facts["prompt"] = decode(request.input_ids, skip_special_tokens=False)[:limit]
             facts["answer"] = decode(request.output_ids, skip_special_tokens=False)[:limit]
-        logger.info("request %s: %s", request.rid, ", ".join(f"{name}={value!r}" for name, value in facts.items()))
+        logger.info(
+            "request %s: %s", escaped(request.rid), ", ".join(f"{name}={value!r}" for name, value in facts.items())
+        )
