@@ -10,7 +10,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -382,7 +382,7 @@ def _errors(errors: list[JSON]) -> JSON:
     return {"object": "list", "data": errors}
 
 
-def bounded_lines(path: Path, max_bytes: int) -> Iterator[bytes]:
+def bounded_lines(path: Path, max_bytes: int) -> Generator[bytes, None, None]:
     """Yield the lines of a file. Of a line that is longer than `max_bytes`, only a head that is longer."""
     with open(path, "rb") as file:
         while text := file.readline(max_bytes + 1):

@@ -30,6 +30,7 @@ from server.__main__ import warm_up
 from server.app import build_app
 from server.config import ServerConfig, make_parser, read_options, to_arguments
 from server.fleet.router import BROADCAST_PATHS, FIRST_WORKERS_PATHS, end_to_end, transparent_session
+from server.http.connections import MAX_LINE_BYTES
 from server.reading.protocol import error_shape
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ class Replica:
             handler_cancellation=True,
             shutdown_timeout=config.drain_timeout,
             access_log=None,
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_LINE_BYTES,
         )
         await runner.setup()
         self._stack.push_async_callback(runner.cleanup)

@@ -136,7 +136,8 @@ def _key_of(request: web.Request) -> str:
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return given.strip()
-    return (request.headers.get("X-Api-Key") or request.headers.get("Api-Key", "")).strip()
+    headers = request.headers
+    return headers.get("X-Api-Key", headers.get("Api-Key", "")).strip()
 
 
 def _digest(key: str) -> bytes:
