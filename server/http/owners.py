@@ -1,6 +1,6 @@
 """Who owns what, where several clients have keys of their own (`--api-key-file`).
 
-Every stored or running thing has an owner, the digest of its maker's key: files, batches, responses, sessions, rids.
+Every stored or running thing has an owner, the digest of its maker's key: files, batches, responses, sessions.
 Nobody else finds it, and an admin finds all. Prefixes are cached by owner too, and a request's priority counts among
 its owner's. Where clients have no keys of their own, they all are one owner: "".
 """
@@ -49,12 +49,6 @@ def may_find(caller: Caller, owner: str) -> bool:
     """Return whether what `owner` has made exists for `caller`."""
     client = caller.get(CLIENT)
     return client is None or client.is_admin or client.owner == owner
-
-
-def own_name(caller: Caller, name: str) -> str:
-    """Return a name that a client has chosen, of a request or session, as it is among all clients'."""
-    owner = owner_of(caller)
-    return f"{owner}/{name}" if owner else name
 
 
 def bill(caller: Caller, requests: Sequence[Request]) -> None:
