@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Seque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from engine.request import Delta, Request
+from engine.state import Delta, RequestState
 
 if TYPE_CHECKING:
     from cache.radix import Prefix
@@ -232,8 +232,8 @@ class Engine(ABC):
         return encode() if len(text) < LONG_TEXT else await asyncio.to_thread(encode)
 
     @abstractmethod
-    async def prepare(self, requests: Sequence[Request]) -> None:
-        """Compile the grammars that constrain the answers of `requests`, off the event loop. Call before `submit`.
+    async def prepare(self, states: Sequence[RequestState]) -> None:
+        """Compile the grammars that constrain the answers of `states`, off the event loop. Call before `submit`.
 
         Raises `InvalidRequest` if that is impossible, or takes too long.
         """
@@ -243,8 +243,8 @@ class Engine(ABC):
         """Build the tables that the first grammar needs, on a thread. Call when nobody waits for the start any more."""
 
     @abstractmethod
-    def submit(self, request: Request) -> None:
-        """Queue `request`, after `prepare`; its sink is called with its deltas from now on.
+    def submit(self, state: RequestState) -> None:
+        """Queue a request, after `prepare`; the sink is called with its deltas from now on. The engine owns `state`.
 
         Raises `InvalidRequest` (a field out of range), `PromptTooLong`, `QueueFull` or `EngineStopped`. What only a
         replica can find out ends the request as an abort instead.
@@ -258,12 +258,15 @@ class Engine(ABC):
     def abort_all(self, message: str = "aborted by the client", status_code: int = 499) -> int:
         """End every request. Return how many there were."""
 
-    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        """Yield the deltas of `request` up to the one with a finish reason. Closing the generator aborts it."""
+    async def generate(self, state: RequestState) -> AsyncGenerator[Delta, None]:
+        """Prepare and submit a request, and yield its deltas up to the one with a finish reason.
+
+        Sets the sink of `state`. Closing the generator aborts the request.
+        """
         deltas: asyncio.Queue[Delta] = asyncio.Queue()
-        request.sink = deltas.put_nowait
-        await self.prepare([request])
-        self.submit(request)
+        state.sink = deltas.put_nowait
+        await self.prepare([state])
+        self.submit(state)
         try:
             while True:
                 delta = await deltas.get()
@@ -271,7 +274,7 @@ class Engine(ABC):
                 if delta.finish_reason is not None:
                     return
         finally:
-            self.abort(request.rid)
+            self.abort(state.rid)
 
     # ---- cache and weights ----
 

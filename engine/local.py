@@ -20,8 +20,8 @@ from engine.maintenance import LocalMaintenance
 from engine.model_config import ModelConfig
 from engine.output import OutputProcessor
 from engine.profiler import Profiler, make_profile_folder
-from engine.request import FinishReason, Request, Status
 from engine.request_table import RequestTable
+from engine.state import FinishReason, RequestState, Status
 from engine.text.tokenizer import Tokenizer
 from engine.verify import RequestLimits
 
@@ -155,29 +155,29 @@ class LocalEngine(Engine):
 
     # ---- requests ----
 
-    async def prepare(self, requests: Sequence[Request]) -> None:
-        await self.started.constraints.prepare(requests)
+    async def prepare(self, states: Sequence[RequestState]) -> None:
+        await self.started.constraints.prepare(states)
 
     def warm_up_grammars(self) -> None:
         if self.is_generation:
             self.started.constraints.warm_up()
 
-    def submit(self, request: Request) -> None:
+    def submit(self, state: RequestState) -> None:
         if self.has_failed:
             raise EngineStopped("the engine has failed")
         self._requests.check_open(self.is_running)
         started = self.started
         is_idle = not started.diagnostics.has_work
-        started.intake.submit(request)
+        started.intake.submit(state)
         if is_idle:
             started.diagnostics.record_work()
         started.loop.wake()
 
     def abort(self, rid: str, message: str = "aborted by the client", status_code: int = 499) -> bool:
-        request = self._requests.by_rid.get(rid)
-        if request is None or request.status is Status.FINISHED:
+        state = self._requests.by_rid.get(rid)
+        if state is None or state.status is Status.FINISHED:
             return False
-        self.started.loop.abort(request, FinishReason("abort", message=message, status_code=status_code))
+        self.started.loop.abort(state, FinishReason("abort", message=message, status_code=status_code))
         self._requests.num_aborted += 1
         return True
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from engine.batch_log import BatchLog
 from engine.output import OutputProcessor
 from engine.pace import MIN_LEAD_S, MIN_RANKS_LEAD_S, StepPace
-from engine.request import FinishReason, Request
 from engine.schedule.plan import Plan, PrefillBudget
 from engine.schedule.scheduler import Scheduler
+from engine.state import FinishReason, RequestState
 from engine.step.model_runner import ModelRunner, Step
 
 logger = logging.getLogger(__name__)
@@ -173,8 +173,8 @@ class StepLoop:
         stats.schedule_s += scheduled - start
         if plan is None:
             return False
-        for request in plan.admitted:
-            request.times.scheduled = start
+        for state in plan.admitted:
+            state.times.scheduled = start
         try:
             step = self.runner.launch(plan)
         except Exception as error:  # noqa: BLE001 - such as out of memory: only this step fails
@@ -285,8 +285,8 @@ class StepLoop:
         self._tell_end_of(step)
         for i, message in errors.items():
             plan = step.plan
-            request = self.scheduler.rows.request_at(plan.rows[plan.samples[wanted[0][i]]])
-            self.abort(request, FinishReason("abort", message=f"the grammar failed: {message}", status_code=500))
+            state = self.scheduler.rows.state_at(plan.rows[plan.samples[wanted[0][i]]])
+            self.abort(state, FinishReason("abort", message=f"the grammar failed: {message}", status_code=500))
         return True
 
     async def _resolve(self, step: Step) -> None:
@@ -334,14 +334,14 @@ class StepLoop:
             while not step.has_ended:  # noqa: ASYNC110 - a GPU signals no event
                 await asyncio.sleep(MIN_SLEEP_S)
 
-    def _close(self, requests: list[Request]) -> None:
-        for request in requests:
-            self.output.close(request)
+    def _close(self, states: list[RequestState]) -> None:
+        for state in states:
+            self.output.close(state)
 
-    def abort(self, request: Request, reason: FinishReason) -> None:
-        """End `request` now; its slots are free before the next plan."""
-        self.scheduler.finish(request, reason)
-        self.output.close(request)
+    def abort(self, state: RequestState, reason: FinishReason) -> None:
+        """End `state` now; its slots are free before the next plan."""
+        self.scheduler.finish(state, reason)
+        self.output.close(state)
 
 
 def _failure(what: str, error: Exception) -> FinishReason:

@@ -20,7 +20,8 @@ from rich.table import Table
 from engine.engine import Engine
 from engine.errors import ModelError
 from engine.ranks.children import settle_garbage_collector
-from engine.request import Request, SamplingParams, ignore
+from engine.request import Request, SamplingParams
+from engine.state import RequestState
 from engine.watchdog import Watchdog
 from server.app import build_app
 from server.config import ServerConfig, parse_args
@@ -178,9 +179,9 @@ async def warm_up(engine: Engine) -> None:
     input_ids = await engine.encode("The capital city of France is")
     num_tokens = min(8, engine.context_length - len(input_ids)) if engine.is_generation else 0
     params = SamplingParams(max_new_tokens=num_tokens, temperature=0.0)
-    request = Request(rid=f"WARMUP_{new_rid()}", input_ids=input_ids, sampling_params=params, sink=ignore)
-    request.pooling = None if engine.is_generation else "last"
-    async for delta in engine.generate(request):
+    pooling = None if engine.is_generation else "last"
+    request = Request(rid=f"WARMUP_{new_rid()}", input_ids=input_ids, sampling_params=params, pooling=pooling)
+    async for delta in engine.generate(RequestState(request)):
         if delta.finish_reason is not None and delta.finish_reason.type == "abort":
             raise StartError(f"the first tokens could not be generated: {delta.finish_reason.message}")
 

@@ -9,7 +9,7 @@ import pytest
 from aiohttp.test_utils import TestClient
 
 from engine.errors import InvalidRequest
-from engine.request import FinishReason
+from engine.state import FinishReason
 from server.apis.anthropic import chat_body
 from server.reading.protocol import Fields
 from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
@@ -307,7 +307,7 @@ async def test_a_disconnect_aborts_the_message() -> None:
     async with serving(engine) as client, official(client) as api:
         async with api.messages.stream(model="fake-model", max_tokens=5, messages=USER) as stream:
             await engine.until(lambda: bool(engine.requests))
-            engine.emit(engine.requests[0], "H")
+            engine.emit(engine.states[0], "H")
             assert await anext(aiter(stream.text_stream)) == "H"
         await engine.until(lambda: engine.aborted == [engine.requests[0].rid])
 

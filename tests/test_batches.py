@@ -16,7 +16,7 @@ from aiohttp import FormData
 from openai.types import Batch
 
 from engine.errors import QueueFull
-from engine.request import FinishReason, Request
+from engine.state import FinishReason, RequestState
 from server.reading.chat import Chats, ChatTurn
 from server.reading.protocol import Fields
 from tests.fake_engine import FakeEngine, serving
@@ -170,7 +170,7 @@ async def test_lines_run_below_every_other_request_and_a_bounded_number_at_once(
         await asyncio.sleep(0.05)
         assert len(engine.requests) == limit
         assert all(request.priority < -1000 for request in engine.requests)
-        engine.finish(engine.requests[0], FinishReason("stop"))
+        engine.finish(engine.states[0], FinishReason("stop"))
         await engine.until(lambda: len(engine.requests) == limit + 1)
 
 
@@ -219,7 +219,7 @@ async def test_a_cancelled_batch_keeps_its_answers() -> None:
     async with api_of(engine) as api:
         batch = await start(api, [chat_line(f"line-{i}") for i in range(6)])
         await engine.until(lambda: len(engine.live) == 4)
-        engine.finish(engine.requests[0], FinishReason("stop"))
+        engine.finish(engine.states[0], FinishReason("stop"))
         await until(
             api, batch.id, lambda batch: batch.request_counts is not None and batch.request_counts.completed == 1
         )
@@ -262,12 +262,12 @@ async def test_a_full_queue_only_delays_a_batch(monkeypatch: pytest.MonkeyPatch)
     engine = FakeEngine()
     submit, num_refused = engine.submit, 0
 
-    def refuse_twice(request: Request) -> None:
+    def refuse_twice(state: RequestState) -> None:
         nonlocal num_refused
         if num_refused < 2:
             num_refused += 1
             raise QueueFull("the queue is full")
-        submit(request)
+        submit(state)
 
     monkeypatch.setattr(engine, "submit", refuse_twice)
     async with api_of(engine) as api:

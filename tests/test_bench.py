@@ -14,7 +14,7 @@ from rich.console import Console
 
 from bench.roofline import Roofline
 from bench.serve import Client, Metrics, Result, Work, argument_parser, main, make_work, run, run_load
-from engine.request import FinishReason
+from engine.state import FinishReason
 from tests.fake_engine import FakeEngine, serving
 
 ANSWER = "Hello, world"  # of the fake engine: a token a letter

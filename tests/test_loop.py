@@ -16,10 +16,11 @@ from cache.radix import RadixCache
 from engine.loop import StepLoop
 from engine.output import OutputProcessor
 from engine.pace import StepPace
-from engine.request import Delta, FinishReason, Request, SamplingParams, Status
+from engine.request import Request, SamplingParams
 from engine.schedule.plan import Plan
 from engine.schedule.rows import Rows
 from engine.schedule.scheduler import Scheduler
+from engine.state import Delta, FinishReason, RequestState, Status
 from engine.step.batch import Staged
 from engine.step.fields import StepShape
 from engine.step.model_runner import Step
@@ -101,13 +102,15 @@ async def running_loop(num_rows: int = 8, **options: Any) -> AsyncIterator[tuple
         await task
 
 
-def submit(loop: StepLoop, prompt: list[int], max_new_tokens: int = 8) -> tuple[Request, list[Delta]]:
+def submit(
+    loop: StepLoop, prompt: list[int], max_new_tokens: int = 8, stream: bool = False
+) -> tuple[RequestState, list[Delta]]:
     deltas: list[Delta] = []
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
-    request = Request(f"r{prompt[0]}", prompt, params, deltas.append)
-    loop.scheduler.submit(request)
+    state = RequestState(Request(f"r{prompt[0]}", prompt, params, stream=stream), deltas.append)
+    loop.scheduler.submit(state)
     loop.wake()
-    return request, deltas
+    return state, deltas
 
 
 class OneLetterAToken:
@@ -124,8 +127,8 @@ def submit_streams(loop: StepLoop, count: int, max_new_tokens: int = 8) -> list[
     """Return what each of `count` streams is given."""
     given = []
     for i in range(count):
-        request, deltas = submit(loop, [i, 1, 2], max_new_tokens)
-        request.stream, request.text_stream = True, OneLetterAToken()
+        state, deltas = submit(loop, [i, 1, 2], max_new_tokens, stream=True)
+        state.text_stream = OneLetterAToken()  # type: ignore[assignment]
         given.append(deltas)
     return given
 
@@ -240,7 +243,7 @@ async def test_a_device_that_fails_fails_the_step_and_not_the_loop() -> None:
 async def test_a_request_whose_sink_fails_ends_though_it_has_lost_its_slots_meanwhile() -> None:
     async with running_loop(num_rows=40) as (loop, runner):
         submit_streams(loop, 40)
-        requests = list(loop.scheduler.waiting)
+        states = list(loop.scheduler.waiting)
         await settle()
         told: list[Delta] = []
 
@@ -249,9 +252,9 @@ async def test_a_request_whose_sink_fails_ends_though_it_has_lost_its_slots_mean
             if delta.finish_reason is None:
                 raise ConnectionError("gone")
 
-        last = requests[-1]
+        last = states[-1]
         last.sink = sink
-        requests[0].sink = lambda delta: loop.scheduler.retract_all()
+        states[0].sink = lambda delta: loop.scheduler.retract_all()
         await runner.finish(0)
         assert last.status is Status.FINISHED and last not in loop.scheduler.waiting
         assert told[-1].finish_reason is not None and "gone" in (told[-1].finish_reason.message or "")
@@ -373,10 +376,10 @@ def test_a_prediction_is_never_longer_than_what_was_seen(num_prefill_tokens: int
 
 async def test_the_next_step_is_launched_before_the_last_ones_tokens_are_given() -> None:
     async with running_loop() as (loop, runner):
-        request, _ = submit(loop, [1, 2, 3])
-        request.stream, request.text_stream = True, OneLetterAToken()
+        state, _ = submit(loop, [1, 2, 3], stream=True)
+        state.text_stream = OneLetterAToken()  # type: ignore[assignment]
         num_launched: list[int] = []
-        request.sink = lambda delta: num_launched.append(len(runner.launched))
+        state.sink = lambda delta: num_launched.append(len(runner.launched))
         await settle()
         await runner.finish(0)
         await runner.finish(1)
@@ -424,12 +427,12 @@ async def test_an_aborted_stream_is_given_the_tokens_that_wait_for_its_turn() ->
     async with running_loop(num_rows=400) as (loop, runner):
         given = submit_streams(loop, 400)
         await settle()
-        requests = loop.scheduler.running_requests()
+        states = loop.scheduler.running()
         runner.ends[0].set_result(None)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert any(given) and not given[-1], "its turn has not come"
-        loop.abort(requests[-1], FinishReason("abort"))
+        loop.abort(states[-1], FinishReason("abort"))
         await settle()
         (last,) = given[-1]
         assert (last.token_ids, last.text, last.finish_reason and last.finish_reason.type) == ([TOKEN], "a", "abort")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient
 
-from engine.request import FinishReason
+from engine.state import FinishReason
 from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
 
 Client = TestClient[Any, Any]
@@ -79,7 +79,7 @@ async def test_a_format_constrains_the_answer(client: Client, engine: FakeEngine
 
 async def test_no_limit_is_a_negative_num_predict(client: Client, engine: FakeEngine) -> None:
     await answer(client, "/api/generate", prompt="Hi", raw=True, options={"num_predict": -1})
-    assert engine.requests[0].sampling_params.max_new_tokens == 256 - 2
+    assert engine.states[0].max_new_tokens == 256 - 2
 
 
 async def test_thinking_text_and_calls_are_fields_of_their_own() -> None:
@@ -181,7 +181,7 @@ async def test_a_disconnect_aborts_the_chat() -> None:
     engine = FakeEngine(is_manual=True)
     async with serving(engine) as client:
         response = await client.post("/api/chat", json={"model": "fake-model", "messages": USER})
-        engine.emit(engine.requests[0], "H")
+        engine.emit(engine.states[0], "H")
         await response.content.readline()
         response.close()
         await engine.until(lambda: engine.aborted == [engine.requests[0].rid])

@@ -10,7 +10,7 @@ import openai
 import pytest
 from aiohttp.test_utils import TestClient
 
-from engine.request import FinishReason
+from engine.state import FinishReason
 from tests.fake_engine import FakeEngine, events_of, serving
 
 Client = TestClient[Any, Any]
@@ -52,7 +52,7 @@ async def test_a_chat_answer_has_message_usage_and_reason(api: openai.AsyncOpenA
 
 async def test_a_chat_without_a_limit_may_fill_the_context(api: openai.AsyncOpenAI, engine: FakeEngine) -> None:
     await api.chat.completions.create(model="fake-model", messages=USER)
-    assert engine.requests[0].sampling_params.max_new_tokens == 256 - 19
+    assert engine.states[0].max_new_tokens == 256 - 19
 
 
 async def test_chat_fields_reach_the_sampler_under_its_names(api: openai.AsyncOpenAI, engine: FakeEngine) -> None:
@@ -201,7 +201,7 @@ async def test_a_prompt_is_text_or_ids_or_a_list_of_them(
     assert [request.prompt_len for request in engine.requests] == lengths
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == sum(lengths)
-    assert engine.requests[0].sampling_params.max_new_tokens == 16
+    assert engine.states[0].max_new_tokens == 16
 
 
 async def test_choices_are_numbered_prompt_by_prompt(api: openai.AsyncOpenAI, engine: FakeEngine) -> None:

@@ -10,7 +10,7 @@ import pytest
 from aiohttp.test_utils import TestClient
 
 from engine.errors import InvalidRequest
-from engine.request import FinishReason
+from engine.state import FinishReason
 from server.apis.responses import ResponseStore, chat_body, read_input
 from server.reading.protocol import Fields
 from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
@@ -112,7 +112,7 @@ async def test_a_disconnect_aborts_the_response() -> None:
     engine = FakeEngine(is_manual=True)
     async with serving(engine) as client:
         response = await client.post("/v1/responses", json={"input": "Hi", "stream": True})
-        engine.emit(engine.requests[0], "H")
+        engine.emit(engine.states[0], "H")
         await response.content.readline()
         response.close()
         await engine.until(lambda: engine.aborted == [engine.requests[0].rid])
@@ -218,8 +218,8 @@ async def test_a_background_response_is_fetched_when_it_is_done() -> None:
     async with serving(engine) as client, official(client) as api:
         response = await api.responses.create(model="fake-model", input="Hi", background=True)
         assert (response.status, response.output) == ("in_progress", [])  # the fake schedules at once
-        engine.emit(engine.requests[0], "Hello")
-        engine.finish(engine.requests[0], FinishReason("stop"))
+        engine.emit(engine.states[0], "Hello")
+        engine.finish(engine.states[0], FinishReason("stop"))
         done = await api.responses.retrieve(response.id)
         while done.status == "in_progress":
             done = await api.responses.retrieve(response.id)
@@ -230,7 +230,7 @@ async def test_a_cancelled_background_response_keeps_what_it_had_said() -> None:
     engine = FakeEngine(is_manual=True)
     async with serving(engine) as client, official(client) as api:
         response = await api.responses.create(model="fake-model", input="Hi", background=True)
-        engine.emit(engine.requests[0], "Hel")
+        engine.emit(engine.states[0], "Hel")
         cancelled = await api.responses.cancel(response.id)
         assert (cancelled.status, cancelled.output_text) == ("cancelled", "Hel")
         assert (await api.responses.cancel(response.id)).status == "cancelled"
@@ -241,7 +241,7 @@ async def test_a_background_response_that_failed_says_so() -> None:
     engine = FakeEngine(is_manual=True)
     async with serving(engine) as client, official(client) as api:
         response = await api.responses.create(model="fake-model", input="Hi", background=True)
-        engine.finish(engine.requests[0], FinishReason("abort", message="out of memory", status_code=500))
+        engine.finish(engine.states[0], FinishReason("abort", message="out of memory", status_code=500))
         failed = await api.responses.cancel(response.id)
         assert failed.error is not None
         assert (failed.status, failed.error.message) == ("failed", "out of memory")

@@ -21,7 +21,8 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from engine.errors import ModelError
-from engine.request import FinishReason, Request
+from engine.request import Request
+from engine.state import FinishReason, RequestState
 from engine.step.model_runner import Step
 from server.__main__ import main
 from server.app import build_app
@@ -118,11 +119,11 @@ async def test_text_that_needs_escaping_survives_the_stream(engine: FakeEngine) 
     async with serving(engine) as client:
         task = asyncio.create_task(stream(client, text="Hi"))
         await engine.until(lambda: bool(engine.live))
-        request = engine.requests[0]
+        state = engine.states[0]
         for piece in pieces:
-            engine.emit(request, piece)
+            engine.emit(state, piece)
             await asyncio.sleep(0)
-        engine.finish(request, FinishReason("length"))
+        engine.finish(state, FinishReason("length"))
         events = await task
     assert events[-1]["text"] == "".join(pieces)
 
@@ -487,7 +488,7 @@ async def test_a_token_is_sent_when_the_engine_gives_it_and_not_later(engine: Fa
         response = await client.post("/generate", json={"text": "a", "stream": True})
         assert response.status == 200  # the headers are there before the first token
         for word in ("one", " two"):
-            engine.emit(engine.requests[0], word)
+            engine.emit(engine.states[0], word)
             event = await asyncio.wait_for(response.content.readuntil(b"\n\n"), 5)
             assert json.loads(event.removeprefix(b"data: "))["text"].endswith(word)
 
@@ -496,8 +497,8 @@ async def test_answers_on_one_connection_make_one_write_a_step(engine: FakeEngin
     engine.is_manual = True
     async with serving(engine) as client:
         response = await client.post("/generate", json={"text": ["a", "b", "c"], "stream": True})
-        for request in engine.requests:
-            engine.emit(request, "x")
+        for state in engine.states:
+            engine.emit(state, "x")
         chunk, _ = await asyncio.wait_for(response.content.readchunk(), 5)
         assert len(events_of(chunk)) == 3
 
@@ -513,16 +514,16 @@ async def test_what_a_slow_reader_costs_is_bounded_and_it_misses_nothing(engine:
         head = b"POST %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
         writer.write(head % (path.encode(), len(body)) + body)
         await engine.until(lambda: bool(engine.live))
-        request, largest = engine.requests[0], 0
-        stream = request.sink.__self__.stream  # type: ignore[attr-defined]
+        state, largest = engine.states[0], 0
+        stream = state.sink.__self__.stream  # type: ignore[attr-defined]
         for piece in pieces:
-            engine.emit(request, piece)
+            engine.emit(state, piece)
             await asyncio.sleep(0)
             if stream.is_direct or largest:
                 largest = max(largest, stream.transport.get_write_buffer_size())
         assert largest > HIGH_WATER_BYTES  # the reader was slow indeed
         assert largest < 4 * HIGH_WATER_BYTES
-        engine.finish(request, FinishReason("length"))
+        engine.finish(state, FinishReason("length"))
         answer = b""
         while block := await asyncio.wait_for(reader.read(1 << 16), 10):
             answer += block
@@ -580,7 +581,7 @@ async def test_what_an_answer_took_is_given_back_without_the_garbage_collector(
     body = {"stream": is_stream, "prompt" if "v1" in path else "input_ids": [5, 6, 7]}
 
     def num_alive() -> int:
-        return sum(type(one) in (Request, Step, EventStream) for one in gc.get_objects())
+        return sum(type(one) in (Request, RequestState, Step, EventStream) for one in gc.get_objects())
 
     async with running_engine(tiny_llama) as engine:
         config = ServerConfig(model_path=str(tiny_llama), served_model_name="tiny")
@@ -788,8 +789,8 @@ class SlowEngine(FakeEngine):
     async def start(self, on_progress: Any = print) -> None:
         on_progress("weights loaded")
 
-    def _step(self, request: Request) -> None:
-        asyncio.get_running_loop().call_later(0.08, super()._step, request)
+    def _step(self, state: RequestState) -> None:
+        asyncio.get_running_loop().call_later(0.08, super()._step, state)
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, engine_class: type, *argv: str) -> int:

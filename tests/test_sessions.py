@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from engine.request import FinishReason
+from engine.state import FinishReason
 from server.app import build_app
 from server.config import ServerConfig
 from tests.fake_engine import FakeEngine, serving

@@ -6,7 +6,7 @@ import orjson
 from aiohttp import web
 
 from engine.errors import InvalidRequest
-from engine.request import FinishReason
+from engine.state import FinishReason
 from server.apis.answer import failure_of
 from server.apis.blocks import (
     REASONING,
@@ -300,7 +300,7 @@ class MessageAnswer(BlockAnswer):
 
     def _message(self, content: list[JSON], reason: FinishReason | None) -> JSON:
         return {
-            "id": self.request.rid,
+            "id": self.state.rid,
             "type": "message",
             "role": "assistant",
             "model": self.model,
@@ -312,7 +312,7 @@ class MessageAnswer(BlockAnswer):
     def _ending(self, reason: FinishReason | None) -> JSON:
         if reason is None:
             return {"stop_reason": None, "stop_sequence": None}
-        matched = reason.matched if reason.matched in self.request.sampling_params.stop else None
+        matched = reason.matched if reason.matched in self.state.sampling_params.stop else None
         if reason.type == "length":
             stop_reason = "max_tokens"
         elif matched is not None:
@@ -325,9 +325,9 @@ class MessageAnswer(BlockAnswer):
 
     def _usage(self) -> JSON:
         """Return the usage. `input_tokens`: those that the cache did not hold, as at Anthropic."""
-        cached = self.request.num_cached_tokens
+        cached = self.state.num_cached_tokens
         return {
-            "input_tokens": self.request.prompt_len - cached,
+            "input_tokens": self.state.prompt_len - cached,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": cached,
             "output_tokens": self.num_output_tokens,

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from engine.request import Delta, FinishReason, Logprobs
+from engine.state import Delta, FinishReason, Logprobs, RequestState
 from server.apis.answer import Answer, respond
 from server.http.live import LiveRequests, make_requests
 from server.http.sse import HEADERS
@@ -87,7 +87,7 @@ class BlockAnswer(Answer):
 
     def __init__(self, rid: str, turn: ChatTurn) -> None:
         [request] = make_requests([rid], turn.input_ids, turn.params, turn.options)
-        super().__init__(0, request, turn.new_parser and turn.new_parser())
+        super().__init__(0, RequestState(request), turn.new_parser and turn.new_parser())
         self.turn = turn
         self.blocks = Blocks()
         self._open: Block | None = None
@@ -100,7 +100,7 @@ class BlockAnswer(Answer):
     @property
     def num_reasoning_tokens(self) -> int:
         """Reasoning tokens of an answer that has ended."""
-        return self.turn.count_reasoning(self.request.output_ids, self.parser)
+        return self.turn.count_reasoning(self.state.output_ids, self.parser)
 
     # ---- the spelling, by API; beside these `begin` and `fail` ----
 
@@ -166,5 +166,5 @@ async def respond_in_blocks(
 ) -> web.StreamResponse:
     """Return the response of `answer`, a stream if its request streams, which only an HTTP request may ask for."""
     return await respond(
-        owner, live, answer.request.rid, [answer], body=lambda bodies: bodies[0], tail=bytes, headers=headers
+        owner, live, answer.state.rid, [answer], body=lambda bodies: bodies[0], tail=bytes, headers=headers
     )

@@ -9,7 +9,7 @@ import orjson
 from aiohttp import web
 
 from engine.engine import Engine
-from engine.request import FinishReason
+from engine.state import FinishReason
 from server.apis.answer import failure_of
 from server.apis.blocks import (
     REASONING,
@@ -294,12 +294,12 @@ class Lines(BlockAnswer):
 
     def _ending(self, reason: FinishReason) -> JSON:
         """Return the last line's fields. Durations are in nanoseconds."""
-        request, times = self.request, self.request.times
+        state, times = self.state, self.state.times
         return {
             "done_reason": reason.type,
             "total_duration": _nanoseconds(times.arrived, times.finished),
             "load_duration": 0,
-            "prompt_eval_count": request.prompt_len,
+            "prompt_eval_count": state.prompt_len,
             "prompt_eval_duration": _nanoseconds(times.scheduled, times.first_token),
             "eval_count": self.num_output_tokens,
             "eval_duration": _nanoseconds(times.first_token, times.finished),

@@ -8,7 +8,8 @@ from aiohttp import web
 
 from engine.engine import Engine
 from engine.errors import InvalidRequest
-from engine.request import Request, SamplingParams
+from engine.request import SamplingParams
+from engine.state import RequestState
 from server.apis.answer import respond
 from server.apis.meta_info import MetaInfo
 from server.apis.openai_answers import ChatAnswer, CompletionAnswer, Envelope, OpenAIAnswer, count_usage
@@ -140,12 +141,12 @@ class OpenAIApi:
     ) -> web.StreamResponse:
         """Return n answers to each prompt, all in one response. Choice i belongs to prompt i // n."""
         rid, n = envelope.id, params.n
-        requests: list[Request] = []
+        states: list[RequestState] = []
         async for i, input_ids in paced(enumerate(prompts), num_a_pass=-(-64 // n)):
             first = i * n
             names = [rid] if n * len(prompts) == 1 else [f"{rid}-{k}" for k in range(first, first + n)]
-            requests += make_requests(names, input_ids, params, options)
-        answers = [new_answer(i, request, envelope, self.engine.tokenizer) for i, request in enumerate(requests)]
+            states += map(RequestState, make_requests(names, input_ids, params, options))
+        answers = [new_answer(i, state, envelope, self.engine.tokenizer) for i, state in enumerate(states)]
 
         def usage() -> JSON:
             return count_usage(answers, n).to_dict(self.config.enable_cache_report)

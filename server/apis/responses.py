@@ -12,7 +12,7 @@ import orjson
 from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest
-from engine.request import Delta, FinishReason
+from engine.state import Delta, FinishReason
 from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockAnswer, chat_call, respond_in_blocks
 from server.config import ServerConfig
 from server.http.keys import CLIENT
@@ -190,15 +190,15 @@ class BackgroundResponse:
     """A response that nobody waits for."""
 
     def __init__(self, owner: str, answer: "ResponseAnswer") -> None:
-        self.owner, self.answer, self.id = owner, answer, answer.request.rid
+        self.owner, self.answer, self.id = owner, answer, answer.state.rid
         self.task: asyncio.Task[None]
         self._done: asyncio.Future[Delta] = asyncio.get_running_loop().create_future()
 
     async def begin(self, http_request: web.Request, live: LiveRequests) -> None:
         """Submit the request. An `EngineError` if it is refused."""
-        self.answer.request.sink = self._sink
+        self.answer.state.sink = self._sink
         submitted = AsyncExitStack()
-        await submitted.enter_async_context(live.submitted(http_request, self.id, [self.answer.request]))
+        await submitted.enter_async_context(live.submitted(http_request, self.id, [self.answer.state]))
         self.task = asyncio.create_task(self._finish(submitted))
 
     def _sink(self, delta: Delta) -> None:
@@ -210,7 +210,7 @@ class BackgroundResponse:
             self.answer.read_whole(await self._done)
 
     def state(self) -> JSON:
-        return self.answer.response("in_progress" if self.answer.request.times.scheduled else "queued")
+        return self.answer.response("in_progress" if self.answer.state.times.scheduled else "queued")
 
 
 # ---- reading ----
@@ -385,10 +385,10 @@ class ResponseAnswer(BlockAnswer):
         self._num_events = 0
 
     def response(self, status: str, reason: FinishReason | None = None) -> JSON:
-        params = self.request.sampling_params
+        params = self.state.sampling_params
         failure = {"code": "server_error", "message": reason.message} if reason and status == "failed" else None
         return {
-            "id": self.request.rid,
+            "id": self.state.rid,
             "object": "response",
             "created_at": self._created_at,
             "completed_at": int(time.time()) if status == "completed" else None,
@@ -420,13 +420,13 @@ class ResponseAnswer(BlockAnswer):
         return response
 
     def _usage(self) -> JSON:
-        request = self.request
+        state = self.state
         return {
-            "input_tokens": request.prompt_len,
-            "input_tokens_details": {"cached_tokens": request.num_cached_tokens},
+            "input_tokens": state.prompt_len,
+            "input_tokens_details": {"cached_tokens": state.num_cached_tokens},
             "output_tokens": self.num_output_tokens,
             "output_tokens_details": {"reasoning_tokens": self.num_reasoning_tokens},
-            "total_tokens": request.prompt_len + self.num_output_tokens,
+            "total_tokens": state.prompt_len + self.num_output_tokens,
         }
 
     def _item(self, block: Block) -> JSON:
@@ -442,7 +442,7 @@ class ResponseAnswer(BlockAnswer):
         return item | {"type": "message", "role": "assistant", "content": [_part(block, content)]}
 
     def _item_id(self, block: Block) -> str:
-        return f"{ITEM_PREFIXES[block.kind]}_{self.request.rid.removeprefix('resp_')}{block.index:02x}"
+        return f"{ITEM_PREFIXES[block.kind]}_{self.state.rid.removeprefix('resp_')}{block.index:02x}"
 
     # ---- events ----
 

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from engine.engine import Engine
 from engine.errors import InvalidRequest
-from engine.request import Request, Status
+from engine.state import RequestState, Status
 from server.http.live import new_rid
 from server.reading.protocol import Fields, json_response, read_json
 
@@ -27,11 +27,11 @@ class Turn:
     num_kept: int  # of the parent's tokens
     input_ids: list[int]  # that came with this turn
     output_ids: list[int] = field(default_factory=list)
-    request: Request | None = None  # until its answer is out
+    state: RequestState | None = None  # until its answer is out
 
     @property
     def is_running(self) -> bool:
-        return self.request is not None and self.request.status is not Status.FINISHED
+        return self.state is not None and self.state.status is not Status.FINISHED
 
     def token_ids(self, *, with_output: bool) -> list[int]:
         """Token ids of the whole conversation up to here."""
@@ -42,7 +42,7 @@ class Turn:
         for turn in reversed(path):
             tokens = tokens[: turn.num_kept] + turn.input_ids
             if turn is not self or with_output:
-                tokens += turn.output_ids if turn.request is None else turn.request.output_ids
+                tokens += turn.output_ids if turn.state is None else turn.state.output_ids
         return tokens
 
 
@@ -113,7 +113,7 @@ class Sessions:
         """Return the prompt that continues the previous turn with `input_ids`, and how many of its tokens are kept."""
         kept: list[int] = []
         if params.previous is not None:
-            running = params.previous.request
+            running = params.previous.state
             if running is not None:
                 self.engine.abort(running.rid)
             kept = params.previous.token_ids(with_output=not params.drops_output)
@@ -132,22 +132,22 @@ class Sessions:
         return kept + input_ids, len(kept)
 
     @contextmanager
-    def turn(self, params: SessionParams, request: Request, num_kept: int) -> Iterator[None]:
-        """Make `request` a turn of the session, unless it is refused. With `replace`, those after the previous go."""
+    def turn(self, params: SessionParams, state: RequestState, num_kept: int) -> Iterator[None]:
+        """Make a request a turn of the session, unless it is refused. With `replace`, those after the previous go."""
         session = params.session
-        if request.rid in session.turns:
-            raise InvalidRequest(f"the session has a request {request.rid!r} already", "rid")
+        if state.rid in session.turns:
+            raise InvalidRequest(f"the session has a request {state.rid!r} already", "rid")
         if params.replaces:
             self._forget_after(session, params.previous)
         if len(session.turns) >= MAX_TURNS:
             raise InvalidRequest(f"the session has {MAX_TURNS} requests, the limit", "session_params.id")
-        turn = Turn(request.rid, params.previous, num_kept, request.input_ids[num_kept:], request=request)
+        turn = Turn(state.rid, params.previous, num_kept, state.request.input_ids[num_kept:], state=state)
         session.turns[turn.rid] = turn
         try:
             yield
         finally:
-            turn.output_ids, turn.request = request.output_ids, None
-            if request.status is not Status.FINISHED:
+            turn.output_ids, turn.state = state.output_ids, None
+            if state.status is not Status.FINISHED:
                 session.turns.pop(turn.rid, None)
 
     def _forget_after(self, session: Session, previous: Turn | None) -> None:
@@ -155,7 +155,7 @@ class Sessions:
         gone = {rid: turn for rid, turn in session.turns.items() if previous is None or _follows(turn, previous)}
         for rid, turn in gone.items():
             del session.turns[rid]
-            if turn.request is not None:
+            if turn.state is not None:
                 self.engine.abort(rid)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import yaml
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from engine.request import Request
+from engine.state import RequestState
 from server.config import ServerConfig
 from server.reading.protocol import Owner
 
@@ -130,10 +130,12 @@ def _key_kind(path: str) -> str:
     return "a valid key (--admin-api-key if there are several)" if path in ADMIN_PATHS else "a valid key"
 
 
-def bill(owner: Owner, requests: Sequence[Request]) -> None:
-    """Put `requests` on the account of the client that `owner` names."""
+def bill(owner: Owner, states: Sequence[RequestState]) -> None:
+    """Put requests that are not submitted yet on the account of the client that `owner` names."""
     client = owner.get(CLIENT)
     if client is not None:
-        for request in requests:
-            request.client, request.weight = client.name, client.weight
-            request.priority += client.priority
+        for state in states:
+            asked = state.request
+            state.request = replace(
+                asked, client=client.name, weight=client.weight, priority=asked.priority + client.priority
+            )

@@ -13,7 +13,8 @@ from aiohttp import web
 
 from engine.engine import Engine, TokenizerFacade
 from engine.errors import EngineError, InvalidRequest
-from engine.request import Delta, FinishReason, Request, SamplingParams, Status, ignore
+from engine.request import Request, SamplingParams
+from engine.state import Delta, FinishReason, RequestState, Status
 from server.http.intake import paced
 from server.http.keys import bill
 from server.reading.protocol import Owner
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 MAX_LOGGED_CHARS = 2048
 MANY_LOGPROBS = 1024  # tokens: about 10 ms of writing
 CLIENT_CLOSED_REQUEST = 499
-REQUESTS: web.RequestKey[Sequence[Request]] = web.RequestKey("requests", Sequence)  # those an HTTP request made
+STATES: web.RequestKey[Sequence[RequestState]] = web.RequestKey("states", Sequence)  # of the requests it made
 
 
 class RequestFailed(EngineError):
@@ -65,7 +66,6 @@ def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingPar
             rid=rid,
             input_ids=input_ids,
             sampling_params=_own_params(params, i),
-            sink=ignore,
             stream=options.stream,
             return_logprob=options.return_logprob,
             logprob_start_len=options.logprob_start_len,
@@ -81,7 +81,7 @@ def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingPar
 
 
 def _own_params(params: SamplingParams, i: int) -> SamplingParams:
-    """Copy for the i-th answer: the engine fills in its length limit, and equal seeds would make equal answers."""
+    """Return the parameters of answer i: equal seeds would make equal answers."""
     seed = params.sampling_seed
     return replace(params, n=1, sampling_seed=None if seed is None else seed + i)
 
@@ -94,41 +94,41 @@ class LiveRequests:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.arrival_observers: list[Callable[[Request], None]] = []  # called with each request that was accepted
-        self.observers: list[Callable[[Request], None]] = []  # called with each request that ended
+        self.arrival_observers: list[Callable[[RequestState], None]] = []  # called with each request that was accepted
+        self.observers: list[Callable[[RequestState], None]] = []  # called with each request that ended
         self._rids: dict[str, list[str]] = {}  # rid given by the client -> rids of the requests made of it
 
     @asynccontextmanager
-    async def submitted(self, owner: Owner, rid: str, requests: Sequence[Request]) -> AsyncIterator[None]:
-        """Submit all of `requests`, or none when one of them is refused. `rid` stands for all of them."""
-        await self.engine.prepare(requests)
-        bill(owner, requests)
-        owner[REQUESTS] = requests
+    async def submitted(self, owner: Owner, rid: str, states: Sequence[RequestState]) -> AsyncIterator[None]:
+        """Submit all of `states`, or none when one of them is refused. `rid` stands for all of them."""
+        await self.engine.prepare(states)
+        bill(owner, states)
+        owner[STATES] = states
         if rid in self._rids:
             raise InvalidRequest(f"a request with rid {rid!r} is still running", "rid")
-        self._rids[rid] = [request.rid for request in requests]
-        accepted: list[Request] = []
+        self._rids[rid] = [state.rid for state in states]
+        accepted: list[RequestState] = []
         try:
-            async for request in paced(requests, num_a_pass=16):
-                self.engine.submit(request)
-                accepted.append(request)
+            async for state in paced(states, num_a_pass=16):
+                self.engine.submit(state)
+                accepted.append(state)
                 for observe in self.arrival_observers:
-                    observe(request)
+                    observe(state)
             yield
         finally:
             del self._rids[rid]
-            for request in accepted:
-                if request.status is not Status.FINISHED:
-                    self.engine.abort(request.rid)
+            for state in accepted:
+                if state.status is not Status.FINISHED:
+                    self.engine.abort(state.rid)
                 for observe in self.observers:
-                    observe(request)
+                    observe(state)
 
-    async def answers(self, owner: Owner, rid: str, requests: Sequence[Request]) -> list[Delta]:
+    async def answers(self, owner: Owner, rid: str, states: Sequence[RequestState]) -> list[Delta]:
         """Return the whole answer of each request. Raises when one of them failed."""
-        collector = _Collector(len(requests))
-        for i, request in enumerate(requests):
-            request.sink = collector.sink_of(i)
-        async with self.submitted(owner, rid, requests):
+        collector = _Collector(len(states))
+        for i, state in enumerate(states):
+            state.sink = collector.sink_of(i)
+        async with self.submitted(owner, rid, states):
             return await collector.done
 
     def abort(self, rid: str) -> None:
@@ -160,9 +160,9 @@ class _Collector:
             self.done.set_result([delta for delta in self._deltas if delta is not None])
 
 
-async def written(write: Callable[[], web.Response], requests: Sequence[Request]) -> web.Response:
+async def written(write: Callable[[], web.Response], states: Sequence[RequestState]) -> web.Response:
     """Call `write` on ended requests; off the event loop if it writes many log-probabilities."""
-    count = sum(request.num_tokens for request in requests if request.return_logprob)
+    count = sum(state.num_tokens for state in states if state.return_logprob)
     return await asyncio.to_thread(write) if count > MANY_LOGPROBS else write()
 
 
@@ -172,20 +172,20 @@ class RequestLog:
     def __init__(self, tokenizer: TokenizerFacade, level: int) -> None:
         self.tokenizer, self.level = tokenizer, level
 
-    def __call__(self, request: Request) -> None:
-        reason = request.finish_reason
+    def __call__(self, state: RequestState) -> None:
+        reason = state.finish_reason
         facts: dict[str, Any] = {
-            "prompt_tokens": request.prompt_len,
-            "completion_tokens": len(request.output_ids),
-            "cached_tokens": request.num_cached_tokens,
+            "prompt_tokens": state.prompt_len,
+            "completion_tokens": len(state.output_ids),
+            "cached_tokens": state.num_cached_tokens,
             "finish_reason": reason.type if reason else None,
-            "seconds": round((request.times.finished or time.perf_counter()) - request.times.arrived, 4),
+            "seconds": round((state.times.finished or time.perf_counter()) - state.times.arrived, 4),
         }
         if self.level >= 1:
-            facts["sampling_params"] = request.sampling_params
+            facts["sampling_params"] = state.resolved_params()
         if self.level >= 2:
             limit = MAX_LOGGED_CHARS if self.level == 2 else None
             decode = self.tokenizer.decode
-            facts["prompt"] = decode(request.input_ids, skip_special_tokens=False)[:limit]
-            facts["answer"] = decode(request.output_ids, skip_special_tokens=False)[:limit]
-        logger.info("request %s: %s", request.rid, ", ".join(f"{name}={value!r}" for name, value in facts.items()))
+            facts["prompt"] = decode(state.request.input_ids, skip_special_tokens=False)[:limit]
+            facts["answer"] = decode(state.output_ids, skip_special_tokens=False)[:limit]
+        logger.info("request %s: %s", state.rid, ", ".join(f"{name}={value!r}" for name, value in facts.items()))

@@ -165,7 +165,7 @@ class Chats:
         marks = [*tool_format.begins] if tool_format else []
         marks += [reasoning.format.start, reasoning.format.end] if reasoning else []
         if any([await self._is_hidden(mark) for mark in marks]):
-            params.skip_special_tokens = False
+            params = replace(params, skip_special_tokens=False)
         end_ids = await self._ids(reasoning.format.end) if reasoning else []
         return ChatTurn(prompt, input_ids, params, options, new_parser, end_ids, tag_of)
 
@@ -241,12 +241,11 @@ class Chats:
             raise InvalidRequest("tool_choice forces a call, while the answer is to have another form", "tool_choice")
         elif isinstance(params.json_schema, dict) and (thinks or tool_format):
             held = json_or_calls(params.json_schema, choice, tool_format)
-            params.json_schema = None
+            params = replace(params, json_schema=None)
             tag_of = "json_schema" if body.has("json_schema") else "response_format"
         if held is None:
             return params, None
-        params.structural_tag = structural_tag(held, thinks)
-        return params, tag_of
+        return replace(params, structural_tag=structural_tag(held, thinks)), tag_of
 
     async def _options(self, body: Fields, reasoning: "Reasoning | None") -> Options:
         num_top = body.integer("top_logprobs", 0, low=0, high=MAX_TOP_LOGPROBS)

@@ -1,6 +1,7 @@
 """The fields of an OpenAI body about sampling and the request, in the engine's terms."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from engine.engine import Engine
 from engine.errors import InvalidRequest
@@ -52,7 +53,7 @@ def read_sampling_params(
     try:
         params = SamplingParams.from_dict(given, engine.sampling_defaults)
         if max_tokens_name is None:
-            params.max_new_tokens = default_max_tokens
+            params = replace(params, max_new_tokens=default_max_tokens)
         params.verify(engine.model_config.vocab_size)
     except InvalidRequest as error:
         theirs = next((theirs for theirs, ours in names.items() if ours == error.field), None)

@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from engine.engine import Engine
-from engine.request import Request
+from engine.state import RequestState
 from server.watch.monitor import Monitor, percentile
 
 FIRST_TOKEN_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
@@ -71,9 +71,9 @@ class Metrics:
     async def metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    def observe(self, request: Request) -> None:
+    def observe(self, state: RequestState) -> None:
         """Record a request that has ended."""
-        times, num_tokens = request.times, len(request.output_ids)
+        times, num_tokens = state.times, len(state.output_ids)
         if not times.scheduled:
             return
         self._queue.observe(times.scheduled - times.arrived)
@@ -83,7 +83,7 @@ class Metrics:
         self._latency.observe(times.finished - times.arrived)
         self._prefill.observe(times.first_token - times.scheduled)
         self._decode.observe(times.finished - times.first_token)
-        self._prompt_len.observe(request.prompt_len)
+        self._prompt_len.observe(state.prompt_len)
         self._answer_len.observe(num_tokens)
         if num_tokens > 1:
             for histogram in self._token:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from engine.engine import Engine
-from engine.request import Request
+from engine.state import RequestState
 
 TICK_S, IDLE_TICK_S = 0.05, 0.5
 SAMPLE_S = 1.0
@@ -120,9 +120,9 @@ class Monitor:
             num_cached_tokens=scheduler.num_cached_tokens,
         )
 
-    def observe(self, request: Request) -> None:
+    def observe(self, state: RequestState) -> None:
         """Record a request that has ended."""
-        times, num_tokens = request.times, len(request.output_ids)
+        times, num_tokens = state.times, len(state.output_ids)
         if times.scheduled and times.finished and num_tokens:
             token_s = (times.finished - times.first_token) / (num_tokens - 1) if num_tokens > 1 else None
             self.ended.append(
