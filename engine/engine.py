@@ -244,7 +244,7 @@ class Engine(ABC):
 
     @abstractmethod
     def submit(self, state: RequestState) -> None:
-        """Queue a request, after `prepare`; the sink is called with its deltas from now on. The engine owns `state`.
+        """Queue a request, after `prepare`. From now on its sink is called, and the engine alone writes to `state`.
 
         Raises `InvalidRequest` (a field out of range), `PromptTooLong`, `QueueFull` or `EngineStopped`. What only a
         replica can find out ends the request as an abort instead.

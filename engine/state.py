@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Status(enum.Enum):
-    """Name the place of a request."""
+    """Say where a request is."""
 
     WAITING = enum.auto()  # in the queue: never admitted, or retracted
     RUNNING = enum.auto()  # owns a row
@@ -85,11 +85,13 @@ Sink = Callable[[Delta], None]
 class RequestState:
     """Keep one request and how far its answer has come.
 
-    The caller makes it of a request and a sink, and may set another sink until the request is submitted. From then on
-    the engine alone writes: `Constraints` the matcher, `RequestLimits` prompt_ids, the scheduler and its parts what
-    stands from `status` to `charged_tokens`, `OutputProcessor` the text, the steps' results the values. Everything
-    happens on the event loop's thread, and may be read there at any time; while a request runs, its tokens are in its
-    row (`Rows.output_ids`), and `output_ids` is complete only once it has ended.
+    The caller makes it from a request and a sink. Until it is submitted, the caller may set another sink, and the same
+    request on another client's account; from then on the engine alone writes. `Constraints` sets the matcher,
+    `RequestLimits` prompt_ids, the scheduler and its parts all from `status` to `charged_tokens`; resolved steps set
+    input_logprobs and embedding; `OutputProcessor` sets the rest, and the sink to `ignore` at the end.
+
+    All of it is written on the event loop's thread, and may be read there at any time. While a request runs its tokens
+    are in its row (`Rows.output_ids`): `output_ids` is complete once the request has ended.
 
     `sink` is called on the event loop's thread, once a step at most, and must not block or raise; the last delta
     carries a `finish_reason`.

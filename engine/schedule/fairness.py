@@ -40,7 +40,7 @@ class FairShares:
     # ---- the queue's length ----
 
     def check(self, state: RequestState) -> None:
-        """Raise `QueueFull` if `state` is one too many.
+        """Raise `QueueFull` if one more request is one too many.
 
         A full queue still takes from a client that holds less than its equal part of it: a client that floods the
         queue does not shut out the others.
