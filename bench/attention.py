@@ -28,7 +28,7 @@ import torch
 
 from bench.roofline import measure_roofline, stream_us
 from bench.tables import publish
-from engine.step.batch import SharedPrefixes
+from engine.layers.forward_batch import SharedPrefixes
 from kernels import flashinfer_attention
 from kernels.attention import attention_torch
 from kernels.attention_batch import AttentionBatch

@@ -115,7 +115,7 @@ def serve_llama_cpp(model_path: str, threads: int, num_slots: int, context_len: 
     """Child process: llama.cpp's own HTTP server; sends its address, runs until the pipe says so."""
     import xllamacpp
 
-    from engine.checkpoint.weights import cache_dir, demo_file
+    from engine.checkpoint.folder import cache_dir, demo_file
     from engine.config import EngineConfig
 
     params = xllamacpp.CommonParams()
@@ -158,7 +158,7 @@ def load_transformers(model_path: str, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from engine.checkpoint.weights import resolve_model
+    from engine.checkpoint.folder import resolve_model
     from engine.config import EngineConfig
 
     folder = resolve_model(EngineConfig(model_path=model_path, dtype=dtype, device="cpu"))

@@ -41,7 +41,9 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
 
 
-def rope_inputs(num_tokens: int, num_heads: int, num_kv_heads: int, has_norm: bool, cache_dtype: torch.dtype) -> dict:
+def rope_inputs(
+    num_tokens: int, num_heads: int, num_kv_heads: int, has_norm: bool, cache_dtype: torch.dtype
+) -> dict[str, Any]:
     head_dim, num_slots = 128, 16384
     angles = torch.rand(4096, head_dim // 2, device="cuda")
     return {

@@ -53,7 +53,8 @@ from rich.table import Table
 from bench.compare import WORKLOADS, number, wide_console
 from bench.cpu import ROOT, free_port, measure_idle
 from cache.pool import CachePool
-from engine.checkpoint.weights import load_weights, resolve_model
+from engine.checkpoint.folder import resolve_model
+from engine.checkpoint.weights import load_weights
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.layers.layer import LayerConfig

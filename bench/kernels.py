@@ -1,5 +1,7 @@
-"""Every kernel on a GPU: checked against its definition in torch, then timed beside it, beside cuBLAS and, where it is
-installed, FlashInfer, with its share of what memory or the tensor cores can do.
+"""Every kernel on a GPU: checked against its definition in torch, then timed beside it.
+
+cuBLAS and, where it is installed, FlashInfer are timed too, each with its share of what memory or the tensor cores can
+do.
 
     python -m bench.kernels [gemm] [gated_gemm] [elementwise] [attention]
 

@@ -64,8 +64,19 @@ class Workload:
     run: Callable[[Any], Sequence[Any]]  # from a backend to the states
 
 
+def make_chats(rng: random.Random, words: Callable[[float], str], fewest: float, most: float) -> list[JSON]:
+    """Draw the messages of every user, and how long their answers are: between `fewest` and `most` tokens."""
+    return [
+        {
+            "messages": [words(rng.randint(*TURN_WORDS)) for _ in range(NUM_TURNS)],
+            "answer_lens": [max(round(rng.uniform(fewest, most)), 1) for _ in range(NUM_TURNS)],
+        }
+        for _ in range(NUM_USERS)
+    ]
+
+
 def make_workloads(lang: Any, scale: float) -> list[Workload]:
-    """Programs written in `lang`, our module or SGLang's, and what they are run on. The same at each call."""
+    """Write programs in `lang`, our module or SGLang's, and what they are run on. The same at each call."""
     rng = random.Random(0)
 
     def words(count: float) -> str:
@@ -111,15 +122,6 @@ def make_workloads(lang: Any, scale: float) -> list[Workload]:
 
     handbook = words(HANDBOOK_WORDS)
 
-    def chats(fewest: float, most: float) -> list[JSON]:
-        return [
-            {
-                "messages": [words(rng.randint(*TURN_WORDS)) for _ in range(NUM_TURNS)],
-                "answer_lens": [max(round(rng.uniform(fewest, most)), 1) for _ in range(NUM_TURNS)],
-            }
-            for _ in range(NUM_USERS)
-        ]
-
     def workload(name: str, program: Any, batch: list[JSON], gens_each: int = 1) -> Workload:
         def run(backend: Any) -> Sequence[Any]:
             return program.run_batch(batch, backend=backend, temperature=0.0)
@@ -140,8 +142,13 @@ def make_workloads(lang: Any, scale: float) -> list[Workload]:
             [{"problem": f"{i} + {2 * i} = ?"} for i in range(NUM_TREES)],
             sum(BRANCHES**level for level in range(1, DEPTH + 1)),
         ),
-        workload(f"chat, short answers: {turns}", chat, chats(*SHORT_ANSWERS), NUM_TURNS),
-        workload(f"chat, long answers: {turns}", chat, chats(*[scale * length for length in LONG_ANSWERS]), NUM_TURNS),
+        workload(f"chat, short answers: {turns}", chat, make_chats(rng, words, *SHORT_ANSWERS), NUM_TURNS),
+        workload(
+            f"chat, long answers: {turns}",
+            chat,
+            make_chats(rng, words, *[scale * length for length in LONG_ANSWERS]),
+            NUM_TURNS,
+        ),
         workload(
             f"JSON by schema: {NUM_CHARACTERS} characters",
             character,

@@ -6,8 +6,9 @@ from kernels.tuning import SHIPPED, Entries, card_name, file_name, format_table,
 
 
 def publish(entries: Entries, is_written: bool) -> None:
-    """Print configurations as a table of this card. `is_written`: also put them into the table shipped for it, which a
-    card without one gets.
+    """Print configurations as a table of this card.
+
+    is_written: also put them into the table shipped for the card, which a card without one gets.
     """
     card = card_name(torch.device("cuda", torch.cuda.current_device()))
     print(f"\n{format_table([card], entries)}")

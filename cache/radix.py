@@ -358,7 +358,7 @@ class RadixCache:
 class NoCache(RadixCache):
     """Remember nothing: every match is empty, every slot stays its request's."""
 
-    def insert(self, token_ids: np.ndarray, slots: np.ndarray, extra_key: str = "") -> tuple[int, Node]:
+    def insert(self, token_ids: np.ndarray, slots: np.ndarray, extra_key: str = "") -> tuple[int, Node]:  # noqa: ARG002
         """Take over none of `slots`: as if all whole pages were there already."""
         return len(token_ids) // self.page_size * self.page_size, self.root
 

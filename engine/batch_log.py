@@ -4,7 +4,8 @@ import logging
 import time
 
 from engine.schedule.plan import Plan
-from engine.schedule.scheduler import Outcome, Scheduler
+from engine.schedule.resolver import Outcome
+from engine.schedule.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from cache.allocator import PageAllocator
 from cache.layout import bytes_per_token
 from cache.pool import CachePool
 from cache.radix import NoCache, RadixCache
-from engine.checkpoint.weights import load_weights, resolve_model, resolve_tokenizer
+from engine.checkpoint.folder import resolve_model, resolve_tokenizer
+from engine.checkpoint.weights import load_weights
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.layers.communicator import Communicator
@@ -28,6 +29,7 @@ from engine.rank_maintenance import RankMaintenance
 from engine.ranks.channel import ChannelReader
 from engine.ranks.children import Parent, settle_garbage_collector
 from engine.ranks.leader import Follower, Ranks, follow, join_store
+from engine.ranks.nodes import gloo_interface
 from engine.schedule.rows import Rows
 from engine.schedule.scheduler import Scheduler
 from engine.sizes import Sizes, check_sizes, choose_graph_sizes, graphs_bytes, max_graph_tokens, resolve_sizes
@@ -269,7 +271,8 @@ def _connect(
     on_progress: Callable[[str], None],
 ) -> None:
     """Meet the other ranks and test the way to them; with --enable-p2p-check, also its speed."""
-    comm.connect(store, device, use_peer_memory=config.nnodes == 1 and not config.disable_custom_all_reduce)
+    with gloo_interface(store.host, store.port):
+        comm.connect(store, device, use_peer_memory=config.nnodes == 1 and not config.disable_custom_all_reduce)
     rate = comm.self_test(config.dist_timeout, P2P_CHECK_BYTES if config.enable_p2p_check else SELF_TEST_BYTES)
     at = f", {rate / 1e9:.1f} GB/s between the slowest pair" if config.enable_p2p_check else ""
     on_progress(f"{comm.size} ranks: {comm.describe()}{at}")

@@ -1,4 +1,4 @@
-"""Run the step loop: the only place that knows both the event loop and the device.
+"""The step loop, where the event loop meets the runner: it decides, launches and resolves steps.
 
 Steps overlap. While step n runs on the device, step n+1 is already enqueued behind it, its input tokens taken on the
 device from step n's output. When n's tokens arrive, n+2 is decided and enqueued first; only then is n's text made

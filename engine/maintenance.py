@@ -7,7 +7,7 @@ import asyncio
 import functools
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 
@@ -37,7 +37,7 @@ def uninterrupted(
         task.add_done_callback(self.tasks.discard)
         return await asyncio.shield(task)
 
-    return run
+    return cast("Callable[Concatenate[LocalMaintenance, P], Coroutine[Any, Any, T]]", run)
 
 
 class LocalMaintenance(Maintenance):

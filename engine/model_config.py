@@ -159,7 +159,7 @@ class ModelConfig:
 
     @property
     def is_generation(self) -> bool:
-        """Has the model a head for tokens?"""
+        """Whether the model has a head for tokens."""
         return any(
             architecture.endswith(("ForCausalLM", "ForConditionalGeneration")) for architecture in self.architectures
         )
@@ -252,7 +252,7 @@ def complete(model: ModelConfig, raw: dict[str, Any], folder: Path, config: Engi
 
 
 def read_json(path: Path, required: bool = False) -> dict[str, Any]:
-    """The object in a JSON file; {} if the file is missing and not required."""
+    """Return the object in a JSON file; {} if the file is missing and not required."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -300,7 +300,7 @@ def resolve_dtype(name: str, raw: dict[str, Any]) -> torch.dtype:
 
 
 def parse_rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
-    """transformers 5 keeps everything in `rope_parameters`; before, it was spread over three entries."""
+    """Read `rope_parameters`, where transformers 5 keeps everything, or the three entries of older files."""
     parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     theta = parameters.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
@@ -331,7 +331,7 @@ def resolve_context_length(asked: int | None, rope: RopeConfig) -> int:
 
 def parse_windows(raw: dict[str, Any]) -> tuple[int, ...]:
     """Return each layer's sliding window, as Mistral and Qwen2 spell it; -1: it sees all."""
-    num_layers = raw["num_hidden_layers"]
+    num_layers: int = raw["num_hidden_layers"]
     if not raw.get("use_sliding_window", True):
         return (-1,) * num_layers
     first = raw.get("max_window_layers", 0) if "use_sliding_window" in raw else 0
@@ -351,7 +351,7 @@ def layer_windows(raw: dict[str, Any], is_local: Sequence[bool]) -> tuple[int, .
 
 
 def parse_pooling(folder: Path) -> str:
-    """What sentence-transformers' files say; "last", the custom with decoders, if there are none."""
+    """Return what sentence-transformers' files say; "last", the custom with decoders, if there are none."""
     return "mean" if read_json(folder / "1_Pooling" / "config.json").get("pooling_mode_mean_tokens") else "last"
 
 

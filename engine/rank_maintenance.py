@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from engine.checkpoint.weights import load_weights, resolve_model
+from engine.checkpoint.folder import resolve_model
+from engine.checkpoint.weights import load_weights
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.models.base import CausalLM

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.attention import AttentionBatch, decodes_torch
+from kernels.attention import decodes_torch
+from kernels.attention_batch import AttentionBatch
 from kernels.dense import DenseWeight
 from kernels.gated_gemm import can_gated_gemm, gated_gemm
 from kernels.launch import num_sms
@@ -52,8 +53,9 @@ def can_corun(weight: Weight, act: str) -> bool:
 
 
 def choose_corun(costs: CorunCosts, num_tokens: int, num_decodes: int, num_context_tokens: int) -> Corun | None:
-    """For a step of `num_tokens`, `num_decodes` of them single ones that see `num_context_tokens` in all. None: it is
-    not worth it, or there are too few other tokens.
+    """Return how a step is split, or None if that is not worth it, or if there are too few prompt tokens.
+
+    The step has `num_tokens`, `num_decodes` of them single ones that see `num_context_tokens` in all.
     """
     num_bytes = num_context_tokens * costs.context_bytes
     room = (num_tokens - num_decodes) // MULTIPLE
@@ -81,8 +83,10 @@ def gated_beside_decodes(
     scale: float,
     softcap: float = 0.0,
 ) -> None:
-    """Write the product of x [M, K] and gate's and up's `weight`, with `act`, into `gated` [M, N]; meanwhile, on
-    `num_free_sms` multiprocessors, the attention of the batch's single tokens into their part of `attended` [T, H, D].
+    """Write the product of x [M, K] and gate's and up's `weight`, with `act`, into `gated` [M, N].
+
+    Meanwhile, on `num_free_sms` multiprocessors, the attention of the batch's single tokens is written into their part
+    of `attended` [T, H, D].
 
     q and the caches are those of `kernels.attention.attention`. On a GPU `can_corun` must hold.
     """

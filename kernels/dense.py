@@ -67,7 +67,7 @@ class DenseWeight(Weight):
     def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.data = function(self.data)
 
-    def place(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def place(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002
         rows, columns = self.parts[part].shard, self.input_shard
         if columns.count > 1:
             return match_shard(self.rows_of(part), loaded, 1, columns)
@@ -76,13 +76,10 @@ class DenseWeight(Weight):
     def rows_of(self, part: int) -> torch.Tensor:
         return self.data[self.row_slice(part)]
 
-    def tuning_shape(
-        self, *, act: str | None = None, has_norm: bool = False, has_residual: bool = False
-    ) -> WeightShape:
-        has_gated_gemm = (
-            act is not None and self.data.numel() > SMALL_WEIGHT and can_gated_gemm(self.data[:1], self.data, act)
-        )
-        return WeightShape(self.n, self.k, act, has_norm, has_residual, 1 if has_gated_gemm else SKINNY_MAX_TOKENS)
+    def tuning_shape(self, **fused: Any) -> WeightShape:
+        act, is_large = fused.get("act"), self.data.numel() > SMALL_WEIGHT
+        has_gated_gemm = act is not None and is_large and can_gated_gemm(self.data[:1], self.data, act)
+        return WeightShape(self.n, self.k, max_tokens=1 if has_gated_gemm else SKINNY_MAX_TOKENS, **fused)
 
     def pack(self) -> Weight:
         """Return a oneDNN weight where this one lies on a CPU that multiplies its dtype, else itself."""
@@ -113,7 +110,7 @@ class OneDNNWeight(Weight):
         bias: torch.Tensor | None = None,
         act: str | None = None,
         residual: torch.Tensor | None = None,
-        may_overwrite: bool = False,
+        may_overwrite: bool = False,  # noqa: ARG002 - a sum is made in fp32 before the one rounding: a new tensor
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if norm is not None:

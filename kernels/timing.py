@@ -6,8 +6,9 @@ import torch
 
 
 def graph_timer(launches: list[Callable[[], object]], num_replays: int) -> Callable[[], float]:
-    """Capture launches, one after another, in a CUDA graph. Return a function that replays it `num_replays` times and
-    returns the microseconds of one launch.
+    """Capture launches, one after another, in a CUDA graph.
+
+    Returns a function that replays the graph `num_replays` times and returns the microseconds of one launch.
     """
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()

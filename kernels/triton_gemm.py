@@ -190,8 +190,10 @@ def _gemv_kernel(
 
 @triton.jit
 def rows_of_program(weight, n, K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return (this program's first row of [n, K], where its BLOCK_N rows start behind that, that row's address in the
-    first n rows of `weight`, in the second n rows).
+    """Return where the rows of a program are.
+
+    (Its first row of [n, K], where its BLOCK_N rows start behind that, that row's address in the first n rows of
+    `weight`, in the second n rows.)
     """
     first = tl.program_id(0) * BLOCK_N
     row_starts = tl.minimum(tl.arange(0, BLOCK_N), n - 1 - first) * K  # rows past the end read the last one

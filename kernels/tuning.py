@@ -126,8 +126,9 @@ class Tables:
         self._found.setdefault(kind, {})[key] = fields
 
     def save(self) -> None:
-        """Write what was found to the cache file. A file that cannot be written is a warning, one that is no table is
-        replaced.
+        """Write what was found to the cache file.
+
+        A file that cannot be written is a warning, one that is no table is replaced.
         """
         if self.cache_path is None:
             return

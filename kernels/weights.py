@@ -7,7 +7,7 @@ A `Weight` hides its format. Layers ask for `product` and say by keyword what st
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -99,10 +99,11 @@ class Weight(ABC):
     def rows_of(self, part: int) -> torch.Tensor:
         """Return this rank's rows of a part as [rows, k] numbers: a view, or a copy if they are packed."""
 
-    def tuning_shape(
-        self, *, act: str | None = None, has_norm: bool = False, has_residual: bool = False
-    ) -> WeightShape | None:
-        """Return the shape to tune kernels for, used with such a `product`; None: the format has nothing to tune."""
+    def tuning_shape(self, **fused: Any) -> WeightShape | None:
+        """Return the shape to tune kernels for, or None if the format has nothing to tune.
+
+        fused: `act`, `has_norm` and `has_residual` of `WeightShape`, as its products have them.
+        """
         return None
 
     def pack(self) -> "Weight":

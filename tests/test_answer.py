@@ -25,7 +25,7 @@ Said = tuple[str, str, str]  # reasoning, text, arguments of the call
 
 
 def values_of(stream: bytes) -> list[Any]:
-    """The JSON of each event, or of each line."""
+    """Return the JSON of each event, or of each line."""
     lines = [line.removeprefix("data: ") for line in stream.decode().splitlines()]
     return [json.loads(line) for line in lines if line.startswith("{")]
 

@@ -23,7 +23,7 @@ import openai
 import pytest
 import torch
 
-from engine.checkpoint.weights import resolve_model
+from engine.checkpoint.folder import resolve_model
 from engine.config import EngineConfig
 from server.app import build_app
 from server.config import ServerConfig

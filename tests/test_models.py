@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from cache.pool import CachePool
-from engine.checkpoint.weights import load_weights, resolve_model
+from engine.checkpoint.folder import resolve_model
+from engine.checkpoint.weights import load_weights
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.layers.block import Block
 from engine.layers.communicator import Communicator
+from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import LayerConfig, named_layers
 from engine.models.registry import build_model, load_config
-from engine.step.batch import ForwardBatch
 from engine.step.splitter import StepSplitter
 from kernels.corun import Corun, CorunCosts
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from engine.checkpoint.names import Ignore, Interleave, Rename, Split, Stack, pieces_of
 from engine.layers.rotary import inverse_frequencies
+from engine.models.names import Ignore, Interleave, Rename, Split, Stack, pieces_of
 from kernels.elementwise import rope_and_store_torch
 
 

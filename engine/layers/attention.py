@@ -1,11 +1,10 @@
 """Grouped-query attention over the paged cache (Ainslie et al. 2023)."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from cache.layout import KV
 from cache.pool import CachePool
+from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import Layer, LayerConfig
 from engine.layers.linear import qkv_parallel, row_parallel
 from engine.layers.norm import RMSNorm
@@ -14,9 +13,6 @@ from engine.model_config import AttentionConfig
 from kernels.attention import attention
 from kernels.elementwise import rope_and_store
 from kernels.weights import Norm
-
-if TYPE_CHECKING:
-    from engine.step.batch import ForwardBatch
 
 
 class Attention(Layer):
@@ -55,7 +51,7 @@ class Attention(Layer):
         return KV(self.num_kv_heads, self.head_dim, window=None if self.window < 0 else self.window)
 
     def __call__(
-        self, x: torch.Tensor, batch: "ForwardBatch", pool: CachePool, *, norm: Norm | None = None
+        self, x: torch.Tensor, batch: ForwardBatch, pool: CachePool, *, norm: Norm | None = None
     ) -> torch.Tensor:
         """Return what the heads find, [T, H D], for norm(x), x [T, hidden]. Keys and values are stored in `pool`."""
         _, found = self.attend(x, batch, pool, norm=norm)
@@ -64,7 +60,7 @@ class Attention(Layer):
     def attend(
         self,
         x: torch.Tensor,
-        batch: "ForwardBatch",
+        batch: ForwardBatch,
         pool: CachePool,
         *,
         norm: Norm | None = None,

@@ -3,22 +3,20 @@
 h [T, hidden] is the residual stream; attention and MLP are what stands before the product that ends each branch.
 """
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
 from cache.pool import CachePool
 from engine.layers.attention import Attention
 from engine.layers.communicator import Communicator
+from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import Layer, LayerConfig
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import AttentionConfig, ModelConfig
-
-if TYPE_CHECKING:
-    from engine.step.batch import ForwardBatch
 
 
 class Block(Layer):
@@ -49,7 +47,7 @@ class Block(Layer):
         """Blocks of the same kind need the same kernels."""
         return (type(self), self.self_attn.config)
 
-    def __call__(self, h: torch.Tensor, batch: "ForwardBatch", pool: CachePool) -> torch.Tensor:
+    def __call__(self, h: torch.Tensor, batch: ForwardBatch, pool: CachePool) -> torch.Tensor:
         """Return the new residual stream, which may be `h` itself, overwritten."""
         raise NotImplementedError
 
@@ -65,7 +63,7 @@ class PreNorm(Block):
     input_layernorm: RMSNorm
     post_attention_layernorm: RMSNorm
 
-    def __call__(self, h: torch.Tensor, batch: "ForwardBatch", pool: CachePool) -> torch.Tensor:
+    def __call__(self, h: torch.Tensor, batch: ForwardBatch, pool: CachePool) -> torch.Tensor:
         attn, mlp = self.self_attn, self.mlp
         found = attn(h, batch, pool, norm=self.input_layernorm)
         h = sum_over_ranks(self.comm, attn.o_proj, found, residual=h, may_overwrite=True)
@@ -88,7 +86,7 @@ class Sandwich(Block):
     pre_feedforward_layernorm: RMSNorm
     post_feedforward_layernorm: RMSNorm
 
-    def __call__(self, h: torch.Tensor, batch: "ForwardBatch", pool: CachePool) -> torch.Tensor:
+    def __call__(self, h: torch.Tensor, batch: ForwardBatch, pool: CachePool) -> torch.Tensor:
         attn, mlp = self.self_attn, self.mlp
         found = attn(h, batch, pool, norm=self.input_layernorm)
         h = h + self.post_attention_layernorm(sum_over_ranks(self.comm, attn.o_proj, found))

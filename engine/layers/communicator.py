@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from engine.errors import ModelError
-from engine.ranks.nodes import gloo_interface
 from kernels.all_reduce import all_reduce
 from kernels.peer_memory import PeerMemory
 from kernels.sampling import argmax
@@ -42,15 +41,14 @@ class Communicator:
         """Connect to the other ranks; this one computes on `device`. Blocks until all are connected."""
         self._device = device
         self.backend = "nccl" if device.type == "cuda" else "gloo"
-        with gloo_interface(store.host, store.port):
-            dist.init_process_group(
-                self.backend,
-                store=store,
-                rank=self.rank,
-                world_size=self.size,
-                timeout=COLLECTIVE_TIMEOUT,
-                device_id=device if device.type == "cuda" else None,
-            )
+        dist.init_process_group(
+            self.backend,
+            store=store,
+            rank=self.rank,
+            world_size=self.size,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
         if device.type == "cuda" and use_peer_memory:
             self._open_peer_memory()
 

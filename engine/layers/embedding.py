@@ -55,7 +55,7 @@ class VocabParallelEmbedding(Layer):
     def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.weight.place(name, self.slice.rows_of(loaded, self.weight.k), part)
 
-    def weight_part(self, name: str, part: int) -> torch.Tensor:
+    def weight_part(self, name: str, part: int) -> torch.Tensor:  # noqa: ARG002 - there is one of one part
         return self.weight.data
 
     def move_to(self, device: torch.device) -> None:

@@ -89,14 +89,14 @@ class Layer:
         for name, weight in self.weights():
             setattr(self, name, torch.empty(weight.shape, dtype=weight.dtype, device=device))
 
-    def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002
         """Return (target, source): where this rank's shard of a checkpoint's tensor goes, and that shard.
 
         loaded: the whole tensor of the `part`-th of `part_names`. `kernels.weights.ShapeError` if it has another shape.
         """
         return match_shard(getattr(self, name), loaded)
 
-    def weight_part(self, name: str, part: int) -> torch.Tensor:
+    def weight_part(self, name: str, part: int) -> torch.Tensor:  # noqa: ARG002
         """Return this rank's shard of a tensor, as a checkpoint would hold it: a view, or a copy where it is packed."""
         weight: torch.Tensor = getattr(self, name)
         return weight

@@ -21,7 +21,7 @@ class RMSNorm(Layer):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-    def fill_dummy(self, generator: torch.Generator) -> None:
+    def fill_dummy(self, generator: torch.Generator) -> None:  # noqa: ARG002 - nothing is random here
         self.weight.fill_(1.0)
 
 

@@ -2,21 +2,19 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from cache.layout import LayerCache
 from cache.pool import CachePool
-from engine.checkpoint.names import COMMON_NAMES, Rename, Rule
 from engine.layers.block import Block, PreNorm
 from engine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import Layer, LayerConfig
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import ModelConfig, read_decoder
-
-if TYPE_CHECKING:
-    from engine.step.batch import ForwardBatch
+from engine.models.names import COMMON_NAMES, Rename, Rule
 
 RunBlock = Callable[[Block, torch.Tensor], torch.Tensor]
 """Computes one block: (block, h) -> h."""
@@ -34,7 +32,7 @@ class Decoder(Layer):
         ]
         self.norm = block_class.norm_class(config.hidden_size, config.norm_eps, layers)
 
-    def __call__(self, batch: "ForwardBatch", pool: CachePool, run_block: RunBlock | None = None) -> torch.Tensor:
+    def __call__(self, batch: ForwardBatch, pool: CachePool, run_block: RunBlock | None = None) -> torch.Tensor:
         """Return the last hidden states [T, hidden]. run_block: computes a block in place of the block itself."""
         h = self.embed_tokens(batch.input_ids)
         if run_block is None:
@@ -90,7 +88,7 @@ class CausalLM(Layer):
             return (*self.checkpoint, Rename(r"^lm_head\.", "model.embed_tokens."))
         return self.checkpoint
 
-    def __call__(self, batch: "ForwardBatch", pool: CachePool, run_block: RunBlock | None = None) -> torch.Tensor:
+    def __call__(self, batch: ForwardBatch, pool: CachePool, run_block: RunBlock | None = None) -> torch.Tensor:
         """Return the last hidden states [T, hidden], final norm applied; keep the tokens' cache entries in `pool`."""
         return self.model(batch, pool, run_block)
 

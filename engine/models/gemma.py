@@ -1,4 +1,4 @@
-"""Gemma 2. It differs from Llama in
+"""Gemma 2: a Llama with other norms, scales, windows and activation.
 
 norms           before and after attention and MLP, scaled by 1 + weight in float32
 embedding       times √hidden, in the model's dtype; tied to the head

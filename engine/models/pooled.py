@@ -4,19 +4,22 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.checkpoint.names import Rename, Rule
 from engine.layers.layer import LayerConfig
 from engine.layers.linear import Linear
 from engine.model_config import ModelConfig
 from engine.models.base import CausalLM
+from engine.models.names import Rename, Rule
 from kernels.weights import Part
 
 
 class PooledModel(CausalLM):
     """A decoder alone (LlamaModel, ...). Its checkpoint may name the weights with or without `model.` before them."""
 
-    def __init__(self, decoder: CausalLM, config: ModelConfig, layers: LayerConfig) -> None:
-        """decoder: a generating model with tied embeddings, so that it has no head of its own."""
+    def __init__(self, decoder: CausalLM, config: ModelConfig, layers: LayerConfig) -> None:  # noqa: ARG002
+        """Take over the decoder of a model.
+
+        decoder: a generating model with tied embeddings, so that it has no head of its own.
+        """
         self.config, self.model, self.lm_head = decoder.config, decoder.model, decoder.lm_head
         self._decoder_names = decoder.names
 

@@ -25,6 +25,6 @@ class Quantization:
         if raw:
             raise ModelError(f"quantization method not supported: {raw.get('quant_method')}")
 
-    def scheme_of(self, path: str) -> Scheme:
+    def scheme_of(self, path: str) -> Scheme:  # noqa: ARG002 - all layers are dense so far
         """Return the scheme of the layer at `path`, such as model.layers.0.mlp.down_proj."""
         return DENSE

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine.checkpoint.weights import resolve_model
+from engine.checkpoint.folder import resolve_model
 from engine.config import EngineConfig
 from engine.errors import EngineStopped, ModelError
 from engine.rank_maintenance import RankMaintenance, reason_of
@@ -61,8 +61,10 @@ class Ranks:
     """Run the ranks of this host but rank 0 as processes; on the first host, also reach other hosts' ranks."""
 
     def __init__(self, config: EngineConfig, folder: Path, run: RunRank, on_failure: Callable[[str], object]) -> None:
-        """run: what a rank does, given its parent, the configuration, the model's folder, its rank, host and port of
-        the `store` where ranks meet, and where steps come from. on_failure: see `Children`.
+        """Start the other ranks.
+
+        run: what a rank does, given its parent, the configuration, the model's folder, its rank, host and port of the
+        `store` where ranks meet, and where steps come from. on_failure: see `Children`.
         """
         if config.nnodes > 1:
             self.store = open_store(config)

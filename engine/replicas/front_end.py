@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.build import check_gpus, load_tokenizer, new_grammars, resolve_config
-from engine.checkpoint.weights import resolve_model, resolve_tokenizer
+from engine.checkpoint.folder import resolve_model, resolve_tokenizer
 from engine.config import EngineConfig
 from engine.model_config import ModelConfig
 from engine.models.registry import load_config

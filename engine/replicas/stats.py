@@ -3,17 +3,19 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from engine.engine import Health
+
+S = TypeVar("S")
 
 COMBINED: dict[str, Callable[[Sequence[Any]], Any]] = {"last_step_at": max, "new_token_ratio": fmean}  # others add up
 
 
-def combined(stats: Sequence[Any]) -> Any:
+def combined(stats: Sequence[S]) -> S:
     """Return dataclasses of numbers, all of one type, as one of that type: sums, except for COMBINED."""
     values = {}
-    for one in dataclasses.fields(stats[0]):
+    for one in dataclasses.fields(cast(Any, stats[0])):
         items = [getattr(each, one.name) for each in stats]
         nested = dataclasses.is_dataclass(items[0])
         values[one.name] = combined(items) if nested else COMBINED.get(one.name, sum)(items)

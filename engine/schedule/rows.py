@@ -130,7 +130,8 @@ class Rows:
         """Return the known tokens of an answer, from number `start` on."""
         if (row := state.row) < 0:
             return state.output_ids[start:]
-        return self.token_ids[row, state.prompt_len + start : self.num_known[row]].tolist()
+        known: list[int] = self.token_ids[row, state.prompt_len + start : self.num_known[row]].tolist()
+        return known
 
     def cut(self, state: RequestState, num_tokens: int) -> None:
         """Take back the last `num_tokens` of an answer, whose text ended before them."""

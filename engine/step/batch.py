@@ -3,51 +3,16 @@
 Which fields a step has, and where they lie, is engine.step.fields' to say; here they get their values and their names.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from engine.layers.forward_batch import ForwardBatch, SharedPrefixes
 from engine.schedule.plan import Groups, Plan
 from engine.step.fields import FIELDS, StepShape, layout_of, max_size
 
 NUM_STAGING_BUFFERS = 4  # steps that may be under way when the next is staged, and one to spare
-
-
-@dataclass(slots=True)
-class SharedPrefixes:
-    """Group decoding requests whose first tokens live in the same slots, so that attention reads them once.
-
-    Request i of the step belongs to at most one group. `members` lists request indices group after group.
-    """
-
-    prefix_lens: torch.Tensor  # int32 [G], shared tokens; 0 for an unused group
-    cu_members: torch.Tensor  # int32 [G + 1]
-    members: torch.Tensor  # int32 [B]
-    own_starts: torch.Tensor  # int32 [B], where each request's own part starts: its group's prefix_len, or 0
-
-
-@dataclass(slots=True)
-class ForwardBatch:
-    """Hold all that one forward reads: T tokens of B requests, those with exactly one token first.
-
-    Device tensors are views of one staging buffer and stay valid until the next step is launched.
-    """
-
-    input_ids: torch.Tensor  # int32 [T]
-    positions: torch.Tensor  # int32 [T], each token's place in its sequence
-    out_cache_loc: torch.Tensor  # int32 [T], the slot its key and value go to
-    token_rows: torch.Tensor  # int32 [T], the row each token belongs to
-    rows: torch.Tensor  # int32 [B], each request's line in slot_table
-    seq_lens: torch.Tensor  # int32 [B], tokens its last token may look at, itself included
-    cu_q_lens: torch.Tensor  # int32 [B + 1], where each request's tokens start in [T]
-    slot_table: torch.Tensor  # int32 [num_rows, max_context], the slot of every token of every row
-    num_decodes: int  # requests 0 .. num_decodes have one token each; the rest have more
-    q_lens_host: np.ndarray  # [B]
-    seq_lens_host: np.ndarray  # [B]
-    shared: SharedPrefixes | None = None
-    is_for_graph: bool = False  # both of the host's are the capture's, not the steps' that replay it
 
 
 class StagedBatch(NamedTuple):

@@ -171,7 +171,7 @@ class StepGraphs:
         self._graphs[shape][0].replay()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end)
+        return float(begin.elapsed_time(end))
 
     def _example(self, shape: StepShape) -> StagedBatch:
         plan = _example_plan(shape)

@@ -19,11 +19,12 @@ import torch
 
 from cache.pool import CachePool
 from engine.layers.communicator import Communicator
+from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import unique_layers
 from engine.models.base import CausalLM
 from engine.schedule.plan import Plan
 from engine.state import Logprobs, RequestState
-from engine.step.batch import NUM_STAGING_BUFFERS, ForwardBatch, Staged, StagedBatch, Stager
+from engine.step.batch import NUM_STAGING_BUFFERS, Staged, StagedBatch, Stager
 from engine.step.cuda_graph import GraphSizes, StepGraphs
 from engine.step.fields import StepShape
 from engine.step.pooling import PooledChunks, pool
@@ -85,11 +86,11 @@ class Step:
 
     @property
     def has_ended(self) -> bool:
-        """Is all that is enqueued of it computed, or has it failed?"""
+        """Whether all that is enqueued of the step is computed, or has failed."""
         if self.done is not None:
             return self.done.done()
         try:
-            return self.events[-1].query()
+            return bool(self.events[-1].query())
         except RuntimeError:  # `result` will say it
             return True
 
@@ -205,8 +206,10 @@ class ModelRunner:
             self.ranks.close(self.comm.close)
 
     def launch(self, plan: Plan) -> Step:
-        """Enqueue `plan`, up to its logits if matchers have a say in its tokens: then `sample` must follow before the
-        next launch. Everything it needs from the host is copied before this returns.
+        """Enqueue `plan`, up to its logits if matchers have a say in its tokens.
+
+        `sample` must follow then before the next launch. Everything that is needed of the host is copied before this
+        returns.
 
         Raises what cannot be enqueued: out of memory, a kernel that does not compile.
         """
@@ -283,7 +286,7 @@ class ModelRunner:
             raise
 
     def run(self, step: Step) -> None:
-        """The whole of `step`, enqueued on the current stream; on a CPU, computed. In inference mode."""
+        """Enqueue the whole of `step` on the current stream; on a CPU, compute it. In inference mode."""
         self._forward(step)
         self._sample(step)
 
@@ -346,7 +349,7 @@ class ModelRunner:
             )
 
     def run_greedy(self, staged: StagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """A whole step up to its most likely tokens, which become the next step's input: what graphs hold."""
+        """Run a step up to its most likely tokens, which become the next step's input: this is what graphs hold."""
         hidden = self.forward(staged.batch)
         is_decode = staged.batch.num_decodes == len(hidden)
         logits = self.model.compute_logits(hidden if is_decode else hidden[staged.sample_tokens])
@@ -421,8 +424,10 @@ class ModelRunner:
 def logprobs_of(
     values: SampledLogprobs | PromptLogprobs, first: int, token_ids: Sequence[int], state: RequestState
 ) -> Logprobs:
-    """Entries of `values` from `first` on, those of `token_ids`, in the request's terms: its own number of top tokens,
-    its own wanted ids."""
+    """Return the entries of `values` from `first` on, those of `token_ids`, as the request wants them.
+
+    That is: with its own number of top tokens, and its own wanted ids.
+    """
     rows = slice(first, first + len(token_ids))
     result = Logprobs(token=list(zip(values.chosen[rows].tolist(), token_ids, strict=True)))
     if k := state.top_logprobs_num:

@@ -7,9 +7,9 @@ import torch
 from cache.layout import bytes_per_token
 from cache.pool import CachePool
 from engine.layers.block import Block, PreNorm, sum_over_ranks
+from engine.layers.forward_batch import ForwardBatch
 from engine.models.base import Decoder
 from engine.schedule.plan import Plan, context_tokens
-from engine.step.batch import ForwardBatch
 from engine.step.fields import StepShape
 from kernels.corun import STEP_TOKENS, Corun, CorunCosts, can_corun, choose_corun, gated_beside_decodes
 

@@ -73,8 +73,9 @@ def attention_shapes(model: CausalLM, kv_dtype: torch.dtype) -> list[AttentionSh
 
 
 def rehearse_sampling(dtype: torch.dtype, vocab_size: int, max_samples: int, device: torch.device) -> None:
-    """What may be asked of logits, of as many rows as make a difference to kernels: a first request that samples shall
-    not wait for a compiler. Results are arbitrary.
+    """Run all that may be asked of logits, of as many rows as make a difference to kernels.
+
+    So no first request that samples waits for a compiler. Results are arbitrary.
     """
     counts = torch.zeros(1, vocab_size, dtype=torch.int16, device=device)
     bitmask = torch.zeros(1, cdiv(vocab_size, 32), dtype=torch.int32, device=device)
@@ -101,8 +102,9 @@ def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len
 
 
 def load_kernels(runner: ModelRunner, max_samples: int, max_len: int) -> None:
-    """Run one step of each size that has no graph, through few blocks of the model: see `StepGraphs.eager_shape`. And
-    steps whose layers are split, for the sizes of their parts.
+    """Run one step of each size that has no graph, through few blocks of the model: see `StepGraphs.eager_shape`.
+
+    Steps whose layers are split follow, for the sizes of their parts.
     """
     if runner.graphs is None or not (sizes := runner.graphs.eager_sizes()):
         return
@@ -119,7 +121,7 @@ def load_kernels(runner: ModelRunner, max_samples: int, max_len: int) -> None:
 
 
 def _run_largest(runner: ModelRunner, num_tokens: int, num_samples: int, max_len: int) -> None:
-    """A full chunk of prompts, and a few tokens of as many prompts as make a difference to kernels."""
+    """Run a full chunk of prompts, and a few tokens of as many prompts as make a difference to kernels."""
     _run_prompts(runner, _full_prompts(num_tokens, max_len), num_samples)
     for num_prompts in KERNEL_PROMPTS:
         _run_prompts(runner, [2] * min(num_prompts, num_samples), num_samples)

@@ -20,8 +20,9 @@ COST_OF_REQUEST = 8 << 10  # beside its body's bytes
 
 
 class Acceptor:
-    """Accepts the connections of `listener`, a bound socket, from entering to leaving a `with` block. `OSError` if the
-    socket cannot listen.
+    """Accepts the connections of `listener`, a bound socket, from entering to leaving a `with` block.
+
+    `OSError` if the socket cannot listen.
 
     uvloop's own servers accept one a pass of the loop (libuv does, since 1.45). While answers stream a pass takes
     milliseconds: of a burst of 256 clients the last waited for 0.4 s.

@@ -215,8 +215,10 @@ class SglFunction:
     # ---- what it is ----
 
     def trace(self, *, backend: Any = None, **kwargs: Any) -> TracerState:
-        """Trace what the body appends, with placeholders for arguments not given. `TraceStopped` if it looks into
-        one."""
+        """Trace what the body appends, with placeholders for arguments not given.
+
+        `TraceStopped` if the body looks into one.
+        """
         del backend  # SGLang's
         state = TracerState()
         self._trace(state, {**self.bind_arguments, **kwargs})

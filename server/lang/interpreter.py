@@ -1,5 +1,7 @@
-"""Expressions, executed one after the other: what they write goes into the transcript, `gen` and `select` ask the
-backend."""
+"""Expressions, executed one after the other.
+
+What they write goes into the transcript; `gen` and `select` ask the backend.
+"""
 
 import asyncio
 from concurrent.futures import Future

@@ -177,7 +177,7 @@ class Runtime(Session):
     def get_tokenizer(self) -> Any:
         """Return the model's tokenizer, loaded into this process."""
         # They import torch and transformers: not for programs of a remote server.
-        from engine.checkpoint.weights import resolve_model, resolve_tokenizer
+        from engine.checkpoint.folder import resolve_model, resolve_tokenizer
         from engine.config import EngineConfig
         from engine.text.tokenizer import Tokenizer
 

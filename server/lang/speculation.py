@@ -1,5 +1,8 @@
-"""API speculative execution: one call writes more than one `gen` asks for, and the program's next texts and gens are
-taken from it, as long as they agree. (Zheng et al., "SGLang", 2024, section 3.3.)"""
+"""API speculative execution (Zheng et al., "SGLang", 2024, section 3.3).
+
+One call writes more than one `gen` asks for, and the program's next texts and gens are taken from it, as long as they
+agree.
+"""
 
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -19,8 +22,10 @@ class Taken:
 
 
 def take(text: str, stops: Sequence[str]) -> Taken | None:
-    """Cut off the part of `text` that a gen with these stops would have made. None without one of them in it: the gen
-    might have gone on."""
+    """Cut off the part of `text` that a gen with these stops would have made.
+
+    None if no stop is in it: the gen might have gone on.
+    """
     ends = [position for stop in stops if (position := text.find(stop)) >= 0]
     return Taken(text[: min(ends)], text[min(ends) :]) if ends else None
 
@@ -61,8 +66,10 @@ class WrittenAhead:
     async def generate(
         self, backend: BaseBackend, prompt: Prompt, params: GenParams, num_tokens: int
     ) -> tuple[list[str], list[JSON]]:
-        """Return a gen's value and meta_info, from the text at hand or by a call that asks for at least `num_tokens`
-        and does not stop."""
+        """Return a gen's value and meta_info, from the text at hand or by a call.
+
+        A call asks for at least `num_tokens` and does not stop.
+        """
         meta: JSON = {}
         taken = take(self._text, params.all_stops)
         if taken is None:
@@ -100,8 +107,10 @@ class Recording:
     async def generate(
         self, backend: BaseBackend, prompt: Prompt, params: GenParams
     ) -> list[tuple[Text | Gen, str, JSON, "Future[Any] | None"]]:
-        """Return each part with its text, meta_info and future, from one call for all gens. `BackendError` if no
-        answer follows the program."""
+        """Return each part with its text, meta_info and future, from one call for all gens.
+
+        `BackendError` if no answer follows the program.
+        """
         meta: JSON = {}
         values: list[str] = []
         if any(isinstance(recorded.part, Gen) for recorded in self.parts):

@@ -32,8 +32,10 @@ class BaseState:
         return self
 
     def system(self, expr: Expr | str | None = None) -> Any:
-        """Append a whole message, or, without `expr`, be the context manager around one. `s += s.system(expr)` is the
-        same."""
+        """Append a whole message, or, without `expr`, be the context manager around one.
+
+        `s += s.system(expr)` is the same.
+        """
         return self._role("system", None if expr is None else system(expr))
 
     def user(self, expr: Expr | str | None = None) -> Any:

@@ -88,8 +88,10 @@ class TracerGroup:
 
 
 def trace_program(body: Callable[..., Any], arguments: dict[str, Any], state: TracerState) -> None:
-    """Record in `state` what the body appends. `TraceStopped` where its course depends on what the model would write;
-    `state` has then what comes before."""
+    """Record in `state` what the body appends.
+
+    `TraceStopped` where its course depends on what the model would write; `state` has then what comes before.
+    """
     try:
         written = body(state, **arguments)
         if inspect.iscoroutine(written):

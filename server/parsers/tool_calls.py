@@ -49,7 +49,7 @@ class ToolCallParser:
     """Splits an answer into text and calls. White space around calls is no text."""
 
     def __init__(self, format_: "ToolFormat", tools: Sequence[Tool], max_calls: int | None = None) -> None:
-        """Calls of functions that are not among `tools` are text; those after the first `max_calls` are left out."""
+        """Find calls of `tools`; those of other functions are text, those after the first `max_calls` are left out."""
         self.tools: Mapping[str, Tool] = {tool.name: tool for tool in tools}
         self.reader = Reader()
         self.num_tool_calls = 0

@@ -66,8 +66,11 @@ class NativeBackend(BaseBackend):
     async def select(
         self, prompt: Prompt, choices: Sequence[str], temperature: float, method: ChoicesSamplingMethod
     ) -> ChoicesDecision:
-        """Token healing: a choice may change how the prompt's last token is read (" " + "a" is " a" to many models),
-        so the choices are measured from that token on, unless it stays as it is."""
+        """Choose by the choices' log-probabilities, with token healing.
+
+        A choice may change how the prompt's last token is read (" " + "a" is " a" to many models), so the choices are
+        measured from that token on, unless it stays as it is.
+        """
         check_select_temperature(temperature)
         num_prompt_tokens = await self._read(prompt.text, prompt.images)
         answers = await self._logprobs(

@@ -1,0 +1,41 @@
+"""The input that layers read of a step."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(slots=True)
+class SharedPrefixes:
+    """Groups of decoding requests whose first tokens live in the same slots, so that attention reads them once.
+
+    Request i of the step belongs to at most one group. `members` lists request indices group after group.
+    """
+
+    prefix_lens: torch.Tensor  # int32 [G], shared tokens; 0 for an unused group
+    cu_members: torch.Tensor  # int32 [G + 1]
+    members: torch.Tensor  # int32 [B]
+    own_starts: torch.Tensor  # int32 [B], where each request's own part starts: its group's prefix_len, or 0
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """The input of one forward: T tokens of B requests, those with exactly one token first.
+
+    Device tensors are views of one staging buffer and stay valid until the next step is launched.
+    """
+
+    input_ids: torch.Tensor  # int32 [T]
+    positions: torch.Tensor  # int32 [T], each token's place in its sequence
+    out_cache_loc: torch.Tensor  # int32 [T], the slot its key and value go to
+    token_rows: torch.Tensor  # int32 [T], the row each token belongs to
+    rows: torch.Tensor  # int32 [B], each request's line in slot_table
+    seq_lens: torch.Tensor  # int32 [B], tokens its last token may look at, itself included
+    cu_q_lens: torch.Tensor  # int32 [B + 1], where each request's tokens start in [T]
+    slot_table: torch.Tensor  # int32 [num_rows, max_context], the slot of every token of every row
+    num_decodes: int  # requests 0 .. num_decodes have one token each; the rest have more
+    q_lens_host: np.ndarray  # [B]
+    seq_lens_host: np.ndarray  # [B]
+    shared: SharedPrefixes | None = None
+    is_for_graph: bool = False  # both of the host's are the capture's, not the steps' that replay it
