@@ -17,6 +17,7 @@ from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS
 from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
 
 HTTP, API = "HTTP server", "API"
+DEFAULT_PORT = 30000
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 TOOL_CALL_PARSERS = ("none", *TOOL_FORMATS, *TOOL_ALIASES)
 REASONING_PARSERS = ("none", *REASONING_FORMATS, *REASONING_ALIASES)
@@ -28,7 +29,7 @@ class ServerConfig(EngineConfig):
     """Options of `python -m server`."""
 
     host: str = option("127.0.0.1", HTTP, "address to listen on; 0.0.0.0: every network interface")
-    port: int = option(30000, HTTP, "port to listen on; 0: any free one")
+    port: int = option(DEFAULT_PORT, HTTP, "port to listen on; 0: any free one")
     api_key: str | None = option(None, HTTP, "clients must send `Authorization: Bearer KEY`, except to /health")
     api_key_file: str | None = option(
         None, HTTP, "YAML file of `name: key` or `name: {key: ..., weight: 2}` lines; clients that wait take turns"
@@ -38,8 +39,9 @@ class ServerConfig(EngineConfig):
     )
     max_body_bytes: int = option(32 << 20, HTTP, "longest request body; beyond it: 413")
     max_file_bytes: int = option(512 << 20, HTTP, "longest file of /v1/files; beyond it: 413")
-    file_storage_path: str = option(
-        "~/.cache/radixloop/files", HTTP, "folder of uploaded files and batches; each server needs its own",
+    file_storage_path: str | None = option(
+        None, HTTP, "folder of uploaded files and batches, of this server alone; "
+        f"default: ~/.cache/radixloop/files, and files-PORT with another port than {DEFAULT_PORT}",
         aliases=("--file-storage-pth",),
     )  # fmt: skip
     drain_timeout: float = option(
@@ -80,6 +82,14 @@ class ServerConfig(EngineConfig):
     def model_name(self) -> str:
         """Name by which clients ask for the model."""
         return self.served_model_name or self.model_path
+
+    @property
+    def files_folder(self) -> Path:
+        """Folder of uploaded files and batches. Servers of one user differ in their ports, and so in this."""
+        if self.file_storage_path is not None:
+            return Path(self.file_storage_path).expanduser()
+        name = "files" if self.port == DEFAULT_PORT else f"files-{self.port}"
+        return Path.home() / ".cache" / "radixloop" / name
 
     def public_values(self) -> dict[str, Any]:
         """Return every option but the keys."""

@@ -5,6 +5,7 @@ is half an upload, or a batch's answers so far, and is not listed. What is damag
 """
 
 import asyncio
+import errno
 import fcntl
 import logging
 import os
@@ -28,6 +29,7 @@ CHUNK_BYTES = 1 << 20
 MAX_LISTED = 10_000
 PURPOSE = "batch"
 MAX_PURPOSE_BYTES = 64
+LOCK_NAME = "lock"
 
 
 class NotFound(EngineError):
@@ -125,14 +127,18 @@ class FileStore:
         self.folder = folder
         self.problem = "the server is starting"  # why no files can be kept; empty: they can
         self._lock_fd = -1
+        self._has_made_folder = False
         self._files: dict[str, JSON] = {}  # oldest first
 
     def open(self) -> bool:
         """Take the folder and read what it holds. False if it cannot be had; every use then says why."""
         try:
+            self._has_made_folder = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock_fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock_fd = os.open(self.folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(self._lock_fd).st_nlink:  # the server that had it has just removed the folder
+                raise FileNotFoundError(errno.ENOENT, "it was removed at the same time")
             for unfinished in self.folder.glob("*.part"):
                 if unfinished.is_file():
                     unfinished.unlink()
@@ -161,9 +167,19 @@ class FileStore:
             raise ValueError(f"the file {record['id']} itself is missing")
 
     def close(self) -> None:
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+        """Let go of the folder. One that this server made and nobody has used is removed."""
+        if self._lock_fd < 0:
+            return
+        if self._has_made_folder and not self.problem and self._is_unused():
+            with suppress(OSError):
+                (self.folder / "batches").rmdir()
+                (self.folder / LOCK_NAME).unlink()
+                self.folder.rmdir()
+        os.close(self._lock_fd)
+        self._lock_fd = -1
+
+    def _is_unused(self) -> bool:
+        return not any(path.is_file() and path.name != LOCK_NAME for path in self.folder.rglob("*"))
 
     def check(self) -> None:
         if self.problem:
@@ -350,3 +366,6 @@ def page_of(items: list[Any], http_request: web.Request, default_limit: int) -> 
         "object": "list", "data": page, "has_more": len(page) < len(items),
         "first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None,
     }  # fmt: skip
+
+
+FILE_STORE = web.AppKey("file_store", FileStore)
