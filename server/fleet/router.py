@@ -31,6 +31,7 @@ from engine.replicas.balance import METHODS, PROMPT_METHODS
 from server.app import answer_errors
 from server.config import HTTP, LOG_LEVELS, make_parser, read_options
 from server.fleet.workers import Worker, Workers
+from server.foreign_flags import ROUTER_FLAGS
 from server.http.intake import BACKLOG, GATE, Gate
 from server.http.keys import ADMIN_PATHS
 from server.reading.protocol import error_shape, json_response, read_json
@@ -325,7 +326,9 @@ def describe(error: Exception) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Route until SIGINT or SIGTERM. Returns the exit status."""
     usage = "--worker-urls URL [URL ...] [options]"
-    parser = make_parser(RouterConfig, "python -m server.router", usage, "One address for several servers.")
+    parser = make_parser(
+        RouterConfig, "python -m server.router", usage, "One address for several servers.", ROUTER_FLAGS
+    )
     config = RouterConfig(**read_options(parser, sys.argv[1:] if argv is None else argv))
     if config.max_retries < 0:
         parser.error(f"--max-retries must be at least 0, got {config.max_retries}")
