@@ -65,7 +65,7 @@ WINDOW = re.compile(r"([1-9]\d{0,5})([smhd])")
 WINDOW_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 FINAL = ("failed", "completed", "expired", "cancelled")
 STATUSES = (*FINAL, "validating", "in_progress", "finalizing", "cancelling")
-RECORD_FIELDS = {
+RECORD_FIELDS: Mapping[str, type | tuple[type, ...]] = {
     "endpoint": str, "input_file_id": str, "status": str, "expires_at": int, "in_progress_at": (int, NoneType),
     "request_counts": dict,
 }  # fmt: skip
