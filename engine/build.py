@@ -28,7 +28,7 @@ from engine.models.registry import build_model, load_config
 from engine.rank_maintenance import RankMaintenance
 from engine.ranks.channel import ChannelReader
 from engine.ranks.children import Parent, settle_garbage_collector
-from engine.ranks.leader import Follower, Ranks, follow, join_store
+from engine.ranks.leader import Follower, Ranks, arrive, follow, join_store
 from engine.ranks.nodes import gloo_interface
 from engine.schedule.rows import Rows
 from engine.schedule.scheduler import Scheduler
@@ -271,9 +271,10 @@ def _connect(
     on_progress: Callable[[str], None],
 ) -> None:
     """Meet the other ranks and test the way to them; with --enable-p2p-check, also its speed."""
+    arrive(store, comm.rank, comm.size)
     with gloo_interface(store.host, store.port):
         comm.connect(store, device, use_peer_memory=config.nnodes == 1 and not config.disable_custom_all_reduce)
-    rate = comm.self_test(config.dist_timeout, P2P_CHECK_BYTES if config.enable_p2p_check else SELF_TEST_BYTES)
+    rate = comm.self_test(config.answer_timeout_s, P2P_CHECK_BYTES if config.enable_p2p_check else SELF_TEST_BYTES)
     at = f", {rate / 1e9:.1f} GB/s between the slowest pair" if config.enable_p2p_check else ""
     on_progress(f"{comm.size} ranks: {comm.describe()}{at}")
 

@@ -1,5 +1,6 @@
 """Sizes of an engine: arithmetic on the configuration, without a model or a device."""
 
+import math
 from dataclasses import dataclass
 
 from engine.config import EngineConfig
@@ -28,6 +29,8 @@ def check_sizes(config: EngineConfig) -> None:
             raise ModelError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if any(size < 1 for size in config.cuda_graph_bs or ()):
         raise ModelError(f"--cuda-graph-bs must be at least 1 each, got {config.cuda_graph_bs}")
+    if config.dist_timeout is not None and not 0 < config.dist_timeout < math.inf:
+        raise ModelError(f"--dist-timeout must be a number of seconds above 0, got {config.dist_timeout:g}")
     if config.max_step_ms is not None and config.max_step_ms < 0:
         raise ModelError(f"--max-step-ms must not be negative, got {config.max_step_ms}")
     if config.tp_size % config.nnodes:

@@ -1,6 +1,7 @@
 """`python -m server`, and the console script `radixloop`."""
 
 import asyncio
+import dataclasses
 import logging
 import os
 import resource
@@ -23,13 +24,14 @@ from engine.ranks.children import settle_garbage_collector
 from engine.request import Request, SamplingParams
 from engine.state import RequestState
 from engine.watchdog import Watchdog
+from server.apis.files import FILE_STORE
 from server.app import build_app
 from server.config import ServerConfig, parse_args
 from server.http.access_log import JsonAccessLogger
 from server.http.intake import Acceptor
 from server.http.keys import KeyRing
 from server.http.live import new_rid
-from server.reading.chat import CHATS, Chats
+from server.reading.chat import CHATS
 from server.watch.recorder import RECORDER
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         check_keys(config)
         with bind(config.host, config.port) as listener:  # before minutes go into loading
+            config = dataclasses.replace(config, port=listener.getsockname()[1])  # --port 0: any
             uvloop.run(serve(config, listener, console))
     except (ModelError, StartError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
@@ -216,7 +219,7 @@ async def serve_http(
         except OSError as error:  # a server that was bound to the port at the same time has been ready first
             raise _cannot_listen(config.host, config.port, error) from None
         with acceptor:
-            print_ready(console, engine, config, app[CHATS], listener.getsockname()[1])
+            print_ready(console, engine, config, app)
             engine.warm_up_grammars()
             failure = await wait_for_end(engine, stop)
         if failure:
@@ -229,9 +232,9 @@ async def serve_http(
         await runner.cleanup()
 
 
-def print_ready(console: Console, engine: Engine, config: ServerConfig, chats: Chats, port: int) -> None:
+def print_ready(console: Console, engine: Engine, config: ServerConfig, app: web.Application) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
-    url = f"http://{host}:{port}"
+    url, chats, store = f"http://{host}:{config.port}", app[CHATS], app[FILE_STORE]
     table = Table(title="radixloop is ready", title_justify="left", show_header=False, box=None)
     for name, value in (
         ("address", url),
@@ -240,13 +243,23 @@ def print_ready(console: Console, engine: Engine, config: ServerConfig, chats: C
         ("KV capacity", f"{engine.max_total_num_tokens:,} tokens"),
         ("tool calls", _parser_in_use(chats.tool_call_parser, config.tool_call_parser)),
         ("reasoning", _parser_in_use(chats.reasoning_parser, config.reasoning_parser)),
+        ("files, batches", f"none: {store.problem}" if store.problem else str(store.folder)),
     ):
         table.add_row(f"[bold]{name}[/]", escape(value))
     console.print(table)
-    key = " -H 'Authorization: Bearer KEY'" if config.api_key else ""
-    body = '{"text": "The capital of France is", "sampling_params": {"max_new_tokens": 16}}'
+    key = " -H 'Authorization: Bearer KEY'" if config.api_key or config.api_key_file else ""
+    path, body = example_request(engine)
     # On a line of its own that is never wrapped, so that it can be copied.
-    console.out(f"\ncurl {url}/generate -H 'Content-Type: application/json'{key} -d '{body}'\n", highlight=False)
+    console.out(f"\ncurl {url}{path} -H 'Content-Type: application/json'{key} -d '{body}'\n", highlight=False)
+
+
+def example_request(engine: Engine) -> tuple[str, str]:
+    """Return the path and the body of a first request that the model can answer."""
+    if engine.is_generation:
+        return "/generate", '{"text": "The capital of France is", "sampling_params": {"max_new_tokens": 16}}'
+    if engine.model_config.is_classifier:
+        return "/classify", '{"text": "The capital of France is Paris"}'
+    return "/v1/embeddings", '{"input": "The capital of France is Paris"}'
 
 
 def _parser_in_use(name: str | None, given: str | None) -> str:

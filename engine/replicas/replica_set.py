@@ -21,7 +21,7 @@ from engine.failure import Failure
 from engine.model_config import ModelConfig
 from engine.output import give
 from engine.ranks.channel import ChannelReader, ChannelWriter, open_channel
-from engine.ranks.children import Children
+from engine.ranks.children import Children, StoppedChildren
 from engine.replicas.balance import Balancer, Placement
 from engine.replicas.front_end import FrontEnd, config_of_replica, load_front_end
 from engine.replicas.handle import ReplicaHandle
@@ -78,7 +78,7 @@ class ReplicaSet(Engine):
         self._children = children
         for i, (commands, answers) in enumerate(channels):
             self._replicas.append(spawn_replica(children, i, config, commands, answers))
-        children.checks.append(self._find_hung)
+        children.checks += [self._find_hung, StoppedChildren(children, config.answer_timeout_s).find]
         children.watch()
         try:
             ready: list[Ready] = await asyncio.to_thread(children.wait_ready)
