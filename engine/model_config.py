@@ -6,7 +6,7 @@ that most families share; a family's own `read_config` calls it and says what di
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,11 @@ DTYPES = {
     "float32": torch.float32,
 }
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# Texts of tokens that end an answer, whether or not a model's files say so: the base model's end may be all they name.
+TURN_ENDS = (
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<|end|>", "<|return|>", "<|call|>",
+    "<end_of_turn>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<|EOT|>", "[|endofturn|]", "<|endofturn|>",
+)  # fmt: skip
 # Rotary scalings whose `max_position_embeddings` is the length before scaling.
 STRETCHED_BY_FACTOR = ("linear", "yarn")
 # Rotary settings, by where files have them: see `with_rope_parameters`.
@@ -281,6 +286,14 @@ def complete(model: ModelConfig, raw: dict[str, Any], folder: Path, config: Engi
         generation_defaults=generation_defaults,
         pooling=config.pooling or parse_pooling(folder),
     )
+
+
+def turn_ends(known: Container[str]) -> list[str]:
+    """Return the texts of the vocabulary `known` that end an answer.
+
+    Where <|return|> does, <|end|> only ends one of an answer's messages.
+    """
+    return [text for text in TURN_ENDS if text in known and not (text == "<|end|>" and "<|return|>" in known)]
 
 
 def read_json(path: Path, required: bool = False) -> dict[str, Any]:

@@ -39,6 +39,9 @@ class FakeTokenizer:
     def __init__(self) -> None:
         self.named_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
 
+    def check_chat_template(self, source: str) -> None:
+        pass
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
@@ -196,8 +199,11 @@ class FakeEngine(Engine):
         self.is_profiling = False
         self.failure: FinishReason | None = None  # how every request ends
 
-    async def start(self, on_progress: Callable[[str], None] = print) -> None:
-        pass
+    async def start(
+        self, on_progress: Callable[[str], None] = print, on_tokenizer: Callable[[Any], object] | None = None
+    ) -> None:
+        if on_tokenizer is not None:
+            on_tokenizer(self.tokenizer)
 
     async def stop(self, drain_s: float = 0.0) -> None:
         pass

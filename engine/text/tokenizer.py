@@ -212,6 +212,15 @@ class Tokenizer:
     def token_to_id(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
 
+    def check_chat_template(self, source: str) -> None:
+        """Raise ValueError, with the line, if the Jinja text `source` cannot be compiled."""
+        try:
+            compile_template(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"line {error.lineno}: {error.message}") from None
+        except (SyntaxError, RecursionError, MemoryError) as error:  # Python's own limits, of nested loops for example
+            raise ValueError(str(error) or type(error).__name__) from None
+
     def token_text(self, token_id: int) -> str:
         """Return one token's text for log-probabilities, spaces kept; incomplete UTF-8 shows as U+FFFD."""
         return self.detokenizer.token_text(token_id)
