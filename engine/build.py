@@ -4,8 +4,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, unique_layers
-from engine.model_config import ModelConfig
+from engine.model_config import TURN_ENDS, ModelConfig, parse_overrides, turn_ends
 from engine.models.base import CausalLM
 from engine.models.registry import build_model, load_config
 from engine.rank_maintenance import RankMaintenance
@@ -139,25 +138,27 @@ def describe_backends(config: EngineConfig, device: torch.device, *, has_corun: 
 
 
 def build(
-    config: EngineConfig, on_progress: Callable[[str], None], on_failure: Callable[[str], object] = logger.critical
+    config: EngineConfig,
+    on_progress: Callable[[str], None],
+    on_failure: Callable[[str], object] = logger.critical,
+    on_tokenizer: Callable[[Tokenizer], object] | None = None,
 ) -> EngineParts:
     """Build every part of an engine. Blocks for as long as loading takes. `ModelError` if the model cannot be served.
 
     on_failure: called from a thread, with the reason, when one of several ranks can compute no more; nor can the
-    engine then.
+    engine then. on_tokenizer: see `Engine.start`.
     """
     config = resolve_config(config)
     folder = resolve_model(config)
-    model_config = load_config(folder, config)
+    model_config, tokenizer = load_model_files(folder, config)
+    if on_tokenizer is not None:
+        on_tokenizer(tokenizer)
     comm = Communicator(0, config.tp_size)
     model = new_model(config, model_config, comm)  # raises if it cannot be split, before a process is started
     ranks = Ranks(config, folder, run_rank, on_failure) if config.tp_size > 1 else None
     try:
-        with ThreadPoolExecutor(1) as executor:
-            loading_tokenizer = executor.submit(load_tokenizer, folder, config)
-            store = None if ranks is None else ranks.store
-            runner, memory = build_runner(config, model_config, folder, model, comm, store, on_progress)
-            tokenizer = loading_tokenizer.result()
+        store = None if ranks is None else ranks.store
+        runner, memory = build_runner(config, model_config, folder, model, comm, store, on_progress)
         grammars = new_grammars(config, model_config, tokenizer)
         is_pinned = runner.device.type == "cuda"
         if grammars is None:  # the end of thinking is forced through masks, too
@@ -326,9 +327,30 @@ def run_rank(
     comm.close()
 
 
-def load_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer:
-    """Load the tokenizer of the model in `folder`, unless --tokenizer-path names another."""
-    return Tokenizer.load(resolve_tokenizer(config, folder), config.trust_remote_code)
+def load_model_files(folder: Path, config: EngineConfig) -> tuple[ModelConfig, Tokenizer]:
+    """Load all that the model in `folder` is but its weights; its tokenizer, unless --tokenizer-path names another."""
+    model_config = load_config(folder, config)
+    tokenizer = Tokenizer.load(resolve_tokenizer(config, folder), config.trust_remote_code)
+    if "eos_token_id" not in parse_overrides(config.json_model_override_args):
+        model_config = with_tokenizers_ends(model_config, tokenizer)
+    if model_config.is_generation and not model_config.eos_token_ids:
+        logger.warning(
+            "no token is known to end an answer: answers go on to their longest. "
+            """Name one with --json-model-override-args '{"eos_token_id": ID}'"""
+        )
+    return model_config, tokenizer
+
+
+def with_tokenizers_ends(model_config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """Return `model_config` with the tokenizer's eos token, and those that end a turn, among its end tokens.
+
+    Fine-tuned models often keep config.json's end of the base model, which they never generate.
+    """
+    known = {text: tokenizer.token_to_id(text) for text in TURN_ENDS}
+    found = [tokenizer.eos_token_id]
+    found += [known[text] for text in turn_ends({text for text, token_id in known.items() if token_id is not None})]
+    ids = [token_id for token_id in found if token_id is not None and token_id < model_config.vocab_size]
+    return replace(model_config, eos_token_ids=tuple(dict.fromkeys([*model_config.eos_token_ids, *ids])))
 
 
 def new_grammars(config: EngineConfig, model_config: ModelConfig, tokenizer: Tokenizer) -> GrammarCompiler | None:

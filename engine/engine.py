@@ -56,6 +56,7 @@ class TokenizerFacade(Protocol):
     @property
     def named_tokens(self) -> Mapping[str, str]: ...  # bos_token, eos_token, ...
 
+    def check_chat_template(self, source: str) -> None: ...  # ValueError with the line that does not parse
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
     def token_text(self, token_id: int) -> str: ...
@@ -163,8 +164,16 @@ class Engine(ABC):
         await self.stop()
 
     @abstractmethod
-    async def start(self, on_progress: Callable[[str], None] = logger.info) -> None:
-        """Load the model and begin to step: seconds to minutes. `ModelError` if the model cannot be served."""
+    async def start(
+        self,
+        on_progress: Callable[[str], None] = logger.info,
+        on_tokenizer: Callable[[TokenizerFacade], object] | None = None,
+    ) -> None:
+        """Load the model and begin to step: seconds to minutes. `ModelError` if the model cannot be served.
+
+        on_tokenizer: called once the tokenizer is loaded and before the weights are, perhaps on a thread; what it
+        raises ends the start.
+        """
 
     @abstractmethod
     async def stop(self, drain_s: float = 0.0) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import os
 import resource
@@ -9,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import uvloop
@@ -18,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from engine.engine import Engine
+from engine.engine import Engine, TokenizerFacade
 from engine.errors import ModelError
 from engine.ranks.children import settle_garbage_collector
 from engine.request import Request, SamplingParams
@@ -31,7 +33,7 @@ from server.http.access_log import JsonAccessLogger
 from server.http.intake import Acceptor
 from server.http.keys import KeyRing
 from server.http.live import new_rid
-from server.reading.chat import CHATS
+from server.reading.chat import CHATS, load_chat_template, names_missing_file
 from server.watch.recorder import RECORDER
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             join_node(config, console)
             return 0
         check_keys(config)
+        check_paths(config)
         with bind(config.host, config.port) as listener:  # before minutes go into loading
             config = dataclasses.replace(config, port=listener.getsockname()[1])  # --port 0: any
             uvloop.run(serve(config, listener, console))
@@ -96,6 +99,36 @@ def check_keys(config: ServerConfig) -> None:
     try:
         KeyRing(config)
     except ValueError as error:
+        raise StartError(str(error)) from None
+
+
+def check_paths(config: ServerConfig) -> None:
+    """Find now, and not after the model has been loaded, that a file is missing or that a folder cannot be made."""
+    template = config.chat_template
+    if template is not None and names_missing_file(template):
+        raise StartError(f"--chat-template {template}: no such file")
+    folders = {"--crash-dump-folder": config.crash_dump_folder}
+    if (
+        config.file_storage_path != ServerConfig.file_storage_path
+    ):  # asked for; without the default one, most still works
+        folders["--file-storage-path"] = config.file_storage_path
+    for flag, folder in folders.items():
+        if not folder:
+            continue
+        path = Path(folder).expanduser()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StartError(f"{flag} {folder}: {error.strerror}") from None
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise StartError(f"{flag} {folder}: not writable")
+
+
+def check_template(config: ServerConfig, tokenizer: TokenizerFacade) -> None:
+    """Find before the weights are loaded that there is no such chat template, or that it does not parse."""
+    try:
+        load_chat_template(config.chat_template, tokenizer)
+    except (OSError, ValueError) as error:
         raise StartError(str(error)) from None
 
 
@@ -141,7 +174,10 @@ async def serve(config: ServerConfig, listener: socket.socket, console: Console)
     await asyncio.sleep(0)  # that took seconds: was there a signal?
     engine = new_engine(config)
     try:
-        await engine.start(lambda step: console.print(step, style="dim", markup=False, highlight=False))
+        await engine.start(
+            lambda step: console.print(step, style="dim", markup=False, highlight=False),
+            functools.partial(check_template, config),
+        )
         is_loading = False
         with Watchdog(config.watchdog_timeout, engine.progress, engine.describe) as watchdog:
             for _ in range(0 if config.skip_server_warmup else config.dp_size):  # idle replicas take turns

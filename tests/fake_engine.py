@@ -40,6 +40,9 @@ class FakeTokenizer:
     def __init__(self) -> None:
         self.named_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
 
+    def check_chat_template(self, source: str) -> None:
+        pass
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
@@ -202,8 +205,11 @@ class FakeEngine(Engine):
         """Those that were submitted, oldest first."""
         return [state.request for state in self.states]
 
-    async def start(self, on_progress: Callable[[str], None] = print) -> None:
-        pass
+    async def start(
+        self, on_progress: Callable[[str], None] = print, on_tokenizer: Callable[[Any], object] | None = None
+    ) -> None:
+        if on_tokenizer is not None:
+            on_tokenizer(self.tokenizer)
 
     async def stop(self, drain_s: float = 0.0) -> None:
         pass

@@ -297,7 +297,7 @@ async def test_a_batch_whose_input_is_gone_fails_with_the_answers_that_there_are
     async with api_of(engine, file_storage_path=str(tmp_path)) as api:
         batch = await start(api, [chat_line("a"), chat_line("b")])
         await engine.until(lambda: len(engine.live) == 2)
-        engine.finish(engine.requests[0], FinishReason("stop"))
+        engine.finish(engine.states[0], FinishReason("stop"))
         await until(api, batch.id, lambda one: one.request_counts is not None and one.request_counts.completed == 1)
     (tmp_path / batch.input_file_id).unlink()
     async with api_of(FakeEngine(), file_storage_path=str(tmp_path)) as api:
@@ -341,7 +341,7 @@ async def test_a_batch_waits_while_the_disk_is_full_and_ends_whole(
     async with api_of(engine, file_storage_path=str(tmp_path)) as api:
         batch = await start(api, [chat_line(f"line-{i}") for i in range(4)])
         await engine.until(lambda: len(engine.live) == 4)
-        engine.finish(engine.requests[0], FinishReason("stop"))
+        engine.finish(engine.states[0], FinishReason("stop"))
         await until(api, batch.id, lambda one: one.request_counts is not None and one.request_counts.completed == 1)
         disk.is_full = True
         for request in list(engine.live.values()):
@@ -369,7 +369,7 @@ async def test_a_server_that_ends_on_a_full_disk_leaves_a_batch_that_the_next_on
     async with api_of(engine, file_storage_path=str(tmp_path)) as api:
         batch = await start(api, [chat_line(f"line-{i}") for i in range(3)])
         await engine.until(lambda: len(engine.live) == 3)
-        engine.finish(engine.requests[0], FinishReason("stop"))
+        engine.finish(engine.states[0], FinishReason("stop"))
         await until(api, batch.id, lambda one: one.request_counts is not None and one.request_counts.completed == 1)
         if ending == "finalizing":
             monkeypatch.setattr("server.apis.batches.Batches._keep_answers", lambda *_: setattr(disk, "is_full", True))

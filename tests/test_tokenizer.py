@@ -1,6 +1,7 @@
 """Test loading a tokenizer from a model folder, and chat templates against transformers' rendering."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from engine.errors import InvalidRequest, ModelError
 from engine.request import SamplingParams
+from engine.text import chat_template as templates
 from engine.text.tokenizer import FastBackend, PythonBackend, Tokenizer
 
 CHATML = (
@@ -339,3 +341,70 @@ def test_additional_template_files_have_their_files_names(make_folder: Callable[
     assert tokenizer.render_chat(CONVERSATION, chat_template="rag") == "found"
     with pytest.raises(InvalidRequest, match="no default chat template; choose one of: rag"):
         tokenizer.render_chat(CONVERSATION)
+
+
+# ---- hostile templates and tokenizers ----
+
+LONG = "range(100000)"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{%% for a in %(r)s %%}{%% for b in %(r)s %%}{%% endfor %%}{%% endfor %%}",
+        "{%% for a in %(r)s %%}{%% for b in %(r)s if false %%}x{%% endfor %%}{%% endfor %%}",
+        "{%% macro f(n) %%}{%% if n %%}{{ f(n - 1) }}{{ f(n - 1) }}{%% endif %%}{%% endmacro %%}{{ f(60) }}",
+        "{%% for a in [1, 1] recursive %%}{{ loop([1, 1]) if loop.depth < 60 }}{%% endfor %%}",
+    ],
+)
+def test_a_template_that_never_ends_is_ended(
+    template: str, chat_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "MAX_RENDER_S", 0.05)
+    start = time.thread_time()
+    with pytest.raises(InvalidRequest, match=r"does not come to an end within 0\.05 s"):
+        chat_tokenizer.render_chat(CONVERSATION, chat_template=template % {"r": LONG})
+    assert time.thread_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 'ab' * 1000000000 }}", "2000000000 characters"),
+        ("{{ 1000000000 * ['ab'] }}", "1000000000 characters"),
+        ("{{ 9 ** 99999999 }}", "exponent"),
+        (
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "134217728 characters",
+        ),
+        (
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+            "134217728 characters",
+        ),
+        ("{% set x = 'ab' * 1000000 %}{% for i in range(99999) %}{{ x }}{% endfor %}", "68000000 characters"),
+    ],
+)
+def test_a_template_that_fills_the_memory_is_ended(template: str, message: str, chat_tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        chat_tokenizer.render_chat(CONVERSATION, chat_template=template)
+
+
+def test_limits_change_nothing_of_what_a_template_makes(chat_tokenizer: Tokenizer) -> None:
+    template = (
+        "{% macro shown(m) %}{{ m.role ~ ':' ~ 1 ~ none }}{% endmacro %}"
+        "{% for m in messages if m.role != 'system' %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}"
+        "{{ shown(m) }}{{ [1] + [2] }}{{ 'ab' * 2 + 'c' }}{{ 2 ** 3 * 2 }} {% endfor %}"
+    )
+    made = chat_tokenizer.render_chat(
+        [{"role": role, "content": ""} for role in ("system", "user")], chat_template=template
+    )
+    assert made == "1/1Trueuser:1None[1, 2]ababc16 "
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [("a\n{% if x %}", "line 2"), ("{{ x }", "line 1"), ("{% for i in x %}" * 30 + "{% endfor %}" * 30, "nested")],
+)
+def test_what_does_not_parse_is_told_by_its_line(template: str, message: str, chat_tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=message):
+        chat_tokenizer.check_chat_template(template)

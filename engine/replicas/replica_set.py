@@ -68,9 +68,15 @@ class ReplicaSet(Engine):
         self._failure = Failure()
         self._profiles = ReplicaProfiles()
 
-    async def start(self, on_progress: Callable[[str], None] = logger.info) -> None:
+    async def start(
+        self,
+        on_progress: Callable[[str], None] = logger.info,
+        on_tokenizer: Callable[[Tokenizer], object] | None = None,
+    ) -> None:
         loop = asyncio.get_running_loop()
         front_end = await asyncio.to_thread(load_front_end, self.config)
+        if on_tokenizer is not None:
+            on_tokenizer(front_end.tokenizer)
         config, model_config = front_end.replica_config, front_end.model_config
         # Memory of channels is mapped page by page: 0.1 s that the event loop has better uses for.
         channels = await asyncio.to_thread(lambda: [(open_channel(1), open_channel(1)) for _ in range(config.dp_size)])

@@ -7,27 +7,20 @@ tokenizer.json goes through transformers.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
-import jinja2.ext
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
 from engine.errors import InvalidRequest, ModelError
 from engine.model_config import read_json
 from engine.request import SamplingParams
+from engine.text.chat_template import TEMPLATE_ERRORS, compile_template, render
 from engine.text.detokenizer import Detokenizer, TextStream
 
-# Errors of code in a template, which adds, indexes, formats and calls values of any kind; Jinja's own come first.
-TEMPLATE_ERRORS = (
-    jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
-)  # fmt: skip
 MALFORMED = (AttributeError, LookupError, TypeError, ValueError)  # errors raised by an entry of the wrong kind
 # Named tokens that are added to a vocabulary that lacks them.
 STANDARD_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -212,6 +205,15 @@ class Tokenizer:
     def token_to_id(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
 
+    def check_chat_template(self, source: str) -> None:
+        """Raise ValueError, with the line, if the Jinja text `source` cannot be compiled."""
+        try:
+            compile_template(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"line {error.lineno}: {error.message}") from None
+        except (SyntaxError, RecursionError, MemoryError) as error:  # Python's own limits, of nested loops for example
+            raise ValueError(str(error) or type(error).__name__) from None
+
     def token_text(self, token_id: int) -> str:
         """Return one token's text for log-probabilities, spaces kept; incomplete UTF-8 shows as U+FFFD."""
         return self.detokenizer.token_text(token_id)
@@ -253,7 +255,7 @@ class Tokenizer:
             **kwargs,
         }
         try:
-            prompt = compile_template(source).render(variables)
+            prompt = render(source, variables)
         except TEMPLATE_ERRORS as error:
             raise InvalidRequest(f"chat template: {error or type(error).__name__}", "messages") from error
         return cut_at_mark(prompt, final_text) if continue_final_message else prompt
@@ -341,46 +343,6 @@ def template_processing(tokenizer: tokenizers.Tokenizer, bos: str | None, eos: s
     single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
     used: Iterable[str] = dict.fromkeys(token for token in (bos, eos) if token)
     return TemplateProcessing(single=single, special_tokens=[(token, tokenizer.token_to_id(token)) for token in used])
-
-
-class GenerationTag(jinja2.ext.Extension):
-    """Render the content of {% generation %} ... {% endgeneration %}, which marks an assistant's text for training."""
-
-    tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Return `value` as JSON. Replaces Jinja's own filter, which escapes HTML and sorts keys."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-@lru_cache(maxsize=16)
-def compile_template(source: str) -> jinja2.Template:
-    """Compile a template, to run in a sandbox: templates come from whoever made the model."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    return environment.from_string(source)
 
 
 def mark_end(chat: list[dict[str, Any]]) -> str:
