@@ -155,7 +155,10 @@ def build(
         on_tokenizer(tokenizer)
     comm = Communicator(0, config.tp_size)
     model = new_model(config, model_config, comm)  # raises if it cannot be split, before a process is started
-    ranks = Ranks(config, folder, run_rank, on_failure) if config.tp_size > 1 else None
+    ranks = None
+    if config.tp_size > 1:  # other hosts' CPUs may differ: the dtype is decided here
+        dtype = str(model_config.dtype).removeprefix("torch.")
+        ranks = Ranks(config.replace(dtype=dtype), folder, run_rank, on_failure)
     try:
         store = None if ranks is None else ranks.store
         runner, memory = build_runner(config, model_config, folder, model, comm, store, on_progress)

@@ -42,7 +42,7 @@ class EngineConfig:
     dtype: str = option(
         "auto",
         MODEL,
-        "of weights and activations; auto: the checkpoint's (bfloat16 for float32)",
+        "of weights and activations; auto: the checkpoint's (bfloat16 for float32), on a CPU what it multiplies fast",
         choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
     )
     context_length: int | None = option(None, MODEL, "longest prompt + answer in tokens, if not the model's")
@@ -78,7 +78,9 @@ class EngineConfig:
     )
     max_prefill_tokens: int = option(16384, SCHEDULE, "prompt tokens of one step when chunking is off")
     max_step_ms: float | None = option(
-        None, SCHEDULE, "while answers stream, cut prompt chunks so that a step takes at most this long; 0: any"
+        None,
+        SCHEDULE,
+        "while answers stream, cut prompt chunks so that a step takes at most this long; 0: any, on a CPU too",
     )
     schedule_policy: str = option(
         "lpm", SCHEDULE, "order of the queue: longest prefix match, first come, by tree weight, random",

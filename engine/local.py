@@ -21,6 +21,7 @@ from engine.model_config import ModelConfig
 from engine.output import OutputProcessor
 from engine.profiler import Profiler, make_profile_folder
 from engine.request_table import RequestTable
+from engine.sizes import max_wait_s
 from engine.state import FinishReason, RequestState, Status
 from engine.text.tokenizer import Tokenizer
 from engine.verify import RequestLimits
@@ -73,6 +74,7 @@ class LocalEngine(Engine):
             max_step_ms=config.max_step_ms or None,
             chunked_prefill_size=scheduler.chunked_prefill_size,
             context_cost=parts.model_config.context_cost,
+            max_wait_s=max_wait_s(config),
             decode_log_interval=config.decode_log_interval,
         )
         maintenance = LocalMaintenance(parts, loop, self.abort_all)

@@ -6,6 +6,7 @@ that most families share; a family's own `read_config` calls it and says what di
 
 import json
 import logging
+import os
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,12 @@ DTYPES = {
     "float": torch.float32,
     "float32": torch.float32,
 }
+# Flags of CPUs, on x86 and on ARM, that multiply matrices of a dtype without converting them to float32 first.
+MULTIPLIERS = {
+    torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
+    torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
+FLOAT32_MEMORY_SHARE = 0.5  # share of the memory that weights may take when they are stored larger than they must be
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # Texts of tokens that end an answer, whether or not a model's files say so: the base model's end may be all they name.
 TURN_ENDS = (
@@ -280,7 +287,7 @@ def complete(model: ModelConfig, raw: dict[str, Any], folder: Path, config: Engi
     return replace(
         model,
         path=folder,
-        dtype=resolve_dtype(config.dtype, raw),
+        dtype=resolve_dtype(config, raw, folder),
         context_length=resolve_context_length(config.context_length, model.rope),
         eos_token_ids=tuple(dict.fromkeys(_ids(generation) + _ids(raw))),
         generation_defaults=generation_defaults,
@@ -312,7 +319,7 @@ def read_json(path: Path, required: bool = False) -> dict[str, Any]:
 
 
 def checked(entries: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Those of `entries` that are not null. `ModelError` naming the first that is not what it must be."""
+    """Return those of `entries` that are not null. `ModelError` naming the first that is not what it must be."""
     present = {name: value for name, value in entries.items() if value is not None}
     for wanted, is_right, names in KINDS:
         for name in names:
@@ -334,14 +341,44 @@ def parse_overrides(text: str) -> dict[str, Any]:
     return overrides
 
 
-def resolve_dtype(name: str, raw: dict[str, Any]) -> torch.dtype:
-    """`name`, or for "auto" the checkpoint's dtype, bfloat16 instead of float32."""
-    if name != "auto":
-        return DTYPES[name]
+def resolve_dtype(config: EngineConfig, raw: dict[str, Any], folder: Path) -> torch.dtype:
+    """Return the dtype asked for, or for "auto" the checkpoint's, bfloat16 instead of float32.
+
+    For "auto" on a CPU that can only emulate that one, float32: prompts are then computed several times faster, if
+    weights of twice the size fit. The rule depends on the machine alone, so that all ranks follow it alike.
+    """
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
     stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if stored not in DTYPES:
         raise ModelError(f"config.json: dtype {stored!r} is none of {', '.join(DTYPES)}: choose one with --dtype")
-    return torch.bfloat16 if DTYPES[stored] is torch.float32 else DTYPES[stored]
+    dtype = torch.bfloat16 if DTYPES[stored] is torch.float32 else DTYPES[stored]
+    flags = cpu_flags() if config.device == "cpu" else set()
+    if not flags or flags & MULTIPLIERS[dtype]:
+        return dtype
+    name = str(dtype).removeprefix("torch.")
+    weights_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if weights_bytes * torch.float32.itemsize // dtype.itemsize > FLOAT32_MEMORY_SHARE * memory_bytes():
+        logger.warning("this CPU has no units for %s: prompts take several times as long as in float32, which has "
+                       "no room here", name)  # fmt: skip
+        return dtype
+    logger.info("dtype float32: this CPU has no units for %s, in which prompts would take several times as long; "
+                "--dtype %s takes half the memory, and makes a single answer faster", name, name)  # fmt: skip
+    return torch.float32
+
+
+def cpu_flags() -> set[str]:
+    """Return what the CPU can do, in Linux's words; nothing if that is not known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()[2:]}
+
+
+def memory_bytes() -> int:
+    """Return the size of the machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def parse_rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:

@@ -202,7 +202,8 @@ async def test_a_stop_string_can_stay_in_the_answer(client: Client, engine: Fake
 async def test_special_tokens_are_added_or_not_as_the_client_says(client: Client, engine: FakeEngine) -> None:
     asked: list[bool] = []
 
-    async def encode(text: str, add_special_tokens: bool = True) -> list[int]:
+    async def encode(text: str, add_special_tokens: bool = True, *, is_prompt: bool = True) -> list[int]:
+        assert is_prompt
         asked.append(add_special_tokens)
         return list(text.encode())
 

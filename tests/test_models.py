@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cache.pool import CachePool
+from engine import model_config
 from engine.checkpoint.folder import resolve_model
 from engine.checkpoint.weights import load_weights
 from engine.config import EngineConfig
@@ -544,3 +545,34 @@ def test_an_unsupported_family_is_named_before_its_entries_are_read(
     assert ("nearest is" in str(error.value)) == (nearest is not None)
     assert nearest is None or f"The nearest is {nearest}." in str(error.value)
     assert ".github/CONTRIBUTING.md" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stored", "flags", "memory", "dtype"),
+    [
+        ("bfloat16", {"avx2", "avx512_bf16"}, 1 << 40, torch.bfloat16),
+        ("float32", {"avx2", "amx_bf16"}, 1 << 40, torch.bfloat16),
+        ("bfloat16", {"asimd", "bf16"}, 1 << 40, torch.bfloat16),
+        ("bfloat16", {"avx2"}, 1 << 40, torch.float32),
+        ("float16", {"avx2", "avx512_bf16"}, 1 << 40, torch.float32),
+        ("float16", {"avx512_fp16"}, 1 << 40, torch.float16),
+        ("bfloat16", {"avx2"}, 1 << 10, torch.bfloat16),
+        ("bfloat16", set(), 1 << 40, torch.bfloat16),
+    ],
+)
+def test_a_cpu_computes_in_what_it_multiplies_fast_and_has_room_for(
+    stored: str, flags: set[str], memory: int, dtype: torch.dtype, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_config, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(model_config, "memory_bytes", lambda: memory)
+    override = json.dumps({"dtype": stored})
+    assert load_config(tiny_llama, EngineConfig(device="cpu", json_model_override_args=override)).dtype == dtype
+    asked = EngineConfig(device="cpu", dtype="bfloat16", json_model_override_args=override)
+    assert load_config(tiny_llama, asked).dtype == torch.bfloat16
+    on_gpu = EngineConfig(device="cuda:0", json_model_override_args=override)
+    assert load_config(tiny_llama, on_gpu).dtype == (torch.float16 if stored == "float16" else torch.bfloat16)
+
+
+def test_the_flags_of_this_cpu_are_known() -> None:
+    assert model_config.cpu_flags() & {"sse2", "asimd"}
+    assert model_config.memory_bytes() > 1 << 28

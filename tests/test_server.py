@@ -941,7 +941,8 @@ def test_a_chat_template_that_does_not_parse_ends_the_start_before_the_weights_a
     class Templated(Unloaded):
         async def start(self, on_progress: Any = None, on_tokenizer: Any = None) -> None:
             self.tokenizer.chat_template = None if is_given else broken
-            self.tokenizer.check_chat_template = functools.partial(Tokenizer.check_chat_template, self.tokenizer)
+            check = functools.partial(Tokenizer.check_chat_template, self.tokenizer)  # type: ignore[arg-type]
+            monkeypatch.setattr(self.tokenizer, "check_chat_template", check)
             await super().start(on_progress, on_tokenizer)
 
     file = tmp_path / "broken.jinja"

@@ -483,7 +483,7 @@ def test_a_gguf_tokenizer_of_unknown_kind_is_refused_before_it_is_converted(
 
 
 def test_a_gguf_ends_answers_at_its_eot_and_eom_or_at_their_texts(tmp_path: Path) -> None:
-    tokens = TINY_GGUF["tokenizer.ggml.tokens"]
+    tokens: Any = TINY_GGUF["tokenizer.ggml.tokens"]
     by_id = tiny_gguf_config(tmp_path, {"tokenizer.ggml.eot_token_id": 4, "tokenizer.ggml.eom_token_id": 5}, "a.gguf")
     assert load_config(resolve_model(by_id)).eos_token_ids == (2, 4, 5)
     by_text = tiny_gguf_config(tmp_path, {"tokenizer.ggml.tokens": [*tokens[:8], "<|im_end|>", "<|x|>"]}, "b.gguf")

@@ -128,10 +128,10 @@ def add_ends(tokenizer: Any, metadata: Metadata, *, adds_bos: bool) -> None:
 
     tokens = metadata["tokenizer.ggml.tokens"]
     ends: list[tuple[str, int] | None] = []
-    for name, is_added in (("bos", adds_bos), ("eos", False)):
+    for name, default in (("bos", adds_bos), ("eos", False)):
         token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        has_end = metadata.get(f"tokenizer.ggml.add_{name}_token", is_added) and token_id is not None
-        ends.append((tokens[token_id], token_id) if has_end else None)
+        is_added = metadata.get(f"tokenizer.ggml.add_{name}_token", default)
+        ends.append(None if token_id is None or not is_added else (tokens[token_id], token_id))
     if not any(ends):
         return
     bos, eos = ([end[0]] if end else [] for end in ends)

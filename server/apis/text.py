@@ -38,7 +38,7 @@ class TextApi:
         answer: JSON = {"max_model_len": self.engine.context_length}
         if body.has("messages"):
             answer["prompt"] = self.chats.render(body)
-            tokens: Any = await self.engine.encode(answer["prompt"], add_special_tokens=False)
+            tokens: Any = await self.engine.encode(answer["prompt"], False, is_prompt=False)
         else:
             name = "prompt" if body.has("prompt") else "text"
             prompt = body.get(name)
@@ -46,7 +46,9 @@ class TextApi:
             texts = prompt if isinstance(prompt, list) else [prompt]
             if not all(isinstance(text, str) for text in texts):
                 body.fail(name, "a string or a list of strings")
-            tokens = [await self.engine.encode(text, add_special_tokens) async for text in paced(texts)]
+            tokens = [
+                await self.engine.encode(text, add_special_tokens, is_prompt=False) async for text in paced(texts)
+            ]
             if not isinstance(prompt, list):
                 tokens = tokens[0]
         is_batch = bool(tokens) and isinstance(tokens[0], list)
