@@ -30,6 +30,7 @@ from server.http.access_log import JsonAccessLogger
 from server.http.intake import Acceptor
 from server.http.keys import KeyRing
 from server.http.live import new_rid
+from server.http.malformed import shorten_malformed
 from server.reading.chat import CHATS
 from server.watch.recorder import RECORDER
 
@@ -83,6 +84,7 @@ def set_up_logging(config: ServerConfig) -> None:
     logging.basicConfig(
         level=config.log_level.upper(), format="[%(asctime)s] %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
+    shorten_malformed()
     access_log = logging.getLogger(ACCESS_LOG)
     access_log.setLevel((config.log_level_http or config.log_level).upper())
     if config.access_log == "json":  # a line is a JSON object and nothing else
