@@ -1,5 +1,10 @@
 """`python -m server`, and the console script `radixloop`."""
 
+if __name__ == "__main__":
+    from server.console import end_silently
+
+    end_silently()  # on Ctrl-C, while the imports below take their seconds
+
 import asyncio
 import dataclasses
 import logging
@@ -19,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from engine.engine import Engine
-from engine.errors import ModelError
+from engine.errors import EngineError
 from engine.ranks.children import settle_garbage_collector
 from engine.request import Request, SamplingParams, ignore
 from engine.watchdog import Watchdog
@@ -58,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with bind(config.host, config.port) as listener:  # before minutes go into loading
             config = dataclasses.replace(config, port=listener.getsockname()[1])  # --port 0: any
             uvloop.run(serve(config, listener, console))
-    except (ModelError, StartError) as error:
+    except (EngineError, StartError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
@@ -149,7 +154,7 @@ async def serve(config: ServerConfig, listener: socket.socket, console: Console)
                 await warm_up(engine)
             settle_garbage_collector()
             await serve_http(engine, config, listener, console, stop, watchdog)
-    except (ModelError, StartError) as error:
+    except (EngineError, StartError) as error:
         if engine.has_failed:
             end_failed(console, str(error))
         raise
@@ -180,7 +185,7 @@ def end_failed(console: Console, message: str) -> NoReturn:
 
 async def warm_up(engine: Engine) -> None:
     """Generate a few tokens, so that no client pays for what happens once; a model that cannot is found now."""
-    input_ids = await engine.encode("The capital city of France is")
+    input_ids = (await engine.encode("The capital city of France is"))[: engine.context_length]
     num_tokens = min(8, engine.context_length - len(input_ids)) if engine.is_generation else 0
     params = SamplingParams(max_new_tokens=num_tokens, temperature=0.0)
     request = Request(rid=f"WARMUP_{new_rid()}", input_ids=input_ids, sampling_params=params, sink=ignore)

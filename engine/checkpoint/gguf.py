@@ -286,7 +286,8 @@ def write_tokenizer(gguf: GGUF, folder: Path) -> None:
         tokenizer.post_processor = TemplateProcessing(
             single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, bos_id)]
         )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # Not by `save`, which raises no OSError when the disk is full.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {role: gguf.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
     write_json(
