@@ -286,7 +286,7 @@ class StepLoop:
         for i, message in errors.items():
             plan = step.plan
             request = self.scheduler.rows.request_at(plan.rows[plan.samples[wanted[0][i]]])
-            self.abort(request, FinishReason("abort", message=f"the grammar failed: {message}", status_code=500))
+            self.abort(request, FinishReason("abort", message=f"the grammar failed: {message}", status_code=400))
         return True
 
     async def _resolve(self, step: Step) -> None:

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 import xgrammar
 
+from engine.errors import InvalidRequest
 from engine.text.grammar import WORD_BITS, GrammarCompiler, MaskFiller
+from engine.text.schemas import is_strict
 from engine.text.structural_tag import MAX_DEPTH
 
 KEYWORDS_OF = {
@@ -36,6 +38,11 @@ FORMATS = {
     "date", "date-time", "duration", "hostname", "ipv4", "ipv6", "time", "uri", "uri-reference", "uuid"
 }  # fmt: skip
 """String formats that xgrammar knows and that cannot hold a quote, which it would not escape."""
+STANDARD_FORMATS = FORMATS | {
+    "email", "idn-email", "idn-hostname", "iri", "iri-reference", "json-pointer", "regex", "relative-json-pointer",
+    "uri-template",
+}  # fmt: skip
+"""Formats that JSON Schema defines. Others are annotations."""
 MAX_REPEAT = 1000  # repetitions in a pattern: the cost of compiling grows with their square
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 PATTERN_PART = re.compile(r"\\.|\[(?:\\.|[^]\\])*]|\(\?.?|.", re.DOTALL)
@@ -173,6 +180,21 @@ def _schema_grammar(schema: Any) -> Any:
     )
 
 
+def _held_grammar(schema: Any, field: str | None) -> Any:
+    """Return the grammar of a schema inside a tag; any value of its type if it is not strict and cannot be held.
+
+    field: what the client calls the schema. Raises `InvalidRequest` that names it.
+    """
+    try:
+        return _schema_grammar(schema)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(schema, dict) and not is_strict(schema):
+            return _schema_grammar({"type": "object"} if schema.get("type") == "object" else {})
+        if field is None:
+            raise
+        raise InvalidRequest(f"{field} cannot be used: {error}", field) from None
+
+
 def _check_schema(schema: Any, depth: int) -> None:
     """Raise `ValueError` for constraints that the library would not enforce; rewrite lengths as patterns, in place.
 
@@ -180,6 +202,8 @@ def _check_schema(schema: Any, depth: int) -> None:
     """
     if not isinstance(schema, dict):
         return
+    if schema.get("format", "date") not in STANDARD_FORMATS:
+        del schema["format"]
     if depth > MAX_DEPTH:
         raise ValueError(f"schemas may nest {MAX_DEPTH} deep")
     ignored, exclusive = _ignored_keywords(schema)
@@ -316,9 +340,9 @@ def _compiled_parts(format: Any) -> Any:
     if not isinstance(format, dict):
         return format
     if format.get("type") == "json_schema":
-        if extra := format.keys() - {"type", "json_schema"}:
+        if extra := format.keys() - {"type", "json_schema", "field"}:
             raise ValueError(f"{', '.join(sorted(extra))} of a json_schema format is not supported")
-        return {"type": "grammar", "grammar": str(_schema_grammar(format.get("json_schema")))}
+        return {"type": "grammar", "grammar": str(_held_grammar(format.get("json_schema"), format.get("field")))}
     if format.get("type") == "regex":
         return {**format, "pattern": _checked_pattern(format.get("pattern", ""))}
     return {name: _compiled_parts(inner) for name, inner in format.items()}
