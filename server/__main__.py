@@ -237,7 +237,7 @@ def print_ready(console: Console, engine: Engine, config: ServerConfig, chats: C
         ("model", config.model_name),
         ("context", f"{engine.context_length:,} tokens"),
         ("KV capacity", f"{engine.max_total_num_tokens:,} tokens"),
-        ("tool calls", _parser_in_use(chats.tool_call_parser, config.tool_call_parser)),
+        ("tool calls", _tools_in_use(chats, config.tool_call_parser)),
         ("reasoning", _parser_in_use(chats.reasoning_parser, config.reasoning_parser)),
     ):
         table.add_row(f"[bold]{name}[/]", escape(value))
@@ -246,6 +246,14 @@ def print_ready(console: Console, engine: Engine, config: ServerConfig, chats: C
     body = '{"text": "The capital of France is", "sampling_params": {"max_new_tokens": 16}}'
     # On a line of its own that is never wrapped, so that it can be copied.
     console.out(f"\ncurl {url}/generate -H 'Content-Type: application/json'{key} -d '{body}'\n", highlight=False)
+
+
+def _tools_in_use(chats: Chats, given: str | None) -> str:
+    if chats.describes_tools:
+        return f"{chats.tool_call_parser} (tools are described in a system text: the chat template shows none)"
+    if not chats.traits.shows_tools:
+        return "refused (the chat template shows none)"
+    return _parser_in_use(chats.tool_call_parser, given)
 
 
 def _parser_in_use(name: str | None, given: str | None) -> str:
