@@ -399,6 +399,52 @@ async def test_a_random_model_that_must_call_calls(tiny_llama: Path, tmp_path: P
     assert any("reasoning" in delta for delta in deltas)
 
 
+SET = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+ODD: Any = {"type": "object", "properties": {"a": SET, "b": {"type": "string", "format": "binary"}}}
+
+
+async def test_a_schema_that_cannot_be_held_is_called_what_the_client_calls_it(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "names.jinja"
+    template.write_text("{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{{ messages[-1].content }}")
+    config = EngineConfig(model_path=str(tiny_llama), dtype="float32", device="cpu", max_total_tokens=4096)
+    named = {"type": "json_schema", "name": "x", "schema": ODD}
+    format_ = {**named, "json_schema": named}
+    strict: dict[str, Any] = {"name": "f", "strict": True}
+    chat = "/v1/chat/completions"
+    fields: list[tuple[str, dict[str, Any], str]] = [
+        (chat, {"tools": [tool("f", ODD, strict=True)]}, "tools[0].function.parameters"),
+        (chat, {"response_format": format_}, "response_format.json_schema.schema"),
+        (chat, {"tools": TOOLS, "response_format": format_}, "response_format.json_schema.schema"),
+        (chat, {"guided_json": ODD}, "guided_json"),
+        ("/v1/completions", {"prompt": "a", "guided_json": ODD}, "guided_json"),
+        ("/v1/completions", {"prompt": "a", "structured_outputs": {"json": ODD}}, "structured_outputs.json"),
+        ("/v1/responses", {"tools": [{"type": "function", "parameters": ODD, **strict}]}, "tools[0].parameters"),
+        ("/v1/responses", {"text": {"format": named}}, "text.format.schema"),
+        ("/v1/responses", {"text": {"format": named}, "background": True}, "text.format.schema"),
+        ("/v1/messages", {"tools": [{"input_schema": ODD, **strict}]}, "tools[0].input_schema"),
+        ("/v1/messages", {"output_config": {"format": named}}, "output_config.format.schema"),
+        ("/api/chat", {"tools": [tool("f", ODD, strict=True)]}, "tools[0].function.parameters"),
+        ("/api/chat", {"format": ODD}, "format"),
+    ]  # fmt: skip
+    async with (
+        LocalEngine(config) as engine,
+        serving(engine, chat_template=str(template), tool_call_parser="hermes") as client,
+    ):
+        for path, more, field in fields:
+            body = {"messages": USER, "input": "Hi", "max_tokens": 5, "stream": False, **more}
+            response = await client.post(path, json=body)
+            error = (await response.json())["error"]
+            message = error if isinstance(error, str) else error["message"]
+            assert response.status == 400 and message.startswith(f"{field} cannot be used: "), (path, message)
+            assert "uniqueItems" in message and "x-strict" in message, message
+            assert not any(word in message for word in ("structural_tag", "%json", "part_", "json_schema has"))
+        for choice in ("auto", "required"):
+            odd = [tool("f", ODD), tool("g", CITY, strict=True)]
+            await ask(client, tools=odd, tool_choice=choice, max_tokens=5)
+
+
 async def test_a_schema_and_tools_together_mean_json_or_a_call(client: Client, engine: FakeEngine) -> None:
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": CITY}}
     await ask(client, tools=TOOLS, response_format=schema)

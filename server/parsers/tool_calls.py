@@ -320,7 +320,9 @@ def object_of(arguments: str) -> JSON:
     try:
         value: Any = orjson.loads(arguments or "{}")
     except orjson.JSONDecodeError:
-        value = None
+        value = arguments
+    if value is None:
+        return {}
     return value if isinstance(value, dict) else {"INVALID_JSON": arguments}
 
 
