@@ -18,7 +18,7 @@ from server.parsers import AnswerParser
 from server.parsers.tool_calls import TOOL_FORMATS, Tool, ToolCallParser
 from server.reading.chat import CHATS
 from server.reading.protocol import JSON
-from server.reading.templates import TemplateTraits, find_traits, in_parts
+from server.reading.templates import TemplateTraits, find_traits, shaped
 from server.reading.tool_prompt import with_calls_as_text
 from tests.fake_engine import FakeEngine, FakeTokenizer, events_of, serving
 
@@ -200,26 +200,31 @@ LOOP = "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{%
 TEMPLATES: dict[str, tuple[str, TemplateTraits]] = {
     "text": (
         "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}",
-        TemplateTraits(shows_tools=False, shows_calls=False),
+        TemplateTraits(shows_tools=False, shows_calls=False, shows_calls_alone=False),
     ),
     "parts": (
         "{% for m in messages %}{{ m.role }}" + LOOP + "{% endfor %}",
-        TemplateTraits(frozenset({"user", "system", "assistant", "tool"}), shows_tools=False, shows_calls=False),
+        TemplateTraits(
+            frozenset({"user", "system", "assistant", "tool"}),
+            shows_tools=False,
+            shows_calls=False,
+            shows_calls_alone=False,
+        ),
     ),
     "either": (
         "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
         + LOOP
         + "{% endif %}{% endfor %}",
-        TemplateTraits(shows_tools=False, shows_calls=False),
+        TemplateTraits(shows_tools=False, shows_calls=False, shows_calls_alone=False),
     ),
     "parts of users only": (
         "{% for m in messages %}{% if m.role == 'user' %}" + LOOP + "{% else %}{{ m.content }}{% endif %}{% endfor %}",
-        TemplateTraits(frozenset({"user"}), shows_tools=False, shows_calls=False),
+        TemplateTraits(frozenset({"user"}), shows_tools=False, shows_calls=False, shows_calls_alone=False),
     ),
     "no system": (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
         "{{ m.content }}{% endfor %}",
-        TemplateTraits(shows_system=False, shows_tools=False, shows_calls=False),
+        TemplateTraits(shows_system=False, shows_tools=False, shows_calls=False, shows_calls_alone=False),
     ),
     "tools and calls": (
         "{{ tools | tojson }}{% for m in messages %}{{ m.content }}"
@@ -229,6 +234,16 @@ TEMPLATES: dict[str, tuple[str, TemplateTraits]] = {
     "calls but no tools": (
         "{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}",
         TemplateTraits(shows_tools=False),
+    ),
+    "arguments as text": (
+        "{{ tools | tojson }}{% for m in messages %}{{ m.content }}"
+        "{% for c in m.tool_calls %}{{ c.function.name + c.function.arguments }}{% endfor %}{% endfor %}",
+        TemplateTraits(takes_text_arguments=True),
+    ),
+    "calls only beside tools": (
+        "{% for m in messages %}{{ m.content }}{% if tools %}{{ tools | tojson }}{{ m.tool_calls }}{% endif %}"
+        "{% endfor %}",
+        TemplateTraits(shows_calls_alone=False),
     ),
     "nothing": ("{{ raise_exception('no') }}", TemplateTraits()),
 }
@@ -273,10 +288,35 @@ async def test_a_template_that_loops_over_parts_shows_texts(engine: FakeEngine) 
 
 def test_parts_are_made_for_the_roles_that_need_them() -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert in_parts(messages, frozenset({"user"})) == [
+    assert shaped(messages, TemplateTraits(frozenset({"user"}))) == [
         {"role": "user", "content": [{"type": "text", "text": "a"}]},
         {"role": "assistant", "content": "b"},
     ]
+
+
+class OneCallTokenizer(FakeTokenizer):
+    """Refuse messages of several calls, as the templates of some models do, and arguments that are no text."""
+
+    def render_chat(self, messages: Any, *_: Any, **options: Any) -> str:
+        for message in messages:
+            calls = message.get("tool_calls") or ()
+            if len(calls) > 1 or not all(isinstance(call["function"]["arguments"], str) for call in calls):
+                raise InvalidRequest("chat template: one call at a time")
+        return super().render_chat(messages, **options)
+
+
+async def test_several_calls_come_back_although_the_template_allows_one(engine: FakeEngine) -> None:
+    engine.tokenizer, engine.answer = OneCallTokenizer(), f"{CALL}{CALL}"
+    async with serving(engine, tool_call_parser="hermes") as client:
+        for num_calls, expected in ((1, "[weather]"), (2, "<tool_call>")):
+            answer = await post(client, "/v1/chat/completions", {"messages": USER, "tools": [TOOL]})
+            said = answer["choices"][0]["message"]
+            said["tool_calls"] = said["tool_calls"][:num_calls]
+            result = {"role": "tool", "tool_call_id": "c1", "content": "rain"}
+            await post(client, "/v1/chat/completions", {"messages": [*USER, said, result], "tools": [TOOL]})
+            assert expected in prompt_of(engine).partition("[assistant]")[2] and "rain" in prompt_of(engine)
+        wrong = {"messages": [{"role": "tool", "content": "x"}], "chat_template_kwargs": {"messages": []}}
+        assert (await client.post("/v1/chat/completions", json=wrong)).status == 400
 
 
 def test_a_template_that_refuses_is_not_tried_again() -> None:

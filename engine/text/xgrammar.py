@@ -5,6 +5,7 @@ schemas and patterns with such constraints are found and refused here. As in oth
 structural tag that names a special token lets special tokens into its free texts.
 """
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import xgrammar
 
 from engine.errors import InvalidRequest
 from engine.text.grammar import WORD_BITS, GrammarCompiler, MaskFiller
-from engine.text.schemas import is_strict
+from engine.text.schemas import change_all, is_strict
 from engine.text.structural_tag import MAX_DEPTH
 
 KEYWORDS_OF = {
@@ -76,7 +77,7 @@ class XGrammarCompiler(GrammarCompiler):
 
     def _compile(self, kind: str, text: str) -> Any:
         if kind == "json_schema":
-            return self._compiler(False).compile_grammar(_schema_grammar(json.loads(text)))
+            return self._compiler(False).compile_grammar(_held_grammar(json.loads(text)))
         if kind == "regex":
             return self._compiler(False).compile_regex(_checked_pattern(text))
         if kind == "ebnf":
@@ -180,19 +181,30 @@ def _schema_grammar(schema: Any) -> Any:
     )
 
 
-def _held_grammar(schema: Any, field: str | None) -> Any:
-    """Return the grammar of a schema inside a tag; any value of its type if it is not strict and cannot be held.
+def _held_grammar(schema: Any, field: str | None = None) -> Any:
+    """Return the grammar of a schema; if it is not strict, without what cannot be held of it.
 
     field: what the client calls the schema. Raises `InvalidRequest` that names it.
     """
-    try:
-        return _schema_grammar(schema)
-    except (RuntimeError, ValueError) as error:
-        if isinstance(schema, dict) and not is_strict(schema):
-            return _schema_grammar({"type": "object"} if schema.get("type") == "object" else {})
-        if field is None:
-            raise
-        raise InvalidRequest(f"{field} cannot be used: {error}", field) from None
+    forms = [schema]
+    if isinstance(schema, dict) and not is_strict(schema):
+        forms += [change_all(schema, _held), {"type": "object"} if schema.get("type") == "object" else {}]
+    reason: Exception | None = None
+    for form in forms:
+        try:
+            return _schema_grammar(copy.deepcopy(form))
+        except (RuntimeError, ValueError) as error:
+            reason = reason or error
+    assert reason is not None
+    if field is None:
+        raise reason
+    raise InvalidRequest(f"{field} cannot be used: {reason}", field) from None
+
+
+def _held(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return `schema` without the keywords that xgrammar ignores, and without those that it may misread."""
+    ignored, _ = _ignored_keywords(schema)
+    return {name: value for name, value in schema.items() if name not in ignored | {"pattern", "uniqueItems"}}
 
 
 def _check_schema(schema: Any, depth: int) -> None:

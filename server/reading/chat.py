@@ -32,7 +32,7 @@ from server.parsers.tool_calls import (
 from server.reading.grammars import names_of_constraint
 from server.reading.protocol import JSON, Fields, check_n, check_token_ids
 from server.reading.sampling import MAX_TOP_LOGPROBS, read_options, read_sampling_params
-from server.reading.templates import find_traits, in_parts
+from server.reading.templates import find_traits, shaped
 from server.reading.tool_choice import ToolChoice, json_or_calls, read_tool_choice, structural_tag, tool_constraint
 from server.reading.tool_prompt import with_calls_as_text, with_tools
 
@@ -212,34 +212,50 @@ class Chats:
         if continues and messages[-1]["role"] != "assistant":
             raise InvalidRequest("continue_final_message needs an assistant message at the end", "messages")
         tools = (choice or read_tool_choice(body)).shown
-        if not (self.traits.shows_tools and self.traits.shows_calls):
-            messages, tools = self._with_tools_as_text(messages, tools)
-        return self.engine.tokenizer.render_chat(
-            in_parts(messages, self.traits.parts_roles) if self.traits.parts_roles else messages,
-            tools=tools,
-            add_generation_prompt=body.flag("add_generation_prompt", not continues),
-            continue_final_message=continues,
-            chat_template=self.template,
-            **_template_variables(body),
-        )
+        variables = _template_variables(body)
+        adds_prompt = body.flag("add_generation_prompt", not continues)
 
-    def _with_tools_as_text(
-        self, messages: list[JSON], tools: list[JSON] | None
-    ) -> tuple[list[JSON], list[JSON] | None]:
-        """Return messages and tools for a template that shows no tools, or no calls. `InvalidRequest` if it may not."""
-        traits = self.traits
-        format_ = TOOL_FORMATS[self.tool_call_parser or PLAINEST_TOOL_FORMAT]()
-        if not traits.shows_calls:
-            messages = with_calls_as_text(messages, format_)
-        if not tools or traits.shows_tools:
-            return messages, tools
+        def render(messages: list[JSON]) -> str:
+            shown, template_tools = (messages, tools) if self.traits.shows_tools else self._described(messages, tools)
+            return self.engine.tokenizer.render_chat(
+                shaped(shown, self.traits),
+                tools=template_tools,
+                add_generation_prompt=adds_prompt,
+                continue_final_message=continues,
+                chat_template=self.template,
+                **variables,
+            )
+
+        if not any(message.get("tool_calls") or message["role"] in ("tool", "function") for message in messages):
+            return render(messages)
+        if self.traits.shows_calls if tools else self.traits.shows_calls_alone:
+            try:
+                return render(messages)
+            except (
+                InvalidRequest
+            ) as error:  # as of templates that allow one call at a time, or know another form of ids
+                refused = error
+            try:
+                return render(with_calls_as_text(messages, self._written_format()))
+            except InvalidRequest:
+                raise refused from None
+        return render(with_calls_as_text(messages, self._written_format()))
+
+    def _described(self, messages: list[JSON], tools: list[JSON] | None) -> tuple[list[JSON], None]:
+        """Return messages that describe the tools, which are not for the template. `InvalidRequest` if they may not."""
+        if not tools:
+            return messages, None
         if not self.describes_tools:
             raise InvalidRequest(
                 f"tools cannot be used: {self.model_name} does not support tools (its chat template shows none, and "
                 "--disable-tool-prompt or --tool-call-parser none keeps the server from describing them)",
                 "tools",
             )
-        return with_tools(messages, tools, format_, has_system=traits.shows_system), None
+        return with_tools(messages, tools, self._written_format(), has_system=self.traits.shows_system), None
+
+    def _written_format(self) -> ToolFormat:
+        """Return the format of calls that are written into texts."""
+        return TOOL_FORMATS[self.tool_call_parser or PLAINEST_TOOL_FORMAT]()
 
     def _reasoning(self, body: Fields, prompt: str) -> "Reasoning | None":
         """Return the reasoning that this answer may begin with; None: without reasoning."""

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
+
 from engine.errors import InvalidRequest
 from server.reading.protocol import JSON
 
@@ -21,7 +23,11 @@ class TemplateTraits:
     shows_tools: bool = True
     """Whether tools given beside the messages are in the prompt."""
     shows_calls: bool = True
-    """Whether calls of tools and their results are in the prompt."""
+    """Whether calls of tools and their results are in the prompt, beside the tools where these are shown."""
+    shows_calls_alone: bool = True
+    """Whether they are where no tools are given: that may be another template."""
+    takes_text_arguments: bool = False
+    """Whether it shows a call only if its arguments are JSON text."""
 
 
 def find_traits(render: Render) -> TemplateTraits:
@@ -33,56 +39,79 @@ def find_traits(render: Render) -> TemplateTraits:
         except InvalidRequest:
             return False
 
-    def needs_parts(before: list[JSON], role: str, after: list[JSON], **more: Any) -> bool:
-        def with_content(content: Any) -> list[JSON]:
-            return [*before, {"role": role, "content": content, **more}, *after]
+    def needs_parts(before: list[JSON], message: JSON, after: list[JSON]) -> bool:
+        as_text, as_parts = ([*before, {**message, "content": content}, *after] for content in (MARK, _parts(MARK)))
+        return not shows(as_text) and shows(as_parts)
 
-        return not shows(with_content(MARK)) and shows(with_content(_parts(MARK)))
-
-    parts_roles = {"user"} if needs_parts([], "user", []) else set[str]()
+    parts_roles = {"user"} if needs_parts([], {"role": "user"}, []) else set[str]()
     user: JSON = {"role": "user", "content": _parts("Hi") if parts_roles else "Hi"}
     if not shows([{**user, "content": _parts(MARK) if parts_roles else MARK}]):
         return TemplateTraits()
-    calling: JSON = {"role": "assistant", "content": "", "tool_calls": [_call("find")]}
-    for role, before, after in (
-        ("system", [], [user]),
-        ("assistant", [user], [user]),
-        ("tool", [user, calling], []),
+    result: JSON = {"role": "tool", "tool_call_id": "call00001", "name": "find"}
+    for before, message, after in (
+        ([], {"role": "system"}, [user]),
+        ([user], {"role": "assistant"}, [user]),
+        ([user, _calling("find")], result, []),
+        ([user, _calling("find", '{"a": "b"}')], result, []),
     ):
-        if needs_parts(
-            before, role, after, **({"tool_call_id": "call00001", "name": "find"} if role == "tool" else {})
-        ):
-            parts_roles.add(role)
+        if needs_parts(before, message, after):
+            parts_roles.add(message["role"])
 
     def shown(role: str, text: str) -> Any:
         return _parts(text) if role in parts_roles else text
 
-    result: JSON = {"role": "tool", "tool_call_id": "call00001", "name": "find"}
+    def shows_calls(tools: list[JSON] | None, arguments: Any) -> bool:
+        called = [user, _calling(MARK, arguments), {**result, "content": shown("tool", "1")}]
+        returned = [user, _calling("find", arguments), {**result, "content": shown("tool", MARK)}]
+        return shows(called, tools) and shows(returned, tools)
+
+    shows_tools = shows([user], [_tool(MARK)])
+    tools = [_tool("find")] if shows_tools else None
+    takes_text = not shows_calls(tools, {"a": "b"}) and shows_calls(tools, '{"a": "b"}')
+    arguments = '{"a": "b"}' if takes_text else {"a": "b"}
     return TemplateTraits(
         parts_roles=frozenset(parts_roles),
         shows_system=shows([{"role": "system", "content": shown("system", MARK)}, user]),
-        shows_tools=shows([user], [_tool(MARK)]),
-        shows_calls=shows([user, {**calling, "tool_calls": [_call(MARK)]}, {**result, "content": shown("tool", "1")}])
-        and shows([user, calling, {**result, "content": shown("tool", MARK)}]),
+        shows_tools=shows_tools,
+        shows_calls=shows_calls(tools, arguments),
+        shows_calls_alone=shows_calls(None, arguments),
+        takes_text_arguments=takes_text,
     )
 
 
-def in_parts(messages: Sequence[JSON], roles: frozenset[str]) -> list[JSON]:
-    """Return `messages` with the texts of `roles` as lists of parts."""
-    return [
-        {**message, "content": _parts(message["content"])}
-        if message["role"] in roles and isinstance(message.get("content"), str)
-        else message
-        for message in messages
-    ]
+def shaped(messages: Sequence[JSON], traits: TemplateTraits) -> list[JSON]:
+    """Return `messages` in the shapes that a template of these traits shows."""
+    if not (traits.parts_roles or traits.takes_text_arguments):
+        return list(messages)
+    return [_shaped(message, traits) for message in messages]
+
+
+def _shaped(message: JSON, traits: TemplateTraits) -> JSON:
+    changed = dict(message)
+    if message["role"] in traits.parts_roles and isinstance(message.get("content"), str):
+        changed["content"] = _parts(message["content"])
+    if traits.takes_text_arguments and message.get("tool_calls"):
+        changed["tool_calls"] = [_with_text_arguments(call) for call in message["tool_calls"]]
+    return changed
+
+
+def _with_text_arguments(call: JSON) -> JSON:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": orjson.dumps(function["arguments"]).decode()}}
+
+
+def _calling(name: str, arguments: Any = None) -> JSON:
+    """Return an assistant's message that calls a tool."""
+    function = {"name": name, "arguments": {"a": "b"} if arguments is None else arguments}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "call00001", "type": "function", "function": function}],
+    }
 
 
 def _parts(text: str) -> list[JSON]:
     return [{"type": "text", "text": text}]
-
-
-def _call(name: str) -> JSON:
-    return {"id": "call00001", "type": "function", "function": {"name": name, "arguments": {"a": "b"}}}
 
 
 def _tool(name: str) -> JSON:
