@@ -108,6 +108,20 @@ SAME: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
         [{"kind": "x", "size": 1}, {"kind": "y"}, {}],
         [{"kind": "x"}, {"kind": "y", "size": 1}, {"size": 1}],
     ),
+    "conditions in an allOf": (
+        {
+            "type": "object",
+            "properties": {"kind": {"enum": ["x", "y", "z"]}, "size": {"type": "integer"}},
+            "required": ["kind"],
+            "allOf": [
+                {"if": {"properties": {"kind": {"const": "x"}}}, "then": {"required": ["size"]}},
+                {"if": {"properties": {"kind": {"enum": ["y"]}}}, "then": {"properties": {"size": False}}},
+            ],
+            "additionalProperties": False,
+        },
+        [{"kind": "x", "size": 1}, {"kind": "y"}, {"kind": "z"}, {"kind": "z", "size": 1}],
+        [{"kind": "x"}, {"kind": "y", "size": 1}],
+    ),
     "no property but these": (
         {"type": "object", "properties": FLAGS, "unevaluatedProperties": False},
         [{"a": True}],

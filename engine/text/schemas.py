@@ -42,6 +42,7 @@ BOUNDS = {
 MAX_EXACT = 1 << 53  # integers from it on are rounded by the library, which reads them as doubles
 MAX_INTEGER = (1 << 63) - 1024  # the largest double that its 64-bit integers hold
 MAX_NUMBER = 1 << 62  # the library fails at larger bounds of numbers
+ENDLESS = re.compile(r"[*+]|,}")  # in patterns that match names of any length
 MAX_CASES = 16  # alternatives that one keyword may become
 
 
@@ -150,7 +151,8 @@ def _without_covered_patterns(schema: Schema, is_covered: Callable[[str, list[st
         return schema
     properties, left = dict(properties), {}
     for pattern, inner in patterns.items():
-        if not is_covered(pattern, list(properties)):
+        is_finite = "^" in pattern and "$" in pattern and not ENDLESS.search(pattern)
+        if not (is_finite and is_covered(pattern, list(properties))):
             left[pattern] = inner
             continue
         for name in properties:
@@ -283,28 +285,74 @@ def _absent(schema: Schema) -> Schema:
 
 
 def _conditions(schema: Schema) -> Schema:
-    """Say if, then and else as two alternatives where the condition is the value of one property with few values."""
-    condition = schema.get("if")
+    """Say if, then and else as alternatives, one for each set of values of a property with the same consequences."""
+    properties = schema.get("properties") or {}
+    parts = [schema, *(part for part in schema.get("allOf") or [] if isinstance(part, dict))]
+    conditions = [condition for part in parts if (condition := _condition_of(part)) is not None]
+    for name in dict.fromkeys(condition.name for condition in conditions):
+        known = _values(properties.get(name))
+        together = [condition for condition in conditions if condition.name == name]
+        if known is None or not together:
+            continue
+        changed = _without_conditions(schema, together)
+        changed = _and(changed, {"anyOf": _cases(name, known, together, name in (schema.get("required") or []))})
+        if len(json.dumps(changed)) <= MAX_TEXT_BYTES:  # consequences are repeated, and may hold conditions
+            schema = changed
+    return schema
+
+
+@dataclass(frozen=True, slots=True)
+class _Condition:
+    """An if about the value of one property."""
+
+    part: Schema  # that has it
+    name: str
+    wanted: list[str]  # JSON texts of the values
+    holds_without: bool  # where the property is absent
+
+
+def _condition_of(part: Schema) -> _Condition | None:
+    condition = part.get("if")
     properties = condition.get("properties") if isinstance(condition, dict) else None
-    if not isinstance(properties, dict) or len(properties) != 1 or not isinstance(condition, dict):
-        return schema
-    if condition.keys() - ANNOTATIONS - {"properties", "required", "type"}:
-        return schema
+    if not isinstance(condition, dict) or not isinstance(properties, dict) or len(properties) != 1:
+        return None
     [(name, value)] = properties.items()
-    known = _values((schema.get("properties") or {}).get(name))
     wanted = _values(value)
-    if known is None or wanted is None or condition.get("required", [name]) != [name]:
-        return schema
-    rest = [value for value in known if value not in wanted]
+    if condition.keys() - {"properties", "required", "type"} or wanted is None:
+        return None
+    if condition.get("required", [name]) != [name] or condition.get("type", "object") != "object":
+        return None
+    return _Condition(part, name, list(map(json.dumps, wanted)), "required" not in condition)
+
+
+def _without_conditions(schema: Schema, conditions: list[_Condition]) -> Schema:
+    def left_of(part: Any) -> Any:
+        has_one = any(condition.part is part for condition in conditions)
+        return _without(part, "if", "then", "else") if has_one else part
+
+    changed: Schema = left_of(schema)
+    return {**changed, "allOf": list(map(left_of, schema["allOf"]))} if "allOf" in schema else changed
+
+
+def _cases(name: str, known: list[Any], conditions: list[_Condition], is_required: bool) -> list[Schema]:
+    """Return alternatives that together are all objects, each with its consequences."""
+    values_of: dict[tuple[bool, ...], list[Any]] = {}
+    for value in known:
+        text = json.dumps(value)
+        values_of.setdefault(tuple(text in condition.wanted for condition in conditions), []).append(value)
     absent: Schema = {"properties": {name: False}}
-    holds: Schema = {"properties": {name: {"enum": wanted}}, "required": [name]}
-    fails: Schema = {"properties": {name: {"enum": rest}}, "required": [name]}
-    then, otherwise = schema.get("then", {}), schema.get("else", {})
-    when_absent = otherwise if "required" in condition else then
-    cases = [{"allOf": [holds, then]}, {"allOf": [absent, when_absent]}]
-    if rest:
-        cases.append({"allOf": [fails, otherwise]})
-    return _and(_without(schema, "if", "then", "else"), {"anyOf": cases})
+    without = tuple(condition.holds_without for condition in conditions)
+    if not is_required:
+        values_of.setdefault(without, [])
+    cases = []
+    for holds, values in values_of.items():
+        case: Schema = {"properties": {name: {"enum": values}}, "required": [name]} if values else absent
+        if values and holds == without and not is_required:
+            case = {"properties": {name: {"enum": values}}}
+        pairs = zip(holds, conditions, strict=True)
+        consequences = [condition.part.get("then" if is_held else "else") for is_held, condition in pairs]
+        cases.append({"allOf": [case, *(consequence for consequence in consequences if consequence is not None)]})
+    return cases
 
 
 def _values(schema: Any) -> list[Any] | None:

@@ -228,18 +228,23 @@ class Chats:
 
         if not any(message.get("tool_calls") or message["role"] in ("tool", "function") for message in messages):
             return render(messages)
-        if self.traits.shows_calls if tools else self.traits.shows_calls_alone:
+        return self._render_calls(render, messages, has_tools=bool(tools))
+
+    def _render_calls(self, render: Callable[[list[JSON]], str], messages: list[JSON], *, has_tools: bool) -> str:
+        """Render messages with calls, as texts if the template does not show them as calls, or refuses them.
+
+        Some allow one call in a message, or ids of one form: what this server said has to be taken back all the same.
+        """
+        refused: InvalidRequest | None = None
+        if self.traits.shows_calls if has_tools else self.traits.shows_calls_alone:
             try:
                 return render(messages)
-            except (
-                InvalidRequest
-            ) as error:  # as of templates that allow one call at a time, or know another form of ids
+            except InvalidRequest as error:
                 refused = error
-            try:
-                return render(with_calls_as_text(messages, self._written_format()))
-            except InvalidRequest:
-                raise refused from None
-        return render(with_calls_as_text(messages, self._written_format()))
+        try:
+            return render(with_calls_as_text(messages, self._written_format()))
+        except InvalidRequest as error:
+            raise refused or error from None
 
     def _described(self, messages: list[JSON], tools: list[JSON] | None) -> tuple[list[JSON], None]:
         """Return messages that describe the tools, which are not for the template. `InvalidRequest` if they may not."""
