@@ -290,7 +290,7 @@ class StepLoop:
         for i, message in errors.items():
             plan = step.plan
             state = self.scheduler.rows.state_at(plan.rows[plan.samples[wanted[0][i]]])
-            self.abort(state, FinishReason("abort", message=f"the grammar failed: {message}", status_code=500))
+            self.abort(state, FinishReason("abort", message=f"the grammar failed: {message}", status_code=400))
         return True
 
     async def _resolve(self, step: Step) -> None:

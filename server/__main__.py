@@ -39,7 +39,7 @@ from server.http.intake import Acceptor
 from server.http.keys import KeyRing
 from server.http.live import new_rid
 from server.http.malformed import shorten_malformed
-from server.reading.chat import CHATS, load_chat_template, names_missing_file
+from server.reading.chat import CHATS, Chats, load_chat_template, names_missing_file
 from server.watch.recorder import RECORDER
 
 logger = logging.getLogger(__name__)
@@ -284,7 +284,7 @@ def print_ready(console: Console, engine: Engine, config: ServerConfig, app: web
         ("model", config.model_name),
         ("context", f"{engine.context_length:,} tokens"),
         ("KV capacity", f"{engine.max_total_num_tokens:,} tokens"),
-        ("tool calls", _parser_in_use(chats.tool_call_parser, config.tool_call_parser)),
+        ("tool calls", _tools_in_use(chats, config.tool_call_parser)),
         ("reasoning", _parser_in_use(chats.reasoning_parser, config.reasoning_parser)),
         ("files, batches", f"none: {store.problem}" if store.problem else str(store.folder)),
     ):
@@ -303,6 +303,14 @@ def example_request(engine: Engine) -> tuple[str, str]:
     if engine.model_config.is_classifier:
         return "/classify", '{"text": "The capital of France is Paris"}'
     return "/v1/embeddings", '{"input": "The capital of France is Paris"}'
+
+
+def _tools_in_use(chats: Chats, given: str | None) -> str:
+    if chats.describes_tools:
+        return f"{chats.tool_call_parser} (tools are described in a system text: the chat template shows none)"
+    if not chats.traits.shows_tools:
+        return "refused (the chat template shows none)"
+    return _parser_in_use(chats.tool_call_parser, given)
 
 
 def _parser_in_use(name: str | None, given: str | None) -> str:

@@ -64,6 +64,9 @@ class ServerConfig(EngineConfig):
     tool_call_parser: str | None = option(
         None, API, "how the model writes tool calls; default: as its chat template shows", choices=TOOL_CALL_PARSERS
     )
+    disable_tool_prompt: bool = option(
+        False, API, "refuse tools where the chat template shows none, instead of describing them in a system text"
+    )
     reasoning_parser: str | None = option(
         None, API, "how the model marks its reasoning; default: as its chat template shows", choices=REASONING_PARSERS
     )

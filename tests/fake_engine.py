@@ -66,7 +66,10 @@ class FakeTokenizer:
     ) -> str:
         if chat_template is None and not self.chat_template:
             raise InvalidRequest("model has no chat template; give --chat-template", "messages")
-        text = "".join(f"[{message['role']}]{message['content']}" for message in messages)
+        text = "".join(f"[{tool['function']['name']}]" for tool in tools or ())
+        for message in messages:
+            calls = "".join(f"[{call['function'].get('name')}]" for call in message.get("tool_calls") or ())
+            text += f"[{message['role']}]{message['content']}{calls}"
         return text + ("[assistant]" if add_generation_prompt else "")
 
 

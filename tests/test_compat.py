@@ -244,7 +244,7 @@ async def test_what_would_change_the_answer_is_refused_and_not_ignored(client: C
     ("path", "body", "field"),
     [
         ("/v1/chat/completions", {"messages": USER, "echo": True}, "echo"),
-        ("/v1/chat/completions", {"messages": USER, "include_reasoning": False}, "include_reasoning"),
+        ("/v1/chat/completions", {"messages": USER, "include_reasoning": 1}, "include_reasoning"),
         ("/v1/chat/completions", {"messages": USER, "thinking": {"type": "loud"}}, "thinking.type"),
         ("/v1/chat/completions", {"messages": USER, "input_ids": [1 << 20]}, "input_ids"),
         ("/v1/completions", {"prompt": "Hi", "stream": True, "return_token_ids": True}, "return_token_ids"),

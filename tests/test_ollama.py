@@ -104,7 +104,7 @@ async def test_tool_calls_and_results_go_into_the_prompt(client: Client, engine:
         {"role": "tool", "tool_name": "weather", "content": "rain"},
     ]
     await answer(client, "/api/chat", messages=messages)
-    assert bytes(engine.requests[0].input_ids) == b"[user]Hi[assistant][tool]rain[assistant]"
+    assert bytes(engine.requests[0].input_ids) == b"[user]Hi[assistant][weather][tool]rain[assistant]"
 
 
 async def test_asking_for_nothing_loads_the_model(client: Client, engine: FakeEngine) -> None:

@@ -303,7 +303,7 @@ BAD_BODIES: list[tuple[tuple[str, dict[str, Any]], str]] = [
     (message(content=[{"type": "text"}]), "messages[0].content[0]"),
     (message(content=[{"type": "image_url", "image_url": {"url": "x"}}]), "messages[0].content[0].type"),
     (
-        message(role="assistant", tool_calls=[{"function": {"arguments": "{"}}]),
+        message(role="assistant", tool_calls=[{"function": {"arguments": ["{"]}}]),
         "messages[0].tool_calls[0].function.arguments",
     ),
     (chat(max_tokens=-1), "max_tokens"),

@@ -51,6 +51,7 @@ OUR_NAMES = {name: f"options.{name}" for name in (*SAME_NAMES, "top_k")} | {
     "repetition_penalty": "options.repeat_penalty",
     "response_format": "format",
     "reasoning_effort": "think",
+    "response_format.json_schema.schema": "format",
     "json_schema": "format",
 }
 # Options of samplers that this server lacks: the one value that leaves the answer as it is.
@@ -145,8 +146,8 @@ class OllamaApi:
         return name or self.config.model_name
 
     def _capabilities(self) -> list[str]:
-        found = {"tools": self.chats.tool_call_parser, "thinking": self.chats.reasoning_parser}
-        return ["completion", *(name for name, parser in found.items() if parser)]
+        found = {"tools": self.chats.supports_tools, "thinking": self.chats.reasoning_parser}
+        return ["completion", *(name for name, is_there in found.items() if is_there)]
 
     def _card(self) -> JSON:
         name = self.config.model_name
@@ -237,8 +238,11 @@ def _read_call(call: Fields) -> JSON:
     function = call.object("function")
     assert function is not None
     function.required("name", "a string")
-    arguments = function.object("arguments") or Fields({})
-    return chat_call(call.text("id"), function.text("name"), orjson.dumps(arguments.values).decode())
+    given = function.get("arguments")
+    if not isinstance(given, str):  # as OpenAI's clients send them
+        arguments = function.object("arguments") or Fields({})
+        given = orjson.dumps(arguments.values).decode()
+    return chat_call(call.text("id"), function.text("name"), given)
 
 
 # ---- writing ----

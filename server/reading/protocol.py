@@ -1,6 +1,7 @@
 """Common ground of the APIs: typed reading of JSON bodies, and errors in each API's shape."""
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeGuard
@@ -20,6 +21,7 @@ MAX_REQUESTS = 65536  # of one HTTP request: prompts times n
 MAX_N = 128
 MAX_DEPTH = 200  # of a body's objects and lists
 WRITABLE_DEPTH = 254  # orjson's, which reads 1,024: the difference is for what an answer puts around what it repeats
+PLACE = re.compile(r"\[\d+\]")  # in a list
 REQUEST_FIELDS = ("priority", "extra_key", "cache_salt")  # SGLang's, which every API takes
 
 
@@ -181,14 +183,20 @@ def refuse(body: Fields, names: Collection[str]) -> None:
 
 @contextmanager
 def spelled(names: Mapping[str, str]) -> Iterator[None]:
-    """Let errors from inside name a field as the client spelled it. `names`: OpenAI's name to the client's."""
+    """Let errors from inside name a field as the client spelled it.
+
+    names: OpenAI's name to the client's; "[]" in one stands for a place in a list, "[3]".
+    """
     try:
         yield
     except InvalidRequest as error:
         ours = error.field or ""
-        if ours not in names:
+        theirs = names.get(ours)
+        if theirs is None and (place := PLACE.search(ours)):
+            theirs = names.get(ours.replace(place[0], "[]", 1), "").replace("[]", place[0], 1)
+        if not theirs:
             raise
-        raise InvalidRequest(str(error).replace(ours, names[ours], 1), names[ours]) from None
+        raise InvalidRequest(str(error).replace(ours, theirs, 1), theirs) from None
 
 
 def cache_namespace(fields: Fields) -> str:

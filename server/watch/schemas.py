@@ -114,6 +114,7 @@ OPENAI_BOTH: dict[str, JSON] = {
         {
             "type": {"enum": ["text", "json_object", "json_schema", "structural_tag"]},
             "json_schema": obj({"name": STRING, "schema": ANY_OBJECT, "strict": BOOLEAN}, ["schema"]),
+            "schema": {**ANY_OBJECT, "description": "of json_object, too"},
         },
         ["type"],
     ),
@@ -153,7 +154,7 @@ TOOL = obj(
 MESSAGE = obj(
     {
         "role": {"enum": ["system", "developer", "user", "assistant", "tool", "function"]},
-        "content": one_of(STRING, array(TEXT_PART)),
+        "content": one_of(STRING, array(TEXT_PART), {"type": "null"}),
         "name": STRING,
         "tool_calls": array(TOOL_CALL),
         "tool_call_id": STRING,
@@ -174,6 +175,7 @@ CHAT: dict[str, JSON] = {
         number(0, 0.99),
     ),
     "max_thinking_tokens": {**integer(0), "description": "of reasoning, which is ended after so many"},
+    "include_reasoning": {"type": "boolean", "description": "false: reasoning is left out; default: true"},
     "separate_reasoning": {"type": "boolean", "description": "reasoning in `reasoning_content`; default: true"},
     "stream_reasoning": {"type": "boolean", "description": "as it comes, not when it has ended; default: true"},
     "chat_template_kwargs": ANY_OBJECT,
