@@ -61,7 +61,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app.add_routes(TextApi(engine, chats).routes())
     app.add_routes(AnthropicApi(config, live, chats, left_out).routes())
     app.add_routes(OllamaApi(engine, config, live, chats).routes())
-    responses = ResponsesApi(config, live, chats)
+    responses = ResponsesApi(config, live, chats, left_out)
     app.cleanup_ctx.append(responses.running)
     app.add_routes(responses.routes())
     app.add_routes(MaintenanceApi(engine).routes())
