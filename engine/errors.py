@@ -44,7 +44,14 @@ class InvalidRequest(EngineError):
 
 
 class PromptTooLong(InvalidRequest):
-    pass
+    """Report a prompt that does not fit, alone or with its answer. Lengths are in tokens."""
+
+    def __init__(
+        self, message: str, field: str | None = None, *, prompt_len: int = 0, answer_len: int = 0, limit: int = 0
+    ) -> None:
+        """answer_len: 0 if the prompt alone is too long. limit: of both together."""
+        super().__init__(message, field)
+        self.prompt_len, self.answer_len, self.limit = prompt_len, answer_len, limit
 
 
 class QueueFull(EngineError):

@@ -231,6 +231,7 @@ class Request:
     weight: float = 1.0  # its client's share of the server, beside other clients' weights
     max_thinking_tokens: int | None = None  # of the answer, before reasoning_end_ids are forced
     reasoning_end_ids: list[int] = field(default_factory=list)  # a grammar holds only after them; []: from the start
+    may_shorten: bool = False  # max_new_tokens is an upper bound: less if the context, or the KV pool, has less room
     pooling: str | None = None  # "last" or "mean": a vector is wanted, and no answer
 
     @property

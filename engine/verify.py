@@ -52,6 +52,8 @@ class RequestLimits:
                 f"prompt has {request.prompt_len} tokens, the context is {self.context_length} "
                 f"and at least one is left for the answer",
                 "input_ids",
+                prompt_len=request.prompt_len,
+                limit=self.context_length,
             )
         token_ids = np.asarray(request.input_ids, np.int64)
         is_bad = (token_ids < 0) | (token_ids >= self.vocab_size)

@@ -26,6 +26,7 @@ from server.http.intake import GATE, Gate
 from server.http.keys import KeyRing, require_key
 from server.http.live import LiveRequests, RequestLog
 from server.reading.chat import CHATS, Chats
+from server.reading.left_out import LeftOutBook, name_left_out
 from server.reading.protocol import error_response, error_shape, json_response
 from server.watch.dashboard import Dashboard
 from server.watch.metrics import Metrics
@@ -51,14 +52,16 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     )
     app[GATE] = Gate()
     app[CHATS] = chats
+    app.on_response_prepare.append(name_left_out)
+    left_out = LeftOutBook()
     native = NativeApi(engine, config, live)
     generate = GenerateApi(engine, config, live)
     app.add_routes(native.routes())
     app.add_routes(generate.routes())
     app.add_routes(TextApi(engine, chats).routes())
-    app.add_routes(AnthropicApi(config, live, chats).routes())
+    app.add_routes(AnthropicApi(config, live, chats, left_out).routes())
     app.add_routes(OllamaApi(engine, config, live, chats).routes())
-    responses = ResponsesApi(config, live, chats)
+    responses = ResponsesApi(config, live, chats, left_out)
     app.cleanup_ctx.append(responses.running)
     app.add_routes(responses.routes())
     app.add_routes(MaintenanceApi(engine).routes())
@@ -90,7 +93,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app.cleanup_ctx.append(monitor.running)
     app.add_routes(Dashboard(engine, monitor, config).routes())
     if config.enable_metrics:
-        metrics = Metrics(engine, monitor, config.model_name)
+        metrics = Metrics(engine, monitor, config.model_name, left_out.counts)
         live.observers.append(metrics.observe)
         app.add_routes(metrics.routes())
     return app

@@ -73,6 +73,12 @@ class ServerConfig(EngineConfig):
     stream_output: bool = option(
         False, API, "events of a streamed /generate hold new text only", aliases=("--incremental-streaming-output",)
     )
+    strict_max_tokens: bool = option(
+        False, API, "refuse a chat whose prompt and max_tokens exceed the context; default: its answer ends there"
+    )
+    keep_volatile_prompts: bool = option(
+        False, API, "keep what coding agents change in each prompt (billing header, tokens left), which defeats caching"
+    )
     enable_cache_report: bool = option(False, API, "tell in `usage` how many prompt tokens were cached")
 
     profile_dir: str = option("profiles", DEBUG, "folder of the traces that /start_profile and /stop_profile record")

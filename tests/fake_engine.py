@@ -232,8 +232,16 @@ class FakeEngine(Engine):
         room = self.context_length - state.prompt_len
         if state.max_new_tokens < 0:
             state.max_new_tokens = max(room, 0)
+        elif state.request.may_shorten:
+            state.max_new_tokens = min(state.max_new_tokens, max(room, 1))
         if room < state.max_new_tokens:
-            raise PromptTooLong(f"prompt has {state.prompt_len} tokens, the context is {self.context_length}", "text")
+            raise PromptTooLong(
+                f"prompt has {state.prompt_len} tokens, the context is {self.context_length}",
+                "text",
+                prompt_len=state.prompt_len,
+                answer_len=state.max_new_tokens if room > 0 else 0,
+                limit=self.context_length,
+            )
         if not -1 <= state.logprob_start_len < state.prompt_len:
             raise InvalidRequest("logprob_start_len must be -1 or a position of the prompt", "logprob_start_len")
         self.states.append(state)

@@ -159,7 +159,7 @@ def test_a_request_that_never_ran_has_no_latency() -> None:
 async def test_forced_tokens_of_a_request_that_never_ran_are_no_answer_to_measure() -> None:
     """A grammar may force tokens before the request is admitted, and its client may leave before that."""
     engine = FakeEngine()
-    metrics = Metrics(engine, Monitor(engine), "demo")
+    metrics = Metrics(engine, Monitor(engine), "demo", {})
     metrics.observe(_state(RequestTimes(arrived=1.0, first_token=2.0, finished=2.0), [1, 2, 3]))
     assert metrics.registry.get_sample_value("sglang:time_to_first_token_seconds_count", {"model_name": "demo"}) == 0
 

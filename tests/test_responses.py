@@ -11,8 +11,11 @@ from aiohttp.test_utils import TestClient
 
 from engine.errors import InvalidRequest
 from engine.state import FinishReason
-from server.apis.responses import ResponseStore, chat_body, read_input
+from server.apis.response_store import ResponseStore
+from server.apis.responses import chat_body, read_input
+from server.reading.left_out import LeftOut
 from server.reading.protocol import Fields
+from server.reading.responses_body import Tools, answerable
 from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
 
 Client = TestClient[Any, Any]
@@ -311,7 +314,7 @@ def test_formats_tools_and_effort_have_their_counterparts() -> None:
         "reasoning": {"effort": "low"},
         "max_output_tokens": 5,
     }
-    chat = chat_body(Fields(body), [])
+    chat = chat_body(Fields(body), [], Tools(Fields(body), LeftOut()))
     assert chat["response_format"]["json_schema"] == {"name": "x", "schema": schema, "strict": True}
     assert chat["tools"] == [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
     assert chat["tool_choice"] == {"type": "function", "function": {"name": "weather"}}
@@ -322,27 +325,27 @@ def test_formats_tools_and_effort_have_their_counterparts() -> None:
     ("field", "body"),
     [
         ("input", {"input": None}),
-        ("input", {"input": []}),
         ("input[0].type", {"input": [{"type": "item_reference", "id": "x"}]}),
-        ("input[0].content[0].type", {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}),
+        ("input[0].content[0].type", {"input": [{"role": "user", "content": [{"type": "input_hologram"}]}]}),
         ("input[0].call_id", {"input": [{"type": "function_call_output", "output": "x"}]}),
         ("input[0].arguments", {"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": 5}]}),
         ("tools[0].parameters", {"tools": [{"type": "function", "name": "f", "parameters": 1}]}),
-        ("tools[0].type", {"tools": [{"type": "web_search"}]}),
+        ("tools[0].type", {"tools": [{"name": "f"}]}),
         ("tool_choice", {"tool_choice": "some"}),
-        ("tool_choice.type", {"tool_choice": {"type": "allowed_tools"}}),
-        ("truncation", {"truncation": "auto"}),
+        ("tool_choice.type", {"tool_choice": {"type": "web_search"}}),
+        ("truncation", {"truncation": "some"}),
         ("conversation", {"conversation": "conv_1"}),
         ("prompt", {"prompt": {"id": "x"}}),
         ("include", {"include": ["message.output_text.logprobs"]}),
-        ("text.verbosity", {"text": {"verbosity": "high"}}),
+        ("text.verbosity", {"text": {"verbosity": "huge"}}),
         ("n", {"n": 2}),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(field: str, body: dict[str, Any]) -> None:
     fields = Fields({"input": "Hi", **body})
     with pytest.raises(InvalidRequest) as error:
-        chat_body(fields, read_input(fields))
+        tools = Tools(fields, LeftOut())
+        chat_body(fields, read_input(answerable(fields, LeftOut())), tools)
     assert error.value.field == field
 
 

@@ -56,10 +56,17 @@ class Traffic:
         self.computed_tokens = 0
 
     def submit(
-        self, prompt: list[int], max_new_tokens: int = 4, *, stream: bool = False, **fields: Any
+        self,
+        prompt: list[int],
+        max_new_tokens: int = 4,
+        *,
+        stream: bool = False,
+        may_shorten: bool = False,
+        **fields: Any,
     ) -> RequestState:
         params = SamplingParams(max_new_tokens=max_new_tokens, **fields)
-        state = RequestState(Request(f"r{random.random()}", prompt, params, stream=stream))
+        request = Request(f"r{random.random()}", prompt, params, stream=stream, may_shorten=may_shorten)
+        state = RequestState(request)
         self.scheduler.submit(state)
         return state
 
@@ -371,6 +378,19 @@ def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
         traffic.submit([1] * 50, 20)
     traffic.submit([1] * 44, 20)
     traffic.run_all()
+
+
+def test_an_answer_that_may_be_shortened_gets_the_room_there_is_and_at_least_a_token() -> None:
+    traffic = Traffic(64)
+    state = traffic.submit([1] * 50, 20, may_shorten=True)
+    short = traffic.submit([2] * 50, 3, may_shorten=True)
+    assert (state.max_new_tokens, short.max_new_tokens) == (14, 3)
+    traffic.run_all()
+    assert (len(state.output_ids), state.finish_reason) == (14, FinishReason("length"))
+    for prompt_len in (64, 65):
+        with pytest.raises(PromptTooLong) as error:
+            traffic.submit([1] * prompt_len, 20, may_shorten=True)
+        assert (error.value.prompt_len, error.value.answer_len, error.value.limit) == (prompt_len, 0, 64)
 
 
 def test_a_full_queue_refuses() -> None:

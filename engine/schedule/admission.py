@@ -30,15 +30,23 @@ class Admission:
         self.new_token_ratio = first_ratio
 
     def check(self, state: RequestState) -> None:
-        """Raise `PromptTooLong` if `state` can never fit. Sets its max_new_tokens, if the request leaves it open."""
+        """Raise `PromptTooLong` if `state` can never fit.
+
+        Sets its max_new_tokens to the room that there is, if the request leaves it open or lets it be shortened.
+        """
         params, held = state.sampling_params, self._held
         room = min(self._rows.max_len, held.allocator.num_total - held.page_size + 1) - state.prompt_len
         if params.max_new_tokens is None:
             state.max_new_tokens = max(room, 0)
+        elif state.request.may_shorten:
+            state.max_new_tokens = min(state.max_new_tokens, max(room, 1))
         if room < max(state.max_new_tokens, params.min_new_tokens, 0) or room < 0:
             raise PromptTooLong(
                 f"prompt has {state.prompt_len} tokens and max_new_tokens is {state.max_new_tokens}, "
-                f"the limit for both together is {room + state.prompt_len}"
+                f"the limit for both together is {room + state.prompt_len}",
+                prompt_len=state.prompt_len,
+                answer_len=max(state.max_new_tokens, params.min_new_tokens) if room > 0 else 0,
+                limit=room + state.prompt_len,
             )
 
     def fits(self, state: RequestState, room: int, num_shared: int) -> bool:

@@ -106,7 +106,9 @@ class OllamaApi:
         chat = Fields(chat_body(body))
         params = read_sampling_params(chat, self.engine, ("max_tokens",), None)
         input_ids = await encode_prompt(self.engine, body.text("prompt"), "prompt")
-        return ChatTurn(body.text("prompt"), input_ids, params, read_options(chat, -1), None)
+        options = read_options(chat, -1)
+        options.may_shorten = not self.config.strict_max_tokens
+        return ChatTurn(body.text("prompt"), input_ids, params, options, None)
 
     # ---- about models ----
 

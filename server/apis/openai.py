@@ -52,7 +52,8 @@ class OpenAIApi:
     # ---- models ----
 
     async def models(self, _: web.Request) -> web.Response:
-        return json_response({"object": "list", "data": [self._model_card()]})
+        # Codex wants its own catalogue beside OpenAI's list: empty, it keeps its prompt and settings for any model.
+        return json_response({"object": "list", "data": [self._model_card()], "models": []})
 
     async def model(self, http_request: web.Request) -> web.Response:
         self._check_model(http_request.match_info["model"])

@@ -2,31 +2,29 @@
 
 import asyncio
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import Any
 
-import orjson
 from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest
 from engine.state import Delta, FinishReason
 from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockAnswer, chat_call, respond_in_blocks
+from server.apis.response_store import ResponseStore, StoredResponse, page_of
 from server.config import ServerConfig
 from server.http.keys import CLIENT
 from server.http.live import LiveRequests, is_failure, new_rid
 from server.http.sse import named_event
 from server.reading.chat import Chats, ChatTurn
+from server.reading.left_out import LeftOut, LeftOutBook
 from server.reading.model_name import served_model
 from server.reading.protocol import JSON, REQUEST_FIELDS, Fields, Owner, json_response, read_json, refuse, spelled
+from server.reading.responses_body import CUSTOM, OfferedTool, Tools, answerable, custom_input, input_items
 
-MAX_STORED = 4096
-MAX_STORED_BYTES = 64 * 1024 * 1024
 MAX_METADATA = 16
 
-UNSUPPORTED = ("conversation", "prompt", "context_management", "moderation", "image", "top_logprobs", "n")
+UNSUPPORTED = ("conversation", "prompt", "image", "top_logprobs", "n")
 SAME_NAMES = ("temperature", "top_p", "stream", "parallel_tool_calls", *REQUEST_FIELDS)
 OUR_NAMES = {
     "max_completion_tokens": "max_output_tokens",
@@ -50,8 +48,8 @@ class ResponseNotFound(EngineError):
 
 
 class ResponsesApi:
-    def __init__(self, config: ServerConfig, live: LiveRequests, chats: Chats) -> None:
-        self.config, self.live, self.chats = config, live, chats
+    def __init__(self, config: ServerConfig, live: LiveRequests, chats: Chats, left_out: LeftOutBook) -> None:
+        self.config, self.live, self.chats, self.left_out = config, live, chats, left_out
         self.store = ResponseStore()
         self._background: dict[str, BackgroundResponse] = {}  # those that run
 
@@ -59,6 +57,7 @@ class ResponsesApi:
         return [
             web.post("/v1/responses", self.create),
             web.get("/v1/responses/{response_id}", self.retrieve),
+            web.get("/v1/responses/{response_id}/input_items", self.list_input),
             web.delete("/v1/responses/{response_id}", self.delete),
             web.post("/v1/responses/{response_id}/cancel", self.cancel),
         ]
@@ -81,12 +80,16 @@ class ResponsesApi:
         is_stored, is_background = body.flag("store", True), body.flag("background")
         if is_background and (not is_stored or body.flag("stream")):
             raise InvalidRequest("background needs store: true and stream: false", "background")
-        messages = self._earlier_messages(body, owner) + read_input(body)
+        left_out = LeftOut()
+        readable, tools = answerable(body, left_out), Tools(body, left_out)
+        messages = self._earlier_messages(body, owner) + read_input(readable)
+        self.left_out.enter(caller, left_out)
         with spelled(OUR_NAMES):
-            turn = await self.chats.turn(Fields(chat_body(body, messages)))
-            answer = ResponseAnswer(turn, echo_of(body, model))
+            turn = await self.chats.turn(Fields(chat_body(readable, messages, tools)))
+            answer = ResponseAnswer(turn, echo_of(body, model), tools.offered)
             if is_stored:
-                answer.on_end = lambda response: self.store.put(owner, response, [*messages, answer.message()])
+                items = input_items(body, answer.state.rid)
+                answer.on_end = lambda response: self.store.put(owner, response, [*messages, answer.message()], items)
             if not is_background:
                 return await respond_in_blocks(caller, self.live, answer)
             assert isinstance(caller, web.Request)
@@ -103,6 +106,14 @@ class ResponsesApi:
         background = self._find_background(response_id, owner)
         return json_response(background.state() if background else self._find(response_id, owner).response)
 
+    async def list_input(self, http_request: web.Request) -> web.Response:
+        """Return a page of the items that a response answered: `limit` of them `after` one, the newest first."""
+        background = self._find_background(http_request.match_info["response_id"], self._owner(http_request))
+        if background is not None:
+            raise InvalidRequest("the input of a response that still runs cannot be listed", "response_id")
+        stored = self._find(http_request.match_info["response_id"], self._owner(http_request))
+        return json_response(page_of(stored.items, http_request.query))
+
     async def cancel(self, http_request: web.Request) -> web.Response:
         """Cancel a response and return it as it ended. One that had ended before stays as it was."""
         response = (await self._end(http_request)).response
@@ -117,7 +128,7 @@ class ResponsesApi:
         self.store.remove(response_id)
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
-    async def _end(self, http_request: web.Request) -> "StoredResponse":
+    async def _end(self, http_request: web.Request) -> StoredResponse:
         """Return a response, aborted if it ran."""
         response_id, owner = http_request.match_info["response_id"], self._owner(http_request)
         background = self._find_background(response_id, owner)
@@ -134,7 +145,7 @@ class ResponsesApi:
         background = self._background.get(response_id)
         return background if background is not None and background.owner == owner else None
 
-    def _find(self, response_id: str, owner: str) -> "StoredResponse":
+    def _find(self, response_id: str, owner: str) -> StoredResponse:
         stored = self.store.get(owner, response_id)
         if stored is None:
             raise ResponseNotFound(f"there is no response {response_id!r}: never stored, deleted, or long ago")
@@ -154,39 +165,6 @@ class ResponsesApi:
 
 
 # ---- keeping ----
-
-
-@dataclass(frozen=True, slots=True)
-class StoredResponse:
-    response: JSON
-    messages: list[JSON]  # the conversation that it ends, without instructions
-
-
-class ResponseStore:
-    """The responses used last, as many as fit, in memory. Kept as JSON text, whose length is what they cost."""
-
-    def __init__(self, max_count: int = MAX_STORED, max_bytes: int = MAX_STORED_BYTES) -> None:
-        self.max_count, self.max_bytes = max_count, max_bytes
-        self.num_bytes = 0
-        self._entries: OrderedDict[str, tuple[str, bytes]] = OrderedDict()  # id -> owner, JSON; least used first
-
-    def put(self, owner: str, response: JSON, messages: list[JSON]) -> None:
-        text = orjson.dumps([response, messages])
-        self._entries[response["id"]] = owner, text
-        self.num_bytes += len(text)
-        while len(self._entries) > self.max_count or self.num_bytes > self.max_bytes:
-            self.remove(next(iter(self._entries)))
-
-    def get(self, owner: str, response_id: str) -> StoredResponse | None:
-        entry = self._entries.get(response_id)
-        if entry is None or entry[0] != owner:
-            return None
-        self._entries.move_to_end(response_id)
-        return StoredResponse(*orjson.loads(entry[1]))
-
-    def remove(self, response_id: str) -> None:
-        _, text = self._entries.pop(response_id)
-        self.num_bytes -= len(text)
 
 
 class BackgroundResponse:
@@ -240,9 +218,7 @@ def read_input(body: Fields) -> list[JSON]:
                 messages.append({"role": "tool", "tool_call_id": item.text("call_id"), "content": output})
             case _:
                 item.fail("type", "message, reasoning, function_call or function_call_output")
-    if not messages:
-        body.fail("input", "a string or a list of at least one item")
-    return messages
+    return messages or [{"role": "user", "content": ""}]  # a probe, which asks for a token
 
 
 def _add_message(messages: list[JSON], item: Fields) -> None:
@@ -298,10 +274,10 @@ def _join_texts(owner: Fields, name: str) -> str:
     return "\n".join(texts)
 
 
-def chat_body(body: Fields, messages: list[JSON]) -> JSON:
+def chat_body(body: Fields, messages: list[JSON], tools: Tools) -> JSON:
     """Return the same request to chat.completions. `InvalidRequest` names what cannot be said there."""
     refuse(body, UNSUPPORTED)
-    body.one_of("truncation", ("disabled",), "disabled")
+    body.one_of("truncation", ("disabled", "auto"), "disabled")
     if "message.output_text.logprobs" in body.strings("include"):
         body.fail("include", "without message.output_text.logprobs")
     if body.text("instructions"):
@@ -310,34 +286,17 @@ def chat_body(body: Fields, messages: list[JSON]) -> JSON:
     chat["messages"] = messages
     if body.has("max_output_tokens"):
         chat["max_completion_tokens"] = body.integer("max_output_tokens", low=1)
-    if tools := body.objects("tools"):
-        chat["tools"] = [_read_tool(tool) for tool in tools]
+    if tools.functions:
+        chat["tools"] = tools.functions
     if body.has("tool_choice"):
-        chat["tool_choice"] = _read_tool_choice(body)
+        chat["tool_choice"] = tools.choice(body)
     if reasoning := body.object("reasoning"):
         chat["reasoning_effort"] = reasoning.get("effort")
     if text := body.object("text"):
-        text.one_of("verbosity", ("medium",), "medium")
+        text.one_of("verbosity", ("low", "medium", "high"), "medium")
         if format_ := text.object("format"):
             chat["response_format"] = _read_format(format_)
     return chat
-
-
-def _read_tool(tool: Fields) -> JSON:
-    tool.one_of("type", ("function",), "")
-    tool.required("name", "a string")
-    tool.object("parameters")  # a wrong type is an error
-    names = ("name", "description", "parameters", "strict")
-    return {"type": "function", "function": {name: tool.get(name) for name in names if tool.has(name)}}
-
-
-def _read_tool_choice(body: Fields) -> Any:
-    if isinstance(body.get("tool_choice"), str):
-        return body.one_of("tool_choice", ("auto", "none", "required"), "auto")
-    choice = body.object("tool_choice") or Fields({})
-    choice.one_of("type", ("function",), "")
-    choice.required("name", "a string")
-    return {"type": "function", "function": {"name": choice.text("name")}}
 
 
 def _read_format(format_: Fields) -> JSON:
@@ -367,7 +326,7 @@ def echo_of(body: Fields, model: str) -> JSON:
         "text": {"format": {"type": "text"}} | (body.get("text") or {}),
         "tool_choice": body.get("tool_choice") or "auto",
         "tools": body.array("tools"),
-        "truncation": "disabled",
+        "truncation": body.text("truncation") or "disabled",
         "user": body.text("user") or None,
     }
 
@@ -378,8 +337,10 @@ def echo_of(body: Fields, model: str) -> JSON:
 class ResponseAnswer(BlockAnswer):
     """Blocks are items of the response's output; those of reasoning and of text have one content part each."""
 
-    def __init__(self, turn: ChatTurn, echo: JSON) -> None:
+    def __init__(self, turn: ChatTurn, echo: JSON, offered: Mapping[str, OfferedTool]) -> None:
+        """offered: the client's tools, by the names of the functions that the model calls."""
         super().__init__(f"resp_{new_rid()}", turn)
+        self._offered = offered
         self.on_end: Callable[[JSON], None] = _forget  # called with the response, however it ended
         self._echo = echo
         self._created_at = int(time.time())
@@ -437,13 +398,26 @@ class ResponseAnswer(BlockAnswer):
     def _item_of(self, block: Block, status: str, content: str) -> JSON:
         item: JSON = {"id": self._item_id(block), "status": status}
         if block.kind == TOOL_CALL:
-            return item | {"type": "function_call", "call_id": block.call_id, "name": block.name, "arguments": content}
+            return item | self._call(block, content)
         if block.kind == REASONING:
             return item | {"type": "reasoning", "summary": [], "content": [_part(block, content)]}
         return item | {"type": "message", "role": "assistant", "content": [_part(block, content)]}
 
+    def _call(self, block: Block, arguments: str) -> JSON:
+        tool = self._offered.get(block.name) or OfferedTool("function", block.name)
+        if tool.kind == CUSTOM:
+            call = {"type": "custom_tool_call", "call_id": block.call_id, "name": tool.name}
+            return {**call, "input": custom_input(arguments) if arguments else ""}
+        call = {"type": "function_call", "call_id": block.call_id, "name": tool.name, "arguments": arguments}
+        return {**call, "namespace": tool.namespace} if tool.namespace else call
+
+    def _is_custom(self, block: Block) -> bool:
+        tool = self._offered.get(block.name) if block.kind == TOOL_CALL else None
+        return tool is not None and tool.kind == CUSTOM
+
     def _item_id(self, block: Block) -> str:
-        return f"{ITEM_PREFIXES[block.kind]}_{self.state.rid.removeprefix('resp_')}{block.index:02x}"
+        prefix = "ctc" if self._is_custom(block) else ITEM_PREFIXES[block.kind]
+        return f"{prefix}_{self.state.rid.removeprefix('resp_')}{block.index:02x}"
 
     # ---- events ----
 
@@ -461,15 +435,22 @@ class ResponseAnswer(BlockAnswer):
 
     def grow(self, block: Block, piece: str) -> bytes:
         if block.kind == TOOL_CALL:
-            return self._item_event("function_call_arguments.delta", block, delta=piece)
+            # A custom tool's text stands as JSON in what comes: it is sent once it is whole.
+            is_json = not self._is_custom(block)
+            return self._item_event("function_call_arguments.delta", block, delta=piece) if is_json else b""
         if block.kind == REASONING:
             return self._part_event("reasoning_text.delta", block, delta=piece)
         return self._part_event("output_text.delta", block, delta=piece, logprobs=[])
 
     def stop(self, block: Block) -> bytes:
         content = block.content
-        if block.kind == TOOL_CALL:
-            done = self._item_event("function_call_arguments.done", block, name=block.name, arguments=content)
+        if self._is_custom(block):
+            text = custom_input(content)
+            done = self._item_event("custom_tool_call_input.delta", block, delta=text)
+            done += self._item_event("custom_tool_call_input.done", block, input=text)
+        elif block.kind == TOOL_CALL:
+            name = self._call(block, content)["name"]
+            done = self._item_event("function_call_arguments.done", block, name=name, arguments=content)
         else:
             if block.kind == REASONING:
                 done = self._part_event("reasoning_text.done", block, text=content)

@@ -55,6 +55,7 @@ class Options:
     token_ids_logprob: list[int] = field(default_factory=list)
     priority: int = 0
     extra_key: str = ""
+    may_shorten: bool = False
     max_thinking_tokens: int | None = None
     reasoning_end_ids: list[int] = field(default_factory=list)
 
@@ -73,6 +74,7 @@ def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingPar
             token_ids_logprob=options.token_ids_logprob,
             priority=options.priority,
             extra_key=options.extra_key,
+            may_shorten=options.may_shorten,
             max_thinking_tokens=options.max_thinking_tokens,
             reasoning_end_ids=options.reasoning_end_ids,
         )

@@ -154,7 +154,7 @@ class Chats:
 
     def __init__(self, engine: Engine, config: ServerConfig) -> None:
         """Load the template. `OSError` or `ValueError` if there is no such template."""
-        self.engine = engine
+        self.engine, self.config = engine, config
         self.template = load_chat_template(config.chat_template, engine.tokenizer)
         text = self.template or engine.tokenizer.chat_template or ""
         if isinstance(text, dict):
@@ -342,6 +342,7 @@ class Chats:
         if body.flag("echo"):
             body.unsupported("echo")
         options = read_options(body, num_top if has_logprobs else -1)
+        options.may_shorten = not self.config.strict_max_tokens
         if reasoning is not None and reasoning.is_inside:
             options.max_thinking_tokens = max_thinking_tokens(body)
             options.reasoning_end_ids = await self._ids(reasoning.format.end)

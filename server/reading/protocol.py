@@ -196,7 +196,8 @@ def spelled(names: Mapping[str, str]) -> Iterator[None]:
             theirs = names.get(ours.replace(place[0], "[]", 1), "").replace("[]", place[0], 1)
         if not theirs:
             raise
-        raise InvalidRequest(str(error).replace(ours, theirs, 1), theirs) from None
+        error.args, error.field = (str(error).replace(ours, theirs, 1),), theirs
+        raise
 
 
 def cache_namespace(fields: Fields) -> str:
@@ -297,9 +298,42 @@ def error_shape(path: str) -> ErrorShape:
 def error_response(path: str, error: EngineError) -> web.Response:
     """Return the response that reports `error` to a client of the API at `path`."""
     headers: dict[str, str] = {}
-    field, code = getattr(error, "field", None), getattr(error, "code", None)
+    message, field, code = str(error), getattr(error, "field", None), getattr(error, "code", None)
     if isinstance(error, PromptTooLong):
         code = "context_length_exceeded"
+        message, field = _too_long(path, error)
     elif isinstance(error, QueueFull):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    return json_response(error_shape(path)(error.status_code, str(error), field, code), error.status_code, headers)
+    return json_response(error_shape(path)(error.status_code, message, field, code), error.status_code, headers)
+
+
+# The field that holds the prompt. Under other paths the error's own field stands.
+_PROMPT_FIELDS = {
+    "/v1/messages": "messages",
+    "/v1/chat/completions": "messages",
+    "/invocations": "messages",
+    "/v1/completions": "prompt",
+    "/v1/responses": "input",
+    "/v1/embeddings": "input",
+}
+
+
+def _too_long(path: str, error: PromptTooLong) -> tuple[str, str | None]:
+    """Return message and field of a prompt that does not fit, in the words by which an API's clients know the case.
+
+    They then shorten the conversation, and repeat what they cannot read.
+    """
+    shape, field = error_shape(path), _PROMPT_FIELDS.get(path, error.field)
+    prompt_len, answer_len, limit = error.prompt_len, error.answer_len, error.limit
+    if not limit or shape not in (anthropic_error, openai_error):
+        return str(error), field
+    if shape is anthropic_error:
+        if not answer_len:
+            return f"prompt is too long: {prompt_len} tokens > {limit} maximum", field
+        return f"input length and `max_tokens` exceed context limit: {prompt_len} + {answer_len} > {limit}", field
+    asked = (
+        f"you requested {prompt_len + answer_len} tokens ({prompt_len} in {field}, {answer_len} for the answer)"
+        if answer_len
+        else f"{field} has {prompt_len} tokens, and at least one is left for the answer"
+    )
+    return f"This model's maximum context length is {limit} tokens, but {asked}.", field

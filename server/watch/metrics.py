@@ -5,7 +5,7 @@ when it ends. So metrics cost a token nothing.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -29,9 +29,10 @@ RATE_SPAN_S = 10.0
 class Metrics:
     """The metrics of /metrics."""
 
-    def __init__(self, engine: Engine, monitor: Monitor, model_name: str) -> None:
+    def __init__(self, engine: Engine, monitor: Monitor, model_name: str, left_out: Mapping[str, int]) -> None:
+        """left_out: number of parts by kind that requests were answered without, kept up to date by their readers."""
         self.registry = CollectorRegistry()
-        self.registry.register(EngineCollector(engine, monitor, model_name))
+        self.registry.register(EngineCollector(engine, monitor, model_name, left_out))
         ProcessCollector(registry=self.registry)  # memory, CPU seconds and open files, under Prometheus' own names
 
         def histogram(name: str, help: str, buckets: tuple[float, ...], **labels: str) -> Histogram:
@@ -93,8 +94,8 @@ class Metrics:
 class EngineCollector(Collector):
     """Reads the engine when Prometheus asks."""
 
-    def __init__(self, engine: Engine, monitor: Monitor, model_name: str) -> None:
-        self.engine, self.monitor, self.model_name = engine, monitor, model_name
+    def __init__(self, engine: Engine, monitor: Monitor, model_name: str, left_out: Mapping[str, int]) -> None:
+        self.engine, self.monitor, self.model_name, self.left_out = engine, monitor, model_name, left_out
 
     def collect(self) -> Iterable[Metric]:
         stats = self.engine.stats()
@@ -158,6 +159,9 @@ class EngineCollector(Collector):
         )  # fmt: skip
         yield self._gauge("radixloop:event_loop_tasks", "asyncio tasks", len(asyncio.all_tasks()))
         yield self._counter("radixloop:num_refused_requests", "requests refused for a full queue", stats.num_refused)
+        yield self._counter(
+            "radixloop:left_out", "parts of requests that their answers do without", dict(self.left_out), "kind"
+        )
         yield self._counter("radixloop:steps", "steps resolved", loop.num_steps)
         yield self._counter("radixloop:failed_steps", "steps that raised", loop.num_failed_steps)
         yield self._counter(
