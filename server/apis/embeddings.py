@@ -206,13 +206,7 @@ class EmbeddingsApi:
     async def _score_labels(self, owner: Owner, body: Fields, model: str) -> web.Response:
         """Score how likely each of some tokens comes after `query` and an item (SGLang's)."""
         labels = check_token_ids(body.get("label_token_ids"), self.engine.model_config.vocab_size, "label_token_ids")
-        query, items = body.text("query"), _texts(body, "items")
-        is_item_first, is_softmax = body.flag("item_first"), body.flag("apply_softmax")
-        check_batch_size(len(items), "items")
-        prompts = [
-            await encode_prompt(self.engine, item + query if is_item_first else query + item, f"items[{i}]")
-            async for i, item in paced(enumerate(items))
-        ]
+        prompts, is_softmax = await self._items(body), body.flag("apply_softmax")
         params = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
         options = Options(
             return_logprob=True, token_ids_logprob=labels, priority=body.integer("priority"),
@@ -232,6 +226,29 @@ class EmbeddingsApi:
             likely = np.exp(np.array([logprob for logprob, _ in entries], np.float64))
             scores.append((likely / max(likely.sum(), 1e-300) if is_softmax else likely).tolist())
         return json_response({"object": "scoring", "scores": scores, "model": model, "usage": _usage(states)})
+
+    async def _items(self, body: Fields) -> list[list[int]]:
+        """Return each of `items` joined to `query`; both are texts, or both token ids."""
+        is_item_first = body.flag("item_first")
+        if not isinstance(body.get("query"), list):
+            query, texts = body.text("query"), _texts(body, "items")
+            check_batch_size(len(texts), "items")
+            return [
+                await encode_prompt(self.engine, text + query if is_item_first else query + text, f"items[{i}]")
+                async for i, text in paced(enumerate(texts))
+            ]
+        vocab_size = self.engine.model_config.vocab_size
+        head, items = check_token_ids(body.get("query"), vocab_size, "query", may_be_empty=True), body.array("items")
+        if items and is_int(items[0]):
+            items = [items]
+        if not items or not all(isinstance(ids, list) for ids in items):
+            body.fail("items", "a non-empty list of lists of token ids, as query is token ids")
+        check_batch_size(len(items), "items")
+        prompts = []
+        async for i, item in paced(enumerate(items)):
+            tail = check_token_ids(item, vocab_size, f"items[{i}]", may_be_empty=bool(head))
+            prompts.append(tail + head if is_item_first else head + tail)
+        return prompts
 
     # ---- all of them ----
 
@@ -295,6 +312,6 @@ def _json(vector: np.ndarray) -> Any:
 
 
 def _usage(states: Sequence[RequestState]) -> JSON:
+    """Return the costs: prompts alone, also where a token was sampled for its log-probabilities."""
     num_tokens = sum(state.prompt_len for state in states)
-    num_output = sum(len(state.output_ids) for state in states)
-    return {"prompt_tokens": num_tokens, "completion_tokens": num_output, "total_tokens": num_tokens + num_output}
+    return {"prompt_tokens": num_tokens, "completion_tokens": 0, "total_tokens": num_tokens}

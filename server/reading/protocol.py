@@ -119,8 +119,10 @@ class Fields:
         return value
 
 
-def check_token_ids(ids: Any, vocab_size: int, field: str) -> list[int]:
-    """Return `ids` if it is a non-empty list of ids of the vocabulary."""
+def check_token_ids(ids: Any, vocab_size: int, field: str, *, may_be_empty: bool = False) -> list[int]:
+    """Return `ids` if it is a list of ids of the vocabulary, not empty unless it may be."""
+    if may_be_empty and ids == []:
+        return []
     if not isinstance(ids, list) or not ids:
         raise InvalidRequest(f"{field} must be a non-empty list of token ids, got {shown(ids)}", field)
     if set(map(type, ids)) != {int}:

@@ -52,8 +52,8 @@ LOGPROBS = array({"type": "array"})
 
 SAMPLING: dict[str, JSON] = {
     "temperature": number(0, 100),
-    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-    "top_k": one_of({"const": -1}, integer(1, TOP_K_ALL)),
+    "top_p": {"type": "number", "minimum": 0, "maximum": 1},
+    "top_k": integer(-1, TOP_K_ALL),
     "min_p": number(0, 1),
     "frequency_penalty": number(-2, 2),
     "presence_penalty": number(-2, 2),
@@ -65,7 +65,7 @@ SAMPLING: dict[str, JSON] = {
         "description": "token id to what is added to its logit",
     },
     "stop": or_list(STRING),
-    "stop_token_ids": array(integer(0)),
+    "stop_token_ids": array(integer()),
     "stop_regex": or_list(STRING),
     "n": integer(1, MAX_N),
     "ignore_eos": BOOLEAN,
@@ -380,7 +380,7 @@ COMPONENTS: dict[str, JSON] = {
                 {
                     "id": STRING,
                     "rid": STRING,
-                    "offset": integer(-1),
+                    "offset": integer(),
                     "replace": BOOLEAN,
                     "drop_previous_output": BOOLEAN,
                 },
