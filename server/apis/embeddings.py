@@ -73,8 +73,8 @@ class EmbeddingsApi:
         states = await self._run(owner, body, await read_prompts(self.engine, body, "input"))
         data = []
         async for i, state in paced(enumerate(states), NUM_A_PASS):
-            vector = _normalized(_vector(state)[:size])
-            shown = base64.b64encode(vector.tobytes()).decode() if encoding == "base64" else _json(vector)
+            vector = normalized(_vector(state)[:size])
+            shown = base64.b64encode(vector.tobytes()).decode() if encoding == "base64" else json_vector(vector)
             data.append({"object": "embedding", "index": i, "embedding": shown})
         return json_response({"object": "list", "data": data, "model": model, "usage": _usage(states)})
 
@@ -96,8 +96,10 @@ class EmbeddingsApi:
         states = await self._run(http_request, body, await read_prompts(self.engine, body, name))
         meta_info, answers = MetaInfo(self.engine.tokenizer), []
         async for state in paced(states, NUM_A_PASS):
-            vector = _normalized(_vector(state)) if is_normalized else _vector(state)
-            answers.append({"embedding": _json(vector), "meta_info": meta_info.counts(state, 0, state.finish_reason)})
+            vector = normalized(_vector(state)) if is_normalized else _vector(state)
+            answers.append(
+                {"embedding": json_vector(vector), "meta_info": meta_info.counts(state, 0, state.finish_reason)}
+            )
         return json_response(answers if is_list else answers[0])
 
     async def rerank_for_sglang(self, http_request: web.Request) -> web.Response:
@@ -127,7 +129,7 @@ class EmbeddingsApi:
         for i, state in enumerate(states):
             probs = _probabilities(_vector(state))
             label = self.engine.model_config.labels[int(probs.argmax())]
-            data.append({"index": i, "label": label, "probs": _json(probs), "num_classes": len(probs)})
+            data.append({"index": i, "label": label, "probs": json_vector(probs), "num_classes": len(probs)})
         return json_response(
             {
                 "id": f"classify-{new_rid()}", "object": "list", "created": int(time.time()), "model": model,
@@ -199,7 +201,7 @@ class EmbeddingsApi:
             states = await self._run(owner, body, pairs)
             return [float(_probabilities(_vector(state))[-1]) for state in states], states
         states = await self._run(owner, body, heads + tails)
-        vectors = [_normalized(_vector(state)) for state in states]
+        vectors = [normalized(_vector(state)) for state in states]
         pairs_of = [(vectors[i % len(heads)], vector) for i, vector in enumerate(vectors[len(heads) :])]
         return [float(head @ tail) for head, tail in pairs_of], states
 
@@ -252,6 +254,10 @@ class EmbeddingsApi:
 
     # ---- all of them ----
 
+    async def vectors(self, owner: Owner, body: Fields, prompts: Sequence[list[int]]) -> list[np.ndarray]:
+        """Return the vector of each prompt, float32 [size], not normalized. `body`: see `_run`."""
+        return [_vector(state) for state in await self._run(owner, body, prompts)] if prompts else []
+
     async def _run(self, owner: Owner, body: Fields, prompts: Sequence[list[int]]) -> list[RequestState]:
         """Run one request a prompt; their vectors are there then. `body` gives `rid`, `priority` and cache keys."""
         rid = body.text("rid") or new_rid()
@@ -293,7 +299,7 @@ def _vector(state: RequestState) -> np.ndarray:
     return vector
 
 
-def _normalized(vector: np.ndarray) -> np.ndarray:
+def normalized(vector: np.ndarray) -> np.ndarray:
     """Scale a vector to length 1."""
     return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
@@ -306,7 +312,7 @@ def _probabilities(scores: np.ndarray) -> np.ndarray:
     return np.asarray(likely / likely.sum())
 
 
-def _json(vector: np.ndarray) -> Any:
+def json_vector(vector: np.ndarray) -> Any:
     """Write JSON at once, and without a Python object for each number."""
     return orjson.Fragment(orjson.dumps(np.ascontiguousarray(vector, np.float32), option=orjson.OPT_SERIALIZE_NUMPY))
 

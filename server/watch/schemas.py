@@ -349,6 +349,8 @@ OLLAMA_BOTH: dict[str, JSON] = {
                 for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "stop")
             },
             "num_predict": integer(),
+            "repeat_last_n": {**integer(-1), "description": "0: no penalties; else they count the whole text"},
+            "typical_p": {**number(0, 1), "description": "has no effect, as in Ollama itself"},
             "top_k": integer(0, TOP_K_ALL),
             "seed": integer(),
             "repeat_penalty": SAMPLING["repetition_penalty"],
