@@ -18,6 +18,7 @@ from server.apis.generate import GenerateApi
 from server.apis.maintenance import MaintenanceApi
 from server.apis.native import NativeApi
 from server.apis.ollama import OllamaApi
+from server.apis.ollama_embeddings import OllamaEmbeddings
 from server.apis.openai import OpenAIApi
 from server.apis.responses import ResponsesApi
 from server.apis.text import TextApi
@@ -70,6 +71,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app.add_routes(CloudApi(native, generate, openai).routes())
     embeddings = EmbeddingsApi(engine, config, live)
     app.add_routes(embeddings.routes())
+    app.add_routes(OllamaEmbeddings(engine, config, embeddings).routes())
     store = app[FILE_STORE] = FileStore(config.files_folder)
     handlers = {
         "/v1/chat/completions": openai.chat,

@@ -100,14 +100,17 @@ async def test_the_official_client_accumulates_streamed_calls(api: openai.AsyncO
 async def test_a_streamed_call_begins_with_its_id_and_name(client: Client, engine: FakeEngine) -> None:
     engine.answer = CALL
     role, *middle, last = await chunks(client, tools=TOOLS)
-    assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert role["choices"][0]["delta"] == {"role": "assistant", "content": "", "reasoning_content": None}
     first, *rest = [chunk["choices"][0]["delta"]["tool_calls"][0] for chunk in middle]
     assert (first["index"], first["type"], first["function"]["name"]) == (0, "function", "weather")
     assert first["id"]
     assert all(call.keys() == {"index", "function"} for call in rest)
     assert all(call["function"].keys() == {"arguments"} for call in rest)
     assert len(rest) > 5, "arguments come as the model writes them"
-    assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "tool_calls")
+    assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == (
+        {"reasoning_content": None},
+        "tool_calls",
+    )
 
 
 async def test_each_of_n_answers_has_its_own_calls(client: Client, engine: FakeEngine) -> None:
@@ -207,7 +210,7 @@ async def test_streamed_reasoning_is_told_in_its_own_field(client: Client, engin
     engine.answer = "<think>Hm, 2.</think>Two"
     found = await chunks(client, stream_options={"include_usage": True})
     deltas = [chunk["choices"][0]["delta"] for chunk in found if chunk["choices"]]
-    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm, 2."
+    assert "".join(delta.get("reasoning_content") or "" for delta in deltas) == "Hm, 2."
     assert "".join(delta.get("content", "") for delta in deltas) == "Two"
     assert found[-1]["usage"]["completion_tokens_details"] == {"reasoning_tokens": len("<think>Hm, 2.</think>")}
 

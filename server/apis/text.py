@@ -67,10 +67,10 @@ class TextApi:
         ids, vocab_size = body.get("tokens"), self.engine.model_config.vocab_size
         skip = body.flag("skip_special_tokens", True)
         if isinstance(ids, list) and ids and isinstance(ids[0], list):
-            rows = [check_token_ids(row, vocab_size, f"tokens[{i}]") for i, row in enumerate(ids)]
+            rows = [check_token_ids(row, vocab_size, f"tokens[{i}]", may_be_empty=True) for i, row in enumerate(ids)]
             texts = [self.engine.tokenizer.decode(row, skip_special_tokens=skip) async for row in paced(rows)]
             return json_response({"text": texts, "prompt": texts})
-        row = check_token_ids(ids, vocab_size, "tokens")
+        row = check_token_ids(ids, vocab_size, "tokens", may_be_empty=True)
         text = self.engine.tokenizer.decode(row, skip_special_tokens=skip)
         return json_response({"text": text, "prompt": text})
 
