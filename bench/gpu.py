@@ -60,8 +60,9 @@ from engine.errors import ModelError
 from engine.layers.layer import LayerConfig
 from engine.local import LocalEngine
 from engine.models.registry import build_model, load_config
-from engine.request import Delta, Request, SamplingParams
+from engine.request import Request, SamplingParams
 from engine.schedule.plan import Plan
+from engine.state import Delta, RequestState
 from engine.step.batch import Stager
 from engine.step.fields import StepShape
 from kernels import flashinfer_attention
@@ -185,8 +186,8 @@ async def greedy_answers(folder: Path, device: str, **options: Any) -> list[list
         async def answer(prompt: str) -> list[int]:
             params = SamplingParams(max_new_tokens=NUM_GREEDY_TOKENS, temperature=0.0, ignore_eos=True)
             input_ids = await engine.encode(prompt)
-            request = Request(rid=prompt, input_ids=input_ids, sampling_params=params, sink=lambda delta: None)
-            return [token async for delta in engine.generate(request) for token in delta.token_ids]
+            state = RequestState(Request(prompt, input_ids, params))
+            return [token async for delta in engine.generate(state) for token in delta.token_ids]
 
         return await asyncio.gather(*map(answer, PROMPTS))
 
@@ -379,8 +380,8 @@ async def serve_crowd(folder: Path, device: str, pool_tokens: int) -> Crowd:
 
         async def answer(i: int, prompt: list[int]) -> list[int]:
             params = SamplingParams(max_new_tokens=CROWD_ANSWER_LEN, temperature=0.0, ignore_eos=True)
-            request = Request(f"crowd-{i}", prompt, params, sink=lambda delta: None)
-            return [token async for delta in engine.generate(request) for token in delta.token_ids]
+            state = RequestState(Request(f"crowd-{i}", prompt, params))
+            return [token async for delta in engine.generate(state) for token in delta.token_ids]
 
         started = time.perf_counter()
         answers = await asyncio.gather(*(answer(i, prompt) for i, prompt in enumerate(prompts)))
@@ -403,9 +404,9 @@ async def gaps_between(folder: Path, device: str, ours: Crowd, theirs: Crowd, pa
             place = next(place for place, (one, other) in enumerate(zip(a, b, strict=True)) if one != other)
             request = Request(
                 "gap", ours.prompts[i] + a[:place], SamplingParams(max_new_tokens=1, temperature=0.0),
-                sink=lambda delta: None, return_logprob=True, token_ids_logprob=[a[place], b[place]],
+                return_logprob=True, token_ids_logprob=[a[place], b[place]],
             )  # fmt: skip
-            async for delta in engine.generate(request):
+            async for delta in engine.generate(RequestState(request)):
                 assert delta.logprobs is not None
                 ((one, _), (other, _)) = delta.logprobs.token_ids[0] or []
                 assert one is not None and other is not None
@@ -463,12 +464,12 @@ async def streams_beside(engine: LocalEngine, prompt: list[int]) -> tuple[list[f
             if min(map(len, arrivals)) == 20:
                 have_begun.set()
 
-        streams.append(Request(f"stream-{i}", ids, params, sink=sink, stream=True))
+        streams.append(RequestState(Request(f"stream-{i}", ids, params, stream=True), sink))
         engine.submit(streams[-1])
     await have_begun.wait()
     params = SamplingParams(max_new_tokens=1, temperature=0.0)
     started = time.perf_counter()
-    async for _ in engine.generate(Request("long", prompt, params, sink=lambda delta: None)):
+    async for _ in engine.generate(RequestState(Request("long", prompt, params))):
         ended = time.perf_counter()
     for stream in streams:
         engine.abort(stream.rid)

@@ -19,7 +19,8 @@ from rich.table import Table
 from bench.compare import wide_console
 from engine.config import EngineConfig
 from engine.local import LocalEngine
-from engine.request import Delta, Request, SamplingParams
+from engine.request import Request, SamplingParams
+from engine.state import Delta, RequestState
 from server.config import parse_args
 
 PARTS = ("schedule", "launch", "resolve")
@@ -43,7 +44,7 @@ async def run_batch(engine: LocalEngine, batch: int, input_len: int, output_len:
 
     def sink(delta: Delta) -> None:
         nonlocal num_waiting, num_running
-        request = delta.request
+        state = delta.state
         if delta.finish_reason is not None:
             if delta.finish_reason.type == "abort":
                 raise SystemExit(delta.finish_reason.message)
@@ -52,26 +53,28 @@ async def run_batch(engine: LocalEngine, batch: int, input_len: int, output_len:
             num_running -= 1
             if not num_running:
                 done.set()
-        elif request.rid not in started:
-            started.add(request.rid)
+        elif state.rid not in started:
+            started.add(state.rid)
             num_waiting -= 1
             if not num_waiting:
                 mark()
 
     started: set[str] = set()
-    requests = [
-        Request(
-            rid=f"bench-{rng.random()}",
-            input_ids=[rng.randrange(vocab_size) for _ in range(input_len)],
-            sampling_params=SamplingParams(max_new_tokens=output_len, temperature=0.0, ignore_eos=True),
-            sink=sink,
-            stream=True,
+    states = [
+        RequestState(
+            Request(
+                rid=f"bench-{rng.random()}",
+                input_ids=[rng.randrange(vocab_size) for _ in range(input_len)],
+                sampling_params=SamplingParams(max_new_tokens=output_len, temperature=0.0, ignore_eos=True),
+                stream=True,
+            ),
+            sink,
         )
         for _ in range(batch)
     ]
     start = time.perf_counter()
-    for request in requests:
-        engine.submit(request)
+    for state in states:
+        engine.submit(state)
     await done.wait()
     end = time.perf_counter()
     (first, first_steps, before), (last, last_steps, after) = marks[0], marks[-1]

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from engine.errors import InvalidRequest
-from engine.request import Request
+from engine.state import RequestState
 from engine.text.grammar import Grammar, GrammarCompiler, GrammarStats, Matcher
 
 GRAMMAR_TIMEOUT_S = 10.0  # a grammar that takes longer to compile is refused
@@ -22,18 +22,17 @@ class Constraints:
     def stats(self) -> GrammarStats:
         return self._grammars.stats if self._grammars else GrammarStats()
 
-    async def prepare(self, requests: Sequence[Request]) -> None:
-        """Set `matcher` of those `requests` that need one; see `Engine.prepare`."""
-        for request in requests:
-            constraint, grammar = request.sampling_params.constraint, None
+    async def prepare(self, states: Sequence[RequestState]) -> None:
+        """Set `matcher` of those `states` that need one; see `Engine.prepare`."""
+        for state in states:
+            request, grammar = state.request, None
+            constraint = request.sampling_params.constraint
             if constraint is not None:
                 grammar = await self._grammar(*constraint)
             elif request.max_thinking_tokens is None:
                 continue
             may_jump = self._may_jump and not request.return_logprob
-            request.matcher = Matcher(
-                grammar, request.reasoning_end_ids, request.max_thinking_tokens, may_jump=may_jump
-            )
+            state.matcher = Matcher(grammar, request.reasoning_end_ids, request.max_thinking_tokens, may_jump=may_jump)
 
     async def _grammar(self, kind: str, text: str) -> Grammar:
         grammars = self._grammars

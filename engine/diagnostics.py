@@ -35,7 +35,7 @@ class Diagnostics:
         now = time.perf_counter()
         scheduler = self._parts.scheduler
         age_s = now - max(self._busy_since, self._loop.stats.last_step_at) if self.has_work else 0.0
-        oldest = min((request.times.arrived for request in scheduler.waiting), default=now)
+        oldest = min((state.times.arrived for state in scheduler.waiting), default=now)
         status = "ok"
         if not is_running:
             status = "stopped"
@@ -70,14 +70,14 @@ class Diagnostics:
         lines = [f"{name}: {value}" for name, value in dataclasses.asdict(self.stats()).items()]
         for step in self._loop.steps_in_flight:
             plan = step.plan
-            rids = [request.rid for row in plan.rows.tolist() if (request := self._parts.rows.requests[row])]
+            rids = [state.rid for row in plan.rows.tolist() if (state := self._parts.rows.states[row])]
             lines.append(
                 f"step in flight for {now - step.launched_at:.3f} s: {plan.num_tokens} tokens, "
                 f"{plan.num_decodes} decodes, q_lens {plan.q_lens.tolist()}, seq_lens {plan.seq_lens.tolist()}, {rids}"
             )
-        for request in list(self._requests.by_rid.values()):
+        for state in list(self._requests.by_rid.values()):
             lines.append(
-                f"request {request.rid}: {request.status.name}, a prompt of {request.prompt_len} tokens, "
-                f"{now - request.times.arrived:.3f} s old"
+                f"request {state.rid}: {state.status.name}, a prompt of {state.prompt_len} tokens, "
+                f"{now - state.times.arrived:.3f} s old"
             )
         return "\n".join(lines) + "\n"

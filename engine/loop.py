@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from engine.batch_log import BatchLog
 from engine.output import OutputProcessor
 from engine.pace import MIN_LEAD_S, MIN_RANKS_LEAD_S, StepPace
-from engine.request import FinishReason, Request
 from engine.schedule.plan import Plan, PrefillBudget
 from engine.schedule.scheduler import Scheduler
+from engine.state import FinishReason, RequestState
 from engine.step.model_runner import ModelRunner, Step
 
 logger = logging.getLogger(__name__)
@@ -66,9 +66,13 @@ class StepLoop:
         max_step_ms: float | None = None,
         chunked_prefill_size: int = 8192,
         context_cost: float = 0.0,
+        max_wait_s: float | None = None,
         decode_log_interval: int = 40,
     ) -> None:
-        """Set up the loop; it starts with `run`. context_cost: see `StepPace`; the others are named after the flags."""
+        """Set up the loop; it starts with `run`.
+
+        context_cost, max_wait_s: see `StepPace`; the others are named after the flags.
+        """
         min_lead_s = MIN_LEAD_S if runner.ranks is None else MIN_RANKS_LEAD_S
         self.scheduler, self.runner, self.output = scheduler, runner, output
         self.stats = LoopStats()
@@ -80,7 +84,7 @@ class StepLoop:
         self._yielded_at = 0.0  # time.perf_counter()
         self._seen_running = 0.0  # time.perf_counter() when a step was last seen running
         self._last_end = 0.0  # time.perf_counter() when a step last ended
-        self._pace = StepPace(max_step_ms, chunked_prefill_size, context_cost, min_lead_s)
+        self._pace = StepPace(max_step_ms, chunked_prefill_size, context_cost, min_lead_s, max_wait_s)
         self._log = BatchLog(scheduler, decode_log_interval)
         self._num_verified_steps = 0  # that had come back when the bookkeeping was looked at last
         self._violations: list[str] = []  # what was wrong with it then
@@ -173,8 +177,8 @@ class StepLoop:
         stats.schedule_s += scheduled - start
         if plan is None:
             return False
-        for request in plan.admitted:
-            request.times.scheduled = start
+        for state in plan.admitted:
+            state.times.scheduled = start
         try:
             step = self.runner.launch(plan)
         except Exception as error:  # noqa: BLE001 - such as out of memory: only this step fails
@@ -285,8 +289,8 @@ class StepLoop:
         self._tell_end_of(step)
         for i, message in errors.items():
             plan = step.plan
-            request = self.scheduler.rows.request_at(plan.rows[plan.samples[wanted[0][i]]])
-            self.abort(request, FinishReason("abort", message=f"the grammar failed: {message}", status_code=500))
+            state = self.scheduler.rows.state_at(plan.rows[plan.samples[wanted[0][i]]])
+            self.abort(state, FinishReason("abort", message=f"the grammar failed: {message}", status_code=400))
         return True
 
     async def _resolve(self, step: Step) -> None:
@@ -334,14 +338,14 @@ class StepLoop:
             while not step.has_ended:  # noqa: ASYNC110 - a GPU signals no event
                 await asyncio.sleep(MIN_SLEEP_S)
 
-    def _close(self, requests: list[Request]) -> None:
-        for request in requests:
-            self.output.close(request)
+    def _close(self, states: list[RequestState]) -> None:
+        for state in states:
+            self.output.close(state)
 
-    def abort(self, request: Request, reason: FinishReason) -> None:
-        """End `request` now; its slots are free before the next plan."""
-        self.scheduler.finish(request, reason)
-        self.output.close(request)
+    def abort(self, state: RequestState, reason: FinishReason) -> None:
+        """End `state` now; its slots are free before the next plan."""
+        self.scheduler.finish(state, reason)
+        self.output.close(state)
 
 
 def _failure(what: str, error: Exception) -> FinishReason:

@@ -16,9 +16,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from engine.errors import InvalidRequest
-from engine.request import Delta, FinishReason, Logprobs, Request, Status, ignore
 from engine.schedule.resolver import Outcome
 from engine.schedule.scheduler import Scheduler
+from engine.state import Delta, FinishReason, Logprobs, RequestState, Status, ignore
 from engine.step.model_runner import PromptLogprobs, Step, logprobs_of
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class OutputProcessor:
         self,
         scheduler: Scheduler,
         stream_interval: int = 1,
-        on_end: Callable[[Request], None] = lambda _: None,
+        on_end: Callable[[RequestState], None] = lambda _: None,
     ) -> None:
         """Start without pending output.
 
@@ -44,8 +44,8 @@ class OutputProcessor:
         """
         self.scheduler, self.stream_interval, self.on_end = scheduler, stream_interval, on_end
         # Requests with pending output, the next one first. One served out of order is skipped: `is_pending` is False.
-        self._pending: deque[Request] = deque()
-        self._whole: OrderedDict[Request, None] = OrderedDict()  # answers that are sent whole, the next to read first
+        self._pending: deque[RequestState] = deque()
+        self._whole: OrderedDict[RequestState, None] = OrderedDict()  # sent whole, the next to read first
 
     @property
     def has_pending(self) -> bool:
@@ -58,28 +58,28 @@ class OutputProcessor:
         if step.prompt_logprobs or step.pooled is not None or step.work.logprob_samples is not None:
             self._take_values(step, outcome)
         pending = self._pending
-        for request, token in zip(outcome.requests, outcome.token_ids, strict=True):
-            request.new_token_ids.append(token)
-            if not request.is_pending:  # `_add` inlined: no call for each token
-                request.is_pending = True
-                pending.append(request)
-        for request, forced in outcome.forced:
-            request.new_token_ids += forced
-        for request in outcome.watched:
-            self._guarded(self._read, request)
-        for request in outcome.finished:
-            request.times.finished = now
-            self._add(request)
-        for request in reversed(step.plan.answering):  # each is put in front, so the first ends up first
-            request.times.first_token = request.times.first_token or now
-            if request.is_pending:  # users wait less patiently for a first token than for the next
-                pending.appendleft(request)
-            elif not request.wants_tokens and request.status is Status.RUNNING:
-                self._whole[request] = None
+        for state, token in zip(outcome.states, outcome.token_ids, strict=True):
+            state.new_token_ids.append(token)
+            if not state.is_pending:  # `_add` inlined: no call for each token
+                state.is_pending = True
+                pending.append(state)
+        for state, forced in outcome.forced:
+            state.new_token_ids += forced
+        for state in outcome.watched:
+            self._guarded(self._read, state)
+        for state in outcome.finished:
+            state.times.finished = now
+            self._add(state)
+        for state in reversed(step.plan.answering):  # each is put in front, so the first ends up first
+            state.times.first_token = state.times.first_token or now
+            if state.is_pending:  # users wait less patiently for a first token than for the next
+                pending.appendleft(state)
+            elif not state.wants_tokens and state.status is Status.RUNNING:
+                self._whole[state] = None
         for _ in range(-(-len(self._whole) // READ_INTERVAL)):
-            request = next(iter(self._whole))
-            self._whole.move_to_end(request)
-            self._add(request)
+            state = next(iter(self._whole))
+            self._whole.move_to_end(state)
+            self._add(state)
 
     def _take_values(self, step: Step, outcome: Outcome) -> None:
         """Record a step's log-probabilities and pooled vectors."""
@@ -90,87 +90,87 @@ class OutputProcessor:
         if step.work.logprob_samples is not None:
             self._add_logprobs(step, outcome)
 
-    def _add(self, request: Request) -> None:
-        if not request.is_pending:
-            request.is_pending = True
-            self._pending.append(request)
+    def _add(self, state: RequestState) -> None:
+        if not state.is_pending:
+            state.is_pending = True
+            self._pending.append(state)
 
     def deliver(self) -> None:
         """Send the pending output of the next few requests to their sinks."""
         cost = 0
         while self._pending and cost < MAX_COST:
-            request = self._pending.popleft()
-            if not request.is_pending:
+            state = self._pending.popleft()
+            if not state.is_pending:
                 continue
-            request.is_pending = False
-            if request.status is Status.FINISHED:
+            state.is_pending = False
+            if state.status is Status.FINISHED:
                 cost += COST_OF_END
-                self.close(request)
+                self.close(state)
             else:
                 cost += 1
-                self._guarded(self._send, request)
+                self._guarded(self._send, state)
 
     def flush(self) -> None:
         """Send all pending output: `deliver` may not be called again."""
         while self._pending:
             self.deliver()
 
-    def close(self, request: Request) -> None:
+    def close(self, state: RequestState) -> None:
         """Send the last delta of an ended request to its sink."""
-        request.is_pending = False
-        self._whole.pop(request, None)
-        times = request.times
+        state.is_pending = False
+        self._whole.pop(state, None)
+        times = state.times
         times.finished = times.finished or time.perf_counter()
         times.first_token = times.first_token or times.finished
-        stream = request.text_stream
+        stream = state.text_stream
         try:
-            self._read(request)
+            self._read(state)
             tail = "" if stream is None else stream.finish()
         except Exception as error:  # noqa: BLE001 - as in _guarded
-            request.finish_reason, tail = _refusal(error), ""
-        delta = request.unsent or Delta(request, "", [])
-        request.unsent = None
+            state.finish_reason, tail = _refusal(error), ""
+        delta = state.unsent or Delta(state, "", [])
+        state.unsent = None
         delta.text += tail
-        if not request.stream:
-            delta.token_ids = request.output_ids
-        delta.finish_reason = request.finish_reason
-        self.on_end(request)
-        give(request, delta)
+        if not state.stream:
+            delta.token_ids = state.output_ids
+        delta.finish_reason = state.finish_reason
+        self.on_end(state)
+        give(state, delta)
 
-    def _guarded(self, act: Callable[[Request], None], request: Request) -> None:
+    def _guarded(self, act: Callable[[RequestState], None], state: RequestState) -> None:
         try:
-            act(request)
+            act(state)
         except Exception as error:  # noqa: BLE001 - one request's text or sink fails that request and no other
-            request.text_stream = None
-            self._end(request, _refusal(error))
+            state.text_stream = None
+            self._end(state, _refusal(error))
 
-    def _send(self, request: Request) -> None:
-        self._read(request)
-        delta = request.unsent
+    def _send(self, state: RequestState) -> None:
+        self._read(state)
+        delta = state.unsent
         # Without text, the tokens are half a character, or the beginning of a possible stop string.
-        if delta is None or not request.stream or not (delta.text or delta.logprobs is not None):
+        if delta is None or not state.stream or not (delta.text or delta.logprobs is not None):
             return
-        if len(delta.token_ids) >= self.stream_interval or not request.has_begun:
-            request.unsent, request.has_begun = None, True
-            request.sink(delta)
+        if len(delta.token_ids) >= self.stream_interval or not state.has_begun:
+            state.unsent, state.has_begun = None, True
+            state.sink(delta)
 
-    def _read(self, request: Request) -> None:
+    def _read(self, state: RequestState) -> None:
         """Make the text of the newest tokens, up to a stop; tokens after a stop do not belong to the answer."""
-        unsent, stream = request.unsent, request.text_stream
-        if not request.wants_tokens:
+        unsent, stream = state.unsent, state.text_stream
+        if not state.wants_tokens:
             num_read = 0 if unsent is None else len(unsent.token_ids)
-            request.new_token_ids = self.scheduler.rows.output_ids(request, num_read)
-        token_ids = request.new_token_ids
+            state.new_token_ids = self.scheduler.rows.output_ids(state, num_read)
+        token_ids = state.new_token_ids
         if not token_ids:
             return
-        request.new_token_ids = []
+        state.new_token_ids = []
         if unsent is None:
-            unsent = request.unsent = Delta(request, "", token_ids)
+            unsent = state.unsent = Delta(state, "", token_ids)
         else:
             unsent.token_ids += token_ids
         if stream is None:
             return
-        shown = token_ids[:-1] if request.finish_reason and _is_trimmed_stop(request, token_ids[-1]) else token_ids
+        shown = token_ids[:-1] if state.finish_reason and _is_trimmed_stop(state, token_ids[-1]) else token_ids
         if not stream.has_stops:
             unsent.text += stream.push(shown)
             return
@@ -179,52 +179,52 @@ class OutputProcessor:
             if stream.matched_stop is not None:
                 num_after = len(token_ids) - num_read
                 del unsent.token_ids[len(unsent.token_ids) - num_after :]
-                self.scheduler.rows.cut(request, num_after)
-                self._end(request, FinishReason("stop", matched=stream.matched_stop))
+                self.scheduler.rows.cut(state, num_after)
+                self._end(state, FinishReason("stop", matched=stream.matched_stop))
                 return
 
-    def _end(self, request: Request, reason: FinishReason) -> None:
-        """End `request` for a reason found in its text, which overrides another reason found at the same token."""
-        if request.status is Status.FINISHED:
-            request.finish_reason = reason
+    def _end(self, state: RequestState, reason: FinishReason) -> None:
+        """End `state` for a reason found in its text, which overrides another reason found at the same token."""
+        if state.status is Status.FINISHED:
+            state.finish_reason = reason
         else:
-            self.scheduler.finish(request, reason)
-            request.times.finished = time.perf_counter()
-            self._add(request)
+            self.scheduler.finish(state, reason)
+            state.times.finished = time.perf_counter()
+            self._add(state)
 
     def _add_logprobs(self, step: Step, outcome: Outcome) -> None:
         values, samples = step.sampled_logprobs, step.work.logprob_samples
         assert values is not None and samples is not None
         index_of = {sample: i for i, sample in enumerate(samples.tolist())}
-        for request, token, sample in zip(outcome.requests, outcome.token_ids, outcome.samples.tolist(), strict=True):
+        for state, token, sample in zip(outcome.states, outcome.token_ids, outcome.samples.tolist(), strict=True):
             if sample in index_of:
-                if request.unsent is None:
-                    request.unsent = Delta(request, "", [])
-                entry = logprobs_of(values, index_of[sample], [token], request)
-                request.unsent.logprobs = _joined(request.unsent.logprobs, entry)
+                if state.unsent is None:
+                    state.unsent = Delta(state, "", [])
+                entry = logprobs_of(values, index_of[sample], [token], state)
+                state.unsent.logprobs = _joined(state.unsent.logprobs, entry)
 
     def _add_prompt_logprobs(self, values: PromptLogprobs) -> None:
-        request, collected = values.request, values.request.input_logprobs
+        state, collected = values.state, values.state.input_logprobs
         assert collected is not None
-        next_position = request.logprob_start_len + len(collected.token)
+        next_position = state.logprob_start_len + len(collected.token)
         first, stop = next_position - values.start - 1, len(values.chosen)  # a retracted prompt repeats some positions
         if first < stop:
-            token_ids = request.input_ids[next_position : values.start + 1 + stop]
-            _joined(collected, logprobs_of(values, first, token_ids, request))
+            token_ids = state.request.input_ids[next_position : values.start + 1 + stop]
+            _joined(collected, logprobs_of(values, first, token_ids, state))
 
 
-def give(request: Request, delta: Delta) -> None:
+def give(state: RequestState, delta: Delta) -> None:
     """Call the request's sink, and drop it after the last delta; errors that the sink raises are logged.
 
     The sink may refer to the delta and so to the request: a cycle would wait for the garbage collector.
     """
-    sink = request.sink
+    sink = state.sink
     if delta.finish_reason is not None:
-        request.sink = ignore
+        state.sink = ignore
     try:
         sink(delta)
     except Exception:
-        logger.exception("the receiver of request %s failed", request.rid)
+        logger.exception("the receiver of request %s failed", state.rid)
 
 
 def _refusal(error: Exception) -> FinishReason:
@@ -235,14 +235,14 @@ def _refusal(error: Exception) -> FinishReason:
     return FinishReason("abort", message=f"{type(error).__name__}: {error}", status_code=500)
 
 
-def _is_trimmed_stop(request: Request, token: int) -> bool:
+def _is_trimmed_stop(state: RequestState, token: int) -> bool:
     """Return whether `token` is the stop token that ended the request and is left out of its text."""
-    reason = request.finish_reason
+    reason = state.finish_reason
     return (
         reason is not None
         and reason.type == "stop"
         and reason.matched == token
-        and not request.sampling_params.no_stop_trim
+        and not state.sampling_params.no_stop_trim
     )
 
 

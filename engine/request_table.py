@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 
 from engine.errors import EngineStopped
-from engine.request import Request
+from engine.state import RequestState
 
 
 class RequestTable:
@@ -14,7 +14,7 @@ class RequestTable:
     """
 
     def __init__(self) -> None:
-        self.by_rid: dict[str, Request] = {}
+        self.by_rid: dict[str, RequestState] = {}
         self.is_stopping = False
         self.num_requests = self.num_aborted = self.num_refused = 0
         self._is_drained = asyncio.Event()
@@ -24,13 +24,13 @@ class RequestTable:
         if self.is_stopping or not is_running:
             raise EngineStopped("the server is shutting down" if self.is_stopping else "the engine is not running")
 
-    def add(self, request: Request) -> None:
-        self.by_rid[request.rid] = request
+    def add(self, state: RequestState) -> None:
+        self.by_rid[state.rid] = state
         self.num_requests += 1
 
-    def remove(self, request: Request) -> None:
-        """Forget `request`, which has ended. Does nothing if it is not in the table."""
-        self.by_rid.pop(request.rid, None)
+    def remove(self, state: RequestState) -> None:
+        """Forget `state`, which has ended. Does nothing if it is not in the table."""
+        self.by_rid.pop(state.rid, None)
         if self.is_stopping and not self.by_rid:
             self._is_drained.set()
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from engine.errors import EngineError, InvalidRequest, PromptTooLong
 from engine.request import Request
+from engine.state import RequestState
 from engine.step.pooling import LAST, MEAN
 
 
@@ -18,17 +19,18 @@ class RequestLimits:
     context_length: int  # longest prompt + answer in tokens
     is_generation: bool
 
-    def verify(self, request: Request, live_rids: Container[str]) -> None:
-        """Raise `InvalidRequest` or `PromptTooLong` with the numbers; otherwise set `request.prompt_ids`.
+    def verify(self, state: RequestState, live_rids: Container[str]) -> None:
+        """Raise `InvalidRequest` or `PromptTooLong` with the numbers; otherwise set `state.prompt_ids`.
 
         `EngineError` if the request should have been prepared and is not.
         """
+        request = state.request
         request.sampling_params.verify(self.vocab_size)
-        _verify_grammar(request)
+        _verify_grammar(state)
         if request.rid in live_rids:
             raise InvalidRequest(f"a request with rid {request.rid!r} is running", "rid")
         self._verify_kind(request)
-        self._verify_prompt(request)
+        state.prompt_ids = self._verify_prompt(request)
         self._verify_logprobs(request)
 
     def _verify_kind(self, request: Request) -> None:
@@ -41,7 +43,8 @@ class RequestLimits:
                 f"pooling must be {LAST} or {MEAN} with max_new_tokens 0, got {request.pooling!r}", "pooling"
             )
 
-    def _verify_prompt(self, request: Request) -> None:
+    def _verify_prompt(self, request: Request) -> np.ndarray:
+        """Return the prompt, int32 [prompt_len]."""
         if not request.input_ids:
             raise InvalidRequest("the prompt is empty", "input_ids")
         if request.prompt_len > self.context_length - 1 and request.sampling_params.max_new_tokens != 0:
@@ -49,13 +52,15 @@ class RequestLimits:
                 f"prompt has {request.prompt_len} tokens, the context is {self.context_length} "
                 f"and at least one is left for the answer",
                 "input_ids",
+                prompt_len=request.prompt_len,
+                limit=self.context_length,
             )
         token_ids = np.asarray(request.input_ids, np.int64)
         is_bad = (token_ids < 0) | (token_ids >= self.vocab_size)
         if is_bad.any():
             bad = token_ids[is_bad.argmax()]
             raise InvalidRequest(f"token id {bad} is outside the vocabulary of {self.vocab_size}", "input_ids")
-        request.prompt_ids = token_ids.astype(np.int32)
+        return token_ids.astype(np.int32)
 
     def _verify_logprobs(self, request: Request) -> None:
         if not all(0 <= token < self.vocab_size for token in request.token_ids_logprob):
@@ -74,8 +79,9 @@ class RequestLimits:
             )
 
 
-def _verify_grammar(request: Request) -> None:
-    if request.sampling_params.constraint is not None and request.matcher is None:
+def _verify_grammar(state: RequestState) -> None:
+    request = state.request
+    if request.sampling_params.constraint is not None and state.matcher is None:
         raise EngineError("a constrained request must be prepared before it is submitted")
     if request.max_thinking_tokens is not None and not request.reasoning_end_ids:
         raise InvalidRequest("max_thinking_tokens needs a model whose answers have an end of reasoning")

@@ -13,11 +13,12 @@ from server.apis.anthropic import AnthropicApi
 from server.apis.batches import Batches
 from server.apis.clouds import CloudApi
 from server.apis.embeddings import EmbeddingsApi
-from server.apis.files import FilesApi, FileStore
+from server.apis.files import FILE_STORE, FilesApi, FileStore
 from server.apis.generate import GenerateApi
 from server.apis.maintenance import MaintenanceApi
 from server.apis.native import NativeApi
 from server.apis.ollama import OllamaApi
+from server.apis.ollama_embeddings import OllamaEmbeddings
 from server.apis.openai import OpenAIApi
 from server.apis.responses import ResponsesApi
 from server.apis.text import TextApi
@@ -28,6 +29,7 @@ from server.http.keys import KeyRing, require_key
 from server.http.live import LiveRequests, RequestLog
 from server.http.origins import guard_origins, origins_of
 from server.reading.chat import CHATS, Chats
+from server.reading.left_out import LeftOutBook, name_left_out
 from server.reading.protocol import error_response, error_shape, json_response
 from server.watch.dashboard import Dashboard
 from server.watch.metrics import Metrics
@@ -56,14 +58,16 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app[GATE] = Gate()
     app[BODY_BUDGET] = BodyBudget(config.max_held_bytes)
     app[CHATS] = chats
+    app.on_response_prepare.append(name_left_out)
+    left_out = LeftOutBook()
     native = NativeApi(engine, config, live)
     generate = GenerateApi(engine, config, live)
     app.add_routes(native.routes())
     app.add_routes(generate.routes())
     app.add_routes(TextApi(engine, chats).routes())
-    app.add_routes(AnthropicApi(config, live, chats).routes())
+    app.add_routes(AnthropicApi(config, live, chats, left_out).routes())
     app.add_routes(OllamaApi(engine, config, live, chats).routes())
-    responses = ResponsesApi(config, live, chats)
+    responses = ResponsesApi(config, live, chats, left_out)
     app.cleanup_ctx.append(responses.running)
     app.add_routes(responses.routes())
     app.add_routes(MaintenanceApi(engine).routes())
@@ -72,7 +76,8 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app.add_routes(CloudApi(native, generate, openai).routes())
     embeddings = EmbeddingsApi(engine, config, live)
     app.add_routes(embeddings.routes())
-    store = FileStore(Path(config.file_storage_path).expanduser())
+    app.add_routes(OllamaEmbeddings(engine, config, embeddings).routes())
+    store = app[FILE_STORE] = FileStore(config.files_folder)
     handlers = {
         "/v1/chat/completions": openai.chat,
         "/v1/completions": openai.complete,
@@ -102,7 +107,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app.cleanup_ctx.append(monitor.running)
     app.add_routes(Dashboard(engine, monitor, config).routes())
     if config.enable_metrics:
-        metrics = Metrics(engine, monitor, config.model_name)
+        metrics = Metrics(engine, monitor, config.model_name, left_out.counts)
         live.observers.append(metrics.observe)
         app.add_routes(metrics.routes())
     return app

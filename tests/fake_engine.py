@@ -14,8 +14,9 @@ from cache.radix import Prefix, RadixStats
 from engine.engine import Engine, EngineStats, Health, Maintenance
 from engine.errors import EngineStopped, InvalidRequest, PromptTooLong, QueueFull
 from engine.loop import LoopStats
-from engine.request import Delta, FinishReason, Logprobs, Request, Status, TokenLogprob
+from engine.request import Request
 from engine.schedule.scheduler import SchedulerStats
+from engine.state import Delta, FinishReason, Logprobs, RequestState, Status, TokenLogprob
 from engine.text.grammar import GrammarStats
 from server.app import build_app
 from server.config import ServerConfig
@@ -39,7 +40,10 @@ class FakeTokenizer:
     def __init__(self) -> None:
         self.named_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def check_chat_template(self, source: str) -> None:
+        pass
+
+    def encode(self, text: str, add_special_tokens: bool = True, *, context_length: int | None = None) -> list[int]:
         return list(text.encode())
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -62,7 +66,10 @@ class FakeTokenizer:
     ) -> str:
         if chat_template is None and not self.chat_template:
             raise InvalidRequest("model has no chat template; give --chat-template", "messages")
-        text = "".join(f"[{message['role']}]{message['content']}" for message in messages)
+        text = "".join(f"[{tool['function']['name']}]" for tool in tools or ())
+        for message in messages:
+            calls = "".join(f"[{call['function'].get('name')}]" for call in message.get("tool_calls") or ())
+            text += f"[{message['role']}]{message['content']}{calls}"
         return text + ("[assistant]" if add_generation_prompt else "")
 
 
@@ -188,16 +195,24 @@ class FakeEngine(Engine):
         self.maintenance = FakeMaintenance()
         self.max_total_num_tokens = 4 * context_length
         self.model_config, self.tokenizer = FakeModel(), FakeTokenizer()
-        self.requests: list[Request] = []
+        self.states: list[RequestState] = []
         self.aborted: list[str] = []
-        self.live: dict[str, Request] = {}
+        self.live: dict[str, RequestState] = {}
         self.has_changed = asyncio.Event()
         self.health_status = "ok"
         self.is_profiling = False
         self.failure: FinishReason | None = None  # how every request ends
 
-    async def start(self, on_progress: Callable[[str], None] = print) -> None:
-        pass
+    @property
+    def requests(self) -> list[Request]:
+        """Those that were submitted, oldest first."""
+        return [state.request for state in self.states]
+
+    async def start(
+        self, on_progress: Callable[[str], None] = print, on_tokenizer: Callable[[Any], object] | None = None
+    ) -> None:
+        if on_tokenizer is not None:
+            on_tokenizer(self.tokenizer)
 
     async def stop(self, drain_s: float = 0.0) -> None:
         pass
@@ -205,88 +220,94 @@ class FakeEngine(Engine):
     def warm_up_grammars(self) -> None:
         pass
 
-    async def prepare(self, requests: Sequence[Request]) -> None:
+    async def prepare(self, states: Sequence[RequestState]) -> None:
         pass
 
-    def submit(self, request: Request) -> None:
+    def submit(self, state: RequestState) -> None:
         if self.health_status == "stopping":
             raise EngineStopped("the server is shutting down")
         if len(self.live) >= self.max_queued:
             raise QueueFull(f"{len(self.live)} requests are waiting, the limit is {self.max_queued}", 2.0)
-        params = request.sampling_params
-        params.verify(VOCAB_SIZE)
-        room = self.context_length - request.prompt_len
-        if params.max_new_tokens is None:
-            params.max_new_tokens = max(room, 0)
-        if room < params.max_new_tokens:
-            raise PromptTooLong(f"prompt has {request.prompt_len} tokens, the context is {self.context_length}", "text")
-        if not -1 <= request.logprob_start_len < request.prompt_len:
+        state.sampling_params.verify(VOCAB_SIZE)
+        room = self.context_length - state.prompt_len
+        if state.max_new_tokens < 0:
+            state.max_new_tokens = max(room, 0)
+        elif state.request.may_shorten:
+            state.max_new_tokens = min(state.max_new_tokens, max(room, 1))
+        if room < state.max_new_tokens:
+            raise PromptTooLong(
+                f"prompt has {state.prompt_len} tokens, the context is {self.context_length}",
+                "text",
+                prompt_len=state.prompt_len,
+                answer_len=state.max_new_tokens if room > 0 else 0,
+                limit=self.context_length,
+            )
+        if not -1 <= state.logprob_start_len < state.prompt_len:
             raise InvalidRequest("logprob_start_len must be -1 or a position of the prompt", "logprob_start_len")
-        self.requests.append(request)
-        request.times.scheduled = request.times.arrived + 0.5
-        self.live[request.rid] = request
-        request.num_cached_tokens = 2
-        if request.logprob_start_len >= 0:
-            prompt = request.input_ids[request.logprob_start_len :]
-            num_top, ids = request.top_logprobs_num, request.token_ids_logprob
-            request.input_logprobs = logprobs_of(prompt, num_top, ids, is_prompt=True)
+        self.states.append(state)
+        state.times.scheduled = state.times.arrived + 0.5
+        self.live[state.rid] = state
+        state.num_cached_tokens = 2
+        if state.logprob_start_len >= 0:
+            prompt = state.request.input_ids[state.logprob_start_len :]
+            num_top, ids = state.top_logprobs_num, state.token_ids_logprob
+            state.input_logprobs = logprobs_of(prompt, num_top, ids, is_prompt=True)
         self._changed()
         if not self.is_manual:
-            asyncio.get_running_loop().call_soon(self._step, request)
+            asyncio.get_running_loop().call_soon(self._step, state)
 
-    def _step(self, request: Request) -> None:
+    def _step(self, state: RequestState) -> None:
         """One token."""
-        if request.rid not in self.live:
+        if state.rid not in self.live:
             return
         if self.failure is not None:
-            return self.finish(request, self.failure)
-        if request.pooling is not None:
-            request.embedding = np.array([request.prompt_len, sum(request.input_ids), 3, 4], np.float32)
+            return self.finish(state, self.failure)
+        if state.pooling is not None:
+            state.embedding = np.array([state.prompt_len, sum(state.request.input_ids), 3, 4], np.float32)
             if self.model_config.is_classifier:
-                request.embedding = np.array([0.0, request.input_ids[-1] / 128], np.float32)
-        answer, limit = self.answer.encode(), request.sampling_params.max_new_tokens
-        assert limit is not None
-        done = len(request.output_ids)
+                state.embedding = np.array([0.0, state.request.input_ids[-1] / 128], np.float32)
+        answer, limit = self.answer.encode(), state.max_new_tokens
+        done = len(state.output_ids)
         if done == limit:
-            return self.finish(request, FinishReason("length"))
+            return self.finish(state, FinishReason("length"))
         if done == len(answer):
-            return self.finish(request, FinishReason("stop", matched=EOS))
-        self.emit(request, bytes([answer[done]]).decode(errors="ignore"), [answer[done]])
-        asyncio.get_running_loop().call_soon(self._step, request)
+            return self.finish(state, FinishReason("stop", matched=EOS))
+        self.emit(state, bytes([answer[done]]).decode(errors="ignore"), [answer[done]])
+        asyncio.get_running_loop().call_soon(self._step, state)
 
-    def emit(self, request: Request, text: str, token_ids: list[int] | None = None) -> None:
+    def emit(self, state: RequestState, text: str, token_ids: list[int] | None = None) -> None:
         """Bring a step's news: the sink gets it if the request streams."""
         ids = list(text.encode()) if token_ids is None else token_ids
-        request.output_ids += ids
-        request.times.first_token = request.times.first_token or request.times.scheduled + 0.25
-        if request.stream:
-            request.sink(self._delta(request, text, ids))
+        state.output_ids += ids
+        state.times.first_token = state.times.first_token or state.times.scheduled + 0.25
+        if state.stream:
+            state.sink(self._delta(state, text, ids))
 
-    def finish(self, request: Request, reason: FinishReason) -> None:
-        del self.live[request.rid]
-        request.status, request.finish_reason = Status.FINISHED, reason
-        request.times.first_token = request.times.first_token or request.times.scheduled + 0.25
-        request.times.finished = request.times.first_token + 1.0
-        if request.stream:
-            delta = Delta(request, "", [], reason)
+    def finish(self, state: RequestState, reason: FinishReason) -> None:
+        del self.live[state.rid]
+        state.status, state.finish_reason = Status.FINISHED, reason
+        state.times.first_token = state.times.first_token or state.times.scheduled + 0.25
+        state.times.finished = state.times.first_token + 1.0
+        if state.stream:
+            delta = Delta(state, "", [], reason)
         else:
-            delta = self._delta(request, self.tokenizer.decode(request.output_ids), request.output_ids)
+            delta = self._delta(state, self.tokenizer.decode(state.output_ids), state.output_ids)
             delta.finish_reason = reason
-        request.sink(delta)
+        state.sink(delta)
         self._changed()
 
-    def _delta(self, request: Request, text: str, ids: list[int]) -> Delta:
+    def _delta(self, state: RequestState, text: str, ids: list[int]) -> Delta:
         logprobs = None
-        if request.return_logprob:
-            logprobs = logprobs_of(ids, request.top_logprobs_num, request.token_ids_logprob)
-        return Delta(request, text, ids, None, logprobs)
+        if state.return_logprob:
+            logprobs = logprobs_of(ids, state.top_logprobs_num, state.token_ids_logprob)
+        return Delta(state, text, ids, None, logprobs)
 
     def abort(self, rid: str, message: str = "aborted by the client", status_code: int = 499) -> bool:
-        request = self.live.get(rid)
-        if request is None:
+        state = self.live.get(rid)
+        if state is None:
             return False
         self.aborted.append(rid)
-        self.finish(request, FinishReason("abort", message=message, status_code=status_code))
+        self.finish(state, FinishReason("abort", message=message, status_code=status_code))
         return True
 
     def abort_all(self, message: str = "aborted by the client", status_code: int = 499) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from engine.request import Delta, FinishReason, SamplingParams
+from engine.request import SamplingParams
+from engine.state import Delta, FinishReason, RequestState
 from server.apis.answer import Answer
 from server.apis.openai_answers import ChatAnswer, Envelope
 from server.http.live import Options, make_requests
@@ -119,8 +120,8 @@ async def test_a_stream_that_fails_after_it_began_says_so_in_its_last_event(path
         task = asyncio.create_task(client.post(path, json={**body, "stream": True}))
         await engine.until(lambda: bool(engine.live))
         response = await task
-        engine.emit(engine.requests[0], "Hello")
-        engine.finish(engine.requests[0], FinishReason("abort", message="the step failed", status_code=500))
+        engine.emit(engine.states[0], "Hello")
+        engine.finish(engine.states[0], FinishReason("abort", message="the step failed", status_code=500))
         *_, last = values_of(await response.read())
     assert response.status == 200
     assert "the step failed" in json.dumps(last.get("error") or last["response"]["error"])
@@ -146,10 +147,11 @@ async def test_a_token_of_plain_text_enters_three_functions_and_makes_one_write(
     answer: Answer
     turn = ChatTurn("Hi", [1], SamplingParams(), Options(stream=True), None)
     [request] = make_requests(["r"], turn.input_ids, turn.params, turn.options)
-    answer = ChatAnswer(0, request, Envelope("r", "m", "o", "c"), FakeTokenizer(), turn=turn)
+    state = RequestState(request)
+    answer = ChatAnswer(0, state, Envelope("r", "m", "o", "c"), FakeTokenizer(), turn=turn)
     stream, connection = EventStream([answer]), Connection()
     stream.transport, stream.is_direct = connection, True  # type: ignore[assignment]
-    answer.sink(Delta(request, "first", [1]))
+    answer.sink(Delta(state, "first", [1]))
     entered: list[str] = []
 
     def observe(frame: FrameType, event: str, _: Any) -> None:
@@ -157,7 +159,7 @@ async def test_a_token_of_plain_text_enters_three_functions_and_makes_one_write(
             entered.append(frame.f_code.co_name)
 
     connection.written.clear()
-    delta = Delta(request, "more", [2])
+    delta = Delta(state, "more", [2])
     sys.setprofile(observe)
     try:
         answer.sink(delta)

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from bench.roofline import Roofline
 from bench.serve import Client, Metrics, Result, Work, argument_parser, main, make_work, run, run_load
-from engine.request import FinishReason
+from engine.state import FinishReason
 from tests.fake_engine import FakeEngine, serving
 
 ANSWER = "Hello, world"  # of the fake engine: a token a letter
@@ -31,7 +31,15 @@ async def load(engine: FakeEngine, *flags: str) -> tuple[int, str]:
     return status, console.file.getvalue()
 
 
-@pytest.mark.parametrize("mode", [[], ["--disable-stream"], ["--api", "chat"], ["--dataset-name", "shared-prefix"]])
+MODES = [
+    [], ["--disable-stream"], ["--api", "chat"], ["--dataset-name", "shared-prefix"],
+    # as SGLang's and vLLM's benches spell them
+    ["--backend", "sglang", "--tokenizer", "any"], ["--backend", "sglang-oai-chat"],
+    ["--backend", "vllm", "--dataset-name", "generated-shared-prefix"], ["--endpoint", "/v1/chat/completions"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
 async def test_every_request_is_sent_and_its_tokens_are_counted(mode: list[str], tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     flags = "--num-prompts 6 --random-input 20 --random-output 12 --random-range-ratio 1 --prefix-len 30"

@@ -19,7 +19,7 @@ from kernels.attention import attention
 from kernels.corun import Corun, CorunCosts, choose_corun, gated_beside_decodes
 from kernels.dense import DenseWeight
 from kernels.elementwise import act_and_mul_torch
-from tests.test_engine import collect, make_request, running_engine
+from tests.test_engine import collect, make_state, running_engine
 
 LLAMA_8B = CorunCosts(context_bytes=4096, token_flops=4 * 4096 * 14336)
 DECODES = 256
@@ -75,7 +75,7 @@ async def test_answers_are_the_same_when_steps_are_split(tiny_llama: Path, monke
                 return step
 
             monkeypatch.setattr(runner, "launch", noting_launch)
-            given = await asyncio.gather(*(collect(engine, make_request(prompt)) for prompt in prompts))
+            given = await asyncio.gather(*(collect(engine, make_state(prompt)) for prompt in prompts))
             return [tokens for _, tokens in given]
 
     whole = await answers(None)

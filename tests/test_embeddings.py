@@ -18,6 +18,7 @@ from engine.errors import InvalidRequest
 from engine.request import Request, SamplingParams
 from engine.schedule.plan import PrefillBudget
 from engine.schedule.scheduler import Scheduler
+from engine.state import RequestState
 from server.app import build_app
 from server.config import ServerConfig
 from tests.fake_engine import FakeEngine, FakeModel, serving
@@ -31,13 +32,11 @@ PROMPTS = [HEAD + [RNG.randrange(3, 384) for _ in range(n)] for n in (1, 7, 60)]
 
 
 async def embed(engine: Engine, input_ids: list[int], pooling: str = "last", rid: str = "r") -> np.ndarray:
-    request = Request(
-        rid=rid, input_ids=input_ids, sampling_params=SamplingParams(max_new_tokens=0), sink=print, pooling=pooling
-    )
-    async for _ in engine.generate(request):
+    state = RequestState(Request(rid, input_ids, SamplingParams(max_new_tokens=0), pooling=pooling))
+    async for _ in engine.generate(state):
         pass
-    assert request.embedding is not None
-    return request.embedding
+    assert state.embedding is not None
+    return state.embedding
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +76,7 @@ async def test_prompts_of_vectors_and_of_answers_share_steps_and_cache(
     tiny_qwen3: Path, hidden_states: list[torch.Tensor]
 ) -> None:
     async with running_engine(tiny_qwen3, chunked_prefill_size=16) as engine:
-        answer = Request(
-            rid="answer", input_ids=HEAD, sampling_params=SamplingParams(max_new_tokens=8, temperature=0.0), sink=print
-        )
+        answer = RequestState(Request("answer", HEAD, SamplingParams(max_new_tokens=8, temperature=0.0)))
         async for delta in engine.generate(answer):
             tokens = delta.token_ids
         got = await embed(engine, PROMPTS[1])
@@ -131,7 +128,7 @@ async def test_a_classifiers_scores_are_transformers_own(
             assert got.shape == (num_labels,)
             assert np.abs(got - wanted).max() < MAX_DIFFERENCE
         with pytest.raises(InvalidRequest, match="does not generate"):
-            engine.submit(Request(rid="a", input_ids=[5], sampling_params=SamplingParams(), sink=print))
+            engine.submit(RequestState(Request("a", [5], SamplingParams())))
 
 
 async def test_a_decoder_without_a_head_embeds(

@@ -25,8 +25,9 @@ from engine.new_engine import new_engine
 from engine.output import READ_INTERVAL
 from engine.replicas.replica import REPORT_S
 from engine.replicas.replica_set import ReplicaSet
-from engine.request import Delta, Request, SamplingParams
+from engine.request import Request, SamplingParams
 from engine.schedule.plan import Plan
+from engine.state import Delta, RequestState
 from engine.step.model_runner import Step
 from engine.text.tokenizer import Tokenizer
 from kernels.flashinfer_attention import is_available
@@ -55,18 +56,27 @@ def check_pages(engine: Engine) -> None:
         engine.parts.scheduler.check()
 
 
-def make_request(prompt: list[int], stream: bool = False, rid: str | None = None, **fields: Any) -> Request:
+def make_state(prompt: list[int], stream: bool = False, rid: str | None = None, **fields: Any) -> RequestState:
     options = {
         name: fields.pop(name)
-        for name in ("return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob", "extra_key")
+        for name in (
+            "return_logprob",
+            "logprob_start_len",
+            "top_logprobs_num",
+            "token_ids_logprob",
+            "extra_key",
+            "client",
+            "max_thinking_tokens",
+            "reasoning_end_ids",
+        )
         if name in fields
     }
     params = SamplingParams(**({"max_new_tokens": NUM_NEW_TOKENS, "temperature": 0.0, "ignore_eos": True} | fields))
-    return Request(rid or f"r{random.random()}", prompt, params, sink=lambda delta: None, stream=stream, **options)
+    return RequestState(Request(rid or f"r{random.random()}", prompt, params, stream=stream, **options))
 
 
-async def collect(engine: Engine, request: Request) -> tuple[list[Delta], list[int]]:
-    deltas = [delta async for delta in engine.generate(request)]
+async def collect(engine: Engine, state: RequestState) -> tuple[list[Delta], list[int]]:
+    deltas = [delta async for delta in engine.generate(state)]
     return deltas, [token for delta in deltas for token in delta.token_ids]
 
 
@@ -187,13 +197,13 @@ async def test_greedy_answers_equal_transformers_whatever_the_mix(
 
         async def ask(i: int) -> list[int]:
             await asyncio.sleep(rng.random() * spread_s)
-            _, tokens = await collect(engine, make_request(prompts[i], stream=bool(i % 2)))
+            _, tokens = await collect(engine, make_state(prompts[i], stream=bool(i % 2)))
             return tokens
 
         async def ask_for_json(i: int) -> list[int]:
             await asyncio.sleep(rng.random() * spread_s)
             fields: dict[str, Any] = {"json_schema": json.dumps(FORCED_RUNS), "ignore_eos": False, "max_new_tokens": 60}
-            _, tokens = await collect(engine, make_request(prompts[i], stream=bool(i % 2), **fields))
+            _, tokens = await collect(engine, make_state(prompts[i], stream=bool(i % 2), **fields))
             return tokens
 
         for _ in range(2):  # the second time everything is cached
@@ -208,14 +218,14 @@ async def test_greedy_answers_equal_transformers_whatever_the_mix(
 async def test_a_seeded_sample_does_not_depend_on_its_company(tiny_llama: Path, device: str) -> None:
     async with running_engine(tiny_llama, device=device) as engine:
 
-        def request() -> Request:
-            return make_request([5, 6, 7], temperature=1.5, top_k=50, top_p=0.95, sampling_seed=42)
+        def state() -> RequestState:
+            return make_state([5, 6, 7], temperature=1.5, top_k=50, top_p=0.95, sampling_seed=42)
 
-        _, alone = await collect(engine, request())
-        others = [make_request([9] * (i + 1), temperature=1.0) for i in range(5)]
-        (_, among), *_ = await asyncio.gather(*(collect(engine, r) for r in [request(), *others]))
+        _, alone = await collect(engine, state())
+        others = [make_state([9] * (i + 1), temperature=1.0) for i in range(5)]
+        (_, among), *_ = await asyncio.gather(*(collect(engine, r) for r in [state(), *others]))
         assert among == alone
-        _, other_seed = await collect(engine, make_request([5, 6, 7], temperature=1.5, sampling_seed=43))
+        _, other_seed = await collect(engine, make_state([5, 6, 7], temperature=1.5, sampling_seed=43))
         assert other_seed != alone
 
 
@@ -227,17 +237,15 @@ async def test_a_seeded_sample_is_the_same_with_either_sampling_backend(
     answers = {}
     for backend in ("triton", "pytorch"):
         async with running_engine(tiny_llama, device="cuda", sampling_backend=backend) as engine:
-            requests = [
-                make_request(prompts[i], temperature=0.9, sampling_seed=i, **some) for i, some in enumerate(fields)
-            ]
-            answers[backend] = [tokens for _, tokens in await asyncio.gather(*(collect(engine, r) for r in requests))]
+            states = [make_state(prompts[i], temperature=0.9, sampling_seed=i, **some) for i, some in enumerate(fields)]
+            answers[backend] = [tokens for _, tokens in await asyncio.gather(*(collect(engine, r) for r in states))]
     assert answers["triton"] == answers["pytorch"]
 
 
 async def test_streamed_text_adds_up_to_the_unstreamed_answer(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama) as engine:
-        (whole,), _ = await collect(engine, make_request([5, 6, 7]))
-        deltas, tokens = await collect(engine, make_request([5, 6, 7], stream=True))
+        (whole,), _ = await collect(engine, make_state([5, 6, 7]))
+        deltas, tokens = await collect(engine, make_state([5, 6, 7], stream=True))
         assert len(deltas) > 5
         assert "".join(delta.text for delta in deltas) == whole.text == engine.tokenizer.decode(tokens)
 
@@ -257,27 +265,27 @@ async def test_whole_answers_are_read_while_they_grow(tiny_llama: Path, monkeypa
 
     monkeypatch.setattr(Tokenizer, "text_stream", recording_stream)
     async with running_engine(tiny_llama) as engine:
-        requests = [make_request([5, 6, i], max_new_tokens=4 * READ_INTERVAL) for i in range(3, 6)]
-        answers = await asyncio.gather(*(collect(engine, request) for request in requests))
+        states = [make_state([5, 6, i], max_new_tokens=4 * READ_INTERVAL) for i in range(3, 6)]
+        answers = await asyncio.gather(*(collect(engine, state) for state in states))
         assert [delta.text for (delta,), _ in answers] == [engine.tokenizer.decode(tokens) for _, tokens in answers]
     assert sum(read) == 3 * 4 * READ_INTERVAL and max(read) <= 2 * READ_INTERVAL
 
 
 async def test_a_streams_first_token_is_not_held_back_for_others(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama, stream_interval=8) as engine:
-        request = make_request(engine.tokenizer.encode("Once upon a time"), stream=True)
-        sizes = [len(delta.token_ids) async for delta in engine.generate(request)]
+        state = make_state(engine.tokenizer.encode("Once upon a time"), stream=True)
+        sizes = [len(delta.token_ids) async for delta in engine.generate(state)]
     assert sizes[0] == 1 and sum(sizes) == NUM_NEW_TOKENS
     assert min(sizes[1:-1]) >= 8
 
 
 async def test_a_stop_string_cuts_the_text_there(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama) as engine:
-        (whole,), _ = await collect(engine, make_request([5, 6, 7]))
+        (whole,), _ = await collect(engine, make_state([5, 6, 7]))
         stop = whole.text[8:10]
         cut = whole.text[: whole.text.index(stop)]
         for stream in (False, True):
-            deltas, _ = await collect(engine, make_request([5, 6, 7], stream=stream, stop=[stop]))
+            deltas, _ = await collect(engine, make_state([5, 6, 7], stream=stream, stop=[stop]))
             assert "".join(delta.text for delta in deltas) == cut
             reason = deltas[-1].finish_reason
             assert reason is not None and (reason.type, reason.matched) == ("stop", stop)
@@ -286,10 +294,10 @@ async def test_a_stop_string_cuts_the_text_there(tiny_llama: Path) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_stop_regex_that_backtracks_without_end_fails_its_own_request(tiny_llama: Path, stream: bool) -> None:
     async with running_engine(tiny_llama) as engine:
-        _, expected = await collect(engine, make_request([5, 6, 7]))
-        endless = make_request([5, 6, 7], stream=stream, max_new_tokens=400, stop_regex=[r"(?s)(?:.|.|..)+(?<=\x00)"])
+        _, expected = await collect(engine, make_state([5, 6, 7]))
+        endless = make_state([5, 6, 7], stream=stream, max_new_tokens=400, stop_regex=[r"(?s)(?:.|.|..)+(?<=\x00)"])
         (deltas, tokens), (_, beside) = await asyncio.gather(
-            collect(engine, endless), collect(engine, make_request([5, 6, 7]))
+            collect(engine, endless), collect(engine, make_state([5, 6, 7]))
         )
         reason = deltas[-1].finish_reason
         assert reason is not None and (reason.type, reason.status_code) == ("abort", 400)
@@ -300,7 +308,7 @@ async def test_a_stop_regex_that_backtracks_without_end_fails_its_own_request(ti
 async def test_a_stop_regex_that_is_none_leaves_nothing_behind(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama) as engine:
         with pytest.raises(InvalidRequest, match="stop_regex"):
-            engine.submit(make_request([5, 6, 7], stop_regex=["[[:nonsense:]]"]))
+            engine.submit(make_state([5, 6, 7], stop_regex=["[[:nonsense:]]"]))
         assert engine.stats().scheduler.num_waiting == 0
 
 
@@ -311,15 +319,15 @@ async def test_log_probabilities_are_transformers_own(tiny_llama: Path, prompts:
     prompt = prompts[2]
     async with running_engine(tiny_llama, chunked_prefill_size=16) as engine:
         for start in (0, 5, len(prompt) - 1):
-            request = make_request(
+            state = make_state(
                 prompt, return_logprob=True, logprob_start_len=start, top_logprobs_num=3, token_ids_logprob=[4, 9]
             )
-            (delta,), tokens = await collect(engine, request)
+            (delta,), tokens = await collect(engine, state)
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + tokens])).logits[0]
             expected = torch.log_softmax(logits, dim=-1)
-            assert request.input_logprobs is not None and delta.logprobs is not None
-            given = request.input_logprobs
+            assert state.input_logprobs is not None and delta.logprobs is not None
+            given = state.input_logprobs
             assert given.token[0] == (None, prompt[start]) and len(given.token) == len(prompt) - start
             entries = list(zip(given.token, given.top, given.token_ids, strict=True))[1:]
             entries += zip(delta.logprobs.token, delta.logprobs.top, delta.logprobs.token_ids, strict=True)
@@ -349,12 +357,12 @@ async def test_log_probabilities_of_a_long_prompt_are_made_of_few_logits_at_a_ti
         for most in (256, 7):
             monkeypatch.setattr("engine.step.model_runner.PROMPT_LOGPROB_ROWS", most)
             num_rows.clear()
-            request = make_request(
+            state = make_state(
                 prompts[2], max_new_tokens=1, return_logprob=True, logprob_start_len=0, top_logprobs_num=2
             )
-            await collect(engine, request)
-            assert request.input_logprobs is not None and max(num_rows) == min(most, len(prompts[2]) - 1)
-            given.append(request.input_logprobs)
+            await collect(engine, state)
+            assert state.input_logprobs is not None and max(num_rows) == min(most, len(prompts[2]) - 1)
+            given.append(state.input_logprobs)
         whole, cut = given
         assert [token for _, token in cut.token] == prompts[2]
         assert [p for p, _ in cut.token[1:]] == pytest.approx([p for p, _ in whole.token[1:]], abs=1e-4)
@@ -370,15 +378,15 @@ async def test_log_probabilities_of_a_prompt_of_32k_tokens_take_little_memory(
     prompt_len, vocab_size = 32_768, 131_072
     folder = make_tiny_model(LlamaConfig, "wide", vocab_size=vocab_size, max_position_embeddings=prompt_len + 8)
     async with running_engine(folder, device="cuda", max_total_tokens=prompt_len + 64) as engine:
-        request = make_request(
+        state = make_state(
             random.Random(1).choices(range(vocab_size), k=prompt_len), max_new_tokens=1, return_logprob=True,
             logprob_start_len=0, top_logprobs_num=5,
         )  # fmt: skip
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        (delta,), _ = await collect(engine, request)
+        (delta,), _ = await collect(engine, state)
         assert delta.finish_reason is not None and delta.finish_reason.type == "length"
-        assert request.input_logprobs is not None and len(request.input_logprobs.token) == prompt_len
+        assert state.input_logprobs is not None and len(state.input_logprobs.token) == prompt_len
         assert torch.cuda.max_memory_allocated() - before < 1 << 30, "all its logits are 16 GiB, those of a chunk 4"
 
 
@@ -408,7 +416,7 @@ async def test_with_an_fp8_cache_too_greedy_answers_do_not_depend_on_the_mix(
 
     async def answers(**options: Any) -> list[list[int]]:
         async with running_engine(tiny_llama, device=device, kv_cache_dtype=kv_cache_dtype, **options) as engine:
-            given = await asyncio.gather(*(collect(engine, make_request(prompt)) for prompt in prompts))
+            given = await asyncio.gather(*(collect(engine, make_state(prompt)) for prompt in prompts))
             return [tokens for _, tokens in given]
 
     alone = await answers(max_running_requests=1, disable_radix_cache=True, disable_overlap_schedule=True)
@@ -435,9 +443,9 @@ async def test_in_half_precision_the_attention_backends_agree(
     for name, dtype in (("torch", "float32"), ("torch", "float16"), (backend, "float16")):
         options = {"device": "cuda", "dtype": dtype, "attention_backend": name, "chunked_prefill_size": 32}
         async with running_engine(folder, **options) as engine:
-            requests = [make_request(prompt, return_logprob=True, logprob_start_len=0) for prompt in prompts]
-            await asyncio.gather(*(collect(engine, request) for request in requests))
-            given = [p or 0.0 for r in requests if r.input_logprobs is not None for p, _ in r.input_logprobs.token]
+            states = [make_state(prompt, return_logprob=True, logprob_start_len=0) for prompt in prompts]
+            await asyncio.gather(*(collect(engine, state) for state in states))
+            given = [p or 0.0 for r in states if r.input_logprobs is not None for p, _ in r.input_logprobs.token]
             logprobs[name, dtype] = torch.tensor(given)
     exact = logprobs["torch", "float32"]
     theirs, ours = ((logprobs[name, "float16"] - exact).square().mean().sqrt() for name in ("torch", backend))
@@ -452,8 +460,8 @@ async def test_an_fp8_cache_costs_a_quarter_of_float32_and_changes_little(
     logprobs, bytes_per_token = {}, {}
     for dtype in ("auto", "fp8_e4m3"):
         async with running_engine(tiny_llama, device=device, kv_cache_dtype=dtype) as engine:
-            request = make_request(prompts[2], max_new_tokens=1, return_logprob=True, token_ids_logprob=[*range(50)])
-            (delta,), _ = await collect(engine, request)
+            state = make_state(prompts[2], max_new_tokens=1, return_logprob=True, token_ids_logprob=[*range(50)])
+            (delta,), _ = await collect(engine, state)
             assert delta.logprobs is not None and delta.logprobs.token_ids[0] is not None
             logprobs[dtype] = torch.tensor([value for value, _ in delta.logprobs.token_ids[0]])
             bytes_per_token[dtype] = engine.parts.runner.kv.bytes_per_token
@@ -464,42 +472,42 @@ async def test_an_fp8_cache_costs_a_quarter_of_float32_and_changes_little(
 
 async def test_penalties_bias_and_minimum_length_change_what_is_drawn(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama) as engine:
-        _, plain = await collect(engine, make_request([5, 6, 7]))
-        _, biased = await collect(engine, make_request([5, 6, 7], logit_bias={11: 1e4}))
+        _, plain = await collect(engine, make_state([5, 6, 7]))
+        _, biased = await collect(engine, make_state([5, 6, 7], logit_bias={11: 1e4}))
         assert biased == [11] * NUM_NEW_TOKENS
-        _, forbidden = await collect(engine, make_request([5, 6, 7], logit_bias={plain[0]: -1e4}))
+        _, forbidden = await collect(engine, make_state([5, 6, 7], logit_bias={plain[0]: -1e4}))
         assert forbidden[0] != plain[0]
         eos = next(iter(engine.model_config.eos_token_ids))
-        _, ended = await collect(engine, make_request([5, 6, 7], logit_bias={eos: 1e4}, ignore_eos=False))
+        _, ended = await collect(engine, make_state([5, 6, 7], logit_bias={eos: 1e4}, ignore_eos=False))
         assert ended == [eos]
         _, held = await collect(
-            engine, make_request([5, 6, 7], logit_bias={eos: 1e4}, ignore_eos=False, min_new_tokens=5)
+            engine, make_state([5, 6, 7], logit_bias={eos: 1e4}, ignore_eos=False, min_new_tokens=5)
         )
         assert len(held) == 6 and held.count(eos) == 1
         _, varied = await collect(
-            engine, make_request([5, 6, 7], frequency_penalty=2.0, presence_penalty=2.0, repetition_penalty=2.0)
+            engine, make_state([5, 6, 7], frequency_penalty=2.0, presence_penalty=2.0, repetition_penalty=2.0)
         )
         assert len(set(varied)) > len(set(plain)) or len(set(varied)) == NUM_NEW_TOKENS
 
 
 async def test_an_abort_ends_the_stream_and_frees_everything(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama) as engine:
-        request = make_request([5, 6, 7], stream=True, max_new_tokens=400)
-        async with aclosing(engine.generate(request)) as deltas:
+        state = make_state([5, 6, 7], stream=True, max_new_tokens=400)
+        async with aclosing(engine.generate(state)) as deltas:
             await anext(deltas)  # and leave early, which aborts
-        assert request.finish_reason is not None and request.finish_reason.type == "abort"
+        assert state.finish_reason is not None and state.finish_reason.type == "abort"
         assert engine.stats().scheduler.num_held_tokens == 0
-        assert not engine.abort(request.rid)
+        assert not engine.abort(state.rid)
 
 
 @pytest.mark.breaks_bookkeeping
 async def test_a_page_that_is_lost_shows_in_the_health_of_an_engine_that_has_become_idle(tiny_llama: Path) -> None:
     config = EngineConfig(model_path=str(tiny_llama), dtype="float32", device="cpu", max_total_tokens=1024)
     async with LocalEngine(config) as engine:
-        await collect(engine, make_request([5, 6, 7]))
+        await collect(engine, make_state([5, 6, 7]))
         assert engine.health().num_violations == 0
         engine.parts.scheduler.held.allocator.allocate(1)
-        await collect(engine, make_request([5, 6, 7]))
+        await collect(engine, make_state([5, 6, 7]))
         while not engine.health().num_violations:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         assert engine.health().status == "ok", "it can go on without that page"
@@ -510,7 +518,7 @@ async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running_engine(tiny_llama) as engine:
-        _, expected = await collect(engine, make_request([5, 6, 7]))
+        _, expected = await collect(engine, make_state([5, 6, 7]))
         model = engine.parts.runner.model
         compute_logits: Callable[[torch.Tensor], torch.Tensor] = model.compute_logits
 
@@ -519,29 +527,29 @@ async def test_a_failing_step_fails_its_requests_and_the_engine_goes_on(
             raise RuntimeError("injected")
 
         monkeypatch.setattr(model, "compute_logits", broken)
-        (delta,), _ = await collect(engine, make_request([9, 9]))
+        (delta,), _ = await collect(engine, make_state([9, 9]))
         assert delta.finish_reason is not None and "injected" in (delta.finish_reason.message or "")
         assert delta.finish_reason.status_code == 500
-        _, again = await collect(engine, make_request([5, 6, 7]))
+        _, again = await collect(engine, make_state([5, 6, 7]))
         assert again == expected
 
 
 async def test_bad_requests_are_refused_by_name(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama) as engine:
         for bad, field in [
-            (make_request([]), "input_ids"),
-            (make_request([1, 99999]), "input_ids"),
-            (make_request([1], temperature=-1.0), "temperature"),
-            (make_request([1], stop_token_ids=[99999]), "stop_token_ids"),
-            (make_request([1], logprob_start_len=5), "logprob_start_len"),
+            (make_state([]), "input_ids"),
+            (make_state([1, 99999]), "input_ids"),
+            (make_state([1], temperature=-1.0), "temperature"),
+            (make_state([1], stop_token_ids=[99999]), "stop_token_ids"),
+            (make_state([1], logprob_start_len=5), "logprob_start_len"),
         ]:
             with pytest.raises(InvalidRequest) as error:
                 engine.submit(bad)
             assert error.value.field == field
         with pytest.raises(PromptTooLong, match=r"600.*512"):
-            engine.submit(make_request([1] * 600))
+            engine.submit(make_state([1] * 600))
     with pytest.raises(EngineStopped):
-        engine.submit(make_request([1]))
+        engine.submit(make_state([1]))
 
 
 @pytest.mark.parametrize(
@@ -555,7 +563,7 @@ async def test_a_profile_shows_the_steps_that_ran_meanwhile(
         engine.start_profile(str(tmp_path))
         with pytest.raises(InvalidRequest, match="being recorded"):
             engine.start_profile(str(tmp_path))
-        await collect(engine, make_request([5, 6, 7], max_new_tokens=2))
+        await collect(engine, make_state([5, 6, 7], max_new_tokens=2))
         path = await engine.stop_profile()
         with pytest.raises(InvalidRequest, match="no profile"):
             await engine.stop_profile()
@@ -588,14 +596,14 @@ async def test_a_step_whose_last_chunk_is_a_page_longer_than_its_room_can_be_sta
             return launch(plan)
 
         runner.launch = counted  # type: ignore[method-assign]
-        await asyncio.gather(*(collect(engine, make_request([head] * 63)) for head in (5, 6)))
+        await asyncio.gather(*(collect(engine, make_state([head] * 63)) for head in (5, 6)))
         assert 63 + 63 in num_tokens
         assert runner.stager.max_tokens >= 63 + 63
 
 
 async def test_an_idle_engine_runs_no_steps(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama) as engine:
-        await collect(engine, make_request([5, 6, 7]))
+        await collect(engine, make_state([5, 6, 7]))
         before = engine.stats().loop.num_steps
         await asyncio.sleep(0.2)
         assert engine.stats().loop.num_steps == before
@@ -612,9 +620,9 @@ async def test_answers_that_have_just_ended_are_given_also_when_the_engine_stops
             has_begun.set()
 
         for i in range(40):
-            request = make_request([i + 3, 5], max_new_tokens=1)
-            request.sink = sink
-            engine.submit(request)
+            state = make_state([i + 3, 5], max_new_tokens=1)
+            state.sink = sink
+            engine.submit(state)
         await has_begun.wait()
         assert len(ended) < 40, "they are told a few a turn"
         await engine.stop()

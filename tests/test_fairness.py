@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from engine.errors import QueueFull
-from engine.request import Delta, FinishReason, Request, SamplingParams, Status
+from engine.request import Request, SamplingParams
 from engine.schedule.fairness import MAX_IDLE_CLIENTS, MAX_RETRY_S, DrainRate, FairShares, Queue
 from engine.schedule.plan import PrefillBudget
 from engine.schedule.policy import MAX_SORTED_QUEUE
-from tests.test_engine import collect, make_request, running_engine
+from engine.state import Delta, FinishReason, RequestState, Status
+from tests.test_engine import collect, make_state, running_engine
 from tests.test_scheduler import Traffic, expected
 
 numbers = itertools.count()
@@ -21,31 +22,31 @@ numbers = itertools.count()
 
 def submit(
     traffic: Traffic, client: str, prompt_len: int = 10, answer_len: int = 4, *, weight: float = 1.0, priority: int = 0
-) -> Request:
+) -> RequestState:
     """Return a request whose prompt is like no other."""
     number = next(numbers)
     request = Request(
         f"{client}-{number}",
         [1 + number % 900] * prompt_len,
         SamplingParams(max_new_tokens=answer_len),
-        sink=lambda delta: None,
         client=client,
         weight=weight,
         priority=priority,
     )
-    traffic.scheduler.submit(request)
-    return request
+    state = RequestState(request)
+    traffic.scheduler.submit(state)
+    return state
 
 
-def tokens_served(traffic: Traffic, requests: list[Request], num_steps: int) -> Counter[str]:
+def tokens_served(traffic: Traffic, states: list[RequestState], num_steps: int) -> Counter[str]:
     """Tokens of the answers and prompts that ended within `num_steps`, by client."""
     for _ in range(num_steps):
         traffic.step()
         traffic.check_pages()
-    done = [request for request in requests if request.status is Status.FINISHED]
+    done = [state for state in states if state.status is Status.FINISHED]
     served: Counter[str] = Counter()
-    for request in done:
-        served[request.client] += request.prompt_len + len(request.output_ids)
+    for state in done:
+        served[state.request.client] += state.prompt_len + len(state.output_ids)
     return served
 
 
@@ -55,76 +56,76 @@ def test_a_client_that_comes_late_does_not_wait_for_anothers_backlog() -> None:
     for _ in range(20):
         traffic.step()
     late = submit(traffic, "late")
-    before = sum(request.status is Status.FINISHED for request in flood)
+    before = sum(state.status is Status.FINISHED for state in flood)
     while late.status is not Status.FINISHED:
         traffic.step()
-    after = sum(request.status is Status.FINISHED for request in flood)
+    after = sum(state.status is Status.FINISHED for state in flood)
     assert after - before <= 2  # the one that ran, and one whose turn it was
     traffic.run_all()
-    assert all(request.output_ids == expected(request.input_ids, 4) for request in [*flood, late])
+    assert all(state.output_ids == expected(state.request.input_ids, 4) for state in [*flood, late])
 
 
 @pytest.mark.parametrize("policy", ["lpm", "fcfs", "dfs-weight", "random"])
 def test_waiting_clients_get_tokens_in_proportion_to_their_weights(policy: str) -> None:
     traffic = Traffic(96, num_rows=2, policy=policy)
-    requests = [submit(traffic, "one", weight=1.0) for _ in range(120)]
-    requests += [submit(traffic, "three", weight=3.0) for _ in range(120)]
-    served = tokens_served(traffic, requests, 220)
+    states = [submit(traffic, "one", weight=1.0) for _ in range(120)]
+    states += [submit(traffic, "three", weight=3.0) for _ in range(120)]
+    served = tokens_served(traffic, states, 220)
     assert served["one"] > 100
     assert served["three"] / served["one"] == pytest.approx(3.0, rel=0.2)
 
 
 def test_tokens_are_shared_and_not_requests() -> None:
     traffic = Traffic(256, num_rows=1, chunk=64)
-    requests = [submit(traffic, "short", prompt_len=8) for _ in range(200)]
-    requests += [submit(traffic, "long", prompt_len=80) for _ in range(200)]
-    served = tokens_served(traffic, requests, 500)
+    states = [submit(traffic, "short", prompt_len=8) for _ in range(200)]
+    states += [submit(traffic, "long", prompt_len=80) for _ in range(200)]
+    served = tokens_served(traffic, states, 500)
     assert served["long"] / served["short"] == pytest.approx(1.0, rel=0.25)
 
 
-def queue_of(shares: FairShares, requests: list[Request]) -> Queue:
+def queue_of(shares: FairShares, states: list[RequestState]) -> Queue:
     queue = Queue(shares)
-    for request in requests:
-        shares.enter(request)
-        queue.add(request)
+    for state in states:
+        shares.enter(state)
+        queue.add(state)
     return queue
 
 
-def admit_next(queue: Queue, shares: FairShares) -> Request:
-    request = queue.next()
-    queue.remove(request)
-    shares.admit(request, 0)
-    return request
+def admit_next(queue: Queue, shares: FairShares) -> RequestState:
+    state = queue.next()
+    queue.remove(state)
+    shares.admit(state, 0)
+    return state
 
 
 def test_who_asks_for_much_and_takes_little_is_charged_for_little() -> None:
     shares = FairShares()
     modest, greedy = (
-        [request_of(client, max_new_tokens=2000) for _ in range(20)] for client in ("stops early", "goes on")
+        [state_of(client, max_new_tokens=2000) for _ in range(20)] for client in ("stops early", "goes on")
     )
     queue = queue_of(shares, modest + greedy)
     admitted: Counter[str] = Counter()
     for _ in range(20):
-        request = admit_next(queue, shares)
-        admitted[request.client] += 1
-        request.output_ids = [1] * (10 if request.client == "stops early" else 500)
-        shares.settle(request)
+        state = admit_next(queue, shares)
+        admitted[state.request.client] += 1
+        state.output_ids = [1] * (10 if state.request.client == "stops early" else 500)
+        shares.settle(state)
     assert admitted["stops early"] > 5 * admitted["goes on"]
 
 
 def test_nobody_saves_up_turns_while_away() -> None:
     shares = FairShares()
-    early, worker = request_of("away"), [request_of("worker") for _ in range(100)]
+    early, worker = state_of("away"), [state_of("worker") for _ in range(100)]
     shares.enter(early)
     shares.admit(early, 0)
     shares.settle(early)
     queue = queue_of(shares, worker)
     for _ in range(80):
         shares.settle(admit_next(queue, shares))
-    for request in [request_of("away") for _ in range(20)]:
-        shares.enter(request)
-        queue.add(request)
-    clients = [admit_next(queue, shares).client for _ in range(10)]
+    for state in [state_of("away") for _ in range(20)]:
+        shares.enter(state)
+        queue.add(state)
+    clients = [admit_next(queue, shares).request.client for _ in range(10)]
     assert 4 <= clients.count("away") <= 6
 
 
@@ -134,7 +135,7 @@ def test_priority_goes_before_fairness() -> None:
     urgent = submit(traffic, "a", priority=5)
     traffic.step()
     assert urgent.status is Status.RUNNING
-    assert all(request.status is Status.WAITING for request in usual)
+    assert all(state.status is Status.WAITING for state in usual)
     traffic.run_all()
 
 
@@ -148,45 +149,45 @@ def test_every_policy_keeps_to_priorities(policy: str) -> None:
 
 def test_the_next_one_of_a_long_queue_is_found_without_looking_at_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     traffic = Traffic(96, num_rows=2)
-    requests = [submit(traffic, "abc"[i % 3], priority=i % 2) for i in range(3 * MAX_SORTED_QUEUE)]
+    states = [submit(traffic, "abc"[i % 3], priority=i % 2) for i in range(3 * MAX_SORTED_QUEUE)]
     with monkeypatch.context() as patch:
         patch.setattr(Queue, "__iter__", None)
         while len(traffic.scheduler.waiting) > MAX_SORTED_QUEUE:
-            requests.append(submit(traffic, "c"))
+            states.append(submit(traffic, "c"))
             for _ in range(8):
                 traffic.step()
     traffic.run_all()
-    assert all(request.output_ids == expected(request.input_ids, 4) for request in requests)
+    assert all(state.output_ids == expected(state.request.input_ids, 4) for state in states)
 
 
 def test_of_equals_the_one_that_came_first_is_next_also_among_the_retracted() -> None:
     traffic = Traffic(64, num_rows=8)
-    requests = [submit(traffic, "a", prompt_len=4, answer_len=8) for _ in range(4)]
+    states = [submit(traffic, "a", prompt_len=4, answer_len=8) for _ in range(4)]
     for _ in range(6):
         traffic.step()
     late = [submit(traffic, "a") for _ in range(MAX_SORTED_QUEUE)]
     traffic.scheduler.retract_all()
     order = []
     while traffic.scheduler.waiting:
-        order.append(request := traffic.scheduler.waiting.next())
-        traffic.scheduler.finish(request, FinishReason("abort"))
-    assert order == requests + late
+        order.append(state := traffic.scheduler.waiting.next())
+        traffic.scheduler.finish(state, FinishReason("abort"))
+    assert order == states + late
 
 
 def test_a_retracted_request_pays_once() -> None:
     traffic = Traffic(64, num_rows=8, conservativeness=0.0)
-    requests = [submit(traffic, "ab"[i % 2], prompt_len=4, answer_len=40) for i in range(8)]
+    states = [submit(traffic, "ab"[i % 2], prompt_len=4, answer_len=40) for i in range(8)]
     traffic.run_all()
     assert traffic.scheduler.num_retractions > 0
     assert traffic.scheduler.shares.num_served_tokens <= 8 * 44
-    assert all(request.charged_tokens == 0 for request in requests)
+    assert all(state.charged_tokens == 0 for state in states)
 
 
 def test_the_accounts_are_empty_when_nobody_waits() -> None:
     traffic = Traffic(64, num_rows=2)
-    requests = [submit(traffic, "abc"[i % 3]) for i in range(9)]
+    states = [submit(traffic, "abc"[i % 3]) for i in range(9)]
     traffic.step()
-    traffic.scheduler.finish(requests[-1], FinishReason("abort"))
+    traffic.scheduler.finish(states[-1], FinishReason("abort"))
     assert traffic.scheduler.shares.num_waiting_tokens == sum(r.prompt_len for r in traffic.scheduler.waiting)
     traffic.run_all()
     shares = traffic.scheduler.shares
@@ -196,29 +197,29 @@ def test_the_accounts_are_empty_when_nobody_waits() -> None:
 def test_clients_that_owe_nothing_are_forgotten() -> None:
     shares = FairShares()
     for i in range(3 * MAX_IDLE_CLIENTS):
-        request = request_of(f"client {i}")
-        shares.enter(request)
-        shares.leave(request)
+        state = state_of(f"client {i}")
+        shares.enter(state)
+        shares.leave(state)
     assert len(shares._served) <= MAX_IDLE_CLIENTS + 1
 
 
 # ---- a full queue ----
 
 
-def request_of(client: str, prompt_len: int = 10, max_new_tokens: int = 10) -> Request:
+def state_of(client: str, prompt_len: int = 10, max_new_tokens: int = 10) -> RequestState:
     params = SamplingParams(max_new_tokens=max_new_tokens)
-    return Request(client, [1] * prompt_len, params, sink=lambda delta: None, client=client)
+    return RequestState(Request(client, [1] * prompt_len, params, client=client))
 
 
 def test_the_token_limit_counts_the_prompts_that_wait() -> None:
     traffic = Traffic(256, num_rows=1, max_queued_tokens=100)
-    requests = [submit(traffic, "a", prompt_len=40) for _ in range(2)]
+    states = [submit(traffic, "a", prompt_len=40) for _ in range(2)]
     with pytest.raises(QueueFull, match=r"80 prompt tokens .* 40, the limit is 100"):
         submit(traffic, "a", prompt_len=40)
     traffic.step()
-    requests.append(submit(traffic, "a", prompt_len=40))  # one has left the queue
+    states.append(submit(traffic, "a", prompt_len=40))  # one has left the queue
     traffic.run_all()
-    assert all(request.output_ids == expected(request.input_ids, 4) for request in requests)
+    assert all(state.output_ids == expected(state.request.input_ids, 4) for state in states)
 
 
 def test_an_empty_queue_takes_a_prompt_above_the_token_limit() -> None:
@@ -231,28 +232,28 @@ def test_an_empty_queue_takes_a_prompt_above_the_token_limit() -> None:
 def test_a_client_that_floods_the_queue_does_not_shut_out_another() -> None:
     shares = FairShares(max_requests=8)
     for _ in range(8):
-        request = request_of("flood")
-        shares.check(request)
-        shares.enter(request)
+        state = state_of("flood")
+        shares.check(state)
+        shares.enter(state)
     with pytest.raises(QueueFull):
-        shares.check(request_of("flood"))
+        shares.check(state_of("flood"))
     for _ in range(4):  # half of the queue is its part
-        request = request_of("other")
-        shares.check(request)
-        shares.enter(request)
+        state = state_of("other")
+        shares.check(state)
+        shares.enter(state)
     with pytest.raises(QueueFull):
-        shares.check(request_of("other"))
+        shares.check(state_of("other"))
 
 
 def test_a_crowd_of_clients_cannot_grow_the_queue_beyond_twice_its_limit() -> None:
     shares = FairShares(max_requests=16)
     for i in range(1000):
-        request = request_of(f"client {i % 500}")
+        state = state_of(f"client {i % 500}")
         try:
-            shares.check(request)
+            shares.check(state)
         except QueueFull:
             continue
-        shares.enter(request)
+        shares.enter(state)
     assert 16 <= shares.num_requests.total() <= 32
 
 
@@ -304,10 +305,10 @@ def test_a_flood_of_long_prompts_does_not_hold_up_a_stream() -> None:
         plan = traffic.scheduler.schedule(PrefillBudget(64))
         assert plan is not None
         assert plan.num_prefill_tokens <= 64
-        assert {request.row for request in streams} <= set(plan.rows.tolist())
+        assert {state.row for state in streams} <= set(plan.rows.tolist())
         traffic.scheduler.resolve(plan, traffic.run(plan))
-    assert all(traffic.rows.num_known[request.row] == 5 + 1 + 200 for request in streams)
-    assert sum(request.status is Status.FINISHED for request in floods) >= 5, "nor do streams starve the prompts"
+    assert all(traffic.rows.num_known[state.row] == 5 + 1 + 200 for state in streams)
+    assert sum(state.status is Status.FINISHED for state in floods) >= 5, "nor do streams starve the prompts"
 
 
 def test_the_smallest_budget_still_moves_a_long_prompt() -> None:
@@ -333,10 +334,10 @@ async def test_a_refused_request_is_told_when_the_queue_will_be_done(tiny_llama:
             tasks = []
             with pytest.raises(QueueFull, match="the limit is 2") as refused:
                 while True:
-                    request = make_request([5, 6, 7], max_new_tokens=40)
+                    state = make_state([5, 6, 7], max_new_tokens=40)
                     deltas: asyncio.Queue[Delta] = asyncio.Queue()
-                    request.sink = deltas.put_nowait
-                    engine.submit(request)
+                    state.sink = deltas.put_nowait
+                    engine.submit(state)
                     tasks.append(asyncio.create_task(deltas.get()))
             return tasks, refused.value.retry_after_s
 
@@ -359,10 +360,9 @@ async def test_clients_take_turns_in_the_running_engine(tiny_llama: Path) -> Non
         ended: list[str] = []
 
         def submit_one(client: str) -> None:
-            request = make_request([5, 6, 7], max_new_tokens=8)
-            request.client = client
-            request.sink = lambda delta: ended.append(client) if delta.finish_reason else None
-            engine.submit(request)
+            state = make_state([5, 6, 7], max_new_tokens=8, client=client)
+            state.sink = lambda delta: ended.append(client) if delta.finish_reason else None
+            engine.submit(state)
 
         for _ in range(20):
             submit_one("flood")
@@ -375,7 +375,7 @@ async def test_clients_take_turns_in_the_running_engine(tiny_llama: Path) -> Non
 async def test_times_tell_prefill_from_decode_whether_streamed_or_not(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama) as engine:
         for stream in (False, True):
-            request = make_request([5, 6, 7], stream=stream)
-            await collect(engine, request)
-            times = request.times
+            state = make_state([5, 6, 7], stream=stream)
+            await collect(engine, state)
+            times = state.times
             assert times.arrived <= times.scheduled <= times.first_token < times.finished

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_engine import GPU_MIXES, MIXES, collect, make_request, prompts, running_engine
+from tests.test_engine import GPU_MIXES, MIXES, collect, make_state, prompts, running_engine
 
 MakeTinyModel = Callable[..., Path]
 __all__ = ["prompts"]  # a fixture
@@ -50,5 +50,5 @@ async def test_greedy_answers_of_a_family_equal_transformers(
     folder, wanted = families[family]
     async with running_engine(folder, device=device, **options) as engine:
         for _ in range(2):  # the second time everything is cached
-            answers = await asyncio.gather(*(collect(engine, make_request(prompt)) for prompt in prompts))
+            answers = await asyncio.gather(*(collect(engine, make_state(prompt)) for prompt in prompts))
             assert [tokens for _, tokens in answers] == wanted

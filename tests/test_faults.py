@@ -22,13 +22,13 @@ from aiohttp.web import StreamResponse
 
 from engine.errors import EngineStopped
 from engine.local import LocalEngine
-from engine.request import Delta, Request
+from engine.state import Delta, RequestState
 from engine.text.tokenizer import Tokenizer
 from server.apis.blocks import Blocks
 from server.app import build_app
 from server.config import ServerConfig
 from server.parsers import AnswerDelta
-from tests.test_engine import check_pages, collect, make_request, running_engine
+from tests.test_engine import check_pages, collect, make_state, running_engine
 
 BAD = 77  # a token that the victim's prompt begins with, and no other's
 
@@ -56,7 +56,7 @@ class Scene:
         return lambda: num_raised
 
     async def answer(self, **fields: Any) -> list[int]:
-        _, tokens = await collect(self.engine, make_request(self.prompt, **fields))
+        _, tokens = await collect(self.engine, make_state(self.prompt, **fields))
         return tokens
 
     async def check_all_is_well(self) -> None:
@@ -73,7 +73,7 @@ async def scene(
     rng = random.Random(3)
     prompt = [rng.randrange(100, 380) for _ in range(40)]
     async with running_engine(tiny_llama, disable_overlap_schedule=request.param) as engine:
-        _, expected = await collect(engine, make_request(prompt))
+        _, expected = await collect(engine, make_state(prompt))
         yield Scene(engine, monkeypatch, prompt, expected)
 
 
@@ -108,7 +108,7 @@ async def test_a_step_that_raises_ends_its_requests_and_the_engine_goes_on(scene
     for stream in (False, True):
         owner, name = faults(scene)[place]
         num_raised = scene.break_once(owner, name, RuntimeError(f"injected into {place}"))
-        deltas, _ = await collect(scene.engine, make_request([BAD, *scene.prompt], stream=stream))
+        deltas, _ = await collect(scene.engine, make_state([BAD, *scene.prompt], stream=stream))
         assert num_raised() == 1
         status, message = failure_of(deltas)
         assert status == 500
@@ -125,7 +125,7 @@ async def test_whoever_is_not_in_the_step_that_raised_gets_the_right_answer(scen
 
     async def ask(i: int) -> None:
         await asyncio.sleep(rng.random() * 0.3)
-        deltas, tokens = await collect(scene.engine, make_request(scene.prompt, stream=bool(i % 2)))
+        deltas, tokens = await collect(scene.engine, make_state(scene.prompt, stream=bool(i % 2)))
         outcomes.append((failure_of(deltas)[0], tokens))
 
     async def sabotage() -> None:
@@ -143,7 +143,7 @@ async def test_whoever_is_not_in_the_step_that_raised_gets_the_right_answer(scen
 
 async def test_out_of_memory_on_the_device_is_one_steps_failure(scene: Scene) -> None:
     scene.break_once(scene.engine.parts.runner, "forward", torch.OutOfMemoryError("CUDA out of memory"))
-    deltas, _ = await collect(scene.engine, make_request(scene.prompt[5:]))
+    deltas, _ = await collect(scene.engine, make_state(scene.prompt[5:]))
     assert failure_of(deltas) == (500, "step failed: OutOfMemoryError: CUDA out of memory")
     await scene.check_all_is_well()
 
@@ -156,7 +156,7 @@ async def test_logits_that_are_not_finite_end_their_own_request_only(
     """The victim stands in the same steps as the others, and its logits are poisoned after a few tokens."""
     sampler, seen = scene.engine.parts.runner.sampler, list[int]()
     sample = sampler.sample
-    victim = make_request([BAD, *scene.prompt], stream=True, temperature=temperature, sampling_seed=1)
+    victim = make_state([BAD, *scene.prompt], stream=True, temperature=temperature, sampling_seed=1)
 
     def poisoned(logits: torch.Tensor, work: Any, rows: torch.Tensor, positions: torch.Tensor) -> Any:
         if len(seen) > 3:
@@ -219,7 +219,7 @@ async def test_a_detokenizer_that_raises_fails_its_own_request_only(scene: Scene
     break_texts(scene)
     for stream in (False, True):
         bystanders = [asyncio.create_task(scene.answer(stream=bool(i % 2))) for i in range(3)]
-        deltas, _ = await collect(scene.engine, make_request([BAD, *scene.prompt], stream=stream))
+        deltas, _ = await collect(scene.engine, make_state([BAD, *scene.prompt], stream=stream))
         status, message = failure_of(deltas)
         assert status == 500
         assert "injected into the detokenizer" in message
@@ -235,7 +235,7 @@ async def test_a_detokenizer_that_raises_on_forced_tokens_fails_its_own_request_
     """They come within the answer, or join the prompt before it is queued."""
     break_texts(scene)
     bystanders = [asyncio.create_task(scene.answer(stream=bool(i % 2))) for i in range(3)]
-    victim = make_request([BAD, *scene.prompt], stream=True, regex=pattern)
+    victim = make_state([BAD, *scene.prompt], stream=True, regex=pattern)
     deltas, _ = await collect(scene.engine, victim)
     status, message = failure_of(deltas)
     assert status == 500
@@ -296,7 +296,7 @@ async def test_a_tokenizer_that_raises_queues_nothing(scene: Scene) -> None:
             await scene.engine.encode("x" * length)
     scene.monkeypatch.setattr(Tokenizer, "text_stream", broken)
     with pytest.raises(RuntimeError, match="injected into the tokenizer"):
-        scene.engine.submit(make_request(scene.prompt))
+        scene.engine.submit(make_state(scene.prompt))
     assert scene.engine.progress() is None, "a request that was refused is not the engine's"
     scene.monkeypatch.undo()
     await scene.check_all_is_well()
@@ -306,11 +306,11 @@ async def test_a_receiver_that_raises_ends_its_own_request_only(scene: Scene) ->
     def broken(delta: Delta) -> None:
         raise RuntimeError("injected into the sink")
 
-    def submit(prompt: list[int]) -> Request:
-        request = make_request(prompt, stream=True)
-        request.sink = broken
-        scene.engine.submit(request)
-        return request
+    def submit(prompt: list[int]) -> RequestState:
+        state = make_state(prompt, stream=True)
+        state.sink = broken
+        scene.engine.submit(state)
+        return state
 
     victim = submit([BAD, *scene.prompt])
     assert await asyncio.gather(*(scene.answer(stream=bool(i % 2)) for i in range(3))) == [scene.expected] * 3
@@ -324,7 +324,7 @@ async def test_a_fault_that_stays_ends_request_after_request_and_never_the_engin
         raise RuntimeError("injected for good")
 
     scene.monkeypatch.setattr(scene.engine.parts.runner, "forward", broken)
-    results = await asyncio.gather(*(collect(scene.engine, make_request([10 + i, 11])) for i in range(6)))
+    results = await asyncio.gather(*(collect(scene.engine, make_state([10 + i, 11])) for i in range(6)))
     assert [failure_of(deltas)[0] for deltas, _ in results] == [500] * 6
     scene.monkeypatch.undo()
     await scene.check_all_is_well()
@@ -335,11 +335,11 @@ async def test_an_engine_without_its_loop_says_so_and_ends_what_runs(scene: Scen
         raise RuntimeError("injected into the loop itself")
 
     scene.monkeypatch.setattr(scene.engine.parts.scheduler, "resolve", broken)
-    deltas, _ = await collect(scene.engine, make_request(scene.prompt))
+    deltas, _ = await collect(scene.engine, make_state(scene.prompt))
     assert failure_of(deltas)[0] == 500 and "injected into the loop itself" in failure_of(deltas)[1]
     assert "injected into the loop itself" in await asyncio.wait_for(scene.engine.failed(), 10)
     with pytest.raises(EngineStopped):
-        scene.engine.submit(make_request(scene.prompt))
+        scene.engine.submit(make_state(scene.prompt))
 
 
 async def test_a_cache_that_raises_for_good_ends_request_after_request(scene: Scene) -> None:
@@ -348,7 +348,7 @@ async def test_a_cache_that_raises_for_good_ends_request_after_request(scene: Sc
 
     cache_class = type(scene.engine.parts.scheduler.held.cache)
     scene.monkeypatch.setattr(cache_class, "insert", broken)
-    results = await asyncio.gather(*(collect(scene.engine, make_request([10 + i, 11])) for i in range(6)))
+    results = await asyncio.gather(*(collect(scene.engine, make_state([10 + i, 11])) for i in range(6)))
     assert [failure_of(deltas)[0] for deltas, _ in results] == [500] * 6
     scene.monkeypatch.undo()
     await scene.check_all_is_well()

@@ -22,13 +22,14 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from engine.errors import InvalidRequest
 from engine.local import LocalEngine
-from engine.request import FinishReason, Request, SamplingParams
+from engine.request import SamplingParams
+from engine.state import FinishReason, RequestState
 from engine.text.grammar import Grammar, GrammarCompiler, GrammarError, MaskFiller, Matcher
 from engine.text.tokenizer import FastBackend, Tokenizer
 from server.app import build_app
 from server.config import ServerConfig
 from tests.fake_engine import events_of
-from tests.test_engine import NUM_NEW_TOKENS, collect, make_request, running_engine
+from tests.test_engine import NUM_NEW_TOKENS, collect, make_state, running_engine
 
 EOS = 2
 PERSON = {
@@ -80,15 +81,15 @@ def tokenizer(tiny_llama: Path) -> Tokenizer:
     return Tokenizer.load(tiny_llama)
 
 
-def constrained(prompt: Sequence[int] = (5, 6, 7), **fields: Any) -> Request:
+def constrained(prompt: Sequence[int] = (5, 6, 7), **fields: Any) -> RequestState:
     defaults = {"max_new_tokens": 100, "ignore_eos": False}
-    return make_request(list(prompt), **(defaults | fields))
+    return make_state(list(prompt), **(defaults | fields))
 
 
-async def answer(engine: LocalEngine, request: Request) -> tuple[str, FinishReason]:
-    deltas, _ = await collect(engine, request)
-    assert request.finish_reason is not None
-    return "".join(delta.text for delta in deltas), request.finish_reason
+async def answer(engine: LocalEngine, state: RequestState) -> tuple[str, FinishReason]:
+    deltas, _ = await collect(engine, state)
+    assert state.finish_reason is not None
+    return "".join(delta.text for delta in deltas), state.finish_reason
 
 
 # ---- the start ----
@@ -166,11 +167,11 @@ async def test_an_answer_has_the_form_that_was_asked_for(tiny_llama: Path, kind:
         pytest.skip("xgrammar takes GBNF only")
     fields, is_right = KINDS[kind]
     async with running_engine(tiny_llama, grammar_backend=backend) as engine:
-        requests = [
+        states = [
             constrained([5, 6, 7 + i], temperature=float(i % 2), sampling_seed=i, stream=i > 3, **fields)
             for i in range(8)
         ]
-        for text, reason in await asyncio.gather(*(answer(engine, request) for request in requests)):
+        for text, reason in await asyncio.gather(*(answer(engine, state) for state in states)):
             assert is_right(text), text
             assert reason.type == "stop"
 
@@ -201,8 +202,8 @@ async def test_log_probabilities_stops_penalties_and_company_leave_the_form_alon
         penalized = constrained(json_schema=PERSON, frequency_penalty=2.0, repetition_penalty=1.5)
         stopped = constrained(json_schema=PERSON, stop=['","house'], stream=True)
         cut = constrained(json_schema=PERSON, max_new_tokens=6)
-        requests = [plain, with_logprobs, penalized, stopped, cut, make_request([9, 9])]
-        texts = await asyncio.gather(*(answer(engine, request) for request in requests))
+        states = [plain, with_logprobs, penalized, stopped, cut, make_state([9, 9])]
+        texts = await asyncio.gather(*(answer(engine, state) for state in states))
         assert texts[1] == texts[0] and person_is_well_formed(texts[0][0])
         assert with_logprobs.output_ids == plain.output_ids and not with_logprobs.num_forced_tokens
         assert person_is_well_formed(texts[2][0])
@@ -214,8 +215,8 @@ async def test_log_probabilities_stops_penalties_and_company_leave_the_form_alon
 
 async def test_each_sampled_token_has_its_log_probability(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama) as engine:
-        request = constrained(json_schema=PERSON, return_logprob=True)
-        (delta,), tokens = await collect(engine, request)
+        state = constrained(json_schema=PERSON, return_logprob=True)
+        (delta,), tokens = await collect(engine, state)
         assert delta.logprobs is not None and [token for _, token in delta.logprobs.token] == tokens
 
 
@@ -233,11 +234,11 @@ async def test_a_grammar_ends_an_answer_that_nothing_else_may_end(
 )
 async def test_an_answer_without_any_choice_is_whole(tiny_llama: Path, fields: dict[str, Any]) -> None:
     async with running_engine(tiny_llama) as engine:
-        request = constrained(regex="The quick brown fox", **fields)
-        text, reason = await answer(engine, request)
+        state = constrained(regex="The quick brown fox", **fields)
+        text, reason = await answer(engine, state)
         ids = engine.tokenizer.encode("The quick brown fox", False)
         limit = fields.get("max_new_tokens", len(ids))
-        assert request.output_ids == ids[:limit] and text == engine.tokenizer.decode(ids[:limit])
+        assert state.output_ids == ids[:limit] and text == engine.tokenizer.decode(ids[:limit])
         assert reason.type == ("stop" if limit == len(ids) else "length")
 
 
@@ -303,9 +304,9 @@ def test_sentence_piece_vocabularies_are_read_right_or_refused() -> None:
 # ---- jump-forward ----
 
 
-async def num_steps(folder: Path, request: Request, **options: Any) -> int:
+async def num_steps(folder: Path, state: RequestState, **options: Any) -> int:
     async with running_engine(folder, **options) as engine:
-        await collect(engine, request)
+        await collect(engine, state)
         return engine.stats().loop.num_steps
 
 
@@ -331,29 +332,29 @@ async def test_forced_tokens_that_do_not_fit_wait_for_others_to_end(tiny_llama: 
     for options in ({}, {"page_size": 4}, {"disable_overlap_schedule": True}, {"chunked_prefill_size": 8}):
         crowded = {"max_total_tokens": 160, "schedule_conservativeness": 0.0, **options}
         async with running_engine(tiny_llama, **crowded) as engine:
-            requests = [constrained(prompt, regex=pattern, max_new_tokens=90) for prompt in prompts]
-            answers = await asyncio.gather(*(collect(engine, request) for request in requests))
+            states = [constrained(prompt, regex=pattern, max_new_tokens=90) for prompt in prompts]
+            answers = await asyncio.gather(*(collect(engine, state) for state in states))
             assert [tokens for _, tokens in answers] == [tokens for _, tokens in expected]
             assert engine.stats().scheduler.num_retractions > 0
-            assert all(request.num_forced_tokens > 30 for request in requests)
+            assert all(state.num_forced_tokens > 30 for state in states)
 
 
 @pytest.mark.parametrize("prompt_len", [4, 512])  # the second fills the context
 async def test_an_answer_of_no_tokens_has_no_forced_ones(tiny_llama: Path, prompt_len: int) -> None:
     async with running_engine(tiny_llama) as engine:
-        other = asyncio.create_task(collect(engine, make_request([8])))
+        other = asyncio.create_task(collect(engine, make_state([8])))
         await asyncio.sleep(0)
-        request = constrained([5] * prompt_len, regex="the quick brown fox", max_new_tokens=0)
-        assert await answer(engine, request) == ("", FinishReason("length"))
-        assert request.output_ids == []
+        state = constrained([5] * prompt_len, regex="the quick brown fox", max_new_tokens=0)
+        assert await answer(engine, state) == ("", FinishReason("length"))
+        assert state.output_ids == []
         assert len((await other)[1]) == NUM_NEW_TOKENS
 
 
 async def test_an_abort_between_forced_tokens_frees_everything(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama) as engine:
         for num_deltas in range(1, 6):
-            request = constrained(json_schema=PERSON, stream=True)
-            deltas = engine.generate(request)
+            state = constrained(json_schema=PERSON, stream=True)
+            deltas = engine.generate(state)
             for _ in range(num_deltas):
                 await anext(deltas)
             await deltas.aclose()
@@ -369,36 +370,34 @@ async def test_thinking_ends_with_its_budget_and_the_grammar_holds_from_there(
     tiny_llama: Path, options: dict[str, Any], budget: int
 ) -> None:
     async with running_engine(tiny_llama, **options) as engine:
-        _, free = await collect(engine, make_request([5, 6, 7]))
-        request = constrained(regex="[0-9]{3}")
-        request.max_thinking_tokens, request.reasoning_end_ids = budget, THINK_END
-        await collect(engine, request)
+        _, free = await collect(engine, make_state([5, 6, 7]))
+        bounded: dict[str, Any] = {"max_thinking_tokens": budget, "reasoning_end_ids": THINK_END}
+        state = constrained(regex="[0-9]{3}", **bounded)
+        await collect(engine, state)
         thought = [*free[:budget], *THINK_END]
-        assert request.output_ids[: len(thought)] == thought
-        assert re.fullmatch("[0-9]{3}", engine.tokenizer.decode(request.output_ids[len(thought) :]))
+        assert state.output_ids[: len(thought)] == thought
+        assert re.fullmatch("[0-9]{3}", engine.tokenizer.decode(state.output_ids[len(thought) :]))
 
-        free_after = make_request([5, 6, 7], return_logprob=budget == 7)
-        free_after.max_thinking_tokens, free_after.reasoning_end_ids = budget, THINK_END
+        free_after = make_state([5, 6, 7], return_logprob=budget == 7, **bounded)
         _, tokens = await collect(engine, free_after)
-        _, expected = await collect(engine, make_request([5, 6, 7, *thought], max_new_tokens=24 - len(thought)))
+        _, expected = await collect(engine, make_state([5, 6, 7, *thought], max_new_tokens=24 - len(thought)))
         assert tokens == [*thought, *expected]
 
 
 @pytest.mark.parametrize("fields", [{"stop": ["no such text"]}, {"stop_token_ids": [3]}, {"max_new_tokens": 1}])
 async def test_thinking_that_may_take_no_token_takes_none(tiny_llama: Path, fields: dict[str, Any]) -> None:
     async with running_engine(tiny_llama) as engine:
-        request = make_request([5, 6, 7], **fields)
-        request.max_thinking_tokens, request.reasoning_end_ids = 0, THINK_END
-        _, tokens = await collect(engine, request)
-        assert tokens[: len(THINK_END)] == THINK_END[: request.sampling_params.max_new_tokens]
+        state = make_state([5, 6, 7], max_thinking_tokens=0, reasoning_end_ids=THINK_END, **fields)
+        _, tokens = await collect(engine, state)
+        assert tokens[: len(THINK_END)] == THINK_END[: state.max_new_tokens]
 
 
 async def test_thinking_is_bounded_without_a_grammar_backend(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama, grammar_backend="none") as engine:
         for return_logprob in (False, True):  # with, masks let the end through one token at a time
-            request = make_request([5, 6, 7], return_logprob=return_logprob)
-            request.max_thinking_tokens, request.reasoning_end_ids = 3, THINK_END
-            _, tokens = await collect(engine, request)
+            bounded: dict[str, Any] = {"max_thinking_tokens": 3, "reasoning_end_ids": THINK_END}
+            state = make_state([5, 6, 7], return_logprob=return_logprob, **bounded)
+            _, tokens = await collect(engine, state)
             assert tokens[3 : 3 + len(THINK_END)] == THINK_END
 
 
@@ -420,7 +419,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"json_schema": {"not": {"type": "string"}}}, "json_schema", "not"),
     ({"json_schema": {"type": "string", "pattern": "(?=a)b"}}, "json_schema", "look-around"),
     ({"json_schema": {"type": "string", "minLength": 3, "maxLength": 2}}, "json_schema", "minLength"),
-    ({"json_schema": {"type": "string", "format": "nonsense"}}, "json_schema", "nonsense"),
     ({"json_schema": {"$ref": "https://example.com/schema"}}, "json_schema", "example.com"),
     ({"json_schema": {"$ref": "#/$defs/missing"}}, "json_schema", "missing"),
     ({"json_schema": {"enum": []}}, "json_schema", "anyOf"),
@@ -468,7 +466,7 @@ NOT_HELD: list[tuple[dict[str, Any], str, str]] = [
     ({"json_schema": {"type": "integer", "minimum": 0, "multipleOf": 7}}, "json_schema", "multipleOf"),
     ({"json_schema": {"type": "string", "pattern": "(?=a)b"}}, "json_schema", "look-around"),
     ({"json_schema": {"type": "string", "pattern": '^"$'}}, "json_schema", '"'),
-    ({"json_schema": {"type": "string", "format": "nonsense"}}, "json_schema", "format"),
+    ({"json_schema": {"type": "string", "format": "email"}}, "json_schema", "format"),
     ({"json_schema": {"type": "string", "minLength": 3, "maxLength": 2}}, "json_schema", "minLength"),
     ({"json_schema": {"$ref": "https://example.com/schema"}}, "json_schema", "example.com"),
     ({"json_schema": '{"properties":' * 2000 + "{}" + "}" * 2000}, "json_schema", "recursion"),
@@ -492,6 +490,28 @@ async def test_what_xgrammar_would_ignore_is_refused(tiny_llama: Path) -> None:
             assert caught.value.field == field
 
 
+def test_xgrammar_leaves_out_what_it_cannot_hold_of_a_schema_that_is_not_strict(tokenizer: Tokenizer) -> None:
+    compiler = compiler_for(tokenizer, EOS, "xgrammar")
+    items = {"type": "integer", "format": "int32", "not": {"const": 5}}
+    schema = {"type": "array", "items": items, "uniqueItems": True, "x-strict": False}
+    for kind, definition, begin, end in (
+        ("json_schema", schema, "", ""),
+        ("structural_tag", {"format": tag_of_schema(schema)}, "<f>", ";"),
+    ):
+        matcher = compiler.compile(kind, json.dumps(definition)).start
+        for text, is_right in (("[5,5]", True), ('["a"]', False)):
+            following = matcher.deep_copy()
+            consumed = all(map(following.consume_token, tokenizer.encode(begin + text + end, False)))
+            assert (consumed and following.is_accepting()) == is_right, text
+    with pytest.raises(InvalidRequest, match=r"^tools\[0\] cannot be used: .*not"):
+        compiler.compile("structural_tag", json.dumps({"format": tag_of_schema({**schema, "x-strict": True})}))
+
+
+def tag_of_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    content = {"type": "json_schema", "json_schema": schema, "field": "tools[0]"}
+    return {"type": "tag", "begin": "<f>", "content": content, "end": ";"}
+
+
 async def test_a_server_without_grammars_says_so(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama, grammar_backend="none") as engine:
         with pytest.raises(InvalidRequest, match="--grammar-backend"):
@@ -502,7 +522,7 @@ async def test_a_matcher_that_fails_ends_its_own_request_only(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running_engine(tiny_llama) as engine:
-        _, expected = await collect(engine, make_request([5, 6, 7]))
+        _, expected = await collect(engine, make_state([5, 6, 7]))
         advance = Matcher.advance
         victim = constrained(json_schema=PERSON, stream=True)
 
@@ -515,9 +535,10 @@ async def test_a_matcher_that_fails_ends_its_own_request_only(
         (_, reason), (beside, _), (_, free) = await asyncio.gather(
             answer(engine, victim),
             answer(engine, constrained([5, 6, 9], json_schema=PERSON)),
-            collect(engine, make_request([5, 6, 7])),
+            collect(engine, make_state([5, 6, 7])),
         )
         assert reason.type == "abort" and "injected" in (reason.message or "")
+        assert reason.status_code == 400, "the grammar's fault: no other worker would do better"
         assert person_is_well_formed(beside) and free == expected
 
 
@@ -538,6 +559,7 @@ async def test_a_mask_that_cannot_be_made_ends_its_own_request_only(
             answer(engine, victim), answer(engine, constrained([5, 6, 9], json_schema=PERSON))
         )
         assert reason.type == "abort" and "injected" in (reason.message or "")
+        assert reason.status_code == 400, "the grammar's fault: no other worker would do better"
         assert person_is_well_formed(beside)
 
 
@@ -601,11 +623,11 @@ NASTY: dict[str, dict[str, Any]] = {
 
 async def test_nasty_schemas_are_followed(tiny_llama: Path) -> None:
     async with running_engine(tiny_llama) as engine:
-        requests = [
+        states = [
             constrained([5, 6, i + 3], json_schema=schema, temperature=1.0, sampling_seed=i, max_new_tokens=200)
             for i, schema in enumerate(NASTY.values())
         ]
-        answers = await asyncio.gather(*(answer(engine, request) for request in requests))
+        answers = await asyncio.gather(*(answer(engine, state) for state in states))
         num_finished = 0
         for schema, (text, reason) in zip(NASTY.values(), answers, strict=True):
             if reason.type == "stop":
@@ -659,13 +681,13 @@ class LoopedEngine:
     engine: LocalEngine
 
     def ask(self, schemas: list[dict[str, Any]]) -> list[tuple[str, FinishReason] | BaseException]:
-        requests = [
+        states = [
             constrained([5, i + 3], json_schema=schema, temperature=1.0, sampling_seed=i, max_new_tokens=80)
             for i, schema in enumerate(schemas)
         ]
 
         async def ask_all() -> list[tuple[str, FinishReason] | BaseException]:
-            return await asyncio.gather(*(answer(self.engine, request) for request in requests), return_exceptions=True)
+            return await asyncio.gather(*(answer(self.engine, state) for state in states), return_exceptions=True)
 
         return self.runner.run(ask_all())
 

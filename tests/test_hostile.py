@@ -24,6 +24,7 @@ from server.config import ServerConfig
 from server.http.bodies import BODY_BUDGET
 from server.http.connections import Connections
 from server.http.intake import Acceptor
+from server.http.malformed import AIOHTTP_LOGGER, shorten_malformed
 from tests.fake_engine import FakeEngine, serving
 
 Client = TestClient[Any, Any]
@@ -329,15 +330,23 @@ async def test_a_header_may_have_64_kib(engine: FakeEngine, tmp_path: Path) -> N
     ids=["header", "br", "length", "words", "tls"],
 )
 async def test_what_is_no_http_is_answered_in_json_and_is_no_error_in_the_log(
-    engine: FakeEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture, request_: bytes, status: int
+    engine: FakeEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    request_: bytes,
+    status: int,
 ) -> None:
+    monkeypatch.setattr(logging.getLogger(AIOHTTP_LOGGER), "filters", [])
+    shorten_malformed()
     caplog.set_level(logging.INFO)
     async with listening(engine, tmp_path) as port:
         got, kind, answer = await answer_to(port, request_)
     assert (got, kind.split(";")[0]) == (status, "application/json")
     assert answer["type"] == "error"
     assert answer["error"]["message"]
-    assert not [record for record in caplog.records if record.levelno > logging.INFO or record.exc_info]
+    assert not [record for record in caplog.records if record.levelno > logging.WARNING or record.exc_info]
+    assert sum(record.levelno > logging.INFO for record in caplog.records) <= 1
 
 
 # ---- web pages ----

@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 
 import server.lang as sgl
-from engine.request import FinishReason
+from engine.state import FinishReason, RequestState
 from server.lang.backends.native import NativeBackend
 from server.lang.executor import Executor
 from server.lang.expressions import Gen, GenParams
@@ -607,10 +607,10 @@ def release_commits(engine: FakeEngine, backend: NativeBackend) -> None:
     """Let requests for no tokens end by themselves, as the real engine does."""
     submit = engine.submit
 
-    def submit_and_release(request: Any) -> None:
-        submit(request)
-        if request.sampling_params.max_new_tokens == 0:
-            backend.loop.loop.call_soon(engine.finish, request, FinishReason("length"))
+    def submit_and_release(state: RequestState) -> None:
+        submit(state)
+        if state.max_new_tokens == 0:
+            backend.loop.loop.call_soon(engine.finish, state, FinishReason("length"))
 
     engine.submit = submit_and_release  # type: ignore[method-assign]
 

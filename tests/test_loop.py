@@ -16,10 +16,11 @@ from cache.radix import RadixCache
 from engine.loop import StepLoop
 from engine.output import OutputProcessor
 from engine.pace import StepPace
-from engine.request import Delta, FinishReason, Request, SamplingParams, Status
+from engine.request import Request, SamplingParams
 from engine.schedule.plan import Plan
 from engine.schedule.rows import Rows
 from engine.schedule.scheduler import Scheduler
+from engine.state import Delta, FinishReason, RequestState, Status
 from engine.step.batch import Staged
 from engine.step.fields import StepShape
 from engine.step.model_runner import Step
@@ -101,13 +102,15 @@ async def running_loop(num_rows: int = 8, **options: Any) -> AsyncIterator[tuple
         await task
 
 
-def submit(loop: StepLoop, prompt: list[int], max_new_tokens: int = 8) -> tuple[Request, list[Delta]]:
+def submit(
+    loop: StepLoop, prompt: list[int], max_new_tokens: int = 8, stream: bool = False
+) -> tuple[RequestState, list[Delta]]:
     deltas: list[Delta] = []
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
-    request = Request(f"r{prompt[0]}", prompt, params, deltas.append)
-    loop.scheduler.submit(request)
+    state = RequestState(Request(f"r{prompt[0]}", prompt, params, stream=stream), deltas.append)
+    loop.scheduler.submit(state)
     loop.wake()
-    return request, deltas
+    return state, deltas
 
 
 class OneLetterAToken:
@@ -124,8 +127,8 @@ def submit_streams(loop: StepLoop, count: int, max_new_tokens: int = 8) -> list[
     """Return what each of `count` streams is given."""
     given = []
     for i in range(count):
-        request, deltas = submit(loop, [i, 1, 2], max_new_tokens)
-        request.stream, request.text_stream = True, OneLetterAToken()
+        state, deltas = submit(loop, [i, 1, 2], max_new_tokens, stream=True)
+        state.text_stream = OneLetterAToken()  # type: ignore[assignment]
         given.append(deltas)
     return given
 
@@ -240,7 +243,7 @@ async def test_a_device_that_fails_fails_the_step_and_not_the_loop() -> None:
 async def test_a_request_whose_sink_fails_ends_though_it_has_lost_its_slots_meanwhile() -> None:
     async with running_loop(num_rows=40) as (loop, runner):
         submit_streams(loop, 40)
-        requests = list(loop.scheduler.waiting)
+        states = list(loop.scheduler.waiting)
         await settle()
         told: list[Delta] = []
 
@@ -249,9 +252,9 @@ async def test_a_request_whose_sink_fails_ends_though_it_has_lost_its_slots_mean
             if delta.finish_reason is None:
                 raise ConnectionError("gone")
 
-        last = requests[-1]
+        last = states[-1]
         last.sink = sink
-        requests[0].sink = lambda delta: loop.scheduler.retract_all()
+        states[0].sink = lambda delta: loop.scheduler.retract_all()
         await runner.finish(0)
         assert last.status is Status.FINISHED and last not in loop.scheduler.waiting
         assert told[-1].finish_reason is not None and "gone" in (told[-1].finish_reason.message or "")
@@ -354,6 +357,43 @@ def test_a_prompt_gets_its_share_however_slow_the_device() -> None:
     assert budget.is_spent
 
 
+@pytest.mark.parametrize("num_streams", [0, 3])
+def test_on_a_slow_cpu_nobody_waits_long_for_a_chunk(num_streams: int) -> None:
+    pace = StepPace(max_step_ms=None, chunked_prefill_size=512, max_wait_s=1.0)
+    assert pace.prefill_budget(num_streams).num_tokens_behind(0) == 512, "nothing is known yet"
+    observe(pace, 0, 0.1)
+    assert pace.prefill_budget(num_streams).num_tokens_behind(0) == 64, "decodes this slow make a long chunk dear"
+    observe(pace, 64, 0.1 + 64 / 90)
+    assert 0.8 < 0.1 + pace.prefill_budget(num_streams).num_tokens_behind(0) / 90 <= 1.0
+
+
+def test_on_a_fast_cpu_chunks_are_whole() -> None:
+    pace = StepPace(max_step_ms=None, chunked_prefill_size=512, max_wait_s=1.0)
+    for _ in range(3):
+        observe(pace, 0, 0.01)
+        observe(pace, 512, 0.5)
+    assert pace.prefill_budget(num_streams=4).num_tokens_behind(0) == 512
+
+
+def test_a_model_that_is_slow_to_read_computes_more_than_a_few_tokens_for_each_time_it_is_read() -> None:
+    pace = StepPace(max_step_ms=None, chunked_prefill_size=512, max_wait_s=1.0)
+    observe(pace, 0, 1.5)
+    observe(pace, 64, 1.5 + 64 / 100)
+    num_tokens = pace.prefill_budget(num_streams=4).num_tokens_behind(0)
+    assert num_tokens / 100 > 1.5, "most of the time goes into the tokens"
+    assert 1.5 + num_tokens / 100 <= 4 * 1.5
+
+
+def test_after_a_hiccup_chunks_stay_long_enough_to_learn_from() -> None:
+    pace = StepPace(max_step_ms=None, chunked_prefill_size=512, max_wait_s=1.0)
+    observe(pace, 512, 3000.0)
+    num_tokens = pace.prefill_budget(num_streams=4).num_tokens_behind(0)
+    assert num_tokens >= 512 // 16
+    for _ in range(200):
+        observe(pace, pace.prefill_budget(num_streams=4).num_tokens_behind(0), 0.1)
+    assert pace.prefill_budget(num_streams=4).num_tokens_behind(0) > 5 * num_tokens
+
+
 def test_one_hiccup_does_not_starve_prompts_for_long() -> None:
     pace = StepPace(max_step_ms=60, chunked_prefill_size=8192)
     observe(pace, 0, 0.010)
@@ -373,10 +413,10 @@ def test_a_prediction_is_never_longer_than_what_was_seen(num_prefill_tokens: int
 
 async def test_the_next_step_is_launched_before_the_last_ones_tokens_are_given() -> None:
     async with running_loop() as (loop, runner):
-        request, _ = submit(loop, [1, 2, 3])
-        request.stream, request.text_stream = True, OneLetterAToken()
+        state, _ = submit(loop, [1, 2, 3], stream=True)
+        state.text_stream = OneLetterAToken()  # type: ignore[assignment]
         num_launched: list[int] = []
-        request.sink = lambda delta: num_launched.append(len(runner.launched))
+        state.sink = lambda delta: num_launched.append(len(runner.launched))
         await settle()
         await runner.finish(0)
         await runner.finish(1)
@@ -424,12 +464,12 @@ async def test_an_aborted_stream_is_given_the_tokens_that_wait_for_its_turn() ->
     async with running_loop(num_rows=400) as (loop, runner):
         given = submit_streams(loop, 400)
         await settle()
-        requests = loop.scheduler.running_requests()
+        states = loop.scheduler.running()
         runner.ends[0].set_result(None)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert any(given) and not given[-1], "its turn has not come"
-        loop.abort(requests[-1], FinishReason("abort"))
+        loop.abort(states[-1], FinishReason("abort"))
         await settle()
         (last,) = given[-1]
         assert (last.token_ids, last.text, last.finish_reason and last.finish_reason.type) == ([TOKEN], "a", "abort")

@@ -14,7 +14,8 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 from engine.errors import QueueFull
-from engine.request import FinishReason, Request, RequestTimes, SamplingParams
+from engine.request import Request, SamplingParams
+from engine.state import FinishReason, RequestState, RequestTimes
 from server.__main__ import set_up_logging
 from server.app import build_app
 from server.config import ServerConfig
@@ -74,11 +75,11 @@ async def test_a_request_is_counted_when_it_ends(client: Client, engine: FakeEng
     engine.is_manual = True
     task = asyncio.create_task(client.post("/generate", json={"text": "abcde"}))
     await engine.until(lambda: bool(engine.live))
-    request = engine.requests[0]
-    engine.emit(request, "xyz")
+    state = engine.states[0]
+    engine.emit(state, "xyz")
     name = "sglang:e2e_request_latency_seconds"
     assert (await metrics_of(client)).get(f"{name}_count", 0) == 0
-    engine.finish(request, FinishReason("stop", matched=257))
+    engine.finish(state, FinishReason("stop", matched=257))
     await task
     metrics = await metrics_of(client)
     assert metrics[f"{name}_count"] == 1
@@ -148,9 +149,9 @@ def test_rates_are_differences_over_time(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_request_that_never_ran_has_no_latency() -> None:
     monitor = Monitor(FakeEngine())
-    monitor.observe(_request(RequestTimes(arrived=1.0, finished=2.0)))
+    monitor.observe(_state(RequestTimes(arrived=1.0, finished=2.0)))
     assert not monitor.ended
-    monitor.observe(_request(RequestTimes(1.0, 2.0, 4.0, 8.0), [1, 2, 3]))
+    monitor.observe(_state(RequestTimes(1.0, 2.0, 4.0, 8.0), [1, 2, 3]))
     (ended,) = monitor.ended
     assert (ended.queue_s, ended.first_token_s, ended.token_s, ended.total_s) == (1.0, 3.0, 2.0, 7.0)
 
@@ -158,13 +159,13 @@ def test_a_request_that_never_ran_has_no_latency() -> None:
 async def test_forced_tokens_of_a_request_that_never_ran_are_no_answer_to_measure() -> None:
     """A grammar may force tokens before the request is admitted, and its client may leave before that."""
     engine = FakeEngine()
-    metrics = Metrics(engine, Monitor(engine), "demo")
-    metrics.observe(_request(RequestTimes(arrived=1.0, first_token=2.0, finished=2.0), [1, 2, 3]))
+    metrics = Metrics(engine, Monitor(engine), "demo", {})
+    metrics.observe(_state(RequestTimes(arrived=1.0, first_token=2.0, finished=2.0), [1, 2, 3]))
     assert metrics.registry.get_sample_value("sglang:time_to_first_token_seconds_count", {"model_name": "demo"}) == 0
 
 
-def _request(times: RequestTimes, output_ids: list[int] | None = None) -> Request:
-    return Request("r", [1], SamplingParams(), print, output_ids=output_ids or [], times=times)
+def _state(times: RequestTimes, output_ids: list[int] | None = None) -> RequestState:
+    return RequestState(Request("r", [1], SamplingParams()), output_ids=output_ids or [], times=times)
 
 
 @pytest.mark.max_callback_ms(400)  # it blocks the loop to see that this is found
@@ -198,6 +199,20 @@ async def test_the_dashboards_data_is_all_that_the_page_reads(client: Client) ->
     for group, name in re.findall(r"\b(now|latency|series|kv|prefix|data)\.(\w+)", page):
         owner = {"data": data, "kv": data["now"]["kv"], "prefix": data["prefixes"][0]}.get(group) or data[group]
         assert name in owner, f"{group}.{name}"
+
+
+@pytest.mark.parametrize(("is_working", "shown"), [(True, "busy"), (False, "stuck")])
+async def test_a_step_that_takes_long_is_busy_and_one_that_hangs_is_stuck(
+    is_working: bool, shown: str, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.watch.monitor.time.process_time", lambda: time.perf_counter() if is_working else 1.0)
+    monkeypatch.setattr("server.watch.dashboard.RATE_SPAN_S", 60.0)
+    engine.health_status = "stuck"
+    async with serving(engine) as client:
+        await asyncio.sleep(0.2)
+        assert (await (await client.get("/dashboard/data")).json())["now"]["status"] == shown
+        engine.health_status = "ok"
+        assert (await (await client.get("/dashboard/data")).json())["now"]["status"] == "ok"
 
 
 async def test_the_page_is_whole_and_asks_nobody_else(client: Client) -> None:
@@ -344,7 +359,7 @@ def test_a_wrong_key_file_is_a_clear_error(tmp_path: Path, text: str, message: s
 
 
 async def test_retry_after_is_whole_seconds_and_rounded_up(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(request: Request) -> None:
+    def refuse(state: RequestState) -> None:
         raise QueueFull("9 requests are waiting, the limit is 9", 7.2)
 
     monkeypatch.setattr(engine, "submit", refuse)

@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import aiohttp
 import pytest
 from aiohttp.test_utils import TestClient
 
-from engine.request import FinishReason, Request, SamplingParams, ignore
+from engine.request import Request, SamplingParams
 from engine.schedule.fairness import FairShares, Queue
+from engine.state import FinishReason, RequestState
 from server.apis import sessions
 from server.config import ServerConfig, parse_args
 from server.http import keys
@@ -161,10 +162,10 @@ async def test_a_session_cannot_end_anothers_request_by_its_rid(client: Client, 
     preparing, go_on = asyncio.Event(), asyncio.Event()
     prepare = engine.prepare
 
-    async def slow(requests: Any) -> None:
+    async def slow(states: Sequence[RequestState]) -> None:
         preparing.set()
         await go_on.wait()
-        await prepare(requests)
+        await prepare(states)
 
     engine.prepare = slow  # type: ignore[method-assign]
     body = {"text": "Ho", "rid": "hers", "session_params": {"id": "s"}}
@@ -177,8 +178,8 @@ async def test_a_session_cannot_end_anothers_request_by_its_rid(client: Client, 
     assert (await stealing)[0] == 400
     assert engine.aborted == []
     await engine.until(lambda: len(engine.live) == 2)
-    for request in list(engine.requests):
-        engine.finish(request, FinishReason("stop"))
+    for state in list(engine.states):
+        engine.finish(state, FinishReason("stop"))
     assert (await asking)[0] == (await his)[0] == 200
 
 
@@ -195,7 +196,8 @@ async def test_cached_prefixes_are_divided_by_key(engine: FakeEngine, key_file: 
             ):
                 assert (await call(client, name, "POST", path, body))[0] == 200
         await make_batch(client, "alice")
-    names = [request.extra_key for request in engine.requests]
+    names = [state.extra_key for state in engine.states]
+    assert names == [request.extra_key for request in engine.requests]
     assert len({*names[:4]}) == 1
     assert all(name.endswith("k") for name in names[:8])
     if shares:
@@ -219,15 +221,15 @@ def test_own_priorities_order_a_clients_requests_and_take_no_turn_of_anothers() 
     queue = Queue(shares)
     for i, (client, priority) in enumerate([("a", 0), ("b", 1), ("b", 9), ("b", 5), ("a", 2)]):
         params = SamplingParams(max_new_tokens=1)
-        request = Request(f"{i}", [1] * 8, params, sink=ignore, client=client, own_priority=priority)
-        shares.enter(request)
-        queue.add(request)
+        state = RequestState(Request(f"{i}", [1] * 8, params, client=client, own_priority=priority))
+        shares.enter(state)
+        queue.add(state)
     order = []
     while queue:
-        request = queue.next()
-        queue.remove(request)
-        shares.admit(request, 0)
-        order.append(request.rid)
+        state = queue.next()
+        queue.remove(state)
+        shares.admit(state, 0)
+        order.append(state.rid)
     assert order == ["4", "2", "0", "3", "1"]
 
 

@@ -3,10 +3,12 @@
 import asyncio
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,9 @@ from engine.local import LocalEngine
 from engine.ranks.channel import ChannelReader, open_channel
 from engine.replicas.replica import REPORT_S
 from engine.replicas.replica_set import ReplicaSet
-from engine.request import Delta, FinishReason, Request, SamplingParams
-from tests.server_processes import descendants, is_alive, is_rank, server, wait_until
+from engine.request import Request, SamplingParams
+from engine.state import Delta, FinishReason, RequestState
+from tests.server_processes import descendants, ending, is_alive, is_rank, server, start_server, wait_until
 
 SMALL = 1 << 12  # bytes of ring: a few messages
 
@@ -119,19 +122,19 @@ async def replicas(tiny_llama: Path) -> AsyncIterator[ReplicaSet]:
 async def ask(engine: Engine, input_ids: list[int], **fields: Any) -> list[Delta]:
     options = {name: fields.pop(name) for name in ("stream", "return_logprob", "logprob_start_len") if name in fields}
     params = SamplingParams(**{"max_new_tokens": 4, "temperature": 0.0, "ignore_eos": True, **fields})
-    request = Request(os.urandom(8).hex(), input_ids, params, lambda delta: None, **options)
-    return [delta async for delta in engine.generate(request)]
+    state = RequestState(Request(os.urandom(8).hex(), input_ids, params, **options))
+    return [delta async for delta in engine.generate(state)]
 
 
 async def test_engines_behind_one_facade_are_one_engine_until_one_dies(replicas: ReplicaSet) -> None:
     engine = replicas
     (delta,) = await ask(engine, [5, 6, 7], return_logprob=True, logprob_start_len=0)
-    request = delta.request
-    assert len(request.output_ids) == 4 and request.finish_reason == FinishReason("length")
-    assert request.input_logprobs is not None and len(request.input_logprobs.token) == 3
-    assert request.times.arrived < request.times.scheduled < request.times.first_token <= request.times.finished
+    state = delta.state
+    assert len(state.output_ids) == 4 and state.finish_reason == FinishReason("length")
+    assert state.input_logprobs is not None and len(state.input_logprobs.token) == 3
+    assert state.times.arrived < state.times.scheduled < state.times.first_token <= state.times.finished
     streamed = await ask(engine, [5, 6, 7], stream=True)
-    assert [token for delta in streamed for token in delta.token_ids] == request.output_ids and len(streamed) > 1
+    assert [token for delta in streamed for token in delta.token_ids] == state.output_ids and len(streamed) > 1
 
     (delta,) = await ask(engine, [5, 6, 7], regex="[0-9]{3}", ignore_eos=False, max_new_tokens=8)
     assert delta.text.isdigit() and len(delta.text) == 3
@@ -140,7 +143,8 @@ async def test_engines_behind_one_facade_are_one_engine_until_one_dies(replicas:
     (delta,) = await ask(engine, [5], stop_regex=["(?s)(?:.|.|..)+(?<=\x00)"], max_new_tokens=300)  # refused later on
     assert delta.finish_reason is not None and delta.finish_reason.status_code == 400
 
-    endless = Request("endless", [9], SamplingParams(max_new_tokens=400, ignore_eos=True), lambda delta: None, True)
+    params = SamplingParams(max_new_tokens=400, ignore_eos=True)
+    endless = RequestState(Request("endless", [9], params, stream=True))
     async with aclosing(engine.generate(endless)) as deltas:
         await anext(deltas)
         assert engine.health().status == "ok" and not engine.flush_cache()
@@ -171,8 +175,8 @@ async def test_two_ranks_draw_and_score_as_one_does(tiny_llama: Path) -> None:
             (delta,) = await ask(engine, prompt, max_new_tokens=16, **fields)
             drawn.append(delta.token_ids)
             (delta,) = await ask(engine, prompt, return_logprob=True, logprob_start_len=0)
-            assert delta.logprobs is not None and delta.request.input_logprobs is not None
-            entries = delta.request.input_logprobs.token[1:] + delta.logprobs.token
+            assert delta.logprobs is not None and delta.state.input_logprobs is not None
+            entries = delta.state.input_logprobs.token[1:] + delta.logprobs.token
             scores.append([value for value, _ in entries])
     assert drawn[0] == drawn[1]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
@@ -202,6 +206,25 @@ def test_a_rank_that_dies_or_hangs_ends_the_server_by_name(
         assert process.wait(20) == 1
         text = log.read_text()
         assert f"error: rank 1 (pid {rank}) " in text and message in text
+        wait_until(lambda: not any(map(is_alive, family)))
+
+
+@pytest.mark.parametrize(("sizes", "kind"), [(("--tp", "2"), "rank 1"), (("--dp", "2"), "replica [01]")])
+def test_a_process_that_is_stopped_while_it_loads_ends_the_server_by_name(
+    sizes: Sequence[str], kind: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with ending(start_server(tiny_llama, log, *sizes, "--dist-timeout", "3")) as process:
+        wait_until(lambda: any(map(is_rank, descendants(process.pid))), 60)
+        victim = next(filter(is_rank, descendants(process.pid)))
+        family = descendants(process.pid)
+        os.kill(victim, signal.SIGSTOP)
+        start = time.monotonic()
+        assert process.wait(20) == 1
+        assert time.monotonic() - start < 8, "some seconds of load on this machine"
+        text = log.read_text()
+        assert re.search(rf"error: {kind} \(pid {victim}\) was stopped by a signal while loading", text), text
+        assert "Traceback" not in text
         wait_until(lambda: not any(map(is_alive, family)))
 
 

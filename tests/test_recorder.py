@@ -7,23 +7,26 @@ from typing import Any
 import pytest
 
 from bench.replay import Answer, Dump, compare, first_difference, replay
-from engine.request import FinishReason, Request, SamplingParams, Status
+from engine.request import Request, SamplingParams
+from engine.state import FinishReason, RequestState, Status
 from server.watch.recorder import MAX_REQUESTS, MAX_TOKENS, RECORDER, RequestRecorder
 from tests.fake_engine import FakeEngine, serving
+
+PARAMS = SamplingParams(max_new_tokens=4)
 
 
 def files_of(folder: Path) -> list[Path]:
     return list(folder.iterdir())
 
 
-def request_of(rid: str, num_tokens: int = 3, **fields: Any) -> Request:
-    return Request(rid, list(range(num_tokens)), SamplingParams(max_new_tokens=4), print, **fields)
+def state_of(rid: str, num_tokens: int = 3, params: SamplingParams = PARAMS, **fields: Any) -> RequestState:
+    return RequestState(Request(rid, list(range(num_tokens)), params), **fields)
 
 
 def test_only_the_last_requests_are_remembered(tmp_path: Path) -> None:
     recorder = RequestRecorder(tmp_path, {})
     for i in range(MAX_REQUESTS + 10):
-        recorder.remember(request_of(f"r{i}"))
+        recorder.remember(state_of(f"r{i}"))
     records = Dump.load(recorder.dump("test")).records
     assert [record["rid"] for record in records] == [f"r{i}" for i in range(10, MAX_REQUESTS + 10)]
 
@@ -31,16 +34,16 @@ def test_only_the_last_requests_are_remembered(tmp_path: Path) -> None:
 def test_long_prompts_do_not_fill_the_memory(tmp_path: Path) -> None:
     recorder = RequestRecorder(tmp_path, {})
     for i in range(5):
-        recorder.remember(request_of(f"r{i}", num_tokens=MAX_TOKENS // 2))
+        recorder.remember(state_of(f"r{i}", num_tokens=MAX_TOKENS // 2))
     assert [record["rid"] for record in Dump.load(recorder.dump("test")).records] == ["r3", "r4"]
 
 
 def test_a_file_says_why_and_how_far_each_request_was(tmp_path: Path) -> None:
     recorder = RequestRecorder(tmp_path / "new" / "folder", {"model_path": "m"})
-    ended = request_of("ended", status=Status.FINISHED, output_ids=[7, 8], finish_reason=FinishReason("length"))
-    ended.sampling_params.logit_bias = {5: 1.5}
-    for request in (ended, request_of("running", status=Status.RUNNING)):
-        recorder.remember(request)
+    params, reason = SamplingParams(max_new_tokens=4, logit_bias={5: 1.5}), FinishReason("length")
+    ended = state_of("ended", params=params, status=Status.FINISHED, output_ids=[7, 8], finish_reason=reason)
+    for state in (ended, state_of("running", status=Status.RUNNING)):
+        recorder.remember(state)
     path = recorder.dump("a step hung")
     dump = Dump.load(path)
     assert dump.header["reason"] == "a step hung"
@@ -80,8 +83,8 @@ async def test_a_replay_gives_the_recorded_answers_again(tmp_path: Path, stream:
             response = await client.post("/generate", json=body)
             await response.read()
         recorder = RequestRecorder(tmp_path, {})
-        for request in engine.requests:
-            recorder.remember(request)
+        for state in engine.states:
+            recorder.remember(state)
         dump = Dump.load(recorder.dump("test"))
         dump.records[1]["output_ids"] = [0]
         dump.records.append({**dump.records[0], "input_ids": [9999]})

@@ -10,9 +10,12 @@ import pytest
 from aiohttp.test_utils import TestClient
 
 from engine.errors import InvalidRequest
-from engine.request import FinishReason
-from server.apis.responses import ResponseStore, chat_body, read_input
+from engine.state import FinishReason
+from server.apis.response_store import ResponseStore
+from server.apis.responses import chat_body, read_input
+from server.reading.left_out import LeftOut
 from server.reading.protocol import Fields
+from server.reading.responses_body import Tools, answerable
 from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
 
 Client = TestClient[Any, Any]
@@ -112,7 +115,7 @@ async def test_a_disconnect_aborts_the_response() -> None:
     engine = FakeEngine(is_manual=True)
     async with serving(engine) as client:
         response = await client.post("/v1/responses", json={"input": "Hi", "stream": True})
-        engine.emit(engine.requests[0], "H")
+        engine.emit(engine.states[0], "H")
         await response.content.readline()
         response.close()
         await engine.until(lambda: engine.aborted == [engine.requests[0].rid])
@@ -149,7 +152,7 @@ async def test_a_calls_result_continues_the_conversation() -> None:
         result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
         await api.responses.create(model="fake-model", input=[result], previous_response_id=first.id, tools=[TOOL])
     prompt = bytes(engine.requests[1].input_ids).decode()
-    assert prompt == "[user]Hi[assistant]Let me look.[tool]rain[assistant]"
+    assert prompt == "[weather][user]Hi[assistant]Let me look.[weather][tool]rain[assistant]"
 
 
 # ---- what is kept ----
@@ -218,8 +221,8 @@ async def test_a_background_response_is_fetched_when_it_is_done() -> None:
     async with serving(engine) as client, official(client) as api:
         response = await api.responses.create(model="fake-model", input="Hi", background=True)
         assert (response.status, response.output) == ("in_progress", [])  # the fake schedules at once
-        engine.emit(engine.requests[0], "Hello")
-        engine.finish(engine.requests[0], FinishReason("stop"))
+        engine.emit(engine.states[0], "Hello")
+        engine.finish(engine.states[0], FinishReason("stop"))
         done = await api.responses.retrieve(response.id)
         while done.status == "in_progress":
             done = await api.responses.retrieve(response.id)
@@ -230,7 +233,7 @@ async def test_a_cancelled_background_response_keeps_what_it_had_said() -> None:
     engine = FakeEngine(is_manual=True)
     async with serving(engine) as client, official(client) as api:
         response = await api.responses.create(model="fake-model", input="Hi", background=True)
-        engine.emit(engine.requests[0], "Hel")
+        engine.emit(engine.states[0], "Hel")
         cancelled = await api.responses.cancel(response.id)
         assert (cancelled.status, cancelled.output_text) == ("cancelled", "Hel")
         assert (await api.responses.cancel(response.id)).status == "cancelled"
@@ -241,7 +244,7 @@ async def test_a_background_response_that_failed_says_so() -> None:
     engine = FakeEngine(is_manual=True)
     async with serving(engine) as client, official(client) as api:
         response = await api.responses.create(model="fake-model", input="Hi", background=True)
-        engine.finish(engine.requests[0], FinishReason("abort", message="out of memory", status_code=500))
+        engine.finish(engine.states[0], FinishReason("abort", message="out of memory", status_code=500))
         failed = await api.responses.cancel(response.id)
         assert failed.error is not None
         assert (failed.status, failed.error.message) == ("failed", "out of memory")
@@ -311,7 +314,7 @@ def test_formats_tools_and_effort_have_their_counterparts() -> None:
         "reasoning": {"effort": "low"},
         "max_output_tokens": 5,
     }
-    chat = chat_body(Fields(body), [])
+    chat = chat_body(Fields(body), [], Tools(Fields(body), LeftOut()))
     assert chat["response_format"]["json_schema"] == {"name": "x", "schema": schema, "strict": True}
     assert chat["tools"] == [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
     assert chat["tool_choice"] == {"type": "function", "function": {"name": "weather"}}
@@ -322,27 +325,27 @@ def test_formats_tools_and_effort_have_their_counterparts() -> None:
     ("field", "body"),
     [
         ("input", {"input": None}),
-        ("input", {"input": []}),
         ("input[0].type", {"input": [{"type": "item_reference", "id": "x"}]}),
-        ("input[0].content[0].type", {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}),
+        ("input[0].content[0].type", {"input": [{"role": "user", "content": [{"type": "input_hologram"}]}]}),
         ("input[0].call_id", {"input": [{"type": "function_call_output", "output": "x"}]}),
-        ("input[0].arguments", {"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{"}]}),
+        ("input[0].arguments", {"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": 5}]}),
         ("tools[0].parameters", {"tools": [{"type": "function", "name": "f", "parameters": 1}]}),
-        ("tools[0].type", {"tools": [{"type": "web_search"}]}),
+        ("tools[0].type", {"tools": [{"name": "f"}]}),
         ("tool_choice", {"tool_choice": "some"}),
-        ("tool_choice.type", {"tool_choice": {"type": "allowed_tools"}}),
-        ("truncation", {"truncation": "auto"}),
+        ("tool_choice.type", {"tool_choice": {"type": "web_search"}}),
+        ("truncation", {"truncation": "some"}),
         ("conversation", {"conversation": "conv_1"}),
         ("prompt", {"prompt": {"id": "x"}}),
         ("include", {"include": ["message.output_text.logprobs"]}),
-        ("text.verbosity", {"text": {"verbosity": "high"}}),
+        ("text.verbosity", {"text": {"verbosity": "huge"}}),
         ("n", {"n": 2}),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(field: str, body: dict[str, Any]) -> None:
     fields = Fields({"input": "Hi", **body})
     with pytest.raises(InvalidRequest) as error:
-        chat_body(fields, read_input(fields))
+        tools = Tools(fields, LeftOut())
+        chat_body(fields, read_input(answerable(fields, LeftOut())), tools)
     assert error.value.field == field
 
 
@@ -355,7 +358,7 @@ async def test_a_wrong_field_inside_has_the_clients_name(client: Client) -> None
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": 1}}}, "text.format.schema"),
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
         ({"previous_response_id": "resp_x"}, "previous_response_id"),
-        ({"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "[1]"}]}, "input[0].arguments"),
+        ({"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": [1]}]}, "input[0].arguments"),
     ):
         response = await client.post("/v1/responses", json={"input": "Hi", **body})
         assert (response.status, (await response.json())["error"]["param"]) == (400, field)

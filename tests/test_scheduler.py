@@ -10,13 +10,14 @@ import pytest
 from cache.allocator import PageAllocator
 from cache.radix import NoCache, RadixCache
 from engine.errors import PromptTooLong, QueueFull
-from engine.request import FinishReason, Request, SamplingParams, Status
+from engine.request import Request, SamplingParams
 from engine.schedule import policy
 from engine.schedule.holdings import Holdings
 from engine.schedule.plan import Plan, PrefillBudget, prefill_work
 from engine.schedule.resolver import Outcome
 from engine.schedule.rows import Rows
 from engine.schedule.scheduler import Scheduler
+from engine.state import FinishReason, RequestState, Status
 
 VOCAB = 1000
 EOS = 0
@@ -54,11 +55,20 @@ class Traffic:
         self.stored = np.full(self.allocator.num_total + page_size, -1)  # slot -> token whose KV is there
         self.computed_tokens = 0
 
-    def submit(self, prompt: list[int], max_new_tokens: int = 4, **fields: object) -> Request:
-        params = SamplingParams(max_new_tokens=max_new_tokens, **fields)  # type: ignore[arg-type]
-        request = Request(f"r{random.random()}", prompt, params, sink=lambda delta: None)
-        self.scheduler.submit(request)
-        return request
+    def submit(
+        self,
+        prompt: list[int],
+        max_new_tokens: int = 4,
+        *,
+        stream: bool = False,
+        may_shorten: bool = False,
+        **fields: Any,
+    ) -> RequestState:
+        params = SamplingParams(max_new_tokens=max_new_tokens, **fields)
+        request = Request(f"r{random.random()}", prompt, params, stream=stream, may_shorten=may_shorten)
+        state = RequestState(request)
+        self.scheduler.submit(state)
+        return state
 
     def step(self) -> Outcome | None:
         """Take one turn of the loop; None when nothing is left to do."""
@@ -143,17 +153,17 @@ def test_every_answer_is_the_one_it_would_get_alone(page_size: int, chunk: int, 
     rng = random.Random(page_size * 100 + chunk + depth)
     traffic = Traffic(96, num_rows=6, page_size=page_size, chunk=chunk, depth=depth, cached=cached)
     heads = [[rng.randrange(1, VOCAB) for _ in range(20)] for _ in range(3)]
-    requests = []
+    states = []
     for _ in range(60):
         prompt = prompt_of(rng, rng.randrange(1, 40), heads)
-        requests.append(traffic.submit(prompt, rng.randrange(0, 30)))
+        states.append(traffic.submit(prompt, rng.randrange(0, 30)))
         for _ in range(rng.randrange(4)):
             traffic.step()
             traffic.check_pages()
     traffic.run_all()
-    for request in requests:
-        assert request.status is Status.FINISHED
-        assert request.output_ids == expected(request.input_ids, request.sampling_params.max_new_tokens or 0)
+    for state in states:
+        assert state.status is Status.FINISHED
+        assert state.output_ids == expected(state.request.input_ids, state.max_new_tokens)
     if not cached:
         assert traffic.cache.num_cached == 0
 
@@ -166,28 +176,28 @@ def test_answers_survive_a_pool_that_runs_out_again_and_again(seed: int, monkeyp
     traffic = Traffic(64, num_rows=rng.choice([3, 6]), chunk=rng.choice([3, 9, 40]), page_size=page_size,
                       conservativeness=0.0)  # fmt: skip
     heads = [[rng.randrange(1, VOCAB) for _ in range(12)] for _ in range(2)]
-    requests = []
+    states = []
     for _ in range(80):
-        requests.append(traffic.submit(prompt_of(rng, rng.randrange(1, 24), heads), rng.randrange(0, 32)))
+        states.append(traffic.submit(prompt_of(rng, rng.randrange(1, 24), heads), rng.randrange(0, 32)))
         for _ in range(rng.randrange(6)):
             traffic.step()
-        victim = rng.choice(requests)
+        victim = rng.choice(states)
         if rng.random() < 0.1 and victim.status is not Status.FINISHED:
             traffic.scheduler.finish(victim, FinishReason("abort"))
     traffic.run_all()
-    for request in requests:
-        answer = expected(request.input_ids, request.sampling_params.max_new_tokens or 0)
-        assert request.output_ids == answer[: len(request.output_ids)]
-        is_aborted = request.finish_reason is not None and request.finish_reason.type == "abort"
-        assert is_aborted or request.output_ids == answer
+    for state in states:
+        answer = expected(state.request.input_ids, state.max_new_tokens)
+        assert state.output_ids == answer[: len(state.output_ids)]
+        is_aborted = state.finish_reason is not None and state.finish_reason.type == "abort"
+        assert is_aborted or state.output_ids == answer
 
 
 def test_a_pool_too_small_for_all_retracts_and_still_finishes_everyone() -> None:
     traffic = Traffic(64, num_rows=8, conservativeness=0.0)
-    requests = [traffic.submit([i + 1] * 4, max_new_tokens=40) for i in range(8)]
+    states = [traffic.submit([i + 1] * 4, max_new_tokens=40) for i in range(8)]
     traffic.run_all()
     assert traffic.scheduler.num_retractions > 0
-    assert all(r.output_ids == expected(r.input_ids, 40) for r in requests)
+    assert all(r.output_ids == expected(r.request.input_ids, 40) for r in states)
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
@@ -195,12 +205,12 @@ def test_a_pool_too_small_for_all_retracts_and_still_finishes_everyone() -> None
 def test_answers_of_known_length_are_not_retracted(seed: int, page_size: int) -> None:
     rng = random.Random(seed)
     traffic = Traffic(400, num_rows=40, page_size=page_size, chunk=64, conservativeness=0.0)
-    requests = [
+    states = [
         traffic.submit(prompt_of(rng, rng.randint(5, 40), [[]]), rng.randint(1, 60), ignore_eos=True) for _ in range(60)
     ]
     traffic.run_all()
     assert traffic.scheduler.num_retractions == 0
-    assert all(len(r.output_ids) == r.sampling_params.max_new_tokens for r in requests)
+    assert all(len(r.output_ids) == r.max_new_tokens for r in states)
 
 
 def test_slots_that_an_answer_will_have_given_back_are_counted_on() -> None:
@@ -231,9 +241,7 @@ def test_slots_of_a_shared_prefix_are_not_counted_on() -> None:
     ("options", "num_running"),
     [({"ignore_eos": True}, 1), ({}, 2), ({"ignore_eos": True, "stop_token_ids": [EOS]}, 2)],
 )
-def test_only_an_answer_that_cannot_end_early_reserves_all_its_slots(
-    options: dict[str, object], num_running: int
-) -> None:
+def test_only_an_answer_that_cannot_end_early_reserves_all_its_slots(options: dict[str, Any], num_running: int) -> None:
     traffic = Traffic(64, conservativeness=0.0)
     for head in (2, 3):
         traffic.submit([head] * 8, 30, **options)
@@ -248,9 +256,9 @@ def test_each_policy_serves_everyone(policy: str) -> None:
     traffic = Traffic(96, num_rows=2, policy=policy)
     heads = [[5] * 10, [6] * 10]
     rng = random.Random(1)
-    requests = [traffic.submit(prompt_of(rng, 15, heads), 3) for _ in range(30)]
+    states = [traffic.submit(prompt_of(rng, 15, heads), 3) for _ in range(30)]
     traffic.run_all()
-    assert all(r.output_ids == expected(r.input_ids, 3) for r in requests)
+    assert all(r.output_ids == expected(r.request.input_ids, 3) for r in states)
 
 
 def test_a_request_that_matches_nothing_is_overtaken_only_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,11 +286,11 @@ def test_lpm_runs_the_longest_cached_prefix_first() -> None:
 
 def test_requests_of_one_step_share_a_prompt_that_none_has_computed_yet() -> None:
     traffic = Traffic(256, chunk=128)
-    requests = [traffic.submit([3] * 50, 2) for _ in range(4)]
+    states = [traffic.submit([3] * 50, 2) for _ in range(4)]
     traffic.step()
     assert traffic.computed_tokens == 50 + 3  # the others recompute one token, for its logits
     traffic.run_all()
-    assert all(r.output_ids == expected([3] * 50, 2) for r in requests)
+    assert all(r.output_ids == expected([3] * 50, 2) for r in states)
 
 
 def test_a_prefix_is_hit_once_by_each_request_however_long_that_waits_and_is_read() -> None:
@@ -347,20 +355,20 @@ def test_forced_tokens_that_a_step_has_no_room_for_come_in_the_next(num_forced: 
 
 def test_forced_tokens_are_not_taken_for_the_end_of_a_prompt() -> None:
     traffic = Traffic(depth=1)
-    request = traffic.submit([1, 2, 3], 10)
-    request.matcher = ForcedRun([4, 5])  # type: ignore[assignment]
+    state = traffic.submit([1, 2, 3], 10)
+    state.matcher = ForcedRun([4, 5])  # type: ignore[assignment]
     answering = []
     while plan := traffic.scheduler.schedule():
         answering.append(plan.answering)
         traffic.scheduler.resolve(plan, traffic.run(plan))
-    assert answering == [[request]] + [[]] * (len(answering) - 1)
+    assert answering == [[state]] + [[]] * (len(answering) - 1)
 
 
 def test_zero_new_tokens_fills_the_cache_and_answers_nothing() -> None:
     traffic = Traffic(96)
-    request = traffic.submit([4] * 30, 0)
+    state = traffic.submit([4] * 30, 0)
     traffic.run_all()
-    assert request.output_ids == [] and request.finish_reason == FinishReason("length")
+    assert state.output_ids == [] and state.finish_reason == FinishReason("length")
     assert traffic.cache.num_cached == 30
 
 
@@ -370,6 +378,19 @@ def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
         traffic.submit([1] * 50, 20)
     traffic.submit([1] * 44, 20)
     traffic.run_all()
+
+
+def test_an_answer_that_may_be_shortened_gets_the_room_there_is_and_at_least_a_token() -> None:
+    traffic = Traffic(64)
+    state = traffic.submit([1] * 50, 20, may_shorten=True)
+    short = traffic.submit([2] * 50, 3, may_shorten=True)
+    assert (state.max_new_tokens, short.max_new_tokens) == (14, 3)
+    traffic.run_all()
+    assert (len(state.output_ids), state.finish_reason) == (14, FinishReason("length"))
+    for prompt_len in (64, 65):
+        with pytest.raises(PromptTooLong) as error:
+            traffic.submit([1] * prompt_len, 20, may_shorten=True)
+        assert (error.value.prompt_len, error.value.answer_len, error.value.limit) == (prompt_len, 0, 64)
 
 
 def test_a_full_queue_refuses() -> None:
@@ -397,7 +418,7 @@ def test_a_failed_step_ends_its_own_requests_and_recomputes_the_rest() -> None:
     traffic.step()
     plan = traffic.scheduler.schedule()
     assert plan is not None
-    only_bystander = traffic.rows.requests[plan.rows[0]] is bystander
+    only_bystander = traffic.rows.states[plan.rows[0]] is bystander
     assert only_bystander
     traffic.in_flight.clear()
     failed = traffic.scheduler.fail(plan, FinishReason("abort", message="boom", status_code=500))
@@ -430,7 +451,7 @@ def test_not_finite_logits_end_one_request_and_no_other() -> None:
     plan = traffic.scheduler.schedule()
     assert plan is not None
     tokens = traffic.run(plan)
-    tokens[[traffic.rows.requests[row] is bad for row in plan.rows]] = -1
+    tokens[[traffic.rows.states[row] is bad for row in plan.rows]] = -1
     outcome = traffic.scheduler.resolve(plan, tokens)
     assert outcome.finished == [bad] and bad.finish_reason is not None and bad.finish_reason.status_code == 500
     assert bad.output_ids == []
@@ -477,7 +498,7 @@ def test_a_prompt_behind_a_long_cached_one_gets_as_few_tokens_as_its_context_all
     assert plan is not None
     assert plan.q_lens.tolist() == pytest.approx([400, 55], abs=page_size)  # 400 * 4.4 and the rest, at 4.2 each
     assert sum(prefill_work(n, 3200, 1e-3) for n in plan.q_lens) == pytest.approx(2000, abs=5 * page_size)
-    assert [request.num_cached_tokens for request in tails] == [3200, 3200]
+    assert [state.num_cached_tokens for state in tails] == [3200, 3200]
 
 
 # ---- several tokens a row ----
@@ -486,15 +507,15 @@ NUM_DRAFTS = 2
 
 
 def verify_drafts(
-    traffic: Traffic, plan: Plan, runs: dict[Request, tuple[list[int], int]]
+    traffic: Traffic, plan: Plan, runs: dict[RequestState, tuple[list[int], int]]
 ) -> tuple[Plan, np.ndarray, np.ndarray]:
     """Turn a plan of decodes into one that verifies NUM_DRAFTS guesses a row, and run it: what `resolve` is given.
 
-    runs: request -> (its 1 + NUM_DRAFTS tokens, how many of them are accepted). As many guesses are right.
+    runs: state -> (its 1 + NUM_DRAFTS tokens, how many of them are accepted). As many guesses are right.
     """
     rows, held = traffic.rows, traffic.scheduler.held
     assert plan.is_decode and len(plan.samples) == len(plan.rows)
-    requests = rows.requests_of(plan.rows)
+    states = rows.states_of(plan.rows)
     for row, seq_len in zip(plan.rows.tolist(), plan.seq_lens.tolist(), strict=True):
         assert held.extend(row, seq_len + NUM_DRAFTS)
     rows.num_computed[plan.rows] += NUM_DRAFTS
@@ -503,39 +524,37 @@ def verify_drafts(
     last_known = [rows.token_ids[row, span.start] for row, span in spans]
     guesses = [
         [token if i + 1 < accepted else 0 for i, token in enumerate(tokens[:NUM_DRAFTS])]
-        for tokens, accepted in (runs[request] for request in requests)
+        for tokens, accepted in (runs[state] for state in states)
     ]
-    plan.cohort, plan.num_decodes, plan.num_drafts = None, 0, np.full(len(requests), NUM_DRAFTS)
-    plan.q_lens, plan.seq_lens = np.full(len(requests), 1 + NUM_DRAFTS), plan.seq_lens + NUM_DRAFTS
+    plan.cohort, plan.num_decodes, plan.num_drafts = None, 0, np.full(len(states), NUM_DRAFTS)
+    plan.q_lens, plan.seq_lens = np.full(len(states), 1 + NUM_DRAFTS), plan.seq_lens + NUM_DRAFTS
     plan.input_ids = np.concatenate([[last, *guess] for last, guess in zip(last_known, guesses, strict=True)])
     plan.out_cache_loc = np.concatenate([rows.slots[row, span] for row, span in spans])
     traffic.run(plan)
-    tokens = np.array([runs[request][0] for request in requests], np.int32)
-    num_accepted = np.array([runs[request][1] for request in requests])
+    tokens = np.array([runs[state][0] for state in states], np.int32)
+    num_accepted = np.array([runs[state][1] for state in states])
     traffic.last_tokens[plan.rows] = tokens[np.arange(len(tokens)), num_accepted - 1]
     return plan, tokens, num_accepted
 
 
-def answering(traffic: Traffic, *requests: Request) -> Plan:
-    """Return a plan in which all `requests`, their prompts read and one token known of each, decode."""
+def answering(traffic: Traffic, *states: RequestState) -> Plan:
+    """Return a plan in which all `states`, their prompts read and one token known of each, decode."""
     plan = traffic.scheduler.schedule()
     assert plan is not None
     traffic.scheduler.resolve(plan, traffic.run(plan))
     plan = traffic.scheduler.schedule()
-    assert plan is not None and traffic.rows.requests_of(plan.rows) == list(requests)
+    assert plan is not None and traffic.rows.states_of(plan.rows) == list(states)
     return plan
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
 def test_a_row_gains_as_many_tokens_as_are_accepted(page_size: int) -> None:
     traffic = Traffic(400, page_size=page_size, depth=1, chunk=128)
-    requests = [traffic.submit([i + 1] * 9, 12) for i in range(3)]
-    for request in requests[1:]:
-        request.stream = True
-    plan = answering(traffic, *requests)
+    states = [traffic.submit([i + 1] * 9, 12, stream=i > 0) for i in range(3)]
+    plan = answering(traffic, *states)
     known = traffic.rows.num_known[plan.rows]
-    truth = {request: expected(request.input_ids, 4)[1:] for request in requests}
-    runs = {request: (truth[request][:n] + [7] * (3 - n), n) for n, request in enumerate(requests, start=1)}
+    truth = {state: expected(state.request.input_ids, 4)[1:] for state in states}
+    runs = {state: (truth[state][:n] + [7] * (3 - n), n) for n, state in enumerate(states, start=1)}
     outcome = traffic.scheduler.resolve(*verify_drafts(traffic, plan, runs))
 
     rows = traffic.rows
@@ -543,13 +562,13 @@ def test_a_row_gains_as_many_tokens_as_are_accepted(page_size: int) -> None:
     assert np.array_equal(rows.num_tokens[plan.rows], rows.num_known[plan.rows])
     assert np.array_equal(rows.num_computed[plan.rows], rows.num_known[plan.rows] - 1)
     assert np.array_equal(traffic.scheduler.held.num_slots[plan.rows], rows.num_computed[plan.rows])
-    assert outcome.requests == [requests[1]] * 2 + [requests[2]] * 3
-    assert outcome.token_ids == truth[requests[1]][:2] + truth[requests[2]]
+    assert outcome.states == [states[1]] * 2 + [states[2]] * 3
+    assert outcome.token_ids == truth[states[1]][:2] + truth[states[2]]
     assert outcome.samples.tolist() == [1, 1, 2, 2, 2]
     assert (outcome.num_tokens, outcome.finished) == (6, [])
     traffic.check_pages()
     traffic.run_all()
-    assert all(request.output_ids == expected(request.input_ids, 12) for request in requests)
+    assert all(state.output_ids == expected(state.request.input_ids, 12) for state in states)
 
 
 @pytest.mark.parametrize(
@@ -569,18 +588,17 @@ def test_an_answer_ends_inside_of_what_is_accepted(
     fields: dict[str, Any], tokens: list[int], num_accepted: int, answer: list[int], reason: FinishReason | str | None
 ) -> None:
     traffic = Traffic(64, depth=1)
-    request = traffic.submit([3] * 6, **{"max_new_tokens": 9, **fields})
-    request.stream = True
+    state = traffic.submit([3] * 6, stream=True, **{"max_new_tokens": 9, **fields})
     first = expected([3] * 6, 1)
-    plan = answering(traffic, request)
-    outcome = traffic.scheduler.resolve(*verify_drafts(traffic, plan, {request: (tokens, num_accepted)}))
+    plan = answering(traffic, state)
+    outcome = traffic.scheduler.resolve(*verify_drafts(traffic, plan, {state: (tokens, num_accepted)}))
     assert outcome.token_ids == answer
-    assert traffic.rows.output_ids(request) == first + answer
-    assert outcome.finished == ([] if reason is None else [request])
+    assert traffic.rows.output_ids(state) == first + answer
+    assert outcome.finished == ([] if reason is None else [state])
     if isinstance(reason, str):
-        assert request.finish_reason is not None and reason in (request.finish_reason.message or "")
+        assert state.finish_reason is not None and reason in (state.finish_reason.message or "")
     else:
-        assert request.finish_reason == reason
+        assert state.finish_reason == reason
     traffic.check_pages()
 
 
@@ -606,29 +624,28 @@ class CountingMatcher:
 
 def test_a_matcher_follows_each_accepted_token_and_forces_what_comes_behind_them() -> None:
     traffic = Traffic(64, depth=1)
-    request = traffic.submit([3] * 6, 10)
-    request.stream = True
+    state = traffic.submit([3] * 6, 10, stream=True)
     matcher = CountingMatcher(forces_at=3, forced=(8, 9))
-    request.matcher = matcher  # type: ignore[assignment]
+    state.matcher = matcher  # type: ignore[assignment]
     first, second, third = expected([3] * 6, 3)
-    plan = answering(traffic, request)
-    outcome = traffic.scheduler.resolve(*verify_drafts(traffic, plan, {request: ([second, third, 1], 2)}))
+    plan = answering(traffic, state)
+    outcome = traffic.scheduler.resolve(*verify_drafts(traffic, plan, {state: ([second, third, 1], 2)}))
     assert matcher.seen == [first, second, third]
-    assert (outcome.token_ids, outcome.forced, outcome.num_tokens) == ([second, third], [(request, [8, 9])], 4)
+    assert (outcome.token_ids, outcome.forced, outcome.num_tokens) == ([second, third], [(state, [8, 9])], 4)
     traffic.run_all()
     start = [first, second, third, 8, 9]
-    assert request.output_ids == start + expected([3] * 6 + start, 5)
+    assert state.output_ids == start + expected([3] * 6 + start, 5)
 
 
 def test_a_matcher_that_comes_to_its_end_drops_what_was_accepted_behind_it() -> None:
     traffic = Traffic(64, depth=1)
-    request = traffic.submit([3] * 6, 10)
-    request.matcher = CountingMatcher(ends_at=2)  # type: ignore[assignment]
+    state = traffic.submit([3] * 6, 10)
+    state.matcher = CountingMatcher(ends_at=2)  # type: ignore[assignment]
     first, second, third, fourth = expected([3] * 6, 4)
-    plan = answering(traffic, request)
-    outcome = traffic.scheduler.resolve(*verify_drafts(traffic, plan, {request: ([second, third, fourth], 3)}))
-    assert outcome.finished == [request] and request.output_ids == [first, second]
-    assert request.finish_reason == FinishReason("stop") and outcome.num_tokens == 1
+    plan = answering(traffic, state)
+    outcome = traffic.scheduler.resolve(*verify_drafts(traffic, plan, {state: ([second, third, fourth], 3)}))
+    assert outcome.finished == [state] and state.output_ids == [first, second]
+    assert state.finish_reason == FinishReason("stop") and outcome.num_tokens == 1
     traffic.check_pages()
 
 
@@ -681,5 +698,5 @@ def test_a_row_that_nobody_runs_in_and_a_lock_too_many_are_seen() -> None:
     with pytest.raises(AssertionError, match="2 locks, 1 requests"):
         traffic.scheduler.check()
     traffic.cache.unlock(traffic.scheduler.held.nodes[running.row])
-    traffic.rows.allocate(Request("stray", [1], SamplingParams(max_new_tokens=1), lambda delta: None), seed=0)
+    traffic.rows.allocate(RequestState(Request("stray", [1], SamplingParams(max_new_tokens=1, sampling_seed=0))))
     assert traffic.scheduler.violations() == ["2 rows are taken, and 1 requests run"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from engine.watchdog import EXIT_STATUS, Watchdog
-from tests.test_engine import collect, make_request, running_engine
+from tests.test_engine import collect, make_state, running_engine
 
 ROOT = Path(__file__).parent.parent
 
@@ -155,7 +155,7 @@ async def test_a_step_that_hangs_on_the_device_is_seen_and_named(
 ) -> None:
     release = threading.Event()
     async with running_engine(tiny_llama, watchdog_timeout=0.01) as engine:
-        await collect(engine, make_request([5, 6, 7]))
+        await collect(engine, make_state([5, 6, 7]))
         forward = engine.parts.runner.forward
 
         def hang(*batch: Any) -> Any:
@@ -166,7 +166,7 @@ async def test_a_step_that_hangs_on_the_device_is_seen_and_named(
         watchdog = await watchdog_of(engine.progress)
         watchdog.describe = engine.describe
         assert await looks(watchdog, 100.0) == [None], "idle"
-        task = asyncio.create_task(collect(engine, make_request([9, 9], rid="the-victim")))
+        task = asyncio.create_task(collect(engine, make_state([9, 9], rid="the-victim")))
         for _ in range(5):  # it is launched
             await asyncio.sleep(0)
         *_, reason = await looks(watchdog, 0.0, 6.0, 6.0)

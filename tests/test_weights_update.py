@@ -16,7 +16,8 @@ from torch.distributed import destroy_process_group
 
 from engine.errors import EngineError, EngineStopped, InvalidRequest
 from engine.local import LocalEngine
-from engine.request import Delta, Request, SamplingParams
+from engine.request import Request, SamplingParams
+from engine.state import Delta, RequestState
 from tests.fake_engine import FakeEngine, serving
 from tests.server_processes import descendants, is_rank
 from tests.test_engine import DEVICES, running_engine
@@ -25,13 +26,13 @@ PROMPT = [7, 11, 300, 42, 5, 5, 99, 120, 33, 250] * 4
 NUM_NEW_TOKENS = 40
 
 
-def request_of(rid: str, sink: Callable[[Delta], None] = print, **params: Any) -> Request:
+def state_of(rid: str, sink: Callable[[Delta], None] = print, **params: Any) -> RequestState:
     given: dict[str, Any] = {"max_new_tokens": NUM_NEW_TOKENS, "temperature": 0.0, "ignore_eos": True, **params}
-    return Request(rid=rid, input_ids=PROMPT, sampling_params=SamplingParams(**given), sink=sink, stream=True)
+    return RequestState(Request(rid, PROMPT, SamplingParams(**given), stream=True), sink)
 
 
 async def answer(engine: LocalEngine, rid: str = "r") -> list[int]:
-    return [token async for delta in engine.generate(request_of(rid)) for token in delta.token_ids]
+    return [token async for delta in engine.generate(state_of(rid)) for token in delta.token_ids]
 
 
 class Running:
@@ -41,8 +42,8 @@ class Running:
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self._news = asyncio.Event()
-        self.request = request_of(rid, self._sink)
-        engine.submit(self.request)
+        self.state = state_of(rid, self._sink)
+        engine.submit(self.state)
 
     def _sink(self, delta: Delta) -> None:
         self.tokens += delta.token_ids
@@ -121,7 +122,7 @@ async def test_an_answer_goes_on_with_the_new_weights(tiny_llama: Path, other_ll
         running = Running(engine, "a")
         await running.until(5)
         assert await engine.maintenance.update_weights(str(other_llama)) == 1
-        num_old = len(running.request.output_ids)  # more than were sent, maybe: tokens go out together
+        num_old = len(running.state.output_ids)  # more than were sent, maybe: tokens go out together
         await running.until(NUM_NEW_TOKENS)
         assert 5 <= num_old < NUM_NEW_TOKENS
         rest = await answer_of_transformers(other_llama, PROMPT + running.tokens[:num_old], NUM_NEW_TOKENS - num_old)

@@ -46,7 +46,7 @@ def load_weights(model: CausalLM, folder: Path, load_format: str, device: torch.
 
 
 class Target(NamedTuple):
-    """Where a tensor belongs: the `part`-th of a layer's weight `weight_name`."""
+    """The place of a tensor: the `part`-th of a layer's weight `weight_name`."""
 
     layer: Layer
     weight_name: str
@@ -54,7 +54,7 @@ class Target(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What a target gets: a piece of the tensor `tensor` of a checkpoint."""
+    """The source of a target: a piece of the tensor `tensor` of a checkpoint."""
 
     tensor: str
     piece: Piece

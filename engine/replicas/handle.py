@@ -8,8 +8,8 @@ from typing import Any
 from cache.radix import Prefix
 from engine.errors import EngineStopped
 from engine.ranks.channel import ChannelReader, ChannelWriter
-from engine.replicas.messages import PREFIXES, REPORT, Report, decode_answer, receive_long, send_command
-from engine.request import Request
+from engine.replicas.messages import PREFIXES, REPORT, SUBMIT, Report, decode_answer, receive_long, send_command
+from engine.state import RequestState
 
 
 @dataclass(slots=True)
@@ -20,7 +20,7 @@ class ReplicaHandle:
     commands: ChannelWriter
     answers: ChannelReader
     report: Report = field(init=False)  # exists once the replica is ready
-    requests: dict[str, Request] = field(default_factory=dict)
+    states: dict[str, RequestState] = field(default_factory=dict)
     prefixes: list[Prefix] = field(default_factory=list)
     num_sent: int = 0  # messages
     num_received: int = 0
@@ -36,11 +36,12 @@ class ReplicaHandle:
             raise EngineStopped(f"{self.name} does not answer: {error}") from None
         self.num_sent += 1
 
-    def submit(self, kind: int, request: Request) -> None:
-        """Send the command that brings a request; the time without a message counts from here if it is the only one."""
-        if not self.requests:
+    def submit(self, state: RequestState) -> None:
+        """Send a request, and keep its state; the time without a message counts from here if it is the only one."""
+        if not self.states:
             self.last_sign_at = time.monotonic()
-        self.send(kind, request)
+        self.send(SUBMIT, state.request, state.times.arrived)
+        self.states[state.rid] = state
 
     def receive(self) -> list[tuple[Any, ...]]:
         """Return the encoded deltas of the next message, and keep what it has besides. `EOFError` at the end."""
@@ -62,4 +63,4 @@ class ReplicaHandle:
 
     def describe(self) -> str:
         silent_s = time.monotonic() - self.last_sign_at
-        return f"{self.name}: {len(self.requests)} requests, last message {silent_s:.1f} s ago, {self.report}"
+        return f"{self.name}: {len(self.states)} requests, last message {silent_s:.1f} s ago, {self.report}"

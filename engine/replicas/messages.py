@@ -4,7 +4,6 @@ Requests and reports travel pickled, a request or some twenty reports a second; 
 by marshal.
 """
 
-import dataclasses
 import marshal
 import pickle
 from dataclasses import dataclass
@@ -13,17 +12,15 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.engine import EngineStats, Health
 from engine.ranks.channel import ChannelReader, ChannelWriter
-from engine.request import Delta, Logprobs, Request
+from engine.state import Delta, Logprobs, RequestState
 
 PIECE_BYTES = 4 << 20  # of a long message
 SUBMIT, ABORT, FLUSH, PREFIXES, START_PROFILE, STOP_PROFILE, REPORT = range(7)  # kinds of message
-# Fields that the front end takes over from an ended request: all that the engine sets, without its working state and
-# without what deltas bring.
-_FIELDS = [one.name for one in dataclasses.fields(Request)]
-_NO_OUTCOME = {
-    "status", "row", "input_logprobs", "prompt_ids", "text_stream", "new_token_ids", "unsent", "has_begun", "matcher",
-}  # fmt: skip
-OUTCOME = [name for name in _FIELDS[_FIELDS.index("status") :] if name not in _NO_OUTCOME]
+# Fields of an ended request's state that the front end takes over: what others read, without what deltas bring.
+OUTCOME = (
+    "max_new_tokens", "seed", "output_ids", "finish_reason", "num_cached_tokens", "num_retractions",
+    "num_forced_tokens", "embedding", "times",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -89,12 +86,12 @@ def decode_answer(message: bytes | memoryview) -> tuple[list[tuple[Any, ...]], t
 
 def encode_delta(delta: Delta, with_input_logprobs: bool) -> tuple[Any, ...]:
     """Return `delta` for marshal; the last one has the outcome of its request. See `decode_delta`."""
-    request, end = delta.request, None
+    state, end = delta.state, None
     logprobs = None if delta.logprobs is None else _plain(delta.logprobs)
-    input_logprobs = _plain(request.input_logprobs) if with_input_logprobs and request.input_logprobs else None
+    input_logprobs = _plain(state.input_logprobs) if with_input_logprobs and state.input_logprobs else None
     if delta.finish_reason is not None:
-        end = pickle.dumps((delta.finish_reason, {name: getattr(request, name) for name in OUTCOME}))
-    return request.rid, delta.text, delta.token_ids, logprobs, input_logprobs, end
+        end = pickle.dumps((delta.finish_reason, {name: getattr(state, name) for name in OUTCOME}))
+    return state.rid, delta.text, delta.token_ids, logprobs, input_logprobs, end
 
 
 def _plain(logprobs: Logprobs) -> tuple[Any, ...]:
@@ -102,14 +99,14 @@ def _plain(logprobs: Logprobs) -> tuple[Any, ...]:
 
 
 def decode_delta(
-    request: Request, text: str, token_ids: list[int], logprobs: Any, input_logprobs: Any, end: bytes | None
+    state: RequestState, text: str, token_ids: list[int], logprobs: Any, input_logprobs: Any, end: bytes | None
 ) -> Delta:
-    """Return the delta that `encode_delta` wrote, and copy what it brings besides into `request`."""
+    """Return the delta that `encode_delta` wrote, and copy what it brings besides into `state`."""
     if input_logprobs is not None:
-        request.input_logprobs = Logprobs(*input_logprobs)
-    delta = Delta(request, text, token_ids, None, None if logprobs is None else Logprobs(*logprobs))
+        state.input_logprobs = Logprobs(*input_logprobs)
+    delta = Delta(state, text, token_ids, None, None if logprobs is None else Logprobs(*logprobs))
     if end is not None:
         delta.finish_reason, outcome = pickle.loads(end)
         for name, value in outcome.items():
-            setattr(request, name, value)
+            setattr(state, name, value)
     return delta

@@ -31,7 +31,8 @@ from engine.replicas.messages import (
     send_answer,
     send_deltas,
 )
-from engine.request import Delta, FinishReason, Request
+from engine.request import Request
+from engine.state import Delta, FinishReason, RequestState, RequestTimes
 
 logger = logging.getLogger(__name__)
 
@@ -106,35 +107,36 @@ class ReplicaServer:
             self._stopping_profile = asyncio.create_task(self._stop_profile())
         self._report_soon()
 
-    def _submit(self, request: Request) -> None:
-        request.sink = self._send_delta
+    def _submit(self, request: Request, arrived: float) -> None:
+        """Submit `request`, which reached the front end at time.perf_counter() `arrived`, the same clock here."""
+        state = RequestState(request, self._send_delta, times=RequestTimes(arrived))
         if request.sampling_params.constraint is None and request.max_thinking_tokens is None:
-            self._submit_prepared(request)
+            self._submit_prepared(state)
         else:
-            self._preparing[request.rid] = asyncio.create_task(self._prepare(request))
+            self._preparing[state.rid] = asyncio.create_task(self._prepare(state))
 
-    async def _prepare(self, request: Request) -> None:
+    async def _prepare(self, state: RequestState) -> None:
         try:
-            await self.engine.prepare([request])
+            await self.engine.prepare([state])
         except Exception as error:  # noqa: BLE001 - else whoever waits for the answer would wait for ever
-            self._refuse(request, error)
+            self._refuse(state, error)
         else:
-            self._submit_prepared(request)
-        self._preparing.pop(request.rid, None)
+            self._submit_prepared(state)
+        self._preparing.pop(state.rid, None)
 
-    def _submit_prepared(self, request: Request) -> None:
+    def _submit_prepared(self, state: RequestState) -> None:
         try:
-            self.engine.submit(request)
+            self.engine.submit(state)
         except Exception as error:  # noqa: BLE001 - as in _prepare
-            self._refuse(request, error)
+            self._refuse(state, error)
 
-    def _refuse(self, request: Request, error: Exception) -> None:
+    def _refuse(self, state: RequestState, error: Exception) -> None:
         status_code, message = 500, f"{type(error).__name__}: {error}"
         if isinstance(error, EngineError):
             status_code, message = error.status_code, str(error)
         else:
-            logger.error("request %s could not be submitted", request.rid, exc_info=error)
-        self._send_delta(Delta(request, "", [], FinishReason("abort", message=message, status_code=status_code)))
+            logger.error("request %s could not be submitted", state.rid, exc_info=error)
+        self._send_delta(Delta(state, "", [], FinishReason("abort", message=message, status_code=status_code)))
 
     async def _stop_profile(self) -> None:
         try:
@@ -145,13 +147,13 @@ class ReplicaServer:
 
     def _send_delta(self, delta: Delta) -> None:
         """Send `delta`; the sink of all requests. Deltas of one iteration of the event loop are one message."""
-        request = delta.request
-        is_first = request.logprob_start_len >= 0 and request.rid not in self._introduced
+        state = delta.state
+        is_first = state.logprob_start_len >= 0 and state.rid not in self._introduced
         self._unsent.append(encode_delta(delta, with_input_logprobs=is_first))
         if is_first:
-            self._introduced.add(request.rid)
+            self._introduced.add(state.rid)
         if delta.finish_reason is not None:
-            self._introduced.discard(request.rid)
+            self._introduced.discard(state.rid)
         if self._flushing is None:
             self._flushing = asyncio.get_running_loop().call_soon(self._flush)
 

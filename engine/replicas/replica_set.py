@@ -21,17 +21,17 @@ from engine.failure import Failure
 from engine.model_config import ModelConfig
 from engine.output import give
 from engine.ranks.channel import ChannelReader, ChannelWriter, open_channel
-from engine.ranks.children import Children
+from engine.ranks.children import Children, StoppedChildren
 from engine.replicas.balance import Balancer, Placement
 from engine.replicas.front_end import FrontEnd, config_of_replica, load_front_end
 from engine.replicas.handle import ReplicaHandle
 from engine.replicas.maintenance import NoMaintenance
-from engine.replicas.messages import ABORT, FLUSH, PREFIXES, SUBMIT, Ready, decode_delta
+from engine.replicas.messages import ABORT, FLUSH, PREFIXES, Ready, decode_delta
 from engine.replicas.profile import ReplicaProfiles
 from engine.replicas.replica import run_replica
 from engine.replicas.stats import combined, combined_health
-from engine.request import Delta, FinishReason, Request, Status, ignore
 from engine.request_table import RequestTable
+from engine.state import Delta, FinishReason, RequestState, Status
 from engine.text.tokenizer import Tokenizer
 from engine.verify import RequestLimits
 
@@ -68,9 +68,15 @@ class ReplicaSet(Engine):
         self._failure = Failure()
         self._profiles = ReplicaProfiles()
 
-    async def start(self, on_progress: Callable[[str], None] = logger.info) -> None:
+    async def start(
+        self,
+        on_progress: Callable[[str], None] = logger.info,
+        on_tokenizer: Callable[[Tokenizer], object] | None = None,
+    ) -> None:
         loop = asyncio.get_running_loop()
         front_end = await asyncio.to_thread(load_front_end, self.config)
+        if on_tokenizer is not None:
+            on_tokenizer(front_end.tokenizer)
         config, model_config = front_end.replica_config, front_end.model_config
         # Memory of channels is mapped page by page: 0.1 s that the event loop has better uses for.
         channels = await asyncio.to_thread(lambda: [(open_channel(1), open_channel(1)) for _ in range(config.dp_size)])
@@ -78,7 +84,7 @@ class ReplicaSet(Engine):
         self._children = children
         for i, (commands, answers) in enumerate(channels):
             self._replicas.append(spawn_replica(children, i, config, commands, answers))
-        children.checks.append(self._find_hung)
+        children.checks += [self._find_hung, StoppedChildren(children, config.answer_timeout_s).find]
         children.watch()
         try:
             ready: list[Ready] = await asyncio.to_thread(children.wait_ready)
@@ -176,32 +182,31 @@ class ReplicaSet(Engine):
 
     # ---- requests ----
 
-    async def prepare(self, requests: Sequence[Request]) -> None:
+    async def prepare(self, states: Sequence[RequestState]) -> None:
         """Compile the grammars here, where they can be refused; the replica compiles them once more."""
-        await self.started.constraints.prepare(requests)
+        await self.started.constraints.prepare(states)
 
     def warm_up_grammars(self) -> None:
         if self.is_generation:
             self.started.constraints.warm_up()
 
-    def submit(self, request: Request) -> None:
+    def submit(self, state: RequestState) -> None:
         self._requests.check_open(self.is_running)
-        self.started.limits.verify(request, self._requests.by_rid)
-        self._check_queue(request)
-        assert request.prompt_ids is not None
-        head = request.extra_key.encode() + request.prompt_ids.tobytes()
+        self.started.limits.verify(state, self._requests.by_rid)
+        self._check_queue(state)
+        assert state.prompt_ids is not None
+        head = state.extra_key.encode() + state.prompt_ids.tobytes()
         placement = self._balancer.pick(head)
         replica = self._replicas[placement.engine]
         try:
-            replica.submit(SUBMIT, dataclasses.replace(request, sink=ignore, matcher=None))
+            replica.submit(state)
         except EngineStopped:
             self._balancer.end(placement)
             raise
-        replica.requests[request.rid] = request
-        self._placements[request.rid] = placement
-        self._requests.add(request)
+        self._placements[state.rid] = placement
+        self._requests.add(state)
 
-    def _check_queue(self, request: Request) -> None:
+    def _check_queue(self, state: RequestState) -> None:
         config = self.config
         if config.max_queued_requests is None and config.max_queued_tokens is None:
             return
@@ -209,24 +214,24 @@ class ReplicaSet(Engine):
         num_unreported = sum(one.num_sent - one.report.num_received for one in self._replicas)
         for what, waiting, more, limit in (
             ("requests", scheduler.num_waiting + num_unreported, 1, config.max_queued_requests),
-            ("prompt tokens", scheduler.num_waiting_tokens, request.prompt_len, config.max_queued_tokens),
+            ("prompt tokens", scheduler.num_waiting_tokens, state.prompt_len, config.max_queued_tokens),
         ):
             if limit is not None and waiting + more > limit:
                 self._requests.num_refused += 1
                 raise QueueFull(f"{waiting} {what} are waiting, the limit is {limit}")
 
     def abort(self, rid: str, message: str = "aborted by the client", status_code: int = 499) -> bool:
-        request = self._requests.by_rid.get(rid)
-        if request is None:
+        state = self._requests.by_rid.get(rid)
+        if state is None:
             return False
         with contextlib.suppress(EngineStopped):  # then there is nothing left to abort there
             self._replicas[self._placements[rid].engine].send(ABORT, rid)
         self._requests.num_aborted += 1
         now = time.perf_counter()
-        request.times.first_token = request.times.first_token or now
-        request.times.finished = now
+        state.times.first_token = state.times.first_token or now
+        state.times.finished = now
         reason = FinishReason("abort", message=message, status_code=status_code)
-        self._finish(request, Delta(request, "", [], reason))
+        self._finish(state, Delta(state, "", [], reason))
         return True
 
     def abort_all(self, message: str = "aborted by the client", status_code: int = 499) -> int:
@@ -239,23 +244,23 @@ class ReplicaSet(Engine):
             asyncio.get_running_loop().remove_reader(replica.answers.fileno())
             return
         for rid, *values in deltas:
-            request = replica.requests.get(rid)
-            if request is None:  # aborted meanwhile
+            state = replica.states.get(rid)
+            if state is None:  # aborted meanwhile
                 continue
-            delta = decode_delta(request, *values)
+            delta = decode_delta(state, *values)
             if delta.finish_reason is None:
-                give(request, delta)
+                give(state, delta)
             else:
-                self._finish(request, delta)
+                self._finish(state, delta)
 
-    def _finish(self, request: Request, delta: Delta) -> None:
-        """Forget `request` and send its last delta."""
-        placement = self._placements.pop(request.rid)
+    def _finish(self, state: RequestState, delta: Delta) -> None:
+        """Forget `state` and send its last delta."""
+        placement = self._placements.pop(state.rid)
         self._balancer.end(placement)
-        del self._replicas[placement.engine].requests[request.rid]
-        self._requests.remove(request)
-        request.status, request.finish_reason = Status.FINISHED, delta.finish_reason
-        give(request, delta)
+        del self._replicas[placement.engine].states[state.rid]
+        self._requests.remove(state)
+        state.status, state.finish_reason = Status.FINISHED, delta.finish_reason
+        give(state, delta)
 
     # ---- cache and weights ----
 
@@ -311,7 +316,7 @@ class ReplicaSet(Engine):
         limit_s = self.config.watchdog_timeout
         for i, replica in enumerate(self._replicas):
             silent_s = time.monotonic() - replica.last_sign_at
-            if self._children and self._started and limit_s and replica.requests and silent_s > limit_s:
+            if self._children and self._started and limit_s and replica.states and silent_s > limit_s:
                 return f"{self._children.describe(i)} has requests and has not been heard of for {silent_s:.0f} s"
         return None
 

@@ -3,10 +3,10 @@
 import numpy as np
 
 from engine.errors import PromptTooLong
-from engine.request import Request
 from engine.schedule.decoding import Decoding
 from engine.schedule.holdings import Holdings
 from engine.schedule.rows import Rows
+from engine.state import RequestState
 
 MAX_RESERVED_TOKENS = 4096  # of one answer, counted when asking whether a request fits
 NUM_DECAY_STEPS = 600  # in which the reserved share of answers falls from its first value to its least
@@ -20,7 +20,7 @@ class Admission:
     """
 
     def __init__(
-        self, rows: Rows, held: Holdings, decoding: Decoding, prefilling: list[Request], conservativeness: float
+        self, rows: Rows, held: Holdings, decoding: Decoding, prefilling: list[RequestState], conservativeness: float
     ) -> None:
         """prefilling: the requests whose prompts are not wholly scheduled, kept up to date by the caller."""
         self._rows, self._held, self._decoding, self._prefilling = rows, held, decoding, prefilling
@@ -29,24 +29,32 @@ class Admission:
         self._ratio_decay = (first_ratio - self._min_ratio) / NUM_DECAY_STEPS
         self.new_token_ratio = first_ratio
 
-    def check(self, request: Request) -> None:
-        """Raise `PromptTooLong` if `request` can never fit. Sets its max_new_tokens, if that is None."""
-        params, held = request.sampling_params, self._held
-        room = min(self._rows.max_len, held.allocator.num_total - held.page_size + 1) - request.prompt_len
+    def check(self, state: RequestState) -> None:
+        """Raise `PromptTooLong` if `state` can never fit.
+
+        Sets its max_new_tokens to the room that there is, if the request leaves it open or lets it be shortened.
+        """
+        params, held = state.sampling_params, self._held
+        room = min(self._rows.max_len, held.allocator.num_total - held.page_size + 1) - state.prompt_len
         if params.max_new_tokens is None:
-            params.max_new_tokens = max(room, 0)
-        if room < max(params.max_new_tokens, params.min_new_tokens, 0) or room < 0:
+            state.max_new_tokens = max(room, 0)
+        elif state.request.may_shorten:
+            state.max_new_tokens = min(state.max_new_tokens, max(room, 1))
+        if room < max(state.max_new_tokens, params.min_new_tokens, 0) or room < 0:
             raise PromptTooLong(
-                f"prompt has {request.prompt_len} tokens and max_new_tokens is {params.max_new_tokens}, "
-                f"the limit for both together is {room + request.prompt_len}"
+                f"prompt has {state.prompt_len} tokens and max_new_tokens is {state.max_new_tokens}, "
+                f"the limit for both together is {room + state.prompt_len}",
+                prompt_len=state.prompt_len,
+                answer_len=max(state.max_new_tokens, params.min_new_tokens) if room > 0 else 0,
+                limit=room + state.prompt_len,
             )
 
-    def fits(self, request: Request, room: int, num_shared: int) -> bool:
-        """Decide whether `request` and what runs will probably get by with `room` slots beside those of their tokens.
+    def fits(self, state: RequestState, room: int, num_shared: int) -> bool:
+        """Decide whether `state` and what runs will probably get by with `room` slots beside those of their tokens.
 
-        num_shared: leading tokens of `request` that others hold too.
+        num_shared: leading tokens of `state` that others hold too.
         """
-        return room >= self._most_growth_with(request) or room >= self._growth_with(request, num_shared)
+        return room >= self._most_growth_with(state) or room >= self._growth_with(state, num_shared)
 
     def on_step(self) -> None:
         """Reserve a little less: a step went well."""
@@ -57,24 +65,23 @@ class Admission:
         rows, live = self._rows, self._decoding.rows
         if not len(live):
             return
-        prompt_lens = np.array([request.prompt_len for request in rows.requests_of(live)], np.int64)
+        prompt_lens = np.array([state.prompt_len for state in rows.states_of(live)], np.int64)
         max_new = rows.max_tokens[live] - prompt_lens
         used = rows.num_tokens[live] - prompt_lens
         ratio = (float(used.sum()) + 20 * len(live)) / max(float(max_new.sum()), 1.0)
         self.new_token_ratio = min(1.0, max(self.new_token_ratio, ratio))
 
-    def _most_growth_with(self, request: Request) -> int:
-        """Return the most slots that what runs, and `request` with it, may need beyond those of their tokens so far."""
+    def _most_growth_with(self, state: RequestState) -> int:
+        """Return the most slots that what runs, and `state` with it, may need beyond those of their tokens so far."""
         rows, held, live = self._rows, self._held, self._decoding.rows
-        assert request.sampling_params.max_new_tokens is not None
-        growth = request.sampling_params.max_new_tokens + int((rows.max_tokens[live] - rows.num_tokens[live]).sum())
+        growth = state.max_new_tokens + int((rows.max_tokens[live] - rows.num_tokens[live]).sum())
         growth += sum(int(rows.max_tokens[r.row] - held.num_slots[r.row]) for r in self._prefilling)
         return growth + held.page_size * (len(live) + len(self._prefilling) + 1)
 
-    def _growth_with(self, request: Request, num_shared: int) -> float:
+    def _growth_with(self, state: RequestState, num_shared: int) -> float:
         """Return the slots that they will probably need, likewise.
 
-        num_shared: leading tokens of `request` that others hold too.
+        num_shared: leading tokens of `state` that others hold too.
         """
         rows, held, live = self._rows, self._held, self._decoding.rows
         is_known = rows.runs_to_limit[live]
@@ -82,10 +89,9 @@ class Admission:
         remaining = rows.max_tokens[known] - rows.num_tokens[known]
         own = rows.num_tokens[known] - held.shared_lens[known]
         guessed = int(np.minimum(rows.max_tokens[others] - rows.num_tokens[others], MAX_RESERVED_TOKENS).sum())
-        assert request.sampling_params.max_new_tokens is not None
-        num_asked = request.sampling_params.max_new_tokens - len(request.output_ids)
-        if request.runs_to_limit:
-            remaining, own = np.append(remaining, num_asked), np.append(own, request.num_tokens - num_shared)
+        num_asked = state.max_new_tokens - len(state.output_ids)
+        if state.runs_to_limit:
+            remaining, own = np.append(remaining, num_asked), np.append(own, state.num_tokens - num_shared)
         else:
             guessed += min(num_asked, MAX_RESERVED_TOKENS)
         unfilled = sum(int(rows.num_tokens[r.row] - held.num_slots[r.row]) for r in self._prefilling)

@@ -13,7 +13,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 
 from engine.errors import QueueFull
-from engine.request import Request
+from engine.state import RequestState
 
 FIRST_GUESS = 128.0  # tokens of an answer, before any has ended
 MAX_IDLE_CLIENTS = 1024  # remembered although they do not wait, before those that owe nothing are forgotten
@@ -39,8 +39,8 @@ class FairShares:
 
     # ---- the queue's length ----
 
-    def check(self, request: Request) -> None:
-        """Raise `QueueFull` if `request` is one too many.
+    def check(self, state: RequestState) -> None:
+        """Raise `QueueFull` if one more request is one too many.
 
         A full queue still takes from a client that holds less than its equal part of it: a client that floods the
         queue does not shut out the others.
@@ -48,7 +48,7 @@ class FairShares:
         num_waiting = self.num_requests.total()
         if not num_waiting:
             return
-        client = request.client
+        client = state.request.client
         num_clients = len(self.num_requests.keys() | {client})
         limit = self.max_requests
         if limit is not None and num_waiting >= limit and self.num_requests[client] >= limit // num_clients:
@@ -56,17 +56,17 @@ class FairShares:
         limit = self.max_tokens
         if (
             limit is not None
-            and self.num_waiting_tokens + request.prompt_len > limit
-            and self.num_tokens[client] + request.prompt_len > limit // num_clients
+            and self.num_waiting_tokens + state.prompt_len > limit
+            and self.num_tokens[client] + state.prompt_len > limit // num_clients
         ):
             raise QueueFull(
-                f"{self.num_waiting_tokens} prompt tokens are waiting and this prompt has {request.prompt_len}, "
+                f"{self.num_waiting_tokens} prompt tokens are waiting and this prompt has {state.prompt_len}, "
                 f"the limit is {limit}"
             )
 
-    def enter(self, request: Request) -> None:
-        """Enter `request` among those that wait."""
-        client = request.client
+    def enter(self, state: RequestState) -> None:
+        """Enter `state` among those that wait."""
+        client = state.request.client
         if client not in self.num_requests:
             others = (self._served[other] for other in self.num_requests)
             floor = min(others, default=self._last_served)
@@ -78,15 +78,15 @@ class FairShares:
                     if served > floor or name == client or name in self.num_requests
                 }
         self.num_requests[client] += 1
-        self.num_tokens[client] += request.prompt_len
-        self.num_waiting_tokens += request.prompt_len
+        self.num_tokens[client] += state.prompt_len
+        self.num_waiting_tokens += state.prompt_len
 
-    def leave(self, request: Request) -> None:
-        """Remove `request` from those that wait."""
-        client = request.client
+    def leave(self, state: RequestState) -> None:
+        """Remove `state` from those that wait."""
+        client = state.request.client
         self.num_requests[client] -= 1
-        self.num_tokens[client] -= request.prompt_len
-        self.num_waiting_tokens -= request.prompt_len
+        self.num_tokens[client] -= state.prompt_len
+        self.num_waiting_tokens -= state.prompt_len
         if not self.num_requests[client]:
             del self.num_requests[client], self.num_tokens[client]
 
@@ -96,31 +96,32 @@ class FairShares:
         """Return the tokens per unit of weight that `client` has been served: who waits and has least goes next."""
         return self._served[client]
 
-    def admit(self, request: Request, num_cached: int) -> None:
-        """Charge `request`, which leaves the queue to run, what it will cost; `num_cached` prompt tokens are free."""
-        self.leave(request)
-        if request.charged_tokens:  # it was retracted: paid for when first admitted
+    def admit(self, state: RequestState, num_cached: int) -> None:
+        """Charge `state`, which leaves the queue to run, what it will cost; `num_cached` prompt tokens are free."""
+        self.leave(state)
+        if state.charged_tokens:  # it was retracted: paid for when first admitted
             return
-        self._last_served = self._served[request.client]
-        request.charged_tokens = self._expected_cost(request, num_cached)
-        self._served[request.client] += request.charged_tokens / request.weight
+        client, weight = state.request.client, state.request.weight
+        self._last_served = self._served[client]
+        state.charged_tokens = self._expected_cost(state, num_cached)
+        self._served[client] += state.charged_tokens / weight
 
-    def settle(self, request: Request) -> None:
-        """Charge `request`, which has ended, what it took, and not what was expected."""
-        if not request.charged_tokens:
+    def settle(self, state: RequestState) -> None:
+        """Charge `state`, which has ended, what it took, and not what was expected."""
+        if not state.charged_tokens:
             return
-        num_output = len(request.output_ids)
-        cost = request.prompt_len - request.num_cached_tokens + num_output
+        num_output = len(state.output_ids)
+        cost = state.prompt_len - state.num_cached_tokens + num_output
         self.num_served_tokens += cost
         self.mean_answer += 0.05 * (num_output - self.mean_answer)
-        if request.client in self._served:
-            self._served[request.client] += (cost - request.charged_tokens) / request.weight
-        request.charged_tokens = 0.0
+        client, weight = state.request.client, state.request.weight
+        if client in self._served:
+            self._served[client] += (cost - state.charged_tokens) / weight
+        state.charged_tokens = 0.0
 
-    def _expected_cost(self, request: Request, num_cached: int) -> float:
-        limit = request.sampling_params.max_new_tokens
-        answer = self.mean_answer if limit is None else min(limit, self.mean_answer)
-        return max(request.prompt_len - num_cached + answer, 1.0)
+    def _expected_cost(self, state: RequestState, num_cached: int) -> float:
+        answer = min(state.max_new_tokens, self.mean_answer)
+        return max(state.prompt_len - num_cached + answer, 1.0)
 
     @property
     def num_waiting_work(self) -> float:
@@ -136,7 +137,7 @@ class Queue:
 
     def __init__(self, shares: FairShares) -> None:
         self._shares = shares
-        self._lines: dict[tuple[bool, int, str, int], OrderedDict[Request, None]] = {}  # of those that have any
+        self._lines: dict[tuple[bool, int, str, int], OrderedDict[RequestState, None]] = {}  # of those that have any
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
@@ -144,22 +145,22 @@ class Queue:
     def __bool__(self) -> bool:
         return bool(self._lines)
 
-    def __iter__(self) -> Iterator[Request]:
+    def __iter__(self) -> Iterator[RequestState]:
         return itertools.chain.from_iterable(self._lines.values())
 
-    def add(self, request: Request, *, is_first: bool = False) -> None:
-        """Put `request` at the end of its line, or at its head. `FairShares.enter` must come before."""
-        line = self._lines.setdefault(_line_of(request), OrderedDict())
-        line[request] = None
-        line.move_to_end(request, last=not is_first)
+    def add(self, state: RequestState, *, is_first: bool = False) -> None:
+        """Put `state` at the end of its line, or at its head. `FairShares.enter` must come before."""
+        line = self._lines.setdefault(_line_of(state), OrderedDict())
+        line[state] = None
+        line.move_to_end(state, last=not is_first)
 
-    def remove(self, request: Request) -> None:
-        key = _line_of(request)
-        del self._lines[key][request]
+    def remove(self, state: RequestState) -> None:
+        key = _line_of(state)
+        del self._lines[key][state]
         if not self._lines[key]:
             del self._lines[key]
 
-    def next(self) -> Request:
+    def next(self) -> RequestState:
         """Return the request to admit next.
 
         What was retracted was promised its place: it comes first. Then the highest priority counts, then which client
@@ -169,15 +170,16 @@ class Queue:
         key = min((key for key in self._lines if [*key[:3]] == head), key=lambda key: key[3])
         return next(iter(self._lines[key]))
 
-    def reorder(self, requests: Iterable[Request]) -> None:
-        """Put all that wait, which must be `requests`, into their lines in that order."""
+    def reorder(self, states: Iterable[RequestState]) -> None:
+        """Put all that wait, which must be `states`, into their lines in that order."""
         self._lines.clear()
-        for request in requests:
-            self.add(request)
+        for state in states:
+            self.add(state)
 
 
-def _line_of(request: Request) -> tuple[bool, int, str, int]:
-    return request.num_retractions == 0, -request.priority, request.client, -request.own_priority
+def _line_of(state: RequestState) -> tuple[bool, int, str, int]:
+    request = state.request
+    return state.num_retractions == 0, -request.priority, request.client, -request.own_priority
 
 
 class DrainRate:

@@ -4,8 +4,8 @@ import numpy as np
 
 from cache.allocator import PageAllocator
 from cache.radix import Match, NoCache, Node, RadixCache
-from engine.request import Request
 from engine.schedule.rows import Rows
+from engine.state import RequestState
 
 
 class Holdings:
@@ -73,18 +73,16 @@ class Holdings:
             self.allocator.free(self._rows.slots[row, first : self.num_slots[row]])
         self.num_slots[row] = min(stop, int(self.num_slots[row]))
 
-    def release(self, request: Request, *, keep: bool) -> None:
+    def release(self, state: RequestState, *, keep: bool) -> None:
         """Free every slot that the tree does not own; `keep`: hand computed tokens to the tree first."""
-        rows, row = self._rows, request.row
+        rows, row = self._rows, state.row
         cached, num_slots = int(self.cached_lens[row]), int(self.num_slots[row])
         if keep:
             # The last known token's KV exists only if a launched step computes it: not certain, so left out.
             stop = min(int(rows.num_known[row]) - 1, int(rows.num_computed[row]))
             stop -= stop % self.page_size
             if self.is_cached and stop > cached:
-                num_existing, _ = self.cache.insert(
-                    rows.token_ids[row, :stop], rows.slots[row, :stop], request.extra_key
-                )
+                num_existing, _ = self.cache.insert(rows.token_ids[row, :stop], rows.slots[row, :stop], state.extra_key)
                 if num_existing > cached:
                     self.allocator.free(rows.slots[row, cached:num_existing])
                 cached = stop

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.request import Request
 from engine.schedule.cohort import Cohort
+from engine.state import RequestState
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,11 @@ class Plan:
     # step to step while nobody comes or goes.
     cohort: Cohort | None = None
     prefix_copies: list[tuple[int, int, np.ndarray]] = field(default_factory=list)  # (row, start, cached slots)
-    prompt_logprobs: list[tuple[int, Request, int]] = field(default_factory=list)  # (b, request, first position)
-    pooled: list[tuple[int, Request, int]] = field(default_factory=list)  # (b, request, first position)
-    prefill_only: list[tuple[int, Request]] = field(default_factory=list)  # (b, request) that end with this step
-    admitted: list[Request] = field(default_factory=list)  # that run for the first time
-    answering: list[Request] = field(default_factory=list)  # whose prompt ends with this step
+    prompt_logprobs: list[tuple[int, RequestState, int]] = field(default_factory=list)  # (b, state, first position)
+    pooled: list[tuple[int, RequestState, int]] = field(default_factory=list)  # (b, state, first position)
+    prefill_only: list[tuple[int, RequestState]] = field(default_factory=list)  # (b, state) that end with this step
+    admitted: list[RequestState] = field(default_factory=list)  # that run for the first time
+    answering: list[RequestState] = field(default_factory=list)  # whose prompt ends with this step
     groups: Groups | None = None
     num_jumps: int = 0  # requests with several tokens of their answer
     num_drafts: np.ndarray | None = None  # int64 [S], tokens of each sampled one that are guesses; None: of nobody

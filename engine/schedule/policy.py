@@ -4,9 +4,9 @@ import random
 from collections import Counter
 
 from cache.radix import Node
-from engine.request import Request
 from engine.schedule.fairness import Queue
 from engine.schedule.holdings import Holdings
+from engine.state import RequestState
 
 MAX_SORTED_QUEUE = 128  # matching a longer queue against the tree costs more than its order gains
 MAX_OVERTAKEN = 256  # requests that the policy may admit before one that came earlier
@@ -27,7 +27,7 @@ class QueueOrder:
             waiting.reorder(self._by_policy(waiting, num_admitted))
         self.is_sorted = True
 
-    def _by_policy(self, queue: Queue, num_admitted: int) -> list[Request]:
+    def _by_policy(self, queue: Queue, num_admitted: int) -> list[RequestState]:
         cache = self._held.cache
         waiting = sorted(queue, key=lambda r: r.times.arrived)
         # Requests that the policy likes least are overtaken only so often.
@@ -43,16 +43,16 @@ class QueueOrder:
         return overdue + waiting
 
 
-def _depth_first(waiting: list[Request], node_of: dict[int, Node]) -> list[Request]:
+def _depth_first(waiting: list[RequestState], node_of: dict[int, Node]) -> list[RequestState]:
     """Return requests in depth-first order of the tree nodes they match, the branch with more requests first."""
     weights: Counter[int] = Counter()
     paths: dict[int, list[int]] = {}
-    for request in waiting:
-        node: Node | None = node_of[id(request)]
+    for state in waiting:
+        node: Node | None = node_of[id(state)]
         path = []
         while node is not None:
             path.append(id(node))
             node = node.parent
-        paths[id(request)] = path[::-1]
+        paths[id(state)] = path[::-1]
         weights.update(path)
     return sorted(waiting, key=lambda r: [(-weights[node], node) for node in paths[id(r)]])

@@ -5,18 +5,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from cache.radix import Match
-from engine.request import Request
 from engine.schedule.decoding import Decoding
 from engine.schedule.holdings import Holdings
 from engine.schedule.plan import Plan, PrefillBudget
 from engine.schedule.rows import Rows
+from engine.state import RequestState
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Name known tokens [start, stop) of a request; those of [known, start) are cached, which is news to the device."""
 
-    request: Request
+    state: RequestState
     known: int
     start: int
     stop: int
@@ -31,37 +31,37 @@ class Prompts:
 
     def __init__(self, rows: Rows, held: Holdings, decoding: Decoding) -> None:
         self._rows, self._held, self._decoding = rows, held, decoding
-        self.unfinished: list[Request] = []  # admitted, prompt not wholly scheduled; oldest first
+        self.unfinished: list[RequestState] = []  # admitted, prompt not wholly scheduled; oldest first
         self.num_hit_tokens = 0  # prompt tokens found in the cache, of all requests so far
 
-    def next_chunk(self, request: Request, budget: PrefillBudget, match: Match | None = None) -> Chunk | None:
+    def next_chunk(self, state: RequestState, budget: PrefillBudget, match: Match | None = None) -> Chunk | None:
         """Cut as much of a prompt as `budget`, which is not spent, allows. None: the pool has no room just now.
 
         match: what is cached of the prompt, if that has just been looked up.
         """
-        rows, held, row = self._rows, self._held, request.row
+        rows, held, row = self._rows, self._held, state.row
         num_tokens = int(rows.num_known[row])
-        match = match or held.cache.match(rows.token_ids[row, :num_tokens], request.extra_key)
+        match = match or held.cache.match(rows.token_ids[row, :num_tokens], state.extra_key)
         held.adopt(row, match)
         num_computed = int(rows.num_computed[row])
-        start, stop = self._span(request, len(match.slots), num_computed, num_tokens, budget)
+        start, stop = self._span(state, len(match.slots), num_computed, num_tokens, budget)
         if not held.extend(row, stop):
             return None
         if held.is_cached and stop > len(match.slots):
-            held.publish(row, stop, request.extra_key)
-        is_first = num_computed == 0 and not request.num_retractions
+            held.publish(row, stop, state.extra_key)
+        is_first = num_computed == 0 and not state.num_retractions
         if is_first:
-            request.num_cached_tokens = min(start, request.prompt_len)
-            self.num_hit_tokens += request.num_cached_tokens
+            state.num_cached_tokens = min(start, state.prompt_len)
+            self.num_hit_tokens += state.num_cached_tokens
         rows.num_computed[row] = stop
         if stop == num_tokens:
-            self.unfinished.remove(request)
+            self.unfinished.remove(state)
             self._decoding.add(row)
         budget.spend(stop - start, start)
-        return Chunk(request, num_computed, start, stop, is_first)
+        return Chunk(state, num_computed, start, stop, is_first)
 
     def _span(
-        self, request: Request, num_cached: int, num_computed: int, num_tokens: int, budget: PrefillBudget
+        self, state: RequestState, num_cached: int, num_computed: int, num_tokens: int, budget: PrefillBudget
     ) -> tuple[int, int]:
         """Return the tokens of `num_tokens` that come next: [start, stop).
 
@@ -70,8 +70,8 @@ class Prompts:
         """
         page_size = self._held.page_size
         start = min(max(num_cached, num_computed), num_tokens - 1)
-        if request.logprob_start_len >= 0 or request.pooling == "mean":
-            start = min(start, max(num_computed, request.logprob_start_len))
+        if state.logprob_start_len >= 0 or state.pooling == "mean":
+            start = min(start, max(num_computed, state.logprob_start_len))
         stop = min(start + budget.num_tokens_behind(start), num_tokens)
         if stop < num_tokens and stop % page_size:  # only whole pages enter the tree
             stop = max(stop - stop % page_size, start - start % page_size + page_size)
@@ -84,15 +84,15 @@ def add_chunks(plan: Plan, chunks: list[Chunk], rows: Rows) -> None:
     chunks.sort(key=lambda chunk: len(chunk) > 1)
     samples = plan.samples.tolist()
     for b, chunk in enumerate(chunks, start=len(plan.rows)):
-        if chunk.stop == rows.num_tokens[chunk.request.row]:
-            if chunk.stop < rows.max_tokens[chunk.request.row]:
+        if chunk.stop == rows.num_tokens[chunk.state.row]:
+            if chunk.stop < rows.max_tokens[chunk.state.row]:
                 samples.append(b)
-                if chunk.start < chunk.request.num_tokens:  # not tokens that were forced since
-                    plan.answering.append(chunk.request)
+                if chunk.start < chunk.state.num_tokens:  # not tokens that were forced since
+                    plan.answering.append(chunk.state)
             else:
-                plan.prefill_only.append((b, chunk.request))
+                plan.prefill_only.append((b, chunk.state))
         _note_request(plan, b, chunk, rows)
-    parts = [(chunk.request.row, slice(chunk.start, chunk.stop)) for chunk in chunks]
+    parts = [(chunk.state.row, slice(chunk.start, chunk.stop)) for chunk in chunks]
     plan.rows = np.concatenate([plan.rows, np.array([row for row, _ in parts], np.int64)])
     plan.q_lens = np.concatenate([plan.q_lens, np.array([len(chunk) for chunk in chunks], np.int64)])
     plan.seq_lens = np.concatenate([plan.seq_lens, np.array([chunk.stop for chunk in chunks], np.int64)])
@@ -104,12 +104,12 @@ def add_chunks(plan: Plan, chunks: list[Chunk], rows: Rows) -> None:
 
 def _note_request(plan: Plan, b: int, chunk: Chunk, rows: Rows) -> None:
     """Note in `plan` what its request number `b` wants beside tokens, and slots that are news to the device."""
-    request, row = chunk.request, chunk.request.row
+    state, row = chunk.state, chunk.state.row
     if chunk.start > chunk.known:
         plan.prefix_copies.append((row, chunk.known, rows.slots[row, chunk.known : chunk.start].copy()))
     if chunk.is_first:
-        plan.admitted.append(request)
-    if request.logprob_start_len >= 0 and chunk.start < request.prompt_len - 1:
-        plan.prompt_logprobs.append((b, request, chunk.start))
-    if request.pooling is not None:
-        plan.pooled.append((b, request, chunk.start))
+        plan.admitted.append(state)
+    if state.logprob_start_len >= 0 and chunk.start < state.prompt_len - 1:
+        plan.prompt_logprobs.append((b, state, chunk.start))
+    if state.pooling is not None:
+        plan.pooled.append((b, state, chunk.start))

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engine.request import FinishReason, Request, Status
 from engine.schedule.cohort import Cohort
 from engine.schedule.decoding import Decoding
 from engine.schedule.holdings import Holdings
 from engine.schedule.plan import Plan
 from engine.schedule.rows import Rows
+from engine.state import FinishReason, RequestState, Status
 from engine.text.grammar import GrammarError, Matcher
 
 _NO_INDICES = np.empty(0, np.int64)
@@ -20,12 +20,12 @@ _NO_INDICES = np.empty(0, np.int64)
 class Outcome:
     """Report a resolved step to those who wait: new tokens, and requests that ended."""
 
-    requests: list[Request] = field(default_factory=list)  # that want to see their tokens; again for each token
+    states: list[RequestState] = field(default_factory=list)  # that want to see their tokens; again for each token
     token_ids: list[int] = field(default_factory=list)  # each one's newest; of several, the oldest first
     samples: np.ndarray = field(default_factory=lambda: _NO_INDICES)  # each one's index among the samples
-    forced: list[tuple[Request, list[int]]] = field(default_factory=list)  # tokens that follow from the newest
-    watched: list[Request] = field(default_factory=list)  # those whose text may end them
-    finished: list[Request] = field(default_factory=list)
+    forced: list[tuple[RequestState, list[int]]] = field(default_factory=list)  # tokens that follow from the newest
+    watched: list[RequestState] = field(default_factory=list)  # those whose text may end them
+    finished: list[RequestState] = field(default_factory=list)
     num_tokens: int = 0
 
 
@@ -50,7 +50,7 @@ class Resolver:
         held: Holdings,
         decoding: Decoding,
         is_eos: np.ndarray,
-        finish: Callable[[Request, FinishReason], None],
+        finish: Callable[[RequestState, FinishReason], None],
     ) -> None:
         """is_eos: bool [vocab_size]; finish: ends a request, and frees what it holds."""
         self._rows, self._held, self._decoding = rows, held, decoding
@@ -83,11 +83,11 @@ class Resolver:
             ends |= self._is_eos[tokens] & these.stops_at_eos
         is_finite = tokens >= 0
         if np.count_nonzero(is_finite) == len(tokens):
-            outcome.requests, outcome.watched, wanted = these.requests, these.watched, these.wanted
+            outcome.states, outcome.watched, wanted = these.states, these.watched, these.wanted
         else:
             ends |= ~is_finite
             finite = Cohort(rows, sampled[is_finite])
-            outcome.requests, outcome.watched = finite.requests, finite.watched
+            outcome.states, outcome.watched = finite.states, finite.watched
             wanted = is_finite.nonzero()[0][finite.wanted]
         is_all = len(wanted) == len(tokens)
         outcome.token_ids = (tokens if is_all else tokens[wanted]).tolist()
@@ -106,30 +106,30 @@ class Resolver:
     def _check_stop_ids(self, sampled: np.ndarray, tokens: np.ndarray, ends: np.ndarray) -> None:
         """Mark in `ends` whose token is one of its own stop tokens."""
         for i in np.flatnonzero(self._rows.has_stop_ids[sampled]).tolist():
-            ends[i] |= tokens[i] in self._rows.request_at(sampled[i]).sampling_params.stop_token_ids
+            ends[i] |= tokens[i] in self._rows.state_at(sampled[i]).sampling_params.stop_token_ids
 
     def _advance_grammars(self, outcome: Outcome, sampled: np.ndarray, tokens: np.ndarray, ends: np.ndarray) -> None:
         """Move matchers on by their new token, add the tokens that this forces, finish answers that it completes."""
         rows = self._rows
         for i in np.flatnonzero(rows.has_matcher[sampled] & (tokens >= 0)).tolist():
-            request, token = rows.request_at(sampled[i]), int(tokens[i])
-            if self._is_stop(request, token):
+            state, token = rows.state_at(sampled[i]), int(tokens[i])
+            if self._is_stop(state, token):
                 continue
-            forced, end = self._advance(request, token)
-            if forced and request.wants_tokens:
-                outcome.forced.append((request, forced))
+            forced, end = self._advance(state, token)
+            if forced and state.wants_tokens:
+                outcome.forced.append((state, forced))
             outcome.num_tokens += len(forced)
             if end is not None:
                 ends[i] = False
-                self._finish(request, end)
-                outcome.finished.append(request)
+                self._finish(state, end)
+                outcome.finished.append(state)
 
-    def _advance(self, request: Request, token: int) -> tuple[list[int], FinishReason | None]:
+    def _advance(self, state: RequestState, token: int) -> tuple[list[int], FinishReason | None]:
         """Move the request's matcher on by its newest token.
 
         Returns the tokens that this forces, now known, and the reason if the answer has come to its end.
         """
-        row, matcher = request.row, request.matcher
+        row, matcher = state.row, state.matcher
         assert matcher is not None
         room = int(self._rows.max_tokens[row] - self._rows.num_known[row])
         try:
@@ -137,12 +137,12 @@ class Resolver:
             forced = matcher.jump(room) if matcher.may_jump else []
         except GrammarError as error:
             return [], _grammar_failure(error)
-        stop = next((i for i, token in enumerate(forced) if self._is_stop(request, token)), None)
+        stop = next((i for i, token in enumerate(forced) if self._is_stop(state, token)), None)
         if stop is not None:
             forced = forced[: stop + 1]
         if forced:
             self._rows.append(row, forced)
-            request.num_forced_tokens += len(forced)
+            state.num_forced_tokens += len(forced)
         if stop is not None:
             return forced, FinishReason("stop", matched=forced[-1])
         if matcher.is_finished:  # no step is spent on an end-of-sequence token that alone could come
@@ -153,26 +153,26 @@ class Resolver:
         """Finish requests with their last tokens; one of -1 is none, and takes its place back."""
         rows = self._rows
         for row, token in zip(sampled.tolist(), tokens.tolist(), strict=True):
-            request = rows.request_at(row)
+            state = rows.state_at(row)
             if token < 0:
                 rows.num_known[row] -= 1
                 message = "the model's output is not finite (NaN or inf)"
                 if rows.has_mask[row]:
                     message += ", or min_new_tokens forbids all that the grammar allows"
                 reason = FinishReason("abort", message=message, status_code=500)
-            elif self._is_stop(request, token):
+            elif self._is_stop(state, token):
                 reason = FinishReason("stop", matched=token)
             else:
                 reason = FinishReason("length")
-            self._finish(request, reason)
-            outcome.finished.append(request)
+            self._finish(state, reason)
+            outcome.finished.append(state)
 
     def _finish_prefill_only(self, outcome: Outcome, plan: Plan) -> None:
         """Finish requests that wanted no token but their prompt's step."""
-        for b, request in plan.prefill_only:
-            if request.status is Status.RUNNING and self._rows.epoch[request.row] == plan.epochs[b]:
-                self._finish(request, FinishReason("length"))
-                outcome.finished.append(request)
+        for b, state in plan.prefill_only:
+            if state.status is Status.RUNNING and self._rows.epoch[state.row] == plan.epochs[b]:
+                self._finish(state, FinishReason("length"))
+                outcome.finished.append(state)
 
     # ---- several tokens each ----
 
@@ -183,9 +183,9 @@ class Resolver:
         grammar_ends = self._advance_runs(outcome, runs)
         self._show_runs(outcome, runs)
         for i, reason in grammar_ends.items():
-            request = rows.request_at(runs.rows[i])
-            self._finish(request, reason)
-            outcome.finished.append(request)
+            state = rows.state_at(runs.rows[i])
+            self._finish(state, reason)
+            outcome.finished.append(state)
         last_tokens = runs.tokens[np.arange(len(runs.lens)), runs.lens - 1]
         self._finish_ended(outcome, runs.rows[runs.ends], last_tokens[runs.ends])
         self._finish_prefill_only(outcome, plan)
@@ -204,7 +204,7 @@ class Resolver:
         is_end = (tokens < 0) | (positions + 1 >= rows.max_tokens[sampled, None])
         is_end |= self._is_eos[tokens] & rows.stops_at_eos[sampled, None]
         for i in np.flatnonzero(rows.has_stop_ids[sampled]).tolist():
-            is_end[i] |= np.isin(tokens[i], rows.request_at(sampled[i]).sampling_params.stop_token_ids)
+            is_end[i] |= np.isin(tokens[i], rows.state_at(sampled[i]).sampling_params.stop_token_ids)
         is_end &= columns < num_accepted[index, None]
         ends = is_end.any(axis=1)
         lens = np.where(ends, is_end.argmax(axis=1) + 1, num_accepted[index])
@@ -224,17 +224,17 @@ class Resolver:
         """Move matchers on by their runs; one that comes to an end cuts its run there. Returns the ends, by number."""
         rows, ends = self._rows, {}
         for i in np.flatnonzero(rows.has_matcher[runs.rows]).tolist():
-            request = rows.request_at(runs.rows[i])
+            state = rows.state_at(runs.rows[i])
             *earlier, last = runs.tokens[i, : runs.lens[i]].tolist()
-            end = self._advance_quietly(request, earlier)
+            end = self._advance_quietly(state, earlier)
             if end is not None:
                 num_tokens, ends[i] = end
                 runs.lens[i] = num_tokens
-                rows.num_known[request.row] = runs.places[i] + num_tokens
-            elif last >= 0 and not self._is_stop(request, last):
-                forced, reason = self._advance(request, last)
-                if forced and request.wants_tokens:
-                    outcome.forced.append((request, forced))
+                rows.num_known[state.row] = runs.places[i] + num_tokens
+            elif last >= 0 and not self._is_stop(state, last):
+                forced, reason = self._advance(state, last)
+                if forced and state.wants_tokens:
+                    outcome.forced.append((state, forced))
                 outcome.num_tokens += len(forced)
                 if reason is not None:
                     ends[i] = reason
@@ -242,18 +242,18 @@ class Resolver:
         return ends
 
     @staticmethod
-    def _advance_quietly(request: Request, tokens: list[int]) -> tuple[int, FinishReason] | None:
+    def _advance_quietly(state: RequestState, tokens: list[int]) -> tuple[int, FinishReason] | None:
         """Move the matcher on by `tokens`, behind which more is known.
 
         Returns the number of them that the answer keeps and the reason, if it comes to its end here.
         """
-        assert request.matcher is not None
+        assert state.matcher is not None
         for num_tokens, token in enumerate(tokens, start=1):
             try:
-                request.matcher.advance(token)
+                state.matcher.advance(token)
             except GrammarError as error:
                 return num_tokens, _grammar_failure(error)
-            if request.matcher.is_finished:
+            if state.matcher.is_finished:
                 return num_tokens, FinishReason("stop")
         return None
 
@@ -263,10 +263,10 @@ class Resolver:
         is_token = (np.arange(runs.tokens.shape[1]) < runs.lens[:, None]) & (runs.tokens >= 0)
         is_wanted = is_token & rows.wants_tokens[runs.rows, None]
         num_wanted = is_wanted.sum(axis=1)
-        outcome.requests = rows.requests_of(runs.rows.repeat(num_wanted))
+        outcome.states = rows.states_of(runs.rows.repeat(num_wanted))
         outcome.token_ids = runs.tokens[is_wanted].tolist()
         outcome.samples = runs.samples.repeat(num_wanted)
-        outcome.watched = rows.requests_of(runs.rows[rows.has_stop_text[runs.rows] & is_token[:, 0]])
+        outcome.watched = rows.states_of(runs.rows[rows.has_stop_text[runs.rows] & is_token[:, 0]])
         outcome.num_tokens += int(runs.lens.sum())
 
     # ---- what is known so far ----
@@ -283,13 +283,13 @@ class Resolver:
         if (num_unknown[is_alive] > 0).any():
             return None
         is_wanted = is_alive & (num_unknown == 0)
-        matchers = [rows.request_at(row).matcher for row in plan.rows[b[is_wanted]].tolist()]
+        matchers = [rows.state_at(row).matcher for row in plan.rows[b[is_wanted]].tolist()]
         return masked[is_wanted].tolist(), [matcher for matcher in matchers if matcher is not None]
 
-    def _is_stop(self, request: Request, token: int) -> bool:
-        params = request.sampling_params
+    def _is_stop(self, state: RequestState, token: int) -> bool:
+        params = state.sampling_params
         return bool(self._is_eos[token] and not params.ignore_eos) or token in params.stop_token_ids
 
 
 def _grammar_failure(error: GrammarError) -> FinishReason:
-    return FinishReason("abort", message=f"the grammar failed: {error}", status_code=500)
+    return FinishReason("abort", message=f"the grammar failed: {error}", status_code=400)

@@ -13,7 +13,8 @@ from typing import cast
 
 import numpy as np
 
-from engine.request import TOP_K_ALL, Request
+from engine.request import TOP_K_ALL
+from engine.state import RequestState
 
 
 class Rows:
@@ -26,7 +27,7 @@ class Rows:
     def __init__(self, num_rows: int, max_len: int) -> None:
         size = num_rows + 1
         self.num_rows, self.max_len = num_rows, max_len
-        self.requests: list[Request | None] = [None] * size
+        self.states: list[RequestState | None] = [None] * size
         self.token_ids = _sparse_table(size, max_len)
         self.slots = _sparse_table(size, max_len)
 
@@ -52,8 +53,8 @@ class Rows:
         self.has_logit_edits = np.zeros(size, bool)  # logit_bias or min_new_tokens
         self.stops_at_eos = np.zeros(size, bool)
         self.has_stop_ids = np.zeros(size, bool)
-        self.runs_to_limit = np.zeros(size, bool)  # see Request.runs_to_limit
-        self.wants_tokens = np.zeros(size, bool)  # see Request.wants_tokens
+        self.runs_to_limit = np.zeros(size, bool)  # see RequestState.runs_to_limit
+        self.wants_tokens = np.zeros(size, bool)  # see RequestState.wants_tokens
         self.wants_logprobs = np.zeros(size, bool)
         self.has_matcher = np.zeros(size, bool)
         self.has_mask = np.zeros(size, bool)  # its matcher may forbid tokens: sampling waits for it
@@ -67,55 +68,55 @@ class Rows:
     def num_free(self) -> int:
         return len(self._free)
 
-    def allocate(self, request: Request, seed: int) -> int:
-        """Fill in a free row for `request` and return it. There must be one."""
+    def allocate(self, state: RequestState) -> int:
+        """Fill in a free row for `state`, which has a seed, and return it. There must be one."""
         row = self._free.pop()
-        params = request.sampling_params
-        tokens = request.all_token_ids()
-        self.requests[row] = request
+        params = state.sampling_params
+        tokens = state.all_token_ids()
+        self.states[row] = state
         self.token_ids[row, : len(tokens)] = tokens
         self.num_known[row] = self.num_tokens[row] = len(tokens)
         self.num_computed[row] = 0
-        assert params.max_new_tokens is not None
-        self.max_tokens[row] = request.prompt_len + params.max_new_tokens
-        self.compute_limit[row] = max(request.prompt_len, self.max_tokens[row] - 1)
-        self.min_tokens[row] = request.prompt_len + params.min_new_tokens
+        assert state.seed is not None
+        self.max_tokens[row] = state.prompt_len + state.max_new_tokens
+        self.compute_limit[row] = max(state.prompt_len, self.max_tokens[row] - 1)
+        self.min_tokens[row] = state.prompt_len + params.min_new_tokens
 
         self.temperature[row] = 0.0 if params.is_greedy else params.temperature
-        self.top_p[row], self.min_p[row] = params.top_p, params.min_p
-        self.top_k[row] = TOP_K_ALL if params.top_k == -1 else params.top_k
+        self.top_p[row], self.min_p[row] = params.top_p or 1.0, params.min_p
+        self.top_k[row] = TOP_K_ALL if params.top_k <= 0 else params.top_k
         self.frequency_penalty[row], self.presence_penalty[row] = params.frequency_penalty, params.presence_penalty
         self.repetition_penalty[row] = params.repetition_penalty
-        self.seed[row] = seed
+        self.seed[row] = state.seed
         self.is_greedy[row] = params.is_greedy
         self.has_penalties[row] = params.has_penalties
         self.has_logit_edits[row] = bool(params.logit_bias or params.min_new_tokens)
         self.stops_at_eos[row] = not params.ignore_eos
         self.has_stop_ids[row] = bool(params.stop_token_ids)
         self.has_stop_text[row] = bool(params.stop or params.stop_regex)
-        self.wants_logprobs[row] = request.return_logprob
-        self.runs_to_limit[row] = request.runs_to_limit
-        self.wants_tokens[row] = request.wants_tokens
-        self.has_matcher[row] = request.matcher is not None
-        self.has_mask[row] = request.matcher is not None and request.matcher.masks
+        self.wants_logprobs[row] = state.return_logprob
+        self.runs_to_limit[row] = state.runs_to_limit
+        self.wants_tokens[row] = state.wants_tokens
+        self.has_matcher[row] = state.matcher is not None
+        self.has_mask[row] = state.matcher is not None and state.matcher.masks
         self.has_extras[row] = (
             self.has_penalties[row] | self.has_logit_edits[row] | self.has_stop_ids[row]
             | self.wants_logprobs[row] | self.has_matcher[row] | self.has_mask[row]
         )  # fmt: skip
         self.is_counted[row] = False
         self.sampling_version += 1
-        request.row = row
+        state.row = row
         return row
 
-    def request_at(self, row: int) -> Request:
+    def state_at(self, row: int) -> RequestState:
         """Return the request that runs in `row`. There must be one."""
-        request = self.requests[row]
-        assert request is not None
-        return request
+        state = self.states[row]
+        assert state is not None
+        return state
 
-    def requests_of(self, rows: np.ndarray) -> list[Request]:
+    def states_of(self, rows: np.ndarray) -> list[RequestState]:
         """Return the requests that run in `rows`, one in each."""
-        return cast("list[Request]", list(map(self.requests.__getitem__, rows.tolist())))
+        return cast("list[RequestState]", list(map(self.states.__getitem__, rows.tolist())))
 
     def append(self, row: int, tokens: list[int]) -> None:
         """Put known tokens behind the last known one. A token that a step in flight samples there is stale."""
@@ -125,30 +126,31 @@ class Rows:
         self.num_known[row] = self.num_tokens[row] = stop
         self.is_counted[row] = False
 
-    def output_ids(self, request: Request, start: int = 0) -> list[int]:
+    def output_ids(self, state: RequestState, start: int = 0) -> list[int]:
         """Return the known tokens of an answer, from number `start` on."""
-        if (row := request.row) < 0:
-            return request.output_ids[start:]
-        return self.token_ids[row, request.prompt_len + start : self.num_known[row]].tolist()
+        if (row := state.row) < 0:
+            return state.output_ids[start:]
+        known: list[int] = self.token_ids[row, state.prompt_len + start : self.num_known[row]].tolist()
+        return known
 
-    def cut(self, request: Request, num_tokens: int) -> None:
+    def cut(self, state: RequestState, num_tokens: int) -> None:
         """Take back the last `num_tokens` of an answer, whose text ended before them."""
-        if request.row >= 0:
-            self.num_known[request.row] -= num_tokens
+        if state.row >= 0:
+            self.num_known[state.row] -= num_tokens
         elif num_tokens:
-            del request.output_ids[-num_tokens:]
-        request.num_forced_tokens -= num_tokens
+            del state.output_ids[-num_tokens:]
+        state.num_forced_tokens -= num_tokens
 
     def free(self, row: int) -> None:
         """Take the row back, and put the answer's tokens into the request.
 
         Steps still in flight for it are recognized by its old epoch.
         """
-        request = self.requests[row]
-        assert request is not None
-        request.output_ids = self.output_ids(request)
-        request.row = -1
-        self.requests[row] = None
+        state = self.states[row]
+        assert state is not None
+        state.output_ids = self.output_ids(state)
+        state.row = -1
+        self.states[row] = None
         self.epoch[row] += 1
         self._free.append(row)
 

@@ -21,7 +21,6 @@ import numpy as np
 
 from cache.allocator import PageAllocator
 from cache.radix import NO_SLOTS, Match, RadixCache, RadixStats
-from engine.request import FinishReason, Request, Status
 from engine.schedule.admission import Admission
 from engine.schedule.decoding import Decoding
 from engine.schedule.fairness import FairShares, Queue
@@ -32,6 +31,7 @@ from engine.schedule.policy import QueueOrder
 from engine.schedule.prefill import Chunk, Prompts, add_chunks
 from engine.schedule.resolver import Outcome, Resolver
 from engine.schedule.rows import Rows
+from engine.state import FinishReason, RequestState, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,26 +101,26 @@ class Scheduler:
 
     # ---- requests come and go ----
 
-    def submit(self, request: Request) -> None:
-        """Queue `request`. Raises `PromptTooLong` if it can never fit, `QueueFull` if the queue is full."""
-        self.admission.check(request)
-        self.shares.check(request)
-        self.shares.enter(request)
-        request.status = Status.WAITING
-        request.num_admitted_before = self.num_admitted
-        self.waiting.add(request)
+    def submit(self, state: RequestState) -> None:
+        """Queue `state`. Raises `PromptTooLong` if it can never fit, `QueueFull` if the queue is full."""
+        self.admission.check(state)
+        self.shares.check(state)
+        self.shares.enter(state)
+        state.status = Status.WAITING
+        state.num_admitted_before = self.num_admitted
+        self.waiting.add(state)
         self.order.is_sorted = False
 
-    def finish(self, request: Request, reason: FinishReason) -> None:
-        """End `request` wherever it is. What it computed stays in the cache; the rest of its slots are free at once."""
-        if request.status is Status.RUNNING:
-            self._release(request, keep=reason.type != "abort")
-        elif request.status is Status.WAITING:
-            self.waiting.remove(request)
-            self.shares.leave(request)
-        request.status = Status.FINISHED
-        request.finish_reason = reason
-        self.shares.settle(request)
+    def finish(self, state: RequestState, reason: FinishReason) -> None:
+        """End `state` wherever it is. What it computed stays in the cache; the rest of its slots are free at once."""
+        if state.status is Status.RUNNING:
+            self._release(state, keep=reason.type != "abort")
+        elif state.status is Status.WAITING:
+            self.waiting.remove(state)
+            self.shares.leave(state)
+        state.status = Status.FINISHED
+        state.finish_reason = reason
+        self.shares.settle(state)
 
     def flush(self) -> bool:
         """Empty the cache. False, and nothing done, while anything runs or waits."""
@@ -131,11 +131,11 @@ class Scheduler:
 
     def retract_all(self) -> None:
         """Queue all that runs again, to be computed anew."""
-        for request in reversed(self.running_requests()):  # the oldest ends up first
-            self._retract(request)
+        for state in reversed(self.running()):  # the oldest ends up first
+            self._retract(state)
 
-    def running_requests(self) -> list[Request]:
-        return [request for row in self.held.nodes if (request := self.rows.requests[row]) is not None]
+    def running(self) -> list[RequestState]:
+        return [state for row in self.held.nodes if (state := self.rows.states[row]) is not None]
 
     @property
     def has_work(self) -> bool:
@@ -207,20 +207,20 @@ class Scheduler:
         """Cut forced tokens of `jumping` rows: as many as a step has room for, of each one at least."""
         rows, budget = self.rows, self.chunked_prefill_size - len(self.decoding)
         for row in jumping.tolist():
-            request = rows.requests[row]
-            if request is None:  # retracted for the sake of one before
+            state = rows.states[row]
+            if state is None:  # retracted for the sake of one before
                 continue
             start = int(rows.num_computed[row])
             stop = min(int(rows.num_known[row]), start + max(budget, 1))
             while not self.held.extend(row, stop):
-                victim = self.prefilling[-1] if self.prefilling else rows.request_at(self.decoding.rows[-1])
+                victim = self.prefilling[-1] if self.prefilling else rows.state_at(self.decoding.rows[-1])
                 self._retract(victim)
-                if victim is request:
+                if victim is state:
                     break
             else:
                 rows.num_computed[row] = stop
                 budget -= stop - start
-                yield Chunk(request, start, start, stop, is_first=False)
+                yield Chunk(state, start, start, stop, is_first=False)
 
     def _allocate_decodes(self, decodes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Allocate one slot for each row; the youngest rows are retracted until the rest have theirs.
@@ -240,7 +240,7 @@ class Scheduler:
             if self.prefilling:  # has produced nothing yet, so loses least
                 self._retract(self.prefilling[-1])
             else:
-                victim = rows.request_at(decodes[-1])
+                victim = rows.state_at(decodes[-1])
                 decodes = decodes[:-1]
                 self._retract(victim)
         return decodes, decodes, NO_SLOTS  # nothing of any
@@ -252,107 +252,106 @@ class Scheduler:
         """
         index = 0
         while index < len(self.prefilling) and not budget.is_spent:
-            request = self.prefilling[index]
-            chunk = self.prompts.next_chunk(request, budget)
+            state = self.prefilling[index]
+            chunk = self.prompts.next_chunk(state, budget)
             if chunk is None:
                 if may_wait or len(self.prefilling) == 1:
                     return
                 self._retract(self.prefilling[-1])  # half-read prompts hold all slots: the oldest goes on
                 continue
             may_wait = True
-            index += chunk.stop < self.rows.num_known[request.row]  # a finished prompt has left the list
+            index += chunk.stop < self.rows.num_known[state.row]  # a finished prompt has left the list
             yield chunk
         if self.waiting and not budget.is_spent and self.rows.num_free:
             self.order.sort(self.waiting, self.num_admitted)
         while self.waiting and not budget.is_spent and self.rows.num_free:
-            request = self.waiting.next()
-            match = self._admit(request)
+            state = self.waiting.next()
+            match = self._admit(state)
             if match is None:
                 return
-            chunk = self.prompts.next_chunk(request, budget, match)
+            chunk = self.prompts.next_chunk(state, budget, match)
             if chunk is None:
                 return
             yield chunk
 
-    def _admit(self, request: Request) -> Match | None:
-        """Let `request` run if its prompt, and probably its answer, fit beside what runs.
+    def _admit(self, state: RequestState) -> Match | None:
+        """Let `state` run if its prompt, and probably its answer, fit beside what runs.
 
         Returns the cached part of its prompt, None if it has to wait.
         """
-        tokens, cache = request.all_token_ids(), self.held.cache
-        match = cache.match(tokens, request.extra_key)
+        tokens, cache = state.all_token_ids(), self.held.cache
+        match = cache.match(tokens, state.extra_key)
         cache.lock(match.node)
         num_shared = shared_node(match.node).depth_tokens
         room = self.held.num_available - (len(tokens) - len(match.slots))
-        if self.num_running and not self.admission.fits(request, room, num_shared):
+        if self.num_running and not self.admission.fits(state, room, num_shared):
             cache.unlock(match.node)
             return None
-        params = request.sampling_params
-        if params.sampling_seed is None:  # drawn once, so that a retracted request repeats its own choices
-            params.sampling_seed = self._random.getrandbits(62)
-        row = self.rows.allocate(request, params.sampling_seed)
-        request.status = Status.RUNNING
+        if state.seed is None:  # drawn once, so that a retracted request repeats its own choices
+            state.seed = self._random.getrandbits(62)
+        row = self.rows.allocate(state)
+        state.status = Status.RUNNING
         self.held.start(row, match.node, num_shared)
-        if not request.num_retractions:
-            self.num_prompt_tokens += request.prompt_len
+        if not state.num_retractions:
+            self.num_prompt_tokens += state.prompt_len
             cache.hit(match.node)  # not at each match: those that wait, or come in chunks, are matched many times
         self.num_admitted += 1
-        self.waiting.remove(request)
-        self.prefilling.append(request)
-        self.shares.admit(request, len(match.slots))
+        self.waiting.remove(state)
+        self.prefilling.append(state)
+        self.shares.admit(state, len(match.slots))
         return match
 
     # ---- leaving ----
 
-    def _retract(self, request: Request) -> None:
+    def _retract(self, state: RequestState) -> None:
         """Take everything back from a running request and queue it again, first."""
-        self._release(request, keep=False)
-        request.status = Status.WAITING
-        request.num_retractions += 1
+        self._release(state, keep=False)
+        state.status = Status.WAITING
+        state.num_retractions += 1
         self.num_retractions += 1
-        self.shares.enter(request)
-        self.waiting.add(request, is_first=True)
+        self.shares.enter(state)
+        self.waiting.add(state, is_first=True)
         self.order.is_sorted = False
         self.admission.on_retraction()
 
-    def _release(self, request: Request, *, keep: bool) -> None:
+    def _release(self, state: RequestState, *, keep: bool) -> None:
         """Free the row and its slots; `keep`: what is computed stays in the cache."""
-        row = request.row
-        self.held.release(request, keep=keep)
-        if request in self.prefilling:
-            self.prefilling.remove(request)
+        row = state.row
+        self.held.release(state, keep=keep)
+        if state in self.prefilling:
+            self.prefilling.remove(state)
         else:
             self.decoding.remove(row)
         self.rows.free(row)
 
-    def fail(self, plan: Plan, reason: FinishReason) -> list[Request]:
+    def fail(self, plan: Plan, reason: FinishReason) -> list[RequestState]:
         """End the requests of a step that raised; everything else that runs is computed anew. Returns the ended."""
         alive = plan.rows[self.rows.epoch[plan.rows] == plan.epochs]
-        failed = [request for row in alive.tolist() if (request := self.rows.requests[row]) is not None]
-        for request in failed:
-            self.finish(request, reason)
+        failed = [state for row in alive.tolist() if (state := self.rows.states[row]) is not None]
+        for state in failed:
+            self.finish(state, reason)
         self.retract_all()
         self.held.drop_cache()  # it names tokens that the step never stored
         return failed
 
-    def abandon(self, reason: FinishReason) -> list[Request]:
+    def abandon(self, reason: FinishReason) -> list[RequestState]:
         """End what may be the cause after `schedule` itself raised, since nobody knows how far it came.
 
         Returns the ended requests: all that run, since no slot's owner is certain any more, and without any the first
         in the queue, which would raise again. Pool and cache start afresh; steps still in flight are recognized by
         their epochs.
         """
-        ended = self.running_requests()
-        for request in ended:
-            self.rows.free(request.row)
+        ended = self.running()
+        for state in ended:
+            self.rows.free(state.row)
         if not ended and self.waiting:
-            request = self.waiting.next()
-            self.waiting.remove(request)
-            self.shares.leave(request)
-            ended.append(request)
-        for request in ended:
-            request.status, request.finish_reason = Status.FINISHED, reason
-            self.shares.settle(request)
+            state = self.waiting.next()
+            self.waiting.remove(state)
+            self.shares.leave(state)
+            ended.append(state)
+        for state in ended:
+            state.status, state.finish_reason = Status.FINISHED, reason
+            self.shares.settle(state)
         self.prefilling.clear()
         self.decoding.clear()
         self.held.reset()

@@ -22,8 +22,8 @@ from engine.layers.communicator import Communicator
 from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import unique_layers
 from engine.models.base import CausalLM
-from engine.request import Logprobs, Request
 from engine.schedule.plan import Plan
+from engine.state import Logprobs, RequestState
 from engine.step.batch import NUM_STAGING_BUFFERS, Staged, StagedBatch, Stager
 from engine.step.cuda_graph import GraphSizes, StepGraphs
 from engine.step.fields import StepShape
@@ -44,7 +44,7 @@ NUM_EVENT_PAIRS = 4 * NUM_STAGING_BUFFERS  # a step has one pair, or two where i
 class PromptLogprobs:
     """Log-probabilities of a prompt's tokens [start + 1, start + 1 + N), from one chunk; host tensors."""
 
-    request: Request
+    state: RequestState
     start: int
     chosen: torch.Tensor  # float32 [N]
     top_values: torch.Tensor  # float32 [N, K]
@@ -54,7 +54,7 @@ class PromptLogprobs:
 
 @dataclass(slots=True)
 class PromptLogprobWork:
-    request: Request | None  # None on ranks that only compute
+    state: RequestState | None  # None on ranks that only compute
     start: int
     first_token: int  # of the chunk, in the step's T tokens
     target_ids: np.ndarray  # int64 [N]
@@ -373,16 +373,17 @@ class ModelRunner:
 
     def _plan_prompt_logprobs(self, plan: Plan) -> list[PromptLogprobWork]:
         work = []
-        for b, request, start in plan.prompt_logprobs:
-            stop = min(int(plan.seq_lens[b]), request.prompt_len - 1)
-            target_ids = np.asarray(request.input_ids[start + 1 : stop + 1], np.int64)
-            work.append(PromptLogprobWork(request, start, int(plan.q_lens[:b].sum()), target_ids))
+        for b, state, start in plan.prompt_logprobs:
+            stop = min(int(plan.seq_lens[b]), state.prompt_len - 1)
+            assert state.prompt_ids is not None
+            target_ids = state.prompt_ids[start + 1 : stop + 1].astype(np.int64)
+            work.append(PromptLogprobWork(state, start, int(plan.q_lens[:b].sum()), target_ids))
         return work
 
     def _prompt_logprobs(self, hidden: torch.Tensor, work: PromptLogprobWork) -> list[PromptLogprobs]:
         """One, or none on a rank that only computes."""
-        request = work.request
-        wanted_ids = [] if request is None else request.token_ids_logprob
+        state = work.state
+        wanted_ids = [] if state is None else state.token_ids_logprob
         ids = torch.tensor(wanted_ids, dtype=torch.int64, device=self.device)
         parts = []
         for first in range(0, len(work.target_ids), PROMPT_LOGPROB_ROWS):
@@ -391,17 +392,17 @@ class ModelRunner:
             logits = self.model.lm_head.gather(self.model.compute_logits(hidden[start : start + len(targets)]))
             if logits is None:
                 continue
-            assert request is not None
+            assert state is not None
             wanted = ids.expand(len(targets), -1) if len(ids) else None
-            parts.append(logprobs(logits, targets, request.top_logprobs_num, wanted))
-        if request is None:
+            parts.append(logprobs(logits, targets, state.top_logprobs_num, wanted))
+        if state is None:
             return []
         chosen, top_values, top_ids = (
             self._to_host(torch.cat(column)) for column in zip(*(part[:3] for part in parts), strict=True)
         )
         parts_of_ids = [part[3] for part in parts if part[3] is not None]
         ids_values = self._to_host(torch.cat(parts_of_ids)) if parts_of_ids else None
-        return [PromptLogprobs(request, work.start, chosen, top_values, top_ids, ids_values)]
+        return [PromptLogprobs(state, work.start, chosen, top_values, top_ids, ids_values)]
 
     def _tokens_to_host(self, tokens: torch.Tensor) -> torch.Tensor:
         """Into a buffer that is written again some steps later."""
@@ -421,16 +422,18 @@ class ModelRunner:
 
 
 def logprobs_of(
-    values: SampledLogprobs | PromptLogprobs, first: int, token_ids: Sequence[int], request: Request
+    values: SampledLogprobs | PromptLogprobs, first: int, token_ids: Sequence[int], state: RequestState
 ) -> Logprobs:
-    """Entries of `values` from `first` on, those of `token_ids`, in the request's terms: its own number of top tokens,
-    its own wanted ids."""
+    """Return the entries of `values` from `first` on, those of `token_ids`, as the request wants them.
+
+    That is: with its own number of top tokens, and its own wanted ids.
+    """
     rows = slice(first, first + len(token_ids))
     result = Logprobs(token=list(zip(values.chosen[rows].tolist(), token_ids, strict=True)))
-    if k := request.top_logprobs_num:
+    if k := state.top_logprobs_num:
         top = zip(values.top_values[rows, :k].tolist(), values.top_ids[rows, :k].tolist(), strict=True)
         result.top = [list(zip(*row, strict=True)) for row in top]
-    if (wanted := request.token_ids_logprob) and values.ids_values is not None:
+    if (wanted := state.token_ids_logprob) and values.ids_values is not None:
         of_ids = values.ids_values[rows, : len(wanted)].tolist()
         result.token_ids = [list(zip(row, wanted, strict=True)) for row in of_ids]
     return result

@@ -104,9 +104,9 @@ class Sampler:
             work.masked = np.flatnonzero(rows.has_mask[sampled])
         if rows.wants_logprobs[sampled].any():
             work.logprob_samples = np.flatnonzero(rows.wants_logprobs[sampled])
-            requests = rows.requests_of(sampled[work.logprob_samples])
-            work.num_top_logprobs = max(request.top_logprobs_num for request in requests)
-            work.logprob_ids = _padded([request.token_ids_logprob for request in requests])
+            states = rows.states_of(sampled[work.logprob_samples])
+            work.num_top_logprobs = max(state.top_logprobs_num for state in states)
+            work.logprob_ids = _padded([state.token_ids_logprob for state in states])
         return work
 
     def _new_counts(self, penalized: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
@@ -114,7 +114,7 @@ class Sampler:
         rows, new = self.rows, []
         for row in penalized[~rows.is_counted[penalized]].tolist():
             rows.is_counted[row] = True
-            prompt_len = rows.request_at(row).prompt_len
+            prompt_len = rows.state_at(row).prompt_len
             tokens = rows.token_ids[row, : rows.num_known[row]].astype(np.int64)
             new.append((row, tokens[:prompt_len], tokens[prompt_len:]))
         return new
@@ -124,10 +124,11 @@ class Sampler:
         ids: list[int] = []
         values: list[float] = []
         for s in np.flatnonzero(self.rows.has_logit_edits[sampled]).tolist():
-            params = self.rows.request_at(sampled[s]).sampling_params
+            params = self.rows.state_at(sampled[s]).sampling_params
             edits = dict(params.logit_bias)
             if plan.seq_lens[plan.samples[s]] < self.rows.min_tokens[sampled[s]]:
-                edits |= dict.fromkeys([*self.eos_token_ids, *params.stop_token_ids], -np.inf)
+                stop_ids = [one for one in params.stop_token_ids if 0 <= one < self.vocab_size]
+                edits |= dict.fromkeys([*self.eos_token_ids, *stop_ids], -np.inf)
             samples += [s] * len(edits)
             ids += edits.keys()
             values += edits.values()

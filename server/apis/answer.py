@@ -13,7 +13,7 @@ from typing import Any
 
 from aiohttp import web
 
-from engine.request import Delta, FinishReason, Logprobs, Request, ignore
+from engine.state import Delta, FinishReason, Logprobs, RequestState, ignore
 from server.http.live import LiveRequests, is_failure, written
 from server.http.sse import DONE, HEADERS, EventStream
 from server.parsers import AnswerDelta, AnswerParser
@@ -30,9 +30,9 @@ class Answer(ABC):
 
     stream: EventStream  # set by the stream that it is written to
 
-    def __init__(self, index: int, request: Request, parser: AnswerParser | None = None) -> None:
+    def __init__(self, index: int, state: RequestState, parser: AnswerParser | None = None) -> None:
         """`parser`: splits the text into reasoning, text and tool calls; None: all of it is text."""
-        self.index, self.request, self.parser = index, request, parser
+        self.index, self.state, self.parser = index, state, parser
         self.num_output_tokens = 0
         self.reason: FinishReason | None = None  # set once the answer has ended, unless a stream failed
         self.has_begun = False
@@ -101,6 +101,10 @@ class Answer(ABC):
         if is_failure(reason):
             return self.fail(reason)
         self.reason = reason
+        return self.last_events(delta, reason)
+
+    def last_events(self, delta: Delta, reason: FinishReason) -> bytes:
+        """Return the events of the last delta of an answer that has not failed."""
         news = self.events(delta)
         if self.parser is not None:
             news += self.parts(self.parser.finish(), None)
@@ -117,7 +121,7 @@ class Answer(ABC):
         held = self._held
         if held is None:
             logprobs = None if delta.logprobs is None else Logprobs()
-            held = self._held = Delta(delta.request, "", [], None, logprobs)
+            held = self._held = Delta(delta.state, "", [], None, logprobs)
         held.text += delta.text
         held.token_ids += delta.token_ids
         held.finish_reason = delta.finish_reason
@@ -145,22 +149,22 @@ async def respond(
     are a stream's. Only an HTTP request may ask for a stream. Raises `RequestFailed` if an answer that is not
     streamed failed, and any `EngineError` of a request that is refused.
     """
-    requests = [answer.request for answer in answers]
-    if not requests[0].stream:
-        deltas = await live.answers(owner, rid, requests)
+    states = [answer.state for answer in answers]
+    if not states[0].stream:
+        deltas = await live.answers(owner, rid, states)
 
         def write() -> web.Response:
             return json_response(
                 body([answer.read_whole(delta) for answer, delta in zip(answers, deltas, strict=True)])
             )
 
-        return await written(write, requests)
+        return await written(write, states)
     assert isinstance(owner, web.Request)
     for answer in answers:
-        answer.request.sink = answer.sink
+        answer.state.sink = answer.sink
     try:
-        async with live.submitted(owner, rid, requests):
+        async with live.submitted(owner, rid, states):
             return await EventStream(answers, tail, headers).run(owner)
     finally:
-        for request in requests:  # a request that knows its answer is a cycle: it would wait for the garbage collector
-            request.sink = ignore
+        for state in states:  # a state that knows its answer is a cycle: it would wait for the garbage collector
+            state.sink = ignore

@@ -6,7 +6,7 @@ import orjson
 from aiohttp import web
 
 from engine.errors import InvalidRequest
-from engine.request import FinishReason
+from engine.state import FinishReason
 from server.apis.answer import failure_of
 from server.apis.blocks import (
     REASONING,
@@ -22,6 +22,8 @@ from server.config import ServerConfig
 from server.http.live import LiveRequests, RequestFailed, new_rid
 from server.http.sse import named_event
 from server.reading.chat import Chats, ChatTurn
+from server.reading.left_out import HINT, LeftOut, LeftOutBook
+from server.reading.messages_body import answerable, own_tools
 from server.reading.model_name import served_model
 from server.reading.protocol import (
     JSON,
@@ -34,13 +36,15 @@ from server.reading.protocol import (
     spelled,
 )
 
-UNSUPPORTED = ("container", "mcp_servers", "context_management", "output_format", "n")
+UNSUPPORTED = ("n",)
 SAME_NAMES = ("temperature", "top_p", "top_k", "max_tokens", "stream", *REQUEST_FIELDS)
 OUR_NAMES = {
     "stop": "stop_sequences",
     "response_format": "output_config.format",
     "response_format.json_schema.schema": "output_config.format.schema",
     "json_schema": "output_config.format.schema",
+    "tools[].function": "tools[]",
+    "tools[].function.parameters": "tools[].input_schema",
     "reasoning_effort": "output_config.effort",
     "max_thinking_tokens": "thinking.budget_tokens",
 }
@@ -49,8 +53,8 @@ TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 class AnthropicApi:
-    def __init__(self, config: ServerConfig, live: LiveRequests, chats: Chats) -> None:
-        self.config, self.live, self.chats = config, live, chats
+    def __init__(self, config: ServerConfig, live: LiveRequests, chats: Chats, left_out: LeftOutBook) -> None:
+        self.config, self.live, self.chats, self.left_out = config, live, chats, left_out
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -63,22 +67,33 @@ class AnthropicApi:
         model = served_model(self.config, body.text("model"))
         body.required("max_tokens", "an integer")
         with spelled(OUR_NAMES):
-            turn = await self.chats.turn(Fields(chat_body(body)))
+            turn = await self._turn(http_request, body)
             return await respond_in_blocks(http_request, self.live, MessageAnswer(turn, model))
 
     async def count_tokens(self, http_request: web.Request) -> web.Response:
         body = await read_json(http_request)
         served_model(self.config, body.text("model"))
         with spelled(OUR_NAMES):
-            turn = await self.chats.turn(Fields(chat_body(body)))
+            turn = await self._turn(http_request, body)
         return json_response({"input_tokens": len(turn.input_ids)})
+
+    async def _turn(self, http_request: web.Request, body: Fields) -> ChatTurn:
+        left_out = LeftOut()
+        chat = chat_body(answerable(body, left_out, self.config.keep_volatile_prompts), left_out)
+        if self.chats.reasoning_parser is None and chat.pop("max_thinking_tokens", None):
+            left_out.add(HINT, "thinking.budget_tokens")  # agents send it to every model
+        self.left_out.enter(http_request, left_out)
+        return await self.chats.turn(Fields(chat))
 
 
 # ---- reading ----
 
 
-def chat_body(body: Fields) -> JSON:
-    """Return the same request to chat.completions. `InvalidRequest` names what cannot be said there."""
+def chat_body(body: Fields, left_out: LeftOut) -> JSON:
+    """Return the same request to chat.completions, but for tools that are not the client's own.
+
+    `InvalidRequest` names what cannot be said there.
+    """
     refuse(body, UNSUPPORTED)
     messages = read_messages(body)
     chat: JSON = {name: body.get(name) for name in SAME_NAMES if body.has(name)}
@@ -87,7 +102,7 @@ def chat_body(body: Fields) -> JSON:
         if "tool_calls" in messages[-1]:
             raise InvalidRequest("messages must not end with a tool_use: its tool_result is missing", "messages")
         chat["continue_final_message"] = True
-    if tools := body.objects("tools"):
+    if tools := own_tools(body, left_out):
         chat["tools"] = [_read_tool(tool) for tool in tools]
     if choice := body.object("tool_choice"):
         chat |= _read_tool_choice(choice)
@@ -234,7 +249,7 @@ def _read_thinking(thinking: Fields | None) -> JSON:
     read: JSON = {}
     if thinking is not None:
         kind = thinking.one_of("type", ("enabled", "adaptive", "disabled"), "disabled")
-        thinking.one_of("display", ("summarized",), "summarized")
+        thinking.one_of("display", ("summarized", "omitted"), "summarized")
     if thinking is not None and kind == "enabled":
         thinking.required("budget_tokens", "an integer")
         read["max_thinking_tokens"] = thinking.integer("budget_tokens", low=1)
@@ -300,7 +315,7 @@ class MessageAnswer(BlockAnswer):
 
     def _message(self, content: list[JSON], reason: FinishReason | None) -> JSON:
         return {
-            "id": self.request.rid,
+            "id": self.state.rid,
             "type": "message",
             "role": "assistant",
             "model": self.model,
@@ -312,7 +327,7 @@ class MessageAnswer(BlockAnswer):
     def _ending(self, reason: FinishReason | None) -> JSON:
         if reason is None:
             return {"stop_reason": None, "stop_sequence": None}
-        matched = reason.matched if reason.matched in self.request.sampling_params.stop else None
+        matched = reason.matched if reason.matched in self.state.sampling_params.stop else None
         if reason.type == "length":
             stop_reason = "max_tokens"
         elif matched is not None:
@@ -325,9 +340,9 @@ class MessageAnswer(BlockAnswer):
 
     def _usage(self) -> JSON:
         """Return the usage. `input_tokens`: those that the cache did not hold, as at Anthropic."""
-        cached = self.request.num_cached_tokens
+        cached = self.state.num_cached_tokens
         return {
-            "input_tokens": self.request.prompt_len - cached,
+            "input_tokens": self.state.prompt_len - cached,
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": cached,
             "output_tokens": self.num_output_tokens,

@@ -16,7 +16,8 @@ from aiohttp import web
 
 from engine.engine import Engine
 from engine.errors import InvalidRequest, OutputNotFinite
-from engine.request import Request, SamplingParams, ignore
+from engine.request import Request, SamplingParams
+from engine.state import RequestState
 from server.apis.meta_info import MetaInfo
 from server.config import ServerConfig
 from server.http.intake import paced
@@ -69,13 +70,13 @@ class EmbeddingsApi:
         encoding = body.one_of("encoding_format", ("float", "base64"), "float")
         size = self.engine.embedding_size
         size = body.integer("dimensions", size, low=1, high=size)
-        requests = await self._run(owner, body, await read_prompts(self.engine, body, "input"))
+        states = await self._run(owner, body, await read_prompts(self.engine, body, "input"))
         data = []
-        async for i, request in paced(enumerate(requests), NUM_A_PASS):
-            vector = _normalized(_vector(request)[:size])
-            shown = base64.b64encode(vector.tobytes()).decode() if encoding == "base64" else _json(vector)
+        async for i, state in paced(enumerate(states), NUM_A_PASS):
+            vector = normalized(_vector(state)[:size])
+            shown = base64.b64encode(vector.tobytes()).decode() if encoding == "base64" else json_vector(vector)
             data.append({"object": "embedding", "index": i, "embedding": shown})
-        return json_response({"object": "list", "data": data, "model": model, "usage": _usage(requests)})
+        return json_response({"object": "list", "data": data, "model": model, "usage": _usage(states)})
 
     # ---- SGLang ----
 
@@ -92,18 +93,18 @@ class EmbeddingsApi:
         name = "input_ids" if body.has("input_ids") else "text"
         value = body.get(name)
         is_list = isinstance(value, list) and not (value and is_int(value[0]))
-        requests = await self._run(http_request, body, await read_prompts(self.engine, body, name))
+        states = await self._run(http_request, body, await read_prompts(self.engine, body, name))
         meta_info, answers = MetaInfo(self.engine.tokenizer), []
-        async for request in paced(requests, NUM_A_PASS):
-            vector = _normalized(_vector(request)) if is_normalized else _vector(request)
+        async for state in paced(states, NUM_A_PASS):
+            vector = normalized(_vector(state)) if is_normalized else _vector(state)
             answers.append(
-                {"embedding": _json(vector), "meta_info": meta_info.counts(request, 0, request.finish_reason)}
+                {"embedding": json_vector(vector), "meta_info": meta_info.counts(state, 0, state.finish_reason)}
             )
         return json_response(answers if is_list else answers[0])
 
     async def rerank_for_sglang(self, http_request: web.Request) -> web.Response:
         body = await read_json(http_request)
-        results, requests = await self._reranked(http_request, body)
+        results, states = await self._reranked(http_request, body)
         meta_info = MetaInfo(self.engine.tokenizer)
         return json_response(
             [
@@ -111,7 +112,7 @@ class EmbeddingsApi:
                     "score": score,
                     "index": index,
                     **({"document": document} if body.flag("return_documents", True) else {}),
-                    "meta_info": meta_info.counts(requests[-1], 0, requests[-1].finish_reason),
+                    "meta_info": meta_info.counts(states[-1], 0, states[-1].finish_reason),
                 }
                 for score, index, document in results
             ]
@@ -123,28 +124,28 @@ class EmbeddingsApi:
         self._check_classifier()
         body = await read_json(http_request)
         model = served_model(self.config, body.text("model"))
-        requests = await self._run(http_request, body, await read_prompts(self.engine, body, "input"))
+        states = await self._run(http_request, body, await read_prompts(self.engine, body, "input"))
         data = []
-        for i, request in enumerate(requests):
-            probs = _probabilities(_vector(request))
+        for i, state in enumerate(states):
+            probs = _probabilities(_vector(state))
             label = self.engine.model_config.labels[int(probs.argmax())]
-            data.append({"index": i, "label": label, "probs": _json(probs), "num_classes": len(probs)})
+            data.append({"index": i, "label": label, "probs": json_vector(probs), "num_classes": len(probs)})
         return json_response(
             {
                 "id": f"classify-{new_rid()}", "object": "list", "created": int(time.time()), "model": model,
-                "data": data, "usage": _usage(requests),
+                "data": data, "usage": _usage(states),
             }
         )  # fmt: skip
 
     async def rerank(self, http_request: web.Request) -> web.Response:
         body = await read_json(http_request)
         model = served_model(self.config, body.text("model"))
-        results, requests = await self._reranked(http_request, body)
+        results, states = await self._reranked(http_request, body)
         return json_response(
             {
                 "id": f"rerank-{new_rid()}",
                 "model": model,
-                "usage": _usage(requests),
+                "usage": _usage(states),
                 "results": [
                     {
                         "index": index,
@@ -156,13 +157,13 @@ class EmbeddingsApi:
             }
         )
 
-    async def _reranked(self, owner: Owner, body: Fields) -> tuple[list[tuple[float, int, str]], list[Request]]:
+    async def _reranked(self, owner: Owner, body: Fields) -> tuple[list[tuple[float, int, str]], list[RequestState]]:
         """Return (score, index, document) of the best `top_n`, best first, and the requests that this took."""
         query, documents = body.text("query"), _texts(body, "documents")
         top_n = body.integer("top_n", len(documents), low=1)
-        scores, requests = await self._score_pairs(owner, body, [query], documents, ("query", "documents"))
+        scores, states = await self._score_pairs(owner, body, [query], documents, ("query", "documents"))
         ranked = sorted(zip(scores, range(len(documents)), documents, strict=True), key=lambda one: (-one[0], one[1]))
-        return ranked[:top_n], requests
+        return ranked[:top_n], states
 
     async def score(self, http_request: web.Request) -> web.Response:
         body = await read_json(http_request)
@@ -174,18 +175,18 @@ class EmbeddingsApi:
             raise InvalidRequest(
                 f"text_1 has {len(first)} texts for {len(second)} of text_2: give 1 or as many", "text_1"
             )
-        scores, requests = await self._score_pairs(http_request, body, first, second, ("text_1", "text_2"))
+        scores, states = await self._score_pairs(http_request, body, first, second, ("text_1", "text_2"))
         return json_response(
             {
                 "id": f"score-{new_rid()}", "object": "list", "created": int(time.time()), "model": model,
                 "data": [{"index": i, "object": "score", "score": score} for i, score in enumerate(scores)],
-                "usage": _usage(requests),
+                "usage": _usage(states),
             }
         )  # fmt: skip
 
     async def _score_pairs(
         self, owner: Owner, body: Fields, first: list[str], second: list[str], names: tuple[str, str]
-    ) -> tuple[list[float], list[Request]]:
+    ) -> tuple[list[float], list[RequestState]]:
         """Score how well each of `second` fits its own of `first`, or the only one.
 
         A classifier reads both as one prompt, and its score, or that of its last label, becomes a probability. Other
@@ -197,46 +198,67 @@ class EmbeddingsApi:
         tails = [await encode_prompt(self.engine, text, names[1], not is_classifier) async for text in paced(second)]
         if is_classifier:
             pairs = [heads[i % len(heads)] + tail for i, tail in enumerate(tails)]
-            requests = await self._run(owner, body, pairs)
-            return [float(_probabilities(_vector(request))[-1]) for request in requests], requests
-        requests = await self._run(owner, body, heads + tails)
-        vectors = [_normalized(_vector(request)) for request in requests]
+            states = await self._run(owner, body, pairs)
+            return [float(_probabilities(_vector(state))[-1]) for state in states], states
+        states = await self._run(owner, body, heads + tails)
+        vectors = [normalized(_vector(state)) for state in states]
         pairs_of = [(vectors[i % len(heads)], vector) for i, vector in enumerate(vectors[len(heads) :])]
-        return [float(head @ tail) for head, tail in pairs_of], requests
+        return [float(head @ tail) for head, tail in pairs_of], states
 
     async def _score_labels(self, owner: Owner, body: Fields, model: str) -> web.Response:
         """Score how likely each of some tokens comes after `query` and an item (SGLang's)."""
         labels = check_token_ids(body.get("label_token_ids"), self.engine.model_config.vocab_size, "label_token_ids")
-        query, items = body.text("query"), _texts(body, "items")
-        is_item_first, is_softmax = body.flag("item_first"), body.flag("apply_softmax")
-        check_batch_size(len(items), "items")
-        prompts = [
-            await encode_prompt(self.engine, item + query if is_item_first else query + item, f"items[{i}]")
-            async for i, item in paced(enumerate(items))
-        ]
+        prompts, is_softmax = await self._items(body), body.flag("apply_softmax")
         params = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
         options = Options(
             return_logprob=True, token_ids_logprob=labels, priority=body.integer("priority"),
             extra_key=cache_namespace(body),
         )  # fmt: skip
         rid = body.text("rid") or new_rid()
-        requests = [
-            request
+        states = [
+            RequestState(request)
             for i, input_ids in enumerate(prompts)
             for request in make_requests([f"{rid}-{i}"], input_ids, params, options)
         ]
         scores = []
-        for delta in await self.live.answers(owner, rid, requests):
+        for delta in await self.live.answers(owner, rid, states):
             assert delta.logprobs is not None
             entries = delta.logprobs.token_ids[0]
             assert entries is not None
             likely = np.exp(np.array([logprob for logprob, _ in entries], np.float64))
             scores.append((likely / max(likely.sum(), 1e-300) if is_softmax else likely).tolist())
-        return json_response({"object": "scoring", "scores": scores, "model": model, "usage": _usage(requests)})
+        return json_response({"object": "scoring", "scores": scores, "model": model, "usage": _usage(states)})
+
+    async def _items(self, body: Fields) -> list[list[int]]:
+        """Return each of `items` joined to `query`; both are texts, or both token ids."""
+        is_item_first = body.flag("item_first")
+        if not isinstance(body.get("query"), list):
+            query, texts = body.text("query"), _texts(body, "items")
+            check_batch_size(len(texts), "items")
+            return [
+                await encode_prompt(self.engine, text + query if is_item_first else query + text, f"items[{i}]")
+                async for i, text in paced(enumerate(texts))
+            ]
+        vocab_size = self.engine.model_config.vocab_size
+        head, items = check_token_ids(body.get("query"), vocab_size, "query", may_be_empty=True), body.array("items")
+        if items and is_int(items[0]):
+            items = [items]
+        if not items or not all(isinstance(ids, list) for ids in items):
+            body.fail("items", "a non-empty list of lists of token ids, as query is token ids")
+        check_batch_size(len(items), "items")
+        prompts = []
+        async for i, item in paced(enumerate(items)):
+            tail = check_token_ids(item, vocab_size, f"items[{i}]", may_be_empty=bool(head))
+            prompts.append(tail + head if is_item_first else head + tail)
+        return prompts
 
     # ---- all of them ----
 
-    async def _run(self, owner: Owner, body: Fields, prompts: Sequence[list[int]]) -> list[Request]:
+    async def vectors(self, owner: Owner, body: Fields, prompts: Sequence[list[int]]) -> list[np.ndarray]:
+        """Return the vector of each prompt, float32 [size], not normalized. `body`: see `_run`."""
+        return [_vector(state) for state in await self._run(owner, body, prompts)] if prompts else []
+
+    async def _run(self, owner: Owner, body: Fields, prompts: Sequence[list[int]]) -> list[RequestState]:
         """Run one request a prompt; their vectors are there then. `body` gives `rid`, `priority` and cache keys."""
         rid = body.text("rid") or new_rid()
         priority, extra_key = body.integer("priority"), cache_namespace(body)
@@ -245,15 +267,15 @@ class EmbeddingsApi:
                 rid=rid if len(prompts) == 1 else f"{rid}-{i}",
                 input_ids=input_ids,
                 sampling_params=SamplingParams(max_new_tokens=0),
-                sink=ignore,
                 priority=priority,
                 extra_key=extra_key,
                 pooling=self.engine.model_config.pooling,
             )
             for i, input_ids in enumerate(prompts)
         ]
-        await self.live.answers(owner, rid, requests)
-        return requests
+        states = list(map(RequestState, requests))
+        await self.live.answers(owner, rid, states)
+        return states
 
     def _check_classifier(self) -> None:
         if not self.engine.model_config.is_classifier:
@@ -269,15 +291,15 @@ def _texts(body: Fields, name: str) -> list[str]:
     return texts
 
 
-def _vector(request: Request) -> np.ndarray:
-    """Return the request's vector, float32 [size]."""
-    vector = request.embedding
+def _vector(state: RequestState) -> np.ndarray:
+    """Return a request's vector, float32 [size]."""
+    vector = state.embedding
     if vector is None or not np.isfinite(vector).all():
         raise OutputNotFinite("the model's output is not finite (NaN or inf)")
     return vector
 
 
-def _normalized(vector: np.ndarray) -> np.ndarray:
+def normalized(vector: np.ndarray) -> np.ndarray:
     """Scale a vector to length 1."""
     return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
@@ -290,12 +312,12 @@ def _probabilities(scores: np.ndarray) -> np.ndarray:
     return np.asarray(likely / likely.sum())
 
 
-def _json(vector: np.ndarray) -> Any:
+def json_vector(vector: np.ndarray) -> Any:
     """Write JSON at once, and without a Python object for each number."""
     return orjson.Fragment(orjson.dumps(np.ascontiguousarray(vector, np.float32), option=orjson.OPT_SERIALIZE_NUMPY))
 
 
-def _usage(requests: Sequence[Request]) -> JSON:
-    num_tokens = sum(request.prompt_len for request in requests)
-    num_output = sum(len(request.output_ids) for request in requests)
-    return {"prompt_tokens": num_tokens, "completion_tokens": num_output, "total_tokens": num_tokens + num_output}
+def _usage(states: Sequence[RequestState]) -> JSON:
+    """Return the costs: prompts alone, also where a token was sampled for its log-probabilities."""
+    num_tokens = sum(state.prompt_len for state in states)
+    return {"prompt_tokens": num_tokens, "completion_tokens": 0, "total_tokens": num_tokens}

@@ -7,7 +7,8 @@ from aiohttp import web
 
 from engine.engine import Engine
 from engine.errors import InvalidRequest
-from engine.request import Delta, FinishReason, Logprobs, Request, SamplingParams
+from engine.request import SamplingParams
+from engine.state import Delta, FinishReason, Logprobs, RequestState
 from server.apis.answer import Answer, failure_of, respond
 from server.apis.meta_info import MetaInfo
 from server.apis.sessions import SessionParams, Sessions
@@ -65,8 +66,8 @@ class GenerateApi:
         if session is not None:
             return await self._generate_in_session(http_request, body, self.sessions.read(http_request, session))
         prompts, is_batch = await self._prompts(body)
-        rid, requests = await self._requests(body, prompts, is_batch)
-        return await self._answer(http_request, body, rid, requests, is_batch or len(requests) > 1, envelope)
+        rid, states = await self._states(body, prompts, is_batch)
+        return await self._answer(http_request, body, rid, states, is_batch or len(states) > 1, envelope)
 
     async def _generate_in_session(
         self, http_request: web.Request, body: Fields, params: SessionParams
@@ -75,25 +76,25 @@ class GenerateApi:
         if is_batch:
             raise InvalidRequest("a session continues with one prompt at a time", "session_params")
         prompt, num_kept = self.sessions.continued(params, prompts[0])
-        rid, requests = await self._requests(body, [prompt], is_batch)
-        if len(requests) > 1:
+        rid, states = await self._states(body, [prompt], is_batch)
+        if len(states) > 1:
             raise InvalidRequest("n must be 1 in a session", "n")
-        with self.sessions.turn(params, requests[0], num_kept):
-            return await self._answer(http_request, body, rid, requests, is_list=False)
+        with self.sessions.turn(params, states[0], num_kept):
+            return await self._answer(http_request, body, rid, states, is_list=False)
 
     async def _answer(
         self,
         http_request: web.Request,
         body: Fields,
         rid: str,
-        requests: list[Request],
+        states: list[RequestState],
         is_list: bool,
         envelope: str | None = None,
     ) -> web.StreamResponse:
         meta_info = MetaInfo(self.engine.tokenizer, body.flag("return_text_in_logprobs"))
         answers = [
-            GenerateAnswer(i, request, meta_info, has_index=is_list, is_disjoint=self.config.stream_output)
-            for i, request in enumerate(requests)
+            GenerateAnswer(i, state, meta_info, has_index=is_list, is_disjoint=self.config.stream_output)
+            for i, state in enumerate(states)
         ]
 
         def whole(bodies: list[JSON]) -> Any:
@@ -122,11 +123,11 @@ class GenerateApi:
         check_batch_size(len(text), "text")
         return [await encode_prompt(self.engine, one, f"text[{i}]") async for i, one in paced(enumerate(text))], True
 
-    async def _requests(self, body: Fields, prompts: list[list[int]], is_batch: bool) -> tuple[str, list[Request]]:
-        """Return the rid that stands for all of them, and one request for each prompt and answer."""
+    async def _states(self, body: Fields, prompts: list[list[int]], is_batch: bool) -> tuple[str, list[RequestState]]:
+        """Return the rid that stands for all of them, and a state for each prompt and answer."""
         rid, rids = _rids(body, len(prompts), is_batch)
         namespace = cache_namespace(body)
-        requests: list[Request] = []
+        states: list[RequestState] = []
         async for i, input_ids in paced(enumerate(prompts)):
             item = _item(body, i, len(prompts)) if is_batch else body
             params = SamplingParams.from_dict(item.get("sampling_params") or {}, self.engine.sampling_defaults)
@@ -137,8 +138,8 @@ class GenerateApi:
                 options.reasoning_end_ids = await self.engine.encode(REASONING_END, add_special_tokens=False)
             options.stream, options.extra_key = body.flag("stream"), namespace
             names = [rids[i]] if params.n == 1 else [f"{rids[i]}-{k}" for k in range(params.n)]
-            requests += make_requests(names, input_ids, params, options)
-        return rid, requests
+            states += map(RequestState, make_requests(names, input_ids, params, options))
+        return rid, states
 
 
 # ---- reading /generate ----
@@ -201,9 +202,9 @@ class GenerateAnswer(Answer):
     """Events whose text, ids and log-probabilities are cumulative, as SGLang's clients expect, or disjoint."""
 
     def __init__(
-        self, index: int, request: Request, meta_info: MetaInfo, *, has_index: bool, is_disjoint: bool
+        self, index: int, state: RequestState, meta_info: MetaInfo, *, has_index: bool, is_disjoint: bool
     ) -> None:
-        super().__init__(index, request)
+        super().__init__(index, state)
         self._meta_info, self._is_disjoint = meta_info, is_disjoint
         self._head = b'data: {"index":%d,"text":"' % index if has_index else b'data: {"text":"'
         self._text = self._ids = b""  # as they stand in the JSON: each piece is escaped once
@@ -211,11 +212,11 @@ class GenerateAnswer(Answer):
         self._meta = b""  # meta_info up to the number of tokens, the one part that changes
 
     def begin(self) -> bytes:
-        self._meta = orjson.dumps(self._meta_info.counts(self.request, 0, None)).removesuffix(b"0}")
+        self._meta = orjson.dumps(self._meta_info.counts(self.state, 0, None)).removesuffix(b"0}")
         return b""
 
     def text(self, delta: Delta) -> bytes:
-        if delta.finish_reason is not None or self.request.return_logprob:
+        if delta.finish_reason is not None or self.state.return_logprob:
             meta = self._full_meta(delta)
         else:
             meta = b"%b%d}" % (self._meta, self.num_output_tokens)
@@ -235,8 +236,8 @@ class GenerateAnswer(Answer):
         return self._meta_info.answer(delta)
 
     def _full_meta(self, delta: Delta) -> bytes:
-        meta = self._meta_info.counts(self.request, self.num_output_tokens, delta.finish_reason)
-        if self.request.return_logprob:
+        meta = self._meta_info.counts(self.state, self.num_output_tokens, delta.finish_reason)
+        if self.state.return_logprob:
             new = delta.logprobs or Logprobs()
             if not self._is_disjoint:
                 known = self._logprobs
@@ -244,5 +245,5 @@ class GenerateAnswer(Answer):
                 known.top += new.top
                 known.token_ids += new.token_ids
                 new = known
-            meta |= self._meta_info.logprobs(self.request, new)
+            meta |= self._meta_info.logprobs(self.state, new, self.num_output_tokens)
         return orjson.dumps(meta)

@@ -1,7 +1,7 @@
 """`meta_info`, SGLang's account of an answer: its costs, times and their causes, and its log-probabilities."""
 
 from engine.engine import TokenizerFacade
-from engine.request import Delta, FinishReason, Logprobs, Request, TokenLogprob
+from engine.state import Delta, FinishReason, Logprobs, RequestState, TokenLogprob
 from server.reading.protocol import JSON
 
 
@@ -11,26 +11,26 @@ class MetaInfo:
 
     def answer(self, delta: Delta) -> JSON:
         """Return the answer of a request that does not stream."""
-        meta = self.counts(delta.request, len(delta.token_ids), delta.finish_reason)
-        if delta.request.return_logprob:
-            meta |= self.logprobs(delta.request, delta.logprobs or Logprobs())
+        meta = self.counts(delta.state, len(delta.token_ids), delta.finish_reason)
+        if delta.state.return_logprob:
+            meta |= self.logprobs(delta.state, delta.logprobs or Logprobs(), len(delta.token_ids))
         return {"text": delta.text, "output_ids": delta.token_ids, "meta_info": meta}
 
-    def counts(self, request: Request, num_output_tokens: int, reason: FinishReason | None) -> JSON:
+    def counts(self, state: RequestState, num_output_tokens: int, reason: FinishReason | None) -> JSON:
         """Return the counts, and the times, in seconds, once there is a `reason`."""
         meta: JSON = {
-            "id": request.rid,
+            "id": state.rid,
             "finish_reason": reason and reason.to_dict(num_output_tokens),
-            "prompt_tokens": request.prompt_len,
-            "cached_tokens": request.num_cached_tokens,
+            "prompt_tokens": state.prompt_len,
+            "cached_tokens": state.num_cached_tokens,
             "completion_tokens": num_output_tokens,
         }
         if reason is None:
             return meta
-        times = request.times
-        meta["completion_tokens_wo_jump_forward"] = num_output_tokens - request.num_forced_tokens
-        meta["total_retractions"] = request.num_retractions
-        meta["first_missed_token"] = self._first_missed(request) if times.scheduled else None
+        times = state.times
+        meta["completion_tokens_wo_jump_forward"] = num_output_tokens - state.num_forced_tokens
+        meta["total_retractions"] = state.num_retractions
+        meta["first_missed_token"] = self._first_missed(state) if times.scheduled else None
         if times.scheduled:
             meta["queue_time"] = times.scheduled - times.arrived
             if times.first_token >= times.scheduled:
@@ -41,24 +41,26 @@ class MetaInfo:
             meta["e2e_latency"] = times.finished - times.arrived
         return meta
 
-    def _first_missed(self, request: Request) -> JSON | None:
+    def _first_missed(self, state: RequestState) -> JSON | None:
         """Return the first token not found in the cache. None if only the last was computed, for its logits."""
-        position = request.num_cached_tokens
-        if position >= request.prompt_len - 1:
+        position = state.num_cached_tokens
+        if position >= state.prompt_len - 1:
             return None
-        token_id = request.input_ids[position]
+        token_id = state.request.input_ids[position]
         return {"position": position, "token_id": token_id, "text": self.tokenizer.token_text(token_id)}
 
-    def logprobs(self, request: Request, output: Logprobs) -> JSON:
-        prompt = request.input_logprobs or Logprobs()
+    def logprobs(self, state: RequestState, output: Logprobs, num_output_tokens: int) -> JSON:
+        """Return the log-probabilities of the prompt, and `output`, which may be the newest of `num_output_tokens`."""
+        prompt = state.input_logprobs or Logprobs()
         meta: JSON = {
             "input_token_logprobs": self._triples(prompt.token),
             "output_token_logprobs": self._triples(output.token),
+            "output_token_logprobs_length": num_output_tokens,
         }
-        if request.top_logprobs_num:
+        if state.top_logprobs_num:
             meta["input_top_logprobs"] = [self._triples(row) for row in prompt.top]
             meta["output_top_logprobs"] = [self._triples(row) for row in output.top]
-        if request.token_ids_logprob:
+        if state.token_ids_logprob:
             meta["input_token_ids_logprobs"] = [self._triples(row) for row in prompt.token_ids]
             meta["output_token_ids_logprobs"] = [self._triples(row) for row in output.token_ids]
         return meta

@@ -9,7 +9,8 @@ from aiohttp import web
 
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest
-from engine.request import Request, SamplingParams, ignore
+from engine.request import Request, SamplingParams
+from engine.state import RequestState
 from server.config import ServerConfig
 from server.http.live import LiveRequests, is_failure, new_rid
 from server.reading.protocol import json_response, native_error, read_json
@@ -63,11 +64,11 @@ class NativeApi:
     async def _generates(self) -> bool:
         is_generation = self.engine.is_generation
         params = SamplingParams(max_new_tokens=int(is_generation), temperature=0.0)
-        probe = Request(rid=f"HEALTH_CHECK_{new_rid()}", input_ids=[0], sampling_params=params, sink=ignore)
-        probe.pooling = None if is_generation else "last"
+        pooling = None if is_generation else "last"
+        probe = Request(rid=f"HEALTH_CHECK_{new_rid()}", input_ids=[0], sampling_params=params, pooling=pooling)
         try:
             async with asyncio.timeout(HEALTH_GENERATE_TIMEOUT_S):
-                async for delta in self.engine.generate(probe):
+                async for delta in self.engine.generate(RequestState(probe)):
                     if delta.finish_reason is not None:
                         return not is_failure(delta.finish_reason)
         except TimeoutError:

@@ -8,7 +8,8 @@ from aiohttp import web
 
 from engine.engine import Engine
 from engine.errors import InvalidRequest
-from engine.request import Request, SamplingParams
+from engine.request import SamplingParams
+from engine.state import RequestState
 from server.apis.answer import respond
 from server.apis.meta_info import MetaInfo
 from server.apis.openai_answers import ChatAnswer, CompletionAnswer, Envelope, OpenAIAnswer, count_usage
@@ -17,6 +18,7 @@ from server.http.intake import paced
 from server.http.live import LiveRequests, Options, make_requests, new_rid
 from server.http.sse import DONE, event
 from server.reading.chat import Chats
+from server.reading.grammars import names_of_constraint
 from server.reading.model_name import served_model
 from server.reading.protocol import (
     JSON,
@@ -26,6 +28,7 @@ from server.reading.protocol import (
     json_response,
     read_json,
     read_prompts,
+    spelled,
 )
 from server.reading.sampling import MAX_TOP_LOGPROBS, read_options, read_sampling_params
 
@@ -49,7 +52,8 @@ class OpenAIApi:
     # ---- models ----
 
     async def models(self, _: web.Request) -> web.Response:
-        return json_response({"object": "list", "data": [self._model_card()]})
+        # Codex wants its own catalogue beside OpenAI's list: empty, it keeps its prompt and settings for any model.
+        return json_response({"object": "list", "data": [self._model_card()], "models": []})
 
     async def model(self, http_request: web.Request) -> web.Response:
         self._check_model(http_request.match_info["model"])
@@ -93,7 +97,8 @@ class OpenAIApi:
         check_n(params.n, len(prompts))
         envelope = self._envelope(body, options, model, "cmpl", "text_completion", "text_completion")
         new_answer = partial(CompletionAnswer, is_echo=is_echo, num_logprobs=num_logprobs)
-        return await self._answer(owner, prompts, params, options, envelope, new_answer)
+        with spelled(names_of_constraint(body)):
+            return await self._answer(owner, prompts, params, options, envelope, new_answer)
 
     async def chat(self, owner: Owner, body: Fields) -> web.StreamResponse:
         """Answer `body`. Only an HTTP request may ask for a stream."""
@@ -101,10 +106,8 @@ class OpenAIApi:
         turn = await self.chats.turn(body)
         envelope = self._envelope(body, turn.options, model, "chatcmpl", "chat.completion", "chat.completion.chunk")
         new_answer = partial(ChatAnswer, turn=turn)
-        try:
+        with spelled(turn.names):
             return await self._answer(owner, [turn.input_ids], turn.params, turn.options, envelope, new_answer)
-        except InvalidRequest as error:
-            raise turn.in_clients_terms(error) from None
 
     async def render(self, http_request: web.Request) -> web.Response:
         """Return the prompt that /v1/chat/completions would generate from, and its tokens."""
@@ -140,12 +143,12 @@ class OpenAIApi:
     ) -> web.StreamResponse:
         """Return n answers to each prompt, all in one response. Choice i belongs to prompt i // n."""
         rid, n = envelope.id, params.n
-        requests: list[Request] = []
+        states: list[RequestState] = []
         async for i, input_ids in paced(enumerate(prompts), num_a_pass=-(-64 // n)):
             first = i * n
             names = [rid] if n * len(prompts) == 1 else [f"{rid}-{k}" for k in range(first, first + n)]
-            requests += make_requests(names, input_ids, params, options)
-        answers = [new_answer(i, request, envelope, self.engine.tokenizer) for i, request in enumerate(requests)]
+            states += map(RequestState, make_requests(names, input_ids, params, options))
+        answers = [new_answer(i, state, envelope, self.engine.tokenizer) for i, state in enumerate(states)]
 
         def usage() -> JSON:
             return count_usage(answers, n).to_dict(self.config.enable_cache_report)

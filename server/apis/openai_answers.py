@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from engine.engine import TokenizerFacade
-from engine.request import Delta, FinishReason, Logprobs, Request, TokenLogprob
+from engine.state import Delta, FinishReason, Logprobs, RequestState, TokenLogprob
 from server.apis.answer import Answer, failure_of
 from server.apis.meta_info import MetaInfo
 from server.http.sse import event
@@ -17,6 +17,8 @@ from server.parsers import AnswerDelta, AnswerParser, ToolCallDelta
 from server.reading.chat import ChatTurn
 from server.reading.protocol import JSON, openai_error
 
+# Of a chat's deltas: SGLang's clients read the field without looking whether it is there.
+NO_REASONING: JSON = {"reasoning_content": None}
 MARK = "\0text\0"  # stands for the text while an event's JSON is made
 
 
@@ -76,12 +78,12 @@ class OpenAIAnswer(Answer):
     def __init__(
         self,
         index: int,
-        request: Request,
+        state: RequestState,
         envelope: Envelope,
         tokenizer: TokenizerFacade,
         parser: AnswerParser | None = None,
     ) -> None:
-        super().__init__(index, request, parser)
+        super().__init__(index, state, parser)
         self.envelope, self.tokenizer = envelope, tokenizer
         self._has_usage = envelope.has_continuous_usage
         self._head = self._end = b""  # of an event whose choice gains text, around the text
@@ -139,7 +141,7 @@ class OpenAIAnswer(Answer):
     def whole(self, delta: Delta) -> JSON:
         choice = {"index": self.index, **self.choice(delta), **self._meta(delta.finish_reason)}
         if self.envelope.returns_token_ids:
-            choice |= {"prompt_token_ids": self.request.input_ids, "token_ids": delta.token_ids}
+            choice |= {"prompt_token_ids": self.state.request.input_ids, "token_ids": delta.token_ids}
         return choice
 
     def ending(self, reason: FinishReason | None) -> JSON:
@@ -153,39 +155,40 @@ class OpenAIAnswer(Answer):
         """Return an event of this choice, `fields` beside its index."""
         usage = None
         if self._has_usage:
-            usage = Usage(self.request.prompt_len, self.num_output_tokens).to_dict(with_cached=False)
+            usage = Usage(self.state.prompt_len, self.num_output_tokens).to_dict(with_cached=False)
         return event(self.envelope.chunk([{"index": self.index, **fields}], usage))
 
     def _meta(self, reason: FinishReason | None) -> JSON:
         meta_info = self.envelope.meta_info
         if meta_info is None:
             return {}
-        return {"meta_info": meta_info.counts(self.request, self.num_output_tokens, reason)}
+        return {"meta_info": meta_info.counts(self.state, self.num_output_tokens, reason)}
 
 
 class ChatAnswer(OpenAIAnswer):
     """A choice of /v1/chat/completions."""
 
     def __init__(
-        self, index: int, request: Request, envelope: Envelope, tokenizer: TokenizerFacade, *, turn: ChatTurn
+        self, index: int, state: RequestState, envelope: Envelope, tokenizer: TokenizerFacade, *, turn: ChatTurn
     ) -> None:
-        super().__init__(index, request, envelope, tokenizer, turn.new_parser and turn.new_parser())
+        super().__init__(index, state, envelope, tokenizer, turn.new_parser and turn.new_parser())
         self._turn = turn
 
     @property
     def num_reasoning_tokens(self) -> int | None:
         if self.parser is None or self.parser.reasoning is None:
             return None
-        return self._turn.count_reasoning(self.request.output_ids, self.parser)
+        return self._turn.count_reasoning(self.state.output_ids, self.parser)
 
     def opening(self) -> JSON:
-        return {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        delta = {"role": "assistant", "content": "", **NO_REASONING}
+        return {"delta": delta, "logprobs": None, "finish_reason": None}
 
     def piece(self, text: str, logprobs: Any = None) -> JSON:
-        return {"delta": {"content": text}, "logprobs": logprobs}
+        return {"delta": {"content": text, **NO_REASONING}, "logprobs": logprobs}
 
     def last_piece(self) -> JSON:
-        return {"delta": {}, "logprobs": None}
+        return {"delta": dict(NO_REASONING), "logprobs": None}
 
     def parts(self, parts: AnswerDelta, logprobs: Logprobs | None) -> bytes:
         is_text = not (parts.reasoning or parts.tool_calls)
@@ -194,7 +197,7 @@ class ChatAnswer(OpenAIAnswer):
                 return b""
             if not self._has_usage:
                 return self._head + orjson.dumps(parts.text) + self._end
-        fields = _message_fields(parts, is_delta=True)
+        fields = NO_REASONING | _message_fields(parts, is_delta=True)
         if parts.text:
             fields["content"] = parts.text
         return self._event(delta=fields, logprobs=self.spell_logprobs(logprobs), finish_reason=None)
@@ -235,14 +238,14 @@ class CompletionAnswer(OpenAIAnswer):
     def __init__(
         self,
         index: int,
-        request: Request,
+        state: RequestState,
         envelope: Envelope,
         tokenizer: TokenizerFacade,
         *,
         is_echo: bool,
         num_logprobs: int,
     ) -> None:
-        super().__init__(index, request, envelope, tokenizer)
+        super().__init__(index, state, envelope, tokenizer)
         self.is_echo, self.num_logprobs = is_echo, num_logprobs
         self._offset = 0  # characters whose tokens have been reported
 
@@ -256,6 +259,14 @@ class CompletionAnswer(OpenAIAnswer):
 
     def last_piece(self) -> JSON:
         return {"text": "", "logprobs": None}
+
+    def last_events(self, delta: Delta, reason: FinishReason) -> bytes:
+        """Put the end into the event of the last token, if that has log-probabilities: SGLang's clients expect some."""
+        if delta.logprobs is None or not delta.logprobs.token:
+            return super().last_events(delta, reason)
+        begun = self.events(Delta(self.state, "", []))
+        last = self.piece(delta.text, self.spell_logprobs(delta.logprobs))
+        return begun + self._event(**last, **self.ending(reason), **self._meta(reason))
 
     def choice(self, delta: Delta) -> JSON:
         return {
@@ -281,10 +292,10 @@ class CompletionAnswer(OpenAIAnswer):
         }
 
     def _prompt_text(self) -> str:
-        return self.tokenizer.decode(self.request.input_ids, skip_special_tokens=False) if self.is_echo else ""
+        return self.tokenizer.decode(self.state.request.input_ids, skip_special_tokens=False) if self.is_echo else ""
 
     def _prompt_logprobs(self) -> JSON | None:
-        return self.spell_logprobs(self.request.input_logprobs) if self.is_echo else None
+        return self.spell_logprobs(self.state.input_logprobs) if self.is_echo else None
 
     def _alternatives(self, row: list[TokenLogprob] | None, chosen: TokenLogprob) -> dict[str, float | None] | None:
         """Return the most likely tokens by name, the chosen one included. Of tokens with one name, the likelier."""
@@ -301,9 +312,9 @@ def count_usage(answers: Sequence[OpenAIAnswer], n: int) -> Usage:
     reasoning = [answer.num_reasoning_tokens for answer in answers]
     known = [count for count in reasoning if count is not None]
     return Usage(
-        prompt=sum(answer.request.prompt_len for answer in answers[::n]),
+        prompt=sum(answer.state.prompt_len for answer in answers[::n]),
         completion=sum(answer.num_output_tokens for answer in answers),
-        cached=sum(answer.request.num_cached_tokens for answer in answers[::n]),
+        cached=sum(answer.state.num_cached_tokens for answer in answers[::n]),
         reasoning=sum(known) if known else None,
     )
 

@@ -2,37 +2,38 @@
 
 import asyncio
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import Any
 
-import orjson
 from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest
-from engine.request import Delta, FinishReason
+from engine.state import Delta, FinishReason
 from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockAnswer, chat_call, respond_in_blocks
+from server.apis.response_store import ResponseStore, StoredResponse, page_of
 from server.config import ServerConfig
 from server.http.live import LiveRequests, is_failure, new_rid
 from server.http.owners import may_find, owner_of
 from server.http.sse import named_event
 from server.reading.chat import Chats, ChatTurn
+from server.reading.left_out import LeftOut, LeftOutBook
 from server.reading.model_name import served_model
 from server.reading.protocol import JSON, REQUEST_FIELDS, Fields, Owner, json_response, read_json, refuse, spelled
+from server.reading.responses_body import CUSTOM, OfferedTool, Tools, answerable, custom_input, input_items
 
-MAX_STORED = 4096
-MAX_STORED_BYTES = 64 * 1024 * 1024
 MAX_METADATA = 16
 
-UNSUPPORTED = ("conversation", "prompt", "context_management", "moderation", "image", "top_logprobs", "n")
+UNSUPPORTED = ("conversation", "prompt", "image", "top_logprobs", "n")
 SAME_NAMES = ("temperature", "top_p", "stream", "parallel_tool_calls", *REQUEST_FIELDS)
 OUR_NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
     "response_format.json_schema.schema": "text.format.schema",
+    "response_format.schema": "text.format.schema",
     "json_schema": "text.format.schema",
+    "tools[].function": "tools[]",
+    "tools[].function.parameters": "tools[].parameters",
     "reasoning_effort": "reasoning.effort",
     "messages": "input",
 }
@@ -47,8 +48,8 @@ class ResponseNotFound(EngineError):
 
 
 class ResponsesApi:
-    def __init__(self, config: ServerConfig, live: LiveRequests, chats: Chats) -> None:
-        self.config, self.live, self.chats = config, live, chats
+    def __init__(self, config: ServerConfig, live: LiveRequests, chats: Chats, left_out: LeftOutBook) -> None:
+        self.config, self.live, self.chats, self.left_out = config, live, chats, left_out
         self.store = ResponseStore()
         self._background: dict[str, BackgroundResponse] = {}  # those that run
 
@@ -56,6 +57,7 @@ class ResponsesApi:
         return [
             web.post("/v1/responses", self.create),
             web.get("/v1/responses/{response_id}", self.retrieve),
+            web.get("/v1/responses/{response_id}/input_items", self.list_input),
             web.delete("/v1/responses/{response_id}", self.delete),
             web.post("/v1/responses/{response_id}/cancel", self.cancel),
         ]
@@ -74,24 +76,33 @@ class ResponsesApi:
     async def respond(self, caller: Owner, body: Fields) -> web.StreamResponse:
         """Answer `body`. Only an HTTP request may ask for a stream, or for an answer in the background."""
         model = served_model(self.config, body.text("model"))
-        owner = owner_of(caller)
         is_stored, is_background = body.flag("store", True), body.flag("background")
         if is_background and (not is_stored or body.flag("stream")):
             raise InvalidRequest("background needs store: true and stream: false", "background")
-        messages = self._earlier_messages(body, caller) + read_input(body)
+        answer = await self._answer(caller, body, model, is_stored)
         with spelled(OUR_NAMES):
-            turn = await self.chats.turn(Fields(chat_body(body, messages)))
-            answer = ResponseAnswer(turn, echo_of(body, model))
-            if is_stored:
-                answer.on_end = lambda response: self.store.put(owner, response, [*messages, answer.message()])
             if not is_background:
                 return await respond_in_blocks(caller, self.live, answer)
             assert isinstance(caller, web.Request)
-            background = BackgroundResponse(owner, answer)
+            background = BackgroundResponse(owner_of(caller), answer)
             await background.begin(caller, self.live)
         self._background[background.id] = background
         background.task.add_done_callback(lambda _: self._background.pop(background.id))
         return json_response(background.state())
+
+    async def _answer(self, caller: Owner, body: Fields, model: str, is_stored: bool) -> "ResponseAnswer":
+        """Read `body`, whose fields the answer does not hold but for what is stored at its end."""
+        owner, left_out = owner_of(caller), LeftOut()
+        readable, tools = answerable(body, left_out), Tools(body, left_out)
+        messages = self._earlier_messages(body, caller) + read_input(readable)
+        self.left_out.enter(caller, left_out)
+        with spelled(OUR_NAMES):
+            turn = await self.chats.turn(Fields(chat_body(readable, messages, tools)))
+            answer = ResponseAnswer(turn, echo_of(body, model), tools.offered)
+        if is_stored:
+            items = input_items(body, answer.state.rid)
+            answer.on_end = lambda response: self.store.put(owner, response, [*messages, answer.message()], items)
+        return answer
 
     async def retrieve(self, http_request: web.Request) -> web.Response:
         if http_request.query.get("stream", "false") != "false":
@@ -99,6 +110,13 @@ class ResponsesApi:
         response_id = http_request.match_info["response_id"]
         background = self._find_background(response_id, http_request)
         return json_response(background.state() if background else self._find(response_id, http_request).response)
+
+    async def list_input(self, http_request: web.Request) -> web.Response:
+        """Return a page of the items that a response answered: `limit` of them `after` one, the newest first."""
+        response_id = http_request.match_info["response_id"]
+        if self._find_background(response_id, http_request) is not None:
+            raise InvalidRequest("the input of a response that still runs cannot be listed", "response_id")
+        return json_response(page_of(self._find(response_id, http_request).items, http_request.query))
 
     async def cancel(self, http_request: web.Request) -> web.Response:
         """Cancel a response and return it as it ended. One that had ended before stays as it was."""
@@ -114,7 +132,7 @@ class ResponsesApi:
         self.store.remove(response_id)
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
-    async def _end(self, http_request: web.Request) -> "StoredResponse":
+    async def _end(self, http_request: web.Request) -> StoredResponse:
         """Return a response, aborted if it ran."""
         response_id = http_request.match_info["response_id"]
         background = self._find_background(response_id, http_request)
@@ -127,11 +145,11 @@ class ResponsesApi:
         background = self._background.get(response_id)
         return background if background is not None and may_find(caller, background.owner) else None
 
-    def _find_stored(self, response_id: str, caller: Owner) -> "StoredResponse | None":
+    def _find_stored(self, response_id: str, caller: Owner) -> StoredResponse | None:
         owner = self.store.owner(response_id)
         return self.store.get(owner, response_id) if owner is not None and may_find(caller, owner) else None
 
-    def _find(self, response_id: str, caller: Owner) -> "StoredResponse":
+    def _find(self, response_id: str, caller: Owner) -> StoredResponse:
         stored = self._find_stored(response_id, caller)
         if stored is None:
             raise ResponseNotFound(f"there is no response {response_id!r}: never stored, deleted, or long ago")
@@ -153,56 +171,20 @@ class ResponsesApi:
 # ---- keeping ----
 
 
-@dataclass(frozen=True, slots=True)
-class StoredResponse:
-    response: JSON
-    messages: list[JSON]  # the conversation that it ends, without instructions
-
-
-class ResponseStore:
-    """The responses used last, as many as fit, in memory. Kept as JSON text, whose length is what they cost."""
-
-    def __init__(self, max_count: int = MAX_STORED, max_bytes: int = MAX_STORED_BYTES) -> None:
-        self.max_count, self.max_bytes = max_count, max_bytes
-        self.num_bytes = 0
-        self._entries: OrderedDict[str, tuple[str, bytes]] = OrderedDict()  # id -> owner, JSON; least used first
-
-    def put(self, owner: str, response: JSON, messages: list[JSON]) -> None:
-        text = orjson.dumps([response, messages])
-        self._entries[response["id"]] = owner, text
-        self.num_bytes += len(text)
-        while len(self._entries) > self.max_count or self.num_bytes > self.max_bytes:
-            self.remove(next(iter(self._entries)))
-
-    def owner(self, response_id: str) -> str | None:
-        entry = self._entries.get(response_id)
-        return None if entry is None else entry[0]
-
-    def get(self, owner: str, response_id: str) -> StoredResponse | None:
-        entry = self._entries.get(response_id)
-        if entry is None or entry[0] != owner:
-            return None
-        self._entries.move_to_end(response_id)
-        return StoredResponse(*orjson.loads(entry[1]))
-
-    def remove(self, response_id: str) -> None:
-        _, text = self._entries.pop(response_id)
-        self.num_bytes -= len(text)
-
-
 class BackgroundResponse:
     """A response that nobody waits for."""
 
     def __init__(self, owner: str, answer: "ResponseAnswer") -> None:
-        self.owner, self.answer, self.id = owner, answer, answer.request.rid
+        self.owner, self.answer, self.id = owner, answer, answer.state.rid
         self.task: asyncio.Task[None]
         self._done: asyncio.Future[Delta] = asyncio.get_running_loop().create_future()
 
     async def begin(self, http_request: web.Request, live: LiveRequests) -> None:
         """Submit the request. An `EngineError` if it is refused."""
-        self.answer.request.sink = self._sink
+        self.answer.state.sink = self._sink
         submitted = AsyncExitStack()
-        await submitted.enter_async_context(live.submitted(http_request, self.id, [self.answer.request]))
+        with spelled(self.answer.turn.names):
+            await submitted.enter_async_context(live.submitted(http_request, self.id, [self.answer.state]))
         self.task = asyncio.create_task(self._finish(submitted))
 
     def _sink(self, delta: Delta) -> None:
@@ -214,7 +196,7 @@ class BackgroundResponse:
             self.answer.read_whole(await self._done)
 
     def state(self) -> JSON:
-        return self.answer.response("in_progress" if self.answer.request.times.scheduled else "queued")
+        return self.answer.response("in_progress" if self.answer.state.times.scheduled else "queued")
 
 
 # ---- reading ----
@@ -236,19 +218,17 @@ def read_input(body: Fields) -> list[JSON]:
                 _add_call(messages, item)
             case "function_call_output":
                 item.required("call_id", "a string")
-                output = _join_texts(item, "output")
+                output = _join_texts(item, "output") if item.has("output") else ""
                 messages.append({"role": "tool", "tool_call_id": item.text("call_id"), "content": output})
             case _:
                 item.fail("type", "message, reasoning, function_call or function_call_output")
-    if not messages:
-        body.fail("input", "a string or a list of at least one item")
-    return messages
+    return messages or [{"role": "user", "content": ""}]  # a probe, which asks for a token
 
 
 def _add_message(messages: list[JSON], item: Fields) -> None:
     item.required("role", " or ".join(map(repr, ROLES)))
     role = item.one_of("role", ROLES, "user")
-    content = _join_texts(item, "content")
+    content = "" if role == "assistant" and not item.has("content") else _join_texts(item, "content")
     if role == "assistant":
         # Text, thoughts and calls of one turn of the model come as items of one message each.
         message = _assistant(messages, lacks=("content", "tool_calls"))
@@ -271,12 +251,6 @@ def _add_reasoning(messages: list[JSON], item: Fields) -> None:
 def _add_call(messages: list[JSON], item: Fields) -> None:
     for name in ("call_id", "name", "arguments"):
         item.required(name, "a string")
-    try:
-        arguments = orjson.loads(item.text("arguments") or "{}")
-    except orjson.JSONDecodeError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        item.fail("arguments", "a JSON object as text")
     calls = _assistant(messages, lacks=()).setdefault("tool_calls", [])
     calls.append(chat_call(item.text("call_id"), item.text("name"), item.text("arguments")))
 
@@ -294,6 +268,9 @@ def _join_texts(owner: Fields, name: str) -> str:
         return content
     texts = []
     for part in owner.objects(name):
+        if part.text("type") == "refusal":  # an assistant's
+            texts.append(part.text("refusal"))
+            continue
         if part.text("type") not in ("input_text", "output_text", "text"):
             part.fail("type", "input_text or output_text: this model reads text only")
         part.required("text", "a string")
@@ -301,10 +278,10 @@ def _join_texts(owner: Fields, name: str) -> str:
     return "\n".join(texts)
 
 
-def chat_body(body: Fields, messages: list[JSON]) -> JSON:
+def chat_body(body: Fields, messages: list[JSON], tools: Tools) -> JSON:
     """Return the same request to chat.completions. `InvalidRequest` names what cannot be said there."""
     refuse(body, UNSUPPORTED)
-    body.one_of("truncation", ("disabled",), "disabled")
+    body.one_of("truncation", ("disabled", "auto"), "disabled")
     if "message.output_text.logprobs" in body.strings("include"):
         body.fail("include", "without message.output_text.logprobs")
     if body.text("instructions"):
@@ -313,40 +290,23 @@ def chat_body(body: Fields, messages: list[JSON]) -> JSON:
     chat["messages"] = messages
     if body.has("max_output_tokens"):
         chat["max_completion_tokens"] = body.integer("max_output_tokens", low=1)
-    if tools := body.objects("tools"):
-        chat["tools"] = [_read_tool(tool) for tool in tools]
+    if tools.functions:
+        chat["tools"] = tools.functions
     if body.has("tool_choice"):
-        chat["tool_choice"] = _read_tool_choice(body)
+        chat["tool_choice"] = tools.choice(body)
     if reasoning := body.object("reasoning"):
         chat["reasoning_effort"] = reasoning.get("effort")
     if text := body.object("text"):
-        text.one_of("verbosity", ("medium",), "medium")
+        text.one_of("verbosity", ("low", "medium", "high"), "medium")
         if format_ := text.object("format"):
             chat["response_format"] = _read_format(format_)
     return chat
 
 
-def _read_tool(tool: Fields) -> JSON:
-    tool.one_of("type", ("function",), "")
-    tool.required("name", "a string")
-    tool.object("parameters")  # a wrong type is an error
-    names = ("name", "description", "parameters", "strict")
-    return {"type": "function", "function": {name: tool.get(name) for name in names if tool.has(name)}}
-
-
-def _read_tool_choice(body: Fields) -> Any:
-    if isinstance(body.get("tool_choice"), str):
-        return body.one_of("tool_choice", ("auto", "none", "required"), "auto")
-    choice = body.object("tool_choice") or Fields({})
-    choice.one_of("type", ("function",), "")
-    choice.required("name", "a string")
-    return {"type": "function", "function": {"name": choice.text("name")}}
-
-
 def _read_format(format_: Fields) -> JSON:
     kind = format_.one_of("type", ("text", "json_object", "json_schema"), "text")
     if kind != "json_schema":
-        return {"type": kind}
+        return {"type": kind, **({"schema": format_.get("schema")} if format_.has("schema") else {})}
     format_.required("schema", "an object")
     names = ("name", "description", "schema", "strict")
     return {"type": kind, "json_schema": {name: format_.get(name) for name in names if format_.has(name)}}
@@ -370,7 +330,7 @@ def echo_of(body: Fields, model: str) -> JSON:
         "text": {"format": {"type": "text"}} | (body.get("text") or {}),
         "tool_choice": body.get("tool_choice") or "auto",
         "tools": body.array("tools"),
-        "truncation": "disabled",
+        "truncation": body.text("truncation") or "disabled",
         "user": body.text("user") or None,
     }
 
@@ -381,18 +341,20 @@ def echo_of(body: Fields, model: str) -> JSON:
 class ResponseAnswer(BlockAnswer):
     """Blocks are items of the response's output; those of reasoning and of text have one content part each."""
 
-    def __init__(self, turn: ChatTurn, echo: JSON) -> None:
+    def __init__(self, turn: ChatTurn, echo: JSON, offered: Mapping[str, OfferedTool]) -> None:
+        """offered: the client's tools, by the names of the functions that the model calls."""
         super().__init__(f"resp_{new_rid()}", turn)
+        self._offered = offered
         self.on_end: Callable[[JSON], None] = _forget  # called with the response, however it ended
         self._echo = echo
         self._created_at = int(time.time())
         self._num_events = 0
 
     def response(self, status: str, reason: FinishReason | None = None) -> JSON:
-        params = self.request.sampling_params
+        params = self.state.sampling_params
         failure = {"code": "server_error", "message": reason.message} if reason and status == "failed" else None
         return {
-            "id": self.request.rid,
+            "id": self.state.rid,
             "object": "response",
             "created_at": self._created_at,
             "completed_at": int(time.time()) if status == "completed" else None,
@@ -424,13 +386,13 @@ class ResponseAnswer(BlockAnswer):
         return response
 
     def _usage(self) -> JSON:
-        request = self.request
+        state = self.state
         return {
-            "input_tokens": request.prompt_len,
-            "input_tokens_details": {"cached_tokens": request.num_cached_tokens},
+            "input_tokens": state.prompt_len,
+            "input_tokens_details": {"cached_tokens": state.num_cached_tokens},
             "output_tokens": self.num_output_tokens,
             "output_tokens_details": {"reasoning_tokens": self.num_reasoning_tokens},
-            "total_tokens": request.prompt_len + self.num_output_tokens,
+            "total_tokens": state.prompt_len + self.num_output_tokens,
         }
 
     def _item(self, block: Block) -> JSON:
@@ -440,13 +402,26 @@ class ResponseAnswer(BlockAnswer):
     def _item_of(self, block: Block, status: str, content: str) -> JSON:
         item: JSON = {"id": self._item_id(block), "status": status}
         if block.kind == TOOL_CALL:
-            return item | {"type": "function_call", "call_id": block.call_id, "name": block.name, "arguments": content}
+            return item | self._call(block, content)
         if block.kind == REASONING:
             return item | {"type": "reasoning", "summary": [], "content": [_part(block, content)]}
         return item | {"type": "message", "role": "assistant", "content": [_part(block, content)]}
 
+    def _call(self, block: Block, arguments: str) -> JSON:
+        tool = self._offered.get(block.name) or OfferedTool("function", block.name)
+        if tool.kind == CUSTOM:
+            call = {"type": "custom_tool_call", "call_id": block.call_id, "name": tool.name}
+            return {**call, "input": custom_input(arguments) if arguments else ""}
+        call = {"type": "function_call", "call_id": block.call_id, "name": tool.name, "arguments": arguments}
+        return {**call, "namespace": tool.namespace} if tool.namespace else call
+
+    def _is_custom(self, block: Block) -> bool:
+        tool = self._offered.get(block.name) if block.kind == TOOL_CALL else None
+        return tool is not None and tool.kind == CUSTOM
+
     def _item_id(self, block: Block) -> str:
-        return f"{ITEM_PREFIXES[block.kind]}_{self.request.rid.removeprefix('resp_')}{block.index:02x}"
+        prefix = "ctc" if self._is_custom(block) else ITEM_PREFIXES[block.kind]
+        return f"{prefix}_{self.state.rid.removeprefix('resp_')}{block.index:02x}"
 
     # ---- events ----
 
@@ -464,15 +439,22 @@ class ResponseAnswer(BlockAnswer):
 
     def grow(self, block: Block, piece: str) -> bytes:
         if block.kind == TOOL_CALL:
-            return self._item_event("function_call_arguments.delta", block, delta=piece)
+            # A custom tool's text stands as JSON in what comes: it is sent once it is whole.
+            is_json = not self._is_custom(block)
+            return self._item_event("function_call_arguments.delta", block, delta=piece) if is_json else b""
         if block.kind == REASONING:
             return self._part_event("reasoning_text.delta", block, delta=piece)
         return self._part_event("output_text.delta", block, delta=piece, logprobs=[])
 
     def stop(self, block: Block) -> bytes:
         content = block.content
-        if block.kind == TOOL_CALL:
-            done = self._item_event("function_call_arguments.done", block, name=block.name, arguments=content)
+        if self._is_custom(block):
+            text = custom_input(content)
+            done = self._item_event("custom_tool_call_input.delta", block, delta=text)
+            done += self._item_event("custom_tool_call_input.done", block, input=text)
+        elif block.kind == TOOL_CALL:
+            name = self._call(block, content)["name"]
+            done = self._item_event("function_call_arguments.done", block, name=name, arguments=content)
         else:
             if block.kind == REASONING:
                 done = self._part_event("reasoning_text.done", block, text=content)

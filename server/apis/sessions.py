@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from engine.errors import InvalidRequest
-from engine.request import Request, Status
+from engine.state import RequestState, Status
 from server.http.live import LiveRequests, new_rid
 from server.http.owners import Caller, may_find, owner_of
 from server.reading.protocol import Fields, json_response, read_json
@@ -30,11 +30,11 @@ class Turn:
     num_kept: int  # of the parent's tokens
     input_ids: list[int]  # that came with this turn
     output_ids: list[int] = field(default_factory=list)
-    request: Request | None = None  # until its answer is out
+    state: RequestState | None = None  # until its answer is out
 
     @property
     def is_running(self) -> bool:
-        return self.request is not None and self.request.status is not Status.FINISHED
+        return self.state is not None and self.state.status is not Status.FINISHED
 
     def token_ids(self, *, with_output: bool) -> list[int]:
         """Token ids of the whole conversation up to here."""
@@ -45,7 +45,7 @@ class Turn:
         for turn in reversed(path):
             tokens = tokens[: turn.num_kept] + turn.input_ids
             if turn is not self or with_output:
-                tokens += turn.output_ids if turn.request is None else turn.request.output_ids
+                tokens += turn.output_ids if turn.state is None else turn.state.output_ids
         return tokens
 
 
@@ -67,7 +67,7 @@ class SessionParams:
 
     session: Session
     previous: Turn | None
-    offset: int | None
+    offset: int  # tokens of the previous turn to keep, negative ones counted from its end; 0: all
     replaces: bool
     drops_output: bool
 
@@ -127,22 +127,20 @@ class Sessions:
                 fields.fail("rid", "a request of the session")
             if previous.is_running and not replaces:
                 fields.fail("rid", "a request that has ended, unless replace is true")
-        offset = fields.integer("offset", -1, low=-1)
-        if offset >= 0 and previous is None:
-            fields.fail("offset", "left out, or given with the rid of the request to continue")
+        offset = fields.integer("offset")
         drops_output = fields.flag("drop_previous_output")
-        return SessionParams(session, previous, None if offset < 0 else offset, replaces, drops_output)
+        return SessionParams(session, previous, offset, replaces, drops_output)
 
     def continued(self, params: SessionParams, input_ids: list[int]) -> tuple[list[int], int]:
         """Return the prompt that continues the previous turn with `input_ids`, and how many of its tokens are kept."""
         kept: list[int] = []
         if params.previous is not None:
-            running = params.previous.request
+            running = params.previous.state
             if running is not None:
                 self.live.end(running)
             kept = params.previous.token_ids(with_output=not params.drops_output)
-            if params.offset is not None:
-                if params.offset > len(kept):
+            if params.offset:
+                if abs(params.offset) > len(kept):
                     raise InvalidRequest(
                         f"offset is {params.offset}, the request to continue has {len(kept)} tokens",
                         "session_params.offset",
@@ -156,23 +154,23 @@ class Sessions:
         return kept + input_ids, len(kept)
 
     @contextmanager
-    def turn(self, params: SessionParams, request: Request, num_kept: int) -> Iterator[None]:
-        """Make `request` a turn of the session, unless it is refused. With `replace`, those after the previous go."""
+    def turn(self, params: SessionParams, state: RequestState, num_kept: int) -> Iterator[None]:
+        """Make a request a turn of the session, unless it is refused. With `replace`, those after the previous go."""
         session = params.session
-        if request.rid in session.turns:
-            raise InvalidRequest(f"the session has a request {request.rid!r} already", "rid")
+        if state.rid in session.turns:
+            raise InvalidRequest(f"the session has a request {state.rid!r} already", "rid")
         if params.replaces:
             self._forget_after(session, params.previous)
         if len(session.turns) >= MAX_TURNS:
             raise InvalidRequest(f"the session has {MAX_TURNS} requests, the limit", "session_params.id")
-        turn = Turn(request.rid, params.previous, num_kept, request.input_ids[num_kept:], request=request)
+        turn = Turn(state.rid, params.previous, num_kept, state.request.input_ids[num_kept:], state=state)
         session.turns[turn.rid] = turn
         try:
             yield
         finally:
-            turn.output_ids, turn.request = request.output_ids, None
+            turn.output_ids, turn.state = state.output_ids, None
             session.used_at = time.monotonic()
-            if request.status is not Status.FINISHED:
+            if state.status is not Status.FINISHED:
                 session.turns.pop(turn.rid, None)
 
     def _forget_after(self, session: Session, previous: Turn | None) -> None:
@@ -180,8 +178,8 @@ class Sessions:
         gone = {rid: turn for rid, turn in session.turns.items() if previous is None or _follows(turn, previous)}
         for rid, turn in gone.items():
             del session.turns[rid]
-            if turn.request is not None:
-                self.live.end(turn.request)
+            if turn.state is not None:
+                self.live.end(turn.state)
 
 
 def _follows(turn: Turn, previous: Turn) -> bool:

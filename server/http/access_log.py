@@ -9,8 +9,8 @@ import orjson
 from aiohttp import web
 from aiohttp.abc import AbstractAccessLogger
 
-from engine.request import Request
-from server.http.live import REQUESTS
+from engine.state import RequestState
+from server.http.live import STATES
 from server.http.owners import CLIENT
 
 
@@ -27,30 +27,30 @@ class JsonAccessLogger(AbstractAccessLogger):
             "bytes": response.body_length,
             "seconds": round(time, 6),
         }
-        if requests := request.get(REQUESTS):
-            line |= cost_of(requests)
+        if states := request.get(STATES):
+            line |= cost_of(states)
         self.logger.info(orjson.dumps(line).decode())
 
 
-def cost_of(requests: Sequence[Request]) -> dict[str, Any]:
+def cost_of(states: Sequence[RequestState]) -> dict[str, Any]:
     """Sum the costs of all requests that one HTTP request made; the times are the slowest one's, in seconds."""
     now = time.perf_counter()
 
     def slowest(begin: str, end: str) -> float | None:
         spans = [
-            (getattr(request.times, end) or now) - getattr(request.times, begin)
-            for request in requests
-            if getattr(request.times, begin)
+            (getattr(state.times, end) or now) - getattr(state.times, begin)
+            for state in states
+            if getattr(state.times, begin)
         ]
         return round(max(spans), 6) if spans else None
 
     return {
-        "rid": requests[0].rid,
-        "num_requests": len(requests),
-        "prompt_tokens": sum(request.prompt_len for request in requests),
-        "cached_tokens": sum(request.num_cached_tokens for request in requests),
-        "completion_tokens": sum(len(request.output_ids) for request in requests),
-        "finish_reasons": sorted({request.finish_reason.type for request in requests if request.finish_reason}),
+        "rid": states[0].rid,
+        "num_requests": len(states),
+        "prompt_tokens": sum(state.prompt_len for state in states),
+        "cached_tokens": sum(state.num_cached_tokens for state in states),
+        "completion_tokens": sum(len(state.output_ids) for state in states),
+        "finish_reasons": sorted({state.finish_reason.type for state in states if state.finish_reason}),
         "queue_s": slowest("arrived", "scheduled"),
         "first_token_s": slowest("arrived", "first_token"),
     }

@@ -1,16 +1,13 @@
 """The connections of clients: what is not HTTP is refused in JSON, and the end of each is seen."""
 
 import asyncio
-import logging
 import select
 from typing import Any
 
 from aiohttp import web
-from aiohttp.http_exceptions import BadHttpMethod, ContentEncodingError
+from aiohttp.http_exceptions import ContentEncodingError
 
 from server.reading.protocol import json_response
-
-logger = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 64 << 10  # of a request's first line, and of a header: keys and cookies of gateways are long
 WATCH_INTERVAL_S = 0.5
@@ -31,14 +28,11 @@ class Connection(web.RequestHandler):
     ) -> web.StreamResponse:
         """Answer what could not be read as HTTP: no handler has it, and nobody knows its path.
 
-        So the answer has every API's fields. What strangers send is no error of the server's, and is not logged as one.
+        So the answer has every API's fields.
         """
-        if request.writer.output_size > 0 or status >= 500:
-            return super().handle_error(request, status, exc, message)
-        logger.log(
-            logging.DEBUG if isinstance(exc, BadHttpMethod) else logging.INFO,
-            "%s sent what is no request: %s", request.remote, repr(message)[:200],
-        )  # fmt: skip
+        textual = super().handle_error(request, status, exc, message)  # its record: see `server.http.malformed`
+        if status >= 500:
+            return textual
         if isinstance(exc, ContentEncodingError):
             status = 415
         error = {"type": "invalid_request_error", "message": message or "bad request", "code": status, "param": None}

@@ -13,7 +13,8 @@ from aiohttp import web
 
 from engine.engine import Engine, TokenizerFacade
 from engine.errors import EngineError, InvalidRequest
-from engine.request import Delta, FinishReason, Request, SamplingParams, Status, ignore
+from engine.request import Request, SamplingParams
+from engine.state import Delta, FinishReason, RequestState, Status
 from server.http.bodies import BODY
 from server.http.intake import paced
 from server.http.owners import bill
@@ -25,7 +26,7 @@ MAX_LOGGED_CHARS = 2048
 MANY_LOGPROBS = 1024  # tokens: about 10 ms of writing
 MANY_REQUESTS = 512  # likewise
 CLIENT_CLOSED_REQUEST = 499
-REQUESTS: web.RequestKey[Sequence[Request]] = web.RequestKey("requests", Sequence)  # those an HTTP request made
+STATES: web.RequestKey[Sequence[RequestState]] = web.RequestKey("states", Sequence)  # of the requests it made
 
 
 class RequestFailed(EngineError):
@@ -56,6 +57,7 @@ class Options:
     token_ids_logprob: list[int] = field(default_factory=list)
     priority: int = 0
     extra_key: str = ""
+    may_shorten: bool = False
     max_thinking_tokens: int | None = None
     reasoning_end_ids: list[int] = field(default_factory=list)
 
@@ -67,7 +69,6 @@ def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingPar
             rid=rid,
             input_ids=input_ids,
             sampling_params=_own_params(params, i),
-            sink=ignore,
             stream=options.stream,
             return_logprob=options.return_logprob,
             logprob_start_len=options.logprob_start_len,
@@ -75,6 +76,7 @@ def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingPar
             token_ids_logprob=options.token_ids_logprob,
             priority=options.priority,
             extra_key=options.extra_key,
+            may_shorten=options.may_shorten,
             max_thinking_tokens=options.max_thinking_tokens,
             reasoning_end_ids=options.reasoning_end_ids,
         )
@@ -83,7 +85,7 @@ def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingPar
 
 
 def _own_params(params: SamplingParams, i: int) -> SamplingParams:
-    """Copy for the i-th answer: the engine fills in its length limit, and equal seeds would make equal answers."""
+    """Return the parameters of answer i: equal seeds would make equal answers."""
     seed = params.sampling_seed
     return replace(params, n=1, sampling_seed=None if seed is None else seed + i)
 
@@ -96,52 +98,52 @@ class LiveRequests:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.arrival_observers: list[Callable[[Request], None]] = []  # called with each request that was accepted
-        self.observers: list[Callable[[Request], None]] = []  # called with each request that ended
-        self._accepted: dict[str, Request] = {}  # by rid, those that have not ended
+        self.arrival_observers: list[Callable[[RequestState], None]] = []  # called with each request that was accepted
+        self.observers: list[Callable[[RequestState], None]] = []  # called with each request that ended
+        self._accepted: dict[str, RequestState] = {}  # by rid, those that have not ended
         self._rids: dict[str, list[str]] = {}  # rid given by the client -> rids of the requests made of it
 
     @asynccontextmanager
-    async def submitted(self, owner: Owner, rid: str, requests: Sequence[Request]) -> AsyncIterator[None]:
-        """Submit all of `requests`, or none when one of them is refused. `rid` stands for all of them."""
-        await self.engine.prepare(requests)
-        bill(owner, requests)
-        owner[REQUESTS] = requests
+    async def submitted(self, owner: Owner, rid: str, states: Sequence[RequestState]) -> AsyncIterator[None]:
+        """Submit all of `states`, or none when one of them is refused. `rid` stands for all of them."""
+        await self.engine.prepare(states)
+        bill(owner, states)
+        owner[STATES] = states
         if rid in self._rids:
             raise InvalidRequest(f"a request with rid {rid!r} is still running", "rid")
-        self._rids[rid] = [request.rid for request in requests]
-        accepted: list[Request] = []
+        self._rids[rid] = [state.rid for state in states]
+        accepted: list[RequestState] = []
         try:
-            async for request in paced(requests, num_a_pass=16):
-                self.engine.submit(request)
-                accepted.append(request)
-                self._accepted[request.rid] = request
+            async for state in paced(states, num_a_pass=16):
+                self.engine.submit(state)
+                accepted.append(state)
+                self._accepted[state.rid] = state
                 for observe in self.arrival_observers:
-                    observe(request)
+                    observe(state)
             if (body := owner.get(BODY)) is not None:
                 body.drop()  # it would be there as long as its answers take
             yield
         finally:
             del self._rids[rid]
-            for request in accepted:
-                del self._accepted[request.rid]
-                if request.status is not Status.FINISHED:
-                    self.engine.abort(request.rid)
+            for state in accepted:
+                del self._accepted[state.rid]
+                if state.status is not Status.FINISHED:
+                    self.engine.abort(state.rid)
                 for observe in self.observers:
-                    observe(request)
+                    observe(state)
 
-    async def answers(self, owner: Owner, rid: str, requests: Sequence[Request]) -> list[Delta]:
+    async def answers(self, owner: Owner, rid: str, states: Sequence[RequestState]) -> list[Delta]:
         """Return the whole answer of each request. Raises when one of them failed."""
-        collector = _Collector(len(requests))
-        for i, request in enumerate(requests):
-            request.sink = collector.sink_of(i)
-        async with self.submitted(owner, rid, requests):
+        collector = _Collector(len(states))
+        for i, state in enumerate(states):
+            state.sink = collector.sink_of(i)
+        async with self.submitted(owner, rid, states):
             return await collector.done
 
-    def end(self, request: Request) -> None:
-        """Abort `request` if it runs: never another of its rid, which it was refused for."""
-        if self._accepted.get(request.rid) is request:
-            self.engine.abort(request.rid)
+    def end(self, state: RequestState) -> None:
+        """Abort the request if it runs: never another of its rid, which it was refused for."""
+        if self._accepted.get(state.rid) is state:
+            self.engine.abort(state.rid)
 
     def abort(self, rid: str) -> None:
         for request_rid in self._rids.get(rid, [rid]):
@@ -172,10 +174,10 @@ class _Collector:
             self.done.set_result([delta for delta in self._deltas if delta is not None])
 
 
-async def written(write: Callable[[], web.Response], requests: Sequence[Request]) -> web.Response:
+async def written(write: Callable[[], web.Response], states: Sequence[RequestState]) -> web.Response:
     """Call `write` on ended requests; off the event loop if they are many, or have many log-probabilities."""
-    count = sum(request.num_tokens for request in requests if request.return_logprob)
-    is_long = count > MANY_LOGPROBS or len(requests) > MANY_REQUESTS
+    count = sum(state.num_tokens for state in states if state.return_logprob)
+    is_long = count > MANY_LOGPROBS or len(states) > MANY_REQUESTS
     return await asyncio.to_thread(write) if is_long else write()
 
 
@@ -190,22 +192,22 @@ class RequestLog:
     def __init__(self, tokenizer: TokenizerFacade, level: int) -> None:
         self.tokenizer, self.level = tokenizer, level
 
-    def __call__(self, request: Request) -> None:
-        reason = request.finish_reason
+    def __call__(self, state: RequestState) -> None:
+        reason = state.finish_reason
         facts: dict[str, Any] = {
-            "prompt_tokens": request.prompt_len,
-            "completion_tokens": len(request.output_ids),
-            "cached_tokens": request.num_cached_tokens,
+            "prompt_tokens": state.prompt_len,
+            "completion_tokens": len(state.output_ids),
+            "cached_tokens": state.num_cached_tokens,
             "finish_reason": reason.type if reason else None,
-            "seconds": round((request.times.finished or time.perf_counter()) - request.times.arrived, 4),
+            "seconds": round((state.times.finished or time.perf_counter()) - state.times.arrived, 4),
         }
         if self.level >= 1:
-            facts["sampling_params"] = request.sampling_params
+            facts["sampling_params"] = state.resolved_params()
         if self.level >= 2:
             limit = MAX_LOGGED_CHARS if self.level == 2 else None
             decode = self.tokenizer.decode
-            facts["prompt"] = decode(request.input_ids, skip_special_tokens=False)[:limit]
-            facts["answer"] = decode(request.output_ids, skip_special_tokens=False)[:limit]
+            facts["prompt"] = decode(state.request.input_ids, skip_special_tokens=False)[:limit]
+            facts["answer"] = decode(state.output_ids, skip_special_tokens=False)[:limit]
         logger.info(
-            "request %s: %s", escaped(request.rid), ", ".join(f"{name}={value!r}" for name, value in facts.items())
+            "request %s: %s", escaped(state.rid), ", ".join(f"{name}={value!r}" for name, value in facts.items())
         )

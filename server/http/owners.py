@@ -7,12 +7,12 @@ its owner's. Where clients have no keys of their own, they all are one owner: ""
 
 import hashlib
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from aiohttp import web
 
-from engine.request import Request
+from engine.state import RequestState
 
 EVERYBODY = ""  # the owner of all there is without keys of several clients
 MAX_OWN_PRIORITY = 100  # of a client with a key of its own
@@ -51,16 +51,23 @@ def may_find(caller: Caller, owner: str) -> bool:
     return client is None or client.is_admin or client.owner == owner
 
 
-def bill(caller: Caller, requests: Sequence[Request]) -> None:
-    """Put `requests` on the account of their maker: its turns and weight, its priorities, its part of the cache."""
+def bill(caller: Caller, states: Sequence[RequestState]) -> None:
+    """Put requests that are not submitted yet on the account of their maker.
+
+    That is: its turns and weight, its priorities, its part of the cache.
+    """
     client = caller.get(CLIENT)
     if client is None:
         return
-    for request in requests:
-        request.client, request.weight = client.name, client.weight
+    for state in states:
+        asked = state.request
+        priority, own_priority, extra_key = asked.priority, asked.own_priority, asked.extra_key
         if client.owner:
-            request.own_priority = max(-MAX_OWN_PRIORITY, min(request.priority, MAX_OWN_PRIORITY))
-            request.priority = 0
+            priority, own_priority = 0, max(-MAX_OWN_PRIORITY, min(priority, MAX_OWN_PRIORITY))
             if not client.shares_cache:
-                request.extra_key = client.owner + request.extra_key
-        request.priority += client.priority
+                extra_key = client.owner + extra_key
+        state.request = replace(
+            asked, client=client.name, weight=client.weight, priority=priority + client.priority,
+            own_priority=own_priority, extra_key=extra_key,
+        )  # fmt: skip
+        state.extra_key = extra_key

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeGuard
@@ -24,6 +25,7 @@ MAX_OBJECTS = 1 << 14  # of a list: messages, tools
 LONG_BODY = 1 << 18  # bytes
 MAX_DEPTH = 200  # of a body's objects and lists
 WRITABLE_DEPTH = 254  # orjson's, which reads 1,024: the difference is for what an answer puts around what it repeats
+PLACE = re.compile(r"\[\d+\]")  # in a list
 REQUEST_FIELDS = ("priority", "extra_key", "cache_salt")  # SGLang's, which every API takes
 
 
@@ -127,8 +129,10 @@ class Fields:
         return value
 
 
-def check_token_ids(ids: Any, vocab_size: int, field: str) -> list[int]:
-    """Return `ids` if it is a non-empty list of ids of the vocabulary."""
+def check_token_ids(ids: Any, vocab_size: int, field: str, *, may_be_empty: bool = False) -> list[int]:
+    """Return `ids` if it is a list of ids of the vocabulary, not empty unless it may be."""
+    if may_be_empty and ids == []:
+        return []
     if not isinstance(ids, list) or not ids:
         raise InvalidRequest(f"{field} must be a non-empty list of token ids, got {shown(ids)}", field)
     if set(map(type, ids)) != {int}:
@@ -189,14 +193,21 @@ def refuse(body: Fields, names: Collection[str]) -> None:
 
 @contextmanager
 def spelled(names: Mapping[str, str]) -> Iterator[None]:
-    """Let errors from inside name a field as the client spelled it. `names`: OpenAI's name to the client's."""
+    """Let errors from inside name a field as the client spelled it.
+
+    names: OpenAI's name to the client's; "[]" in one stands for a place in a list, "[3]".
+    """
     try:
         yield
     except InvalidRequest as error:
         ours = error.field or ""
-        if ours not in names:
+        theirs = names.get(ours)
+        if theirs is None and (place := PLACE.search(ours)):
+            theirs = names.get(ours.replace(place[0], "[]", 1), "").replace("[]", place[0], 1)
+        if not theirs:
             raise
-        raise InvalidRequest(str(error).replace(ours, names[ours], 1), names[ours]) from None
+        error.args, error.field = (str(error).replace(ours, theirs, 1),), theirs
+        raise
 
 
 def cache_namespace(fields: Fields) -> str:
@@ -211,9 +222,9 @@ async def read_json(request: web.Request) -> Fields:
     """
     limit = request.client_max_size
     if (request.content_length or 0) > limit:
-        raise _too_long(limit)
+        raise _body_too_long(limit)
     kind = request.content_type
-    if "Content-Type" in request.headers and not kind.endswith(("/json", "+json")):
+    if "Content-Type" in request.headers and not (kind.endswith(("/json", "+json")) or _takes_any_type(request)):
         # A web page may send text/plain or a form to a local server without asking; never JSON.
         raise InvalidRequest(f"Content-Type must be application/json, got {kind}", "Content-Type")
     held = request[BODY] = HeldBody(request.app[BODY_BUDGET])
@@ -232,14 +243,24 @@ async def _receive(request: web.Request, held: HeldBody, limit: int) -> bytes:
     while piece := await request.content.readany():
         num_bytes += len(piece)
         if num_bytes > limit:
-            raise _too_long(limit)
+            raise _body_too_long(limit)
         held.add(piece)
         pieces.append(piece)
     return b"".join(pieces)
 
 
-def _too_long(limit: int) -> BodyTooLarge:
+def _body_too_long(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body is longer than {limit} bytes, the limit set by --max-body-bytes")
+
+
+def _takes_any_type(request: web.Request) -> bool:
+    """Return whether the body is JSON whatever its type: with Ollama's API, in whose examples curl names none.
+
+    Not where a browser says that the page of another site sends it.
+    """
+    origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site", "none")
+    is_own = origin is None or origin.partition("://")[2] == request.headers.get("Host")
+    return request.path.startswith("/api/") and is_own and site in ("none", "same-origin")
 
 
 def parse_json(text: bytes, name: str) -> Any:
@@ -321,9 +342,42 @@ def error_shape(path: str) -> ErrorShape:
 def error_response(path: str, error: EngineError) -> web.Response:
     """Return the response that reports `error` to a client of the API at `path`."""
     headers: dict[str, str] = {}
-    field, code = getattr(error, "field", None), getattr(error, "code", None)
+    message, field, code = str(error), getattr(error, "field", None), getattr(error, "code", None)
     if isinstance(error, PromptTooLong):
         code = "context_length_exceeded"
+        message, field = _too_long(path, error)
     elif isinstance(error, QueueFull):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    return json_response(error_shape(path)(error.status_code, str(error), field, code), error.status_code, headers)
+    return json_response(error_shape(path)(error.status_code, message, field, code), error.status_code, headers)
+
+
+# The field that holds the prompt. Under other paths the error's own field stands.
+_PROMPT_FIELDS = {
+    "/v1/messages": "messages",
+    "/v1/chat/completions": "messages",
+    "/invocations": "messages",
+    "/v1/completions": "prompt",
+    "/v1/responses": "input",
+    "/v1/embeddings": "input",
+}
+
+
+def _too_long(path: str, error: PromptTooLong) -> tuple[str, str | None]:
+    """Return message and field of a prompt that does not fit, in the words by which an API's clients know the case.
+
+    They then shorten the conversation, and repeat what they cannot read.
+    """
+    shape, field = error_shape(path), _PROMPT_FIELDS.get(path, error.field)
+    prompt_len, answer_len, limit = error.prompt_len, error.answer_len, error.limit
+    if not limit or shape not in (anthropic_error, openai_error):
+        return str(error), field
+    if shape is anthropic_error:
+        if not answer_len:
+            return f"prompt is too long: {prompt_len} tokens > {limit} maximum", field
+        return f"input length and `max_tokens` exceed context limit: {prompt_len} + {answer_len} > {limit}", field
+    asked = (
+        f"you requested {prompt_len + answer_len} tokens ({prompt_len} in {field}, {answer_len} for the answer)"
+        if answer_len
+        else f"{field} has {prompt_len} tokens, and at least one is left for the answer"
+    )
+    return f"This model's maximum context length is {limit} tokens, but {asked}.", field

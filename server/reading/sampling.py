@@ -1,6 +1,7 @@
 """The fields of an OpenAI body about sampling and the request, in the engine's terms."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from engine.engine import Engine
 from engine.errors import InvalidRequest
@@ -52,7 +53,7 @@ def read_sampling_params(
     try:
         params = SamplingParams.from_dict(given, engine.sampling_defaults)
         if max_tokens_name is None:
-            params.max_new_tokens = default_max_tokens
+            params = replace(params, max_new_tokens=default_max_tokens)
         params.verify(engine.model_config.vocab_size)
     except InvalidRequest as error:
         theirs = next((theirs for theirs, ours in names.items() if ours == error.field), None)
@@ -71,7 +72,7 @@ def read_options(body: Fields, num_logprobs: int) -> Options:
         )
     if any(modality != "text" for modality in body.strings("modalities")):
         body.fail("modalities", '["text"]')
-    body.one_of("verbosity", ("medium",), "medium")
+    body.one_of("verbosity", ("low", "medium", "high"), "medium")  # a wish that no open model was taught to read
     return Options(
         stream=body.flag("stream"),
         return_logprob=num_logprobs >= 0,

@@ -34,6 +34,8 @@ def read_tool_choice(body: Fields) -> ToolChoice:
         tools[tool.name] = tool
     choice = body.get("tool_choice")
     is_parallel = body.flag("parallel_tool_calls", True)
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        return _allowed_choice(Fields(choice, "tool_choice"), body.array("tools"), tools, is_parallel)
     if isinstance(choice, dict):
         name = _chosen_name(Fields(choice, "tool_choice"))
         if name not in tools:
@@ -45,6 +47,21 @@ def read_tool_choice(body: Fields) -> ToolChoice:
     if choice == "none" or not tools:
         return ToolChoice(None, [], False, is_parallel)
     return ToolChoice(body.array("tools"), list(tools.values()), choice == "required", is_parallel)
+
+
+def _allowed_choice(choice: Fields, shown: list[JSON], tools: dict[str, Tool], is_parallel: bool) -> ToolChoice:
+    """Read a choice among some of `tools`. All are shown, so that the prompt's prefix stays as it is."""
+    allowed = choice.object("allowed_tools")
+    if allowed is None:
+        choice.fail("allowed_tools", "an object with a mode and tools")
+    mode = allowed.one_of("mode", ("auto", "required"), "auto")
+    names = {_chosen_name(tool) for tool in allowed.objects("tools")}
+    if unknown := names - tools.keys():
+        raise InvalidRequest(f"tool_choice names {min(unknown)!r}, which is not in tools", "tool_choice.allowed_tools")
+    allowed_tools = [tool for name, tool in tools.items() if name in names]
+    if not allowed_tools:
+        return ToolChoice(None, [], False, is_parallel)
+    return ToolChoice(shown, allowed_tools, mode == "required", is_parallel)
 
 
 def _read_tool(fields: Fields, path: str) -> Tool:
@@ -60,7 +77,8 @@ def _read_tool(fields: Fields, path: str) -> Tool:
     parameters.one_of("type", ("object",), "object")
     parameters.object("properties")
     parameters.strings("required")
-    return Tool(name, {"type": "object", **parameters.values}, function.flag("strict"))
+    field = f"{path}.function.parameters"
+    return Tool(name, {"type": "object", **parameters.values}, function.flag("strict"), field)
 
 
 def _chosen_name(choice: Fields) -> str:

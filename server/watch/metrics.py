@@ -5,7 +5,7 @@ when it ends. So metrics cost a token nothing.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from engine.engine import Engine
-from engine.request import Request
+from engine.state import RequestState
 from server.watch.monitor import Monitor, percentile
 
 FIRST_TOKEN_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
@@ -29,9 +29,10 @@ RATE_SPAN_S = 10.0
 class Metrics:
     """The metrics of /metrics."""
 
-    def __init__(self, engine: Engine, monitor: Monitor, model_name: str) -> None:
+    def __init__(self, engine: Engine, monitor: Monitor, model_name: str, left_out: Mapping[str, int]) -> None:
+        """left_out: number of parts by kind that requests were answered without, kept up to date by their readers."""
         self.registry = CollectorRegistry()
-        self.registry.register(EngineCollector(engine, monitor, model_name))
+        self.registry.register(EngineCollector(engine, monitor, model_name, left_out))
         ProcessCollector(registry=self.registry)  # memory, CPU seconds and open files, under Prometheus' own names
 
         def histogram(name: str, help: str, buckets: tuple[float, ...], **labels: str) -> Histogram:
@@ -71,9 +72,9 @@ class Metrics:
     async def metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    def observe(self, request: Request) -> None:
+    def observe(self, state: RequestState) -> None:
         """Record a request that has ended."""
-        times, num_tokens = request.times, len(request.output_ids)
+        times, num_tokens = state.times, len(state.output_ids)
         if not times.scheduled:
             return
         self._queue.observe(times.scheduled - times.arrived)
@@ -83,7 +84,7 @@ class Metrics:
         self._latency.observe(times.finished - times.arrived)
         self._prefill.observe(times.first_token - times.scheduled)
         self._decode.observe(times.finished - times.first_token)
-        self._prompt_len.observe(request.prompt_len)
+        self._prompt_len.observe(state.prompt_len)
         self._answer_len.observe(num_tokens)
         if num_tokens > 1:
             for histogram in self._token:
@@ -93,8 +94,8 @@ class Metrics:
 class EngineCollector(Collector):
     """Reads the engine when Prometheus asks."""
 
-    def __init__(self, engine: Engine, monitor: Monitor, model_name: str) -> None:
-        self.engine, self.monitor, self.model_name = engine, monitor, model_name
+    def __init__(self, engine: Engine, monitor: Monitor, model_name: str, left_out: Mapping[str, int]) -> None:
+        self.engine, self.monitor, self.model_name, self.left_out = engine, monitor, model_name, left_out
 
     def collect(self) -> Iterable[Metric]:
         stats = self.engine.stats()
@@ -158,6 +159,9 @@ class EngineCollector(Collector):
         )  # fmt: skip
         yield self._gauge("radixloop:event_loop_tasks", "asyncio tasks", len(asyncio.all_tasks()))
         yield self._counter("radixloop:num_refused_requests", "requests refused for a full queue", stats.num_refused)
+        yield self._counter(
+            "radixloop:left_out", "parts of requests that their answers do without", dict(self.left_out), "kind"
+        )
         yield self._counter("radixloop:steps", "steps resolved", loop.num_steps)
         yield self._counter("radixloop:failed_steps", "steps that raised", loop.num_failed_steps)
         yield self._counter(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from engine.engine import Engine
-from engine.request import Request
+from engine.state import RequestState
 
 TICK_S, IDLE_TICK_S = 0.05, 0.5
 SAMPLE_S = 1.0
@@ -42,6 +42,8 @@ class Sample:
     num_waiting: int
     num_held_tokens: int
     num_cached_tokens: int
+    cpu_s: float
+    """CPU time of all threads of this process, since the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class Rates:
     """Share of the time."""
     hit_rate: float = 0.0
     """Share of prompt tokens found in the cache."""
+    cpus: float = 0.0
+    """CPU cores in use by this process."""
 
 
 class Monitor:
@@ -118,11 +122,12 @@ class Monitor:
             num_waiting=scheduler.num_waiting,
             num_held_tokens=scheduler.num_held_tokens,
             num_cached_tokens=scheduler.num_cached_tokens,
+            cpu_s=time.process_time(),
         )
 
-    def observe(self, request: Request) -> None:
+    def observe(self, state: RequestState) -> None:
         """Record a request that has ended."""
-        times, num_tokens = request.times, len(request.output_ids)
+        times, num_tokens = state.times, len(state.output_ids)
         if times.scheduled and times.finished and num_tokens:
             token_s = (times.finished - times.first_token) / (num_tokens - 1) if num_tokens > 1 else None
             self.ended.append(
@@ -163,6 +168,7 @@ def rates_between(before: Sample, after: Sample) -> Rates:
         host_us_per_step=(after.host_s - before.host_s) / steps * 1e6 if steps else 0.0,
         device_idle=(after.device_idle_s - before.device_idle_s) / seconds,
         hit_rate=(after.num_hit_tokens - before.num_hit_tokens) / prompt if prompt else 0.0,
+        cpus=(after.cpu_s - before.cpu_s) / seconds,
     )
 
 

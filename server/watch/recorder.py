@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from engine.request import Request, Status
+from engine.state import RequestState, Status
 
 logger = logging.getLogger(__name__)
 
@@ -31,57 +31,57 @@ class RequestRecorder:
         """Make the folder. `OSError` if it cannot be made."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.config = folder, config
-        self._requests: deque[Request] = deque()
+        self._states: deque[RequestState] = deque()
         self._num_tokens = 0
         self._last_dump_at = -MIN_INTERVAL_S
         self._writing: asyncio.Future[Path] | None = None
 
-    def remember(self, request: Request) -> None:
+    def remember(self, state: RequestState) -> None:
         """Remember a request that was accepted."""
-        self._requests.append(request)
-        self._num_tokens += request.prompt_len
-        while len(self._requests) > MAX_REQUESTS or (self._num_tokens > MAX_TOKENS and len(self._requests) > 1):
-            self._num_tokens -= self._requests.popleft().prompt_len
+        self._states.append(state)
+        self._num_tokens += state.prompt_len
+        while len(self._states) > MAX_REQUESTS or (self._num_tokens > MAX_TOKENS and len(self._states) > 1):
+            self._num_tokens -= self._states.popleft().prompt_len
 
-    def observe(self, request: Request) -> None:
+    def observe(self, state: RequestState) -> None:
         """Note that a request has ended. If the server is to blame, the file is written, off the event loop."""
-        reason = request.finish_reason
+        reason = state.finish_reason
         if reason is None or reason.status_code != 500:
             return
         now = time.monotonic()
         if now - self._last_dump_at >= MIN_INTERVAL_S:
             self._last_dump_at = now
             loop = asyncio.get_running_loop()
-            self._writing = loop.run_in_executor(None, self.dump, f"request {request.rid} failed: {reason.message}")
+            self._writing = loop.run_in_executor(None, self.dump, f"request {state.rid} failed: {reason.message}")
             self._writing.add_done_callback(_log_failure)
 
     def dump(self, reason: str) -> Path:
         """Write the file now. From any thread; `OSError` if it cannot be written."""
-        requests = self._requests.copy()  # in one go, under the interpreter's lock
+        states = self._states.copy()  # in one go, under the interpreter's lock
         now, at = time.perf_counter(), datetime.datetime.now(datetime.UTC)
         path = self.folder / f"requests-{at:%Y%m%d-%H%M%S-%f}-{os.getpid()}.jsonl"
         partial = path.with_suffix(".part")
         with partial.open("wb") as file:
             file.write(orjson.dumps({"reason": reason, "at": at, "config": self.config}) + b"\n")
-            for request in requests:
-                file.write(orjson.dumps(as_record(request, now), option=orjson.OPT_NON_STR_KEYS) + b"\n")
+            for state in states:
+                file.write(orjson.dumps(as_record(state, now), option=orjson.OPT_NON_STR_KEYS) + b"\n")
         partial.rename(path)
-        logger.error("the last %d requests are in %s: %s", len(requests), path, reason)
+        logger.error("the last %d requests are in %s: %s", len(states), path, reason)
         return path
 
 
 RECORDER = web.AppKey("recorder", RequestRecorder)
 
 
-def as_record(request: Request, now: float) -> dict[str, Any]:
-    """Return the fields to send `request` again, and its outcome. `arrived_s` is relative to the file's time."""
-    reason = request.finish_reason
-    times = dataclasses.asdict(request.times)
+def as_record(state: RequestState, now: float) -> dict[str, Any]:
+    """Return the fields to send a request again, and its outcome. `arrived_s` is relative to the file's time."""
+    reason = state.finish_reason
+    request, times = state.request, dataclasses.asdict(state.times)
     return {
-        "rid": request.rid,
-        "arrived_s": request.times.arrived - now,
+        "rid": state.rid,
+        "arrived_s": state.times.arrived - now,
         "input_ids": request.input_ids,
-        "sampling_params": dataclasses.asdict(request.sampling_params),
+        "sampling_params": dataclasses.asdict(state.resolved_params()),
         "stream": request.stream,
         "return_logprob": request.return_logprob,
         "logprob_start_len": request.logprob_start_len,
@@ -90,11 +90,11 @@ def as_record(request: Request, now: float) -> dict[str, Any]:
         "priority": request.priority,
         "extra_key": request.extra_key,
         "client": request.client,
-        "status": request.status.name.lower(),
-        "output_ids": request.output_ids if request.status is Status.FINISHED else [],
-        "finish_reason": reason and reason.to_dict(len(request.output_ids)),
-        "num_cached_tokens": request.num_cached_tokens,
-        "num_retractions": request.num_retractions,
+        "status": state.status.name.lower(),
+        "output_ids": state.output_ids if state.status is Status.FINISHED else [],
+        "finish_reason": reason and reason.to_dict(len(state.output_ids)),
+        "num_cached_tokens": state.num_cached_tokens,
+        "num_retractions": state.num_retractions,
         "times": {name: at - now for name, at in times.items() if at},
     }
 

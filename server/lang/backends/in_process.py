@@ -8,7 +8,8 @@ from typing import Any
 
 from engine.engine import Engine
 from engine.errors import EngineError, InvalidRequest
-from engine.request import Delta, Logprobs, Request, SamplingParams
+from engine.request import Request, SamplingParams
+from engine.state import Delta, Logprobs, RequestState
 from server.apis.meta_info import MetaInfo
 from server.http.live import Options, make_requests, new_rid
 from server.lang.backends.base import JSON, BackendError
@@ -47,7 +48,7 @@ class EngineBackend(NativeBackend):
 
     async def _last(self, request: Request) -> Delta:
         try:
-            async for delta in self.engine.generate(request):
+            async for delta in self.engine.generate(RequestState(request)):
                 if delta.finish_reason is not None:
                     _check(delta)
                     return delta
@@ -60,17 +61,17 @@ class EngineBackend(NativeBackend):
         [request], _ = await self._requests(body, is_stream=True)
         text, token_ids, logprobs = "", [], Logprobs()
         try:
-            async with aclosing(self.engine.generate(request)) as deltas:
+            async with aclosing(self.engine.generate(RequestState(request))) as deltas:
                 async for delta in deltas:
                     _check(delta)
                     text += delta.text
                     token_ids += delta.token_ids
-                    meta = formatter.counts(request, len(token_ids), delta.finish_reason)
+                    meta = formatter.counts(delta.state, len(token_ids), delta.finish_reason)
                     if request.return_logprob:
                         new = delta.logprobs or Logprobs()
                         logprobs.token += new.token
                         logprobs.top += new.top
-                        meta |= formatter.logprobs(request, logprobs)
+                        meta |= formatter.logprobs(delta.state, logprobs)
                     yield {"text": text, "output_ids": token_ids, "meta_info": meta}
         except EngineError as error:
             raise BackendError(str(error), error.status_code) from error
