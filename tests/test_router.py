@@ -605,7 +605,7 @@ async def test_without_a_key_other_hosts_cannot_change_the_workers(
 async def test_workers_are_added_by_json_only(kind: str | None) -> None:
     async with routing() as client:
         headers = {} if kind is None else {"Content-Type": kind}
-        skipped = {"skip_auto_headers": ["Content-Type"]} if kind is None else {}
+        skipped: dict[str, Any] = {"skip_auto_headers": ["Content-Type"]} if kind is None else {}
         body = b'{"url": "http://a:1"}'
         got = await client.post("/workers", params={"url": "http://a:1"}, data=body, headers=headers, **skipped)
         assert got.status == 400
