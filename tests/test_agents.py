@@ -319,7 +319,7 @@ async def test_a_custom_tools_call_comes_back_as_one_and_a_namespaces_under_both
         whole = (await api.responses.create(**body)).output
         async with api.responses.stream(**body) as stream:
             kinds = [event.type async for event in stream]
-            streamed = (await stream.get_final_response()).output
+            streamed: Any = (await stream.get_final_response()).output
     for custom, function in (whole, streamed):
         assert custom.type == "custom_tool_call" and (custom.name, custom.input) == ("apply_patch", patch)
         assert custom.id is not None and custom.id.startswith("ctc_")
@@ -367,15 +367,16 @@ async def test_allowed_tools_that_are_not_there_are_refused_by_name() -> None:
 async def test_the_input_of_a_stored_response_is_listed_by_pages() -> None:
     async with serving(FakeEngine(context_length=4096)) as client, official(client) as api:
         first = await api.responses.create(model="fake-model", input="Hi")
+        item: Any
         [item] = (await api.responses.input_items.list(first.id)).data
-        assert item.type == "message" and item.content[0].text == "Hi"  # type: ignore[union-attr]
+        assert item.type == "message" and item.content[0].text == "Hi"
         given: Any = [{"role": "user", "content": f"{i}"} for i in range(5)]
         many = await api.responses.create(model="fake-model", input=given)
-        page = await api.responses.input_items.list(many.id, limit=2)
-        texts = [item.content[0].text async for item in page]  # type: ignore[union-attr]
+        page: Any = await api.responses.input_items.list(many.id, limit=2)
+        texts = [item.content[0].text async for item in page]
         assert texts == ["4", "3", "2", "1", "0"] and page.has_more
-        oldest = await api.responses.input_items.list(many.id, order="asc", limit=1)
-        assert oldest.data[0].content[0].text == "0"  # type: ignore[union-attr]
+        oldest: Any = await api.responses.input_items.list(many.id, order="asc", limit=1)
+        assert oldest.data[0].content[0].text == "0"
         for wrong in ("limit=0", "limit=x", "order=up", "after=nope"):
             assert (await client.get(f"/v1/responses/{many.id}/input_items?{wrong}")).status == 400
         assert (await client.get("/v1/responses/resp_x/input_items")).status == 404
