@@ -9,6 +9,7 @@ import openai
 import pytest
 from aiohttp.test_utils import TestClient
 
+from bench import agent
 from server.apis.anthropic import chat_body
 from server.apis.responses import read_input
 from server.reading import responses_body
@@ -393,3 +394,17 @@ def test_a_header_is_short_and_safe_whatever_names_the_client_chose() -> None:
     for i in range(100):
         left_out.add("tool", f"x\r\nSet-Cookie: {i}" + "y" * 1000)
     assert len(left_out.header) < 4000 and "\n" not in left_out.header and " " not in left_out.header.replace(", ", "")
+
+
+@pytest.mark.parametrize("api", agent.APIS)
+async def test_of_a_replayed_session_what_is_new_is_computed_and_little_else(tiny_llama: Path, api: str) -> None:
+    session = agent.Session.drawn(0, num_turns=4, num_tools=3, system_words=50, result_words=20)
+    options: dict[str, Any] = {"chat_template": "chatml", "served_model_name": "fake-model"}
+    async with (
+        running_engine(tiny_llama, context_length=4096, max_total_tokens=16384) as engine,
+        serving(engine, **options) as client,
+    ):
+        turns = await agent.replay(str(client.make_url("/")), api, session, model="default", answer_len=2, key="none")
+    assert len(turns) == 4 and all(turn.num_new > 20 for turn in turns)
+    assert 1.0 <= agent.computed_per_new(turns) < 1.2
+    agent.show(api, turns)
