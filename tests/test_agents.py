@@ -389,6 +389,24 @@ async def test_models_are_listed_for_codex_too() -> None:
     assert [card["id"] for card in listed["data"]] == ["fake-model"] and listed["models"] == []
 
 
+@pytest.mark.parametrize("kind", [[], {}, 1, ["text"]])
+async def test_a_type_that_is_no_text_is_a_400(kind: Any) -> None:
+    part = {"type": kind, "text": "x"}
+    result = {"type": "tool_result", "tool_use_id": "a", "content": [part]}
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": [part]}]}),
+        ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": [result]}]}),
+        ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": "x"}], "tools": [part]}),
+        ("/v1/responses", {"input": [{"role": "user", "content": [part]}]}),
+        ("/v1/responses", {"input": [part]}),
+        ("/v1/responses", {"input": "x", "tools": [part]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tool_choice": part}),
+    ]
+    async with serving(FakeEngine()) as client:
+        for path, body in bodies:
+            assert (await client.post(path, json=body)).status == 400, body
+
+
 def test_a_header_is_short_and_safe_whatever_names_the_client_chose() -> None:
     left_out = LeftOut()
     for i in range(100):

@@ -26,7 +26,7 @@ from server.reading.responses_body import CUSTOM, OfferedTool, Tools, answerable
 
 MAX_METADATA = 16
 
-UNSUPPORTED = ("conversation", "prompt", "image", "top_logprobs", "n")
+UNSUPPORTED = ("conversation", "prompt", "moderation", "image", "top_logprobs", "n")
 SAME_NAMES = ("temperature", "top_p", "stream", "parallel_tool_calls", *REQUEST_FIELDS)
 OUR_NAMES = {
     "max_completion_tokens": "max_output_tokens",
