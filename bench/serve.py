@@ -345,6 +345,27 @@ class Metrics:
             console.print(f"[red]first error:[/red] {self.first_error}", highlight=False)
 
 
+# Names of APIs in SGLang's and vLLM's benches. All serve OpenAI's, and native routes do the same work.
+BACKENDS = {
+    "sglang": "completions", "sglang-native": "completions", "sglang-oai": "completions", "sglang-oai-chat": "chat",
+    "vllm": "completions", "vllm-chat": "chat", "openai": "completions", "openai-chat": "chat",
+    "lmdeploy": "completions", "lmdeploy-chat": "chat", "/v1/completions": "completions",
+    "/v1/chat/completions": "chat",
+}  # fmt: skip
+DATASETS = {"random-ids": "random", "generated-shared-prefix": "shared-prefix"}
+
+
+def api_of(backend: str) -> str:
+    """Return the API that another bench's backend stands for."""
+    if backend not in BACKENDS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return BACKENDS[backend]
+
+
+def dataset_of(name: str) -> str:
+    return DATASETS.get(name, name)
+
+
 def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -354,12 +375,25 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=30000)
     add("--api", choices=("completions", "chat"), default="completions", help="OpenAI's API to use")
+    # As SGLang's and vLLM's benches name it.
+    add(
+        "--backend", "--endpoint-type", "--endpoint", dest="api", type=api_of, default=argparse.SUPPRESS,
+        help=f"the same, by the names of other benches: {', '.join(BACKENDS)}",
+    )  # fmt: skip
+    add("--tokenizer", help="no effect: prompts are token ids, and answers are counted by the server")
     add("--model", help="default: the first one the server lists")
     add("--api-key")
-    add("--dataset-name", "--dataset", choices=("random", "shared-prefix"), default="random")
+    add("--dataset-name", "--dataset", type=dataset_of, choices=("random", "shared-prefix"), default="random")
     add("--num-prompts", type=int, default=256)
-    add("--random-input-len", "--random-input", type=int, default=1024, help="tokens of a prompt, of a question")
-    add("--random-output-len", "--random-output", type=int, default=128, help="tokens of an answer")
+    add(
+        "--random-input-len",
+        "--random-input",
+        "--gsp-question-len",
+        type=int,
+        default=1024,
+        help="tokens of a prompt, of a question",
+    )
+    add("--random-output-len", "--random-output", "--gsp-output-len", type=int, default=128, help="tokens of an answer")
     add("--random-range-ratio", type=float, default=0.0, help="random lengths: from ratio * length to length")
     add("--num-groups", "--gsp-num-groups", type=int, default=8, help="shared-prefix: how many prefixes")
     add("--prefix-len", "--gsp-system-prompt-len", type=int, default=2048, help="shared-prefix: tokens of a prefix")

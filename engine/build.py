@@ -4,8 +4,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +21,13 @@ from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, unique_layers
-from engine.model_config import ModelConfig
+from engine.model_config import TURN_ENDS, ModelConfig, parse_overrides, turn_ends
 from engine.models.base import CausalLM
 from engine.models.registry import build_model, load_config
 from engine.rank_maintenance import RankMaintenance
 from engine.ranks.channel import ChannelReader
 from engine.ranks.children import Parent, settle_garbage_collector
-from engine.ranks.leader import Follower, Ranks, follow, join_store
+from engine.ranks.leader import Follower, Ranks, arrive, follow, join_store
 from engine.ranks.nodes import gloo_interface
 from engine.schedule.rows import Rows
 from engine.schedule.scheduler import Scheduler
@@ -69,7 +68,7 @@ class EngineParts:
 
 def resolve_config(config: EngineConfig) -> EngineConfig:
     """Return `config` with everything decided that depends on the machine alone."""
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("--device cuda was asked for, and torch sees no CUDA device")
     check_sizes(config)
@@ -95,6 +94,17 @@ def resolve_config(config: EngineConfig) -> EngineConfig:
         sampling_backend=sampling_backend,
         random_seed=time.time_ns() % (1 << 30) if config.random_seed is None else config.random_seed,
     )
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device of that name. Raises `ModelError` if this engine does not run on it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")  # nor on this one
+    if device.type not in ("cuda", "cpu"):
+        raise ModelError(f"--device must be cuda, cuda:NUMBER or cpu, got {name!r}")
+    return device
 
 
 def check_gpus(first: int, count: int) -> None:
@@ -139,25 +149,30 @@ def describe_backends(config: EngineConfig, device: torch.device, *, has_corun: 
 
 
 def build(
-    config: EngineConfig, on_progress: Callable[[str], None], on_failure: Callable[[str], object] = logger.critical
+    config: EngineConfig,
+    on_progress: Callable[[str], None],
+    on_failure: Callable[[str], object] = logger.critical,
+    on_tokenizer: Callable[[Tokenizer], object] | None = None,
 ) -> EngineParts:
     """Build every part of an engine. Blocks for as long as loading takes. `ModelError` if the model cannot be served.
 
     on_failure: called from a thread, with the reason, when one of several ranks can compute no more; nor can the
-    engine then.
+    engine then. on_tokenizer: see `Engine.start`.
     """
     config = resolve_config(config)
     folder = resolve_model(config)
-    model_config = load_config(folder, config)
+    model_config, tokenizer = load_model_files(folder, config)
+    if on_tokenizer is not None:
+        on_tokenizer(tokenizer)
     comm = Communicator(0, config.tp_size)
     model = new_model(config, model_config, comm)  # raises if it cannot be split, before a process is started
-    ranks = Ranks(config, folder, run_rank, on_failure) if config.tp_size > 1 else None
+    ranks = None
+    if config.tp_size > 1:  # other hosts' CPUs may differ: the dtype is decided here
+        dtype = str(model_config.dtype).removeprefix("torch.")
+        ranks = Ranks(config.replace(dtype=dtype), folder, run_rank, on_failure)
     try:
-        with ThreadPoolExecutor(1) as executor:
-            loading_tokenizer = executor.submit(load_tokenizer, folder, config)
-            store = None if ranks is None else ranks.store
-            runner, memory = build_runner(config, model_config, folder, model, comm, store, on_progress)
-            tokenizer = loading_tokenizer.result()
+        store = None if ranks is None else ranks.store
+        runner, memory = build_runner(config, model_config, folder, model, comm, store, on_progress)
         grammars = new_grammars(config, model_config, tokenizer)
         is_pinned = runner.device.type == "cuda"
         if grammars is None:  # the end of thinking is forced through masks, too
@@ -271,9 +286,10 @@ def _connect(
     on_progress: Callable[[str], None],
 ) -> None:
     """Meet the other ranks and test the way to them; with --enable-p2p-check, also its speed."""
+    arrive(store, comm.rank, comm.size)
     with gloo_interface(store.host, store.port):
         comm.connect(store, device, use_peer_memory=config.nnodes == 1 and not config.disable_custom_all_reduce)
-    rate = comm.self_test(config.dist_timeout, P2P_CHECK_BYTES if config.enable_p2p_check else SELF_TEST_BYTES)
+    rate = comm.self_test(config.answer_timeout_s, P2P_CHECK_BYTES if config.enable_p2p_check else SELF_TEST_BYTES)
     at = f", {rate / 1e9:.1f} GB/s between the slowest pair" if config.enable_p2p_check else ""
     on_progress(f"{comm.size} ranks: {comm.describe()}{at}")
 
@@ -325,9 +341,30 @@ def run_rank(
     comm.close()
 
 
-def load_tokenizer(folder: Path, config: EngineConfig) -> Tokenizer:
-    """Load the tokenizer of the model in `folder`, unless --tokenizer-path names another."""
-    return Tokenizer.load(resolve_tokenizer(config, folder), config.trust_remote_code)
+def load_model_files(folder: Path, config: EngineConfig) -> tuple[ModelConfig, Tokenizer]:
+    """Load all that the model in `folder` is but its weights; its tokenizer, unless --tokenizer-path names another."""
+    model_config = load_config(folder, config)
+    tokenizer = Tokenizer.load(resolve_tokenizer(config, folder), config.trust_remote_code)
+    if "eos_token_id" not in parse_overrides(config.json_model_override_args):
+        model_config = with_tokenizers_ends(model_config, tokenizer)
+    if model_config.is_generation and not model_config.eos_token_ids:
+        logger.warning(
+            "no token is known to end an answer: answers go on to their longest. "
+            """Name one with --json-model-override-args '{"eos_token_id": ID}'"""
+        )
+    return model_config, tokenizer
+
+
+def with_tokenizers_ends(model_config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """Return `model_config` with the tokenizer's eos token, and those that end a turn, among its end tokens.
+
+    Fine-tuned models often keep config.json's end of the base model, which they never generate.
+    """
+    known = {text: tokenizer.token_to_id(text) for text in TURN_ENDS}
+    found = [tokenizer.eos_token_id]
+    found += [known[text] for text in turn_ends({text for text, token_id in known.items() if token_id is not None})]
+    ids = [token_id for token_id in found if token_id is not None and token_id < model_config.vocab_size]
+    return replace(model_config, eos_token_ids=tuple(dict.fromkeys([*model_config.eos_token_ids, *ids])))
 
 
 def new_grammars(config: EngineConfig, model_config: ModelConfig, tokenizer: Tokenizer) -> GrammarCompiler | None:

@@ -21,6 +21,7 @@ def option(default: Any, group: str, help: str, *, aliases: tuple[str, ...] = ()
 
 MODEL, MEMORY, SCHEDULE, KERNELS, PARALLEL = "model", "memory", "scheduling", "kernels", "parallelism"
 DEBUG = "logging and debugging"
+ANSWER_TIMEOUT_S, START_TIMEOUT_S = 30.0, 600.0  # of other ranks, and of other hosts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class EngineConfig:
     dtype: str = option(
         "auto",
         MODEL,
-        "of weights and activations; auto: the checkpoint's (bfloat16 for float32)",
+        "of weights and activations; auto: the checkpoint's (bfloat16 for float32), on a CPU what it multiplies fast",
         choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
     )
     context_length: int | None = option(None, MODEL, "longest prompt + answer in tokens, if not the model's")
@@ -77,7 +78,9 @@ class EngineConfig:
     )
     max_prefill_tokens: int = option(16384, SCHEDULE, "prompt tokens of one step when chunking is off")
     max_step_ms: float | None = option(
-        None, SCHEDULE, "while answers stream, cut prompt chunks so that a step takes at most this long; 0: any"
+        None,
+        SCHEDULE,
+        "while answers stream, cut prompt chunks so that a step takes at most this long; 0: any, on a CPU too",
     )
     schedule_policy: str = option(
         "lpm", SCHEDULE, "order of the queue: longest prefix match, first come, by tree weight, random",
@@ -132,13 +135,24 @@ class EngineConfig:
     join_dist_store: bool = option(
         False, PARALLEL, "a torch.distributed store is at --dist-init-addr already, as torchrun's: start none"
     )
-    dist_timeout: float = option(
-        30.0, PARALLEL, "seconds until a rank that does not answer ends the server: in the first test, and in steps"
-    )
+    dist_timeout: float | None = option(
+        None, PARALLEL, "seconds until a rank or host that does not answer ends the server, as it starts and in steps; "
+        f"default: {ANSWER_TIMEOUT_S:g}, and {START_TIMEOUT_S:g} for all hosts to be started",
+    )  # fmt: skip
 
     stream_interval: int = option(1, DEBUG, "least tokens of a streamed piece")
     decode_log_interval: int = option(40, DEBUG, "decode steps between two log lines")
     watchdog_timeout: float = option(300.0, DEBUG, "seconds a step may take before the server gives up; 0: any")
+
+    @property
+    def answer_timeout_s(self) -> float:
+        """Seconds that a rank or host which has begun may take to answer."""
+        return ANSWER_TIMEOUT_S if self.dist_timeout is None else self.dist_timeout
+
+    @property
+    def start_timeout_s(self) -> float:
+        """Seconds that all hosts may take to be started."""
+        return START_TIMEOUT_S if self.dist_timeout is None else self.dist_timeout
 
     @property
     def ranks_per_node(self) -> int:

@@ -56,7 +56,8 @@ class TokenizerFacade(Protocol):
     @property
     def named_tokens(self) -> Mapping[str, str]: ...  # bos_token, eos_token, ...
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def check_chat_template(self, source: str) -> None: ...  # ValueError with the line that does not parse
+    def encode(self, text: str, add_special_tokens: bool = True, *, context_length: int | None = None) -> list[int]: ...
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
     def token_text(self, token_id: int) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
@@ -163,8 +164,16 @@ class Engine(ABC):
         await self.stop()
 
     @abstractmethod
-    async def start(self, on_progress: Callable[[str], None] = logger.info) -> None:
-        """Load the model and begin to step: seconds to minutes. `ModelError` if the model cannot be served."""
+    async def start(
+        self,
+        on_progress: Callable[[str], None] = logger.info,
+        on_tokenizer: Callable[[TokenizerFacade], object] | None = None,
+    ) -> None:
+        """Load the model and begin to step: seconds to minutes. `ModelError` if the model cannot be served.
+
+        on_tokenizer: called once the tokenizer is loaded and before the weights are, perhaps on a thread; what it
+        raises ends the start.
+        """
 
     @abstractmethod
     async def stop(self, drain_s: float = 0.0) -> None:
@@ -226,10 +235,18 @@ class Engine(ABC):
 
     # ---- requests ----
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of `text`. Long texts are tokenized off the event loop."""
-        encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
-        return encode() if len(text) < LONG_TEXT else await asyncio.to_thread(encode)
+    async def encode(self, text: str, add_special_tokens: bool = True, *, is_prompt: bool = True) -> list[int]:
+        """Return the token ids of `text`. Long texts are tokenized off the event loop.
+
+        is_prompt: raise `PromptTooLong`, without tokenizing all of it, for a text that can never fit the context.
+        """
+        if len(text) < LONG_TEXT:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        context_length = self.context_length if is_prompt else None
+        encode = functools.partial(
+            self.tokenizer.encode, text, add_special_tokens=add_special_tokens, context_length=context_length
+        )
+        return await asyncio.to_thread(encode)
 
     @abstractmethod
     async def prepare(self, states: Sequence[RequestState]) -> None:

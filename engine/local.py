@@ -21,6 +21,7 @@ from engine.model_config import ModelConfig
 from engine.output import OutputProcessor
 from engine.profiler import Profiler, make_profile_folder
 from engine.request_table import RequestTable
+from engine.sizes import max_wait_s
 from engine.state import FinishReason, RequestState, Status
 from engine.text.tokenizer import Tokenizer
 from engine.verify import RequestLimits
@@ -51,8 +52,12 @@ class LocalEngine(Engine):
         self._failure = Failure()
         self._profiler: Profiler | None = None
 
-    async def start(self, on_progress: Callable[[str], None] = logger.info) -> None:
-        parts = await _build(self.config, on_progress, self._failure, self._on_failure)
+    async def start(
+        self,
+        on_progress: Callable[[str], None] = logger.info,
+        on_tokenizer: Callable[[Tokenizer], object] | None = None,
+    ) -> None:
+        parts = await _build(self.config, on_progress, on_tokenizer, self._failure, self._on_failure)
         config = self.config = parts.config
         scheduler, requests = parts.scheduler, self._requests
         context_length = min(parts.rows.max_len, scheduler.held.allocator.num_total)
@@ -69,6 +74,7 @@ class LocalEngine(Engine):
             max_step_ms=config.max_step_ms or None,
             chunked_prefill_size=scheduler.chunked_prefill_size,
             context_cost=parts.model_config.context_cost,
+            max_wait_s=max_wait_s(config),
             decode_log_interval=config.decode_log_interval,
         )
         maintenance = LocalMaintenance(parts, loop, self.abort_all)
@@ -234,6 +240,7 @@ class LocalEngine(Engine):
 async def _build(
     config: EngineConfig,
     on_progress: Callable[[str], None],
+    on_tokenizer: Callable[[Tokenizer], object] | None,
     failure: Failure,
     on_failure: Callable[[str], None],
 ) -> EngineParts:
@@ -246,7 +253,7 @@ async def _build(
     def report_failure(message: str) -> None:
         loop.call_soon_threadsafe(on_failure, message)
 
-    building = asyncio.ensure_future(asyncio.to_thread(build, config, on_progress, report_failure))
+    building = asyncio.ensure_future(asyncio.to_thread(build, config, on_progress, report_failure, on_tokenizer))
     failing = asyncio.ensure_future(failure.wait())
     await asyncio.wait([building, failing], return_when=asyncio.FIRST_COMPLETED)
     failing.cancel()

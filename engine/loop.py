@@ -66,9 +66,13 @@ class StepLoop:
         max_step_ms: float | None = None,
         chunked_prefill_size: int = 8192,
         context_cost: float = 0.0,
+        max_wait_s: float | None = None,
         decode_log_interval: int = 40,
     ) -> None:
-        """Set up the loop; it starts with `run`. context_cost: see `StepPace`; the others are named after the flags."""
+        """Set up the loop; it starts with `run`.
+
+        context_cost, max_wait_s: see `StepPace`; the others are named after the flags.
+        """
         min_lead_s = MIN_LEAD_S if runner.ranks is None else MIN_RANKS_LEAD_S
         self.scheduler, self.runner, self.output = scheduler, runner, output
         self.stats = LoopStats()
@@ -80,7 +84,7 @@ class StepLoop:
         self._yielded_at = 0.0  # time.perf_counter()
         self._seen_running = 0.0  # time.perf_counter() when a step was last seen running
         self._last_end = 0.0  # time.perf_counter() when a step last ended
-        self._pace = StepPace(max_step_ms, chunked_prefill_size, context_cost, min_lead_s)
+        self._pace = StepPace(max_step_ms, chunked_prefill_size, context_cost, min_lead_s, max_wait_s)
         self._log = BatchLog(scheduler, decode_log_interval)
         self._num_verified_steps = 0  # that had come back when the bookkeeping was looked at last
         self._violations: list[str] = []  # what was wrong with it then
@@ -286,7 +290,7 @@ class StepLoop:
         for i, message in errors.items():
             plan = step.plan
             state = self.scheduler.rows.state_at(plan.rows[plan.samples[wanted[0][i]]])
-            self.abort(state, FinishReason("abort", message=f"the grammar failed: {message}", status_code=500))
+            self.abort(state, FinishReason("abort", message=f"the grammar failed: {message}", status_code=400))
         return True
 
     async def _resolve(self, step: Step) -> None:

@@ -6,7 +6,8 @@ that most families share; a family's own `read_config` calls it and says what di
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,24 @@ DTYPES = {
     "float": torch.float32,
     "float32": torch.float32,
 }
+# Flags of CPUs, on x86 and on ARM, that multiply matrices of a dtype without converting them to float32 first.
+MULTIPLIERS = {
+    torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
+    torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
+FLOAT32_MEMORY_SHARE = 0.5  # share of the memory that weights may take when they are stored larger than they must be
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# Texts of tokens that end an answer, whether or not a model's files say so: the base model's end may be all they name.
+TURN_ENDS = (
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<|end|>", "<|return|>", "<|call|>",
+    "<end_of_turn>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<|EOT|>", "[|endofturn|]", "<|endofturn|>",
+)  # fmt: skip
 # Rotary scalings whose `max_position_embeddings` is the length before scaling.
 STRETCHED_BY_FACTOR = ("linear", "yarn")
+# Rotary settings, by where files have them: see `with_rope_parameters`.
+ORIGINAL_LENGTH = "original_max_position_embeddings"
+ROPE_OBJECTS, ROPE_NUMBERS = ("rope_parameters", "rope_scaling"), ("rope_theta", "partial_rotary_factor")
+ROPE_ENTRIES = (*ROPE_OBJECTS, *ROPE_NUMBERS, ORIGINAL_LENGTH)
 
 Check = Callable[[Any], bool]
 
@@ -181,9 +197,37 @@ class ModelConfig:
 
 
 def read_raw(folder: Path, config: EngineConfig) -> dict[str, Any]:
-    """Return `folder`/config.json with the overrides of `config`. `ModelError` if an entry is not what it must be."""
-    file = folder / "config.json"
-    return checked(read_json(file, required=True) | parse_overrides(config.json_model_override_args), file)
+    """Return `folder`/config.json with the overrides of `config`, rotary settings in one spelling, nothing checked."""
+    entries = with_rope_parameters(read_json(folder / "config.json", required=True))
+    return merged(entries, with_rope_parameters(parse_overrides(config.json_model_override_args)))
+
+
+def merged(entries: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return `entries` with those of `overrides` in their place; objects are merged entry by entry."""
+    result = entries | overrides
+    for name, value in overrides.items():
+        if isinstance(value, dict) and isinstance(before := entries.get(name), dict):
+            result[name] = merged(before, value)
+    return result
+
+
+def with_rope_parameters(entries: dict[str, Any]) -> dict[str, Any]:
+    """Return `entries` with all rotary settings in `rope_parameters`, where transformers 5 keeps them.
+
+    Older files have `rope_theta` and `partial_rotary_factor` beside a `rope_scaling`, whose null means none, and Phi-3
+    has the length before scaling beside it. Without this, an override in one spelling would not meet a file in another.
+    """
+    rest = {name: value for name, value in entries.items() if name not in ROPE_ENTRIES}
+    nested = [entries[name] for name in ROPE_OBJECTS if name in entries]
+    scaling = next((value for value in nested if value), {"rope_type": "default"} if nested else {})
+    if not isinstance(scaling, dict):
+        return entries  # `checked` says what is wrong
+    parameters = {name: entries[name] for name in ROPE_NUMBERS if entries.get(name) is not None} | scaling
+    if (rope_type := parameters.pop("type", None)) is not None:
+        parameters.setdefault("rope_type", rope_type)
+    if (original := entries.get(ORIGINAL_LENGTH)) is not None:
+        parameters[ORIGINAL_LENGTH] = original
+    return rest | ({"rope_parameters": parameters} if parameters else {})
 
 
 def read_decoder(
@@ -243,12 +287,20 @@ def complete(model: ModelConfig, raw: dict[str, Any], folder: Path, config: Engi
     return replace(
         model,
         path=folder,
-        dtype=resolve_dtype(config.dtype, raw),
+        dtype=resolve_dtype(config, raw, folder),
         context_length=resolve_context_length(config.context_length, model.rope),
         eos_token_ids=tuple(dict.fromkeys(_ids(generation) + _ids(raw))),
         generation_defaults=generation_defaults,
         pooling=config.pooling or parse_pooling(folder),
     )
+
+
+def turn_ends(known: Container[str]) -> list[str]:
+    """Return the texts of the vocabulary `known` that end an answer.
+
+    Where <|return|> does, <|end|> only ends one of an answer's messages.
+    """
+    return [text for text in TURN_ENDS if text in known and not (text == "<|end|>" and "<|return|>" in known)]
 
 
 def read_json(path: Path, required: bool = False) -> dict[str, Any]:
@@ -259,7 +311,7 @@ def read_json(path: Path, required: bool = False) -> dict[str, Any]:
         if isinstance(error, FileNotFoundError) and not required:
             return {}
         raise ModelError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ModelError(f"{path} is not a JSON object")
@@ -267,13 +319,13 @@ def read_json(path: Path, required: bool = False) -> dict[str, Any]:
 
 
 def checked(entries: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Those of `entries` that are not null. `ModelError` naming the first that is not what it must be."""
+    """Return those of `entries` that are not null. `ModelError` naming the first that is not what it must be."""
     present = {name: value for name, value in entries.items() if value is not None}
     for wanted, is_right, names in KINDS:
         for name in names:
             if name in present and not is_right(present[name]):
                 raise ModelError(f"{file}: {name} must be {wanted}, got {shown(present[name])}")
-    for name in ("rope_parameters", "rope_scaling"):
+    for name in ROPE_OBJECTS:
         if name in present:
             present[name] = checked(present[name], file)
     return present
@@ -282,33 +334,61 @@ def checked(entries: dict[str, Any], file: Path) -> dict[str, Any]:
 def parse_overrides(text: str) -> dict[str, Any]:
     try:
         overrides = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"json_model_override_args is not JSON: {error}") from None
     if not isinstance(overrides, dict):
         raise ModelError(f"json_model_override_args must be a JSON object, got {text}")
     return overrides
 
 
-def resolve_dtype(name: str, raw: dict[str, Any]) -> torch.dtype:
-    """`name`, or for "auto" the checkpoint's dtype, bfloat16 instead of float32."""
-    if name != "auto":
-        return DTYPES[name]
+def resolve_dtype(config: EngineConfig, raw: dict[str, Any], folder: Path) -> torch.dtype:
+    """Return the dtype asked for, or for "auto" the checkpoint's, bfloat16 instead of float32.
+
+    For "auto" on a CPU that can only emulate that one, float32: prompts are then computed several times faster, if
+    weights of twice the size fit. The rule depends on the machine alone, so that all ranks follow it alike.
+    """
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
     stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     if stored not in DTYPES:
         raise ModelError(f"config.json: dtype {stored!r} is none of {', '.join(DTYPES)}: choose one with --dtype")
-    return torch.bfloat16 if DTYPES[stored] is torch.float32 else DTYPES[stored]
+    dtype = torch.bfloat16 if DTYPES[stored] is torch.float32 else DTYPES[stored]
+    flags = cpu_flags() if config.device == "cpu" else set()
+    if not flags or flags & MULTIPLIERS[dtype]:
+        return dtype
+    name = str(dtype).removeprefix("torch.")
+    weights_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if weights_bytes * torch.float32.itemsize // dtype.itemsize > FLOAT32_MEMORY_SHARE * memory_bytes():
+        logger.warning("this CPU has no units for %s: prompts take several times as long as in float32, which has "
+                       "no room here", name)  # fmt: skip
+        return dtype
+    logger.info("dtype float32: this CPU has no units for %s, in which prompts would take several times as long; "
+                "--dtype %s takes half the memory, and makes a single answer faster", name, name)  # fmt: skip
+    return torch.float32
+
+
+def cpu_flags() -> set[str]:
+    """Return what the CPU can do, in Linux's words; nothing if that is not known."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()[2:]}
+
+
+def memory_bytes() -> int:
+    """Return the size of the machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def parse_rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
-    """Read `rope_parameters`, where transformers 5 keeps everything, or the three entries of older files."""
-    parameters = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
-    theta = parameters.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-    partial = parameters.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or 1.0
+    """Read `rope_parameters`, as `with_rope_parameters` makes them."""
+    parameters = dict(raw.get("rope_parameters") or {})
+    rope_type = parameters.pop("rope_type", None) or "default"
+    theta = parameters.pop("rope_theta", None) or 10000.0
+    partial = parameters.pop("partial_rotary_factor", None) or 1.0
     max_positions = raw["max_position_embeddings"]
-    # Phi-3 keeps the length before scaling beside `rope_scaling`, not in it.
-    original = raw.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
-    parameters["original_max_position_embeddings"] = original or max_positions
+    parameters.setdefault(ORIGINAL_LENGTH, max_positions)
     return RopeConfig(theta, int(head_dim * partial), max_positions, rope_type, parameters)
 
 
@@ -320,7 +400,7 @@ def resolve_context_length(asked: int | None, rope: RopeConfig) -> int:
     """
     longest = rope.max_position_embeddings
     if rope.rope_type in STRETCHED_BY_FACTOR:
-        stretched = rope.scaling["original_max_position_embeddings"] * (rope.scaling.get("factor") or 1.0)
+        stretched = rope.scaling[ORIGINAL_LENGTH] * (rope.scaling.get("factor") or 1.0)
         longest = max(longest, int(stretched))
     if asked is None:
         return longest

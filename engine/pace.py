@@ -11,6 +11,10 @@ MIN_LEAD_S = 0.001  # least seconds between deciding a step and the end of the s
 # MIN_LEAD_S with several ranks: the others receive the step later, and their delay looks like a longer step.
 MIN_RANKS_LEAD_S = 0.003
 LAUNCH_MARGIN = 1.25  # factor on the expected launch time: launches vary, and the device must not wait for them
+# Least length of a step that limits its prompts on a CPU, in decode steps: below it, most of the time would go into
+# reading the weights once more for each chunk.
+MIN_LIMIT_DECODES = 4
+CHUNK_GAIN = 16  # how much less time a token takes in a chunk than in a decode step of its own, at a guess
 STEP_MARGIN = 0.9  # share of a step's time budget that is planned for: steps vary
 
 
@@ -27,13 +31,16 @@ class StepPace:
         chunked_prefill_size: int,
         context_cost: float = 0.0,
         min_lead_s: float = MIN_LEAD_S,
+        max_wait_s: float | None = None,
     ) -> None:
         """Start without estimates.
 
         max_step_ms: time budget of a step while answers stream; None: no limit. context_cost: cost of attending to one
-        token of context, as a share of a prompt token's other cost. min_lead_s: see `lead_s`.
+        token of context, as a share of a prompt token's other cost. min_lead_s: see `lead_s`. max_wait_s: time budget
+        of every step, for what may arrive meanwhile; None: no limit. Large models may take longer.
         """
         self.max_step_s = None if max_step_ms is None else max_step_ms / 1e3
+        self.max_wait_s = max_wait_s
         self.chunked_prefill_size = chunked_prefill_size
         self.min_tokens = max(int(chunked_prefill_size * MIN_PREFILL_SHARE), 1)
         self.min_sample_work = max(int(chunked_prefill_size * MIN_SAMPLE_SHARE), 1)
@@ -44,14 +51,25 @@ class StepPace:
         self.decode_launch_s = self.prefill_launch_s = 0.0
 
     def prefill_budget(self, num_streams: int) -> PrefillBudget:
-        """Return what the next step's prompts may take: all if no answer streams, which a long step would delay."""
+        """Return what the next step's prompts may take, in a time for which streams, and who arrives, may wait."""
         budget = PrefillBudget(self.chunked_prefill_size)
         if self.max_step_s is not None and num_streams:
-            spare_s = STEP_MARGIN * self.max_step_s - self.decode_s
-            # The first chunk must be long enough to sample, and may turn out a little shorter than its budget.
-            budget.work = spare_s / self.slow_token_s if self.slow_token_s else 2 * self.min_sample_work
-            budget.context_cost, budget.min_tokens = self.context_cost, self.min_tokens
+            self._limit(budget, self.max_step_s, 0.0)
+        # The first chunk shows what a token takes; it is cut only if decodes are so slow that it may take too long.
+        if self.max_wait_s is not None and (
+            self.slow_token_s or self.decode_s * self.chunked_prefill_size > CHUNK_GAIN * self.max_wait_s
+        ):
+            # Chunks that are too short to be sampled would stay so for ever after one slow step.
+            self._limit(budget, max(self.max_wait_s, MIN_LIMIT_DECODES * self.decode_s), self.min_sample_work)
         return budget
+
+    def _limit(self, budget: PrefillBudget, step_s: float, min_work: float) -> None:
+        """Limit `budget` to what can be computed in `step_s`, `min_work` at least, and `min_tokens` in any case."""
+        spare_s = STEP_MARGIN * step_s - self.decode_s
+        # The first chunk must be long enough to sample, and may turn out a little shorter than its budget.
+        work = spare_s / self.slow_token_s if self.slow_token_s else 2 * self.min_sample_work
+        budget.work = min(budget.work, max(work, min_work))
+        budget.context_cost, budget.min_tokens = self.context_cost, self.min_tokens
 
     def observe(self, plan: Plan, device_s: float) -> None:
         """Update the estimates with the device seconds that `plan` took."""

@@ -24,9 +24,9 @@ class SamplingParams:
     """Say how to pick the next token, and when to stop. Names, defaults and ranges are SGLang's."""
 
     max_new_tokens: int | None = 128  # None: up to the end of the context
-    min_new_tokens: int = 0
+    min_new_tokens: int = 0  # of the answer, in which nothing ends it: neither tokens nor texts
     stop: list[str] = field(default_factory=list)
-    stop_token_ids: list[int] = field(default_factory=list)
+    stop_token_ids: list[int] = field(default_factory=list)  # those outside the vocabulary never come
     stop_regex: list[str] = field(default_factory=list)
     temperature: float = 1.0
     top_p: float = 1.0
@@ -66,7 +66,7 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
+        return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1 or self.top_p == 0
 
     @property
     def has_penalties(self) -> bool:
@@ -88,13 +88,10 @@ class SamplingParams:
             if not ok:
                 raise InvalidRequest(f"{name} must be {rule}, got {shown(getattr(self, name))}", name)
 
-        def ids_in_vocab(ids: Any) -> bool:
-            return all(0 <= token_id < vocab_size for token_id in ids)
-
         check(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "a finite number >= 0")
-        check(0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        check(0 <= self.top_p <= 1, "top_p", "in [0, 1]; 0: greedy")
         check(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
-        check(self.top_k == -1 or 1 <= self.top_k <= TOP_K_ALL, "top_k", "-1 (off) or at least 1")
+        check(-1 <= self.top_k <= TOP_K_ALL, "top_k", "-1 or 0 (off), or at least 1")
         check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "in [-2, 2]")
         check(-2 <= self.presence_penalty <= 2, "presence_penalty", "in [-2, 2]")
         check(MIN_PENALTY <= self.repetition_penalty <= 2, "repetition_penalty", f"between {MIN_PENALTY} and 2")
@@ -102,8 +99,8 @@ class SamplingParams:
         limit = math.inf if self.max_new_tokens is None else self.max_new_tokens
         check(0 <= self.min_new_tokens <= limit, "min_new_tokens", f"between 0 and max_new_tokens, which is {limit}")
         check(self.n >= 1, "n", "at least 1")
-        check(ids_in_vocab(self.stop_token_ids), "stop_token_ids", f"ids below the vocabulary size {vocab_size}")
-        check(ids_in_vocab(self.logit_bias), "logit_bias", f"keyed by ids below the vocabulary size {vocab_size}")
+        is_in_vocab = all(0 <= token_id < vocab_size for token_id in self.logit_bias)
+        check(is_in_vocab, "logit_bias", f"keyed by ids below the vocabulary size {vocab_size}")
         is_near = all(abs(bias) <= MAX_BIAS for bias in self.logit_bias.values())
         check(is_near, "logit_bias", f"numbers between -{MAX_BIAS} and {MAX_BIAS}")
         check(self.sampling_seed is None or abs(self.sampling_seed) < 1 << 63, "sampling_seed", "a 64-bit integer")
@@ -182,7 +179,7 @@ _OBJECT = _Kind("an object, or a string that holds one", lambda value: isinstanc
 _CHOICE = _Kind(
     "a non-empty list of strings", lambda value: isinstance(value, list) and bool(value) and _all_strings(value)
 )
-_IDS = _Kind("a list of integers", lambda value: isinstance(value, list | tuple) and all(map(_is_int, value)), list)
+_IDS = _Kind("a list of integers", lambda value: isinstance(value, list | tuple) and all(map(_INT.fits, value)), list)
 _BIASES = _Kind(  # JSON has string keys
     "an object of token id to bias",
     lambda value: isinstance(value, dict),

@@ -1,5 +1,6 @@
 """Sizes of an engine: arithmetic on the configuration, without a model or a device."""
 
+import math
 from dataclasses import dataclass
 
 from engine.config import EngineConfig
@@ -10,6 +11,7 @@ CPU_ROWS, CUDA_ROWS = 64, 1024  # requests that run at once
 CPU_CHUNK, CUDA_CHUNK, SMALL_CUDA_CHUNK = 512, 8192, 2048  # prompt tokens of a step
 SMALL_CUDA_BYTES = 25e9  # a GPU with less memory is small
 CUDA_MAX_STEP_MS = 60.0
+CPU_MAX_STEP_S = 1.0  # a chunk of prompts may otherwise take a minute, in which nobody gets a token
 CUDA_GRAPH_MAX_BS = 1024
 COUNTS = (
     "tp_size", "dp_size", "nnodes", "context_length", "max_total_tokens", "page_size", "max_running_requests",
@@ -28,6 +30,10 @@ def check_sizes(config: EngineConfig) -> None:
             raise ModelError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if any(size < 1 for size in config.cuda_graph_bs or ()):
         raise ModelError(f"--cuda-graph-bs must be at least 1 each, got {config.cuda_graph_bs}")
+    if config.dist_timeout is not None and not 0 < config.dist_timeout < math.inf:
+        raise ModelError(f"--dist-timeout must be a number of seconds above 0, got {config.dist_timeout:g}")
+    if config.mem_fraction_static is not None and not 0 < config.mem_fraction_static <= 1:
+        raise ModelError(f"--mem-fraction-static must be above 0 and at most 1, got {config.mem_fraction_static:g}")
     if config.max_step_ms is not None and config.max_step_ms < 0:
         raise ModelError(f"--max-step-ms must not be negative, got {config.max_step_ms}")
     if config.tp_size % config.nnodes:
@@ -55,6 +61,14 @@ def resolve_sizes(config: EngineConfig, cuda_bytes: int | None) -> EngineConfig:
         cuda_graph_max_bs=min(config.cuda_graph_max_bs or CUDA_GRAPH_MAX_BS, num_rows),
         cuda_graph_bs=sorted({min(size, num_rows) for size in config.cuda_graph_bs or ()}) or None,
     )
+
+
+def max_wait_s(config: EngineConfig) -> float | None:
+    """Return the seconds that any step may take, see `StepPace`; None: no limit, since a GPU's largest is short.
+
+    config: resolved.
+    """
+    return CPU_MAX_STEP_S if config.device == "cpu" and config.max_step_ms != 0 else None
 
 
 @dataclass(frozen=True, slots=True)

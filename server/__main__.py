@@ -1,6 +1,13 @@
 """`python -m server`, and the console script `radixloop`."""
 
+if __name__ == "__main__":
+    from server.console import end_silently
+
+    end_silently()  # on Ctrl-C, while the imports below take their seconds
+
 import asyncio
+import dataclasses
+import functools
 import logging
 import os
 import resource
@@ -8,6 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import uvloop
@@ -17,19 +25,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from engine.engine import Engine
-from engine.errors import ModelError
+from engine.engine import Engine, TokenizerFacade
+from engine.errors import EngineError
 from engine.ranks.children import settle_garbage_collector
 from engine.request import Request, SamplingParams
 from engine.state import RequestState
 from engine.watchdog import Watchdog
+from server.apis.files import FILE_STORE
 from server.app import build_app
 from server.config import ServerConfig, parse_args
 from server.http.access_log import JsonAccessLogger
 from server.http.intake import Acceptor
 from server.http.keys import KeyRing
 from server.http.live import new_rid
-from server.reading.chat import CHATS, Chats
+from server.http.malformed import shorten_malformed
+from server.reading.chat import CHATS, Chats, load_chat_template, names_missing_file
 from server.watch.recorder import RECORDER
 
 logger = logging.getLogger(__name__)
@@ -53,9 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             join_node(config, console)
             return 0
         check_keys(config)
+        check_paths(config)
         with bind(config.host, config.port) as listener:  # before minutes go into loading
+            config = dataclasses.replace(config, port=listener.getsockname()[1])  # --port 0: any
             uvloop.run(serve(config, listener, console))
-    except (ModelError, StartError) as error:
+    except (EngineError, StartError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
@@ -81,6 +93,7 @@ def set_up_logging(config: ServerConfig) -> None:
     logging.basicConfig(
         level=config.log_level.upper(), format="[%(asctime)s] %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
+    shorten_malformed()
     access_log = logging.getLogger(ACCESS_LOG)
     access_log.setLevel((config.log_level_http or config.log_level).upper())
     if config.access_log == "json":  # a line is a JSON object and nothing else
@@ -93,6 +106,36 @@ def check_keys(config: ServerConfig) -> None:
     try:
         KeyRing(config)
     except ValueError as error:
+        raise StartError(str(error)) from None
+
+
+def check_paths(config: ServerConfig) -> None:
+    """Find now, and not after the model has been loaded, that a file is missing or that a folder cannot be made."""
+    template = config.chat_template
+    if template is not None and names_missing_file(template):
+        raise StartError(f"--chat-template {template}: no such file")
+    folders = {"--crash-dump-folder": config.crash_dump_folder}
+    if (
+        config.file_storage_path != ServerConfig.file_storage_path
+    ):  # asked for; without the default one, most still works
+        folders["--file-storage-path"] = config.file_storage_path
+    for flag, folder in folders.items():
+        if not folder:
+            continue
+        path = Path(folder).expanduser()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StartError(f"{flag} {folder}: {error.strerror}") from None
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise StartError(f"{flag} {folder}: not writable")
+
+
+def check_template(config: ServerConfig, tokenizer: TokenizerFacade) -> None:
+    """Find before the weights are loaded that there is no such chat template, or that it does not parse."""
+    try:
+        load_chat_template(config.chat_template, tokenizer)
+    except (OSError, ValueError) as error:
         raise StartError(str(error)) from None
 
 
@@ -138,14 +181,17 @@ async def serve(config: ServerConfig, listener: socket.socket, console: Console)
     await asyncio.sleep(0)  # that took seconds: was there a signal?
     engine = new_engine(config)
     try:
-        await engine.start(lambda step: console.print(step, style="dim", markup=False, highlight=False))
+        await engine.start(
+            lambda step: console.print(step, style="dim", markup=False, highlight=False),
+            functools.partial(check_template, config),
+        )
         is_loading = False
         with Watchdog(config.watchdog_timeout, engine.progress, engine.describe) as watchdog:
             for _ in range(0 if config.skip_server_warmup else config.dp_size):  # idle replicas take turns
                 await warm_up(engine)
             settle_garbage_collector()
             await serve_http(engine, config, listener, console, stop, watchdog)
-    except (ModelError, StartError) as error:
+    except (EngineError, StartError) as error:
         if engine.has_failed:
             end_failed(console, str(error))
         raise
@@ -176,7 +222,7 @@ def end_failed(console: Console, message: str) -> NoReturn:
 
 async def warm_up(engine: Engine) -> None:
     """Generate a few tokens, so that no client pays for what happens once; a model that cannot is found now."""
-    input_ids = await engine.encode("The capital city of France is")
+    input_ids = (await engine.encode("The capital city of France is"))[: engine.context_length]
     num_tokens = min(8, engine.context_length - len(input_ids)) if engine.is_generation else 0
     params = SamplingParams(max_new_tokens=num_tokens, temperature=0.0)
     pooling = None if engine.is_generation else "last"
@@ -216,7 +262,7 @@ async def serve_http(
         except OSError as error:  # a server that was bound to the port at the same time has been ready first
             raise _cannot_listen(config.host, config.port, error) from None
         with acceptor:
-            print_ready(console, engine, config, app[CHATS], listener.getsockname()[1])
+            print_ready(console, engine, config, app)
             engine.warm_up_grammars()
             failure = await wait_for_end(engine, stop)
         if failure:
@@ -229,24 +275,42 @@ async def serve_http(
         await runner.cleanup()
 
 
-def print_ready(console: Console, engine: Engine, config: ServerConfig, chats: Chats, port: int) -> None:
+def print_ready(console: Console, engine: Engine, config: ServerConfig, app: web.Application) -> None:
     host = f"[{config.host}]" if ":" in config.host else config.host
-    url = f"http://{host}:{port}"
+    url, chats, store = f"http://{host}:{config.port}", app[CHATS], app[FILE_STORE]
     table = Table(title="radixloop is ready", title_justify="left", show_header=False, box=None)
     for name, value in (
         ("address", url),
         ("model", config.model_name),
         ("context", f"{engine.context_length:,} tokens"),
         ("KV capacity", f"{engine.max_total_num_tokens:,} tokens"),
-        ("tool calls", _parser_in_use(chats.tool_call_parser, config.tool_call_parser)),
+        ("tool calls", _tools_in_use(chats, config.tool_call_parser)),
         ("reasoning", _parser_in_use(chats.reasoning_parser, config.reasoning_parser)),
+        ("files, batches", f"none: {store.problem}" if store.problem else str(store.folder)),
     ):
         table.add_row(f"[bold]{name}[/]", escape(value))
     console.print(table)
-    key = " -H 'Authorization: Bearer KEY'" if config.api_key else ""
-    body = '{"text": "The capital of France is", "sampling_params": {"max_new_tokens": 16}}'
+    key = " -H 'Authorization: Bearer KEY'" if config.api_key or config.api_key_file else ""
+    path, body = example_request(engine)
     # On a line of its own that is never wrapped, so that it can be copied.
-    console.out(f"\ncurl {url}/generate -H 'Content-Type: application/json'{key} -d '{body}'\n", highlight=False)
+    console.out(f"\ncurl {url}{path} -H 'Content-Type: application/json'{key} -d '{body}'\n", highlight=False)
+
+
+def example_request(engine: Engine) -> tuple[str, str]:
+    """Return the path and the body of a first request that the model can answer."""
+    if engine.is_generation:
+        return "/generate", '{"text": "The capital of France is", "sampling_params": {"max_new_tokens": 16}}'
+    if engine.model_config.is_classifier:
+        return "/classify", '{"text": "The capital of France is Paris"}'
+    return "/v1/embeddings", '{"input": "The capital of France is Paris"}'
+
+
+def _tools_in_use(chats: Chats, given: str | None) -> str:
+    if chats.describes_tools:
+        return f"{chats.tool_call_parser} (tools are described in a system text: the chat template shows none)"
+    if not chats.traits.shows_tools:
+        return "refused (the chat template shows none)"
+    return _parser_in_use(chats.tool_call_parser, given)
 
 
 def _parser_in_use(name: str | None, given: str | None) -> str:

@@ -13,11 +13,12 @@ from server.apis.anthropic import AnthropicApi
 from server.apis.batches import Batches
 from server.apis.clouds import CloudApi
 from server.apis.embeddings import EmbeddingsApi
-from server.apis.files import FilesApi, FileStore
+from server.apis.files import FILE_STORE, FilesApi, FileStore
 from server.apis.generate import GenerateApi
 from server.apis.maintenance import MaintenanceApi
 from server.apis.native import NativeApi
 from server.apis.ollama import OllamaApi
+from server.apis.ollama_embeddings import OllamaEmbeddings
 from server.apis.openai import OpenAIApi
 from server.apis.responses import ResponsesApi
 from server.apis.text import TextApi
@@ -70,7 +71,8 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app.add_routes(CloudApi(native, generate, openai).routes())
     embeddings = EmbeddingsApi(engine, config, live)
     app.add_routes(embeddings.routes())
-    store = FileStore(Path(config.file_storage_path).expanduser())
+    app.add_routes(OllamaEmbeddings(engine, config, embeddings).routes())
+    store = app[FILE_STORE] = FileStore(config.files_folder)
     handlers = {
         "/v1/chat/completions": openai.chat,
         "/v1/completions": openai.complete,

@@ -4,7 +4,8 @@ import argparse
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,10 +14,20 @@ import yaml
 
 from engine.config import DEBUG, EngineConfig, option, option_type
 from server.fleet.torchrun import torchrun_options
+from server.foreign_flags import (
+    MODELSCOPE_VARIABLES,
+    SERVER_FLAGS,
+    ForeignFlag,
+    describe,
+    find,
+    translate,
+    uses_modelscope,
+)
 from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS
 from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
 
 HTTP, API = "HTTP server", "API"
+DEFAULT_PORT = 30000
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 TOOL_CALL_PARSERS = ("none", *TOOL_FORMATS, *TOOL_ALIASES)
 REASONING_PARSERS = ("none", *REASONING_FORMATS, *REASONING_ALIASES)
@@ -28,7 +39,7 @@ class ServerConfig(EngineConfig):
     """Options of `python -m server`."""
 
     host: str = option("127.0.0.1", HTTP, "address to listen on; 0.0.0.0: every network interface")
-    port: int = option(30000, HTTP, "port to listen on; 0: any free one")
+    port: int = option(DEFAULT_PORT, HTTP, "port to listen on; 0: any free one")
     api_key: str | None = option(None, HTTP, "clients must send `Authorization: Bearer KEY`, except to /health")
     api_key_file: str | None = option(
         None, HTTP, "YAML file of `name: key` or `name: {key: ..., weight: 2}` lines; clients that wait take turns"
@@ -38,8 +49,9 @@ class ServerConfig(EngineConfig):
     )
     max_body_bytes: int = option(32 << 20, HTTP, "longest request body; beyond it: 413")
     max_file_bytes: int = option(512 << 20, HTTP, "longest file of /v1/files; beyond it: 413")
-    file_storage_path: str = option(
-        "~/.cache/radixloop/files", HTTP, "folder of uploaded files and batches; each server needs its own",
+    file_storage_path: str | None = option(
+        None, HTTP, "folder of uploaded files and batches, of this server alone; "
+        f"default: ~/.cache/radixloop/files, and files-PORT with another port than {DEFAULT_PORT}",
         aliases=("--file-storage-pth",),
     )  # fmt: skip
     drain_timeout: float = option(
@@ -51,6 +63,9 @@ class ServerConfig(EngineConfig):
     chat_template: str | None = option(None, API, "name of a chat template, or a Jinja file; default: the model's own")
     tool_call_parser: str | None = option(
         None, API, "how the model writes tool calls; default: as its chat template shows", choices=TOOL_CALL_PARSERS
+    )
+    disable_tool_prompt: bool = option(
+        False, API, "refuse tools where the chat template shows none, instead of describing them in a system text"
     )
     reasoning_parser: str | None = option(
         None, API, "how the model marks its reasoning; default: as its chat template shows", choices=REASONING_PARSERS
@@ -87,6 +102,14 @@ class ServerConfig(EngineConfig):
         """Name by which clients ask for the model."""
         return self.served_model_name or self.model_path
 
+    @property
+    def files_folder(self) -> Path:
+        """Folder of uploaded files and batches. Servers of one user differ in their ports, and so in this."""
+        if self.file_storage_path is not None:
+            return Path(self.file_storage_path).expanduser()
+        name = "files" if self.port == DEFAULT_PORT else f"files-{self.port}"
+        return Path.home() / ".cache" / "radixloop" / name
+
     def public_values(self) -> dict[str, Any]:
         """Return every option but the keys."""
         values = dataclasses.asdict(self)
@@ -96,12 +119,19 @@ class ServerConfig(EngineConfig):
 def parse_args(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> ServerConfig:
     """Return the configuration of a command line; its `--config` file gives the rest. Exits on errors.
 
-    environ: this process's environment, for what torchrun says in it.
+    environ: this process's environment, for what torchrun says in it, and SGLANG_USE_MODELSCOPE.
     """
     parser = make_parser(
-        ServerConfig, "radixloop", "[--model-path MODEL] [options]", "Serve a large language model from one process."
+        ServerConfig,
+        "radixloop",
+        "[--model-path MODEL] [options]",
+        "Serve a large language model from one process.",
+        SERVER_FLAGS,
     )
+    parser.epilog = f"{parser.epilog}\n  {' or '.join(MODELSCOPE_VARIABLES)}=true in the environment: --use-modelscope"
     given = read_options(parser, argv)
+    if uses_modelscope(environ or {}):
+        given["use_modelscope"] = True
     try:
         config = ServerConfig(**{**given, **torchrun_options(environ or {}, given)})
     except ValueError as error:
@@ -131,16 +161,28 @@ def read_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[s
 
 
 class _Parser(argparse.ArgumentParser):
+    foreign: Collection[ForeignFlag] = ()
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists every option.\n")
 
 
-def make_parser(config_class: type, prog: str, usage: str, description: str) -> argparse.ArgumentParser:
+def make_parser(
+    config_class: type, prog: str, usage: str, description: str, foreign: Collection[ForeignFlag] = ()
+) -> argparse.ArgumentParser:
     """Make flags of every field made by `option`, in groups. Unset flags are absent from the result.
 
-    A unique prefix of a flag is enough (`--tp`).
+    A unique prefix of a flag is enough (`--tp`). foreign: what becomes of other servers' flags.
     """
-    parser = _Parser(prog=prog, usage=f"%(prog)s {usage}", description=description, argument_default=argparse.SUPPRESS)
+    parser = _Parser(
+        prog=prog,
+        usage=f"%(prog)s {usage}",
+        description=description,
+        epilog=describe(foreign).replace("%", "%%") if foreign else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.foreign = foreign
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line goes before it")
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
@@ -168,17 +210,41 @@ def _flag(name: str) -> str:
 
 
 def _parse_known(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    try:
+        argv = translate(argv, _foreign(parser), lambda text: print(f"{parser.prog}: {text}", file=sys.stderr))
+    except ValueError as error:
+        parser.error(str(error))
     values, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].partition("=")[0]
-        close = difflib.get_close_matches(flag, _known_flags(parser), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        parser.error(f"unknown argument: {flag}{hint}")
+        parser.error(f"unknown argument: {flag}{_hint(flag, _known_flags(parser))}")
     return vars(values)
+
+
+def _foreign(parser: argparse.ArgumentParser) -> Collection[ForeignFlag]:
+    return parser.foreign if isinstance(parser, _Parser) else ()
 
 
 def _known_flags(parser: argparse.ArgumentParser) -> list[str]:
     return [flag for action in parser._actions for flag in action.option_strings]
+
+
+def _hint(flag: str, known: Sequence[str], dashes: str = "--") -> str:
+    """Return a hint at the known flag that a slip of the keys may have made `flag` of; empty if there is none.
+
+    Word by word, and short words must be right: `--ep-size` is no slip for `--tp-size`.
+    """
+    words = flag.strip("-").replace("_", "-").split("-")
+    for other in known:
+        others = other.strip("-").split("-")
+        if "".join(words) == "".join(others) or (len(words) == len(others) and all(map(_may_be, words, others))):
+            return f"; did you mean {dashes}{other.strip('-')}?"
+    return ""
+
+
+def _may_be(word: str, meant: str) -> bool:
+    is_close = difflib.SequenceMatcher(None, word, meant).ratio() >= 0.75
+    return word == meant or (min(len(word), len(meant)) >= 4 and word[0] == meant[0] and is_close)
 
 
 def _file_arguments(parser: argparse.ArgumentParser, file: str) -> list[str]:
@@ -198,9 +264,8 @@ def to_arguments(parser: argparse.ArgumentParser, values: Mapping[str, Any], sou
     arguments: list[str] = []
     for key, value in values.items():
         flag = _flag(str(key))
-        if flag not in known or flag == "--config":
-            close = difflib.get_close_matches(flag, known, n=1)
-            parser.error(f"{source}: unknown option {key}" + (f"; did you mean {close[0][2:]}?" if close else ""))
+        if (flag not in known and find(flag, _foreign(parser)) is None) or flag == "--config":
+            parser.error(f"{source}: unknown option {key}{_hint(flag, known, dashes='')}")
         if isinstance(value, list):
             arguments += [flag, *map(str, value)]
         elif value is True:

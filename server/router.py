@@ -1,5 +1,10 @@
 """Run the router: `python -m server.router`. Everything is in `server.fleet.router`."""
 
+if __name__ == "__main__":
+    from server.console import end_silently
+
+    end_silently()  # on Ctrl-C, while the imports below take their time
+
 import sys
 
 from server.fleet.router import main

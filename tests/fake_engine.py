@@ -40,7 +40,10 @@ class FakeTokenizer:
     def __init__(self) -> None:
         self.named_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def check_chat_template(self, source: str) -> None:
+        pass
+
+    def encode(self, text: str, add_special_tokens: bool = True, *, context_length: int | None = None) -> list[int]:
         return list(text.encode())
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -63,7 +66,10 @@ class FakeTokenizer:
     ) -> str:
         if chat_template is None and not self.chat_template:
             raise InvalidRequest("model has no chat template; give --chat-template", "messages")
-        text = "".join(f"[{message['role']}]{message['content']}" for message in messages)
+        text = "".join(f"[{tool['function']['name']}]" for tool in tools or ())
+        for message in messages:
+            calls = "".join(f"[{call['function'].get('name')}]" for call in message.get("tool_calls") or ())
+            text += f"[{message['role']}]{message['content']}{calls}"
         return text + ("[assistant]" if add_generation_prompt else "")
 
 
@@ -202,8 +208,11 @@ class FakeEngine(Engine):
         """Those that were submitted, oldest first."""
         return [state.request for state in self.states]
 
-    async def start(self, on_progress: Callable[[str], None] = print) -> None:
-        pass
+    async def start(
+        self, on_progress: Callable[[str], None] = print, on_tokenizer: Callable[[Any], object] | None = None
+    ) -> None:
+        if on_tokenizer is not None:
+            on_tokenizer(self.tokenizer)
 
     async def stop(self, drain_s: float = 0.0) -> None:
         pass

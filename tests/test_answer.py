@@ -128,7 +128,7 @@ async def test_a_stream_that_fails_after_it_began_says_so_in_its_last_event(path
 
 
 FIRST = {
-    "/v1/chat/completions": b'"delta":{"role":"assistant","content":""}',
+    "/v1/chat/completions": b'"delta":{"role":"assistant","content":""',
     "/v1/messages": b"event: message_start",
     "/v1/responses": b"event: response.created",
 }

@@ -43,9 +43,15 @@ async def start(api: openai.AsyncOpenAI, lines: list[Any], **options: Any) -> Ba
     return await api.batches.create(input_file_id=file.id, **fields)
 
 
+def output_in(folder: Path) -> Path:
+    """Return the one file of answers there."""
+    [path] = folder.glob("*-output")
+    return path
+
+
 def write_half_a_line(folder: Path) -> None:
     """Leave a line as a crash in the middle of a write does."""
-    with open(next(folder.glob("*-output")), "ab") as file:
+    with open(output_in(folder), "ab") as file:
         file.write(b'{"id": "batch_req_1", "custom_')
 
 
@@ -198,20 +204,189 @@ async def test_a_restarted_server_computes_no_line_twice(tmp_path: Path) -> None
         assert len((await api.files.list()).data) == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"id": "file-other"}'])
-async def test_a_damaged_record_is_left_out_by_name_and_the_server_starts(
-    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+WHOLE_BATCH: dict[str, Any] = {
+    "id": "batch_1", "endpoint": "/v1/chat/completions", "input_file_id": "file-1", "status": "in_progress",
+    "expires_at": 1 << 40, "in_progress_at": 1, "created_at": 1,
+    "request_counts": {"total": 1, "completed": 0, "failed": 0},
+}  # fmt: skip
+DAMAGES: list[Any] = [b"", b"{}", b"[]", b'{"id": "file-other"}', b"\xff", *(
+    {**WHOLE_BATCH, **change} for change in (
+        {"status": "half way"}, {"status": 7}, {"created_at": "today"}, {"request_counts": {"total": 1}},
+        {"request_counts": None}, {"expires_at": None}, {"input_file_id": ["file-1"]}, {"endpoint": 1},
+    )
+), *({name: value for name, value in WHOLE_BATCH.items() if name != without} for without in WHOLE_BATCH)]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "folder"])
+async def test_a_damaged_record_is_put_aside_by_name_and_the_server_starts(
+    damage: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with api_of(FakeEngine(), file_storage_path=str(tmp_path)) as api:
         batch = await until(api, (await start(api, [chat_line("a")])).id, has_ended)
     damaged = [tmp_path / "file-1.json", tmp_path / "batches" / "batch_1.json"]
     for path in damaged:
-        path.write_bytes(content)
+        if damage == "folder":
+            path.mkdir()
+        else:
+            path.write_bytes(damage if isinstance(damage, bytes) else json.dumps(damage).encode())
     async with api_of(FakeEngine(), file_storage_path=str(tmp_path)) as api:
         assert [one.id for one in (await api.batches.list()).data] == [batch.id]
         assert len((await api.files.list()).data) == 2
+        assert (await until(api, (await start(api, [chat_line("b")])).id, has_ended)).status == "completed"
     for path in damaged:
         assert f"{path} is damaged and left out" in caplog.text
+        assert not path.exists() and len(list((path.parent / "damaged").glob(f"{path.name}.*"))) == 1
+
+
+async def test_a_storage_folder_full_of_the_wrong_things_is_cleared_and_used(tmp_path: Path) -> None:
+    (tmp_path / "file-1.part").mkdir()
+    (tmp_path / "batches").write_text("a file in a folder's place")
+    (tmp_path / "file-2.json").write_text(
+        json.dumps({"id": "file-2", "created_at": 1, "bytes": 3, "filename": "x", "purpose": "batch"})
+    )  # whose bytes are missing
+    async with api_of(FakeEngine(), file_storage_path=str(tmp_path)) as api:
+        assert (await api.files.list()).data == []
+        assert (await until(api, (await start(api, [chat_line("a")])).id, has_ended)).status == "completed"
+
+
+@pytest.mark.parametrize("name", ["lock", "batches", "."])
+async def test_a_disk_without_an_inode_left_costs_files_and_batches_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "files"
+
+    def refuse(place: str) -> None:
+        made = getattr(os, place)
+
+        def sometimes(path: Any, *args: Any, **more: Any) -> Any:
+            if Path(path) == folder / name:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return made(path, *args, **more)
+
+        monkeypatch.setattr(os, place, sometimes)
+
+    refuse("mkdir")
+    refuse("open")
+    async with serving(FakeEngine(), file_storage_path=str(folder)) as client:
+        assert (await client.post("/generate", json={"text": "Hi"})).status == 200
+        response = await client.get("/v1/batches")
+        assert (response.status, "No space left" in await response.text()) == (503, True)
+
+
+async def test_a_damaged_answer_is_put_aside_and_computed_again(tmp_path: Path) -> None:
+    engine = FakeEngine(is_manual=True)
+    async with api_of(engine, file_storage_path=str(tmp_path)) as api:
+        batch = await start(api, [chat_line(f"line-{i}") for i in range(4)])
+        await engine.until(lambda: len(engine.live) == 4)
+        for request in list(engine.live.values())[:3]:
+            engine.finish(request, FinishReason("stop"))
+        await until(api, batch.id, lambda one: one.request_counts is not None and one.request_counts.completed == 3)
+    path = output_in(tmp_path)
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"\0" * len(second) + b"\n[]\n" + third)
+    engine = FakeEngine()
+    async with api_of(engine, file_storage_path=str(tmp_path)) as api:
+        batch = await until(api, batch.id, has_ended)
+        assert (batch.status, len(engine.requests)) == ("completed", 2)
+        assert len(await lines_of(api, batch.output_file_id)) == 4
+    assert len(list((tmp_path / "damaged").glob(f"{path.name}.*"))) == 1
+
+
+async def test_a_batch_whose_input_is_gone_fails_with_the_answers_that_there_are(tmp_path: Path) -> None:
+    engine = FakeEngine(is_manual=True)
+    async with api_of(engine, file_storage_path=str(tmp_path)) as api:
+        batch = await start(api, [chat_line("a"), chat_line("b")])
+        await engine.until(lambda: len(engine.live) == 2)
+        engine.finish(engine.states[0], FinishReason("stop"))
+        await until(api, batch.id, lambda one: one.request_counts is not None and one.request_counts.completed == 1)
+    (tmp_path / batch.input_file_id).unlink()
+    async with api_of(FakeEngine(), file_storage_path=str(tmp_path)) as api:
+        batch = await until(api, batch.id, has_ended)
+        assert batch.status == "failed" and batch.errors is not None and batch.errors.data is not None
+        assert "no such file" in (batch.errors.data[0].message or "")
+        assert len(await lines_of(api, batch.output_file_id)) == 1
+
+
+# ---- a disk that is full ----
+
+
+class FullDisk:
+    """Refuses what is written into a folder, after half of it, until there is room."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_full, self._folder, self._write = False, str(folder), os.write
+        self._write_bytes = Path.write_bytes
+        monkeypatch.setattr("server.apis.batches.DISK_RETRY_S", 0.01)
+        monkeypatch.setattr(os, "write", self.write)
+        monkeypatch.setattr(Path, "write_bytes", lambda path, content: self.write_bytes(path, content))
+
+    def write(self, fd: int, content: Any) -> int:
+        if self.is_full and os.readlink(f"/proc/self/fd/{fd}").startswith(self._folder):
+            if len(content) > 1:
+                return self._write(fd, content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self._write(fd, content)
+
+    def write_bytes(self, path: Path, content: bytes) -> int:
+        if self.is_full and str(path).startswith(self._folder):
+            path.touch()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self._write_bytes(path, content)
+
+
+async def test_a_batch_waits_while_the_disk_is_full_and_ends_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk, engine = FullDisk(tmp_path, monkeypatch), FakeEngine(is_manual=True)
+    async with api_of(engine, file_storage_path=str(tmp_path)) as api:
+        batch = await start(api, [chat_line(f"line-{i}") for i in range(4)])
+        await engine.until(lambda: len(engine.live) == 4)
+        engine.finish(engine.states[0], FinishReason("stop"))
+        await until(api, batch.id, lambda one: one.request_counts is not None and one.request_counts.completed == 1)
+        disk.is_full = True
+        for request in list(engine.live.values()):
+            engine.finish(request, FinishReason("stop"))
+        await asyncio.sleep(0.1)
+        batch = await api.batches.retrieve(batch.id)
+        assert (batch.status, batch.request_counts and batch.request_counts.completed) == ("in_progress", 1)
+        path = output_in(tmp_path)
+        assert [json.loads(line)["custom_id"] for line in path.read_bytes().splitlines()] == ["line-0"]
+        with pytest.raises(openai.APIStatusError, match="No space left"):
+            await api.batches.cancel(batch.id)
+        assert (await api.batches.retrieve(batch.id)).status == "in_progress", "what the disk refused has not happened"
+        assert caplog.text.count("waits until the disk takes its answers") == 1
+        disk.is_full = False
+        batch = await until(api, batch.id, has_ended)
+        assert batch.status == "completed"
+        assert set(await lines_of(api, batch.output_file_id)) == {f"line-{i}" for i in range(4)}
+
+
+@pytest.mark.parametrize("ending", ["in_progress", "finalizing"])
+async def test_a_server_that_ends_on_a_full_disk_leaves_a_batch_that_the_next_one_completes(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, engine = FullDisk(tmp_path, monkeypatch), FakeEngine(is_manual=True)
+    async with api_of(engine, file_storage_path=str(tmp_path)) as api:
+        batch = await start(api, [chat_line(f"line-{i}") for i in range(3)])
+        await engine.until(lambda: len(engine.live) == 3)
+        engine.finish(engine.states[0], FinishReason("stop"))
+        await until(api, batch.id, lambda one: one.request_counts is not None and one.request_counts.completed == 1)
+        if ending == "finalizing":
+            monkeypatch.setattr("server.apis.batches.Batches._keep_answers", lambda *_: setattr(disk, "is_full", True))
+        else:
+            disk.is_full = True
+        for request in list(engine.live.values()):
+            engine.finish(request, FinishReason("stop"))
+        await asyncio.sleep(0.1)
+        assert (await api.batches.retrieve(batch.id)).status == ending
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "batches" / f"{batch.id}.json").read_bytes())["status"] == ending
+    assert not [name for name in os.listdir(tmp_path / "batches") if name.endswith(".part")]
+    engine = FakeEngine()
+    async with api_of(engine, file_storage_path=str(tmp_path)) as api:
+        batch = await until(api, batch.id, has_ended)
+        assert (batch.status, len(engine.requests)) == ("completed", 2 if ending == "in_progress" else 0)
+        assert len(await lines_of(api, batch.output_file_id)) == 3
 
 
 async def test_a_cancelled_batch_keeps_its_answers() -> None:

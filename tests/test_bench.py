@@ -31,7 +31,15 @@ async def load(engine: FakeEngine, *flags: str) -> tuple[int, str]:
     return status, console.file.getvalue()
 
 
-@pytest.mark.parametrize("mode", [[], ["--disable-stream"], ["--api", "chat"], ["--dataset-name", "shared-prefix"]])
+MODES = [
+    [], ["--disable-stream"], ["--api", "chat"], ["--dataset-name", "shared-prefix"],
+    # as SGLang's and vLLM's benches spell them
+    ["--backend", "sglang", "--tokenizer", "any"], ["--backend", "sglang-oai-chat"],
+    ["--backend", "vllm", "--dataset-name", "generated-shared-prefix"], ["--endpoint", "/v1/chat/completions"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
 async def test_every_request_is_sent_and_its_tokens_are_counted(mode: list[str], tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     flags = "--num-prompts 6 --random-input 20 --random-output 12 --random-range-ratio 1 --prefix-len 30"

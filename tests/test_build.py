@@ -1,15 +1,19 @@
 """What is decided at start from the flags and the machine, and said."""
 
+import json
 import logging
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engine.build import describe_backends, resolve_config
+from engine.build import build, describe_backends, load_model_files, resolve_config
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.sizes import CUDA_MAX_STEP_MS
+from engine.text.tokenizer import Tokenizer
 from kernels import flashinfer_attention, gated_gemm
 from kernels.attention import choose_backend
 
@@ -114,3 +118,62 @@ def test_steps_on_a_gpu_have_a_time_limit_unless_it_is_taken_away(one_gpu: None)
 def test_what_is_decided_stays_decided(one_gpu: None) -> None:
     config = resolve(device="cuda", max_step_ms=0.0, cuda_graph_bs=[1, 2000], chunked_prefill_size=-1, random_seed=1)
     assert resolve_config(config) == config
+
+
+def model_with(folder: Path, source: Path, added: Sequence[str], eos_token: str | None, eos_token_id: Any) -> Path:
+    """Write config and tokenizer of `source` with other end tokens: added tokens of these texts from number 300 on."""
+    raw = json.loads((source / "config.json").read_text()) | {"vocab_size": 400, "eos_token_id": eos_token_id}
+    (folder / "config.json").write_text(json.dumps(raw))
+    tokenizer = (source / "tokenizer.json").read_text().replace("<|im_end|>", "<|2|>")
+    (folder / "tokenizer.json").write_text(tokenizer)
+    tokens = {str(300 + i): {"content": text, "special": True} for i, text in enumerate(added)}
+    config = {"added_tokens_decoder": tokens} | ({"eos_token": eos_token} if eos_token else {})
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("added", "eos_token", "ends"),
+    [
+        (["<turn>"], "<turn>", ["<turn>"]),
+        (["<|im_start|>", "<|im_end|>"], None, ["<|im_end|>"]),
+        (["<|eot_id|>", "<|eom_id|>", "<|python_tag|>"], "<|eot_id|>", ["<|eot_id|>", "<|eom_id|>"]),
+        (["<|user|>", "<|end|>"], None, ["<|end|>"]),
+        (["<|start|>", "<|end|>", "<|return|>", "<|call|>"], "<|return|>", ["<|return|>", "<|call|>"]),
+        (["<eos>", "<end_of_turn>"], "<eos>", ["<eos>", "<end_of_turn>"]),
+    ],
+)
+def test_an_answer_ends_where_the_tokenizer_says_or_a_turn_does_beside_where_the_config_says(
+    added: list[str], eos_token: str | None, ends: list[str], tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = model_with(tmp_path, tiny_llama, added, eos_token, 5)
+    model_config, tokenizer = load_model_files(folder, EngineConfig())
+    assert set(model_config.eos_token_ids) == {5, *(tokenizer.token_to_id(text) for text in ends)}
+
+
+def test_an_override_of_the_end_is_the_only_end(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = model_with(tmp_path, tiny_llama, ["<|im_end|>"], "<|im_end|>", 5)
+    config = EngineConfig(json_model_override_args='{"eos_token_id": 7}')
+    assert load_model_files(folder, config)[0].eos_token_ids == (7,)
+
+
+def test_a_model_without_an_end_is_a_warning_that_says_what_to_do(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = model_with(tmp_path, tiny_llama, [], None, None)
+    with caplog.at_level(logging.WARNING):
+        assert load_model_files(folder, EngineConfig())[0].eos_token_ids == ()
+    assert "no token is known to end an answer" in caplog.text
+    assert "--json-model-override-args" in caplog.text
+
+
+def test_the_tokenizer_is_seen_before_the_weights_are_loaded(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: object) -> None:
+        raise AssertionError("the weights come last")
+
+    def refuse(tokenizer: Tokenizer) -> None:
+        raise ModelError(f"{tokenizer.vocab_size} tokens")
+
+    monkeypatch.setattr("engine.build.load_weights", load)
+    with pytest.raises(ModelError, match=r"\d+ tokens"):
+        build(EngineConfig(model_path=str(tiny_llama), device="cpu"), print, on_tokenizer=refuse)

@@ -14,6 +14,9 @@ import pytest
 import torch
 from aiohttp.test_utils import TestClient
 
+from server.config import ServerConfig, parse_args
+from server.fleet.router import RouterConfig
+from server.foreign_flags import ANY, ROUTER_FLAGS, SERVER_FLAGS, ForeignFlag
 from server.http.live import MANY_LOGPROBS
 from tests.fake_engine import PARSERS, FakeEngine, events_of, serving
 from tests.test_engine import running_engine
@@ -199,7 +202,8 @@ async def test_a_stop_string_can_stay_in_the_answer(client: Client, engine: Fake
 async def test_special_tokens_are_added_or_not_as_the_client_says(client: Client, engine: FakeEngine) -> None:
     asked: list[bool] = []
 
-    async def encode(text: str, add_special_tokens: bool = True) -> list[int]:
+    async def encode(text: str, add_special_tokens: bool = True, *, is_prompt: bool = True) -> list[int]:
+        assert is_prompt
         asked.append(add_special_tokens)
         return list(text.encode())
 
@@ -240,7 +244,7 @@ async def test_what_would_change_the_answer_is_refused_and_not_ignored(client: C
     ("path", "body", "field"),
     [
         ("/v1/chat/completions", {"messages": USER, "echo": True}, "echo"),
-        ("/v1/chat/completions", {"messages": USER, "include_reasoning": False}, "include_reasoning"),
+        ("/v1/chat/completions", {"messages": USER, "include_reasoning": 1}, "include_reasoning"),
         ("/v1/chat/completions", {"messages": USER, "thinking": {"type": "loud"}}, "thinking.type"),
         ("/v1/chat/completions", {"messages": USER, "input_ids": [1 << 20]}, "input_ids"),
         ("/v1/completions", {"prompt": "Hi", "stream": True, "return_token_ids": True}, "return_token_ids"),
@@ -304,3 +308,97 @@ async def test_streamed_calls_are_put_together_by_the_client(engine: FakeEngine)
     (call,) = final.choices[0].message.tool_calls or []
     assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Oslo"})
     assert final.choices[0].finish_reason == "tool_calls"
+
+
+# ---- flags of SGLang's and vLLM's servers ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        ("--max-model-len 4096 --max-num-seqs=8", {"context_length": 4096, "max_running_requests": 8}),
+        ("--max_model_len 4096", {"context_length": 4096}),
+        ("--enforce-eager --enable-chunked-prefill", {"disable_cuda_graph": True}),
+        ("--max-num-reqs 7 --disable-flashinfer --disable-flashinfer-sampling", {"max_running_requests": 7}),
+        ("--enable-torch-compile --ep-size 2 --enable-ep-moe --port 1", {"port": 1}),
+        ("--no-enable-prefix-caching --tensor-parallel-size 2", {"disable_radix_cache": True, "tp_size": 2}),
+        ("--no-enable-chunked-prefill", {"chunked_prefill_size": -1}),
+        ("--task embed --quantization none", {"is_embedding": True}),
+        ("--speculative-algorithm", None),
+        ("--gpu-memory-utilization 0.9", None),
+        ("--quantization awq", None),
+        ("--torchao-config int8wo", None),
+        ("--lora-paths a=b c=d --port 1", None),
+        ("--pp-size 2", None),
+        ("--task transcription", None),
+    ],
+)  # fmt: skip
+def test_another_servers_flag_means_the_same_here_or_is_refused_with_a_reason(
+    flags: str, changed: dict[str, Any] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if changed is not None:
+        assert parse_args(flags.split()) == ServerConfig(**changed)
+    else:
+        with pytest.raises(SystemExit):
+            parse_args(flags.split())
+        shown = capsys.readouterr().err
+        assert f"{flags.partition(' ')[0]} is refused: " in shown and "did you mean" not in shown
+
+
+def test_a_flag_without_effect_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    parse_args(["--enable-torch-compile"])
+    assert "--enable-torch-compile has no effect: nothing is compiled" in capsys.readouterr().err
+
+
+def test_another_servers_options_may_stand_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text("max-model-len: 4096\nenforce_eager: true\nenable-mixed-chunk: false\n")
+    assert parse_args(["--config", str(file)]) == ServerConfig(context_length=4096, disable_cuda_graph=True)
+
+
+@pytest.mark.parametrize("table", [SERVER_FLAGS, ROUTER_FLAGS])
+def test_the_table_of_foreign_flags_agrees_with_the_servers_own(table: tuple[ForeignFlag, ...]) -> None:
+    config = ServerConfig if table is SERVER_FLAGS else RouterConfig
+    fields = config.__dataclass_fields__
+    own = {"--" + name.replace("_", "-") for name in fields}
+    own |= {alias for field in fields.values() for alias in field.metadata["aliases"]}
+    flags = [one.flag for one in table]
+    assert len(flags) == len(set(flags))
+    assert not own & set(flags)
+    assert not [flag for flag in own for one in flags if one[-1] == ANY and flag.startswith(one[:-1])]
+    for one in table:
+        assert one.describe() and len(one.reason) < 200
+        for words in one.words.values():
+            assert {word.partition("=")[0] for word in words if word.startswith("--")} <= own
+        assert one.words or one.reason
+
+
+@pytest.mark.parametrize(
+    "flag", ["--eq-size", "--max-num-sequences", "--disable-flash", "--enable-torch", "--kv-cache"]
+)
+def test_no_hint_is_given_across_meanings(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args([flag, "1"])
+    assert "did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"), [("--modle-path", "--model-path"), ("--api_key", "--api-key"), ("--apikey", "--api-key")]
+)
+def test_a_slip_of_the_keys_is_hinted_at(flag: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args([flag, "x"])
+    assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("value", "is_used"), [("true", True), ("1", True), ("false", False), ("", False)])
+def test_sglangs_variable_takes_hub_ids_from_modelscope(value: str, is_used: bool) -> None:
+    assert parse_args([], {"SGLANG_USE_MODELSCOPE": value}).use_modelscope == is_used
+
+
+def test_help_shows_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert all(one.flag in text and one.describe() in text for one in SERVER_FLAGS)
+    assert "SGLANG_USE_MODELSCOPE" in text

@@ -419,7 +419,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"json_schema": {"not": {"type": "string"}}}, "json_schema", "not"),
     ({"json_schema": {"type": "string", "pattern": "(?=a)b"}}, "json_schema", "look-around"),
     ({"json_schema": {"type": "string", "minLength": 3, "maxLength": 2}}, "json_schema", "minLength"),
-    ({"json_schema": {"type": "string", "format": "nonsense"}}, "json_schema", "nonsense"),
     ({"json_schema": {"$ref": "https://example.com/schema"}}, "json_schema", "example.com"),
     ({"json_schema": {"$ref": "#/$defs/missing"}}, "json_schema", "missing"),
     ({"json_schema": {"enum": []}}, "json_schema", "anyOf"),
@@ -467,7 +466,7 @@ NOT_HELD: list[tuple[dict[str, Any], str, str]] = [
     ({"json_schema": {"type": "integer", "minimum": 0, "multipleOf": 7}}, "json_schema", "multipleOf"),
     ({"json_schema": {"type": "string", "pattern": "(?=a)b"}}, "json_schema", "look-around"),
     ({"json_schema": {"type": "string", "pattern": '^"$'}}, "json_schema", '"'),
-    ({"json_schema": {"type": "string", "format": "nonsense"}}, "json_schema", "format"),
+    ({"json_schema": {"type": "string", "format": "email"}}, "json_schema", "format"),
     ({"json_schema": {"type": "string", "minLength": 3, "maxLength": 2}}, "json_schema", "minLength"),
     ({"json_schema": {"$ref": "https://example.com/schema"}}, "json_schema", "example.com"),
     ({"json_schema": '{"properties":' * 2000 + "{}" + "}" * 2000}, "json_schema", "recursion"),
@@ -489,6 +488,28 @@ async def test_what_xgrammar_would_ignore_is_refused(tiny_llama: Path) -> None:
             with pytest.raises(InvalidRequest, match=re.escape(reason)) as caught:
                 await answer(engine, constrained(**fields))
             assert caught.value.field == field
+
+
+def test_xgrammar_leaves_out_what_it_cannot_hold_of_a_schema_that_is_not_strict(tokenizer: Tokenizer) -> None:
+    compiler = compiler_for(tokenizer, EOS, "xgrammar")
+    items = {"type": "integer", "format": "int32", "not": {"const": 5}}
+    schema = {"type": "array", "items": items, "uniqueItems": True, "x-strict": False}
+    for kind, definition, begin, end in (
+        ("json_schema", schema, "", ""),
+        ("structural_tag", {"format": tag_of_schema(schema)}, "<f>", ";"),
+    ):
+        matcher = compiler.compile(kind, json.dumps(definition)).start
+        for text, is_right in (("[5,5]", True), ('["a"]', False)):
+            following = matcher.deep_copy()
+            consumed = all(map(following.consume_token, tokenizer.encode(begin + text + end, False)))
+            assert (consumed and following.is_accepting()) == is_right, text
+    with pytest.raises(InvalidRequest, match=r"^tools\[0\] cannot be used: .*not"):
+        compiler.compile("structural_tag", json.dumps({"format": tag_of_schema({**schema, "x-strict": True})}))
+
+
+def tag_of_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    content = {"type": "json_schema", "json_schema": schema, "field": "tools[0]"}
+    return {"type": "tag", "begin": "<f>", "content": content, "end": ";"}
 
 
 async def test_a_server_without_grammars_says_so(tiny_llama: Path) -> None:
@@ -517,6 +538,7 @@ async def test_a_matcher_that_fails_ends_its_own_request_only(
             collect(engine, make_state([5, 6, 7])),
         )
         assert reason.type == "abort" and "injected" in (reason.message or "")
+        assert reason.status_code == 400, "the grammar's fault: no other worker would do better"
         assert person_is_well_formed(beside) and free == expected
 
 
@@ -537,6 +559,7 @@ async def test_a_mask_that_cannot_be_made_ends_its_own_request_only(
             answer(engine, victim), answer(engine, constrained([5, 6, 9], json_schema=PERSON))
         )
         assert reason.type == "abort" and "injected" in (reason.message or "")
+        assert reason.status_code == 400, "the grammar's fault: no other worker would do better"
         assert person_is_well_formed(beside)
 
 

@@ -18,7 +18,7 @@ ONLY_IN = {"triton": "kernels", "flashinfer": "kernels", "aiohttp": "server"}
 # What everybody in a package may import: its words.
 WORDS = {
     "engine": {"engine.config", "engine.errors", "engine.request", "engine.state", "engine.model_config"},
-    "server": {"server.config"},
+    "server": {"server.config", "server.foreign_flags"},
 }
 # Wing -> what else of its package it may import. The rest of the engine drives these: loop, engine, build, ...
 WINGS = {

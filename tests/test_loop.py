@@ -357,6 +357,43 @@ def test_a_prompt_gets_its_share_however_slow_the_device() -> None:
     assert budget.is_spent
 
 
+@pytest.mark.parametrize("num_streams", [0, 3])
+def test_on_a_slow_cpu_nobody_waits_long_for_a_chunk(num_streams: int) -> None:
+    pace = StepPace(max_step_ms=None, chunked_prefill_size=512, max_wait_s=1.0)
+    assert pace.prefill_budget(num_streams).num_tokens_behind(0) == 512, "nothing is known yet"
+    observe(pace, 0, 0.1)
+    assert pace.prefill_budget(num_streams).num_tokens_behind(0) == 64, "decodes this slow make a long chunk dear"
+    observe(pace, 64, 0.1 + 64 / 90)
+    assert 0.8 < 0.1 + pace.prefill_budget(num_streams).num_tokens_behind(0) / 90 <= 1.0
+
+
+def test_on_a_fast_cpu_chunks_are_whole() -> None:
+    pace = StepPace(max_step_ms=None, chunked_prefill_size=512, max_wait_s=1.0)
+    for _ in range(3):
+        observe(pace, 0, 0.01)
+        observe(pace, 512, 0.5)
+    assert pace.prefill_budget(num_streams=4).num_tokens_behind(0) == 512
+
+
+def test_a_model_that_is_slow_to_read_computes_more_than_a_few_tokens_for_each_time_it_is_read() -> None:
+    pace = StepPace(max_step_ms=None, chunked_prefill_size=512, max_wait_s=1.0)
+    observe(pace, 0, 1.5)
+    observe(pace, 64, 1.5 + 64 / 100)
+    num_tokens = pace.prefill_budget(num_streams=4).num_tokens_behind(0)
+    assert num_tokens / 100 > 1.5, "most of the time goes into the tokens"
+    assert 1.5 + num_tokens / 100 <= 4 * 1.5
+
+
+def test_after_a_hiccup_chunks_stay_long_enough_to_learn_from() -> None:
+    pace = StepPace(max_step_ms=None, chunked_prefill_size=512, max_wait_s=1.0)
+    observe(pace, 512, 3000.0)
+    num_tokens = pace.prefill_budget(num_streams=4).num_tokens_behind(0)
+    assert num_tokens >= 512 // 16
+    for _ in range(200):
+        observe(pace, pace.prefill_budget(num_streams=4).num_tokens_behind(0), 0.1)
+    assert pace.prefill_budget(num_streams=4).num_tokens_behind(0) > 5 * num_tokens
+
+
 def test_one_hiccup_does_not_starve_prompts_for_long() -> None:
     pace = StepPace(max_step_ms=60, chunked_prefill_size=8192)
     observe(pace, 0, 0.010)

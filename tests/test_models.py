@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cache.pool import CachePool
+from engine import model_config
 from engine.checkpoint.folder import resolve_model
 from engine.checkpoint.weights import load_weights
 from engine.config import EngineConfig
@@ -480,3 +481,98 @@ def test_a_config_that_names_its_layers_in_the_old_way_gives_the_same_windows(ma
     folder = make_tiny_model(Gemma2Config, "gemma2", sliding_window=8, num_hidden_layers=3)
     old = EngineConfig(json_model_override_args='{"layer_types": null}')
     assert load_config(folder).windows == load_config(folder, old).windows == (8, -1, 8)
+
+
+LLAMA_3_ROPE = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("of_file", "override"),
+    [
+        ({"rope_parameters": {"rope_theta": 5e5}}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
+        ({"rope_parameters": {"rope_theta": 5e5}}, {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
+        (
+            {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_parameters": {"rope_theta": 5e5}},
+        ),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}, {"rope_theta": 5e5}),
+        ({"rope_parameters": LLAMA_3_ROPE}, {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ],
+)
+def test_an_override_of_rope_settings_is_merged_and_wins_in_either_spelling(
+    of_file: dict[str, Any], override: dict[str, Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    raw = json.loads((tiny_llama / "config.json").read_text())
+    del raw["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(raw | of_file))
+    rope = load_config(tmp_path, EngineConfig(json_model_override_args=json.dumps(override))).rope
+    assert (rope.theta, rope.rope_type, rope.scaling["factor"]) == (5e5, "linear", 2.0)
+
+
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_an_override_of_null_takes_the_scaling_away_and_leaves_theta(
+    name: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    raw = json.loads((tiny_llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_parameters": LLAMA_3_ROPE}))
+    rope = load_config(tmp_path, EngineConfig(json_model_override_args=f'{{"{name}": null}}')).rope
+    assert (rope.theta, rope.rope_type) == (5e5, "default")
+
+
+def test_an_override_within_an_object_leaves_the_rest_of_it(tiny_llama: Path, tmp_path: Path) -> None:
+    raw = json.loads((tiny_llama / "config.json").read_text()) | {"id2label": {"0": "bad", "1": "good"}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = load_config(tmp_path, EngineConfig(json_model_override_args='{"id2label": {"1": "fine"}}'))
+    assert config.labels == ["bad", "fine"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "nearest"),
+    [
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3ForCausalLM"),
+        ({"architectures": ["MixtralForCausalLM"], "num_attention_heads": None}, "MistralForCausalLM"),
+        ({"architectures": ["OpenELMForCausalLM"], "head_dim": [64, 64], "intermediate_size": [1, 2]}, None),
+        ({"architectures": ["GPT2LMHeadModel"], "n_embd": 768, "n_head": 12}, None),
+    ],
+)
+def test_an_unsupported_family_is_named_before_its_entries_are_read(
+    entries: dict[str, Any], nearest: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    with pytest.raises(ModelError, match=f"architecture not supported: {entries['architectures'][0]}") as error:
+        load_config(tmp_path)
+    assert ("nearest is" in str(error.value)) == (nearest is not None)
+    assert nearest is None or f"The nearest is {nearest}." in str(error.value)
+    assert ".github/CONTRIBUTING.md" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stored", "flags", "memory", "dtype"),
+    [
+        ("bfloat16", {"avx2", "avx512_bf16"}, 1 << 40, torch.bfloat16),
+        ("float32", {"avx2", "amx_bf16"}, 1 << 40, torch.bfloat16),
+        ("bfloat16", {"asimd", "bf16"}, 1 << 40, torch.bfloat16),
+        ("bfloat16", {"avx2"}, 1 << 40, torch.float32),
+        ("float16", {"avx2", "avx512_bf16"}, 1 << 40, torch.float32),
+        ("float16", {"avx512_fp16"}, 1 << 40, torch.float16),
+        ("bfloat16", {"avx2"}, 1 << 10, torch.bfloat16),
+        ("bfloat16", set(), 1 << 40, torch.bfloat16),
+    ],
+)
+def test_a_cpu_computes_in_what_it_multiplies_fast_and_has_room_for(
+    stored: str, flags: set[str], memory: int, dtype: torch.dtype, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_config, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(model_config, "memory_bytes", lambda: memory)
+    override = json.dumps({"dtype": stored})
+    assert load_config(tiny_llama, EngineConfig(device="cpu", json_model_override_args=override)).dtype == dtype
+    asked = EngineConfig(device="cpu", dtype="bfloat16", json_model_override_args=override)
+    assert load_config(tiny_llama, asked).dtype == torch.bfloat16
+    on_gpu = EngineConfig(device="cuda:0", json_model_override_args=override)
+    assert load_config(tiny_llama, on_gpu).dtype == (torch.float16 if stored == "float16" else torch.bfloat16)
+
+
+def test_the_flags_of_this_cpu_are_known() -> None:
+    assert model_config.cpu_flags() & {"sse2", "asimd"}
+    assert model_config.memory_bytes() > 1 << 28

@@ -201,6 +201,20 @@ async def test_the_dashboards_data_is_all_that_the_page_reads(client: Client) ->
         assert name in owner, f"{group}.{name}"
 
 
+@pytest.mark.parametrize(("is_working", "shown"), [(True, "busy"), (False, "stuck")])
+async def test_a_step_that_takes_long_is_busy_and_one_that_hangs_is_stuck(
+    is_working: bool, shown: str, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.watch.monitor.time.process_time", lambda: time.perf_counter() if is_working else 1.0)
+    monkeypatch.setattr("server.watch.dashboard.RATE_SPAN_S", 60.0)
+    engine.health_status = "stuck"
+    async with serving(engine) as client:
+        await asyncio.sleep(0.2)
+        assert (await (await client.get("/dashboard/data")).json())["now"]["status"] == shown
+        engine.health_status = "ok"
+        assert (await (await client.get("/dashboard/data")).json())["now"]["status"] == "ok"
+
+
 async def test_the_page_is_whole_and_asks_nobody_else(client: Client) -> None:
     response = await client.get("/dashboard")
     assert (response.status, response.content_type) == (200, "text/html")

@@ -7,6 +7,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import destroy_process_group
+from torch.distributed import TCPStore, destroy_process_group
 
 from engine.config import EngineConfig
+from engine.errors import ModelError
 from engine.local import LocalEngine
-from engine.ranks.nodes import interface_to
+from engine.ranks.leader import arrive
+from engine.ranks.nodes import ADDRESS_KEY, NodeLink, NodeLinks, interface_to, open_store
 from server.config import parse_args
 from server.fleet.torchrun import torchrun_options
 from tests.server_processes import SERVER, descendants, ending, is_alive, start_server, wait_until, wait_until_ready
@@ -139,6 +143,119 @@ async def test_a_model_spans_two_nodes_until_one_is_lost(tiny_llama: Path, tmp_p
             assert "node 1 is gone" in await asyncio.wait_for(engine.failed(), 10)
         wait_until(lambda: not any(map(is_alive, family)))
     destroy_process_group()  # a process whose engine has failed ends; this one goes on
+
+
+# ---- waiting for each other ----
+
+
+def node_config(**changes: Any) -> EngineConfig:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return EngineConfig(**{"nnodes": 3, "tp_size": 3, "dist_init_addr": address, "dist_timeout": 0.6, **changes})
+
+
+def test_node_0_names_who_is_missing_and_the_limit_holds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("engine.ranks.meeting.LINE_S", 0.1)
+    config = node_config()
+    store = open_store(config)
+    connecting = threading.Thread(target=lambda: NodeLink(config.replace(node_rank=2), store), daemon=True)
+    connecting.start()
+    start = time.monotonic()
+    with pytest.raises(ModelError, match=r"waited \d+ s for node 1 of 3 \(--nnodes\)"):
+        NodeLinks(config, store)
+    assert time.monotonic() - start < 5
+    assert "waiting for node 1 of 3" in caplog.text
+    connecting.join()
+
+
+def test_two_nodes_of_one_number_are_told() -> None:
+    config = node_config(dist_timeout=20.0)
+    store = open_store(config)
+    for _ in range(2):
+        threading.Thread(target=lambda: NodeLink(config.replace(node_rank=2), store), daemon=True).start()
+    with pytest.raises(ModelError, match="it is node 2"):
+        NodeLinks(config, store)
+
+
+def test_who_connects_to_node_0_by_mistake_is_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.ranks.nodes.PROBE_S", 0.1)
+    config = node_config(nnodes=2, tp_size=2, dist_timeout=20.0)
+    store = open_store(config)
+
+    def connect() -> None:
+        while not store.check([ADDRESS_KEY]):
+            time.sleep(0.01)
+        host, _, port = store.get(ADDRESS_KEY).decode().rpartition(":")
+        for said in (b"", b"GET", None):  # None: nothing, and stays
+            stranger = socket.create_connection((host, int(port)))
+            strangers.append(stranger)
+            if said is not None:
+                stranger.sendall(said)
+                stranger.close()
+        links.append(NodeLink(config.replace(node_rank=1), store))
+
+    strangers, links = list[socket.socket](), list[NodeLink]()
+    connecting = threading.Thread(target=connect, daemon=True)
+    connecting.start()
+    NodeLinks(config, store)
+    connecting.join(10)
+    assert json.loads(links[0].receive())["nnodes"] == 2
+    strangers[-1].close()
+
+
+@pytest.mark.parametrize("node_rank", [0, 1])
+@pytest.mark.parametrize("kind", ["unknown", "silent"])
+def test_the_limit_holds_for_a_name_that_does_not_resolve(
+    kind: str, node_rank: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def look_up(*args: Any, **more: Any) -> Any:
+        if kind == "silent":
+            time.sleep(10)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr("engine.ranks.meeting.LINE_S", 0.1)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    start = time.monotonic()
+    with pytest.raises(ModelError, match=r"waited .* for 'node0.example' to be found by its name.*--dist-timeout"):
+        open_store(node_config(dist_init_addr="node0.example:7000", node_rank=node_rank))
+    assert time.monotonic() - start < 5
+    assert "waiting for 'node0.example' to be found by its name" in caplog.text
+
+
+def test_a_node_without_node_0_says_so_and_the_limit_holds(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("engine.ranks.meeting.LINE_S", 0.1)
+    with pytest.raises(ModelError, match=r"waited 1 s for node 0 at 127.0.0.1:\d+: Connection refused"):
+        open_store(node_config(node_rank=1))
+    assert "waiting for node 0 at 127.0.0.1" in caplog.text
+
+
+def test_rank_0_names_the_ranks_that_still_load(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("engine.ranks.meeting.LINE_S", 0.1)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    arrive(store, 2, 4)
+
+    def come_late() -> None:
+        wait_until(lambda: "waiting for ranks 1 and 3 of 4 to load" in caplog.text)
+        arrive(store, 1, 4)
+        arrive(store, 3, 4)
+
+    coming = threading.Thread(target=come_late)
+    coming.start()
+    arrive(store, 0, 4)
+    coming.join()
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, float("nan"), float("inf")])
+async def test_a_limit_that_is_none_is_refused(limit: float, tiny_llama: Path) -> None:
+    config = EngineConfig(model_path=str(tiny_llama), device="cpu", dist_timeout=limit)
+    with pytest.raises(ModelError, match="--dist-timeout must be a number of seconds above 0"):
+        await LocalEngine(config).start()
 
 
 def test_the_loopback_leads_to_this_host() -> None:

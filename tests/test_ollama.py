@@ -1,13 +1,17 @@
 """Ollama's API."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp.test_utils import TestClient
+from aiohttp.test_utils import TestClient, TestServer
 
 from engine.state import FinishReason
+from server.app import build_app
+from server.config import ServerConfig
 from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
+from tests.test_engine import running_engine
 
 Client = TestClient[Any, Any]
 USER: list[Any] = [{"role": "user", "content": "Hi"}]
@@ -104,7 +108,7 @@ async def test_tool_calls_and_results_go_into_the_prompt(client: Client, engine:
         {"role": "tool", "tool_name": "weather", "content": "rain"},
     ]
     await answer(client, "/api/chat", messages=messages)
-    assert bytes(engine.requests[0].input_ids) == b"[user]Hi[assistant][tool]rain[assistant]"
+    assert bytes(engine.requests[0].input_ids) == b"[user]Hi[assistant][weather][tool]rain[assistant]"
 
 
 async def test_asking_for_nothing_loads_the_model(client: Client, engine: FakeEngine) -> None:
@@ -185,3 +189,80 @@ async def test_a_disconnect_aborts_the_chat() -> None:
         await response.content.readline()
         response.close()
         await engine.until(lambda: engine.aborted == [engine.requests[0].rid])
+
+
+# ---- as Ollama's own clients and examples do it ----
+
+
+async def test_options_that_ollama_sends_by_default_are_accepted(client: Client, engine: FakeEngine) -> None:
+    options = {"repeat_last_n": 64, "typical_p": 0.7, "tfs_z": 1, "mirostat": 0, "repeat_penalty": 1.1}
+    await answer(client, "/api/chat", messages=USER, options=options)
+    assert engine.requests[0].sampling_params.repetition_penalty == 1.1
+
+
+async def test_a_window_of_no_tokens_means_no_penalties(client: Client, engine: FakeEngine) -> None:
+    options = {"repeat_last_n": 0, "repeat_penalty": 1.1, "presence_penalty": 1, "frequency_penalty": 1}
+    await answer(client, "/api/generate", prompt="Hi", options=options)
+    assert not engine.requests[0].sampling_params.has_penalties
+
+
+@pytest.mark.parametrize("headers", [{}, {"Origin": "http://HOST"}, {"Sec-Fetch-Site": "same-origin"}])
+async def test_curl_need_not_name_a_content_type(client: Client, headers: dict[str, str]) -> None:
+    host = f"{client.host}:{client.port}"
+    sent = {name: value.replace("HOST", host) for name, value in headers.items()}
+    for kind in ("application/x-www-form-urlencoded", "text/plain"):
+        body = b'{"model": "fake-model", "prompt": "Hi", "stream": false}'
+        response = await client.post("/api/generate", data=body, headers={**sent, "Content-Type": kind})
+        assert response.status == 200, await response.text()
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}]
+)
+async def test_a_foreign_page_cannot_leave_the_content_type_out(client: Client, headers: dict[str, str]) -> None:
+    for path, more in (("/api/generate", headers), ("/generate", {})):
+        sent = {**more, "Content-Type": "text/plain"}
+        response = await client.post(path, data=b'{"prompt": "Hi", "text": "Hi"}', headers=sent)
+        assert 400 <= response.status < 404
+
+
+async def test_texts_become_vectors_of_length_1(client: Client, engine: FakeEngine) -> None:
+    for given, count in (("ab", 1), (["ab", "zzzz"], 2), ([], 0), ("", 0)):
+        answer_ = await answer(client, "/api/embed", input=given)
+        assert len(answer_["embeddings"]) == count
+        assert all(sum(x * x for x in vector) == pytest.approx(1, abs=1e-5) for vector in answer_["embeddings"])
+    cut = await answer(client, "/api/embed", input="ab", dimensions=2, keep_alive="5m", options={})
+    assert len(cut["embeddings"][0]) == 2 and cut["prompt_eval_count"] == 2
+    older = await answer(client, "/api/embeddings", prompt="ab")
+    assert older["embedding"] == [2.0, 195.0, 3.0, 4.0]
+
+
+async def test_a_text_beyond_the_context_is_cut_unless_told_otherwise(client: Client, engine: FakeEngine) -> None:
+    await answer(client, "/api/embed", input="x" * 1000)
+    assert len(engine.requests[0].input_ids) == 256
+    body = {"model": "fake-model", "input": "x" * 1000, "truncate": False}
+    assert (await client.post("/api/embed", json=body)).status == 400
+
+
+async def test_the_model_is_there_to_be_pulled(client: Client) -> None:
+    assert [line["status"] for line in await lines(client, "/api/pull")] == ["pulling manifest", "success"]
+    assert await answer(client, "/api/pull") == {"status": "success"}
+    assert (await client.post("/api/pull", json={"model": "llama3"})).status == 404
+
+
+async def test_a_model_that_need_not_stay_is_told_to_go(client: Client, engine: FakeEngine) -> None:
+    for path, empty in (("/api/chat", {"messages": []}), ("/api/generate", {"prompt": ""})):
+        for keep_alive in (0, "0", "0s"):
+            gone = await answer(client, path, **empty, keep_alive=keep_alive)
+            assert (gone["done"], gone["done_reason"]) == (True, "unload")
+    said = await answer(client, "/api/chat", messages=USER, keep_alive=0)
+    assert said["message"]["content"] == "Hello, world"
+    assert len(engine.requests) == 1
+
+
+async def test_a_text_cut_to_the_context_is_computed(tiny_llama: Path, tmp_path: Path) -> None:
+    config = ServerConfig(model_path=str(tiny_llama), file_storage_path=str(tmp_path), served_model_name="fake-model")
+    async with running_engine(tiny_llama) as engine, TestClient(TestServer(build_app(engine, config))) as client:
+        vectors = await answer(client, "/api/embed", input=["one", "over and over " * 500])
+    assert vectors["prompt_eval_count"] > 512
+    assert [len(vector) for vector in vectors["embeddings"]] == [64, 64]

@@ -11,6 +11,7 @@ import pytest
 from aiohttp.test_utils import TestClient
 
 from engine.state import FinishReason
+from server.apis.openai_answers import NO_REASONING
 from tests.fake_engine import FakeEngine, events_of, serving
 
 Client = TestClient[Any, Any]
@@ -87,11 +88,13 @@ async def test_the_models_own_sampling_defaults_hold_unless_a_client_says_otherw
 async def test_a_streamed_chat_starts_with_the_role_and_ends_with_the_reason(client: Client) -> None:
     first, *middle, last = await events(client, "/v1/chat/completions", messages=USER, max_tokens=5)
     assert first["object"] == "chat.completion.chunk"
-    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    assert [chunk["choices"][0]["delta"] for chunk in middle] == [{"content": letter} for letter in "Hello"]
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": "", **NO_REASONING}
+    assert [chunk["choices"][0]["delta"] for chunk in middle] == [
+        {"content": letter, **NO_REASONING} for letter in "Hello"
+    ]
     assert all(chunk["choices"][0]["finish_reason"] is None for chunk in middle)
     assert last["choices"][0] == {
-        "index": 0, "delta": {}, "logprobs": None, "finish_reason": "length", "matched_stop": None,
+        "index": 0, "delta": NO_REASONING, "logprobs": None, "finish_reason": "length", "matched_stop": None,
     }  # fmt: skip
     assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in (first, *middle, last)}) == 1
     assert "usage" not in last
@@ -243,7 +246,10 @@ async def test_a_stream_ended_before_its_first_token_still_ends_well(engine: Fak
     engine.answer = ""
     async with serving(engine) as client:
         chunks = await events(client, "/v1/chat/completions", messages=USER)
-        assert [chunk["choices"][0]["delta"] for chunk in chunks] == [{"role": "assistant", "content": ""}, {}]
+        assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
+            {"role": "assistant", "content": "", **NO_REASONING},
+            NO_REASONING,
+        ]
         (last,) = await events(client, "/v1/completions", prompt="Hi")
         assert last["choices"][0]["finish_reason"] == "stop"
 
@@ -303,7 +309,7 @@ BAD_BODIES: list[tuple[tuple[str, dict[str, Any]], str]] = [
     (message(content=[{"type": "text"}]), "messages[0].content[0]"),
     (message(content=[{"type": "image_url", "image_url": {"url": "x"}}]), "messages[0].content[0].type"),
     (
-        message(role="assistant", tool_calls=[{"function": {"arguments": "{"}}]),
+        message(role="assistant", tool_calls=[{"function": {"arguments": ["{"]}}]),
         "messages[0].tool_calls[0].function.arguments",
     ),
     (chat(max_tokens=-1), "max_tokens"),

@@ -3,10 +3,12 @@
 import asyncio
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from engine.replicas.replica import REPORT_S
 from engine.replicas.replica_set import ReplicaSet
 from engine.request import Request, SamplingParams
 from engine.state import Delta, FinishReason, RequestState
-from tests.server_processes import descendants, is_alive, is_rank, server, wait_until
+from tests.server_processes import descendants, ending, is_alive, is_rank, server, start_server, wait_until
 
 SMALL = 1 << 12  # bytes of ring: a few messages
 
@@ -204,6 +206,25 @@ def test_a_rank_that_dies_or_hangs_ends_the_server_by_name(
         assert process.wait(20) == 1
         text = log.read_text()
         assert f"error: rank 1 (pid {rank}) " in text and message in text
+        wait_until(lambda: not any(map(is_alive, family)))
+
+
+@pytest.mark.parametrize(("sizes", "kind"), [(("--tp", "2"), "rank 1"), (("--dp", "2"), "replica [01]")])
+def test_a_process_that_is_stopped_while_it_loads_ends_the_server_by_name(
+    sizes: Sequence[str], kind: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with ending(start_server(tiny_llama, log, *sizes, "--dist-timeout", "3")) as process:
+        wait_until(lambda: any(map(is_rank, descendants(process.pid))), 60)
+        victim = next(filter(is_rank, descendants(process.pid)))
+        family = descendants(process.pid)
+        os.kill(victim, signal.SIGSTOP)
+        start = time.monotonic()
+        assert process.wait(20) == 1
+        assert time.monotonic() - start < 8, "some seconds of load on this machine"
+        text = log.read_text()
+        assert re.search(rf"error: {kind} \(pid {victim}\) was stopped by a signal while loading", text), text
+        assert "Traceback" not in text
         wait_until(lambda: not any(map(is_alive, family)))
 
 

@@ -152,7 +152,7 @@ async def test_a_calls_result_continues_the_conversation() -> None:
         result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
         await api.responses.create(model="fake-model", input=[result], previous_response_id=first.id, tools=[TOOL])
     prompt = bytes(engine.requests[1].input_ids).decode()
-    assert prompt == "[user]Hi[assistant]Let me look.[tool]rain[assistant]"
+    assert prompt == "[weather][user]Hi[assistant]Let me look.[weather][tool]rain[assistant]"
 
 
 # ---- what is kept ----
@@ -328,7 +328,7 @@ def test_formats_tools_and_effort_have_their_counterparts() -> None:
         ("input[0].type", {"input": [{"type": "item_reference", "id": "x"}]}),
         ("input[0].content[0].type", {"input": [{"role": "user", "content": [{"type": "input_hologram"}]}]}),
         ("input[0].call_id", {"input": [{"type": "function_call_output", "output": "x"}]}),
-        ("input[0].arguments", {"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{"}]}),
+        ("input[0].arguments", {"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": 5}]}),
         ("tools[0].parameters", {"tools": [{"type": "function", "name": "f", "parameters": 1}]}),
         ("tools[0].type", {"tools": [{"name": "f"}]}),
         ("tool_choice", {"tool_choice": "some"}),
@@ -358,7 +358,7 @@ async def test_a_wrong_field_inside_has_the_clients_name(client: Client) -> None
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": 1}}}, "text.format.schema"),
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
         ({"previous_response_id": "resp_x"}, "previous_response_id"),
-        ({"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "[1]"}]}, "input[0].arguments"),
+        ({"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": [1]}]}, "input[0].arguments"),
     ):
         response = await client.post("/v1/responses", json={"input": "Hi", **body})
         assert (response.status, (await response.json())["error"]["param"]) == (400, field)

@@ -1,8 +1,10 @@
 """The router: who gets a request, what passes through, retries, workers that come and go."""
 
 import asyncio
+import gzip
 import json
 import sys
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -25,7 +27,7 @@ class FakeWorker:
     """Answers every request with its name, unless `answer` says otherwise."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.is_healthy = name, True
+        self.name, self.is_healthy, self.status = name, True, ""
         self.answer: Handler = self.say_name
         self.seen: list[tuple[str, dict[str, str], bytes]] = []  # (path with query, headers, body)
 
@@ -35,7 +37,9 @@ class FakeWorker:
         return app
 
     async def health(self, _: web.Request) -> web.Response:
-        return web.Response(status=200 if self.is_healthy else 503)
+        if self.status == "silent":
+            await asyncio.Event().wait()
+        return web.json_response({"status": self.status}, status=200 if self.is_healthy else 503)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         self.seen.append((request.raw_path, dict(request.headers), await request.read()))
@@ -70,7 +74,9 @@ async def routing(*workers: FakeWorker | str, **options: Any) -> AsyncIterator[C
         urls = [w if isinstance(w, str) else await stack.enter_async_context(listening(w.app())) for w in workers]
         settings = {"policy": "round_robin", "health_check_interval": 3600.0, **options}
         app = Router(RouterConfig(worker_urls=urls, **settings)).build_app()
-        yield await stack.enter_async_context(TestClient(TestServer(app), auto_decompress=False))
+        server = TestServer(app)
+        await server.start_server(auto_decompress=False)  # as `main` does
+        yield await stack.enter_async_context(TestClient(server, auto_decompress=False))
 
 
 async def answers(client: Client, count: int, **body: Any) -> list[str]:
@@ -201,6 +207,44 @@ async def test_a_client_that_leaves_takes_its_request_along() -> None:
         (await streaming).close()
         await engine.until(lambda: engine.aborted == ["waiting", "s"])
         assert [one["load"] for one in (await worker_states(client)).values()] == [0]
+
+
+@pytest.mark.parametrize("policy", METHODS)
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+async def test_a_compressed_body_passes_as_it_came_and_is_read_by_the_worker(policy: str, encoding: str) -> None:
+    body = json.dumps({"text": LONG}).encode()
+    sent = gzip.compress(body) if encoding == "gzip" else zlib.compress(body)
+    headers = {"Content-Encoding": encoding, "Content-Type": "application/json"}
+    worker, engine = FakeWorker("a"), FakeEngine(context_length=4096)
+    raw = TestServer(worker.app())
+    await raw.start_server(auto_decompress=False)
+    async with raw, serving(engine) as ours:
+        async with routing(url_of(raw), policy=policy) as client:
+            assert (await client.post("/generate", data=sent, headers=headers)).status == 200
+            ((_, seen, got),) = worker.seen
+            assert (got, seen["Content-Encoding"], seen["Content-Length"]) == (sent, encoding, str(len(sent)))
+        async with routing(url_of(ours), policy=policy) as client:
+            answer = await client.post("/generate", data=sent, headers=headers)
+            assert answer.status == 200, await answer.text()
+            assert bytes(engine.requests[0].input_ids) == LONG.encode()
+            assert (await client.post("/generate", data=b"not gzip", headers=headers)).status == 400
+            form = aiohttp.FormData({"purpose": "batch"})
+            form.add_field("file", b"{}", filename="a")
+            assert (await client.post("/v1/files", data=form)).status == 200
+
+
+async def test_compressed_prompts_with_the_same_head_go_to_the_same_worker() -> None:
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    async with routing(*map(FakeWorker, "abc"), policy="cache_aware") as client:
+
+        async def ask(text: str, **more: Any) -> str:
+            data = gzip.compress(json.dumps({"text": text, **more}).encode())
+            return await (await client.post("/generate", data=data, headers=headers)).text()
+
+        home = await ask(LONG + "Who?")
+        assert await ask("short") != home
+        assert [await ask(LONG + "Why?") for _ in range(4)] == [home] * 4
+        assert [await ask(LONG, session_params={"id": "s"}) for _ in range(2)] == ["a", "a"]
 
 
 # ---- who gets a request ----
@@ -398,6 +442,67 @@ async def test_a_worker_that_says_it_is_not_healthy_leaves_the_rotation_and_retu
             assert set(await answers(client, 4)) == expected
 
 
+@pytest.mark.parametrize("status", ["silent", "stuck"])
+async def test_what_has_not_begun_on_a_worker_that_hangs_goes_to_another(status: str) -> None:
+    a, b = FakeWorker("a"), FakeWorker("b")
+    asked = asyncio.Event()
+
+    async def hang(_: web.Request) -> web.Response:
+        asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    a.answer = hang
+    async with routing(a, b, policy="round_robin", health_check_interval=0.05, health_check_timeout=0.2) as client:
+        waiting = asyncio.create_task(client.post("/generate", json={"text": "Hi"}))
+        await asked.wait()
+        flushing = asyncio.create_task(client.post("/flush_cache"))
+        a.status, a.is_healthy = status, False
+        async with asyncio.timeout(10):
+            assert await (await waiting).text() == "b"
+            assert (await flushing).status == 502
+        assert [one["load"] for one in (await worker_states(client)).values()] == [0, 0]
+
+
+async def test_what_runs_on_a_worker_that_hangs_waits_for_it_if_there_is_no_other() -> None:
+    a, release, asked = FakeWorker("a"), asyncio.Event(), asyncio.Event()
+
+    async def wait(_: web.Request) -> web.Response:
+        asked.set()
+        await release.wait()
+        return web.Response(text="a after all")
+
+    a.answer = wait
+    async with routing(a, health_check_interval=0.05, health_check_timeout=0.2) as client:
+        waiting = asyncio.create_task(client.post("/generate", json={"text": "Hi"}))
+        await asked.wait()
+        a.status = "silent"
+        await until_healthy(client, 0)
+        await asyncio.sleep(0.2)
+        release.set()
+        assert await (await waiting).text() == "a after all"
+
+
+async def test_a_worker_that_is_shut_down_ends_its_answers() -> None:
+    a, b, release, asked = FakeWorker("a"), FakeWorker("b"), asyncio.Event(), asyncio.Event()
+
+    async def wait(_: web.Request) -> web.Response:
+        asked.set()
+        await release.wait()
+        return web.Response(text="a to the end")
+
+    a.answer = wait
+    async with routing(a, b, health_check_interval=0.05) as client:
+        waiting = asyncio.create_task(client.post("/generate", json={"text": "Hi"}))
+        await asked.wait()
+        a.status, a.is_healthy = "stopping", False
+        await until_healthy(client, 1)
+        await asyncio.sleep(0.2)
+        release.set()
+        assert await (await waiting).text() == "a to the end"
+        assert not b.seen
+
+
 async def test_when_all_are_down_the_error_says_why() -> None:
     worker = FakeWorker("a")
     worker.is_healthy = False
@@ -453,6 +558,58 @@ async def test_with_a_key_only_its_owner_sees_and_changes_workers() -> None:
         assert (await client.get("/workers", headers={"Authorization": "Bearer secret"})).status == 200
         assert (await client.get("/health")).status == 200
         assert await answers(client, 1) == ["a"]  # whose key is right is the worker's to say
+
+
+CHANGES = (
+    ("POST", "/workers", {"json": {"url": "http://a:1"}}),
+    ("POST", "/add_worker", {"params": {"url": "http://a:1"}}),
+    ("DELETE", "/workers", {"params": {"url": "http://b:1"}}),
+    ("POST", "/remove_worker", {"params": {"url": "http://b:1"}}),
+)
+
+
+@pytest.mark.parametrize("api_key", [None, "secret"])
+@pytest.mark.parametrize(("method", "path", "request_options"), CHANGES)
+async def test_a_web_page_cannot_change_the_workers(
+    method: str, path: str, request_options: dict[str, Any], api_key: str | None
+) -> None:
+    key = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    async with routing("http://b:1", api_key=api_key) as client:
+        for headers in (
+            {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Origin": "https://evil.example"},
+            {"Origin": "null"},
+        ):  # fmt: skip
+            got = await client.request(method, path, headers={**key, **headers}, **request_options)
+            assert (got.status, "another site" in await got.text()) == (403, True)
+        headers = {"Sec-Fetch-Site": "same-origin", "Origin": url_of(client)}
+        got = await client.request(method, path, headers={**key, **headers}, **request_options)
+        assert got.status in (200, 201)
+
+
+@pytest.mark.parametrize(("method", "path", "request_options"), CHANGES)
+async def test_without_a_key_other_hosts_cannot_change_the_workers(
+    method: str, path: str, request_options: dict[str, Any]
+) -> None:
+    foreign = ({"Host": "evil.example:30000"}, {"X-Forwarded-For": "1.2.3.4"}, {"Forwarded": "for=1.2.3.4"})
+    async with routing("http://b:1") as client:
+        for headers in foreign:
+            got = await client.request(method, path, headers=headers, **request_options)
+            assert (got.status, "--api-key" in await got.text()) == (403, True)
+        assert (await client.request(method, path, headers={"Host": "localhost:1"}, **request_options)).status < 300
+    async with routing("http://b:1", api_key="secret") as client:
+        key = {"Authorization": "Bearer secret"}
+        assert (await client.request(method, path, headers={**foreign[0], **key}, **request_options)).status < 300
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+async def test_workers_are_added_by_json_only(kind: str | None) -> None:
+    async with routing() as client:
+        headers = {} if kind is None else {"Content-Type": kind}
+        skipped: dict[str, Any] = {"skip_auto_headers": ["Content-Type"]} if kind is None else {}
+        body = b'{"url": "http://a:1"}'
+        got = await client.post("/workers", params={"url": "http://a:1"}, data=body, headers=headers, **skipped)
+        assert got.status == 400
+        assert await worker_states(client) == {}
 
 
 # ---- what concerns all workers, or one of them ----
@@ -512,6 +669,21 @@ async def test_files_batches_and_sessions_are_kept_by_the_first_worker() -> None
         assert await answers(client, 2, session_params={"id": "s"}) == ["a", "a"]
 
 
+async def test_the_dashboard_shows_one_worker_and_says_which() -> None:
+    engines = FakeEngine(), FakeEngine()
+    async with (
+        serving(engines[0], served_model_name="first") as first,
+        serving(engines[1], served_model_name="second") as second,
+        routing(url_of(first), url_of(second)) as client,
+    ):
+        for _ in range(4):
+            got = await client.get("/dashboard/data")
+            assert json.loads(await got.read())["model"] == "first"
+            assert got.headers["X-Radixloop-Worker"] == url_of(first)
+        page = await (await client.get("/dashboard")).text()
+        assert 'headers.get("X-Radixloop-Worker")' in page
+
+
 # ---- the command ----
 
 
@@ -539,8 +711,11 @@ async def test_the_process_routes_until_a_signal_and_needs_no_torch() -> None:
         try:
             while True:
                 try:
-                    async with client.post(f"http://127.0.0.1:{port}/generate", data=json.dumps({"text": 1})) as got:
+                    data, headers = gzip.compress(json.dumps({"text": 1}).encode()), {"Content-Encoding": "gzip"}
+                    address = f"http://127.0.0.1:{port}/generate"
+                    async with client.post(address, data=data, headers=headers) as got:
                         assert await got.text() == "a"
+                    assert worker.seen[-1][2] == b'{"text": 1}', "which the worker has unpacked"
                     break
                 except aiohttp.ClientConnectionError:
                     assert process.returncode is None

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -24,6 +25,7 @@ from engine.errors import ModelError
 from engine.request import Request
 from engine.state import FinishReason, RequestState
 from engine.step.model_runner import Step
+from engine.text.tokenizer import Tokenizer
 from server.__main__ import main
 from server.app import build_app
 from server.config import ServerConfig, parse_args
@@ -188,13 +190,13 @@ BAD_GENERATE: list[tuple[Any, str]] = [
     ({"text": "a", "sampling_params": {"max_new_tokens": 1.5}}, "max_new_tokens"),
     ({"text": "a", "sampling_params": {"temperature": -1}}, "temperature"),
     ({"text": "a", "sampling_params": {"temperature": "hot"}}, "temperature"),
-    ({"text": "a", "sampling_params": {"top_p": 0}}, "top_p"),
-    ({"text": "a", "sampling_params": {"top_k": 0}}, "top_k"),
+    ({"text": "a", "sampling_params": {"top_p": -0.1}}, "top_p"),
+    ({"text": "a", "sampling_params": {"top_k": -2}}, "top_k"),
     ({"text": "a", "sampling_params": {"repetition_penalty": 1e-40}}, "repetition_penalty"),
     ({"text": "a", "sampling_params": {"logit_bias": {"5": 1e38}}}, "logit_bias"),
     ({"text": "a", "sampling_params": {"n": 0}}, "n"),
     ({"text": "a", "sampling_params": {"n": 10**9}}, "n"),
-    ({"text": "a", "sampling_params": {"stop_token_ids": [9999]}}, "stop_token_ids"),
+    ({"text": "a", "sampling_params": {"stop_token_ids": [1 << 70]}}, "stop_token_ids"),
     ({"text": "a", "sampling_params": {"max_tokens": 5}}, "sampling_params"),
     ({"text": "a", "sampling_params": [1]}, "sampling_params"),
     ({"text": ["a", "b"], "sampling_params": [{}]}, "sampling_params"),
@@ -788,7 +790,7 @@ class SlowEngine(FakeEngine):
     def __init__(self, config: ServerConfig) -> None:
         super().__init__()
 
-    async def start(self, on_progress: Any = print) -> None:
+    async def start(self, on_progress: Any = print, on_tokenizer: Any = None) -> None:
         on_progress("weights loaded")
 
     def _step(self, state: RequestState) -> None:
@@ -859,7 +861,7 @@ def test_a_port_that_another_server_takes_while_this_one_loads_is_one_line(
         port = other.getsockname()[1]
 
         class Slower(SlowEngine):
-            async def start(self, on_progress: Any = None) -> None:
+            async def start(self, on_progress: Any = None, on_tokenizer: Any = None) -> None:
                 other.listen()
 
         assert run_main(monkeypatch, Slower, "--port", str(port), "--skip-server-warmup") == 1
@@ -878,7 +880,7 @@ def test_a_bad_model_is_one_line_and_not_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class NoModel(SlowEngine):
-        async def start(self, on_progress: Any = None) -> None:
+        async def start(self, on_progress: Any = None, on_tokenizer: Any = None) -> None:
             raise ModelError("no folder [/nowhere]")
 
     assert run_main(monkeypatch, NoModel, "--port", "0") == 1
@@ -898,11 +900,57 @@ def test_a_missing_key_file_is_one_line_before_the_model_is_loaded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class Loaded(SlowEngine):
-        async def start(self, on_progress: Any = None) -> None:
+        async def start(self, on_progress: Any = None, on_tokenizer: Any = None) -> None:
             raise AssertionError("the keys come first")
 
     assert run_main(monkeypatch, Loaded, "--port", "0", "--api-key-file", "/nowhere") == 1
     assert "--api-key-file /nowhere: No such file or directory" in capsys.readouterr().err
+
+
+class Unloaded(SlowEngine):
+    """Has a tokenizer, and fails the test if it comes to its weights."""
+
+    async def start(self, on_progress: Any = None, on_tokenizer: Any = None) -> None:
+        on_tokenizer(self.tokenizer)
+        raise AssertionError("the start must end before the weights are loaded")
+
+
+@pytest.mark.parametrize("flag", ["--file-storage-path", "--crash-dump-folder"])
+def test_a_folder_that_cannot_be_made_is_one_line_before_the_model_is_loaded(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert run_main(monkeypatch, Unloaded, "--port", "0", flag, str(tmp_path / "file" / "folder")) == 1
+    assert f"{flag} {tmp_path}/file/folder: Not a directory" in capsys.readouterr().err.replace("\n", "")
+
+
+@pytest.mark.parametrize("name", ["nope", "/no/such/template.jinja"])
+def test_a_missing_chat_template_ends_the_start_before_the_weights_are_loaded(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, Unloaded, "--port", "0", "--chat-template", name) == 1
+    assert f"--chat-template {name}: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_a_chat_template_that_does_not_parse_ends_the_start_before_the_weights_are_loaded(
+    is_given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = "fine\n{% for message in messages %}{{ message.content }"
+
+    class Templated(Unloaded):
+        async def start(self, on_progress: Any = None, on_tokenizer: Any = None) -> None:
+            self.tokenizer.chat_template = None if is_given else broken
+            check = functools.partial(Tokenizer.check_chat_template, self.tokenizer)  # type: ignore[arg-type]
+            monkeypatch.setattr(self.tokenizer, "check_chat_template", check)
+            await super().start(on_progress, on_tokenizer)
+
+    file = tmp_path / "broken.jinja"
+    file.write_text(broken)
+    assert run_main(monkeypatch, Templated, "--port", "0", *(["--chat-template", str(file)] if is_given else [])) == 1
+    shown = capsys.readouterr().err
+    assert "does not parse: line 2: unexpected '}'" in shown
+    assert (f"--chat-template {file}" if is_given else "the model's chat template") in shown
 
 
 def test_a_model_that_cannot_generate_is_found_by_the_warm_up(

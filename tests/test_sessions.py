@@ -59,8 +59,26 @@ async def test_offset_and_dropped_output_cut_what_is_continued() -> None:
         first = await say(client, session, "one")
         second = await say(client, session, "two", first, offset=2)
         await say(client, session, "three", second, drop_previous_output=True)
-        await say(client, session, "x", second, offset=0)
-        assert prompts_of(engine)[1:] == ["ontwo", "ontwothree", "x"]
+        assert prompts_of(engine)[1:] == ["ontwo", "ontwothree"]
+
+
+async def test_an_offset_counts_tokens_to_keep_from_either_end_and_0_keeps_all() -> None:
+    engine = FakeEngine("[A]")
+    async with serving(engine) as client:
+        session = await opened(client)
+        first = await say(client, session, "one")
+        for offset in (0, -1, -2, 6, -6):
+            await say(client, session, "x", first, offset=offset)
+        assert prompts_of(engine)[1:] == ["one[A]x", "one[Ax", "one[x", "one[A]x", "x"]
+
+
+async def test_an_offset_without_a_turn_to_continue_has_no_effect() -> None:
+    engine = FakeEngine("[A]")
+    async with serving(engine) as client:
+        session = await opened(client)
+        for offset in (1, 0, -1, -2):
+            await say(client, session, "one", offset=offset)
+        assert prompts_of(engine) == ["one"] * 4
 
 
 async def test_replace_forgets_what_followed() -> None:
@@ -115,7 +133,7 @@ async def test_a_refused_turn_is_no_turn() -> None:
     [
         ({"session_params": {"id": "nope"}}, "session_params.id"),
         ({"session_params": {"id": "s", "rid": "nope"}}, "session_params.rid"),
-        ({"session_params": {"id": "s", "offset": 1}}, "session_params.offset"),
+        ({"session_params": {"id": "s", "rid": "r", "offset": -99}}, "session_params.offset"),
         ({"session_params": {"id": "s", "rid": "r", "offset": 99}}, "session_params.offset"),
         ({"session_params": {"id": "s", "rid": 5}}, "session_params.rid"),
         ({"session_params": 5}, "session_params"),

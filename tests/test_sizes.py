@@ -7,12 +7,14 @@ import pytest
 from engine.config import EngineConfig
 from engine.sizes import (
     CPU_CHUNK,
+    CPU_MAX_STEP_S,
     CUDA_CHUNK,
     SMALL_CUDA_CHUNK,
     Sizes,
     choose_graph_sizes,
     graphs_bytes,
     max_graph_tokens,
+    max_wait_s,
     resolve_sizes,
 )
 from engine.step.cuda_graph import MAX_PROMPTS
@@ -102,3 +104,13 @@ def test_the_memory_of_graphs_is_that_of_their_largest_step() -> None:
 
 def test_the_heavier_the_weights_the_smaller_the_steps_that_need_a_graph() -> None:
     assert max_graph_tokens(16 << 30) == max_graph_tokens(8 << 30) // 2
+
+
+@pytest.mark.parametrize(
+    ("device", "max_step_ms", "limit"),
+    [("cpu", None, CPU_MAX_STEP_S), ("cpu", 200.0, CPU_MAX_STEP_S), ("cpu", 0.0, None), ("cuda:0", None, None)],
+)
+def test_a_step_on_a_cpu_is_short_unless_any_length_was_asked_for(
+    device: str, max_step_ms: float | None, limit: float | None
+) -> None:
+    assert max_wait_s(EngineConfig(device=device, max_step_ms=max_step_ms)) == limit

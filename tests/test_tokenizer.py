@@ -1,16 +1,21 @@
 """Test loading a tokenizer from a model folder, and chat templates against transformers' rendering."""
 
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from engine.errors import InvalidRequest, ModelError
+from engine.checkpoint import gguf_tokenizer
+from engine.errors import InvalidRequest, ModelError, PromptTooLong
 from engine.request import SamplingParams
+from engine.text import chat_template as templates
+from engine.text import long_text, probe
 from engine.text.tokenizer import FastBackend, PythonBackend, Tokenizer
 
 CHATML = (
@@ -339,3 +344,201 @@ def test_additional_template_files_have_their_files_names(make_folder: Callable[
     assert tokenizer.render_chat(CONVERSATION, chat_template="rag") == "found"
     with pytest.raises(InvalidRequest, match="no default chat template; choose one of: rag"):
         tokenizer.render_chat(CONVERSATION)
+
+
+# ---- hostile templates and tokenizers ----
+
+LONG = "range(100000)"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{%% for a in %(r)s %%}{%% for b in %(r)s %%}{%% endfor %%}{%% endfor %%}",
+        "{%% for a in %(r)s %%}{%% for b in %(r)s if false %%}x{%% endfor %%}{%% endfor %%}",
+        "{%% macro f(n) %%}{%% if n %%}{{ f(n - 1) }}{{ f(n - 1) }}{%% endif %%}{%% endmacro %%}{{ f(60) }}",
+        "{%% for a in [1, 1] recursive %%}{{ loop([1, 1]) if loop.depth < 60 }}{%% endfor %%}",
+    ],
+)
+def test_a_template_that_never_ends_is_ended(
+    template: str, chat_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "MAX_RENDER_S", 0.05)
+    start = time.thread_time()
+    with pytest.raises(InvalidRequest, match=r"does not come to an end within 0\.05 s"):
+        chat_tokenizer.render_chat(CONVERSATION, chat_template=template % {"r": LONG})
+    assert time.thread_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 'ab' * 1000000000 }}", "2000000000 characters"),
+        ("{{ 1000000000 * ['ab'] }}", "1000000000 characters"),
+        ("{{ 9 ** 99999999 }}", "exponent"),
+        (
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "134217728 characters",
+        ),
+        (
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+            "134217728 characters",
+        ),
+        ("{% set x = 'ab' * 1000000 %}{% for i in range(99999) %}{{ x }}{% endfor %}", "68000000 characters"),
+    ],
+)
+def test_a_template_that_fills_the_memory_is_ended(template: str, message: str, chat_tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        chat_tokenizer.render_chat(CONVERSATION, chat_template=template)
+
+
+def test_limits_change_nothing_of_what_a_template_makes(chat_tokenizer: Tokenizer) -> None:
+    template = (
+        "{% macro shown(m) %}{{ m.role ~ ':' ~ 1 ~ none }}{% endmacro %}"
+        "{% for m in messages if m.role != 'system' %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}"
+        "{{ shown(m) }}{{ [1] + [2] }}{{ 'ab' * 2 + 'c' }}{{ 2 ** 3 * 2 }} {% endfor %}"
+    )
+    made = chat_tokenizer.render_chat(
+        [{"role": role, "content": ""} for role in ("system", "user")], chat_template=template
+    )
+    assert made == "1/1Trueuser:1None[1, 2]ababc16 "
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [("a\n{% if x %}", "line 2"), ("{{ x }", "line 1"), ("{% for i in x %}" * 30 + "{% endfor %}" * 30, "nested")],
+)
+def test_what_does_not_parse_is_told_by_its_line(template: str, message: str, chat_tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=message):
+        chat_tokenizer.check_chat_template(template)
+
+
+def replacing(replaced: str, times: int) -> tokenizers.Tokenizer:
+    """Make a tokenizer that doubles a text `times` times before it reads it."""
+    tokenizer = small_tokenizer()
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(replaced, replaced * 2)] * times)
+    return tokenizer
+
+
+def backtracking() -> tokenizers.Tokenizer:
+    """Make a tokenizer whose pattern has exponentially many ways to match."""
+    tokenizer = small_tokenizer()
+    cut = pre_tokenizers.Split(Regex("(a|aa)+b"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return tokenizer
+
+
+def test_a_tokenizer_that_makes_a_flood_of_a_text_is_a_model_error(make_folder: Callable[..., Path]) -> None:
+    with pytest.raises(ModelError, match="makes 96000 tokens of 1500 characters"):
+        Tokenizer.load(make_folder(replacing("a", 6)))
+
+
+def test_a_tokenizer_whose_pattern_backtracks_for_ever_is_a_model_error(make_folder: Callable[..., Path]) -> None:
+    with pytest.raises(ModelError, match="cannot be used"):
+        Tokenizer.load(make_folder(backtracking()))
+
+
+def test_a_tokenizer_that_does_not_come_back_is_a_model_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "MAX_PROBE_S", 0.05)
+    never = threading.Event()
+    with pytest.raises(ModelError, match=r"takes more than 0\.05 s"):
+        probe.check_tokenizer(lambda text: [never.wait()], "it")
+    never.set()
+
+
+def test_a_text_on_which_the_library_panics_is_an_invalid_request() -> None:
+    with pytest.raises(InvalidRequest, match="cannot read this text"):
+        FastBackend(backtracking()).encode("a" * 100, False)
+
+
+@pytest.mark.parametrize("name", ["config", "tokenizer"])
+def test_json_nested_without_end_is_a_model_error(name: str, make_folder: Callable[..., Path]) -> None:
+    folder = make_folder()
+    (folder / {"config": "tokenizer_config.json", "tokenizer": "tokenizer.json"}[name]).write_text("[" * 100_000)
+    with pytest.raises(ModelError):
+        Tokenizer.load(folder)
+
+
+# ---- long texts ----
+
+
+def trained_tokenizer(pattern: str | None = None) -> tokenizers.Tokenizer:
+    """Make a byte-level BPE tokenizer that has merged words and the spaces and line ends around them."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    cuts: list[Any] = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, byte_level])
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<s>", "</s>", "<|x|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([WORDS_OF_ALL_KINDS * 3], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    return tokenizer
+
+
+WORDS_OF_ALL_KINDS = (
+    "The quick fox isn't  here.\nIt'll be\n\n back  soon (or\tnot)! 1234 567\r\n日本語 テキスト。\n한국어 한 글자 "
+    "Grüße an alle e\u0301t e\u0301 x=1;\n    if y:\n\treturn <|x|> z\n<|x|>\nQ "
+)
+LLAMA_3, TEKKEN = gguf_tokenizer.LLAMA_3, gguf_tokenizer.TEKKEN
+
+
+@pytest.mark.parametrize("pattern", [None, LLAMA_3, gguf_tokenizer.QWEN_2, TEKKEN])
+@pytest.mark.parametrize("piece_chars", [1, 7, 50])
+def test_a_long_text_has_the_tokens_that_it_has_in_one_piece(
+    pattern: str | None, piece_chars: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long_text, "PIECE_CHARS", piece_chars)
+    monkeypatch.setattr(long_text, "LOOK_BACK_CHARS", piece_chars)
+    tokenizer = trained_tokenizer(pattern)
+    texts = long_text.LongTexts(tokenizer)
+    text = WORDS_OF_ALL_KINDS * 4
+    assert len(list(long_text.pieces(text))) > 10
+    for adds in (True, False):
+        assert texts.encode(text, adds, None) == tokenizer.encode(text, add_special_tokens=adds).ids
+
+
+def test_a_tokenizer_that_reads_across_words_gets_a_long_text_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_text, "PIECE_CHARS", 20)
+    for tokenizer in (trained_tokenizer(r"(?:\s?\p{L}+){2}"), trained_tokenizer("the end")):
+        text = WORDS_OF_ALL_KINDS * 4
+        assert long_text.LongTexts(tokenizer).encode(text, True, None) == tokenizer.encode(text).ids
+
+
+def test_a_text_that_can_never_fit_is_refused_by_its_characters_before_it_is_tokenized(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = Tokenizer(FastBackend(trained_tokenizer()))
+    longest = max(map(len, tokenizer.backend._tokenizer.get_vocab()))  # type: ignore[attr-defined]
+    monkeypatch.setattr(long_text.LongTexts, "_encode", lambda *args: pytest.fail("tokenized"))
+    text = "a" * (long_text.PIECE_CHARS + 1)
+    with pytest.raises(PromptTooLong, match=f"{len(text)} characters.* 100 tokens of at most {longest}"):
+        tokenizer.encode(text, context_length=100)
+
+
+def test_counting_the_tokens_of_a_text_ends_where_it_cannot_fit_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = 0
+
+    def encode(texts: long_text.LongTexts, text: str, add_special_tokens: bool) -> list[int]:
+        nonlocal counted
+        counted += len(text)
+        return [0] * (len(text) // 2)
+
+    tokenizer = Tokenizer(FastBackend(trained_tokenizer()))
+    context_length = 2 * long_text.PIECE_CHARS
+    text = "word " * (1 << 18)
+    monkeypatch.setattr(long_text.LongTexts, "_encode", encode)
+    with pytest.raises(PromptTooLong, match=f"more than {4 * context_length} tokens, the context is {context_length}"):
+        tokenizer.encode(text, False, context_length=context_length)
+    assert counted < len(text) * 0.9
+    assert len(tokenizer.encode(text, False)) == len(text) // 2
+
+
+def test_a_prompt_somewhat_too_long_is_counted_to_its_end() -> None:
+    tokenizer = Tokenizer(FastBackend(trained_tokenizer()))
+    text = WORDS_OF_ALL_KINDS * (long_text.PIECE_CHARS // len(WORDS_OF_ALL_KINDS) + 1)
+    num_tokens = len(tokenizer.encode(text))
+    assert len(tokenizer.encode(text, context_length=num_tokens // 3)) == num_tokens

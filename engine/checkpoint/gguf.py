@@ -4,12 +4,12 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is
 second where the `gguf` package's reader takes five; dequantization is that package's.
 """
 
-import json
-import logging
+import math
 import mmap
+import re
 import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.checkpoint.gguf_tokenizer import check_tokenizer, has_known_tokenizer, write_json, write_tokenizer
 from engine.errors import ModelError
-
-logger = logging.getLogger(__name__)
+from engine.model_config import turn_ends
 
 SHARD_BYTES = 4 << 30  # most bytes of a safetensors file
 
@@ -51,13 +51,8 @@ STRING, ARRAY = 8, 9
 # Errors that a damaged file can raise: any entry may be of the wrong kind, length or size.
 MALFORMED = (struct.error, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError)
 
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# tokenizer.ggml.pre -> pattern of the pieces that text is cut into before merging
-WORDS = {"llama-bpe": LLAMA3_WORDS, "qwen2": LLAMA3_WORDS.replace("{1,3}", "")}
-CONTROL, USER_DEFINED = 3, 4  # token types
+MAGIC = b"GGUF"
+PART_NAME = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf", re.IGNORECASE)  # of one file of several
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,7 @@ class GGUFTensor:
     shape: tuple[int, ...]  # row-major, as torch has it
     quantization: int  # gguf.GGMLQuantizationType
     offset: int  # bytes from the start of the file
+    part: int = 0  # which file of several
 
     @property
     def num_elements(self) -> int:
@@ -105,19 +101,49 @@ class GGUF:
         return self.metadata.get(key.format(self.metadata.get("general.architecture", "")), default)
 
 
-def read_gguf(path: Path) -> GGUF:
-    """Read metadata and the list of tensors. Raises `ModelError` unless the file is one GGUF of version 2 or 3."""
+def is_gguf(path: Path) -> bool:
+    """Return whether the file begins as GGUF files do, whatever its name is: Ollama's have no suffix."""
     with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def part_files(path: Path) -> list[Path]:
+    """Return all files of the model that `path` is a file of, by their names: most models have one."""
+    match = PART_NAME.fullmatch(path.name)
+    if match is None:
+        return [path]
+    stem, count = match.groups()
+    return [path.with_name(f"{stem}-{i:05d}-of-{count}{path.suffix}") for i in range(1, int(count) + 1)]
+
+
+def read_gguf(path: Path) -> GGUF:
+    """Read the metadata and the list of tensors of a model in one file, or in the several that `part_files` names.
+
+    Raises `ModelError` unless all are GGUF files of version 2 or 3.
+    """
+    files = part_files(path)
+    first, *others = headers = [_read_header(file) for file in files]
+    if (count := first.get("split.count", 1)) > 1 and count != len(files):
+        raise ModelError(
+            f"{path} is one of {count} parts, which must be named NAME-00001-of-{count:05d}.gguf and so on"
+        )
+    if not others:
+        return first
+    tensors = [replace(tensor, part=i) for i, header in enumerate(headers) for tensor in header.tensors]
+    return GGUF(first.metadata, tensors)
+
+
+def _read_header(path: Path) -> GGUF:
+    if not path.is_file():
+        raise ModelError(f"{path} is missing: the model is in several files")
+    with open(path, "rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
             raise ModelError(f"{path} is not a GGUF file")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                gguf = _Header(data).parse()
+                return _Header(data).parse()
             except MALFORMED as error:
                 raise ModelError(f"{path} is broken: {error}") from None
-    if gguf.get("split.count", 1) > 1:
-        raise ModelError(f"{path} is one of {gguf['split.count']} parts: merge them with llama-gguf-split first")
-    return gguf
 
 
 class _Header:
@@ -166,39 +192,48 @@ class _Header:
         return list(items)
 
 
-def convert(path: Path, folder: Path, dtype: torch.dtype, advance: Callable[[int], None]) -> None:
-    """Write `path` as a Hugging Face folder with weights of `dtype`. Calls advance(num_bytes written) as it goes."""
-    gguf = read_gguf(path)
+def check_convertible(gguf: GGUF, *, needs_tokenizer: bool = True) -> None:
+    """Raise `ModelError`, before a conversion that takes minutes, if the model or its tokenizer is of unknown kind."""
     architecture = gguf["general.architecture"]
-    if architecture not in ARCHITECTURES:
+    if str(architecture) not in ARCHITECTURES:
         raise ModelError(f"GGUF architecture {architecture!r} is not supported, only {', '.join(ARCHITECTURES)}")
-    data = np.memmap(path, dtype=np.uint8, mode="r")
+    if needs_tokenizer:
+        check_tokenizer(gguf.metadata)
+
+
+def convert(
+    path: Path, folder: Path, dtype: torch.dtype, advance: Callable[[int], None], *, needs_tokenizer: bool = True
+) -> None:
+    """Write `path` as a Hugging Face folder with weights of `dtype`. Calls advance(num_bytes written) as it goes.
+
+    Without `needs_tokenizer`, a tokenizer of unknown kind is left out.
+    """
+    gguf = read_gguf(path)
+    check_convertible(gguf, needs_tokenizer=needs_tokenizer)
+    data = [np.memmap(file, dtype=np.uint8, mode="r") for file in part_files(path)]
     try:
-        check_whole(gguf, len(data))
-        rope_factors = next((dequantize(data, t) for t in gguf.tensors if t.name == ROPE_FACTORS), None)
+        for part, content in enumerate(data):
+            check_whole(gguf, part, len(content))
+        if not any(tensor.name == EMBEDDING for tensor in gguf.tensors):
+            raise ValueError(f"it has no tensor {EMBEDDING}")
+        rope_factors = next((dequantize(data[t.part], t) for t in gguf.tensors if t.name == ROPE_FACTORS), None)
         write_json(folder / "config.json", make_config(gguf, dtype, rope_factors))
         write_json(folder / "generation_config.json", special_ids(gguf))
-        write_tokenizer(gguf, folder)
+        if needs_tokenizer or has_known_tokenizer(gguf.metadata):
+            write_tokenizer(gguf.metadata, gguf["{}.context_length"], folder)
         write_weights(gguf, data, folder, dtype, advance)
     except MALFORMED as error:
         raise ModelError(f"{path} is broken: {type(error).__name__}: {error}") from error
 
 
-def check_whole(gguf: GGUF, file_bytes: int) -> None:
-    """Check that the file has all its tensors, before a conversion that takes minutes.
+def check_whole(gguf: GGUF, part: int, file_bytes: int) -> None:
+    """Check that a file has all its tensors, before a conversion that takes minutes.
 
     Raises ValueError, or `ModelError` with the name of a tensor of unknown type.
     """
-    end = max((tensor.offset + tensor.num_bytes for tensor in gguf.tensors), default=0)
+    end = max((tensor.offset + tensor.num_bytes for tensor in gguf.tensors if tensor.part == part), default=0)
     if end > file_bytes:
         raise ValueError(f"it has {file_bytes} bytes, its tensors go on to {end}: an unfinished download?")
-    if not any(tensor.name == EMBEDDING for tensor in gguf.tensors):
-        raise ValueError(f"it has no tensor {EMBEDDING}")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` as indented JSON."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def make_config(gguf: GGUF, dtype: torch.dtype, rope_factors: np.ndarray | None) -> dict[str, Any]:
@@ -215,7 +250,7 @@ def make_config(gguf: GGUF, dtype: torch.dtype, rope_factors: np.ndarray | None)
         "num_hidden_layers": gguf["{}.block_count"],
         "num_attention_heads": num_heads,
         "num_key_value_heads": gguf.get("{}.attention.head_count_kv", num_heads),
-        "head_dim": gguf.get("{}.attention.key_length", gguf["{}.embedding_length"] // num_heads),
+        "head_dim": head_dim(gguf),
         "hidden_act": "silu",
         "rms_norm_eps": shortest(gguf["{}.attention.layer_norm_rms_epsilon"]),
         "max_position_embeddings": context_length,
@@ -226,10 +261,26 @@ def make_config(gguf: GGUF, dtype: torch.dtype, rope_factors: np.ndarray | None)
     }
 
 
+def head_dim(gguf: GGUF) -> int:
+    """Return the length of a query or key head."""
+    dim: int = gguf.get("{}.attention.key_length") or gguf["{}.embedding_length"] // gguf["{}.attention.head_count"]
+    return dim
+
+
+def rotary_dim(gguf: GGUF) -> int:
+    """Return how much of a head is rotated: its first elements."""
+    dim: int = gguf.get("{}.rope.dimension_count") or head_dim(gguf)
+    return dim
+
+
 def make_rope_parameters(gguf: GGUF, context_length: int, rope_factors: np.ndarray | None) -> dict[str, Any]:
     """Return the rope_parameters of config.json; `rope_factors` divide the frequencies, if any."""
     parameters = {"rope_theta": shortest(gguf.get("{}.rope.freq_base", 10000.0))}
-    kind = gguf.get("{}.rope.scaling.type", "none")
+    if rotary_dim(gguf) != head_dim(gguf):
+        # A little more than the ratio: it is multiplied and rounded down again.
+        parameters["partial_rotary_factor"] = math.nextafter(rotary_dim(gguf) / head_dim(gguf), 1)
+    factor = gguf.get("{}.rope.scaling.factor") or gguf.get("{}.rope.scale_linear") or 1.0  # the latter in old files
+    kind = gguf.get("{}.rope.scaling.type") or ("none" if factor == 1.0 else "linear")
     if rope_factors is not None:
         factors = rope_factors.tolist()
         return parameters | {
@@ -244,7 +295,6 @@ def make_rope_parameters(gguf: GGUF, context_length: int, rope_factors: np.ndarr
     if kind not in ("linear", "yarn"):
         raise ModelError(f"rope scaling {kind!r} of the GGUF file is not supported")
     original = gguf.get("{}.rope.scaling.original_context_length", context_length)
-    factor = gguf["{}.rope.scaling.factor"]
     return parameters | {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original}
 
 
@@ -254,8 +304,13 @@ def shortest(value: float) -> float:
 
 
 def special_ids(gguf: GGUF) -> dict[str, Any]:
-    """Return the ids of the special tokens by their names in config.json."""
-    eos = [gguf.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    """Return the ids of the special tokens by their names in config.json.
+
+    An answer ends at the file's eos, eot and eom; old files have none of the latter, but texts that are known ends.
+    """
+    tokens = gguf["tokenizer.ggml.tokens"]
+    eos = [gguf.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    eos += [tokens.index(text) for text in turn_ends(set(tokens))]
     return {
         "bos_token_id": gguf.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": list(dict.fromkeys(token_id for token_id in eos if token_id is not None)),
@@ -263,100 +318,13 @@ def special_ids(gguf: GGUF) -> dict[str, Any]:
     }
 
 
-def write_tokenizer(gguf: GGUF, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json. Skips an unknown kind of tokenizer, with a warning."""
-    from tokenizers import AddedToken
-
-    builders = {"gpt2": byte_level_tokenizer, "llama": sentencepiece_tokenizer}
-    kind, words = gguf["tokenizer.ggml.model"], gguf.get("tokenizer.ggml.pre", "default")
-    if kind not in builders or (kind == "gpt2" and words not in ("smollm", "gpt-2", "default", *WORDS)):
-        logger.warning("GGUF tokenizer %s (%s) is not converted: pass --tokenizer-path", kind, words)
-        return
-    tokens, types = gguf["tokenizer.ggml.tokens"], gguf.get("tokenizer.ggml.token_type", [])
-    tokenizer = builders[kind](gguf)
-    for wanted, is_special in ((CONTROL, True), (USER_DEFINED, False)):
-        added = [token for token, token_type in zip(tokens, types, strict=False) if token_type == wanted]
-        tokenizer.add_tokens([AddedToken(token, special=is_special, normalized=False) for token in added])
-    adds_bos = gguf.get("tokenizer.ggml.add_bos_token", kind == "llama" or words == "llama-bpe")
-    bos_id = gguf.get("tokenizer.ggml.bos_token_id")
-    if adds_bos and bos_id is not None:
-        from tokenizers.processors import TemplateProcessing
-
-        bos = tokens[bos_id]
-        tokenizer.post_processor = TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, bos_id)]
-        )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {role: gguf.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": gguf["{}.context_length"],
-            "clean_up_tokenization_spaces": False,
-            **{role: tokens[token_id] for role, token_id in ids.items() if token_id is not None},
-            **({"chat_template": gguf["tokenizer.chat_template"]} if gguf.get("tokenizer.chat_template") else {}),
-        },
-    )
-
-
-def byte_level_tokenizer(gguf: GGUF) -> Any:
-    """Return a byte-level BPE tokenizer."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    words = gguf.get("tokenizer.ggml.pre", "default")
-    merges = [tuple(merge.split(" ", 1)) for merge in gguf["tokenizer.ggml.merges"]]
-    # Llama 3 has whole words in its vocabulary that its merges cannot reach.
-    tokenizer = Tokenizer(models.BPE(vocabulary(gguf), merges, ignore_merges=words == "llama-bpe"))
-    tokenizer.decoder = decoders.ByteLevel()
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words not in WORDS)
-    steps: list[Any] = [byte_level]
-    if words in WORDS:
-        steps.insert(0, pre_tokenizers.Split(Regex(WORDS[words]), behavior="isolated"))
-    elif words == "smollm":
-        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    if words == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    return tokenizer
-
-
-def sentencepiece_tokenizer(gguf: GGUF) -> Any:
-    """Return a SentencePiece-like BPE tokenizer.
-
-    The file has no merges: any two tokens that join to a third are a merge, the best-scored third first.
-    """
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
-    vocab = vocabulary(gguf)
-    scores = gguf["tokenizer.ggml.scores"]
-    ranked = sorted(
-        (-scores[token_id], vocab[token[:cut]], vocab[token[cut:]], token[:cut], token[cut:])
-        for token, token_id in vocab.items()
-        for cut in range(1, len(token))
-        if token[:cut] in vocab and token[cut:] in vocab
-    )
-    unknown = gguf["tokenizer.ggml.tokens"][gguf.get("tokenizer.ggml.unknown_token_id", 0)]
-    tokenizer = Tokenizer(
-        models.BPE(vocab, [pair[3:] for pair in ranked], unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
-    prefix = [normalizers.Prepend("▁")] if gguf.get("tokenizer.ggml.add_space_prefix", True) else []
-    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-    return tokenizer
-
-
-def vocabulary(gguf: GGUF) -> dict[str, int]:
-    """Return the ids of all tokens."""
-    return {token: token_id for token_id, token in enumerate(gguf["tokenizer.ggml.tokens"])}
-
-
 def write_weights(
-    gguf: GGUF, data: np.ndarray, folder: Path, dtype: torch.dtype, advance: Callable[[int], None]
+    gguf: GGUF, data: Sequence[np.ndarray], folder: Path, dtype: torch.dtype, advance: Callable[[int], None]
 ) -> None:
-    """Write the tensors as safetensors of at most `SHARD_BYTES` (or one tensor) each, with an index if several."""
+    """Write the tensors as safetensors of at most `SHARD_BYTES` (or one tensor) each, with an index if several.
+
+    data: the model's files, uint8.
+    """
     from safetensors.torch import save_file
 
     tensors = [tensor for tensor in gguf.tensors if tensor.name != ROPE_FACTORS]
@@ -366,7 +334,7 @@ def write_weights(
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         weights = {}
         for tensor in shard:
-            weights[checkpoint_name(tensor.name)] = read_weight(gguf, data, tensor).to(dtype)
+            weights[checkpoint_name(tensor.name)] = read_weight(gguf, data[tensor.part], tensor).to(dtype)
             advance(tensor.num_elements * dtype.itemsize)
         save_file(weights, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(weights, file)
@@ -400,16 +368,19 @@ def checkpoint_name(name: str) -> str:
 
 
 def read_weight(gguf: GGUF, data: np.ndarray, tensor: GGUFTensor) -> torch.Tensor:
-    """Return the dequantized tensor, float32.
+    """Return the dequantized tensor, float32. data: its file, uint8.
 
-    Llama files keep rotary pairs side by side in q and k; in a checkpoint they are half a head apart.
+    Llama files keep rotary pairs side by side in q and k; in a checkpoint they are half of what is rotated apart.
     """
     weight = torch.from_numpy(dequantize(data, tensor))
     num_heads = {"attn_q": gguf["{}.attention.head_count"], "attn_k": gguf.get("{}.attention.head_count_kv")}
     projection = tensor.name.split(".")[-2]
     if gguf["general.architecture"] == "llama" and projection in num_heads:
         heads = num_heads[projection] or num_heads["attn_q"]
-        weight = weight.view(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+        by_head = weight.view(heads, -1, *weight.shape[1:])
+        rotated, rest = by_head[:, : rotary_dim(gguf)], by_head[:, rotary_dim(gguf) :]
+        pairs = rotated.reshape(heads, -1, 2, *weight.shape[1:]).transpose(1, 2)
+        weight = torch.cat((pairs.reshape(rotated.shape), rest), 1).reshape(weight.shape)
     return weight
 
 

@@ -1,14 +1,15 @@
 """Which family runs which architecture, and how a model folder becomes a model."""
 
 import dataclasses
+import difflib
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.layers.layer import LayerConfig
-from engine.model_config import ModelConfig, complete, read_raw
+from engine.model_config import ModelConfig, checked, complete, read_raw
 from engine.models.base import CausalLM
 from engine.quantization import Quantization
 
@@ -27,16 +28,20 @@ HEADS = {CLASSIFIER: "SequenceClassifier", BARE: "PooledModel"}  # in engine.mod
 def load_config(folder: str | Path, config: EngineConfig | None = None) -> ModelConfig:
     """Read `folder`/config.json, overridden by `config`, by the family that its architecture names.
 
-    `ModelError` if it is missing, broken or incomplete.
+    `ModelError` if it is missing, broken or incomplete; first of all, if no family runs its architecture.
     """
     config = config or EngineConfig()
     folder = Path(folder)
-    raw = read_raw(folder, config)
-    family = _family_of(raw)
+    file, entries = folder / "config.json", read_raw(folder, config)
+    named = checked({"architectures": entries.get("architectures")}, file).get("architectures") or ()
+    family = _family_of(named)
+    if named and family is None:  # another family's entries are not ours to judge
+        raise _unsupported(named)
+    raw = checked(entries, file)
     try:
-        model = (CausalLM if family is None else family).read_config(raw)
+        model = (family or CausalLM).read_config(raw)
     except KeyError as error:
-        raise ModelError(f"{folder / 'config.json'} has no {error.args[0]!r}") from None
+        raise ModelError(f"{file} has no {error.args[0]!r}") from None
     return complete(model, raw, folder, config)
 
 
@@ -53,13 +58,28 @@ def build_model(config: ModelConfig, layers: LayerConfig) -> CausalLM:
                 pooled = importlib.import_module("engine.models.pooled")
                 model: CausalLM = getattr(pooled, head)(decoder, config, layers)
                 return model
-    named = ", ".join(config.architectures) or "none named in config.json"
-    raise ModelError(f"architecture not supported: {named}. Supported: {', '.join(sorted(REGISTRY))}")
+    raise _unsupported(config.architectures)
 
 
-def _family_of(raw: dict[str, Any]) -> type[CausalLM] | None:
-    """Return the class that runs the first known architecture of a config.json, None if it names none."""
-    for architecture in raw.get("architectures") or ():
+def _unsupported(architectures: Sequence[str]) -> ModelError:
+    """Return the error that names `architectures`, and the supported one whose name is nearest, if any is near."""
+    families = {_stem(supported): supported for supported in REGISTRY}
+    close = [name for given in architectures for name in difflib.get_close_matches(_stem(given), families, 1, 0.5)]
+    nearest = f" The nearest is {families[close[0]]}." if close else ""
+    return ModelError(
+        f"architecture not supported: {', '.join(architectures) or 'none named in config.json'}.{nearest} "
+        f"Supported: {', '.join(sorted(REGISTRY))}. .github/CONTRIBUTING.md says how to add a family"
+    )
+
+
+def _stem(architecture: str) -> str:
+    """Return what names the family: `Qwen3Moe` of `Qwen3MoeForCausalLM`."""
+    return architecture.partition("For")[0].removesuffix(BARE)
+
+
+def _family_of(architectures: Sequence[str]) -> type[CausalLM] | None:
+    """Return the class that runs the first known one of `architectures`, None if none is known."""
+    for architecture in architectures:
         for suffix in (CAUSAL, *HEADS):
             family = architecture.removesuffix(suffix) + CAUSAL
             if architecture.endswith(suffix) and family in REGISTRY:

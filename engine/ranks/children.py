@@ -18,9 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, ModelError
+from engine.ranks.meeting import LINE_S, Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -111,11 +113,17 @@ class Children:
 
         Raises `ModelError` with the failure if one cannot get ready.
         """
+        waiting = Waiting()
         with self._news:
-            self._news.wait_for(lambda: self.failure is not None or len(self._ready) == len(self._children))
+            while not self._news.wait_for(lambda: self.failure is not None or not self.unready(), LINE_S):
+                waiting.go_on(f"{' and '.join(map(str, self.unready()))} to get ready")
         if self.failure is not None:
             raise ModelError(self.failure)
         return [self._ready[child.name] for child in self._children]
+
+    def unready(self) -> list[Child]:
+        """Return the children that have not reported that they are ready."""
+        return [child for child in self._children if child.name not in self._ready]
 
     def fail(self, message: str) -> None:
         """Report that this process cannot go on.
@@ -209,6 +217,34 @@ class Children:
         for child in self._children:
             child.process.kill()  # useless without the one that failed
         self._on_failure(message)
+
+
+class StoppedChildren:
+    """Find children that a signal has stopped (SIGSTOP, say) while they load: the kernel knows.
+
+    Once they are ready, whether they do what they are asked shows it.
+    """
+
+    def __init__(self, children: Children, limit_s: float) -> None:
+        self._children, self._limit_s = children, limit_s
+        self._since: dict[str, float] = {}  # by name
+
+    def find(self) -> str | None:
+        """Return the description of a child that has been stopped for `limit_s`: a check of `Children`."""
+        now = time.monotonic()
+        stopped = [child for child in self._children.unready() if _is_stopped(child.process.pid)]
+        self._since = {child.name: self._since.get(child.name, now) for child in stopped}
+        for child in stopped:
+            if now - self._since[child.name] >= self._limit_s - LOOK_S:  # the next look would be too late
+                return f"{child} was stopped by a signal while loading, {self._limit_s:g} s ago (--dist-timeout)"
+        return None
+
+
+def _is_stopped(pid: int | None) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:  # it has ended: seen elsewhere
+        return False
 
 
 def _run_child(parent: Parent, target: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -20,7 +20,8 @@ from engine.config import EngineConfig
 from engine.errors import EngineStopped, ModelError
 from engine.rank_maintenance import RankMaintenance, reason_of
 from engine.ranks.channel import ChannelReader, Payload, open_channel
-from engine.ranks.children import Children, Parent
+from engine.ranks.children import Children, Parent, StoppedChildren
+from engine.ranks.meeting import Waiting, names
 from engine.ranks.nodes import NodeLink, NodeLinks, open_store
 from engine.step.batch import plan_of
 from engine.step.fields import StepShape
@@ -30,6 +31,7 @@ from engine.step.sampler import SamplingWork
 LOCALHOST = "127.0.0.1"
 PREFIX, STEP, ORDER = range(3)  # kinds of message: int32 arrays that begin with theirs
 ANSWER_KEY = "radixloop/order{}/rank{}"  # in the store: what has become of an order; empty: all is well
+ARRIVAL_KEY = "radixloop/here/rank{}"  # in the store: the rank has come so far
 ANSWER_POLL_S = 0.01
 
 RunRank = Callable[[Parent, EngineConfig, Path, int, str, int, ChannelReader], None]
@@ -77,12 +79,12 @@ class Ranks:
         self._children = Children(on_failure)
         self._last_step: Step | None = None
         self._size, self._num_orders = config.tp_size, 0
-        self._timeout_s = config.dist_timeout
+        self._timeout_s = config.answer_timeout_s
         self._last_look = [(0, time.monotonic())] * len(local_ranks)  # (messages that it had taken up, since when)
         for rank, reader in zip(local_ranks, readers, strict=True):
             self._children.spawn(f"rank {rank}", run, config, folder, rank, self.store.host, self.store.port, reader)
             reader.close()
-        self._children.checks.append(self._find_hung)
+        self._children.checks += [self._find_hung, StoppedChildren(self._children, self._timeout_s).find]
         if self._nodes is not None:
             self._children.checks.append(self._nodes.find_lost)
         self._children.watch()
@@ -170,6 +172,21 @@ class Ranks:
 
 def join_store(host: str, port: int) -> dist.TCPStore:
     return dist.TCPStore(host, port, is_master=False)
+
+
+def arrive(store: dist.TCPStore, rank: int, num_ranks: int) -> None:
+    """Report that this rank is ready to connect. Rank 0 waits until all are.
+
+    Without a limit: loading takes as long as it does, and a rank that has ended or was stopped is found by its host.
+    """
+    if rank:
+        store.set(ARRIVAL_KEY.format(rank), "")
+        return
+    waiting = Waiting()
+    missing = list(range(1, num_ranks))
+    while missing := [other for other in missing if not store.check([ARRIVAL_KEY.format(other)])]:
+        waiting.go_on(f"{names('rank', missing)} of {num_ranks} to load its weights")
+        time.sleep(ANSWER_POLL_S)
 
 
 def run_node(config: EngineConfig, run: RunRank, on_progress: Callable[[str], None]) -> None:

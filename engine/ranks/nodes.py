@@ -14,6 +14,7 @@ import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -22,11 +23,12 @@ import torch.distributed as dist
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.ranks.channel import Payload
+from engine.ranks.meeting import POLL_S, PROBE_S, Waiting, names, reach, resolve
 
 logger = logging.getLogger(__name__)
 
 LENGTH_BYTES = 8  # before each message
-START_TIMEOUT = timedelta(minutes=10)  # for all hosts to be started
+NODE_BYTES = 4  # what a node sends first: which one it is
 ADDRESS_KEY = "radixloop/steps"  # key of the store under which the first host announces its address
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # environment variable: gloo has no other setting
 SIOCGIFADDR = 0x8915  # linux/sockios.h
@@ -35,9 +37,14 @@ SIOCGIFADDR = 0x8915  # linux/sockios.h
 def open_store(config: EngineConfig) -> dist.TCPStore:
     """Open the store at which ranks meet: on the first host, at --dist-init-addr. Raises `ModelError`."""
     host, port = init_address(config)
+    waiting = Waiting(config.start_timeout_s)
+    resolve(host, port, waiting)
     is_master = config.node_rank == 0 and not config.join_dist_store
+    if not is_master:
+        reach(host, port, "torchrun's store" if config.join_dist_store else "node 0", waiting)
+    timeout = timedelta(seconds=config.start_timeout_s)
     try:
-        return dist.TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=START_TIMEOUT)
+        return dist.TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise ModelError(f"--dist-init-addr {host}:{port}: {error}") from None
 
@@ -57,16 +64,25 @@ class NodeLinks:
         """Wait until all hosts are connected, and send them the configuration. Raises `ModelError`."""
         host, _ = init_address(config)
         self._links: list[socket.socket] = []
-        with socket.create_server((host, 0)) as listener:
-            listener.settimeout(START_TIMEOUT.total_seconds())
+        self._nodes: list[int] = []  # which node each of them leads to
+        waiting, missing = Waiting(config.start_timeout_s), set(range(1, config.nnodes))
+        try:
+            listener = socket.create_server((host, 0))
+        except OSError as error:
+            raise ModelError(f"--dist-init-addr {host}: not an address of this host: {error.strerror}") from None
+        with listener:
             store.set(ADDRESS_KEY, f"{host}:{listener.getsockname()[1]}")
-            for i in range(1, config.nnodes):
-                try:
-                    link, _ = listener.accept()
-                except TimeoutError:
-                    raise ModelError(f"only {i} of {config.nnodes} nodes have come (--nnodes)") from None
-                _set_up(link, config.dist_timeout)
-                self._links.append(link)
+            while missing:
+                node, link = _accept(listener)
+                if link is None:
+                    waiting.go_on(f"{names('node', sorted(missing))} of {config.nnodes} (--nnodes)")
+                elif node not in missing:
+                    raise ModelError(f"a second host, or one too many, says that it is node {node} (--node-rank)")
+                else:
+                    missing.remove(node)
+                    _set_up(link, config.answer_timeout_s)
+                    self._links.append(link)
+                    self._nodes.append(node)
         # The engine's options only: a server's options include its keys.
         options = {one.name: getattr(config, one.name) for one in dataclasses.fields(EngineConfig)}
         self.send(json.dumps(options).encode())
@@ -78,9 +94,11 @@ class NodeLinks:
             link.sendall(len(message).to_bytes(LENGTH_BYTES, "little") + message)
 
     def find_lost(self) -> str | None:
-        """Return a message about a node that is gone, if any: nodes never send, so a readable connection has ended."""
+        """Return a message about a node that is gone, if any: nodes send no more, so what is readable has ended."""
         readable, _, _ = select.select(self._links, [], [], 0)
-        return f"node {1 + self._links.index(readable[0])} is gone; its own log says more" if readable else None
+        if not readable:
+            return None
+        return f"node {self._nodes[self._links.index(readable[0])]} is gone; its own log says more"
 
     def close(self) -> None:
         """Close all connections."""
@@ -92,10 +110,18 @@ class NodeLink:
     """Receive messages from the first host, on another host."""
 
     def __init__(self, config: EngineConfig, store: dist.TCPStore) -> None:
-        """Connect to the first host."""
+        """Connect to the first host. Raises `ModelError`."""
+        waiting = Waiting(config.start_timeout_s)
+        while not store.check([ADDRESS_KEY]):
+            waiting.go_on("node 0 to start its ranks")
+            time.sleep(POLL_S)
         host, _, port = store.get(ADDRESS_KEY).decode().rpartition(":")
-        self._socket = socket.create_connection((host, int(port)))
-        _set_up(self._socket, config.dist_timeout)
+        try:
+            self._socket = socket.create_connection((host, int(port)), timeout=config.answer_timeout_s)
+            self._socket.sendall(config.node_rank.to_bytes(NODE_BYTES, "little"))
+        except OSError as error:
+            raise ModelError(f"cannot connect to node 0 at {host}:{port}: {error.strerror or error}") from None
+        _set_up(self._socket, config.answer_timeout_s)
         self._file = self._socket.makefile("rb")
 
     def receive(self) -> bytes:
@@ -116,6 +142,25 @@ class NodeLink:
         if len(data) < size:
             raise EOFError("the first node has gone")
         return data
+
+
+def _accept(listener: socket.socket) -> tuple[int, socket.socket | None]:
+    """Return which node has connected, and its connection; None if none has within `POLL_S`.
+
+    A connection that does not say which node it is comes from somewhere else, and is closed.
+    """
+    listener.settimeout(POLL_S)
+    try:
+        link, _ = listener.accept()
+    except TimeoutError:
+        return 0, None
+    link.settimeout(PROBE_S)
+    with contextlib.suppress(OSError):
+        greeting = link.recv(NODE_BYTES, socket.MSG_WAITALL)
+        if len(greeting) == NODE_BYTES:
+            return int.from_bytes(greeting, "little"), link
+    link.close()
+    return 0, None
 
 
 def _set_up(link: socket.socket, timeout_s: float) -> None:

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.build import check_gpus, load_tokenizer, new_grammars, resolve_config
+from engine.build import check_gpus, load_model_files, new_grammars, resolve_config
 from engine.checkpoint.folder import resolve_model, resolve_tokenizer
 from engine.config import EngineConfig
 from engine.model_config import ModelConfig
-from engine.models.registry import load_config
 from engine.text.grammar import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
 
@@ -31,8 +30,7 @@ def load_front_end(config: EngineConfig) -> FrontEnd:
     if torch.device(resolved.device or "cpu").type == "cuda":
         check_gpus(resolved.base_gpu_id, resolved.dp_size * resolved.tp_size)
     folder = resolve_model(resolved)
-    model_config = load_config(folder, resolved)
-    tokenizer = load_tokenizer(folder, resolved)
+    model_config, tokenizer = load_model_files(folder, resolved)
     replica_config = resolved.replace(
         model_path=str(folder),
         tokenizer_path=str(resolve_tokenizer(resolved, folder)),

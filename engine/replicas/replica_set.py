@@ -21,7 +21,7 @@ from engine.failure import Failure
 from engine.model_config import ModelConfig
 from engine.output import give
 from engine.ranks.channel import ChannelReader, ChannelWriter, open_channel
-from engine.ranks.children import Children
+from engine.ranks.children import Children, StoppedChildren
 from engine.replicas.balance import Balancer, Placement
 from engine.replicas.front_end import FrontEnd, config_of_replica, load_front_end
 from engine.replicas.handle import ReplicaHandle
@@ -68,9 +68,15 @@ class ReplicaSet(Engine):
         self._failure = Failure()
         self._profiles = ReplicaProfiles()
 
-    async def start(self, on_progress: Callable[[str], None] = logger.info) -> None:
+    async def start(
+        self,
+        on_progress: Callable[[str], None] = logger.info,
+        on_tokenizer: Callable[[Tokenizer], object] | None = None,
+    ) -> None:
         loop = asyncio.get_running_loop()
         front_end = await asyncio.to_thread(load_front_end, self.config)
+        if on_tokenizer is not None:
+            on_tokenizer(front_end.tokenizer)
         config, model_config = front_end.replica_config, front_end.model_config
         # Memory of channels is mapped page by page: 0.1 s that the event loop has better uses for.
         channels = await asyncio.to_thread(lambda: [(open_channel(1), open_channel(1)) for _ in range(config.dp_size)])
@@ -78,7 +84,7 @@ class ReplicaSet(Engine):
         self._children = children
         for i, (commands, answers) in enumerate(channels):
             self._replicas.append(spawn_replica(children, i, config, commands, answers))
-        children.checks.append(self._find_hung)
+        children.checks += [self._find_hung, StoppedChildren(children, config.answer_timeout_s).find]
         children.watch()
         try:
             ready: list[Ready] = await asyncio.to_thread(children.wait_ready)

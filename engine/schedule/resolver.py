@@ -292,4 +292,4 @@ class Resolver:
 
 
 def _grammar_failure(error: GrammarError) -> FinishReason:
-    return FinishReason("abort", message=f"the grammar failed: {error}", status_code=500)
+    return FinishReason("abort", message=f"the grammar failed: {error}", status_code=400)

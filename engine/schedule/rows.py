@@ -83,8 +83,8 @@ class Rows:
         self.min_tokens[row] = state.prompt_len + params.min_new_tokens
 
         self.temperature[row] = 0.0 if params.is_greedy else params.temperature
-        self.top_p[row], self.min_p[row] = params.top_p, params.min_p
-        self.top_k[row] = TOP_K_ALL if params.top_k == -1 else params.top_k
+        self.top_p[row], self.min_p[row] = params.top_p or 1.0, params.min_p
+        self.top_k[row] = TOP_K_ALL if params.top_k <= 0 else params.top_k
         self.frequency_penalty[row], self.presence_penalty[row] = params.frequency_penalty, params.presence_penalty
         self.repetition_penalty[row] = params.repetition_penalty
         self.seed[row] = state.seed

@@ -127,7 +127,8 @@ class Sampler:
             params = self.rows.state_at(sampled[s]).sampling_params
             edits = dict(params.logit_bias)
             if plan.seq_lens[plan.samples[s]] < self.rows.min_tokens[sampled[s]]:
-                edits |= dict.fromkeys([*self.eos_token_ids, *params.stop_token_ids], -np.inf)
+                stop_ids = [one for one in params.stop_token_ids if 0 <= one < self.vocab_size]
+                edits |= dict.fromkeys([*self.eos_token_ids, *stop_ids], -np.inf)
             samples += [s] * len(edits)
             ids += edits.keys()
             values += edits.values()

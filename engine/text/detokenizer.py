@@ -286,6 +286,30 @@ class StoppedText(TextStream):
         return "" if scanner.matched_stop is not None else scanner.push(text) + scanner.finish()
 
 
+class LaterStoppedText(StoppedText):
+    """Release the text of a decoder, up to a stop that does not end within the first tokens."""
+
+    __slots__ = ("_num_unstoppable",)
+
+    def __init__(self, stopped: StoppedText, num_unstoppable: int) -> None:
+        """`num_unstoppable`: number of these tokens."""
+        super().__init__(stopped._decoder, stopped._scanner, stopped._stop_tokens)
+        self._num_unstoppable = num_unstoppable
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        num_first = self._num_unstoppable
+        if num_first <= 0:
+            return super().push(token_ids)
+        self._num_unstoppable -= len(token_ids)
+        text = self._scanner.pass_over(self._decoder.push(token_ids[:num_first]))
+        return text + super().push(token_ids[num_first:]) if len(token_ids) > num_first else text
+
+    def finish(self) -> str:
+        if self._num_unstoppable <= 0:
+            return super().finish()
+        return self._scanner.pass_over(self._decoder.finish()) + self._scanner.finish()
+
+
 class Detokenizer:
     """Make the text streams of one tokenizer, and look up the text and bytes of single tokens.
 
@@ -331,7 +355,9 @@ class Detokenizer:
         stop_tokens: dict[int, str] = {}
         if is_skipping:
             stop_tokens = {self._special_tokens[stop]: stop for stop in params.stop if stop in self._special_tokens}
-        return StoppedText(decoder, StopScanner(params.stop, params.stop_regex, params.no_stop_trim), stop_tokens)
+        scanner = StopScanner(params.stop, params.stop_regex, params.no_stop_trim)
+        stopped = StoppedText(decoder, scanner, stop_tokens)
+        return LaterStoppedText(stopped, params.min_new_tokens) if params.min_new_tokens else stopped
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token, spaces kept."""

@@ -5,6 +5,7 @@ next (a mask) and which must (forced tokens, as the tokenizer would have written
 another library in its place.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -20,15 +21,20 @@ import torch
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
 from engine.errors import InvalidRequest
+from engine.text.schemas import MAX_TEXT_BYTES, Schema, check_length, forms_of, is_strict, with_options
 from engine.text.structural_tag import structural_tag_to_lark
 
 logger = logging.getLogger(__name__)
 
-MAX_TEXT_BYTES = 64 << 10
+MAX_ANNOTATED_BYTES = 1 << 20  # of a schema, or of a structural tag with schemas, as it was sent
+MAX_KEY_LEN = 1024  # characters; a longer grammar is cached by its digest
 MAX_CACHED_GRAMMARS = 256
 MAX_REASON_LEN = 400  # characters
 MAX_LESSONS = 16  # answers that a grammar learns from: more would only add to its memory
 WORD_BITS = 32
+SOURCE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: |<non-verbose/>")
+UNKNOWN = re.compile("Unimplemented keys|supported|not disjoint|does not fetch")  # what the library cannot do
+ADVICE = '; leave that out of the schema, or add "x-strict": false to it: what cannot be enforced is then left out'
 SPECIAL_MARK = b"\xff"  # the byte that llguidance puts before special tokens, and drops when it decodes
 
 
@@ -92,17 +98,18 @@ class GrammarCompiler:
         self.vocab_size = vocab_size
         self._tokenizer_json, self._eos_token_ids = tokenizer_json, list(eos_token_ids)
         self._special_tokens, self._token_bytes = special_tokens, token_bytes
-        self._cache: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str | bytes], Grammar] = OrderedDict()
         self._lock = threading.Lock()
         self._tokenizer_lock = threading.Lock()
         self._made_tokenizer: LLTokenizer | None = None
 
     def find(self, kind: str, text: str) -> Grammar | None:
         """Return the grammar if it is cached, else None. Takes microseconds."""
+        key = _key(kind, text)
         with self._lock:
-            grammar = self._cache.get((kind, text))
+            grammar = self._cache.get(key)
             if grammar is not None:
-                self._cache.move_to_end((kind, text))
+                self._cache.move_to_end(key)
                 self.stats.num_cache_hits += 1
             return grammar
 
@@ -111,22 +118,23 @@ class GrammarCompiler:
 
         Raises `InvalidRequest` with the library's reason if it refuses the grammar.
         """
-        if len(text) > MAX_TEXT_BYTES:
-            raise InvalidRequest(f"{kind} has {len(text)} characters, the limit is {MAX_TEXT_BYTES}", kind)
+        limit = MAX_ANNOTATED_BYTES if kind in ("json_schema", "structural_tag") else MAX_TEXT_BYTES
+        if len(text) > limit:
+            raise InvalidRequest(f"{kind} has {len(text)} characters, the limit is {limit}", kind)
         start = time.perf_counter()
         try:
             matcher = self._new_matcher(kind, text)
+        except InvalidRequest:
+            raise
         except BaseException as error:  # noqa: BLE001 - a panic of the library is no Exception, and concerns one grammar
             raise _refused(kind, str(error)) from None
         finally:
             with self._lock:
                 self.stats.num_compiled += 1
                 self.stats.compile_s += time.perf_counter() - start
-        if matcher.is_error():
-            raise _refused(kind, matcher.get_error())
         grammar = Grammar(matcher)
         with self._lock:
-            self._cache[kind, text] = grammar
+            self._cache[_key(kind, text)] = grammar
             if len(self._cache) > MAX_CACHED_GRAMMARS:
                 self._cache.popitem(last=False)
         return grammar
@@ -146,28 +154,104 @@ class GrammarCompiler:
         return MaskFiller(self.vocab_size, is_pinned)
 
     def _new_matcher(self, kind: str, text: str) -> TokenMatcher:
-        matcher = LLMatcher(
-            self._tokenizer(),
-            self._definition(kind, text),
-            log_level=0,
-            limits=LLParserLimits(verbose_errors=False),
-        )
-        matcher.compute_bitmask()  # the first mask is the slowest, and shows grammars that are too complex
+        """Return a matcher of the grammar in field `kind`. Raises `ValueError` with the library's reason."""
+        if kind == "json_schema":
+            return self._first_held(json.loads(text))[1]
+        if kind == "structural_tag":
+            return self._matcher_of_tag(json.loads(text))
+        if kind == "choice":
+            # One terminal: as many alternatives of a rule would be followed one by one.
+            words = " | ".join(map(json.dumps, dict.fromkeys(json.loads(text))))
+            return self._matcher(grammar_from("lark", f"start: CHOICE\nCHOICE: {words}"))
+        return self._matcher(grammar_from("regex" if kind == "regex" else "ebnf", text))
+
+    def _matcher(self, definition: str) -> LLMatcher:
+        """Return a matcher of a grammar in the library's own terms. Raises `ValueError` if it fails at once."""
+        matcher = LLMatcher(self._tokenizer(), definition, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        if not matcher.is_error():
+            mask = matcher.compute_bitmask()  # the first mask is the slowest, and shows grammars that are too complex
+            # So does the second, of those that have too many alternatives.
+            token = next((8 * i + (byte & -byte).bit_length() - 1 for i, byte in enumerate(mask) if byte), None)
+            if token is not None and not matcher.is_error():
+                probe = matcher.deep_copy()
+                probe.consume_token(token)
+                if probe.is_error():
+                    raise ValueError(probe.get_error())
+        if matcher.is_error():
+            raise ValueError(matcher.get_error())
         return matcher
 
-    def _definition(self, kind: str, text: str) -> str:
-        """Return `text` as a grammar of llguidance's own."""
-        if kind == "json_schema":
-            if not isinstance(json.loads(text), dict):
-                raise ValueError("a JSON schema must be an object")
-            # Without spaces between its parts, far more of a JSON text is forced.
-            return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_flexible": False})
-        if kind == "structural_tag":
-            text = structural_tag_to_lark(json.loads(text), self._special_tokens)
-            return LLMatcher.grammar_from_lark(text)
-        if kind == "choice":
-            return grammar_from("lark", "start: " + " | ".join(map(json.dumps, dict.fromkeys(json.loads(text)))))
-        return grammar_from("regex" if kind == "regex" else "ebnf", text)
+    def _first_held(self, schema: Any) -> tuple[Schema, LLMatcher]:
+        """Return the most exact form of `schema` that the library takes, and a matcher of it.
+
+        Raises `ValueError` with the library's reason against the last form that says all of it.
+        """
+        reason = ""
+        for form in forms_of(schema, self._is_covered):
+            try:
+                matcher = self._matcher(LLMatcher.grammar_from_json_schema(json.dumps(form.schema)))
+            except ValueError as error:
+                reason = reason if form.is_loose else str(error)
+                continue
+            if form.note:
+                logger.info("a JSON schema is not enforced whole: %s", form.note)
+            return form.schema, matcher
+        raise ValueError(reason)
+
+    def _matcher_of_tag(self, tag: Any) -> LLMatcher:
+        """Return a matcher of a structural tag. Raises `InvalidRequest` that names the schema to blame."""
+        try:
+            return self._matcher_of_lark(tag, lambda schema, _: next(forms_of(schema, self._is_covered)).schema)
+        except ValueError as error:
+            reason = error
+        refused: list[InvalidRequest] = []
+        num_held = 0
+
+        def held(schema: Any, field: str) -> Schema:
+            """Look at one schema alone: one that cannot be held spoils the others only if it is strict."""
+            nonlocal num_held
+            try:
+                form, _ = self._first_held(schema)
+            except ValueError as error:
+                refused.append(_refused("structural_tag", str(error), field))
+                if is_strict(schema):
+                    raise refused[-1] from None
+                return with_options({"type": "object"} if schema.get("type") == "object" else {})
+            num_held += 1
+            return form
+
+        matcher = self._matcher_of_lark(tag, held)
+        if refused and not num_held:
+            raise refused[0] from reason
+        return matcher
+
+    def _matcher_of_lark(self, tag: Any, form_of: Callable[[Any, str], Schema]) -> LLMatcher:
+        lark = structural_tag_to_lark(tag, self._special_tokens, form_of)
+        check_length(len(lark))
+        return self._matcher(LLMatcher.grammar_from_lark(lark))
+
+    def _is_covered(self, pattern: str, names: list[str]) -> bool:
+        """Return whether `pattern` matches none but `names`: the library fails once an answer has had them all."""
+        schema = {
+            "type": "object",
+            "properties": {name: {"const": 0} for name in names},
+            "required": names,
+            "patternProperties": {pattern: {}},
+            "additionalProperties": False,
+        }
+        matcher = LLMatcher(
+            self._byte_tokenizer, LLMatcher.grammar_from_json_schema(json.dumps(with_options(schema))), log_level=0
+        )
+        if matcher.is_error():
+            return False
+        begun = "".join(f"{json.dumps(name, ensure_ascii=False)}:0," for name in names)
+        matcher.try_consume_tokens(list(("{" + begun).encode()))
+        matcher.compute_bitmask()
+        return matcher.is_error()
+
+    @cached_property
+    def _byte_tokenizer(self) -> LLTokenizer:
+        return LLTokenizer("byte")
 
     def _tokenizer(self) -> LLTokenizer:
         """Return the tokenizer, made once however many threads compile at once; that takes up to seconds."""
@@ -189,12 +273,20 @@ class GrammarCompiler:
         return tokenizer
 
 
-def _refused(kind: str, message: str) -> InvalidRequest:
-    reason, *_ = re.split(r"\n +1 \| ", message)  # the rest is the grammar itself, as the library sees it
-    reason = " ".join(reason.split())
+def _key(kind: str, text: str) -> tuple[str, str | bytes]:
+    """Return the key of a grammar in the cache, which must not hold long texts."""
+    return kind, text if len(text) <= MAX_KEY_LEN else hashlib.blake2b(text.encode("utf-8", "replace")).digest()
+
+
+def _refused(kind: str, message: str, field: str = "") -> InvalidRequest:
+    """Return the error for a grammar in `kind`. field: what the client calls the part that is to blame."""
+    reason, *_ = re.split(r"\n *\d+ \| ", message)  # the rest is the grammar itself, as the library sees it
+    reason = " ".join(SOURCE.sub("", reason).split())
     if len(reason) > MAX_REASON_LEN:  # the library quotes a long text between the error and its cause
         reason = f"{reason[: MAX_REASON_LEN // 2]} ... {reason[-MAX_REASON_LEN // 2 :]}"
-    return InvalidRequest(f"{kind} cannot be used: {reason}", kind)
+    if kind in ("json_schema", "structural_tag") and UNKNOWN.search(reason):
+        reason += ADVICE
+    return InvalidRequest(f"{field or kind} cannot be used: {reason}", field or kind)
 
 
 class Matcher:

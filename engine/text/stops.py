@@ -115,6 +115,18 @@ class StopScanner:
             return self._release(end if self._is_kept else start)
         return self._release(len(self._held) - num_held)
 
+    def pass_over(self, text: str) -> str:
+        """Return the text that `text` releases, stops that end in it included: none ends the answer.
+
+        Held back is the beginning of a stop string that may end in a later text.
+        """
+        end, num_read = 0, 0
+        while end >= 0:
+            num_read += end
+            self._state, end = self._strings.scan(self._state, text[num_read:])
+        self._held += text
+        return self._release(len(self._held) - self._strings.num_chars[self._state])
+
     def finish(self) -> str:
         """Return the text still held back."""
         return self._release(len(self._held)) if self.matched_stop is None else ""

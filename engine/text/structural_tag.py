@@ -14,10 +14,13 @@ MAX_DEPTH = 32
 ANY_TEXT = r"/(.|\n)*/"
 
 
-def structural_tag_to_lark(tag: Any, special_tokens: dict[str, int]) -> str:
+def structural_tag_to_lark(
+    tag: Any, special_tokens: dict[str, int], form_of: Callable[[Any, str], dict[str, Any]]
+) -> str:
     """Return `tag` as a grammar in llguidance's Lark. Raises `ValueError` if it cannot be one.
 
-    special_tokens: text -> id of the tokens that are no text to the tokenizer; literals may hold them.
+    special_tokens: text -> id of the tokens that are no text to the tokenizer; literals may hold them. form_of: return
+    a JSON schema as the library is to read it, given the schema and its format's `field`, the client's name of it.
     """
     if not isinstance(tag, dict):
         raise ValueError("a structural tag must be an object")
@@ -33,7 +36,7 @@ def structural_tag_to_lark(tag: Any, special_tokens: dict[str, int]) -> str:
         tag = {"format": {"type": "triggered_tags", "triggers": _list(tag, "triggers"), "tags": tags}}
     if "format" not in tag:
         raise ValueError("a structural tag needs format, or structures and triggers")
-    writer = _Writer(special_tokens)
+    writer = _Writer(special_tokens, form_of)
     start = writer.write(tag["format"])
     return "\n".join(["%llguidance {}", f"start: {start}", *writer.rules])
 
@@ -55,9 +58,9 @@ def _list(format: dict[str, Any], name: str) -> list[Any]:
 class _Writer:
     """Collect the rules of formats; `write` returns the expression that stands for one."""
 
-    def __init__(self, special_tokens: dict[str, int]) -> None:
+    def __init__(self, special_tokens: dict[str, int], form_of: Callable[[Any, str], dict[str, Any]]) -> None:
         self.rules: list[str] = []
-        self._special_tokens = special_tokens
+        self._special_tokens, self._form_of = special_tokens, form_of
         names = sorted(filter(None, special_tokens), key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, names))) if names else None
         self._depth = 0
@@ -93,8 +96,7 @@ class _Writer:
         schema = format.get("json_schema")
         if not isinstance(schema, dict):
             raise ValueError("json_schema must be an object")
-        # No spaces, as everywhere. The library does not apply `defaults` to a schema inside a grammar.
-        return json.dumps({"x-guidance": {"whitespace_flexible": False}, **schema})
+        return json.dumps(self._form_of(schema, str(format.get("field", ""))))
 
     @staticmethod
     def _pattern(pattern: str) -> str:

@@ -7,30 +7,26 @@ tokenizer.json goes through transformers.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
-import jinja2.ext
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
 from engine.errors import InvalidRequest, ModelError
 from engine.model_config import read_json
 from engine.request import SamplingParams
+from engine.text.chat_template import TEMPLATE_ERRORS, compile_template, render
 from engine.text.detokenizer import Detokenizer, TextStream
+from engine.text.long_text import PIECE_CHARS, LongTexts
+from engine.text.probe import check_tokenizer
 
-# Errors of code in a template, which adds, indexes, formats and calls values of any kind; Jinja's own come first.
-TEMPLATE_ERRORS = (
-    jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError,
-)  # fmt: skip
 MALFORMED = (AttributeError, LookupError, TypeError, ValueError)  # errors raised by an entry of the wrong kind
 # Named tokens that are added to a vocabulary that lacks them.
 STANDARD_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MAX_FILE_BYTES = 1 << 29  # of a tokenizer.json; those of 256,000 tokens have some 35 million
 CONTINUE_MARK = "<~continue from here~> "
 Message = Mapping[str, Any]
 
@@ -42,7 +38,7 @@ class Backend(Protocol):
     special_tokens: dict[str, int]  # text -> id
     decoder: dict[str, Any] | None  # the tokenizers library's description of its decoder; None: there is none
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
+    def encode(self, text: str, add_special_tokens: bool, context_length: int | None = None) -> list[int]: ...
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str: ...
 
@@ -59,7 +55,7 @@ class FastBackend:
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         tokenizer.no_truncation()  # some files set truncation and padding, for training
         tokenizer.no_padding()
-        self._tokenizer = tokenizer
+        self._tokenizer, self._long_texts = tokenizer, LongTexts(tokenizer)
         self.id_to_token = tokenizer.id_to_token
         self.token_to_id = tokenizer.token_to_id
         self.to_json = tokenizer.to_str
@@ -69,9 +65,16 @@ class FastBackend:
         decoder = tokenizer.decoder
         self.decoder = json.loads(decoder.__getstate__()) if decoder is not None else None
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        # The library lets other threads run only while it encodes a batch; "fast" leaves out offsets nobody reads.
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    def encode(self, text: str, add_special_tokens: bool, context_length: int | None = None) -> list[int]:
+        try:
+            if len(text) > PIECE_CHARS:
+                return self._long_texts.encode(text, add_special_tokens, context_length)
+            # The library lets other threads run only while it encodes a batch; "fast" leaves out offsets nobody reads.
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # the library's, which is no Exception and cannot be imported
+                raise
+            raise InvalidRequest(f"the tokenizer cannot read this text: {error}", "text") from None
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -87,7 +90,8 @@ class PythonBackend:
         self.vocab_size = len(tokenizer)
         self.special_tokens = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool, context_length: int | None = None) -> list[int]:
+        del context_length  # nothing is known of where such a tokenizer cuts
         token_ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return token_ids
 
@@ -135,8 +139,7 @@ class Tokenizer:
         chat_template: Jinja text in place of the folder's templates. Raises `ModelError` if there is no usable
         tokenizer.
         """
-        config_file = folder / "tokenizer_config.json"
-        config = read_json(config_file)
+        config = read_json(folder / "tokenizer_config.json")
         legacy_names = read_json(folder / "special_tokens_map.json")
         extra_names = config.get("extra_special_tokens")
         named_tokens = find_named_tokens(legacy_names) | find_named_tokens(config)
@@ -149,17 +152,13 @@ class Tokenizer:
         except (OSError, *MALFORMED) as error:
             raise ModelError(f"the chat templates of {folder} are malformed: {described(error)}") from error
         file = folder / "tokenizer.json"
-        if not file.exists():
-            return cls(load_with_transformers(folder, trust_remote_code), named_tokens, chat_templates)
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing narrower
-            raise ModelError(f"{file} is not a tokenizer: {error}") from error
-        try:
-            apply_config(tokenizer, config, named_tokens)
-        except MALFORMED as error:
-            raise ModelError(f"{config_file} is malformed: {described(error)}") from error
-        return cls(FastBackend(tokenizer), named_tokens, chat_templates)
+        backend = (
+            load_fast(file, config, named_tokens)
+            if file.exists()
+            else load_with_transformers(folder, trust_remote_code)
+        )
+        check_tokenizer(lambda text: backend.encode(text, True), f"the tokenizer of {folder}")
+        return cls(backend, named_tokens, chat_templates)
 
     def to_json(self) -> str | None:
         """Return the tokenizers library's description, added tokens included; None: it is another library's."""
@@ -187,18 +186,19 @@ class Tokenizer:
         """Return the model's template, or its templates by name if it has several."""
         return self.chat_templates.get("default") if self.chat_templates.keys() <= {"default"} else self.chat_templates
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, *, context_length: int | None = None) -> list[int]:
         """Return the token ids of `text`. Raises `InvalidRequest` if it has half a surrogate pair.
 
         add_special_tokens: add the tokens that the model expects around any text, such as a first <s>. Chat templates
-        write them out, so a rendered chat is encoded without.
+        write them out, so a rendered chat is encoded without. context_length: raise `PromptTooLong`, as soon as that is
+        sure, for a long text with many more tokens.
         """
         if not text.isascii():
             try:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise InvalidRequest(f"text has half a surrogate pair at character {error.start}", "text") from None
-        return self.backend.encode(text, add_special_tokens)
+        return self.backend.encode(text, add_special_tokens, context_length)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `token_ids`; ids that the tokenizer does not know have none.
@@ -211,6 +211,15 @@ class Tokenizer:
 
     def token_to_id(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
+
+    def check_chat_template(self, source: str) -> None:
+        """Raise ValueError, with the line, if the Jinja text `source` cannot be compiled."""
+        try:
+            compile_template(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"line {error.lineno}: {error.message}") from None
+        except (SyntaxError, RecursionError, MemoryError) as error:  # Python's own limits, of nested loops for example
+            raise ValueError(str(error) or type(error).__name__) from None
 
     def token_text(self, token_id: int) -> str:
         """Return one token's text for log-probabilities, spaces kept; incomplete UTF-8 shows as U+FFFD."""
@@ -253,7 +262,7 @@ class Tokenizer:
             **kwargs,
         }
         try:
-            prompt = compile_template(source).render(variables)
+            prompt = render(source, variables)
         except TEMPLATE_ERRORS as error:
             raise InvalidRequest(f"chat template: {error or type(error).__name__}", "messages") from error
         return cut_at_mark(prompt, final_text) if continue_final_message else prompt
@@ -279,6 +288,21 @@ class Tokenizer:
 def described(error: Exception) -> str:
     """Return the error's type and message."""
     return f"{type(error).__name__}: {error}"
+
+
+def load_fast(file: Path, config: Mapping[str, Any], named_tokens: Mapping[str, str]) -> Backend:
+    """Load a tokenizer.json, with what tokenizer_config.json, `config`, changes. `ModelError` if either is broken."""
+    if (size := file.stat().st_size) > MAX_FILE_BYTES:
+        raise ModelError(f"{file} has {size} bytes, more than any tokenizer: {MAX_FILE_BYTES}")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise ModelError(f"{file} is not a tokenizer: {error}") from error
+    try:
+        apply_config(tokenizer, config, named_tokens)
+    except MALFORMED as error:
+        raise ModelError(f"{file.with_name('tokenizer_config.json')} is malformed: {described(error)}") from error
+    return FastBackend(tokenizer)
 
 
 def load_with_transformers(folder: Path, trust_remote_code: bool) -> Backend:
@@ -341,46 +365,6 @@ def template_processing(tokenizer: tokenizers.Tokenizer, bos: str | None, eos: s
     single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
     used: Iterable[str] = dict.fromkeys(token for token in (bos, eos) if token)
     return TemplateProcessing(single=single, special_tokens=[(token, tokenizer.token_to_id(token)) for token in used])
-
-
-class GenerationTag(jinja2.ext.Extension):
-    """Render the content of {% generation %} ... {% endgeneration %}, which marks an assistant's text for training."""
-
-    tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Return `value` as JSON. Replaces Jinja's own filter, which escapes HTML and sorts keys."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-@lru_cache(maxsize=16)
-def compile_template(source: str) -> jinja2.Template:
-    """Compile a template, to run in a sandbox: templates come from whoever made the model."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    return environment.from_string(source)
 
 
 def mark_end(chat: list[dict[str, Any]]) -> str:

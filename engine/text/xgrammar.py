@@ -5,6 +5,7 @@ schemas and patterns with such constraints are found and refused here. As in oth
 structural tag that names a special token lets special tokens into its free texts.
 """
 
+import copy
 import json
 import re
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 import xgrammar
 
+from engine.errors import InvalidRequest
 from engine.text.grammar import WORD_BITS, GrammarCompiler, MaskFiller
+from engine.text.schemas import change_all, is_strict
 from engine.text.structural_tag import MAX_DEPTH
 
 KEYWORDS_OF = {
@@ -36,6 +39,11 @@ FORMATS = {
     "date", "date-time", "duration", "hostname", "ipv4", "ipv6", "time", "uri", "uri-reference", "uuid"
 }  # fmt: skip
 """String formats that xgrammar knows and that cannot hold a quote, which it would not escape."""
+STANDARD_FORMATS = FORMATS | {
+    "email", "idn-email", "idn-hostname", "iri", "iri-reference", "json-pointer", "regex", "relative-json-pointer",
+    "uri-template",
+}  # fmt: skip
+"""Formats that JSON Schema defines. Others are annotations."""
 MAX_REPEAT = 1000  # repetitions in a pattern: the cost of compiling grows with their square
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 PATTERN_PART = re.compile(r"\\.|\[(?:\\.|[^]\\])*]|\(\?.?|.", re.DOTALL)
@@ -69,7 +77,7 @@ class XGrammarCompiler(GrammarCompiler):
 
     def _compile(self, kind: str, text: str) -> Any:
         if kind == "json_schema":
-            return self._compiler(False).compile_grammar(_schema_grammar(json.loads(text)))
+            return self._compiler(False).compile_grammar(_held_grammar(json.loads(text)))
         if kind == "regex":
             return self._compiler(False).compile_regex(_checked_pattern(text))
         if kind == "ebnf":
@@ -173,6 +181,32 @@ def _schema_grammar(schema: Any) -> Any:
     )
 
 
+def _held_grammar(schema: Any, field: str | None = None) -> Any:
+    """Return the grammar of a schema; if it is not strict, without what cannot be held of it.
+
+    field: what the client calls the schema. Raises `InvalidRequest` that names it.
+    """
+    forms = [schema]
+    if isinstance(schema, dict) and not is_strict(schema):
+        forms += [change_all(schema, _held), {"type": "object"} if schema.get("type") == "object" else {}]
+    reason: Exception | None = None
+    for form in forms:
+        try:
+            return _schema_grammar(copy.deepcopy(form))
+        except (RuntimeError, ValueError) as error:
+            reason = reason or error
+    assert reason is not None
+    if field is None:
+        raise reason
+    raise InvalidRequest(f"{field} cannot be used: {reason}", field) from None
+
+
+def _held(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return `schema` without the keywords that xgrammar ignores, and without those that it may misread."""
+    ignored, _ = _ignored_keywords(schema)
+    return {name: value for name, value in schema.items() if name not in ignored | {"pattern", "uniqueItems"}}
+
+
 def _check_schema(schema: Any, depth: int) -> None:
     """Raise `ValueError` for constraints that the library would not enforce; rewrite lengths as patterns, in place.
 
@@ -180,6 +214,8 @@ def _check_schema(schema: Any, depth: int) -> None:
     """
     if not isinstance(schema, dict):
         return
+    if schema.get("format", "date") not in STANDARD_FORMATS:
+        del schema["format"]
     if depth > MAX_DEPTH:
         raise ValueError(f"schemas may nest {MAX_DEPTH} deep")
     ignored, exclusive = _ignored_keywords(schema)
@@ -316,9 +352,9 @@ def _compiled_parts(format: Any) -> Any:
     if not isinstance(format, dict):
         return format
     if format.get("type") == "json_schema":
-        if extra := format.keys() - {"type", "json_schema"}:
+        if extra := format.keys() - {"type", "json_schema", "field"}:
             raise ValueError(f"{', '.join(sorted(extra))} of a json_schema format is not supported")
-        return {"type": "grammar", "grammar": str(_schema_grammar(format.get("json_schema")))}
+        return {"type": "grammar", "grammar": str(_held_grammar(format.get("json_schema"), format.get("field")))}
     if format.get("type") == "regex":
         return {**format, "pattern": _checked_pattern(format.get("pattern", ""))}
     return {name: _compiled_parts(inner) for name, inner in format.items()}

@@ -133,6 +133,10 @@ class Answer(ABC):
         if is_failure(reason):
             return self.fail(reason)
         self.reason = reason
+        return self.last_events(delta, reason)
+
+    def last_events(self, delta: Delta, reason: FinishReason) -> bytes:
+        """Return the events of the last delta of an answer that has not failed."""
         news = self.events(delta)
         if self.parser is not None:
             news += self.parts(self.parser.finish(), None)

@@ -44,6 +44,8 @@ OUR_NAMES = {
     "response_format": "output_config.format",
     "response_format.json_schema.schema": "output_config.format.schema",
     "json_schema": "output_config.format.schema",
+    "tools[].function": "tools[]",
+    "tools[].function.parameters": "tools[].input_schema",
     "reasoning_effort": "output_config.effort",
     "max_thinking_tokens": "thinking.budget_tokens",
 }

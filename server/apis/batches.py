@@ -2,24 +2,38 @@
 
 Lines run through the handlers of the endpoint that they name, a bounded number at once, below every other request's
 priority. An answer is appended to its file as it comes, so that a server that starts again computes none twice: a
-batch's record is written when its status changes, and what is done is read off its answers.
+batch's record is written when its status changes, and what is done is read off its answers. While the disk is full a
+batch waits with what it has: its record never says more than the disk does.
 """
 
 import asyncio
-import contextlib
 import logging
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from types import NoneType
+from typing import TypeVar
 
 import orjson
 from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest
-from server.apis.files import FileStore, NotFound, StorageUnavailable, new_id, page_of, read_records, write_atomically
+from server.apis.files import (
+    FileStore,
+    LineFile,
+    NotFound,
+    StorageUnavailable,
+    check_fields,
+    new_id,
+    page_of,
+    put_aside,
+    read_records,
+    storing,
+    write_atomically,
+)
 from server.http.intake import paced
 from server.http.keys import CLIENT, Client
 from server.reading.protocol import (
@@ -34,6 +48,7 @@ from server.reading.protocol import (
 )
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Answers a request's body. Raises `EngineError`.
 LineHandler = Callable[[Owner, Fields], Awaitable[web.StreamResponse]]
@@ -44,17 +59,33 @@ MAX_METADATA = 16
 MAX_ERRORS = 100  # of a file that is no batch, reported to its client
 MAX_CONCURRENT_LINES = 256  # of all batches
 RETRY_S = 1.0
+DISK_RETRY_S = 1.0
 DEFAULT_LIMIT = 20  # batches listed
 WINDOW = re.compile(r"([1-9]\d{0,5})([smhd])")
 WINDOW_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 FINAL = ("failed", "completed", "expired", "cancelled")
+STATUSES = (*FINAL, "validating", "in_progress", "finalizing", "cancelling")
+RECORD_FIELDS: Mapping[str, type | tuple[type, ...]] = {
+    "endpoint": str, "input_file_id": str, "status": str, "expires_at": int, "in_progress_at": (int, NoneType),
+    "request_counts": dict,
+}  # fmt: skip
+COUNTS = {"total": int, "completed": int, "failed": int}
+
+
+def check_record(record: JSON) -> None:
+    """Raise `ValueError` if a batch cannot be taken up from its record."""
+    check_fields(record, RECORD_FIELDS)
+    check_fields(record["request_counts"], COUNTS)
+    if record["status"] not in STATUSES:
+        raise ValueError(f"its status is {record['status']!r:.100}")
 
 
 @dataclass(eq=False)
 class Batch:
     record: JSON  # OpenAI's object, as it is stored
     task: asyncio.Task[None] | None = None
-    done: set[str] = field(default_factory=set)  # custom_ids with an answer
+    done: set[str] = field(default_factory=set)  # custom_ids with an answer or an error
+    awaits_disk: bool = False
 
     @property
     def id(self) -> str:
@@ -94,9 +125,8 @@ class Batches:
 
     async def running(self, _: web.Application) -> AsyncIterator[None]:
         """Resume what an earlier server left, and leave what is not done to a later one: a cleanup context."""
-        if self.store.open():
-            self.folder.mkdir(exist_ok=True)
-            for record in read_records(self.folder, "batch_*.json"):
+        if self.store.open() and self.store.make_folder(self.folder):
+            for record in read_records(self.folder, "batch_*.json", check_record):
                 batch = self._batches[record["id"]] = Batch(record)
                 if record["status"] not in FINAL:
                     self._start(batch)
@@ -149,7 +179,7 @@ class Batches:
                 "metadata": None if metadata is None else metadata.values,
             }
         )  # fmt: skip
-        self._save(batch)
+        self._save(batch.record)
         self._batches[batch.id] = batch
         self._start(batch)
         return json_response(batch.record)
@@ -188,57 +218,80 @@ class Batches:
     async def _live(self, batch: Batch) -> None:
         """Take `batch` from its status to its last. Cancelled: by its client, or because the server stops."""
         try:
-            try:
-                await self._run(batch)
-            except asyncio.CancelledError:
-                if batch.record["status"] == "cancelling":
-                    await self._finalize(batch, "cancelled")
-        except Exception as error:  # a full disk, say: this batch's failure alone
+            await self._or_fail(batch, self._run(batch))
+        except asyncio.CancelledError:
+            if batch.record["status"] == "cancelling":
+                await self._or_fail(batch, self._finalize(batch, "cancelled"))
+
+    async def _or_fail(self, batch: Batch, life: Awaitable[None]) -> None:
+        """Await that part of the batch's life; an error, as of a deleted input file, is its failure alone."""
+        try:
+            await life
+        except Exception as error:
             logger.error("batch %s failed", batch.id, exc_info=error)
             batch.record["errors"] = _errors([_error("internal_error", f"{type(error).__name__}: {error}")])
-            with contextlib.suppress(StorageUnavailable):
-                self._enter(batch, "failed")
+            await self._until_stored(batch, lambda: self._keep_answers(batch))
+            await self._reach(batch, "failed")
 
     async def _run(self, batch: Batch) -> None:
-        record = batch.record
-        if record["status"] == "validating":
-            endpoint, path = record["endpoint"], self.store.path(record["input_file_id"])
+        self.store.get(batch.record["input_file_id"], "input_file_id")
+        if batch.record["status"] == "validating":
+            endpoint, path = batch.record["endpoint"], self.store.path(batch.record["input_file_id"])
             num_lines, errors = await asyncio.to_thread(check_lines, path, endpoint)
             batch.counts["total"] = num_lines
             if errors:
-                record["errors"] = _errors(errors)
-                return self._enter(batch, "failed")
-            self._enter(batch, "in_progress")
+                batch.record["errors"] = _errors(errors)
+                return await self._reach(batch, "failed")
+            await self._reach(batch, "in_progress")
         else:
-            batch.counts["completed"] = await asyncio.to_thread(self._take_up, batch, batch.output_id)
-            batch.counts["failed"] = await asyncio.to_thread(self._take_up, batch, batch.errors_id)
-        if record["status"] == "in_progress":
+            for name, file_id in (("completed", batch.output_id), ("failed", batch.errors_id)):
+                batch.counts[name] = await self._until_stored_off_loop(batch, partial(self._take_up, batch, file_id))
+        if batch.record["status"] == "in_progress":
             try:
-                async with asyncio.timeout(record["expires_at"] - time.time()):
+                async with asyncio.timeout(batch.record["expires_at"] - time.time()):
                     await self._answer_lines(batch)
             except TimeoutError:
                 return await self._finalize(batch, "expired")
-        if record["status"] == "cancelling":
+        if batch.record["status"] == "cancelling":
             raise asyncio.CancelledError
         await self._finalize(batch, "completed")
 
     def _take_up(self, batch: Batch, file_id: str) -> int:
-        """Note what a file of answers holds, and cut off a line that a crash left unfinished. Returns its lines."""
-        path, count = self.store.path(file_id), 0
+        """Note what a file of answers holds, and return its number of lines.
+
+        A line that a crash left unfinished is cut off. A file with a damaged line is put aside, and goes on without it.
+        """
+        path, count, is_damaged = self.store.path(file_id), 0, False
+        if path.exists() and not path.is_file():
+            put_aside(path, ValueError("it is no file"))
         if not path.exists():
             return 0
-        with open(path, "r+b") as file:
+        with storing(self.store.folder), open(path, "r+b") as file:
             while (line := file.readline()).endswith(b"\n"):
-                batch.done.add(orjson.loads(line)["custom_id"])
-                count += 1
+                custom_id = _custom_id_of(line)
+                if custom_id is None:
+                    is_damaged = True
+                else:
+                    batch.done.add(custom_id)
+                    count += 1
             file.truncate(file.tell() - len(line))
+        if is_damaged:
+            self._repair(path)
         return count
 
+    def _repair(self, path: Path) -> None:
+        """Put a file of answers aside, and make it anew of those of its lines that are answers."""
+        unfinished = path.with_name(path.name + ".part")
+        with storing(self.store.folder), open(path, "rb") as file, open(unfinished, "wb") as repaired:
+            repaired.writelines(line for line in file if _custom_id_of(line) is not None)
+        with storing(self.store.folder):
+            put_aside(path, ValueError("a line of it is no answer"))
+            unfinished.rename(path)
+
     async def _answer_lines(self, batch: Batch) -> None:
-        with (
-            await asyncio.to_thread(open, self.store.path(batch.output_id), "ab") as output,
-            await asyncio.to_thread(open, self.store.path(batch.errors_id), "ab") as errors,
-        ):
+        paths = [self.store.path(file_id) for file_id in (batch.output_id, batch.errors_id)]
+        opened = [await self._until_stored(batch, partial(LineFile, path)) for path in paths]
+        with opened[0] as output, opened[1] as errors:
             async with asyncio.TaskGroup() as group:
                 async for line in paced(self._lines(batch)):
                     if line["custom_id"] in batch.done:
@@ -253,12 +306,13 @@ class Batches:
                 if text.strip():
                     yield orjson.loads(text)
 
-    async def _answer_line(self, batch: Batch, line: JSON, output: BinaryIO, errors: BinaryIO) -> None:
+    async def _answer_line(self, batch: Batch, line: JSON, output: LineFile, errors: LineFile) -> None:
         response = await self._response_to(batch, line["body"])
         is_ok = response.status == 200
         body = orjson.Fragment(response.body) if isinstance(response.body, bytes) else None
         answer = {"status_code": response.status, "request_id": new_id("req_"), "body": body}
-        _append(output if is_ok else errors, line["custom_id"], answer, None)
+        text = _answer_text(line["custom_id"], answer, None)
+        await self._until_stored(batch, lambda: (output if is_ok else errors).append(text))
         batch.counts["completed" if is_ok else "failed"] += 1
         batch.done.add(line["custom_id"])
 
@@ -285,17 +339,23 @@ class Batches:
 
     async def _finalize(self, batch: Batch, status: str) -> None:
         """Make files of the answers, errors of lines without one, and give the batch its last status."""
-        self._enter(batch, "cancelling" if status == "cancelled" else "finalizing")
-        await asyncio.to_thread(self._write_files, batch, status)
-        self._enter(batch, status)
+        await self._reach(batch, "cancelling" if status == "cancelled" else "finalizing")
+        await self._until_stored_off_loop(batch, lambda: self._write_errors(batch, status))
+        await self._until_stored(batch, lambda: self._keep_answers(batch))
+        await self._reach(batch, status)
 
-    def _write_files(self, batch: Batch, status: str) -> None:
+    def _write_errors(self, batch: Batch, status: str) -> None:
+        """Write an error for each line without an answer."""
         error = {"code": f"batch_{status}", "message": f"the batch was {status} before this line had its answer"}
-        with open(self.store.path(batch.errors_id), "ab") as errors:
+        with LineFile(self.store.path(batch.errors_id)) as errors:
             # Before it was in progress nobody had looked whether these are lines.
             for line in self._lines(batch) if batch.record["in_progress_at"] else ():
                 if line["custom_id"] not in batch.done:
-                    _append(errors, line["custom_id"], None, error)
+                    errors.append(_answer_text(line["custom_id"], None, error))
+                    batch.done.add(line["custom_id"])
+
+    def _keep_answers(self, batch: Batch) -> None:
+        """Make files of the answers and errors that there are."""
         for name, file_id in (("output_file_id", batch.output_id), ("error_file_id", batch.errors_id)):
             path = self.store.path(file_id)
             if path.exists() and path.stat().st_size:
@@ -304,20 +364,64 @@ class Batches:
             else:
                 path.unlink(missing_ok=True)
 
+    async def _reach(self, batch: Batch, status: str) -> None:
+        """Enter `status` as soon as the disk takes it."""
+        await self._until_stored(batch, lambda: self._enter(batch, status))
+
     def _enter(self, batch: Batch, status: str) -> None:
-        batch.record["status"] = status
-        batch.record[f"{status}_at"] = int(time.time())
-        self._save(batch)
+        """Give the batch that status, first on the disk. Raises `StorageUnavailable`; its status is then as before."""
+        record = {**batch.record, "status": status, f"{status}_at": int(time.time())}
+        self._save(record)
+        batch.record = record
 
-    def _save(self, batch: Batch) -> None:
-        write_atomically(self.folder / f"{batch.id}.json", orjson.dumps(batch.record))
+    def _save(self, record: JSON) -> None:
+        write_atomically(self.folder / f"{record['id']}.json", orjson.dumps(record))
+
+    # ---- a disk that is full ----
+
+    async def _until_stored(self, batch: Batch, write: Callable[[], T]) -> T:
+        """Call `write` until it raises no `StorageUnavailable`, and return what it returns. The batch waits meanwhile.
+
+        A server that ends while it waits leaves the batch to the next one, as it is on the disk.
+        """
+        while True:
+            try:
+                result = write()
+            except StorageUnavailable as error:
+                await self._wait_for_disk(batch, error)
+            else:
+                batch.awaits_disk = False
+                return result
+
+    async def _until_stored_off_loop(self, batch: Batch, write: Callable[[], T]) -> T:
+        """Do as `_until_stored`, in a thread: for what grows with the number of lines."""
+        while True:
+            try:
+                return await asyncio.to_thread(write)
+            except StorageUnavailable as error:
+                await self._wait_for_disk(batch, error)
+
+    async def _wait_for_disk(self, batch: Batch, error: StorageUnavailable) -> None:
+        if not batch.awaits_disk:
+            logger.error("%s waits until the disk takes its answers: %s", batch.id, error)
+        batch.awaits_disk = True
+        await asyncio.sleep(DISK_RETRY_S)
 
 
-def _append(file: BinaryIO, custom_id: str, response: JSON | None, error: JSON | None) -> None:
-    """Append a line to a batch's output or errors. It is on its way to the disk when this returns."""
+def _answer_text(custom_id: str, response: JSON | None, error: JSON | None) -> bytes:
+    """Return a line of a batch's output or errors."""
     line = {"id": new_id("batch_req_"), "custom_id": custom_id, "response": response, "error": error}
-    file.write(orjson.dumps(line) + b"\n")
-    file.flush()
+    return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _custom_id_of(line: bytes) -> str | None:
+    """Return the custom_id of a line of answers; None if it is none."""
+    try:
+        values = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    custom_id = values.get("custom_id") if isinstance(values, dict) else None
+    return custom_id if isinstance(custom_id, str) else None
 
 
 def _error(code: str, message: str, line: int | None = None, param: str | None = None) -> JSON:

@@ -7,9 +7,7 @@ the beginning, the growth and the end of blocks, which each API's subclass spell
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import orjson
 from aiohttp import web
 
 from engine.state import Delta, FinishReason, Logprobs, RequestState
@@ -17,8 +15,9 @@ from server.apis.answer import Answer, respond
 from server.http.live import LiveRequests, make_requests
 from server.http.sse import HEADERS
 from server.parsers import AnswerDelta
+from server.parsers.tool_calls import object_of
 from server.reading.chat import ChatTurn
-from server.reading.protocol import JSON, Owner
+from server.reading.protocol import JSON, Owner, spelled
 
 REASONING, TEXT, TOOL_CALL = "reasoning", "text", "tool_call"
 
@@ -38,16 +37,8 @@ class Block:
 
 
 def arguments_of(block: Block) -> JSON:
-    """Return a call's arguments.
-
-    Text that is no JSON object, because the answer was cut or the model erred, goes under the key INVALID_JSON, as
-    Anthropic advises.
-    """
-    try:
-        arguments: Any = orjson.loads(block.content or "{}")
-    except orjson.JSONDecodeError:
-        arguments = None
-    return arguments if isinstance(arguments, dict) else {"INVALID_JSON": block.content}
+    """Return a call's arguments; see `object_of` for those that are no JSON object."""
+    return object_of(block.content)
 
 
 def chat_call(call_id: str, name: str, arguments: str) -> JSON:
@@ -165,6 +156,7 @@ async def respond_in_blocks(
     owner: Owner, live: LiveRequests, answer: BlockAnswer, headers: Mapping[str, str] = HEADERS
 ) -> web.StreamResponse:
     """Return the response of `answer`, a stream if its request streams, which only an HTTP request may ask for."""
-    return await respond(
-        owner, live, answer.state.rid, [answer], body=lambda bodies: bodies[0], tail=bytes, headers=headers
-    )
+    with spelled(answer.turn.names):
+        return await respond(
+            owner, live, answer.state.rid, [answer], body=lambda bodies: bodies[0], tail=bytes, headers=headers
+        )

@@ -73,8 +73,8 @@ class EmbeddingsApi:
         states = await self._run(owner, body, await read_prompts(self.engine, body, "input"))
         data = []
         async for i, state in paced(enumerate(states), NUM_A_PASS):
-            vector = _normalized(_vector(state)[:size])
-            shown = base64.b64encode(vector.tobytes()).decode() if encoding == "base64" else _json(vector)
+            vector = normalized(_vector(state)[:size])
+            shown = base64.b64encode(vector.tobytes()).decode() if encoding == "base64" else json_vector(vector)
             data.append({"object": "embedding", "index": i, "embedding": shown})
         return json_response({"object": "list", "data": data, "model": model, "usage": _usage(states)})
 
@@ -96,8 +96,10 @@ class EmbeddingsApi:
         states = await self._run(http_request, body, await read_prompts(self.engine, body, name))
         meta_info, answers = MetaInfo(self.engine.tokenizer), []
         async for state in paced(states, NUM_A_PASS):
-            vector = _normalized(_vector(state)) if is_normalized else _vector(state)
-            answers.append({"embedding": _json(vector), "meta_info": meta_info.counts(state, 0, state.finish_reason)})
+            vector = normalized(_vector(state)) if is_normalized else _vector(state)
+            answers.append(
+                {"embedding": json_vector(vector), "meta_info": meta_info.counts(state, 0, state.finish_reason)}
+            )
         return json_response(answers if is_list else answers[0])
 
     async def rerank_for_sglang(self, http_request: web.Request) -> web.Response:
@@ -127,7 +129,7 @@ class EmbeddingsApi:
         for i, state in enumerate(states):
             probs = _probabilities(_vector(state))
             label = self.engine.model_config.labels[int(probs.argmax())]
-            data.append({"index": i, "label": label, "probs": _json(probs), "num_classes": len(probs)})
+            data.append({"index": i, "label": label, "probs": json_vector(probs), "num_classes": len(probs)})
         return json_response(
             {
                 "id": f"classify-{new_rid()}", "object": "list", "created": int(time.time()), "model": model,
@@ -199,20 +201,14 @@ class EmbeddingsApi:
             states = await self._run(owner, body, pairs)
             return [float(_probabilities(_vector(state))[-1]) for state in states], states
         states = await self._run(owner, body, heads + tails)
-        vectors = [_normalized(_vector(state)) for state in states]
+        vectors = [normalized(_vector(state)) for state in states]
         pairs_of = [(vectors[i % len(heads)], vector) for i, vector in enumerate(vectors[len(heads) :])]
         return [float(head @ tail) for head, tail in pairs_of], states
 
     async def _score_labels(self, owner: Owner, body: Fields, model: str) -> web.Response:
         """Score how likely each of some tokens comes after `query` and an item (SGLang's)."""
         labels = check_token_ids(body.get("label_token_ids"), self.engine.model_config.vocab_size, "label_token_ids")
-        query, items = body.text("query"), _texts(body, "items")
-        is_item_first, is_softmax = body.flag("item_first"), body.flag("apply_softmax")
-        check_batch_size(len(items), "items")
-        prompts = [
-            await encode_prompt(self.engine, item + query if is_item_first else query + item, f"items[{i}]")
-            async for i, item in paced(enumerate(items))
-        ]
+        prompts, is_softmax = await self._items(body), body.flag("apply_softmax")
         params = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
         options = Options(
             return_logprob=True, token_ids_logprob=labels, priority=body.integer("priority"),
@@ -233,7 +229,34 @@ class EmbeddingsApi:
             scores.append((likely / max(likely.sum(), 1e-300) if is_softmax else likely).tolist())
         return json_response({"object": "scoring", "scores": scores, "model": model, "usage": _usage(states)})
 
+    async def _items(self, body: Fields) -> list[list[int]]:
+        """Return each of `items` joined to `query`; both are texts, or both token ids."""
+        is_item_first = body.flag("item_first")
+        if not isinstance(body.get("query"), list):
+            query, texts = body.text("query"), _texts(body, "items")
+            check_batch_size(len(texts), "items")
+            return [
+                await encode_prompt(self.engine, text + query if is_item_first else query + text, f"items[{i}]")
+                async for i, text in paced(enumerate(texts))
+            ]
+        vocab_size = self.engine.model_config.vocab_size
+        head, items = check_token_ids(body.get("query"), vocab_size, "query", may_be_empty=True), body.array("items")
+        if items and is_int(items[0]):
+            items = [items]
+        if not items or not all(isinstance(ids, list) for ids in items):
+            body.fail("items", "a non-empty list of lists of token ids, as query is token ids")
+        check_batch_size(len(items), "items")
+        prompts = []
+        async for i, item in paced(enumerate(items)):
+            tail = check_token_ids(item, vocab_size, f"items[{i}]", may_be_empty=bool(head))
+            prompts.append(tail + head if is_item_first else head + tail)
+        return prompts
+
     # ---- all of them ----
+
+    async def vectors(self, owner: Owner, body: Fields, prompts: Sequence[list[int]]) -> list[np.ndarray]:
+        """Return the vector of each prompt, float32 [size], not normalized. `body`: see `_run`."""
+        return [_vector(state) for state in await self._run(owner, body, prompts)] if prompts else []
 
     async def _run(self, owner: Owner, body: Fields, prompts: Sequence[list[int]]) -> list[RequestState]:
         """Run one request a prompt; their vectors are there then. `body` gives `rid`, `priority` and cache keys."""
@@ -276,7 +299,7 @@ def _vector(state: RequestState) -> np.ndarray:
     return vector
 
 
-def _normalized(vector: np.ndarray) -> np.ndarray:
+def normalized(vector: np.ndarray) -> np.ndarray:
     """Scale a vector to length 1."""
     return vector / max(float(np.linalg.norm(vector)), 1e-12)
 
@@ -289,12 +312,12 @@ def _probabilities(scores: np.ndarray) -> np.ndarray:
     return np.asarray(likely / likely.sum())
 
 
-def _json(vector: np.ndarray) -> Any:
+def json_vector(vector: np.ndarray) -> Any:
     """Write JSON at once, and without a Python object for each number."""
     return orjson.Fragment(orjson.dumps(np.ascontiguousarray(vector, np.float32), option=orjson.OPT_SERIALIZE_NUMPY))
 
 
 def _usage(states: Sequence[RequestState]) -> JSON:
+    """Return the costs: prompts alone, also where a token was sampled for its log-probabilities."""
     num_tokens = sum(state.prompt_len for state in states)
-    num_output = sum(len(state.output_ids) for state in states)
-    return {"prompt_tokens": num_tokens, "completion_tokens": num_output, "total_tokens": num_tokens + num_output}
+    return {"prompt_tokens": num_tokens, "completion_tokens": 0, "total_tokens": num_tokens}

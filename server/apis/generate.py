@@ -243,5 +243,5 @@ class GenerateAnswer(Answer):
                 known.top += new.top
                 known.token_ids += new.token_ids
                 new = known
-            meta |= self._meta_info.logprobs(self.state, new)
+            meta |= self._meta_info.logprobs(self.state, new, self.num_output_tokens)
         return orjson.dumps(meta)

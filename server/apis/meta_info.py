@@ -13,7 +13,7 @@ class MetaInfo:
         """Return the answer of a request that does not stream."""
         meta = self.counts(delta.state, len(delta.token_ids), delta.finish_reason)
         if delta.state.return_logprob:
-            meta |= self.logprobs(delta.state, delta.logprobs or Logprobs())
+            meta |= self.logprobs(delta.state, delta.logprobs or Logprobs(), len(delta.token_ids))
         return {"text": delta.text, "output_ids": delta.token_ids, "meta_info": meta}
 
     def counts(self, state: RequestState, num_output_tokens: int, reason: FinishReason | None) -> JSON:
@@ -49,11 +49,13 @@ class MetaInfo:
         token_id = state.request.input_ids[position]
         return {"position": position, "token_id": token_id, "text": self.tokenizer.token_text(token_id)}
 
-    def logprobs(self, state: RequestState, output: Logprobs) -> JSON:
+    def logprobs(self, state: RequestState, output: Logprobs, num_output_tokens: int) -> JSON:
+        """Return the log-probabilities of the prompt, and `output`, which may be the newest of `num_output_tokens`."""
         prompt = state.input_logprobs or Logprobs()
         meta: JSON = {
             "input_token_logprobs": self._triples(prompt.token),
             "output_token_logprobs": self._triples(output.token),
+            "output_token_logprobs_length": num_output_tokens,
         }
         if state.top_logprobs_num:
             meta["input_top_logprobs"] = [self._triples(row) for row in prompt.top]

@@ -24,7 +24,7 @@ from server.apis.blocks import (
 from server.config import ServerConfig
 from server.http.live import LiveRequests, new_rid
 from server.reading.chat import Chats, ChatTurn
-from server.reading.model_name import served_model
+from server.reading.model_name import ollama_model
 from server.reading.protocol import (
     JSON,
     REQUEST_FIELDS,
@@ -51,10 +51,13 @@ OUR_NAMES = {name: f"options.{name}" for name in (*SAME_NAMES, "top_k")} | {
     "repetition_penalty": "options.repeat_penalty",
     "response_format": "format",
     "reasoning_effort": "think",
+    "response_format.json_schema.schema": "format",
     "json_schema": "format",
 }
-# Options of samplers that this server lacks: the one value that leaves the answer as it is.
-NEUTRAL = {"mirostat": 0, "tfs_z": 1, "typical_p": 1, "repeat_last_n": -1}
+# Options of samplers that this server lacks: the one value that leaves the answer as it is. `typical_p` is Ollama's
+# own dead letter, and `repeat_last_n` a window that is always the whole text here, unless it is 0.
+NEUTRAL = {"mirostat": 0, "tfs_z": 1}
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -70,25 +73,26 @@ class OllamaApi:
             web.get("/api/tags", self.tags),
             web.get("/api/ps", self.running),
             web.post("/api/show", self.show),
+            web.post("/api/pull", self.pull),
             web.get("/api/version", self.version),
         ]
 
     async def chat(self, http_request: web.Request) -> web.StreamResponse:
         body = await read_json(http_request)
-        model = self._model_of(body)
+        model = ollama_model(self.config, body)
         messages = [_read_message(message) for message in body.objects("messages")]
         if not messages:
-            return json_response(_loaded(model, {"message": {"role": "assistant", "content": ""}}))
+            return json_response(_loaded(model, body, {"message": {"role": "assistant", "content": ""}}))
         with spelled(OUR_NAMES):
             turn = await self.chats.turn(Fields(chat_body(body) | {"messages": messages}))
             return await respond_in_blocks(http_request, self.live, ChatLines(turn, model), NDJSON)
 
     async def generate(self, http_request: web.Request) -> web.StreamResponse:
         body = await read_json(http_request)
-        model = self._model_of(body)
+        model = ollama_model(self.config, body)
         refuse(body, ("tools",))
         if not body.text("prompt"):
-            return json_response(_loaded(model, {"response": ""}))
+            return json_response(_loaded(model, body, {"response": ""}))
         with spelled(OUR_NAMES):
             turn = await (self._raw_turn(body) if body.flag("raw") else self._prompt_turn(body))
             return await respond_in_blocks(http_request, self.live, GenerateLines(turn, model), NDJSON)
@@ -119,8 +123,7 @@ class OllamaApi:
         return json_response({"models": [self._card() | held]})
 
     async def show(self, http_request: web.Request) -> web.Response:
-        body = await read_json(http_request)
-        self._model_of(body)
+        ollama_model(self.config, await read_json(http_request))
         model = self.engine.model_config
         template = self.chats.template or self.engine.tokenizer.chat_template
         return json_response(
@@ -134,21 +137,25 @@ class OllamaApi:
                     "general.architecture": model.model_type,
                     f"{model.model_type}.context_length": self.engine.context_length,
                 },
-                "capabilities": self._capabilities(),
+                "capabilities": self._capabilities() if self.engine.is_generation else ["embedding"],
             }
         )
+
+    async def pull(self, http_request: web.Request) -> web.Response:
+        """Answer as if the model had been fetched: it is there, or unknown."""
+        body = await read_json(http_request)
+        ollama_model(self.config, body)
+        steps: list[JSON] = [{"status": "pulling manifest"}, {"status": "success"}]
+        if not body.flag("stream", True):
+            return json_response(steps[-1])
+        return web.Response(body=b"".join(orjson.dumps(step) + b"\n" for step in steps), headers=NDJSON)
 
     async def version(self, _: web.Request) -> web.Response:
         return json_response({"version": VERSION})
 
-    def _model_of(self, body: Fields) -> str:
-        name = body.text("model") or body.text("name")
-        served_model(self.config, name.removesuffix(":latest"))
-        return name or self.config.model_name
-
     def _capabilities(self) -> list[str]:
-        found = {"tools": self.chats.tool_call_parser, "thinking": self.chats.reasoning_parser}
-        return ["completion", *(name for name, parser in found.items() if parser)]
+        found = {"tools": self.chats.supports_tools, "thinking": self.chats.reasoning_parser}
+        return ["completion", *(name for name, is_there in found.items() if is_there)]
 
     def _card(self) -> JSON:
         name = self.config.model_name
@@ -199,6 +206,8 @@ def _read_options(options: Fields) -> JSON:
     for name, value in NEUTRAL.items():
         if options.has(name) and options.get(name) != value:
             options.fail(name, f"{value} (this server has no such sampler)")
+    if not 0 <= options.number("typical_p", 1.0) <= 1:
+        options.fail("typical_p", "in [0, 1]")
     read: JSON = {name: options.get(name) for name in SAME_NAMES if options.has(name)}
     if options.integer("num_predict", -1) >= 0:
         read["max_tokens"] = options.integer("num_predict")
@@ -208,6 +217,8 @@ def _read_options(options: Fields) -> JSON:
         read["seed"] = options.integer("seed")
     if options.has("repeat_penalty"):
         read["repetition_penalty"] = options.get("repeat_penalty")
+    if options.integer("repeat_last_n", -1, low=-1) == 0:
+        read = {name: value for name, value in read.items() if name not in PENALTIES}
     return read
 
 
@@ -239,8 +250,11 @@ def _read_call(call: Fields) -> JSON:
     function = call.object("function")
     assert function is not None
     function.required("name", "a string")
-    arguments = function.object("arguments") or Fields({})
-    return chat_call(call.text("id"), function.text("name"), orjson.dumps(arguments.values).decode())
+    given = function.get("arguments")
+    if not isinstance(given, str):  # as OpenAI's clients send them
+        arguments = function.object("arguments") or Fields({})
+        given = orjson.dumps(arguments.values).decode()
+    return chat_call(call.text("id"), function.text("name"), given)
 
 
 # ---- writing ----
@@ -250,9 +264,10 @@ def _now() -> str:
     return datetime.now(UTC).isoformat()
 
 
-def _loaded(model: str, empty: JSON) -> JSON:
-    """Answer a client that only asks for the model to be loaded."""
-    return {"model": model, "created_at": _now(), **empty, "done": True, "done_reason": "load"}
+def _loaded(model: str, body: Fields, empty: JSON) -> JSON:
+    """Answer a client that only asks for the model to be loaded, or not to be kept: it stays."""
+    reason = "unload" if body.get("keep_alive") in (0, "0", "0s", "0m", "0h") else "load"
+    return {"model": model, "created_at": _now(), **empty, "done": True, "done_reason": reason}
 
 
 class Lines(BlockAnswer):

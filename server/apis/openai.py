@@ -18,6 +18,7 @@ from server.http.intake import paced
 from server.http.live import LiveRequests, Options, make_requests, new_rid
 from server.http.sse import DONE, event
 from server.reading.chat import Chats
+from server.reading.grammars import names_of_constraint
 from server.reading.model_name import served_model
 from server.reading.protocol import (
     JSON,
@@ -27,6 +28,7 @@ from server.reading.protocol import (
     json_response,
     read_json,
     read_prompts,
+    spelled,
 )
 from server.reading.sampling import MAX_TOP_LOGPROBS, read_options, read_sampling_params
 
@@ -95,7 +97,8 @@ class OpenAIApi:
         check_n(params.n, len(prompts))
         envelope = self._envelope(body, options, model, "cmpl", "text_completion", "text_completion")
         new_answer = partial(CompletionAnswer, is_echo=is_echo, num_logprobs=num_logprobs)
-        return await self._answer(owner, prompts, params, options, envelope, new_answer)
+        with spelled(names_of_constraint(body)):
+            return await self._answer(owner, prompts, params, options, envelope, new_answer)
 
     async def chat(self, owner: Owner, body: Fields) -> web.StreamResponse:
         """Answer `body`. Only an HTTP request may ask for a stream."""
@@ -103,10 +106,8 @@ class OpenAIApi:
         turn = await self.chats.turn(body)
         envelope = self._envelope(body, turn.options, model, "chatcmpl", "chat.completion", "chat.completion.chunk")
         new_answer = partial(ChatAnswer, turn=turn)
-        try:
+        with spelled(turn.names):
             return await self._answer(owner, [turn.input_ids], turn.params, turn.options, envelope, new_answer)
-        except InvalidRequest as error:
-            raise turn.in_clients_terms(error) from None
 
     async def render(self, http_request: web.Request) -> web.Response:
         """Return the prompt that /v1/chat/completions would generate from, and its tokens."""

@@ -17,6 +17,8 @@ from server.parsers import AnswerDelta, AnswerParser, ToolCallDelta
 from server.reading.chat import ChatTurn
 from server.reading.protocol import JSON, openai_error
 
+# Of a chat's deltas: SGLang's clients read the field without looking whether it is there.
+NO_REASONING: JSON = {"reasoning_content": None}
 MARK = "\0text\0"  # stands for the text while an event's JSON is made
 
 
@@ -181,13 +183,14 @@ class ChatAnswer(OpenAIAnswer):
         return self._turn.count_reasoning(self.state.output_ids, self.parser)
 
     def opening(self) -> JSON:
-        return {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        delta = {"role": "assistant", "content": "", **NO_REASONING}
+        return {"delta": delta, "logprobs": None, "finish_reason": None}
 
     def piece(self, text: str, logprobs: Any = None) -> JSON:
-        return {"delta": {"content": text}, "logprobs": logprobs}
+        return {"delta": {"content": text, **NO_REASONING}, "logprobs": logprobs}
 
     def last_piece(self) -> JSON:
-        return {"delta": {}, "logprobs": None}
+        return {"delta": dict(NO_REASONING), "logprobs": None}
 
     def parts(self, parts: AnswerDelta, logprobs: Logprobs | None) -> bytes:
         is_text = not (parts.reasoning or parts.tool_calls)
@@ -196,7 +199,7 @@ class ChatAnswer(OpenAIAnswer):
                 return b""
             if not self._has_usage:
                 return self._head + orjson.dumps(parts.text) + self._end
-        fields = _message_fields(parts, is_delta=True)
+        fields = NO_REASONING | _message_fields(parts, is_delta=True)
         if parts.text:
             fields["content"] = parts.text
         return self._event(delta=fields, logprobs=self.spell_logprobs(logprobs), finish_reason=None)
@@ -258,6 +261,14 @@ class CompletionAnswer(OpenAIAnswer):
 
     def last_piece(self) -> JSON:
         return {"text": "", "logprobs": None}
+
+    def last_events(self, delta: Delta, reason: FinishReason) -> bytes:
+        """Put the end into the event of the last token, if that has log-probabilities: SGLang's clients expect some."""
+        if delta.logprobs is None or not delta.logprobs.token:
+            return super().last_events(delta, reason)
+        begun = self.events(Delta(self.state, "", []))
+        last = self.piece(delta.text, self.spell_logprobs(delta.logprobs))
+        return begun + self._event(**last, **self.ending(reason), **self._meta(reason))
 
     def choice(self, delta: Delta) -> JSON:
         return {

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any
 
-import orjson
 from aiohttp import web
 
 from engine.errors import EngineError, InvalidRequest
@@ -32,7 +31,10 @@ OUR_NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
     "response_format.json_schema.schema": "text.format.schema",
+    "response_format.schema": "text.format.schema",
     "json_schema": "text.format.schema",
+    "tools[].function": "tools[]",
+    "tools[].function.parameters": "tools[].parameters",
     "reasoning_effort": "reasoning.effort",
     "messages": "input",
 }
@@ -181,7 +183,8 @@ class BackgroundResponse:
         """Submit the request. An `EngineError` if it is refused."""
         self.answer.state.sink = self._sink
         submitted = AsyncExitStack()
-        await submitted.enter_async_context(live.submitted(http_request, self.id, [self.answer.state]))
+        with spelled(self.answer.turn.names):
+            await submitted.enter_async_context(live.submitted(http_request, self.id, [self.answer.state]))
         self.task = asyncio.create_task(self._finish(submitted))
 
     def _sink(self, delta: Delta) -> None:
@@ -215,7 +218,7 @@ def read_input(body: Fields) -> list[JSON]:
                 _add_call(messages, item)
             case "function_call_output":
                 item.required("call_id", "a string")
-                output = _join_texts(item, "output")
+                output = _join_texts(item, "output") if item.has("output") else ""
                 messages.append({"role": "tool", "tool_call_id": item.text("call_id"), "content": output})
             case _:
                 item.fail("type", "message, reasoning, function_call or function_call_output")
@@ -225,7 +228,7 @@ def read_input(body: Fields) -> list[JSON]:
 def _add_message(messages: list[JSON], item: Fields) -> None:
     item.required("role", " or ".join(map(repr, ROLES)))
     role = item.one_of("role", ROLES, "user")
-    content = _join_texts(item, "content")
+    content = "" if role == "assistant" and not item.has("content") else _join_texts(item, "content")
     if role == "assistant":
         # Text, thoughts and calls of one turn of the model come as items of one message each.
         message = _assistant(messages, lacks=("content", "tool_calls"))
@@ -248,12 +251,6 @@ def _add_reasoning(messages: list[JSON], item: Fields) -> None:
 def _add_call(messages: list[JSON], item: Fields) -> None:
     for name in ("call_id", "name", "arguments"):
         item.required(name, "a string")
-    try:
-        arguments = orjson.loads(item.text("arguments") or "{}")
-    except orjson.JSONDecodeError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        item.fail("arguments", "a JSON object as text")
     calls = _assistant(messages, lacks=()).setdefault("tool_calls", [])
     calls.append(chat_call(item.text("call_id"), item.text("name"), item.text("arguments")))
 
@@ -271,6 +268,9 @@ def _join_texts(owner: Fields, name: str) -> str:
         return content
     texts = []
     for part in owner.objects(name):
+        if part.text("type") == "refusal":  # an assistant's
+            texts.append(part.text("refusal"))
+            continue
         if part.text("type") not in ("input_text", "output_text", "text"):
             part.fail("type", "input_text or output_text: this model reads text only")
         part.required("text", "a string")
@@ -306,7 +306,7 @@ def chat_body(body: Fields, messages: list[JSON], tools: Tools) -> JSON:
 def _read_format(format_: Fields) -> JSON:
     kind = format_.one_of("type", ("text", "json_object", "json_schema"), "text")
     if kind != "json_schema":
-        return {"type": kind}
+        return {"type": kind, **({"schema": format_.get("schema")} if format_.has("schema") else {})}
     format_.required("schema", "an object")
     names = ("name", "description", "schema", "strict")
     return {"type": kind, "json_schema": {name: format_.get(name) for name in names if format_.has(name)}}

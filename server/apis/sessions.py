@@ -58,7 +58,7 @@ class SessionParams:
 
     session: Session
     previous: Turn | None
-    offset: int | None
+    offset: int  # tokens of the previous turn to keep, negative ones counted from its end; 0: all
     replaces: bool
     drops_output: bool
 
@@ -103,11 +103,9 @@ class Sessions:
                 fields.fail("rid", "a request of the session")
             if previous.is_running and not replaces:
                 fields.fail("rid", "a request that has ended, unless replace is true")
-        offset = fields.integer("offset", -1, low=-1)
-        if offset >= 0 and previous is None:
-            fields.fail("offset", "left out, or given with the rid of the request to continue")
+        offset = fields.integer("offset")
         drops_output = fields.flag("drop_previous_output")
-        return SessionParams(session, previous, None if offset < 0 else offset, replaces, drops_output)
+        return SessionParams(session, previous, offset, replaces, drops_output)
 
     def continued(self, params: SessionParams, input_ids: list[int]) -> tuple[list[int], int]:
         """Return the prompt that continues the previous turn with `input_ids`, and how many of its tokens are kept."""
@@ -117,8 +115,8 @@ class Sessions:
             if running is not None:
                 self.engine.abort(running.rid)
             kept = params.previous.token_ids(with_output=not params.drops_output)
-            if params.offset is not None:
-                if params.offset > len(kept):
+            if params.offset:
+                if abs(params.offset) > len(kept):
                     raise InvalidRequest(
                         f"offset is {params.offset}, the request to continue has {len(kept)} tokens",
                         "session_params.offset",

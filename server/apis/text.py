@@ -38,7 +38,7 @@ class TextApi:
         answer: JSON = {"max_model_len": self.engine.context_length}
         if body.has("messages"):
             answer["prompt"] = self.chats.render(body)
-            tokens: Any = await self.engine.encode(answer["prompt"], add_special_tokens=False)
+            tokens: Any = await self.engine.encode(answer["prompt"], False, is_prompt=False)
         else:
             name = "prompt" if body.has("prompt") else "text"
             prompt = body.get(name)
@@ -46,7 +46,9 @@ class TextApi:
             texts = prompt if isinstance(prompt, list) else [prompt]
             if not all(isinstance(text, str) for text in texts):
                 body.fail(name, "a string or a list of strings")
-            tokens = [await self.engine.encode(text, add_special_tokens) async for text in paced(texts)]
+            tokens = [
+                await self.engine.encode(text, add_special_tokens, is_prompt=False) async for text in paced(texts)
+            ]
             if not isinstance(prompt, list):
                 tokens = tokens[0]
         is_batch = bool(tokens) and isinstance(tokens[0], list)
@@ -65,10 +67,10 @@ class TextApi:
         ids, vocab_size = body.get("tokens"), self.engine.model_config.vocab_size
         skip = body.flag("skip_special_tokens", True)
         if isinstance(ids, list) and ids and isinstance(ids[0], list):
-            rows = [check_token_ids(row, vocab_size, f"tokens[{i}]") for i, row in enumerate(ids)]
+            rows = [check_token_ids(row, vocab_size, f"tokens[{i}]", may_be_empty=True) for i, row in enumerate(ids)]
             texts = [self.engine.tokenizer.decode(row, skip_special_tokens=skip) async for row in paced(rows)]
             return json_response({"text": texts, "prompt": texts})
-        row = check_token_ids(ids, vocab_size, "tokens")
+        row = check_token_ids(ids, vocab_size, "tokens", may_be_empty=True)
         text = self.engine.tokenizer.decode(row, skip_special_tokens=skip)
         return json_response({"text": text, "prompt": text})
 

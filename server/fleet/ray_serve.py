@@ -30,6 +30,7 @@ from server.__main__ import warm_up
 from server.app import build_app
 from server.config import ServerConfig, make_parser, read_options, to_arguments
 from server.fleet.router import BROADCAST_PATHS, FIRST_WORKERS_PATHS, end_to_end, transparent_session
+from server.foreign_flags import SERVER_FLAGS
 from server.reading.protocol import error_shape
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,9 @@ def application(config: FleetConfig) -> serve.Application:
 
 def _new_parser() -> ArgumentParser:
     usage = "[--model-path MODEL] [options]"
-    return make_parser(FleetConfig, "python -m server.ray_serve", usage, "Several servers under Ray Serve.")
+    return make_parser(
+        FleetConfig, "python -m server.ray_serve", usage, "Several servers under Ray Serve.", SERVER_FLAGS
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

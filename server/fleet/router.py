@@ -4,16 +4,18 @@ Requests and answers pass through as they are, a streamed answer piece by piece 
 leaves takes its request along. Whatever a worker refuses for want of health or room (a lost connection, 429, 5xx) goes
 to another one, as long as nothing of the answer has been passed on.
 
-What one worker alone knows is found again: files, batches and sessions are kept by the first worker, and what a worker
-does not have (404: a response it has not stored, a model it does not serve) is looked for at the others. A request
-goes to one worker as a whole, a batch of prompts too.
+What one worker alone knows is found again: files, batches and sessions are kept by the first worker, whose figures the
+dashboard shows, and what a worker does not have (404: a response it has not stored, a model it does not serve) is
+looked for at the others. A request goes to one worker as a whole, a batch of prompts too.
 """
 
 import asyncio
 import hmac
+import ipaddress
 import logging
 import resource
 import sys
+import zlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
@@ -31,8 +33,10 @@ from engine.replicas.balance import METHODS, PROMPT_METHODS
 from server.app import answer_errors
 from server.config import HTTP, LOG_LEVELS, make_parser, read_options
 from server.fleet.workers import Worker, Workers
+from server.foreign_flags import ROUTER_FLAGS
 from server.http.intake import BACKLOG, GATE, Gate
 from server.http.keys import ADMIN_PATHS
+from server.http.malformed import shorten_malformed
 from server.reading.protocol import error_shape, json_response, read_json
 
 logger = logging.getLogger(__name__)
@@ -40,7 +44,9 @@ logger = logging.getLogger(__name__)
 WORKERS = "workers"
 # Routes that act on a server as such: every worker gets them.
 BROADCAST_PATHS = ADMIN_PATHS - {"/dashboard/data", "/get_weights_by_name"}
-FIRST_WORKERS_PATHS = ("/v1/files", "/v1/batches", "/open_session", "/close_session")
+FIRST_WORKERS_PATHS = ("/v1/files", "/v1/batches", "/open_session", "/close_session", "/dashboard")
+WORKER_HEADER = "X-Radixloop-Worker"  # whose figures a dashboard shows
+GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 SESSION_FIELD, PREVIOUS_FIELD = b'"session_params"', b'"previous_response_id"'
 RETRIED = frozenset({429, 500, 502, 503, 504})
 # Headers of one connection, not of the message (RFC 9110, 7.6.1), and those that the client library writes itself.
@@ -112,7 +118,7 @@ class Router:
                 web.delete("/workers", self.remove_worker),
                 # SGLang's router's
                 web.get("/list_workers", self.list_workers),
-                web.post("/add_worker", self.add_worker),
+                web.post("/add_worker", self.add_worker_by_query),
                 web.post("/remove_worker", self.remove_worker),
                 *(web.route("*", path, self.broadcast) for path in sorted(BROADCAST_PATHS)),
                 web.route("*", "/{path:.*}", self.forward),
@@ -144,12 +150,17 @@ class Router:
 
     async def _check(self, worker: Worker) -> None:
         limit = aiohttp.ClientTimeout(total=self.config.health_check_timeout)
+        failure, is_hanging = "", False
         try:
             async with self._session.get(worker.url + "/health", timeout=limit) as answer:
-                failure = "" if answer.status == 200 else f"/health answers {answer.status}"
-        except (aiohttp.ClientError, TimeoutError) as error:
-            failure = describe(error)
-        self.workers.judge(worker, failure)
+                if answer.status != 200:
+                    failure = f"/health answers {answer.status}"
+                    is_hanging = b'"stuck"' in await answer.read()
+        except TimeoutError:
+            failure, is_hanging = f"/health has not answered for {self.config.health_check_timeout:g} s", True
+        except aiohttp.ClientError as error:
+            failure, is_hanging = describe(error), True
+        self.workers.judge(worker, failure, is_hanging=is_hanging)
 
     # ---- what workers answer ----
 
@@ -158,29 +169,31 @@ class Router:
         # A file is not kept here: it is sent on while it arrives, and once only.
         is_upload = request.content_type.startswith("multipart/")
         body = b"" if is_upload else await request.read()
-        prompt = prompt_of(body) if self.workers.policy in PROMPT_METHODS else b""
-        at_first = request.path.startswith(FIRST_WORKERS_PATHS) or SESSION_FIELD in body
+        text = await plain(body, request.headers.get(hdrs.CONTENT_ENCODING, ""), self.config.max_body_bytes)
+        prompt = prompt_of(text) if self.workers.policy in PROMPT_METHODS else b""
+        at_first = request.path.startswith(FIRST_WORKERS_PATHS) or SESSION_FIELD in text
         # A body that names something which a worker does not have is wrong to it, not 404.
-        unknown = {404, 400} if PREVIOUS_FIELD in body else {404}
+        unknown = {404, 400} if PREVIOUS_FIELD in text else {404}
         tried: dict[Worker, str] = {}  # what came of it
         num_failed, max_failed = 0, 0 if is_upload else self.config.max_retries
         while num_failed <= max_failed and (candidates := self.workers.in_rotation(without=tried)):
             async with AsyncExitStack() as stack:
                 worker = stack.enter_context(self.workers.serving(prompt, candidates[:1] if at_first else candidates))
                 try:
-                    sent = self._send(worker, request, request.content if is_upload else body)
-                    answer = await stack.enter_async_context(sent)
-                    head = await answer.content.readany()
+                    async with worker.unless_it_hangs():
+                        sent = self._send(worker, request, request.content if is_upload else body)
+                        answer = await stack.enter_async_context(sent)
+                        head = await answer.content.readany()
                 except (aiohttp.ClientError, TimeoutError) as error:
                     num_failed += 1
-                    tried[worker] = describe(error)
+                    tried[worker] = worker.failure or describe(error)
                     self._has_failed.set()  # its health shows whether it was this connection only
                     continue
                 num_failed += answer.status in RETRIED
                 tried[worker] = f"answered {answer.status}"
                 is_final = is_upload or num_failed > max_failed or answer.status not in RETRIED | unknown
                 if is_final or not self.workers.in_rotation(without=tried):
-                    return await pass_on(request, answer, head)
+                    return await pass_on(request, answer, head, worker.url)
         raise NoWorkerAnswers(self._why_none(tried))
 
     def _send(
@@ -224,10 +237,10 @@ class Router:
     ) -> tuple[int, "CIMultiDict[str]", bytes]:
         """Return a worker's status, headers and body; status 502 and the reason if there is no answer."""
         try:
-            async with self._send(worker, request, body) as answer:
+            async with worker.unless_it_hangs(), self._send(worker, request, body) as answer:
                 return answer.status, end_to_end(answer.headers), await answer.read()
         except (aiohttp.ClientError, TimeoutError) as error:
-            return 502, CIMultiDict(), describe(error).encode()
+            return 502, CIMultiDict(), (worker.failure or describe(error)).encode()
 
     # ---- what the router answers ----
 
@@ -254,17 +267,35 @@ class Router:
 
     async def add_worker(self, request: web.Request) -> web.Response:
         """Add a worker. It joins the rotation when it is healthy, now or later."""
-        self._check_key(request)
-        url = request.query.get("url") or (await read_json(request)).required("url", "a worker's URL")
-        worker = self.workers.add(str(url))
+        self._check_change(request)
+        if not request.content_type.endswith(("/json", "+json")):
+            raise InvalidRequest(f"Content-Type must be application/json, got {request.content_type}", "Content-Type")
+        return await self._add(str((await read_json(request)).required("url", "a worker's URL")))
+
+    async def add_worker_by_query(self, request: web.Request) -> web.Response:
+        self._check_change(request)
+        return await self._add(request.query.get("url", ""))
+
+    async def _add(self, url: str) -> web.Response:
+        worker = self.workers.add(url)
         await self._check(worker)
         return json_response({"url": worker.url, "is_healthy": not worker.failure}, 201)
 
     async def remove_worker(self, request: web.Request) -> web.Response:
-        self._check_key(request)
+        self._check_change(request)
         url = request.query.get("url", "")
         self.workers.remove(url)
         return json_response({"url": url})
+
+    def _check_change(self, request: web.Request) -> None:
+        """Refuse to change workers, to whom clients' prompts go, for a web page, or without a key for another host."""
+        self._check_key(request)
+        origin = request.headers.get(hdrs.ORIGIN)
+        is_foreign = origin is not None and origin.partition("://")[2] != request.host
+        if is_foreign or request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            raise web.HTTPForbidden(text="a page of another site may not change the workers")
+        if not self.config.api_key and not is_from_this_host(request):
+            raise web.HTTPForbidden(text="without --api-key the workers can be changed from the router's own host only")
 
     def _check_key(self, request: web.Request) -> None:
         given, wanted = request.headers.get(hdrs.AUTHORIZATION, ""), f"Bearer {self.config.api_key}"
@@ -273,6 +304,20 @@ class Router:
                 text="the router's --api-key is required: send the header `Authorization: Bearer KEY`",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+
+
+def is_from_this_host(request: web.Request) -> bool:
+    """Return whether the client is a process of this host: no proxy's, and no web page's that names us otherwise."""
+    if any(name in request.headers for name in (hdrs.FORWARDED, hdrs.X_FORWARDED_FOR)):
+        return False
+    return _is_loopback(request.remote or "") and _is_loopback(URL(f"http://{request.host}").host or "")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def transparent_session(connect_timeout: float) -> aiohttp.ClientSession:
@@ -284,6 +329,18 @@ def transparent_session(connect_timeout: float) -> aiohttp.ClientSession:
         cookie_jar=aiohttp.DummyCookieJar(),
         skip_auto_headers=(hdrs.ACCEPT, hdrs.ACCEPT_ENCODING, hdrs.USER_AGENT, hdrs.CONTENT_TYPE),
     )
+
+
+async def plain(body: bytes, encoding: str, max_bytes: int) -> bytes:
+    """Return at most `max_bytes` of what a client has compressed, to look at. Empty if that cannot be read here."""
+    if not encoding or encoding.lower() == "identity":
+        return body
+    if encoding.lower() not in ("gzip", "x-gzip", "deflate"):
+        return b""
+    try:
+        return await asyncio.to_thread(zlib.decompressobj(GZIP_OR_ZLIB).decompress, body, max_bytes)
+    except zlib.error:
+        return b""  # its worker says what is wrong with it
 
 
 def prompt_of(body: bytes) -> bytes:
@@ -303,9 +360,13 @@ def end_to_end(headers: "CIMultiDict[str] | CIMultiDictProxy[str]") -> "CIMultiD
     return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in HOP_BY_HOP | named)
 
 
-async def pass_on(request: web.Request, answer: aiohttp.ClientResponse, head: bytes) -> web.StreamResponse:
+async def pass_on(
+    request: web.Request, answer: aiohttp.ClientResponse, head: bytes, worker_url: str
+) -> web.StreamResponse:
     """Pass on `answer`, whose body starts with `head`, as it comes, read no faster than the client reads."""
     response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=end_to_end(answer.headers))
+    if request.path == "/dashboard/data":
+        response.headers[WORKER_HEADER] = worker_url
     await response.prepare(request)
     try:
         while head:
@@ -325,7 +386,9 @@ def describe(error: Exception) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Route until SIGINT or SIGTERM. Returns the exit status."""
     usage = "--worker-urls URL [URL ...] [options]"
-    parser = make_parser(RouterConfig, "python -m server.router", usage, "One address for several servers.")
+    parser = make_parser(
+        RouterConfig, "python -m server.router", usage, "One address for several servers.", ROUTER_FLAGS
+    )
     config = RouterConfig(**read_options(parser, sys.argv[1:] if argv is None else argv))
     if config.max_retries < 0:
         parser.error(f"--max-retries must be at least 0, got {config.max_retries}")
@@ -335,6 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), format="[%(asctime)s] %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
     )
+    shorten_malformed()
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a request takes two connections
     try:
@@ -345,6 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             port=config.port,
             backlog=BACKLOG,
             handler_cancellation=True,
+            auto_decompress=False,  # bodies are passed on as they came
             shutdown_timeout=config.drain_timeout,
             access_log=None,
             loop=uvloop.new_event_loop(),

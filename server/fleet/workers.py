@@ -1,9 +1,10 @@
 """The servers behind a router: which of them are in the rotation, and who is next."""
 
+import asyncio
 import logging
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 
 from yarl import URL
 
@@ -20,6 +21,17 @@ class Worker:
     failure: str = "not asked yet"  # why it is out of the rotation; empty: it is in
     load: int = 0  # requests there
     num_requests: int = 0  # since the router started
+    waiting: set[asyncio.Timeout] = field(default_factory=set)  # limits of requests whose answers have not begun
+
+    @asynccontextmanager
+    async def unless_it_hangs(self) -> AsyncIterator[None]:
+        """Run a block that waits for this worker; `TimeoutError` in it once `Workers.judge` finds that it hangs."""
+        async with asyncio.timeout(None) as limit:
+            self.waiting.add(limit)
+            try:
+                yield
+            finally:
+                self.waiting.discard(limit)
 
 
 class Workers:
@@ -71,14 +83,21 @@ class Workers:
             worker.load -= 1
             self._balancer.end(placement)
 
-    def judge(self, worker: Worker, failure: str) -> None:
-        """Take it out of the rotation because of `failure`, or back into it if that is empty."""
+    def judge(self, worker: Worker, failure: str, *, is_hanging: bool = False) -> None:
+        """Take it out of the rotation because of `failure`, or back into it if that is empty.
+
+        is_hanging: it does not answer at all, unlike one that is being shut down and lets its answers end. What waits
+        for it is given up if another worker can do it.
+        """
         if failure and not worker.failure:
             logger.warning("%s leaves the rotation: %s", worker.url, failure)
             self._balancer.forget(worker.index)  # it may come back as another process
         elif worker.failure and not failure:
             logger.info("%s joins the rotation", worker.url)
         worker.failure = failure
+        if is_hanging and self.in_rotation():
+            for limit in worker.waiting:
+                limit.reschedule(0.0)
 
 
 def _is_base_url(text: str) -> bool:

@@ -17,10 +17,11 @@ class AnswerParser:
         tool_calls: ToolCallParser | None,
         *,
         streams_reasoning: bool = True,
+        includes_reasoning: bool = True,
     ) -> None:
-        """`streams_reasoning`: else reasoning comes in one piece, at its end."""
+        """`streams_reasoning`: else reasoning comes in one piece, at its end; `includes_reasoning`: else not at all."""
         self.reasoning, self.tool_calls = reasoning, tool_calls
-        self._streams_reasoning = streams_reasoning
+        self._streams_reasoning, self._includes_reasoning = streams_reasoning, includes_reasoning
         self._held: list[str] = []  # reasoning that does not stream
 
     @property
@@ -55,6 +56,8 @@ class AnswerParser:
 
     def _delta(self, reasoning: str, text: str) -> AnswerDelta:
         calls: Sequence[ToolCallDelta] = ()
+        if not self._includes_reasoning:
+            reasoning = ""
         if not self._streams_reasoning and self.reasoning is not None:
             self._held.append(reasoning)
             reasoning = ""

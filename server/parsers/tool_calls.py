@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from engine.text.schemas import NOT_STRICT
 from server.parsers.delta import ToolCallDelta
 from server.parsers.reader import PYTHON_SYNTAX, Malformed, Reader, Reading
 from server.reading.protocol import JSON
@@ -28,6 +29,7 @@ class Tool:
     name: str
     parameters: JSON  # JSON schema of its arguments, an object's
     is_strict: bool = False
+    field: str = ""  # what the client calls its parameters, for errors of their grammar
 
     def takes_text(self, key: str) -> bool:
         """Return whether the argument is a string, so that its text must not be read as JSON."""
@@ -146,11 +148,17 @@ class ToolCallParser:
 
 def json_tag(begin: str, tool: Tool, end: str) -> JSON:
     """Return the tag of a call whose arguments are written as JSON."""
-    return {"type": "tag", "begin": begin, "content": schema_format(tool.parameters), "end": end}
+    return {"type": "tag", "begin": begin, "content": arguments_format(tool, tool.parameters), "end": end}
 
 
 def schema_format(schema: JSON) -> JSON:
     return {"type": "json_schema", "json_schema": schema}
+
+
+def arguments_format(tool: Tool, schema: JSON) -> JSON:
+    """Return the grammar of arguments. What it cannot hold of a tool that is not strict is left out."""
+    format_ = schema_format(schema if tool.is_strict else {**schema, NOT_STRICT: False})
+    return {**format_, "field": tool.field} if tool.field else format_
 
 
 class ToolFormat:
@@ -170,6 +178,12 @@ class ToolFormat:
 
     def tags(self, tools: Sequence[Tool]) -> list[JSON]:
         return [tag for tool in tools if (tag := self.tag(tool)) is not None]
+
+    def written(self, name: str, arguments: JSON) -> str:
+        """Return a call as the model is to write it."""
+        tag = self.tag(Tool(name, {}))
+        assert tag is not None
+        return f"{tag['begin']}{json_of(arguments)}{tag['end']}"
 
     def new_id(self, _name: str, _index: int) -> str:
         return f"call_{uuid.uuid4().hex[:24]}"
@@ -290,6 +304,26 @@ class Arguments:
 
 def json_of(value: Any) -> str:
     return orjson.dumps(value).decode()
+
+
+def text_of(value: Any) -> str:
+    """Return an argument as formats write it whose strings have no quotes."""
+    return value if isinstance(value, str) else json_of(value)
+
+
+def object_of(arguments: str) -> JSON:
+    """Return a call's arguments.
+
+    Text that is no JSON object, because the answer was cut or the model erred, goes under the key INVALID_JSON, as
+    Anthropic advises.
+    """
+    try:
+        value: Any = orjson.loads(arguments or "{}")
+    except orjson.JSONDecodeError:
+        value = arguments
+    if value is None:
+        return {}
+    return value if isinstance(value, dict) else {"INVALID_JSON": arguments}
 
 
 def json_value(text: str) -> str:
@@ -461,11 +495,15 @@ class KimiK2(SectionFormat):
         parts: list[JSON] = [
             {"type": "regex", "pattern": "[0-9]{1,3}"},
             {"type": "const_string", "value": self.separator},
-            schema_format(tool.parameters),
+            arguments_format(tool, tool.parameters),
         ]
         begin = f"{self.trigger}{self.call_begin}functions.{tool.name}:"
         content = {"type": "sequence", "elements": parts}
         return {"type": "tag", "begin": begin, "content": content, "end": self.call_end + self.end}
+
+    def written(self, name: str, arguments: JSON) -> str:
+        begin = f"{self.trigger}{self.call_begin}functions.{name}:0{self.separator}"
+        return f"{begin}{json_of(arguments)}{self.call_end}{self.end}"
 
     def new_id(self, name: str, index: int) -> str:
         return f"functions.{name}:{index}"  # as the model counts them, in what it is shown later
@@ -493,6 +531,9 @@ class Pythonic(ToolFormat):
         yield from reader.accept("]")
         yield from reader.skip_space()
         yield from reader.accept("<|python_end|>")
+
+    def written(self, name: str, arguments: JSON) -> str:
+        return f"[{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})]"
 
     @staticmethod
     def _read_arguments(reader: Reader) -> Reading[str]:
@@ -524,7 +565,7 @@ def argument_formats(tool: Tool, around: Callable[[str], tuple[str, str]]) -> JS
     shared: JSON = {name: tool.parameters[name] for name in ("$defs", "definitions") if name in tool.parameters}
     for key, schema in (tool.parameters.get("properties") or {}).items():
         begin, end = around(key)
-        content: JSON = schema_format({**shared, **schema} if isinstance(schema, dict) else {})
+        content: JSON = arguments_format(tool, {**shared, **schema} if isinstance(schema, dict) else {})
         if tool.takes_text(key):
             texts = tool.allowed_texts(key)
             constants: list[JSON] = [{"type": "const_string", "value": text} for text in texts]
@@ -562,6 +603,12 @@ class Glm45(ToolFormat):
         content = argument_formats(tool, lambda key: (f"<arg_key>{key}</arg_key>\n<arg_value>", "</arg_value>\n"))
         return {"type": "tag", "begin": f"<tool_call>{tool.name}\n", "content": content, "end": "</tool_call>"}
 
+    def written(self, name: str, arguments: JSON) -> str:
+        pairs = [
+            f"<arg_key>{key}</arg_key>\n<arg_value>{text_of(value)}</arg_value>" for key, value in arguments.items()
+        ]
+        return "\n".join([f"<tool_call>{name}", *pairs, "</tool_call>"])
+
 
 class Qwen3Coder(ToolFormat):
     """<tool_call><function=name><parameter=key>value</parameter>...</function></tool_call>, a line each."""
@@ -597,6 +644,10 @@ class Qwen3Coder(ToolFormat):
         begin = f"<tool_call>\n<function={tool.name}>\n"
         content = argument_formats(tool, lambda key: (f"<parameter={key}>\n", "\n</parameter>\n"))
         return {"type": "tag", "begin": begin, "content": content, "end": "</function>\n</tool_call>"}
+
+    def written(self, name: str, arguments: JSON) -> str:
+        pairs = [f"<parameter={key}>\n{text_of(value)}\n</parameter>" for key, value in arguments.items()]
+        return "\n".join(["<tool_call>", f"<function={name}>", *pairs, "</function>", "</tool_call>"])
 
 
 TOOL_FORMATS: dict[str, Callable[[], ToolFormat]] = {

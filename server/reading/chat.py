@@ -1,6 +1,6 @@
 """From an OpenAI chat body to requests of the engine, and to a parser of its answer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,20 @@ from server.parsers.reasoning import (
     ReasoningParser,
     find_reasoning_format,
 )
-from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS, Hermes, ToolFormat, find_tool_format
+from server.parsers.tool_calls import (
+    TOOL_ALIASES,
+    TOOL_FORMATS,
+    Hermes,
+    ToolFormat,
+    find_tool_format,
+    object_of,
+)
+from server.reading.grammars import names_of_constraint
 from server.reading.protocol import JSON, Fields, check_n, check_token_ids
 from server.reading.sampling import MAX_TOP_LOGPROBS, read_options, read_sampling_params
+from server.reading.templates import find_traits, shaped
 from server.reading.tool_choice import ToolChoice, json_or_calls, read_tool_choice, structural_tag, tool_constraint
+from server.reading.tool_prompt import with_calls_as_text, with_tools
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MEDIA_PARTS = ("image_url", "input_image", "image", "input_audio", "audio_url", "video_url")
@@ -32,6 +42,8 @@ MEDIA_PARTS = ("image_url", "input_image", "image", "input_audio", "audio_url", 
 RESERVED_VARIABLES = frozenset(
     {"self", "messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}
 )
+
+PLAINEST_TOOL_FORMAT = "qwen25"  # JSON between two marks: most instruct models can write it when they are told how
 
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
@@ -62,11 +74,32 @@ BUILT_IN_TEMPLATES = {"chatml": CHATML, "llama-3-instruct": LLAMA_3, "vicuna_v1.
 def load_chat_template(name: str | None, tokenizer: TokenizerFacade) -> str | None:
     """Load the template that --chat-template names; None means the model's own.
 
-    It is one of the model's, a built-in one, or a file (Jinja, or JSON that holds a `chat_template`). `ValueError` if
-    there is no such template.
+    It is one of the model's, a built-in one, or a file (Jinja, or JSON that holds a `chat_template`). `OSError` or
+    `ValueError` if there is no such template, or if what will be used does not parse.
     """
-    if name is None:
-        return None
+    if name is not None:
+        text = _read_template(name, tokenizer)
+        _check(text, f"--chat-template {name}", tokenizer)
+        return text
+    of_model = tokenizer.chat_template or {}
+    for source in of_model.values() if isinstance(of_model, dict) else [of_model]:
+        _check(source, "the model's chat template (use another with --chat-template)", tokenizer)
+    return None
+
+
+def _check(source: str, whose: str, tokenizer: TokenizerFacade) -> None:
+    try:
+        tokenizer.check_chat_template(source)
+    except ValueError as error:
+        raise ValueError(f"{whose} does not parse: {error}") from None
+
+
+def names_missing_file(name: str) -> bool:
+    """Return whether `name`, of a template, can only be a file's, and there is none: known before a model is."""
+    return Path(name).suffix in (".jinja", ".jinja2", ".j2", ".json") and not Path(name).is_file()
+
+
+def _read_template(name: str, tokenizer: TokenizerFacade) -> str:
     of_model = tokenizer.chat_template
     if isinstance(of_model, dict) and name in of_model:
         return of_model[name]
@@ -76,7 +109,7 @@ def load_chat_template(name: str | None, tokenizer: TokenizerFacade) -> str | No
     if not file.is_file():
         known = [*BUILT_IN_TEMPLATES, *(of_model if isinstance(of_model, dict) else ())]
         raise ValueError(f"--chat-template {name}: no such file, nor one of {', '.join(known)}")
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     if file.suffix == ".json":
         values = orjson.loads(text)
         if not isinstance(values, dict) or not isinstance(values.get("chat_template"), str):
@@ -96,13 +129,8 @@ class ChatTurn:
     new_parser: Callable[[], AnswerParser] | None  # one for each answer; None: all of an answer is its text
     reasoning_end_ids: list[int] = field(default_factory=list)  # of the mark after reasoning; empty if there is none
 
-    tag_of: str | None = None  # the body's field that the structural tag was made of, unless the client wrote it
-
-    def in_clients_terms(self, error: InvalidRequest) -> InvalidRequest:
-        """Let an error that names a field which the client did not write name the one it was made of."""
-        if error.field != "structural_tag" or self.tag_of is None:
-            return error
-        return InvalidRequest(str(error).replace("structural_tag", self.tag_of), self.tag_of)
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Sampling fields that the client did not write: what they were made of, for errors to name (see `spelled`)."""
 
     def count_reasoning(self, output_ids: Sequence[int], parser: AnswerParser | None) -> int:
         """Count the tokens of reasoning in an answer that `parser` has read, marks included.
@@ -133,7 +161,20 @@ class Chats:
             text = "\n".join(text.values())
         self.tool_call_parser = _parser_name(config.tool_call_parser, find_tool_format(text))
         self.reasoning_parser = _parser_name(config.reasoning_parser, find_reasoning_format(text))
+        self.traits = find_traits(
+            lambda messages, tools: engine.tokenizer.render_chat(messages, tools=tools, chat_template=self.template)
+        )
+        if config.tool_call_parser is None and self.tool_call_parser is None and not self.traits.shows_tools:
+            self.tool_call_parser = PLAINEST_TOOL_FORMAT
+        has_prompt = self.tool_call_parser is not None and not config.disable_tool_prompt
+        self.describes_tools = has_prompt and not self.traits.shows_tools
+        self.model_name = config.model_name
         self._hidden: dict[str, bool] = {}  # mark -> does the tokenizer leave it out of texts?
+
+    @property
+    def supports_tools(self) -> bool:
+        """Return whether the model is shown tools, and its calls are found."""
+        return self.describes_tools or (self.traits.shows_tools and self.tool_call_parser is not None)
 
     async def turn(self, body: Fields) -> ChatTurn:
         """Read an OpenAI chat body. `InvalidRequest` names the field that is wrong."""
@@ -146,20 +187,23 @@ class Chats:
             prompt += f"{reasoning.format.start}\n"  # a budget can be kept only where the reasoning is sure to come
             reasoning = replace(reasoning, is_inside=True)
         tool_format = self._tool_format(choice)
-        params, tag_of = self._sampling_params(body, choice, tool_format, reasoning)
+        params, names = self._sampling_params(body, choice, tool_format, reasoning)
         options = await self._options(body, reasoning)
         input_ids = await self._input_ids(body, prompt)
 
         is_separate = body.flag("separate_reasoning", True)
         streams_reasoning = body.flag("stream_reasoning", True)
+        includes_reasoning = body.flag("include_reasoning", True)
+        is_separate = is_separate or not includes_reasoning  # what is left out has to be found
         if tool_format is None and (reasoning is None or not is_separate):
-            return ChatTurn(prompt, input_ids, params, options, None, tag_of=tag_of)
+            return ChatTurn(prompt, input_ids, params, options, None, names=names)
 
         def new_parser() -> AnswerParser:
             return AnswerParser(
                 None if reasoning is None else reasoning.new_parser(is_separate),
                 None if tool_format is None else choice.new_parser(tool_format),
                 streams_reasoning=streams_reasoning,
+                includes_reasoning=includes_reasoning,
             )
 
         marks = [*tool_format.begins] if tool_format else []
@@ -167,7 +211,7 @@ class Chats:
         if any([await self._is_hidden(mark) for mark in marks]):
             params = replace(params, skip_special_tokens=False)
         end_ids = await self._ids(reasoning.format.end) if reasoning else []
-        return ChatTurn(prompt, input_ids, params, options, new_parser, end_ids, tag_of)
+        return ChatTurn(prompt, input_ids, params, options, new_parser, end_ids, names)
 
     async def _input_ids(self, body: Fields, prompt: str) -> list[int]:
         """Return the body's token ids (SGLang's field), else those of `prompt`.
@@ -188,14 +232,56 @@ class Chats:
         continues = body.flag("continue_final_message")
         if continues and messages[-1]["role"] != "assistant":
             raise InvalidRequest("continue_final_message needs an assistant message at the end", "messages")
-        return self.engine.tokenizer.render_chat(
-            messages,
-            tools=(choice or read_tool_choice(body)).shown,
-            add_generation_prompt=body.flag("add_generation_prompt", not continues),
-            continue_final_message=continues,
-            chat_template=self.template,
-            **_template_variables(body),
-        )
+        tools = (choice or read_tool_choice(body)).shown
+        variables = _template_variables(body)
+        adds_prompt = body.flag("add_generation_prompt", not continues)
+
+        def render(messages: list[JSON]) -> str:
+            shown, template_tools = (messages, tools) if self.traits.shows_tools else self._described(messages, tools)
+            return self.engine.tokenizer.render_chat(
+                shaped(shown, self.traits),
+                tools=template_tools,
+                add_generation_prompt=adds_prompt,
+                continue_final_message=continues,
+                chat_template=self.template,
+                **variables,
+            )
+
+        if not any(message.get("tool_calls") or message["role"] in ("tool", "function") for message in messages):
+            return render(messages)
+        return self._render_calls(render, messages, has_tools=bool(tools))
+
+    def _render_calls(self, render: Callable[[list[JSON]], str], messages: list[JSON], *, has_tools: bool) -> str:
+        """Render messages with calls, as texts if the template does not show them as calls, or refuses them.
+
+        Some allow one call in a message, or ids of one form: what this server said has to be taken back all the same.
+        """
+        refused: InvalidRequest | None = None
+        if self.traits.shows_calls if has_tools else self.traits.shows_calls_alone:
+            try:
+                return render(messages)
+            except InvalidRequest as error:
+                refused = error
+        try:
+            return render(with_calls_as_text(messages, self._written_format()))
+        except InvalidRequest as error:
+            raise refused or error from None
+
+    def _described(self, messages: list[JSON], tools: list[JSON] | None) -> tuple[list[JSON], None]:
+        """Return messages that describe the tools, which are not for the template. `InvalidRequest` if they may not."""
+        if not tools:
+            return messages, None
+        if not self.describes_tools:
+            raise InvalidRequest(
+                f"tools cannot be used: {self.model_name} does not support tools (its chat template shows none, and "
+                "--disable-tool-prompt or --tool-call-parser none keeps the server from describing them)",
+                "tools",
+            )
+        return with_tools(messages, tools, self._written_format(), has_system=self.traits.shows_system), None
+
+    def _written_format(self) -> ToolFormat:
+        """Return the format of calls that are written into texts."""
+        return TOOL_FORMATS[self.tool_call_parser or PLAINEST_TOOL_FORMAT]()
 
     def _reasoning(self, body: Fields, prompt: str) -> "Reasoning | None":
         """Return the reasoning that this answer may begin with; None: without reasoning."""
@@ -228,24 +314,25 @@ class Chats:
 
     def _sampling_params(
         self, body: Fields, choice: ToolChoice, tool_format: ToolFormat | None, reasoning: "Reasoning | None"
-    ) -> tuple[SamplingParams, str | None]:
-        """Return the parameters, and the field that the structural tag was made of."""
+    ) -> tuple[SamplingParams, dict[str, str]]:
+        """Return the parameters, and what the client calls the constraint among them."""
         params = read_sampling_params(body, self.engine, ("max_completion_tokens", "max_tokens"), None)
         check_n(params.n, 1)
         thinks = (reasoning.format.start, reasoning.format.end) if reasoning and not reasoning.is_inside else None
         held: JSON | None = None
-        tag_of = "tools"
+        names = names_of_constraint(body)
         if params.constraint is None:
             held = tool_constraint(choice, tool_format) if tool_format else None
+            names = {"structural_tag": "tools"}
         elif choice.is_forced:
             raise InvalidRequest("tool_choice forces a call, while the answer is to have another form", "tool_choice")
         elif isinstance(params.json_schema, dict) and (thinks or tool_format):
             held = json_or_calls(params.json_schema, choice, tool_format)
             params = replace(params, json_schema=None)
-            tag_of = "json_schema" if body.has("json_schema") else "response_format"
-        if held is None:
-            return params, None
-        return replace(params, structural_tag=structural_tag(held, thinks)), tag_of
+            names = {"structural_tag": names["json_schema"]}
+        if held is not None:
+            params = replace(params, structural_tag=structural_tag(held, thinks))
+        return params, names
 
     async def _options(self, body: Fields, reasoning: "Reasoning | None") -> Options:
         num_top = body.integer("top_logprobs", 0, low=0, high=MAX_TOP_LOGPROBS)
@@ -254,8 +341,6 @@ class Chats:
             raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
         if body.flag("echo"):
             body.unsupported("echo")
-        if not body.flag("include_reasoning", True):
-            body.unsupported("include_reasoning")
         options = read_options(body, num_top if has_logprobs else -1)
         options.may_shorten = not self.config.strict_max_tokens
         if reasoning is not None and reasoning.is_inside:
@@ -336,8 +421,8 @@ def _parse_message(fields: Fields, path: str) -> JSON:
     content = fields.get("content")
     if isinstance(content, list):
         message["content"] = _join_parts(content, f"{path}.content")
-    elif content is None and role == "assistant" and fields.has("tool_calls"):
-        message["content"] = ""
+    elif content is None and role in ("assistant", "tool", "function"):
+        message["content"] = fields.text("refusal")  # beside calls, reasoning or a refusal, or for nothing
     elif not isinstance(content, str):
         fields.fail("content", "a string or a list of parts")
     if reasoning := fields.text("reasoning_content") or fields.text("reasoning"):
@@ -355,6 +440,9 @@ def _join_parts(parts: list[Any], path: str) -> str:
     for i, part in enumerate(parts):
         fields = Fields(part, f"{path}[{i}]")
         kind = fields.text("type")
+        if kind == "refusal":  # an assistant's
+            texts.append(fields.text("refusal"))
+            continue
         if kind in MEDIA_PARTS:
             raise InvalidRequest(f"{path}[{i}] is {kind}, but this model reads text only", f"{path}[{i}].type")
         if kind not in ("text", "input_text") or not fields.has("text"):
@@ -372,10 +460,7 @@ def _parse_tool_call(call: Any, path: str) -> JSON:
     function.text("name")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        try:
-            arguments = orjson.loads(arguments or "{}")
-        except orjson.JSONDecodeError:
-            function.fail("arguments", "a JSON object as text")
-    if not isinstance(arguments, dict) and arguments is not None:
+        arguments = object_of(arguments)
+    elif not isinstance(arguments, dict) and arguments is not None:
         function.fail("arguments", "a JSON object, or one as text")
     return {**fields.values, "function": {**function.values, "arguments": arguments or {}}}

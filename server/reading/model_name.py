@@ -2,6 +2,7 @@
 
 from engine.errors import EngineError
 from server.config import ServerConfig
+from server.reading.protocol import Fields
 
 
 class ModelNotFound(EngineError):
@@ -16,3 +17,10 @@ def served_model(config: ServerConfig, name: str) -> str:
     if name and name != "default" and name not in known:
         raise ModelNotFound(f"The model {name!r} does not exist; this server has {config.model_name!r}.")
     return name if name in known else config.model_name
+
+
+def ollama_model(config: ServerConfig, body: Fields) -> str:
+    """Return the name to answer with, as an Ollama client gives it: with its tag, or under an older field's name."""
+    name = body.text("model") or body.text("name")
+    served_model(config, name.removesuffix(":latest"))
+    return name or config.model_name

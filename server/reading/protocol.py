@@ -1,6 +1,7 @@
 """Common ground of the APIs: typed reading of JSON bodies, and errors in each API's shape."""
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeGuard
@@ -20,6 +21,7 @@ MAX_REQUESTS = 65536  # of one HTTP request: prompts times n
 MAX_N = 128
 MAX_DEPTH = 200  # of a body's objects and lists
 WRITABLE_DEPTH = 254  # orjson's, which reads 1,024: the difference is for what an answer puts around what it repeats
+PLACE = re.compile(r"\[\d+\]")  # in a list
 REQUEST_FIELDS = ("priority", "extra_key", "cache_salt")  # SGLang's, which every API takes
 
 
@@ -119,8 +121,10 @@ class Fields:
         return value
 
 
-def check_token_ids(ids: Any, vocab_size: int, field: str) -> list[int]:
-    """Return `ids` if it is a non-empty list of ids of the vocabulary."""
+def check_token_ids(ids: Any, vocab_size: int, field: str, *, may_be_empty: bool = False) -> list[int]:
+    """Return `ids` if it is a list of ids of the vocabulary, not empty unless it may be."""
+    if may_be_empty and ids == []:
+        return []
     if not isinstance(ids, list) or not ids:
         raise InvalidRequest(f"{field} must be a non-empty list of token ids, got {shown(ids)}", field)
     if set(map(type, ids)) != {int}:
@@ -181,14 +185,20 @@ def refuse(body: Fields, names: Collection[str]) -> None:
 
 @contextmanager
 def spelled(names: Mapping[str, str]) -> Iterator[None]:
-    """Let errors from inside name a field as the client spelled it. `names`: OpenAI's name to the client's."""
+    """Let errors from inside name a field as the client spelled it.
+
+    names: OpenAI's name to the client's; "[]" in one stands for a place in a list, "[3]".
+    """
     try:
         yield
     except InvalidRequest as error:
         ours = error.field or ""
-        if ours not in names:
+        theirs = names.get(ours)
+        if theirs is None and (place := PLACE.search(ours)):
+            theirs = names.get(ours.replace(place[0], "[]", 1), "").replace("[]", place[0], 1)
+        if not theirs:
             raise
-        error.args, error.field = (str(error).replace(ours, names[ours], 1),), names[ours]
+        error.args, error.field = (str(error).replace(ours, theirs, 1),), theirs
         raise
 
 
@@ -203,12 +213,22 @@ async def read_json(request: web.Request) -> Fields:
     if request.content_length is not None and request.content_length > limit:
         raise web.HTTPRequestEntityTooLarge(limit, request.content_length)
     kind = request.content_type
-    if "Content-Type" in request.headers and not kind.endswith(("/json", "+json")):
+    if "Content-Type" in request.headers and not (kind.endswith(("/json", "+json")) or _takes_any_type(request)):
         # A web page may send text/plain or a form to a local server without asking; never JSON.
         raise InvalidRequest(f"Content-Type must be application/json, got {kind}", "Content-Type")
     body = await request.read()
     await request.app[GATE].wait(len(body))
     return Fields(parse_json(body, "the body"))
+
+
+def _takes_any_type(request: web.Request) -> bool:
+    """Return whether the body is JSON whatever its type: with Ollama's API, in whose examples curl names none.
+
+    Not where a browser says that the page of another site sends it.
+    """
+    origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site", "none")
+    is_own = origin is None or origin.partition("://")[2] == request.headers.get("Host")
+    return request.path.startswith("/api/") and is_own and site in ("none", "same-origin")
 
 
 def parse_json(text: bytes, name: str) -> Any:

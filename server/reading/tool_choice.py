@@ -77,7 +77,8 @@ def _read_tool(fields: Fields, path: str) -> Tool:
     parameters.one_of("type", ("object",), "object")
     parameters.object("properties")
     parameters.strings("required")
-    return Tool(name, {"type": "object", **parameters.values}, function.flag("strict"))
+    field = f"{path}.function.parameters"
+    return Tool(name, {"type": "object", **parameters.values}, function.flag("strict"), field)
 
 
 def _chosen_name(choice: Fields) -> str:

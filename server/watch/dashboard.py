@@ -19,6 +19,7 @@ NUM_PREFIXES = 12
 NUM_HEAD_TOKENS = NUM_TAIL_TOKENS = 24
 PREFIX_INTERVAL_S = 5.0
 RATE_SPAN_S, HIT_SPAN_S = 5.0, 60.0
+BUSY_CPUS = 0.5  # CPU cores that a process uses at least while it computes a step
 # The page is whole: whatever it would load from elsewhere is refused by the browser.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
@@ -55,7 +56,8 @@ class Dashboard:
         scheduler = stats.scheduler
         rates, recent = self.monitor.rates(RATE_SPAN_S), self.monitor.rates(HIT_SPAN_S)
         return {
-            "status": health.status,
+            # A step that takes long on a CPU is at work; one that hangs uses no CPU, and nor does a hung GPU's.
+            "status": "busy" if health.status == "stuck" and rates.cpus >= BUSY_CPUS else health.status,
             "num_running": scheduler.num_running,
             "num_waiting": scheduler.num_waiting,
             "num_waiting_tokens": scheduler.num_waiting_tokens,

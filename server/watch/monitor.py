@@ -42,6 +42,8 @@ class Sample:
     num_waiting: int
     num_held_tokens: int
     num_cached_tokens: int
+    cpu_s: float
+    """CPU time of all threads of this process, since the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class Rates:
     """Share of the time."""
     hit_rate: float = 0.0
     """Share of prompt tokens found in the cache."""
+    cpus: float = 0.0
+    """CPU cores in use by this process."""
 
 
 class Monitor:
@@ -118,6 +122,7 @@ class Monitor:
             num_waiting=scheduler.num_waiting,
             num_held_tokens=scheduler.num_held_tokens,
             num_cached_tokens=scheduler.num_cached_tokens,
+            cpu_s=time.process_time(),
         )
 
     def observe(self, state: RequestState) -> None:
@@ -163,6 +168,7 @@ def rates_between(before: Sample, after: Sample) -> Rates:
         host_us_per_step=(after.host_s - before.host_s) / steps * 1e6 if steps else 0.0,
         device_idle=(after.device_idle_s - before.device_idle_s) / seconds,
         hit_rate=(after.num_hit_tokens - before.num_hit_tokens) / prompt if prompt else 0.0,
+        cpus=(after.cpu_s - before.cpu_s) / seconds,
     )
 
 

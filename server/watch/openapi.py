@@ -23,6 +23,7 @@ from server.watch.schemas import (
     ANY_OBJECT,
     BOOLEAN,
     COMPONENTS,
+    POOLED,
     STRING,
     TOKEN_IDS,
     array,
@@ -155,6 +156,25 @@ OLLAMA_GENERATE = Operation(
     "Ollama's completion", "Ollama", ref("OllamaGenerateRequest"), ref("OllamaAnswer"), is_streaming=True,
     stream_type=NDJSON, statuses=(404, 429),
 )  # fmt: skip
+OLLAMA_EMBED = Operation(
+    "Vectors of texts", "Ollama",
+    obj(
+        {
+            **POOLED, "input": or_list(STRING), "truncate": BOOLEAN,
+            "dimensions": integer(1), "options": ANY_OBJECT, "keep_alive": one_of(STRING, integer()),
+        }
+    ),
+    obj({"model": STRING, "embeddings": array(array({"type": "number"})), "prompt_eval_count": integer(0)}),
+    statuses=(404, 429),
+)  # fmt: skip
+OLLAMA_EMBED_PROMPT = Operation(
+    "The vector of a text", "Ollama", obj({**POOLED, "prompt": STRING}),
+    obj({"embedding": array({"type": "number"})}, ["embedding"]), statuses=(404, 429),
+)  # fmt: skip
+OLLAMA_PULL = Operation(
+    "Fetch the model, which is there", "Ollama", obj({"model": STRING, "stream": BOOLEAN}), obj({"status": STRING}),
+    is_streaming=True, stream_type=NDJSON, statuses=(404,),
+)  # fmt: skip
 OLLAMA_SHOW = Operation(
     "About the model", "Ollama", obj({"model": STRING}), obj({"capabilities": array(STRING)}), statuses=(404,)
 )
@@ -194,6 +214,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/api/chat"): OLLAMA_CHAT,
     ("POST", "/api/generate"): OLLAMA_GENERATE,
     ("POST", "/api/show"): OLLAMA_SHOW,
+    ("POST", "/api/embed"): OLLAMA_EMBED,
+    ("POST", "/api/embeddings"): OLLAMA_EMBED_PROMPT,
+    ("POST", "/api/pull"): OLLAMA_PULL,
     ("GET", "/api/tags"): Operation("The models there are", "Ollama", answer=OLLAMA_MODELS),
     ("GET", "/api/ps"): Operation("The models in memory", "Ollama", answer=OLLAMA_MODELS),
     ("GET", "/api/version"): Operation("Of Ollama's API", "Ollama", answer=obj({"version": STRING})),

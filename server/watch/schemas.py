@@ -52,8 +52,8 @@ LOGPROBS = array({"type": "array"})
 
 SAMPLING: dict[str, JSON] = {
     "temperature": number(0, 100),
-    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-    "top_k": one_of({"const": -1}, integer(1, TOP_K_ALL)),
+    "top_p": {"type": "number", "minimum": 0, "maximum": 1},
+    "top_k": integer(-1, TOP_K_ALL),
     "min_p": number(0, 1),
     "frequency_penalty": number(-2, 2),
     "presence_penalty": number(-2, 2),
@@ -65,7 +65,7 @@ SAMPLING: dict[str, JSON] = {
         "description": "token id to what is added to its logit",
     },
     "stop": or_list(STRING),
-    "stop_token_ids": array(integer(0)),
+    "stop_token_ids": array(integer()),
     "stop_regex": or_list(STRING),
     "n": integer(1, MAX_N),
     "ignore_eos": BOOLEAN,
@@ -114,6 +114,7 @@ OPENAI_BOTH: dict[str, JSON] = {
         {
             "type": {"enum": ["text", "json_object", "json_schema", "structural_tag"]},
             "json_schema": obj({"name": STRING, "schema": ANY_OBJECT, "strict": BOOLEAN}, ["schema"]),
+            "schema": {**ANY_OBJECT, "description": "of json_object, too"},
         },
         ["type"],
     ),
@@ -153,7 +154,7 @@ TOOL = obj(
 MESSAGE = obj(
     {
         "role": {"enum": ["system", "developer", "user", "assistant", "tool", "function"]},
-        "content": one_of(STRING, array(TEXT_PART)),
+        "content": one_of(STRING, array(TEXT_PART), {"type": "null"}),
         "name": STRING,
         "tool_calls": array(TOOL_CALL),
         "tool_call_id": STRING,
@@ -174,6 +175,7 @@ CHAT: dict[str, JSON] = {
         number(0, 0.99),
     ),
     "max_thinking_tokens": {**integer(0), "description": "of reasoning, which is ended after so many"},
+    "include_reasoning": {"type": "boolean", "description": "false: reasoning is left out; default: true"},
     "separate_reasoning": {"type": "boolean", "description": "reasoning in `reasoning_content`; default: true"},
     "stream_reasoning": {"type": "boolean", "description": "as it comes, not when it has ended; default: true"},
     "chat_template_kwargs": ANY_OBJECT,
@@ -356,6 +358,8 @@ OLLAMA_BOTH: dict[str, JSON] = {
                 for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "stop")
             },
             "num_predict": integer(),
+            "repeat_last_n": {**integer(-1), "description": "0: no penalties; else they count the whole text"},
+            "typical_p": {**number(0, 1), "description": "has no effect, as in Ollama itself"},
             "top_k": integer(0, TOP_K_ALL),
             "seed": integer(),
             "repeat_penalty": SAMPLING["repetition_penalty"],
@@ -387,7 +391,7 @@ COMPONENTS: dict[str, JSON] = {
                 {
                     "id": STRING,
                     "rid": STRING,
-                    "offset": integer(-1),
+                    "offset": integer(),
                     "replace": BOOLEAN,
                     "drop_previous_output": BOOLEAN,
                 },

@@ -1,0 +1,119 @@
+"""Find out what a model's chat template can show, by rendering marks and looking for them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from engine.errors import InvalidRequest
+from server.reading.protocol import JSON
+
+MARK = "radixloop7mark"
+Render = Callable[[list[JSON], list[JSON] | None], str]  # messages, tools -> prompt; `InvalidRequest`: it refuses them
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateTraits:
+    """Say what a chat template shows. The defaults are those of one that cannot be tried."""
+
+    parts_roles: frozenset[str] = frozenset()
+    """Roles whose messages are shown only if their content is a list of parts."""
+    shows_system: bool = True
+    shows_tools: bool = True
+    """Whether tools given beside the messages are in the prompt."""
+    shows_calls: bool = True
+    """Whether calls of tools and their results are in the prompt, beside the tools where these are shown."""
+    shows_calls_alone: bool = True
+    """Whether they are where no tools are given: that may be another template."""
+    takes_text_arguments: bool = False
+    """Whether it shows a call only if its arguments are JSON text."""
+
+
+def find_traits(render: Render) -> TemplateTraits:
+    """Try a template. One that shows no user's message either way is left to tell its own clients why."""
+
+    def shows(messages: Sequence[JSON], tools: list[JSON] | None = None) -> bool:
+        try:
+            return MARK in render([dict(message) for message in messages], tools)
+        except InvalidRequest:
+            return False
+
+    def needs_parts(before: list[JSON], message: JSON, after: list[JSON]) -> bool:
+        as_text, as_parts = ([*before, {**message, "content": content}, *after] for content in (MARK, _parts(MARK)))
+        return not shows(as_text) and shows(as_parts)
+
+    parts_roles = {"user"} if needs_parts([], {"role": "user"}, []) else set[str]()
+    user: JSON = {"role": "user", "content": _parts("Hi") if parts_roles else "Hi"}
+    if not shows([{**user, "content": _parts(MARK) if parts_roles else MARK}]):
+        return TemplateTraits()
+    result: JSON = {"role": "tool", "tool_call_id": "call00001", "name": "find"}
+    for before, message, after in (
+        ([], {"role": "system"}, [user]),
+        ([user], {"role": "assistant"}, [user]),
+        ([user, _calling("find")], result, []),
+        ([user, _calling("find", '{"a": "b"}')], result, []),
+    ):
+        if needs_parts(before, message, after):
+            parts_roles.add(message["role"])
+
+    def shown(role: str, text: str) -> Any:
+        return _parts(text) if role in parts_roles else text
+
+    def shows_calls(tools: list[JSON] | None, arguments: Any) -> bool:
+        called = [user, _calling(MARK, arguments), {**result, "content": shown("tool", "1")}]
+        returned = [user, _calling("find", arguments), {**result, "content": shown("tool", MARK)}]
+        return shows(called, tools) and shows(returned, tools)
+
+    shows_tools = shows([user], [_tool(MARK)])
+    tools = [_tool("find")] if shows_tools else None
+    takes_text = not shows_calls(tools, {"a": "b"}) and shows_calls(tools, '{"a": "b"}')
+    arguments = '{"a": "b"}' if takes_text else {"a": "b"}
+    return TemplateTraits(
+        parts_roles=frozenset(parts_roles),
+        shows_system=shows([{"role": "system", "content": shown("system", MARK)}, user]),
+        shows_tools=shows_tools,
+        shows_calls=shows_calls(tools, arguments),
+        shows_calls_alone=shows_calls(None, arguments),
+        takes_text_arguments=takes_text,
+    )
+
+
+def shaped(messages: Sequence[JSON], traits: TemplateTraits) -> list[JSON]:
+    """Return `messages` in the shapes that a template of these traits shows."""
+    if not (traits.parts_roles or traits.takes_text_arguments):
+        return list(messages)
+    return [_shaped(message, traits) for message in messages]
+
+
+def _shaped(message: JSON, traits: TemplateTraits) -> JSON:
+    changed = dict(message)
+    if message["role"] in traits.parts_roles and isinstance(message.get("content"), str):
+        changed["content"] = _parts(message["content"])
+    if traits.takes_text_arguments and message.get("tool_calls"):
+        changed["tool_calls"] = [_with_text_arguments(call) for call in message["tool_calls"]]
+    return changed
+
+
+def _with_text_arguments(call: JSON) -> JSON:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": orjson.dumps(function["arguments"]).decode()}}
+
+
+def _calling(name: str, arguments: Any = None) -> JSON:
+    """Return an assistant's message that calls a tool."""
+    function = {"name": name, "arguments": {"a": "b"} if arguments is None else arguments}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "call00001", "type": "function", "function": function}],
+    }
+
+
+def _parts(text: str) -> list[JSON]:
+    return [{"type": "text", "text": text}]
+
+
+def _tool(name: str) -> JSON:
+    parameters = {"type": "object", "properties": {"a": {"type": "string", "description": "a"}}, "required": ["a"]}
+    return {"type": "function", "function": {"name": name, "description": "Find a.", "parameters": parameters}}

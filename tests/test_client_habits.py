@@ -1,0 +1,182 @@
+"""Values and shapes that clients of SGLang, vLLM and OpenAI send and read without a thought."""
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.request import Request, SamplingParams
+from engine.state import RequestState
+from engine.text.stops import StopScanner
+from server.app import build_app
+from server.config import ServerConfig
+from tests.fake_engine import FakeEngine, events_of, serving
+from tests.test_engine import running_engine
+
+Client = TestClient[Any, Any]
+USER = [{"role": "user", "content": "Hi"}]
+
+
+async def post(client: Client, path: str, **body: Any) -> Any:
+    response = await client.post(path, json=body)
+    assert response.status == 200, await response.text()
+    return await response.json()
+
+
+async def events(client: Client, path: str, **body: Any) -> list[Any]:
+    response = await client.post(path, json={**body, "stream": True})
+    assert response.status == 200, await response.text()
+    return [orjson.loads(event) for event in events_of(await response.read()) if event != "[DONE]"]
+
+
+# ---- values that switch something off ----
+
+SAMPLED: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {"messages": USER}),
+    ("/v1/completions", {"prompt": "Hi"}),
+    ("/v1/messages", {"messages": USER, "max_tokens": 5}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), SAMPLED)
+async def test_top_p_0_and_top_k_0_are_accepted(client: Client, engine: FakeEngine, path: str, body: Any) -> None:
+    await post(client, path, **body, top_p=0, top_k=0, temperature=1)
+    assert engine.requests[0].sampling_params.is_greedy
+
+
+async def test_top_p_0_and_top_k_0_are_accepted_where_they_have_a_place_of_their_own(
+    client: Client, engine: FakeEngine
+) -> None:
+    fields = {"top_p": 0, "top_k": 0}
+    await post(client, "/generate", text="Hi", sampling_params=fields)
+    await post(client, "/v1/responses", input="Hi", top_p=0)
+    await post(client, "/api/chat", messages=USER, options=fields, stream=False)
+    assert [request.sampling_params.is_greedy for request in engine.requests] == [True] * 3
+
+
+async def test_top_p_0_draws_the_likeliest_token_and_top_k_0_from_all(tiny_llama: Path) -> None:
+    async def answer(name: str, **params: Any) -> list[int]:
+        asked = SamplingParams(max_new_tokens=12, ignore_eos=True, sampling_seed=3, **params)
+        state = RequestState(Request(name, [7, 11, 300], asked))
+        return [token async for delta in engine.generate(state) for token in delta.token_ids]
+
+    async with running_engine(tiny_llama) as engine:
+        assert await answer("a", top_p=0.0) == await answer("b", temperature=0.0)
+        assert await answer("c", top_k=0) == await answer("d") != await answer("e", temperature=0.0)
+
+
+async def test_stop_tokens_outside_the_vocabulary_never_come(client: Client, tiny_llama: Path) -> None:
+    for wanted in ({"stop_token_ids": [-1, 9999]}, {"stop_token_ids": [9999], "min_new_tokens": 2}):
+        assert (await post(client, "/generate", text="a", sampling_params=wanted))["text"] == "Hello, world"
+    async with running_engine(tiny_llama) as engine:
+        params = SamplingParams(max_new_tokens=4, min_new_tokens=3, ignore_eos=True, stop_token_ids=[-7, 1 << 40])
+        async for delta in engine.generate(RequestState(Request("a", [7, 11], params))):
+            assert delta.finish_reason is None or delta.finish_reason.type == "length"
+
+
+async def test_no_tokens_have_no_text(client: Client) -> None:
+    assert await post(client, "/detokenize", tokens=[]) == {"text": "", "prompt": ""}
+    assert (await post(client, "/detokenize", tokens=[[], [72]]))["text"] == ["", "H"]
+    assert (await client.post("/detokenize", json={})).status == 400
+
+
+# ---- stops that wait ----
+
+
+@given(
+    parts=st.lists(st.text("ab. ", max_size=4), max_size=12),
+    stops=st.lists(st.text("ab. ", min_size=1, max_size=3), min_size=1, max_size=3),
+    num_first=st.integers(0, 12),
+)
+def test_stops_that_end_in_the_first_texts_are_passed_over_and_nothing_is_lost(
+    parts: list[str], stops: list[str], num_first: int
+) -> None:
+    scanner, released = StopScanner(stops, [], is_kept=True), ""
+    for part in parts[:num_first]:
+        released += scanner.pass_over(part)
+    first, whole = "".join(parts[:num_first]), "".join(parts)
+    for part in parts[num_first:]:
+        if scanner.matched_stop is None:
+            released += scanner.push(part)
+    released += scanner.finish()
+    ends = [i for i in range(len(first) + 1, len(whole) + 1) if any(whole[:i].endswith(stop) for stop in stops)]
+    assert released == whole[: ends[0] if ends else len(whole)]
+
+
+@pytest.mark.parametrize("kind", ["stop", "stop_regex"])
+async def test_with_min_tokens_stop_texts_wait_too(tiny_llama: Path, kind: str) -> None:
+    async with running_engine(tiny_llama) as engine:
+        whole = SamplingParams(max_new_tokens=40, temperature=0.0, ignore_eos=True)
+        async for delta in engine.generate(RequestState(Request("a", [7, 11, 300], whole))):
+            tokens, text = delta.token_ids, delta.text
+        stops: Any = [char for char in text if char.isascii() and char.isalpha()][:3]
+        for min_new_tokens in (0, 10, 25):
+            params = SamplingParams(
+                max_new_tokens=40, min_new_tokens=min_new_tokens, temperature=0.0, no_stop_trim=True, ignore_eos=True,
+                **{kind: stops},
+            )  # fmt: skip
+            state = RequestState(Request(f"b{min_new_tokens}", [7, 11, 300], params, stream=True))
+            shown = ""
+            async for delta in engine.generate(state):
+                shown += delta.text
+            assert len(state.output_ids) > min_new_tokens or len(state.output_ids) == 40
+            read = engine.tokenizer.decode(tokens[: len(state.output_ids)])
+            assert read.startswith(shown) and len(shown) > len(engine.tokenizer.decode(tokens[:min_new_tokens]))
+            if not min_new_tokens:
+                assert len(state.output_ids) < 40, "the stops are in the answer's beginning"
+
+
+# ---- keys that are read without looking ----
+
+
+async def test_the_number_of_log_probabilities_stands_beside_them(client: Client) -> None:
+    body = {"text": "a", "return_logprob": True, "sampling_params": {"max_new_tokens": 3}}
+    assert (await post(client, "/generate", **body))["meta_info"]["output_token_logprobs_length"] == 3
+    async with serving(FakeEngine(), stream_output=True) as other:
+        for one in (client, other):
+            found = await events(one, "/generate", **body)
+            assert found[-1]["meta_info"]["output_token_logprobs_length"] == 3
+    meta = (await post(client, "/generate", text="a"))["meta_info"]
+    assert "output_token_logprobs_length" not in meta
+
+
+@pytest.mark.parametrize("more", [{}, {"stream_options": {"include_usage": True}}, {"echo": True}, {"max_tokens": 1}])
+async def test_every_event_of_a_streamed_completion_has_the_log_probabilities_asked_for(
+    tiny_llama: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    body: dict[str, Any] = {"prompt": "Hi", "max_tokens": 5, "logprobs": 1, "ignore_eos": True, "seed": 1, **more}
+    config = ServerConfig(model_path=str(tiny_llama), file_storage_path=str(tmp_path))
+    async with running_engine(tiny_llama) as engine, TestClient(TestServer(build_app(engine, config))) as client:
+        choices = [choice for event in await events(client, "/v1/completions", **body) for choice in event["choices"]]
+        whole = (await post(client, "/v1/completions", **body | {"stream_options": None}))["choices"][0]
+    assert all(choice["logprobs"]["tokens"] for choice in choices)
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["length"]
+    assert "".join(choice["text"] for choice in choices) == whole["text"]
+    tokens = [token for choice in choices for token in choice["logprobs"]["tokens"]]
+    assert tokens == whole["logprobs"]["tokens"]
+
+
+async def test_every_delta_of_a_chat_has_reasoning_content(client: Client) -> None:
+    for more in ({}, {"logprobs": True}):
+        found = await events(client, "/v1/chat/completions", messages=USER, max_tokens=3, **more)
+        assert all("reasoning_content" in event["choices"][0]["delta"] for event in found)
+
+
+# ---- scores ----
+
+
+async def test_token_ids_are_scored_as_texts_are(client: Client, engine: FakeEngine) -> None:
+    labels = {"label_token_ids": [65, 66], "apply_softmax": True}
+    texts = await post(client, "/v1/score", query="Is it?", items=["yes", "no"], **labels)
+    ids = {"query": list(b"Is it?"), "items": [list(b"yes"), list(b"no")]}
+    assert (await post(client, "/v1/score", **ids, **labels))["scores"] == texts["scores"]
+    await post(client, "/v1/score", **ids, **labels, item_first=True)
+    prompts = [bytes(request.input_ids) for request in engine.requests]
+    assert prompts == [b"Is it?yes", b"Is it?no"] * 2 + [b"yesIs it?", b"noIs it?"]
+    assert texts["usage"] == {"prompt_tokens": 17, "completion_tokens": 0, "total_tokens": 17}
+    for wrong in ({"query": [65], "items": ["yes"]}, {"query": "Is", "items": [[1]]}, {"query": [], "items": [[]]}):
+        assert (await client.post("/v1/score", json={**wrong, **labels})).status == 400
