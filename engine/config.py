@@ -138,6 +138,9 @@ class EngineConfig:
 
     stream_interval: int = option(1, DEBUG, "least tokens of a streamed piece")
     decode_log_interval: int = option(40, DEBUG, "decode steps between two log lines")
+    disable_canary: bool = option(
+        False, DEBUG, "do not compute a known text again every 5 minutes, to notice weights or caches gone wrong"
+    )
     watchdog_timeout: float = option(300.0, DEBUG, "seconds a step may take before the server gives up; 0: any")
 
     @property

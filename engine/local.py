@@ -8,6 +8,7 @@ from typing import Any
 
 from cache.radix import Prefix
 from engine.build import EngineParts, build
+from engine.canary import Canary, canary_of
 from engine.config import EngineConfig
 from engine.constraints import Constraints
 from engine.diagnostics import Diagnostics
@@ -39,6 +40,7 @@ class Started:
     output: OutputProcessor
     loop: StepLoop
     maintenance: LocalMaintenance
+    canary: Canary
     diagnostics: Diagnostics
     task: asyncio.Task[None]  # runs `loop`
 
@@ -72,10 +74,13 @@ class LocalEngine(Engine):
             decode_log_interval=config.decode_log_interval,
         )
         maintenance = LocalMaintenance(parts, loop, self.abort_all)
-        diagnostics = Diagnostics(parts, loop, intake, constraints)
+        canary = canary_of(self.generate, parts, loop, lambda: maintenance.num_updates, context_length)
+        diagnostics = Diagnostics(parts, loop, intake, constraints, canary)
         task = asyncio.create_task(loop.run(), name="step-loop")
         task.add_done_callback(self._on_loop_end)
-        self._started = Started(parts, limits, intake, constraints, output, loop, maintenance, diagnostics, task)
+        self._started = Started(
+            parts, limits, intake, constraints, output, loop, maintenance, canary, diagnostics, task
+        )
 
     def _on_failure(self, message: str) -> None:
         logger.critical("%s; the engine cannot go on", message)
@@ -89,6 +94,8 @@ class LocalEngine(Engine):
         self._on_failure(f"the step loop ended: {task.exception()!r}")
 
     async def stop(self, drain_s: float = 0.0) -> None:
+        if self._started is not None:
+            self._started.canary.stop()
         await self._requests.drain(drain_s)
         self.abort_all("the server is shutting down", status_code=503)
         if self._started is None:
@@ -162,6 +169,10 @@ class LocalEngine(Engine):
         if self.is_generation:
             self.started.constraints.warm_up()
 
+    def start_canary(self) -> None:
+        if self.is_generation and not self.config.disable_canary:
+            self.started.canary.start()
+
     def submit(self, state: RequestState) -> None:
         if self.has_failed:
             raise EngineStopped("the engine has failed")
@@ -178,7 +189,7 @@ class LocalEngine(Engine):
         if state is None or state.status is Status.FINISHED:
             return False
         self.started.loop.abort(state, FinishReason("abort", message=message, status_code=status_code))
-        self._requests.num_aborted += 1
+        self._requests.num_aborted += not self.started.canary.owns(rid)
         return True
 
     def abort_all(self, message: str = "aborted by the client", status_code: int = 499) -> int:
@@ -199,7 +210,8 @@ class LocalEngine(Engine):
         return self.parts.scheduler.flush()
 
     def top_prefixes(self, k: int) -> list[Prefix]:
-        return self.parts.scheduler.held.cache.top_prefixes(k, head_len=1 << 20)
+        found = self.parts.scheduler.held.cache.top_prefixes(k + 1, head_len=1 << 20)
+        return [one for one in found if not self.started.canary.has_prefix(one.token_ids.tolist())][:k]
 
     # ---- observation ----
 
