@@ -79,6 +79,8 @@ class EngineConfig:
     max_step_ms: float | None = option(
         None, SCHEDULE, "while answers stream, cut prompt chunks so that a step takes at most this long; 0: any"
     )
+    request_waiting_timeout: float | None = option(None, SCHEDULE, "seconds a request may wait; beyond it: 503")
+    request_running_timeout: float | None = option(None, SCHEDULE, "seconds a request may run; beyond it: 503")
     schedule_policy: str = option(
         "lpm", SCHEDULE, "order of the queue: longest prefix match, first come, by tree weight, random",
         choices=("lpm", "fcfs", "dfs-weight", "random"),

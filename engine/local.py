@@ -24,6 +24,7 @@ from engine.profiler import Profiler, make_profile_folder
 from engine.request_table import RequestTable
 from engine.state import FinishReason, RequestState, Status
 from engine.text.tokenizer import Tokenizer
+from engine.time_limits import TimeLimits
 from engine.verify import RequestLimits
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Started:
     output: OutputProcessor
     loop: StepLoop
     maintenance: LocalMaintenance
+    time_limits: TimeLimits
     canary: Canary
     diagnostics: Diagnostics
     task: asyncio.Task[None]  # runs `loop`
@@ -75,11 +77,15 @@ class LocalEngine(Engine):
         )
         maintenance = LocalMaintenance(parts, loop, self.abort_all)
         canary = canary_of(self.generate, parts, loop, lambda: maintenance.num_updates, context_length)
+        time_limits = TimeLimits(
+            requests.by_rid, self.abort, config.request_waiting_timeout, config.request_running_timeout
+        )
+        time_limits.start()
         diagnostics = Diagnostics(parts, loop, intake, constraints, canary)
         task = asyncio.create_task(loop.run(), name="step-loop")
         task.add_done_callback(self._on_loop_end)
         self._started = Started(
-            parts, limits, intake, constraints, output, loop, maintenance, canary, diagnostics, task
+            parts, limits, intake, constraints, output, loop, maintenance, time_limits, canary, diagnostics, task
         )
 
     def _on_failure(self, message: str) -> None:
@@ -96,6 +102,7 @@ class LocalEngine(Engine):
     async def stop(self, drain_s: float = 0.0) -> None:
         if self._started is not None:
             self._started.canary.stop()
+            self._started.time_limits.stop()
         await self._requests.drain(drain_s)
         self.abort_all("the server is shutting down", status_code=503)
         if self._started is None:
