@@ -61,7 +61,8 @@ async def test_damaged_keys_and_values_are_an_alarm_while_others_run(tiny_llama:
         canary = engine.started.canary
         assert await canary.look()
         with torch.no_grad():
-            for layer in engine.parts.runner.model.model.layers:
+            layers: Any = engine.parts.runner.model.model.layers
+            for layer in layers:
                 layer.input_layernorm.weight.neg_()
         await asyncio.gather(canary.look(), answer(engine, "a"))
         assert canary.stats.num_alarms == 1
@@ -97,7 +98,7 @@ async def test_clients_statistics_do_not_show_it(tiny_llama: Path) -> None:
             while not looking.done():
                 await asyncio.sleep(0)
                 assert shown(engine) == before
-        engine.started.canary._generate = refused  # type: ignore[method-assign, assignment]
+        engine.started.canary._generate = refused
         assert not await engine.started.canary.look()
         assert shown(engine) == before
         await answer(engine, "b")

@@ -178,7 +178,12 @@ async def test_token_ids_are_scored_as_texts_are(client: Client, engine: FakeEng
     prompts = [bytes(request.input_ids) for request in engine.requests]
     assert prompts == [b"Is it?yes", b"Is it?no"] * 2 + [b"yesIs it?", b"noIs it?"]
     assert texts["usage"] == {"prompt_tokens": 17, "completion_tokens": 0, "total_tokens": 17}
-    for wrong in ({"query": [65], "items": ["yes"]}, {"query": "Is", "items": [[1]]}, {"query": [], "items": [[]]}):
+    wrongs: list[dict[str, Any]] = [
+        {"query": [65], "items": ["yes"]},
+        {"query": "Is", "items": [[1]]},
+        {"query": [], "items": [[]]},
+    ]
+    for wrong in wrongs:
         assert (await client.post("/v1/score", json={**wrong, **labels})).status == 400
 
 
