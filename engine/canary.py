@@ -78,6 +78,7 @@ class Canary:
         """
         self.stats = CanaryStats()
         self.tolerance = TOLERANCE.get(dtype, max(TOLERANCE.values()))
+        self.on_alarm: Callable[[], object] = lambda: None
         self._generate, self._has_room, self._weights_version = generate, has_room, weights_version
         self._input_ids = input_ids
         self._first: list[TokenLogprob] = []
@@ -90,6 +91,7 @@ class Canary:
         """Compute the first log-probabilities soon, and compare from then on."""
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="canary")
+            self._task.add_done_callback(_report_end)
 
     def stop(self) -> None:
         if self._task is not None:
@@ -119,6 +121,7 @@ class Canary:
         stats.drift = drift(self._first, found)
         if not stats.drift <= self.tolerance:  # NaN is an alarm, too
             stats.num_alarms += 1
+            self.on_alarm()
             logger.error(
                 "the canary's log-probabilities have moved by %.3g on average, rounding explains %.3g: weights, cached "
                 "keys and values, or a kernel are not what they were at the start",
@@ -202,6 +205,11 @@ def has_room(scheduler: Scheduler, loop: StepLoop) -> bool:
         and stats.num_running <= num_rows * (1 - MIN_FREE_SHARE)
         and stats.num_held_tokens <= stats.num_total_tokens * (1 - MIN_FREE_SHARE)
     )
+
+
+def _report_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        logger.error("the canary has ended", exc_info=task.exception())
 
 
 def drift(first: list[TokenLogprob], found: list[TokenLogprob]) -> float:

@@ -1,12 +1,15 @@
 """Ends requests that have waited or run longer than the server allows."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 
 from engine.state import RequestState, Status
 
-CHECK_S = 0.5
+logger = logging.getLogger(__name__)
+
+CHECK_S = 0.5  # seconds between two looks
 
 
 class TimeLimits:
@@ -27,6 +30,7 @@ class TimeLimits:
     def start(self) -> None:
         if self._waiting_s is not None or self._running_s is not None:
             self._task = asyncio.create_task(self._run(), name="time-limits")
+            self._task.add_done_callback(_report_end)
 
     def stop(self) -> None:
         if self._task is not None:
@@ -50,3 +54,8 @@ class TimeLimits:
         if limit_s is not None and age_s > limit_s:
             message = f"the request has {what} for {age_s:.1f} s, the limit is {limit_s:g} s (--request-{name}-timeout)"
             self._abort(rid, message, 503)
+
+
+def _report_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        logger.error("requests are not limited in time any more", exc_info=task.exception())

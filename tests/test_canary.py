@@ -46,8 +46,10 @@ async def test_weights_changed_underneath_are_an_alarm_in_health_metrics_and_log
         assert (canary.stats.num_runs, canary.stats.num_alarms) == (2, 0) and canary.stats.drift < 1e-4
         assert not caplog.records
         damage(engine)
+        alarms: list[int] = []
+        canary.on_alarm = lambda: alarms.append(canary.stats.num_alarms)
         assert await canary.look()
-        assert "canary" in caplog.text
+        assert alarms == [1] and "canary" in caplog.text
         config = ServerConfig(model_path=str(tiny_llama), file_storage_path=str(tmp_path), enable_metrics=True)
         async with TestClient(TestServer(build_app(engine, config))) as client:
             health = await (await client.get("/health")).json()
