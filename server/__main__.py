@@ -264,6 +264,7 @@ async def serve_http(
         with acceptor:
             print_ready(console, engine, config, app)
             engine.warm_up_grammars()
+            engine.start_canary()
             failure = await wait_for_end(engine, stop)
         if failure:
             await asyncio.wait([asyncio.create_task(runner.cleanup())], timeout=FAILURE_NOTICE_S)

@@ -20,12 +20,13 @@ from server.apis.native import NativeApi
 from server.apis.ollama import OllamaApi
 from server.apis.ollama_embeddings import OllamaEmbeddings
 from server.apis.openai import OpenAIApi
+from server.apis.request_logging import LoggingApi
 from server.apis.responses import ResponsesApi
 from server.apis.text import TextApi
 from server.config import ServerConfig
 from server.http.intake import GATE, Gate
 from server.http.keys import KeyRing, require_key
-from server.http.live import LiveRequests, RequestLog
+from server.http.live import LiveRequests
 from server.reading.chat import CHATS, Chats
 from server.reading.left_out import LeftOutBook, name_left_out
 from server.reading.protocol import error_response, error_shape, json_response
@@ -44,8 +45,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     Run it with aiohttp's `handler_cancellation`: a disconnect then cancels the handler, which aborts its requests.
     """
     live = LiveRequests(engine)
-    if config.log_requests:
-        live.observers.append(RequestLog(engine.tokenizer, config.log_requests_level))
+    logging_api = LoggingApi(engine.tokenizer, config, live)
     chats = Chats(engine, config)
     app = web.Application(
         middlewares=[answer_errors, require_key(KeyRing(config))],
@@ -59,6 +59,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     generate = GenerateApi(engine, config, live)
     app.add_routes(native.routes())
     app.add_routes(generate.routes())
+    app.add_routes(logging_api.routes())
     app.add_routes(TextApi(engine, chats).routes())
     app.add_routes(AnthropicApi(config, live, chats, left_out).routes())
     app.add_routes(OllamaApi(engine, config, live, chats).routes())

@@ -156,6 +156,11 @@ OLLAMA_GENERATE = Operation(
     "Ollama's completion", "Ollama", ref("OllamaGenerateRequest"), ref("OllamaAnswer"), is_streaming=True,
     stream_type=NDJSON, statuses=(404, 429),
 )  # fmt: skip
+CONFIGURE_LOGGING = Operation(
+    "Switch the lines about requests on or off", "server",
+    obj({"log_requests": BOOLEAN, "log_requests_level": integer(0, 3)}),
+    obj({"log_requests": BOOLEAN, "log_requests_level": integer(0, 3)}),
+)  # fmt: skip
 OLLAMA_EMBED = Operation(
     "Vectors of texts", "Ollama",
     obj(
@@ -213,6 +218,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/responses/{response_id}/cancel"): CANCEL_RESPONSE,
     ("POST", "/api/chat"): OLLAMA_CHAT,
     ("POST", "/api/generate"): OLLAMA_GENERATE,
+    ("POST", "/configure_logging"): CONFIGURE_LOGGING,
     ("POST", "/api/show"): OLLAMA_SHOW,
     ("POST", "/api/embed"): OLLAMA_EMBED,
     ("POST", "/api/embeddings"): OLLAMA_EMBED_PROMPT,

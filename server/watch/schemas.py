@@ -449,6 +449,8 @@ COMPONENTS: dict[str, JSON] = {
             "num_running": integer(0),
             "num_queued": integer(0),
             "num_violations": integer(0),
+            "num_canary_alarms": integer(0),
+            "canary_drift": {"type": "number"},
         },
         ["status"],
     ),
