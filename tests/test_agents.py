@@ -426,3 +426,18 @@ async def test_of_a_replayed_session_what_is_new_is_computed_and_little_else(tin
     assert len(turns) == 4 and all(turn.num_new > 20 for turn in turns)
     assert 1.0 <= agent.computed_per_new(turns) < 1.2
     agent.show(api, turns)
+
+
+async def test_the_usage_of_message_start_is_that_of_the_end(tiny_llama: Path) -> None:
+    options: dict[str, Any] = {"chat_template": "chatml", "served_model_name": "fake-model"}
+    body = {"max_tokens": 3, "stream": True, "messages": [{"role": "user", "content": "Once upon a time " * 9}]}
+    async with running_engine(tiny_llama) as engine, serving(engine, **options) as client:
+        for turn in range(2):
+            response = await client.post("/v1/messages", json=body)
+            data = [json.loads(line[6:]) for line in (await response.read()).splitlines() if line.startswith(b"data: ")]
+            [start], [end] = (
+                [event for event in data if event["type"] == f"message_{kind}"] for kind in ("start", "delta")
+            )
+            begun, ended = start["message"]["usage"], end["usage"]
+            assert (begun["cache_read_input_tokens"] > 0) == (turn == 1)
+            assert {**begun, "output_tokens": 0} == {**ended, "output_tokens": 0}
