@@ -82,6 +82,8 @@ class EngineConfig:
         SCHEDULE,
         "while answers stream, cut prompt chunks so that a step takes at most this long; 0: any, on a CPU too",
     )
+    request_waiting_timeout: float | None = option(None, SCHEDULE, "seconds a request may wait; beyond it: 503")
+    request_running_timeout: float | None = option(None, SCHEDULE, "seconds a request may run; beyond it: 503")
     schedule_policy: str = option(
         "lpm", SCHEDULE, "order of the queue: longest prefix match, first come, by tree weight, random",
         choices=("lpm", "fcfs", "dfs-weight", "random"),
@@ -142,6 +144,9 @@ class EngineConfig:
 
     stream_interval: int = option(1, DEBUG, "least tokens of a streamed piece")
     decode_log_interval: int = option(40, DEBUG, "decode steps between two log lines")
+    disable_canary: bool = option(
+        False, DEBUG, "do not compute a known text again every 5 minutes, to notice weights or caches gone wrong"
+    )
     watchdog_timeout: float = option(300.0, DEBUG, "seconds a step may take before the server gives up; 0: any")
 
     @property

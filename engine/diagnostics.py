@@ -4,10 +4,12 @@ import dataclasses
 import time
 
 from engine.build import EngineParts
+from engine.canary import Canary
 from engine.constraints import Constraints
 from engine.engine import EngineStats, Health
 from engine.intake import Intake
 from engine.loop import StepLoop
+from engine.state import RequestState, Status
 
 STUCK_AFTER_S = 30.0  # a step this long makes /health fail; --watchdog-timeout is when the process gives up
 
@@ -15,8 +17,11 @@ STUCK_AFTER_S = 30.0  # a step this long makes /health fail; --watchdog-timeout 
 class Diagnostics:
     """Reads the engine's objects and changes none of them."""
 
-    def __init__(self, parts: EngineParts, loop: StepLoop, intake: Intake, constraints: Constraints) -> None:
+    def __init__(
+        self, parts: EngineParts, loop: StepLoop, intake: Intake, constraints: Constraints, canary: Canary
+    ) -> None:
         self._parts, self._loop, self._intake, self._constraints = parts, loop, intake, constraints
+        self._canary = canary
         self._requests = intake.requests
         self._busy_since = 0.0  # time.perf_counter()
 
@@ -43,12 +48,21 @@ class Diagnostics:
             status = "stopping"
         elif age_s > min(STUCK_AFTER_S, self._parts.config.watchdog_timeout or STUCK_AFTER_S):
             status = "stuck"
+        canary = self._canary
         return Health(
-            status, age_s, now - oldest, scheduler.num_running, len(scheduler.waiting), self._loop.stats.num_violations
+            status,
+            age_s,
+            now - oldest,
+            scheduler.num_running - canary.is_in(Status.RUNNING),
+            len(scheduler.waiting) - canary.is_in(Status.WAITING),
+            self._loop.stats.num_violations,
+            canary.stats.num_alarms,
+            canary.stats.drift,
         )
 
     def stats(self) -> EngineStats:
-        return EngineStats(
+        """Return the statistics of clients' requests, the canary's left out."""
+        stats = EngineStats(
             scheduler=self._parts.scheduler.stats(),
             loop=self._loop.stats,
             num_requests=self._requests.num_requests,
@@ -56,7 +70,12 @@ class Diagnostics:
             num_refused=self._requests.num_refused,
             drain_tokens_per_s=self._intake.drain_rate.tokens_per_s,
             grammars=self._constraints.stats,
+            canary=dataclasses.replace(self._canary.stats),
         )
+        return self._canary.without(stats, self._output_len)
+
+    def _output_len(self, state: RequestState) -> int:
+        return len(self._parts.rows.output_ids(state))
 
     def progress(self) -> tuple[int, ...] | None:
         """See `Engine.progress`."""

@@ -15,7 +15,7 @@ import functools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from engine.state import Delta, RequestState
@@ -84,6 +84,21 @@ class Health:
     num_queued: int = 0
     num_violations: int = 0
     """Mistakes in the bookkeeping of KV slots and rows, found while idle: see the log. None is expected."""
+    num_canary_alarms: int = 0
+    """Times that the log-probabilities of a known text differed from the first ones: see the log. None is expected."""
+    canary_drift: float = 0.0
+    """Their mean distance at the last look."""
+
+
+@dataclass(slots=True)
+class CanaryStats:
+    """Count the canary's runs since the start; see `engine.canary`."""
+
+    num_runs: int = 0
+    num_alarms: int = 0
+    """Runs whose log-probabilities differed from the first ones beyond rounding."""
+    drift: float = 0.0
+    """Mean distance of the last run's log-probabilities from the first ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +112,7 @@ class EngineStats:
     drain_tokens_per_s: float
     """Tokens computed for requests that ended, per second in which there was work."""
     grammars: GrammarStats
+    canary: CanaryStats = field(default_factory=CanaryStats)
 
 
 class Maintenance(ABC):
@@ -258,6 +274,13 @@ class Engine(ABC):
     @abstractmethod
     def warm_up_grammars(self) -> None:
         """Build the tables that the first grammar needs, on a thread. Call when nobody waits for the start any more."""
+
+    def start_canary(self) -> None:
+        """Compute a known text's log-probabilities soon, and compare from then on. Call as `warm_up_grammars`.
+
+        Engines made of several leave it to those.
+        """
+        return
 
     @abstractmethod
     def submit(self, state: RequestState) -> None:

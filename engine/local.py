@@ -8,6 +8,7 @@ from typing import Any
 
 from cache.radix import Prefix
 from engine.build import EngineParts, build
+from engine.canary import Canary, canary_of
 from engine.config import EngineConfig
 from engine.constraints import Constraints
 from engine.diagnostics import Diagnostics
@@ -24,6 +25,7 @@ from engine.request_table import RequestTable
 from engine.sizes import max_wait_s
 from engine.state import FinishReason, RequestState, Status
 from engine.text.tokenizer import Tokenizer
+from engine.time_limits import TimeLimits
 from engine.verify import RequestLimits
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ class Started:
     output: OutputProcessor
     loop: StepLoop
     maintenance: LocalMaintenance
+    time_limits: TimeLimits
+    canary: Canary
     diagnostics: Diagnostics
     task: asyncio.Task[None]  # runs `loop`
 
@@ -78,10 +82,17 @@ class LocalEngine(Engine):
             decode_log_interval=config.decode_log_interval,
         )
         maintenance = LocalMaintenance(parts, loop, self.abort_all)
-        diagnostics = Diagnostics(parts, loop, intake, constraints)
+        canary = canary_of(self.generate, parts, loop, lambda: maintenance.num_updates, context_length)
+        time_limits = TimeLimits(
+            requests.by_rid, self.abort, config.request_waiting_timeout, config.request_running_timeout
+        )
+        time_limits.start()
+        diagnostics = Diagnostics(parts, loop, intake, constraints, canary)
         task = asyncio.create_task(loop.run(), name="step-loop")
         task.add_done_callback(self._on_loop_end)
-        self._started = Started(parts, limits, intake, constraints, output, loop, maintenance, diagnostics, task)
+        self._started = Started(
+            parts, limits, intake, constraints, output, loop, maintenance, time_limits, canary, diagnostics, task
+        )
 
     def _on_failure(self, message: str) -> None:
         logger.critical("%s; the engine cannot go on", message)
@@ -95,6 +106,9 @@ class LocalEngine(Engine):
         self._on_failure(f"the step loop ended: {task.exception()!r}")
 
     async def stop(self, drain_s: float = 0.0) -> None:
+        if self._started is not None:
+            self._started.canary.stop()
+            self._started.time_limits.stop()
         await self._requests.drain(drain_s)
         self.abort_all("the server is shutting down", status_code=503)
         if self._started is None:
@@ -168,6 +182,10 @@ class LocalEngine(Engine):
         if self.is_generation:
             self.started.constraints.warm_up()
 
+    def start_canary(self) -> None:
+        if self.is_generation and not self.config.disable_canary:
+            self.started.canary.start()
+
     def submit(self, state: RequestState) -> None:
         if self.has_failed:
             raise EngineStopped("the engine has failed")
@@ -184,7 +202,7 @@ class LocalEngine(Engine):
         if state is None or state.status is Status.FINISHED:
             return False
         self.started.loop.abort(state, FinishReason("abort", message=message, status_code=status_code))
-        self._requests.num_aborted += 1
+        self._requests.num_aborted += not self.started.canary.owns(rid)
         return True
 
     def abort_all(self, message: str = "aborted by the client", status_code: int = 499) -> int:
@@ -205,7 +223,8 @@ class LocalEngine(Engine):
         return self.parts.scheduler.flush()
 
     def top_prefixes(self, k: int) -> list[Prefix]:
-        return self.parts.scheduler.held.cache.top_prefixes(k, head_len=1 << 20)
+        found = self.parts.scheduler.held.cache.top_prefixes(k + 1, head_len=1 << 20)
+        return [one for one in found if not self.started.canary.has_prefix(one.token_ids.tolist())][:k]
 
     # ---- observation ----
 

@@ -49,6 +49,7 @@ class LocalMaintenance(Maintenance):
         self.released: set[str] = set()
         self.model_path = parts.config.model_path
         self.weight_version = "default"
+        self.num_updates = 0  # of the weights
         self.tasks: set[asyncio.Task[Any]] = set()
         self._lock = asyncio.Lock()  # one operation at a time
 
@@ -108,6 +109,7 @@ class LocalMaintenance(Maintenance):
                     scheduler.retract_all()
                     scheduler.held.drop_cache()
                 await self._do_everywhere("adopt")
+                self.num_updates += 1
                 self.model_path = model_path
                 self.weight_version = weight_version or self.weight_version
             return num_running

@@ -1,7 +1,7 @@
 """`python -m server`, and the console script `radixloop`."""
 
 if __name__ == "__main__":
-    from server.console import end_silently
+    from server.quiet import end_silently
 
     end_silently()  # on Ctrl-C, while the imports below take their seconds
 
@@ -265,6 +265,7 @@ async def serve_http(
             with acceptor:
                 print_ready(console, engine, config, app)
                 engine.warm_up_grammars()
+                engine.start_canary()
                 failure = await wait_for_end(engine, stop)
             if failure:
                 await asyncio.wait([asyncio.create_task(runner.cleanup())], timeout=FAILURE_NOTICE_S)

@@ -20,13 +20,14 @@ from server.apis.native import NativeApi
 from server.apis.ollama import OllamaApi
 from server.apis.ollama_embeddings import OllamaEmbeddings
 from server.apis.openai import OpenAIApi
+from server.apis.request_logging import LoggingApi
 from server.apis.responses import ResponsesApi
 from server.apis.text import TextApi
 from server.config import ServerConfig
 from server.http.bodies import BODY, BODY_BUDGET, BodyBudget
 from server.http.intake import GATE, Gate
 from server.http.keys import KeyRing, require_key
-from server.http.live import LiveRequests, RequestLog
+from server.http.live import LiveRequests
 from server.http.origins import guard_origins, origins_of
 from server.reading.chat import CHATS, Chats
 from server.reading.left_out import LeftOutBook, name_left_out
@@ -46,8 +47,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     Run it with aiohttp's `handler_cancellation`: a disconnect then cancels the handler, which aborts its requests.
     """
     live = LiveRequests(engine)
-    if config.log_requests:
-        live.observers.append(RequestLog(engine.tokenizer, config.log_requests_level))
+    logging_api = LoggingApi(engine.tokenizer, config, live)
     chats = Chats(engine, config)
     origins = origins_of(config)
     app = web.Application(
@@ -64,6 +64,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     generate = GenerateApi(engine, config, live)
     app.add_routes(native.routes())
     app.add_routes(generate.routes())
+    app.add_routes(logging_api.routes())
     app.add_routes(TextApi(engine, chats).routes())
     app.add_routes(AnthropicApi(config, live, chats, left_out).routes())
     app.add_routes(OllamaApi(engine, config, live, chats).routes())

@@ -176,7 +176,7 @@ def read_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[s
     for name in ("max_body_bytes", "max_held_bytes", "max_file_bytes"):
         if given.get(name, 1) < 1:
             parser.error(f"{_flag(name)} must be at least 1, got {given[name]}")
-    for name in ("drain_timeout", "watchdog_timeout"):
+    for name in ("drain_timeout", "watchdog_timeout", "request_waiting_timeout", "request_running_timeout"):
         if not 0 <= given.get(name, 0) < math.inf:
             parser.error(f"{_flag(name)} must be a number of seconds, at least 0, got {given[name]}")
     for name in SECRETS:

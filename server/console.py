@@ -1,12 +1,8 @@
-"""The console script `radixloop`, and what every command of this package does first."""
+"""The console script `radixloop`: `python -m server` under another name."""
 
-import signal
 from collections.abc import Sequence
 
-
-def end_silently() -> None:
-    """Have Ctrl-C end the process without a word, until the command says what else it does."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from server.quiet import end_silently
 
 
 def main(argv: Sequence[str] | None = None) -> int:

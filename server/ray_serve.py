@@ -1,7 +1,7 @@
 """Deploy to Ray Serve: `python -m server.ray_serve`. Everything is in `server.fleet.ray_serve`."""
 
 if __name__ == "__main__":
-    from server.console import end_silently
+    from server.quiet import end_silently
 
     end_silently()  # on Ctrl-C, while the imports below take their seconds
 

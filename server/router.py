@@ -1,7 +1,7 @@
 """Run the router: `python -m server.router`. Everything is in `server.fleet.router`."""
 
 if __name__ == "__main__":
-    from server.console import end_silently
+    from server.quiet import end_silently
 
     end_silently()  # on Ctrl-C, while the imports below take their time
 

@@ -9,6 +9,7 @@ import openai
 import pytest
 from aiohttp.test_utils import TestClient
 
+from bench import agent
 from server.apis.anthropic import chat_body
 from server.apis.responses import read_input
 from server.reading import responses_body
@@ -319,7 +320,7 @@ async def test_a_custom_tools_call_comes_back_as_one_and_a_namespaces_under_both
         whole = (await api.responses.create(**body)).output
         async with api.responses.stream(**body) as stream:
             kinds = [event.type async for event in stream]
-            streamed = (await stream.get_final_response()).output
+            streamed: Any = (await stream.get_final_response()).output
     for custom, function in (whole, streamed):
         assert custom.type == "custom_tool_call" and (custom.name, custom.input) == ("apply_patch", patch)
         assert custom.id is not None and custom.id.startswith("ctc_")
@@ -367,15 +368,16 @@ async def test_allowed_tools_that_are_not_there_are_refused_by_name() -> None:
 async def test_the_input_of_a_stored_response_is_listed_by_pages() -> None:
     async with serving(FakeEngine(context_length=4096)) as client, official(client) as api:
         first = await api.responses.create(model="fake-model", input="Hi")
+        item: Any
         [item] = (await api.responses.input_items.list(first.id)).data
-        assert item.type == "message" and item.content[0].text == "Hi"  # type: ignore[union-attr]
+        assert item.type == "message" and item.content[0].text == "Hi"
         given: Any = [{"role": "user", "content": f"{i}"} for i in range(5)]
         many = await api.responses.create(model="fake-model", input=given)
-        page = await api.responses.input_items.list(many.id, limit=2)
-        texts = [item.content[0].text async for item in page]  # type: ignore[union-attr]
+        page: Any = await api.responses.input_items.list(many.id, limit=2)
+        texts = [item.content[0].text async for item in page]
         assert texts == ["4", "3", "2", "1", "0"] and page.has_more
-        oldest = await api.responses.input_items.list(many.id, order="asc", limit=1)
-        assert oldest.data[0].content[0].text == "0"  # type: ignore[union-attr]
+        oldest: Any = await api.responses.input_items.list(many.id, order="asc", limit=1)
+        assert oldest.data[0].content[0].text == "0"
         for wrong in ("limit=0", "limit=x", "order=up", "after=nope"):
             assert (await client.get(f"/v1/responses/{many.id}/input_items?{wrong}")).status == 400
         assert (await client.get("/v1/responses/resp_x/input_items")).status == 404
@@ -387,8 +389,55 @@ async def test_models_are_listed_for_codex_too() -> None:
     assert [card["id"] for card in listed["data"]] == ["fake-model"] and listed["models"] == []
 
 
+@pytest.mark.parametrize("kind", [[], {}, 1, ["text"]])
+async def test_a_type_that_is_no_text_is_a_400(kind: Any) -> None:
+    part = {"type": kind, "text": "x"}
+    result = {"type": "tool_result", "tool_use_id": "a", "content": [part]}
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": [part]}]}),
+        ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": [result]}]}),
+        ("/v1/messages", {"max_tokens": 5, "messages": [{"role": "user", "content": "x"}], "tools": [part]}),
+        ("/v1/responses", {"input": [{"role": "user", "content": [part]}]}),
+        ("/v1/responses", {"input": [part]}),
+        ("/v1/responses", {"input": "x", "tools": [part]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tool_choice": part}),
+    ]
+    async with serving(FakeEngine()) as client:
+        for path, body in bodies:
+            assert (await client.post(path, json=body)).status == 400, body
+
+
 def test_a_header_is_short_and_safe_whatever_names_the_client_chose() -> None:
     left_out = LeftOut()
     for i in range(100):
         left_out.add("tool", f"x\r\nSet-Cookie: {i}" + "y" * 1000)
     assert len(left_out.header) < 4000 and "\n" not in left_out.header and " " not in left_out.header.replace(", ", "")
+
+
+@pytest.mark.parametrize("api", agent.APIS)
+async def test_of_a_replayed_session_what_is_new_is_computed_and_little_else(tiny_llama: Path, api: str) -> None:
+    session = agent.Session.drawn(0, num_turns=4, num_tools=3, system_words=50, result_words=20)
+    options: dict[str, Any] = {"chat_template": "chatml", "served_model_name": "fake-model"}
+    async with (
+        running_engine(tiny_llama, context_length=4096, max_total_tokens=16384) as engine,
+        serving(engine, **options) as client,
+    ):
+        turns = await agent.replay(str(client.make_url("/")), api, session, model="default", answer_len=2, key="none")
+    assert len(turns) == 4 and all(turn.num_new > 20 for turn in turns)
+    assert 1.0 <= agent.computed_per_new(turns) < 1.2
+    agent.show(api, turns)
+
+
+async def test_the_usage_of_message_start_is_that_of_the_end(tiny_llama: Path) -> None:
+    options: dict[str, Any] = {"chat_template": "chatml", "served_model_name": "fake-model"}
+    body = {"max_tokens": 3, "stream": True, "messages": [{"role": "user", "content": "Once upon a time " * 9}]}
+    async with running_engine(tiny_llama) as engine, serving(engine, **options) as client:
+        for turn in range(2):
+            response = await client.post("/v1/messages", json=body)
+            data = [json.loads(line[6:]) for line in (await response.read()).splitlines() if line.startswith(b"data: ")]
+            [start], [end] = (
+                [event for event in data if event["type"] == f"message_{kind}"] for kind in ("start", "delta")
+            )
+            begun, ended = start["message"]["usage"], end["usage"]
+            assert (begun["cache_read_input_tokens"] > 0) == (turn == 1)
+            assert {**begun, "output_tokens": 0} == {**ended, "output_tokens": 0}

@@ -14,7 +14,7 @@ from engine.state import Delta, FinishReason, RequestState
 from server.apis.answer import Answer
 from server.apis.openai_answers import ChatAnswer, Envelope
 from server.http.live import Options, make_requests
-from server.http.sse import EventStream
+from server.http.sse import COMMENT, EventStream
 from server.reading.chat import ChatTurn
 from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, FakeTokenizer, serving
 
@@ -125,6 +125,99 @@ async def test_a_stream_that_fails_after_it_began_says_so_in_its_last_event(path
         *_, last = values_of(await response.read())
     assert response.status == 200
     assert "the step failed" in json.dumps(last.get("error") or last["response"]["error"])
+
+
+FIRST = {
+    "/v1/chat/completions": b'"delta":{"role":"assistant","content":""',
+    "/v1/messages": b"event: message_start",
+    "/v1/responses": b"event: response.created",
+}
+
+
+@pytest.mark.parametrize("path", FIRST)
+async def test_a_client_hears_the_beginning_before_the_first_token(path: str) -> None:
+    engine = FakeEngine(is_manual=True)
+    async with serving(engine, **PARSERS) as client:
+        response = await client.post(path, json={**APIS[path][0], "stream": True})
+        async with asyncio.timeout(5):
+            first = await response.content.readuntil(b"\n\n")
+        assert FIRST[path] in first
+        assert not engine.states[0].output_ids
+        engine.emit(engine.states[0], "Hello")
+        engine.finish(engine.states[0], FinishReason("stop"))
+        rest = await response.read()
+    assert FIRST[path] not in rest and b"Hello" in rest
+
+
+class FullEngine(FakeEngine):
+    """Its requests wait for their turn."""
+
+    def submit(self, state: RequestState) -> None:
+        super().submit(state)
+        state.times.scheduled, state.num_cached_tokens = 0.0, 0
+
+
+async def test_message_start_waits_a_moment_for_what_the_cache_holds() -> None:
+    """Its usage is true: what is cached is known once the request has its turn."""
+    engine = FullEngine(is_manual=True)
+    async with serving(engine) as client:
+        response = await client.post("/v1/messages", json={**APIS["/v1/messages"][0], "stream": True})
+        [state] = engine.states
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await response.content.readany()
+        state.times.scheduled, state.num_cached_tokens = 1.0, 12
+        async with asyncio.timeout(5):
+            first = await response.content.readuntil(b"\n\n")
+        usage = values_of(first)[0]["message"]["usage"]
+        assert (usage["cache_read_input_tokens"], usage["input_tokens"]) == (12, state.prompt_len - 12)
+        engine.finish(state, FinishReason("stop"))
+        await response.read()
+
+
+async def test_message_start_does_not_wait_for_the_end_of_a_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.apis.anthropic.MAX_SILENCE_S", 0.02)
+    engine = FullEngine(is_manual=True)
+    async with serving(engine) as client:
+        response = await client.post("/v1/messages", json={**APIS["/v1/messages"][0], "stream": True})
+        async with asyncio.timeout(5):
+            assert b"message_start" in await response.content.readuntil(b"\n\n")
+        engine.finish(engine.states[0], FinishReason("stop"))
+        await response.read()
+
+
+PINGS = {"/v1/messages": b"event: ping", "/api/chat": b'"content":""},"done":false'}
+
+
+@pytest.mark.parametrize("path", [*APIS, "/v1/completions", "/generate"])
+async def test_a_client_that_waits_gets_signs_of_life(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.http.sse.QUIET_S", 0.02)
+    engine = FakeEngine(is_manual=True)
+    body = APIS[path][0] if path in APIS else {"text" if path == "/generate" else "prompt": "Hi"}
+    async with serving(engine) as client:
+        response = await client.post(path, json={**body, "stream": True})
+        sign, seen = PINGS.get(path, COMMENT), b""
+        async with asyncio.timeout(5):
+            while seen.count(sign) < 3:
+                seen += await response.content.readany()
+        engine.emit(engine.states[0], "Hello")
+        engine.finish(engine.states[0], FinishReason("stop"))
+        rest = await response.read()
+    assert b"Hello" in rest
+    for line in (seen + rest).splitlines():  # every line is one that clients know
+        assert not line or line.startswith((b"data: ", b"event: ", b":", b"{"))
+
+
+async def test_a_stream_that_speaks_gets_no_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.http.sse.QUIET_S", 0.1)
+    engine = FakeEngine(is_manual=True)
+    async with serving(engine) as client:
+        response = await client.post("/v1/chat/completions", json={"messages": MESSAGES, "stream": True})
+        for _ in range(20):
+            engine.emit(engine.states[0], "x")
+            await asyncio.sleep(0.02)
+        engine.finish(engine.states[0], FinishReason("stop"))
+        assert COMMENT not in await response.read()
 
 
 class Connection:

@@ -293,7 +293,8 @@ async def test_an_error_inside_names_the_clients_field(client: Client) -> None:
 
 async def test_a_failure_ends_a_stream_with_an_error_event(client: Client, engine: FakeEngine) -> None:
     engine.failure = FinishReason("abort", message="out of memory", status_code=500)
-    [(name, data)] = await events(client)
+    (start, _), _ping, (name, data) = await events(client)
+    assert start == "message_start"
     assert (name, data["error"]) == ("error", {"type": "api_error", "message": "out of memory"})
 
 

@@ -178,5 +178,30 @@ async def test_token_ids_are_scored_as_texts_are(client: Client, engine: FakeEng
     prompts = [bytes(request.input_ids) for request in engine.requests]
     assert prompts == [b"Is it?yes", b"Is it?no"] * 2 + [b"yesIs it?", b"noIs it?"]
     assert texts["usage"] == {"prompt_tokens": 17, "completion_tokens": 0, "total_tokens": 17}
-    for wrong in ({"query": [65], "items": ["yes"]}, {"query": "Is", "items": [[1]]}, {"query": [], "items": [[]]}):
+    wrongs: list[dict[str, Any]] = [
+        {"query": [65], "items": ["yes"]},
+        {"query": "Is", "items": [[1]]},
+        {"query": [], "items": [[]]},
+    ]
+    for wrong in wrongs:
         assert (await client.post("/v1/score", json={**wrong, **labels})).status == 400
+
+
+# ---- lines about requests ----
+
+
+async def test_lines_about_requests_are_switched_on_and_off(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="server.http.live")
+    await post(client, "/generate", text="a")
+    assert not caplog.records
+    asked = {"log_requests": True, "log_requests_level": 3}
+    assert await post(client, "/configure_logging", **asked) == asked
+    await post(client, "/generate", text="secret")
+    assert "secret" in caplog.text and "Hello, world" in caplog.text
+    assert await post(client, "/configure_logging", log_requests=False) == {**asked, "log_requests": False}
+    caplog.clear()
+    await post(client, "/generate", text="a")
+    assert not caplog.records
+    for wrong in ({"log_requests_level": 9}, {"dump_requests_folder": "/tmp"}):
+        response = await client.post("/configure_logging", json=wrong)
+        assert response.status == 400 and next(iter(wrong)) in await response.text()

@@ -540,7 +540,7 @@ async def test_bad_requests_are_refused_by_name(tiny_llama: Path) -> None:
             (make_state([]), "input_ids"),
             (make_state([1, 99999]), "input_ids"),
             (make_state([1], temperature=-1.0), "temperature"),
-            (make_state([1], stop_token_ids=[99999]), "stop_token_ids"),
+            (make_state([1], logit_bias={99999: 1.0}), "logit_bias"),
             (make_state([1], logprob_start_len=5), "logprob_start_len"),
         ]:
             with pytest.raises(InvalidRequest) as error:

@@ -307,7 +307,7 @@ def test_without_a_network_the_error_says_what_else_there_is(index: str, tmp_pat
         demo_file(tmp_path)
 
 
-@pytest.mark.parametrize("limit", [1000, 60_000])
+@pytest.mark.parametrize("limit", [100, 700, 4000])
 def test_a_disk_that_is_full_while_converting_is_one_line(limit: int, tmp_path: Path) -> None:
     write_gguf(tmp_path / "a.gguf", TINY_GGUF, tiny_tensors())
     code = f"""

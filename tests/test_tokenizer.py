@@ -497,6 +497,7 @@ def test_a_long_text_has_the_tokens_that_it_has_in_one_piece(
     texts = long_text.LongTexts(tokenizer)
     text = WORDS_OF_ALL_KINDS * 4
     assert len(list(long_text.pieces(text))) > 10
+    assert texts._is_cuttable
     for adds in (True, False):
         assert texts.encode(text, adds, None) == tokenizer.encode(text, add_special_tokens=adds).ids
 

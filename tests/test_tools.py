@@ -414,6 +414,7 @@ async def test_a_schema_that_cannot_be_held_is_called_what_the_client_calls_it(
     config = EngineConfig(model_path=str(tiny_llama), dtype="float32", device="cpu", max_total_tokens=4096)
     named = {"type": "json_schema", "name": "x", "schema": ODD}
     format_ = {**named, "json_schema": named}
+    free: dict[str, Any] = {"type": "function", "name": "f"}
     strict: dict[str, Any] = {"name": "f", "strict": True}
     chat = "/v1/chat/completions"
     fields: list[tuple[str, dict[str, Any], str]] = [
@@ -426,7 +427,10 @@ async def test_a_schema_that_cannot_be_held_is_called_what_the_client_calls_it(
         ("/v1/responses", {"tools": [{"type": "function", "parameters": ODD, **strict}]}, "tools[0].parameters"),
         ("/v1/responses", {"text": {"format": named}}, "text.format.schema"),
         ("/v1/responses", {"text": {"format": named}, "background": True}, "text.format.schema"),
+        ("/v1/responses", {"tools": [free], "text": {"format": named}}, "text.format.schema"),
         ("/v1/messages", {"tools": [{"input_schema": ODD, **strict}]}, "tools[0].input_schema"),
+        ("/v1/messages", {"tools": [{"name": "f", "input_schema": CITY}], "output_config": {"format": named}},
+         "output_config.format.schema"),
         ("/v1/messages", {"output_config": {"format": named}}, "output_config.format.schema"),
         ("/api/chat", {"tools": [tool("f", ODD, strict=True)]}, "tools[0].function.parameters"),
         ("/api/chat", {"format": ODD}, "format"),

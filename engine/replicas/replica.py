@@ -72,6 +72,8 @@ class ReplicaServer:
             )
             loop.add_reader(self._commands.fileno(), self._on_message)
             engine.warm_up_grammars()
+            engine.started.canary.on_alarm = self._report_soon  # there may be no request that brings a report
+            engine.start_canary()
             ended, failed = asyncio.create_task(self._has_ended.wait()), asyncio.create_task(engine.failed())
             await asyncio.wait([ended, failed], return_when=asyncio.FIRST_COMPLETED)
             if failed.done():

@@ -9,7 +9,11 @@ from engine.engine import Health
 
 S = TypeVar("S")
 
-COMBINED: dict[str, Callable[[Sequence[Any]], Any]] = {"last_step_at": max, "new_token_ratio": fmean}  # others add up
+COMBINED: dict[str, Callable[[Sequence[Any]], Any]] = {
+    "last_step_at": max,
+    "new_token_ratio": fmean,
+    "drift": max,
+}  # others add up
 
 
 def combined(stats: Sequence[S]) -> S:
@@ -31,4 +35,6 @@ def combined_health(each: Sequence[Health]) -> Health:
         sum(one.num_running for one in each),
         sum(one.num_queued for one in each),
         sum(one.num_violations for one in each),
+        sum(one.num_canary_alarms for one in each),
+        max(one.canary_drift for one in each),
     )

@@ -9,13 +9,13 @@ the count of tokens, how the answer begins, ends and fails. An API's subclass on
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from aiohttp import web
 
 from engine.state import Delta, FinishReason, Logprobs, RequestState, ignore
 from server.http.live import LiveRequests, is_failure, written
-from server.http.sse import DONE, HEADERS, EventStream
+from server.http.sse import COMMENT, DONE, HEADERS, EventStream
 from server.parsers import AnswerDelta, AnswerParser
 from server.reading.protocol import Owner, json_response
 
@@ -29,6 +29,7 @@ class Answer(ABC):
     """The answer to one request, number `index` of its response."""
 
     stream: EventStream  # set by the stream that it is written to
+    begins_at_once: ClassVar[bool] = False  # `begin` says something, and needs no token for it
 
     def __init__(self, index: int, state: RequestState, parser: AnswerParser | None = None) -> None:
         """`parser`: splits the text into reasoning, text and tool calls; None: all of it is text."""
@@ -38,6 +39,7 @@ class Answer(ABC):
         self.has_begun = False
         self.is_finished = False
         self._is_plain = False  # has begun, and all that follows is text
+        self._num_seen_tokens = 0  # when the client was last shown that the server lives
         self._held: Delta | None = None
 
     # ---- the spelling, by API ----
@@ -45,6 +47,14 @@ class Answer(ABC):
     def begin(self) -> bytes:
         """Return the events before the first of the answer's own."""
         return b""
+
+    def may_begin(self) -> bool:
+        """Return whether what `begin` says is known by now. Asked where `begins_at_once`, before the first token."""
+        return True
+
+    def ping(self) -> bytes:
+        """Return an event without a meaning, or a comment. Called after the answer's beginning, if it has one."""
+        return COMMENT
 
     @abstractmethod
     def text(self, delta: Delta) -> bytes:
@@ -80,13 +90,35 @@ class Answer(ABC):
 
     def events(self, delta: Delta) -> bytes:
         """Return the events of a delta, ahead of them those that begin the answer."""
-        begun = b""
-        if not self.has_begun:
-            begun = self.begin()
-            self.has_begun, self._is_plain = True, self.parser is None
+        begun = b"" if self.has_begun else self._begin()
         if self.parser is None:
             return begun + self.text(delta)
         return begun + self.parts(self.parser.push(delta.text), delta.logprobs)
+
+    @property
+    def is_opening(self) -> bool:
+        """Return whether events are due before the first token."""
+        return self.begins_at_once and not self.has_begun
+
+    def open(self) -> bytes:
+        """Return the events that begin the answer, if they are due and what they say is known.
+
+        Not if its first delta is held: they go out with that.
+        """
+        return self._begin() if self.is_opening and self._held is None and self.may_begin() else b""
+
+    def keep_alive(self) -> bytes:
+        """Return a sign of life, unless the client has had some since the last call.
+
+        A parser may have kept the tokens that came, and what has not begun is not spoken for.
+        """
+        num_seen, self._num_seen_tokens = self._num_seen_tokens, self.num_output_tokens
+        is_quiet = self.parser is not None or num_seen == self.num_output_tokens
+        return self.ping() if is_quiet and not self.is_opening else b""
+
+    def _begin(self) -> bytes:
+        self.has_begun, self._is_plain = True, self.parser is None
+        return self.begin()
 
     def take_held(self) -> bytes:
         """Return the events of all deltas held since the last call, as of one."""

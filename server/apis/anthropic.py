@@ -1,5 +1,6 @@
 """Anthropic's Messages API: /v1/messages and /v1/messages/count_tokens."""
 
+import time
 from typing import Any
 
 import orjson
@@ -49,6 +50,8 @@ OUR_NAMES = {
     "max_thinking_tokens": "thinking.budget_tokens",
 }
 ROLES = ("user", "assistant", "system")
+PING = named_event({"type": "ping"})
+MAX_SILENCE_S = 1.0  # before message_start, which a request that has its turn gets within milliseconds
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -263,13 +266,26 @@ def _read_thinking(thinking: Fields | None) -> JSON:
 class MessageAnswer(BlockAnswer):
     """Blocks are content blocks of the message."""
 
+    begins_at_once = True
+
     def __init__(self, turn: ChatTurn, model: str) -> None:
         super().__init__(f"msg_{new_rid()}", turn)
         self.model = model
 
+    def may_begin(self) -> bool:
+        """Return whether it is known what the cache holds of the prompt, or the client has waited long enough.
+
+        In a long queue `message_start` says that nothing is cached, which `message_delta` corrects.
+        """
+        times = self.state.times
+        return times.scheduled > 0 or time.perf_counter() > times.arrived + MAX_SILENCE_S
+
     def begin(self) -> bytes:
         start = {"type": "message_start", "message": self._message([], None)}
-        return named_event(start) + named_event({"type": "ping"})
+        return named_event(start) + PING
+
+    def ping(self) -> bytes:
+        return PING
 
     def start(self, block: Block) -> bytes:
         empty: dict[str, JSON] = {

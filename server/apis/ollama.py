@@ -281,6 +281,9 @@ class Lines(BlockAnswer):
     def said(self, text: str, thinking: str, calls: list[JSON]) -> JSON:
         """Return the endpoint's fields for what is new."""
 
+    def ping(self) -> bytes:
+        return self._line(self.said("", "", []), done=False)
+
     def grow(self, block: Block, piece: str) -> bytes:
         if block.kind == TOOL_CALL:
             return b""

@@ -168,6 +168,8 @@ class OpenAIAnswer(Answer):
 class ChatAnswer(OpenAIAnswer):
     """A choice of /v1/chat/completions."""
 
+    begins_at_once = True  # the role
+
     def __init__(
         self, index: int, state: RequestState, envelope: Envelope, tokenizer: TokenizerFacade, *, turn: ChatTurn
     ) -> None:

@@ -1,17 +1,15 @@
 """Responses that are kept in memory, to be continued or fetched later."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import orjson
 
-from engine.errors import InvalidRequest
 from server.reading.protocol import JSON
 
 MAX_STORED = 4096
 MAX_STORED_BYTES = 64 * 1024 * 1024
-MAX_LISTED = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,27 +49,3 @@ class ResponseStore:
     def remove(self, response_id: str) -> None:
         _, text = self._entries.pop(response_id)
         self.num_bytes -= len(text)
-
-
-def page_of(items: list[JSON], query: Mapping[str, str]) -> JSON:
-    """Return the page of `items` that a query asks for: `limit` of them `after` one, the newest first."""
-    order, limit = query.get("order", "desc"), query.get("limit", "20")
-    if order not in ("asc", "desc"):
-        raise InvalidRequest(f"order must be 'asc' or 'desc', got {order[:32]!r}", "order")
-    if not (limit.isascii() and limit.isdigit() and len(limit) < 4 and 1 <= int(limit) <= MAX_LISTED):
-        raise InvalidRequest(f"limit must be between 1 and {MAX_LISTED}, got {limit[:32]!r}", "limit")
-    rest = items if order == "asc" else items[::-1]
-    if after := query.get("after"):
-        ids = [item["id"] for item in rest]
-        if after not in ids:
-            raise InvalidRequest(f"after: this response has no item {after[:64]!r}", "after")
-        rest = rest[ids.index(after) + 1 :]
-    page = rest[: int(limit)]
-    first_id, last_id = (page[0]["id"], page[-1]["id"]) if page else (None, None)
-    return {
-        "object": "list",
-        "data": page,
-        "first_id": first_id,
-        "last_id": last_id,
-        "has_more": len(page) < len(rest),
-    }

@@ -11,7 +11,8 @@ from aiohttp import web
 from engine.errors import EngineError, InvalidRequest
 from engine.state import Delta, FinishReason
 from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockAnswer, chat_call, respond_in_blocks
-from server.apis.response_store import ResponseStore, StoredResponse, page_of
+from server.apis.files import page_of
+from server.apis.response_store import ResponseStore, StoredResponse
 from server.config import ServerConfig
 from server.http.live import LiveRequests, is_failure, new_rid
 from server.http.owners import may_find, owner_of
@@ -24,7 +25,7 @@ from server.reading.responses_body import CUSTOM, OfferedTool, Tools, answerable
 
 MAX_METADATA = 16
 
-UNSUPPORTED = ("conversation", "prompt", "image", "top_logprobs", "n")
+UNSUPPORTED = ("conversation", "prompt", "moderation", "image", "top_logprobs", "n")
 SAME_NAMES = ("temperature", "top_p", "stream", "parallel_tool_calls", *REQUEST_FIELDS)
 OUR_NAMES = {
     "max_completion_tokens": "max_output_tokens",
@@ -116,7 +117,11 @@ class ResponsesApi:
         response_id = http_request.match_info["response_id"]
         if self._find_background(response_id, http_request) is not None:
             raise InvalidRequest("the input of a response that still runs cannot be listed", "response_id")
-        return json_response(page_of(self._find(response_id, http_request).items, http_request.query))
+        stored = self._find(response_id, http_request)
+        order = http_request.query.get("order", "desc")
+        if order not in ("asc", "desc"):
+            raise InvalidRequest(f"order must be 'asc' or 'desc', got {order[:32]!r}", "order")
+        return json_response(page_of(stored.items[:: 1 if order == "asc" else -1], http_request, default_limit=20))
 
     async def cancel(self, http_request: web.Request) -> web.Response:
         """Cancel a response and return it as it ended. One that had ended before stays as it was."""
@@ -340,6 +345,8 @@ def echo_of(body: Fields, model: str) -> JSON:
 
 class ResponseAnswer(BlockAnswer):
     """Blocks are items of the response's output; those of reasoning and of text have one content part each."""
+
+    begins_at_once = True
 
     def __init__(self, turn: ChatTurn, echo: JSON, offered: Mapping[str, OfferedTool]) -> None:
         """offered: the client's tools, by the names of the functions that the model calls."""

@@ -25,7 +25,7 @@ ADMIN_PATHS = frozenset(
     {
         "/flush_cache", "/abort_request", "/dashboard/data", "/start_profile", "/stop_profile", "/pause_generation",
         "/continue_generation", "/update_weights_from_disk", "/update_weight_version", "/get_weights_by_name",
-        "/release_memory_occupation", "/resume_memory_occupation",
+        "/release_memory_occupation", "/resume_memory_occupation", "/configure_logging",
     }
 )  # fmt: skip
 

@@ -8,6 +8,9 @@ merged in memory until the handler's task sends them as one event, when
 - several answers share the connection: the deltas of one pass of the event loop then make one write,
 - the answer ends: the last event, the usage and `[DONE]` go out with the end of the response.
 
+A client that waits sees at once what can be said before the first token, and every `QUIET_S` a sign of life: clients
+and proxies give up on connections that say nothing.
+
 So the cost of a slow reader is bounded: the transport's buffer and each answer's text, once.
 """
 
@@ -19,7 +22,10 @@ import orjson
 from aiohttp import web
 
 HIGH_WATER_BYTES = 64 * 1024
+QUIET_S = 15.0  # between signs of life
+FIRST_LOOK_S = 0.005  # after which what could not be said at once is tried again; then twice that, and so on
 DONE = b"data: [DONE]\n\n"
+COMMENT = b": still here\n\n"  # which every client of server-sent events skips
 HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -38,6 +44,19 @@ class Source(Protocol):
 
     stream: "EventStream"
     is_finished: bool
+
+    @property
+    def is_opening(self) -> bool:
+        """Return whether events are due before the first token."""
+        ...
+
+    def open(self) -> bytes:
+        """Return the events that begin it, if they are due and what they say is known."""
+        ...
+
+    def keep_alive(self) -> bytes:
+        """Return a sign of life, unless the client has had some since the last call."""
+        ...
 
     def take_held(self) -> bytes:
         """Return the events of everything held since the last call."""
@@ -61,6 +80,7 @@ class EventStream:
         self._tail = tail
         self.transport: asyncio.Transport  # set by run
         self._is_chunked = True
+        self._timer: asyncio.TimerHandle | None = None
         for source in sources:
             source.stream = self
 
@@ -79,6 +99,7 @@ class EventStream:
         try:
             return await self._run(http_request)
         finally:
+            self._stop_timer()
             # Each source knows its stream: such a cycle, with its connection, would wait for the garbage collector.
             self.sources, self._tail = (), bytes
 
@@ -93,6 +114,7 @@ class EventStream:
         assert writer is not None
         writer.send_headers()
         self._is_chunked = http_request.version >= (1, 1)  # by prepare
+        self._look(FIRST_LOOK_S)
         while True:
             await writer.drain()  # at once, unless the transport is full
             self.wake.clear()
@@ -102,5 +124,26 @@ class EventStream:
             self.is_direct = len(self.sources) == 1
             self.write(events)
             await self.wake.wait()
+        self._stop_timer()  # nothing may follow the end
         await response.write_eof(events + self._tail())
         return response
+
+    def _look(self, delay: float) -> None:
+        """Write what can be said before the first token, and look again after `delay` seconds, or keep alive."""
+        self.write(b"".join([source.open() for source in self.sources]))
+        if delay < QUIET_S and any([source.is_opening for source in self.sources]):
+            self._timer = asyncio.get_running_loop().call_later(delay, self._look, 2 * delay)
+        else:
+            self._timer = asyncio.get_running_loop().call_later(QUIET_S, self._keep_alive)
+
+    def _keep_alive(self) -> None:
+        """Write a sign of life if nothing else has been written lately. A client that does not read gets none."""
+        if self.transport.get_write_buffer_size() <= HIGH_WATER_BYTES:
+            signs = [source.keep_alive() for source in self.sources]
+            self.write(signs[0] if all(signs) else b"")
+        self._timer = asyncio.get_running_loop().call_later(QUIET_S, self._keep_alive)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

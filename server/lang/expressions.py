@@ -212,11 +212,12 @@ def gen(
     choices: list[str] | None = None,
     choices_method: ChoicesSamplingMethod | None = None,
     regex: str | None = None,
-    json_schema: str | dict[str, Any] | None = None,
+    json_schema: str | dict[str, Any] | type | None = None,
 ) -> Gen | Select:
     """Let the model write; the text becomes variable `name`. Whatever is None is as `run` says.
 
     `dtype` (int, float, bool or str) and `regex` constrain the text, dtype first; `choices` makes it a `select`.
+    `json_schema` may be a class of Pydantic's, too.
     """
     if choices is not None:
         return select(name, choices, temperature or 0.0, choices_method or token_length_normalized)
@@ -250,9 +251,19 @@ def gen(
         "return_text_in_logprobs": return_text_in_logprobs,
         "dtype": dtype,
         "regex": regex,
-        "json_schema": json.dumps(json_schema) if isinstance(json_schema, dict) else json_schema,
+        "json_schema": _schema_text(json_schema),
     }
     return Gen(name, {key: value for key, value in overrides.items() if value is not None})
+
+
+def _schema_text(schema: Any) -> str | None:
+    """Return a JSON schema as text, also that of a Pydantic class."""
+    if isinstance(schema, type):
+        to_schema = getattr(schema, "model_json_schema", None)
+        if to_schema is None:
+            raise ValueError(f"json_schema must be a schema or a class of Pydantic's, got {schema!r}")
+        schema = to_schema()
+    return json.dumps(schema) if isinstance(schema, dict) else schema
 
 
 def gen_int(name: str | None = None, max_tokens: int | None = None, **params: Any) -> Gen | Select:

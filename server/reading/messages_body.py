@@ -106,9 +106,8 @@ class _Reader:
         return text[:-128] + kept
 
     def _block(self, block: Any) -> Any:
-        if not isinstance(block, dict):
+        if not isinstance(block, dict) or not isinstance(kind := block.get("type"), str):
             return block
-        kind = block.get("type")
         if kind == "text" and isinstance(block.get("text"), str):
             return {**block, "text": self._text(block["text"])}
         if kind == "tool_result":

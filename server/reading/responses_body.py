@@ -21,7 +21,7 @@ CUSTOM_SCHEMA: JSON = {
     "required": [INPUT],
     "additionalProperties": False,
 }
-HINTS = ("context_management", "moderation")
+HINTS = ("context_management",)
 # Calls that the client ran, by the field that says what was called, and their results by the field that holds them.
 CALLS = {
     "custom_tool_call": INPUT, "local_shell_call": "action", "shell_call": "action", "tool_search_call": "arguments",
@@ -153,9 +153,8 @@ def answerable(body: Fields, left_out: LeftOut) -> Fields:
 
 def _item(item: Any, left_out: LeftOut) -> Any:
     """Return an item as a message, a function's call or its result. Wrong types are passed on as they are."""
-    if not isinstance(item, dict):
+    if not isinstance(item, dict) or not isinstance(kind := item.get("type") or "message", str):
         return item
-    kind = item.get("type", "message")
     if kind == "message":
         return {**item, "content": _parts(item.get("content"), left_out)}
     if kind == "function_call" and isinstance(item.get("name"), str) and isinstance(item.get("namespace"), str):
@@ -203,7 +202,7 @@ def _part(part: Any, left_out: LeftOut) -> Any:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "refusal":
         return {"type": "output_text", "text": part.get("refusal")}
-    if kind not in UNSEEN_PARTS:
+    if not isinstance(kind, str) or kind not in UNSEEN_PARTS:
         return part
     left_out.add(CONTENT, kind)
     name = kind.removeprefix("input_").replace("_", " ")

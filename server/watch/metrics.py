@@ -168,6 +168,11 @@ class EngineCollector(Collector):
             "radixloop:bookkeeping_violations", "mistakes in the account of KV slots, found while idle",
             loop.num_violations,
         )  # fmt: skip
+        yield self._counter(
+            "radixloop:canary_alarms", "times that a known text's log-probabilities were not what they were first",
+            stats.canary.num_alarms,
+        )  # fmt: skip
+        yield self._gauge("radixloop:canary_drift", "their mean distance from the first", stats.canary.drift)
         yield self._by_replica("radixloop:num_cached_prefixes", "nodes of the prefix tree", lambda s: s.cache.num_nodes)
         yield self._counter("radixloop:evicted_tokens", "cached tokens given up", scheduler.cache.num_evicted)
         yield self._counter("radixloop:device_idle_seconds", "between two steps on the device", loop.device_idle_s)

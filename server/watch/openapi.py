@@ -133,6 +133,14 @@ CREATE_RESPONSE = Operation(
 )
 RESPONSE_ID = ({"name": "response_id", "in": "path", "required": True, "schema": STRING},)
 RESPONSE = Operation("A stored response", "OpenAI", answer=ref("Response"), statuses=(400, 404), parameters=RESPONSE_ID)
+RESPONSE_INPUT = Operation(
+    "The items that a response answered", "OpenAI",
+    answer=obj({"object": {"const": "list"}, "data": array(ANY_OBJECT), "has_more": BOOLEAN}, ["data", "has_more"]),
+    statuses=(400, 404),
+    parameters=(
+        *RESPONSE_ID, *PAGE_PARAMETERS, {"name": "order", "in": "query", "schema": {"enum": ["asc", "desc"]}},
+    ),
+)  # fmt: skip
 CANCEL_RESPONSE = Operation(
     "End a background response", "OpenAI", answer=ref("Response"), statuses=(400, 404), parameters=RESPONSE_ID
 )
@@ -147,6 +155,11 @@ OLLAMA_CHAT = Operation(
 OLLAMA_GENERATE = Operation(
     "Ollama's completion", "Ollama", ref("OllamaGenerateRequest"), ref("OllamaAnswer"), is_streaming=True,
     stream_type=NDJSON, statuses=(404, 429),
+)  # fmt: skip
+CONFIGURE_LOGGING = Operation(
+    "Switch the lines about requests on or off", "server",
+    obj({"log_requests": BOOLEAN, "log_requests_level": integer(0, 3)}),
+    obj({"log_requests": BOOLEAN, "log_requests_level": integer(0, 3)}),
 )  # fmt: skip
 OLLAMA_EMBED = Operation(
     "Vectors of texts", "Ollama",
@@ -200,10 +213,12 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/messages/count_tokens"): COUNT_TOKENS,
     ("POST", "/v1/responses"): CREATE_RESPONSE,
     ("GET", "/v1/responses/{response_id}"): RESPONSE,
+    ("GET", "/v1/responses/{response_id}/input_items"): RESPONSE_INPUT,
     ("DELETE", "/v1/responses/{response_id}"): DELETE_RESPONSE,
     ("POST", "/v1/responses/{response_id}/cancel"): CANCEL_RESPONSE,
     ("POST", "/api/chat"): OLLAMA_CHAT,
     ("POST", "/api/generate"): OLLAMA_GENERATE,
+    ("POST", "/configure_logging"): CONFIGURE_LOGGING,
     ("POST", "/api/show"): OLLAMA_SHOW,
     ("POST", "/api/embed"): OLLAMA_EMBED,
     ("POST", "/api/embeddings"): OLLAMA_EMBED_PROMPT,

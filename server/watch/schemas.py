@@ -231,6 +231,10 @@ MODEL_CARD = obj({"id": STRING, "object": {"const": "model"}, "max_model_len": i
 SHARED_FIELDS: dict[str, JSON] = {name: EVERYWHERE[name] for name in ("stream", *REQUEST_FIELDS)} | {"model": STRING}
 
 ANTHROPIC_TEXT = obj({"type": {"const": "text"}, "text": STRING}, ["type", "text"])
+ANTHROPIC_CONTENT = one_of(
+    ANTHROPIC_TEXT,
+    obj({"type": {"enum": ["image", "document"], "description": "a short text to the model"}}, ["type"]),
+)
 ANTHROPIC_BLOCK = one_of(
     ANTHROPIC_TEXT,
     obj({"type": {"const": "thinking"}, "thinking": STRING, "signature": STRING}, ["type", "thinking"]),
@@ -239,7 +243,7 @@ ANTHROPIC_BLOCK = one_of(
         {
             "type": {"const": "tool_result"},
             "tool_use_id": STRING,
-            "content": one_of(STRING, array(ANTHROPIC_TEXT)),
+            "content": one_of(STRING, array(ANTHROPIC_CONTENT)),
             "is_error": BOOLEAN,
         },
         ["type", "tool_use_id"],
@@ -299,7 +303,7 @@ RESPONSES_REQUEST = obj(
     {
         **SHARED_FIELDS,
         **{name: SAMPLING[name] for name in ("temperature", "top_p")},
-        "input": one_of(STRING, array(RESPONSES_ITEM, minItems=1)),
+        "input": one_of(STRING, array(RESPONSES_ITEM)),
         "instructions": STRING,
         "max_output_tokens": integer(1),
         "previous_response_id": STRING,
@@ -309,7 +313,10 @@ RESPONSES_REQUEST = obj(
         },
         "background": {"type": "boolean", "description": "answer at once, with an id to ask for later"},
         "tools": array(
-            obj({"type": {"const": "function"}, "name": STRING, "parameters": ANY_OBJECT}, ["type", "name"])
+            one_of(
+                obj({"type": {"const": "function"}, "name": STRING, "parameters": ANY_OBJECT}, ["type", "name"]),
+                obj({"type": {"const": "custom"}, "name": STRING, "format": ANY_OBJECT}, ["type", "name"]),
+            )
         ),
         "tool_choice": one_of(
             {"enum": ["auto", "none", "required"]},
@@ -325,7 +332,7 @@ RESPONSES_REQUEST = obj(
                 )
             }
         ),
-        "truncation": {"const": "disabled"},
+        "truncation": {"enum": ["disabled", "auto"], "description": "nothing is cut, whichever it says"},
         "metadata": {"type": "object", "additionalProperties": STRING},
         "user": STRING,
     },
@@ -442,6 +449,8 @@ COMPONENTS: dict[str, JSON] = {
             "num_running": integer(0),
             "num_queued": integer(0),
             "num_violations": integer(0),
+            "num_canary_alarms": integer(0),
+            "canary_drift": {"type": "number"},
         },
         ["status"],
     ),

@@ -71,7 +71,7 @@ class EngineBackend(NativeBackend):
                         new = delta.logprobs or Logprobs()
                         logprobs.token += new.token
                         logprobs.top += new.top
-                        meta |= formatter.logprobs(delta.state, logprobs)
+                        meta |= formatter.logprobs(delta.state, logprobs, len(token_ids))
                     yield {"text": text, "output_ids": token_ids, "meta_info": meta}
         except EngineError as error:
             raise BackendError(str(error), error.status_code) from error
