@@ -1,4 +1,4 @@
-"""Matrix-vector products for `gemm`.
+"""Matrix-vector products for `kernels.dense`.
 
 A few tokens leave the tensor cores idle: the time is that of reading the weights, and `_gemv_kernel` streams them at
 the memory's speed. It starts reading before the kernel ahead of it has ended (programmatic dependent launch), so that

@@ -1,8 +1,9 @@
-"""Products of a weight and a few tokens for `gemm`: too many tokens for `triton_gemm`, too few for cuBLAS to be fast.
+"""Products of a weight and a few tokens for `kernels.dense`.
 
-The time is still that of reading the weight, if enough of it is on its way at any moment. So each program has few rows
-of the weight, all of K, which its warps share; and what they read first is on its way to the L2 cache before the kernel
-ahead has ended (programmatic dependent launch).
+The tokens are too many for `triton_gemm` and too few for cuBLAS to be fast. The time is still that of reading the
+weight, if enough of it is on its way at any moment. So each program has few rows of the weight, all of K, which its
+warps share; and what they read first is on its way to the L2 cache before the kernel ahead has ended (programmatic
+dependent launch).
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""PageAllocator against a dict of sequences; KVPool's one allocation."""
+"""PageAllocator against a dict of sequences."""
 
 import numpy as np
 import pytest
