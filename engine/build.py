@@ -396,9 +396,7 @@ def new_model(config: EngineConfig, model_config: ModelConfig, comm: Communicato
 
 def _load_weights(model: CausalLM, folder: Path, config: EngineConfig, device: torch.device) -> int:
     """Load and pack this rank's weights, and return their bytes."""
-    load_weights(model, folder, config.load_format, device)
-    layers = unique_layers(model)
-    num_bytes = sum(weight.nbytes for layer in layers for _, weight in layer.weights())
-    for layer in layers:
+    num_bytes = load_weights(model, folder, config.load_format, device)
+    for layer in unique_layers(model):
         layer.pack()
     return num_bytes

@@ -148,14 +148,14 @@ def _gated(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act: str, out: torch.Tensor | None
 ) -> torch.Tensor:
     """Return act(gate) * up of [gate, up] = x W^T + bias, in `out` if given."""
-    kernel = _kernel_for_few(x, weight) if out is None else None
-    is_few = kernel is not None and weight.numel() <= SMALL_WEIGHT  # of large ones `gated_gemm` is as near to the limit
+    kernel = _kernel_for_few(x, weight)
+    fused = kernel if out is None else None
+    is_few = fused is not None and weight.numel() <= SMALL_WEIGHT  # of large ones `gated_gemm` is as near to the limit
     if bias is None and not is_few and can_gated_gemm(x, weight, act):
         return gated_gemm(x, weight, act, out=out)
-    if kernel is not None:
-        return kernel(x, weight, bias, act=act)
-    few = _kernel_for_few(x, weight)
-    gated = act_and_mul(few(x, weight, bias) if few else F.linear(x, weight, bias), act)
+    if fused is not None:
+        return fused(x, weight, bias, act=act)
+    gated = act_and_mul(kernel(x, weight, bias) if kernel else F.linear(x, weight, bias), act)
     return gated if out is None else out.copy_(gated)
 
 

@@ -119,10 +119,6 @@ class Weight(ABC):
         for _, tensor in self.tensors():
             tensor.normal_(0, 0.02, generator=generator)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for _, tensor in self.tensors())
-
     def row_slice(self, part: int) -> slice:
         """Return the rows of a part."""
         start = sum(other.num_rows for other in self.parts[:part])

@@ -21,10 +21,11 @@ logger = logging.getLogger(__name__)
 STAGING_BYTES = 16 << 20  # of each of the two pinned buffers that weights pass through
 
 
-def load_weights(model: CausalLM, folder: Path, load_format: str, device: torch.device) -> None:
+def load_weights(model: CausalLM, folder: Path, load_format: str, device: torch.device) -> int:
     """Put the model's weights on `device` and fill them from `folder`'s safetensors, or at random ("dummy").
 
-    `ModelError` names every weight that is missing or unexpected, before anything is copied.
+    Returns their bytes on this rank. `ModelError` names every weight that is missing or unexpected, before anything
+    is copied.
     """
     started = time.perf_counter()
     files: Located = {}
@@ -43,6 +44,7 @@ def load_weights(model: CausalLM, folder: Path, load_format: str, device: torch.
         torch.cuda.synchronize(device)
     num_bytes = sum(weight.nbytes for layer in layers for _, weight in layer.weights())
     logger.info("weights: %.2f GB in %.2f s", num_bytes / 1e9, time.perf_counter() - started)
+    return num_bytes
 
 
 class Target(NamedTuple):

@@ -38,7 +38,7 @@ from server.http.bodies import BODY_BUDGET, BodyBudget
 from server.http.intake import BACKLOG, GATE, Gate
 from server.http.keys import ADMIN_PATHS
 from server.http.malformed import shorten_malformed
-from server.reading.protocol import error_shape, json_response, read_json
+from server.reading.protocol import error_shape, is_from_another_site, json_response, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -292,9 +292,7 @@ class Router:
     def _check_change(self, request: web.Request) -> None:
         """Refuse to change workers, to whom clients' prompts go, for a web page, or without a key for another host."""
         self._check_key(request)
-        origin = request.headers.get(hdrs.ORIGIN)
-        is_foreign = origin is not None and origin.partition("://")[2] != request.host
-        if is_foreign or request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        if is_from_another_site(request):
             raise web.HTTPForbidden(text="a page of another site may not change the workers")
         if not self.config.api_key and not is_from_this_host(request):
             raise web.HTTPForbidden(text="without --api-key the workers can be changed from the router's own host only")

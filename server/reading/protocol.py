@@ -258,9 +258,15 @@ def _takes_any_type(request: web.Request) -> bool:
 
     Not where a browser says that the page of another site sends it.
     """
-    origin, site = request.headers.get("Origin"), request.headers.get("Sec-Fetch-Site", "none")
-    is_own = origin is None or origin.partition("://")[2] == request.headers.get("Host")
-    return request.path.startswith("/api/") and is_own and site in ("none", "same-origin")
+    return request.path.startswith("/api/") and not is_from_another_site(request)
+
+
+def is_from_another_site(request: web.Request) -> bool:
+    """Return whether a browser says that a page of another site sends the request."""
+    origin = request.headers.get("Origin")
+    if origin is not None and origin.partition("://")[2] != request.headers.get("Host"):
+        return True
+    return request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
 
 
 def parse_json(text: bytes, name: str) -> Any:
