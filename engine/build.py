@@ -18,10 +18,11 @@ from cache.radix import NoCache, RadixCache
 from engine.checkpoint.folder import resolve_model, resolve_tokenizer
 from engine.checkpoint.weights import load_weights
 from engine.config import EngineConfig
+from engine.config_file import parse_overrides
 from engine.errors import ModelError
 from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, unique_layers
-from engine.model_config import TURN_ENDS, ModelConfig, parse_overrides, turn_ends
+from engine.model_config import TURN_ENDS, ModelConfig, turn_ends
 from engine.models.base import CausalLM
 from engine.models.registry import build_model, load_config
 from engine.rank_maintenance import RankMaintenance

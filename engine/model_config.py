@@ -4,10 +4,9 @@ Parsed by us rather than by transformers, whose import costs seconds at every st
 that most families share; a family's own `read_config` calls it and says what differs.
 """
 
-import json
 import logging
 import os
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from typing import Any
 import torch
 
 from engine.config import EngineConfig
-from engine.errors import InvalidRequest, ModelError, shown
+from engine.config_file import checked, read_json
+from engine.errors import InvalidRequest, ModelError
 from engine.request import SamplingParams
+from engine.rope_config import RopeConfig, parse_rope, resolve_context_length
 
 logger = logging.getLogger(__name__)
 
@@ -39,65 +40,6 @@ TURN_ENDS = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<|end|>", "<|return|>", "<|call|>",
     "<end_of_turn>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<|EOT|>", "[|endofturn|]", "<|endofturn|>",
 )  # fmt: skip
-# Rotary scalings whose `max_position_embeddings` is the length before scaling.
-STRETCHED_BY_FACTOR = ("linear", "yarn")
-# Rotary settings, by where files have them: see `with_rope_parameters`.
-ORIGINAL_LENGTH = "original_max_position_embeddings"
-ROPE_OBJECTS, ROPE_NUMBERS = ("rope_parameters", "rope_scaling"), ("rope_theta", "partial_rotary_factor")
-ROPE_ENTRIES = (*ROPE_OBJECTS, *ROPE_NUMBERS, ORIGINAL_LENGTH)
-
-Check = Callable[[Any], bool]
-
-
-def is_number(value: Any) -> bool:
-    return type(value) in (int, float)
-
-
-def is_list_of(check: Check) -> Check:
-    return lambda value: isinstance(value, list) and all(map(check, value))
-
-
-# What entries must be that are there: a model made of anything else fails far from here, or not before its first step.
-KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
-    ("a positive integer", lambda value: type(value) is int and value > 0, (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings",
-    )),
-    ("a positive number", lambda value: is_number(value) and value > 0, (
-        "rms_norm_eps", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor",
-        "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
-    )),
-    ("a number", is_number, (
-        "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-        "temperature", "top_p", "min_p", "repetition_penalty",
-    )),
-    ("an integer", lambda value: type(value) is int, ("sliding_window", "max_window_layers", "top_k")),
-    ("true or false", lambda value: isinstance(value, bool), (
-        "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window",
-    )),
-    ("a string", lambda value: isinstance(value, str), (
-        "hidden_act", "hidden_activation", "model_type", "dtype", "torch_dtype",
-    )),
-    ("an object", lambda value: isinstance(value, dict), (
-        "rope_parameters", "rope_scaling", "quantization_config", "id2label",
-    )),
-    ("a list of strings", is_list_of(lambda value: isinstance(value, str)), ("architectures", "layer_types")),
-    ("a list of numbers", is_list_of(is_number), ("short_factor", "long_factor")),
-    ("a token's id, or a list of them", lambda value: is_list_of(lambda one: type(one) is int)(
-        value if isinstance(value, list) else [value]
-    ), ("eos_token_id",)),
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding: config.json's `rope_parameters`, or `rope_theta` and `rope_scaling` of older files."""
-
-    theta: float
-    rotary_dim: int  # of head_dim, the first this many are rotated
-    max_position_embeddings: int
-    rope_type: str = "default"
-    scaling: dict[str, Any] = field(default_factory=dict, hash=False)  # the type's own parameters: factor, ...
 
 
 @dataclass(frozen=True)
@@ -196,40 +138,6 @@ class ModelConfig:
         return self.num_labels if self.is_classifier else self.hidden_size
 
 
-def read_raw(folder: Path, config: EngineConfig) -> dict[str, Any]:
-    """Return `folder`/config.json with the overrides of `config`, rotary settings in one spelling, nothing checked."""
-    entries = with_rope_parameters(read_json(folder / "config.json", required=True))
-    return merged(entries, with_rope_parameters(parse_overrides(config.json_model_override_args)))
-
-
-def merged(entries: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """Return `entries` with those of `overrides` in their place; objects are merged entry by entry."""
-    result = entries | overrides
-    for name, value in overrides.items():
-        if isinstance(value, dict) and isinstance(before := entries.get(name), dict):
-            result[name] = merged(before, value)
-    return result
-
-
-def with_rope_parameters(entries: dict[str, Any]) -> dict[str, Any]:
-    """Return `entries` with all rotary settings in `rope_parameters`, where transformers 5 keeps them.
-
-    Older files have `rope_theta` and `partial_rotary_factor` beside a `rope_scaling`, whose null means none, and Phi-3
-    has the length before scaling beside it. Without this, an override in one spelling would not meet a file in another.
-    """
-    rest = {name: value for name, value in entries.items() if name not in ROPE_ENTRIES}
-    nested = [entries[name] for name in ROPE_OBJECTS if name in entries]
-    scaling = next((value for value in nested if value), {"rope_type": "default"} if nested else {})
-    if not isinstance(scaling, dict):
-        return entries  # `checked` says what is wrong
-    parameters = {name: entries[name] for name in ROPE_NUMBERS if entries.get(name) is not None} | scaling
-    if (rope_type := parameters.pop("type", None)) is not None:
-        parameters.setdefault("rope_type", rope_type)
-    if (original := entries.get(ORIGINAL_LENGTH)) is not None:
-        parameters[ORIGINAL_LENGTH] = original
-    return rest | ({"rope_parameters": parameters} if parameters else {})
-
-
 def read_decoder(
     raw: dict[str, Any],
     *,
@@ -303,44 +211,6 @@ def turn_ends(known: Container[str]) -> list[str]:
     return [text for text in TURN_ENDS if text in known and not (text == "<|end|>" and "<|return|>" in known)]
 
 
-def read_json(path: Path, required: bool = False) -> dict[str, Any]:
-    """Return the object in a JSON file; {} if the file is missing and not required."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) and not required:
-            return {}
-        raise ModelError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is not a JSON object")
-    return content
-
-
-def checked(entries: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Return those of `entries` that are not null. `ModelError` naming the first that is not what it must be."""
-    present = {name: value for name, value in entries.items() if value is not None}
-    for wanted, is_right, names in KINDS:
-        for name in names:
-            if name in present and not is_right(present[name]):
-                raise ModelError(f"{file}: {name} must be {wanted}, got {shown(present[name])}")
-    for name in ROPE_OBJECTS:
-        if name in present:
-            present[name] = checked(present[name], file)
-    return present
-
-
-def parse_overrides(text: str) -> dict[str, Any]:
-    try:
-        overrides = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"json_model_override_args is not JSON: {error}") from None
-    if not isinstance(overrides, dict):
-        raise ModelError(f"json_model_override_args must be a JSON object, got {text}")
-    return overrides
-
-
 def resolve_dtype(config: EngineConfig, raw: dict[str, Any], folder: Path) -> torch.dtype:
     """Return the dtype asked for, or for "auto" the checkpoint's, bfloat16 instead of float32.
 
@@ -379,34 +249,6 @@ def cpu_flags() -> set[str]:
 def memory_bytes() -> int:
     """Return the size of the machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def parse_rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
-    """Read `rope_parameters`, as `with_rope_parameters` makes them."""
-    parameters = dict(raw.get("rope_parameters") or {})
-    rope_type = parameters.pop("rope_type", None) or "default"
-    theta = parameters.pop("rope_theta", None) or 10000.0
-    partial = parameters.pop("partial_rotary_factor", None) or 1.0
-    max_positions = raw["max_position_embeddings"]
-    parameters.setdefault(ORIGINAL_LENGTH, max_positions)
-    return RopeConfig(theta, int(head_dim * partial), max_positions, rope_type, parameters)
-
-
-def resolve_context_length(asked: int | None, rope: RopeConfig) -> int:
-    """`asked`, or what the model was made for.
-
-    Dynamic NTK and LongRoPE are functions of the context length (see layers/rotary.py), so theirs is
-    `max_position_embeddings` unless more is asked for.
-    """
-    longest = rope.max_position_embeddings
-    if rope.rope_type in STRETCHED_BY_FACTOR:
-        stretched = rope.scaling[ORIGINAL_LENGTH] * (rope.scaling.get("factor") or 1.0)
-        longest = max(longest, int(stretched))
-    if asked is None:
-        return longest
-    if asked > longest and rope.rope_type != "dynamic":
-        logger.warning("context_length %d is longer than the model's %d: expect poor answers there", asked, longest)
-    return asked
 
 
 def parse_windows(raw: dict[str, Any]) -> tuple[int, ...]:

@@ -17,7 +17,15 @@ OURS = frozenset(MAY_IMPORT)
 ONLY_IN = {"triton": "kernels", "flashinfer": "kernels", "aiohttp": "server"}
 # What everybody in a package may import: its words.
 WORDS = {
-    "engine": {"engine.config", "engine.errors", "engine.request", "engine.state", "engine.model_config"},
+    "engine": {
+        "engine.config",
+        "engine.errors",
+        "engine.request",
+        "engine.state",
+        "engine.model_config",
+        "engine.config_file",
+        "engine.rope_config",
+    },
     "server": {"server.config", "server.foreign_flags"},
 }
 # Wing -> what else of its package it may import. The rest of the engine drives these: loop, engine, build, ...

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 
 from engine.checkpoint.progress import progress_bar
+from engine.config_file import read_json
 from engine.errors import ModelError
 from engine.layers.layer import Layer, named_layers, unique_layers
-from engine.model_config import read_json
 from engine.models.base import CausalLM
 from engine.models.names import Piece, Rule, pieces_of
 from kernels.weights import ShapeError

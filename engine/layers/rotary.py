@@ -13,7 +13,7 @@ import torch
 
 from engine.errors import ModelError
 from engine.layers.layer import Layer
-from engine.model_config import RopeConfig
+from engine.rope_config import RopeConfig
 
 
 class RotaryEmbedding(Layer):

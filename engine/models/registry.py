@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.config import EngineConfig
+from engine.config_file import checked, read_raw
 from engine.errors import ModelError
 from engine.layers.layer import LayerConfig
-from engine.model_config import ModelConfig, checked, complete, read_raw
+from engine.model_config import ModelConfig, complete
 from engine.models.base import CausalLM
 from engine.quantization import Quantization
 

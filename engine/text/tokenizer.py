@@ -15,8 +15,8 @@ import tokenizers
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 
+from engine.config_file import read_json
 from engine.errors import InvalidRequest, ModelError
-from engine.model_config import read_json
 from engine.request import SamplingParams
 from engine.text.chat_template import TEMPLATE_ERRORS, compile_template, render
 from engine.text.detokenizer import Detokenizer, TextStream

@@ -1,0 +1,105 @@
+"""Read config.json and its like: overrides, one spelling of rotary settings, and a check of what each entry must be."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine.config import EngineConfig
+from engine.errors import ModelError, shown
+from engine.rope_config import ROPE_OBJECTS, with_rope_parameters
+
+Check = Callable[[Any], bool]
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def is_list_of(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+# What entries must be that are there: a model made of anything else fails far from here, or not before its first step.
+KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
+    ("a positive integer", lambda value: type(value) is int and value > 0, (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings",
+    )),
+    ("a positive number", lambda value: is_number(value) and value > 0, (
+        "rms_norm_eps", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor",
+        "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+    )),
+    ("a number", is_number, (
+        "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+        "temperature", "top_p", "min_p", "repetition_penalty",
+    )),
+    ("an integer", lambda value: type(value) is int, ("sliding_window", "max_window_layers", "top_k")),
+    ("true or false", lambda value: isinstance(value, bool), (
+        "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window",
+    )),
+    ("a string", lambda value: isinstance(value, str), (
+        "hidden_act", "hidden_activation", "model_type", "dtype", "torch_dtype",
+    )),
+    ("an object", lambda value: isinstance(value, dict), (
+        "rope_parameters", "rope_scaling", "quantization_config", "id2label",
+    )),
+    ("a list of strings", is_list_of(lambda value: isinstance(value, str)), ("architectures", "layer_types")),
+    ("a list of numbers", is_list_of(is_number), ("short_factor", "long_factor")),
+    ("a token's id, or a list of them", lambda value: is_list_of(lambda one: type(one) is int)(
+        value if isinstance(value, list) else [value]
+    ), ("eos_token_id",)),
+)  # fmt: skip
+
+
+def read_raw(folder: Path, config: EngineConfig) -> dict[str, Any]:
+    """Return `folder`/config.json with the overrides of `config`, rotary settings in one spelling, nothing checked."""
+    entries = with_rope_parameters(read_json(folder / "config.json", required=True))
+    return merged(entries, with_rope_parameters(parse_overrides(config.json_model_override_args)))
+
+
+def merged(entries: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return `entries` with those of `overrides` in their place; objects are merged entry by entry."""
+    result = entries | overrides
+    for name, value in overrides.items():
+        if isinstance(value, dict) and isinstance(before := entries.get(name), dict):
+            result[name] = merged(before, value)
+    return result
+
+
+def read_json(path: Path, required: bool = False) -> dict[str, Any]:
+    """Return the object in a JSON file; {} if the file is missing and not required."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not required:
+            return {}
+        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    return content
+
+
+def checked(entries: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return those of `entries` that are not null. `ModelError` naming the first that is not what it must be."""
+    present = {name: value for name, value in entries.items() if value is not None}
+    for wanted, is_right, names in KINDS:
+        for name in names:
+            if name in present and not is_right(present[name]):
+                raise ModelError(f"{file}: {name} must be {wanted}, got {shown(present[name])}")
+    for name in ROPE_OBJECTS:
+        if name in present:
+            present[name] = checked(present[name], file)
+    return present
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+    try:
+        overrides = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"json_model_override_args is not JSON: {error}") from None
+    if not isinstance(overrides, dict):
+        raise ModelError(f"json_model_override_args must be a JSON object, got {text}")
+    return overrides

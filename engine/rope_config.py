@@ -1,0 +1,72 @@
+"""Rotary settings of config.json: their spellings, what they mean, and the context length that follows from them."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+# Rotary scalings whose `max_position_embeddings` is the length before scaling.
+STRETCHED_BY_FACTOR = ("linear", "yarn")
+# Rotary settings, by where files have them: see `with_rope_parameters`.
+ORIGINAL_LENGTH = "original_max_position_embeddings"
+ROPE_OBJECTS, ROPE_NUMBERS = ("rope_parameters", "rope_scaling"), ("rope_theta", "partial_rotary_factor")
+ROPE_ENTRIES = (*ROPE_OBJECTS, *ROPE_NUMBERS, ORIGINAL_LENGTH)
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: config.json's `rope_parameters`, or `rope_theta` and `rope_scaling` of older files."""
+
+    theta: float
+    rotary_dim: int  # of head_dim, the first this many are rotated
+    max_position_embeddings: int
+    rope_type: str = "default"
+    scaling: dict[str, Any] = field(default_factory=dict, hash=False)  # the type's own parameters: factor, ...
+
+
+def with_rope_parameters(entries: dict[str, Any]) -> dict[str, Any]:
+    """Return `entries` with all rotary settings in `rope_parameters`, where transformers 5 keeps them.
+
+    Older files have `rope_theta` and `partial_rotary_factor` beside a `rope_scaling`, whose null means none, and Phi-3
+    has the length before scaling beside it. Without this, an override in one spelling would not meet a file in another.
+    """
+    rest = {name: value for name, value in entries.items() if name not in ROPE_ENTRIES}
+    nested = [entries[name] for name in ROPE_OBJECTS if name in entries]
+    scaling = next((value for value in nested if value), {"rope_type": "default"} if nested else {})
+    if not isinstance(scaling, dict):
+        return entries  # `checked` says what is wrong
+    parameters = {name: entries[name] for name in ROPE_NUMBERS if entries.get(name) is not None} | scaling
+    if (rope_type := parameters.pop("type", None)) is not None:
+        parameters.setdefault("rope_type", rope_type)
+    if (original := entries.get(ORIGINAL_LENGTH)) is not None:
+        parameters[ORIGINAL_LENGTH] = original
+    return rest | ({"rope_parameters": parameters} if parameters else {})
+
+
+def parse_rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
+    """Read `rope_parameters`, as `with_rope_parameters` makes them."""
+    parameters = dict(raw.get("rope_parameters") or {})
+    rope_type = parameters.pop("rope_type", None) or "default"
+    theta = parameters.pop("rope_theta", None) or 10000.0
+    partial = parameters.pop("partial_rotary_factor", None) or 1.0
+    max_positions = raw["max_position_embeddings"]
+    parameters.setdefault(ORIGINAL_LENGTH, max_positions)
+    return RopeConfig(theta, int(head_dim * partial), max_positions, rope_type, parameters)
+
+
+def resolve_context_length(asked: int | None, rope: RopeConfig) -> int:
+    """`asked`, or what the model was made for.
+
+    Dynamic NTK and LongRoPE are functions of the context length (see layers/rotary.py), so theirs is
+    `max_position_embeddings` unless more is asked for.
+    """
+    longest = rope.max_position_embeddings
+    if rope.rope_type in STRETCHED_BY_FACTOR:
+        stretched = rope.scaling[ORIGINAL_LENGTH] * (rope.scaling.get("factor") or 1.0)
+        longest = max(longest, int(stretched))
+    if asked is None:
+        return longest
+    if asked > longest and rope.rope_type != "dynamic":
+        logger.warning("context_length %d is longer than the model's %d: expect poor answers there", asked, longest)
+    return asked
