@@ -226,9 +226,17 @@ class GrammarCompiler:
         return matcher
 
     def _matcher_of_lark(self, tag: Any, form_of: Callable[[Any, str], Schema]) -> LLMatcher:
-        lark = structural_tag_to_lark(tag, self._special_tokens, form_of)
+        lark = structural_tag_to_lark(tag, self._special_tokens, form_of, self._check_lark)
         check_length(len(lark))
         return self._matcher(LLMatcher.grammar_from_lark(lark))
+
+    def _check_lark(self, grammar: str, field: str) -> None:
+        """Raise `InvalidRequest` that names `field` if the library does not take a client's grammar."""
+        try:
+            check_length(len(grammar))
+            self._matcher(LLMatcher.grammar_from_lark(grammar))
+        except ValueError as error:
+            raise _refused("ebnf", str(error), field) from None
 
     def _is_covered(self, pattern: str, names: list[str]) -> bool:
         """Return whether `pattern` matches none but `names`: the library fails once an answer has had them all."""

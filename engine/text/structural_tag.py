@@ -6,21 +6,32 @@ formats nest.
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from typing import Any
 
+from engine.text.lark import ANY_STRING, ended_rules, escaped_rules, plain_rules
+
+logger = logging.getLogger(__name__)
+
+LARK, LARK_STRING = "lark", "lark_string"
+"""Formats of a text by a client's grammar in `definition`: a tag's content as it stands, a JSON string's inside."""
 MAX_DEPTH = 32
 ANY_TEXT = r"/(.|\n)*/"
 
 
 def structural_tag_to_lark(
-    tag: Any, special_tokens: dict[str, int], form_of: Callable[[Any, str], dict[str, Any]]
+    tag: Any,
+    special_tokens: dict[str, int],
+    form_of: Callable[[Any, str], dict[str, Any]],
+    check_lark: Callable[[str, str], None],
 ) -> str:
     """Return `tag` as a grammar in llguidance's Lark. Raises `ValueError` if it cannot be one.
 
     special_tokens: text -> id of the tokens that are no text to the tokenizer; literals may hold them. form_of: return
     a JSON schema as the library is to read it, given the schema and its format's `field`, the client's name of it.
+    check_lark: raise an error that names the field if the library does not take a grammar, given both.
     """
     if not isinstance(tag, dict):
         raise ValueError("a structural tag must be an object")
@@ -36,7 +47,7 @@ def structural_tag_to_lark(
         tag = {"format": {"type": "triggered_tags", "triggers": _list(tag, "triggers"), "tags": tags}}
     if "format" not in tag:
         raise ValueError("a structural tag needs format, or structures and triggers")
-    writer = _Writer(special_tokens, form_of)
+    writer = _Writer(special_tokens, form_of, check_lark)
     start = writer.write(tag["format"])
     return "\n".join(["%llguidance {}", f"start: {start}", *writer.rules])
 
@@ -58,9 +69,14 @@ def _list(format: dict[str, Any], name: str) -> list[Any]:
 class _Writer:
     """Collect the rules of formats; `write` returns the expression that stands for one."""
 
-    def __init__(self, special_tokens: dict[str, int], form_of: Callable[[Any, str], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        special_tokens: dict[str, int],
+        form_of: Callable[[Any, str], dict[str, Any]],
+        check_lark: Callable[[str, str], None],
+    ) -> None:
         self.rules: list[str] = []
-        self._special_tokens, self._form_of = special_tokens, form_of
+        self._special_tokens, self._form_of, self._check_lark = special_tokens, form_of, check_lark
         names = sorted(filter(None, special_tokens), key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, names))) if names else None
         self._depth = 0
@@ -73,6 +89,7 @@ class _Writer:
             "or": lambda format: " | ".join(map(self.write, _list(format, "elements"))),
             "tag": self._tag,
             "triggered_tags": self._triggered_tags,
+            LARK_STRING: lambda format: self._held(format, escaped_rules) or ANY_STRING,
         }
 
     def write(self, format: Any) -> str:
@@ -128,7 +145,28 @@ class _Writer:
         content, end = tag.get("content"), _text(tag, "end")
         if isinstance(content, dict) and content.get("type") == "any_text":
             return self._text_until(end)
+        if isinstance(content, dict) and content.get("type") == LARK:
+            return self._lark_until(content, end)
         return f"{self.write(content)} {self._literal(end)}"
+
+    def _lark_until(self, format: dict[str, Any], end: str) -> str:
+        """Return an expression for a text of a grammar up to and including `end`."""
+        if not end or (self._specials and self._specials.match(end)):
+            held = self._held(format, plain_rules)
+            return f"{held} {self._literal(end)}" if held else self._text_until(end)
+        return self._held(format, lambda grammar, prefix: ended_rules(grammar, end, prefix)) or self._text_until(end)
+
+    def _held(self, format: dict[str, Any], rules_of: Callable[[str, str], list[str]]) -> str:
+        """Add the rules of a client's grammar and return their first name; "" if it cannot be held at this place."""
+        definition = _text(format, "definition")
+        self._check_lark(definition, str(format.get("field", "")))
+        try:
+            rules = rules_of(definition, f"text_{len(self.rules)}")
+        except ValueError as error:
+            logger.info("a tool's grammar is not enforced: %s", error)
+            return ""
+        self.rules += rules
+        return re.split(r"\W", rules[0])[0]
 
     def _triggered_tags(self, format: dict[str, Any]) -> str:
         """Return an expression for free text in which each trigger starts one of the tags that begin with it."""

@@ -18,7 +18,7 @@ import xgrammar
 from engine.errors import InvalidRequest
 from engine.text.grammar import WORD_BITS, GrammarCompiler, MaskFiller
 from engine.text.schemas import change_all, is_strict
-from engine.text.structural_tag import MAX_DEPTH
+from engine.text.structural_tag import LARK, LARK_STRING, MAX_DEPTH
 
 KEYWORDS_OF = {
     "string": {"minLength", "maxLength", "pattern", "format"},
@@ -48,6 +48,7 @@ MAX_REPEAT = 1000  # repetitions in a pattern: the cost of compiling grows with 
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
 PATTERN_PART = re.compile(r"\\.|\[(?:\\.|[^]\\])*]|\(\?.?|.", re.DOTALL)
 KNOWN_ESCAPE = re.compile(r"\\(?:[dDwWsSnrtfvxu0]|[^a-zA-Z0-9])")
+ANY_STRING = r"([^\x00-\x1f\x22\x5c]|\\([\x22\x5c/bfnrt]|u[0-9a-fA-F]{4}))*"  # a JSON string's inside
 CODED = re.compile(r'["\x00-\x1f]|\\[\\nrtfvxu0]')  # characters that a JSON string must or may have to escape
 
 
@@ -355,6 +356,9 @@ def _compiled_parts(format: Any) -> Any:
         if extra := format.keys() - {"type", "json_schema", "field"}:
             raise ValueError(f"{', '.join(sorted(extra))} of a json_schema format is not supported")
         return {"type": "grammar", "grammar": str(_held_grammar(format.get("json_schema"), format.get("field")))}
+    if format.get("type") in (LARK, LARK_STRING):  # the library has no such grammars
+        is_string = format["type"] == LARK_STRING
+        return {"type": "regex", "pattern": ANY_STRING} if is_string else {"type": "any_text"}
     if format.get("type") == "regex":
         return {**format, "pattern": _checked_pattern(format.get("pattern", ""))}
     return {name: _compiled_parts(inner) for name, inner in format.items()}
