@@ -1,4 +1,4 @@
-"""The passes between matrix products: RMS norm, gated activations, rotary embedding with the KV store.
+"""The passes between matrix products: norms, activations, rotary embedding with the KV store.
 
 Each is defined by the torch function whose name ends in _torch; tensors on a GPU take a kernel of `triton_elementwise`.
 """
@@ -28,15 +28,71 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return rms_norm_torch(x, weight, eps)
 
 
+def layer_norm_torch(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    if weight is not None and weight.dtype != x.dtype:
+        bias = None if bias is None else bias.float()
+        return layer_norm_torch(x.float(), weight.float(), bias, eps).to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """Return (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension; [T, N] -> [T, N].
+
+    Computed in fp32 and rounded once, as torch does. Without a weight or a bias, that step is left out.
+    """
+    if x.is_cuda:
+        from kernels.triton_elementwise import layer_norm_triton
+
+        return layer_norm_triton(x, weight, bias, eps)
+    return layer_norm_torch(x, weight, bias, eps)
+
+
+def layer_norm_heads_torch_(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    heads = x[:, : weight.numel()].unflatten(1, weight.shape)
+    heads.copy_(F.layer_norm(heads.float(), weight.shape[1:], eps=eps) * weight)
+    return x
+
+
+def layer_norm_heads_(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalize each of the first H heads of x [T, at least H D] as `layer_norm` does, in place, and return x.
+
+    weight [H, D]: each head has its own.
+    """
+    if x.is_cuda:
+        from kernels.triton_elementwise import layer_norm_heads_triton_
+
+        return layer_norm_heads_triton_(x, weight, eps)
+    return layer_norm_heads_torch_(x, weight, eps)
+
+
+def activate_torch(x: torch.Tensor, act: str) -> torch.Tensor:
+    if act == "silu":
+        return F.silu(x)
+    if act == "relu":
+        return F.relu(x)
+    if act == "relu2":
+        return F.relu(x).square_()
+    return F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
+
+
+def activate(x: torch.Tensor, act: str) -> torch.Tensor:
+    """Return act(x), act one of "silu", "gelu_tanh", "gelu", "relu", "relu2" (relu(x)²); [T, N] -> [T, N]."""
+    if x.is_cuda:
+        from kernels.triton_elementwise import activate_triton
+
+        return activate_triton(x, act)
+    return activate_torch(x, act)
+
+
 def act_and_mul_torch(x: torch.Tensor, act: str) -> torch.Tensor:
     gate, up = x.chunk(2, dim=-1)
-    if act == "silu":
-        return F.silu(gate).mul_(up)
-    return F.gelu(gate, approximate="tanh" if act == "gelu_tanh" else "none").mul_(up)
+    return activate_torch(gate, act).mul_(up)
 
 
 def act_and_mul(x: torch.Tensor, act: str) -> torch.Tensor:
-    """Return act(gate) * up of x = [gate, up], act one of "silu", "gelu_tanh", "gelu"; [T, 2N] -> [T, N]."""
+    """Return act(gate) * up of x = [gate, up], act one of those of `activate`; [T, 2N] -> [T, N]."""
     if x.is_cuda:
         from kernels.triton_elementwise import act_and_mul_triton
 

@@ -37,9 +37,13 @@ def prefetch_to_l2(pointers, N: tl.constexpr):
 
 @triton.jit
 def activation(x, ACT: tl.constexpr):
-    """Return the activation of x, fp32; ACT is "silu", "gelu_tanh" or "gelu"."""
+    """Return the activation of x, fp32; ACT is "silu", "gelu_tanh", "gelu", "relu" or "relu2"."""
     if ACT == "silu":
         return x * tl.sigmoid(x)
+    elif ACT == "relu":
+        return tl.maximum(x, 0.0)
+    elif ACT == "relu2":
+        return tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
     elif ACT == "gelu_tanh":
         # 0.5 (1 + tanh(z)) = sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)
         return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
@@ -69,6 +73,105 @@ def _rms_norm_kernel(x, weight, out, x_stride, eps, N: tl.constexpr, BLOCK: tl.c
     values *= tl.rsqrt(tl.sum(values * values, axis=0) / N + eps)
     scaled = values.to(weight.dtype.element_ty) * scale
     tl.store(out + row * N + n, scaled.to(out.dtype.element_ty), mask=n < N)
+
+
+def layer_norm_triton(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    n = x.shape[-1]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows = x.flatten(0, -2)
+    if rows.shape[0]:
+        block = next_power_of_2(n)
+        options = launch_options(x.device, num_warps=min(max(block // 512, 1), 16))
+        _layer_norm_kernel[(rows.shape[0],)](rows, weight, bias, out, rows.stride(0), eps, N=n, BLOCK=block, **options)
+    return out
+
+
+@fast_launch
+@triton.jit
+def _layer_norm_kernel(x, weight, bias, out, x_stride, eps, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.arange(0, BLOCK)
+    if weight is not None:
+        scale = tl.load(weight + n, mask=n < N, other=0.0).to(tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    wait_for_input(PDL)
+    values = tl.load(x + row * x_stride + n, mask=n < N, other=0.0).to(tl.float32)
+    values = tl.where(n < N, values - tl.sum(values, axis=0) / N, 0.0)
+    values *= tl.rsqrt(tl.sum(values * values, axis=0) / N + eps)
+    if weight is not None:
+        values *= scale
+    if bias is not None:
+        values += shift
+    tl.store(out + row * N + n, values.to(out.dtype.element_ty), mask=n < N)
+
+
+def layer_norm_heads_triton_(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if len(x):
+        num_heads, head_dim = weight.shape
+        block_heads = 8
+        _layer_norm_heads_kernel[(cdiv(num_heads, block_heads), len(x))](
+            x,
+            weight,
+            x.stride(0),
+            eps,
+            NUM_HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_HEADS=block_heads,
+            BLOCK=next_power_of_2(head_dim),
+            **launch_options(x.device, num_warps=2),
+        )
+    return x
+
+
+@fast_launch
+@triton.jit
+def _layer_norm_heads_kernel(
+    x,
+    weight,
+    x_stride,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    head = tl.program_id(0) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    i = tl.arange(0, BLOCK)
+    places = head[:, None] * HEAD_DIM + i[None, :]
+    is_in = (head < NUM_HEADS)[:, None] & (i < HEAD_DIM)[None, :]
+    scale = tl.load(weight + places, mask=is_in, other=0.0).to(tl.float32)
+    wait_for_input(PDL)
+    pointers = x + tl.program_id(1).to(tl.int64) * x_stride + places
+    values = tl.load(pointers, mask=is_in, other=0.0).to(tl.float32)
+    values = tl.where(is_in, values - tl.sum(values, axis=1)[:, None] / HEAD_DIM, 0.0)
+    values *= tl.rsqrt(tl.sum(values * values, axis=1) / HEAD_DIM + eps)[:, None]
+    tl.store(pointers, (values * scale).to(x.dtype.element_ty), mask=is_in)
+
+
+def activate_triton(x: torch.Tensor, act: str) -> torch.Tensor:
+    rows = x.flatten(0, -2)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if rows.shape[0]:
+        block, n = 1024, x.shape[-1]
+        options = launch_options(x.device, num_warps=4)
+        _activate_kernel[(cdiv(n, block), rows.shape[0])](
+            rows, out, rows.stride(0), N=n, ACT=act, BLOCK=block, **options
+        )
+    return out
+
+
+@fast_launch
+@triton.jit
+def _activate_kernel(x, out, x_stride, N: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    wait_for_input(PDL)
+    values = tl.load(x + row * x_stride + n, mask=n < N, other=0.0)
+    tl.store(out + row * N + n, activation(values.to(tl.float32), ACT).to(out.dtype.element_ty), mask=n < N)
 
 
 def act_and_mul_triton(x: torch.Tensor, act: str) -> torch.Tensor:

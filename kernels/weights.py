@@ -17,7 +17,7 @@ from kernels.tuning import WeightShape
 class Norm(Protocol):
     """A normalization of the last dimension, which a product may fuse where it `is_rms`."""
 
-    weight: torch.Tensor
+    weight: torch.Tensor  # read only where it `is_rms`
     eps: float
 
     @property
@@ -75,7 +75,7 @@ class Weight(ABC):
     ) -> torch.Tensor:
         """Return residual + act(norm(x) W^T + bias): x [T, k] -> [T, n], or [T, n / 2] with `act`.
 
-        act: "silu", "gelu_tanh" or "gelu" of the first half of the outputs (gate), times the second half (up).
+        act: of the first half of the outputs (gate), times the second half (up); see `kernels.elementwise.activate`.
         may_overwrite: the result may be written into `residual`, whose old values are lost then.
         out: [T, n or n / 2], where the result is written and which is returned. Not together with `residual`.
         """

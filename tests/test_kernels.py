@@ -74,22 +74,64 @@ def test_rms_norm_rounds_before_the_weight_as_hugging_face_does() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh"])
-def test_the_gated_activation_kernel_equals_its_twin(dtype: torch.dtype, act: str) -> None:
+@pytest.mark.parametrize("n", [80, 512])
+def test_the_layer_norm_kernel_equals_its_twin_with_any_of_weight_and_bias(dtype: torch.dtype, n: int) -> None:
+    x, weight, bias = randn(3, n, dtype=dtype, scale=3) + 2, randn(n, dtype=dtype), randn(n, dtype=dtype)
+    for scale, shift in ((None, None), (weight, None), (weight, bias), (1 + weight.float() / 100, bias)):
+        found = triton_elementwise.layer_norm_triton(x, scale, shift, EPS)
+        expected = elementwise.layer_norm_torch(x, scale, shift, EPS)
+        assert_near(found, expected, f"{scale is not None}, {shift is not None}")
+
+
+def test_a_layer_norm_is_its_formula_and_rounds_once() -> None:
+    x, bias = randn(5, 96, dtype=torch.bfloat16), randn(96, dtype=torch.bfloat16)
+    wide = x.double() - x.double().mean(-1, keepdim=True)
+    wide = wide / (wide.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
+    for weight in (randn(96, dtype=torch.bfloat16), 1 + randn(96) / 100):
+        expected = (wide * weight + bias).to(x.dtype)
+        assert (elementwise.layer_norm_torch(x, weight, bias, EPS) == expected).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(3, 64), (10, 80)])
+def test_the_kernel_that_norms_heads_equals_its_twin_and_leaves_the_rest(
+    num_heads: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    x, weight = randn(3, (num_heads + 2) * head_dim, dtype=dtype) + 1, randn(num_heads, head_dim, dtype=dtype)
+    found = triton_elementwise.layer_norm_heads_triton_(x.clone(), weight, EPS)
+    expected = elementwise.layer_norm_heads_torch_(x.clone(), weight, EPS)
+    assert_near(found, expected, "heads")
+    for head in range(num_heads):
+        rows = slice(head * head_dim, (head + 1) * head_dim)
+        assert_near(expected[:, rows], elementwise.layer_norm_torch(x[:, rows], weight[head], None, EPS), f"{head}")
+    assert torch.equal(found[:, num_heads * head_dim :], x[:, num_heads * head_dim :])
+
+
+ACTS = ["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ACTS)
+def test_the_activation_kernels_equal_their_twins(dtype: torch.dtype, act: str) -> None:
     x = randn(3, 2 * 1100, dtype=dtype)
-    assert_near(triton_elementwise.act_and_mul_triton(x, act), elementwise.act_and_mul_torch(x, act), act)
+    assert_near(triton_elementwise.act_and_mul_triton(x, act), elementwise.act_and_mul_torch(x, act), f"gated {act}")
+    assert_near(triton_elementwise.activate_triton(x, act), elementwise.activate_torch(x, act), act)
 
 
-def test_the_gated_activations_are_what_their_names_say() -> None:
+def test_the_activations_are_what_their_names_say() -> None:
     x = randn(2, 64)
     gate, up = x.double().chunk(2, dim=-1)
     formulas = {
         "silu": gate / (1 + torch.exp(-gate)),
         "gelu": gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2))),
         "gelu_tanh": gate * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))),
+        "relu": gate * (gate > 0),
+        "relu2": (gate * (gate > 0)) ** 2,
     }
+    assert formulas.keys() == set(ACTS)
     for act, activated in formulas.items():
         assert_near(elementwise.act_and_mul_torch(x, act), (activated * up).float(), act)
+        assert_near(elementwise.activate_torch(x[:, :32], act), activated.float(), act)
 
 
 def rope_inputs(

@@ -363,7 +363,7 @@ def test_sampling_defaults_that_no_request_could_use_are_told_at_the_start(tiny_
     ("overrides", "message"),
     [
         ('{"architectures": ["FooForCausalLM"]}', "FooForCausalLM"),
-        ('{"hidden_act": "relu2"}', "relu2"),
+        ('{"hidden_act": "mish"}', "mish"),
         ('{"rope_parameters": {"rope_type": "spiral"}}', "spiral"),
         ('{"rope_parameters": {"rope_type": "linear"}}', "factor"),
         ('{"quantization_config": {"quant_method": "awq"}}', "awq"),

@@ -7,7 +7,7 @@ from cache.pool import CachePool
 from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import Layer, LayerConfig
 from engine.layers.linear import qkv_parallel, row_parallel
-from engine.layers.norm import RMSNorm
+from engine.layers.norm import HiddenNorm, RMSNorm
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import AttentionConfig
 from kernels.attention import attention
@@ -26,7 +26,7 @@ class Attention(Layer):
         layer_id: int,
         rotary: RotaryEmbedding,
         layers: LayerConfig,
-        norm_class: type[RMSNorm] = RMSNorm,
+        norm_class: type[HiddenNorm] = RMSNorm,
     ) -> None:
         """norm_class: of the norms of query and key heads, if there are any."""
         head_dim, num_heads, num_kv_heads = config.head_dim, config.num_heads, config.num_kv_heads

@@ -13,16 +13,18 @@ from engine.layers.communicator import Communicator
 from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import Layer, LayerConfig
 from engine.layers.linear import Linear
-from engine.layers.mlp import GatedMLP
-from engine.layers.norm import RMSNorm
+from engine.layers.mlp import MLP, GatedMLP
+from engine.layers.norm import HiddenNorm, RMSNorm
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import AttentionConfig, ModelConfig
+from kernels.tuning import WeightShape
 
 
 class Block(Layer):
     """Attention, MLP, and the norms that the class names."""
 
-    norm_class: ClassVar[type[RMSNorm]] = RMSNorm
+    norm_class: ClassVar[type[HiddenNorm]] = RMSNorm
+    mlp_class: ClassVar[type[MLP]] = GatedMLP
     norm_names: ClassVar[tuple[str, ...]]
 
     def __init__(
@@ -37,7 +39,7 @@ class Block(Layer):
         self.self_attn = Attention(
             attention, hidden, eps, layer_id, rotary, layers.within("self_attn"), self.norm_class
         )
-        self.mlp = GatedMLP(config, layers.within("mlp"))
+        self.mlp = self.mlp_class(config, layers.within("mlp"))
         for name in self.norm_names:
             setattr(self, name, self.norm_class(hidden, eps, layers))
         self.comm = layers.comm
@@ -46,6 +48,21 @@ class Block(Layer):
     def kind(self) -> tuple[object, ...]:
         """Blocks of the same kind need the same kernels."""
         return (type(self), self.self_attn.config)
+
+    @property
+    def fuses_norms(self) -> bool:
+        """Whether the first product of each branch takes the norm ahead of it in, where a kernel can."""
+        return self.norm_class.is_rms
+
+    def tuning_shapes(self) -> list[WeightShape | None]:
+        """Return the shapes of the products of one token, each with what the block fuses."""
+        attn, mlp, has_norm = self.self_attn, self.mlp, self.fuses_norms
+        return [
+            attn.qkv_proj.weight.tuning_shape(has_norm=has_norm),
+            attn.o_proj.weight.tuning_shape(has_residual=True),
+            mlp.tuning_shape(has_norm=has_norm),
+            mlp.down_proj.weight.tuning_shape(has_residual=True),
+        ]
 
     def __call__(self, h: torch.Tensor, batch: ForwardBatch, pool: CachePool) -> torch.Tensor:
         """Return the new residual stream, which may be `h` itself, overwritten."""
@@ -60,8 +77,8 @@ class PreNorm(Block):
     """
 
     norm_names: ClassVar = ("input_layernorm", "post_attention_layernorm")
-    input_layernorm: RMSNorm
-    post_attention_layernorm: RMSNorm
+    input_layernorm: HiddenNorm
+    post_attention_layernorm: HiddenNorm
 
     def __call__(self, h: torch.Tensor, batch: ForwardBatch, pool: CachePool) -> torch.Tensor:
         attn, mlp = self.self_attn, self.mlp
@@ -69,6 +86,42 @@ class PreNorm(Block):
         h = sum_over_ranks(self.comm, attn.o_proj, found, residual=h, may_overwrite=True)
         gated = mlp(h, norm=self.post_attention_layernorm)
         return sum_over_ranks(self.comm, mlp.down_proj, gated, residual=h, may_overwrite=True)
+
+
+class Parallel(Block):
+    """Attention and MLP side by side, of the same normed input (Command-R, Phi).
+
+    h = h + Wo attention(norm(h)) + Wdown mlp(norm(h))
+    """
+
+    norm_names: ClassVar = ("input_layernorm",)
+    input_layernorm: HiddenNorm
+
+    @property
+    def fuses_norms(self) -> bool:
+        return False
+
+    def __call__(self, h: torch.Tensor, batch: ForwardBatch, pool: CachePool) -> torch.Tensor:
+        attn, mlp, normed = self.self_attn, self.mlp, self.input_layernorm(h)
+        found, inner = attn(normed, batch, pool), mlp(normed)
+        return sum_both_over_ranks(self.comm, attn.o_proj, found, mlp.down_proj, inner, residual=h)
+
+
+class ParallelTwoNorms(Block):
+    """Attention and MLP side by side, each with a norm of its own (GPT-NeoX).
+
+    h = h + Wo attention(norm(h)) + Wdown mlp(norm'(h))
+    """
+
+    norm_names: ClassVar = ("input_layernorm", "post_attention_layernorm")
+    input_layernorm: HiddenNorm
+    post_attention_layernorm: HiddenNorm
+
+    def __call__(self, h: torch.Tensor, batch: ForwardBatch, pool: CachePool) -> torch.Tensor:
+        attn, mlp = self.self_attn, self.mlp
+        found = attn(h, batch, pool, norm=self.input_layernorm)
+        inner = mlp(h, norm=self.post_attention_layernorm)
+        return sum_both_over_ranks(self.comm, attn.o_proj, found, mlp.down_proj, inner, residual=h)
 
 
 class Sandwich(Block):
@@ -81,10 +134,10 @@ class Sandwich(Block):
     norm_names: ClassVar = (
         "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
     )  # fmt: skip
-    input_layernorm: RMSNorm
-    post_attention_layernorm: RMSNorm
-    pre_feedforward_layernorm: RMSNorm
-    post_feedforward_layernorm: RMSNorm
+    input_layernorm: HiddenNorm
+    post_attention_layernorm: HiddenNorm
+    pre_feedforward_layernorm: HiddenNorm
+    post_feedforward_layernorm: HiddenNorm
 
     def __call__(self, h: torch.Tensor, batch: ForwardBatch, pool: CachePool) -> torch.Tensor:
         attn, mlp = self.self_attn, self.mlp
@@ -110,3 +163,23 @@ def sum_over_ranks(
     if comm.rank:
         return comm.all_reduce(linear.weight.product(x))
     return comm.all_reduce(linear(x, residual=residual, may_overwrite=may_overwrite))
+
+
+def sum_both_over_ranks(
+    comm: Communicator,
+    first: Linear,
+    x: torch.Tensor,
+    second: Linear,
+    y: torch.Tensor,
+    *,
+    residual: torch.Tensor,
+) -> torch.Tensor:
+    """Return residual + the sum of all ranks' x W^T + bias and y V^T + bias, W of `first` and V of `second`.
+
+    One exchange serves both. The result may be written into `residual`; see `sum_over_ranks`.
+    """
+    if comm.rank:
+        part = first.weight.product(x)
+        return comm.all_reduce(second.weight.product(y, residual=part, may_overwrite=True))
+    part = first(x, residual=residual, may_overwrite=True)
+    return comm.all_reduce(second(y, residual=part, may_overwrite=True))

@@ -14,7 +14,10 @@ from engine.layers.layer import Layer, LayerConfig, meta_weight
 from kernels.weights import WHOLE, Part, Shard, Weight, match_shard
 
 # Hugging Face's name -> the kernels'
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2",
+}  # fmt: skip
 
 
 class Linear(Layer):

@@ -1,15 +1,36 @@
-"""The feed-forward half of a block."""
+"""The feed-forward half of a block. `down_proj`, which ends the branch, is the block's to call."""
+
+from abc import abstractmethod
 
 import torch
 
 from engine.layers.layer import Layer, LayerConfig
-from engine.layers.linear import activation, merged_column_parallel, row_parallel
+from engine.layers.linear import Linear, activation, merged_column_parallel, row_parallel
 from engine.model_config import ModelConfig
+from kernels.elementwise import activate
+from kernels.tuning import WeightShape
 from kernels.weights import Norm
 
 
-class GatedMLP(Layer):
-    """act(gate x) * up x (Shazeer 2020). `down_proj`, which ends the branch, is the block's to call."""
+class MLP(Layer):
+    """What stands between a norm and `down_proj`."""
+
+    down_proj: Linear
+
+    @abstractmethod
+    def __init__(self, config: ModelConfig, layers: LayerConfig) -> None: ...
+
+    @abstractmethod
+    def __call__(self, x: torch.Tensor, *, norm: Norm | None = None) -> torch.Tensor:
+        """Return [T, inner] of norm(x), x [T, hidden]."""
+
+    @abstractmethod
+    def tuning_shape(self, *, has_norm: bool) -> WeightShape | None:
+        """Return the shape of the first product, with what it fuses. has_norm: an RMS norm stands before it."""
+
+
+class GatedMLP(MLP):
+    """act(gate x) * up x (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig, layers: LayerConfig) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -22,3 +43,22 @@ class GatedMLP(Layer):
     def __call__(self, x: torch.Tensor, *, norm: Norm | None = None) -> torch.Tensor:
         """Return [T, inner] of norm(x), x [T, hidden]: [T, 2 inner] is not kept."""
         return self.gate_up_proj(x, norm=norm, act=self.act)
+
+    def tuning_shape(self, *, has_norm: bool) -> WeightShape | None:
+        return self.gate_up_proj.weight.tuning_shape(has_norm=has_norm, act=self.act)
+
+
+class PlainMLP(MLP):
+    """act(up x), without a gate."""
+
+    def __init__(self, config: ModelConfig, layers: LayerConfig) -> None:
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.up_proj = merged_column_parallel((), (inner,), hidden, layers.within("up_proj"), bias=bias)
+        self.down_proj = row_parallel(inner, hidden, layers.within("down_proj"), bias=bias)
+        self.act = activation(config.hidden_act)
+
+    def __call__(self, x: torch.Tensor, *, norm: Norm | None = None) -> torch.Tensor:
+        return activate(self.up_proj(x, norm=norm), self.act)
+
+    def tuning_shape(self, *, has_norm: bool) -> WeightShape | None:
+        return self.up_proj.weight.tuning_shape(has_norm=has_norm)

@@ -8,6 +8,7 @@ from cache.layout import bytes_per_token
 from cache.pool import CachePool
 from engine.layers.block import Block, PreNorm, sum_over_ranks
 from engine.layers.forward_batch import ForwardBatch
+from engine.layers.mlp import GatedMLP
 from engine.models.base import Decoder
 from engine.schedule.plan import Plan, context_tokens
 from engine.step.fields import StepShape
@@ -45,7 +46,7 @@ class StepSplitter:
 
     def run_block(self, block: Block, h: torch.Tensor, batch: ForwardBatch, corun: Corun) -> torch.Tensor:
         """Compute a block with the last tokens ahead of the others: they do not need the attention of the decodes."""
-        assert isinstance(block, PreNorm)
+        assert isinstance(block, PreNorm) and isinstance(block.mlp, GatedMLP)
         attn, mlp, norm, comm = block.self_attn, block.mlp, block.post_attention_layernorm, block.comm
         q, found = attn.attend(h, batch, self._pool, norm=block.input_layernorm, has_decodes=False)
         k_cache, v_cache = self._pool[attn.layer_id]
@@ -81,11 +82,13 @@ def costs_of(blocks: Sequence[Block], pool: CachePool) -> CorunCosts | None:
 
 
 def _costs_of_block(block: Block, pool: CachePool) -> CorunCosts | None:
+    if not isinstance(block, PreNorm) or not isinstance(block.mlp, GatedMLP):
+        return None
     attn, gate_up = block.self_attn, block.mlp.gate_up_proj
     is_alone = block.comm.size == 1  # else each half has a sum over ranks of its own: 8 % slower on two GPUs
     has_kernel = attn.backend != "torch"
     has_window = attn.window >= 0  # and little for attention to read
-    if not isinstance(block, PreNorm) or not is_alone or not has_kernel or has_window or gate_up.bias is not None:
+    if not is_alone or not has_kernel or has_window or gate_up.bias is not None:
         return None
     if not can_corun(gate_up.weight, block.mlp.act):
         return None

@@ -50,13 +50,7 @@ def weight_shapes(model: CausalLM) -> list[WeightShape]:
     """Return the shapes of the products of one token, each with what its block fuses."""
     shapes = [model.lm_head.weight.tuning_shape()]
     for block in {block.kind: block for block in model.model.layers}.values():
-        attn, mlp = block.self_attn, block.mlp
-        shapes += [
-            attn.qkv_proj.weight.tuning_shape(has_norm=True),
-            attn.o_proj.weight.tuning_shape(has_residual=True),
-            mlp.gate_up_proj.weight.tuning_shape(has_norm=True, act=mlp.act),
-            mlp.down_proj.weight.tuning_shape(has_residual=True),
-        ]
+        shapes += block.tuning_shapes()
     return [shape for shape in shapes if shape is not None]
 
 
