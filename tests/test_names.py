@@ -1,10 +1,12 @@
 """Checkpoint names: each rule does its part, and a list of them leads from any layout to the model's."""
 
+import pytest
 import torch
 
 from engine.layers.rotary import inverse_frequencies
 from engine.models.names import Ignore, Interleave, Rename, Split, Stack, pieces_of
 from kernels.elementwise import rope_and_store_torch
+from kernels.weights import ShapeError
 
 
 def test_a_name_is_changed_where_its_pattern_is_found() -> None:
@@ -32,6 +34,19 @@ def test_a_fused_tensor_is_cut_into_its_parts() -> None:
         "layers.0.v_proj.weight": [12, 13, 14, 15],
     }
     assert [piece.name for piece in pieces_of("my_qkv_proj.weight", rules)] == ["my_qkv_proj.weight"]
+
+
+def test_a_tensor_of_groups_is_cut_within_each() -> None:
+    rules = [Split("wqkv", ("q_proj", "k_proj", "v_proj"), (2, 1, 1), num_groups=2)]
+    loaded = torch.arange(16.0)[:, None]
+    parts = {piece.name: piece.of(loaded).flatten().tolist() for piece in pieces_of("wqkv.weight", rules)}
+    assert parts == {
+        "q_proj.weight": [0, 1, 2, 3, 8, 9, 10, 11],
+        "k_proj.weight": [4, 5, 12, 13],
+        "v_proj.weight": [6, 7, 14, 15],
+    }
+    with pytest.raises(ShapeError, match="12 rows, which are no multiple of 8"):
+        pieces_of("wqkv.weight", rules)[0].of(loaded[:12])
 
 
 def test_interleaved_rotary_pairs_become_halves_and_scores_stay_the_same() -> None:

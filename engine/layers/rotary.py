@@ -45,6 +45,16 @@ def default(rope: RopeConfig, _context_length: int) -> tuple[torch.Tensor, float
     return inverse_frequencies(rope.theta, rope.rotary_dim), 1.0
 
 
+def fixed_length(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:
+    """As `default`, for models that need more than these frequencies beyond `max_position_embeddings`: refused."""
+    if context_length > rope.max_position_embeddings:
+        raise ModelError(
+            f"context_length {context_length} is longer than the model's {rope.max_position_embeddings}, and this "
+            "family's way beyond it (queries scaled by the logarithm of their position) is not supported"
+        )
+    return default(rope, context_length)
+
+
 def linear(rope: RopeConfig, _context_length: int) -> tuple[torch.Tensor, float]:
     """Interpolate positions (Chen et al. 2023)."""
     return inverse_frequencies(rope.theta, rope.rotary_dim) / rope.scaling["factor"], 1.0
@@ -120,6 +130,7 @@ def inverse_frequencies(theta: float, rotary_dim: int) -> torch.Tensor:
 
 FREQUENCIES: dict[str, Callable[[RopeConfig, int], tuple[torch.Tensor, float]]] = {
     "default": default,
+    "fixed_length": fixed_length,
     "linear": linear,
     "dynamic": dynamic_ntk,
     "llama3": llama3,

@@ -1,6 +1,8 @@
 """Llama and the families that are Llama but for one thing.
 
-Llama 1 to 3.3, SmolLM2, Yi     every rope scaling; attention_bias and mlp_bias in some derived models
+Llama 1 to 3.3, SmolLM2, ...    every rope scaling; attention_bias and mlp_bias in some derived models; Aquila,
+                                DeepSeek LLM and XVERSE are such
+Yi                              the norms of its first release are called ln1 and ln2
 Mistral                         a sliding window in all layers
 Qwen2, Qwen2.5                  biases on q, k and v; a sliding window in the upper layers, if any
 Qwen3                           an RMS norm of each query and key head before the rotation
@@ -10,10 +12,19 @@ from typing import Any
 
 from engine.model_config import ModelConfig, read_decoder
 from engine.models.base import CausalLM
+from engine.models.names import COMMON_NAMES, Rename
 
 
 class Llama(CausalLM):
     """The frame itself: `engine.layers.block.PreNorm`, rotary embedding, RMS norms, a gated MLP."""
+
+
+class Yi(Llama):
+    checkpoint = (
+        Rename(r"\.ln1\.", ".input_layernorm."),
+        Rename(r"\.ln2\.", ".post_attention_layernorm."),
+        *COMMON_NAMES,
+    )
 
 
 class Mistral(Llama):

@@ -63,12 +63,14 @@ class Ignore:
 class Split:
     """Cut the rows of a tensor that holds several: `into` are their names, in order, in place of `name`.
 
-    sizes: the share of the rows that each has, such as (heads, kv_heads, kv_heads).
+    sizes: the share of the rows that each has, such as (heads, kv_heads, kv_heads). num_groups: so many groups of rows
+    follow each other, and each is cut so, such as one group a KV head.
     """
 
     name: str
     into: tuple[str, ...]
     sizes: tuple[int, ...]
+    num_groups: int = 1
 
     def __call__(self, piece: Piece) -> Iterable[Piece]:
         if not re.search(rf"\b{re.escape(self.name)}\b", piece.name):
@@ -76,7 +78,7 @@ class Split:
             return
         start, total = 0, sum(self.sizes)
         for part, size in zip(self.into, self.sizes, strict=True):
-            cut = _cut(start, size, total)
+            cut = _cut(start, size, total, self.num_groups)
             name = re.sub(rf"\b{re.escape(self.name)}\b", part, piece.name)
             yield Piece(name, (*piece.transforms, cut), piece.index)
             start += size
@@ -121,12 +123,14 @@ class Stack:
             yield Piece(name, piece.transforms, int(match[1]))
 
 
-def _cut(start: int, size: int, total: int) -> Transform:
+def _cut(start: int, size: int, total: int, num_groups: int) -> Transform:
     def cut(loaded: torch.Tensor) -> torch.Tensor:
-        if len(loaded) % total:
-            raise ShapeError(f"has {len(loaded)} rows, which are no multiple of {total}")
-        unit = len(loaded) // total
-        return loaded.narrow(0, start * unit, size * unit)
+        if len(loaded) % (total * num_groups):
+            raise ShapeError(f"has {len(loaded)} rows, which are no multiple of {total * num_groups}")
+        groups = loaded.unflatten(0, (num_groups, -1))
+        unit = groups.shape[1] // total
+        part: torch.Tensor = groups.narrow(1, start * unit, size * unit).flatten(0, 1)
+        return part
 
     return cut
 

@@ -16,12 +16,24 @@ from engine.quantization import Quantization
 
 # config.json's architecture -> module of this package : class. Imported when asked for.
 REGISTRY = {
+    "AquilaForCausalLM": "llama:Llama",
+    "BaiChuanForCausalLM": "baichuan:Baichuan",
+    "BaichuanForCausalLM": "baichuan:Baichuan",
+    "ExaoneForCausalLM": "exaone3:Exaone3",
     "Gemma2ForCausalLM": "gemma:Gemma2",
+    "InternLM2ForCausalLM": "internlm:InternLM2",
+    "InternLM3ForCausalLM": "internlm:InternLM3",
+    "InternLMForCausalLM": "internlm:InternLM",
     "LlamaForCausalLM": "llama:Llama",
     "MistralForCausalLM": "llama:Mistral",
+    "QWenForCausalLM": "qwen1:Qwen1",
     "Qwen2ForCausalLM": "llama:Qwen2",
     "Qwen3ForCausalLM": "llama:Qwen3",
+    "XverseForCausalLM": "llama:Llama",
+    "YiForCausalLM": "llama:Yi",
 }
+# Names that do not end as those of all models with a head for tokens do.
+ALIASES = {"QWenLMHeadModel": "QWenForCausalLM"}
 CAUSAL, CLASSIFIER, BARE = "ForCausalLM", "ForSequenceClassification", "Model"
 HEADS = {CLASSIFIER: "SequenceClassifier", BARE: "PooledModel"}  # in engine.models.pooled
 
@@ -35,10 +47,11 @@ def load_config(folder: str | Path, config: EngineConfig | None = None) -> Model
     folder = Path(folder)
     file, entries = folder / "config.json", read_raw(folder, config)
     named = checked({"architectures": entries.get("architectures")}, file).get("architectures") or ()
+    named = [ALIASES.get(name, name) for name in named]
     family = _family_of(named)
     if named and family is None:  # another family's entries are not ours to judge
         raise _unsupported(named)
-    raw = checked(entries, file)
+    raw = checked(entries | {"architectures": named}, file)
     try:
         model = (family or CausalLM).read_config(raw)
     except KeyError as error:
@@ -69,7 +82,7 @@ def _unsupported(architectures: Sequence[str]) -> ModelError:
     nearest = f" The nearest is {families[close[0]]}." if close else ""
     return ModelError(
         f"architecture not supported: {', '.join(architectures) or 'none named in config.json'}.{nearest} "
-        f"Supported: {', '.join(sorted(REGISTRY))}. .github/CONTRIBUTING.md says how to add a family"
+        f"Supported: {', '.join(sorted({*REGISTRY, *ALIASES}))}. .github/CONTRIBUTING.md says how to add a family"
     )
 
 

@@ -1,0 +1,45 @@
+"""Baichuan 7B, 1 and 2: a Llama whose q, k and v are in one `W_pack`.
+
+Baichuan 2      each row of the head has length 1; known by a vocabulary other than Baichuan 1's
+13B             ALiBi in place of the rotary embedding, and then no `max_position_embeddings`: refused
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from engine.errors import ModelError
+from engine.model_config import ModelConfig, read_decoder
+from engine.models.base import CausalLM
+from engine.models.names import Piece, Rule, Split
+
+BAICHUAN_1_VOCAB_SIZE = 64000
+
+
+class Baichuan(CausalLM):
+    @staticmethod
+    def read_config(raw: dict[str, Any]) -> ModelConfig:
+        if "max_position_embeddings" not in raw:
+            raise ModelError(
+                "Baichuan 13B is not supported: it has ALiBi, a bias on scores by distance, which the attention "
+                "kernels here do not add. Baichuan 7B is, and Baichuan2-7B"
+            )
+        return read_decoder(raw)
+
+    @property
+    def names(self) -> Sequence[Rule]:
+        rules = (Split("W_pack", ("q_proj", "k_proj", "v_proj"), (1, 1, 1)), *super().names)
+        return rules if self.config.vocab_size == BAICHUAN_1_VOCAB_SIZE else (*rules, normalize_head)
+
+
+def normalize_head(piece: Piece) -> Iterable[Piece]:
+    """Divide each row of the head by its length."""
+    if piece.name == "lm_head.weight":
+        piece = Piece(piece.name, (*piece.transforms, normalize_rows), piece.index)
+    yield piece
+
+
+def normalize_rows(loaded: torch.Tensor) -> torch.Tensor:
+    return F.normalize(loaded.float()).to(loaded.dtype)

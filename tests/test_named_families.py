@@ -1,0 +1,304 @@
+"""Families that transformers has no class for: a native model's tiny checkpoint under their names is the same model."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.checkpoint.weights import load_weights
+from engine.config import EngineConfig
+from engine.errors import ModelError
+from engine.layers.communicator import Communicator
+from engine.layers.layer import LayerConfig, unique_layers
+from engine.models.registry import build_model, load_config
+from tests.test_models import CPU, TinyEngine, assert_equals_reference, random_ids
+
+MakeTinyModel = Callable[..., Path]
+Tensors = dict[str, torch.Tensor]
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, LAYERS, VOCAB, CONTEXT = 4, 2, 16, 64, 96, 2, 384, 512
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family by its native twin."""
+
+    twin: str  # transformers' config class
+    config: dict[str, Any]  # the family's config.json, but for what `COMMON` has
+    names: dict[str, str] = field(default_factory=dict)  # part of a native name -> the family's, in order
+    fused: Callable[[Tensors], Tensors] = lambda tensors: tensors  # after renaming
+    of_twin: dict[str, Any] = field(default_factory=dict)  # settings of the twin
+
+
+COMMON = {
+    "hidden_size": HIDDEN,
+    "num_attention_heads": HEADS,
+    "vocab_size": VOCAB,
+    "torch_dtype": "float32",
+    "eos_token_id": 2,
+}
+LLAMA_SIZES = COMMON | {
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "max_position_embeddings": CONTEXT,
+    "rms_norm_eps": 1e-6,
+}
+FULL_HEADS = {"num_key_value_heads": HEADS}
+
+
+def fuse(name: str, parts: tuple[str, ...], join: Callable[[list[torch.Tensor]], torch.Tensor]) -> Any:
+    """Return a function that replaces tensors `parts`, of weights and biases, by the one that `join` makes of them."""
+
+    def fused(tensors: Tensors) -> Tensors:
+        rest = {key: tensor for key, tensor in tensors.items() if not any(part in key for part in parts)}
+        for key in tensors:
+            if parts[0] in key:
+                rest[key.replace(parts[0], name)] = join([tensors[key.replace(parts[0], part)] for part in parts])
+        return rest
+
+    return fused
+
+
+def by_kv_head(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Return q, k and v of one KV head after the other, as InternLM 2 has them."""
+    grouped = [part.unflatten(0, (KV_HEADS, -1)) for part in parts]
+    return torch.cat(grouped, dim=1).flatten(0, 1)
+
+
+def with_long_head_rows(tensors: Tensors) -> Tensors:
+    """Return a head whose rows have length 1 with each row multiplied by some number: normalizing undoes that."""
+    factors = torch.linspace(0.5, 3.0, VOCAB)[:, None]
+    return tensors | {"lm_head.weight": tensors["lm_head.weight"] * factors}
+
+
+def baichuan(tensors: Tensors) -> Tensors:
+    return fuse("W_pack", ("q_proj", "k_proj", "v_proj"), torch.cat)(tensors)
+
+
+GPT_2_NAMES = {
+    "model.layers.": "transformer.h.",
+    "model.embed_tokens.": "transformer.wte.",
+    "model.norm.": "transformer.ln_f.",
+    "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2",
+}
+INTERNLM_2_NAMES = {
+    "self_attn.o_proj": "attention.wo",
+    "self_attn": "attention",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "embed_tokens": "tok_embeddings",
+    "lm_head": "output",
+}
+INTERNLM_2 = {"names": INTERNLM_2_NAMES, "fused": fuse("wqkv", ("q_proj", "k_proj", "v_proj"), by_kv_head)}
+FAMILIES = {
+    "yi, first names": Family(
+        "LlamaConfig",
+        LLAMA_SIZES | {"architectures": ["YiForCausalLM"], "rope_theta": 5e6},
+        {"input_layernorm": "ln1", "post_attention_layernorm": "ln2"},
+        of_twin={"rope_parameters": {"rope_type": "default", "rope_theta": 5e6}},
+    ),
+    "xverse": Family("LlamaConfig", LLAMA_SIZES | {"architectures": ["XverseForCausalLM"]}),
+    "aquila": Family("LlamaConfig", LLAMA_SIZES | {"architectures": ["AquilaForCausalLM"]}),
+    "internlm": Family(
+        "LlamaConfig",
+        LLAMA_SIZES | FULL_HEADS | {
+            "architectures": ["InternLMForCausalLM"],
+            "bias": True,
+            "rotary": {"type": "dynamic", "base": 1e4},
+        },
+        of_twin=FULL_HEADS | {"attention_bias": True},
+    ),
+    "internlm 2": Family(
+        "LlamaConfig",
+        LLAMA_SIZES | {
+            "architectures": ["InternLM2ForCausalLM"],
+            "bias": False,
+            "rope_theta": 1e6,
+            "rope_scaling": {"type": "dynamic", "factor": 2.0},
+        },
+        **INTERNLM_2,
+        of_twin={"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+    "internlm 2 with biases": Family(
+        "LlamaConfig",
+        LLAMA_SIZES | {"architectures": ["InternLM2ForCausalLM"], "bias": True, "rope_theta": 1e4},
+        **INTERNLM_2,
+        of_twin={"attention_bias": True},
+    ),
+    "internlm 3": Family(
+        "LlamaConfig",
+        LLAMA_SIZES | {"architectures": ["InternLM3ForCausalLM"], "bias": False, "qkv_bias": False},
+    ),
+    "internlm 3 with biases": Family(
+        "LlamaConfig",
+        LLAMA_SIZES | {"architectures": ["InternLM3ForCausalLM"], "bias": True, "qkv_bias": True},
+        of_twin={"attention_bias": True, "mlp_bias": True},
+    ),
+    "baichuan 7B": Family(
+        "LlamaConfig",
+        COMMON | {
+            "architectures": ["BaiChuanForCausalLM"],
+            "intermediate_size": INNER,
+            "num_hidden_layers": LAYERS,
+            "max_position_embeddings": CONTEXT,
+            "vocab_size": 64000,
+        },
+        fused=baichuan,
+        of_twin=FULL_HEADS | {"vocab_size": 64000},
+    ),
+    "baichuan 2 7B": Family(
+        "LlamaConfig",
+        COMMON | {
+            "architectures": ["BaichuanForCausalLM"],
+            "intermediate_size": INNER,
+            "num_hidden_layers": LAYERS,
+            "max_position_embeddings": CONTEXT,
+            "model_max_length": CONTEXT,
+        },
+        fused=lambda tensors: with_long_head_rows(baichuan(tensors)),
+        of_twin=FULL_HEADS,
+    ),
+    "qwen 1": Family(
+        "Qwen2Config",
+        COMMON | {
+            "architectures": ["QWenLMHeadModel"],
+            "intermediate_size": 2 * INNER,
+            "num_hidden_layers": LAYERS,
+            "kv_channels": HEAD_DIM,
+            "layer_norm_epsilon": 1e-6,
+            "max_position_embeddings": 2 * CONTEXT,
+            "seq_length": CONTEXT,
+            "no_bias": True,
+            "rotary_emb_base": 1e4,
+            "rotary_pct": 1.0,
+            "use_dynamic_ntk": True,
+            "use_logn_attn": True,
+        },
+        GPT_2_NAMES | {
+            "self_attn.o_proj": "attn.c_proj",
+            "self_attn": "attn",
+            "mlp.gate_proj": "mlp.w2",
+            "mlp.up_proj": "mlp.w1",
+            "mlp.down_proj": "mlp.c_proj",
+        },
+        fuse("c_attn", ("q_proj", "k_proj", "v_proj"), torch.cat),
+        of_twin=FULL_HEADS,
+    ),
+    "exaone 3": Family(
+        "LlamaConfig",
+        COMMON | {
+            "architectures": ["ExaoneForCausalLM"],
+            "activation_function": "silu",
+            "intermediate_size": INNER,
+            "num_layers": LAYERS,
+            "num_key_value_heads": KV_HEADS,
+            "layer_norm_epsilon": 1e-6,
+            "max_position_embeddings": CONTEXT,
+            "rope_theta": 5e5,
+        },
+        GPT_2_NAMES | {
+            "self_attn.o_proj": "attn.attention.out_proj",
+            "self_attn": "attn.attention",
+            "mlp.gate_proj": "mlp.c_fc_0",
+            "mlp.up_proj": "mlp.c_fc_1",
+            "mlp.down_proj": "mlp.c_proj",
+        },
+        of_twin={"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(
+    make_tiny_model: MakeTinyModel, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, Path]]:
+    """Return `made(name)`: (the family's folder, its native twin's), biases and norms at random."""
+    import transformers
+
+    folders: dict[str, tuple[Path, Path]] = {}
+
+    def make(name: str) -> tuple[Path, Path]:
+        if name not in folders:
+            family = FAMILIES[name]
+            twin = make_tiny_model(
+                getattr(transformers, family.twin), "twin", **{"tie_word_embeddings": False} | family.of_twin
+            )
+            tensors = randomize(load_file(twin / "model.safetensors"), name)
+            save_file(tensors, twin / "model.safetensors", {"format": "pt"})
+            folders[name] = write_family(family, tensors, tmp_path_factory.mktemp("named")), twin
+        return folders[name]
+
+    return make
+
+
+def randomize(tensors: Tensors, name: str) -> Tensors:
+    """Return `tensors` with norms and biases, which start at one and zero, at random; unit rows for Baichuan 2."""
+    torch.manual_seed(0)
+    made = {
+        key: torch.empty_like(tensor).uniform_(0.5, 1.5) if "norm" in key or "bias" in key else tensor
+        for key, tensor in tensors.items()
+    }
+    if name == "baichuan 2 7B":
+        made["lm_head.weight"] = torch.nn.functional.normalize(made["lm_head.weight"])
+    return made
+
+
+def write_family(family: Family, tensors: Tensors, folder: Path) -> Path:
+    renamed = {}
+    for key, tensor in tensors.items():
+        for native, own in family.names.items():
+            key = key.replace(native, own)
+        renamed[key] = tensor
+    fused = {key: tensor.contiguous() for key, tensor in family.fused(renamed).items()}
+    save_file(fused, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(family.config))
+    return folder
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_of_a_renamed_checkpoint_equal_its_twins(name: str, made: Callable[[str], tuple[Path, Path]]) -> None:
+    folder, twin = made(name)
+    engine = TinyEngine(folder)
+    assert engine.config.is_generation and engine.config.context_length == CONTEXT
+    assert_equals_reference(engine, twin, random_ids(29, seed=1), random_ids(23, seed=2))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_rank_holds_what_it_holds_of_the_twin(name: str, made: Callable[[str], tuple[Path, Path]]) -> None:
+    def load(folder: Path, rank: int) -> list[torch.Tensor]:
+        config = load_config(folder, EngineConfig(dtype="float32"))
+        model = build_model(config, LayerConfig(torch.float32, comm=Communicator(rank, 2)))
+        load_weights(model, folder, "auto", CPU)
+        return [weight for layer in unique_layers(model) for _, weight in layer.weights()]
+
+    for rank in range(2):
+        ours, wanted = (load(folder, rank) for folder in made(name))
+        for weight, expected in zip(ours, wanted, strict=True):
+            torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6)
+
+
+def test_baichuan_13B_is_refused_by_name(made: Callable[[str], tuple[Path, Path]]) -> None:
+    folder, _ = made("baichuan 2 7B")
+    override = '{"max_position_embeddings": null}'
+    with pytest.raises(ModelError, match="Baichuan 13B is not supported: it has ALiBi"):
+        TinyEngine(folder, json_model_override_args=override)
+
+
+def test_qwen_1_is_not_served_beyond_its_length_unless_it_does_not_stretch(
+    made: Callable[[str], tuple[Path, Path]],
+) -> None:
+    folder, _ = made("qwen 1")
+    with pytest.raises(ModelError, match=r"context_length 513 is longer than the model's 512, and this family's way"):
+        TinyEngine(folder, context_length=513)
+    plain = '{"use_dynamic_ntk": false, "use_logn_attn": false}'
+    assert TinyEngine(folder, context_length=513, json_model_override_args=plain).config.context_length == 513
