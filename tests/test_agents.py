@@ -16,6 +16,8 @@ from server.reading import responses_body
 from server.reading.left_out import HEADER, LeftOut
 from server.reading.messages_body import answerable
 from server.reading.protocol import Fields
+from server.reading.responses_tools import Tools
+from server.reading.tool_choice import read_tool_choice
 from tests.fake_engine import PARSERS, FakeEngine, serving
 from tests.test_engine import running_engine
 
@@ -290,21 +292,19 @@ def test_every_call_of_the_history_is_a_call_of_a_function() -> None:
     assert [(call["name"], json.loads(call["arguments"])) for call in calls] == [
         ("mcp__files__read", {}),
         ("apply_patch", {"input": "*** Begin Patch"}),
-        ("local_shell", {"type": "exec", "command": ["ls"]}),
+        ("local_shell", {"command": ["ls"]}),
         ("tool_search", {"query": "x"}),
     ]
     assert [message["tool_call_id"] for message in messages if message["role"] == "tool"] == ["a", "b", "c", "d"]
 
 
 def test_a_custom_tool_is_offered_with_its_grammar_and_a_namespaces_under_its_name() -> None:
-    tools = responses_body.Tools(Fields(codex()), LeftOut())
-    functions = {tool["function"]["name"]: tool["function"] for tool in tools.functions}
+    choice = read_tool_choice(Fields({"tools": Tools(Fields(codex()), LeftOut()).functions}))
+    functions = {tool["function"]["name"]: tool["function"] for tool in choice.shown or ()}
     assert list(functions) == ["shell", "apply_patch", "mcp__files__read"]
     assert functions["apply_patch"]["description"] == f"Edits\ninput must match this lark grammar:\n{LARK}"
     assert functions["apply_patch"]["parameters"]["required"] == ["input"]
-    regex = {"type": "custom", "name": "n", "format": {"type": "grammar", "syntax": "regex", "definition": "a|b"}}
-    [tool] = responses_body.Tools(Fields({"tools": [regex]}), LeftOut()).functions
-    assert tool["function"]["parameters"]["properties"]["input"]["pattern"] == "^(?:a|b)$"
+    assert choice.custom == {"apply_patch"}
 
 
 def call_of(name: str, **arguments: Any) -> str:

@@ -15,7 +15,8 @@ from server.apis.response_store import ResponseStore
 from server.apis.responses import chat_body, read_input
 from server.reading.left_out import LeftOut
 from server.reading.protocol import Fields
-from server.reading.responses_body import Tools, answerable
+from server.reading.responses_body import answerable
+from server.reading.responses_tools import Tools
 from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
 
 Client = TestClient[Any, Any]

@@ -11,9 +11,10 @@ import orjson
 from engine.engine import TokenizerFacade
 from engine.state import Delta, FinishReason, Logprobs, RequestState, TokenLogprob
 from server.apis.answer import Answer, failure_of
+from server.apis.chat_calls import CallWriter
 from server.apis.meta_info import MetaInfo
 from server.http.sse import event
-from server.parsers import AnswerDelta, AnswerParser, ToolCallDelta
+from server.parsers import AnswerDelta, AnswerParser
 from server.reading.chat import ChatTurn
 from server.reading.protocol import JSON, openai_error
 
@@ -175,6 +176,7 @@ class ChatAnswer(OpenAIAnswer):
     ) -> None:
         super().__init__(index, state, envelope, tokenizer, turn.new_parser and turn.new_parser())
         self._turn = turn
+        self._calls = CallWriter(turn.custom_tools)
 
     @property
     def num_reasoning_tokens(self) -> int | None:
@@ -199,10 +201,18 @@ class ChatAnswer(OpenAIAnswer):
                 return b""
             if not self._has_usage:
                 return self._head + orjson.dumps(parts.text) + self._end
-        fields = NO_REASONING | _message_fields(parts, is_delta=True)
+        fields = NO_REASONING | _reasoning_fields(parts)
+        if parts.tool_calls and (calls := self._calls.deltas(parts.tool_calls)):
+            fields["tool_calls"] = calls
         if parts.text:
             fields["content"] = parts.text
         return self._event(delta=fields, logprobs=self.spell_logprobs(logprobs), finish_reason=None)
+
+    def end(self, reason: FinishReason) -> bytes:
+        held = self._calls.rest()
+        if not held:
+            return super().end(reason)
+        return self._event(delta=NO_REASONING | {"tool_calls": held}, finish_reason=None) + super().end(reason)
 
     def ending(self, reason: FinishReason | None) -> JSON:
         ending = super().ending(reason)
@@ -214,7 +224,9 @@ class ChatAnswer(OpenAIAnswer):
         message: JSON = {"role": "assistant", "content": delta.text}
         if self.parser is not None:
             parts = self.parser.parse(delta.text)
-            message |= {"content": parts.text or (None if parts.tool_calls else ""), **_message_fields(parts)}
+            message |= {"content": parts.text or (None if parts.tool_calls else ""), **_reasoning_fields(parts)}
+            if parts.tool_calls:
+                message["tool_calls"] = self._calls.whole(parts.tool_calls)
         logprobs = self.spell_logprobs(delta.logprobs)
         return {"message": message, "logprobs": logprobs, **self.ending(delta.finish_reason)}
 
@@ -321,23 +333,9 @@ def count_usage(answers: Sequence[OpenAIAnswer], n: int) -> Usage:
     )
 
 
-def _message_fields(parts: AnswerDelta, *, is_delta: bool = False) -> JSON:
-    """Return a message's fields beside its content."""
-    fields: JSON = {}
-    if parts.reasoning:  # some clients look for one name, some for the other
-        fields["reasoning_content"] = fields["reasoning"] = parts.reasoning
-    if parts.tool_calls:
-        fields["tool_calls"] = [_tool_call(call, is_delta=is_delta) for call in parts.tool_calls]
-    return fields
-
-
-def _tool_call(call: ToolCallDelta, *, is_delta: bool) -> JSON:
-    function: JSON = {"arguments": call.arguments}
-    fields: JSON = {"index": call.index} if is_delta else {}
-    if call.id is not None:
-        fields |= {"id": call.id, "type": "function"}
-        function = {"name": call.name, **function}
-    return {**fields, "function": function}
+def _reasoning_fields(parts: AnswerDelta) -> JSON:
+    # Some clients look for one name, some for the other.
+    return {"reasoning_content": parts.reasoning, "reasoning": parts.reasoning} if parts.reasoning else {}
 
 
 def _join(head: JSON | None, tail: JSON | None) -> JSON | None:

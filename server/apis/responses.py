@@ -18,10 +18,12 @@ from server.http.live import LiveRequests, is_failure, new_rid
 from server.http.owners import may_find, owner_of
 from server.http.sse import named_event
 from server.reading.chat import Chats, ChatTurn
+from server.reading.custom_tools import input_of
 from server.reading.left_out import LeftOut, LeftOutBook
 from server.reading.model_name import served_model
 from server.reading.protocol import JSON, REQUEST_FIELDS, Fields, Owner, json_response, read_json, refuse, spelled
-from server.reading.responses_body import CUSTOM, OfferedTool, Tools, answerable, custom_input, input_items
+from server.reading.responses_body import answerable, input_items
+from server.reading.responses_tools import CUSTOM, FUNCTION, OfferedTool, Tools
 
 MAX_METADATA = 16
 
@@ -39,7 +41,7 @@ OUR_NAMES = {
     "messages": "input",
 }
 ROLES = ("user", "assistant", "system", "developer")
-ITEM_PREFIXES = {REASONING: "rs", TEXT: "msg", TOOL_CALL: "fc"}
+ITEM_PREFIXES = {REASONING: "rs", TEXT: "msg"}
 
 
 class ResponseNotFound(EngineError):
@@ -81,7 +83,7 @@ class ResponsesApi:
         if is_background and (not is_stored or body.flag("stream")):
             raise InvalidRequest("background needs store: true and stream: false", "background")
         answer = await self._answer(caller, body, model, is_stored)
-        with spelled(OUR_NAMES):
+        with spelled(answer.names):
             if not is_background:
                 return await respond_in_blocks(caller, self.live, answer)
             assert isinstance(caller, web.Request)
@@ -97,9 +99,10 @@ class ResponsesApi:
         readable, tools = answerable(body, left_out), Tools(body, left_out)
         messages = self._earlier_messages(body, caller) + read_input(readable)
         self.left_out.enter(caller, left_out)
-        with spelled(OUR_NAMES):
+        names = OUR_NAMES | tools.names
+        with spelled(names):
             turn = await self.chats.turn(Fields(chat_body(readable, messages, tools)))
-            answer = ResponseAnswer(turn, echo_of(body, model), tools.offered)
+            answer = ResponseAnswer(turn, echo_of(body, model), tools.offered, names)
         if is_stored:
             items = input_items(body, answer.state.rid)
             answer.on_end = lambda response: self.store.put(owner, response, [*messages, answer.message()], items)
@@ -348,10 +351,12 @@ class ResponseAnswer(BlockAnswer):
 
     begins_at_once = True
 
-    def __init__(self, turn: ChatTurn, echo: JSON, offered: Mapping[str, OfferedTool]) -> None:
-        """offered: the client's tools, by the names of the functions that the model calls."""
+    def __init__(
+        self, turn: ChatTurn, echo: JSON, offered: Mapping[str, OfferedTool], names: Mapping[str, str]
+    ) -> None:
+        """offered: the client's tools, by the names of the functions that the model calls. names: see `spelled`."""
         super().__init__(f"resp_{new_rid()}", turn)
-        self._offered = offered
+        self._offered, self.names = offered, names
         self.on_end: Callable[[JSON], None] = _forget  # called with the response, however it ended
         self._echo = echo
         self._created_at = int(time.time())
@@ -409,25 +414,17 @@ class ResponseAnswer(BlockAnswer):
     def _item_of(self, block: Block, status: str, content: str) -> JSON:
         item: JSON = {"id": self._item_id(block), "status": status}
         if block.kind == TOOL_CALL:
-            return item | self._call(block, content)
+            return item | self._tool(block).call(block.call_id, content)
         if block.kind == REASONING:
             return item | {"type": "reasoning", "summary": [], "content": [_part(block, content)]}
         return item | {"type": "message", "role": "assistant", "content": [_part(block, content)]}
 
-    def _call(self, block: Block, arguments: str) -> JSON:
-        tool = self._offered.get(block.name) or OfferedTool("function", block.name)
-        if tool.kind == CUSTOM:
-            call = {"type": "custom_tool_call", "call_id": block.call_id, "name": tool.name}
-            return {**call, "input": custom_input(arguments) if arguments else ""}
-        call = {"type": "function_call", "call_id": block.call_id, "name": tool.name, "arguments": arguments}
-        return {**call, "namespace": tool.namespace} if tool.namespace else call
-
-    def _is_custom(self, block: Block) -> bool:
-        tool = self._offered.get(block.name) if block.kind == TOOL_CALL else None
-        return tool is not None and tool.kind == CUSTOM
+    def _tool(self, block: Block) -> OfferedTool:
+        """Return the tool that a block calls."""
+        return self._offered.get(block.name) or OfferedTool(FUNCTION, block.name)
 
     def _item_id(self, block: Block) -> str:
-        prefix = "ctc" if self._is_custom(block) else ITEM_PREFIXES[block.kind]
+        prefix = self._tool(block).prefix if block.kind == TOOL_CALL else ITEM_PREFIXES[block.kind]
         return f"{prefix}_{self.state.rid.removeprefix('resp_')}{block.index:02x}"
 
     # ---- events ----
@@ -446,22 +443,17 @@ class ResponseAnswer(BlockAnswer):
 
     def grow(self, block: Block, piece: str) -> bytes:
         if block.kind == TOOL_CALL:
-            # A custom tool's text stands as JSON in what comes: it is sent once it is whole.
-            is_json = not self._is_custom(block)
-            return self._item_event("function_call_arguments.delta", block, delta=piece) if is_json else b""
+            # Other tools' calls stand as a function's in what comes: they are sent once they are whole.
+            is_sent = self._tool(block).kind == FUNCTION
+            return self._item_event("function_call_arguments.delta", block, delta=piece) if is_sent else b""
         if block.kind == REASONING:
             return self._part_event("reasoning_text.delta", block, delta=piece)
         return self._part_event("output_text.delta", block, delta=piece, logprobs=[])
 
     def stop(self, block: Block) -> bytes:
         content = block.content
-        if self._is_custom(block):
-            text = custom_input(content)
-            done = self._item_event("custom_tool_call_input.delta", block, delta=text)
-            done += self._item_event("custom_tool_call_input.done", block, input=text)
-        elif block.kind == TOOL_CALL:
-            name = self._call(block, content)["name"]
-            done = self._item_event("function_call_arguments.done", block, name=name, arguments=content)
+        if block.kind == TOOL_CALL:
+            done = self._call_done(block, content)
         else:
             if block.kind == REASONING:
                 done = self._part_event("reasoning_text.done", block, text=content)
@@ -469,6 +461,17 @@ class ResponseAnswer(BlockAnswer):
                 done = self._part_event("output_text.done", block, text=content, logprobs=[])
             done += self._part_event("content_part.done", block, part=_part(block, content))
         return done + self._event("output_item.done", output_index=block.index, item=self._item(block))
+
+    def _call_done(self, block: Block, content: str) -> bytes:
+        tool = self._tool(block)
+        if tool.kind == FUNCTION:
+            return self._item_event("function_call_arguments.done", block, name=tool.name, arguments=content)
+        if tool.kind != CUSTOM:
+            return b""  # its item says it all
+        text = input_of(content)
+        return self._item_event("custom_tool_call_input.delta", block, delta=text) + self._item_event(
+            "custom_tool_call_input.done", block, input=text
+        )
 
     def close(self, reason: FinishReason) -> bytes:
         response = self.body(reason)

@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 
 from engine.text.schemas import NOT_STRICT
+from engine.text.structural_tag import LARK, LARK_STRING
 from server.parsers.delta import ToolCallDelta
 from server.parsers.reader import PYTHON_SYNTAX, Malformed, Reader, Reading
 from server.reading.protocol import JSON
@@ -31,7 +32,8 @@ class Tool:
     name: str
     parameters: JSON  # JSON schema of its arguments, an object's
     is_strict: bool = False
-    field: str = ""  # what the client calls its parameters, for errors of their grammar
+    field: str = ""  # what the client calls its parameters, or its grammar, for errors of that
+    lark: str = ""  # grammar of the one text that it takes, a custom tool's
 
     def takes_text(self, key: str) -> bool:
         """Return whether the argument is a string, so that its text must not be read as JSON."""
@@ -169,6 +171,14 @@ def schema_format(schema: JSON) -> JSON:
 
 def arguments_format(tool: Tool, schema: JSON) -> JSON:
     """Return the grammar of arguments. What it cannot hold of a tool that is not strict is left out."""
+    if tool.lark:
+        [key] = tool.parameters["properties"]
+        elements = [
+            {"type": "const_string", "value": f'{{{json_of(key)}: "'},
+            {"type": LARK_STRING, "definition": tool.lark, "field": tool.field},
+            {"type": "const_string", "value": '"}'},
+        ]
+        return {"type": "sequence", "elements": elements}
     format_ = schema_format(schema if tool.is_strict else {**schema, NOT_STRICT: False})
     return {**format_, "field": tool.field} if tool.field else format_
 
@@ -598,11 +608,15 @@ def argument_formats(tool: Tool, around: Callable[[str], tuple[str, str]]) -> JS
     shared: JSON = {name: tool.parameters[name] for name in ("$defs", "definitions") if name in tool.parameters}
     for key, schema in (tool.parameters.get("properties") or {}).items():
         begin, end = around(key)
-        content: JSON = arguments_format(tool, {**shared, **schema} if isinstance(schema, dict) else {})
-        if tool.takes_text(key):
+        content: JSON
+        if tool.lark:
+            content = {"type": LARK, "definition": tool.lark, "field": tool.field}
+        elif tool.takes_text(key):
             texts = tool.allowed_texts(key)
             constants: list[JSON] = [{"type": "const_string", "value": text} for text in texts]
             content = {"type": "or", "elements": constants} if texts else {"type": "any_text"}
+        else:
+            content = arguments_format(tool, {**shared, **schema} if isinstance(schema, dict) else {})
         element: JSON = {"type": "tag", "begin": begin, "content": content, "end": end}
         if key not in (tool.parameters.get("required") or ()):
             element = {"type": "or", "elements": [element, {"type": "const_string", "value": ""}]}

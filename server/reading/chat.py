@@ -30,6 +30,7 @@ from server.parsers.tool_calls import (
     find_tool_format,
     object_of,
 )
+from server.reading.custom_tools import arguments_of_input
 from server.reading.grammars import names_of_constraint
 from server.reading.protocol import JSON, Fields, check_n, check_token_ids
 from server.reading.sampling import MAX_TOP_LOGPROBS, read_options, read_sampling_params
@@ -134,6 +135,9 @@ class ChatTurn:
     names: Mapping[str, str] = field(default_factory=dict)
     """Sampling fields that the client did not write: what they were made of, for errors to name (see `spelled`)."""
 
+    custom_tools: frozenset[str] = frozenset()
+    """Names of the custom tools, whose calls have a text in place of arguments."""
+
     def count_reasoning(self, output_ids: Sequence[int], parser: AnswerParser | None) -> int:
         """Count the tokens of reasoning in an answer that `parser` has read, marks included.
 
@@ -213,7 +217,7 @@ class Chats:
         if any([await self._is_hidden(mark) for mark in marks]):
             params = replace(params, skip_special_tokens=False)
         end_ids = await self._ids(reasoning.format.end) if reasoning else []
-        return ChatTurn(prompt, input_ids, params, options, new_parser, end_ids, names)
+        return ChatTurn(prompt, input_ids, params, options, new_parser, end_ids, names, choice.custom)
 
     async def _input_ids(self, body: Fields, prompt: str) -> list[int]:
         """Return the body's token ids (SGLang's field), else those of `prompt`.
@@ -461,6 +465,9 @@ def _join_parts(parts: list[Any], path: str) -> str:
 def _parse_tool_call(call: Any, path: str) -> JSON:
     """Read a call. Templates expect its arguments as an object; OpenAI's clients send them as JSON text."""
     fields = Fields(call, path)
+    if (custom := fields.object("custom")) is not None:
+        called = {"name": custom.text("name"), "arguments": arguments_of_input(custom.text("input"))}
+        return {"id": fields.text("id"), "type": "function", "function": called}
     function = fields.object("function")
     if function is None:
         fields.fail("function", "an object")

@@ -1,26 +1,17 @@
 """Bodies of OpenAI's Responses API as agents send them, made into those that this server can answer.
 
-Codex sends tools of many kinds and the whole history in each request. Tools that the client runs become functions;
-those that only OpenAI runs are left out. Items of the history become messages, calls and results, or a short text.
+Codex sends the whole history in each request. Its items become messages, calls and results, or a short text.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
-from server.reading.left_out import CONTENT, HINT, TOOL, LeftOut
+from server.reading.custom_tools import INPUT, arguments_of_input
+from server.reading.left_out import CONTENT, HINT, LeftOut
 from server.reading.protocol import JSON, Fields
+from server.reading.responses_tools import KNOWN_TOOLS, function_name
 
-FUNCTION, CUSTOM = "function", "custom"
-INPUT = "input"  # the one parameter of a custom tool's function
-MAX_NAME = 128
-CUSTOM_SCHEMA: JSON = {
-    "type": "object",
-    "properties": {INPUT: {"type": "string"}},
-    "required": [INPUT],
-    "additionalProperties": False,
-}
 HINTS = ("context_management",)
 # Calls that the client ran, by the field that says what was called, and their results by the field that holds them.
 CALLS = {
@@ -38,98 +29,6 @@ UNSEEN_ITEMS = frozenset((
     "context_compaction", "ghost_snapshot", "agent_message",
 ))  # fmt: skip
 UNSEEN_PARTS = frozenset(("input_image", "input_file", "input_audio", "computer_screenshot"))
-
-
-@dataclass(frozen=True, slots=True)
-class OfferedTool:
-    """A tool as the client knows it, behind a function that the model sees."""
-
-    kind: str  # FUNCTION or CUSTOM
-    name: str
-    namespace: str = ""
-
-
-class Tools:
-    """The functions that the model is offered, and whose tools they are."""
-
-    def __init__(self, body: Fields, left_out: LeftOut) -> None:
-        """Read `tools`. What cannot be run here is added to `left_out`."""
-        self.functions: list[JSON] = []  # as chat.completions has them
-        self.offered: dict[str, OfferedTool] = {}  # by the function's name
-        self._left_out = left_out
-        for tool in body.objects("tools"):
-            self._add(tool, "")
-
-    def choice(self, body: Fields) -> Any:
-        """Return `tool_choice` as chat.completions has it."""
-        if isinstance(body.get("tool_choice"), str):
-            return body.one_of("tool_choice", ("auto", "none", "required"), "auto")
-        choice = body.object("tool_choice") or Fields({})
-        if choice.one_of("type", (FUNCTION, CUSTOM, "allowed_tools"), "") == "allowed_tools":
-            allowed = [_named(tool) for tool in choice.objects("tools") if tool.text("type") in (FUNCTION, CUSTOM)]
-            mode = choice.one_of("mode", ("auto", "required"), "auto")
-            return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": allowed}}
-        choice.required("name", "a string")
-        return _named(choice)
-
-    def _add(self, tool: Fields, namespace: str) -> None:
-        kind = tool.text("type")
-        if not kind:
-            tool.fail("type", "a kind of tool")
-        if kind == "namespace":
-            for inner in tool.objects("tools"):
-                self._add(inner, tool.text("name"))
-        elif kind in (FUNCTION, CUSTOM):
-            tool.required("name", "a string")
-            function = _function(tool) if kind == FUNCTION else _custom(tool)
-            function["name"] = function_name(tool.text("name"), namespace)
-            self.offered[function["name"]] = OfferedTool(kind, tool.text("name"), namespace)
-            self.functions.append({"type": "function", "function": function})
-        else:
-            self._left_out.add(TOOL, kind)
-
-
-def function_name(name: str, namespace: str) -> str:
-    """Return the name by which the model knows a tool of a namespace."""
-    if not namespace:
-        return name
-    return f"{namespace}{name}" if namespace.endswith("__") else f"{namespace}__{name}"
-
-
-def _named(choice: Fields) -> JSON:
-    return {"type": "function", "function": {"name": function_name(choice.text("name"), choice.text("namespace"))}}
-
-
-def _function(tool: Fields) -> JSON:
-    tool.object("parameters")  # a wrong type is an error
-    return {name: tool.get(name) for name in ("description", "parameters", "strict") if tool.has(name)}
-
-
-def _custom(tool: Fields) -> JSON:
-    """Return a function of one text. A grammar is shown to the model; one that is a regex is kept, too."""
-    description, schema = tool.text("description"), CUSTOM_SCHEMA
-    format_ = tool.object("format")
-    if format_ is not None and format_.one_of("type", ("text", "grammar"), "text") == "grammar":
-        syntax = format_.one_of("syntax", ("lark", "regex"), "lark")
-        format_.required("definition", "a string")
-        definition = format_.text("definition")
-        description = f"{description}\n{INPUT} must match this {syntax} grammar:\n{definition}".lstrip()
-        if syntax == "regex":
-            schema = {**schema, "properties": {INPUT: {"type": "string", "pattern": f"^(?:{definition})$"}}}
-    return {"description": description, "parameters": schema}
-
-
-def custom_input(arguments: str) -> str:
-    """Return the text that a custom tool is called with, of the arguments of its function."""
-    try:
-        read = orjson.loads(arguments)
-    except orjson.JSONDecodeError:
-        return arguments
-    given = read.get(INPUT) if isinstance(read, dict) else None
-    return given if isinstance(given, str) else arguments
-
-
-# ---- the body and its history ----
 
 
 def answerable(body: Fields, left_out: LeftOut) -> Fields:
@@ -177,13 +76,17 @@ def _item(item: Any, left_out: LeftOut) -> Any:
 
 
 def _call(kind: str, item: JSON) -> JSON:
+    name = kind.removesuffix("_call")
     given = item.get(CALLS[kind])
-    arguments = {INPUT: given} if kind == "custom_tool_call" else given
+    if kind == "custom_tool_call" or not isinstance(given, dict):
+        given = arguments_of_input(given)
+    elif known := KNOWN_TOOLS.get(name):
+        given = {key: value for key, value in given.items() if key in known.properties and value is not None}
     return {
         "type": "function_call",
         "call_id": _call_id(item),
-        "name": item.get("name") or kind.removesuffix("_call"),
-        "arguments": orjson.dumps(arguments if isinstance(arguments, dict) else {INPUT: arguments}).decode(),
+        "name": item.get("name") or name,
+        "arguments": orjson.dumps(given).decode(),
     }
 
 

@@ -136,7 +136,7 @@ OPENAI_BOTH: dict[str, JSON] = {
 TEXT_PART = obj({"type": {"enum": ["text", "input_text"]}, "text": STRING}, ["type", "text"])
 FUNCTION_CALL = obj({"name": STRING, "arguments": one_of(STRING, ANY_OBJECT)}, ["name"])
 TOOL_CALL = obj({"id": STRING, "type": {"const": "function"}, "function": FUNCTION_CALL}, ["function"])
-TOOL = obj(
+FUNCTION_TOOL = obj(
     {
         "type": {"const": "function"},
         "function": obj(
@@ -151,6 +151,28 @@ TOOL = obj(
     },
     ["type", "function"],
 )
+GRAMMAR_FORMAT: dict[str, JSON] = {"definition": STRING, "syntax": {"enum": ["lark", "regex"]}}
+CUSTOM_TOOL = obj(
+    {
+        "type": {"const": "custom"},
+        "custom": obj(
+            {
+                "name": {"type": "string", "pattern": "^[A-Za-z0-9_]{1,64}$"},
+                "description": STRING,
+                "format": one_of(
+                    obj({"type": {"const": "text"}}, ["type"]),
+                    obj(
+                        {"type": {"const": "grammar"}, "grammar": obj(GRAMMAR_FORMAT, ["definition", "syntax"])},
+                        ["type", "grammar"],
+                    ),
+                ),
+            },
+            ["name"],
+        ),
+    },
+    ["type", "custom"],
+)
+TOOL = one_of(FUNCTION_TOOL, CUSTOM_TOOL)
 MESSAGE = obj(
     {
         "role": {"enum": ["system", "developer", "user", "assistant", "tool", "function"]},
@@ -168,6 +190,7 @@ CHAT: dict[str, JSON] = {
     "tool_choice": one_of(
         {"enum": ["auto", "none", "required"]},
         obj({"type": {"const": "function"}, "function": obj({"name": STRING}, ["name"])}, ["function"]),
+        obj({"type": {"const": "custom"}, "custom": obj({"name": STRING}, ["name"])}, ["type", "custom"]),
     ),
     "parallel_tool_calls": BOOLEAN,
     "reasoning_effort": one_of(
@@ -315,12 +338,24 @@ RESPONSES_REQUEST = obj(
         "tools": array(
             one_of(
                 obj({"type": {"const": "function"}, "name": STRING, "parameters": ANY_OBJECT}, ["type", "name"]),
-                obj({"type": {"const": "custom"}, "name": STRING, "format": ANY_OBJECT}, ["type", "name"]),
+                obj(
+                    {
+                        "type": {"const": "custom"},
+                        "name": STRING,
+                        "format": one_of(
+                            obj({"type": {"const": "text"}}, ["type"]),
+                            obj({"type": {"const": "grammar"}, **GRAMMAR_FORMAT}, ["type", "definition", "syntax"]),
+                        ),
+                    },
+                    ["type", "name"],
+                ),
+                obj({"type": {"enum": ["local_shell", "shell", "apply_patch"]}}, ["type"]),
             )
         ),
         "tool_choice": one_of(
             {"enum": ["auto", "none", "required"]},
-            obj({"type": {"const": "function"}, "name": STRING}, ["type", "name"]),
+            obj({"type": {"enum": ["function", "custom"]}, "name": STRING}, ["type", "name"]),
+            obj({"type": {"enum": ["local_shell", "shell", "apply_patch"]}}, ["type"]),
         ),
         "parallel_tool_calls": BOOLEAN,
         "reasoning": obj({"effort": STRING}),

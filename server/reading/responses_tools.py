@@ -1,0 +1,195 @@
+"""Tools of OpenAI's Responses API, as the functions that a model is offered, and their calls as the API has them.
+
+Codex sends tools of many kinds. Those that the client runs become functions or custom tools of chat.completions; those
+that only OpenAI runs are left out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from server.parsers.tool_calls import object_of
+from server.reading.custom_tools import input_of
+from server.reading.left_out import TOOL, LeftOut
+from server.reading.protocol import JSON, Fields
+
+FUNCTION, CUSTOM = "function", "custom"
+NAMES_OF_FUNCTION = {
+    "function.name": "name", "function.description": "description", "function.parameters": "parameters",
+    "function.strict": "strict",
+}  # fmt: skip
+NAMES_OF_CUSTOM = {
+    "custom.name": "name", "custom.description": "description", "custom.format.type": "format.type",
+    "custom.format.grammar.syntax": "format.syntax", "custom.format.grammar.definition": "format.definition",
+}  # fmt: skip
+"""Fields of a tool in chat.completions, and what this API calls them."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownTool:
+    """A tool without a name that the client runs: how the model is to call it."""
+
+    description: str
+    properties: JSON
+    required: tuple[str, ...]
+    field: str  # of a call's item, which holds the arguments
+    prefix: str  # of the item's id
+    fixed: JSON  # beside the arguments in that field
+
+    def function(self, name: str) -> JSON:
+        parameters = {
+            "type": "object",
+            "properties": self.properties,
+            "required": list(self.required),
+            "additionalProperties": False,
+        }
+        return {"name": name, "description": self.description, "parameters": parameters, "strict": True}
+
+
+TEXTS: JSON = {"type": "array", "items": {"type": "string"}}
+TIMEOUT: JSON = {"type": "integer", "minimum": 0, "description": "milliseconds after which it is ended"}
+KNOWN_TOOLS = {
+    "local_shell": KnownTool(
+        "Run a program on the user's machine and see what it writes.",
+        {
+            "command": {**TEXTS, "description": "the program and its arguments"},
+            "working_directory": {"type": "string"},
+            "timeout_ms": TIMEOUT,
+        },
+        ("command",), "action", "lsh", {"type": "exec", "env": {}},
+    ),
+    "shell": KnownTool(
+        "Run commands in a shell on the user's machine and see what they write.",
+        {
+            "commands": {**TEXTS, "description": "lines for the shell, each run by itself"},
+            "timeout_ms": TIMEOUT,
+            "max_output_length": {"type": "integer", "minimum": 0, "description": "characters to see of the output"},
+        },
+        ("commands",), "action", "sh", {},
+    ),
+    "apply_patch": KnownTool(
+        "Create, change or delete one file. The diff has a line for each line of the file that matters: '+' before one "
+        "that is added, '-' before one that goes, a space before one that stays, '@@' between places.",
+        {
+            "type": {"enum": ["create_file", "update_file", "delete_file"]},
+            "path": {"type": "string"},
+            "diff": {"type": "string", "description": "none where a file is deleted"},
+        },
+        ("type", "path"), "operation", "ap", {},
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedTool:
+    """A tool as the client knows it, behind a function that the model sees."""
+
+    kind: str  # FUNCTION, CUSTOM or one of KNOWN_TOOLS
+    name: str
+    namespace: str = ""
+
+    @property
+    def prefix(self) -> str:
+        """Return what the ids of its calls begin with."""
+        return {FUNCTION: "fc", CUSTOM: "ctc"}.get(self.kind) or KNOWN_TOOLS[self.kind].prefix
+
+    def call(self, call_id: str, arguments: str) -> JSON:
+        """Return the item of a call, without its id. arguments: JSON text; empty where the call begins."""
+        if self.kind == CUSTOM:
+            given = input_of(arguments) if arguments else ""
+            return {"type": "custom_tool_call", "call_id": call_id, "name": self.name, "input": given}
+        if known := KNOWN_TOOLS.get(self.kind):
+            action = {**known.fixed, **(object_of(arguments) if arguments else {})}
+            return {"type": f"{self.kind}_call", "call_id": call_id, known.field: action}
+        call = {"type": "function_call", "call_id": call_id, "name": self.name, "arguments": arguments}
+        return {**call, "namespace": self.namespace} if self.namespace else call
+
+
+class Tools:
+    """The functions that the model is offered, and whose tools they are."""
+
+    def __init__(self, body: Fields, left_out: LeftOut) -> None:
+        """Read `tools`. What cannot be run here is added to `left_out`."""
+        self.functions: list[JSON] = []  # as chat.completions has them, custom tools among them
+        self.offered: dict[str, OfferedTool] = {}  # by the function's name
+        self.names: dict[str, str] = {}  # fields of `functions` to the client's, where these are not in the same place
+        self._left_out = left_out
+        for i, tool in enumerate(body.objects("tools")):
+            self._add(tool, "", f"tools[{i}]")
+
+    def choice(self, body: Fields) -> Any:
+        """Return `tool_choice` as chat.completions has it."""
+        if isinstance(body.get("tool_choice"), str):
+            return body.one_of("tool_choice", ("auto", "none", "required"), "auto")
+        choice = body.object("tool_choice") or Fields({})
+        kinds = (FUNCTION, CUSTOM, *KNOWN_TOOLS)
+        if choice.one_of("type", (*kinds, "allowed_tools"), "") == "allowed_tools":
+            allowed = [_named(tool) for tool in choice.objects("tools") if tool.text("type") in kinds]
+            mode = choice.one_of("mode", ("auto", "required"), "auto")
+            return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": allowed}}
+        if choice.text("type") not in KNOWN_TOOLS:
+            choice.required("name", "a string")
+        return _named(choice)
+
+    def _add(self, tool: Fields, namespace: str, path: str) -> None:
+        kind = tool.text("type")
+        if not kind:
+            tool.fail("type", "a kind of tool")
+        if kind == "namespace":
+            for i, inner in enumerate(tool.objects("tools")):
+                self._add(inner, tool.text("name"), f"{path}.tools[{i}]")
+            return
+        if kind in KNOWN_TOOLS and kind not in self.offered and _is_clients(tool):
+            function = {"type": FUNCTION, FUNCTION: KNOWN_TOOLS[kind].function(kind)}
+            self._offer(function, OfferedTool(kind, kind), path, {})
+        elif kind in _READ:
+            tool.required("name", "a string")
+            name = function_name(tool.text("name"), namespace)
+            function = {"type": kind, kind: {**_READ[kind](tool), "name": name}}
+            names = NAMES_OF_FUNCTION if kind == FUNCTION else NAMES_OF_CUSTOM
+            self._offer(function, OfferedTool(kind, tool.text("name"), namespace), path, names)
+        else:
+            self._left_out.add(TOOL, kind)
+
+    def _offer(self, function: JSON, tool: OfferedTool, path: str, names: dict[str, str]) -> None:
+        place = f"tools[{len(self.functions)}]"
+        if place != path or names is not NAMES_OF_FUNCTION:
+            self.names |= {f"{place}.{ours}": f"{path}.{theirs}" for ours, theirs in names.items()}
+        self.offered[function[function["type"]]["name"]] = tool
+        self.functions.append(function)
+
+
+def function_name(name: str, namespace: str) -> str:
+    """Return the name by which the model knows a tool of a namespace."""
+    if not namespace:
+        return name
+    return f"{namespace}{name}" if namespace.endswith("__") else f"{namespace}__{name}"
+
+
+def _named(choice: Fields) -> JSON:
+    name = choice.text("name") or choice.text("type")
+    return {"type": FUNCTION, FUNCTION: {"name": function_name(name, choice.text("namespace"))}}
+
+
+def _is_clients(tool: Fields) -> bool:
+    """Return whether the client runs the tool, and not a container of the provider."""
+    environment = tool.object("environment")
+    return environment is None or environment.text("type") == "local"
+
+
+def _function(tool: Fields) -> JSON:
+    tool.object("parameters")  # a wrong type is an error
+    return {name: tool.get(name) for name in ("description", "parameters", "strict") if tool.has(name)}
+
+
+def _custom(tool: Fields) -> JSON:
+    custom: JSON = {"description": tool.text("description")}
+    format_ = tool.object("format")
+    if format_ is not None and format_.one_of("type", ("text", "grammar"), "text") == "grammar":
+        format_.required("definition", "a string")
+        grammar = {"syntax": format_.text("syntax", "lark"), "definition": format_.text("definition")}
+        custom["format"] = {"type": "grammar", "grammar": grammar}
+    return custom
+
+
+_READ: dict[str, Callable[[Fields], JSON]] = {FUNCTION: _function, CUSTOM: _custom}
