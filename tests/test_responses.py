@@ -168,6 +168,27 @@ async def test_a_stored_response_is_continued_without_its_instructions(
     assert second.previous_response_id == first.id
 
 
+async def test_a_reference_stands_for_an_item_of_a_stored_response(client: Client, engine: FakeEngine) -> None:
+    first = await (await client.post("/v1/responses", json={"input": "Who?", "instructions": "Be brief"})).json()
+    listed = await (await client.get(f"/v1/responses/{first['id']}/input_items")).json()
+    references = [{"type": "item_reference", "id": listed["data"][0]["id"]}, {"id": first["output"][0]["id"]}]
+    again = {"input": [*references, {"role": "user", "content": "And?"}]}
+    second = await client.post("/v1/responses", json=again)
+    assert second.status == 200, await second.text()
+    said = first["output"][0]["content"][0]["text"]
+    assert f"[user]Who?[assistant]{said}[user]And?" in bytes(engine.requests[-1].input_ids).decode()
+    rid = (await second.json())["id"]
+    listed = await (await client.get(f"/v1/responses/{rid}/input_items?order=asc")).json()
+    assert [item["type"] for item in listed["data"]] == ["message"] * 3
+    twice = await client.post("/v1/responses", json={"input": [references[0], references[0]]})
+    assert (twice.status, (await twice.json())["error"]["param"]) == (400, "input[1].id")
+    await client.delete(f"/v1/responses/{first['id']}")
+    for item_id, status in ((first["output"][0]["id"], 404), ("msg_x", 404), ("", 404), (5, 400)):
+        response = await client.post("/v1/responses", json={"input": [{"type": "item_reference", "id": item_id}]})
+        error = (await response.json())["error"]
+        assert (response.status, error["param"]) == (status, "input[0].id"), error
+
+
 async def test_a_deleted_response_and_one_not_stored_are_gone(api: openai.AsyncOpenAI) -> None:
     kept = await api.responses.create(model="fake-model", input="Hi")
     await api.responses.delete(kept.id)
@@ -210,6 +231,10 @@ async def test_with_a_key_for_each_client_nobody_reads_anothers_response(tmp_pat
         assert (await ann.responses.retrieve(response.id)).id == response.id
         with pytest.raises(openai.NotFoundError):
             await bob.responses.retrieve(response.id)
+        reference: Any = {"type": "item_reference", "id": response.output[0].id}
+        await ann.responses.create(model="fake-model", input=[reference])
+        with pytest.raises(openai.NotFoundError):
+            await bob.responses.create(model="fake-model", input=[reference])
         with pytest.raises(openai.NotFoundError):
             await bob.responses.delete(response.id)
 
@@ -326,7 +351,7 @@ def test_formats_tools_and_effort_have_their_counterparts() -> None:
     ("field", "body"),
     [
         ("input", {"input": None}),
-        ("input[0].type", {"input": [{"type": "item_reference", "id": "x"}]}),
+        ("input[0].type", {"input": [{"type": "hologram", "id": "x"}]}),
         ("input[0].content[0].type", {"input": [{"role": "user", "content": [{"type": "input_hologram"}]}]}),
         ("input[0].call_id", {"input": [{"type": "function_call_output", "output": "x"}]}),
         ("input[0].arguments", {"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": 5}]}),

@@ -1,6 +1,7 @@
 """OpenAI's Responses API: /v1/responses, with answers that are kept to be continued or fetched later."""
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
@@ -22,7 +23,7 @@ from server.reading.custom_tools import input_of
 from server.reading.left_out import LeftOut, LeftOutBook
 from server.reading.model_name import served_model
 from server.reading.protocol import JSON, REQUEST_FIELDS, Fields, Owner, json_response, read_json, refuse, spelled
-from server.reading.responses_body import answerable, input_items
+from server.reading.responses_body import answerable, input_items, resolved
 from server.reading.responses_tools import CUSTOM, FUNCTION, OfferedTool, Tools
 
 MAX_METADATA = 16
@@ -41,6 +42,7 @@ OUR_NAMES = {
     "messages": "input",
 }
 ROLES = ("user", "assistant", "system", "developer")
+RID_LEN = len(new_rid())
 ITEM_PREFIXES = {REASONING: "rs", TEXT: "msg"}
 
 
@@ -48,6 +50,15 @@ class ResponseNotFound(EngineError):
     status_code = 404
     code = "response_not_found"
     field = "response_id"
+
+
+class ItemNotFound(EngineError):
+    status_code = 404
+    code = "item_not_found"
+
+    def __init__(self, message: str, field: str) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class ResponsesApi:
@@ -96,6 +107,8 @@ class ResponsesApi:
     async def _answer(self, caller: Owner, body: Fields, model: str, is_stored: bool) -> "ResponseAnswer":
         """Read `body`, whose fields the answer does not hold but for what is stored at its end."""
         owner, left_out = owner_of(caller), LeftOut()
+        items_of = functools.cache(lambda response_id: self._items(response_id, caller))
+        body = resolved(body, lambda item_id, field: _found_item(items_of, item_id, field))
         readable, tools = answerable(body, left_out), Tools(body, left_out)
         messages = self._earlier_messages(body, caller) + read_input(readable)
         self.left_out.enter(caller, left_out)
@@ -163,6 +176,12 @@ class ResponsesApi:
             raise ResponseNotFound(f"there is no response {response_id!r}: never stored, deleted, or long ago")
         return stored
 
+    def _items(self, response_id: str, caller: Owner) -> dict[str, JSON]:
+        """Return the items of a stored response's input and output by id."""
+        stored = self._find_stored(response_id, caller)
+        items = [] if stored is None else [*stored.items, *stored.response["output"]]
+        return {item["id"]: item for item in items if isinstance(item["id"], str)}
+
     def _earlier_messages(self, body: Fields, caller: Owner) -> list[JSON]:
         """Return the conversation up to and with the answer of `previous_response_id`."""
         previous = body.text("previous_response_id")
@@ -208,6 +227,14 @@ class BackgroundResponse:
 
 
 # ---- reading ----
+
+
+def _found_item(items_of: Callable[[str], dict[str, JSON]], item_id: str, field: str) -> JSON:
+    """Return an item by its id, which begins with its response's."""
+    found = items_of(f"resp_{item_id.partition('_')[2][:RID_LEN]}").get(item_id)
+    if found is None:
+        raise ItemNotFound(f"{field}: there is no item {item_id[:64]!r}, or its response is not stored any more", field)
+    return found
 
 
 def read_input(body: Fields) -> list[JSON]:

@@ -3,6 +3,7 @@
 Codex sends the whole history in each request. Its items become messages, calls and results, or a short text.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -26,7 +27,7 @@ OUTPUTS = {
 UNSEEN_ITEMS = frozenset((
     "web_search_call", "file_search_call", "image_generation_call", "code_interpreter_call", "mcp_list_tools",
     "mcp_approval_request", "mcp_approval_response", "mcp_call", "compaction", "compaction_summary",
-    "context_compaction", "ghost_snapshot", "agent_message",
+    "context_compaction", "ghost_snapshot", "agent_message", "program", "program_output", "additional_tools",
 ))  # fmt: skip
 UNSEEN_PARTS = frozenset(("input_image", "input_file", "input_audio", "computer_screenshot"))
 
@@ -48,6 +49,37 @@ def answerable(body: Fields, left_out: LeftOut) -> Fields:
     if isinstance(given := values.get("input"), list):
         values["input"] = [_item(item, left_out) for item in given]
     return Fields(values)
+
+
+def resolved(body: Fields, find: Callable[[str, str], JSON]) -> Fields:
+    """Return `body` with the items in place of references to them. find: return an item, given its id and its field.
+
+    Each item may be referred to once: that bounds what a small body becomes.
+    """
+    given = body.get("input")
+    if not isinstance(given, list) or not any(map(_is_reference, given)):
+        return body
+    items: list[Any] = []
+    known: set[str] = set()
+    for i, item in enumerate(given):
+        if _is_reference(item):
+            fields = Fields(item, f"input[{i}]")
+            fields.required("id", "an item's id")
+            item_id = fields.text("id")
+            if item_id in known:
+                fields.fail("id", "that of an item which is referred to once")
+            known.add(item_id)
+            item = find(item_id, f"input[{i}].id")
+        items.append(item)
+    return Fields({**body.values, "input": items})
+
+
+def _is_reference(item: Any) -> bool:
+    """Return whether an item stands for an earlier one. OpenAI's clients may leave the type out."""
+    if not isinstance(item, dict):
+        return False
+    kind = item.get("type")
+    return kind == "item_reference" or (kind is None and "id" in item and item.keys() <= {"id", "type"})
 
 
 def _item(item: Any, left_out: LeftOut) -> Any:

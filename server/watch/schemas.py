@@ -321,6 +321,13 @@ RESPONSES_ITEM = one_of(
         },
         ["type"],
     ),
+    obj(
+        {
+            "type": {"const": "item_reference"},
+            "id": {"type": "string", "description": "of an item of a stored response"},
+        },
+        ["type", "id"],
+    ),
 )
 RESPONSES_REQUEST = obj(
     {
