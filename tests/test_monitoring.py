@@ -52,8 +52,10 @@ SGLANG_NAMES = """
     new_token_ratio prompt_tokens_total cached_tokens_total generation_tokens_total num_requests_total
     num_aborted_requests_total num_retracted_requests_total time_to_first_token_seconds e2e_request_latency_seconds
     queue_time_seconds inter_token_latency_seconds time_per_output_token_seconds per_stage_req_latency_seconds
-    prompt_tokens_histogram generation_tokens_histogram event_loop_lag_seconds
+    prompt_tokens_histogram generation_tokens_histogram event_loop_lag_seconds kv_available_tokens kv_evictable_tokens
+    kv_used_tokens realtime_tokens_total num_so_requests_total
 """
+MODES = ("prefill_compute", "prefill_cache", "decode")
 
 
 async def metrics_of(client: Client) -> dict[str, float]:
@@ -98,6 +100,11 @@ async def test_gauges_and_counters_are_the_engines_own(client: Client) -> None:
     assert metrics["radixloop:bookkeeping_violations_total"] == 0
     assert (metrics["radixloop:evicted_tokens_total"], metrics["radixloop:num_cached_prefixes"]) == (60, 3)
     assert metrics["sglang:cache_hit_rate"] == 0.4
+    slots = [metrics[f"sglang:kv_{name}_tokens"] for name in ("used", "evictable", "available")]
+    assert slots == [250, 500, 250] and sum(slots) == metrics["sglang:max_total_num_tokens"]
+    tokens = [metrics[f'sglang:realtime_tokens_total{{mode="{mode}"}}'] for mode in MODES]
+    assert tokens == [60, 40, 7]
+    assert metrics["sglang:num_so_requests_total"] == 8
     assert metrics["radixloop:num_refused_requests_total"] == 5
     assert metrics['radixloop:host_seconds_total{stage="deliver"}'] == 0.004
     assert metrics["process_resident_memory_bytes"] > 1e6

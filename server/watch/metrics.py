@@ -111,6 +111,11 @@ class EngineCollector(Collector):
             "sglang:token_usage", "their share of the pool", lambda s: s.num_held_tokens / s.num_total_tokens
         )
         yield self._by_replica("sglang:max_total_num_tokens", "KV slots of the pool", lambda s: s.num_total_tokens)
+        yield self._by_replica("sglang:kv_used_tokens", "KV slots that requests hold", lambda s: s.num_held_tokens)
+        yield self._by_replica(
+            "sglang:kv_evictable_tokens", "KV slots of prefixes that nothing runs on", lambda s: s.num_cached_tokens
+        )
+        yield self._by_replica("sglang:kv_available_tokens", "free KV slots", lambda s: s.num_free_tokens)
         yield self._by_replica(
             "sglang:cache_hit_rate", "share of prompt tokens found in the cache",
             lambda s: s.num_hit_tokens / max(s.num_prompt_tokens, 1),
@@ -122,9 +127,22 @@ class EngineCollector(Collector):
         yield self._counter("sglang:prompt_tokens", "prompt tokens admitted", scheduler.num_prompt_tokens)
         yield self._counter("sglang:cached_tokens", "prompt tokens found in the cache", scheduler.num_hit_tokens)
         yield self._counter("sglang:generation_tokens", "tokens generated", loop.num_generated_tokens)
+        yield self._counter(
+            "sglang:realtime_tokens", "tokens so far",
+            {
+                "prefill_compute": scheduler.num_prompt_tokens - scheduler.num_hit_tokens,
+                "prefill_cache": scheduler.num_hit_tokens,
+                "decode": loop.num_generated_tokens,
+            },
+            "mode",
+        )  # fmt: skip
         yield self._counter("sglang:num_requests", "requests accepted", stats.num_requests)
         yield self._counter("sglang:num_aborted_requests", "requests aborted", stats.num_aborted)
         grammars = stats.grammars
+        yield self._counter(
+            "sglang:num_so_requests", "requests with a grammar, refused grammars included",
+            grammars.num_compiled + grammars.num_cache_hits,
+        )  # fmt: skip
         compile_time = SummaryMetricFamily(
             "sglang:grammar_compilation_time_seconds", "of a grammar that was not remembered", labels=["model_name"]
         )
