@@ -25,11 +25,11 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
     ("a positive integer", lambda value: type(value) is int and value > 0, (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings",
-        "kv_channels", "num_layers", "seq_length",
+        "ffn_hidden_size", "kv_channels", "multi_query_group_num", "num_layers", "padded_vocab_size", "seq_length",
     )),
     ("a positive number", lambda value: is_number(value) and value > 0, (
         "rms_norm_eps", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor",
-        "layer_norm_epsilon", "rotary_emb_base", "rotary_pct",
+        "layer_norm_epsilon", "layernorm_epsilon", "rope_ratio", "rotary_emb_base", "rotary_pct",
         "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
     )),
     ("a number", is_number, (
@@ -39,7 +39,8 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
     ("an integer", lambda value: type(value) is int, ("sliding_window", "max_window_layers", "top_k")),
     ("true or false", lambda value: isinstance(value, bool), (
         "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window",
-        "bias", "no_bias", "qkv_bias", "use_dynamic_ntk", "use_logn_attn",
+        "bias", "no_bias", "qkv_bias", "add_bias_linear", "add_qkv_bias", "multi_query_attention", "original_rope",
+        "use_dynamic_ntk", "use_logn_attn",
     )),
     ("a string", lambda value: isinstance(value, str), (
         "hidden_act", "hidden_activation", "model_type", "dtype", "torch_dtype",

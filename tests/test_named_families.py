@@ -1,5 +1,6 @@
 """Families that transformers has no class for: a native model's tiny checkpoint under their names is the same model."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoint.weights import load_weights
@@ -16,11 +18,18 @@ from engine.errors import ModelError
 from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, unique_layers
 from engine.models.registry import build_model, load_config
+from tests.conftest import save_tokenizer
+from tests.test_engine import MIXES, collect, make_state, prompts, running_engine
 from tests.test_models import CPU, TinyEngine, assert_equals_reference, random_ids
+
+__all__ = ["prompts"]  # a fixture
 
 MakeTinyModel = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, LAYERS, VOCAB, CONTEXT = 4, 2, 16, 64, 96, 2, 384, 512
+
+
+IN_MIXES = ("chatglm 3",)  # those through the whole engine
 
 
 @dataclass(frozen=True)
@@ -81,12 +90,43 @@ def baichuan(tensors: Tensors) -> Tensors:
     return fuse("W_pack", ("q_proj", "k_proj", "v_proj"), torch.cat)(tensors)
 
 
+def chatglm(tensors: Tensors) -> Tensors:
+    return fuse("query_key_value", ("q_proj", "k_proj", "v_proj"), torch.cat)(tensors)
+
+
+GLM = {"attention_bias": True, "pad_token_id": 0, "rms_norm_eps": 1e-6}
 GPT_2_NAMES = {
     "model.layers.": "transformer.h.",
     "model.embed_tokens.": "transformer.wte.",
     "model.norm.": "transformer.ln_f.",
     "input_layernorm": "ln_1",
     "post_attention_layernorm": "ln_2",
+}
+CHATGLM = COMMON | {
+    "architectures": ["ChatGLMModel"],
+    "add_bias_linear": False,
+    "add_qkv_bias": True,
+    "apply_residual_connection_post_layernorm": False,
+    "ffn_hidden_size": INNER,
+    "kv_channels": HEAD_DIM,
+    "layernorm_epsilon": 1e-6,
+    "multi_query_attention": True,
+    "multi_query_group_num": KV_HEADS,
+    "num_layers": LAYERS,
+    "original_rope": True,
+    "padded_vocab_size": VOCAB,
+    "rmsnorm": True,
+    "seq_length": CONTEXT,
+}
+CHATGLM_NAMES = {
+    "model.embed_tokens": "transformer.embedding.word_embeddings",
+    "model.norm": "transformer.encoder.final_layernorm",
+    "model.layers": "transformer.encoder.layers",
+    "lm_head": "transformer.output_layer",
+    "self_attn.o_proj": "self_attention.dense",
+    "self_attn": "self_attention",
+    "gate_up_proj": "dense_h_to_4h",
+    "down_proj": "dense_4h_to_h",
 }
 INTERNLM_2_NAMES = {
     "self_attn.o_proj": "attention.wo",
@@ -194,6 +234,20 @@ FAMILIES = {
         fuse("c_attn", ("q_proj", "k_proj", "v_proj"), torch.cat),
         of_twin=FULL_HEADS,
     ),
+    "chatglm 3": Family(
+        "GlmConfig",
+        CHATGLM,
+        CHATGLM_NAMES,
+        lambda tensors: chatglm(tensors) | {"transformer.rotary_pos_emb.inv_freq": torch.ones(4)},
+        of_twin=GLM | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "glm-4-9b, as first published": Family(
+        "GlmConfig",
+        CHATGLM | {"architectures": ["ChatGLMForConditionalGeneration"], "rope_ratio": 500},
+        CHATGLM_NAMES,
+        lambda tensors: chatglm(tensors),
+        of_twin=GLM | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5}},
+    ),
     "exaone 3": Family(
         "LlamaConfig",
         COMMON | {
@@ -223,8 +277,6 @@ def made(
     make_tiny_model: MakeTinyModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Path, Path]]:
     """Return `made(name)`: (the family's folder, its native twin's), biases and norms at random."""
-    import transformers
-
     folders: dict[str, tuple[Path, Path]] = {}
 
     def make(name: str) -> tuple[Path, Path]:
@@ -262,6 +314,7 @@ def write_family(family: Family, tensors: Tensors, folder: Path) -> Path:
     fused = {key: tensor.contiguous() for key, tensor in family.fused(renamed).items()}
     save_file(fused, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(family.config))
+    save_tokenizer(folder)
     return folder
 
 
@@ -273,7 +326,7 @@ def test_logits_of_a_renamed_checkpoint_equal_its_twins(name: str, made: Callabl
     assert_equals_reference(engine, twin, random_ids(29, seed=1), random_ids(23, seed=2))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.twin != "GlmConfig"])
 def test_each_rank_holds_what_it_holds_of_the_twin(name: str, made: Callable[[str], tuple[Path, Path]]) -> None:
     def load(folder: Path, rank: int) -> list[torch.Tensor]:
         config = load_config(folder, EngineConfig(dtype="float32"))
@@ -285,6 +338,49 @@ def test_each_rank_holds_what_it_holds_of_the_twin(name: str, made: Callable[[st
         ours, wanted = (load(folder, rank) for folder in made(name))
         for weight, expected in zip(ours, wanted, strict=True):
             torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def answers_of(
+    made: Callable[[str], tuple[Path, Path]], prompts: list[list[int]]
+) -> dict[str, tuple[Path, list[list[int]]]]:
+    """Family -> (its folder, transformers' greedy answers of its twin to `prompts`)."""
+    answers = {}
+    for name in IN_MIXES:
+        folder, twin = made(name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(twin, dtype=torch.float32)
+        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        generated = [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts]
+        answers[name] = folder, generated
+    return answers
+
+
+@pytest.mark.parametrize("mix", ["plain", "seven_token_chunks", "two_ranks"])
+@pytest.mark.parametrize("name", IN_MIXES)
+async def test_greedy_answers_equal_the_twins(
+    name: str, mix: str, answers_of: dict[str, tuple[Path, list[list[int]]]], prompts: list[list[int]]
+) -> None:
+    folder, wanted = answers_of[name]
+    async with running_engine(folder, **{**MIXES, "two_ranks": {"tp_size": 2}}[mix]) as engine:
+        answers = await asyncio.gather(*(collect(engine, make_state(prompt)) for prompt in prompts))
+    assert [tokens for _, tokens in answers] == wanted
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"position_encoding_2d": True}, "ChatGLM-6B, the first of its name, is not supported"),
+        ({"rmsnorm": False}, "rmsnorm False is not supported for ChatGLM, only True"),
+        ({"kv_channels": "16"}, "kv_channels must be a positive integer, got '16'"),
+        ({"num_layers": None}, "has no 'num_layers'"),
+    ],
+)
+def test_what_no_published_chatglm_has_is_named(
+    override: dict[str, Any], message: str, made: Callable[[str], tuple[Path, Path]]
+) -> None:
+    folder, _ = made("chatglm 3")
+    with pytest.raises(ModelError, match=message):
+        load_config(folder, EngineConfig(json_model_override_args=json.dumps(override)))
 
 
 def test_baichuan_13B_is_refused_by_name(made: Callable[[str], tuple[Path, Path]]) -> None:

@@ -19,6 +19,7 @@ REGISTRY = {
     "AquilaForCausalLM": "llama:Llama",
     "BaiChuanForCausalLM": "baichuan:Baichuan",
     "BaichuanForCausalLM": "baichuan:Baichuan",
+    "ChatGLMForCausalLM": "chatglm:ChatGLM",
     "ExaoneForCausalLM": "exaone3:Exaone3",
     "Gemma2ForCausalLM": "gemma:Gemma2",
     "InternLM2ForCausalLM": "internlm:InternLM2",
@@ -33,7 +34,11 @@ REGISTRY = {
     "YiForCausalLM": "llama:Yi",
 }
 # Names that do not end as those of all models with a head for tokens do.
-ALIASES = {"QWenLMHeadModel": "QWenForCausalLM"}
+ALIASES = {
+    "ChatGLMForConditionalGeneration": "ChatGLMForCausalLM",
+    "ChatGLMModel": "ChatGLMForCausalLM",
+    "QWenLMHeadModel": "QWenForCausalLM",
+}
 CAUSAL, CLASSIFIER, BARE = "ForCausalLM", "ForSequenceClassification", "Model"
 HEADS = {CLASSIFIER: "SequenceClassifier", BARE: "PooledModel"}  # in engine.models.pooled
 
