@@ -95,8 +95,16 @@ def checked(entries: dict[str, Any], file: Path) -> dict[str, Any]:
                 raise ModelError(f"{file}: {name} must be {wanted}, got {shown(present[name])}")
     for name in ROPE_OBJECTS:
         if name in present:
-            present[name] = checked(present[name], file)
+            present[name] = _checked_rope(present[name], file)
     return present
+
+
+def _checked_rope(parameters: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return rotary settings that are not null, those of each type of layer too."""
+    return {
+        name: checked(value, file) if isinstance(value, dict) else value
+        for name, value in checked(parameters, file).items()
+    }
 
 
 def parse_overrides(text: str) -> dict[str, Any]:

@@ -4,10 +4,12 @@ Parsed by us rather than by transformers, whose import costs seconds at every st
 that most families share; a family's own `read_config` calls it and says what differs.
 """
 
+import dataclasses
 import logging
 import os
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from engine.config import EngineConfig
 from engine.config_file import checked, read_json
 from engine.errors import InvalidRequest, ModelError
 from engine.request import SamplingParams
-from engine.rope_config import RopeConfig, parse_rope, resolve_context_length
+from engine.rope_config import NO_ROTATION, RopeConfig, parse_rope, resolve_context_length
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,15 @@ TURN_ENDS = (
 )  # fmt: skip
 
 
+class QKNorm(Enum):
+    """Which RMS norms queries and keys pass."""
+
+    NONE = "none"
+    HEADS = "heads"  # of each head, before the rotation
+    ROTATED_HEADS = "rotated heads"  # of each head, after the rotation
+    ALL_HEADS = "all heads"  # of all heads together, before the rotation
+
+
 @dataclass(frozen=True)
 class AttentionConfig:
     """The attention of one layer; heads are the whole model's."""
@@ -55,7 +66,12 @@ class AttentionConfig:
     softcap: float = 0.0  # scores become softcap tanh(score / softcap); 0: they do not
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: bool = False  # of each query and key head, before the rotation
+    qk_norm: QKNorm = QKNorm.NONE
+    v_norm: bool = False  # an RMS norm of each value head, without a weight
+    kv_owner: int | None = None  # the layer whose keys and values this one reads, instead of having its own
+
+
+ATTENTION_FIELDS = frozenset(field.name for field in dataclasses.fields(AttentionConfig))
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,8 @@ class ModelConfig:
     tie_word_embeddings: bool
     raw: dict[str, Any]  # config.json with the overrides
     embed_scale: float = 1.0
+    residual_scale: float = 1.0  # of what each branch adds to the residual stream, where the block has it
+    logit_scale: float = 1.0
     logit_softcap: float = 0.0  # logits become softcap tanh(logit / softcap); 0: they do not
 
     path: Path = Path()
@@ -98,8 +116,8 @@ class ModelConfig:
 
     @property
     def rope(self) -> RopeConfig:
-        """The first layer's."""
-        return self.attention[0].rope
+        """The first layer's that rotates."""
+        return next((rope for rope in self.ropes if rope.rope_type != NO_ROTATION), self.attention[0].rope)
 
     @property
     def is_classifier(self) -> bool:
@@ -142,40 +160,36 @@ def read_decoder(
     raw: dict[str, Any],
     *,
     windows: Sequence[int] | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    qkv_bias: bool | None = None,
-    o_bias: bool | None = None,
-    qk_norm: bool = False,
+    ropes: Sequence[RopeConfig] | None = None,
     **differs: Any,
 ) -> ModelConfig:
     """Read what most families spell alike. KeyError naming an entry that is missing.
 
-    differs: fields of `ModelConfig` that a family spells differently. The other keywords are those of
-    `AttentionConfig`, for all layers; windows: one a layer.
+    windows, ropes: one a layer. differs: fields that a family spells differently, those of `AttentionConfig` for all
+    layers, or those of `ModelConfig`.
     """
     num_heads, hidden_size, num_layers = raw["num_attention_heads"], raw["hidden_size"], raw["num_hidden_layers"]
-    head_dim = raw.get("head_dim") or hidden_size // num_heads
+    head_dim = differs.pop("head_dim", 0) or raw.get("head_dim") or hidden_size // num_heads
     has_bias = raw.get("attention_bias", False)
     layer = AttentionConfig(
         num_heads=num_heads,
         num_kv_heads=raw.get("num_key_value_heads", num_heads),
         head_dim=head_dim,
         rope=parse_rope(raw, head_dim),
-        scale=head_dim**-0.5 if scale is None else scale,
-        softcap=softcap,
-        qkv_bias=has_bias if qkv_bias is None else qkv_bias,
-        o_bias=has_bias if o_bias is None else o_bias,
-        qk_norm=qk_norm,
+        scale=head_dim**-0.5,
+        qkv_bias=has_bias,
+        o_bias=has_bias,
     )
+    layer = replace(layer, **{name: differs.pop(name) for name in ATTENTION_FIELDS & differs.keys()})
     windows = parse_windows(raw) if windows is None else windows
+    ropes = [layer.rope] * num_layers if ropes is None else ropes
     fields = {
         "architectures": tuple(raw.get("architectures") or ()),
         "model_type": raw.get("model_type", ""),
         "vocab_size": raw["vocab_size"],
         "hidden_size": hidden_size,
         "intermediate_size": raw["intermediate_size"],
-        "attention": tuple(replace(layer, window=windows[i]) for i in range(num_layers)),
+        "attention": tuple(replace(layer, window=windows[i], rope=ropes[i]) for i in range(num_layers)),
         "hidden_act": raw.get("hidden_act", "silu"),
         "norm_eps": raw.get("rms_norm_eps", 1e-6),
         "mlp_bias": raw.get("mlp_bias", False),
@@ -261,15 +275,34 @@ def parse_windows(raw: dict[str, Any]) -> tuple[int, ...]:
 
 
 def layer_windows(raw: dict[str, Any], is_local: Sequence[bool]) -> tuple[int, ...]:
-    """Return the window of each layer: `sliding_window` where `layer_types` says so, or `is_local` without that."""
+    """Return the window of each layer: `sliding_window` where `local_layers` says so."""
     window = raw.get("sliding_window")
     if not window:
         return (-1,) * len(is_local)
+    return tuple(window if local else -1 for local in local_layers(raw, is_local))
+
+
+def local_layers(raw: dict[str, Any], default: Sequence[bool]) -> tuple[bool, ...]:
+    """Return which layers are local, one a layer: as `layer_types` says, else `sliding_window_pattern`, else `default`.
+
+    The pattern is a number n, where every n-th layer is global, or letters that repeat, such as LLLG.
+    """
+    num_layers = len(default)
     if layer_types := raw.get("layer_types"):
-        if len(layer_types) < len(is_local):
-            raise ModelError(f"layer_types names {len(layer_types)} layers, num_hidden_layers is {len(is_local)}")
-        is_local = [kind == "sliding_attention" for kind in layer_types[: len(is_local)]]
-    return tuple(window if local else -1 for local in is_local)
+        if len(layer_types) < num_layers:
+            raise ModelError(f"layer_types names {len(layer_types)} layers, num_hidden_layers is {num_layers}")
+        return tuple(kind == "sliding_attention" for kind in layer_types[:num_layers])
+    pattern = raw.get("sliding_window_pattern")
+    if isinstance(pattern, str) and pattern:
+        return tuple(pattern[i % len(pattern)] == "L" for i in range(num_layers))
+    if isinstance(pattern, int):
+        return every_nth_global(pattern, num_layers)
+    return tuple(default)
+
+
+def every_nth_global(n: int, num_layers: int) -> tuple[bool, ...]:
+    """Return which layers are local where every n-th is global; n = 0: none is."""
+    return tuple(n > 0 and (i + 1) % n > 0 for i in range(num_layers))
 
 
 def parse_pooling(folder: Path) -> str:

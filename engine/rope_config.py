@@ -1,13 +1,14 @@
 """Rotary settings of config.json: their spellings, what they mean, and the context length that follows from them."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 # Rotary scalings whose `max_position_embeddings` is the length before scaling.
 STRETCHED_BY_FACTOR = ("linear", "yarn")
+NO_ROTATION = "none"  # the `rope_type` of layers without rotary embedding
 # Rotary settings, by where files have them: see `with_rope_parameters`.
 ORIGINAL_LENGTH = "original_max_position_embeddings"
 ROPE_OBJECTS, ROPE_NUMBERS = ("rope_parameters", "rope_scaling"), ("rope_theta", "partial_rotary_factor")
@@ -23,6 +24,14 @@ class RopeConfig:
     max_position_embeddings: int
     rope_type: str = "default"
     scaling: dict[str, Any] = field(default_factory=dict, hash=False)  # the type's own parameters: factor, ...
+
+    @property
+    def without_rotation(self) -> "RopeConfig":
+        """Return what a layer without rotary embedding has in a model whose other layers have this one.
+
+        A pair of dimensions is rotated by an angle of 0, so that no kernel needs a case of its own.
+        """
+        return replace(self, rotary_dim=2, rope_type=NO_ROTATION)
 
 
 def with_rope_parameters(entries: dict[str, Any]) -> dict[str, Any]:
@@ -44,12 +53,20 @@ def with_rope_parameters(entries: dict[str, Any]) -> dict[str, Any]:
     return rest | ({"rope_parameters": parameters} if parameters else {})
 
 
-def parse_rope(raw: dict[str, Any], head_dim: int) -> RopeConfig:
-    """Read `rope_parameters`, as `with_rope_parameters` makes them."""
+def parse_rope(raw: dict[str, Any], head_dim: int, layer_type: str = "", **defaults: Any) -> RopeConfig:
+    """Read `rope_parameters`, as `with_rope_parameters` makes them.
+
+    layer_type: whose parameters to take where each type of layer has its own. defaults: of parameters not there.
+    """
     parameters = dict(raw.get("rope_parameters") or {})
+    own = parameters.get(layer_type)
+    parameters = {name: value for name, value in parameters.items() if not isinstance(value, dict)} | (own or {})
+    parameters = defaults | parameters
     rope_type = parameters.pop("rope_type", None) or "default"
     theta = parameters.pop("rope_theta", None) or 10000.0
     partial = parameters.pop("partial_rotary_factor", None) or 1.0
+    if rope_type == "proportional":  # the other dimensions belong to pairs that turn by an angle of 0
+        parameters["rotated"], partial = partial, 1.0
     max_positions = raw["max_position_embeddings"]
     parameters.setdefault(ORIGINAL_LENGTH, max_positions)
     return RopeConfig(theta, int(head_dim * partial), max_positions, rope_type, parameters)

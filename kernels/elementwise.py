@@ -113,6 +113,7 @@ def rope_and_store_torch(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
+    v_norm: torch.Tensor | None = None,
 ) -> torch.Tensor:
     heads = qkv.view(qkv.shape[0], num_heads + 2 * num_kv_heads, head_dim)
     qk, v = heads.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
@@ -121,6 +122,8 @@ def rope_and_store_torch(
         q = q if q_norm is None else rms_norm_torch(q, q_norm, eps)
         k = k if k_norm is None else rms_norm_torch(k, k_norm, eps)
         qk = torch.cat([q, k], dim=1)
+    if v_norm is not None:
+        v = rms_norm_torch(v, v_norm, eps)
     rotary_dim = cos_sin.shape[1]
     cos, sin = cos_sin.index_select(0, positions).view(-1, 2, 1, rotary_dim // 2).unbind(1)  # [T, 1, rotary_dim / 2]
     x = qk[..., :rotary_dim].unflatten(-1, (2, rotary_dim // 2))
@@ -130,9 +133,10 @@ def rope_and_store_torch(
     rotated = y.flatten(2).to(qkv.dtype)
     if rotary_dim < head_dim:
         rotated = torch.cat([rotated, qk[..., rotary_dim:]], dim=-1)
-    slots = out_cache_loc.long()
-    store(k_cache, slots, rotated[:, num_heads:])
-    store(v_cache, slots, v)
+    if num_kv_heads:
+        slots = out_cache_loc.long()
+        store(k_cache, slots, rotated[:, num_heads:])
+        store(v_cache, slots, v)
     return rotated[:, :num_heads]
 
 
@@ -149,20 +153,21 @@ def rope_and_store(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
+    v_norm: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rotate queries and keys by their positions, write keys and values to their slots, return the queries.
 
     qkv [T, (H + 2 Hkv) D]; positions and out_cache_loc int32 [T]; k_cache and v_cache [num_slots, Hkv, D] in the
-    cache's dtype; q_norm and k_norm [D] scale an RMS norm of each head before the rotation. cos_sin fp32
+    cache's dtype; q_norm and k_norm [D] scale an RMS norm of each head before the rotation, v_norm one of values. With
+    num_kv_heads 0, qkv holds queries alone, and nothing is stored. cos_sin fp32
     [max_position, rotary_dim] holds cosines in its first half, sines in its second; the first rotary_dim elements of
     a head are rotated in GPT-NeoX pairs (i, i + rotary_dim / 2), in fp32. Returns q [T, H, D].
     """
     run = rope_and_store_torch
     if qkv.is_cuda:
         from kernels.triton_elementwise import rope_and_store_triton as run
-    return run(
-        qkv, positions, cos_sin, k_cache, v_cache, out_cache_loc, num_heads, num_kv_heads, head_dim, q_norm, k_norm, eps
-    )
+    norms = q_norm, k_norm, eps, v_norm
+    return run(qkv, positions, cos_sin, k_cache, v_cache, out_cache_loc, num_heads, num_kv_heads, head_dim, *norms)
 
 
 def store(cache: torch.Tensor, slots: torch.Tensor, x: torch.Tensor) -> None:

@@ -231,6 +231,7 @@ def rope_and_store_triton(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
+    v_norm: torch.Tensor | None = None,
 ) -> torch.Tensor:
     num_tokens = qkv.shape[0]
     q = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
@@ -247,6 +248,7 @@ def rope_and_store_triton(
             out_cache_loc,
             q_norm,
             k_norm,
+            v_norm,
             q,
             qkv.stride(0),
             k_cache.stride(0),
@@ -278,6 +280,7 @@ def _rope_and_store_kernel(
     out_cache_loc,
     q_norm,
     k_norm,
+    v_norm,
     q,
     qkv_stride,
     k_stride_slot,
@@ -319,15 +322,15 @@ def _rope_and_store_kernel(
         is_rest = (j < HEAD_DIM)[None, :]
         x3 = tl.load(source + j[None, :], mask=is_in & is_rest, other=0.0)
 
-    if q_norm is not None or k_norm is not None:
+    if q_norm is not None or k_norm is not None or v_norm is not None:
         squares = tl.sum(x1.to(tl.float32) * x1.to(tl.float32) + x2.to(tl.float32) * x2.to(tl.float32), axis=1)
         if 2 * HALF < HEAD_DIM:
             squares += tl.sum(x3.to(tl.float32) * x3.to(tl.float32), axis=1)
         scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
-        x1 = _norm_heads(x1, scale, q_norm, k_norm, i, i < HALF, is_q, is_k)
-        x2 = _norm_heads(x2, scale, q_norm, k_norm, HALF + i, i < HALF, is_q, is_k)
+        x1 = _norm_heads(x1, scale, q_norm, k_norm, v_norm, i, i < HALF, is_q, is_k, is_v)
+        x2 = _norm_heads(x2, scale, q_norm, k_norm, v_norm, HALF + i, i < HALF, is_q, is_k, is_v)
         if 2 * HALF < HEAD_DIM:
-            x3 = _norm_heads(x3, scale, q_norm, k_norm, j, j < HEAD_DIM, is_q, is_k)
+            x3 = _norm_heads(x3, scale, q_norm, k_norm, v_norm, j, j < HEAD_DIM, is_q, is_k, is_v)
 
     cos = tl.load(cos_sin + position * 2 * HALF + i, mask=i < HALF, other=0.0)[None, :]
     sin = tl.load(cos_sin + position * 2 * HALF + HALF + i, mask=i < HALF, other=0.0)[None, :]
@@ -348,13 +351,19 @@ def _rope_and_store_kernel(
 
 
 @triton.jit
-def _norm_heads(x, scale, q_norm, k_norm, offsets, is_element, is_q, is_k):
-    """Return x with its query and key rows scaled by an RMS norm."""
-    normed = (x.to(tl.float32) * scale).to(x.dtype)
-    if q_norm is not None:
-        x = tl.where(is_q[:, None], normed * tl.load(q_norm + offsets, mask=is_element, other=0.0)[None, :], x)
-    if k_norm is not None:
-        x = tl.where(is_k[:, None], normed * tl.load(k_norm + offsets, mask=is_element, other=0.0)[None, :], x)
+def _norm_heads(x, scale, q_norm, k_norm, v_norm, offsets, is_element, is_q, is_k, is_v):
+    """Return x with its query, key and value rows scaled by an RMS norm, where they have one."""
+    normed = x.to(tl.float32) * scale
+    x = _scale_rows(x, normed, q_norm, offsets, is_element, is_q)
+    x = _scale_rows(x, normed, k_norm, offsets, is_element, is_k)
+    return _scale_rows(x, normed, v_norm, offsets, is_element, is_v)
+
+
+@triton.jit
+def _scale_rows(x, normed, norm, offsets, is_element, is_row):
+    if norm is not None:  # rounded as `rms_norm` does
+        weight = tl.load(norm + offsets, mask=is_element, other=0.0)[None, :]
+        x = tl.where(is_row[:, None], (normed.to(weight.dtype) * weight).to(x.dtype), x)
     return x
 
 

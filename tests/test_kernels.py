@@ -151,6 +151,7 @@ def rope_inputs(
     }
 
 
+ROPES = [elementwise.rope_and_store_torch, triton_elementwise.rope_and_store_triton]
 ROPE_SHAPES = [(9, 3, 64, 64, False), (4, 2, 128, 128, True), (4, 2, 96, 96, True), (4, 1, 80, 32, True)]
 
 
@@ -159,12 +160,35 @@ ROPE_SHAPES = [(9, 3, 64, 64, False), (4, 2, 128, 128, True), (4, 2, 96, 96, Tru
 def test_the_rope_and_store_kernel_equals_its_twin(shape: tuple[int, int, int, int, bool], dtype: torch.dtype) -> None:
     inputs = rope_inputs(*shape, dtype)
     results = []
-    for run in (triton_elementwise.rope_and_store_triton, elementwise.rope_and_store_torch):
+    for run in ROPES[::-1]:
         k_cache, v_cache = torch.zeros(2, 20, shape[1], shape[2], dtype=dtype, device=DEVICE)
         results.append((run(**inputs, k_cache=k_cache, v_cache=v_cache), k_cache, v_cache))
     for name, found, expected in zip("qkv", *results, strict=True):
         assert expected.abs().sum() > 0
         assert_near(found, expected, name)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, None])
+def test_values_have_a_norm_of_their_own_and_queries_may_come_alone(weight_dtype: torch.dtype | None) -> None:
+    for dtype in DTYPES:
+        inputs = rope_inputs(4, 2, 48, 2, True, dtype)
+        for name in ("q_norm", "k_norm"):
+            inputs[name] = inputs[name].to(weight_dtype or dtype)
+        v_norm = torch.ones(48, dtype=dtype, device=DEVICE)
+        alone = {**inputs, "qkv": inputs["qkv"][:, : 4 * 48].contiguous(), "num_kv_heads": 0}
+        results = []
+        for run in ROPES:
+            k_cache, v_cache = torch.zeros(2, 20, 2, 48, dtype=dtype, device=DEVICE)
+            q = run(**inputs, k_cache=k_cache, v_cache=v_cache, v_norm=v_norm)
+            before = k_cache.clone(), v_cache.clone()
+            assert torch.equal(run(**alone, k_cache=k_cache, v_cache=v_cache), q)
+            assert torch.equal(k_cache, before[0]) and torch.equal(v_cache, before[1])
+            results.append((q, k_cache, v_cache))
+        for name, found, expected in zip("qkv", *results, strict=True):
+            assert_near(found, expected, name)
+        v = inputs["qkv"].view(3, 8, 48)[:, 6:].float()
+        wanted = v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        assert_near(results[0][2][inputs["out_cache_loc"].long()], wanted.to(dtype), "normed values")
 
 
 def test_rope_rotates_pairs_and_writes_only_its_slots() -> None:
@@ -182,9 +206,6 @@ def test_rope_rotates_pairs_and_writes_only_its_slots() -> None:
         assert_near(k_cache[slot], rotated[4:6], "k")
         assert torch.equal(v_cache[slot], heads[token, 6:])
     assert (k_cache == 7).all(dim=(1, 2)).sum() == 17
-
-
-ROPES = [elementwise.rope_and_store_torch, triton_elementwise.rope_and_store_triton]
 
 
 @pytest.mark.parametrize("run", ROPES)

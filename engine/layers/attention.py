@@ -1,5 +1,7 @@
 """Grouped-query attention over the paged cache (Ainslie et al. 2023)."""
 
+from collections.abc import Callable
+
 import torch
 
 from cache.layout import KV
@@ -7,12 +9,18 @@ from cache.pool import CachePool
 from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import Layer, LayerConfig
 from engine.layers.linear import qkv_parallel, row_parallel
-from engine.layers.norm import HiddenNorm, RMSNorm
+from engine.layers.norm import HiddenNorm, RMSNorm, UnitRMSNorm
+from engine.layers.qk_norm import AllHeadsNorm
 from engine.layers.rotary import RotaryEmbedding
-from engine.model_config import AttentionConfig
+from engine.model_config import AttentionConfig, QKNorm
 from kernels.attention import attention
 from kernels.elementwise import rope_and_store
 from kernels.weights import Norm
+
+AfterRope = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Changes rotated queries: (queries [T, H, D], positions [T]) -> queries."""
+HeadNorms = tuple[HiddenNorm, HiddenNorm, HiddenNorm | None]
+"""Norms of each query, key and value head before the rotation; only their weights are read."""
 
 
 class Attention(Layer):
@@ -28,26 +36,68 @@ class Attention(Layer):
         layers: LayerConfig,
         norm_class: type[HiddenNorm] = RMSNorm,
     ) -> None:
-        """norm_class: of the norms of query and key heads, if there are any."""
+        """layer_id: in the cache, of this layer or of the one that it shares keys and values with.
+
+        norm_class: of the norms of query and key heads, if there are any.
+        """
         head_dim, num_heads, num_kv_heads = config.head_dim, config.num_heads, config.num_kv_heads
-        self.qkv_proj = qkv_parallel(
-            hidden_size, head_dim, num_heads, num_kv_heads, layers.within("qkv_proj"), bias=config.qkv_bias
-        )
-        self.o_proj = row_parallel(num_heads * head_dim, hidden_size, layers.within("o_proj"), bias=config.o_bias)
-        if config.qk_norm:
-            self.q_norm = norm_class(head_dim, norm_eps, layers)
-            self.k_norm = norm_class(head_dim, norm_eps, layers)
         self.config, self.rotary, self.layer_id = config, rotary, layer_id
         self.num_heads = layers.split(num_heads, "num_attention_heads")
         self.num_kv_heads = layers.num_kv_heads(num_kv_heads)
+        self.num_new_kv_heads = self.num_kv_heads if config.kv_owner is None else 0
         self.head_dim, self.eps = head_dim, norm_eps
+        self.qkv_proj = qkv_parallel(
+            hidden_size,
+            head_dim,
+            num_heads,
+            num_kv_heads if self.num_new_kv_heads else 0,
+            layers.within("qkv_proj"),
+            bias=config.qkv_bias,
+        )
+        self.o_proj = row_parallel(num_heads * head_dim, hidden_size, layers.within("o_proj"), bias=config.o_bias)
+        self.make_qkv: Callable[..., torch.Tensor] = self.qkv_proj.__call__
+        self.after_rope: AfterRope | None = rotary.scale_queries if rotary.scales_queries else None
+        self.head_norms: tuple[HiddenNorm, HiddenNorm, HiddenNorm | None] | None = (
+            None  # of q, k and v, before the rotation
+        )
+        if config.qk_norm is not QKNorm.NONE:
+            self._add_norms(config, norm_class, layers)
         self.scale, self.window, self.softcap = config.scale, config.window, config.softcap
-        self.has_qk_norm = config.qk_norm
         self.backend = layers.attention_backend
+
+    def _add_norms(self, config: AttentionConfig, norm_class: type[HiddenNorm], layers: LayerConfig) -> None:
+        if config.qk_norm is QKNorm.ALL_HEADS:
+            self.qk_norm = AllHeadsNorm(self.qkv_proj.weight.parts[:2], self.eps, layers)
+            self.num_normed = sum(self.qk_norm.sizes)
+            self.make_qkv = self._make_normed_qkv
+            return
+        self.q_norm = norm_class(self.head_dim, self.eps, layers)
+        if self.num_new_kv_heads:
+            self.k_norm = norm_class(self.head_dim, self.eps, layers)
+        if config.v_norm or config.qk_norm is QKNorm.ROTATED_HEADS:
+            self.unit_norm = UnitRMSNorm(self.head_dim, self.eps, layers)
+        if config.qk_norm is QKNorm.ROTATED_HEADS:
+            self.head_norms = self.unit_norm, self.unit_norm, None
+            self.after_rope = self._scale_by_norms
+        else:
+            k_norm = self.k_norm if self.num_new_kv_heads else self.q_norm
+            self.head_norms = self.q_norm, k_norm, self.unit_norm if config.v_norm else None
+
+    def _make_normed_qkv(self, x: torch.Tensor, *, norm: Norm | None = None) -> torch.Tensor:
+        qkv = self.qkv_proj(x, norm=norm)
+        self.qk_norm(qkv[:, : self.num_normed])
+        return qkv
+
+    def _scale_by_norms(self, q: torch.Tensor, _positions: torch.Tensor) -> torch.Tensor:
+        """Multiply rotated queries by the weights of both norms, in place.
+
+        A rotation changes no length, so heads are normalized before it; the keys' weight may stand at the queries.
+        """
+        return q.mul_(self.q_norm.weight * self.k_norm.weight)
 
     @property
     def cache(self) -> KV:
-        """What this rank's layer keeps of each token."""
+        """What this rank's layer keeps of each token, or the one whose keys and values it reads."""
         return KV(self.num_kv_heads, self.head_dim, window=None if self.window < 0 else self.window)
 
     def __call__(
@@ -67,8 +117,9 @@ class Attention(Layer):
         has_decodes: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (queries, what they find), each [T, H, D]. has_decodes: see `kernels.attention.attention`."""
-        qkv = self.qkv_proj(x, norm=norm)  # [T, (H + 2 Hkv) D]
+        qkv = self.make_qkv(x, norm=norm)  # [T, (H + 2 Hkv) D]
         k_cache, v_cache = pool[self.layer_id]
+        q_norm, k_norm, v_norm = _weights(self.head_norms) if self.head_norms else (None, None, None)
         q = rope_and_store(
             qkv,
             batch.positions,
@@ -77,12 +128,15 @@ class Attention(Layer):
             v_cache,
             batch.out_cache_loc,
             self.num_heads,
-            self.num_kv_heads,
+            self.num_new_kv_heads,
             self.head_dim,
-            self.q_norm.weight if self.has_qk_norm else None,
-            self.k_norm.weight if self.has_qk_norm else None,
+            q_norm,
+            k_norm,
             self.eps,
+            v_norm,
         )
+        if self.after_rope is not None:
+            q = self.after_rope(q, batch.positions)
         return q, attention(
             q,
             k_cache,
@@ -94,3 +148,10 @@ class Attention(Layer):
             backend=self.backend,
             has_decodes=has_decodes,
         )
+
+
+def _weights(
+    norms: tuple[HiddenNorm, HiddenNorm, HiddenNorm | None],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    q, k, v = norms
+    return q.weight, k.weight, None if v is None else v.weight

@@ -3,7 +3,7 @@
 h [T, hidden] is the residual stream; attention and MLP are what stands before the product that ends each branch.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,6 +35,7 @@ class Block(Layer):
         rotary: RotaryEmbedding,
         layers: LayerConfig,
     ) -> None:
+        """layer_id: in the cache, see `Attention`."""
         hidden, eps = config.hidden_size, config.norm_eps
         self.self_attn = Attention(
             attention, hidden, eps, layer_id, rotary, layers.within("self_attn"), self.norm_class
@@ -122,6 +123,52 @@ class ParallelTwoNorms(Block):
         found = attn(h, batch, pool, norm=self.input_layernorm)
         inner = mlp(h, norm=self.post_attention_layernorm)
         return sum_both_over_ranks(self.comm, attn.o_proj, found, mlp.down_proj, inner, residual=h)
+
+
+class ScaledPreNorm(Block):
+    """A `PreNorm` whose branches are scaled by r, `residual_scale` (Granite, MiniCPM).
+
+    h = h + r Wo attention(norm(h))
+    h = h + r Wdown mlp(norm(h))
+    """
+
+    norm_names: ClassVar = ("input_layernorm", "post_attention_layernorm")
+    input_layernorm: HiddenNorm
+    post_attention_layernorm: HiddenNorm
+
+    def __init__(self, config: ModelConfig, *args: Any) -> None:
+        super().__init__(config, *args)
+        self.residual_scale = config.residual_scale
+
+    def __call__(self, h: torch.Tensor, batch: ForwardBatch, pool: CachePool) -> torch.Tensor:
+        attn, mlp, r = self.self_attn, self.mlp, self.residual_scale
+        found = attn(h, batch, pool, norm=self.input_layernorm)
+        h = torch.add(h, sum_over_ranks(self.comm, attn.o_proj, found), alpha=r)
+        gated = mlp(h, norm=self.post_attention_layernorm)
+        return h.add_(sum_over_ranks(self.comm, mlp.down_proj, gated), alpha=r)
+
+
+class PostNorm(Block):
+    """Norms at the end of each branch, none before it (OLMo 2, EXAONE 4).
+
+    h = h + norm(Wo attention(h))
+    h = h + norm(Wdown mlp(h))
+    """
+
+    norm_names: ClassVar = ("post_attention_layernorm", "post_feedforward_layernorm")
+    post_attention_layernorm: HiddenNorm
+    post_feedforward_layernorm: HiddenNorm
+
+    @property
+    def fuses_norms(self) -> bool:
+        return False
+
+    def __call__(self, h: torch.Tensor, batch: ForwardBatch, pool: CachePool) -> torch.Tensor:
+        attn, mlp = self.self_attn, self.mlp
+        found = attn(h, batch, pool)
+        h = h + self.post_attention_layernorm(sum_over_ranks(self.comm, attn.o_proj, found))
+        gated = mlp(h)
+        return h + self.post_feedforward_layernorm(sum_over_ranks(self.comm, mlp.down_proj, gated))
 
 
 class Sandwich(Block):

@@ -66,7 +66,7 @@ class VocabParallelEmbedding(Layer):
 
 
 class ParallelLMHead(Linear):
-    """Logits of hidden states. softcap c > 0: logits become c tanh(logit / c)."""
+    """Logits of hidden states, times `scale`. softcap c > 0: logits become c tanh(logit / c)."""
 
     def __init__(
         self,
@@ -75,10 +75,12 @@ class ParallelLMHead(Linear):
         layers: LayerConfig,
         *,
         tied_to: VocabParallelEmbedding | None = None,
+        scale: float = 1.0,
         softcap: float = 0.0,
     ) -> None:
         """tied_to: the embedding whose weight serves here too; it owns, loads and moves it."""
-        self.comm, self.slice, self.softcap = layers.comm, VocabularySlice(vocab_size, layers), softcap
+        self.comm, self.slice = layers.comm, VocabularySlice(vocab_size, layers)
+        self.scale, self.softcap = scale, softcap
         self.is_tied = tied_to is not None
         self.weight: Weight
         if tied_to is None:
@@ -89,6 +91,8 @@ class ParallelLMHead(Linear):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return this rank's logits [S, tokens] of hidden states [S, hidden]."""
         logits = self(hidden)
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
         return softcap_(logits, self.softcap) if self.softcap else logits
 
     def gather(self, logits: torch.Tensor) -> torch.Tensor | None:

@@ -88,8 +88,13 @@ def merged_column_parallel(
 def qkv_parallel(
     input_size: int, head_dim: int, num_heads: int, num_kv_heads: int, layers: LayerConfig, *, bias: bool = False
 ) -> Linear:
-    """Return the product that makes queries, keys and values, split by heads. The numbers of heads are the model's."""
+    """Return the product that makes queries, keys and values, split by heads. The numbers of heads are the model's.
+
+    num_kv_heads: 0 if it makes queries alone.
+    """
     q = Part(layers.split(num_heads, "num_attention_heads") * head_dim, layers.shard)
+    if not num_kv_heads:
+        return Linear(("q_proj",), [q], input_size, layers, bias=bias)
     kv = Part(layers.num_kv_heads(num_kv_heads) * head_dim, layers.kv_shard(num_kv_heads))
     return Linear(("q_proj", "k_proj", "v_proj"), [q, kv, kv], input_size, layers, bias=bias)
 

@@ -35,15 +35,19 @@ class RMSNorm(HiddenNorm):
         return rms_norm(x, self.weight, self.eps)
 
 
-class OffsetRMSNorm(RMSNorm):
-    """An RMS norm that scales by 1 + weight, in float32 and rounded last (Gemma, Qwen3-Next).
-
-    The 1 is added when the weight is loaded; bf16 would lose bits of the sum, so it is kept in float32.
-    """
+class Float32RMSNorm(RMSNorm):
+    """An RMS norm whose product with the weight is made in float32 and rounded last (OLMo 2, Gemma 4)."""
 
     def __init__(self, size: int, eps: float, layers: LayerConfig) -> None:
         super().__init__(size, eps, layers)
         self.weight = meta_weight(size, dtype=torch.float32)
+
+
+class OffsetRMSNorm(Float32RMSNorm):
+    """An RMS norm that scales by 1 + weight, in float32 and rounded last (Gemma 1 to 3, Qwen3-Next).
+
+    The 1 is added when the weight is loaded; bf16 would lose bits of the sum, so it is kept in float32.
+    """
 
     def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
         target, source = super().place_weight(name, loaded, part)
@@ -51,6 +55,15 @@ class OffsetRMSNorm(RMSNorm):
 
     def weight_part(self, name: str, part: int) -> torch.Tensor:
         return super().weight_part(name, part) - 1
+
+
+class UnitRMSNorm(RMSNorm):
+    """An RMS norm without a weight: a checkpoint has nothing for it. Ready after `materialize`."""
+
+    weight_names: ClassVar = ()
+
+    def materialize(self, device: torch.device) -> None:
+        self.weight = torch.ones(self.weight.shape, dtype=self.weight.dtype, device=device)
 
 
 class LayerNorm(HiddenNorm):

@@ -13,13 +13,15 @@ import torch
 
 from engine.errors import ModelError
 from engine.layers.layer import Layer
-from engine.rope_config import RopeConfig
+from engine.rope_config import NO_ROTATION, ORIGINAL_LENGTH, RopeConfig
+
+QUERY_SCALING = "llama_4_scaling_beta"  # the entry of rope_parameters that holds β, Hugging Face's name for it
 
 
 class RotaryEmbedding(Layer):
     """Hold `cos_sin` [context_length, rotary_dim] float32: cosines in the first half, sines in the second.
 
-    Shared by all layers. Ready after `materialize`.
+    Shared by all layers of the same settings. Ready after `materialize`.
     """
 
     def __init__(self, rope: RopeConfig, context_length: int) -> None:
@@ -28,6 +30,7 @@ class RotaryEmbedding(Layer):
         self.rope = rope
         self.context_length = context_length
         self.cos_sin = torch.empty(context_length, rope.rotary_dim, dtype=torch.float32, device="meta")
+        self.query_scale = torch.empty(0, device="meta")  # [context_length] where queries grow with their positions
 
     def materialize(self, device: torch.device) -> None:
         """Compute `cos_sin` on `device`. Raises `ModelError` if the config lacks a parameter."""
@@ -38,6 +41,23 @@ class RotaryEmbedding(Layer):
         positions = torch.arange(self.context_length, dtype=torch.float32, device=device)
         angles = torch.outer(positions, inv_freq.to(device))
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1) * scale
+        if self.scales_queries:
+            self.query_scale = query_scale(positions, self.rope.scaling)
+
+    @property
+    def scales_queries(self) -> bool:
+        """Whether queries are to be multiplied by `scale_queries` after the rotation."""
+        return bool(self.rope.scaling.get(QUERY_SCALING))
+
+    def scale_queries(self, q: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Multiply queries [T, H, D] by the factor of their positions, in place."""
+        return q.mul_(self.query_scale.index_select(0, positions).to(q.dtype)[:, None, None])
+
+
+def query_scale(positions: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
+    """Return 1 + β ln(1 + ⌊position / original length⌋), by which attention stays sharp over long contexts."""
+    beta: float = scaling[QUERY_SCALING]
+    return 1 + beta * torch.log(1 + torch.floor(positions / scaling[ORIGINAL_LENGTH]))
 
 
 def default(rope: RopeConfig, _context_length: int) -> tuple[torch.Tensor, float]:
@@ -55,14 +75,29 @@ def fixed_length(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, f
     return default(rope, context_length)
 
 
+def none(_rope: RopeConfig, _context_length: int) -> tuple[torch.Tensor, float]:
+    """Rotate nothing."""
+    return torch.zeros(1), 1.0
+
+
+def proportional(rope: RopeConfig, _context_length: int) -> tuple[torch.Tensor, float]:
+    """Rotate the share `rotated` of a head's pairs, those of the shortest wavelengths, and no others (Gemma 4)."""
+    num_pairs = rope.rotary_dim // 2
+    inv_freq = inverse_frequencies(rope.theta, rope.rotary_dim) / rope.scaling.get("factor", 1.0)
+    return inv_freq.masked_fill(torch.arange(num_pairs) >= int(rope.scaling["rotated"] * num_pairs), 0.0), 1.0
+
+
 def linear(rope: RopeConfig, _context_length: int) -> tuple[torch.Tensor, float]:
     """Interpolate positions (Chen et al. 2023)."""
     return inverse_frequencies(rope.theta, rope.rotary_dim) / rope.scaling["factor"], 1.0
 
 
 def dynamic_ntk(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:
-    """Raise the base with the length beyond `max_position_embeddings`."""
-    factor, dim = rope.scaling["factor"], rope.rotary_dim
+    """Raise the base with the length beyond `max_position_embeddings`, or by a fixed `alpha` (HunYuan)."""
+    dim = rope.rotary_dim
+    if alpha := rope.scaling.get("alpha"):
+        return inverse_frequencies(rope.theta * alpha ** (dim / (dim - 2)), dim), 1.0
+    factor = rope.scaling["factor"]
     excess = max(context_length / rope.max_position_embeddings, 1.0)
     return inverse_frequencies(rope.theta * (factor * excess - (factor - 1)) ** (dim / (dim - 2)), dim), 1.0
 
@@ -131,6 +166,8 @@ def inverse_frequencies(theta: float, rotary_dim: int) -> torch.Tensor:
 FREQUENCIES: dict[str, Callable[[RopeConfig, int], tuple[torch.Tensor, float]]] = {
     "default": default,
     "fixed_length": fixed_length,
+    NO_ROTATION: none,
+    "proportional": proportional,
     "linear": linear,
     "dynamic": dynamic_ntk,
     "llama3": llama3,

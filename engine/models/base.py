@@ -26,8 +26,16 @@ class Decoder(Layer):
     def __init__(self, config: ModelConfig, block_class: type[Block], layers: LayerConfig) -> None:
         rotary = {rope: RotaryEmbedding(rope, config.context_length) for rope in config.ropes}
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, layers, config.embed_scale)
+        owners = [i for i, attention in enumerate(config.attention) if attention.kv_owner is None]
+        cache_ids = {owner: i for i, owner in enumerate(owners)}
         self.layers = [
-            block_class(config, attention, i, rotary[attention.rope], layers.within(f"layers.{i}"))
+            block_class(
+                config,
+                attention,
+                cache_ids[i if attention.kv_owner is None else attention.kv_owner],
+                rotary[attention.rope],
+                layers.within(f"layers.{i}"),
+            )
             for i, attention in enumerate(config.attention)
         ]
         self.norm = block_class.norm_class(config.hidden_size, config.norm_eps, layers)
@@ -78,6 +86,7 @@ class CausalLM(Layer):
             config.hidden_size,
             layers.within("lm_head"),
             tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
+            scale=config.logit_scale,
             softcap=config.logit_softcap,
         )
 
@@ -93,8 +102,9 @@ class CausalLM(Layer):
         return self.model(batch, pool, run_block)
 
     def cache_layout(self) -> tuple[LayerCache, ...]:
-        """Return what this rank's layers keep of each token, one entry a layer."""
-        return tuple(block.self_attn.cache for block in self.model.layers)
+        """Return what this rank's layers keep of each token, one entry for each layer that has keys of its own."""
+        layers = [block.self_attn for block in self.model.layers]
+        return tuple(layer.cache for layer in layers if layer.config.kv_owner is None)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return this rank's logits of hidden states: [S, hidden] -> [S, tokens of this rank], in the model's dtype."""

@@ -10,7 +10,7 @@ Qwen3                           an RMS norm of each query and key head before th
 
 from typing import Any
 
-from engine.model_config import ModelConfig, read_decoder
+from engine.model_config import ModelConfig, QKNorm, read_decoder
 from engine.models.base import CausalLM
 from engine.models.names import COMMON_NAMES, Rename
 
@@ -40,4 +40,4 @@ class Qwen2(CausalLM):
 class Qwen3(CausalLM):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
-        return read_decoder(raw, qk_norm=True)
+        return read_decoder(raw, qk_norm=QKNorm.HEADS)
