@@ -53,6 +53,9 @@ class EngineConfig:
         None, MODEL, "prompts become the last token's state or the mean; default: the model's own, or last",
         choices=("last", "mean"),
     )  # fmt: skip
+    enable_return_hidden_states: bool = option(
+        False, MODEL, "requests may ask for the hidden states of their tokens (`return_hidden_states`)"
+    )
     sampling_defaults: str = option(
         "model", MODEL, "defaults of sampling fields: the model's generation_config.json or OpenAI's constants",
         choices=("model", "openai"),

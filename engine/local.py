@@ -66,7 +66,9 @@ class LocalEngine(Engine):
         scheduler, requests = parts.scheduler, self._requests
         context_length = min(parts.rows.max_len, scheduler.held.allocator.num_total)
         is_generation = parts.model_config.is_generation and not config.is_embedding
-        limits = RequestLimits(parts.model_config.vocab_size, context_length, is_generation)
+        limits = RequestLimits(
+            parts.model_config.vocab_size, context_length, is_generation, config.enable_return_hidden_states
+        )
         intake = Intake(scheduler, parts.tokenizer, limits, requests)
         constraints = Constraints(parts.grammars, may_jump=not config.disable_jump_forward)
         output = OutputProcessor(scheduler, config.stream_interval, intake.end)

@@ -55,7 +55,7 @@ class OutputProcessor:
     def take(self, step: Step, outcome: Outcome) -> None:
         """Record the output of a resolved step. Ends requests whose text has reached a stop string."""
         now = time.perf_counter()
-        if step.prompt_logprobs or step.pooled is not None or step.work.logprob_samples is not None:
+        if step.prompt_logprobs or step.pooled or step.hidden or step.work.logprob_samples is not None:
             self._take_values(step, outcome)
         pending = self._pending
         for state, token in zip(outcome.states, outcome.token_ids, strict=True):
@@ -82,11 +82,13 @@ class OutputProcessor:
             self._add(state)
 
     def _take_values(self, step: Step, outcome: Outcome) -> None:
-        """Record a step's log-probabilities and pooled vectors."""
+        """Record a step's log-probabilities, pooled vectors and hidden states."""
         for values in step.prompt_logprobs:
             self._add_prompt_logprobs(values)
         if step.pooled is not None:
             step.pooled.deliver()
+        if step.hidden is not None:
+            step.hidden.deliver()
         if step.work.logprob_samples is not None:
             self._add_logprobs(step, outcome)
 

@@ -231,6 +231,7 @@ class Request:
     reasoning_end_ids: list[int] = field(default_factory=list)  # a grammar holds only after them; []: from the start
     may_shorten: bool = False  # max_new_tokens is an upper bound: less if the context, or the KV pool, has less room
     pooling: str | None = None  # "last" or "mean": a vector is wanted, and no answer
+    return_hidden_states: bool = False  # of each token but the last one sampled, which is not computed
 
     @property
     def prompt_len(self) -> int:

@@ -88,7 +88,7 @@ class RequestState:
     The caller makes it from a request and a sink. Until it is submitted, the caller may set another sink, and the same
     request on another client's account; from then on the engine alone writes. `Constraints` sets the matcher,
     `RequestLimits` prompt_ids, the scheduler and its parts all from `status` to `charged_tokens`; resolved steps set
-    input_logprobs and embedding; `OutputProcessor` sets the rest, and the sink to `ignore` at the end.
+    input_logprobs, embedding and hidden_states; `OutputProcessor` sets the rest, and the sink to `ignore` at the end.
 
     All of it is written on the event loop's thread, and may be read there at any time. While a request runs its tokens
     are in its row (`Rows.output_ids`): `output_ids` is complete once the request has ended.
@@ -111,6 +111,7 @@ class RequestState:
     token_ids_logprob: list[int] = field(init=False)
     extra_key: str = field(init=False)
     pooling: str | None = field(init=False)
+    return_hidden_states: bool = field(init=False)
     wants_tokens: bool = field(init=False)  # somebody looks at them as they come; else the text is made at the end
 
     status: Status = Status.WAITING
@@ -127,6 +128,7 @@ class RequestState:
     matcher: "Matcher | None" = None  # follows the answer, if it is constrained; made when prepared
     input_logprobs: Logprobs | None = None  # of the prompt from logprob_start_len on, complete at the first delta
     embedding: np.ndarray | None = None  # float32, of a request with `pooling`; not normalized
+    hidden_states: np.ndarray | None = None  # float32 [tokens or more, hidden], by position, if they are wanted
     prompt_ids: np.ndarray | None = None  # input_ids as int32, once checked
     text_stream: "TextStream | None" = None  # made when submitted; None again if it failed
     new_token_ids: list[int] = field(default_factory=list)  # whose text has not been made yet
@@ -143,6 +145,7 @@ class RequestState:
         self.logprob_start_len, self.top_logprobs_num = request.logprob_start_len, request.top_logprobs_num
         self.token_ids_logprob = request.token_ids_logprob
         self.extra_key, self.pooling = request.extra_key, request.pooling
+        self.return_hidden_states = request.return_hidden_states
         self.wants_tokens = request.stream or request.return_logprob or bool(params.stop or params.stop_regex)
         self.max_new_tokens = -1 if params.max_new_tokens is None else params.max_new_tokens
         self.seed = params.sampling_seed

@@ -18,6 +18,7 @@ class RequestLimits:
     vocab_size: int
     context_length: int  # longest prompt + answer in tokens
     is_generation: bool
+    returns_hidden_states: bool = False
 
     def verify(self, state: RequestState, live_rids: Container[str]) -> None:
         """Raise `InvalidRequest` or `PromptTooLong` with the numbers; otherwise set `state.prompt_ids`.
@@ -41,6 +42,12 @@ class RequestLimits:
         ):
             raise InvalidRequest(
                 f"pooling must be {LAST} or {MEAN} with max_new_tokens 0, got {request.pooling!r}", "pooling"
+            )
+
+        if request.return_hidden_states and not self.returns_hidden_states:
+            raise InvalidRequest(
+                "return_hidden_states is not supported: the server runs without --enable-return-hidden-states",
+                "return_hidden_states",
             )
 
     def _verify_prompt(self, request: Request) -> np.ndarray:

@@ -225,7 +225,7 @@ async def test_a_chat_can_be_given_its_token_ids(engine: FakeEngine) -> None:
 
 REFUSED = {
     "functions": [WEATHER], "modalities": ["text", "audio"], "verbosity": "huge", "web_search_options": {"x": 1},
-    "lora_path": "a", "session_params": {"id": "s"}, "custom_logit_processor": "x", "return_hidden_states": True,
+    "lora_path": "a", "session_params": {"id": "s"}, "custom_logit_processor": "x",
     "allowed_token_ids": [1], "bad_words": ["x"], "use_beam_search": True, "truncate_prompt_tokens": 5,
     "prompt_logprobs": 0, "guided_whitespace_pattern": " ", "documents": [{"text": "x"}], "chat_template": "x",
 }  # fmt: skip

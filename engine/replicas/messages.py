@@ -19,7 +19,7 @@ SUBMIT, ABORT, FLUSH, PREFIXES, START_PROFILE, STOP_PROFILE, REPORT = range(7)  
 # Fields of an ended request's state that the front end takes over: what others read, without what deltas bring.
 OUTCOME = (
     "max_new_tokens", "seed", "output_ids", "finish_reason", "num_cached_tokens", "num_retractions",
-    "num_forced_tokens", "embedding", "times",
+    "num_forced_tokens", "embedding", "hidden_states", "times",
 )  # fmt: skip
 
 

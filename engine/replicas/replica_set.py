@@ -103,7 +103,12 @@ class ReplicaSet(Engine):
         self._started = Started(
             front_end,
             Constraints(front_end.grammars, may_jump=not config.disable_jump_forward),
-            RequestLimits(model_config.vocab_size, min(its.context_length for its in ready), is_generation),
+            RequestLimits(
+                model_config.vocab_size,
+                min(its.context_length for its in ready),
+                is_generation,
+                config.enable_return_hidden_states,
+            ),
             sum(its.max_total_num_tokens for its in ready),
             sum(its.config.max_running_requests or 0 for its in ready),
         )

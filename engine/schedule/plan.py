@@ -38,6 +38,7 @@ class Plan:
     prefix_copies: list[tuple[int, int, np.ndarray]] = field(default_factory=list)  # (row, start, cached slots)
     prompt_logprobs: list[tuple[int, RequestState, int]] = field(default_factory=list)  # (b, state, first position)
     pooled: list[tuple[int, RequestState, int]] = field(default_factory=list)  # (b, state, first position)
+    hidden: list[tuple[int, RequestState, int]] = field(default_factory=list)  # likewise, of chunks
     prefill_only: list[tuple[int, RequestState]] = field(default_factory=list)  # (b, state) that end with this step
     admitted: list[RequestState] = field(default_factory=list)  # that run for the first time
     answering: list[RequestState] = field(default_factory=list)  # whose prompt ends with this step

@@ -66,11 +66,14 @@ class Prompts:
         """Return the tokens of `num_tokens` that come next: [start, stop).
 
         The last token is computed even when cached, for its logits; so are tokens whose log-probabilities are wanted,
-        and all for a mean of their states. They are written again, the same values, to the slots they have.
+        and all where their states are, or a mean of them. They are written again, the same values, to the slots that
+        they have.
         """
         page_size = self._held.page_size
         start = min(max(num_cached, num_computed), num_tokens - 1)
-        if state.logprob_start_len >= 0 or state.pooling == "mean":
+        if state.return_hidden_states or state.pooling == "mean":
+            start = min(start, num_computed)
+        elif state.logprob_start_len >= 0:
             start = min(start, max(num_computed, state.logprob_start_len))
         stop = min(start + budget.num_tokens_behind(start), num_tokens)
         if stop < num_tokens and stop % page_size:  # only whole pages enter the tree
@@ -113,3 +116,5 @@ def _note_request(plan: Plan, b: int, chunk: Chunk, rows: Rows) -> None:
         plan.prompt_logprobs.append((b, state, chunk.start))
     if state.pooling is not None:
         plan.pooled.append((b, state, chunk.start))
+    if state.return_hidden_states:
+        plan.hidden.append((b, state, chunk.start))

@@ -56,9 +56,12 @@ class Rows:
         self.runs_to_limit = np.zeros(size, bool)  # see RequestState.runs_to_limit
         self.wants_tokens = np.zeros(size, bool)  # see RequestState.wants_tokens
         self.wants_logprobs = np.zeros(size, bool)
+        self.wants_hidden = np.zeros(size, bool)  # hidden states
         self.has_matcher = np.zeros(size, bool)
         self.has_mask = np.zeros(size, bool)  # its matcher may forbid tokens: sampling waits for it
-        self.has_extras = np.zeros(size, bool)  # wants_logprobs or a has_ from has_penalties on: most steps have none
+        self.has_extras = np.zeros(
+            size, bool
+        )  # a has_ from has_penalties on, or wants more than tokens: most steps have none
         self.is_counted = np.zeros(size, bool)  # the device's counts for penalties follow the row's tokens
 
         self.sampling_version = 0  # grows when a sampling parameter changes, so that the device's copy is renewed
@@ -95,13 +98,14 @@ class Rows:
         self.has_stop_ids[row] = bool(params.stop_token_ids)
         self.has_stop_text[row] = bool(params.stop or params.stop_regex)
         self.wants_logprobs[row] = state.return_logprob
+        self.wants_hidden[row] = state.return_hidden_states
         self.runs_to_limit[row] = state.runs_to_limit
         self.wants_tokens[row] = state.wants_tokens
         self.has_matcher[row] = state.matcher is not None
         self.has_mask[row] = state.matcher is not None and state.matcher.masks
         self.has_extras[row] = (
             self.has_penalties[row] | self.has_logit_edits[row] | self.has_stop_ids[row]
-            | self.wants_logprobs[row] | self.has_matcher[row] | self.has_mask[row]
+            | self.wants_logprobs[row] | self.wants_hidden[row] | self.has_matcher[row] | self.has_mask[row]
         )  # fmt: skip
         self.is_counted[row] = False
         self.sampling_version += 1

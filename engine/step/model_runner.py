@@ -27,6 +27,7 @@ from engine.state import Logprobs, RequestState
 from engine.step.batch import NUM_STAGING_BUFFERS, Staged, StagedBatch, Stager
 from engine.step.cuda_graph import GraphSizes, StepGraphs
 from engine.step.fields import StepShape
+from engine.step.hidden import HiddenStates, HiddenWork, plan_hidden
 from engine.step.pooling import PooledChunks, pool
 from engine.step.sampler import SampledLogprobs, Sampler, SamplingWork
 from engine.step.splitter import StepSplitter
@@ -83,6 +84,8 @@ class Step:
     sampled_logprobs: SampledLogprobs | None = None
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     pooled: PooledChunks | None = None
+    hidden_work: HiddenWork | None = None  # of rank 0 alone
+    hidden: HiddenStates | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -213,11 +216,14 @@ class ModelRunner:
 
         Raises what cannot be enqueued: out of memory, a kernel that does not compile.
         """
-        graph_shape = self.graphs.shape_for(plan) if self.graphs is not None else None
+        work = self.sampler.plan_work(plan)
+        hidden_work = plan_hidden(plan, self.sampler.rows) if work.wants_hidden or plan.hidden else None
+        graph_shape = self.graphs.shape_for(plan) if self.graphs is not None and hidden_work is None else None
         shape = graph_shape or (StepShape.of(plan) if self.graphs is None else self.graphs.eager_shape(plan))
         step = Step(
             plan=plan,
-            work=self.sampler.plan_work(plan),
+            work=work,
+            hidden_work=hidden_work,
             prompt_work=self._plan_prompt_logprobs(plan) if plan.prompt_logprobs else [],
             staged=self.stager.write(plan, shape),
             shape=shape,
@@ -308,6 +314,9 @@ class ModelRunner:
         if plan.pooled:
             parts, values = pool(self.model, hidden, plan)
             step.pooled = None if values is None else PooledChunks(parts, self._to_host(values))
+        if (kept := step.hidden_work) is not None:
+            tokens = torch.from_numpy(kept.tokens).to(self.device, non_blocking=True)
+            step.hidden = HiddenStates(kept, self._to_host(hidden[tokens].float()))
         if len(plan.samples):
             is_all = len(plan.samples) == len(hidden)  # and not only `is_decode`: some may have more to compute
             step.logits = self.model.compute_logits(hidden if is_all else hidden[staged.sample_tokens])

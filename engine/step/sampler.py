@@ -31,6 +31,7 @@ class SamplingWork:
     new_counts: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)  # (row, prompt ids, output ids)
     logprob_samples: np.ndarray | None = None  # int64 indices into S
     num_top_logprobs: int = 0
+    wants_hidden: bool = False  # somebody asks for hidden states, too
     logprob_ids: np.ndarray | None = None  # int64 [len(logprob_samples), M], padded with 0
 
     @property
@@ -102,6 +103,7 @@ class Sampler:
             work.edits = self._logit_edits(plan, sampled)
         if rows.has_mask[sampled].any():
             work.masked = np.flatnonzero(rows.has_mask[sampled])
+        work.wants_hidden = bool(rows.wants_hidden[sampled].any())
         if rows.wants_logprobs[sampled].any():
             work.logprob_samples = np.flatnonzero(rows.wants_logprobs[sampled])
             states = rows.states_of(sampled[work.logprob_samples])

@@ -29,15 +29,18 @@ from server.reading.protocol import (
     read_json,
     refuse,
 )
+from server.reading.sampling import wants_hidden_states
 
 MAX_LOGPROBS = 1024  # of a token, the most likely ones and those of given ids each
 REASONING_END = "</think>"
 # Fields of /generate that a list gives prompt by prompt.
-PER_PROMPT = ("sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "priority")
+PER_PROMPT = (
+    "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "priority", "return_hidden_states",
+)  # fmt: skip
 # Better refused than ignored.
 UNSUPPORTED = (
     "input_embeds", "image_data", "video_data", "audio_data", "lora_path", "custom_logit_processor",
-    "return_hidden_states", "return_routed_experts", "return_sampling_mask", "return_entropy",
+    "return_routed_experts", "return_sampling_mask", "return_entropy",
     "return_prompt_token_ids", "bootstrap_host", "bootstrap_room",
 )  # fmt: skip
 
@@ -181,7 +184,11 @@ def _options(item: Fields, i: int | None) -> Options:
     params = item.get("sampling_params")
     if params is not None and not isinstance(params, dict):
         item.fail("sampling_params", "an object" if i is None else "an object or a list of objects")
-    options = Options(return_logprob=item.flag("return_logprob"), priority=item.integer("priority"))
+    options = Options(
+        return_logprob=item.flag("return_logprob"),
+        priority=item.integer("priority"),
+        return_hidden_states=wants_hidden_states(item),
+    )
     if item.has("max_thinking_tokens"):
         options.max_thinking_tokens = item.integer("max_thinking_tokens", low=0)
     # Read, so that a wrong type is an error, even where return_logprob is off.

@@ -1,8 +1,19 @@
 """`meta_info`, SGLang's account of an answer: its costs, times and their causes, and its log-probabilities."""
 
+from typing import Any
+
 from engine.engine import TokenizerFacade
 from engine.state import Delta, FinishReason, Logprobs, RequestState, TokenLogprob
 from server.reading.protocol import JSON
+
+
+def hidden_states_of(state: RequestState, num_output_tokens: int) -> list[Any]:
+    """Return SGLang's list: of the prompt, [tokens, hidden], then a vector of each output token but the last."""
+    states = state.hidden_states
+    if states is None:
+        return []
+    stop = state.prompt_len + max(num_output_tokens - 1, 0)
+    return [states[: state.prompt_len].tolist(), *states[state.prompt_len : stop].tolist()]
 
 
 class MetaInfo:
@@ -14,6 +25,8 @@ class MetaInfo:
         meta = self.counts(delta.state, len(delta.token_ids), delta.finish_reason)
         if delta.state.return_logprob:
             meta |= self.logprobs(delta.state, delta.logprobs or Logprobs(), len(delta.token_ids))
+        if delta.state.return_hidden_states:
+            meta["hidden_states"] = hidden_states_of(delta.state, len(delta.token_ids))
         return {"text": delta.text, "output_ids": delta.token_ids, "meta_info": meta}
 
     def counts(self, state: RequestState, num_output_tokens: int, reason: FinishReason | None) -> JSON:

@@ -12,7 +12,7 @@ from engine.engine import TokenizerFacade
 from engine.state import Delta, FinishReason, Logprobs, RequestState, TokenLogprob
 from server.apis.answer import Answer, failure_of
 from server.apis.chat_calls import CallWriter
-from server.apis.meta_info import MetaInfo
+from server.apis.meta_info import MetaInfo, hidden_states_of
 from server.http.sse import event
 from server.parsers import AnswerDelta, AnswerParser
 from server.reading.chat import ChatTurn
@@ -141,6 +141,9 @@ class OpenAIAnswer(Answer):
 
     def whole(self, delta: Delta) -> JSON:
         choice = {"index": self.index, **self.choice(delta), **self._meta(delta.finish_reason)}
+        if self.state.return_hidden_states:  # SGLang's: the last, if any but the prompt's were computed
+            _, *states = hidden_states_of(self.state, len(delta.token_ids)) or [None]
+            choice["hidden_states"] = states[-1] if states else []
         if self.envelope.returns_token_ids:
             choice |= {"prompt_token_ids": self.state.request.input_ids, "token_ids": delta.token_ids}
         return choice

@@ -60,6 +60,7 @@ class Options:
     may_shorten: bool = False
     max_thinking_tokens: int | None = None
     reasoning_end_ids: list[int] = field(default_factory=list)
+    return_hidden_states: bool = False
 
 
 def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingParams, options: Options) -> list[Request]:
@@ -79,6 +80,7 @@ def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingPar
             may_shorten=options.may_shorten,
             max_thinking_tokens=options.max_thinking_tokens,
             reasoning_end_ids=options.reasoning_end_ids,
+            return_hidden_states=options.return_hidden_states,
         )
         for i, rid in enumerate(rids)
     ]
@@ -175,9 +177,10 @@ class _Collector:
 
 
 async def written(write: Callable[[], web.Response], states: Sequence[RequestState]) -> web.Response:
-    """Call `write` on ended requests; off the event loop if they are many, or have many log-probabilities."""
+    """Call `write` on ended requests; off the event loop if they are many, or have long lists of numbers."""
     count = sum(state.num_tokens for state in states if state.return_logprob)
-    is_long = count > MANY_LOGPROBS or len(states) > MANY_REQUESTS
+    has_hidden = any(state.return_hidden_states for state in states)
+    is_long = count > MANY_LOGPROBS or len(states) > MANY_REQUESTS or has_hidden
     return await asyncio.to_thread(write) if is_long else write()
 
 

@@ -16,7 +16,7 @@ MAX_TOP_LOGPROBS = 20
 UNSUPPORTED = frozenset((
     "functions", "function_call", "audio", "web_search_options",
     "lora_path", "session_params", "custom_logit_processor", "custom_params", "watermark", "bootstrap_host",
-    "bootstrap_room", "return_hidden_states", "return_routed_experts", "return_sampling_mask",
+    "bootstrap_room", "return_routed_experts", "return_sampling_mask",
     "return_prompt_token_ids", "sampling_logprobs_mode",
     "use_beam_search", "allowed_token_ids", "bad_words", "logits_processors", "logprob_token_ids", "vllm_xargs",
     "truncate_prompt_tokens", "prompt_embeds", "documents", "chat_template", "thinking_token_budget",
@@ -79,4 +79,13 @@ def read_options(body: Fields, num_logprobs: int) -> Options:
         top_logprobs_num=max(num_logprobs, 0),
         priority=body.integer("priority"),
         extra_key=cache_namespace(body),
+        return_hidden_states=wants_hidden_states(body),
     )
+
+
+def wants_hidden_states(body: Fields) -> bool:
+    """Read SGLang's flag. They come whole: a stream's events would each be megabytes."""
+    is_wanted = body.flag("return_hidden_states")
+    if is_wanted and body.flag("stream"):
+        raise InvalidRequest("return_hidden_states needs stream: false", "return_hidden_states")
+    return is_wanted

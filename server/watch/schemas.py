@@ -414,6 +414,11 @@ OLLAMA_BOTH: dict[str, JSON] = {
 PROMPTS = one_of(STRING, TOKEN_IDS, array(STRING, minItems=1), array(TOKEN_IDS, minItems=1))
 POOLED: dict[str, JSON] = {"model": STRING, **{name: EVERYWHERE[name] for name in EVERYWHERE if name != "stream"}}
 
+HIDDEN_STATES: JSON = {
+    "type": "boolean",
+    "description": "the last token's, with --enable-return-hidden-states and stream: false",
+}
+
 COMPONENTS: dict[str, JSON] = {
     "SamplingParams": obj(NATIVE_SAMPLING, additionalProperties=False),
     "GenerateRequest": obj(
@@ -427,6 +432,7 @@ COMPONENTS: dict[str, JSON] = {
             "top_logprobs_num": one_of(integer(0, 1024), array(integer(0, 1024))),
             "token_ids_logprob": array(integer(0), maxItems=1024),
             "return_text_in_logprobs": BOOLEAN,
+            "return_hidden_states": one_of(BOOLEAN, array(BOOLEAN)),
             "max_thinking_tokens": integer(0),
             "require_reasoning": BOOLEAN,
             "session_params": obj(
@@ -452,6 +458,7 @@ COMPONENTS: dict[str, JSON] = {
             **OPENAI_BOTH,
             "prompt": PROMPTS,
             "logprobs": integer(0, 20),
+            "return_hidden_states": HIDDEN_STATES,
             "echo": BOOLEAN,
             "best_of": integer(1),
         },
@@ -463,6 +470,7 @@ COMPONENTS: dict[str, JSON] = {
             **CHAT,
             "max_completion_tokens": integer(0),
             "logprobs": BOOLEAN,
+            "return_hidden_states": HIDDEN_STATES,
             "top_logprobs": integer(0, 20),
         },
         ["messages"],
