@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 from engine.checkpoint import folder as model_folder
-from engine.checkpoint import gguf
+from engine.checkpoint import gguf, gguf_convert
 from engine.checkpoint.folder import resolve_model, resolve_tokenizer
 from engine.checkpoint.gguf_tokenizer import WORDS, write_tokenizer
 from engine.checkpoint.weights import load_weights
@@ -301,7 +301,7 @@ def test_llama_3_1_frequency_factors_become_the_model_s_rope(tmp_path: Path) -> 
 
 
 def test_a_large_conversion_is_split_and_still_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(gguf_convert, "SHARD_BYTES", 1000)
     write_gguf(tmp_path / "tiny.gguf", TINY_GGUF, tiny_tensors())
     config = EngineConfig(model_path=str(tmp_path / "tiny.gguf"), download_dir=str(tmp_path / "cache"))
     folder = resolve_model(config)
@@ -317,12 +317,12 @@ def test_a_conversion_that_broke_off_is_not_reused(tmp_path: Path, monkeypatch: 
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(gguf, "write_weights", fail)
+        patch.setattr(gguf_convert, "write_weights", fail)
         with pytest.raises(ModelError, match="disk full"):
             resolve_model(config)
     assert list((tmp_path / "cache").iterdir()) == []
     load(resolve_model(config))
-    monkeypatch.setattr(gguf, "convert", fail)
+    monkeypatch.setattr(gguf_convert, "convert", fail)
     load(resolve_model(config))
 
 
@@ -375,7 +375,7 @@ def test_a_gguf_that_was_cut_off_says_so_before_it_is_converted(tmp_path: Path) 
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[: size - 100])
     with pytest.raises(ModelError, match=rf"tiny\.gguf is broken: .* {size - 100} bytes, its tensors go on to {size}"):
-        gguf.convert(file, tmp_path / "nowhere", torch.float32, lambda num_bytes: None)
+        gguf_convert.convert(file, tmp_path / "nowhere", torch.float32, lambda num_bytes: None)
 
 
 @pytest.mark.parametrize(
@@ -473,7 +473,7 @@ def test_a_gguf_tokenizer_of_unknown_kind_is_refused_before_it_is_converted(
 ) -> None:
     config = tiny_gguf_config(tmp_path, metadata)
     with monkeypatch.context() as patch:
-        patch.setattr(gguf, "write_weights", lambda *args: pytest.fail("converted"))
+        patch.setattr(gguf_convert, "write_weights", lambda *args: pytest.fail("converted"))
         with pytest.raises(ModelError, match=named):
             resolve_model(config)
     folder = resolve_model(config.replace(tokenizer_path=str(tiny_llama)))  # another's serves
@@ -565,7 +565,7 @@ def test_the_demo_s_query_and_key_rows_are_put_back_in_order(tmp_path: Path) -> 
         blocks = data[tensor.offset : tensor.offset + num_rows * 576 // 32 * 20].reshape(num_rows, -1)  # Q4_1
         stored = torch.from_numpy(dequantize(blocks, tensor.quantization))
         wanted = stored.view(num_heads, 32, 2, 576).transpose(1, 2).reshape(num_rows, 576)
-        torch.testing.assert_close(gguf.read_weight(header, data, tensor), wanted, rtol=0, atol=0)
+        torch.testing.assert_close(gguf_convert.read_weight(header, data, tensor), wanted, rtol=0, atol=0)
 
 
 @needs_demo

