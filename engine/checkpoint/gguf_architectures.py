@@ -1,0 +1,330 @@
+"""Describe the architectures of GGUF files: the Hugging Face checkpoint that each becomes. Data.
+
+Where a family computes what another one does, its files become that one's: InternLM2, Baichuan and EXAONE 3 are Llamas
+with other names, MiniCPM is a Granite, ChatGLM a GLM, QWen a Qwen2. `engine.checkpoint.gguf_names` and `gguf_config`
+read the table.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from engine.checkpoint.gguf import GGUF, shortest
+from engine.checkpoint.gguf_rope import (
+    Rope,
+    gemma3_rope,
+    head_dim,
+    ministral3_rope,
+    partly_rotated,
+    rope_of_each_kind,
+    rope_parameters,
+)
+from engine.errors import ModelError
+
+Derive = Callable[[GGUF], dict[str, Any]]
+"""Computes entries of config.json from a file."""
+Names = dict[str, str]
+
+RMS, LAYER = "{}.attention.layer_norm_rms_epsilon", "{}.attention.layer_norm_epsilon"
+
+# Tensors of a whole model and of a block, without ".weight" or ".bias" -> module of the checkpoint
+TOP: Names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+BLOCK: Names = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+SANDWICH: Names = BLOCK | {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+POST_NORMS: Names = {name: module for name, module in SANDWICH.items() if name not in ("attn_norm", "ffn_norm")}
+QKV_BIAS: Names = {"attention_bias": "attn_q"}
+MLP_BIAS: Names = QKV_BIAS | {"mlp_bias": "ffn_up"}
+FUSED_GATE_UP: Names = BLOCK | {"ffn_up": "mlp.gate_up_proj"}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Describe the checkpoint that the files of one architecture become."""
+
+    name: str  # in config.json's `architectures`
+    model_type: str
+    keys: Names = field(default_factory=dict)  # entry of config.json -> the file's key; left out where it has none
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # entries that are the same for all files
+    biases: Names = field(default_factory=lambda: QKV_BIAS)  # entry -> the tensor that has a bias where it is true
+    derived: tuple[Derive, ...] = ()
+    rope: Rope | None = rope_parameters
+    block: Names = field(default_factory=lambda: BLOCK)
+    top: Names = field(default_factory=lambda: TOP)
+    layers: str = "model.layers"  # module of the blocks
+    spellings: Names = field(default_factory=dict)  # entry that all families have -> how this one spells it
+    is_interleaved: bool = False  # q and k keep rotary pairs side by side, which the checkpoint has half a head apart
+    has_offset_norms: bool = False  # norms hold 1 + weight
+    has_norms_of_heads: bool = False  # each query and key head has its own norm, a module in the checkpoint
+    has_fused_qkv: bool = False  # in the checkpoint; files may fuse them for any
+    is_transposed: bool = False  # the checkpoint's matrices of blocks are [in, out]
+
+
+def windows(period: int, default: int | None = None) -> Derive:
+    """Return what reads sliding windows: all but the last of every `period` layers, unless the file says otherwise."""
+
+    def derive(gguf: GGUF) -> dict[str, Any]:
+        num_layers, window = gguf["{}.block_count"], gguf.get("{}.attention.sliding_window", default) or None
+        pattern = gguf.get("{}.attention.sliding_window_pattern", period)
+        if not isinstance(pattern, list):
+            pattern = [(i + 1) % pattern != 0 for i in range(num_layers)]
+        is_local = [bool(window) and bool(local) for local in pattern]
+        kinds = ["sliding_attention" if local else "full_attention" for local in is_local]
+        return {"sliding_window": window, "layer_types": kinds}
+
+    return derive
+
+
+def query_scalar(num_layers_27b: int) -> Derive:
+    """Return what reads `query_pre_attn_scalar`, which files leave out: the 27B model's is not the length of a head."""
+
+    def derive(gguf: GGUF) -> dict[str, Any]:
+        is_27b = gguf["{}.block_count"] == num_layers_27b
+        return {"query_pre_attn_scalar": gguf["{}.embedding_length"] // gguf.heads if is_27b else head_dim(gguf)}
+
+    return derive
+
+
+def qk_norms(entry: str) -> Derive:
+    """Return what says in `entry` whether queries and keys are normed."""
+    return lambda gguf: {entry: "blk.0.attn_q_norm.weight" in gguf.shapes}
+
+
+def phi3_lengths(gguf: GGUF) -> dict[str, Any]:
+    """Return Phi-3's window, for which files say 0 where there is none, and the length before scaling."""
+    original = gguf.get("{}.rope.scaling.original_context_length", gguf["{}.context_length"])
+    window = gguf.get("{}.attention.sliding_window") or None
+    return {"sliding_window": window, "original_max_position_embeddings": original}
+
+
+def smollm3_layers(gguf: GGUF) -> dict[str, Any]:
+    """Return which layers are rotated: all but every fourth."""
+    return {"no_rope_layers": [int((i + 1) % 4 != 0) for i in range(gguf["{}.block_count"])]}
+
+
+def minicpm_multipliers(gguf: GGUF) -> dict[str, Any]:
+    """Return MiniCPM's multipliers by Granite's names. Old files have none: they are of the 1B and 2B models."""
+    hidden_size, num_layers = gguf["{}.embedding_length"], gguf["{}.block_count"]
+    return {
+        "embedding_multiplier": shortest(gguf.get("{}.embedding_scale", 12.0)),
+        "residual_multiplier": shortest(gguf.get("{}.residual_scale", 1.4 / num_layers**0.5)),
+        "logits_scaling": shortest(gguf.get("{}.logit_scale", hidden_size / 256)),
+        "attention_multiplier": head_dim(gguf) ** -0.5,
+    }
+
+
+def no_alibi(gguf: GGUF) -> dict[str, Any]:
+    """Raise `ModelError` for the one Baichuan whose positions are not rotary."""
+    if gguf["{}.block_count"] == 40:
+        raise ModelError("Baichuan 13B, whose attention has ALiBi for positions, is not supported; the 7B models are")
+    return {}
+
+
+GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+LLAMA = Architecture("LlamaForCausalLM", "llama", biases=MLP_BIAS, is_interleaved=True)
+NEOX_LLAMA = replace(LLAMA, is_interleaved=False)
+GEMMA_2 = Architecture(
+    "Gemma2ForCausalLM",
+    "gemma2",
+    keys={
+        "attn_logit_softcapping": "{}.attn_logit_softcapping",
+        "final_logit_softcapping": "{}.final_logit_softcapping",
+    },
+    fixed=GELU,
+    derived=(windows(2, 4096), query_scalar(46)),
+    block=SANDWICH,
+    has_offset_norms=True,
+)
+OLMO_2 = Architecture("Olmo2ForCausalLM", "olmo2", block=POST_NORMS)
+GRANITE = Architecture(
+    "GraniteForCausalLM",
+    "granite",
+    keys={
+        "attention_multiplier": "{}.attention.scale",
+        "embedding_multiplier": "{}.embedding_scale",
+        "residual_multiplier": "{}.residual_scale",
+        "logits_scaling": "{}.logit_scale",
+    },
+    biases=MLP_BIAS,
+    is_interleaved=True,
+)
+GLM_4 = Architecture(
+    "Glm4ForCausalLM",
+    "glm4",
+    rope=partly_rotated,
+    block=FUSED_GATE_UP
+    | {
+        "post_attention_norm": "post_self_attn_layernorm",
+        "post_ffw_norm": "post_mlp_layernorm",
+    },
+)
+
+# general.architecture -> what its files become
+ARCHITECTURES = {
+    "llama": LLAMA,
+    "qwen2": Architecture("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": Architecture("Qwen3ForCausalLM", "qwen3"),
+    "gemma": Architecture("GemmaForCausalLM", "gemma", fixed=GELU, has_offset_norms=True),
+    "gemma2": GEMMA_2,
+    "gemma3": replace(
+        GEMMA_2,
+        name="Gemma3ForCausalLM",
+        model_type="gemma3_text",
+        keys={"final_logit_softcapping": "{}.final_logit_softcapping"},
+        fixed=GELU | {"attn_logit_softcapping": None},
+        derived=(windows(6), query_scalar(62)),
+        rope=gemma3_rope,
+    ),
+    "phi2": Architecture(
+        "PhiForCausalLM",
+        "phi",
+        fixed={"hidden_act": "gelu_new"},
+        derived=(qk_norms("qk_layernorm"),),
+        rope=partly_rotated,
+        block=BLOCK | {"attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"},
+        top=TOP | {"output_norm": "model.final_layernorm"},
+        spellings={"norm_eps": "layer_norm_eps"},
+    ),
+    "phi3": Architecture(
+        "Phi3ForCausalLM",
+        "phi3",
+        derived=(phi3_lengths,),
+        block=FUSED_GATE_UP | {"attn_qkv": "self_attn.qkv_proj"},
+        has_fused_qkv=True,
+    ),
+    "glm4": GLM_4,
+    "chatglm": replace(GLM_4, name="GlmForCausalLM", model_type="glm", block=FUSED_GATE_UP),
+    "command-r": Architecture(
+        "CohereForCausalLM",
+        "cohere",
+        keys={"logit_scale": "{}.logit_scale"},
+        derived=(qk_norms("use_qk_norm"),),
+        spellings={"norm_eps": "layer_norm_eps"},
+    ),
+    "cohere2": Architecture(
+        "Cohere2ForCausalLM",
+        "cohere2",
+        keys={"logit_scale": "{}.logit_scale"},
+        derived=(windows(4),),
+        spellings={"norm_eps": "layer_norm_eps"},
+    ),
+    "olmo": Architecture("OlmoForCausalLM", "olmo", keys={"clip_qkv": "{}.attention.clamp_kqv"}, is_interleaved=True),
+    "olmo2": OLMO_2,
+    "olmo3": replace(
+        OLMO_2, name="Olmo3ForCausalLM", model_type="olmo3", derived=(windows(4),), rope=rope_of_each_kind
+    ),
+    "granite": GRANITE,
+    "minicpm": replace(GRANITE, keys={}, derived=(minicpm_multipliers,)),
+    "smollm3": Architecture(
+        "SmolLM3ForCausalLM", "smollm3", biases=MLP_BIAS, derived=(smollm3_layers,), is_interleaved=True
+    ),
+    "exaone": NEOX_LLAMA,
+    "exaone4": Architecture("Exaone4ForCausalLM", "exaone4", derived=(windows(4),), block=POST_NORMS),
+    "stablelm": Architecture(
+        "StableLmForCausalLM",
+        "stablelm",
+        keys={"use_parallel_residual": "{}.use_parallel_residual"},
+        biases={"use_qkv_bias": "attn_q"},
+        derived=(qk_norms("qk_layernorm"),),
+        rope=partly_rotated,
+        block=BLOCK | {f"attn_{x}_norm": f"self_attn.{x}_layernorm" for x in "qk"},
+        spellings={"norm_eps": "layer_norm_eps"},
+        has_norms_of_heads=True,
+    ),
+    "nemotron": Architecture(
+        "NemotronForCausalLM",
+        "nemotron",
+        fixed={"hidden_act": "relu2"},
+        biases=MLP_BIAS,
+        rope=partly_rotated,
+        has_offset_norms=True,
+        spellings={"norm_eps": "norm_eps"},
+    ),
+    "starcoder2": Architecture(
+        "Starcoder2ForCausalLM",
+        "starcoder2",
+        fixed={"hidden_act": "gelu_pytorch_tanh"},
+        biases={"use_bias": "attn_output"},
+        block=BLOCK | {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+        spellings={"norm_eps": "norm_epsilon"},
+    ),
+    "internlm2": LLAMA,
+    "baichuan": replace(LLAMA, derived=(no_alibi,)),
+    "qwen": Architecture("Qwen2ForCausalLM", "qwen2"),
+    "mistral3": Architecture("Ministral3ForCausalLM", "ministral3", rope=ministral3_rope, is_interleaved=True),
+    "mistral": replace(LLAMA, name="MistralForCausalLM", model_type="mistral", fixed={"sliding_window": None}),
+    "seed_oss": Architecture(
+        "SeedOssForCausalLM",
+        "seed_oss",
+        biases=MLP_BIAS | {"attention_out_bias": "attn_output"},
+        block=BLOCK | {"post_attention_norm": "post_attention_layernorm"},
+    ),
+    "hunyuan-dense": Architecture(
+        "HunYuanDenseV1ForCausalLM",
+        "hunyuan_v1_dense",
+        block=BLOCK | {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
+    ),
+    "ernie4_5": Architecture("Ernie4_5ForCausalLM", "ernie4_5", biases={"use_bias": "attn_q"}),
+    "arcee": Architecture(
+        "ArceeForCausalLM", "arcee", fixed={"hidden_act": "relu2"}, biases=MLP_BIAS, is_interleaved=True
+    ),
+    "gpt2": Architecture(
+        "GPT2LMHeadModel",
+        "gpt2",
+        fixed={"activation_function": "gelu_new"},
+        rope=None,
+        block={
+            "attn_norm": "ln_1",
+            "attn_qkv": "attn.c_attn",
+            "attn_output": "attn.c_proj",
+            "ffn_norm": "ln_2",
+            "ffn_up": "mlp.c_fc",
+            "ffn_down": "mlp.c_proj",
+        },
+        top={
+            "token_embd": "transformer.wte",
+            "position_embd": "transformer.wpe",
+            "output_norm": "transformer.ln_f",
+            "output": "lm_head",
+        },
+        layers="transformer.h",
+        spellings={
+            "hidden_size": "n_embd",
+            "intermediate_size": "n_inner",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+            "norm_eps": "layer_norm_epsilon",
+        },
+        has_fused_qkv=True,
+        is_transposed=True,
+    ),
+}
+FILES = tuple(name for name in ARCHITECTURES if name not in ("olmo3", "mistral"))  # names that files have
+
+
+def architecture_of(gguf: GGUF) -> Architecture:
+    """Return what the file becomes. `ModelError` if its architecture is not known."""
+    name = gguf["general.architecture"]
+    if name not in FILES:
+        raise ModelError(f"GGUF architecture {name!r} is not supported, only {', '.join(FILES)}")
+    if name == "olmo2" and gguf.get("{}.attention.sliding_window"):
+        name = "olmo3"
+    if name == "mistral3" and not gguf.get("{}.attention.temperature_scale"):  # Mistral Small 3
+        name = "mistral"
+    return ARCHITECTURES[name]

@@ -1,0 +1,64 @@
+"""Write what a GGUF file says of its model as config.json and generation_config.json say it."""
+
+from typing import Any
+
+import torch
+
+from engine.checkpoint.gguf import GGUF, shortest
+from engine.checkpoint.gguf_architectures import LAYER, RMS, Architecture
+from engine.checkpoint.gguf_rope import Factors, head_dim
+from engine.model_config import turn_ends
+
+EMBEDDING = "token_embd.weight"
+
+
+def make_config(gguf: GGUF, architecture: Architecture, dtype: torch.dtype, factors: Factors) -> dict[str, Any]:
+    """Return the content of config.json for weights of `dtype`."""
+    entries = {
+        "vocab_size": gguf.shapes[EMBEDDING][0],
+        "hidden_size": gguf["{}.embedding_length"],
+        "intermediate_size": gguf.shapes["blk.0.ffn_down.weight"][1],  # QWen says twice that
+        "num_hidden_layers": gguf["{}.block_count"],
+        "num_attention_heads": gguf.heads,
+        "num_key_value_heads": gguf.kv_heads,
+        "head_dim": head_dim(gguf),
+        "hidden_act": "silu",
+        "max_position_embeddings": gguf["{}.context_length"],
+        "norm_eps": shortest(gguf.get(RMS) or gguf[LAYER]),
+    }
+    spellings = {"norm_eps": "rms_norm_eps"} | dict(architecture.spellings)
+    keys = {entry: gguf.get(key) for entry, key in architecture.keys.items()}
+    return {
+        "architectures": [architecture.name],
+        "model_type": architecture.model_type,
+        "dtype": str(dtype).removeprefix("torch."),
+        **{spellings.get(entry, entry): value for entry, value in entries.items()},
+        **({"rope_parameters": architecture.rope(gguf, factors)} if architecture.rope else {}),
+        **{entry: has_bias(gguf, tensor) for entry, tensor in architecture.biases.items()},
+        "tie_word_embeddings": "output.weight" not in gguf.shapes,
+        **{entry: shortest(value) for entry, value in keys.items() if value is not None},
+        **architecture.fixed,
+        **{entry: value for derive in architecture.derived for entry, value in derive(gguf).items()},
+        **special_ids(gguf),
+    }
+
+
+def has_bias(gguf: GGUF, tensor: str) -> bool:
+    """Return whether `tensor` of the first block has a bias."""
+    fused = ("attn_qkv",) if tensor == "attn_q" else ()
+    return any(f"blk.0.{name}.bias" in gguf.shapes for name in (tensor, *fused))
+
+
+def special_ids(gguf: GGUF) -> dict[str, Any]:
+    """Return the ids of the special tokens by their names in config.json.
+
+    An answer ends at the file's eos, eot and eom; old files have none of the latter, but texts that are known ends.
+    """
+    tokens = gguf["tokenizer.ggml.tokens"]
+    eos = [gguf.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    eos += [tokens.index(text) for text in turn_ends(set(tokens))]
+    return {
+        "bos_token_id": gguf.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": list(dict.fromkeys(token_id for token_id in eos if token_id is not None)),
+        "pad_token_id": gguf.get("tokenizer.ggml.padding_token_id"),
+    }

@@ -1,0 +1,99 @@
+"""From the tensors of a GGUF file to those of a Hugging Face checkpoint: rules of `engine.models.names`.
+
+All of them take rows as they are, but for norms and GPT-2, so they hold for rows of packed blocks as well.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+import torch
+
+from engine.checkpoint.gguf import GGUF
+from engine.checkpoint.gguf_architectures import Architecture
+from engine.checkpoint.gguf_rope import FACTOR_TENSORS, head_dim, rotary_dim
+from engine.errors import ModelError
+from engine.models.names import Interleave, Piece, Rule, Split, pieces_of
+
+
+@dataclass(frozen=True)
+class Translate:
+    """Give a tensor the checkpoint's name: `blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+
+    architecture: Architecture
+
+    def __call__(self, piece: Piece) -> Iterable[Piece]:
+        """Raise `ModelError` if the family has no such tensor."""
+        known = self.architecture
+        stem, _, kind = piece.name.rpartition(".")
+        block, _, rest = stem.removeprefix("blk.").partition(".")
+        # A norm of each head is a module of its own.
+        rest, _, head = rest.partition("#")
+        if stem in known.top:
+            name = known.top[stem]
+        elif stem.startswith("blk.") and rest in known.block:
+            name = f"{known.layers}.{block}.{known.block[rest]}" + (f".norms.{head}" if head else "")
+        else:
+            raise ModelError(f"GGUF tensor {piece.name!r} belongs to no layer of {known.name}")
+        yield Piece(f"{name}.{kind}", piece.transforms, piece.index)
+
+
+@dataclass(frozen=True)
+class SubtractOne:
+    """Take norms back to what their checkpoint holds, in float32: the file has 1 + weight."""
+
+    def __call__(self, piece: Piece) -> Iterable[Piece]:
+        if piece.name.endswith("_norm.weight"):
+            piece = Piece(piece.name, (*piece.transforms, lambda loaded: loaded.float() - 1.0), piece.index)
+        yield piece
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """Turn the matrices of blocks."""
+
+    def __call__(self, piece: Piece) -> Iterable[Piece]:
+        if piece.name.startswith("blk.") and piece.name.endswith(".weight") and "_norm." not in piece.name:
+            piece = Piece(piece.name, (*piece.transforms, torch.Tensor.t), piece.index)
+        yield piece
+
+
+@dataclass(frozen=True)
+class NormOfEachHead:
+    """Split the norms of query and key heads, which a file stacks, into those of each head."""
+
+    heads: int
+    kv_heads: int
+
+    def __call__(self, piece: Piece) -> Iterable[Piece]:
+        stem, _, kind = piece.name.rpartition(".")
+        num_heads = {"attn_q_norm": self.heads, "attn_k_norm": self.kv_heads}.get(stem.rpartition(".")[2])
+        if num_heads is None:
+            yield piece
+            return
+        for i in range(num_heads):
+            yield Piece(f"{stem}#{i}.{kind}", (*piece.transforms, itemgetter(i)))
+
+
+def rules_of(gguf: GGUF, architecture: Architecture) -> Sequence[Rule]:
+    """Return the rules that take the tensors of `gguf` to the checkpoint of `architecture`."""
+    rules: list[Rule] = []
+    if not architecture.has_fused_qkv:
+        rules.append(
+            Split("attn_qkv", ("attn_q", "attn_k", "attn_v"), (gguf.heads, gguf.kv_heads, gguf.kv_heads)),
+        )
+    if architecture.is_interleaved:
+        rules.append(Interleave(r"\.attn_[qk]\.", head_dim(gguf), rotary_dim(gguf)))
+    if architecture.has_offset_norms:
+        rules.append(SubtractOne())
+    if architecture.is_transposed:
+        rules.append(Transpose())
+    if architecture.has_norms_of_heads:
+        rules.append(NormOfEachHead(gguf.heads, gguf.kv_heads))
+    return (*rules, Translate(architecture))
+
+
+def placed(gguf: GGUF, architecture: Architecture) -> dict[str, list[Piece]]:
+    """Return what becomes of each tensor of the file, by its name. `ModelError` names one that has no place."""
+    rules = rules_of(gguf, architecture)
+    return {tensor.name: pieces_of(tensor.name, rules) for tensor in gguf.tensors if tensor.name not in FACTOR_TENSORS}
