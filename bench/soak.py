@@ -7,6 +7,10 @@ reasoning, ask for vectors, start batches, abort, vanish in the middle, read slo
 cache. Every half a minute all of them pause; then nothing may be left over: no page or row held, no task, no
 connection, nothing in the queue. Memory must not grow after warm-up, every greedy answer must begin like the first one
 to its prompt, every constrained one must be what was asked for. Exits with 1 and the reasons otherwise.
+
+    python -m bench.soak --hostile --duration 300
+
+instead has one client send the worst that is known, beside the honest streams of another (`bench.hostile`).
 """
 
 import argparse
@@ -32,6 +36,8 @@ from typing import Any
 import aiohttp
 import orjson
 from rich.console import Console
+
+from bench import hostile
 
 ROOT = Path(__file__).parent.parent
 NUM_PROMPTS = 40
@@ -480,15 +486,23 @@ async def run_against_own_server(args: argparse.Namespace, console: Console) -> 
         port = free.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as folder:
+        flags = SERVER_FLAGS.split()
+        if args.hostile:
+            keys = Path(folder, "keys.yaml")
+            keys.write_text(hostile.KEYS)  # noqa: ASYNC240 - as below
+            flags = [*hostile.FLAGS.split(), "--api-key-file", str(keys)]
         server = subprocess.Popen(  # noqa: ASYNC220 - nothing else runs yet
             [sys.executable, "-m", "server", "--port", str(port), "--file-storage-path", folder,
-             *SERVER_FLAGS.split(), *args.server_flags],
+             *flags, *args.server_flags],
             cwd=ROOT, env=environment, stderr=log,
         )  # fmt: skip
         try:
             url = f"http://127.0.0.1:{port}"
             await wait_until_ready(url, server)
-            problems = await soak(url, args, console)
+            if args.hostile:
+                problems = await hostile.hostile(port, server.pid, args, console)
+            else:
+                problems = await soak(url, args, console)
             server.send_signal(signal.SIGTERM)
             if (status := server.wait(90)) != 0:
                 problems.append(f"the server ended with status {status}")
@@ -508,6 +522,10 @@ def main() -> int:
     parser.add_argument("--round-s", type=float, default=30.0, help="seconds between two looks at the books")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of the server's model")
+    parser.add_argument("--hostile", action="store_true", help="the worst bodies beside honest streams")
+    parser.add_argument("--duration", type=float, default=300.0, help="of --hostile, in seconds")
+    parser.add_argument("--streams", type=int, default=32, help="honest ones at once, of --hostile")
+    parser.add_argument("--bad-at-once", type=int, default=8, help="bad bodies at once, of --hostile")
     parser.add_argument("server_flags", nargs="*", help="more flags of the server, after --")
     args = parser.parse_args()
     console = Console()

@@ -462,8 +462,11 @@ def test_json_nested_without_end_is_a_model_error(name: str, make_folder: Callab
 # ---- long texts ----
 
 
-def trained_tokenizer(pattern: str | None = None) -> tokenizers.Tokenizer:
-    """Make a byte-level BPE tokenizer that has merged words and the spaces and line ends around them."""
+def trained_tokenizer(pattern: str | None = None, missing: str = "") -> tokenizers.Tokenizer:
+    """Make a byte-level BPE tokenizer that has merged words and the spaces and line ends around them.
+
+    missing: characters of its alphabet that have no token, as SmolLM lacks bytes that no text has.
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     cuts: list[Any] = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
@@ -471,7 +474,7 @@ def trained_tokenizer(pattern: str | None = None) -> tokenizers.Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=600,
         special_tokens=["<s>", "</s>", "<|x|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=sorted({*pre_tokenizers.ByteLevel.alphabet()} - {*missing}),
         show_progress=False,
     )
     tokenizer.train_from_iterator([WORDS_OF_ALL_KINDS * 3], trainer)
@@ -483,17 +486,19 @@ WORDS_OF_ALL_KINDS = (
     "The quick fox isn't  here.\nIt'll be\n\n back  soon (or\tnot)! 1234 567\r\n日本語 テキスト。\n한국어 한 글자 "
     "Grüße an alle e\u0301t e\u0301 x=1;\n    if y:\n\treturn <|x|> z\n<|x|>\nQ "
 )
+LOST = "\u00f0\u00f1\u00c0\u0104"  # the bytes F0, F1, C0 and 04 in the alphabet: emojis have the first
 LLAMA_3, TEKKEN = gguf_tokenizer.LLAMA_3, gguf_tokenizer.TEKKEN
 
 
 @pytest.mark.parametrize("pattern", [None, LLAMA_3, gguf_tokenizer.QWEN_2, TEKKEN])
 @pytest.mark.parametrize("piece_chars", [1, 7, 50])
+@pytest.mark.parametrize("missing", ["", LOST])
 def test_a_long_text_has_the_tokens_that_it_has_in_one_piece(
-    pattern: str | None, piece_chars: int, monkeypatch: pytest.MonkeyPatch
+    pattern: str | None, piece_chars: int, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(long_text, "PIECE_CHARS", piece_chars)
     monkeypatch.setattr(long_text, "LOOK_BACK_CHARS", piece_chars)
-    tokenizer = trained_tokenizer(pattern)
+    tokenizer = trained_tokenizer(pattern, missing)
     texts = long_text.LongTexts(tokenizer)
     text = WORDS_OF_ALL_KINDS * 4
     assert len(list(long_text.pieces(text))) > 10
@@ -509,15 +514,35 @@ def test_a_tokenizer_that_reads_across_words_gets_a_long_text_whole(monkeypatch:
         assert long_text.LongTexts(tokenizer).encode(text, True, None) == tokenizer.encode(text).ids
 
 
+@pytest.mark.parametrize("missing", ["", LOST])
 def test_a_text_that_can_never_fit_is_refused_by_its_characters_before_it_is_tokenized(
-    monkeypatch: pytest.MonkeyPatch,
+    missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = Tokenizer(FastBackend(trained_tokenizer()))
+    tokenizer = Tokenizer(FastBackend(trained_tokenizer(missing=missing)))
     longest = max(map(len, tokenizer.backend._tokenizer.get_vocab()))  # type: ignore[attr-defined]
     monkeypatch.setattr(long_text.LongTexts, "_encode", lambda *args: pytest.fail("tokenized"))
     text = "a" * (long_text.PIECE_CHARS + 1)
     with pytest.raises(PromptTooLong, match=f"{len(text)} characters.* 100 tokens of at most {longest}"):
         tokenizer.encode(text, context_length=100)
+
+
+def test_characters_that_leave_no_token_do_not_count_against_the_context() -> None:
+    tokenizer = Tokenizer(FastBackend(trained_tokenizer(missing=LOST)))
+    text = "\x04" * (long_text.PIECE_CHARS * 9) + " one two"
+    assert tokenizer.encode(text, False, context_length=100) == tokenizer.encode(" one two", False)
+
+
+@pytest.mark.parametrize("context_length", [None, 10, 1 << 15])
+def test_a_text_of_millions_of_characters_without_a_place_to_cut_is_refused(
+    context_length: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be tokenized in one go, which takes gigabytes. With places to cut it is read."""
+    monkeypatch.setattr(long_text, "MAX_UNCUT_CHARS", 1 << 17)
+    limit = max(1 << 17, long_text.UNCUT_CHARS_A_TOKEN * (context_length or 0))
+    tokenizer = Tokenizer(FastBackend(trained_tokenizer()))
+    with pytest.raises((InvalidRequest, PromptTooLong), match=f"{limit + 1} characters"):
+        tokenizer.encode("x" * (limit + 1), False, context_length=context_length)
+    assert len(tokenizer.encode("one two " * (limit // 7), False)) > limit // 7
 
 
 def test_counting_the_tokens_of_a_text_ends_where_it_cannot_fit_any_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,15 @@ from typing import Any
 import tokenizers
 from tokenizers.models import BPE
 from tokenizers.normalizers import NFC
-from tokenizers.pre_tokenizers import ByteLevel
 
-from engine.errors import PromptTooLong
+from engine.errors import InvalidRequest, PromptTooLong
+from engine.text.detokenizer import BYTE_OF_CHAR
 
 PIECE_CHARS = 1 << 16
+# Of a piece without a place to cut: the library takes about 100 bytes for each until it is done. With a long context
+# more than this if it may be that the context holds it.
+MAX_UNCUT_CHARS = 1 << 20
+UNCUT_CHARS_A_TOKEN = 8  # more than tokens have on average, in any text but one of spaces or dashes
 LOOK_BACK_CHARS = 1 << 12  # from a piece's longest end on, for a place to cut
 # A prompt is counted this many contexts far, so that most who send too much learn how much it is.
 COUNTED_CONTEXTS = 4
@@ -41,14 +45,19 @@ CUTTERS = ("ByteLevel", "Digits", "Split")  # pre-tokenizers that change nothing
 NFC_SHRINKS = 4  # most characters that become one by normalization
 
 
-def pieces(text: str) -> Iterator[str]:
-    """Yield consecutive pieces of `text`, cut at `CUT`, of about `PIECE_CHARS` where there are places to cut."""
+def pieces(text: str, max_chars: int = MAX_UNCUT_CHARS) -> Iterator[str]:
+    """Yield consecutive pieces of `text`, cut at `CUT`, of about `PIECE_CHARS` where there are places to cut.
+
+    The last one is all of the rest if there is no place to cut in its first `max_chars`.
+    """
     start = 0
     while len(text) - start > PIECE_CHARS:
         end = start + PIECE_CHARS
         cuts = [match.start() for match in CUT.finditer(text, max(start + 1, end - LOOK_BACK_CHARS), end)]
-        if not cuts:
-            cuts = [match.start() for match in [CUT.search(text, end)] if match]
+        while not cuts and end < min(len(text), start + max_chars):
+            # A part at a time: a search keeps the interpreter from all other threads until it is done.
+            cuts = [match.start() for match in [CUT.search(text, end, end + PIECE_CHARS + 2)] if match]
+            end += PIECE_CHARS
         if not cuts:
             break
         yield text[start : cuts[-1]]
@@ -63,16 +72,23 @@ class LongTexts:
         self._tokenizer = tokenizer
 
     def encode(self, text: str, add_special_tokens: bool, context_length: int | None) -> list[int]:
-        """Return the token ids of `text`. Raises `PromptTooLong` once it is sure that a context cannot hold it."""
-        max_tokens = math.inf
+        """Return the token ids of `text`.
+
+        Raises `PromptTooLong` once it is sure that a context cannot hold it, and `InvalidRequest` if it is so long
+        without a place to cut that reading it would take gigabytes.
+        """
+        max_tokens, max_chars = math.inf, MAX_UNCUT_CHARS
         if context_length is not None:
             max_tokens = COUNTED_CONTEXTS * context_length
+            max_chars = max(max_chars, UNCUT_CHARS_A_TOKEN * context_length)
             self._check_chars(text, context_length)
         if not self._is_cuttable:
+            _check_uncut(text, max_chars)
             return self._encode(text, add_special_tokens)
         first, last = self._special_ids if add_special_tokens else ([], [])
         ids = list(first)
-        for piece in pieces(text):
+        for piece in pieces(text, max_chars):
+            _check_uncut(piece, max_chars)
             ids += self._encode(piece, False)
             if len(ids) > max_tokens:
                 raise PromptTooLong(
@@ -89,25 +105,41 @@ class LongTexts:
             return
         if self._tokenizer.normalizer is not None and not text.isascii():
             longest *= NFC_SHRINKS
-        if len(text) > context_length * longest:
+        if len(text) > context_length * longest and self._leaves_more(text, context_length * longest):
             raise PromptTooLong(
                 f"prompt has {len(text)} characters, and the context is {context_length} tokens "
                 f"of at most {longest} characters",
                 "text",
             )
 
+    def _leaves_more(self, text: str, num_chars: int) -> bool:
+        """Return whether more than `num_chars` characters of `text` become tokens. Ends as soon as that is sure."""
+        num_left = 0
+        for start in range(0, len(text), PIECE_CHARS):
+            part = text[start : start + PIECE_CHARS]
+            data = part.encode()
+            num_left += len(part) - (len(data) - len(data.translate(None, self._lost_bytes)))
+            if num_left > num_chars:
+                return True
+        return False
+
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     @cached_property
     def _is_byte_level(self) -> bool:
-        """Return whether text is cut into words, and every byte of them is in some token."""
+        """Return whether text is cut into words, whose bytes become tokens."""
         steps = _steps(self._tokenizer.pre_tokenizer, "pretokenizers")
-        return (
-            [step["type"] for step in steps[-1:]] == ["ByteLevel"]
-            and all(step["type"] in CUTTERS and step.get("behavior") != "Removed" for step in steps)
-            and all(self._tokenizer.token_to_id(character) is not None for character in ByteLevel.alphabet())
+        return [step["type"] for step in steps[-1:]] == ["ByteLevel"] and all(
+            step["type"] in CUTTERS and step.get("behavior") != "Removed" for step in steps
         )
+
+    @cached_property
+    def _lost_bytes(self) -> bytes:
+        """Return the bytes that no token has: any number of them may leave no trace. Few texts have them."""
+        if not self._is_byte_level:
+            return b""
+        return bytes(byte for character, byte in BYTE_OF_CHAR.items() if self._tokenizer.token_to_id(character) is None)
 
     @cached_property
     def _longest_token(self) -> int | None:
@@ -147,6 +179,15 @@ class LongTexts:
         bare, whole = self._encode("a", False), self._encode("a", True)
         start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
         return whole[:start], whole[start + len(bare) :]
+
+
+def _check_uncut(text: str, max_chars: int) -> None:
+    if len(text) > max_chars:
+        raise InvalidRequest(
+            f"text has {len(text)} characters in a row without a space or a line's end between letters, "
+            f"where it could be read in parts: the limit is {max_chars}",
+            "text",
+        )
 
 
 def _steps(part: Any, name: str) -> list[dict[str, Any]]:
