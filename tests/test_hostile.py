@@ -147,6 +147,7 @@ async def test_more_messages_than_can_ever_fit_are_refused_at_once(client: Clien
 
 
 @pytest.mark.parametrize("path", PATHS[1:5])
+@pytest.mark.max_callback_ms(100)  # 0.3 MB are parsed, and each message looked at, in one go
 async def test_thousands_of_messages_do_not_hold_the_loop(client: Client, path: str) -> None:
     messages = b'{"role":"user","content":"a"},' * 10_000
     name = b"input" if path == "/v1/responses" else b"messages"
