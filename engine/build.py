@@ -40,6 +40,7 @@ from engine.step.model_runner import ModelRunner
 from engine.step.sampler import Sampler
 from engine.step.warmup import compile_kernels, load_kernels, measure_step
 from engine.text.grammar import GrammarCompiler, MaskFiller
+from engine.text.no_tokenizer import NoTokenizer
 from engine.text.tokenizer import Tokenizer
 from kernels import gated_gemm
 from kernels.attention import choose_backend
@@ -345,6 +346,8 @@ def run_rank(
 def load_model_files(folder: Path, config: EngineConfig) -> tuple[ModelConfig, Tokenizer]:
     """Load all that the model in `folder` is but its weights; its tokenizer, unless --tokenizer-path names another."""
     model_config = load_config(folder, config)
+    if config.skip_tokenizer_init:
+        return model_config, NoTokenizer()
     tokenizer = Tokenizer.load(resolve_tokenizer(config, folder), config.trust_remote_code)
     if "eos_token_id" not in parse_overrides(config.json_model_override_args):
         model_config = with_tokenizers_ends(model_config, tokenizer)
@@ -369,8 +372,8 @@ def with_tokenizers_ends(model_config: ModelConfig, tokenizer: Tokenizer) -> Mod
 
 
 def new_grammars(config: EngineConfig, model_config: ModelConfig, tokenizer: Tokenizer) -> GrammarCompiler | None:
-    """Return the compiler that --grammar-backend names, or None for "none"."""
-    if config.grammar_backend == "none":
+    """Return the compiler that --grammar-backend names, or None for "none", and without a tokenizer."""
+    if config.grammar_backend == "none" or config.skip_tokenizer_init:
         return None
     compiler_class: type[GrammarCompiler] = GrammarCompiler
     if config.grammar_backend == "xgrammar":

@@ -191,7 +191,8 @@ def canary_of(
     context_length: int,
 ) -> Canary:
     """Return the canary of an engine made of `parts`."""
-    input_ids = parts.tokenizer.encode(TEXT)[: min(MAX_PROMPT_LEN, context_length - NUM_NEW_TOKENS)]
+    known = range(parts.model_config.vocab_size) if parts.config.skip_tokenizer_init else parts.tokenizer.encode(TEXT)
+    input_ids = list(known[: min(MAX_PROMPT_LEN, context_length - NUM_NEW_TOKENS)])
     dtype = str(parts.model_config.dtype).removeprefix("torch.")
     return Canary(generate, functools.partial(has_room, parts.scheduler, loop), weights_version, input_ids, dtype)
 

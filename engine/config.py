@@ -32,6 +32,9 @@ class EngineConfig:
         "demo", MODEL, "folder, hub id, .gguf file, or `demo` (SmolLM2-135M-Instruct)", aliases=("--model",)
     )
     tokenizer_path: str | None = option(None, MODEL, "folder or hub id of the tokenizer, if not the model's")
+    skip_tokenizer_init: bool = option(
+        False, MODEL, "load no tokenizer: requests bring input_ids, answers are output_ids, text and chats are refused"
+    )
     load_format: str = option(
         "auto", MODEL, "how weights are stored; dummy: random weights", choices=("auto", "safetensors", "gguf", "dummy")
     )

@@ -37,7 +37,9 @@ class Constraints:
     async def _grammar(self, kind: str, text: str) -> Grammar:
         grammars = self._grammars
         if grammars is None:
-            raise InvalidRequest(f"{kind} is not supported: the server runs with --grammar-backend none", kind)
+            raise InvalidRequest(
+                f"{kind} is not supported: the server runs with --grammar-backend none or --skip-tokenizer-init", kind
+            )
         grammar = grammars.find(kind, text)
         if grammar is not None:
             return grammar

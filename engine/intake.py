@@ -25,7 +25,7 @@ class Intake:
     def submit(self, state: RequestState) -> None:
         """Queue `state`. Raises what `Engine.submit` raises, with the request forgotten."""
         self._limits.verify(state, self.requests.by_rid)
-        if state.pooling is None:
+        if state.pooling is None and self._limits.makes_text:
             state.text_stream = self._tokenizer.text_stream(state.sampling_params, state.request.input_ids)
         self._queue(state)
         if state.matcher is not None:

@@ -67,7 +67,11 @@ class LocalEngine(Engine):
         context_length = min(parts.rows.max_len, scheduler.held.allocator.num_total)
         is_generation = parts.model_config.is_generation and not config.is_embedding
         limits = RequestLimits(
-            parts.model_config.vocab_size, context_length, is_generation, config.enable_return_hidden_states
+            parts.model_config.vocab_size,
+            context_length,
+            is_generation,
+            returns_hidden_states=config.enable_return_hidden_states,
+            makes_text=not config.skip_tokenizer_init,
         )
         intake = Intake(scheduler, parts.tokenizer, limits, requests)
         constraints = Constraints(parts.grammars, may_jump=not config.disable_jump_forward)

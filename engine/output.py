@@ -150,7 +150,9 @@ class OutputProcessor:
         self._read(state)
         delta = state.unsent
         # Without text, the tokens are half a character, or the beginning of a possible stop string.
-        if delta is None or not state.stream or not (delta.text or delta.logprobs is not None):
+        if delta is None or not state.stream:
+            return
+        if not (delta.text or delta.logprobs is not None or state.text_stream is None):
             return
         if len(delta.token_ids) >= self.stream_interval or not state.has_begun:
             state.unsent, state.has_begun = None, True

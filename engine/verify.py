@@ -19,6 +19,7 @@ class RequestLimits:
     context_length: int  # longest prompt + answer in tokens
     is_generation: bool
     returns_hidden_states: bool = False
+    makes_text: bool = True
 
     def verify(self, state: RequestState, live_rids: Container[str]) -> None:
         """Raise `InvalidRequest` or `PromptTooLong` with the numbers; otherwise set `state.prompt_ids`.
@@ -31,6 +32,8 @@ class RequestLimits:
         if request.rid in live_rids:
             raise InvalidRequest(f"a request with rid {request.rid!r} is running", "rid")
         self._verify_kind(request)
+        if not self.makes_text:
+            _verify_stops(request)
         state.prompt_ids = self._verify_prompt(request)
         self._verify_logprobs(request)
 
@@ -83,6 +86,16 @@ class RequestLimits:
                 f"logprob_start_len must be -1 or a position of the prompt, which has {request.prompt_len} tokens; "
                 f"got {request.logprob_start_len}",
                 "logprob_start_len",
+            )
+
+
+def _verify_stops(request: Request) -> None:
+    """Raise `InvalidRequest` for stops that only a text can show."""
+    for name in ("stop", "stop_regex"):
+        if getattr(request.sampling_params, name):
+            raise InvalidRequest(
+                f"{name} needs the answer's text, and the server runs with --skip-tokenizer-init: use stop_token_ids",
+                name,
             )
 
 

@@ -189,7 +189,7 @@ async def serve(config: ServerConfig, listener: socket.socket, console: Console)
         is_loading = False
         with Watchdog(config.watchdog_timeout, engine.progress, engine.describe) as watchdog:
             for _ in range(0 if config.skip_server_warmup else config.dp_size):  # idle replicas take turns
-                await warm_up(engine)
+                await warm_up(engine, reads_text=not config.skip_tokenizer_init)
             settle_garbage_collector()
             await serve_http(engine, config, listener, console, stop, watchdog)
     except (EngineError, StartError) as error:
@@ -221,9 +221,11 @@ def end_failed(console: Console, message: str) -> NoReturn:
     os._exit(1)
 
 
-async def warm_up(engine: Engine) -> None:
+async def warm_up(engine: Engine, *, reads_text: bool = True) -> None:
     """Generate a few tokens, so that no client pays for what happens once; a model that cannot is found now."""
-    input_ids = (await engine.encode("The capital city of France is"))[: engine.context_length]
+    some_ids = list(range(min(8, engine.model_config.vocab_size)))
+    input_ids = await engine.encode("The capital city of France is") if reads_text else some_ids
+    input_ids = input_ids[: engine.context_length]
     num_tokens = min(8, engine.context_length - len(input_ids)) if engine.is_generation else 0
     params = SamplingParams(max_new_tokens=num_tokens, temperature=0.0)
     pooling = None if engine.is_generation else "last"
@@ -293,13 +295,16 @@ def print_ready(console: Console, engine: Engine, config: ServerConfig, app: web
         table.add_row(f"[bold]{name}[/]", escape(value))
     console.print(table)
     key = " -H 'Authorization: Bearer KEY'" if config.api_key or config.api_key_file else ""
-    path, body = example_request(engine)
+    path, body = example_request(engine, reads_text=not config.skip_tokenizer_init)
     # On a line of its own that is never wrapped, so that it can be copied.
     console.out(f"\ncurl {url}{path} -H 'Content-Type: application/json'{key} -d '{body}'\n", highlight=False)
 
 
-def example_request(engine: Engine) -> tuple[str, str]:
+def example_request(engine: Engine, *, reads_text: bool = True) -> tuple[str, str]:
     """Return the path and the body of a first request that the model can answer."""
+    if not reads_text:
+        path = "/generate" if engine.is_generation else "/v1/embeddings"
+        return path, f'{{"{"input_ids" if engine.is_generation else "input"}": [1, 2, 3]}}'
     if engine.is_generation:
         return "/generate", '{"text": "The capital of France is", "sampling_params": {"max_new_tokens": 16}}'
     if engine.model_config.is_classifier:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from engine.engine import Engine
+from engine.errors import InvalidRequest
 from server.http.intake import paced
 from server.parsers import AnswerParser
 from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS, ReasoningParser
@@ -72,6 +73,8 @@ class TextApi:
 
     async def detokenize(self, http_request: web.Request) -> web.Response:
         """Return the text, under SGLang's name and vLLM's."""
+        if self.chats.config.skip_tokenizer_init:
+            raise InvalidRequest("tokens have no text: the server runs with --skip-tokenizer-init", "tokens")
         body = await read_json(http_request)
         ids, vocab_size = body.get("tokens"), self.engine.model_config.vocab_size
         skip = body.flag("skip_special_tokens", True)
