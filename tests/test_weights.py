@@ -21,7 +21,8 @@ from engine.checkpoint import gguf, gguf_convert
 from engine.checkpoint.folder import resolve_model, resolve_tokenizer
 from engine.checkpoint.gguf_architectures import architecture_of
 from engine.checkpoint.gguf_names import placed
-from engine.checkpoint.gguf_tokenizer import WORDS, write_tokenizer
+from engine.checkpoint.gguf_tokenizer import write_tokenizer
+from engine.checkpoint.gguf_words import WORDS
 from engine.checkpoint.weights import load_weights
 from engine.config import EngineConfig
 from engine.errors import ModelError
@@ -449,6 +450,14 @@ def byte_level_pieces(pre: str, text: str, folder: Path) -> list[str]:
         ("tekken", ["Hi", "Ġthere", ".(", "ab", ")Ċ", "Ġ", "1", "2", "3", "4"]),
         ("deepseek-llm", ["Hi", "Ġthere", ".(", "ab", ")", "Ċ", "Ġ", "1", "2", "3", "4"]),
         ("deepseek-coder", ["Hi", "Ġthere", ".(", "ab", ")", "Ċ", "Ġ", "1", "2", "3", "4"]),
+        ("deepseek-v3", ["Hi", "Ġthere", ".(", "ab", ")Ċ", "Ġ", "123", "4"]),
+        ("gpt-4o", ["Hi", "Ġthere", ".(", "ab", ")Ċ", "Ġ", "123", "4"]),
+        ("tiny_aya", ["Hi", "Ġthere", ".(", "ab", ")Ċ", "Ġ", "1", "234"]),
+        ("glm4", ["Hi", "Ġthere", ".(", "ab", ")Ċ", "Ġ", "123", "4"]),
+        ("phi-2", ["Hi", "Ġthere", ".(", "ab", ")", "Ċ", "Ġ1234"]),
+        ("exaone", ["Hi", "Ġthere", ".(", "ab", ")", "ĊĠ", "1", "2", "3", "4"]),
+        ("falcon", ["Hi", "Ġthere", ".(", "ab", ")", "Ċ", "Ġ", "123", "4"]),
+        ("viking", ["Hi", "Ġthere", ".(", "ab", ")Ċ", "Ġ", "1", "2", "3", "4"]),
     ],
 )
 def test_each_way_of_cutting_text_that_a_gguf_names_is_known(pre: str, pieces: list[str], tmp_path: Path) -> None:
@@ -467,7 +476,9 @@ def test_every_way_of_cutting_text_compiles_and_loses_nothing(pre: str, tmp_path
     ("metadata", "named"),
     [
         (BYTE_LEVEL | {"tokenizer.ggml.pre": "klingon"}, "'klingon' .* llama-bpe.*--tokenizer-path"),
-        ({"tokenizer.ggml.model": "t5"}, "'t5'.*--tokenizer-path"),
+        ({"tokenizer.ggml.model": "t5"}, r"'t5' \(Unigram\).*--tokenizer-path"),
+        ({"tokenizer.ggml.model": "bert"}, r"'bert' \(WordPiece\).*--tokenizer-path"),
+        ({"tokenizer.ggml.model": "rwkv"}, r"'rwkv' \(RWKV\).*--tokenizer-path"),
     ],
 )
 def test_a_gguf_tokenizer_of_unknown_kind_is_refused_before_it_is_converted(
@@ -499,6 +510,35 @@ def test_a_gguf_says_what_goes_around_a_text(adds_bos: bool, adds_eos: bool, tmp
     flags = {"tokenizer.ggml.add_bos_token": adds_bos, "tokenizer.ggml.add_eos_token": adds_eos}
     tokenizer = Tokenizer.load(resolve_model(tiny_gguf_config(tmp_path, flags)))
     assert tokenizer.encode("ab") == [*[1] * adds_bos, 8, *[2] * adds_eos]
+
+
+def test_an_old_gguf_s_tokenizer_has_the_usual_special_tokens(tmp_path: Path) -> None:
+    metadata = {f"tokenizer.ggml.{name}_token_id": None for name in ("bos", "eos")}
+    folder = resolve_model(tiny_gguf_config(tmp_path, metadata))
+    assert Tokenizer.load(folder).encode("ab") == [1, 8]
+    assert load_config(folder).eos_token_ids == (2,)
+
+
+def test_a_gguf_tokenizer_with_merges_on_whole_text_puts_no_space_before_it(tmp_path: Path) -> None:
+    metadata = {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.merges": ["a b", "▁ ab"],
+        "tokenizer.ggml.scores": None,
+    }
+    tokenizer = Tokenizer.load(resolve_model(tiny_gguf_config(tmp_path, metadata)))
+    assert tokenizer.encode("ab ab\n") == [1, 7, 8, 3]
+    assert tokenizer.decode([7, 8, 3]) == "ab ab\n"
+
+
+def test_all_chat_templates_of_a_gguf_are_kept_by_name(tmp_path: Path) -> None:
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    named = {"": "plain " + template, ".tool_use": "tools " + template}
+    metadata = {f"tokenizer.chat_template{name}": source for name, source in named.items()}
+    tokenizer = Tokenizer.load(resolve_model(tiny_gguf_config(tmp_path, metadata, "a.gguf")))
+    assert tokenizer.chat_templates == {"default": "plain " + template, "tool_use": "tools " + template}
+    one = {"tokenizer.chat_template": template}
+    tokenizer = Tokenizer.load(resolve_model(tiny_gguf_config(tmp_path, one, "b.gguf")))
+    assert tokenizer.chat_templates == {"default": template}
 
 
 @pytest.mark.parametrize("name", ["TINY.GGUF", "sha256-0a1b2c"])

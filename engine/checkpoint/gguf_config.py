@@ -7,6 +7,7 @@ import torch
 from engine.checkpoint.gguf import GGUF, shortest
 from engine.checkpoint.gguf_architectures import LAYER, RMS, Architecture
 from engine.checkpoint.gguf_rope import Factors, head_dim
+from engine.checkpoint.gguf_tokenizer import token_id
 from engine.model_config import turn_ends
 
 EMBEDDING = "token_embd.weight"
@@ -55,10 +56,10 @@ def special_ids(gguf: GGUF) -> dict[str, Any]:
     An answer ends at the file's eos, eot and eom; old files have none of the latter, but texts that are known ends.
     """
     tokens = gguf["tokenizer.ggml.tokens"]
-    eos = [gguf.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    eos = [token_id(gguf.metadata, name) for name in ("eos", "eot", "eom")]
     eos += [tokens.index(text) for text in turn_ends(set(tokens))]
     return {
-        "bos_token_id": gguf.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": list(dict.fromkeys(token_id for token_id in eos if token_id is not None)),
-        "pad_token_id": gguf.get("tokenizer.ggml.padding_token_id"),
+        "bos_token_id": token_id(gguf.metadata, "bos"),
+        "eos_token_id": list(dict.fromkeys(number for number in eos if number is not None)),
+        "pad_token_id": token_id(gguf.metadata, "padding"),
     }

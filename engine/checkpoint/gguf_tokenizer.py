@@ -1,16 +1,17 @@
 """Convert the tokenizer of a GGUF file to tokenizer.json and tokenizer_config.json.
 
-A file names the way in which text is cut into pieces before merging (`tokenizer.ggml.pre`); the patterns are those of
-the models' own tokenizer.json. Metadata is taken as `engine.checkpoint.gguf` reads it.
+There are three kinds: byte-level BPE, whose ways of cutting text are `engine.checkpoint.gguf_words`; SentencePiece's
+BPE, with scores in place of merges; and the latter with merges, which Gemma 4 has. Metadata is taken as
+`engine.checkpoint.gguf` reads it.
 """
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoint.gguf_words import WORDS, Words
 from engine.errors import ModelError
 from engine.model_config import turn_ends
 
@@ -19,68 +20,34 @@ logger = logging.getLogger(__name__)
 Metadata = Mapping[str, Any]
 
 CONTROL, USER_DEFINED = 3, 4  # token types
+TEMPLATE = "tokenizer.chat_template"
 
 
-@dataclass(frozen=True)
-class Words:
-    """Describe how a byte-level tokenizer cuts text into the pieces that it merges within."""
-
-    patterns: tuple[str, ...] = ()  # each cuts what those before it left; what lies between matches is a piece, too
-    is_gpt2: bool = False  # GPT-2's pattern comes last
-    has_whole_words: bool = False  # a piece that is in the vocabulary is a token, even if merges cannot reach it
-    is_composed: bool = False  # text is normalized to NFC first
-    adds_bos: bool = False  # unless the file says otherwise
-
-
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN_2 = LLAMA_3.replace("{1,3}", "")
-TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-CJK = r"[\x{4e00}-\x{9fa5}\x{0800}-\x{4e00}\x{ac00}-\x{d7ff}]+"
-# DeepSeek's own file lists the letters that have a case one by one.
-DEEPSEEK_LLM = (r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", CJK, r"\p{N}")
-DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}")
-
-GPT_2 = Words(is_gpt2=True)
-DIGITS = Words((r"\p{N}",), is_gpt2=True)
-# tokenizer.ggml.pre -> the way of cutting
-WORDS = {
-    **dict.fromkeys(("default", "gpt-2", "mpt", "olmo", "jais"), GPT_2),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"), DIGITS),
-    **dict.fromkeys(
-        ("llama-bpe", "llama3", "llama-v3", "falcon3"), Words((LLAMA_3,), has_whole_words=True, adds_bos=True)
-    ),
-    **dict.fromkeys(("smaug-bpe", "dbrx"), Words((LLAMA_3,))),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), Words((QWEN_2,), is_composed=True)),
-    "stablelm2": Words((QWEN_2,)),
-    "tekken": Words((TEKKEN,), has_whole_words=True, adds_bos=True),
-    "deepseek-llm": Words(DEEPSEEK_LLM),
-    "deepseek-coder": Words(DEEPSEEK_CODER),
-}
-KINDS = ("llama", "gpt2")  # tokenizer.ggml.model
+BYTE_LEVEL, SENTENCEPIECE, MERGED = "gpt2", "llama", "gemma4"
+KINDS = (SENTENCEPIECE, BYTE_LEVEL, MERGED)  # of tokenizer.ggml.model
+OTHER_KINDS = {"bert": "WordPiece", "t5": "Unigram", "rwkv": "RWKV", "plamo2": "PLaMo-2"}
+# Ids of special tokens that old SentencePiece files leave out.
+USUAL_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
 
 def has_known_tokenizer(metadata: Metadata) -> bool:
     """Return whether the tokenizer is of a kind that `write_tokenizer` can write."""
     kind = metadata.get("tokenizer.ggml.model")
-    return kind == "llama" or (kind == "gpt2" and str(metadata.get("tokenizer.ggml.pre", "default")) in WORDS)
+    if kind == BYTE_LEVEL:
+        return str(metadata.get("tokenizer.ggml.pre", "default")) in WORDS
+    return kind in KINDS
 
 
 def check_tokenizer(metadata: Metadata) -> None:
     """Raise `ModelError` with what is known, unless the tokenizer is."""
     kind, words = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
     if has_known_tokenizer(metadata):
-        if kind == "gpt2" and words == "default":
+        if kind == BYTE_LEVEL and words == "default":
             logger.warning("the GGUF file does not say how text is cut into words (tokenizer.ggml.pre): as GPT-2 does")
         return
     if kind not in KINDS:
-        what = f"is of a kind that is not known: {kind!r}, only {' and '.join(KINDS)} are"
+        named = f"{kind!r} ({OTHER_KINDS[kind]})" if kind in OTHER_KINDS else f"{kind!r}"
+        what = f"is of a kind that is not supported: {named}, only {', '.join(KINDS)} are"
     else:
         what = f"cuts text in a way that is not known: {words!r} (tokenizer.ggml.pre), only {', '.join(WORDS)} are"
     raise ModelError(f"the GGUF file's tokenizer {what}; --tokenizer-path may name the original model's")
@@ -96,7 +63,7 @@ def write_tokenizer(metadata: Metadata, context_length: int, folder: Path) -> No
     from tokenizers import AddedToken
 
     check_tokenizer(metadata)
-    is_byte_level = metadata["tokenizer.ggml.model"] == "gpt2"
+    is_byte_level = metadata["tokenizer.ggml.model"] == BYTE_LEVEL
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.token_type", [])
     tokenizer = (byte_level_tokenizer if is_byte_level else sentencepiece_tokenizer)(metadata)
     # Some files have the end of a turn as a usual token; nobody wants to read it.
@@ -109,18 +76,37 @@ def write_tokenizer(metadata: Metadata, context_length: int, folder: Path) -> No
     # Not by `save`, which raises no OSError when the disk is full.
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {role: metadata.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
-    template = metadata.get("tokenizer.chat_template")
+    ids = {role: token_id(metadata, name) for role, name in roles.items()}
+    templates = chat_templates(metadata)
     write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": context_length,
             "clean_up_tokenization_spaces": False,
-            **{role: tokens[token_id] for role, token_id in ids.items() if token_id is not None},
-            **({"chat_template": template} if template else {}),
+            **{role: tokens[number] for role, number in ids.items() if number is not None},
+            **({"chat_template": templates} if templates else {}),
         },
     )
+
+
+def token_id(metadata: Metadata, name: str) -> int | None:
+    """Return the id of the special token `name`, such as bos; None if there is none."""
+    usual = USUAL_IDS.get(name) if metadata.get("tokenizer.ggml.model") == SENTENCEPIECE else None
+    number: int | None = metadata.get(f"tokenizer.ggml.{name}_token_id", usual)
+    return number
+
+
+def chat_templates(metadata: Metadata) -> str | list[dict[str, str]]:
+    """Return the file's chat template, or all that it has, by name, as tokenizer_config.json has them."""
+    named = {
+        key.removeprefix(TEMPLATE).removeprefix(".") or "default": source
+        for key, source in metadata.items()
+        if key == TEMPLATE or key.startswith(f"{TEMPLATE}.")
+    }
+    if named.keys() <= {"default"}:
+        return str(named.get("default", ""))
+    return [{"name": name, "template": source} for name, source in named.items()]
 
 
 def add_ends(tokenizer: Any, metadata: Metadata, *, adds_bos: bool) -> None:
@@ -130,9 +116,9 @@ def add_ends(tokenizer: Any, metadata: Metadata, *, adds_bos: bool) -> None:
     tokens = metadata["tokenizer.ggml.tokens"]
     ends: list[tuple[str, int] | None] = []
     for name, default in (("bos", adds_bos), ("eos", False)):
-        token_id = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        number = token_id(metadata, name)
         is_added = metadata.get(f"tokenizer.ggml.add_{name}_token", default)
-        ends.append(None if token_id is None or not is_added else (tokens[token_id], token_id))
+        ends.append(None if number is None or not is_added else (tokens[number], number))
     if not any(ends):
         return
     bos, eos = ([end[0]] if end else [] for end in ends)
@@ -153,43 +139,54 @@ def byte_level_tokenizer(metadata: Metadata) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     words = words_of(metadata)
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocabulary(metadata), merges, ignore_merges=words.has_whole_words))
+    model = models.BPE(vocabulary(metadata), merges_of(metadata), ignore_merges=words.has_whole_words)
+    tokenizer = Tokenizer(model)
     tokenizer.decoder = decoders.ByteLevel()
     cuts: list[Any] = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in words.patterns]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words.is_gpt2)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, byte_level])
+    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words.is_gpt2))
+    cuts += [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in words.of_bytes]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     if words.is_composed:
         tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
 
 def sentencepiece_tokenizer(metadata: Metadata) -> Any:
-    """Return a SentencePiece-like BPE tokenizer.
-
-    The file has no merges: any two tokens that join to a third are a merge, the best-scored third first.
-    """
+    """Return a SentencePiece-like BPE tokenizer."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
+    has_merges = metadata["tokenizer.ggml.model"] == MERGED
     vocab = vocabulary(metadata)
-    scores = metadata["tokenizer.ggml.scores"]
-    ranked = sorted(
-        (-scores[token_id], vocab[token[:cut]], vocab[token[cut:]], token[:cut], token[cut:])
-        for token, token_id in vocab.items()
-        for cut in range(1, len(token))
-        if token[:cut] in vocab and token[cut:] in vocab
-    )
-    unknown = metadata["tokenizer.ggml.tokens"][metadata.get("tokenizer.ggml.unknown_token_id", 0)]
-    tokenizer = Tokenizer(
-        models.BPE(vocab, [pair[3:] for pair in ranked], unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
-    prefix = [normalizers.Prepend("▁")] if metadata.get("tokenizer.ggml.add_space_prefix", True) else []
+    merges = merges_of(metadata) if has_merges else merges_by_score(vocab, metadata["tokenizer.ggml.scores"])
+    unknown = metadata["tokenizer.ggml.tokens"][token_id(metadata, "unknown") or 0]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    prefix = [normalizers.Prepend("▁")] if metadata.get("tokenizer.ggml.add_space_prefix", not has_merges) else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     return tokenizer
 
 
+def merges_of(metadata: Metadata) -> list[tuple[str, str]]:
+    """Return the merges that the file lists: the first space after the first letter parts the two sides."""
+    merges = []
+    for merge in metadata["tokenizer.ggml.merges"]:
+        cut = merge.index(" ", 1)
+        merges.append((merge[:cut], merge[cut + 1 :]))
+    return merges
+
+
+def merges_by_score(vocab: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """Return merges for a file that has none: any two tokens that join to a third, the best-scored third first."""
+    ranked = sorted(
+        (-scores[number], vocab[token[:cut]], vocab[token[cut:]], token[:cut], token[cut:])
+        for token, number in vocab.items()
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    )
+    return [pair[3:] for pair in ranked]
+
+
 def vocabulary(metadata: Metadata) -> dict[str, int]:
     """Return the ids of all tokens."""
-    return {token: token_id for token_id, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    return {token: number for number, token in enumerate(metadata["tokenizer.ggml.tokens"])}
