@@ -26,19 +26,23 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings",
         "ffn_hidden_size", "kv_channels", "multi_query_group_num", "num_layers", "padded_vocab_size", "seq_length",
+        "no_rope_layer_interval",
     )),
     ("a positive number", lambda value: is_number(value) and value > 0, (
         "rms_norm_eps", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor",
         "layer_norm_epsilon", "layernorm_epsilon", "rope_ratio", "rotary_emb_base", "rotary_pct",
-        "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+        "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling", "alpha",
+        "rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
     )),
     ("a number", is_number, (
-        "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+        "llama_4_scaling_beta", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
         "temperature", "top_p", "min_p", "repetition_penalty",
     )),
-    ("an integer", lambda value: type(value) is int, ("sliding_window", "max_window_layers", "top_k")),
+    ("an integer", lambda value: type(value) is int, (
+        "sliding_window", "max_window_layers", "top_k",
+    )),
     ("true or false", lambda value: isinstance(value, bool), (
-        "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window",
+        "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bias", "attention_out_bias",
         "bias", "no_bias", "qkv_bias", "add_bias_linear", "add_qkv_bias", "multi_query_attention", "original_rope",
         "use_dynamic_ntk", "use_logn_attn",
     )),
@@ -49,17 +53,35 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
         "rope_parameters", "rope_scaling", "quantization_config", "id2label",
     )),
     ("a list of strings", is_list_of(lambda value: isinstance(value, str)), ("architectures", "layer_types")),
-    ("a list of numbers", is_list_of(is_number), ("short_factor", "long_factor")),
+    ("a list of numbers", is_list_of(is_number), ("short_factor", "long_factor", "no_rope_layers")),
+    ("a number, or letters", lambda value: type(value) in (int, str), ("sliding_window_pattern",)),
     ("a token's id, or a list of them", lambda value: is_list_of(lambda one: type(one) is int)(
         value if isinstance(value, list) else [value]
     ), ("eos_token_id",)),
 )  # fmt: skip
 
 
+# Entries of a model that also reads images that stand beside `text_config`, or count where they stand in both.
+OUTER = ("architectures", "tie_word_embeddings", "quantization_config")
+
+
 def read_raw(folder: Path, config: EngineConfig) -> dict[str, Any]:
     """Return `folder`/config.json with the overrides of `config`, rotary settings in one spelling, nothing checked."""
-    entries = with_rope_parameters(read_json(folder / "config.json", required=True))
-    return merged(entries, with_rope_parameters(parse_overrides(config.json_model_override_args)))
+    entries = _in_one_spelling(read_json(folder / "config.json", required=True))
+    return merged(entries, _in_one_spelling(parse_overrides(config.json_model_override_args)))
+
+
+def _in_one_spelling(entries: dict[str, Any]) -> dict[str, Any]:
+    """Return `entries` flat, with all rotary settings in `rope_parameters`.
+
+    A model that also reads images keeps the entries of its language model in `text_config`, but for `OUTER` ones.
+    """
+    text = entries.get("text_config")
+    if isinstance(text, dict):
+        outer = {name: value for name, value in entries.items() if name != "text_config"}
+        kept = {name for name in OUTER if outer.get(name) is not None}
+        entries = outer | {name: value for name, value in text.items() if name not in kept and value is not None}
+    return with_rope_parameters(entries)
 
 
 def merged(entries: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -141,6 +141,11 @@ class ModelConfig:
         )
 
     @property
+    def is_language_half(self) -> bool:
+        """Whether the checkpoint is of a model that also reads images or sounds, of which only this decoder is run."""
+        return any(architecture.endswith("ForConditionalGeneration") for architecture in self.architectures)
+
+    @property
     def context_cost(self) -> float:
         """What a prompt's token spends on each token it attends to, as a share of what it spends on all products.
 
@@ -169,7 +174,7 @@ def read_decoder(
     layers, or those of `ModelConfig`.
     """
     num_heads, hidden_size, num_layers = raw["num_attention_heads"], raw["hidden_size"], raw["num_hidden_layers"]
-    head_dim = differs.pop("head_dim", 0) or raw.get("head_dim") or hidden_size // num_heads
+    head_dim = differs.pop("head_dim", None) or head_dim_of(raw)
     has_bias = raw.get("attention_bias", False)
     layer = AttentionConfig(
         num_heads=num_heads,
@@ -199,6 +204,12 @@ def read_decoder(
     return ModelConfig(**(fields | differs))
 
 
+def head_dim_of(raw: dict[str, Any]) -> int:
+    """Return the size of a head. KeyError naming an entry that is missing."""
+    head_dim: int = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+    return head_dim
+
+
 def complete(model: ModelConfig, raw: dict[str, Any], folder: Path, config: EngineConfig) -> ModelConfig:
     """Return `model` with what does not depend on its family: dtype, context length, end tokens, sampling defaults."""
     generation_file = folder / "generation_config.json"
@@ -206,11 +217,16 @@ def complete(model: ModelConfig, raw: dict[str, Any], folder: Path, config: Engi
     generation_defaults = parse_generation_defaults(generation)
     if config.sampling_defaults == "model":
         verify_generation_defaults(generation_defaults, model.vocab_size, generation_file)
+    context_length = resolve_context_length(config.context_length, model.rope)
+    if model.is_language_half:
+        logger.warning("%s: only the language model is run, images and sounds are not read", model.architectures[0])
     return replace(
         model,
         path=folder,
         dtype=resolve_dtype(config, raw, folder),
-        context_length=resolve_context_length(config.context_length, model.rope),
+        context_length=context_length,
+        # A window over the whole context is none.
+        attention=tuple(replace(a, window=-1) if a.window >= context_length else a for a in model.attention),
         eos_token_ids=tuple(dict.fromkeys(_ids(generation) + _ids(raw))),
         generation_defaults=generation_defaults,
         pooling=config.pooling or parse_pooling(folder),

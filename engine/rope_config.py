@@ -72,6 +72,18 @@ def parse_rope(raw: dict[str, Any], head_dim: int, layer_type: str = "", **defau
     return RopeConfig(theta, int(head_dim * partial), max_positions, rope_type, parameters)
 
 
+def parse_local_rope(raw: dict[str, Any], head_dim: int, theta: float | None = None) -> RopeConfig:
+    """Read the rotation of layers with a window, in a model whose other layers may have their positions stretched.
+
+    theta: its base where the file has no parameters for these layers; None: that of the other layers.
+    """
+    parameters = raw.get("rope_parameters") or {}
+    if isinstance(parameters.get("sliding_attention"), dict):
+        return parse_rope(raw, head_dim, "sliding_attention")
+    theta = parameters.get("rope_theta") if theta is None else theta
+    return parse_rope(raw | {"rope_parameters": {"rope_theta": theta}}, head_dim)
+
+
 def resolve_context_length(asked: int | None, rope: RopeConfig) -> int:
     """`asked`, or what the model was made for.
 

@@ -86,14 +86,24 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+@torch.no_grad()
+def randomize_constants(model: torch.nn.Module) -> None:
+    """Change what is the same in all elements of a tensor, such as the weight of a norm, at random."""
+    for tensor in (*model.parameters(), *(buffer for name, buffer in model.named_buffers() if "scalar" in name)):
+        if tensor.numel() and (tensor == tensor.flatten()[0]).all():
+            tensor.add_(torch.empty_like(tensor).uniform_(-0.5, 0.5))
+
+
 @pytest.fixture(scope="session")
 def make_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return `make(LlamaConfig, "name", **overrides)`: it writes a random float32 model and its tokenizer.
 
+    With `random_norms`, what transformers starts at one or zero is random as well: weights of norms, biases, scales.
+
     The weights are ten times larger than at a usual initialization, so that greedy answers vary and no two logits tie.
     """
 
-    def make(config_class: type, name: str, **overrides: Any) -> Path:
+    def make(config_class: type, name: str, *, random_norms: bool = False, **overrides: Any) -> Path:
         from transformers import AutoModelForCausalLM
 
         folder = tmp_path_factory.mktemp(name)
@@ -115,6 +125,8 @@ def make_tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            if random_norms:
+                randomize_constants(model)
         model.save_pretrained(folder)
         return folder
 

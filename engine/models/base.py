@@ -14,7 +14,7 @@ from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import Layer, LayerConfig
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import ModelConfig, read_decoder
-from engine.models.names import COMMON_NAMES, Rename, Rule
+from engine.models.names import COMMON_NAMES, LANGUAGE_HALF, Rename, Rule
 
 RunBlock = Callable[[Block, torch.Tensor], torch.Tensor]
 """Computes one block: (block, h) -> h."""
@@ -93,9 +93,10 @@ class CausalLM(Layer):
     @property
     def names(self) -> Sequence[Rule]:
         """From a checkpoint's names to this model's."""
+        rules = (*LANGUAGE_HALF, *self.checkpoint) if self.config.is_language_half else tuple(self.checkpoint)
         if self.config.tie_word_embeddings:
-            return (*self.checkpoint, Rename(r"^lm_head\.", "model.embed_tokens."))
-        return self.checkpoint
+            return (*rules, Rename(r"^lm_head\.", "model.embed_tokens."))
+        return rules
 
     def __call__(self, batch: ForwardBatch, pool: CachePool, run_block: RunBlock | None = None) -> torch.Tensor:
         """Return the last hidden states [T, hidden], final norm applied; keep the tokens' cache entries in `pool`."""

@@ -145,3 +145,18 @@ def pieces_of(name: str, rules: Sequence[Rule]) -> list[Piece]:
 
 # Buffers that old checkpoints hold and nobody reads.
 COMMON_NAMES: tuple[Rule, ...] = (Ignore(r"(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$"),)
+# Of a model that also reads images or sounds: towers and what leads from them to the decoder are not loaded.
+TOWERS = ("vision_tower", "audio_tower", "multi_modal_projector", "embed_vision", "embed_audio")
+LANGUAGE_HALF: tuple[Rule, ...] = (
+    Ignore(rf"^(model\.)?({'|'.join(TOWERS)})\."),
+    Rename(r"^(model\.language_model|language_model\.model)\.", "model."),
+    Rename(r"^language_model\.lm_head\.", "lm_head."),
+)
+
+
+def fused_names(num_heads: int, num_kv_heads: int) -> tuple[Rule, ...]:
+    """Return the rules of a checkpoint whose queries, keys and values are one tensor, and gate and up another."""
+    return (
+        Split("qkv_proj", ("q_proj", "k_proj", "v_proj"), (num_heads, num_kv_heads, num_kv_heads)),
+        Split("gate_up_proj", ("gate_proj", "up_proj"), (1, 1)),
+    )

@@ -17,19 +17,38 @@ from engine.quantization import Quantization
 # config.json's architecture -> module of this package : class. Imported when asked for.
 REGISTRY = {
     "AquilaForCausalLM": "llama:Llama",
+    "ArceeForCausalLM": "llama:Arcee",
     "BaiChuanForCausalLM": "baichuan:Baichuan",
     "BaichuanForCausalLM": "baichuan:Baichuan",
     "ChatGLMForCausalLM": "chatglm:ChatGLM",
+    "Ernie4_5ForCausalLM": "ernie:Ernie45",
+    "Exaone4ForCausalLM": "exaone4:Exaone4",
     "ExaoneForCausalLM": "exaone3:Exaone3",
     "Gemma2ForCausalLM": "gemma:Gemma2",
+    "Gemma3ForCausalLM": "gemma:Gemma3",
+    "Gemma3ForConditionalGeneration": "gemma:Gemma3",
+    "GemmaForCausalLM": "gemma:Gemma",
+    "Glm4ForCausalLM": "glm:Glm4",
+    "GlmForCausalLM": "glm:Glm",
+    "GraniteForCausalLM": "granite:Granite",
+    "HeliumForCausalLM": "ernie:Helium",
+    "HunYuanDenseV1ForCausalLM": "hunyuan:HunYuan",
     "InternLM2ForCausalLM": "internlm:InternLM2",
     "InternLM3ForCausalLM": "internlm:InternLM3",
     "InternLMForCausalLM": "internlm:InternLM",
     "LlamaForCausalLM": "llama:Llama",
+    "Ministral3ForCausalLM": "llama:Mistral",
+    "MinistralForCausalLM": "llama:Mistral",
+    "Mistral3ForConditionalGeneration": "llama:Mistral",
     "MistralForCausalLM": "llama:Mistral",
+    "Olmo2ForCausalLM": "olmo2:Olmo2",
+    "Olmo3ForCausalLM": "olmo2:Olmo3",
+    "Phi3ForCausalLM": "phi3:Phi3",
     "QWenForCausalLM": "qwen1:Qwen1",
     "Qwen2ForCausalLM": "llama:Qwen2",
     "Qwen3ForCausalLM": "llama:Qwen3",
+    "SeedOssForCausalLM": "llama:SeedOss",
+    "SmolLM3ForCausalLM": "smollm3:SmolLM3",
     "XverseForCausalLM": "llama:Llama",
     "YiForCausalLM": "llama:Yi",
 }
@@ -104,7 +123,9 @@ def _stem(architecture: str) -> str:
 def _family_of(architectures: Sequence[str]) -> type[CausalLM] | None:
     """Return the class that runs the first known one of `architectures`, None if none is known."""
     for architecture in architectures:
-        for suffix in (CAUSAL, *HEADS):
+        if architecture in REGISTRY:
+            return _class_of(architecture)
+        for suffix in HEADS:
             family = architecture.removesuffix(suffix) + CAUSAL
             if architecture.endswith(suffix) and family in REGISTRY:
                 return _class_of(family)

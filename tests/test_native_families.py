@@ -1,0 +1,308 @@
+"""Test every family that transformers has a class for: a tiny random checkpoint, float32, against its logits.
+
+Weights of norms, biases and scales are random, prompts are longer than any window, in chunks and token by token.
+"""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import EngineConfig
+from engine.errors import ModelError
+from engine.layers.communicator import Communicator
+from engine.models.registry import load_config
+from tests.test_models import MAX_DIFFERENCE, TinyEngine, assert_equals_reference, random_ids, reference_logits
+
+MakeTinyModel = Callable[..., Path]
+
+YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 128}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0] * 6,
+    "long_factor": [1.0, 1.2, 1.5, 3.0, 5.0, 12.0],
+}
+LOCAL_GLOBAL = ["sliding_attention", "full_attention", "sliding_attention"]
+LOCAL_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+# (transformers' config class, what differs from conftest's sizes)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi 3": ("Phi3Config", {"sliding_window": 8, "pad_token_id": 0}),
+    "phi 4 mini": (
+        "Phi3Config",
+        {
+            "rope_parameters": LONGROPE,
+            "original_max_position_embeddings": 16,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+        },
+    ),
+    "gemma 1": ("GemmaConfig", {"head_dim": 32}),
+    "gemma 3": (
+        "Gemma3TextConfig",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": [*LOCAL_GLOBAL, "full_attention"],
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 24,
+            "rope_parameters": {
+                "sliding_attention": LOCAL_ROPE,
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            },
+        },
+    ),
+    "granite 3": (
+        "GraniteConfig",
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.1,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+            "attention_bias": True,
+        },
+    ),
+    "smollm 3": ("SmolLM3Config", {"num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0], "pad_token_id": 0}),
+    "smollm 3 with windows": (
+        "SmolLM3Config",
+        {
+            "num_hidden_layers": 3,
+            "no_rope_layer_interval": 2,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "pad_token_id": 0,
+        },
+    ),
+    "olmo 2": ("Olmo2Config", {"num_key_value_heads": 2}),
+    "olmo 3": (
+        "Olmo3Config",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": LOCAL_GLOBAL,
+            "sliding_window": 8,
+            "rope_parameters": {"sliding_attention": LOCAL_ROPE, "full_attention": YARN},
+        },
+    ),
+    "seed oss": ("SeedOssConfig", {"attention_bias": True, "attention_out_bias": False}),
+    "seed oss, other biases": ("SeedOssConfig", {"attention_out_bias": True, "mlp_bias": True}),
+    "mistral nemo": ("MistralConfig", {"head_dim": 32, "sliding_window": None}),
+    "ministral": (
+        "MinistralConfig",
+        {"num_hidden_layers": 3, "layer_types": LOCAL_GLOBAL, "sliding_window": 8},
+    ),
+    "ministral 3": (
+        "Ministral3Config",
+        {
+            "rope_parameters": YARN | {
+                "original_max_position_embeddings": 8, "factor": 16.0, "llama_4_scaling_beta": 0.3, "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        },
+    ),
+    "glm 4": ("GlmConfig", {"pad_token_id": 0}),
+    "glm 4 0414": ("Glm4Config", {"pad_token_id": 0}),
+    "exaone 4": ("Exaone4Config", {"num_hidden_layers": 4, "sliding_window": 8, "sliding_window_pattern": 2}),
+    "exaone 4 without windows": ("Exaone4Config", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "hunyuan": (
+        "HunYuanDenseV1Config",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}},
+    ),
+    "ernie 4.5": ("Ernie4_5Config", {"use_bias": True}),
+    "arcee": ("ArceeConfig", {"mlp_bias": True}),
+    "helium": ("HeliumConfig", {}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(make_tiny_model: MakeTinyModel) -> Callable[[str], Path]:
+    """Return `made(family)`: its folder."""
+    import transformers
+
+    folders: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in folders:
+            config_class, overrides = FAMILIES[family]
+            folders[family] = make_tiny_model(
+                getattr(transformers, config_class), "native", random_norms=True, **overrides
+            )
+        return folders[family]
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family: str, made: Callable[[str], Path]) -> None:
+    folder = made(family)
+    assert_equals_reference(TinyEngine(folder), folder, random_ids(29, seed=1), random_ids(23, seed=2))
+
+
+class ThreadRanks(Communicator):
+    """Sums between ranks that are threads of this process."""
+
+    def __init__(self, rank: int, shared: list[torch.Tensor | None], barrier: threading.Barrier) -> None:
+        super().__init__(rank, len(shared))
+        self.shared, self.barrier = shared, barrier
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        self.shared[self.rank] = x
+        self.barrier.wait()
+        total = sum(part for part in self.shared if part is not None)
+        self.barrier.wait()
+        assert isinstance(total, torch.Tensor)
+        return total
+
+
+def logits_of_ranks(folder: Path, num_ranks: int, ids: list[int]) -> torch.Tensor:
+    """Return the logits of `ids`, in two chunks, by ranks that share the model's weights."""
+    shared: list[torch.Tensor | None] = [None] * num_ranks
+    barrier = threading.Barrier(num_ranks, timeout=30)
+    logits: list[torch.Tensor] = [torch.empty(0)] * num_ranks
+
+    def run(rank: int) -> None:
+        try:
+            engine = TinyEngine(folder, ThreadRanks(rank, shared, barrier))
+            logits[rank] = torch.cat((engine.forward({0: ids[:17]}), engine.forward({0: ids[17:]})))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    threads = [threading.Thread(target=run, args=[rank]) for rank in range(num_ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_compute_the_logits_together(family: str, made: Callable[[str], Path]) -> None:
+    folder, ids = made(family), random_ids(23, seed=2)
+    torch.testing.assert_close(
+        logits_of_ranks(folder, 2, ids), reference_logits(folder, ids), rtol=0, atol=MAX_DIFFERENCE
+    )
+
+
+@pytest.mark.parametrize("family", ["olmo 2", "glm 4"])
+def test_four_ranks_of_which_two_share_a_kv_head_compute_them_as_well(family: str, made: Callable[[str], Path]) -> None:
+    folder, ids = made(family), random_ids(23, seed=2)
+    torch.testing.assert_close(
+        logits_of_ranks(folder, 4, ids), reference_logits(folder, ids), rtol=0, atol=MAX_DIFFERENCE
+    )
+
+
+TEXT = {
+    "vocab_size": 384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "initializer_range": 0.2,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+
+
+def save_image_model(name: str, folder: Path, **text: Any) -> None:
+    """Write a tiny random model that also reads images, whose language model has the settings `text`."""
+    import transformers as hf
+
+    configs = {
+        "gemma 3": lambda: hf.Gemma3Config(
+            text_config=hf.Gemma3TextConfig(**TEXT, **text), vision_config=hf.SiglipVisionConfig(**VISION)
+        ),
+        "mistral small 3": lambda: hf.Mistral3Config(
+            text_config=hf.MistralConfig(**TEXT, **text),
+            vision_config=hf.PixtralVisionConfig(**VISION, head_dim=16),
+            tie_word_embeddings=False,
+        ),
+        "ministral 3": lambda: hf.Mistral3Config(
+            text_config=hf.Ministral3Config(**TEXT, **text),
+            vision_config=hf.PixtralVisionConfig(**VISION, head_dim=16),
+            tie_word_embeddings=True,
+        ),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = hf.AutoModelForImageTextToText.from_config(configs[name](), dtype=torch.float32)
+    model.save_pretrained(folder)
+
+
+@torch.inference_mode()
+def image_model_logits(folder: Path, ids: list[int]) -> torch.Tensor:
+    from transformers import AutoModelForImageTextToText
+
+    load = AutoModelForImageTextToText.from_pretrained
+    model = load(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("gemma 3", {"layer_types": LOCAL_GLOBAL, "sliding_window": 8}),
+        ("mistral small 3", {"sliding_window": None}),
+        ("ministral 3", FAMILIES["ministral 3"][1]),
+    ],
+)
+def test_of_a_model_that_reads_images_the_language_half_runs_with_a_warning(
+    name: str, text: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_image_model(name, tmp_path, **text)
+    ids = random_ids(23, seed=2)
+    engine = TinyEngine(tmp_path)
+    assert "only the language model is run, images and sounds are not read" in caplog.text
+    got = torch.cat((engine.forward({0: ids[:17]}), engine.forward({0: ids[17:]})))
+    torch.testing.assert_close(got, image_model_logits(tmp_path, ids), rtol=0, atol=MAX_DIFFERENCE)
+
+
+def test_both_ways_of_naming_the_language_half_are_read_and_an_override_reaches_it(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_image_model("gemma 3", tmp_path, layer_types=LOCAL_GLOBAL, sliding_window=8)
+    ids, file = random_ids(12, seed=3), tmp_path / "model.safetensors"
+    wanted = TinyEngine(tmp_path).forward({0: ids})
+    tensors = {
+        name.replace("language_model.model.", "model.language_model.").replace("vision", "model.vision", 1): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
+    torch.testing.assert_close(TinyEngine(tmp_path).forward({0: ids}), wanted, rtol=0, atol=0)
+    for override in ('{"num_hidden_layers": 2}', '{"text_config": {"num_hidden_layers": 2}}'):
+        assert load_config(tmp_path, EngineConfig(json_model_override_args=override)).num_hidden_layers == 2
+
+
+def test_files_of_before_name_windows_and_local_rotation_in_their_own_way(
+    make_tiny_model: MakeTinyModel, tmp_path: Path
+) -> None:
+    from transformers import Gemma3TextConfig
+
+    made = make_tiny_model(Gemma3TextConfig, "gemma3", **FAMILIES["gemma 3"][1] | {"layer_types": None})
+    raw = json.loads((made / "config.json").read_text())
+    for name in ("layer_types", "rope_parameters", "_sliding_window_pattern"):
+        del raw[name]
+    old = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    for pattern in ({"sliding_window_pattern": 2}, {"sliding_window_pattern": "LG"}):
+        (tmp_path / "config.json").write_text(json.dumps(raw | old | pattern))
+        config = load_config(tmp_path)
+        assert config.windows == (8, -1, 8, -1)
+        assert [(a.rope.theta, a.rope.rope_type) for a in config.attention] == [(1e4, "default"), (1e6, "linear")] * 2
+        assert config.context_length == 512
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "message"),
+    [
+        ("gemma 3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+        ("smollm 3", {"no_rope_layers": [1, 0]}, "no_rope_layers names 2 layers, num_hidden_layers is 4"),
+        ("granite 3", {"residual_multiplier": "2"}, "residual_multiplier must be a positive number, got '2'"),
+        ("exaone 4", {"sliding_window_pattern": [4]}, "sliding_window_pattern must be a number, or letters"),
+    ],
+)
+def test_what_a_family_cannot_run_is_named(
+    family: str, overrides: dict[str, Any], message: str, made: Callable[[str], Path]
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_config(made(family), EngineConfig(json_model_override_args=json.dumps(overrides)))
