@@ -33,6 +33,7 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
         "layer_norm_epsilon", "layernorm_epsilon", "rope_ratio", "rotary_emb_base", "rotary_pct",
         "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling", "alpha",
         "rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+        "layer_norm_eps", "norm_eps", "norm_epsilon",
     )),
     ("a number", is_number, (
         "llama_4_scaling_beta", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
@@ -45,6 +46,7 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
         "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bias", "attention_out_bias",
         "bias", "no_bias", "qkv_bias", "add_bias_linear", "add_qkv_bias", "multi_query_attention", "original_rope",
         "use_dynamic_ntk", "use_logn_attn",
+        "use_qkv_bias", "use_parallel_residual", "qk_layernorm",
     )),
     ("a string", lambda value: isinstance(value, str), (
         "hidden_act", "hidden_activation", "model_type", "dtype", "torch_dtype",

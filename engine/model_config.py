@@ -92,6 +92,8 @@ class ModelConfig:
     embed_scale: float = 1.0
     residual_scale: float = 1.0  # of what each branch adds to the residual stream, where the block has it
     logit_scale: float = 1.0
+    lm_head_bias: bool = False
+    is_parallel: bool = False  # attention and MLP stand side by side, in families of which some models have that
     logit_softcap: float = 0.0  # logits become softcap tanh(logit / softcap); 0: they do not
 
     path: Path = Path()

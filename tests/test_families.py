@@ -16,6 +16,7 @@ __all__ = ["prompts"]  # a fixture
 # What differs from Llama where steps, chunks, caches or ranks could tell: windows, norms behind a sum, caps.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma 2": ("Gemma2Config", {"sliding_window": 24, "query_pre_attn_scalar": 24, "num_hidden_layers": 3}),
+    "phi 2": ("PhiConfig", {"random_norms": True}),
 }
 SOME = ("plain", "cached", "seven_token_chunks", "pages_of_16", "retracting")
 CASES = [pytest.param("cpu", {**MIXES, "two_ranks": {"tp_size": 2}}[mix], id=mix) for mix in (*SOME, "two_ranks")] + [

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.layers.rotary import inverse_frequencies
-from engine.models.names import Ignore, Interleave, Rename, Split, Stack, pieces_of
+from engine.models.names import Ignore, Interleave, Rename, Rule, Split, Stack, Transpose, pieces_of
 from kernels.elementwise import rope_and_store_torch
 from kernels.weights import ShapeError
 
@@ -79,3 +79,11 @@ def test_numbered_tensors_become_one_stack() -> None:
     rules = [Stack(r"experts\.(\d+)\.", "experts.")]
     (piece,) = pieces_of("layers.0.mlp.experts.12.up_proj.weight", rules)
     assert (piece.name, piece.index) == ("layers.0.mlp.experts.up_proj.weight", 12)
+
+
+def test_a_matrix_stored_by_inputs_is_transposed_before_it_is_cut() -> None:
+    rules: list[Rule] = [Transpose(r"\.c_attn\.weight$"), Split("c_attn", ("q_proj", "k_proj"), (1, 1))]
+    loaded = torch.arange(8.0).view(2, 4)  # two inputs, four outputs
+    _, k = pieces_of("h.0.c_attn.weight", rules)
+    assert k.name == "h.0.k_proj.weight" and k.of(loaded).tolist() == [[2, 6], [3, 7]]
+    assert pieces_of("h.0.c_attn.bias", rules)[1].of(torch.arange(4.0)).tolist() == [2, 3]

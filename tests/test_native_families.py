@@ -114,6 +114,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie 4.5": ("Ernie4_5Config", {"use_bias": True}),
     "arcee": ("ArceeConfig", {"mlp_bias": True}),
     "helium": ("HeliumConfig", {}),
+    "starcoder 2": ("Starcoder2Config", {"sliding_window": 8}),
+    "starcoder 2 without biases": ("Starcoder2Config", {"use_bias": False}),
+    "phi 2": ("PhiConfig", {}),
+    "stablelm": ("StableLmConfig", {"use_qkv_bias": True}),
+    "stablelm, parallel": ("StableLmConfig", {"use_parallel_residual": True}),
+    "nemotron": ("NemotronConfig", {}),
+    "gpt-neox": ("GPTNeoXConfig", {}),
+    "gpt-neox, not parallel": ("GPTNeoXConfig", {"use_parallel_residual": False}),
 }  # fmt: skip
 
 

@@ -20,10 +20,10 @@ class VocabularySlice:
         self.first_token = layers.comm.rank * self.width
         self.num_tokens = min(self.width, vocab_size - self.first_token)
 
-    def rows_of(self, loaded: torch.Tensor, hidden_size: int) -> torch.Tensor:
-        """Return this rank's rows of a checkpoint's tensor [vocabulary, hidden]."""
-        if loaded.shape != (self.vocab_size, hidden_size):
-            raise ShapeError(f"has shape {list(loaded.shape)}, the model wants {[self.vocab_size, hidden_size]}")
+    def rows_of(self, loaded: torch.Tensor, *row_shape: int) -> torch.Tensor:
+        """Return this rank's rows of a checkpoint's tensor [vocabulary, *row_shape]."""
+        if loaded.shape != (self.vocab_size, *row_shape):
+            raise ShapeError(f"has shape {list(loaded.shape)}, the model wants {[self.vocab_size, *row_shape]}")
         return loaded.narrow(0, self.first_token, self.num_tokens)
 
 
@@ -76,15 +76,16 @@ class ParallelLMHead(Linear):
         *,
         tied_to: VocabParallelEmbedding | None = None,
         scale: float = 1.0,
+        bias: bool = False,
         softcap: float = 0.0,
     ) -> None:
-        """tied_to: the embedding whose weight serves here too; it owns, loads and moves it."""
+        """tied_to: the embedding whose weight serves here too; it owns, loads and moves it. bias: never if tied."""
         self.comm, self.slice = layers.comm, VocabularySlice(vocab_size, layers)
         self.scale, self.softcap = scale, softcap
         self.is_tied = tied_to is not None
         self.weight: Weight
         if tied_to is None:
-            super().__init__((), [Part(self.slice.num_tokens)], hidden_size, layers)
+            super().__init__((), [Part(self.slice.num_tokens)], hidden_size, layers, bias=bias)
         else:
             self.weight, self.bias = tied_to.weight, None
 
@@ -112,6 +113,8 @@ class ParallelLMHead(Linear):
             super().materialize(device)
 
     def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if name == "bias":
+            return self.weight_part(name, part), self.slice.rows_of(loaded)
         return self.weight.place(name, self.slice.rows_of(loaded, self.weight.k), part)
 
     def move_to(self, device: torch.device) -> None:

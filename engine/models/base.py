@@ -78,15 +78,21 @@ class CausalLM(Layer):
         """Read a config.json of this family. KeyError naming an entry that is missing."""
         return read_decoder(raw)
 
+    @classmethod
+    def block_of(cls, config: ModelConfig) -> type[Block]:
+        """Return the block of a model."""
+        return cls.block
+
     def __init__(self, config: ModelConfig, layers: LayerConfig) -> None:
         self.config = config
-        self.model = Decoder(config, self.block, layers.within("model"))
+        self.model = Decoder(config, self.block_of(config), layers.within("model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,
             config.hidden_size,
             layers.within("lm_head"),
             tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
             scale=config.logit_scale,
+            bias=config.lm_head_bias,
             softcap=config.logit_softcap,
         )
 

@@ -85,6 +85,18 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Transpose:
+    """Transpose matrices whose name `pattern` finds: they are stored [inputs, outputs]."""
+
+    pattern: str
+
+    def __call__(self, piece: Piece) -> Iterable[Piece]:
+        if re.search(self.pattern, piece.name):
+            piece = Piece(piece.name, (*piece.transforms, torch.t), piece.index)
+        yield piece
+
+
+@dataclass(frozen=True)
 class Interleave:
     """Reorder the rows of heads whose rotary pairs lie side by side, so that pairs are halves of a head.
 

@@ -1,0 +1,39 @@
+"""StableLM: a Llama with layer norms and a part of each head rotated.
+
+norms           layer norms with bias
+block           Llama's, or parallel with one norm where `use_parallel_residual`
+biases          on q, k and v where `use_qkv_bias`
+rotation        of the first quarter of a head, by default
+"""
+
+from typing import Any
+
+from engine.layers.block import Block, Parallel, PreNorm
+from engine.layers.norm import LayerNorm
+from engine.model_config import ModelConfig, read_decoder
+from engine.models.base import CausalLM
+from engine.models.spelling import with_rope
+
+
+class StableLMBlock(PreNorm):
+    norm_class = LayerNorm
+
+
+class StableLMParallelBlock(Parallel):
+    norm_class = LayerNorm
+
+
+class StableLM(CausalLM):
+    @classmethod
+    def block_of(cls, config: ModelConfig) -> type[Block]:
+        return StableLMParallelBlock if config.is_parallel else StableLMBlock
+
+    @staticmethod
+    def read_config(raw: dict[str, Any]) -> ModelConfig:
+        return read_decoder(
+            with_rope(raw, partial_rotary_factor=0.25),
+            norm_eps=raw.get("layer_norm_eps", 1e-5),
+            qkv_bias=raw.get("use_qkv_bias", False),
+            o_bias=False,
+            is_parallel=raw.get("use_parallel_residual", False),
+        )
