@@ -580,7 +580,7 @@ async def test_a_web_page_cannot_change_the_workers(
             {"Origin": "null"},
         ):  # fmt: skip
             got = await client.request(method, path, headers={**key, **headers}, **request_options)
-            assert (got.status, "another site" in await got.text()) == (403, True)
+            assert (got.status, "other sites" in await got.text()) == (403, True)
         headers = {"Sec-Fetch-Site": "same-origin", "Origin": url_of(client)}
         got = await client.request(method, path, headers={**key, **headers}, **request_options)
         assert got.status in (200, 201)
@@ -591,12 +591,12 @@ async def test_without_a_key_other_hosts_cannot_change_the_workers(
     method: str, path: str, request_options: dict[str, Any]
 ) -> None:
     foreign = ({"Host": "evil.example:30000"}, {"X-Forwarded-For": "1.2.3.4"}, {"Forwarded": "for=1.2.3.4"})
-    async with routing("http://b:1") as client:
+    async with routing("http://b:1", host="0.0.0.0") as client:
         for headers in foreign:
             got = await client.request(method, path, headers=headers, **request_options)
             assert (got.status, "--api-key" in await got.text()) == (403, True)
         assert (await client.request(method, path, headers={"Host": "localhost:1"}, **request_options)).status < 300
-    async with routing("http://b:1", api_key="secret") as client:
+    async with routing("http://b:1", api_key="secret", host="0.0.0.0") as client:
         key = {"Authorization": "Bearer secret"}
         assert (await client.request(method, path, headers={**foreign[0], **key}, **request_options)).status < 300
 
@@ -610,6 +610,61 @@ async def test_workers_are_added_by_json_only(kind: str | None) -> None:
         got = await client.post("/workers", params={"url": "http://a:1"}, data=body, headers=headers, **skipped)
         assert got.status == 400
         assert await worker_states(client) == {}
+
+
+# ---- web pages ----
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Sec-Fetch-Site": "cross-site"}, {"Origin": "https://evil.example"}, {"Origin": "null"},
+        {"Sec-Fetch-Site": "same-site", "Origin": "http://localhost:3000"},
+    ],
+    ids=str,
+)  # fmt: skip
+async def test_a_page_of_another_site_reaches_no_worker(headers: dict[str, str]) -> None:
+    worker = FakeWorker("a")
+    async with routing(worker) as client:
+        for method, path in (
+            ("POST", "/generate"), ("POST", "/v1/chat/completions"), ("POST", "/flush_cache"), ("GET", "/flush_cache"),
+            ("GET", "/start_profile"), ("POST", "/pause_generation"), ("DELETE", "/v1/files/x"), ("POST", "/any"),
+        ):  # fmt: skip
+            got = await client.request(method, path, headers=headers, data=b"{}")
+            assert (got.status, "--allowed-origins" in await got.text()) == (403, True), (method, path)
+        preflight = {"Access-Control-Request-Method": "POST", **headers}
+        got = await client.options("/generate", headers=preflight)
+        assert got.status == 204 and not [name for name in got.headers if name.startswith("Access-Control")]
+        assert (await client.get("/get_model_info", headers=headers)).status == 200, "which the page cannot read"
+    assert [path for path, _, _ in worker.seen] == ["/get_model_info"]
+
+
+async def test_our_own_and_listed_pages_reach_workers_which_know_nothing_of_them() -> None:
+    """A worker's address is not the router's: to it, every page would be one of another site."""
+    engine = FakeEngine()
+    chat = "https://chat.example"
+    async with serving(engine) as worker, routing(url_of(worker), allowed_origins=[chat]) as client:
+        for headers in (
+            {"Origin": chat, "Sec-Fetch-Site": "cross-site"}, {"Origin": url_of(client)},
+            {"Sec-Fetch-Site": "same-origin", "Origin": "https://behind.a.proxy"},
+        ):  # fmt: skip
+            for stream in (False, True):
+                got = await client.post("/generate", json={"text": "Hi", "stream": stream}, headers=headers)
+                assert got.status == 200
+                allowed = got.headers.getall("Access-Control-Allow-Origin", [])
+                assert allowed == [headers["Origin"]][: "proxy" not in headers["Origin"]]
+        got = await client.options("/generate", headers={"Origin": chat, "Access-Control-Request-Method": "POST"})
+        assert (got.status, got.headers["Access-Control-Allow-Origin"]) == (204, chat)
+
+
+async def test_a_router_on_loopback_answers_to_its_own_names_only() -> None:
+    worker = FakeWorker("a")
+    async with routing(worker, allowed_hosts=["llm.example"]) as client:
+        for name, status in (("evil.example", 403), ("localhost", 200), ("127.0.0.1:1", 200), ("llm.example", 200)):
+            for path in ("/get_model_info", "/health", "/workers", "/generate"):
+                assert (await client.get(path, headers={"Host": name})).status == status, (name, path)
+    async with routing(worker, host="0.0.0.0") as client:
+        assert (await client.get("/health", headers={"Host": "any.example"})).status == 200
 
 
 # ---- what concerns all workers, or one of them ----

@@ -11,7 +11,6 @@ looked for at the others. A request goes to one worker as a whole, a batch of pr
 
 import asyncio
 import hmac
-import ipaddress
 import logging
 import resource
 import sys
@@ -38,7 +37,8 @@ from server.http.bodies import BODY_BUDGET, BodyBudget
 from server.http.intake import BACKLOG, GATE, Gate
 from server.http.keys import ADMIN_PATHS
 from server.http.malformed import shorten_malformed
-from server.reading.protocol import error_shape, is_from_another_site, json_response, read_json
+from server.http.origins import Origins, guard_origins, is_loopback
+from server.reading.protocol import error_shape, json_response, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,8 @@ HOP_BY_HOP = frozenset(
         "transfer-encoding", "upgrade", "expect", "host",
     }
 )  # fmt: skip
+# What a browser says of the page that sends a request: judged here, and not by workers, which have other addresses.
+OF_PAGES = frozenset({"origin", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest", "sec-fetch-user"})
 # Fields of all APIs that a prompt is made of, those that come first in it first.
 PROMPT_FIELDS = (
     "model", "extra_key", "cache_salt", "system", "instructions", "tools", "messages", "text", "input_ids", "prompt",
@@ -89,6 +91,14 @@ class RouterConfig:
     api_key: str | None = option(
         None, HTTP, "key of the routes that list and change workers; clients' keys are the workers' to check"
     )
+    allowed_origins: list[str] | None = option(
+        None, HTTP, "web pages that may call the workers, such as https://chat.example; default: their own; *: all"
+    )
+    allowed_hosts: list[str] | None = option(
+        None,
+        HTTP,
+        "names the router may be called by, beside localhost and addresses; default: any; on loopback: none",
+    )
     max_body_bytes: int = option(32 << 20, HTTP, "longest request body, files aside; beyond it: 413")
     drain_timeout: float = option(60.0, HTTP, "seconds that running answers may take to end after SIGTERM or Ctrl-C")
 
@@ -108,7 +118,12 @@ class Router:
 
     def build_app(self) -> web.Application:
         """Run it with aiohttp's `handler_cancellation`: a disconnect then ends the request at its worker."""
-        app = web.Application(middlewares=[answer_errors], client_max_size=self.config.max_body_bytes)
+        config = self.config
+        origins = Origins(config.host, config.allowed_origins, config.allowed_hosts)
+        app = web.Application(
+            middlewares=[answer_errors, guard_origins(origins)], client_max_size=config.max_body_bytes
+        )
+        app.on_response_prepare.append(origins.add_cors)
         app[GATE] = Gate()
         app[BODY_BUDGET] = BodyBudget(self.config.max_body_bytes * 8)
         app.cleanup_ctx.append(self._running)
@@ -201,7 +216,7 @@ class Router:
     def _send(
         self, worker: Worker, request: web.Request, body: bytes | aiohttp.StreamReader
     ) -> "aiohttp.client._RequestContextManager":
-        headers = end_to_end(request.headers)
+        headers = end_to_end(request.headers, OF_PAGES)
         if isinstance(body, bytes):
             headers.popall(hdrs.CONTENT_LENGTH, None)
         return self._session.request(
@@ -290,10 +305,8 @@ class Router:
         return json_response({"url": url})
 
     def _check_change(self, request: web.Request) -> None:
-        """Refuse to change workers, to whom clients' prompts go, for a web page, or without a key for another host."""
+        """Refuse to change workers, to whom clients' prompts go, for another host without a key."""
         self._check_key(request)
-        if is_from_another_site(request):
-            raise web.HTTPForbidden(text="a page of another site may not change the workers")
         if not self.config.api_key and not is_from_this_host(request):
             raise web.HTTPForbidden(text="without --api-key the workers can be changed from the router's own host only")
 
@@ -310,14 +323,7 @@ def is_from_this_host(request: web.Request) -> bool:
     """Return whether the client is a process of this host: no proxy's, and no web page's that names us otherwise."""
     if any(name in request.headers for name in (hdrs.FORWARDED, hdrs.X_FORWARDED_FOR)):
         return False
-    return _is_loopback(request.remote or "") and _is_loopback(URL(f"http://{request.host}").host or "")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return is_loopback(request.remote or "") and is_loopback(URL(f"http://{request.host}").host or "")
 
 
 def transparent_session(connect_timeout: float) -> aiohttp.ClientSession:
@@ -354,10 +360,12 @@ def prompt_of(body: bytes) -> bytes:
     return b"".join(orjson.dumps(values[name]) for name in PROMPT_FIELDS if values.get(name) is not None)
 
 
-def end_to_end(headers: "CIMultiDict[str] | CIMultiDictProxy[str]") -> "CIMultiDict[str]":
-    """Return the headers that are not for the next hop only."""
-    named = {name.strip().lower() for name in headers.get(hdrs.CONNECTION, "").split(",")}
-    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in HOP_BY_HOP | named)
+def end_to_end(
+    headers: "CIMultiDict[str] | CIMultiDictProxy[str]", others: frozenset[str] = frozenset()
+) -> "CIMultiDict[str]":
+    """Return the headers that are not for the next hop only, without `others`."""
+    left_out = {name.strip().lower() for name in headers.get(hdrs.CONNECTION, "").split(",")} | HOP_BY_HOP | others
+    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in left_out)
 
 
 async def pass_on(
