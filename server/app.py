@@ -13,6 +13,7 @@ from server.apis.anthropic import AnthropicApi
 from server.apis.batches import Batches
 from server.apis.clouds import CloudApi
 from server.apis.embeddings import EmbeddingsApi
+from server.apis.file_prompts import FilePromptApi
 from server.apis.files import FILE_STORE, FilesApi, FileStore
 from server.apis.generate import GenerateApi
 from server.apis.maintenance import MaintenanceApi
@@ -64,6 +65,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     generate = GenerateApi(engine, config, live)
     app.add_routes(native.routes())
     app.add_routes(generate.routes())
+    app.add_routes(FilePromptApi(engine, live).routes())
     app.add_routes(logging_api.routes())
     app.add_routes(TextApi(engine, chats).routes())
     app.add_routes(AnthropicApi(config, live, chats, left_out).routes())

@@ -3,6 +3,7 @@
 SGLang's front end, the evaluation harness of EleutherAI, openai's client with a data model.
 """
 
+import io
 import json
 import threading
 from pathlib import Path
@@ -12,6 +13,7 @@ import openai
 import pydantic
 import pytest
 import torch
+from aiohttp import FormData
 from aiohttp.test_utils import TestClient
 
 from server.config import ServerConfig, parse_args
@@ -402,3 +404,44 @@ def test_help_shows_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert all(one.flag in text and one.describe() in text for one in SERVER_FLAGS)
     assert "SGLANG_USE_MODELSCOPE" in text
+
+
+# ---- /generate_from_file ----
+
+
+async def test_the_text_of_a_file_is_a_prompt() -> None:
+    engine = FakeEngine("Yes", context_length=100)
+    async with serving(engine) as client:
+        form = FormData({"file": io.BytesIO("Ça va?".encode())}, default_to_multipart=True)
+        response = await client.post("/generate_from_file", data=form)
+        assert response.status == 200, await response.text()
+        assert (await response.json())["text"] == "Yes"
+    [request] = engine.requests
+    assert bytes(request.input_ids).decode() == "Ça va?"
+    assert request.sampling_params.is_greedy and request.sampling_params.max_new_tokens == 512 and request.may_shorten
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"file": b"[[0.5, 1.0]]"}, "input_embeds"),
+        ({"file": b"\xff"}, "UTF-8"),
+        ({"file": b""}, "empty prompt"),
+        ({"other": b"x"}, "'other'"),
+        ({}, "no file"),
+    ],
+)
+async def test_a_file_that_is_no_prompt_is_a_400_that_says_why(fields: dict[str, bytes], said: str) -> None:
+    async with serving(FakeEngine()) as client:
+        form = FormData({name: io.BytesIO(value) for name, value in fields.items()}, default_to_multipart=True)
+        response = await client.post("/generate_from_file", data=form)
+        error = (await response.json())["error"]["message"]
+        assert response.status == 400 and said in error, error
+        assert (await client.post("/generate_from_file", json={"text": "x"})).status == 400
+
+
+async def test_a_file_is_as_long_as_a_body_may_be() -> None:
+    async with serving(FakeEngine(), max_body_bytes=1000) as client:
+        form = FormData({"file": io.BytesIO(b"x" * 2000)}, default_to_multipart=True)
+        response = await client.post("/generate_from_file", data=form)
+        assert response.status == 413 and "--max-body-bytes" in await response.text()

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from aiohttp import BodyPartReader, MultipartReader, StreamReader, web
-from aiohttp.http_exceptions import BadHttpMessage
+from aiohttp import BodyPartReader, web
 
 from engine.errors import EngineError, InvalidRequest
+from server.http.forms import as_utf8, form_of, name_of
 from server.http.owners import EVERYBODY, Caller, may_find, owner_of
 from server.reading.protocol import JSON, json_response
 
@@ -31,7 +31,6 @@ MAX_LISTED = 10_000
 PURPOSE = "batch"
 MAX_PURPOSE_BYTES = 64
 LOCK_NAME = "lock"
-MAX_FORM_LINES = 64  # around its parts' contents
 
 
 class NotFound(EngineError):
@@ -274,10 +273,6 @@ class FilesApi:
     async def upload(self, http_request: web.Request) -> web.Response:
         """Receive a form with `file` and `purpose`. The file goes to disk as it comes."""
         self.store.check()
-        if http_request.content_type != "multipart/form-data":
-            raise InvalidRequest(
-                f"Content-Type must be multipart/form-data, got {http_request.content_type}", "Content-Type"
-            )
         file_id = new_id("file-")
         unfinished = self.store.folder / f"{file_id}.part"
         try:
@@ -297,27 +292,20 @@ class FilesApi:
     async def _receive(self, http_request: web.Request, to: Path) -> tuple[str | None, str]:
         """Return (name of the file, now in `to`; purpose), as far as the form has them."""
         filename, purpose = None, ""
-        content: Any = FormStream(http_request.content)
-        try:
-            async for part in MultipartReader(http_request.headers, content):
-                if not isinstance(part, BodyPartReader):
-                    raise InvalidRequest("a part of the form is itself a form", None)
-                name = _utf8(part.name or "")
+        with form_of(http_request) as form:
+            async for part in form:
+                name = name_of(part)
                 if name == "file":
                     if filename is not None:
                         raise InvalidRequest("the form has more than one file", name)
                     await self._receive_file(part, to)
-                    filename = _utf8(part.filename or "upload")
+                    filename = as_utf8(part.filename or "upload")
                 elif name == "purpose":
                     if purpose:
                         raise InvalidRequest("the form has more than one purpose", name)
                     purpose = (await part.read_chunk(MAX_PURPOSE_BYTES)).decode(errors="replace")
                 else:
                     raise InvalidRequest(f"unknown field of the form: {name!r}", name)
-        except ValueError as error:  # aiohttp's, of a form that is none
-            raise InvalidRequest(f"the form cannot be read: {error}") from None
-        except BadHttpMessage as error:
-            raise InvalidRequest(f"a part's headers cannot be read: {error.message}") from None
         return filename, purpose
 
     async def _receive_file(self, part: BodyPartReader, to: Path) -> None:
@@ -349,26 +337,6 @@ class FilesApi:
     async def content(self, http_request: web.Request) -> web.FileResponse:
         file = self.store.get(http_request, http_request.match_info["file_id"])
         return web.FileResponse(self.store.path(file["id"]), headers={"Content-Type": "application/octet-stream"})
-
-
-class FormStream:
-    """The body of a form for aiohttp's reader, which would go on for any number of lines before, or between, parts."""
-
-    def __init__(self, content: StreamReader) -> None:
-        self._content = content
-        self._num_lines = 0
-        self.read, self.unread_data, self.at_eof = content.read, content.unread_data, content.at_eof
-
-    async def readline(self, **options: Any) -> bytes:
-        self._num_lines += 1
-        if self._num_lines > MAX_FORM_LINES:
-            raise ValueError(f"it has more than {MAX_FORM_LINES} lines around its parts")
-        return await self._content.readline(**options)
-
-
-def _utf8(header: str) -> str:
-    """Return a part's header as text. aiohttp reads other encodings, Latin-1 say, as halves of surrogate pairs."""
-    return header.encode(errors="surrogateescape").decode(errors="replace")
 
 
 class FileTooLarge(EngineError):

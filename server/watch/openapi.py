@@ -115,6 +115,10 @@ UPLOAD = Operation(
     "Store the lines of a batch", "OpenAI", answer=ref("File"), statuses=(400, 403, 413, 503),
     form=obj({"file": {"type": "string", "format": "binary"}, "purpose": {"enum": ["batch"]}}, ["file", "purpose"]),
 )  # fmt: skip
+GENERATE_FROM_FILE = Operation(
+    "Answer the text of a file, greedily", "SGLang", answer=ref("GenerateAnswer"), statuses=(400, 413, 429),
+    form=obj({"file": {"type": "string", "format": "binary"}}, ["file"]),
+)  # fmt: skip
 CREATE_BATCH = Operation(
     "Answer the lines of a file when nothing more urgent is to be done", "OpenAI", ref("BatchRequest"), ref("Batch"),
     statuses=(404, 503),
@@ -204,6 +208,7 @@ SCORE = Operation(
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/generate"): GENERATE,
     ("PUT", "/generate"): GENERATE,
+    ("POST", "/generate_from_file"): GENERATE_FROM_FILE,
     ("POST", "/v1/chat/completions"): CHAT_COMPLETIONS,
     ("POST", "/v1/chat/completions/render"): RENDER,
     ("POST", "/v1/completions"): COMPLETIONS,
