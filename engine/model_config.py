@@ -41,6 +41,7 @@ GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_pen
 TURN_ENDS = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<|end|>", "<|return|>", "<|call|>",
     "<end_of_turn>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<|EOT|>", "[|endofturn|]", "<|endofturn|>",
+    "<|user|>", "<|observation|>",
 )  # fmt: skip
 
 
@@ -238,9 +239,12 @@ def complete(model: ModelConfig, raw: dict[str, Any], folder: Path, config: Engi
 def turn_ends(known: Container[str]) -> list[str]:
     """Return the texts of the vocabulary `known` that end an answer.
 
-    Where <|return|> does, <|end|> only ends one of an answer's messages.
+    Where <|return|> does, <|end|> only ends one of an answer's messages. <|user|> does in GLM, which alone has
+    <|observation|>.
     """
-    return [text for text in TURN_ENDS if text in known and not (text == "<|end|>" and "<|return|>" in known)]
+    excluded = {"<|end|>"} if "<|return|>" in known else set()
+    excluded |= set() if "<|observation|>" in known else {"<|user|>"}
+    return [text for text in TURN_ENDS if text in known and text not in excluded]
 
 
 def resolve_dtype(config: EngineConfig, raw: dict[str, Any], folder: Path) -> torch.dtype:

@@ -283,9 +283,11 @@ def print_ready(console: Console, engine: Engine, config: ServerConfig, app: web
     host = f"[{config.host}]" if ":" in config.host else config.host
     url, chats, store = f"http://{host}:{config.port}", app[CHATS], app[FILE_STORE]
     table = Table(title="radixloop is ready", title_justify="left", show_header=False, box=None)
+    origin = engine.tokenizer.origin
     for name, value in (
         ("address", url),
         ("model", config.model_name),
+        *([("tokenizer", origin)] if origin else []),
         ("context", f"{engine.context_length:,} tokens"),
         ("KV capacity", f"{engine.max_total_num_tokens:,} tokens"),
         ("tool calls", _tools_in_use(chats, config.tool_call_parser)),

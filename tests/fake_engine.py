@@ -36,6 +36,7 @@ class FakeTokenizer:
     """A token is a byte."""
 
     chat_template: str | dict[str, str] | None = "fake"
+    origin = ""
 
     def __init__(self) -> None:
         self.named_tokens = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -16,6 +16,7 @@ from engine.errors import InvalidRequest, ModelError, PromptTooLong
 from engine.request import SamplingParams
 from engine.text import chat_template as templates
 from engine.text import long_text, probe
+from engine.text.rank_file import LLAMA_3, QWEN_2
 from engine.text.tokenizer import FastBackend, PythonBackend, Tokenizer
 
 CHATML = (
@@ -487,10 +488,10 @@ WORDS_OF_ALL_KINDS = (
     "Grüße an alle e\u0301t e\u0301 x=1;\n    if y:\n\treturn <|x|> z\n<|x|>\nQ "
 )
 LOST = "\u00f0\u00f1\u00c0\u0104"  # the bytes F0, F1, C0 and 04 in the alphabet: emojis have the first
-LLAMA_3, TEKKEN = gguf_words.LLAMA_3, gguf_words.TEKKEN
+TEKKEN = gguf_words.TEKKEN
 
 
-@pytest.mark.parametrize("pattern", [None, LLAMA_3, gguf_words.QWEN_2, TEKKEN])
+@pytest.mark.parametrize("pattern", [None, LLAMA_3, QWEN_2, TEKKEN])
 @pytest.mark.parametrize("piece_chars", [1, 7, 50])
 @pytest.mark.parametrize("missing", ["", LOST])
 def test_a_long_text_has_the_tokens_that_it_has_in_one_piece(

@@ -7,13 +7,14 @@ BPE, with scores in place of merges; and the latter with merges, which Gemma 4 h
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.gguf_words import WORDS, Words
 from engine.errors import ModelError
 from engine.model_config import turn_ends
+from engine.text.sentencepiece_file import merges_by_score
 
 logger = logging.getLogger(__name__)
 
@@ -174,17 +175,6 @@ def merges_of(metadata: Metadata) -> list[tuple[str, str]]:
         cut = merge.index(" ", 1)
         merges.append((merge[:cut], merge[cut + 1 :]))
     return merges
-
-
-def merges_by_score(vocab: dict[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Return merges for a file that has none: any two tokens that join to a third, the best-scored third first."""
-    ranked = sorted(
-        (-scores[number], vocab[token[:cut]], vocab[token[cut:]], token[:cut], token[cut:])
-        for token, number in vocab.items()
-        for cut in range(1, len(token))
-        if token[:cut] in vocab and token[cut:] in vocab
-    )
-    return [pair[3:] for pair in ranked]
 
 
 def vocabulary(metadata: Metadata) -> dict[str, int]:

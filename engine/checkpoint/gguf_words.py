@@ -5,6 +5,8 @@ A file names its way (`tokenizer.ggml.pre`); the patterns are those of the model
 
 from dataclasses import dataclass
 
+from engine.text.rank_file import LLAMA_3, QWEN_2
+
 
 @dataclass(frozen=True)
 class Words:
@@ -20,8 +22,6 @@ class Words:
 
 ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA_3 = rf"{ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{SPACES}"
-QWEN_2 = LLAMA_3.replace("{1,3}", "")
 QWEN_3_5 = QWEN_2.replace(r"]?\p{L}+", r"]?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 # Words of letters with a change from upper to lower case once; `{}` is what follows them.

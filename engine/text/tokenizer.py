@@ -1,7 +1,7 @@
 """Convert text to token ids and back, and chat messages to a prompt.
 
-Works on the tokenizers library directly, because importing transformers takes seconds; only a folder without a
-tokenizer.json goes through transformers.
+Works on the tokenizers library directly, because importing transformers takes seconds; only a folder that has neither
+a tokenizer.json nor a vocabulary file that can be read here goes through transformers.
 """
 
 import json
@@ -22,6 +22,7 @@ from engine.text.chat_template import TEMPLATE_ERRORS, compile_template, render
 from engine.text.detokenizer import Detokenizer, TextStream
 from engine.text.long_text import PIECE_CHARS, LongTexts
 from engine.text.probe import check_tokenizer
+from engine.text.vocabulary_file import FLAGS, Vocabulary, find_vocabulary_file, load_vocabulary
 
 MALFORMED = (AttributeError, LookupError, TypeError, ValueError)  # errors raised by an entry of the wrong kind
 # Named tokens that are added to a vocabulary that lacks them.
@@ -120,6 +121,7 @@ class Tokenizer:
     backend: Backend
     named_tokens: dict[str, str] = field(default_factory=dict)  # bos_token, eos_token, ...: templates see them
     chat_templates: dict[str, str] = field(default_factory=dict)  # by name; "default" is the usual one
+    origin: str = ""  # what it was made from, for people, if not a tokenizer.json
     detokenizer: Detokenizer = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -151,14 +153,22 @@ class Tokenizer:
             )
         except (OSError, *MALFORMED) as error:
             raise ModelError(f"the chat templates of {folder} are malformed: {described(error)}") from error
-        file = folder / "tokenizer.json"
-        backend = (
-            load_fast(file, config, named_tokens)
-            if file.exists()
-            else load_with_transformers(folder, trust_remote_code)
-        )
+        file, vocabulary_file = folder / "tokenizer.json", find_vocabulary_file(folder)
+        origin = ""
+        if file.exists():
+            backend = load_fast(file, config, named_tokens)
+        elif vocabulary_file is not None and not (trust_remote_code and config.get("auto_map")):
+            vocabulary = load_vocabulary_file(vocabulary_file, config, named_tokens)
+            backend, named_tokens = FastBackend(vocabulary.tokenizer), vocabulary.named_tokens | named_tokens
+            origin = f"{vocabulary_file.name}, {vocabulary.origin}"
+            if not chat_templates and vocabulary.chat_template is not None:
+                chat_templates = {"default": vocabulary.chat_template}
+                origin += "; the chat template is ours, the folder has none"
+        else:
+            backend = load_with_transformers(folder, trust_remote_code)
+            origin = "transformers"
         check_tokenizer(lambda text: backend.encode(text, True), f"the tokenizer of {folder}")
-        return cls(backend, named_tokens, chat_templates)
+        return cls(backend, named_tokens, chat_templates, origin)
 
     def to_json(self) -> str | None:
         """Return the tokenizers library's description, added tokens included; None: it is another library's."""
@@ -305,6 +315,17 @@ def load_fast(file: Path, config: Mapping[str, Any], named_tokens: Mapping[str, 
     return FastBackend(tokenizer)
 
 
+def load_vocabulary_file(file: Path, config: Mapping[str, Any], named_tokens: Mapping[str, str]) -> Vocabulary:
+    """Load a vocabulary file, with what tokenizer_config.json, `config`, says. `ModelError` if either is broken."""
+    try:
+        vocabulary = load_vocabulary(file, config, named_tokens)
+        rest = {name: value for name, value in config.items() if name != "added_tokens_decoder"}  # are added already
+        apply_config(vocabulary.tokenizer, rest, vocabulary.named_tokens | dict(named_tokens))
+    except MALFORMED as error:
+        raise ModelError(f"{file.with_name('tokenizer_config.json')} is malformed: {described(error)}") from error
+    return vocabulary
+
+
 def load_with_transformers(folder: Path, trust_remote_code: bool) -> Backend:
     """Load a tokenizer without a tokenizer.json. Raises `ModelError` if transformers cannot."""
     from transformers import AutoTokenizer
@@ -345,10 +366,9 @@ def apply_config(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], nam
 
     The file may add tokens, make them special, and set whether texts start with bos and end with eos.
     """
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     known = {token.content: token.special for token in tokenizer.get_added_tokens_decoder().values()}
     listed = sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
-    tokens = [AddedToken(e["content"], **{flag: e[flag] for flag in flags if flag in e}) for _, e in listed]
+    tokens = [AddedToken(e["content"], **{flag: e[flag] for flag in FLAGS if flag in e}) for _, e in listed]
     names = known.keys() | {token.content for token in tokens}
     standard = dict.fromkeys(named_tokens[name] for name in STANDARD_TOKENS if name in named_tokens)
     tokens += [AddedToken(name, special=True) for name in standard if name not in names]
