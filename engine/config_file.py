@@ -25,6 +25,7 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
     ("a positive integer", lambda value: type(value) is int and value > 0, (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings",
+        "model_max_length",
         "ffn_hidden_size", "kv_channels", "multi_query_group_num", "num_layers", "padded_vocab_size", "seq_length",
         "no_rope_layer_interval",
     )),
@@ -33,7 +34,7 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
         "layer_norm_epsilon", "layernorm_epsilon", "rope_ratio", "rotary_emb_base", "rotary_pct",
         "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling", "alpha",
         "rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
-        "layer_norm_eps", "norm_eps", "norm_epsilon",
+        "layer_norm_eps", "norm_eps", "norm_epsilon", "logit_scale", "clip_qkv",
     )),
     ("a number", is_number, (
         "llama_4_scaling_beta", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
@@ -46,7 +47,7 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
         "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bias", "attention_out_bias",
         "bias", "no_bias", "qkv_bias", "add_bias_linear", "add_qkv_bias", "multi_query_attention", "original_rope",
         "use_dynamic_ntk", "use_logn_attn",
-        "use_qkv_bias", "use_parallel_residual", "qk_layernorm",
+        "use_qkv_bias", "use_parallel_residual", "qk_layernorm", "use_qk_norm",
     )),
     ("a string", lambda value: isinstance(value, str), (
         "hidden_act", "hidden_activation", "model_type", "dtype", "torch_dtype",

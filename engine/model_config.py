@@ -46,12 +46,13 @@ TURN_ENDS = (
 
 
 class QKNorm(Enum):
-    """Which RMS norms queries and keys pass."""
+    """Which norms queries and keys pass: RMS norms, but for the last."""
 
     NONE = "none"
     HEADS = "heads"  # of each head, before the rotation
     ROTATED_HEADS = "rotated heads"  # of each head, after the rotation
     ALL_HEADS = "all heads"  # of all heads together, before the rotation
+    EACH_HEAD = "each head"  # a layer norm of each head, by a weight of its own, before the rotation
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class AttentionConfig:
     softcap: float = 0.0  # scores become softcap tanh(score / softcap); 0: they do not
     qkv_bias: bool = False
     o_bias: bool = False
+    clip_qkv: float = 0.0  # queries, keys and values are clamped to at most that; 0: they are not
     qk_norm: QKNorm = QKNorm.NONE
     v_norm: bool = False  # an RMS norm of each value head, without a weight
     kv_owner: int | None = None  # the layer whose keys and values this one reads, instead of having its own

@@ -114,6 +114,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie 4.5": ("Ernie4_5Config", {"use_bias": True}),
     "arcee": ("ArceeConfig", {"mlp_bias": True}),
     "helium": ("HeliumConfig", {}),
+    "command-r": ("CohereConfig", {"logit_scale": 0.3, "pad_token_id": 0}),
+    "command-r+": ("CohereConfig", {"use_qk_norm": True, "attention_bias": True, "pad_token_id": 0}),
+    "command-r7b": ("Cohere2Config", {"sliding_window": 8, "num_hidden_layers": 5, "pad_token_id": 0}),
+    "olmo 1": ("OlmoConfig", {"clip_qkv": 1.5, "pad_token_id": 0}),
+    "stablelm with norms of heads": ("StableLmConfig", {"qk_layernorm": True}),
     "starcoder 2": ("Starcoder2Config", {"sliding_window": 8}),
     "starcoder 2 without biases": ("Starcoder2Config", {"use_bias": False}),
     "phi 2": ("PhiConfig", {}),
@@ -195,7 +200,7 @@ def test_two_ranks_compute_the_logits_together(family: str, made: Callable[[str]
     )
 
 
-@pytest.mark.parametrize("family", ["olmo 2", "glm 4"])
+@pytest.mark.parametrize("family", ["olmo 2", "glm 4", "command-r+"])
 def test_four_ranks_of_which_two_share_a_kv_head_compute_them_as_well(family: str, made: Callable[[str], Path]) -> None:
     folder, ids = made(family), random_ids(23, seed=2)
     torch.testing.assert_close(

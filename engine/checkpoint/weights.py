@@ -165,6 +165,8 @@ class StagedCopy:
 
     def __call__(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Enqueue the copy of `source`, which is free on return; dtypes may differ."""
+        if not len(target):  # another rank has all of it
+            return
         num_rows = max(1, STAGING_BYTES // target[0].nbytes)
         for to, rows in zip(target.split(num_rows), source.split(num_rows), strict=True):
             self.turn ^= 1

@@ -10,7 +10,7 @@ from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import Layer, LayerConfig
 from engine.layers.linear import qkv_parallel, row_parallel
 from engine.layers.norm import HiddenNorm, RMSNorm, UnitRMSNorm
-from engine.layers.qk_norm import AllHeadsNorm
+from engine.layers.qk_norm import AllHeadsNorm, EachHeadNorm
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import AttentionConfig, QKNorm
 from kernels.attention import attention
@@ -62,12 +62,17 @@ class Attention(Layer):
         )
         if config.qk_norm is not QKNorm.NONE:
             self._add_norms(config, norm_class, layers)
+        if config.clip_qkv:
+            self.make_qkv = clipped(self.make_qkv, config.clip_qkv)
         self.scale, self.window, self.softcap = config.scale, config.window, config.softcap
         self.backend = layers.attention_backend
 
     def _add_norms(self, config: AttentionConfig, norm_class: type[HiddenNorm], layers: LayerConfig) -> None:
         if config.qk_norm is QKNorm.ALL_HEADS:
-            self.qk_norm = AllHeadsNorm(self.qkv_proj.weight.parts[:2], self.eps, layers)
+            self.qk_norm: AllHeadsNorm | EachHeadNorm = AllHeadsNorm(self.qkv_proj.weight.parts[:2], self.eps, layers)
+        elif config.qk_norm is QKNorm.EACH_HEAD:
+            self.qk_norm = EachHeadNorm(self.qkv_proj.weight.parts[:2], self.head_dim, self.eps, layers)
+        if config.qk_norm in (QKNorm.ALL_HEADS, QKNorm.EACH_HEAD):
             self.num_normed = sum(self.qk_norm.sizes)
             self.make_qkv = self._make_normed_qkv
             return
@@ -155,3 +160,12 @@ def _weights(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     q, k, v = norms
     return q.weight, k.weight, None if v is None else v.weight
+
+
+def clipped(make_qkv: Callable[..., torch.Tensor], limit: float) -> Callable[..., torch.Tensor]:
+    """Return `make_qkv` with its result clamped to at most `limit`, either way (OLMo 1)."""
+
+    def make_clipped_qkv(x: torch.Tensor, *, norm: Norm | None = None) -> torch.Tensor:
+        return make_qkv(x, norm=norm).clamp_(-limit, limit)
+
+    return make_clipped_qkv

@@ -1,4 +1,4 @@
-"""RMS norms over all heads of queries, and over all heads of keys (OLMo 2), which ranks compute together."""
+"""Norms of queries and keys before the rotation that the rotation's kernel does not fuse."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -6,12 +6,15 @@ from typing import ClassVar
 import torch
 
 from engine.layers.layer import Layer, LayerConfig, meta_weight
-from kernels.elementwise import rms_norm
-from kernels.weights import Part, match_shard
+from kernels.elementwise import layer_norm_heads_, rms_norm
+from kernels.weights import Part, ShapeError, match_shard
 
 
 class AllHeadsNorm(Layer):
-    """Hold a rank's share of both norms. Products with the weight are made in float32 and rounded last."""
+    """RMS norms over all heads of queries, and over all heads of keys (OLMo 2), which ranks compute together.
+
+    Products with the weight are made in float32 and rounded last.
+    """
 
     weight_names: ClassVar = ("weight",)
     part_names = ("q_norm", "k_norm")
@@ -47,6 +50,47 @@ class AllHeadsNorm(Layer):
     def weight_part(self, name: str, part: int) -> torch.Tensor:  # noqa: ARG002 - there is one weight
         start = sum(self.sizes[:part])
         return self.weight[start : start + self.sizes[part]]
+
+    def fill_dummy(self, generator: torch.Generator) -> None:  # noqa: ARG002 - nothing is random here
+        self.weight.fill_(1.0)
+
+
+class EachHeadNorm(Layer):
+    """A layer norm without bias of each query and key head, by a weight of its own (Command R+, StableLM 2).
+
+    In a checkpoint's names after all rules, heads are numbered: `q_norm.0`, `q_norm.1`, ..., `k_norm.0`, ...
+    """
+
+    weight_names: ClassVar = ("weight",)
+
+    def __init__(self, parts: Sequence[Part], head_dim: int, eps: float, layers: LayerConfig) -> None:
+        """parts: those of the projection that make queries and keys."""
+        self.eps, self.head_dim = eps, head_dim
+        self.sizes = [part.num_rows for part in parts]
+        self.weight = meta_weight(sum(self.sizes) // head_dim, head_dim, dtype=layers.dtype)
+        rows: dict[str, int | None] = {}  # of each head of the model: where in the weight it is, None on another rank
+        start = 0
+        for name, part in zip(("q_norm", "k_norm"), parts, strict=True):
+            num_heads = part.num_rows // head_dim
+            for head in range(num_heads * part.shard.count):
+                is_here = head // num_heads == part.shard.index
+                rows[f"{name}.{head}"] = start + head % num_heads if is_here else None
+            start += num_heads
+        self.part_names, self.rows = tuple(rows), tuple(rows.values())
+
+    def __call__(self, qk: torch.Tensor) -> None:
+        """Normalize queries and keys [T, (H + Hkv) D] of this rank, in place."""
+        layer_norm_heads_(qk, self.weight, self.eps)
+
+    def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if loaded.numel() != self.head_dim:
+            raise ShapeError(f"has {loaded.numel()} elements a head, the model wants {self.head_dim}")
+        target = self.weight_part(name, part)
+        return target, loaded.flatten()[: len(target)]
+
+    def weight_part(self, name: str, part: int) -> torch.Tensor:  # noqa: ARG002 - there is one weight
+        row = self.rows[part]
+        return self.weight[0, :0] if row is None else self.weight[row]
 
     def fill_dummy(self, generator: torch.Generator) -> None:  # noqa: ARG002 - nothing is random here
         self.weight.fill_(1.0)

@@ -3,6 +3,7 @@
 norms           layer norms with bias
 block           Llama's, or parallel with one norm where `use_parallel_residual`
 biases          on q, k and v where `use_qkv_bias`
+q, k            a layer norm of each head where `qk_layernorm`, whose weights the checkpoint numbers
 rotation        of the first quarter of a head, by default
 """
 
@@ -10,8 +11,9 @@ from typing import Any
 
 from engine.layers.block import Block, Parallel, PreNorm
 from engine.layers.norm import LayerNorm
-from engine.model_config import ModelConfig, read_decoder
+from engine.model_config import ModelConfig, QKNorm, read_decoder
 from engine.models.base import CausalLM
+from engine.models.names import COMMON_NAMES, Rename
 from engine.models.spelling import with_rope
 
 
@@ -24,6 +26,8 @@ class StableLMParallelBlock(Parallel):
 
 
 class StableLM(CausalLM):
+    checkpoint = (*COMMON_NAMES, Rename(r"\.([qk])_layernorm\.norms\.", r".\1_norm."))
+
     @classmethod
     def block_of(cls, config: ModelConfig) -> type[Block]:
         return StableLMParallelBlock if config.is_parallel else StableLMBlock
@@ -35,5 +39,6 @@ class StableLM(CausalLM):
             norm_eps=raw.get("layer_norm_eps", 1e-5),
             qkv_bias=raw.get("use_qkv_bias", False),
             o_bias=False,
+            qk_norm=QKNorm.EACH_HEAD if raw.get("qk_layernorm") else QKNorm.NONE,
             is_parallel=raw.get("use_parallel_residual", False),
         )
