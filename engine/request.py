@@ -3,11 +3,15 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
+import msgspec
+from msgspec import Meta
+
+from engine.declared import Object, convert
 from engine.errors import InvalidRequest, shown
+from engine.misfits import members, rule_of, type_info
 
 TOP_K_ALL = 1 << 30
 GREEDY_TEMPERATURE = 1e-6
@@ -16,7 +20,59 @@ MAX_STOP_CHARS = {"stop": 4096, "stop_regex": 1024}  # of all that a request has
 MAX_UNROLLED_LEN = 1 << 14  # of all its stop regexes: some 5 MB, and 15 ms
 REPEAT = re.compile(r"(\)?)\{(\d+)")
 VERBOSE = re.compile(r"(?<!\\)(?:\\\\)*\(\?[a-zA-Z]*x")
+NOT_NEGATIVE = Meta(ge=0)
+LongInt = Annotated[int, Meta(ge=1 - (1 << 63), le=(1 << 63) - 1)]
+Text = Annotated[str | dict[str, Any], Meta(extra={"rule": "an object, or a string that holds one"})]
 CONSTRAINTS = ("json_schema", "regex", "ebnf", "structural_tag", "choice")
+
+
+class SamplingFields(Object):
+    """The sampling parameters as clients write them: kinds, ranges and what they mean."""
+
+    max_new_tokens: Annotated[int, NOT_NEGATIVE] | None = None
+    min_new_tokens: Annotated[int, NOT_NEGATIVE] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[LongInt] | None = None
+    stop_regex: str | list[str] | None = None
+    temperature: Annotated[float, NOT_NEGATIVE] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1, description="0: greedy")] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=TOP_K_ALL, description="-1 or 0: off")] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=MIN_PENALTY, le=2)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[int, float],
+            Meta(description="token id to what is added to its logit", extra={"rule": "an object of token id to bias"}),
+        ]
+        | None
+    ) = None
+    sampling_seed: LongInt | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    no_stop_trim: bool | None = None
+    n: Annotated[int, Meta(ge=1, description="answers to each prompt")] | None = None
+    json_schema: Annotated[Text, Meta(description="the answer is JSON of this schema")] | None = None
+    regex: Annotated[str, Meta(description="the answer matches it")] | None = None
+    ebnf: Annotated[str, Meta(description="a grammar, in GBNF or Lark")] | None = None
+    structural_tag: Text | None = None
+    choice: Annotated[list[str], Meta(min_length=1)] | None = None
+
+
+def _ranges() -> dict[str, tuple[float, float, str]]:
+    """Return the limits of the numbers, and in words."""
+    found = {}
+    for one in msgspec.structs.fields(SamplingFields):
+        info = members(type_info(one.type))[0]
+        if isinstance(info, msgspec.inspect.IntType | msgspec.inspect.FloatType) and info.ge is not None:
+            high = math.inf if info.le is None else info.le
+            found[one.name] = info.ge, high, rule_of(info, 0)
+    return found
+
+
+RANGES = _ranges()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +110,7 @@ class SamplingParams:
         """Read a JSON object. Null means the default; an unknown key or a wrong type is an `InvalidRequest`."""
         if not isinstance(given, dict):
             raise InvalidRequest("sampling_params must be an object", "sampling_params")
-        unknown = given.keys() - _FIELD_NAMES
+        unknown = given.keys() - SamplingFields.__struct_fields__
         if unknown:
             raise InvalidRequest(
                 f"unknown sampling parameter: {', '.join(sorted(map(str, unknown)))}", "sampling_params"
@@ -62,7 +118,11 @@ class SamplingParams:
         values = {**(defaults or {}), **{name: value for name, value in given.items() if value is not None}}
         if "max_new_tokens" in given and given["max_new_tokens"] is None:
             values.pop("max_new_tokens", None)  # the class's default, also where None is the caller's
-        return cls(**{name: _coerce(name, value) for name, value in values.items()})
+        read = {**values, **convert(values, SamplingFields).given(values)}
+        for name in MAX_STOP_CHARS.keys() & read.keys():  # a lone string is a list of one
+            texts = read[name]
+            read[name] = [text for text in ([texts] if isinstance(texts, str) else texts) if text]
+        return cls(**read)
 
     @property
     def is_greedy(self) -> bool:
@@ -88,22 +148,16 @@ class SamplingParams:
             if not ok:
                 raise InvalidRequest(f"{name} must be {rule}, got {shown(getattr(self, name))}", name)
 
-        check(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "a finite number >= 0")
-        check(0 <= self.top_p <= 1, "top_p", "in [0, 1]; 0: greedy")
-        check(0 <= self.min_p <= 1, "min_p", "in [0, 1]")
-        check(-1 <= self.top_k <= TOP_K_ALL, "top_k", "-1 or 0 (off), or at least 1")
-        check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "in [-2, 2]")
-        check(-2 <= self.presence_penalty <= 2, "presence_penalty", "in [-2, 2]")
-        check(MIN_PENALTY <= self.repetition_penalty <= 2, "repetition_penalty", f"between {MIN_PENALTY} and 2")
-        check(self.max_new_tokens is None or self.max_new_tokens >= 0, "max_new_tokens", ">= 0")
+        for name, (low, high, rule) in RANGES.items():
+            value = getattr(self, name)
+            check(value is None or low <= value <= high, name, rule)
+        check(math.isfinite(self.temperature), "temperature", "a finite number")
         limit = math.inf if self.max_new_tokens is None else self.max_new_tokens
         check(0 <= self.min_new_tokens <= limit, "min_new_tokens", f"between 0 and max_new_tokens, which is {limit}")
-        check(self.n >= 1, "n", "at least 1")
         is_in_vocab = all(0 <= token_id < vocab_size for token_id in self.logit_bias)
         check(is_in_vocab, "logit_bias", f"keyed by ids below the vocabulary size {vocab_size}")
         is_near = all(abs(bias) <= MAX_BIAS for bias in self.logit_bias.values())
         check(is_near, "logit_bias", f"numbers between -{MAX_BIAS} and {MAX_BIAS}")
-        check(self.sampling_seed is None or abs(self.sampling_seed) < 1 << 63, "sampling_seed", "a 64-bit integer")
         constraints = [name for name in CONSTRAINTS if getattr(self, name) is not None]
         if len(constraints) > 1:
             raise InvalidRequest(f"at most one of {', '.join(CONSTRAINTS)} may be given", constraints[1])
@@ -147,67 +201,6 @@ def unrolled_len(pattern: str) -> int:
         else:
             inner += int(count)
     return len(pattern) * inner * outer
-
-
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """Describe the values that a field takes: in words, as a check, and how they are converted."""
-
-    rule: str  # completes "field must be ..."
-    fits: Callable[[Any], bool]
-    convert: Callable[[Any], Any] | None = None  # TypeError, ValueError or OverflowError: the value does not fit
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _all_strings(value: Iterable[Any]) -> bool:
-    return all(isinstance(text, str) for text in value)
-
-
-_INT = _Kind("an integer", lambda value: _is_int(value) and abs(value) < 1 << 63)
-_NUMBER = _Kind("a number", lambda value: _is_int(value) or isinstance(value, float), float)
-_FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
-_TEXT = _Kind("a string", lambda value: isinstance(value, str))
-_TEXTS = _Kind(  # a lone string is a list of one
-    "a string or a list of strings",
-    lambda value: isinstance(value, str) or (isinstance(value, list | tuple) and _all_strings(value)),
-    lambda value: [text for text in ([value] if isinstance(value, str) else value) if text],
-)
-_OBJECT = _Kind("an object, or a string that holds one", lambda value: isinstance(value, str | dict))
-_CHOICE = _Kind(
-    "a non-empty list of strings", lambda value: isinstance(value, list) and bool(value) and _all_strings(value)
-)
-_IDS = _Kind("a list of integers", lambda value: isinstance(value, list | tuple) and all(map(_INT.fits, value)), list)
-_BIASES = _Kind(  # JSON has string keys
-    "an object of token id to bias",
-    lambda value: isinstance(value, dict),
-    lambda value: {int(token_id): float(bias) for token_id, bias in value.items()},
-)
-_KINDS = {
-    "max_new_tokens": _INT, "min_new_tokens": _INT, "top_k": _INT, "n": _INT, "sampling_seed": _INT,
-    "temperature": _NUMBER, "top_p": _NUMBER, "min_p": _NUMBER,
-    "frequency_penalty": _NUMBER, "presence_penalty": _NUMBER, "repetition_penalty": _NUMBER,
-    "stop": _TEXTS, "stop_regex": _TEXTS, "stop_token_ids": _IDS, "logit_bias": _BIASES,
-    "json_schema": _OBJECT, "structural_tag": _OBJECT, "regex": _TEXT, "ebnf": _TEXT, "choice": _CHOICE,
-    "ignore_eos": _FLAG, "skip_special_tokens": _FLAG, "spaces_between_special_tokens": _FLAG, "no_stop_trim": _FLAG,
-}  # fmt: skip
-_FIELD_NAMES = frozenset(one.name for one in fields(SamplingParams))
-assert _KINDS.keys() == _FIELD_NAMES, "every sampling parameter has a kind"
-
-
-def _coerce(name: str, value: Any) -> Any:
-    """Return `value` as field `name` wants it. `InvalidRequest` if it is of another kind."""
-    kind = _KINDS[name]
-    if value is None:
-        return value
-    if kind.fits(value):
-        try:
-            return kind.convert(value) if kind.convert else value
-        except (TypeError, ValueError, OverflowError):
-            pass
-    raise InvalidRequest(f"{name} must be {kind.rule}, got {shown(value)}", name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from aiohttp.typedefs import Handler
 from engine.engine import Engine
 from engine.errors import EngineError
 from server.apis.anthropic import AnthropicApi
-from server.apis.batches import Batches
+from server.apis.batches import Batches, LineHandler
 from server.apis.clouds import CloudApi
-from server.apis.embeddings import EmbeddingsApi
+from server.apis.embeddings import EmbeddingsApi, EmbeddingsRequest
 from server.apis.file_prompts import FilePromptApi
 from server.apis.files import FILE_STORE, FilesApi, FileStore
 from server.apis.generate import GenerateApi
@@ -32,7 +32,7 @@ from server.http.live import LiveRequests
 from server.http.origins import guard_origins, origins_of
 from server.reading.chat import CHATS, Chats
 from server.reading.left_out import LeftOutBook, name_left_out
-from server.reading.protocol import error_response, error_shape, json_response
+from server.reading.protocol import Fields, error_response, error_shape, json_response
 from server.watch.dashboard import Dashboard
 from server.watch.metrics import Metrics
 from server.watch.monitor import Monitor
@@ -82,10 +82,10 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app.add_routes(OllamaEmbeddings(engine, config, embeddings).routes())
     store = app[FILE_STORE] = FileStore(config.files_folder)
     handlers = {
-        "/v1/chat/completions": openai.chat,
-        "/v1/completions": openai.complete,
-        "/v1/embeddings": embeddings.embed,
-        "/v1/responses": responses.respond,
+        "/v1/chat/completions": LineHandler(Fields, openai.chat),
+        "/v1/completions": LineHandler(Fields, openai.complete),
+        "/v1/embeddings": LineHandler(EmbeddingsRequest, embeddings.embed),
+        "/v1/responses": LineHandler(Fields, responses.respond),
     }
     batches = Batches(
         store,

@@ -68,11 +68,12 @@ def test_a_replica_reports_what_its_state_has() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "rule"),
     [
-        ("top_k", 1.5, "an integer"), ("n", True, "an integer"), ("sampling_seed", 1 << 63, "an integer"),
-        ("temperature", "hot", "a number"), ("top_p", True, "a number"), ("min_p", 10**400, "a number"),
+        ("top_k", 1.5, "an integer"), ("n", True, "an integer"),
+        ("sampling_seed", 1 << 63, "an integer between -[0-9]+ and [0-9]+"),
+        ("temperature", "hot", "a number"), ("top_p", True, "a number"), ("min_p", 10**400, "a number between 0 and 1"),
         ("stop", [1], "a string or a list of strings"), ("stop_regex", 5, "a string or a list of strings"),
         ("json_schema", 5, "an object, or a string that holds one"), ("regex", {}, "a string"),
-        ("choice", [], "a non-empty list of strings"), ("choice", ("a",), "a non-empty list of strings"),
+        ("choice", [], "a non-empty list of strings"), ("choice", ["a", 1], "a non-empty list of strings"),
         ("stop_token_ids", [True], "a list of integers"), ("logit_bias", [], "an object of token id to bias"),
         ("logit_bias", {"x": 1}, "an object of token id to bias"), ("ignore_eos", 1, "true or false"),
     ],

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import orjson
 from aiohttp import web
 
+from engine.declared import convert
 from engine.errors import EngineError, InvalidRequest, QueueFull
 from server.apis.files import (
     FileStore,
@@ -52,8 +53,14 @@ from server.reading.protocol import (
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Answers a request's body. Raises `EngineError`.
-LineHandler = Callable[[Owner, Fields], Awaitable[web.StreamResponse]]
+
+@dataclass(frozen=True, slots=True)
+class LineHandler:
+    """How an endpoint's lines are read, and answered: `EngineError` if they cannot be."""
+
+    kind: type[Any]
+    answer: Callable[[Owner, Any], Awaitable[web.StreamResponse]]
+
 
 BATCH_CLIENT = Client("batches", priority=-(1 << 40))  # whoever waits goes first
 MAX_LINES = 50_000  # OpenAI's, as the next
@@ -365,13 +372,14 @@ class Batches:
     async def _response_to(self, batch: Batch, values: JSON) -> web.Response:
         """Return the endpoint's answer, or the error as its client would see it."""
         endpoint, client = batch.record["endpoint"], replace(self._line_client, owner=batch.owner)
+        handler = self.handlers[endpoint]
         while True:
             try:
-                body = Fields(values)
                 for name in ("stream", "background"):
-                    if body.flag(name):
+                    if values.get(name):
                         raise InvalidRequest(f"{name} must be false in a batch", name)
-                response = await self.handlers[endpoint]({CLIENT: client}, body)
+                body = Fields(values) if handler.kind is Fields else convert(values, handler.kind)
+                response = await handler.answer({CLIENT: client}, body)
                 assert isinstance(response, web.Response)
                 return response
             except EngineError as error:

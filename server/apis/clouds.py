@@ -2,10 +2,16 @@
 
 from aiohttp import web
 
-from server.apis.generate import GenerateApi
+from engine.declared import Object, convert
+from server.apis.generate import GenerateApi, GenerateRequest
 from server.apis.native import NativeApi
 from server.apis.openai import OpenAIApi
-from server.reading.protocol import JSON, Fields, read_json
+from server.reading.protocol import JSON, read_body
+
+
+class VertexRequest(Object):
+    instances: list[JSON]
+    parameters: JSON = {}
 
 
 class CloudApi:
@@ -21,16 +27,14 @@ class CloudApi:
 
     async def predict(self, http_request: web.Request) -> web.StreamResponse:
         """Answer /generate in Vertex AI's envelope: a prompt an instance, its other fields as parameters."""
-        body = generate_body(await read_json(http_request))
+        body = generate_request(await read_body(http_request, VertexRequest))
         return await self.generate.generate_from(http_request, body, envelope="predictions")
 
 
-def generate_body(body: Fields) -> Fields:
+def generate_request(body: VertexRequest) -> GenerateRequest:
     """Return the body of /generate that says the same as Vertex AI's `instances` and `parameters`."""
-    instances = body.array("instances")
-    kinds = {tuple(instance) if isinstance(instance, dict) else () for instance in instances}
+    kinds = {tuple(instance) for instance in body.instances}
     if kinds not in ({("text",)}, {("input_ids",)}):
-        body.fail("instances", "a list of objects with text each, or with input_ids each")
+        raise body.wrong("instances", "a list of objects with text each, or with input_ids each")
     ((name,),) = kinds
-    parameters: JSON = (body.object("parameters") or Fields({})).values
-    return Fields({**parameters, name: [instance[name] for instance in instances]})
+    return convert({**body.parameters, name: [instance[name] for instance in body.instances]}, GenerateRequest)

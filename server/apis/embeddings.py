@@ -8,11 +8,12 @@ vLLM        /v1/classify, /rerank and /v2/rerank (also Jina's and Cohere's), /v1
 import base64
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import orjson
 from aiohttp import web
+from msgspec import Meta
 
 from engine.engine import Engine
 from engine.errors import InvalidRequest, OutputNotFinite
@@ -25,19 +26,59 @@ from server.http.live import LiveRequests, Options, make_requests, new_rid
 from server.reading.model_name import served_model
 from server.reading.protocol import (
     JSON,
-    Fields,
     Owner,
-    cache_namespace,
     check_batch_size,
     check_token_ids,
     encode_prompt,
     is_int,
     json_response,
-    read_json,
+    read_body,
     read_prompts,
 )
+from server.reading.shared_fields import Prompts, RequestFields, Texts, TokenIds
 
 NUM_A_PASS = 32  # vectors written as JSON before the streams have their turn
+
+
+class PooledFields(RequestFields):
+    model: str = ""
+    add_special_tokens: bool = True
+
+
+class EmbeddingsRequest(PooledFields, kw_only=True):
+    input: Prompts
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: (
+        Annotated[int, Meta(ge=1, description="numbers of the vector to keep, which is then of length 1 again")] | None
+    ) = None
+
+
+class EncodeRequest(PooledFields):
+    text: Prompts | None = None
+    input_ids: TokenIds | None = None
+
+
+class ClassifyRequest(PooledFields, kw_only=True):
+    input: Prompts
+
+
+class RerankRequest(PooledFields, kw_only=True):
+    documents: Texts
+    query: str = ""
+    top_n: Annotated[int, Meta(ge=1)] | None = None
+    return_documents: bool = True
+
+
+class ScoreRequest(PooledFields):
+    """Texts to compare (vLLM's), or items whose next token is looked at (SGLang's)."""
+
+    text_1: Texts | None = None
+    text_2: Texts | None = None
+    query: str | list[int] = ""
+    items: str | list[str | int | list[int]] | None = None
+    label_token_ids: list[int] | None = None
+    apply_softmax: bool = False
+    item_first: bool = False
 
 
 class EmbeddingsApi:
@@ -62,19 +103,20 @@ class EmbeddingsApi:
     # ---- OpenAI ----
 
     async def embeddings(self, http_request: web.Request) -> web.StreamResponse:
-        return await self.embed(http_request, await read_json(http_request))
+        return await self.embed(http_request, await read_body(http_request, EmbeddingsRequest))
 
-    async def embed(self, owner: Owner, body: Fields) -> web.StreamResponse:
+    async def embed(self, owner: Owner, body: EmbeddingsRequest) -> web.StreamResponse:
         """Answer a body of /v1/embeddings."""
-        model = served_model(self.config, body.text("model"))
-        encoding = body.one_of("encoding_format", ("float", "base64"), "float")
-        size = self.engine.embedding_size
-        size = body.integer("dimensions", size, low=1, high=size)
-        states = await self._run(owner, body, await read_prompts(self.engine, body, "input"))
+        model = served_model(self.config, body.model)
+        size = dimensions_of(body.dimensions, self.engine.embedding_size)
+        prompts = await read_prompts(self.engine, body.input, "input", body.add_special_tokens)
+        states = await self._run(owner, body, prompts)
         data = []
         async for i, state in paced(enumerate(states), NUM_A_PASS):
             vector = normalized(_vector(state)[:size])
-            shown = base64.b64encode(vector.tobytes()).decode() if encoding == "base64" else json_vector(vector)
+            shown = (
+                base64.b64encode(vector.tobytes()).decode() if body.encoding_format == "base64" else json_vector(vector)
+            )
             data.append({"object": "embedding", "index": i, "embedding": shown})
         return json_response({"object": "list", "data": data, "model": model, "usage": _usage(states)})
 
@@ -89,11 +131,12 @@ class EmbeddingsApi:
         return await self._native(http_request, is_normalized=False)
 
     async def _native(self, http_request: web.Request, *, is_normalized: bool) -> web.Response:
-        body = await read_json(http_request)
-        name = "input_ids" if body.has("input_ids") else "text"
-        value = body.get(name)
+        body = await read_body(http_request, EncodeRequest)
+        name = "text" if body.input_ids is None else "input_ids"
+        value = body.text if body.input_ids is None else body.input_ids
         is_list = isinstance(value, list) and not (value and is_int(value[0]))
-        states = await self._run(http_request, body, await read_prompts(self.engine, body, name))
+        prompts = await read_prompts(self.engine, value, name, body.add_special_tokens)
+        states = await self._run(http_request, body, prompts)
         meta_info, answers = MetaInfo(self.engine.tokenizer), []
         async for state in paced(states, NUM_A_PASS):
             vector = normalized(_vector(state)) if is_normalized else _vector(state)
@@ -103,7 +146,7 @@ class EmbeddingsApi:
         return json_response(answers if is_list else answers[0])
 
     async def rerank_for_sglang(self, http_request: web.Request) -> web.Response:
-        body = await read_json(http_request)
+        body = await read_body(http_request, RerankRequest)
         results, states = await self._reranked(http_request, body)
         meta_info = MetaInfo(self.engine.tokenizer)
         return json_response(
@@ -111,7 +154,7 @@ class EmbeddingsApi:
                 {
                     "score": score,
                     "index": index,
-                    **({"document": document} if body.flag("return_documents", True) else {}),
+                    **({"document": document} if body.return_documents else {}),
                     "meta_info": meta_info.counts(states[-1], 0, states[-1].finish_reason),
                 }
                 for score, index, document in results
@@ -122,9 +165,10 @@ class EmbeddingsApi:
 
     async def classify_with_labels(self, http_request: web.Request) -> web.Response:
         self._check_classifier()
-        body = await read_json(http_request)
-        model = served_model(self.config, body.text("model"))
-        states = await self._run(http_request, body, await read_prompts(self.engine, body, "input"))
+        body = await read_body(http_request, ClassifyRequest)
+        model = served_model(self.config, body.model)
+        prompts = await read_prompts(self.engine, body.input, "input", body.add_special_tokens)
+        states = await self._run(http_request, body, prompts)
         data = []
         for i, state in enumerate(states):
             probs = _probabilities(_vector(state))
@@ -138,8 +182,8 @@ class EmbeddingsApi:
         )  # fmt: skip
 
     async def rerank(self, http_request: web.Request) -> web.Response:
-        body = await read_json(http_request)
-        model = served_model(self.config, body.text("model"))
+        body = await read_body(http_request, RerankRequest)
+        model = served_model(self.config, body.model)
         results, states = await self._reranked(http_request, body)
         return json_response(
             {
@@ -150,27 +194,30 @@ class EmbeddingsApi:
                     {
                         "index": index,
                         "relevance_score": score,
-                        **({"document": {"text": document}} if body.flag("return_documents", True) else {}),
+                        **({"document": {"text": document}} if body.return_documents else {}),
                     }
                     for score, index, document in results
                 ],
             }
         )
 
-    async def _reranked(self, owner: Owner, body: Fields) -> tuple[list[tuple[float, int, str]], list[RequestState]]:
+    async def _reranked(
+        self, owner: Owner, body: RerankRequest
+    ) -> tuple[list[tuple[float, int, str]], list[RequestState]]:
         """Return (score, index, document) of the best `top_n`, best first, and the requests that this took."""
-        query, documents = body.text("query"), _texts(body, "documents")
-        top_n = body.integer("top_n", len(documents), low=1)
-        scores, states = await self._score_pairs(owner, body, [query], documents, ("query", "documents"))
+        documents = _texts(body.documents)
+        scores, states = await self._score_pairs(owner, body, [body.query], documents, ("query", "documents"))
         ranked = sorted(zip(scores, range(len(documents)), documents, strict=True), key=lambda one: (-one[0], one[1]))
-        return ranked[:top_n], states
+        return ranked[: body.top_n], states
 
     async def score(self, http_request: web.Request) -> web.Response:
-        body = await read_json(http_request)
-        model = served_model(self.config, body.text("model"))
-        if body.has("label_token_ids") or body.has("items"):
+        body = await read_body(http_request, ScoreRequest)
+        model = served_model(self.config, body.model)
+        if body.label_token_ids is not None or body.items is not None:
             return await self._score_labels(http_request, body, model)
-        first, second = _texts(body, "text_1"), _texts(body, "text_2")
+        if body.text_1 is None or body.text_2 is None:
+            raise body.wrong("text_1" if body.text_1 is None else "text_2", "a string or a non-empty list of strings")
+        first, second = _texts(body.text_1), _texts(body.text_2)
         if len(first) not in (1, len(second)):
             raise InvalidRequest(
                 f"text_1 has {len(first)} texts for {len(second)} of text_2: give 1 or as many", "text_1"
@@ -185,7 +232,7 @@ class EmbeddingsApi:
         )  # fmt: skip
 
     async def _score_pairs(
-        self, owner: Owner, body: Fields, first: list[str], second: list[str], names: tuple[str, str]
+        self, owner: Owner, body: PooledFields, first: list[str], second: list[str], names: tuple[str, str]
     ) -> tuple[list[float], list[RequestState]]:
         """Score how well each of `second` fits its own of `first`, or the only one.
 
@@ -205,16 +252,16 @@ class EmbeddingsApi:
         pairs_of = [(vectors[i % len(heads)], vector) for i, vector in enumerate(vectors[len(heads) :])]
         return [float(head @ tail) for head, tail in pairs_of], states
 
-    async def _score_labels(self, owner: Owner, body: Fields, model: str) -> web.Response:
+    async def _score_labels(self, owner: Owner, body: ScoreRequest, model: str) -> web.Response:
         """Score how likely each of some tokens comes after `query` and an item (SGLang's)."""
-        labels = check_token_ids(body.get("label_token_ids"), self.engine.model_config.vocab_size, "label_token_ids")
-        prompts, is_softmax = await self._items(body), body.flag("apply_softmax")
+        labels = check_token_ids(body.label_token_ids, self.engine.model_config.vocab_size, "label_token_ids")
+        prompts, is_softmax = await self._items(body), body.apply_softmax
         params = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
         options = Options(
-            return_logprob=True, token_ids_logprob=labels, priority=body.integer("priority"),
-            extra_key=cache_namespace(body),
+            return_logprob=True, token_ids_logprob=labels, priority=body.priority,
+            extra_key=body.cache_namespace,
         )  # fmt: skip
-        rid = body.text("rid") or new_rid()
+        rid = body.rid or new_rid()
         states = [
             RequestState(request)
             for i, input_ids in enumerate(prompts)
@@ -229,22 +276,27 @@ class EmbeddingsApi:
             scores.append((likely / max(likely.sum(), 1e-300) if is_softmax else likely).tolist())
         return json_response({"object": "scoring", "scores": scores, "model": model, "usage": _usage(states)})
 
-    async def _items(self, body: Fields) -> list[list[int]]:
+    async def _items(self, body: ScoreRequest) -> list[list[int]]:
         """Return each of `items` joined to `query`; both are texts, or both token ids."""
-        is_item_first = body.flag("item_first")
-        if not isinstance(body.get("query"), list):
-            query, texts = body.text("query"), _texts(body, "items")
+        is_item_first = body.item_first
+        items: Any = body.items
+        if isinstance(body.query, str):
+            texts = [items] if isinstance(items, str) else items
+            if not texts or not all(isinstance(text, str) for text in texts):
+                raise body.wrong("items", "a string or a non-empty list of strings")
             check_batch_size(len(texts), "items")
             return [
-                await encode_prompt(self.engine, text + query if is_item_first else query + text, f"items[{i}]")
+                await encode_prompt(
+                    self.engine, f"{text}{body.query}" if is_item_first else f"{body.query}{text}", f"items[{i}]"
+                )
                 async for i, text in paced(enumerate(texts))
             ]
         vocab_size = self.engine.model_config.vocab_size
-        head, items = check_token_ids(body.get("query"), vocab_size, "query", may_be_empty=True), body.array("items")
+        head = check_token_ids(body.query, vocab_size, "query", may_be_empty=True)
         if items and is_int(items[0]):
             items = [items]
         if not items or not all(isinstance(ids, list) for ids in items):
-            body.fail("items", "a non-empty list of lists of token ids, as query is token ids")
+            raise body.wrong("items", "a non-empty list of lists of token ids, as query is token ids")
         check_batch_size(len(items), "items")
         prompts = []
         async for i, item in paced(enumerate(items)):
@@ -254,14 +306,14 @@ class EmbeddingsApi:
 
     # ---- all of them ----
 
-    async def vectors(self, owner: Owner, body: Fields, prompts: Sequence[list[int]]) -> list[np.ndarray]:
+    async def vectors(self, owner: Owner, body: PooledFields, prompts: Sequence[list[int]]) -> list[np.ndarray]:
         """Return the vector of each prompt, float32 [size], not normalized. `body`: see `_run`."""
         return [_vector(state) for state in await self._run(owner, body, prompts)] if prompts else []
 
-    async def _run(self, owner: Owner, body: Fields, prompts: Sequence[list[int]]) -> list[RequestState]:
+    async def _run(self, owner: Owner, body: PooledFields, prompts: Sequence[list[int]]) -> list[RequestState]:
         """Run one request a prompt; their vectors are there then. `body` gives `rid`, `priority` and cache keys."""
-        rid = body.text("rid") or new_rid()
-        priority, extra_key = body.integer("priority"), cache_namespace(body)
+        rid = body.rid or new_rid()
+        priority, extra_key = body.priority, body.cache_namespace
         requests = [
             Request(
                 rid=rid if len(prompts) == 1 else f"{rid}-{i}",
@@ -282,13 +334,15 @@ class EmbeddingsApi:
             raise InvalidRequest("the model has no classification head", "model")
 
 
-def _texts(body: Fields, name: str) -> list[str]:
-    """Read a text, or a list of at least one."""
-    value = body.get(name)
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        body.fail(name, "a string or a non-empty list of strings")
-    return texts
+def _texts(given: str | list[str]) -> list[str]:
+    return [given] if isinstance(given, str) else given
+
+
+def dimensions_of(asked: int | None, size: int) -> int:
+    """Return how many numbers of a vector of `size` are wanted. `InvalidRequest` if it has fewer."""
+    if asked is not None and asked > size:
+        raise InvalidRequest(f"dimensions must be between 1 and {size}, got {asked}", "dimensions")
+    return asked or size
 
 
 def _vector(state: RequestState) -> np.ndarray:

@@ -1,48 +1,87 @@
 """SGLang's own /generate."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import orjson
 from aiohttp import web
+from msgspec import Meta
 
+from engine.declared import MAX_INT, Count, Int
 from engine.engine import Engine
 from engine.errors import InvalidRequest
 from engine.request import SamplingParams
 from engine.state import Delta, FinishReason, Logprobs, RequestState
 from server.apis.answer import Answer, failure_of, respond
 from server.apis.meta_info import MetaInfo
-from server.apis.sessions import SessionParams, Sessions
+from server.apis.sessions import SessionFields, SessionParams, Sessions
 from server.config import ServerConfig
 from server.http.intake import paced
 from server.http.live import LiveRequests, Options, make_requests, new_rid
 from server.http.sse import event
 from server.reading.protocol import (
     JSON,
-    Fields,
-    cache_namespace,
     check_batch_size,
     check_n,
     check_token_ids,
     encode_prompt,
-    is_int,
     native_error,
-    read_json,
-    refuse,
+    read_body,
 )
-from server.reading.sampling import wants_hidden_states
+from server.reading.sampling import check_hidden_states
+from server.reading.shared_fields import PrefixFields, Text, TokenIds
 
 MAX_LOGPROBS = 1024  # of a token, the most likely ones and those of given ids each
 REASONING_END = "</think>"
-# Fields of /generate that a list gives prompt by prompt.
-PER_PROMPT = (
-    "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "priority", "return_hidden_states",
-)  # fmt: skip
 # Better refused than ignored.
 UNSUPPORTED = (
     "input_embeds", "image_data", "video_data", "audio_data", "lora_path", "custom_logit_processor",
     "return_routed_experts", "return_sampling_mask", "return_entropy",
     "return_prompt_token_ids", "bootstrap_host", "bootstrap_room",
 )  # fmt: skip
+
+
+SAMPLING = {"$ref": "#/components/schemas/SamplingFields"}
+LogprobStart = Annotated[int, Meta(ge=-1, le=MAX_INT)]
+NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+
+
+class GenerateRequest(PrefixFields, unsupported=UNSUPPORTED):
+    """A prompt or several. Lists of other fields give them prompt by prompt."""
+
+    text: (
+        Annotated[
+            str | list[Text],
+            Meta(
+                description="the prompt or prompts; give this or input_ids",
+                extra={"rule": "a string or a non-empty list of strings"},
+            ),
+        ]
+        | None
+    ) = None
+    input_ids: TokenIds | None = None
+    stream: bool = False
+    rid: str | list[str] = ""
+    priority: Int | list[Int | None] = 0  # type: ignore[assignment]
+    sampling_params: (
+        Annotated[
+            JSON | list[JSON | None],
+            Meta(
+                extra_json_schema={"anyOf": [SAMPLING, {"type": "array", "items": SAMPLING}]},
+                extra={"rule": "an object or a list of objects"},
+            ),
+        ]
+        | None
+    ) = None
+    return_logprob: bool | list[bool | None] = False
+    logprob_start_len: LogprobStart | list[LogprobStart | None] = -1
+    top_logprobs_num: NumLogprobs | list[NumLogprobs | None] = 0
+    token_ids_logprob: TokenIds = []
+    return_text_in_logprobs: bool = False
+    return_hidden_states: bool | list[bool | None] = False
+    max_thinking_tokens: Count | None = None
+    require_reasoning: bool = False
+    session_params: SessionFields | None = None
 
 
 class GenerateApi:
@@ -58,22 +97,21 @@ class GenerateApi:
         ]
 
     async def generate(self, http_request: web.Request) -> web.StreamResponse:
-        return await self.generate_from(http_request, await read_json(http_request))
+        return await self.generate_from(http_request, await read_body(http_request, GenerateRequest))
 
     async def generate_from(
-        self, http_request: web.Request, body: Fields, envelope: str | None = None
+        self, http_request: web.Request, body: GenerateRequest, envelope: str | None = None
     ) -> web.StreamResponse:
         """Answer `body`. `envelope`: name of the field of an object that holds the answer, if it is not streamed."""
-        refuse(body, UNSUPPORTED)
-        session = body.object("session_params")
-        if session is not None:
-            return await self._generate_in_session(http_request, body, self.sessions.read(http_request, session))
+        if body.session_params is not None:
+            session = self.sessions.read(http_request, body.session_params)
+            return await self._generate_in_session(http_request, body, session)
         prompts, is_batch = await self._prompts(body)
         rid, states = await self._states(body, prompts, is_batch)
         return await self._answer(http_request, body, rid, states, is_batch or len(states) > 1, envelope)
 
     async def _generate_in_session(
-        self, http_request: web.Request, body: Fields, params: SessionParams
+        self, http_request: web.Request, body: GenerateRequest, params: SessionParams
     ) -> web.StreamResponse:
         prompts, is_batch = await self._prompts(body, add_special_tokens=params.previous is None)
         if is_batch:
@@ -88,13 +126,13 @@ class GenerateApi:
     async def _answer(
         self,
         http_request: web.Request,
-        body: Fields,
+        body: GenerateRequest,
         rid: str,
         states: list[RequestState],
         is_list: bool,
         envelope: str | None = None,
     ) -> web.StreamResponse:
-        meta_info = MetaInfo(self.engine.tokenizer, body.flag("return_text_in_logprobs"))
+        meta_info = MetaInfo(self.engine.tokenizer, body.return_text_in_logprobs)
         answers = [
             GenerateAnswer(i, state, meta_info, has_index=is_list, is_disjoint=self.config.stream_output)
             for i, state in enumerate(states)
@@ -106,14 +144,14 @@ class GenerateApi:
 
         return await respond(http_request, self.live, rid, answers, body=whole)
 
-    async def _prompts(self, body: Fields, add_special_tokens: bool = True) -> tuple[list[list[int]], bool]:
+    async def _prompts(self, body: GenerateRequest, add_special_tokens: bool = True) -> tuple[list[list[int]], bool]:
         """Return the token ids of each prompt, and whether the body holds a list of prompts."""
-        text, ids = body.get("text"), body.get("input_ids")
+        text, ids = body.text, body.input_ids
         if (text is None) == (ids is None):
             raise InvalidRequest("give exactly one of text and input_ids", "text")
         if ids is not None:
             vocab_size = self.engine.model_config.vocab_size
-            if isinstance(ids, list) and ids and isinstance(ids[0], list):
+            if ids and isinstance(ids[0], list):
                 check_batch_size(len(ids), "input_ids")
                 return [
                     check_token_ids(row, vocab_size, f"input_ids[{i}]") async for i, row in paced(enumerate(ids))
@@ -121,85 +159,94 @@ class GenerateApi:
             return [check_token_ids(ids, vocab_size, "input_ids")], False
         if isinstance(text, str):
             return [await encode_prompt(self.engine, text, "text", add_special_tokens)], False
-        if not isinstance(text, list) or not text:
-            body.fail("text", "a string or a non-empty list of strings")
+        if not text:
+            raise body.wrong("text", "a string or a non-empty list of strings")
         check_batch_size(len(text), "text")
         return [await encode_prompt(self.engine, one, f"text[{i}]") async for i, one in paced(enumerate(text))], True
 
-    async def _states(self, body: Fields, prompts: list[list[int]], is_batch: bool) -> tuple[str, list[RequestState]]:
+    async def _states(
+        self, body: GenerateRequest, prompts: list[list[int]], is_batch: bool
+    ) -> tuple[str, list[RequestState]]:
         """Return the rid that stands for all of them, and a state for each prompt and answer."""
         rid, rids = _rids(body, len(prompts), is_batch)
-        namespace = cache_namespace(body)
+        shared = None if isinstance(body.sampling_params, list) else self._params(body.sampling_params, len(prompts))
         states: list[RequestState] = []
         async for i, input_ids in paced(enumerate(prompts)):
-            item = _item(body, i, len(prompts)) if is_batch else body
-            params = SamplingParams.from_dict(item.get("sampling_params") or {}, self.engine.sampling_defaults)
-            params.verify(self.engine.model_config.vocab_size)
-            check_n(params.n, len(prompts))
-            options = _options(item, i if is_batch else None)
-            if item.flag("require_reasoning") or options.max_thinking_tokens is not None:
+            item = Item(body, i, len(prompts) if is_batch else None)
+            params = shared or self._params(item.pick("sampling_params"), len(prompts))
+            options = item.options()
+            if body.require_reasoning or options.max_thinking_tokens is not None:
                 options.reasoning_end_ids = await self.engine.encode(REASONING_END, add_special_tokens=False)
-            options.stream, options.extra_key = body.flag("stream"), namespace
             names = [rids[i]] if params.n == 1 else [f"{rids[i]}-{k}" for k in range(params.n)]
             states += map(RequestState, make_requests(names, input_ids, params, options))
         return rid, states
+
+    def _params(self, given: JSON | None, num_prompts: int) -> SamplingParams:
+        params = SamplingParams.from_dict(given or {}, self.engine.sampling_defaults)
+        params.verify(self.engine.model_config.vocab_size)
+        check_n(params.n, num_prompts)
+        return params
 
 
 # ---- reading /generate ----
 
 
-def _rids(body: Fields, count: int, is_batch: bool) -> tuple[str, list[str]]:
+def _rids(body: GenerateRequest, count: int, is_batch: bool) -> tuple[str, list[str]]:
     """Return the rid that stands for the whole body, and the rid of each prompt."""
-    given = body.get("rid")
+    given = body.rid
     if isinstance(given, list):
-        if not is_batch or len(given) != count or not all(isinstance(rid, str) and rid for rid in given):
-            body.fail("rid", f"a string, or a list of {count} of them beside as many prompts")
+        if not is_batch or len(given) != count or not all(given):
+            raise body.wrong("rid", f"a string, or a list of {count} of them beside as many prompts")
         if len(set(given)) != count:
-            body.fail("rid", "a list without repetitions")
+            raise body.wrong("rid", "a list without repetitions")
         return new_rid(), given
-    rid = body.text("rid") or new_rid()
+    rid = given or new_rid()
     return rid, [f"{rid}-{i}" for i in range(count)] if is_batch else [rid]
 
 
-def _item(body: Fields, i: int, count: int) -> Fields:
-    """Return the body as it holds for the i-th of `count` prompts."""
-    values = dict(body.values)
-    for name in PER_PROMPT:
-        if isinstance(values.get(name), list):
-            values[name] = _pick(body, name, i, count)
-    ids = values.get("token_ids_logprob")
-    if isinstance(ids, list) and any(isinstance(row, list) for row in ids):
-        values["token_ids_logprob"] = _pick(body, "token_ids_logprob", i, count)
-    return Fields(values)
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A body as it holds for its i-th prompt of `count`; None: for the only one."""
 
+    body: GenerateRequest
+    i: int
+    count: int | None
 
-def _pick(body: Fields, name: str, i: int, count: int) -> Any:
-    values = body.array(name)
-    if len(values) != count:
-        raise InvalidRequest(f"{name} has {len(values)} entries for {count} prompts", name)
-    return values[i]
+    def pick(self, name: str) -> Any:
+        values = getattr(self.body, name)
+        return self._own(name, values) if isinstance(values, list) else values
 
+    def _own(self, name: str, values: list[Any]) -> Any:
+        if self.count is None:
+            raise self.body.wrong(name, "a single value, beside a single prompt")
+        if len(values) != self.count:
+            raise InvalidRequest(f"{name} has {len(values)} entries for {self.count} prompts", name)
+        return values[self.i]
 
-def _options(item: Fields, i: int | None) -> Options:
-    params = item.get("sampling_params")
-    if params is not None and not isinstance(params, dict):
-        item.fail("sampling_params", "an object" if i is None else "an object or a list of objects")
-    options = Options(
-        return_logprob=item.flag("return_logprob"),
-        priority=item.integer("priority"),
-        return_hidden_states=wants_hidden_states(item),
-    )
-    if item.has("max_thinking_tokens"):
-        options.max_thinking_tokens = item.integer("max_thinking_tokens", low=0)
-    # Read, so that a wrong type is an error, even where return_logprob is off.
-    start = item.integer("logprob_start_len", -1, low=-1)
-    num_top = item.integer("top_logprobs_num", 0, low=0, high=MAX_LOGPROBS)
-    token_ids = item.array("token_ids_logprob")
-    if len(token_ids) > MAX_LOGPROBS or not all(map(is_int, token_ids)):
-        item.fail("token_ids_logprob", f"a list of at most {MAX_LOGPROBS} token ids")
-    if options.return_logprob:
-        options.logprob_start_len, options.top_logprobs_num, options.token_ids_logprob = start, num_top, token_ids
-    return options
+    def options(self) -> Options:
+        body, start = self.body, self.pick("logprob_start_len")
+        options = Options(
+            stream=body.stream,
+            return_logprob=self.pick("return_logprob") or False,
+            priority=self.pick("priority") or 0,
+            extra_key=body.cache_namespace,
+            max_thinking_tokens=body.max_thinking_tokens,
+            return_hidden_states=self.pick("return_hidden_states") or False,
+        )
+        check_hidden_states(options)
+        num_top, token_ids = self.pick("top_logprobs_num"), self._token_ids()
+        if options.return_logprob:
+            options.logprob_start_len = -1 if start is None else start
+            options.top_logprobs_num, options.token_ids_logprob = num_top or 0, token_ids
+        return options
+
+    def _token_ids(self) -> list[int]:
+        token_ids: list[Any] = self.body.token_ids_logprob
+        if any(isinstance(row, list) for row in token_ids):
+            token_ids = self._own("token_ids_logprob", token_ids)
+        if not isinstance(token_ids, list) or len(token_ids) > MAX_LOGPROBS:
+            raise self.body.wrong("token_ids_logprob", f"a list of at most {MAX_LOGPROBS} token ids")
+        return token_ids
 
 
 # ---- writing ----

@@ -1,15 +1,43 @@
 """SGLang's routes that hold the engine still: a pause, other weights, device memory released and resumed."""
 
-from aiohttp import web
+from typing import Annotated, Literal, get_args
 
+from aiohttp import web
+from msgspec import Meta
+
+from engine.declared import Object
 from engine.engine import Engine
 from engine.errors import InvalidRequest
-from server.reading.protocol import Fields, json_response, native_error, read_json
+from server.reading.protocol import json_response, native_error, read_body, read_optional_body
 
-LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
-PAUSE_MODES = ("abort", "retract", "in_place")
-MEMORY_TAGS = ("kv_cache", "weights")
 MAX_ROWS = 4096
+MemoryTag = Literal["kv_cache", "weights"]
+
+
+class PauseRequest(Object):
+    mode: Literal["abort", "retract", "in_place"] = "abort"
+
+
+class UpdateWeightsRequest(Object):
+    model_path: Annotated[str, Meta(min_length=1, description="a folder, a hub id or a .gguf file")]
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
+    abort_all_requests: bool = False
+    flush_cache: bool = True
+    weight_version: str = ""
+
+
+class UpdateVersionRequest(Object):
+    new_version: Annotated[str, Meta(min_length=1)]
+    abort_all_requests: bool = False
+
+
+class WeightRequest(Object):
+    name: str = ""
+    truncate_size: Annotated[int, Meta(ge=1, le=MAX_ROWS)] = 100
+
+
+class MemoryRequest(Object):
+    tags: list[MemoryTag] = []
 
 
 class MaintenanceApi:
@@ -28,50 +56,43 @@ class MaintenanceApi:
         ]
 
     async def pause(self, http_request: web.Request) -> web.Response:
-        body = await _read_optional(http_request)
-        mode = body.one_of("mode", PAUSE_MODES, "abort")
-        num_requests = await self.engine.maintenance.pause(mode)
-        return json_response({"message": f"paused; {num_requests} requests: {mode}", "status": "ok"})
+        body = await read_optional_body(http_request, PauseRequest)
+        num_requests = await self.engine.maintenance.pause(body.mode)
+        return json_response({"message": f"paused; {num_requests} requests: {body.mode}", "status": "ok"})
 
     async def resume(self, http_request: web.Request) -> web.Response:
-        await _read_optional(http_request)
+        await read_optional_body(http_request, Object)
         await self.engine.maintenance.resume()
         return json_response({"message": "generation goes on", "status": "ok"})
 
     async def update_weights(self, http_request: web.Request) -> web.Response:
         """Load other weights. One that does not fit is a 400 whose `message` names the tensor; the old weights stay."""
-        body = await read_json(http_request)
-        model_path = body.text("model_path")
-        if not model_path:
-            body.fail("model_path", "a folder, a hub id or a .gguf file")
+        body = await read_body(http_request, UpdateWeightsRequest)
         try:
             num_requests = await self.engine.maintenance.update_weights(
-                model_path,
-                body.one_of("load_format", LOAD_FORMATS, "auto"),
-                abort_all_requests=body.flag("abort_all_requests"),
-                flush_cache=body.flag("flush_cache", True),
-                weight_version=body.text("weight_version") or None,
+                body.model_path,
+                body.load_format,
+                abort_all_requests=body.abort_all_requests,
+                flush_cache=body.flush_cache,
+                weight_version=body.weight_version or None,
             )
         except InvalidRequest as error:
             shown = native_error(400, str(error), error.field)
             return json_response({"success": False, "message": str(error), "num_paused_requests": 0, **shown}, 400)
-        return json_response({"success": True, "message": f"serving {model_path}", "num_paused_requests": num_requests})
+        message = f"serving {body.model_path}"
+        return json_response({"success": True, "message": message, "num_paused_requests": num_requests})
 
     async def update_weight_version(self, http_request: web.Request) -> web.Response:
-        body = await read_json(http_request)
-        version = body.text("new_version")
-        if not version:
-            body.fail("new_version", "a non-empty string")
-        if body.flag("abort_all_requests"):
+        body = await read_body(http_request, UpdateVersionRequest)
+        if body.abort_all_requests:
             self.engine.abort_all()
-        self.engine.maintenance.weight_version = version
-        return json_response({"success": True, "message": "weight version updated", "new_version": version})
+        self.engine.maintenance.weight_version = body.new_version
+        return json_response({"success": True, "message": "weight version updated", "new_version": body.new_version})
 
     async def weight(self, http_request: web.Request) -> web.Response:
         """Return the first `truncate_size` rows, as SGLang shows them."""
-        body = await read_json(http_request)
-        num_rows = body.integer("truncate_size", 100, low=1, high=MAX_ROWS)
-        return json_response(await self.engine.maintenance.weight(body.text("name"), num_rows))
+        body = await read_body(http_request, WeightRequest)
+        return json_response(await self.engine.maintenance.weight(body.name, body.truncate_size))
 
     async def release_memory(self, http_request: web.Request) -> web.Response:
         await self.engine.maintenance.release_memory(await _read_tags(http_request))
@@ -83,13 +104,5 @@ class MaintenanceApi:
 
 
 async def _read_tags(http_request: web.Request) -> list[str]:
-    body = await _read_optional(http_request)
-    tags = body.array("tags") or list(MEMORY_TAGS)
-    if not all(tag in MEMORY_TAGS for tag in tags):
-        body.fail("tags", f"a list of {' and '.join(MEMORY_TAGS)}")
-    return tags
-
-
-async def _read_optional(http_request: web.Request) -> Fields:
-    """Read the body, which may be left out."""
-    return await read_json(http_request) if http_request.body_exists else Fields({})
+    body = await read_optional_body(http_request, MemoryRequest)
+    return [*(body.tags or get_args(MemoryTag))]

@@ -7,15 +7,21 @@ from importlib.metadata import PackageNotFoundError, version
 
 from aiohttp import web
 
+from engine.declared import Object
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest
 from engine.request import Request, SamplingParams
 from engine.state import RequestState
 from server.config import ServerConfig
 from server.http.live import LiveRequests, is_failure, new_rid
-from server.reading.protocol import json_response, native_error, read_json
+from server.reading.protocol import json_response, native_error, read_body
 
 HEALTH_GENERATE_TIMEOUT_S = 20.0
+
+
+class AbortRequest(Object):
+    rid: str = ""
+    abort_all: bool = False
 
 
 class NativeApi:
@@ -130,11 +136,11 @@ class NativeApi:
 
     async def abort_request(self, http_request: web.Request) -> web.Response:
         """Abort; status 200 also when there is no such request: it may have ended while the abort was on its way."""
-        body = await read_json(http_request)
-        if body.flag("abort_all"):
+        body = await read_body(http_request, AbortRequest)
+        if body.abort_all:
             self.engine.abort_all()
-        elif rid := body.text("rid"):
-            self.live.abort(rid)
+        elif body.rid:
+            self.live.abort(body.rid)
         else:
             raise InvalidRequest("give a rid, or abort_all: true", "rid")
         return web.Response()

@@ -79,7 +79,7 @@ class OllamaApi:
 
     async def chat(self, http_request: web.Request) -> web.StreamResponse:
         body = await read_json(http_request)
-        model = ollama_model(self.config, body)
+        model = ollama_model(self.config, body.text("model") or body.text("name"))
         messages = [_read_message(message) for message in body.objects("messages")]
         if not messages:
             return json_response(_loaded(model, body, {"message": {"role": "assistant", "content": ""}}))
@@ -89,7 +89,7 @@ class OllamaApi:
 
     async def generate(self, http_request: web.Request) -> web.StreamResponse:
         body = await read_json(http_request)
-        model = ollama_model(self.config, body)
+        model = ollama_model(self.config, body.text("model") or body.text("name"))
         refuse(body, ("tools",))
         if not body.text("prompt"):
             return json_response(_loaded(model, body, {"response": ""}))
@@ -123,7 +123,8 @@ class OllamaApi:
         return json_response({"models": [self._card() | held]})
 
     async def show(self, http_request: web.Request) -> web.Response:
-        ollama_model(self.config, await read_json(http_request))
+        body = await read_json(http_request)
+        ollama_model(self.config, body.text("model") or body.text("name"))
         model = self.engine.model_config
         template = self.chats.template or self.engine.tokenizer.chat_template
         return json_response(
@@ -144,7 +145,7 @@ class OllamaApi:
     async def pull(self, http_request: web.Request) -> web.Response:
         """Answer as if the model had been fetched: it is there, or unknown."""
         body = await read_json(http_request)
-        ollama_model(self.config, body)
+        ollama_model(self.config, body.text("model") or body.text("name"))
         steps: list[JSON] = [{"status": "pulling manifest"}, {"status": "success"}]
         if not body.flag("stream", True):
             return json_response(steps[-1])

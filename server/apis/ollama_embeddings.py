@@ -1,14 +1,31 @@
 """Ollama's routes that turn texts into vectors: /api/embed, and the older /api/embeddings."""
 
 import time
+from typing import Annotated
 
 from aiohttp import web
+from msgspec import Meta
 
 from engine.engine import Engine
-from server.apis.embeddings import EmbeddingsApi, json_vector, normalized
+from server.apis.embeddings import EmbeddingsApi, PooledFields, dimensions_of, json_vector, normalized
 from server.config import ServerConfig
 from server.reading.model_name import ollama_model
-from server.reading.protocol import Fields, check_batch_size, encode_prompt, json_response, read_json
+from server.reading.protocol import check_batch_size, encode_prompt, json_response, read_body
+from server.reading.shared_fields import Text
+
+
+class OllamaEmbedFields(PooledFields):
+    name: Annotated[str, Meta(description="an older name of model")] = ""
+
+
+class EmbedRequest(OllamaEmbedFields):
+    input: str | list[Text] = []
+    truncate: bool = True
+    dimensions: Annotated[int, Meta(ge=1)] | None = None
+
+
+class EmbedPromptRequest(OllamaEmbedFields):
+    prompt: str = ""
 
 
 class OllamaEmbeddings:
@@ -21,10 +38,9 @@ class OllamaEmbeddings:
     async def embed(self, http_request: web.Request) -> web.Response:
         """Return a vector of length 1 for each text of `input`, cut to `dimensions`."""
         begun = time.perf_counter_ns()
-        body = await read_json(http_request)
-        model = ollama_model(self.config, body)
-        size = self.engine.embedding_size
-        size = body.integer("dimensions", size, low=1, high=size)
+        body = await read_body(http_request, EmbedRequest)
+        model = ollama_model(self.config, body.model or body.name)
+        size = dimensions_of(body.dimensions, self.engine.embedding_size)
         prompts = await self._prompts(body)
         vectors = await self.embeddings.vectors(http_request, body, prompts)
         return json_response(
@@ -39,20 +55,19 @@ class OllamaEmbeddings:
 
     async def embed_prompt(self, http_request: web.Request) -> web.Response:
         """Return the vector of `prompt` as the model makes it."""
-        body = await read_json(http_request)
-        ollama_model(self.config, body)
-        text = body.text("prompt")
-        if not text:
+        body = await read_body(http_request, EmbedPromptRequest)
+        ollama_model(self.config, body.model or body.name)
+        if not body.prompt:
             return json_response({"embedding": []})
-        [vector] = await self.embeddings.vectors(http_request, body, [await self._prompt(text, "prompt", is_cut=True)])
+        prompt = await self._prompt(body.prompt, "prompt", is_cut=True)
+        [vector] = await self.embeddings.vectors(http_request, body, [prompt])
         return json_response({"embedding": json_vector(vector)})
 
-    async def _prompts(self, body: Fields) -> list[list[int]]:
+    async def _prompts(self, body: EmbedRequest) -> list[list[int]]:
         """Return the token ids of `input`: a text or several, or nothing, by which a client has the model loaded."""
-        given, is_cut = body.get("input"), body.flag("truncate", True)
-        texts = [given] if isinstance(given, str) else body.strings("input")
+        texts = [body.input] if isinstance(body.input, str) else body.input
         check_batch_size(len(texts), "input")
-        return [await self._prompt(text, f"input[{i}]", is_cut) for i, text in enumerate(texts) if text]
+        return [await self._prompt(text, f"input[{i}]", body.truncate) for i, text in enumerate(texts) if text]
 
     async def _prompt(self, text: str, field: str, is_cut: bool) -> list[int]:
         ids = await encode_prompt(self.engine, text, field)

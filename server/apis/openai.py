@@ -93,7 +93,7 @@ class OpenAIApi:
         options = read_options(body, num_logprobs)
         if is_echo and options.return_logprob:
             options.logprob_start_len = 0
-        prompts = await read_prompts(self.engine, body, "prompt")
+        prompts = await read_prompts(self.engine, body.get("prompt"), "prompt", body.flag("add_special_tokens", True))
         check_n(params.n, len(prompts))
         envelope = self._envelope(body, options, model, "cmpl", "text_completion", "text_completion")
         new_answer = partial(CompletionAnswer, is_echo=is_echo, num_logprobs=num_logprobs)

@@ -8,19 +8,41 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from aiohttp import web
+from msgspec import Meta
 
+from engine.declared import Count, Int, Object
 from engine.errors import InvalidRequest
 from engine.state import RequestState, Status
 from server.http.live import LiveRequests, new_rid
 from server.http.owners import Caller, may_find, owner_of
-from server.reading.protocol import Fields, json_response, read_json
+from server.reading.protocol import json_response, read_body
 
 MAX_SESSIONS = 4096
 MAX_OWN_SESSIONS = 512  # of a client with a key of its own
 IDLE_S = 3600.0  # without a request, after which a session is closed
 MAX_TURNS = 4096  # of one session
+
+
+class OpenSession(Object):
+    capacity_of_str_len: Annotated[Count, Meta(description="tokens of a conversation; 0: as many as fit")] = 0
+    session_id: str = ""
+
+
+class CloseSession(Object):
+    session_id: str = ""
+
+
+class SessionFields(Object):
+    """`session_params` of /generate."""
+
+    id: str = ""
+    rid: Annotated[str, Meta(description="the request to continue")] = ""
+    offset: Annotated[Int, Meta(description="tokens of it to keep, negative ones counted from its end; 0: all")] = 0
+    replace: bool = False
+    drop_previous_output: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -82,25 +104,24 @@ class Sessions:
 
     async def open(self, http_request: web.Request) -> web.Response:
         """Open a session of the caller's and return its id."""
-        body = await read_json(http_request)
-        capacity = body.integer("capacity_of_str_len", 0, low=0)
-        owner, session_id = owner_of(http_request), body.text("session_id") or new_rid()
+        body = await read_body(http_request, OpenSession)
+        owner, session_id = owner_of(http_request), body.session_id or new_rid()
         self._sessions = {key: session for key, session in self._sessions.items() if not session.is_over}
         if (owner, session_id) in self._sessions:
-            body.fail("session_id", "one that is not open")
+            raise body.wrong("session_id", "one that is not open")
         num_own = sum(session.owner == owner for session in self._sessions.values()) if owner else 0
         if len(self._sessions) >= MAX_SESSIONS or num_own >= MAX_OWN_SESSIONS:
             limit = MAX_OWN_SESSIONS if num_own >= MAX_OWN_SESSIONS else MAX_SESSIONS
             raise InvalidRequest(f"{limit} sessions are open, the limit: close some", "session_id")
-        self._sessions[owner, session_id] = Session(owner, capacity or None)
+        self._sessions[owner, session_id] = Session(owner, body.capacity_of_str_len or None)
         return json_response(session_id)
 
     async def close(self, http_request: web.Request) -> web.Response:
         """Forget a session. What runs in it goes on."""
-        body = await read_json(http_request)
-        key = self._key(http_request, body.text("session_id"))
+        body = await read_body(http_request, CloseSession)
+        key = self._key(http_request, body.session_id)
         if key is None:
-            body.fail("session_id", "an open session")
+            raise body.wrong("session_id", "an open session")
         del self._sessions[key]
         return web.Response()
 
@@ -112,24 +133,21 @@ class Sessions:
         others = (key for key in self._sessions if key[1] == session_id and may_find(caller, key[0]))
         return next(others, None)
 
-    def read(self, caller: Caller, fields: Fields) -> SessionParams:
+    def read(self, caller: Caller, fields: SessionFields) -> SessionParams:
         """Read the parameters. `InvalidRequest` if session or turn do not exist, or the turn is still running."""
-        key = self._key(caller, fields.text("id"))
+        key = self._key(caller, fields.id)
         session = None if key is None else self._sessions[key]
         if session is None or session.is_over:
-            fields.fail("id", "an open session")
+            raise fields.wrong("id", "an open session", "session_params")
         session.used_at = time.monotonic()
-        previous, rid = None, fields.text("rid")
-        replaces = fields.flag("replace")
-        if rid:
-            previous = session.turns.get(rid)
+        previous = None
+        if fields.rid:
+            previous = session.turns.get(fields.rid)
             if previous is None:
-                fields.fail("rid", "a request of the session")
-            if previous.is_running and not replaces:
-                fields.fail("rid", "a request that has ended, unless replace is true")
-        offset = fields.integer("offset")
-        drops_output = fields.flag("drop_previous_output")
-        return SessionParams(session, previous, offset, replaces, drops_output)
+                raise fields.wrong("rid", "a request of the session", "session_params")
+            if previous.is_running and not fields.replace:
+                raise fields.wrong("rid", "a request that has ended, unless replace is true", "session_params")
+        return SessionParams(session, previous, fields.offset, fields.replace, fields.drop_previous_output)
 
     def continued(self, params: SessionParams, input_ids: list[int]) -> tuple[list[int], int]:
         """Return the prompt that continues the previous turn with `input_ids`, and how many of its tokens are kept."""

@@ -4,6 +4,7 @@ from typing import Any
 
 from aiohttp import web
 
+from engine.declared import Object
 from engine.errors import EngineError, QueueFull
 
 MAX_CONTAINERS = 1 << 18  # of a body: its objects and lists, counted by their brackets, those in texts too
@@ -31,6 +32,7 @@ class HeldBody:
         self._budget = budget
         self._num_bytes = self._num_containers = self._num_commas = 0
         self._values: dict[str, Any] = {}
+        self._body: Object | None = None
 
     def add(self, piece: bytes) -> None:
         """Account for more of the body. `BodyTooLarge` if none may be so large, `QueueFull` if others leave no room."""
@@ -55,6 +57,10 @@ class HeldBody:
         self._num_bytes += cost
         budget.num_bytes += cost
 
+    def hold(self, body: Object) -> None:
+        """Hold the body's fields, until `drop`."""
+        self._body = body
+
     def keep(self, values: dict[str, Any]) -> None:
         """Hold the body's fields, until `drop`."""
         self._values = values
@@ -67,6 +73,11 @@ class HeldBody:
             if isinstance(value, (dict, list)) or (isinstance(value, str) and len(value) > SMALL_TEXT):
                 self._values[name] = DROPPED
         self._values = {}
+        for name in self._body.__struct_fields__ if self._body is not None else ():
+            value = getattr(self._body, name)
+            if isinstance(value, (dict, list, Object)) or (isinstance(value, str) and len(value) > SMALL_TEXT):
+                setattr(self._body, name, DROPPED)
+        self._body = None
 
 
 class Dropped:

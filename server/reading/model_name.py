@@ -2,7 +2,6 @@
 
 from engine.errors import EngineError
 from server.config import ServerConfig
-from server.reading.protocol import Fields
 
 
 class ModelNotFound(EngineError):
@@ -19,8 +18,7 @@ def served_model(config: ServerConfig, name: str) -> str:
     return name if name in known else config.model_name
 
 
-def ollama_model(config: ServerConfig, body: Fields) -> str:
-    """Return the name to answer with, as an Ollama client gives it: with its tag, or under an older field's name."""
-    name = body.text("model") or body.text("name")
+def ollama_model(config: ServerConfig, name: str) -> str:
+    """Return the name to answer with, as an Ollama client gives it: with its tag."""
     served_model(config, name.removesuffix(":latest"))
     return name or config.model_name

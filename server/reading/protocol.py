@@ -5,20 +5,22 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, NoReturn, TypeGuard, TypeVar
 
+import msgspec
 import orjson
 from aiohttp import web
 
+from engine.declared import MAX_INT, Object, convert, decode
 from engine.engine import Engine
 from engine.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull, shown
 from server.http.bodies import BODY, BODY_BUDGET, BodyTooLarge, HeldBody
 from server.http.intake import GATE, paced
 
 JSON = dict[str, Any]
+Body = TypeVar("Body", bound=Object)
 # The maker of requests, as a mapping of facts about them: an HTTP request, or a line of a batch.
 Owner = MutableMapping[Any, Any]
-MAX_INT = 1 << 53  # beyond it JSON numbers are not exact
 MAX_REQUESTS = 1 << 14  # of one HTTP request: prompts times n
 MAX_N = 128
 MAX_OBJECTS = 1 << 14  # of a list: messages, tools
@@ -153,16 +155,19 @@ async def encode_prompt(engine: Engine, text: Any, field: str, add_special_token
     return ids
 
 
-async def read_prompts(engine: Engine, body: Fields, name: str) -> list[list[int]]:
+async def read_prompts(
+    engine: Engine, given: str | list[Any] | None, name: str, add_special_tokens: bool = True
+) -> list[list[int]]:
     """Return the token ids of each prompt of a field: a string, token ids, or a list of either."""
-    add_special_tokens = body.flag("add_special_tokens", True)
-    given, vocab_size = body.get(name), engine.model_config.vocab_size
+    vocab_size = engine.model_config.vocab_size
     if isinstance(given, str):
         given = [given]
     elif isinstance(given, list) and given and is_int(given[0]):
         return [check_token_ids(given, vocab_size, name)]
     if not isinstance(given, list) or not given:
-        body.fail(name, "a string, a list of token ids, or a non-empty list of these")
+        raise InvalidRequest(
+            f"{name} must be a string, a list of token ids, or a non-empty list of these, got {shown(given)}", name
+        )
     check_batch_size(len(given), name)
     prompts = []
     async for i, one in paced(enumerate(given)):
@@ -215,11 +220,35 @@ def cache_namespace(fields: Fields) -> str:
     return fields.text("extra_key") + fields.text("cache_salt")
 
 
-async def read_json(request: web.Request) -> Fields:
-    """Read the request's body. 400 when it is not a JSON object, 413 when it is longer than the server allows.
+async def read_body(request: web.Request, kind: type[Body]) -> Body:
+    """Read the request's body. 400 when it is not a `kind`, 413 when it is longer than the server allows.
 
     What is returned loses its large fields once the engine has the requests made of it (`LiveRequests.submitted`).
     """
+    text, held = await _read_text(request)
+    body = parse(text, kind)
+    if len(text) > LONG_BODY:
+        await asyncio.sleep(0)  # reading the values, checking them: each is a long callback
+    held.hold(body)
+    return body
+
+
+async def read_optional_body(request: web.Request, kind: type[Body]) -> Body:
+    """Read a body that may be left out."""
+    return await read_body(request, kind) if request.body_exists else convert({}, kind)
+
+
+async def read_json(request: web.Request) -> Fields:
+    body, held = await _read_text(request)
+    fields = Fields(parse_json(body, "the body"))
+    if len(body) > LONG_BODY:
+        await asyncio.sleep(0)  # reading the values, checking them: each is a long callback
+    held.keep(fields.values)
+    return fields
+
+
+async def _read_text(request: web.Request) -> tuple[bytes, HeldBody]:
+    """Return the body's JSON, when it is its turn, and the memory that it takes."""
     limit = request.client_max_size
     if (request.content_length or 0) > limit:
         raise _body_too_long(limit)
@@ -230,11 +259,7 @@ async def read_json(request: web.Request) -> Fields:
     held = request[BODY] = HeldBody(request.app[BODY_BUDGET])
     body = await _receive(request, held, limit)
     await request.app[GATE].wait(len(body))
-    fields = Fields(parse_json(body, "the body"))
-    if len(body) > LONG_BODY:
-        await asyncio.sleep(0)  # reading the values, checking them: each is a long callback
-    held.keep(fields.values)
-    return fields
+    return body, held
 
 
 async def _receive(request: web.Request, held: HeldBody, limit: int) -> bytes:
@@ -267,6 +292,41 @@ def is_from_another_site(request: web.Request) -> bool:
     if origin is not None and origin.partition("://")[2] != request.headers.get("Host"):
         return True
     return request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
+
+
+def parse(text: bytes, kind: type[Body], name: str = "the body") -> Body:
+    """Parse a client's JSON. `InvalidRequest` if it is no `kind`, or so deep that it could not be written or shown."""
+    try:
+        body = decode(text, kind)
+        if text.count(b"{") + text.count(b"[") > MAX_DEPTH:
+            _check_depth([getattr(body, name) for name in body.__struct_fields__])
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"{name} is not valid JSON: {_syntax_error(text) or error}") from None
+    except RecursionError:
+        raise InvalidRequest(f"{name} has more than {MAX_DEPTH} objects or lists inside each other") from None
+    return body
+
+
+def _syntax_error(text: bytes) -> str | None:
+    """Return what is wrong, with line and column, of a JSON that is not long."""
+    try:
+        orjson.loads(text if len(text) < LONG_BODY else b"0")
+    except orjson.JSONDecodeError as error:
+        return str(error)
+    return None
+
+
+def _check_depth(values: list[Any]) -> None:
+    """Raise `RecursionError` if what was read is deeper than may be. What was passed over does not count."""
+    wrapped = values
+    for _ in range(WRITABLE_DEPTH - MAX_DEPTH):
+        wrapped = [wrapped]
+    try:
+        orjson.dumps(wrapped, default=msgspec.structs.asdict)
+    except TypeError as error:
+        if not str(error).startswith("Integer"):
+            raise RecursionError from None
+        _check_depth(orjson.loads(msgspec.json.encode(values)))  # integers beyond 64 bits become floats
 
 
 def parse_json(text: bytes, name: str) -> Any:

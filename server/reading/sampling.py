@@ -73,19 +73,19 @@ def read_options(body: Fields, num_logprobs: int) -> Options:
     if any(modality != "text" for modality in body.strings("modalities")):
         body.fail("modalities", '["text"]')
     body.one_of("verbosity", ("low", "medium", "high"), "medium")  # a wish that no open model was taught to read
-    return Options(
+    options = Options(
         stream=body.flag("stream"),
         return_logprob=num_logprobs >= 0,
         top_logprobs_num=max(num_logprobs, 0),
         priority=body.integer("priority"),
         extra_key=cache_namespace(body),
-        return_hidden_states=wants_hidden_states(body),
+        return_hidden_states=body.flag("return_hidden_states"),
     )
+    check_hidden_states(options)
+    return options
 
 
-def wants_hidden_states(body: Fields) -> bool:
-    """Read SGLang's flag. They come whole: a stream's events would each be megabytes."""
-    is_wanted = body.flag("return_hidden_states")
-    if is_wanted and body.flag("stream"):
+def check_hidden_states(options: Options) -> None:
+    """Refuse to stream them. They come whole: a stream's events would each be megabytes."""
+    if options.return_hidden_states and options.stream:
         raise InvalidRequest("return_hidden_states needs stream: false", "return_hidden_states")
-    return is_wanted

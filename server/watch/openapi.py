@@ -9,6 +9,22 @@ from importlib.metadata import PackageNotFoundError, version
 
 from aiohttp import web
 
+from engine.declared import Object
+from engine.request import SamplingFields
+from server.apis.clouds import VertexRequest
+from server.apis.embeddings import ClassifyRequest, EmbeddingsRequest, EncodeRequest, RerankRequest, ScoreRequest
+from server.apis.generate import GenerateRequest
+from server.apis.maintenance import (
+    MemoryRequest,
+    PauseRequest,
+    UpdateVersionRequest,
+    UpdateWeightsRequest,
+    WeightRequest,
+)
+from server.apis.native import AbortRequest
+from server.apis.ollama_embeddings import EmbedPromptRequest, EmbedRequest
+from server.apis.request_logging import LoggingRequest
+from server.apis.sessions import CloseSession, OpenSession
 from server.reading.protocol import (
     JSON,
     ErrorShape,
@@ -23,7 +39,6 @@ from server.watch.schemas import (
     ANY_OBJECT,
     BOOLEAN,
     COMPONENTS,
-    POOLED,
     STRING,
     TOKEN_IDS,
     array,
@@ -33,6 +48,7 @@ from server.watch.schemas import (
     or_list,
     path_parameter,
     ref,
+    schemas_of,
 )
 
 
@@ -42,7 +58,7 @@ class Operation:
 
     summary: str
     tag: str
-    body: JSON | None = None
+    body: type[Object] | JSON | None = None
     answer: JSON | None = None
     media_type: str = "application/json"  # of the answer
     is_streaming: bool = False  # with `stream`
@@ -55,13 +71,13 @@ class Operation:
 
 
 GENERATE = Operation(
-    "Answer one prompt or many", "SGLang", ref("GenerateRequest"),
+    "Answer one prompt or many", "SGLang", GenerateRequest,
     one_of(ref("GenerateAnswer"), array(ref("GenerateAnswer"))), is_streaming=True, statuses=(429,),
 )  # fmt: skip
 FLUSH = Operation(
     "Forget every cached prefix, unless something runs", "server", media_type="text/plain", statuses=(400,)
 )
-ABORT = Operation("End a request, or all", "server", ref("AbortRequest"), media_type="text/plain")
+ABORT = Operation("End a request, or all", "server", AbortRequest, media_type="text/plain")
 START_PROFILE = Operation("Begin to record what host and device do", "server", media_type="text/plain", statuses=(400,))
 STOP_PROFILE = Operation("Write what was recorded to a file", "server", answer=obj({"path": STRING}), statuses=(400,))
 MODEL_INFO = Operation("About the model", "server", answer=ANY_OBJECT)
@@ -162,22 +178,16 @@ OLLAMA_GENERATE = Operation(
 )  # fmt: skip
 CONFIGURE_LOGGING = Operation(
     "Switch the lines about requests on or off", "server",
-    obj({"log_requests": BOOLEAN, "log_requests_level": integer(0, 3)}),
+    LoggingRequest,
     obj({"log_requests": BOOLEAN, "log_requests_level": integer(0, 3)}),
 )  # fmt: skip
 OLLAMA_EMBED = Operation(
-    "Vectors of texts", "Ollama",
-    obj(
-        {
-            **POOLED, "input": or_list(STRING), "truncate": BOOLEAN,
-            "dimensions": integer(1), "options": ANY_OBJECT, "keep_alive": one_of(STRING, integer()),
-        }
-    ),
+    "Vectors of texts", "Ollama", EmbedRequest,
     obj({"model": STRING, "embeddings": array(array({"type": "number"})), "prompt_eval_count": integer(0)}),
     statuses=(404, 429),
 )  # fmt: skip
 OLLAMA_EMBED_PROMPT = Operation(
-    "The vector of a text", "Ollama", obj({**POOLED, "prompt": STRING}),
+    "The vector of a text", "Ollama", EmbedPromptRequest,
     obj({"embedding": array({"type": "number"})}, ["embedding"]), statuses=(404, 429),
 )  # fmt: skip
 OLLAMA_PULL = Operation(
@@ -188,21 +198,19 @@ OLLAMA_SHOW = Operation(
     "About the model", "Ollama", obj({"model": STRING}), obj({"capabilities": array(STRING)}), statuses=(404,)
 )
 OLLAMA_MODELS = obj({"models": array(ANY_OBJECT)}, ["models"])
-EMBEDDINGS = Operation(
-    "Vectors of length 1", "OpenAI", ref("EmbeddingsRequest"), ref("Embeddings"), statuses=(404, 429)
-)
+EMBEDDINGS = Operation("Vectors of length 1", "OpenAI", EmbeddingsRequest, ref("Embeddings"), statuses=(404, 429))
 ENCODE = Operation(
-    "Vectors of length 1", "SGLang", ref("EncodeRequest"), one_of(ref("Encoded"), array(ref("Encoded"))),
+    "Vectors of length 1", "SGLang", EncodeRequest, one_of(ref("Encoded"), array(ref("Encoded"))),
     statuses=(429,),
 )  # fmt: skip
 CLASSIFY = dataclasses.replace(ENCODE, summary="Scores of a model with a classification head")
 CLASSIFY_WITH_LABELS = Operation(
-    "Probabilities of a classifier's labels", "OpenAI", ref("ClassifyRequest"), ANY_OBJECT, statuses=(404, 429)
+    "Probabilities of a classifier's labels", "OpenAI", ClassifyRequest, ANY_OBJECT, statuses=(404, 429)
 )
-RERANK = Operation("Documents, best first", "OpenAI", ref("RerankRequest"), ANY_OBJECT, statuses=(404, 429))
+RERANK = Operation("Documents, best first", "OpenAI", RerankRequest, ANY_OBJECT, statuses=(404, 429))
 RERANK_FOR_SGLANG = dataclasses.replace(RERANK, answer=array(ANY_OBJECT))
 SCORE = Operation(
-    "How well texts fit, or how likely tokens follow", "OpenAI", ref("ScoreRequest"), ANY_OBJECT, statuses=(404, 429)
+    "How well texts fit, or how likely tokens follow", "OpenAI", ScoreRequest, ANY_OBJECT, statuses=(404, 429)
 )
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
@@ -231,26 +239,26 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/api/tags"): Operation("The models there are", "Ollama", answer=OLLAMA_MODELS),
     ("GET", "/api/ps"): Operation("The models in memory", "Ollama", answer=OLLAMA_MODELS),
     ("GET", "/api/version"): Operation("Of Ollama's API", "Ollama", answer=obj({"version": STRING})),
-    ("POST", "/open_session"): Operation("Begin a session", "SGLang", ref("OpenSession"), STRING),
-    ("POST", "/close_session"): Operation("Forget a session", "SGLang", ref("CloseSession"), media_type="text/plain"),
+    ("POST", "/open_session"): Operation("Begin a session", "SGLang", OpenSession, STRING),
+    ("POST", "/close_session"): Operation("Forget a session", "SGLang", CloseSession, media_type="text/plain"),
     ("POST", "/pause_generation"): Operation(
-        "Hold still; what runs ends, is computed anew or goes on later", "server", ref("PauseRequest"), ref("Done")
+        "Hold still; what runs ends, is computed anew or goes on later", "server", PauseRequest, ref("Done")
     ),
     ("POST", "/continue_generation"): Operation("End a pause", "server", ANY_OBJECT, ref("Done")),
     ("POST", "/update_weights_from_disk"): Operation(
-        "Serve the weights of another checkpoint of the same shape", "server", ref("UpdateWeightsRequest"), ref("Done")
+        "Serve the weights of another checkpoint of the same shape", "server", UpdateWeightsRequest, ref("Done")
     ),
     ("POST", "/update_weight_version"): Operation(
-        "Name the weights", "server", ref("UpdateVersionRequest"), ref("Done")
+        "Name the weights", "server", UpdateVersionRequest, ref("Done")
     ),
     ("POST", "/get_weights_by_name"): Operation(
-        "The first rows of a weight", "server", ref("WeightRequest"), array({})
+        "The first rows of a weight", "server", WeightRequest, array({})
     ),
     ("POST", "/release_memory_occupation"): Operation(
-        "Give device memory back; requests wait", "server", ref("MemoryRequest"), media_type="text/plain"
+        "Give device memory back; requests wait", "server", MemoryRequest, media_type="text/plain"
     ),
     ("POST", "/resume_memory_occupation"): Operation(
-        "Take device memory again", "server", ref("MemoryRequest"), media_type="text/plain"
+        "Take device memory again", "server", MemoryRequest, media_type="text/plain"
     ),
     ("POST", "/v1/embeddings"): EMBEDDINGS,
     ("POST", "/encode"): ENCODE,
@@ -301,7 +309,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/invocations"): CHAT_COMPLETIONS,
     ("POST", "/vertex_generate"): Operation(
         "/generate for Vertex AI: a prompt an instance, all other fields as parameters", "SGLang",
-        obj({"instances": array(ANY_OBJECT), "parameters": ANY_OBJECT}, ["instances"]),
+        VertexRequest,
         obj({"predictions": array(ref("GenerateAnswer"))}), statuses=(429,),
     ),
     ("GET", "/health_generate"): Operation(
@@ -326,6 +334,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/openapi.json"): Operation("This document", "server", answer=ANY_OBJECT),
 }  # fmt: skip
 
+BODIES = schemas_of([SamplingFields, *{one.body: None for one in OPERATIONS.values() if isinstance(one.body, type)}])
 ERROR_NAMES: dict[ErrorShape, str] = {
     native_error: "NativeError",
     openai_error: "OpenAIError",
@@ -377,7 +386,7 @@ def document_of(app: web.Application) -> JSON:
         },
         "paths": paths,
         "components": {
-            "schemas": COMPONENTS,
+            "schemas": COMPONENTS | BODIES,
             "securitySchemes": {
                 "key": {"type": "http", "scheme": "bearer"},
                 "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -410,7 +419,8 @@ def _described(method: str, path: str, operation: Operation) -> JSON:
     if operation.parameters:
         described["parameters"] = list(operation.parameters)
     if operation.body is not None:
-        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": operation.body}}}
+        schema = ref(operation.body.__name__) if isinstance(operation.body, type) else operation.body
+        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     if operation.form is not None:
         described["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": operation.form}}}
     if operation.is_open:

@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
+
+from engine.declared import MAX_INT, Object
 from engine.request import MIN_PENALTY, TOP_K_ALL
-from server.apis.maintenance import PAUSE_MODES
 from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS
 from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
-from server.reading.protocol import JSON, MAX_INT, MAX_N, REQUEST_FIELDS
+from server.reading.protocol import JSON, MAX_N, REQUEST_FIELDS
 
 SCHEMAS = "#/components/schemas/"
 
@@ -43,6 +45,27 @@ def or_list(schema: JSON) -> JSON:
 STRING, BOOLEAN, ANY_OBJECT = {"type": "string"}, {"type": "boolean"}, {"type": "object"}
 
 
+def schemas_of(kinds: Iterable[type[Object]]) -> dict[str, JSON]:
+    """Return the schemas, by name, of bodies and of what is in them, as their classes declare them."""
+    _, found = msgspec.json.schema_components(kinds, schema_hook=lambda _: UNSUPPORTED, ref_template=SCHEMAS + "{name}")
+    for schema in found.values():
+        fields = schema.get("properties", {})
+        schema["properties"] = {
+            name: _shown(field) for name, field in fields.items() if UNSUPPORTED not in field.get("anyOf", ())
+        }
+    return found
+
+
+UNSUPPORTED: JSON = {"not": {}}
+
+
+def _shown(field: JSON) -> JSON:
+    """Return a field's schema without null, which means that it is absent."""
+    kinds = [kind for kind in field.get("anyOf", ()) if kind != {"type": "null"}]
+    shown = {name: value for name, value in field.items() if name != "anyOf" and (name, value) != ("default", None)}
+    return shown | ({} if not kinds else kinds[0] if len(kinds) == 1 else {"anyOf": kinds})
+
+
 def path_parameter(name: str) -> tuple[JSON, ...]:
     return ({"name": name, "in": "path", "required": True, "schema": STRING},)
 
@@ -76,13 +99,6 @@ SAMPLING: dict[str, JSON] = {
     "regex": {"type": "string", "description": "the answer matches it"},
     "ebnf": {"type": "string", "description": "a grammar, in GBNF or Lark"},
     "structural_tag": one_of(ANY_OBJECT, STRING),
-}
-NATIVE_SAMPLING = {
-    **SAMPLING,
-    "choice": array(STRING, minItems=1),
-    "max_new_tokens": one_of(integer(0), {"type": "null"}),
-    "min_new_tokens": integer(0),
-    "sampling_seed": integer(),
 }
 EVERYWHERE: dict[str, JSON] = {
     "stream": BOOLEAN,
@@ -420,33 +436,6 @@ HIDDEN_STATES: JSON = {
 }
 
 COMPONENTS: dict[str, JSON] = {
-    "SamplingParams": obj(NATIVE_SAMPLING, additionalProperties=False),
-    "GenerateRequest": obj(
-        {
-            **EVERYWHERE,
-            "text": {**or_list(STRING), "description": "the prompt or prompts; give this or input_ids"},
-            "input_ids": one_of(TOKEN_IDS, array(TOKEN_IDS, minItems=1)),
-            "sampling_params": one_of(ref("SamplingParams"), array(ref("SamplingParams"))),
-            "return_logprob": one_of(BOOLEAN, array(BOOLEAN)),
-            "logprob_start_len": one_of(integer(-1), array(integer(-1))),
-            "top_logprobs_num": one_of(integer(0, 1024), array(integer(0, 1024))),
-            "token_ids_logprob": array(integer(0), maxItems=1024),
-            "return_text_in_logprobs": BOOLEAN,
-            "return_hidden_states": one_of(BOOLEAN, array(BOOLEAN)),
-            "max_thinking_tokens": integer(0),
-            "require_reasoning": BOOLEAN,
-            "session_params": obj(
-                {
-                    "id": STRING,
-                    "rid": STRING,
-                    "offset": integer(),
-                    "replace": BOOLEAN,
-                    "drop_previous_output": BOOLEAN,
-                },
-                ["id"],
-            ),
-        }
-    ),
     "MetaInfo": META_INFO,
     "GenerateAnswer": obj(
         {"text": STRING, "output_ids": array(integer(0)), "meta_info": ref("MetaInfo"), "index": integer(0)},
@@ -490,7 +479,6 @@ COMPONENTS: dict[str, JSON] = {
         {"text": STRING, "reasoning_parser": {"enum": [*REASONING_FORMATS, *REASONING_ALIASES]}},
         ["text", "reasoning_parser"],
     ),
-    "AbortRequest": obj({"rid": STRING, "abort_all": BOOLEAN}),
     "Health": obj(
         {
             "status": {"enum": ["ok", "starting", "stuck", "stopping", "stopped"]},
@@ -540,18 +528,6 @@ COMPONENTS: dict[str, JSON] = {
         },
         ["id", "object", "endpoint", "input_file_id", "completion_window", "status", "created_at", "request_counts"],
     ),
-    "EmbeddingsRequest": obj(
-        {
-            **POOLED,
-            "input": PROMPTS,
-            "encoding_format": {"enum": ["float", "base64"]},
-            "dimensions": {
-                **integer(1),
-                "description": "numbers of the vector to keep, which is then of length 1 again",
-            },
-        },
-        ["input"],
-    ),
     "Embeddings": obj(
         {
             "object": {"const": "list"},
@@ -561,49 +537,7 @@ COMPONENTS: dict[str, JSON] = {
         },
         ["object", "data", "model", "usage"],
     ),
-    "EncodeRequest": obj({**POOLED, "text": or_list(STRING), "input_ids": one_of(TOKEN_IDS, array(TOKEN_IDS))}),
     "Encoded": obj({"embedding": array({"type": "number"}), "meta_info": ref("MetaInfo")}, ["embedding", "meta_info"]),
-    "ClassifyRequest": obj({**POOLED, "input": PROMPTS}, ["input"]),
-    "RerankRequest": obj(
-        {
-            **POOLED,
-            "query": STRING,
-            "documents": array(STRING, minItems=1),
-            "top_n": integer(1),
-            "return_documents": BOOLEAN,
-        },
-        ["query", "documents"],
-    ),
-    "ScoreRequest": one_of(
-        obj({**POOLED, "text_1": or_list(STRING), "text_2": or_list(STRING)}, ["text_1", "text_2"]),
-        obj(
-            {
-                **POOLED,
-                "query": STRING,
-                "items": or_list(STRING),
-                "label_token_ids": TOKEN_IDS,
-                "apply_softmax": BOOLEAN,
-                "item_first": BOOLEAN,
-            },
-            ["items", "label_token_ids"],
-        ),
-    ),
-    "OpenSession": obj({"capacity_of_str_len": integer(0), "session_id": STRING}),
-    "CloseSession": obj({"session_id": STRING}, ["session_id"]),
-    "PauseRequest": obj({"mode": {"enum": PAUSE_MODES}}),
-    "UpdateWeightsRequest": obj(
-        {
-            "model_path": STRING,
-            "load_format": {"enum": ["auto", "safetensors", "gguf", "dummy"]},
-            "abort_all_requests": BOOLEAN,
-            "flush_cache": BOOLEAN,
-            "weight_version": STRING,
-        },
-        ["model_path"],
-    ),
-    "UpdateVersionRequest": obj({"new_version": STRING, "abort_all_requests": BOOLEAN}, ["new_version"]),
-    "WeightRequest": obj({"name": STRING, "truncate_size": integer(1, 4096)}, ["name"]),
-    "MemoryRequest": obj({"tags": array({"enum": ["kv_cache", "weights"]})}),
     "Done": obj({"message": STRING}, ["message"]),
     "NativeError": obj(
         {"error": obj({"message": STRING, "code": integer(400, 599), "field": STRING}, ["message", "code"])}, ["error"]

@@ -6,15 +6,17 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from engine.declared import convert
 from engine.engine import Engine
 from engine.errors import EngineError, InvalidRequest
 from engine.request import Request, SamplingParams
 from engine.state import Delta, Logprobs, RequestState
+from server.apis.generate import GenerateRequest, Item
 from server.apis.meta_info import MetaInfo
-from server.http.live import Options, make_requests, new_rid
+from server.http.live import make_requests, new_rid
 from server.lang.backends.base import JSON, BackendError
 from server.lang.backends.native import NativeBackend
-from server.reading.protocol import Fields, check_token_ids, encode_prompt
+from server.reading.protocol import check_token_ids, encode_prompt
 
 # Fields of /generate; others would be ignored.
 KNOWN = frozenset(
@@ -80,7 +82,6 @@ class EngineBackend(NativeBackend):
         """Return a request for each prompt and answer, and whether /generate would answer with a list."""
         if unknown := [name for name, value in body.items() if value and name not in KNOWN]:
             raise BackendError(f"the engine in this process does not take {', '.join(unknown)}", 400)
-        fields = Fields(body)
         try:
             prompts, is_list = await self._prompts(body)
             given = body.get("sampling_params") or {}
@@ -88,11 +89,8 @@ class EngineBackend(NativeBackend):
             if len(per_prompt) != len(prompts):
                 raise InvalidRequest(f"sampling_params has {len(per_prompt)} items for {len(prompts)} prompts")
             params = [SamplingParams.from_dict(one, self.engine.sampling_defaults) for one in per_prompt]
-            options = Options(stream=is_stream, return_logprob=fields.flag("return_logprob"))
-            if options.return_logprob:
-                options.logprob_start_len = fields.integer("logprob_start_len", -1)
-                options.top_logprobs_num = fields.integer("top_logprobs_num", 0)
-                options.token_ids_logprob = fields.array("token_ids_logprob")
+            options = Item(convert(body, GenerateRequest), 0, None).options()
+            options.stream = is_stream
         except EngineError as error:
             raise BackendError(str(error), error.status_code) from error
         requests = [
