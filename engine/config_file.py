@@ -32,6 +32,7 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
     ("a positive number", lambda value: is_number(value) and value > 0, (
         "rms_norm_eps", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor",
         "layer_norm_epsilon", "layernorm_epsilon", "rope_ratio", "rotary_emb_base", "rotary_pct",
+        "dim_model_base", "scale_depth", "scale_emb",
         "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling", "alpha",
         "rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
         "layer_norm_eps", "norm_eps", "norm_epsilon", "logit_scale", "clip_qkv",

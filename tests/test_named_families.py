@@ -29,7 +29,7 @@ Tensors = dict[str, torch.Tensor]
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, LAYERS, VOCAB, CONTEXT = 4, 2, 16, 64, 96, 2, 384, 512
 
 
-IN_MIXES = ("chatglm 3",)  # those through the whole engine
+IN_MIXES = ("chatglm 3", "minicpm")  # those through the whole engine
 
 
 @dataclass(frozen=True)
@@ -248,6 +248,35 @@ FAMILIES = {
         lambda tensors: chatglm(tensors),
         of_twin=GLM | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "partial_rotary_factor": 0.5}},
     ),
+    "minicpm": Family(
+        "GraniteConfig",
+        LLAMA_SIZES | {
+            "architectures": ["MiniCPMForCausalLM"],
+            "rms_norm_eps": 1e-5,
+            "scale_emb": 12,
+            "scale_depth": 1.4,
+            "dim_model_base": 16,
+        },
+        fused=lambda tensors: {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"},
+        of_twin={
+            "attention_multiplier": HEAD_DIM**-0.5,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 1.4 / LAYERS**0.5,
+            "logits_scaling": HIDDEN / 16,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "mimo": Family(
+        "Qwen2Config",
+        LLAMA_SIZES | {"architectures": ["MiMoForCausalLM"], "attention_bias": True},
+        fused=lambda tensors: tensors | {"model.mtp_layers.0.input_proj.weight": torch.ones(1)},
+    ),
+    "orion": Family(
+        "StableLmConfig",
+        LLAMA_SIZES | {"architectures": ["OrionForCausalLM"], "rms_norm_eps": 1e-5},
+        of_twin={"partial_rotary_factor": 1.0, "layer_norm_eps": 1e-5, "use_parallel_residual": False},
+    ),
     "exaone 3": Family(
         "LlamaConfig",
         COMMON | {
@@ -326,7 +355,7 @@ def test_logits_of_a_renamed_checkpoint_equal_its_twins(name: str, made: Callabl
     assert_equals_reference(engine, twin, random_ids(29, seed=1), random_ids(23, seed=2))
 
 
-@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.twin != "GlmConfig"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_each_rank_holds_what_it_holds_of_the_twin(name: str, made: Callable[[str], tuple[Path, Path]]) -> None:
     def load(folder: Path, rank: int) -> list[torch.Tensor]:
         config = load_config(folder, EngineConfig(dtype="float32"))

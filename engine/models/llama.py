@@ -1,10 +1,11 @@
 """Llama and the families that are Llama but for one thing.
 
 Llama 1 to 3.3, SmolLM2, ...    every rope scaling; attention_bias and mlp_bias in some derived models; Aquila,
-                                DeepSeek LLM and XVERSE are such
+                                DeepSeek LLM, Skywork and XVERSE are such
 Yi                              the norms of its first release are called ln1 and ln2
 Mistral, Ministral              a sliding window in all layers; queries that grow with their positions (Ministral 3)
 Qwen2, Qwen2.5                  biases on q, k and v; a sliding window in the upper layers, if any
+MiMo                            Qwen2; its layers for several tokens at once are left out
 Seed-OSS                        biases on q, k and v, and another entry for that of o
 Arcee                           squared ReLU, no gate
 Qwen3                           an RMS norm of each query and key head before the rotation
@@ -16,7 +17,7 @@ from engine.layers.block import PreNorm
 from engine.layers.mlp import PlainMLP
 from engine.model_config import ModelConfig, QKNorm, read_decoder
 from engine.models.base import CausalLM
-from engine.models.names import COMMON_NAMES, Rename
+from engine.models.names import COMMON_NAMES, Ignore, Rename
 
 
 class Llama(CausalLM):
@@ -39,6 +40,10 @@ class Qwen2(CausalLM):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
         return read_decoder(raw, qkv_bias=True, o_bias=False)
+
+
+class MiMo(Qwen2):
+    checkpoint = (Ignore(r"^model\.mtp_layers\."), *COMMON_NAMES)
 
 
 class Qwen3(CausalLM):

@@ -1,4 +1,4 @@
-"""StableLM: a Llama with layer norms and a part of each head rotated.
+"""StableLM: a Llama with layer norms and a part of each head rotated. Orion: a Llama with layer norms.
 
 norms           layer norms with bias
 block           Llama's, or parallel with one norm where `use_parallel_residual`
@@ -42,3 +42,7 @@ class StableLM(CausalLM):
             qk_norm=QKNorm.EACH_HEAD if raw.get("qk_layernorm") else QKNorm.NONE,
             is_parallel=raw.get("use_parallel_residual", False),
         )
+
+
+class Orion(CausalLM):
+    block = StableLMBlock
