@@ -44,7 +44,9 @@ class EngineConfig:
     revision: str | None = option(None, MODEL, "branch, tag or commit of a hub id")
     download_dir: str | None = option(None, MODEL, "where downloads and converted weights are kept")
     use_modelscope: bool = option(False, MODEL, "take hub ids from ModelScope instead of Hugging Face")
-    trust_remote_code: bool = option(False, MODEL, "run Python code that comes with a tokenizer")
+    trust_remote_code: bool = option(
+        False, MODEL, "run Python code that comes with a tokenizer, if it has no tokenizer.json"
+    )
     dtype: str = option(
         "auto",
         MODEL,
