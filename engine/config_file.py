@@ -25,7 +25,7 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
     ("a positive integer", lambda value: type(value) is int and value > 0, (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "max_position_embeddings", "original_max_position_embeddings",
-        "model_max_length",
+        "model_max_length", "n_embd", "n_layer", "n_head", "n_inner", "n_positions", "ffn_dim", "word_embed_proj_dim",
         "ffn_hidden_size", "kv_channels", "multi_query_group_num", "num_layers", "padded_vocab_size", "seq_length",
         "no_rope_layer_interval",
     )),
@@ -48,10 +48,12 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
         "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bias", "attention_out_bias",
         "bias", "no_bias", "qkv_bias", "add_bias_linear", "add_qkv_bias", "multi_query_attention", "original_rope",
         "use_dynamic_ntk", "use_logn_attn",
-        "use_qkv_bias", "use_parallel_residual", "qk_layernorm", "use_qk_norm",
+        "use_qkv_bias", "use_parallel_residual", "qk_layernorm", "use_qk_norm", "scale_attn_weights",
+        "scale_attn_by_inverse_layer_idx", "add_cross_attention", "do_layer_norm_before", "enable_bias",
+        "layer_norm_elementwise_affine",
     )),
     ("a string", lambda value: isinstance(value, str), (
-        "hidden_act", "hidden_activation", "model_type", "dtype", "torch_dtype",
+        "hidden_act", "hidden_activation", "activation_function", "model_type", "dtype", "torch_dtype",
     )),
     ("an object", lambda value: isinstance(value, dict), (
         "rope_parameters", "rope_scaling", "quantization_config", "id2label",

@@ -92,11 +92,12 @@ class ModelConfig:
     mlp_bias: bool
     tie_word_embeddings: bool
     raw: dict[str, Any]  # config.json with the overrides
+    embed_size: int = 0  # of token vectors, where they are projected to hidden_size; 0: they are of that size
     embed_scale: float = 1.0
     residual_scale: float = 1.0  # of what each branch adds to the residual stream, where the block has it
     logit_scale: float = 1.0
     lm_head_bias: bool = False
-    is_parallel: bool = False  # attention and MLP stand side by side, in families of which some models have that
+    block_kind: str = ""  # which of a family's blocks, where its models differ
     logit_softcap: float = 0.0  # logits become softcap tanh(logit / softcap); 0: they do not
 
     path: Path = Path()

@@ -86,6 +86,27 @@ def activate(x: torch.Tensor, act: str) -> torch.Tensor:
     return activate_torch(x, act)
 
 
+def xielu_torch(x: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+    alpha_p, alpha_n, beta, eps = parameters
+    wide = x.float()
+    positive = F.softplus(alpha_p) * wide * wide
+    negative = (beta + F.softplus(alpha_n)) * (torch.expm1(wide.minimum(eps)) - wide)
+    return (torch.where(wide > 0, positive, negative) + beta * wide).to(x.dtype)
+
+
+def xielu(x: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+    """Return the activation xIELU (Huang and Schlag 2024) of x; [T, N] -> [T, N]. Computed in fp32 and rounded once.
+
+    parameters: fp32 [4], α_p and α_n before their softplus, β and ε. With a = softplus(α_p), b = β + softplus(α_n), it
+    is a x² + β x for x > 0, else b (exp(min(x, ε)) - 1 - x) + β x.
+    """
+    if x.is_cuda:
+        from kernels.triton_elementwise import xielu_triton
+
+        return xielu_triton(x, parameters)
+    return xielu_torch(x, parameters)
+
+
 def act_and_mul_torch(x: torch.Tensor, act: str) -> torch.Tensor:
     gate, up = x.chunk(2, dim=-1)
     return activate_torch(gate, act).mul_(up)

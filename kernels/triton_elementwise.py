@@ -174,6 +174,40 @@ def _activate_kernel(x, out, x_stride, N: tl.constexpr, ACT: tl.constexpr, BLOCK
     tl.store(out + row * N + n, activation(values.to(tl.float32), ACT).to(out.dtype.element_ty), mask=n < N)
 
 
+def xielu_triton(x: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
+    rows = x.flatten(0, -2)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if rows.shape[0]:
+        block, n = 1024, x.shape[-1]
+        options = launch_options(x.device, num_warps=4)
+        grid = (cdiv(n, block), rows.shape[0])
+        _xielu_kernel[grid](rows, parameters, out, rows.stride(0), N=n, BLOCK=block, **options)
+    return out
+
+
+@fast_launch
+@triton.jit
+def _xielu_kernel(x, parameters, out, x_stride, N: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    beta = tl.load(parameters + 2)
+    eps = tl.load(parameters + 3)
+    a = _softplus(tl.load(parameters))
+    b = beta + _softplus(tl.load(parameters + 1))
+    wait_for_input(PDL)
+    values = tl.load(x + row * x_stride + n, mask=n < N, other=0.0).to(tl.float32)
+    z = tl.minimum(values, eps)
+    # Near 0 exp(z) - 1 loses all digits: its series does not.
+    expm1 = tl.where(z > -0.01, z * (1.0 + z * (0.5 + z * (1.0 / 6.0 + z / 24.0))), tl.exp(z) - 1.0)
+    activated = tl.where(values > 0, a * values * values, b * (expm1 - values)) + beta * values
+    tl.store(out + row * N + n, activated.to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit
+def _softplus(x):
+    return tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+
+
 def act_and_mul_triton(x: torch.Tensor, act: str) -> torch.Tensor:
     n = x.shape[-1] // 2
     rows = x.flatten(0, -2)

@@ -118,6 +118,17 @@ def test_the_activation_kernels_equal_their_twins(dtype: torch.dtype, act: str) 
     assert_near(triton_elementwise.activate_triton(x, act), elementwise.activate_torch(x, act), act)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_xielu_kernel_equals_its_twin_and_its_formula(dtype: torch.dtype) -> None:
+    x, parameters = randn(3, 1100, dtype=dtype, scale=2), floats(0.3, -0.7, 0.5, -1e-6)
+    x[0, :50] = x[0, :50] / 1000
+    found = triton_elementwise.xielu_triton(x, parameters)
+    assert_near(found, elementwise.xielu_torch(x, parameters), "xielu")
+    wide, a, b = x.double(), math.log1p(math.exp(0.3)), 0.5 + math.log1p(math.exp(-0.7))
+    below = b * (torch.expm1(wide.clamp(max=-1e-6)) - wide) + wide / 2
+    assert_near(found, torch.where(wide > 0, a * wide * wide + wide / 2, below).to(dtype), "formula")
+
+
 def test_the_activations_are_what_their_names_say() -> None:
     x = randn(2, 64)
     gate, up = x.double().chunk(2, dim=-1)

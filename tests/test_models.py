@@ -534,7 +534,7 @@ def test_an_override_within_an_object_leaves_the_rest_of_it(tiny_llama: Path, tm
         ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3ForCausalLM"),
         ({"architectures": ["MixtralForCausalLM"], "num_attention_heads": None}, "MistralForCausalLM"),
         ({"architectures": ["OpenELMForCausalLM"], "head_dim": [64, 64], "intermediate_size": [1, 2]}, None),
-        ({"architectures": ["GPT2LMHeadModel"], "n_embd": 768, "n_head": 12}, None),
+        ({"architectures": ["XLNetLMHeadModel"], "n_embd": 768, "n_head": 12}, None),
     ],
 )
 def test_an_unsupported_family_is_named_before_its_entries_are_read(

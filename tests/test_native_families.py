@@ -114,11 +114,35 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie 4.5": ("Ernie4_5Config", {"use_bias": True}),
     "arcee": ("ArceeConfig", {"mlp_bias": True}),
     "helium": ("HeliumConfig", {}),
+    "apertus": ("ApertusConfig", {"pad_token_id": 0}),
     "command-r": ("CohereConfig", {"logit_scale": 0.3, "pad_token_id": 0}),
     "command-r+": ("CohereConfig", {"use_qk_norm": True, "attention_bias": True, "pad_token_id": 0}),
     "command-r7b": ("Cohere2Config", {"sliding_window": 8, "num_hidden_layers": 5, "pad_token_id": 0}),
     "olmo 1": ("OlmoConfig", {"clip_qkv": 1.5, "pad_token_id": 0}),
     "stablelm with norms of heads": ("StableLmConfig", {"qk_layernorm": True}),
+    "gpt-2": ("GPT2Config", {"n_inner": 96}),
+    "opt": ("OPTConfig", {"ffn_dim": 96, "init_std": 0.2, "pad_token_id": 0}),
+    "opt 350m": (
+        "OPTConfig",
+        {
+            "ffn_dim": 96,
+            "init_std": 0.2,
+            "do_layer_norm_before": False,
+            "word_embed_proj_dim": 32,
+            "pad_token_id": 0,
+        },
+    ),
+    "galactica": (
+        "OPTConfig",
+        {
+            "ffn_dim": 96,
+            "init_std": 0.2,
+            "enable_bias": False,
+            "layer_norm_elementwise_affine": False,
+            "activation_function": "gelu",
+            "pad_token_id": 0,
+        },
+    ),
     "starcoder 2": ("Starcoder2Config", {"sliding_window": 8}),
     "starcoder 2 without biases": ("Starcoder2Config", {"use_bias": False}),
     "phi 2": ("PhiConfig", {}),
@@ -312,6 +336,9 @@ def test_files_of_before_name_windows_and_local_rotation_in_their_own_way(
         ("smollm 3", {"no_rope_layers": [1, 0]}, "no_rope_layers names 2 layers, num_hidden_layers is 4"),
         ("granite 3", {"residual_multiplier": "2"}, "residual_multiplier must be a positive number, got '2'"),
         ("exaone 4", {"sliding_window_pattern": [4]}, "sliding_window_pattern must be a number, or letters"),
+        ("phi 2", {"qk_layernorm": True}, "qk_layernorm is not supported for Phi"),
+        ("gpt-2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is not supported"),
+        ("opt", {"_remove_final_layer_norm": True}, "an OPT without its final norm"),
     ],
 )
 def test_what_a_family_cannot_run_is_named(
@@ -319,3 +346,34 @@ def test_what_a_family_cannot_run_is_named(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         load_config(made(family), EngineConfig(json_model_override_args=json.dumps(overrides)))
+
+
+@pytest.mark.parametrize(("family", "context_length", "is_too_long"), [("gpt-2", 513, True), ("opt", 512, False)])
+def test_a_context_may_not_be_longer_than_the_positions_that_a_model_has_learned(
+    family: str, context_length: int, is_too_long: bool, made: Callable[[str], Path]
+) -> None:
+    if is_too_long:
+        with pytest.raises(ModelError, match=f"context_length is {context_length}, .* has learned 512 positions"):
+            TinyEngine(made(family), context_length=context_length)
+    else:
+        engine = TinyEngine(made(family), context_length=context_length)
+        assert engine.model.model.embed_positions.weight.shape[0] == 512  # type: ignore[attr-defined]
+
+
+def test_gpt_2_as_first_published_names_weights_without_a_prefix_and_holds_masks(
+    made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder, ids = made("gpt-2"), random_ids(12, seed=3)
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    wanted = TinyEngine(folder).forward({0: ids})
+    torch.testing.assert_close(TinyEngine(tmp_path).forward({0: ids}), wanted, rtol=0, atol=0)
+
+
+def test_command_r_is_as_long_as_its_files_say_it_was_trained(made: Callable[[str], Path]) -> None:
+    options = EngineConfig(json_model_override_args='{"model_max_length": 4096}')
+    assert load_config(made("command-r"), options).context_length == 4096

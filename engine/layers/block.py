@@ -26,6 +26,7 @@ class Block(Layer):
     norm_class: ClassVar[type[HiddenNorm]] = RMSNorm
     mlp_class: ClassVar[type[MLP]] = GatedMLP
     norm_names: ClassVar[tuple[str, ...]]
+    has_final_norm: ClassVar = True  # whether the last block's result is normalized once more
 
     def __init__(
         self,
@@ -169,6 +170,32 @@ class PostNorm(Block):
         h = h + self.post_attention_layernorm(sum_over_ranks(self.comm, attn.o_proj, found))
         gated = mlp(h)
         return h + self.post_feedforward_layernorm(sum_over_ranks(self.comm, mlp.down_proj, gated))
+
+
+class PostLN(Block):
+    """Norms of the residual stream, behind each sum (Vaswani et al. 2017).
+
+    h = norm(h + Wo attention(h))
+    h = norm(h + Wdown mlp(h))
+    """
+
+    norm_names: ClassVar = ("post_attention_layernorm", "post_feedforward_layernorm")
+    has_final_norm: ClassVar = False
+    post_attention_layernorm: HiddenNorm
+    post_feedforward_layernorm: HiddenNorm
+
+    @property
+    def fuses_norms(self) -> bool:
+        return False
+
+    def __call__(self, h: torch.Tensor, batch: ForwardBatch, pool: CachePool) -> torch.Tensor:
+        attn, mlp = self.self_attn, self.mlp
+        found = attn(h, batch, pool)
+        h = sum_over_ranks(self.comm, attn.o_proj, found, residual=h, may_overwrite=True)
+        h = self.post_attention_layernorm(h)
+        inner = mlp(h)
+        h = sum_over_ranks(self.comm, mlp.down_proj, inner, residual=h, may_overwrite=True)
+        return self.post_feedforward_layernorm(h)
 
 
 class Sandwich(Block):

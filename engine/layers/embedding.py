@@ -1,10 +1,14 @@
-"""Token ids to vectors, and vectors to logits. Both weights are [vocabulary, hidden], split by vocabulary."""
+"""Token ids and positions to vectors, and vectors to logits.
+
+Weights of tokens are [vocabulary, hidden], split by vocabulary; every rank holds those of all positions.
+"""
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 
-from engine.layers.layer import Layer, LayerConfig
+from engine.layers.layer import Layer, LayerConfig, meta_weight
 from engine.layers.linear import Linear
 from kernels.dense import DenseWeight
 from kernels.elementwise import embed, softcap_
@@ -63,6 +67,24 @@ class VocabParallelEmbedding(Layer):
 
     def fill_dummy(self, generator: torch.Generator) -> None:
         self.weight.fill_random(generator)
+
+
+class PositionEmbedding(Layer):
+    """A learned vector for each position."""
+
+    weight_names: ClassVar = ("weight",)
+
+    def __init__(self, num_positions: int, hidden_size: int, layers: LayerConfig, *, offset: int = 0) -> None:
+        """offset: rows of the checkpoint's tensor before that of the first position."""
+        self.offset = offset
+        self.weight = meta_weight(num_positions, hidden_size, dtype=layers.dtype)
+
+    def __call__(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return [T, hidden] of positions [T]."""
+        return embed(positions, self.weight)
+
+    def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().place_weight(name, loaded[self.offset :], part)
 
 
 class ParallelLMHead(Linear):

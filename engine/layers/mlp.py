@@ -1,6 +1,8 @@
 """The feed-forward half of a block. `down_proj`, which ends the branch, is the block's to call."""
 
+import functools
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 
@@ -55,10 +57,14 @@ class PlainMLP(MLP):
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.up_proj = merged_column_parallel((), (inner,), hidden, layers.within("up_proj"), bias=bias)
         self.down_proj = row_parallel(inner, hidden, layers.within("down_proj"), bias=bias)
-        self.act = activation(config.hidden_act)
+        self.activation = self.make_activation(config)
+
+    def make_activation(self, config: ModelConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the activation: a function, or a layer if it has weights."""
+        return functools.partial(activate, act=activation(config.hidden_act))
 
     def __call__(self, x: torch.Tensor, *, norm: Norm | None = None) -> torch.Tensor:
-        return activate(self.up_proj(x, norm=norm), self.act)
+        return self.activation(self.up_proj(x, norm=norm))
 
     def tuning_shape(self, *, has_norm: bool) -> WeightShape | None:
         return self.up_proj.weight.tuning_shape(has_norm=has_norm)

@@ -113,3 +113,15 @@ class OffsetLayerNorm(LayerNorm):
     def weight_part(self, name: str, part: int) -> torch.Tensor:
         weight = super().weight_part(name, part)
         return weight - 1 if name == "weight" else weight
+
+
+class NoNorm(HiddenNorm):
+    """Leaves hidden states as they are, where other models have a norm."""
+
+    weight_names: ClassVar = ()
+
+    def __init__(self, size: int, eps: float, layers: LayerConfig) -> None:  # noqa: ARG002 - any size, without weights
+        self.eps = eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x

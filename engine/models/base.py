@@ -12,6 +12,7 @@ from engine.layers.block import Block, PreNorm
 from engine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import Layer, LayerConfig
+from engine.layers.norm import NoNorm
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import ModelConfig, read_decoder
 from engine.models.names import COMMON_NAMES, LANGUAGE_HALF, Rename, Rule
@@ -25,7 +26,8 @@ class Decoder(Layer):
 
     def __init__(self, config: ModelConfig, block_class: type[Block], layers: LayerConfig) -> None:
         rotary = {rope: RotaryEmbedding(rope, config.context_length) for rope in config.ropes}
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, layers, config.embed_scale)
+        embed_size = config.embed_size or config.hidden_size
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, embed_size, layers, config.embed_scale)
         owners = [i for i, attention in enumerate(config.attention) if attention.kv_owner is None]
         cache_ids = {owner: i for i, owner in enumerate(owners)}
         self.layers = [
@@ -38,11 +40,12 @@ class Decoder(Layer):
             )
             for i, attention in enumerate(config.attention)
         ]
-        self.norm = block_class.norm_class(config.hidden_size, config.norm_eps, layers)
+        norm_class = block_class.norm_class if block_class.has_final_norm else NoNorm
+        self.norm = norm_class(config.hidden_size, config.norm_eps, layers)
 
     def __call__(self, batch: ForwardBatch, pool: CachePool, run_block: RunBlock | None = None) -> torch.Tensor:
         """Return the last hidden states [T, hidden]. run_block: computes a block in place of the block itself."""
-        h = self.embed_tokens(batch.input_ids)
+        h = self.embed(batch)
         if run_block is None:
             for block in self.layers:
                 h = block(h, batch, pool)
@@ -50,6 +53,10 @@ class Decoder(Layer):
             for block in self.layers:
                 h = run_block(block, h)
         return self.norm(h)
+
+    def embed(self, batch: ForwardBatch) -> torch.Tensor:
+        """Return what the first block gets, [T, hidden]."""
+        return self.embed_tokens(batch.input_ids)
 
     @contextlib.contextmanager
     def few_layers(self) -> Iterator[None]:
@@ -70,6 +77,7 @@ class CausalLM(Layer):
     A family is a subclass that sets what differs from Llama.
     """
 
+    decoder: ClassVar[type[Decoder]] = Decoder
     block: ClassVar[type[Block]] = PreNorm
     checkpoint: ClassVar[Sequence[Rule]] = COMMON_NAMES
 
@@ -85,10 +93,10 @@ class CausalLM(Layer):
 
     def __init__(self, config: ModelConfig, layers: LayerConfig) -> None:
         self.config = config
-        self.model = Decoder(config, self.block_of(config), layers.within("model"))
+        self.model = self.decoder(config, self.block_of(config), layers.within("model"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,
-            config.hidden_size,
+            config.embed_size or config.hidden_size,
             layers.within("lm_head"),
             tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
             scale=config.logit_scale,

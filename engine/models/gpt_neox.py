@@ -44,7 +44,7 @@ class GPTNeoX(CausalLM):
 
     @classmethod
     def block_of(cls, config: ModelConfig) -> type[Block]:
-        return GPTNeoXBlock if config.is_parallel else GPTNeoXSerialBlock
+        return GPTNeoXBlock if config.block_kind == "parallel" else GPTNeoXSerialBlock
 
     @property
     def names(self) -> Sequence[Rule]:
@@ -62,5 +62,5 @@ class GPTNeoX(CausalLM):
             qkv_bias=raw.get("attention_bias", True),
             o_bias=raw.get("attention_bias", True),
             mlp_bias=True,
-            is_parallel=raw.get("use_parallel_residual", True),
+            block_kind="parallel" if raw.get("use_parallel_residual", True) else "serial",
         )

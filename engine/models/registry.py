@@ -16,6 +16,7 @@ from engine.quantization import Quantization
 
 # config.json's architecture -> module of this package : class. Imported when asked for.
 REGISTRY = {
+    "ApertusForCausalLM": "apertus:Apertus",
     "AquilaForCausalLM": "llama:Llama",
     "ArceeForCausalLM": "llama:Arcee",
     "BaiChuanForCausalLM": "baichuan:Baichuan",
@@ -26,6 +27,7 @@ REGISTRY = {
     "Ernie4_5ForCausalLM": "ernie:Ernie45",
     "Exaone4ForCausalLM": "exaone4:Exaone4",
     "ExaoneForCausalLM": "exaone3:Exaone3",
+    "GPT2ForCausalLM": "gpt2:GPT2",
     "GPTNeoXForCausalLM": "gpt_neox:GPTNeoX",
     "Gemma2ForCausalLM": "gemma:Gemma2",
     "Gemma3ForCausalLM": "gemma:Gemma3",
@@ -47,6 +49,7 @@ REGISTRY = {
     "Mistral3ForConditionalGeneration": "llama:Mistral",
     "MistralForCausalLM": "llama:Mistral",
     "NemotronForCausalLM": "nemotron:Nemotron",
+    "OPTForCausalLM": "opt:OPT",
     "Olmo2ForCausalLM": "olmo2:Olmo2",
     "Olmo3ForCausalLM": "olmo2:Olmo3",
     "OlmoForCausalLM": "olmo:Olmo",
@@ -68,6 +71,7 @@ REGISTRY = {
 ALIASES = {
     "ChatGLMForConditionalGeneration": "ChatGLMForCausalLM",
     "ChatGLMModel": "ChatGLMForCausalLM",
+    "GPT2LMHeadModel": "GPT2ForCausalLM",
     "QWenLMHeadModel": "QWenForCausalLM",
 }
 CAUSAL, CLASSIFIER, BARE = "ForCausalLM", "ForSequenceClassification", "Model"

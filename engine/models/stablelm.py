@@ -30,7 +30,7 @@ class StableLM(CausalLM):
 
     @classmethod
     def block_of(cls, config: ModelConfig) -> type[Block]:
-        return StableLMParallelBlock if config.is_parallel else StableLMBlock
+        return StableLMParallelBlock if config.block_kind == "parallel" else StableLMBlock
 
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
@@ -40,7 +40,7 @@ class StableLM(CausalLM):
             qkv_bias=raw.get("use_qkv_bias", False),
             o_bias=False,
             qk_norm=QKNorm.EACH_HEAD if raw.get("qk_layernorm") else QKNorm.NONE,
-            is_parallel=raw.get("use_parallel_residual", False),
+            block_kind="parallel" if raw.get("use_parallel_residual", False) else "serial",
         )
 
 
