@@ -8,6 +8,7 @@ logger = logging.getLogger(__name__)
 
 # Rotary scalings whose `max_position_embeddings` is the length before scaling.
 STRETCHED_BY_FACTOR = ("linear", "yarn")
+STRETCHED_BY_LENGTH = ("dynamic", "stepped_ntk")  # to whatever is asked for
 NO_ROTATION = "none"  # the `rope_type` of layers without rotary embedding
 # Rotary settings, by where files have them: see `with_rope_parameters`.
 ORIGINAL_LENGTH = "original_max_position_embeddings"
@@ -96,6 +97,6 @@ def resolve_context_length(asked: int | None, rope: RopeConfig) -> int:
         longest = max(longest, int(stretched))
     if asked is None:
         return longest
-    if asked > longest and rope.rope_type != "dynamic":
+    if asked > longest and rope.rope_type not in STRETCHED_BY_LENGTH:
         logger.warning("context_length %d is longer than the model's %d: expect poor answers there", asked, longest)
     return asked

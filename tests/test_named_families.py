@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -419,11 +420,24 @@ def test_baichuan_13B_is_refused_by_name(made: Callable[[str], tuple[Path, Path]
         TinyEngine(folder, json_model_override_args=override)
 
 
-def test_qwen_1_is_not_served_beyond_its_length_unless_it_does_not_stretch(
+@torch.inference_mode()
+def test_qwen_1_beyond_its_length_is_stretched_in_steps_and_its_queries_grow(
     made: Callable[[str], tuple[Path, Path]],
 ) -> None:
-    folder, _ = made("qwen 1")
-    with pytest.raises(ModelError, match=r"context_length 513 is longer than the model's 512, and this family's way"):
-        TinyEngine(folder, context_length=513)
-    plain = '{"use_dynamic_ntk": false, "use_logn_attn": false}'
-    assert TinyEngine(folder, context_length=513, json_model_override_args=plain).config.context_length == 513
+    folder, twin = made("qwen 1")
+    short, longest, ids = 8, 40, random_ids(40, seed=1)
+    alpha = 2**4 - 1  # 40 tokens are within 2³ times 8
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        twin,
+        dtype=torch.float32,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4 * alpha ** (HEAD_DIM / (HEAD_DIM - 2))},
+    )
+    scale = torch.tensor([max(1.0, math.log(position + 1, short)) for position in range(longest)])[:, None]
+    for block in model.model.layers:
+        block.self_attn.q_proj.register_forward_hook(lambda _module, _inputs, queries: queries * scale)
+    wanted = model(torch.tensor([ids]), use_cache=False).logits[0]
+    engine = TinyEngine(folder, context_length=longest, json_model_override_args=f'{{"seq_length": {short}}}')
+    got = torch.cat([engine.forward({0: part}) for part in (ids[:5], ids[5:30], ids[30:])])
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+    within = TinyEngine(folder, json_model_override_args=f'{{"seq_length": {short}}}').model.model.layers[0].self_attn
+    assert within.after_rope is None  # today's kernels, and no more

@@ -1,8 +1,8 @@
 """Compute rotary position embeddings (Su et al. 2021), and stretch them over a longer context.
 
-Dynamic NTK and LongRoPE choose their frequencies by the length of the sequence. Cached keys are rotated already, so
-here the choice is made once, for the context length that the server runs with: at `max_position_embeddings`, dynamic
-NTK gives a sequence of any allowed length the same frequencies as transformers does.
+Dynamic NTK, stepped or not, and LongRoPE choose their frequencies by the length of the sequence. Cached keys are
+rotated already, so here the choice is made once, for the context length that the server runs with: at
+`max_position_embeddings`, dynamic NTK gives a sequence of any allowed length the same frequencies as transformers does.
 """
 
 import math
@@ -15,6 +15,7 @@ from engine.errors import ModelError
 from engine.layers.layer import Layer
 from engine.rope_config import NO_ROTATION, ORIGINAL_LENGTH, RopeConfig
 
+LOG_LENGTH = "log_length"  # the entry, made by a family, that holds N: see `query_scale`
 QUERY_SCALING = "llama_4_scaling_beta"  # the entry of rope_parameters that holds β, Hugging Face's name for it
 
 
@@ -47,7 +48,8 @@ class RotaryEmbedding(Layer):
     @property
     def scales_queries(self) -> bool:
         """Whether queries are to be multiplied by `scale_queries` after the rotation."""
-        return bool(self.rope.scaling.get(QUERY_SCALING))
+        scaling = self.rope.scaling
+        return bool(scaling.get(QUERY_SCALING)) or self.context_length > scaling.get(LOG_LENGTH, math.inf)
 
     def scale_queries(self, q: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Multiply queries [T, H, D] by the factor of their positions, in place."""
@@ -55,7 +57,13 @@ class RotaryEmbedding(Layer):
 
 
 def query_scale(positions: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
-    """Return 1 + β ln(1 + ⌊position / original length⌋), by which attention stays sharp over long contexts."""
+    """Return by what queries [positions] are multiplied, so that attention stays sharp over long contexts.
+
+    It is 1 + β ln(1 + ⌊position / original length⌋), or from a length N on the logarithm to the base N of the number
+    of tokens that a query sees.
+    """
+    if LOG_LENGTH in scaling:
+        return torch.log(positions + 1).div_(math.log(scaling[LOG_LENGTH])).clamp_(min=1)
     beta: float = scaling[QUERY_SCALING]
     return 1 + beta * torch.log(1 + torch.floor(positions / scaling[ORIGINAL_LENGTH]))
 
@@ -63,16 +71,6 @@ def query_scale(positions: torch.Tensor, scaling: dict[str, Any]) -> torch.Tenso
 def default(rope: RopeConfig, _context_length: int) -> tuple[torch.Tensor, float]:
     """Return (inverse frequencies [rotary_dim / 2], factor on cosines and sines), as do the functions below."""
     return inverse_frequencies(rope.theta, rope.rotary_dim), 1.0
-
-
-def fixed_length(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:
-    """As `default`, for models that need more than these frequencies beyond `max_position_embeddings`: refused."""
-    if context_length > rope.max_position_embeddings:
-        raise ModelError(
-            f"context_length {context_length} is longer than the model's {rope.max_position_embeddings}, and this "
-            "family's way beyond it (queries scaled by the logarithm of their position) is not supported"
-        )
-    return default(rope, context_length)
 
 
 def none(_rope: RopeConfig, _context_length: int) -> tuple[torch.Tensor, float]:
@@ -100,6 +98,13 @@ def dynamic_ntk(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, fl
     factor = rope.scaling["factor"]
     excess = max(context_length / rope.max_position_embeddings, 1.0)
     return inverse_frequencies(rope.theta * (factor * excess - (factor - 1)) ** (dim / (dim - 2)), dim), 1.0
+
+
+def stepped_ntk(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:
+    """Raise the base with each doubling of the length beyond `max_position_embeddings` (Qwen 1)."""
+    num_doublings = max(math.ceil(math.log2(context_length / rope.max_position_embeddings)), 0)
+    alpha, dim = 2 ** (num_doublings + 1) - 1, rope.rotary_dim
+    return inverse_frequencies(rope.theta * alpha ** (dim / (dim - 2)), dim), 1.0
 
 
 def llama3(rope: RopeConfig, _context_length: int) -> tuple[torch.Tensor, float]:
@@ -165,7 +170,7 @@ def inverse_frequencies(theta: float, rotary_dim: int) -> torch.Tensor:
 
 FREQUENCIES: dict[str, Callable[[RopeConfig, int], tuple[torch.Tensor, float]]] = {
     "default": default,
-    "fixed_length": fixed_length,
+    "stepped_ntk": stepped_ntk,
     NO_ROTATION: none,
     "proportional": proportional,
     "linear": linear,

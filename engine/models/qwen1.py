@@ -1,12 +1,14 @@
 """Qwen 1: a Llama with GPT-2's names, biases on q, k and v, and an MLP half as wide as `intermediate_size` says.
 
-Beyond `seq_length` the authors' code stretches the rotary embedding by the length of each prompt, and scales queries by
-the logarithm of their position. Neither is done here: a longer context is refused.
+Beyond `seq_length`, if --context-length asks for that: the rotary embedding is stretched (`use_dynamic_ntk`), by the
+context length where the authors' code takes each prompt's, and queries are multiplied by the logarithm to that base of
+how many tokens they see (`use_logn_attn`).
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+from engine.layers.rotary import LOG_LENGTH
 from engine.model_config import ModelConfig, read_decoder
 from engine.models.base import CausalLM
 from engine.models.names import Rename, Rule, Split
@@ -16,12 +18,12 @@ from engine.models.spelling import with_rope
 class Qwen1(CausalLM):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
-        is_stretched = raw.get("use_dynamic_ntk", False) or raw.get("use_logn_attn", False)
         common = with_rope(
             raw | {"head_dim": raw.get("kv_channels")} | {"max_position_embeddings": raw["seq_length"]},
-            rope_type="fixed_length" if is_stretched else "default",
+            rope_type="stepped_ntk" if raw.get("use_dynamic_ntk") else "default",
             rope_theta=raw.get("rotary_emb_base", 10000.0),
             partial_rotary_factor=raw.get("rotary_pct", 1.0),
+            **({LOG_LENGTH: raw["seq_length"]} if raw.get("use_logn_attn") else {}),
         )
         return read_decoder(
             common,
