@@ -88,6 +88,21 @@ def check() -> list[str]:
         x, weight, gate_up = normal(num_tokens, 4096), normal(4096), normal(num_tokens, 2 * 14336)
         worst = difference(elementwise.rms_norm(x, weight, EPS), elementwise.rms_norm_torch(x, weight, EPS))
         report(f"T={num_tokens}: rms_norm", worst, BF16_DIFFERENCE)
+        worst = difference(
+            elementwise.layer_norm(x + 1, weight, weight, EPS), elementwise.layer_norm_torch(x + 1, weight, weight, EPS)
+        )
+        report("layer_norm", worst, BF16_DIFFERENCE)
+        heads = normal(32, 128)
+        found, expected = x.clone(), x.clone()
+        elementwise.layer_norm_heads_(found, heads, EPS)
+        elementwise.layer_norm_heads_torch_(expected, heads, EPS)
+        report("layer_norm_heads", difference(found, expected), BF16_DIFFERENCE)
+        parameters = torch.tensor([0.2, -1.05, 0.5, -1e-6], device="cuda")
+        worst = difference(elementwise.xielu(x, parameters), elementwise.xielu_torch(x, parameters))
+        report("xielu", worst, BF16_DIFFERENCE)
+        for act in ("relu", "relu2", "gelu_tanh"):
+            worst = difference(elementwise.activate(gate_up, act), elementwise.activate_torch(gate_up, act))
+            report(act, worst, BF16_DIFFERENCE)
         for act in ("silu", "gelu", "gelu_tanh"):
             worst = difference(elementwise.act_and_mul(gate_up, act), elementwise.act_and_mul_torch(gate_up, act))
             report(act, worst, BF16_DIFFERENCE)
@@ -136,7 +151,30 @@ def elementwise_rows(num_tokens: int) -> list[Row]:
                 partial(rms_norm_flashinfer, x, weight),
             )
         )
+    x, weight, heads = normal(num_tokens, 8192), normal(8192), normal(64, 128)
+    rows += [
+        Row(
+            f"layer_norm Command-R T={num_tokens}",
+            4 * x.numel(),
+            partial(elementwise.layer_norm, x, weight, None, EPS),
+            partial(elementwise.layer_norm_torch, x, weight, None, EPS),
+        ),
+        Row(
+            f"layer_norm_heads Command-R+ T={num_tokens}",
+            4 * x.numel(),
+            partial(elementwise.layer_norm_heads_, x, heads, EPS),
+            partial(elementwise.layer_norm_heads_torch_, x, heads, EPS),
+        ),
+    ]
     gate_up = normal(num_tokens, 2 * 14336)
+    rows.append(
+        Row(
+            f"relu2 Nemotron T={num_tokens}",
+            4 * gate_up.numel(),
+            partial(elementwise.activate, gate_up, "relu2"),
+            partial(elementwise.activate_torch, gate_up, "relu2"),
+        )
+    )
     rows.append(
         Row(
             f"silu_and_mul T={num_tokens}",
