@@ -253,8 +253,9 @@ def turn_ends(known: Container[str]) -> list[str]:
 def resolve_dtype(config: EngineConfig, raw: dict[str, Any], folder: Path) -> torch.dtype:
     """Return the dtype asked for, or for "auto" the checkpoint's, bfloat16 instead of float32.
 
-    For "auto" on a CPU that can only emulate that one, float32: prompts are then computed several times faster, if
-    weights of twice the size fit. The rule depends on the machine alone, so that all ranks follow it alike.
+    For "auto" on a CPU that can only emulate that one, float32, if weights of twice the size fit: prompts are then
+    computed several times faster. Not with AVX2, where `kernels.widened` multiplies them in float32 all the same. The
+    rule depends on the machine alone, so that all ranks follow it alike.
     """
     if config.dtype != "auto":
         return DTYPES[config.dtype]
@@ -266,6 +267,9 @@ def resolve_dtype(config: EngineConfig, raw: dict[str, Any], folder: Path) -> to
     if not flags or flags & MULTIPLIERS[dtype]:
         return dtype
     name = str(dtype).removeprefix("torch.")
+    if "avx2" in flags:
+        logger.info("this CPU has no units for %s: weights are kept in it and multiplied in float32", name)
+        return dtype
     weights_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if weights_bytes * torch.float32.itemsize // dtype.itemsize > FLOAT32_MEMORY_SHARE * memory_bytes():
         logger.warning("this CPU has no units for %s: prompts take several times as long as in float32, which has "

@@ -1,7 +1,7 @@
 """Weights of plain floating-point numbers.
 
 On a GPU one token takes `triton_gemm`, a few take `triton_skinny`, more cuBLAS, or `gated_gemm` for gate and up; a CPU
-takes torch, or oneDNN where the weight can lie in its blocked layout.
+takes torch, oneDNN where the weight can lie in its blocked layout, or `widened` where it has no units for 16 bits.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +14,7 @@ from kernels.elementwise import act_and_mul
 from kernels.gated_gemm import can_gated_gemm, gated_gemm
 from kernels.tuning import WeightShape
 from kernels.weights import WHOLE, Norm, Part, Shard, Weight, match_shard
+from kernels.widened import WidenedWeight, can_widen
 
 SMALL_WEIGHT = 8 << 20  # elements
 GEMV_MAX_TOKENS = 3  # of small weights; of larger ones only one
@@ -82,10 +83,13 @@ class DenseWeight(Weight):
         return WeightShape(self.n, self.k, max_tokens=1 if has_gated_gemm else SKINNY_MAX_TOKENS, **fused)
 
     def pack(self) -> Weight:
-        """Return a oneDNN weight where this one lies on a CPU that multiplies its dtype, else itself."""
-        if not self.data.is_cpu or not torch.backends.mkldnn.is_available() or not _has_onednn_units(self.data.dtype):
+        """Return a weight of oneDNN on a CPU that multiplies this one's dtype, a widened one on others, else itself."""
+        if not self.data.is_cpu or not torch.backends.mkldnn.is_available():
             return self
-        return OneDNNWeight(self)
+        dtype = self.data.dtype
+        if _has_onednn_units(dtype):
+            return OneDNNWeight(self)
+        return WidenedWeight(self, self.data) if can_widen(dtype) else self
 
 
 class OneDNNWeight(Weight):

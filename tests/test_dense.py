@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import elementwise
+from kernels import elementwise, widened
 from kernels.dense import DenseWeight, OneDNNWeight
 from kernels.weights import Part, ShapeError, Shard
+from kernels.widened import WidenedWeight
 from tests.test_kernels import DEVICE, EPS, assert_near, randn
 
 GPU_SIZES = [1, 2, 5, 33, 300] if DEVICE == "cuda" else []
@@ -55,10 +56,12 @@ def test_the_fused_products_are_their_parts_in_a_row(num_tokens: int, is_rms: bo
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("num_tokens", [1, 5, 70])
-def test_a_packed_weight_changes_no_product(num_tokens: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("is_widened", [False, True])
+def test_a_packed_weight_changes_no_product(num_tokens: int, dtype: torch.dtype, is_widened: bool) -> None:
     x, h = randn(num_tokens, 48, dtype=dtype), randn(num_tokens, 80, dtype=dtype)
     weight, bias = DenseWeight.of(randn(80, 48, dtype=dtype, scale=48**-0.5)), randn(80, dtype=dtype)
-    packed, norm, out = weight.pack(), Norm(randn(48, dtype=dtype)), torch.empty_like(h)
+    packed = WidenedWeight(weight, weight.data) if is_widened else weight.pack()
+    norm, out = Norm(randn(48, dtype=dtype)), torch.empty_like(h)
     cases: list[dict[str, Any]] = [
         {}, {"norm": norm}, {"act": "silu"}, {"residual": h}, {"act": "silu", "residual": h[:, :40]}, {"out": out},
     ]  # fmt: skip
@@ -66,8 +69,35 @@ def test_a_packed_weight_changes_no_product(num_tokens: int, dtype: torch.dtype)
         for given in (None, bias):
             found = packed.product(x, bias=given, **keywords)
             assert_near(found, weight.product(x, bias=given, **keywords), str(list(keywords)))
-    if isinstance(packed, OneDNNWeight):
+    if isinstance(packed, OneDNNWeight | WidenedWeight):
         assert torch.equal(packed.rows_of(0), weight.data)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_widened_product_is_summed_in_float32_and_rounded_once(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, bias = randn(7, 48, dtype=dtype), randn(83, 48, dtype=dtype), randn(83, dtype=dtype)
+    wanted = x.double() @ weight.double().t() + bias
+    for rows in (1, 10, 83, 1000):  # of a panel, the last of them shorter
+        monkeypatch.setattr(widened, "PANEL_BYTES", rows * 48 * 4)
+        found = widened.widened_linear(x, weight, bias)
+        assert found.dtype == dtype
+        assert ((found.double() - wanted).abs() <= 0.51 * torch.finfo(dtype).eps * wanted.abs() + 1e-5).all()
+
+
+def test_a_residual_under_a_widened_product_is_overwritten_only_where_that_is_allowed() -> None:
+    dense = DenseWeight.of(randn(16, 64, dtype=torch.bfloat16))
+    weight, x, h = (
+        WidenedWeight(dense, dense.data),
+        randn(7, 64, dtype=torch.bfloat16),
+        randn(7, 16, dtype=torch.bfloat16),
+    )
+    before = h.clone()
+    kept = weight.product(x, residual=h)
+    assert torch.equal(h, before)
+    overwritten = weight.product(x, residual=h, may_overwrite=True)
+    assert overwritten.data_ptr() == h.data_ptr() and torch.equal(overwritten, kept)
 
 
 def test_a_norm_weight_in_float32_is_rounded_last() -> None:
