@@ -153,3 +153,21 @@ def test_what_cannot_be_held_is_any_text_of_its_place() -> None:
         matcher = LLMatcher(LLTokenizer("byte"), grammar, log_level=0)
         data = list(text.encode())
         assert matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()
+
+
+def test_with_xgrammar_a_text_is_any_of_its_place() -> None:
+    pytest.importorskip("xgrammar")
+    from engine.text.xgrammar import XGrammarCompiler
+
+    compiler = XGrammarCompiler(None, 257, [256], {}, lambda token: bytes([token]) if token < 256 else b"")
+    string = {"type": "lark_string", "definition": 'start: "a"', "field": "x"}
+    quote = {"type": "const_string", "value": '"'}
+    formats: list[tuple[Any, str, bool]] = [
+        ({"type": "sequence", "elements": [quote, string, quote]}, r'"any \n \" text"', True),
+        ({"type": "sequence", "elements": [quote, string, quote]}, '"a"b"', False),
+        ({"type": "tag", "begin": "<p>", "content": {**string, "type": "lark"}, "end": "</p>"}, "<p>any\n</p>", True),
+    ]
+    for format_, text, is_right in formats:
+        grammar = compiler.compile("structural_tag", json.dumps({"type": "structural_tag", "format": format_}))
+        matcher = grammar.start.deep_copy()
+        assert (all(map(matcher.consume_token, text.encode())) and matcher.is_accepting()) == is_right
