@@ -22,6 +22,7 @@ def graph_timer(launches: list[Callable[[], object]], num_replays: int) -> Calla
                 launch()
         for _ in range(3):
             graph.replay()
+        stream.synchronize()  # kernels share counters: another stream's must not run beside these
 
     def time_us() -> float:
         with torch.cuda.stream(stream):

@@ -15,7 +15,7 @@ from kernels.triton_decode import DECODE_CONFIGS, DECODE_LIMITS, PREFIX_CONFIGS,
 from kernels.triton_gemm import GEMV_CONFIGS, GemvConfig, default_gemv_config
 from kernels.triton_prefill import PREFILL_CONFIGS
 from kernels.triton_skinny import SKINNY_CONFIGS, SkinnyConfig, default_skinny_config
-from kernels.triton_softmax import DecodeConfig, PrefillConfig, default_prefill_config
+from kernels.triton_softmax import DecodeConfig, PrefillConfig, arrival_counters, default_prefill_config
 from kernels.tuning import AttentionShape, Configs, Task, WeightShape
 
 CARD = torch.device("cuda", 0)  # nothing is run on it
@@ -242,6 +242,14 @@ def test_a_cache_folder_that_cannot_be_written_is_a_warning(
     tuning.tables(CARD).save()
     assert "cannot be kept" in caplog.text
     assert configs.get(CARD, 7) == FAST
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("card")
+def test_tuning_leaves_the_counters_of_attention_as_it_found_them() -> None:
+    tune.tune_kernels([], 20.0, attention=[AttentionShape(4, 2, 16)])
+    assert DECODE_CONFIGS.is_tuned(CARD, (16, DECODE_LIMITS[0]))
+    assert not arrival_counters(CARD, 1).any()
 
 
 def test_without_a_gpu_nothing_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
