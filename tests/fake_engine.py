@@ -18,6 +18,7 @@ from engine.request import Request
 from engine.schedule.scheduler import SchedulerStats
 from engine.state import Delta, FinishReason, Logprobs, RequestState, Status, TokenLogprob
 from engine.text.grammar import GrammarStats
+from engine.text.tokenizer import NO_CHAT_TEMPLATE
 from server.app import build_app
 from server.config import ServerConfig
 
@@ -66,7 +67,7 @@ class FakeTokenizer:
         **kwargs: Any,
     ) -> str:
         if chat_template is None and not self.chat_template:
-            raise InvalidRequest("model has no chat template; give --chat-template", "messages")
+            raise InvalidRequest(NO_CHAT_TEMPLATE, "messages")
         text = "".join(f"[{tool['function']['name']}]" for tool in tools or ())
         for message in messages:
             calls = "".join(f"[{call['function'].get('name')}]" for call in message.get("tool_calls") or ())

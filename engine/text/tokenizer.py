@@ -28,6 +28,7 @@ MALFORMED = (AttributeError, LookupError, TypeError, ValueError)  # errors raise
 # Named tokens that are added to a vocabulary that lacks them.
 STANDARD_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MAX_FILE_BYTES = 1 << 29  # of a tokenizer.json; those of 256,000 tokens have some 35 million
+NO_CHAT_TEMPLATE = "model has no chat template (a base model?): use /v1/completions, or serve it with --chat-template"
 CONTINUE_MARK = "<~continue from here~> "
 Message = Mapping[str, Any]
 
@@ -292,7 +293,7 @@ class Tokenizer:
         if templates:
             names = ", ".join(sorted(templates))
             raise InvalidRequest(f"model has no default chat template; choose one of: {names}", "chat_template")
-        raise InvalidRequest("model has no chat template; give --chat-template", "messages")
+        raise InvalidRequest(NO_CHAT_TEMPLATE, "messages")
 
 
 def described(error: Exception) -> str:
