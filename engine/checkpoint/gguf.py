@@ -231,7 +231,7 @@ def dequantize(data: np.ndarray, tensor: GGUFTensor, rows: slice = slice(None)) 
         if method is None:
             raise NotImplementedError(f"{kind.name} is not implemented")
         method.init_grid()
-        # All blocks at once: the package's own `dequantize` takes 16 rows at a time, and up to five times as long.
+        # All blocks at once: the package's own `dequantize` takes 16 rows at a time, and up to twice as long.
         blocks: np.ndarray = method.dequantize_blocks(stored.reshape(-1, method.type_size))
         return blocks.reshape(shape)
     except (NotImplementedError, ValueError) as error:

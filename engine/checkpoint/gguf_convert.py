@@ -23,7 +23,7 @@ from engine.models.names import Piece
 from engine.models.registry import is_supported
 
 SHARD_BYTES = 4 << 30  # most bytes of a safetensors file
-CHUNK_ELEMENTS = 1 << 18  # dequantized at once by a thread: they stay in its cache
+CHUNK_ELEMENTS = 1 << 17  # dequantized at once by a thread: they stay in its cache
 MAX_THREADS = 8
 SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
