@@ -264,10 +264,12 @@ def test_baichuan_chats_with_the_tokens_that_its_generation_config_names(
 def test_a_llama_takes_names_from_beside_the_file(train: Callable[..., bytes], tmp_path: Path) -> None:
     model = train()
     size = sentencepiece.SentencePieceProcessor(model_proto=model).vocab_size()
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size + 1}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size + 1, "<think>": size + 2}))
+    (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens": ["<|im_end|>"]}')
     tokenizer = Tokenizer.load(write(tmp_path, model, add_bos_token=True, add_eos_token=True))
     assert tokenizer.encode("<|im_end|>") == [1, size + 1, 2]
-    assert tokenizer.vocab_size == size + 2  # the id between has a name that no text has
+    assert tokenizer.decode([size + 1, size + 2]) == "<think>"  # which is not special
+    assert tokenizer.vocab_size == size + 3  # the id between has a name that no text has
     first_only = Tokenizer.load(write(tmp_path, model, legacy=False))
     assert first_only.decode(first_only.encode("<s>a b<s>c"), skip_special_tokens=False) == "<s><s>a b<s>c"
     assert tokenizer.decode(tokenizer.encode("<s>a b<s>c"), skip_special_tokens=False) == "<s><s> a b<s> c</s>"

@@ -129,19 +129,32 @@ def added_tokens(folder: Path, config: Mapping[str, Any], size: int, family: Fam
     """Return the tokens that the folder's other files, or else the family's code, add or rename, by id.
 
     size: tokens of the vocabulary file. Ids between it and the last that nobody names get names that no text has.
+    Of added_tokens.json those are special that a special token's name stands for.
     """
     names = {size + index: text for index, text in enumerate(family.added)}
-    names |= {token_id: text for text, token_id in read_json(folder / "added_tokens.json").items()}
+    beside = {token_id: text for text, token_id in read_json(folder / "added_tokens.json").items()}
+    special = special_texts(config) | special_texts(read_json(folder / "special_tokens_map.json"))
+    flags = {token_id: {"special": False} for token_id, text in beside.items() if text not in special}
+    names |= beside
     entries = {int(token_id): entry for token_id, entry in (config.get("added_tokens_decoder") or {}).items()}
     names |= {token_id: entry["content"] for token_id, entry in entries.items()}
     if "<sop>" in family.prefix:  # some files write these without brackets, and then they would be found within words
         names = {token_id: {"sop": "<sop>", "eop": "<eop>"}.get(text, text) for token_id, text in names.items()}
     names = {token_id: f"<|unnamed {token_id}|>" for token_id in range(size, max(names, default=0))} | names
-    flags = {token_id: {flag: entry[flag] for flag in FLAGS if flag in entry} for token_id, entry in entries.items()}
+    flags |= {token_id: {flag: entry[flag] for flag in FLAGS if flag in entry} for token_id, entry in entries.items()}
     return {
         token_id: AddedToken(text, **{"special": True, "normalized": False} | flags.get(token_id, {}))
         for token_id, text in sorted(names.items())
     }
+
+
+def special_texts(config: Mapping[str, Any]) -> set[str]:
+    """Return the texts of bos_token, ..., and of additional_special_tokens, each a text or an object with content."""
+    listed = config.get("additional_special_tokens")
+    tokens = [token for name, token in config.items() if name.endswith("_token")]
+    tokens += listed if isinstance(listed, list) else []
+    texts = [token.get("content") if isinstance(token, dict) else token for token in tokens]
+    return {text for text in texts if isinstance(text, str)}
 
 
 def from_ranks(ranks: dict[bytes, int], family: Family, added: dict[int, AddedToken], folder: Path) -> Vocabulary:
