@@ -273,6 +273,16 @@ FAMILIES = {
         LLAMA_SIZES | {"architectures": ["MiMoForCausalLM"], "attention_bias": True},
         fused=lambda tensors: tensors | {"model.mtp_layers.0.input_proj.weight": torch.ones(1)},
     ),
+    "stablelm epoch": Family(
+        "StableLmConfig",
+        {name: value for name, value in LLAMA_SIZES.items() if name != "rms_norm_eps"} | {
+            "architectures": ["StableLMEpochForCausalLM"],
+            "norm_eps": 1e-3,
+            "rope_pct": 0.5,
+            "use_qkv_bias": True,
+        },
+        of_twin={"partial_rotary_factor": 0.5, "layer_norm_eps": 1e-3, "use_qkv_bias": True},
+    ),
     "orion": Family(
         "StableLmConfig",
         LLAMA_SIZES | {"architectures": ["OrionForCausalLM"], "rms_norm_eps": 1e-5},

@@ -67,12 +67,14 @@ REGISTRY = {
     "XverseForCausalLM": "llama:Llama",
     "YiForCausalLM": "llama:Yi",
 }
-# Names that do not end as those of all models with a head for tokens do.
+# Other names of the same, among them those that do not end as a model's with a head for tokens does.
 ALIASES = {
     "ChatGLMForConditionalGeneration": "ChatGLMForCausalLM",
     "ChatGLMModel": "ChatGLMForCausalLM",
     "GPT2LMHeadModel": "GPT2ForCausalLM",
+    "LLaMAForCausalLM": "LlamaForCausalLM",
     "QWenLMHeadModel": "QWenForCausalLM",
+    "StableLMEpochForCausalLM": "StableLmForCausalLM",
 }
 CAUSAL, CLASSIFIER, BARE = "ForCausalLM", "ForSequenceClassification", "Model"
 HEADS = {CLASSIFIER: "SequenceClassifier", BARE: "PooledModel"}  # in engine.models.pooled

@@ -5,6 +5,7 @@ block           Llama's, or parallel with one norm where `use_parallel_residual`
 biases          on q, k and v where `use_qkv_bias`
 q, k            a layer norm of each head where `qk_layernorm`, whose weights the checkpoint numbers
 rotation        of the first quarter of a head, by default
+spellings       `rope_pct` and `norm_eps` in the files of its first release, StableLM Epoch
 """
 
 from typing import Any
@@ -35,8 +36,8 @@ class StableLM(CausalLM):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
         return read_decoder(
-            with_rope(raw, partial_rotary_factor=0.25),
-            norm_eps=raw.get("layer_norm_eps", 1e-5),
+            with_rope(raw, partial_rotary_factor=raw.get("rope_pct", 0.25)),
+            norm_eps=raw.get("layer_norm_eps") or raw.get("norm_eps", 1e-5),
             qkv_bias=raw.get("use_qkv_bias", False),
             o_bias=False,
             qk_norm=QKNorm.EACH_HEAD if raw.get("qk_layernorm") else QKNorm.NONE,
