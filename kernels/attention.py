@@ -19,6 +19,7 @@ from kernels.attention_batch import AttentionBatch
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("flashinfer", "triton", "torch")
+KEY_MULTIPLE = 32  # of keys; see `_padded_len`
 
 
 def attention_torch(
@@ -89,7 +90,7 @@ def _decode_sets(key: _SameBatch, window: int, dtype: torch.dtype) -> list[_Deco
     sets = []
     for members in _similar_lengths(all_lens - all_firsts):
         lens, firsts = all_lens[members, None], all_firsts[members, None]
-        longest = int((lens - firsts).max())
+        longest = _padded_len(int((lens - firsts).max()))
         tokens = torch.from_numpy(np.minimum(firsts + np.arange(longest), lens - 1)).to(batch.slot_table.device)
         is_padding = np.arange(longest) >= lens - firsts
         mask = None
@@ -154,19 +155,33 @@ def _prefill(
     """Write the attention of request i, whose tokens are [start, end) of q, into `out`."""
     q_len, seq_len = end - start, int(batch.seq_lens_host[i])
     first_seen = max(seq_len - q_len + 1 - window, 0) if window >= 0 else 0  # by the request's first new token
-    slots = batch.slot_table[batch.rows[i], first_seen:seq_len]
+    num_seen = seq_len - first_seen
+    num_keys = _padded_len(num_seen)
+    tokens = torch.arange(num_keys, device=q.device)
+    slots = batch.slot_table[batch.rows[i]].index_select(0, (tokens + first_seen).clamp_(max=seq_len - 1))
     k = _gather(k_cache, slots, q.dtype).transpose(0, 1)[None]
     v = _gather(v_cache, slots, q.dtype).transpose(0, 1)[None]
-    num_seen = seq_len - first_seen
+    queries = q[start:end].transpose(0, 1)[None]
     is_plain = q_len == num_seen and not 0 <= window < q_len
     mask = None
-    if not is_plain:
+    if is_plain:
+        queries = F.pad(queries, (0, 0, 0, num_keys - num_seen))  # no real query sees the keys of those added
+    else:
         positions = torch.arange(num_seen - q_len, num_seen, device=q.device)[:, None]
-        tokens = torch.arange(num_seen, device=q.device)
         mask = tokens <= positions
         if window >= 0:
             mask &= tokens > positions - window
-    out[start:end] = _sdpa(q[start:end].transpose(0, 1)[None], k, v, mask, is_plain, scale, softcap)[0].transpose(0, 1)
+    result = _sdpa(queries, k, v, mask, is_plain, scale, softcap)[0, :, :q_len]
+    out[start:end] = result.transpose(0, 1)
+
+
+def _padded_len(num_keys: int) -> int:
+    """Return how many keys to compute with, the last of them hidden.
+
+    Vector units round what they do not fill otherwise than what they do: padded to whole vectors, a token's result is
+    the same bits whether its request runs alone, beside longer ones, in chunks or behind a cached prefix.
+    """
+    return -(-num_keys // KEY_MULTIPLE) * KEY_MULTIPLE
 
 
 def _gather(cache: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

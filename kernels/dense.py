@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from kernels.elementwise import act_and_mul
 from kernels.gated_gemm import can_gated_gemm, gated_gemm
+from kernels.ties import settle_ties
 from kernels.tuning import WeightShape
 from kernels.weights import WHOLE, Norm, Part, Shard, Weight, match_shard
 from kernels.widened import WidenedWeight, can_widen
@@ -19,6 +20,9 @@ from kernels.widened import WidenedWeight, can_widen
 SMALL_WEIGHT = 8 << 20  # elements
 GEMV_MAX_TOKENS = 3  # of small weights; of larger ones only one
 SKINNY_MAX_TOKENS = 32
+# Of inputs: oneDNN sums more of one row in another order than of several. A second row costs a few microseconds, and
+# keeps greedy answers the same whatever runs beside them.
+ONEDNN_ONE_CHAIN = 1024
 
 
 class DenseWeight(Weight):
@@ -62,6 +66,16 @@ class DenseWeight(Weight):
         result = kernel(x, weight, bias) if kernel else F.linear(x, weight, bias)
         return result if out is None else out.copy_(result)
 
+    def logits(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if x.dtype == torch.float32:
+            return self.product(x, bias=bias)
+        if x.is_cpu:
+            return settle_ties(self.product(x, bias=bias).float(), x, self.data, bias)
+        if kernel := _kernel_for_few(x, self.data):
+            return kernel(x, self.data, bias, out_dtype=torch.float32)
+        sums = torch.mm(x, self.data.t(), out_dtype=torch.float32)
+        return sums if bias is None else sums.add_(bias)
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "weight", self.data
 
@@ -82,13 +96,13 @@ class DenseWeight(Weight):
         has_gated_gemm = act is not None and is_large and can_gated_gemm(self.data[:1], self.data, act)
         return WeightShape(self.n, self.k, max_tokens=1 if has_gated_gemm else SKINNY_MAX_TOKENS, **fused)
 
-    def pack(self) -> Weight:
+    def pack(self, *, for_logits: bool = False) -> Weight:
         """Return a weight of oneDNN on a CPU that multiplies this one's dtype, a widened one on others, else itself."""
         if not self.data.is_cpu or not torch.backends.mkldnn.is_available():
             return self
         dtype = self.data.dtype
         if _has_onednn_units(dtype):
-            return OneDNNWeight(self)
+            return OneDNNWeight(self, keeps_rows=for_logits)
         return WidenedWeight(self, self.data) if can_widen(dtype) else self
 
 
@@ -102,8 +116,10 @@ class OneDNNWeight(Weight):
     _linear = staticmethod(torch.ops.mkldnn._linear_pointwise.default)
     _linear_add = staticmethod(torch.ops.mkldnn._linear_pointwise.binary)
 
-    def __init__(self, dense: DenseWeight) -> None:
+    def __init__(self, dense: DenseWeight, *, keeps_rows: bool = False) -> None:
+        """keeps_rows: `logits` will read few of `dense`'s rows, which a tied embedding has anyway."""
         super().__init__(dense.parts, dense.k, dense.input_shard)
+        self._rows = dense.data if keeps_rows else None
         self.data = torch.ops.mkldnn._reorder_linear_weight.default(dense.data)
 
     def product(
@@ -119,6 +135,11 @@ class OneDNNWeight(Weight):
     ) -> torch.Tensor:
         if norm is not None:
             x = norm(x)
+        if len(x) == 1 and self.k > ONEDNN_ONE_CHAIN:
+            both = self.product(
+                x.repeat(2, 1), bias=bias, act=act, residual=None if residual is None else residual.repeat(2, 1)
+            )
+            return both[:1] if out is None else out.copy_(both[:1])
         if residual is not None and act is None:
             return self._linear_add(x, residual, self.data, bias, "add")
         result = self._linear(x, self.data, bias, "none", [], "")
@@ -127,6 +148,10 @@ class OneDNNWeight(Weight):
         if residual is not None:
             result = residual + result
         return result if out is None else out.copy_(result)
+
+    def logits(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        logits = self.product(x, bias=bias).float()
+        return logits if self._rows is None else settle_ties(logits, x, self._rows, bias)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "weight", self.data

@@ -48,13 +48,14 @@ def gemv(
     eps: float = 0.0,
     act: str | None = None,
     residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     config: GemvConfig | None = None,
 ) -> torch.Tensor:
     """Return x @ weight.T + bias [T, N] of a few tokens x [T, K] and weight [N, K], with more fused in.
 
     norm_weight [K], eps: x is RMS-normed first. act: the weight is [2N, K], gate and up, and the result is
-    act(gate) * up. residual [T, N]: the product is added to it, in place, and it is returned. Results do not depend on
-    `config` but for rounding.
+    act(gate) * up. residual [T, N]: the product is added to it, in place, and it is returned. out_dtype: what a result
+    that is not a sum is rounded to, x's own by default. Results do not depend on `config` but for rounding.
     """
     num_tokens, k = x.shape
     num_rows = weight.shape[0]
@@ -62,7 +63,7 @@ def gemv(
     config = config or GEMV_CONFIGS.get(x.device, num_rows, k)
     num_sums = next_power_of_2(num_tokens) * (2 if act else 1)
     block_n = max(1, config.block_n // num_sums)
-    out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device) if residual is None else residual
+    out = torch.empty(num_tokens, n, dtype=out_dtype or x.dtype, device=x.device) if residual is None else residual
     pdl = has_dependent_launch(x.device)
     _gemv_kernel[(cdiv(n, block_n),)](
         x,

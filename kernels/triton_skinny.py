@@ -60,12 +60,14 @@ def skinny_gemm(
     *,
     act: str | None = None,
     residual: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     config: SkinnyConfig | None = None,
 ) -> torch.Tensor:
     """Return x @ weight.T + bias [T, N] of up to 32 tokens x [T, K] and weight [N, K], all contiguous.
 
     act: the weight is [2N, K], gate and up, and the result is act(gate) * up. residual [T, N]: the product is added to
-    it, in place, and it is returned. Results do not depend on `config` but for rounding.
+    it, in place, and it is returned. out_dtype: what a result that is not a sum is rounded to, x's own by default.
+    Results do not depend on `config` but for rounding.
     """
     num_tokens, k = x.shape
     num_rows = weight.shape[0]
@@ -73,7 +75,7 @@ def skinny_gemm(
     block_t = max(MIN_BLOCK_T, next_power_of_2(num_tokens))
     config = config or SKINNY_CONFIGS.get(x.device, num_rows, k, block_t)
     assert k % (config.block_k * config.num_warps) == 0, f"K is {k}, which is no multiple of a program's {config}"
-    out = torch.empty(num_tokens, n, dtype=x.dtype, device=x.device) if residual is None else residual
+    out = torch.empty(num_tokens, n, dtype=out_dtype or x.dtype, device=x.device) if residual is None else residual
     _skinny_kernel[(cdiv(n, config.block_n),)](
         x,
         weight,

@@ -80,6 +80,13 @@ class Weight(ABC):
         out: [T, n or n / 2], where the result is written and which is returned. Not together with `residual`.
         """
 
+    def logits(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return x W^T + bias in float32, [T, k] -> [T, n]: largest where the unrounded sums are.
+
+        Rounded sums of a large vocabulary tie often, and the tie's winner is none of the model's choice.
+        """
+        return self.product(x, bias=bias).float()
+
     @abstractmethod
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each tensor that holds the weight, by the last part of its name in a checkpoint."""
@@ -106,8 +113,11 @@ class Weight(ABC):
         """
         return None
 
-    def pack(self) -> "Weight":
-        """Return the weight in the layout that its device multiplies fastest; `place` may not work on it any more."""
+    def pack(self, *, for_logits: bool = False) -> "Weight":  # noqa: ARG002
+        """Return the weight in the layout that its device multiplies fastest; `place` may not work on it any more.
+
+        for_logits: `logits` will be asked for, and may need more than products do.
+        """
         return self
 
     def materialize(self, device: torch.device) -> None:

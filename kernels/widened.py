@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.elementwise import act_and_mul
+from kernels.ties import settle_ties
 from kernels.weights import Norm, Weight
 
 PANEL_BYTES = 1 << 22  # of float32; for half as much, products of 512 tokens take up to a seventh longer
@@ -46,6 +47,11 @@ class WidenedWeight(Weight):
             return residual.add_(result) if may_overwrite else residual + result
         return result if out is None else out.copy_(result)
 
+    def logits(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if len(x) > FEW_TOKENS:
+            return _widened_sums(x, self.data, bias)
+        return settle_ties(self.product(x, bias=bias).float(), x, self.data, bias)
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "weight", self.data
 
@@ -66,6 +72,10 @@ def can_widen(dtype: torch.dtype) -> bool:
 
 def widened_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return x W^T + bias in x's dtype, summed in float32 and rounded once: x [T, K], weight [N, K] -> [T, N]."""
+    return _widened_sums(x, weight, bias).to(x.dtype)
+
+
+def _widened_sums(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     (num_tokens, k), n = x.shape, len(weight)
     wide, result = x.float(), torch.empty(num_tokens, n)
     size = max(PANEL_BYTES // (4 * k), 1)
@@ -76,4 +86,4 @@ def widened_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
         result[:, start : start + size] = wide @ rows.t()
     if bias is not None:
         result += bias
-    return result.to(x.dtype)
+    return result

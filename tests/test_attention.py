@@ -1,5 +1,6 @@
 """Attention: the torch definition against a naive float64 one, and the Triton kernels (interpreted without a GPU)."""
 
+import dataclasses
 import os
 from typing import Any
 
@@ -238,6 +239,38 @@ def test_requests_are_padded_only_to_similar_lengths() -> None:
     lens = np.array([1000, 10, 900, 40, 5000, 70], np.int32)
     sets = [members.tolist() for members in torch_attention._similar_lengths(lens)]
     assert sets == [[4], [0, 2], [1, 3, 5]]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a kernel may cut its work by what is in the batch")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_tokens_attention_is_the_same_bits_alone_beside_others_and_in_chunks(dtype: torch.dtype) -> None:
+    lens = [(1, 45), (1, 53), (1, 300), (37, 37), (21, 90)]
+    together = make_batch(lens)
+    q, k, v = make_inputs(together, num_heads=6, head_dim=64, dtype=dtype)
+    result = attention_torch(q, k, v, together, scale=0.125)
+
+    def part(request: int, start: int, stop: int) -> torch.Tensor:
+        """Return the attention of tokens [start, stop) of one request's, which alone are there."""
+        first = int(together.cu_q_lens[request])
+        seq_len = int(together.seq_lens[request]) - int(together.q_lens_host[request]) + stop
+        q_lens, seq_lens = np.array([stop - start]), np.array([seq_len])
+        batch = dataclasses.replace(
+            together,
+            rows=together.rows[request : request + 1],
+            seq_lens=torch.from_numpy(seq_lens),
+            cu_q_lens=torch.tensor([0, stop - start]),
+            num_decodes=int(stop - start == 1),
+            q_lens_host=q_lens,
+            seq_lens_host=seq_lens,
+        )
+        return attention_torch(q[first + start : first + stop], k, v, batch, scale=0.125)
+
+    alone = [part(i, 0, q_len) for i, (q_len, _) in enumerate(lens)]
+    assert torch.equal(torch.cat(alone), result)
+    if dtype == torch.float32:
+        return  # a product of one row may be summed otherwise, and nothing is rounded after it
+    chunks = [part(3, 0, 7), part(3, 7, 8), part(3, 8, 37)]
+    assert torch.equal(torch.cat(chunks), alone[3])
 
 
 def test_the_cpu_runs_the_definition() -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from kernels import elementwise, widened
 from kernels.dense import DenseWeight, OneDNNWeight
+from kernels.ties import settle_ties
 from kernels.weights import Part, ShapeError, Shard
 from kernels.widened import WidenedWeight
 from tests.test_kernels import DEVICE, EPS, assert_near, randn
@@ -98,6 +99,45 @@ def test_a_residual_under_a_widened_product_is_overwritten_only_where_that_is_al
     assert torch.equal(h, before)
     overwritten = weight.product(x, residual=h, may_overwrite=True)
     assert overwritten.data_ptr() == h.data_ptr() and torch.equal(overwritten, kept)
+
+
+def test_a_packed_products_row_is_the_same_bits_alone_and_beside_others() -> None:
+    x, h = randn(9, 1536, dtype=torch.bfloat16), randn(9, 320, dtype=torch.bfloat16)
+    weight = DenseWeight.of(randn(320, 1536, dtype=torch.bfloat16, scale=1536**-0.5)).pack()
+    if not isinstance(weight, OneDNNWeight):
+        pytest.skip("needs a CPU that multiplies bfloat16")
+    together = weight.product(x, residual=h)
+    alone = [weight.product(x[i : i + 1], residual=h[i : i + 1]) for i in range(9)]
+    assert torch.equal(torch.cat(alone), together)
+
+
+@pytest.mark.parametrize("layout", ["plain", "packed", "widened"])
+@pytest.mark.parametrize("num_tokens", [1, 5, 70])
+def test_the_largest_logit_is_that_of_the_sums_before_rounding(num_tokens: int, layout: str) -> None:
+    x = randn(num_tokens, 64, dtype=torch.bfloat16)
+    weight, bias = DenseWeight.of(randn(4096, 64, dtype=torch.bfloat16)), randn(4096, dtype=torch.bfloat16)
+    sums = x.float() @ weight.data.float().t() + bias.float()
+    rounded = sums.to(torch.bfloat16)
+    assert num_tokens < 70 or (rounded == rounded.amax(1, keepdim=True)).sum() > num_tokens, "nothing ties here"
+    made = {
+        "plain": weight,
+        "packed": weight.pack(for_logits=True),
+        "widened": WidenedWeight(weight, weight.data),
+    }
+    logits = made[layout].logits(x, bias)
+    assert logits.dtype == torch.float32
+    chosen = sums.gather(1, logits.argmax(1, keepdim=True))
+    assert (sums.amax(1, keepdim=True) - chosen < 1e-4).all()  # sums in another order
+    torch.testing.assert_close(logits, sums, rtol=2**-7, atol=2**-7)
+
+
+def test_settled_ties_are_above_all_others() -> None:
+    x, weight = (
+        torch.tensor([[1.0, 2.0**-10], [1.0, 0.0]]),
+        torch.tensor([[4.0, -1.0], [4.0, 0.0], [4.0, 1.0], [3.0, 9]]),
+    )
+    logits = settle_ties((x @ weight.t()).to(torch.bfloat16).float(), x, weight)
+    assert logits.tolist() == [[4 - 2**-10, 4.0, 4 + 2**-10, 3.015625], [4.0, 4.0, 4.0, 3.0]]
 
 
 def test_a_norm_weight_in_float32_is_rounded_last() -> None:

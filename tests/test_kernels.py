@@ -296,6 +296,9 @@ def test_the_gemv_kernel_equals_the_fused_twins(n: int, k: int, num_tokens: int,
         return torch.nn.functional.linear(x.float(), weight.float(), bias.float())
 
     assert_near(triton_gemm.gemv(x, weight, bias), linear(x, weight, bias).to(dtype), "linear")
+    logits = triton_gemm.gemv(x, weight, bias, out_dtype=torch.float32)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, linear(x, weight, bias), rtol=1e-4, atol=1e-4)
     assert_near(
         triton_gemm.gemv(x, weight, bias, norm_weight=norm_weight, eps=EPS),
         linear(normed, weight, bias).to(dtype),
@@ -331,6 +334,9 @@ def test_the_skinny_kernel_equals_the_fused_twins(n: int, k: int, num_tokens: in
         return torch.nn.functional.linear(x.float(), weight.float(), bias.float())
 
     assert_near(triton_skinny.skinny_gemm(x, weight, bias), linear(x, weight, bias).to(dtype), "linear")
+    logits = triton_skinny.skinny_gemm(x, weight, bias, out_dtype=torch.float32)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, linear(x, weight, bias), rtol=1e-4, atol=1e-4)
     assert_near(
         triton_skinny.skinny_gemm(x, gate_up, gate_up_bias, act="gelu_tanh"),
         elementwise.act_and_mul_torch(linear(x, gate_up, gate_up_bias), "gelu_tanh").to(dtype),
@@ -601,11 +607,11 @@ def test_no_number_of_sampled_requests_needs_a_kernel_that_was_not_rehearsed(mon
     for name in ("argmax", "sample", "logsumexp", "apply_penalties", "apply_token_bitmask"):
         monkeypatch.setattr(sampling, name, getattr(triton_sampling, f"{name}_triton"))
     vocab_size = 50_000
-    rehearse_sampling(torch.float16, vocab_size, 512, torch.device(DEVICE))
+    rehearse_sampling(vocab_size, 512, torch.device(DEVICE))
     rehearsed = launched.copy()
     counts, mask = torch.zeros(3, vocab_size, dtype=torch.int16), torch.zeros(2, 1563, dtype=torch.int32)
     for num_samples in (1, 2, 17, 40, 100, 300, 512):
-        logits, floats = torch.empty(num_samples, vocab_size, dtype=torch.float16), torch.zeros(num_samples)
+        logits, floats = torch.empty(num_samples, vocab_size), torch.zeros(num_samples)
         whole = torch.zeros(num_samples, dtype=torch.int32)
         sampling.argmax(logits)
         sampling.sample(logits, floats, whole, floats, floats, whole.long(), whole)

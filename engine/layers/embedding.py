@@ -112,8 +112,8 @@ class ParallelLMHead(Linear):
             self.weight, self.bias = tied_to.weight, None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return this rank's logits [S, tokens] of hidden states [S, hidden]."""
-        logits = self(hidden)
+        """Return this rank's logits [S, tokens], float32, of hidden states [S, hidden]."""
+        logits = self.weight.logits(hidden, self.bias)
         if self.scale != 1.0:
             logits.mul_(self.scale)
         return softcap_(logits, self.softcap) if self.softcap else logits
@@ -138,6 +138,9 @@ class ParallelLMHead(Linear):
         if name == "bias":
             return self.weight_part(name, part), self.slice.rows_of(loaded)
         return self.weight.place(name, self.slice.rows_of(loaded, self.weight.k), part)
+
+    def pack(self) -> None:
+        self.weight = self.weight.pack(for_logits=True)
 
     def move_to(self, device: torch.device) -> None:
         if not self.is_tied:

@@ -122,7 +122,7 @@ class CausalLM(Layer):
         return tuple(layer.cache for layer in layers if layer.config.kv_owner is None)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return this rank's logits of hidden states: [S, hidden] -> [S, tokens of this rank], in the model's dtype."""
+        """Return this rank's logits of hidden states: [S, hidden] -> float32 [S, tokens of this rank]."""
         return self.lm_head.logits(hidden)
 
     def pool(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -36,7 +36,7 @@ from kernels.bookkeeping import begin_step, end_step
 from kernels.corun import Corun
 from kernels.sampling import logprobs
 
-PROMPT_LOGPROB_ROWS = 256  # logits rows at a time: 256 x 152k bf16 is 78 MB, whatever the prompt's length
+PROMPT_LOGPROB_ROWS = 256  # logits rows at a time: 256 x 152k in float32 is 156 MB, whatever the prompt's length
 MAX_IDLE_S = 0.1
 NUM_EVENT_PAIRS = 4 * NUM_STAGING_BUFFERS  # a step has one pair, or two where its sampling is enqueued apart
 

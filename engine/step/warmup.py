@@ -40,8 +40,7 @@ def compile_kernels(
         _run_largest(runner, num_tokens, num_samples, max_len)
         if graph_sizes is not None:
             if runner.comm.rank == 0:  # the only one that samples
-                dtype, vocab_size = runner.model.config.dtype, runner.sampler.vocab_size
-                rehearse_sampling(dtype, vocab_size, num_samples, runner.device)
+                rehearse_sampling(runner.sampler.vocab_size, num_samples, runner.device)
             with torch.cuda.stream(runner.stream), torch.inference_mode():
                 runner.new_graphs(graph_sizes).run_all()
 
@@ -66,7 +65,7 @@ def attention_shapes(model: CausalLM, kv_dtype: torch.dtype) -> list[AttentionSh
     )
 
 
-def rehearse_sampling(dtype: torch.dtype, vocab_size: int, max_samples: int, device: torch.device) -> None:
+def rehearse_sampling(vocab_size: int, max_samples: int, device: torch.device) -> None:
     """Run all that may be asked of logits, of as many rows as make a difference to kernels.
 
     So no first request that samples waits for a compiler. Results are arbitrary.
@@ -74,7 +73,7 @@ def rehearse_sampling(dtype: torch.dtype, vocab_size: int, max_samples: int, dev
     counts = torch.zeros(1, vocab_size, dtype=torch.int16, device=device)
     bitmask = torch.zeros(1, cdiv(vocab_size, 32), dtype=torch.int32, device=device)
     for num_samples in (1 << i for i in range(max_samples.bit_length())):
-        logits = torch.empty(num_samples, vocab_size, dtype=dtype, device=device)
+        logits = torch.empty(num_samples, vocab_size, device=device)
         floats = torch.zeros(num_samples, device=device)
         ints = torch.zeros(num_samples, dtype=torch.int32, device=device)
         sampling.argmax(logits)
