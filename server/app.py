@@ -32,6 +32,7 @@ from server.http.live import LiveRequests
 from server.http.origins import guard_origins, origins_of
 from server.reading.chat import CHATS, Chats
 from server.reading.left_out import LeftOutBook, name_left_out
+from server.reading.openai_body import ChatRequest, CompletionRequest
 from server.reading.protocol import Fields, error_response, error_shape, json_response
 from server.watch.dashboard import Dashboard
 from server.watch.metrics import Metrics
@@ -82,8 +83,8 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app.add_routes(OllamaEmbeddings(engine, config, embeddings).routes())
     store = app[FILE_STORE] = FileStore(config.files_folder)
     handlers = {
-        "/v1/chat/completions": LineHandler(Fields, openai.chat),
-        "/v1/completions": LineHandler(Fields, openai.complete),
+        "/v1/chat/completions": LineHandler(ChatRequest, openai.chat),
+        "/v1/completions": LineHandler(CompletionRequest, openai.complete),
         "/v1/embeddings": LineHandler(EmbeddingsRequest, embeddings.embed),
         "/v1/responses": LineHandler(Fields, responses.respond),
     }

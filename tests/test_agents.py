@@ -10,11 +10,13 @@ import pytest
 from aiohttp.test_utils import TestClient
 
 from bench import agent
+from engine.declared import convert
 from server.apis.anthropic import chat_body
 from server.apis.responses import read_input
 from server.reading import responses_body
 from server.reading.left_out import HEADER, LeftOut
 from server.reading.messages_body import answerable
+from server.reading.openai_body import ChatFields
 from server.reading.protocol import Fields
 from server.reading.responses_tools import Tools
 from server.reading.tool_choice import read_tool_choice
@@ -299,7 +301,7 @@ def test_every_call_of_the_history_is_a_call_of_a_function() -> None:
 
 
 def test_a_custom_tool_is_offered_with_its_grammar_and_a_namespaces_under_its_name() -> None:
-    choice = read_tool_choice(Fields({"tools": Tools(Fields(codex()), LeftOut()).functions}))
+    choice = read_tool_choice(convert({"tools": Tools(Fields(codex()), LeftOut()).functions}, ChatFields))
     functions = {tool["function"]["name"]: tool["function"] for tool in choice.shown or ()}
     assert list(functions) == ["shell", "apply_patch", "mcp__files__read"]
     assert functions["apply_patch"]["description"] == f"Edits\ninput must match this lark grammar:\n{LARK}"

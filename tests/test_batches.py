@@ -18,7 +18,7 @@ from openai.types import Batch
 from engine.errors import QueueFull
 from engine.state import FinishReason, RequestState
 from server.reading.chat import Chats, ChatTurn
-from server.reading.protocol import Fields
+from server.reading.openai_body import ChatRequest
 from tests.fake_engine import FakeEngine, serving
 
 
@@ -117,8 +117,8 @@ async def test_other_endpoints_have_batches_too(endpoint: Any, body: dict[str, A
 async def test_a_line_that_raises_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     turn = Chats.turn
 
-    async def sometimes_broken(self: Chats, body: Fields) -> ChatTurn:
-        if "boom" in str(body.get("messages")):
+    async def sometimes_broken(self: Chats, body: ChatRequest) -> ChatTurn:
+        if "boom" in str(body.messages):
             raise RuntimeError("injected into the template")
         return await turn(self, body)
 

@@ -6,6 +6,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from engine.declared import convert
 from engine.errors import InvalidRequest
 from engine.state import FinishReason
 from server.apis.answer import failure_of
@@ -26,6 +27,7 @@ from server.reading.chat import Chats, ChatTurn
 from server.reading.left_out import HINT, LeftOut, LeftOutBook
 from server.reading.messages_body import answerable, own_tools
 from server.reading.model_name import served_model
+from server.reading.openai_body import ChatRequest
 from server.reading.protocol import (
     JSON,
     REQUEST_FIELDS,
@@ -86,7 +88,7 @@ class AnthropicApi:
         if self.chats.reasoning_parser is None and chat.pop("max_thinking_tokens", None):
             left_out.add(HINT, "thinking.budget_tokens")  # agents send it to every model
         self.left_out.enter(http_request, left_out)
-        return await self.chats.turn(Fields(chat))
+        return await self.chats.turn(convert(chat, ChatRequest))
 
 
 # ---- reading ----

@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from engine.declared import convert
 from engine.engine import Engine
 from engine.state import FinishReason
 from server.apis.answer import failure_of
@@ -25,6 +26,7 @@ from server.config import ServerConfig
 from server.http.live import LiveRequests, new_rid
 from server.reading.chat import Chats, ChatTurn
 from server.reading.model_name import ollama_model
+from server.reading.openai_body import ChatRequest, CompletionRequest
 from server.reading.protocol import (
     JSON,
     REQUEST_FIELDS,
@@ -84,7 +86,7 @@ class OllamaApi:
         if not messages:
             return json_response(_loaded(model, body, {"message": {"role": "assistant", "content": ""}}))
         with spelled(OUR_NAMES):
-            turn = await self.chats.turn(Fields(chat_body(body) | {"messages": messages}))
+            turn = await self.chats.turn(convert(chat_body(body) | {"messages": messages}, ChatRequest))
             return await respond_in_blocks(http_request, self.live, ChatLines(turn, model), NDJSON)
 
     async def generate(self, http_request: web.Request) -> web.StreamResponse:
@@ -101,12 +103,12 @@ class OllamaApi:
         messages = [{"role": "user", "content": body.text("prompt")}]
         if body.text("system"):
             messages.insert(0, {"role": "system", "content": body.text("system")})
-        return await self.chats.turn(Fields(chat_body(body) | {"messages": messages}))
+        return await self.chats.turn(convert(chat_body(body) | {"messages": messages}, ChatRequest))
 
     async def _raw_turn(self, body: Fields) -> ChatTurn:
         """Read a prompt that is the client's own: no template, and nothing to parse in its answer."""
         refuse(body, ("system", "think"))
-        chat = Fields(chat_body(body))
+        chat = convert(chat_body(body) | {"prompt": body.text("prompt")}, CompletionRequest)
         params = read_sampling_params(chat, self.engine, ("max_tokens",), None)
         input_ids = await encode_prompt(self.engine, body.text("prompt"), "prompt")
         options = read_options(chat, -1)

@@ -20,17 +20,17 @@ from server.http.sse import DONE, event
 from server.reading.chat import Chats
 from server.reading.grammars import names_of_constraint
 from server.reading.model_name import served_model
+from server.reading.openai_body import ChatRequest, CompletionRequest, OpenAIFields
 from server.reading.protocol import (
     JSON,
-    Fields,
     Owner,
     check_n,
     json_response,
-    read_json,
+    read_body,
     read_prompts,
     spelled,
 )
-from server.reading.sampling import MAX_TOP_LOGPROBS, read_options, read_sampling_params
+from server.reading.sampling import read_options, read_sampling_params
 
 COMPLETION_MAX_TOKENS = 16
 
@@ -75,34 +75,33 @@ class OpenAIApi:
     # ---- the two endpoints ----
 
     async def completions(self, http_request: web.Request) -> web.StreamResponse:
-        return await self.complete(http_request, await read_json(http_request))
+        return await self.complete(http_request, await read_body(http_request, CompletionRequest))
 
     async def chat_completions(self, http_request: web.Request) -> web.StreamResponse:
-        return await self.chat(http_request, await read_json(http_request))
+        return await self.chat(http_request, await read_body(http_request, ChatRequest))
 
-    async def complete(self, owner: Owner, body: Fields) -> web.StreamResponse:
+    async def complete(self, owner: Owner, body: CompletionRequest) -> web.StreamResponse:
         """Answer `body`. Only an HTTP request may ask for a stream."""
-        model = self._check_model(body.text("model"))
-        if body.text("suffix"):
+        model = self._check_model(body.model)
+        if body.suffix:
             raise InvalidRequest("suffix is not supported: this server does not fill in the middle", "suffix")
-        if body.integer("best_of", 1, low=1) > body.integer("n", 1):
+        if body.best_of > (body.given(("n",)) or {"n": 1})["n"]:
             raise InvalidRequest("best_of larger than n is not supported", "best_of")
         params = read_sampling_params(body, self.engine, ("max_tokens",), COMPLETION_MAX_TOKENS)
-        num_logprobs = body.integer("logprobs", -1, low=0, high=MAX_TOP_LOGPROBS)
-        is_echo = body.flag("echo")
+        num_logprobs = -1 if body.logprobs is None else body.logprobs
         options = read_options(body, num_logprobs)
-        if is_echo and options.return_logprob:
+        if body.echo and options.return_logprob:
             options.logprob_start_len = 0
-        prompts = await read_prompts(self.engine, body.get("prompt"), "prompt", body.flag("add_special_tokens", True))
+        prompts = await read_prompts(self.engine, body.prompt, "prompt", body.add_special_tokens is not False)
         check_n(params.n, len(prompts))
         envelope = self._envelope(body, options, model, "cmpl", "text_completion", "text_completion")
-        new_answer = partial(CompletionAnswer, is_echo=is_echo, num_logprobs=num_logprobs)
+        new_answer = partial(CompletionAnswer, is_echo=body.echo, num_logprobs=num_logprobs)
         with spelled(names_of_constraint(body)):
             return await self._answer(owner, prompts, params, options, envelope, new_answer)
 
-    async def chat(self, owner: Owner, body: Fields) -> web.StreamResponse:
+    async def chat(self, owner: Owner, body: ChatRequest) -> web.StreamResponse:
         """Answer `body`. Only an HTTP request may ask for a stream."""
-        model = self._check_model(body.text("model"))
+        model = self._check_model(body.model)
         turn = await self.chats.turn(body)
         envelope = self._envelope(body, turn.options, model, "chatcmpl", "chat.completion", "chat.completion.chunk")
         new_answer = partial(ChatAnswer, turn=turn)
@@ -111,24 +110,26 @@ class OpenAIApi:
 
     async def render(self, http_request: web.Request) -> web.Response:
         """Return the prompt that /v1/chat/completions would generate from, and its tokens."""
-        body = await read_json(http_request)
-        self._check_model(body.text("model"))
+        body = await read_body(http_request, ChatRequest)
+        self._check_model(body.model)
         turn = await self.chats.turn(body)
         return json_response({"prompt": turn.prompt, "prompt_token_ids": turn.input_ids})
 
     def _envelope(
-        self, body: Fields, options: Options, model: str, prefix: str, name: str, chunk_name: str
+        self, body: OpenAIFields, options: Options, model: str, prefix: str, name: str, chunk_name: str
     ) -> Envelope:
         """Read the fields of `body` that concern the response around its choices. `prefix` begins a rid of ours."""
-        rid = body.text("rid") or f"{prefix}-{new_rid()}"
-        envelope = Envelope(rid, model, name, chunk_name, returns_token_ids=body.flag("return_token_ids"))
+        rid = body.rid or f"{prefix}-{new_rid()}"
+        envelope = Envelope(rid, model, name, chunk_name, returns_token_ids=body.return_token_ids)
         if envelope.returns_token_ids and options.stream:
             raise InvalidRequest("return_token_ids is not supported with stream: true", "return_token_ids")
-        envelope.names_tokens_by_id = body.flag("return_tokens_as_token_ids")
-        stream_options = _stream_options(body, options.stream)
-        envelope.has_usage = stream_options.flag("include_usage")
-        envelope.has_continuous_usage = stream_options.flag("continuous_usage_stats") and envelope.has_usage
-        if body.flag("return_meta_info"):
+        envelope.names_tokens_by_id = body.return_tokens_as_token_ids
+        if body.stream_options is not None:
+            if not options.stream:
+                raise InvalidRequest("stream_options is allowed only with stream: true", "stream_options")
+            envelope.has_usage = body.stream_options.include_usage
+            envelope.has_continuous_usage = body.stream_options.continuous_usage_stats and envelope.has_usage
+        if body.return_meta_info:
             envelope.meta_info = MetaInfo(self.engine.tokenizer)
         return envelope
 
@@ -160,10 +161,3 @@ class OpenAIApi:
             return event(envelope.chunk([], usage())) + DONE if envelope.has_usage else DONE
 
         return await respond(owner, self.live, rid, answers, body=body, tail=tail)
-
-
-def _stream_options(body: Fields, is_stream: bool) -> Fields:
-    options = body.object("stream_options")
-    if options is not None and not is_stream:
-        raise InvalidRequest("stream_options is allowed only with stream: true", "stream_options")
-    return options or Fields({})

@@ -9,6 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
+from engine.declared import convert
 from engine.errors import EngineError, InvalidRequest
 from engine.state import Delta, FinishReason
 from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockAnswer, chat_call, respond_in_blocks
@@ -22,6 +23,7 @@ from server.reading.chat import Chats, ChatTurn
 from server.reading.custom_tools import input_of
 from server.reading.left_out import LeftOut, LeftOutBook
 from server.reading.model_name import served_model
+from server.reading.openai_body import ChatRequest
 from server.reading.protocol import JSON, REQUEST_FIELDS, Fields, Owner, json_response, read_json, refuse, spelled
 from server.reading.responses_body import answerable, input_items, resolved
 from server.reading.responses_tools import CUSTOM, FUNCTION, OfferedTool, Tools
@@ -114,7 +116,7 @@ class ResponsesApi:
         self.left_out.enter(caller, left_out)
         names = OUR_NAMES | tools.names
         with spelled(names):
-            turn = await self.chats.turn(Fields(chat_body(readable, messages, tools)))
+            turn = await self.chats.turn(convert(chat_body(readable, messages, tools), ChatRequest))
             answer = ResponseAnswer(turn, echo_of(body, model), tools.offered, names)
         if is_stored:
             items = input_items(body, answer.state.rid)

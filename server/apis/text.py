@@ -1,20 +1,24 @@
 """SGLang's and vLLM's routes on text alone: into tokens and back, and the parts of an answer."""
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
 
 from aiohttp import web
+from msgspec import Meta
 
+from engine.declared import Object
 from engine.engine import Engine
 from engine.errors import InvalidRequest
 from server.http.intake import paced
 from server.parsers import AnswerParser
 from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS, ReasoningParser
-from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
+from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS, ToolCallParser
 from server.reading.chat import Chats
-from server.reading.protocol import JSON, Fields, check_token_ids, json_response, read_json
-from server.reading.tool_choice import read_tool_choice
+from server.reading.openai_body import DetokenizeRequest, TokenizeRequest
+from server.reading.protocol import JSON, check_token_ids, json_response, read_body
+from server.reading.shared_fields import described_as
+from server.reading.tool_choice import read_tools
 
 T = TypeVar("T")
 LONG = 4096  # characters or token ids: more are read off the event loop
@@ -23,6 +27,17 @@ LONG = 4096  # characters or token ids: more are read off the event loop
 async def off_loop(count: int, function: Callable[[], T]) -> T:
     """Call `function`, which works on `count` characters or ids; in a thread if they are many."""
     return await asyncio.to_thread(function) if count > LONG else function()
+
+
+class ParseFunctionCallRequest(Object):
+    text: str = ""
+    tools: Annotated[list[JSON], Meta(extra_json_schema={"items": described_as("ChatTool")})] = []
+    tool_call_parser: Literal[(*TOOL_FORMATS, *TOOL_ALIASES)] | None = None  # type: ignore[valid-type]
+
+
+class SeparateReasoningRequest(Object):
+    text: str = ""
+    reasoning_parser: Literal[(*REASONING_FORMATS, *REASONING_ALIASES)] | None = None  # type: ignore[valid-type]
 
 
 class TextApi:
@@ -44,18 +59,17 @@ class TextApi:
 
     async def tokenize(self, http_request: web.Request) -> web.Response:
         """Return the token ids of `prompt` (or `text`), a string or a list, or of `messages`, their prompt beside."""
-        body = await read_json(http_request)
+        body = await read_body(http_request, TokenizeRequest)
         answer: JSON = {"max_model_len": self.engine.context_length}
-        if body.has("messages"):
+        if body.messages:
             answer["prompt"] = await self.chats.rendered(body)
             tokens: Any = await self.engine.encode(answer["prompt"], False, is_prompt=False)
         else:
-            name = "prompt" if body.has("prompt") else "text"
-            prompt = body.get(name)
-            add_special_tokens = body.flag("add_special_tokens", True)
+            prompt = body.text if body.prompt is None else body.prompt
+            if prompt is None:
+                raise body.wrong("text", "a string or a list of strings")
+            add_special_tokens = body.add_special_tokens is not False
             texts = prompt if isinstance(prompt, list) else [prompt]
-            if not all(isinstance(text, str) for text in texts):
-                body.fail(name, "a string or a list of strings")
             tokens = [
                 await self.engine.encode(text, add_special_tokens, is_prompt=False) async for text in paced(texts)
             ]
@@ -75,10 +89,9 @@ class TextApi:
         """Return the text, under SGLang's name and vLLM's."""
         if self.chats.config.skip_tokenizer_init:
             raise InvalidRequest("tokens have no text: the server runs with --skip-tokenizer-init", "tokens")
-        body = await read_json(http_request)
-        ids, vocab_size = body.get("tokens"), self.engine.model_config.vocab_size
-        skip = body.flag("skip_special_tokens", True)
-        if isinstance(ids, list) and ids and isinstance(ids[0], list):
+        body = await read_body(http_request, DetokenizeRequest)
+        ids, vocab_size, skip = body.tokens, self.engine.model_config.vocab_size, body.skip_special_tokens
+        if ids and isinstance(ids[0], list):
             rows = [
                 check_token_ids(row, vocab_size, f"tokens[{i}]", may_be_empty=True)
                 async for i, row in paced(enumerate(ids))
@@ -96,12 +109,14 @@ class TextApi:
 
     async def parse_function_call(self, http_request: web.Request) -> web.Response:
         """Find the calls of `tools` in `text`. Arguments are JSON text."""
-        body = await read_json(http_request)
-        name = self._parser_name(body, "tool_call_parser", (*TOOL_FORMATS, *TOOL_ALIASES), self.chats.tool_call_parser)
+        body = await read_body(http_request, ParseFunctionCallRequest)
+        name = body.tool_call_parser or self.chats.tool_call_parser
+        if name is None:
+            raise body.wrong("tool_call_parser", f"one of {', '.join((*TOOL_FORMATS, *TOOL_ALIASES))}")
         format_ = TOOL_FORMATS[TOOL_ALIASES.get(name, name)]()
-        parser = AnswerParser(None, read_tool_choice(Fields({"tools": body.array("tools")})).new_parser(format_))
-        text = body.text("text")
-        parts = await off_loop(len(text), lambda: parser.parse(text))
+        tools, _, _ = read_tools(body.tools)
+        parser = AnswerParser(None, ToolCallParser(format_, list(tools.values())))
+        parts = await off_loop(len(body.text), lambda: parser.parse(body.text))
         calls = [
             {"tool_index": call.index, "name": call.name, "parameters": call.arguments} for call in parts.tool_calls
         ]
@@ -109,19 +124,11 @@ class TextApi:
 
     async def separate_reasoning(self, http_request: web.Request) -> web.Response:
         """Split `text` into reasoning and the rest."""
-        body = await read_json(http_request)
-        name = self._parser_name(
-            body, "reasoning_parser", (*REASONING_FORMATS, *REASONING_ALIASES), self.chats.reasoning_parser
-        )
+        body = await read_body(http_request, SeparateReasoningRequest)
+        name = body.reasoning_parser or self.chats.reasoning_parser
+        if name is None:
+            raise body.wrong("reasoning_parser", f"one of {', '.join((*REASONING_FORMATS, *REASONING_ALIASES))}")
         format_ = REASONING_FORMATS[REASONING_ALIASES.get(name, name)]
-        text, parser = body.text("text"), AnswerParser(ReasoningParser(format_, is_inside=format_.is_always), None)
-        parts = await off_loop(len(text), lambda: parser.parse(text))
+        parser = AnswerParser(ReasoningParser(format_, is_inside=format_.is_always), None)
+        parts = await off_loop(len(body.text), lambda: parser.parse(body.text))
         return json_response({"reasoning_text": parts.reasoning, "text": parts.text})
-
-    @staticmethod
-    def _parser_name(body: Fields, field: str, known: Sequence[str], default: str | None) -> str:
-        """Return the parser that the body names, else the model's."""
-        name = body.text(field) or default
-        if name is None or name not in known:
-            body.fail(field, f"one of {', '.join(known)}")
-        return name

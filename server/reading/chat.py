@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import orjson
 from aiohttp import web
 
+from engine.declared import convert
 from engine.engine import Engine, TokenizerFacade
 from engine.errors import InvalidRequest
 from engine.request import SamplingParams
@@ -32,13 +32,13 @@ from server.parsers.tool_calls import (
 )
 from server.reading.custom_tools import arguments_of_input
 from server.reading.grammars import names_of_constraint
-from server.reading.protocol import JSON, Fields, check_n, check_token_ids
-from server.reading.sampling import MAX_TOP_LOGPROBS, read_options, read_sampling_params
+from server.reading.openai_body import ChatFields, ChatRequest, Message, MessageToolCall, Part
+from server.reading.protocol import JSON, check_n, check_token_ids
+from server.reading.sampling import read_options, read_sampling_params
 from server.reading.templates import find_traits, shaped
 from server.reading.tool_choice import ToolChoice, json_or_calls, read_tool_choice, structural_tag, tool_constraint
 from server.reading.tool_prompt import with_calls_as_text, with_tools
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MEDIA_PARTS = ("image_url", "input_image", "image", "input_audio", "audio_url", "video_url")
 
 RESERVED_VARIABLES = frozenset(
@@ -47,8 +47,6 @@ RESERVED_VARIABLES = frozenset(
 
 MANY_MESSAGES = 256  # about 5 ms of rendering
 PLAINEST_TOOL_FORMAT = "qwen25"  # JSON between two marks: most instruct models can write it when they are told how
-
-REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 # For models that bring no template of their own.
 CHATML = (
@@ -182,13 +180,13 @@ class Chats:
         """Return whether the model is shown tools, and its calls are found."""
         return self.describes_tools or (self.traits.shows_tools and self.tool_call_parser is not None)
 
-    async def turn(self, body: Fields) -> ChatTurn:
+    async def turn(self, body: ChatRequest) -> ChatTurn:
         """Read an OpenAI chat body. `InvalidRequest` names the field that is wrong."""
         choice = read_tool_choice(body)
         prompt = await self.rendered(body, choice)
         reasoning = self._reasoning(body, prompt)
-        if reasoning is not None and not reasoning.is_inside and max_thinking_tokens(body) is not None:
-            if body.has("input_ids"):
+        if reasoning is not None and not reasoning.is_inside and body.max_thinking_tokens is not None:
+            if body.input_ids is not None:
                 raise InvalidRequest("max_thinking_tokens may not change a prompt of input_ids", "max_thinking_tokens")
             prompt += f"{reasoning.format.start}\n"  # a budget can be kept only where the reasoning is sure to come
             reasoning = replace(reasoning, is_inside=True)
@@ -197,9 +195,9 @@ class Chats:
         options = await self._options(body, reasoning)
         input_ids = await self._input_ids(body, prompt)
 
-        is_separate = body.flag("separate_reasoning", True)
-        streams_reasoning = body.flag("stream_reasoning", True)
-        includes_reasoning = body.flag("include_reasoning", True)
+        is_separate = body.separate_reasoning
+        streams_reasoning = body.stream_reasoning
+        includes_reasoning = body.include_reasoning
         is_separate = is_separate or not includes_reasoning  # what is left out has to be found
         if tool_format is None and (reasoning is None or not is_separate):
             return ChatTurn(prompt, input_ids, params, options, None, names=names)
@@ -219,33 +217,33 @@ class Chats:
         end_ids = await self._ids(reasoning.format.end) if reasoning else []
         return ChatTurn(prompt, input_ids, params, options, new_parser, end_ids, names, choice.custom)
 
-    async def _input_ids(self, body: Fields, prompt: str) -> list[int]:
+    async def _input_ids(self, body: ChatRequest, prompt: str) -> list[int]:
         """Return the body's token ids (SGLang's field), else those of `prompt`.
 
         Beside ids of the body, `prompt` only decides how the answer is read.
         """
-        if body.has("input_ids"):
-            return check_token_ids(body.get("input_ids"), self.engine.model_config.vocab_size, "input_ids")
+        if body.input_ids is not None:
+            return check_token_ids(body.input_ids, self.engine.model_config.vocab_size, "input_ids")
         # Unless vLLM's field says otherwise: templates write special tokens themselves.
-        input_ids = await self.engine.encode(prompt, body.flag("add_special_tokens"))
+        input_ids = await self.engine.encode(prompt, bool(body.add_special_tokens))
         if not input_ids:
             raise InvalidRequest("messages make an empty prompt", "messages")
         return input_ids
 
-    async def rendered(self, body: Fields, choice: ToolChoice | None = None) -> str:
+    async def rendered(self, body: ChatFields, choice: ToolChoice | None = None) -> str:
         """Return what `render` does, off the event loop if there are many messages."""
-        is_long = len(body.array("messages")) > MANY_MESSAGES
+        is_long = len(body.messages) > MANY_MESSAGES
         return await asyncio.to_thread(self.render, body, choice) if is_long else self.render(body, choice)
 
-    def render(self, body: Fields, choice: ToolChoice | None = None) -> str:
+    def render(self, body: ChatFields, choice: ToolChoice | None = None) -> str:
         """Render the prompt of a chat request. `InvalidRequest` names the message, or says why the template refused."""
-        messages = parse_messages(body)
-        continues = body.flag("continue_final_message")
+        messages = parse_messages(body.messages)
+        continues = body.continue_final_message
         if continues and messages[-1]["role"] != "assistant":
             raise InvalidRequest("continue_final_message needs an assistant message at the end", "messages")
         tools = (choice or read_tool_choice(body)).shown
         variables = _template_variables(body)
-        adds_prompt = body.flag("add_generation_prompt", not continues)
+        adds_prompt = not continues if body.add_generation_prompt is None else body.add_generation_prompt
 
         def render(messages: list[JSON]) -> str:
             shown, template_tools = (messages, tools) if self.traits.shows_tools else self._described(messages, tools)
@@ -294,18 +292,18 @@ class Chats:
         """Return the format of calls that are written into texts."""
         return TOOL_FORMATS[self.tool_call_parser or PLAINEST_TOOL_FORMAT]()
 
-    def _reasoning(self, body: Fields, prompt: str) -> "Reasoning | None":
+    def _reasoning(self, body: ChatFields, prompt: str) -> "Reasoning | None":
         """Return the reasoning that this answer may begin with; None: without reasoning."""
         if self.reasoning_parser is None:
-            if max_thinking_tokens(body) is not None:
+            if body.max_thinking_tokens is not None:
                 raise InvalidRequest(
                     "max_thinking_tokens needs a model whose marks of reasoning are known, see --reasoning-parser",
                     "max_thinking_tokens",
                 )
             return None
         format_ = REASONING_FORMATS[self.reasoning_parser]
-        if body.flag("continue_final_message"):
-            begun = parse_messages(body)[-1]["content"].rpartition(format_.start)
+        if body.continue_final_message:
+            begun = parse_messages(body.messages)[-1]["content"].rpartition(format_.start)
             is_inside = bool(begun[1]) and format_.end not in begun[2]
             return Reasoning(format_, True) if is_inside else None
         variables = _template_variables(body)
@@ -324,7 +322,7 @@ class Chats:
         return format_
 
     def _sampling_params(
-        self, body: Fields, choice: ToolChoice, tool_format: ToolFormat | None, reasoning: "Reasoning | None"
+        self, body: ChatFields, choice: ToolChoice, tool_format: ToolFormat | None, reasoning: "Reasoning | None"
     ) -> tuple[SamplingParams, dict[str, str]]:
         """Return the parameters, and what the client calls the constraint among them."""
         params = read_sampling_params(body, self.engine, ("max_completion_tokens", "max_tokens"), None)
@@ -345,17 +343,13 @@ class Chats:
             params = replace(params, structural_tag=structural_tag(held, thinks))
         return params, names
 
-    async def _options(self, body: Fields, reasoning: "Reasoning | None") -> Options:
-        num_top = body.integer("top_logprobs", 0, low=0, high=MAX_TOP_LOGPROBS)
-        has_logprobs = body.flag("logprobs")
-        if num_top and not has_logprobs:
+    async def _options(self, body: ChatRequest, reasoning: "Reasoning | None") -> Options:
+        if body.top_logprobs and not body.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
-        if body.flag("echo"):
-            body.unsupported("echo")
-        options = read_options(body, num_top if has_logprobs else -1)
+        options = read_options(body, body.top_logprobs if body.logprobs else -1)
         options.may_shorten = not self.config.strict_max_tokens
         if reasoning is not None and reasoning.is_inside:
-            options.max_thinking_tokens = max_thinking_tokens(body)
+            options.max_thinking_tokens = body.max_thinking_tokens
             options.reasoning_end_ids = await self._ids(reasoning.format.end)
         return options
 
@@ -391,90 +385,64 @@ def _parser_name(given: str | None, found: str | None) -> str | None:
     return None if given == "none" else TOOL_ALIASES.get(given) or REASONING_ALIASES.get(given) or given
 
 
-def max_thinking_tokens(body: Fields) -> int | None:
-    """Return how many tokens of reasoning are allowed; None: any number."""
-    return body.integer("max_thinking_tokens", low=0) if body.has("max_thinking_tokens") else None
-
-
-def _template_variables(body: Fields) -> JSON:
+def _template_variables(body: ChatFields) -> JSON:
     """Return the client's variables for the template beside the messages."""
-    variables = dict((body.object("chat_template_kwargs") or Fields({})).values)
+    variables = dict(body.chat_template_kwargs)
     if taken := RESERVED_VARIABLES & variables.keys():
         raise InvalidRequest(f"chat_template_kwargs must not hold {', '.join(sorted(taken))}", "chat_template_kwargs")
-    if (thinking := body.object("thinking")) is not None:
-        is_on = thinking.one_of("type", ("enabled", "adaptive", "disabled"), "enabled") != "disabled"
+    if body.thinking is not None:
+        is_on = body.thinking.type != "disabled"
         variables = {"enable_thinking": is_on, "thinking": is_on, **variables}
-    effort = body.get("reasoning_effort")
+    effort = body.reasoning_effort
     if effort is None:
         return variables
-    if isinstance(effort, str):
-        body.one_of("reasoning_effort", REASONING_EFFORTS, "")
-    elif not 0 <= body.number("reasoning_effort") < 1:
-        body.fail("reasoning_effort", "a level's name, or a number from 0 to 0.99")
     if effort == "none":
         return {"enable_thinking": False, "thinking": False, **variables}
     return {"reasoning_effort": effort, **variables}
 
 
-def parse_messages(body: Fields) -> list[JSON]:
+def parse_messages(given: list[JSON]) -> list[JSON]:
     """Check messages: known roles, content as one string (null only beside tool calls)."""
-    given = body.array("messages")
     if not given:
         raise InvalidRequest("messages must be a list of at least one message", "messages")
-    return [_parse_message(fields, f"messages[{i}]") for i, fields in enumerate(body.objects("messages"))]
+    read = convert(given, list[Message], "messages")
+    return [_parse_message(*both, f"messages[{i}]") for i, both in enumerate(zip(given, read, strict=True))]
 
 
-def _parse_message(fields: Fields, path: str) -> JSON:
-    if not fields.has("role"):
-        fields.fail("role", " or ".join(map(repr, ROLES)))
-    role = fields.one_of("role", ROLES, "user")
-    message = {**fields.values, "role": "system" if role == "developer" else role}
-    content = fields.get("content")
-    if isinstance(content, list):
-        message["content"] = _join_parts(content, f"{path}.content")
-    elif content is None and role in ("assistant", "tool", "function"):
-        message["content"] = fields.text("refusal")  # beside calls, reasoning or a refusal, or for nothing
-    elif not isinstance(content, str):
-        fields.fail("content", "a string or a list of parts")
-    if reasoning := fields.text("reasoning_content") or fields.text("reasoning"):
+def _parse_message(written: JSON, read: Message, path: str) -> JSON:
+    message = {**written, "role": "system" if read.role == "developer" else read.role}
+    if isinstance(read.content, list):
+        message["content"] = "\n".join(_text_of(part, f"{path}.content[{i}]") for i, part in enumerate(read.content))
+    elif read.content is None and read.role in ("assistant", "tool", "function"):
+        message["content"] = read.refusal  # beside calls, reasoning or a refusal, or for nothing
+    elif read.content is None:
+        raise read.wrong("content", "a string or a list of parts", path)
+    if reasoning := read.reasoning_content or read.reasoning:
         message["reasoning_content"] = message["reasoning"] = reasoning  # templates know it by one of these
-    fields.text("tool_call_id")
-    if fields.has("tool_calls"):
-        message["tool_calls"] = [
-            _parse_tool_call(call, f"{path}.tool_calls[{i}]") for i, call in enumerate(fields.array("tool_calls"))
-        ]
+    if read.tool_calls:
+        calls = zip(written["tool_calls"], read.tool_calls, strict=True)
+        message["tool_calls"] = [_parse_tool_call(*call, f"{path}.tool_calls[{i}]") for i, call in enumerate(calls)]
     return message
 
 
-def _join_parts(parts: list[Any], path: str) -> str:
-    texts = []
-    for i, part in enumerate(parts):
-        fields = Fields(part, f"{path}[{i}]")
-        kind = fields.text("type")
-        if kind == "refusal":  # an assistant's
-            texts.append(fields.text("refusal"))
-            continue
-        if kind in MEDIA_PARTS:
-            raise InvalidRequest(f"{path}[{i}] is {kind}, but this model reads text only", f"{path}[{i}].type")
-        if kind not in ("text", "input_text") or not fields.has("text"):
-            raise InvalidRequest(f'{path}[{i}] must be {{"type": "text", "text": ...}}', f"{path}[{i}]")
-        texts.append(fields.text("text"))
-    return "\n".join(texts)
+def _text_of(part: Part, path: str) -> str:
+    if part.type == "refusal":  # an assistant's
+        return part.refusal
+    if part.type in MEDIA_PARTS:
+        raise InvalidRequest(f"{path} is {part.type}, but this model reads text only", f"{path}.type")
+    if part.type not in ("text", "input_text") or part.text is None:
+        raise InvalidRequest(f'{path} must be {{"type": "text", "text": ...}}', path)
+    return part.text
 
 
-def _parse_tool_call(call: Any, path: str) -> JSON:
+def _parse_tool_call(written: JSON, read: MessageToolCall, path: str) -> JSON:
     """Read a call. Templates expect its arguments as an object; OpenAI's clients send them as JSON text."""
-    fields = Fields(call, path)
-    if (custom := fields.object("custom")) is not None:
-        called = {"name": custom.text("name"), "arguments": arguments_of_input(custom.text("input"))}
-        return {"id": fields.text("id"), "type": "function", "function": called}
-    function = fields.object("function")
-    if function is None:
-        fields.fail("function", "an object")
-    function.text("name")
-    arguments = function.get("arguments")
+    if (custom := read.custom) is not None:
+        called = {"name": custom.name, "arguments": arguments_of_input(custom.input)}
+        return {"id": read.id, "type": "function", "function": called}
+    if read.function is None:
+        raise read.wrong("function", "an object", path)
+    arguments = read.function.arguments
     if isinstance(arguments, str):
         arguments = object_of(arguments)
-    elif not isinstance(arguments, dict) and arguments is not None:
-        function.fail("arguments", "a JSON object, or one as text")
-    return {**fields.values, "function": {**function.values, "arguments": arguments or {}}}
+    return {**written, "function": {**written["function"], "arguments": arguments or {}}}

@@ -5,7 +5,8 @@ from typing import Any
 import orjson
 
 from engine.text.lark import lark_of_regex
-from server.reading.protocol import JSON, Fields
+from server.reading.openai_body import CustomTool
+from server.reading.protocol import JSON
 
 INPUT = "input"  # the function's one parameter
 INPUT_SCHEMA: JSON = {
@@ -16,35 +17,30 @@ INPUT_SCHEMA: JSON = {
 }
 
 
-def shown_function(tool: Fields) -> JSON:
+def shown_function(tool: CustomTool) -> JSON:
     """Return the function that the model is shown in place of a custom tool, as chat.completions has it.
 
     Its grammar, which is enforced, stands in the description: the model is to know what it can say.
     """
-    description = tool.text("description")
+    description = tool.description
     syntax, definition = _grammar(tool)
     if syntax:
         description = f"{description}\n{INPUT} must match this {syntax} grammar:\n{definition}".lstrip()
-    function = {"name": tool.text("name"), "description": description, "parameters": INPUT_SCHEMA}
+    function = {"name": tool.name, "description": description, "parameters": INPUT_SCHEMA}
     return {"type": "function", "function": function}
 
 
-def lark_of(tool: Fields) -> str:
+def lark_of(tool: CustomTool) -> str:
     """Return the grammar of a custom tool's input in Lark; "" if it may be any text."""
     syntax, definition = _grammar(tool)
     return lark_of_regex(definition) if syntax == "regex" else definition
 
 
-def _grammar(tool: Fields) -> tuple[str, str]:
+def _grammar(tool: CustomTool) -> tuple[str, str]:
     """Return (syntax, definition) of the tool's grammar; ("", "") if it has none."""
-    format_ = tool.object("format")
-    if format_ is None or format_.one_of("type", ("text", "grammar"), "text") == "text":
+    if tool.format is None or tool.format.type == "text" or tool.format.grammar is None:
         return "", ""
-    grammar = format_.object("grammar")
-    if grammar is None:
-        format_.fail("grammar", "an object with syntax and definition")
-    grammar.required("definition", "a string")
-    return grammar.one_of("syntax", ("lark", "regex"), "lark"), grammar.text("definition")
+    return tool.format.grammar.syntax, tool.format.grammar.definition
 
 
 def input_of(arguments: str) -> str:

@@ -2,27 +2,18 @@
 
 from typing import Any
 
+from engine.declared import convert
 from engine.errors import InvalidRequest
 from engine.text.schemas import NOT_STRICT
-from server.reading.protocol import JSON, Fields, refuse
+from server.reading.openai_body import GUIDED, OWN_CONSTRAINTS, STRUCTURED_OUTPUTS, OpenAIFields, ResponseFormat
+from server.reading.protocol import JSON
 
 ANY_OBJECT = {"type": "object"}
-FORMATS = ("text", "json_object", "json_schema", "structural_tag")
-# vLLM's names within `structured_outputs`, and before that `guided_...`, under the engine's.
-STRUCTURED_OUTPUTS = {
-    "json": "json_schema",
-    "regex": "regex",
-    "choice": "choice",
-    "grammar": "ebnf",
-    "structural_tag": "structural_tag",
-}
-GUIDED = ("json", "regex", "choice", "grammar")
-OWN = ("json_schema", "regex", "ebnf", "structural_tag")  # SGLang's extra fields, which have the engine's names
 IN_FORMAT = ("response_format.schema", "response_format.json_schema.schema")
-FIELDS = frozenset(("response_format", "structured_outputs", *OWN, *(f"guided_{name}" for name in GUIDED)))
+ALONE = OWN_CONSTRAINTS | GUIDED
 
 
-def constraint_of(body: Fields) -> JSON:
+def constraint_of(body: OpenAIFields) -> JSON:
     """Return the one sampling field that constrains the answer, or {}. `InvalidRequest` if the body has two of them."""
     found = _found(body)
     if len(found) > 1:
@@ -31,49 +22,42 @@ def constraint_of(body: Fields) -> JSON:
     return dict(found.values())
 
 
-def names_of_constraint(body: Fields) -> dict[str, str]:
+def names_of_constraint(body: OpenAIFields) -> dict[str, str]:
     """Return the sampling field that `constraint_of` makes, and what the client calls it."""
     return {ours: theirs for theirs, (ours, _) in _found(body).items()}
 
 
-def _found(body: Fields) -> dict[str, tuple[str, Any]]:
+def _found(body: OpenAIFields) -> dict[str, tuple[str, Any]]:
     """Return the client's name -> (sampling field, value) of each constraint in the body."""
-    if FIELDS.isdisjoint(body.values):
-        return {}
-    found: dict[str, tuple[str, Any]] = {name: (name, body.get(name)) for name in OWN if body.has(name)}
-    if (format := body.object("response_format")) is not None:
-        kind = format.one_of("type", FORMATS, "text")
-        if kind != "text":
-            name, field, value = _response_format(kind, format)
+    found = {name: (ALONE[name], value) for name, value in body.given(OWN_CONSTRAINTS).items()}
+    if body.response_format is not None:
+        format_ = convert(body.response_format, ResponseFormat, "response_format")
+        if format_.type != "text":
+            name, field, value = _response_format(format_, body.response_format)
             found[name] = field, value
-    if (outputs := body.object("structured_outputs")) is not None:
-        for theirs, ours in STRUCTURED_OUTPUTS.items():
-            if outputs.has(theirs):
-                found[f"structured_outputs.{theirs}"] = ours, outputs.get(theirs)
-        refuse(outputs, ("whitespace_pattern", "disable_additional_properties"))
-        if outputs.flag("json_object"):
+    if (outputs := body.structured_outputs) is not None:
+        for name, value in outputs.given(STRUCTURED_OUTPUTS).items():
+            found[f"structured_outputs.{name}"] = STRUCTURED_OUTPUTS[name], value
+        if outputs.json_object:
             found["structured_outputs.json_object"] = "json_schema", ANY_OBJECT
-    for theirs in GUIDED:
-        if body.has(f"guided_{theirs}"):
-            found[f"guided_{theirs}"] = STRUCTURED_OUTPUTS[theirs], body.get(f"guided_{theirs}")
-    return found
+    return found | {name: (ALONE[name], value) for name, value in body.given(GUIDED).items()}
 
 
-def _response_format(kind: str, format: Fields) -> tuple[str, str, Any]:
+def _response_format(format_: ResponseFormat, written: JSON) -> tuple[str, str, Any]:
     """Return (the client's name, the sampling field, its value) of a `response_format`."""
-    if kind == "structural_tag":
-        return "response_format", "structural_tag", format.values
-    described = format.object("json_schema")
-    schema = format.object("schema") if described is None else described.object("schema")
-    if kind == "json_object":  # with a schema, as llama.cpp's clients and others send it
-        schema = schema or Fields({})
-        return IN_FORMAT[0], "json_schema", {**ANY_OBJECT, **schema.values}
+    if format_.type == "structural_tag":
+        return "response_format", "structural_tag", written
+    described = format_.json_schema
+    schema = format_.schema if described is None else described.schema
+    if format_.type == "json_object":  # with a schema, as llama.cpp's clients and others send it
+        return IN_FORMAT[0], "json_schema", {**ANY_OBJECT, **(schema or {})}
     if schema is None:
-        (format if described is None else described).fail(
-            "json_schema" if described is None else "schema", "a JSON schema"
-        )
-    is_strict = (described or format).get("strict")
-    (described or format).flag("strict")
-    name = IN_FORMAT[described is not None]
+        field = "response_format.json_schema" if described is None else IN_FORMAT[1]
+        raise InvalidRequest(f"{field} must be a JSON schema, got None", field)
+    is_strict = (described or format_).strict
     # Unless the client says that it need not be: the answer always follows all of the schema.
-    return name, "json_schema", {**schema.values, NOT_STRICT: False} if is_strict is False else schema.values
+    return (
+        IN_FORMAT[described is not None],
+        "json_schema",
+        {**schema, NOT_STRICT: False} if is_strict is False else schema,
+    )

@@ -19,7 +19,7 @@ Prompts = Annotated[
 
 def described_as(name: str) -> dict[str, Any]:
     """Return the schema of objects that are kept as the client wrote them, and read as a class of that name."""
-    return {"items": {"$ref": f"#/components/schemas/{name}"}}
+    return {"$ref": f"#/components/schemas/{name}"}
 
 
 class PrefixFields(Object):

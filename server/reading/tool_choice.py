@@ -3,10 +3,19 @@
 import re
 from dataclasses import dataclass, replace
 
+from engine.declared import convert
 from engine.errors import InvalidRequest
 from server.parsers.tool_calls import Tool, ToolCallParser, ToolFormat, schema_format
 from server.reading.custom_tools import INPUT_SCHEMA, lark_of, shown_function
-from server.reading.protocol import JSON, Fields
+from server.reading.openai_body import (
+    AllowedTools,
+    ChatFields,
+    ChatTool,
+    ChosenTool,
+    CustomTool,
+    ToolChoiceBody,
+)
+from server.reading.protocol import JSON
 
 NAME = re.compile(r"[\w.:/-]{1,128}")
 FUNCTION, CUSTOM = "function", "custom"  # kinds of tools
@@ -27,44 +36,58 @@ class ToolChoice:
         return ToolCallParser(format_, self.callable, None if self.is_parallel else 1)
 
 
-def read_tool_choice(body: Fields) -> ToolChoice:
+def read_tool_choice(body: ChatFields) -> ToolChoice:
     """Read tools and choice. `InvalidRequest` names the tool, or the choice, that is wrong."""
-    tools, shown, custom = _read_tools(body)
+    tools, shown, custom = read_tools(body.tools)
     choice = _read_choice(body, tools, shown)
     return replace(choice, custom=custom) if custom else choice
 
 
-def _read_tools(body: Fields) -> tuple[dict[str, Tool], list[JSON], frozenset[str]]:
+def read_tools(given: list[JSON]) -> tuple[dict[str, Tool], list[JSON], frozenset[str]]:
     """Return the tools by name, all of them as the template is shown them, and the names of the custom ones."""
     tools: dict[str, Tool] = {}
     shown, custom = [], []
-    for i, given in enumerate(body.array("tools")):
-        fields = Fields(given, f"tools[{i}]")
-        kind = fields.one_of("type", (FUNCTION, CUSTOM), FUNCTION)
-        inner = fields.object(kind)
+    for i, (written, read) in enumerate(zip(given, convert(given, list[ChatTool], "tools"), strict=True)):
+        path = f"tools[{i}]"
+        inner = read.function if read.type == FUNCTION else read.custom
         if inner is None:
-            fields.fail(kind, "an object")
-        tool = _read_function(inner, f"tools[{i}]") if kind == FUNCTION else _read_custom(inner, f"tools[{i}]")
-        if tool.name in tools:
-            raise InvalidRequest(f"tools has two functions named {tool.name!r}", f"tools[{i}].{kind}.name")
-        tools[tool.name] = tool
-        shown.append(given if kind == FUNCTION else shown_function(inner))
-        if kind == CUSTOM:
-            custom.append(tool.name)
+            raise read.wrong(read.type, "an object", path)
+        if not NAME.fullmatch(inner.name):
+            raise inner.wrong("name", "1 to 128 letters, digits, or characters of _ . : / -", f"{path}.{read.type}")
+        if inner.name in tools:
+            raise InvalidRequest(f"tools has two functions named {inner.name!r}", f"{path}.{read.type}.name")
+        if isinstance(inner, CustomTool):
+            tools[inner.name] = _custom(inner, path)
+            shown.append(shown_function(inner))
+            custom.append(inner.name)
+        else:
+            parameters: JSON = written["function"].get("parameters") or NO_PARAMETERS
+            field = f"{path}.function.parameters"
+            tools[inner.name] = Tool(inner.name, {"type": "object", **parameters}, inner.strict, field)
+            shown.append(written)
     return tools, shown, frozenset(custom)
 
 
-def _read_choice(body: Fields, tools: dict[str, Tool], shown: list[JSON]) -> ToolChoice:
-    choice = body.get("tool_choice")
-    is_parallel = body.flag("parallel_tool_calls", True)
-    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        return _allowed_choice(Fields(choice, "tool_choice"), shown, tools, is_parallel)
-    if isinstance(choice, dict):
-        kind, name = _chosen_name(Fields(choice, "tool_choice"))
+def _custom(tool: CustomTool, path: str) -> Tool:
+    format_ = tool.format
+    if format_ is not None and format_.type == "grammar" and format_.grammar is None:
+        raise format_.wrong("grammar", "an object with syntax and definition", f"{path}.custom.format")
+    lark = lark_of(tool)
+    field = f"{path}.custom.format.grammar.definition" if lark else ""
+    return Tool(tool.name, INPUT_SCHEMA, bool(lark), field, lark)
+
+
+def _read_choice(body: ChatFields, tools: dict[str, Tool], shown: list[JSON]) -> ToolChoice:
+    choice, is_parallel = body.tool_choice or "auto", body.parallel_tool_calls
+    if isinstance(choice, ToolChoiceBody):
+        if choice.type == "allowed_tools":
+            return _allowed_choice(choice.allowed_tools, shown, tools, is_parallel)
+        name = _chosen_name(choice, "tool_choice")
         if name not in tools:
-            raise InvalidRequest(f"tool_choice names {name!r}, which is not in tools", f"tool_choice.{kind}.name")
+            raise InvalidRequest(
+                f"tool_choice names {name!r}, which is not in tools", f"tool_choice.{choice.type}.name"
+            )
         return ToolChoice(shown, [tools[name]], True, is_parallel)
-    choice = body.one_of("tool_choice", ("auto", "none", "required"), "auto") if choice is not None else "auto"
     if choice == "required" and not tools:
         raise InvalidRequest('tool_choice "required" needs tools', "tool_choice")
     if choice == "none" or not tools:
@@ -72,51 +95,28 @@ def _read_choice(body: Fields, tools: dict[str, Tool], shown: list[JSON]) -> Too
     return ToolChoice(shown, list(tools.values()), choice == "required", is_parallel)
 
 
-def _allowed_choice(choice: Fields, shown: list[JSON], tools: dict[str, Tool], is_parallel: bool) -> ToolChoice:
+def _allowed_choice(
+    allowed: AllowedTools | None, shown: list[JSON], tools: dict[str, Tool], is_parallel: bool
+) -> ToolChoice:
     """Read a choice among some of `tools`. All are shown, so that the prompt's prefix stays as it is."""
-    allowed = choice.object("allowed_tools")
+    field = "tool_choice.allowed_tools"
     if allowed is None:
-        choice.fail("allowed_tools", "an object with a mode and tools")
-    mode = allowed.one_of("mode", ("auto", "required"), "auto")
-    names = {_chosen_name(tool)[1] for tool in allowed.objects("tools")}
+        raise InvalidRequest(f"{field} must be an object with a mode and tools, got None", field)
+    names = {_chosen_name(tool, f"{field}.tools[{i}]") for i, tool in enumerate(allowed.tools)}
     if unknown := names - tools.keys():
-        raise InvalidRequest(f"tool_choice names {min(unknown)!r}, which is not in tools", "tool_choice.allowed_tools")
+        raise InvalidRequest(f"tool_choice names {min(unknown)!r}, which is not in tools", field)
     allowed_tools = [tool for name, tool in tools.items() if name in names]
     if not allowed_tools:
         return ToolChoice(None, [], False, is_parallel)
-    return ToolChoice(shown, allowed_tools, mode == "required", is_parallel)
+    return ToolChoice(shown, allowed_tools, allowed.mode == "required", is_parallel)
 
 
-def _read_function(function: Fields, path: str) -> Tool:
-    name = _read_name(function)
-    function.text("description")
-    parameters = function.object("parameters") or Fields(NO_PARAMETERS, f"{path}.function.parameters")
-    parameters.one_of("type", ("object",), "object")
-    parameters.object("properties")
-    parameters.strings("required")
-    field = f"{path}.function.parameters"
-    return Tool(name, {"type": "object", **parameters.values}, function.flag("strict"), field)
-
-
-def _read_custom(custom: Fields, path: str) -> Tool:
-    name, lark = _read_name(custom), lark_of(custom)
-    return Tool(name, INPUT_SCHEMA, bool(lark), f"{path}.custom.format.grammar.definition" if lark else "", lark)
-
-
-def _read_name(tool: Fields) -> str:
-    name = tool.text("name")
-    if not NAME.fullmatch(name):
-        tool.fail("name", "1 to 128 letters, digits, or characters of _ . : / -")
-    return name
-
-
-def _chosen_name(choice: Fields) -> tuple[str, str]:
-    """Return (kind, name) of the tool that is chosen."""
-    kind = choice.one_of("type", (FUNCTION, CUSTOM), FUNCTION)
-    tool = choice.object(kind)
-    if tool is None or not tool.has("name"):
-        choice.fail(kind, 'an object with a "name"')
-    return kind, tool.text("name")
+def _chosen_name(choice: ToolChoiceBody | ChosenTool, path: str) -> str:
+    """Return the name of the tool that is chosen."""
+    tool = choice.function if choice.type == FUNCTION else choice.custom
+    if tool is None or not tool.name:
+        raise choice.wrong(choice.type, 'an object with a "name"', path)
+    return tool.name
 
 
 def tool_constraint(choice: ToolChoice, format_: ToolFormat) -> JSON | None:

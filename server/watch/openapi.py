@@ -25,6 +25,16 @@ from server.apis.native import AbortRequest
 from server.apis.ollama_embeddings import EmbedPromptRequest, EmbedRequest
 from server.apis.request_logging import LoggingRequest
 from server.apis.sessions import CloseSession, OpenSession
+from server.apis.text import ParseFunctionCallRequest, SeparateReasoningRequest
+from server.reading.openai_body import (
+    ChatRequest,
+    ChatTool,
+    CompletionRequest,
+    DetokenizeRequest,
+    Message,
+    ResponseFormat,
+    TokenizeRequest,
+)
 from server.reading.protocol import (
     JSON,
     ErrorShape,
@@ -87,29 +97,29 @@ HEALTH = Operation(
     "Judged by the age of the last step and of the oldest queued request", "server", answer=ref("Health"),
     statuses=(503,), is_open=True, error=HEALTH_ERROR,
 )  # fmt: skip
-TOKENIZE = Operation("Token ids of texts, or of a conversation", "tokens", ref("TokenizeRequest"), ANY_OBJECT)
+TOKENIZE = Operation("Token ids of texts, or of a conversation", "tokens", TokenizeRequest, ANY_OBJECT)
 DETOKENIZE = Operation(
     "Text of token ids",
     "tokens",
-    ref("DetokenizeRequest"),
+    DetokenizeRequest,
     obj({"text": or_list(STRING), "prompt": {**or_list(STRING), "description": "the same, vLLM's name"}}, ["text"]),
 )
 COMPLETIONS = Operation(
-    "Complete prompts", "OpenAI", ref("CompletionRequest"), ref("OpenAIAnswer"), is_streaming=True, statuses=(404, 429)
+    "Complete prompts", "OpenAI", CompletionRequest, ref("OpenAIAnswer"), is_streaming=True, statuses=(404, 429)
 )
 CHAT_COMPLETIONS = Operation(
-    "Answer a conversation", "OpenAI", ref("ChatRequest"), ref("OpenAIAnswer"), is_streaming=True, statuses=(404, 429)
+    "Answer a conversation", "OpenAI", ChatRequest, ref("OpenAIAnswer"), is_streaming=True, statuses=(404, 429)
 )
 RENDER = Operation(
-    "The prompt that a conversation makes", "OpenAI", ref("ChatRequest"),
+    "The prompt that a conversation makes", "OpenAI", ChatRequest,
     obj({"prompt": STRING, "prompt_token_ids": TOKEN_IDS}, ["prompt", "prompt_token_ids"]), statuses=(404,),
 )  # fmt: skip
 PARSE_FUNCTION_CALL = Operation(
-    "Tool calls in a text", "tokens", ref("ParseFunctionCallRequest"),
+    "Tool calls in a text", "tokens", ParseFunctionCallRequest,
     obj({"normal_text": STRING, "calls": array(ANY_OBJECT)}, ["normal_text", "calls"]),
 )  # fmt: skip
 SEPARATE_REASONING = Operation(
-    "Reasoning in a text", "tokens", ref("SeparateReasoningRequest"),
+    "Reasoning in a text", "tokens", SeparateReasoningRequest,
     obj({"reasoning_text": STRING, "text": STRING}, ["reasoning_text", "text"]),
 )  # fmt: skip
 MODELS = Operation("The models there are", "OpenAI", answer=obj({"data": array(ref("ModelCard"))}, ["data"]))
@@ -334,7 +344,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/openapi.json"): Operation("This document", "server", answer=ANY_OBJECT),
 }  # fmt: skip
 
-BODIES = schemas_of([SamplingFields, *{one.body: None for one in OPERATIONS.values() if isinstance(one.body, type)}])
+KEPT_AS_WRITTEN = (SamplingFields, Message, ChatTool, ResponseFormat)  # parts of bodies that have a schema all the same
+BODIES = schemas_of(
+    dict.fromkeys([*KEPT_AS_WRITTEN, *(one.body for one in OPERATIONS.values() if isinstance(one.body, type))])
+)
 ERROR_NAMES: dict[ErrorShape, str] = {
     native_error: "NativeError",
     openai_error: "OpenAIError",

@@ -7,8 +7,6 @@ import msgspec
 
 from engine.declared import MAX_INT, Object
 from engine.request import MIN_PENALTY, TOP_K_ALL
-from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS
-from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
 from server.reading.protocol import JSON, MAX_N, REQUEST_FIELDS
 
 SCHEMAS = "#/components/schemas/"
@@ -107,122 +105,7 @@ EVERYWHERE: dict[str, JSON] = {
     "extra_key": {"type": "string", "description": "cached prefixes are shared within one key only"},
     "cache_salt": {"type": "string", "description": "as extra_key"},
 }
-OPENAI_BOTH: dict[str, JSON] = {
-    **SAMPLING,
-    **EVERYWHERE,
-    "model": STRING,
-    "max_tokens": integer(0),
-    "min_tokens": integer(0),
-    "seed": integer(),
-    "stream_options": obj(
-        {
-            "include_usage": BOOLEAN,
-            "continuous_usage_stats": {"type": "boolean", "description": "with include_usage: in each chunk"},
-        }
-    ),
-    "add_special_tokens": {"type": "boolean", "description": "to texts; default: prompts yes, conversations no"},
-    "include_stop_str_in_output": {"type": "boolean", "description": "as no_stop_trim"},
-    "return_token_ids": {"type": "boolean", "description": "`prompt_token_ids` and `token_ids` of each choice"},
-    "return_tokens_as_token_ids": {"type": "boolean", "description": "in log-probabilities: token_id:17"},
-    "return_meta_info": {"type": "boolean", "description": "with each choice, what /generate tells in `meta_info`"},
-    "user": STRING,
-    "response_format": obj(
-        {
-            "type": {"enum": ["text", "json_object", "json_schema", "structural_tag"]},
-            "json_schema": obj({"name": STRING, "schema": ANY_OBJECT, "strict": BOOLEAN}, ["schema"]),
-            "schema": {**ANY_OBJECT, "description": "of json_object, too"},
-        },
-        ["type"],
-    ),
-    "structured_outputs": obj(
-        {
-            "json": one_of(ANY_OBJECT, STRING),
-            "regex": STRING,
-            "choice": array(STRING, minItems=1),
-            "grammar": STRING,
-            "structural_tag": one_of(ANY_OBJECT, STRING),
-            "json_object": BOOLEAN,
-        }
-    ),
-    "guided_json": one_of(ANY_OBJECT, STRING),
-    "guided_regex": STRING,
-    "guided_choice": array(STRING, minItems=1),
-    "guided_grammar": STRING,
-}
-TEXT_PART = obj({"type": {"enum": ["text", "input_text"]}, "text": STRING}, ["type", "text"])
-FUNCTION_CALL = obj({"name": STRING, "arguments": one_of(STRING, ANY_OBJECT)}, ["name"])
-TOOL_CALL = obj({"id": STRING, "type": {"const": "function"}, "function": FUNCTION_CALL}, ["function"])
-FUNCTION_TOOL = obj(
-    {
-        "type": {"const": "function"},
-        "function": obj(
-            {
-                "name": {"type": "string", "pattern": "^[A-Za-z0-9_]{1,64}$"},
-                "description": STRING,
-                "parameters": {**ANY_OBJECT, "description": "JSON schema of an object"},
-                "strict": BOOLEAN,
-            },
-            ["name"],
-        ),
-    },
-    ["type", "function"],
-)
 GRAMMAR_FORMAT: dict[str, JSON] = {"definition": STRING, "syntax": {"enum": ["lark", "regex"]}}
-CUSTOM_TOOL = obj(
-    {
-        "type": {"const": "custom"},
-        "custom": obj(
-            {
-                "name": {"type": "string", "pattern": "^[A-Za-z0-9_]{1,64}$"},
-                "description": STRING,
-                "format": one_of(
-                    obj({"type": {"const": "text"}}, ["type"]),
-                    obj(
-                        {"type": {"const": "grammar"}, "grammar": obj(GRAMMAR_FORMAT, ["definition", "syntax"])},
-                        ["type", "grammar"],
-                    ),
-                ),
-            },
-            ["name"],
-        ),
-    },
-    ["type", "custom"],
-)
-TOOL = one_of(FUNCTION_TOOL, CUSTOM_TOOL)
-MESSAGE = obj(
-    {
-        "role": {"enum": ["system", "developer", "user", "assistant", "tool", "function"]},
-        "content": one_of(STRING, array(TEXT_PART), {"type": "null"}),
-        "name": STRING,
-        "tool_calls": array(TOOL_CALL),
-        "tool_call_id": STRING,
-        "reasoning_content": STRING,
-    },
-    ["role", "content"],
-)
-CHAT: dict[str, JSON] = {
-    "messages": array(ref("Message"), minItems=1),
-    "tools": array(TOOL),
-    "tool_choice": one_of(
-        {"enum": ["auto", "none", "required"]},
-        obj({"type": {"const": "function"}, "function": obj({"name": STRING}, ["name"])}, ["function"]),
-        obj({"type": {"const": "custom"}, "custom": obj({"name": STRING}, ["name"])}, ["type", "custom"]),
-    ),
-    "parallel_tool_calls": BOOLEAN,
-    "reasoning_effort": one_of(
-        {"enum": ["none", "minimal", "low", "medium", "high", "xhigh", "max"]},
-        number(0, 0.99),
-    ),
-    "max_thinking_tokens": {**integer(0), "description": "of reasoning, which is ended after so many"},
-    "include_reasoning": {"type": "boolean", "description": "false: reasoning is left out; default: true"},
-    "separate_reasoning": {"type": "boolean", "description": "reasoning in `reasoning_content`; default: true"},
-    "stream_reasoning": {"type": "boolean", "description": "as it comes, not when it has ended; default: true"},
-    "chat_template_kwargs": ANY_OBJECT,
-    "thinking": obj({"type": {"enum": ["enabled", "adaptive", "disabled"]}}),
-    "input_ids": {**TOKEN_IDS, "description": "in place of what the template makes of the messages"},
-    "add_generation_prompt": BOOLEAN,
-    "continue_final_message": BOOLEAN,
-}
 USAGE = obj(
     {
         "prompt_tokens": integer(0),
@@ -427,58 +310,15 @@ OLLAMA_BOTH: dict[str, JSON] = {
     "think": one_of(BOOLEAN, {"enum": ["low", "medium", "high"]}),
     "keep_alive": one_of(STRING, integer()),
 }
-PROMPTS = one_of(STRING, TOKEN_IDS, array(STRING, minItems=1), array(TOKEN_IDS, minItems=1))
-POOLED: dict[str, JSON] = {"model": STRING, **{name: EVERYWHERE[name] for name in EVERYWHERE if name != "stream"}}
-
-HIDDEN_STATES: JSON = {
-    "type": "boolean",
-    "description": "the last token's, with --enable-return-hidden-states and stream: false",
-}
-
 COMPONENTS: dict[str, JSON] = {
     "MetaInfo": META_INFO,
     "GenerateAnswer": obj(
         {"text": STRING, "output_ids": array(integer(0)), "meta_info": ref("MetaInfo"), "index": integer(0)},
         ["text", "output_ids", "meta_info"],
     ),
-    "Message": MESSAGE,
-    "CompletionRequest": obj(
-        {
-            **OPENAI_BOTH,
-            "prompt": PROMPTS,
-            "logprobs": integer(0, 20),
-            "return_hidden_states": HIDDEN_STATES,
-            "echo": BOOLEAN,
-            "best_of": integer(1),
-        },
-        ["prompt"],
-    ),
-    "ChatRequest": obj(
-        {
-            **OPENAI_BOTH,
-            **CHAT,
-            "max_completion_tokens": integer(0),
-            "logprobs": BOOLEAN,
-            "return_hidden_states": HIDDEN_STATES,
-            "top_logprobs": integer(0, 20),
-        },
-        ["messages"],
-    ),
     "Usage": USAGE,
     "OpenAIAnswer": OPENAI_ANSWER,
     "ModelCard": MODEL_CARD,
-    "TokenizeRequest": obj({**CHAT, "prompt": or_list(STRING), "text": or_list(STRING), "add_special_tokens": BOOLEAN}),
-    "DetokenizeRequest": obj(
-        {"tokens": one_of(TOKEN_IDS, array(TOKEN_IDS, minItems=1)), "skip_special_tokens": BOOLEAN}, ["tokens"]
-    ),
-    "ParseFunctionCallRequest": obj(
-        {"text": STRING, "tools": array(TOOL), "tool_call_parser": {"enum": [*TOOL_FORMATS, *TOOL_ALIASES]}},
-        ["text", "tools", "tool_call_parser"],
-    ),
-    "SeparateReasoningRequest": obj(
-        {"text": STRING, "reasoning_parser": {"enum": [*REASONING_FORMATS, *REASONING_ALIASES]}},
-        ["text", "reasoning_parser"],
-    ),
     "Health": obj(
         {
             "status": {"enum": ["ok", "starting", "stuck", "stopping", "stopped"]},
