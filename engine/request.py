@@ -73,6 +73,7 @@ def _ranges() -> dict[str, tuple[float, float, str]]:
 
 
 RANGES = _ranges()
+SAMPLING_NAMES = frozenset(SamplingFields.__struct_fields__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,7 @@ class SamplingParams:
         """Read a JSON object. Null means the default; an unknown key or a wrong type is an `InvalidRequest`."""
         if not isinstance(given, dict):
             raise InvalidRequest("sampling_params must be an object", "sampling_params")
-        unknown = given.keys() - SamplingFields.__struct_fields__
+        unknown = given.keys() - SAMPLING_NAMES
         if unknown:
             raise InvalidRequest(
                 f"unknown sampling parameter: {', '.join(sorted(map(str, unknown)))}", "sampling_params"
@@ -118,11 +119,16 @@ class SamplingParams:
         values = {**(defaults or {}), **{name: value for name, value in given.items() if value is not None}}
         if "max_new_tokens" in given and given["max_new_tokens"] is None:
             values.pop("max_new_tokens", None)  # the class's default, also where None is the caller's
-        read = {**values, **convert(values, SamplingFields).given(values)}
-        for name in MAX_STOP_CHARS.keys() & read.keys():  # a lone string is a list of one
-            texts = read[name]
-            read[name] = [text for text in ([texts] if isinstance(texts, str) else texts) if text]
-        return cls(**read)
+        return cls.of_fields({**values, **convert(values, SamplingFields).given(values)})
+
+    @classmethod
+    def of_fields(cls, values: dict[str, Any]) -> "SamplingParams":
+        """Make parameters of values that are as `SamplingFields` declares them."""
+        values = values.copy()
+        for name in MAX_STOP_CHARS:  # a lone string is a list of one
+            if (texts := values.get(name)) is not None:
+                values[name] = [text for text in ([texts] if isinstance(texts, str) else texts) if text]
+        return cls(**values)
 
     @property
     def is_greedy(self) -> bool:
@@ -150,7 +156,8 @@ class SamplingParams:
 
         for name, (low, high, rule) in RANGES.items():
             value = getattr(self, name)
-            check(value is None or low <= value <= high, name, rule)
+            if value is not None and not low <= value <= high:
+                check(False, name, rule)
         check(math.isfinite(self.temperature), "temperature", "a finite number")
         limit = math.inf if self.max_new_tokens is None else self.max_new_tokens
         check(0 <= self.min_new_tokens <= limit, "min_new_tokens", f"between 0 and max_new_tokens, which is {limit}")

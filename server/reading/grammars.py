@@ -29,7 +29,10 @@ def names_of_constraint(body: OpenAIFields) -> dict[str, str]:
 
 def _found(body: OpenAIFields) -> dict[str, tuple[str, Any]]:
     """Return the client's name -> (sampling field, value) of each constraint in the body."""
-    found = {name: (ALONE[name], value) for name, value in body.given(OWN_CONSTRAINTS).items()}
+    alone = body.given(ALONE)
+    if not alone and body.response_format is None and body.structured_outputs is None:
+        return {}
+    found = {name: (ALONE[name], value) for name, value in alone.items() if name in OWN_CONSTRAINTS}
     if body.response_format is not None:
         format_ = convert(body.response_format, ResponseFormat, "response_format")
         if format_.type != "text":
@@ -40,7 +43,7 @@ def _found(body: OpenAIFields) -> dict[str, tuple[str, Any]]:
             found[f"structured_outputs.{name}"] = STRUCTURED_OUTPUTS[name], value
         if outputs.json_object:
             found["structured_outputs.json_object"] = "json_schema", ANY_OBJECT
-    return found | {name: (ALONE[name], value) for name, value in body.given(GUIDED).items()}
+    return found | {name: (ALONE[name], value) for name, value in alone.items() if name in GUIDED}
 
 
 def _response_format(format_: ResponseFormat, written: JSON) -> tuple[str, str, Any]:

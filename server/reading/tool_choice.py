@@ -46,6 +46,8 @@ def read_tool_choice(body: ChatFields) -> ToolChoice:
 def read_tools(given: list[JSON]) -> tuple[dict[str, Tool], list[JSON], frozenset[str]]:
     """Return the tools by name, all of them as the template is shown them, and the names of the custom ones."""
     tools: dict[str, Tool] = {}
+    if not given:
+        return tools, [], frozenset()
     shown, custom = [], []
     for i, (written, read) in enumerate(zip(given, convert(given, list[ChatTool], "tools"), strict=True)):
         path = f"tools[{i}]"
