@@ -153,7 +153,7 @@ async def test_a_line_cannot_ask_for_a_stream() -> None:
         (chat_line("a", url="/v1/completions"), "url"),
         (chat_line("a", body=None), "body"),
         (chat_line("first"), "was used before"),
-        ("[" * 300 + "]" * 300, "inside each other"),
+        ("[" * 300 + "]" * 300, "the line must be a JSON object"),
     ],
 )
 async def test_a_wrong_line_fails_the_batch_before_anything_is_computed(line: Any, message: str) -> None:

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 from aiohttp import web
+from msgspec import Meta
 
-from engine.declared import convert
+from engine.declared import Object, convert
 from engine.errors import EngineError, InvalidRequest, QueueFull
 from server.apis.files import (
     FileStore,
@@ -46,8 +47,8 @@ from server.reading.protocol import (
     error_response,
     json_response,
     openai_error,
-    parse_json,
-    read_json,
+    parse,
+    read_body,
 )
 
 logger = logging.getLogger(__name__)
@@ -62,9 +63,24 @@ class LineHandler:
     answer: Callable[[Owner, Any], Awaitable[web.StreamResponse]]
 
 
+class BatchRequest(Object, kw_only=True):
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
+    input_file_id: str = ""
+    completion_window: Annotated[str, Meta(description="such as 24h; lines not answered by then are errors")] = "24h"
+    metadata: (
+        Annotated[dict[str, str], Meta(max_length=16, extra={"rule": "an object of at most 16 strings"})] | None
+    ) = None
+
+
+class BatchLine(Object, kw_only=True):
+    custom_id: Annotated[str, Meta(min_length=1)]
+    method: Literal["POST"]
+    url: str
+    body: JSON
+
+
 BATCH_CLIENT = Client("batches", priority=-(1 << 40))  # whoever waits goes first
 MAX_LINES = 50_000  # OpenAI's, as the next
-MAX_METADATA = 16
 MAX_ERRORS = 100  # of a file that is no batch, reported to its client
 MAX_CONCURRENT_LINES = 256  # of all batches
 RETRY_S = 1.0
@@ -181,29 +197,22 @@ class Batches:
     # ---- routes ----
 
     async def create(self, http_request: web.Request) -> web.Response:
-        body = await read_json(http_request)
-        endpoint = body.one_of("endpoint", self.handlers, "")
-        window = WINDOW.fullmatch(body.text("completion_window", "24h"))
+        body = await read_body(http_request, BatchRequest)
+        window = WINDOW.fullmatch(body.completion_window)
         if window is None:
-            body.fail("completion_window", "a number of s, m, h or d, such as 24h")
-        metadata = body.object("metadata")
-        if metadata is not None and (
-            len(metadata.values) > MAX_METADATA or not all(isinstance(text, str) for text in metadata.values.values())
-        ):
-            body.fail("metadata", f"an object of at most {MAX_METADATA} strings")
-        input_id = body.text("input_file_id")
-        self.store.get(http_request, input_id, "input_file_id")
+            raise body.wrong("completion_window", "a number of s, m, h or d, such as 24h")
+        self.store.get(http_request, body.input_file_id, "input_file_id")
         now = int(time.time())
         batch = Batch(
             {
                 "id": new_id("batch_"), "object": "batch", "owner": owner_of(http_request),
-                "endpoint": endpoint, "errors": None,
-                "input_file_id": input_id, "completion_window": window[0], "status": "validating",
+                "endpoint": body.endpoint, "errors": None,
+                "input_file_id": body.input_file_id, "completion_window": window[0], "status": "validating",
                 "output_file_id": None, "error_file_id": None, "created_at": now, "in_progress_at": None,
                 "expires_at": now + int(window[1]) * WINDOW_UNITS_S[window[2]], "finalizing_at": None,
                 "completed_at": None, "failed_at": None, "expired_at": None, "cancelling_at": None,
                 "cancelled_at": None, "request_counts": {"total": 0, "completed": 0, "failed": 0},
-                "metadata": None if metadata is None else metadata.values,
+                "metadata": body.metadata,
             }
         )  # fmt: skip
         self._save(batch.record)
@@ -511,10 +520,9 @@ def check_lines(path: Path, endpoint: str, max_line_bytes: int, max_held_bytes: 
                 if custom_id in custom_ids:
                     raise InvalidRequest(f"custom_id {custom_id[:100]!r} was used before", "custom_id")
                 custom_ids.add(custom_id)
-            except InvalidRequest as error:
-                errors.append(_error("invalid_request", str(error), number, error.field))
-            except BodyTooLarge as error:
-                errors.append(_error("invalid_request", str(error).replace("the body", "the line"), number))
+            except (InvalidRequest, BodyTooLarge) as error:
+                message = str(error).replace("the body", "the line", 1)
+                errors.append(_error("invalid_request", message, number, getattr(error, "field", None)))
             if len(errors) >= MAX_ERRORS:
                 break
     if not num_lines:
@@ -525,7 +533,7 @@ def check_lines(path: Path, endpoint: str, max_line_bytes: int, max_held_bytes: 
 
 
 def _check_line(text: bytes, endpoint: str) -> str:
-    line = Fields(parse_json(text, "the line"))
-    if line.one_of("method", ("POST",), "") and line.one_of("url", (endpoint,), "") and line.object("body") is None:
-        line.fail("body", "an object")
-    return line.text("custom_id") or line.fail("custom_id", "a non-empty string")
+    line = parse(text, BatchLine, "the line")
+    if line.url != endpoint:
+        raise line.wrong("url", repr(endpoint))
+    return line.custom_id

@@ -27,6 +27,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from engine.config import DEBUG, option
+from engine.declared import Object
 from engine.errors import EngineError, InvalidRequest
 from engine.replicas.balance import METHODS, PROMPT_METHODS
 from server.app import answer_errors
@@ -38,7 +39,7 @@ from server.http.intake import BACKLOG, GATE, Gate
 from server.http.keys import ADMIN_PATHS
 from server.http.malformed import shorten_malformed
 from server.http.origins import Origins, guard_origins, is_loopback
-from server.reading.protocol import error_shape, json_response, read_json
+from server.reading.protocol import error_shape, json_response, read_body
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,10 @@ PROMPT_FIELDS = (
     "model", "extra_key", "cache_salt", "system", "instructions", "tools", "messages", "text", "input_ids", "prompt",
     "input",
 )  # fmt: skip
+
+
+class NewWorker(Object):
+    url: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +292,7 @@ class Router:
         self._check_change(request)
         if not request.content_type.endswith(("/json", "+json")):
             raise InvalidRequest(f"Content-Type must be application/json, got {request.content_type}", "Content-Type")
-        return await self._add(str((await read_json(request)).required("url", "a worker's URL")))
+        return await self._add((await read_body(request, NewWorker)).url)
 
     async def add_worker_by_query(self, request: web.Request) -> web.Response:
         self._check_change(request)

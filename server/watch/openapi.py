@@ -11,6 +11,7 @@ from aiohttp import web
 
 from engine.declared import Object
 from engine.request import SamplingFields
+from server.apis.batches import BatchRequest
 from server.apis.clouds import VertexRequest
 from server.apis.embeddings import ClassifyRequest, EmbeddingsRequest, EncodeRequest, RerankRequest, ScoreRequest
 from server.apis.generate import GenerateRequest
@@ -146,7 +147,7 @@ GENERATE_FROM_FILE = Operation(
     form=obj({"file": {"type": "string", "format": "binary"}}, ["file"]),
 )  # fmt: skip
 CREATE_BATCH = Operation(
-    "Answer the lines of a file when nothing more urgent is to be done", "OpenAI", ref("BatchRequest"), ref("Batch"),
+    "Answer the lines of a file when nothing more urgent is to be done", "OpenAI", BatchRequest, ref("Batch"),
     statuses=(404, 503),
 )  # fmt: skip
 

@@ -344,18 +344,6 @@ COMPONENTS: dict[str, JSON] = {
         },
         ["id", "object", "bytes", "created_at", "filename", "purpose"],
     ),
-    "BatchRequest": obj(
-        {
-            "input_file_id": STRING,
-            "endpoint": {"enum": ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]},
-            "completion_window": {
-                "type": "string",
-                "description": "such as 24h; lines not answered by then are errors",
-            },
-            "metadata": {"type": "object", "additionalProperties": STRING},
-        },
-        ["input_file_id", "endpoint"],
-    ),
     "Batch": obj(
         {
             "id": STRING,
