@@ -3,13 +3,17 @@
 import hashlib
 from abc import abstractmethod
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import msgspec
 import orjson
 from aiohttp import web
+from msgspec import Meta
 
-from engine.declared import convert
+from engine.declared import MAX_INT, Int, Object, convert
 from engine.engine import Engine
+from engine.errors import InvalidRequest
+from engine.request import SamplingFields
 from engine.state import FinishReason
 from server.apis.answer import failure_of
 from server.apis.blocks import (
@@ -30,15 +34,14 @@ from server.reading.openai_body import ChatRequest, CompletionRequest
 from server.reading.protocol import (
     JSON,
     REQUEST_FIELDS,
-    Fields,
     encode_prompt,
     json_response,
     ollama_error,
-    read_json,
-    refuse,
+    read_body,
     spelled,
 )
 from server.reading.sampling import read_options, read_sampling_params
+from server.reading.shared_fields import MAX_OBJECTS, PrefixFields
 
 VERSION = "0.12.6"  # of Ollama, whose API this is: clients refuse a server that is too old for them
 NDJSON = {"Content-Type": "application/x-ndjson", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -60,7 +63,71 @@ OUR_NAMES = {name: f"options.{name}" for name in (*SAME_NAMES, "top_k")} | {
 # own dead letter, and `repeat_last_n` a window that is always the whole text here, unless it is 0.
 NEUTRAL = {"mirostat": 0, "tfs_z": 1}
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-ROLES = ("system", "user", "assistant", "tool")
+
+
+class OllamaModel(Object):
+    model: str = ""
+    name: Annotated[str, Meta(description="an older name of model")] = ""
+
+
+class PullRequest(OllamaModel):
+    stream: bool = True
+
+
+class Options(
+    Object, like=SamplingFields, names={name: name for name in SAME_NAMES} | {"repeat_penalty": "repetition_penalty"}
+):
+    if TYPE_CHECKING:
+        repeat_penalty: float | None = None
+    num_predict: Int | None = None
+    repeat_last_n: (
+        Annotated[int, Meta(ge=-1, le=MAX_INT, description="0: no penalties; else they count the whole text")] | None
+    ) = None
+    typical_p: Annotated[float, Meta(ge=0, le=1, description="has no effect, as in Ollama itself")] | None = None
+    top_k: Int | None = None
+    seed: Int | None = None
+    mirostat: Any = None
+    tfs_z: Any = None
+
+
+class OllamaFunction(Object, kw_only=True):
+    name: str
+    arguments: str | JSON | None = None
+
+
+class OllamaCall(Object, kw_only=True):
+    function: OllamaFunction
+    id: str = ""
+
+
+class OllamaMessage(Object, unsupported=("images",), kw_only=True):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str = ""
+    thinking: str | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[OllamaCall] = []
+
+
+class OllamaFields(PrefixFields, unsupported=UNSUPPORTED):
+    model: str = ""
+    name: Annotated[str, Meta(description="an older name of model")] = ""
+    stream: bool = True
+    options: Options | None = None
+    format: Literal["json", ""] | JSON | None = None
+    think: bool | Literal["low", "medium", "high"] | None = None
+    keep_alive: Any = None
+
+
+class OllamaChatRequest(OllamaFields):
+    messages: Annotated[list[OllamaMessage], Meta(max_length=MAX_OBJECTS)] = []
+    tools: list[JSON] = []
+
+
+class OllamaGenerateRequest(OllamaFields, unsupported=("tools",)):
+    prompt: str = ""
+    system: str = ""
+    raw: bool = False
 
 
 class OllamaApi:
@@ -80,9 +147,9 @@ class OllamaApi:
         ]
 
     async def chat(self, http_request: web.Request) -> web.StreamResponse:
-        body = await read_json(http_request)
-        model = ollama_model(self.config, body.text("model") or body.text("name"))
-        messages = [_read_message(message) for message in body.objects("messages")]
+        body = await read_body(http_request, OllamaChatRequest)
+        model = ollama_model(self.config, body.model or body.name)
+        messages = [_read_message(message) for message in body.messages]
         if not messages:
             return json_response(_loaded(model, body, {"message": {"role": "assistant", "content": ""}}))
         with spelled(OUR_NAMES):
@@ -90,30 +157,31 @@ class OllamaApi:
             return await respond_in_blocks(http_request, self.live, ChatLines(turn, model), NDJSON)
 
     async def generate(self, http_request: web.Request) -> web.StreamResponse:
-        body = await read_json(http_request)
-        model = ollama_model(self.config, body.text("model") or body.text("name"))
-        refuse(body, ("tools",))
-        if not body.text("prompt"):
+        body = await read_body(http_request, OllamaGenerateRequest)
+        model = ollama_model(self.config, body.model or body.name)
+        if not body.prompt:
             return json_response(_loaded(model, body, {"response": ""}))
         with spelled(OUR_NAMES):
-            turn = await (self._raw_turn(body) if body.flag("raw") else self._prompt_turn(body))
+            turn = await (self._raw_turn(body) if body.raw else self._prompt_turn(body))
             return await respond_in_blocks(http_request, self.live, GenerateLines(turn, model), NDJSON)
 
-    async def _prompt_turn(self, body: Fields) -> ChatTurn:
-        messages = [{"role": "user", "content": body.text("prompt")}]
-        if body.text("system"):
-            messages.insert(0, {"role": "system", "content": body.text("system")})
+    async def _prompt_turn(self, body: OllamaGenerateRequest) -> ChatTurn:
+        messages = [{"role": "user", "content": body.prompt}]
+        if body.system:
+            messages.insert(0, {"role": "system", "content": body.system})
         return await self.chats.turn(convert(chat_body(body) | {"messages": messages}, ChatRequest))
 
-    async def _raw_turn(self, body: Fields) -> ChatTurn:
+    async def _raw_turn(self, body: OllamaGenerateRequest) -> ChatTurn:
         """Read a prompt that is the client's own: no template, and nothing to parse in its answer."""
-        refuse(body, ("system", "think"))
-        chat = convert(chat_body(body) | {"prompt": body.text("prompt")}, CompletionRequest)
+        for name, value in (("system", body.system), ("think", body.think)):
+            if value:
+                raise InvalidRequest(f"{name} is not supported by this server with raw: true", name)
+        chat = convert(chat_body(body) | {"prompt": body.prompt}, CompletionRequest)
         params = read_sampling_params(chat, self.engine, ("max_tokens",), None)
-        input_ids = await encode_prompt(self.engine, body.text("prompt"), "prompt")
+        input_ids = await encode_prompt(self.engine, body.prompt, "prompt")
         options = read_options(chat, -1)
         options.may_shorten = not self.config.strict_max_tokens
-        return ChatTurn(body.text("prompt"), input_ids, params, options, None)
+        return ChatTurn(body.prompt, input_ids, params, options, None)
 
     # ---- about models ----
 
@@ -125,8 +193,8 @@ class OllamaApi:
         return json_response({"models": [self._card() | held]})
 
     async def show(self, http_request: web.Request) -> web.Response:
-        body = await read_json(http_request)
-        ollama_model(self.config, body.text("model") or body.text("name"))
+        asked = await read_body(http_request, OllamaModel)
+        ollama_model(self.config, asked.model or asked.name)
         model = self.engine.model_config
         template = self.chats.template or self.engine.tokenizer.chat_template
         return json_response(
@@ -146,10 +214,10 @@ class OllamaApi:
 
     async def pull(self, http_request: web.Request) -> web.Response:
         """Answer as if the model had been fetched: it is there, or unknown."""
-        body = await read_json(http_request)
-        ollama_model(self.config, body.text("model") or body.text("name"))
+        body = await read_body(http_request, PullRequest)
+        ollama_model(self.config, body.model or body.name)
         steps: list[JSON] = [{"status": "pulling manifest"}, {"status": "success"}]
-        if not body.flag("stream", True):
+        if not body.stream:
             return json_response(steps[-1])
         return web.Response(body=b"".join(orjson.dumps(step) + b"\n" for step in steps), headers=NDJSON)
 
@@ -186,78 +254,62 @@ class OllamaApi:
 # ---- reading ----
 
 
-def chat_body(body: Fields) -> JSON:
+def chat_body(body: OllamaChatRequest | OllamaGenerateRequest) -> JSON:
     """Return the same request to chat.completions, all but the messages."""
-    refuse(body, UNSUPPORTED)
-    chat = {name: body.get(name) for name in REQUEST_FIELDS if body.has(name)}
-    chat |= {"stream": body.flag("stream", True)} | _read_options(body.object("options") or Fields({}, "options"))
-    if tools := body.array("tools"):
-        chat["tools"] = tools
-    if format_ := body.get("format"):
-        chat["response_format"] = _read_format(body, format_)
-    think = body.get("think")
-    if think is not None:
-        if isinstance(think, str):
-            chat["reasoning_effort"] = body.one_of("think", ("low", "medium", "high"), "medium")
-        is_on = isinstance(think, str) or body.flag("think")
+    chat = body.given(REQUEST_FIELDS) | {"stream": body.stream}
+    if body.options is not None:
+        chat |= _read_options(body.options)
+    if isinstance(body, OllamaChatRequest) and body.tools:
+        chat["tools"] = body.tools
+    if body.format:
+        schema = {"name": "answer", "schema": body.format}
+        is_any = body.format == "json"
+        chat["response_format"] = {"type": "json_object"} if is_any else {"type": "json_schema", "json_schema": schema}
+    if body.think is not None:
+        if isinstance(body.think, str):
+            chat["reasoning_effort"] = body.think
+        is_on = bool(body.think)
         chat["chat_template_kwargs"] = {"enable_thinking": is_on, "thinking": is_on}
     return chat
 
 
-def _read_options(options: Fields) -> JSON:
+def _read_options(options: Options) -> JSON:
     """Read options. Those about hardware are ignored, `num_ctx` too: the context is always the model's."""
     for name, value in NEUTRAL.items():
-        if options.has(name) and options.get(name) != value:
-            options.fail(name, f"{value} (this server has no such sampler)")
-    if not 0 <= options.number("typical_p", 1.0) <= 1:
-        options.fail("typical_p", "in [0, 1]")
-    read: JSON = {name: options.get(name) for name in SAME_NAMES if options.has(name)}
-    if options.integer("num_predict", -1) >= 0:
-        read["max_tokens"] = options.integer("num_predict")
-    if options.has("top_k"):
-        read["top_k"] = options.integer("top_k") or -1  # 0: off
-    if options.integer("seed", -1) >= 0:
-        read["seed"] = options.integer("seed")
-    if options.has("repeat_penalty"):
-        read["repetition_penalty"] = options.get("repeat_penalty")
-    if options.integer("repeat_last_n", -1, low=-1) == 0:
+        if getattr(options, name) not in (None, value):
+            raise options.wrong(name, f"{value} (this server has no such sampler)", "options")
+    read = options.given(SAME_NAMES)
+    if options.num_predict is not None and options.num_predict >= 0:
+        read["max_tokens"] = options.num_predict
+    if options.top_k is not None:
+        read["top_k"] = options.top_k or -1  # 0: off
+    if options.seed is not None and options.seed >= 0:
+        read["seed"] = options.seed
+    if options.repeat_penalty is not None:
+        read["repetition_penalty"] = options.repeat_penalty
+    if options.repeat_last_n == 0:
         read = {name: value for name, value in read.items() if name not in PENALTIES}
     return read
 
 
-def _read_format(body: Fields, format_: Any) -> JSON:
-    if format_ == "json":
-        return {"type": "json_object"}
-    if not isinstance(format_, dict):
-        body.fail("format", '"json" or a JSON schema')
-    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": format_}}
-
-
-def _read_message(message: Fields) -> JSON:
-    refuse(message, ("images",))
-    message.required("role", " or ".join(map(repr, ROLES)))
-    read: JSON = {"role": message.one_of("role", ROLES, "user"), "content": message.text("content")}
-    if message.has("thinking"):
-        read["reasoning_content"] = message.text("thinking")
-    if message.has("tool_name"):
-        read["name"] = message.text("tool_name")
-    if message.has("tool_call_id"):
-        read["tool_call_id"] = message.text("tool_call_id")
-    if calls := message.objects("tool_calls"):
-        read["tool_calls"] = [_read_call(call) for call in calls]
+def _read_message(message: OllamaMessage) -> JSON:
+    read: JSON = {"role": message.role, "content": message.content}
+    if message.thinking is not None:
+        read["reasoning_content"] = message.thinking
+    if message.tool_name is not None:
+        read["name"] = message.tool_name
+    if message.tool_call_id is not None:
+        read["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        read["tool_calls"] = [_read_call(call) for call in message.tool_calls]
     return read
 
 
-def _read_call(call: Fields) -> JSON:
-    call.required("function", "an object")
-    function = call.object("function")
-    assert function is not None
-    function.required("name", "a string")
-    given = function.get("arguments")
+def _read_call(call: OllamaCall) -> JSON:
+    given = call.function.arguments
     if not isinstance(given, str):  # as OpenAI's clients send them
-        arguments = function.object("arguments") or Fields({})
-        given = orjson.dumps(arguments.values).decode()
-    return chat_call(call.text("id"), function.text("name"), given)
+        given = msgspec.json.encode(given or {}).decode()
+    return chat_call(call.id, call.function.name, given)
 
 
 # ---- writing ----
@@ -267,9 +319,9 @@ def _now() -> str:
     return datetime.now(UTC).isoformat()
 
 
-def _loaded(model: str, body: Fields, empty: JSON) -> JSON:
+def _loaded(model: str, body: OllamaFields, empty: JSON) -> JSON:
     """Answer a client that only asks for the model to be loaded, or not to be kept: it stays."""
-    reason = "unload" if body.get("keep_alive") in (0, "0", "0s", "0m", "0h") else "load"
+    reason = "unload" if body.keep_alive in (0, "0", "0s", "0m", "0h") else "load"
     return {"model": model, "created_at": _now(), **empty, "done": True, "done_reason": reason}
 
 

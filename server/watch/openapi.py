@@ -23,6 +23,7 @@ from server.apis.maintenance import (
     WeightRequest,
 )
 from server.apis.native import AbortRequest
+from server.apis.ollama import OllamaChatRequest, OllamaGenerateRequest, OllamaModel, PullRequest
 from server.apis.ollama_embeddings import EmbedPromptRequest, EmbedRequest
 from server.apis.request_logging import LoggingRequest
 from server.apis.sessions import CloseSession, OpenSession
@@ -180,11 +181,11 @@ DELETE_RESPONSE = Operation(
 )
 NDJSON = "application/x-ndjson"
 OLLAMA_CHAT = Operation(
-    "Ollama's chat", "Ollama", ref("OllamaChatRequest"), ref("OllamaAnswer"), is_streaming=True, stream_type=NDJSON,
+    "Ollama's chat", "Ollama", OllamaChatRequest, ref("OllamaAnswer"), is_streaming=True, stream_type=NDJSON,
     statuses=(404, 429),
 )  # fmt: skip
 OLLAMA_GENERATE = Operation(
-    "Ollama's completion", "Ollama", ref("OllamaGenerateRequest"), ref("OllamaAnswer"), is_streaming=True,
+    "Ollama's completion", "Ollama", OllamaGenerateRequest, ref("OllamaAnswer"), is_streaming=True,
     stream_type=NDJSON, statuses=(404, 429),
 )  # fmt: skip
 CONFIGURE_LOGGING = Operation(
@@ -202,12 +203,10 @@ OLLAMA_EMBED_PROMPT = Operation(
     obj({"embedding": array({"type": "number"})}, ["embedding"]), statuses=(404, 429),
 )  # fmt: skip
 OLLAMA_PULL = Operation(
-    "Fetch the model, which is there", "Ollama", obj({"model": STRING, "stream": BOOLEAN}), obj({"status": STRING}),
+    "Fetch the model, which is there", "Ollama", PullRequest, obj({"status": STRING}),
     is_streaming=True, stream_type=NDJSON, statuses=(404,),
 )  # fmt: skip
-OLLAMA_SHOW = Operation(
-    "About the model", "Ollama", obj({"model": STRING}), obj({"capabilities": array(STRING)}), statuses=(404,)
-)
+OLLAMA_SHOW = Operation("About the model", "Ollama", OllamaModel, obj({"capabilities": array(STRING)}), statuses=(404,))
 OLLAMA_MODELS = obj({"models": array(ANY_OBJECT)}, ["models"])
 EMBEDDINGS = Operation("Vectors of length 1", "OpenAI", EmbeddingsRequest, ref("Embeddings"), statuses=(404, 429))
 ENCODE = Operation(

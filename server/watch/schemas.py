@@ -280,36 +280,6 @@ RESPONSES_REQUEST = obj(
     ["input"],
 )
 
-OLLAMA_MESSAGE = obj(
-    {
-        "role": {"enum": ["system", "user", "assistant", "tool"]},
-        "content": STRING,
-        "thinking": STRING,
-        "tool_name": STRING,
-        "tool_calls": array(obj({"function": obj({"name": STRING, "arguments": ANY_OBJECT}, ["name"])}, ["function"])),
-    },
-    ["role", "content"],
-)
-OLLAMA_BOTH: dict[str, JSON] = {
-    **SHARED_FIELDS,
-    "options": obj(
-        {
-            **{
-                name: SAMPLING[name]
-                for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "stop")
-            },
-            "num_predict": integer(),
-            "repeat_last_n": {**integer(-1), "description": "0: no penalties; else they count the whole text"},
-            "typical_p": {**number(0, 1), "description": "has no effect, as in Ollama itself"},
-            "top_k": integer(0, TOP_K_ALL),
-            "seed": integer(),
-            "repeat_penalty": SAMPLING["repetition_penalty"],
-        }
-    ),
-    "format": one_of({"const": "json"}, ANY_OBJECT),
-    "think": one_of(BOOLEAN, {"enum": ["low", "medium", "high"]}),
-    "keep_alive": one_of(STRING, integer()),
-}
 COMPONENTS: dict[str, JSON] = {
     "MetaInfo": META_INFO,
     "GenerateAnswer": obj(
@@ -407,8 +377,6 @@ COMPONENTS |= {
         },
         ["id", "object", "status", "output", "usage"],
     ),
-    "OllamaChatRequest": obj({**OLLAMA_BOTH, "messages": array(OLLAMA_MESSAGE), "tools": array(ANY_OBJECT)}),
-    "OllamaGenerateRequest": obj({**OLLAMA_BOTH, "prompt": STRING, "system": STRING, "raw": BOOLEAN}),
     "OllamaAnswer": obj(
         {
             "model": STRING,
