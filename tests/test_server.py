@@ -1033,3 +1033,12 @@ def test_help_names_every_option_and_its_group(capsys: pytest.CaptureFixture[str
         assert "--" + name.replace("_", "-") in text
     for group in ("model:", "memory:", "HTTP server:", "API:"):
         assert group in text
+
+
+async def test_integers_of_any_length_in_tools_and_calls_are_no_error(client: Client) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 10**30}}}
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 10**30}}}]}
+    messages = [{"role": "user", "content": "a"}, called, {"role": "tool", "content": "1"}]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    answer = await client.post("/v1/chat/completions", json={"messages": messages, "tools": tools})
+    assert answer.status == 200, await answer.text()

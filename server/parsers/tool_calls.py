@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import orjson
 
 from engine.text.schemas import NOT_STRICT
@@ -325,7 +326,7 @@ class Arguments:
 
 
 def json_of(value: Any) -> str:
-    return orjson.dumps(value).decode()
+    return msgspec.json.encode(value).decode()  # a client's integers may have more than 64 bits
 
 
 def text_of(value: Any) -> str:

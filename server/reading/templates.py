@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
+import msgspec
 
 from engine.errors import InvalidRequest
 from server.reading.protocol import JSON
@@ -97,7 +97,7 @@ def _shaped(message: JSON, traits: TemplateTraits) -> JSON:
 
 def _with_text_arguments(call: JSON) -> JSON:
     function = call["function"]
-    return {**call, "function": {**function, "arguments": orjson.dumps(function["arguments"]).decode()}}
+    return {**call, "function": {**function, "arguments": msgspec.json.encode(function["arguments"]).decode()}}
 
 
 def _calling(name: str, arguments: Any = None) -> JSON:
