@@ -30,6 +30,7 @@ from server.__main__ import main
 from server.app import build_app
 from server.config import ServerConfig, parse_args
 from server.http.sse import HIGH_WATER_BYTES, EventStream
+from server.parsers.tool_calls import json_of
 from tests.fake_engine import FakeEngine, events_of, serving
 from tests.test_engine import running_engine
 
@@ -1042,3 +1043,4 @@ async def test_integers_of_any_length_in_tools_and_calls_are_no_error(client: Cl
     tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
     answer = await client.post("/v1/chat/completions", json={"messages": messages, "tools": tools})
     assert answer.status == 200, await answer.text()
+    assert json_of({"a": 10**30}) == f'{{"a":{10**30}}}'  # as models that are told of tools in a text read it
