@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.layers.rotary import inverse_frequencies
-from engine.models.names import Ignore, Interleave, Rename, Rule, Split, Stack, Transpose, pieces_of
+from engine.models.names import Copy, Ignore, Interleave, Rename, Rule, Split, Stack, Transpose, pieces_of
 from kernels.elementwise import rope_and_store_torch
 from kernels.weights import ShapeError
 
@@ -73,6 +73,15 @@ def test_interleaved_rotary_pairs_become_halves_and_scores_stay_the_same() -> No
     scores = torch.einsum("thd,shd->hts", ours, cache[0])
     torch.testing.assert_close(scores, torch.einsum("thd,shd->hts", q, k))
     assert pieces_of("v_proj.weight", [rule])[0].transforms == ()
+
+
+def test_a_tensor_may_be_loaded_under_two_names() -> None:
+    rules = [Copy(r"(^layers\.1\.)k_proj\.", r"\1v_proj.")]
+    assert [piece.name for piece in pieces_of("layers.1.k_proj.weight", rules)] == [
+        "layers.1.k_proj.weight",
+        "layers.1.v_proj.weight",
+    ]
+    assert [piece.name for piece in pieces_of("layers.11.k_proj.weight", rules)] == ["layers.11.k_proj.weight"]
 
 
 def test_numbered_tensors_become_one_stack() -> None:

@@ -30,6 +30,15 @@ LONGROPE = {
 }
 LOCAL_GLOBAL = ["sliding_attention", "full_attention", "sliding_attention"]
 LOCAL_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+GEMMA_4 = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "global_head_dim": 32,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 384,
+    "final_logit_softcapping": 3.0,
+}
 # (transformers' config class, what differs from conftest's sizes)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi 3": ("Phi3Config", {"sliding_window": 8, "pad_token_id": 0}),
@@ -54,6 +63,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                 "sliding_attention": LOCAL_ROPE,
                 "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
             },
+        },
+    ),
+    "gemma 4": ("Gemma4TextConfig", GEMMA_4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    "gemma 4, all layers with values": ("Gemma4TextConfig", GEMMA_4 | {"attention_bias": True}),
+    "gemma 4 E2B": (
+        "Gemma4TextConfig",
+        GEMMA_4 | {
+            "num_hidden_layers": 6,
+            "layer_types": ["full_attention", *LOCAL_GLOBAL[:2] * 2, "full_attention"],
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 8,
         },
     ),
     "granite 3": (
@@ -248,15 +269,24 @@ def save_image_model(name: str, folder: Path, **text: Any) -> None:
 
     configs = {
         "gemma 3": lambda: hf.Gemma3Config(
-            text_config=hf.Gemma3TextConfig(**TEXT, **text), vision_config=hf.SiglipVisionConfig(**VISION)
+            text_config=hf.Gemma3TextConfig(**TEXT | text), vision_config=hf.SiglipVisionConfig(**VISION)
+        ),
+        "gemma 4": lambda: hf.Gemma4Config(
+            text_config=hf.Gemma4TextConfig(**TEXT | text),
+            vision_config=hf.Gemma4VisionConfig(
+                **VISION, num_key_value_heads=2, head_dim=16, position_embedding_size=16
+            ),
+            audio_config=hf.Gemma4AudioConfig(
+                hidden_size=32, num_hidden_layers=1, num_attention_heads=2, output_proj_dims=32
+            ),
         ),
         "mistral small 3": lambda: hf.Mistral3Config(
-            text_config=hf.MistralConfig(**TEXT, **text),
+            text_config=hf.MistralConfig(**TEXT | text),
             vision_config=hf.PixtralVisionConfig(**VISION, head_dim=16),
             tie_word_embeddings=False,
         ),
         "ministral 3": lambda: hf.Mistral3Config(
-            text_config=hf.Ministral3Config(**TEXT, **text),
+            text_config=hf.Ministral3Config(**TEXT | text),
             vision_config=hf.PixtralVisionConfig(**VISION, head_dim=16),
             tie_word_embeddings=True,
         ),
@@ -280,6 +310,7 @@ def image_model_logits(folder: Path, ids: list[int]) -> torch.Tensor:
     ("name", "text"),
     [
         ("gemma 3", {"layer_types": LOCAL_GLOBAL, "sliding_window": 8}),
+        ("gemma 4", FAMILIES["gemma 4 E2B"][1]),
         ("mistral small 3", {"sliding_window": None}),
         ("ministral 3", FAMILIES["ministral 3"][1]),
     ],
@@ -311,6 +342,22 @@ def test_both_ways_of_naming_the_language_half_are_read_and_an_override_reaches_
         assert load_config(tmp_path, EngineConfig(json_model_override_args=override)).num_hidden_layers == 2
 
 
+def test_a_context_no_longer_than_the_window_changes_nothing_but_the_windows(made: Callable[[str], Path]) -> None:
+    folder, ids = made("gemma 4"), random_ids(8, seed=3)
+    engine = TinyEngine(folder, context_length=8)
+    assert engine.config.windows == (-1,) * 4
+    torch.testing.assert_close(engine.forward({0: ids}), reference_logits(folder, ids), rtol=0, atol=MAX_DIFFERENCE)
+
+
+def test_keys_that_layers_do_not_read_may_be_in_the_file(made: Callable[[str], Path]) -> None:
+    from engine.models.names import pieces_of
+
+    names = TinyEngine(made("gemma 4 E2B")).model.names
+    for name in ("k_proj", "v_proj", "k_norm"):
+        assert pieces_of(f"model.layers.3.self_attn.{name}.weight", names) == []
+        assert len(pieces_of(f"model.layers.2.self_attn.{name}.weight", names)) == 1
+
+
 def test_files_of_before_name_windows_and_local_rotation_in_their_own_way(
     make_tiny_model: MakeTinyModel, tmp_path: Path
 ) -> None:
@@ -332,6 +379,8 @@ def test_files_of_before_name_windows_and_local_rotation_in_their_own_way(
 @pytest.mark.parametrize(
     ("family", "overrides", "message"),
     [
+        ("gemma 4", {"enable_moe_block": True}, "enable_moe_block is not supported"),
+        ("gemma 4", {"num_kv_shared_layers": 4}, "num_kv_shared_layers 4 leaves no layer"),
         ("gemma 3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
         ("smollm 3", {"no_rope_layers": [1, 0]}, "no_rope_layers names 2 layers, num_hidden_layers is 4"),
         ("granite 3", {"residual_multiplier": "2"}, "residual_multiplier must be a positive number, got '2'"),

@@ -122,6 +122,19 @@ class Interleave:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """Load a tensor twice, the second time under the name in which `to` replaces what `pattern` finds."""
+
+    pattern: str
+    to: str
+
+    def __call__(self, piece: Piece) -> Iterable[Piece]:
+        yield piece
+        if re.search(self.pattern, piece.name):
+            yield Piece(re.sub(self.pattern, self.to, piece.name, count=1), piece.transforms, piece.index)
+
+
+@dataclass(frozen=True)
 class Stack:
     """Put tensors that are numbered into one stack: the first group of `pattern` is the number, `to` the new name."""
 

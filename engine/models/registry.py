@@ -32,6 +32,8 @@ REGISTRY = {
     "Gemma2ForCausalLM": "gemma:Gemma2",
     "Gemma3ForCausalLM": "gemma:Gemma3",
     "Gemma3ForConditionalGeneration": "gemma:Gemma3",
+    "Gemma4ForCausalLM": "gemma4:Gemma4",
+    "Gemma4ForConditionalGeneration": "gemma4:Gemma4",
     "GemmaForCausalLM": "gemma:Gemma",
     "Glm4ForCausalLM": "glm:Glm4",
     "GlmForCausalLM": "glm:Glm",
