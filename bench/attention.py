@@ -128,6 +128,7 @@ class Batch:
     num_decodes: int
     q_lens_host: np.ndarray
     seq_lens_host: np.ndarray
+    slot_map: torch.Tensor | None = None
     shared: SharedPrefixes | None = None
     is_for_graph: bool = False
 

@@ -46,6 +46,11 @@ LayerCache = KV | Latent
 """Cache entry of one layer; a model's layout is a tuple of entries, one per layer."""
 
 
+def has_window(entry: LayerCache) -> bool:
+    """Return whether a layer with this entry sees a window of last tokens only."""
+    return isinstance(entry, KV) and entry.window is not None
+
+
 def bytes_per_token(layout: Sequence[LayerCache], dtype: torch.dtype) -> int:
     """Return the bytes of one slot over all layers."""
     return sum(entry.values_per_token for entry in layout) * dtype.itemsize

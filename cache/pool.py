@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cache.layout import KV, LayerCache, buffer_shape, bytes_per_token
+from cache.layout import KV, LayerCache, buffer_shape, bytes_per_token, has_window
 
 
 class KVViews(NamedTuple):
@@ -24,17 +24,28 @@ class LatentViews(NamedTuple):
 class CachePool:
     """Hold `num_slots` tokens for every layer of a model.
 
-    Layers with equal entries share one buffer, and all buffers use the same slot numbers. `pool[layer]` returns the
-    views of a layer, of the type that its entry in the layout requires.
+    Layers with equal entries share one buffer, and all buffers use the same slot numbers; or those of layers that see a
+    window have fewer slots with numbers of their own, and `window_slots` is the one of each slot. `pool[layer]` returns
+    the views of a layer, of the type that its entry in the layout requires.
     """
 
     def __init__(
-        self, layout: Sequence[LayerCache], num_slots: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        layout: Sequence[LayerCache],
+        num_slots: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        num_window_slots: int | None = None,
     ) -> None:
         """Allocate the buffers. Raises torch.OutOfMemoryError if there is no room.
 
-        num_slots: page 0, where padding writes, included.
+        num_slots: page 0, where padding writes, included. num_window_slots: likewise, of layers that see a window, if
+        they have slots of their own.
         """
+        self.num_window_slots = num_window_slots
+        self.window_slots: torch.Tensor | None = None  # int32 [num_slots], on the device; each step brings its own
+        if num_window_slots is not None:
+            self.window_slots = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self.layout, self.num_slots, self.dtype = tuple(layout), num_slots, dtype
         self.bytes_per_token = bytes_per_token(self.layout, dtype)
         self._device = device
@@ -47,7 +58,10 @@ class CachePool:
         self.buffers: list[torch.Tensor] = []
         for entry in dict.fromkeys(self.layout):
             layers = [i for i, other in enumerate(self.layout) if other == entry]
-            shape = buffer_shape(entry, len(layers), self.num_slots)
+            num_slots = self.num_slots
+            if self.num_window_slots is not None and has_window(entry):
+                num_slots = self.num_window_slots
+            shape = buffer_shape(entry, len(layers), num_slots)
             buffer = torch.zeros(shape, dtype=self.dtype, device=self._device)
             self.buffers.append(buffer)
             views.update(zip(layers, (_views(entry, part) for part in buffer), strict=True))

@@ -14,7 +14,7 @@ import heapq
 import itertools
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import ClassVar, NamedTuple, Optional
 
 import numpy as np
 
@@ -61,6 +61,7 @@ class Node:
 class Match(NamedTuple):
     slots: np.ndarray  # int32 [num_tokens] of the prefix
     node: Node  # ends where the prefix ends; the root when nothing matched
+    num_whole: int  # leading tokens behind which a request can go on: all, but where layers have a window
 
 
 class Prefix(NamedTuple):
@@ -101,10 +102,12 @@ class RadixStats:
 class RadixCache:
     """Own the slots of cached prefixes; all others are the caller's. `token_ids` are int32 [n], and are copied."""
 
+    node_class: ClassVar[type[Node]] = Node
+
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
         self._page_bytes = page_size * TOKEN_BYTES
-        self.root = Node(None, None, b"", NO_SLOTS)
+        self.root = self.node_class(None, None, b"", NO_SLOTS)
         self.num_evictable = 0
         self.num_locked = 0
         self._num_nodes = 0
@@ -117,6 +120,10 @@ class RadixCache:
         # evict() puts off or drops what it finds out of date.
         self._heap: list[tuple[int, int, Node]] = []
         self._serial = itertools.count()  # breaks ties, nodes do not compare
+
+    def new_empty(self) -> "RadixCache":
+        """Return another tree like this one, without nodes."""
+        return type(self)(self.page_size)
 
     @property
     def num_cached(self) -> int:
@@ -134,12 +141,16 @@ class RadixCache:
         self._num_lookup_tokens += len(data) // TOKEN_BYTES
         self._num_hit_tokens += num_matched
         if not path:
-            return Match(NO_SLOTS, self.root)
-        return Match(np.concatenate([node.slots for node in path]), path[-1])
+            return Match(NO_SLOTS, self.root, 0)
+        return Match(np.concatenate([node.slots for node in path]), path[-1], num_matched)
 
     def match_len(self, token_ids: np.ndarray, extra_key: str = "") -> int:
         """Return the number of tokens that `match` would find. Changes nothing: for ordering a queue."""
         return self._walk(self._whole_pages(token_ids), extra_key)[1]
+
+    def whole_len(self, node: Node, limit: int) -> int:
+        """Return the tokens, `limit` at most, of the prefix that ends at `node` behind which a request can go on."""
+        return min(node.depth_tokens, limit)
 
     def insert(self, token_ids: np.ndarray, slots: np.ndarray, extra_key: str = "") -> tuple[int, Node]:
         """Put the whole pages of `token_ids` into the tree. Returns (num_existing, the node where they end).
@@ -157,7 +168,7 @@ class RadixCache:
         rest = data[num_existing * TOKEN_BYTES :]
         page = rest[: self._page_bytes]
         key = page if path else (extra_key, page)
-        leaf = Node(node, key, rest, slots[num_existing:num_whole].copy())
+        leaf = self.node_class(node, key, rest, slots[num_existing:num_whole].copy())
         leaf.last_access = self._now
         node.children[key] = leaf
         self._num_nodes += 1
@@ -209,6 +220,7 @@ class RadixCache:
             assert parent is not None
             del parent.children[node.key]
             node.lock_ref = EVICTED
+            self._on_evicted(node)
             freed.append(node.slots)
             num_freed += len(node.slots)
             self._num_nodes -= 1
@@ -332,7 +344,7 @@ class RadixCache:
         parent = node.parent
         assert parent is not None
         cut = depth_tokens - parent.depth_tokens
-        upper = Node(parent, node.key, node.data[: cut * TOKEN_BYTES], node.slots[:cut].copy())
+        upper = self.node_class(parent, node.key, node.data[: cut * TOKEN_BYTES], node.slots[:cut].copy())
         upper.lock_ref, upper.last_access, upper.hits = node.lock_ref, node.last_access, node.hits
         parent.children[node.key] = upper
         node.data, node.slots = node.data[cut * TOKEN_BYTES :], node.slots[cut:].copy()
@@ -340,6 +352,9 @@ class RadixCache:
         upper.children[node.key] = node
         self._num_nodes += 1
         return upper
+
+    def _on_evicted(self, node: Node) -> None:
+        """Take note that `node` has left the tree: for trees that know more of a node."""
 
     def _push_if_evictable(self, node: Node) -> None:
         if not node.in_heap and not node.children and node.lock_ref == 0 and node.parent is not None:

@@ -12,9 +12,10 @@ import torch
 from torch.distributed import TCPStore
 
 from cache.allocator import PageAllocator
-from cache.layout import bytes_per_token
 from cache.pool import CachePool
 from cache.radix import NoCache, RadixCache
+from cache.window import WindowSlots
+from cache.window_radix import WindowRadixCache
 from engine.checkpoint.folder import resolve_model, resolve_tokenizer
 from engine.checkpoint.weights import load_weights
 from engine.config import EngineConfig
@@ -39,6 +40,7 @@ from engine.step.memory import MemoryBudget, plan_memory
 from engine.step.model_runner import ModelRunner
 from engine.step.sampler import Sampler
 from engine.step.warmup import compile_kernels, load_kernels, measure_step
+from engine.step.window_memory import KVSplit, max_window
 from engine.text.grammar import GrammarCompiler, MaskFiller
 from engine.text.no_tokenizer import NoTokenizer
 from engine.text.tokenizer import Tokenizer
@@ -202,13 +204,18 @@ def _new_scheduler(config: EngineConfig, model_config: ModelConfig, runner: Mode
     assert config.chunked_prefill_size and config.random_seed is not None
     is_eos = np.zeros(model_config.vocab_size, bool)
     is_eos[[token for token in model_config.eos_token_ids if token < model_config.vocab_size]] = True
-    cache_class = NoCache if config.disable_radix_cache else RadixCache
+    page_size, kv = config.page_size, runner.kv
+    cache, windows, window = RadixCache(page_size), None, max_window(kv.layout)
+    if kv.num_window_slots is not None:
+        cache = WindowRadixCache(page_size, window)
+        windows = WindowSlots(kv.num_slots // page_size, kv.num_window_slots // page_size, page_size, window)
     return Scheduler(
         runner.sampler.rows,
-        PageAllocator(runner.kv.num_slots // config.page_size, config.page_size),
-        cache_class(config.page_size),
+        PageAllocator(kv.num_slots // page_size, page_size),
+        NoCache(page_size) if config.disable_radix_cache else cache,
         is_eos=is_eos,
         chunked_prefill_size=config.chunked_prefill_size,
+        windows=windows,
         policy=config.schedule_policy,
         conservativeness=config.schedule_conservativeness,
         max_queued=config.max_queued_requests,
@@ -246,25 +253,27 @@ def build_runner(
     rows = Rows(sizes.num_rows, sizes.max_len)
     sampler = Sampler(rows, model_config.vocab_size, model_config.eos_token_ids, device, config.sampling_backend)
 
+    has_window_slots = keeps_windows(config, model_config)
     layout, kv_dtype = model.cache_layout(), KV_DTYPES.get(config.kv_cache_dtype, model_config.dtype)
 
-    def new_runner(num_tokens: int) -> ModelRunner:
-        pool = CachePool(layout, sizes.num_slots(num_tokens), kv_dtype, device)
+    def new_runner(num_tokens: int, num_window_tokens: int) -> ModelRunner:
+        num_window_slots = sizes.num_slots(num_window_tokens) if has_window_slots else None
+        pool = CachePool(layout, sizes.num_slots(num_tokens), kv_dtype, device, num_window_slots)
         return ModelRunner(model, pool, sampler, stager, comm)
 
     largest_step = 0
     if device.type == "cuda":
         if config.attention_backend == "flashinfer":
             on_progress("FlashInfer's kernels are loaded; the first time they are compiled, which takes some 90 s")
-        largest_step = _measure(new_runner(sizes.max_step_tokens), sizes, graph_sizes)
+        largest_step = _measure(new_runner(sizes.max_step_tokens, sizes.max_step_tokens), sizes, graph_sizes)
     memory = plan_memory(
-        config, sizes.max_len, bytes_per_token(layout, kv_dtype), device,
+        config, sizes.max_len, KVSplit.of(config, sizes.max_len, layout, kv_dtype, has_window_slots), device,
         weights=weights_bytes, tables=slot_table.nbytes, largest_step=largest_step,
         graphs=graphs_bytes(graph_sizes, largest_step, sizes.max_step_tokens),
         comm=comm,
     )  # fmt: skip
     on_progress("memory: " + ", ".join(f"{what} {size}" for what, size in memory.rows()))
-    runner = new_runner(memory.max_total_num_tokens)
+    runner = new_runner(memory.max_total_num_tokens, memory.num_window_tokens)
     if device.type == "cuda":
         _capture(runner, sizes, graph_sizes, on_progress)
     return runner, memory
@@ -390,7 +399,17 @@ def new_grammars(config: EngineConfig, model_config: ModelConfig, tokenizer: Tok
 
 
 def _layer_config(config: EngineConfig, model_config: ModelConfig, comm: Communicator) -> LayerConfig:
-    return LayerConfig(model_config.dtype, config.attention_backend or "torch", comm)
+    return LayerConfig(
+        model_config.dtype,
+        config.attention_backend or "torch",
+        has_window_slots=keeps_windows(config, model_config),
+        comm=comm,
+    )
+
+
+def keeps_windows(config: EngineConfig, model_config: ModelConfig) -> bool:
+    """Return whether layers that see a window have a pool of their own: one that is shorter than a context may be."""
+    return not config.disable_hybrid_swa_memory and 0 <= max(model_config.windows) < model_config.context_length
 
 
 def new_model(config: EngineConfig, model_config: ModelConfig, comm: Communicator) -> CausalLM:

@@ -77,6 +77,13 @@ class EngineConfig:
     )
     max_total_tokens: int | None = option(None, MEMORY, "size of the KV pool in tokens, if not measured")
     page_size: int = option(1, MEMORY, "KV slots a page: the granularity of prefix reuse")
+    disable_hybrid_swa_memory: bool = option(
+        False, MEMORY, "layers that see a window of tokens hold the whole context, as all others"
+    )
+    swa_full_tokens_ratio: float | None = option(
+        None, MEMORY, "tokens that layers with a window hold, per token of the KV pool; default: two windows for each "
+        "request that may run and a chunk, 0.5 at most",
+    )  # fmt: skip
     disable_radix_cache: bool = option(
         False, MEMORY, "do not reuse prefixes between requests", aliases=("--disable-radix",)
     )

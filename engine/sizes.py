@@ -34,6 +34,8 @@ def check_sizes(config: EngineConfig) -> None:
         raise ModelError(f"--dist-timeout must be a number of seconds above 0, got {config.dist_timeout:g}")
     if config.mem_fraction_static is not None and not 0 < config.mem_fraction_static <= 1:
         raise ModelError(f"--mem-fraction-static must be above 0 and at most 1, got {config.mem_fraction_static:g}")
+    if config.swa_full_tokens_ratio is not None and not 0 < config.swa_full_tokens_ratio <= 1:
+        raise ModelError(f"--swa-full-tokens-ratio must be above 0 and at most 1, got {config.swa_full_tokens_ratio:g}")
     if config.max_step_ms is not None and config.max_step_ms < 0:
         raise ModelError(f"--max-step-ms must not be negative, got {config.max_step_ms}")
     if config.tp_size % config.nnodes:

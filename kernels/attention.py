@@ -1,7 +1,8 @@
 """Attention over the paged KV cache: its definition in torch (also what runs on a CPU), and the choice of a kernel.
 
 softmax(scale q k^T) v, where the q_len tokens of a request are its last ones and each sees itself and what is before
-it. Token j of request i lies in slot slot_table[rows[i], j] of k_cache and v_cache.
+it. Token j of request i lies in slot slot_table[rows[i], j] of k_cache and v_cache, or in the one that slot_map has for
+it; of tokens that no query sees, slot_map may say anything.
 """
 
 import functools
@@ -99,7 +100,8 @@ def _decode_sets(key: _SameBatch, window: int, dtype: torch.dtype) -> list[_Deco
             mask = torch.zeros(is_hidden.shape, dtype=dtype, device=tokens.device).masked_fill_(is_hidden, -torch.inf)
         is_all = len(members) == batch.num_decodes
         index = slice(0, len(members)) if is_all else torch.from_numpy(members).to(tokens.device)
-        sets.append(_DecodeSet(index, batch.slot_table[batch.rows[index][:, None], tokens].flatten(), mask))
+        slots = batch.slot_table[batch.rows[index][:, None], tokens].flatten()
+        sets.append(_DecodeSet(index, _mapped(slots, batch), mask))
     return sets
 
 
@@ -159,6 +161,7 @@ def _prefill(
     num_keys = _padded_len(num_seen)
     tokens = torch.arange(num_keys, device=q.device)
     slots = batch.slot_table[batch.rows[i]].index_select(0, (tokens + first_seen).clamp_(max=seq_len - 1))
+    slots = _mapped(slots, batch)
     k = _gather(k_cache, slots, q.dtype).transpose(0, 1)[None]
     v = _gather(v_cache, slots, q.dtype).transpose(0, 1)[None]
     queries = q[start:end].transpose(0, 1)[None]
@@ -182,6 +185,11 @@ def _padded_len(num_keys: int) -> int:
     the same bits whether its request runs alone, beside longer ones, in chunks or behind a cached prefix.
     """
     return -(-num_keys // KEY_MULTIPLE) * KEY_MULTIPLE
+
+
+def _mapped(slots: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+    """Return the slots of the caches that stand for those of the table, [N]."""
+    return slots if batch.slot_map is None else batch.slot_map[slots]
 
 
 def _gather(cache: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

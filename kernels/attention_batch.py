@@ -46,6 +46,10 @@ class AttentionBatch(Protocol):
         """int32 [num_rows, max_context]."""
 
     @property
+    def slot_map(self) -> torch.Tensor | None:
+        """int32 [slots that slot_table may name], the slot of the caches in place of each; None: the same."""
+
+    @property
     def num_decodes(self) -> int:
         """Number of requests, the first ones, that have a single token."""
 

@@ -10,14 +10,19 @@ def begin_step_torch(
     token_rows: torch.Tensor,
     last_tokens: torch.Tensor,
     slot_table: torch.Tensor,
+    window_slots: torch.Tensor | None = None,
+    window_cache_loc: torch.Tensor | None = None,
 ) -> None:
     """Fill in the input ids that only the device knows, and enter the step's slots into the table. In place.
 
     input_ids, positions, out_cache_loc, token_rows: int32 [T]; a negative id stands for the row's last sampled token.
-    last_tokens: int32 [num_rows]. slot_table: int32 [num_rows, max_len].
+    last_tokens: int32 [num_rows]. slot_table: int32 [num_rows, max_len]. window_slots: int32 [num_slots], to which the
+    step's window_cache_loc, int32 [T], is entered likewise.
     """
     torch.where(input_ids < 0, last_tokens[token_rows], input_ids, out=input_ids)
     slot_table[token_rows, positions] = out_cache_loc
+    if window_slots is not None:
+        window_slots[out_cache_loc] = window_cache_loc
 
 
 def begin_step(
@@ -27,14 +32,20 @@ def begin_step(
     token_rows: torch.Tensor,
     last_tokens: torch.Tensor,
     slot_table: torch.Tensor,
+    window_slots: torch.Tensor | None = None,
+    window_cache_loc: torch.Tensor | None = None,
 ) -> None:
     """Run `begin_step_torch`, as one kernel on a GPU."""
     if not input_ids.is_cuda:
-        begin_step_torch(input_ids, positions, out_cache_loc, token_rows, last_tokens, slot_table)
+        begin_step_torch(
+            input_ids, positions, out_cache_loc, token_rows, last_tokens, slot_table, window_slots, window_cache_loc
+        )
         return
     from kernels.triton_bookkeeping import begin_step_triton  # here: a machine without a GPU need not have triton
 
-    begin_step_triton(input_ids, positions, out_cache_loc, token_rows, last_tokens, slot_table)
+    begin_step_triton(
+        input_ids, positions, out_cache_loc, token_rows, last_tokens, slot_table, window_slots, window_cache_loc
+    )
 
 
 def end_step_torch(tokens: torch.Tensor, rows: torch.Tensor, last_tokens: torch.Tensor) -> None:

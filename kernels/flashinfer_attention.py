@@ -7,6 +7,7 @@ FlashInfer compiles its kernels at first use (30 to 90 seconds each) and keeps t
 
 import functools
 import shutil
+from collections import deque
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,10 +103,20 @@ def _prefill_plans(device: torch.device) -> "PrefillPlans":
     return PrefillPlans(device)
 
 
+class _StepPlans:
+    """What is planned for a batch: its slots, and by shape the wrappers that hold its plans."""
+
+    def __init__(self, batch: AttentionBatch, window: int) -> None:
+        self.batch, self.window = batch, window
+        self.indptr, self.slots = kv_indices(batch, batch.num_decodes, window)
+        self.wrappers: dict[PlanShape, Any] = {}
+
+
 class PrefillPlans:
     """The prompt wrappers of a device. Layers of one shape share a plan; a step has one for each shape.
 
-    Batches are compared by identity: each step must bring an object of its own.
+    Batches are compared by identity: each step must bring an object of its own, and another one for layers whose slots
+    are mapped.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -113,29 +124,29 @@ class PrefillPlans:
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._rings: dict[PlanShape, list[Any]] = {}
         self._last_used: dict[PlanShape, int] = {}  # places in the rings
-        self._batch: AttentionBatch | None = None
-        self._planned: dict[PlanShape, Any] = {}  # wrappers that hold `_batch`'s plan
-        self._indptr = self._slots = torch.empty(0)
+        self._steps: deque[_StepPlans] = deque(maxlen=2)  # the newest step's: of layers with a map and without
 
     def wrapper_for(self, batch: AttentionBatch, shape: PlanShape) -> Any:
         """Return a wrapper that is planned for the batch's requests after the first num_decodes."""
-        if batch is not self._batch:
-            self._batch, self._planned = batch, {}
-            self._indptr, self._slots = kv_indices(batch, batch.num_decodes)
-        if shape not in self._planned:
-            wrapper = self._planned[shape] = self._next_wrapper(shape)
-            q_indptr = np.zeros(len(self._indptr), np.int32)
+        window = -1 if batch.slot_map is None else shape.window
+        step = next((step for step in self._steps if step.batch is batch and step.window == window), None)
+        if step is None:
+            step = _StepPlans(batch, window)
+            self._steps.append(step)
+        if shape not in step.wrappers:
+            wrapper = step.wrappers[shape] = self._next_wrapper(shape)
+            q_indptr = np.zeros(len(step.indptr), np.int32)
             np.cumsum(batch.q_lens_host[batch.num_decodes :], out=q_indptr[1:])
             wrapper.plan(
                 torch.from_numpy(q_indptr),
-                self._indptr,
-                self._slots,
+                step.indptr,
+                step.slots,
                 torch.ones(len(q_indptr) - 1, dtype=torch.int32),
                 head_dim_qk=shape.head_dim,
                 causal=True,
                 **shape.arguments(),
             )
-        return self._planned[shape]
+        return step.wrappers[shape]
 
     def _next_wrapper(self, shape: PlanShape) -> Any:
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -150,8 +161,11 @@ class PrefillPlans:
         return ring[place]
 
 
-def kv_indices(batch: AttentionBatch, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (starts int32 [N + 1] on the host, slots int32 on the device) of the requests from `first` on."""
+def kv_indices(batch: AttentionBatch, first: int, window: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (starts int32 [N + 1] on the host, slots int32 on the device) of the requests from `first` on.
+
+    window: where slots are mapped, of all layers. What stands before it may be another request's, and slot 0 is read.
+    """
     lens = batch.seq_lens_host[first:]
     indptr_host = np.zeros(len(lens) + 1, np.int32)
     np.cumsum(lens, out=indptr_host[1:])
@@ -161,4 +175,9 @@ def kv_indices(batch: AttentionBatch, first: int) -> tuple[torch.Tensor, torch.T
     index = torch.arange(len(lens), device=device)
     request = torch.repeat_interleave(index, batch.seq_lens[first:], output_size=total)
     token = torch.arange(total, device=device, dtype=torch.int32) - starts[request]
-    return indptr, batch.slot_table[batch.rows[first:][request], token]
+    slots = batch.slot_table[batch.rows[first:][request], token]
+    if batch.slot_map is not None:
+        q_lens = torch.diff(batch.cu_q_lens)[first:]
+        is_seen = token > (batch.seq_lens[first:] - q_lens - window)[request]
+        slots = torch.where(is_seen, batch.slot_map[slots], 0)
+    return indptr, slots

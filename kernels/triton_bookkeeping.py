@@ -16,10 +16,12 @@ def begin_step_triton(
     token_rows: torch.Tensor,
     last_tokens: torch.Tensor,
     slot_table: torch.Tensor,
+    window_slots: torch.Tensor | None = None,
+    window_cache_loc: torch.Tensor | None = None,
 ) -> None:
     num_tokens = input_ids.shape[0]
     _begin_step_kernel[(cdiv(num_tokens, BLOCK),)](
-        input_ids, positions, out_cache_loc, token_rows, last_tokens, slot_table,
+        input_ids, positions, out_cache_loc, token_rows, last_tokens, slot_table, window_slots, window_cache_loc,
         num_tokens, slot_table.stride(0), BLOCK=BLOCK,
     )  # fmt: skip
 
@@ -32,7 +34,7 @@ def end_step_triton(tokens: torch.Tensor, rows: torch.Tensor, last_tokens: torch
 @fast_launch
 @triton.jit(do_not_specialize=["num_tokens"])
 def _begin_step_kernel(
-    input_ids, positions, out_cache_loc, token_rows, last_tokens, slot_table,
+    input_ids, positions, out_cache_loc, token_rows, last_tokens, slot_table, window_slots, window_cache_loc,
     num_tokens, table_stride, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -44,6 +46,8 @@ def _begin_step_kernel(
     position = tl.load(positions + token, mask=mask, other=0)
     slot = tl.load(out_cache_loc + token, mask=mask, other=0)
     tl.store(slot_table + row.to(tl.int64) * table_stride + position, slot, mask=mask)
+    if window_slots is not None:
+        tl.store(window_slots + slot, tl.load(window_cache_loc + token, mask=mask, other=0), mask=mask)
 
 
 @fast_launch

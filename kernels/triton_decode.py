@@ -115,6 +115,7 @@ def decode(
         batch.seq_lens,
         batch.rows,
         batch.slot_table,
+        batch.slot_map,
         shared.own_starts if shared is not None else None,
         partial,
         partial_lse,
@@ -164,6 +165,7 @@ def _prefix_partials(
         batch.seq_lens,
         batch.rows,
         batch.slot_table,
+        batch.slot_map,
         shared.prefix_lens,
         shared.cu_members,
         shared.members,
@@ -191,6 +193,7 @@ def _decode_kernel(
     seq_lens,
     rows,
     slot_table,
+    slot_map,
     own_starts,
     partial,
     partial_lse,
@@ -263,7 +266,7 @@ def _decode_kernel(
 
         tile_first = first + tile * BLOCK_N
         slots = slot_table + tl.load(rows + request).to(tl.int64) * table_stride
-        slot = load_slots(slots, tile_first, seq_len, BLOCK_N)
+        slot = load_slots(slots, slot_map, tile_first, tile_first, seq_len, BLOCK_N)
         if HAS_PREFETCH and work == begin:
             prefetch_to_l2(k_cache + kv_head * HEAD_DIM + slot.to(tl.int64) * K_STRIDE, HEAD_DIM)
             prefetch_to_l2(v_cache + kv_head * HEAD_DIM + slot.to(tl.int64) * V_STRIDE, HEAD_DIM)
@@ -282,6 +285,7 @@ def _decode_kernel(
             k_cache + kv_head * HEAD_DIM,
             v_cache + kv_head * HEAD_DIM,
             slots,
+            slot_map,
             slot,
             tile_first,
             tl.minimum(tile_first + num_taken * BLOCK_N, seq_len),
@@ -408,6 +412,7 @@ def _prefix_kernel(
     seq_lens,
     rows,
     slot_table,
+    slot_map,
     prefix_lens,
     cu_members,
     members,
@@ -477,6 +482,7 @@ def _prefix_kernel(
                 k_cache + kv_head * HEAD_DIM,
                 v_cache + kv_head * HEAD_DIM,
                 slots,
+                slot_map,
                 first,
                 whole,
                 last,

@@ -107,12 +107,18 @@ attention_kernel = triton.jit(
 
 
 @triton.jit
-def load_slots(slots, first, seq_len, BLOCK_N: tl.constexpr):
+def load_slots(slots, slot_map, first, least, seq_len, BLOCK_N: tl.constexpr):
     """Load the slots of tokens first, first + 1, ...; past the end the last one's.
 
-    Some slot must be read there, and the last one's values are finite.
+    Some slot must be read there, and the last one's values are finite. So are those of `least`, the first token that
+    is seen: where there is a map, what stands before it may be another request's.
     """
-    return tl.load(slots + tl.minimum(first + tl.arange(0, BLOCK_N), seq_len - 1))
+    token = tl.minimum(first + tl.arange(0, BLOCK_N), seq_len - 1)
+    if slot_map is None:
+        slot = tl.load(slots + token)
+    else:
+        slot = tl.load(slot_map + tl.load(slots + tl.maximum(token, least)))
+    return slot
 
 
 @triton.jit
@@ -124,6 +130,7 @@ def attend(
     k_cache,
     v_cache,
     slots,
+    slot_map,
     slot,
     first,
     last,
@@ -154,7 +161,7 @@ def attend(
     d = tl.arange(0, BLOCK_D)
     for start in range(first, last, BLOCK_N):
         token = start + n
-        next_slot = load_slots(slots, start + BLOCK_N, seq_len, BLOCK_N)
+        next_slot = load_slots(slots, slot_map, start + BLOCK_N, 0, seq_len, BLOCK_N)
         offset = slot.to(tl.int64)[:, None]
         if HEAD_DIM == BLOCK_D:
             k = tl.load(k_cache + offset * K_STRIDE + d[None, :])
@@ -198,6 +205,7 @@ def attend_prompt(
     k_cache,
     v_cache,
     slots,
+    slot_map,
     first,
     whole,
     last,
@@ -222,14 +230,17 @@ def attend_prompt(
     masked = first
     if not HAS_WINDOW:
         masked = whole
-        slot = load_slots(slots, first, seq_len, BLOCK_N)
+        slot = load_slots(slots, slot_map, first, 0, seq_len, BLOCK_N)
         m, l, acc = attend(
-            q, m, l, acc, k_cache, v_cache, slots, slot, first, whole, seq_len, row_first, row_last, qk_scale,
+            q, m, l, acc, k_cache, v_cache, slots, slot_map, slot, first, whole, seq_len, row_first, row_last, qk_scale,
             K_STRIDE, V_STRIDE, HEAD_DIM, False, False, SOFTCAP, False, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
-    slot = load_slots(slots, masked, seq_len, BLOCK_N)
+    least = masked
+    if HAS_WINDOW:
+        least = tl.maximum(tl.min(row_first, axis=0), masked)
+    slot = load_slots(slots, slot_map, masked, least, seq_len, BLOCK_N)
     return attend(
-        q, m, l, acc, k_cache, v_cache, slots, slot, masked, last, seq_len, row_first, row_last, qk_scale,
+        q, m, l, acc, k_cache, v_cache, slots, slot_map, slot, masked, last, seq_len, row_first, row_last, qk_scale,
         K_STRIDE, V_STRIDE, HEAD_DIM, True, HAS_WINDOW, SOFTCAP, False, BLOCK_N, BLOCK_D, PRECISION,
     )  # fmt: skip
 

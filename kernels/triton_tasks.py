@@ -167,6 +167,7 @@ class _Batch:
     num_decodes: int
     q_lens_host: np.ndarray
     seq_lens_host: np.ndarray
+    slot_map: torch.Tensor | None = None
     shared: _Shared | None = None
     is_for_graph: bool = False
 

@@ -289,7 +289,7 @@ def print_ready(console: Console, engine: Engine, config: ServerConfig, app: web
         ("model", config.model_name),
         *([("tokenizer", origin)] if origin else []),
         ("context", f"{engine.context_length:,} tokens"),
-        ("KV capacity", f"{engine.max_total_num_tokens:,} tokens"),
+        ("KV capacity", _capacity(engine)),
         ("tool calls", _tools_in_use(chats, config.tool_call_parser)),
         ("reasoning", _parser_in_use(chats.reasoning_parser, config.reasoning_parser)),
         ("files, batches", f"none: {store.problem}" if store.problem else str(store.folder)),
@@ -300,6 +300,13 @@ def print_ready(console: Console, engine: Engine, config: ServerConfig, app: web
     path, body = example_request(engine, reads_text=not config.skip_tokenizer_init)
     # On a line of its own that is never wrapped, so that it can be copied.
     console.out(f"\ncurl {url}{path} -H 'Content-Type: application/json'{key} -d '{body}'\n", highlight=False)
+
+
+def _capacity(engine: Engine) -> str:
+    """Return how many tokens the pools of keys and values hold."""
+    num_window_tokens = engine.stats().scheduler.num_total_window_tokens
+    of_windows = f"; {num_window_tokens:,} in layers that see a window" if num_window_tokens else ""
+    return f"{engine.max_total_num_tokens:,} tokens{of_windows}"
 
 
 def example_request(engine: Engine, *, reads_text: bool = True) -> tuple[str, str]:

@@ -103,6 +103,31 @@ def test_a_mixed_batch_equals_the_naive_definition(kernel: Any, window: int, sof
     check(result, naive(q, k, v, batch, 0.3, window, softcap), q.dtype)
 
 
+def map_slots(batch: Batch, k: torch.Tensor, v: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give `batch` a map of its slots, and return the caches that lie as it says.
+
+    Tokens that nobody sees any more are mapped to a slot of another request's, which holds no numbers.
+    """
+    num_slots = len(k)
+    slot_map = torch.randperm(num_slots, generator=torch.Generator().manual_seed(2), dtype=torch.int32).to(k.device)
+    mapped = [torch.full_like(cache[:1], float("nan")).repeat(num_slots + 1, 1, 1) for cache in (k, v)]
+    for cache, where in zip((k, v), mapped, strict=True):
+        where[slot_map] = cache
+    for row, q_len, seq_len in zip(batch.rows, batch.q_lens_host, batch.seq_lens_host, strict=True):
+        slot_map[batch.slot_table[row, : max(seq_len - q_len + 1 - window, 0)]] = num_slots
+    batch.slot_map = slot_map
+    return mapped[0], mapped[1]
+
+
+@KERNELS
+@pytest.mark.parametrize("window", [1, 8, 20])
+def test_slots_may_be_mapped_and_what_is_behind_a_window_may_be_anything(kernel: Any, window: int) -> None:
+    batch = make_batch([*MIXED, (20, 60)])
+    q, k, v = make_inputs(batch)
+    expected = naive(q, k, v, batch, 0.3, window, 0.0)
+    check(kernel(q, *map_slots(batch, k, v, window), batch, scale=0.3, window=window), expected, q.dtype)
+
+
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("num_splits", [2, 3, 8])
 def test_a_context_cut_into_parts_gives_the_same_result(num_splits: int, softcap: float) -> None:
@@ -321,6 +346,15 @@ def test_a_context_is_cut_so_that_the_last_wave_of_programs_is_not_nearly_empty(
             assert waves <= 1.2 * num_programs / places
 
 
+def test_flashinfer_reads_slot_0_for_what_is_behind_a_window() -> None:
+    batch = make_batch(MIXED)
+    map_slots(batch, *make_inputs(batch)[1:], window=8)
+    assert batch.slot_map is not None
+    _, slots = flashinfer_attention.kv_indices(batch, batch.num_decodes, window=8)
+    row = batch.slot_map[batch.slot_table[batch.rows[4], :30].long()]
+    assert slots[7:37].tolist() == [0] * (30 - 5 + 1 - 8) + row[30 - 5 + 1 - 8 :].tolist()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("window", "softcap", "cache_dtype"), [(-1, 0.0, torch.bfloat16), (8, 2.0, torch.float8_e4m3fn)]
@@ -334,6 +368,19 @@ def test_flashinfer_equals_the_naive_definition(window: int, softcap: float, cac
     k, v = k.to(cache_dtype), v.to(cache_dtype)
     result = flashinfer_attention.attention_flashinfer(q, k, v, batch, scale=0.3, window=window, softcap=softcap)
     check(result, naive(q, k, v, batch, 0.3, window, softcap), q.dtype)
+
+
+@pytest.mark.gpu
+def test_flashinfer_equals_the_naive_definition_where_slots_are_mapped() -> None:
+    available, reason = flashinfer_attention.is_available()
+    if not available:
+        pytest.skip(reason)
+    batch = make_batch(MIXED)
+    q, k, v = make_inputs(batch, head_dim=64, dtype=torch.bfloat16)
+    expected = naive(q, k, v, batch, 0.3, 8, 0.0)
+    k, v = map_slots(batch, k, v, window=8)
+    k[0], v[0] = k[0].nan_to_num(), v[0].nan_to_num()  # padding's
+    check(flashinfer_attention.attention_flashinfer(q, k, v, batch, scale=0.3, window=8), expected, q.dtype)
 
 
 @pytest.mark.parametrize("backend", ["triton", "flashinfer", "cudnn"])

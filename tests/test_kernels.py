@@ -253,13 +253,16 @@ def test_the_kernel_that_begins_a_step_equals_its_twin() -> None:
     num_rows, max_len, num_tokens = 9, 40, 300
     place = torch.randperm(num_rows * max_len)[:num_tokens].to(torch.int32).to(DEVICE)  # no two tokens have the same
     rows, positions = place // max_len, place % max_len
-    slots = torch.randint(1, 1000, (num_tokens,), dtype=torch.int32).to(DEVICE)
     ids = torch.randint(-1, 50, (num_tokens,), dtype=torch.int32).to(DEVICE)
     last_tokens = torch.arange(100, 100 + num_rows, dtype=torch.int32, device=DEVICE)
+    slots = torch.randperm(1000, dtype=torch.int32)[:num_tokens].to(DEVICE)
     results = []
     for run in (triton_bookkeeping.begin_step_triton, bookkeeping.begin_step_torch):
         input_ids, table = ids.clone(), torch.zeros(num_rows, max_len, dtype=torch.int32, device=DEVICE)
         run(input_ids, positions, slots, rows, last_tokens, table)
+        window_slots = torch.zeros(1000, dtype=torch.int32, device=DEVICE)
+        run(input_ids, positions, slots, rows, last_tokens, table, window_slots, place)
+        assert torch.equal(window_slots[slots], place) and torch.count_nonzero(window_slots) <= num_tokens
         results.append((input_ids, table))
     (found_ids, found_table), (expected_ids, expected_table) = results
     assert torch.equal(found_ids, expected_ids) and torch.equal(found_table, expected_table)

@@ -9,6 +9,8 @@ import pytest
 
 from cache.allocator import PageAllocator
 from cache.radix import NoCache, RadixCache
+from cache.window import WindowSlots
+from cache.window_radix import WindowRadixCache
 from engine.errors import PromptTooLong, QueueFull
 from engine.request import Request, SamplingParams
 from engine.schedule import policy
@@ -33,19 +35,26 @@ class Traffic:
 
     def __init__(
         self, num_tokens: int = 64, num_rows: int = 8, page_size: int = 1, chunk: int = 16, depth: int = 2,
-        cached: bool = True, **options: object,
+        cached: bool = True, window: int = 0, num_window_tokens: int = 0, **options: object,
     ) -> None:  # fmt: skip
+        """window: tokens that some layers see, whose pool has `num_window_tokens`; 0: all layers see all."""
         is_eos = np.zeros(VOCAB, bool)
         is_eos[EOS] = True
         self.rows = Rows(num_rows, max_len=num_tokens)
         self.allocator = PageAllocator(num_tokens // page_size + 1, page_size)
         self.cache = (RadixCache if cached else NoCache)(page_size)
+        self.windows = None
+        if window:
+            self.cache = WindowRadixCache(page_size, window) if cached else self.cache
+            num_window_pages = num_window_tokens // page_size + 1
+            self.windows = WindowSlots(self.allocator.num_pages, num_window_pages, page_size, window)
         self.scheduler = Scheduler(
             self.rows,
             self.allocator,
             self.cache,
             is_eos=is_eos,
             chunked_prefill_size=chunk,
+            windows=self.windows,
             **options,  # type: ignore[arg-type]
         )
         self.depth = depth
@@ -53,6 +62,8 @@ class Traffic:
         self.last_tokens = np.zeros(num_rows + 1, np.int32)
         self.slot_table = np.zeros((num_rows + 1, num_tokens + 1), np.int32)
         self.stored = np.full(self.allocator.num_total + page_size, -1)  # slot -> token whose KV is there
+        self.window_slots = np.zeros_like(self.stored)  # slot -> slot of the pool of windows
+        self.stored_windows = np.full(num_window_tokens + page_size, -1)  # slot -> place and token of what is there
         self.computed_tokens = 0
 
     def submit(
@@ -95,6 +106,8 @@ class Traffic:
                 self.slot_table[row, position] = plan.out_cache_loc[t]
                 self.stored[plan.out_cache_loc[t]] = inputs[t]
         self.computed_tokens += len(inputs)
+        if self.windows is not None:
+            self.check_windows(plan, inputs)
         if plan.groups is not None:
             self.check_groups(plan)
         assert plan.out_cache_loc.min() >= self.allocator.page_size, "wrote into the dump page"
@@ -105,6 +118,20 @@ class Traffic:
             tokens.append(next_token(seen))
             self.last_tokens[row] = tokens[-1]
         return np.array(tokens, np.int32)
+
+    def check_windows(self, plan: Plan, inputs: np.ndarray) -> None:
+        """Store in the pool of windows as well, and assert that all that layers with a window see is there."""
+        assert self.windows is not None and plan.window_cache_loc is not None
+        window, page_size = self.windows.window, self.windows.page_size
+        assert plan.window_cache_loc.min() >= page_size, "wrote into the dump page, or what has no slot"
+        positions = np.concatenate([np.arange(n - q, n) for q, n in zip(plan.q_lens, plan.seq_lens, strict=True)])
+        self.window_slots[plan.out_cache_loc] = plan.window_cache_loc
+        self.stored_windows[plan.window_cache_loc] = positions * VOCAB + inputs
+        for row, q_len, seq_len in zip(plan.rows, plan.q_lens, plan.seq_lens, strict=True):
+            seen = np.arange(max(seq_len - q_len + 1 - window, 0), seq_len)
+            slots = self.slot_table[row, seen]
+            stored = self.stored_windows[self.window_slots[slots]]
+            assert stored.tolist() == (seen * VOCAB + self.stored[slots]).tolist()
 
     def check_groups(self, plan: Plan) -> None:
         """Assert that a group's members have the same slots for its prefix, and their own part begins behind it."""
@@ -128,8 +155,10 @@ class Traffic:
     def check_pages(self) -> None:
         stats = self.scheduler.stats()
         assert stats.num_free_tokens + stats.num_cached_tokens + stats.num_held_tokens == stats.num_total_tokens
+        num_windows = stats.num_free_window_tokens + stats.num_cached_window_tokens + stats.num_held_window_tokens
+        assert num_windows == stats.num_total_window_tokens
         if not self.scheduler.num_running:
-            assert stats.num_held_tokens == 0
+            assert stats.num_held_tokens == stats.num_held_window_tokens == 0
             assert self.rows.num_free == self.rows.num_rows
         self.scheduler.check()
 
@@ -517,7 +546,7 @@ def verify_drafts(
     assert plan.is_decode and len(plan.samples) == len(plan.rows)
     states = rows.states_of(plan.rows)
     for row, seq_len in zip(plan.rows.tolist(), plan.seq_lens.tolist(), strict=True):
-        assert held.extend(row, seq_len + NUM_DRAFTS)
+        assert held.extend(row, seq_len, seq_len + NUM_DRAFTS)
     rows.num_computed[plan.rows] += NUM_DRAFTS
     rows.num_tokens[plan.rows] += NUM_DRAFTS
     spans = [(row, slice(end - 1, end + NUM_DRAFTS)) for row, end in zip(plan.rows, plan.seq_lens, strict=True)]

@@ -65,6 +65,7 @@ class Attention(Layer):
         if config.clip_qkv:
             self.make_qkv = clipped(self.make_qkv, config.clip_qkv)
         self.scale, self.window, self.softcap = config.scale, config.window, config.softcap
+        self.has_window_slots = layers.has_window_slots and config.window >= 0
         self.backend = layers.attention_backend
 
     def _add_norms(self, config: AttentionConfig, norm_class: type[HiddenNorm], layers: LayerConfig) -> None:
@@ -122,6 +123,9 @@ class Attention(Layer):
         has_decodes: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (queries, what they find), each [T, H, D]. has_decodes: see `kernels.attention.attention`."""
+        if self.has_window_slots:
+            assert batch.of_windows is not None
+            batch = batch.of_windows
         qkv = self.make_qkv(x, norm=norm)  # [T, (H + 2 Hkv) D]
         k_cache, v_cache = pool[self.layer_id]
         q_norm, k_norm, v_norm = _weights(self.head_norms) if self.head_norms else (None, None, None)

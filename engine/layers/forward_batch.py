@@ -1,6 +1,6 @@
 """The input that layers read of a step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,4 +38,17 @@ class ForwardBatch:
     q_lens_host: np.ndarray  # [B]
     seq_lens_host: np.ndarray  # [B]
     shared: SharedPrefixes | None = None
+    window_cache_loc: torch.Tensor | None = None  # int32 [T], where layers with a window store, if they have their own
+    slot_map: torch.Tensor | None = None  # int32 [num_slots], see `kernels.attention_batch`
+    of_windows: "ForwardBatch | None" = None  # the same step as such layers see it
     is_for_graph: bool = False  # both of the host's are the capture's, not the steps' that replay it
+
+    def with_windows(self, window_slots: torch.Tensor) -> "ForwardBatch":
+        """Return this step for a pool whose layers with a window have slots of their own.
+
+        window_slots: int32 [num_slots], the one of each slot. Prefixes that requests share are mostly behind a window:
+        such layers read each request's part for itself.
+        """
+        assert self.window_cache_loc is not None
+        of_windows = replace(self, out_cache_loc=self.window_cache_loc, slot_map=window_slots, shared=None)
+        return replace(self, of_windows=of_windows)

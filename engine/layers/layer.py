@@ -26,6 +26,7 @@ class LayerConfig:
 
     dtype: torch.dtype
     attention_backend: str = "torch"
+    has_window_slots: bool = False  # layers that see a window keep their tokens in a pool of their own
     comm: Communicator = field(default_factory=Communicator)
     quantization: Quantization = field(default_factory=Quantization)
     path: str = ""

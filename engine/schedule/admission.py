@@ -6,6 +6,7 @@ from engine.errors import PromptTooLong
 from engine.schedule.decoding import Decoding
 from engine.schedule.holdings import Holdings
 from engine.schedule.rows import Rows
+from engine.schedule.window_holdings import WindowHoldings, row_len
 from engine.state import RequestState
 
 MAX_RESERVED_TOKENS = 4096  # of one answer, counted when asking whether a request fits
@@ -55,6 +56,27 @@ class Admission:
         num_shared: leading tokens of `state` that others hold too.
         """
         return room >= self._most_growth_with(state) or room >= self._growth_with(state, num_shared)
+
+    def fits_windows(self, state: RequestState, num_whole: int, chunk: int) -> bool:
+        """Decide likewise whether the window slots will probably do, if some layers have a pool of those.
+
+        num_whole: leading tokens of `state` that need not be computed. chunk: tokens of a step's prompts at most.
+        """
+        rows, held, live = self._rows, self._held, self._decoding.rows
+        if not isinstance(held, WindowHoldings):
+            return True
+        of_row = row_len(held.window, held.page_size)  # most that an answer makes a row hold
+        guessed = np.minimum(rows.max_tokens[live] - rows.num_tokens[live], MAX_RESERVED_TOKENS) * self.new_token_ratio
+        growth = np.where(rows.runs_to_limit[live], rows.max_tokens[live] - rows.num_tokens[live], guessed)
+        growth = np.minimum(growth, of_row - (held.num_slots[live] - held.window_starts[live]))
+        num_asked = min(state.max_new_tokens - len(state.output_ids), MAX_RESERVED_TOKENS)
+        of_prompts = [min(self.new_token_ratio * num, of_row) for num in (
+            num_asked, *(int(rows.max_tokens[r.row] - rows.num_known[r.row]) for r in self._prefilling)
+        )]  # fmt: skip
+        locked = min(num_whole, held.window + held.page_size)
+        of_chunks = min(state.num_tokens - num_whole, chunk) + (chunk if self._prefilling else 0)
+        room = held.windows.num_free + held.num_window_evictable - locked - of_chunks
+        return room >= float(growth.clip(0).sum()) + sum(of_prompts) + held.page_size * (len(live) + 1)
 
     def on_step(self) -> None:
         """Reserve a little less: a step went well."""

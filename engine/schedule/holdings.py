@@ -35,8 +35,15 @@ class Holdings:
         self.nodes[row] = node
         self.shared_lens[row] = num_shared
 
-    def adopt(self, row: int, match: Match) -> None:
-        """Take over the slots of a cached prefix, where it is longer than what the row has of the tree."""
+    def max_chunk(self, chunk: int) -> int:
+        """Return the most tokens of one request, `chunk` at most, that surely find room in a pool with nothing else."""
+        return chunk
+
+    def adopt(self, row: int, match: Match, start: int) -> None:  # noqa: ARG002
+        """Take over the slots of a cached prefix, where it is longer than what the row has of the tree.
+
+        start: the first token that will be computed.
+        """
         had_cached, num_cached = int(self.cached_lens[row]), len(match.slots)
         if num_cached > had_cached:
             self._lock(row, match.node)
@@ -44,8 +51,25 @@ class Holdings:
             self.cached_lens[row] = num_cached
             self.num_slots[row] = max(num_cached, int(self.num_slots[row]))
 
-    def extend(self, row: int, stop: int) -> bool:
-        """Allocate slots for the first `stop` tokens, evicting what nobody uses. False: the pool has no room."""
+    def extend_each(self, decodes: np.ndarray, computed: np.ndarray) -> np.ndarray | None:
+        """Allocate one slot (int32 [B]) for each of `decodes`, evicting what nobody uses. None: the pool has no room.
+
+        computed: int64 [B], tokens of each so far.
+        """
+        rows, allocator = self._rows, self.allocator
+        last_slots = rows.slots[decodes, computed - 1] if self.page_size > 1 else computed  # then not read
+        slots = allocator.extend_each(computed, last_slots)
+        if slots is None and self.evict(len(decodes) * self.page_size):
+            slots = allocator.extend_each(computed, last_slots)
+        if slots is not None:
+            rows.slots[decodes, computed] = slots
+        return slots
+
+    def extend(self, row: int, start: int, stop: int) -> bool:  # noqa: ARG002
+        """Allocate slots for the first `stop` tokens, evicting what nobody uses. False: the pool has no room.
+
+        start: the first token that will be computed; those before it have been, or are cached.
+        """
         have, slots = int(self.num_slots[row]), self._rows.slots
         if stop <= have:
             return True
@@ -59,9 +83,14 @@ class Holdings:
         self.num_slots[row] = stop
         return True
 
-    def publish(self, row: int, stop: int, extra_key: str) -> None:
-        """Hand the whole pages of the row's first `stop` tokens to the tree. They stay locked."""
+    def publish(self, row: int, start: int, stop: int, extra_key: str) -> None:  # noqa: ARG002
+        """Hand the whole pages of the row's first `stop` tokens to the tree. They stay locked.
+
+        start: the first of them that will be computed.
+        """
         rows = self._rows
+        if stop <= self.cached_lens[row]:
+            return
         _, node = self.cache.insert(rows.token_ids[row, :stop], rows.slots[row, :stop], extra_key)
         self._lock(row, node)
         self.cached_lens[row] = stop - stop % self.page_size
@@ -70,7 +99,7 @@ class Holdings:
         """Free the pages behind those of the row's first `stop` tokens."""
         first = -(-stop // self.page_size) * self.page_size
         if self.num_slots[row] > first:
-            self.allocator.free(self._rows.slots[row, first : self.num_slots[row]])
+            self._free(self._rows.slots[row, first : self.num_slots[row]])
         self.num_slots[row] = min(stop, int(self.num_slots[row]))
 
     def release(self, state: RequestState, *, keep: bool) -> None:
@@ -82,12 +111,14 @@ class Holdings:
             stop = min(int(rows.num_known[row]) - 1, int(rows.num_computed[row]))
             stop -= stop % self.page_size
             if self.is_cached and stop > cached:
-                num_existing, _ = self.cache.insert(rows.token_ids[row, :stop], rows.slots[row, :stop], state.extra_key)
+                tokens, slots = rows.token_ids[row, :stop], rows.slots[row, :stop]
+                num_existing, node = self.cache.insert(tokens, slots, state.extra_key)
                 if num_existing > cached:
-                    self.allocator.free(rows.slots[row, cached:num_existing])
+                    self._free(rows.slots[row, cached:num_existing])
+                self._on_kept(row, node, num_existing)
                 cached = stop
         if num_slots > cached:
-            self.allocator.free(rows.slots[row, cached:num_slots])
+            self._free(rows.slots[row, cached:num_slots])
         self.cache.unlock(self.nodes.pop(row))
         self.cached_lens[row] = self.num_slots[row] = 0
 
@@ -99,12 +130,12 @@ class Holdings:
         missing = num_tokens - self.allocator.num_free
         if missing <= 0 or not self.cache.num_evictable:
             return False
-        self.allocator.free(self.cache.evict(missing))
+        self._free(self.cache.evict(missing))
         return True
 
     def drop_cache(self) -> None:
         """Empty the tree, in which nothing may be locked."""
-        self.allocator.free(self.cache.reset())
+        self._free(self.cache.reset())
 
     def reset(self) -> None:
         """Start afresh, after an error that may have come half way: nobody holds anything, the tree is empty."""
@@ -112,7 +143,7 @@ class Holdings:
         self.cached_lens[:] = 0
         self.num_slots[:] = 0
         self.allocator = PageAllocator(self.allocator.num_pages, self.page_size)
-        self.cache = type(self.cache)(self.page_size)
+        self.cache = self.cache.new_empty()
 
     @property
     def num_held(self) -> int:
@@ -155,6 +186,13 @@ class Holdings:
                 num_locks[step] = num_locks.get(step, 0) + 1
         for node in self.cache.nodes():
             assert node.lock_ref == num_locks.get(node, 0), f"{node.lock_ref} locks, {num_locks.get(node, 0)} requests"
+
+    def _free(self, slots: np.ndarray) -> None:
+        """Free the pages of `slots`."""
+        self.allocator.free(slots)
+
+    def _on_kept(self, row: int, node: Node, num_existing: int) -> None:
+        """Take note that a request that ends has left its tokens from `num_existing` on to the tree, up to `node`."""
 
     def _lock(self, row: int, node: Node) -> None:
         """Lock `node` instead of what the row locks."""

@@ -43,6 +43,7 @@ class Plan:
     admitted: list[RequestState] = field(default_factory=list)  # that run for the first time
     answering: list[RequestState] = field(default_factory=list)  # whose prompt ends with this step
     groups: Groups | None = None
+    window_cache_loc: np.ndarray | None = None  # int32 [T], where layers with a window store; None: as all others
     num_jumps: int = 0  # requests with several tokens of their answer
     num_drafts: np.ndarray | None = None  # int64 [S], tokens of each sampled one that are guesses; None: of nobody
 

@@ -42,13 +42,13 @@ class Prompts:
         rows, held, row = self._rows, self._held, state.row
         num_tokens = int(rows.num_known[row])
         match = match or held.cache.match(rows.token_ids[row, :num_tokens], state.extra_key)
-        held.adopt(row, match)
         num_computed = int(rows.num_computed[row])
-        start, stop = self._span(state, len(match.slots), num_computed, num_tokens, budget)
-        if not held.extend(row, stop):
+        start, stop = self._span(state, match, num_computed, num_tokens, budget)
+        held.adopt(row, match, start)
+        if not held.extend(row, start, stop):
             return None
-        if held.is_cached and stop > len(match.slots):
-            held.publish(row, stop, state.extra_key)
+        if held.is_cached:
+            held.publish(row, start, stop, state.extra_key)
         is_first = num_computed == 0 and not state.num_retractions
         if is_first:
             state.num_cached_tokens = min(start, state.prompt_len)
@@ -61,7 +61,7 @@ class Prompts:
         return Chunk(state, num_computed, start, stop, is_first)
 
     def _span(
-        self, state: RequestState, num_cached: int, num_computed: int, num_tokens: int, budget: PrefillBudget
+        self, state: RequestState, match: Match, num_computed: int, num_tokens: int, budget: PrefillBudget
     ) -> tuple[int, int]:
         """Return the tokens of `num_tokens` that come next: [start, stop).
 
@@ -70,11 +70,14 @@ class Prompts:
         they have.
         """
         page_size = self._held.page_size
-        start = min(max(num_cached, num_computed), num_tokens - 1)
+        start = min(max(match.num_whole, num_computed), num_tokens - 1)
         if state.return_hidden_states or state.pooling == "mean":
             start = min(start, num_computed)
         elif state.logprob_start_len >= 0:
-            start = min(start, max(num_computed, state.logprob_start_len))
+            first_wanted = state.logprob_start_len
+            if num_computed < first_wanted < start:
+                first_wanted = self._held.cache.whole_len(match.node, first_wanted)
+            start = min(start, max(num_computed, first_wanted))
         stop = min(start + budget.num_tokens_behind(start), num_tokens)
         if stop < num_tokens and stop % page_size:  # only whole pages enter the tree
             stop = max(stop - stop % page_size, start - start % page_size + page_size)

@@ -21,6 +21,7 @@ import numpy as np
 
 from cache.allocator import PageAllocator
 from cache.radix import NO_SLOTS, Match, RadixCache, RadixStats
+from cache.window import WindowSlots
 from engine.schedule.admission import Admission
 from engine.schedule.decoding import Decoding
 from engine.schedule.fairness import FairShares, Queue
@@ -31,6 +32,7 @@ from engine.schedule.policy import QueueOrder
 from engine.schedule.prefill import Chunk, Prompts, add_chunks
 from engine.schedule.resolver import Outcome, Resolver
 from engine.schedule.rows import Rows
+from engine.schedule.window_holdings import WindowHoldings
 from engine.state import FinishReason, RequestState, Status
 
 
@@ -60,6 +62,11 @@ class SchedulerStats:
     """Share of the running answers' limits that is reserved for them."""
     cache: RadixStats
     """The prefix tree's own."""
+    num_total_window_tokens: int = 0
+    """Slots of the smaller pool, of layers that see a window; 0: there is none, nor anything in the next three."""
+    num_free_window_tokens: int = 0
+    num_cached_window_tokens: int = 0
+    num_held_window_tokens: int = 0
 
 
 class Scheduler:
@@ -78,6 +85,7 @@ class Scheduler:
         *,
         is_eos: np.ndarray,  # bool [vocab_size]
         chunked_prefill_size: int,
+        windows: WindowSlots | None = None,  # of the layers that see a window, if those have a pool of their own
         policy: str = "lpm",
         conservativeness: float = 1.0,
         max_queued: int | None = None,
@@ -85,7 +93,8 @@ class Scheduler:
         seed: int = 0,
     ) -> None:
         self.rows = rows
-        self.held = Holdings(rows, allocator, cache)
+        self._windowed = None if windows is None else WindowHoldings(rows, allocator, cache, windows)
+        self.held = self._windowed or Holdings(rows, allocator, cache)
         self.decoding = Decoding(rows, self.held)
         self.prompts = Prompts(rows, self.held, self.decoding)
         self.prefilling = self.prompts.unfinished
@@ -96,7 +105,7 @@ class Scheduler:
         self.waiting = Queue(self.shares)
         self.groups = PrefixGroups(self.held)
         self.resolver = Resolver(rows, self.held, self.decoding, is_eos, self.finish)
-        self.chunked_prefill_size = max(chunked_prefill_size, allocator.page_size)
+        self.chunked_prefill_size = self.held.max_chunk(max(chunked_prefill_size, allocator.page_size))
         self.num_retractions = self.num_prompt_tokens = self.num_admitted = 0
 
     # ---- requests come and go ----
@@ -171,6 +180,8 @@ class Scheduler:
         jumps: list[Chunk] = []
         live = decoding.current or decoding.cohort
         decodes = live.rows
+        if self._windowed is not None:
+            self._windowed.move_on(decodes)
         if len(decodes) and not decoding.count_plain_step():
             num_missing = decoding.num_missing()
             if np.count_nonzero(num_missing == 1) < len(decodes):
@@ -201,6 +212,8 @@ class Scheduler:
             plan.epochs = rows.epoch[plan.rows]
             rows.num_tokens[plan.rows[plan.samples]] += 1
         plan.groups = self.groups.find(decodes, plan.epochs, cohort)
+        if self._windowed is not None:
+            plan.window_cache_loc = self._windowed.windows.slots_of(plan.out_cache_loc)
         return plan
 
     def _jump_chunks(self, jumping: np.ndarray) -> Iterator[Chunk]:
@@ -212,7 +225,7 @@ class Scheduler:
                 continue
             start = int(rows.num_computed[row])
             stop = min(int(rows.num_known[row]), start + max(budget, 1))
-            while not self.held.extend(row, stop):
+            while not self.held.extend(row, start, stop):
                 victim = self.prefilling[-1] if self.prefilling else rows.state_at(self.decoding.rows[-1])
                 self._retract(victim)
                 if victim is state:
@@ -230,12 +243,8 @@ class Scheduler:
         rows, held = self.rows, self.held
         while len(decodes):
             computed = rows.num_computed[decodes]
-            last_slots = rows.slots[decodes, computed - 1] if held.page_size > 1 else computed  # then not read
-            slots = held.allocator.extend_each(computed, last_slots)
-            if slots is None and held.evict(len(decodes) * held.page_size):
-                slots = held.allocator.extend_each(computed, last_slots)
+            slots = held.extend_each(decodes, computed)
             if slots is not None:
-                rows.slots[decodes, computed] = slots
                 return decodes, computed, slots
             if self.prefilling:  # has produced nothing yet, so loses least
                 self._retract(self.prefilling[-1])
@@ -284,7 +293,10 @@ class Scheduler:
         cache.lock(match.node)
         num_shared = shared_node(match.node).depth_tokens
         room = self.held.num_available - (len(tokens) - len(match.slots))
-        if self.num_running and not self.admission.fits(state, room, num_shared):
+        if self.num_running and not (
+            self.admission.fits(state, room, num_shared)
+            and self.admission.fits_windows(state, match.num_whole, self.chunked_prefill_size)
+        ):
             cache.unlock(match.node)
             return None
         if state.seed is None:  # drawn once, so that a retracted request repeats its own choices
@@ -298,7 +310,7 @@ class Scheduler:
         self.num_admitted += 1
         self.waiting.remove(state)
         self.prefilling.append(state)
-        self.shares.admit(state, len(match.slots))
+        self.shares.admit(state, match.num_whole)
         return match
 
     # ---- leaving ----
@@ -378,7 +390,7 @@ class Scheduler:
         self.held.check()
 
     def stats(self) -> SchedulerStats:
-        held = self.held
+        held, windowed = self.held, self._windowed
         return SchedulerStats(
             num_running=self.num_running,
             num_waiting=len(self.waiting),
@@ -392,4 +404,8 @@ class Scheduler:
             num_hit_tokens=self.prompts.num_hit_tokens,
             new_token_ratio=self.admission.new_token_ratio,
             cache=held.cache.stats(),
+            num_total_window_tokens=0 if windowed is None else windowed.windows.num_total,
+            num_free_window_tokens=0 if windowed is None else windowed.windows.num_free,
+            num_cached_window_tokens=0 if windowed is None else windowed.num_window_evictable,
+            num_held_window_tokens=0 if windowed is None else windowed.num_window_held,
         )

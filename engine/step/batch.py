@@ -40,7 +40,7 @@ class Staged(NamedTuple):
 
 
 class _Decodes:
-    """Remember a step of decodes in a staging buffer, where the next one of the same cohort changes four fields."""
+    """Remember a step of decodes in a staging buffer, where the next one of the same cohort changes a few fields."""
 
     def __init__(self, plan: Plan, shape: StepShape, host: dict[str, np.ndarray], staged: Staged) -> None:
         self._cohort, self._groups, self._shape = plan.cohort, plan.groups, shape
@@ -49,6 +49,7 @@ class _Decodes:
         self._seq_lens = host["seq_lens"][:num_decodes]
         self._positions = host["positions"][:num_decodes]
         self._out_cache_loc = host["out_cache_loc"][:num_decodes]
+        self._window_cache_loc = host["window_cache_loc"][:num_decodes] if shape.has_windows else None
         self.staged = staged
 
     def precede(self, plan: Plan, shape: StepShape) -> bool:
@@ -60,6 +61,8 @@ class _Decodes:
         self._seq_lens[:] = plan.seq_lens
         np.subtract(plan.seq_lens, 1, out=self._positions, casting="same_kind")
         self._out_cache_loc[:] = plan.out_cache_loc
+        if self._window_cache_loc is not None:
+            self._window_cache_loc[:] = plan.window_cache_loc
 
 
 class Stager:
@@ -110,6 +113,8 @@ class Stager:
         host["input_ids"][:num_decodes] = plan.input_ids[:num_decodes]
         host["positions"][:num_decodes] = plan.seq_lens[:num_decodes] - 1
         host["out_cache_loc"][:num_decodes] = plan.out_cache_loc[:num_decodes]
+        if plan.window_cache_loc is not None:
+            host["window_cache_loc"][:num_decodes] = plan.window_cache_loc[:num_decodes]
         host["cu_q_lens"][: shape.num_decodes + 1] = self._arange[: shape.num_decodes + 1]
         if not shape.is_decode:  # else these are the rows
             host["token_rows"][:num_decodes] = plan.rows[:num_decodes]
@@ -127,6 +132,8 @@ class Stager:
         host["cu_q_lens"][last_request + 1 :] = last_token
         host["input_ids"][first:last_token] = plan.input_ids[num_decodes:]
         host["out_cache_loc"][first:last_token] = plan.out_cache_loc[num_decodes:]
+        if plan.window_cache_loc is not None:
+            host["window_cache_loc"][first:last_token] = plan.window_cache_loc[num_decodes:]
         host["token_rows"][first:last_token] = rows.repeat(q_lens)
         host["positions"][first:last_token] = self._arange[first:last_token] + (seq_lens - ends).repeat(q_lens)
 

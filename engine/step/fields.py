@@ -32,6 +32,7 @@ class StepShape(NamedTuple):
     num_prefill_tokens: int
     num_samples: int
     has_groups: bool
+    has_windows: bool = False  # layers with a window have slots of their own
 
     @property
     def num_requests(self) -> int:
@@ -49,7 +50,9 @@ class StepShape(NamedTuple):
     @classmethod
     def of(cls, plan: Plan) -> "StepShape":
         num_prefills = len(plan.rows) - plan.num_decodes
-        return cls(plan.num_decodes, num_prefills, plan.num_prefill_tokens, len(plan.samples), plan.groups is not None)
+        has_groups, has_windows = plan.groups is not None, plan.window_cache_loc is not None
+        num_samples = len(plan.samples)
+        return cls(plan.num_decodes, num_prefills, plan.num_prefill_tokens, num_samples, has_groups, has_windows)
 
 
 class Size(enum.IntEnum):
@@ -74,6 +77,10 @@ def _has_groups(shape: StepShape) -> bool:
     return shape.has_groups
 
 
+def _has_windows(shape: StepShape) -> bool:
+    return shape.has_windows
+
+
 @dataclass(frozen=True, slots=True)
 class Field:
     """Describe one array of a staged step: [size], or [width, size]."""
@@ -92,6 +99,7 @@ FIELDS = (
     Field("input_ids", Size.TOKENS),
     Field("positions", Size.TOKENS),
     Field("out_cache_loc", Size.TOKENS),
+    Field("window_cache_loc", Size.TOKENS, when=_has_windows),
     Field("token_rows", Size.TOKENS, in_decodes="rows"),
     Field("sample_tokens", Size.SAMPLES, in_decodes="cu_q_lens"),  # 0, 1, ..., S - 1
     Field("sample_rows", Size.SAMPLES, in_decodes="rows"),
@@ -139,4 +147,5 @@ def layout_of(shape: StepShape) -> Layout:
 
 def max_size(max_tokens: int, max_requests: int) -> int:
     """Return the int32 numbers of the largest step of that many tokens and requests."""
-    return layout_of(StepShape(0, max_requests, max_tokens, max_requests, has_groups=True)).size
+    shape = StepShape(0, max_requests, max_tokens, max_requests, has_groups=True, has_windows=True)
+    return layout_of(shape).size

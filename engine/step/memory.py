@@ -11,6 +11,7 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.layers.communicator import Communicator
+from engine.step.window_memory import KVSplit
 
 GIB = 1 << 30
 CUDA_MARGIN_BYTES = 5 * GIB // 4  # library workspaces, graphs' own records, fragmentation
@@ -33,13 +34,17 @@ class MemoryBudget:
     kv: int
     margin: int
     max_total_num_tokens: int
+    windows: int = 0
+    """Of kv: the pool of layers that see a window."""
+    num_window_tokens: int = 0
 
     def rows(self) -> list[tuple[str, str]]:
         """Return (use, amount) rows for a table, empty uses left out."""
         parts = [
             ("weights", self.weights), ("largest step", self.largest_step), ("CUDA graphs", self.graphs),
-            ("request tables", self.tables), ("KV cache", self.kv), ("left free", self.margin),
-            ("device total", self.total),
+            ("request tables", self.tables), ("KV cache", self.kv - self.windows),
+            (f"KV cache of layers with a window ({self.num_window_tokens:,} tokens)", self.windows),
+            ("left free", self.margin), ("device total", self.total),
         ]  # fmt: skip
         return [(name, f"{num_bytes / GIB:.2f} GiB") for name, num_bytes in parts if num_bytes]
 
@@ -47,7 +52,7 @@ class MemoryBudget:
 def plan_memory(
     config: EngineConfig,
     context_length: int,
-    token_bytes: int,
+    split: KVSplit,
     device: torch.device,
     *,
     weights: int,
@@ -58,7 +63,7 @@ def plan_memory(
 ) -> MemoryBudget:
     """Divide the device's memory. All ranks get the tokens that fit on the rank with the least room.
 
-    token_bytes: bytes that all layers of this rank keep of a token. weights, tables, largest_step, graphs: bytes, see
+    split: what this rank's layers keep of a token. weights, tables, largest_step, graphs: bytes, see
     `MemoryBudget`. Raises `ModelError` with the numbers if not even one page of KV fits.
     """
     if device.type == "cuda":
@@ -70,19 +75,22 @@ def plan_memory(
     else:
         total = _available_host_memory()
         share = CPU_MEMORY_SHARE / (config.tp_size * config.dp_size)
-        room = min(int(total * share), CPU_CONTEXTS * context_length * token_bytes)
-    num_tokens = comm.minimum(room // token_bytes)
+        room = min(int(total * share), CPU_CONTEXTS * context_length * split.token_bytes)
+    num_tokens = comm.minimum(split.num_tokens(room, (config.max_running_requests or 1) * context_length))
     if config.max_total_tokens is not None:
         num_tokens = min(num_tokens, config.max_total_tokens) if device.type == "cuda" else config.max_total_tokens
     num_tokens -= num_tokens % config.page_size
     if num_tokens < max(config.page_size, 2):
         raise ModelError(
             f"no memory is left for the KV cache: {room / GIB:.2f} GiB after {weights / GIB:.2f} GiB of weights and "
-            f"{largest_step / GIB:.2f} GiB for the largest step; a token takes {token_bytes} bytes"
+            f"{largest_step / GIB:.2f} GiB for the largest step; a token takes {split.token_bytes} bytes"
         )
-    kv = num_tokens * token_bytes
+    kv, num_window_tokens = split.num_bytes(num_tokens), split.num_window_tokens(num_tokens)
     margin = max(room + CUDA_MARGIN_BYTES - kv, 0) if device.type == "cuda" else 0
-    return MemoryBudget(total, weights, largest_step, graphs, tables, kv, margin, num_tokens)
+    windows = num_window_tokens * split.window_bytes
+    return MemoryBudget(
+        total, weights, largest_step, graphs, tables, kv, margin, num_tokens, windows, num_window_tokens
+    )
 
 
 def _available_host_memory() -> int:

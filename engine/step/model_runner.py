@@ -154,7 +154,9 @@ class ModelRunner:
 
     def new_graphs(self, sizes: GraphSizes) -> StepGraphs:
         """Not captured yet."""
-        return StepGraphs(sizes, self.stager, self.run_greedy, self.comm.meet)
+        return StepGraphs(
+            sizes, self.stager, self.run_greedy, self.comm.meet, has_windows=self.kv.window_slots is not None
+        )
 
     def capture_graphs(self, sizes: GraphSizes) -> None:
         self._graph_sizes = sizes
@@ -373,8 +375,10 @@ class ModelRunner:
         """
         begin_step(
             batch.input_ids, batch.positions, batch.out_cache_loc, batch.token_rows,
-            self.sampler.last_tokens, batch.slot_table,
+            self.sampler.last_tokens, batch.slot_table, self.kv.window_slots, batch.window_cache_loc,
         )  # fmt: skip
+        if self.kv.window_slots is not None:
+            batch = batch.with_windows(self.kv.window_slots)
         if corun is None:
             return self.model(batch, self.kv)
         splitter, split = self.splitter, corun

@@ -131,12 +131,14 @@ def _run_prompts(
 ) -> None:
     """One step of prompts of row 0, with logits and tokens of `num_samples`."""
     num_tokens, lens = sum(q_lens), np.array(q_lens, np.int32)
+    slots, num_windows = np.arange(num_tokens, dtype=np.int32), runner.kv.num_window_slots
     plan = Plan(
         rows=np.zeros(len(lens), np.int32),
         q_lens=lens,
         seq_lens=lens,
         input_ids=np.zeros(num_tokens, np.int32),
-        out_cache_loc=1 + np.arange(num_tokens, dtype=np.int32) % (runner.kv.num_slots - 1),  # a small pool has fewer
+        out_cache_loc=1 + slots % (runner.kv.num_slots - 1),  # a small pool has fewer
+        window_cache_loc=None if num_windows is None else 1 + slots % (num_windows - 1),
         num_decodes=0,
         samples=np.zeros(num_samples, np.int32),
         epochs=np.zeros(len(lens), np.int64),
