@@ -194,9 +194,11 @@ async def respond(
     assert isinstance(owner, web.Request)
     for answer in answers:
         answer.state.sink = answer.sink
+    stream = EventStream(answers, tail, headers)  # first tokens may come while other requests are still being submitted
     try:
         async with live.submitted(owner, rid, states):
-            return await EventStream(answers, tail, headers).run(owner)
+            return await stream.run(owner)
     finally:
+        stream.forget()
         for state in states:  # a state that knows its answer is a cycle: it would wait for the garbage collector
             state.sink = ignore

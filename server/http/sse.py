@@ -100,8 +100,11 @@ class EventStream:
             return await self._run(http_request)
         finally:
             self._stop_timer()
-            # Each source knows its stream: such a cycle, with its connection, would wait for the garbage collector.
-            self.sources, self._tail = (), bytes
+            self.forget()
+
+    def forget(self) -> None:
+        """Forget the sources, which know their stream: such a cycle would wait for the garbage collector."""
+        self.sources, self._tail = (), bytes
 
     async def _run(self, http_request: web.Request) -> web.StreamResponse:
         transport = http_request.transport
