@@ -13,6 +13,7 @@ EngineError                  500  this request, or the engine, cannot be served
 ├── RequestFailed            ---  server.http.live: the request ended as an abort, with the status of its FinishReason
 ├── ModelNotFound            404  server.reading.model_name
 ├── ResponseNotFound         404  server.apis.responses
+├── ItemNotFound             404  server.apis.responses: no stored response has the item of an item_reference
 ├── NotFound                 404  server.apis.files: no such file or batch
 ├── BodyTooLarge             413  server.http.bodies
 ├── FileTooLarge             413  server.apis.files
