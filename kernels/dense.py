@@ -14,7 +14,7 @@ from kernels.elementwise import act_and_mul
 from kernels.gated_gemm import can_gated_gemm, gated_gemm
 from kernels.ties import settle_ties
 from kernels.tuning import WeightShape
-from kernels.weights import WHOLE, Norm, Part, Shard, Weight, match_shard
+from kernels.weights import WHOLE, Norm, PackedWeight, Part, Shard, Weight, match_shard
 from kernels.widened import WidenedWeight, can_widen
 
 SMALL_WEIGHT = 8 << 20  # elements
@@ -106,7 +106,7 @@ class DenseWeight(Weight):
         return WidenedWeight(self, self.data) if can_widen(dtype) else self
 
 
-class OneDNNWeight(Weight):
+class OneDNNWeight(PackedWeight):
     """A matrix on a CPU in oneDNN's blocked layout.
 
     Given a plain weight, oneDNN lays it out anew in every call. For the few tokens of a decode step that costs half as
@@ -118,9 +118,8 @@ class OneDNNWeight(Weight):
 
     def __init__(self, dense: DenseWeight, *, keeps_rows: bool = False) -> None:
         """keeps_rows: `logits` will read few of `dense`'s rows, which a tied embedding has anyway."""
-        super().__init__(dense.parts, dense.k, dense.input_shard)
+        super().__init__(dense, torch.ops.mkldnn._reorder_linear_weight.default(dense.data))
         self._rows = dense.data if keeps_rows else None
-        self.data = torch.ops.mkldnn._reorder_linear_weight.default(dense.data)
 
     def product(
         self,
@@ -152,15 +151,6 @@ class OneDNNWeight(Weight):
     def logits(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         logits = self.product(x, bias=bias).float()
         return logits if self._rows is None else settle_ties(logits, x, self._rows, bias)
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield "weight", self.data
-
-    def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.data = function(self.data)
-
-    def place(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
-        raise NotImplementedError("a packed weight is replaced by another one, not filled again")
 
     def rows_of(self, part: int) -> torch.Tensor:
         return self.data.to_dense()[self.row_slice(part)]

@@ -135,6 +135,24 @@ class Weight(ABC):
         return slice(start, start + self.parts[part].num_rows)
 
 
+class PackedWeight(Weight):
+    """A weight that another one was packed into, as one tensor."""
+
+    def __init__(self, plain: Weight, data: torch.Tensor) -> None:
+        """Take over `data`, the numbers of `plain` in any layout."""
+        super().__init__(plain.parts, plain.k, plain.input_shard)
+        self.data = data
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "weight", self.data
+
+    def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.data = function(self.data)
+
+    def place(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError("a packed weight is replaced by another one, not filled again")
+
+
 def match_shard(
     target: torch.Tensor, loaded: torch.Tensor, dim: int = 0, shard: Shard = WHOLE
 ) -> tuple[torch.Tensor, torch.Tensor]:

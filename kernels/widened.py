@@ -6,26 +6,19 @@ in float32, in twice the memory. A few tokens are as fast as the weights are rea
 product.
 """
 
-from collections.abc import Callable, Iterator
-
 import torch
 import torch.nn.functional as F
 
 from kernels.elementwise import act_and_mul
 from kernels.ties import settle_ties
-from kernels.weights import Norm, Weight
+from kernels.weights import Norm, PackedWeight
 
 PANEL_BYTES = 1 << 22  # of float32; for half as much, products of 512 tokens take up to a seventh longer
 FEW_TOKENS = 3  # whose product is torch's own: more are not limited by reading the weights
 
 
-class WidenedWeight(Weight):
+class WidenedWeight(PackedWeight):
     """A matrix [n, k] of 16 bits on a CPU."""
-
-    def __init__(self, plain: Weight, data: torch.Tensor) -> None:
-        """Take over `data`, the numbers of a weight that is stored plainly."""
-        super().__init__(plain.parts, plain.k, plain.input_shard)
-        self.data = data
 
     def product(
         self,
@@ -51,15 +44,6 @@ class WidenedWeight(Weight):
         if len(x) > FEW_TOKENS:
             return _widened_sums(x, self.data, bias)
         return settle_ties(self.product(x, bias=bias).float(), x, self.data, bias)
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield "weight", self.data
-
-    def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.data = function(self.data)
-
-    def place(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
-        raise NotImplementedError("a packed weight is replaced by another one, not filled again")
 
     def rows_of(self, part: int) -> torch.Tensor:
         return self.data[self.row_slice(part)]

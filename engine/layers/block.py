@@ -26,6 +26,7 @@ class Block(Layer):
     norm_class: ClassVar[type[HiddenNorm]] = RMSNorm
     mlp_class: ClassVar[type[MLP]] = GatedMLP
     norm_names: ClassVar[tuple[str, ...]]
+    branches_take_norms: ClassVar = True  # whether each branch's first product is given the norm ahead of it
     has_final_norm: ClassVar = True  # whether the last block's result is normalized once more
 
     def __init__(
@@ -54,7 +55,7 @@ class Block(Layer):
     @property
     def fuses_norms(self) -> bool:
         """Whether the first product of each branch takes the norm ahead of it in, where a kernel can."""
-        return self.norm_class.is_rms
+        return self.branches_take_norms and self.norm_class.is_rms
 
     def tuning_shapes(self) -> list[WeightShape | None]:
         """Return the shapes of the products of one token, each with what the block fuses."""
@@ -97,11 +98,8 @@ class Parallel(Block):
     """
 
     norm_names: ClassVar = ("input_layernorm",)
+    branches_take_norms: ClassVar = False
     input_layernorm: HiddenNorm
-
-    @property
-    def fuses_norms(self) -> bool:
-        return False
 
     def __call__(self, h: torch.Tensor, batch: ForwardBatch, pool: CachePool) -> torch.Tensor:
         attn, mlp, normed = self.self_attn, self.mlp, self.input_layernorm(h)
@@ -157,12 +155,9 @@ class PostNorm(Block):
     """
 
     norm_names: ClassVar = ("post_attention_layernorm", "post_feedforward_layernorm")
+    branches_take_norms: ClassVar = False
     post_attention_layernorm: HiddenNorm
     post_feedforward_layernorm: HiddenNorm
-
-    @property
-    def fuses_norms(self) -> bool:
-        return False
 
     def __call__(self, h: torch.Tensor, batch: ForwardBatch, pool: CachePool) -> torch.Tensor:
         attn, mlp = self.self_attn, self.mlp
@@ -180,13 +175,10 @@ class PostLN(Block):
     """
 
     norm_names: ClassVar = ("post_attention_layernorm", "post_feedforward_layernorm")
+    branches_take_norms: ClassVar = False
     has_final_norm: ClassVar = False
     post_attention_layernorm: HiddenNorm
     post_feedforward_layernorm: HiddenNorm
-
-    @property
-    def fuses_norms(self) -> bool:
-        return False
 
     def __call__(self, h: torch.Tensor, batch: ForwardBatch, pool: CachePool) -> torch.Tensor:
         attn, mlp = self.self_attn, self.mlp
