@@ -87,9 +87,13 @@ class Weight(ABC):
         """
         return self.product(x, bias=bias).float()
 
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the rows `ids` [T] as [T, k] numbers: a weight of a vocabulary embeds tokens so."""
+        raise NotImplementedError(f"{type(self).__name__} has no rows that can be looked up")
+
     @abstractmethod
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield each tensor that holds the weight, by the last part of its name in a checkpoint."""
+        """Yield each tensor that holds the weight, by the last part of its name in a checkpoint ("": in none)."""
 
     @abstractmethod
     def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:

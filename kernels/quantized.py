@@ -1,0 +1,311 @@
+"""Weights of few bits: codes, scales of groups of inputs, and what is subtracted before and after scaling.
+
+One layout serves every format of integers, of 4-bit tables and of 8-bit floats:
+
+    W[n, k] = (value(codes[n, k]) - zero[n, g]) * scale[n, g] - minimum[n, g],  g = k // group_size
+
+`QuantizedWeight` is that definition, on any device and a panel of rows at a time. Devices have kernels of their own,
+into whose layout `pack` takes it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kernels.elementwise import act_and_mul
+from kernels.weights import WHOLE, Norm, Part, ShapeError, Shard, Weight
+
+PANEL_ELEMENTS = 1 << 20  # dequantized at a time
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+INT4_ZERO = 8  # of 4-bit codes that have neither zeros nor minima nor a table
+
+TABLES = {
+    # NormalFloat (Dettmers et al. 2023, QLoRA): quantiles of a normal distribution
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    # E2M1, of MXFP4 and NVFP4 (OCP Microscaling Formats 1.0)
+    "fp4": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
+    # ggml's IQ4_NL and IQ4_XS
+    "iq4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the numbers of a weight are coded, and to what its products round their inputs."""
+
+    code: str  # "int4": two a byte, the even column in the low half, 0 to 15; "int8": signed; "fp8": e4m3
+    group_size: int = 0  # inputs that share a scale; 0: all of a row
+    has_zero: bool = False
+    has_minimum: bool = False
+    table: str | None = None  # of `TABLES`: what the 4-bit codes stand for
+    scale_dtype: torch.dtype = torch.float32
+    inputs: str | None = None  # "fp8" or "int8": products round their inputs to it
+    input_group: int = 0  # inputs that are rounded with one scale; 0: all of a token
+    has_input_scale: bool = False  # it is known beforehand, and the same for all tokens
+    has_order: bool = False  # groups are of inputs in another order (GPTQ's desc_act)
+
+    def group_size_of(self, k: int) -> int:
+        """Return the inputs that share a scale in rows of `k`."""
+        return min(self.group_size, k) or k
+
+    @property
+    def offset(self) -> int:
+        """What is subtracted from integer codes where the file has neither zeros nor minima."""
+        return 0 if self.code != "int4" or self.has_zero or self.has_minimum or self.table else INT4_ZERO
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        return {"int4": torch.uint8, "int8": torch.int8, "fp8": FP8}[self.code]
+
+    @property
+    def codes_per_byte(self) -> int:
+        return 2 if self.code == "int4" else 1
+
+
+class QuantizedWeight(Weight):
+    """A matrix [n, k] as codes.
+
+    codes: [n, k / codes_per_byte]. scale, and zero and minimum or None: [n, G]. order: int64 [k] or None, the input
+    that stands at each place of the codes. input_scale: float32 [1] or None.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        k: int,
+        dtype: torch.dtype,
+        form: Format,
+        input_shard: Shard = WHOLE,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        """dtype: of products. names: what a checkpoint calls codes, scale, zero, ..., where it is not that.
+
+        `ShapeError` if a group would be cut, by ranks or otherwise.
+        """
+        super().__init__(parts, k, input_shard)
+        self.dtype, self.form = dtype, form
+        group_size = form.group_size_of(k)
+        if k % form.codes_per_byte or (k % group_size and input_shard.count > 1):
+            raise ShapeError(f"has {k} inputs on each of {input_shard.count} ranks, no multiple of its groups of "
+                             f"{max(group_size, form.codes_per_byte)}")  # fmt: skip
+        if form.has_order and input_shard.count > 1:
+            raise ShapeError("has groups in an order of their own (desc_act), which cannot be split over ranks")
+        num_groups = -(-k // group_size)
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "codes": ((self.n, k // form.codes_per_byte), form.code_dtype),
+            "scale": ((self.n, num_groups), form.scale_dtype),
+        }
+        if form.has_zero:
+            shapes["zero"] = (self.n, num_groups), torch.uint8 if form.code == "int4" else torch.float16
+        if form.has_minimum:
+            shapes["minimum"] = (self.n, num_groups), form.scale_dtype
+        if form.has_order:
+            shapes["order"] = (len(self.parts), k), torch.int64
+        if form.has_input_scale:
+            shapes["input_scale"] = (len(self.parts),), torch.float32
+        self.fields = {
+            field: torch.empty(shape, dtype=field_dtype, device="meta")
+            for field, (shape, field_dtype) in shapes.items()
+        }
+        self._names = {field: field for field in shapes} | dict(names or {})
+
+    @property
+    def codes(self) -> torch.Tensor:
+        return self.fields["codes"]
+
+    @property
+    def scale(self) -> torch.Tensor:
+        return self.fields["scale"]
+
+    def product(
+        self,
+        x: torch.Tensor,
+        *,
+        norm: Norm | None = None,
+        bias: torch.Tensor | None = None,
+        act: str | None = None,
+        residual: torch.Tensor | None = None,
+        may_overwrite: bool = False,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if norm is not None:
+            x = norm(x)
+        result = self._sums(x, bias).to(x.dtype)
+        if act is not None:
+            result = act_and_mul(result, act)
+        if residual is not None:
+            return residual.add_(result) if may_overwrite else residual + result
+        return result if out is None else out.copy_(result)
+
+    def logits(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self._sums(x, bias)
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = {field: tensor[ids] for field, tensor in self.fields.items()}
+        return dequantize(self.form, rows).to(self.dtype)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for field, tensor in self.fields.items():
+            yield self._names[field], tensor
+
+    def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.fields = {field: function(tensor) for field, tensor in self.fields.items()}
+
+    def place(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        field = next(field for field in self.fields if self._names[field] == name)
+        tensor = self.fields[field]
+        if tensor.is_floating_point() != loaded.is_floating_point() or (
+            tensor.dtype == FP8 and loaded.dtype.itemsize > 1
+        ):
+            raise ShapeError(f"is of {loaded.dtype}, the format's {field} are of {tensor.dtype}")
+        if field == "input_scale":
+            return tensor[part : part + 1], loaded.reshape(-1)[:1]
+        if field == "order":
+            return _matching(tensor[part], loaded, (WHOLE,))
+        shard, columns = self.parts[part].shard, self.input_shard
+        target = tensor[self.row_slice(part)]
+        if field != "codes":
+            if target.shape[1] == 1:
+                columns = WHOLE
+                loaded = loaded.reshape(-1, 1)
+            if loaded.numel() == 1:
+                return target, loaded.expand_as(target)
+        if field in ("scale", "zero", "minimum"):  # of blocks of rows, the last may go on beyond the last row
+            num_rows = len(target) * shard.count
+            loaded = loaded[:num_rows] if num_rows <= len(loaded) < num_rows + 128 else loaded
+        return _matching(target, loaded, (shard, columns))
+
+    def rows_of(self, part: int) -> torch.Tensor:
+        return self.dequantized(self.row_slice(part)).to(self.dtype)
+
+    def dequantized(self, rows: slice = slice(None)) -> torch.Tensor:
+        """Return rows as float32 [rows, k], inputs in the order of the model's."""
+        values = dequantize(self.form, {field: self.fields[field][rows] for field in self._matrices()})
+        if (order := self.fields.get("order")) is None or order.dim() > 1:
+            return values
+        return torch.empty_like(values).index_copy_(1, order, values)
+
+    def fill_random(self, generator: torch.Generator) -> None:
+        for field, tensor in self.fields.items():
+            if field == "codes" and self.form.code == "fp8":
+                for rows in tensor.split(max(1, PANEL_ELEMENTS // self.k)):
+                    rows.copy_(torch.randn(rows.shape, generator=generator, device=rows.device))
+            elif field == "codes":
+                tensor.view(torch.uint8).random_(0, 256, generator=generator)
+            elif field == "order":
+                tensor.copy_(torch.arange(self.k, device=tensor.device) // self.form.group_size_of(self.k))
+            else:
+                tensor.fill_({"zero": self.form.offset or INT4_ZERO, "minimum": 0.0, "input_scale": 0.05}.get(field, 0))
+        spread = {"int4": 4.6, "int8": 74.0, "fp8": 1.0}[self.form.code]
+        if self.form.table is not None:
+            spread = float(torch.tensor(TABLES[self.form.table]).std())
+        self.scale.fill_(0.02 / spread)
+
+    def pack(self, *, for_logits: bool = False) -> Weight:  # noqa: ARG002
+        """Return the weight in the layout of its device's kernels. `ShapeError` if its parts contradict each other."""
+        self._settle()
+        return self
+
+    def _settle(self) -> None:
+        """Order codes by their groups, and take one input scale for all parts."""
+        if (order := self.fields.get("order")) is not None and order.dim() > 1:
+            if not bool((order == order[0]).all()):
+                raise ShapeError("has parts with different g_idx, which cannot be multiplied as one")
+            places = torch.argsort(order[0], stable=True)
+            values = unpack_codes(self.form, self.codes)[:, places]
+            self.fields["codes"] = pack_int4(values) if self.form.code == "int4" else values
+            self.fields["order"] = places
+        if (input_scale := self.fields.get("input_scale")) is not None:
+            self.fields["input_scale"] = input_scale.max().reshape(1)
+
+    def _matrices(self) -> list[str]:
+        return [field for field in self.fields if field not in ("order", "input_scale")]
+
+    def _sums(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return x W^T + bias in float32, [T, k] -> [T, n]."""
+        if (order := self.fields.get("order")) is not None:
+            x = x[:, order]
+        if self.form.inputs is not None:
+            x = rounded_inputs(x, self.form, self.fields.get("input_scale"))
+        wide, result = x.float(), x.new_empty(len(x), self.n, dtype=torch.float32)
+        size = max(1, PANEL_ELEMENTS // self.k)
+        for start in range(0, self.n, size):
+            rows = slice(start, start + size)
+            panel = dequantize(self.form, {field: self.fields[field][rows] for field in self._matrices()})
+            result[:, rows] = wide @ panel.t()
+        return result if bias is None else result.add_(bias)
+
+
+def dequantize(form: Format, fields: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return what codes [rows, ...] stand for: float32 [rows, k], inputs in the order of the codes."""
+    codes = unpack_codes(form, fields["codes"])
+    if form.table is not None:
+        values = torch.tensor(TABLES[form.table], device=codes.device)[codes.long()]
+    else:
+        values = codes.float()
+    num_rows, k = values.shape
+    group_size = form.group_size_of(k)
+    is_cut = k % group_size != 0
+    if is_cut:
+        values = F.pad(values, (0, -k % group_size))
+    values = values.view(num_rows, -1, group_size)
+    if form.has_zero:
+        values = values - fields["zero"][:, :, None].float()
+    elif form.offset:
+        values = values - form.offset
+    values = values * fields["scale"][:, :, None].float()
+    if form.has_minimum:
+        values -= fields["minimum"][:, :, None].float()
+    values = values.view(num_rows, -1)
+    return values[:, :k] if is_cut else values
+
+
+def unpack_codes(form: Format, codes: torch.Tensor) -> torch.Tensor:
+    """Return one code an element, [rows, k]."""
+    if form.code != "int4":
+        return codes
+    return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+
+
+def pack_int4(values: torch.Tensor) -> torch.Tensor:
+    """Return uint8 [rows, k / 2] of values [rows, k] from 0 to 15: the even column in the low half of a byte."""
+    values = values.to(torch.uint8)
+    return values[:, ::2] | (values[:, 1::2] << 4)
+
+
+def quantize_inputs(x: torch.Tensor, form: Format, input_scale: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
+    """Return (codes [T, k], float32 scales [T, groups]) of a step's inputs x [T, k]; with a known scale, that one."""
+    limit = FP8_MAX if form.inputs == "fp8" else 127.0
+    wide = x.float().unflatten(1, (-1, form.input_group or x.shape[1]))
+    if input_scale is None:
+        scale = wide.abs().amax(dim=2, keepdim=True).clamp_(min=1e-10) / limit
+    else:
+        scale = input_scale.reshape(1, 1, 1).expand(*wide.shape[:2], 1)
+    scaled = (wide / scale).clamp_(-limit, limit)
+    codes = scaled.to(FP8) if form.inputs == "fp8" else scaled.round_().to(torch.int8)
+    return codes.flatten(1), scale[:, :, 0]
+
+
+def rounded_inputs(x: torch.Tensor, form: Format, input_scale: torch.Tensor | None) -> torch.Tensor:
+    """Return x [T, k] rounded as `quantize_inputs` does, as float32."""
+    codes, scale = quantize_inputs(x, form, input_scale)
+    return (codes.float().unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1)
+
+
+def _matching(target: torch.Tensor, loaded: torch.Tensor, shards: Sequence[Shard]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (target, its slice of `loaded`), one shard for each dimension. `ShapeError` if it has another shape."""
+    wanted = [size * shard.count for size, shard in zip(target.shape, shards, strict=True)]
+    if list(loaded.shape) != wanted:
+        raise ShapeError(f"has shape {list(loaded.shape)}, the model wants {wanted}")
+    for dim, shard in enumerate(shards):
+        size = target.shape[dim]
+        loaded = loaded.narrow(dim, shard.index * size, size)
+    return target, loaded
