@@ -414,7 +414,7 @@ def keeps_windows(config: EngineConfig, model_config: ModelConfig) -> bool:
 
 def new_model(config: EngineConfig, model_config: ModelConfig, comm: Communicator) -> CausalLM:
     """Return this rank's share of the model, with its weights still on the meta device."""
-    return build_model(model_config, _layer_config(config, model_config, comm))
+    return build_model(model_config, _layer_config(config, model_config, comm), config.quantization)
 
 
 def _load_weights(model: CausalLM, folder: Path, config: EngineConfig, device: torch.device) -> int:

@@ -41,6 +41,10 @@ class EngineConfig:
     load_format: str = option(
         "auto", MODEL, "how weights are stored; dummy: random weights", choices=("auto", "safetensors", "gguf", "dummy")
     )
+    quantization: str | None = option(
+        None, MODEL, "round weights while they are loaded: fp8, w8a8_int8, int8, int4; of a quantized checkpoint its "
+        "method, which need not be named", aliases=("-q", "--torchao-config"),
+    )  # fmt: skip
     revision: str | None = option(None, MODEL, "branch, tag or commit of a hub id")
     download_dir: str | None = option(None, MODEL, "where downloads and converted weights are kept")
     use_modelscope: bool = option(False, MODEL, "take hub ids from ModelScope instead of Hugging Face")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kernels.elementwise import act_and_mul
+from kernels.elementwise import act_and_mul, embed
 from kernels.gated_gemm import can_gated_gemm, gated_gemm
 from kernels.ties import settle_ties
 from kernels.tuning import WeightShape
@@ -75,6 +75,9 @@ class DenseWeight(Weight):
             return kernel(x, self.data, bias, out_dtype=torch.float32)
         sums = torch.mm(x, self.data.t(), out_dtype=torch.float32)
         return sums if bias is None else sums.add_(bias)
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        return embed(ids, self.data)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "weight", self.data

@@ -173,9 +173,9 @@ class QuantizedWeight(Weight):
         shard, columns = self.parts[part].shard, self.input_shard
         target = tensor[self.row_slice(part)]
         if field != "codes":
-            if target.shape[1] == 1:
-                columns = WHOLE
-                loaded = loaded.reshape(-1, 1)
+            num_inputs = self.k * columns.count
+            if self.form.group_size_of(num_inputs) == num_inputs:  # all of a row, on whatever ranks
+                columns, loaded = WHOLE, loaded.reshape(-1, 1)
             if loaded.numel() == 1:
                 return target, loaded.expand_as(target)
         if field in ("scale", "zero", "minimum"):  # of blocks of rows, the last may go on beyond the last row

@@ -76,7 +76,6 @@ EXPERTS = "experts are split over ranks as every weight is (--tp-size)"
 COMPILED = "nothing is compiled: steps are CUDA graphs of our own kernels"
 FLASHINFER = "FlashInfer serves only where --attention-backend asks for it"
 SAMPLING = "Triton's kernels sample, on a CPU torch's"
-QUANTIZED = "weights are computed with in --dtype; GGUF files are converted to it once"
 NO_LORA, NO_DRAFTS = "there are no adapters: merge them into the weights", "there are no draft models"
 NO_SSL = "this server speaks plain HTTP: put a proxy with the certificate before it"
 NO_PIPELINE = "layers are not split over GPUs: --tp-size splits each weight, --nnodes spans hosts"
@@ -153,10 +152,7 @@ SERVER_FLAGS = (
     no_effect("--sleep-on-idle", "an idle server always sleeps"),
     no_effect("--show-time-cost", "see /start_profile"),
     no_effect("--warmups", "see --skip-server-warmup", 1),
-    refused("--quantization", QUANTIZED, but=(*OFF, "gguf")),
-    refused("-q", QUANTIZED, but=(*OFF, "gguf")),
     refused("--quantization-param-path", "FP8 keys and values need no scales (--kv-cache-dtype)"),
-    refused("--torchao-config", QUANTIZED, but=OFF),
     refused("--cpu-offload-gb", "weights stay in the memory of the device that computes", but=("0", "0.0")),
     refused("--tokenizer-mode", "tokenizers are the fast ones", but=("auto",)),
     refused("--pp-size", NO_PIPELINE, but=("1",)),

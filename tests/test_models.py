@@ -366,7 +366,7 @@ def test_sampling_defaults_that_no_request_could_use_are_told_at_the_start(tiny_
         ('{"hidden_act": "mish"}', "mish"),
         ('{"rope_parameters": {"rope_type": "spiral"}}', "spiral"),
         ('{"rope_parameters": {"rope_type": "linear"}}', "factor"),
-        ('{"quantization_config": {"quant_method": "awq"}}', "awq"),
+        ('{"quantization_config": {"quant_method": "exl2"}}', "exl2"),
         ('{"hidden_size": "64"}', "config.json: hidden_size must be a positive integer, got '64'"),
         ('{"num_attention_heads": 0}', "num_attention_heads must be a positive integer, got 0"),
         ('{"vocab_size": null}', "has no 'vocab_size'"),

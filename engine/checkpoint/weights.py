@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +12,10 @@ from engine.checkpoint.progress import progress_bar
 from engine.config_file import read_json
 from engine.errors import ModelError
 from engine.layers.layer import Layer, named_layers, unique_layers
+from engine.layers.linear import Linear
 from engine.models.base import CausalLM
 from engine.models.names import Piece, Rule, pieces_of
+from kernels.quantized import QuantizedWeight
 from kernels.weights import ShapeError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,10 @@ def load_weights(model: CausalLM, folder: Path, load_format: str, device: torch.
     started = time.perf_counter()
     files: Located = {}
     if load_format != "dummy":
-        files = locate_weights(checkpoint_files(folder), checkpoint_targets(model), model.names)
+        paths = checkpoint_files(folder)
+        heads = [head for path in paths for head in read_heads(path, model.rules)]
+        settle_formats(model, {head.piece.name for head in heads})
+        files = locate_weights(paths, heads, checkpoint_targets(model))
     layers = unique_layers(model)
     for layer in layers:
         layer.materialize(device)
@@ -77,7 +82,7 @@ def checkpoint_targets(model: CausalLM) -> dict[Key, Target]:
     for path, layer in named_layers(model):
         parent, _, leaf = path.rpartition(".")
         modules = layer.part_names or (leaf,)
-        for weight_name, _ in layer.weights():
+        for weight_name in filter(None, (name for name, _ in layer.weights())):
             for i in range(layer.stack_size or 1):
                 for part, module in enumerate(modules):
                     name = ".".join(filter(None, (parent, module, weight_name)))
@@ -106,26 +111,53 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return files
 
 
-def locate_weights(files: list[Path], targets: dict[Key, Target], rules: Sequence[Rule]) -> Located:
-    """Return for every file what to take from it; each target once. Strict about names."""
+class Head(NamedTuple):
+    """A tensor of a file, or a piece of one, before anything of it is read."""
+
+    file: Path
+    tensor: str
+    piece: Piece
+
+
+def read_heads(file: Path, rules: Sequence[Rule]) -> list[Head]:
+    """Return the pieces of a file's tensors. `ModelError` if it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
+    try:
+        with safe_open(file, framework="pt") as checkpoint:
+            names = list(checkpoint.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} cannot be read, or is broken: {error}") from None
+    return [Head(file, name, piece) for name in names for piece in pieces_of(name, rules)]
+
+
+def settle_formats(model: CausalLM, found: Collection[str]) -> None:
+    """Make layers dense whose weights a quantized checkpoint has as plain numbers. found: its names, by the rules.
+
+    What is there counts, not a list of exceptions: these are written in the names of many libraries.
+    """
+    for path, layer in named_layers(model):
+        if not isinstance(layer, Linear) or not isinstance(layer.weight, QuantizedWeight):
+            continue
+        parent, _, leaf = path.rpartition(".")
+        modules = [f"{parent}.{name}" if parent else name for name in layer.part_names or (leaf,)]
+        wanted = [name for name, _ in layer.weight.tensors() if name and name != "weight"]
+        is_quantized = not wanted or any(f"{module}.{name}" in found for module in modules for name in wanted)
+        if not is_quantized and all(f"{module}.weight" in found for module in modules):
+            layer.make_dense()
+
+
+def locate_weights(files: list[Path], heads: Sequence[Head], targets: dict[Key, Target]) -> Located:
+    """Return for every file what to take from it; each target once. Strict about names."""
     located: Located = {file: [] for file in files}
     unexpected, found = [], set()
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as checkpoint:
-                names = list(checkpoint.keys())
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file} cannot be read, or is broken: {error}") from None
-        for name in names:
-            for piece in pieces_of(name, rules):
-                key = piece.name, piece.index
-                if key not in targets:
-                    unexpected.append(name)
-                elif key not in found:
-                    found.add(key)
-                    located[file].append(Source(name, piece, targets[key]))
+    for file, name, piece in heads:
+        key = piece.name, piece.index
+        if key not in targets:
+            unexpected.append(name)
+        elif key not in found:
+            found.add(key)
+            located[file].append(Source(name, piece, targets[key]))
     missing = [name if index is None else f"{name}[{index}]" for name, index in targets.keys() - found]
     if missing or unexpected:
         lists = {"missing": sorted(missing), "unexpected": unexpected}
@@ -145,14 +177,16 @@ def copy_weights(located: Located, device: torch.device) -> None:
             with safe_open(file, framework="pt") as checkpoint:
                 for name, piece, (layer, weight_name, part) in sources:
                     loaded = checkpoint.get_tensor(name)
-                    if not loaded.is_floating_point():
-                        raise ModelError(f"{name} is of {loaded.dtype}: quantized weights are not supported")
+                    if piece.transforms and device.type == "cuda":
+                        loaded = loaded.to(device)
                     try:
-                        source = piece.of(loaded)
-                        copy(*layer.place_weight(weight_name, source, part))
+                        target, source = layer.place_weight(weight_name, piece.of(loaded), part)
+                        if target.is_floating_point() != source.is_floating_point():
+                            raise ModelError(f"is of {source.dtype}, the model wants {target.dtype}")
+                        copy(target, source)
                     except (ShapeError, ModelError) as error:
                         raise ModelError(f"{name} {error}") from None
-                    advance(source.nbytes)
+                    advance(loaded.nbytes)
 
 
 class StagedCopy:
@@ -166,6 +200,9 @@ class StagedCopy:
     def __call__(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Enqueue the copy of `source`, which is free on return; dtypes may differ."""
         if not len(target):  # another rank has all of it
+            return
+        if source.is_cuda:
+            target.copy_(source)
             return
         num_rows = max(1, STAGING_BYTES // target[0].nbytes)
         for to, rows in zip(target.split(num_rows), source.split(num_rows), strict=True):

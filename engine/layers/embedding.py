@@ -10,9 +10,8 @@ import torch
 
 from engine.layers.layer import Layer, LayerConfig, meta_weight
 from engine.layers.linear import Linear
-from kernels.dense import DenseWeight
 from kernels.elementwise import embed, softcap_
-from kernels.weights import Part, ShapeError, Weight
+from kernels.weights import WHOLE, Part, ShapeError, Weight
 
 
 class VocabularySlice:
@@ -30,6 +29,11 @@ class VocabularySlice:
             raise ShapeError(f"has shape {list(loaded.shape)}, the model wants {[self.vocab_size, *row_shape]}")
         return loaded.narrow(0, self.first_token, self.num_tokens)
 
+    def place(self, weight: Weight, name: str, loaded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where this rank's rows of a vocabulary's weight go, and these rows (see `Weight.place`)."""
+        tensor = dict(weight.tensors())[name]
+        return weight.place(name, self.rows_of(loaded, *tensor.shape[1:]), 0)
+
 
 class VocabParallelEmbedding(Layer):
     """The vectors of token ids, times `scale`, which is rounded to the model's dtype."""
@@ -37,17 +41,19 @@ class VocabParallelEmbedding(Layer):
     def __init__(self, vocab_size: int, hidden_size: int, layers: LayerConfig, scale: float = 1.0) -> None:
         self.comm, self.slice = layers.comm, VocabularySlice(vocab_size, layers)
         self.scale = float(torch.tensor(scale).to(layers.dtype))
-        self.weight = DenseWeight([Part(self.slice.num_tokens)], hidden_size, layers.dtype)
+        parts = [Part(self.slice.num_tokens)]
+        self.weight: Weight = layers.quantization.scheme_of_embedding(layers.path).weight(
+            parts, hidden_size, WHOLE, layers.dtype
+        )
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Return [T, hidden] of ids [T]."""
-        weight = self.weight.data
         if self.comm.size == 1:
-            h = embed(input_ids, weight)
+            h = self.weight.lookup(input_ids)
         else:
             local = input_ids - self.slice.first_token
-            is_here = (local >= 0) & (local < len(weight))
-            h = self.comm.all_reduce(embed(torch.where(is_here, local, 0), weight) * is_here[:, None])
+            is_here = (local >= 0) & (local < self.weight.n)
+            h = self.comm.all_reduce(self.weight.lookup(torch.where(is_here, local, 0)) * is_here[:, None])
         return h if self.scale == 1.0 else h.mul_(self.scale)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -56,11 +62,11 @@ class VocabParallelEmbedding(Layer):
     def materialize(self, device: torch.device) -> None:
         self.weight.materialize(device)
 
-    def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.weight.place(name, self.slice.rows_of(loaded, self.weight.k), part)
+    def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002
+        return self.slice.place(self.weight, name, loaded)
 
-    def weight_part(self, name: str, part: int) -> torch.Tensor:  # noqa: ARG002 - there is one of one part
-        return self.weight.data
+    def weight_part(self, name: str, part: int) -> torch.Tensor:  # noqa: ARG002 - there is one
+        return self.weight.rows_of(part)
 
     def move_to(self, device: torch.device) -> None:
         self.weight.transform(lambda tensor: tensor.to(device))
@@ -137,7 +143,7 @@ class ParallelLMHead(Linear):
     def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
         if name == "bias":
             return self.weight_part(name, part), self.slice.rows_of(loaded)
-        return self.weight.place(name, self.slice.rows_of(loaded, self.weight.k), part)
+        return self.slice.place(self.weight, name, loaded)
 
     def pack(self) -> None:
         self.weight = self.weight.pack(for_logits=True)

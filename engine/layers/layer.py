@@ -5,7 +5,7 @@ reads, and a module's weights and children are found through `__getattr__`, ten 
 Nothing of a module is needed here: weights are never trained, and they get their device once, when loaded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -35,10 +35,17 @@ class LayerConfig:
         """Return the configuration of the child `name`."""
         return replace(self, path=f"{self.path}.{name}" if self.path else name)
 
-    @property
-    def scheme(self) -> Scheme:
-        """The format of the weights of the layer at `path`."""
-        return self.quantization.scheme_of(self.path)
+    def scheme_of(self, part_names: Sequence[str]) -> Scheme:
+        """Return the format of the weights of the layer at `path`. `ModelError` if its parts differ.
+
+        part_names: of the modules that are merged in it; (): it is one of its own.
+        """
+        parent = self.path.rpartition(".")[0]
+        modules = [f"{parent}.{name}" if parent else name for name in part_names] or [self.path]
+        first, *others = (self.quantization.scheme_of(module) for module in modules)
+        if any(scheme != first for scheme in others):
+            raise ModelError(f"{', '.join(modules)} are one product, and must be quantized alike")
+        return first
 
     @property
     def shard(self) -> Shard:

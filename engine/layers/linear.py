@@ -11,7 +11,8 @@ import torch
 
 from engine.errors import ModelError
 from engine.layers.layer import Layer, LayerConfig, meta_weight
-from kernels.weights import WHOLE, Part, Shard, Weight, match_shard
+from engine.quantization.dense import DENSE
+from kernels.weights import WHOLE, Part, ShapeError, Shard, Weight, match_shard
 
 # Hugging Face's name -> the kernels'
 ACTIVATIONS = {
@@ -34,8 +35,12 @@ class Linear(Layer):
         input_shard: Shard = WHOLE,
     ) -> None:
         """part_names: () if the layer's own name is the only one. input_size: on this rank."""
-        self.part_names = tuple(part_names)
-        self.weight: Weight = layers.scheme.weight(parts, input_size, input_shard, layers.dtype)
+        self.part_names, self.dtype = tuple(part_names), layers.dtype
+        try:
+            scheme = layers.scheme_of(self.part_names)
+            self.weight: Weight = scheme.weight(parts, input_size, input_shard, layers.dtype)
+        except ShapeError as error:
+            raise ModelError(f"{layers.path} {error}") from None
         self.bias = meta_weight(self.weight.n, dtype=layers.dtype) if bias else None
 
     def __call__(self, x: torch.Tensor, **fused: Any) -> torch.Tensor:
@@ -67,6 +72,11 @@ class Linear(Layer):
         self.weight.transform(lambda tensor: tensor.to(device))
         if self.bias is not None:
             self.bias = self.bias.to(device)
+
+    def make_dense(self) -> None:
+        """Expect plain numbers: the checkpoint has them, whatever it says of its quantization."""
+        weight = self.weight
+        self.weight = DENSE.weight(weight.parts, weight.k, weight.input_shard, self.dtype)
 
     def pack(self) -> None:
         self.weight = self.weight.pack()

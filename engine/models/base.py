@@ -15,7 +15,8 @@ from engine.layers.layer import Layer, LayerConfig
 from engine.layers.norm import NoNorm
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import ModelConfig, read_decoder
-from engine.models.names import COMMON_NAMES, LANGUAGE_HALF, Rename, Rule
+from engine.models.names import COMMON_NAMES, LANGUAGE_HALF, Convert, Rename, Rule
+from engine.quantization import Quantization
 
 RunBlock = Callable[[Block, torch.Tensor], torch.Tensor]
 """Computes one block: (block, h) -> h."""
@@ -27,7 +28,9 @@ class Decoder(Layer):
     def __init__(self, config: ModelConfig, block_class: type[Block], layers: LayerConfig) -> None:
         rotary = {rope: RotaryEmbedding(rope, config.context_length) for rope in config.ropes}
         embed_size = config.embed_size or config.hidden_size
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, embed_size, layers, config.embed_scale)
+        self.embed_tokens = VocabParallelEmbedding(
+            config.vocab_size, embed_size, layers.within("embed_tokens"), config.embed_scale
+        )
         owners = [i for i, attention in enumerate(config.attention) if attention.kv_owner is None]
         cache_ids = {owner: i for i, owner in enumerate(owners)}
         self.layers = [
@@ -80,6 +83,7 @@ class CausalLM(Layer):
     decoder: ClassVar[type[Decoder]] = Decoder
     block: ClassVar[type[Block]] = PreNorm
     checkpoint: ClassVar[Sequence[Rule]] = COMMON_NAMES
+    quantization = Quantization()  # of what is built
 
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
@@ -111,6 +115,11 @@ class CausalLM(Layer):
         if self.config.tie_word_embeddings:
             return (*rules, Rename(r"^lm_head\.", "model.embed_tokens."))
         return rules
+
+    @property
+    def rules(self) -> Sequence[Rule]:
+        """From a checkpoint's tensors to this model's: first into its layout, then to its names."""
+        return (Convert(self.quantization), *self.names)
 
     def __call__(self, batch: ForwardBatch, pool: CachePool, run_block: RunBlock | None = None) -> torch.Tensor:
         """Return the last hidden states [T, hidden], final norm applied; keep the tokens' cache entries in `pool`."""

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from engine.quantization import Quantization
 from kernels.weights import ShapeError
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
@@ -35,6 +36,17 @@ class Rule(Protocol):
 
     def __call__(self, piece: Piece) -> Iterable[Piece]:
         """Yield what becomes of `piece`: itself where the rule does not apply, nothing where it is to be ignored."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Bring a quantized checkpoint's tensors into the layout of `kernels.quantized`."""
+
+    quantization: Quantization
+
+    def __call__(self, piece: Piece) -> Iterable[Piece]:
+        for name, transforms in self.quantization.converted(piece.name):
+            yield Piece(name, (*piece.transforms, *transforms), piece.index)
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,8 @@ class Interleave:
         yield piece
 
     def _reorder(self, loaded: torch.Tensor) -> torch.Tensor:
+        if loaded.numel() == 1:  # a scale of all rows
+            return loaded
         rows = loaded.movedim(self.dim, 0)
         heads = rows.reshape(-1, self.head_dim, *rows.shape[1:])
         rotated = torch.cat((heads[:, : self.rotary_dim : 2], heads[:, 1 : self.rotary_dim : 2]), dim=1)
@@ -152,6 +166,8 @@ class Stack:
 
 def _cut(start: int, size: int, total: int, num_groups: int) -> Transform:
     def cut(loaded: torch.Tensor) -> torch.Tensor:
+        if loaded.numel() == 1:  # a scale of all rows
+            return loaded
         if len(loaded) % (total * num_groups):
             raise ShapeError(f"has {len(loaded)} rows, which are no multiple of {total * num_groups}")
         groups = loaded.unflatten(0, (num_groups, -1))

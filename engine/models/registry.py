@@ -12,7 +12,7 @@ from engine.errors import ModelError
 from engine.layers.layer import LayerConfig
 from engine.model_config import ModelConfig, complete
 from engine.models.base import CausalLM
-from engine.quantization import Quantization
+from engine.quantization.methods import quantization_of
 
 # config.json's architecture -> module of this package : class. Imported when asked for.
 REGISTRY = {
@@ -103,9 +103,18 @@ def load_config(folder: str | Path, config: EngineConfig | None = None) -> Model
     return complete(model, raw, folder, config)
 
 
-def build_model(config: ModelConfig, layers: LayerConfig) -> CausalLM:
-    """Return the model with its weights still on the meta device. `ModelError` if no family runs its architecture."""
-    layers = dataclasses.replace(layers, quantization=Quantization(config.raw.get("quantization_config")))
+def build_model(config: ModelConfig, layers: LayerConfig, quantization: str | None = None) -> CausalLM:
+    """Return the model with its weights still on the meta device. `ModelError` if no family runs its architecture.
+
+    quantization: `--quantization`.
+    """
+    method = quantization_of(config.raw.get("quantization_config"), quantization)
+    model = _build(config, dataclasses.replace(layers, quantization=method))
+    model.quantization = method
+    return model
+
+
+def _build(config: ModelConfig, layers: LayerConfig) -> CausalLM:
     for architecture in config.architectures:
         if architecture in REGISTRY:
             return _class_of(architecture)(config, layers)

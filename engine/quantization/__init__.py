@@ -1,30 +1,47 @@
-"""How a layer's weights are stored: what a checkpoint or a flag says of them, as a `Scheme`."""
+"""How a model's weights are stored: what a checkpoint or a flag says of each layer, as a `Scheme`.
 
-from collections.abc import Sequence
+A method is a subclass of `Quantization`. It says which scheme a layer has, and turns a checkpoint's tensors, one by
+one, into those of `kernels.quantized`'s layout, whose rows are a layer's outputs: so whatever splits, merges or
+reorders rows for a family or a rank holds for quantized weights, too.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from engine.errors import ModelError
 from engine.quantization.dense import DENSE
 from kernels.weights import Part, Shard, Weight
 
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
 
 class Scheme(Protocol):
-    """A format of weights."""
+    """A format of weights. Equal ones can be merged row on row."""
 
     def weight(self, parts: Sequence[Part], k: int, input_shard: Shard, dtype: torch.dtype) -> Weight:
-        """Return an empty weight of the format: rows in `parts`, `k` inputs, products in `dtype`."""
+        """Return an empty weight of the format: rows in `parts`, `k` inputs, products in `dtype`.
+
+        `kernels.weights.ShapeError` if the format has no such shape.
+        """
 
 
 class Quantization:
-    """Which scheme each layer of a model has."""
+    """Which scheme each layer of a model has; of this base class, none is quantized."""
 
-    def __init__(self, raw: dict[str, Any] | None = None) -> None:
-        """raw: config.json's `quantization_config`. `ModelError` if its method is not supported."""
-        if raw:
-            raise ModelError(f"quantization method not supported: {raw.get('quant_method')}")
-
-    def scheme_of(self, path: str) -> Scheme:  # noqa: ARG002 - all layers are dense so far
-        """Return the scheme of the layer at `path`, such as model.layers.0.mlp.down_proj."""
+    def scheme_of(self, module: str) -> Scheme:  # noqa: ARG002
+        """Return the scheme of a product such as model.layers.0.mlp.down_proj, or lm_head."""
         return DENSE
+
+    def scheme_of_embedding(self, module: str) -> Scheme:  # noqa: ARG002
+        """Return the scheme of an embedding such as model.embed_tokens."""
+        return DENSE
+
+    def converted(self, name: str) -> Iterable[tuple[str, Sequence[Transform]]]:
+        """Yield what a checkpoint's tensor becomes: names, and what is done to it for each. Nothing: it is not read."""
+        yield name, ()
+
+
+__all__ = ["DENSE", "Quantization", "Reader", "Scheme", "Transform"]
+
+Reader = Callable[[Mapping[str, Any]], Quantization]

@@ -1,0 +1,40 @@
+"""Weights that are quantized while they are loaded (`--quantization`), tensor by tensor."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.quantization import DENSE, Quantization, Scheme
+from kernels.quantize import OnlineWeight
+from kernels.quantized import Format
+from kernels.weights import Part, Shard
+
+FORMATS = {
+    "fp8": Format("fp8", inputs="fp8"),
+    "fp8wo": Format("fp8"),
+    "int8": Format("int8", 128, scale_dtype=torch.float16),
+    "w8a8_int8": Format("int8", inputs="int8"),
+    "int4": Format("int4", 128, has_zero=True, scale_dtype=torch.float16),
+}
+KEPT = ("lm_head", "score")  # what ends a model stays as it is
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A format that numbers are rounded to."""
+
+    form: Format
+
+    def weight(self, parts: Sequence[Part], k: int, input_shard: Shard, dtype: torch.dtype) -> OnlineWeight:
+        return OnlineWeight(parts, k, dtype, self.form, input_shard)
+
+
+class Online(Quantization):
+    """All products within blocks in one format."""
+
+    def __init__(self, form: Format) -> None:
+        self.scheme = Quantized(form)
+
+    def scheme_of(self, module: str) -> Scheme:
+        return DENSE if module.rpartition(".")[2] in KEPT else self.scheme
