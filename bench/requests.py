@@ -12,11 +12,16 @@ from typing import Any
 
 import msgspec
 
+from bench import agent
+from engine.declared import convert
 from engine.errors import InvalidRequest
 from engine.request import SamplingParams
 from server.apis.generate import GenerateRequest
 from server.http.bodies import BodyBudget, BodyTooLarge, HeldBody
+from server.reading import messages
 from server.reading.chat import parse_messages
+from server.reading.left_out import LeftOut
+from server.reading.messages_body import MessagesRequest
 from server.reading.openai_body import ChatRequest
 from server.reading.protocol import check_token_ids, parse
 from server.reading.sampling import read_options, read_sampling_params
@@ -33,6 +38,8 @@ SMALL: dict[str, Any] = {
     "stream": True,
     "stream_options": {"include_usage": True},
 }
+SESSION = agent.Session.drawn(0, num_turns=41, num_tools=30, system_words=4000, result_words=300)
+LIMIT = {"max_tokens": 32_000, "stream": True}
 TURN = "Some words of a conversation that has gone on for a while. " * 8
 PARAMETERS = {
     "type": "object",
@@ -52,7 +59,16 @@ def agent_body() -> dict[str, Any]:
 
 
 def read_chat(text: bytes) -> Any:
-    body = parse(text, ChatRequest)
+    return checked(parse(text, ChatRequest))
+
+
+def read_messages(text: bytes) -> Any:
+    body = parse(text, MessagesRequest)
+    return body, checked(convert(messages.chat_body(body, LeftOut(), keeps_volatile=False), ChatRequest))
+
+
+def checked(body: ChatRequest) -> Any:
+    """Return the parts of a chat that are read off its body."""
     return (
         body,
         read_tool_choice(body),
@@ -102,6 +118,7 @@ def bodies() -> dict[str, tuple[Callable[[bytes], Any], bytes]]:
     return {
         "a small chat": (read_chat, encode(SMALL)),
         "a chat of 40 turns and 30 tools": (read_chat, encode(agent_body())),
+        "Claude Code's messages after 40 turns": (read_messages, encode(agent.messages_body(SESSION, 40) | LIMIT)),
         "1 MB of token ids": (read_generate, encode(ids)),
         "2 million values in an unknown field": (read_generate, values % (b'"",' * 2_000_000)),
         "32 MB of empty objects in an unknown field": (read_generate, values % (b"{}," * 11_000_000)),

@@ -41,7 +41,7 @@ def refusal(error: msgspec.ValidationError, kind: Any, value: Any, path: str) ->
         steps.append(named[1])
     info = type_info(kind)
     for step in steps:
-        inner = _inner(info, step)
+        inner = _inner(info, step, value)
         if inner is None:
             break
         info, value = inner, _item(value, step)
@@ -72,19 +72,20 @@ def _bare(info: inspect.Type) -> inspect.Type:
     return info.type if isinstance(info, inspect.Metadata) else info
 
 
-def _inner(info: inspect.Type, step: str | int) -> inspect.Type | None:
-    """Return the type of a field, or of an object in a list. None: the value is named as a whole."""
-    for member in members(info, keeps_rules=False):
+def _inner(info: inspect.Type, step: str | int, value: Any) -> inspect.Type | None:
+    """Return the type of a field of `value`, or of an object in it. None: the value is named as a whole."""
+    found = members(info, keeps_rules=False)
+    for member in found:
         if isinstance(member, inspect.ListType) and isinstance(step, int):
             items = members(member.item_type)
             is_named = any(isinstance(item, (*OBJECTS, inspect.Metadata)) for item in items)
             return member.item_type if is_named else None
-        if isinstance(member, inspect.StructType):
-            for field in member.fields:
-                if field.encode_name == step:
-                    return field.type
-            if isinstance(step, str):
-                return inspect.AnyType()
+        if isinstance(member, inspect.StructType) and isinstance(step, str):
+            if step == member.tag_field:
+                return inspect.LiteralType(tuple(one.tag for one in found if isinstance(one, inspect.StructType)))
+            if member.tag_field is None or _plain(_item(value, member.tag_field)) == member.tag:
+                fields = {field.encode_name: field.type for field in member.fields}
+                return fields.get(step, inspect.AnyType())
     return None
 
 
@@ -122,7 +123,7 @@ def _longest(info: inspect.Type) -> int | None:
 def rule_of(info: inspect.Type, value: Any = None) -> str:
     """Return what a value must be. Limits of numbers are named where `value` is a number."""
     rules = [_rule(member, value) for member in members(info)]
-    return " or ".join(rule for rule in rules if rule)
+    return " or ".join(dict.fromkeys(rule for rule in rules if rule))
 
 
 def _rule(info: inspect.Type, value: Any) -> str:
@@ -140,7 +141,7 @@ def _rule(info: inspect.Type, value: Any) -> str:
     if isinstance(info, inspect.ListType):
         items = [NAMES[type(item)][1] for item in map(_bare, members(info.item_type)) if type(item) in NAMES]
         kind = "a non-empty list" if info.min_length else "a list"
-        return f"{kind} of {' or '.join(items)}" if items else f"{kind} of {rule_of(info.item_type)}"
+        return f"{kind} of {' or '.join(dict.fromkeys(items))}" if items else f"{kind} of {rule_of(info.item_type)}"
     return name
 
 

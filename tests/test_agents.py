@@ -11,11 +11,11 @@ from aiohttp.test_utils import TestClient
 
 from bench import agent
 from engine.declared import convert
-from server.apis.anthropic import chat_body
 from server.apis.responses import read_input
 from server.reading import responses_body
 from server.reading.left_out import HEADER, LeftOut
-from server.reading.messages_body import answerable
+from server.reading.messages import chat_body
+from server.reading.messages_body import CountTokensRequest, MessagesRequest
 from server.reading.openai_body import ChatFields
 from server.reading.protocol import Fields
 from server.reading.responses_tools import Tools
@@ -157,8 +157,8 @@ async def test_of_the_second_of_two_recorded_turns_only_the_new_tokens_are_compu
 
 def shown(**body: Any) -> tuple[list[Any], LeftOut]:
     left_out = LeftOut()
-    given = Fields({"max_tokens": 5, "messages": [{"role": "user", "content": "Hi"}], **body})
-    return chat_body(answerable(given, left_out, False), left_out)["messages"], left_out
+    given = convert({"max_tokens": 5, "messages": [{"role": "user", "content": "Hi"}], **body}, MessagesRequest)
+    return chat_body(given, left_out, keeps_volatile=False)["messages"], left_out
 
 
 def test_the_billing_line_is_left_out_wherever_a_system_prompt_begins() -> None:
@@ -207,11 +207,9 @@ def test_calls_and_results_of_a_servers_tools_become_a_short_text() -> None:
 
 
 def test_an_older_name_of_the_output_format_is_read() -> None:
-    left_out = LeftOut()
-    given = Fields(
-        {"messages": [{"role": "user", "content": "Hi"}], "output_format": {"type": "json_schema", "schema": SCHEMA}}
-    )
-    chat = chat_body(answerable(given, left_out, False), left_out)
+    format_ = {"type": "json_schema", "schema": SCHEMA}
+    given = {"messages": [{"role": "user", "content": "Hi"}], "output_format": format_}
+    chat = chat_body(convert(given, CountTokensRequest), LeftOut(), keeps_volatile=False)
     assert chat["response_format"]["json_schema"]["schema"] == SCHEMA
 
 

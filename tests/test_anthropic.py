@@ -8,12 +8,12 @@ import anthropic
 import pytest
 from aiohttp.test_utils import TestClient
 
+from engine.declared import convert
 from engine.errors import InvalidRequest
 from engine.state import FinishReason
-from server.apis.anthropic import chat_body
 from server.reading.left_out import LeftOut
-from server.reading.messages_body import answerable
-from server.reading.protocol import Fields
+from server.reading.messages import chat_body
+from server.reading.messages_body import MessagesRequest
 from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
 
 Client = TestClient[Any, Any]
@@ -178,8 +178,8 @@ async def test_a_call_that_was_cut_keeps_what_there_was_of_it() -> None:
 
 
 def translated(**body: Any) -> dict[str, Any]:
-    left_out = LeftOut()
-    return chat_body(answerable(Fields({"max_tokens": 5, "messages": USER, **body}), left_out, False), left_out)
+    given = convert({"max_tokens": 5, "messages": USER, **body}, MessagesRequest)
+    return chat_body(given, LeftOut(), keeps_volatile=False)
 
 
 def test_a_system_prompt_is_the_first_message() -> None:
@@ -201,7 +201,7 @@ def test_tool_results_become_messages_before_the_text_that_follows() -> None:
             {"type": "text", "text": "And?"},
         ]},
     ]  # fmt: skip
-    call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city":"Oslo"}'}}
+    call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
     said = [{"type": "text", "text": "I look"}]
     assert translated(messages=messages)["messages"] == [
         {"role": "assistant", "content": said, "reasoning_content": "Hm", "tool_calls": [call]},
@@ -271,6 +271,37 @@ def test_what_cannot_be_done_is_refused_by_name(field: str, body: dict[str, Any]
         translated(**body)
     assert error.value.field == field
     assert field in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "body"),
+    [
+        ("messages[0].role must be 'assistant' or 'system' or 'user', got 'tool'",
+         {"messages": [{"role": "tool", "content": "x"}]}),
+        ("messages[1].content[1].text must be a string, got 5",
+         {"messages": [*USER, {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": 5}]}]}),
+        ("messages[0].content[0].content[0].text must be a string, got None",
+         said("user", type="tool_result", tool_use_id="a", content=[{"type": "text"}])),
+        ("messages[0].content[0].input must be an object, got '{}'",
+         said("assistant", type="tool_use", name="f", input="{}")),
+        ("messages[0].content must be a string or a list of at least one block, got []",
+         {"messages": [{"role": "user", "content": []}]}),
+        ("tools[1].name must be a string, got None", {"tools": [WEATHER, {"input_schema": {}}]}),
+        ("thinking.budget_tokens must be an integer between 1 and 9007199254740992, got 0",
+         {"thinking": {"type": "enabled", "budget_tokens": 0}}),
+        ("temperature must be a number of at least 0, got -1", {"temperature": -1}),
+        ("messages has 20000 entries, the limit is 16384", {"messages": USER * 20000}),
+    ],
+)  # fmt: skip
+def test_an_error_says_what_a_value_must_be_and_what_it_is(message: str, body: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        translated(**body)
+    assert str(error.value) == message
+
+
+def test_a_block_of_another_role_is_refused_with_the_kinds_that_may_be_there() -> None:
+    with pytest.raises(InvalidRequest, match=r"content\[0\].type must be .*'text' or .*'tool_result' or .*, got 'thin"):
+        translated(**said("user", type="thinking", thinking="Hm"))
 
 
 async def test_errors_have_anthropics_shape(api: anthropic.AsyncAnthropic, client: Client) -> None:

@@ -1,13 +1,10 @@
 """Anthropic's Messages API: /v1/messages and /v1/messages/count_tokens."""
 
 import time
-from typing import Any
 
-import orjson
 from aiohttp import web
 
 from engine.declared import convert
-from engine.errors import InvalidRequest
 from engine.state import FinishReason
 from server.apis.answer import failure_of
 from server.apis.blocks import (
@@ -17,7 +14,6 @@ from server.apis.blocks import (
     Block,
     BlockAnswer,
     arguments_of,
-    chat_call,
     respond_in_blocks,
 )
 from server.config import ServerConfig
@@ -25,22 +21,12 @@ from server.http.live import LiveRequests, RequestFailed, new_rid
 from server.http.sse import named_event
 from server.reading.chat import Chats, ChatTurn
 from server.reading.left_out import HINT, LeftOut, LeftOutBook
-from server.reading.messages_body import answerable, own_tools
+from server.reading.messages import chat_body
+from server.reading.messages_body import CountTokensRequest, MessagesRequest
 from server.reading.model_name import served_model
 from server.reading.openai_body import ChatRequest
-from server.reading.protocol import (
-    JSON,
-    REQUEST_FIELDS,
-    Fields,
-    anthropic_error,
-    json_response,
-    read_json,
-    refuse,
-    spelled,
-)
+from server.reading.protocol import JSON, anthropic_error, json_response, read_body, spelled
 
-UNSUPPORTED = ("n",)
-SAME_NAMES = ("temperature", "top_p", "top_k", "max_tokens", "stream", *REQUEST_FIELDS)
 OUR_NAMES = {
     "stop": "stop_sequences",
     "response_format": "output_config.format",
@@ -51,10 +37,8 @@ OUR_NAMES = {
     "reasoning_effort": "output_config.effort",
     "max_thinking_tokens": "thinking.budget_tokens",
 }
-ROLES = ("user", "assistant", "system")
 PING = named_event({"type": "ping"})
 MAX_SILENCE_S = 1.0  # before message_start, which a request that has its turn gets within milliseconds
-TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 class AnthropicApi:
@@ -68,198 +52,26 @@ class AnthropicApi:
         ]
 
     async def messages(self, http_request: web.Request) -> web.StreamResponse:
-        body = await read_json(http_request)
-        model = served_model(self.config, body.text("model"))
-        body.required("max_tokens", "an integer")
+        body = await read_body(http_request, MessagesRequest)
+        model = served_model(self.config, body.model)
         with spelled(OUR_NAMES):
             turn = await self._turn(http_request, body)
             return await respond_in_blocks(http_request, self.live, MessageAnswer(turn, model))
 
     async def count_tokens(self, http_request: web.Request) -> web.Response:
-        body = await read_json(http_request)
-        served_model(self.config, body.text("model"))
+        body = await read_body(http_request, CountTokensRequest)
+        served_model(self.config, body.model)
         with spelled(OUR_NAMES):
             turn = await self._turn(http_request, body)
         return json_response({"input_tokens": len(turn.input_ids)})
 
-    async def _turn(self, http_request: web.Request, body: Fields) -> ChatTurn:
+    async def _turn(self, http_request: web.Request, body: CountTokensRequest) -> ChatTurn:
         left_out = LeftOut()
-        chat = chat_body(answerable(body, left_out, self.config.keep_volatile_prompts), left_out)
+        chat = chat_body(body, left_out, keeps_volatile=self.config.keep_volatile_prompts)
         if self.chats.reasoning_parser is None and chat.pop("max_thinking_tokens", None):
             left_out.add(HINT, "thinking.budget_tokens")  # agents send it to every model
         self.left_out.enter(http_request, left_out)
         return await self.chats.turn(convert(chat, ChatRequest))
-
-
-# ---- reading ----
-
-
-def chat_body(body: Fields, left_out: LeftOut) -> JSON:
-    """Return the same request to chat.completions, but for tools that are not the client's own.
-
-    `InvalidRequest` names what cannot be said there.
-    """
-    refuse(body, UNSUPPORTED)
-    messages = read_messages(body)
-    chat: JSON = {name: body.get(name) for name in SAME_NAMES if body.has(name)}
-    chat |= {"messages": messages, "stop": body.strings("stop_sequences")}
-    if messages[-1]["role"] == "assistant":
-        if "tool_calls" in messages[-1]:
-            raise InvalidRequest("messages must not end with a tool_use: its tool_result is missing", "messages")
-        chat["continue_final_message"] = True
-    if tools := own_tools(body, left_out):
-        chat["tools"] = [_read_tool(tool) for tool in tools]
-    if choice := body.object("tool_choice"):
-        chat |= _read_tool_choice(choice)
-    if output := body.object("output_config"):
-        chat |= _read_output_config(output)
-    return chat | _read_thinking(body.object("thinking"))
-
-
-def read_messages(body: Fields) -> list[JSON]:
-    """Return OpenAI's messages. One of Anthropic's becomes several where it holds tool results."""
-    messages = [{"role": "system", "content": _join_texts(body, "system")}] if body.has("system") else []
-    given = body.objects("messages")
-    if not given:
-        body.fail("messages", "a list of at least one message")
-    for message in given:
-        message.required("role", " or ".join(map(repr, ROLES)))
-        role = message.one_of("role", ROLES, "user")
-        if role == "assistant":
-            messages.append(_read_assistant(message))
-        elif role == "user":
-            messages += _read_user(message)
-        else:
-            messages.append({"role": role, "content": _join_texts(message, "content")})
-    return messages
-
-
-def _blocks(owner: Fields, name: str) -> list[Fields]:
-    """Return content given as blocks, or as a string that stands for one of text."""
-    content = owner.required(name, "a string or a list of blocks")
-    if isinstance(content, str):
-        return [Fields({"type": "text", "text": content})]
-    return owner.objects(name)
-
-
-def _unreadable(block: Fields, *known: str) -> None:
-    kind = block.text("type")
-    if kind in ("image", "document"):
-        block.fail("type", f"one of {', '.join(known)}: this model reads text only")
-    block.fail("type", f"one of {', '.join(known)}")
-
-
-def _join_texts(owner: Fields, name: str) -> str:
-    texts = []
-    for block in _blocks(owner, name):
-        if block.text("type") != "text":
-            _unreadable(block, "text")
-        block.required("text", "a string")
-        texts.append(block.text("text"))
-    return "\n".join(texts)
-
-
-def _read_user(message: Fields) -> list[JSON]:
-    """Return messages, tool results apart. The text of an error says that it is one: templates cannot."""
-    messages: list[JSON] = []
-    for block in _blocks(message, "content"):
-        match block.text("type"):
-            case "text":
-                block.required("text", "a string")
-                part = {"type": "text", "text": block.text("text")}
-                if messages and messages[-1]["role"] == "user":
-                    messages[-1]["content"].append(part)
-                else:
-                    messages.append({"role": "user", "content": [part]})
-            case "tool_result":
-                block.required("tool_use_id", "a string")
-                text = _join_texts(block, "content") if block.has("content") else ""
-                if block.flag("is_error"):
-                    text = f"Error: {text}"
-                messages.append({"role": "tool", "tool_call_id": block.text("tool_use_id"), "content": text})
-            case _:
-                _unreadable(block, "text", "tool_result")
-    if not messages:
-        message.fail("content", "a string or a list of at least one block")
-    return messages
-
-
-def _read_assistant(message: Fields) -> JSON:
-    texts, thoughts, calls = [], [], []
-    for block in _blocks(message, "content"):
-        match block.text("type"):
-            case "text":
-                block.required("text", "a string")
-                texts.append({"type": "text", "text": block.text("text")})
-            case "thinking":
-                thoughts.append(block.text("thinking"))
-            case "tool_use":
-                block.required("name", "a string")
-                arguments = block.object("input") or Fields({})
-                text = orjson.dumps(arguments.values).decode()
-                calls.append(chat_call(block.text("id"), block.text("name"), text))
-            case _:
-                _unreadable(block, "text", "thinking", "tool_use")
-    read: JSON = {"role": "assistant", "content": texts}
-    if thoughts:
-        read["reasoning_content"] = "\n".join(thoughts)
-    if calls:
-        read["tool_calls"] = calls
-    return read
-
-
-def _read_tool(tool: Fields) -> JSON:
-    tool.one_of("type", ("custom",), "custom")
-    tool.required("name", "a string")
-    tool.required("input_schema", "an object")
-    schema = tool.object("input_schema")
-    assert schema is not None
-    function: JSON = {"name": tool.text("name"), "parameters": schema.values}
-    if tool.has("description"):
-        function["description"] = tool.text("description")
-    if tool.has("strict"):
-        function["strict"] = tool.flag("strict")
-    return {"type": "function", "function": function}
-
-
-def _read_tool_choice(choice: Fields) -> JSON:
-    kind = choice.one_of("type", (*TOOL_CHOICES, "tool"), "auto")
-    chosen: Any = TOOL_CHOICES.get(kind)
-    if kind == "tool":
-        choice.required("name", "a string")
-        chosen = {"type": "function", "function": {"name": choice.text("name")}}
-    read = {"tool_choice": chosen}
-    if choice.flag("disable_parallel_tool_use"):
-        read["parallel_tool_calls"] = False
-    return read
-
-
-def _read_output_config(output: Fields) -> JSON:
-    read: JSON = {}
-    if output.has("effort"):
-        read["reasoning_effort"] = output.text("effort")
-    if format_ := output.object("format"):
-        format_.one_of("type", ("json_schema",), "json_schema")
-        format_.required("schema", "an object")
-        read["response_format"] = {
-            "type": "json_schema",
-            "json_schema": {"name": "answer", "schema": format_.get("schema")},
-        }
-    return read
-
-
-def _read_thinking(thinking: Fields | None) -> JSON:
-    """Read `thinking`, off unless asked for: clients that did not ask take the first block for the answer."""
-    kind = "disabled"
-    read: JSON = {}
-    if thinking is not None:
-        kind = thinking.one_of("type", ("enabled", "adaptive", "disabled"), "disabled")
-        thinking.one_of("display", ("summarized", "omitted"), "summarized")
-    if thinking is not None and kind == "enabled":
-        thinking.required("budget_tokens", "an integer")
-        read["max_thinking_tokens"] = thinking.integer("budget_tokens", low=1)
-    is_on = kind != "disabled"
-    return read | {"chat_template_kwargs": {"enable_thinking": is_on, "thinking": is_on}}
 
 
 # ---- writing ----

@@ -28,6 +28,7 @@ from server.apis.ollama_embeddings import EmbedPromptRequest, EmbedRequest
 from server.apis.request_logging import LoggingRequest
 from server.apis.sessions import CloseSession, OpenSession
 from server.apis.text import ParseFunctionCallRequest, SeparateReasoningRequest
+from server.reading.messages_body import CountTokensRequest, MessagesRequest
 from server.reading.openai_body import (
     ChatRequest,
     ChatTool,
@@ -153,11 +154,11 @@ CREATE_BATCH = Operation(
 )  # fmt: skip
 
 MESSAGE_ANSWER = Operation(
-    "Anthropic's messages", "Anthropic", ref("MessagesRequest"), ref("AnthropicMessage"), is_streaming=True,
+    "Anthropic's messages", "Anthropic", MessagesRequest, ref("AnthropicMessage"), is_streaming=True,
     statuses=(404, 429),
 )  # fmt: skip
 COUNT_TOKENS = Operation(
-    "Tokens of a conversation's prompt", "Anthropic", ref("CountTokensRequest"),
+    "Tokens of a conversation's prompt", "Anthropic", CountTokensRequest,
     obj({"input_tokens": integer(1)}, ["input_tokens"]), statuses=(404,),
 )  # fmt: skip
 CREATE_RESPONSE = Operation(

@@ -152,53 +152,6 @@ MODEL_CARD = obj({"id": STRING, "object": {"const": "model"}, "max_model_len": i
 
 SHARED_FIELDS: dict[str, JSON] = {name: EVERYWHERE[name] for name in ("stream", *REQUEST_FIELDS)} | {"model": STRING}
 
-ANTHROPIC_TEXT = obj({"type": {"const": "text"}, "text": STRING}, ["type", "text"])
-ANTHROPIC_CONTENT = one_of(
-    ANTHROPIC_TEXT,
-    obj({"type": {"enum": ["image", "document"], "description": "a short text to the model"}}, ["type"]),
-)
-ANTHROPIC_BLOCK = one_of(
-    ANTHROPIC_TEXT,
-    obj({"type": {"const": "thinking"}, "thinking": STRING, "signature": STRING}, ["type", "thinking"]),
-    obj({"type": {"const": "tool_use"}, "id": STRING, "name": STRING, "input": ANY_OBJECT}, ["type", "id", "name"]),
-    obj(
-        {
-            "type": {"const": "tool_result"},
-            "tool_use_id": STRING,
-            "content": one_of(STRING, array(ANTHROPIC_CONTENT)),
-            "is_error": BOOLEAN,
-        },
-        ["type", "tool_use_id"],
-    ),
-)
-ANTHROPIC_TOOL = obj({"name": STRING, "description": STRING, "input_schema": ANY_OBJECT}, ["name", "input_schema"])
-MESSAGES: dict[str, JSON] = {
-    **SHARED_FIELDS,
-    "messages": array(
-        obj(
-            {"role": {"enum": ["user", "assistant", "system"]}, "content": one_of(STRING, array(ANTHROPIC_BLOCK))},
-            ["role", "content"],
-        ),
-        minItems=1,
-    ),
-    "system": one_of(STRING, array(ANTHROPIC_TEXT)),
-    "tools": array(ANTHROPIC_TOOL),
-    "tool_choice": obj(
-        {"type": {"enum": ["auto", "any", "tool", "none"]}, "name": STRING, "disable_parallel_tool_use": BOOLEAN},
-        ["type"],
-    ),
-    "thinking": obj({"type": {"enum": ["enabled", "adaptive", "disabled"]}, "budget_tokens": integer(1)}, ["type"]),
-    "output_config": obj(
-        {"effort": STRING, "format": obj({"type": {"const": "json_schema"}, "schema": ANY_OBJECT}, ["type", "schema"])}
-    ),
-}
-MESSAGES_SAMPLING: dict[str, JSON] = {
-    **{name: SAMPLING[name] for name in ("temperature", "top_p", "top_k")},
-    "max_tokens": integer(0),
-    "stop_sequences": array(STRING),
-    "metadata": ANY_OBJECT,
-}
-
 RESPONSES_PART = obj({"type": {"enum": ["input_text", "output_text"]}, "text": STRING}, ["type", "text"])
 RESPONSES_TEXT = one_of(STRING, array(RESPONSES_PART))
 RESPONSES_ITEM = one_of(
@@ -345,8 +298,6 @@ COMPONENTS: dict[str, JSON] = {
     ),
 }
 COMPONENTS |= {
-    "MessagesRequest": obj({**MESSAGES, **MESSAGES_SAMPLING}, ["max_tokens", "messages"]),
-    "CountTokensRequest": obj(MESSAGES, ["messages"]),
     "AnthropicMessage": obj(
         {
             "id": STRING,

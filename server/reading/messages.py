@@ -1,0 +1,232 @@
+"""From a body of Anthropic's Messages API to one of OpenAI's chats.
+
+Claude Code sends hints for Anthropic's own cache and context, tools that only Anthropic runs, blocks that a text model
+cannot see, and lines that change in each prompt. What is needed is kept; the rest is left out, or becomes a short text
+so that a conversation that was begun elsewhere goes on.
+"""
+
+import re
+from typing import Any, TypeVar
+
+from engine.errors import InvalidRequest
+from server.reading.left_out import CONTENT, HINT, TOOL, VOLATILE, LeftOut
+from server.reading.messages_body import (
+    HINTS,
+    MEDIA_KINDS,
+    SAMPLING_NAMES,
+    AssistantMessage,
+    Compaction,
+    CountTokensRequest,
+    Document,
+    MessagesRequest,
+    MessagesTool,
+    MessagesToolChoice,
+    Passage,
+    RedactedThinking,
+    SearchResult,
+    ShownBlock,
+    TextBlock,
+    ThinkingBlock,
+    ThinkingConfig,
+    ToolResult,
+    ToolUse,
+    Unseen,
+    UserMessage,
+)
+from server.reading.protocol import JSON, REQUEST_FIELDS
+
+Block = TypeVar("Block")
+BILLING = "x-anthropic-billing-header:"
+# At the end of a text only: elsewhere it is what somebody wrote about it.
+TOKENS_LEFT = re.compile(r"\s*<total_tokens>\s*\d+ tokens left\s*</total_tokens>\s*\Z")
+TOKENS_LEFT_END = "</total_tokens>"
+SAME_NAMES = (*SAMPLING_NAMES, "max_tokens", "stream")
+TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+
+
+def chat_body(body: CountTokensRequest, left_out: LeftOut, *, keeps_volatile: bool) -> JSON:
+    """Return the same request to chat.completions. What this server has no use for is added to `left_out`.
+
+    keeps_volatile: leave the lines in that change in each prompt.
+    """
+    for name in HINTS:
+        if getattr(body, name):
+            left_out.add(HINT, name)
+    messages = _Reader(left_out, keeps_volatile).messages(body)
+    chat: JSON = {"messages": messages, **body.given(REQUEST_FIELDS)}
+    if isinstance(body, MessagesRequest):
+        chat |= {"stop": body.stop_sequences, **body.given(SAME_NAMES)}
+    if messages[-1]["role"] == "assistant":
+        if "tool_calls" in messages[-1]:
+            raise InvalidRequest("messages must not end with a tool_use: its tool_result is missing", "messages")
+        chat["continue_final_message"] = True
+    if tools := _read_tools(body.tools, left_out):
+        chat["tools"] = tools
+    if body.tool_choice is not None:
+        chat |= _read_tool_choice(body.tool_choice)
+    format_ = body.output_format
+    if (output := body.output_config) is not None:
+        format_ = format_ or output.format
+        chat["reasoning_effort"] = output.effort
+    if format_ is not None:
+        described = {"name": "answer", "schema": format_.schema}
+        chat["response_format"] = {"type": "json_schema", "json_schema": described}
+    return chat | _read_thinking(body.thinking)
+
+
+def _read_tools(tools: list[MessagesTool], left_out: LeftOut) -> list[JSON]:
+    """Return the tools that the body describes; others are Anthropic's to know."""
+    functions = []
+    for i, tool in enumerate(tools):
+        if tool.type != "custom":
+            left_out.add(TOOL, tool.type)
+            continue
+        if tool.name is None:
+            raise tool.wrong("name", "a string", f"tools[{i}]")
+        if tool.input_schema is None:
+            raise tool.wrong("input_schema", "an object", f"tools[{i}]")
+        function = {"parameters": tool.input_schema, **tool.given(("name", "description", "strict"))}
+        functions.append({"type": "function", "function": function})
+    return functions
+
+
+def _read_tool_choice(choice: MessagesToolChoice) -> JSON:
+    chosen: Any = TOOL_CHOICES.get(choice.type)
+    if chosen is None:
+        if choice.name is None:
+            raise choice.wrong("name", "a string", "tool_choice")
+        chosen = {"type": "function", "function": {"name": choice.name}}
+    return {"tool_choice": chosen, **({"parallel_tool_calls": False} if choice.disable_parallel_tool_use else {})}
+
+
+def _read_thinking(thinking: ThinkingConfig | None) -> JSON:
+    """Read `thinking`, off unless asked for: clients that did not ask take the first block for the answer."""
+    is_on = thinking is not None and thinking.type != "disabled"
+    read: JSON = {"chat_template_kwargs": {"enable_thinking": is_on, "thinking": is_on}}
+    if thinking is not None and thinking.type == "enabled":
+        if thinking.budget_tokens is None:
+            raise thinking.wrong("budget_tokens", "an integer", "thinking")
+        read["max_thinking_tokens"] = thinking.budget_tokens
+    return read
+
+
+class _Reader:
+    """Makes messages of chat.completions."""
+
+    def __init__(self, left_out: LeftOut, keeps_volatile: bool) -> None:
+        self._left_out, self._keeps_volatile = left_out, keeps_volatile
+
+    def messages(self, body: CountTokensRequest) -> list[JSON]:
+        """Return the messages. One of Anthropic's becomes several where it holds tool results."""
+        messages = [] if body.system is None else [self._system(body.system)]
+        for message in body.messages:
+            if isinstance(message, UserMessage):
+                messages += self._user(message)
+            elif isinstance(message, AssistantMessage):
+                messages.append(self._assistant(message))
+            else:
+                messages.append(self._system(message.content))
+        return messages
+
+    def _system(self, content: str | list[ShownBlock]) -> JSON:
+        """Return a system prompt without a leading block, or line, of billing."""
+        if isinstance(content, str):
+            head, _, rest = content.partition("\n")
+            text = self._text(rest if self._is_billing(head) else content)
+        else:
+            is_billed = bool(content) and isinstance(content[0], TextBlock) and self._is_billing(content[0].text)
+            text = self._joined(content[is_billed:])
+        return {"role": "system", "content": text}
+
+    def _user(self, message: UserMessage) -> list[JSON]:
+        """Return messages, tool results apart. The text of an error says that it is one: templates cannot."""
+        messages: list[JSON] = []
+        for block in _blocks(message.content):
+            if isinstance(block, ToolResult):
+                text = self._joined(block.content or "")
+                text = f"Error: {text}" if block.is_error else text
+                messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": text})
+                continue
+            if not messages or messages[-1]["role"] != "user":
+                messages.append({"role": "user", "content": []})
+            messages[-1]["content"].append(self._part(block))
+        return messages
+
+    def _assistant(self, message: AssistantMessage) -> JSON:
+        parts, thoughts, calls = [], [], []
+        for block in _blocks(message.content):
+            if isinstance(block, ThinkingBlock):
+                thoughts.append(block.thinking)
+            elif isinstance(block, RedactedThinking):
+                self._left_out.add(CONTENT, "redacted_thinking")
+                thoughts.append("[thoughts that only their author can read]")
+            elif isinstance(block, ToolUse):
+                function = {"name": block.name, "arguments": block.input}
+                calls.append({"id": block.id, "type": "function", "function": function})
+            else:
+                parts.append(self._part(block))
+        read: JSON = {"role": "assistant", "content": parts}
+        if thoughts:
+            read["reasoning_content"] = "\n".join(thoughts)
+        if calls:
+            read["tool_calls"] = calls
+        return read
+
+    def _joined(self, content: str | list[ShownBlock]) -> str:
+        return self._text(content) if isinstance(content, str) else "\n".join(map(self._shown, content))
+
+    def _part(self, block: ShownBlock) -> JSON:
+        return {"type": "text", "text": self._shown(block)}
+
+    def _shown(self, block: ShownBlock) -> str:
+        """Return what the model reads in place of a block."""
+        if isinstance(block, TextBlock):
+            return self._text(block.text)
+        if isinstance(block, SearchResult):
+            return "\n".join([block.title or "", *_texts(block.content)])
+        if isinstance(block, Document) and (texts := _document(block)):
+            return "\n".join(texts)
+        kind = str(block.__struct_config__.tag)
+        self._left_out.add(CONTENT, kind)
+        if isinstance(block, Compaction) and block.content is not None:
+            return block.content  # a summary in the clear
+        if isinstance(block, Document) or kind in MEDIA_KINDS:
+            return f"[{kind.replace('_', ' ')}: cannot be shown to this model, which reads text only]"
+        name = block.name or block.tool_name if isinstance(block, Unseen) else None
+        return f"[{kind.replace('_', ' ')}{f': {name}' if name else ''}: not shown]"
+
+    def _is_billing(self, text: str) -> bool:
+        is_billing = text.startswith(BILLING) and not self._keeps_volatile
+        if is_billing:
+            self._left_out.add(VOLATILE, "x-anthropic-billing-header")
+        return is_billing
+
+    def _text(self, text: str) -> str:
+        if self._keeps_volatile or TOKENS_LEFT_END not in text[-64:]:
+            return text
+        kept = TOKENS_LEFT.sub("", text[-128:])
+        if len(kept) == len(text[-128:]):
+            return text
+        self._left_out.add(VOLATILE, "total_tokens")
+        return text[:-128] + kept
+
+
+def _blocks(content: str | list[Block]) -> list[Block] | list[TextBlock]:
+    """Return content given as blocks, or as a string that stands for one of text."""
+    return [TextBlock(text=content)] if isinstance(content, str) else content
+
+
+def _texts(content: list[Passage] | None) -> list[str]:
+    return [passage.text for passage in content or () if passage.text is not None]
+
+
+def _document(block: Document) -> list[str]:
+    """Return title and text of a document; none if it is no text."""
+    source = block.source
+    if source is None:
+        return []
+    if source.type == "text":
+        texts = [] if source.data is None else [source.data]
+    else:
+        texts = [source.content] if isinstance(source.content, str) else _texts(source.content)
+    return [block.title, *texts] if texts and block.title is not None else texts
