@@ -116,23 +116,36 @@ FORCED_RUNS = {
 }
 
 
+CONSTRAINED: dict[str, Any] = {"json_schema": json.dumps(FORCED_RUNS), "ignore_eos": False, "max_new_tokens": 60}
+
+
+def new_matcher(folder: Path) -> LLMatcher:
+    """Return what follows an answer of the form `FORCED_RUNS` in the tokens of the model in `folder`."""
+    tokenizer = LLTokenizer(str(folder / "tokenizer.json"), eos_token=2)
+    grammar = LLMatcher.grammar_from_json_schema(FORCED_RUNS, defaults={"whitespace_flexible": False})
+    return LLMatcher(tokenizer, grammar)
+
+
+def most_likely_allowed(logits: torch.Tensor, matcher: LLMatcher) -> int:
+    """Return the most likely of the tokens that may come next. logits: [vocabulary]."""
+    mask = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
+    is_allowed = ((mask.unsqueeze(1) >> torch.arange(8)) & 1).flatten()[: len(logits)]
+    return int(logits[: len(is_allowed)].masked_fill(is_allowed == 0, -torch.inf).argmax())  # some lack a text
+
+
 @pytest.fixture(scope="module")
 def constrained_reference(tiny_llama: Path, prompts: list[list[int]]) -> list[list[int]]:
     """Return for each prompt the most likely tokens that JSON of `FORCED_RUNS` allows, up to its end."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    tokenizer = LLTokenizer(str(tiny_llama / "tokenizer.json"), eos_token=2)
-    grammar = LLMatcher.grammar_from_json_schema(FORCED_RUNS, defaults={"whitespace_flexible": False})
     answers = []
     for prompt in prompts[:10]:
-        matcher, tokens = LLMatcher(tokenizer, grammar), list(prompt)
+        matcher, tokens = new_matcher(tiny_llama), list(prompt)
         while not matcher.is_stopped():
             with torch.no_grad():
                 logits = model(torch.tensor([tokens])).logits[0, -1]
-            mask = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
-            is_allowed = (mask.unsqueeze(1) >> torch.arange(8)) & 1
-            tokens.append(int(logits.masked_fill(is_allowed.flatten()[: len(logits)] == 0, -torch.inf).argmax()))
+            tokens.append(most_likely_allowed(logits, matcher))
             matcher.consume_token(tokens[-1])
         answers.append(tokens[len(prompt) :])
     return answers
@@ -202,8 +215,7 @@ async def test_greedy_answers_equal_transformers_whatever_the_mix(
 
         async def ask_for_json(i: int) -> list[int]:
             await asyncio.sleep(rng.random() * spread_s)
-            fields: dict[str, Any] = {"json_schema": json.dumps(FORCED_RUNS), "ignore_eos": False, "max_new_tokens": 60}
-            _, tokens = await collect(engine, make_state(prompts[i], stream=bool(i % 2), **fields))
+            _, tokens = await collect(engine, make_state(prompts[i], stream=bool(i % 2), **CONSTRAINED))
             return tokens
 
         for _ in range(2):  # the second time everything is cached

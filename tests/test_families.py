@@ -1,4 +1,8 @@
-"""Families through the whole engine: greedy answers are transformers', in every mix and on several ranks."""
+"""Families through the whole engine: greedy answers are transformers', in every mix and on several ranks.
+
+Every family joins one cramped mix: chunks and pages of a few tokens, a grammar, and a pool that forgets. Those whose
+steps or caches are of a kind of their own join more, on several ranks and on a GPU too.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -8,16 +12,32 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_engine import GPU_MIXES, MIXES, collect, make_state, prompts, running_engine
+from engine.engine import Engine
+from tests.test_engine import (
+    CONSTRAINED,
+    GPU_MIXES,
+    MIXES,
+    NUM_NEW_TOKENS,
+    collect,
+    make_state,
+    most_likely_allowed,
+    new_matcher,
+    prompts,
+    running_engine,
+)
+from tests.test_native_families import FAMILIES
 
 MakeTinyModel = Callable[..., Path]
 __all__ = ["prompts"]  # a fixture
 
-# What differs from Llama where steps, chunks, caches or ranks could tell: windows, norms behind a sum, caps.
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma 2": ("Gemma2Config", {"sliding_window": 24, "query_pre_attn_scalar": 24, "num_hidden_layers": 3}),
-    "phi 2": ("PhiConfig", {"random_norms": True}),
+GEMMA_2 = {"sliding_window": 24, "query_pre_attn_scalar": 24, "num_hidden_layers": 3}
+# LongRoPE chooses by the length of a sequence: here none is short.
+LONG = {"original_max_position_embeddings": 4}
+ALL = FAMILIES | {
+    "gemma 2": ("Gemma2Config", GEMMA_2),
+    "phi 4 mini": ("Phi3Config", FAMILIES["phi 4 mini"][1] | LONG),
 }
+CRAMPED = {"page_size": 4, "chunked_prefill_size": 12, "max_total_tokens": 160, "swa_full_tokens_ratio": 0.01}
 # As few window slots as a request needs beside its chunk: they are given back all the time.
 TIGHT = {"swa_full_tokens_ratio": 0.01, "chunked_prefill_size": 16, "max_total_tokens": 1000}
 WINDOW_MIXES: dict[str, dict[str, Any]] = {
@@ -29,67 +49,148 @@ WINDOW_MIXES: dict[str, dict[str, Any]] = {
     "windows_on_two_ranks": TIGHT | {"tp_size": 2},
     "whole_contexts": {"disable_hybrid_swa_memory": True},
 }
-SOME = ("plain", "cached", "seven_token_chunks", "pages_of_16", "retracting")
-CASES = [pytest.param("cpu", {**MIXES, "two_ranks": {"tp_size": 2}}[mix], id=mix) for mix in (*SOME, "two_ranks")] + [
-    pytest.param("cuda", mix, id=f"cuda-{name}", marks=pytest.mark.gpu) for name, mix in GPU_MIXES.items()
-]
+SOME = ("batched", "large_chunks", "seven_token_chunks", "no_overlap")
+# What differs where steps, chunks or caches could tell: windows, two ropes, shared keys, vectors of layers, positions.
+KINDS = (
+    "gemma 2", "gemma 3", "gemma 4", "gemma 4 E2B", "phi 2", "phi 4 mini", "olmo 2", "olmo 3", "command-r7b",
+    "granite 3", "smollm 3 with windows", "exaone 4", "ministral 3", "gpt-2", "hunyuan",
+)  # fmt: skip
+ON_TWO_RANKS = ("gemma 4 E2B", "command-r7b", "olmo 3")
+
+
+def cases() -> list[Any]:
+    """Return (family, device, options): of each kind two of the mixes, in turn, and what only some are for."""
+    chosen = [
+        pytest.param(family, "cpu", MIXES[mix], id=f"{family}-{mix}")
+        for i, family in enumerate(KINDS)
+        for mix in (SOME[i % 4], SOME[(i + 1) % 4])
+    ]
+    chosen += [pytest.param(family, "cpu", {"tp_size": 2}, id=f"{family}-two_ranks") for family in ON_TWO_RANKS]
+    return chosen + [
+        pytest.param(family, "cuda", mix, id=f"{family}-cuda-{name}", marks=pytest.mark.gpu)
+        for family in KINDS
+        for name, mix in GPU_MIXES.items()
+    ]
+
+
 WINDOW_CASES = [pytest.param("cpu", mix, id=name) for name, mix in WINDOW_MIXES.items()] + [
     pytest.param("cuda", TIGHT | mix, id=f"cuda-{name}", marks=pytest.mark.gpu) for name, mix in GPU_MIXES.items()
 ]
 
 
-@pytest.fixture(scope="module")
-def families(make_tiny_model: MakeTinyModel, prompts: list[list[int]]) -> dict[str, tuple[Path, list[list[int]]]]:
-    """Name -> (folder, transformers' greedy answers to `prompts`)."""
-    import transformers
+class Reference:
+    """transformers' model in a folder, which says in one forward whether an answer is its greedy one."""
 
-    made = {}
-    for name, (config_class, overrides) in FAMILIES.items():
-        folder = make_tiny_model(getattr(transformers, config_class), "family", **overrides)
+    def __init__(self, folder: Path) -> None:
+        import transformers
+
+        self.folder = folder
         # Eager: older releases' other ways leave out the cap on Gemma's scores.
         load = transformers.AutoModelForCausalLM.from_pretrained
-        model = load(folder, dtype=torch.float32, attn_implementation="eager")
-        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        answers = [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts]
-        made[name] = folder, answers
-    return made
+        self.model = load(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+    def most_likely(self, prompts: list[list[int]], answers: list[list[int]]) -> list[list[int]]:
+        """Return the most likely token in place of each one of the answers, given all before it."""
+        pairs = zip(prompts, answers, strict=True)
+        return [self._logits(prompt, answer).argmax(dim=-1).tolist() for prompt, answer in pairs]
+
+    def most_likely_constrained(self, prompts: list[list[int]], answers: list[list[int]]) -> list[list[int]]:
+        """Return the most likely ones of those that the form of `CONSTRAINED` allows; answers are whole."""
+        found = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            matcher, tokens = new_matcher(self.folder), []
+            for logits, token in zip(self._logits(prompt, answer), answer, strict=True):
+                tokens.append(most_likely_allowed(logits, matcher))
+                matcher.consume_token(token)
+            assert matcher.is_stopped()
+            found.append(tokens)
+        return found
+
+    @torch.inference_mode()
+    def _logits(self, prompt: list[int], answer: list[int]) -> torch.Tensor:
+        logits: torch.Tensor = self.model(torch.tensor([prompt + answer]), use_cache=False).logits
+        return logits[0, len(prompt) - 1 : -1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("device", "options"), CASES)
-async def test_greedy_answers_of_a_family_equal_transformers(
-    family: str,
-    device: str,
-    options: dict[str, Any],
-    families: dict[str, tuple[Path, list[list[int]]]],
-    prompts: list[list[int]],
+async def ask(engine: Engine, prompt: list[int], **fields: Any) -> list[int]:
+    _, tokens = await collect(engine, make_state(prompt, **fields))
+    return tokens
+
+
+async def assert_greedy(engine: Engine, reference: Reference, prompts: list[list[int]], num_constrained: int) -> None:
+    """Ask everything at once, twice, and compare. num_constrained: of the prompts that are asked for JSON as well."""
+    constrained = prompts[:num_constrained]
+    for _ in range(2):  # the second time everything is cached
+        asked = asyncio.gather(*(ask(engine, prompt) for prompt in prompts))
+        asked_for_form = asyncio.gather(*(ask(engine, prompt, **CONSTRAINED) for prompt in constrained))
+        answers, of_form = await asked, await asked_for_form
+        assert {len(answer) for answer in answers} == {NUM_NEW_TOKENS}
+        # In a thread: transformers may take longer than a callback may.
+        assert answers == await asyncio.to_thread(reference.most_likely, prompts, answers)
+        assert of_form == await asyncio.to_thread(reference.most_likely_constrained, constrained, of_form)
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, Reference]:
+    """Return those that are made so far, by family."""
+    return {}
+
+
+@pytest.fixture
+def reference(
+    request: pytest.FixtureRequest, references: dict[str, Reference], make_tiny_model: MakeTinyModel
+) -> Reference:
+    """Return transformers' model of the family that is the test's parameter, with the folder it is in."""
+    import transformers
+
+    family: str = request.param
+    if family not in references:
+        config_class, overrides = ALL[family]
+        has_random_norms = family != "gemma 2"
+        make_config = getattr(transformers, config_class)
+        references[family] = Reference(
+            make_tiny_model(make_config, "family", random_norms=has_random_norms, **overrides)
+        )
+    return references[family]
+
+
+@pytest.mark.parametrize("reference", ALL, indirect=True)
+async def test_greedy_answers_of_every_family_equal_transformers_where_room_is_short(
+    reference: Reference, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, wanted = families[family]
-    async with running_engine(folder, device=device, **options) as engine:
-        for _ in range(2):  # the second time everything is cached
-            answers = await asyncio.gather(*(collect(engine, make_state(prompt)) for prompt in prompts))
-            assert [tokens for _, tokens in answers] == wanted
+    monkeypatch.setattr("engine.schedule.grouping.MIN_SHARED_TOKENS", 1)  # even short prefixes are read once
+    async with running_engine(reference.folder, **CRAMPED) as engine:
+        shared = prompts[1:8:3]  # a head of 30 tokens
+        await assert_greedy(engine, reference, [*shared, prompts[3], prompts[-1]], num_constrained=1)
+        stats = engine.stats().scheduler
+        assert stats.num_hit_tokens and stats.cache.num_evicted, "the pool was meant to be too small"
 
 
+@pytest.mark.parametrize(("reference", "device", "options"), cases(), indirect=["reference"])
+async def test_greedy_answers_of_a_family_equal_transformers(
+    reference: Reference, device: str, options: dict[str, Any], prompts: list[list[int]]
+) -> None:
+    async with running_engine(reference.folder, device=device, **options) as engine:
+        await assert_greedy(engine, reference, prompts[-10:], num_constrained=2)
+
+
+@pytest.mark.parametrize("reference", ["gemma 2"], indirect=True)
 @pytest.mark.parametrize(("device", "options"), WINDOW_CASES)
 async def test_layers_with_a_window_give_slots_back_and_answers_stay(
+    reference: Reference,
     device: str,
     options: dict[str, Any],
-    families: dict[str, tuple[Path, list[list[int]]]],
     prompts: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("engine.schedule.grouping.MIN_SHARED_TOKENS", 1)  # prefixes are shared, and read once elsewhere
-    folder, wanted = families["gemma 2"]
-    async with running_engine(folder, device=device, **options) as engine:
-        for _ in range(2):
-            answers = await asyncio.gather(*(collect(engine, make_state(prompt)) for prompt in prompts))
-            assert [tokens for _, tokens in answers] == wanted
-        whole = [prompt + answer for prompt, answer in zip(prompts, wanted, strict=True)]
+    async with running_engine(reference.folder, device=device, **options) as engine:
+        await assert_greedy(engine, reference, prompts, num_constrained=0)
+        num_tokens = sum(map(len, prompts)) + len(prompts) * NUM_NEW_TOKENS
         stats = engine.stats().scheduler
         if options.get("disable_hybrid_swa_memory"):
             assert stats.num_total_window_tokens == 0
         else:  # many times as many were written
-            assert stats.num_total_window_tokens < 150 < sum(map(len, whole)) / 4
+            assert stats.num_total_window_tokens < 150 < num_tokens / 4
         if "schedule_conservativeness" in options:
             assert stats.num_retractions > 0

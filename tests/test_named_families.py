@@ -1,6 +1,5 @@
 """Families that transformers has no class for: a native model's tiny checkpoint under their names is the same model."""
 
-import asyncio
 import json
 import math
 from collections.abc import Callable
@@ -20,7 +19,8 @@ from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, unique_layers
 from engine.models.registry import build_model, load_config
 from tests.conftest import save_tokenizer
-from tests.test_engine import MIXES, collect, make_state, prompts, running_engine
+from tests.test_engine import prompts, running_engine
+from tests.test_families import CRAMPED, Reference, assert_greedy
 from tests.test_models import CPU, TinyEngine, assert_equals_reference, random_ids
 
 __all__ = ["prompts"]  # a fixture
@@ -28,9 +28,6 @@ __all__ = ["prompts"]  # a fixture
 MakeTinyModel = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INNER, LAYERS, VOCAB, CONTEXT = 4, 2, 16, 64, 96, 2, 384, 512
-
-
-IN_MIXES = ("chatglm 3", "minicpm")  # those through the whole engine
 
 
 @dataclass(frozen=True)
@@ -380,30 +377,29 @@ def test_each_rank_holds_what_it_holds_of_the_twin(name: str, made: Callable[[st
             torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def answers_of(
-    made: Callable[[str], tuple[Path, Path]], prompts: list[list[int]]
-) -> dict[str, tuple[Path, list[list[int]]]]:
-    """Family -> (its folder, transformers' greedy answers of its twin to `prompts`)."""
-    answers = {}
-    for name in IN_MIXES:
-        folder, twin = made(name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(twin, dtype=torch.float32)
-        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        generated = [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts]
-        answers[name] = folder, generated
-    return answers
+@pytest.fixture
+def reference(request: pytest.FixtureRequest, made: Callable[[str], tuple[Path, Path]]) -> tuple[Path, Reference]:
+    """Return the folder of the family that is the test's parameter, and transformers' model of its twin."""
+    folder, twin = made(request.param)
+    return folder, Reference(twin)
 
 
-@pytest.mark.parametrize("mix", ["plain", "seven_token_chunks", "two_ranks"])
-@pytest.mark.parametrize("name", IN_MIXES)
-async def test_greedy_answers_equal_the_twins(
-    name: str, mix: str, answers_of: dict[str, tuple[Path, list[list[int]]]], prompts: list[list[int]]
+@pytest.mark.parametrize("reference", FAMILIES, indirect=True)
+async def test_greedy_answers_equal_the_twins_where_room_is_short(
+    reference: tuple[Path, Reference], prompts: list[list[int]]
 ) -> None:
-    folder, wanted = answers_of[name]
-    async with running_engine(folder, **{**MIXES, "two_ranks": {"tp_size": 2}}[mix]) as engine:
-        answers = await asyncio.gather(*(collect(engine, make_state(prompt)) for prompt in prompts))
-    assert [tokens for _, tokens in answers] == wanted
+    folder, twin = reference
+    async with running_engine(folder, **CRAMPED) as engine:
+        await assert_greedy(engine, twin, prompts[1:8:3], num_constrained=1)
+
+
+@pytest.mark.parametrize("reference", ["chatglm 3", "minicpm"], indirect=True)
+async def test_greedy_answers_on_two_ranks_equal_the_twins(
+    reference: tuple[Path, Reference], prompts: list[list[int]]
+) -> None:
+    folder, twin = reference
+    async with running_engine(folder, tp_size=2) as engine:
+        await assert_greedy(engine, twin, prompts[-10:], num_constrained=1)
 
 
 @pytest.mark.parametrize(
