@@ -1,6 +1,6 @@
 """Attention kernels on this GPU: right against the definition in float32, then timed for every candidate setting.
 
-    python -m bench.attention [--limit 90] [--parts check,decode,prefill,shared,flashinfer] [--write]
+    python -m bench.attention [--limit 90] [--parts check,decode,prefill,shared,flashinfer] [--head-dim 128] [--write]
 
 Kernels are compiled by a pool of processes first. Times are of launches inside a CUDA graph that goes through the
 layers of a cache larger than the L2 cache, with slots scattered (page size 1); those of the definition in torch, which
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from triton.runtime.errors import OutOfResources
 
 from bench.roofline import measure_roofline, stream_us
 from bench.tables import publish
@@ -55,6 +56,12 @@ class Heads:
 
 LLAMA_8B = Heads("8b", 32, 8, 128)
 QWEN_06B = Heads("0.6b", 16, 8, 128)
+HEADS = {  # head_dim -> those that are timed; shapes of the second are left out where there is none
+    64: (Heads("llama-3.2-1b", 32, 8, 64),),
+    128: (LLAMA_8B, QWEN_06B),
+    256: (Heads("gemma-2-9b", 16, 8, 256),),
+    512: (Heads("gemma-4 global", 16, 2, 512),),
+}
 
 DECODE_KERNELS = {  # (block_n, num_warps, num_stages): programs on an SM
     (32, 4, 3): (6, 4, 3, 1),
@@ -73,15 +80,15 @@ DECODE_CONFIGS = [
     *(DecodeConfig(*kernel, count) for kernel, counts in DECODE_KERNELS.items() for count in counts),
     *(DecodeConfig(*kernel, count, True) for kernel in ((32, 4, 4), (64, 4, 3)) for count in (1, 3)),
 ]
-DECODE_SHAPES: list[tuple[str, Heads, list[int]]] = [
-    ("1x1024", LLAMA_8B, [1024]),
-    ("1x8192", LLAMA_8B, [8192]),
-    ("8x1024", LLAMA_8B, [1024] * 8),
-    ("64x1024", LLAMA_8B, [1024] * 64),
-    ("256x256", LLAMA_8B, [256] * 256),
-    ("256x1024", LLAMA_8B, [1024] * 256),
-    ("128x64..2048", LLAMA_8B, np.random.default_rng(0).integers(64, 2048, 128).tolist()),
-    ("0.6b 256x256", QWEN_06B, [256] * 256),
+DECODE_SHAPES: list[tuple[str, int, list[int]]] = [  # name, which of `HEADS`, lengths
+    ("1x1024", 0, [1024]),
+    ("1x8192", 0, [8192]),
+    ("8x1024", 0, [1024] * 8),
+    ("64x1024", 0, [1024] * 64),
+    ("256x256", 0, [256] * 256),
+    ("256x1024", 0, [1024] * 256),
+    ("128x64..2048", 0, np.random.default_rng(0).integers(64, 2048, 128).tolist()),
+    ("0.6b 256x256", 1, [256] * 256),
 ]
 PREFILL_CONFIGS = [
     PrefillConfig(128, 64, 8, 2),
@@ -93,12 +100,12 @@ PREFILL_CONFIGS = [
     PrefillConfig(64, 32, 4, 3),
     PrefillConfig(64, 32, 4, 4),
 ]
-PREFILL_SHAPES: list[tuple[str, Heads, list[tuple[int, int]]]] = [
-    ("8x1024", LLAMA_8B, [(1024, 1024)] * 8),
-    ("1x2048", LLAMA_8B, [(2048, 2048)]),
-    ("1x128", LLAMA_8B, [(128, 128)]),
-    ("4x512 after 3584", LLAMA_8B, [(512, 4096)] * 4),
-    ("0.6b 8x1024", QWEN_06B, [(1024, 1024)] * 8),
+PREFILL_SHAPES: list[tuple[str, int, list[tuple[int, int]]]] = [
+    ("8x1024", 0, [(1024, 1024)] * 8),
+    ("1x2048", 0, [(2048, 2048)]),
+    ("1x128", 0, [(128, 128)]),
+    ("4x512 after 3584", 0, [(512, 4096)] * 4),
+    ("0.6b 8x1024", 1, [(1024, 1024)] * 8),
 ]
 PREFIX_CONFIGS = [
     PrefillConfig(64, 64, 4, 2),
@@ -276,8 +283,8 @@ def compile_prefill(heads: Heads, config: PrefillConfig) -> float:
     return problem.difference()
 
 
-def compile_shared(config: PrefillConfig) -> float:
-    problem = Problem(make_batch([(1, 500)] * 64, random_groups((50, 10, 2), 300)), LLAMA_8B)
+def compile_shared(heads: Heads, config: PrefillConfig) -> float:
+    problem = Problem(make_batch([(1, 500)] * 64, random_groups((50, 10, 2), 300)), heads)
     problem.decode(prefix_config=config)
     return problem.difference()
 
@@ -321,6 +328,8 @@ class Results:
     def add_timed(self, shape: str, setting: str, measure: Callable[[], float]) -> None:
         try:
             us = measure()
+        except OutOfResources:
+            return  # too large for the head_dim
         except Exception as error:  # noqa: BLE001 - a setting that does not run is a result
             torch.cuda.synchronize()
             self.errors[setting] = f"{type(error).__name__}: {str(error)[:120]}"
@@ -361,8 +370,11 @@ def name_of(config: DecodeConfig | PrefillConfig) -> str:
     return ",".join(str(int(value)) for value in config)
 
 
-def bench_decode(results: Results, with_flashinfer: bool) -> None:
-    for shape, heads, lens in DECODE_SHAPES:
+def bench_decode(results: Results, head_dim: int, with_flashinfer: bool) -> None:
+    for shape, which, lens in DECODE_SHAPES:
+        if which >= len(HEADS[head_dim]):
+            continue
+        heads = HEADS[head_dim][which]
         amount = kv_bytes(heads, sum(lens))
         results.num_bytes[shape] = amount
         problem = Problem(make_batch([(1, seq_len) for seq_len in lens]), heads, -(-MIN_CACHE_BYTES // amount))
@@ -410,8 +422,11 @@ def run_decode_plan(plan: DecodePlan, problem: Problem, layer: int) -> None:
     plan.run(problem.q, k, v, problem.out)
 
 
-def bench_prefill(results: Results, with_flashinfer: bool) -> None:
-    for shape, heads, lens in PREFILL_SHAPES:
+def bench_prefill(results: Results, head_dim: int, with_flashinfer: bool) -> None:
+    for shape, which, lens in PREFILL_SHAPES:
+        if which >= len(HEADS[head_dim]):
+            continue
+        heads = HEADS[head_dim][which]
         results.num_flops[shape] = attention_flops(heads, lens)
         problem = Problem(make_batch(lens), heads)
         if with_flashinfer:
@@ -428,10 +443,11 @@ def run_prefill_plan(wrapper: Any, problem: Problem, layer: int) -> None:
     wrapper.run(problem.q, tuple(x[:, None] for x in problem.cache[layer]), out=problem.out)
 
 
-def bench_shared(results: Results) -> None:
+def bench_shared(results: Results, head_dim: int) -> None:
+    heads = HEADS[head_dim][0]
     for shape, group_sizes in SHARED_SHAPES.items():
-        problem = Problem(make_batch([(1, 4096 + 192)] * sum(group_sizes), random_groups(group_sizes, 4096)), LLAMA_8B)
-        results.num_bytes[shape] = kv_bytes(LLAMA_8B, len(group_sizes) * 4096 + sum(group_sizes) * 192)
+        problem = Problem(make_batch([(1, 4096 + 192)] * sum(group_sizes), random_groups(group_sizes, 4096)), heads)
+        results.num_bytes[shape] = kv_bytes(heads, len(group_sizes) * 4096 + sum(group_sizes) * 192)
         for config in PREFIX_CONFIGS:
             for num_splits in PREFIX_SPLITS:
                 launch = partial(problem.decode, prefix_config=config, num_prefix_splits=num_splits)
@@ -441,14 +457,15 @@ def bench_shared(results: Results) -> None:
         results.add(shape, "ungrouped", problem.decode, 1)
 
 
-def bench_shared_prompts(results: Results) -> None:
+def bench_shared_prompts(results: Results, head_dim: int) -> None:
     """Measure how prompts gain from a shared prefix, whose keys and values come from the L2 cache."""
+    heads = HEADS[head_dim][0]
     for num_prompts, q_len in ((32, 128), (64, 16), (64, 4)):
         shape, lens = f"{num_prompts}x{q_len} after 4096", [(q_len, 4096 + q_len)] * num_prompts
-        results.num_flops[shape] = attention_flops(LLAMA_8B, lens)
+        results.num_flops[shape] = attention_flops(heads, lens)
         sizes = (num_prompts // 2,) * 2
         for setting, groups in (("shared slots", random_groups(sizes, 4096)), ("own slots", None)):
-            problem = Problem(make_batch(lens, groups), LLAMA_8B)
+            problem = Problem(make_batch(lens, groups), heads)
             results.add(shape, setting, problem.prefill, 1)
 
 
@@ -468,27 +485,30 @@ def flashinfer_shape(heads: Heads) -> flashinfer_attention.PlanShape:
 # ---- all of it ----
 
 
-def compile_tasks(parts: list[str]) -> Iterator[tuple[str, Callable[..., float], tuple[Any, ...], float]]:
+def compile_tasks(
+    parts: list[str], head_dim: int
+) -> Iterator[tuple[str, Callable[..., float], tuple[Any, ...], float]]:
     """Yield (name, function, arguments, largest difference allowed) of every kernel that `parts` run."""
     if "check" in parts:
         for name, case in CHECKS.items():
             yield f"check {name}", run_check, (name,), case.tolerance
     if "decode" in parts:
-        for heads, num_requests in ((LLAMA_8B, 1), (LLAMA_8B, 8), (LLAMA_8B, 32), (QWEN_06B, 32)):
+        first, *others = HEADS[head_dim]
+        for heads, num_requests in ((first, 1), (first, 8), (first, 32), *((other, 32) for other in others)):
             for config in {(*config[:3], config[4]): config for config in DECODE_CONFIGS}.values():
                 name = f"decode {heads.name} {num_requests} {name_of(config)}"
                 yield name, compile_decode, (heads, num_requests, config), 0.03
     if "prefill" in parts:
-        for heads, prefill_config in itertools.product((LLAMA_8B, QWEN_06B), PREFILL_CONFIGS):
+        for heads, prefill_config in itertools.product(HEADS[head_dim], PREFILL_CONFIGS):
             yield f"prefill {heads.name} {name_of(prefill_config)}", compile_prefill, (heads, prefill_config), 0.03
     if "shared" in parts:
         for prefill_config in PREFIX_CONFIGS:
-            yield f"shared {name_of(prefill_config)}", compile_shared, (prefill_config,), 0.03
+            yield f"shared {name_of(prefill_config)}", compile_shared, (HEADS[head_dim][0], prefill_config), 0.03
 
 
-def precompile(parts: list[str], deadline: float) -> list[str]:
+def precompile(parts: list[str], head_dim: int, deadline: float) -> list[str]:
     """Compile and check kernels, which are left in Triton's cache folder. Return what is wrong, one line each."""
-    tasks = {name: (function, args, tolerance) for name, function, args, tolerance in compile_tasks(parts)}
+    tasks = {name: (function, args, tolerance) for name, function, args, tolerance in compile_tasks(parts, head_dim)}
     num_processes = max(1, min(NUM_COMPILERS, (os.cpu_count() or 2) - 2, len(tasks)))
     pool = ProcessPoolExecutor(num_processes, get_context("spawn"))
     futures = {pool.submit(function, *args): name for name, (function, args, _) in tasks.items()}
@@ -497,6 +517,8 @@ def precompile(parts: list[str], deadline: float) -> list[str]:
     for future in done:
         name = futures[future]
         error = future.exception()
+        if isinstance(error, OutOfResources):
+            continue  # settings that are too large for a head_dim are left out
         if error is not None:
             wrong.append(f"{name}: {type(error).__name__} {str(error)[:200]}")
         elif future.result() > tasks[name][2]:
@@ -505,10 +527,9 @@ def precompile(parts: list[str], deadline: float) -> list[str]:
     return wrong
 
 
-def best_entries(tables: dict[str, Results]) -> Entries:
+def best_entries(tables: dict[str, Results], head_dim: int) -> Entries:
     """Return the best configurations as tables have them, for the heads that were timed."""
     entries: Entries = {"decode": {}, "prefill": {}, "prefix": {}}
-    (head_dim,) = {LLAMA_8B.head_dim, QWEN_06B.head_dim}
     requests = {shape: len(lens) for shape, _, lens in DECODE_SHAPES}
     fewest = 0
     for limit in DECODE_LIMITS:
@@ -542,6 +563,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=float, default=90.0, help="seconds it may take")
     parser.add_argument("--parts", default=",".join(PARTS), help="some of " + ",".join(PARTS))
+    parser.add_argument("--head-dim", type=int, default=128, choices=sorted(HEADS))
     parser.add_argument("--write", action="store_true", help="put what is found into this card's shipped table")
     args = parser.parse_args()
     parts = args.parts.split(",")
@@ -569,29 +591,29 @@ def main() -> None:
     watchdog.start()
 
     print(measure_roofline(), flush=True)
-    wrong += precompile(parts, started + args.limit - 10)
+    wrong += precompile(parts, args.head_dim, started + args.limit - 10)
     print(
         f"compiled and checked after {time.monotonic() - started:.0f} s: " + ("; ".join(wrong) or "all right"),
         flush=True,
     )
     if "decode" in parts:
-        bench_decode(tables["decode"], with_flashinfer=False)
+        bench_decode(tables["decode"], args.head_dim, with_flashinfer=False)
         tables["decode"].print_all("decode: block_n, warps, stages, programs an SM, prefetch")
     if "prefill" in parts:
-        bench_prefill(tables["prefill"], with_flashinfer=False)
+        bench_prefill(tables["prefill"], args.head_dim, with_flashinfer=False)
         tables["prefill"].print_all("prefill: block_m, block_n, warps, stages")
     if "shared" in parts:
-        bench_shared(tables["shared"])
-        bench_shared_prompts(tables["prefill"])
+        bench_shared(tables["shared"], args.head_dim)
+        bench_shared_prompts(tables["prefill"], args.head_dim)
         tables["shared"].print_all("shared prefixes: block_m, block_n, warps, stages / splits")
     available, reason = flashinfer_attention.is_available()
     print(f"\n{reason}", flush=True)
     if "flashinfer" in parts and available:
-        bench_decode(tables["decode"], with_flashinfer=True)
-        bench_prefill(tables["prefill"], with_flashinfer=True)
+        bench_decode(tables["decode"], args.head_dim, with_flashinfer=True)
+        bench_prefill(tables["prefill"], args.head_dim, with_flashinfer=True)
     watchdog.cancel()
     status = print_summary()
-    publish(best_entries(tables), args.write)
+    publish(best_entries(tables, args.head_dim), args.write)
     sys.exit(status)
 
 
