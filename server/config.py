@@ -145,7 +145,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] | None = None) ->
         ServerConfig,
         "radixloop",
         "[--model-path MODEL] [options]",
-        "Serve a large language model from one process.",
+        "Serve a large language model from one process. `radixloop models` lists the architectures that are served.",
         SERVER_FLAGS,
     )
     parser.epilog = f"{parser.epilog}\n  {' or '.join(MODELSCOPE_VARIABLES)}=true in the environment: --use-modelscope"

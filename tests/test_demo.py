@@ -355,7 +355,8 @@ def test_a_signal_drains_what_runs_and_then_exits_with_0(number: signal.Signals)
             os.killpg(server.process.pid, 0)
 
 
-def test_the_console_script_helps_without_loading_torch() -> None:
+@pytest.mark.parametrize(("argument", "text"), [("--help", "--model-path"), ("models", "Gemma 3 270M and 1B")])
+def test_the_console_script_helps_without_loading_torch(argument: str, text: str) -> None:
     module, function = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["radixloop"].split(
         ":"
     )
@@ -363,9 +364,9 @@ def test_the_console_script_helps_without_loading_torch() -> None:
 import contextlib, sys
 from {module} import {function}
 with contextlib.suppress(SystemExit):
-    {function}(["--help"])
+    {function}([{argument!r}])
 sys.exit("torch" in sys.modules)
 """
     shown = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    assert "--model-path" in shown.stdout
+    assert text in shown.stdout

@@ -55,6 +55,7 @@ KINDS = (
     "gemma 2", "gemma 3", "gemma 4", "gemma 4 E2B", "phi 2", "phi 4 mini", "olmo 2", "olmo 3", "command-r7b",
     "granite 3", "smollm 3 with windows", "exaone 4", "ministral 3", "gpt-2", "hunyuan",
 )  # fmt: skip
+ON_ALL_GPU_MIXES = ("gemma 2", "phi 2")
 ON_TWO_RANKS = ("gemma 4 E2B", "command-r7b", "olmo 3")
 
 
@@ -70,6 +71,7 @@ def cases() -> list[Any]:
         pytest.param(family, "cuda", mix, id=f"{family}-cuda-{name}", marks=pytest.mark.gpu)
         for family in KINDS
         for name, mix in GPU_MIXES.items()
+        if name == "graphs" or family in ON_ALL_GPU_MIXES
     ]
 
 

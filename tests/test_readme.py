@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import EngineConfig
-from engine.models.registry import REGISTRY
+from engine.models import architectures
 from engine.sizes import resolve_sizes
 from server.config import ServerConfig
 
@@ -41,10 +41,11 @@ def test_every_link_leads_to_a_file(page: str) -> None:
     assert [link for link in links_of(ROOT / page) if not link.exists()] == []
 
 
-def test_the_models_that_are_listed_are_those_of_the_registry() -> None:
+def test_the_table_of_models_is_what_the_command_prints() -> None:
     section = (ROOT / "engine" / "README.md").read_text().split("### Models")[1].split("\n### ")[0]
-    listed = re.findall(r"`(\w+)`", section.partition(": ")[2])
-    assert sorted(listed) == sorted({architecture.partition("For")[0] for architecture in REGISTRY})
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.MULTILINE))
+    assert rows == architectures.notes()
+    assert {re.split(r"\s{2,}", line)[0] for line in architectures.describe().splitlines()[:-1]} == rows.keys()
 
 
 def test_the_hot_path_runs_through_functions_that_exist() -> None:

@@ -1,0 +1,99 @@
+"""List the architectures that are served, as config.json names them: which class runs each, and which models it is.
+
+Data, so that `radixloop models` can show it without importing torch. `engine.models.registry` reads it.
+"""
+
+from typing import NamedTuple
+
+
+class Served(NamedTuple):
+    """Say what runs an architecture."""
+
+    family: str  # module of this package : class
+    note: str  # the models that have it, and what of them is left out
+
+
+ARCHITECTURES = {
+    "ApertusForCausalLM": Served("apertus:Apertus", "Apertus"),
+    "AquilaForCausalLM": Served("llama:Llama", "Aquila 1 and 2"),
+    "ArceeForCausalLM": Served("llama:Arcee", "Arcee AFM 4.5B"),
+    "BaiChuanForCausalLM": Served("baichuan:Baichuan", "Baichuan 7B; not the 13B (ALiBi)"),
+    "BaichuanForCausalLM": Served("baichuan:Baichuan", "Baichuan 2 7B; not the 13B (ALiBi)"),
+    "ChatGLMForCausalLM": Served("chatglm:ChatGLM", "ChatGLM 2 and 3, GLM-4-9B as first published"),
+    "Cohere2ForCausalLM": Served("cohere:Cohere2", "Command R7B, Command A"),
+    "CohereForCausalLM": Served("cohere:Cohere", "Command-R and R+, Aya 23 and Expanse"),
+    "Ernie4_5ForCausalLM": Served("ernie:Ernie45", "ERNIE 4.5, the dense 0.3B"),
+    "Exaone4ForCausalLM": Served("exaone4:Exaone4", "EXAONE 4"),
+    "ExaoneForCausalLM": Served("exaone3:Exaone3", "EXAONE 3 and 3.5, EXAONE Deep"),
+    "GPT2ForCausalLM": Served("gpt2:GPT2", "GPT-2"),
+    "GPTNeoXForCausalLM": Served("gpt_neox:GPTNeoX", "GPT-NeoX 20B, Pythia, Dolly, RedPajama-INCITE"),
+    "Gemma2ForCausalLM": Served("gemma:Gemma2", "Gemma 2"),
+    "Gemma3ForCausalLM": Served("gemma:Gemma3", "Gemma 3 270M and 1B"),
+    "Gemma3ForConditionalGeneration": Served("gemma:Gemma3", "Gemma 3 4B to 27B, MedGemma; text only"),
+    "Gemma4ForCausalLM": Served("gemma4:Gemma4", "Gemma 4, the dense ones"),
+    "Gemma4ForConditionalGeneration": Served("gemma4:Gemma4", "Gemma 4 E2B, E4B and the dense ones; text only"),
+    "GemmaForCausalLM": Served("gemma:Gemma", "Gemma 1, CodeGemma"),
+    "Glm4ForCausalLM": Served("glm:Glm4", "GLM-4-0414, GLM-Z1"),
+    "GlmForCausalLM": Served("glm:Glm", "GLM-4-9B, GLM-Edge"),
+    "GraniteForCausalLM": Served("granite:Granite", "Granite 3, the dense ones"),
+    "HeliumForCausalLM": Served("ernie:Helium", "Helium 1"),
+    "HunYuanDenseV1ForCausalLM": Served("hunyuan:HunYuan", "Hunyuan 0.5B to 7B"),
+    "InternLM2ForCausalLM": Served("internlm:InternLM2", "InternLM 2 and 2.5"),
+    "InternLM3ForCausalLM": Served("internlm:InternLM3", "InternLM 3"),
+    "InternLMForCausalLM": Served("internlm:InternLM", "InternLM 1"),
+    "LlamaForCausalLM": Served(
+        "llama:Llama",
+        "Llama 1 to 3.3, and its likes: SmolLM 1 and 2, DeepSeek LLM, Yi, TinyLlama, Vicuna, Falcon 3, ...",
+    ),
+    "MiMoForCausalLM": Served("llama:MiMo", "MiMo 7B; its layers for several tokens at once are left out"),
+    "MiniCPMForCausalLM": Served("minicpm:MiniCPM", "MiniCPM 1, 2 and 4, the dense ones"),
+    "Ministral3ForCausalLM": Served("llama:Mistral", "Ministral 3"),
+    "MinistralForCausalLM": Served("llama:Mistral", "Ministral 8B"),
+    "Mistral3ForConditionalGeneration": Served("llama:Mistral", "Mistral Small 3.1, 3.2, Ministral 3; text only"),
+    "MistralForCausalLM": Served("llama:Mistral", "Mistral 7B, Nemo, Small 3, Large 2, Codestral, Zephyr"),
+    "NemotronForCausalLM": Served("nemotron:Nemotron", "Nemotron-4 and Minitron"),
+    "OPTForCausalLM": Served("opt:OPT", "OPT, Galactica"),
+    "Olmo2ForCausalLM": Served("olmo2:Olmo2", "OLMo 2"),
+    "Olmo3ForCausalLM": Served("olmo2:Olmo3", "OLMo 3"),
+    "OlmoForCausalLM": Served("olmo:Olmo", "OLMo 1"),
+    "OrionForCausalLM": Served("stablelm:Orion", "Orion 14B"),
+    "Phi3ForCausalLM": Served("phi3:Phi3", "Phi-3 mini and medium, Phi-3.5-mini, Phi-4, Phi-4-mini"),
+    "PhiForCausalLM": Served("phi:Phi", "Phi-1, 1.5 and 2"),
+    "QWenForCausalLM": Served("qwen1:Qwen1", "Qwen 1"),
+    "Qwen2ForCausalLM": Served("llama:Qwen2", "Qwen 1.5 to 2.5, the dense ones; QwQ, DeepSeek-R1-Distill-Qwen"),
+    "Qwen3ForCausalLM": Served("llama:Qwen3", "Qwen 3, the dense ones; Qwen3-Embedding and -Reranker"),
+    "SeedOssForCausalLM": Served("llama:SeedOss", "Seed-OSS 36B"),
+    "SkyworkForCausalLM": Served("llama:Llama", "Skywork 13B"),
+    "SmolLM3ForCausalLM": Served("smollm3:SmolLM3", "SmolLM3"),
+    "StableLmForCausalLM": Served("stablelm:StableLM", "StableLM 2, StableLM 3B, Stable Code"),
+    "Starcoder2ForCausalLM": Served("starcoder2:Starcoder2", "StarCoder2"),
+    "XverseForCausalLM": Served("llama:Llama", "XVERSE, the dense ones"),
+    "YiForCausalLM": Served("llama:Yi", "Yi of the first release"),
+}  # fmt: skip
+# Other names of the same, among them those that do not end as a model's with a head for tokens does.
+ALIASES = {
+    "ChatGLMForConditionalGeneration": "ChatGLMForCausalLM",
+    "ChatGLMModel": "ChatGLMForCausalLM",
+    "GPT2LMHeadModel": "GPT2ForCausalLM",
+    "LLaMAForCausalLM": "LlamaForCausalLM",
+    "QWenLMHeadModel": "QWenForCausalLM",
+    "StableLMEpochForCausalLM": "StableLmForCausalLM",
+}
+
+
+HEADS = "Of each, ...ForSequenceClassification and a bare ...Model are served as well: they classify and embed."
+
+
+def notes() -> dict[str, str]:
+    """Return the note on each architecture, its other names included."""
+    of_each: dict[str, str] = {}
+    for name, served in ARCHITECTURES.items():
+        others = [alias for alias, own in ALIASES.items() if own == name]
+        of_each[name] = f"{served.note} (also {', '.join(others)})" if others else served.note
+    return of_each
+
+
+def describe() -> str:
+    """Return what `radixloop models` prints: each architecture with its note."""
+    width = max(map(len, notes()))
+    return "\n".join([*(f"{name:<{width}}  {note}" for name, note in notes().items()), HEADS])
