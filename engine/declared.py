@@ -24,6 +24,9 @@ class Unsupported:
     """The type of fields that would change the answer: better refused than ignored. What is empty or false may be."""
 
 
+NOTHING = Unsupported()  # stands for what was empty or false
+
+
 @dataclass_transform(kw_only_default=True, field_specifiers=(msgspec.field,))
 class Declared(msgspec.StructMeta):
     """Make classes of objects: fields with a default may be null, which is the default."""
@@ -109,8 +112,9 @@ def _decoder(kind: Hashable) -> "msgspec.json.Decoder[Any]":
     return msgspec.json.Decoder(kind, dec_hook=_hook)
 
 
-def _hook(kind: type, value: Any) -> Any:
+def _hook(kind: type, value: Any) -> Unsupported:
     """Read a value of a type that is ours."""
-    if kind is Unsupported and value:
+    assert kind is Unsupported
+    if value:
         raise ValueError("is not supported by this server")
-    return None
+    return NOTHING

@@ -58,6 +58,36 @@ async def test_top_p_0_and_top_k_0_are_accepted_where_they_have_a_place_of_their
     assert [request.sampling_params.is_greedy for request in engine.requests] == [True] * 3
 
 
+NOT_SUPPORTED: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("/v1/chat/completions", {"messages": USER}, ["functions", "use_beam_search", "lora_path", "bad_words", "echo"]),
+    ("/v1/completions", {"prompt": "Hi"}, ["functions", "use_beam_search", "lora_path", "session_params"]),
+    ("/generate", {"text": "Hi"}, ["image_data", "lora_path", "custom_logit_processor"]),
+    ("/api/chat", {"messages": USER, "stream": False}, ["images", "context", "logprobs", "template"]),
+    ("/api/generate", {"prompt": "Hi", "stream": False}, ["images", "suffix", "tools"]),
+    ("/v1/messages", {"messages": USER, "max_tokens": 5}, ["n"]),
+    ("/v1/responses", {"input": "Hi"}, ["conversation", "prompt"]),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "fields"), NOT_SUPPORTED)
+async def test_what_is_not_supported_may_be_empty_or_false(
+    client: Client, path: str, body: Any, fields: list[str]
+) -> None:
+    nothing: tuple[Any, ...] = (None, False, 0, "", [], {})
+    for empty in nothing:
+        await post(client, path, **body, **dict.fromkeys(fields, empty))
+    for field in fields:
+        response = await client.post(path, json={**body, field: ["x"]})
+        assert response.status == 400 and field in await response.text()
+
+
+async def test_images_of_a_message_may_be_none_at_all(client: Client) -> None:
+    """LiteLLM sends an empty list with each message to Ollama's API."""
+    await post(client, "/api/chat", messages=[{**USER[0], "images": []}], stream=False)
+    response = await client.post("/api/chat", json={"messages": [{**USER[0], "images": ["aGk="]}]})
+    assert response.status == 400 and "messages[0].images" in await response.text()
+
+
 async def test_top_p_0_draws_the_likeliest_token_and_top_k_0_from_all(tiny_llama: Path) -> None:
     async def answer(name: str, **params: Any) -> list[int]:
         asked = SamplingParams(max_new_tokens=12, ignore_eos=True, sampling_seed=3, **params)
