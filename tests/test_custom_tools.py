@@ -89,7 +89,12 @@ async def test_a_call_that_is_not_forced_is_held_once_it_has_begun(path: str) ->
             assert response.status == 200, await response.text()
     tags: list[Any] = [request.sampling_params.structural_tag or {} for request in engine.requests]
     kinds = [tag.get("format", {}) for tag in tags]
-    assert [kind.get("type") for kind in kinds] == ["triggered_tags", "sequence", None, "sequence"]
+    assert [kind.get("type") for kind in kinds] == [
+        "triggered_tags",
+        "tags_with_separator",
+        None,
+        "tags_with_separator",
+    ]
     assert ["lark_string" in str(kind) for kind in kinds] == [True, True, False, False]
 
 

@@ -191,6 +191,13 @@ def test_free_text_may_hold_tagged_parts(tokenizer: Tokenizer, backend: str) -> 
     before = "a " if backend == "llguidance" else ""  # to xgrammar, "at least one" means that one comes first
     assert accepts(special, f"{before}<|im_start|>x\nanything</x>")
     assert not accepts(special, "a") and not accepts(special, "a <|im_start|>x</x> b")
+    tags = [{"begin": f"<{name}>", "content": {"type": "regex", "pattern": "[0-9]"}, "end": ";"} for name in "ab"]
+    listed: dict[str, Any] = {"type": "tags_with_separator", "tags": tags, "separator": ", "}
+    several, one = ({**listed, "at_least_one": True, "stop_after_first": single} for single in (False, True))
+    right = [(listed, ""), (listed, "<a>1;, <b>2;"), (several, "<b>1;"), (several, "<a>1;, <a>2;"), (one, "<a>1;")]
+    wrong = [(listed, "<a>1; "), (several, ""), (several, "<a>1;<b>2;"), (several, "x"), (one, "<a>1;, <a>2;")]
+    assert all(accepts({"type": "structural_tag", "format": format_}, text) for format_, text in right)
+    assert not any(accepts({"type": "structural_tag", "format": format_}, text) for format_, text in wrong)
 
 
 async def test_log_probabilities_stops_penalties_and_company_leave_the_form_alone(

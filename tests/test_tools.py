@@ -275,14 +275,24 @@ async def test_calls_are_held_only_where_forced_or_strict(client: Client, engine
     await ask(client, tools=[*TOOLS, tool("clock", strict=True)])
     assert tag_of(engine)["format"]["elements"][1]["type"] == "triggered_tags"
     await ask(client, tools=TOOLS, tool_choice="required")
-    assert len(tag_of(engine)["format"]["elements"][1]["elements"][0]["elements"]) == 2
+    assert len(tag_of(engine)["format"]["elements"][1]["tags"]) == 2
     named = {"type": "function", "function": {"name": "news"}}
     await ask(client, tools=TOOLS, tool_choice=named, parallel_tool_calls=False)
-    (only,) = tag_of(engine)["format"]["elements"][1]["elements"]
+    (only,) = tag_of(engine)["format"]["elements"][1]["tags"]
     assert (only["begin"], only["content"]["json_schema"]) == (
         '<tool_call>\n{"name": "news", "arguments": ',
         CITY | {"x-strict": False},
     )
+
+
+async def test_a_choice_of_one_function_is_one_call_of_it_and_required_may_be_several(
+    client: Client, engine: FakeEngine
+) -> None:
+    engine.answer = f"{CALL}\n{CALL}"
+    for choice, count in (({"type": "function", "function": {"name": "weather"}}, 1), ("required", 2)):
+        (answer,) = (await ask(client, tools=TOOLS, tool_choice=choice))["choices"]
+        assert len(answer["message"]["tool_calls"]) == count
+        assert tag_of(engine)["format"]["elements"][1]["stop_after_first"] == (count == 1)
 
 
 async def test_a_forced_call_is_read_where_the_format_is_unknown(engine: FakeEngine) -> None:
@@ -290,7 +300,7 @@ async def test_a_forced_call_is_read_where_the_format_is_unknown(engine: FakeEng
     async with serving(engine) as client:
         (choice,) = (await ask(client, tools=TOOLS, tool_choice="required"))["choices"]
         assert choice["message"]["tool_calls"][0]["function"]["name"] == "weather"
-        assert tag_of(engine)["format"]["elements"][0]["elements"][0]["begin"].startswith("<tool_call>")
+        assert tag_of(engine)["format"]["tags"][0]["begin"].startswith("<tool_call>")
         assert (await ask(client, tools=TOOLS))["choices"][0]["message"]["content"] == CALL
 
 
@@ -360,7 +370,11 @@ def test_a_grammar_allows_what_its_parser_reads_and_nothing_else(
     for wrong in ("", "No.", written + "!", written + written, written.replace("Ulm", "Ulm", 1).replace("3", "many")):
         assert not is_allowed(grammars, forced, name, wrong)
     parallel = ToolChoice([], [WEATHER], is_forced=True, is_parallel=True)
-    assert is_allowed(grammars, parallel, name, f"{written}\n{written}")
+    several = written + TOOL_FORMATS[name]().between + written
+    assert len(AnswerParser(None, ToolCallParser(TOOL_FORMATS[name](), [WEATHER])).parse(several).tool_calls) == 2
+    assert is_allowed(grammars, parallel, name, several)
+    for wrong in (f"{written}\nThe answer is", f"{written}\n{written}\nNo.", f"Well: {written}"):
+        assert not is_allowed(grammars, parallel, name, wrong)
     free = ToolChoice([], [WEATHER], is_forced=False, is_parallel=True)
     assert is_allowed(grammars, free, name, "No.")
     assert is_allowed(grammars, free, name, f"Well: {written}")
@@ -458,7 +472,7 @@ async def test_a_schema_and_tools_together_mean_json_or_a_call(client: Client, e
     assert engine.requests[0].sampling_params.json_schema is None
     answer, calls = tag_of(engine)["format"]["elements"][1]["elements"]
     assert answer["json_schema"] == CITY
-    assert calls["type"] == "sequence"
+    assert calls["type"] == "tags_with_separator"
 
 
 # ---- history, and the small routes ----

@@ -89,6 +89,7 @@ class _Writer:
             "or": lambda format: " | ".join(map(self.write, _list(format, "elements"))),
             "tag": self._tag,
             "triggered_tags": self._triggered_tags,
+            "tags_with_separator": self._tags_with_separator,
             LARK_STRING: lambda format: self._held(format, escaped_rules) or ANY_STRING,
         }
 
@@ -186,3 +187,10 @@ class _Writer:
         tail = "" if format.get("stop_after_first") else ANY_TEXT
         some = f"{tagged}{how_many} {tail}"
         return some if format.get("at_least_one") else f"({some}) | {ANY_TEXT}"
+
+    def _tags_with_separator(self, format: dict[str, Any]) -> str:
+        """Return an expression for tags and nothing else but the separator between two of them."""
+        tag = self._rule(" | ".join(map(self._tag, _list(format, "tags"))))
+        separator = self._literal(_text(format, "separator"))
+        some = tag if format.get("stop_after_first") else f"{tag} ({separator} {tag})*"
+        return some if format.get("at_least_one") else f"({some})?"

@@ -190,6 +190,7 @@ class ToolFormat:
     begins: tuple[str, ...] = ()  # marks anywhere in the text
     bare = ""  # the character that begins calls without a mark, at the answer's head
     trigger = ""  # the head of every call's tag, after which the model is held to it
+    between = "\n"  # stands between two calls
 
     def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
         """Read one call, or a list of them. The reader stands after `mark`. `Malformed`: the rest is no call."""
@@ -405,6 +406,7 @@ class Llama3(ToolFormat):
     begins = ("<|python_tag|>",)
     bare = "{"
     trigger = '{"name": '
+    between = "; "
 
     def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
         reader = calls.reader
@@ -426,6 +428,7 @@ class Mistral(ToolFormat):
 
     begins = ("[TOOL_CALLS]",)
     trigger = "[TOOL_CALLS]"
+    between = ""
 
     def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
         reader = calls.reader
@@ -465,6 +468,7 @@ class SectionFormat(ToolFormat):
     separator: str
     call_end: str
     end: str
+    between = ""
 
     def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
         reader = calls.reader

@@ -89,7 +89,7 @@ def _read_choice(body: ChatFields, tools: dict[str, Tool], shown: list[JSON]) ->
             raise InvalidRequest(
                 f"tool_choice names {name!r}, which is not in tools", f"tool_choice.{choice.type}.name"
             )
-        return ToolChoice(shown, [tools[name]], True, is_parallel)
+        return ToolChoice(shown, [tools[name]], True, is_parallel=False)  # a choice of one function is of one call
     if choice == "required" and not tools:
         raise InvalidRequest('tool_choice "required" needs tools', "tool_choice")
     if choice == "none" or not tools:
@@ -140,11 +140,14 @@ def json_or_calls(schema: JSON, choice: ToolChoice, format_: ToolFormat | None) 
 
 
 def _calls(tags: list[JSON], choice: ToolChoice, format_: ToolFormat) -> JSON:
-    """Return the grammar of a call, at once, and if they may be several, text with more of them."""
-    first: JSON = {"type": "or", "elements": tags}
-    if not choice.is_parallel:
-        return first
-    return {"type": "sequence", "elements": [first, _free_text(tags, choice, format_)]}
+    """Return the grammar of a call or, if they may be several, of calls with no text between them or after them."""
+    return {
+        "type": "tags_with_separator",
+        "tags": tags,
+        "separator": format_.between,
+        "at_least_one": True,
+        "stop_after_first": not choice.is_parallel,
+    }
 
 
 def _free_text(tags: list[JSON], choice: ToolChoice, format_: ToolFormat) -> JSON:
