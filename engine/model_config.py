@@ -311,6 +311,18 @@ def layer_windows(raw: dict[str, Any], is_local: Sequence[bool]) -> tuple[int, .
     return tuple(window if local else -1 for local in local_layers(raw, is_local))
 
 
+def local_and_global(
+    raw: dict[str, Any], period: int, local_rope: RopeConfig, global_rope: RopeConfig
+) -> dict[str, Sequence[Any]]:
+    """Return `windows` and `ropes` for `read_decoder`: local layers have a window and rotate in a way of their own.
+
+    Global is, where the file does not say which layers are, the last one of every `period`.
+    """
+    is_local = local_layers(raw, every_nth_global(period, raw["num_hidden_layers"]))
+    ropes = [local_rope if local else global_rope for local in is_local]
+    return {"windows": layer_windows(raw, is_local), "ropes": ropes}
+
+
 def local_layers(raw: dict[str, Any], default: Sequence[bool]) -> tuple[bool, ...]:
     """Return which layers are local, one a layer: as `layer_types` says, else `sliding_window_pattern`, else `default`.
 

@@ -1,7 +1,7 @@
 """The scheduler plays traffic without a model: a token is a function of what came before, so recomputation shows."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -174,6 +174,45 @@ def prompt_of(rng: random.Random, length: int, heads: list[list[int]]) -> list[i
     return (rng.choice(heads) + [rng.randrange(1, VOCAB) for _ in range(length)])[: max(length, 1)]
 
 
+def play(
+    traffic: Traffic,
+    rng: random.Random,
+    num_requests: int,
+    *,
+    head_lens: Sequence[int],
+    most_tail: int,
+    most_new: int,
+    most_steps: int,
+    abort_share: float = 0.0,
+) -> list[RequestState]:
+    """Submit requests at random moments, and run all. Some share a head, some are aborted.
+
+    most_tail, most_new, most_steps: tokens of a prompt behind its head, of an answer, steps between two requests.
+    """
+    heads = [[rng.randrange(1, VOCAB) for _ in range(length)] for length in head_lens]
+    states: list[RequestState] = []
+    for _ in range(num_requests):
+        states.append(traffic.submit(prompt_of(rng, rng.randrange(1, most_tail), heads), rng.randrange(0, most_new)))
+        for _ in range(rng.randrange(most_steps)):
+            traffic.step()
+            traffic.check_pages()
+        victim = rng.choice(states)
+        if rng.random() < abort_share and victim.status is not Status.FINISHED:
+            traffic.scheduler.finish(victim, FinishReason("abort"))
+    traffic.run_all()
+    return states
+
+
+def assert_answers(states: list[RequestState]) -> None:
+    """Assert that each request has the answer it would get alone; an aborted one, the beginning of it."""
+    for state in states:
+        answer = expected(state.request.input_ids, state.max_new_tokens)
+        assert state.status is Status.FINISHED
+        assert state.output_ids == answer[: len(state.output_ids)]
+        is_aborted = state.finish_reason is not None and state.finish_reason.type == "abort"
+        assert is_aborted or state.output_ids == answer
+
+
 @pytest.mark.parametrize("page_size", [1, 4])
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 @pytest.mark.parametrize("depth", [1, 2])
@@ -181,18 +220,7 @@ def prompt_of(rng: random.Random, length: int, heads: list[list[int]]) -> list[i
 def test_every_answer_is_the_one_it_would_get_alone(page_size: int, chunk: int, depth: int, cached: bool) -> None:
     rng = random.Random(page_size * 100 + chunk + depth)
     traffic = Traffic(96, num_rows=6, page_size=page_size, chunk=chunk, depth=depth, cached=cached)
-    heads = [[rng.randrange(1, VOCAB) for _ in range(20)] for _ in range(3)]
-    states = []
-    for _ in range(60):
-        prompt = prompt_of(rng, rng.randrange(1, 40), heads)
-        states.append(traffic.submit(prompt, rng.randrange(0, 30)))
-        for _ in range(rng.randrange(4)):
-            traffic.step()
-            traffic.check_pages()
-    traffic.run_all()
-    for state in states:
-        assert state.status is Status.FINISHED
-        assert state.output_ids == expected(state.request.input_ids, state.max_new_tokens)
+    assert_answers(play(traffic, rng, 60, head_lens=[20] * 3, most_tail=40, most_new=30, most_steps=4))
     if not cached:
         assert traffic.cache.num_cached == 0
 
@@ -204,21 +232,7 @@ def test_answers_survive_a_pool_that_runs_out_again_and_again(seed: int, monkeyp
     page_size = rng.choice([1, 1, 4])
     traffic = Traffic(64, num_rows=rng.choice([3, 6]), chunk=rng.choice([3, 9, 40]), page_size=page_size,
                       conservativeness=0.0)  # fmt: skip
-    heads = [[rng.randrange(1, VOCAB) for _ in range(12)] for _ in range(2)]
-    states = []
-    for _ in range(80):
-        states.append(traffic.submit(prompt_of(rng, rng.randrange(1, 24), heads), rng.randrange(0, 32)))
-        for _ in range(rng.randrange(6)):
-            traffic.step()
-        victim = rng.choice(states)
-        if rng.random() < 0.1 and victim.status is not Status.FINISHED:
-            traffic.scheduler.finish(victim, FinishReason("abort"))
-    traffic.run_all()
-    for state in states:
-        answer = expected(state.request.input_ids, state.max_new_tokens)
-        assert state.output_ids == answer[: len(state.output_ids)]
-        is_aborted = state.finish_reason is not None and state.finish_reason.type == "abort"
-        assert is_aborted or state.output_ids == answer
+    assert_answers(play(traffic, rng, 80, head_lens=[12] * 2, most_tail=24, most_new=32, most_steps=6, abort_share=0.1))
 
 
 def test_a_pool_too_small_for_all_retracts_and_still_finishes_everyone() -> None:

@@ -17,11 +17,10 @@ from cache.window import WindowSlots
 from cache.window_radix import WindowRadixCache
 from engine.config import EngineConfig
 from engine.schedule.window_holdings import least_len
-from engine.state import FinishReason, Status
 from engine.step.memory import GIB
 from engine.step.window_memory import KVSplit
 from tests.test_radix import token_lists
-from tests.test_scheduler import VOCAB, Traffic, expected, prompt_of
+from tests.test_scheduler import Traffic, assert_answers, expected, play
 
 WINDOW = 10
 
@@ -175,16 +174,7 @@ def windowed(num_tokens: int, num_window_tokens: int = 0, page_size: int = 1, **
 def test_every_answer_is_the_one_it_would_get_alone(page_size: int, chunk: int, cached: bool) -> None:
     rng = random.Random(page_size * 100 + chunk)
     traffic = windowed(600, 120, num_rows=6, page_size=page_size, chunk=chunk, cached=cached)
-    heads = [[rng.randrange(1, VOCAB) for _ in range(40)] for _ in range(3)]
-    states = []
-    for _ in range(50):
-        states.append(traffic.submit(prompt_of(rng, rng.randrange(1, 60), heads), rng.randrange(0, 80)))
-        for _ in range(rng.randrange(12)):
-            traffic.step()
-            traffic.check_pages()
-    traffic.run_all()
-    for state in states:
-        assert state.output_ids == expected(state.request.input_ids, state.max_new_tokens)
+    assert_answers(play(traffic, rng, 50, head_lens=[40] * 3, most_tail=60, most_new=80, most_steps=12))
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -197,23 +187,8 @@ def test_answers_survive_a_pool_of_windows_that_runs_out_again_and_again(
     num_tokens = rng.choice([160, 1000])
     traffic = windowed(num_tokens, num_rows=rng.choice([3, 6]), chunk=rng.choice([3, 9, 40]), page_size=page_size,
                        conservativeness=0.0, cached=seed % 4 != 0)  # fmt: skip
-    heads = [[rng.randrange(1, VOCAB) for _ in range(length)] for length in (12, 40)]
-    states = []
-    for _ in range(70):
-        states.append(traffic.submit(prompt_of(rng, rng.randrange(1, 30), heads), rng.randrange(0, 70)))
-        for _ in range(rng.randrange(8)):
-            traffic.step()
-            traffic.check_pages()
-        victim = rng.choice(states)
-        if rng.random() < 0.1 and victim.status is not Status.FINISHED:
-            traffic.scheduler.finish(victim, FinishReason("abort"))
-    traffic.run_all()
+    assert_answers(play(traffic, rng, 70, head_lens=[12, 40], most_tail=30, most_new=70, most_steps=8, abort_share=0.1))
     assert traffic.scheduler.num_retractions > 0
-    for state in states:
-        answer = expected(state.request.input_ids, state.max_new_tokens)
-        is_aborted = state.finish_reason is not None and state.finish_reason.type == "abort"
-        assert state.output_ids == answer[: len(state.output_ids)]
-        assert is_aborted or state.output_ids == answer
 
 
 def test_a_long_answer_holds_its_window_only() -> None:

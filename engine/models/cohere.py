@@ -12,15 +12,7 @@ from typing import Any
 
 from engine.layers.block import Parallel
 from engine.layers.norm import BiaslessLayerNorm
-from engine.model_config import (
-    ModelConfig,
-    QKNorm,
-    every_nth_global,
-    head_dim_of,
-    layer_windows,
-    local_layers,
-    read_decoder,
-)  # fmt: skip
+from engine.model_config import ModelConfig, QKNorm, head_dim_of, local_and_global, read_decoder
 from engine.models.base import CausalLM
 from engine.models.names import Interleave, Rule, Split
 from engine.models.spelling import with_rope
@@ -60,12 +52,7 @@ class Cohere2(Cohere):
     def read_config(raw: dict[str, Any]) -> ModelConfig:
         raw = {"sliding_window": 4096} | raw
         rope = parse_rope(raw, head_dim_of(raw))
-        is_local = local_layers(raw, every_nth_global(4, raw["num_hidden_layers"]))
-        return read_cohere(
-            raw,
-            windows=layer_windows(raw, is_local),
-            ropes=[rope if local else rope.without_rotation for local in is_local],
-        )
+        return read_cohere(raw, **local_and_global(raw, 4, rope, rope.without_rotation))
 
 
 def read_cohere(raw: dict[str, Any], **differs: Any) -> ModelConfig:

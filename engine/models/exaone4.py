@@ -7,15 +7,7 @@ windows         the 32B: in three of four layers; the others rotate nothing
 from typing import Any
 
 from engine.layers.block import PostNorm
-from engine.model_config import (
-    ModelConfig,
-    QKNorm,
-    every_nth_global,
-    head_dim_of,
-    layer_windows,
-    local_layers,
-    read_decoder,
-)  # fmt: skip
+from engine.model_config import ModelConfig, QKNorm, head_dim_of, local_and_global, read_decoder
 from engine.models.base import CausalLM
 from engine.rope_config import parse_rope
 
@@ -26,13 +18,6 @@ class Exaone4(CausalLM):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
         rope = parse_rope(raw, head_dim_of(raw))
-        is_local = local_layers(raw, every_nth_global(4, raw["num_hidden_layers"]))
-        has_windows = bool(raw.get("sliding_window"))
-        return read_decoder(
-            raw,
-            qkv_bias=False,
-            o_bias=False,
-            qk_norm=QKNorm.HEADS,
-            windows=layer_windows(raw, is_local),
-            ropes=[rope if local or not has_windows else rope.without_rotation for local in is_local],
-        )
+        global_rope = rope.without_rotation if raw.get("sliding_window") else rope
+        layers = local_and_global(raw, 4, rope, global_rope)
+        return read_decoder(raw, qkv_bias=False, o_bias=False, qk_norm=QKNorm.HEADS, **layers)

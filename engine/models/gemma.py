@@ -18,7 +18,7 @@ from engine.model_config import (
     every_nth_global,
     head_dim_of,
     layer_windows,
-    local_layers,
+    local_and_global,
     read_decoder,
 )  # fmt: skip
 from engine.models.base import CausalLM
@@ -80,7 +80,7 @@ class Gemma3(CausalLM):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
         raw = GEMMA_3 | raw
-        head_dim, is_local = head_dim_of(raw), local_layers(raw, every_nth_global(6, raw["num_hidden_layers"]))
+        head_dim = head_dim_of(raw)
         rope = parse_rope(raw, head_dim, "full_attention", rope_theta=1e6)
         local_rope = parse_local_rope(raw, head_dim, raw.get("rope_local_base_freq", 10000.0))
         return read_gemma(
@@ -89,6 +89,5 @@ class Gemma3(CausalLM):
             softcap=raw.get("attn_logit_softcapping", 0.0),
             logit_softcap=raw.get("final_logit_softcapping", 0.0),
             qk_norm=QKNorm.HEADS,
-            windows=layer_windows(raw, is_local),
-            ropes=[local_rope if local else rope for local in is_local],
+            **local_and_global(raw, 6, local_rope, rope),
         )

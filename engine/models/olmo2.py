@@ -9,15 +9,7 @@ from typing import Any
 
 from engine.layers.block import PostNorm
 from engine.layers.norm import Float32RMSNorm
-from engine.model_config import (
-    ModelConfig,
-    QKNorm,
-    every_nth_global,
-    head_dim_of,
-    layer_windows,
-    local_layers,
-    read_decoder,
-)  # fmt: skip
+from engine.model_config import ModelConfig, QKNorm, head_dim_of, local_and_global, read_decoder
 from engine.models.base import CausalLM
 from engine.rope_config import parse_local_rope, parse_rope
 
@@ -39,11 +31,6 @@ class Olmo3(CausalLM):
 
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
-        head_dim, is_local = head_dim_of(raw), local_layers(raw, every_nth_global(4, raw["num_hidden_layers"]))
+        head_dim = head_dim_of(raw)
         rope, local_rope = parse_rope(raw, head_dim, "full_attention"), parse_local_rope(raw, head_dim)
-        return read_decoder(
-            raw,
-            qk_norm=QKNorm.ALL_HEADS,
-            windows=layer_windows(raw, is_local),
-            ropes=[local_rope if local else rope for local in is_local],
-        )
+        return read_decoder(raw, qk_norm=QKNorm.ALL_HEADS, **local_and_global(raw, 4, local_rope, rope))
