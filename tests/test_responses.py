@@ -219,6 +219,18 @@ def test_the_store_is_bounded_in_bytes() -> None:
     assert store.num_bytes == 0
 
 
+@pytest.mark.parametrize("limits", [{"max_count": 4}, {"max_bytes": 4 * 350}])
+def test_who_stores_much_pushes_out_nobody_elses_responses(limits: dict[str, int]) -> None:
+    store = ResponseStore(**limits)
+    for owner, name in (("ann", "a"), ("bob", "b"), *(("eve", f"e{i}") for i in range(50))):
+        store.put(owner, {"id": name, "text": "x" * 300}, [])
+    kept = [name for name in ("a", "b", "e47", "e48", "e49") if store.owner(name)]
+    assert kept == ["a", "b", "e48", "e49"]
+    for name in kept:
+        store.remove(name)
+    assert store.num_bytes == 0
+
+
 async def test_with_a_key_for_each_client_nobody_reads_anothers_response(tmp_path: Any) -> None:
     keys = tmp_path / "keys.yaml"
     keys.write_text("ann: a-key\nbob: b-key\n")

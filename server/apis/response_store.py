@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import orjson
 
@@ -19,33 +19,56 @@ class StoredResponse:
     items: list[JSON]  # its own input
 
 
+@dataclass(slots=True)
+class Shelf:
+    """One owner's responses."""
+
+    texts: OrderedDict[str, bytes] = field(default_factory=OrderedDict)  # JSON by id, the least used first
+    num_bytes: int = 0
+
+
 class ResponseStore:
-    """The responses used last, as many as fit, in memory. Kept as JSON text, whose length is what they cost."""
+    """The responses used last, as many as fit, in memory. Kept as JSON text, whose length is what they cost.
+
+    Where they do not fit, those go of the owner who has the most: nobody loses theirs to another's many.
+    """
 
     def __init__(self, max_count: int = MAX_STORED, max_bytes: int = MAX_STORED_BYTES) -> None:
         self.max_count, self.max_bytes = max_count, max_bytes
         self.num_bytes = 0
-        self._entries: OrderedDict[str, tuple[str, bytes]] = OrderedDict()  # id -> owner, JSON; least used first
+        self._owners: dict[str, str] = {}  # by id
+        self._shelves: dict[str, Shelf] = {}  # by owner, none of them empty
 
     def put(self, owner: str, response: JSON, messages: list[JSON], items: Sequence[JSON] = ()) -> None:
         text = orjson.dumps([response, messages, items])
-        self._entries[response["id"]] = owner, text
+        shelf = self._shelves.setdefault(owner, Shelf())
+        self._owners[response["id"]], shelf.texts[response["id"]] = owner, text
+        shelf.num_bytes += len(text)
         self.num_bytes += len(text)
-        while len(self._entries) > self.max_count or self.num_bytes > self.max_bytes:
-            self.remove(next(iter(self._entries)))
+        while len(self._owners) > self.max_count:
+            self._remove_oldest(max(self._shelves.values(), key=lambda shelf: len(shelf.texts)))
+        while self.num_bytes > self.max_bytes:
+            self._remove_oldest(max(self._shelves.values(), key=lambda shelf: shelf.num_bytes))
 
     def owner(self, response_id: str) -> str | None:
         """Return the owner of a response; None if there is no such."""
-        entry = self._entries.get(response_id)
-        return None if entry is None else entry[0]
+        return self._owners.get(response_id)
 
     def get(self, owner: str, response_id: str) -> StoredResponse | None:
-        entry = self._entries.get(response_id)
-        if entry is None or entry[0] != owner:
+        if self._owners.get(response_id) != owner:
             return None
-        self._entries.move_to_end(response_id)
-        return StoredResponse(*orjson.loads(entry[1]))
+        texts = self._shelves[owner].texts
+        texts.move_to_end(response_id)
+        return StoredResponse(*orjson.loads(texts[response_id]))
 
     def remove(self, response_id: str) -> None:
-        _, text = self._entries.pop(response_id)
-        self.num_bytes -= len(text)
+        owner = self._owners.pop(response_id)
+        shelf = self._shelves[owner]
+        num_bytes = len(shelf.texts.pop(response_id))
+        shelf.num_bytes -= num_bytes
+        self.num_bytes -= num_bytes
+        if not shelf.texts:
+            del self._shelves[owner]
+
+    def _remove_oldest(self, shelf: Shelf) -> None:
+        self.remove(next(iter(shelf.texts)))
