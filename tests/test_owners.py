@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp.test_utils import TestClient
+from yarl import URL
 
 from engine.request import Request, SamplingParams
 from engine.schedule.fairness import FairShares, Queue
@@ -20,6 +22,7 @@ from server.config import ServerConfig, parse_args
 from server.http import keys
 from server.http.keys import KeyRing
 from server.http.owners import MAX_OWN_PRIORITY
+from server.watch.openapi import routes_of
 from tests.fake_engine import FakeEngine, serving
 
 Client = TestClient[Any, Any]
@@ -51,17 +54,18 @@ async def call(client: Client, name: str, method: str, path: str, body: Any = No
 
 # ---- stored things ----
 
-LINE = {"custom_id": "a", "method": "POST", "url": "/v1/responses", "body": {"model": "fake-model", "input": "Hi"}}
+MODEL = {"model": "fake-model"}
+LINE: dict[str, Any] = {"custom_id": "a", "method": "POST", "url": "/v1/responses", "body": {**MODEL, "input": "Hi"}}
 
 
-async def make_file(client: Client, name: str) -> str:
+async def make_file(client: Client, name: str, line: Any = LINE) -> str:
     form = aiohttp.FormData({"purpose": "batch"})
-    form.add_field("file", json.dumps(LINE).encode(), filename="lines.jsonl")
+    form.add_field("file", json.dumps(line).encode(), filename="lines.jsonl")
     return str((await (await client.post("/v1/files", data=form, headers=as_(name))).json())["id"])
 
 
-async def make_batch(client: Client, name: str) -> str:
-    body = {"input_file_id": await make_file(client, name), "endpoint": "/v1/responses"}
+async def make_batch(client: Client, name: str, line: Any = LINE) -> str:
+    body = {"input_file_id": await make_file(client, name, line), "endpoint": "/v1/responses"}
     batch = (await call(client, name, "POST", "/v1/batches", body))[1]
     async with asyncio.timeout(10):
         while batch["status"] != "completed":
@@ -75,31 +79,169 @@ async def make_response(client: Client, name: str) -> str:
     return str((await call(client, name, "POST", "/v1/responses", body))[1]["id"])
 
 
-MAKERS = {"file_id": make_file, "batch_id": make_batch, "response_id": make_response}
-# Routes whose path names something that nobody owns.
-OWNERLESS = {"/v1/models/{model}"}
+async def make_session(client: Client, name: str) -> str:
+    return str((await call(client, name, "POST", "/open_session", {"capacity_of_str_len": 100}))[1])
 
 
-async def test_nobody_finds_anothers_things_on_any_route_and_an_admin_finds_all(client: Client) -> None:
-    """The routes are the server's own: a new one that names a stored thing is tried, or fails here."""
-    routes = sorted(
-        {
-            (route.method, route.resource.canonical)
-            for route in client.server.app.router.routes()  # type: ignore[attr-defined]
-            if route.resource is not None and "{" in route.resource.canonical and route.method != "HEAD"
-        }
-    )
-    assert len(routes) >= 9
-    for method, path in routes:
-        if path in OWNERLESS:
-            continue
+async def make_item(client: Client, name: str) -> str:
+    response_id = await make_response(client, name)
+    listed = await call(client, name, "GET", f"/v1/responses/{response_id}/input_items")
+    return str(listed[1]["data"][0]["id"])
+
+
+MAKERS = {
+    "file_id": make_file, "batch_id": make_batch, "response_id": make_response, "session_id": make_session,
+    "item_id": make_item,
+}  # fmt: skip
+
+
+# ---- who may do what: a row for each route, and for each field that names a stored thing ----
+
+ANYBODY, CLIENTS, OWNERS, ADMINS = "anybody", "clients", "owners", "admins"
+WHO_MAY = {
+    ANYBODY: "GET /health | GET /ping | GET /dashboard",
+    # Whoever has a key. What they store or run is theirs.
+    CLIENTS: """
+        GET / | GET /openapi.json | GET /health_generate | GET /metrics | GET /get_load
+        GET /model_info | GET /get_model_info | GET /server_info | GET /get_server_info
+        POST /generate | PUT /generate | POST /generate_from_file | POST /invocations | POST /vertex_generate
+        POST /v1/chat/completions | POST /v1/chat/completions/render | POST /v1/completions
+        GET /v1/models | GET /v1/models/{model} | POST /v1/messages | POST /v1/messages/count_tokens
+        POST /api/chat | POST /api/generate | POST /api/embed | POST /api/embeddings
+        POST /api/show | POST /api/pull | GET /api/tags | GET /api/ps | GET /api/version
+        POST /v1/embeddings | POST /encode | PUT /encode | POST /classify | PUT /classify | POST /v1/classify
+        POST /v1/score | POST /score | POST /v1/rerank | POST /rerank | POST /v2/rerank
+        POST /tokenize | POST /v1/tokenize | GET /tokenizer_info | POST /detokenize | POST /v1/detokenize
+        POST /parse_function_call | POST /separate_reasoning
+        POST /open_session | POST /close_session | POST /v1/responses
+        POST /v1/files | GET /v1/files | POST /v1/batches | GET /v1/batches
+    """,
+    # Whoever made the thing that the path names, and admins. To all others it does not exist.
+    OWNERS: """
+        GET /v1/files/{file_id} | DELETE /v1/files/{file_id} | GET /v1/files/{file_id}/content
+        GET /v1/batches/{batch_id} | POST /v1/batches/{batch_id}/cancel
+        GET /v1/responses/{response_id} | DELETE /v1/responses/{response_id}
+        GET /v1/responses/{response_id}/input_items | POST /v1/responses/{response_id}/cancel
+    """,
+    ADMINS: """
+        GET /flush_cache | POST /flush_cache | POST /abort_request | GET /dashboard/data | POST /configure_logging
+        GET /start_profile | POST /start_profile | GET /stop_profile | POST /stop_profile
+        POST /pause_generation | POST /continue_generation
+        POST /update_weights_from_disk | POST /update_weight_version | POST /get_weights_by_name
+        POST /release_memory_occupation | POST /resume_memory_occupation
+    """,
+}
+ROWS = {row: who for who, rows in WHO_MAY.items() for row in map(str.strip, rows.strip().replace("\n", "|").split("|"))}
+# Fields of bodies that name a stored thing: who did not make it is answered as if it did not exist.
+NAMED: list[tuple[str, str, Any]] = [
+    ("input_file_id", "POST /v1/batches", {"input_file_id": "ID", "endpoint": "/v1/responses"}),
+    ("previous_response_id", "POST /v1/responses", {**MODEL, "input": "And?", "previous_response_id": "ID"}),
+    ("item_id", "POST /v1/responses", {**MODEL, "input": [{"type": "item_reference", "id": "ID"}]}),
+    ("session_params.id", "POST /generate", {"text": "Hi", "session_params": {"id": "ID"}}),
+    ("session_params.id", "PUT /generate", {"text": "Hi", "session_params": {"id": "ID"}}),
+    ("session_id", "POST /close_session", {"session_id": "ID"}),
+]
+MAKER_OF = {"input_file_id": "file_id", "previous_response_id": "response_id", "session_params.id": "session_id"}
+# Fields whose names end so and that name nothing stored: parts of the conversation that is sent, tokens, and the rid,
+# which is the client's choice: one of a running request is refused.
+NAMELESS = {"id", "tool_use_id", "tool_call_id", "call_id", "token_id", "rid"}
+
+
+async def test_every_route_has_a_row_that_says_who_may_call_it(engine: FakeEngine, key_file: str) -> None:
+    async with serving(engine, api_key_file=key_file, enable_metrics=True) as client:
+        routes = [f"{method} {path}" for method, path in routes_of(client.app)]
+    assert sorted(routes) == sorted(ROWS)
+    assert {row for row in routes if "{" in row} == {row for row in ROWS if ROWS[row] == OWNERS} | {
+        "GET /v1/models/{model}"
+    }
+
+
+async def test_every_field_that_names_a_stored_thing_has_a_row(client: Client) -> None:
+    document = (await call(client, "alice", "GET", "/openapi.json"))[1]
+    names = {*re.findall(r'"(\w*id)": ?{', json.dumps(document))}
+    assert names - NAMELESS == {name for name, *_ in NAMED} - {"item_id", "session_params.id"}
+
+
+EVERYBODY = {"", "eve", "bob", "root"}  # who has no key, who has a wrong one, a client and an admin
+# Options, who may call what is for clients, and what is for admins.
+CONFIGS: list[tuple[dict[str, str], dict[str, set[str]]]] = [
+    ({}, {CLIENTS: EVERYBODY, ADMINS: EVERYBODY}),
+    ({"api_key": "sk-bob"}, {CLIENTS: {"bob"}, ADMINS: {"bob"}}),
+    ({"api_key": "sk-bob", "admin_api_key": "sk-root"}, {CLIENTS: {"bob", "root"}, ADMINS: {"root"}}),
+    ({"admin_api_key": "sk-root"}, {CLIENTS: EVERYBODY, ADMINS: {"root"}}),
+    ({"api_key_file": KEYS}, {CLIENTS: {"bob", "root"}, ADMINS: {"root"}}),
+    ({"api_key_file": "bob: sk-bob"}, {CLIENTS: {"bob"}, ADMINS: set()}),
+]
+
+
+@pytest.mark.parametrize(("options", "may"), CONFIGS, ids=[" ".join(options) or "no keys" for options, _ in CONFIGS])
+async def test_a_route_is_open_to_those_whom_its_row_names_and_nobody_else(
+    engine: FakeEngine, tmp_path: Path, options: dict[str, str], may: dict[str, set[str]]
+) -> None:
+    if keys_text := options.get("api_key_file"):
+        (tmp_path / "keys.yaml").write_text(keys_text)
+        options = options | {"api_key_file": str(tmp_path / "keys.yaml")}
+    may = may | {ANYBODY: EVERYBODY, OWNERS: may[CLIENTS]}
+    async with serving(engine, enable_metrics=True, **options) as client:
+        for row, who in ROWS.items():
+            method, path = row.split()
+            for name in EVERYBODY:
+                headers = as_(name) if name else {}
+                body: Any = None if method == "GET" else {}
+                answer = await client.request(method, re.sub("{.*?}", "x", path), json=body, headers=headers)
+                assert answer.status < 500, (row, name)
+                assert (answer.status not in (401, 403)) == (name in may[who]), (row, name, answer.status)
+
+
+async def test_no_spelling_of_its_path_opens_an_admins_route(client: Client) -> None:
+    for path in {row.split()[1] for row, who in ROWS.items() if who == ADMINS}:
+        quoted = f"/%{ord(path[1]):x}{path[2:]}"
+        for spelled in (path, quoted, path.replace("_", "%5F"), f"/{path}", f"{path}/", f"/.{path}", f"/x/..{path}",
+                        f"{path}?key=sk-root", f"{path}%00", f"{path};x", f"/%2F{path[1:]}", path.upper()):  # fmt: skip
+            url = URL(f"{client.make_url('/').origin()}{spelled}", encoded=True)
+            for method in ("GET", "HEAD", "POST"):  # HEAD comes with each GET
+                answer = await client.session.request(method, url, headers=as_("bob"), json={})
+                assert answer.status in (400, 401, 404, 405), (method, url, answer.status)
+
+
+async def test_a_thing_that_a_path_names_exists_for_its_maker_and_admins_alone(client: Client) -> None:
+    for row in (row for row, who in ROWS.items() if who == OWNERS):
+        method, path = row.split()
         kind = path.partition("{")[2].partition("}")[0]
-        made = await MAKERS[kind](client, "alice")
-        real = path.replace(f"{{{kind}}}", made)
-        assert (await call(client, "bob", method, real))[0] == 404, (method, path)
-        assert (await call(client, "root", method, real))[0] in (200, 400), (method, path)
-        made = await MAKERS[kind](client, "alice")
-        assert (await call(client, "alice", method, path.replace(f"{{{kind}}}", made)))[0] in (200, 400)
+        for name in ("root", "alice"):
+            made = await MAKERS[kind](client, "alice")
+            of_bob, nothing = [
+                await call(client, "bob", method, path.replace(f"{{{kind}}}", thing)) for thing in (made, "x-" + made)
+            ]
+            assert of_bob[0] == 404, row
+            assert str(of_bob).replace(made, "x-" + made) == str(nothing), f"{row}: bob can tell that it exists"
+            assert (await call(client, name, method, path.replace(f"{{{kind}}}", made)))[0] in (200, 400), (row, name)
+
+
+@pytest.mark.parametrize(("field", "row", "body"), NAMED, ids=[f"{row} {field}" for field, row, _ in NAMED])
+async def test_a_thing_that_a_body_names_exists_for_its_maker_and_admins_alone(
+    client: Client, field: str, row: str, body: Any
+) -> None:
+    def naming(thing: str) -> Any:
+        return json.loads(json.dumps(body).replace('"ID"', json.dumps(thing)))
+
+    method, path = row.split()
+    for name in ("root", "alice"):
+        made = await MAKERS[MAKER_OF.get(field, field)](client, "alice")
+        other = made[:-4] + "beef"
+        of_bob, nothing = [await call(client, "bob", method, path, naming(thing)) for thing in (made, other)]
+        assert of_bob[0] in (400, 404)
+        assert str(of_bob).replace(made, other) == str(nothing), "bob can tell that it exists"
+        assert (await call(client, name, method, path, naming(made)))[0] == 200, name
+
+
+async def test_a_line_of_a_batch_finds_what_its_maker_finds(client: Client) -> None:
+    response_id = await make_response(client, "alice")
+    line = {**LINE, "body": {**LINE["body"], "previous_response_id": response_id}}
+    for name, counts in (("bob", (0, 1)), ("alice", (1, 0))):
+        batch_id = await make_batch(client, name, line)
+        found = (await call(client, name, "GET", f"/v1/batches/{batch_id}"))[1]["request_counts"]
+        assert (found["completed"], found["failed"]) == counts
 
 
 @pytest.mark.parametrize(("path", "make"), [("/v1/files", make_file), ("/v1/batches", make_batch)])
@@ -114,7 +256,6 @@ async def test_a_list_holds_what_is_ones_own(client: Client, path: str, make: An
 async def test_a_batch_may_not_read_anothers_file_and_its_answers_are_its_makers(client: Client) -> None:
     file_id = await make_file(client, "alice")
     body = {"input_file_id": file_id, "endpoint": "/v1/responses"}
-    assert (await call(client, "bob", "POST", "/v1/batches", body))[0] == 404
     batch_id = await make_batch(client, "alice")
     output_id = (await call(client, "alice", "GET", f"/v1/batches/{batch_id}"))[1]["output_file_id"]
     assert (await call(client, "bob", "GET", f"/v1/files/{output_id}"))[0] == 404
