@@ -18,12 +18,14 @@ from engine.errors import InvalidRequest
 from engine.request import SamplingParams
 from server.apis.generate import GenerateRequest
 from server.http.bodies import BodyBudget, BodyTooLarge, HeldBody
-from server.reading import messages
+from server.reading import messages, responses
 from server.reading.chat import parse_messages
 from server.reading.left_out import LeftOut
 from server.reading.messages_body import MessagesRequest
 from server.reading.openai_body import ChatRequest
 from server.reading.protocol import check_token_ids, parse
+from server.reading.responses_body import ResponsesRequest
+from server.reading.responses_tools import Tools
 from server.reading.sampling import read_options, read_sampling_params
 from server.reading.tool_choice import read_tool_choice
 
@@ -65,6 +67,17 @@ def read_chat(text: bytes) -> Any:
 def read_messages(text: bytes) -> Any:
     body = parse(text, MessagesRequest)
     return body, checked(convert(messages.chat_body(body, LeftOut(), keeps_volatile=False), ChatRequest))
+
+
+def read_responses(text: bytes) -> Any:
+    body, left_out = parse(text, ResponsesRequest), LeftOut()
+    tools, said = Tools(body.tools, left_out), responses.read_input(responses.resolved(body.input, no_item), left_out)
+    chat = convert(responses.chat_body(body, said, tools, left_out), ChatRequest)
+    return body, checked(chat), responses.echo_of(body, "default")
+
+
+def no_item(item_id: str, field: str) -> dict[str, Any]:
+    raise KeyError(field, item_id)
 
 
 def checked(body: ChatRequest) -> Any:
@@ -119,6 +132,7 @@ def bodies() -> dict[str, tuple[Callable[[bytes], Any], bytes]]:
         "a small chat": (read_chat, encode(SMALL)),
         "a chat of 40 turns and 30 tools": (read_chat, encode(agent_body())),
         "Claude Code's messages after 40 turns": (read_messages, encode(agent.messages_body(SESSION, 40) | LIMIT)),
+        "Codex's responses after 40 turns": (read_responses, encode(agent.responses_body(SESSION, 40))),
         "1 MB of token ids": (read_generate, encode(ids)),
         "2 million values in an unknown field": (read_generate, values % (b'"",' * 2_000_000)),
         "32 MB of empty objects in an unknown field": (read_generate, values % (b"{}," * 11_000_000)),

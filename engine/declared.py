@@ -6,7 +6,7 @@ made. A wrong value is an `InvalidRequest` that names the field, what it must be
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import cache
-from typing import Annotated, Any, Optional, TypeVar, cast, dataclass_transform
+from typing import Annotated, Any, Optional, TypeVar, Union, cast, dataclass_transform
 
 import msgspec
 from msgspec import Meta
@@ -67,6 +67,11 @@ class Object(msgspec.Struct, metaclass=Declared):
         """Return the error that says what a field must be. path: of this object in the body."""
         field = f"{path}.{name}" if path else name
         return InvalidRequest(f"{field} must be {rule}, got {shown(getattr(self, name))}", field)
+
+
+def tagged(base: type[Object], kinds: Iterable[str]) -> Any:
+    """Return the union of classes that are as `base`, one for each kind: its `type` in JSON."""
+    return Union[tuple(Declared(kind.title().replace("_", ""), (base,), {}, tag=kind) for kind in kinds)]  # noqa: UP007
 
 
 def _fill(read: Object) -> None:

@@ -33,7 +33,8 @@ from server.http.origins import guard_origins, origins_of
 from server.reading.chat import CHATS, Chats
 from server.reading.left_out import LeftOutBook, name_left_out
 from server.reading.openai_body import ChatRequest, CompletionRequest
-from server.reading.protocol import Fields, error_response, error_shape, json_response
+from server.reading.protocol import error_response, error_shape, json_response
+from server.reading.responses_body import ResponsesRequest
 from server.watch.dashboard import Dashboard
 from server.watch.metrics import Metrics
 from server.watch.monitor import Monitor
@@ -86,7 +87,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
         "/v1/chat/completions": LineHandler(ChatRequest, openai.chat),
         "/v1/completions": LineHandler(CompletionRequest, openai.complete),
         "/v1/embeddings": LineHandler(EmbeddingsRequest, embeddings.embed),
-        "/v1/responses": LineHandler(Fields, responses.respond),
+        "/v1/responses": LineHandler(ResponsesRequest, responses.respond),
     }
     batches = Batches(
         store,

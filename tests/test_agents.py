@@ -11,13 +11,11 @@ from aiohttp.test_utils import TestClient
 
 from bench import agent
 from engine.declared import convert
-from server.apis.responses import read_input
-from server.reading import responses_body
 from server.reading.left_out import HEADER, LeftOut
 from server.reading.messages import chat_body
 from server.reading.messages_body import CountTokensRequest, MessagesRequest
 from server.reading.openai_body import ChatFields
-from server.reading.protocol import Fields
+from server.reading.responses import read_input
 from server.reading.responses_tools import Tools
 from server.reading.tool_choice import read_tool_choice
 from tests.fake_engine import PARSERS, FakeEngine, serving
@@ -287,7 +285,7 @@ async def test_codexs_request_is_answered_and_its_header_names_what_was_left_out
 
 
 def test_every_call_of_the_history_is_a_call_of_a_function() -> None:
-    messages = read_input(responses_body.answerable(Fields(codex()), LeftOut()))
+    messages = read_input(codex()["input"], LeftOut())
     calls = [call["function"] for message in messages for call in message.get("tool_calls", [])]
     assert [(call["name"], json.loads(call["arguments"])) for call in calls] == [
         ("mcp__files__read", {}),
@@ -299,7 +297,7 @@ def test_every_call_of_the_history_is_a_call_of_a_function() -> None:
 
 
 def test_a_custom_tool_is_offered_with_its_grammar_and_a_namespaces_under_its_name() -> None:
-    choice = read_tool_choice(convert({"tools": Tools(Fields(codex()), LeftOut()).functions}, ChatFields))
+    choice = read_tool_choice(convert({"tools": Tools(codex()["tools"], LeftOut()).functions}, ChatFields))
     functions = {tool["function"]["name"]: tool["function"] for tool in choice.shown or ()}
     assert list(functions) == ["shell", "apply_patch", "mcp__files__read"]
     assert functions["apply_patch"]["description"] == f"Edits\ninput must match this lark grammar:\n{LARK}"

@@ -9,13 +9,13 @@ import openai
 import pytest
 from aiohttp.test_utils import TestClient
 
+from engine.declared import convert
 from engine.errors import InvalidRequest
 from engine.state import FinishReason
 from server.apis.response_store import ResponseStore
-from server.apis.responses import chat_body, read_input
 from server.reading.left_out import LeftOut
-from server.reading.protocol import Fields
-from server.reading.responses_body import answerable
+from server.reading.responses import chat_body, read_input
+from server.reading.responses_body import ResponsesRequest
 from server.reading.responses_tools import Tools
 from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
 
@@ -320,8 +320,14 @@ async def test_only_background_responses_can_be_cancelled(api: openai.AsyncOpenA
 # ---- translation ----
 
 
+def translated(**body: Any) -> dict[str, Any]:
+    left_out = LeftOut()
+    given = convert({"input": "Hi", **body}, ResponsesRequest)
+    return chat_body(given, read_input(given.input, left_out), Tools(given.tools, left_out), left_out)
+
+
 def test_the_items_of_one_turn_make_one_message() -> None:
-    items = [
+    items: list[dict[str, Any]] = [
         {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
         {"type": "reasoning", "id": "rs", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm"}]},
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look"}]},
@@ -333,7 +339,7 @@ def test_the_items_of_one_turn_make_one_message() -> None:
         {"role": "assistant", "content": "Four"},
     ]
     calls = [{"id": name, "type": "function", "function": {"name": "f", "arguments": "{}"}} for name in "ab"]
-    assert read_input(Fields({"input": items})) == [
+    assert read_input(items, LeftOut()) == [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "I look", "reasoning_content": "Hm", "tool_calls": calls},
         {"role": "tool", "tool_call_id": "a", "content": "1"},
@@ -352,7 +358,7 @@ def test_formats_tools_and_effort_have_their_counterparts() -> None:
         "reasoning": {"effort": "low"},
         "max_output_tokens": 5,
     }
-    chat = chat_body(Fields(body), [], Tools(Fields(body), LeftOut()))
+    chat = translated(**body)
     assert chat["response_format"]["json_schema"] == {"name": "x", "schema": schema, "strict": True}
     assert chat["tools"] == [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
     assert chat["tool_choice"] == {"type": "function", "function": {"name": "weather"}}
@@ -380,11 +386,57 @@ def test_formats_tools_and_effort_have_their_counterparts() -> None:
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(field: str, body: dict[str, Any]) -> None:
-    fields = Fields({"input": "Hi", **body})
     with pytest.raises(InvalidRequest) as error:
-        tools = Tools(fields, LeftOut())
-        chat_body(fields, read_input(answerable(fields, LeftOut())), tools)
+        translated(**body)
     assert error.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("message", "body"),
+    [
+        ("input must be a string or a list of items, got 7", {"input": 7}),
+        ("input[1].role must be 'assistant' or 'developer' or 'system' or 'user', got None",
+         {"input": [{"role": "user", "content": "a"}, {"content": "b"}]}),
+        ("input[0].content must be a string or a list of parts, got None", {"input": [{"role": "user"}]}),
+        ("input[0].content[1].text must be a string, got None",
+         {"input": [{"role": "user", "content": [{"type": "input_image"}, {"type": "input_text"}]}]}),
+        ("input[0].name must be a string, got None", {"input": [{"type": "function_call", "call_id": "a"}]}),
+        ("input[0].call_id must be a string, got None", {"input": [{"type": "shell_call", "action": {}}]}),
+        ("tools[0].type must be a kind of tool, got ''", {"tools": [{"type": ""}]}),
+        ("tools[0].tools[1].name must be a string, got None",
+         {"tools": [{"type": "namespace", "tools": [{"type": "web_search"}, {"type": "custom"}]}]}),
+        ("tools[0].format.definition must be a string, got None",
+         {"tools": [{"type": "custom", "name": "f", "format": {"type": "grammar"}}]}),
+        ("metadata must be an object of at most 16 strings, got {'a': 1}", {"metadata": {"a": 1}}),
+        ("max_output_tokens must be an integer between 1 and 9007199254740992, got 0", {"max_output_tokens": 0}),
+        ("input has 20000 entries, the limit is 16384", {"input": [{"role": "user", "content": "a"}] * 20000}),
+    ],
+)  # fmt: skip
+def test_an_error_says_what_a_value_must_be_and_what_it_is(message: str, body: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest) as error:
+        translated(**body)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_integers_beyond_64_bits_are_kept_and_repeated(client: Client, is_stream: bool) -> None:
+    """orjson, which writes the answers, would refuse them."""
+    big: Any = {"n": 10**30}
+    body = {
+        "input": [{"role": "user", "content": "Hi", **big}, {"type": "shell_call", "call_id": "a", "action": big}],
+        "tools": [{"type": "local_shell", **big}],
+        "reasoning": big,
+        "text": big,
+        "tool_choice": {"type": "local_shell", **big},
+    }
+    if is_stream:
+        response = (await events(client, **body))[-1]["response"]
+    else:
+        response = await (await client.post("/v1/responses", json=body)).json()
+    kept = await (await client.get(f"/v1/responses/{response['id']}")).json()
+    assert response["tools"][0]["n"] == 10**30 == pytest.approx(kept["text"]["n"])
+    [call, said] = (await (await client.get(f"/v1/responses/{response['id']}/input_items")).json())["data"]
+    assert call["action"]["n"] == said["n"] == pytest.approx(10**30)
 
 
 async def test_a_wrong_field_inside_has_the_clients_name(client: Client) -> None:

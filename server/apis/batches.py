@@ -42,7 +42,6 @@ from server.http.bodies import BodyBudget, BodyTooLarge, HeldBody
 from server.http.owners import CLIENT, EVERYBODY, Client, may_find, owner_of
 from server.reading.protocol import (
     JSON,
-    Fields,
     Owner,
     error_response,
     json_response,
@@ -387,8 +386,7 @@ class Batches:
                 for name in ("stream", "background"):
                     if values.get(name):
                         raise InvalidRequest(f"{name} must be false in a batch", name)
-                body = Fields(values) if handler.kind is Fields else convert(values, handler.kind)
-                response = await handler.answer({CLIENT: client}, body)
+                response = await handler.answer({CLIENT: client}, convert(values, handler.kind))
                 assert isinstance(response, web.Response)
                 return response
             except EngineError as error:

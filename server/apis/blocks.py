@@ -41,11 +41,6 @@ def arguments_of(block: Block) -> JSON:
     return object_of(block.content)
 
 
-def chat_call(call_id: str, name: str, arguments: str) -> JSON:
-    """Return a tool call in the shape of chat.completions. `arguments` is JSON text."""
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
 class Blocks:
     """Cuts one answer into blocks, as its parts come."""
 

@@ -23,12 +23,11 @@ from server.apis.blocks import (
     Block,
     BlockAnswer,
     arguments_of,
-    chat_call,
     respond_in_blocks,
 )
 from server.config import ServerConfig
 from server.http.live import LiveRequests, new_rid
-from server.reading.chat import Chats, ChatTurn
+from server.reading.chat import Chats, ChatTurn, chat_call
 from server.reading.model_name import ollama_model
 from server.reading.openai_body import ChatRequest, CompletionRequest
 from server.reading.protocol import (

@@ -39,7 +39,9 @@ class ResponseStore:
         self._owners: dict[str, str] = {}  # by id
         self._shelves: dict[str, Shelf] = {}  # by owner, none of them empty
 
-    def put(self, owner: str, response: JSON, messages: list[JSON], items: Sequence[JSON] = ()) -> None:
+    def put(
+        self, owner: str, response: JSON, messages: list[JSON], items: Sequence[JSON] | orjson.Fragment = ()
+    ) -> None:
         text = orjson.dumps([response, messages, items])
         shelf = self._shelves.setdefault(owner, Shelf())
         self._owners[response["id"]], shelf.texts[response["id"]] = owner, text

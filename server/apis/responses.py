@@ -12,26 +12,23 @@ from aiohttp import web
 from engine.declared import convert
 from engine.errors import EngineError, InvalidRequest
 from engine.state import Delta, FinishReason
-from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockAnswer, chat_call, respond_in_blocks
+from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockAnswer, respond_in_blocks
 from server.apis.files import page_of
 from server.apis.response_store import ResponseStore, StoredResponse
 from server.config import ServerConfig
 from server.http.live import LiveRequests, is_failure, new_rid
 from server.http.owners import may_find, owner_of
 from server.http.sse import named_event
-from server.reading.chat import Chats, ChatTurn
+from server.reading.chat import Chats, ChatTurn, chat_call
 from server.reading.custom_tools import input_of
 from server.reading.left_out import LeftOut, LeftOutBook
 from server.reading.model_name import served_model
 from server.reading.openai_body import ChatRequest
-from server.reading.protocol import JSON, REQUEST_FIELDS, Fields, Owner, json_response, read_json, refuse, spelled
-from server.reading.responses_body import answerable, input_items, resolved
+from server.reading.protocol import JSON, Owner, json_response, read_body, spelled
+from server.reading.responses import chat_body, echo_of, input_items, read_input, resolved, written
+from server.reading.responses_body import ResponsesRequest
 from server.reading.responses_tools import CUSTOM, FUNCTION, OfferedTool, Tools
 
-MAX_METADATA = 16
-
-UNSUPPORTED = ("conversation", "prompt", "moderation", "image", "top_logprobs", "n")
-SAME_NAMES = ("temperature", "top_p", "stream", "parallel_tool_calls", *REQUEST_FIELDS)
 OUR_NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "response_format": "text.format",
@@ -43,7 +40,6 @@ OUR_NAMES = {
     "reasoning_effort": "reasoning.effort",
     "messages": "input",
 }
-ROLES = ("user", "assistant", "system", "developer")
 RID_LEN = len(new_rid())
 ITEM_PREFIXES = {REASONING: "rs", TEXT: "msg"}
 
@@ -87,15 +83,14 @@ class ResponsesApi:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def create(self, http_request: web.Request) -> web.StreamResponse:
-        return await self.respond(http_request, await read_json(http_request))
+        return await self.respond(http_request, await read_body(http_request, ResponsesRequest))
 
-    async def respond(self, caller: Owner, body: Fields) -> web.StreamResponse:
+    async def respond(self, caller: Owner, body: ResponsesRequest) -> web.StreamResponse:
         """Answer `body`. Only an HTTP request may ask for a stream, or for an answer in the background."""
-        model = served_model(self.config, body.text("model"))
-        is_stored, is_background = body.flag("store", True), body.flag("background")
-        if is_background and (not is_stored or body.flag("stream")):
+        model, is_background = served_model(self.config, body.model), body.background
+        if is_background and (not body.store or body.stream):
             raise InvalidRequest("background needs store: true and stream: false", "background")
-        answer = await self._answer(caller, body, model, is_stored)
+        answer = await self._answer(caller, body, model)
         with spelled(answer.names):
             if not is_background:
                 return await respond_in_blocks(caller, self.live, answer)
@@ -106,20 +101,21 @@ class ResponsesApi:
         background.task.add_done_callback(lambda _: self._background.pop(background.id))
         return json_response(background.state())
 
-    async def _answer(self, caller: Owner, body: Fields, model: str, is_stored: bool) -> "ResponseAnswer":
+    async def _answer(self, caller: Owner, body: ResponsesRequest, model: str) -> "ResponseAnswer":
         """Read `body`, whose fields the answer does not hold but for what is stored at its end."""
         owner, left_out = owner_of(caller), LeftOut()
         items_of = functools.cache(lambda response_id: self._items(response_id, caller))
-        body = resolved(body, lambda item_id, field: _found_item(items_of, item_id, field))
-        readable, tools = answerable(body, left_out), Tools(body, left_out)
-        messages = self._earlier_messages(body, caller) + read_input(readable)
-        self.left_out.enter(caller, left_out)
+        given = resolved(body.input, lambda item_id, field: _found_item(items_of, item_id, field))
+        tools = Tools(body.tools, left_out)
+        messages = self._earlier_messages(body, caller) + read_input(given, left_out)
         names = OUR_NAMES | tools.names
         with spelled(names):
-            turn = await self.chats.turn(convert(chat_body(readable, messages, tools), ChatRequest))
+            chat = chat_body(body, messages, tools, left_out)
+            self.left_out.enter(caller, left_out)
+            turn = await self.chats.turn(convert(chat, ChatRequest))
             answer = ResponseAnswer(turn, echo_of(body, model), tools.offered, names)
-        if is_stored:
-            items = input_items(body, answer.state.rid)
+        if body.store:
+            items = written(input_items(given, answer.state.rid))
             answer.on_end = lambda response: self.store.put(owner, response, [*messages, answer.message()], items)
         return answer
 
@@ -184,9 +180,9 @@ class ResponsesApi:
         items = [] if stored is None else [*stored.items, *stored.response["output"]]
         return {item["id"]: item for item in items if isinstance(item["id"], str)}
 
-    def _earlier_messages(self, body: Fields, caller: Owner) -> list[JSON]:
+    def _earlier_messages(self, body: ResponsesRequest, caller: Owner) -> list[JSON]:
         """Return the conversation up to and with the answer of `previous_response_id`."""
-        previous = body.text("previous_response_id")
+        previous = body.previous_response_id
         if not previous:
             return []
         if self._find_background(previous, caller):
@@ -237,139 +233,6 @@ def _found_item(items_of: Callable[[str], dict[str, JSON]], item_id: str, field:
     if found is None:
         raise ItemNotFound(f"{field}: there is no item {item_id[:64]!r}, or its response is not stored any more", field)
     return found
-
-
-def read_input(body: Fields) -> list[JSON]:
-    """Return `input` as OpenAI's chat messages."""
-    given = body.required("input", "a string or a list of items")
-    if isinstance(given, str):
-        return [{"role": "user", "content": given}]
-    messages: list[JSON] = []
-    for item in body.objects("input"):
-        match item.text("type", "message"):
-            case "message":
-                _add_message(messages, item)
-            case "reasoning":
-                _add_reasoning(messages, item)
-            case "function_call":
-                _add_call(messages, item)
-            case "function_call_output":
-                item.required("call_id", "a string")
-                output = _join_texts(item, "output") if item.has("output") else ""
-                messages.append({"role": "tool", "tool_call_id": item.text("call_id"), "content": output})
-            case _:
-                item.fail("type", "message, reasoning, function_call or function_call_output")
-    return messages or [{"role": "user", "content": ""}]  # a probe, which asks for a token
-
-
-def _add_message(messages: list[JSON], item: Fields) -> None:
-    item.required("role", " or ".join(map(repr, ROLES)))
-    role = item.one_of("role", ROLES, "user")
-    content = "" if role == "assistant" and not item.has("content") else _join_texts(item, "content")
-    if role == "assistant":
-        # Text, thoughts and calls of one turn of the model come as items of one message each.
-        message = _assistant(messages, lacks=("content", "tool_calls"))
-        message["content"] = content
-    else:
-        messages.append({"role": role, "content": content})
-
-
-def _add_reasoning(messages: list[JSON], item: Fields) -> None:
-    """Add reasoning in the clear. A summary is left out: it is not what the model thought."""
-    texts = []
-    for part in item.objects("content"):
-        part.one_of("type", ("reasoning_text",), "reasoning_text")
-        texts.append(part.text("text"))
-    if texts:
-        message = _assistant(messages, lacks=("content", "tool_calls", "reasoning_content"))
-        message["reasoning_content"] = "\n".join(texts)
-
-
-def _add_call(messages: list[JSON], item: Fields) -> None:
-    for name in ("call_id", "name", "arguments"):
-        item.required(name, "a string")
-    calls = _assistant(messages, lacks=()).setdefault("tool_calls", [])
-    calls.append(chat_call(item.text("call_id"), item.text("name"), item.text("arguments")))
-
-
-def _assistant(messages: list[JSON], lacks: tuple[str, ...]) -> JSON:
-    """Return the assistant's message being put together, or a new one if that has one of `lacks` already."""
-    if not messages or messages[-1]["role"] != "assistant" or any(messages[-1].get(name) for name in lacks):
-        messages.append({"role": "assistant", "content": ""})
-    return messages[-1]
-
-
-def _join_texts(owner: Fields, name: str) -> str:
-    content = owner.required(name, "a string or a list of parts")
-    if isinstance(content, str):
-        return content
-    texts = []
-    for part in owner.objects(name):
-        if part.text("type") == "refusal":  # an assistant's
-            texts.append(part.text("refusal"))
-            continue
-        if part.text("type") not in ("input_text", "output_text", "text"):
-            part.fail("type", "input_text or output_text: this model reads text only")
-        part.required("text", "a string")
-        texts.append(part.text("text"))
-    return "\n".join(texts)
-
-
-def chat_body(body: Fields, messages: list[JSON], tools: Tools) -> JSON:
-    """Return the same request to chat.completions. `InvalidRequest` names what cannot be said there."""
-    refuse(body, UNSUPPORTED)
-    body.one_of("truncation", ("disabled", "auto"), "disabled")
-    if "message.output_text.logprobs" in body.strings("include"):
-        body.fail("include", "without message.output_text.logprobs")
-    if body.text("instructions"):
-        messages = [{"role": "system", "content": body.text("instructions")}, *messages]
-    chat: JSON = {name: body.get(name) for name in SAME_NAMES if body.has(name)}
-    chat["messages"] = messages
-    if body.has("max_output_tokens"):
-        chat["max_completion_tokens"] = body.integer("max_output_tokens", low=1)
-    if tools.functions:
-        chat["tools"] = tools.functions
-    if body.has("tool_choice"):
-        chat["tool_choice"] = tools.choice(body)
-    if reasoning := body.object("reasoning"):
-        chat["reasoning_effort"] = reasoning.get("effort")
-    if text := body.object("text"):
-        text.one_of("verbosity", ("low", "medium", "high"), "medium")
-        if format_ := text.object("format"):
-            chat["response_format"] = _read_format(format_)
-    return chat
-
-
-def _read_format(format_: Fields) -> JSON:
-    kind = format_.one_of("type", ("text", "json_object", "json_schema"), "text")
-    if kind != "json_schema":
-        return {"type": kind, **({"schema": format_.get("schema")} if format_.has("schema") else {})}
-    format_.required("schema", "an object")
-    names = ("name", "description", "schema", "strict")
-    return {"type": kind, "json_schema": {name: format_.get(name) for name in names if format_.has(name)}}
-
-
-def echo_of(body: Fields, model: str) -> JSON:
-    """Return the fields of a request that its response repeats."""
-    metadata = body.object("metadata") or Fields({})
-    if len(metadata.values) > MAX_METADATA or not all(isinstance(value, str) for value in metadata.values.values()):
-        body.fail("metadata", f"an object of at most {MAX_METADATA} strings")
-    return {
-        "model": model,
-        "background": body.flag("background"),
-        "instructions": body.text("instructions") or None,
-        "max_output_tokens": body.get("max_output_tokens"),
-        "metadata": metadata.values,
-        "parallel_tool_calls": body.flag("parallel_tool_calls", True),
-        "previous_response_id": body.text("previous_response_id") or None,
-        "reasoning": {"effort": None, "summary": None} | (body.get("reasoning") or {}),
-        "store": body.flag("store", True),
-        "text": {"format": {"type": "text"}} | (body.get("text") or {}),
-        "tool_choice": body.get("tool_choice") or "auto",
-        "tools": body.array("tools"),
-        "truncation": body.text("truncation") or "disabled",
-        "user": body.text("user") or None,
-    }
 
 
 # ---- writing ----

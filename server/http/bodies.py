@@ -1,7 +1,5 @@
 """The memory of request bodies: of each while it comes and is read, and of all together."""
 
-from typing import Any
-
 from aiohttp import web
 
 from engine.declared import Object
@@ -31,7 +29,6 @@ class HeldBody:
     def __init__(self, budget: BodyBudget) -> None:
         self._budget = budget
         self._num_bytes = self._num_containers = self._num_commas = 0
-        self._values: dict[str, Any] = {}
         self._body: Object | None = None
 
     def add(self, piece: bytes) -> None:
@@ -61,18 +58,10 @@ class HeldBody:
         """Hold the body's fields, until `drop`."""
         self._body = body
 
-    def keep(self, values: dict[str, Any]) -> None:
-        """Hold the body's fields, until `drop`."""
-        self._values = values
-
     def drop(self) -> None:
         """Forget the body's fields but the small ones, and leave its room to others: the requests have been made."""
         self._budget.num_bytes -= self._num_bytes
         self._num_bytes = 0
-        for name, value in self._values.items():
-            if isinstance(value, (dict, list)) or (isinstance(value, str) and len(value) > SMALL_TEXT):
-                self._values[name] = DROPPED
-        self._values = {}
         for name in self._body.__struct_fields__ if self._body is not None else ():
             value = getattr(self._body, name)
             if isinstance(value, (dict, list, Object)) or (isinstance(value, str) and len(value) > SMALL_TEXT):

@@ -401,6 +401,11 @@ def _template_variables(body: ChatFields) -> JSON:
     return {"reasoning_effort": effort, **variables}
 
 
+def chat_call(call_id: str, name: str, arguments: str | JSON) -> JSON:
+    """Return a tool call as messages have it. arguments: an object, or one as JSON text."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
 def parse_messages(given: list[JSON]) -> list[JSON]:
     """Check messages: known roles, content as one string (null only beside tool calls)."""
     if not given:

@@ -9,6 +9,7 @@ import re
 from typing import Any, TypeVar
 
 from engine.errors import InvalidRequest
+from server.reading.chat import chat_call
 from server.reading.left_out import CONTENT, HINT, TOOL, VOLATILE, LeftOut
 from server.reading.messages_body import (
     HINTS,
@@ -161,8 +162,7 @@ class _Reader:
                 self._left_out.add(CONTENT, "redacted_thinking")
                 thoughts.append("[thoughts that only their author can read]")
             elif isinstance(block, ToolUse):
-                function = {"name": block.name, "arguments": block.input}
-                calls.append({"id": block.id, "type": "function", "function": function})
+                calls.append(chat_call(block.id, block.name, block.input))
             else:
                 parts.append(self._part(block))
         read: JSON = {"role": "assistant", "content": parts}

@@ -1,14 +1,14 @@
 """Bodies of Anthropic's Messages API, each field declared once: what agents send to Anthropic's own servers, too."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from msgspec import Meta
 
-from engine.declared import MAX_INT, Declared, Object
+from engine.declared import MAX_INT, Object, tagged
 from engine.request import SamplingFields
-from server.reading.openai_body import Efforts
+from server.reading.openai_body import Effort
 from server.reading.protocol import JSON
-from server.reading.shared_fields import MAX_OBJECTS, PrefixFields
+from server.reading.shared_fields import MAX_OBJECTS, Hint, PrefixFields
 
 # ---- content ----
 
@@ -73,9 +73,7 @@ UNSEEN_KINDS = (
 if TYPE_CHECKING:
     UnseenBlock = Unseen
 else:
-    UnseenBlock = Union[  # noqa: UP007 - of classes that differ by their tags alone
-        tuple(Declared(kind.title().replace("_", ""), (Unseen,), {}, tag=kind) for kind in UNSEEN_KINDS)
-    ]
+    UnseenBlock = tagged(Unseen, UNSEEN_KINDS)
 
 ShownBlock = TextBlock | Document | SearchResult | Compaction | UnseenBlock
 ShownBlocks = Annotated[
@@ -142,13 +140,11 @@ class OutputFormat(Object, kw_only=True):
 
 
 class OutputConfig(Object):
-    effort: Efforts | None = None
+    effort: Effort | None = None
     format: OutputFormat | None = None
 
 
 # ---- the bodies ----
-
-Hint = Annotated[Any, Meta(description="has no effect here; the answer's X-Left-Out names it")]
 
 
 class CountTokensRequest(PrefixFields, unsupported=("n",), kw_only=True):

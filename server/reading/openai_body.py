@@ -48,7 +48,10 @@ STRUCTURED_OUTPUTS = {
 GUIDED = {f"guided_{name}": STRUCTURED_OUTPUTS[name] for name in ("json", "regex", "choice", "grammar")}
 
 TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
-Efforts = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Effort = Annotated[
+    Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | Annotated[float, Meta(ge=0, le=0.99)],
+    Meta(extra={"rule": "a level's name, or a number from 0 to 0.99"}),
+]
 
 
 # ---- the form of the answer ----
@@ -229,13 +232,7 @@ class ChatFields(OpenAIFields, like=SamplingFields, names={"max_completion_token
     ] = []
     tool_choice: Literal["auto", "none", "required"] | ToolChoiceBody | None = None
     parallel_tool_calls: bool = True
-    reasoning_effort: (
-        Annotated[
-            Efforts | Annotated[float, Meta(ge=0, le=0.99)],
-            Meta(extra={"rule": "a level's name, or a number from 0 to 0.99"}),
-        ]
-        | None
-    ) = None
+    reasoning_effort: Effort | None = None
     max_thinking_tokens: Annotated[Count, Meta(description="of reasoning, which is ended after so many")] | None = None
     include_reasoning: Annotated[bool, Meta(description="false: reasoning is left out")] = True
     separate_reasoning: Annotated[bool, Meta(description="reasoning in `reasoning_content`")] = True

@@ -1,17 +1,17 @@
-"""Common ground of the APIs: typed reading of JSON bodies, and errors in each API's shape."""
+"""Common ground of the APIs: the reading of JSON bodies, and errors in each API's shape."""
 
 import asyncio
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import msgspec
 import orjson
 from aiohttp import web
 
-from engine.declared import MAX_INT, Object, convert, decode
+from engine.declared import Object, convert, decode
 from engine.engine import Engine
 from engine.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull, shown
 from server.http.bodies import BODY, BODY_BUDGET, BodyTooLarge, HeldBody
@@ -23,7 +23,6 @@ Body = TypeVar("Body", bound=Object)
 Owner = MutableMapping[Any, Any]
 MAX_REQUESTS = 1 << 14  # of one HTTP request: prompts times n
 MAX_N = 128
-MAX_OBJECTS = 1 << 14  # of a list: messages, tools
 LONG_BODY = 1 << 18  # bytes
 MAX_DEPTH = 200  # of a body's objects and lists
 WRITABLE_DEPTH = 254  # orjson's, which reads 1,024: the difference is for what an answer puts around what it repeats
@@ -33,102 +32,6 @@ REQUEST_FIELDS = ("priority", "extra_key", "cache_salt")  # SGLang's, which ever
 
 def is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-class Fields:
-    """A JSON object read field by field. Null is the same as absent; a wrong type is an `InvalidRequest` naming it."""
-
-    def __init__(self, values: Any, path: str = "") -> None:
-        if not isinstance(values, dict):
-            raise InvalidRequest(f"{path or 'the body'} must be a JSON object, got {shown(values)}", path or None)
-        self.values: JSON = values
-        self._path = f"{path}." if path else ""
-
-    def fail(self, name: str, rule: str) -> NoReturn:
-        field = self._path + name
-        raise InvalidRequest(f"{field} must be {rule}, got {shown(self.values.get(name))}", field)
-
-    def unsupported(self, name: str) -> NoReturn:
-        field = self._path + name
-        raise InvalidRequest(f"{field} is not supported by this server", field)
-
-    def has(self, name: str) -> bool:
-        return self.values.get(name) is not None
-
-    def get(self, name: str) -> Any:
-        return self.values.get(name)
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        value = self.values.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            self.fail(name, "true or false")
-        return value
-
-    def text(self, name: str, default: str = "") -> str:
-        value = self.values.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, str):
-            self.fail(name, "a string")
-        return value
-
-    def integer(self, name: str, default: int = 0, low: int = -MAX_INT, high: int = MAX_INT) -> int:
-        value = self.values.get(name)
-        if value is None:
-            return default
-        if not is_int(value):
-            self.fail(name, "an integer")
-        if not low <= value <= high:
-            self.fail(name, f"between {low} and {high}")
-        return value
-
-    def number(self, name: str, default: float = 0.0) -> float:
-        value = self.values.get(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            self.fail(name, "a finite number")
-        return float(value)
-
-    def object(self, name: str) -> "Fields | None":
-        value = self.values.get(name)
-        if value is None:
-            return None
-        return Fields(value, self._path + name)
-
-    def array(self, name: str) -> list[Any]:
-        value = self.values.get(name)
-        if value is None:
-            return []
-        if not isinstance(value, list):
-            self.fail(name, "a list")
-        return value
-
-    def strings(self, name: str) -> list[str]:
-        values = self.array(name)
-        if not all(isinstance(value, str) for value in values):
-            self.fail(name, "a list of strings")
-        return values
-
-    def objects(self, name: str) -> "list[Fields]":
-        if len(self.array(name)) > MAX_OBJECTS:
-            raise InvalidRequest(
-                f"{self._path}{name} has {len(self.array(name))} entries, the limit is {MAX_OBJECTS}", self._path + name
-            )
-        return [Fields(value, f"{self._path}{name}[{i}]") for i, value in enumerate(self.array(name))]
-
-    def required(self, name: str, rule: str) -> Any:
-        if not self.has(name):
-            self.fail(name, rule)
-        return self.values[name]
-
-    def one_of(self, name: str, choices: Collection[str], default: str) -> str:
-        value = self.text(name, default)
-        if value not in choices:
-            self.fail(name, " or ".join(map(repr, choices)))
-        return value
 
 
 def check_token_ids(ids: Any, vocab_size: int, field: str, *, may_be_empty: bool = False) -> list[int]:
@@ -189,13 +92,6 @@ def check_n(n: int, num_prompts: int) -> None:
         raise InvalidRequest(f"n must be between 1 and {min(MAX_N, MAX_REQUESTS // num_prompts)}, got {n}", "n")
 
 
-def refuse(body: Fields, names: Collection[str]) -> None:
-    """Refuse fields that would change the answer: better than to ignore them."""
-    for name, value in body.values.items():
-        if value and name in names:
-            body.unsupported(name)
-
-
 @contextmanager
 def spelled(names: Mapping[str, str]) -> Iterator[None]:
     """Let errors from inside name a field as the client spelled it.
@@ -215,11 +111,6 @@ def spelled(names: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
-def cache_namespace(fields: Fields) -> str:
-    """Return the namespace: requests share cached prefixes only within one `extra_key` and one `cache_salt`."""
-    return fields.text("extra_key") + fields.text("cache_salt")
-
-
 async def read_body(request: web.Request, kind: type[Body]) -> Body:
     """Read the request's body. 400 when it is not a `kind`, 413 when it is longer than the server allows.
 
@@ -236,15 +127,6 @@ async def read_body(request: web.Request, kind: type[Body]) -> Body:
 async def read_optional_body(request: web.Request, kind: type[Body]) -> Body:
     """Read a body that may be left out."""
     return await read_body(request, kind) if request.body_exists else convert({}, kind)
-
-
-async def read_json(request: web.Request) -> Fields:
-    body, held = await _read_text(request)
-    fields = Fields(parse_json(body, "the body"))
-    if len(body) > LONG_BODY:
-        await asyncio.sleep(0)  # reading the values, checking them: each is a long callback
-    held.keep(fields.values)
-    return fields
 
 
 async def _read_text(request: web.Request) -> tuple[bytes, HeldBody]:
@@ -327,23 +209,6 @@ def _check_depth(values: list[Any]) -> None:
         if not str(error).startswith("Integer"):
             raise RecursionError from None
         _check_depth(orjson.loads(msgspec.json.encode(values)))  # integers beyond 64 bits become floats
-
-
-def parse_json(text: bytes, name: str) -> Any:
-    """Parse a client's JSON. `InvalidRequest` if it is none, or so deep that it could not be written or shown."""
-    try:
-        values = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"{name} is not valid JSON: {error}") from None
-    if text.count(b"{") + text.count(b"[") > MAX_DEPTH:
-        wrapped = values
-        for _ in range(WRITABLE_DEPTH - MAX_DEPTH):
-            wrapped = [wrapped]
-        try:
-            orjson.dumps(wrapped)
-        except TypeError:
-            raise InvalidRequest(f"{name} has more than {MAX_DEPTH} objects or lists inside each other") from None
-    return values
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

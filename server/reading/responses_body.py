@@ -1,166 +1,240 @@
-"""Bodies of OpenAI's Responses API as agents send them, made into those that this server can answer.
+"""Bodies of OpenAI's Responses API, each field declared once: what agents send to OpenAI's own servers, too."""
 
-Codex sends the whole history in each request. Its items become messages, calls and results, or a short text.
-"""
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from collections.abc import Callable
-from typing import Any
+from msgspec import Meta
 
-import orjson
+from engine.declared import MAX_INT, Object, tagged
+from engine.request import SamplingFields
+from server.reading.openai_body import Effort
+from server.reading.protocol import JSON
+from server.reading.shared_fields import MAX_OBJECTS, Hint, PrefixFields, described_as
 
-from server.reading.custom_tools import INPUT, arguments_of_input
-from server.reading.left_out import CONTENT, HINT, LeftOut
-from server.reading.protocol import JSON, Fields
-from server.reading.responses_tools import KNOWN_TOOLS, function_name
+MAX_METADATA = 16
+UNSUPPORTED = ("conversation", "prompt", "moderation", "image", "top_logprobs", "n")
 
-HINTS = ("context_management",)
-# Calls that the client ran, by the field that says what was called, and their results by the field that holds them.
+# ---- items of the input, which are kept as the client wrote them ----
+
+UnseenPart = Literal["input_image", "input_file", "input_audio", "computer_screenshot"]
+UNSEEN_PARTS = get_args(UnseenPart)
+
+
+class ContentPart(Object):
+    type: Annotated[
+        Literal["input_text", "output_text", "text", "refusal"] | UnseenPart,
+        Meta(extra={"rule": "input_text, output_text, refusal, or a kind of image or file"}),
+    ] = "input_text"
+    text: str | None = None
+    refusal: str = ""
+
+
+Content = Annotated[
+    str | Annotated[list[ContentPart], Meta(max_length=MAX_OBJECTS)],
+    Meta(extra={"rule": "a string or a list of parts"}),
+]
+
+
+class InputMessage(Object, kw_only=True):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Content | None = None
+
+
+class MessageItem(InputMessage, tag="message"):
+    pass
+
+
+class ReasoningText(Object):
+    type: Literal["reasoning_text"] = "reasoning_text"
+    text: str = ""
+
+
+class ReasoningItem(Object, tag="reasoning"):
+    content: list[ReasoningText] = []
+    encrypted_content: str | None = None
+
+
+class FunctionCall(Object, tag="function_call", kw_only=True):
+    call_id: str
+    name: str
+    arguments: str
+    namespace: str = ""
+
+
+class FunctionCallOutput(Object, tag="function_call_output", kw_only=True):
+    call_id: str
+    output: Content | None = None
+
+
+class ClientItem(Object):
+    """Part of a call of a tool that the client ran, and that is no function."""
+
+    call_id: str | None = None
+    id: str | None = None
+
+
+class ToolCall(ClientItem):
+    """One of the last four fields holds what the tool was called with."""
+
+    name: str | None = None
+    input: Any = None
+    action: Any = None
+    arguments: Any = None
+    operation: Any = None
+
+
+class ToolOutput(ClientItem):
+    output: Any = None
+    tools: Any = None
+
+
+class UnseenItem(Object):
+    """An item of the provider's own tools, or of a conversation that it alone can read."""
+
+    name: str | None = None
+
+
+class ItemReference(Object, tag="item_reference", kw_only=True):
+    id: Annotated[str, Meta(description="of an item of a stored response")]
+
+
 CALLS = {
-    "custom_tool_call": INPUT, "local_shell_call": "action", "shell_call": "action", "tool_search_call": "arguments",
+    "custom_tool_call": "input", "local_shell_call": "action", "shell_call": "action", "tool_search_call": "arguments",
     "apply_patch_call": "operation", "computer_call": "action",
 }  # fmt: skip
 OUTPUTS = {
     "custom_tool_call_output": "output", "local_shell_call_output": "output", "shell_call_output": "output",
     "tool_search_output": "tools", "apply_patch_call_output": "output", "computer_call_output": "output",
 }  # fmt: skip
-# Of the provider's own tools, and of conversations that it alone can read.
-UNSEEN_ITEMS = frozenset((
+UNSEEN_ITEMS = (
     "web_search_call", "file_search_call", "image_generation_call", "code_interpreter_call", "mcp_list_tools",
     "mcp_approval_request", "mcp_approval_response", "mcp_call", "compaction", "compaction_summary",
     "context_compaction", "ghost_snapshot", "agent_message", "program", "program_output", "additional_tools",
-))  # fmt: skip
-UNSEEN_PARTS = frozenset(("input_image", "input_file", "input_audio", "computer_screenshot"))
+)  # fmt: skip
+if TYPE_CHECKING:
+    ToolItem = ToolCall | ToolOutput | UnseenItem
+else:
+    ToolItem = tagged(ToolCall, CALLS) | tagged(ToolOutput, OUTPUTS) | tagged(UnseenItem, UNSEEN_ITEMS)
+Item = MessageItem | ReasoningItem | FunctionCall | FunctionCallOutput | ToolItem
+INPUT_ITEMS = (InputMessage, ItemReference, *get_args(Item))  # what may be sent: of messages the type may be left out
+
+# ---- tools, and the form of the answer, which the answer repeats ----
 
 
-def answerable(body: Fields, left_out: LeftOut) -> Fields:
-    """Return `body` without what this server has no use for, which is added to `left_out`.
-
-    What is neither known nor harmless stays, to be refused by whoever reads it.
-    """
-    values = dict(body.values)
-    for name in HINTS:
-        if values.pop(name, None):
-            left_out.add(HINT, name)
-    text = values.get("text")
-    if isinstance(text, dict) and text.get("verbosity") in ("low", "high"):
-        left_out.add(HINT, "text.verbosity")
-    if values.get("truncation") == "auto":
-        left_out.add(HINT, "truncation")
-    if isinstance(given := values.get("input"), list):
-        values["input"] = [_item(item, left_out) for item in given]
-    return Fields(values)
+OWN_TOOLS = ("function", "custom", "namespace", "local_shell", "shell", "apply_patch")  # those of the client
 
 
-def resolved(body: Fields, find: Callable[[str, str], JSON]) -> Fields:
-    """Return `body` with the items in place of references to them. find: return an item, given its id and its field.
-
-    Each item may be referred to once: that bounds what a small body becomes.
-    """
-    given = body.get("input")
-    if not isinstance(given, list) or not any(map(_is_reference, given)):
-        return body
-    items: list[Any] = []
-    known: set[str] = set()
-    for i, item in enumerate(given):
-        if _is_reference(item):
-            fields = Fields(item, f"input[{i}]")
-            fields.required("id", "an item's id")
-            item_id = fields.text("id")
-            if item_id in known:
-                fields.fail("id", "that of an item which is referred to once")
-            known.add(item_id)
-            item = find(item_id, f"input[{i}].id")
-        items.append(item)
-    return Fields({**body.values, "input": items})
+class CustomToolFormat(Object):
+    type: Literal["text", "grammar"] = "text"
+    definition: str | None = None
+    syntax: Literal["lark", "regex"] = "lark"
 
 
-def _is_reference(item: Any) -> bool:
-    """Return whether an item stands for an earlier one. OpenAI's clients may leave the type out."""
-    if not isinstance(item, dict):
-        return False
-    kind = item.get("type")
-    return kind == "item_reference" or (kind is None and "id" in item and item.keys() <= {"id", "type"})
+class Environment(Object):
+    type: str = ""
 
 
-def _item(item: Any, left_out: LeftOut) -> Any:
-    """Return an item as a message, a function's call or its result. Wrong types are passed on as they are."""
-    if not isinstance(item, dict) or not isinstance(kind := item.get("type") or "message", str):
-        return item
-    if kind == "message":
-        return {**item, "content": _parts(item.get("content"), left_out)}
-    if kind == "function_call" and isinstance(item.get("name"), str) and isinstance(item.get("namespace"), str):
-        return {**item, "name": function_name(item["name"], item["namespace"])}
-    if kind == "function_call_output":
-        return {**item, "output": _parts(item.get("output"), left_out)}
-    if kind in CALLS:
-        return _call(kind, item)
-    if kind in OUTPUTS:
-        output = _parts(item.get(OUTPUTS[kind]), left_out)
-        return {"type": "function_call_output", "call_id": _call_id(item), "output": _as_text(output)}
-    if kind == "reasoning" and item.get("encrypted_content") and not item.get("content"):
-        left_out.add(CONTENT, kind)
-    if kind in UNSEEN_ITEMS:
-        left_out.add(CONTENT, kind)
-        name = item.get("name")
-        text = f"[{kind.replace('_', ' ')}{f': {name}' if isinstance(name, str) else ''}: not shown]"
-        return {"type": "message", "role": "user" if "compaction" in kind else "assistant", "content": text}
-    return item
+class ResponsesTool(Object, kw_only=True):
+    """A tool of the client's, or one that OpenAI knows, by its type."""
+
+    type: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="others are left out",
+            extra={"rule": "a kind of tool"},
+            extra_json_schema={"anyOf": [{"enum": [*OWN_TOOLS]}, {"type": "string"}]},
+        ),
+    ]
+    name: str | None = None
+    description: str | None = None
+    parameters: JSON | None = None
+    strict: bool | None = None
+    format: Annotated[CustomToolFormat, Meta(description="of a custom tool's input")] | None = None
+    environment: Annotated[Environment | str, Meta(description="of a shell: local, or the provider's")] | None = None
+    tools: Annotated[list[JSON], Meta(description="of a namespace")] = []
 
 
-def _call(kind: str, item: JSON) -> JSON:
-    name = kind.removesuffix("_call")
-    given = item.get(CALLS[kind])
-    if kind == "custom_tool_call" or not isinstance(given, dict):
-        given = arguments_of_input(given)
-    elif known := KNOWN_TOOLS.get(name):
-        given = {key: value for key, value in given.items() if key in known.properties and value is not None}
-    return {
-        "type": "function_call",
-        "call_id": _call_id(item),
-        "name": item.get("name") or name,
-        "arguments": orjson.dumps(given).decode(),
-    }
+class NamedTool(Object):
+    type: str = ""
+    name: str = ""
+    namespace: str = ""
 
 
-def _call_id(item: JSON) -> Any:
-    return item.get("call_id") or item.get("id")
+class ResponsesToolChoice(Object, kw_only=True):
+    type: Literal["function", "custom", "local_shell", "shell", "apply_patch", "allowed_tools"]
+    name: str = ""
+    namespace: str = ""
+    mode: Literal["auto", "required"] = "auto"
+    tools: list[NamedTool] = []
 
 
-def _parts(content: Any, left_out: LeftOut) -> Any:
-    """Return content whose images and files are a short text each."""
-    if not isinstance(content, list):
-        return content
-    return [_part(part, left_out) for part in content]
+class ReasoningConfig(Object):
+    effort: Effort | None = None
 
 
-def _part(part: Any, left_out: LeftOut) -> Any:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "refusal":
-        return {"type": "output_text", "text": part.get("refusal")}
-    if not isinstance(kind, str) or kind not in UNSEEN_PARTS:
-        return part
-    left_out.add(CONTENT, kind)
-    name = kind.removeprefix("input_").replace("_", " ")
-    return {"type": "input_text", "text": f"[{name}: cannot be shown to this model, which reads text only]"}
+class TextFormat(Object):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = None
+    description: str | None = None
+    schema: JSON | None = None
+    strict: bool | None = None
 
 
-def _as_text(output: Any) -> Any:
-    """Return a result as a text or a list of its parts."""
-    is_parts = isinstance(output, list) and all(isinstance(part, dict) and "text" in part for part in output)
-    return output if isinstance(output, str) or is_parts else orjson.dumps(output).decode()
+class TextConfig(Object):
+    format: TextFormat | None = None
+    verbosity: Literal["low", "medium", "high"] = "medium"
 
 
-def input_items(body: Fields, response_id: str) -> list[JSON]:
-    """Return the input as items with ids, as /v1/responses/{id}/input_items lists them."""
-    given = body.get("input")
-    if isinstance(given, str):
-        given = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": given}]}]
-    items = []
-    for i, item in enumerate(given):
-        item = {"type": "message", **item}
-        content = item.get("content")
-        if item["type"] == "message" and isinstance(content, str):
-            kind = "output_text" if item.get("role") == "assistant" else "input_text"
-            item["content"] = [{"type": kind, "text": content}]
-        items.append({"id": f"item_{response_id.removeprefix('resp_')}{i:04x}", **item})
-    return items
+# ---- the body ----
+
+
+def described(kind: type[Object]) -> Meta:
+    return Meta(extra_json_schema=described_as(kind.__name__))
+
+
+class ResponsesRequest(
+    PrefixFields,
+    unsupported=UNSUPPORTED,
+    like=SamplingFields,
+    names={"temperature": "temperature", "top_p": "top_p"},
+    kw_only=True,
+):
+    input: Annotated[
+        str
+        | Annotated[
+            list[JSON],
+            Meta(
+                max_length=MAX_OBJECTS,
+                extra_json_schema={"items": {"anyOf": [described_as(kind.__name__) for kind in INPUT_ITEMS]}},
+            ),
+        ],
+        Meta(extra={"rule": "a string or a list of items"}),
+    ]
+    model: str = ""
+    stream: bool = False
+    instructions: str = ""
+    max_output_tokens: Annotated[int, Meta(ge=1, le=MAX_INT)] | None = None
+    previous_response_id: str = ""
+    store: Annotated[bool, Meta(description="keep the answer in memory, as long as there is room")] = True
+    background: Annotated[bool, Meta(description="answer at once, with an id to ask for later")] = False
+    tools: Annotated[
+        list[JSON],
+        Meta(max_length=MAX_OBJECTS, extra_json_schema={"items": described_as("ResponsesTool")}),
+    ] = []
+    tool_choice: Literal["auto", "none", "required"] | Annotated[JSON, described(ResponsesToolChoice)] | None = None
+    parallel_tool_calls: bool = True
+    reasoning: Annotated[JSON, described(ReasoningConfig)] = {}
+    text: Annotated[JSON, described(TextConfig)] = {}
+    include: list[str] = []
+    truncation: Annotated[Literal["disabled", "auto"], Meta(description="nothing is cut, whichever it says")] = (
+        "disabled"
+    )
+    metadata: Annotated[
+        dict[str, str],
+        Meta(max_length=MAX_METADATA, extra={"rule": f"an object of at most {MAX_METADATA} strings"}),
+    ] = {}
+    user: str = ""
+    context_management: Hint | None = None
+
+
+KEPT_AS_WRITTEN = (*INPUT_ITEMS, ResponsesTool, ResponsesToolChoice, ReasoningConfig, TextConfig)

@@ -4,14 +4,15 @@ Codex sends tools of many kinds. Those that the client runs become functions or 
 that only OpenAI runs are left out.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from engine.declared import convert
 from server.parsers.tool_calls import object_of
 from server.reading.custom_tools import input_of
 from server.reading.left_out import TOOL, LeftOut
-from server.reading.protocol import JSON, Fields
+from server.reading.protocol import JSON
+from server.reading.responses_body import Environment, NamedTool, ResponsesTool, ResponsesToolChoice
 
 FUNCTION, CUSTOM = "function", "custom"
 NAMES_OF_FUNCTION = {
@@ -108,46 +109,32 @@ class OfferedTool:
 class Tools:
     """The functions that the model is offered, and whose tools they are."""
 
-    def __init__(self, body: Fields, left_out: LeftOut) -> None:
-        """Read `tools`. What cannot be run here is added to `left_out`."""
+    def __init__(self, given: list[JSON], left_out: LeftOut) -> None:
+        """Read the body's `tools`. What cannot be run here is added to `left_out`."""
         self.functions: list[JSON] = []  # as chat.completions has them, custom tools among them
         self.offered: dict[str, OfferedTool] = {}  # by the function's name
         self.names: dict[str, str] = {}  # fields of `functions` to the client's, where these are not in the same place
         self._left_out = left_out
-        for i, tool in enumerate(body.objects("tools")):
-            self._add(tool, "", f"tools[{i}]")
+        self._add(given, "", "tools")
 
-    def choice(self, body: Fields) -> Any:
-        """Return `tool_choice` as chat.completions has it."""
-        if isinstance(body.get("tool_choice"), str):
-            return body.one_of("tool_choice", ("auto", "none", "required"), "auto")
-        choice = body.object("tool_choice") or Fields({})
-        kinds = (FUNCTION, CUSTOM, *KNOWN_TOOLS)
-        if choice.one_of("type", (*kinds, "allowed_tools"), "") == "allowed_tools":
-            allowed = [_named(tool) for tool in choice.objects("tools") if tool.text("type") in kinds]
-            mode = choice.one_of("mode", ("auto", "required"), "auto")
-            return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": allowed}}
-        if choice.text("type") not in KNOWN_TOOLS:
-            choice.required("name", "a string")
-        return _named(choice)
+    def _add(self, given: list[JSON], namespace: str, path: str) -> None:
+        for i, tool in enumerate(convert(given, list[ResponsesTool], path)):
+            self._add_tool(tool, namespace, f"{path}[{i}]")
 
-    def _add(self, tool: Fields, namespace: str, path: str) -> None:
-        kind = tool.text("type")
-        if not kind:
-            tool.fail("type", "a kind of tool")
+    def _add_tool(self, tool: ResponsesTool, namespace: str, path: str) -> None:
+        kind = tool.type
         if kind == "namespace":
-            for i, inner in enumerate(tool.objects("tools")):
-                self._add(inner, tool.text("name"), f"{path}.tools[{i}]")
-            return
-        if kind in KNOWN_TOOLS and kind not in self.offered and _is_clients(tool):
+            self._add(tool.tools, tool.name or "", f"{path}.tools")
+        elif kind in KNOWN_TOOLS and kind not in self.offered and _is_clients(tool):
             function = {"type": FUNCTION, FUNCTION: KNOWN_TOOLS[kind].function(kind)}
             self._offer(function, OfferedTool(kind, kind), path, {})
-        elif kind in _READ:
-            tool.required("name", "a string")
-            name = function_name(tool.text("name"), namespace)
-            function = {"type": kind, kind: {**_READ[kind](tool), "name": name}}
+        elif kind in (FUNCTION, CUSTOM):
+            if tool.name is None:
+                raise tool.wrong("name", "a string", path)
+            read = _function(tool) if kind == FUNCTION else _custom(tool, path)
+            function = {"type": kind, kind: {**read, "name": function_name(tool.name, namespace)}}
             names = NAMES_OF_FUNCTION if kind == FUNCTION else NAMES_OF_CUSTOM
-            self._offer(function, OfferedTool(kind, tool.text("name"), namespace), path, names)
+            self._offer(function, OfferedTool(kind, tool.name, namespace), path, names)
         else:
             self._left_out.add(TOOL, kind)
 
@@ -166,30 +153,38 @@ def function_name(name: str, namespace: str) -> str:
     return f"{namespace}{name}" if namespace.endswith("__") else f"{namespace}__{name}"
 
 
-def _named(choice: Fields) -> JSON:
-    name = choice.text("name") or choice.text("type")
-    return {"type": FUNCTION, FUNCTION: {"name": function_name(name, choice.text("namespace"))}}
+def read_choice(given: str | JSON) -> Any:
+    """Return a `tool_choice` as chat.completions has it."""
+    if isinstance(given, str):
+        return given
+    choice = convert(given, ResponsesToolChoice, "tool_choice")
+    if choice.type == "allowed_tools":
+        tools = [_named(tool) for tool in choice.tools if tool.type in (FUNCTION, CUSTOM, *KNOWN_TOOLS)]
+        return {"type": choice.type, "allowed_tools": {"mode": choice.mode, "tools": tools}}
+    if not choice.name and choice.type not in KNOWN_TOOLS:
+        raise choice.wrong("name", "a non-empty string", "tool_choice")
+    return _named(choice)
 
 
-def _is_clients(tool: Fields) -> bool:
+def _named(choice: ResponsesToolChoice | NamedTool) -> JSON:
+    return {"type": FUNCTION, FUNCTION: {"name": function_name(choice.name or choice.type, choice.namespace)}}
+
+
+def _is_clients(tool: ResponsesTool) -> bool:
     """Return whether the client runs the tool, and not a container of the provider."""
-    environment = tool.object("environment")
-    return environment is None or environment.text("type") == "local"
+    where = tool.environment
+    return where is None or (isinstance(where, Environment) and where.type == "local")
 
 
-def _function(tool: Fields) -> JSON:
-    tool.object("parameters")  # a wrong type is an error
-    return {name: tool.get(name) for name in ("description", "parameters", "strict") if tool.has(name)}
+def _function(tool: ResponsesTool) -> JSON:
+    return tool.given(("description", "parameters", "strict"))
 
 
-def _custom(tool: Fields) -> JSON:
-    custom: JSON = {"description": tool.text("description")}
-    format_ = tool.object("format")
-    if format_ is not None and format_.one_of("type", ("text", "grammar"), "text") == "grammar":
-        format_.required("definition", "a string")
-        grammar = {"syntax": format_.text("syntax", "lark"), "definition": format_.text("definition")}
-        custom["format"] = {"type": "grammar", "grammar": grammar}
+def _custom(tool: ResponsesTool, path: str) -> JSON:
+    custom = tool.given(("description",))
+    format_ = tool.format
+    if format_ is not None and format_.type == "grammar":
+        if format_.definition is None:
+            raise format_.wrong("definition", "a string", f"{path}.format")
+        custom["format"] = {"type": "grammar", "grammar": format_.given(("syntax", "definition"))}
     return custom
-
-
-_READ: dict[str, Callable[[Fields], JSON]] = {FUNCTION: _function, CUSTOM: _custom}

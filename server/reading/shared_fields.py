@@ -6,7 +6,6 @@ from msgspec import Meta
 
 from engine.declared import Int, Object
 
-MAX_REQUESTS = 1 << 14  # of one HTTP request: prompts times n
 MAX_OBJECTS = 1 << 14  # of a list: messages, tools
 Text = Annotated[str, Meta(extra={"rule": "a string"})]  # an error names its place in a list
 Texts = str | Annotated[list[str], Meta(min_length=1)]
@@ -15,6 +14,7 @@ Prompts = Annotated[
     str | list[Text | int | list[int]],
     Meta(extra={"rule": "a string, a list of token ids, or a non-empty list of these"}),
 ]
+Hint = Annotated[Any, Meta(description="has no effect here: the answer's X-Left-Out names it")]
 
 
 def described_as(name: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from server.apis.ollama_embeddings import EmbedPromptRequest, EmbedRequest
 from server.apis.request_logging import LoggingRequest
 from server.apis.sessions import CloseSession, OpenSession
 from server.apis.text import ParseFunctionCallRequest, SeparateReasoningRequest
+from server.reading import responses_body
 from server.reading.messages_body import CountTokensRequest, MessagesRequest
 from server.reading.openai_body import (
     ChatRequest,
@@ -48,6 +49,7 @@ from server.reading.protocol import (
     ollama_error,
     openai_error,
 )
+from server.reading.responses_body import ResponsesRequest
 from server.watch.schemas import (
     ANY_OBJECT,
     BOOLEAN,
@@ -162,7 +164,7 @@ COUNT_TOKENS = Operation(
     obj({"input_tokens": integer(1)}, ["input_tokens"]), statuses=(404,),
 )  # fmt: skip
 CREATE_RESPONSE = Operation(
-    "OpenAI's responses", "OpenAI", ref("ResponsesRequest"), ref("Response"), is_streaming=True, statuses=(404, 429)
+    "OpenAI's responses", "OpenAI", ResponsesRequest, ref("Response"), is_streaming=True, statuses=(404, 429)
 )
 RESPONSE_ID = ({"name": "response_id", "in": "path", "required": True, "schema": STRING},)
 RESPONSE = Operation("A stored response", "OpenAI", answer=ref("Response"), statuses=(400, 404), parameters=RESPONSE_ID)
@@ -345,7 +347,8 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/openapi.json"): Operation("This document", "server", answer=ANY_OBJECT),
 }  # fmt: skip
 
-KEPT_AS_WRITTEN = (SamplingFields, Message, ChatTool, ResponseFormat)  # parts of bodies that have a schema all the same
+# Parts of bodies that have a schema all the same.
+KEPT_AS_WRITTEN = (SamplingFields, Message, ChatTool, ResponseFormat, *responses_body.KEPT_AS_WRITTEN)
 BODIES = schemas_of(
     dict.fromkeys([*KEPT_AS_WRITTEN, *(one.body for one in OPERATIONS.values() if isinstance(one.body, type))])
 )

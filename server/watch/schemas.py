@@ -6,8 +6,7 @@ from typing import Any
 import msgspec
 
 from engine.declared import MAX_INT, Object
-from engine.request import MIN_PENALTY, TOP_K_ALL
-from server.reading.protocol import JSON, MAX_N, REQUEST_FIELDS
+from server.reading.protocol import JSON
 
 SCHEMAS = "#/components/schemas/"
 
@@ -26,10 +25,6 @@ def array(items: JSON, **more: Any) -> JSON:
 
 def integer(low: int = -MAX_INT, high: int = MAX_INT) -> JSON:
     return {"type": "integer", "minimum": low, "maximum": high}
-
-
-def number(low: float, high: float) -> JSON:
-    return {"type": "number", "minimum": low, "maximum": high}
 
 
 def one_of(*schemas: JSON) -> JSON:
@@ -71,41 +66,6 @@ def path_parameter(name: str) -> tuple[JSON, ...]:
 TOKEN_IDS = array(integer(0), minItems=1)
 LOGPROBS = array({"type": "array"})
 
-SAMPLING: dict[str, JSON] = {
-    "temperature": number(0, 100),
-    "top_p": {"type": "number", "minimum": 0, "maximum": 1},
-    "top_k": integer(-1, TOP_K_ALL),
-    "min_p": number(0, 1),
-    "frequency_penalty": number(-2, 2),
-    "presence_penalty": number(-2, 2),
-    "repetition_penalty": number(MIN_PENALTY, 2),
-    "logit_bias": {
-        "type": "object",
-        "additionalProperties": number(-100, 100),
-        "propertyNames": {"type": "string", "pattern": "^[0-9]{1,6}$"},
-        "description": "token id to what is added to its logit",
-    },
-    "stop": or_list(STRING),
-    "stop_token_ids": array(integer()),
-    "stop_regex": or_list(STRING),
-    "n": integer(1, MAX_N),
-    "ignore_eos": BOOLEAN,
-    "skip_special_tokens": BOOLEAN,
-    "spaces_between_special_tokens": BOOLEAN,
-    "no_stop_trim": BOOLEAN,
-    "json_schema": {**one_of(ANY_OBJECT, STRING), "description": "the answer is JSON of this schema"},
-    "regex": {"type": "string", "description": "the answer matches it"},
-    "ebnf": {"type": "string", "description": "a grammar, in GBNF or Lark"},
-    "structural_tag": one_of(ANY_OBJECT, STRING),
-}
-EVERYWHERE: dict[str, JSON] = {
-    "stream": BOOLEAN,
-    "rid": {"type": "string", "description": "name of the request, for /abort_request"},
-    "priority": {**integer(), "description": "larger runs first"},
-    "extra_key": {"type": "string", "description": "cached prefixes are shared within one key only"},
-    "cache_salt": {"type": "string", "description": "as extra_key"},
-}
-GRAMMAR_FORMAT: dict[str, JSON] = {"definition": STRING, "syntax": {"enum": ["lark", "regex"]}}
 USAGE = obj(
     {
         "prompt_tokens": integer(0),
@@ -149,89 +109,6 @@ OPENAI_ANSWER = obj(
     ["id", "object", "created", "model", "choices", "usage"],
 )
 MODEL_CARD = obj({"id": STRING, "object": {"const": "model"}, "max_model_len": integer(1)}, ["id", "object"])
-
-SHARED_FIELDS: dict[str, JSON] = {name: EVERYWHERE[name] for name in ("stream", *REQUEST_FIELDS)} | {"model": STRING}
-
-RESPONSES_PART = obj({"type": {"enum": ["input_text", "output_text"]}, "text": STRING}, ["type", "text"])
-RESPONSES_TEXT = one_of(STRING, array(RESPONSES_PART))
-RESPONSES_ITEM = one_of(
-    obj(
-        {"role": {"enum": ["user", "assistant", "system", "developer"]}, "content": RESPONSES_TEXT}, ["role", "content"]
-    ),
-    obj(
-        {"type": {"const": "function_call"}, "call_id": STRING, "name": STRING, "arguments": STRING},
-        ["type", "call_id", "name", "arguments"],
-    ),
-    obj(
-        {"type": {"const": "function_call_output"}, "call_id": STRING, "output": RESPONSES_TEXT},
-        ["type", "call_id", "output"],
-    ),
-    obj(
-        {
-            "type": {"const": "reasoning"},
-            "content": array(obj({"type": {"const": "reasoning_text"}, "text": STRING}, ["type", "text"])),
-        },
-        ["type"],
-    ),
-    obj(
-        {
-            "type": {"const": "item_reference"},
-            "id": {"type": "string", "description": "of an item of a stored response"},
-        },
-        ["type", "id"],
-    ),
-)
-RESPONSES_REQUEST = obj(
-    {
-        **SHARED_FIELDS,
-        **{name: SAMPLING[name] for name in ("temperature", "top_p")},
-        "input": one_of(STRING, array(RESPONSES_ITEM)),
-        "instructions": STRING,
-        "max_output_tokens": integer(1),
-        "previous_response_id": STRING,
-        "store": {
-            "type": "boolean",
-            "description": "keep the answer in memory, as long as there is room; default: true",
-        },
-        "background": {"type": "boolean", "description": "answer at once, with an id to ask for later"},
-        "tools": array(
-            one_of(
-                obj({"type": {"const": "function"}, "name": STRING, "parameters": ANY_OBJECT}, ["type", "name"]),
-                obj(
-                    {
-                        "type": {"const": "custom"},
-                        "name": STRING,
-                        "format": one_of(
-                            obj({"type": {"const": "text"}}, ["type"]),
-                            obj({"type": {"const": "grammar"}, **GRAMMAR_FORMAT}, ["type", "definition", "syntax"]),
-                        ),
-                    },
-                    ["type", "name"],
-                ),
-                obj({"type": {"enum": ["local_shell", "shell", "apply_patch"]}}, ["type"]),
-            )
-        ),
-        "tool_choice": one_of(
-            {"enum": ["auto", "none", "required"]},
-            obj({"type": {"enum": ["function", "custom"]}, "name": STRING}, ["type", "name"]),
-            obj({"type": {"enum": ["local_shell", "shell", "apply_patch"]}}, ["type"]),
-        ),
-        "parallel_tool_calls": BOOLEAN,
-        "reasoning": obj({"effort": STRING}),
-        "text": obj(
-            {
-                "format": obj(
-                    {"type": {"enum": ["text", "json_object", "json_schema"]}, "name": STRING, "schema": ANY_OBJECT},
-                    ["type"],
-                )
-            }
-        ),
-        "truncation": {"enum": ["disabled", "auto"], "description": "nothing is cut, whichever it says"},
-        "metadata": {"type": "object", "additionalProperties": STRING},
-        "user": STRING,
-    },
-    ["input"],
-)
 
 COMPONENTS: dict[str, JSON] = {
     "MetaInfo": META_INFO,
@@ -317,7 +194,6 @@ COMPONENTS |= {
         {"type": {"const": "error"}, "error": obj({"type": STRING, "message": STRING}, ["type", "message"])},
         ["type", "error"],
     ),
-    "ResponsesRequest": RESPONSES_REQUEST,
     "Response": obj(
         {
             "id": STRING,

@@ -1,0 +1,275 @@
+"""From a body of OpenAI's Responses API to one of OpenAI's chats.
+
+Codex sends the whole history in each request. Its items become messages, calls and results, or a short text where this
+server has no use for them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import orjson
+
+from engine.declared import convert
+from server.reading.chat import chat_call
+from server.reading.custom_tools import INPUT, arguments_of_input
+from server.reading.left_out import CONTENT, HINT, LeftOut
+from server.reading.protocol import JSON, REQUEST_FIELDS
+from server.reading.responses_body import (
+    CALLS,
+    OUTPUTS,
+    UNSEEN_PARTS,
+    ContentPart,
+    FunctionCall,
+    FunctionCallOutput,
+    InputMessage,
+    Item,
+    ItemReference,
+    ReasoningConfig,
+    ReasoningItem,
+    ResponsesRequest,
+    TextConfig,
+    TextFormat,
+    ToolCall,
+    ToolOutput,
+    UnseenItem,
+)
+from server.reading.responses_tools import KNOWN_TOOLS, Tools, function_name, read_choice
+
+SAME_NAMES = ("temperature", "top_p", "stream", "parallel_tool_calls", *REQUEST_FIELDS)
+FORMAT_FIELDS = ("name", "description", "schema", "strict")
+
+
+def chat_body(body: ResponsesRequest, messages: list[JSON], tools: Tools, left_out: LeftOut) -> JSON:
+    """Return the same request to chat.completions, of `messages`. `InvalidRequest` names what cannot be said there."""
+    if "message.output_text.logprobs" in body.include:
+        raise body.wrong("include", "without message.output_text.logprobs")
+    text = convert(body.text, TextConfig, "text")
+    for name, is_hint in (
+        ("context_management", body.context_management), ("text.verbosity", text.verbosity != "medium"),
+        ("truncation", body.truncation == "auto"),
+    ):  # fmt: skip
+        if is_hint:
+            left_out.add(HINT, name)
+    if body.instructions:
+        messages = [{"role": "system", "content": body.instructions}, *messages]
+    chat: JSON = {"messages": messages, **body.given(SAME_NAMES)}
+    if body.max_output_tokens is not None:
+        chat["max_completion_tokens"] = body.max_output_tokens
+    if tools.functions:
+        chat["tools"] = tools.functions
+    if body.tool_choice is not None:
+        chat["tool_choice"] = read_choice(body.tool_choice)
+    chat["reasoning_effort"] = convert(body.reasoning, ReasoningConfig, "reasoning").effort
+    if text.format is not None:
+        chat["response_format"] = _read_format(text.format)
+    return chat
+
+
+def _read_format(format_: TextFormat) -> JSON:
+    if format_.type != "json_schema":
+        return {"type": format_.type, **format_.given(("schema",))}
+    if format_.schema is None:
+        raise format_.wrong("schema", "an object", "text.format")
+    return {"type": format_.type, "json_schema": format_.given(FORMAT_FIELDS)}
+
+
+# ---- the input ----
+
+
+def resolved(given: str | list[JSON], find: Callable[[str, str], JSON]) -> str | list[JSON]:
+    """Return the input with the items in place of references to them. find: return an item, given its id and its field.
+
+    Each item may be referred to once: that bounds what a small body becomes.
+    """
+    if isinstance(given, str) or not any(map(_is_reference, given)):
+        return given
+    items: list[JSON] = []
+    known: set[str] = set()
+    for i, item in enumerate(given):
+        if _is_reference(item):
+            path = f"input[{i}]"
+            reference = convert({**item, "type": "item_reference"}, ItemReference, path)
+            if reference.id in known:
+                raise reference.wrong("id", "that of an item which is referred to once", path)
+            known.add(reference.id)
+            item = find(reference.id, f"{path}.id")
+        items.append(item)
+    return items
+
+
+def _is_reference(item: JSON) -> bool:
+    """Return whether an item stands for an earlier one. OpenAI's clients may leave the type out."""
+    kind = item.get("type")
+    return kind == "item_reference" or (kind is None and "id" in item and item.keys() <= {"id", "type"})
+
+
+def read_input(given: str | list[JSON], left_out: LeftOut) -> list[JSON]:
+    """Return the input as OpenAI's chat messages."""
+    if isinstance(given, str):
+        return [{"role": "user", "content": given}]
+    typed = [item if item.get("type") else {**item, "type": "message"} for item in given]
+    reader = _Reader(left_out)
+    for i, item in enumerate(convert(typed, list[Item], "input")):
+        reader.read(item, f"input[{i}]")
+    return reader.messages or [{"role": "user", "content": ""}]  # a probe, which asks for a token
+
+
+class _Reader:
+    """Makes messages of chat.completions, one of several items where these are of one turn of the model."""
+
+    def __init__(self, left_out: LeftOut) -> None:
+        self._left_out = left_out
+        self.messages: list[JSON] = []
+
+    def read(self, item: Item, path: str) -> None:
+        match item:
+            case InputMessage():
+                self._add_message(item, path)
+            case ReasoningItem():
+                self._add_reasoning(item)
+            case FunctionCall():
+                self._add_call(item.call_id, function_name(item.name, item.namespace), item.arguments)
+            case FunctionCallOutput():
+                self._add_output(item.call_id, self._joined(item.output or "", f"{path}.output"))
+            case ToolCall():
+                name = _kind(item).removesuffix("_call")
+                self._add_call(_call_id(item, path), item.name or name, _arguments(item, name))
+            case ToolOutput():
+                self._add_output(_call_id(item, path), self._text_of_output(item, path))
+            case UnseenItem():
+                self._add_stand_in(item)
+
+    def _add_message(self, item: InputMessage, path: str) -> None:
+        if item.content is None and item.role != "assistant":
+            raise item.wrong("content", "a string or a list of parts", path)
+        content = self._joined(item.content or "", f"{path}.content")
+        if item.role == "assistant":
+            self._assistant(lacks=("content", "tool_calls"))["content"] = content
+        else:
+            self.messages.append({"role": item.role, "content": content})
+
+    def _add_reasoning(self, item: ReasoningItem) -> None:
+        """Add reasoning in the clear. A summary is left out: it is not what the model thought."""
+        if item.content:
+            message = self._assistant(lacks=("content", "tool_calls", "reasoning_content"))
+            message["reasoning_content"] = "\n".join([part.text for part in item.content])
+        elif item.encrypted_content:
+            self._left_out.add(CONTENT, "reasoning")
+
+    def _add_call(self, call_id: str, name: str, arguments: str) -> None:
+        self._assistant(lacks=()).setdefault("tool_calls", []).append(chat_call(call_id, name, arguments))
+
+    def _add_output(self, call_id: str, text: str) -> None:
+        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
+
+    def _add_stand_in(self, item: UnseenItem) -> None:
+        kind = _kind(item)
+        self._left_out.add(CONTENT, kind)
+        text = f"[{kind.replace('_', ' ')}{f': {item.name}' if item.name else ''}: not shown]"
+        if "compaction" in kind:
+            self.messages.append({"role": "user", "content": text})
+        else:
+            self._assistant(lacks=("content", "tool_calls"))["content"] = text
+
+    def _assistant(self, lacks: tuple[str, ...]) -> JSON:
+        """Return the assistant's message being put together, or a new one if that has one of `lacks` already."""
+        messages = self.messages
+        if not messages or messages[-1]["role"] != "assistant" or any(messages[-1].get(name) for name in lacks):
+            messages.append({"role": "assistant", "content": ""})
+        return messages[-1]
+
+    def _joined(self, content: str | list[ContentPart], path: str) -> str:
+        if isinstance(content, str):
+            return content
+        return "\n".join([self._shown(part, f"{path}[{i}]") for i, part in enumerate(content)])
+
+    def _shown(self, part: ContentPart, path: str) -> str:
+        """Return what the model reads in place of a part."""
+        if part.type == "refusal":  # an assistant's
+            return part.refusal
+        if part.type in UNSEEN_PARTS:
+            self._left_out.add(CONTENT, part.type)
+            name = part.type.removeprefix("input_").replace("_", " ")
+            return f"[{name}: cannot be shown to this model, which reads text only]"
+        if part.text is None:
+            raise part.wrong("text", "a string", path)
+        return part.text
+
+    def _text_of_output(self, item: ToolOutput, path: str) -> str:
+        """Return a result as a text, which it is, or its parts have; else as JSON."""
+        name = OUTPUTS[_kind(item)]
+        output = getattr(item, name)
+        if isinstance(output, str):
+            return output
+        if isinstance(output, list) and all(isinstance(part, dict) and _has_text(part) for part in output):
+            return self._joined(convert(output, list[ContentPart], f"{path}.{name}"), f"{path}.{name}")
+        return msgspec.json.encode(output).decode()
+
+
+def _has_text(part: JSON) -> bool:
+    return "text" in part or part.get("type") in UNSEEN_PARTS
+
+
+def _kind(item: ToolCall | ToolOutput | UnseenItem) -> str:
+    return str(item.__struct_config__.tag)
+
+
+def _call_id(item: ToolCall | ToolOutput, path: str) -> str:
+    call_id = item.call_id or item.id
+    if call_id is None:
+        raise item.wrong("call_id", "a string", path)
+    return call_id
+
+
+def _arguments(item: ToolCall, name: str) -> str:
+    field = CALLS[_kind(item)]
+    given = getattr(item, field)
+    if field == INPUT or not isinstance(given, dict):
+        given = arguments_of_input(given)
+    elif known := KNOWN_TOOLS.get(name):
+        given = {key: value for key, value in given.items() if key in known.properties and value is not None}
+    return msgspec.json.encode(given).decode()
+
+
+# ---- what the answer repeats, and what is kept ----
+
+
+def echo_of(body: ResponsesRequest, model: str) -> JSON:
+    """Return the fields of a request that its response repeats."""
+    return {
+        "model": model,
+        "background": body.background,
+        "instructions": body.instructions or None,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata,
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "previous_response_id": body.previous_response_id or None,
+        "reasoning": written({"effort": None, "summary": None} | body.reasoning),
+        "store": body.store,
+        "text": written({"format": {"type": "text"}} | body.text),
+        "tool_choice": written(body.tool_choice or "auto"),
+        "tools": written(body.tools),
+        "truncation": body.truncation,
+        "user": body.user or None,
+    }
+
+
+def input_items(given: str | list[JSON], response_id: str) -> list[JSON]:
+    """Return the input as items with ids, as /v1/responses/{id}/input_items lists them."""
+    if isinstance(given, str):
+        given = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": given}]}]
+    items = []
+    for i, item in enumerate(given):
+        item = {"type": "message", **item}
+        content = item.get("content")
+        if item["type"] == "message" and isinstance(content, str):
+            kind = "output_text" if item.get("role") == "assistant" else "input_text"
+            item["content"] = [{"type": kind, "text": content}]
+        items.append({"id": f"item_{response_id.removeprefix('resp_')}{i:04x}", **item})
+    return items
+
+
+def written(value: Any) -> orjson.Fragment:
+    """Return a client's values as JSON, which takes less memory. orjson would refuse integers beyond 64 bits."""
+    return orjson.Fragment(msgspec.json.encode(value))
