@@ -17,12 +17,12 @@ from cache.radix import NoCache, RadixCache
 from cache.window import WindowSlots
 from cache.window_radix import WindowRadixCache
 from engine.checkpoint.folder import resolve_model, resolve_tokenizer
-from engine.checkpoint.weights import load_weights
+from engine.checkpoint.weights import load_weights, pack_weights
 from engine.config import EngineConfig
 from engine.config_file import parse_overrides
 from engine.errors import ModelError
 from engine.layers.communicator import Communicator
-from engine.layers.layer import LayerConfig, unique_layers
+from engine.layers.layer import LayerConfig
 from engine.model_config import TURN_ENDS, ModelConfig, turn_ends
 from engine.models.base import CausalLM
 from engine.models.registry import build_model, load_config
@@ -420,6 +420,5 @@ def new_model(config: EngineConfig, model_config: ModelConfig, comm: Communicato
 def _load_weights(model: CausalLM, folder: Path, config: EngineConfig, device: torch.device) -> int:
     """Load and pack this rank's weights, and return their bytes."""
     num_bytes = load_weights(model, folder, config.load_format, device)
-    for layer in unique_layers(model):
-        layer.pack()
+    pack_weights(model)
     return num_bytes

@@ -70,11 +70,29 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
 # Entries of a model that also reads images that stand beside `text_config`, or count where they stand in both.
 OUTER = ("architectures", "tie_word_embeddings", "quantization_config")
 
+# Files beside config.json that describe a checkpoint's quantization -> the method, where they name none.
+QUANTIZATION_FILES = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
+}
+
 
 def read_raw(folder: Path, config: EngineConfig) -> dict[str, Any]:
     """Return `folder`/config.json with the overrides of `config`, rotary settings in one spelling, nothing checked."""
     entries = _in_one_spelling(read_json(folder / "config.json", required=True))
+    if not entries.get("quantization_config"):
+        entries["quantization_config"] = entries.get("compression_config") or _quantization_beside(folder)
     return merged(entries, _in_one_spelling(parse_overrides(config.json_model_override_args)))
+
+
+def _quantization_beside(folder: Path) -> dict[str, Any] | None:
+    """Return what a file of its own says of a checkpoint's quantization, as older libraries and ModelOpt write it."""
+    for name, method in QUANTIZATION_FILES.items():
+        if content := read_json(folder / name):
+            inner = content.get("quantization")
+            return {"quant_method": method} | (inner if isinstance(inner, dict) else content)
+    return None
 
 
 def _in_one_spelling(entries: dict[str, Any]) -> dict[str, Any]:

@@ -220,6 +220,9 @@ class QuantizedWeight(Weight):
             if not bool((order == order[0]).all()):
                 raise ShapeError("has parts with different g_idx, which cannot be multiplied as one")
             places = torch.argsort(order[0], stable=True)
+            in_order = torch.arange(self.k, device=order.device) // self.form.group_size_of(self.k)
+            if not torch.equal(order[0][places], in_order):
+                raise ShapeError(f"has a g_idx whose groups are not all of {self.form.group_size_of(self.k)} inputs")
             values = unpack_codes(self.form, self.codes)[:, places]
             self.fields["codes"] = pack_int4(values) if self.form.code == "int4" else values
             self.fields["order"] = places

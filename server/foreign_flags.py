@@ -75,6 +75,7 @@ OFF = ("none", "null", "")
 EXPERTS = "experts are split over ranks as every weight is (--tp-size)"
 COMPILED = "nothing is compiled: steps are CUDA graphs of our own kernels"
 FLASHINFER = "FlashInfer serves only where --attention-backend asks for it"
+FP8_KERNELS = "which product is fastest is chosen by device and shape"
 SAMPLING = "Triton's kernels sample, on a CPU torch's"
 NO_LORA, NO_DRAFTS = "there are no adapters: merge them into the weights", "there are no draft models"
 NO_SSL = "this server speaks plain HTTP: put a proxy with the certificate before it"
@@ -149,10 +150,12 @@ SERVER_FLAGS = (
     no_effect("--triton-attention-num-kv-splits", "tuned for each shape", 1),
     no_effect("--triton-attention-reduce-in-fp32", "sums of attention are always float32"),
     no_effect("--nccl-port", "the ranks of a host find any free one", 1),
+    no_effect("--fp8-gemm-backend", FP8_KERNELS, 1),
+    no_effect("--fp8-gemm-runner-backend", FP8_KERNELS, 1),
     no_effect("--sleep-on-idle", "an idle server always sleeps"),
     no_effect("--show-time-cost", "see /start_profile"),
     no_effect("--warmups", "see --skip-server-warmup", 1),
-    refused("--quantization-param-path", "FP8 keys and values need no scales (--kv-cache-dtype)"),
+    no_effect("--quantization-param-path", "FP8 keys and values (--kv-cache-dtype) are kept without scales", 1),
     refused("--cpu-offload-gb", "weights stay in the memory of the device that computes", but=("0", "0.0")),
     refused("--tokenizer-mode", "tokenizers are the fast ones", but=("auto",)),
     refused("--pp-size", NO_PIPELINE, but=("1",)),

@@ -329,6 +329,7 @@ async def test_streamed_calls_are_put_together_by_the_client(engine: FakeEngine)
         ("--speculative-algorithm", None),
         ("--gpu-memory-utilization 0.9", None),
         ("--quantization awq_marlin", {"quantization": "awq_marlin"}),
+        ("--quantization fp8 --fp8-gemm-backend cutlass --quantization-param-path x.json", {"quantization": "fp8"}),
         ("--torchao-config int8wo", {"quantization": "int8wo"}),
         ("--lora-paths a=b c=d --port 1", None),
         ("--pp-size 2", None),

@@ -35,7 +35,7 @@ WINGS = {
     "engine.quantization": set(),
     "engine.layers": {"engine.quantization"},
     "engine.models": {"engine.layers", "engine.quantization"},
-    "engine.checkpoint": {"engine.models", "engine.layers", "engine.text"},
+    "engine.checkpoint": {"engine.models", "engine.layers", "engine.quantization", "engine.text"},
     "engine.step": {"engine.schedule", "engine.models", "engine.layers", "engine.text"},
     "engine.ranks": {"engine.step", "engine.checkpoint", "engine.rank_maintenance"},
     "server.parsers": {"server.reading"},

@@ -1,6 +1,7 @@
 """Quantized checkpoints, written by the formulas of their formats, give the logits of their dequantized selves."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,88 +10,43 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.checkpoint.weights import pack_weights
+from engine.errors import ModelError
 from engine.layers.communicator import Communicator
-from engine.layers.layer import named_layers, unique_layers
+from engine.layers.layer import named_layers
 from engine.layers.linear import Linear
+from engine.quantization.methods import METHODS, quantization_of
+from engine.quantization.modules import Modules, spellings
+from tests.quantized_files import CASES, GROUP, gptq_config, write_quantized
 from tests.test_models import MakeTinyModel, TinyEngine, assert_equals_reference, random_ids
-
-Weights = dict[str, torch.Tensor]
-Write = Callable[[str, torch.Tensor, torch.Generator], tuple[Weights, torch.Tensor]]
-"""(module, its weight [n, k], randomness) -> the checkpoint's tensors, by their names, and what they stand for."""
-
-GROUP = 32
-
-
-def group_wise(of_groups: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    return of_groups.repeat_interleave(GROUP, dim)
-
-
-def int32_words(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack values [..., count] into int32 [..., count * bits / 32], the first in the lowest bits."""
-    per_word = 32 // bits
-    grouped = values.long().unflatten(-1, (-1, per_word))
-    words = (grouped << (torch.arange(per_word) * bits)).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-
-
-def write_awq(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor]:
-    n, k = weight.shape
-    codes = torch.randint(0, 16, (k, n), generator=random)
-    zeros = torch.randint(0, 16, (k // GROUP, n), generator=random)
-    scales = (torch.rand(k // GROUP, n, generator=random) * 0.01).half()
-
-    def packed(values: torch.Tensor) -> torch.Tensor:
-        return int32_words(values.unflatten(1, (-1, 8))[:, :, [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1), 4)
-
-    tensors = {"qweight": packed(codes), "qzeros": packed(zeros), "scales": scales}
-    stands_for = (codes - group_wise(zeros)) * group_wise(scales.float())
-    return {f"{module}.{name}": tensor for name, tensor in tensors.items()}, stands_for.t()
-
-
-FORMATS: dict[str, tuple[dict[str, Any], Write]] = {
-    "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}, write_awq),
-}
 
 
 def engine_of(folder: Path, comm: Communicator | None = None) -> TinyEngine:
     """Return a model that is packed, as a server's is."""
     engine = TinyEngine(folder, comm)
-    for layer in unique_layers(engine.model):
-        layer.pack()
+    pack_weights(engine.model)
     return engine
 
 
-def quantized(folder: Path, write: Write, config: dict[str, Any], target: Path) -> None:
-    """Write the checkpoint of `folder` quantized to `target`, and overwrite it with what that stands for."""
-    random = torch.Generator().manual_seed(0)
-    plain, packed = {}, {}
-    for name, weight in load_file(folder / "model.safetensors").items():
-        if "_proj.weight" in name:
-            tensors, plain[name] = write(name.removesuffix(".weight"), weight, random)
-            packed.update(tensors)
-        else:
-            plain[name] = packed[name] = weight
-    target.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in packed.items()}, target / "model.safetensors")
-    save_file({name: tensor.contiguous() for name, tensor in plain.items()}, folder / "model.safetensors")
-    raw = json.loads((folder / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(raw | {"quantization_config": config}))
-
-
-@pytest.fixture(params=FORMATS)
-def folders(request, make_tiny_model: MakeTinyModel, tmp_path: Path) -> tuple[Path, Path]:
-    """Return a quantized checkpoint and the plain one that it stands for."""
+@pytest.fixture(scope="module")
+def made(make_tiny_model: MakeTinyModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Return for each case a quantized checkpoint and the plain one that it stands for."""
     from transformers import LlamaConfig
 
-    config, write = FORMATS[request.param]
-    plain = make_tiny_model(LlamaConfig, "tiny_plain", intermediate_size=128)
-    target = tmp_path / "quantized"
-    quantized(plain, write, config, target)
-    return target, plain
+    of_heads = {heads: make_tiny_model(LlamaConfig, "tiny_plain", intermediate_size=128, num_key_value_heads=heads)
+                for heads in {case.num_kv_heads for case in CASES.values()}}  # fmt: skip
+    folders = {}
+    for name, case in CASES.items():
+        folder = tmp_path_factory.mktemp("quantized")
+        shutil.copytree(of_heads[case.num_kv_heads], folder / "plain")
+        write_quantized(folder / "plain", case, folder / "packed")
+        folders[name] = folder / "packed", folder / "plain"
+    return folders
 
 
-def test_a_quantized_checkpoint_has_the_logits_of_what_it_stands_for(folders):
-    packed, plain = folders
+@pytest.mark.parametrize("name", CASES)
+def test_a_quantized_checkpoint_has_the_logits_of_what_it_stands_for(name: str, made) -> None:
+    packed, plain = made[name]
     assert_equals_reference(engine_of(packed), plain, random_ids(20, seed=0), random_ids(13, seed=1))
 
 
@@ -98,11 +54,165 @@ def linears(engine: TinyEngine) -> dict[str, Linear]:
     return {path: layer for path, layer in named_layers(engine.model) if isinstance(layer, Linear)}
 
 
-@pytest.mark.parametrize("rank", range(2))
-def test_a_rank_holds_its_slices_of_codes_and_scales(folders, rank: int):
-    packed, plain = folders
-    comm = Communicator(rank, 2)
-    wanted = linears(TinyEngine(plain, comm))
-    for path, layer in linears(engine_of(packed, comm)).items():
-        for part in range(len(layer.weight.parts)):
-            torch.testing.assert_close(layer.weight.rows_of(part), wanted[path].weight.rows_of(part))
+@pytest.mark.parametrize("name", CASES)
+def test_a_rank_holds_its_slices_of_codes_and_scales(name: str, made) -> None:
+    packed, plain = made[name]
+    for comm in (Communicator(0, 2), Communicator(1, 2)):
+        if not CASES[name].splits:
+            with pytest.raises(ModelError, match="desc_act"):
+                engine_of(packed, comm)
+            continue
+        wanted = linears(TinyEngine(plain, comm))
+        for path, layer in linears(engine_of(packed, comm)).items():
+            for part in range(len(layer.weight.parts)):
+                torch.testing.assert_close(layer.weight.rows_of(part), wanted[path].weight.rows_of(part))
+
+
+# ---- what cannot be read ----
+
+
+def broken(made, name: str, folder: Path, change: Callable[[dict[str, torch.Tensor]], None], **config: Any) -> Path:
+    """Copy a case's quantized checkpoint to `folder`, with its tensors changed and entries of its configuration."""
+    shutil.copytree(made[name][0], folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    raw = json.loads((folder / "config.json").read_text())
+    raw["quantization_config"] |= config
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+DOWN, UP = "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gptq, zeros", lambda files: files.pop(f"{DOWN}.scales"), rf"missing: {DOWN}\.scales"),
+        ("awq", lambda files: files.pop(f"{DOWN}.qzeros"), rf"missing: {DOWN}\.qzeros"),
+        (
+            "gptq",
+            lambda files: files.update({f"{DOWN}.qweight": files[f"{DOWN}.qweight"][:-1].clone()}),
+            rf"{DOWN}\.qweight, read as codes, has shape \[64, 60\], the model wants \[64, 64\]",
+        ),
+        (
+            "gptq",
+            lambda files: files.update({f"{DOWN}.qweight": files[f"{DOWN}.qweight"].float()}),
+            rf"{DOWN}\.qweight, read as codes, is of torch\.float32 .*torch\.int32",
+        ),
+        (
+            "gptq",
+            lambda files: files.update({f"{UP}.scales": files[f"{UP}.scales"][1:].clone()}),
+            rf"{UP}\.scales, read as scale, has shape \[128, 1\], the model wants \[128, 2\]",
+        ),
+        (
+            "gptq",
+            lambda files: files.update({f"{DOWN}.g_idx": files[f"{DOWN}.g_idx"].flip(0)}),
+            rf"{DOWN}\.g_idx does not number groups of 32 inputs one after another, .* desc_act",
+        ),
+        (
+            "gptq, desc_act",
+            lambda files: files.update({f"{UP}.g_idx": files[f"{UP}.g_idx"].flip(0)}),
+            r"model\.layers\.1\.mlp\.gate_up_proj has parts with different g_idx",
+        ),
+        (
+            "gptq, desc_act",
+            lambda files: files.update({f"{DOWN}.g_idx": files[f"{DOWN}.g_idx"] * 0}),
+            r"model\.layers\.1\.mlp\.down_proj has a g_idx whose groups are not all of 32 inputs",
+        ),
+    ],
+)  # fmt: skip
+def test_a_broken_checkpoint_is_refused_by_the_name_of_its_tensor(
+    name: str, change: Callable[[dict[str, torch.Tensor]], None], message: str, made, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        pack_weights(TinyEngine(broken(made, name, tmp_path / "broken", change)).model)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "exl2", "bits": 4}, r"exl2.*Supported: auto-round, awq, "),
+        ({"quant_method": "awq", "version": "gemv"}, "version 'gemv'.*only 4 bits, version 'gemm'"),
+        ({"quant_method": "awq", "modules_to_not_convert": 3}, "modules_to_not_convert must be a list of names, got 3"),
+        ({"quant_method": "gptq", "bits": 5}, "GPTQ of 5 bits"),
+        ({"quant_method": "gptq", "bits": "4"}, "bits must be of type int, got '4'"),
+        ({"quant_method": "gptq", "checkpoint_format": "bitblas"}, "bitblas.*only gptq, gptq_v2 and marlin"),
+        ({"quant_method": "gptq", "dynamic": {"-:(": {}}}, "dynamic has the pattern .* cannot be read"),
+        ({"quant_method": "auto-round", "data_type": "mx_fp"}, "mx_fp.*only int"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 8}, "has 4 bits, not 8"),
+    ],
+)  # fmt: skip
+def test_a_variant_that_is_not_read_is_named(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        quantization_of(config, None)
+
+
+@pytest.mark.parametrize(
+    ("config", "flag", "message"),
+    [
+        (gptq_config(), "awq_marlin", "--quantization awq_marlin, but .* quant_method 'gptq'"),
+        (gptq_config(), "fp8", "--quantization fp8, but .* quant_method 'gptq'"),
+        (gptq_config(), "gptqq", "gptqq is not known.*fp8.*awq.*gptq"),
+        (None, "gptq_marlin", "--quantization gptq_marlin: the checkpoint is not quantized.*fp8"),
+    ],
+)
+def test_a_flag_that_contradicts_the_file_names_both(config: Any, flag: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        quantization_of(config, flag)
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("awq", ("awq", "awq_marlin", "moe_wna16")),
+        ("gptq", ("gptq", "gptq_marlin", "marlin", "moe_wna16")),
+        ("auto-round", ("auto-round", "auto_round", "gptq_marlin")),
+    ],
+)
+def test_a_flag_named_after_a_kernel_means_its_format(method: str, flags: tuple[str, ...]) -> None:
+    for flag in (None, "none", *flags):
+        assert type(quantization_of({"quant_method": method}, flag)) is METHODS[method]
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "config"),
+    [
+        ("gptq, zeros", "quantize_config.json", {"bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}),
+        ("awq", "quant_config.json", {"zero_point": True, "q_group_size": GROUP, "w_bit": 4, "version": "GEMM"}),
+    ],
+)
+def test_a_configuration_beside_config_json_is_read(
+    name: str, file: str, config: dict[str, Any], made, tmp_path: Path
+) -> None:
+    shutil.copytree(made[name][0], folder := tmp_path / "old")
+    raw = json.loads((folder / "config.json").read_text())
+    wanted = raw.pop("quantization_config")["quant_method"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / file).write_text(json.dumps(config))
+    assert type(TinyEngine(folder).model.quantization) is METHODS[wanted]
+
+
+# ---- which modules a configuration means ----
+
+
+@pytest.mark.parametrize(
+    ("entry", "means", "but_not"),
+    [
+        ("model.layers.0.mlp.down_proj", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"),
+        ("mlp.gate", "model.layers.0.mlp.gate", "model.layers.0.mlp.gate_proj"),
+        ("model.layers.1", "model.layers.1.mlp.up_proj", "model.layers.10.mlp.up_proj"),
+        ("model.language_model.layers.0.mlp", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"),
+        ("language_model.model.layers.0", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"),
+        ("language_model.lm_head", "lm_head", "model.lm"),
+        ("model.layers.0.self_attn.qkv_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.o_proj"),
+        ("layers.0.mlp.gate_up_proj", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"),
+        (r"re:.*\.(q|k)_proj$", "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"),
+        ("model.layers.*.self_attn*", "model.layers.3.self_attn.k_proj", "model.layers.3.mlp.up_proj"),
+    ],
+)
+def test_an_entry_means_a_module_by_any_of_its_names(entry: str, means: str, but_not: str) -> None:
+    modules = Modules([entry], "ignore")
+    assert spellings(means) in modules
+    assert spellings(but_not) not in modules

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from engine.layers.layer import Layer, named_layers, unique_layers
 from engine.layers.linear import Linear
 from engine.models.base import CausalLM
 from engine.models.names import Piece, Rule, pieces_of
+from engine.quantization import CHECKED
 from kernels.quantized import QuantizedWeight
 from kernels.weights import ShapeError
 
@@ -34,8 +35,8 @@ def load_weights(model: CausalLM, folder: Path, load_format: str, device: torch.
     if load_format != "dummy":
         paths = checkpoint_files(folder)
         heads = [head for path in paths for head in read_heads(path, model.rules)]
-        settle_formats(model, {head.piece.name for head in heads})
-        files = locate_weights(paths, heads, checkpoint_targets(model))
+        settle_formats(model, {piece.name for head in heads for piece in head.pieces})
+        files = locate_weights(paths, heads, checkpoint_targets(model), model.quantization.in_file)
     layers = unique_layers(model)
     for layer in layers:
         layer.materialize(device)
@@ -44,12 +45,24 @@ def load_weights(model: CausalLM, folder: Path, load_format: str, device: torch.
         for layer in layers:
             layer.fill_dummy(generator)
     else:
-        copy_weights(files, device)
+        copy_weights(files, {head.tensor: head.file for head in heads}, device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     num_bytes = sum(weight.nbytes for layer in layers for _, weight in layer.weights())
     logger.info("weights: %.2f GB in %.2f s", num_bytes / 1e9, time.perf_counter() - started)
     return num_bytes
+
+
+def pack_weights(model: CausalLM) -> None:
+    """Lay out loaded weights as kernels read them. `ModelError` if the tensors of one contradict each other."""
+    packed = set()
+    for path, layer in named_layers(model):
+        if id(layer) not in packed:
+            packed.add(id(layer))
+            try:
+                layer.pack()
+            except ShapeError as error:
+                raise ModelError(f"{path} {error}") from None
 
 
 class Target(NamedTuple):
@@ -65,7 +78,7 @@ class Source(NamedTuple):
 
     tensor: str
     piece: Piece
-    target: Target
+    target: Target | None  # None: the tensor is only looked at
 
 
 Key = tuple[str, int | None]
@@ -112,15 +125,15 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 class Head(NamedTuple):
-    """A tensor of a file, or a piece of one, before anything of it is read."""
+    """A tensor of a file and what becomes of it, before anything of it is read."""
 
     file: Path
     tensor: str
-    piece: Piece
+    pieces: list[Piece]
 
 
 def read_heads(file: Path, rules: Sequence[Rule]) -> list[Head]:
-    """Return the pieces of a file's tensors. `ModelError` if it cannot be read."""
+    """Return a file's tensors. `ModelError` if it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -128,7 +141,7 @@ def read_heads(file: Path, rules: Sequence[Rule]) -> list[Head]:
             names = list(checkpoint.keys())
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file} cannot be read, or is broken: {error}") from None
-    return [Head(file, name, piece) for name in names for piece in pieces_of(name, rules)]
+    return [Head(file, name, pieces_of(name, rules)) for name in names]
 
 
 def settle_formats(model: CausalLM, found: Collection[str]) -> None:
@@ -147,18 +160,26 @@ def settle_formats(model: CausalLM, found: Collection[str]) -> None:
             layer.make_dense()
 
 
-def locate_weights(files: list[Path], heads: Sequence[Head], targets: dict[Key, Target]) -> Located:
-    """Return for every file what to take from it; each target once. Strict about names."""
+def locate_weights(
+    files: list[Path], heads: Sequence[Head], targets: dict[Key, Target], in_file: Callable[[str], str]
+) -> Located:
+    """Return for every file what to take from it; each target once. Strict about names.
+
+    in_file: returns what the checkpoint calls a target.
+    """
     located: Located = {file: [] for file in files}
     unexpected, found = [], set()
-    for file, name, piece in heads:
+    for file, name, piece in ((head.file, head.tensor, piece) for head in heads for piece in head.pieces):
         key = piece.name, piece.index
-        if key not in targets:
+        if piece.name == CHECKED:
+            located[file].append(Source(name, piece, None))
+        elif key not in targets:
             unexpected.append(name)
         elif key not in found:
             found.add(key)
             located[file].append(Source(name, piece, targets[key]))
-    missing = [name if index is None else f"{name}[{index}]" for name, index in targets.keys() - found]
+    absent = ((in_file(name), index) for name, index in targets.keys() - found)
+    missing = [name if index is None else f"{name}[{index}]" for name, index in absent]
     if missing or unexpected:
         lists = {"missing": sorted(missing), "unexpected": unexpected}
         listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in lists.items() if names)
@@ -166,27 +187,46 @@ def locate_weights(files: list[Path], heads: Sequence[Head], targets: dict[Key, 
     return located
 
 
-def copy_weights(located: Located, device: torch.device) -> None:
-    """Copy from the mapped files to the device; of a sharded weight only this rank's part is read."""
+def copy_weights(located: Located, file_of: Mapping[str, Path], device: torch.device) -> None:
+    """Copy from the mapped files to the device; of a sharded weight only this rank's part is read.
+
+    file_of: the file of each tensor of the checkpoint.
+    """
     from safetensors import safe_open
+
+    def read(name: str) -> torch.Tensor:
+        if name not in file_of:
+            raise ModelError(f"needs {name}, which the checkpoint does not have")
+        with safe_open(file_of[name], framework="pt") as other:
+            tensor: torch.Tensor = other.get_tensor(name)
+        return tensor.to(device)
 
     copy = StagedCopy() if device.type == "cuda" else torch.Tensor.copy_
     total = sum(file.stat().st_size for file in located)
     with progress_bar("Loading weights", total) as advance:
         for file, sources in located.items():
             with safe_open(file, framework="pt") as checkpoint:
-                for name, piece, (layer, weight_name, part) in sources:
+                for name, piece, target in sources:
                     loaded = checkpoint.get_tensor(name)
                     if piece.transforms and device.type == "cuda":
                         loaded = loaded.to(device)
                     try:
-                        target, source = layer.place_weight(weight_name, piece.of(loaded), part)
-                        if target.is_floating_point() != source.is_floating_point():
-                            raise ModelError(f"is of {source.dtype}, the model wants {target.dtype}")
-                        copy(target, source)
+                        _place(piece.of(loaded, read), target, copy)
                     except (ShapeError, ModelError) as error:
-                        raise ModelError(f"{name} {error}") from None
+                        is_changed = target is not None and not name.endswith(f".{target.weight_name}")
+                        read_as = f", read as {target.weight_name}," if target and is_changed else ""
+                        raise ModelError(f"{name}{read_as} {error}") from None
                     advance(loaded.nbytes)
+
+
+def _place(piece: torch.Tensor, target: Target | None, copy: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
+    """Copy a piece of a checkpoint to its place; None: it has none."""
+    if target is None:
+        return
+    to, source = target.layer.place_weight(target.weight_name, piece, target.part)
+    if to.is_floating_point() != source.is_floating_point():
+        raise ModelError(f"is of {source.dtype}, the model wants {to.dtype}")
+    copy(to, source)
 
 
 class StagedCopy:

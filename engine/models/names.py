@@ -10,24 +10,28 @@ from typing import Protocol
 
 import torch
 
-from engine.quantization import Quantization
+from engine.quantization import CHECKED, Quantization, Transform, With
 from kernels.weights import ShapeError
 
-Transform = Callable[[torch.Tensor], torch.Tensor]
+Read = Callable[[str], torch.Tensor]
+
+
+def _read_nothing(name: str) -> torch.Tensor:
+    raise LookupError(name)
 
 
 @dataclass(frozen=True)
 class Piece:
     """A tensor for the model, made from a checkpoint's."""
 
-    name: str
-    transforms: tuple[Transform, ...] = ()  # of the checkpoint's tensor, in order
+    name: str  # `CHECKED`: it has no place in the model
+    transforms: tuple[Transform | With, ...] = ()  # of the checkpoint's tensor, in order
     index: int | None = None  # which one of a stack it is
 
-    def of(self, loaded: torch.Tensor) -> torch.Tensor:
-        """Return the piece of a checkpoint's tensor."""
-        for transform in self.transforms:
-            loaded = transform(loaded)
+    def of(self, loaded: torch.Tensor, read: Read = _read_nothing) -> torch.Tensor:
+        """Return the piece of a checkpoint's tensor. read: returns another one of the checkpoint's."""
+        for step in self.transforms:
+            loaded = step.function(loaded, *map(read, step.names)) if isinstance(step, With) else step(loaded)
         return loaded
 
 
@@ -182,7 +186,7 @@ def pieces_of(name: str, rules: Sequence[Rule]) -> list[Piece]:
     """Return what the rules make of a checkpoint's tensor; [] if it is to be ignored."""
     pieces = [Piece(name)]
     for rule in rules:
-        pieces = [new for piece in pieces for new in rule(piece)]
+        pieces = [new for piece in pieces for new in (rule(piece) if piece.name != CHECKED else (piece,))]
     return pieces
 
 

@@ -6,6 +6,7 @@ reorders rows for a family or a rank holds for quantized weights, too.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,15 @@ from engine.quantization.dense import DENSE
 from kernels.weights import Part, Shard, Weight
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
+CHECKED = ""  # the name of what is looked at and kept nowhere
+
+
+@dataclass(frozen=True)
+class With:
+    """A transform that needs other tensors of the checkpoint, too: function(loaded, *others)."""
+
+    names: tuple[str, ...]
+    function: Callable[..., torch.Tensor]
 
 
 class Scheme(Protocol):
@@ -37,11 +47,19 @@ class Quantization:
         """Return the scheme of an embedding such as model.embed_tokens."""
         return DENSE
 
-    def converted(self, name: str) -> Iterable[tuple[str, Sequence[Transform]]]:
-        """Yield what a checkpoint's tensor becomes: names, and what is done to it for each. Nothing: it is not read."""
+    def converted(self, name: str) -> Iterable[tuple[str, Sequence[Transform | With]]]:
+        """Yield what a checkpoint's tensor becomes: names, and what is done to it for each.
+
+        Nothing: it is not read. `CHECKED`: it is read, and what is done raises `kernels.weights.ShapeError` if it must
+        not be as it is.
+        """
         yield name, ()
 
+    def in_file(self, name: str) -> str:
+        """Return what a checkpoint calls a tensor that `converted` names so."""
+        return name
 
-__all__ = ["DENSE", "Quantization", "Reader", "Scheme", "Transform"]
+
+__all__ = ["CHECKED", "DENSE", "Quantization", "Reader", "Scheme", "Transform", "With"]
 
 Reader = Callable[[Mapping[str, Any]], Quantization]

@@ -5,18 +5,35 @@ from typing import Any
 
 from engine.errors import ModelError
 from engine.quantization import Quantization, Reader
+from engine.quantization.auto_round import AutoRound
 from engine.quantization.awq import AWQ
+from engine.quantization.gptq import GPTQ
 from engine.quantization.online import FORMATS, Online
 
-METHODS: dict[str, Reader] = {"awq": AWQ}
+METHODS: dict[str, Reader] = {
+    "auto-round": AutoRound,
+    "awq": AWQ,
+    "gptq": GPTQ,
+}
 """`quant_method` of a checkpoint -> what reads its `quantization_config`."""
 
 NONE = (None, "", "none", "null")
-# Flags that are named after a kernel, a library or one kind of a method -> the method, or the format of `FORMATS`.
-ALIASES = {
-    "awq_marlin": "awq",
-    "gptq_marlin": "gptq",
+# Other names of a method in config.json.
+SAME_METHOD = {
+    "auto_round": "auto-round",
+    "intel/auto-round": "auto-round",
     "marlin": "gptq",
+}
+# `--quantization`, named after a kernel, a library or one kind of a method -> the methods of files that have it.
+KINDS: dict[str, tuple[str, ...]] = {
+    "auto_round": ("auto-round",),
+    "awq_marlin": ("awq", "auto-round"),
+    "gptq_marlin": ("gptq", "auto-round"),
+    "marlin": ("gptq",),
+    "moe_wna16": ("awq", "gptq"),
+}
+# The same -> a format of `FORMATS`.
+ROUNDINGS = {
     "w8a8_fp8": "fp8",
     "int8wo": "int8",
     "int8dq": "w8a8_int8",
@@ -26,6 +43,7 @@ ALIASES = {
     "fp8dq-per_row": "fp8",
     "fp8dq-per_tensor": "fp8",
 }
+GGUF = "gguf"
 
 
 def quantization_of(raw: Mapping[str, Any] | None, flag: str | None) -> Quantization:
@@ -33,21 +51,30 @@ def quantization_of(raw: Mapping[str, Any] | None, flag: str | None) -> Quantiza
 
     raw: config.json's `quantization_config`. flag: `--quantization`.
     """
-    wanted = None if flag in NONE else ALIASES.get(flag, flag)
-    if not raw:
-        if wanted in (None, "gguf"):  # of a GGUF file that was dequantized
-            return Quantization()
-        if wanted not in FORMATS:
-            raise ModelError(
-                f"--quantization {flag}: the checkpoint is not quantized; what can be done to it while it is loaded: "
-                f"{', '.join(sorted(FORMATS))}"
-            )
-        return Online(FORMATS[wanted])
-    method = str(raw.get("quant_method", "")).lower()
-    if method not in METHODS:
+    wanted = None if flag in NONE else flag
+    if wanted is not None and not {*METHODS, *KINDS, *FORMATS, *ROUNDINGS, GGUF} & {wanted}:
         raise ModelError(
-            f"quantization method not supported: {method or 'none named'}. Supported: {', '.join(METHODS)}"
+            f"--quantization {flag} is not known. A checkpoint that is not quantized is rounded while it is loaded to "
+            f"{', '.join(sorted({*FORMATS, *ROUNDINGS}))}; of a quantized one the flag may name the method: "
+            f"{', '.join(sorted({*METHODS, *KINDS, GGUF}))}"
         )
-    if wanted not in (None, method):
-        raise ModelError(f"--quantization {flag}, but the checkpoint says quant_method {method!r}")
+    if raw:
+        return _of_file(raw, wanted)
+    if wanted in (None, GGUF):  # of a GGUF file that was dequantized
+        return Quantization()
+    if (rounding := ROUNDINGS.get(wanted, wanted)) not in FORMATS:
+        raise ModelError(
+            f"--quantization {flag}: the checkpoint is not quantized; what can be done to it while it is loaded: "
+            f"{', '.join(sorted(FORMATS))}"
+        )
+    return Online(FORMATS[rounding])
+
+
+def _of_file(raw: Mapping[str, Any], wanted: str | None) -> Quantization:
+    named = str(raw.get("quant_method") or "").lower()
+    method = SAME_METHOD.get(named, named)
+    if method not in METHODS:
+        raise ModelError(f"quantization method not supported: {named or 'none named'}. Supported: {', '.join(METHODS)}")
+    if wanted is not None and method not in (wanted, *KINDS.get(wanted, ())):
+        raise ModelError(f"--quantization {wanted}, but the checkpoint says quant_method {named!r}")
     return METHODS[method](raw)

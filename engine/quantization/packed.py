@@ -1,12 +1,25 @@
 """Weights that a checkpoint holds in few bits."""
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
+from engine.errors import ModelError, shown
+from engine.quantization import DENSE, Quantization, Scheme, Transform, With
+from engine.quantization.modules import spellings
 from kernels.quantized import Format, QuantizedWeight
 from kernels.weights import Part, Shard
+
+T = TypeVar("T")
+
+# Of keys and values: these are cached without scales.
+CACHE_SCALES = frozenset((
+    "k_scale", "v_scale", "kv_scale", "q_scale", "prob_scale", "prob_output_scale", "k_zero_point", "v_zero_point",
+    "output_scale",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -18,3 +31,79 @@ class Packed:
 
     def weight(self, parts: Sequence[Part], k: int, input_shard: Shard, dtype: torch.dtype) -> QuantizedWeight:
         return QuantizedWeight(parts, k, dtype, self.form, input_shard, dict(self.names))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a checkpoint stores a module's weight.
+
+    tensors: what follows the module's name -> (field of `QuantizedWeight`, what is done to it ...), or None if it is
+    not needed. A tensor `weight` keeps that name: it may turn out not to be quantized.
+    """
+
+    form: Format
+    tensors: Mapping[str, tuple[Any, ...] | None]
+
+    @property
+    def scheme(self) -> Packed:
+        return Packed(self.form, (("codes", "weight"),) if "weight" in self.tensors else ())
+
+
+class ByModule(Quantization):
+    """A checkpoint whose configuration says for each module how it is stored."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Stored | None] = {}
+
+    @abstractmethod
+    def find(self, names: Collection[str]) -> Stored | None:
+        """Return how a module is stored, given by all its spellings; None if as plain numbers."""
+
+    def stored(self, module: str) -> Stored | None:
+        if module not in self._known:
+            self._known[module] = self.find(spellings(module))
+        return self._known[module]
+
+    def scheme_of(self, module: str) -> Scheme:
+        stored = self.stored(module)
+        return DENSE if stored is None else stored.scheme
+
+    def converted(self, name: str) -> Iterable[tuple[str, Sequence[Transform | With]]]:
+        module, _, leaf = name.rpartition(".")
+        if leaf in CACHE_SCALES:
+            return
+        stored = self.stored(module)
+        if stored is None or leaf not in stored.tensors:
+            yield name, ()
+        elif (found := stored.tensors[leaf]) is not None:
+            field, *transforms = found
+            whole = [
+                With(tuple(f"{module}.{other}" for other in step.names), step.function)
+                if isinstance(step, With)
+                else step
+                for step in transforms
+            ]
+            yield f"{module}.{field}" if field else field, whole
+
+    def in_file(self, name: str) -> str:
+        module, _, field = name.rpartition(".")
+        stored = self.stored(module)
+        for leaf, found in stored.tensors.items() if stored else ():
+            if found is not None and found[0] == field:
+                return f"{module}.{leaf}"
+        return name
+
+
+def is_head(names: Collection[str]) -> bool:
+    """Return whether a module, given by its spellings, is the head for tokens or labels."""
+    return any(name.rpartition(".")[2] in ("lm_head", "score") for name in names)
+
+
+def entry(raw: Mapping[str, Any], name: str, kind: type[T], default: T) -> T:
+    """Return an entry of a quantization's configuration, `default` if it is null. `ModelError` if it is no `kind`."""
+    value = raw.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ModelError(f"quantization_config: {name} must be of type {kind.__name__}, got {shown(value)}")
+    return value

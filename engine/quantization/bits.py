@@ -1,0 +1,53 @@
+"""Words of a checkpoint to codes of `kernels.quantized`: values of few bits, the first in the lowest bits."""
+
+import torch
+
+from kernels.quantized import INT4_ZERO, pack_int4
+from kernels.weights import ShapeError
+
+
+def check_words(words: torch.Tensor) -> None:
+    """Raise `ShapeError` unless `words` is a matrix of int32."""
+    if words.dtype != torch.int32 or words.dim() != 2:
+        raise ShapeError(f"is of {words.dtype} {list(words.shape)}, the format's words are a matrix of torch.int32")
+
+
+def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return uint8 [rows, 32 words / bits] of int32 [rows, words], whose bits are one row of values."""
+    check_words(words)
+    if bits == 4:
+        pairs = words.contiguous().view(torch.uint8)
+        return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
+    if bits == 8:
+        return words.contiguous().view(torch.uint8)
+    if words.shape[1] * 32 % bits:
+        raise ShapeError(f"has {words.shape[1]} words a row, which are no whole number of values of {bits} bits")
+    starts = torch.arange(words.shape[1] * 32 // bits, device=words.device) * bits
+    unsigned = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, 1))
+    low, high = unsigned[:, starts // 32], unsigned[:, starts // 32 + 1]
+    return ((low | high << 32) >> starts % 32 & (1 << bits) - 1).to(torch.uint8)
+
+
+def codes_of(words: torch.Tensor, bits: int, *, has_zero: bool) -> torch.Tensor:
+    """Return the codes of int32 [rows, words]: int4 of up to 4 bits, int8 of more.
+
+    Values without zeros are moved to where `Format.offset` stands for none of their own: 2^(bits - 1) is subtracted.
+    """
+    if bits == 4:  # our own layout
+        check_words(words)
+        return words.contiguous().view(torch.uint8)
+    values = unpack(words, bits)
+    if bits < 4:
+        return pack_int4(values if has_zero else values + (INT4_ZERO - (1 << (bits - 1))))
+    return signed(values, bits)
+
+
+def zeros_of(words: torch.Tensor, bits: int, *, added: int = 0) -> torch.Tensor:
+    """Return the zeros of int32 [rows, words], plus `added`, as `codes_of` takes them."""
+    values = unpack(words, bits) + added & (1 << bits) - 1
+    return values if bits <= 4 else signed(values, bits).half()
+
+
+def signed(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return int8 of uint8 less 2^(bits - 1)."""
+    return (values - (1 << (bits - 1))).view(torch.int8)
