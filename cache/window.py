@@ -3,6 +3,10 @@
 A token has its place in the full pool as ever, and that one names it everywhere. A full page may have a page of the
 window pool beside it, page for page: token i of the one is token i of the other. Which page that is stands in a table,
 here for the host; the device has its own, by slot (`CachePool.window_slots`), which each step brings up to date.
+
+Layers whose windows differ in length share this pool, and it keeps the tokens of the longest one for all of them: a
+token has a slot in every such layer or in none. That costs a layer with a shorter window the difference, and saves a
+table, a field of each step and an order of eviction for each length. Attention reads each layer's own window only.
 """
 
 import numpy as np

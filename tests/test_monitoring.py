@@ -110,6 +110,24 @@ async def test_gauges_and_counters_are_the_engines_own(client: Client) -> None:
     assert metrics["process_resident_memory_bytes"] > 1e6
 
 
+async def test_the_pool_of_layers_with_a_window_has_gauges_where_there_is_one(
+    client: Client, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not [name for name in await metrics_of(client) if "swa" in name or "window" in name]
+    stats = engine.stats()
+    with_windows = dataclasses.replace(
+        stats.scheduler, num_total_window_tokens=200, num_free_window_tokens=20, num_cached_window_tokens=60,
+        num_held_window_tokens=120,
+    )  # fmt: skip
+    monkeypatch.setattr(engine, "stats", lambda: dataclasses.replace(stats, scheduler=with_windows))
+    monkeypatch.setattr(engine, "replica_stats", lambda: [engine.stats()])
+    metrics = await metrics_of(client)
+    slots = [metrics[f"sglang:swa_{name}_tokens"] for name in ("used", "evictable", "available")]
+    assert slots == [120, 60, 20] and sum(slots) == metrics["radixloop:num_window_tokens"]
+    assert metrics["sglang:swa_token_usage"] == metrics["sglang:token_usage"] == 0.6
+    assert metrics["sglang:full_token_usage"] == 0.25
+
+
 async def test_each_replica_has_its_gauges(client: Client, engine: FakeEngine) -> None:
     engine.num_replicas = 2
     metrics = await metrics_of(client)

@@ -16,7 +16,9 @@ from cache.radix import Node
 from cache.window import WindowSlots
 from cache.window_radix import WindowRadixCache
 from engine.config import EngineConfig
-from engine.schedule.window_holdings import least_len
+from engine.request import Request, SamplingParams
+from engine.schedule.window_holdings import WindowHoldings, least_len
+from engine.state import RequestState
 from engine.step.memory import GIB
 from engine.step.window_memory import KVSplit
 from tests.test_radix import token_lists
@@ -200,6 +202,32 @@ def test_a_long_answer_holds_its_window_only() -> None:
         if stats.num_running and stats.num_held_tokens > 400:
             most = max(most, stats.num_held_window_tokens)
     assert 0 < most <= least_len(WINDOW, 1)
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+@pytest.mark.parametrize("start", [6, 32, 40])
+def test_of_an_adopted_prefix_what_the_next_step_sees_is_locked_until_the_row_ends(page_size: int, start: int) -> None:
+    traffic = windowed(200, 120, page_size=page_size)
+    held, cache, prefix = traffic.scheduler.held, traffic.cache, np.arange(1, 41, dtype=np.int32)
+    assert isinstance(held, WindowHoldings) and isinstance(cache, WindowRadixCache)
+    slots = traffic.allocator.allocate(40 // page_size)
+    assert slots is not None
+    held.windows.give(held.windows.lacking(slots))
+    cache.mark_window(cache.insert(prefix, slots)[1], 0, 40)
+    match = cache.match(prefix)
+    cache.lock(match.node)
+    held.start(1, match.node, num_shared=0)
+    held.adopt(1, match, start)
+    seen = slice(max(start + 1 - WINDOW, 0) // page_size * page_size, -(-start // page_size) * page_size)
+    freed = cache.evict_window(1000)
+    assert sorted(freed.tolist()) == sorted({*slots.tolist()} - {*slots[seen].tolist()})
+    held.windows.free(freed)
+    state = RequestState(Request("r", prefix.tolist(), SamplingParams()))
+    state.row = 1
+    held.release(state, keep=False)
+    freed = cache.evict_window(1000)
+    assert sorted(freed.tolist()) == slots[seen].tolist()
+    held.windows.free(freed)
 
 
 @pytest.mark.parametrize("num_answer_tokens", [3, 60])

@@ -68,6 +68,12 @@ class SchedulerStats:
     num_cached_window_tokens: int = 0
     num_held_window_tokens: int = 0
 
+    @property
+    def usage(self) -> float:
+        """Share of its slots that running requests hold, of the pool that is nearer to its end."""
+        full = self.num_held_tokens / self.num_total_tokens
+        return max(full, self.num_held_window_tokens / max(self.num_total_window_tokens, 1))
+
 
 class Scheduler:
     """Admit, plan, retract and end requests; the parts it holds know the rest.

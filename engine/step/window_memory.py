@@ -95,5 +95,5 @@ class KVSplit:
 
 
 def max_window(layout: Sequence[LayerCache]) -> int:
-    """Return the longest window of the layers; 0: none has any."""
+    """Return the longest window of the layers, which is what the pool keeps for all of them; 0: none has any."""
     return max((entry.window for entry in layout if isinstance(entry, KV) and entry.window is not None), default=0)

@@ -108,7 +108,7 @@ class EngineCollector(Collector):
             "sglang:num_used_tokens", "KV slots held by running requests", lambda s: s.num_held_tokens
         )
         yield self._by_replica(
-            "sglang:token_usage", "their share of the pool", lambda s: s.num_held_tokens / s.num_total_tokens
+            "sglang:token_usage", "their share of the pool, the fuller one of two", lambda s: s.usage
         )
         yield self._by_replica("sglang:max_total_num_tokens", "KV slots of the pool", lambda s: s.num_total_tokens)
         yield self._by_replica("sglang:kv_used_tokens", "KV slots that requests hold", lambda s: s.num_held_tokens)
@@ -116,6 +116,8 @@ class EngineCollector(Collector):
             "sglang:kv_evictable_tokens", "KV slots of prefixes that nothing runs on", lambda s: s.num_cached_tokens
         )
         yield self._by_replica("sglang:kv_available_tokens", "free KV slots", lambda s: s.num_free_tokens)
+        if scheduler.num_total_window_tokens:
+            yield from self._windows()
         yield self._by_replica(
             "sglang:cache_hit_rate", "share of prompt tokens found in the cache",
             lambda s: s.num_hit_tokens / max(s.num_prompt_tokens, 1),
@@ -205,6 +207,23 @@ class EngineCollector(Collector):
             },
             "stage",
         )
+
+    def _windows(self) -> Iterable[Metric]:
+        """Yield gauges of the smaller pool of layers that see a window, which models without such layers lack."""
+        yield self._by_replica(
+            "sglang:full_token_usage", "share of the other pool", lambda s: s.num_held_tokens / s.num_total_tokens
+        )
+        yield self._by_replica(
+            "sglang:swa_token_usage", "share of the pool of layers that see a window, held by running requests",
+            lambda s: s.num_held_window_tokens / s.num_total_window_tokens,
+        )  # fmt: skip
+        yield self._by_replica("sglang:swa_used_tokens", "slots held there", lambda s: s.num_held_window_tokens)
+        yield self._by_replica(
+            "sglang:swa_evictable_tokens", "slots there of prefixes that nothing runs on",
+            lambda s: s.num_cached_window_tokens,
+        )  # fmt: skip
+        yield self._by_replica("sglang:swa_available_tokens", "free slots there", lambda s: s.num_free_window_tokens)
+        yield self._by_replica("radixloop:num_window_tokens", "slots there", lambda s: s.num_total_window_tokens)
 
     def _by_replica(self, name: str, help: str, value_of: Callable[[Any], float]) -> Metric:
         """Return a gauge of a scheduler; of several engines one each, which SGLang labels with its dp_rank."""
