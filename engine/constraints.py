@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from engine.errors import InvalidRequest
+from engine.request import SamplingParams
 from engine.state import RequestState
 from engine.text.grammar import Grammar, GrammarCompiler, GrammarStats, Matcher
 
@@ -24,12 +25,14 @@ class Constraints:
 
     async def prepare(self, states: Sequence[RequestState]) -> None:
         """Set `matcher` of those `states` that need one; see `Engine.prepare`."""
+        written: SamplingParams | None = None
+        grammar: Grammar | None = None
         for state in states:
-            request, grammar = state.request, None
-            constraint = request.sampling_params.constraint
-            if constraint is not None:
-                grammar = await self._grammar(*constraint)
-            elif request.max_thinking_tokens is None:
+            request, params = state.request, state.request.sampling_params
+            if written is None or not params.has_constraint_of(written):
+                constraint, written = params.constraint, params
+                grammar = None if constraint is None else await self._grammar(*constraint)
+            if grammar is None and request.max_thinking_tokens is None:
                 continue
             may_jump = self._may_jump and not request.return_logprob
             state.matcher = Matcher(grammar, request.reasoning_end_ids, request.max_thinking_tokens, may_jump=may_jump)

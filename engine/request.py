@@ -1,6 +1,5 @@
 """A request: a prompt, and what its client asks of the answer. Nobody writes to it: see `engine.state`."""
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -139,13 +138,25 @@ class SamplingParams:
         return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0)
 
     @property
+    def constraint_name(self) -> str | None:
+        """Return the field that says what the answer must look like, if one does."""
+        return next((name for name in CONSTRAINTS if getattr(self, name) is not None), None)
+
+    @property
     def constraint(self) -> tuple[str, str] | None:
-        """Return (field, text) of what the answer must look like, or None. Objects and lists are given as JSON."""
-        for name in CONSTRAINTS:
-            value = getattr(self, name)
-            if value is not None:
-                return name, value if isinstance(value, str) else json.dumps(value)
-        return None
+        """Return (field, text) of what the answer must look like, or None. Objects and lists are written as JSON.
+
+        That may be a megabyte: ask for `constraint_name` to learn whether there is one.
+        """
+        name = self.constraint_name
+        if name is None:
+            return None
+        value = getattr(self, name)
+        return name, value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+    def has_constraint_of(self, other: "SamplingParams") -> bool:
+        """Return whether both hold the same constraint, the same object and not only an equal one."""
+        return all(getattr(self, name) is getattr(other, name) for name in CONSTRAINTS)
 
     def verify(self, vocab_size: int) -> None:
         """Raise `InvalidRequest` naming the first field that is out of range."""

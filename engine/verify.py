@@ -101,7 +101,7 @@ def _verify_stops(request: Request) -> None:
 
 def _verify_grammar(state: RequestState) -> None:
     request = state.request
-    if request.sampling_params.constraint is not None and state.matcher is None:
+    if request.sampling_params.constraint_name is not None and state.matcher is None:
         raise EngineError("a constrained request must be prepared before it is submitted")
     if request.max_thinking_tokens is not None and not request.reasoning_end_ids:
         raise InvalidRequest("max_thinking_tokens needs a model whose answers have an end of reasoning")

@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -171,9 +172,54 @@ async def test_thousands_of_messages_do_not_hold_the_loop(client: Client, path: 
     ids=range(7),
 )
 @pytest.mark.max_callback_ms(150)  # 4 MB of ids are parsed, and checked, in one go
-async def test_the_longest_lists_do_not_hold_the_loop(client: Client, path: str, body: dict[str, Any]) -> None:
+async def test_the_longest_lists_do_not_hold_the_loop(
+    engine: FakeEngine, client: Client, path: str, body: dict[str, Any]
+) -> None:
+    engine.max_running_requests = 1024
     status, _ = await post(client, path, orjson.dumps(body))
     assert status in (200, 400, 429)
+
+
+LISTS = [
+    ("/generate", "text", "a"), ("/generate", "input_ids", [1]), ("/v1/completions", "prompt", "a"),
+    ("/v1/embeddings", "input", "a"), ("/encode", "text", "a"), ("/v1/rerank", "documents", "a"),
+    ("/api/embed", "input", "a"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "name", "one"), LISTS, ids=range(len(LISTS)))
+@pytest.mark.parametrize(("num_rows", "limit"), [(48, 2048), (256, 4096)])
+async def test_a_list_of_more_prompts_than_the_engine_answers_in_sixteen_turns_is_a_400_that_names_the_limit(
+    engine: FakeEngine, client: Client, num_rows: int, limit: int, path: str, name: str, one: Any
+) -> None:
+    engine.max_running_requests = num_rows
+    body = {"model": "fake-model", "query": "a", name: [one] * (limit + 1)}
+    status, answer = await post(client, path, orjson.dumps(body))
+    assert status == 400
+    assert name in message_of(answer)
+    assert f"the limit is {limit}" in message_of(answer)
+
+
+async def test_n_answers_to_each_of_many_prompts_are_as_bounded_as_the_list(client: Client) -> None:
+    status, answer = await post(client, "/v1/completions", orjson.dumps({"prompt": ["a"] * 1000, "n": 3}))
+    assert (status, answer["error"]["param"]) == (400, "n")
+    assert "between 1 and 2" in message_of(answer)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/embeddings", "/tokenize", "/api/embed"])
+async def test_texts_that_each_take_a_millisecond_do_not_hold_the_loop_together(
+    engine: FakeEngine, client: Client, path: str
+) -> None:
+    encode = engine.tokenizer.encode
+
+    def slow_encode(text: str, *arguments: Any, **options: Any) -> list[int]:
+        time.sleep(0.0015)
+        return encode(text, *arguments, **options)
+
+    engine.tokenizer.encode = slow_encode  # type: ignore[method-assign]
+    name = {"/generate": "text", "/v1/completions": "prompt", "/tokenize": "prompt"}.get(path, "input")
+    status, _ = await post(client, path, orjson.dumps({"model": "fake-model", name: ["a"] * 63}))
+    assert status == 200
 
 
 # ---- files ----

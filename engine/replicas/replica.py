@@ -112,7 +112,7 @@ class ReplicaServer:
     def _submit(self, request: Request, arrived: float) -> None:
         """Submit `request`, which reached the front end at time.perf_counter() `arrived`, the same clock here."""
         state = RequestState(request, self._send_delta, times=RequestTimes(arrived))
-        if request.sampling_params.constraint is None and request.max_thinking_tokens is None:
+        if request.sampling_params.constraint_name is None and request.max_thinking_tokens is None:
             self._submit_prepared(state)
         else:
             self._preparing[state.rid] = asyncio.create_task(self._prepare(state))

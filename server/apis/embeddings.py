@@ -170,7 +170,7 @@ class EmbeddingsApi:
         prompts = await read_prompts(self.engine, body.input, "input", body.add_special_tokens)
         states = await self._run(http_request, body, prompts)
         data = []
-        for i, state in enumerate(states):
+        async for i, state in paced(enumerate(states)):
             probs = _probabilities(_vector(state))
             label = self.engine.model_config.labels[int(probs.argmax())]
             data.append({"index": i, "label": label, "probs": json_vector(probs), "num_classes": len(probs)})
@@ -239,7 +239,7 @@ class EmbeddingsApi:
         A classifier reads both as one prompt, and its score, or that of its last label, becomes a probability. Other
         models read each by itself, and the cosine of the two vectors counts.
         """
-        check_batch_size(len(first) + len(second), names[1])
+        check_batch_size(self.engine, len(first) + len(second), names[1])
         heads = [await encode_prompt(self.engine, text, names[0]) async for text in paced(first)]
         is_classifier = self.engine.model_config.is_classifier
         tails = [await encode_prompt(self.engine, text, names[1], not is_classifier) async for text in paced(second)]
@@ -248,7 +248,7 @@ class EmbeddingsApi:
             states = await self._run(owner, body, pairs)
             return [float(_probabilities(_vector(state))[-1]) for state in states], states
         states = await self._run(owner, body, heads + tails)
-        vectors = [normalized(_vector(state)) for state in states]
+        vectors = [normalized(_vector(state)) async for state in paced(states)]
         pairs_of = [(vectors[i % len(heads)], vector) for i, vector in enumerate(vectors[len(heads) :])]
         return [float(head @ tail) for head, tail in pairs_of], states
 
@@ -264,7 +264,7 @@ class EmbeddingsApi:
         rid = body.rid or new_rid()
         states = [
             RequestState(request)
-            for i, input_ids in enumerate(prompts)
+            async for i, input_ids in paced(enumerate(prompts))
             for request in make_requests([f"{rid}-{i}"], input_ids, params, options)
         ]
         scores = []
@@ -284,7 +284,7 @@ class EmbeddingsApi:
             texts = [items] if isinstance(items, str) else items
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise body.wrong("items", "a string or a non-empty list of strings")
-            check_batch_size(len(texts), "items")
+            check_batch_size(self.engine, len(texts), "items")
             return [
                 await encode_prompt(
                     self.engine, f"{text}{body.query}" if is_item_first else f"{body.query}{text}", f"items[{i}]"
@@ -297,7 +297,7 @@ class EmbeddingsApi:
             items = [items]
         if not items or not all(isinstance(ids, list) for ids in items):
             raise body.wrong("items", "a non-empty list of lists of token ids, as query is token ids")
-        check_batch_size(len(items), "items")
+        check_batch_size(self.engine, len(items), "items")
         prompts = []
         async for i, item in paced(enumerate(items)):
             tail = check_token_ids(item, vocab_size, f"items[{i}]", may_be_empty=bool(head))
@@ -314,18 +314,20 @@ class EmbeddingsApi:
         """Run one request a prompt; their vectors are there then. `body` gives `rid`, `priority` and cache keys."""
         rid = body.rid or new_rid()
         priority, extra_key = body.priority, body.cache_namespace
-        requests = [
-            Request(
-                rid=rid if len(prompts) == 1 else f"{rid}-{i}",
-                input_ids=input_ids,
-                sampling_params=SamplingParams(max_new_tokens=0),
-                priority=priority,
-                extra_key=extra_key,
-                pooling=self.engine.model_config.pooling,
+        params, pooling = SamplingParams(max_new_tokens=0), self.engine.model_config.pooling
+        states = [
+            RequestState(
+                Request(
+                    rid=rid if len(prompts) == 1 else f"{rid}-{i}",
+                    input_ids=input_ids,
+                    sampling_params=params,
+                    priority=priority,
+                    extra_key=extra_key,
+                    pooling=pooling,
+                )
             )
-            for i, input_ids in enumerate(prompts)
+            async for i, input_ids in paced(enumerate(prompts))
         ]
-        states = list(map(RequestState, requests))
         await self.live.answers(owner, rid, states)
         return states
 

@@ -135,7 +135,7 @@ class GenerateApi:
         meta_info = MetaInfo(self.engine.tokenizer, body.return_text_in_logprobs)
         answers = [
             GenerateAnswer(i, state, meta_info, has_index=is_list, is_disjoint=self.config.stream_output)
-            for i, state in enumerate(states)
+            async for i, state in paced(enumerate(states))
         ]
 
         def whole(bodies: list[JSON]) -> Any:
@@ -152,7 +152,7 @@ class GenerateApi:
         if ids is not None:
             vocab_size = self.engine.model_config.vocab_size
             if ids and isinstance(ids[0], list):
-                check_batch_size(len(ids), "input_ids")
+                check_batch_size(self.engine, len(ids), "input_ids")
                 return [
                     check_token_ids(row, vocab_size, f"input_ids[{i}]") async for i, row in paced(enumerate(ids))
                 ], True
@@ -161,7 +161,7 @@ class GenerateApi:
             return [await encode_prompt(self.engine, text, "text", add_special_tokens)], False
         if not text:
             raise body.wrong("text", "a string or a non-empty list of strings")
-        check_batch_size(len(text), "text")
+        check_batch_size(self.engine, len(text), "text")
         return [await encode_prompt(self.engine, one, f"text[{i}]") async for i, one in paced(enumerate(text))], True
 
     async def _states(
@@ -184,7 +184,7 @@ class GenerateApi:
     def _params(self, given: JSON | None, num_prompts: int) -> SamplingParams:
         params = SamplingParams.from_dict(given or {}, self.engine.sampling_defaults)
         params.verify(self.engine.model_config.vocab_size)
-        check_n(params.n, num_prompts)
+        check_n(self.engine, params.n, num_prompts)
         return params
 
 

@@ -9,6 +9,7 @@ from msgspec import Meta
 from engine.engine import Engine
 from server.apis.embeddings import EmbeddingsApi, PooledFields, dimensions_of, json_vector, normalized
 from server.config import ServerConfig
+from server.http.intake import paced
 from server.reading.model_name import ollama_model
 from server.reading.protocol import check_batch_size, encode_prompt, json_response, read_body
 from server.reading.shared_fields import Text
@@ -46,7 +47,7 @@ class OllamaEmbeddings:
         return json_response(
             {
                 "model": model,
-                "embeddings": [json_vector(normalized(vector[:size])) for vector in vectors],
+                "embeddings": [json_vector(normalized(vector[:size])) async for vector in paced(vectors)],
                 "total_duration": time.perf_counter_ns() - begun,
                 "load_duration": 0,
                 "prompt_eval_count": sum(map(len, prompts)),
@@ -66,8 +67,10 @@ class OllamaEmbeddings:
     async def _prompts(self, body: EmbedRequest) -> list[list[int]]:
         """Return the token ids of `input`: a text or several, or nothing, by which a client has the model loaded."""
         texts = [body.input] if isinstance(body.input, str) else body.input
-        check_batch_size(len(texts), "input")
-        return [await self._prompt(text, f"input[{i}]", body.truncate) for i, text in enumerate(texts) if text]
+        check_batch_size(self.engine, len(texts), "input")
+        return [
+            await self._prompt(text, f"input[{i}]", body.truncate) async for i, text in paced(enumerate(texts)) if text
+        ]
 
     async def _prompt(self, text: str, field: str, is_cut: bool) -> list[int]:
         ids = await encode_prompt(self.engine, text, field)

@@ -93,7 +93,7 @@ class OpenAIApi:
         if body.echo and options.return_logprob:
             options.logprob_start_len = 0
         prompts = await read_prompts(self.engine, body.prompt, "prompt", body.add_special_tokens is not False)
-        check_n(params.n, len(prompts))
+        check_n(self.engine, params.n, len(prompts))
         envelope = self._envelope(body, options, model, "cmpl", "text_completion", "text_completion")
         new_answer = partial(CompletionAnswer, is_echo=body.echo, num_logprobs=num_logprobs)
         with spelled(names_of_constraint(body)):
@@ -149,7 +149,7 @@ class OpenAIApi:
             first = i * n
             names = [rid] if n * len(prompts) == 1 else [f"{rid}-{k}" for k in range(first, first + n)]
             states += map(RequestState, make_requests(names, input_ids, params, options))
-        answers = [new_answer(i, state, envelope, self.engine.tokenizer) for i, state in enumerate(states)]
+        answers = [new_answer(i, state, envelope, self.engine.tokenizer) async for i, state in paced(enumerate(states))]
 
         def usage() -> JSON:
             return count_usage(answers, n).to_dict(self.config.enable_cache_report)

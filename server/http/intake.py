@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import TypeVar
@@ -17,6 +18,7 @@ MAX_ACCEPTS = 16  # in one pass of the event loop
 RETRY_S = 1.0  # after the system refused one: no file descriptor is free, say
 MAX_COST_A_PASS = 64 << 10  # of requests, in bytes: some 2 ms of the loop
 COST_OF_REQUEST = 8 << 10  # beside its body's bytes
+PASS_S = 0.002  # of one pass of the loop, for one piece of work that is long
 
 
 class Acceptor:
@@ -109,12 +111,31 @@ class Gate:
                 self._spend(cost)
 
 
+class Pace:
+    """Lets the loop go on now and then while a long piece of work is done on it."""
+
+    def __init__(self) -> None:
+        self._until = time.perf_counter() + PASS_S
+
+    async def keep(self) -> None:
+        """Let the loop go on if the work has had its time in this pass. To be called after each small part of it."""
+        if time.perf_counter() > self._until:
+            await asyncio.sleep(0)
+            self._until = time.perf_counter() + PASS_S
+
+
 async def paced(items: Iterable[T], num_a_pass: int = 64) -> AsyncIterator[T]:
-    """Yield `items`, a few a pass of the loop: a long list must not hold up the streams."""
+    """Yield `items`, a few a pass of the loop: a long list must not hold up the streams.
+
+    Fewer if what is done with them takes long: one may be a character, or a page of text.
+    """
+    pace = Pace()
     for number, item in enumerate(items, start=1):
         yield item
         if number % num_a_pass == 0:
             await asyncio.sleep(0)
+        else:
+            await pace.keep()
 
 
 GATE = web.AppKey("gate", Gate)

@@ -89,6 +89,8 @@ def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingPar
 def _own_params(params: SamplingParams, i: int) -> SamplingParams:
     """Return the parameters of answer i: equal seeds would make equal answers."""
     seed = params.sampling_seed
+    if params.n == 1 and (seed is None or i == 0):
+        return params  # shared: a list may hold thousands of prompts
     return replace(params, n=1, sampling_seed=None if seed is None else seed + i)
 
 
@@ -109,7 +111,6 @@ class LiveRequests:
     async def submitted(self, owner: Owner, rid: str, states: Sequence[RequestState]) -> AsyncIterator[None]:
         """Submit all of `states`, or none when one of them is refused. `rid` stands for all of them."""
         await self.engine.prepare(states)
-        bill(owner, states)
         owner[STATES] = states
         if rid in self._rids:
             raise InvalidRequest(f"a request with rid {rid!r} is still running", "rid")
@@ -117,6 +118,7 @@ class LiveRequests:
         accepted: list[RequestState] = []
         try:
             async for state in paced(states, num_a_pass=16):
+                bill(owner, [state])
                 self.engine.submit(state)
                 accepted.append(state)
                 self._accepted[state.rid] = state

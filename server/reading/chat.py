@@ -326,11 +326,11 @@ class Chats:
     ) -> tuple[SamplingParams, dict[str, str]]:
         """Return the parameters, and what the client calls the constraint among them."""
         params = read_sampling_params(body, self.engine, ("max_completion_tokens", "max_tokens"), None)
-        check_n(params.n, 1)
+        check_n(self.engine, params.n, 1)
         thinks = (reasoning.format.start, reasoning.format.end) if reasoning and not reasoning.is_inside else None
         held: JSON | None = None
         names = names_of_constraint(body)
-        if params.constraint is None:
+        if params.constraint_name is None:
             held = tool_constraint(choice, tool_format) if tool_format else None
             names = {"structural_tag": "tools"}
         elif choice.is_forced:

@@ -22,6 +22,8 @@ Body = TypeVar("Body", bound=Object)
 # The maker of requests, as a mapping of facts about them: an HTTP request, or a line of a batch.
 Owner = MutableMapping[Any, Any]
 MAX_REQUESTS = 1 << 14  # of one HTTP request: prompts times n
+LEAST_MAX_REQUESTS = 1 << 11  # OpenAI's limit for a list of texts
+TURNS = 16  # of a full engine, that one HTTP request may take: lists are no longer
 MAX_N = 128
 LONG_BODY = 1 << 18  # bytes
 MAX_DEPTH = 200  # of a body's objects and lists
@@ -71,7 +73,7 @@ async def read_prompts(
         raise InvalidRequest(
             f"{name} must be a string, a list of token ids, or a non-empty list of these, got {shown(given)}", name
         )
-    check_batch_size(len(given), name)
+    check_batch_size(engine, len(given), name)
     prompts = []
     async for i, one in paced(enumerate(given)):
         field = name if len(given) == 1 else f"{name}[{i}]"
@@ -82,14 +84,21 @@ async def read_prompts(
     return prompts
 
 
-def check_batch_size(count: int, field: str) -> None:
-    if count > MAX_REQUESTS:
-        raise InvalidRequest(f"{field} has {count} prompts, the limit is {MAX_REQUESTS}", field)
+def max_requests(engine: Engine) -> int:
+    """Return how many requests may be made of one HTTP request: what the engine answers in a time to wait for."""
+    return min(MAX_REQUESTS, max(LEAST_MAX_REQUESTS, TURNS * engine.max_running_requests))
 
 
-def check_n(n: int, num_prompts: int) -> None:
-    if n > MAX_N or n * num_prompts > MAX_REQUESTS:
-        raise InvalidRequest(f"n must be between 1 and {min(MAX_N, MAX_REQUESTS // num_prompts)}, got {n}", "n")
+def check_batch_size(engine: Engine, count: int, field: str) -> None:
+    limit = max_requests(engine)
+    if count > limit:
+        raise InvalidRequest(f"{field} has {count} prompts, the limit is {limit}", field)
+
+
+def check_n(engine: Engine, n: int, num_prompts: int) -> None:
+    limit = min(MAX_N, max_requests(engine) // num_prompts)
+    if n > limit:
+        raise InvalidRequest(f"n must be between 1 and {limit}, got {n}", "n")
 
 
 @contextmanager
