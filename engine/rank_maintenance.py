@@ -36,6 +36,8 @@ class RankMaintenance:
         config = self._config.replace(model_path=model_path, load_format=load_format)
         model = self._new_model()
         load_weights(model, resolve_model(config), load_format, torch.device("cpu"))
+        if model.lm_head.is_tied != self._runner.model.lm_head.is_tied:
+            raise ModelError(f"{model_path}: only one of these weights and those in use has a head of its own")
         self._new = model
 
     def drop(self) -> None:

@@ -1,6 +1,7 @@
 """Test the way from a name to a folder, and from a folder to weights."""
 
 import importlib.util
+import json
 import resource
 import shutil
 import struct
@@ -30,6 +31,7 @@ from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, named_layers
 from engine.models.registry import build_model, load_config
 from engine.text.tokenizer import Tokenizer
+from tests.test_models import MAX_DIFFERENCE, TinyEngine, random_ids, reference_logits
 
 CPU = torch.device("cpu")
 
@@ -89,6 +91,27 @@ def test_a_tied_model_takes_its_embedding_under_either_name(tiny_qwen3: Path, tm
     ):
         edit(folder, **changes)
         torch.testing.assert_close(load(folder).lm_head.weight_part("weight", 0), embedding, rtol=0, atol=0)
+
+
+def test_a_tied_model_whose_file_has_another_head_is_not_tied_as_in_transformers(
+    tiny_qwen3: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(tiny_qwen3, tmp_path / "model"))
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    edit(folder, **{"lm_head.weight": embedding.clone()})
+    assert load(folder).lm_head.is_tied and not caplog.records
+    edit(folder, **{"lm_head.weight": embedding.flip(0)})
+    engine, ids = TinyEngine(folder), random_ids(12, seed=3)
+    torch.testing.assert_close(engine.forward({0: ids}), reference_logits(folder, ids), rtol=0, atol=MAX_DIFFERENCE)
+    assert "lm_head.weight and model.embed_tokens.weight differ" in caplog.text
+
+
+def test_a_bare_decoder_does_not_take_the_heads_weight_for_its_embedding(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    raw = json.loads((folder / "config.json").read_text()) | {"architectures": ["LlamaModel"]}
+    (folder / "config.json").write_text(json.dumps(raw))
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    torch.testing.assert_close(load(folder).model.embed_tokens.weight.data, embedding, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

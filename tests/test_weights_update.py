@@ -160,6 +160,15 @@ async def test_a_checkpoint_that_does_not_fit_changes_nothing(
             await engine.maintenance.update_weights("/no/such/folder")
 
 
+async def test_weights_with_a_head_of_their_own_do_not_fit_a_tied_model(tiny_qwen3: Path, tmp_path: Path) -> None:
+    tensors = load_file(tiny_qwen3 / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0)
+    save_file(tensors, tmp_path / "model.safetensors")
+    async with checked_engine(tiny_qwen3) as engine:
+        with pytest.raises(InvalidRequest, match="only one of these weights and those in use has a head of its own"):
+            await engine.maintenance.update_weights(str(tmp_path))
+
+
 async def test_an_update_goes_on_when_whoever_asked_for_it_has_left(tiny_llama: Path, other_llama: Path) -> None:
     async with checked_engine(tiny_llama) as engine:
         updating = asyncio.create_task(engine.maintenance.update_weights(str(other_llama)))

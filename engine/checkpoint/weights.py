@@ -21,6 +21,7 @@ from kernels.weights import ShapeError
 
 logger = logging.getLogger(__name__)
 
+EMBEDDING = "model.embed_tokens.weight"  # by a model's rules, which call a tied head's so as well
 STAGING_BYTES = 16 << 20  # of each of the two pinned buffers that weights pass through
 
 
@@ -34,7 +35,7 @@ def load_weights(model: CausalLM, folder: Path, load_format: str, device: torch.
     files: Located = {}
     if load_format != "dummy":
         paths = checkpoint_files(folder)
-        heads = [head for path in paths for head in read_heads(path, model.rules)]
+        heads = settle_tie(model, paths)
         settle_formats(model, {piece.name for head in heads for piece in head.pieces})
         files = locate_weights(paths, heads, checkpoint_targets(model), model.quantization.in_file)
     layers = unique_layers(model)
@@ -142,6 +143,33 @@ def read_heads(file: Path, rules: Sequence[Rule]) -> list[Head]:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file} cannot be read, or is broken: {error}") from None
     return [Head(file, name, pieces_of(name, rules)) for name in names]
+
+
+def settle_tie(model: CausalLM, paths: Sequence[Path]) -> list[Head]:
+    """Return what is in the files. Unties a head that they have beside the embedding, with other values.
+
+    As transformers does: what is there counts, not what config.json says of it.
+    """
+    heads = [head for path in paths for head in read_heads(path, model.rules)]
+    named = [(head, piece) for head in heads for piece in head.pieces if piece.name == EMBEDDING]
+    if not model.lm_head.is_tied or len(named) < 2:
+        return heads
+    first, second = (piece.of(read_tensor(head)) for head, piece in named[:2])
+    if torch.equal(first, second):
+        return heads
+    names = " and ".join(head.tensor for head, _ in named)
+    logger.warning("%s differ, and tie_word_embeddings says that they are one: both are used", names)
+    model.untie()
+    return [head for path in paths for head in read_heads(path, model.rules)]
+
+
+def read_tensor(head: Head) -> torch.Tensor:
+    """Return a tensor of a file."""
+    from safetensors import safe_open
+
+    with safe_open(head.file, framework="pt") as checkpoint:
+        tensor: torch.Tensor = checkpoint.get_tensor(head.tensor)
+        return tensor
 
 
 def settle_formats(model: CausalLM, found: Collection[str]) -> None:

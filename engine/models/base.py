@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from engine.layers.layer import Layer, LayerConfig
 from engine.layers.norm import NoNorm
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import ModelConfig, read_decoder
-from engine.models.names import COMMON_NAMES, LANGUAGE_HALF, Convert, Rename, Rule
+from engine.models.names import COMMON_NAMES, LANGUAGE_HALF, TIED_HEAD, Convert, Rule
 from engine.quantization import Quantization
 
 RunBlock = Callable[[Block, torch.Tensor], torch.Tensor]
@@ -96,24 +97,33 @@ class CausalLM(Layer):
         return cls.block
 
     def __init__(self, config: ModelConfig, layers: LayerConfig) -> None:
-        self.config = config
+        self.config, self._of_head = config, layers.within("lm_head")
         self.model = self.decoder(config, self.block_of(config), layers.within("model"))
-        self.lm_head = ParallelLMHead(
+        self.lm_head = self._make_head()
+
+    def _make_head(self) -> ParallelLMHead:
+        config = self.config
+        return ParallelLMHead(
             config.vocab_size,
             config.embed_size or config.hidden_size,
-            layers.within("lm_head"),
+            self._of_head,
             tied_to=self.model.embed_tokens if config.tie_word_embeddings else None,
             scale=config.logit_scale,
             bias=config.lm_head_bias,
             softcap=config.logit_softcap,
         )
 
+    def untie(self) -> None:
+        """Give the model a head with a weight of its own, on the meta device, in place of the embedding's."""
+        self.config = replace(self.config, tie_word_embeddings=False)
+        self.lm_head = self._make_head()
+
     @property
     def names(self) -> Sequence[Rule]:
         """From a checkpoint's names to this model's."""
         rules = (*LANGUAGE_HALF, *self.checkpoint) if self.config.is_language_half else tuple(self.checkpoint)
         if self.config.tie_word_embeddings:
-            return (*rules, Rename(r"^lm_head\.", "model.embed_tokens."))
+            return (*rules, TIED_HEAD)
         return rules
 
     @property

@@ -190,6 +190,8 @@ def pieces_of(name: str, rules: Sequence[Rule]) -> list[Piece]:
     return pieces
 
 
+# A tied checkpoint may name the one weight as the embedding's or as the head's.
+TIED_HEAD = Rename(r"^lm_head\.", "model.embed_tokens.")
 # Buffers that old checkpoints hold and nobody reads.
 COMMON_NAMES: tuple[Rule, ...] = (Ignore(r"(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$"),)
 # Of a model that also reads images or sounds: towers and what leads from them to the decoder are not loaded.

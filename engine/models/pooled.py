@@ -8,7 +8,7 @@ from engine.layers.layer import LayerConfig
 from engine.layers.linear import Linear
 from engine.model_config import ModelConfig
 from engine.models.base import CausalLM
-from engine.models.names import Rename, Rule
+from engine.models.names import TIED_HEAD, Ignore, Rename, Rule
 from kernels.weights import Part
 
 
@@ -21,7 +21,8 @@ class PooledModel(CausalLM):
         decoder: a generating model with tied embeddings, so that it has no head of its own.
         """
         self.config, self.model, self.lm_head = decoder.config, decoder.model, decoder.lm_head
-        self._decoder_names = decoder.names
+        # Nobody reads the head's weight, where the file has one: it is not the embedding's.
+        self._decoder_names = [Ignore(rule.pattern) if rule is TIED_HEAD else rule for rule in decoder.names]
 
     @property
     def names(self) -> Sequence[Rule]:
