@@ -161,7 +161,7 @@ def load_transformers(model_path: str, dtype: str) -> Any:
     from engine.checkpoint.folder import resolve_model
     from engine.config import EngineConfig
 
-    folder = resolve_model(EngineConfig(model_path=model_path, dtype=dtype, device="cpu"))
+    folder = resolve_model(EngineConfig(model_path=model_path, dtype=dtype, quantization="none"))
     return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
 

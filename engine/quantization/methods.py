@@ -7,12 +7,14 @@ from engine.errors import ModelError
 from engine.quantization import Quantization, Reader
 from engine.quantization.auto_round import AutoRound
 from engine.quantization.awq import AWQ
+from engine.quantization.gguf import GGUF
 from engine.quantization.gptq import GPTQ
 from engine.quantization.online import FORMATS, Online
 
 METHODS: dict[str, Reader] = {
     "auto-round": AutoRound,
     "awq": AWQ,
+    "gguf": GGUF,
     "gptq": GPTQ,
 }
 """`quant_method` of a checkpoint -> what reads its `quantization_config`."""
@@ -43,7 +45,6 @@ ROUNDINGS = {
     "fp8dq-per_row": "fp8",
     "fp8dq-per_tensor": "fp8",
 }
-GGUF = "gguf"
 
 
 def quantization_of(raw: Mapping[str, Any] | None, flag: str | None) -> Quantization:
@@ -52,15 +53,15 @@ def quantization_of(raw: Mapping[str, Any] | None, flag: str | None) -> Quantiza
     raw: config.json's `quantization_config`. flag: `--quantization`.
     """
     wanted = None if flag in NONE else flag
-    if wanted is not None and not {*METHODS, *KINDS, *FORMATS, *ROUNDINGS, GGUF} & {wanted}:
+    if wanted is not None and not {*METHODS, *KINDS, *FORMATS, *ROUNDINGS} & {wanted}:
         raise ModelError(
             f"--quantization {flag} is not known. A checkpoint that is not quantized is rounded while it is loaded to "
             f"{', '.join(sorted({*FORMATS, *ROUNDINGS}))}; of a quantized one the flag may name the method: "
-            f"{', '.join(sorted({*METHODS, *KINDS, GGUF}))}"
+            f"{', '.join(sorted({*METHODS, *KINDS}))}"
         )
     if raw:
         return _of_file(raw, wanted)
-    if wanted in (None, GGUF):  # of a GGUF file that was dequantized
+    if wanted in (None, "gguf"):  # of a GGUF file that has no weights of few bits
         return Quantization()
     if (rounding := ROUNDINGS.get(wanted, wanted)) not in FORMATS:
         raise ModelError(
