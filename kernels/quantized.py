@@ -193,6 +193,23 @@ class QuantizedWeight(Weight):
             return values
         return torch.empty_like(values).index_copy_(1, order, values)
 
+    def decoded(self) -> torch.Tensor:
+        """Return all rows in the dtype of products."""
+        size = max(1, PANEL_ELEMENTS // self.k)
+        panels = [self.dequantized(slice(i, i + size)).to(self.dtype) for i in range(0, self.n, size)]
+        return torch.cat(panels)
+
+    @property
+    def meanings(self) -> torch.Tensor:
+        """What 4-bit codes stand for before zeros and scales, float32 [16]."""
+        return torch.tensor(TABLES[self.form.table] if self.form.table else range(16), dtype=torch.float32)
+
+    def changed_inputs(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what meets the codes, in their order and rounded as the format says."""
+        if (order := self.fields.get("order")) is not None:
+            x = x[:, order]
+        return x if self.form.inputs is None else rounded_inputs(x, self.form, self.fields.get("input_scale"))
+
     def fill_random(self, generator: torch.Generator) -> None:
         for field, tensor in self.fields.items():
             if field == "codes" and self.form.code == "fp8":
@@ -206,12 +223,23 @@ class QuantizedWeight(Weight):
                 tensor.fill_({"zero": self.form.offset or INT4_ZERO, "minimum": 0.0, "input_scale": 0.05}.get(field, 0))
         spread = {"int4": 4.6, "int8": 74.0, "fp8": 1.0}[self.form.code]
         if self.form.table is not None:
-            spread = float(torch.tensor(TABLES[self.form.table]).std())
+            spread = float(torch.tensor(TABLES[self.form.table], dtype=torch.float32).std())
         self.scale.fill_(0.02 / spread)
 
-    def pack(self, *, for_logits: bool = False) -> Weight:  # noqa: ARG002
+    def materialize(self, device: torch.device) -> None:
+        super().materialize(device)
+        if device.type == "cpu":
+            from kernels.quantized_cpu import kernels_ahead
+
+            kernels_ahead()
+
+    def pack(self, *, for_logits: bool = False) -> Weight:
         """Return the weight in the layout of its device's kernels. `ShapeError` if its parts contradict each other."""
         self._settle()
+        if self.codes.is_cpu:
+            from kernels.quantized_cpu import pack_for_cpu
+
+            return pack_for_cpu(self, for_logits=for_logits) or self
         return self
 
     def _settle(self) -> None:
@@ -234,10 +262,7 @@ class QuantizedWeight(Weight):
 
     def _sums(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return x W^T + bias in float32, [T, k] -> [T, n]."""
-        if (order := self.fields.get("order")) is not None:
-            x = x[:, order]
-        if self.form.inputs is not None:
-            x = rounded_inputs(x, self.form, self.fields.get("input_scale"))
+        x = self.changed_inputs(x)
         wide, result = x.float(), x.new_empty(len(x), self.n, dtype=torch.float32)
         size = max(1, PANEL_ELEMENTS // self.k)
         for start in range(0, self.n, size):

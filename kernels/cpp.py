@@ -1,0 +1,90 @@
+"""Compile a C++ file of this package for the CPU it runs on, once.
+
+Vector units differ between CPUs, so that a library made elsewhere would be slow or would not run. A machine needs a
+compiler for its first start only: the system's, or that of the PyPI package `ziglang`, which needs no administrator.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from kernels.launch import cache_folder
+
+logger = logging.getLogger(__name__)
+
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-w")
+TIMEOUT_S = 120.0
+
+
+@functools.cache
+def load_library(source: Path, march: str = "native") -> ctypes.CDLL | None:
+    """Return the library of `source`, compiled if no earlier start did; None, and a warning, if that is impossible.
+
+    march: the oldest CPU that it shall run on, in the words of GCC.
+    """
+    command = find_compiler()
+    if command is None:
+        logger.warning("no C++ compiler here: weights of few bits are slower or larger (pip install ziglang is one)")
+        return None
+    text = source.read_bytes()
+    path = cache_folder() / "cpu" / f"{source.stem}-{_key(text, command, march)}.so"
+    try:
+        if not path.exists():
+            _compile(command, source, march, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        logger.warning("%s cannot be compiled: weights of few bits are slower or larger (%s)", source.name, detail)
+        return None
+
+
+@functools.cache
+def find_compiler() -> tuple[str, ...] | None:
+    """Return the beginning of a command that compiles C++, or None."""
+    for name in ("g++", "clang++", "c++"):
+        if path := shutil.which(name):
+            return (path,)
+    return (sys.executable, "-m", "ziglang", "c++") if importlib.util.find_spec("ziglang") else None
+
+
+def _compile(command: tuple[str, ...], source: Path, march: str, path: Path) -> None:
+    start = time.perf_counter()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder, path.name)
+        subprocess.run(
+            (*command, *FLAGS, f"-march={march}", "-o", str(made), str(source)),
+            check=True, capture_output=True, text=True, timeout=TIMEOUT_S,
+        )  # fmt: skip
+        made.replace(path)  # whole or not at all, whoever else compiles it
+    logger.info("compiled %s in %.1f s, for later starts too", source.name, time.perf_counter() - start)
+
+
+def _key(text: bytes, command: tuple[str, ...], march: str) -> str:
+    """Return what changes with the source, the compiler, and the CPU if the library is for this one alone."""
+    parts = [text, " ".join((*command, *FLAGS, march)).encode(), platform.machine().encode()]
+    with contextlib.suppress(OSError):
+        found = os.stat(os.path.realpath(command[0]))
+        parts.append(f"{found.st_size} {found.st_mtime_ns}".encode())
+    if march == "native":
+        parts.append(_cpu().encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _cpu() -> str:
+    """Return the names of this CPU's model and units, where the system says them."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        lines = file.read().split("\n\n")[0].splitlines()
+        return "\n".join(line for line in lines if line.startswith(("model", "stepping", "flags", "vendor")))
+    return platform.processor()
