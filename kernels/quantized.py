@@ -92,10 +92,12 @@ class QuantizedWeight(Weight):
         """
         super().__init__(parts, k, input_shard)
         self.dtype, self.form = dtype, form
-        group_size = form.group_size_of(k)
-        if k % form.codes_per_byte or (k % group_size and input_shard.count > 1):
+        num_inputs = k * input_shard.count
+        group_size = form.group_size_of(num_inputs)
+        if k % form.codes_per_byte or (k % group_size and input_shard.count > 1 and group_size < num_inputs):
             raise ShapeError(f"has {k} inputs on each of {input_shard.count} ranks, no multiple of its groups of "
                              f"{max(group_size, form.codes_per_byte)}")  # fmt: skip
+        group_size = form.group_size_of(k)
         if form.has_order and input_shard.count > 1:
             raise ShapeError("has groups in an order of their own (desc_act), which cannot be split over ranks")
         num_groups = -(-k // group_size)
@@ -312,20 +314,23 @@ def pack_int4(values: torch.Tensor) -> torch.Tensor:
 def quantize_inputs(x: torch.Tensor, form: Format, input_scale: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
     """Return (codes [T, k], float32 scales [T, groups]) of a step's inputs x [T, k]; with a known scale, that one."""
     limit = FP8_MAX if form.inputs == "fp8" else 127.0
-    wide = x.float().unflatten(1, (-1, form.input_group or x.shape[1]))
+    k = x.shape[1]
+    group = form.input_group or k
+    wide = F.pad(x.float(), (0, -k % group)).unflatten(1, (-1, group))
     if input_scale is None:
         scale = wide.abs().amax(dim=2, keepdim=True).clamp_(min=1e-10) / limit
     else:
         scale = input_scale.reshape(1, 1, 1).expand(*wide.shape[:2], 1)
     scaled = (wide / scale).clamp_(-limit, limit)
     codes = scaled.to(FP8) if form.inputs == "fp8" else scaled.round_().to(torch.int8)
-    return codes.flatten(1), scale[:, :, 0]
+    return codes.flatten(1)[:, :k], scale[:, :, 0]
 
 
 def rounded_inputs(x: torch.Tensor, form: Format, input_scale: torch.Tensor | None) -> torch.Tensor:
     """Return x [T, k] rounded as `quantize_inputs` does, as float32."""
     codes, scale = quantize_inputs(x, form, input_scale)
-    return (codes.float().unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1)
+    of_inputs = scale.repeat_interleave(form.input_group or x.shape[1], 1)[:, : x.shape[1]]
+    return codes.float() * of_inputs
 
 
 def _matching(target: torch.Tensor, loaded: torch.Tensor, shards: Sequence[Shard]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+Json = dict[str, Any]
 Weights = dict[str, torch.Tensor]
 Write = Callable[[str, torch.Tensor, torch.Generator], tuple[Weights, torch.Tensor | None]]
 """(module, its weight [n, k], randomness) -> the checkpoint's tensors, by what follows the module's name, and what they
@@ -128,6 +129,189 @@ def marlin(group: int | None) -> Write:
     return write
 
 
+def compressed(bits: int = 4, *, sym: bool = True, group: int | None = GROUP, actorder: bool = False) -> Write:
+    """Pack values plus 2^(bits - 1) along the inputs, and such zeros along the outputs."""
+
+    def write(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor]:
+        n, k = weight.shape
+        g_idx = torch.arange(k) // (group or k)
+        if actorder:
+            g_idx = g_idx[torch.randperm(k, generator=torch.Generator().manual_seed(k))]
+        num_groups, half = int(g_idx.max()) + 1, 1 << (bits - 1)
+        codes, scales = random_codes(bits, n, k, random), random_scales(bits, n, num_groups, random)
+        zeros = random_codes(bits, n, num_groups, random)
+        tensors = {
+            "weight_packed": int32_words(codes, bits),
+            "weight_scale": scales,
+            "weight_shape": torch.tensor([n, k]),
+        }
+        if sym:
+            zeros.fill_(half)
+        else:
+            tensors["weight_zero_point"] = int32_words(zeros.t(), bits).t()
+        if actorder:
+            tensors["weight_g_idx"] = g_idx.to(torch.int32)
+        return tensors, (codes - zeros[:, g_idx]) * scales.float()[:, g_idx]
+
+    return write
+
+
+def bytes_each(bits: int, *, sym: bool = True) -> Write:
+    """Write values of few bits, signed, one a byte."""
+
+    def write(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor]:
+        n, k = weight.shape
+        half = 1 << (bits - 1)
+        codes, scales = random_codes(bits, n, k, random) - half, random_scales(bits, n, k // GROUP, random)
+        zeros = random_codes(bits, n, k // GROUP, random) - half
+        tensors = {"weight": codes.to(torch.int8), "weight_scale": scales}
+        if sym:
+            zeros.fill_(0)
+        else:
+            tensors["weight_zero_point"] = zeros.to(torch.int8)
+        return tensors, (codes - group_wise(zeros, 1)) * group_wise(scales.float(), 1)
+
+    return write
+
+
+def to_fp8(values: torch.Tensor) -> torch.Tensor:
+    return values.clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def by_token(x: torch.Tensor) -> torch.Tensor:
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    return to_fp8(x / scale).float() * scale
+
+
+def by_token_in_blocks(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([by_token(part) for part in x.split(BLOCK, -1)], -1)
+
+
+def by_token_int8(x: torch.Tensor) -> torch.Tensor:
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scale).round() * scale
+
+
+INPUT_SCALE = 0.03
+
+
+def static_fp8(x: torch.Tensor) -> torch.Tensor:
+    return to_fp8(x / INPUT_SCALE).float() * INPUT_SCALE
+
+
+def static_int8(x: torch.Tensor) -> torch.Tensor:
+    return (x / INPUT_SCALE).round().clamp(-127, 127) * INPUT_SCALE
+
+
+BLOCK = 32
+Scale = Callable[[torch.Tensor], torch.Tensor]
+
+
+def of_all(weight: torch.Tensor) -> torch.Tensor:
+    return weight.abs().amax().reshape(1, 1)
+
+
+def of_rows(weight: torch.Tensor) -> torch.Tensor:
+    return weight.abs().amax(1, keepdim=True)
+
+
+def of_blocks(weight: torch.Tensor) -> torch.Tensor:
+    return torch.stack([torch.stack([b.abs().amax() for b in r.split(BLOCK, 1)]) for r in weight.split(BLOCK, 0)])
+
+
+def spread(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Repeat scales over the rows and columns of a weight."""
+    n, k = weight.shape
+    for dim, size in enumerate((n, k)):
+        scale = scale.repeat_interleave(-(-size // scale.shape[dim]) if scale.shape[dim] < size else 1, dim)
+    return scale[:n, :k]
+
+
+def fp8(of: Scale, name: str = "weight_scale", shaped: Scale = lambda scale: scale, **others: float) -> Write:
+    """Round to e4m3. others: further tensors of one number."""
+
+    def write(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor]:
+        scale = of(weight) / 448
+        codes = to_fp8(weight / spread(scale, weight))
+        tensors = {"weight": codes, name: shaped(scale)} | {leaf: torch.tensor(one) for leaf, one in others.items()}
+        return tensors, codes.float() * spread(scale, weight)
+
+    return write
+
+
+def int8(of: Scale, **others: float) -> Write:
+    def write(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor]:
+        scale = of(weight) / 127
+        codes = (weight / scale).round()
+        tensors = {"weight": codes.to(torch.int8), "weight_scale": scale}
+        return tensors | {leaf: torch.tensor([one]) for leaf, one in others.items()}, codes * scale
+
+    return write
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def fp4(codes_name: str, group: int, global_name: str = "", inverse: bool = False) -> Write:
+    """Write codes of E2M1, with e4m3 scales times one of all, or with powers of two where it has no name."""
+
+    def write(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor]:
+        n, k = weight.shape
+        codes = random_codes(4, n, k, random)
+        tensors = {codes_name: (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8)}
+        if global_name:
+            of_all = torch.tensor(1 / 4096)
+            scale = to_fp8(torch.rand(n, k // group, generator=random) * 448)
+            tensors |= {"weight_scale": scale, global_name: 1 / of_all if inverse else of_all}
+            scale = scale.float() * of_all
+        else:
+            exponents = torch.randint(115, 123, (n, k // group), generator=random)
+            tensors["weight_scale"] = exponents.to(torch.uint8)
+            scale = 2.0 ** (exponents - 127)
+        return tensors, E2M1[codes] * group_wise(scale, 1, group)
+
+    return write
+
+
+def write_mxfp8(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor]:
+    exponents = torch.randint(115, 123, (weight.shape[0], weight.shape[1] // 32), generator=random)
+    scale = group_wise(2.0 ** (exponents - 127), 1, 32)
+    codes = to_fp8(weight / scale)
+    return {"weight": codes, "weight_scale": exponents.to(torch.uint8)}, codes.float() * scale
+
+
+def write_mixed(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor | None]:
+    if module.endswith("o_proj"):
+        return {"weight": weight}, None
+    return (fp8(of_rows) if module.endswith("down_proj") else compressed())(module, weight, random)
+
+
+def ct_config(
+    layout: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"symmetric": True} | weights, "input_activations": inputs}
+    return {
+        "quant_method": "compressed-tensors", "format": layout, "ignore": ["lm_head"],
+        "quantization_status": "compressed", "config_groups": {"group_0": group},
+    } | more  # fmt: skip
+
+
+def ct_words(bits: int, group: int | None = GROUP, **weights: Any) -> dict[str, Any]:
+    of_groups = {"strategy": "group", "group_size": group} if group else {"strategy": "channel", "group_size": None}
+    return ct_config("pack-quantized", {"num_bits": bits, "type": "int"} | of_groups | weights)
+
+
+DYNAMIC = {"num_bits": 8, "dynamic": True, "symmetric": True, "strategy": "token"}
+STATIC = {"num_bits": 8, "dynamic": False, "symmetric": True, "strategy": "tensor"}
+FLOAT8, INT8 = {"num_bits": 8, "type": "float"}, {"num_bits": 8, "type": "int"}
+MIXED_GROUPS = {
+    "group_0": {"targets": ["re:.*down_proj"], "format": "float-quantized",
+                "weights": FLOAT8 | {"strategy": "channel"}, "input_activations": None},
+    "group_1": {"targets": ["Linear"], "format": "pack-quantized",
+                "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP, "symmetric": True}},
+}  # fmt: skip
+
+
 CASES: dict[str, Case] = {
     "awq": Case(
         {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}, write_awq
@@ -165,6 +349,113 @@ CASES: dict[str, Case] = {
     "auto-round as awq": Case(
         {"quant_method": "auto-round", "bits": 4, "group_size": GROUP, "packing_format": "auto_round:auto_awq"},
         write_awq,
+    ),
+    "compressed-tensors, W4A16": Case(ct_words(4), compressed()),
+    "compressed-tensors, W4A16 with zeros": Case(ct_words(4, symmetric=False), compressed(sym=False)),
+    "compressed-tensors, W4A16 in another order": Case(
+        ct_words(4, actorder="group"), compressed(actorder=True), splits=False
+    ),
+    "compressed-tensors, W8A16": Case(ct_words(8, None), compressed(8, group=None)),
+    "compressed-tensors, W8A16 with zeros": Case(ct_words(8, symmetric=False), compressed(8, sym=False)),
+    "compressed-tensors, W3A16": Case(ct_words(3), compressed(3)),
+    "compressed-tensors, W6A16 with zeros": Case(ct_words(6, symmetric=False), compressed(6, sym=False)),
+    "compressed-tensors, W4A8": Case(
+        ct_config("int-quantized", {"num_bits": 4, "type": "int", "group_size": GROUP}, DYNAMIC | INT8), bytes_each(4)
+    ),
+    "compressed-tensors, W4A8 with zeros": Case(
+        ct_config("int-quantized", {"num_bits": 4, "type": "int", "group_size": GROUP, "symmetric": False}),
+        bytes_each(4, sym=False),
+    ),
+    "compressed-tensors, W8 with zeros": Case(
+        ct_config("int-quantized", {"num_bits": 8, "type": "int", "group_size": GROUP, "symmetric": False}),
+        bytes_each(8, sym=False),
+    ),
+    "compressed-tensors, W8A8": Case(
+        ct_config("int-quantized", INT8 | {"strategy": "channel"}, DYNAMIC | INT8), int8(of_rows), by_token_int8
+    ),
+    "compressed-tensors, W8A8 static": Case(
+        ct_config("int-quantized", INT8 | {"strategy": "tensor"}, STATIC | INT8),
+        int8(of_all, input_scale=INPUT_SCALE),
+        static_int8,
+    ),
+    "compressed-tensors, FP8 dynamic": Case(
+        ct_config("float-quantized", FLOAT8 | {"strategy": "channel"}, DYNAMIC | FLOAT8), fp8(of_rows), by_token
+    ),
+    "compressed-tensors, FP8 static": Case(
+        ct_config("float-quantized", FLOAT8 | {"strategy": "tensor"}, STATIC | FLOAT8),
+        fp8(of_all, input_scale=INPUT_SCALE, k_scale=0.1),
+        static_fp8,
+    ),
+    "compressed-tensors, FP8 in blocks": Case(
+        ct_config(
+            "float-quantized",
+            FLOAT8 | {"strategy": "block", "block_structure": [BLOCK, BLOCK]},
+            DYNAMIC | FLOAT8 | {"strategy": "group", "group_size": BLOCK},
+        ),
+        fp8(of_blocks),
+        by_token_in_blocks,
+    ),
+    "compressed-tensors, several groups": Case(
+        ct_config("mixed-precision", {}, ignore=["lm_head", "re:.*o_proj"], config_groups=MIXED_GROUPS), write_mixed
+    ),
+    "compressed-tensors, NVFP4": Case(
+        ct_config("nvfp4-pack-quantized", {"num_bits": 4, "type": "float", "group_size": 16}),
+        fp4("weight_packed", 16, "weight_global_scale", inverse=True),
+    ),
+    "compressed-tensors, MXFP4": Case(
+        ct_config("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "group_size": 32}), fp4("weight_packed", 32)
+    ),
+    "compressed-tensors, MXFP8": Case(
+        ct_config("mxfp8-quantized", {"num_bits": 8, "type": "float", "group_size": 32}), write_mxfp8
+    ),
+    "fp8 in blocks": Case(
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]},
+        fp8(of_blocks, "weight_scale_inv"),
+        by_token_in_blocks,
+    ),
+    "fp8": Case(
+        {"quant_method": "fp8", "activation_scheme": "static"}, fp8(of_all, input_scale=INPUT_SCALE), static_fp8
+    ),
+    "fp8 of Mistral": Case(
+        {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None},
+        fp8(of_all, "weight_scale_inv", torch.squeeze, activation_scale=INPUT_SCALE),
+        static_fp8,
+    ),
+    "fbgemm": Case({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, fp8(of_rows), by_token),
+    "modelopt": Case(
+        {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["lm_head"]},
+        fp8(of_all, shaped=torch.squeeze, input_scale=INPUT_SCALE, v_scale=0.1),
+        static_fp8,
+    ),
+    "modelopt, rows and tokens": Case(
+        {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "exclude_modules": ["lm_head*"]},
+        fp8(of_rows, shaped=torch.squeeze),
+        by_token,
+    ),
+    "modelopt, NVFP4": Case(
+        {"quant_method": "modelopt_fp4", "quant_algo": "NVFP4", "exclude_modules": ["lm_head"]},
+        fp4("weight", 16, "weight_scale_2"),
+    ),
+    "quark": Case(
+        {"quant_method": "quark", "exclude": ["lm_head"], "global_quant_config": {
+            "weight": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"},
+            "input_tensors": {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False},
+        }},
+        fp8(of_all, shaped=torch.squeeze, input_scale=INPUT_SCALE, output_scale=0.1),
+        static_fp8,
+    ),
+    "quark, int8": Case(
+        {"quant_method": "quark", "exclude": ["lm_head"], "global_quant_config": {
+            "weight": {"dtype": "int8", "qscheme": "per_channel"},
+            "input_tensors": {"dtype": "int8", "qscheme": "per_channel", "is_dynamic": True},
+        }},
+        int8(of_rows),
+        by_token_int8,
+    ),
+    "quark, MXFP4": Case(
+        {"quant_method": "quark", "exclude": ["lm_head"], "global_quant_config": {
+            "weight": {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}}},
+        fp4("weight", 32),
     ),
 }  # fmt: skip
 

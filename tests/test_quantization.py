@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from engine.checkpoint.weights import pack_weights
 from engine.errors import ModelError
@@ -17,7 +18,7 @@ from engine.layers.layer import named_layers
 from engine.layers.linear import Linear
 from engine.quantization.methods import METHODS, quantization_of
 from engine.quantization.modules import Modules, spellings
-from tests.quantized_files import CASES, GROUP, gptq_config, write_quantized
+from tests.quantized_files import CASES, GROUP, ct_words, gptq_config, write_quantized
 from tests.test_models import MakeTinyModel, TinyEngine, assert_equals_reference, random_ids
 
 
@@ -44,10 +45,27 @@ def made(make_tiny_model: MakeTinyModel, tmp_path_factory: pytest.TempPathFactor
     return folders
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.rounds is None])
 def test_a_quantized_checkpoint_has_the_logits_of_what_it_stands_for(name: str, made) -> None:
     packed, plain = made[name]
     assert_equals_reference(engine_of(packed), plain, random_ids(20, seed=0), random_ids(13, seed=1))
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.rounds is not None])
+def test_inputs_are_rounded_as_the_checkpoint_says(name: str, made) -> None:
+    (packed, plain), rounds = made[name], CASES[name].rounds
+    assert rounds is not None
+    ids = random_ids(20, seed=0)
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        unrounded = model(torch.tensor([ids])).logits[0]
+        for module, layer in model.named_modules():
+            if module.endswith("_proj"):
+                layer.register_forward_pre_hook(lambda _, inputs: (rounds(inputs[0]),))
+        wanted = model(torch.tensor([ids])).logits[0]
+    got = engine_of(packed).forward({0: ids})
+    # A sum in another order may round one input to the next code: far less than rounding itself changes.
+    assert (got - wanted).norm() < 0.02 * (unrounded - wanted).norm()
 
 
 def linears(engine: TinyEngine) -> dict[str, Linear]:
@@ -112,6 +130,31 @@ DOWN, UP = "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"
             rf"{DOWN}\.g_idx does not number groups of 32 inputs one after another, .* desc_act",
         ),
         (
+            "fp8 in blocks",
+            lambda files: files.pop(f"{DOWN}.weight_scale_inv"),
+            rf"{DOWN}\.weight is of torch\.float8_e4m3fn, which stands for nothing without a scale",
+        ),
+        (
+            "compressed-tensors, FP8 dynamic",
+            lambda files: files.update({f"{UP}.weight": files[f"{UP}.weight"].half()}),
+            rf"{UP}\.weight is of torch\.float16, the format's codes are of torch\.float8_e4m3fn",
+        ),
+        (
+            "compressed-tensors, FP8 in blocks",
+            lambda files: files.update({f"{UP}.weight_scale": files[f"{UP}.weight_scale"][1:].clone()}),
+            rf"{UP}\.weight_scale, read as scale, has shape \[96, 2\], the model wants \[128, 2\]",
+        ),
+        (
+            "modelopt, NVFP4",
+            lambda files: files.pop(f"{UP}.weight_scale_2"),
+            rf"{UP}\.weight_scale, read as scale, needs {UP}\.weight_scale_2, which the checkpoint does not have",
+        ),
+        (
+            "compressed-tensors, NVFP4",
+            lambda files: files.update({f"{UP}.weight_scale": files[f"{UP}.weight_scale"].float()}),
+            rf"{UP}\.weight_scale, read as scale, is of torch\.float32, NVFP4's scales are of torch\.float8_e4m3fn",
+        ),
+        (
             "gptq, desc_act",
             lambda files: files.update({f"{UP}.g_idx": files[f"{UP}.g_idx"].flip(0)}),
             r"model\.layers\.1\.mlp\.gate_up_proj has parts with different g_idx",
@@ -140,6 +183,19 @@ def test_a_broken_checkpoint_is_refused_by_the_name_of_its_tensor(
         ({"quant_method": "gptq", "bits": "4"}, "bits must be of type int, got '4'"),
         ({"quant_method": "gptq", "checkpoint_format": "bitblas"}, "bitblas.*only gptq, gptq_v2 and marlin"),
         ({"quant_method": "gptq", "dynamic": {"-:(": {}}}, "dynamic has the pattern .* cannot be read"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "'e5m2'.*only e4m3"),
+        ({"quant_method": "fp8", "activation_scheme": "none"}, "activation_scheme 'none'.*only dynamic and static"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, r"weight_block_size must be two sizes.*\[128\]"),
+        ({"quant_method": "fp8", "weight_block_size": [256, 128]}, "blocks of 256 rows"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "ModelOpt's W4A8_AWQ.*only FP8, "),
+        (
+            {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "uint4", "qscheme": "per_group"}}},
+            "Quark's uint4 per_group.*only fp8_e4m3",
+        ),
+        (ct_words(1), "weights of 1 bits, type int"),
+        (ct_words(4) | {"transform_config": {"config_groups": {"u": {}}}}, "transforms .* are not supported"),
+        (ct_words(4) | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask.*save them dense"),
+        (ct_words(4) | {"config_groups": {"group_0": 4}}, "group_0 must be an object, got 4"),
         ({"quant_method": "auto-round", "data_type": "mx_fp"}, "mx_fp.*only int"),
         ({"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 8}, "has 4 bits, not 8"),
     ],
@@ -169,6 +225,8 @@ def test_a_flag_that_contradicts_the_file_names_both(config: Any, flag: str, mes
         ("awq", ("awq", "awq_marlin", "moe_wna16")),
         ("gptq", ("gptq", "gptq_marlin", "marlin", "moe_wna16")),
         ("auto-round", ("auto-round", "auto_round", "gptq_marlin")),
+        ("compressed-tensors", ("compressed-tensors", "w8a8_int8", "w8a8_fp8", "mxfp4")),
+        ("fp8", ("fp8", "w8a8_fp8")),
     ],
 )
 def test_a_flag_named_after_a_kernel_means_its_format(method: str, flags: tuple[str, ...]) -> None:
@@ -180,6 +238,11 @@ def test_a_flag_named_after_a_kernel_means_its_format(method: str, flags: tuple[
     ("name", "file", "config"),
     [
         ("gptq, zeros", "quantize_config.json", {"bits": 4, "group_size": GROUP, "desc_act": False, "sym": False}),
+        (
+            "modelopt",
+            "hf_quant_config.json",
+            {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}},
+        ),
         ("awq", "quant_config.json", {"zero_point": True, "q_group_size": GROUP, "w_bit": 4, "version": "GEMM"}),
     ],
 )

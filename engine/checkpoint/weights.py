@@ -1,5 +1,6 @@
 """From a folder to a model with its weights on the device."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -222,29 +223,29 @@ def copy_weights(located: Located, file_of: Mapping[str, Path], device: torch.de
     """
     from safetensors import safe_open
 
-    def read(name: str) -> torch.Tensor:
-        if name not in file_of:
-            raise ModelError(f"needs {name}, which the checkpoint does not have")
-        with safe_open(file_of[name], framework="pt") as other:
-            tensor: torch.Tensor = other.get_tensor(name)
-        return tensor.to(device)
-
     copy = StagedCopy() if device.type == "cuda" else torch.Tensor.copy_
     total = sum(file.stat().st_size for file in located)
-    with progress_bar("Loading weights", total) as advance:
+    with progress_bar("Loading weights", total) as advance, contextlib.ExitStack() as stack:
+        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in located}
+
+        def read(name: str) -> torch.Tensor:
+            if name not in file_of:
+                raise ModelError(f"needs {name}, which the checkpoint does not have")
+            tensor: torch.Tensor = opened[file_of[name]].get_tensor(name)
+            return tensor.to(device)
+
         for file, sources in located.items():
-            with safe_open(file, framework="pt") as checkpoint:
-                for name, piece, target in sources:
-                    loaded = checkpoint.get_tensor(name)
-                    if piece.transforms and device.type == "cuda":
-                        loaded = loaded.to(device)
-                    try:
-                        _place(piece.of(loaded, read), target, copy)
-                    except (ShapeError, ModelError) as error:
-                        is_changed = target is not None and not name.endswith(f".{target.weight_name}")
-                        read_as = f", read as {target.weight_name}," if target and is_changed else ""
-                        raise ModelError(f"{name}{read_as} {error}") from None
-                    advance(loaded.nbytes)
+            for name, piece, target in sources:
+                loaded = opened[file].get_tensor(name)
+                if piece.transforms and device.type == "cuda":
+                    loaded = loaded.to(device)
+                try:
+                    _place(piece.of(loaded, read), target, copy)
+                except (ShapeError, ModelError) as error:
+                    is_changed = target is not None and not name.endswith(f".{target.weight_name}")
+                    read_as = f", read as {target.weight_name}," if target and is_changed else ""
+                    raise ModelError(f"{name}{read_as} {error}") from None
+                advance(loaded.nbytes)
 
 
 def _place(piece: torch.Tensor, target: Target | None, copy: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
@@ -254,6 +255,8 @@ def _place(piece: torch.Tensor, target: Target | None, copy: Callable[[torch.Ten
     to, source = target.layer.place_weight(target.weight_name, piece, target.part)
     if to.is_floating_point() != source.is_floating_point():
         raise ModelError(f"is of {source.dtype}, the model wants {to.dtype}")
+    if source.is_floating_point() and source.dtype.itemsize == 1 < to.dtype.itemsize:
+        raise ModelError(f"is of {source.dtype}, which stands for nothing without a scale, and there is none for it")
     copy(to, source)
 
 

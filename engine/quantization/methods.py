@@ -7,15 +7,24 @@ from engine.errors import ModelError
 from engine.quantization import Quantization, Reader
 from engine.quantization.auto_round import AutoRound
 from engine.quantization.awq import AWQ
+from engine.quantization.compressed_tensors import CompressedTensors
+from engine.quantization.fp8 import FBGEMM, FP8
 from engine.quantization.gguf import GGUF
 from engine.quantization.gptq import GPTQ
+from engine.quantization.modelopt import ModelOpt
 from engine.quantization.online import FORMATS, Online
+from engine.quantization.quark import Quark
 
 METHODS: dict[str, Reader] = {
     "auto-round": AutoRound,
     "awq": AWQ,
+    "compressed-tensors": CompressedTensors,
+    "fbgemm_fp8": FBGEMM,
+    "fp8": FP8,
     "gguf": GGUF,
     "gptq": GPTQ,
+    "modelopt": ModelOpt,
+    "quark": Quark,
 }
 """`quant_method` of a checkpoint -> what reads its `quantization_config`."""
 
@@ -23,16 +32,26 @@ NONE = (None, "", "none", "null")
 # Other names of a method in config.json.
 SAME_METHOD = {
     "auto_round": "auto-round",
+    "compressed_tensors": "compressed-tensors",
     "intel/auto-round": "auto-round",
     "marlin": "gptq",
+    "modelopt_fp4": "modelopt",
+    "modelopt_fp8": "modelopt",
+    "modelopt_mixed": "modelopt",
 }
 # `--quantization`, named after a kernel, a library or one kind of a method -> the methods of files that have it.
 KINDS: dict[str, tuple[str, ...]] = {
     "auto_round": ("auto-round",),
     "awq_marlin": ("awq", "auto-round"),
+    "compressed_tensors": ("compressed-tensors",),
     "gptq_marlin": ("gptq", "auto-round"),
     "marlin": ("gptq",),
+    "modelopt_fp4": ("modelopt",),
+    "modelopt_fp8": ("modelopt",),
     "moe_wna16": ("awq", "gptq"),
+    "mxfp4": ("compressed-tensors", "quark"),
+    "w8a8_fp8": ("compressed-tensors", "fp8"),
+    "w8a8_int8": ("compressed-tensors",),
 }
 # The same -> a format of `FORMATS`.
 ROUNDINGS = {
@@ -72,7 +91,7 @@ def quantization_of(raw: Mapping[str, Any] | None, flag: str | None) -> Quantiza
 
 
 def _of_file(raw: Mapping[str, Any], wanted: str | None) -> Quantization:
-    named = str(raw.get("quant_method") or "").lower()
+    named = str(raw.get("quant_method") or ("modelopt" if "quant_algo" in raw else "")).lower()
     method = SAME_METHOD.get(named, named)
     if method not in METHODS:
         raise ModelError(f"quantization method not supported: {named or 'none named'}. Supported: {', '.join(METHODS)}")
