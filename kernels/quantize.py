@@ -56,12 +56,12 @@ def quantize(form: Format, values: torch.Tensor) -> dict[str, torch.Tensor]:
         scale = (groups.abs().amax(dim=2) / 127).clamp_(min=MIN_SCALE).to(form.scale_dtype)
         codes = (groups / scale[:, :, None].float()).round_().clamp_(-127, 127).to(torch.int8)
         return {"codes": codes.flatten(1)[:, :k], "scale": scale}
-    best = None
+    best: dict[str, torch.Tensor] = {}
     for shrink in SHRINKS:
         fields = _quantize_int4(form, groups, shrink)
         zero = fields["zero"][:, :, None].float() if form.has_zero else INT4_ZERO
         error = ((fields["codes"] - zero) * fields["scale"][:, :, None].float() - groups).square_().sum(dim=2)
-        if best is None:
+        if not best:
             best, least = fields, error
             continue
         is_better = error < least
@@ -69,7 +69,6 @@ def quantize(form: Format, values: torch.Tensor) -> dict[str, torch.Tensor]:
         for field, found in fields.items():
             chosen = is_better[:, :, None] if found.dim() == 3 else is_better
             best[field] = torch.where(chosen, found, best[field])
-    assert best is not None
     return {**best, "codes": pack_int4(best["codes"].flatten(1)[:, :k])}
 
 

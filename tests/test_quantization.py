@@ -18,6 +18,9 @@ from engine.layers.layer import named_layers
 from engine.layers.linear import Linear
 from engine.quantization.methods import METHODS, quantization_of
 from engine.quantization.modules import Modules, spellings
+from engine.quantization.online import FORMATS as FORMATS_ONLINE
+from kernels.quantize import OnlineWeight
+from kernels.weights import Part
 from tests.quantized_files import CASES, GROUP, ct_words, gptq_config, write_quantized
 from tests.test_models import MakeTinyModel, TinyEngine, assert_equals_reference, random_ids
 
@@ -279,3 +282,18 @@ def test_an_entry_means_a_module_by_any_of_its_names(entry: str, means: str, but
     modules = Modules([entry], "ignore")
     assert spellings(means) in modules
     assert spellings(but_not) not in modules
+
+
+@pytest.mark.parametrize(
+    ("name", "largest"), [("fp8", 0.07), ("fp8wo", 0.04), ("int8", 0.008), ("w8a8_int8", 0.02), ("int4", 0.1)]
+)
+def test_weights_rounded_while_they_load_multiply_nearly_as_they_were(name: str, largest: float):
+    random = torch.Generator().manual_seed(0)
+    values, x = torch.randn(96, 320, generator=random), torch.randn(5, 320, generator=random)
+    weight = OnlineWeight([Part(64), Part(32)], 320, torch.float32, FORMATS_ONLINE[name])
+    weight.materialize(torch.device("cpu"))
+    for part, rows in enumerate(values.split([64, 32])):
+        target, source = weight.place("weight", rows, part)
+        target.copy_(source)
+    got, wanted = weight.pack().product(x), x @ values.t()
+    assert (got - wanted).norm() / wanted.norm() < largest

@@ -10,12 +10,20 @@ from kernels.quantize import OnlineWeight
 from kernels.quantized import Format
 from kernels.weights import Part, Shard
 
+
+def _int4(group_size: int) -> Format:
+    return Format("int4", group_size, has_zero=True, scale_dtype=torch.float16)
+
+
 FORMATS = {
     "fp8": Format("fp8", inputs="fp8"),
     "fp8wo": Format("fp8"),
     "int8": Format("int8", 128, scale_dtype=torch.float16),
     "w8a8_int8": Format("int8", inputs="int8"),
-    "int4": Format("int4", 128, has_zero=True, scale_dtype=torch.float16),
+    "int4": _int4(128),
+    "int4wo-32": _int4(32),
+    "int4wo-64": _int4(64),
+    "int4wo-256": _int4(256),
 }
 KEPT = ("lm_head", "score")  # what ends a model stays as it is
 

@@ -196,6 +196,8 @@ class ModelRunner:
             self.model = new
             return
         for layer, new_layer in zip(unique_layers(self.model), unique_layers(new), strict=True):
+            new_layer.move_to(self.device)
+            new_layer.pack()  # into the layout that this layer's weights have by now
             for (_, weight), (_, new_weight) in zip(layer.weights(), new_layer.weights(), strict=True):
                 weight.copy_(new_weight)
         torch.cuda.synchronize()
