@@ -1,6 +1,8 @@
 """Hold the buffers in which all layers cache their tokens."""
 
+import mmap
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +64,7 @@ class CachePool:
             if self.num_window_slots is not None and has_window(entry):
                 num_slots = self.num_window_slots
             shape = buffer_shape(entry, len(layers), num_slots)
-            buffer = torch.zeros(shape, dtype=self.dtype, device=self._device)
+            buffer = _zeros(shape, self.dtype, torch.device(self._device))
             self.buffers.append(buffer)
             views.update(zip(layers, (_views(entry, part) for part in buffer), strict=True))
         self._views = [views[i] for i in range(len(self.layout))]
@@ -79,6 +81,14 @@ class CachePool:
     def nbytes(self) -> int:
         """Return the bytes of all buffers."""
         return sum(buffer.nbytes for buffer in self.buffers)
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return zeros. Host memory is taken page by page, as slots are first written: a start writes few of them."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def _views(entry: LayerCache, buffer: torch.Tensor) -> KVViews | LatentViews:

@@ -1,5 +1,8 @@
 """What layers keep of tokens: one buffer for equal layers, the views that each asked for, and the bytes of it all."""
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -42,3 +45,16 @@ def test_released_buffers_come_back_empty() -> None:
     assert pool.nbytes == 0
     pool.allocate()
     assert pool.nbytes == 8 * pool.bytes_per_token and not pool[0].k.any()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_a_pool_on_a_cpu_takes_memory_as_slots_are_written() -> None:
+    before = resident_bytes()
+    pool = CachePool((KV(4, 64),) * 4, 1 << 16, torch.bfloat16, "cpu")
+    assert pool.nbytes == 256 << 20
+    pool[3].k[1000:1100] = 1.0
+    assert resident_bytes() - before < 32 << 20
+    assert not pool[2].v[:100].any()

@@ -17,7 +17,28 @@ ENDED = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 class Connection(web.RequestHandler):
     """One client's connection. Requests on it are at work one at a time; up to 32 wait, the others in the socket."""
 
-    __slots__ = ()
+    __slots__ = ("_will_resume",)
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._will_resume = False
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Go on reading what was paused, in the next pass of the loop.
+
+        aiohttp calls this once the part of a body that it holds is read, and would decompress the next one before it
+        returns: nobody else has the loop until the body's end, and a megabyte can become a gigabyte.
+        """
+        if not (self._reading_paused and resume_parser):
+            super().resume_reading(resume_parser)
+        elif not self._will_resume:
+            self._will_resume = True
+            self._loop.call_soon(self._resume)
+
+    def _resume(self) -> None:
+        self._will_resume = False
+        if self.transport is not None and self._reading_paused:
+            super().resume_reading()
 
     def handle_error(
         self,
