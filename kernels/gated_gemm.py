@@ -5,22 +5,16 @@ gate and up never reach memory, tiles are cut so that they fill the multiprocess
 before the kernel ahead has ended. `gated_gemm.cu` is compiled by NVRTC, which comes with torch, and kept on disk.
 """
 
-import contextlib
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from kernels.launch import cache_folder, cdiv, num_sms
-
-logger = logging.getLogger(__name__)
+from kernels.launch import cdiv, num_sms
+from kernels.nvrtc import check, compile_source, has_nvrtc
 
 ROWS, DEPTH = 128, 64  # rows of a tile, and columns of x and weight that it reads at a time
 TILE_COLUMNS = (128, 112, 96, 64, 48, 32)
@@ -31,7 +25,6 @@ STAGING_BYTES = 8 * 16 * 144
 BARRIER_BYTES = 256
 MAX_STAGES = 8
 NUM_THREADS = 384
-OLDEST_NVRTC = (12, 0)
 ACTS = {"silu": "SILU", "gelu_tanh": "GELU_TANH"}
 
 
@@ -88,19 +81,10 @@ def can_gated_gemm(x: torch.Tensor, weight: torch.Tensor, act: str) -> bool:
 
 @functools.cache
 def is_available(device: torch.device) -> bool:
-    """Return whether `device` is a Hopper GPU and NVRTC can compile for it; warn if only NVRTC is missing."""
+    """Return whether `device` is a Hopper GPU and NVRTC can compile for it."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
-    try:
-        from cuda.bindings import nvrtc
-
-        version = _check(nvrtc.nvrtcVersion())
-        if version < OLDEST_NVRTC:
-            raise RuntimeError(f"it is of CUDA {version[0]}.{version[1]}")
-    except (ImportError, RuntimeError) as error:
-        logger.warning("gate and up are multiplied by cuBLAS: NVRTC cannot be used (%s)", error)
-        return False
-    return True
+    return has_nvrtc()
 
 
 def gated_gemm(
@@ -176,33 +160,8 @@ def source(dtype: torch.dtype, act: str, tile: Tile) -> str:
     return "".join(lines) + Path(__file__).with_suffix(".cu").read_text()
 
 
-@functools.cache
 def _compile(source: str) -> bytes:
-    """Return the source's cubin for Hopper; from disk, if it was compiled before."""
-    from cuda.bindings import nvrtc  # here: only torch's CUDA builds bring it
-
-    version = _check(nvrtc.nvrtcVersion())
-    name = hashlib.sha256(f"{version} {source}".encode()).hexdigest()
-    path = cache_folder() / f"{name}.cubin"
-    if path.exists():
-        return path.read_bytes()
-    start = time.perf_counter()
-    program = _check(nvrtc.nvrtcCreateProgram(source.encode(), b"gated_gemm.cu", 0, [], []))
-    options = [b"--gpu-architecture=sm_90a", b"--std=c++17"]
-    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
-        _check(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"NVRTC could not compile gated_gemm.cu: {log.decode()}")
-    cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
-    _check(nvrtc.nvrtcGetCUBIN(program, cubin))
-    with contextlib.suppress(OSError):  # nowhere to keep it: the next start compiles again
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_bytes(cubin)
-        unfinished.replace(path)
-    logger.info("compiled gated_gemm in %.1f s", time.perf_counter() - start)
-    return cubin
+    return compile_source("gated_gemm", source, "sm_90a")
 
 
 class _Kernel:
@@ -212,10 +171,10 @@ class _Kernel:
         from cuda.bindings import driver
 
         self._driver = driver
-        module = _check(driver.cuModuleLoadData(cubin))
-        self._function = _check(driver.cuModuleGetFunction(module, b"gated_gemm"))
+        module = check(driver.cuModuleLoadData(cubin))
+        self._function = check(driver.cuModuleGetFunction(module, b"gated_gemm"))
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(driver.cuFuncSetAttribute(self._function, limit, shared_bytes))
+        check(driver.cuFuncSetAttribute(self._function, limit, shared_bytes))
         early = driver.CUlaunchAttribute()
         early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         early.value.programmaticStreamSerializationAllowed = 1
@@ -234,7 +193,7 @@ class _Kernel:
         self._config.hStream = torch.cuda.current_stream(out.device).cuda_stream
         values = (ctypes.c_void_p(out.data_ptr()), ctypes.c_int(num_rows), ctypes.c_int(n), ctypes.c_int(k))
         pointers = (ctypes.c_void_p * 6)(x_map.getPtr(), w_map.getPtr(), *map(ctypes.addressof, values))
-        _check(self._driver.cuLaunchKernelEx(self._config, self._function, ctypes.addressof(pointers), 0))
+        check(self._driver.cuLaunchKernelEx(self._config, self._function, ctypes.addressof(pointers), 0))
 
 
 @functools.lru_cache(4096)
@@ -248,7 +207,7 @@ def _tensor_map(pointer: int, num_rows: int, k: int, box_rows: int, dtype: torch
     types = driver.CUtensorMapDataType
     bf16, fp16 = types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
     u64, u32 = driver.cuuint64_t, driver.cuuint32_t
-    return _check(
+    return check(
         driver.cuTensorMapEncodeTiled(
             bf16 if dtype == torch.bfloat16 else fp16,
             2,
@@ -263,11 +222,3 @@ def _tensor_map(pointer: int, num_rows: int, k: int, box_rows: int, dtype: torch
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
     )
-
-
-def _check(answer: tuple[Any, ...]) -> Any:
-    """Return the values of a CUDA call's answer; raise RuntimeError if it failed."""
-    error, *values = answer
-    if error:
-        raise RuntimeError(f"{type(error).__name__}: {error.name}")
-    return values[0] if len(values) == 1 else tuple(values)

@@ -242,6 +242,11 @@ class QuantizedWeight(Weight):
             from kernels.quantized_cpu import pack_for_cpu
 
             return pack_for_cpu(self, for_logits=for_logits) or self
+        if self.codes.is_cuda:
+            from kernels.quantized_cuda import CudaQuantizedWeight, can_tile  # here: not every machine has triton
+
+            if can_tile(self):
+                return CudaQuantizedWeight(self)
         return self
 
     def _settle(self) -> None:

@@ -1,0 +1,67 @@
+"""Kernels in CUDA C++: compiled by NVRTC, which comes with torch, and kept on disk for later starts."""
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import time
+from typing import Any
+
+from kernels.launch import cache_folder
+
+logger = logging.getLogger(__name__)
+
+OLDEST_NVRTC = (12, 0)
+
+
+def check(answer: tuple[Any, ...]) -> Any:
+    """Return the values of a CUDA call's answer; raise RuntimeError if it failed."""
+    error, *values = answer
+    if error:
+        raise RuntimeError(f"{type(error).__name__}: {error.name}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+@functools.cache
+def has_nvrtc() -> bool:
+    """Return whether NVRTC can be used; warn if not."""
+    try:
+        from cuda.bindings import nvrtc
+
+        version = check(nvrtc.nvrtcVersion())
+        if version < OLDEST_NVRTC:
+            raise RuntimeError(f"it is of CUDA {version[0]}.{version[1]}")
+    except (ImportError, RuntimeError) as error:
+        logger.warning("kernels in CUDA are replaced by slower ones: NVRTC cannot be used (%s)", error)
+        return False
+    return True
+
+
+@functools.cache
+def compile_source(name: str, source: str, architecture: str) -> bytes:
+    """Return the source's cubin for an architecture ("sm_90"); from disk, if it was compiled before."""
+    from cuda.bindings import nvrtc  # here: only torch's CUDA builds bring it
+
+    version = check(nvrtc.nvrtcVersion())
+    key = hashlib.sha256(f"{version} {architecture} {source}".encode()).hexdigest()
+    path = cache_folder() / f"{key}.cubin"
+    if path.exists():
+        return path.read_bytes()
+    start = time.perf_counter()
+    program = check(nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []))
+    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = b" " * check(nvrtc.nvrtcGetProgramLogSize(program))
+        check(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"NVRTC could not compile {name}.cu: {log.decode()}")
+    cubin = b" " * check(nvrtc.nvrtcGetCUBINSize(program))
+    check(nvrtc.nvrtcGetCUBIN(program, cubin))
+    with contextlib.suppress(OSError):  # nowhere to keep it: the next start compiles again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_bytes(cubin)
+        unfinished.replace(path)
+    logger.info("compiled %s in %.1f s", name, time.perf_counter() - start)
+    return cubin

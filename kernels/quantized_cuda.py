@@ -1,0 +1,237 @@
+"""Weights of few bits on a GPU.
+
+Up to 64 tokens take `quantized_few`, which decodes in registers. More tokens take a product of 8 bits where inputs are
+rounded to them, else cuBLAS with a panel of rows at a time dequantized, which stays in the L2 cache.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from kernels.elementwise import act_and_mul
+from kernels.quantized import TABLES, QuantizedWeight
+from kernels.quantized_few import WHOLE_ROW, Kind, can_multiply_few, fits_few, multiply_few, prepare_few
+from kernels.quantized_layout import CHUNK, TILE, tile_codes, tile_parameters
+from kernels.triton_quantized import dequantize_tiles, look_up, round_inputs
+from kernels.triton_quantized_gemm import gemm_8bit
+from kernels.weights import Norm, Weight
+
+PANEL_BYTES = 32 << 20  # of dequantized rows
+FP8_UNITS = (8, 9)  # the first cards whose tensor cores multiply e4m3
+
+
+class CudaQuantizedWeight(Weight):
+    """A matrix [n, k] as codes: in tiles, or row by row where 8-bit products need them so.
+
+    codes, parameters: see `quantized_layout`; parameters is None with one scale a row. scale: float32 [n, G], where the
+    codes lie row by row or parameters is None. order: int64 [k] or None. input_scale: float32 [1] or None.
+    """
+
+    def __init__(self, plain: QuantizedWeight) -> None:
+        """Take over the numbers of `plain`, which is empty afterwards."""
+        super().__init__(plain.parts, plain.k, plain.input_shard)
+        form, fields = plain.form, plain.fields
+        plain.fields = {}
+        self.form, self.dtype = form, plain.dtype
+        self.order, self.input_scale = fields.get("order"), fields.get("input_scale")
+        offset, scale = fields.get("zero", fields.get("minimum")), fields["scale"]
+        self._offset_name = (
+            "zero" if form.has_zero else "minimum" if form.has_minimum else "eight" if form.offset else None
+        )
+        is_tiled = _is_tiled(plain)
+        group_size = form.group_size_of(self.k)
+        if group_size == self.k:
+            group_size = 0 if offset is None else WHOLE_ROW
+        parameter_dtype = _parameter_dtype(scale, offset, group_size)
+        self.kind = Kind(form, self.dtype, is_tiled, group_size, parameter_dtype)
+        self.parameters = tile_parameters(scale, offset, parameter_dtype) if group_size else None
+        self.scale = scale.float() if not is_tiled or not group_size else None
+        codes = fields["codes"]
+        self.codes = tile_codes(form, codes, self.k) if is_tiled else codes
+        self._is_prepared = False
+
+    def product(
+        self,
+        x: torch.Tensor,
+        *,
+        norm: Norm | None = None,
+        bias: torch.Tensor | None = None,
+        act: str | None = None,
+        residual: torch.Tensor | None = None,
+        may_overwrite: bool = False,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if self.order is not None:
+            x, norm = (x if norm is None else norm(x))[:, self.order], None
+        x = x.contiguous()
+        if residual is not None and not (may_overwrite and residual.is_contiguous()):
+            residual = residual.clone(memory_format=torch.contiguous_format)
+        if self._is_few(x) and (act is None or self.n % (2 * TILE) == 0):
+            is_fresh = out is None or not out.is_contiguous()
+            result = self._few(x, norm, bias, act=act, residual=residual, out=None if is_fresh else out)
+            return result if out is None or not is_fresh else out.copy_(result)
+        if act is not None:
+            result = act_and_mul(self._many(x, norm, bias), act)
+            if residual is not None:
+                return residual.add_(result)
+        else:
+            result = self._many(x, norm, bias, residual)
+        return result if out is None else out.copy_(result)
+
+    def logits(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        x = (x if self.order is None else x[:, self.order]).contiguous()
+        if self._is_few(x):
+            return self._few(x, None, bias, out_dtype=torch.float32)
+        return self._many(x, None, bias, out_dtype=torch.float32)
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.kind.is_tiled:
+            rows = look_up(ids, self.codes, self.parameters, self.scale, self.dtype, **self._how())
+        else:
+            assert self.scale is not None
+            values = self.codes.view(torch.uint8)[ids].view(self.codes.dtype).float()
+            scale = self.scale[ids].repeat_interleave(self.k // self.scale.shape[1], dim=1)
+            rows = (values * scale).to(self.dtype)
+        return rows if self.order is None else torch.empty_like(rows).index_copy_(1, self.order, rows)
+
+    def rows_of(self, part: int) -> torch.Tensor:
+        rows = self.row_slice(part)
+        return self.lookup(torch.arange(rows.start, rows.stop, device=self.codes.device))
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in ("codes", "parameters", "scale", "order", "input_scale"):
+            if (tensor := getattr(self, name)) is not None:
+                yield name, tensor
+
+    def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for name, tensor in list(self.tensors()):
+            setattr(self, name, function(tensor))
+
+    def place(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError("a packed weight is replaced by another one, not filled again")
+
+    def _is_few(self, x: torch.Tensor) -> bool:
+        if x.dtype != self.dtype or x.dtype.itemsize != 2 or not can_multiply_few(x.device):
+            return False
+        return fits_few(self.kind, self.n, len(x), self.k, x.device)
+
+    def _few(self, x: torch.Tensor, norm: Norm | None, bias: torch.Tensor | None, **options: Any) -> torch.Tensor:
+        if not self._is_prepared:
+            prepare_few(self.kind, self.n, self.k, x.device)
+            self._is_prepared = True
+        x_scale = self.input_scale
+        if len(x) == 1 and norm is not None and norm.is_rms:
+            options |= {"norm_weight": norm.weight, "eps": norm.eps}
+        elif len(x) > 1 and self.form.inputs is not None:
+            x, x_scale = self._rounded(x, norm, self.kind.input_dtype)
+        elif norm is not None:
+            x = norm(x)
+        return multiply_few(
+            self.kind, x, self.codes, self.parameters, self.scale, self.n, x_scale=x_scale, bias=bias, **options
+        )
+
+    def _many(
+        self,
+        x: torch.Tensor,
+        norm: Norm | None,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Return residual + norm(x) W^T + bias; it is `residual`, overwritten, if that is given."""
+        if self.form.inputs is None:
+            return self._sums(x if norm is None else norm(x), bias, residual, out_dtype or x.dtype)
+        dtype = x.dtype if out_dtype is None else out_dtype
+        if not self.kind.is_tiled and _has_units(self.form.code, x.device):
+            assert self.scale is not None
+            codes, x_scale = self._rounded(x, norm, self.codes.dtype)
+            return gemm_8bit(codes, x_scale, self.codes, self.scale, dtype, bias=bias, residual=residual)
+        wide, x_scale = self._rounded(x, norm, torch.float32)
+        values = (wide.unflatten(1, (x_scale.shape[1], -1)) * x_scale[:, :, None]).flatten(1).to(x.dtype)
+        return self._sums(values, bias, residual, dtype)
+
+    def _rounded(self, x: torch.Tensor, norm: Norm | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (norm(x) rounded to the inputs' bits, as numbers of `dtype`, and its scales [T, groups])."""
+        form, fused = self.form, dict[str, Any]()
+        if norm is not None and norm.is_rms:
+            fused = {"norm_weight": norm.weight, "eps": norm.eps}
+        elif norm is not None:
+            x = norm(x)
+        assert form.inputs is not None
+        return round_inputs(x, dtype, to=form.inputs, group=form.input_group, known_scale=self.input_scale, **fused)
+
+    def _sums(
+        self, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return residual + x W^T + bias, a panel of W at a time dequantized to x's dtype."""
+        if residual is None:
+            result = torch.empty(len(x), self.n, dtype=out_dtype, device=x.device)
+        else:
+            result = residual
+        size = max(1, PANEL_BYTES // (TILE * self.k * x.element_size())) * TILE
+        panel = torch.empty(min(size, self.n), self.k, dtype=x.dtype, device=x.device)
+        for start in range(0, self.n, size):
+            columns = result[:, start : start + size]
+            weight = self._dequantized(start, panel[: columns.shape[1]])
+            if residual is not None:
+                torch.addmm(columns, x, weight.t(), out=columns)
+            elif out_dtype != x.dtype:
+                columns.copy_(torch.mm(x, weight.t(), out_dtype=out_dtype))
+            else:
+                torch.mm(x, weight.t(), out=columns)
+        return result if bias is None else result.add_(bias)
+
+    def _dequantized(self, start: int, panel: torch.Tensor) -> torch.Tensor:
+        """Write rows from `start` on to `panel` [rows, k], inputs in the order of the codes, and return it."""
+        if self.kind.is_tiled:
+            return dequantize_tiles(self.codes, self.parameters, self.scale, panel, start // TILE, **self._how())
+        assert self.scale is not None
+        rows = slice(start, start + len(panel))
+        values = self.codes[rows].float().unflatten(1, (self.scale.shape[1], -1))
+        return panel.copy_((values * self.scale[rows, :, None]).flatten(1))
+
+    def _how(self) -> dict[str, Any]:
+        table = None if self.form.table is None else _table(self.form.table, self.codes.device)
+        return {"group_size": self.kind.group_size, "offset": self._offset_name, "table": table}
+
+
+def can_tile(plain: QuantizedWeight) -> bool:
+    """Return whether the kernels here take a weight."""
+    form, k = plain.form, plain.k
+    group = form.group_size_of(k)
+    fits_groups = group == k or group % CHUNK == 0 or (_is_tiled(plain) and group in (16, 32))
+    if k % CHUNK or not fits_groups:
+        return False
+    if form.inputs is None:
+        return True
+    has_offset = form.has_zero or form.has_minimum
+    if form.input_group and not (form.input_group == group == 128 and not _is_tiled(plain)):
+        return False
+    return plain.n % TILE == 0 and not has_offset and k % group == 0
+
+
+def _is_tiled(plain: QuantizedWeight) -> bool:
+    """Return whether codes go into tiles: not those that are multiplied by 8-bit inputs as they are."""
+    return plain.form.code == "int4" or plain.form.inputs is None
+
+
+def _parameter_dtype(scale: torch.Tensor, offset: torch.Tensor | None, group_size: int) -> torch.dtype:
+    """Return the dtype of scales and offsets in tiles, which are read as often as the codes."""
+    dtype = scale.dtype
+    if offset is not None and offset.dtype != torch.uint8:
+        dtype = torch.promote_types(dtype, offset.dtype)
+    if dtype == torch.float32 and group_size < 128 and float(scale.abs().max()) < torch.finfo(torch.float16).max:
+        return torch.float16  # a twentieth of a code's rounding at most
+    return dtype
+
+
+def _has_units(code: str, device: torch.device) -> bool:
+    """Return whether the device's tensor cores multiply the codes."""
+    return code == "int8" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_UNITS)
+
+
+@functools.cache
+def _table(name: str, device: torch.device) -> torch.Tensor:
+    return torch.tensor(TABLES[name], dtype=torch.float32, device=device)

@@ -1,0 +1,229 @@
+"""Weights of few bits in the GPU's layout: each kernel against `QuantizedWeight`, which defines what they stand for.
+
+Triton's kernels run on its interpreter without a GPU; `quantized_few.cu` needs one.
+"""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from kernels import elementwise, quantized_few
+from kernels.quantized import FP8, Format, QuantizedWeight, quantize_inputs
+from kernels.quantized_cuda import CudaQuantizedWeight, can_tile
+from kernels.quantized_few import TOKEN_TILES, FewConfig, Kind, default_config, source
+from kernels.quantized_layout import tile_codes
+from kernels.triton_quantized import round_inputs
+from kernels.weights import Part
+from tests.test_dense import Norm
+from tests.test_kernels import DEVICE, EPS, randn
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+WEIGHT_ONLY = {
+    "int4 g32": Format("int4", 32, scale_dtype=F16),
+    "int4 g128": Format("int4", 128, scale_dtype=BF16),
+    "int4 row": Format("int4"),
+    "int4 zero": Format("int4", 64, has_zero=True, scale_dtype=F16),
+    "int4 minimum": Format("int4", 32, has_minimum=True),
+    "nf4": Format("int4", 64, table="nf4"),
+    "fp4": Format("int4", 32, table="fp4"),
+    "nvfp4": Format("int4", 16, table="fp4"),
+    "iq4": Format("int4", 32, table="iq4", scale_dtype=F16),
+    "int4 order": Format("int4", 64, has_zero=True, has_order=True, scale_dtype=F16),
+    "int8 row": Format("int8"),
+    "int8 g16": Format("int8", 16, scale_dtype=F16),
+    "int8 minimum": Format("int8", 32, has_minimum=True, scale_dtype=F16),
+    "int8 zero": Format("int8", 128, has_zero=True, scale_dtype=F16),
+    "fp8": Format("fp8"),
+    "fp8 g128": Format("fp8", 128),
+}
+ROUNDED = {
+    "fp8 x fp8": Format("fp8", inputs="fp8"),
+    "fp8 x fp8 static": Format("fp8", inputs="fp8", has_input_scale=True),
+    "fp8 x fp8 blocks": Format("fp8", 128, inputs="fp8", input_group=128),
+    "int8 x int8": Format("int8", inputs="int8"),
+    "int4 x fp8": Format("int4", 128, inputs="fp8", scale_dtype=F16),
+}
+FORMS = WEIGHT_ONLY | ROUNDED
+
+
+def make_weight(form: Format, n: int, k: int, dtype: torch.dtype = F32) -> QuantizedWeight:
+    """Return a weight of random numbers, of two parts."""
+    weight = QuantizedWeight([Part(n - 16), Part(16)], k, dtype, form)
+    weight.materialize(torch.device(DEVICE))
+    weight.fill_random(torch.Generator(DEVICE).manual_seed(n))
+    weight.scale.copy_(weight.scale * (0.5 + torch.rand(weight.scale.shape, device=DEVICE)))
+    if form.has_zero:
+        weight.fields["zero"].copy_(torch.randint(4, 12, weight.scale.shape, device=DEVICE))
+    if form.has_minimum:
+        weight.fields["minimum"].copy_(8 * weight.scale * torch.rand(weight.scale.shape, device=DEVICE))
+    if form.has_order:
+        groups = torch.arange(k, device=DEVICE) // form.group_size_of(k)
+        weight.fields["order"].copy_(groups[torch.randperm(k, device=DEVICE)])
+    weight._settle()
+    return weight
+
+
+def packed(weight: QuantizedWeight) -> CudaQuantizedWeight:
+    assert can_tile(weight)
+    return CudaQuantizedWeight(copy.copy(weight))
+
+
+def assert_near(found: torch.Tensor, wanted: torch.Tensor, eps: float) -> None:
+    """Equal up to some roundings of the largest value."""
+    assert found.shape == wanted.shape
+    difference, largest = (found.float() - wanted.float()).abs().max().item(), wanted.float().abs().max().item()
+    print(f"largest difference {difference:.2e} of {largest:.2e}")
+    assert difference <= eps * largest
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_packed_rows_are_the_definition_s(name: str) -> None:
+    for n, k in ((48, 320), (40, 128)):
+        form = FORMS[name]
+        if form.inputs and (n % 16 or k % 128):
+            n, k = 64, 256
+        weight = make_weight(form, n, k)
+        wanted, gpu = weight.dequantized(), packed(weight)
+        eps = 1e-3 if gpu.kind.parameter_dtype == F16 != form.scale_dtype else 1e-6
+        assert_near(gpu.rows_of(0), wanted[: n - 16], eps)
+        assert_near(gpu.rows_of(1), wanted[n - 16 :], eps)
+        ids = torch.tensor([3, 0, n - 1, 3], device=DEVICE)
+        assert_near(gpu.lookup(ids), wanted[ids], eps)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_products_of_many_tokens_are_the_definition_s(name: str) -> None:
+    form, num_tokens = FORMS[name], 70
+    n, k = (64, 256) if form.inputs else (48, 320)
+    weight = make_weight(form, n, k)
+    gpu = packed(weight)
+    x, norm, bias, h = randn(num_tokens, k), Norm(randn(k)), randn(n), randn(num_tokens, n)
+    eps = 5e-3 if form.inputs else 1e-3  # an input at the edge of two codes may become either
+    for keywords in ({}, {"norm": norm}, {"bias": bias}, {"act": "silu"}, {"residual": h}):
+        given: dict[str, Any] = keywords
+        assert_near(gpu.product(x, **given), weight.product(x, **given), eps)
+    before, out = h.clone(), randn(num_tokens, n)
+    gpu.product(x, residual=h)
+    assert torch.equal(h, before)
+    result = gpu.product(x, bias=bias, residual=h, may_overwrite=True)
+    assert result.data_ptr() == h.data_ptr()
+    assert_near(h, weight.product(x, bias=bias, residual=before), eps)
+    assert gpu.product(x, out=out).data_ptr() == out.data_ptr()
+    assert_near(out, weight.product(x), eps)
+    logits = gpu.logits(x, bias)
+    assert logits.dtype == F32
+    assert_near(logits, weight.logits(x, bias), eps)
+
+
+@pytest.mark.parametrize("group", [0, 128])
+@pytest.mark.parametrize("to", ["fp8", "int8"])
+def test_inputs_are_rounded_as_the_definition_says(to: str, group: int) -> None:
+    x, norm = randn(5, 384, scale=3), Norm(randn(384))
+    x[0] /= 1000
+    x[1, 7] = 1e4  # the others come near the smallest numbers of e4m3
+    form = Format("int8" if to == "int8" else "fp8", inputs=to, input_group=group)
+    for known in (None, torch.tensor([0.02], device=DEVICE)):
+        for normed in (False, True):
+            fused: dict[str, Any] = {"norm_weight": norm.weight, "eps": EPS} if normed else {}
+            codes, scale = quantize_inputs(norm(x) if normed else x, form, known)
+            found, found_scale = round_inputs(x, F32, to=to, group=group, known_scale=known, **fused)
+            torch.testing.assert_close(found_scale, scale, rtol=1e-6, atol=0)
+            is_same = found == codes.float()
+            assert is_same.float().mean() > (0.99 if normed else 0.9999)
+            assert ((found - codes.float()).abs() <= (1.001 if to == "int8" else codes.float().abs() / 8 + 0.002)).all()
+    stored, _ = round_inputs(x, torch.int8 if to == "int8" else FP8, to=to, group=group)
+    assert torch.equal(stored.float(), round_inputs(x, F32, to=to, group=group)[0])
+
+
+def test_weights_that_no_tile_fits_stay_as_they_are() -> None:
+    for form, k in ((Format("int8", 48), 96), (Format("int4", 32), 96), (Format("fp8", 32, inputs="fp8"), 128)):
+        assert not can_tile(QuantizedWeight([Part(32)], k, F32, form))
+
+
+def test_codes_take_no_more_memory_in_tiles() -> None:
+    weight = make_weight(Format("int4", 32), 64, 256)
+    assert tile_codes(weight.form, weight.codes, 256).nbytes == weight.codes.nbytes
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", [(6144, 4096), (28672, 4096), (4096, 14336), (960, 576), (576, 64), (128256, 4096)])
+def test_every_number_of_tokens_has_a_configuration_that_fits(
+    shape: tuple[int, int], bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantized_few, "has_dependent_launch", lambda device: True)
+    quantized_few._fitting.cache_clear()
+    num_rows, k = shape
+    kind = Kind(Format("int4" if bits == 4 else "fp8", 128, scale_dtype=F16), BF16, bits == 4, 128, F16)
+    for token_tiles in TOKEN_TILES:
+        for is_gated in (0, 1):
+            config = default_config(num_rows, k, bits, token_tiles, is_gated)
+            assert config.tiles % 2 == 0 or not is_gated
+            assert config.split * config.warps_k <= k // 64
+            fitting = quantized_few.few_config(kind, num_rows, k, token_tiles, bool(is_gated), torch.device(DEVICE))
+            assert fitting or token_tiles == 8
+            text = source(kind, token_tiles, config)
+            assert "#define IS_ONE 1" in text or token_tiles
+
+
+GPU_SIZES = [1, 2, 8, 9, 17, 33, 64]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("name", FORMS)
+def test_products_of_few_tokens_are_the_definition_s(name: str, dtype: torch.dtype) -> None:
+    form = FORMS[name]
+    for n, k in ((96, 1024), (4096, 2048), (576, 640)):
+        weight = make_weight(form, n, k, dtype)
+        gpu = packed(weight)
+        for num_tokens in GPU_SIZES:
+            x, norm, bias = randn(num_tokens, k, dtype=dtype), Norm(randn(k, dtype=dtype)), randn(n, dtype=dtype)
+            h = randn(num_tokens, n, dtype=dtype)
+            assert gpu._is_few(x)
+            eps = (2e-2 if form.inputs else 2e-3) + 2 * torch.finfo(dtype).eps
+            for keywords in ({}, {"norm": norm}, {"bias": bias}, {"norm": norm, "act": "silu"}, {"residual": h}):
+                given: dict[str, Any] = keywords
+                assert_near(gpu.product(x, **given), weight.product(x, **given), eps)
+            assert_near(gpu.logits(x, bias), weight.logits(x, bias), 1e-2 if form.inputs else 2e-3)
+            wanted = weight.product(x, residual=h)
+            assert gpu.product(x, residual=h, may_overwrite=True).data_ptr() == h.data_ptr()
+            assert_near(h, wanted, eps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [(1, 1, 2, 1, 3), (2, 2, 2, 2, 4), (4, 1, 1, 8, 2), (1, 1, 8, 1, 8)])
+def test_a_configuration_changes_the_speed_only(config: tuple[int, ...]) -> None:
+    for name in ("int4 zero", "fp8", "fp8 x fp8 blocks", "int8 minimum"):
+        weight = make_weight(FORMS[name], 208, 1152, BF16)
+        gpu = packed(weight)
+        for num_tokens in (1, 3, 21):
+            x = randn(num_tokens, 1152, dtype=BF16)
+            rounded, x_scale = x, gpu.input_scale
+            if gpu.form.inputs and num_tokens > 1:
+                rounded, x_scale = gpu._rounded(x, None, gpu.kind.input_dtype)
+            found = quantized_few.multiply_few(
+                gpu.kind, rounded, gpu.codes, gpu.parameters, gpu.scale, 208, x_scale=x_scale, config=FewConfig(*config)
+            )
+            assert_near(found, weight.product(x), 2e-2)
+
+
+@pytest.mark.gpu
+def test_a_token_s_product_is_the_same_bits_in_every_replay_of_a_graph() -> None:
+    weight = packed(make_weight(FORMS["int4 g128"], 512, 4096, BF16))
+    x, norm = randn(5, 4096, dtype=BF16), Norm(1 + randn(4096, dtype=BF16) / 10)
+    first = [weight.product(x[:size], norm=norm) for size in (1, 5)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = [weight.product(x[:size], norm=norm) for size in (1, 5)]
+        many = weight.product(x.repeat(20, 1), norm=norm)
+    for _ in range(3):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    torch.testing.assert_close(many[:5], again[1], rtol=2e-2, atol=2e-2)
+
+
+def test_the_kernel_s_norms_are_the_layer_s() -> None:
+    x, norm = randn(2, 64), Norm(randn(64))
+    assert torch.equal(norm(x), elementwise.rms_norm(x, norm.weight, EPS))
