@@ -1,6 +1,6 @@
 """Weights of few bits on a GPU.
 
-Up to 64 tokens take `quantized_few`, which decodes in registers. More tokens take a product of 8 bits where inputs are
+Few tokens take `quantized_few`, which decodes in registers. More tokens take a product of 8 bits where inputs are
 rounded to them, else cuBLAS with a panel of rows at a time dequantized, which stays in the L2 cache.
 """
 
@@ -12,12 +12,13 @@ import torch
 
 from kernels.elementwise import act_and_mul
 from kernels.quantized import TABLES, QuantizedWeight
-from kernels.quantized_few import WHOLE_ROW, Kind, can_multiply_few, fits_few, multiply_few, prepare_few
+from kernels.quantized_few import MAX_TOKENS, WHOLE_ROW, Kind, can_multiply_few, fits_few, multiply_few, prepare_few
 from kernels.quantized_layout import CHUNK, TILE, tile_codes, tile_parameters
 from kernels.triton_quantized import dequantize_tiles, look_up, round_inputs
 from kernels.triton_quantized_gemm import gemm_8bit
 from kernels.weights import Norm, Weight
 
+FEW_TOKENS = 16  # more take the product of 8 bits where there is one
 PANEL_BYTES = 32 << 20  # of dequantized rows
 FP8_UNITS = (8, 9)  # the first cards whose tensor cores multiply e4m3
 
@@ -115,7 +116,16 @@ class CudaQuantizedWeight(Weight):
     def _is_few(self, x: torch.Tensor) -> bool:
         if x.dtype != self.dtype or x.dtype.itemsize != 2 or not can_multiply_few(x.device):
             return False
+        if len(x) > self._max_few(x.device):
+            return False
         return fits_few(self.kind, self.n, len(x), self.k, x.device)
+
+    def _max_few(self, device: torch.device) -> int:
+        """Return up to how many tokens the kernel of few is the faster one."""
+        has_gemm = self.form.inputs is not None and not self.kind.is_tiled and _has_units(self.form.code, device)
+        if not has_gemm:
+            return MAX_TOKENS
+        return FEW_TOKENS if not self.form.input_group else 2 * FEW_TOKENS
 
     def _few(self, x: torch.Tensor, norm: Norm | None, bias: torch.Tensor | None, **options: Any) -> torch.Tensor:
         if not self._is_prepared:

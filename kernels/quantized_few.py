@@ -20,6 +20,7 @@ from kernels.tuning import Configs
 
 MAX_TOKENS = 64
 TOKEN_TILES = (0, 1, 2, 4, 8)  # of 8 tokens; 0: one token, whose norm and rounding are fused
+MANY_WEIGHTS = 1 << 26  # elements of a weight that keep all multiprocessors busy with fewer warps each
 MAX_SPLIT = 8  # blocks of a cluster
 SHARED_BYTES = 227 << 10  # that a block may have on Hopper
 OLD_SHARED_BYTES = 99 << 10  # on any GPU from Ampere on
@@ -75,21 +76,20 @@ class Kind:
         return tiles * (codes + 32 * groups * self.parameter_bytes)
 
 
-def default_config(num_rows: int, k: int, bits: int, token_tiles: int, is_gated: int) -> FewConfig:
+def default_config(num_rows: int, k: int, _bits: int, token_tiles: int, _is_gated: int) -> FewConfig:
     """Return the configuration of shapes that no table has, for a card like the H100."""
     num_chunks = k // CHUNK
-    stages = 6 if bits == 4 else 4
     if token_tiles == 0:
-        warps_k = min(8, next_power_of_2(num_chunks + 1) // 2)
-        return FewConfig(2 if is_gated else 1, 1, warps_k, 1, stages)
-    tiles, warps_n = 2, {1: 2, 2: 4, 4: 4, 8: 4}[token_tiles]
-    warps_k = min({1: 4, 2: 2, 4: 1, 8: 1}[token_tiles], num_chunks)
-    num_blocks = cdiv(num_rows, 16 * tiles * warps_n)
+        warps_k = 16 if num_rows * k < MANY_WEIGHTS else 8
+        return FewConfig(2, 1, min(warps_k, next_power_of_2(num_chunks + 1) // 2), 1, 4)
+    tiles, warps_n = 2, 2 if token_tiles == 1 else 8
+    warps_k = min(4 if token_tiles == 1 else 1, num_chunks)
+    num_blocks, enough = cdiv(num_rows, 16 * tiles * warps_n), 128 if token_tiles == 1 else 264
     split = 1
     while (
         split < MAX_SPLIT
         and 2 * split * warps_k <= num_chunks
-        and (num_blocks * split < 264 or 8 * token_tiles * (k // split) > 32768)
+        and (num_blocks * split < enough or 8 * token_tiles * (k // split) > 32768)
     ):
         split *= 2
     return FewConfig(tiles, warps_n, warps_k, split, 4)
@@ -141,7 +141,8 @@ def multiply_few(
     token_tiles = token_tiles_of(num_tokens)
     config = config or few_config(kind, num_rows, k, token_tiles, act is not None, x.device)
     if config is None:
-        for rows in (slice(0, 4 * token_tiles), slice(4 * token_tiles, num_tokens)):
+        half = cdiv(num_tokens, 2)  # never one token: that kernel wants inputs as they are
+        for rows in (slice(0, half), slice(half, num_tokens)):
             multiply_few(
                 kind, x[rows], codes, parameters, scale, num_rows,
                 x_scale=None if x_scale is None else x_scale[rows], bias=bias, act=act,
@@ -190,7 +191,7 @@ def few_config(
 
 @functools.lru_cache(4096)
 def _fitting(config: FewConfig, kind: Kind, token_tiles: int, k: int, device: torch.device) -> FewConfig | None:
-    """Return `config`, with more blocks in a cluster or fewer stages if a block had no room otherwise."""
+    """Return `config`, with more blocks in a cluster, fewer stages or warps if a block had no room otherwise."""
     has_clusters = has_dependent_launch(device)
     limit, max_split = (SHARED_BYTES, MAX_SPLIT) if has_clusters else (OLD_SHARED_BYTES, 1)
     config = config._replace(split=min(config.split, max_split))
@@ -199,6 +200,8 @@ def _fitting(config: FewConfig, kind: Kind, token_tiles: int, k: int, device: to
             config = config._replace(split=2 * config.split)
         elif config.stages > 2:
             config = config._replace(stages=config.stages - 1)
+        elif config.warps_k > 1:
+            config = config._replace(warps_k=config.warps_k // 2)
         else:
             return None
     return config

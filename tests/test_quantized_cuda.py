@@ -12,7 +12,7 @@ import torch
 from kernels import elementwise, quantized_few
 from kernels.quantized import FP8, Format, QuantizedWeight, quantize_inputs
 from kernels.quantized_cuda import CudaQuantizedWeight, can_tile
-from kernels.quantized_few import TOKEN_TILES, FewConfig, Kind, default_config, source
+from kernels.quantized_few import MAX_TOKENS, TOKEN_TILES, FewConfig, Kind, default_config, source
 from kernels.quantized_layout import tile_codes
 from kernels.triton_quantized import round_inputs
 from kernels.weights import Part
@@ -167,14 +167,47 @@ def test_every_number_of_tokens_has_a_configuration_that_fits(
             assert "#define IS_ONE 1" in text or token_tiles
 
 
+@pytest.mark.parametrize("is_new", [True, False])
+def test_one_token_always_has_a_configuration(is_new: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_few, "has_dependent_launch", lambda device: is_new)
+    quantized_few._fitting.cache_clear()
+    for form in (Format("int8", 16), Format("int8", 32, has_minimum=True), Format("int4", 16, table="fp4")):
+        kind = Kind(form, BF16, True, form.group_size, F32)
+        for num_rows, k in ((4096, 14336), (8192, 28672), (64, 64)):
+            assert quantized_few.few_config(kind, num_rows, k, 0, False, torch.device("cpu"))
+
+
+def test_no_part_of_several_tokens_is_taken_for_a_single_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    class Kernel:
+        def launch(self, num_blocks: int, split: int, shared_bytes: int, args: Any, device: torch.device) -> None:
+            sizes.append(args.num_tokens)
+
+    monkeypatch.setattr(quantized_few, "has_dependent_launch", lambda device: True)
+    monkeypatch.setattr(quantized_few, "_kernel", lambda *_: Kernel())
+    quantized_few._fitting.cache_clear()
+    kind, k = Kind(Format("fp8", inputs="fp8"), BF16, False, 0, F32), 14336  # so many columns of 64 tokens fit no block
+    codes = torch.zeros(1)
+    for num_tokens in range(2, MAX_TOKENS + 1):
+        sizes.clear()
+        quantized_few.multiply_few(kind, torch.zeros(num_tokens, k, dtype=F16), codes, None, codes, 4096)
+        assert sum(sizes) == num_tokens
+        assert min(sizes) > 1
+    assert len(sizes) == 2
+
+
 GPU_SIZES = [1, 2, 8, 9, 17, 33, 64]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [BF16, F16])
 @pytest.mark.parametrize("name", FORMS)
-def test_products_of_few_tokens_are_the_definition_s(name: str, dtype: torch.dtype) -> None:
+def test_products_of_few_tokens_are_the_definition_s(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     form = FORMS[name]
+    monkeypatch.setattr(CudaQuantizedWeight, "_max_few", lambda *_: MAX_TOKENS)
     for n, k in ((96, 1024), (4096, 2048), (576, 640)):
         weight = make_weight(form, n, k, dtype)
         gpu = packed(weight)
@@ -190,6 +223,19 @@ def test_products_of_few_tokens_are_the_definition_s(name: str, dtype: torch.dty
             wanted = weight.product(x, residual=h)
             assert gpu.product(x, residual=h, may_overwrite=True).data_ptr() == h.data_ptr()
             assert_near(h, wanted, eps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FORMS)
+def test_products_of_any_number_of_tokens_are_the_definition_s(name: str) -> None:
+    for n, k, sizes in ((512, 2048, [16, 17, 31, 64, 65, 200, 600]), (256, 14336, [33])):
+        weight = make_weight(FORMS[name], n, k, BF16)
+        gpu = packed(weight)
+        for num_tokens in sizes:
+            x, norm, h = randn(num_tokens, k, dtype=BF16), Norm(randn(k, dtype=BF16)), randn(num_tokens, n, dtype=BF16)
+            for keywords in ({"norm": norm}, {"norm": norm, "act": "silu"}, {"residual": h}):
+                given: dict[str, Any] = keywords
+                assert_near(gpu.product(x, **given), weight.product(x, **given), 3e-2)
 
 
 @pytest.mark.gpu
