@@ -9,65 +9,26 @@ into whose layout `pack` takes it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from kernels.elementwise import act_and_mul
+from kernels.quantized_format import (
+    FP8,
+    FP8_MAX,
+    INT4_ZERO,
+    PANEL_ELEMENTS,
+    TABLES,
+    Format,
+    pack_int4,
+    unpack_codes,
+)
 from kernels.weights import WHOLE, Norm, Part, ShapeError, Shard, Weight
 
-PANEL_ELEMENTS = 1 << 20  # dequantized at a time
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
-INT4_ZERO = 8  # of 4-bit codes that have neither zeros nor minima nor a table
-
-TABLES = {
-    # NormalFloat (Dettmers et al. 2023, QLoRA): quantiles of a normal distribution
-    "nf4": (
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ),
-    # E2M1, of MXFP4 and NVFP4 (OCP Microscaling Formats 1.0)
-    "fp4": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0),
-    # ggml's IQ4_NL and IQ4_XS
-    "iq4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Format:
-    """How the numbers of a weight are coded, and to what its products round their inputs."""
-
-    code: str  # "int4": two a byte, the even column in the low half, 0 to 15; "int8": signed; "fp8": e4m3
-    group_size: int = 0  # inputs that share a scale; 0: all of a row
-    has_zero: bool = False
-    has_minimum: bool = False
-    table: str | None = None  # of `TABLES`: what the 4-bit codes stand for
-    scale_dtype: torch.dtype = torch.float32
-    inputs: str | None = None  # "fp8" or "int8": products round their inputs to it
-    input_group: int = 0  # inputs that are rounded with one scale; 0: all of a token
-    has_input_scale: bool = False  # it is known beforehand, and the same for all tokens
-    has_order: bool = False  # groups are of inputs in another order (GPTQ's desc_act)
-
-    def group_size_of(self, k: int) -> int:
-        """Return the inputs that share a scale in rows of `k`."""
-        return min(self.group_size, k) or k
-
-    @property
-    def offset(self) -> int:
-        """What is subtracted from integer codes where the file has neither zeros nor minima."""
-        return 0 if self.code != "int4" or self.has_zero or self.has_minimum or self.table else INT4_ZERO
-
-    @property
-    def code_dtype(self) -> torch.dtype:
-        return {"int4": torch.uint8, "int8": torch.int8, "fp8": FP8}[self.code]
-
-    @property
-    def codes_per_byte(self) -> int:
-        return 2 if self.code == "int4" else 1
+__all__ = ("FP8", "FP8_MAX", "INT4_ZERO", "TABLES", "Format", "QuantizedWeight", "dequantize", "pack_int4",
+           "quantize_inputs", "rounded_inputs", "unpack_codes")  # fmt: skip
 
 
 class QuantizedWeight(Weight):
@@ -301,19 +262,6 @@ def dequantize(form: Format, fields: Mapping[str, torch.Tensor]) -> torch.Tensor
         values -= fields["minimum"][:, :, None].float()
     values = values.view(num_rows, -1)
     return values[:, :k] if is_cut else values
-
-
-def unpack_codes(form: Format, codes: torch.Tensor) -> torch.Tensor:
-    """Return one code an element, [rows, k]."""
-    if form.code != "int4":
-        return codes
-    return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-
-
-def pack_int4(values: torch.Tensor) -> torch.Tensor:
-    """Return uint8 [rows, k / 2] of values [rows, k] from 0 to 15: the even column in the low half of a byte."""
-    values = values.to(torch.uint8)
-    return values[:, ::2] | (values[:, 1::2] << 4)
 
 
 def quantize_inputs(x: torch.Tensor, form: Format, input_scale: torch.Tensor | None) -> tuple[torch.Tensor, Any]:

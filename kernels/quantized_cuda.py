@@ -6,21 +6,33 @@ rounded to them, else cuBLAS with a panel of rows at a time dequantized, which s
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from kernels.elementwise import act_and_mul
-from kernels.quantized import TABLES, QuantizedWeight
 from kernels.quantized_few import MAX_TOKENS, WHOLE_ROW, Kind, can_multiply_few, fits_few, multiply_few, prepare_few
+from kernels.quantized_format import TABLES, Format
 from kernels.quantized_layout import CHUNK, TILE, tile_codes, tile_parameters
 from kernels.triton_quantized import dequantize_tiles, look_up, round_inputs
 from kernels.triton_quantized_gemm import gemm_8bit
-from kernels.weights import Norm, Weight
+from kernels.weights import Norm, Part, Shard, Weight
 
 FEW_TOKENS = 16  # more take the product of 8 bits where there is one
 PANEL_BYTES = 32 << 20  # of dequantized rows
 FP8_UNITS = (8, 9)  # the first cards whose tensor cores multiply e4m3
+
+
+class Definition(Protocol):
+    """What is needed of a `kernels.quantized.QuantizedWeight`: that module imports this one."""
+
+    parts: tuple[Part, ...]
+    n: int
+    k: int
+    input_shard: Shard
+    dtype: torch.dtype
+    form: Format
+    fields: dict[str, torch.Tensor]
 
 
 class CudaQuantizedWeight(Weight):
@@ -30,7 +42,7 @@ class CudaQuantizedWeight(Weight):
     codes lie row by row or parameters is None. order: int64 [k] or None. input_scale: float32 [1] or None.
     """
 
-    def __init__(self, plain: QuantizedWeight) -> None:
+    def __init__(self, plain: Definition) -> None:
         """Take over the numbers of `plain`, which is empty afterwards."""
         super().__init__(plain.parts, plain.k, plain.input_shard)
         form, fields = plain.form, plain.fields
@@ -207,7 +219,7 @@ class CudaQuantizedWeight(Weight):
         return {"group_size": self.kind.group_size, "offset": self._offset_name, "table": table}
 
 
-def can_tile(plain: QuantizedWeight) -> bool:
+def can_tile(plain: Definition) -> bool:
     """Return whether the kernels here take a weight."""
     form, k = plain.form, plain.k
     group = form.group_size_of(k)
@@ -222,7 +234,7 @@ def can_tile(plain: QuantizedWeight) -> bool:
     return plain.n % TILE == 0 and not has_offset and k % group == 0
 
 
-def _is_tiled(plain: QuantizedWeight) -> bool:
+def _is_tiled(plain: Definition) -> bool:
     """Return whether codes go into tiles: not those that are multiplied by 8-bit inputs as they are."""
     return plain.form.code == "int4" or plain.form.inputs is None
 

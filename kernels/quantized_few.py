@@ -14,7 +14,7 @@ import torch
 
 from kernels.launch import cdiv, has_dependent_launch, next_power_of_2
 from kernels.nvrtc import check, compile_source, has_nvrtc
-from kernels.quantized import TABLES, Format
+from kernels.quantized_format import TABLES, Format
 from kernels.quantized_layout import CHUNK
 from kernels.tuning import Configs
 

@@ -9,7 +9,7 @@ Scales of groups, and zeros or minima: [tiles, groups, 8, 2 or 4], of rows r and
 
 import torch
 
-from kernels.quantized import PANEL_ELEMENTS, Format, unpack_codes
+from kernels.quantized_format import PANEL_ELEMENTS, Format, unpack_codes
 
 TILE, CHUNK = 16, 64
 
