@@ -71,6 +71,23 @@ def transposed(tensors: Tensors, config: Any) -> Tensors:
     return {name: tensor.t() if re.search(r"\.c_\w+\.weight", name) else tensor for name, tensor in tensors.items()}
 
 
+def qkv_by_part(tensors: Tensors, config: Any) -> Tensors:
+    """Put all queries before all keys, which GPT-NeoX has head by head."""
+    heads = config.num_attention_heads
+    return {
+        name: tensor.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2) if "query_key_value" in name else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def named_scalars(tensors: Tensors, config: Any) -> Tensors:
+    return {f"{name}.weight" if name.endswith("layer_scalar") else name: tensor for name, tensor in tensors.items()}
+
+
+def without_numbers(tensors: Tensors, config: Any) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if ".act_fn." not in name}
+
+
 @dataclass(frozen=True)
 class Case:
     """Describe a file and the checkpoint that it is made of."""
@@ -82,8 +99,36 @@ class Case:
     changes: tuple[Change, ...] = ()
     factors: dict[str, list[float]] = field(default_factory=dict)
     layers: int = 2
+    numbers: dict[str, str] = field(default_factory=dict)  # list in the file -> end of the tensors' names
 
 
+LOCAL, FULL = "sliding_attention", "full_attention"
+GEMMA_4 = {
+    "sliding_window": 8,
+    "layer_types": [LOCAL, LOCAL, FULL, LOCAL, FULL],
+    "global_head_dim": 32,
+    "hidden_size_per_layer_input": 0,
+    "num_kv_shared_layers": 0,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        LOCAL: {"rope_type": "default", "rope_theta": 1e4},
+        FULL: {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+    },
+}
+GEMMA_4_KEYS = {
+    "attention.sliding_window": 8,
+    "attention.sliding_window_pattern": [True, True, False, True, False],
+    "attention.key_length": 32,
+    "attention.key_length_swa": 16,
+    "attention.shared_kv_layers": 0,
+    "embedding_length_per_layer_input": 0,
+    "rope.freq_base": 1e6,
+    "rope.freq_base_swa": 1e4,
+    "rope.dimension_count": 32,
+    "rope.dimension_count_swa": 16,
+    "final_logit_softcapping": 3.0,
+}
 SQRT = 16**-0.5
 LLAMA_3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -93,7 +138,6 @@ YARN_KEYS = {
     "rope.scaling.original_context_length": 16,
 }
 WINDOW = {"attention.sliding_window": 8}
-LOCAL, FULL = "sliding_attention", "full_attention"
 RMS, LAYER = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
 LAYER_NORM = {LAYER: 1e-5, RMS: None}
 MINICPM = {"embedding_scale": 12.0, "residual_scale": 1.4 / 2**0.5, "logit_scale": 4.0}
@@ -134,6 +178,35 @@ CASES = {
         WINDOW | {"rope.freq_base": 1e6, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0},
         (offset_norms,),
         layers=7,
+    ),
+    "gemma4": Case(
+        "gemma4",
+        "Gemma4TextConfig",
+        GEMMA_4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        GEMMA_4_KEYS | {"attention.head_count_kv": [2, 2, 1, 2, 1]},
+        (named_scalars,),
+        {"rope_freqs": [1.0] * 4 + [1e30] * 12},
+        layers=5,
+    ),
+    "gemma4 that is an E2B": Case(
+        "gemma4",
+        "Gemma4TextConfig",
+        GEMMA_4
+        | {
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 32,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+        },
+        GEMMA_4_KEYS
+        | {
+            "attention.shared_kv_layers": 2,
+            "feed_forward_length": [96, 96, 96, 192, 192],
+            "embedding_length_per_layer_input": 32,
+        },
+        (named_scalars,),
+        {"rope_freqs": [1.0] * 4 + [1e30] * 12},
+        layers=5,
     ),
     "phi2": Case(
         "phi2",
@@ -245,11 +318,40 @@ CASES = {
         LAYER_NORM | {"rope.dimension_count": 4, "use_parallel_residual": True},
         (stacked_head_norms,),
     ),
+    "orion": Case(
+        "orion",
+        "StableLmConfig",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}},
+        LAYER_NORM,
+    ),
+    "gptneox": Case(
+        "gptneox",
+        "GPTNeoXConfig",
+        {"num_key_value_heads": None, "head_dim": None},
+        LAYER_NORM
+        | {
+            "rope.dimension_count": 4,
+            "rope.freq_base": None,
+            "attention.head_count_kv": None,
+            "attention.key_length": None,
+            "use_parallel_residual": True,
+        },
+        (qkv_by_part,),
+    ),
+    "apertus": Case(
+        "apertus",
+        "ApertusConfig",
+        {},
+        {name: None for name in ("attention.key_length",)},
+        (without_numbers,),
+        numbers={f"xielu.{name}": f"act_fn.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")},
+    ),
     "nemotron": Case(
         "nemotron", "NemotronConfig", {}, LAYER_NORM | {"rope.dimension_count": 8}, changes=(offset_norms,)
     ),
     "starcoder2": Case("starcoder2", "Starcoder2Config", {"tie_word_embeddings": True}, LAYER_NORM),
     "internlm2": Case("internlm2", "LlamaConfig", changes=(interleaved,)),
+    "xverse": Case("xverse", "LlamaConfig", changes=(interleaved,)),
     "baichuan": Case("baichuan", "LlamaConfig", {"num_key_value_heads": 4}, changes=(interleaved,)),
     "qwen": Case(
         "qwen",
@@ -329,15 +431,16 @@ def make_checkpoint(case: Case, folder: Path) -> Any:
 
 def write_file(case: Case, config: Any, tensors: Tensors, path: Path) -> None:
     """Write the file as llama.cpp's converter does."""
-    theta = (config.to_dict().get("rope_parameters") or {}).get("rope_theta", 1e4)
+    entries = config.to_dict()
+    theta = (entries.get("rope_parameters") or {}).get("rope_theta", 1e4)
     metadata: dict[str, Any] = {
         "context_length": 64,
         "embedding_length": 64,
         "block_count": case.layers,
         "feed_forward_length": 96,
         "attention.head_count": 4,
-        "attention.head_count_kv": getattr(config, "num_key_value_heads", 4),
-        "attention.key_length": getattr(config, "head_dim", None),
+        "attention.head_count_kv": entries.get("num_key_value_heads", 4),
+        "attention.key_length": entries.get("head_dim"),
         RMS: 1e-5,
         "rope.freq_base": theta,
     }
@@ -346,6 +449,8 @@ def write_file(case: Case, config: Any, tensors: Tensors, path: Path) -> None:
         if value is not None:
             add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, list: writer.add_array}
             add.get(type(value), writer.add_float32)(f"{case.arch}.{key}", value)
+    for key, end in case.numbers.items():
+        writer.add_array(key, [float(tensor) for name, tensor in tensors.items() if name.endswith(end)])
     writer.add_token_list([f"token {i}" for i in range(VOCAB_SIZE)])
     number = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[case.arch]
     names = gguf.get_tensor_name_map(number, case.layers)

@@ -1,18 +1,20 @@
 """Describe the architectures of GGUF files: the Hugging Face checkpoint that each becomes. Data.
 
-Where a family computes what another one does, its files become that one's: InternLM2, Baichuan and EXAONE 3 are Llamas
-with other names, MiniCPM is a Granite, ChatGLM a GLM, QWen a Qwen2. `engine.checkpoint.gguf_names` and `gguf_config`
-read the table.
+Where a family computes what another one does, its files become that one's: InternLM2, Baichuan, XVERSE and EXAONE 3 are
+Llamas with other names, MiniCPM is a Granite, ChatGLM a GLM, QWen a Qwen2, Orion a StableLM.
+`engine.checkpoint.gguf_names` and `gguf_config` read the table.
 """
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.checkpoint.gguf import GGUF, shortest
 from engine.checkpoint.gguf_rope import (
     Rope,
     gemma3_rope,
+    gemma4_rope,
     head_dim,
     ministral3_rope,
     partly_rotated,
@@ -20,6 +22,7 @@ from engine.checkpoint.gguf_rope import (
     rope_parameters,
 )
 from engine.errors import ModelError
+from engine.models.names import Rename, Rule
 
 Derive = Callable[[GGUF], dict[str, Any]]
 """Computes entries of config.json from a file."""
@@ -53,6 +56,13 @@ MLP_BIAS: Names = QKV_BIAS | {"mlp_bias": "ffn_up"}
 FUSED_GATE_UP: Names = BLOCK | {"ffn_up": "mlp.gate_up_proj"}
 
 
+class Number(NamedTuple):
+    """Name a list of the file's metadata, with a number for each block, that is a tensor of the checkpoint."""
+
+    key: str
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Describe the checkpoint that the files of one architecture become."""
@@ -72,7 +82,11 @@ class Architecture:
     has_offset_norms: bool = False  # norms hold 1 + weight
     has_norms_of_heads: bool = False  # each query and key head has its own norm, a module in the checkpoint
     has_fused_qkv: bool = False  # in the checkpoint; files may fuse them for any
+    has_qkv_by_head: bool = False  # the checkpoint's fused one holds a head's query, key and value, then the next's
     is_transposed: bool = False  # the checkpoint's matrices of blocks are [in, out]
+    has_like_heads: bool = True  # layers have as many heads of one length; else `derived` says how many, and how long
+    rules: tuple[Rule, ...] = ()  # on the checkpoint's names, after all others
+    numbers: Mapping[str, Number] = field(default_factory=dict)  # tensor of a block -> where the file has it
 
 
 def windows(period: int, default: int | None = None) -> Derive:
@@ -135,6 +149,28 @@ def no_alibi(gguf: GGUF) -> dict[str, Any]:
     return {}
 
 
+def gemma4_layers(gguf: GGUF) -> dict[str, Any]:
+    """Return what Gemma 4's layers of two kinds have, and what its smallest models save memory with."""
+    derived = windows(6)(gguf)
+    is_local = [kind == "sliding_attention" for kind in derived["layer_types"]]
+    kv_heads = gguf.get("{}.attention.head_count_kv", gguf.heads)
+    of_layers = kv_heads if isinstance(kv_heads, list) else [kv_heads] * len(is_local)
+    of_global = [heads for heads, local in zip(of_layers, is_local, strict=True) if not local]
+    widths = [gguf.shapes[f"blk.{i}.ffn_down.weight"][1] for i in (0, len(is_local) - 1)]
+    vectors = gguf.shapes.get("per_layer_token_embd.weight")
+    return derived | {
+        "head_dim": gguf.get("{}.attention.key_length_swa") or head_dim(gguf),
+        "global_head_dim": head_dim(gguf),
+        "num_key_value_heads": next(heads for heads, local in zip(of_layers, is_local, strict=True) if local),
+        "num_global_key_value_heads": of_global[0],
+        "attention_k_eq_v": f"blk.{is_local.index(False)}.attn_v.weight" not in gguf.shapes,
+        "num_kv_shared_layers": gguf.get("{}.attention.shared_kv_layers", 0),
+        "use_double_wide_mlp": widths[1] == 2 * widths[0],
+        "hidden_size_per_layer_input": gguf.get("{}.embedding_length_per_layer_input", 0),
+        **({"vocab_size_per_layer_input": vectors[0]} if vectors else {}),
+    }
+
+
 GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 LLAMA = Architecture("LlamaForCausalLM", "llama", biases=MLP_BIAS, is_interleaved=True)
 NEOX_LLAMA = replace(LLAMA, is_interleaved=False)
@@ -189,6 +225,30 @@ ARCHITECTURES = {
         fixed=GELU | {"attn_logit_softcapping": None},
         derived=(windows(6), query_scalar(62)),
         rope=gemma3_rope,
+    ),
+    "gemma4": Architecture(
+        "Gemma4ForCausalLM",
+        "gemma4_text",
+        keys={"final_logit_softcapping": "{}.final_logit_softcapping"},
+        fixed=GELU,
+        derived=(gemma4_layers,),
+        rope=gemma4_rope,
+        block=SANDWICH
+        | {
+            "layer_output_scale": "layer_scalar",
+            "inp_gate": "per_layer_input_gate",
+            "proj": "per_layer_projection",
+            "post_norm": "post_per_layer_input_norm",
+        },
+        top=TOP
+        | {
+            "per_layer_token_embd": "model.embed_tokens_per_layer",
+            "per_layer_model_proj": "model.per_layer_model_projection",
+            "per_layer_proj_norm": "model.per_layer_projection_norm",
+        },
+        has_fused_qkv=True,
+        has_like_heads=False,
+        rules=(Rename(r"\.layer_scalar\.weight$", ".layer_scalar"),),
     ),
     "phi2": Architecture(
         "PhiForCausalLM",
@@ -246,6 +306,51 @@ ARCHITECTURES = {
         spellings={"norm_eps": "layer_norm_eps"},
         has_norms_of_heads=True,
     ),
+    "orion": Architecture(
+        "StableLmForCausalLM",
+        "stablelm",
+        fixed={"use_parallel_residual": False},
+        biases={"use_qkv_bias": "attn_q"},
+        rope=partly_rotated,
+        spellings={"norm_eps": "layer_norm_eps"},
+    ),
+    "gptneox": Architecture(
+        "GPTNeoXForCausalLM",
+        "gpt_neox",
+        keys={"use_parallel_residual": "{}.use_parallel_residual"},
+        fixed={"hidden_act": "gelu"},
+        rope=partly_rotated,
+        block={
+            "attn_norm": "input_layernorm",
+            "attn_qkv": "attention.query_key_value",
+            "attn_output": "attention.dense",
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_up": "mlp.dense_h_to_4h",
+            "ffn_down": "mlp.dense_4h_to_h",
+        },
+        top={
+            "token_embd": "gpt_neox.embed_in",
+            "output_norm": "gpt_neox.final_layer_norm",
+            "output": "embed_out",
+        },
+        layers="gpt_neox.layers",
+        spellings={"norm_eps": "layer_norm_eps"},
+        has_fused_qkv=True,
+        has_qkv_by_head=True,
+    ),
+    "apertus": Architecture(
+        "ApertusForCausalLM",
+        "apertus",
+        fixed={"hidden_act": "xielu"},
+        biases=MLP_BIAS,
+        block=BLOCK | {"attn_norm": "attention_layernorm", "ffn_norm": "feedforward_layernorm"},
+        numbers={
+            "mlp.act_fn.alpha_p": Number("xielu.alpha_p", (1,)),
+            "mlp.act_fn.alpha_n": Number("xielu.alpha_n", (1,)),
+            "mlp.act_fn.beta": Number("xielu.beta", ()),
+            "mlp.act_fn.eps": Number("xielu.eps", ()),
+        },
+    ),
     "nemotron": Architecture(
         "NemotronForCausalLM",
         "nemotron",
@@ -264,6 +369,7 @@ ARCHITECTURES = {
         spellings={"norm_eps": "norm_epsilon"},
     ),
     "internlm2": LLAMA,
+    "xverse": LLAMA,
     "baichuan": replace(LLAMA, derived=(no_alibi,)),
     "qwen": Architecture("Qwen2ForCausalLM", "qwen2"),
     "mistral3": Architecture("Ministral3ForCausalLM", "ministral3", rope=ministral3_rope, is_interleaved=True),
@@ -319,10 +425,16 @@ FILES = tuple(name for name in ARCHITECTURES if name not in ("olmo3", "mistral")
 
 
 def architecture_of(gguf: GGUF) -> Architecture:
-    """Return what the file becomes. `ModelError` if its architecture is not known."""
+    """Return what the file becomes. `ModelError` if its architecture is not known, or has experts."""
     name = gguf["general.architecture"]
     if name not in FILES:
-        raise ModelError(f"GGUF architecture {name!r} is not supported, only {', '.join(FILES)}")
+        close = difflib.get_close_matches(name, FILES, 1, 0.5) if isinstance(name, str) else []
+        nearest = f". The nearest is {close[0]!r}" if close else ""
+        raise ModelError(f"GGUF architecture {name!r} is not supported, only {', '.join(FILES)}{nearest}")
+    if num_experts := gguf.get("{}.expert_count"):
+        raise ModelError(
+            f"GGUF architecture {name!r} with {num_experts} experts is not supported, only dense models are"
+        )
     if name == "olmo2" and gguf.get("{}.attention.sliding_window"):
         name = "olmo3"
     if name == "mistral3" and not gguf.get("{}.attention.temperature_scale"):  # Mistral Small 3

@@ -21,7 +21,7 @@ def make_config(gguf: GGUF, architecture: Architecture, dtype: torch.dtype, fact
         "intermediate_size": gguf.shapes["blk.0.ffn_down.weight"][1],  # QWen says twice that
         "num_hidden_layers": gguf["{}.block_count"],
         "num_attention_heads": gguf.heads,
-        "num_key_value_heads": gguf.kv_heads,
+        **({"num_key_value_heads": gguf.kv_heads} if architecture.has_like_heads else {}),
         "head_dim": head_dim(gguf),
         "hidden_act": "silu",
         "max_position_embeddings": gguf["{}.context_length"],

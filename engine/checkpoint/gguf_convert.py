@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from engine.checkpoint.gguf import GGUF, GGUFTensor, check_whole, dequantize, naming, part_files, read_gguf
-from engine.checkpoint.gguf_architectures import architecture_of
+from engine.checkpoint.gguf_architectures import Architecture, architecture_of
 from engine.checkpoint.gguf_blocks import BLOCKS, unpack_rows
 from engine.checkpoint.gguf_config import EMBEDDING, make_config, special_ids
 from engine.checkpoint.gguf_names import placed
@@ -89,7 +89,16 @@ def convert(
             for tensor in gguf.tensors
             if tensor.name in pieces
         ]
-        write_weights(sources, data, folder, advance)
+        write_weights([*sources, *numbers_of(gguf, architecture, dtype)], data, folder, advance)
+
+
+def numbers_of(gguf: GGUF, architecture: Architecture, dtype: torch.dtype) -> list["MadeTensor"]:
+    """Return the tensors of one number that the file has among its metadata."""
+    return [
+        MadeTensor(Entry(f"{architecture.layers}.{i}.{name}", dtype, number.shape), float(value))
+        for name, number in architecture.numbers.items()
+        for i, value in enumerate(gguf[number.key])
+    ]
 
 
 def rope_factors(gguf: GGUF, data: Sequence[np.ndarray]) -> Factors:
@@ -148,19 +157,48 @@ class Source:
         """Return the bytes of all that is written."""
         return sum(entry.num_bytes for entry in self.entries)
 
-    def read(self, data: np.ndarray, pool: ThreadPoolExecutor) -> Iterator[torch.Tensor]:
-        """Yield the values of `entries`. data: the tensor's file, uint8."""
+    @property
+    def bytes_read(self) -> int:
+        """Return the bytes of the file that it is made of."""
+        return self.tensor.num_bytes
+
+    def read(self, data: Sequence[np.ndarray], pool: ThreadPoolExecutor) -> Iterator[torch.Tensor]:
+        """Yield the values of `entries`. data: the model's files, uint8."""
+        content = data[self.tensor.part]
         if self.form is None:
-            fields = {"": read_tensor(data, self.tensor, self.dtype, pool)}
+            fields = {"": read_tensor(content, self.tensor, self.dtype, pool)}
         else:
-            fields = read_packed(data, self, pool)
+            fields = read_packed(content, self, pool)
         for piece in self.pieces:
             for field, entry in self.fields.items():
                 yield piece.of(fields[field]).to(entry.dtype).contiguous()
 
 
+@dataclass(frozen=True)
+class MadeTensor:
+    """Hold a tensor of one number, which the file has among its metadata: see `Source`."""
+
+    entry: Entry
+    value: float
+    bytes_read: int = 0
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Return the one entry."""
+        return [self.entry]
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of all that is written."""
+        return self.entry.num_bytes
+
+    def read(self, _data: Sequence[np.ndarray], _pool: ThreadPoolExecutor) -> Iterator[torch.Tensor]:
+        """Yield the one value."""
+        yield torch.tensor([self.value], dtype=self.entry.dtype)
+
+
 def write_weights(
-    sources: Sequence[Source], data: Sequence[np.ndarray], folder: Path, advance: Callable[[int], None]
+    sources: Sequence[Source | MadeTensor], data: Sequence[np.ndarray], folder: Path, advance: Callable[[int], None]
 ) -> None:
     """Write the tensors as safetensors of at most `SHARD_BYTES` (or one tensor) each, with an index if several.
 
@@ -175,15 +213,15 @@ def write_weights(
             with open(folder / file, "wb") as output:
                 output.write(len(header).to_bytes(8, "little") + header)
                 for source in shard:
-                    for weight in source.read(data[source.tensor.part], pool):
+                    for weight in source.read(data, pool):
                         output.write(weight.view(torch.uint8).numpy().data)
-                    advance(source.tensor.num_bytes)
+                    advance(source.bytes_read)
             weight_map |= {entry.name: file for source in shard for entry in source.entries}
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
-def make_header(shard: Sequence[Source]) -> bytes:
+def make_header(shard: Sequence[Source | MadeTensor]) -> bytes:
     """Return the header of a safetensors file whose weights follow in the order of `shard`."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -194,9 +232,9 @@ def make_header(shard: Sequence[Source]) -> bytes:
     return header + b" " * (-len(header) % 8)
 
 
-def split_by_size(sources: Sequence[Source], max_bytes: int) -> Iterator[list[Source]]:
+def split_by_size(sources: Sequence[Source | MadeTensor], max_bytes: int) -> Iterator[list[Source | MadeTensor]]:
     """Split `sources` into consecutive lists of at most `max_bytes`, or one tensor, each."""
-    shard: list[Source] = []
+    shard: list[Source | MadeTensor] = []
     num_bytes = 0
     for source in sources:
         if shard and num_bytes + source.num_bytes > max_bytes:

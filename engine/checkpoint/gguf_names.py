@@ -59,6 +59,22 @@ class Transpose:
 
 
 @dataclass(frozen=True)
+class ByHead:
+    """Put a head's query, key and value after one another: the file has all queries, all keys, all values."""
+
+    heads: int
+
+    def __call__(self, piece: Piece) -> Iterable[Piece]:
+        if ".attn_qkv." in piece.name:
+            piece = Piece(piece.name, (*piece.transforms, self._reorder), piece.index)
+        yield piece
+
+    def _reorder(self, loaded: torch.Tensor) -> torch.Tensor:
+        by_part: torch.Tensor = loaded.unflatten(0, (3, self.heads, -1))
+        return by_part.transpose(0, 1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
 class NormOfEachHead:
     """Split the norms of query and key heads, which a file stacks, into those of each head."""
 
@@ -90,7 +106,9 @@ def rules_of(gguf: GGUF, architecture: Architecture) -> Sequence[Rule]:
         rules.append(Transpose())
     if architecture.has_norms_of_heads:
         rules.append(NormOfEachHead(gguf.heads, gguf.kv_heads))
-    return (*rules, Translate(architecture))
+    if architecture.has_qkv_by_head:
+        rules.append(ByHead(gguf.heads))
+    return (*rules, Translate(architecture), *architecture.rules)
 
 
 def placed(gguf: GGUF, architecture: Architecture) -> dict[str, list[Piece]]:

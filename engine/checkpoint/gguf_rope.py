@@ -67,6 +67,16 @@ def gemma3_rope(gguf: GGUF, factors: Factors) -> dict[str, Any]:
     return ropes
 
 
+def gemma4_rope(gguf: GGUF, factors: Factors) -> dict[str, Any]:
+    """Return Gemma 4's rotary embeddings. Full layers rotate the pairs whose divisor is 1, the others' is vast."""
+    divisors = factors.get(LLAMA_3, [1.0])
+    rotated = sum(divisor == 1.0 for divisor in divisors) / len(divisors)
+    ropes = gemma3_rope(gguf, {})
+    theta = ropes["full_attention"]["rope_theta"]
+    full = {"rope_type": "proportional", "rope_theta": theta, "partial_rotary_factor": rotated}
+    return ropes | {"full_attention": full}
+
+
 def ministral3_rope(gguf: GGUF, factors: Factors) -> dict[str, Any]:
     """Return Ministral 3's rotary embedding, which also says how queries grow with their positions."""
     multiplier = shortest(gguf.get("{}.rope.scaling.yarn_log_multiplier", 0.0))

@@ -94,7 +94,7 @@ class Gemma4Decoder(Decoder):
             self.embed_tokens_per_layer = VocabParallelEmbedding(
                 config.raw.get("vocab_size_per_layer_input", config.vocab_size),
                 num_layers * self.size,
-                layers,
+                layers.within("embed_tokens_per_layer"),
                 self.size**0.5,
             )
             self.per_layer_model_projection = whole(
