@@ -28,6 +28,8 @@ ONEDNN_ONE_CHAIN = 1024
 class DenseWeight(Weight):
     """A matrix [n, k] as one contiguous tensor."""
 
+    has_lookup = True
+
     def __init__(
         self, parts: Sequence[Part], k: int, dtype: torch.dtype, input_shard: Shard = WHOLE, data: Any = None
     ) -> None:

@@ -38,6 +38,8 @@ class QuantizedWeight(Weight):
     that stands at each place of the codes. input_scale: float32 [1] or None.
     """
 
+    has_lookup = True
+
     def __init__(
         self,
         parts: Sequence[Part],

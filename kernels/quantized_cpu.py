@@ -113,6 +113,8 @@ def kernels_ahead() -> "Future[Kernels | None]":
 class CpuQuantizedWeight(Weight):
     """A matrix [n, k] as codes that `kernels` multiply; it shares the tensors of the weight that defines it."""
 
+    has_lookup = True
+
     def __init__(self, definition: Definition, kernels: Kernels) -> None:
         super().__init__(definition.parts, definition.k, definition.input_shard)
         self.definition, self.kernels = definition, kernels

@@ -7,7 +7,7 @@ A `Weight` hides its format. Layers ask for `product` and say by keyword what st
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -56,6 +56,8 @@ class Weight(ABC):
     lays it out for its kernels once all are there.
     """
 
+    has_lookup: ClassVar = False
+
     def __init__(self, parts: Sequence[Part], k: int, input_shard: Shard = WHOLE) -> None:
         """k: inputs on this rank, the slice `input_shard` of the tensor's columns."""
         self.parts, self.k, self.input_shard = tuple(parts), k, input_shard
@@ -88,7 +90,7 @@ class Weight(ABC):
         return self.product(x, bias=bias).float()
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the rows `ids` [T] as [T, k] numbers: a weight of a vocabulary embeds tokens so."""
+        """Return the rows `ids` [T] as [T, k] numbers, if it `has_lookup`: tokens are embedded so."""
         raise NotImplementedError(f"{type(self).__name__} has no rows that can be looked up")
 
     @abstractmethod

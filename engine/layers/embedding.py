@@ -11,6 +11,7 @@ import torch
 from engine.layers.layer import Layer, LayerConfig, meta_weight
 from engine.layers.linear import Linear
 from kernels.elementwise import embed, softcap_
+from kernels.quantized import QuantizedWeight
 from kernels.weights import WHOLE, Part, ShapeError, Weight
 
 
@@ -37,6 +38,8 @@ class VocabularySlice:
 
 class VocabParallelEmbedding(Layer):
     """The vectors of token ids, times `scale`, which is rounded to the model's dtype."""
+
+    serves_head = False  # a tied head multiplies with the same weight
 
     def __init__(self, vocab_size: int, hidden_size: int, layers: LayerConfig, scale: float = 1.0) -> None:
         self.comm, self.slice = layers.comm, VocabularySlice(vocab_size, layers)
@@ -70,6 +73,13 @@ class VocabParallelEmbedding(Layer):
 
     def move_to(self, device: torch.device) -> None:
         self.weight.transform(lambda tensor: tensor.to(device))
+
+    def pack(self) -> None:
+        """Lay codes out for the head that is tied to them, if rows can be looked up in that layout as well."""
+        if self.serves_head and isinstance(self.weight, QuantizedWeight):
+            packed = self.weight.pack(for_logits=True)
+            if packed.has_lookup:
+                self.weight = packed
 
     def fill_dummy(self, generator: torch.Generator) -> None:
         self.weight.fill_random(generator)
@@ -116,6 +126,8 @@ class ParallelLMHead(Linear):
             super().__init__((), [Part(self.slice.num_tokens)], hidden_size, layers, bias=bias)
         else:
             self.weight, self.bias = tied_to.weight, None
+            tied_to.serves_head = True
+        self._tied_to = (tied_to,)  # a tuple: not a child
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return this rank's logits [S, tokens], float32, of hidden states [S, hidden]."""
@@ -146,7 +158,11 @@ class ParallelLMHead(Linear):
         return self.slice.place(self.weight, name, loaded)
 
     def pack(self) -> None:
-        self.weight = self.weight.pack(for_logits=True)
+        (embedding,) = self._tied_to
+        if embedding is not None and embedding.weight is not self.weight:
+            self.weight = embedding.weight  # it has packed what both read
+        else:
+            self.weight = self.weight.pack(for_logits=True)
 
     def move_to(self, device: torch.device) -> None:
         if not self.is_tied:
