@@ -161,21 +161,22 @@ class SamplingParams:
     def verify(self, vocab_size: int) -> None:
         """Raise `InvalidRequest` naming the first field that is out of range."""
 
-        def check(ok: bool, name: str, rule: str) -> None:
-            if not ok:
-                raise InvalidRequest(f"{name} must be {rule}, got {shown(getattr(self, name))}", name)
+        def wrong(name: str, rule: str) -> InvalidRequest:
+            return InvalidRequest(f"{name} must be {rule}, got {shown(getattr(self, name))}", name)
 
         for name, (low, high, rule) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                check(False, name, rule)
-        check(math.isfinite(self.temperature), "temperature", "a finite number")
+                raise wrong(name, rule)
+        if not math.isfinite(self.temperature):
+            raise wrong("temperature", "a finite number")
         limit = math.inf if self.max_new_tokens is None else self.max_new_tokens
-        check(0 <= self.min_new_tokens <= limit, "min_new_tokens", f"between 0 and max_new_tokens, which is {limit}")
-        is_in_vocab = all(0 <= token_id < vocab_size for token_id in self.logit_bias)
-        check(is_in_vocab, "logit_bias", f"keyed by ids below the vocabulary size {vocab_size}")
-        is_near = all(abs(bias) <= MAX_BIAS for bias in self.logit_bias.values())
-        check(is_near, "logit_bias", f"numbers between -{MAX_BIAS} and {MAX_BIAS}")
+        if not 0 <= self.min_new_tokens <= limit:
+            raise wrong("min_new_tokens", f"between 0 and max_new_tokens, which is {limit}")
+        if not all(0 <= token_id < vocab_size for token_id in self.logit_bias):
+            raise wrong("logit_bias", f"keyed by ids below the vocabulary size {vocab_size}")
+        if not all(abs(bias) <= MAX_BIAS for bias in self.logit_bias.values()):
+            raise wrong("logit_bias", f"numbers between -{MAX_BIAS} and {MAX_BIAS}")
         constraints = [name for name in CONSTRAINTS if getattr(self, name) is not None]
         if len(constraints) > 1:
             raise InvalidRequest(f"at most one of {', '.join(CONSTRAINTS)} may be given", constraints[1])

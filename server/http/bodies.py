@@ -1,5 +1,6 @@
 """The memory of request bodies: of each while it comes and is read, and of all together."""
 
+import numpy as np
 from aiohttp import web
 
 from engine.declared import Object
@@ -7,6 +8,7 @@ from engine.errors import EngineError, QueueFull
 
 MAX_CONTAINERS = 1 << 18  # of a body: its objects and lists, counted by their brackets, those in texts too
 MAX_VALUES = 1 << 21  # of a body, counted by its commas: 0.1 s of reading
+LONG_PIECE = 1 << 12  # bytes
 SMALL_TEXT = 256  # characters of a text that is kept once the request is made
 # Bytes that the values of a JSON text take in memory, about, by the byte that begins or separates them.
 BYTES_OF_MARK = {b"{": 192, b"[": 64, b",": 32, b'"': 32}
@@ -28,18 +30,19 @@ class HeldBody:
 
     def __init__(self, budget: BodyBudget) -> None:
         self._budget = budget
-        self._num_bytes = self._num_containers = self._num_commas = 0
+        self._num_bytes = self._num_commas = 0
+        self.num_containers = 0  # objects and lists, at most: brackets in texts count too
         self._body: Object | None = None
 
     def add(self, piece: bytes) -> None:
         """Account for more of the body. `BodyTooLarge` if none may be so large, `QueueFull` if others leave no room."""
-        counts = {mark: piece.count(mark) for mark in BYTES_OF_MARK}
-        self._num_containers += counts[b"{"] + counts[b"["]
+        counts = _counts(piece)
+        self.num_containers += counts[b"{"] + counts[b"["]
         self._num_commas += counts[b","]
-        if self._num_containers > MAX_CONTAINERS or self._num_commas > MAX_VALUES:
+        if self.num_containers > MAX_CONTAINERS or self._num_commas > MAX_VALUES:
             raise BodyTooLarge(
                 f"the body has more than {MAX_CONTAINERS} objects and lists"
-                if self._num_containers > MAX_CONTAINERS
+                if self.num_containers > MAX_CONTAINERS
                 else f"the body has more than {MAX_VALUES} values"
             )
         # The text is there twice: in pieces and as a whole, or as a whole and as its values.
@@ -67,6 +70,14 @@ class HeldBody:
             if isinstance(value, (dict, list, Object)) or (isinstance(value, str) and len(value) > SMALL_TEXT):
                 setattr(self._body, name, DROPPED)
         self._body = None
+
+
+def _counts(piece: bytes) -> dict[bytes, int]:
+    """Return how often each mark is in `piece`. `bytes.count` takes four times as long as vectors do of a long one."""
+    if len(piece) < LONG_PIECE:
+        return {mark: piece.count(mark) for mark in BYTES_OF_MARK}
+    codes = np.frombuffer(piece, np.uint8)
+    return {mark: int(np.count_nonzero(codes == mark[0])) for mark in BYTES_OF_MARK}
 
 
 class Dropped:

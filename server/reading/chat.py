@@ -419,7 +419,7 @@ def _parse_message(written: JSON, read: Message, path: str) -> JSON:
     if isinstance(read.content, list):
         message["content"] = "\n".join(_text_of(part, f"{path}.content[{i}]") for i, part in enumerate(read.content))
     elif read.content is None and read.role in ("assistant", "tool", "function"):
-        message["content"] = read.refusal  # beside calls, reasoning or a refusal, or for nothing
+        message["content"] = read.refusal or ""  # beside calls, reasoning or a refusal, or for nothing
     elif read.content is None:
         raise read.wrong("content", "a string or a list of parts", path)
     if reasoning := read.reasoning_content or read.reasoning:
@@ -432,7 +432,7 @@ def _parse_message(written: JSON, read: Message, path: str) -> JSON:
 
 def _text_of(part: Part, path: str) -> str:
     if part.type == "refusal":  # an assistant's
-        return part.refusal
+        return part.refusal or ""
     if part.type in MEDIA_PARTS:
         raise InvalidRequest(f"{path} is {part.type}, but this model reads text only", f"{path}.type")
     if part.type not in ("text", "input_text") or part.text is None:

@@ -81,12 +81,13 @@ class StructuredOutputs(
 
 
 # ---- messages and tools, which are shown to the template as the client wrote them ----
+# Classes of what there is much of have no defaults but None: no null is to be looked for.
 
 
 class Part(Object):
-    type: str = ""
+    type: str | None = None
     text: str | None = None
-    refusal: str = ""
+    refusal: str | None = None
 
 
 class CalledFunction(Object):
@@ -108,11 +109,11 @@ class MessageToolCall(Object):
 class Message(Object, kw_only=True):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[str | list[Part], Meta(extra={"rule": "a string or a list of parts"})] | None = None
-    tool_calls: list[MessageToolCall] = []
-    tool_call_id: str = ""
-    reasoning_content: str = ""
-    reasoning: str = ""
-    refusal: str = ""
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: str | None = None
 
 
 class Parameters(Object):

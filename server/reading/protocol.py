@@ -28,6 +28,7 @@ MAX_N = 128
 LONG_BODY = 1 << 18  # bytes
 MAX_DEPTH = 200  # of a body's objects and lists
 WRITABLE_DEPTH = 254  # orjson's, which reads 1,024: the difference is for what an answer puts around what it repeats
+UNTYPED = "/api/"  # Ollama's paths, whose bodies are JSON whatever their type: curl names none in its examples
 PLACE = re.compile(r"\[\d+\]")  # in a list
 REQUEST_FIELDS = ("priority", "extra_key", "cache_salt")  # SGLang's, which every API takes
 
@@ -126,7 +127,7 @@ async def read_body(request: web.Request, kind: type[Body]) -> Body:
     What is returned loses its large fields once the engine has the requests made of it (`LiveRequests.submitted`).
     """
     text, held = await _read_text(request)
-    body = parse(text, kind)
+    body = parse(text, kind, num_containers=held.num_containers)
     if len(text) > LONG_BODY:
         await asyncio.sleep(0)  # reading the values, checking them: each is a long callback
     held.hold(body)
@@ -144,7 +145,8 @@ async def _read_text(request: web.Request) -> tuple[bytes, HeldBody]:
     if (request.content_length or 0) > limit:
         raise _body_too_long(limit)
     kind = request.content_type
-    if "Content-Type" in request.headers and not (kind.endswith(("/json", "+json")) or _takes_any_type(request)):
+    is_json = kind.endswith(("/json", "+json")) or request.path.startswith(UNTYPED)
+    if "Content-Type" in request.headers and not is_json:
         # A web page may send text/plain or a form to a local server without asking; never JSON.
         raise InvalidRequest(f"Content-Type must be application/json, got {kind}", "Content-Type")
     held = request[BODY] = HeldBody(request.app[BODY_BUDGET])
@@ -169,27 +171,16 @@ def _body_too_long(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body is longer than {limit} bytes, the limit set by --max-body-bytes")
 
 
-def _takes_any_type(request: web.Request) -> bool:
-    """Return whether the body is JSON whatever its type: with Ollama's API, in whose examples curl names none.
+def parse(text: bytes, kind: type[Body], name: str = "the body", num_containers: int | None = None) -> Body:
+    """Parse a client's JSON. `InvalidRequest` if it is no `kind`, or so deep that it could not be written or shown.
 
-    Not where a browser says that the page of another site sends it.
+    num_containers: of its objects and lists, at most, where that is known.
     """
-    return request.path.startswith("/api/") and not is_from_another_site(request)
-
-
-def is_from_another_site(request: web.Request) -> bool:
-    """Return whether a browser says that a page of another site sends the request."""
-    origin = request.headers.get("Origin")
-    if origin is not None and origin.partition("://")[2] != request.headers.get("Host"):
-        return True
-    return request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
-
-
-def parse(text: bytes, kind: type[Body], name: str = "the body") -> Body:
-    """Parse a client's JSON. `InvalidRequest` if it is no `kind`, or so deep that it could not be written or shown."""
+    if num_containers is None:
+        num_containers = text.count(b"{") + text.count(b"[")
     try:
         body = decode(text, kind)
-        if text.count(b"{") + text.count(b"[") > MAX_DEPTH:
+        if num_containers > MAX_DEPTH:
             _check_depth([getattr(body, name) for name in body.__struct_fields__])
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"{name} is not valid JSON: {_syntax_error(text) or error}") from None

@@ -124,14 +124,14 @@ class _Reader:
 
     def read(self, item: Item, path: str) -> None:
         match item:
+            case FunctionCall():
+                self._add_call(item.call_id, function_name(item.name, item.namespace), item.arguments)
+            case FunctionCallOutput():
+                self._add_output(item.call_id, self._joined(item.output, path, "output"))
             case InputMessage():
                 self._add_message(item, path)
             case ReasoningItem():
                 self._add_reasoning(item)
-            case FunctionCall():
-                self._add_call(item.call_id, function_name(item.name, item.namespace), item.arguments)
-            case FunctionCallOutput():
-                self._add_output(item.call_id, self._joined(item.output or "", f"{path}.output"))
             case ToolCall():
                 name = _kind(item).removesuffix("_call")
                 self._add_call(_call_id(item, path), item.name or name, _arguments(item, name))
@@ -143,7 +143,7 @@ class _Reader:
     def _add_message(self, item: InputMessage, path: str) -> None:
         if item.content is None and item.role != "assistant":
             raise item.wrong("content", "a string or a list of parts", path)
-        content = self._joined(item.content or "", f"{path}.content")
+        content = self._joined(item.content, path, "content")
         if item.role == "assistant":
             self._assistant(lacks=("content", "tool_calls"))["content"] = content
         else:
@@ -153,7 +153,7 @@ class _Reader:
         """Add reasoning in the clear. A summary is left out: it is not what the model thought."""
         if item.content:
             message = self._assistant(lacks=("content", "tool_calls", "reasoning_content"))
-            message["reasoning_content"] = "\n".join([part.text for part in item.content])
+            message["reasoning_content"] = "\n".join([part.text or "" for part in item.content])
         elif item.encrypted_content:
             self._left_out.add(CONTENT, "reasoning")
 
@@ -179,16 +179,17 @@ class _Reader:
             messages.append({"role": "assistant", "content": ""})
         return messages[-1]
 
-    def _joined(self, content: str | list[ContentPart], path: str) -> str:
-        if isinstance(content, str):
-            return content
-        return "\n".join([self._shown(part, f"{path}[{i}]") for i, part in enumerate(content)])
+    def _joined(self, content: str | list[ContentPart] | None, path: str, field: str) -> str:
+        """Return the texts of a field of the item at `path`."""
+        if isinstance(content, list):
+            return "\n".join([self._shown(part, f"{path}.{field}[{i}]") for i, part in enumerate(content)])
+        return content or ""
 
     def _shown(self, part: ContentPart, path: str) -> str:
         """Return what the model reads in place of a part."""
         if part.type == "refusal":  # an assistant's
-            return part.refusal
-        if part.type in UNSEEN_PARTS:
+            return part.refusal or ""
+        if part.type is not None and part.type in UNSEEN_PARTS:
             self._left_out.add(CONTENT, part.type)
             name = part.type.removeprefix("input_").replace("_", " ")
             return f"[{name}: cannot be shown to this model, which reads text only]"
@@ -203,7 +204,7 @@ class _Reader:
         if isinstance(output, str):
             return output
         if isinstance(output, list) and all(isinstance(part, dict) and _has_text(part) for part in output):
-            return self._joined(convert(output, list[ContentPart], f"{path}.{name}"), f"{path}.{name}")
+            return self._joined(convert(output, list[ContentPart], f"{path}.{name}"), path, name)
         return msgspec.json.encode(output).decode()
 
 

@@ -13,19 +13,22 @@ from server.reading.shared_fields import MAX_OBJECTS, Hint, PrefixFields, descri
 MAX_METADATA = 16
 UNSUPPORTED = ("conversation", "prompt", "moderation", "image", "top_logprobs", "n")
 
-# ---- items of the input, which are kept as the client wrote them ----
+# ---- items of the input, which are kept as the client wrote them; null is a default here, which is quick to read ----
 
 UnseenPart = Literal["input_image", "input_file", "input_audio", "computer_screenshot"]
 UNSEEN_PARTS = get_args(UnseenPart)
 
 
 class ContentPart(Object):
-    type: Annotated[
-        Literal["input_text", "output_text", "text", "refusal"] | UnseenPart,
-        Meta(extra={"rule": "input_text, output_text, refusal, or a kind of image or file"}),
-    ] = "input_text"
+    type: (
+        Annotated[
+            Literal["input_text", "output_text", "text", "refusal"] | UnseenPart,
+            Meta(extra={"rule": "input_text, output_text, refusal, or a kind of image or file"}),
+        ]
+        | None
+    ) = None
     text: str | None = None
-    refusal: str = ""
+    refusal: str | None = None
 
 
 Content = Annotated[
@@ -43,13 +46,12 @@ class MessageItem(InputMessage, tag="message"):
     pass
 
 
-class ReasoningText(Object):
-    type: Literal["reasoning_text"] = "reasoning_text"
-    text: str = ""
+class ReasoningText(Object, tag="reasoning_text"):
+    text: str | None = None
 
 
 class ReasoningItem(Object, tag="reasoning"):
-    content: list[ReasoningText] = []
+    content: list[ReasoningText] | None = None
     encrypted_content: str | None = None
 
 
@@ -57,7 +59,7 @@ class FunctionCall(Object, tag="function_call", kw_only=True):
     call_id: str
     name: str
     arguments: str
-    namespace: str = ""
+    namespace: str | None = None
 
 
 class FunctionCallOutput(Object, tag="function_call_output", kw_only=True):
@@ -151,7 +153,7 @@ class ResponsesTool(Object, kw_only=True):
     strict: bool | None = None
     format: Annotated[CustomToolFormat, Meta(description="of a custom tool's input")] | None = None
     environment: Annotated[Environment | str, Meta(description="of a shell: local, or the provider's")] | None = None
-    tools: Annotated[list[JSON], Meta(description="of a namespace")] = []
+    tools: Annotated[list[JSON], Meta(description="of a namespace")] | None = None
 
 
 class NamedTool(Object):

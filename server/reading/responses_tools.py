@@ -124,7 +124,7 @@ class Tools:
     def _add_tool(self, tool: ResponsesTool, namespace: str, path: str) -> None:
         kind = tool.type
         if kind == "namespace":
-            self._add(tool.tools, tool.name or "", f"{path}.tools")
+            self._add(tool.tools or [], tool.name or "", f"{path}.tools")
         elif kind in KNOWN_TOOLS and kind not in self.offered and _is_clients(tool):
             function = {"type": FUNCTION, FUNCTION: KNOWN_TOOLS[kind].function(kind)}
             self._offer(function, OfferedTool(kind, kind), path, {})
@@ -146,7 +146,7 @@ class Tools:
         self.functions.append(function)
 
 
-def function_name(name: str, namespace: str) -> str:
+def function_name(name: str, namespace: str | None) -> str:
     """Return the name by which the model knows a tool of a namespace."""
     if not namespace:
         return name
