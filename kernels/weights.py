@@ -97,6 +97,10 @@ class Weight(ABC):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each tensor that holds the weight, by the last part of its name in a checkpoint ("": in none)."""
 
+    def names_of(self, part: int) -> list[str]:  # noqa: ARG002
+        """Return what a checkpoint calls the tensors of a part, as `tensors` does."""
+        return [name for name, _ in self.tensors() if name]
+
     @abstractmethod
     def transform(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace each tensor by `function` of it."""

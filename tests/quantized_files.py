@@ -1,6 +1,7 @@
 """Writers of quantized checkpoints, by the formulas of their formats, and what the codes they write stand for."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ class Case:
     config: dict[str, Any]  # config.json's quantization_config
     write: Write
     rounds: Round | None = None  # what products do to their inputs
-    num_kv_heads: int = 2
+    model: str = "{}"  # entries of config.json
     splits: bool = True  # over ranks
 
 
@@ -286,6 +287,19 @@ def write_mixed(module: str, weight: torch.Tensor, random: torch.Generator) -> t
     return (fp8(of_rows) if module.endswith("down_proj") else compressed())(module, weight, random)
 
 
+def but(write: Write, others: dict[str, Write | None]) -> Write:
+    """Write modules whose names end so in another way; None: as they are."""
+
+    def written(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor | None]:
+        other = next((other for leaf, other in others.items() if module.endswith(leaf)), write)
+        return ({"weight": weight}, None) if other is None else other(module, weight, random)
+
+    return written
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+
+
 def ct_config(
     layout: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None, **more: Any
 ) -> dict[str, Any]:
@@ -313,8 +327,14 @@ MIXED_GROUPS = {
 
 
 CASES: dict[str, Case] = {
-    "awq": Case(
-        {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}, write_awq
+    "awq": Case(AWQ, write_awq),
+    "awq but for some modules": Case(
+        AWQ | {"modules_to_not_convert": ["v_proj", "layers.1.mlp", "0.self_attn.o_proj"]},
+        but(write_awq, {"v_proj": None, "1.mlp.gate_proj": None, "1.mlp.up_proj": None, "1.mlp.down_proj": None,
+                        "0.self_attn.o_proj": None}),
+    ),
+    "awq but for modules that nobody names": Case(
+        AWQ, but(write_awq, {"q_proj": None, "0.mlp.up_proj": None, "1.mlp.down_proj": None})
     ),
     "gptq": Case(gptq_config(sym=True), gptq(sym=True)),
     "gptq, zeros": Case(gptq_config(), gptq()),
@@ -331,11 +351,16 @@ CASES: dict[str, Case] = {
         gptq_config(dynamic={r"-:.*o_proj": {}, r"+:.*\.down_proj": {"bits": 8, "sym": True, "group_size": -1}}),
         write_gptq_by_layer,
     ),
+    "gptq, one product of several kinds": Case(
+        gptq_config(dynamic={r".*\.(q|up)_proj": {"bits": 8}, r"-:.*\.v_proj": {}}),
+        but(gptq(), {"q_proj": gptq(8), "up_proj": gptq(8), "v_proj": None}),
+        model='{"attention_bias": true, "mlp_bias": true, "random_norms": true}',
+    ),
     "gptq for marlin": Case(
-        gptq_config(checkpoint_format="marlin", sym=True), marlin(GROUP), num_kv_heads=4
+        gptq_config(checkpoint_format="marlin", sym=True), marlin(GROUP), model='{"num_key_value_heads": 4}'
     ),
     "gptq for marlin, all inputs in one group": Case(
-        gptq_config(is_marlin_format=True, group_size=-1), marlin(None), num_kv_heads=4
+        gptq_config(is_marlin_format=True, group_size=-1), marlin(None), model='{"num_key_value_heads": 4}'
     ),
     "auto-round": Case(
         {"quant_method": "auto-round", "bits": 4, "group_size": GROUP, "sym": False, "data_type": "int",
@@ -472,7 +497,7 @@ def write_quantized(folder: Path, case: Case, target: Path) -> None:
             packed.update({f"{module}.{leaf}": tensor for leaf, tensor in tensors.items()})
         else:
             plain[name] = packed[name] = weight
-    target.mkdir()
+    shutil.copytree(folder, target)
     save_file({name: tensor.contiguous() for name, tensor in packed.items()}, target / "model.safetensors")
     save_file({name: tensor.contiguous() for name, tensor in plain.items()}, folder / "model.safetensors")
     raw = json.loads((folder / "config.json").read_text())

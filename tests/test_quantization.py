@@ -1,5 +1,6 @@
 """Quantized checkpoints, written by the formulas of their formats, give the logits of their dequantized selves."""
 
+import asyncio
 import json
 import shutil
 from collections.abc import Callable
@@ -21,8 +22,11 @@ from engine.quantization.modules import Modules, spellings
 from engine.quantization.online import FORMATS as FORMATS_ONLINE
 from kernels.quantize import OnlineWeight
 from kernels.weights import Part
-from tests.quantized_files import CASES, GROUP, ct_words, gptq_config, write_quantized
+from tests.quantized_files import CASES, GROUP, Round, ct_words, gptq_config, write_quantized
+from tests.test_engine import MIXES, collect, make_state, prompts, running_engine
 from tests.test_models import MakeTinyModel, TinyEngine, assert_equals_reference, random_ids
+
+__all__ = ["prompts"]  # a fixture
 
 
 def engine_of(folder: Path, comm: Communicator | None = None) -> TinyEngine:
@@ -37,12 +41,12 @@ def made(make_tiny_model: MakeTinyModel, tmp_path_factory: pytest.TempPathFactor
     """Return for each case a quantized checkpoint and the plain one that it stands for."""
     from transformers import LlamaConfig
 
-    of_heads = {heads: make_tiny_model(LlamaConfig, "tiny_plain", intermediate_size=128, num_key_value_heads=heads)
-                for heads in {case.num_kv_heads for case in CASES.values()}}  # fmt: skip
+    models = {model: make_tiny_model(LlamaConfig, "tiny_plain", **{"intermediate_size": 128} | json.loads(model))
+              for model in {case.model for case in CASES.values()}}  # fmt: skip
     folders = {}
     for name, case in CASES.items():
         folder = tmp_path_factory.mktemp("quantized")
-        shutil.copytree(of_heads[case.num_kv_heads], folder / "plain")
+        shutil.copytree(models[case.model], folder / "plain")
         write_quantized(folder / "plain", case, folder / "packed")
         folders[name] = folder / "packed", folder / "plain"
     return folders
@@ -62,13 +66,18 @@ def test_inputs_are_rounded_as_the_checkpoint_says(name: str, made) -> None:
     model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
     with torch.inference_mode():
         unrounded = model(torch.tensor([ids])).logits[0]
-        for module, layer in model.named_modules():
-            if module.endswith("_proj"):
-                layer.register_forward_pre_hook(lambda _, inputs: (rounds(inputs[0]),))
+        round_inputs(model, rounds)
         wanted = model(torch.tensor([ids])).logits[0]
     got = engine_of(packed).forward({0: ids})
     # A sum in another order may round one input to the next code: far less than rounding itself changes.
     assert (got - wanted).norm() < 0.02 * (unrounded - wanted).norm()
+
+
+def round_inputs(model: torch.nn.Module, rounds: Round) -> None:
+    """Make transformers' model round the inputs of what `write_quantized` quantizes."""
+    for module, layer in model.named_modules():
+        if module.endswith("_proj"):
+            layer.register_forward_pre_hook(lambda _, inputs: (rounds(inputs[0]),))
 
 
 def linears(engine: TinyEngine) -> dict[str, Linear]:
@@ -87,6 +96,35 @@ def test_a_rank_holds_its_slices_of_codes_and_scales(name: str, made) -> None:
         for path, layer in linears(engine_of(packed, comm)).items():
             for part in range(len(layer.weight.parts)):
                 torch.testing.assert_close(layer.weight.rows_of(part), wanted[path].weight.rows_of(part))
+
+
+# ---- the whole engine ----
+
+SOME = {name: MIXES[name] for name in ("plain", "seven_token_chunks", "retracting")} | {"two_ranks": {"tp_size": 2}}
+
+
+@pytest.fixture(scope="module")
+def greedy(made, prompts: list[list[int]]) -> dict[str, list[list[int]]]:
+    """Return transformers' greedy answers to `prompts`, with inputs rounded as a case says."""
+    answers = {}
+    for name in ("compressed-tensors, W4A16 with zeros", "fp8 in blocks"):
+        model = AutoModelForCausalLM.from_pretrained(made[name][1], dtype=torch.float32).eval()
+        if (rounds := CASES[name].rounds) is not None:
+            round_inputs(model, rounds)
+        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        answers[name] = [model.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist() for ids in prompts]
+    return answers
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors, W4A16 with zeros", "fp8 in blocks"])
+@pytest.mark.parametrize("mix", SOME)
+async def test_greedy_answers_do_not_depend_on_the_mix(
+    name: str, mix: str, made, greedy: dict[str, list[list[int]]], prompts: list[list[int]]
+) -> None:
+    async with running_engine(made[name][0], **SOME[mix]) as engine:
+        for _ in range(2):  # the second time everything is cached
+            answers = await asyncio.gather(*(collect(engine, make_state(prompt)) for prompt in prompts))
+            assert [tokens for _, tokens in answers] == greedy[name]
 
 
 # ---- what cannot be read ----

@@ -17,7 +17,6 @@ from engine.layers.linear import Linear
 from engine.models.base import CausalLM
 from engine.models.names import Piece, Rule, pieces_of
 from engine.quantization import CHECKED
-from kernels.quantized import QuantizedWeight
 from kernels.weights import ShapeError
 
 logger = logging.getLogger(__name__)
@@ -97,9 +96,9 @@ def checkpoint_targets(model: CausalLM) -> dict[Key, Target]:
     for path, layer in named_layers(model):
         parent, _, leaf = path.rpartition(".")
         modules = layer.part_names or (leaf,)
-        for weight_name in filter(None, (name for name, _ in layer.weights())):
-            for i in range(layer.stack_size or 1):
-                for part, module in enumerate(modules):
+        for i in range(layer.stack_size or 1):
+            for part, module in enumerate(modules):
+                for weight_name in layer.names_of(part):
                     name = ".".join(filter(None, (parent, module, weight_name)))
                     key = name, i if layer.stack_size else None
                     targets[key] = Target(layer, weight_name, i * len(modules) + part)
@@ -174,19 +173,24 @@ def read_tensor(head: Head) -> torch.Tensor:
 
 
 def settle_formats(model: CausalLM, found: Collection[str]) -> None:
-    """Make layers dense whose weights a quantized checkpoint has as plain numbers. found: its names, by the rules.
+    """Make dense what a quantized checkpoint has as plain numbers: layers, or parts of them.
 
-    What is there counts, not a list of exceptions: these are written in the names of many libraries.
+    found: its names, by the rules. What is there counts, not a list of exceptions: these are written in the names of
+    many libraries.
     """
     for path, layer in named_layers(model):
-        if not isinstance(layer, Linear) or not isinstance(layer.weight, QuantizedWeight):
-            continue
-        parent, _, leaf = path.rpartition(".")
-        modules = [f"{parent}.{name}" if parent else name for name in layer.part_names or (leaf,)]
-        wanted = [name for name, _ in layer.weight.tensors() if name and name != "weight"]
-        is_quantized = not wanted or any(f"{module}.{name}" in found for module in modules for name in wanted)
-        if not is_quantized and all(f"{module}.weight" in found for module in modules):
-            layer.make_dense()
+        if isinstance(layer, Linear):
+            parent, _, leaf = path.rpartition(".")
+            modules = [f"{parent}.{name}" if parent else name for name in layer.part_names or (leaf,)]
+            plain = [part for part, module in enumerate(modules) if _is_plain(module, layer.names_of(part), found)]
+            if plain:
+                layer.make_dense(plain)
+
+
+def _is_plain(module: str, names: Collection[str], found: Collection[str]) -> bool:
+    """Return whether a module that should be quantized is not: none of its `names` is there, but numbers are."""
+    wanted = [name for name in names if name not in ("weight", "bias")]
+    return bool(wanted) and f"{module}.weight" in found and not any(f"{module}.{name}" in found for name in wanted)
 
 
 def locate_weights(

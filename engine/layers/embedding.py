@@ -148,6 +148,9 @@ class ParallelLMHead(Linear):
         if not self.is_tied:
             yield from super().weights()
 
+    def names_of(self, part: int) -> list[str]:
+        return [] if self.is_tied else super().names_of(part)
+
     def materialize(self, device: torch.device) -> None:
         if not self.is_tied:
             super().materialize(device)

@@ -35,17 +35,14 @@ class LayerConfig:
         """Return the configuration of the child `name`."""
         return replace(self, path=f"{self.path}.{name}" if self.path else name)
 
-    def scheme_of(self, part_names: Sequence[str]) -> Scheme:
-        """Return the format of the weights of the layer at `path`. `ModelError` if its parts differ.
+    def schemes_of(self, part_names: Sequence[str]) -> list[Scheme]:
+        """Return the format of each part of the layer at `path`.
 
         part_names: of the modules that are merged in it; (): it is one of its own.
         """
         parent = self.path.rpartition(".")[0]
         modules = [f"{parent}.{name}" if parent else name for name in part_names] or [self.path]
-        first, *others = (self.quantization.scheme_of(module) for module in modules)
-        if any(scheme != first for scheme in others):
-            raise ModelError(f"{', '.join(modules)} are one product, and must be quantized alike")
-        return first
+        return [self.quantization.scheme_of(module) for module in modules]
 
     @property
     def shard(self) -> Shard:
@@ -91,6 +88,10 @@ class Layer:
         for name in self.weight_names:
             if (weight := getattr(self, name)) is not None:
                 yield name, weight
+
+    def names_of(self, part: int) -> list[str]:  # noqa: ARG002
+        """Return the names of the weights that a checkpoint has of the `part`-th of `part_names`."""
+        return [name for name, _ in self.weights() if name]
 
     def materialize(self, device: torch.device) -> None:
         """Give this layer's weights memory on `device`; their values are undefined."""

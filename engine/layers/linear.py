@@ -4,7 +4,7 @@ Column parallel: every rank computes some of the outputs. Row parallel: every ra
 products of all ranks are summed (`engine.layers.block.sum_over_ranks`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from engine.errors import ModelError
 from engine.layers.layer import Layer, LayerConfig, meta_weight
 from engine.quantization.dense import DENSE
+from engine.quantization.mixed import scheme_of_parts
 from kernels.weights import WHOLE, Part, ShapeError, Shard, Weight, match_shard
 
 # Hugging Face's name -> the kernels'
@@ -37,7 +38,8 @@ class Linear(Layer):
         """part_names: () if the layer's own name is the only one. input_size: on this rank."""
         self.part_names, self.dtype = tuple(part_names), layers.dtype
         try:
-            scheme = layers.scheme_of(self.part_names)
+            self.schemes = layers.schemes_of(self.part_names)
+            scheme = scheme_of_parts(self.schemes)
             self.weight: Weight = scheme.weight(parts, input_size, input_shard, layers.dtype)
         except ShapeError as error:
             raise ModelError(f"{layers.path} {error}") from None
@@ -51,6 +53,9 @@ class Linear(Layer):
         yield from self.weight.tensors()
         if self.bias is not None:
             yield "bias", self.bias
+
+    def names_of(self, part: int) -> list[str]:
+        return self.weight.names_of(part) + (["bias"] if self.bias is not None else [])
 
     def materialize(self, device: torch.device) -> None:
         self.weight.materialize(device)
@@ -73,10 +78,11 @@ class Linear(Layer):
         if self.bias is not None:
             self.bias = self.bias.to(device)
 
-    def make_dense(self) -> None:
-        """Expect plain numbers: the checkpoint has them, whatever it says of its quantization."""
+    def make_dense(self, parts: Collection[int]) -> None:
+        """Expect plain numbers in these parts: the checkpoint has them, whatever it says of its quantization."""
         weight = self.weight
-        self.weight = DENSE.weight(weight.parts, weight.k, weight.input_shard, self.dtype)
+        self.schemes = [DENSE if part in parts else scheme for part, scheme in enumerate(self.schemes)]
+        self.weight = scheme_of_parts(self.schemes).weight(weight.parts, weight.k, weight.input_shard, self.dtype)
 
     def pack(self) -> None:
         self.weight = self.weight.pack()
