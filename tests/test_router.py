@@ -592,7 +592,7 @@ async def test_without_a_key_other_hosts_cannot_change_the_workers(
 ) -> None:
     foreign = ({"Host": "evil.example:30000"}, {"X-Forwarded-For": "1.2.3.4"}, {"Forwarded": "for=1.2.3.4"})
     async with routing("http://b:1", host="0.0.0.0") as client:
-        for headers in foreign:
+        for headers in (*foreign, {"Host": "[::1"}, {"Host": "a@b:99999999"}):
             got = await client.request(method, path, headers=headers, **request_options)
             assert (got.status, "--api-key" in await got.text()) == (403, True)
         assert (await client.request(method, path, headers={"Host": "localhost:1"}, **request_options)).status < 300
@@ -668,6 +668,23 @@ async def test_a_router_on_loopback_answers_to_its_own_names_only() -> None:
 
 
 # ---- what concerns all workers, or one of them ----
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64, ".", "x." + "y" * 64 + ".z"])
+async def test_a_worker_whose_name_no_host_can_have_is_refused(host: str) -> None:
+    """Looking one up raises what is no error of a connection: the checks of all workers ended with it."""
+    async with routing() as client:
+        added = await client.post("/workers", json={"url": f"http://{host}:1"})
+        assert added.status == 400 and "url must be" in await added.text()
+        assert (await (await client.get("/workers")).json())["urls"] == []
+
+
+async def test_a_prompt_too_deep_to_be_compared_goes_to_a_worker_as_it_is() -> None:
+    worker = FakeWorker("a")
+    async with routing(worker, policy="cache_aware") as client:
+        body = b'{"messages": ' + b"[" * 400 + b"]" * 400 + b"}"
+        assert (await client.post("/v1/chat/completions", data=body)).status == 200
+    assert worker.seen[-1][2] == body
 
 
 async def test_an_abort_and_a_flush_reach_every_worker() -> None:

@@ -38,7 +38,7 @@ from server.http.bodies import BODY_BUDGET, BodyBudget
 from server.http.intake import BACKLOG, GATE, Gate
 from server.http.keys import ADMIN_PATHS
 from server.http.malformed import shorten_malformed
-from server.http.origins import Origins, guard_origins, is_loopback
+from server.http.origins import Origins, guard_origins, host_of, is_loopback, split
 from server.reading.protocol import error_shape, json_response, read_body
 
 logger = logging.getLogger(__name__)
@@ -328,7 +328,7 @@ def is_from_this_host(request: web.Request) -> bool:
     """Return whether the client is a process of this host: no proxy's, and no web page's that names us otherwise."""
     if any(name in request.headers for name in (hdrs.FORWARDED, hdrs.X_FORWARDED_FOR)):
         return False
-    return is_loopback(request.remote or "") and is_loopback(URL(f"http://{request.host}").host or "")
+    return is_loopback(request.remote or "") and is_loopback(host_of(split(f"//{request.host}")))
 
 
 def transparent_session(connect_timeout: float) -> aiohttp.ClientSession:
@@ -358,11 +358,11 @@ def prompt_of(body: bytes) -> bytes:
     """Return bytes that share a prefix with another request's as their prompts do. Empty if there is no prompt."""
     try:
         values = orjson.loads(body)
-    except orjson.JSONDecodeError:
+        if not isinstance(values, dict):
+            return b""
+        return b"".join(orjson.dumps(values[name]) for name in PROMPT_FIELDS if values.get(name) is not None)
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):  # the second: deeper than can be written
         return b""  # its worker says what is wrong with it
-    if not isinstance(values, dict):
-        return b""
-    return b"".join(orjson.dumps(values[name]) for name in PROMPT_FIELDS if values.get(name) is not None)
 
 
 def end_to_end(

@@ -103,6 +103,7 @@ class Workers:
 def _is_base_url(text: str) -> bool:
     try:
         url = URL(text)
+        (url.host or "").encode("idna")  # as a connection will: a part of a name may be too long
     except ValueError:
         return False
     return url.scheme in ("http", "https") and bool(url.host) and not (url.raw_query_string or url.raw_fragment)

@@ -33,7 +33,7 @@ class Origins:
         given = request.headers.get(hdrs.HOST)
         if given is None or not self._checks_host or "*" in self._allowed_hosts:
             return True
-        name = host_of(_split(f"//{given}"))
+        name = host_of(split(f"//{given}"))
         return (
             name in self._allowed_hosts
             or name == self._host
@@ -106,7 +106,7 @@ def guard_origins(origins: Origins) -> Middleware:
 
 def is_own(origin: str, host: str) -> bool:
     """Return whether `origin` is that of our own pages. `host`: as the request names it; loopback has several names."""
-    theirs, ours = _split(origin), _split(f"//{host}")
+    theirs, ours = split(origin), split(f"//{host}")
     if theirs.netloc.lower() == host.lower():  # whatever the scheme: a proxy may have ended TLS
         return bool(host)
     return _port(theirs) == _port(ours) and is_loopback(host_of(theirs)) and is_loopback(host_of(ours))
@@ -126,7 +126,7 @@ def is_address(name: str) -> bool:
     return True
 
 
-def _split(url: str) -> SplitResult:
+def split(url: str) -> SplitResult:
     """Split a URL; one that is none has no parts."""
     try:
         return urlsplit(url)
