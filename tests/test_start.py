@@ -111,6 +111,8 @@ MALFORMED = (
     b"GET / HTTP/1.1\r\nHost: x\r\nno colon\r\n\r\n",
     b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n",
     b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\n"
+    b"Content-Length: 2\r\n\r\n{}",
 )
 
 
