@@ -1,7 +1,7 @@
 """Every route of the served OpenAPI document, asked what the document allows and what it does not.
 
 Whatever is sent, the answer is one that the document announces: never a 5xx, never none at all. Bodies are drawn from
-the schemas, and then, in part, spoilt.
+the schemas, and then, in part, spoilt. Forms, lines of batches, sessions, and the router in front get the same.
 """
 
 import asyncio
@@ -10,19 +10,31 @@ import re
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+import msgspec
 import pytest
 from aiohttp.test_utils import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine.declared import MAX_INT
+from engine.declared import MAX_INT, Object, Unsupported
 from server.watch.openapi import OPERATIONS, routes_of
 from tests.fake_engine import FakeEngine, events_of, serving
+from tests.test_router import routing, url_of
 
 PATIENCE_S = 10.0
-EXAMPLES = 60  # an operation with a body; deterministic, so that a run proves as much as the one before
+EXAMPLES = 60  # an operation with a body
+
+
+def examples(count: int) -> settings:
+    """Draw so many examples, the same in every run: it proves as much as the one before."""
+    return settings(
+        max_examples=count, deadline=None, derandomize=True, database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+    )  # fmt: skip
+
+
 Schema = dict[str, Any]
 
 
@@ -39,12 +51,22 @@ class Loop:
         )
         response = await self.client.get("/openapi.json")
         self.document: Schema = await response.json()
+        self.router: TestClient[Any, Any] = await self.stack.enter_async_context(
+            routing(url_of(self.client), policy="cache_aware")
+        )
 
-    async def send(self, method: str, path: str, body: bytes | None, kind: str) -> "Reply":
+    async def send(self, method: str, path: str, body: bytes | None, kind: str, *, by_router: bool = False) -> "Reply":
         headers = {"Content-Type": kind} if body is not None else {}
+        client = self.router if by_router else self.client
         async with asyncio.timeout(PATIENCE_S):
-            response = await self.client.request(method, path, data=body, headers=headers)
+            response = await client.request(method, path, data=body, headers=headers)
             return Reply(response.status, response.content_type, await response.read())
+
+    async def json(self, method: str, path: str, value: Any = None) -> Any:
+        """Return the answer's JSON, of a request that is right."""
+        reply = await self.send(method, path, None if value is None else encoded(value), "application/json")
+        assert reply.status == 200, reply
+        return json.loads(reply.body)
 
 
 @dataclass(frozen=True)
@@ -66,10 +88,38 @@ def loop() -> Iterator[Loop]:
 # ---- values from schemas ----
 
 TEXT = st.text(max_size=12) | st.sampled_from(["", "\0", "a" * 300, "<|im_end|>", "日本🙂", "\ud7ff", "{{ 1 }}"])
-JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
-    max_leaves=6,
+
+
+def deep() -> Any:
+    """Return a list inside a list, and so on, deeper than can be written."""
+    value: Any = 0
+    for _ in range(300):
+        value = [value]
+    return value
+
+
+def declared_kinds(kind: type[Object]) -> set[type[Object]]:
+    """Return a class of bodies and all that are declared beneath it."""
+    return {kind, *(found for child in kind.__subclasses__() for found in declared_kinds(child))}
+
+
+JSON_VALUES = (
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+        max_leaves=6,
+    )
+    | st.builds(deep)
+    | st.sampled_from([1 << 64, -(1 << 200), 1e300])
+)
+# Names that no schema has: what the bodies' classes refuse, however deep inside.
+UNDOCUMENTED = sorted(
+    {
+        field.encode_name
+        for kind in declared_kinds(Object)
+        for field in msgspec.structs.fields(kind)
+        if Unsupported in get_args(field.type)
+    }
 )
 
 
@@ -134,7 +184,7 @@ def spoilt(draw: st.DrawFn, values: st.SearchStrategy[Any]) -> Any:
             del owner[key]
         case "add":
             if isinstance(owner, dict):
-                owner[draw(TEXT)] = draw(JSON_VALUES)
+                owner[draw(TEXT | st.sampled_from(UNDOCUMENTED))] = draw(JSON_VALUES)
             else:
                 owner.append(draw(JSON_VALUES))
     return value
@@ -220,10 +270,7 @@ def test_no_body_brings_a_route_down(loop: Loop, method: str, path: str) -> None
     operation = loop.document["paths"][path][method.lower()]
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
 
-    @settings(
-        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )  # fmt: skip
+    @examples(EXAMPLES)
     @given(bodies_of(schema, loop.document))
     def ask(body: tuple[bytes, str]) -> None:
         check(loop.runner.run(loop.send(method, path, *body)), operation, loop.document)
@@ -233,6 +280,16 @@ def test_no_body_brings_a_route_down(loop: Loop, method: str, path: str) -> None
         loop.runner.run(loop.engine.until(lambda: not loop.engine.live))
     left, loop.engine.live = loop.engine.live, {}
     assert not left, "a request outlived its answer"
+
+
+def test_no_name_that_the_document_lacks_brings_a_route_down(loop: Loop) -> None:
+    """Those are fields that the bodies' classes refuse unless they are empty."""
+    empties: list[Any] = [None, False, 0, "", [], {}, ["x"]]
+    for method, path in WITH_BODY:
+        operation = loop.document["paths"][path][method.lower()]
+        for value in empties:
+            body = encoded(dict.fromkeys(UNDOCUMENTED, value))
+            check(loop.runner.run(loop.send(method, path, body, "application/json")), operation, loop.document)
 
 
 @pytest.mark.parametrize(("method", "path"), WITHOUT_BODY)
@@ -253,6 +310,245 @@ def test_no_method_and_no_path_brings_the_server_down(loop: Loop, method: str) -
         reply = loop.runner.run(loop.send(method, path, b"", "application/json"))
         assert reply.status < 500, (method, path, reply)
         assert reply.status != 404 or json.loads(reply.body)["error"]["message"]
+
+
+# ---- forms ----
+
+FORMS = [key for key, operation in OPERATIONS.items() if operation.form is not None]
+FILE, PURPOSE = (b'Content-Disposition: form-data; name="%s"' % name for name in (b"file", b"purpose"))
+PART_HEADERS = [
+    FILE, FILE + b'; filename="a.jsonl"', FILE + b'; filename="\xff/../\x01"', PURPOSE, FILE.replace(b'"', b""),
+    b"Content-Disposition: form-data", b"Content-Disposition: ;=;", b"Content-Type: multipart/mixed; boundary=b",
+    b"Content-Type: application/x-www-form-urlencoded", b"Content-Transfer-Encoding: base64",
+    b"Content-Transfer-Encoding: quoted-printable", b"Content-Encoding: gzip", b"Content-Encoding: x",
+    b"Content-Length: 3", b"Content-Length: -1", b"no header", b"X: " + b"y" * 9000,
+]  # fmt: skip
+CONTENTS = st.sampled_from([b"batch", b"{}", b"", b"\xff", b"--b--", b"a\r\n--b\r\n", b"=3D=", b"x" * 70_000])
+PARTS = st.lists(st.tuples(st.lists(st.sampled_from(PART_HEADERS), max_size=3, unique=True), CONTENTS), max_size=4)
+FORM_KINDS = ["multipart/form-data; boundary=b"] * 5 + [
+    'multipart/form-data; boundary="b"; charset=x', "multipart/form-data", "multipart/form-data; boundary=",
+    "multipart/form-data; boundary=" + "b" * 200, "multipart/mixed; boundary=b", "application/json",
+]  # fmt: skip
+
+
+@st.composite
+def forms(draw: st.DrawFn) -> tuple[bytes, str]:
+    """Return (a form's body, perhaps with bytes taken out or put in; its content type)."""
+    parts = draw(PARTS)
+    if draw(st.booleans()):  # a file that could be one, at the beginning
+        parts.insert(0, (PART_HEADERS[:1], b"{}"))
+    form = (
+        b"".join(b"--b\r\n" + b"\r\n".join([*head, b"", content]) + b"\r\n" for head, content in parts) + b"--b--\r\n"
+    )
+    if draw(st.booleans()):
+        start, length = draw(st.integers(0, len(form))), draw(st.sampled_from([0, 0, 1, 2, 7, 1 << 20]))
+        form = form[:start] + draw(st.binary(max_size=3) | st.just(b"\r\n" * 70)) + form[start + length :]
+    return form, draw(st.sampled_from(FORM_KINDS))
+
+
+@pytest.mark.parametrize(("method", "path"), FORMS)
+def test_no_form_brings_a_route_down(loop: Loop, method: str, path: str) -> None:
+    operation = loop.document["paths"][path][method.lower()]
+
+    @examples(80)
+    @given(forms(), st.booleans())
+    def ask(form: tuple[bytes, str], by_router: bool) -> None:
+        check(loop.runner.run(loop.send(method, path, *form, by_router=by_router)), operation, loop.document)
+
+    ask()
+    assert not loop.engine.live
+
+
+# ---- lines of batches ----
+
+ENDPOINTS = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"]
+LINE_SCHEMA: Schema = {
+    "type": "object",
+    "properties": {
+        "custom_id": {"type": "string"}, "method": {"const": "POST"}, "url": {"enum": ENDPOINTS},
+        "body": {"type": "object"},
+    },
+    "required": ["custom_id", "method", "url", "body"],
+}  # fmt: skip
+
+
+async def batch_of(loop: Loop, lines: bytes, endpoint: str) -> Any:
+    """Return a batch of those lines as it has ended."""
+    form = b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+    form += b'--b\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n' + lines + b"\r\n--b--\r\n"
+    reply = await loop.send("POST", "/v1/files", form, "multipart/form-data; boundary=b")
+    assert reply.status == 200, reply
+    body = {"input_file_id": json.loads(reply.body)["id"], "endpoint": endpoint}
+    batch = await loop.json("POST", "/v1/batches", body)
+    async with asyncio.timeout(PATIENCE_S):
+        while batch["status"] not in ("completed", "failed"):
+            await asyncio.sleep(0.005)
+            batch = await loop.json("GET", f"/v1/batches/{batch['id']}")
+    return batch
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_no_line_of_a_batch_fails_by_the_servers_fault(loop: Loop, endpoint: str) -> None:
+    content = loop.document["paths"][endpoint]["post"]["requestBody"]["content"]
+    values = values_of(content["application/json"]["schema"], loop.document)
+    drawn: list[Any] = []
+
+    @examples(40)
+    @given(values | spoilt(values))
+    def draw(body: Any) -> None:
+        if isinstance(body, dict) and encoded(deep()) not in encoded(body):  # else the file is none
+            drawn.append(body)
+
+    draw()
+    lines = [
+        encoded({"custom_id": str(i), "method": "POST", "url": endpoint, "body": body}) for i, body in enumerate(drawn)
+    ]
+    batch = loop.runner.run(batch_of(loop, b"\n".join(lines), endpoint))
+    assert batch["status"] == "completed", batch
+    counts = batch["request_counts"]
+    assert counts["completed"] + counts["failed"] == counts["total"] == len(lines)
+    errors = loop.runner.run(loop.send("GET", f"/v1/files/{batch['error_file_id']}/content", None, ""))
+    for line in map(json.loads, errors.body.splitlines()):
+        assert line["response"]["status_code"] < 500, (line, drawn[int(line["custom_id"])])
+    assert not loop.engine.live
+
+
+def test_no_file_of_lines_brings_a_batch_down(loop: Loop) -> None:
+    line = values_of(LINE_SCHEMA, loop.document)
+    texts = st.one_of(line.map(encoded), spoilt(line).map(encoded), st.binary(max_size=30), st.just(b"\xef\xbb\xbf{}"))
+
+    @examples(40)
+    @given(st.lists(texts, max_size=4), st.sampled_from([b"\n", b"\r\n", b"\n\n", b"\0"]), st.sampled_from(ENDPOINTS))
+    def ask(lines: list[bytes], between: bytes, endpoint: str) -> None:
+        batch = loop.runner.run(batch_of(loop, between.join(lines), endpoint))
+        errors = batch["errors"]["data"] if batch["errors"] else []
+        assert not any(error["code"] == "internal_error" for error in errors), errors
+
+    ask()
+    assert not loop.engine.live
+
+
+# ---- sessions ----
+
+SESSIONS, RIDS = st.sampled_from(["a", "b", ""]), st.sampled_from(["r1", "r2", "r3"])
+SESSION_PARAMS = st.fixed_dictionaries(
+    {"id": SESSIONS},
+    optional={
+        "rid": RIDS | st.just(""), "offset": st.sampled_from([0, 1, 5, -1, -300, 1 << 53]), "replace": st.booleans(),
+        "drop_previous_output": st.booleans(),
+    },
+)  # fmt: skip
+GENERATE = st.fixed_dictionaries(
+    {"session_params": SESSION_PARAMS | spoilt(SESSION_PARAMS), "text": st.sampled_from(["", "Hi", ["Hi", "Ho"]])},
+    optional={
+        "rid": RIDS, "stream": st.booleans(), "sampling_params": st.sampled_from([{}, {"n": 2}, {"max_new_tokens": 0}]),
+    },
+)  # fmt: skip
+OPEN = st.fixed_dictionaries({"session_id": SESSIONS, "capacity_of_str_len": st.sampled_from([0, 1, 40])})
+CLOSE = st.fixed_dictionaries({"session_id": SESSIONS})
+CALLS = st.one_of(
+    st.tuples(st.just("/open_session"), OPEN), st.tuples(st.just("/close_session"), CLOSE),
+    st.tuples(st.just("/generate"), GENERATE), st.tuples(st.just("/generate"), GENERATE),
+)  # fmt: skip
+
+
+def test_no_order_of_calls_brings_a_session_down(loop: Loop) -> None:
+    @examples(80)
+    @given(st.lists(st.lists(CALLS, min_size=1, max_size=3), max_size=4), st.booleans())
+    def ask(rounds: list[list[tuple[str, Any]]], by_router: bool) -> None:
+        async def send(path: str, body: Any) -> Reply:
+            return await loop.send("POST", path, encoded(body), "application/json", by_router=by_router)
+
+        async def run() -> None:
+            for calls in rounds:  # those of a round at once
+                replies = await asyncio.gather(*(send(*call) for call in calls))
+                for (path, _), reply in zip(calls, replies, strict=True):
+                    check(reply, loop.document["paths"][path]["post"], loop.document)
+
+        loop.runner.run(run())
+
+    ask()
+    assert not loop.engine.live
+
+
+# ---- the router ----
+
+
+def test_no_request_brings_the_router_down(loop: Loop) -> None:
+    bodies = {}
+    for method, path in WITH_BODY:
+        content = loop.document["paths"][path][method.lower()]["requestBody"]["content"]
+        bodies[method, path] = bodies_of(content["application/json"]["schema"], loop.document)
+
+    @examples(120)
+    @given(st.sampled_from(sorted(bodies)).flatmap(lambda key: st.tuples(st.just(key), bodies[key])))
+    def ask(drawn: tuple[tuple[str, str], tuple[bytes, str]]) -> None:
+        (method, path), body = drawn
+        operation = loop.document["paths"][path][method.lower()]
+        check(loop.runner.run(loop.send(method, path, *body, by_router=True)), operation, loop.document)
+
+    ask()
+
+
+HOSTS = st.text("a.:@[]%/?#1-\0☃ ", max_size=12) | st.sampled_from(["a" * 64, "a..b", "[::1]", "127.0.0.1", "xn--a"])
+TAILS = ["", ":1", ":0", ":99999", ":x", "/a b", "/%00"]
+WORKER_URLS = st.builds(
+    "{}{}{}".format, st.sampled_from(["http://", "https://", "ftp://", ""]), HOSTS, st.sampled_from(TAILS)
+)
+
+
+def test_no_url_of_a_worker_brings_the_router_down(loop: Loop) -> None:
+    @examples(60)
+    @given(WORKER_URLS, st.sampled_from(["localhost", "[::1", "127.0.0.1:x", "a@b:9", ""]))
+    def ask(url: str, host: str) -> None:
+        async def run() -> None:
+            async with asyncio.timeout(PATIENCE_S), routing(connect_timeout=0.2, health_check_timeout=0.2) as router:
+                added = await router.post("/workers", json={"url": url}, headers={"Host": host} if host else {})
+                assert added.status < 500, await added.text()
+                assert (await router.get("/workers")).status == 200
+                removed = await router.delete("/workers", params={"url": url})
+                assert removed.status == (200 if added.status == 201 else 400)
+
+        loop.runner.run(run())
+
+    ask()
+
+
+# What HTTP's grammar does not allow, or nearly so; each closes its connection.
+LINES = [
+    b"GET *", b"GET http://evil.example/health", b"GET //@:0/", b"GET /\xff", b"GET /%ff%00", b"GET health",
+    b"CONNECT evil:80", b"POST /workers", b"POST /generate", b"POST /flush_cache", b"GET /v1/models",
+    b"GET /v1/files?limit=" + b"9" * 5000,
+]  # fmt: skip
+HEADERS = [
+    b"Host: [::1", b"Host: a@b:99999999", b"Host: \xff", b"X-A: \xff\xfe", b"Origin: \xff", b"Origin: http://[",
+    b"Authorization: Bearer \xff", b"Content-Type: \xff", b"Content-Type: multipart/x; boundary=\xff",
+    b"Content-Type: application/json; charset=\xff", b"Content-Encoding: \xff", b"Content-Encoding: br",
+    b"Content-Encoding: gzip", b"Expect: 100-continue", b"Expect: x", b"Upgrade: websocket", b"Range: bytes=x",
+]  # fmt: skip
+
+
+def test_no_header_brings_the_server_or_the_router_down(loop: Loop) -> None:
+    async def status(client: TestClient[Any, Any], request: bytes) -> int:
+        assert client.port is not None
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+        writer.write(request)
+        async with asyncio.timeout(PATIENCE_S):
+            head = await reader.readline()
+        writer.close()
+        return int(head.split()[1])
+
+    async def run() -> None:
+        for line in LINES:
+            for header in HEADERS:
+                host = b"" if header.startswith(b"Host") else b"Host: localhost\r\n"
+                request = (
+                    line + b"HTTP/1.1\r\n" + host + header + b"\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}"
+                )
+                for client in (loop.client, loop.router):
+                    assert await status(client, request) < 500, (line, header, client is loop.router)
+
+    loop.runner.run(run())
 
 
 # ---- the document ----
