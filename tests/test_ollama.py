@@ -78,7 +78,7 @@ async def test_a_format_constrains_the_answer(client: Client, engine: FakeEngine
     await answer(client, "/api/chat", messages=USER, format=format_)
     await answer(client, "/api/generate", prompt="Hi", raw=True, format=format_)
     for request in engine.requests:
-        assert request.sampling_params.constraint == ("json_schema", '{"type": "object"}')
+        assert request.sampling_params.json_schema == {"type": "object"}
 
 
 async def test_no_limit_is_a_negative_num_predict(client: Client, engine: FakeEngine) -> None:
