@@ -27,7 +27,7 @@ class Diagnostics:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step should come back before long. Callable from any thread."""
+        """Return whether a step should come back before long. Callable from any thread."""
         if self._loop.is_still:
             return False
         return bool(self._requests.by_rid or self._loop.steps_in_flight)

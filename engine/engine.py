@@ -200,12 +200,12 @@ class Engine(ABC):
     @property
     @abstractmethod
     def is_running(self) -> bool:
-        """Whether steps can be computed now."""
+        """Return whether steps can be computed now."""
 
     @property
     @abstractmethod
     def has_failed(self) -> bool:
-        """Whether the engine is beyond repair: `stop` cannot release all that it holds, and the process must end."""
+        """Return whether the engine is beyond repair: `stop` cannot release all it holds, and the process must end."""
 
     @abstractmethod
     async def failed(self) -> str:
@@ -239,7 +239,7 @@ class Engine(ABC):
     @property
     @abstractmethod
     def is_generation(self) -> bool:
-        """Whether prompts are answered, and not only turned into vectors."""
+        """Return whether prompts are answered, and not only turned into vectors."""
 
     @property
     @abstractmethod

@@ -46,7 +46,7 @@ TURN_ENDS = (
 
 
 class QKNorm(Enum):
-    """Which norms queries and keys pass: RMS norms, but for the last."""
+    """Name the norms that queries and keys pass: RMS norms, but for the last."""
 
     NONE = "none"
     HEADS = "heads"  # of each head, before the rotation
@@ -131,7 +131,10 @@ class ModelConfig:
 
     @property
     def num_labels(self) -> int:
-        """Of a classifier. transformers 5 writes `id2label` alone, and leaves out its default of two."""
+        """Return the number of a classifier's labels.
+
+        transformers 5 writes `id2label` alone, and leaves out its default of two.
+        """
         return self.raw.get("num_labels") or len(self.raw.get("id2label") or ()) or 2
 
     @property
@@ -141,19 +144,19 @@ class ModelConfig:
 
     @property
     def is_generation(self) -> bool:
-        """Whether the model has a head for tokens."""
+        """Return whether the model has a head for tokens."""
         return any(
             architecture.endswith(("ForCausalLM", "ForConditionalGeneration")) for architecture in self.architectures
         )
 
     @property
     def is_language_half(self) -> bool:
-        """Whether the checkpoint is of a model that also reads images or sounds, of which only this decoder is run."""
+        """Return whether the checkpoint's model also reads images or sounds, of which only this decoder is run."""
         return any(architecture.endswith("ForConditionalGeneration") for architecture in self.architectures)
 
     @property
     def context_cost(self) -> float:
-        """What a prompt's token spends on each token it attends to, as a share of what it spends on all products.
+        """Return a prompt token's cost for each token that it attends to, as a share of its cost for all products.
 
         By multiplications, those of attention counted twice: its kernels reach about half the speed.
         """

@@ -13,7 +13,7 @@ from engine.step.pooling import LAST, MEAN
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """What an engine can compute of a request."""
+    """Bound the requests that an engine can compute."""
 
     vocab_size: int
     context_length: int  # longest prompt + answer in tokens

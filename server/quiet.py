@@ -1,4 +1,4 @@
-"""What every command of this package does first, before the imports that take its first second."""
+"""Prepare every command of this package, before the imports that take its first second."""
 
 import signal
 

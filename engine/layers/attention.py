@@ -103,7 +103,7 @@ class Attention(Layer):
 
     @property
     def cache(self) -> KV:
-        """What this rank's layer keeps of each token, or the one whose keys and values it reads."""
+        """Describe what this rank's layer keeps of each token, or the one whose keys and values it reads."""
         return KV(self.num_kv_heads, self.head_dim, window=None if self.window < 0 else self.window)
 
     def __call__(

@@ -54,7 +54,7 @@ class Block(Layer):
 
     @property
     def fuses_norms(self) -> bool:
-        """Whether the first product of each branch takes the norm ahead of it in, where a kernel can."""
+        """Return whether the first product of each branch takes in the norm ahead of it, where a kernel can."""
         return self.branches_take_norms and self.norm_class.is_rms
 
     def tuning_shapes(self) -> list[WeightShape | None]:

@@ -19,7 +19,7 @@ from kernels.weights import Shard, match_shard
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What all layers of one rank have in common, and the path of the layer that is being made.
+    """Hold what all layers of one rank have in common, and the path of the layer that is being made.
 
     Passed down, so that model files need not know of ranks or formats.
     """
@@ -81,7 +81,7 @@ class Layer:
     part_names: tuple[str, ...] = ()
     """The names in a checkpoint of the tensors that stand row on row in each weight; (): the layer's own."""
     stack_size: int | None = None
-    """How many weights of a kind (experts) are stacked; None: it is one weight."""
+    """Number of weights of a kind (experts) that are stacked; None: it is one weight."""
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield this layer's own tensors, not its children's; an absent bias is None and not listed."""

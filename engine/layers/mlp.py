@@ -15,7 +15,7 @@ from kernels.weights import Norm
 
 
 class MLP(Layer):
-    """What stands between a norm and `down_proj`."""
+    """Compute the input of `down_proj` from that of the norm before it."""
 
     down_proj: Linear
 

@@ -47,7 +47,7 @@ class RotaryEmbedding(Layer):
 
     @property
     def scales_queries(self) -> bool:
-        """Whether queries are to be multiplied by `scale_queries` after the rotation."""
+        """Return whether queries are to be multiplied by `scale_queries` after the rotation."""
         scaling = self.rope.scaling
         return bool(scaling.get(QUERY_SCALING)) or self.context_length > scaling.get(LOG_LENGTH, math.inf)
 

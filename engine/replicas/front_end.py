@@ -1,4 +1,4 @@
-"""What the front end of several replicas needs of the model: no weights."""
+"""Load what the front end of several replicas needs of the model: no weights."""
 
 from dataclasses import dataclass
 

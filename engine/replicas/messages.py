@@ -1,4 +1,4 @@
-"""What the front end and a replica's process send each other.
+"""Define the messages that the front end and a replica's process send each other.
 
 Requests and reports travel pickled, a request or some twenty reports a second; the deltas in between as plain tuples,
 by marshal.
@@ -35,7 +35,7 @@ class Report:
 
 @dataclass(slots=True)
 class Ready:
-    """What a replica reports once it has started."""
+    """Report what a replica is once it has started."""
 
     config: EngineConfig
     max_total_num_tokens: int

@@ -44,7 +44,7 @@ class StepShape(NamedTuple):
 
     @property
     def is_decode(self) -> bool:
-        """Whether each request has one token, and each is sampled."""
+        """Return whether each request has one token, and each is sampled."""
         return not self.num_prefills and self.num_samples == self.num_decodes
 
     @classmethod

@@ -35,7 +35,7 @@ class MemoryBudget:
     margin: int
     max_total_num_tokens: int
     windows: int = 0
-    """Of kv: the pool of layers that see a window."""
+    """The part of kv that is the pool of layers which see a window."""
     num_window_tokens: int = 0
 
     def rows(self) -> list[tuple[str, str]]:

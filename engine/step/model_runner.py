@@ -89,7 +89,7 @@ class Step:
 
     @property
     def has_ended(self) -> bool:
-        """Whether all that is enqueued of the step is computed, or has failed."""
+        """Return whether all that is enqueued of the step is computed, or has failed."""
         if self.done is not None:
             return self.done.done()
         try:

@@ -36,7 +36,7 @@ class SamplingWork:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing but the most likely token is wanted."""
+        """Return whether nothing but the most likely token is wanted."""
         return (
             self.is_greedy
             and self.penalized is None

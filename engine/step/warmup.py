@@ -1,4 +1,4 @@
-"""What a runner does before its first request: compile and load kernels, and find out what the largest step takes."""
+"""Make a runner ready for its first request: compile and load kernels, and measure the largest step's memory."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""How a pool for layers with a window shares the memory of keys and values with the pool of all other layers.
+"""Divide the memory of keys and values between a pool for layers with a window and the pool of all other layers.
 
 A running request holds up to two windows there, one at the end of its cached prompt and one of its answer, however long
 it is. So a pool of two windows for each request that may run, and a chunk, is never short of slots; more of it could
@@ -25,9 +25,9 @@ class KVSplit:
     """Say how many bytes two pools take, and how many tokens of windows belong to a pool of so many tokens."""
 
     full_bytes: int
-    """Of a token, in layers that see all."""
+    """Bytes of a token in layers that see all."""
     window_bytes: int
-    """Of a token, in layers that see a window; 0: those have no pool of their own."""
+    """Bytes of a token in layers that see a window; 0: those have no pool of their own."""
     wanted: int = 0
     """Tokens of windows that surely do."""
     least: int = 0

@@ -1,5 +1,5 @@
 # ruff: noqa: ARG002 - the arguments are those of a tokenizer that reads them
-"""What stands in a tokenizer's place where there is none: requests bring token ids and get token ids."""
+"""Stand in a tokenizer's place where there is none: requests bring token ids and get token ids."""
 
 from collections.abc import Sequence
 from typing import Any, NoReturn

@@ -36,7 +36,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """What a file says of its pieces, and of how text is normalized before it is cut into them."""
+    """Hold a file's pieces, and how text is normalized before it is cut into them."""
 
     pieces: tuple[str, ...]  # by id
     scores: tuple[float, ...]

@@ -53,7 +53,7 @@ GLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 
 @dataclass(frozen=True)
 class Family:
-    """What the code of a family adds to the file."""
+    """Hold what the code of a family adds to the file."""
 
     added: tuple[str, ...] = ()  # special tokens after those of the file, in order
     prefix: tuple[str, ...] = ()  # tokens before every text

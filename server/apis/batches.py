@@ -56,7 +56,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class LineHandler:
-    """How an endpoint's lines are read, and answered: `EngineError` if they cannot be."""
+    """Read an endpoint's lines, and answer them: `EngineError` if they cannot be."""
 
     kind: type[Any]
     answer: Callable[[Owner, Any], Awaitable[web.StreamResponse]]

@@ -1,4 +1,4 @@
-"""What is no HTTP costs the log a line now and then: port scanners and other protocols' probes send much of it."""
+"""Log requests that are no HTTP, only now and then: port scanners and other protocols' probes send many of them."""
 
 import logging
 import time

@@ -1,4 +1,4 @@
-"""What requests ask for and their answers do without: hints, tools and content made for another server.
+"""Report what answers do without though requests ask for it: hints, tools and content made for another server.
 
 Agents send all that their own provider knows. Where this server can answer well without a part of it, the part is left
 out, never silently: a response header names it, a counter counts it, and the log has a line for the first of a kind.
@@ -22,7 +22,7 @@ UNSAFE = re.compile(r"[^\w.:/-]")  # in a header's value, and in a line of the l
 
 
 class LeftOut:
-    """What one request is answered without: (kind, name) of each part, in order, each once."""
+    """Collect what one request is answered without: (kind, name) of each part, in order, each once."""
 
     def __init__(self) -> None:
         self.parts: dict[tuple[str, str], int] = {}  # to how often

@@ -226,7 +226,7 @@ class Thinking(Object):
 
 
 class ChatFields(OpenAIFields, like=SamplingFields, names={"max_completion_tokens": "max_new_tokens"}):
-    """What a conversation is made of."""
+    """Declare the fields that a conversation is made of."""
 
     tools: Annotated[
         list[JSON], Meta(max_length=MAX_OBJECTS, extra_json_schema={"items": described_as("ChatTool")})

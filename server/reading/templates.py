@@ -21,13 +21,13 @@ class TemplateTraits:
     """Roles whose messages are shown only if their content is a list of parts."""
     shows_system: bool = True
     shows_tools: bool = True
-    """Whether tools given beside the messages are in the prompt."""
+    """True if tools given beside the messages are in the prompt."""
     shows_calls: bool = True
-    """Whether calls of tools and their results are in the prompt, beside the tools where these are shown."""
+    """True if calls of tools and their results are in the prompt, beside the tools where these are shown."""
     shows_calls_alone: bool = True
-    """Whether they are where no tools are given: that may be another template."""
+    """True if calls are in the prompt where no tools are given: that may be another template."""
     takes_text_arguments: bool = False
-    """Whether it shows a call only if its arguments are JSON text."""
+    """True if a call is shown only if its arguments are JSON text."""
 
 
 def find_traits(render: Render) -> TemplateTraits:

@@ -35,9 +35,9 @@ class Sample:
     num_hit_tokens: int
     num_steps: int
     host_s: float
-    """Of deciding, launching, resolving and delivering steps, since the start."""
+    """Seconds of deciding, launching, resolving and delivering steps, since the start."""
     device_idle_s: float
-    """Between two steps, since the start."""
+    """Seconds between two steps, since the start."""
     num_running: int
     num_waiting: int
     num_held_tokens: int
