@@ -1,7 +1,7 @@
 """Families through the whole engine: greedy answers are transformers', in every mix and on several ranks.
 
-Every family joins one cramped mix: chunks and pages of a few tokens, a grammar, and a pool that forgets. Those whose
-steps or caches are of a kind of their own join more, on several ranks and on a GPU too.
+Every family joins one cramped mix, on a GPU too: chunks and pages of a few tokens, a grammar, and a pool that forgets.
+Those whose steps or caches are of a kind of their own join more, some on several ranks.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ import torch
 from engine.engine import Engine
 from tests.test_engine import (
     CONSTRAINED,
+    DEVICES,
     GPU_MIXES,
     MIXES,
     NUM_NEW_TOKENS,
@@ -55,7 +56,7 @@ KINDS = (
     "gemma 2", "gemma 3", "gemma 4", "gemma 4 E2B", "phi 2", "phi 4 mini", "olmo 2", "olmo 3", "command-r7b",
     "granite 3", "smollm 3 with windows", "exaone 4", "ministral 3", "gpt-2", "hunyuan",
 )  # fmt: skip
-ON_ALL_GPU_MIXES = ("gemma 2", "phi 2")
+ON_ALL_GPU_MIXES = ("gemma 2", "gemma 4 E2B", "phi 2")
 ON_TWO_RANKS = ("gemma 4 E2B", "command-r7b", "olmo 3")
 
 
@@ -69,9 +70,8 @@ def cases() -> list[Any]:
     chosen += [pytest.param(family, "cpu", {"tp_size": 2}, id=f"{family}-two_ranks") for family in ON_TWO_RANKS]
     return chosen + [
         pytest.param(family, "cuda", mix, id=f"{family}-cuda-{name}", marks=pytest.mark.gpu)
-        for family in KINDS
+        for family in ON_ALL_GPU_MIXES
         for name, mix in GPU_MIXES.items()
-        if name == "graphs" or family in ON_ALL_GPU_MIXES
     ]
 
 
@@ -157,11 +157,12 @@ def reference(
 
 
 @pytest.mark.parametrize("reference", ALL, indirect=True)
+@pytest.mark.parametrize("device", DEVICES)
 async def test_greedy_answers_of_every_family_equal_transformers_where_room_is_short(
-    reference: Reference, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    reference: Reference, device: str, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine.schedule.grouping.MIN_SHARED_TOKENS", 1)  # even short prefixes are read once
-    async with running_engine(reference.folder, **CRAMPED) as engine:
+    async with running_engine(reference.folder, device=device, **CRAMPED) as engine:
         shared = prompts[1:8:3]  # a head of 30 tokens
         await assert_greedy(engine, reference, [*shared, prompts[3], prompts[-1]], num_constrained=1)
         stats = engine.stats().scheduler
