@@ -1,1 +1,1 @@
-"""Where keys and values live: the radix tree over token ids, the page allocator, the KV buffers."""
+"""Keep keys and values: the radix tree over token ids, the page allocator, the KV buffers."""

@@ -1,1 +1,1 @@
-"""From what the user named to weights on the device."""
+"""Turn what the user named into weights on the device."""

@@ -1,4 +1,4 @@
-"""From what the user named to a local folder: downloaded, converted, or the demo."""
+"""Find the local folder of what the user named: downloaded, converted, or the demo."""
 
 import hashlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""From the tensors of a GGUF file to those of a Hugging Face checkpoint: rules of `engine.models.names`.
+"""Turn the tensors of a GGUF file into those of a Hugging Face checkpoint: rules of `engine.models.names`.
 
 All of them take rows as they are, but for norms and GPT-2, so they hold for rows of packed blocks as well.
 """

@@ -1,4 +1,4 @@
-"""From a folder to a model with its weights on the device."""
+"""Load the weights of a folder into a model, onto the device."""
 
 import contextlib
 import logging

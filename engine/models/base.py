@@ -1,4 +1,4 @@
-"""What all decoders are: embedding, blocks, final norm and head. A family says which blocks, names and numbers."""
+"""Define what all decoders have: embedding, blocks, final norm, head. A family says which blocks, names and numbers."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -120,7 +120,7 @@ class CausalLM(Layer):
 
     @property
     def names(self) -> Sequence[Rule]:
-        """From a checkpoint's names to this model's."""
+        """Rules that lead from a checkpoint's names to this model's."""
         rules = (*LANGUAGE_HALF, *self.checkpoint) if self.config.is_language_half else tuple(self.checkpoint)
         if self.config.tie_word_embeddings:
             return (*rules, TIED_HEAD)
@@ -128,7 +128,7 @@ class CausalLM(Layer):
 
     @property
     def rules(self) -> Sequence[Rule]:
-        """From a checkpoint's tensors to this model's: first into its layout, then to its names."""
+        """Rules that lead from a checkpoint's tensors to this model's: first into its layout, then to its names."""
         return (Convert(self.quantization), *self.names)
 
     def __call__(self, batch: ForwardBatch, pool: CachePool, run_block: RunBlock | None = None) -> torch.Tensor:

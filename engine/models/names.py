@@ -1,4 +1,4 @@
-"""From the names and shapes of a checkpoint's tensors to those of a model: a list of rules, applied in order.
+"""Turn the names and shapes of a checkpoint's tensors into those of a model: a list of rules, applied in order.
 
 A tensor becomes one piece or several; each rule looks at the piece's name as the rules before it have left it.
 """

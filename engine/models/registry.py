@@ -1,4 +1,4 @@
-"""Which family runs which architecture, and how a model folder becomes a model."""
+"""Find the family that runs an architecture, and make a model of a folder."""
 
 import dataclasses
 import difflib
