@@ -66,9 +66,14 @@ def merged(entries: Entries, newer: Entries) -> Entries:
 
 
 def write_table(path: Path, cards: list[str], entries: Entries) -> None:
-    """Write a table of `entries` and of what `path` held before. Readers see the old file or the new one, whole."""
+    """Write a table of `entries` and of what `path` held before. Readers see the old file or the new one, whole.
+
+    cards: those that the table is for, beside any that `path` names.
+    """
     if path.exists():
-        entries = merged(parse_table(path.read_text()), entries)
+        text = path.read_text()
+        entries = merged(parse_table(text), entries)
+        cards = list(dict.fromkeys([*json.loads(text)["cards"], *cards]))
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
     unfinished.write_text(format_table(cards, entries))

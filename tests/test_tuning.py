@@ -111,7 +111,7 @@ def test_known_shapes_have_the_configurations_that_were_found_for_them(card: Cal
 def test_shapes_that_no_table_has_get_the_kernels_default(card: Callable[[str], None]) -> None:
     assert GEMV_CONFIGS.get(CARD, 999, 512) == default_gemv_config(999, 512)
     assert SKINNY_CONFIGS.get(CARD, 999, 768, 32) == default_skinny_config(768, 32)
-    assert PREFILL_CONFIGS.get(CARD, 256) == default_prefill_config(256)
+    assert PREFILL_CONFIGS.get(CARD, 512) == default_prefill_config(512)
 
 
 def test_the_number_of_requests_decides_about_decode_configurations(card: Callable[[str], None]) -> None:
@@ -133,6 +133,15 @@ def test_every_shipped_table_is_as_it_would_be_written() -> None:
     for path in paths:
         text = path.read_text()
         assert text == tuning.format_table(json.loads(text)["cards"], tuning.parse_table(text))
+
+
+def test_writing_to_a_table_keeps_the_cards_and_shapes_that_it_has(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    tuning.write_table(path, ["A", "B"], {"gemv": {(1, 2): {"block_n": 4}}})
+    tuning.write_table(path, ["B"], {"gemv": {(3, 4): {"block_n": 2}}})
+    text = path.read_text()
+    assert json.loads(text)["cards"] == ["A", "B"]
+    assert set(tuning.parse_table(text)["gemv"]) == {(1, 2), (3, 4)}
 
 
 # what is found
