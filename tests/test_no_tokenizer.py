@@ -45,13 +45,25 @@ async def test_answers_are_the_token_ids_that_a_tokenizer_would_make_text_of(
     answer = await (await client.post("/generate", json=BODY)).json()
     async with running_engine(tiny_llama) as other, serving(other, served_model_name="fake-model") as with_text:
         wanted = await (await with_text.post("/generate", json=BODY)).json()
-    assert answer["output_ids"] == wanted["output_ids"] and answer["text"] == ""
+    assert answer["output_ids"] == wanted["output_ids"]
     stopped = {**BODY, "sampling_params": {**PARAMS, "stop_token_ids": [answer["output_ids"][2]]}}
     assert (await (await client.post("/generate", json=stopped)).json())["output_ids"] == answer["output_ids"][:3]
     response = await client.post("/generate", json={**BODY, "stream": True, "return_logprob": True})
     *events, _ = events_of(await response.read())
     assert json.loads(events[-1])["output_ids"] == answer["output_ids"]
     await warm_up(engine, reads_text=False)
+
+
+@pytest.mark.parametrize("prompts", [PROMPT, [PROMPT, PROMPT[1:]]])
+async def test_answers_have_no_text_at_all(client: Client, prompts: list[Any]) -> None:
+    """SGLang's clients tell by that whether the server has a tokenizer."""
+    body = {**BODY, "input_ids": prompts}
+    whole = await (await client.post("/generate", json=body)).json()
+    *events, _ = events_of(await (await client.post("/generate", json={**body, "stream": True})).read())
+    pieces = [json.loads(event) for event in events]
+    answers = [*(whole if isinstance(whole, list) else [whole]), *pieces]
+    assert all(answer["output_ids"] and "text" not in answer for answer in answers)
+    assert all(("index" in piece) == isinstance(prompts[0], list) for piece in pieces)
 
 
 async def test_a_stream_has_each_token_as_it_comes(client: Client) -> None:

@@ -133,8 +133,9 @@ class GenerateApi:
         envelope: str | None = None,
     ) -> web.StreamResponse:
         meta_info = MetaInfo(self.engine.tokenizer, body.return_text_in_logprobs)
+        has_text, is_disjoint = not self.config.skip_tokenizer_init, self.config.stream_output
         answers = [
-            GenerateAnswer(i, state, meta_info, has_index=is_list, is_disjoint=self.config.stream_output)
+            GenerateAnswer(i, state, meta_info, has_index=is_list, is_disjoint=is_disjoint, has_text=has_text)
             async for i, state in paced(enumerate(states))
         ]
 
@@ -256,11 +257,20 @@ class GenerateAnswer(Answer):
     """Events whose text, ids and log-probabilities are cumulative, as SGLang's clients expect, or disjoint."""
 
     def __init__(
-        self, index: int, state: RequestState, meta_info: MetaInfo, *, has_index: bool, is_disjoint: bool
+        self,
+        index: int,
+        state: RequestState,
+        meta_info: MetaInfo,
+        *,
+        has_index: bool,
+        is_disjoint: bool,
+        has_text: bool = True,
     ) -> None:
+        """Make an answer. has_text: false where there is no tokenizer; SGLang's answers then have no `text`."""
         super().__init__(index, state)
-        self._meta_info, self._is_disjoint = meta_info, is_disjoint
-        self._head = b'data: {"index":%d,"text":"' % index if has_index else b'data: {"text":"'
+        self._meta_info, self._is_disjoint, self._has_text = meta_info, is_disjoint, has_text
+        before, behind = (b'"text":"', b'","output_ids":[') if has_text else (b"", b'"output_ids":[')
+        self._head, self._before_ids = b"data: {%b%b" % (b'"index":%d,' % index if has_index else b"", before), behind
         self._text = self._ids = b""  # as they stand in the JSON: each piece is escaped once
         self._logprobs = Logprobs()
         self._meta = b""  # meta_info up to the number of tokens, the one part that changes
@@ -278,7 +288,7 @@ class GenerateAnswer(Answer):
         if not self._is_disjoint:
             text = self._text = self._text + text
             ids = self._ids = b"%b,%b" % (self._ids, ids) if self._ids and ids else self._ids + ids
-        return b'%b%b","output_ids":[%b],"meta_info":%b}\n\n' % (self._head, text, ids, meta)
+        return b'%b%b%b%b],"meta_info":%b}\n\n' % (self._head, text, self._before_ids, ids, meta)
 
     def end(self, _reason: FinishReason) -> bytes:
         return b""  # the last text's meta_info holds the end
@@ -287,7 +297,10 @@ class GenerateAnswer(Answer):
         return event(native_error(*failure_of(reason)))
 
     def whole(self, delta: Delta) -> JSON:
-        return self._meta_info.answer(delta)
+        answer = self._meta_info.answer(delta)
+        if not self._has_text:
+            del answer["text"]
+        return answer
 
     def _full_meta(self, delta: Delta) -> bytes:
         meta = self._meta_info.counts(self.state, self.num_output_tokens, delta.finish_reason)

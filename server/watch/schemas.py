@@ -114,7 +114,7 @@ COMPONENTS: dict[str, JSON] = {
     "MetaInfo": META_INFO,
     "GenerateAnswer": obj(
         {"text": STRING, "output_ids": array(integer(0)), "meta_info": ref("MetaInfo"), "index": integer(0)},
-        ["text", "output_ids", "meta_info"],
+        ["output_ids", "meta_info"],  # text, too, where there is a tokenizer
     ),
     "Usage": USAGE,
     "OpenAIAnswer": OPENAI_ANSWER,
