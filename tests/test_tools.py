@@ -466,6 +466,21 @@ async def test_a_schema_that_cannot_be_held_is_called_what_the_client_calls_it(
             await ask(client, tools=odd, tool_choice=choice, max_tokens=5)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {"max_tokens": 5, "tools": [{"name": "a b", "input_schema": CITY}]}),
+        ("/v1/responses", {"input": "Hi", "tools": [{"type": "function", "name": "a b"}]}),
+    ],
+)
+async def test_a_tools_name_that_cannot_be_is_refused_as_the_client_spelled_it(
+    client: Client, path: str, body: dict[str, Any]
+) -> None:
+    response = await client.post(path, json={"messages": USER, **body})
+    assert response.status == 400
+    assert (await response.json())["error"]["message"].startswith("tools[0].name must be 1 to 128 letters")
+
+
 async def test_a_schema_and_tools_together_mean_json_or_a_call(client: Client, engine: FakeEngine) -> None:
     schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": CITY}}
     await ask(client, tools=TOOLS, response_format=schema)

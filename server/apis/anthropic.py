@@ -33,6 +33,7 @@ OUR_NAMES = {
     "response_format.json_schema.schema": "output_config.format.schema",
     "json_schema": "output_config.format.schema",
     "tools[].function": "tools[]",
+    "tools[].function.name": "tools[].name",
     "tools[].function.parameters": "tools[].input_schema",
     "reasoning_effort": "output_config.effort",
     "max_thinking_tokens": "thinking.budget_tokens",

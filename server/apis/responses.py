@@ -36,6 +36,7 @@ OUR_NAMES = {
     "response_format.schema": "text.format.schema",
     "json_schema": "text.format.schema",
     "tools[].function": "tools[]",
+    "tools[].function.name": "tools[].name",
     "tools[].function.parameters": "tools[].parameters",
     "reasoning_effort": "reasoning.effort",
     "messages": "input",
