@@ -185,7 +185,6 @@ CASES = {
         GEMMA_4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
         GEMMA_4_KEYS | {"attention.head_count_kv": [2, 2, 1, 2, 1]},
         (named_scalars,),
-        {"rope_freqs": [1.0] * 4 + [1e30] * 12},
         layers=5,
     ),
     "gemma4 that is an E2B": Case(

@@ -1,5 +1,6 @@
 """Test that every family computes the logits of transformers: tiny random checkpoints, float32, scattered slots."""
 
+import importlib
 import importlib.util
 import json
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from engine.layers.block import Block
 from engine.layers.communicator import Communicator
 from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import LayerConfig, named_layers
+from engine.models.architectures import ALIASES, ARCHITECTURES
+from engine.models.base import CausalLM
 from engine.models.registry import build_model, load_config
 from engine.step.splitter import StepSplitter
 from kernels.corun import Corun, CorunCosts
@@ -526,6 +529,13 @@ def test_an_override_within_an_object_leaves_the_rest_of_it(tiny_llama: Path, tm
     (tmp_path / "config.json").write_text(json.dumps(raw))
     config = load_config(tmp_path, EngineConfig(json_model_override_args='{"id2label": {"1": "fine"}}'))
     assert config.labels == ["bad", "fine"]
+
+
+def test_every_architecture_has_its_family() -> None:
+    for served in ARCHITECTURES.values():
+        module, _, name = served.family.partition(":")
+        assert issubclass(getattr(importlib.import_module(f"engine.models.{module}"), name), CausalLM)
+    assert set(ALIASES.values()) <= ARCHITECTURES.keys()
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,11 @@ def gemma3_rope(gguf: GGUF, factors: Factors) -> dict[str, Any]:
 
 
 def gemma4_rope(gguf: GGUF, factors: Factors) -> dict[str, Any]:
-    """Return Gemma 4's rotary embeddings. Full layers rotate the pairs whose divisor is 1, the others' is vast."""
-    divisors = factors.get(LLAMA_3, [1.0])
+    """Return Gemma 4's rotary embeddings. Full layers rotate the pairs whose divisor is 1, the others' is vast.
+
+    A quarter of the pairs, as in all released models, where the file has no divisors.
+    """
+    divisors = factors.get(LLAMA_3, [1.0, 1e30, 1e30, 1e30])
     rotated = sum(divisor == 1.0 for divisor in divisors) / len(divisors)
     ropes = gemma3_rope(gguf, {})
     theta = ropes["full_attention"]["rope_theta"]
