@@ -287,6 +287,46 @@ def write_mixed(module: str, weight: torch.Tensor, random: torch.Generator) -> t
     return (fp8(of_rows) if module.endswith("down_proj") else compressed())(module, weight, random)
 
 
+NF4 = torch.tensor([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+])  # fmt: skip
+
+
+def nf4(*, double: bool) -> Write:
+    """double: scales are rounded to bytes, 256 of them with a scale and an offset."""
+
+    def write(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor]:
+        n, k = weight.shape
+        codes, num_scales = random_codes(4, n, k, random), n * k // 64
+        state: Json = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [n, k]}
+        tensors = {
+            "weight": (16 * codes[:, ::2] + codes[:, 1::2]).to(torch.uint8).view(-1, 1),
+            "weight.quant_map": NF4.clone(),
+        }
+        if double:
+            rounded = torch.randint(0, 256, (num_scales,), generator=random)
+            table, of_256 = torch.linspace(-1, 1, 256), torch.rand(-(-num_scales // 256), generator=random) * 0.1
+            tensors |= {"weight.absmax": rounded.to(torch.uint8), "weight.nested_absmax": of_256}
+            tensors["weight.nested_quant_map"] = table
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.25}
+            scale = (table[rounded] * of_256.repeat_interleave(256)[:num_scales] + 0.25).half().float()
+        else:
+            tensors["weight.absmax"] = scale = torch.rand(num_scales, generator=random).half().float()
+        tensors["weight.quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(state).encode())).to(torch.uint8)
+        return tensors, (NF4[codes].view(-1, 64) * scale[:, None]).view(n, k)
+
+    return write
+
+
+def write_bitsandbytes_int8(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor]:
+    largest = weight.abs().amax(1)
+    codes = (weight / largest[:, None] * 127).round()
+    tensors = {"weight": codes.to(torch.int8), "SCB": largest, "weight_format": torch.tensor(0).to(torch.uint8)}
+    return tensors, codes * largest[:, None] / 127
+
+
 def but(write: Write, others: dict[str, Write | None]) -> Write:
     """Write modules whose names end so in another way; None: as they are."""
 
@@ -298,6 +338,8 @@ def but(write: Write, others: dict[str, Write | None]) -> Write:
 
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+
+BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
 def ct_config(
@@ -336,6 +378,13 @@ CASES: dict[str, Case] = {
     "awq but for modules that nobody names": Case(
         AWQ, but(write_awq, {"q_proj": None, "0.mlp.up_proj": None, "1.mlp.down_proj": None})
     ),
+    "bitsandbytes": Case(BITSANDBYTES, nf4(double=False)),
+    "bitsandbytes, double": Case(BITSANDBYTES, nf4(double=True)),
+    "bitsandbytes but for some modules": Case(
+        BITSANDBYTES | {"llm_int8_skip_modules": ["lm_head", "0.mlp"]},
+        but(nf4(double=True), {"0.mlp.up_proj": None, "0.mlp.gate_proj": None, "0.mlp.down_proj": None, "k_proj": None})
+    ),
+    "bitsandbytes, int8": Case({"quant_method": "bitsandbytes", "load_in_8bit": True}, write_bitsandbytes_int8),
     "gptq": Case(gptq_config(sym=True), gptq(sym=True)),
     "gptq, zeros": Case(gptq_config(), gptq()),
     "gptq, zeros, version 2": Case(gptq_config(checkpoint_format="gptq_v2"), gptq(zero_offset=0)),

@@ -196,6 +196,26 @@ DOWN, UP = "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"
             rf"{UP}\.weight_scale, read as scale, is of torch\.float32, NVFP4's scales are of torch\.float8_e4m3fn",
         ),
         (
+            "bitsandbytes",
+            lambda files: files.update({f"{UP}.weight.quant_map": files[f"{UP}.weight.quant_map"] * 2}),
+            rf"{UP}\.weight\.quant_map is not NF4's table",
+        ),
+        (
+            "bitsandbytes, double",
+            lambda files: files.pop(f"{UP}.weight.nested_absmax"),
+            rf"{UP}\.weight\.absmax, read as scale, is of bytes, without nested_absmax",
+        ),
+        (
+            "bitsandbytes",
+            lambda files: files.update({f"{UP}.weight": files[f"{UP}.weight"][1:].clone()}),
+            rf"{UP}\.weight is of torch\.uint8 \[4095, 1\], the format's are 4096 bytes",
+        ),
+        (
+            "bitsandbytes",
+            lambda files: files.update({f"{UP}.weight.quant_state.bitsandbytes__nf4": torch.ones(3).to(torch.uint8)}),
+            rf"{UP}\.weight.* has a description that cannot be read",
+        ),
+        (
             "gptq, desc_act",
             lambda files: files.update({f"{UP}.g_idx": files[f"{UP}.g_idx"].flip(0)}),
             r"model\.layers\.1\.mlp\.gate_up_proj has parts with different g_idx",
@@ -237,6 +257,8 @@ def test_a_broken_checkpoint_is_refused_by_the_name_of_its_tensor(
         (ct_words(4) | {"transform_config": {"config_groups": {"u": {}}}}, "transforms .* are not supported"),
         (ct_words(4) | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask.*save them dense"),
         (ct_words(4) | {"config_groups": {"group_0": 4}}, "group_0 must be an object, got 4"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "4-bit fp4.*only nf4"),
+        ({"quant_method": "torchao", "quant_type": {}}, "torchao.*while it is loaded: --quantization .*int4"),
         ({"quant_method": "auto-round", "data_type": "mx_fp"}, "mx_fp.*only int"),
         ({"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 8}, "has 4 bits, not 8"),
     ],

@@ -232,9 +232,9 @@ def copy_weights(located: Located, file_of: Mapping[str, Path], device: torch.de
     with progress_bar("Loading weights", total) as advance, contextlib.ExitStack() as stack:
         opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in located}
 
-        def read(name: str) -> torch.Tensor:
+        def read(name: str) -> torch.Tensor | None:
             if name not in file_of:
-                raise ModelError(f"needs {name}, which the checkpoint does not have")
+                return None
             tensor: torch.Tensor = opened[file_of[name]].get_tensor(name)
             return tensor.to(device)
 

@@ -13,11 +13,11 @@ import torch
 from engine.quantization import CHECKED, Quantization, Transform, With
 from kernels.weights import ShapeError
 
-Read = Callable[[str], torch.Tensor]
+Read = Callable[[str], torch.Tensor | None]
 
 
-def _read_nothing(name: str) -> torch.Tensor:
-    raise LookupError(name)
+def _read_nothing(name: str) -> torch.Tensor | None:  # noqa: ARG001
+    return None
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,19 @@ class Piece:
     index: int | None = None  # which one of a stack it is
 
     def of(self, loaded: torch.Tensor, read: Read = _read_nothing) -> torch.Tensor:
-        """Return the piece of a checkpoint's tensor. read: returns another one of the checkpoint's."""
+        """Return the piece of a checkpoint's tensor. `ShapeError` if that cannot be made.
+
+        read: returns another one of the checkpoint's, None if there is no such.
+        """
         for step in self.transforms:
-            loaded = step.function(loaded, *map(read, step.names)) if isinstance(step, With) else step(loaded)
+            if not isinstance(step, With):
+                loaded = step(loaded)
+                continue
+            others = [read(name) for name in step.names]
+            if not step.optional and any(other is None for other in others):
+                absent = ", ".join(name for name, other in zip(step.names, others, strict=True) if other is None)
+                raise ShapeError(f"needs {absent}, which the checkpoint does not have")
+            loaded = step.function(loaded, *others)
         return loaded
 
 

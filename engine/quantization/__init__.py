@@ -24,6 +24,7 @@ class With:
 
     names: tuple[str, ...]
     function: Callable[..., torch.Tensor]
+    optional: bool = False  # it gets None for those that are not there
 
 
 class Scheme(Protocol):

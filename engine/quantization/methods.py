@@ -7,6 +7,7 @@ from engine.errors import ModelError
 from engine.quantization import Quantization, Reader
 from engine.quantization.auto_round import AutoRound
 from engine.quantization.awq import AWQ
+from engine.quantization.bitsandbytes import BitsAndBytes
 from engine.quantization.compressed_tensors import CompressedTensors
 from engine.quantization.fp8 import FBGEMM, FP8
 from engine.quantization.gguf import GGUF
@@ -18,6 +19,7 @@ from engine.quantization.quark import Quark
 METHODS: dict[str, Reader] = {
     "auto-round": AutoRound,
     "awq": AWQ,
+    "bitsandbytes": BitsAndBytes,
     "compressed-tensors": CompressedTensors,
     "fbgemm_fp8": FBGEMM,
     "fp8": FP8,
@@ -94,7 +96,10 @@ def _of_file(raw: Mapping[str, Any], wanted: str | None) -> Quantization:
     named = str(raw.get("quant_method") or ("modelopt" if "quant_algo" in raw else "")).lower()
     method = SAME_METHOD.get(named, named)
     if method not in METHODS:
-        raise ModelError(f"quantization method not supported: {named or 'none named'}. Supported: {', '.join(METHODS)}")
+        raise ModelError(
+            f"quantization method not supported: {named or 'none named'}. Supported: {', '.join(METHODS)}. The model "
+            f"that was quantized can be rounded while it is loaded: --quantization {', '.join(FORMATS)}"
+        )
     if wanted is not None and method not in (wanted, *KINDS.get(wanted, ())):
         raise ModelError(f"--quantization {wanted}, but the checkpoint says quant_method {named!r}")
     return METHODS[method](raw)

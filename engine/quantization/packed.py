@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -69,7 +69,7 @@ class ByModule(Quantization):
         return DENSE if stored is None else stored.scheme
 
     def converted(self, name: str) -> Iterable[tuple[str, Sequence[Transform | With]]]:
-        module, _, leaf = name.rpartition(".")
+        module, leaf = self.split(name)
         if leaf in CACHE_SCALES:
             return
         stored = self.stored(module)
@@ -78,12 +78,17 @@ class ByModule(Quantization):
         elif (found := stored.tensors[leaf]) is not None:
             field, *transforms = found
             whole = [
-                With(tuple(f"{module}.{other}" for other in step.names), step.function)
+                replace(step, names=tuple(f"{module}.{other}" for other in step.names))
                 if isinstance(step, With)
                 else step
                 for step in transforms
             ]
             yield f"{module}.{field}" if field else field, whole
+
+    def split(self, name: str) -> tuple[str, str]:
+        """Return the module that a tensor is of, and what follows its name."""
+        module, _, leaf = name.rpartition(".")
+        return module, leaf
 
     def in_file(self, name: str) -> str:
         module, _, field = name.rpartition(".")

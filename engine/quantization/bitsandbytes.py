@@ -1,0 +1,106 @@
+"""Checkpoints of bitsandbytes: NF4 (Dettmers et al. 2023), and int8 (Dettmers et al. 2022)."""
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from engine.errors import ModelError
+from engine.quantization import CHECKED, With
+from engine.quantization.modules import Modules
+from engine.quantization.packed import ByModule, Stored, entry, is_head
+from kernels.quantized import TABLES, Format
+from kernels.weights import ShapeError
+
+BLOCK = 64  # numbers that share a scale
+STATE = "weight.quant_state.bitsandbytes__nf4"  # JSON as bytes: the shape, and how scales are rounded themselves
+
+
+def read_state(state: torch.Tensor | None) -> tuple[int, int, Mapping[str, Any]]:
+    """Return rows, columns and the rest of a weight's description. `ShapeError` if its blocks are not of rows."""
+    if state is None:
+        raise ShapeError(f"needs {STATE}, which the checkpoint does not have")
+    try:
+        found = json.loads(bytes(state.cpu().tolist()))
+        rows, columns = found["shape"]
+        block = found["blocksize"]
+    except (ValueError, LookupError, TypeError):
+        raise ShapeError(f"has a description that cannot be read ({STATE})") from None
+    if block != BLOCK or columns % BLOCK:
+        raise ShapeError(f"has blocks of {block} numbers in rows of {columns}, not whole blocks of {BLOCK} in each row")
+    return rows, columns, found
+
+
+def codes(stored: torch.Tensor, state: torch.Tensor | None) -> torch.Tensor:
+    """Return the codes [rows, columns / 2] of bytes whose high half is the even column; without a state, no codes."""
+    if state is None:
+        return stored
+    rows, columns, _ = read_state(state)
+    if stored.dtype != torch.uint8 or stored.numel() * 2 != rows * columns:
+        raise ShapeError(f"is of {stored.dtype} {list(stored.shape)}, the format's are {rows * columns // 2} bytes")
+    return ((stored >> 4) | (stored << 4)).view(rows, -1)
+
+
+def scales(
+    absmax: torch.Tensor, state: torch.Tensor | None, of_blocks: torch.Tensor | None, meanings: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the scales [rows, blocks], which may be rounded to bytes, in blocks with scales of their own."""
+    rows, columns, found = read_state(state)
+    if absmax.numel() * BLOCK != rows * columns:
+        raise ShapeError(f"has {absmax.numel()} scales, the format has one for {BLOCK} of {rows} x {columns} numbers")
+    if absmax.dtype == torch.uint8:
+        if of_blocks is None or meanings is None or "nested_offset" not in found:
+            raise ShapeError("is of bytes, without nested_absmax, nested_quant_map and an offset")
+        size = int(found.get("nested_blocksize", 256))
+        absmax = meanings[absmax.long()] * of_blocks.repeat_interleave(size)[: len(absmax)] + found["nested_offset"]
+    return absmax.view(rows, -1)
+
+
+def check_table(table: torch.Tensor) -> torch.Tensor:
+    """Raise `ShapeError` unless codes stand for what NF4's do."""
+    if table.shape != (16,) or not torch.allclose(table.float().cpu(), torch.tensor(TABLES["nf4"]), atol=1e-6):
+        raise ShapeError("is not NF4's table")
+    return table
+
+
+NF4 = Stored(
+    Format("int4", BLOCK, table="nf4", scale_dtype=torch.float16),
+    {
+        "weight": ("weight", With((STATE,), codes, optional=True)),
+        "weight.absmax": (
+            "scale",
+            With((STATE, "weight.nested_absmax", "weight.nested_quant_map"), scales, optional=True),
+        ),
+        "weight.quant_map": (CHECKED, check_table),
+        STATE: None,
+        "weight.nested_absmax": None,
+        "weight.nested_quant_map": None,
+    },
+)
+# What the library computes in higher precision, inputs beyond a threshold, it rounds the others for: nothing is, here.
+INT8 = Stored(
+    Format("int8"),
+    {"weight": ("weight",), "SCB": ("scale", lambda largest: largest.float() / 127), "weight_format": None},
+)
+
+
+class BitsAndBytes(ByModule):
+    """`load_in_4bit` with NF4, or `load_in_8bit`."""
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        """Read config.json's `quantization_config`. `ModelError` for what is not supported."""
+        super().__init__()
+        self.excluded = Modules(raw.get("llm_int8_skip_modules"), "llm_int8_skip_modules")
+        is_nf4 = entry(raw, "load_in_4bit", bool, False)
+        kind, storage = str(raw.get("bnb_4bit_quant_type") or "fp4"), str(raw.get("bnb_4bit_quant_storage") or "uint8")
+        if is_nf4 and (kind, storage) != ("nf4", "uint8"):
+            raise ModelError(f"bitsandbytes' 4-bit {kind}, stored as {storage}, is not supported, only nf4 as uint8")
+        self.everywhere = NF4 if is_nf4 else INT8
+
+    def find(self, names: Collection[str]) -> Stored | None:
+        return None if is_head(names) or names in self.excluded else self.everywhere
+
+    def split(self, name: str) -> tuple[str, str]:
+        module, found, of_weight = name.partition(".weight.")
+        return (module, f"weight.{of_weight}") if found else super().split(name)
