@@ -26,7 +26,7 @@ from server.apis.responses import ResponsesApi
 from server.apis.text import TextApi
 from server.config import ServerConfig
 from server.http.bodies import BODY, BODY_BUDGET, BodyBudget
-from server.http.intake import GATE, Gate
+from server.http.intake import GATE, LONG_WORK, Gate, LongWork
 from server.http.keys import KeyRing, require_key
 from server.http.live import LiveRequests
 from server.http.origins import guard_origins, origins_of
@@ -58,7 +58,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
         client_max_size=config.max_body_bytes,
     )
     app.on_response_prepare.append(origins.add_cors)
-    app[GATE] = Gate()
+    app[GATE], app[LONG_WORK] = Gate(), LongWork()
     app[BODY_BUDGET] = BodyBudget(config.max_held_bytes)
     app[CHATS] = chats
     app.on_response_prepare.append(name_left_out)

@@ -9,6 +9,7 @@ import json
 import logging
 import socket
 import time
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from server.http.bodies import BODY_BUDGET
 from server.http.connections import Connections
 from server.http.intake import Acceptor
 from server.http.malformed import AIOHTTP_LOGGER, shorten_malformed
+from server.reading import protocol
 from tests.fake_engine import FakeEngine, serving
 
 Client = TestClient[Any, Any]
@@ -99,6 +101,53 @@ async def test_a_body_that_others_leave_no_room_for_is_a_429_and_one_too_large_f
         assert (await begun).status in (200, 400)
         assert (await post(client, "/generate", b'{"text": "%b"}' % (b" " * 2_000_000)))[0] == 413
         assert budget.num_bytes == 0
+
+
+@pytest.fixture(scope="module")
+def grown_body() -> bytes:
+    """Return a compressed text of half a gigabyte."""
+    compressor, spaces = zlib.compressobj(1, wbits=31), b" " * (1 << 20)
+    pieces = [compressor.compress(b'{"text": "'), *(compressor.compress(spaces) for _ in range(512))]
+    return b"".join([*pieces, compressor.flush()])
+
+
+@pytest.mark.max_callback_ms(20)  # a quarter of a megabyte is decompressed in one go
+async def test_a_compressed_body_does_not_hold_the_loop_while_it_is_read_refused_and_passed_over(
+    engine: FakeEngine, tmp_path: Path, grown_body: bytes
+) -> None:
+    """What is left of a refused body is read too: without a pause, until the connection's patience ends."""
+    async with listening(engine, tmp_path) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head_of("/generate", grown_body, "Content-Encoding: gzip", "Connection: close"))
+        answer = await asyncio.wait_for(reader.read(), 30)
+        writer.close()
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"--max-body-bytes" in answer
+
+
+async def test_bodies_that_take_long_to_read_leave_the_loop_to_others_for_as_long(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parse, events = protocol.parse, []
+
+    def slow_parse(*arguments: Any, **options: Any) -> Any:
+        events.append("body")
+        time.sleep(0.03)
+        return parse(*arguments, **options)
+
+    async def tick() -> None:
+        while True:
+            events.append("tick")
+            await asyncio.sleep(0.001)
+
+    monkeypatch.setattr(protocol, "parse", slow_parse)
+    ticking = asyncio.create_task(tick())
+    body = orjson.dumps({"text": "Hi", "unknown": "x" * 300_000})
+    answers = await asyncio.gather(*(post(client, "/generate", body) for _ in range(6)))
+    ticking.cancel()
+    assert [status for status, _ in answers] == [200] * 6
+    between = " ".join(events).split("body")[1:-1]
+    assert min(part.count("tick") for part in between) >= 3
 
 
 @pytest.mark.parametrize(
@@ -189,7 +238,7 @@ LISTS = [
 
 @pytest.mark.parametrize(("path", "name", "one"), LISTS, ids=range(len(LISTS)))
 @pytest.mark.parametrize(("num_rows", "limit"), [(48, 2048), (256, 4096)])
-async def test_a_list_of_more_prompts_than_the_engine_answers_in_sixteen_turns_is_a_400_that_names_the_limit(
+async def test_a_list_of_more_prompts_than_the_engine_answers_in_sixteen_rounds_is_a_400_that_names_the_limit(
     engine: FakeEngine, client: Client, num_rows: int, limit: int, path: str, name: str, one: Any
 ) -> None:
     engine.max_running_requests = num_rows

@@ -209,6 +209,13 @@ async def test_a_client_that_leaves_takes_its_request_along() -> None:
         assert [one["load"] for one in (await worker_states(client)).values()] == [0]
 
 
+async def test_the_router_reads_a_long_body_of_its_own() -> None:
+    async with routing(FakeWorker("a")) as client:
+        answer = await client.post("/workers", json={"url": 7, "unknown": "x" * 300_000})
+        assert answer.status == 400
+        assert "url" in await answer.text()
+
+
 @pytest.mark.parametrize("policy", METHODS)
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
 async def test_a_compressed_body_passes_as_it_came_and_is_read_by_the_worker(policy: str, encoding: str) -> None:

@@ -35,7 +35,7 @@ from server.config import HTTP, LOG_LEVELS, make_parser, read_options
 from server.fleet.workers import Worker, Workers
 from server.foreign_flags import ROUTER_FLAGS
 from server.http.bodies import BODY_BUDGET, BodyBudget
-from server.http.intake import BACKLOG, GATE, Gate
+from server.http.intake import BACKLOG, GATE, LONG_WORK, Gate, LongWork
 from server.http.keys import ADMIN_PATHS
 from server.http.malformed import shorten_malformed
 from server.http.origins import Origins, guard_origins, host_of, is_loopback, split
@@ -129,7 +129,7 @@ class Router:
             middlewares=[answer_errors, guard_origins(origins)], client_max_size=config.max_body_bytes
         )
         app.on_response_prepare.append(origins.add_cors)
-        app[GATE] = Gate()
+        app[GATE], app[LONG_WORK] = Gate(), LongWork()
         app[BODY_BUDGET] = BodyBudget(self.config.max_body_bytes * 8)
         app.cleanup_ctx.append(self._running)
         app.add_routes(

@@ -6,6 +6,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from aiohttp import web
@@ -111,6 +112,23 @@ class Gate:
                 self._spend(cost)
 
 
+class LongWork:
+    """Has long callbacks run one at a time, and leaves the loop to others for as long after each as it took."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Run the block, which must not await, when its time has come."""
+        async with self._lock:
+            begun = time.perf_counter()
+            try:
+                yield
+            finally:
+                await asyncio.sleep(time.perf_counter() - begun)
+
+
 class Pace:
     """Lets the loop go on now and then while a long piece of work is done on it."""
 
@@ -139,3 +157,4 @@ async def paced(items: Iterable[T], num_a_pass: int = 64) -> AsyncIterator[T]:
 
 
 GATE = web.AppKey("gate", Gate)
+LONG_WORK = web.AppKey("long_work", LongWork)

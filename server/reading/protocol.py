@@ -1,6 +1,5 @@
 """Common ground of the APIs: the reading of JSON bodies, and errors in each API's shape."""
 
-import asyncio
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -15,7 +14,7 @@ from engine.declared import Object, convert, decode
 from engine.engine import Engine
 from engine.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull, shown
 from server.http.bodies import BODY, BODY_BUDGET, BodyTooLarge, HeldBody
-from server.http.intake import GATE, paced
+from server.http.intake import GATE, LONG_WORK, Pace, paced
 
 JSON = dict[str, Any]
 Body = TypeVar("Body", bound=Object)
@@ -23,7 +22,7 @@ Body = TypeVar("Body", bound=Object)
 Owner = MutableMapping[Any, Any]
 MAX_REQUESTS = 1 << 14  # of one HTTP request: prompts times n
 LEAST_MAX_REQUESTS = 1 << 11  # OpenAI's limit for a list of texts
-TURNS = 16  # of a full engine, that one HTTP request may take: lists are no longer
+ROUNDS = 16  # of a full engine, that one HTTP request may take: lists are no longer
 MAX_N = 128
 LONG_BODY = 1 << 18  # bytes
 MAX_DEPTH = 200  # of a body's objects and lists
@@ -87,7 +86,7 @@ async def read_prompts(
 
 def max_requests(engine: Engine) -> int:
     """Return how many requests may be made of one HTTP request: what the engine answers in a time to wait for."""
-    return min(MAX_REQUESTS, max(LEAST_MAX_REQUESTS, TURNS * engine.max_running_requests))
+    return min(MAX_REQUESTS, max(LEAST_MAX_REQUESTS, ROUNDS * engine.max_running_requests))
 
 
 def check_batch_size(engine: Engine, count: int, field: str) -> None:
@@ -126,10 +125,17 @@ async def read_body(request: web.Request, kind: type[Body]) -> Body:
 
     What is returned loses its large fields once the engine has the requests made of it (`LiveRequests.submitted`).
     """
-    text, held = await _read_text(request)
-    body = parse(text, kind, num_containers=held.num_containers)
-    if len(text) > LONG_BODY:
-        await asyncio.sleep(0)  # reading the values, checking them: each is a long callback
+    pieces, held = await _receive(request)
+    num_bytes = sum(map(len, pieces))
+    if num_bytes > LONG_BODY:
+        work = request.app[LONG_WORK]
+        async with work.alone():
+            pieces = [b"".join(pieces)]
+        async with work.alone():
+            body = parse(pieces.pop(), kind, num_containers=held.num_containers)
+    else:
+        await request.app[GATE].wait(num_bytes)
+        body = parse(b"".join(pieces), kind, num_containers=held.num_containers)
     held.hold(body)
     return body
 
@@ -139,8 +145,11 @@ async def read_optional_body(request: web.Request, kind: type[Body]) -> Body:
     return await read_body(request, kind) if request.body_exists else convert({}, kind)
 
 
-async def _read_text(request: web.Request) -> tuple[bytes, HeldBody]:
-    """Return the body's JSON, when it is its turn, and the memory that it takes."""
+async def _receive(request: web.Request) -> tuple[list[bytes], HeldBody]:
+    """Return the body's JSON in pieces, and the memory that it takes.
+
+    aiohttp's own `read` would keep it as long as the request.
+    """
     limit = request.client_max_size
     if (request.content_length or 0) > limit:
         raise _body_too_long(limit)
@@ -150,21 +159,15 @@ async def _read_text(request: web.Request) -> tuple[bytes, HeldBody]:
         # A web page may send text/plain or a form to a local server without asking; never JSON.
         raise InvalidRequest(f"Content-Type must be application/json, got {kind}", "Content-Type")
     held = request[BODY] = HeldBody(request.app[BODY_BUDGET])
-    body = await _receive(request, held, limit)
-    await request.app[GATE].wait(len(body))
-    return body, held
-
-
-async def _receive(request: web.Request, held: HeldBody, limit: int) -> bytes:
-    """Return the body. aiohttp's own `read` would keep it as long as the request."""
-    pieces, num_bytes = [], 0
+    pieces, num_bytes, pace = [], 0, Pace()
     while piece := await request.content.readany():
         num_bytes += len(piece)
         if num_bytes > limit:
             raise _body_too_long(limit)
         held.add(piece)
         pieces.append(piece)
-    return b"".join(pieces)
+        await pace.keep()
+    return pieces, held
 
 
 def _body_too_long(limit: int) -> BodyTooLarge:
