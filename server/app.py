@@ -36,6 +36,7 @@ from server.reading.openai_body import ChatRequest, CompletionRequest
 from server.reading.protocol import error_response, error_shape, json_response
 from server.reading.responses_body import ResponsesRequest
 from server.watch.dashboard import Dashboard
+from server.watch.heap import Heap
 from server.watch.metrics import Metrics
 from server.watch.monitor import Monitor
 from server.watch.openapi import OpenApi
@@ -110,6 +111,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     monitor = Monitor(engine)
     live.observers.append(monitor.observe)
     app.cleanup_ctx.append(monitor.running)
+    app.cleanup_ctx.append(Heap(engine).running)
     app.add_routes(Dashboard(engine, monitor, config).routes())
     if config.enable_metrics:
         metrics = Metrics(engine, monitor, config.model_name, left_out.counts)

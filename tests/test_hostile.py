@@ -7,6 +7,7 @@ import asyncio
 import gc
 import json
 import logging
+import platform
 import socket
 import time
 import zlib
@@ -21,6 +22,8 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient
 
+from engine.request import Request, SamplingParams
+from engine.state import RequestState
 from server.app import build_app
 from server.config import ServerConfig
 from server.http.bodies import BODY_BUDGET
@@ -28,6 +31,7 @@ from server.http.connections import Connections
 from server.http.intake import Acceptor
 from server.http.malformed import AIOHTTP_LOGGER, shorten_malformed
 from server.reading import protocol
+from server.watch.heap import Heap, resident_bytes, trim_heap
 from tests.fake_engine import FakeEngine, serving
 
 Client = TestClient[Any, Any]
@@ -269,6 +273,54 @@ async def test_texts_that_each_take_a_millisecond_do_not_hold_the_loop_together(
     name = {"/generate": "text", "/v1/completions": "prompt", "/tokenize": "prompt"}.get(path, "input")
     status, _ = await post(client, path, orjson.dumps({"model": "fake-model", name: ["a"] * 63}))
     assert status == 200
+
+
+# ---- memory that malloc keeps ----
+
+
+class Memory:
+    """What the system sees of a process, in megabytes, and how often its heap was trimmed to `kept_mb`."""
+
+    def __init__(self) -> None:
+        self.resident_mb, self.kept_mb, self.num_trims = 1000, 1000, 0
+
+    def trim(self) -> None:
+        self.resident_mb, self.num_trims = self.kept_mb, self.num_trims + 1
+
+    def resident(self) -> int:
+        return self.resident_mb << 20
+
+
+async def test_memory_that_a_load_has_left_is_given_back_once_nothing_runs(engine: FakeEngine) -> None:
+    memory = Memory()
+    heap = Heap(engine, memory.trim, memory.resident)
+    await heap.look()
+    assert memory.num_trims == 0
+    engine.is_manual, memory.resident_mb = True, 1300
+    state = RequestState(Request("a", [1], SamplingParams()))
+    engine.submit(state)
+    await heap.look()
+    assert memory.num_trims == 0  # it would hold up the step that runs
+    engine.abort("a")
+    memory.kept_mb = 1100
+    await heap.look()
+    assert memory.num_trims == 1
+    await heap.look()
+    assert memory.num_trims == 1  # what is left is in use
+    memory.resident_mb = 1110
+    await heap.look()
+    assert memory.num_trims == 1  # too little to look for
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no malloc_trim")
+def test_a_trim_gives_back_what_lies_between_pieces_that_are_in_use() -> None:
+    pieces = [bytes(100_000) for _ in range(2000)]  # each too small to be a mapping of its own
+    kept = pieces[::2]
+    full = resident_bytes()
+    pieces.clear()
+    assert len(kept) == 1000
+    trim_heap()
+    assert full - resident_bytes() > 50 << 20
 
 
 # ---- files ----
