@@ -1,13 +1,14 @@
 """One client's worst beside the honest streams of another: what `bench.soak --hostile` does.
 
-First the honest streams run alone, then with the worst bodies of `bench.worst` beside them, eight at once, and clients
-that pipeline and go, open connections and say nothing, or send files made to hurt. No honest stream may fail or say
-anything else than it did alone, /health must always answer at once, nothing may be a 5xx, and in the end the memory
-must be where it was. Clients with keys of their own (`--api-key-file`) take turns: the server has two.
+First the KV pool is filled, so that the system has given all of its memory. Then the honest streams run alone, then
+with the worst bodies of `bench.worst` beside them, eight at once, and clients that pipeline and go, open connections
+and say nothing, or send files made to hurt. No honest stream may fail or say anything else than it did alone, /health
+must always answer at once, nothing may be a 5xx, and in the end the memory must be where it was. Clients with keys of
+their own (`--api-key-file`) take turns: the server has two.
 
 The bad bodies come from a process of their own, and /health is asked for by another one, which also notes how long the
 server's main thread and itself waited for a core meanwhile (Linux reports that): on a machine with other work, that is
-not the server's doing.
+not the server's doing. Not counted so is the wait for a thread that has the interpreter and itself waits for a core.
 """
 
 import argparse
@@ -36,7 +37,8 @@ MAX_HEALTH_S = 0.25
 CALM_SHARE = 0.2  # of the duration, before, in which the honest streams run alone
 ANSWER_TOKENS = 32
 PATIENCE_S = 120.0  # for the answer to one bad body
-SETTLE_S = 30.0
+SETTLE_S = 30.0  # that memory has to fall: the server looks every 5 s whether to trim its heap
+FILL_TOKENS = 1000  # of a prompt that fills the pool
 # The allocator keeps pages of which a part is in use: bodies of 32 MB at eight at once leave some of them behind.
 # A leak of one of these bodies would show in seconds.
 MAX_LEFT_BYTES = 96 << 20
@@ -378,21 +380,55 @@ async def settled_memory(url: str, pid: int) -> int:
     return least
 
 
+async def fill_pool(url: str) -> None:
+    """Have prompts cached until the KV pool is full. The pages of a CPU's pool are the system's until they are used."""
+    rng = random.Random(0)
+    async with aiohttp.ClientSession(headers=auth("honest")) as session:
+        async with session.get(f"{url}/server_info") as response:
+            num_tokens = (await response.json())["max_total_num_tokens"]
+        for _ in range(num_tokens // FILL_TOKENS + 1):
+            body = {
+                "input_ids": [rng.randrange(100, 30_000) for _ in range(FILL_TOKENS)],
+                "sampling_params": {"max_new_tokens": 1},
+            }
+            async with session.post(f"{url}/generate", json=body, raise_for_status=True) as response:
+                await response.read()
+
+
 def percentile(values: list[float], percent: float) -> float:
     return sorted(values)[min(len(values) - 1, int(len(values) * percent / 100))] if values else 0.0
 
 
 def report(console: Console, name: str, streams: Streams, probes: list[Probe], num_bytes: int) -> None:
     first, gaps, health = streams.ttft_s, streams.gap_s, [one.took_s for one in probes]
-    own_ms = max((one.own_s for one in probes), default=0.0) * 1e3
+    own = [one.own_s for one in probes]
+    share = sum(one.waited_s for one in probes) / max(sum(health), 1e-9)
+    num_late, num_own_late = (sum(took_s > MAX_HEALTH_S for took_s in took) for took in (health, own))
     console.print(
         f"{name}: {streams.num_done} streams; load {os.getloadavg()[0]:.1f}; {num_bytes / 1e6:.0f} MB at most\n"
         f"  first text: p50 {percentile(first, 50):.2f} s, p99 {percentile(first, 99):.2f}, most {max(first):.2f}\n"
         f"  between two: p50 {percentile(gaps, 50):.3f} s, p99 {percentile(gaps, 99):.3f}, most {max(gaps):.3f}\n"
-        f"  /health, {len(probes)} times: p50 {percentile(health, 50) * 1e3:.1f} ms, p99 "
-        f"{percentile(health, 99) * 1e3:.0f}, most {max(health) * 1e3:.0f}; {own_ms:.0f} without waiting for cores",
+        f"  /health, {len(probes)} times, by the clock: {times_ms(health)}; {num_late} above {MAX_HEALTH_S * 1e3:.0f}\n"
+        f"  /health without the wait for a core ({share:.0%} of it): {times_ms(own)}; {num_own_late} above",
         highlight=False,
+        soft_wrap=True,
     )
+
+
+def times_ms(times_s: list[float]) -> str:
+    p50, p99, most = (percentile(times_s, percent) * 1e3 for percent in (50, 99, 100))
+    return f"p50 {p50:.1f} ms, p99 {p99:.0f}, most {most:.0f}"
+
+
+def report_answers(console: Console, counts: Counter[str], slowest: dict[str, float]) -> None:
+    """Print how many bad requests had which answer, all together and by kind."""
+    by_answer: Counter[str] = Counter()
+    for name, count in sorted(counts.items()):
+        kind, _, said = name.rpartition(": ")
+        by_answer[said] += count
+        console.print(f"  {count:4d} × {name} (the slowest of its kind {slowest[kind]:.1f} s)", highlight=False)
+    said = ", ".join(f"{count} × {said}" for said, count in by_answer.most_common())
+    console.print(f"answers to the worst, {counts.total()} together: {said}", highlight=False, soft_wrap=True)
 
 
 async def hostile(port: int, pid: int, args: argparse.Namespace, console: Console) -> list[str]:
@@ -413,6 +449,7 @@ async def hostile(port: int, pid: int, args: argparse.Namespace, console: Consol
         report(console, name, streams, probes, await watching)
         return probes
 
+    await fill_pool(url)
     await phase("alone", args.duration * CALM_SHARE, goes_on=True)
     before = await settled_memory(url, pid)
     results, their_results = context.Pipe(duplex=False)
@@ -426,10 +463,14 @@ async def hostile(port: int, pid: int, args: argparse.Namespace, console: Consol
     counts, slowest, bad = await asyncio.to_thread(results.recv)
     problems += honest.problems + bad
     after = await settled_memory(url, pid)
-    for name, count in sorted(counts.items()):
-        kind = name.rpartition(": ")[0]
-        console.print(f"  {count:4d} × {name} (the slowest of its kind {slowest[kind]:.1f} s)", highlight=False)
-    console.print(f"memory: {before / 1e6:.0f} MB before, {after / 1e6:.0f} MB after", highlight=False)
+    report_answers(console, counts, slowest)
+    console.print(
+        f"memory: {before / 1e6:.0f} MB before, {after / 1e6:.0f} MB after {SETTLE_S:.0f} s without requests "
+        f"({(after - before) / 1e6:+.0f}, the limit is {MAX_LEFT_BYTES / 1e6:.0f}); "
+        f"honest failures: {len(honest.problems)}",
+        highlight=False,
+        soft_wrap=True,
+    )
     if after - before > MAX_LEFT_BYTES:
         problems.append(f"{(after - before) / 1e6:.0f} MB are left over, the limit is {MAX_LEFT_BYTES / 1e6:.0f}")
     slow = [one for one in probes if one.own_s > MAX_HEALTH_S]
