@@ -47,6 +47,9 @@ from server.watch.recorder import RECORDER
 logger = logging.getLogger(__name__)
 
 ACCESS_LOG = "aiohttp.access"
+# Seconds that the event loop waits for a thread that runs Python code to let it go on, five times as often as usual:
+# an answer takes several passes of the loop, and each would wait so long while a long text is read on a thread.
+SWITCH_S = 0.001
 FAILURE_NOTICE_S = 2.0  # for clients to hear of a failure that ends the process
 END_NOTICE_S = 2.0  # likewise, of the end of what the drain was too short for
 
@@ -65,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection takes one
+    sys.setswitchinterval(SWITCH_S)
     set_up_logging(config)
     console = Console(stderr=True)
     try:

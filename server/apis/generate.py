@@ -23,7 +23,7 @@ from server.reading.protocol import (
     JSON,
     check_batch_size,
     check_n,
-    check_token_ids,
+    check_prompt_ids,
     encode_prompt,
     native_error,
     read_body,
@@ -151,13 +151,12 @@ class GenerateApi:
         if (text is None) == (ids is None):
             raise InvalidRequest("give exactly one of text and input_ids", "text")
         if ids is not None:
-            vocab_size = self.engine.model_config.vocab_size
             if ids and isinstance(ids[0], list):
                 check_batch_size(self.engine, len(ids), "input_ids")
                 return [
-                    check_token_ids(row, vocab_size, f"input_ids[{i}]") async for i, row in paced(enumerate(ids))
+                    check_prompt_ids(self.engine, row, f"input_ids[{i}]") async for i, row in paced(enumerate(ids))
                 ], True
-            return [check_token_ids(ids, vocab_size, "input_ids")], False
+            return [check_prompt_ids(self.engine, ids, "input_ids")], False
         if isinstance(text, str):
             return [await encode_prompt(self.engine, text, "text", add_special_tokens)], False
         if not text:

@@ -33,7 +33,7 @@ from server.parsers.tool_calls import (
 from server.reading.custom_tools import arguments_of_input
 from server.reading.grammars import names_of_constraint
 from server.reading.openai_body import ChatFields, ChatRequest, Message, MessageToolCall, Part
-from server.reading.protocol import JSON, check_n, check_token_ids
+from server.reading.protocol import JSON, check_n, check_prompt_ids
 from server.reading.sampling import read_options, read_sampling_params
 from server.reading.templates import find_traits, shaped
 from server.reading.tool_choice import ToolChoice, json_or_calls, read_tool_choice, structural_tag, tool_constraint
@@ -223,7 +223,7 @@ class Chats:
         Beside ids of the body, `prompt` only decides how the answer is read.
         """
         if body.input_ids is not None:
-            return check_token_ids(body.input_ids, self.engine.model_config.vocab_size, "input_ids")
+            return check_prompt_ids(self.engine, body.input_ids, "input_ids")
         # Unless vLLM's field says otherwise: templates write special tokens themselves.
         input_ids = await self.engine.encode(prompt, bool(body.add_special_tokens))
         if not input_ids:

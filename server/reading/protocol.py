@@ -51,6 +51,22 @@ def check_token_ids(ids: Any, vocab_size: int, field: str, *, may_be_empty: bool
     return ids
 
 
+def check_prompt_ids(engine: Engine, ids: Any, field: str) -> list[int]:
+    """Return `ids` if it is a prompt's list of token ids. `PromptTooLong`, without a look at each, if none has so many.
+
+    Millions of ids take as long to check as a step.
+    """
+    if isinstance(ids, list) and len(ids) > engine.context_length:
+        raise PromptTooLong(
+            f"prompt has {len(ids)} tokens, the context is {engine.context_length} "
+            f"and at least one is left for the answer",
+            field,
+            prompt_len=len(ids),
+            limit=engine.context_length,
+        )
+    return check_token_ids(ids, engine.model_config.vocab_size, field)
+
+
 async def encode_prompt(engine: Engine, text: Any, field: str, add_special_tokens: bool = True) -> list[int]:
     if not isinstance(text, str):
         raise InvalidRequest(f"{field} must be a string", field)
@@ -64,11 +80,10 @@ async def read_prompts(
     engine: Engine, given: str | list[Any] | None, name: str, add_special_tokens: bool = True
 ) -> list[list[int]]:
     """Return the token ids of each prompt of a field: a string, token ids, or a list of either."""
-    vocab_size = engine.model_config.vocab_size
     if isinstance(given, str):
         given = [given]
     elif isinstance(given, list) and given and is_int(given[0]):
-        return [check_token_ids(given, vocab_size, name)]
+        return [check_prompt_ids(engine, given, name)]
     if not isinstance(given, list) or not given:
         raise InvalidRequest(
             f"{name} must be a string, a list of token ids, or a non-empty list of these, got {shown(given)}", name
@@ -78,7 +93,7 @@ async def read_prompts(
     async for i, one in paced(enumerate(given)):
         field = name if len(given) == 1 else f"{name}[{i}]"
         if isinstance(one, list):
-            prompts.append(check_token_ids(one, vocab_size, field))
+            prompts.append(check_prompt_ids(engine, one, field))
         else:
             prompts.append(await encode_prompt(engine, one, field, add_special_tokens))
     return prompts
