@@ -183,6 +183,7 @@ def test_what_somebody_wrote_about_such_lines_stays(text: str) -> None:
         ({"type": "search_result", "title": "A", "content": [{"type": "text", "text": "b"}]}, "A\nb"),
         ({"type": "container_upload", "file_id": "f"}, f"[container upload: {UNSEEN}]"),
         ({"type": "compaction", "content": "So far"}, "So far"),
+        ({"type": "mcp_tool_listing", "tools": []}, "[mcp tool listing: not shown]"),
     ],
 )  # fmt: skip
 def test_content_a_text_model_cannot_see_becomes_a_short_text(block: Any, text: str) -> None:

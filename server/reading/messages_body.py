@@ -69,6 +69,7 @@ UNSEEN_KINDS = (
     *MEDIA_KINDS, "tool_reference", "fallback", "server_tool_use", "web_search_tool_result", "web_fetch_tool_result",
     "code_execution_tool_result", "bash_code_execution_tool_result", "text_editor_code_execution_tool_result",
     "tool_search_tool_result", "advisor_tool_result", "mcp_tool_use", "mcp_tool_result",
+    "mcp_tool_listing",
 )  # fmt: skip
 if TYPE_CHECKING:
     UnseenBlock = Unseen
