@@ -8,6 +8,7 @@ One layout serves every format of integers, of 4-bit tables and of 8-bit floats:
 into whose layout `pack` takes it.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -242,11 +243,17 @@ class QuantizedWeight(Weight):
         return result if bias is None else result.add_(bias)
 
 
+@functools.cache
+def _table(name: str, device: torch.device) -> torch.Tensor:
+    """Return one of `TABLES`, on `device`. Once: nothing can be copied there while a CUDA graph is captured."""
+    return torch.tensor(TABLES[name], dtype=torch.float32, device=device)
+
+
 def dequantize(form: Format, fields: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return what codes [rows, ...] stand for: float32 [rows, k], inputs in the order of the codes."""
     codes = unpack_codes(form, fields["codes"])
     if form.table is not None:
-        values = torch.tensor(TABLES[form.table], device=codes.device)[codes.long()]
+        values = _table(form.table, codes.device)[codes.long()]
     else:
         values = codes.float()
     num_rows, k = values.shape

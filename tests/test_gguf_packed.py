@@ -21,7 +21,7 @@ from engine.layers.embedding import VocabParallelEmbedding
 from engine.layers.layer import named_layers
 from engine.layers.linear import Linear
 from kernels.quantized import QuantizedWeight
-from tests.test_engine import MIXES, collect, make_state, prompts, running_engine
+from tests.test_engine import GPU_MIXES, MIXES, collect, make_state, prompts, running_engine
 from tests.test_gguf_families import CASES, IDS, make_checkpoint, write_file
 from tests.test_models import TinyEngine, random_ids
 from tests.test_quantization import engine_of
@@ -74,11 +74,13 @@ def random_blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -
     return blocks.reshape(shape[0], -1)
 
 
-def write(path: Path, kinds: Mapping[str, str], metadata: Mapping[str, Any] = METADATA, is_tied: bool = False) -> None:
+def write(
+    path: Path, kinds: Mapping[str, str], *, is_tied: bool = False, extra: Mapping[str, np.ndarray] | None = None
+) -> None:
     """Write a file whose matrices are of `kinds`, by the name of the tensor in a block; F32 where it names none."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
-    for key, value in metadata.items():
+    for key, value in METADATA.items():
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
         add.get(type(value), writer.add_array)(key, value)
     for name, shape in (SHAPES | NORMS).items():
@@ -93,6 +95,8 @@ def write(path: Path, kinds: Mapping[str, str], metadata: Mapping[str, Any] = ME
             else:
                 values = rng.normal(1 if "norm" in name else 0, 0.05, shape)
                 writer.add_tensor(tensor_name, values.astype(np.float16 if kind == "F16" else np.float32))
+    for tensor_name, values in (extra or {}).items():
+        writer.add_tensor(tensor_name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -241,12 +245,21 @@ def greedy(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, prompts: 
     return folder / "model.gguf", options, asyncio.run(ask())
 
 
-@pytest.mark.parametrize("mix", ["plain", "cached", "seven_token_chunks", "retracting", "two_ranks"])
+SOME: dict[str, dict[str, Any]] = {
+    **{name: MIXES[name] for name in ("plain", "cached", "seven_token_chunks", "retracting")},
+    "two_ranks": {"tp_size": 2},
+}
+MIXES_OF_DEVICES = [pytest.param("cpu", options, id=name) for name, options in SOME.items()] + [
+    pytest.param("cuda", GPU_MIXES[name], id=f"cuda-{name}", marks=pytest.mark.gpu) for name in ("graphs", "no_graphs")
+]
+
+
+@pytest.mark.parametrize(("device", "mix"), MIXES_OF_DEVICES)
 async def test_greedy_answers_of_a_packed_file_are_those_of_its_dequantized_self(
-    mix: str, greedy: Any, prompts: list[list[int]]
+    device: str, mix: dict[str, Any], greedy: Any, prompts: list[list[int]]
 ) -> None:
     file, options, wanted = greedy
-    async with running_engine(file, **options, **{**MIXES, "two_ranks": {"tp_size": 2}}[mix]) as engine:
+    async with running_engine(file, device=device, **options, **mix) as engine:
         answers = await asyncio.gather(*(collect(engine, make_state(prompt)) for prompt in prompts))
         assert [tokens for _, tokens in answers] == wanted
 
@@ -262,6 +275,13 @@ def test_a_file_stays_packed_unless_the_flag_says_otherwise(
     config = EngineConfig(model_path=str(tmp_path / "model.gguf"), download_dir=str(tmp_path), quantization=flag)
     raw = json.loads((resolve_model(config) / "config.json").read_text())
     assert raw.get("quantization_config", {}).get("quant_method") == method
+
+
+def test_a_tensor_that_would_pass_for_another_s_scales_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "model.gguf", dict.fromkeys(SHAPES, "Q8_0"), extra={"blk.1.attn_q.scale": np.ones(1, np.float32)})
+    config = EngineConfig(model_path=str(tmp_path / "model.gguf"), download_dir=str(tmp_path))
+    with pytest.raises(ModelError, match=r"broken: .* become model\.layers\.1\.self_attn\.q_proj\.scale"):
+        resolve_model(config)
 
 
 def test_rows_that_are_no_whole_blocks_are_named(tmp_path: Path) -> None:

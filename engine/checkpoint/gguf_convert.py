@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -197,6 +198,13 @@ class MadeTensor:
         yield torch.tensor([self.value], dtype=self.entry.dtype)
 
 
+def check_names(sources: Sequence[Source | MadeTensor]) -> None:
+    """Raise ValueError if two tensors get one name: of a file that has a `.scale` beside a tensor, for example."""
+    names = Counter(entry.name for source in sources for entry in source.entries)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"two of its tensors become {', '.join(twice)}")
+
+
 def write_weights(
     sources: Sequence[Source | MadeTensor], data: Sequence[np.ndarray], folder: Path, advance: Callable[[int], None]
 ) -> None:
@@ -204,6 +212,7 @@ def write_weights(
 
     No more than one tensor is in memory at once. data: the model's files, uint8.
     """
+    check_names(sources)
     shards = list(split_by_size(sources, SHARD_BYTES))
     weight_map: dict[str, str] = {}
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
