@@ -327,6 +327,19 @@ def write_bitsandbytes_int8(module: str, weight: torch.Tensor, random: torch.Gen
     return tensors, codes * largest[:, None] / 127
 
 
+def fp8_in_blocks(block: int) -> Write:
+    """Write blocks that end beyond the last row."""
+
+    def write(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor]:
+        n, k = weight.shape
+        scale = torch.rand(-(-n // block), -(-k // block), generator=random) / 448
+        spread_out = scale.repeat_interleave(block, 0).repeat_interleave(block, 1)[:n, :k]
+        codes = to_fp8(weight / spread_out)
+        return {"weight": codes, "weight_scale": scale}, codes.float() * spread_out
+
+    return write
+
+
 def but(write: Write, others: dict[str, Write | None]) -> Write:
     """Write modules whose names end so in another way; None: as they are."""
 

@@ -9,20 +9,42 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from engine.checkpoint.weights import pack_weights
+from engine.checkpoint.weights import load_weights, pack_weights
 from engine.errors import ModelError
 from engine.layers.communicator import Communicator
-from engine.layers.layer import named_layers
+from engine.layers.layer import LayerConfig, named_layers
 from engine.layers.linear import Linear
+from engine.models.registry import build_model, load_config
 from engine.quantization.methods import METHODS, quantization_of
 from engine.quantization.modules import Modules, spellings
 from engine.quantization.online import FORMATS as FORMATS_ONLINE
+from kernels.dense import DenseWeight
 from kernels.quantize import OnlineWeight
 from kernels.weights import Part
-from tests.quantized_files import CASES, GROUP, Round, ct_words, gptq_config, write_quantized
+from tests.quantized_files import (
+    AWQ,
+    BITSANDBYTES,
+    CASES,
+    FLOAT8,
+    GROUP,
+    Case,
+    Round,
+    Write,
+    compressed,
+    ct_config,
+    ct_words,
+    fp4,
+    fp8_in_blocks,
+    gptq,
+    gptq_config,
+    nf4,
+    write_awq,
+    write_quantized,
+)
 from tests.test_engine import MIXES, collect, make_state, prompts, running_engine
 from tests.test_models import MakeTinyModel, TinyEngine, assert_equals_reference, random_ids
 
@@ -71,6 +93,45 @@ def test_inputs_are_rounded_as_the_checkpoint_says(name: str, made) -> None:
     got = engine_of(packed).forward({0: ids})
     # A sum in another order may round one input to the next code: far less than rounding itself changes.
     assert (got - wanted).norm() < 0.02 * (unrounded - wanted).norm()
+
+
+FP8_WEIGHTS = ct_config("float-quantized", FLOAT8 | {"strategy": "block", "block_structure": [48, 48]})
+
+
+@pytest.mark.parametrize("family", ["Phi3Config", "GlmConfig"])  # one tensor for q, k and v; pairs side by side
+@pytest.mark.parametrize(
+    ("config", "write"),
+    [
+        (AWQ, write_awq),
+        (gptq_config(desc_act=True), gptq(desc_act=True)),
+        (ct_words(3, symmetric=False), compressed(3, sym=False)),
+        (FP8_WEIGHTS, fp8_in_blocks(48)),
+        (BITSANDBYTES, nf4(double=True)),
+        ({"quant_method": "modelopt_fp4", "quant_algo": "NVFP4", "exclude_modules": ["lm_head"]},
+         fp4("weight", 16, "weight_scale_2")),
+    ],
+    ids=["awq", "gptq", "compressed-tensors", "fp8", "bitsandbytes", "modelopt"],
+)  # fmt: skip
+def test_rows_are_cut_and_reordered_with_their_scales(
+    family: str, config: dict[str, Any], write: Write, make_tiny_model: MakeTinyModel, tmp_path: Path
+) -> None:
+    plain = make_tiny_model(getattr(transformers, family), "fused", intermediate_size=128, pad_token_id=0)
+    write_quantized(plain, Case(config, write), tmp_path / "packed")
+    engine = engine_of(tmp_path / "packed")
+    assert not any(isinstance(layer.weight, DenseWeight) for path, layer in linears(engine).items() if "proj" in path)
+    assert_equals_reference(engine, plain, random_ids(20, seed=0), random_ids(13, seed=1))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_random_weights_of_a_configuration_give_finite_logits(name: str, made) -> None:
+    config = load_config(made[name][0])
+    model = build_model(config, LayerConfig(torch.float32))
+    load_weights(model, made[name][0], "dummy", torch.device("cpu"))
+    pack_weights(model)
+    down = model.model.layers[0].mlp.down_proj
+    x = torch.randn(5, down.weight.k, generator=torch.Generator().manual_seed(0))
+    spread = down(x).std() / down.weight.k**0.5
+    assert 0.01 < spread < 0.04
 
 
 def round_inputs(model: torch.nn.Module, rounds: Round) -> None:

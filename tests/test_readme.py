@@ -13,6 +13,7 @@ import pytest
 
 from engine.config import EngineConfig
 from engine.models import architectures
+from engine.quantization.methods import METHODS
 from engine.sizes import resolve_sizes
 from server.config import ServerConfig
 
@@ -46,6 +47,12 @@ def test_the_table_of_models_is_what_the_command_prints() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.MULTILINE))
     assert rows == architectures.notes()
     assert {re.split(r"\s{2,}", line)[0] for line in architectures.describe().splitlines()[:-1]} == rows.keys()
+
+
+def test_the_table_of_quantized_checkpoints_names_every_method() -> None:
+    section = (ROOT / "engine" / "README.md").read_text().split("### Quantized checkpoints")[1].split("\n### ")[0]
+    cells = re.findall(r"^\| (`[^|]+`) \|", section, re.MULTILINE)
+    assert {method for cell in cells for method in re.findall(r"`([\w-]+)`", cell)} == {"quant_method", *METHODS}
 
 
 def test_the_hot_path_runs_through_functions_that_exist() -> None:

@@ -214,7 +214,7 @@ def locate_weights(
     absent = ((in_file(name), index) for name, index in targets.keys() - found)
     missing = [name if index is None else f"{name}[{index}]" for name, index in absent]
     if missing or unexpected:
-        lists = {"missing": sorted(missing), "unexpected": unexpected}
+        lists = {"missing": sorted(missing), "unexpected": list(dict.fromkeys(unexpected))}
         listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in lists.items() if names)
         raise ModelError(f"the weights in {files[0].parent} do not fit the model; {listed}")
     return located
@@ -236,7 +236,7 @@ def copy_weights(located: Located, file_of: Mapping[str, Path], device: torch.de
             if name not in file_of:
                 return None
             tensor: torch.Tensor = opened[file_of[name]].get_tensor(name)
-            return tensor.to(device)
+            return tensor
 
         for file, sources in located.items():
             for name, piece, target in sources:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from engine.quantization import CHECKED, Quantization, Transform, With
+from engine.quantization import CHECKED, OF_INPUTS, Quantization, Transform, With
 from kernels.weights import ShapeError
 
 Read = Callable[[str], torch.Tensor | None]
@@ -27,6 +27,11 @@ class Piece:
     name: str  # `CHECKED`: it has no place in the model
     transforms: tuple[Transform | With, ...] = ()  # of the checkpoint's tensor, in order
     index: int | None = None  # which one of a stack it is
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the tensor's first dimension is that of a layer's outputs."""
+        return not self.name.endswith(OF_INPUTS)
 
     def of(self, loaded: torch.Tensor, read: Read = _read_nothing) -> torch.Tensor:
         """Return the piece of a checkpoint's tensor. `ShapeError` if that cannot be made.
@@ -104,9 +109,9 @@ class Split:
             return
         start, total = 0, sum(self.sizes)
         for part, size in zip(self.into, self.sizes, strict=True):
-            cut = _cut(start, size, total, self.num_groups)
+            cut = (_cut(start, size, total, self.num_groups),) if piece.has_rows else ()
             name = re.sub(rf"\b{re.escape(self.name)}\b", part, piece.name)
-            yield Piece(name, (*piece.transforms, cut), piece.index)
+            yield Piece(name, (*piece.transforms, *cut), piece.index)
             start += size
 
 
@@ -136,7 +141,7 @@ class Interleave:
     dim: int = 0
 
     def __call__(self, piece: Piece) -> Iterable[Piece]:
-        if re.search(self.pattern, piece.name):
+        if piece.has_rows and re.search(self.pattern, piece.name):
             piece = Piece(piece.name, (*piece.transforms, self._reorder), piece.index)
         yield piece
 

@@ -16,11 +16,15 @@ from kernels.weights import Part, Shard, Weight
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 CHECKED = ""  # the name of what is looked at and kept nowhere
+OF_INPUTS = (".order", ".input_scale")  # ends of names of tensors that have no rows
 
 
 @dataclass(frozen=True)
 class With:
-    """A transform that needs other tensors of the checkpoint, too: function(loaded, *others)."""
+    """A transform that needs other tensors of the checkpoint, too: function(loaded, *others).
+
+    The others lie in the mapped file, wherever `loaded` is.
+    """
 
     names: tuple[str, ...]
     function: Callable[..., torch.Tensor]
@@ -61,6 +65,6 @@ class Quantization:
         return name
 
 
-__all__ = ["CHECKED", "DENSE", "Quantization", "Reader", "Scheme", "Transform", "With"]
+__all__ = ["CHECKED", "DENSE", "OF_INPUTS", "Quantization", "Reader", "Scheme", "Transform", "With"]
 
 Reader = Callable[[Mapping[str, Any]], Quantization]

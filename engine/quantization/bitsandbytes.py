@@ -52,8 +52,9 @@ def scales(
     if absmax.dtype == torch.uint8:
         if of_blocks is None or meanings is None or "nested_offset" not in found:
             raise ShapeError("is of bytes, without nested_absmax, nested_quant_map and an offset")
-        size = int(found.get("nested_blocksize", 256))
-        absmax = meanings[absmax.long()] * of_blocks.repeat_interleave(size)[: len(absmax)] + found["nested_offset"]
+        size, device = int(found.get("nested_blocksize", 256)), absmax.device
+        of_each = of_blocks.to(device).repeat_interleave(size)[: len(absmax)]
+        absmax = meanings.to(device)[absmax.long()] * of_each + found["nested_offset"]
     return absmax.view(rows, -1)
 
 

@@ -54,12 +54,17 @@ def stored_fp8(
         input_group=block_columns if rounds_inputs else 0,
         has_input_scale=rounds_inputs and has_input_scale,
     )
+
+    def of_blocks(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return row_scales(scale, block_rows)[: len(weight)]
+
+    of_rows = row_scales if block is None else With(("weight",), of_blocks)
     of_inputs = ("input_scale",) if form.has_input_scale else None
     return Stored(
         form,
         {
             "weight": ("weight",),
-            **{name: ("scale", lambda scale: row_scales(scale, block_rows)) for name in scales},
+            **dict.fromkeys(scales, ("scale", of_rows)),
             **dict.fromkeys(input_scales, of_inputs),
             "input_scale_ub": None,
             "weight_shape": None,
@@ -76,7 +81,8 @@ def stored_nvfp4(weight: str, global_scale: str, *, divides: bool) -> Stored:
     def product(scale: torch.Tensor, of_all: torch.Tensor) -> torch.Tensor:
         if scale.dtype != FP8:
             raise ShapeError(f"is of {scale.dtype}, NVFP4's scales are of {FP8}")
-        return scale.float() / of_all.float() if divides else scale.float() * of_all.float()
+        of_all = of_all.to(scale.device).float()
+        return scale.float() / of_all if divides else scale.float() * of_all
 
     return Stored(
         Format("int4", NVFP4_GROUP, table="fp4", scale_dtype=torch.float16),
