@@ -564,6 +564,25 @@ def test_counting_the_tokens_of_a_text_ends_where_it_cannot_fit_any_more(monkeyp
     assert len(tokenizer.encode(text, False)) == len(text) // 2
 
 
+def test_a_text_that_need_not_fit_a_context_has_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 MB of words were tokenized for 13 s, and their ids written in one go."""
+    counted = 0
+
+    def encode(texts: long_text.LongTexts, text: str, add_special_tokens: bool) -> list[int]:
+        nonlocal counted
+        counted += len(text)
+        return [0] * (len(text) // 2)
+
+    tokenizer = Tokenizer(FastBackend(trained_tokenizer()))
+    monkeypatch.setattr(long_text, "MAX_TOKENS", long_text.PIECE_CHARS)
+    monkeypatch.setattr(long_text.LongTexts, "_encode", encode)
+    text = "word " * long_text.PIECE_CHARS
+    with pytest.raises(InvalidRequest, match=f"more than {long_text.PIECE_CHARS} tokens"):
+        tokenizer.encode(text, False)
+    assert counted < len(text) * 0.7
+    assert len(tokenizer.encode("word " * (long_text.PIECE_CHARS // 5), False)) <= long_text.PIECE_CHARS
+
+
 def test_a_prompt_somewhat_too_long_is_counted_to_its_end() -> None:
     tokenizer = Tokenizer(FastBackend(trained_tokenizer()))
     text = WORDS_OF_ALL_KINDS * (long_text.PIECE_CHARS // len(WORDS_OF_ALL_KINDS) + 1)

@@ -4,7 +4,6 @@ A text may be cut where no token can span: where the tokenizer, too, cuts text b
 """
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from functools import cached_property
@@ -24,6 +23,7 @@ PIECE_CHARS = 1 << 16
 MAX_UNCUT_CHARS = 1 << 20
 UNCUT_CHARS_A_TOKEN = 8  # more than tokens have on average, in any text but one of spaces or dashes
 LOOK_BACK_CHARS = 1 << 12  # from a piece's longest end on, for a place to cut
+MAX_TOKENS = 1 << 20  # of a text that need not fit a context: more would take seconds, and megabytes to write
 # A prompt is counted this many contexts far, so that most who send too much learn how much it is.
 COUNTED_CONTEXTS = 4
 # Between letters: before a space, or after a line's end.
@@ -74,10 +74,10 @@ class LongTexts:
     def encode(self, text: str, add_special_tokens: bool, context_length: int | None) -> list[int]:
         """Return the token ids of `text`.
 
-        Raises `PromptTooLong` once it is sure that a context cannot hold it, and `InvalidRequest` if it is so long
-        without a place to cut that reading it would take gigabytes.
+        Raises `PromptTooLong` once it is sure that a context cannot hold it, and `InvalidRequest` if it has more than
+        `MAX_TOKENS`, or is so long without a place to cut that reading it would take gigabytes.
         """
-        max_tokens, max_chars = math.inf, MAX_UNCUT_CHARS
+        max_tokens, max_chars = MAX_TOKENS, MAX_UNCUT_CHARS
         if context_length is not None:
             max_tokens = COUNTED_CONTEXTS * context_length
             max_chars = max(max_chars, UNCUT_CHARS_A_TOKEN * context_length)
@@ -91,11 +91,7 @@ class LongTexts:
             _check_uncut(piece, max_chars)
             ids += self._encode(piece, False)
             if len(ids) > max_tokens:
-                raise PromptTooLong(
-                    f"prompt has more than {max_tokens} tokens, the context is {context_length} "
-                    f"and at least one is left for the answer",
-                    "text",
-                )
+                raise _too_many(max_tokens, context_length)
         return ids + last
 
     def _check_chars(self, text: str, context_length: int) -> None:
@@ -179,6 +175,17 @@ class LongTexts:
         bare, whole = self._encode("a", False), self._encode("a", True)
         start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
         return whole[:start], whole[start + len(bare) :]
+
+
+def _too_many(max_tokens: int, context_length: int | None) -> InvalidRequest:
+    """Return the error for a text of more than `max_tokens`."""
+    if context_length is None:
+        return InvalidRequest(f"text has more than {max_tokens} tokens, the limit for one text", "text")
+    return PromptTooLong(
+        f"prompt has more than {max_tokens} tokens, the context is {context_length} "
+        f"and at least one is left for the answer",
+        "text",
+    )
 
 
 def _check_uncut(text: str, max_chars: int) -> None:
