@@ -44,9 +44,9 @@ FILL_TOKENS = 1000  # of a prompt that fills the pool
 MAX_LEFT_BYTES = 96 << 20
 KEYS = "honest: sk-honest\nhostile: sk-hostile\n"
 FLAGS = """
-    --model-path demo --device cpu --dtype float32 --max-total-tokens 16384 --max-running-requests 48
-    --chunked-prefill-size 128 --context-length 1024 --enable-metrics --access-log none --log-level warning
-    --watchdog-timeout 60 --tool-call-parser hermes
+    --model-path demo --device cpu --dtype float32 --quantization none
+    --max-total-tokens 8192 --max-running-requests 48 --chunked-prefill-size 128 --context-length 1024
+    --enable-metrics --access-log none --log-level warning --watchdog-timeout 60 --tool-call-parser hermes
 """
 
 
@@ -293,7 +293,7 @@ class Honest:
                 self.problems.append(f"an honest stream of {path} failed: {error!r}")
 
     async def stream(self, session: aiohttp.ClientSession, path: str, i: int) -> None:
-        started = last = time.perf_counter()
+        last = time.perf_counter()
         texts: list[str] = []
         async with session.post(self.url + path, json=self.request(path, i)) as response:
             if response.status != 200:
@@ -311,7 +311,6 @@ class Honest:
         if answer != known or not answer:
             self.problems.append(f"an honest answer of {path} is {answer[-60:]!r}, and was {known[-60:]!r}")
         self.seen.num_done += 1
-        assert started <= last
 
 
 async def events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
