@@ -113,7 +113,8 @@ WHO_MAY = {
         POST /v1/score | POST /score | POST /v1/rerank | POST /rerank | POST /v2/rerank
         POST /tokenize | POST /v1/tokenize | GET /tokenizer_info | POST /detokenize | POST /v1/detokenize
         POST /parse_function_call | POST /separate_reasoning
-        POST /open_session | POST /close_session | POST /v1/responses
+        POST /open_session | POST /close_session
+        POST /v1/responses | POST /v1/responses/input_tokens
         POST /v1/files | GET /v1/files | POST /v1/batches | GET /v1/batches
     """,
     # Whoever made the thing that the path names, and admins. To all others it does not exist.
@@ -137,6 +138,8 @@ NAMED: list[tuple[str, str, Any]] = [
     ("input_file_id", "POST /v1/batches", {"input_file_id": "ID", "endpoint": "/v1/responses"}),
     ("previous_response_id", "POST /v1/responses", {**MODEL, "input": "And?", "previous_response_id": "ID"}),
     ("item_id", "POST /v1/responses", {**MODEL, "input": [{"type": "item_reference", "id": "ID"}]}),
+    ("previous_response_id", "POST /v1/responses/input_tokens", {"input": "And?", "previous_response_id": "ID"}),
+    ("item_id", "POST /v1/responses/input_tokens", {"input": [{"type": "item_reference", "id": "ID"}]}),
     ("session_params.id", "POST /generate", {"text": "Hi", "session_params": {"id": "ID"}}),
     ("session_params.id", "PUT /generate", {"text": "Hi", "session_params": {"id": "ID"}}),
     ("session_id", "POST /close_session", {"session_id": "ID"}),

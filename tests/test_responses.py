@@ -209,6 +209,19 @@ def test_the_store_forgets_what_was_used_least_recently() -> None:
     assert [name for name in "abc" if store.get("", name)] == ["a", "c"]
 
 
+async def test_the_tokens_of_a_prompt_are_counted_as_the_response_counts_them(client: Client) -> None:
+    async with official(client) as api:
+        first = await api.responses.create(model="fake-model", input="Hi")
+        asked: dict[str, Any] = {
+            "model": "fake-model", "input": "And?", "instructions": "Be brief.", "previous_response_id": first.id,
+            "tools": [TOOL],
+        }  # fmt: skip
+        counted = await api.responses.input_tokens.count(**asked)
+        response = await api.responses.create(**asked)
+    assert response.usage is not None
+    assert counted.input_tokens == response.usage.input_tokens > 20
+
+
 def test_the_store_is_bounded_in_bytes() -> None:
     store = ResponseStore(max_count=100, max_bytes=1000)
     for name in "abcde":

@@ -69,6 +69,7 @@ class ResponsesApi:
     def routes(self) -> list[web.RouteDef]:
         return [
             web.post("/v1/responses", self.create),
+            web.post("/v1/responses/input_tokens", self.count_tokens),
             web.get("/v1/responses/{response_id}", self.retrieve),
             web.get("/v1/responses/{response_id}/input_items", self.list_input),
             web.delete("/v1/responses/{response_id}", self.delete),
@@ -119,6 +120,12 @@ class ResponsesApi:
             items = written(input_items(given, answer.state.rid))
             answer.on_end = lambda response: self.store.put(owner, response, [*messages, answer.message()], items)
         return answer
+
+    async def count_tokens(self, http_request: web.Request) -> web.Response:
+        """Count the tokens of the prompt that the same body to /v1/responses makes."""
+        body = await read_body(http_request, ResponsesRequest)
+        answer = await self._answer(http_request, body, served_model(self.config, body.model))
+        return json_response({"object": "response.input_tokens", "input_tokens": len(answer.turn.input_ids)})
 
     async def retrieve(self, http_request: web.Request) -> web.Response:
         if http_request.query.get("stream", "false") != "false":

@@ -163,6 +163,11 @@ COUNT_TOKENS = Operation(
     "Tokens of a conversation's prompt", "Anthropic", CountTokensRequest,
     obj({"input_tokens": integer(1)}, ["input_tokens"]), statuses=(404,),
 )  # fmt: skip
+COUNT_RESPONSE = Operation(
+    "Tokens of a response's prompt", "OpenAI", ResponsesRequest,
+    obj({"object": {"const": "response.input_tokens"}, "input_tokens": integer(1)}, ["object", "input_tokens"]),
+    statuses=(404,),
+)  # fmt: skip
 CREATE_RESPONSE = Operation(
     "OpenAI's responses", "OpenAI", ResponsesRequest, ref("Response"), is_streaming=True, statuses=(404, 429)
 )
@@ -238,6 +243,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/messages"): MESSAGE_ANSWER,
     ("POST", "/v1/messages/count_tokens"): COUNT_TOKENS,
     ("POST", "/v1/responses"): CREATE_RESPONSE,
+    ("POST", "/v1/responses/input_tokens"): COUNT_RESPONSE,
     ("GET", "/v1/responses/{response_id}"): RESPONSE,
     ("GET", "/v1/responses/{response_id}/input_items"): RESPONSE_INPUT,
     ("DELETE", "/v1/responses/{response_id}"): DELETE_RESPONSE,
