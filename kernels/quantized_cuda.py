@@ -42,6 +42,8 @@ class CudaQuantizedWeight(Weight):
     codes lie row by row or parameters is None. order: int64 [k] or None. input_scale: float32 [1] or None.
     """
 
+    has_lookup = True
+
     def __init__(self, plain: Definition) -> None:
         """Take over the numbers of `plain`, which is empty afterwards."""
         super().__init__(plain.parts, plain.k, plain.input_shard)

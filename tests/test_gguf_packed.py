@@ -264,6 +264,21 @@ async def test_greedy_answers_of_a_packed_file_are_those_of_its_dequantized_self
         assert [tokens for _, tokens in answers] == wanted
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["Q4_1", "Q6_K", "IQ4_NL", "MXFP4"])
+@pytest.mark.parametrize("is_tied", [False, True])
+async def test_a_gpu_answers_from_a_packed_embedding_as_a_cpu_does(
+    kind: str, is_tied: bool, tiny_llama: Path, tmp_path: Path, prompts: list[list[int]]
+) -> None:
+    write(tmp_path / "model.gguf", dict.fromkeys(SHAPES, kind), is_tied=is_tied)
+    answers = {}
+    for device in ("cpu", "cuda"):
+        options = {"download_dir": str(tmp_path), "tokenizer_path": str(tiny_llama)}
+        async with running_engine(tmp_path / "model.gguf", device=device, **options) as engine:
+            answers[device] = [(await collect(engine, make_state(prompt)))[1] for prompt in prompts[:5]]
+    assert answers["cuda"] == answers["cpu"]
+
+
 @pytest.mark.parametrize(
     ("flag", "method"),
     [(None, "gguf"), ("gguf", "gguf"), ("none", None), ("fp8", None), ("int4", None)],

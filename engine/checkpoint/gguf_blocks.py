@@ -38,7 +38,7 @@ def floats(blocks: Array, start: int) -> Array:
 
 def rounded_product(d: Array, factors: Array) -> Array:
     """Return d * factors in float16: exact where it is subnormal, since d is a multiple of the smallest of these."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return (d.astype(np.float32) * factors.astype(np.float32)).astype(np.float16)
 
 

@@ -75,9 +75,13 @@ class VocabParallelEmbedding(Layer):
         self.weight.transform(lambda tensor: tensor.to(device))
 
     def pack(self) -> None:
-        """Lay codes out for the head that is tied to them, if rows can be looked up in that layout as well."""
-        if self.serves_head and isinstance(self.weight, QuantizedWeight):
-            packed = self.weight.pack(for_logits=True)
+        """Lay codes out for the head that is tied to them, if rows can be looked up in that layout as well.
+
+        On a GPU for lookups alone, too: they are one kernel there, those of plain codes a dozen.
+        """
+        weight = self.weight
+        if isinstance(weight, QuantizedWeight) and (self.serves_head or weight.codes.is_cuda):
+            packed = weight.pack(for_logits=True)
             if packed.has_lookup:
                 self.weight = packed
 
