@@ -381,6 +381,18 @@ def test_a_configuration_beside_config_json_is_read(
     assert type(TinyEngine(folder).model.quantization) is METHODS[wanted]
 
 
+def test_a_bias_of_zeros_may_be_there_and_another_may_not(made, tmp_path: Path) -> None:
+    def zeros(files: dict[str, torch.Tensor]) -> None:
+        files[f"{DOWN}.bias"] = torch.zeros(64)
+
+    def ones(files: dict[str, torch.Tensor]) -> None:
+        files[f"{DOWN}.bias"] = torch.ones(64)
+
+    TinyEngine(broken(made, "gptq", tmp_path / "zeros", zeros))
+    with pytest.raises(ModelError, match=rf"{DOWN}\.bias is not zero, and the model has no such bias"):
+        TinyEngine(broken(made, "gptq", tmp_path / "ones", ones))
+
+
 # ---- which modules a configuration means ----
 
 

@@ -16,7 +16,7 @@ from engine.layers.layer import Layer, named_layers, unique_layers
 from engine.layers.linear import Linear
 from engine.models.base import CausalLM
 from engine.models.names import Piece, Rule, pieces_of
-from engine.quantization import CHECKED
+from engine.quantization import CHECKED, Quantization
 from kernels.weights import ShapeError
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def load_weights(model: CausalLM, folder: Path, load_format: str, device: torch.
         paths = checkpoint_files(folder)
         heads = settle_tie(model, paths)
         settle_formats(model, {piece.name for head in heads for piece in head.pieces})
-        files = locate_weights(paths, heads, checkpoint_targets(model), model.quantization.in_file)
+        files = locate_weights(paths, heads, checkpoint_targets(model), model.quantization)
     layers = unique_layers(model)
     for layer in layers:
         layer.materialize(device)
@@ -194,11 +194,11 @@ def _is_plain(module: str, names: Collection[str], found: Collection[str]) -> bo
 
 
 def locate_weights(
-    files: list[Path], heads: Sequence[Head], targets: dict[Key, Target], in_file: Callable[[str], str]
+    files: list[Path], heads: Sequence[Head], targets: dict[Key, Target], quantization: Quantization
 ) -> Located:
     """Return for every file what to take from it; each target once. Strict about names.
 
-    in_file: returns what the checkpoint calls a target.
+    quantization: says what the checkpoint calls a target, and what else it may hold.
     """
     located: Located = {file: [] for file in files}
     unexpected, found = [], set()
@@ -207,11 +207,14 @@ def locate_weights(
         if piece.name == CHECKED:
             located[file].append(Source(name, piece, None))
         elif key not in targets:
-            unexpected.append(name)
+            if (check := quantization.spare(piece.name)) is None:
+                unexpected.append(name)
+            else:
+                located[file].append(Source(name, Piece(CHECKED, (check,)), None))
         elif key not in found:
             found.add(key)
             located[file].append(Source(name, piece, targets[key]))
-    absent = ((in_file(name), index) for name, index in targets.keys() - found)
+    absent = ((quantization.in_file(name), index) for name, index in targets.keys() - found)
     missing = [name if index is None else f"{name}[{index}]" for name, index in absent]
     if missing or unexpected:
         lists = {"missing": sorted(missing), "unexpected": list(dict.fromkeys(unexpected))}

@@ -60,6 +60,10 @@ class Quantization:
         """
         yield name, ()
 
+    def spare(self, name: str) -> Transform | None:  # noqa: ARG002
+        """Return the check of a tensor that no layer has a place for, None if it must not be there."""
+        return None
+
     def in_file(self, name: str) -> str:
         """Return what a checkpoint calls a tensor that `converted` names so."""
         return name

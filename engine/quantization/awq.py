@@ -9,19 +9,39 @@ from engine.errors import ModelError
 from engine.quantization.bits import check_words
 from engine.quantization.modules import Modules
 from engine.quantization.packed import ByModule, Stored, entry, is_head
-from kernels.quantized import Format, pack_int4
-
-# The column of eight that each nibble of a word holds, lowest first.
-COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
+from kernels.quantized import Format
+from kernels.weights import ShapeError
 
 
 def unpack_words(words: torch.Tensor) -> torch.Tensor:
-    """Return uint8 [rows, 8 columns] of int32 [rows, columns], in the order of the outputs."""
+    """Return uint8 [8 columns, rows] of int32 [rows, columns], in the order of the outputs."""
+    stored = _bytes(words)
+    return _outputs(stored & 15, stored >> 4)
+
+
+def pack_inputs(words: torch.Tensor) -> torch.Tensor:
+    """Return the codes [8 columns, rows / 2] of int32 [rows, columns]: two rows a byte, none of them unpacked."""
+    if len(words) % 2:
+        raise ShapeError(f"has {len(words)} inputs, which must be an even number")
+    stored = _bytes(words)
+    even, odd = stored[::2], stored[1::2]
+    return _outputs((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0))
+
+
+def _bytes(words: torch.Tensor) -> torch.Tensor:
+    """Return uint8 [rows, columns, 4] of int32 [rows, columns]."""
     check_words(words)
-    shifts = torch.empty(8, dtype=torch.int32)
-    shifts[list(COLUMNS)] = torch.arange(0, 32, 4, dtype=torch.int32)
-    nibbles = (words[:, :, None] >> shifts.to(words.device)) & 15
-    return nibbles.to(torch.uint8).flatten(1)
+    return words.contiguous().view(torch.uint8).view(*words.shape, 4)
+
+
+def _outputs(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Return [outputs, rows] of the low and the high halves of words' bytes, [rows, words, 4] each.
+
+    The low ones are of the outputs 0, 4, 1 and 5 of eight, the high ones of 2, 6, 3 and 7.
+    """
+    num_rows, num_words = low.shape[:2]
+    halves = torch.stack((low, high), dim=2).view(num_rows, num_words, 2, 2, 2)  # these add 2, 1 and 4 to an output
+    return halves.permute(1, 4, 2, 3, 0).flatten(0, 3)
 
 
 def stored_awq(group_size: int) -> Stored:
@@ -29,8 +49,8 @@ def stored_awq(group_size: int) -> Stored:
     return Stored(
         Format("int4", max(group_size, 0), has_zero=True, scale_dtype=torch.float16),
         {
-            "qweight": ("codes", lambda words: pack_int4(unpack_words(words).t())),
-            "qzeros": ("zero", lambda words: unpack_words(words).t()),
+            "qweight": ("codes", pack_inputs),
+            "qzeros": ("zero", unpack_words),
             "scales": ("scale", torch.t),
         },
     )

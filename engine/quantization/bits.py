@@ -1,6 +1,7 @@
 """Words of a checkpoint to codes of `kernels.quantized`: values of few bits, the first in the lowest bits."""
 
 import torch
+import torch.nn.functional as F
 
 from kernels.quantized import INT4_ZERO, pack_int4
 from kernels.weights import ShapeError
@@ -20,12 +21,19 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
         return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)
     if bits == 8:
         return words.contiguous().view(torch.uint8)
+    num_values = words.shape[1] * 32 // bits
     if words.shape[1] * 32 % bits:
         raise ShapeError(f"has {words.shape[1]} words a row, which are no whole number of values of {bits} bits")
-    starts = torch.arange(words.shape[1] * 32 // bits, device=words.device) * bits
-    unsigned = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, 1))
-    low, high = unsigned[:, starts // 32], unsigned[:, starts // 32 + 1]
-    return ((low | high << 32) >> starts % 32 & (1 << bits) - 1).to(torch.uint8)
+    # 32 values lie in so many words as they have bits: each of the 32 is always in the same place.
+    periods = F.pad(words, (0, -words.shape[1] % bits)).unflatten(1, (-1, bits)).long() & 0xFFFFFFFF
+    values = []
+    for start in range(0, 32 * bits, bits):
+        word, shift = divmod(start, 32)
+        value = periods[:, :, word] >> shift
+        if shift + bits > 32:
+            value |= periods[:, :, word + 1] << 32 - shift
+        values.append((value & (1 << bits) - 1).to(torch.uint8))
+    return torch.stack(values, dim=2).flatten(1)[:, :num_values]
 
 
 def codes_of(words: torch.Tensor, bits: int, *, has_zero: bool) -> torch.Tensor:

@@ -11,7 +11,7 @@ from engine.errors import ModelError, shown
 from engine.quantization import DENSE, Quantization, Scheme, Transform, With
 from engine.quantization.modules import spellings
 from kernels.quantized import Format, QuantizedWeight
-from kernels.weights import Part, Shard
+from kernels.weights import Part, ShapeError, Shard
 
 T = TypeVar("T")
 
@@ -90,6 +90,9 @@ class ByModule(Quantization):
         module, _, leaf = name.rpartition(".")
         return module, leaf
 
+    def spare(self, name: str) -> Transform | None:
+        return check_zero if name.endswith(".bias") else None
+
     def in_file(self, name: str) -> str:
         module, _, field = name.rpartition(".")
         stored = self.stored(module)
@@ -97,6 +100,13 @@ class ByModule(Quantization):
             if found is not None and found[0] == field:
                 return f"{module}.{leaf}"
         return name
+
+
+def check_zero(bias: torch.Tensor) -> torch.Tensor:
+    """Raise `ShapeError` unless a bias that libraries gave a layer without one adds nothing."""
+    if bias.any():
+        raise ShapeError("is not zero, and the model has no such bias")
+    return bias
 
 
 def is_head(names: Collection[str]) -> bool:
