@@ -1,10 +1,10 @@
 """One client's worst beside the honest streams of another: what `bench.soak --hostile` does.
 
-First the KV pool is filled, so that the system has given all of its memory. Then the honest streams run alone, then
-with the worst bodies of `bench.worst` beside them, eight at once, and clients that pipeline and go, open connections
-and say nothing, or send files made to hurt. No honest stream may fail or say anything else than it did alone, /health
-must always answer at once, nothing may be a 5xx, and in the end the memory must be where it was. Clients with keys of
-their own (`--api-key-file`) take turns: the server has two.
+First the honest streams run alone, then with the worst bodies of `bench.worst` beside them, eight at once, and clients
+that pipeline and go, open connections and say nothing, or send files made to hurt. No honest stream may fail or say
+anything else than it did alone, /health must always answer at once, nothing may be a 5xx, and in the end the memory
+must be where it was. Clients with keys of their own (`--api-key-file`) take turns: the server has two. The KV pool is so
+small that the honest streams fill it before memory is looked at first: a CPU's takes pages as slots are first written.
 
 The bad bodies come from a process of their own, and /health is asked for by another one, which also notes how long the
 server's main thread and itself waited for a core meanwhile (Linux reports that): on a machine with other work, that is
@@ -38,14 +38,13 @@ CALM_SHARE = 0.2  # of the duration, before, in which the honest streams run alo
 ANSWER_TOKENS = 32
 PATIENCE_S = 120.0  # for the answer to one bad body
 SETTLE_S = 30.0  # that memory has to fall: the server looks every 5 s whether to trim its heap
-FILL_TOKENS = 1000  # of a prompt that fills the pool
 # The allocator keeps pages of which a part is in use: bodies of 32 MB at eight at once leave some of them behind.
 # A leak of one of these bodies would show in seconds.
 MAX_LEFT_BYTES = 96 << 20
 KEYS = "honest: sk-honest\nhostile: sk-hostile\n"
 FLAGS = """
     --model-path demo --device cpu --dtype float32 --quantization none
-    --max-total-tokens 8192 --max-running-requests 48 --chunked-prefill-size 128 --context-length 1024
+    --max-total-tokens 4096 --max-running-requests 48 --chunked-prefill-size 128 --context-length 1024
     --enable-metrics --access-log none --log-level warning --watchdog-timeout 60 --tool-call-parser hermes
 """
 
@@ -379,21 +378,6 @@ async def settled_memory(url: str, pid: int) -> int:
     return least
 
 
-async def fill_pool(url: str) -> None:
-    """Have prompts cached until the KV pool is full. The pages of a CPU's pool are the system's until they are used."""
-    rng = random.Random(0)
-    async with aiohttp.ClientSession(headers=auth("honest")) as session:
-        async with session.get(f"{url}/server_info") as response:
-            num_tokens = (await response.json())["max_total_num_tokens"]
-        for _ in range(num_tokens // FILL_TOKENS + 1):
-            body = {
-                "input_ids": [rng.randrange(100, 30_000) for _ in range(FILL_TOKENS)],
-                "sampling_params": {"max_new_tokens": 1},
-            }
-            async with session.post(f"{url}/generate", json=body, raise_for_status=True) as response:
-                await response.read()
-
-
 def percentile(values: list[float], percent: float) -> float:
     return sorted(values)[min(len(values) - 1, int(len(values) * percent / 100))] if values else 0.0
 
@@ -448,7 +432,6 @@ async def hostile(port: int, pid: int, args: argparse.Namespace, console: Consol
         report(console, name, streams, probes, await watching)
         return probes
 
-    await fill_pool(url)
     await phase("alone", args.duration * CALM_SHARE, goes_on=True)
     before = await settled_memory(url, pid)
     results, their_results = context.Pipe(duplex=False)
