@@ -3,8 +3,8 @@
 First the honest streams run alone, then with the worst bodies of `bench.worst` beside them, eight at once, and clients
 that pipeline and go, open connections and say nothing, or send files made to hurt. No honest stream may fail or say
 anything else than it did alone, /health must always answer at once, nothing may be a 5xx, and in the end the memory
-must be where it was. Clients with keys of their own (`--api-key-file`) take turns: the server has two. The KV pool is so
-small that the honest streams fill it before memory is looked at first: a CPU's takes pages as slots are first written.
+must be where it was. Clients with keys of their own (`--api-key-file`) take turns: the server has two. The KV pool is
+small enough for the honest streams to fill it before memory is looked at: a CPU's takes pages as slots are written.
 
 The bad bodies come from a process of their own, and /health is asked for by another one, which also notes how long the
 server's main thread and itself waited for a core meanwhile (Linux reports that): on a machine with other work, that is
