@@ -1,6 +1,7 @@
 """Writers of quantized checkpoints, by the formulas of their formats, and what the codes they write stand for."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ stand for [n, k]; None: the module is not quantized."""
 Round = Callable[[torch.Tensor], torch.Tensor]
 
 GROUP = 32
+WITH_HEAD = r"_proj$|^lm_head$"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Case:
     rounds: Round | None = None  # what products do to their inputs
     model: str = "{}"  # entries of config.json
     splits: bool = True  # over ranks
+    modules: str = r"_proj$"  # that are quantized, by what is found in their names
 
 
 def group_wise(of_groups: torch.Tensor, dim: int = 0, group: int = GROUP) -> torch.Tensor:
@@ -413,6 +416,18 @@ CASES: dict[str, Case] = {
         gptq_config(dynamic={r"-:.*o_proj": {}, r"+:.*\.down_proj": {"bits": 8, "sym": True, "group_size": -1}}),
         write_gptq_by_layer,
     ),
+    "gptq with its head": Case(
+        gptq_config(desc_act=True, lm_head=True), gptq(desc_act=True), splits=False, modules=WITH_HEAD
+    ),
+    "compressed-tensors, FP8 with its head": Case(
+        ct_config("float-quantized", FLOAT8 | {"strategy": "tensor"}, ignore=[]), fp8(of_all), modules=WITH_HEAD
+    ),
+    "compressed-tensors, W8A16 with its head": Case(
+        ct_config("int-quantized", INT8 | {"strategy": "channel"}, ignore=None),
+        lambda *given: ({name: tensor.squeeze(1) if name == "weight_scale" else tensor
+                         for name, tensor in int8(of_rows)(*given)[0].items()}, int8(of_rows)(*given)[1]),
+        modules=WITH_HEAD,
+    ),
     "gptq, one product of several kinds": Case(
         gptq_config(dynamic={r".*\.(q|up)_proj": {"bits": 8}, r"-:.*\.v_proj": {}}),
         but(gptq(), {"q_proj": gptq(8), "up_proj": gptq(8), "v_proj": None}),
@@ -552,8 +567,8 @@ def write_quantized(folder: Path, case: Case, target: Path) -> None:
     random = torch.Generator().manual_seed(0)
     plain, packed = {}, {}
     for name, weight in load_file(folder / "model.safetensors").items():
-        if "_proj.weight" in name:
-            module = name.removesuffix(".weight")
+        module = name.removesuffix(".weight")
+        if module != name and re.search(case.modules, module):
             tensors, stands_for = case.write(module, weight, random)
             plain[name] = weight if stands_for is None else stands_for
             packed.update({f"{module}.{leaf}": tensor for leaf, tensor in tensors.items()})

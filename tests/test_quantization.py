@@ -122,6 +122,15 @@ def test_rows_are_cut_and_reordered_with_their_scales(
     assert_equals_reference(engine, plain, random_ids(20, seed=0), random_ids(13, seed=1))
 
 
+def test_lists_in_the_names_of_the_file_hold_where_the_model_has_others(
+    make_tiny_model: MakeTinyModel, tmp_path: Path
+) -> None:
+    plain = make_tiny_model(transformers.PhiConfig, "phi", intermediate_size=128)
+    config = gptq_config(modules_in_block_to_quantize=[["self_attn.dense"], ["mlp.fc1"]])
+    write_quantized(plain, Case(config, gptq(), modules=r"dense$|fc1$"), tmp_path / "packed")
+    assert_equals_reference(engine_of(tmp_path / "packed"), plain, random_ids(20, seed=0), random_ids(13, seed=1))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_random_weights_of_a_configuration_give_finite_logits(name: str, made) -> None:
     config = load_config(made[name][0])

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from engine.layers.layer import Layer, named_layers, unique_layers
 from engine.layers.linear import Linear
 from engine.models.base import CausalLM
 from engine.models.names import Piece, Rule, pieces_of
-from engine.quantization import CHECKED, Quantization
+from engine.quantization import CHECKED, DENSE, Quantization, Scheme
 from kernels.weights import ShapeError
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def load_weights(model: CausalLM, folder: Path, load_format: str, device: torch.
     if load_format != "dummy":
         paths = checkpoint_files(folder)
         heads = settle_tie(model, paths)
-        settle_formats(model, {piece.name for head in heads for piece in head.pieces})
+        settle_formats(model, heads)
         files = locate_weights(paths, heads, checkpoint_targets(model), model.quantization)
     layers = unique_layers(model)
     for layer in layers:
@@ -172,25 +172,36 @@ def read_tensor(head: Head) -> torch.Tensor:
         return tensor
 
 
-def settle_formats(model: CausalLM, found: Collection[str]) -> None:
-    """Make dense what a quantized checkpoint has as plain numbers: layers, or parts of them.
+def settle_formats(model: CausalLM, heads: Sequence[Head]) -> None:
+    """Give each layer, or part of one, the format in which the checkpoint has it.
 
-    found: its names, by the rules. What is there counts, not a list of exceptions: these are written in the names of
-    many libraries.
+    What is there counts, not what a configuration says of the model's names: it is written in the names of many
+    libraries. `ModelError` if a format cannot have the layer's shape.
     """
+    found = {piece.name: head.tensor for head in heads for piece in head.pieces}
     for path, layer in named_layers(model):
-        if isinstance(layer, Linear):
-            parent, _, leaf = path.rpartition(".")
-            modules = [f"{parent}.{name}" if parent else name for name in layer.part_names or (leaf,)]
-            plain = [part for part, module in enumerate(modules) if _is_plain(module, layer.names_of(part), found)]
-            if plain:
-                layer.make_dense(plain)
+        if not isinstance(layer, Linear) or not layer.names_of(0):  # a tied head has no names of its own
+            continue
+        parent, _, leaf = path.rpartition(".")
+        modules = [f"{parent}.{name}" if parent else name for name in layer.part_names or (leaf,)]
+        pairs = zip(modules, layer.schemes, strict=True)
+        schemes = [_scheme_found(model.quantization, module, found) or scheme for module, scheme in pairs]
+        if schemes != layer.schemes:
+            try:
+                layer.expect(schemes)
+            except ShapeError as error:
+                raise ModelError(f"{path} {error}") from None
 
 
-def _is_plain(module: str, names: Collection[str], found: Collection[str]) -> bool:
-    """Return whether a module that should be quantized is not: none of its `names` is there, but numbers are."""
-    wanted = [name for name in names if name not in ("weight", "bias")]
-    return bool(wanted) and f"{module}.weight" in found and not any(f"{module}.{name}" in found for name in wanted)
+def _scheme_found(quantization: Quantization, module: str, found: Mapping[str, str]) -> Scheme | None:
+    """Return the format of a module of the model; None if its tensors do not say.
+
+    found: the checkpoint's tensors by the model's names.
+    """
+    tensor = found.get(f"{module}.codes") or found.get(f"{module}.weight")
+    scheme = None if tensor is None else quantization.scheme_found(tensor)
+    is_plain = f"{module}.weight" in found and f"{module}.scale" not in found
+    return DENSE if scheme is not None and is_plain else scheme
 
 
 def locate_weights(

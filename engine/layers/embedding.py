@@ -10,6 +10,7 @@ import torch
 
 from engine.layers.layer import Layer, LayerConfig, meta_weight
 from engine.layers.linear import Linear
+from engine.quantization import OF_INPUTS
 from kernels.elementwise import embed, softcap_
 from kernels.quantized import QuantizedWeight
 from kernels.weights import WHOLE, Part, ShapeError, Weight
@@ -33,6 +34,8 @@ class VocabularySlice:
     def place(self, weight: Weight, name: str, loaded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return where this rank's rows of a vocabulary's weight go, and these rows (see `Weight.place`)."""
         tensor = dict(weight.tensors())[name]
+        if loaded.numel() == 1 or f".{name}".endswith(OF_INPUTS):  # of all rows
+            return weight.place(name, loaded, 0)
         return weight.place(name, self.rows_of(loaded, *tensor.shape[1:]), 0)
 
 

@@ -4,14 +4,14 @@ Column parallel: every rank computes some of the outputs. Row parallel: every ra
 products of all ranks are summed (`engine.layers.block.sum_over_ranks`).
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from engine.errors import ModelError
 from engine.layers.layer import Layer, LayerConfig, meta_weight
-from engine.quantization.dense import DENSE
+from engine.quantization import Scheme
 from engine.quantization.mixed import scheme_of_parts
 from kernels.weights import WHOLE, Part, ShapeError, Shard, Weight, match_shard
 
@@ -78,10 +78,9 @@ class Linear(Layer):
         if self.bias is not None:
             self.bias = self.bias.to(device)
 
-    def make_dense(self, parts: Collection[int]) -> None:
-        """Expect plain numbers in these parts: the checkpoint has them, whatever it says of its quantization."""
-        weight = self.weight
-        self.schemes = [DENSE if part in parts else scheme for part, scheme in enumerate(self.schemes)]
+    def expect(self, schemes: Sequence[Scheme]) -> None:
+        """Change the formats of the parts, before anything is loaded. `ShapeError` if one has no such shape."""
+        weight, self.schemes = self.weight, list(schemes)
         self.weight = scheme_of_parts(self.schemes).weight(weight.parts, weight.k, weight.input_shard, self.dtype)
 
     def pack(self) -> None:

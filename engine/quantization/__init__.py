@@ -60,6 +60,13 @@ class Quantization:
         """
         yield name, ()
 
+    def scheme_found(self, tensor: str) -> Scheme | None:  # noqa: ARG002
+        """Return the scheme of the module that a checkpoint's tensor is of; None: as `scheme_of` says of the model's.
+
+        A weight without a scale beside it is plain all the same.
+        """
+        return None
+
     def spare(self, name: str) -> Transform | None:  # noqa: ARG002
         """Return the check of a tensor that no layer has a place for, None if it must not be there."""
         return None

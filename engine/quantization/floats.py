@@ -19,6 +19,8 @@ def row_scales(scale: torch.Tensor, block_rows: int = 1) -> torch.Tensor:
     scale = scale.float()
     if scale.numel() == 1:
         return scale.reshape(1, 1)
+    if scale.dim() == 1:
+        scale = scale[:, None]
     if scale.dim() == 4:  # ModelOpt's [blocks, 1, blocks, 1]
         scale = scale.flatten(0, 1).flatten(1)
     return scale.repeat_interleave(block_rows, 0) if block_rows > 1 else scale

@@ -90,6 +90,9 @@ class ByModule(Quantization):
         module, _, leaf = name.rpartition(".")
         return module, leaf
 
+    def scheme_found(self, tensor: str) -> Scheme | None:
+        return self.scheme_of(self.split(tensor)[0])
+
     def spare(self, name: str) -> Transform | None:
         return check_zero if name.endswith(".bias") else None
 
