@@ -65,7 +65,8 @@ static inline void store_float16(uint16_t *p, vec v) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 static inline __m512i bfloat16_bits(vec v) {
-    const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
     return _mm512_srli_epi32(_mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), bits), 16);
 }
@@ -116,7 +117,8 @@ static inline void store_float16(uint16_t *p, vec v) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 static inline __m256i bfloat16_bits(vec v) {
-    const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     return _mm256_srli_epi32(_mm256_blendv_epi8(up, bits, is_nan), 16);
@@ -150,7 +152,6 @@ static inline void separate(float *p) {
 #define ITEMS_PER_THREAD 4        // at least, where there are enough outputs: a thread may be held up
 #define PANEL_BYTES (192 << 10)   // decoded rows of an item
 #define INPUT_BYTES (512 << 10)   // of a chunk of tokens
-#define MIN_CHUNK 48              // tokens for which rows are decoded once, at least
 #define SMALL_WORK (1 << 16)      // multiplications that one thread does sooner than two
 
 // --- numbers ---------------------------------------------------------------------------------------------------------
@@ -216,8 +217,8 @@ static inline vec activated(vec x, int act) {
 // Whether a block's first vector holds its even inputs and its second one the odd ones, as the halves of bytes come.
 static bool is_paired(const Weight &w) { return w.code == INT4 && w.group_size % BLOCK == 0; }
 
-// Write one token's inputs, after the norm if there is one, as float32 in the order in which blocks are decoded.
-static void prepare(const Weight &w, const Call &c, int64_t token, float *to) {
+// Write one token's inputs as float32, after the norm if there is one, and in the order in which blocks are decoded.
+static void prepare(const Weight &w, const Call &c, int64_t token, float *to, bool separates) {
     const int64_t k = w.k;
     const int type = c.type;
     vec squares = all(0);
@@ -237,7 +238,7 @@ static void prepare(const Weight &w, const Call &c, int64_t token, float *to) {
             store(to + i, rounded(x * load_typed(c.norm, i, c.norm_type), type));
         }
     }
-    if (is_paired(w))
+    if (separates)
         for (int64_t i = 0; i < k; i += BLOCK) separate(to + i);
 }
 
@@ -329,7 +330,8 @@ template <vec (*OF)(const uint8_t *), int NEXT_GROUP> struct Bytes {
 template <class Source, class Visit> static inline void for_blocks(const Weight &w, const Rows &rows, Visit visit) {
     const int64_t num_blocks = w.k / BLOCK, blocks_per_group = Source::NEXT ? 1 : w.group_size / BLOCK;
     const float *scales = rows.scales, *values = w.values;
-    const uint8_t *const a = rows.codes[0], *const b = rows.codes[1], *const c = rows.codes[2], *const d = rows.codes[3];
+    const uint8_t *const a = rows.codes[0], *const b = rows.codes[1];
+    const uint8_t *const c = rows.codes[2], *const d = rows.codes[3];
     for (int64_t block = 0; block < num_blocks; scales += 1 + Source::NEXT) {
         const int64_t end = block + blocks_per_group < num_blocks ? block + blocks_per_group : num_blocks;
         for (; block < end; block++) {
@@ -436,6 +438,9 @@ struct Job {
     const Call *c;
     float *x;
     int64_t first_token, num_tokens, num_outputs, item_size, num_items, next_item;
+    struct Cuts *cuts;
+    int width;    // tokens of a tile of the matrix units, 0: they are not used
+    bool is_few;  // so few tokens that vectors do what the matrix units would
     bool prepares, has_failed;
 };
 
@@ -453,15 +458,16 @@ struct Memory {  // of a thread; it grows and stays
     }
 };
 
-// Write the outputs [start, start + count) of a token. sums: of those rows, and MAX_ITEM on of their partners with act.
-static void finish(const Job &job, int64_t token, int64_t start, int64_t count, const float *sums) {
+// Write the outputs [start, start + count) of a token; partners: the sums of the other halves of pairs, with act.
+static void finish(const Job &job, int64_t token, int64_t start, int64_t count, const float *sums,
+                   const float *partners) {
     const Call &c = *job.c;
     for (int64_t i = 0; i < count; i += LANES) {
         const int64_t left = count - i, output = start + i;
         vec v = load(sums + i);
         if (c.bias) v = v + load_up_to(c.bias, output, c.bias_type, left);
         if (c.act) {
-            vec up = load(sums + MAX_ITEM + i);
+            vec up = load(partners + i);
             if (c.bias) up = up + load_up_to(c.bias, job.num_outputs + output, c.bias_type, left);
             v = activated(v, c.act) * up;
         }
@@ -511,22 +517,535 @@ static void take_outputs(Job &job, int64_t start, int64_t count) {
                     DECODED_TILES[num_tokens - 1](w.k, panel + part * part_size + i * w.k, job.x + token * w.k,
                                                   sums + part * MAX_ITEM + i, 2 * MAX_ITEM);
         for (int64_t t = 0; t < num_tokens; t++)
-            finish(job, job.first_token + token + t, start, count, sums + t * 2 * MAX_ITEM);
+            finish(job, job.first_token + token + t, start, count, sums + t * 2 * MAX_ITEM,
+                   sums + t * 2 * MAX_ITEM + MAX_ITEM);
+    }
+}
+
+// --- matrix units ----------------------------------------------------------------------------------------------------
+
+// AMX multiplies 16 rows of weights by up to 16 tokens, 32 inputs at a time, bfloat16 into float32. Codes are exact in
+// bfloat16, and so are inputs of that type: a group's sum is as exact as above, and scaled in float32. A tile of one
+// token takes the same instructions as one of 16, and has the same bits.
+
+#if LANES == 16 && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define HAS_TILES 1
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define TILE_ROWS 16
+#define TILE_FLOATS (TILE_ROWS * LANES)
+#define FEW_PAIRS 3       // tokens for which the units are slower than vectors
+#define AT_ONCE 4         // tiles of sums, so that one multiplication need not wait for another
+#define SEGMENT_STEPS 4   // at most in a tile of sums
+#define CHUNK_INPUTS 640  // of decoded rows, which the first cache holds beside the inputs
+
+static int may_use_tiles;
+
+// Ask the system for the units' registers.
+extern "C" int enable_tiles() {
+    return may_use_tiles = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+}
+
+// A run of steps, a multiplication each, in one tile of sums and one group.
+struct Segment {
+    int32_t step, end, group;
+};
+
+// How a weight's inputs are cut into steps, and these into segments and chunks.
+struct Cuts {
+    int step_inputs, num_steps, num_segments;
+    int segments_per_chunk;  // of a chunk, whose rows are decoded at once
+    Segment segments[];
+
+    static int64_t floats(const Weight &w) { return (sizeof(Cuts) + w.k / 16 * sizeof(Segment) + 63) / 64 * 16; }
+    void set(const Weight &w) {
+        step_inputs = w.group_size % 32 ? 16 : 32, num_steps = w.k / step_inputs, num_segments = 0;
+        const int group_steps = w.group_size / step_inputs;
+        const int most = group_steps < SEGMENT_STEPS ? group_steps : SEGMENT_STEPS;
+        for (int step = 0, group = 0; step < num_steps; group++) {
+            const int group_end = step + group_steps < num_steps ? step + group_steps : num_steps;
+            while (step < group_end) {
+                const int end = step + most < group_end ? step + most : group_end;
+                segments[num_segments++] = {step, end, group};
+                step = end;
+            }
+        }
+        const int fit = CHUNK_INPUTS / (most * step_inputs), num_chunks = (num_segments + fit - 1) / fit;
+        segments_per_chunk = ((num_segments + num_chunks - 1) / num_chunks + 1) / 2 * 2;
+    }
+    int end_of_chunk(int segment) const {
+        return segment + segments_per_chunk < num_segments ? segment + segments_per_chunk : num_segments;
+    }
+};
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3 are sums [rows, tokens], 4 and 5 weights [rows, inputs], 6 and 7 inputs [pairs of inputs, tokens].
+struct Tiles {
+    TileConfig before;
+    Tiles(int width, int64_t step_inputs) {
+        _tile_storeconfig(&before);  // of oneDNN, perhaps, which remembers what it has set
+        TileConfig config;
+        for (int i = 0; i < 8; i++) {
+            config.rows[i] = i < 6 ? TILE_ROWS : step_inputs / 2;
+            config.row_bytes[i] = i / 2 == 2 ? 2 * step_inputs : 4 * width;
+        }
+        _tile_loadconfig(&config);
+    }
+    ~Tiles() {
+        if (before.palette) _tile_loadconfig(&before);
+        else _tile_release();
+    }
+};
+
+static void transpose(vec *v) {
+    vec a[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps(v[i], v[i + 1]), a[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            const __m512d low = _mm512_castps_pd(a[i + j]), high = _mm512_castps_pd(a[i + 2 + j]);
+            v[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            v[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+        }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; j++) {
+            a[i + j] = _mm512_shuffle_f32x4(v[i + j], v[i + 4 + j], 0x88);
+            a[i + 4 + j] = _mm512_shuffle_f32x4(v[i + j], v[i + 4 + j], 0xdd);
+        }
+    for (int j = 0; j < 4; j++) {
+        v[j] = _mm512_shuffle_f32x4(a[j], a[8 + j], 0x88), v[8 + j] = _mm512_shuffle_f32x4(a[j], a[8 + j], 0xdd);
+        v[4 + j] = _mm512_shuffle_f32x4(a[4 + j], a[12 + j], 0x88);
+        v[12 + j] = _mm512_shuffle_f32x4(a[4 + j], a[12 + j], 0xdd);
+    }
+}
+
+static bool has_shift(const Weight &w) { return w.zero || w.minimum; }
+
+// Whether the products of a call go through the units: what is multiplied is exact in bfloat16.
+static bool takes_tiles(const Weight &w, const Call &c) {
+    if (!may_use_tiles || c.type != BFLOAT16) return false;
+    for (int i = 0; w.code == INT4 && i < 16; i++) {
+        uint32_t bits;
+        const float value = w.values[i] - w.offset;
+        memcpy(&bits, &value, 4);
+        if (bits & 0xffff) return false;
+    }
+    return true;
+}
+
+// Inputs of up to 16 tokens: pairs [k / 2, width, 2] as bfloat16, and their sums over segments [segments, 16].
+struct InputTile {
+    uint32_t *pairs;
+    float *sums;
+    static int64_t floats(const Weight &w, int width) {
+        return (w.k / 2 * width + 15) / 16 * 16 + (has_shift(w) ? w.k / 16 * LANES : 0);
+    }
+    InputTile(const Weight &w, float *memory, int width)
+        : pairs((uint32_t *)memory), sums(memory + (w.k / 2 * width + 15) / 16 * 16) {}
+};
+
+static void sum_segments(const Cuts &cuts, const float *x, float *sums) {
+    for (int i = 0; i < cuts.num_segments; i++) {
+        const Segment &segment = cuts.segments[i];
+        vec sum = all(0);
+        const int end = segment.end * cuts.step_inputs;
+        for (int j = segment.step * cuts.step_inputs; j < end; j += LANES) sum = sum + load(x + j);
+        sums[i * LANES] = _mm512_reduce_add_ps(sum);
+    }
+}
+
+static void prepare_tile(const Weight &w, const Call &c, const Cuts &cuts, int64_t token, int num_tokens, int width,
+                         float *memory, float *row) {
+    const InputTile to(w, memory, width);
+    uint32_t *packed = (uint32_t *)(row + w.k);  // [width, k / 2]
+    if (has_shift(w) && width < LANES) memset(to.sums, 0, 4 * LANES * cuts.num_segments);  // no denormal numbers there
+    for (int t = 0; t < width; t++) {
+        if (t < num_tokens) prepare(w, c, token + t, row, false);
+        else memset(row, 0, 4 * w.k);
+        if (has_shift(w)) sum_segments(cuts, row, to.sums + t);
+        uint32_t *bits = width == 1 ? to.pairs : packed + t * w.k / 2;
+        for (int64_t i = 0; i < w.k; i += 2 * LANES) {
+            const __m512bh both = _mm512_cvtne2ps_pbh(load(row + i + LANES), load(row + i));
+            memcpy(bits + i / 2, &both, sizeof(both));
+        }
+    }
+    if (width == 1) return;
+    const __mmask16 mask = (1u << width) - 1;
+    for (int64_t i = 0; i < w.k / 2; i += LANES) {
+        vec v[16];
+        for (int t = 0; t < 16; t++) v[t] = t < width ? load((float *)packed + t * w.k / 2 + i) : all(0);
+        transpose(v);
+        for (int j = 0; j < 16; j++) _mm512_mask_storeu_ps(to.pairs + (i + j) * width, mask, v[j]);
+    }
+}
+
+// Decode inputs [first, last) of 16 rows to bfloat16: [blocks of 32, rows, 32].
+template <int CODE>
+static void decode_tile(const Weight &w, int64_t row, int64_t last_row, int64_t first, int64_t last, uint16_t *to) {
+    uint16_t values[2 * LANES];
+    for (int i = 0; CODE == INT4 && i < 2 * LANES; i += LANES)
+        store_bfloat16(values + i, load(w.values) - all(w.offset));
+    const __m512i table = _mm512_loadu_si512(values), nibbles = _mm512_set1_epi32(0x000f000f);
+    const int64_t row_bytes = CODE == INT4 ? w.k / 2 : w.k, block_bytes = CODE == INT4 ? 16 : 32;
+    for (int r = 0; r < TILE_ROWS; r++, to += 32) {
+        const uint8_t *codes = w.codes + (row + r < last_row ? row + r : last_row - 1) * row_bytes;
+        codes += first / 32 * block_bytes;
+        if (row + r + TILE_ROWS < w.n)
+            for (int64_t i = 0; i < (last - first) / 32 * block_bytes; i += 64)
+                _mm_prefetch(codes + TILE_ROWS * row_bytes + i, _MM_HINT_T0);
+        uint16_t *block = to;
+        for (int64_t i = first; i < last; i += 32, codes += block_bytes, block += 32 * TILE_ROWS) {
+            __m512i decoded;
+            if (CODE == INT4) {
+                const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
+                const __m512i apart = _mm512_ternarylogic_epi32(pairs, _mm512_slli_epi32(pairs, 12), nibbles, 0xa8);
+                decoded = _mm512_permutexvar_epi16(apart, table);
+            } else {
+                const vec low = CODE == INT8 ? of_int8(codes) : of_fp8(codes);
+                const vec high = CODE == INT8 ? of_int8(codes + 16) : of_fp8(codes + 16);
+                const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+                memcpy(&decoded, &both, sizeof(both));
+            }
+            _mm512_store_si512(block, decoded);
+        }
+    }
+}
+
+// Write scales, or shifts, of 16 rows: [groups, rows].
+static void read_tile_scales(const Weight &w, int64_t row, int64_t last_row, float *scales, float *shifts) {
+    const int64_t count = w.num_groups;
+    for (int64_t i = 0; i < count; i += LANES) {
+        const int64_t g = i + LANES <= count || count < LANES ? i : count - LANES, left = count - g;
+        vec scale[16], shift[16];
+        for (int r = 0; r < TILE_ROWS; r++) {
+            const int64_t start = (row + r < last_row ? row + r : last_row - 1) * count + g;
+            scale[r] = load_up_to(w.scale, start, w.scale_type, left);
+            shift[r] = w.minimum ? load_up_to(w.minimum, start, w.scale_type, left) : all(0);
+            if (w.zero) shift[r] = fma(load_up_to(w.zero, start, w.zero_type, left), scale[r], shift[r]);
+        }
+        transpose(scale);
+        const vec factor = all(w.code == FP8 ? 256 : 1);
+        for (int j = 0; j < LANES && g + j < count; j++) store(scales + (g + j) * LANES, scale[j] * factor);
+        if (!has_shift(w)) continue;
+        transpose(shift);
+        for (int j = 0; j < LANES && g + j < count; j++) store(shifts + (g + j) * LANES, shift[j]);
+    }
+}
+
+// GCC's intrinsics of tiles do not say that they read and write memory.
+#define MEMORY_IS_READ asm volatile("" ::: "memory")
+
+#define MULTIPLY(sums, weights, inputs)                                            \
+    if (sums < count && now[sums].step + j < now[sums].end) {                         \
+        const int64_t step = now[sums].step + j;                                   \
+        _tile_loadd(weights, decoded + (step >> is_half) * 1024 + (step & is_half) * 32, 64); \
+        _tile_loadd(inputs, pairs + step * pairs_pitch, pitch);                    \
+        _tile_dpbf16ps(sums, weights, inputs);                                     \
+    }
+
+// Add to sums [rows, tokens] the products of segments [first, last); weights: decoded, from the first one's on.
+template <bool SHIFTS>
+static void multiply_tile(const Cuts &cuts, int first, int last, const uint16_t *weights, const InputTile &x, int width,
+                          const float *scales, const float *shifts, float *sums, float (*parts)[AT_ONCE][TILE_FLOATS],
+                          int64_t next_tile) {
+    vec sum[TILE_ROWS];
+    for (int r = 0; r < TILE_ROWS; r++) sum[r] = load(sums + r * LANES);
+    const int64_t pitch = 4 * width, pairs_pitch = cuts.step_inputs / 2 * pitch;
+    const int64_t is_half = cuts.step_inputs == 16;
+    const char *const pairs = (const char *)x.pairs;
+    const char *const decoded = (const char *)weights - (cuts.segments[first].step >> is_half) * 1024;
+    MEMORY_IS_READ;
+    for (int segment = first, odd = 0; segment < last + AT_ONCE; segment += AT_ONCE, odd = !odd) {
+        if (segment < last) {
+            const Segment *const now = cuts.segments + segment;
+            const int count = last - segment;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int64_t j = 0; j < now->end - now->step; j++) {
+                MULTIPLY(0, 4, 6)
+                MULTIPLY(1, 5, 7)
+                MULTIPLY(2, 4, 6)
+                MULTIPLY(3, 5, 7)
+            }
+            _tile_stored(0, parts[odd][0], 4 * LANES);
+            _tile_stored(1, parts[odd][1], 4 * LANES);
+            _tile_stored(2, parts[odd][2], 4 * LANES);
+            _tile_stored(3, parts[odd][3], 4 * LANES);
+            MEMORY_IS_READ;
+        }
+        if (segment == first) continue;
+        for (int i = segment - AT_ONCE; i < segment && i < last; i++) {  // stored a while ago: it can be loaded at once
+            const float *const part = parts[!odd][i + AT_ONCE - segment];
+            const float *const scale = scales + cuts.segments[i].group * LANES;
+            const float *const shift = shifts + cuts.segments[i].group * LANES;
+            const char *const next = pairs + cuts.segments[i].step * pairs_pitch + next_tile;
+            for (int r = 0; r < TILE_ROWS; r++) {
+                _mm_prefetch(next + r * 64, _MM_HINT_T0);
+                sum[r] = fma(load(part + r * LANES), all(scale[r]), sum[r]);
+                if (SHIFTS) sum[r] = _mm512_fnmadd_ps(load(x.sums + i * LANES), all(shift[r]), sum[r]);
+            }
+        }
+    }
+    for (int r = 0; r < TILE_ROWS; r++) store(sums + r * LANES, sum[r]);
+}
+
+// --- few tokens as the matrix units would multiply them
+
+// Write 16 rows' codes of 32 inputs by pairs: [16 pairs, 16 rows], a byte or two each.
+template <int CODE>
+static inline void collect_pairs(const uint8_t *const *rows, int64_t offset, int64_t next_tile, uint8_t *to) {
+    if (offset % 64 == 0)
+        for (int r = 0; r < TILE_ROWS; r++) _mm_prefetch(rows[r] + offset + next_tile, _MM_HINT_T0);
+    for (int half = 0; half < (CODE == INT4 ? 1 : 2); half++, offset += 16, to += 256) {
+        __m512i v[4];  // lane i: row 4 i + j
+        for (int j = 0; j < 4; j++) {
+            auto at = [&](int i) { return _mm_loadu_si128((const __m128i *)(rows[4 * i + j] + offset)); };
+            v[j] = _mm512_inserti32x4(_mm512_castsi128_si512(at(0)), at(1), 1);
+            v[j] = _mm512_inserti32x4(_mm512_inserti32x4(v[j], at(2), 2), at(3), 3);
+        }
+        __m512i low[2], high[2], lanes[4], order;  // lanes: 4 rows of each pair together
+        for (int j = 0; j < 2; j++) {
+            const __m512i a = v[2 * j], b = v[2 * j + 1];
+            low[j] = CODE == INT4 ? _mm512_unpacklo_epi8(a, b) : _mm512_unpacklo_epi16(a, b);
+            high[j] = CODE == INT4 ? _mm512_unpackhi_epi8(a, b) : _mm512_unpackhi_epi16(a, b);
+        }
+        if (CODE == INT4) {
+            lanes[0] = _mm512_unpacklo_epi16(low[0], low[1]), lanes[1] = _mm512_unpackhi_epi16(low[0], low[1]);
+            lanes[2] = _mm512_unpacklo_epi16(high[0], high[1]), lanes[3] = _mm512_unpackhi_epi16(high[0], high[1]);
+            order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+        } else {
+            lanes[0] = _mm512_unpacklo_epi32(low[0], low[1]), lanes[1] = _mm512_unpackhi_epi32(low[0], low[1]);
+            lanes[2] = _mm512_unpacklo_epi32(high[0], high[1]), lanes[3] = _mm512_unpackhi_epi32(high[0], high[1]);
+            order = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
+        }
+        for (int j = 0; j < 4; j++)
+            _mm512_store_si512(to + 64 * j, CODE == INT4 ? _mm512_permutexvar_epi32(order, lanes[j])
+                                                         : _mm512_permutexvar_epi64(order, lanes[j]));
+    }
+}
+
+static inline vec of_fp8_in_high_bytes(__m256i words) {
+    const __m256i sign = _mm256_and_si256(words, _mm256_set1_epi16((short)0x8000));
+    return _mm512_cvtph_ps(_mm256_or_si256(sign, _mm256_and_si256(_mm256_srli_epi16(words, 1), _mm256_set1_epi16(0x3f80))));
+}
+
+template <int CODE> static inline void decode_pair(const uint8_t *codes, vec meanings, vec &even, vec &odd) {
+    if (CODE == INT4) {
+        const __m512i both = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)codes));
+        even = _mm512_permutexvar_ps(both, meanings), odd = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), meanings);
+        return;
+    }
+    const __m256i words = _mm256_load_si256((const __m256i *)codes);
+    if (CODE == INT8) {
+        const __m512i both = _mm512_cvtepi16_epi32(words);
+        even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(both, 24), 24));
+        odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(both, 8));
+        return;
+    }
+    even = of_fp8_in_high_bytes(_mm256_slli_epi16(words, 8)), odd = of_fp8_in_high_bytes(words);
+}
+
+// Write sums [tokens, rows] of 16 rows, lane by lane in the order in which the units add: the even inputs of a step one
+// after the other, the odd ones beside them, then both. x: float32 [tokens, k]; inputs_sums: [segments, 16].
+template <int CODE, int TOKENS, bool SHIFTS>
+static void multiply_pairs(const Weight &w, const Cuts &cuts, const uint8_t *const *rows, const float *x,
+                           const float *inputs_sums, const float *scales, const float *shifts, float *to) {
+    alignas(64) uint8_t codes[512];
+    vec sums[TOKENS];
+    for (int t = 0; t < TOKENS; t++) sums[t] = all(0);
+    const vec meanings = load(w.values) - all(w.offset);
+    const int64_t next_tile = TILE_ROWS * (CODE == INT4 ? w.k / 2 : w.k);
+    const int num_pairs = cuts.step_inputs / 2, pair_bytes = CODE == INT4 ? 16 : 32;
+    for (int i = 0; i < cuts.num_segments; i++, inputs_sums += LANES) {
+        const Segment segment = cuts.segments[i];
+        vec part[TOKENS];
+        for (int t = 0; t < TOKENS; t++) part[t] = all(0);
+        for (int step = segment.step; step < segment.end; step++) {
+            const int input = step * cuts.step_inputs;
+            if (input % 32 == 0) collect_pairs<CODE>(rows, CODE == INT4 ? input / 2 : input, next_tile, codes);
+            const uint8_t *pair = codes + input % 32 / 2 * pair_bytes;
+            const float *inputs = x + input;
+            vec evens[TOKENS], odds[TOKENS];
+            for (int t = 0; t < TOKENS; t++) evens[t] = odds[t] = all(0);
+            for (int j = 0; j < num_pairs; j += 8, pair += 8 * pair_bytes, inputs += 16)
+                for (int p = 0; p < 8; p++) {
+                    vec even, odd;
+                    decode_pair<CODE>(pair + p * pair_bytes, meanings, even, odd);
+                    for (int t = 0; t < TOKENS; t++) {
+                        evens[t] = fma(even, all(inputs[t * w.k + 2 * p]), evens[t]);
+                        odds[t] = fma(odd, all(inputs[t * w.k + 2 * p + 1]), odds[t]);
+                    }
+                }
+            for (int t = 0; t < TOKENS; t++) part[t] = part[t] + (evens[t] + odds[t]);
+        }
+        for (int t = 0; t < TOKENS; t++) {
+            sums[t] = fma(part[t], load(scales + segment.group * LANES), sums[t]);
+            if (SHIFTS) sums[t] = _mm512_fnmadd_ps(all(inputs_sums[t]), load(shifts + segment.group * LANES), sums[t]);
+        }
+    }
+    for (int t = 0; t < TOKENS; t++) store(to + t * LANES, sums[t]);
+}
+
+typedef void (*PairsTile)(const Weight &, const Cuts &, const uint8_t *const *, const float *, const float *,
+                          const float *, const float *, float *);
+
+template <int CODE, bool SHIFTS> static PairsTile pairs_tile(int num_tokens) {
+    static const PairsTile tiles[] = {multiply_pairs<CODE, 1, SHIFTS>, multiply_pairs<CODE, 2, SHIFTS>,
+                                      multiply_pairs<CODE, 3, SHIFTS>};
+    return tiles[num_tokens - 1];
+}
+
+template <int CODE> static PairsTile pairs_tile(bool shifts, int num_tokens) {
+    return shifts ? pairs_tile<CODE, true>(num_tokens) : pairs_tile<CODE, false>(num_tokens);
+}
+
+static void take_pairs(Job &job, int64_t start, int64_t count) {
+    const Weight &w = *job.w;
+    const int num_parts = job.c->act ? 2 : 1, num_tokens = job.num_tokens;
+    const int64_t row_bytes = w.code == INT4 ? w.k / 2 : w.k, scale_floats = w.num_groups * LANES;
+    static thread_local Memory memory;
+    float *const scales = memory.get(2 * scale_floats), *const shifts = scales + scale_floats;
+    if (!scales) {
+        job.has_failed = true;
+        return;
+    }
+    const bool shifts_too = has_shift(w);
+    const PairsTile multiply = w.code == INT4   ? pairs_tile<INT4>(shifts_too, num_tokens)
+                               : w.code == INT8 ? pairs_tile<INT8>(shifts_too, num_tokens)
+                                                : pairs_tile<FP8>(shifts_too, num_tokens);
+    for (int64_t i = 0; i < count; i += TILE_ROWS) {
+        const int64_t left = count - i < TILE_ROWS ? count - i : TILE_ROWS;
+        alignas(64) float sums[2][FEW_PAIRS * LANES];
+        for (int part = 0; part < num_parts; part++) {
+            const int64_t first = part * job.num_outputs + start + i;
+            const uint8_t *rows[TILE_ROWS];
+            for (int r = 0; r < TILE_ROWS; r++) {
+                rows[r] = w.codes + (r < left ? first + r : first + left - 1) * row_bytes;
+            }
+            read_tile_scales(w, first, first + left, scales, shifts);
+            multiply(w, *job.cuts, rows, job.x, job.x + num_tokens * w.k, scales, shifts, sums[part]);
+        }
+        for (int64_t t = 0; t < num_tokens; t++)
+            finish(job, job.first_token + t, start + i, left, sums[0] + t * LANES, sums[1] + t * LANES);
+    }
+}
+
+static void take_tiles(Job &job, int64_t start, int64_t count) {
+    const Weight &w = *job.w;
+    const Cuts &cuts = *job.cuts;
+    const int num_parts = job.c->act ? 2 : 1, width = job.width;
+    const int64_t num_tiles = (job.num_tokens + width - 1) / width, tile_floats = InputTile::floats(w, width);
+    static thread_local Memory memory;
+    const int64_t decoded_floats = (CHUNK_INPUTS + 64) * TILE_ROWS / 2, scale_floats = w.num_groups * LANES;
+    float *weights = memory.get(decoded_floats + 2 * scale_floats + (2 * num_tiles + 2 * AT_ONCE) * TILE_FLOATS);
+    if (!weights) {
+        job.has_failed = true;
+        return;
+    }
+    float *const scales = weights + decoded_floats, *const shifts = scales + scale_floats;
+    float(*const parts)[AT_ONCE][TILE_FLOATS] = (float(*)[AT_ONCE][TILE_FLOATS])(shifts + scale_floats);
+    float *const sums = shifts + scale_floats + 2 * AT_ONCE * TILE_FLOATS;
+    if (width < LANES) memset(parts, 0, 2 * sizeof(*parts));  // what is no token's; it would slow the units if denormal
+    const auto decode = w.code == INT4 ? decode_tile<INT4> : w.code == INT8 ? decode_tile<INT8> : decode_tile<FP8>;
+    const auto multiply = has_shift(w) ? multiply_tile<true> : multiply_tile<false>;
+    for (int64_t i = 0; i < count; i += TILE_ROWS) {
+        const int64_t left = count - i < TILE_ROWS ? count - i : TILE_ROWS;
+        memset(sums, 0, 4 * num_parts * num_tiles * TILE_FLOATS);
+        for (int part = 0; part < num_parts; part++) {
+            const int64_t row = part * job.num_outputs + start + i;
+            float *const part_sums = sums + part * num_tiles * TILE_FLOATS;
+            read_tile_scales(w, row, row + left, scales, shifts);
+            for (int segment = 0; segment < cuts.num_segments; segment = cuts.end_of_chunk(segment)) {
+                const int end = cuts.end_of_chunk(segment);
+                const int64_t first_input = cuts.segments[segment].step * cuts.step_inputs / 32 * 32;
+                const int64_t last_input = (cuts.segments[end - 1].end * cuts.step_inputs + 31) / 32 * 32;
+                decode(w, row, row + left, first_input, last_input, (uint16_t *)weights);
+                for (int64_t tile = 0; tile < num_tiles; tile++)
+                    multiply(cuts, segment, end, (uint16_t *)weights, InputTile(w, job.x + tile * tile_floats, width),
+                             width, scales, shifts, part_sums + tile * TILE_FLOATS, parts,
+                             (tile + 1 < num_tiles ? 1 : -tile) * tile_floats * 4);
+            }
+        }
+        for (int64_t tile = 0; tile < num_tiles; tile++) {
+            float *const tile_sums = sums + tile * TILE_FLOATS, *const partners = tile_sums + num_tiles * TILE_FLOATS;
+            for (int part = 0; part < num_parts; part++) {
+                vec v[16];
+                float *const rows = part ? partners : tile_sums;
+                for (int r = 0; r < 16; r++) v[r] = load(rows + r * LANES);
+                transpose(v);
+                for (int r = 0; r < 16; r++) store(rows + r * LANES, v[r]);
+            }
+            for (int64_t t = 0; t < width && tile * width + t < job.num_tokens; t++)
+                finish(job, job.first_token + tile * width + t, start + i, left, tile_sums + t * LANES,
+                       partners + t * LANES);
+        }
+    }
+}
+#else
+#define HAS_TILES 0
+extern "C" int enable_tiles() { return 0; }
+#endif
+
+// --- threads ---------------------------------------------------------------------------------------------------------
+
+static int64_t between(int64_t value, int64_t least, int64_t most) {
+    return value < least ? least : value > most ? most : value;
+}
+
+static void take_item(Job &job, int64_t item) {
+    const int64_t start = item * job.item_size, left = job.num_outputs - start;
+    const int64_t count = left < job.item_size ? left : job.item_size;
+#if HAS_TILES
+    if (job.is_few) {
+        if (!job.prepares) return take_pairs(job, start, count);
+        float *const row = job.x + item * job.w->k;
+        prepare(*job.w, *job.c, job.first_token + item, row, false);
+        if (has_shift(*job.w)) sum_segments(*job.cuts, row, job.x + job.num_tokens * job.w->k + item);
+        return;
+    }
+    if (job.width) {
+        if (!job.prepares) return take_tiles(job, start, count);
+        static thread_local Memory memory;
+        const int64_t token = item * job.width, tokens_left = between(job.num_tokens - token, 0, job.width);
+        float *row = memory.get(job.w->k + job.w->k / 2 * job.width);
+        if (!row) job.has_failed = true;
+        else
+            prepare_tile(*job.w, *job.c, *job.cuts, job.first_token + token, tokens_left, job.width,
+                         job.x + item * InputTile::floats(*job.w, job.width), row);
+        return;
+    }
+#endif
+    if (job.prepares)
+        prepare(*job.w, *job.c, job.first_token + item, job.x + item * job.w->k, is_paired(*job.w));
+    else take_outputs(job, start, count);
+}
+
+static void take_items(Job &job) {
+    for (;;) {
+        const int64_t item = __atomic_fetch_add(&job.next_item, 1, __ATOMIC_RELAXED);
+        if (item >= job.num_items) return;
+        take_item(job, item);
     }
 }
 
 static void work(void *pointer) {
     Job &job = *(Job *)pointer;
-    for (;;) {
-        const int64_t item = __atomic_fetch_add(&job.next_item, 1, __ATOMIC_RELAXED), start = item * job.item_size;
-        if (item >= job.num_items) return;
-        if (job.prepares) {
-            prepare(*job.w, *job.c, job.first_token + item, job.x + item * job.w->k);
-        } else {
-            const int64_t left = job.num_outputs - start;
-            take_outputs(job, start, left < job.item_size ? left : job.item_size);
-        }
+#if HAS_TILES
+    if (job.width && !job.prepares && !job.is_few) {
+        const Tiles tiles(job.width, job.cuts->step_inputs);
+        return take_items(job);
     }
+#endif
+    take_items(job);
 }
 
 static void run(Job &job, int64_t item_size, int64_t size, int64_t work_size) {
@@ -537,14 +1056,10 @@ static void run(Job &job, int64_t item_size, int64_t size, int64_t work_size) {
     else work(&job);
 }
 
-static int64_t between(int64_t value, int64_t least, int64_t most) {
-    return value < least ? least : value > most ? most : value;
-}
-
 // Return the outputs of an item.
 static int64_t choose_item_size(const Job &job) {
     int64_t size = job.num_outputs / (job.c->num_threads * ITEMS_PER_THREAD);
-    if (job.num_tokens > FEW_TOKENS) {
+    if (job.num_tokens > FEW_TOKENS && !job.width) {
         const int64_t most = PANEL_BYTES / (4 * job.w->k * (job.c->act ? 2 : 1));
         size = size < most ? size : most;
     }
@@ -559,15 +1074,33 @@ extern "C" int max_groups() { return MAX_GROUPS; }
 extern "C" int product(const Weight *weight, const Call *call) {
     static thread_local Memory memory;
     const int64_t k = weight->k, num_tokens = call->num_tokens;
-    const int64_t chunk = between(INPUT_BYTES / (4 * k) / TILE_TOKENS * TILE_TOKENS, MIN_CHUNK, num_tokens);
+    int64_t chunk = between(INPUT_BYTES / (4 * k) / 48 * 48, 48, num_tokens > 48 ? num_tokens : 48);
+    if (chunk > num_tokens) chunk = num_tokens;
     Job job = {};
-    job.w = weight, job.c = call, job.x = memory.get((chunk < num_tokens ? chunk : num_tokens) * k);
+    job.w = weight, job.c = call;
     job.num_outputs = call->act ? weight->n / 2 : weight->n;
+    int64_t size = chunk * k;
+#if HAS_TILES
+    if (takes_tiles(*weight, *call)) {
+        job.width = num_tokens < LANES ? num_tokens : LANES;
+        job.is_few = num_tokens <= FEW_PAIRS;
+        size = (chunk + job.width - 1) / job.width * InputTile::floats(*weight, job.width) + Cuts::floats(*weight);
+        if (job.is_few) size = num_tokens * k + k / 16 * LANES + Cuts::floats(*weight);
+    }
+#endif
+    job.x = memory.get(size);
     if (!job.x) return 1;
+#if HAS_TILES
+    if (job.width) {
+        job.cuts = (Cuts *)job.x, job.x += Cuts::floats(*weight);
+        job.cuts->set(*weight);
+    }
+#endif
     for (; job.first_token < num_tokens && !job.has_failed; job.first_token += chunk) {
         job.num_tokens = num_tokens - job.first_token < chunk ? num_tokens - job.first_token : chunk;
         job.prepares = true;
-        run(job, 1, job.num_tokens, job.num_tokens * k);
+        const int64_t width = job.width && !job.is_few ? job.width : 1;
+        run(job, 1, (job.num_tokens + width - 1) / width, job.num_tokens * k);
         job.prepares = false;
         run(job, choose_item_size(job), job.num_outputs, job.num_tokens * k * weight->n);
     }

@@ -1,9 +1,10 @@
 """Products of weights of few bits on a CPU, straight from the codes: `quantized_cpu.cpp`, compiled at the first start.
 
-Codes are decoded to float32 in registers and meet unrounded inputs. Rounding inputs to 8 bits for integer products, as
-llama.cpp does, is not needed: a vector of AVX-512 holds the 16 meanings of a group's codes, so that one permutation
-decodes 16 weights, and a few tokens take as long as one. Nothing is rounded but sums, once, and a token's results are
-the same bits alone, beside others and in chunks.
+Codes are decoded in registers and meet unrounded inputs. Rounding inputs to 8 bits for integer products, as llama.cpp
+does, is not needed: one permutation of a vector of AVX-512 decodes 16 codes, so that a few tokens take little longer
+than one, and AMX takes codes as bfloat16, which are exact, and groups' sums are scaled in float32. Nothing is rounded
+but sums, once. A token's results are the same bits alone, beside others and in chunks: where AMX is slower, for three
+tokens and fewer, vectors add in its order.
 
 The codes stay where they are, in the layout of `QuantizedWeight`, and are shared with an embedding that is tied to the
 head. Without a C++ compiler weights are decoded when they are loaded, and are as large and as fast as `DenseWeight`s.
@@ -82,6 +83,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.multiply: Any = library.product
         self.lanes: int = library.lanes()
+        self.has_tiles = bool(library.enable_tiles())
         self.max_groups: int = library.max_groups()
 
     def can_multiply(self, weight: Definition) -> bool:
@@ -96,7 +98,10 @@ def load_kernels(march: str = "native") -> Kernels | None:
     if (library := load_library(SOURCE, march)) is None:
         return None
     kernels = Kernels(library)
-    logger.info("weights of few bits are decoded in vectors of %d float32", kernels.lanes)
+    logger.info(
+        "weights of few bits are multiplied in vectors of %d float32%s", kernels.lanes,
+        ", and in AMX's tiles for bfloat16" if kernels.has_tiles else "",
+    )  # fmt: skip
     return kernels
 
 

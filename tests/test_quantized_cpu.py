@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kernels import cpp, quantized_cpu
+from kernels.dense import DenseWeight
 from kernels.elementwise import act_and_mul
 from kernels.quantized import Format, QuantizedWeight
 from kernels.quantized_cpu import CpuQuantizedWeight, Kernels, load_kernels, pack_for_cpu
@@ -37,10 +38,15 @@ FORMATS = {
 K, N = 288, 44  # of groups of 128 and 64 the last one is cut
 
 
+MARCHES = {"native": "DEFAULT", "haswell": "AVX2", "skylake-avx512": "AVX512"}  # and what torch says of such a CPU
+CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")
+
+
 @functools.cache
 def kernels_for(march: str) -> Kernels:
-    if march == "haswell" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        pytest.skip("needs AVX2")
+    has = torch.backends.cpu.get_cpu_capability()
+    if has not in CAPABILITIES or CAPABILITIES.index(has) < CAPABILITIES.index(MARCHES[march]):
+        pytest.skip(f"needs {MARCHES[march]}")
     kernels = load_kernels(march)
     if kernels is None:
         pytest.skip("needs a C++ compiler")
@@ -83,7 +89,7 @@ def assert_close(found: torch.Tensor, wanted: torch.Tensor, detail: str) -> None
     assert ((found.double() - wanted).abs() <= bound).all(), f"{detail}: {(found.double() - wanted).abs().max()}"
 
 
-@pytest.mark.parametrize("march", ["native", "haswell"])
+@pytest.mark.parametrize("march", MARCHES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_compiled_products_are_those_of_the_definition(name: str, march: str) -> None:
     weight = make_weight(FORMATS[name])
@@ -103,9 +109,10 @@ def test_compiled_products_are_those_of_the_definition(name: str, march: str) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("march", ["native", "haswell"])
+@pytest.mark.parametrize("march", MARCHES)
 def test_sixteen_bits_are_rounded_once_and_norms_as_elsewhere(march: str, dtype: torch.dtype) -> None:
-    weight, x, h = make_weight(FORMATS["Q4_1"], dtype=dtype), randn(9, K, dtype=dtype), randn(9, N, dtype=dtype)
+    x, h = randn(9, K, dtype=dtype), randn(9, N, dtype=dtype)
+    weight = make_weight(FORMATS["Q4_1"], dtype=dtype)
     packed, bias = CpuQuantizedWeight(weight, kernels_for(march)), randn(N, dtype=dtype)
     for keywords in ({}, {"bias": bias}, {"residual": h}, {"act": "silu"}):
         found = packed.product(x, **keywords)
@@ -119,8 +126,8 @@ def test_sixteen_bits_are_rounded_once_and_norms_as_elsewhere(march: str, dtype:
         assert (packed.product(x, norm=norm) - wanted).abs().max() <= 4 * torch.finfo(dtype).eps * wanted.abs().max()
 
 
-@pytest.mark.parametrize("march", ["native", "haswell"])
-@pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "NF4", "FP8", "W8A8"])
+@pytest.mark.parametrize("march", MARCHES)
+@pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "AWQ", "int8 rows", "NF4", "NVFP4", "FP8", "W8A8"])
 def test_a_tokens_results_are_the_same_bits_alone_beside_others_and_in_chunks(name: str, march: str) -> None:
     weight = make_weight(FORMATS[name], n=320, k=1536)
     packed = CpuQuantizedWeight(weight, kernels_for(march))
@@ -133,6 +140,26 @@ def test_a_tokens_results_are_the_same_bits_alone_beside_others_and_in_chunks(na
                 for i in range(0, 300 if size > 1 else 20, size)
             ]
             assert torch.equal(torch.cat(parts), whole[: sum(map(len, parts))]), f"{dtype}, chunks of {size}"
+
+
+@pytest.mark.parametrize("march", MARCHES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_bfloat16_meets_the_unrounded_weights(name: str, march: str) -> None:
+    weight, wide = make_weight(FORMATS[name], dtype=torch.bfloat16), randn(70, K, dtype=torch.bfloat16)
+    weight._settle()
+    packed = CpuQuantizedWeight(weight, kernels_for(march))
+    for num_tokens in (1, 2, 3, 4, 15, 16, 17, 70):
+        x = wide[:num_tokens]
+        assert_close(packed.logits(x), products(weight, x), f"{num_tokens} tokens")
+
+
+def test_onednn_multiplies_as_before_beside_compiled_products() -> None:
+    x, weight = randn(33, 1536, dtype=torch.bfloat16), DenseWeight.of(randn(320, 1536, dtype=torch.bfloat16)).pack()
+    packed = CpuQuantizedWeight(make_weight(FORMATS["Q4_1"], n=1536), kernels_for("native"))
+    before = [weight.product(x[:size]) for size in (1, 8, 33)]
+    for wanted, size in zip(before, (1, 8, 33), strict=True):
+        packed.product(randn(20, K, dtype=torch.bfloat16))
+        assert torch.equal(weight.product(x[:size]), wanted)
 
 
 def test_results_go_where_they_are_wanted() -> None:
