@@ -20,6 +20,7 @@ from engine.config_file import checked, read_json
 from engine.errors import InvalidRequest, ModelError
 from engine.request import SamplingParams
 from engine.rope_config import NO_ROTATION, RopeConfig, parse_rope, resolve_context_length
+from kernels.routing import Routing
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,18 @@ class AttentionConfig:
     kv_owner: int | None = None  # the layer whose keys and values this one reads, instead of having its own
 
 
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """The mixture of experts in the place of one layer's MLP."""
+
+    routing: Routing
+    intermediate_size: int  # of an expert
+    shared_size: int = 0  # of the experts that every token goes to, together; 0: there are none
+    has_shared_gate: bool = False  # a sigmoid of a product of its own scales the shared experts
+    has_correction: bool = False  # the choice of experts has a bias
+    router_bias: bool = False
+
+
 ATTENTION_FIELDS = frozenset(field.name for field in dataclasses.fields(AttentionConfig))
 
 
@@ -92,6 +105,7 @@ class ModelConfig:
     mlp_bias: bool
     tie_word_embeddings: bool
     raw: dict[str, Any]  # config.json with the overrides
+    experts: tuple[ExpertsConfig | None, ...] = ()  # one entry a layer, None where it has an MLP; (): all have
     embed_size: int = 0  # of token vectors, where they are projected to hidden_size; 0: they are of that size
     embed_scale: float = 1.0
     residual_scale: float = 1.0  # of what each branch adds to the residual stream, where the block has it

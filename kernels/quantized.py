@@ -152,6 +152,15 @@ class QuantizedWeight(Weight):
     def rows_of(self, part: int) -> torch.Tensor:
         return self.dequantized(self.row_slice(part)).to(self.dtype)
 
+    def sliced(self, rows: slice, parts: Sequence[Part]) -> "QuantizedWeight":
+        """Return some of the rows, which are those of `parts`, as a weight of the same memory."""
+        weight = QuantizedWeight(parts, self.k, self.dtype, self.form, self.input_shard, self._names)
+        weight.fields = {
+            field: self.fields[field][rows] if field in self._matrices() else self.fields[field]
+            for field in self.fields
+        }
+        return weight
+
     def dequantized(self, rows: slice = slice(None)) -> torch.Tensor:
         """Return rows as float32 [rows, k], inputs in the order of the model's."""
         values = dequantize(self.form, {field: self.fields[field][rows] for field in self._matrices()})

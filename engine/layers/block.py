@@ -14,9 +14,10 @@ from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import Layer, LayerConfig
 from engine.layers.linear import Linear
 from engine.layers.mlp import MLP, GatedMLP
+from engine.layers.moe import MoE
 from engine.layers.norm import HiddenNorm, RMSNorm
 from engine.layers.rotary import RotaryEmbedding
-from engine.model_config import AttentionConfig, ModelConfig
+from engine.model_config import AttentionConfig, ExpertsConfig, ModelConfig
 from kernels.tuning import WeightShape
 
 
@@ -42,15 +43,20 @@ class Block(Layer):
         self.self_attn = Attention(
             attention, hidden, eps, layer_id, rotary, layers.within("self_attn"), self.norm_class
         )
-        self.mlp = self.mlp_class(config, layers.within("mlp"))
+        experts = config.experts[layers.block_index] if config.experts else None
+        self.mlp = self.new_mlp(config, experts, layers.within("mlp"))
         for name in self.norm_names:
             setattr(self, name, self.norm_class(hidden, eps, layers))
         self.comm = layers.comm
 
+    def new_mlp(self, config: ModelConfig, experts: ExpertsConfig | None, layers: LayerConfig) -> MLP:
+        """Return what follows attention: a mixture of experts where the layer has one."""
+        return self.mlp_class(config, layers) if experts is None else MoE(config, experts, layers)
+
     @property
     def kind(self) -> tuple[object, ...]:
         """Blocks of the same kind need the same kernels."""
-        return (type(self), self.self_attn.config)
+        return (type(self), type(self.mlp), self.self_attn.config)
 
     @property
     def fuses_norms(self) -> bool:

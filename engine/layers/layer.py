@@ -30,6 +30,7 @@ class LayerConfig:
     comm: Communicator = field(default_factory=Communicator)
     quantization: Quantization = field(default_factory=Quantization)
     path: str = ""
+    block_index: int = 0
 
     def within(self, name: str) -> "LayerConfig":
         """Return the configuration of the child `name`."""

@@ -40,7 +40,7 @@ class Decoder(Layer):
                 attention,
                 cache_ids[i if attention.kv_owner is None else attention.kv_owner],
                 rotary[attention.rope],
-                layers.within(f"layers.{i}"),
+                replace(layers.within(f"layers.{i}"), block_index=i),
             )
             for i, attention in enumerate(config.attention)
         ]

@@ -1,0 +1,198 @@
+"""A mixture of experts in the place of a block's MLP (Shazeer et al. 2017; Jiang et al. 2024, Mixtral).
+
+y = shared(x) + sum over a token's experts e of weight_e Wdown_e act(gate_e x) * up_e x
+
+Experts of a layer are one weight, stacked row on row, so that every format of weights serves them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from engine.errors import ModelError
+from engine.layers.layer import Layer, LayerConfig, meta_weight
+from engine.layers.linear import Linear, activation
+from engine.layers.mlp import MLP, GatedMLP
+from engine.model_config import ExpertsConfig, ModelConfig
+from engine.quantization import Quantization
+from kernels.experts import ExpertStack, combine
+from kernels.routing import route
+from kernels.tuning import WeightShape
+from kernels.weights import WHOLE, Norm, Part, Shard
+
+if TYPE_CHECKING:
+    from kernels.triton_experts import Sorted
+
+
+class Router(Linear):
+    """The product whose results say which experts a token goes to; whole on every rank, never quantized."""
+
+    def __init__(self, experts: ExpertsConfig, hidden_size: int, layers: LayerConfig) -> None:
+        plain = replace(layers, quantization=Quantization())
+        super().__init__((), [Part(experts.routing.num_experts)], hidden_size, plain, bias=experts.router_bias)
+        self.routing = experts.routing
+        self.e_score_correction_bias: torch.Tensor | None = None
+        if experts.has_correction:
+            self.e_score_correction_bias = meta_weight(self.weight.n, dtype=torch.float32)
+
+    def choose(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return experts and weights of tokens x [T, hidden], as `kernels.routing.route` does."""
+        return route(self.weight.logits(x, self.bias), self.routing, self.e_score_correction_bias)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from super().weights()
+        if self.e_score_correction_bias is not None:
+            yield "e_score_correction_bias", self.e_score_correction_bias
+
+    def names_of(self, part: int) -> list[str]:
+        correction = [] if self.e_score_correction_bias is None else ["e_score_correction_bias"]
+        return super().names_of(part) + correction
+
+    def materialize(self, device: torch.device) -> None:
+        super().materialize(device)
+        if self.e_score_correction_bias is not None:
+            self.e_score_correction_bias = torch.empty_like(self.e_score_correction_bias, device=device)
+
+    def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if name == "e_score_correction_bias":
+            assert self.e_score_correction_bias is not None
+            return self.e_score_correction_bias, loaded.reshape(-1)
+        return super().place_weight(name, loaded, part)
+
+    def move_to(self, device: torch.device) -> None:
+        super().move_to(device)
+        if self.e_score_correction_bias is not None:
+            self.e_score_correction_bias = self.e_score_correction_bias.to(device)
+
+    def fill_dummy(self, generator: torch.Generator) -> None:
+        super().fill_dummy(generator)
+        if self.e_score_correction_bias is not None:
+            self.e_score_correction_bias.zero_()
+
+
+class StackedLinear(Linear):
+    """The same product of every expert of a layer."""
+
+    def __init__(
+        self, part_names: Sequence[str], parts: Sequence[Part], input_size: int, num_experts: int, layers: LayerConfig,
+        *, input_shard: Shard = WHOLE,
+    ) -> None:  # fmt: skip
+        """part_names, parts: of one expert."""
+        self.stack_size = num_experts
+        super().__init__(part_names, [*parts] * num_experts, input_size, layers, input_shard=input_shard)
+        self.num_experts = num_experts
+        self.stack: ExpertStack | None = None
+
+    def pack(self) -> None:
+        try:
+            self.stack = ExpertStack(self.weight, self.num_experts)
+        except NotImplementedError as error:
+            raise ModelError(str(error)) from None
+
+    def products(
+        self, x: torch.Tensor, ids: torch.Tensor, by_expert: "Sorted | None", act: str | None = None
+    ) -> torch.Tensor:
+        """Return each pair's product, as `ExpertStack.products` does."""
+        assert self.stack is not None, "not packed"
+        return self.stack.products(x, ids, by_expert, act)
+
+
+class Experts(Layer):
+    """What the experts of a layer have: gate, up and down."""
+
+    def __init__(self, experts: ExpertsConfig, hidden_size: int, layers: LayerConfig) -> None:
+        num_experts, inner = experts.routing.num_experts, layers.split(experts.intermediate_size, "experts' size")
+        self.gate_up_proj = StackedLinear(
+            ("gate_proj", "up_proj"), [Part(inner, layers.shard)] * 2, hidden_size, num_experts,
+            layers.within("gate_up_proj"),
+        )  # fmt: skip
+        self.down_proj = StackedLinear(
+            ("down_proj",),
+            [Part(hidden_size)],
+            inner,
+            num_experts,
+            layers.within("down_proj"),
+            input_shard=layers.shard,
+        )
+
+
+class Routed(NamedTuple):
+    """What stands between the two products of a mixture."""
+
+    inner: torch.Tensor  # [T k, inner], of pairs
+    ids: torch.Tensor  # [T, k]
+    by_expert: "Sorted | None"
+    weights: torch.Tensor  # float32 [T, k]
+    shared: torch.Tensor | None  # [T, inner of the shared experts]
+
+
+class MoE(MLP):
+    """Routed experts, and maybe shared ones, to which every token goes."""
+
+    def __init__(self, config: ModelConfig, experts: ExpertsConfig, layers: LayerConfig) -> None:
+        hidden = config.hidden_size
+        self.gate = Router(experts, hidden, layers.within("gate"))
+        self.experts = Experts(experts, hidden, layers.within("experts"))
+        self.shared_experts: GatedMLP | None = None
+        self.shared_expert_gate: Linear | None = None
+        if experts.shared_size:
+            shared = replace(config, intermediate_size=experts.shared_size)
+            self.shared_experts = GatedMLP(shared, layers.within("shared_experts"))
+            if experts.has_shared_gate:
+                plain = replace(layers.within("shared_expert_gate"), quantization=Quantization())
+                self.shared_expert_gate = Linear((), [Part(1)], hidden, plain)
+        self.act = activation(config.hidden_act)
+        self.down_proj = Down(self)  # type: ignore[assignment]
+
+    def __call__(self, x: torch.Tensor, *, norm: Norm | None = None) -> Routed:  # type: ignore[override]
+        if norm is not None:
+            x = norm(x)
+        ids, weights = self.gate.choose(x)
+        shared = None
+        if self.shared_experts is not None:
+            shared = self.shared_experts(x)
+            if self.shared_expert_gate is not None:
+                shared = shared * torch.sigmoid(self.shared_expert_gate(x))
+        gate_up = self.experts.gate_up_proj
+        by_expert = gate_up.stack.sort(ids) if gate_up.stack is not None else None
+        return Routed(gate_up.products(x, ids, by_expert, self.act), ids, by_expert, weights, shared)
+
+    def tuning_shape(self, *, has_norm: bool) -> WeightShape | None:  # noqa: ARG002
+        return None
+
+
+class Down:
+    """The product that ends the branch, in a `Linear`'s place. Not a layer: its weights are the mixture's."""
+
+    bias = None
+
+    def __init__(self, moe: MoE) -> None:
+        self._moe = moe
+
+    @property
+    def weight(self) -> "Down":
+        return self
+
+    def product(
+        self,
+        routed: Routed,
+        *,
+        residual: torch.Tensor | None = None,
+        may_overwrite: bool = False,  # noqa: ARG002 - the sum is a new tensor
+    ) -> torch.Tensor:
+        """Return residual + the weighted sums of a step's experts, and of the shared ones: [T, hidden]."""
+        moe = self._moe
+        pairs = moe.experts.down_proj.products(routed.inner, routed.ids, routed.by_expert)
+        if routed.shared is None:
+            return combine(pairs, routed.weights, residual)
+        assert moe.shared_experts is not None
+        shared = moe.shared_experts.down_proj.weight.product(routed.shared, residual=residual)
+        return combine(pairs, routed.weights, shared)
+
+    def __call__(self, routed: Routed, **fused: Any) -> torch.Tensor:
+        return self.product(routed, **fused)
+
+    def tuning_shape(self, **fused: Any) -> WeightShape | None:
+        return None

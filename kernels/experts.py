@@ -1,0 +1,117 @@
+"""Products with the experts of a layer, whose weights are stacked row on row.
+
+A pair is a token and one of its experts; pairs are numbered token by token, the best expert first.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from kernels.dense import DenseWeight
+from kernels.quantized import QuantizedWeight
+from kernels.weights import Weight
+
+if TYPE_CHECKING:
+    from kernels.triton_experts import Sorted
+
+
+def split_experts(stack: Weight, num_experts: int) -> list[Weight]:
+    """Return the weight of each expert of a stack, as views of its tensors.
+
+    NotImplementedError for formats that cannot be cut.
+    """
+    parts = stack.parts[: len(stack.parts) // num_experts]
+    num_rows = stack.n // num_experts
+    experts: list[Weight] = []
+    for expert in range(num_experts):
+        rows = slice(expert * num_rows, (expert + 1) * num_rows)
+        if isinstance(stack, DenseWeight):
+            data = stack.data[rows]
+            experts.append(DenseWeight(parts, stack.k, data.dtype, stack.input_shard, data))
+        elif isinstance(stack, QuantizedWeight):
+            experts.append(stack.sliced(rows, parts))
+        else:
+            raise NotImplementedError(f"experts of {type(stack).__name__}")
+    return experts
+
+
+class ExpertStack:
+    """The weights of a layer's experts, ready for products."""
+
+    def __init__(self, stack: Weight, num_experts: int) -> None:
+        """stack: loaded, not packed. NotImplementedError if the device has no kernel for its format."""
+        self.num_experts = num_experts
+        self.data = stack.data if isinstance(stack, DenseWeight) else None
+        self.experts: list[Weight] = []
+        if next(stack.tensors())[1].is_cuda:
+            if self.data is None:
+                raise NotImplementedError("experts of few bits have no kernels for a GPU")
+        else:
+            self.experts = [expert.pack() for expert in split_experts(stack, num_experts)]
+
+    def sort(self, ids: torch.Tensor) -> "Sorted | None":
+        """Return the pairs of ids [T, k] as both products of a step want them."""
+        if not ids.is_cuda:
+            return None
+        from kernels import triton_experts  # here: a machine without a GPU need not have triton
+
+        num_pairs = ids.numel()
+        if num_pairs <= triton_experts.MAX_SINGLE_PAIRS:
+            return None
+        block_m = triton_experts.tile_config(num_pairs, self.num_experts).block_m
+        return triton_experts.sort_pairs(ids, self.num_experts, block_m)
+
+    def products(
+        self, x: torch.Tensor, ids: torch.Tensor, by_expert: "Sorted | None", act: str | None = None
+    ) -> torch.Tensor:
+        """Return for each pair the product of its input with its expert's weight: [T k, n], or [T k, n / 2] with `act`.
+
+        x: [T, inputs], of tokens, or [T k, inputs], of pairs. by_expert: what `sort` returned for ids [T, k].
+        """
+        if x.is_cuda:
+            from kernels.triton_experts import expert_products_triton
+
+            assert self.data is not None
+            return expert_products_triton(x, ids, self.data, self.num_experts, act, by_expert)
+        return expert_products_torch(x, ids, self.experts, act)
+
+
+def expert_products_torch(
+    x: torch.Tensor, ids: torch.Tensor, experts: Sequence[Weight], act: str | None = None
+) -> torch.Tensor:
+    num_tokens, top_k = ids.shape
+    flat = ids.flatten()
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=len(experts)).tolist()
+    sources = order if len(x) == len(flat) else order // top_k
+    n = experts[0].n if act is None else experts[0].n // 2
+    out = x.new_empty(num_tokens * top_k, n)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            pairs = slice(start, start + count)
+            out[order[pairs]] = experts[expert].product(x[sources[pairs]], act=act)
+            start += count
+    return out
+
+
+def combine_torch(products: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    of_tokens = products.view(*weights.shape, -1)
+    total = of_tokens[:, 0].float() * weights[:, :1]
+    for i in range(1, weights.shape[1]):
+        total += of_tokens[:, i].float() * weights[:, i : i + 1]
+    return total
+
+
+def combine(products: torch.Tensor, weights: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """Return residual + the weighted sum of each token's pairs: [T k, n] and [T, k] -> [T, n].
+
+    Summed in float32, the best expert first, whatever else is in the step.
+    """
+    if products.is_cuda:
+        from kernels.triton_experts import combine_triton
+
+        return combine_triton(products, weights, residual)
+    total = combine_torch(products, weights)
+    return (total if residual is None else total.add_(residual)).to(products.dtype)

@@ -1,0 +1,290 @@
+"""Kernels of `kernels.experts` and `kernels.routing`.
+
+Few pairs: each reads its expert's weights as a matrix-vector product does; pairs with the same expert find them in the
+L2 cache. More pairs are sorted by expert on the device, and tiles of one expert's pairs share its weights. The grid is
+that of the worst case, so that a CUDA graph holds for any choice of experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.launch import cdiv, fast_launch, next_power_of_2
+from kernels.routing import Routing
+from kernels.triton_elementwise import activation, launch_options
+
+MAX_SINGLE_PAIRS = 64  # pairs whose weights are read one by one
+GEMV_BLOCK_N, GEMV_BLOCK_K = 8, 512
+SORT_BLOCK = 1024
+
+
+class TileConfig(NamedTuple):
+    """How a product of pairs sorted by expert is cut."""
+
+    block_m: int  # pairs of one expert
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_config(num_pairs: int, num_experts: int) -> TileConfig:
+    """Return the configuration for a step: tiles as high as an expert has pairs on average."""
+    average = num_pairs / num_experts
+    if average <= 16:
+        return TileConfig(16, 64, 128, 4, 4)
+    if average <= 48:
+        return TileConfig(32, 128, 64, 4, 4)
+    if average <= 96:
+        return TileConfig(64, 128, 64, 4, 4)
+    return TileConfig(128, 128, 64, 8, 3)
+
+
+class Sorted(NamedTuple):
+    """The pairs of a step by expert, and the tiles that they fill."""
+
+    order: torch.Tensor  # int32 [P]: pairs, those of the first expert first
+    ends: torch.Tensor  # int32 [E]: pairs of experts up to each one
+    tile_ends: torch.Tensor  # int32 [E]: tiles likewise
+
+
+def sort_pairs(ids: torch.Tensor, num_experts: int, block_m: int) -> Sorted:
+    """Return the pairs of ids [T, k] by expert, in tiles of `block_m`; within an expert in any order."""
+    num_pairs, block_e = ids.numel(), next_power_of_2(num_experts)
+    numbers = torch.empty(3, num_experts, dtype=torch.int32, device=ids.device)
+    order = torch.empty(num_pairs, dtype=torch.int32, device=ids.device)
+    ends, tile_ends, starts = numbers
+    options = launch_options(ids.device, num_warps=4)
+    _count_kernel[(1,)](
+        ids, ends, tile_ends, starts, num_pairs, num_experts, block_m, BLOCK=SORT_BLOCK, BLOCK_E=block_e, **options
+    )
+    _place_kernel[(cdiv(num_pairs, SORT_BLOCK),)](ids, starts, order, num_pairs, BLOCK=SORT_BLOCK, **options)
+    return Sorted(order, ends, tile_ends)
+
+
+def route_triton(
+    logits: torch.Tensor, routing: Routing, correction: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens, num_experts = logits.shape
+    ids = torch.empty(num_tokens, routing.top_k, dtype=torch.int64, device=logits.device)
+    weights = torch.empty(num_tokens, routing.top_k, device=logits.device)
+    block = next_power_of_2(num_experts)
+    _route_kernel[(num_tokens,)](
+        logits, correction, ids, weights, logits.stride(0), routing.factor,
+        NUM_EXPERTS=num_experts, TOP_K=routing.top_k, IS_SIGMOID=routing.is_sigmoid, RENORMALIZE=routing.renormalize,
+        BLOCK=block, BLOCK_TOP=next_power_of_2(routing.top_k), **launch_options(logits.device, num_warps=1),
+    )  # fmt: skip
+    return ids, weights
+
+
+def expert_products_triton(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    num_experts: int,
+    act: str | None,
+    by_expert: Sorted | None,
+) -> torch.Tensor:
+    """Return each pair's product with its expert's rows of `weight` [E n, k]: [P, n], or [P, n / 2] with `act`.
+
+    by_expert: of `sort_pairs` for the step's `tile_config`; None: pairs are taken one by one.
+    """
+    num_pairs, k = ids.numel(), weight.shape[1]
+    rows = weight.shape[0] // num_experts
+    n = rows // 2 if act else rows
+    per_input = num_pairs // len(x)
+    out = torch.empty(num_pairs, n, dtype=x.dtype, device=x.device)
+    if by_expert is None:
+        _pair_kernel[(num_pairs, cdiv(n, GEMV_BLOCK_N))](
+            x, weight, ids, out, n, rows, per_input, K=k, BLOCK_N=GEMV_BLOCK_N, BLOCK_K=GEMV_BLOCK_K, ACT=act,
+            **launch_options(x.device, num_warps=4),
+        )  # fmt: skip
+        return out
+    config = tile_config(num_pairs, num_experts)
+    num_tiles = min(num_pairs, cdiv(num_pairs, config.block_m) + num_experts)
+    _tile_kernel[(cdiv(n, config.block_n), num_tiles)](
+        x, weight, by_expert.order, by_expert.ends, by_expert.tile_ends, out, n, rows, per_input,
+        K=k, NUM_EXPERTS=num_experts, BLOCK_E=next_power_of_2(num_experts), BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, BLOCK_K=config.block_k, ACT=act,
+        **launch_options(x.device, num_warps=config.num_warps), num_stages=config.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def combine_triton(products: torch.Tensor, weights: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    num_tokens, top_k = weights.shape
+    n = products.shape[1]
+    out = torch.empty(num_tokens, n, dtype=products.dtype, device=products.device)
+    block = 1024
+    _combine_kernel[(num_tokens, cdiv(n, block))](
+        products, weights, residual, out, n, TOP_K=top_k, BLOCK=block, **launch_options(products.device, num_warps=4)
+    )
+    return out
+
+
+@fast_launch
+@triton.jit
+def _route_kernel(
+    logits, correction, ids, weights, stride, factor,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, IS_SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_TOP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0)
+    expert = tl.arange(0, BLOCK)
+    is_expert = expert < NUM_EXPERTS
+    values = tl.load(logits + token * stride + expert, mask=is_expert, other=float("-inf")).to(tl.float32)
+    if IS_SIGMOID:
+        scores = tl.sigmoid(values)
+    else:
+        scores = tl.exp(values - tl.max(values, axis=0))
+        scores = scores / tl.sum(scores, axis=0)
+    choice = scores
+    if correction is not None:
+        choice += tl.load(correction + expert, mask=is_expert, other=0.0)
+    choice = tl.where(is_expert, choice, float("-inf"))
+    place = tl.arange(0, BLOCK_TOP)
+    chosen = tl.zeros([BLOCK_TOP], tl.int64)
+    counts = tl.zeros([BLOCK_TOP], tl.float32)
+    for i in tl.static_range(TOP_K):
+        best = tl.argmax(choice, axis=0)
+        score = tl.sum(tl.where(expert == best, scores, 0.0), axis=0)
+        chosen = tl.where(place == i, best.to(tl.int64), chosen)
+        counts = tl.where(place == i, score, counts)
+        choice = tl.where(expert == best, float("-inf"), choice)
+    if RENORMALIZE:
+        total = tl.sum(counts, axis=0)
+        if IS_SIGMOID:
+            total += 1e-20
+        counts = counts / total
+    tl.store(ids + token * TOP_K + place, chosen, mask=place < TOP_K)
+    tl.store(weights + token * TOP_K + place, counts * factor, mask=place < TOP_K)
+
+
+@fast_launch
+@triton.jit
+def _count_kernel(
+    ids, ends, tile_ends, starts, NUM_PAIRS, NUM_EXPERTS, BLOCK_M,
+    BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    expert = tl.arange(0, BLOCK_E)
+    counts = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(0, NUM_PAIRS, BLOCK):
+        pair = start + tl.arange(0, BLOCK)
+        is_pair = pair < NUM_PAIRS
+        chosen = tl.load(ids + pair, mask=is_pair, other=0).to(tl.int32)
+        counts += tl.histogram(chosen, BLOCK_E, mask=is_pair)
+    is_expert = expert < NUM_EXPERTS
+    sums = tl.cumsum(counts, axis=0)
+    tl.store(ends + expert, sums, mask=is_expert)
+    tl.store(starts + expert, sums - counts, mask=is_expert)
+    tl.store(tile_ends + expert, tl.cumsum((counts + BLOCK_M - 1) // BLOCK_M, axis=0), mask=is_expert)
+
+
+@fast_launch
+@triton.jit
+def _place_kernel(ids, starts, order, NUM_PAIRS, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_pair = pair < NUM_PAIRS
+    chosen = tl.load(ids + pair, mask=is_pair, other=0)
+    place = tl.atomic_add(starts + chosen, 1, mask=is_pair)
+    tl.store(order + place, pair, mask=is_pair)
+
+
+@fast_launch
+@triton.jit
+def _pair_kernel(
+    x, weight, ids, out, N, ROWS, PER_INPUT,
+    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    pair = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(n, N - 1)
+    expert = tl.load(ids + pair)
+    gate = weight + (expert * ROWS + row)[:, None] * K
+    source = x + (pair // PER_INPUT) * K
+    sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    up_sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for start in tl.static_range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        is_input = k < K
+        values = tl.load(source + k, mask=is_input, other=0.0).to(tl.float32)
+        sums += tl.load(gate + k[None, :], mask=is_input[None, :], other=0.0).to(tl.float32) * values[None, :]
+        if ACT is not None:
+            tile = tl.load(gate + N * K + k[None, :], mask=is_input[None, :], other=0.0).to(tl.float32)
+            up_sums += tile * values[None, :]
+    result = tl.sum(sums, axis=1)
+    if ACT is not None:
+        result = activation(result, ACT) * tl.sum(up_sums, axis=1)
+    tl.store(out + pair.to(tl.int64) * N + n, result.to(out.dtype.element_ty), mask=n < N)
+
+
+@fast_launch
+@triton.jit
+def _tile_kernel(
+    x, weight, order, ends, tile_ends, out, N, ROWS, PER_INPUT,
+    K: tl.constexpr, NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    tile = tl.program_id(1)
+    experts = tl.arange(0, BLOCK_E)
+    all_tile_ends = tl.load(tile_ends + experts, mask=experts < NUM_EXPERTS, other=2147483647)
+    expert = tl.sum((all_tile_ends <= tile).to(tl.int32), axis=0)
+    if expert >= NUM_EXPERTS:
+        return
+    first_tile = tl.load(tile_ends + expert - 1, mask=expert > 0, other=0)
+    first = tl.load(ends + expert - 1, mask=expert > 0, other=0) + (tile - first_tile) * BLOCK_M
+    m = first + tl.arange(0, BLOCK_M)
+    is_pair = m < tl.load(ends + expert)
+    pairs = tl.load(order + m, mask=is_pair, other=0).to(tl.int64)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(n, N - 1)
+    k = tl.arange(0, BLOCK_K)
+    sources = x + (pairs // PER_INPUT)[:, None] * K + k[None, :]
+    gate = weight + (expert.to(tl.int64) * ROWS + row)[None, :] * K + k[:, None]
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up_sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        is_input = k < K - start
+        values = tl.load(sources + start, mask=is_pair[:, None] & is_input[None, :], other=0.0)
+        sums = tl.dot(values, tl.load(gate + start, mask=is_input[:, None], other=0.0), sums)
+        if ACT is not None:
+            up_sums = tl.dot(values, tl.load(gate + N * K + start, mask=is_input[:, None], other=0.0), up_sums)
+    if ACT is not None:
+        sums = activation(sums, ACT) * up_sums
+    places = out + pairs[:, None] * N + n[None, :]
+    tl.store(places, sums.to(out.dtype.element_ty), mask=is_pair[:, None] & (n < N)[None, :])
+
+
+@fast_launch
+@triton.jit
+def _combine_kernel(products, weights, residual, out, N, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_output = n < N
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(TOP_K):
+        value = tl.load(products + (token * TOP_K + i) * N + n, mask=is_output, other=0.0).to(tl.float32)
+        total += value * tl.load(weights + token * TOP_K + i)
+    if residual is not None:
+        total += tl.load(residual + token * N + n, mask=is_output, other=0.0).to(tl.float32)
+    tl.store(out + token * N + n, total.to(out.dtype.element_ty), mask=is_output)

@@ -1,0 +1,117 @@
+"""Models with experts: their logits are those of transformers, and two ranks make one's sums."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from engine.layers.communicator import Communicator
+from engine.layers.layer import unique_layers
+from kernels.dense import DenseWeight
+from kernels.experts import combine, expert_products_torch, split_experts
+from kernels.routing import Routing, route, route_torch
+from kernels.weights import Part
+from tests.test_models import MakeTinyModel, TinyEngine, assert_equals_reference, random_ids
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {
+            "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "decoder_sparse_step": 1,
+            "shared_expert_intermediate_size": 48, "mlp_only_layers": [0],
+        },
+    ),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    ),
+    "olmoe": ("OlmoeConfig", {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
+    "minimax-m2": ("MiniMaxM2Config", {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32}),
+}  # fmt: skip
+
+
+def packed(engine: TinyEngine) -> TinyEngine:
+    for layer in unique_layers(engine.model):
+        layer.pack()
+    return engine
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_a_model_with_experts_equal_the_reference(family: str, make_tiny_model: MakeTinyModel):
+    import transformers
+
+    name, options = FAMILIES[family]
+    folder = make_tiny_model(getattr(transformers, name), family, random_norms=True, **options)
+    assert_equals_reference(packed(TinyEngine(folder)), folder, random_ids(20, seed=0), random_ids(13, seed=1))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
+def test_two_ranks_together_make_the_sums_of_one(family: str, make_tiny_model: MakeTinyModel):
+    import transformers
+
+    name, options = FAMILIES[family]
+    folder = make_tiny_model(getattr(transformers, name), family, **options)
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
+
+    def branch(comm: Communicator) -> torch.Tensor:
+        mlp = packed(TinyEngine(folder, comm)).model.model.layers[1].mlp
+        return mlp.down_proj.weight.product(mlp(x))
+
+    ranks = [branch(Communicator(rank, 2)) for rank in range(2)]
+    torch.testing.assert_close(ranks[0] + ranks[1], branch(Communicator()))
+
+
+ROUTINGS = {
+    "softmax": Routing(12, 3),
+    "not renormalized": Routing(12, 3, renormalize=False, factor=2.5),
+    "sigmoid": Routing(16, 4, is_sigmoid=True),
+}
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize("has_correction", [False, True])
+def test_the_routers_kernel_chooses_as_its_definition(name: str, has_correction: bool):
+    from kernels.triton_experts import route_triton
+
+    routing, random = ROUTINGS[name], torch.Generator().manual_seed(0)
+    logits = torch.randn(9, routing.num_experts, generator=random)
+    correction = torch.rand(routing.num_experts, generator=random) if has_correction else None
+    ids, weights = route_triton(logits, routing, correction)
+    wanted_ids, wanted = route_torch(logits, routing, correction)
+    assert torch.equal(ids, wanted_ids)
+    torch.testing.assert_close(weights, wanted)
+
+
+def test_experts_are_chosen_of_the_best_groups_only():
+    logits = torch.tensor([[5.0, 0.0, 3.0, 2.9, 0.0, 0.0]])
+    routing = Routing(6, 2, num_groups=3, topk_groups=1, group_score=2, is_sigmoid=True)
+    assert route(logits, routing, torch.zeros(6))[0].tolist() == [[2, 3]]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 70])
+@pytest.mark.parametrize("act", ["silu", None])
+def test_kernels_of_experts_multiply_as_their_definition(num_tokens: int, act: str | None):
+    from kernels import triton_experts
+
+    random, num_experts, top_k, k, n = torch.Generator().manual_seed(0), 6, 2, 48, 80
+    per_pair = act is None  # the second product's inputs are of pairs
+    x = torch.randn(num_tokens * (top_k if per_pair else 1), k, generator=random)
+    ids = torch.stack([torch.randperm(num_experts, generator=random)[:top_k] for _ in range(num_tokens)])
+    weight = torch.randn(num_experts * n, k, generator=random)
+    experts = split_experts(DenseWeight([Part(n)] * num_experts, k, torch.float32, data=weight), num_experts)
+    by_expert = None
+    if ids.numel() > triton_experts.MAX_SINGLE_PAIRS:
+        block_m = triton_experts.tile_config(ids.numel(), num_experts).block_m
+        by_expert = triton_experts.sort_pairs(ids, num_experts, block_m)
+    got = triton_experts.expert_products_triton(x, ids, weight, num_experts, act, by_expert)
+    torch.testing.assert_close(got, expert_products_torch(x, ids, experts, act), rtol=1e-4, atol=1e-4)
+
+
+def test_the_kernel_of_weighted_sums_equals_its_definition():
+    from kernels.triton_experts import combine_triton
+
+    random = torch.Generator().manual_seed(0)
+    products, weights = torch.randn(15, 40, generator=random), torch.rand(5, 3, generator=random)
+    residual = torch.randn(5, 40, generator=random)
+    torch.testing.assert_close(combine_triton(products, weights, residual), combine(products, weights, residual))
