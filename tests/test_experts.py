@@ -28,6 +28,27 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmoe": ("OlmoeConfig", {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
     "minimax-m2": ("MiniMaxM2Config", {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32}),
+    "glm-4.5": (
+        "Glm4MoeConfig",
+        {
+            "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 2,
+            "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "use_qk_norm": True, "attention_bias": True,
+            "routed_scaling_factor": 2.5,
+        },
+    ),
+    "ernie-4.5-moe": (
+        "Ernie4_5_MoeConfig",
+        {"moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": 32, "moe_num_shared_experts": 2},
+    ),
+    "hunyuan-moe": ("HunYuanMoEV1Config", {"num_experts": 6, "moe_topk": 2}),
+    "granite-moe": (
+        "GraniteMoeConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    ),
+    "granite-moe, shared": (
+        "GraniteMoeSharedConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48},
+    ),
 }  # fmt: skip
 
 

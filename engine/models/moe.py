@@ -7,15 +7,22 @@ OLMoE               norms of all query and all key heads together
 GLM-4.5 to 4.7      GLM's attention without interleaving; sigmoid scores, a correction of the choice, a shared expert
 ERNIE 4.5           Llama; a correction of the choice, shared experts
 Hunyuan             as the dense ones; a shared expert
+Granite             as the dense ones; shared ones in some; stacked on disk
 MiniMax-M2          norms of all heads together, sigmoid scores with a correction of the choice
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from engine.errors import ModelError
 from engine.model_config import ExpertsConfig, ModelConfig, QKNorm, read_decoder
 from engine.models.base import CausalLM
-from engine.models.names import COMMON_NAMES, Rename, Rule, Stack
+from engine.models.ernie import Ernie45
+from engine.models.granite import Granite
+from engine.models.hunyuan import HunYuan
+from engine.models.names import COMMON_NAMES, Ignore, Rename, Rule, Split, Stack, Unstack
+from engine.models.spelling import with_rope
 from kernels.routing import Routing
 
 EXPERTS: Sequence[Rule] = (Stack(r"\.experts\.(\d+)\.", ".experts."), *COMMON_NAMES)
@@ -80,6 +87,105 @@ class MiniMaxM2(CausalLM):
         experts = ExpertsConfig(routing, raw["intermediate_size"], has_correction=True)
         qk_norm = QKNorm.ALL_HEADS if raw.get("use_qk_norm", True) else QKNorm.NONE
         return read_decoder(raw, qk_norm=qk_norm, experts=everywhere(raw, experts))
+
+
+class Glm4Moe(CausalLM):
+    @staticmethod
+    def read_config(raw: dict[str, Any]) -> ModelConfig:
+        routing = Routing(
+            raw["n_routed_experts"], raw["num_experts_per_tok"], is_sigmoid=True,
+            renormalize=raw.get("norm_topk_prob", True), factor=raw.get("routed_scaling_factor", 1.0),
+            num_groups=raw.get("n_group", 1), topk_groups=raw.get("topk_group", 1), group_score=2,
+        )  # fmt: skip
+        size = raw["moe_intermediate_size"]
+        experts = ExpertsConfig(routing, size, size * raw.get("n_shared_experts", 1), has_correction=True)
+        qk_norm = QKNorm.HEADS if raw.get("use_qk_norm", False) else QKNorm.NONE
+        raw = with_rope(raw, partial_rotary_factor=raw.get("partial_rotary_factor", 0.5))
+        has_bias, first = raw.get("attention_bias", False), raw.get("first_k_dense_replace", 1)
+        return read_decoder(
+            raw, qk_norm=qk_norm, qkv_bias=has_bias, o_bias=False, experts=from_layer(raw, first, experts)
+        )
+
+    @property
+    def names(self) -> Sequence[Rule]:
+        # Layers behind the last one predict several tokens at once.
+        behind = Ignore(rf"^model\.layers\.{self.config.num_hidden_layers}\.")
+        return (behind, *super().names, EXPERTS[0])
+
+
+class Ernie45Moe(Ernie45):
+    checkpoint = (Rename(r"\.moe_statics\.", ".gate."), *EXPERTS)
+
+    @staticmethod
+    def read_config(raw: dict[str, Any]) -> ModelConfig:
+        if raw.get("moe_layer_interval", 1) != 1:
+            raise ModelError(f"config.json: moe_layer_interval must be 1, got {raw['moe_layer_interval']}")
+        size, num_layers = raw["moe_intermediate_size"], raw["num_hidden_layers"]
+        experts = ExpertsConfig(
+            Routing(raw["moe_num_experts"], raw["moe_k"]), size, size * raw.get("moe_num_shared_experts", 0),
+            has_correction=True,
+        )  # fmt: skip
+        first, last = raw.get("moe_layer_start_index", 1), raw.get("moe_layer_end_index", -1)
+        last = num_layers - 1 if last == -1 else last
+        layers = tuple(experts if first <= i <= last else None for i in range(num_layers))
+        return replace(Ernie45.read_config(raw), experts=layers)
+
+    @property
+    def names(self) -> Sequence[Rule]:
+        # Layers and norms that predict several tokens at once.
+        return (Ignore(r"^model\.mtp_"), *super().names)
+
+
+class HunYuanMoe(HunYuan):
+    checkpoint = (
+        Rename(r"\.gate\.wg\.", ".gate."),
+        Rename(r"\.shared_mlp\.", ".shared_experts."),
+        *HunYuan.checkpoint,
+        EXPERTS[0],
+    )
+
+    @staticmethod
+    def read_config(raw: dict[str, Any]) -> ModelConfig:
+        num_experts, top_k = one_number(raw, "num_experts"), one_number(raw, "moe_topk")
+        size = raw["intermediate_size"]
+        experts = ExpertsConfig(Routing(num_experts, top_k), size, size)
+        return replace(HunYuan.read_config(raw), experts=everywhere(raw, experts))
+
+
+class GraniteMoe(Granite):
+    @staticmethod
+    def read_config(raw: dict[str, Any]) -> ModelConfig:
+        routing = Routing(raw["num_local_experts"], raw["num_experts_per_tok"])
+        experts = ExpertsConfig(routing, raw["intermediate_size"], raw.get("shared_intermediate_size", 0))
+        return replace(Granite.read_config(raw), experts=everywhere(raw, experts))
+
+    @property
+    def names(self) -> Sequence[Rule]:
+        num_experts = self.config.raw["num_local_experts"]
+        return (
+            Rename(r"\.block_sparse_moe\.router\.layer\.", ".mlp.gate."),
+            Unstack(r"\.block_sparse_moe\.input_linear\.", ".mlp.experts.gate_up_proj.", num_experts),
+            Unstack(r"\.block_sparse_moe\.output_linear\.", ".mlp.experts.down_proj.", num_experts),
+            Rename(r"\.shared_mlp\.input_linear\.", ".mlp.shared_experts.gate_up_proj."),
+            Rename(r"\.shared_mlp\.output_linear\.", ".mlp.shared_experts.down_proj."),
+            Split("gate_up_proj", ("gate_proj", "up_proj"), (1, 1)),
+            *super().names,
+        )
+
+
+def one_number(raw: dict[str, Any], name: str) -> int:
+    """Return an entry that may be written once or for each layer. `ModelError` if layers differ."""
+    value = raw[name]
+    if isinstance(value, list):
+        if len(set(value)) != 1:
+            raise ModelError(f"config.json: {name} must be the same for all layers, got {value}")
+        value = value[0]
+    return int(value)
+
+
+def from_layer(raw: dict[str, Any], first: int, experts: ExpertsConfig) -> tuple[ExpertsConfig | None, ...]:
+    """Return the experts of all layers from `first` on."""
+    return tuple(experts if i >= first else None for i in range(raw["num_hidden_layers"]))
 
 
 def read_routing(raw: dict[str, Any]) -> Routing:

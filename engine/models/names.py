@@ -183,6 +183,32 @@ class Stack:
             yield Piece(name, piece.transforms, int(match[1]))
 
 
+@dataclass(frozen=True)
+class Unstack:
+    """Take a tensor whose first dimension is a stack of `count` apart; its name becomes `to`, `pattern`'s place."""
+
+    pattern: str
+    to: str
+    count: int
+
+    def __call__(self, piece: Piece) -> Iterable[Piece]:
+        if re.search(self.pattern, piece.name) is None:
+            yield piece
+            return
+        name = re.sub(self.pattern, self.to, piece.name, count=1)
+        for i in range(self.count):
+            yield Piece(name, (*piece.transforms, _nth(i, self.count)), i)
+
+
+def _nth(i: int, count: int) -> Transform:
+    def nth(loaded: torch.Tensor) -> torch.Tensor:
+        if len(loaded) != count:
+            raise ShapeError(f"is a stack of {len(loaded)}, the model has {count} experts")
+        return loaded[i]
+
+    return nth
+
+
 def _cut(start: int, size: int, total: int, num_groups: int) -> Transform:
     def cut(loaded: torch.Tensor) -> torch.Tensor:
         if loaded.numel() == 1:  # a scale of all rows
