@@ -52,5 +52,12 @@ def route(
     if logits.is_cuda and routing.num_groups == 1:
         from kernels.triton_experts import route_triton  # here: a machine without a GPU need not have triton
 
-        return route_triton(logits, routing, correction)
+        return route_triton(
+            logits,
+            correction,
+            top_k=routing.top_k,
+            is_sigmoid=routing.is_sigmoid,
+            renormalize=routing.renormalize,
+            factor=routing.factor,
+        )
     return route_torch(logits, routing, correction)

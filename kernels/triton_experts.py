@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from kernels.launch import cdiv, fast_launch, next_power_of_2
-from kernels.routing import Routing
 from kernels.triton_elementwise import activation, launch_options
 
 MAX_SINGLE_PAIRS = 64  # pairs whose weights are read one by one
@@ -65,16 +64,22 @@ def sort_pairs(ids: torch.Tensor, num_experts: int, block_m: int) -> Sorted:
 
 
 def route_triton(
-    logits: torch.Tensor, routing: Routing, correction: torch.Tensor | None
+    logits: torch.Tensor,
+    correction: torch.Tensor | None,
+    *,
+    top_k: int,
+    is_sigmoid: bool,
+    renormalize: bool,
+    factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_experts = logits.shape
-    ids = torch.empty(num_tokens, routing.top_k, dtype=torch.int64, device=logits.device)
-    weights = torch.empty(num_tokens, routing.top_k, device=logits.device)
+    ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits.device)
+    weights = torch.empty(num_tokens, top_k, device=logits.device)
     block = next_power_of_2(num_experts)
     _route_kernel[(num_tokens,)](
-        logits, correction, ids, weights, logits.stride(0), routing.factor,
-        NUM_EXPERTS=num_experts, TOP_K=routing.top_k, IS_SIGMOID=routing.is_sigmoid, RENORMALIZE=routing.renormalize,
-        BLOCK=block, BLOCK_TOP=next_power_of_2(routing.top_k), **launch_options(logits.device, num_warps=1),
+        logits, correction, ids, weights, logits.stride(0), factor,
+        NUM_EXPERTS=num_experts, TOP_K=top_k, IS_SIGMOID=is_sigmoid, RENORMALIZE=renormalize,
+        BLOCK=block, BLOCK_TOP=next_power_of_2(top_k), **launch_options(logits.device, num_warps=1),
     )  # fmt: skip
     return ids, weights
 

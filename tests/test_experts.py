@@ -98,7 +98,10 @@ def test_the_routers_kernel_chooses_as_its_definition(name: str, has_correction:
     routing, random = ROUTINGS[name], torch.Generator().manual_seed(0)
     logits = torch.randn(9, routing.num_experts, generator=random)
     correction = torch.rand(routing.num_experts, generator=random) if has_correction else None
-    ids, weights = route_triton(logits, routing, correction)
+    ids, weights = route_triton(
+        logits, correction, top_k=routing.top_k, is_sigmoid=routing.is_sigmoid, renormalize=routing.renormalize,
+        factor=routing.factor,
+    )  # fmt: skip
     wanted_ids, wanted = route_torch(logits, routing, correction)
     assert torch.equal(ids, wanted_ids)
     torch.testing.assert_close(weights, wanted)

@@ -541,8 +541,8 @@ def test_every_architecture_has_its_family() -> None:
 @pytest.mark.parametrize(
     ("entries", "nearest"),
     [
-        ({"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3ForCausalLM"),
-        ({"architectures": ["MixtralForCausalLM"], "num_attention_heads": None}, "MistralForCausalLM"),
+        ({"architectures": ["Qwen3NextForCausalLM"]}, "Qwen3ForCausalLM"),
+        ({"architectures": ["Phi3SmallForCausalLM"], "num_attention_heads": None}, "Phi3ForCausalLM"),
         ({"architectures": ["OpenELMForCausalLM"], "head_dim": [64, 64], "intermediate_size": [1, 2]}, None),
         ({"architectures": ["XLNetLMHeadModel"], "n_embd": 768, "n_head": 12}, None),
     ],

@@ -190,8 +190,10 @@ def from_layer(raw: dict[str, Any], first: int, experts: ExpertsConfig) -> tuple
 
 def read_routing(raw: dict[str, Any]) -> Routing:
     """Return Qwen's spelling of how experts are chosen. transformers 5 writes `num_local_experts` for some."""
-    num_experts = raw["num_experts"] if "num_experts" in raw else raw["num_local_experts"]
-    return Routing(num_experts, raw["num_experts_per_tok"], renormalize=raw.get("norm_topk_prob", False))
+    num_experts = raw.get("num_local_experts")
+    return Routing(
+        num_experts or raw["num_experts"], raw["num_experts_per_tok"], renormalize=raw.get("norm_topk_prob", False)
+    )
 
 
 def everywhere(raw: dict[str, Any], experts: ExpertsConfig) -> tuple[ExpertsConfig, ...]:
