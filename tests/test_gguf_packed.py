@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType
 from engine.checkpoint.folder import resolve_model
 from engine.checkpoint.gguf_blocks import BLOCKS
 from engine.config import EngineConfig
-from engine.errors import ModelError
+from engine.errors import InvalidRequest, ModelError
 from engine.layers.communicator import Communicator
 from engine.layers.embedding import VocabParallelEmbedding
 from engine.layers.layer import named_layers
@@ -75,10 +75,15 @@ def random_blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -
 
 
 def write(
-    path: Path, kinds: Mapping[str, str], *, is_tied: bool = False, extra: Mapping[str, np.ndarray] | None = None
+    path: Path,
+    kinds: Mapping[str, str],
+    *,
+    is_tied: bool = False,
+    seed: int = 0,
+    extra: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Write a file whose matrices are of `kinds`, by the name of the tensor in a block; F32 where it names none."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in METADATA.items():
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
@@ -262,6 +267,21 @@ async def test_greedy_answers_of_a_packed_file_are_those_of_its_dequantized_self
     async with running_engine(file, device=device, **options, **mix) as engine:
         answers = await asyncio.gather(*(collect(engine, make_state(prompt)) for prompt in prompts))
         assert [tokens for _, tokens in answers] == wanted
+
+
+async def test_a_running_model_takes_weights_of_the_same_types_only(greedy: Any, tmp_path: Path) -> None:
+    file, options, _ = greedy
+    for name, change in (("same", {}), ("table", {"attn_q": "IQ4_NL", "attn_k": "IQ4_NL", "attn_v": "IQ4_NL"})):
+        write(tmp_path / f"{name}.gguf", EXACT | change, seed=1)
+    async with running_engine(file, **options) as engine:
+        before = (await collect(engine, make_state([5, 6, 7])))[1]
+        with pytest.raises(InvalidRequest, match=r"missing: .*q_proj\.codes.*unexpected: .*q_proj\.iq4_codes"):
+            await engine.maintenance.update_weights(str(tmp_path / "table.gguf"))
+        assert (await collect(engine, make_state([5, 6, 7])))[1] == before
+        await engine.maintenance.update_weights(str(tmp_path / "same.gguf"))
+        after = (await collect(engine, make_state([5, 6, 7])))[1]
+    async with running_engine(tmp_path / "same.gguf", **options) as engine:
+        assert (await collect(engine, make_state([5, 6, 7])))[1] == after != before
 
 
 @pytest.mark.gpu

@@ -230,7 +230,7 @@ def widened(fields: Fields, form: Format, target: Format) -> Fields:
         else:
             codes = codes.view(np.int8) - np.int8(form.offset)
     if target.has_minimum and minimum is None:
-        minimum = scale * scale.dtype.type(form.offset if target.code == "int4" else 0)
+        minimum = scale * scale.dtype.type(form.offset) if target.code == "int4" else np.zeros_like(scale)
     repeats = form.group_size // target.group_size
     groups = {"scale": scale} if minimum is None else {"scale": scale, "minimum": minimum.astype(scale.dtype)}
     return {"codes": codes} | {field: np.repeat(values, repeats, axis=1) for field, values in groups.items()}

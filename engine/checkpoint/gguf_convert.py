@@ -26,7 +26,7 @@ from engine.errors import ModelError
 from engine.layers.layer import LayerConfig
 from engine.models.names import Piece
 from engine.models.registry import build_model, is_supported, load_config
-from engine.quantization.gguf import config_of
+from engine.quantization.gguf import config_of, names_of
 from kernels.quantized import Format, QuantizedWeight
 from kernels.weights import Part
 
@@ -142,9 +142,10 @@ class Source:
     @cached_property
     def entries(self) -> list[Entry]:
         """Return what is written, in order, without reading the tensor."""
+        names = {} if self.form is None else dict(names_of(self.form))
         return [
             Entry(
-                f"{piece.name.removesuffix('.weight')}.{field}" if field else piece.name,
+                f"{piece.name.removesuffix('.weight')}.{names.get(field, field)}" if field else piece.name,
                 entry.dtype,
                 # Not of the meta device: some operators on it import torch's compiler, which takes seconds.
                 piece.of(torch.zeros((), dtype=torch.uint8).expand(*entry.shape)).shape,

@@ -28,6 +28,14 @@ def config_of(forms: Mapping[str, Format]) -> dict[str, Any]:
     }
 
 
+def names_of(form: Format) -> tuple[tuple[str, str], ...]:
+    """Return what a converted file calls fields that do not have their own name there.
+
+    Codes of a table have another: else a running model could be given them as new weights, in place of integers.
+    """
+    return () if form.table is None else (("codes", f"{form.table}_codes"),)
+
+
 def plain(value: Any) -> Any:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
@@ -41,7 +49,8 @@ class GGUF(Quantization):
         try:
             for entry in raw["formats"]:
                 named = {name: entry[name] for name in ENTRIES} | {"scale_dtype": SCALE_DTYPES[entry["scale_dtype"]]}
-                self.schemes |= dict.fromkeys(entry["modules"], Packed(Format(**named)))
+                form = Format(**named)
+                self.schemes |= dict.fromkeys(entry["modules"], Packed(form, names_of(form)))
         except (LookupError, TypeError) as error:
             raise ModelError(f"quantization_config of a GGUF file is broken: {type(error).__name__}: {error}") from None
 
