@@ -6,9 +6,12 @@ from typing import Any
 import torch
 
 from engine.checkpoint.folder import resolve_model
-from engine.checkpoint.weights import load_weights
+from engine.checkpoint.weights import load_weights, pack_weights
 from engine.config import EngineConfig
+from engine.config_file import read_raw
 from engine.errors import ModelError
+from engine.layers.layer import named_layers
+from engine.layers.linear import Linear
 from engine.models.base import CausalLM
 from engine.step.model_runner import ModelRunner
 
@@ -34,11 +37,24 @@ class RankMaintenance:
     def read(self, model_path: str, load_format: str) -> None:
         """Read other weights into host memory, to be adopted or dropped. `ModelError` if they do not fit the model."""
         config = self._config.replace(model_path=model_path, load_format=load_format)
-        model = self._new_model()
-        load_weights(model, resolve_model(config), load_format, torch.device("cpu"))
+        model, folder = self._new_model(), resolve_model(config)
+        stored = read_raw(folder, config).get("quantization_config") if (folder / "config.json").is_file() else None
+        if stored and stored != model.config.raw.get("quantization_config"):
+            raise ModelError(f"{model_path}: quantization_config is not that of the weights in use")
+        load_weights(model, folder, load_format, torch.device("cpu"))
         if model.lm_head.is_tied != self._runner.model.lm_head.is_tied:
             raise ModelError(f"{model_path}: only one of these weights and those in use has a head of its own")
+        if self._runner.device.type == "cuda":
+            self._check_formats(model)
+        else:
+            pack_weights(model)
         self._new = model
+
+    def _check_formats(self, model: CausalLM) -> None:
+        """Raise `ModelError` unless weights are stored as those in use are, in whose place they are written."""
+        for (path, old), (_, new) in zip(named_layers(self._runner.model), named_layers(model), strict=True):
+            if isinstance(old, Linear) and isinstance(new, Linear) and old.schemes != new.schemes:
+                raise ModelError(f"{path} is in another format than in the weights in use")
 
     def drop(self) -> None:
         """Forget the weights that were read."""

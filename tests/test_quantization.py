@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine.checkpoint.weights import load_weights, pack_weights
-from engine.errors import ModelError
+from engine.errors import InvalidRequest, ModelError
 from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, named_layers
 from engine.layers.linear import Linear
@@ -195,6 +195,28 @@ async def test_greedy_answers_do_not_depend_on_the_mix(
         for _ in range(2):  # the second time everything is cached
             answers = await asyncio.gather(*(collect(engine, make_state(prompt)) for prompt in prompts))
             assert [tokens for _, tokens in answers] == greedy[name]
+
+
+async def test_quantized_weights_are_replaced_and_broken_ones_refused(made, tmp_path: Path) -> None:
+    def shuffled(files: dict[str, torch.Tensor]) -> None:
+        files[f"{UP}.g_idx"] = files[f"{UP}.g_idx"].flip(0)
+
+    folder = made["gptq, desc_act"][0]
+    async with running_engine(folder) as engine:
+
+        async def answer() -> list[int]:
+            return (await collect(engine, make_state([7, 11, 300])))[1]
+
+        before = await answer()
+        with pytest.raises(InvalidRequest, match=r"gate_up_proj has parts with different g_idx"):
+            await engine.maintenance.update_weights(str(broken(made, "gptq, desc_act", tmp_path / "other", shuffled)))
+        assert await answer() == before
+        with pytest.raises(InvalidRequest, match=r"quantization_config is not that of the weights in use"):
+            await engine.maintenance.update_weights(str(made["awq"][0]))
+        await engine.maintenance.update_weights(str(made["gptq, desc_act"][1]))  # plain: what these weights stand for
+        assert await answer() == before
+        await engine.maintenance.update_weights(str(made["awq"][1]))
+        assert await answer() != before
 
 
 # ---- what cannot be read ----

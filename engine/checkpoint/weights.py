@@ -1,11 +1,11 @@
 """Load the weights of a folder into a model, onto the device."""
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -154,7 +154,7 @@ def settle_tie(model: CausalLM, paths: Sequence[Path]) -> list[Head]:
     named = [(head, piece) for head in heads for piece in head.pieces if piece.name == EMBEDDING]
     if not model.lm_head.is_tied or len(named) < 2:
         return heads
-    first, second = (piece.of(read_tensor(head)) for head, piece in named[:2])
+    first, second = (piece.of(read_tensor(head.file, head.tensor)) for head, piece in named[:2])
     if torch.equal(first, second):
         return heads
     names = " and ".join(head.tensor for head, _ in named)
@@ -163,13 +163,26 @@ def settle_tie(model: CausalLM, paths: Sequence[Path]) -> list[Head]:
     return [head for path in paths for head in read_heads(path, model.rules)]
 
 
-def read_tensor(head: Head) -> torch.Tensor:
+def read_tensor(file: Path, name: str) -> torch.Tensor:
     """Return a tensor of a file."""
     from safetensors import safe_open
 
-    with safe_open(head.file, framework="pt") as checkpoint:
-        tensor: torch.Tensor = checkpoint.get_tensor(head.tensor)
+    with safe_open(file, framework="pt") as checkpoint:
+        tensor: torch.Tensor = checkpoint.get_tensor(name)
         return tensor
+
+
+def read_other(file_of: Mapping[str, Path], opened: Mapping[Path, Any], name: str) -> torch.Tensor | None:
+    """Return a tensor of a checkpoint, whose files `file_of` has; None if there is no such.
+
+    opened: files that are open already: to open one takes milliseconds.
+    """
+    if (file := file_of.get(name)) is None:
+        return None
+    if file not in opened:
+        return read_tensor(file, name)
+    tensor: torch.Tensor = opened[file].get_tensor(name)
+    return tensor
 
 
 def settle_formats(model: CausalLM, heads: Sequence[Head]) -> None:
@@ -243,27 +256,21 @@ def copy_weights(located: Located, file_of: Mapping[str, Path], device: torch.de
 
     copy = StagedCopy() if device.type == "cuda" else torch.Tensor.copy_
     total = sum(file.stat().st_size for file in located)
-    with progress_bar("Loading weights", total) as advance, contextlib.ExitStack() as stack:
-        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in located}
-
-        def read(name: str) -> torch.Tensor | None:
-            if name not in file_of:
-                return None
-            tensor: torch.Tensor = opened[file_of[name]].get_tensor(name)
-            return tensor
-
+    with progress_bar("Loading weights", total) as advance:
         for file, sources in located.items():
-            for name, piece, target in sources:
-                loaded = opened[file].get_tensor(name)
-                if piece.transforms and device.type == "cuda":
-                    loaded = loaded.to(device)
-                try:
-                    _place(piece.of(loaded, read), target, copy)
-                except (ShapeError, ModelError) as error:
-                    is_changed = target is not None and not name.endswith(f".{target.weight_name}")
-                    read_as = f", read as {target.weight_name}," if target and is_changed else ""
-                    raise ModelError(f"{name}{read_as} {error}") from None
-                advance(loaded.nbytes)
+            with safe_open(file, framework="pt") as checkpoint:
+                read = partial(read_other, file_of, {file: checkpoint})
+                for name, piece, target in sources:
+                    loaded = checkpoint.get_tensor(name)
+                    if piece.transforms and device.type == "cuda":
+                        loaded = loaded.to(device)
+                    try:
+                        _place(piece.of(loaded, read), target, copy)
+                    except (ShapeError, ModelError) as error:
+                        is_changed = target is not None and not name.endswith(f".{target.weight_name}")
+                        read_as = f", read as {target.weight_name}," if target and is_changed else ""
+                        raise ModelError(f"{name}{read_as} {error}") from None
+                    advance(loaded.nbytes)
 
 
 def _place(piece: torch.Tensor, target: Target | None, copy: Callable[[torch.Tensor, torch.Tensor], object]) -> None:

@@ -25,6 +25,8 @@ ACTIVATIONS = {
 class Linear(Layer):
     """A weight, a bias if the model has one, and the names of the checkpoint's tensors that are stacked in them."""
 
+    schemes: Sequence[Scheme] = ()  # the format of each part; of a tied head the embedding says it
+
     def __init__(
         self,
         part_names: Sequence[str],
