@@ -13,7 +13,7 @@ from kernels.quantized import QuantizedWeight
 from kernels.weights import Weight
 
 if TYPE_CHECKING:
-    from kernels.triton_experts import Sorted
+    from kernels.triton_experts import Codes, Sorted
 
 
 def split_experts(stack: Weight, num_experts: int) -> list[Weight]:
@@ -42,11 +42,11 @@ class ExpertStack:
     def __init__(self, stack: Weight, num_experts: int) -> None:
         """stack: loaded, not packed. NotImplementedError if the device has no kernel for its format."""
         self.num_experts = num_experts
-        self.data = stack.data if isinstance(stack, DenseWeight) else None
+        self.stack = stack
         self.experts: list[Weight] = []
+        self.codes: Codes | None = None
         if next(stack.tensors())[1].is_cuda:
-            if self.data is None:
-                raise NotImplementedError("experts of few bits have no kernels for a GPU")
+            self.codes = codes_of(stack)
         else:
             self.experts = [expert.pack() for expert in split_experts(stack, num_experts)]
 
@@ -72,9 +72,28 @@ class ExpertStack:
         if x.is_cuda:
             from kernels.triton_experts import expert_products_triton
 
-            assert self.data is not None
-            return expert_products_triton(x, ids, self.data, self.num_experts, act, by_expert)
+            assert self.codes is not None
+            if isinstance(self.stack, QuantizedWeight):
+                x = self.stack.changed_inputs(x).to(x.dtype)
+            return expert_products_triton(x, ids, self.codes, self.num_experts, act, by_expert)
         return expert_products_torch(x, ids, self.experts, act)
+
+
+def codes_of(stack: Weight) -> "Codes":
+    """Return a stack's tensors as the kernels read them. NotImplementedError for formats that they do not know."""
+    from kernels.triton_experts import Codes
+
+    if isinstance(stack, DenseWeight):
+        return Codes(stack.data, stack.k)
+    if not isinstance(stack, QuantizedWeight) or stack.form.has_order:
+        raise NotImplementedError(f"experts of {type(stack).__name__} have no kernels for a GPU")
+    form, fields, device = stack.form, stack.fields, stack.codes.device
+    table = stack.meanings.to(device) if form.table else None
+    codes = stack.codes.view(torch.uint8) if form.code == "fp8" else stack.codes
+    return Codes(
+        codes, stack.k, form.code, stack.scale, fields.get("zero"), fields.get("minimum"), table,
+        form.group_size_of(stack.k), form.offset,
+    )  # fmt: skip
 
 
 def expert_products_torch(

@@ -17,6 +17,7 @@ from kernels.triton_elementwise import activation, launch_options
 MAX_SINGLE_PAIRS = 64  # pairs whose weights are read one by one
 GEMV_BLOCK_N, GEMV_BLOCK_K = 8, 512
 SORT_BLOCK = 1024
+WHOLE_ROW = 1 << 30  # inputs that share a scale, if all of a row do
 
 
 class TileConfig(NamedTuple):
@@ -84,10 +85,37 @@ def route_triton(
     return ids, weights
 
 
+class Codes(NamedTuple):
+    """A stack's tensors, as `kernels.quantized` has them, or plain numbers; and how they are coded."""
+
+    data: torch.Tensor  # [E n, k], or codes, those of e4m3 as uint8
+    k: int
+    code: str | None = None  # None: plain numbers
+    scale: torch.Tensor | None = None  # [E n, G]
+    zero: torch.Tensor | None = None
+    minimum: torch.Tensor | None = None
+    table: torch.Tensor | None = None  # float32 [16]
+    group_size: int = 0
+    offset: int = 0
+
+    @property
+    def num_groups(self) -> int:
+        return 1 if self.scale is None else self.scale.shape[1]
+
+
+def fitting_block(codes: Codes, block_k: int) -> int:
+    """Return the largest power of two up to `block_k` that is whole groups, or a whole part of one."""
+    if codes.code is None or codes.group_size >= codes.k:
+        return block_k
+    while codes.group_size % block_k and block_k % codes.group_size:
+        block_k //= 2
+    return block_k
+
+
 def expert_products_triton(
     x: torch.Tensor,
     ids: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Codes,
     num_experts: int,
     act: str | None,
     by_expert: Sorted | None,
@@ -96,23 +124,29 @@ def expert_products_triton(
 
     by_expert: of `sort_pairs` for the step's `tile_config`; None: pairs are taken one by one.
     """
-    num_pairs, k = ids.numel(), weight.shape[1]
-    rows = weight.shape[0] // num_experts
+    num_pairs, k = ids.numel(), weight.k
+    rows = weight.data.shape[0] // num_experts
     n = rows // 2 if act else rows
     per_input = num_pairs // len(x)
     out = torch.empty(num_pairs, n, dtype=x.dtype, device=x.device)
+    tensors = weight.data, weight.scale, weight.zero, weight.minimum, weight.table
+    format_of = {
+        "K": k, "CODE": weight.code, "GROUP": weight.group_size if weight.group_size < k else WHOLE_ROW,
+        "NUM_GROUPS": weight.num_groups, "OFFSET": weight.offset,
+    }  # fmt: skip
     if by_expert is None:
         _pair_kernel[(num_pairs, cdiv(n, GEMV_BLOCK_N))](
-            x, weight, ids, out, n, rows, per_input, K=k, BLOCK_N=GEMV_BLOCK_N, BLOCK_K=GEMV_BLOCK_K, ACT=act,
+            x, *tensors, ids, out, n, rows, per_input, **format_of,
+            BLOCK_N=GEMV_BLOCK_N, BLOCK_K=fitting_block(weight, GEMV_BLOCK_K), ACT=act,
             **launch_options(x.device, num_warps=4),
         )  # fmt: skip
         return out
     config = tile_config(num_pairs, num_experts)
     num_tiles = min(num_pairs, cdiv(num_pairs, config.block_m) + num_experts)
     _tile_kernel[(cdiv(n, config.block_n), num_tiles)](
-        x, weight, by_expert.order, by_expert.ends, by_expert.tile_ends, out, n, rows, per_input,
-        K=k, NUM_EXPERTS=num_experts, BLOCK_E=next_power_of_2(num_experts), BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, BLOCK_K=config.block_k, ACT=act,
+        x, *tensors, by_expert.order, by_expert.ends, by_expert.tile_ends, out, n, rows, per_input, **format_of,
+        NUM_EXPERTS=num_experts, BLOCK_E=next_power_of_2(num_experts), BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, BLOCK_K=fitting_block(weight, config.block_k), ACT=act,
         **launch_options(x.device, num_warps=config.num_warps), num_stages=config.num_stages,
     )  # fmt: skip
     return out
@@ -206,11 +240,58 @@ def _place_kernel(ids, starts, order, NUM_PAIRS, BLOCK: tl.constexpr, PDL: tl.co
     tl.store(order + place, pair, mask=is_pair)
 
 
+@triton.jit
+def decoded(
+    weight, scale, zero, minimum, table, rows, start,
+    K: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Load rows [BLOCK_N] of a stack from input `start` on: [BLOCK_N, BLOCK_K], plain as they are, else float32."""
+    k = tl.arange(0, BLOCK_K)
+    is_input = (start + k < K)[None, :]
+    if CODE is None:
+        return tl.load(weight + rows[:, None] * K + start + k[None, :], mask=is_input, other=0.0)
+    if CODE == "int4":
+        byte = tl.arange(0, BLOCK_K // 2)
+        pointers = weight + rows[:, None] * (K // 2) + start // 2 + byte[None, :]
+        codes = tl.load(pointers, mask=(start + 2 * byte < K)[None, :], other=0)
+        codes = tl.reshape(tl.join(codes & 15, codes >> 4), [BLOCK_N, BLOCK_K])
+        if table is not None:
+            values = tl.load(table + codes.to(tl.int32))
+        else:
+            values = codes.to(tl.float32) - OFFSET
+    else:
+        codes = tl.load(weight + rows[:, None] * K + start + k[None, :], mask=is_input, other=0)
+        if CODE == "fp8":
+            values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        else:
+            values = codes.to(tl.float32)
+    if GROUP >= BLOCK_K:
+        group = rows * NUM_GROUPS + start // GROUP
+        if zero is not None:
+            values -= tl.load(zero + group).to(tl.float32)[:, None]
+        values *= tl.load(scale + group).to(tl.float32)[:, None]
+        if minimum is not None:
+            values -= tl.load(minimum + group).to(tl.float32)[:, None]
+        return values
+    index = start // GROUP + tl.arange(0, BLOCK_K // GROUP)
+    group = rows[:, None] * NUM_GROUPS + index[None, :]
+    is_group = (index < NUM_GROUPS)[None, :]
+    grouped = tl.reshape(values, [BLOCK_N, BLOCK_K // GROUP, GROUP])
+    if zero is not None:
+        grouped -= tl.load(zero + group, mask=is_group, other=0).to(tl.float32)[:, :, None]
+    grouped *= tl.load(scale + group, mask=is_group, other=0.0).to(tl.float32)[:, :, None]
+    if minimum is not None:
+        grouped -= tl.load(minimum + group, mask=is_group, other=0.0).to(tl.float32)[:, :, None]
+    return tl.reshape(grouped, [BLOCK_N, BLOCK_K])
+
+
 @fast_launch
 @triton.jit
 def _pair_kernel(
-    x, weight, ids, out, N, ROWS, PER_INPUT,
-    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
+    x, weight, scale, zero, minimum, table, ids, out, N, ROWS, PER_INPUT,
+    K: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, OFFSET: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -219,7 +300,7 @@ def _pair_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, N - 1)
     expert = tl.load(ids + pair)
-    gate = weight + (expert * ROWS + row)[:, None] * K
+    gate = expert * ROWS + row
     source = x + (pair // PER_INPUT) * K
     sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up_sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -227,9 +308,15 @@ def _pair_kernel(
         k = start + tl.arange(0, BLOCK_K)
         is_input = k < K
         values = tl.load(source + k, mask=is_input, other=0.0).to(tl.float32)
-        sums += tl.load(gate + k[None, :], mask=is_input[None, :], other=0.0).to(tl.float32) * values[None, :]
+        tile = decoded(
+            weight, scale, zero, minimum, table, gate, start, K, CODE, GROUP, NUM_GROUPS, OFFSET, BLOCK_N, BLOCK_K
+        )
+        sums += tile * values[None, :]
         if ACT is not None:
-            tile = tl.load(gate + N * K + k[None, :], mask=is_input[None, :], other=0.0).to(tl.float32)
+            tile = decoded(
+                weight, scale, zero, minimum, table, gate + N, start, K, CODE, GROUP, NUM_GROUPS, OFFSET, BLOCK_N,
+                BLOCK_K,
+            )  # fmt: skip
             up_sums += tile * values[None, :]
     result = tl.sum(sums, axis=1)
     if ACT is not None:
@@ -240,8 +327,9 @@ def _pair_kernel(
 @fast_launch
 @triton.jit
 def _tile_kernel(
-    x, weight, order, ends, tile_ends, out, N, ROWS, PER_INPUT,
-    K: tl.constexpr, NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    x, weight, scale, zero, minimum, table, order, ends, tile_ends, out, N, ROWS, PER_INPUT,
+    K: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, OFFSET: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -262,15 +350,22 @@ def _tile_kernel(
     row = tl.minimum(n, N - 1)
     k = tl.arange(0, BLOCK_K)
     sources = x + (pairs // PER_INPUT)[:, None] * K + k[None, :]
-    gate = weight + (expert.to(tl.int64) * ROWS + row)[None, :] * K + k[:, None]
+    gate = expert.to(tl.int64) * ROWS + row
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up_sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         is_input = k < K - start
         values = tl.load(sources + start, mask=is_pair[:, None] & is_input[None, :], other=0.0)
-        sums = tl.dot(values, tl.load(gate + start, mask=is_input[:, None], other=0.0), sums)
+        tile = decoded(
+            weight, scale, zero, minimum, table, gate, start, K, CODE, GROUP, NUM_GROUPS, OFFSET, BLOCK_N, BLOCK_K
+        )
+        sums = tl.dot(values, tl.trans(tile.to(values.dtype)), sums)
         if ACT is not None:
-            up_sums = tl.dot(values, tl.load(gate + N * K + start, mask=is_input[:, None], other=0.0), up_sums)
+            tile = decoded(
+                weight, scale, zero, minimum, table, gate + N, start, K, CODE, GROUP, NUM_GROUPS, OFFSET, BLOCK_N,
+                BLOCK_K,
+            )  # fmt: skip
+            up_sums = tl.dot(values, tl.trans(tile.to(values.dtype)), up_sums)
     if ACT is not None:
         sums = activation(sums, ACT) * up_sums
     places = out + pairs[:, None] * N + n[None, :]

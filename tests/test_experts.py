@@ -8,9 +8,11 @@ import torch
 from engine.layers.communicator import Communicator
 from engine.layers.layer import unique_layers
 from kernels.dense import DenseWeight
-from kernels.experts import combine, expert_products_torch, split_experts
+from kernels.experts import codes_of, combine, expert_products_torch, split_experts
+from kernels.quantized import QuantizedWeight
+from kernels.quantized_format import Format
 from kernels.routing import Routing, route, route_torch
-from kernels.weights import Part
+from kernels.weights import Part, Weight
 from tests.test_models import MakeTinyModel, TinyEngine, assert_equals_reference, random_ids
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -113,22 +115,45 @@ def test_experts_are_chosen_of_the_best_groups_only():
     assert route(logits, routing, torch.zeros(6))[0].tolist() == [[2, 3]]
 
 
+FORMS = {
+    "plain": None,
+    "int4": Format("int4", 32, scale_dtype=torch.float16),
+    "int4, zeros": Format("int4", 16, has_zero=True),
+    "int4, minima": Format("int4", 32, has_minimum=True, scale_dtype=torch.float16),
+    "fp4": Format("int4", 32, table="fp4"),
+    "int8": Format("int8"),
+    "fp8": Format("fp8", 32),
+}
+
+
 @pytest.mark.parametrize("num_tokens", [1, 5, 70])
 @pytest.mark.parametrize("act", ["silu", None])
-def test_kernels_of_experts_multiply_as_their_definition(num_tokens: int, act: str | None):
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_kernels_of_experts_multiply_as_their_definition(form: Format | None, num_tokens: int, act: str | None):
     from kernels import triton_experts
 
-    random, num_experts, top_k, k, n = torch.Generator().manual_seed(0), 6, 2, 48, 80
+    random, num_experts, top_k, k, n = torch.Generator().manual_seed(0), 6, 2, 96, 80
     per_pair = act is None  # the second product's inputs are of pairs
     x = torch.randn(num_tokens * (top_k if per_pair else 1), k, generator=random)
     ids = torch.stack([torch.randperm(num_experts, generator=random)[:top_k] for _ in range(num_tokens)])
     weight = torch.randn(num_experts * n, k, generator=random)
-    experts = split_experts(DenseWeight([Part(n)] * num_experts, k, torch.float32, data=weight), num_experts)
+    if form is None:
+        stack: Weight = DenseWeight([Part(n)] * num_experts, k, torch.float32, data=weight)
+    else:
+        stack = QuantizedWeight([Part(n)] * num_experts, k, torch.float32, form)
+        stack.materialize(torch.device("cpu"))
+        stack.fill_random(random)
+        for field in ("zero", "minimum"):
+            if field in stack.fields:
+                stack.fields[field].random_(0, 15, generator=random)
+        if "minimum" in stack.fields:
+            stack.fields["minimum"] *= stack.fields["scale"]
+    experts = split_experts(stack, num_experts)
     by_expert = None
     if ids.numel() > triton_experts.MAX_SINGLE_PAIRS:
         block_m = triton_experts.tile_config(ids.numel(), num_experts).block_m
         by_expert = triton_experts.sort_pairs(ids, num_experts, block_m)
-    got = triton_experts.expert_products_triton(x, ids, weight, num_experts, act, by_expert)
+    got = triton_experts.expert_products_triton(x, ids, codes_of(stack), num_experts, act, by_expert)
     torch.testing.assert_close(got, expert_products_torch(x, ids, experts, act), rtol=1e-4, atol=1e-4)
 
 
