@@ -1,5 +1,6 @@
 """Models with experts: their logits are those of transformers, and two ranks make one's sums."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,12 +8,14 @@ import torch
 
 from engine.layers.communicator import Communicator
 from engine.layers.layer import unique_layers
+from engine.layers.moe import StackedLinear
 from kernels.dense import DenseWeight
 from kernels.experts import codes_of, combine, expert_products_torch, split_experts
 from kernels.quantized import QuantizedWeight
 from kernels.quantized_format import Format
 from kernels.routing import Routing, route, route_torch
 from kernels.weights import Part, Weight
+from tests.quantized_files import CASES, write_quantized
 from tests.test_models import MakeTinyModel, TinyEngine, assert_equals_reference, random_ids
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -164,3 +167,21 @@ def test_the_kernel_of_weighted_sums_equals_its_definition():
     products, weights = torch.randn(15, 40, generator=random), torch.rand(5, 3, generator=random)
     residual = torch.randn(5, 40, generator=random)
     torch.testing.assert_close(combine_triton(products, weights, residual), combine(products, weights, residual))
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["awq", "gptq, zeros", "compressed-tensors, W4A16", "compressed-tensors, W8A16", "compressed-tensors, NVFP4"],
+)
+def test_quantized_experts_have_the_logits_of_what_they_stand_for(
+    case: str, make_tiny_model: MakeTinyModel, tmp_path: Path
+):
+    import transformers
+
+    name, options = FAMILIES["qwen3-moe"]
+    plain = make_tiny_model(getattr(transformers, name), "qwen3-moe", **options)
+    write_quantized(plain, CASES[case], tmp_path / "packed")
+    engine = packed(TinyEngine(tmp_path / "packed"))
+    stacks = [layer for layer in unique_layers(engine.model) if isinstance(layer, StackedLinear)]
+    assert stacks and all(isinstance(stack.weight, QuantizedWeight) for stack in stacks)
+    assert_equals_reference(engine, plain, random_ids(20, seed=0), random_ids(13, seed=1))
