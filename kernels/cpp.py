@@ -55,7 +55,9 @@ def find_compiler() -> tuple[str, ...] | None:
     for name in ("g++", "clang++", "c++"):
         if path := shutil.which(name):
             return (path,)
-    return (sys.executable, "-m", "ziglang", "c++") if importlib.util.find_spec("ziglang") else None
+    if importlib.util.find_spec("ziglang") is None:
+        return None
+    return (sys.executable, "-m", "ziglang", "cc", "-x", "c++", "-nostdlib++")  # its "c++" first builds a library
 
 
 def _compile(command: tuple[str, ...], source: Path, march: str, path: Path) -> None:

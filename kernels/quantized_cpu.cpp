@@ -538,7 +538,7 @@ static void take_outputs(Job &job, int64_t start, int64_t count) {
 #define FEW_PAIRS 3       // tokens for which the units are slower than vectors
 #define AT_ONCE 4         // tiles of sums, so that one multiplication need not wait for another
 #define SEGMENT_STEPS 4   // at most in a tile of sums
-#define CHUNK_INPUTS 640  // of decoded rows, which the first cache holds beside the inputs
+#define CHUNK_INPUTS 320  // of decoded rows, which the first cache holds beside the inputs
 
 static int may_use_tiles;
 
@@ -572,7 +572,8 @@ struct Cuts {
             }
         }
         const int fit = CHUNK_INPUTS / (most * step_inputs), num_chunks = (num_segments + fit - 1) / fit;
-        segments_per_chunk = ((num_segments + num_chunks - 1) / num_chunks + 1) / 2 * 2;
+        segments_per_chunk = (num_segments + num_chunks - 1) / num_chunks;
+        if (step_inputs == 16) segments_per_chunk += segments_per_chunk % 2;  // blocks of 32 are decoded
     }
     int end_of_chunk(int segment) const {
         return segment + segments_per_chunk < num_segments ? segment + segments_per_chunk : num_segments;
@@ -835,7 +836,8 @@ static inline void collect_pairs(const uint8_t *const *rows, int64_t offset, int
 
 static inline vec of_fp8_in_high_bytes(__m256i words) {
     const __m256i sign = _mm256_and_si256(words, _mm256_set1_epi16((short)0x8000));
-    return _mm512_cvtph_ps(_mm256_or_si256(sign, _mm256_and_si256(_mm256_srli_epi16(words, 1), _mm256_set1_epi16(0x3f80))));
+    const __m256i rest = _mm256_and_si256(_mm256_srli_epi16(words, 1), _mm256_set1_epi16(0x3f80));
+    return _mm512_cvtph_ps(_mm256_or_si256(sign, rest));
 }
 
 template <int CODE> static inline void decode_pair(const uint8_t *codes, vec meanings, vec &even, vec &odd) {
@@ -946,48 +948,45 @@ static void take_tiles(Job &job, int64_t start, int64_t count) {
     const int64_t num_tiles = (job.num_tokens + width - 1) / width, tile_floats = InputTile::floats(w, width);
     static thread_local Memory memory;
     const int64_t decoded_floats = (CHUNK_INPUTS + 64) * TILE_ROWS / 2, scale_floats = w.num_groups * LANES;
-    float *weights = memory.get(decoded_floats + 2 * scale_floats + (2 * num_tiles + 2 * AT_ONCE) * TILE_FLOATS);
+    const int64_t sums_floats = num_tiles * TILE_FLOATS, results_floats = num_tiles * width * 2 * MAX_ITEM;
+    float *weights = memory.get(decoded_floats + 2 * scale_floats + 2 * AT_ONCE * TILE_FLOATS + sums_floats +
+                                results_floats);
     if (!weights) {
         job.has_failed = true;
         return;
     }
     float *const scales = weights + decoded_floats, *const shifts = scales + scale_floats;
     float(*const parts)[AT_ONCE][TILE_FLOATS] = (float(*)[AT_ONCE][TILE_FLOATS])(shifts + scale_floats);
-    float *const sums = shifts + scale_floats + 2 * AT_ONCE * TILE_FLOATS;
+    float *const sums = shifts + scale_floats + 2 * AT_ONCE * TILE_FLOATS, *const results = sums + sums_floats;
     if (width < LANES) memset(parts, 0, 2 * sizeof(*parts));  // what is no token's; it would slow the units if denormal
     const auto decode = w.code == INT4 ? decode_tile<INT4> : w.code == INT8 ? decode_tile<INT8> : decode_tile<FP8>;
     const auto multiply = has_shift(w) ? multiply_tile<true> : multiply_tile<false>;
-    for (int64_t i = 0; i < count; i += TILE_ROWS) {
-        const int64_t left = count - i < TILE_ROWS ? count - i : TILE_ROWS;
-        memset(sums, 0, 4 * num_parts * num_tiles * TILE_FLOATS);
-        for (int part = 0; part < num_parts; part++) {
-            const int64_t row = part * job.num_outputs + start + i;
-            float *const part_sums = sums + part * num_tiles * TILE_FLOATS;
-            read_tile_scales(w, row, row + left, scales, shifts);
+    for (int part = 0; part < num_parts; part++)
+        for (int64_t i = 0; i < count; i += TILE_ROWS) {
+            const int64_t row = part * job.num_outputs + start + i, last_row = part * job.num_outputs + start + count;
+            memset(sums, 0, 4 * sums_floats);
+            read_tile_scales(w, row, last_row, scales, shifts);
             for (int segment = 0; segment < cuts.num_segments; segment = cuts.end_of_chunk(segment)) {
                 const int end = cuts.end_of_chunk(segment);
                 const int64_t first_input = cuts.segments[segment].step * cuts.step_inputs / 32 * 32;
                 const int64_t last_input = (cuts.segments[end - 1].end * cuts.step_inputs + 31) / 32 * 32;
-                decode(w, row, row + left, first_input, last_input, (uint16_t *)weights);
+                decode(w, row, last_row, first_input, last_input, (uint16_t *)weights);
                 for (int64_t tile = 0; tile < num_tiles; tile++)
                     multiply(cuts, segment, end, (uint16_t *)weights, InputTile(w, job.x + tile * tile_floats, width),
-                             width, scales, shifts, part_sums + tile * TILE_FLOATS, parts,
+                             width, scales, shifts, sums + tile * TILE_FLOATS, parts,
                              (tile + 1 < num_tiles ? 1 : -tile) * tile_floats * 4);
             }
-        }
-        for (int64_t tile = 0; tile < num_tiles; tile++) {
-            float *const tile_sums = sums + tile * TILE_FLOATS, *const partners = tile_sums + num_tiles * TILE_FLOATS;
-            for (int part = 0; part < num_parts; part++) {
+            for (int64_t tile = 0; tile < num_tiles; tile++) {
                 vec v[16];
-                float *const rows = part ? partners : tile_sums;
-                for (int r = 0; r < 16; r++) v[r] = load(rows + r * LANES);
+                for (int r = 0; r < 16; r++) v[r] = load(sums + tile * TILE_FLOATS + r * LANES);
                 transpose(v);
-                for (int r = 0; r < 16; r++) store(rows + r * LANES, v[r]);
+                float *const to = results + tile * width * 2 * MAX_ITEM + part * MAX_ITEM + i;
+                for (int t = 0; t < width; t++) store(to + t * 2 * MAX_ITEM, v[t]);
             }
-            for (int64_t t = 0; t < width && tile * width + t < job.num_tokens; t++)
-                finish(job, job.first_token + tile * width + t, start + i, left, tile_sums + t * LANES,
-                       partners + t * LANES);
         }
+    for (int64_t t = 0; t < job.num_tokens; t++) {
+        const float *const result = results + t * 2 * MAX_ITEM;
+        finish(job, job.first_token + t, start, count, result, result + MAX_ITEM);
     }
 }
 #else
