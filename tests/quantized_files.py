@@ -448,6 +448,10 @@ CASES: dict[str, Case] = {
          }},
         write_gptq_by_layer,
     ),
+    "auto-round, its own packing": Case(
+        {"quant_method": "auto-round", "bits": 3, "group_size": GROUP, "sym": False, "packing_format": "auto_round"},
+        gptq(3, zero_offset=0),
+    ),
     "auto-round as awq": Case(
         {"quant_method": "auto-round", "bits": 4, "group_size": GROUP, "packing_format": "auto_round:auto_awq"},
         write_awq,

@@ -10,21 +10,24 @@ from engine.quantization.modules import regular_expression
 from engine.quantization.packed import ByModule, Stored, entry, is_head
 
 PLAIN_BITS = 16  # as many or more: the module is not quantized
+OWN_PACKING = "auto_round"
 
 
 class AutoRound(ByModule):
-    """`packing_format` auto_round:auto_gptq or auto_round:auto_awq."""
+    """`packing_format` auto_round, auto_round:auto_gptq or auto_round:auto_awq."""
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         """Read config.json's `quantization_config`. `ModelError` for what is not supported."""
         super().__init__()
         packing = str(raw.get("packing_format") or raw.get("backend") or "auto_round:auto_gptq").lower()
-        if raw.get("data_type", "int") != "int" or not any(name in packing for name in ("gptq", "awq")):
+        is_known = packing == OWN_PACKING or "gptq" in packing or "awq" in packing
+        if raw.get("data_type", "int") != "int" or not is_known:
             raise ModelError(
                 f"auto-round's data_type {raw.get('data_type', 'int')!r}, packing_format {packing!r}, is not "
-                "supported: only int, packed as auto_gptq or auto_awq"
+                "supported: only int, packed as auto_round, auto_gptq or auto_awq"
             )
         self.is_awq = "awq" in packing
+        self.zero_offset = 1 if "gptq" in packing else 0  # its own packing is that of GPTQ's second version
         self.raw = raw
         self.extra = [
             (name, regular_expression(name, "extra_config"), overrides)
@@ -46,7 +49,9 @@ class AutoRound(ByModule):
             return None
         if isinstance(bits := raw.get("bits"), int) and bits >= PLAIN_BITS:
             return None
-        options = Options().overridden({name: raw.get(name) for name in ("bits", "group_size", "sym")})
+        options = Options(zero_offset=self.zero_offset).overridden(
+            {name: raw.get(name) for name in ("bits", "group_size", "sym")}
+        )
         if not self.is_awq:
             return stored_gptq(options)
         if options.bits != 4:
