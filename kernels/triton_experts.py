@@ -251,22 +251,8 @@ def decoded(
     is_input = (start + k < K)[None, :]
     if CODE is None:
         return tl.load(weight + rows[:, None] * K + start + k[None, :], mask=is_input, other=0.0)
-    if CODE == "int4":
-        byte = tl.arange(0, BLOCK_K // 2)
-        pointers = weight + rows[:, None] * (K // 2) + start // 2 + byte[None, :]
-        codes = tl.load(pointers, mask=(start + 2 * byte < K)[None, :], other=0)
-        codes = tl.reshape(tl.join(codes & 15, codes >> 4), [BLOCK_N, BLOCK_K])
-        if table is not None:
-            values = tl.load(table + codes.to(tl.int32))
-        else:
-            values = codes.to(tl.float32) - OFFSET
-    else:
-        codes = tl.load(weight + rows[:, None] * K + start + k[None, :], mask=is_input, other=0)
-        if CODE == "fp8":
-            values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        else:
-            values = codes.to(tl.float32)
-    if GROUP >= BLOCK_K:
+    elif GROUP >= BLOCK_K:
+        values = numbers_of(weight, table, rows, start, K, CODE, OFFSET, BLOCK_N, BLOCK_K)
         group = rows * NUM_GROUPS + start // GROUP
         if zero is not None:
             values -= tl.load(zero + group).to(tl.float32)[:, None]
@@ -274,16 +260,42 @@ def decoded(
         if minimum is not None:
             values -= tl.load(minimum + group).to(tl.float32)[:, None]
         return values
-    index = start // GROUP + tl.arange(0, BLOCK_K // GROUP)
-    group = rows[:, None] * NUM_GROUPS + index[None, :]
-    is_group = (index < NUM_GROUPS)[None, :]
-    grouped = tl.reshape(values, [BLOCK_N, BLOCK_K // GROUP, GROUP])
-    if zero is not None:
-        grouped -= tl.load(zero + group, mask=is_group, other=0).to(tl.float32)[:, :, None]
-    grouped *= tl.load(scale + group, mask=is_group, other=0.0).to(tl.float32)[:, :, None]
-    if minimum is not None:
-        grouped -= tl.load(minimum + group, mask=is_group, other=0.0).to(tl.float32)[:, :, None]
-    return tl.reshape(grouped, [BLOCK_N, BLOCK_K])
+    else:
+        values = numbers_of(weight, table, rows, start, K, CODE, OFFSET, BLOCK_N, BLOCK_K)
+        index = start // GROUP + tl.arange(0, BLOCK_K // GROUP)
+        group = rows[:, None] * NUM_GROUPS + index[None, :]
+        is_group = (index < NUM_GROUPS)[None, :]
+        values = tl.reshape(values, [BLOCK_N, BLOCK_K // GROUP, GROUP])
+        if zero is not None:
+            values -= tl.load(zero + group, mask=is_group, other=0).to(tl.float32)[:, :, None]
+        values *= tl.load(scale + group, mask=is_group, other=0.0).to(tl.float32)[:, :, None]
+        if minimum is not None:
+            values -= tl.load(minimum + group, mask=is_group, other=0.0).to(tl.float32)[:, :, None]
+        return tl.reshape(values, [BLOCK_N, BLOCK_K])
+
+
+@triton.jit
+def numbers_of(
+    weight, table, rows, start,
+    K: tl.constexpr, CODE: tl.constexpr, OFFSET: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Load what codes stand for before zeros and scales, float32 [BLOCK_N, BLOCK_K]."""
+    if CODE == "int4":
+        byte = tl.arange(0, BLOCK_K // 2)
+        pointers = weight + rows[:, None] * (K // 2) + start // 2 + byte[None, :]
+        codes = tl.load(pointers, mask=(start + 2 * byte < K)[None, :], other=0)
+        codes = tl.reshape(tl.join(codes & 15, codes >> 4), [BLOCK_N, BLOCK_K])
+        if table is not None:
+            return tl.load(table + codes.to(tl.int32))
+        else:
+            return codes.to(tl.float32) - OFFSET
+    else:
+        k = tl.arange(0, BLOCK_K)
+        codes = tl.load(weight + rows[:, None] * K + start + k[None, :], mask=(start + k < K)[None, :], other=0)
+        if CODE == "fp8":
+            return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        else:
+            return codes.to(tl.float32)
 
 
 @fast_launch
@@ -356,16 +368,16 @@ def _tile_kernel(
     for start in range(0, K, BLOCK_K):
         is_input = k < K - start
         values = tl.load(sources + start, mask=is_pair[:, None] & is_input[None, :], other=0.0)
-        tile = decoded(
+        numbers = decoded(
             weight, scale, zero, minimum, table, gate, start, K, CODE, GROUP, NUM_GROUPS, OFFSET, BLOCK_N, BLOCK_K
         )
-        sums = tl.dot(values, tl.trans(tile.to(values.dtype)), sums)
+        sums = tl.dot(values, tl.trans(numbers.to(values.dtype)), sums)
         if ACT is not None:
-            tile = decoded(
+            numbers = decoded(
                 weight, scale, zero, minimum, table, gate + N, start, K, CODE, GROUP, NUM_GROUPS, OFFSET, BLOCK_N,
                 BLOCK_K,
             )  # fmt: skip
-            up_sums = tl.dot(values, tl.trans(tile.to(values.dtype)), up_sums)
+            up_sums = tl.dot(values, tl.trans(numbers.to(values.dtype)), up_sums)
     if ACT is not None:
         sums = activation(sums, ACT) * up_sums
     places = out + pairs[:, None] * N + n[None, :]
