@@ -7,7 +7,7 @@ from engine.errors import ModelError
 from engine.quantization.awq import stored_awq
 from engine.quantization.gptq import Options, stored_gptq
 from engine.quantization.modules import regular_expression
-from engine.quantization.packed import ByModule, Stored, entry, is_head
+from engine.quantization.packed import ByModule, Stored, is_head, objects
 
 PLAIN_BITS = 16  # as many or more: the module is not quantized
 OWN_PACKING = "auto_round"
@@ -31,7 +31,7 @@ class AutoRound(ByModule):
         self.raw = raw
         self.extra = [
             (name, regular_expression(name, "extra_config"), overrides)
-            for name, overrides in entry(raw, "extra_config", dict, {}).items()
+            for name, overrides in objects(raw, "extra_config").items()
         ]
         self.find({"model.layers.0.mlp.up_proj"})  # what is not supported is said at once
 
@@ -39,8 +39,8 @@ class AutoRound(ByModule):
         extra = next(
             (
                 overrides
-                for entry, pattern, overrides in self.extra
-                if entry in names or any(pattern.fullmatch(name) for name in names)
+                for name, pattern, overrides in self.extra
+                if name in names or any(pattern.fullmatch(spelling) for spelling in names)
             ),
             None,
         )

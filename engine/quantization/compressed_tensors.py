@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from engine.errors import ModelError, shown
+from engine.errors import ModelError
 from engine.quantization import With
 from engine.quantization.bits import codes_of, zeros_of
 from engine.quantization.floats import (
@@ -20,7 +20,7 @@ from engine.quantization.floats import (
 )
 from engine.quantization.fp8 import checked_block
 from engine.quantization.modules import Modules
-from engine.quantization.packed import ByModule, Stored, entry
+from engine.quantization.packed import ByModule, Stored, entry, objects
 from kernels.quantized import INT4_ZERO, Format, pack_int4
 
 CLASSES = ("Linear",)  # of modules, that a group may name in place of these
@@ -44,13 +44,13 @@ class CompressedTensors(ByModule):
         if raw.get("transform_config"):
             raise ModelError("compressed-tensors' transforms (transform_config: QuIP, SpinQuant) are not supported; "
                              "the same recipe without them is")  # fmt: skip
-        sparsity = str((raw.get("sparsity_config") or {}).get("format") or "dense")
+        sparsity = str(entry(raw, "sparsity_config", dict, {}).get("format") or "dense")
         if sparsity != "dense":
             raise ModelError(f"compressed-tensors' sparse weights ({sparsity}) are not supported; save them dense")
         self.ignored = Modules(raw.get("ignore"), "ignore")
         self.groups = [
             _read_group(name, group, str(raw.get("format") or ""))
-            for name, group in entry(raw, "config_groups", dict, {}).items()
+            for name, group in objects(raw, "config_groups").items()
         ]
 
     def find(self, names: Collection[str]) -> Stored | None:
@@ -62,10 +62,8 @@ class CompressedTensors(ByModule):
         return next((group.stored for group in self.groups if group.is_of_class), None)
 
 
-def _read_group(name: str, raw: Any, format_of_all: str) -> Group:
-    if not isinstance(raw, dict):
-        raise ModelError(f"quantization_config: {name} must be an object, got {shown(raw)}")
-    targets = raw.get("targets") or []
+def _read_group(name: str, raw: Mapping[str, Any], format_of_all: str) -> Group:
+    targets = entry(raw, "targets", list, [])
     modules = Modules([target for target in targets if target not in CLASSES], f"{name}.targets")
     weights, inputs = entry(raw, "weights", dict, {}), entry(raw, "input_activations", dict, {})
     stored = _stored(weights, inputs, str(raw.get("format") or format_of_all)) if weights else None

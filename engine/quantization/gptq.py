@@ -11,7 +11,7 @@ from engine.quantization import CHECKED, Transform
 from engine.quantization.bits import codes_of, zeros_of
 from engine.quantization.marlin import stored_marlin
 from engine.quantization.modules import Modules, regular_expression
-from engine.quantization.packed import ByModule, Stored, entry, is_head
+from engine.quantization.packed import ByModule, Stored, entry, is_head, objects
 from kernels.quantized import Format
 from kernels.weights import ShapeError
 
@@ -95,7 +95,7 @@ class GPTQ(ByModule):
         self.included = Modules(_flat(raw.get("modules_in_block_to_quantize")), "modules_in_block_to_quantize")
         self.dynamic = [
             (regular_expression(pattern.removeprefix("+:").removeprefix("-:"), "dynamic"), pattern[:2] == "-:", over)
-            for pattern, over in entry(raw, "dynamic", dict, {}).items()
+            for pattern, over in objects(raw, "dynamic").items()
         ]
 
     def find(self, names: Collection[str]) -> Stored | None:

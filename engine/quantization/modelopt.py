@@ -6,7 +6,7 @@ from typing import Any
 from engine.errors import ModelError
 from engine.quantization.floats import stored_fp8, stored_mxfp8, stored_nvfp4
 from engine.quantization.modules import Modules
-from engine.quantization.packed import ByModule, Stored, entry
+from engine.quantization.packed import ByModule, Stored, objects
 
 ALGORITHMS: dict[str, Callable[[], Stored]] = {
     "FP8": lambda: stored_fp8(has_input_scale=True),
@@ -31,7 +31,7 @@ class ModelOpt(ByModule):
         self.excluded = Modules(excluded, "exclude_modules")
         algorithm = str(raw.get("quant_algo")).upper()
         self.everywhere = None if algorithm == MIXED else _stored(algorithm)
-        layers = entry(raw, "quantized_layers", dict, {}) if algorithm == MIXED else {}
+        layers = objects(raw, "quantized_layers") if algorithm == MIXED else {}
         self.layers = {name: _stored(str(layer.get("quant_algo")).upper()) for name, layer in layers.items()}
 
     def find(self, names: Collection[str]) -> Stored | None:

@@ -125,3 +125,9 @@ def entry(raw: Mapping[str, Any], name: str, kind: type[T], default: T) -> T:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ModelError(f"quantization_config: {name} must be of type {kind.__name__}, got {shown(value)}")
     return value
+
+
+def objects(raw: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """Return an entry whose own entries are objects, or null for {}. `ModelError` if one is anything else."""
+    found = entry(raw, name, dict, {})
+    return {key: entry({f"{name}, {key}": value}, f"{name}, {key}", dict, {}) for key, value in found.items()}

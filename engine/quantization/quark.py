@@ -6,7 +6,7 @@ from typing import Any
 from engine.errors import ModelError
 from engine.quantization.floats import MX_GROUP, NOT_OF_WEIGHTS, row_scales, stored_fp8, stored_mxfp4
 from engine.quantization.modules import Modules
-from engine.quantization.packed import ByModule, Stored, entry
+from engine.quantization.packed import ByModule, Stored, entry, objects
 from kernels.quantized import Format
 
 FP8, INT8, FP4 = ("fp8_e4m3", "fp8"), ("int8",), ("fp4",)
@@ -23,7 +23,7 @@ class Quark(ByModule):
         self.everywhere = _stored(entry(raw, "global_quant_config", dict, {}))
         self.layers = [
             (Modules(name, "layer_quant_config"), _stored(layer))
-            for name, layer in entry(raw, "layer_quant_config", dict, {}).items()
+            for name, layer in objects(raw, "layer_quant_config").items()
         ]
 
     def find(self, names: Collection[str]) -> Stored | None:
