@@ -1,8 +1,9 @@
 """Attention over the paged KV cache: its definition in torch (also what runs on a CPU), and the choice of a kernel.
 
 softmax(scale q k^T) v, where the q_len tokens of a request are its last ones and each sees itself and what is before
-it. Token j of request i lies in slot slot_table[rows[i], j] of k_cache and v_cache, or in the one that slot_map has for
-it; of tokens that no query sees, slot_map may say anything.
+it. A head may have a sink, a score that takes its share of the softmax and adds nothing. Token j of request i lies in
+slot slot_table[rows[i], j] of k_cache and v_cache, or in the one that slot_map has for it; of tokens that no query
+sees, slot_map may say anything.
 """
 
 import functools
@@ -32,16 +33,17 @@ def attention_torch(
     scale: float,
     window: int = -1,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     has_decodes: bool = True,
 ) -> torch.Tensor:
     """Define `attention`. Sizes come from the host's lengths, so a CUDA graph cannot capture it."""
     out = torch.empty_like(q)
     if has_decodes:
-        decodes_torch(q, k_cache, v_cache, batch, out, scale=scale, window=window, softcap=softcap)
+        decodes_torch(q, k_cache, v_cache, batch, out, scale=scale, window=window, softcap=softcap, sinks=sinks)
     end = batch.num_decodes
     for i in range(end, len(batch.seq_lens_host)):
         start, end = end, end + int(batch.q_lens_host[i])
-        _prefill(q, k_cache, v_cache, batch, i, start, end, scale, window, softcap, out)
+        _prefill(q, k_cache, v_cache, batch, i, start, end, scale, window, softcap, sinks, out)
     return out
 
 
@@ -55,10 +57,11 @@ def decodes_torch(
     scale: float,
     window: int = -1,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Write `attention_torch` of the first num_decodes tokens alone into `out`."""
     for members in _decode_sets(_SameBatch(batch), window, q.dtype):
-        _decode(q, k_cache, v_cache, members, scale, softcap, out)
+        _decode(q, k_cache, v_cache, members, scale, softcap, sinks, out)
 
 
 class _SameBatch:
@@ -125,6 +128,7 @@ def _decode(
     members: _DecodeSet,
     scale: float,
     softcap: float,
+    sinks: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     """Write the attention of a set of single tokens into `out`.
@@ -137,7 +141,8 @@ def _decode(
     k = _gather(k_cache, members.slots, q.dtype).view(n, -1, num_kv_heads, head_dim).transpose(1, 2)
     v = _gather(v_cache, members.slots, q.dtype).view(n, -1, num_kv_heads, head_dim).transpose(1, 2)
     queries = queries.reshape(n, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    result = _sdpa(queries, k, v, members.mask, False, scale, softcap)
+    of_rows = None if sinks is None else sinks.view(num_kv_heads, -1)
+    result = _sdpa(queries, k, v, members.mask, False, scale, softcap, of_rows)
     out[members.index] = result.reshape(n, num_heads, head_dim)
 
 
@@ -152,6 +157,7 @@ def _prefill(
     scale: float,
     window: int,
     softcap: float,
+    sinks: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     """Write the attention of request i, whose tokens are [start, end) of q, into `out`."""
@@ -174,7 +180,8 @@ def _prefill(
         mask = tokens <= positions
         if window >= 0:
             mask &= tokens > positions - window
-    result = _sdpa(queries, k, v, mask, is_plain, scale, softcap)[0, :, :q_len]
+    of_rows = None if sinks is None else sinks[:, None]
+    result = _sdpa(queries, k, v, mask, is_plain, scale, softcap, of_rows)[0, :, :q_len]
     out[start:end] = result.transpose(0, 1)
 
 
@@ -207,22 +214,28 @@ def _sdpa(
     is_causal: bool,
     scale: float,
     softcap: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return softmax(scale q k^T) v [n, H, Q, D] of q [n, H, Q, D], k and v [n, Hkv, L, D].
 
-    mask: bool, or to be added to the scores; broadcast to [n, H, Q, L].
+    mask: bool, or to be added to the scores; broadcast to [n, H, Q, L]. sinks: broadcast to [H, Q].
     """
     is_grouped = q.shape[1] != k.shape[1]
-    if not softcap:
+    if not softcap and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=is_grouped)
     group = q.shape[1] // k.shape[1]
     scores = (q.float() * scale) @ k.float().repeat_interleave(group, 1).transpose(-1, -2)
-    scores = softcap * torch.tanh(scores / softcap)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return (scores.softmax(-1) @ v.float().repeat_interleave(group, 1)).to(q.dtype)
+    if sinks is not None:
+        column = sinks.float()[None, :, :, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, column), dim=-1)
+    weights = scores.softmax(-1)[..., : k.shape[2]]
+    return (weights @ v.float().repeat_interleave(group, 1)).to(q.dtype)
 
 
 def attention(
@@ -234,17 +247,21 @@ def attention(
     scale: float,
     window: int = -1,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     backend: str = "torch",
     has_decodes: bool = True,
 ) -> torch.Tensor:
     """Attend q [T, H, D] to the caches [num_slots, Hkv, D], in q's dtype or float8; return [T, H, D].
 
-    window: a token sees at most that many last tokens, itself included; -1: all. softcap c > 0: scores become
-    c tanh(score / c). Not has_decodes: single tokens' part of the result is left as it is (`kernels.corun` fills it).
-    In a CUDA graph "flashinfer", which plans on the host, leaves all to "triton", as it always does for single tokens:
-    that depends on nothing but shapes, and reads lengths and slots on the device.
+    window: a token sees at most that many last tokens, itself included; -1: all. softcap c > 0: scores become c
+    tanh(score / c). sinks [H]: a score of each head that is in the softmax's denominator alone. Not has_decodes: single
+    tokens' part of the result is left as it is (`kernels.corun` fills it). In a CUDA graph "flashinfer", which plans on
+    the host, leaves all to "triton", as it always does for single tokens: that depends on nothing but shapes, and reads
+    lengths and slots on the device.
     """
-    options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "has_decodes": has_decodes}
+    options: dict[str, Any] = {
+        "scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "has_decodes": has_decodes
+    }  # fmt: skip
     if backend == "torch":
         return attention_torch(q, k_cache, v_cache, batch, **options)
     from kernels.triton_attention import attention_triton  # here: a machine without a GPU need not have triton

@@ -53,14 +53,14 @@ def attention_flashinfer(
     scale: float,
     window: int = -1,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     has_decodes: bool = True,
 ) -> torch.Tensor:
-    """Run `kernels.attention.attention` with FlashInfer; cases that it has no kernel for go to Triton."""
-    is_known = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] in HEAD_DIMS
+    """Run `kernels.attention.attention` with FlashInfer; what it has no kernel for, such as sinks, goes to Triton."""
+    is_known = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] in HEAD_DIMS and sinks is None
     if not is_known or batch.num_decodes == len(batch.rows):
-        return attention_triton(
-            q, k_cache, v_cache, batch, scale=scale, window=window, softcap=softcap, has_decodes=has_decodes
-        )
+        options: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": sinks, "has_decodes": has_decodes}
+        return attention_triton(q, k_cache, v_cache, batch, scale=scale, **options)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if batch.num_decodes and has_decodes:
         decode(q, k_cache, v_cache, batch, out, scale=scale, window=window, softcap=softcap)

@@ -24,6 +24,7 @@ from kernels.triton_softmax import (
     load_slots,
     part_len,
     prefill_config,
+    share_beside_sink,
 )
 from kernels.tuning import Configs
 
@@ -62,6 +63,7 @@ def decode(
     scale: float,
     window: int = -1,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     config: DecodeConfig | None = None,
     num_programs: int | None = None,
     num_free_sms: int = 0,
@@ -116,6 +118,7 @@ def decode(
         batch.rows,
         batch.slot_table,
         batch.slot_map,
+        sinks,
         shared.own_starts if shared is not None else None,
         partial,
         partial_lse,
@@ -194,6 +197,7 @@ def _decode_kernel(
     rows,
     slot_table,
     slot_map,
+    sinks,
     own_starts,
     partial,
     partial_lse,
@@ -309,6 +313,9 @@ def _decode_kernel(
         out_row = (request.to(tl.int64) * NUM_KV_HEADS + kv_head) * GROUP * HEAD_DIM
         if (num_taken == num_tiles) & (prefix_len == 0):
             out_pointers = out + out_row + m_rows[:, None] * HEAD_DIM + d[None, :]
+            if sinks is not None:
+                of_tokens = share_beside_sink(m + tl.log2(l), sinks, kv_head * GROUP + m_rows, m_rows < GROUP)
+                result *= of_tokens[:, None]
             tl.store(out_pointers, result.to(out.dtype.element_ty), mask=is_element)
         else:
             index = 2 * program + (work != begin).to(tl.int32)
@@ -327,7 +334,7 @@ def _decode_kernel(
                 num_prefix = 0
                 if own_starts is not None:
                     num_prefix = tl.cdiv(prefix_len, part_len(prefix_len, num_splits, PREFIX_BLOCK_N))
-                merged = _merge(
+                merged, lse = _merge(
                     partial,
                     partial_lse,
                     2 * first_program + (row_begin != first_begin).to(tl.int32),
@@ -344,6 +351,8 @@ def _decode_kernel(
                 )
                 merged_pointers = out + out_row + g[:, None] * HEAD_DIM + d[None, :]
                 mask = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+                if sinks is not None:
+                    merged *= share_beside_sink(lse, sinks, kv_head * GROUP + g, g < GROUP)[:, None]
                 tl.store(merged_pointers, merged.to(out.dtype.element_ty), mask=mask)
         work += num_taken
     if PDL:  # noqa: SIM102
@@ -374,9 +383,10 @@ def _merge(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Merge the results of `num_own` programs and `num_prefix` parts of a prefix: [BLOCK_GROUP, BLOCK_D].
+    """Merge the results of `num_own` programs and `num_prefix` parts of a prefix.
 
-    Loads bypass the L1 cache, which may hold older values.
+    Returns them, [BLOCK_GROUP, BLOCK_D], and their log-sum-exps, [BLOCK_GROUP]. Loads bypass the L1
+    cache, which may hold older values.
     """
     p = tl.arange(0, BLOCK_P)
     g = tl.arange(0, BLOCK_GROUP)
@@ -400,7 +410,7 @@ def _merge(
         l = l * alpha + tl.sum(weights, axis=0)
         acc = acc * alpha[:, None] + tl.sum(values * weights[:, :, None], axis=0)
         m = new_m
-    return acc / l[:, None]
+    return acc / l[:, None], m + tl.log2(l)
 
 
 @fast_launch

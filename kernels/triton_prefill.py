@@ -18,6 +18,7 @@ from kernels.triton_softmax import (
     launch_settings,
     part_len,
     prefill_config,
+    share_beside_sink,
 )
 from kernels.tuning import Configs
 
@@ -41,6 +42,7 @@ def prefill(
     scale: float,
     window: int = -1,
     softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     config: PrefillConfig | None = None,
     num_splits: int | None = None,
     min_split_len: int = MIN_SPLIT_LEN,
@@ -80,6 +82,7 @@ def prefill(
         batch.rows[batch.num_decodes :],
         batch.slot_table,
         batch.slot_map,
+        sinks,
         partial,
         partial_lse,
         arrivals,
@@ -122,6 +125,7 @@ def _prefill_kernel(
     rows,
     slot_table,
     slot_map,
+    sinks,
     partial,
     partial_lse,
     arrivals,
@@ -225,6 +229,8 @@ def _prefill_kernel(
         out_row = (token * NUM_KV_HEADS * GROUP + head) * HEAD_DIM
         out_pointers = out + out_row[:, None] + d[None, :]
         if num_splits == 1:
+            if sinks is not None:
+                result *= share_beside_sink(m + tl.log2(l), sinks, head, is_row)[:, None]
             tl.store(out_pointers, result.to(out.dtype.element_ty), mask=is_element)
         elif partial is not None:
             is_column = (d < HEAD_DIM)[None, :]
@@ -236,7 +242,9 @@ def _prefill_kernel(
             arrival = arrivals + tl.program_id(0)
             if tl.atomic_add(arrival, 1, sem="acq_rel") == num_splits - 1:
                 tl.store(arrival, 0)
-                merged = _merge(partial, partial_lse, first_row, num_splits, HEAD_DIM, BLOCK_M, BLOCK_D)
+                merged, lse = _merge(partial, partial_lse, first_row, num_splits, HEAD_DIM, BLOCK_M, BLOCK_D)
+                if sinks is not None:
+                    merged *= share_beside_sink(lse, sinks, head, is_row)[:, None]
                 tl.store(out_pointers, merged.to(out.dtype.element_ty), mask=is_element)
 
 
@@ -244,9 +252,10 @@ def _prefill_kernel(
 def _merge(
     partial, partial_lse, first_row, num_splits, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Merge the results of a tile's parts, which lie one after another: [BLOCK_M, BLOCK_D].
+    """Merge the results of a tile's parts, which lie one after another.
 
-    Loads bypass the L1 cache, which may hold older values.
+    Returns them, [BLOCK_M, BLOCK_D], and their log-sum-exps, [BLOCK_M]. Loads bypass the L1 cache, which may
+    hold older values.
     """
     m_rows = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
@@ -264,4 +273,4 @@ def _merge(
         l = l * alpha + weight
         acc = acc * alpha[:, None] + values * weight[:, None]
         m = new_m
-    return acc / l[:, None]
+    return acc / l[:, None], m + tl.log2(l)

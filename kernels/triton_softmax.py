@@ -246,6 +246,16 @@ def attend_prompt(
 
 
 @triton.jit
+def share_beside_sink(lse, sinks, head, is_head):
+    """Return the share of the softmax that tokens have beside the sink of `head`: 1 / (1 + exp(sink) / exp(lse)).
+
+    lse: of the tokens' scores, in units of log2. A result without the sink is multiplied by it, once all parts are in.
+    """
+    sink = tl.load(sinks + head, mask=is_head, other=float("-inf")).to(tl.float32) * 1.4426950408889634  # LOG2_E
+    return 1 / (1 + tl.exp2(sink - lse))
+
+
+@triton.jit
 def find(ends, work):
     """Return (index, where it starts) of the entry whose run of work, ended by `ends` [N] (ascending), holds `work`."""
     is_before = ends <= work

@@ -63,6 +63,7 @@ def naive(
     scale: float,
     window: int,
     softcap: float,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute one token and one head at a time, in float64."""
     out = torch.empty(q.shape, dtype=torch.float64)
@@ -78,7 +79,9 @@ def naive(
                 scores = k_cache[slots, head // group] @ q[token, head] * scale
                 if softcap:
                     scores = softcap * torch.tanh(scores / softcap)
-                out[token, head] = scores.softmax(0) @ v_cache[slots, head // group]
+                if sinks is not None:
+                    scores = torch.cat((scores, sinks[head : head + 1].double().cpu()))
+                out[token, head] = scores.softmax(0)[: len(slots)] @ v_cache[slots, head // group]
             token += 1
     return out
 
@@ -138,6 +141,50 @@ def test_a_context_cut_into_parts_gives_the_same_result(num_splits: int, softcap
         decode(q, k, v, batch, result, scale=0.3, softcap=softcap)
         prefill(q, k, v, batch, result, scale=0.3, softcap=softcap, num_splits=num_splits, min_split_len=16)
         check(result, naive(q, k, v, batch, 0.3, -1, softcap), q.dtype)
+
+
+def make_sinks(num_heads: int) -> torch.Tensor:
+    """Return scores of all sizes: of a head that sees tokens only, of one that sees hardly any, and others."""
+    sinks = torch.randn(num_heads, generator=torch.Generator().manual_seed(3))
+    sinks[0], sinks[1] = -1000.0, 200.0
+    return sinks.to(DEVICE)
+
+
+@KERNELS
+@pytest.mark.parametrize(("window", "softcap"), [(-1, 0.0), (8, 0.0), (-1, 2.0)])
+def test_sinks_take_their_share_of_the_softmax(kernel: Any, window: int, softcap: float) -> None:
+    batch, sinks = make_batch(MIXED), make_sinks(6)
+    q, k, v = make_inputs(batch, 6, 2)
+    result = kernel(q, k, v, batch, scale=0.3, window=window, softcap=softcap, sinks=sinks)
+    check(result, naive(q, k, v, batch, 0.3, window, softcap, sinks), q.dtype)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_sinks_count_once_however_the_context_is_cut(num_splits: int) -> None:
+    batch, sinks = make_batch([*DECODES, (3, 90), (20, 150), (2, 2)]), make_sinks(6)
+    q, k, v = make_inputs(batch, 6, 2)
+    result = torch.full_like(q, float("nan"))
+    decode(q, k, v, batch, result, scale=0.3, sinks=sinks, config=DecodeConfig(16, 4, 1, 1), num_programs=7)
+    prefill(q, k, v, batch, result, scale=0.3, sinks=sinks, num_splits=num_splits, min_split_len=16)
+    check(result, naive(q, k, v, batch, 0.3, -1, 0.0, sinks), q.dtype)
+
+
+def test_sinks_count_once_where_a_prefix_is_shared() -> None:
+    batch, sinks = make_batch(GROUPED, groups=GROUPS), make_sinks(6)
+    q, k, v = make_inputs(batch, 6, 2)
+    out = torch.full_like(q, float("nan"))
+    decode(
+        q, k, v, batch, out, scale=0.3, sinks=sinks, config=DecodeConfig(16, 4, 1, 1), num_programs=7,
+        prefix_config=PrefillConfig(32, 16, 4, 1), num_prefix_splits=3,
+    )  # fmt: skip
+    check(out, naive(q, k, v, batch, 0.3, -1, 0.0, sinks), q.dtype)
+
+
+def test_flashinfer_leaves_sinks_to_triton() -> None:
+    batch, sinks = make_batch([(1, 9), (6, 6), (3, 21)]), make_sinks(2)
+    q, k, v = make_inputs(batch, 2, 1, 64, dtype=torch.float16)
+    result = flashinfer_attention.attention_flashinfer(q, k, v, batch, scale=0.1, sinks=sinks)
+    check(result, naive(q, k, v, batch, 0.1, -1, 0.0, sinks), q.dtype)
 
 
 @KERNELS

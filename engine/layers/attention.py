@@ -1,13 +1,14 @@
 """Grouped-query attention over the paged cache (Ainslie et al. 2023)."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 
 from cache.layout import KV
 from cache.pool import CachePool
 from engine.layers.forward_batch import ForwardBatch
-from engine.layers.layer import Layer, LayerConfig
+from engine.layers.layer import Layer, LayerConfig, meta_weight
 from engine.layers.linear import qkv_parallel, row_parallel
 from engine.layers.norm import HiddenNorm, RMSNorm, UnitRMSNorm
 from engine.layers.qk_norm import AllHeadsNorm, EachHeadNorm
@@ -15,7 +16,7 @@ from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import AttentionConfig, QKNorm
 from kernels.attention import attention
 from kernels.elementwise import rope_and_store
-from kernels.weights import Norm
+from kernels.weights import Norm, match_shard
 
 AfterRope = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Changes rotated queries: (queries [T, H, D], positions [T]) -> queries."""
@@ -25,6 +26,8 @@ HeadNorms = tuple[HiddenNorm, HiddenNorm, HiddenNorm | None]
 
 class Attention(Layer):
     """Queries, keys and values of all heads; `o_proj` is the block's to call: it ends the branch."""
+
+    weight_names: ClassVar = ("sinks",)
 
     def __init__(
         self,
@@ -65,8 +68,13 @@ class Attention(Layer):
         if config.clip_qkv:
             self.make_qkv = clipped(self.make_qkv, config.clip_qkv)
         self.scale, self.window, self.softcap = config.scale, config.window, config.softcap
+        self.shard = layers.shard
+        self.sinks = meta_weight(self.num_heads, dtype=layers.dtype) if config.has_sinks else None
         self.has_window_slots = layers.has_window_slots and config.window >= 0
         self.backend = layers.attention_backend
+
+    def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002
+        return match_shard(getattr(self, name), loaded, 0, self.shard)
 
     def _add_norms(self, config: AttentionConfig, norm_class: type[HiddenNorm], layers: LayerConfig) -> None:
         if config.qk_norm is QKNorm.ALL_HEADS:
@@ -154,6 +162,7 @@ class Attention(Layer):
             scale=self.scale,
             window=self.window,
             softcap=self.softcap,
+            sinks=self.sinks,
             backend=self.backend,
             has_decodes=has_decodes,
         )

@@ -67,6 +67,7 @@ class StepSplitter:
             num_free_sms=corun.num_free_sms,
             scale=attn.scale,
             softcap=attn.softcap,
+            sinks=attn.sinks,
         )
         others = sum_over_ranks(comm, attn.o_proj, found[:first].flatten(1), residual=others, may_overwrite=True)
         weight.product(norm(others), act=mlp.act, out=gated[:first])
