@@ -86,6 +86,8 @@ class ExpertsConfig:
     has_shared_gate: bool = False  # a sigmoid of a product of its own scales the shared experts
     has_correction: bool = False  # the choice of experts has a bias
     router_bias: bool = False
+    has_bias: bool = False  # of both of an expert's products
+    act: str | None = None  # the kernels' name of the experts' activation; None: by `hidden_act`
 
 
 ATTENTION_FIELDS = frozenset(field.name for field in dataclasses.fields(AttentionConfig))

@@ -6,6 +6,10 @@ Each is defined by the torch function whose name ends in _torch; tensors on a GP
 import torch
 import torch.nn.functional as F
 
+# gpt-oss's way to join gate and up.
+CLAMPED_SWIGLU = "clamped_swiglu"
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
+
 
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if weight.dtype != x.dtype:
@@ -109,11 +113,17 @@ def xielu(x: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
 
 def act_and_mul_torch(x: torch.Tensor, act: str) -> torch.Tensor:
     gate, up = x.chunk(2, dim=-1)
+    if act == CLAMPED_SWIGLU:
+        gate, up = gate.float().clamp(max=SWIGLU_LIMIT), up.float().clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+        return (gate * torch.sigmoid(SWIGLU_ALPHA * gate) * (up + 1)).to(x.dtype)
     return activate_torch(gate, act).mul_(up)
 
 
 def act_and_mul(x: torch.Tensor, act: str) -> torch.Tensor:
-    """Return act(gate) * up of x = [gate, up], act one of those of `activate`; [T, 2N] -> [T, N]."""
+    """Return act(gate) * up of x = [gate, up], act one of those of `activate`; [T, 2N] -> [T, N].
+
+    Or, for "clamped_swiglu", gate * sigmoid(1.702 gate) * (up + 1) of a gate of at most 7 and an up from -7 to 7.
+    """
     if x.is_cuda:
         from kernels.triton_elementwise import act_and_mul_triton
 

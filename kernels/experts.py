@@ -63,11 +63,17 @@ class ExpertStack:
         return triton_experts.sort_pairs(ids, self.num_experts, block_m)
 
     def products(
-        self, x: torch.Tensor, ids: torch.Tensor, by_expert: "Sorted | None", act: str | None = None
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        by_expert: "Sorted | None",
+        act: str | None = None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return for each pair the product of its input with its expert's weight: [T k, n], or [T k, n / 2] with `act`.
 
         x: [T, inputs], of tokens, or [T k, inputs], of pairs. by_expert: what `sort` returned for ids [T, k].
+        bias: [E n], of all experts.
         """
         if x.is_cuda:
             from kernels.triton_experts import expert_products_triton
@@ -75,8 +81,8 @@ class ExpertStack:
             assert self.codes is not None
             if isinstance(self.stack, QuantizedWeight):
                 x = self.stack.changed_inputs(x).to(x.dtype)
-            return expert_products_triton(x, ids, self.codes, self.num_experts, act, by_expert)
-        return expert_products_torch(x, ids, self.experts, act)
+            return expert_products_triton(x, ids, self.codes, self.num_experts, act, by_expert, bias)
+        return expert_products_torch(x, ids, self.experts, act, bias)
 
 
 def codes_of(stack: Weight) -> "Codes":
@@ -97,7 +103,11 @@ def codes_of(stack: Weight) -> "Codes":
 
 
 def expert_products_torch(
-    x: torch.Tensor, ids: torch.Tensor, experts: Sequence[Weight], act: str | None = None
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    experts: Sequence[Weight],
+    act: str | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     num_tokens, top_k = ids.shape
     flat = ids.flatten()
@@ -105,12 +115,13 @@ def expert_products_torch(
     counts = torch.bincount(flat, minlength=len(experts)).tolist()
     sources = order if len(x) == len(flat) else order // top_k
     n = experts[0].n if act is None else experts[0].n // 2
+    biases = [None] * len(experts) if bias is None else bias.view(len(experts), -1).unbind()
     out = x.new_empty(num_tokens * top_k, n)
     start = 0
     for expert, count in enumerate(counts):
         if count:
             pairs = slice(start, start + count)
-            out[order[pairs]] = experts[expert].product(x[sources[pairs]], act=act)
+            out[order[pairs]] = experts[expert].product(x[sources[pairs]], bias=biases[expert], act=act)
             start += count
     return out
 

@@ -51,6 +51,16 @@ def activation(x, ACT: tl.constexpr):
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
+@triton.jit
+def gated(gate, up, ACT: tl.constexpr):
+    """Return what `kernels.elementwise.act_and_mul` makes of gate and up, fp32, rounded nowhere."""
+    if ACT == "clamped_swiglu":
+        gate = tl.minimum(gate, 7.0)
+        return gate * tl.sigmoid(1.702 * gate) * (tl.minimum(tl.maximum(up, -7.0), 7.0) + 1.0)
+    else:
+        return activation(gate, ACT) * up
+
+
 def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     n = x.shape[-1]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -228,8 +238,11 @@ def _act_and_mul_kernel(x, out, x_stride, N: tl.constexpr, ACT: tl.constexpr, BL
     wait_for_input(PDL)
     gate = tl.load(x + row * x_stride + n, mask=n < N, other=0.0)
     up = tl.load(x + row * x_stride + N + n, mask=n < N, other=0.0)
-    activated = activation(gate.to(tl.float32), ACT).to(gate.dtype)  # rounded there, as torch does
-    tl.store(out + row * N + n, activated * up, mask=n < N)
+    if ACT == "clamped_swiglu":
+        result = gated(gate.to(tl.float32), up.to(tl.float32), ACT).to(gate.dtype)
+    else:
+        result = activation(gate.to(tl.float32), ACT).to(gate.dtype) * up  # rounded there, as torch does
+    tl.store(out + row * N + n, result, mask=n < N)
 
 
 def softcap_triton_(x: torch.Tensor, cap: float) -> torch.Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.launch import cdiv, fast_launch, next_power_of_2
-from kernels.triton_elementwise import activation, launch_options
+from kernels.triton_elementwise import gated, launch_options
 
 MAX_SINGLE_PAIRS = 64  # pairs whose weights are read one by one
 GEMV_BLOCK_N, GEMV_BLOCK_K = 8, 512
@@ -119,10 +119,11 @@ def expert_products_triton(
     num_experts: int,
     act: str | None,
     by_expert: Sorted | None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return each pair's product with its expert's rows of `weight` [E n, k]: [P, n], or [P, n / 2] with `act`.
 
-    by_expert: of `sort_pairs` for the step's `tile_config`; None: pairs are taken one by one.
+    bias: [E n]. by_expert: of `sort_pairs` for the step's `tile_config`; None: pairs are taken one by one.
     """
     num_pairs, k = ids.numel(), weight.k
     rows = weight.data.shape[0] // num_experts
@@ -136,7 +137,7 @@ def expert_products_triton(
     }  # fmt: skip
     if by_expert is None:
         _pair_kernel[(num_pairs, cdiv(n, GEMV_BLOCK_N))](
-            x, *tensors, ids, out, n, rows, per_input, **format_of,
+            x, *tensors, bias, ids, out, n, rows, per_input, **format_of,
             BLOCK_N=GEMV_BLOCK_N, BLOCK_K=fitting_block(weight, GEMV_BLOCK_K), ACT=act,
             **launch_options(x.device, num_warps=4),
         )  # fmt: skip
@@ -144,7 +145,7 @@ def expert_products_triton(
     config = tile_config(num_pairs, num_experts)
     num_tiles = min(num_pairs, cdiv(num_pairs, config.block_m) + num_experts)
     _tile_kernel[(cdiv(n, config.block_n), num_tiles)](
-        x, *tensors, by_expert.order, by_expert.ends, by_expert.tile_ends, out, n, rows, per_input, **format_of,
+        x, *tensors, bias, by_expert.order, by_expert.ends, by_expert.tile_ends, out, n, rows, per_input, **format_of,
         NUM_EXPERTS=num_experts, BLOCK_E=next_power_of_2(num_experts), BLOCK_M=config.block_m,
         BLOCK_N=config.block_n, BLOCK_K=fitting_block(weight, config.block_k), ACT=act,
         **launch_options(x.device, num_warps=config.num_warps), num_stages=config.num_stages,
@@ -301,7 +302,7 @@ def numbers_of(
 @fast_launch
 @triton.jit
 def _pair_kernel(
-    x, weight, scale, zero, minimum, table, ids, out, N, ROWS, PER_INPUT,
+    x, weight, scale, zero, minimum, table, bias, ids, out, N, ROWS, PER_INPUT,
     K: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, OFFSET: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -331,15 +332,20 @@ def _pair_kernel(
             )  # fmt: skip
             up_sums += tile * values[None, :]
     result = tl.sum(sums, axis=1)
+    if bias is not None:
+        result += tl.load(bias + gate).to(tl.float32)
     if ACT is not None:
-        result = activation(result, ACT) * tl.sum(up_sums, axis=1)
+        up = tl.sum(up_sums, axis=1)
+        if bias is not None:
+            up += tl.load(bias + gate + N).to(tl.float32)
+        result = gated(result, up, ACT)
     tl.store(out + pair.to(tl.int64) * N + n, result.to(out.dtype.element_ty), mask=n < N)
 
 
 @fast_launch
 @triton.jit
 def _tile_kernel(
-    x, weight, scale, zero, minimum, table, order, ends, tile_ends, out, N, ROWS, PER_INPUT,
+    x, weight, scale, zero, minimum, table, bias, order, ends, tile_ends, out, N, ROWS, PER_INPUT,
     K: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, OFFSET: tl.constexpr,
     NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
@@ -378,8 +384,12 @@ def _tile_kernel(
                 BLOCK_K,
             )  # fmt: skip
             up_sums = tl.dot(values, tl.trans(numbers.to(values.dtype)), up_sums)
+    if bias is not None:
+        sums += tl.load(bias + gate).to(tl.float32)[None, :]
     if ACT is not None:
-        sums = activation(sums, ACT) * up_sums
+        if bias is not None:
+            up_sums += tl.load(bias + gate + N).to(tl.float32)[None, :]
+        sums = gated(sums, up_sums, ACT)
     places = out + pairs[:, None] * N + n[None, :]
     tl.store(places, sums.to(out.dtype.element_ty), mask=is_pair[:, None] & (n < N)[None, :])
 

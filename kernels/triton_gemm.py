@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.launch import cdiv, fast_launch, has_dependent_launch, next_power_of_2
-from kernels.triton_elementwise import activation
+from kernels.triton_elementwise import gated
 from kernels.tuning import Configs
 
 
@@ -183,7 +183,7 @@ def _gemv_kernel(
                 z *= scale
             if bias is not None:
                 z += tl.load(bias + N + first + n, mask=is_row, other=0.0).to(tl.float32)
-            y = activation(y, ACT) * z
+            y = gated(y, z, ACT)
         if residual is not None:
             y += added[t]
         tl.store(out + t * N + first + n, y.to(out.dtype.element_ty), mask=is_row)

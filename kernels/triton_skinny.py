@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kernels.launch import cdiv, fast_launch, next_power_of_2
-from kernels.triton_elementwise import activation, launch_options, prefetch_to_l2
+from kernels.triton_elementwise import gated, launch_options, prefetch_to_l2
 from kernels.triton_gemm import rows_of_program
 from kernels.tuning import Configs
 
@@ -149,7 +149,7 @@ def _skinny_kernel(
         z = tl.sum(up_sums, axis=0)
         if bias is not None:
             z += tl.load(bias + n + first + i, mask=is_row, other=0.0).to(tl.float32)[None, :]
-        y = activation(y, ACT) * z
+        y = gated(y, z, ACT)
     places = t[:, None] * n + first + i[None, :]
     mask = is_token[:, None] & is_row[None, :]
     if residual is not None:

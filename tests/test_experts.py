@@ -1,11 +1,15 @@
 """Models with experts: their logits are those of transformers, and two ranks make one's sums."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from engine.layers.block import sum_over_ranks
 from engine.layers.communicator import Communicator
 from engine.layers.layer import unique_layers
 from engine.layers.moe import StackedLinear
@@ -15,7 +19,7 @@ from kernels.quantized import QuantizedWeight
 from kernels.quantized_format import Format
 from kernels.routing import Routing, route, route_torch
 from kernels.weights import Part, Weight
-from tests.quantized_files import CASES, write_quantized
+from tests.quantized_files import CASES, E2M1, write_quantized
 from tests.test_models import MakeTinyModel, TinyEngine, assert_equals_reference, random_ids
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,6 +58,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "GraniteMoeSharedConfig",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48},
     ),
+    "gpt-oss": (
+        "GptOssConfig",
+        {
+            "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 8,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 8.0, "beta_slow": 1.0,
+                "truncate": False, "original_max_position_embeddings": 64,
+            },
+        },
+    ),
 }  # fmt: skip
 
 
@@ -72,18 +86,21 @@ def test_logits_of_a_model_with_experts_equal_the_reference(family: str, make_ti
     assert_equals_reference(packed(TinyEngine(folder)), folder, random_ids(20, seed=0), random_ids(13, seed=1))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
-def test_two_ranks_together_make_the_sums_of_one(family: str, make_tiny_model: MakeTinyModel):
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "gpt-oss"])
+def test_two_ranks_together_make_the_sums_of_one(
+    family: str, make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
+):
     import transformers
 
     name, options = FAMILIES[family]
-    folder = make_tiny_model(getattr(transformers, name), family, **options)
+    folder = make_tiny_model(getattr(transformers, name), family, random_norms=True, **options)
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
 
     def branch(comm: Communicator) -> torch.Tensor:
         mlp = packed(TinyEngine(folder, comm)).model.model.layers[1].mlp
-        return mlp.down_proj.weight.product(mlp(x))
+        return sum_over_ranks(comm, mlp.down_proj, mlp(x))
 
+    monkeypatch.setattr(Communicator, "all_reduce", lambda _, x: x)
     ranks = [branch(Communicator(rank, 2)) for rank in range(2)]
     torch.testing.assert_close(ranks[0] + ranks[1], branch(Communicator()))
 
@@ -130,7 +147,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 70])
-@pytest.mark.parametrize("act", ["silu", None])
+@pytest.mark.parametrize("act", ["silu", "clamped_swiglu", None])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_kernels_of_experts_multiply_as_their_definition(form: Format | None, num_tokens: int, act: str | None):
     from kernels import triton_experts
@@ -152,12 +169,13 @@ def test_kernels_of_experts_multiply_as_their_definition(form: Format | None, nu
         if "minimum" in stack.fields:
             stack.fields["minimum"] *= stack.fields["scale"]
     experts = split_experts(stack, num_experts)
+    bias = None if act == "silu" else torch.randn(num_experts * n, generator=random)
     by_expert = None
     if ids.numel() > triton_experts.MAX_SINGLE_PAIRS:
         block_m = triton_experts.tile_config(ids.numel(), num_experts).block_m
         by_expert = triton_experts.sort_pairs(ids, num_experts, block_m)
-    got = triton_experts.expert_products_triton(x, ids, codes_of(stack), num_experts, act, by_expert)
-    torch.testing.assert_close(got, expert_products_torch(x, ids, experts, act), rtol=1e-4, atol=1e-4)
+    got = triton_experts.expert_products_triton(x, ids, codes_of(stack), num_experts, act, by_expert, bias)
+    torch.testing.assert_close(got, expert_products_torch(x, ids, experts, act, bias), rtol=1e-4, atol=1e-4)
 
 
 def test_the_kernel_of_weighted_sums_equals_its_definition():
@@ -185,3 +203,75 @@ def test_quantized_experts_have_the_logits_of_what_they_stand_for(
     stacks = [layer for layer in unique_layers(engine.model) if isinstance(layer, StackedLinear)]
     assert stacks and all(isinstance(stack.weight, QuantizedWeight) for stack in stacks)
     assert_equals_reference(engine, plain, random_ids(20, seed=0), random_ids(13, seed=1))
+
+
+def write_mxfp4(folder: Path, target: Path) -> None:
+    """Write gpt-oss's checkpoint of `folder` with random MXFP4 experts to `target`; overwrite it with their values."""
+    random = torch.Generator().manual_seed(0)
+    plain, quantized = load_file(folder / "model.safetensors"), {}
+    for name, tensor in plain.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            quantized[name] = tensor
+            continue
+        num_experts, k, n = tensor.shape
+        codes = torch.randint(16, (num_experts, n, k // 32, 32), generator=random)
+        exponents = torch.randint(122, 126, (num_experts, n, k // 32), generator=random)
+        quantized[f"{name}_blocks"] = (codes[..., ::2] + 16 * codes[..., 1::2]).to(torch.uint8)
+        quantized[f"{name}_scales"] = exponents.to(torch.uint8)
+        values = E2M1[codes] * 2.0 ** (exponents - 127)[..., None]
+        plain[name] = values.flatten(2).transpose(1, 2).contiguous()
+    shutil.copytree(folder, target)
+    save_file(quantized, target / "model.safetensors")
+    save_file(plain, folder / "model.safetensors")
+    raw = json.loads((folder / "config.json").read_text())
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    (target / "config.json").write_text(json.dumps(raw | {"quantization_config": quantization}))
+
+
+def test_experts_of_mxfp4_have_the_logits_of_what_they_stand_for(make_tiny_model: MakeTinyModel, tmp_path: Path):
+    import transformers
+
+    name, options = FAMILIES["gpt-oss"]
+    plain = make_tiny_model(getattr(transformers, name), "gpt-oss", random_norms=True, **options)
+    write_mxfp4(plain, tmp_path / "packed")
+    engine = packed(TinyEngine(tmp_path / "packed"))
+    stacks = [layer for layer in unique_layers(engine.model) if isinstance(layer, StackedLinear)]
+    assert stacks and all(isinstance(stack.weight, QuantizedWeight) for stack in stacks)
+    assert_equals_reference(engine, plain, random_ids(20, seed=0), random_ids(13, seed=1))
+
+
+def test_two_ranks_split_experts_of_mxfp4_between_blocks(
+    make_tiny_model: MakeTinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import transformers
+
+    name, options = FAMILIES["gpt-oss"]
+    sizes = {"intermediate_size": 128}
+    plain = make_tiny_model(getattr(transformers, name), "gpt-oss", random_norms=True, **options, **sizes)
+    write_mxfp4(plain, tmp_path / "packed")
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(Communicator, "all_reduce", lambda _, x: x)
+
+    def branch(comm: Communicator) -> torch.Tensor:
+        mlp = packed(TinyEngine(tmp_path / "packed", comm)).model.model.layers[1].mlp
+        return sum_over_ranks(comm, mlp.down_proj, mlp(x))
+
+    ranks = [branch(Communicator(rank, 2)) for rank in range(2)]
+    torch.testing.assert_close(ranks[0] + ranks[1], branch(Communicator()))
+
+
+def test_sinks_are_split_over_ranks_as_heads_are(make_tiny_model: MakeTinyModel):
+    import transformers
+
+    name, options = FAMILIES["gpt-oss"]
+    folder = make_tiny_model(getattr(transformers, name), "gpt-oss", **options)
+
+    def sinks(comm: Communicator) -> torch.Tensor:
+        found = TinyEngine(folder, comm).model.model.layers[1].self_attn.sinks
+        assert found is not None
+        return found
+
+    whole = sinks(Communicator())
+    assert len(whole) == 4
+    assert torch.equal(torch.cat([sinks(Communicator(rank, 2)) for rank in range(2)]), whole)

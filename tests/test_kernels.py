@@ -119,6 +119,16 @@ def test_the_activation_kernels_equal_their_twins(dtype: torch.dtype, act: str) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_the_clamped_swiglu_kernel_equals_its_twin_and_its_formula(dtype: torch.dtype) -> None:
+    x = randn(3, 2 * 1100, dtype=dtype, scale=6)
+    found = elementwise.act_and_mul_torch(x, elementwise.CLAMPED_SWIGLU)
+    assert_near(triton_elementwise.act_and_mul_triton(x, elementwise.CLAMPED_SWIGLU), found, "kernel")
+    gate, up = x.double().chunk(2, dim=-1)
+    gate, up = torch.where(gate > 7, 7, gate), torch.where(up.abs() > 7, 7 * up.sign(), up)
+    assert_near(found, (gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)).to(dtype), "formula")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_xielu_kernel_equals_its_twin_and_its_formula(dtype: torch.dtype) -> None:
     x, parameters = randn(3, 1100, dtype=dtype, scale=2), floats(0.3, -0.7, 0.5, -1e-6)
     x[0, :50] = x[0, :50] / 1000

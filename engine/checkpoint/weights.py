@@ -260,17 +260,19 @@ def copy_weights(located: Located, file_of: Mapping[str, Path], device: torch.de
         for file, sources in located.items():
             with safe_open(file, framework="pt") as checkpoint:
                 read = partial(read_other, file_of, {file: checkpoint})
+                last = None
                 for name, piece, target in sources:
-                    loaded = checkpoint.get_tensor(name)
-                    if piece.transforms and device.type == "cuda":
-                        loaded = loaded.to(device)
+                    if name != last:  # pieces of one tensor follow each other
+                        last, loaded = name, checkpoint.get_tensor(name)
+                        if piece.transforms and device.type == "cuda":
+                            loaded = loaded.to(device)
+                        advance(loaded.nbytes)
                     try:
                         _place(piece.of(loaded, read), target, copy)
                     except (ShapeError, ModelError) as error:
                         is_changed = target is not None and not name.endswith(f".{target.weight_name}")
                         read_as = f", read as {target.weight_name}," if target and is_changed else ""
                         raise ModelError(f"{name}{read_as} {error}") from None
-                    advance(loaded.nbytes)
 
 
 def _place(piece: torch.Tensor, target: Target | None, copy: Callable[[torch.Tensor, torch.Tensor], object]) -> None:

@@ -77,11 +77,11 @@ class StackedLinear(Linear):
 
     def __init__(
         self, part_names: Sequence[str], parts: Sequence[Part], input_size: int, num_experts: int, layers: LayerConfig,
-        *, input_shard: Shard = WHOLE,
+        *, bias: bool = False, input_shard: Shard = WHOLE,
     ) -> None:  # fmt: skip
         """part_names, parts: of one expert."""
         self.stack_size = num_experts
-        super().__init__(part_names, [*parts] * num_experts, input_size, layers, input_shard=input_shard)
+        super().__init__(part_names, [*parts] * num_experts, input_size, layers, bias=bias, input_shard=input_shard)
         self.num_experts = num_experts
         self.stack: ExpertStack | None = None
 
@@ -92,11 +92,17 @@ class StackedLinear(Linear):
             raise ModelError(str(error)) from None
 
     def products(
-        self, x: torch.Tensor, ids: torch.Tensor, by_expert: "Sorted | None", act: str | None = None
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        by_expert: "Sorted | None",
+        act: str | None = None,
+        *,
+        has_bias: bool = True,
     ) -> torch.Tensor:
-        """Return each pair's product, as `ExpertStack.products` does."""
+        """Return each pair's product, as `ExpertStack.products` does. Not `has_bias`: without the bias, if any."""
         assert self.stack is not None, "not packed"
-        return self.stack.products(x, ids, by_expert, act)
+        return self.stack.products(x, ids, by_expert, act, self.bias if has_bias else None)
 
 
 class Experts(Layer):
@@ -106,7 +112,7 @@ class Experts(Layer):
         num_experts, inner = experts.routing.num_experts, layers.split(experts.intermediate_size, "experts' size")
         self.gate_up_proj = StackedLinear(
             ("gate_proj", "up_proj"), [Part(inner, layers.shard)] * 2, hidden_size, num_experts,
-            layers.within("gate_up_proj"),
+            layers.within("gate_up_proj"), bias=experts.has_bias,
         )  # fmt: skip
         self.down_proj = StackedLinear(
             ("down_proj",),
@@ -114,6 +120,7 @@ class Experts(Layer):
             inner,
             num_experts,
             layers.within("down_proj"),
+            bias=experts.has_bias,
             input_shard=layers.shard,
         )
 
@@ -143,7 +150,7 @@ class MoE(MLP):
             if experts.has_shared_gate:
                 plain = replace(layers.within("shared_expert_gate"), quantization=Quantization())
                 self.shared_expert_gate = Linear((), [Part(1)], hidden, plain)
-        self.act = activation(config.hidden_act)
+        self.act = experts.act or activation(config.hidden_act)
         self.down_proj = Down(self)  # type: ignore[assignment]
 
     def __call__(self, x: torch.Tensor, *, norm: Norm | None = None) -> Routed:  # type: ignore[override]
@@ -181,10 +188,14 @@ class Down:
         *,
         residual: torch.Tensor | None = None,
         may_overwrite: bool = False,  # noqa: ARG002 - the sum is a new tensor
+        has_bias: bool = False,
     ) -> torch.Tensor:
-        """Return residual + the weighted sums of a step's experts, and of the shared ones: [T, hidden]."""
+        """Return residual + the weighted sums of a step's experts, and of the shared ones: [T, hidden].
+
+        has_bias: with the experts' biases, if any: of all ranks, one adds them.
+        """
         moe = self._moe
-        pairs = moe.experts.down_proj.products(routed.inner, routed.ids, routed.by_expert)
+        pairs = moe.experts.down_proj.products(routed.inner, routed.ids, routed.by_expert, has_bias=has_bias)
         if routed.shared is None:
             return combine(pairs, routed.weights, residual)
         assert moe.shared_experts is not None
@@ -192,7 +203,7 @@ class Down:
         return combine(pairs, routed.weights, shared)
 
     def __call__(self, routed: Routed, **fused: Any) -> torch.Tensor:
-        return self.product(routed, **fused)
+        return self.product(routed, has_bias=True, **fused)
 
     def tuning_shape(self, **fused: Any) -> WeightShape | None:
         return None

@@ -37,6 +37,7 @@ ARCHITECTURES = {
     "Glm4ForCausalLM": Served("glm:Glm4", "GLM-4-0414, GLM-Z1"),
     "Glm4MoeForCausalLM": Served("moe:Glm4Moe", "GLM-4.5 to 4.7, Air; layers for several tokens at once are left out"),
     "GlmForCausalLM": Served("glm:Glm", "GLM-4-9B, GLM-Edge"),
+    "GptOssForCausalLM": Served("gpt_oss:GptOss", "gpt-oss 20b and 120b, in MXFP4 or bf16"),
     "GraniteForCausalLM": Served("granite:Granite", "Granite 3, the dense ones"),
     "GraniteMoeForCausalLM": Served("moe:GraniteMoe", "Granite 3, 1B-A400M and 3B-A800M"),
     "GraniteMoeSharedForCausalLM": Served("moe:GraniteMoe", "Granite 4 previews with a shared expert"),

@@ -13,6 +13,7 @@ from engine.quantization.fp8 import FBGEMM, FP8
 from engine.quantization.gguf import GGUF
 from engine.quantization.gptq import GPTQ
 from engine.quantization.modelopt import ModelOpt
+from engine.quantization.mxfp4 import MXFP4
 from engine.quantization.online import FORMATS, Online
 from engine.quantization.quark import Quark
 
@@ -26,6 +27,7 @@ METHODS: dict[str, Reader] = {
     "gguf": GGUF,
     "gptq": GPTQ,
     "modelopt": ModelOpt,
+    "mxfp4": MXFP4,
     "quark": Quark,
 }
 """`quant_method` of a checkpoint -> what reads its `quantization_config`."""
