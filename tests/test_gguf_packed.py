@@ -22,7 +22,7 @@ from engine.layers.layer import named_layers
 from engine.layers.linear import Linear
 from kernels.quantized import QuantizedWeight
 from tests.test_engine import GPU_MIXES, MIXES, collect, make_state, prompts, running_engine
-from tests.test_gguf_families import CASES, IDS, make_checkpoint, write_file
+from tests.test_gguf_families import CASES, IDS, Case, make_checkpoint, write_file
 from tests.test_models import TinyEngine, random_ids
 from tests.test_quantization import engine_of
 from tests.test_start import run
@@ -202,36 +202,38 @@ def test_a_rank_holds_its_slices_of_a_packed_file(rank: int, tmp_path: Path) -> 
     assert_same_weights(TinyEngine(packed, comm), TinyEngine(plain, comm), is_rounded=True)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_file_of_every_family_stays_packed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_stays_packed(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Write a file of Q5_0: packed, its weights and logits are those of its dequantized self. Return what is dense."""
     from safetensors.torch import load_file
 
-    case = CASES[name]
-    model = make_checkpoint(case, tmp_path / "original")
+    model = make_checkpoint(case, folder / "original")
     add_tensor = gguf.GGUFWriter.add_tensor
 
     def add_packed(self: gguf.GGUFWriter, name: str, tensor: np.ndarray, **options: Any) -> None:
-        if tensor.ndim == 2 and tensor.shape[1] % 32 == 0 and "norm" not in name:
+        if tensor.ndim in (2, 3) and tensor.shape[-1] % 32 == 0 and "norm" not in name and "_inp." not in name:
             kind = GGMLQuantizationType.Q5_0
             add_tensor(self, name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
         else:
             add_tensor(self, name, tensor, **options)
 
     monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", add_packed)
-    write_file(case, model.config, load_file(tmp_path / "original" / "model.safetensors"), tmp_path / "model.gguf")
+    write_file(case, model.config, load_file(folder / "original" / "model.safetensors"), folder / "model.gguf")
     config = EngineConfig(
-        model_path=str(tmp_path / "model.gguf"),
-        dtype="float32",
-        download_dir=str(tmp_path),
-        tokenizer_path=str(tmp_path),
+        model_path=str(folder / "model.gguf"), dtype="float32", download_dir=str(folder), tokenizer_path=str(folder)
     )
     packed, plain = resolve_model(config), resolve_model(config.replace(quantization="none"))
     engine = TinyEngine(packed)
-    dense = [path for path, layer in matrices(engine).items() if not isinstance(layer.weight, QuantizedWeight)]
-    assert not dense or (case.arch == "gpt2" and all(".layers." in path for path in dense))  # its matrices lie across
     assert_same_weights(engine, TinyEngine(plain), is_rounded=False)
-    got, wanted = (e.forward({0: IDS.tolist()}) for e in (engine_of(packed), TinyEngine(plain)))
+    got, wanted = (engine_of(folder).forward({0: IDS.tolist()}) for folder in (packed, plain))
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-3)
+    return [path for path, layer in matrices(engine).items() if not isinstance(layer.weight, QuantizedWeight)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_file_of_every_family_stays_packed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = assert_stays_packed(CASES[name], tmp_path, monkeypatch)
+    # GPT-2's matrices lie across.
+    assert not dense or (CASES[name].arch == "gpt2" and all(".layers." in path for path in dense))
 
 
 EXACT = dict.fromkeys(SHAPES, "Q4_1") | {"attn_v": "Q8_0", "ffn_down": "Q5_1", "token_embd": "Q5_0", "output": "Q8_0"}

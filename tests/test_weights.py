@@ -437,8 +437,9 @@ def test_an_architecture_or_tensor_that_gguf_conversion_does_not_know_is_named(t
     write_gguf(tmp_path / "a.gguf", {}, {}, arch="gemma3n")
     with pytest.raises(ModelError, match=r"'gemma3n' is not supported, .* The nearest is 'gemma3'"):
         resolve_model(EngineConfig(model_path=str(tmp_path / "a.gguf"), download_dir=cache))
-    with pytest.raises(ModelError, match="'llama' with 8 experts is not supported, only dense models are"):
-        resolve_model(tiny_gguf_config(tmp_path, {"llama.expert_count": 8}))
+    write_gguf(tmp_path / "a.gguf", {"gemma4.expert_count": 8}, {}, arch="gemma4")
+    with pytest.raises(ModelError, match="'gemma4' with 8 experts is not supported, only without"):
+        resolve_model(EngineConfig(model_path=str(tmp_path / "a.gguf"), download_dir=cache))
     write_gguf(tmp_path / "b.gguf", TINY_GGUF, tiny_tensors() | {"blk.0.ssm_a": np.zeros(32, np.float32)})
     with pytest.raises(ModelError, match=r"blk\.0\.ssm_a"):
         resolve_model(EngineConfig(model_path=str(tmp_path / "b.gguf"), download_dir=cache))

@@ -79,6 +79,11 @@ class GGUF:
         return {tensor.name: tensor.shape for tensor in self.tensors}
 
     @property
+    def num_layers(self) -> int:
+        """Return the number of layers, without those behind them that predict several tokens at once."""
+        return int(self["{}.block_count"]) - int(self.get("{}.nextn_predict_layers", 0))
+
+    @property
     def heads(self) -> int:
         """Return the number of query heads. Raises `ModelError` if layers differ."""
         return self.alike("{}.attention.head_count")

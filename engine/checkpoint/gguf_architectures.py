@@ -11,6 +11,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from engine.checkpoint.gguf import GGUF, shortest
+from engine.checkpoint.gguf_experts import (
+    AsRow,
+    ernie_experts,
+    expert_names,
+    glm_experts,
+    granite_experts,
+    hunyuan_experts,
+    minimax_experts,
+    mixtral_experts,
+    olmo_experts,
+    qwen2_experts,
+    qwen3_experts,
+    shared_names,
+)
 from engine.checkpoint.gguf_rope import (
     Rope,
     gemma3_rope,
@@ -85,6 +99,7 @@ class Architecture:
     has_qkv_by_head: bool = False  # the checkpoint's fused one holds a head's query, key and value, then the next's
     is_transposed: bool = False  # the checkpoint's matrices of blocks are [in, out]
     has_like_heads: bool = True  # layers have as many heads of one length; else `derived` says how many, and how long
+    has_experts: bool = False  # a mixture of experts in the place of some MLPs
     rules: tuple[Rule, ...] = ()  # on the checkpoint's names, after all others
     numbers: Mapping[str, Number] = field(default_factory=dict)  # tensor of a block -> where the file has it
 
@@ -199,6 +214,12 @@ GRANITE = Architecture(
     biases=MLP_BIAS,
     is_interleaved=True,
 )
+HUNYUAN = Architecture(
+    "HunYuanDenseV1ForCausalLM",
+    "hunyuan_v1_dense",
+    block=BLOCK | {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
+)
+CORRECTION = Rename(r"\.e_score_correction\.bias$", ".e_score_correction_bias")
 GLM_4 = Architecture(
     "Glm4ForCausalLM",
     "glm4",
@@ -380,11 +401,7 @@ ARCHITECTURES = {
         biases=MLP_BIAS | {"attention_out_bias": "attn_output"},
         block=BLOCK | {"post_attention_norm": "post_attention_layernorm"},
     ),
-    "hunyuan-dense": Architecture(
-        "HunYuanDenseV1ForCausalLM",
-        "hunyuan_v1_dense",
-        block=BLOCK | {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
-    ),
+    "hunyuan-dense": HUNYUAN,
     "ernie4_5": Architecture("Ernie4_5ForCausalLM", "ernie4_5", biases={"use_bias": "attn_q"}),
     "arcee": Architecture(
         "ArceeForCausalLM", "arcee", fixed={"hidden_act": "relu2"}, biases=MLP_BIAS, is_interleaved=True
@@ -420,21 +437,109 @@ ARCHITECTURES = {
         has_fused_qkv=True,
         is_transposed=True,
     ),
+    "mixtral": Architecture(
+        "MixtralForCausalLM",
+        "mixtral",
+        fixed={"sliding_window": None},
+        derived=(mixtral_experts,),
+        block=BLOCK | expert_names("block_sparse_moe", "w1", "w3", "w2"),
+        is_interleaved=True,
+        has_experts=True,
+    ),
+    "qwen2moe": Architecture(
+        "Qwen2MoeForCausalLM",
+        "qwen2_moe",
+        biases={"qkv_bias": "attn_q"},
+        derived=(qwen2_experts,),
+        block=BLOCK
+        | expert_names("mlp")
+        | shared_names("mlp.shared_expert")
+        | {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"},
+        has_experts=True,
+    ),
+    "qwen3moe": Architecture(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        derived=(qwen3_experts,),
+        block=BLOCK | expert_names("mlp"),
+        has_experts=True,
+    ),
+    "olmoe": Architecture(
+        "OlmoeForCausalLM",
+        "olmoe",
+        keys={"clip_qkv": "{}.attention.clamp_kqv"},
+        derived=(olmo_experts,),
+        block=BLOCK | expert_names("mlp"),
+        has_experts=True,
+    ),
+    # A checkpoint of Hugging Face's has gate and up of all experts in one tensor, the file and this one have each.
+    "granitemoe": replace(
+        GRANITE,
+        name="GraniteMoeSharedForCausalLM",
+        model_type="granitemoeshared",
+        derived=(granite_experts,),
+        block=BLOCK | expert_names("mlp") | shared_names("mlp.shared_experts"),
+        has_experts=True,
+    ),
+    "glm4moe": Architecture(
+        "Glm4MoeForCausalLM",
+        "glm4_moe",
+        derived=(glm_experts, qk_norms("use_qk_norm")),
+        rope=partly_rotated,
+        block=BLOCK
+        | expert_names("mlp")
+        | shared_names("mlp.shared_experts")
+        | {"post_attention_norm": "post_attention_layernorm", "exp_probs_b": "mlp.gate.e_score_correction"},
+        has_experts=True,
+        rules=(CORRECTION,),
+    ),
+    "ernie4_5-moe": Architecture(
+        "Ernie4_5_MoeForCausalLM",
+        "ernie4_5_moe",
+        biases={"use_bias": "attn_q"},
+        derived=(ernie_experts,),
+        block=BLOCK
+        | expert_names("mlp")
+        | shared_names("mlp.shared_experts")
+        | {"exp_probs_b": "mlp.moe_statics.e_score_correction"},
+        has_experts=True,
+        rules=(CORRECTION, AsRow(r"\.e_score_correction_bias$")),
+    ),
+    "hunyuan-moe": replace(
+        HUNYUAN,
+        name="HunYuanMoEV1ForCausalLM",
+        model_type="hunyuan_v1_moe",
+        derived=(hunyuan_experts,),
+        block=HUNYUAN.block | expert_names("mlp") | shared_names("mlp.shared_mlp") | {"ffn_gate_inp": "mlp.gate.wg"},
+        has_experts=True,
+    ),
+    "minimax-m2": Architecture(
+        "MiniMaxM2ForCausalLM",
+        "minimax_m2",
+        derived=(minimax_experts, qk_norms("use_qk_norm")),
+        rope=partly_rotated,
+        block=BLOCK
+        | expert_names("block_sparse_moe", "w1", "w3", "w2")
+        | {"exp_probs_b": "block_sparse_moe.e_score_correction"},
+        has_experts=True,
+        rules=(CORRECTION,),
+    ),
 }
-FILES = tuple(name for name in ARCHITECTURES if name not in ("olmo3", "mistral"))  # names that files have
+FILES = tuple(name for name in ARCHITECTURES if name not in ("olmo3", "mistral", "mixtral"))  # names that files have
 
 
 def architecture_of(gguf: GGUF) -> Architecture:
-    """Return what the file becomes. `ModelError` if its architecture is not known, or has experts."""
+    """Return what the file becomes. `ModelError` if its architecture is not known, or has experts that are not."""
     name = gguf["general.architecture"]
     if name not in FILES:
         close = difflib.get_close_matches(name, FILES, 1, 0.5) if isinstance(name, str) else []
         nearest = f". The nearest is {close[0]!r}" if close else ""
         raise ModelError(f"GGUF architecture {name!r} is not supported, only {', '.join(FILES)}{nearest}")
-    if num_experts := gguf.get("{}.expert_count"):
-        raise ModelError(
-            f"GGUF architecture {name!r} with {num_experts} experts is not supported, only dense models are"
-        )
+    num_experts = gguf.get("{}.expert_count")
+    if name == "llama" and num_experts:
+        name = "mixtral"
+    if num_experts and not ARCHITECTURES[name].has_experts:
+        raise ModelError(f"GGUF architecture {name!r} with {num_experts} experts is not supported, only without")
     if name == "olmo2" and gguf.get("{}.attention.sliding_window"):
         name = "olmo3"
     if name == "mistral3" and not gguf.get("{}.attention.temperature_scale"):  # Mistral Small 3

@@ -18,8 +18,8 @@ def make_config(gguf: GGUF, architecture: Architecture, dtype: torch.dtype, fact
     entries = {
         "vocab_size": gguf.shapes[EMBEDDING][0],
         "hidden_size": gguf["{}.embedding_length"],
-        "intermediate_size": gguf.shapes["blk.0.ffn_down.weight"][1],  # QWen says twice that
-        "num_hidden_layers": gguf["{}.block_count"],
+        "intermediate_size": intermediate_size(gguf),
+        "num_hidden_layers": gguf.num_layers,
         "num_attention_heads": gguf.heads,
         **({"num_key_value_heads": gguf.kv_heads} if architecture.has_like_heads else {}),
         "head_dim": head_dim(gguf),
@@ -42,6 +42,12 @@ def make_config(gguf: GGUF, architecture: Architecture, dtype: torch.dtype, fact
         **{entry: value for derive in architecture.derived for entry, value in derive(gguf).items()},
         **special_ids(gguf),
     }
+
+
+def intermediate_size(gguf: GGUF) -> int:
+    """Return an MLP's number of inner values; where all layers have experts, what the file says of one."""
+    shape = gguf.shapes.get("blk.0.ffn_down.weight")
+    return shape[1] if shape else int(gguf["{}.feed_forward_length"])  # QWen says twice its number
 
 
 def has_bias(gguf: GGUF, tensor: str) -> bool:

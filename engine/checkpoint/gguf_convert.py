@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -86,11 +86,16 @@ def convert(
         if packing.modules:
             write_json(folder / "config.json", config | {"quantization_config": config_of(packing.modules)})
         sources = [
-            Source(tensor, pieces[tensor.name], dtype, packing.tensors.get(tensor.name))
+            Source(tensor, pieces[tensor.name], dtype_of(tensor, dtype), packing.tensors.get(tensor.name))
             for tensor in gguf.tensors
-            if tensor.name in pieces
+            if pieces.get(tensor.name)
         ]
         write_weights([*sources, *numbers_of(gguf, architecture, dtype)], data, folder, advance)
+
+
+def dtype_of(tensor: GGUFTensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a dense tensor: what corrects the choice of experts keeps its differences, as everywhere."""
+    return torch.float32 if ".exp_probs_b." in tensor.name else dtype
 
 
 def numbers_of(gguf: GGUF, architecture: Architecture, dtype: torch.dtype) -> list["MadeTensor"]:
@@ -135,9 +140,11 @@ class Source:
         """Return what it is read into: codes, scale, ..., or for the dense one, of no name."""
         if self.form is None:
             return {"": Entry("", self.dtype, self.tensor.shape)}
-        num_rows, k = self.tensor.shape
-        weight = QuantizedWeight([Part(num_rows)], k, self.dtype, self.form)
-        return {field: Entry(field, tensor.dtype, tensor.shape) for field, tensor in weight.fields.items()}
+        *stack, k = self.tensor.shape
+        weight = QuantizedWeight([Part(prod(stack))], k, self.dtype, self.form)
+        return {
+            field: Entry(field, tensor.dtype, (*stack, *tensor.shape[1:])) for field, tensor in weight.fields.items()
+        }
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -260,16 +267,18 @@ def read_packed(data: np.ndarray, source: Source, pool: ThreadPoolExecutor) -> d
     tensor, form = source.tensor, source.form
     assert form is not None
     kind = BLOCKS[tensor.quantization]
-    num_rows, k = tensor.shape
+    *stack, k = tensor.shape
+    num_rows = prod(stack)
     if k % kind.block_size:
         raise ModelError(f"GGUF tensor {tensor.name!r} has rows of {k}, which are no blocks of {kind.block_size}")
     stored = data[tensor.offset : tensor.offset + tensor.num_bytes].reshape(num_rows, -1)
     fields = {field: torch.empty(*entry.shape, dtype=entry.dtype) for field, entry in source.fields.items()}
+    by_row = {field: values.view(num_rows, -1).numpy() for field, values in fields.items()}
 
     def read(start: int) -> None:
         rows = slice(start, start + max(1, CHUNK_ELEMENTS // k))
         for field, values in unpack_rows(stored[rows], kind, form).items():
-            fields[field].numpy()[rows] = values
+            by_row[field][rows] = values
 
     for _ in pool.map(read, range(0, num_rows, max(1, CHUNK_ELEMENTS // k))):
         pass
@@ -283,13 +292,15 @@ def read_tensor(data: np.ndarray, tensor: GGUFTensor, dtype: torch.dtype, pool: 
     """
     if len(tensor.shape) < 2:
         return torch.from_numpy(dequantize(data, tensor))
-    loaded = torch.empty(tensor.shape, dtype=dtype)
-    num_rows = max(1, CHUNK_ELEMENTS // prod(tensor.shape[1:]))
+    *stack, k = tensor.shape
+    matrix = replace(tensor, shape=(prod(stack), k))
+    loaded = torch.empty(matrix.shape, dtype=dtype)
+    num_rows = max(1, CHUNK_ELEMENTS // k)
 
     def read(start: int) -> None:
         rows = slice(start, start + num_rows)
-        loaded[rows] = torch.from_numpy(dequantize(data, tensor, rows))
+        loaded[rows] = torch.from_numpy(dequantize(data, matrix, rows))
 
-    for _ in pool.map(read, range(0, tensor.shape[0], num_rows)):
+    for _ in pool.map(read, range(0, len(loaded), num_rows)):
         pass
-    return loaded
+    return loaded.view(tensor.shape)

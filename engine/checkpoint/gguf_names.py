@@ -1,8 +1,9 @@
 """Turn the tensors of a GGUF file into those of a Hugging Face checkpoint: rules of `engine.models.names`.
 
-All of them take rows as they are, but for norms and GPT-2, so they hold for rows of packed blocks as well.
+All of them take rows as they are, but for norms, routers and GPT-2, so they hold for rows of packed blocks as well.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -13,7 +14,7 @@ from engine.checkpoint.gguf import GGUF
 from engine.checkpoint.gguf_architectures import Architecture
 from engine.checkpoint.gguf_rope import FACTOR_TENSORS, head_dim, rotary_dim
 from engine.errors import ModelError
-from engine.models.names import Interleave, Piece, Rule, Split, pieces_of
+from engine.models.names import Ignore, Interleave, Piece, Rule, Split, pieces_of
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,14 @@ class Translate:
         block, _, rest = stem.removeprefix("blk.").partition(".")
         # A norm of each head is a module of its own.
         rest, _, head = rest.partition("#")
+        # So is each expert's product.
+        numbered = re.fullmatch(r"(ffn_\w+\.)(\d+)", rest)
+        rest, expert = (f"{numbered[1]}*", numbered[2]) if numbered else (rest, "")
         if stem in known.top:
             name = known.top[stem]
         elif stem.startswith("blk.") and rest in known.block:
-            name = f"{known.layers}.{block}.{known.block[rest]}" + (f".norms.{head}" if head else "")
+            name = f"{known.layers}.{block}.{known.block[rest].replace('*', expert)}"
+            name += f".norms.{head}" if head else ""
         else:
             raise ModelError(f"GGUF tensor {piece.name!r} belongs to no layer of {known.name}")
         yield Piece(f"{name}.{kind}", piece.transforms, piece.index)
@@ -91,9 +96,41 @@ class NormOfEachHead:
             yield Piece(f"{stem}#{i}.{kind}", (*piece.transforms, itemgetter(i)))
 
 
+@dataclass(frozen=True)
+class OfEachExpert:
+    """Take the stack of a layer's experts apart: `ffn_up_exps` -> `ffn_up.0`, `ffn_up.1`, ..."""
+
+    gguf: GGUF
+
+    def __call__(self, piece: Piece) -> Iterable[Piece]:
+        """Raise `ModelError` if a stack is not of as many experts as the file says."""
+        if "_exps." not in piece.name:
+            yield piece
+            return
+        shape, count = self.gguf.shapes[piece.name], self.gguf["{}.expert_count"]
+        if len(shape) != 3 or shape[0] != count:
+            raise ModelError(f"GGUF tensor {piece.name!r} of shape {list(shape)} is no stack of {count} experts")
+        for i in range(count):
+            yield Piece(piece.name.replace("_exps.", f".{i}."), (*piece.transforms, itemgetter(i)))
+
+
+@dataclass(frozen=True)
+class KeepRouters:
+    """Keep in float32 what chooses experts, so that it is never packed. A row of its own may be stored as a vector."""
+
+    def __call__(self, piece: Piece) -> Iterable[Piece]:
+        if re.search(r"\.ffn_gate_inp(_shexp)?\.", piece.name):
+            piece = Piece(piece.name, (*piece.transforms, lambda loaded: torch.atleast_2d(loaded.float())))
+        yield piece
+
+
 def rules_of(gguf: GGUF, architecture: Architecture) -> Sequence[Rule]:
     """Return the rules that take the tensors of `gguf` to the checkpoint of `architecture`."""
     rules: list[Rule] = []
+    if architecture.has_experts:
+        # Blocks behind the layers predict several tokens at once.
+        rules += [Ignore(rf"^blk\.{i}\.") for i in range(gguf.num_layers, gguf["{}.block_count"])]
+        rules += [OfEachExpert(gguf), Split("ffn_gate_up", ("ffn_gate", "ffn_up"), (1, 1)), KeepRouters()]
     if not architecture.has_fused_qkv:
         rules.append(
             Split("attn_qkv", ("attn_q", "attn_k", "attn_v"), (gguf.heads, gguf.kv_heads, gguf.kv_heads)),

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from math import prod
 
 import torch
 
@@ -61,19 +63,33 @@ def format_of(tensor: GGUFTensor, layer: Layer, pieces: Sequence[Piece]) -> Form
     if kind is None or not isinstance(layer, Linear | VocabParallelEmbedding):
         return None
     # Each on its own: GPT-2's matrices are turned for the folder, and turned back for the model.
-    return kind.form if all(moves_rows(piece, tensor) for piece in pieces) else None
+    shape: tuple[int, ...] | None = tensor.shape[:-1]
+    for piece in pieces:
+        shape = moved_rows(piece, shape) if shape else None
+    return kind.form if shape else None
 
 
-def moves_rows(piece: Piece, tensor: GGUFTensor) -> bool:
-    """Return whether a piece of a matrix is some of its rows in some order: then it is so for codes, too."""
-    if len(tensor.shape) != 2:
-        return False
-    num_rows = tensor.shape[0]
-    numbered = piece.of(torch.stack((torch.arange(num_rows), torch.arange(num_rows) + num_rows), dim=1))
+def moved_rows(piece: Piece, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the number of rows of a piece of a matrix that is some of its rows in some order, else None.
+
+    Codes can be moved so, too. shape: the matrix's number of rows, or a stack's of matrices and rows.
+    """
+    if len(shape) > 2:
+        return None
+    num_rows = prod(shape)
+    numbered = piece.of(numbered_rows(shape))
     if numbered.dim() != 2 or numbered.shape[1] != 2 or numbered.is_floating_point():
-        return False
+        return None
     first, second = numbered.unbind(1)
-    return bool(((first >= 0) & (first < num_rows) & (second == first + num_rows)).all())
+    moves_rows = bool(((first >= 0) & (first < num_rows) & (second == first + num_rows)).all())
+    return tuple(first.shape) if moves_rows else None
+
+
+@lru_cache
+def numbered_rows(shape: tuple[int, ...]) -> torch.Tensor:
+    """Return rows of two numbers, [*shape, 2]: the row's own, and that and the number of rows."""
+    num_rows = prod(shape)
+    return torch.arange(2 * num_rows).view(2, *shape).movedim(0, -1)
 
 
 def settle(forms: dict[str, Format | None], products: Iterable[set[str]]) -> None:

@@ -169,6 +169,7 @@ class GraniteMoe(Granite):
             Rename(r"\.shared_mlp\.input_linear\.", ".mlp.shared_experts.gate_up_proj."),
             Rename(r"\.shared_mlp\.output_linear\.", ".mlp.shared_experts.down_proj."),
             Split("gate_up_proj", ("gate_proj", "up_proj"), (1, 1)),
+            EXPERTS[0],  # of a converted GGUF file
             *super().names,
         )
 
