@@ -15,7 +15,7 @@ from kernels.launch import cdiv, fast_launch, next_power_of_2
 from kernels.triton_elementwise import gated, launch_options
 
 MAX_SINGLE_PAIRS = 64  # pairs whose weights are read one by one
-GEMV_BLOCK_N, GEMV_BLOCK_K = 8, 512
+GATED_BLOCK, PLAIN_BLOCK = (2, 1024), (8, 256)  # rows and inputs of a program for one pair, with and without a gate
 SORT_BLOCK = 1024
 WHOLE_ROW = 1 << 30  # inputs that share a scale, if all of a row do
 
@@ -31,12 +31,15 @@ class TileConfig(NamedTuple):
 
 
 def tile_config(num_pairs: int, num_experts: int) -> TileConfig:
-    """Return the configuration for a step: tiles as high as an expert has pairs on average."""
+    """Return the configuration for a step: tiles nearly twice as high as an expert has pairs on average.
+
+    Measured on an H200 with 128 experts of 768 and a hidden size of 2,048.
+    """
     average = num_pairs / num_experts
-    if average <= 16:
+    if average <= 8:
         return TileConfig(16, 64, 128, 4, 4)
-    if average <= 48:
-        return TileConfig(32, 128, 64, 4, 4)
+    if average <= 24:
+        return TileConfig(32, 64, 128, 4, 3)
     if average <= 96:
         return TileConfig(64, 128, 64, 4, 4)
     return TileConfig(128, 128, 64, 8, 3)
@@ -136,10 +139,10 @@ def expert_products_triton(
         "NUM_GROUPS": weight.num_groups, "OFFSET": weight.offset,
     }  # fmt: skip
     if by_expert is None:
-        _pair_kernel[(num_pairs, cdiv(n, GEMV_BLOCK_N))](
+        block_n, block_k = GATED_BLOCK if act else PLAIN_BLOCK
+        _pair_kernel[(num_pairs, cdiv(n, block_n))](
             x, *tensors, bias, ids, out, n, rows, per_input, **format_of,
-            BLOCK_N=GEMV_BLOCK_N, BLOCK_K=fitting_block(weight, GEMV_BLOCK_K), ACT=act,
-            **launch_options(x.device, num_warps=4),
+            BLOCK_N=block_n, BLOCK_K=fitting_block(weight, block_k), ACT=act, **launch_options(x.device, num_warps=4),
         )  # fmt: skip
         return out
     config = tile_config(num_pairs, num_experts)
