@@ -30,7 +30,7 @@ Result = tuple[str, str, list[tuple[str, Any]]]  # reasoning, text, (name, argum
 
 def new_parser(tools: str | None = None, reasoning: str | None = None, *, is_inside: bool = False) -> AnswerParser:
     return AnswerParser(
-        ReasoningParser(REASONING_FORMATS[reasoning], is_inside=is_inside) if reasoning else None,
+        REASONING_FORMATS[reasoning].new_parser(is_inside=is_inside) if reasoning else None,
         ToolCallParser(TOOL_FORMATS[tools](), TOOLS) if tools else None,
     )
 
@@ -111,6 +111,14 @@ ANSWERS = {
     "pythonic": f"[{', '.join(python_call(*call) for call in CALLS)}]",
     "pythonic with marks": f"<|python_start|>[{', '.join(python_call(*call) for call in CALLS)}]<|python_end|>",
     "glm45": "\n".join(glm(*call) for call in CALLS),
+    "gpt-oss": "<|start|>assistant".join(
+        f"<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>{dump(given)}<|call|>"
+        for name, given in CALLS
+    ),
+    "gpt-oss with recipients first": "".join(
+        f"<|start|>assistant to=functions.{name}<|channel|>commentary json<|message|>{dump(given)}<|call|>"
+        for name, given in CALLS
+    ),
     "qwen3_coder": "\n".join(qwen_coder(*call) for call in CALLS),
 }
 
@@ -196,6 +204,7 @@ UNKNOWN = {
     "deepseekv31": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>rm<｜tool▁sep｜>{}<｜tool▁call▁end｜>",
     "pythonic": "[rm(a=1)]",
     "glm45": "<tool_call>rm\n</tool_call>",
+    "gpt-oss": "<|channel|>commentary to=functions.rm <|constrain|>json<|message|>{}<|call|>",
     "qwen3_coder": "<tool_call>\n<function=rm>\n</function>\n</tool_call>",
 }
 
@@ -326,6 +335,51 @@ def test_the_prompt_tells_whether_reasoning_has_begun(prompt: str, expected: boo
     assert REASONING_FORMATS["qwen3"].begins_inside(prompt) is expected
 
 
+HARMONY = (
+    "<|channel|>analysis<|message|>Where < when?<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
+    "<|start|>assistant<|channel|>analysis<|message|>Now the call.<|end|><|start|>assistant" + ANSWERS["gpt-oss"]
+)
+
+
+def test_an_answer_in_channels_is_reasoning_text_and_calls_whole_and_split_anywhere() -> None:
+    expected: Result = ("Where < when?\nNow the call.", "I look.", CALLS)
+    for i in range(len(HARMONY)):
+        assert read(new_parser("gpt-oss", "gpt-oss"), [HARMONY[:i], HARMONY[i:]]) == expected, i
+    assert read(new_parser("gpt-oss", "gpt-oss"), list(HARMONY)) == expected
+
+
+@pytest.mark.parametrize("end", ["", "<|return|>", "<|end|>"])
+def test_the_final_channel_is_the_text(end: str) -> None:
+    answer = f"<|channel|>final<|message|> 2 < 3\n\n| a |{end}"
+    thought = "<|channel|>analysis<|message|>Easy.<|end|><|start|>assistant"
+    for pieces in ([answer], list(answer)):
+        assert read(new_parser("gpt-oss", "gpt-oss"), pieces) == ("", " 2 < 3\n\n| a |", [])
+        assert read(new_parser(None, "gpt-oss"), [thought, *pieces]) == ("Easy.", " 2 < 3\n\n| a |", [])
+
+
+def test_text_of_the_final_channel_streams_as_it_comes() -> None:
+    parser = new_parser("gpt-oss", "gpt-oss")
+    assert parser.push("<|channel|>analysis<|message|>Hm, ").reasoning == "Hm,"
+    assert parser.push("well<|end|><|start|>assistant<|channel|>final<|mess") == AnswerDelta(" well")
+    assert parser.push("age|>Yes,").text == "Yes,"
+    assert parser.push(" but").text == " but"
+
+
+def test_a_header_in_which_an_answer_ends_is_no_text_and_a_long_one_is() -> None:
+    assert read(new_parser("gpt-oss", "gpt-oss"), ["<|channel|>analysis<|message|>A<|end|><|start|>assi"])[1] == ""
+    text = "<|channel|>" + 300 * "no header "
+    for pieces in ([text], list(text)):
+        assert read(new_parser(None, "gpt-oss"), pieces) == ("", text, [])
+
+
+def test_analysis_that_is_not_wanted_apart_keeps_its_marks_and_calls_are_found() -> None:
+    reasoning = REASONING_FORMATS["gpt-oss"].new_parser(is_inside=False, is_separate=False)
+    parser = AnswerParser(reasoning, ToolCallParser(TOOL_FORMATS["gpt-oss"](), TOOLS))
+    _, text, calls = read(parser, list(HARMONY))
+    assert text.startswith("<|channel|>analysis<|message|>Where < when?<|end|>I look.")
+    assert calls == CALLS
+
+
 # ---- templates ----
 
 
@@ -340,6 +394,7 @@ def test_the_prompt_tells_whether_reasoning_has_begun(prompt: str, expected: boo
         ("<｜tool▁calls▁begin｜>{{ name }}\n```json\n", "deepseekv3", None),
         ("<｜tool▁calls▁begin｜>{{ name }}<｜tool▁sep｜>", "deepseekv31", None),
         ("<|tool_calls_section_begin|>", "kimi_k2", None),
+        ("<|start|>assistant to=functions.{{ name }}<|channel|>commentary json<|message|>", "gpt-oss", "gpt-oss"),
         ("<|python_start|>", "pythonic", None),
         ("<|python_tag|>", "llama3", None),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", None, None),
@@ -354,6 +409,7 @@ HOSTILE = (
     "[TOOL_CALLS]", "[TOOL_CALLS] [", "[TOOL_CALLS]x[ARGS]", '<|python_tag|>{"parameters": {', "<|python_start|>[f(",
     "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>", "<|tool_calls_section_begin|><|tool_call_begin|>",
     "<tool_call>get_time<arg_key>", "<tool_call>get_weather<arg_key>days</arg_key><arg_value>",
+    "<|channel|>", "<|start|>", "<|channel|>commentary to=", "<|channel|>commentary to=functions.get_time<|message|>",
     "<function=", "<function=get_weather><parameter=days>",
 )  # fmt: skip
 
@@ -364,7 +420,7 @@ def test_the_time_to_read_a_hostile_answer_is_linear_in_its_length(format_: str,
     start = time.process_time()
     for mark in HOSTILE:
         text = mark * (300_000 // len(mark))
-        parser = new_parser(format_)
+        parser = new_parser(format_, "gpt-oss" if format_ == "gpt-oss" else None)
         for at in range(0, len(text), piece_len or len(text)):
             parser.push(text[at : at + (piece_len or len(text))])
         parser.finish()

@@ -266,6 +266,46 @@ async def test_template_variables_come_from_the_body(
     assert (seen[1]["tools"], seen[1]["enable_thinking"]) == (None, False)
 
 
+# ---- channels ----
+
+
+@pytest.fixture
+async def gpt_oss(engine: FakeEngine) -> AsyncIterator[Client]:
+    async with serving(engine, tool_call_parser="gpt-oss", reasoning_parser="gpt-oss") as client:
+        yield client
+
+
+THOUGHT = "<|channel|>analysis<|message|>Ulm?<|end|>"
+
+
+async def test_messages_in_channels_are_reasoning_text_and_calls(gpt_oss: Client, engine: FakeEngine) -> None:
+    call = '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Ulm"}<|call|>'
+    engine.answer = f"{THOUGHT}<|start|>assistant{call}"
+    (choice,) = (await ask(gpt_oss, tools=TOOLS))["choices"]
+    assert (choice["finish_reason"], choice["message"]["reasoning_content"]) == ("tool_calls", "Ulm?")
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Ulm"}'}
+    engine.answer = f"{THOUGHT}<|start|>assistant<|channel|>final<|message|>Sun."
+    found = await ask(gpt_oss)
+    message = found["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Ulm?", "Sun.")
+    assert found["usage"]["completion_tokens_details"] == {"reasoning_tokens": len(THOUGHT)}
+
+
+async def test_json_and_calls_that_are_held_stand_in_messages(gpt_oss: Client, engine: FakeEngine) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": CITY}}
+    await ask(gpt_oss, response_format=schema)
+    thought, answer = tag_of(engine)["format"]["elements"]
+    assert thought["elements"][0]["end"] == "<|end|><|start|>assistant"
+    opening, held = answer["elements"]
+    assert (opening["value"], held["json_schema"]) == ("<|channel|>final<|message|>", CITY)
+    await ask(gpt_oss, response_format=schema, max_thinking_tokens=5)
+    between, answer = tag_of(engine)["format"]["elements"]
+    assert (between["value"], answer["elements"][0]) == ("<|start|>assistant", opening)
+    await ask(gpt_oss, tools=[*TOOLS, tool("clock", strict=True)])
+    text, calls = tag_of(engine)["format"]["elements"][1]["elements"]
+    assert (text["begin"], len(calls["tags"])) == ("<|channel|>final<|message|>", 3)
+
+
 # ---- forced calls ----
 
 
@@ -330,6 +370,7 @@ WRITTEN = {
     "<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
     "kimi_k2": "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
     f"{COMPACT}<|tool_call_end|><|tool_calls_section_end|>",
+    "gpt-oss": f"<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{COMPACT}",
     "glm45": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Ulm</arg_value>\n<arg_key>days</arg_key>\n"
     "<arg_value>3</arg_value>\n<arg_key>unit</arg_key>\n<arg_value>C</arg_value>\n</tool_call>",
     "qwen3_coder": "<tool_call>\n<function=weather>\n<parameter=city>\nUlm\n</parameter>\n<parameter=days>\n3\n"
@@ -376,11 +417,13 @@ def test_a_grammar_allows_what_its_parser_reads_and_nothing_else(
     for wrong in (f"{written}\nThe answer is", f"{written}\n{written}\nNo.", f"Well: {written}"):
         assert not is_allowed(grammars, parallel, name, wrong)
     free = ToolChoice([], [WEATHER], is_forced=False, is_parallel=True)
-    assert is_allowed(grammars, free, name, "No.")
-    assert is_allowed(grammars, free, name, f"Well: {written}")
+    opening = TOOL_FORMATS[name]().opening
+    assert is_allowed(grammars, free, name, f"{opening}No.")
+    well = "" if opening else "Well: "  # text of the same message
+    assert is_allowed(grammars, free, name, f"{well}{written}")
     assert not is_allowed(grammars, free, name, written.replace("3", "many"))
     single = ToolChoice([], [WEATHER], is_forced=False, is_parallel=False)
-    assert is_allowed(grammars, single, name, f"Well: {written}")
+    assert is_allowed(grammars, single, name, f"{well}{written}")
     assert not is_allowed(grammars, single, name, f"{written}\n{written}")
 
 

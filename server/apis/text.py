@@ -12,7 +12,7 @@ from engine.engine import Engine
 from engine.errors import InvalidRequest
 from server.http.intake import paced
 from server.parsers import AnswerParser
-from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS, ReasoningParser
+from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS
 from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS, ToolCallParser
 from server.reading.chat import Chats
 from server.reading.openai_body import DetokenizeRequest, TokenizeRequest
@@ -134,6 +134,6 @@ class TextApi:
         if name is None:
             raise body.wrong("reasoning_parser", f"one of {', '.join((*REASONING_FORMATS, *REASONING_ALIASES))}")
         format_ = REASONING_FORMATS[REASONING_ALIASES.get(name, name)]
-        parser = AnswerParser(ReasoningParser(format_, is_inside=format_.is_always), None)
+        parser = AnswerParser(format_.new_parser(is_inside=format_.is_always), None)
         parts = await off_loop(len(body.text), lambda: parser.parse(body.text))
         return json_response({"reasoning_text": parts.reasoning, "text": parts.text})

@@ -2,7 +2,21 @@
 
 from dataclasses import dataclass
 
-from server.parsers.reader import Reader, Reading
+from server.parsers.harmony import (
+    ANALYSIS,
+    CALL,
+    CHANNEL,
+    END,
+    FINAL,
+    MESSAGE,
+    MESSAGE_ENDS,
+    NEXT,
+    START,
+    TO_TOOL,
+    Header,
+    read_header,
+)
+from server.parsers.reader import Emit, Malformed, Reader, Reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +26,8 @@ class ReasoningFormat:
     start: str
     end: str
     is_always: bool = False  # answers begin inside, with or without the start mark
+    after: str = ""  # what the model writes between the end mark and the rest
+    opening: str = ""  # what the model writes ahead of the text that is no reasoning
 
     def begins_inside(self, prompt: str) -> bool | None:
         """Return what a prompt's end has decided: inside, past the reasoning (None), or not yet (False)."""
@@ -20,6 +36,19 @@ class ReasoningFormat:
             return True
         return None if head.endswith(self.end) else self.is_always
 
+    def new_parser(self, *, is_inside: bool, is_separate: bool = True) -> "ReasoningParser":
+        return ReasoningParser(self, is_inside=is_inside, is_separate=is_separate)
+
+
+class Harmony(ReasoningFormat):
+    """Reasoning stands in messages of its own, anywhere in the answer."""
+
+    def begins_inside(self, prompt: str) -> bool | None:
+        return prompt.rstrip().endswith(self.start)
+
+    def new_parser(self, *, is_inside: bool, is_separate: bool = True) -> "ReasoningParser":
+        return HarmonyParser(self, is_inside=is_inside, is_separate=is_separate)
+
 
 THINK = ReasoningFormat("<think>", "</think>")
 ALWAYS_THINK = ReasoningFormat("<think>", "</think>", is_always=True)
@@ -27,6 +56,7 @@ REASONING_FORMATS = {
     "deepseek-r1": ALWAYS_THINK,
     "deepseek-v3": THINK,
     "glm45": THINK,
+    "gpt-oss": Harmony(ANALYSIS, END, after=NEXT, opening=FINAL),
     "kimi": ReasoningFormat("◁think▷", "◁/think▷"),
     "kimi_k2": THINK,
     "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
@@ -37,12 +67,15 @@ REASONING_FORMATS = {
 REASONING_ALIASES = {  # vLLM's spellings
     "deepseek_r1": "deepseek-r1",
     "deepseek_v3": "deepseek-v3",
+    "openai_gptoss": "gpt-oss",
 }
 
 
 def find_reasoning_format(template: str) -> str | None:
     """Return the name of the format whose marks a chat template writes. Whether it has begun is the prompt's to say."""
-    for mark, name in (("◁think▷", "kimi"), ("[THINK]", "mistral"), ("<think>", "qwen3"), ("</think>", "qwen3")):
+    for mark, name in (
+        (CHANNEL, "gpt-oss"), ("◁think▷", "kimi"), ("[THINK]", "mistral"), ("<think>", "qwen3"), ("</think>", "qwen3"),
+    ):  # fmt: skip
         if mark in template:
             return name
     return None
@@ -105,3 +138,49 @@ class ReasoningParser:
             self._reasoning += (*self._space, shown)
             self._space = []
         self._space.append(text[len(shown) :])
+
+
+class HarmonyParser(ReasoningParser):
+    """Splits an answer in `server.parsers.harmony`'s format: the analysis, and the text of all other messages.
+
+    Messages to tools are handed on with their marks, in the spelling that the format of calls reads.
+    """
+
+    _has_text = False  # of a message, so that another one's begins on a new line
+
+    def _read(self) -> Reading[None]:
+        reader = self._reader
+        if self.is_inside:
+            yield from self._read_content(Header("", "analysis", ""))
+        while (yield from reader.pass_until((START, CHANNEL), self._rest.append)):
+            try:
+                header = yield from read_header(reader)
+            except Malformed:
+                self._rest.append(reader.take(1))  # no mark any more
+                continue
+            if header is not None:
+                yield from self._read_content(header)
+
+    def _read_content(self, header: Header) -> Reading[None]:
+        """Read a message's content, and the mark at its end."""
+        reader, around = self._reader, header.text
+        is_reasoning = header.channel == "analysis" and not header.recipient
+        emit: Emit = self._rest.append
+        if is_reasoning and self._is_separate:
+            self.is_inside, around, emit = True, "", self._add
+            if self._space:
+                self._space.append("\n")
+            yield from reader.skip_space()
+        elif header.recipient:
+            around = f"{TO_TOOL}{header.recipient}{MESSAGE}"
+        elif not is_reasoning:
+            around = "\n" if self._has_text else ""
+            self._has_text = True
+        if around:
+            emit(around)
+        mark = yield from reader.pass_until(MESSAGE_ENDS, emit)
+        if mark and mark != START:
+            end = reader.take(len(mark))
+            if header.recipient or (is_reasoning and not self._is_separate):
+                self._rest.append(CALL if header.recipient else end)
+            yield from reader.skip_space()

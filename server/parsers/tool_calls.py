@@ -16,6 +16,7 @@ import orjson
 from engine.text.schemas import NOT_STRICT
 from engine.text.structural_tag import LARK, LARK_STRING
 from server.parsers.delta import ToolCallDelta
+from server.parsers.harmony import CALL, END, FINAL, FUNCTIONS, MESSAGE, NEXT, TO_TOOL
 from server.parsers.reader import PYTHON_SYNTAX, Malformed, Reader, Reading
 from server.reading.protocol import JSON
 
@@ -191,6 +192,7 @@ class ToolFormat:
     bare = ""  # the character that begins calls without a mark, at the answer's head
     trigger = ""  # the head of every call's tag, after which the model is held to it
     between = "\n"  # stands between two calls
+    opening = ""  # what the model writes ahead of an answer that is no call
 
     def read_calls(self, calls: ToolCallParser, mark: str) -> Reading[None]:
         """Read one call, or a list of them. The reader stands after `mark`. `Malformed`: the rest is no call."""
@@ -555,6 +557,29 @@ class KimiK2(SectionFormat):
         return f"functions.{name}:{index}"  # as the model counts them, in what it is shown later
 
 
+class GptOss(ToolFormat):
+    """A message to functions.NAME in the channel for commentary, its content the arguments in JSON."""
+
+    begins = (f"{NEXT} to=", f"{NEXT}{TO_TOOL}", TO_TOOL)
+    trigger = f"{TO_TOOL}{FUNCTIONS}"
+    between = f"{END}{NEXT}"
+    opening = FINAL
+
+    def read_calls(self, calls: ToolCallParser, _mark: str) -> Reading[None]:
+        reader = calls.reader
+        recipient = yield from reader.read_until((" ", "<"), MAX_NAME_LEN)
+        tool = calls.tool(recipient.removeprefix(FUNCTIONS))
+        yield from reader.read_until((MESSAGE,), MAX_NAME_LEN)
+        reader.take(len(MESSAGE))
+        yield from reader.skip_space()
+        yield from pass_arguments(calls, tool)
+        yield from reader.skip_space()
+        yield from reader.accept(CALL, END)
+
+    def tag(self, tool: Tool) -> JSON:
+        return json_tag(f"{self.trigger}{tool.name} <|constrain|>json{MESSAGE}", tool, "")  # the end is a stop token
+
+
 class Pythonic(ToolFormat):
     """[name(key=value, ...), ...] as the whole answer, of Llama 3.2 and 4; these may put it between two marks."""
 
@@ -706,6 +731,7 @@ TOOL_FORMATS: dict[str, Callable[[], ToolFormat]] = {
     "deepseekv3": DeepSeekV3,
     "deepseekv31": DeepSeekV31,
     "glm45": Glm45,
+    "gpt-oss": GptOss,
     "kimi_k2": KimiK2,
     "llama3": Llama3,
     "mistral": Mistral,
@@ -722,6 +748,7 @@ TOOL_ALIASES = {  # other spellings, SGLang's and vLLM's
     "hermes": "qwen25",
     "llama3_json": "llama3",
     "llama4_pythonic": "pythonic",
+    "openai": "gpt-oss",
     "qwen": "qwen25",
     "qwen3_xml": "qwen3_coder",
 }
@@ -735,6 +762,7 @@ TEMPLATE_MARKS = (
     (("<｜tool▁calls▁begin｜>", "```json"), "deepseekv3"),
     (("<｜tool▁calls▁begin｜>",), "deepseekv31"),
     (("<|tool_calls_section_begin|>",), "kimi_k2"),
+    (("<|channel|>", FUNCTIONS), "gpt-oss"),
     (("<|python_start|>",), "pythonic"),
     (("[func_name1(params_name1=",), "pythonic"),
     (("<|python_tag|>",), "llama3"),

@@ -36,7 +36,14 @@ from server.reading.openai_body import ChatFields, ChatRequest, Message, Message
 from server.reading.protocol import JSON, check_n, check_prompt_ids
 from server.reading.sampling import read_options, read_sampling_params
 from server.reading.templates import find_traits, shaped
-from server.reading.tool_choice import ToolChoice, json_or_calls, read_tool_choice, structural_tag, tool_constraint
+from server.reading.tool_choice import (
+    ToolChoice,
+    behind,
+    json_or_calls,
+    read_tool_choice,
+    structural_tag,
+    tool_constraint,
+)
 from server.reading.tool_prompt import with_calls_as_text, with_tools
 
 MEDIA_PARTS = ("image_url", "input_image", "image", "input_audio", "audio_url", "video_url")
@@ -327,7 +334,8 @@ class Chats:
         """Return the parameters, and what the client calls the constraint among them."""
         params = read_sampling_params(body, self.engine, ("max_completion_tokens", "max_tokens"), None)
         check_n(self.engine, params.n, 1)
-        thinks = (reasoning.format.start, reasoning.format.end) if reasoning and not reasoning.is_inside else None
+        thinks = reasoning.marks if reasoning and not reasoning.is_inside else None
+        opening = reasoning.format.opening if reasoning else ""
         held: JSON | None = None
         names = names_of_constraint(body)
         if params.constraint_name is None:
@@ -335,11 +343,13 @@ class Chats:
             names = {"structural_tag": "tools"}
         elif choice.is_forced:
             raise InvalidRequest("tool_choice forces a call, while the answer is to have another form", "tool_choice")
-        elif isinstance(params.json_schema, dict) and (thinks or tool_format):
-            held = json_or_calls(params.json_schema, choice, tool_format)
+        elif isinstance(params.json_schema, dict) and (thinks or tool_format or opening):
+            held = json_or_calls(params.json_schema, choice, tool_format, opening)
             params = replace(params, json_schema=None)
             names = {"structural_tag": names["json_schema"]}
         if held is not None:
+            if reasoning and reasoning.is_inside:
+                held = behind(reasoning.format.after, held)
             params = replace(params, structural_tag=structural_tag(held, thinks))
         return params, names
 
@@ -371,8 +381,13 @@ class Reasoning:
     format: ReasoningFormat
     is_inside: bool  # it does: the prompt, or the model's habit, says so
 
+    @property
+    def marks(self) -> tuple[str, str]:
+        """What stands before it, and between it and the rest."""
+        return self.format.start, self.format.end + self.format.after
+
     def new_parser(self, is_separate: bool) -> ReasoningParser:
-        return ReasoningParser(self.format, is_inside=self.is_inside, is_separate=is_separate)
+        return self.format.new_parser(is_inside=self.is_inside, is_separate=is_separate)
 
 
 CHATS: web.AppKey[Chats] = web.AppKey("chats", Chats)  # for the start table

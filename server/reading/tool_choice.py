@@ -129,13 +129,23 @@ def tool_constraint(choice: ToolChoice, format_: ToolFormat) -> JSON | None:
     tags = format_.tags(choice.callable)
     if choice.is_forced:
         return _calls(tags, choice, format_)
-    return _free_text(tags, choice, format_) if tags and any(tool.is_strict for tool in choice.callable) else None
+    if not tags or not any(tool.is_strict for tool in choice.callable):
+        return None
+    if format_.opening:  # free text would not hold its marks
+        text: JSON = {"type": "tag", "begin": format_.opening, "content": {"type": "any_text"}, "end": ""}
+        return {"type": "or", "elements": [text, _calls(tags, choice, format_)]}
+    return _free_text(tags, choice, format_)
 
 
-def json_or_calls(schema: JSON, choice: ToolChoice, format_: ToolFormat | None) -> JSON:
-    """Return the grammar of JSON of `schema` or, if the format can be enforced, of calls."""
+def behind(text: str, format_: JSON) -> JSON:
+    """Return the grammar of `text`, then what `format_` says."""
+    return {"type": "sequence", "elements": [{"type": "const_string", "value": text}, format_]} if text else format_
+
+
+def json_or_calls(schema: JSON, choice: ToolChoice, format_: ToolFormat | None, opening: str = "") -> JSON:
+    """Return the grammar of JSON of `schema`, behind `opening`, or, if the format can be enforced, of calls."""
     tags = format_.tags(choice.callable) if format_ else []
-    answer = schema_format(schema)
+    answer = behind(opening, schema_format(schema))
     return {"type": "or", "elements": [answer, _calls(tags, choice, format_)]} if format_ and tags else answer
 
 
