@@ -7,6 +7,7 @@ A `Weight` hides its format. Layers ask for `product` and say by keyword what st
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -61,7 +62,7 @@ class Weight(ABC):
     def __init__(self, parts: Sequence[Part], k: int, input_shard: Shard = WHOLE) -> None:
         """k: inputs on this rank, the slice `input_shard` of the tensor's columns."""
         self.parts, self.k, self.input_shard = tuple(parts), k, input_shard
-        self.n = sum(part.num_rows for part in parts)
+        *self._starts, self.n = accumulate((part.num_rows for part in parts), initial=0)
 
     @abstractmethod
     def product(
@@ -141,7 +142,7 @@ class Weight(ABC):
 
     def row_slice(self, part: int) -> slice:
         """Return the rows of a part."""
-        start = sum(other.num_rows for other in self.parts[:part])
+        start = self._starts[part]
         return slice(start, start + self.parts[part].num_rows)
 
 
