@@ -23,7 +23,7 @@ from kernels.launch import cache_folder
 
 logger = logging.getLogger(__name__)
 
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-w")
+FLAGS = ("-O3", "-fno-tree-vectorize", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-w")
 TIMEOUT_S = 120.0
 
 

@@ -858,7 +858,7 @@ template <int CODE> static inline void decode_pair(const uint8_t *codes, vec mea
 
 // Write sums [tokens, rows] of 16 rows, lane by lane in the order in which the units add: the even inputs of a step one
 // after the other, the odd ones beside them, then both. x: float32 [tokens, k]; inputs_sums: [segments, 16].
-template <int CODE, int TOKENS, bool SHIFTS>
+template <int CODE, int TOKENS>
 static void multiply_pairs(const Weight &w, const Cuts &cuts, const uint8_t *const *rows, const float *x,
                            const float *inputs_sums, const float *scales, const float *shifts, float *to) {
     alignas(64) uint8_t codes[512];
@@ -891,7 +891,7 @@ static void multiply_pairs(const Weight &w, const Cuts &cuts, const uint8_t *con
         }
         for (int t = 0; t < TOKENS; t++) {
             sums[t] = fma(part[t], load(scales + segment.group * LANES), sums[t]);
-            if (SHIFTS) sums[t] = _mm512_fnmadd_ps(all(inputs_sums[t]), load(shifts + segment.group * LANES), sums[t]);
+            if (shifts) sums[t] = _mm512_fnmadd_ps(all(inputs_sums[t]), load(shifts + segment.group * LANES), sums[t]);
         }
     }
     for (int t = 0; t < TOKENS; t++) store(to + t * LANES, sums[t]);
@@ -900,14 +900,9 @@ static void multiply_pairs(const Weight &w, const Cuts &cuts, const uint8_t *con
 typedef void (*PairsTile)(const Weight &, const Cuts &, const uint8_t *const *, const float *, const float *,
                           const float *, const float *, float *);
 
-template <int CODE, bool SHIFTS> static PairsTile pairs_tile(int num_tokens) {
-    static const PairsTile tiles[] = {multiply_pairs<CODE, 1, SHIFTS>, multiply_pairs<CODE, 2, SHIFTS>,
-                                      multiply_pairs<CODE, 3, SHIFTS>};
+template <int CODE> static PairsTile pairs_tile(int num_tokens) {
+    static const PairsTile tiles[] = {multiply_pairs<CODE, 1>, multiply_pairs<CODE, 2>, multiply_pairs<CODE, 3>};
     return tiles[num_tokens - 1];
-}
-
-template <int CODE> static PairsTile pairs_tile(bool shifts, int num_tokens) {
-    return shifts ? pairs_tile<CODE, true>(num_tokens) : pairs_tile<CODE, false>(num_tokens);
 }
 
 static void take_pairs(Job &job, int64_t start, int64_t count) {
@@ -920,10 +915,9 @@ static void take_pairs(Job &job, int64_t start, int64_t count) {
         job.has_failed = true;
         return;
     }
-    const bool shifts_too = has_shift(w);
-    const PairsTile multiply = w.code == INT4   ? pairs_tile<INT4>(shifts_too, num_tokens)
-                               : w.code == INT8 ? pairs_tile<INT8>(shifts_too, num_tokens)
-                                                : pairs_tile<FP8>(shifts_too, num_tokens);
+    const PairsTile multiply = w.code == INT4   ? pairs_tile<INT4>(num_tokens)
+                               : w.code == INT8 ? pairs_tile<INT8>(num_tokens)
+                                                : pairs_tile<FP8>(num_tokens);
     for (int64_t i = 0; i < count; i += TILE_ROWS) {
         const int64_t left = count - i < TILE_ROWS ? count - i : TILE_ROWS;
         alignas(64) float sums[2][FEW_PAIRS * LANES];
@@ -934,7 +928,8 @@ static void take_pairs(Job &job, int64_t start, int64_t count) {
                 rows[r] = w.codes + (r < left ? first + r : first + left - 1) * row_bytes;
             }
             read_tile_scales(w, first, first + left, scales, shifts);
-            multiply(w, *job.cuts, rows, job.x, job.x + num_tokens * w.k, scales, shifts, sums[part]);
+            multiply(w, *job.cuts, rows, job.x, job.x + num_tokens * w.k, scales, has_shift(w) ? shifts : nullptr,
+                     sums[part]);
         }
         for (int64_t t = 0; t < num_tokens; t++)
             finish(job, job.first_token + t, start + i, left, sums[0] + t * LANES, sums[1] + t * LANES);
