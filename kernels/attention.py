@@ -223,6 +223,8 @@ def _sdpa(
     is_grouped = q.shape[1] != k.shape[1]
     if not softcap and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=is_grouped)
+    if not softcap and q.is_cpu:
+        return _beside_sinks(q, k, v, mask, is_causal, scale, sinks)
     group = q.shape[1] // k.shape[1]
     scores = (q.float() * scale) @ k.float().repeat_interleave(group, 1).transpose(-1, -2)
     if softcap:
@@ -236,6 +238,24 @@ def _sdpa(
         scores = torch.cat((scores, column), dim=-1)
     weights = scores.softmax(-1)[..., : k.shape[2]]
     return (weights @ v.float().repeat_interleave(group, 1)).to(q.dtype)
+
+
+def _beside_sinks(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run `_sdpa` with sinks by torch's kernel for CPUs, which keeps no scores but returns their log-sum-exp."""
+    assert sinks is not None
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    found, lse = attend(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
+    return (found * torch.sigmoid(lse - sinks.float())[..., None]).to(q.dtype)
 
 
 def attention(
