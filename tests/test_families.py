@@ -26,6 +26,7 @@ from tests.test_engine import (
     prompts,
     running_engine,
 )
+from tests.test_experts import FAMILIES as EXPERTS
 from tests.test_native_families import FAMILIES
 
 MakeTinyModel = Callable[..., Path]
@@ -36,6 +37,7 @@ GEMMA_2 = {"sliding_window": 24, "query_pre_attn_scalar": 24, "num_hidden_layers
 LONG = {"original_max_position_embeddings": 4}
 ALL = FAMILIES | {
     "gemma 2": ("Gemma2Config", GEMMA_2),
+    "gpt-oss": ("GptOssConfig", EXPERTS["gpt-oss"][1] | {"sliding_window": 24, "num_hidden_layers": 3}),
     "phi 4 mini": ("Phi3Config", FAMILIES["phi 4 mini"][1] | LONG),
 }
 CRAMPED = {"page_size": 4, "chunked_prefill_size": 12, "max_total_tokens": 160, "swa_full_tokens_ratio": 0.01}
@@ -51,13 +53,13 @@ WINDOW_MIXES: dict[str, dict[str, Any]] = {
     "whole_contexts": {"disable_hybrid_swa_memory": True},
 }
 SOME = ("batched", "large_chunks", "seven_token_chunks", "no_overlap")
-# What differs where steps, chunks or caches could tell: windows, two ropes, shared keys, vectors of layers, positions.
+# What differs where steps, chunks or caches could tell: windows, two ropes, shared keys, vectors of layers, sinks.
 KINDS = (
     "gemma 2", "gemma 3", "gemma 4", "gemma 4 E2B", "phi 2", "phi 4 mini", "olmo 2", "olmo 3", "command-r7b",
-    "granite 3", "smollm 3 with windows", "exaone 4", "ministral 3", "gpt-2", "hunyuan",
+    "granite 3", "smollm 3 with windows", "exaone 4", "ministral 3", "gpt-2", "hunyuan", "gpt-oss",
 )  # fmt: skip
 ON_ALL_GPU_MIXES = ("gemma 2", "gemma 4 E2B", "phi 2")
-ON_TWO_RANKS = ("gemma 4 E2B", "command-r7b", "olmo 3")
+ON_TWO_RANKS = ("gemma 4 E2B", "command-r7b", "olmo 3", "gpt-oss")
 
 
 def cases() -> list[Any]:
@@ -75,9 +77,15 @@ def cases() -> list[Any]:
     ]
 
 
-WINDOW_CASES = [pytest.param("cpu", mix, id=name) for name, mix in WINDOW_MIXES.items()] + [
-    pytest.param("cuda", TIGHT | mix, id=f"cuda-{name}", marks=pytest.mark.gpu) for name, mix in GPU_MIXES.items()
-]
+WINDOW_CASES = (
+    [pytest.param("gemma 2", "cpu", mix, id=name) for name, mix in WINDOW_MIXES.items()]
+    + [
+        pytest.param(family, "cuda", TIGHT | mix, id=f"{family}-cuda-{name}", marks=pytest.mark.gpu)
+        for family in ("gemma 2", "gpt-oss")
+        for name, mix in GPU_MIXES.items()
+    ]
+    + [pytest.param("gpt-oss", "cpu", TIGHT, id="gpt-oss-windows")]
+)
 
 
 class Reference:
@@ -177,8 +185,7 @@ async def test_greedy_answers_of_a_family_equal_transformers(
         await assert_greedy(engine, reference, prompts[-10:], num_constrained=2)
 
 
-@pytest.mark.parametrize("reference", ["gemma 2"], indirect=True)
-@pytest.mark.parametrize(("device", "options"), WINDOW_CASES)
+@pytest.mark.parametrize(("reference", "device", "options"), WINDOW_CASES, indirect=["reference"])
 async def test_layers_with_a_window_give_slots_back_and_answers_stay(
     reference: Reference,
     device: str,
