@@ -289,6 +289,8 @@ async def test_messages_in_channels_are_reasoning_text_and_calls(gpt_oss: Client
     message = found["choices"][0]["message"]
     assert (message["reasoning_content"], message["content"]) == ("Ulm?", "Sun.")
     assert found["usage"]["completion_tokens_details"] == {"reasoning_tokens": len(THOUGHT)}
+    message = (await ask(gpt_oss, separate_reasoning=False))["choices"][0]["message"]
+    assert message["content"] == f"{THOUGHT}Sun."
 
 
 async def test_json_and_calls_that_are_held_stand_in_messages(gpt_oss: Client, engine: FakeEngine) -> None:
@@ -554,7 +556,9 @@ async def test_calls_and_results_of_earlier_turns_reach_the_template(
     ]
     await ask(client, messages=history, tools=TOOLS)
     assert seen[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Ulm"}
-    assert seen[1]["reasoning_content"] == "Hm"
+    assert seen[1]["reasoning_content"] == seen[1]["thinking"] == "Hm"
+    await ask(client, messages=[*USER, {"role": "assistant", "content": "Yes.", "reasoning": "Hm"}, *USER])
+    assert "thinking" not in seen[-2]
     assert seen[2] == {"role": "tool", "tool_call_id": "c1", "content": "sunny"}
 
 

@@ -206,7 +206,8 @@ class Chats:
         streams_reasoning = body.stream_reasoning
         includes_reasoning = body.include_reasoning
         is_separate = is_separate or not includes_reasoning  # what is left out has to be found
-        if tool_format is None and (reasoning is None or not is_separate):
+        # Where the text has marks of its own, they are taken off even if reasoning stays in it.
+        if tool_format is None and (reasoning is None or not (is_separate or reasoning.format.opening)):
             return ChatTurn(prompt, input_ids, params, options, None, names=names)
 
         def new_parser() -> AnswerParser:
@@ -439,6 +440,8 @@ def _parse_message(written: JSON, read: Message, path: str) -> JSON:
         raise read.wrong("content", "a string or a list of parts", path)
     if reasoning := read.reasoning_content or read.reasoning:
         message["reasoning_content"] = message["reasoning"] = reasoning  # templates know it by one of these
+        if not message["content"]:
+            message.setdefault("thinking", reasoning)  # gpt-oss's, which refuses it beside a text
     if read.tool_calls:
         calls = zip(written["tool_calls"], read.tool_calls, strict=True)
         message["tool_calls"] = [_parse_tool_call(*call, f"{path}.tool_calls[{i}]") for i, call in enumerate(calls)]
