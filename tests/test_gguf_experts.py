@@ -25,6 +25,9 @@ from kernels.quantized import QuantizedWeight
 from tests.test_engine import MIXES, collect, make_state, prompts, running_engine
 from tests.test_gguf_families import (
     IDS,
+    WINDOW,
+    YARN,
+    YARN_KEYS,
     Case,
     Tensors,
     assert_becomes_its_checkpoint,
@@ -69,6 +72,22 @@ def gate_apart_from_up(tensors: Tensors, config: Any) -> Tensors:
             parts = tensor.chunk(2, dim=-2) if match[3] == "in" else (tensor,)
             for part, values in zip(("gate", "up") if len(parts) == 2 else ("down",), parts, strict=True):
                 result[f"{module}.{part}_proj.weight"] = values
+        else:
+            result[name] = tensor
+    return result
+
+
+def rows_of_gpt_oss(tensors: Tensors, config: Any) -> Tensors:
+    """Turn experts, and cut gate and up, which alternate, as llama.cpp does."""
+    result: Tensors = {}
+    for name, tensor in tensors.items():
+        block = re.sub(r"model\.layers\.(\d+)\..*", r"blk.\1", name)
+        if name.endswith("self_attn.sinks"):
+            result[f"{block}.attn_sinks.weight"] = tensor
+        elif match := re.search(r"experts\.(\w+)_proj(_bias)?$", name):
+            kind, rows = ("bias", tensor) if match[2] else ("weight", tensor.transpose(1, 2))
+            parts = {"down": rows} if match[1] == "down" else {"gate": rows[:, ::2], "up": rows[:, 1::2]}
+            result |= {f"{block}.ffn_{part}_exps.{kind}": values for part, values in parts.items()}
         else:
             result[name] = tensor
     return result
@@ -150,8 +169,8 @@ CASES = {
         (stacked,),
     ),
 }  # fmt: skip
-# What Hugging Face has in one tensor is two here: these are no checkpoints of theirs.
-GRANITES = {
+# What Hugging Face has in one tensor is two here: files do not become checkpoints of theirs.
+OF_OUR_OWN = {
     "Granite": Case(
         "granitemoe", "GraniteMoeConfig", GRANITE, GRANITE_KEYS, (interleaved, gate_apart_from_up)
     ),
@@ -162,12 +181,22 @@ GRANITES = {
         GRANITE_KEYS | {"expert_shared_feed_forward_length": 64},
         (interleaved, gate_apart_from_up),
     ),
+    "gpt-oss": Case(
+        "gpt-oss",
+        "GptOssConfig",
+        {
+            "num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 8,
+            "rope_parameters": YARN | {"beta_fast": 8.0, "beta_slow": 1.0, "truncate": False},
+        },
+        USED | YARN_KEYS | WINDOW | {"rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_beta_slow": 1.0},
+        (rows_of_gpt_oss,),
+    ),
 }  # fmt: skip
 
 
 def test_every_architecture_with_experts_has_a_case() -> None:
     with_experts = {name for name in FILES if ARCHITECTURES[name].has_experts}
-    assert {case.arch for case in (CASES | GRANITES).values()} == with_experts | {"llama"}
+    assert {case.arch for case in (CASES | OF_OUR_OWN).values()} == with_experts | {"llama"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -184,15 +213,15 @@ def converted(case: Case, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return engine_of(folder / "converted").forward({0: IDS.tolist()}), logits_of(model)
 
 
-@pytest.mark.parametrize("name", GRANITES)
-def test_a_file_of_granite_with_experts_has_the_logits_of_what_it_was_made_of(name: str, tmp_path: Path) -> None:
-    got, wanted = converted(GRANITES[name], tmp_path)
+@pytest.mark.parametrize("name", OF_OUR_OWN)
+def test_a_file_that_becomes_no_checkpoint_of_theirs_has_its_logits(name: str, tmp_path: Path) -> None:
+    got, wanted = converted(OF_OUR_OWN[name], tmp_path)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [*CASES, *GRANITES])
+@pytest.mark.parametrize("name", [*CASES, *OF_OUR_OWN])
 def test_experts_of_every_family_stay_packed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense = assert_stays_packed((CASES | GRANITES)[name], tmp_path, monkeypatch)
+    dense = assert_stays_packed((CASES | OF_OUR_OWN)[name], tmp_path, monkeypatch)
     assert {path.rpartition(".")[2] for path in dense} <= {"gate", "shared_expert_gate"}
 
 

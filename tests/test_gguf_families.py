@@ -423,8 +423,11 @@ def make_checkpoint(case: Case, folder: Path) -> Any:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if parameter.ndim == 1 or "norm" in name:
+                if parameter.ndim == 1 or "norm" in name or name.endswith("bias"):
                     parameter.uniform_(0.5, 1.5)
+            for name, buffer in model.named_buffers():
+                if name.endswith("correction_bias"):
+                    buffer.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
     return model
 

@@ -29,6 +29,7 @@ from engine.checkpoint.gguf_rope import (
     Rope,
     gemma3_rope,
     gemma4_rope,
+    gpt_oss_rope,
     head_dim,
     ministral3_rope,
     partly_rotated,
@@ -523,6 +524,18 @@ ARCHITECTURES = {
         | {"exp_probs_b": "block_sparse_moe.e_score_correction"},
         has_experts=True,
         rules=(CORRECTION,),
+    ),
+    # As Granite's.
+    "gpt-oss": Architecture(
+        "GptOssForCausalLM",
+        "gpt_oss",
+        derived=(mixtral_experts, windows(2)),
+        rope=gpt_oss_rope,
+        block=BLOCK
+        | expert_names("mlp")
+        | {"post_attention_norm": "post_attention_layernorm", "attn_sinks": "self_attn.sinks"},
+        has_experts=True,
+        rules=(Rename(r"\.sinks\.weight$", ".sinks"),),
     ),
 }
 FILES = tuple(name for name in ARCHITECTURES if name not in ("olmo3", "mistral", "mixtral"))  # names that files have

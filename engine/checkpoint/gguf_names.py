@@ -108,7 +108,7 @@ class OfEachExpert:
             yield piece
             return
         shape, count = self.gguf.shapes[piece.name], self.gguf["{}.expert_count"]
-        if len(shape) != 3 or shape[0] != count:
+        if len(shape) != (2 if piece.name.endswith(".bias") else 3) or shape[0] != count:
             raise ModelError(f"GGUF tensor {piece.name!r} of shape {list(shape)} is no stack of {count} experts")
         for i in range(count):
             yield Piece(piece.name.replace("_exps.", f".{i}."), (*piece.transforms, itemgetter(i)))
@@ -119,7 +119,7 @@ class KeepRouters:
     """Keep in float32 what chooses experts, so that it is never packed. A row of its own may be stored as a vector."""
 
     def __call__(self, piece: Piece) -> Iterable[Piece]:
-        if re.search(r"\.ffn_gate_inp(_shexp)?\.", piece.name):
+        if re.search(r"\.ffn_gate_inp(_shexp)?\.weight$", piece.name):
             piece = Piece(piece.name, (*piece.transforms, lambda loaded: torch.atleast_2d(loaded.float())))
         yield piece
 

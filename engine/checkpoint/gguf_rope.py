@@ -88,6 +88,11 @@ def ministral3_rope(gguf: GGUF, factors: Factors) -> dict[str, Any]:
     return rope_parameters(gguf, factors) | entries
 
 
+def gpt_oss_rope(gguf: GGUF, factors: Factors) -> dict[str, Any]:
+    """Return gpt-oss's rotary embedding, whose YaRN does not round the range that it blends to whole frequencies."""
+    return rope_parameters(gguf, factors) | {"truncate": False}
+
+
 def scaling_entries(gguf: GGUF) -> dict[str, Any]:
     """Return what the file says of YaRN or LongRoPE besides factors."""
     found = {entry: gguf.get(f"{{}}.rope.scaling.{key}") for key, entry in YARN.items()}

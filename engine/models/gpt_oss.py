@@ -15,7 +15,8 @@ from engine.layers.block import PreNorm
 from engine.layers.norm import Float32RMSNorm
 from engine.model_config import ExpertsConfig, ModelConfig, layer_windows, read_decoder
 from engine.models.base import CausalLM
-from engine.models.names import COMMON_NAMES, Rename, Rule, Split, Transpose, Unstack
+from engine.models.moe import EXPERTS
+from engine.models.names import Rename, Rule, Split, Transpose, Unstack
 from kernels.elementwise import CLAMPED_SWIGLU, SWIGLU_ALPHA, SWIGLU_LIMIT
 from kernels.routing import Routing
 
@@ -26,7 +27,10 @@ class GptOssBlock(PreNorm):
 
 class GptOss(CausalLM):
     block = GptOssBlock
-    checkpoint: ClassVar = (Rename(r"\.mlp\.router\.", ".mlp.gate."), *COMMON_NAMES)
+    checkpoint: ClassVar = (
+        Rename(r"\.mlp\.router\.", ".mlp.gate."),
+        *EXPERTS,  # of a converted GGUF file: one by one
+    )
 
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
