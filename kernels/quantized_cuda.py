@@ -1,7 +1,8 @@
 """Weights of few bits on a GPU.
 
-Few tokens take `quantized_few`, which decodes in registers. More tokens take a product of 8 bits where inputs are
-rounded to them, else cuBLAS with a panel of rows at a time dequantized, which stays in the L2 cache.
+Few tokens take `quantized_few`, more on Hopper `quantized_many`: both decode in registers. Still more take a product of
+8 bits where inputs are rounded to them, else cuBLAS with a panel of rows at a time dequantized, which stays in the L2
+cache.
 """
 
 import functools
@@ -11,14 +12,19 @@ from typing import Any, Protocol
 import torch
 
 from kernels.elementwise import act_and_mul
-from kernels.quantized_few import MAX_TOKENS, WHOLE_ROW, Kind, can_multiply_few, fits_few, multiply_few, prepare_few
+from kernels.quantized_few import MAX_TOKENS, can_multiply_few, fits_few, multiply_few, prepare_few
 from kernels.quantized_format import TABLES, Format
+from kernels.quantized_kernel import WHOLE_ROW, Kind
 from kernels.quantized_layout import CHUNK, TILE, tile_codes, tile_parameters
+from kernels.quantized_many import fits_many, has_blocks, multiply_many, prepare_many
 from kernels.triton_quantized import dequantize_tiles, look_up, round_inputs
 from kernels.triton_quantized_gemm import gemm_8bit
 from kernels.weights import Norm, Part, Shard, Weight
 
-FEW_TOKENS = 16  # more take the product of 8 bits where there is one
+FEW_TOKENS = 16  # up to so many `quantized_few` is the fastest where there are others
+DECODED_TOKENS = 1024  # up to so many `quantized_many` is faster than dequantizing
+DIRECT_TOKENS = 256  # up to so many it is faster than the Triton product of 8 bits
+ANY_NUMBER = 1 << 30
 PANEL_BYTES = 32 << 20  # of dequantized rows
 FP8_UNITS = (8, 9)  # the first cards whose tensor cores multiply e4m3
 
@@ -38,8 +44,8 @@ class Definition(Protocol):
 class CudaQuantizedWeight(Weight):
     """A matrix [n, k] as codes: in tiles, or row by row where 8-bit products need them so.
 
-    codes, parameters: see `quantized_layout`; parameters is None with one scale a row. scale: float32 [n, G], where the
-    codes lie row by row or parameters is None. order: int64 [k] or None. input_scale: float32 [1] or None.
+    codes, parameters: see `quantized_layout`; parameters is None if a row has one scale. scale: float32, [G, n] where
+    codes lie row by row, [n, 1] of tiles without parameters. order: int64 [k] or None. input_scale: [1] or None.
     """
 
     has_lookup = True
@@ -62,7 +68,10 @@ class CudaQuantizedWeight(Weight):
         parameter_dtype = _parameter_dtype(scale, offset, group_size)
         self.kind = Kind(form, self.dtype, is_tiled, group_size, parameter_dtype)
         self.parameters = tile_parameters(scale, offset, parameter_dtype) if group_size else None
-        self.scale = scale.float() if not is_tiled or not group_size else None
+        if is_tiled:
+            self.scale = None if group_size else scale.float()
+        else:
+            self.scale = scale.float().t().contiguous()
         codes = fields["codes"]
         self.codes = tile_codes(form, codes, self.k) if is_tiled else codes
         self._is_prepared = False
@@ -83,9 +92,9 @@ class CudaQuantizedWeight(Weight):
         x = x.contiguous()
         if residual is not None and not (may_overwrite and residual.is_contiguous()):
             residual = residual.clone(memory_format=torch.contiguous_format)
-        if self._is_few(x) and (act is None or self.n % (2 * TILE) == 0):
+        if kernel := self._kernel(x, act):
             is_fresh = out is None or not out.is_contiguous()
-            result = self._few(x, norm, bias, act=act, residual=residual, out=None if is_fresh else out)
+            result = kernel(x, norm, bias, act=act, residual=residual, out=None if is_fresh else out)
             return result if out is None or not is_fresh else out.copy_(result)
         if act is not None:
             result = act_and_mul(self._many(x, norm, bias), act)
@@ -97,8 +106,8 @@ class CudaQuantizedWeight(Weight):
 
     def logits(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         x = (x if self.order is None else x[:, self.order]).contiguous()
-        if self._is_few(x):
-            return self._few(x, None, bias, out_dtype=torch.float32)
+        if kernel := self._kernel(x, None):
+            return kernel(x, None, bias, out_dtype=torch.float32)
         return self._many(x, None, bias, out_dtype=torch.float32)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
@@ -107,7 +116,7 @@ class CudaQuantizedWeight(Weight):
         else:
             assert self.scale is not None
             values = self.codes.view(torch.uint8)[ids].view(self.codes.dtype).float()
-            scale = self.scale[ids].repeat_interleave(self.k // self.scale.shape[1], dim=1)
+            scale = self.scale.t()[ids].repeat_interleave(self.k // len(self.scale), dim=1)
             rows = (values * scale).to(self.dtype)
         return rows if self.order is None else torch.empty_like(rows).index_copy_(1, self.order, rows)
 
@@ -127,24 +136,31 @@ class CudaQuantizedWeight(Weight):
     def place(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError("a packed weight is replaced by another one, not filled again")
 
-    def _is_few(self, x: torch.Tensor) -> bool:
-        if x.dtype != self.dtype or x.dtype.itemsize != 2 or not can_multiply_few(x.device):
-            return False
-        if len(x) > self._max_few(x.device):
-            return False
-        return fits_few(self.kind, self.n, len(x), self.k, x.device)
+    def _kernel(self, x: torch.Tensor, act: str | None) -> Callable[..., torch.Tensor] | None:
+        """Return the fastest of our kernels for tokens x with their fusions, or None if it is another way's turn."""
+        num_tokens = len(x)
+        if not num_tokens or x.dtype != self.dtype or x.dtype.itemsize != 2:
+            return None
+        many = self._more if fits_many(self.kind, self.n, act, x.device) else None
+        most_few, most_many = self._limits(x.device, has_many=many is not None)
+        may_be_few = num_tokens <= most_few and (act is None or self.n % (2 * TILE) == 0)
+        if may_be_few and can_multiply_few(x.device) and fits_few(self.kind, self.n, num_tokens, self.k, x.device):
+            return self._few
+        return many if num_tokens <= most_many else None
 
-    def _max_few(self, device: torch.device) -> int:
-        """Return up to how many tokens the kernel of few is the faster one."""
+    def _limits(self, device: torch.device, *, has_many: bool) -> tuple[int, int]:
+        """Return up to how many tokens `quantized_few` is the fastest, and `quantized_many`."""
         has_gemm = self.form.inputs is not None and not self.kind.is_tiled and _has_units(self.form.code, device)
-        if not has_gemm:
-            return MAX_TOKENS
-        return FEW_TOKENS if not self.form.input_group else 2 * FEW_TOKENS
+        if has_many and has_blocks(self.kind):
+            return FEW_TOKENS, ANY_NUMBER
+        if has_many:
+            return FEW_TOKENS, DIRECT_TOKENS if has_gemm else DECODED_TOKENS
+        if has_gemm:
+            return FEW_TOKENS if not self.form.input_group else 2 * FEW_TOKENS, 0
+        return MAX_TOKENS, 0
 
     def _few(self, x: torch.Tensor, norm: Norm | None, bias: torch.Tensor | None, **options: Any) -> torch.Tensor:
-        if not self._is_prepared:
-            prepare_few(self.kind, self.n, self.k, x.device)
-            self._is_prepared = True
+        self._prepare(x.device)
         x_scale = self.input_scale
         if len(x) == 1 and norm is not None and norm.is_rms:
             options |= {"norm_weight": norm.weight, "eps": norm.eps}
@@ -155,6 +171,24 @@ class CudaQuantizedWeight(Weight):
         return multiply_few(
             self.kind, x, self.codes, self.parameters, self.scale, self.n, x_scale=x_scale, bias=bias, **options
         )
+
+    def _more(self, x: torch.Tensor, norm: Norm | None, bias: torch.Tensor | None, **options: Any) -> torch.Tensor:
+        self._prepare(x.device)
+        if self.form.inputs is not None:
+            dtype = self.kind.input_dtype if self.kind.is_tiled else self.codes.dtype
+            x, options["x_scale"] = self._rounded(x, norm, dtype, is_by_group=has_blocks(self.kind))
+        elif norm is not None:
+            x = norm(x)
+        return multiply_many(self.kind, x, self.codes, self.parameters, self.scale, self.n, bias=bias, **options)
+
+    def _prepare(self, device: torch.device) -> None:
+        """Compile what products may take, at the first one."""
+        if self._is_prepared:
+            return
+        prepare_few(self.kind, self.n, self.k, device)
+        if fits_many(self.kind, self.n, None, device):
+            prepare_many(self.kind, self.n, self.k, device)
+        self._is_prepared = True
 
     def _many(
         self,
@@ -176,11 +210,13 @@ class CudaQuantizedWeight(Weight):
         values = (wide.unflatten(1, (x_scale.shape[1], -1)) * x_scale[:, :, None]).flatten(1).to(x.dtype)
         return self._sums(values, bias, residual, dtype)
 
-    def _rounded(self, x: torch.Tensor, norm: Norm | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rounded(
+        self, x: torch.Tensor, norm: Norm | None, dtype: torch.dtype, **fused: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (norm(x) rounded to the inputs' bits, as numbers of `dtype`, and its scales [T, groups])."""
-        form, fused = self.form, dict[str, Any]()
+        form = self.form
         if norm is not None and norm.is_rms:
-            fused = {"norm_weight": norm.weight, "eps": norm.eps}
+            fused |= {"norm_weight": norm.weight, "eps": norm.eps}
         elif norm is not None:
             x = norm(x)
         assert form.inputs is not None
@@ -213,8 +249,8 @@ class CudaQuantizedWeight(Weight):
             return dequantize_tiles(self.codes, self.parameters, self.scale, panel, start // TILE, **self._how())
         assert self.scale is not None
         rows = slice(start, start + len(panel))
-        values = self.codes[rows].float().unflatten(1, (self.scale.shape[1], -1))
-        return panel.copy_((values * self.scale[rows, :, None]).flatten(1))
+        values = self.codes[rows].float().unflatten(1, (len(self.scale), -1))
+        return panel.copy_((values * self.scale.t()[rows, :, None]).flatten(1))
 
     def _how(self) -> dict[str, Any]:
         table = None if self.form.table is None else _table(self.form.table, self.codes.device)

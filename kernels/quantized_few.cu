@@ -17,35 +17,19 @@
 //   ROUND (NO_ROUND, TO_FP8, TO_INT8: what inputs are rounded to), X_GROUP (inputs that are rounded with one scale, 0: all),
 //   TOKENS (tiles of 8), TILES, WARPS_N, WARPS_K, STAGES.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-
-struct Args {
-  const void* codes;
-  const void* params;    // of groups: [N / 16][G][8][scale, scale of the row 8 on (, offset, offset)]
-  const float* scale;    // [N], if GROUP is 0
-  const void* x;         // [T, K], of the products' type if they are rounded already
-  const void* norm;      // [K]
-  const float* x_scale;  // [T] or [T, K / X_GROUP]; of one token the known scale, or null
-  const void* bias;
-  const void* residual;
-  void* out;
-  int num_tokens, n, k, num_groups, x_stride, split, act, is_gated, is_out_float, is_norm_float, is_bias_float;
-  float eps;
-};
-
 constexpr int WARPS = WARPS_N * WARPS_K, THREADS = 32 * WARPS;
-constexpr int CHUNK = 64;  // columns of a stage
-constexpr int CODE_LOADS = CODE == INT4 ? 1 : 2;  // of 16 bytes, of a thread, tile and stage
-constexpr int GROUPS = GROUP == 0 || GROUP >= CHUNK ? 1 : CHUNK / GROUP;  // of a stage
-constexpr int GROUP_CHUNKS = GROUP > CHUNK ? GROUP / CHUNK : 1;
-constexpr int PARAM_BYTES = GROUP == 0 ? 0 : (OFFSET == NO_OFFSET ? 2 : 4) * sizeof(PARAM);
 constexpr int STAGE_BYTES = TILES * (CODE_LOADS * 512 + GROUPS * 32 * PARAM_BYTES);  // of a warp
 constexpr int MAX_TOKENS = IS_ONE ? 1 : 8 * TOKENS;
 constexpr int X_WIDTH = X_GROUP ? X_GROUP : 1;
 constexpr int ROWS = WARPS_N * TILES * 16, PITCH = ROWS + 4;  // of partial sums
-constexpr int BASE = !IS_HALF && CODE == INT4 && !HAS_TABLE && OFFSET != NO_OFFSET ? 128 : 0;  // codes are more by this
+constexpr int HELD = 4, NORMED = 2;  // pieces of 8 inputs that a thread of one token holds at most, with a norm
+constexpr int SUMS = WARPS_K * MAX_TOKENS * PITCH;
+constexpr bool IS_RAW = IS_PLAIN && GROUP != 0 && !IS_HALF && (OFFSET != NO_OFFSET || TOKENS <= 2);
+constexpr int BASE = IS_RAW ? RAW + MIDDLE : 0;  // codes are more by this, which sums of x make good
+constexpr bool HAS_X_SUMS = OFFSET != NO_OFFSET || BASE;
+// A block of one token goes on to further rows, whose codes are on their way while it adds up: two fit a multiprocessor,
+// the second that of the next kernel.
+constexpr int MIN_BLOCKS = IS_ONE ? 1024 / THREADS : 1, COLUMNS = IS_ONE ? 1 : 2;  // of a tile of sums, that count
 
 // ---- instructions ----
 
@@ -57,51 +41,6 @@ __device__ __forceinline__ void copy(u32 to, const void* from, int bytes) {
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
-__device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
-__device__ __forceinline__ u32 both(u32 half) { return half | half << 16; }
-__device__ __forceinline__ u32 bytes_of(u32 a, u32 b, u32 selector) {
-  u32 d;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
-  return d;
-}
-// (a & b) | c
-__device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
-  u32 d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-// b where the mask is set, else a
-__device__ __forceinline__ u32 select(u32 a, u32 b, u32 mask) {
-  u32 d;
-  asm("lop3.b32 %0, %1, %2, %3, 0xD8;" : "=r"(d) : "r"(a), "r"(b), "r"(mask));
-  return d;
-}
-__device__ __forceinline__ u32 fma_pair(u32 a, u32 b, u32 c) {
-  u32 d;
-  if (IS_HALF)
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  else
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-__device__ __forceinline__ float from_half(u16 bits) {
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
-  return f;
-}
-__device__ __forceinline__ u16 to_half(float f) {
-  u16 bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-  return bits;
-}
-__device__ __forceinline__ float from_bf16(u16 bits) { return __uint_as_float((u32)bits << 16); }
-__device__ __forceinline__ u16 to_bf16(float f) {
-  u16 bits;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-  return bits;
-}
-__device__ __forceinline__ float from_x(u16 bits) { return IS_X_HALF ? from_half(bits) : from_bf16(bits); }
-__device__ __forceinline__ u16 to_x(float f) { return IS_X_HALF ? to_half(f) : to_bf16(f); }
 __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   if (IS_HALF)
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -112,109 +51,8 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ void wait_for_input() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ u32 cluster_rank() {
-  u32 rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return rank;
-}
-__device__ __forceinline__ void sync_cluster(int split) {
-#if __CUDA_ARCH__ >= 900
-  if (split > 1) {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-    return;
-  }
-#endif
-  __syncthreads();
-}
-__device__ __forceinline__ float load_of_block(u32 address, u32 rank, int split) {
-  float f;
-#if __CUDA_ARCH__ >= 900
-  if (split > 1) {
-    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
-                 : "=f"(f) : "r"(address), "r"(rank) : "memory");
-    return f;
-  }
-#endif
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(f) : "r"(address) : "memory");
-  return f;
-}
-
-// ---- decoding: of rows r and r + 8 (a[0] and a[1]) two columns each, and the next two (a[2] and a[3]) ----
-
-__device__ __forceinline__ void decode_int4(u32 word, u32 (&a)[4]) {
-  if (HAS_TABLE) {
-    const u32 low[4] = {TABLE_LOW}, high[4] = {TABLE_HIGH};
-    const u32 shifted = word << 4, index = word & 0x77777777u;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const u32 selector = i ? index >> 16 : index, mask = bytes_of(shifted, word, i ? 0xFBEAu : 0xD9C8u);
-      const u32 l = select(bytes_of(low[0], low[1], selector), bytes_of(low[2], low[3], selector), mask);
-      const u32 h = select(bytes_of(high[0], high[1], selector), bytes_of(high[2], high[3], selector), mask);
-      a[2 * i] = bytes_of(l, h, 0x5140u), a[2 * i + 1] = bytes_of(l, h, 0x7362u);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    a[i] = and_or(word >> 4 * i, 0x000f000fu, both(IS_HALF ? 0x6400 : 0x4300));  // 1024 or 128 more than the code
-    if (IS_HALF)
-      a[i] = fma_pair(a[i], both(0x3c00), both(OFFSET == NO_OFFSET ? 0xe408 : 0xe400));
-    else if (OFFSET == NO_OFFSET)
-      a[i] = fma_pair(a[i], both(0x3f80), both(0xc308));
-  }
-}
-__device__ __forceinline__ u32 pair_of_floats(float low, float high) {
-  u32 d;
-  if (IS_HALF)
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
-__device__ __forceinline__ void decode_bytes(u32 word, u32& first, u32& second) {
-  if (CODE == INT8 && IS_HALF) {
-    const u32 shifted = word ^ 0x80808080u;
-    first = fma_pair(bytes_of(shifted, 0x64646464u, 0x4140u), both(0x3c00), both(0xe480));
-    second = fma_pair(bytes_of(shifted, 0x64646464u, 0x4342u), both(0x3c00), both(0xe480));
-  } else if (CODE == INT8) {
-    first = pair_of_floats((float)(signed char)word, (float)(signed char)(word >> 8));
-    second = pair_of_floats((float)(signed char)(word >> 16), (float)(signed char)(word >> 24));
-  } else {
-#if __CUDA_ARCH__ >= 890
-    if (IS_HALF) {
-      asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(first) : "h"((u16)word));
-      asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(second) : "h"((u16)(word >> 16)));
-      return;
-    }
-#endif
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const u32 spread = bytes_of(word, 0, i ? 0x3424u : 0x1404u), sign = spread & 0x80008000u;
-      const u32 d = IS_HALF ? fma_pair(and_or(spread >> 1, 0x3f803f80u, sign), both(0x5c00), 0x80008000u)
-                            : fma_pair(and_or(spread >> 4, 0x07f007f0u, sign), both(0x7b80), 0x80008000u);
-      (i ? second : first) = d;
-    }
-  }
-}
 
 // ---- parts of the kernel ----
-
-__device__ __forceinline__ float param(const PARAM* p) {
-  if (sizeof(PARAM) == 4) return *(const float*)p;
-  return PARAM_IS_HALF ? from_half(*(const u16*)p) : from_bf16(*(const u16*)p);
-}
 
 // Of all threads of the block; every one gets the result.
 template <bool IS_MAX>
@@ -338,6 +176,79 @@ __device__ __forceinline__ void stage_one(const Args& args, int first, int num, 
   }
 }
 
+__device__ __forceinline__ u32 pair_of_x(float low, float high) { return to_x(low) | (u32)to_x(high) << 16; }
+
+// The same where each thread can hold its inputs: they are read once, and the norm's weights before they are there.
+__device__ __forceinline__ void hold_one(const Args& args, int first, int num, u16* to, float* scales, float* scratch) {
+  uint4 weights[NORMED], held[HELD];
+#pragma unroll
+  for (int i = 0; i < NORMED; i++) {
+    const int k = 8 * (threadIdx.x + i * THREADS);
+    if (args.norm != nullptr && k < args.k) weights[i] = *(const uint4*)((const u16*)args.norm + k);
+  }
+  wait_for_input();
+#pragma unroll
+  for (int i = 0; i < HELD; i++) {
+    const int k = 8 * (threadIdx.x + i * THREADS);
+    held[i] = k < args.k ? *(const uint4*)((const u16*)args.x + k) : make_uint4(0, 0, 0, 0);
+  }
+  if (args.norm != nullptr) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < NORMED; i++) {
+      const u32 words[4] = {held[i].x, held[i].y, held[i].z, held[i].w};
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const float low = from_x((u16)words[j]), high = from_x((u16)(words[j] >> 16));
+        squares += low * low + high * high;
+      }
+    }
+    const float scale = rsqrtf(reduced<false>(squares, scratch) / args.k + args.eps);
+    auto normed = [&](u32 x, u32 weight) {
+      const float low = from_x(to_x(from_x((u16)x) * scale)), high = from_x(to_x(from_x((u16)(x >> 16)) * scale));
+      return pair_of_x(low * from_x((u16)weight), high * from_x((u16)(weight >> 16)));
+    };
+#pragma unroll
+    for (int i = 0; i < NORMED; i++) {
+      if (8 * (threadIdx.x + i * THREADS) >= args.k) continue;
+      held[i] = make_uint4(normed(held[i].x, weights[i].x), normed(held[i].y, weights[i].y),
+                           normed(held[i].z, weights[i].z), normed(held[i].w, weights[i].w));
+    }
+  }
+  float x_scale = 1.0f;
+  if (ROUND != NO_ROUND) {
+    if (args.x_scale != nullptr) {
+      x_scale = args.x_scale[0];
+    } else {
+      float largest = 0.0f;
+#pragma unroll
+      for (int i = 0; i < HELD; i++) {
+        const u32 words[4] = {held[i].x, held[i].y, held[i].z, held[i].w};
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+          largest = fmaxf(largest, fmaxf(fabsf(from_x((u16)words[j])), fabsf(from_x((u16)(words[j] >> 16)))));
+      }
+      x_scale = fmaxf(reduced<true>(largest, scratch), 1e-10f) / (ROUND == TO_FP8 ? 448.0f : 127.0f);
+    }
+    if (threadIdx.x == 0) scales[0] = x_scale;
+  }
+#pragma unroll
+  for (int i = 0; i < HELD; i++) {
+    const int k = 8 * (threadIdx.x + i * THREADS) - first;
+    if (k < 0 || k >= num) continue;
+    u32 words[4] = {held[i].x, held[i].y, held[i].z, held[i].w};
+    if (ROUND != NO_ROUND || IS_HALF != IS_X_HALF) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        float low = from_x((u16)words[j]), high = from_x((u16)(words[j] >> 16));
+        if (ROUND != NO_ROUND) low = rounded(low, x_scale), high = rounded(high, x_scale);
+        words[j] = IS_HALF ? to_half(low) | (u32)to_half(high) << 16 : to_bf16(low) | (u32)to_bf16(high) << 16;
+      }
+    }
+    put(to, k, words);
+  }
+}
+
 __device__ __forceinline__ void stage_tokens(const Args& args, int first, int num, u16* to, float* scales) {
   const int pieces = num / 8, total = pieces * args.num_tokens;
 #pragma unroll 4
@@ -351,212 +262,221 @@ __device__ __forceinline__ void stage_tokens(const Args& args, int first, int nu
     for (int i = threadIdx.x; i < args.num_tokens * (args.k / X_WIDTH); i += THREADS) scales[i] = args.x_scale[i];
 }
 
-__device__ __forceinline__ float activated(float x, int act) {
-  if (act == 1) return x / (1.0f + __expf(-x));
-  if (act == 2) return x / (1.0f + __expf(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
-  if (act == 3) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
-  x = fmaxf(x, 0.0f);
-  return act == 4 ? x : x * x;
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) quantized_few(const __grid_constant__ Args args) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) quantized_few(const __grid_constant__ Args args) {
   extern __shared__ __align__(128) unsigned char shared[];
   float* scratch = (float*)shared;                              // [32]
   unsigned char* rings = shared + 128;                          // [WARPS][STAGES][STAGE_BYTES]
-  u16* x = (u16*)(rings + WARPS * STAGES * STAGE_BYTES);        // [T][x_stride]
+  float* own_sums = (float*)(rings + WARPS * STAGES * STAGE_BYTES);  // [2][SUMS] of one token
+  u16* x = (u16*)(own_sums + (IS_ONE ? 2 * SUMS : 0));              // [T][x_stride]
   float* x_scales = (float*)(x + args.num_tokens * args.x_stride);  // [1] or [T][K / X_GROUP]
-  float* sums = (float*)rings;                                  // at the end: [WARPS_K][MAX_TOKENS][PITCH]
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, t = lane % 4;
   const int warp_n = warp % WARPS_N, warp_k = warp / WARPS_N;
-  const int rank = cluster_rank(), block = blockIdx.x / args.split;
+  const int rank = cluster_rank(), first_block = blockIdx.x / args.split, block_step = gridDim.x / args.split;
   const int num_chunks = args.k / CHUNK;
   constexpr int UNIT = X_GROUP ? X_GROUP / CHUNK : 1;  // chunks that stay together
   auto first_chunk = [&](int worker) { return worker * (num_chunks / UNIT) / (args.split * WARPS_K) * UNIT; };
   const int block_chunk = first_chunk(rank * WARPS_K);
   const int begin = first_chunk(rank * WARPS_K + warp_k), end = first_chunk(rank * WARPS_K + warp_k + 1);
   const int tiles_abreast = args.is_gated ? TILES / 2 : TILES;  // of gate, if there is a gate
-  const int out_n = args.is_gated ? args.n / 2 : args.n;
+  const int out_n = args.is_gated ? args.n / 2 : args.n, out_rows = WARPS_N * tiles_abreast * 16;
+  const int num_blocks = (out_n + out_rows - 1) / out_rows;
 
   let_next_begin();
 
-  // Where this thread's codes and scales begin, of each tile.
-  const unsigned char* codes[TILES];
-  const unsigned char* params[TILES];
+  // Where this thread's codes and scales of each tile are, in pieces of 16 bytes and of PARAM_BYTES.
+  u32 codes[TILES], params[TILES];
+  int request_block = first_block, request_chunk = begin, request_slot = 0;
+  auto find = [&] {
 #pragma unroll
-  for (int m = 0; m < TILES; m++) {
-    const bool is_up = m >= tiles_abreast;
-    int tile = (block * WARPS_N + warp_n) * tiles_abreast + (is_up ? m - tiles_abreast : m) + (is_up ? out_n / 16 : 0);
-    tile = min(tile, (args.n + 15) / 16 - 1);
-    if (IS_TILED)
-      codes[m] = (const unsigned char*)args.codes + (u64)tile * num_chunks * (CODE_LOADS * 512) + 16 * lane;
-    else
-      codes[m] = (const unsigned char*)args.codes + (u64)min(16 * tile + r, args.n - 1) * args.k + 16 * t;
-    params[m] = (const unsigned char*)args.params + ((u64)tile * args.num_groups * 8 + r) * PARAM_BYTES;
-  }
-  const u64 row_step = (u64)8 * args.k;  // to the row 8 on; weights that lie by rows have multiples of 16
+    for (int m = 0; m < TILES; m++) {
+      const bool is_up = m >= tiles_abreast;
+      int tile = (request_block * WARPS_N + warp_n) * tiles_abreast + (is_up ? m - tiles_abreast + out_n / 16 : m);
+      tile = min(tile, (args.n + 15) / 16 - 1);
+      codes[m] = IS_TILED ? tile * num_chunks * (CODE_LOADS * 32) + lane : min(16 * tile + r, args.n - 1) * (args.k / 16) + t;
+      params[m] = tile * args.num_groups * 8 + r;
+    }
+  };
+  const u32 load_step = IS_TILED ? 32 : args.k / 2;  // to the second load of a tile; row by row to the row 8 on
   const u32 ring = shared_address(rings) + warp * STAGES * STAGE_BYTES;
-  auto request = [&](int chunk) {
-    if (chunk < end) {
-      const u32 slot = ring + (chunk - begin) % STAGES * STAGE_BYTES;
+  auto request = [&] {
+    if (request_block < num_blocks && begin < end) {
+      const u32 slot = ring + request_slot * STAGE_BYTES;
 #pragma unroll
       for (int m = 0; m < TILES; m++) {
 #pragma unroll
         for (int i = 0; i < CODE_LOADS; i++) {
-          const unsigned char* from = IS_TILED ? codes[m] + (u64)chunk * (CODE_LOADS * 512) + 512 * i
-                                               : codes[m] + CHUNK * chunk + i * row_step;
-          copy(slot + (m * CODE_LOADS + i) * 512 + 16 * lane, from, 16);
+          const u32 piece = codes[m] + request_chunk * (IS_TILED ? CODE_LOADS * 32 : CHUNK / 16) + i * load_step;
+          copy(slot + (m * CODE_LOADS + i) * 512 + 16 * lane, (const unsigned char*)args.codes + (u64)piece * 16, 16);
         }
         if (GROUP != 0) {
 #pragma unroll
           for (int i = 0; i < GROUPS; i++) {
-            const int group = GROUP < CHUNK ? chunk * GROUPS + i : chunk / GROUP_CHUNKS;
+            const u32 group = GROUP < CHUNK ? request_chunk * GROUPS + i : request_chunk / GROUP_CHUNKS;
             copy(slot + TILES * CODE_LOADS * 512 + (m * GROUPS + i) * 32 * PARAM_BYTES + PARAM_BYTES * lane,
-                 params[m] + (u64)group * 8 * PARAM_BYTES, PARAM_BYTES);
+                 (const unsigned char*)args.params + (u64)(params[m] + group * 8) * PARAM_BYTES, PARAM_BYTES);
           }
         }
+      }
+      if (++request_slot == STAGES) request_slot = 0;
+      if (++request_chunk == end) {
+        request_chunk = begin, request_block += block_step;
+        find();
       }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
+  find();
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) request(begin + i);
+  for (int i = 0; i < STAGES - 1; i++) request();
 
-  wait_for_input();
   const int num_columns = (first_chunk((rank + 1) * WARPS_K) - block_chunk) * CHUNK;
-  if (IS_ONE)
-    stage_one(args, block_chunk * CHUNK, num_columns, x, x_scales, scratch);
-  else
-    stage_tokens(args, block_chunk * CHUNK, num_columns, x, x_scales);
+  if (IS_ONE && X_GROUP == 0 && !args.is_norm_float && args.k <= (args.norm != nullptr ? NORMED : HELD) * 8 * THREADS) {
+    hold_one(args, block_chunk * CHUNK, num_columns, x, x_scales, scratch);
+  } else {
+    wait_for_input();
+    if (IS_ONE)
+      stage_one(args, block_chunk * CHUNK, num_columns, x, x_scales, scratch);
+    else
+      stage_tokens(args, block_chunk * CHUNK, num_columns, x, x_scales);
+  }
   __syncthreads();
+  float one_scale = 1.0f;
+  if (IS_ONE && ROUND != NO_ROUND && X_GROUP == 0) one_scale = x_scales[0];
 
-  float total[TILES][TOKENS][4] = {}, partial[TILES][TOKENS][4] = {}, x_sums[TOKENS][4] = {};
   const u16* x_rows[TOKENS];
 #pragma unroll
   for (int i = 0; i < TOKENS; i++) x_rows[i] = x + (IS_ONE ? 0 : min(8 * i + r, args.num_tokens - 1) * args.x_stride);
 
-  for (int chunk = begin; chunk < end; chunk++) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
-    const unsigned char* slot = rings + (warp * STAGES + (chunk - begin) % STAGES) * STAGE_BYTES;
-    u32 words[TILES][4 * CODE_LOADS];
+  int slot_index = 0, turn = 0;
+  for (int block = first_block; block < num_blocks; block += block_step, turn ^= 1) {
+    float total[TILES][TOKENS][4] = {}, partial[TILES][TOKENS][4] = {}, x_sums[TOKENS][4] = {};
+    for (int chunk = begin; chunk < end; chunk++) {
+      asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+      const unsigned char* slot = rings + (warp * STAGES + slot_index) * STAGE_BYTES;
+      if (++slot_index == STAGES) slot_index = 0;
+      u32 words[TILES][4 * CODE_LOADS];
+#pragma unroll
+      for (int m = 0; m < TILES; m++)
+#pragma unroll
+        for (int i = 0; i < CODE_LOADS; i++) {
+          const uint4 v = *(const uint4*)(slot + (m * CODE_LOADS + i) * 512 + 16 * lane);
+          words[m][4 * i] = v.x, words[m][4 * i + 1] = v.y, words[m][4 * i + 2] = v.z, words[m][4 * i + 3] = v.w;
+        }
+      request();  // into the slot before this one, whose codes have been used
+
+      const int k = (chunk - block_chunk) * CHUNK + 16 * t;
+      u32 x_words[TOKENS][4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        if (j % 2 == 0)
+#pragma unroll
+          for (int i = 0; i < TOKENS; i++) {
+            const uint4 v = *(const uint4*)(x_rows[i] + k + 4 * j);
+            x_words[i][0] = v.x, x_words[i][1] = v.y, x_words[i][2] = v.z, x_words[i][3] = v.w;
+          }
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+          u32 a[4];
+          if (CODE == INT4) {
+            decode_int4<IS_RAW>(words[m][j], a);
+          } else {
+            decode_bytes(words[m][j], a[0], a[2]);
+            decode_bytes(words[m][4 * (CODE_LOADS - 1) + j], a[1], a[3]);
+          }
+#pragma unroll
+          for (int i = 0; i < TOKENS; i++) multiply(partial[m][i], a, x_words[i][j % 2 * 2], x_words[i][j % 2 * 2 + 1]);
+        }
+        if (HAS_X_SUMS) {
+          const u32 ones[4] = {both(IS_HALF ? 0x3c00 : 0x3f80), both(IS_HALF ? 0x3c00 : 0x3f80),
+                               both(IS_HALF ? 0x3c00 : 0x3f80), both(IS_HALF ? 0x3c00 : 0x3f80)};
+#pragma unroll
+          for (int i = 0; i < TOKENS; i++) multiply(x_sums[i], ones, x_words[i][j % 2 * 2], x_words[i][j % 2 * 2 + 1]);
+        }
+        constexpr int STEPS = 4 / GROUPS;  // of a group
+        if (GROUP == 0 || j % STEPS != STEPS - 1) continue;
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+          const PARAM* p = (const PARAM*)(slot + TILES * CODE_LOADS * 512 + (m * GROUPS + j / STEPS) * 32 * PARAM_BYTES +
+                                          PARAM_BYTES * lane);
+#pragma unroll
+          for (int h = 0; h < 2; h++) {  // row r, row r + 8
+            const float scale = param(p + h), offset = OFFSET == NO_OFFSET ? 0.0f : param(p + 2 + h);
+#pragma unroll
+            for (int i = 0; i < TOKENS; i++)
+#pragma unroll
+              for (int c = 0; c < COLUMNS; c++) {
+                float sum = partial[m][i][2 * h + c];
+                if (OFFSET == ZERO) sum -= (offset + BASE) * x_sums[i][c];
+                if (OFFSET != ZERO && BASE) sum -= BASE * x_sums[i][c];
+                sum *= scale;
+                if (OFFSET == MINIMUM) sum -= offset * x_sums[i][c];
+                if (X_GROUP != 0) {
+                  const int token = IS_ONE ? 0 : min(8 * i + 2 * t + c, args.num_tokens - 1);
+                  sum *= x_scales[token * (args.k / X_WIDTH) + chunk * CHUNK / X_WIDTH];
+                }
+                total[m][i][2 * h + c] += sum;
+              }
+          }
+#pragma unroll
+          for (int i = 0; i < TOKENS; i++) partial[m][i][0] = partial[m][i][1] = partial[m][i][2] = partial[m][i][3] = 0.0f;
+        }
+        if (HAS_X_SUMS)
+#pragma unroll
+          for (int i = 0; i < TOKENS; i++) x_sums[i][0] = x_sums[i][1] = x_sums[i][2] = x_sums[i][3] = 0.0f;
+      }
+    }
+
+    float* sums = IS_ONE ? own_sums + turn * SUMS : (float*)rings;
+    if (!IS_ONE) {
+      asm volatile("cp.async.wait_all;" ::: "memory");
+      __syncthreads();  // all have read their rings, where the sums go
+    }
 #pragma unroll
     for (int m = 0; m < TILES; m++)
 #pragma unroll
-      for (int i = 0; i < CODE_LOADS; i++) {
-        const uint4 v = *(const uint4*)(slot + (m * CODE_LOADS + i) * 512 + 16 * lane);
-        words[m][4 * i] = v.x, words[m][4 * i + 1] = v.y, words[m][4 * i + 2] = v.z, words[m][4 * i + 3] = v.w;
-      }
-    request(chunk + STAGES - 1);  // into the slot before this one, whose codes have been used
-
-    const int k = (chunk - block_chunk) * CHUNK + 16 * t;
-    u32 x_words[TOKENS][4];
+      for (int i = 0; i < TOKENS; i++)
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      if (j % 2 == 0)
-#pragma unroll
-        for (int i = 0; i < TOKENS; i++) {
-          const uint4 v = *(const uint4*)(x_rows[i] + k + 4 * j);
-          x_words[i][0] = v.x, x_words[i][1] = v.y, x_words[i][2] = v.z, x_words[i][3] = v.w;
+        for (int c = 0; c < 4; c++) {
+          const int row = (warp_n * TILES + m) * 16 + r + 8 * (c / 2), token = 8 * i + 2 * t + c % 2;
+          if (token < MAX_TOKENS)
+            sums[(warp_k * MAX_TOKENS + token) * PITCH + row] = GROUP == 0 ? partial[m][i][c] : total[m][i][c];
         }
-#pragma unroll
-      for (int m = 0; m < TILES; m++) {
-        u32 a[4];
-        if (CODE == INT4) {
-          decode_int4(words[m][j], a);
-        } else {
-          decode_bytes(words[m][j], a[0], a[2]);
-          decode_bytes(words[m][4 * (CODE_LOADS - 1) + j], a[1], a[3]);
-        }
-#pragma unroll
-        for (int i = 0; i < TOKENS; i++) multiply(partial[m][i], a, x_words[i][j % 2 * 2], x_words[i][j % 2 * 2 + 1]);
-      }
-      if (OFFSET != NO_OFFSET) {
-        const u32 ones[4] = {both(IS_HALF ? 0x3c00 : 0x3f80), both(IS_HALF ? 0x3c00 : 0x3f80),
-                             both(IS_HALF ? 0x3c00 : 0x3f80), both(IS_HALF ? 0x3c00 : 0x3f80)};
-#pragma unroll
-        for (int i = 0; i < TOKENS; i++) multiply(x_sums[i], ones, x_words[i][j % 2 * 2], x_words[i][j % 2 * 2 + 1]);
-      }
-      constexpr int STEPS = 4 / GROUPS;  // of a group
-      if (GROUP == 0 || j % STEPS != STEPS - 1) continue;
-#pragma unroll
-      for (int m = 0; m < TILES; m++) {
-        const PARAM* p = (const PARAM*)(slot + TILES * CODE_LOADS * 512 + (m * GROUPS + j / STEPS) * 32 * PARAM_BYTES +
-                                        PARAM_BYTES * lane);
-#pragma unroll
-        for (int h = 0; h < 2; h++) {  // row r, row r + 8
-          const float scale = param(p + h), offset = OFFSET == NO_OFFSET ? 0.0f : param(p + 2 + h);
-#pragma unroll
-          for (int i = 0; i < TOKENS; i++)
-#pragma unroll
-            for (int c = 0; c < 2; c++) {
-              float sum = partial[m][i][2 * h + c];
-              if (OFFSET == ZERO) sum -= (offset + BASE) * x_sums[i][c];
-              if (OFFSET == MINIMUM && BASE) sum -= BASE * x_sums[i][c];
-              sum *= scale;
-              if (OFFSET == MINIMUM) sum -= offset * x_sums[i][c];
-              if (X_GROUP != 0) {
-                const int token = IS_ONE ? 0 : min(8 * i + 2 * t + c, args.num_tokens - 1);
-                sum *= x_scales[token * (args.k / X_WIDTH) + chunk * CHUNK / X_WIDTH];
-              }
-              total[m][i][2 * h + c] += sum;
-              partial[m][i][2 * h + c] = 0.0f;
-            }
-        }
-      }
-      if (OFFSET != NO_OFFSET)
-#pragma unroll
-        for (int i = 0; i < TOKENS; i++) x_sums[i][0] = x_sums[i][1] = x_sums[i][2] = x_sums[i][3] = 0.0f;
-    }
-  }
+    sync_cluster(args.split);
 
-  float one_scale = 1.0f;  // the sums may overwrite it
-  if (IS_ONE && ROUND != NO_ROUND && X_GROUP == 0) one_scale = x_scales[0];
-  asm volatile("cp.async.wait_all;" ::: "memory");
-  __syncthreads();  // all have read their rings, where the sums go
+    const u32 sums_address = shared_address(sums);
+    auto sum_of = [&](int row, int token) {
+      float sum = 0.0f;
+      for (int s = 0; s < args.split; s++)
 #pragma unroll
-  for (int m = 0; m < TILES; m++)
-#pragma unroll
-    for (int i = 0; i < TOKENS; i++)
-#pragma unroll
-      for (int c = 0; c < 4; c++) {
-        const int row = (warp_n * TILES + m) * 16 + r + 8 * (c / 2), token = 8 * i + 2 * t + c % 2;
-        if (token < MAX_TOKENS)
-          sums[(warp_k * MAX_TOKENS + token) * PITCH + row] = GROUP == 0 ? partial[m][i][c] : total[m][i][c];
-      }
-  sync_cluster(args.split);
-
-  const int out_rows = WARPS_N * tiles_abreast * 16;
-  const u32 sums_address = shared_address(sums);
-  auto sum_of = [&](int row, int token) {
-    float sum = 0.0f;
-    for (int s = 0; s < args.split; s++)
-#pragma unroll
-      for (int w = 0; w < WARPS_K; w++)
-        sum += load_of_block(sums_address + 4 * ((w * MAX_TOKENS + token) * PITCH + row), s, args.split);
-    return sum;
-  };
-  for (int e = rank * THREADS + threadIdx.x; e < out_rows * args.num_tokens; e += args.split * THREADS) {
-    const int token = e / out_rows, place = e - token * out_rows, column = block * out_rows + place;
-    if (column >= out_n) continue;
-    const int tile = place / 16, slot = tile / tiles_abreast * TILES + tile % tiles_abreast;
-    float scale = one_scale;
-    if (!IS_ONE && ROUND != NO_ROUND && X_GROUP == 0) scale = args.x_scale[token];
-    auto finished = [&](int row, int weight_row) {
-      float y = sum_of(row, token);
-      if (GROUP == 0) y *= args.scale[weight_row];
-      if (ROUND != NO_ROUND && X_GROUP == 0) y *= scale;
-      if (args.bias != nullptr)
-        y += args.is_bias_float ? ((const float*)args.bias)[weight_row] : from_x(((const u16*)args.bias)[weight_row]);
-      return y;
+        for (int w = 0; w < WARPS_K; w++)
+          sum += load_of_block(sums_address + 4 * ((w * MAX_TOKENS + token) * PITCH + row), s, args.split);
+      return sum;
     };
-    float y = finished(slot * 16 + place % 16, column);
-    if (args.is_gated) y = activated(y, args.act) * finished((slot + TILES / 2) * 16 + place % 16, column + out_n);
-    const u64 at = (u64)token * out_n + column;
-    if (args.residual != nullptr) y += from_x(((const u16*)args.residual)[at]);
-    if (args.is_out_float)
-      ((float*)args.out)[at] = y;
-    else
-      ((u16*)args.out)[at] = to_x(y);
+    for (int e = rank * THREADS + threadIdx.x; e < out_rows * args.num_tokens; e += args.split * THREADS) {
+      const int token = e / out_rows, place = e - token * out_rows, column = block * out_rows + place;
+      if (column >= out_n) continue;
+      const int tile = place / 16, slot = tile / tiles_abreast * TILES + tile % tiles_abreast;
+      float scale = one_scale;
+      if (!IS_ONE && ROUND != NO_ROUND && X_GROUP == 0) scale = args.x_scale[token];
+      auto finished = [&](int row, int weight_row) {
+        float y = sum_of(row, token);
+        if (GROUP == 0) y *= args.scale[weight_row];
+        if (ROUND != NO_ROUND && X_GROUP == 0) y *= scale;
+        if (args.bias != nullptr)
+          y += args.is_bias_float ? ((const float*)args.bias)[weight_row] : from_x(((const u16*)args.bias)[weight_row]);
+        return y;
+      };
+      float y = finished(slot * 16 + place % 16, column);
+      if (args.is_gated) y = activated(y, args.act) * finished((slot + TILES / 2) * 16 + place % 16, column + out_n);
+      const u64 at = (u64)token * out_n + column;
+      if (args.residual != nullptr) y += from_x(((const u16*)args.residual)[at]);
+      if (args.is_out_float)
+        ((float*)args.out)[at] = y;
+      else
+        ((u16*)args.out)[at] = to_x(y);
+    }
+    if (!IS_ONE) break;
   }
   if (args.split > 1) sync_cluster(args.split);  // until others have read this block's sums
 }

@@ -244,14 +244,20 @@ def round_inputs(
     known_scale: torch.Tensor | None = None,
     norm_weight: torch.Tensor | None = None,
     eps: float = 0.0,
+    is_by_group: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (codes [T, K], float32 scales [T, groups]) of x [T, K] as `quantized.quantize_inputs` does.
 
     out_dtype: the codes' own type, or one that holds their numbers. norm_weight [K], eps: x is RMS-normed first.
+    is_by_group: the scales of a group lie next to each other, at a multiple of 16 bytes.
     """
     num_tokens, k = x.shape
     codes = torch.empty(num_tokens, k, dtype=out_dtype, device=x.device)
-    scales = torch.empty(num_tokens, k // group if group else 1, dtype=torch.float32, device=x.device)
+    num_groups = k // group if group else 1
+    if is_by_group:
+        scales = torch.empty(num_groups, cdiv(num_tokens, 4) * 4, dtype=torch.float32, device=x.device).t()[:num_tokens]
+    else:
+        scales = torch.empty(num_tokens, num_groups, dtype=torch.float32, device=x.device)
     if num_tokens:
         block = next_power_of_2(k)
         _round_inputs_kernel[(num_tokens,)](
@@ -261,6 +267,8 @@ def round_inputs(
             codes,
             scales,
             x.stride(0),
+            scales.stride(0),
+            scales.stride(1),
             eps,
             K=k,
             BLOCK=block,
@@ -280,6 +288,8 @@ def _round_inputs_kernel(
     codes,
     scales,
     x_stride,
+    scale_stride,
+    group_stride,
     eps,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -314,7 +324,7 @@ def _round_inputs_kernel(
     rounded = tl.reshape(scaled, [BLOCK])
     tl.store(codes + row * K + n, rounded.to(codes.dtype.element_ty), mask=n < K)
     g = tl.arange(0, BLOCK // WIDTH)
-    tl.store(scales + row * NUM_GROUPS + g, scale, mask=g < NUM_GROUPS)
+    tl.store(scales + row * scale_stride + g * group_stride, scale, mask=g < NUM_GROUPS)
 
 
 @triton.jit

@@ -43,11 +43,11 @@ def gemm_8bit(
 ) -> torch.Tensor:
     """Return residual + x W^T + bias [T, N] of codes x [T, K] and weight [N, K], of the same 8-bit dtype.
 
-    x_scale [T, 1 or K / 128] and scale [N, 1 or K / 128], float32: what the codes are multiplied by. residual: [T, N],
+    x_scale [T, 1 or K / 128] and scale [1 or K / 128, N], float32: what the codes are multiplied by. residual: [T, N],
     overwritten by the result, which is then returned. K is a multiple of 64, of 128 where there are several scales.
     """
     num_tokens, k = x.shape
-    n, is_grouped = len(weight), x_scale.shape[1] > 1 or scale.shape[1] > 1
+    n, is_grouped = len(weight), x_scale.shape[1] > 1 or len(scale) > 1
     config = config or default_gemm_config(num_tokens, is_grouped)
     block_k = config.block_k if k % config.block_k == 0 else 64
     out = torch.empty(num_tokens, n, dtype=out_dtype, device=x.device) if residual is None else residual
@@ -63,7 +63,7 @@ def gemm_8bit(
         n,
         K=k,
         X_GROUPS=x_scale.shape[1],
-        W_GROUPS=scale.shape[1],
+        W_GROUPS=len(scale),
         IS_INTEGER=weight.dtype == torch.int8,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -122,7 +122,7 @@ def _gemm_8bit_kernel(
             group = step * BLOCK_K * X_GROUPS // K
             factor = tl.load(x_scale + safe_token * X_GROUPS + group)
             group = step * BLOCK_K * W_GROUPS // K
-            y += sums.to(tl.float32) * factor[:, None] * tl.load(scale + safe_row * W_GROUPS + group)[None, :]
+            y += sums.to(tl.float32) * factor[:, None] * tl.load(scale + group * n + safe_row)[None, :]
             x_pointers += BLOCK_K
             w_pointers += BLOCK_K
     else:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import elementwise, quantized_few
+from kernels import elementwise, quantized_few, quantized_many
 from kernels.quantized import FP8, Format, QuantizedWeight, quantize_inputs
 from kernels.quantized_cuda import CudaQuantizedWeight, can_tile
-from kernels.quantized_few import MAX_TOKENS, TOKEN_TILES, FewConfig, Kind, default_config, source
+from kernels.quantized_few import MAX_TOKENS, TOKEN_TILES, FewConfig, default_config, source
+from kernels.quantized_kernel import SHARED_BYTES, Kind
 from kernels.quantized_layout import tile_codes
+from kernels.quantized_many import MOST_TOKENS, ManyConfig
 from kernels.triton_quantized import round_inputs
 from kernels.weights import Part
 from tests.test_dense import Norm
@@ -133,6 +135,9 @@ def test_inputs_are_rounded_as_the_definition_says(to: str, group: int) -> None:
             is_same = found == codes.float()
             assert is_same.float().mean() > (0.99 if normed else 0.9999)
             assert ((found - codes.float()).abs() <= (1.001 if to == "int8" else codes.float().abs() / 8 + 0.002)).all()
+    _, by_group = round_inputs(x, F32, to=to, group=group, is_by_group=True)
+    assert torch.equal(by_group, round_inputs(x, F32, to=to, group=group)[1])
+    assert by_group.stride() == (1, 8)
     stored, _ = round_inputs(x, torch.int8 if to == "int8" else FP8, to=to, group=group)
     assert torch.equal(stored.float(), round_inputs(x, F32, to=to, group=group)[0])
 
@@ -182,7 +187,7 @@ def test_no_part_of_several_tokens_is_taken_for_a_single_one(monkeypatch: pytest
 
     class Kernel:
         def launch(self, num_blocks: int, split: int, shared_bytes: int, args: Any, device: torch.device) -> None:
-            sizes.append(args.num_tokens)
+            sizes.append(args[0].num_tokens)
 
     monkeypatch.setattr(quantized_few, "has_dependent_launch", lambda device: True)
     monkeypatch.setattr(quantized_few, "_kernel", lambda *_: Kernel())
@@ -197,6 +202,24 @@ def test_no_part_of_several_tokens_is_taken_for_a_single_one(monkeypatch: pytest
     assert len(sizes) == 2
 
 
+@pytest.mark.parametrize("name", [name for name in FORMS if "order" not in name])
+@pytest.mark.parametrize("shape", [(6144, 4096), (28672, 4096), (4096, 14336), (960, 576), (576, 64)])
+def test_a_stage_of_many_tokens_is_what_a_copy_may_be(name: str, shape: tuple[int, int]) -> None:
+    form, (num_rows, k) = FORMS[name], shape
+    is_tiled = form.code == "int4" or form.inputs is None
+    kind = Kind(form, BF16, is_tiled, form.group_size, F16 if form.group_size else F32)
+    for most_tokens in MOST_TOKENS:
+        config = quantized_many.default_config(num_rows, k, 4 if form.code == "int4" else 8, most_tokens, 0)
+        config = quantized_many.fitting(config, kind, k)
+        assert config.stages >= 2 and config.tokens <= 256
+        assert config.split <= -(-k // 128)
+        assert quantized_many.shared_bytes(kind, config) <= SHARED_BYTES
+        text = quantized_many.source(kind, config)
+        assert f'"m64n{config.tokens}k{16 if is_tiled else 32}.' in text
+        for num_bytes in quantized_many._box_bytes(kind):
+            assert num_bytes % 16 == 0 and num_bytes <= 1024
+
+
 GPU_SIZES = [1, 2, 8, 9, 17, 33, 64]
 
 
@@ -207,14 +230,14 @@ def test_products_of_few_tokens_are_the_definition_s(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     form = FORMS[name]
-    monkeypatch.setattr(CudaQuantizedWeight, "_max_few", lambda *_: MAX_TOKENS)
+    monkeypatch.setattr(CudaQuantizedWeight, "_limits", lambda *_, **__: (MAX_TOKENS, 0))
     for n, k in ((96, 1024), (4096, 2048), (576, 640)):
         weight = make_weight(form, n, k, dtype)
         gpu = packed(weight)
         for num_tokens in GPU_SIZES:
             x, norm, bias = randn(num_tokens, k, dtype=dtype), Norm(randn(k, dtype=dtype)), randn(n, dtype=dtype)
             h = randn(num_tokens, n, dtype=dtype)
-            assert gpu._is_few(x)
+            assert gpu._kernel(x, None) == gpu._few
             eps = (2e-2 if form.inputs else 2e-3) + 2 * torch.finfo(dtype).eps
             for keywords in ({}, {"norm": norm}, {"bias": bias}, {"norm": norm, "act": "silu"}, {"residual": h}):
                 given: dict[str, Any] = keywords
@@ -223,6 +246,49 @@ def test_products_of_few_tokens_are_the_definition_s(
             wanted = weight.product(x, residual=h)
             assert gpu.product(x, residual=h, may_overwrite=True).data_ptr() == h.data_ptr()
             assert_near(h, wanted, eps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FORMS)
+def test_products_of_more_tokens_are_the_definition_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = FORMS[name]
+    monkeypatch.setattr(CudaQuantizedWeight, "_limits", lambda *_, **__: (0, 1 << 30))
+    for dtype, n, k in ((BF16, 96, 1024), (F16, 4096, 2048), (BF16, 576, 640)):
+        weight = make_weight(form, n, k, dtype)
+        gpu = packed(weight)
+        if not quantized_many.can_multiply_many(gpu.codes.device):
+            pytest.skip("not a Hopper GPU")
+        for num_tokens in (2, 16, 17, 33, 100, 129, 300):
+            x, norm, bias = randn(num_tokens, k, dtype=dtype), Norm(randn(k, dtype=dtype)), randn(n, dtype=dtype)
+            h = randn(num_tokens, n, dtype=dtype)
+            assert gpu._kernel(x, "silu") == gpu._more
+            eps = (2e-2 if form.inputs else 2e-3) + 2 * torch.finfo(dtype).eps
+            for keywords in ({}, {"norm": norm}, {"bias": bias}, {"norm": norm, "act": "silu"}, {"residual": h}):
+                given: dict[str, Any] = keywords
+                assert_near(gpu.product(x, **given), weight.product(x, **given), eps)
+            assert_near(gpu.logits(x, bias), weight.logits(x, bias), 1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "config", [(16, 1, 2, 1), (16, 4, 3, 2), (32, 2, 4, 8), (64, 2, 6, 3), (128, 2, 3, 1), (256, 2, 3, 1)]
+)
+def test_a_configuration_of_many_tokens_changes_the_speed_only(config: tuple[int, ...]) -> None:
+    for name in ("int4 zero", "int4 g128", "fp8 x fp8", "fp8 x fp8 blocks", "int8 x int8", "int8 minimum", "nvfp4"):
+        weight = make_weight(FORMS[name], 208, 1152, BF16)
+        gpu = packed(weight)
+        if not quantized_many.can_multiply_many(gpu.codes.device):
+            pytest.skip("not a Hopper GPU")
+        for num_tokens in (3, 150):
+            x, options = randn(num_tokens, 1152, dtype=BF16), dict[str, Any]()
+            rounded = x
+            if gpu.form.inputs:
+                dtype, is_by_group = gpu.codes.dtype, quantized_many.has_blocks(gpu.kind)
+                rounded, options["x_scale"] = gpu._rounded(x, None, dtype, is_by_group=is_by_group)
+            found = quantized_many.multiply_many(
+                gpu.kind, rounded, gpu.codes, gpu.parameters, gpu.scale, 208, config=ManyConfig(*config), **options
+            )
+            assert_near(found, weight.product(x), 2e-2)
 
 
 @pytest.mark.gpu
@@ -258,12 +324,12 @@ def test_a_configuration_changes_the_speed_only(config: tuple[int, ...]) -> None
 @pytest.mark.gpu
 def test_a_token_s_product_is_the_same_bits_in_every_replay_of_a_graph() -> None:
     weight = packed(make_weight(FORMS["int4 g128"], 512, 4096, BF16))
-    x, norm = randn(5, 4096, dtype=BF16), Norm(1 + randn(4096, dtype=BF16) / 10)
-    first = [weight.product(x[:size], norm=norm) for size in (1, 5)]
+    x, norm = randn(20, 4096, dtype=BF16), Norm(1 + randn(4096, dtype=BF16) / 10)
+    first = [weight.product(x[:size], norm=norm) for size in (1, 5, 20)]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        again = [weight.product(x[:size], norm=norm) for size in (1, 5)]
-        many = weight.product(x.repeat(20, 1), norm=norm)
+        again = [weight.product(x[:size], norm=norm) for size in (1, 5, 20)]
+        many = weight.product(x.repeat(60, 1), norm=norm)
     for _ in range(3):
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
