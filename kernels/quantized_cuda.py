@@ -17,7 +17,7 @@ from kernels.quantized_format import TABLES, Format
 from kernels.quantized_kernel import WHOLE_ROW, Kind
 from kernels.quantized_layout import CHUNK, TILE, tile_codes, tile_parameters
 from kernels.quantized_many import fits_many, has_blocks, multiply_many, prepare_many
-from kernels.triton_quantized import dequantize_tiles, look_up, round_inputs
+from kernels.triton_quantized import dequantize_tiles, has_e4m3, look_up, round_inputs
 from kernels.triton_quantized_gemm import gemm_8bit
 from kernels.weights import Norm, Part, Shard, Weight
 
@@ -26,7 +26,6 @@ DECODED_TOKENS = 1024  # up to so many `quantized_many` is faster than dequantiz
 DIRECT_TOKENS = 256  # up to so many it is faster than the Triton product of 8 bits
 ANY_NUMBER = 1 << 30
 PANEL_BYTES = 32 << 20  # of dequantized rows
-FP8_UNITS = (8, 9)  # the first cards whose tensor cores multiply e4m3
 
 
 class Definition(Protocol):
@@ -289,7 +288,7 @@ def _parameter_dtype(scale: torch.Tensor, offset: torch.Tensor | None, group_siz
 
 def _has_units(code: str, device: torch.device) -> bool:
     """Return whether the device's tensor cores multiply the codes."""
-    return code == "int8" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_UNITS)
+    return code == "int8" or has_e4m3(device)
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 Codes in tiles lie as `kernels.quantized_layout` says.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ from kernels.quantized_format import FP8
 from kernels.triton_elementwise import launch_options, wait_for_input
 
 _CODES = {torch.int32: "int4", torch.int8: "int8", FP8: "fp8"}  # by the dtype of codes in tiles
+OLDEST_E4M3 = (8, 9)
 BLOCK_CHUNKS = 4  # of 64 columns, of a program that dequantizes
 
 
@@ -235,6 +238,12 @@ def _look_up_kernel(
 # ---- inputs ----
 
 
+@functools.cache
+def has_e4m3(device: torch.device) -> bool:
+    """Return whether the device has instructions for numbers of e4m3, tensor cores' too."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_E4M3
+
+
 def round_inputs(
     x: torch.Tensor,
     out_dtype: torch.dtype,
@@ -274,6 +283,7 @@ def round_inputs(
             BLOCK=block,
             GROUP=group,
             IS_FP8=to == "fp8",
+            IS_NATIVE=out_dtype == FP8 and has_e4m3(x.device),
             **launch_options(x.device, num_warps=min(max(block // 512, 1), 16)),
         )
     return codes, scales
@@ -295,6 +305,7 @@ def _round_inputs_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     IS_FP8: tl.constexpr,
+    IS_NATIVE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -315,10 +326,11 @@ def _round_inputs_kernel(
         scale = tl.zeros([BLOCK // WIDTH], tl.float32) + tl.load(known_scale)
     else:
         scale = tl.div_rn(tl.maximum(tl.max(tl.abs(groups), axis=1), 1e-10), LIMIT)
-    scaled = tl.div_rn(groups, tl.broadcast_to(scale[:, None], [BLOCK // WIDTH, WIDTH]))
+    scaled = groups * tl.div_rn(1.0, scale)[:, None]  # a division each would take longer than reading x
     scaled = tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT)
     if IS_FP8:
-        scaled = _nearest_e4m3(scaled)
+        if not IS_NATIVE:
+            scaled = _nearest_e4m3(scaled)
     else:
         scaled = _nearest_integer(scaled)
     rounded = tl.reshape(scaled, [BLOCK])
