@@ -242,7 +242,7 @@ def test_products_of_few_tokens_are_the_definition_s(
             for keywords in ({}, {"norm": norm}, {"bias": bias}, {"norm": norm, "act": "silu"}, {"residual": h}):
                 given: dict[str, Any] = keywords
                 assert_near(gpu.product(x, **given), weight.product(x, **given), eps)
-            assert_near(gpu.logits(x, bias), weight.logits(x, bias), 1e-2 if form.inputs else 2e-3)
+            assert_near(gpu.logits(x, bias), weight.logits(x, bias), 2e-2 if form.inputs else 2e-3)
             wanted = weight.product(x, residual=h)
             assert gpu.product(x, residual=h, may_overwrite=True).data_ptr() == h.data_ptr()
             assert_near(h, wanted, eps)
@@ -266,7 +266,7 @@ def test_products_of_more_tokens_are_the_definition_s(name: str, monkeypatch: py
             for keywords in ({}, {"norm": norm}, {"bias": bias}, {"norm": norm, "act": "silu"}, {"residual": h}):
                 given: dict[str, Any] = keywords
                 assert_near(gpu.product(x, **given), weight.product(x, **given), eps)
-            assert_near(gpu.logits(x, bias), weight.logits(x, bias), 1e-2)
+            assert_near(gpu.logits(x, bias), weight.logits(x, bias), 2e-2 if form.inputs else 1e-2)
 
 
 @pytest.mark.gpu
