@@ -13,6 +13,7 @@ from engine.layers.block import sum_over_ranks
 from engine.layers.communicator import Communicator
 from engine.layers.layer import unique_layers
 from engine.layers.moe import StackedLinear
+from engine.models.registry import load_config
 from kernels.dense import DenseWeight
 from kernels.experts import codes_of, combine, expert_products_torch, split_experts
 from kernels.quantized import QuantizedWeight
@@ -103,6 +104,20 @@ def test_two_ranks_together_make_the_sums_of_one(
     monkeypatch.setattr(Communicator, "all_reduce", lambda _, x: x)
     ranks = [branch(Communicator(rank, 2)) for rank in range(2)]
     torch.testing.assert_close(ranks[0] + ranks[1], branch(Communicator()))
+
+
+def test_minimax_as_published_says_how_much_of_a_head_is_rotated(make_tiny_model: MakeTinyModel):
+    import transformers
+
+    name, options = FAMILIES["minimax-m2"]
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    folder = make_tiny_model(getattr(transformers, name), "minimax-rotary", **options, rope_parameters=rope)
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["rope_parameters"]
+    published = raw | {"rotary_dim": raw["head_dim"] // 2, "rope_theta": 1e4}
+    (folder / "config.json").write_text(json.dumps(published))
+    assert_equals_reference(packed(TinyEngine(folder)), folder, random_ids(20, seed=0), random_ids(13, seed=1))
+    assert load_config(folder).ropes[0].rotary_dim == raw["head_dim"] // 2
 
 
 ROUTINGS = {

@@ -86,6 +86,8 @@ class MiniMaxM2(CausalLM):
         routing = Routing(raw["num_local_experts"], raw["num_experts_per_tok"], is_sigmoid=True)
         experts = ExpertsConfig(routing, raw["intermediate_size"], has_correction=True)
         qk_norm = QKNorm.ALL_HEADS if raw.get("use_qk_norm", True) else QKNorm.NONE
+        if rotary_dim := raw.get("rotary_dim"):
+            raw = with_rope(raw, partial_rotary_factor=rotary_dim / raw["head_dim"])
         return read_decoder(raw, qk_norm=qk_norm, experts=everywhere(raw, experts))
 
 
