@@ -1,5 +1,6 @@
 """Models with experts: their logits are those of transformers, and two ranks make one's sums."""
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ from kernels.quantized_format import Format
 from kernels.routing import Routing, route, route_torch
 from kernels.weights import Part, Weight
 from tests.quantized_files import CASES, E2M1, write_quantized
+from tests.test_engine import collect, make_state, running_engine
 from tests.test_models import MakeTinyModel, TinyEngine, assert_equals_reference, random_ids
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -104,6 +106,37 @@ def test_two_ranks_together_make_the_sums_of_one(
     monkeypatch.setattr(Communicator, "all_reduce", lambda _, x: x)
     ranks = [branch(Communicator(rank, 2)) for rank in range(2)]
     torch.testing.assert_close(ranks[0] + ranks[1], branch(Communicator()))
+
+
+def upcycle(folder: Path, target: Path, num_experts: int) -> Path:
+    """Write a Llama as a Mixtral: each expert is the MLP, and the router is random."""
+    shutil.copytree(folder, target)
+    random, tensors = torch.Generator().manual_seed(0), dict[str, torch.Tensor]()
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        module, is_mlp, product = name.partition(".mlp.")
+        if not is_mlp:
+            tensors[name] = tensor
+            continue
+        number = {"gate_proj.weight": 1, "down_proj.weight": 2, "up_proj.weight": 3}[product]
+        for expert in range(num_experts):
+            tensors[f"{module}.block_sparse_moe.experts.{expert}.w{number}.weight"] = tensor.clone()
+        hidden = tensor.shape[0 if number == 2 else 1]
+        tensors[f"{module}.block_sparse_moe.gate.weight"] = torch.randn(num_experts, hidden, generator=random)
+    save_file(tensors, target / "model.safetensors")
+    raw = json.loads((folder / "config.json").read_text())
+    names = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None}
+    experts = {"num_local_experts": num_experts, "num_experts_per_tok": 2}
+    (target / "config.json").write_text(json.dumps(raw | names | experts))
+    return target
+
+
+async def test_a_model_whose_experts_are_all_one_mlp_answers_as_the_dense_model(tiny_llama: Path, tmp_path: Path):
+    prompts, answers = [random_ids(n, seed=n) for n in (1, 9, 40, 23)], []
+    for folder in (tiny_llama, upcycle(tiny_llama, tmp_path / "upcycled", num_experts=5)):
+        async with running_engine(folder) as engine:
+            found = await asyncio.gather(*(collect(engine, make_state(prompt)) for prompt in prompts))
+            answers.append([tokens for _, tokens in found])
+    assert answers[0] == answers[1] and all(len(answer) > 1 for answer in answers[0])
 
 
 def test_minimax_as_published_says_how_much_of_a_head_is_rotated(make_tiny_model: MakeTinyModel):
