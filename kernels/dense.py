@@ -106,7 +106,7 @@ class DenseWeight(Weight):
         if not self.data.is_cpu or not torch.backends.mkldnn.is_available():
             return self
         dtype = self.data.dtype
-        if _has_onednn_units(dtype):
+        if has_onednn_units(dtype):
             return OneDNNWeight(self, keeps_rows=for_logits)
         return WidenedWeight(self, self.data) if can_widen(dtype) else self
 
@@ -161,7 +161,7 @@ class OneDNNWeight(PackedWeight):
         return self.data.to_dense()[self.row_slice(part)]
 
 
-def _has_onednn_units(dtype: torch.dtype) -> bool:
+def has_onednn_units(dtype: torch.dtype) -> bool:
     """Return whether products of `dtype` go through oneDNN here; those of float32 never do."""
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.dense import DenseWeight
+from kernels.dense import DenseWeight, has_onednn_units
 from kernels.quantized import QuantizedWeight
 from kernels.weights import Weight
 
@@ -48,7 +48,7 @@ class ExpertStack:
         if next(stack.tensors())[1].is_cuda:
             self.codes = codes_of(stack)
         else:
-            self.experts = [expert.pack() for expert in split_experts(stack, num_experts)]
+            self.experts = [_packed_in_place(expert) for expert in split_experts(stack, num_experts)]
 
     def sort(self, ids: torch.Tensor) -> "Sorted | None":
         """Return the pairs of ids [T, k] as both products of a step want them."""
@@ -83,6 +83,13 @@ class ExpertStack:
                 x = self.stack.changed_inputs(x).to(x.dtype)
             return expert_products_triton(x, ids, self.codes, self.num_experts, act, by_expert, bias)
         return expert_products_torch(x, ids, self.experts, act, bias)
+
+
+def _packed_in_place(expert: Weight) -> Weight:
+    """Return an expert in its CPU's layout, unless that is a copy: all experts of a layer are one tensor."""
+    if isinstance(expert, DenseWeight) and has_onednn_units(expert.data.dtype):
+        return expert
+    return expert.pack()
 
 
 def codes_of(stack: Weight) -> "Codes":

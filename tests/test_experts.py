@@ -16,7 +16,7 @@ from engine.layers.layer import unique_layers
 from engine.layers.moe import StackedLinear
 from engine.models.registry import load_config
 from kernels.dense import DenseWeight
-from kernels.experts import codes_of, combine, expert_products_torch, split_experts
+from kernels.experts import ExpertStack, codes_of, combine, expert_products_torch, split_experts
 from kernels.quantized import QuantizedWeight
 from kernels.quantized_format import Format
 from kernels.routing import Routing, route, route_torch
@@ -323,3 +323,11 @@ def test_sinks_are_split_over_ranks_as_heads_are(make_tiny_model: MakeTinyModel)
     whole = sinks(Communicator())
     assert len(whole) == 4
     assert torch.equal(torch.cat([sinks(Communicator(rank, 2)) for rank in range(2)]), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_on_a_cpu_are_held_once(dtype: torch.dtype):
+    data = torch.randn(6 * 32, 64).to(dtype)
+    stack = ExpertStack(DenseWeight([Part(32)] * 6, 64, dtype, data=data), 6)
+    memory = {tensor.untyped_storage().data_ptr() for expert in stack.experts for _, tensor in expert.tensors()}
+    assert memory == {data.untyped_storage().data_ptr()}

@@ -91,6 +91,13 @@ class StackedLinear(Linear):
         except NotImplementedError as error:
             raise ModelError(str(error)) from None
 
+    def move_to(self, device: torch.device) -> None:
+        super().move_to(device)
+        if self.stack is None or self.stack.codes is not None:  # a GPU's kernels had the old addresses
+            self.stack = None
+            if device.type == "cuda":
+                self.pack()
+
     def products(
         self,
         x: torch.Tensor,
