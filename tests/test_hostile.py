@@ -81,6 +81,7 @@ async def test_a_body_of_millions_of_values_is_a_413_before_they_are_made(
     assert what in message_of(answer)
 
 
+@pytest.mark.max_callback_ms(150)  # the test's own client sends these bodies
 async def test_a_body_that_others_leave_no_room_for_is_a_429_and_one_too_large_for_all_a_413(
     engine: FakeEngine,
 ) -> None:
