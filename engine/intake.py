@@ -2,12 +2,12 @@
 
 import time
 
-from engine.errors import QueueFull
+from engine.errors import InvalidRequest, QueueFull
 from engine.request_table import RequestTable
 from engine.schedule.fairness import DrainRate
 from engine.schedule.scheduler import Scheduler
 from engine.state import FinishReason, Logprobs, RequestState
-from engine.text.grammar import Matcher
+from engine.text.grammar import GrammarError, Matcher
 from engine.text.tokenizer import Tokenizer
 from engine.verify import RequestLimits
 
@@ -31,6 +31,10 @@ class Intake:
         if state.matcher is not None:
             try:
                 _jump_ahead(state, state.matcher)
+            except GrammarError as error:  # its engine's limits may be met at the first token
+                message = f"the grammar failed: {error}"
+                self._scheduler.finish(state, FinishReason("abort", message=message, status_code=400))
+                raise InvalidRequest(message) from None
             except Exception as error:
                 self._scheduler.finish(state, FinishReason("abort", message=str(error), status_code=500))
                 raise

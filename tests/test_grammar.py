@@ -368,6 +368,21 @@ async def test_an_abort_between_forced_tokens_frees_everything(tiny_llama: Path)
             assert engine.stats().scheduler.num_held_tokens == 0
 
 
+async def test_a_grammar_that_fails_at_the_first_token_is_the_requests_own_fault(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> list[int]:
+        raise GrammarError("lexer error: too many expressions constructed")
+
+    async with running_engine(tiny_llama) as engine:
+        with monkeypatch.context() as patched:
+            patched.setattr(Matcher, "jump", fail)
+            with pytest.raises(InvalidRequest, match="the grammar failed: lexer error"):
+                await answer(engine, constrained(regex="the quick brown fox"))
+        assert engine.stats().scheduler.num_held_tokens == 0
+        assert (await answer(engine, constrained(regex="the quick brown fox")))[0] == "the quick brown fox"
+
+
 # ---- thinking ----
 
 
