@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from kernels.elementwise import act_and_mul
-from kernels.weights import Norm, Weight
+from kernels.weights import Norm, Weight, finished
 
 
 class MixedWeight(Weight):
@@ -31,11 +30,7 @@ class MixedWeight(Weight):
         if norm is not None:
             x = norm(x)
         result = torch.cat([weight.product(x, bias=part) for weight, part in self._with(bias)], dim=1)
-        if act is not None:
-            result = act_and_mul(result, act)
-        if residual is not None:
-            return residual.add_(result) if may_overwrite else residual + result
-        return result if out is None else out.copy_(result)
+        return finished(result, act, residual, may_overwrite, out)
 
     def logits(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return torch.cat([weight.logits(x, part) for weight, part in self._with(bias)], dim=1)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kernels.elementwise import act_and_mul
 from kernels.quantized_format import (
     FP8,
     FP8_MAX,
@@ -26,7 +25,7 @@ from kernels.quantized_format import (
     pack_int4,
     unpack_codes,
 )
-from kernels.weights import WHOLE, Norm, Part, ShapeError, Shard, Weight
+from kernels.weights import WHOLE, Norm, Part, ShapeError, Shard, Weight, finished
 
 __all__ = ("FP8", "FP8_MAX", "INT4_ZERO", "TABLES", "Format", "QuantizedWeight", "dequantize", "pack_int4",
            "quantize_inputs", "rounded_inputs", "unpack_codes")  # fmt: skip
@@ -105,11 +104,7 @@ class QuantizedWeight(Weight):
         if norm is not None:
             x = norm(x)
         result = self._sums(x, bias).to(x.dtype)
-        if act is not None:
-            result = act_and_mul(result, act)
-        if residual is not None:
-            return residual.add_(result) if may_overwrite else residual + result
-        return result if out is None else out.copy_(result)
+        return finished(result, act, residual, may_overwrite, out)
 
     def logits(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return self._sums(x, bias)

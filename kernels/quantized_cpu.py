@@ -22,8 +22,7 @@ import torch
 
 from kernels.cpp import load_library
 from kernels.dense import DenseWeight
-from kernels.elementwise import act_and_mul
-from kernels.weights import Norm, Part, Shard, Weight
+from kernels.weights import Norm, Part, Shard, Weight, finished
 
 logger = logging.getLogger(__name__)
 
@@ -141,10 +140,7 @@ class CpuQuantizedWeight(Weight):
         if norm is not None and (not norm.is_rms or self._changes_inputs):
             x, norm = norm(x), None
         if act is not None and act not in ACTS:
-            result = act_and_mul(self.product(x, norm=norm, bias=bias), act)
-            if residual is not None:
-                return residual.add_(result) if may_overwrite else residual + result
-            return result if out is None else out.copy_(result)
+            return finished(self.product(x, norm=norm, bias=bias), act, residual, may_overwrite, out)
         if out is None:
             num_outputs = self.n if act is None else self.n // 2
             out = residual if residual is not None and may_overwrite else x.new_empty(len(x), num_outputs, dtype=dtype)

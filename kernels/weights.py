@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
+from kernels.elementwise import act_and_mul
 from kernels.tuning import WeightShape
 
 
@@ -162,6 +163,21 @@ class PackedWeight(Weight):
 
     def place(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError("a packed weight is replaced by another one, not filled again")
+
+
+def finished(
+    result: torch.Tensor,
+    act: str | None,
+    residual: torch.Tensor | None,
+    may_overwrite: bool,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return what `Weight.product` does of x W^T + bias, `result`: for products that fuse nothing behind that."""
+    if act is not None:
+        result = act_and_mul(result, act)
+    if residual is not None:
+        return residual.add_(result) if may_overwrite else residual + result
+    return result if out is None else out.copy_(result)
 
 
 def match_shard(

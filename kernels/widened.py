@@ -9,9 +9,8 @@ product.
 import torch
 import torch.nn.functional as F
 
-from kernels.elementwise import act_and_mul
 from kernels.ties import settle_ties
-from kernels.weights import Norm, PackedWeight
+from kernels.weights import Norm, PackedWeight, finished
 
 PANEL_BYTES = 1 << 22  # of float32; for half as much, products of 512 tokens take up to a seventh longer
 FEW_TOKENS = 3  # whose product is torch's own: more are not limited by reading the weights
@@ -34,11 +33,7 @@ class WidenedWeight(PackedWeight):
         if norm is not None:
             x = norm(x)
         result = F.linear(x, self.data, bias) if len(x) <= FEW_TOKENS else widened_linear(x, self.data, bias)
-        if act is not None:
-            result = act_and_mul(result, act)
-        if residual is not None:
-            return residual.add_(result) if may_overwrite else residual + result
-        return result if out is None else out.copy_(result)
+        return finished(result, act, residual, may_overwrite, out)
 
     def logits(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if len(x) > FEW_TOKENS:
