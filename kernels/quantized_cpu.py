@@ -22,7 +22,8 @@ import torch
 
 from kernels.cpp import load_library
 from kernels.dense import DenseWeight
-from kernels.weights import Norm, Part, Shard, Weight, finished
+from kernels.quantized_format import Coded
+from kernels.weights import Norm, Weight, finished
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +33,8 @@ CODES = {"int4": 0, "int8": 1, "fp8": 2}
 ACTS = {None: 0, "silu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}  # others are a pass of their own
 
 
-class Definition(Protocol):
-    """What is needed of a `kernels.quantized.QuantizedWeight`: that module imports this one."""
-
-    parts: tuple[Part, ...]
-    k: int
-    input_shard: Shard
-    dtype: torch.dtype
-    form: Any
-    fields: dict[str, torch.Tensor]
+class Definition(Coded, Protocol):
+    """Stand for a `kernels.quantized.QuantizedWeight`, whose memory and slow ways are used."""
 
     @property
     def meanings(self) -> torch.Tensor: ...

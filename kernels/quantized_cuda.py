@@ -7,19 +7,19 @@ cache.
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from kernels.elementwise import act_and_mul
 from kernels.quantized_few import MAX_TOKENS, can_multiply_few, fits_few, multiply_few, prepare_few
-from kernels.quantized_format import TABLES, Format
+from kernels.quantized_format import TABLES, Coded
 from kernels.quantized_kernel import WHOLE_ROW, Kind
 from kernels.quantized_layout import CHUNK, TILE, tile_codes, tile_parameters
 from kernels.quantized_many import fits_many, has_blocks, multiply_many, prepare_many
 from kernels.triton_quantized import dequantize_tiles, has_e4m3, look_up, round_inputs
 from kernels.triton_quantized_gemm import gemm_8bit
-from kernels.weights import Norm, Part, Shard, Weight
+from kernels.weights import Norm, Weight
 
 # Where another kernel takes over, by the time of a layer of Llama-3-8B on an H200. `quantized_few` is the fastest up to
 # FEW_TOKENS; up to FEW_DECODED_TOKENS beside `quantized_many`, which of 8 bits by 8 takes all but single tokens.
@@ -31,18 +31,6 @@ ANY_NUMBER = 1 << 30
 PANEL_BYTES = 32 << 20  # of dequantized rows
 
 
-class Definition(Protocol):
-    """What is needed of a `kernels.quantized.QuantizedWeight`: that module imports this one."""
-
-    parts: tuple[Part, ...]
-    n: int
-    k: int
-    input_shard: Shard
-    dtype: torch.dtype
-    form: Format
-    fields: dict[str, torch.Tensor]
-
-
 class CudaQuantizedWeight(Weight):
     """A matrix [n, k] as codes: in tiles, or row by row where 8-bit products need them so.
 
@@ -52,7 +40,7 @@ class CudaQuantizedWeight(Weight):
 
     has_lookup = True
 
-    def __init__(self, plain: Definition) -> None:
+    def __init__(self, plain: Coded) -> None:
         """Take over the numbers of `plain`, which is empty afterwards."""
         super().__init__(plain.parts, plain.k, plain.input_shard)
         form, fields = plain.form, plain.fields
@@ -260,7 +248,7 @@ class CudaQuantizedWeight(Weight):
         return {"group_size": self.kind.group_size, "offset": self._offset_name, "table": table}
 
 
-def can_tile(plain: Definition) -> bool:
+def can_tile(plain: Coded) -> bool:
     """Return whether the kernels here take a weight."""
     form, k = plain.form, plain.k
     group = form.group_size_of(k)
@@ -275,7 +263,7 @@ def can_tile(plain: Definition) -> bool:
     return plain.n % TILE == 0 and not has_offset and k % group == 0
 
 
-def _is_tiled(plain: Definition) -> bool:
+def _is_tiled(plain: Coded) -> bool:
     """Return whether codes go into tiles: not those that are multiplied by 8-bit inputs as they are."""
     return plain.form.code == "int4" or plain.form.inputs is None
 

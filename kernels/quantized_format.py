@@ -1,8 +1,11 @@
 """How the numbers of weights of few bits are coded, and to what products round their inputs."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+
+from kernels.weights import Part, Shard
 
 PANEL_ELEMENTS = 1 << 20  # dequantized at a time
 FP8 = torch.float8_e4m3fn
@@ -54,6 +57,18 @@ class Format:
     @property
     def codes_per_byte(self) -> int:
         return 2 if self.code == "int4" else 1
+
+
+class Coded(Protocol):
+    """Stand for a `kernels.quantized.QuantizedWeight` in modules that it imports."""
+
+    parts: tuple[Part, ...]
+    n: int
+    k: int
+    input_shard: Shard
+    dtype: torch.dtype
+    form: Format
+    fields: dict[str, torch.Tensor]
 
 
 def unpack_codes(form: Format, codes: torch.Tensor) -> torch.Tensor:
