@@ -100,6 +100,7 @@ def codes_of(stack: Weight) -> "Codes":
         return Codes(stack.data, stack.k)
     if not isinstance(stack, QuantizedWeight) or stack.form.has_order:
         raise NotImplementedError(f"experts of {type(stack).__name__} have no kernels for a GPU")
+    stack.settle()
     form, fields, device = stack.form, stack.fields, stack.codes.device
     table = stack.meanings.to(device) if form.table else None
     codes = stack.codes.view(torch.uint8) if form.code == "fp8" else stack.codes

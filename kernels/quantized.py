@@ -171,7 +171,7 @@ class QuantizedWeight(Weight):
 
     @property
     def meanings(self) -> torch.Tensor:
-        """What 4-bit codes stand for before zeros and scales, float32 [16]."""
+        """Numbers that 4-bit codes stand for before zeros and scales, float32 [16]."""
         return torch.tensor(TABLES[self.form.table] if self.form.table else range(16), dtype=torch.float32)
 
     def changed_inputs(self, x: torch.Tensor) -> torch.Tensor:
@@ -205,7 +205,7 @@ class QuantizedWeight(Weight):
 
     def pack(self, *, for_logits: bool = False) -> Weight:
         """Return the weight in the layout of its device's kernels. `ShapeError` if its parts contradict each other."""
-        self._settle()
+        self.settle()
         if self.codes.is_cpu:
             from kernels.quantized_cpu import pack_for_cpu
 
@@ -217,7 +217,7 @@ class QuantizedWeight(Weight):
                 return CudaQuantizedWeight(self)
         return self
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Order codes by their groups, and take one input scale for all parts."""
         if (order := self.fields.get("order")) is not None and order.dim() > 1:
             if not bool((order == order[0]).all()):

@@ -331,3 +331,13 @@ def test_experts_on_a_cpu_are_held_once(dtype: torch.dtype):
     stack = ExpertStack(DenseWeight([Part(32)] * 6, 64, dtype, data=data), 6)
     memory = {tensor.untyped_storage().data_ptr() for expert in stack.experts for _, tensor in expert.tensors()}
     assert memory == {data.untyped_storage().data_ptr()}
+
+
+def test_experts_kernels_round_inputs_with_one_scale_that_all_experts_share():
+    stack = QuantizedWeight([Part(16)] * 6, 64, torch.float32, Format("int8", inputs="int8", has_input_scale=True))
+    stack.materialize(torch.device("cpu"))
+    stack.fill_random(torch.Generator().manual_seed(0))
+    stack.fields["input_scale"].copy_(torch.arange(1.0, 7.0))
+    codes_of(stack)
+    x = torch.full((3, 64), 10.0)
+    torch.testing.assert_close(stack.changed_inputs(x), torch.full((3, 64), 12.0))  # in steps of the largest, 6

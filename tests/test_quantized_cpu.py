@@ -93,7 +93,7 @@ def assert_close(found: torch.Tensor, wanted: torch.Tensor, detail: str) -> None
 @pytest.mark.parametrize("name", FORMATS)
 def test_compiled_products_are_those_of_the_definition(name: str, march: str) -> None:
     weight = make_weight(FORMATS[name])
-    weight._settle()
+    weight.settle()
     packed, wide = CpuQuantizedWeight(weight, kernels_for(march)), randn(70, K)
     bias = randn(N)
     for num_tokens in (1, 2, 3, 4, 5, 16, 70):
@@ -146,7 +146,7 @@ def test_a_tokens_results_are_the_same_bits_alone_beside_others_and_in_chunks(na
 @pytest.mark.parametrize("name", FORMATS)
 def test_bfloat16_meets_the_unrounded_weights(name: str, march: str) -> None:
     weight, wide = make_weight(FORMATS[name], dtype=torch.bfloat16), randn(70, K, dtype=torch.bfloat16)
-    weight._settle()
+    weight.settle()
     packed = CpuQuantizedWeight(weight, kernels_for(march))
     for num_tokens in (1, 2, 3, 4, 15, 16, 17, 70):
         x = wide[:num_tokens]
@@ -209,7 +209,7 @@ def test_without_a_compiler_weights_are_decoded_once(
     for dtype, error in ((torch.float32, 3e-6), (torch.bfloat16, 2e-2)):
         weight, x = make_weight(FORMATS[name], dtype=dtype), randn(6, K, dtype=dtype)
         monkeypatch.setattr(quantized_cpu, "kernels_ahead", lambda: Ready(None))
-        weight._settle()
+        weight.settle()
         packed, wanted = pack_for_cpu(weight, for_logits=True) or weight, products(weight, x)
         assert not isinstance(packed, CpuQuantizedWeight)
         for found in (packed.product(x), packed.logits(x)):

@@ -63,7 +63,7 @@ def make_weight(form: Format, n: int, k: int, dtype: torch.dtype = F32) -> Quant
     if form.has_order:
         groups = torch.arange(k, device=DEVICE) // form.group_size_of(k)
         weight.fields["order"].copy_(groups[torch.randperm(k, device=DEVICE)])
-    weight._settle()
+    weight.settle()
     return weight
 
 

@@ -75,6 +75,8 @@ class Router(Linear):
 class StackedLinear(Linear):
     """The same product of every expert of a layer."""
 
+    stack_size: int
+
     def __init__(
         self, part_names: Sequence[str], parts: Sequence[Part], input_size: int, num_experts: int, layers: LayerConfig,
         *, bias: bool = False, input_shard: Shard = WHOLE,
@@ -82,12 +84,11 @@ class StackedLinear(Linear):
         """part_names, parts: of one expert."""
         self.stack_size = num_experts
         super().__init__(part_names, [*parts] * num_experts, input_size, layers, bias=bias, input_shard=input_shard)
-        self.num_experts = num_experts
         self.stack: ExpertStack | None = None
 
     def pack(self) -> None:
         try:
-            self.stack = ExpertStack(self.weight, self.num_experts)
+            self.stack = ExpertStack(self.weight, self.stack_size)
         except NotImplementedError as error:
             raise ModelError(str(error)) from None
 
@@ -113,7 +114,7 @@ class StackedLinear(Linear):
 
 
 class Experts(Layer):
-    """What the experts of a layer have: gate, up and down."""
+    """Gate, up and down of all experts of a layer."""
 
     def __init__(self, experts: ExpertsConfig, hidden_size: int, layers: LayerConfig) -> None:
         num_experts, inner = experts.routing.num_experts, layers.split(experts.intermediate_size, "experts' size")
@@ -133,7 +134,7 @@ class Experts(Layer):
 
 
 class Routed(NamedTuple):
-    """What stands between the two products of a mixture."""
+    """The state between the two products of a mixture."""
 
     inner: torch.Tensor  # [T k, inner], of pairs
     ids: torch.Tensor  # [T, k]
