@@ -35,7 +35,7 @@ VERCEL_PACKAGES = ("ai", "@ai-sdk/openai-compatible", "zod")
 
 @dataclass(slots=True)
 class Result:
-    """What one client did. A check that the client has no part in is neither."""
+    """The outcome of one client. A check that the client has no part in is neither."""
 
     name: str
     version: str  # empty: it is not installed

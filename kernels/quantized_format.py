@@ -47,7 +47,7 @@ class Format:
 
     @property
     def offset(self) -> int:
-        """What is subtracted from integer codes where the file has neither zeros nor minima."""
+        """The number subtracted from integer codes where the file has neither zeros nor minima."""
         return 0 if self.code != "int4" or self.has_zero or self.has_minimum or self.table else INT4_ZERO
 
     @property

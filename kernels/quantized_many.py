@@ -27,7 +27,7 @@ MOST_BLOCK_TOKENS = 128  # of a block whose threads have two sums of each output
 
 
 class ManyConfig(NamedTuple):
-    """How a product is cut: see `quantized_many.cu`."""
+    """Sizes into which a product is cut: see `quantized_many.cu`."""
 
     tokens: int
     warpgroups: int

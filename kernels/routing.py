@@ -9,7 +9,7 @@ TINY = 1e-20  # added to sums of sigmoids, as the models that have them do
 
 @dataclass(frozen=True)
 class Routing:
-    """How experts are chosen from a router's logits."""
+    """The rule that chooses experts from a router's logits."""
 
     num_experts: int
     top_k: int

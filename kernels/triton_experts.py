@@ -21,7 +21,7 @@ WHOLE_ROW = 1 << 30  # inputs that share a scale, if all of a row do
 
 
 class TileConfig(NamedTuple):
-    """How a product of pairs sorted by expert is cut."""
+    """Sizes into which a product of pairs sorted by expert is cut."""
 
     block_m: int  # pairs of one expert
     block_n: int

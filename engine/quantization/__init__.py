@@ -42,7 +42,7 @@ class Scheme(Protocol):
 
 
 class Quantization:
-    """Which scheme each layer of a model has; of this base class, none is quantized."""
+    """The scheme of each layer of a model; of this base class, none is quantized."""
 
     def scheme_of(self, module: str) -> Scheme:  # noqa: ARG002
         """Return the scheme of a product such as model.layers.0.mlp.down_proj, or lm_head."""

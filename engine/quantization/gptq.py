@@ -20,7 +20,7 @@ BITS = (2, 3, 4, 8)
 
 @dataclass(frozen=True)
 class Options:
-    """What may differ from module to module."""
+    """Settings that may differ from module to module."""
 
     bits: int = 4
     group_size: int = 128  # 0: all of a row

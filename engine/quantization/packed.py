@@ -35,7 +35,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Stored:
-    """How a checkpoint stores a module's weight.
+    """The form in which a checkpoint stores a module's weight.
 
     tensors: what follows the module's name -> (field of `QuantizedWeight`, what is done to it ...), or None if it is
     not needed. A tensor `weight` keeps that name: it may turn out not to be quantized.

@@ -28,7 +28,7 @@ _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 
 
 class Header(NamedTuple):
-    """What stands before a message's content."""
+    """The text before a message's content."""
 
     text: str  # with its marks
     channel: str

@@ -384,7 +384,7 @@ class Reasoning:
 
     @property
     def marks(self) -> tuple[str, str]:
-        """What stands before it, and between it and the rest."""
+        """The marks before it, and between it and the rest."""
         return self.format.start, self.format.end + self.format.after
 
     def new_parser(self, is_separate: bool) -> ReasoningParser:
