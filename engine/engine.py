@@ -18,6 +18,8 @@ from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Seque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from engine.errors import InvalidRequest
+from engine.media import Media, MediaSize, PromptMedia
 from engine.state import Delta, RequestState
 
 if TYPE_CHECKING:
@@ -250,6 +252,31 @@ class Engine(ABC):
     @abstractmethod
     def sampling_defaults(self) -> dict[str, Any]:
         """Sampling fields that the model's generation_config.json sets, unless the configuration says otherwise."""
+
+    # ---- pictures and videos ----
+
+    @property
+    def media_kinds(self) -> Mapping[str, str]:
+        """Return the kinds that the model reads, and the text that stands for one in a prompt; {}: text alone.
+
+        As in {"image": "<image>"}.
+        """
+        return {}
+
+    def count_media_tokens(self, sizes: Sequence[MediaSize]) -> list[int]:
+        """Return how many tokens of a prompt stand for each of these. `InvalidRequest` for a kind that is not read."""
+        if sizes:
+            raise InvalidRequest(f"this model reads text alone, and no {sizes[0].kind}")
+        return []
+
+    async def encode_media(self, text: str, media: Sequence[Media]) -> tuple[list[int], PromptMedia]:
+        """Return the token ids of `text`, and what goes into its request as `media`.
+
+        text: holds the placeholder of its kind for each of `media`, in their order; as many tokens stand there as
+        `count_media_tokens` says. `InvalidRequest` if the numbers differ.
+        """
+        self.count_media_tokens([one.size for one in media])
+        return await self.encode(text, add_special_tokens=False), PromptMedia((), (), ())
 
     # ---- requests ----
 

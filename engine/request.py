@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from engine.declared import Object, convert
 from engine.errors import InvalidRequest, shown
+from engine.media import PromptMedia
 from engine.misfits import members, rule_of, type_info
 
 TOP_K_ALL = 1 << 30
@@ -244,6 +245,7 @@ class Request:
     may_shorten: bool = False  # max_new_tokens is an upper bound: less if the context, or the KV pool, has less room
     pooling: str | None = None  # "last" or "mean": a vector is wanted, and no answer
     return_hidden_states: bool = False  # of each token but the last one sampled, which is not computed
+    media: PromptMedia | None = None  # pictures and videos, whose tokens are in input_ids: see `Engine.encode_media`
 
     @property
     def prompt_len(self) -> int:

@@ -21,6 +21,7 @@ WORDS = {
         "engine.config",
         "engine.errors",
         "engine.request",
+        "engine.media",
         "engine.state",
         "engine.model_config",
         "engine.config_file",
