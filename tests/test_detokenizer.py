@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any, cast
 
 import pytest
-import regex
+import regex  # type: ignore[import-untyped]
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
