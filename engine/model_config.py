@@ -73,6 +73,7 @@ class AttentionConfig:
     qk_norm: QKNorm = QKNorm.NONE
     v_norm: bool = False  # an RMS norm of each value head, without a weight
     has_sinks: bool = False  # each head has a score of its own in the softmax's denominator
+    slopes: tuple[float, ...] = ()  # what each head's scores lose with each token of distance; (): nothing
     kv_owner: int | None = None  # the layer whose keys and values this one reads, instead of having its own
 
 
@@ -228,6 +229,18 @@ def read_decoder(
         "raw": raw,
     }
     return ModelConfig(**(fields | differs))
+
+
+def alibi_slopes(num_heads: int, bias_max: float = 8.0) -> tuple[float, ...]:
+    """Return the slopes of attention with linear biases (ALiBi, Press et al. 2022), from 1 down to 2 ** -bias_max.
+
+    They are powers of one number for a power of two of heads. Otherwise those of the power of two below come first,
+    then every other one of twice as many.
+    """
+    num_first = 1 << (num_heads.bit_length() - 1)
+    exponents = [(i + 1) / num_first for i in range(num_first)]
+    exponents += [(i + 0.5) / num_first for i in range(num_heads - num_first)]
+    return tuple(2 ** (-bias_max * exponent) for exponent in exponents)
 
 
 def head_dim_of(raw: dict[str, Any]) -> int:

@@ -1,7 +1,8 @@
 """Attention over the paged KV cache: its definition in torch (also what runs on a CPU), and the choice of a kernel.
 
 softmax(scale q k^T) v, where the q_len tokens of a request are its last ones and each sees itself and what is before
-it. A head may have a sink, a score that takes its share of the softmax and adds nothing. Token j of request i lies in
+it. A head may have a sink, a score that takes its share of the softmax and adds nothing, or a slope, which its scores
+lose with each token of distance (ALiBi, Press et al. 2022). Token j of request i lies in
 slot slot_table[rows[i], j] of k_cache and v_cache, or in the one that slot_map has for it; of tokens that no query
 sees, slot_map may say anything.
 """
@@ -34,16 +35,18 @@ def attention_torch(
     window: int = -1,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
     has_decodes: bool = True,
 ) -> torch.Tensor:
     """Define `attention`. Sizes come from the host's lengths, so a CUDA graph cannot capture it."""
     out = torch.empty_like(q)
     if has_decodes:
-        decodes_torch(q, k_cache, v_cache, batch, out, scale=scale, window=window, softcap=softcap, sinks=sinks)
+        options: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": sinks, "slopes": slopes}
+        decodes_torch(q, k_cache, v_cache, batch, out, scale=scale, **options)
     end = batch.num_decodes
     for i in range(end, len(batch.seq_lens_host)):
         start, end = end, end + int(batch.q_lens_host[i])
-        _prefill(q, k_cache, v_cache, batch, i, start, end, scale, window, softcap, sinks, out)
+        _prefill(q, k_cache, v_cache, batch, i, start, end, scale, window, softcap, sinks, slopes, out)
     return out
 
 
@@ -58,10 +61,11 @@ def decodes_torch(
     window: int = -1,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> None:
     """Write `attention_torch` of the first num_decodes tokens alone into `out`."""
-    for members in _decode_sets(_SameBatch(batch), window, q.dtype):
-        _decode(q, k_cache, v_cache, members, scale, softcap, sinks, out)
+    for members in _decode_sets(_SameBatch(batch), window, q.dtype, slopes is not None):
+        _decode(q, k_cache, v_cache, members, scale, softcap, sinks, slopes, out)
 
 
 class _SameBatch:
@@ -84,10 +88,19 @@ class _DecodeSet:
     index: torch.Tensor | slice  # of the requests, in the batch and in q
     slots: torch.Tensor  # int32 [N * L]
     mask: torch.Tensor | None  # [N, 1, 1, L], to be added, if some have fewer than L; torch would convert a bool one
+    distances: torch.Tensor | None  # float32 [N, 1, 1, L], of the query from each token, for layers with slopes
+
+    def mask_of(self, slopes: torch.Tensor | None) -> torch.Tensor | None:
+        """Return what is to be added to scores [N, Hkv, H / Hkv, L]; slopes: [Hkv, H / Hkv, 1]."""
+        if slopes is None:
+            return self.mask
+        assert self.distances is not None
+        bias = self.distances * -slopes
+        return bias if self.mask is None else bias.add_(self.mask)
 
 
 @functools.lru_cache(maxsize=2)  # one step's sets: of layers with a window and of layers without
-def _decode_sets(key: _SameBatch, window: int, dtype: torch.dtype) -> list[_DecodeSet]:
+def _decode_sets(key: _SameBatch, window: int, dtype: torch.dtype, has_slopes: bool) -> list[_DecodeSet]:
     batch = key.batch
     all_lens = batch.seq_lens_host[: batch.num_decodes]
     all_firsts = np.maximum(all_lens - window, 0) if window >= 0 else np.zeros_like(all_lens)
@@ -104,7 +117,10 @@ def _decode_sets(key: _SameBatch, window: int, dtype: torch.dtype) -> list[_Deco
         is_all = len(members) == batch.num_decodes
         index = slice(0, len(members)) if is_all else torch.from_numpy(members).to(tokens.device)
         slots = batch.slot_table[batch.rows[index][:, None], tokens].flatten()
-        sets.append(_DecodeSet(index, _mapped(slots, batch), mask))
+        distances = None
+        if has_slopes:
+            distances = (torch.from_numpy(lens - 1).to(tokens) - tokens)[:, None, None].float()
+        sets.append(_DecodeSet(index, _mapped(slots, batch), mask, distances))
     return sets
 
 
@@ -129,6 +145,7 @@ def _decode(
     scale: float,
     softcap: float,
     sinks: torch.Tensor | None,
+    slopes: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     """Write the attention of a set of single tokens into `out`.
@@ -142,7 +159,8 @@ def _decode(
     v = _gather(v_cache, members.slots, q.dtype).view(n, -1, num_kv_heads, head_dim).transpose(1, 2)
     queries = queries.reshape(n, num_kv_heads, num_heads // num_kv_heads, head_dim)
     of_rows = None if sinks is None else sinks.view(num_kv_heads, -1)
-    result = _sdpa(queries, k, v, members.mask, False, scale, softcap, of_rows)
+    mask = members.mask_of(None if slopes is None else slopes.view(num_kv_heads, -1, 1))
+    result = _sdpa(queries, k, v, mask, False, scale, softcap, of_rows)
     out[members.index] = result.reshape(n, num_heads, head_dim)
 
 
@@ -158,6 +176,7 @@ def _prefill(
     window: int,
     softcap: float,
     sinks: torch.Tensor | None,
+    slopes: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
     """Write the attention of request i, whose tokens are [start, end) of q, into `out`."""
@@ -171,7 +190,7 @@ def _prefill(
     k = _gather(k_cache, slots, q.dtype).transpose(0, 1)[None]
     v = _gather(v_cache, slots, q.dtype).transpose(0, 1)[None]
     queries = q[start:end].transpose(0, 1)[None]
-    is_plain = q_len == num_seen and not 0 <= window < q_len
+    is_plain = q_len == num_seen and not 0 <= window < q_len and slopes is None
     mask = None
     if is_plain:
         queries = F.pad(queries, (0, 0, 0, num_keys - num_seen))  # no real query sees the keys of those added
@@ -180,6 +199,8 @@ def _prefill(
         mask = tokens <= positions
         if window >= 0:
             mask &= tokens > positions - window
+        if slopes is not None:
+            mask = ((tokens - positions) * slopes[None, :, None, None]).masked_fill_(~mask, -torch.inf)
     of_rows = None if sinks is None else sinks[:, None]
     result = _sdpa(queries, k, v, mask, is_plain, scale, softcap, of_rows)[0, :, :q_len]
     out[start:end] = result.transpose(0, 1)
@@ -218,7 +239,7 @@ def _sdpa(
 ) -> torch.Tensor:
     """Return softmax(scale q k^T) v [n, H, Q, D] of q [n, H, Q, D], k and v [n, Hkv, L, D].
 
-    mask: bool, or to be added to the scores; broadcast to [n, H, Q, L]. sinks: broadcast to [H, Q].
+    mask: bool, or to be added to the scores, in q's dtype or float32; broadcast to [n, H, Q, L]. sinks: broadcast to [H, Q].
     """
     is_grouped = q.shape[1] != k.shape[1]
     if not softcap and sinks is None:
@@ -268,19 +289,21 @@ def attention(
     window: int = -1,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
     backend: str = "torch",
     has_decodes: bool = True,
 ) -> torch.Tensor:
     """Attend q [T, H, D] to the caches [num_slots, Hkv, D], in q's dtype or float8; return [T, H, D].
 
     window: a token sees at most that many last tokens, itself included; -1: all. softcap c > 0: scores become c
-    tanh(score / c). sinks [H]: a score of each head that is in the softmax's denominator alone. Not has_decodes: single
-    tokens' part of the result is left as it is (`kernels.corun` fills it). In a CUDA graph "flashinfer", which plans on
-    the host, leaves all to "triton", as it always does for single tokens: that depends on nothing but shapes, and reads
-    lengths and slots on the device.
+    tanh(score / c). sinks [H]: a score of each head that is in the softmax's denominator alone. slopes [H], float32:
+    what scores lose with each token of distance. Not has_decodes: single tokens' part of the result is left as it is
+    (`kernels.corun` fills it). In a CUDA graph "flashinfer", which plans on the host, leaves all to "triton", as it
+    always does for single tokens: that depends on nothing but shapes, and reads lengths and slots on the device.
     """
     options: dict[str, Any] = {
-        "scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "has_decodes": has_decodes
+        "scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "slopes": slopes,
+        "has_decodes": has_decodes,
     }  # fmt: skip
     if backend == "torch":
         return attention_torch(q, k_cache, v_cache, batch, **options)

@@ -83,6 +83,7 @@ def gated_beside_decodes(
     scale: float,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> None:
     """Write the product of x [M, K] and gate's and up's `weight`, with `act`, into `gated` [M, N].
 
@@ -93,7 +94,7 @@ def gated_beside_decodes(
     """
     if not x.is_cuda:
         weight.product(x, act=act, out=gated)
-        decodes_torch(q, k_cache, v_cache, batch, attended, scale=scale, softcap=softcap, sinks=sinks)
+        decodes_torch(q, k_cache, v_cache, batch, attended, scale=scale, softcap=softcap, sinks=sinks, slopes=slopes)
         return
     assert isinstance(weight, DenseWeight)
     multiply = functools.partial(gated_gemm, x, weight.data, act, out=gated, num_free_sms=num_free_sms)
@@ -103,4 +104,4 @@ def gated_beside_decodes(
     from kernels.triton_decode import decode  # here: a machine without a GPU need not have triton
 
     settings: dict[str, Any] = {"num_free_sms": num_free_sms, "launch_beside": multiply}
-    decode(q, k_cache, v_cache, batch, attended, scale=scale, softcap=softcap, sinks=sinks, **settings)
+    decode(q, k_cache, v_cache, batch, attended, scale=scale, softcap=softcap, sinks=sinks, slopes=slopes, **settings)

@@ -1,5 +1,7 @@
 """Attention over the paged KV cache in Triton; the definition is `kernels.attention.attention_torch`."""
 
+from typing import Any
+
 import torch
 
 from kernels.attention_batch import AttentionBatch
@@ -17,13 +19,15 @@ def attention_triton(
     window: int = -1,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
     has_decodes: bool = True,
 ) -> torch.Tensor:
     """Run `kernels.attention.attention` in Triton. On one device it must not run on two streams at once."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     num_decodes = batch.num_decodes
+    options: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": sinks, "slopes": slopes}
     if num_decodes and has_decodes:
-        decode(q, k_cache, v_cache, batch, out, scale=scale, window=window, softcap=softcap, sinks=sinks)
+        decode(q, k_cache, v_cache, batch, out, scale=scale, **options)
     if num_decodes < len(batch.rows):
-        prefill(q, k_cache, v_cache, batch, out, scale=scale, window=window, softcap=softcap, sinks=sinks)
+        prefill(q, k_cache, v_cache, batch, out, scale=scale, **options)
     return out

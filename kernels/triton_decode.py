@@ -21,6 +21,7 @@ from kernels.triton_softmax import (
     default_prefill_config,
     find,
     launch_settings,
+    load_slopes,
     load_slots,
     part_len,
     prefill_config,
@@ -64,6 +65,7 @@ def decode(
     window: int = -1,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
     config: DecodeConfig | None = None,
     num_programs: int | None = None,
     num_free_sms: int = 0,
@@ -101,7 +103,7 @@ def decode(
         assert prefix_config is not None
         _prefix_partials(
             q, k_cache, v_cache, batch, shared, partial, partial_lse, 2 * num_programs, num_splits, scale, window,
-            softcap, prefix_config,
+            softcap, slopes, prefix_config,
         )  # fmt: skip
     # Few requests are cut into many parts, whose merging is part of the latency; many requests need the registers
     # for more programs on an SM.
@@ -119,6 +121,7 @@ def decode(
         batch.slot_table,
         batch.slot_map,
         sinks,
+        slopes,
         shared.own_starts if shared is not None else None,
         partial,
         partial_lse,
@@ -151,6 +154,7 @@ def _prefix_partials(
     scale: float,
     window: int,
     softcap: float,
+    slopes: torch.Tensor | None,
     config: PrefillConfig,
 ) -> None:
     """Compute the attention of each group's members to its prefix, in `num_splits` parts; `decode` merges them."""
@@ -169,6 +173,7 @@ def _prefix_partials(
         batch.rows,
         batch.slot_table,
         batch.slot_map,
+        slopes,
         shared.prefix_lens,
         shared.cu_members,
         shared.members,
@@ -198,6 +203,7 @@ def _decode_kernel(
     slot_table,
     slot_map,
     sinks,
+    slopes,
     own_starts,
     partial,
     partial_lse,
@@ -296,6 +302,7 @@ def _decode_kernel(
             seq_len,
             row_last,
             row_last,
+            load_slopes(slopes, kv_head * GROUP + m_rows, m_rows < GROUP),
             qk_scale,
             K_STRIDE,
             V_STRIDE,
@@ -423,6 +430,7 @@ def _prefix_kernel(
     rows,
     slot_table,
     slot_map,
+    slopes,
     prefix_lens,
     cu_members,
     members,
@@ -485,6 +493,7 @@ def _prefix_kernel(
             row_first = row_last
             if HAS_WINDOW:
                 row_first = tl.load(seq_lens + request, mask=is_row, other=0) - window
+            row_slope = load_slopes(slopes, head, is_row)
             slots = slot_table + tl.load(rows + tl.load(members + first_member)).to(tl.int64) * table_stride
             whole = last // BLOCK_N * BLOCK_N  # `first` is a whole number of tiles
             m, l, acc = attend_prompt(
@@ -499,6 +508,7 @@ def _prefix_kernel(
                 last,
                 row_first,
                 row_last,
+                row_slope,
                 qk_scale,
                 K_STRIDE,
                 V_STRIDE,
@@ -515,4 +525,8 @@ def _prefix_kernel(
             index = first_partial + (split * num_requests + request.to(tl.int64)) * NUM_KV_HEADS + kv_head
             row = index * BLOCK_GROUP + m_rows % BLOCK_GROUP
             tl.store(partial + row[:, None] * HEAD_DIM + d[None, :], acc / l[:, None], mask=is_element)
-            tl.store(partial_lse + row, m + tl.log2(l), mask=is_row)
+            lse = m + tl.log2(l)
+            if slopes is not None:  # scores were as seen from the end of this part, not from the query
+                position = tl.load(seq_lens + request, mask=is_row, other=1) - 1
+                lse -= row_slope * (position - row_last).to(tl.float32)
+            tl.store(partial_lse + row, lse, mask=is_row)

@@ -137,6 +137,7 @@ def attend(
     seq_len,
     row_first,
     row_last,
+    row_slope,
     qk_scale,
     K_STRIDE: tl.constexpr,
     V_STRIDE: tl.constexpr,
@@ -154,7 +155,8 @@ def attend(
     k_cache and v_cache point at the KV head, `slots` at the sequence's line of the slot table; `slot` [BLOCK_N] is
     what stands there at `first`: the pipeliner would spend its stages on slots and leave few to keys and values, so
     they are loaded a tile ahead by hand. Row r sees tokens row_first[r] to row_last[r], which are looked at if
-    IS_MASKED (and HAS_WINDOW, for row_first). With LAZY_SUM l is [M, BLOCK_N], summed by the caller: a sum over
+    IS_MASKED (and HAS_WINDOW, for row_first). row_slope [M], or None: what scores lose with each token of distance
+    from row_last. With LAZY_SUM l is [M, BLOCK_N], summed by the caller: a sum over
     columns that several warps hold costs two barriers.
     """
     n = tl.arange(0, BLOCK_N)
@@ -174,6 +176,9 @@ def attend(
             scale = 1.0
         else:
             scale = qk_scale
+        if row_slope is not None:
+            scores = scores * scale - row_slope[:, None] * (row_last[:, None] - token[None, :]).to(tl.float32)
+            scale = 1.0
         if IS_MASKED:
             is_seen = token[None, :] <= row_last[:, None]
             if HAS_WINDOW:
@@ -212,6 +217,7 @@ def attend_prompt(
     seq_len,
     row_first,
     row_last,
+    row_slope,
     qk_scale,
     K_STRIDE: tl.constexpr,
     V_STRIDE: tl.constexpr,
@@ -232,16 +238,16 @@ def attend_prompt(
         masked = whole
         slot = load_slots(slots, slot_map, first, 0, seq_len, BLOCK_N)
         m, l, acc = attend(
-            q, m, l, acc, k_cache, v_cache, slots, slot_map, slot, first, whole, seq_len, row_first, row_last, qk_scale,
-            K_STRIDE, V_STRIDE, HEAD_DIM, False, False, SOFTCAP, False, BLOCK_N, BLOCK_D, PRECISION,
+            q, m, l, acc, k_cache, v_cache, slots, slot_map, slot, first, whole, seq_len, row_first, row_last,
+            row_slope, qk_scale, K_STRIDE, V_STRIDE, HEAD_DIM, False, False, SOFTCAP, False, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
     least = masked
     if HAS_WINDOW:
         least = tl.maximum(tl.min(row_first, axis=0), masked)
     slot = load_slots(slots, slot_map, masked, least, seq_len, BLOCK_N)
     return attend(
-        q, m, l, acc, k_cache, v_cache, slots, slot_map, slot, masked, last, seq_len, row_first, row_last, qk_scale,
-        K_STRIDE, V_STRIDE, HEAD_DIM, True, HAS_WINDOW, SOFTCAP, False, BLOCK_N, BLOCK_D, PRECISION,
+        q, m, l, acc, k_cache, v_cache, slots, slot_map, slot, masked, last, seq_len, row_first, row_last, row_slope,
+        qk_scale, K_STRIDE, V_STRIDE, HEAD_DIM, True, HAS_WINDOW, SOFTCAP, False, BLOCK_N, BLOCK_D, PRECISION,
     )  # fmt: skip
 
 
@@ -253,6 +259,16 @@ def share_beside_sink(lse, sinks, head, is_head):
     """
     sink = tl.load(sinks + head, mask=is_head, other=float("-inf")).to(tl.float32) * 1.4426950408889634  # LOG2_E
     return 1 / (1 + tl.exp2(sink - lse))
+
+
+@triton.jit
+def load_slopes(slopes, head, is_head):
+    """Load the slopes of heads `head` in units of log2; None where there are none."""
+    if slopes is None:
+        row_slope: tl.constexpr = None
+    else:
+        row_slope = tl.load(slopes + head, mask=is_head, other=0.0) * 1.4426950408889634  # LOG2_E
+    return row_slope
 
 
 @triton.jit

@@ -64,6 +64,7 @@ def naive(
     window: int,
     softcap: float,
     sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute one token and one head at a time, in float64."""
     out = torch.empty(q.shape, dtype=torch.float64)
@@ -79,6 +80,8 @@ def naive(
                 scores = k_cache[slots, head // group] @ q[token, head] * scale
                 if softcap:
                     scores = softcap * torch.tanh(scores / softcap)
+                if slopes is not None:
+                    scores -= slopes[head].double().cpu() * (position - torch.arange(first, position + 1))
                 if sinks is not None:
                     scores = torch.cat((scores, sinks[head : head + 1].double().cpu()))
                 out[token, head] = scores.softmax(0)[: len(slots)] @ v_cache[slots, head // group]
@@ -180,11 +183,61 @@ def test_sinks_count_once_where_a_prefix_is_shared() -> None:
     check(out, naive(q, k, v, batch, 0.3, -1, 0.0, sinks), q.dtype)
 
 
-def test_flashinfer_leaves_sinks_to_triton() -> None:
-    batch, sinks = make_batch([(1, 9), (6, 6), (3, 21)]), make_sinks(2)
+SLOPES = torch.tensor([0.5, 0.0, 0.03, 0.25, 1.0, 0.004], device=DEVICE)
+
+
+@KERNELS
+@pytest.mark.parametrize(("window", "softcap"), [(-1, 0.0), (8, 0.0), (-1, 2.0)])
+def test_slopes_take_from_scores_with_distance(kernel: Any, window: int, softcap: float) -> None:
+    batch = make_batch(MIXED)
+    q, k, v = make_inputs(batch, 6, 2)
+    result = kernel(q, k, v, batch, scale=0.3, window=window, softcap=softcap, slopes=SLOPES)
+    check(result, naive(q, k, v, batch, 0.3, window, softcap, slopes=SLOPES), q.dtype)
+
+
+def test_the_definition_takes_slopes_with_bfloat16() -> None:
+    batch = make_batch([(1, 300), (1, 270), (20, 280)])
+    q, k, v = make_inputs(batch, 6, 2, dtype=torch.bfloat16)
+    result = attention_torch(q, k, v, batch, scale=0.3, slopes=SLOPES)
+    check(result, naive(q, k, v, batch, 0.3, -1, 0.0, slopes=SLOPES), q.dtype)
+
+
+def test_slopes_and_sinks_may_come_together() -> None:
+    batch, sinks = make_batch(MIXED), make_sinks(6)
+    q, k, v = make_inputs(batch, 6, 2)
+    result = attention_torch(q, k, v, batch, scale=0.3, sinks=sinks, slopes=SLOPES)
+    check(result, naive(q, k, v, batch, 0.3, -1, 0.0, sinks, SLOPES), q.dtype)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_slopes_count_from_the_query_however_the_context_is_cut(num_splits: int) -> None:
+    batch = make_batch([*DECODES, (3, 90), (20, 150), (2, 2)])
+    q, k, v = make_inputs(batch, 6, 2)
+    result = torch.full_like(q, float("nan"))
+    decode(q, k, v, batch, result, scale=0.3, slopes=SLOPES, config=DecodeConfig(16, 4, 1, 1), num_programs=7)
+    prefill(q, k, v, batch, result, scale=0.3, slopes=SLOPES, num_splits=num_splits, min_split_len=16)
+    check(result, naive(q, k, v, batch, 0.3, -1, 0.0, slopes=SLOPES), q.dtype)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(-1, 0.0), (45, 2.0)])
+def test_slopes_count_from_the_query_where_a_prefix_is_shared(window: int, softcap: float) -> None:
+    batch = make_batch(GROUPED, groups=GROUPS)
+    q, k, v = make_inputs(batch, 6, 2)
+    out = torch.full_like(q, float("nan"))
+    decode(
+        q, k, v, batch, out, scale=0.3, window=window, softcap=softcap, slopes=SLOPES,
+        config=DecodeConfig(16, 4, 1, 1), num_programs=7, prefix_config=PrefillConfig(32, 16, 4, 1),
+        num_prefix_splits=3,
+    )  # fmt: skip
+    check(out, naive(q, k, v, batch, 0.3, window, softcap, slopes=SLOPES), q.dtype)
+
+
+@pytest.mark.parametrize("options", [{"sinks": make_sinks(2)}, {"slopes": SLOPES[:2]}])
+def test_flashinfer_leaves_sinks_and_slopes_to_triton(options: dict[str, torch.Tensor]) -> None:
+    batch = make_batch([(1, 9), (6, 6), (3, 21)])
     q, k, v = make_inputs(batch, 2, 1, 64, dtype=torch.float16)
-    result = flashinfer_attention.attention_flashinfer(q, k, v, batch, scale=0.1, sinks=sinks)
-    check(result, naive(q, k, v, batch, 0.1, -1, 0.0, sinks), q.dtype)
+    result = flashinfer_attention.attention_flashinfer(q, k, v, batch, scale=0.1, **options)
+    check(result, naive(q, k, v, batch, 0.1, -1, 0.0, **options), q.dtype)
 
 
 @KERNELS

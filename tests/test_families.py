@@ -56,7 +56,7 @@ SOME = ("batched", "large_chunks", "seven_token_chunks", "no_overlap")
 # What differs where steps, chunks or caches could tell: windows, two ropes, shared keys, vectors of layers, sinks.
 KINDS = (
     "gemma 2", "gemma 3", "gemma 4", "gemma 4 E2B", "phi 2", "phi 4 mini", "olmo 2", "olmo 3", "command-r7b",
-    "granite 3", "smollm 3 with windows", "exaone 4", "ministral 3", "gpt-2", "hunyuan", "gpt-oss",
+    "granite 3", "smollm 3 with windows", "exaone 4", "ministral 3", "gpt-2", "hunyuan", "bloom", "gpt-oss",
 )  # fmt: skip
 ON_ALL_GPU_MIXES = ("gemma 2", "gemma 4 E2B", "phi 2")
 ON_TWO_RANKS = ("gemma 4 E2B", "command-r7b", "olmo 3", "gpt-oss")

@@ -419,13 +419,6 @@ def test_what_no_published_chatglm_has_is_named(
         load_config(folder, EngineConfig(json_model_override_args=json.dumps(override)))
 
 
-def test_baichuan_13B_is_refused_by_name(made: Callable[[str], tuple[Path, Path]]) -> None:
-    folder, _ = made("baichuan 2 7B")
-    override = '{"max_position_embeddings": null}'
-    with pytest.raises(ModelError, match="Baichuan 13B is not supported: it has ALiBi"):
-        TinyEngine(folder, json_model_override_args=override)
-
-
 @torch.inference_mode()
 def test_qwen_1_beyond_its_length_is_stretched_in_steps_and_its_queries_grow(
     made: Callable[[str], tuple[Path, Path]],

@@ -170,6 +170,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLmConfig", {"use_qkv_bias": True}),
     "stablelm, parallel": ("StableLmConfig", {"use_parallel_residual": True}),
     "nemotron": ("NemotronConfig", {}),
+    "bloom": ("BloomConfig", {}),
+    "bloom, no power of two of heads": ("BloomConfig", {"num_attention_heads": 6, "hidden_size": 96}),
+    "mpt": ("MptConfig", {"num_attention_heads": 6, "hidden_size": 96, "max_seq_len": 512}),
+    "mpt, clamped": (
+        "MptConfig",
+        {
+            "max_seq_len": 512,
+            "attn_config": {"clip_qkv": 1.5, "softmax_scale": 0.3},
+        },
+    ),
+    "falcon": ("FalconConfig", {}),
+    "falcon 2": (
+        "FalconConfig",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "ffn_hidden_size": 96},
+    ),
+    "falcon 40b": ("FalconConfig", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "gpt-neox": ("GPTNeoXConfig", {}),
     "gpt-neox, not parallel": ("GPTNeoXConfig", {"use_parallel_residual": False}),
 }  # fmt: skip
@@ -388,6 +404,9 @@ def test_files_of_before_name_windows_and_local_rotation_in_their_own_way(
         ("phi 2", {"qk_layernorm": True}, "qk_layernorm is not supported for Phi"),
         ("gpt-2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is not supported"),
         ("opt", {"_remove_final_layer_norm": True}, "an OPT without its final norm"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm is"),
+        ("mpt", {"attn_config": {"alibi": False}}, "attn_config: alibi False is not supported for MPT, only True"),
+        ("mpt", {"logit_scale": 2.0}, "biases and logit_scale are not supported for MPT"),
     ],
 )
 def test_what_a_family_cannot_run_is_named(

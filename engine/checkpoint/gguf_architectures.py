@@ -161,7 +161,7 @@ def minicpm_multipliers(gguf: GGUF) -> dict[str, Any]:
 def no_alibi(gguf: GGUF) -> dict[str, Any]:
     """Raise `ModelError` for the one Baichuan whose positions are not rotary."""
     if gguf["{}.block_count"] == 40:
-        raise ModelError("Baichuan 13B, whose attention has ALiBi for positions, is not supported; the 7B models are")
+        raise ModelError("GGUF files of Baichuan 13B, which has ALiBi, are not supported; its safetensors are")
     return {}
 
 

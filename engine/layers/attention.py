@@ -70,8 +70,16 @@ class Attention(Layer):
         self.scale, self.window, self.softcap = config.scale, config.window, config.softcap
         self.shard = layers.shard
         self.sinks = meta_weight(self.num_heads, dtype=layers.dtype) if config.has_sinks else None
+        self.slopes = meta_weight(self.num_heads, dtype=torch.float32) if config.slopes else None
         self.has_window_slots = layers.has_window_slots and config.window >= 0
         self.backend = layers.attention_backend
+
+    def materialize(self, device: torch.device) -> None:
+        super().materialize(device)
+        if self.slopes is not None:
+            first = self.shard.index * self.num_heads
+            slopes = self.config.slopes[first : first + self.num_heads]
+            self.slopes = torch.tensor(slopes, dtype=torch.float32, device=device)
 
     def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002
         return match_shard(getattr(self, name), loaded, 0, self.shard)
@@ -163,6 +171,7 @@ class Attention(Layer):
             window=self.window,
             softcap=self.softcap,
             sinks=self.sinks,
+            slopes=self.slopes,
             backend=self.backend,
             has_decodes=has_decodes,
         )

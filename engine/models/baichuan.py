@@ -1,7 +1,7 @@
-"""Baichuan 7B, 1 and 2: a Llama whose q, k and v are in one `W_pack`.
+"""Baichuan 7B and 13B, 1 and 2: a Llama whose q, k and v are in one `W_pack`.
 
 Baichuan 2      each row of the head has length 1; known by a vocabulary other than Baichuan 1's
-13B             ALiBi in place of the rotary embedding, and then no `max_position_embeddings`: refused
+13B             nothing is rotated, scores fall with distance (ALiBi); known by having no `max_position_embeddings`
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from engine.errors import ModelError
-from engine.model_config import ModelConfig, read_decoder
+from engine.model_config import ModelConfig, alibi_slopes, head_dim_of, read_decoder
 from engine.models.base import CausalLM
 from engine.models.names import Piece, Rule, Split
+from engine.models.spelling import respelled
+from engine.rope_config import parse_rope
 
 BAICHUAN_1_VOCAB_SIZE = 64000
 
@@ -21,12 +22,14 @@ BAICHUAN_1_VOCAB_SIZE = 64000
 class Baichuan(CausalLM):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
-        if "max_position_embeddings" not in raw:
-            raise ModelError(
-                "Baichuan 13B is not supported: it has ALiBi, a bias on scores by distance, which the attention "
-                "kernels here do not add. Baichuan 7B is, and Baichuan2-7B"
-            )
-        return read_decoder(raw)
+        if "max_position_embeddings" in raw:
+            return read_decoder(raw)
+        raw = respelled(raw, max_position_embeddings="model_max_length")
+        return read_decoder(
+            raw,
+            rope=parse_rope(raw, head_dim_of(raw)).without_rotation,
+            slopes=alibi_slopes(raw["num_attention_heads"]),
+        )
 
     @property
     def names(self) -> Sequence[Rule]:

@@ -68,6 +68,7 @@ class StepSplitter:
             scale=attn.scale,
             softcap=attn.softcap,
             sinks=attn.sinks,
+            slopes=attn.slopes,
         )
         others = sum_over_ranks(comm, attn.o_proj, found[:first].flatten(1), residual=others, may_overwrite=True)
         weight.product(norm(others), act=mlp.act, out=gated[:first])
