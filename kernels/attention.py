@@ -239,7 +239,8 @@ def _sdpa(
 ) -> torch.Tensor:
     """Return softmax(scale q k^T) v [n, H, Q, D] of q [n, H, Q, D], k and v [n, Hkv, L, D].
 
-    mask: bool, or to be added to the scores, in q's dtype or float32; broadcast to [n, H, Q, L]. sinks: broadcast to [H, Q].
+    mask: bool, or to be added to the scores, in q's dtype or float32; broadcast to [n, H, Q, L]. sinks: broadcast to
+    [H, Q].
     """
     is_grouped = q.shape[1] != k.shape[1]
     if not softcap and sinks is None:

@@ -239,7 +239,8 @@ def attend_prompt(
         slot = load_slots(slots, slot_map, first, 0, seq_len, BLOCK_N)
         m, l, acc = attend(
             q, m, l, acc, k_cache, v_cache, slots, slot_map, slot, first, whole, seq_len, row_first, row_last,
-            row_slope, qk_scale, K_STRIDE, V_STRIDE, HEAD_DIM, False, False, SOFTCAP, False, BLOCK_N, BLOCK_D, PRECISION,
+            row_slope, qk_scale, K_STRIDE, V_STRIDE, HEAD_DIM, False, False, SOFTCAP, False, BLOCK_N, BLOCK_D,
+            PRECISION,
         )  # fmt: skip
     least = masked
     if HAS_WINDOW:
