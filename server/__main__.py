@@ -1,9 +1,16 @@
 """`python -m server`, and the console script `radixloop`."""
 
 if __name__ == "__main__":
+    import sys
+
+    from server.dispatch import dispatch
     from server.quiet import end_silently
 
     end_silently()  # on Ctrl-C, while the imports below take their seconds
+    words = dispatch(sys.argv[1:])
+    if isinstance(words, int):
+        sys.exit(words)
+    sys.argv[1:] = words
 
 import asyncio
 import dataclasses
@@ -27,7 +34,6 @@ from rich.table import Table
 
 from engine.engine import Engine, TokenizerFacade
 from engine.errors import EngineError
-from engine.models import architectures
 from engine.ranks.children import settle_garbage_collector
 from engine.request import Request, SamplingParams
 from engine.state import RequestState
@@ -55,15 +61,8 @@ END_NOTICE_S = 2.0  # likewise, of the end of what the drain was too short for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until SIGINT or SIGTERM. Returns the exit status: 0 after a signal, 1 if the server cannot start.
-
-    With the one word `models`, print what can be served.
-    """
-    arguments = sys.argv[1:] if argv is None else argv
-    if list(arguments) == ["models"]:
-        print(architectures.describe())
-        return 0
-    config = parse_args(arguments, os.environ)
+    """Serve until SIGINT or SIGTERM. Returns the exit status: 0 after a signal, 1 if the server cannot start."""
+    config = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
     # Before torch is imported: its OpenMP threads must not spin while they wait, or they starve the event loop.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)

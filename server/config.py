@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import yaml
 
 from engine.config import DEBUG, EngineConfig, option, option_type
+from server.commands import COMMANDS
 from server.fleet.torchrun import torchrun_options
 from server.foreign_flags import (
     MODELSCOPE_VARIABLES,
@@ -23,14 +24,13 @@ from server.foreign_flags import (
     translate,
     uses_modelscope,
 )
-from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS
-from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS
+from server.parser_names import REASONING_ALIASES, REASONING_NAMES, TOOL_ALIASES, TOOL_NAMES
 
 HTTP, API = "HTTP server", "API"
 DEFAULT_PORT = 30000
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-TOOL_CALL_PARSERS = ("none", *TOOL_FORMATS, *TOOL_ALIASES)
-REASONING_PARSERS = ("none", *REASONING_FORMATS, *REASONING_ALIASES)
+TOOL_CALL_PARSERS = ("none", *TOOL_NAMES, *TOOL_ALIASES)
+REASONING_PARSERS = ("none", *REASONING_NAMES, *REASONING_ALIASES)
 SECRETS = ("api_key", "api_key_file", "admin_api_key")
 # Keys that need not stand on the command line, which every user of the machine can read.
 SECRET_VARIABLES = {"api_key": "RADIXLOOP_API_KEY", "admin_api_key": "RADIXLOOP_ADMIN_API_KEY"}
@@ -141,14 +141,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] | None = None) ->
 
     environ: this process's environment, for what torchrun says in it, and SGLANG_USE_MODELSCOPE.
     """
-    parser = make_parser(
-        ServerConfig,
-        "radixloop",
-        "[--model-path MODEL] [options]",
-        "Serve a large language model from one process. `radixloop models` lists the architectures that are served.",
-        SERVER_FLAGS,
-    )
-    parser.epilog = f"{parser.epilog}\n  {' or '.join(MODELSCOPE_VARIABLES)}=true in the environment: --use-modelscope"
+    parser = server_parser()
     given = {**keys_from(environ or {}), **read_options(parser, argv)}
     if uses_modelscope(environ or {}):
         given["use_modelscope"] = True
@@ -159,6 +152,21 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] | None = None) ->
     if not 0 <= config.log_requests_level <= 3:
         parser.error(f"--log-requests-level must be between 0 and 3, got {config.log_requests_level}")
     return config
+
+
+def server_parser(*, add_help: bool = True) -> argparse.ArgumentParser:
+    """Return the parser of the server's command line."""
+    parser = make_parser(
+        ServerConfig,
+        "radixloop",
+        "[serve MODEL | --model-path MODEL] [options]",
+        "Serve a large language model from one process. Or, by the first word:\n\n"
+        + "\n".join(f"  {name:<12}{meaning}" for name, meaning in COMMANDS.items()),
+        SERVER_FLAGS,
+        add_help=add_help,
+    )
+    parser.epilog = f"{parser.epilog}\n  {' or '.join(MODELSCOPE_VARIABLES)}=true in the environment: --use-modelscope"
+    return parser
 
 
 def keys_from(environ: Mapping[str, str]) -> dict[str, str]:
@@ -193,7 +201,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(
-    config_class: type, prog: str, usage: str, description: str, foreign: Collection[ForeignFlag] = ()
+    config_class: type,
+    prog: str,
+    usage: str,
+    description: str,
+    foreign: Collection[ForeignFlag] = (),
+    *,
+    add_help: bool = True,
 ) -> argparse.ArgumentParser:
     """Make flags of every field made by `option`, in groups. Unset flags are absent from the result.
 
@@ -206,6 +220,7 @@ def make_parser(
         epilog=describe(foreign).replace("%", "%%") if foreign else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
+        add_help=add_help,
     )
     parser.foreign = foreign
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; the command line goes before it")

@@ -27,7 +27,7 @@ WORDS = {
         "engine.config_file",
         "engine.rope_config",
     },
-    "server": {"server.config", "server.foreign_flags"},
+    "server": {"server.config", "server.foreign_flags", "server.commands", "server.parser_names"},
 }
 # Wing -> what else of its package it may import. The rest of the engine drives these: loop, engine, build, ...
 WINGS = {
@@ -46,6 +46,7 @@ WINGS = {
     "server.watch": {"server.apis", "server.reading", "server.parsers"},
     "server.fleet": {"server.__main__", "server.app", "server.http", "server.reading"},
     "server.lang": {"server.apis", "server.http", "server.reading"},
+    "server.terminal": set(),
 }
 
 

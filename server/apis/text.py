@@ -11,9 +11,10 @@ from engine.declared import Object
 from engine.engine import Engine
 from engine.errors import InvalidRequest
 from server.http.intake import paced
+from server.parser_names import REASONING_ALIASES, TOOL_ALIASES
 from server.parsers import AnswerParser
-from server.parsers.reasoning import REASONING_ALIASES, REASONING_FORMATS
-from server.parsers.tool_calls import TOOL_ALIASES, TOOL_FORMATS, ToolCallParser
+from server.parsers.reasoning import REASONING_FORMATS
+from server.parsers.tool_calls import TOOL_FORMATS, ToolCallParser
 from server.reading.chat import Chats
 from server.reading.openai_body import DetokenizeRequest, TokenizeRequest
 from server.reading.protocol import JSON, check_token_ids, json_response, read_body

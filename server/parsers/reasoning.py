@@ -64,11 +64,6 @@ REASONING_FORMATS = {
     "qwen3-thinking": ALWAYS_THINK,
     "step3": ALWAYS_THINK,
 }
-REASONING_ALIASES = {  # vLLM's spellings
-    "deepseek_r1": "deepseek-r1",
-    "deepseek_v3": "deepseek-v3",
-    "openai_gptoss": "gpt-oss",
-}
 
 
 def find_reasoning_format(template: str) -> str | None:

@@ -740,18 +740,6 @@ TOOL_FORMATS: dict[str, Callable[[], ToolFormat]] = {
     "qwen25": Hermes,
     "qwen3_coder": Qwen3Coder,
 }
-TOOL_ALIASES = {  # other spellings, SGLang's and vLLM's
-    "deepseek_v3": "deepseekv3",
-    "deepseek_v31": "deepseekv31",
-    "glm": "glm45",
-    "glm47": "glm45",
-    "hermes": "qwen25",
-    "llama3_json": "llama3",
-    "llama4_pythonic": "pythonic",
-    "openai": "gpt-oss",
-    "qwen": "qwen25",
-    "qwen3_xml": "qwen3_coder",
-}
 # The first of these whose marks a chat template holds names its format.
 TEMPLATE_MARKS = (
     (("<tool_call>", "<function="), "qwen3_coder"),

@@ -14,16 +14,15 @@ from engine.errors import InvalidRequest
 from engine.request import SamplingParams
 from server.config import ServerConfig
 from server.http.live import Options
+from server.parser_names import REASONING_ALIASES, TOOL_ALIASES
 from server.parsers import AnswerParser
 from server.parsers.reasoning import (
-    REASONING_ALIASES,
     REASONING_FORMATS,
     ReasoningFormat,
     ReasoningParser,
     find_reasoning_format,
 )
 from server.parsers.tool_calls import (
-    TOOL_ALIASES,
     TOOL_FORMATS,
     Hermes,
     ToolFormat,

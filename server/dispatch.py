@@ -1,0 +1,75 @@
+"""The first word of a command line: what it runs, imported when it is asked for.
+
+Every other word belongs to the server, so `python -m server --model-path MODEL` is `radixloop serve MODEL`.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+
+from server.commands import COMMANDS
+
+
+def dispatch(argv: Sequence[str]) -> int | list[str]:
+    """Run a command that is not the server, and return its exit status; else return the server's own words.
+
+    Exits on --help, --version and a first word that is no command, before the imports that take a second.
+    """
+    first, rest = (argv[0], list(argv[1:])) if argv else ("", [])
+    if first == "serve":
+        return _server_words(["--model-path", *rest] if rest and not rest[0].startswith("-") else rest)
+    if first == "chat":
+        from server.terminal.chat import main as chat
+
+        return chat(rest)
+    if first == "doctor":
+        from server.terminal.doctor import main as doctor
+
+        return doctor(rest)
+    if first == "completion":
+        from server.terminal.completion import main as complete
+
+        return complete(rest)
+    if first == "models":
+        from engine.models.architectures import describe
+
+        print(describe())
+        return 0
+    if first == "router":
+        from server.fleet.router import main as route
+
+        return route(rest)
+    if first and not first.startswith("-"):
+        print(f"radixloop: error: {first} is no command{_hint(first)}", file=sys.stderr)
+        return 2
+    return _server_words(list(argv))
+
+
+def _server_words(words: list[str]) -> list[str]:
+    """Return the server's command line. Exits where it only asks for help or for the version."""
+    if "--version" in words:
+        print(f"radixloop {version()}")
+        raise SystemExit(0)
+    if {"-h", "--help"} & set(words):
+        from server.config import parse_args
+
+        parse_args(words, os.environ)
+    return words
+
+
+def version() -> str:
+    """Return the version that is installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("radixloop")
+    except metadata.PackageNotFoundError:
+        return "of a checkout that is not installed"
+
+
+def _hint(word: str) -> str:
+    near = difflib.get_close_matches(word, COMMANDS, 1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f": they are {', '.join(COMMANDS)}; to serve a model: radixloop serve {word}"

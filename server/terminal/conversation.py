@@ -1,0 +1,63 @@
+"""A conversation as the terminal keeps it: messages, a system prompt and settings, in a file if asked for."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+JSON = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Conversation:
+    model: str
+    system: str = ""
+    settings: JSON = field(default_factory=dict)
+    """Fields of the request's body, such as temperature."""
+    messages: list[JSON] = field(default_factory=list)
+    """The turns of user and assistant, oldest first."""
+
+    def body(self) -> JSON:
+        """Return the request whose answer is the next turn."""
+        first = [{"role": "system", "content": self.system}] if self.system else []
+        return {**self.settings, "model": self.model, "messages": [*first, *self.messages]}
+
+    def ask(self, question: str) -> None:
+        self.messages.append({"role": "user", "content": question})
+
+    def answer(self, text: str) -> None:
+        self.messages.append({"role": "assistant", "content": text})
+
+    def take_back(self) -> str | None:
+        """Forget the last question and its answer, and return the question; None if there is none."""
+        while self.messages:
+            message = self.messages.pop()
+            if message["role"] == "user":
+                return str(message["content"])
+        return None
+
+    def set(self, name: str, text: str) -> None:
+        """Set a field of the body to a JSON value, or a bare string; without a text, unset it."""
+        if not text:
+            self.settings.pop(name, None)
+            return
+        try:
+            self.settings[name] = json.loads(text)
+        except ValueError:
+            self.settings[name] = text
+
+    def save(self, path: Path) -> None:
+        content = {"model": self.model, "settings": self.settings, "messages": self.body()["messages"]}
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote, or a list of messages. Raises `ValueError` if it is neither."""
+        content = json.loads(path.read_text())
+        messages = content.get("messages") if isinstance(content, dict) else content
+        if not isinstance(messages, list) or not all(isinstance(one, dict) and "role" in one for one in messages):
+            raise ValueError("it holds no list of messages")
+        system = [str(one["content"]) for one in messages if one["role"] in ("system", "developer")]
+        self.system = "\n\n".join(system)
+        self.messages = [one for one in messages if one["role"] not in ("system", "developer")]
+        if isinstance(content, dict):
+            self.settings = dict(content.get("settings") or {})

@@ -1,0 +1,135 @@
+"""What is run in a terminal beside the server: commands by their first word, and a look at the machine."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from server.commands import COMMANDS
+from server.config import REASONING_PARSERS, TOOL_CALL_PARSERS, parse_args
+from server.dispatch import dispatch
+from server.parser_names import REASONING_NAMES, TOOL_NAMES
+from server.parsers.reasoning import REASONING_FORMATS
+from server.parsers.tool_calls import TOOL_FORMATS
+from server.terminal import doctor
+
+ROOT = Path(__file__).parent.parent
+HEAVY = {"torch", "aiohttp", "numpy", "transformers", "llguidance", "rich"}
+
+
+# ---- the first word ----
+
+
+def test_a_model_may_be_named_without_a_flag_behind_serve() -> None:
+    words = dispatch(["serve", "Qwen/Qwen3-0.6B", "--port", "1234"])
+    assert not isinstance(words, int)
+    config = parse_args(words)
+    assert (config.model_path, config.port) == ("Qwen/Qwen3-0.6B", 1234)
+    assert dispatch(["serve", "--port", "1"]) == dispatch(["--port", "1"]) == ["--port", "1"]
+    assert dispatch([]) == dispatch(["serve"]) == []
+
+
+@pytest.mark.parametrize(("word", "hint"), [("chatt", "did you mean chat?"), ("Qwen/x", "radixloop serve Qwen/x")])
+def test_a_word_that_is_no_command_is_an_error(word: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch([word]) == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text and meaning in text for name, meaning in COMMANDS.items())
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["serve", "-h"], ["chat", "--help"], ["doctor", "-h"]])
+@pytest.mark.parametrize("module", ["-m server", "console"])
+def test_help_and_version_load_nothing_heavy(words: list[str], module: str) -> None:
+    start = "runpy.run_module('server', run_name='__main__', alter_sys=True)" if module == "-m server" else "main()"
+    code = (
+        "import runpy, sys\nfrom server.console import main\n"
+        f"sys.argv[1:] = {words!r}\n"
+        f"try:\n    sys.exit({start})\n"
+        f"except SystemExit as end:\n    sys.exit(str(sorted({HEAVY!r} & sys.modules.keys()) or '') or end.code)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "radixloop" in ended.stdout
+
+
+def test_the_names_of_parsers_in_the_help_are_the_parsers() -> None:
+    assert tuple(REASONING_FORMATS) == REASONING_NAMES
+    assert tuple(TOOL_FORMATS) == TOOL_NAMES
+    assert set(REASONING_PARSERS) > set(REASONING_NAMES) and set(TOOL_CALL_PARSERS) > set(TOOL_NAMES)
+
+
+# ---- the doctor ----
+
+
+def test_a_machine_that_can_serve_is_said_to(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--port", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines[:-1]} <= {doctor.OK, doctor.NOTE}
+    subjects = {line[6:17].strip() for line in lines[:-1]}
+    assert {"Python", "packages", "memory", "CPU", "port", "torch"} <= subjects
+    assert lines[-1] == "This machine can serve models."
+
+
+@pytest.mark.parametrize("absent", doctor.NEEDED)
+def test_a_package_that_every_server_needs_is_a_failure(absent: str) -> None:
+    finding = next(iter(doctor.find_packages(lambda name: name != absent)))
+    assert finding.verdict == doctor.FAIL and absent in finding.fact
+
+
+@pytest.mark.parametrize("absent", doctor.EXTRAS)
+def test_a_package_that_some_models_need_is_a_note(absent: str) -> None:
+    first, second = doctor.find_packages(lambda name: name != absent)
+    assert (first.verdict, second.verdict, second.subject) == (doctor.OK, doctor.NOTE, absent)
+
+
+def test_little_memory_is_a_failure_that_ends_with_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "available_memory", lambda: 1 << 28)
+    monkeypatch.setattr(doctor, "find_devices", list)
+    assert doctor.main([]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL  memory      0.2 GiB available" in out and "cannot serve" in out
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        (finding,) = doctor.find_port("127.0.0.1", port)
+    assert finding.verdict == doctor.NOTE and f"127.0.0.1:{port}" in finding.fact
+
+
+def test_a_folder_without_room_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "not" / "made"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(doctor, "LEAST_DISK", 1 << 62)
+    models, kernels = doctor.find_folders()
+    assert (models.verdict, kernels.verdict) == (doctor.NOTE, doctor.OK)
+    assert str(tmp_path / "not" / "made") in models.fact
+
+
+# ---- completions ----
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_shell_completes_commands_and_flags(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in (*COMMANDS, "--model-path", "--temperature", "cache_aware"))
+
+
+def test_completions_without_their_library_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert dispatch(["completion", "bash"]) == 1
+    assert "pip install 'radixloop[completion]'" in capsys.readouterr().err
