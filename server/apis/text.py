@@ -64,18 +64,20 @@ class TextApi:
         body = await read_body(http_request, TokenizeRequest)
         answer: JSON = {"max_model_len": self.engine.context_length}
         if body.messages:
-            answer["prompt"] = await self.chats.rendered(body)
-            tokens: Any = await self.engine.encode(answer["prompt"], False, is_prompt=False)
+            prompt = await self.chats.rendered(body)
+            answer["prompt"] = prompt.text
+            tokens: Any
+            tokens, _ = await self.chats.encode(prompt, is_prompt=False)
         else:
-            prompt = body.text if body.prompt is None else body.prompt
-            if prompt is None:
+            given = body.text if body.prompt is None else body.prompt
+            if given is None:
                 raise body.wrong("text", "a string or a list of strings")
             add_special_tokens = body.add_special_tokens is not False
-            texts = prompt if isinstance(prompt, list) else [prompt]
+            texts = given if isinstance(given, list) else [given]
             tokens = [
                 await self.engine.encode(text, add_special_tokens, is_prompt=False) async for text in paced(texts)
             ]
-            if not isinstance(prompt, list):
+            if not isinstance(given, list):
                 tokens = tokens[0]
         is_batch = bool(tokens) and isinstance(tokens[0], list)
         answer |= {"tokens": tokens, "count": [len(row) for row in tokens] if is_batch else len(tokens)}

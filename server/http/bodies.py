@@ -1,5 +1,9 @@
 """The memory of request bodies: of each while it comes and is read, and of all together."""
 
+import contextlib
+from collections import deque
+from collections.abc import Iterator
+
 import numpy as np
 from aiohttp import web
 
@@ -19,10 +23,44 @@ class BodyTooLarge(EngineError):
 
 
 class BodyBudget:
-    """The bytes that all bodies may take from when they come to when their requests are made."""
+    """The bytes that all bodies, and the pictures in them, may take until their requests are made and computed."""
 
     def __init__(self, max_bytes: int) -> None:
-        self.max_bytes, self.num_bytes = max_bytes, 0
+        self.max_bytes = max_bytes
+        self._num_bytes = 0
+        self._given_back: deque[int] = deque()  # by any thread: it is that of the loop which adds them up
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are taken now."""
+        while self._given_back:
+            self._num_bytes -= self._given_back.popleft()
+        return self._num_bytes
+
+    def take(self, num_bytes: int) -> None:
+        """Take room. `QueueFull` if others leave none, `BodyTooLarge` if there never is so much."""
+        if num_bytes > self.max_bytes:
+            raise BodyTooLarge(
+                f"the request needs {num_bytes} bytes of memory, the limit set by --max-held-bytes is {self.max_bytes}"
+            )
+        if self.num_bytes + num_bytes > self.max_bytes:
+            raise QueueFull(
+                f"requests that are being read take {self.num_bytes} bytes of {self.max_bytes}: try again later"
+            )
+        self._num_bytes += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        """Leave room to others. From any thread."""
+        self._given_back.append(num_bytes)
+
+    @contextlib.contextmanager
+    def taken(self, num_bytes: int) -> Iterator[None]:
+        """Take room for as long as a `with` block runs."""
+        self.take(num_bytes)
+        try:
+            yield
+        finally:
+            self.give_back(num_bytes)
 
 
 class HeldBody:
@@ -50,12 +88,8 @@ class HeldBody:
         budget = self._budget
         if self._num_bytes + cost > budget.max_bytes:
             raise BodyTooLarge(f"the body takes more than {budget.max_bytes} bytes, the limit set by --max-held-bytes")
-        if budget.num_bytes + cost > budget.max_bytes:
-            raise QueueFull(
-                f"requests that are being read take {budget.num_bytes} bytes of {budget.max_bytes}: try again later"
-            )
+        budget.take(cost)
         self._num_bytes += cost
-        budget.num_bytes += cost
 
     def hold(self, body: Object) -> None:
         """Hold the body's fields, until `drop`."""
@@ -63,7 +97,7 @@ class HeldBody:
 
     def drop(self) -> None:
         """Forget the body's fields but the small ones, and leave its room to others: the requests have been made."""
-        self._budget.num_bytes -= self._num_bytes
+        self._budget.give_back(self._num_bytes)
         self._num_bytes = 0
         for name in self._body.__struct_fields__ if self._body is not None else ():
             value = getattr(self._body, name)

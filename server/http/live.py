@@ -13,6 +13,7 @@ from aiohttp import web
 
 from engine.engine import Engine, TokenizerFacade
 from engine.errors import EngineError, InvalidRequest
+from engine.media import PromptMedia
 from engine.request import Request, SamplingParams
 from engine.state import Delta, FinishReason, RequestState, Status
 from server.http.bodies import BODY
@@ -61,6 +62,7 @@ class Options:
     max_thinking_tokens: int | None = None
     reasoning_end_ids: list[int] = field(default_factory=list)
     return_hidden_states: bool = False
+    media: PromptMedia | None = None
 
 
 def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingParams, options: Options) -> list[Request]:
@@ -81,6 +83,7 @@ def make_requests(rids: Sequence[str], input_ids: list[int], params: SamplingPar
             max_thinking_tokens=options.max_thinking_tokens,
             reasoning_end_ids=options.reasoning_end_ids,
             return_hidden_states=options.return_hidden_states,
+            media=options.media,
         )
         for i, rid in enumerate(rids)
     ]
@@ -133,6 +136,8 @@ class LiveRequests:
                 del self._accepted[state.rid]
                 if state.status is not Status.FINISHED:
                     self.engine.abort(state.rid)
+                if state.request.media is not None:  # pixels: those who remember requests need none
+                    state.request = replace(state.request, media=None)
                 for observe in self.observers:
                     observe(state)
 

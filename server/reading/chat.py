@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import orjson
@@ -11,9 +12,11 @@ from aiohttp import web
 from engine.declared import convert
 from engine.engine import Engine, TokenizerFacade
 from engine.errors import InvalidRequest
+from engine.media import PromptMedia
 from engine.request import SamplingParams
 from server.config import ServerConfig
 from server.http.live import Options
+from server.media.reader import MediaPart, MediaReader
 from server.parser_names import REASONING_ALIASES, TOOL_ALIASES
 from server.parsers import AnswerParser
 from server.parsers.reasoning import (
@@ -29,12 +32,13 @@ from server.parsers.tool_calls import (
     find_tool_format,
     object_of,
 )
+from server.reading.contents import as_text, in_order, is_media, media_part
 from server.reading.custom_tools import arguments_of_input
 from server.reading.grammars import names_of_constraint
 from server.reading.openai_body import ChatFields, ChatRequest, Message, MessageToolCall, Part
 from server.reading.protocol import JSON, check_n, check_prompt_ids
 from server.reading.sampling import read_options, read_sampling_params
-from server.reading.templates import find_traits, shaped
+from server.reading.templates import find_media_roles, find_traits, shaped
 from server.reading.tool_choice import (
     ToolChoice,
     behind,
@@ -44,8 +48,6 @@ from server.reading.tool_choice import (
     tool_constraint,
 )
 from server.reading.tool_prompt import with_calls_as_text, with_tools
-
-MEDIA_PARTS = ("image_url", "input_image", "image", "input_audio", "audio_url", "video_url")
 
 RESERVED_VARIABLES = frozenset(
     {"self", "messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"}
@@ -126,6 +128,14 @@ def _read_template(name: str, tokenizer: TokenizerFacade) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation as its model reads it: a text, with placeholders of pictures and videos in it."""
+
+    text: str
+    media: Sequence[MediaPart] = ()  # in the order of their placeholders
+
+
+@dataclass(frozen=True, slots=True)
 class ChatTurn:
     """A conversation's next answer: what to generate it from and how, and how to read it."""
 
@@ -162,18 +172,18 @@ class Chats:
     That template also tells how the model writes reasoning and tool calls, unless the command line does.
     """
 
-    def __init__(self, engine: Engine, config: ServerConfig) -> None:
+    def __init__(self, engine: Engine, config: ServerConfig, media: MediaReader) -> None:
         """Load the template. `OSError` or `ValueError` if there is no such template."""
-        self.engine, self.config = engine, config
+        self.engine, self.config, self.media = engine, config, media
         self.template = load_chat_template(config.chat_template, engine.tokenizer)
         text = self.template or engine.tokenizer.chat_template or ""
         if isinstance(text, dict):
             text = "\n".join(text.values())
         self.tool_call_parser = _parser_name(config.tool_call_parser, find_tool_format(text))
         self.reasoning_parser = _parser_name(config.reasoning_parser, find_reasoning_format(text))
-        self.traits = find_traits(
-            lambda messages, tools: engine.tokenizer.render_chat(messages, tools=tools, chat_template=self.template)
-        )
+        render = partial(engine.tokenizer.render_chat, chat_template=self.template)
+        self.traits = find_traits(render)
+        self.media_roles = find_media_roles(render, engine.media_kinds, self.traits)
         if config.tool_call_parser is None and self.tool_call_parser is None and not self.traits.shows_tools:
             self.tool_call_parser = PLAINEST_TOOL_FORMAT
         has_prompt = self.tool_call_parser is not None and not config.disable_tool_prompt
@@ -189,7 +199,8 @@ class Chats:
     async def turn(self, body: ChatRequest) -> ChatTurn:
         """Read an OpenAI chat body. `InvalidRequest` names the field that is wrong."""
         choice = read_tool_choice(body)
-        prompt = await self.rendered(body, choice)
+        chat_prompt = await self.rendered(body, choice)
+        prompt = chat_prompt.text
         reasoning = self._reasoning(body, prompt)
         if reasoning is not None and not reasoning.is_inside and body.max_thinking_tokens is not None:
             if body.input_ids is not None:
@@ -199,7 +210,7 @@ class Chats:
         tool_format = self._tool_format(choice)
         params, names = self._sampling_params(body, choice, tool_format, reasoning)
         options = await self._options(body, reasoning)
-        input_ids = await self._input_ids(body, prompt)
+        input_ids, options.media = await self._input_ids(body, replace(chat_prompt, text=prompt))
 
         is_separate = body.separate_reasoning
         streams_reasoning = body.stream_reasoning
@@ -224,27 +235,42 @@ class Chats:
         end_ids = await self._ids(reasoning.format.end) if reasoning else []
         return ChatTurn(prompt, input_ids, params, options, new_parser, end_ids, names, choice.custom)
 
-    async def _input_ids(self, body: ChatRequest, prompt: str) -> list[int]:
-        """Return the body's token ids (SGLang's field), else those of `prompt`.
+    async def _input_ids(self, body: ChatRequest, prompt: ChatPrompt) -> tuple[list[int], PromptMedia | None]:
+        """Return the body's token ids (SGLang's field), else those of `prompt`, and what it shows.
 
         Beside ids of the body, `prompt` only decides how the answer is read.
         """
         if body.input_ids is not None:
-            return check_prompt_ids(self.engine, body.input_ids, "input_ids")
+            if prompt.media:
+                raise InvalidRequest(f"input_ids may not be given beside {prompt.media[0].path}", "input_ids")
+            return check_prompt_ids(self.engine, body.input_ids, "input_ids"), None
         # Unless vLLM's field says otherwise: templates write special tokens themselves.
-        input_ids = await self.engine.encode(prompt, bool(body.add_special_tokens))
+        input_ids, media = await self.encode(prompt, bool(body.add_special_tokens))
         if not input_ids:
             raise InvalidRequest("messages make an empty prompt", "messages")
-        return input_ids
+        return input_ids, media
 
-    async def rendered(self, body: ChatFields, choice: ToolChoice | None = None) -> str:
+    async def encode(
+        self, prompt: ChatPrompt, add_special_tokens: bool = False, *, is_prompt: bool = True
+    ) -> tuple[list[int], PromptMedia | None]:
+        """Return the token ids of a prompt, and its pictures and videos, which are read for it."""
+        if not prompt.media:
+            return await self.engine.encode(prompt.text, add_special_tokens, is_prompt=is_prompt), None
+        return await self.engine.encode_media(prompt.text, await self.media.read(prompt.media))
+
+    async def rendered(self, body: ChatFields, choice: ToolChoice | None = None) -> ChatPrompt:
         """Return what `render` does, off the event loop if there are many messages."""
         is_long = len(body.messages) > MANY_MESSAGES
         return await asyncio.to_thread(self.render, body, choice) if is_long else self.render(body, choice)
 
-    def render(self, body: ChatFields, choice: ToolChoice | None = None) -> str:
+    def render(self, body: ChatFields, choice: ToolChoice | None = None) -> ChatPrompt:
         """Render the prompt of a chat request. `InvalidRequest` names the message, or says why the template refused."""
-        messages = parse_messages(body.messages)
+        media: list[MediaPart] = []
+        kinds = self.engine.media_kinds
+        text = self._render(parse_messages(body.messages, media if kinds else None), body, choice)
+        return ChatPrompt(text, in_order(text, media, kinds, "messages") if media else ())
+
+    def _render(self, messages: list[JSON], body: ChatFields, choice: ToolChoice | None) -> str:
         continues = body.continue_final_message
         if continues and messages[-1]["role"] != "assistant":
             raise InvalidRequest("continue_final_message needs an assistant message at the end", "messages")
@@ -255,7 +281,7 @@ class Chats:
         def render(messages: list[JSON]) -> str:
             shown, template_tools = (messages, tools) if self.traits.shows_tools else self._described(messages, tools)
             return self.engine.tokenizer.render_chat(
-                shaped(shown, self.traits),
+                shaped(shown, self.traits, self.media_roles, self.engine.media_kinds),
                 tools=template_tools,
                 add_generation_prompt=adds_prompt,
                 continue_final_message=continues,
@@ -310,7 +336,8 @@ class Chats:
             return None
         format_ = REASONING_FORMATS[self.reasoning_parser]
         if body.continue_final_message:
-            begun = parse_messages(body.messages)[-1]["content"].rpartition(format_.start)
+            content = parse_messages(body.messages[-1:], [])[-1]["content"]
+            begun = as_text(content, self.engine.media_kinds).rpartition(format_.start)
             is_inside = bool(begun[1]) and format_.end not in begun[2]
             return Reasoning(format_, True) if is_inside else None
         variables = _template_variables(body)
@@ -421,18 +448,21 @@ def chat_call(call_id: str, name: str, arguments: str | JSON) -> JSON:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def parse_messages(given: list[JSON]) -> list[JSON]:
-    """Check messages: known roles, content as one string (null only beside tool calls)."""
+def parse_messages(given: list[JSON], media: list[MediaPart] | None = None) -> list[JSON]:
+    """Check messages: known roles, content as one string (null only beside tool calls), or a list if it shows media.
+
+    media: gets what the messages show; None: they may show nothing. See `server.reading.contents` for the lists.
+    """
     if not given:
         raise InvalidRequest("messages must be a list of at least one message", "messages")
     read = convert(given, list[Message], "messages")
-    return [_parse_message(*both, f"messages[{i}]") for i, both in enumerate(zip(given, read, strict=True))]
+    return [_parse_message(*both, f"messages[{i}]", media) for i, both in enumerate(zip(given, read, strict=True))]
 
 
-def _parse_message(written: JSON, read: Message, path: str) -> JSON:
+def _parse_message(written: JSON, read: Message, path: str, media: list[MediaPart] | None) -> JSON:
     message = {**written, "role": "system" if read.role == "developer" else read.role}
     if isinstance(read.content, list):
-        message["content"] = "\n".join(_text_of(part, f"{path}.content[{i}]") for i, part in enumerate(read.content))
+        message["content"] = _parse_parts(written["content"], read.content, f"{path}.content", media)
     elif read.content is None and read.role in ("assistant", "tool", "function"):
         message["content"] = read.refusal or ""  # beside calls, reasoning or a refusal, or for nothing
     elif read.content is None:
@@ -447,11 +477,25 @@ def _parse_message(written: JSON, read: Message, path: str) -> JSON:
     return message
 
 
+def _parse_parts(written: list[JSON], parts: list[Part], path: str, media: list[MediaPart] | None) -> str | list[JSON]:
+    """Return the texts as one, or in a list with the places of what is shown between them."""
+    if not any(map(is_media, parts)):
+        return "\n".join(_text_of(part, f"{path}[{i}]") for i, part in enumerate(parts))
+    contents: list[JSON] = []
+    for i, part in enumerate(parts):
+        if not is_media(part):
+            contents.append({"type": "text", "text": _text_of(part, f"{path}[{i}]")})
+            continue
+        if media is None:
+            raise InvalidRequest(f"{path}[{i}] is {part.type}, but this model reads text only", f"{path}[{i}].type")
+        media.append(media_part(written[i], part, f"{path}[{i}]"))
+        contents.append({"type": media[-1].kind})
+    return contents
+
+
 def _text_of(part: Part, path: str) -> str:
     if part.type == "refusal":  # an assistant's
         return part.refusal or ""
-    if part.type in MEDIA_PARTS:
-        raise InvalidRequest(f"{path} is {part.type}, but this model reads text only", f"{path}.type")
     if part.type not in ("text", "input_text") or part.text is None:
         raise InvalidRequest(f'{path} must be {{"type": "text", "text": ...}}', path)
     return part.text

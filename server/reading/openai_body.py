@@ -6,6 +6,7 @@ from msgspec import Meta
 
 from engine.declared import Count, Object
 from engine.request import SamplingFields
+from server.media.limits import MAX_SETTING
 from server.reading.protocol import JSON
 from server.reading.shared_fields import MAX_OBJECTS, Prompts, RequestFields, Text, described_as
 
@@ -84,10 +85,42 @@ class StructuredOutputs(
 # Classes of what there is much of have no defaults but None: no null is to be looked for.
 
 
-class Part(Object):
+Pixels = Annotated[int, Meta(ge=1, le=MAX_SETTING)]
+
+
+class MediaFields(Object):
+    """Say how a picture or video is read, as far as its model can be told."""
+
+    detail: (
+        Annotated[
+            Literal["auto", "low", "high", "original"], Meta(description="low: at most 512 x 512 pixels are looked at")
+        ]
+        | None
+    ) = None
+    min_pixels: Pixels | None = None
+    max_pixels: Pixels | None = None
+    min_dynamic_patch: Pixels | None = None
+    max_dynamic_patch: Pixels | None = None
+    fps: Annotated[Pixels, Meta(description="frames a second that are taken of a video")] | None = None
+    max_frames: Pixels | None = None
+    num_frames: Pixels | None = None
+
+
+class MediaUrl(MediaFields):
+    url: Annotated[str, Meta(description="a data URI, or an http(s) URL of a host that the server allows")] | None = (
+        None
+    )
+
+
+class Part(MediaFields):
     type: str | None = None
     text: str | None = None
     refusal: str | None = None
+    image_url: MediaUrl | str | None = None
+    image: Annotated[str, Meta(description="as image_url")] | None = None
+    video_url: MediaUrl | str | None = None
+    video: Annotated[str | list[str], Meta(description="as video_url, or the frames one by one")] | None = None
+    uuid: Annotated[str, Meta(description="has no effect: equal files are found by what they hold")] | None = None
 
 
 class CalledFunction(Object):

@@ -1,12 +1,13 @@
 """Find out what a model's chat template can show, by rendering marks and looking for them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from engine.errors import InvalidRequest
+from server.reading.contents import as_parts, as_text
 from server.reading.protocol import JSON
 
 MARK = "radixloop7mark"
@@ -79,17 +80,60 @@ def find_traits(render: Render) -> TemplateTraits:
     )
 
 
-def shaped(messages: Sequence[JSON], traits: TemplateTraits) -> list[JSON]:
-    """Return `messages` in the shapes that a template of these traits shows."""
-    if not (traits.parts_roles or traits.takes_text_arguments):
+def find_media_roles(
+    render: Render, placeholders: Mapping[str, str], traits: TemplateTraits
+) -> frozenset[tuple[str, str]]:
+    """Return (role, kind) of each message whose template writes the placeholder of that kind for a part of that type.
+
+    placeholders: by kind, of the model. For other roles the placeholder has to stand in the text.
+    """
+    user: JSON = {"role": "user", "content": _parts("Hi") if "user" in traits.parts_roles else "Hi"}
+    around: dict[str, tuple[list[JSON], list[JSON]]] = {
+        "user": ([], []),
+        "system": ([], [user]),
+        "assistant": ([user], [user]),
+        "tool": ([user, _calling("find")], []),
+    }
+    found = set()
+    for kind, placeholder in placeholders.items():
+        for role, (before, behind) in around.items():
+            message: JSON = {"role": role, "content": [{"type": kind}, *_parts(MARK)]}
+            if role == "tool":
+                message |= {"tool_call_id": "call00001", "name": "find"}
+            try:
+                text = render([*before, message, *behind], None)
+            except InvalidRequest:
+                continue
+            if MARK in text and text.count(placeholder) == 1:
+                found.add((role, kind))
+    return frozenset(found)
+
+
+def shaped(
+    messages: Sequence[JSON],
+    traits: TemplateTraits,
+    media_roles: Collection[tuple[str, str]] = (),
+    placeholders: Mapping[str, str] = {},
+) -> list[JSON]:
+    """Return `messages` in the shapes that a template of these traits shows.
+
+    media_roles: see `find_media_roles`. placeholders: by kind, of pictures and videos.
+    """
+    if not (traits.parts_roles or traits.takes_text_arguments or placeholders):
         return list(messages)
-    return [_shaped(message, traits) for message in messages]
+    return [_shaped(message, traits, media_roles, placeholders) for message in messages]
 
 
-def _shaped(message: JSON, traits: TemplateTraits) -> JSON:
-    changed = dict(message)
-    if message["role"] in traits.parts_roles and isinstance(message.get("content"), str):
-        changed["content"] = _parts(message["content"])
+def _shaped(
+    message: JSON, traits: TemplateTraits, media_roles: Collection[tuple[str, str]], placeholders: Mapping[str, str]
+) -> JSON:
+    changed, role, content = dict(message), message["role"], message.get("content")
+    if isinstance(content, list) and not all(
+        part["type"] == "text" or (role, part["type"]) in media_roles for part in content
+    ):
+        content = changed["content"] = as_text(content, placeholders)
+    if role in traits.parts_roles and isinstance(content, str):
+        changed["content"] = as_parts(content)
     if traits.takes_text_arguments and message.get("tool_calls"):
         changed["tool_calls"] = [_with_text_arguments(call) for call in message["tool_calls"]]
     return changed

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from server.parsers.tool_calls import ToolFormat, json_of
+from server.reading.contents import together
 from server.reading.protocol import JSON
 
 
@@ -15,8 +16,8 @@ def with_tools(messages: Sequence[JSON], tools: Sequence[JSON], format_: ToolFor
     if place is None or (has_system and place > 0):
         return [{"role": role, "content": text}, *messages]
     content = messages[place]["content"]
-    together = f"{content}\n\n{text}" if has_system else f"{text}\n\n{content}"
-    messages[place] = {**messages[place], "content": together}
+    both = (content, text) if has_system else (text, content)
+    messages[place] = {**messages[place], "content": together(*both, separator="\n\n")}
     return messages
 
 
@@ -40,15 +41,15 @@ def with_calls_as_text(messages: Sequence[JSON], format_: ToolFormat) -> list[JS
     answers_tools = False  # the last message is a user's of results
     for message in messages:
         if message["role"] in ("tool", "function"):
-            result = f"<tool_response>\n{message['content']}\n</tool_response>"
+            result = together("<tool_response>", message["content"], "</tool_response>")
             if answers_tools:
-                shown[-1]["content"] += f"\n{result}"
+                shown[-1]["content"] = together(shown[-1]["content"], result)
             else:
                 shown.append({"role": "user", "content": result})
             answers_tools = True
             continue
         if answers_tools and message["role"] == "user":  # many templates want users and assistants in turn
-            shown[-1]["content"] += f"\n{message['content']}"
+            shown[-1]["content"] = together(shown[-1]["content"], message["content"])
             continue
         answers_tools = False
         shown.append(_with_calls(message, format_) if message.get("tool_calls") else message)
@@ -58,5 +59,5 @@ def with_calls_as_text(messages: Sequence[JSON], format_: ToolFormat) -> list[JS
 def _with_calls(message: JSON, format_: ToolFormat) -> JSON:
     functions = [call["function"] for call in message["tool_calls"]]
     calls = [format_.written(function.get("name") or "", function["arguments"]) for function in functions]
-    texts = [message["content"], *calls] if message["content"] else calls
-    return {**{name: value for name, value in message.items() if name != "tool_calls"}, "content": "\n".join(texts)}
+    contents = [message["content"], *calls] if message["content"] else calls
+    return {**{name: value for name, value in message.items() if name != "tool_calls"}, "content": together(*contents)}

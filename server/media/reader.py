@@ -1,0 +1,371 @@
+"""Read the pictures and videos of a request: sources, headers, their tokens, and only then pixels.
+
+Files are opened, and pixels decoded, in a few threads. What they take of memory is taken from the budget of bodies:
+encoded bytes for as long as they are read, pixels for as long as anybody holds them.
+"""
+
+import asyncio
+import hashlib
+import os
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from engine.engine import Engine
+from engine.errors import InvalidRequest, PromptTooLong, QueueFull
+from engine.media import Image, Kind, Media, MediaSize, Video
+from server.http.bodies import BodyBudget
+from server.media import images, videos
+from server.media.broken import BrokenMedia
+from server.media.fetch import Fetcher
+from server.media.files import base64_len, data_of_uri, decode_base64, path_of_uri, read_local
+from server.media.limits import MAX_TOTAL_PIXELS, READ_S, MediaLimits
+
+T = TypeVar("T")
+CACHE_BYTES = 128 << 20  # of pixels that are kept, in case their file comes again: as the next turn's
+MAX_THREADS = 4
+NUM_FRAMES = "video:"  # SGLang's language sends video:8:<base64>, a video of which eight frames are wanted
+
+
+@dataclass(frozen=True, slots=True)
+class MediaPart:
+    """Name a picture or video of a request, as its client did."""
+
+    kind: Kind
+    source: str | Sequence[str]  # a data URI, a URL, a path, or base64 text; of a video also its frames, so each
+    path: str  # of the field in the request, for errors
+    settings: Mapping[str, int] = field(default_factory=dict)  # those asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A file whose header was read."""
+
+    part: MediaPart
+    key: Hashable  # of its pixels
+    size: MediaSize
+    decode: Callable[[], Media]  # blocks
+    working_bytes: int  # of memory, while it is decoded, beside the pixels
+
+
+class Share:
+    """The part of a `budget` that one request's encoded files take."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget, self._num_bytes = budget, 0
+
+    def __enter__(self) -> "Share":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._budget.give_back(self._num_bytes)
+
+    def take(self, num_bytes: int) -> None:
+        self._budget.take(num_bytes)
+        self._num_bytes += num_bytes
+
+
+class MediaReader:
+    """Reads what the model behind `engine` can see, within `limits`."""
+
+    def __init__(self, engine: Engine, limits: MediaLimits, budget: BodyBudget, fetcher: Fetcher | None = None) -> None:
+        self.engine, self.limits, self._budget = engine, limits, budget
+        self._fetcher = fetcher or Fetcher(limits.domains)
+        num_threads = min(MAX_THREADS, os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(num_threads, "media")
+        self._slots = asyncio.Semaphore(num_threads)
+        self._cache = PixelCache(CACHE_BYTES)
+
+    async def read(self, parts: Sequence[MediaPart]) -> list[Media]:
+        """Return the decoded pictures and videos. `InvalidRequest` names the client's field of one that is wrong."""
+        self._check_counts(parts)
+        with Share(self._budget) as share:
+            try:
+                async with asyncio.timeout(READ_S):
+                    opened = await _all(self._open(part, share) for part in parts)
+                    self._admit(opened)
+                    return await _all(map(self._decoded, opened))
+            except TimeoutError:
+                raise QueueFull(
+                    f"the request's pictures were not read within {READ_S:.0f} s: try again later"
+                ) from None
+
+    def _check_counts(self, parts: Sequence[MediaPart]) -> None:
+        known = self.engine.media_kinds
+        counts = dict.fromkeys(self.limits.counts, 0)
+        for part in parts:
+            if part.kind not in known:
+                reads = " and ".join(["text", *(f"{kind}s" for kind in known)]) if known else "text only"
+                raise InvalidRequest(f"{part.path} is a {part.kind}, but this model reads {reads}", part.path)
+            counts[part.kind] += 1
+            if counts[part.kind] > self.limits.counts[part.kind]:
+                total = sum(one.kind == part.kind for one in parts)
+                raise InvalidRequest(
+                    f"{part.path} is one of {total} {part.kind}s, the limit is {self.limits.counts[part.kind]} a "
+                    "request (--limit-mm-per-prompt)",
+                    part.path,
+                )
+
+    def _admit(self, opened: Sequence[Opened]) -> None:
+        """Refuse what is too large for the server or the context, before a pixel is decoded."""
+        pixels = [one.size.width * one.size.height * one.size.num_frames for one in opened]
+        if sum(pixels) > MAX_TOTAL_PIXELS:
+            path = opened[pixels.index(max(pixels))].part.path
+            raise InvalidRequest(
+                f"the request's pictures have {sum(pixels)} pixels, the limit is {MAX_TOTAL_PIXELS}; most has {path}",
+                path,
+            )
+        counts = self.engine.count_media_tokens([one.size for one in opened])
+        num_tokens, limit = sum(counts), self.engine.context_length
+        if num_tokens >= limit:
+            path = opened[counts.index(max(counts))].part.path
+            raise PromptTooLong(
+                f"the request's pictures take {num_tokens} tokens, the context is {limit}; most takes {path}",
+                path,
+                prompt_len=num_tokens,
+                limit=limit,
+            )
+
+    # ---- opening ----
+
+    async def _open(self, part: MediaPart, share: Share) -> Opened:
+        with _named(part):
+            return await (self._open_image(part, share) if part.kind == "image" else self._open_video(part, share))
+
+    async def _open_image(self, part: MediaPart, share: Share) -> Opened:
+        assert isinstance(part.source, str)
+        data = await self._bytes(part.source, "image", share)
+        header, digest = await self._threaded(_image_header, data)
+        settings = self.limits.settings_of("image", part.settings)
+        return Opened(
+            part,
+            digest,
+            MediaSize("image", header.width, header.height, settings=settings),
+            lambda: _image_of(images.decode(data, header)),
+            header.num_pixels * (images.BYTES_A_PIXEL - 3),
+        )
+
+    async def _open_video(self, part: MediaPart, share: Share) -> Opened:
+        source, settings = part.source, self.limits.settings_of("video", part.settings)
+        if isinstance(source, str) and source.startswith(NUM_FRAMES):
+            number, _, source = source.removeprefix(NUM_FRAMES).partition(":")
+            if not (number.isdecimal() and int(number[:6]) > 0):
+                raise BrokenMedia("is no video of the form video:8:<base64 text>")
+            settings["num_frames"] = int(number[:6])
+        if isinstance(source, str) and source.startswith("data:") and source.find(",", 256) > 0:
+            media_type, text = data_of_uri(source)
+            if media_type.startswith("video/"):  # vLLM's: frames in one URI
+                source = text.split(",")
+        if not isinstance(source, str):
+            return await self._open_frames(part, source, settings, share)
+        data = await self._bytes(source, "video", share)
+        header, digest = await self._threaded(_video_header, data, settings)
+        return Opened(
+            part,
+            (digest, header),
+            MediaSize("video", header.width, header.height, len(header.indices), settings),
+            lambda: _video_of(videos.decode(data, header, time.monotonic() + READ_S), header.times_s),
+            header.working_bytes,
+        )
+
+    async def _open_frames(
+        self, part: MediaPart, sources: Sequence[str], settings: Mapping[str, int], share: Share
+    ) -> Opened:
+        if not sources:
+            raise BrokenMedia("is a video without frames")
+        sources = videos.sampled(sources, settings)
+        files, headers, digests = [], [], []
+        for i, source in enumerate(sources):
+            try:
+                files.append(await self._bytes(source, "image", share))
+                header, digest = await self._threaded(_image_header, files[-1])
+            except BrokenMedia as error:
+                raise BrokenMedia(f"has a frame {i} that {error}") from None
+            headers.append(header)
+            digests.append(digest)
+            if (header.width, header.height) != (headers[0].width, headers[0].height):
+                raise BrokenMedia(
+                    f"has a frame {i} of {header.width} x {header.height} pixels, "
+                    f"the first has {headers[0].width} x {headers[0].height}"
+                )
+        times = videos.frame_times(len(files), settings)
+
+        def decode() -> Media:
+            return _video_of(np.stack([images.decode(*frame) for frame in zip(files, headers, strict=True)]), times)
+
+        first = headers[0]
+        return Opened(
+            part,
+            (*digests, times),
+            MediaSize("video", first.width, first.height, len(files), settings),
+            decode,
+            first.num_pixels * (3 * len(files) + images.BYTES_A_PIXEL),
+        )
+
+    async def _bytes(self, source: str, kind: Kind, share: Share) -> bytes:
+        """Return the file that `source` names or holds."""
+        if source.startswith("data:"):
+            media_type, text = data_of_uri(source)
+            if not media_type.startswith((f"{kind}/", "application/octet-stream")) and media_type:
+                raise BrokenMedia(f"is {media_type[:64]!r} by its data URI, and no {kind}")
+        elif source[:8].lower().startswith(("http://", "https://")):
+            return await self._fetcher.fetch(source, kind, share.take)
+        elif (data := await self._local(source, kind)) is not None:
+            share.take(len(data))
+            return data
+        elif "://" in source[:64]:
+            raise BrokenMedia("is neither a data URI nor an http(s) URL")
+        else:
+            text = source
+        share.take(base64_len(text))
+        return await self._threaded(decode_base64, text, kind)
+
+    async def _local(self, source: str, kind: Kind) -> bytes | None:
+        """Return the file of this machine that `source` names; None if it names none."""
+        is_uri, root = source.startswith("file:"), self.limits.local_path
+        if not root:
+            if is_uri:
+                raise BrokenMedia("is a path, and this server reads no files (--allowed-local-media-path is not set)")
+            return None
+        path = path_of_uri(source) if is_uri else source
+        data = await self._threaded(read_local, path, root, kind)
+        if data is None and is_uri:
+            raise BrokenMedia("is no file under --allowed-local-media-path")
+        return data
+
+    # ---- decoding ----
+
+    async def _decoded(self, one: Opened) -> Media:
+        media = self._cache.get(one.key)
+        if media is None:
+            with _named(one.part):
+                media = await self._decode(one)
+            self._cache.put(one.key, media)
+        return replace(media, settings=one.size.settings)
+
+    async def _decode(self, one: Opened) -> Media:
+        size = one.size
+        kept_bytes = size.width * size.height * size.num_frames * 3
+        num_bytes = one.working_bytes + kept_bytes
+        await self._slots.acquire()
+        try:
+            self._make_room(num_bytes)
+        except BaseException:
+            self._slots.release()
+            raise
+        loop = asyncio.get_running_loop()
+
+        def end(decoding: "Future[Media]") -> None:
+            self._budget.give_back(one.working_bytes)
+            if decoding.cancelled() or decoding.exception() is not None:
+                self._budget.give_back(kept_bytes)
+            else:
+                holding = weakref.finalize(_array_of(decoding.result()), self._budget.give_back, kept_bytes)
+                holding.atexit = False
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._slots.release)
+
+        decoding = self._threads.submit(one.decode)
+        decoding.add_done_callback(end)
+        return await asyncio.wrap_future(decoding)
+
+    def _make_room(self, num_bytes: int) -> None:
+        try:
+            self._budget.take(num_bytes)
+        except QueueFull:
+            self._cache.clear()
+            self._budget.take(num_bytes)
+
+    async def _threaded(self, call: Callable[..., T], *args: Any) -> T:
+        """Call in a thread. The slot stays taken until the call has ended, though its caller may have gone."""
+        await self._slots.acquire()
+        loop = asyncio.get_running_loop()
+
+        def end(_: "Future[T]") -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._slots.release)
+
+        called = self._threads.submit(call, *args)
+        called.add_done_callback(end)
+        return await asyncio.wrap_future(called)
+
+
+class PixelCache:
+    """The pictures and videos decoded last, by the digests of their files: as many as fit into `max_bytes`."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.num_bytes = max_bytes, 0
+        self._media: OrderedDict[Hashable, Media] = OrderedDict()
+
+    def get(self, key: Hashable) -> Media | None:
+        media = self._media.get(key)
+        if media is not None:
+            self._media.move_to_end(key)
+        return media
+
+    def put(self, key: Hashable, media: Media) -> None:
+        num_bytes = _array_of(media).nbytes
+        if key in self._media or num_bytes > self.max_bytes // 2:
+            return
+        self._media[key] = media
+        self.num_bytes += num_bytes
+        while self.num_bytes > self.max_bytes:
+            _, oldest = self._media.popitem(last=False)
+            self.num_bytes -= _array_of(oldest).nbytes
+
+    def clear(self) -> None:
+        self._media.clear()
+        self.num_bytes = 0
+
+
+@contextmanager
+def _named(part: MediaPart) -> Iterator[None]:
+    """Turn a `BrokenMedia` of a `with` block into the `InvalidRequest` that names the client's field."""
+    try:
+        yield
+    except BrokenMedia as error:
+        raise InvalidRequest(f"{part.path} {error}", part.path) from None
+
+
+async def _all(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Return what the calls return, made at the same time. The first error ends the others."""
+    tasks = [asyncio.create_task(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _image_header(data: bytes) -> tuple[images.Header, bytes]:
+    return images.read_header(data), hashlib.sha256(data).digest()
+
+
+def _video_header(data: bytes, settings: Mapping[str, int]) -> tuple[videos.Header, bytes]:
+    return videos.read_header(data, settings), hashlib.sha256(data).digest()
+
+
+def _image_of(pixels: np.ndarray) -> Image:
+    return Image(pixels, _digest("image", pixels, ()))
+
+
+def _video_of(frames: np.ndarray, times_s: tuple[float, ...]) -> Video:
+    return Video(frames, times_s, _digest("video", frames, times_s))
+
+
+def _digest(kind: Kind, pixels: np.ndarray, times_s: tuple[float, ...]) -> bytes:
+    digest = hashlib.sha256(repr((kind, pixels.shape, times_s)).encode())
+    digest.update(pixels.data)
+    return digest.digest()
+
+
+def _array_of(media: Media) -> np.ndarray:
+    return media.pixels if isinstance(media, Image) else media.frames

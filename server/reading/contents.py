@@ -1,0 +1,101 @@
+"""Contents of messages: a text, or a list of texts with places of pictures and videos between them.
+
+Such a list has {"type": "text", "text": ...} and {"type": "image"} or {"type": "video"}, as chat templates read it.
+"""
+
+import re
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engine.errors import InvalidRequest
+from server.media.limits import LOW_DETAIL_PIXELS, SETTINGS
+from server.media.reader import MediaPart
+from server.reading.openai_body import MediaFields, MediaUrl, Part
+from server.reading.protocol import JSON
+
+Content = str | list[JSON]
+IMAGE_PARTS = {"image_url": "image_url", "input_image": "image_url", "image": "image"}  # type -> field
+VIDEO_PARTS = {"video_url": "video_url", "video": "video"}
+SOUND_PARTS = ("input_audio", "audio_url", "audio")
+
+
+class SourcedPart(dict[str, Any]):
+    """A part of chat.completions made of another API's: an error names the field that the client wrote."""
+
+    def __init__(self, url: str, path: str, detail: str | None = None) -> None:
+        super().__init__(type="image_url", image_url={"url": url} if detail is None else {"url": url, "detail": detail})
+        self.path = path
+
+
+def is_media(part: Part) -> bool:
+    """Return whether the part is a picture, video or sound by its type."""
+    return part.type in IMAGE_PARTS or part.type in VIDEO_PARTS or part.type in SOUND_PARTS
+
+
+def media_part(written: JSON, part: Part, path: str) -> MediaPart:
+    """Return the picture or video that a part of a message at `path` names."""
+    kind = part.type or ""
+    if kind in SOUND_PARTS:
+        raise InvalidRequest(f"{path} is {kind}, but this model reads no sounds", f"{path}.type")
+    name = IMAGE_PARTS.get(kind) or VIDEO_PARTS[kind]
+    given, settings, field = getattr(part, name), settings_of(part), f"{path}.{name}"
+    if isinstance(given, MediaUrl):
+        settings |= settings_of(given)
+        given, field = given.url, f"{field}.url"
+    if not given:
+        raise InvalidRequest(f"{field} must be a data URI or a URL", field)
+    return MediaPart("image" if kind in IMAGE_PARTS else "video", given, getattr(written, "path", field), settings)
+
+
+def settings_of(fields: MediaFields) -> dict[str, int]:
+    """Return how a picture is to be read, as numbers."""
+    settings: dict[str, int] = fields.given(SETTINGS)
+    if fields.detail == "low":
+        settings["max_pixels"] = min(settings.get("max_pixels", LOW_DETAIL_PIXELS), LOW_DETAIL_PIXELS)
+    return settings
+
+
+def together(*contents: Content, separator: str = "\n") -> Content:
+    """Return contents as one, a text if all of them are texts."""
+    if all(isinstance(content, str) for content in contents):
+        return separator.join(content for content in contents if isinstance(content, str))
+    parts: list[JSON] = []
+    for content in contents:
+        if parts:
+            parts.append({"type": "text", "text": separator})
+        parts += as_parts(content)
+    return parts
+
+
+def as_parts(content: Content) -> list[JSON]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def as_text(content: Content, placeholders: Mapping[str, str]) -> str:
+    """Return a content as a text: the model's placeholders stand for pictures and videos."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] if part["type"] == "text" else placeholders[part["type"]] for part in content)
+
+
+def in_order(text: str, media: Sequence[MediaPart], placeholders: Mapping[str, str], field: str) -> list[MediaPart]:
+    """Return `media` in the order of their placeholders in a prompt: a template may put videos behind pictures.
+
+    field: the client's, of the prompt. `InvalidRequest` if there are more or fewer of a kind.
+    """
+    queues: dict[str, deque[MediaPart]] = {kind: deque() for kind in placeholders}
+    for part in media:
+        queues[part.kind].append(part)
+    kind_of = {placeholder: kind for kind, placeholder in placeholders.items()}
+    found = [
+        kind_of[match] for match in re.findall("|".join(map(re.escape, sorted(kind_of, key=len, reverse=True))), text)
+    ]
+    for kind, queue in queues.items():
+        if found.count(kind) != len(queue):
+            raise InvalidRequest(
+                f"{field} has {placeholders[kind]!r} {found.count(kind)} times, where {len(queue)} {kind}s are given: "
+                "it stands for one each",
+                field,
+            )
+    return [queues[kind].popleft() for kind in found]
