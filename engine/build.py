@@ -168,6 +168,8 @@ def build(
     model_config, tokenizer = load_model_files(folder, config)
     if on_tokenizer is not None:
         on_tokenizer(tokenizer)
+    if config.num_expert_groups > 1 and not any(model_config.experts):
+        logger.warning("--ep-size has no effect: the model has no experts")
     comm = Communicator(0, config.tp_size)
     model = new_model(config, model_config, comm)  # raises if it cannot be split, before a process is started
     ranks = None
@@ -404,6 +406,7 @@ def _layer_config(config: EngineConfig, model_config: ModelConfig, comm: Communi
         config.attention_backend or "torch",
         has_window_slots=keeps_windows(config, model_config),
         comm=comm,
+        ep_size=config.num_expert_groups,
     )
 
 

@@ -137,6 +137,11 @@ class EngineConfig:
     tp_size: int = option(
         1, PARALLEL, "GPUs, or CPU processes, that share one model", aliases=("--tp", "--tensor-parallel-size")
     )
+    ep_size: int = option(
+        1, PARALLEL, "groups of those that share out a layer's experts, instead of splitting each of them; must divide "
+        "--tp-size; 0, as --enable-ep-moe: as many",
+        aliases=("--ep", "--expert-parallel-size"),
+    )  # fmt: skip
     dp_size: int = option(1, PARALLEL, "whole engines behind the one address", aliases=("--dp", "--data-parallel-size"))
     load_balance_method: str = option(
         "cache_aware", PARALLEL, "which engine gets a request: the one that knows its prefix, the next, the least busy",
@@ -181,6 +186,11 @@ class EngineConfig:
     def start_timeout_s(self) -> float:
         """Seconds that all hosts may take to be started."""
         return START_TIMEOUT_S if self.dist_timeout is None else self.dist_timeout
+
+    @property
+    def num_expert_groups(self) -> int:
+        """Groups of ranks that share out a layer's experts."""
+        return self.ep_size or self.tp_size
 
     @property
     def ranks_per_node(self) -> int:

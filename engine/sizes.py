@@ -38,12 +38,28 @@ def check_sizes(config: EngineConfig) -> None:
         raise ModelError(f"--swa-full-tokens-ratio must be above 0 and at most 1, got {config.swa_full_tokens_ratio:g}")
     if config.max_step_ms is not None and config.max_step_ms < 0:
         raise ModelError(f"--max-step-ms must not be negative, got {config.max_step_ms}")
+    if not 0 <= config.ep_size <= config.tp_size or config.tp_size % config.num_expert_groups:
+        raise ModelError(_misfit_of_experts(config))
     if config.tp_size % config.nnodes:
         raise ModelError(f"--tp-size {config.tp_size} cannot be split over --nnodes {config.nnodes}")
     if not 0 <= config.node_rank < config.nnodes:
         raise ModelError(f"--node-rank must be between 0 and {config.nnodes - 1}, got {config.node_rank}")
     if config.dp_size > 1 and config.nnodes > 1:
         raise ModelError(f"--dp-size {config.dp_size} is for one node, and --nnodes is {config.nnodes}")
+
+
+def _misfit_of_experts(config: EngineConfig) -> str:
+    """Return why --ep-size does not fit --tp-size, and what would."""
+    ep, tp, dp = config.ep_size, config.tp_size, config.dp_size
+    misfit = f"--ep-size must divide --tp-size, or be 0, which stands for that; got {ep} and {tp}"
+    if dp == 1 or ep != dp * tp:
+        return misfit
+    return (
+        f"--ep-size {ep} would spread experts over the {dp} engines of --dp-size, each of which has all its weights: "
+        f"it may be at most --tp-size {tp}. One engine on all {ep} GPUs: --tp-size {ep} --ep-size {ep} "
+        f"--nnodes {config.nnodes} without --dp-size; or --dp-size {dp} --tp-size {tp} --ep-size {tp}"
+        + (" over several servers, behind `radixloop router`" if config.nnodes > 1 else "")
+    )
 
 
 def resolve_sizes(config: EngineConfig, cuda_bytes: int | None) -> EngineConfig:

@@ -1,6 +1,7 @@
 """Products with the experts of a layer, whose weights are stacked row on row.
 
-A pair is a token and one of its experts; pairs are numbered token by token, the best expert first.
+A pair is a token and one of its experts; pairs are numbered token by token, the best expert first. Where ranks share
+out a layer's experts, ids are those of this rank's, and the number of these stands for any other rank's.
 """
 
 from collections.abc import Sequence
@@ -39,9 +40,12 @@ def split_experts(stack: Weight, num_experts: int) -> list[Weight]:
 class ExpertStack:
     """The weights of a layer's experts, ready for products."""
 
-    def __init__(self, stack: Weight, num_experts: int) -> None:
-        """stack: loaded, not packed. NotImplementedError if the device has no kernel for its format."""
-        self.num_experts = num_experts
+    def __init__(self, stack: Weight, num_experts: int, num_on_all_ranks: int | None = None) -> None:
+        """stack: loaded, not packed. num_on_all_ranks: experts of the layer, if ranks share them out.
+
+        NotImplementedError if the device has no kernel for its format.
+        """
+        self.num_experts, self.num_on_all_ranks = num_experts, num_on_all_ranks or num_experts
         self.stack = stack
         self.experts: list[Weight] = []
         self.codes: Codes | None = None
@@ -59,8 +63,8 @@ class ExpertStack:
         num_pairs = ids.numel()
         if num_pairs <= triton_experts.MAX_SINGLE_PAIRS:
             return None
-        block_m = triton_experts.tile_config(num_pairs, self.num_experts).block_m
-        return triton_experts.sort_pairs(ids, self.num_experts, block_m)
+        config = triton_experts.tile_config(num_pairs, self.num_on_all_ranks)
+        return triton_experts.sort_pairs(ids, self.num_experts, config)
 
     def products(
         self,
@@ -72,6 +76,8 @@ class ExpertStack:
     ) -> torch.Tensor:
         """Return for each pair the product of its input with its expert's weight: [T k, n], or [T k, n / 2] with `act`.
 
+        Of pairs whose expert another rank has it is zeros, on a GPU anything.
+
         x: [T, inputs], of tokens, or [T k, inputs], of pairs. by_expert: what `sort` returned for ids [T, k].
         bias: [E n], of all experts.
         """
@@ -81,7 +87,10 @@ class ExpertStack:
             assert self.codes is not None
             if isinstance(self.stack, QuantizedWeight):
                 x = self.stack.changed_inputs(x).to(x.dtype)
-            return expert_products_triton(x, ids, self.codes, self.num_experts, act, by_expert, bias)
+            is_shared_out = self.num_experts < self.num_on_all_ranks
+            return expert_products_triton(
+                x, ids, self.codes, self.num_experts, act, by_expert, bias, is_shared_out=is_shared_out
+            )
         return expert_products_torch(x, ids, self.experts, act, bias)
 
 
@@ -120,7 +129,7 @@ def expert_products_torch(
     num_tokens, top_k = ids.shape
     flat = ids.flatten()
     order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=len(experts)).tolist()
+    counts = torch.bincount(flat, minlength=len(experts)).tolist()[: len(experts)]
     sources = order if len(x) == len(flat) else order // top_k
     n = experts[0].n if act is None else experts[0].n // 2
     biases = [None] * len(experts) if bias is None else bias.view(len(experts), -1).unbind()
@@ -131,6 +140,8 @@ def expert_products_torch(
             pairs = slice(start, start + count)
             out[order[pairs]] = experts[expert].product(x[sources[pairs]], bias=biases[expert], act=act)
             start += count
+    if start < len(order):
+        out[order[start:]] = 0
     return out
 
 
@@ -142,14 +153,17 @@ def combine_torch(products: torch.Tensor, weights: torch.Tensor) -> torch.Tensor
     return total
 
 
-def combine(products: torch.Tensor, weights: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+def combine(
+    products: torch.Tensor, weights: torch.Tensor, residual: torch.Tensor | None = None, *, has_gaps: bool = False
+) -> torch.Tensor:
     """Return residual + the weighted sum of each token's pairs: [T k, n] and [T, k] -> [T, n].
 
-    Summed in float32, the best expert first, whatever else is in the step.
+    Summed in float32, the best expert first, whatever else is in the step. has_gaps: products whose weight is 0
+    may be anything.
     """
     if products.is_cuda:
         from kernels.triton_experts import combine_triton
 
-        return combine_triton(products, weights, residual)
+        return combine_triton(products, weights, residual, has_gaps=has_gaps)
     total = combine_torch(products, weights)
     return (total if residual is None else total.add_(residual)).to(products.dtype)

@@ -140,7 +140,7 @@ class QuantizedWeight(Weight):
             if loaded.numel() == 1:
                 return target, loaded.expand_as(target)
         if field in ("scale", "zero", "minimum"):  # of blocks of rows, the last may go on beyond the last row
-            num_rows = len(target) * shard.count
+            num_rows = shard.whole_length(len(target))
             loaded = loaded[:num_rows] if num_rows <= len(loaded) < num_rows + 128 else loaded
         return _matching(target, loaded, (shard, columns))
 
@@ -301,10 +301,9 @@ def rounded_inputs(x: torch.Tensor, form: Format, input_scale: torch.Tensor | No
 
 def _matching(target: torch.Tensor, loaded: torch.Tensor, shards: Sequence[Shard]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (target, its slice of `loaded`), one shard for each dimension. `ShapeError` if it has another shape."""
-    wanted = [size * shard.count for size, shard in zip(target.shape, shards, strict=True)]
+    wanted = [shard.whole_length(size) for size, shard in zip(target.shape, shards, strict=True)]
     if list(loaded.shape) != wanted:
         raise ShapeError(f"has shape {list(loaded.shape)}, the model wants {wanted}")
     for dim, shard in enumerate(shards):
-        size = target.shape[dim]
-        loaded = loaded.narrow(dim, shard.index * size, size)
+        loaded = shard.of(loaded, dim, target.shape[dim])
     return target, loaded

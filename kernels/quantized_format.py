@@ -45,6 +45,10 @@ class Format:
         """Return the inputs that share a scale in rows of `k`."""
         return min(self.group_size, k) or k
 
+    def input_unit(self, k: int) -> int:
+        """Return how many inputs of rows of `k` must stay together: a scale's, unless it is of all, and a byte's."""
+        return self.codes_per_byte if self.group_size_of(k) == k else self.group_size
+
     @property
     def offset(self) -> int:
         """The number subtracted from integer codes where the file has neither zeros nor minima."""

@@ -1,4 +1,4 @@
-"""Kernels of `kernels.experts` and `kernels.routing`.
+"""Kernels of `kernels.experts`.
 
 Few pairs: each reads its expert's weights as a matrix-vector product does; pairs with the same expert find them in the
 L2 cache. More pairs are sorted by expert on the device, and tiles of one expert's pairs share its weights. The grid is
@@ -51,41 +51,27 @@ class Sorted(NamedTuple):
     order: torch.Tensor  # int32 [P]: pairs, those of the first expert first
     ends: torch.Tensor  # int32 [E]: pairs of experts up to each one
     tile_ends: torch.Tensor  # int32 [E]: tiles likewise
+    config: TileConfig
 
 
-def sort_pairs(ids: torch.Tensor, num_experts: int, block_m: int) -> Sorted:
-    """Return the pairs of ids [T, k] by expert, in tiles of `block_m`; within an expert in any order."""
+def sort_pairs(ids: torch.Tensor, num_experts: int, config: TileConfig) -> Sorted:
+    """Return the pairs of ids [T, k] by expert, in tiles of `config`; within an expert in any order.
+
+    Ids beyond the last expert are left out.
+    """
     num_pairs, block_e = ids.numel(), next_power_of_2(num_experts)
     numbers = torch.empty(3, num_experts, dtype=torch.int32, device=ids.device)
     order = torch.empty(num_pairs, dtype=torch.int32, device=ids.device)
     ends, tile_ends, starts = numbers
     options = launch_options(ids.device, num_warps=4)
     _count_kernel[(1,)](
-        ids, ends, tile_ends, starts, num_pairs, num_experts, block_m, BLOCK=SORT_BLOCK, BLOCK_E=block_e, **options
-    )
-    _place_kernel[(cdiv(num_pairs, SORT_BLOCK),)](ids, starts, order, num_pairs, BLOCK=SORT_BLOCK, **options)
-    return Sorted(order, ends, tile_ends)
-
-
-def route_triton(
-    logits: torch.Tensor,
-    correction: torch.Tensor | None,
-    *,
-    top_k: int,
-    is_sigmoid: bool,
-    renormalize: bool,
-    factor: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    num_tokens, num_experts = logits.shape
-    ids = torch.empty(num_tokens, top_k, dtype=torch.int64, device=logits.device)
-    weights = torch.empty(num_tokens, top_k, device=logits.device)
-    block = next_power_of_2(num_experts)
-    _route_kernel[(num_tokens,)](
-        logits, correction, ids, weights, logits.stride(0), factor,
-        NUM_EXPERTS=num_experts, TOP_K=top_k, IS_SIGMOID=is_sigmoid, RENORMALIZE=renormalize,
-        BLOCK=block, BLOCK_TOP=next_power_of_2(top_k), **launch_options(logits.device, num_warps=1),
+        ids, ends, tile_ends, starts, num_pairs, num_experts, config.block_m,
+        BLOCK=SORT_BLOCK, BLOCK_E=block_e, **options,
     )  # fmt: skip
-    return ids, weights
+    _place_kernel[(cdiv(num_pairs, SORT_BLOCK),)](
+        ids, starts, order, num_pairs, num_experts, BLOCK=SORT_BLOCK, **options
+    )
+    return Sorted(order, ends, tile_ends, config)
 
 
 class Codes(NamedTuple):
@@ -123,10 +109,13 @@ def expert_products_triton(
     act: str | None,
     by_expert: Sorted | None,
     bias: torch.Tensor | None = None,
+    *,
+    is_shared_out: bool = False,
 ) -> torch.Tensor:
     """Return each pair's product with its expert's rows of `weight` [E n, k]: [P, n], or [P, n / 2] with `act`.
 
-    bias: [E n]. by_expert: of `sort_pairs` for the step's `tile_config`; None: pairs are taken one by one.
+    bias: [E n]. by_expert: of `sort_pairs`; None: pairs are taken one by one. is_shared_out: ids may be of no expert
+    here, and such pairs' products are left undefined.
     """
     num_pairs, k = ids.numel(), weight.k
     rows = weight.data.shape[0] // num_experts
@@ -141,11 +130,11 @@ def expert_products_triton(
     if by_expert is None:
         block_n, block_k = GATED_BLOCK if act else PLAIN_BLOCK
         _pair_kernel[(num_pairs, cdiv(n, block_n))](
-            x, *tensors, bias, ids, out, n, rows, per_input, **format_of,
+            x, *tensors, bias, ids, out, n, rows, per_input, **format_of, NUM_HELD=num_experts if is_shared_out else 0,
             BLOCK_N=block_n, BLOCK_K=fitting_block(weight, block_k), ACT=act, **launch_options(x.device, num_warps=4),
         )  # fmt: skip
         return out
-    config = tile_config(num_pairs, num_experts)
+    config = by_expert.config
     num_tiles = min(num_pairs, cdiv(num_pairs, config.block_m) + num_experts)
     _tile_kernel[(cdiv(n, config.block_n), num_tiles)](
         x, *tensors, bias, by_expert.order, by_expert.ends, by_expert.tile_ends, out, n, rows, per_input, **format_of,
@@ -156,56 +145,18 @@ def expert_products_triton(
     return out
 
 
-def combine_triton(products: torch.Tensor, weights: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+def combine_triton(
+    products: torch.Tensor, weights: torch.Tensor, residual: torch.Tensor | None, *, has_gaps: bool = False
+) -> torch.Tensor:
     num_tokens, top_k = weights.shape
     n = products.shape[1]
     out = torch.empty(num_tokens, n, dtype=products.dtype, device=products.device)
     block = 1024
     _combine_kernel[(num_tokens, cdiv(n, block))](
-        products, weights, residual, out, n, TOP_K=top_k, BLOCK=block, **launch_options(products.device, num_warps=4)
-    )
+        products, weights, residual, out, n, TOP_K=top_k, HAS_GAPS=has_gaps, BLOCK=block,
+        **launch_options(products.device, num_warps=4),
+    )  # fmt: skip
     return out
-
-
-@fast_launch
-@triton.jit
-def _route_kernel(
-    logits, correction, ids, weights, stride, factor,
-    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, IS_SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_TOP: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    token = tl.program_id(0)
-    expert = tl.arange(0, BLOCK)
-    is_expert = expert < NUM_EXPERTS
-    values = tl.load(logits + token * stride + expert, mask=is_expert, other=float("-inf")).to(tl.float32)
-    if IS_SIGMOID:
-        scores = tl.sigmoid(values)
-    else:
-        scores = tl.exp(values - tl.max(values, axis=0))
-        scores = scores / tl.sum(scores, axis=0)
-    choice = scores
-    if correction is not None:
-        choice += tl.load(correction + expert, mask=is_expert, other=0.0)
-    choice = tl.where(is_expert, choice, float("-inf"))
-    place = tl.arange(0, BLOCK_TOP)
-    chosen = tl.zeros([BLOCK_TOP], tl.int64)
-    counts = tl.zeros([BLOCK_TOP], tl.float32)
-    for i in tl.static_range(TOP_K):
-        best = tl.argmax(choice, axis=0)
-        score = tl.sum(tl.where(expert == best, scores, 0.0), axis=0)
-        chosen = tl.where(place == i, best.to(tl.int64), chosen)
-        counts = tl.where(place == i, score, counts)
-        choice = tl.where(expert == best, float("-inf"), choice)
-    if RENORMALIZE:
-        total = tl.sum(counts, axis=0)
-        if IS_SIGMOID:
-            total += 1e-20
-        counts = counts / total
-    tl.store(ids + token * TOP_K + place, chosen, mask=place < TOP_K)
-    tl.store(weights + token * TOP_K + place, counts * factor, mask=place < TOP_K)
 
 
 @fast_launch
@@ -223,7 +174,7 @@ def _count_kernel(
         pair = start + tl.arange(0, BLOCK)
         is_pair = pair < NUM_PAIRS
         chosen = tl.load(ids + pair, mask=is_pair, other=0).to(tl.int32)
-        counts += tl.histogram(chosen, BLOCK_E, mask=is_pair)
+        counts += tl.histogram(chosen, BLOCK_E, mask=is_pair & (chosen < NUM_EXPERTS))
     is_expert = expert < NUM_EXPERTS
     sums = tl.cumsum(counts, axis=0)
     tl.store(ends + expert, sums, mask=is_expert)
@@ -233,13 +184,14 @@ def _count_kernel(
 
 @fast_launch
 @triton.jit
-def _place_kernel(ids, starts, order, NUM_PAIRS, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _place_kernel(ids, starts, order, NUM_PAIRS, NUM_EXPERTS, BLOCK: tl.constexpr, PDL: tl.constexpr):
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_pair = pair < NUM_PAIRS
     chosen = tl.load(ids + pair, mask=is_pair, other=0)
+    is_pair &= chosen < NUM_EXPERTS
     place = tl.atomic_add(starts + chosen, 1, mask=is_pair)
     tl.store(order + place, pair, mask=is_pair)
 
@@ -307,7 +259,7 @@ def numbers_of(
 def _pair_kernel(
     x, weight, scale, zero, minimum, table, bias, ids, out, N, ROWS, PER_INPUT,
     K: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, OFFSET: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
+    NUM_HELD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -316,6 +268,8 @@ def _pair_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, N - 1)
     expert = tl.load(ids + pair)
+    if NUM_HELD > 0 and expert >= NUM_HELD:
+        return
     gate = expert * ROWS + row
     source = x + (pair // PER_INPUT) * K
     sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -399,7 +353,10 @@ def _tile_kernel(
 
 @fast_launch
 @triton.jit
-def _combine_kernel(products, weights, residual, out, N, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _combine_kernel(
+    products, weights, residual, out, N,
+    TOP_K: tl.constexpr, HAS_GAPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -408,8 +365,10 @@ def _combine_kernel(products, weights, residual, out, N, TOP_K: tl.constexpr, BL
     is_output = n < N
     total = tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(TOP_K):
-        value = tl.load(products + (token * TOP_K + i) * N + n, mask=is_output, other=0.0).to(tl.float32)
-        total += value * tl.load(weights + token * TOP_K + i)
+        weight = tl.load(weights + token * TOP_K + i)
+        is_wanted = n < tl.where(weight == 0, 0, N) if HAS_GAPS else is_output
+        value = tl.load(products + (token * TOP_K + i) * N + n, mask=is_wanted, other=0.0).to(tl.float32)
+        total += value * weight
     if residual is not None:
         total += tl.load(residual + token * N + n, mask=is_output, other=0.0).to(tl.float32)
     tl.store(out + token * N + n, total.to(out.dtype.element_ty), mask=is_output)

@@ -7,6 +7,7 @@ A `Weight` hides its format. Layers ask for `product` and say by keyword what st
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -35,10 +36,29 @@ class ShapeError(Exception):
 
 @dataclass(frozen=True)
 class Shard:
-    """One of `count` equal slices; the whole by default."""
+    """One of `count` equal slices; the whole by default.
+
+    extent: the tensor's length as a share of that of all slices together, where those at its end go on beyond it. Zeros
+    stand there.
+    """
 
     index: int = 0
     count: int = 1
+    extent: Fraction = Fraction(1)
+
+    def whole_length(self, size: int) -> int:
+        """Return the length of the tensor of which slices have `size`."""
+        return int(size * self.count * self.extent)
+
+    def of(self, loaded: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+        """Return this slice, which has `size`, of `loaded` along `dim`: a view, or a copy with zeros at its end."""
+        start = min(self.index * size, loaded.shape[dim])
+        found = loaded.narrow(dim, start, min(size, loaded.shape[dim] - start))
+        if found.shape[dim] == size:
+            return found
+        padded = loaded.new_zeros([*loaded.shape[:dim], size, *loaded.shape[dim + 1 :]])
+        padded.narrow(dim, 0, found.shape[dim]).copy_(found)
+        return padded
 
 
 WHOLE = Shard()
@@ -185,8 +205,7 @@ def match_shard(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (target, the slice `shard` of `loaded` along `dim`). `ShapeError` if `loaded` is of another shape."""
     wanted = list(target.shape)
-    wanted[dim] *= shard.count
+    wanted[dim] = shard.whole_length(wanted[dim])
     if list(loaded.shape) != wanted:
         raise ShapeError(f"has shape {list(loaded.shape)}, the model wants {wanted}")
-    size = target.shape[dim]
-    return target, loaded.narrow(dim, shard.index * size, size)
+    return target, shard.of(loaded, dim, target.shape[dim])

@@ -72,7 +72,6 @@ def refused(flag: str, reason: str, num_values: int | None = 1, but: Iterable[st
 
 
 OFF = ("none", "null", "")
-EXPERTS = "experts are split over ranks as every weight is (--tp-size)"
 COMPILED = "nothing is compiled: steps are CUDA graphs of our own kernels"
 FLASHINFER = "FlashInfer serves only where --attention-backend asks for it"
 FP8_KERNELS = "which product is fastest is chosen by device and shape"
@@ -132,11 +131,10 @@ SERVER_FLAGS = (
     no_effect("--disable-flashinfer-sampling", SAMPLING),
     no_effect("--enable-torch-compile", COMPILED),
     no_effect("--torch-compile-max-bs", COMPILED, 1),
-    no_effect("--ep-size", EXPERTS, 1),
-    no_effect("--ep", EXPERTS, 1),
-    no_effect("--expert-parallel-size", EXPERTS, 1),
-    no_effect("--enable-ep-moe", EXPERTS),
-    no_effect("--enable-expert-parallel", EXPERTS),
+    alias("--enable-ep-moe", "--ep-size=0"),
+    alias("--enable-expert-parallel", "--ep-size=0"),
+    by_value("--moe-a2a-backend", "every rank sees all tokens, and one sum over ranks ends a layer", none=()),
+    no_effect("--moe-dense-tp-size", "layers without experts are split over all ranks", 1),
     no_effect("--enable-mixed-chunk", "prompts and answers always share a step"),
     no_effect("--enable-nan-detection", "what is not finite always ends its own request"),
     no_effect("--enable-memory-saver", "memory can always be released and taken back"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.errors import ModelError
 from engine.layers.block import sum_over_ranks
 from engine.layers.communicator import Communicator
 from engine.layers.layer import unique_layers
@@ -19,7 +21,7 @@ from kernels.dense import DenseWeight
 from kernels.experts import ExpertStack, codes_of, combine, expert_products_torch, split_experts
 from kernels.quantized import QuantizedWeight
 from kernels.quantized_format import Format
-from kernels.routing import Routing, route, route_torch
+from kernels.routing import Routing, route
 from kernels.weights import Part, Weight
 from tests.quantized_files import CASES, E2M1, write_quantized
 from tests.test_engine import collect, make_state, running_engine
@@ -89,23 +91,36 @@ def test_logits_of_a_model_with_experts_equal_the_reference(family: str, make_ti
     assert_equals_reference(packed(TinyEngine(folder)), folder, random_ids(20, seed=0), random_ids(13, seed=1))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "gpt-oss"])
-def test_two_ranks_together_make_the_sums_of_one(
-    family: str, make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
-):
+def assert_ranks_add_up(folder: Path, num_ranks: int, ep_size: int) -> None:
+    """Compare the sum of all ranks' results of a mixture of experts, made one after the other here, with one rank's."""
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
+
+    def branch(rank: int, num_ranks: int, ep_size: int) -> torch.Tensor:
+        comm = Unconnected(rank, num_ranks)
+        mlp = packed(TinyEngine(folder, comm, ep_size)).model.model.layers[1].mlp
+        return sum_over_ranks(comm, mlp.down_proj, mlp(x))
+
+    total = sum(branch(rank, num_ranks, ep_size) for rank in range(num_ranks))
+    torch.testing.assert_close(total, branch(0, 1, 1))
+
+
+class Unconnected(Communicator):
+    """Stand for one of several ranks, whose part of a sum is looked at."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.parametrize(("num_ranks", "ep_size"), [(2, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("family", ["qwen2-moe", "gpt-oss"])
+def test_ranks_together_make_the_sums_of_one(num_ranks: int, ep_size: int, family: str, make_tiny_model: MakeTinyModel):
     import transformers
 
     name, options = FAMILIES[family]
-    folder = make_tiny_model(getattr(transformers, name), family, random_norms=True, **options)
-    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
-
-    def branch(comm: Communicator) -> torch.Tensor:
-        mlp = packed(TinyEngine(folder, comm)).model.model.layers[1].mlp
-        return sum_over_ranks(comm, mlp.down_proj, mlp(x))
-
-    monkeypatch.setattr(Communicator, "all_reduce", lambda _, x: x)
-    ranks = [branch(Communicator(rank, 2)) for rank in range(2)]
-    torch.testing.assert_close(ranks[0] + ranks[1], branch(Communicator()))
+    folder = make_tiny_model(
+        getattr(transformers, name), family, random_norms=True, **{**options, "num_key_value_heads": 4}
+    )
+    assert_ranks_add_up(folder, num_ranks, ep_size)
 
 
 def upcycle(folder: Path, target: Path, num_experts: int) -> Path:
@@ -157,22 +172,24 @@ ROUTINGS = {
     "softmax": Routing(12, 3),
     "not renormalized": Routing(12, 3, renormalize=False, factor=2.5),
     "sigmoid": Routing(16, 4, is_sigmoid=True),
+    "groups by their best": Routing(15, 3, num_groups=5, topk_groups=2, renormalize=False),
+    "groups by their best two": Routing(24, 4, num_groups=4, topk_groups=2, group_score=2, is_sigmoid=True),
+    "sparse mixture": Routing(12, 2, margin=0.5),
 }
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
 @pytest.mark.parametrize("has_correction", [False, True])
-def test_the_routers_kernel_chooses_as_its_definition(name: str, has_correction: bool):
-    from kernels.triton_experts import route_triton
+@pytest.mark.parametrize("held", [None, range(4, 8)])
+def test_the_routers_kernel_chooses_as_its_definition(name: str, has_correction: bool, held: range | None):
+    from kernels.triton_routing import route_triton
 
     routing, random = ROUTINGS[name], torch.Generator().manual_seed(0)
     logits = torch.randn(9, routing.num_experts, generator=random)
-    correction = torch.rand(routing.num_experts, generator=random) if has_correction else None
-    ids, weights = route_triton(
-        logits, correction, top_k=routing.top_k, is_sigmoid=routing.is_sigmoid, renormalize=routing.renormalize,
-        factor=routing.factor,
-    )  # fmt: skip
-    wanted_ids, wanted = route_torch(logits, routing, correction)
+    can_correct = has_correction and not routing.margin
+    correction = torch.rand(routing.num_experts, generator=random) if can_correct else None
+    ids, weights = route_triton(logits, routing, correction, held)
+    wanted_ids, wanted = route(logits, routing, correction, held)
     assert torch.equal(ids, wanted_ids)
     torch.testing.assert_close(weights, wanted)
 
@@ -220,10 +237,71 @@ def test_kernels_of_experts_multiply_as_their_definition(form: Format | None, nu
     bias = None if act == "silu" else torch.randn(num_experts * n, generator=random)
     by_expert = None
     if ids.numel() > triton_experts.MAX_SINGLE_PAIRS:
-        block_m = triton_experts.tile_config(ids.numel(), num_experts).block_m
-        by_expert = triton_experts.sort_pairs(ids, num_experts, block_m)
+        config = triton_experts.tile_config(ids.numel(), num_experts)
+        by_expert = triton_experts.sort_pairs(ids, num_experts, config)
     got = triton_experts.expert_products_triton(x, ids, codes_of(stack), num_experts, act, by_expert, bias)
     torch.testing.assert_close(got, expert_products_torch(x, ids, experts, act, bias), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_tokens", [3, 70])
+def test_kernels_leave_other_ranks_experts_out(num_tokens: int):
+    from kernels import triton_experts
+
+    random, top_k, n = torch.Generator().manual_seed(0), 2, 80
+    x, logits = torch.randn(num_tokens, 96, generator=random), torch.randn(num_tokens, 12, generator=random)
+    weight = torch.randn(4 * n, 96, generator=random)
+    stack = DenseWeight([Part(n)] * 4, 96, torch.float32, data=weight)
+    ids, weights = route(logits, Routing(12, top_k), held=range(4, 8))
+    by_expert = None
+    if num_tokens > 32:
+        by_expert = triton_experts.sort_pairs(ids, 4, triton_experts.tile_config(ids.numel(), 12))
+    got = triton_experts.expert_products_triton(x, ids, codes_of(stack), 4, None, by_expert, is_shared_out=True)
+    got[ids.flatten() == 4] = torch.nan  # what they do not write may be anything
+    wanted = combine(expert_products_torch(x, ids, split_experts(stack, 4)), weights)
+    torch.testing.assert_close(
+        triton_experts.combine_triton(got, weights, None, has_gaps=True), wanted, rtol=1e-4, atol=1e-4
+    )
+    assert (wanted == 0).all(dim=1).any() and (wanted != 0).any()
+
+
+def test_experts_that_cannot_be_shared_out_are_told_with_the_numbers(make_tiny_model: MakeTinyModel):
+    import transformers
+
+    name, options = FAMILIES["qwen2-moe"]
+    folder = make_tiny_model(getattr(transformers, name), "qwen2-moe", **options)
+    with pytest.raises(ModelError, match="6 experts cannot be shared out over --ep-size 4"):
+        TinyEngine(folder, Communicator(0, 4), ep_size=4)
+
+
+def test_a_rank_reads_its_own_experts_alone(make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch):
+    import safetensors
+    import transformers
+
+    name, options = FAMILIES["qwen3-moe"]
+    folder, read = make_tiny_model(getattr(transformers, name), "qwen3-moe", **options), set[int]()
+
+    class Watched:
+        def __init__(self, *args: Any, **fields: Any) -> None:
+            self.file = safe_open(*args, **fields)
+
+        def __enter__(self) -> "Watched":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def keys(self) -> list[str]:
+            return list(self.file.keys())
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            if expert := re.search(r"experts\.(\d+)", name):
+                read.add(int(expert[1]))
+            return self.file.get_tensor(name)
+
+    safe_open = safetensors.safe_open
+    monkeypatch.setattr(safetensors, "safe_open", Watched)
+    TinyEngine(folder, Communicator(1, 2), ep_size=2)
+    assert read == {4, 5, 6, 7}
 
 
 def test_the_kernel_of_weighted_sums_equals_its_definition():
@@ -289,24 +367,17 @@ def test_experts_of_mxfp4_have_the_logits_of_what_they_stand_for(make_tiny_model
     assert_equals_reference(engine, plain, random_ids(20, seed=0), random_ids(13, seed=1))
 
 
-def test_two_ranks_split_experts_of_mxfp4_between_blocks(
-    make_tiny_model: MakeTinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("num_ranks", "ep_size"), [(2, 2), (4, 1)])
+def test_ranks_split_experts_of_mxfp4_between_blocks_the_last_with_fewer(
+    num_ranks: int, ep_size: int, make_tiny_model: MakeTinyModel, tmp_path: Path
 ):
     import transformers
 
     name, options = FAMILIES["gpt-oss"]
-    sizes = {"intermediate_size": 128}
+    sizes = {"intermediate_size": 5 * 32, "num_key_value_heads": 4}  # two blocks a rank, one, and none
     plain = make_tiny_model(getattr(transformers, name), "gpt-oss", random_norms=True, **options, **sizes)
     write_mxfp4(plain, tmp_path / "packed")
-    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(Communicator, "all_reduce", lambda _, x: x)
-
-    def branch(comm: Communicator) -> torch.Tensor:
-        mlp = packed(TinyEngine(tmp_path / "packed", comm)).model.model.layers[1].mlp
-        return sum_over_ranks(comm, mlp.down_proj, mlp(x))
-
-    ranks = [branch(Communicator(rank, 2)) for rank in range(2)]
-    torch.testing.assert_close(ranks[0] + ranks[1], branch(Communicator()))
+    assert_ranks_add_up(tmp_path / "packed", num_ranks, ep_size)
 
 
 def test_sinks_are_split_over_ranks_as_heads_are(make_tiny_model: MakeTinyModel):

@@ -38,6 +38,7 @@ LONG = {"original_max_position_embeddings": 4}
 ALL = FAMILIES | {
     "gemma 2": ("Gemma2Config", GEMMA_2),
     "gpt-oss": ("GptOssConfig", EXPERTS["gpt-oss"][1] | {"sliding_window": 24, "num_hidden_layers": 3}),
+    "qwen3-moe": EXPERTS["qwen3-moe"],
     "phi 4 mini": ("Phi3Config", FAMILIES["phi 4 mini"][1] | LONG),
 }
 CRAMPED = {"page_size": 4, "chunked_prefill_size": 12, "max_total_tokens": 160, "swa_full_tokens_ratio": 0.01}
@@ -70,6 +71,7 @@ def cases() -> list[Any]:
         for mix in (SOME[i % 4], SOME[(i + 1) % 4])
     ]
     chosen += [pytest.param(family, "cpu", {"tp_size": 2}, id=f"{family}-two_ranks") for family in ON_TWO_RANKS]
+    chosen.append(pytest.param("qwen3-moe", "cpu", {"tp_size": 2, "ep_size": 2}, id="qwen3-moe-experts_on_two_ranks"))
     return chosen + [
         pytest.param(family, "cuda", mix, id=f"{family}-cuda-{name}", marks=pytest.mark.gpu)
         for family in ON_ALL_GPU_MIXES

@@ -264,6 +264,9 @@ def test_ranks_do_not_outlive_a_server_that_is_killed(tiny_llama: Path, tmp_path
     [
         ({"tp_size": 0}, "tp-size must be at least 1, got 0"),
         ({"tp_size": 3, "nnodes": 2}, "3 cannot be split over --nnodes 2"),
+        ({"tp_size": 4, "ep_size": 3}, "--ep-size must divide --tp-size.*3 and 4"),
+        ({"tp_size": 2, "ep_size": 4}, "--ep-size must divide --tp-size.*4 and 2"),
+        ({"dp_size": 8, "tp_size": 4, "ep_size": 32, "nnodes": 4}, "at most --tp-size 4.*--tp-size 32 --ep-size 32"),
         ({"tp_size": 2, "nnodes": 2, "node_rank": 2}, "between 0 and 1, got 2"),
         ({"tp_size": 2, "nnodes": 2, "dp_size": 2}, "--dp-size 2 is for one node"),
         ({"tp_size": 2, "nnodes": 2, "dist_init_addr": "somewhere"}, "HOST:PORT.*'somewhere'"),

@@ -87,21 +87,24 @@ Key = tuple[str, int | None]
 Located = dict[Path, list[Source]]
 
 
-def checkpoint_targets(model: CausalLM) -> dict[Key, Target]:
-    """Return where each tensor of a checkpoint belongs, by its name after the model's rules.
+def checkpoint_targets(model: CausalLM) -> dict[Key, Target | None]:
+    """Return where each tensor of a checkpoint belongs, by its name after the model's rules; None: on other ranks.
 
     Tensors of a stacked weight have numbers: its parts are those of the first in the stack, then of the second, ...
     """
-    targets = {}
+    targets: dict[Key, Target | None] = {}
     for path, layer in named_layers(model):
         parent, _, leaf = path.rpartition(".")
         modules = layer.part_names or (leaf,)
-        for i in range(layer.stack_size or 1):
-            for part, module in enumerate(modules):
-                for weight_name in layer.names_of(part):
-                    name = ".".join(filter(None, (parent, module, weight_name)))
-                    key = name, i if layer.stack_size else None
-                    targets[key] = Target(layer, weight_name, i * len(modules) + part)
+        for part, module in enumerate(modules):
+            for weight_name in layer.names_of(part):
+                name = ".".join(filter(None, (parent, module, weight_name)))
+                if layer.stack is None:
+                    targets[name, None] = Target(layer, weight_name, part)
+                    continue
+                targets |= dict.fromkeys((name, i) for i in range(layer.num_stackable))
+                for nth, i in enumerate(layer.stack):
+                    targets[name, i] = Target(layer, weight_name, nth * len(modules) + part)
     return targets
 
 
@@ -218,7 +221,7 @@ def _scheme_found(quantization: Quantization, module: str, found: Mapping[str, s
 
 
 def locate_weights(
-    files: list[Path], heads: Sequence[Head], targets: dict[Key, Target], quantization: Quantization
+    files: list[Path], heads: Sequence[Head], targets: dict[Key, Target | None], quantization: Quantization
 ) -> Located:
     """Return for every file what to take from it; each target once. Strict about names.
 
@@ -237,7 +240,8 @@ def locate_weights(
                 located[file].append(Source(name, Piece(CHECKED, (check,)), None))
         elif key not in found:
             found.add(key)
-            located[file].append(Source(name, piece, targets[key]))
+            if (target := targets[key]) is not None:
+                located[file].append(Source(name, piece, target))
     absent = ((quantization.in_file(name), index) for name, index in targets.keys() - found)
     missing = [name if index is None else f"{name}[{index}]" for name, index in absent]
     if missing or unexpected:
@@ -264,11 +268,11 @@ def copy_weights(located: Located, file_of: Mapping[str, Path], device: torch.de
                 for name, piece, target in sources:
                     if name != last:  # pieces of one tensor follow each other
                         last, loaded = name, checkpoint.get_tensor(name)
-                        if piece.transforms and device.type == "cuda":
+                        if piece.transforms and not piece.is_of_stack and device.type == "cuda":
                             loaded = loaded.to(device)
                         advance(loaded.nbytes)
                     try:
-                        _place(piece.of(loaded, read), target, copy)
+                        _place(piece.of(loaded, read, device), target, copy)
                     except (ShapeError, ModelError) as error:
                         is_changed = target is not None and not name.endswith(f".{target.weight_name}")
                         read_as = f", read as {target.weight_name}," if target and is_changed else ""

@@ -5,8 +5,10 @@ reads, and a module's weights and children are found through `__getattr__`, ten 
 Nothing of a module is needed here: weights are never trained, and they get their device once, when loaded.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -14,7 +16,10 @@ import torch
 from engine.errors import ModelError
 from engine.layers.communicator import Communicator
 from engine.quantization import Quantization, Scheme
+from kernels.launch import cdiv
 from kernels.weights import Shard, match_shard
+
+ALIGNED = 16  # numbers, whose multiples GPUs read fast
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class LayerConfig:
     quantization: Quantization = field(default_factory=Quantization)
     path: str = ""
     block_index: int = 0
+    ep_size: int = 1  # groups of ranks that share out a layer's experts; ranks of a group split each of theirs
 
     def within(self, name: str) -> "LayerConfig":
         """Return the configuration of the child `name`."""
@@ -48,6 +54,20 @@ class LayerConfig:
     @property
     def shard(self) -> Shard:
         return Shard(self.comm.rank, self.comm.size)
+
+    @property
+    def width_shard(self) -> Shard:
+        """Return this rank's slice of each of its experts."""
+        num_slices = self.comm.size // self.ep_size
+        return Shard(self.comm.rank % num_slices, num_slices)
+
+    def held_experts(self, num_experts: int) -> range:
+        """Return which of a layer's experts this rank has. `ModelError` if they cannot be shared out evenly."""
+        if num_experts % self.ep_size:
+            raise ModelError(f"{num_experts} experts cannot be shared out over --ep-size {self.ep_size}")
+        count = num_experts // self.ep_size
+        first = self.comm.rank * self.ep_size // self.comm.size * count
+        return range(first, first + count)
 
     def kv_shard(self, num_kv_heads: int) -> Shard:
         """Return this rank's slice of keys and values. With more ranks than KV heads, several ranks hold one head."""
@@ -72,6 +92,18 @@ def size_of(shard: Shard, size: int, what: str) -> int:
     return size // shard.count
 
 
+def padded_split(shard: Shard, size: int, unit: int) -> tuple[int, Shard]:
+    """Return a shard's length of `size`, and the shard: of whole units, if need be with zeros at the end.
+
+    unit: what must stay together.
+    """
+    if size % (shard.count * unit) == 0:
+        return size // shard.count, shard
+    unit = math.lcm(unit, ALIGNED)
+    length = cdiv(cdiv(size, shard.count), unit) * unit
+    return length, replace(shard, extent=Fraction(size, length * shard.count))
+
+
 class Layer:
     """A part of a model. Its attributes that are layers, or lists of layers, are its children.
 
@@ -81,8 +113,10 @@ class Layer:
     weight_names: ClassVar[tuple[str, ...]] = ()
     part_names: tuple[str, ...] = ()
     """The names in a checkpoint of the tensors that stand row on row in each weight; (): the layer's own."""
-    stack_size: int | None = None
-    """Number of weights of a kind (experts) that are stacked; None: it is one weight."""
+    stack: range | None = None
+    """Which weights of a kind (experts) are stacked; None: it is one weight."""
+    num_stackable: int = 0
+    """Number of weights of that kind on all ranks."""
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield this layer's own tensors, not its children's; an absent bias is None and not listed."""

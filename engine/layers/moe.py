@@ -2,6 +2,8 @@
 
 y = shared(x) + sum over a token's experts e of weight_e Wdown_e act(gate_e x) * up_e x
 
+Ranks split each expert, as they do an MLP, or with --ep-size share out whole experts: every rank sees all tokens, makes
+its own experts' part of the sum, and the sum over ranks that ends the branch is the same.
 Experts of a layer are one weight, stacked row on row, so that every format of weights serves them.
 """
 
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from engine.errors import ModelError
-from engine.layers.layer import Layer, LayerConfig, meta_weight
+from engine.layers.layer import Layer, LayerConfig, meta_weight, padded_split
 from engine.layers.linear import Linear, activation
 from engine.layers.mlp import MLP, GatedMLP
 from engine.model_config import ExpertsConfig, ModelConfig
@@ -33,13 +35,15 @@ class Router(Linear):
         plain = replace(layers, quantization=Quantization())
         super().__init__((), [Part(experts.routing.num_experts)], hidden_size, plain, bias=experts.router_bias)
         self.routing = experts.routing
+        held = layers.held_experts(experts.routing.num_experts)
+        self.held = held if layers.ep_size > 1 else None
         self.e_score_correction_bias: torch.Tensor | None = None
         if experts.has_correction:
             self.e_score_correction_bias = meta_weight(self.weight.n, dtype=torch.float32)
 
     def choose(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return experts and weights of tokens x [T, hidden], as `kernels.routing.route` does."""
-        return route(self.weight.logits(x, self.bias), self.routing, self.e_score_correction_bias)
+        return route(self.weight.logits(x, self.bias), self.routing, self.e_score_correction_bias, self.held)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from super().weights()
@@ -73,29 +77,30 @@ class Router(Linear):
 
 
 class StackedLinear(Linear):
-    """The same product of every expert of a layer."""
+    """The same product of every expert of a layer that this rank has."""
 
-    stack_size: int
+    stack: range
 
     def __init__(
         self, part_names: Sequence[str], parts: Sequence[Part], input_size: int, num_experts: int, layers: LayerConfig,
         *, bias: bool = False, input_shard: Shard = WHOLE,
     ) -> None:  # fmt: skip
-        """part_names, parts: of one expert."""
-        self.stack_size = num_experts
-        super().__init__(part_names, [*parts] * num_experts, input_size, layers, bias=bias, input_shard=input_shard)
-        self.stack: ExpertStack | None = None
+        """part_names, parts: of one expert. num_experts: on all ranks."""
+        self.stack, self.num_stackable = layers.held_experts(num_experts), num_experts
+        num_parts = len(self.stack)
+        super().__init__(part_names, [*parts] * num_parts, input_size, layers, bias=bias, input_shard=input_shard)
+        self.packed: ExpertStack | None = None
 
     def pack(self) -> None:
         try:
-            self.stack = ExpertStack(self.weight, self.stack_size)
+            self.packed = ExpertStack(self.weight, len(self.stack), self.num_stackable)
         except NotImplementedError as error:
             raise ModelError(str(error)) from None
 
     def move_to(self, device: torch.device) -> None:
         super().move_to(device)
-        if self.stack is None or self.stack.codes is not None:  # a GPU's kernels had the old addresses
-            self.stack = None
+        if self.packed is None or self.packed.codes is not None:  # a GPU's kernels had the old addresses
+            self.packed = None
             if device.type == "cuda":
                 self.pack()
 
@@ -109,27 +114,23 @@ class StackedLinear(Linear):
         has_bias: bool = True,
     ) -> torch.Tensor:
         """Return each pair's product, as `ExpertStack.products` does. Not `has_bias`: without the bias, if any."""
-        assert self.stack is not None, "not packed"
-        return self.stack.products(x, ids, by_expert, act, self.bias if has_bias else None)
+        assert self.packed is not None, "not packed"
+        return self.packed.products(x, ids, by_expert, act, self.bias if has_bias else None)
 
 
 class Experts(Layer):
     """Gate, up and down of all experts of a layer."""
 
     def __init__(self, experts: ExpertsConfig, hidden_size: int, layers: LayerConfig) -> None:
-        num_experts, inner = experts.routing.num_experts, layers.split(experts.intermediate_size, "experts' size")
+        num_experts, size, of_down = experts.routing.num_experts, experts.intermediate_size, layers.within("down_proj")
+        (scheme,) = of_down.schemes_of(("down_proj",))
+        inner, shard = padded_split(layers.width_shard, size, scheme.input_unit(size))
         self.gate_up_proj = StackedLinear(
-            ("gate_proj", "up_proj"), [Part(inner, layers.shard)] * 2, hidden_size, num_experts,
+            ("gate_proj", "up_proj"), [Part(inner, shard)] * 2, hidden_size, num_experts,
             layers.within("gate_up_proj"), bias=experts.has_bias,
         )  # fmt: skip
         self.down_proj = StackedLinear(
-            ("down_proj",),
-            [Part(hidden_size)],
-            inner,
-            num_experts,
-            layers.within("down_proj"),
-            bias=experts.has_bias,
-            input_shard=layers.shard,
+            ("down_proj",), [Part(hidden_size)], inner, num_experts, of_down, bias=experts.has_bias, input_shard=shard
         )
 
 
@@ -159,7 +160,8 @@ class MoE(MLP):
                 plain = replace(layers.within("shared_expert_gate"), quantization=Quantization())
                 self.shared_expert_gate = Linear((), [Part(1)], hidden, plain)
         self.act = experts.act or activation(config.hidden_act)
-        self.down_proj = Down(self)  # type: ignore[assignment]
+        adds_bias = layers.width_shard.index == 0
+        self.down_proj = Down(self, adds_bias=adds_bias)  # type: ignore[assignment]
 
     def __call__(self, x: torch.Tensor, *, norm: Norm | None = None) -> Routed:  # type: ignore[override]
         if norm is not None:
@@ -171,7 +173,7 @@ class MoE(MLP):
             if self.shared_expert_gate is not None:
                 shared = shared * torch.sigmoid(self.shared_expert_gate(x))
         gate_up = self.experts.gate_up_proj
-        by_expert = gate_up.stack.sort(ids) if gate_up.stack is not None else None
+        by_expert = gate_up.packed.sort(ids) if gate_up.packed is not None else None
         return Routed(gate_up.products(x, ids, by_expert, self.act), ids, by_expert, weights, shared)
 
     def tuning_shape(self, *, has_norm: bool) -> WeightShape | None:  # noqa: ARG002
@@ -183,8 +185,10 @@ class Down:
 
     bias = None
 
-    def __init__(self, moe: MoE) -> None:
+    def __init__(self, moe: MoE, *, adds_bias: bool) -> None:
+        """adds_bias: the experts', if any: of ranks that split an expert, one does."""
         self._moe = moe
+        self._has_bias = adds_bias
 
     @property
     def weight(self) -> "Down":
@@ -196,22 +200,17 @@ class Down:
         *,
         residual: torch.Tensor | None = None,
         may_overwrite: bool = False,  # noqa: ARG002 - the sum is a new tensor
-        has_bias: bool = False,
     ) -> torch.Tensor:
-        """Return residual + the weighted sums of a step's experts, and of the shared ones: [T, hidden].
-
-        has_bias: with the experts' biases, if any: of all ranks, one adds them.
-        """
+        """Return residual + the weighted sums of this rank's experts, and of the shared ones: [T, hidden]."""
         moe = self._moe
-        pairs = moe.experts.down_proj.products(routed.inner, routed.ids, routed.by_expert, has_bias=has_bias)
-        if routed.shared is None:
-            return combine(pairs, routed.weights, residual)
-        assert moe.shared_experts is not None
-        shared = moe.shared_experts.down_proj.weight.product(routed.shared, residual=residual)
-        return combine(pairs, routed.weights, shared)
+        pairs = moe.experts.down_proj.products(routed.inner, routed.ids, routed.by_expert, has_bias=self._has_bias)
+        if routed.shared is not None:
+            assert moe.shared_experts is not None
+            residual = moe.shared_experts.down_proj.weight.product(routed.shared, residual=residual)
+        return combine(pairs, routed.weights, residual, has_gaps=moe.gate.held is not None)
 
     def __call__(self, routed: Routed, **fused: Any) -> torch.Tensor:
-        return self.product(routed, has_bias=True, **fused)
+        return self.product(routed, **fused)
 
     def tuning_shape(self, **fused: Any) -> WeightShape | None:
         return None

@@ -33,14 +33,22 @@ class Piece:
         """Whether the tensor's first dimension is that of a layer's outputs."""
         return not self.name.endswith(OF_INPUTS)
 
-    def of(self, loaded: torch.Tensor, read: Read = _read_nothing) -> torch.Tensor:
+    @property
+    def is_of_stack(self) -> bool:
+        """Whether it is a small part of the tensor, from the first step on."""
+        return bool(self.transforms) and isinstance(self.transforms[0], Nth)
+
+    def of(self, loaded: torch.Tensor, read: Read = _read_nothing, device: torch.device | None = None) -> torch.Tensor:
         """Return the piece of a checkpoint's tensor. `ShapeError` if that cannot be made.
 
-        read: returns another one of the checkpoint's, None if there is no such.
+        read: returns another one of the checkpoint's, None if there is no such. device: where one of a stack is moved
+        to, if not None, before all else is done: of the stack no more than that is read.
         """
         for step in self.transforms:
             if not isinstance(step, With):
                 loaded = step(loaded)
+                if device is not None and isinstance(step, Nth):
+                    loaded = loaded.to(device)
                 continue
             others = [read(name) for name in step.names]
             if not step.optional and any(other is None for other in others):
@@ -48,6 +56,19 @@ class Piece:
                 raise ShapeError(f"needs {absent}, which the checkpoint does not have")
             loaded = step.function(loaded, *others)
         return loaded
+
+
+@dataclass(frozen=True)
+class Nth:
+    """Take one of a stack of `count`."""
+
+    index: int
+    count: int
+
+    def __call__(self, loaded: torch.Tensor) -> torch.Tensor:
+        if len(loaded) != self.count:
+            raise ShapeError(f"is a stack of {len(loaded)}, the model has {self.count} experts")
+        return loaded[self.index]
 
 
 class Rule(Protocol):
@@ -197,16 +218,7 @@ class Unstack:
             return
         name = re.sub(self.pattern, self.to, piece.name, count=1)
         for i in range(self.count):
-            yield Piece(name, (*piece.transforms, _nth(i, self.count)), i)
-
-
-def _nth(i: int, count: int) -> Transform:
-    def nth(loaded: torch.Tensor) -> torch.Tensor:
-        if len(loaded) != count:
-            raise ShapeError(f"is a stack of {len(loaded)}, the model has {count} experts")
-        return loaded[i]
-
-    return nth
+            yield Piece(name, (*piece.transforms, Nth(i, self.count)), i)
 
 
 def _cut(start: int, size: int, total: int, num_groups: int) -> Transform:

@@ -40,6 +40,9 @@ class Scheme(Protocol):
         `kernels.weights.ShapeError` if the format has no such shape.
         """
 
+    def input_unit(self, num_inputs: int) -> int:
+        """Return how many of a row's `num_inputs` inputs cannot be split over ranks, such as those of one scale."""
+
 
 class Quantization:
     """The scheme of each layer of a model; of this base class, none is quantized."""

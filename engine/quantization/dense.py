@@ -14,5 +14,8 @@ class Dense:
     def weight(self, parts: Sequence[Part], k: int, input_shard: Shard, dtype: torch.dtype) -> DenseWeight:
         return DenseWeight(parts, k, dtype, input_shard)
 
+    def input_unit(self, num_inputs: int) -> int:  # noqa: ARG002
+        return 1
+
 
 DENSE = Dense()

@@ -1,5 +1,6 @@
 """Products that are made as one, whose parts a checkpoint stores differently."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,9 @@ class Mixed:
     def weight(self, parts: Sequence[Part], k: int, input_shard: Shard, dtype: torch.dtype) -> Weight:
         pairs = zip(self.schemes, parts, strict=True)
         return MixedWeight([scheme.weight([part], k, input_shard, dtype) for scheme, part in pairs])
+
+    def input_unit(self, num_inputs: int) -> int:
+        return math.lcm(*(scheme.input_unit(num_inputs) for scheme in self.schemes))
 
 
 def scheme_of_parts(schemes: Sequence[Scheme]) -> Scheme:

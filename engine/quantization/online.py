@@ -37,6 +37,9 @@ class Quantized:
     def weight(self, parts: Sequence[Part], k: int, input_shard: Shard, dtype: torch.dtype) -> OnlineWeight:
         return OnlineWeight(parts, k, dtype, self.form, input_shard)
 
+    def input_unit(self, num_inputs: int) -> int:
+        return self.form.input_unit(num_inputs)
+
 
 class Online(Quantization):
     """All products within blocks in one format."""

@@ -32,6 +32,9 @@ class Packed:
     def weight(self, parts: Sequence[Part], k: int, input_shard: Shard, dtype: torch.dtype) -> QuantizedWeight:
         return QuantizedWeight(parts, k, dtype, self.form, input_shard, dict(self.names))
 
+    def input_unit(self, num_inputs: int) -> int:
+        return self.form.input_unit(num_inputs)
+
 
 @dataclass(frozen=True)
 class Stored:
