@@ -31,6 +31,7 @@ from server.http.keys import KeyRing, require_key
 from server.http.live import LiveRequests
 from server.http.origins import guard_origins, origins_of
 from server.media.reader import MediaReader
+from server.pages.chat import ChatPage
 from server.reading.chat import CHATS, Chats
 from server.reading.left_out import LeftOutBook, name_left_out
 from server.reading.openai_body import ChatRequest, CompletionRequest
@@ -69,6 +70,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     left_out = LeftOutBook()
     native = NativeApi(engine, config, live)
     generate = GenerateApi(engine, config, live)
+    app.add_routes(ChatPage(config).routes())
     app.add_routes(native.routes())
     app.add_routes(generate.routes())
     app.add_routes(FilePromptApi(engine, live).routes())

@@ -99,10 +99,10 @@ MAKERS = {
 
 ANYBODY, CLIENTS, OWNERS, ADMINS = "anybody", "clients", "owners", "admins"
 WHO_MAY = {
-    ANYBODY: "GET /health | GET /ping | GET /dashboard",
+    ANYBODY: "GET / | GET /health | GET /ping | GET /dashboard",
     # Whoever has a key. What they store or run is theirs.
     CLIENTS: """
-        GET / | GET /openapi.json | GET /health_generate | GET /metrics | GET /get_load
+        GET /openapi.json | GET /health_generate | GET /metrics | GET /get_load
         GET /model_info | GET /get_model_info | GET /server_info | GET /get_server_info
         POST /generate | PUT /generate | POST /generate_from_file | POST /invocations | POST /vertex_generate
         POST /v1/chat/completions | POST /v1/chat/completions/render | POST /v1/completions

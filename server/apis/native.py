@@ -31,7 +31,6 @@ class NativeApi:
 
     def routes(self) -> list[web.RouteDef]:
         return [
-            web.get("/", self.root),
             web.get("/health", self.health),
             web.get("/health_generate", self.health_generate),
             web.get("/get_model_info", self.model_info),
@@ -47,10 +46,6 @@ class NativeApi:
             web.get("/stop_profile", self.stop_profile),
             web.post("/stop_profile", self.stop_profile),
         ]
-
-    async def root(self, _: web.Request) -> web.Response:
-        """Answer Ollama's command line and others, who first ask (HEAD) whether a server is there."""
-        return web.Response(text="radixloop is running\n")
 
     async def health(self, _: web.Request) -> web.Response:
         """Report health by the step loop's heartbeat: nothing is generated, so a busy server is not thought dead."""

@@ -19,8 +19,8 @@ from server.http.owners import CLIENT, Client, owner_of_key
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset(
-    {"/health", "/ping", "/dashboard"}
-)  # the page is empty: it asks for a key, then for /dashboard/data
+    {"/", "/health", "/ping", "/dashboard"}
+)  # the pages are empty: they ask for a key, then for what they show
 ADMIN_PATHS = frozenset(
     {
         "/flush_cache", "/abort_request", "/dashboard/data", "/start_profile", "/stop_profile", "/pause_generation",

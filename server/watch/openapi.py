@@ -322,7 +322,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/detokenize"): DETOKENIZE,
     ("POST", "/parse_function_call"): PARSE_FUNCTION_CALL,
     ("POST", "/separate_reasoning"): SEPARATE_REASONING,
-    ("GET", "/"): Operation("Is a server there?", "server", media_type="text/plain"),
+    ("GET", "/"): Operation(
+        "The chat page, for who accepts HTML; else a line that a server is there", "server", media_type="text/plain",
+        is_open=True,
+    ),
     ("GET", "/health"): HEALTH,
     ("GET", "/ping"): HEALTH,
     ("POST", "/invocations"): CHAT_COMPLETIONS,

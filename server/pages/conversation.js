@@ -1,0 +1,105 @@
+"use strict";
+// A conversation is a tree of turns: an edited or repeated turn is one more child of the same parent, and nothing is lost.
+//
+// turn: {id, parent, role: user | assistant | tool, text, at} and, where it has them, images (data URIs), reasoning,
+// reasoningSeconds, calls [{id, name, arguments}], callId, finish, error, figures.
+
+const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(9)), byte => byte.toString(36).padStart(2, "0")).join("");
+const ROOT = "";
+const CONTINUABLE = new Set(["length", "stopped", "interrupted"]);
+
+class Conversation {
+  constructor({id = newId(), title = "", created = Date.now(), updated = created, settings = {}, turns = [], chosen = {}} = {}) {
+    Object.assign(this, {id, title, created, updated, settings, turns, chosen});
+  }
+
+  // Return a conversation of what was stored or imported; null if it is none.
+  static from(value) {
+    const isTurn = turn => turn && typeof turn.id === "string" && typeof turn.text === "string" && ["user", "assistant", "tool"].includes(turn.role);
+    if (!value || typeof value.id !== "string" || !Array.isArray(value.turns) || !value.turns.every(isTurn)) return null;
+    const conversation = new Conversation({...value, title: String(value.title ?? ""), settings: {...value.settings}, chosen: {...value.chosen}});
+    for (const turn of conversation.turns) {
+      if (turn.role === "assistant" && !turn.finish && !turn.error) turn.finish = "interrupted";
+    }
+    return conversation;
+  }
+
+  add(parent, role, fields) {
+    const turn = {id: newId(), parent: parent ?? ROOT, role, text: "", at: Date.now(), ...fields};
+    this.turns.push(turn);
+    this.choose(turn);
+    if (!this.title && role === "user") this.title = turn.text.trim().split("\n")[0].slice(0, 80) || "Images";
+    this.updated = Date.now();
+    return turn;
+  }
+
+  choose(turn) { this.chosen[turn.parent] = turn.id; }
+
+  siblings(turn) { return this.turns.filter(other => other.parent === turn.parent); }
+
+  // Return the turns that are shown, first to last.
+  path() {
+    const byParent = Map.groupBy(this.turns, turn => turn.parent);
+    const path = [];
+    for (let id = ROOT; byParent.has(id) && path.length <= this.turns.length;) {
+      const children = byParent.get(id);
+      const turn = children.find(child => child.id === this.chosen[id]) ?? children.at(-1);
+      path.push(turn);
+      id = turn.id;
+    }
+    return path;
+  }
+
+  // Return the turns from the first to `turn`.
+  upTo(turn) {
+    const byId = new Map(this.turns.map(one => [one.id, one]));
+    const path = [];
+    for (let one = turn; one && path.length <= this.turns.length; one = byId.get(one.parent)) path.unshift(one);
+    return path;
+  }
+
+  // Return the body of a request for the answer `turn`; with `continues`, for the rest of it.
+  request(turn, model, continues) {
+    const path = this.upTo(turn);
+    if (!continues) path.pop();
+    const system = this.settings.system?.trim();
+    const messages = [...(system ? [{role: "system", content: system}] : []), ...path.map(messageOf).filter(Boolean)];
+    return {
+      model, messages, stream: true, stream_options: {include_usage: true}, return_meta_info: true,
+      ...(continues ? {continue_final_message: true, add_generation_prompt: false} : {}), ...fieldsOf(this.settings),
+    };
+  }
+
+  export() {
+    const {id, title, created, updated, settings, turns, chosen} = this;
+    const messages = this.path().map(messageOf).filter(Boolean);
+    return {kind: "radixloop conversation", version: 1, id, title, created, updated, settings, messages, turns, chosen};
+  }
+}
+
+function messageOf({role, text, images, reasoning, calls, callId}) {
+  if (role === "tool") return {role, tool_call_id: callId, content: text};
+  if (role === "user" && images?.length) {
+    const parts = images.map(url => ({type: "image_url", image_url: {url}}));
+    return {role, content: text ? [...parts, {type: "text", text}] : parts};
+  }
+  if (role === "user") return {role, content: text};
+  if (!text && !calls?.length) return null;  // it failed before its first word
+  return {
+    role, content: text, ...(reasoning ? {reasoning_content: reasoning} : {}),
+    ...(calls?.length ? {tool_calls: calls.map(call => ({id: call.id, type: "function", function: {name: call.name, arguments: call.arguments}}))} : {}),
+  };
+}
+
+// Return the fields of a request that settings ask for. What is empty is left to the server.
+function fieldsOf(settings) {
+  const fields = {};
+  for (const name of ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "max_thinking_tokens"]) {
+    if (typeof settings[name] === "number") fields[name] = settings[name];
+  }
+  if (settings.stop?.length) fields.stop = settings.stop;
+  if (settings.thinking) fields.thinking = {type: settings.thinking};
+  if (settings.tools?.length) fields.tools = settings.tools;
+  if (settings.schema) fields.response_format = {type: "json_schema", json_schema: {name: "answer", schema: settings.schema}};
+  return fields;
+}

@@ -1,0 +1,76 @@
+"""The pages for people, as they are sent: whole, open, and with nothing else allowed to run."""
+
+import base64
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp.test_utils import TestClient
+
+from server.pages.page import FOLDER, Page
+from tests.fake_engine import FakeEngine, serving
+
+Client = TestClient[Any, Any]
+HTML = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+PAGES = ["/"]
+
+
+async def test_a_browser_gets_the_chat_page_and_a_program_a_line(client: Client) -> None:
+    page, line = await client.get("/", headers=HTML), await client.get("/", headers={"Accept": "*/*"})
+    assert (page.status, page.content_type, page.headers["Vary"]) == (200, "text/html", "Accept")
+    assert "<textarea" in await page.text()
+    assert (line.status, line.content_type, await line.text()) == (200, "text/plain", "radixloop is running\n")
+    assert (await client.head("/")).status == 200
+
+
+async def test_without_the_web_ui_everybody_gets_the_line(engine: FakeEngine) -> None:
+    async with serving(engine, disable_web_ui=True) as client:
+        assert await (await client.get("/", headers=HTML)).text() == "radixloop is running\n"
+
+
+@pytest.mark.parametrize("path", PAGES)
+async def test_a_page_is_whole_and_nothing_but_its_own_scripts_may_run(path: str, client: Client) -> None:
+    response = await client.get(path, headers=HTML)
+    text, policy = await response.text(), response.headers["Content-Security-Policy"]
+    assert not re.search(
+        r"""\b(src|action)=["']|<link rel="stylesheet"|@import|url\(|https?://(?!www\.w3\.org/)""", text
+    )
+    for tag, rule in (("script", "script-src"), ("style", "style-src")):
+        digests = [
+            f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"
+            for part in re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        ]
+        assert digests and f"{rule} {' '.join(digests)};" in policy
+    assert "unsafe" not in policy and "default-src 'none'" in policy and "connect-src 'self'" in policy
+    assert "require-trusted-types-for 'script'; trusted-types 'none'" in policy  # text never becomes markup
+    assert not re.search(r""" style=["']| on\w+=["']""", text)
+
+
+@pytest.mark.parametrize("path", PAGES)
+async def test_a_page_is_open_where_a_key_is_needed_and_holds_none_of_what_the_key_opens(
+    path: str, engine: FakeEngine
+) -> None:
+    async with serving(engine, api_key="sesame") as client:
+        text = await (await client.get(path, headers=HTML)).text()
+    assert "fake-model" not in text and "sesame" not in text
+
+
+async def test_a_page_that_the_browser_has_is_not_sent_again(client: Client) -> None:
+    first = await client.get("/", headers=HTML)
+    again = await client.get("/", headers={**HTML, "If-None-Match": first.headers["ETag"]})
+    assert (again.status, await again.read()) == (304, b"")
+    assert again.headers["Content-Security-Policy"] == first.headers["Content-Security-Policy"]
+
+
+def test_every_style_and_script_is_part_of_a_page() -> None:
+    parts = {path.name for path in FOLDER.iterdir() if path.suffix in (".css", ".js")}
+    texts = [page.read_text() for page in FOLDER.glob("*.html")]
+    assert parts == {name for text in texts for name in re.findall(r'(?:href|src)="([\w.-]+\.(?:css|js))"', text)}
+
+
+def test_a_link_to_a_missing_part_fails_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text('<script src="missing.js"></script>')
+    with pytest.raises(FileNotFoundError):
+        Page("a.html", tmp_path)
