@@ -78,6 +78,20 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
+class LatentConfig(AttentionConfig):
+    """Latent attention (DeepSeek-AI 2024); head_dim is that of queries and keys, the rotated part included."""
+
+    kv_lora_rank: int = 0  # of latents
+    q_lora_rank: int = 0  # of what queries are made of; 0: they are made of the hidden states
+    v_head_dim: int = 0
+
+    @property
+    def qk_nope_head_dim(self) -> int:
+        """The part of a query's or a key's head that is not rotated."""
+        return self.head_dim - self.rope.rotary_dim
+
+
+@dataclass(frozen=True)
 class ExpertsConfig:
     """The mixture of experts in the place of one layer's MLP."""
 

@@ -39,7 +39,7 @@ def attention_torch(
     has_decodes: bool = True,
 ) -> torch.Tensor:
     """Define `attention`. Sizes come from the host's lengths, so a CUDA graph cannot capture it."""
-    out = torch.empty_like(q)
+    out = q.new_empty(*q.shape[:2], v_cache.shape[2])
     if has_decodes:
         options: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": sinks, "slopes": slopes}
         decodes_torch(q, k_cache, v_cache, batch, out, scale=scale, **options)
@@ -155,13 +155,14 @@ def _decode(
     queries = q[members.index]
     n, num_heads, head_dim = queries.shape
     num_kv_heads = k_cache.shape[1]
-    k = _gather(k_cache, members.slots, q.dtype).view(n, -1, num_kv_heads, head_dim).transpose(1, 2)
-    v = _gather(v_cache, members.slots, q.dtype).view(n, -1, num_kv_heads, head_dim).transpose(1, 2)
+    k = v = gather(k_cache, members.slots, q.dtype).unflatten(0, (n, -1)).transpose(1, 2)
+    if v_cache is not k_cache:
+        v = gather(v_cache, members.slots, q.dtype).unflatten(0, (n, -1)).transpose(1, 2)
     queries = queries.reshape(n, num_kv_heads, num_heads // num_kv_heads, head_dim)
     of_rows = None if sinks is None else sinks.view(num_kv_heads, -1)
     mask = members.mask_of(None if slopes is None else slopes.view(num_kv_heads, -1, 1))
     result = _sdpa(queries, k, v, mask, False, scale, softcap, of_rows)
-    out[members.index] = result.reshape(n, num_heads, head_dim)
+    out[members.index] = result.reshape(n, num_heads, -1)
 
 
 def _prefill(
@@ -182,19 +183,46 @@ def _prefill(
     """Write the attention of request i, whose tokens are [start, end) of q, into `out`."""
     q_len, seq_len = end - start, int(batch.seq_lens_host[i])
     first_seen = max(seq_len - q_len + 1 - window, 0) if window >= 0 else 0  # by the request's first new token
+    slots = prompt_slots(batch, i, first_seen)
+    k, v = gather(k_cache, slots, q.dtype), gather(v_cache, slots, q.dtype)
     num_seen = seq_len - first_seen
-    num_keys = _padded_len(num_seen)
-    tokens = torch.arange(num_keys, device=q.device)
-    slots = batch.slot_table[batch.rows[i]].index_select(0, (tokens + first_seen).clamp_(max=seq_len - 1))
-    slots = _mapped(slots, batch)
-    k = _gather(k_cache, slots, q.dtype).transpose(0, 1)[None]
-    v = _gather(v_cache, slots, q.dtype).transpose(0, 1)[None]
-    queries = q[start:end].transpose(0, 1)[None]
+    out[start:end] = prompt_torch(
+        q[start:end], k, v, num_seen, scale=scale, window=window, softcap=softcap, sinks=sinks, slopes=slopes
+    )
+
+
+def prompt_slots(batch: AttentionBatch, i: int, first: int = 0) -> torch.Tensor:
+    """Return the slots of request i from token `first` on, padded by the last one: see `_padded_len`."""
+    seq_len = int(batch.seq_lens_host[i])
+    tokens = torch.arange(first, first + _padded_len(seq_len - first), device=batch.slot_table.device)
+    slots = batch.slot_table[batch.rows[i]].index_select(0, tokens.clamp_(max=seq_len - 1))
+    return _mapped(slots, batch)
+
+
+def prompt_torch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_seen: int,
+    *,
+    scale: float,
+    window: int = -1,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend q [Q, H, D], the last of `num_seen` tokens, to their k [L, Hkv, D] and v [L, Hkv, Dv]: [Q, H, Dv].
+
+    L: `num_seen`, padded by any finite values.
+    """
+    q_len, num_keys = len(q), len(k)
+    queries, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     is_plain = q_len == num_seen and not 0 <= window < q_len and slopes is None
     mask = None
     if is_plain:
         queries = F.pad(queries, (0, 0, 0, num_keys - num_seen))  # no real query sees the keys of those added
     else:
+        tokens = torch.arange(num_keys, device=q.device)
         positions = torch.arange(num_seen - q_len, num_seen, device=q.device)[:, None]
         mask = tokens <= positions
         if window >= 0:
@@ -202,8 +230,7 @@ def _prefill(
         if slopes is not None:
             mask = ((tokens - positions) * slopes[None, :, None, None]).masked_fill_(~mask, -torch.inf)
     of_rows = None if sinks is None else sinks[:, None]
-    result = _sdpa(queries, k, v, mask, is_plain, scale, softcap, of_rows)[0, :, :q_len]
-    out[start:end] = result.transpose(0, 1)
+    return _sdpa(queries, k, v, mask, is_plain, scale, softcap, of_rows)[0, :, :q_len].transpose(0, 1)
 
 
 def _padded_len(num_keys: int) -> int:
@@ -220,7 +247,7 @@ def _mapped(slots: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
     return slots if batch.slot_map is None else batch.slot_map[slots]
 
 
-def _gather(cache: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def gather(cache: torch.Tensor, slots: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return rows `slots` [N] of the cache in `dtype`: [N, Hkv, D]."""
     if cache.dtype.itemsize == 1:  # torch gathers no float8
         return cache.view(torch.uint8).index_select(0, slots).view(cache.dtype).to(dtype)
@@ -237,11 +264,34 @@ def _sdpa(
     softcap: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return softmax(scale q k^T) v [n, H, Q, D] of q [n, H, Q, D], k and v [n, Hkv, L, D].
+    """Return softmax(scale q k^T) v [n, H, Q, Dv] of q [n, H, Q, D], k [n, Hkv, L, D] and v [n, Hkv, L, Dv].
 
     mask: bool, or to be added to the scores, in q's dtype or float32; broadcast to [n, H, Q, L]. sinks: broadcast to
     [H, Q].
     """
+    v_dim = v.shape[3]
+    missing = q.shape[3] - v_dim
+    if not missing or softcap:
+        return _sdpa_of_one_width(q, k, v, mask, is_causal, scale, softcap, sinks)
+    # torch's kernels for CPUs take one width only; without them this takes two to seven times as long.
+    if missing > 0:
+        v = F.pad(v, (0, missing))
+    else:
+        q, k = F.pad(q, (0, -missing)), F.pad(k, (0, -missing))
+    return _sdpa_of_one_width(q, k, v, mask, is_causal, scale, softcap, sinks)[..., :v_dim]
+
+
+def _sdpa_of_one_width(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run `_sdpa`. With a softcap widths may differ."""
     is_grouped = q.shape[1] != k.shape[1]
     if not softcap and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=is_grouped)
@@ -294,7 +344,7 @@ def attention(
     backend: str = "torch",
     has_decodes: bool = True,
 ) -> torch.Tensor:
-    """Attend q [T, H, D] to the caches [num_slots, Hkv, D], in q's dtype or float8; return [T, H, D].
+    """Attend q [T, H, D] to caches [num_slots, Hkv, D] and [num_slots, Hkv, Dv], in q's dtype or float8: [T, H, Dv].
 
     window: a token sees at most that many last tokens, itself included; -1: all. softcap c > 0: scores become c
     tanh(score / c). sinks [H]: a score of each head that is in the softmax's denominator alone. slopes [H], float32:

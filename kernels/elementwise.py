@@ -201,6 +201,48 @@ def rope_and_store(
     return run(qkv, positions, cos_sin, k_cache, v_cache, out_cache_loc, num_heads, num_kv_heads, head_dim, *norms)
 
 
+def rope_and_store_latent_torch(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    cache: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+) -> None:
+    rank, rotary_dim = len(norm), cos_sin.shape[1]
+    cos, sin = cos_sin.index_select(0, positions)[:, None].chunk(2, dim=-1)  # [T, 1, rotary_dim / 2]
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        x1, x2 = x.float().chunk(2, dim=-1)
+        return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+    of_queries = q[..., -rotary_dim:]
+    of_queries.copy_(rotated(of_queries))
+    latents = rms_norm_torch(kv[:, None, :rank], norm, eps)
+    store(cache, out_cache_loc.long(), torch.cat((latents, rotated(kv[:, None, rank:])), dim=-1))
+
+
+def rope_and_store_latent(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    cache: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+) -> None:
+    """Rotate the last P elements of each query by its position, in place, and write a token's latent to its slot.
+
+    q [T, H, at least P]. kv [T, R + P]: its first R get an RMS norm scaled by `norm` [R], the others are rotated; the
+    result goes to cache [num_slots, 1, R + P], in the cache's dtype. positions and out_cache_loc int32 [T]. cos_sin
+    fp32 [max_position, P], as `rope_and_store` has it, GPT-NeoX pairs too.
+    """
+    rope_and_store_latent_torch(q, kv, positions, cos_sin, cache, out_cache_loc, norm, eps)
+
+
 def store(cache: torch.Tensor, slots: torch.Tensor, x: torch.Tensor) -> None:
     """Write x [T, Hkv, D] to its slots, int64 [T]."""
     x = to_cache_dtype(x, cache.dtype)

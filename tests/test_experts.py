@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.errors import ModelError
+from engine.layers.attention import Attention
 from engine.layers.block import sum_over_ranks
 from engine.layers.communicator import Communicator
 from engine.layers.layer import unique_layers
@@ -387,9 +388,9 @@ def test_sinks_are_split_over_ranks_as_heads_are(make_tiny_model: MakeTinyModel)
     folder = make_tiny_model(getattr(transformers, name), "gpt-oss", **options)
 
     def sinks(comm: Communicator) -> torch.Tensor:
-        found = TinyEngine(folder, comm).model.model.layers[1].self_attn.sinks
-        assert found is not None
-        return found
+        found = TinyEngine(folder, comm).model.model.layers[1].self_attn
+        assert isinstance(found, Attention) and found.sinks is not None
+        return found.sinks
 
     whole = sinks(Communicator())
     assert len(whole) == 4

@@ -263,7 +263,7 @@ def test_kernels_are_found_out_by_blocks_of_each_kind_and_then_all_are_back(
     decoder = build_model(config, LayerConfig(torch.float32)).model
     layers = list(decoder.layers)
     with decoder.few_layers():
-        assert [layer.self_attn.window for layer in decoder.layers] == windows
+        assert [layer.self_attn.config.window for layer in decoder.layers] == windows
     assert decoder.layers == layers and len(layers) == config.num_hidden_layers
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from engine.checkpoint.weights import load_weights
 from engine.config import EngineConfig
 from engine.errors import ModelError
+from engine.layers.attention import Attention
 from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, unique_layers
 from engine.models.registry import build_model, load_config
@@ -439,4 +440,5 @@ def test_qwen_1_beyond_its_length_is_stretched_in_steps_and_its_queries_grow(
     got = torch.cat([engine.forward({0: part}) for part in (ids[:5], ids[5:30], ids[30:])])
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
     within = TinyEngine(folder, json_model_override_args=f'{{"seq_length": {short}}}').model.model.layers[0].self_attn
+    assert isinstance(within, Attention)
     assert within.after_rope is None  # today's kernels, and no more

@@ -1,21 +1,23 @@
-"""Grouped-query attention over the paged cache (Ainslie et al. 2023)."""
+"""Grouped-query attention over the paged cache (Ainslie et al. 2023), and what blocks know of any attention."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 
-from cache.layout import KV
+from cache.layout import KV, LayerCache
 from cache.pool import CachePool
 from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import Layer, LayerConfig, meta_weight
-from engine.layers.linear import qkv_parallel, row_parallel
+from engine.layers.linear import Linear, qkv_parallel, row_parallel
 from engine.layers.norm import HiddenNorm, RMSNorm, UnitRMSNorm
 from engine.layers.qk_norm import AllHeadsNorm, EachHeadNorm
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import AttentionConfig, QKNorm
 from kernels.attention import attention
 from kernels.elementwise import rope_and_store
+from kernels.tuning import AttentionShape, WeightShape
 from kernels.weights import Norm, match_shard
 
 AfterRope = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -24,11 +26,13 @@ HeadNorms = tuple[HiddenNorm, HiddenNorm, HiddenNorm | None]
 """Norms of each query, key and value head before the rotation; only their weights are read."""
 
 
-class Attention(Layer):
-    """Queries, keys and values of all heads; `o_proj` is the block's to call: it ends the branch."""
+class AnyAttention(Layer):
+    """Compute the input of `o_proj`, which ends the branch and is the block's to call."""
 
-    weight_names: ClassVar = ("sinks",)
+    config: AttentionConfig
+    o_proj: Linear
 
+    @abstractmethod
     def __init__(
         self,
         config: AttentionConfig,
@@ -43,6 +47,42 @@ class Attention(Layer):
 
         norm_class: of the norms of query and key heads, if there are any.
         """
+
+    @property
+    @abstractmethod
+    def cache(self) -> LayerCache:
+        """Describe what this rank's layer keeps of each token, or the one whose keys and values it reads."""
+
+    @abstractmethod
+    def __call__(
+        self, x: torch.Tensor, batch: ForwardBatch, pool: CachePool, *, norm: Norm | None = None
+    ) -> torch.Tensor:
+        """Return what the heads find, [T, H D], for norm(x), x [T, hidden]. Cache entries are stored in `pool`."""
+
+    @abstractmethod
+    def tuning_shapes(self, *, has_norm: bool) -> list[WeightShape | None]:
+        """Return the shapes of the products of one token. has_norm: the first one takes the norm ahead of it in."""
+
+    @abstractmethod
+    def attention_shape(self, kv_dtype: torch.dtype) -> AttentionShape | None:
+        """Return the shape that the kernels are tuned for, None where there is nothing to tune."""
+
+
+class Attention(AnyAttention):
+    """Queries, keys and values of all heads; `o_proj` is the block's to call: it ends the branch."""
+
+    weight_names: ClassVar = ("sinks",)
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        hidden_size: int,
+        norm_eps: float,
+        layer_id: int,
+        rotary: RotaryEmbedding,
+        layers: LayerConfig,
+        norm_class: type[HiddenNorm] = RMSNorm,
+    ) -> None:
         head_dim, num_heads, num_kv_heads = config.head_dim, config.num_heads, config.num_kv_heads
         self.config, self.rotary, self.layer_id = config, rotary, layer_id
         self.num_heads = layers.split(num_heads, "num_attention_heads")
@@ -119,13 +159,22 @@ class Attention(Layer):
 
     @property
     def cache(self) -> KV:
-        """Describe what this rank's layer keeps of each token, or the one whose keys and values it reads."""
         return KV(self.num_kv_heads, self.head_dim, window=None if self.window < 0 else self.window)
+
+    def tuning_shapes(self, *, has_norm: bool) -> list[WeightShape | None]:
+        return [
+            self.qkv_proj.weight.tuning_shape(has_norm=has_norm),
+            self.o_proj.weight.tuning_shape(has_residual=True),
+        ]
+
+    def attention_shape(self, kv_dtype: torch.dtype) -> AttentionShape | None:
+        if self.backend == "torch":
+            return None
+        return AttentionShape(self.num_heads, self.num_kv_heads, self.head_dim, kv_dtype)
 
     def __call__(
         self, x: torch.Tensor, batch: ForwardBatch, pool: CachePool, *, norm: Norm | None = None
     ) -> torch.Tensor:
-        """Return what the heads find, [T, H D], for norm(x), x [T, hidden]. Keys and values are stored in `pool`."""
         _, found = self.attend(x, batch, pool, norm=norm)
         return found.flatten(1)
 

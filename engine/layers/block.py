@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from cache.pool import CachePool
-from engine.layers.attention import Attention
+from engine.layers.attention import AnyAttention, Attention
 from engine.layers.communicator import Communicator
 from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import Layer, LayerConfig
@@ -25,6 +25,7 @@ class Block(Layer):
     """Attention, MLP, and the norms that the class names."""
 
     norm_class: ClassVar[type[HiddenNorm]] = RMSNorm
+    attention_class: ClassVar[type[AnyAttention]] = Attention
     mlp_class: ClassVar[type[MLP]] = GatedMLP
     norm_names: ClassVar[tuple[str, ...]]
     branches_take_norms: ClassVar = True  # whether each branch's first product is given the norm ahead of it
@@ -38,9 +39,9 @@ class Block(Layer):
         rotary: RotaryEmbedding,
         layers: LayerConfig,
     ) -> None:
-        """layer_id: in the cache, see `Attention`."""
+        """layer_id: in the cache, see `AnyAttention`."""
         hidden, eps = config.hidden_size, config.norm_eps
-        self.self_attn = Attention(
+        self.self_attn = self.attention_class(
             attention, hidden, eps, layer_id, rotary, layers.within("self_attn"), self.norm_class
         )
         experts = config.experts[layers.block_index] if config.experts else None
@@ -65,10 +66,9 @@ class Block(Layer):
 
     def tuning_shapes(self) -> list[WeightShape | None]:
         """Return the shapes of the products of one token, each with what the block fuses."""
-        attn, mlp, has_norm = self.self_attn, self.mlp, self.fuses_norms
+        mlp, has_norm = self.mlp, self.fuses_norms
         return [
-            attn.qkv_proj.weight.tuning_shape(has_norm=has_norm),
-            attn.o_proj.weight.tuning_shape(has_residual=True),
+            *self.self_attn.tuning_shapes(has_norm=has_norm),
             mlp.tuning_shape(has_norm=has_norm),
             mlp.down_proj.weight.tuning_shape(has_residual=True),
         ]

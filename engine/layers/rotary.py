@@ -137,16 +137,17 @@ def yarn(rope: RopeConfig, _context_length: int) -> tuple[torch.Tensor, float]:
 
 def yarn_scale(scaling: dict[str, Any], factor: float) -> float:
     """Return YaRN's factor on cosines and sines."""
-
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     attention_factor: float | None = scaling.get("attention_factor")
     if attention_factor is not None:
         return attention_factor
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
-    return mscale(1.0)
+        return mscale(factor, scaling["mscale"]) / mscale(factor, scaling["mscale_all_dim"])
+    return mscale(factor)
+
+
+def mscale(factor: float, weight: float = 1.0) -> float:
+    """Return how much sharper attention is to be over positions stretched by `factor`, as YaRN found it."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def longrope(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float]:

@@ -6,6 +6,7 @@ import torch
 
 from cache.layout import bytes_per_token
 from cache.pool import CachePool
+from engine.layers.attention import Attention
 from engine.layers.block import Block, PreNorm, sum_over_ranks
 from engine.layers.forward_batch import ForwardBatch
 from engine.layers.mlp import GatedMLP
@@ -48,6 +49,7 @@ class StepSplitter:
         """Compute a block with the last tokens ahead of the others: they do not need the attention of the decodes."""
         assert isinstance(block, PreNorm) and isinstance(block.mlp, GatedMLP)
         attn, mlp, norm, comm = block.self_attn, block.mlp, block.post_attention_layernorm, block.comm
+        assert isinstance(attn, Attention)
         q, found = attn.attend(h, batch, self._pool, norm=block.input_layernorm, has_decodes=False)
         k_cache, v_cache = self._pool[attn.layer_id]
         first, weight = len(h) - corun.num_tokens, mlp.gate_up_proj.weight
@@ -87,6 +89,8 @@ def _costs_of_block(block: Block, pool: CachePool) -> CorunCosts | None:
     if not isinstance(block, PreNorm) or not isinstance(block.mlp, GatedMLP):
         return None
     attn, gate_up = block.self_attn, block.mlp.gate_up_proj
+    if not isinstance(attn, Attention):
+        return None
     is_alone = block.comm.size == 1  # else each half has a sum over ranks of its own: 8 % slower on two GPUs
     has_kernel = attn.backend != "torch"
     has_window = attn.window >= 0  # and little for attention to read

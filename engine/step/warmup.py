@@ -55,14 +55,8 @@ def weight_shapes(model: CausalLM) -> list[WeightShape]:
 
 def attention_shapes(model: CausalLM, kv_dtype: torch.dtype) -> list[AttentionShape]:
     """Return the heads of this rank's attention, each kind once; none where Triton's kernels do not serve it."""
-    layers = [block.self_attn for block in model.model.layers]
-    return list(
-        dict.fromkeys(
-            AttentionShape(attn.num_heads, attn.num_kv_heads, attn.head_dim, kv_dtype)
-            for attn in layers
-            if attn.backend != "torch"
-        )
-    )
+    shapes = dict.fromkeys(block.self_attn.attention_shape(kv_dtype) for block in model.model.layers)
+    return [shape for shape in shapes if shape is not None]
 
 
 def rehearse_sampling(vocab_size: int, max_samples: int, device: torch.device) -> None:
