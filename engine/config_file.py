@@ -28,6 +28,7 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
         "model_max_length", "n_embd", "n_layer", "n_head", "n_inner", "n_positions", "ffn_dim", "word_embed_proj_dim",
         "ffn_hidden_size", "kv_channels", "multi_query_group_num", "num_layers", "padded_vocab_size", "seq_length",
         "no_rope_layer_interval", "global_head_dim", "num_global_key_value_heads", "vocab_size_per_layer_input",
+        "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_layer_freq",
     )),
     ("a positive number", lambda value: is_number(value) and value > 0, (
         "rms_norm_eps", "rope_theta", "partial_rotary_factor", "factor", "low_freq_factor", "high_freq_factor",
@@ -43,6 +44,7 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
     )),
     ("an integer", lambda value: type(value) is int, (
         "sliding_window", "max_window_layers", "num_kv_shared_layers", "hidden_size_per_layer_input", "top_k",
+        "first_k_dense_replace", "num_nextn_predict_layers",
     )),
     ("true or false", lambda value: isinstance(value, bool), (
         "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bias", "attention_out_bias",
@@ -51,6 +53,7 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
         "use_qkv_bias", "use_parallel_residual", "qk_layernorm", "use_qk_norm", "scale_attn_weights",
         "scale_attn_by_inverse_layer_idx", "add_cross_attention", "do_layer_norm_before", "enable_bias",
         "layer_norm_elementwise_affine", "attention_k_eq_v", "use_double_wide_mlp", "enable_moe_block",
+        "rope_interleave",
     )),
     ("a string", lambda value: isinstance(value, str), (
         "hidden_act", "hidden_activation", "activation_function", "model_type", "dtype", "torch_dtype",
@@ -58,7 +61,9 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
     ("an object", lambda value: isinstance(value, dict), (
         "rope_parameters", "rope_scaling", "quantization_config", "id2label", "per_layer_config",
     )),
-    ("a list of strings", is_list_of(lambda value: isinstance(value, str)), ("architectures", "layer_types")),
+    ("a list of strings", is_list_of(lambda value: isinstance(value, str)), (
+        "architectures", "layer_types", "mlp_layer_types",
+    )),
     ("a list of numbers", is_list_of(is_number), ("short_factor", "long_factor", "no_rope_layers")),
     ("a number, or letters", lambda value: type(value) in (int, str), ("sliding_window_pattern",)),
     ("a token's id, or a list of them", lambda value: is_list_of(lambda one: type(one) is int)(

@@ -227,7 +227,8 @@ def spread(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Repeat scales over the rows and columns of a weight."""
     n, k = weight.shape
     for dim, size in enumerate((n, k)):
-        scale = scale.repeat_interleave(-(-size // scale.shape[dim]) if scale.shape[dim] < size else 1, dim)
+        count = scale.shape[dim]
+        scale = scale.repeat_interleave(BLOCK if 1 < count < size else size // count, dim)
     return scale[:n, :k]
 
 

@@ -27,6 +27,7 @@ from tests.test_engine import (
     running_engine,
 )
 from tests.test_experts import FAMILIES as EXPERTS
+from tests.test_mla import FAMILIES as LATENT
 from tests.test_native_families import FAMILIES
 
 MakeTinyModel = Callable[..., Path]
@@ -35,12 +36,13 @@ __all__ = ["prompts"]  # a fixture
 GEMMA_2 = {"sliding_window": 24, "query_pre_attn_scalar": 24, "num_hidden_layers": 3}
 # LongRoPE chooses by the length of a sequence: here none is short.
 LONG = {"original_max_position_embeddings": 4}
-ALL = FAMILIES | {
+OWN = {
     "gemma 2": ("Gemma2Config", GEMMA_2),
     "gpt-oss": ("GptOssConfig", EXPERTS["gpt-oss"][1] | {"sliding_window": 24, "num_hidden_layers": 3}),
     "qwen3-moe": EXPERTS["qwen3-moe"],
     "phi 4 mini": ("Phi3Config", FAMILIES["phi 4 mini"][1] | LONG),
 }
+ALL = FAMILIES | LATENT | OWN
 CRAMPED = {"page_size": 4, "chunked_prefill_size": 12, "max_total_tokens": 160, "swa_full_tokens_ratio": 0.01}
 # As few window slots as a request needs beside its chunk: they are given back all the time.
 TIGHT = {"swa_full_tokens_ratio": 0.01, "chunked_prefill_size": 16, "max_total_tokens": 1000}
@@ -54,13 +56,14 @@ WINDOW_MIXES: dict[str, dict[str, Any]] = {
     "whole_contexts": {"disable_hybrid_swa_memory": True},
 }
 SOME = ("batched", "large_chunks", "seven_token_chunks", "no_overlap")
-# What differs where steps, chunks or caches could tell: windows, two ropes, shared keys, vectors of layers, sinks.
+# What differs where steps, chunks or caches could tell: windows, ropes, shared keys, vectors of layers, sinks, latents.
 KINDS = (
     "gemma 2", "gemma 3", "gemma 4", "gemma 4 E2B", "phi 2", "phi 4 mini", "olmo 2", "olmo 3", "command-r7b",
     "granite 3", "smollm 3 with windows", "exaone 4", "ministral 3", "gpt-2", "hunyuan", "bloom", "gpt-oss",
+    "deepseek v2 lite", "deepseek v3", "minicpm 3",
 )  # fmt: skip
-ON_ALL_GPU_MIXES = ("gemma 2", "gemma 4 E2B", "phi 2")
-ON_TWO_RANKS = ("gemma 4 E2B", "command-r7b", "olmo 3", "gpt-oss")
+ON_ALL_GPU_MIXES = ("gemma 2", "gemma 4 E2B", "phi 2", "deepseek v3")
+ON_TWO_RANKS = ("gemma 4 E2B", "command-r7b", "olmo 3", "gpt-oss", "deepseek v3")
 
 
 def cases() -> list[Any]:

@@ -23,6 +23,13 @@ ARCHITECTURES = {
     "ChatGLMForCausalLM": Served("chatglm:ChatGLM", "ChatGLM 2 and 3, GLM-4-9B as first published"),
     "Cohere2ForCausalLM": Served("cohere:Cohere2", "Command R7B, Command A"),
     "CohereForCausalLM": Served("cohere:Cohere", "Command-R and R+, Aya 23 and Expanse"),
+    "DeepseekV2ForCausalLM": Served("deepseek:DeepseekV2", "DeepSeek V2, V2-Lite, V2.5 and Coder-V2"),
+    "DeepseekV3ForCausalLM": Served(
+        "deepseek:DeepseekV3", "DeepSeek V3, V3.1, R1, Kimi-K2; layers for several tokens at once are left out"
+    ),
+    "DeepseekV32ForCausalLM": Served(
+        "deepseek:DeepseekV32", "DeepSeek V3.2; without its indexer: attention is to all tokens, not to 2,048"
+    ),
     "Ernie4_5ForCausalLM": Served("ernie:Ernie45", "ERNIE 4.5, the dense 0.3B"),
     "Ernie4_5_MoeForCausalLM": Served("moe:Ernie45Moe", "ERNIE 4.5 21B-A3B and 300B-A47B"),
     "Exaone4ForCausalLM": Served("exaone4:Exaone4", "EXAONE 4"),
@@ -38,6 +45,9 @@ ARCHITECTURES = {
     "GemmaForCausalLM": Served("gemma:Gemma", "Gemma 1, CodeGemma"),
     "Glm4ForCausalLM": Served("glm:Glm4", "GLM-4-0414, GLM-Z1"),
     "Glm4MoeForCausalLM": Served("moe:Glm4Moe", "GLM-4.5 to 4.7, Air; layers for several tokens at once are left out"),
+    "Glm4MoeLiteForCausalLM": Served(
+        "deepseek:DeepseekV3", "GLM-4.7-Flash; layers for several tokens at once are left out"
+    ),
     "GlmForCausalLM": Served("glm:Glm", "GLM-4-9B, GLM-Edge"),
     "GptOssForCausalLM": Served("gpt_oss:GptOss", "gpt-oss 20b and 120b, in MXFP4 or bf16"),
     "GraniteForCausalLM": Served("granite:Granite", "Granite 3, the dense ones"),
@@ -54,6 +64,7 @@ ARCHITECTURES = {
         "Llama 1 to 3.3, and its likes: SmolLM 1 and 2, DeepSeek LLM, Yi, TinyLlama, Vicuna, Falcon 3, ...",
     ),
     "MiMoForCausalLM": Served("llama:MiMo", "MiMo 7B; its layers for several tokens at once are left out"),
+    "MiniCPM3ForCausalLM": Served("minicpm:MiniCPM3", "MiniCPM 3"),
     "MiniCPMForCausalLM": Served("minicpm:MiniCPM", "MiniCPM 1, 2 and 4, the dense ones"),
     "Ministral3ForCausalLM": Served("llama:Mistral", "Ministral 3"),
     "MinistralForCausalLM": Served("llama:Mistral", "Ministral 8B"),
@@ -83,6 +94,7 @@ ARCHITECTURES = {
     "Starcoder2ForCausalLM": Served("starcoder2:Starcoder2", "StarCoder2"),
     "XverseForCausalLM": Served("llama:Llama", "XVERSE, the dense ones"),
     "YiForCausalLM": Served("llama:Yi", "Yi of the first release"),
+    "YoutuForCausalLM": Served("deepseek:Youtu", "Youtu-LLM"),
 }  # fmt: skip
 # Other names of the same, among them those that do not end as a model's with a head for tokens does.
 ALIASES = {

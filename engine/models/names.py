@@ -153,13 +153,14 @@ class Interleave:
     """Reorder the rows of heads whose rotary pairs lie side by side, so that pairs are halves of a head.
 
     Scores do not change if the rows of queries and keys are reordered alike. head_dim, rotary_dim: rows of a head, and
-    those of them, the first ones, that are rotated. dim: of the tensor, that has the rows.
+    those of them, the first ones from `start` on, that are rotated. dim: of the tensor, that has the rows.
     """
 
     pattern: str
     head_dim: int
     rotary_dim: int
     dim: int = 0
+    start: int = 0
 
     def __call__(self, piece: Piece) -> Iterable[Piece]:
         if piece.has_rows and re.search(self.pattern, piece.name):
@@ -171,8 +172,11 @@ class Interleave:
             return loaded
         rows = loaded.movedim(self.dim, 0)
         heads = rows.reshape(-1, self.head_dim, *rows.shape[1:])
-        rotated = torch.cat((heads[:, : self.rotary_dim : 2], heads[:, 1 : self.rotary_dim : 2]), dim=1)
-        return torch.cat((rotated, heads[:, self.rotary_dim :]), dim=1).reshape(rows.shape).movedim(0, self.dim)
+        before, pairs, after = heads.split(
+            (self.start, self.rotary_dim, self.head_dim - self.start - self.rotary_dim), 1
+        )
+        reordered = torch.cat((before, pairs[:, ::2], pairs[:, 1::2], after), dim=1)
+        return reordered.reshape(rows.shape).movedim(0, self.dim)
 
 
 @dataclass(frozen=True)

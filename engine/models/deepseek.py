@@ -1,0 +1,136 @@
+"""DeepSeek V2, V3 and R1, V3.2, Kimi-K2 and GLM-4.7-Flash: latent attention, and experts beside shared ones.
+
+attention       latents (`engine.layers.mla`); rotary pairs lie side by side, and are reordered when loaded; where YaRN
+                stretches positions, scores are sharpened by the square of its `mscale_all_dim`
+experts         of all layers but the first; groups of them in the larger models, of which the best are chosen
+V2              softmax; a group is as good as its best expert
+V3, GLM         sigmoids, with a correction of the choice; a group is as good as its best two
+V3.2            its indexer, which leaves out all but 2,048 of a long context's tokens to save time, is not loaded: all
+                tokens count
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from engine.errors import ModelError
+from engine.layers.block import PreNorm
+from engine.layers.mla import LatentAttention
+from engine.layers.rotary import mscale
+from engine.model_config import ExpertsConfig, LatentConfig, ModelConfig, read_decoder
+from engine.models.base import CausalLM
+from engine.models.moe import EXPERTS
+from engine.models.names import Ignore, Interleave, Rule
+from engine.rope_config import RopeConfig
+from kernels.routing import Routing
+
+
+class LatentBlock(PreNorm):
+    attention_class = LatentAttention
+
+
+def read_latent(raw: dict[str, Any], **differs: Any) -> ModelConfig:
+    """Read a decoder with latent attention, as DeepSeek spells it. KeyError naming an entry that is missing.
+
+    differs: see `read_decoder`.
+    """
+    rotary_dim = raw["qk_rope_head_dim"]
+    config = read_decoder(raw, head_dim=rotary_dim, **differs)
+    head_dim = raw["qk_nope_head_dim"] + rotary_dim
+    scale = head_dim**-0.5
+    sizes = {
+        "num_kv_heads": config.attention[0].num_heads,
+        "head_dim": head_dim,
+        "kv_lora_rank": raw["kv_lora_rank"],
+        "q_lora_rank": raw.get("q_lora_rank", 0),
+        "v_head_dim": raw["v_head_dim"],
+    }
+    attention = []
+    for layer in config.attention:
+        if layer.rope.rotary_dim != rotary_dim:
+            raise ModelError(f"config.json: of qk_rope_head_dim {rotary_dim} only {layer.rope.rotary_dim} are rotated")
+        sharpened = scale * score_factor(layer.rope)
+        attention.append(LatentConfig(**(vars(layer) | sizes | {"scale": sharpened})))
+    return replace(config, attention=tuple(attention))
+
+
+def score_factor(rope: RopeConfig) -> float:
+    """Return by how much scores are multiplied beside the usual scale, where positions are stretched."""
+    weight = rope.scaling.get("mscale_all_dim")
+    return mscale(rope.scaling["factor"], weight) ** 2 if weight and rope.rope_type != "default" else 1.0
+
+
+def latent_names(config: ModelConfig) -> tuple[Rule, ...]:
+    """Return the rules for latent attention whose rotary pairs lie side by side."""
+    layer = config.attention[0]
+    assert isinstance(layer, LatentConfig)
+    rotary_dim, rank = layer.rope.rotary_dim, layer.kv_lora_rank
+    return (
+        Interleave(r"\.q(_b)?_proj\.", layer.head_dim, rotary_dim, start=layer.qk_nope_head_dim),
+        Interleave(r"\.kv_a_proj_with_mqa\.", rank + rotary_dim, rotary_dim, start=rank),
+    )
+
+
+def expert_layers(raw: dict[str, Any], experts: ExpertsConfig) -> tuple[ExpertsConfig | None, ...]:
+    """Return the experts of each layer: as `mlp_layer_types` says, else of each `moe_layer_freq`-th but the first."""
+    num_layers = raw["num_hidden_layers"]
+    if kinds := raw.get("mlp_layer_types"):
+        if len(kinds) < num_layers:
+            raise ModelError(f"mlp_layer_types names {len(kinds)} layers, num_hidden_layers is {num_layers}")
+        return tuple(experts if kind == "sparse" else None for kind in kinds[:num_layers])
+    first, step = raw.get("first_k_dense_replace", 0), raw.get("moe_layer_freq", 1)
+    return tuple(experts if i >= first and i % step == 0 else None for i in range(num_layers))
+
+
+def read_experts(raw: dict[str, Any], routing: Routing, *, has_correction: bool) -> tuple[ExpertsConfig | None, ...]:
+    """Return the experts of each layer. KeyError naming an entry that is missing."""
+    size = raw["moe_intermediate_size"]
+    shared = size * raw.get("n_shared_experts", 0)
+    return expert_layers(raw, ExpertsConfig(routing, size, shared, has_correction=has_correction))
+
+
+class DeepseekV2(CausalLM):
+    block = LatentBlock
+    checkpoint = EXPERTS
+
+    @staticmethod
+    def read_config(raw: dict[str, Any]) -> ModelConfig:
+        is_grouped = raw.get("topk_method", "greedy") == "group_limited_greedy"
+        routing = Routing(
+            raw["n_routed_experts"], raw["num_experts_per_tok"], renormalize=raw.get("norm_topk_prob", False),
+            factor=raw.get("routed_scaling_factor", 1.0), num_groups=raw["n_group"] if is_grouped else 1,
+            topk_groups=raw["topk_group"] if is_grouped else 1,
+        )  # fmt: skip
+        return read_latent(raw, experts=read_experts(raw, routing, has_correction=False))
+
+    @property
+    def names(self) -> Sequence[Rule]:
+        # Layers behind the last one predict several tokens at once.
+        num_layers, num_more = self.config.num_hidden_layers, self.config.raw.get("num_nextn_predict_layers", 1)
+        behind = "|".join(str(num_layers + i) for i in range(max(num_more, 1)))
+        is_interleaved = self.config.raw.get("rope_interleave", True)
+        pairs = latent_names(self.config) if is_interleaved else ()
+        return (Ignore(rf"^model\.layers\.({behind})\."), *super().names, *pairs)
+
+
+class DeepseekV3(DeepseekV2):
+    @staticmethod
+    def read_config(raw: dict[str, Any]) -> ModelConfig:
+        routing = Routing(
+            raw["n_routed_experts"], raw["num_experts_per_tok"], is_sigmoid=True,
+            renormalize=raw.get("norm_topk_prob", True), factor=raw.get("routed_scaling_factor", 1.0),
+            num_groups=raw.get("n_group", 1), topk_groups=raw.get("topk_group", 1), group_score=2,
+        )  # fmt: skip
+        return read_latent(raw, experts=read_experts(raw, routing, has_correction=True))
+
+
+class DeepseekV32(DeepseekV3):
+    checkpoint: ClassVar[Sequence[Rule]] = (Ignore(r"\.self_attn\.indexer\."), *EXPERTS)
+
+
+class Youtu(DeepseekV2):
+    """No experts."""
+
+    @staticmethod
+    def read_config(raw: dict[str, Any]) -> ModelConfig:
+        return read_latent(raw)

@@ -1,0 +1,217 @@
+"""Latent attention: its two forms are one, and families that have it compute transformers' logits."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.attention import Batch, make_batch
+from cache.layout import Latent, bytes_per_token
+from engine.checkpoint.weights import pack_weights
+from engine.config import EngineConfig
+from engine.errors import ModelError
+from engine.layers.communicator import Communicator
+from engine.layers.layer import LayerConfig, named_layers
+from engine.layers.linear import Linear
+from engine.layers.mla import LatentAttention
+from engine.layers.moe import StackedLinear
+from engine.models.names import pieces_of
+from engine.models.registry import build_model, load_config
+from kernels.dense import DenseWeight
+from kernels.mla import Expansion, latent_attention
+from kernels.quantized_cpu import CpuQuantizedWeight
+from tests.quantized_files import CASES, write_quantized
+from tests.test_models import MAX_DIFFERENCE, TinyEngine, assert_equals_reference, random_ids, reference_logits
+from tests.test_native_families import logits_of_ranks
+
+MakeTinyModel = Callable[..., Path]
+LATENT = {
+    "kv_lora_rank": 32, "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
+    "num_key_value_heads": 4, "head_dim": 8,
+}  # fmt: skip
+EXPERTS = {
+    "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2, "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+GROUPS = {"n_group": 4, "topk_group": 2}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 0.707, "mscale_all_dim": 0.9,
+    "original_max_position_embeddings": 128,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek v2": ("DeepseekV2Config", LATENT | EXPERTS | GROUPS | {"topk_method": "group_limited_greedy"}),
+    "deepseek v2 lite": ("DeepseekV2Config", LATENT | EXPERTS | {"q_lora_rank": None, "rope_parameters": YARN}),
+    "deepseek v3": ("DeepseekV3Config", LATENT | EXPERTS | GROUPS | {"rope_parameters": YARN}),
+    "deepseek v3, biases": (
+        "DeepseekV3Config", LATENT | EXPERTS | GROUPS | {"attention_bias": True, "rope_interleave": False},
+    ),
+    "deepseek v3.2": (
+        "DeepseekV32Config",
+        LATENT | EXPERTS | GROUPS | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 512},
+    ),
+    "glm 4.7 flash": ("Glm4MoeLiteConfig", LATENT | EXPERTS | {"v_head_dim": 24, "routed_scaling_factor": 1.8}),
+    "minicpm 3": ("MiniCPM3Config", LATENT | {"scale_emb": 2.0, "scale_depth": 1.4, "dim_model_base": 32}),
+    "youtu": ("YoutuConfig", LATENT | {"embedding_initializer_range": 0.2}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(make_tiny_model: MakeTinyModel) -> Callable[[str], Path]:
+    """Return `made(family)`: its folder."""
+    import transformers
+
+    folders: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in folders:
+            name, options = FAMILIES[family]
+            folders[family] = make_tiny_model(getattr(transformers, name), "latent", random_norms=True, **options)
+        return folders[family]
+
+    return make
+
+
+def packed(folder: Path) -> TinyEngine:
+    engine = TinyEngine(folder)
+    pack_weights(engine.model)
+    return engine
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family: str, made: Callable[[str], Path]) -> None:
+    folder = made(family)
+    assert_equals_reference(packed(folder), folder, random_ids(29, seed=1), random_ids(23, seed=2))
+
+
+@pytest.mark.parametrize("family", ["minicpm 3", "youtu"])
+def test_two_ranks_compute_the_logits_together(family: str, made: Callable[[str], Path]) -> None:
+    folder, ids = made(family), random_ids(23, seed=2)
+    torch.testing.assert_close(
+        logits_of_ranks(folder, 2, ids), reference_logits(folder, ids), rtol=0, atol=MAX_DIFFERENCE
+    )
+
+
+def test_every_rank_keeps_all_latents_and_no_more(made: Callable[[str], Path]) -> None:
+    config = load_config(made("deepseek v3"), EngineConfig(dtype="float32"))
+    for comm in (Communicator(), Communicator(0, 4), Communicator(3, 4)):
+        layout = build_model(config, LayerConfig(torch.float32, comm=comm)).cache_layout()
+        assert layout == (Latent(32, 8),) * 2
+        assert bytes_per_token(layout, torch.bfloat16) == 2 * (32 + 8) * 2
+
+
+HEADS, RANK, KEY_DIM, ROPE_DIM, VALUE_DIM = 6, 32, 16, 8, 12
+MIXED = [(1, 9), (1, 1), (1, 40), (7, 7), (1, 64), (5, 30), (24, 24), (2, 90), (40, 45)]
+
+
+def make_inputs(batch: Batch, cache_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, Expansion]:
+    random, num_tokens = torch.Generator().manual_seed(1), int(batch.q_lens_host.sum())
+    q = torch.randn(num_tokens, HEADS, KEY_DIM + ROPE_DIM, generator=random)
+    cache = torch.randn(batch.slot_table.numel(), 1, RANK + ROPE_DIM, generator=random).to(cache_dtype)
+    weight = torch.randn(HEADS * (KEY_DIM + VALUE_DIM), RANK, generator=random) * RANK**-0.5
+    return q, cache, Expansion(weight, HEADS, KEY_DIM)
+
+
+def naive(q: torch.Tensor, cache: torch.Tensor, expansion: Expansion, batch: Batch, scale: float) -> torch.Tensor:
+    """Compute one token and one head at a time, in float64."""
+    q, cache, weight = q.double(), cache.double(), expansion.weight.double().unflatten(0, (HEADS, -1))
+    out = torch.empty(*q.shape[:2], VALUE_DIM, dtype=torch.float64)
+    token = 0
+    for row, q_len, seq_len in zip(batch.rows, batch.q_lens_host.tolist(), batch.seq_lens_host.tolist(), strict=True):
+        for position in range(seq_len - q_len, seq_len):
+            seen = cache[batch.slot_table[row, : position + 1].long(), 0]
+            for head in range(HEADS):
+                made = seen[:, :RANK] @ weight[head].T
+                keys = torch.cat((made[:, :KEY_DIM], seen[:, RANK:]), dim=1)
+                out[token, head] = (keys @ q[token, head] * scale).softmax(0) @ made[:, KEY_DIM:]
+            token += 1
+    return out
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float8_e4m3fn])
+def test_latents_stand_for_the_keys_and_values_that_are_made_of_them(cache_dtype: torch.dtype) -> None:
+    batch = make_batch(sorted(MIXED, key=lambda lens: lens[0] > 1), seed=0, device="cpu")
+    q, cache, expansion = make_inputs(batch, cache_dtype)
+    assert {expansion.prefers_absorbed(q_len, seq_len) for q_len, seq_len in MIXED if q_len > 1} == {True, False}
+    result = latent_attention(q, cache, expansion, batch, scale=0.3)
+    torch.testing.assert_close(result.double(), naive(q, cache, expansion, batch, 0.3), rtol=0, atol=2e-5)
+
+
+def test_a_long_prompt_is_expanded_and_a_short_one_behind_a_long_context_is_not() -> None:
+    expansion = Expansion(torch.empty(16 * 256, 512, device="meta"), 16, 128)  # DeepSeek V2-Lite's sizes
+    assert not expansion.prefers_absorbed(2048, 2048)
+    assert not expansion.prefers_absorbed(2048, 32768)
+    assert expansion.prefers_absorbed(64, 32768)
+    assert expansion.prefers_absorbed(1, 2)
+
+
+def test_a_checkpoint_in_blocks_of_float8_is_read_and_what_expands_latents_is_plain(
+    tmp_path: Path, make_tiny_model: MakeTinyModel
+) -> None:
+    import transformers
+
+    plain = make_tiny_model(transformers.DeepseekV3Config, "blocks", **FAMILIES["deepseek v3"][1])
+    case = replace(CASES["fp8 in blocks"], modules=r"_proj(_with_mqa)?$")
+    write_quantized(plain, case, tmp_path / "packed")
+    quantized, wanted = packed(tmp_path / "packed"), packed(plain)
+    of_plain = dict(named_layers(wanted.model))
+    for path, layer in named_layers(quantized.model):
+        if isinstance(layer, Linear) and not isinstance(layer, StackedLinear) and not path.endswith("embed_tokens"):
+            for part in range(len(layer.weight.parts)):
+                torch.testing.assert_close(layer.weight.rows_of(part), of_plain[path].weight_part("weight", part))
+    for block in quantized.model.model.layers:
+        assert isinstance(block.self_attn, LatentAttention)
+        assert isinstance(block.self_attn.kv_b_proj.weight, DenseWeight)
+        assert isinstance(block.self_attn.qkv_a_proj.weight, CpuQuantizedWeight)
+    ids = random_ids(23, seed=2)
+    got, logits = quantized.forward({0: ids}), wanted.forward({0: ids})
+    assert (got - logits).abs().mean() < 0.2 * logits.abs().mean()  # inputs are rounded: some go to other experts
+
+
+def test_latent_attention_of_few_bits_has_the_logits_of_what_it_stands_for(
+    tmp_path: Path, make_tiny_model: MakeTinyModel
+) -> None:
+    import transformers
+
+    options = LATENT | {"kv_lora_rank": 64, "q_lora_rank": 32, "v_head_dim": 16, "intermediate_size": 128}
+    plain = make_tiny_model(transformers.YoutuConfig, "bits", embedding_initializer_range=0.2, **options)
+    write_quantized(plain, CASES["compressed-tensors, W8A16"], tmp_path / "packed")
+    assert_equals_reference(packed(tmp_path / "packed"), plain, random_ids(20, seed=0), random_ids(13, seed=1))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.2.self_attn.q_a_proj.weight",
+        "model.layers.3.shared_head.head.weight",
+        "model.layers.2.mlp.experts.7.down_proj.weight_scale_inv",
+        "model.layers.0.self_attn.indexer.wq_b.weight",
+    ],
+)
+def test_what_predicts_several_tokens_or_picks_tokens_may_be_in_the_file(
+    name: str, made: Callable[[str], Path]
+) -> None:
+    config = EngineConfig(dtype="float32", json_model_override_args=json.dumps({"num_nextn_predict_layers": 2}))
+    model = build_model(load_config(made("deepseek v3.2"), config), LayerConfig(torch.float32))
+    assert pieces_of(name, model.names) == []
+    assert len(pieces_of("model.layers.1.self_attn.q_a_proj.weight", model.names)) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "message"),
+    [
+        ("deepseek v2 lite", {"attention_bias": True}, "attention_bias without a q_lora_rank is not supported"),
+        ("deepseek v3", {"partial_rotary_factor": 0.5}, "of qk_rope_head_dim 8 only 4 are rotated"),
+        ("deepseek v3", {"kv_lora_rank": "32"}, "kv_lora_rank must be a positive integer, got '32'"),
+        ("glm 4.7 flash", {"mlp_layer_types": ["dense"]}, "mlp_layer_types names 1 layers, num_hidden_layers is 2"),
+    ],
+)
+def test_what_cannot_be_run_is_named(
+    family: str, overrides: dict[str, Any], message: str, made: Callable[[str], Path]
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        config = load_config(made(family), EngineConfig(json_model_override_args=json.dumps(overrides)))
+        build_model(config, LayerConfig(torch.float32))
