@@ -26,6 +26,7 @@ Exception                         for one caller, which catches it
 ├── GrammarError                  engine.text.grammar: a grammar and the answer that follows it contradict each other
 ├── StartError                    server.__main__: the server cannot start, for a reason that the user can mend
 ├── BrokenMedia                   server.media.broken: a picture or video cannot be read; becomes an InvalidRequest
+├── TracingUnavailable            server.http.tracing: what sends spans is not installed; becomes a StartError
 ├── Malformed                     server.parsers.reader: the text is not what it began to look like
 ├── ChatError                     server.terminal.client: the server cannot be reached, or has refused
 ├── BackendError                  server.lang.backends.base: a backend refused or failed a request

@@ -47,6 +47,7 @@ from server.http.intake import Acceptor
 from server.http.keys import KeyRing
 from server.http.live import new_rid
 from server.http.malformed import shorten_malformed
+from server.http.tracing import check_tracing
 from server.reading.chat import CHATS, Chats, load_chat_template, names_missing_file
 from server.watch.recorder import RECORDER
 
@@ -114,9 +115,10 @@ def set_up_logging(config: ServerConfig) -> None:
 
 
 def check_keys(config: ServerConfig) -> None:
-    """Find now, and not after the model has been loaded, that there are no keys to serve with."""
+    """Find now, and not after the model has been loaded, that keys or the sender of spans are missing."""
     try:
         KeyRing(config)
+        check_tracing(config.traces_endpoint)
     except ValueError as error:
         raise StartError(str(error)) from None
 

@@ -30,6 +30,7 @@ from server.http.intake import GATE, LONG_WORK, Gate, LongWork
 from server.http.keys import KeyRing, require_key
 from server.http.live import LiveRequests
 from server.http.origins import guard_origins, origins_of
+from server.http.tracing import Tracing, new_provider
 from server.media.reader import MediaReader
 from server.pages.chat import ChatPage
 from server.reading.chat import CHATS, Chats
@@ -58,10 +59,19 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     media = MediaReader(engine, config.media_limits, budget)
     chats = Chats(engine, config, media)
     origins = origins_of(config)
+    tracing = Tracing(new_provider(config.traces_endpoint), config.model_name) if config.traces_endpoint else None
     app = web.Application(
-        middlewares=[answer_errors, guard_origins(origins), require_key(KeyRing(config))],
+        middlewares=[
+            *([tracing.middleware()] if tracing else []),
+            answer_errors,
+            guard_origins(origins),
+            require_key(KeyRing(config)),
+        ],
         client_max_size=config.max_body_bytes,
     )
+    if tracing:
+        app.on_response_prepare.append(tracing.name_span)
+        app.cleanup_ctx.append(tracing.running)
     app.on_response_prepare.append(origins.add_cors)
     app[GATE], app[LONG_WORK] = Gate(), LongWork()
     app[BODY_BUDGET] = budget

@@ -120,6 +120,11 @@ class ServerConfig(EngineConfig):
 
     profile_dir: str = option("profiles", DEBUG, "folder of the traces that /start_profile and /stop_profile record")
     enable_metrics: bool = option(False, DEBUG, "serve Prometheus metrics at /metrics")
+    otlp_traces_endpoint: str | None = option(
+        None, DEBUG, "collector of OpenTelemetry that spans of requests are sent to: HOST:4317 by gRPC, HOST:4318 by "
+        "HTTP (with the extra `otlp`)"
+    )  # fmt: skip
+    enable_trace: bool = option(False, DEBUG, "send spans to localhost:4317, if not to --otlp-traces-endpoint")
     log_level: str = option("info", DEBUG, "of the server's log", choices=LOG_LEVELS)
     log_level_http: str | None = option(None, DEBUG, "of the access log; default: --log-level", choices=LOG_LEVELS)
     access_log: str = option(
@@ -138,6 +143,11 @@ class ServerConfig(EngineConfig):
     def model_name(self) -> str:
         """Name by which clients ask for the model."""
         return self.served_model_name or self.model_path
+
+    @property
+    def traces_endpoint(self) -> str | None:
+        """Address of the collector of spans; None: there are none."""
+        return self.otlp_traces_endpoint or ("localhost:4317" if self.enable_trace else None)
 
     @property
     def files_folder(self) -> Path:

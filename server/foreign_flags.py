@@ -112,6 +112,7 @@ SERVER_FLAGS = (
     no_effect("--enable-reasoning", "reasoning is parsed as the chat template shows"),
     no_effect("--disable-log-requests", "requests are logged with --log-requests alone"),
     no_effect("--disable-log-stats", "see --decode-log-interval"),
+    no_effect("--collect-detailed-traces", "every request's spans have its stages (--otlp-traces-endpoint)", 1),
     no_effect("--async-scheduling", "the next step is always decided while one runs"),
     no_effect("--guided-decoding-backend", "see --grammar-backend", 1),
     no_effect("--distributed-executor-backend", "ranks are processes, fed through shared memory", 1),
