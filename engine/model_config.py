@@ -98,6 +98,7 @@ class ExpertsConfig:
     routing: Routing
     intermediate_size: int  # of an expert
     shared_size: int = 0  # of the experts that every token goes to, together; 0: there are none
+    shared_scale: float = 1.0  # of what the shared experts add
     has_shared_gate: bool = False  # a sigmoid of a product of its own scales the shared experts
     has_correction: bool = False  # the choice of experts has a bias
     router_bias: bool = False

@@ -13,6 +13,8 @@ def route_torch(
     logits: torch.Tensor, routing: Routing, correction: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     wide = logits.float()
+    if routing.softcap:
+        wide = torch.tanh(wide / routing.softcap) * routing.softcap
     if routing.margin:
         return sparse_mixture_torch(wide, routing)
     scores = wide.sigmoid() if routing.is_sigmoid else wide.softmax(dim=-1)

@@ -15,4 +15,5 @@ class Routing:
     num_groups: int = 1  # consecutive experts form groups, and only those of the best groups are chosen
     topk_groups: int = 1
     group_score: int = 1  # a group counts as much as so many of its best experts together
+    softcap: float = 0.0  # logits become softcap tanh(logit / softcap); 0: they do not
     margin: float = 0.0  # scores are softmaxes over experts whose logits are nearly the best; 0: they are not

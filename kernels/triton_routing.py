@@ -20,7 +20,7 @@ def route_triton(
     _route_kernel[(num_tokens,)](
         logits, correction, ids, weights, logits.stride(0), routing.factor, held.start if held else 0,
         NUM_HELD=len(held) if held else 0, TOP_K=routing.top_k, IS_SIGMOID=routing.is_sigmoid,
-        RENORMALIZE=routing.renormalize and not routing.margin, MARGIN=routing.margin,
+        RENORMALIZE=routing.renormalize and not routing.margin, MARGIN=routing.margin, SOFTCAP=routing.softcap,
         GROUP=group_size, NUM_GROUPS=routing.num_groups, TOPK_GROUPS=routing.topk_groups,
         GROUP_SCORE=routing.group_score, BLOCK_GROUP=next_power_of_2(group_size),
         BLOCK_GROUPS=next_power_of_2(routing.num_groups), BLOCK_TOP=next_power_of_2(routing.top_k),
@@ -34,9 +34,9 @@ def route_triton(
 def _route_kernel(
     logits, correction, ids, weights, stride, factor, first_held,
     NUM_HELD: tl.constexpr, TOP_K: tl.constexpr, IS_SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr,
-    MARGIN: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, TOPK_GROUPS: tl.constexpr,
-    GROUP_SCORE: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_GROUPS: tl.constexpr, BLOCK_TOP: tl.constexpr,
-    PDL: tl.constexpr,
+    MARGIN: tl.constexpr, SOFTCAP: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr,
+    TOPK_GROUPS: tl.constexpr, GROUP_SCORE: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_GROUPS: tl.constexpr,
+    BLOCK_TOP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -47,6 +47,9 @@ def _route_kernel(
     expert = group * GROUP + member
     is_expert = (group < NUM_GROUPS) & (member < GROUP)
     values = tl.load(logits + token * stride + expert, mask=is_expert, other=float("-inf")).to(tl.float32)
+    if SOFTCAP > 0:
+        capped = SOFTCAP * (2 * tl.sigmoid(values * (2 / SOFTCAP)) - 1)  # tanh
+        values = tl.where(is_expert, capped, float("-inf"))
     if MARGIN > 0:
         scores = values
     elif IS_SIGMOID:

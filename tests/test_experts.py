@@ -64,6 +64,29 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "GraniteMoeSharedConfig",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 48},
     ),
+    "phi-3.5-moe": (
+        "PhimoeConfig",
+        {
+            "num_local_experts": 6, "num_experts_per_tok": 2, "router_jitter_noise": 0.3, "attention_bias": True,
+            "lm_head_bias": True, "sliding_window": None,
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 8,
+                # transformers' class takes the short factors whatever the length
+                "short_factor": [1.0, 1.2, 1.5, 3.0, 5.0, 12.0, 15.0, 20.0],
+                "long_factor": [1.0, 1.2, 1.5, 3.0, 5.0, 12.0, 15.0, 20.0],
+                "short_mscale": 1.1, "long_mscale": 1.3,
+            },
+        },
+    ),
+    "dbrx": (
+        "DbrxConfig",
+        {
+            "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.5, "rope_theta": 5e5},
+            "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 48, "moe_num_experts": 6, "moe_top_k": 3},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        },
+    ),
     "gpt-oss": (
         "GptOssConfig",
         {
@@ -176,6 +199,7 @@ ROUTINGS = {
     "groups by their best": Routing(15, 3, num_groups=5, topk_groups=2, renormalize=False),
     "groups by their best two": Routing(24, 4, num_groups=4, topk_groups=2, group_score=2, is_sigmoid=True),
     "sparse mixture": Routing(12, 2, margin=0.5),
+    "soft-capped": Routing(12, 2, renormalize=False, softcap=1.5, factor=0.7),
 }
 
 

@@ -39,6 +39,7 @@ LONG = {"original_max_position_embeddings": 4}
 OWN = {
     "gemma 2": ("Gemma2Config", GEMMA_2),
     "gpt-oss": ("GptOssConfig", EXPERTS["gpt-oss"][1] | {"sliding_window": 24, "num_hidden_layers": 3}),
+    "phi-3.5-moe": EXPERTS["phi-3.5-moe"],
     "qwen3-moe": EXPERTS["qwen3-moe"],
     "phi 4 mini": ("Phi3Config", FAMILIES["phi 4 mini"][1] | LONG),
 }

@@ -159,6 +159,7 @@ class MoE(MLP):
             if experts.has_shared_gate:
                 plain = replace(layers.within("shared_expert_gate"), quantization=Quantization())
                 self.shared_expert_gate = Linear((), [Part(1)], hidden, plain)
+        self.shared_scale = experts.shared_scale
         self.act = experts.act or activation(config.hidden_act)
         adds_bias = layers.width_shard.index == 0
         self.down_proj = Down(self, adds_bias=adds_bias)  # type: ignore[assignment]
@@ -172,6 +173,8 @@ class MoE(MLP):
             shared = self.shared_experts(x)
             if self.shared_expert_gate is not None:
                 shared = shared * torch.sigmoid(self.shared_expert_gate(x))
+            if self.shared_scale != 1.0:
+                shared = shared * self.shared_scale
         gate_up = self.experts.gate_up_proj
         by_expert = gate_up.packed.sort(ids) if gate_up.packed is not None else None
         return Routed(gate_up.products(x, ids, by_expert, self.act), ids, by_expert, weights, shared)

@@ -157,7 +157,7 @@ def longrope(rope: RopeConfig, context_length: int) -> tuple[torch.Tensor, float
     factors = scaling["long_factor" if context_length > original else "short_factor"]
     if len(factors) != rope.rotary_dim // 2:
         raise ModelError(f"rope parameters of type 'longrope' have {len(factors)} factors, not {rope.rotary_dim // 2}")
-    scale = scaling.get("attention_factor")
+    scale = scaling.get("long_mscale" if context_length > original else "short_mscale", scaling.get("attention_factor"))
     if scale is None:
         factor = scaling.get("factor") or rope.max_position_embeddings / original
         scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0

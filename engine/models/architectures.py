@@ -23,6 +23,8 @@ ARCHITECTURES = {
     "ChatGLMForCausalLM": Served("chatglm:ChatGLM", "ChatGLM 2 and 3, GLM-4-9B as first published"),
     "Cohere2ForCausalLM": Served("cohere:Cohere2", "Command R7B, Command A"),
     "CohereForCausalLM": Served("cohere:Cohere", "Command-R and R+, Aya 23 and Expanse"),
+    "DbrxForCausalLM": Served("dbrx:Dbrx", "DBRX"),
+    "DeepseekForCausalLM": Served("deepseek:DeepseekMoe", "DeepSeek MoE 16B"),
     "DeepseekV2ForCausalLM": Served("deepseek:DeepseekV2", "DeepSeek V2, V2-Lite, V2.5 and Coder-V2"),
     "DeepseekV3ForCausalLM": Served(
         "deepseek:DeepseekV3", "DeepSeek V3, V3.1, R1, Kimi-K2; layers for several tokens at once are left out"
@@ -53,6 +55,7 @@ ARCHITECTURES = {
     "GraniteForCausalLM": Served("granite:Granite", "Granite 3, the dense ones"),
     "GraniteMoeForCausalLM": Served("moe:GraniteMoe", "Granite 3, 1B-A400M and 3B-A800M"),
     "GraniteMoeSharedForCausalLM": Served("moe:GraniteMoe", "Granite 4 previews with a shared expert"),
+    "Grok1ForCausalLM": Served("grok:Grok", "Grok 1, Grok 2 up to 1,024 tokens; from files that are not cut for ranks"),
     "HeliumForCausalLM": Served("ernie:Helium", "Helium 1"),
     "HunYuanDenseV1ForCausalLM": Served("hunyuan:HunYuan", "Hunyuan 0.5B to 7B"),
     "HunYuanMoEV1ForCausalLM": Served("moe:HunYuanMoe", "Hunyuan-A13B"),
@@ -81,6 +84,7 @@ ARCHITECTURES = {
     "OlmoeForCausalLM": Served("moe:Olmoe", "OLMoE"),
     "OrionForCausalLM": Served("stablelm:Orion", "Orion 14B"),
     "Phi3ForCausalLM": Served("phi3:Phi3", "Phi-3 mini and medium, Phi-3.5-mini, Phi-4, Phi-4-mini"),
+    "PhiMoEForCausalLM": Served("phi_moe:PhiMoe", "Phi-3.5-MoE"),
     "PhiForCausalLM": Served("phi:Phi", "Phi-1, 1.5 and 2"),
     "QWenForCausalLM": Served("qwen1:Qwen1", "Qwen 1"),
     "Qwen2ForCausalLM": Served("llama:Qwen2", "Qwen 1.5 to 2.5, the dense ones; QwQ, DeepSeek-R1-Distill-Qwen"),
@@ -103,6 +107,8 @@ ALIASES = {
     "GPT2LMHeadModel": "GPT2ForCausalLM",
     "LLaMAForCausalLM": "LlamaForCausalLM",
     "MPTForCausalLM": "MptForCausalLM",
+    "Grok1ModelForCausalLM": "Grok1ForCausalLM",
+    "PhimoeForCausalLM": "PhiMoEForCausalLM",
     "QWenLMHeadModel": "QWenForCausalLM",
     "RWForCausalLM": "FalconForCausalLM",
     "StableLMEpochForCausalLM": "StableLmForCausalLM",

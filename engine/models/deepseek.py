@@ -1,5 +1,7 @@
 """DeepSeek V2, V3 and R1, V3.2, Kimi-K2 and GLM-4.7-Flash: latent attention, and experts beside shared ones.
 
+DeepSeek MoE 16B, the first of them, has Llama's attention, V2's experts without groups, and no latents.
+
 attention       latents (`engine.layers.mla`); rotary pairs lie side by side, and are reordered when loaded; where YaRN
                 stretches positions, scores are sharpened by the square of its `mscale_all_dim`
 experts         of all layers but the first; groups of them in the larger models, of which the best are chosen
@@ -134,3 +136,17 @@ class Youtu(DeepseekV2):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
         return read_latent(raw)
+
+
+class DeepseekMoe(CausalLM):
+    """Llama's attention."""
+
+    checkpoint = EXPERTS
+
+    @staticmethod
+    def read_config(raw: dict[str, Any]) -> ModelConfig:
+        routing = Routing(
+            raw["n_routed_experts"], raw["num_experts_per_tok"], is_sigmoid=raw.get("scoring_func") == "sigmoid",
+            renormalize=raw.get("norm_topk_prob", False),
+        )  # fmt: skip
+        return read_decoder(raw, experts=read_experts(raw, routing, has_correction=False))

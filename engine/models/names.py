@@ -60,12 +60,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Nth:
-    """Take one of a stack of `count`."""
+    """Take one of a stack of `count`. is_flat: the stack's rows follow each other in the first dimension."""
 
     index: int
     count: int
+    is_flat: bool = False
 
     def __call__(self, loaded: torch.Tensor) -> torch.Tensor:
+        if self.is_flat and len(loaded) % self.count == 0:
+            loaded = loaded.unflatten(0, (self.count, -1))
         if len(loaded) != self.count:
             raise ShapeError(f"is a stack of {len(loaded)}, the model has {self.count} experts")
         return loaded[self.index]
@@ -210,11 +213,15 @@ class Stack:
 
 @dataclass(frozen=True)
 class Unstack:
-    """Take a tensor whose first dimension is a stack of `count` apart; its name becomes `to`, `pattern`'s place."""
+    """Take a tensor whose first dimension is a stack of `count` apart; its name becomes `to`, `pattern`'s place.
+
+    is_flat: see `Nth`.
+    """
 
     pattern: str
     to: str
     count: int
+    is_flat: bool = False
 
     def __call__(self, piece: Piece) -> Iterable[Piece]:
         if re.search(self.pattern, piece.name) is None:
@@ -222,7 +229,7 @@ class Unstack:
             return
         name = re.sub(self.pattern, self.to, piece.name, count=1)
         for i in range(self.count):
-            yield Piece(name, (*piece.transforms, Nth(i, self.count)), i)
+            yield Piece(name, (*piece.transforms, Nth(i, self.count, self.is_flat)), i)
 
 
 def _cut(start: int, size: int, total: int, num_groups: int) -> Transform:
