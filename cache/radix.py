@@ -361,6 +361,14 @@ class RadixCache:
             node.in_heap = True
             heapq.heappush(self._heap, (node.last_access, next(self._serial), node))
 
+    def ids_from(self, first: int) -> set[int]:
+        """Return the token ids in the tree that are `first` or more. Linear in the tree."""
+        found: set[int] = set()
+        for node in self.nodes():
+            ids = node.token_ids
+            found.update(ids[ids >= first].tolist())
+        return found
+
     def nodes(self) -> Iterator[Node]:
         """Yield every node but the root, in no order."""
         stack = list(self.root.children.values())

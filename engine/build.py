@@ -44,6 +44,8 @@ from engine.step.window_memory import KVSplit, max_window
 from engine.text.grammar import GrammarCompiler, MaskFiller
 from engine.text.no_tokenizer import NoTokenizer
 from engine.text.tokenizer import Tokenizer
+from engine.vision.reader import MediaReader, load_reader
+from engine.vision.tower import Tower, load_tower
 from kernels import gated_gemm
 from kernels.attention import choose_backend
 from kernels.dense import SKINNY_MAX_TOKENS
@@ -52,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 KV_DTYPES = {"bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 SELF_TEST_BYTES, P2P_CHECK_BYTES = 1 << 10, 64 << 20
+MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,8 @@ class EngineParts:
     grammars: GrammarCompiler | None  # None: --grammar-backend none
     rank_maintenance: RankMaintenance
     ranks: Ranks | None  # the other ones
+    reader: MediaReader | None  # of pictures, where the model reads any
+    tower: Tower | None  # likewise
 
 
 def resolve_config(config: EngineConfig) -> EngineConfig:
@@ -170,6 +175,7 @@ def build(
         on_tokenizer(tokenizer)
     if config.num_expert_groups > 1 and not any(model_config.experts):
         logger.warning("--ep-size has no effect: the model has no experts")
+    reader = load_reader(folder, model_config, tokenizer)
     comm = Communicator(0, config.tp_size)
     model = new_model(config, model_config, comm)  # raises if it cannot be split, before a process is started
     ranks = None
@@ -178,7 +184,16 @@ def build(
         ranks = Ranks(config.replace(dtype=dtype), folder, run_rank, on_failure)
     try:
         store = None if ranks is None else ranks.store
-        runner, memory = build_runner(config, model_config, folder, model, comm, store, on_progress)
+        tower, pictures_bytes = None, 0
+        if reader is not None:  # before the rest, which takes what memory is left
+            tower = load_tower(
+                reader.family, folder, model_config, config.load_format, torch.device(config.device or "cpu")
+            )
+            pictures_bytes = tower.largest_bytes() + config.mm_embedding_cache_mb * MIB
+            on_progress("tower loaded")
+        runner, memory = build_runner(
+            config, model_config, folder, model, comm, store, on_progress, pictures_bytes=pictures_bytes
+        )
         grammars = new_grammars(config, model_config, tokenizer)
         is_pinned = runner.device.type == "cuda"
         if grammars is None:  # the end of thinking is forced through masks, too
@@ -199,7 +214,9 @@ def build(
     scheduler = _new_scheduler(config, model_config, runner)
     maintenance = RankMaintenance(config, runner, lambda: new_model(config, model_config, comm))
     rows = runner.sampler.rows
-    return EngineParts(config, model_config, tokenizer, rows, scheduler, runner, memory, grammars, maintenance, ranks)
+    return EngineParts(
+        config, model_config, tokenizer, rows, scheduler, runner, memory, grammars, maintenance, ranks, reader, tower
+    )
 
 
 def _new_scheduler(config: EngineConfig, model_config: ModelConfig, runner: ModelRunner) -> Scheduler:
@@ -223,6 +240,7 @@ def _new_scheduler(config: EngineConfig, model_config: ModelConfig, runner: Mode
         max_queued=config.max_queued_requests,
         max_queued_tokens=config.max_queued_tokens,
         seed=config.random_seed,
+        has_rope_axes=runner.model.has_rope_axes,
     )
 
 
@@ -234,10 +252,13 @@ def build_runner(
     comm: Communicator,
     store: TCPStore | None,
     on_progress: Callable[[str], None],
+    *,
+    pictures_bytes: int = 0,
 ) -> tuple[ModelRunner, MemoryBudget]:
     """Load this rank's share of `model`, meet the others at `store`, measure, allocate the KV pool, capture graphs.
 
-    The same on every rank. Blocks for as long as that takes. config: resolved.
+    The same on every rank. Blocks for as long as that takes. config: resolved. pictures_bytes: of features and of what
+    makes them, on the rank that does.
     """
     device = _set_device(config, comm)
     weights_bytes = _load_weights(model, folder, config, device)
@@ -271,7 +292,7 @@ def build_runner(
     memory = plan_memory(
         config, sizes.max_len, KVSplit.of(config, sizes.max_len, layout, kv_dtype, has_window_slots), device,
         weights=weights_bytes, tables=slot_table.nbytes, largest_step=largest_step,
-        graphs=graphs_bytes(graph_sizes, largest_step, sizes.max_step_tokens),
+        graphs=graphs_bytes(graph_sizes, largest_step, sizes.max_step_tokens), pictures=pictures_bytes,
         comm=comm,
     )  # fmt: skip
     on_progress("memory: " + ", ".join(f"{what} {size}" for what, size in memory.rows()))

@@ -93,6 +93,10 @@ class EngineConfig:
         False, MEMORY, "do not reuse prefixes between requests", aliases=("--disable-radix",)
     )
 
+    mm_embedding_cache_mb: int = option(
+        512, MEMORY, "megabytes of what towers make of pictures, for requests that run and for those that come again"
+    )
+
     max_running_requests: int | None = option(None, SCHEDULE, "requests that may run at once")
     max_queued_requests: int | None = option(None, SCHEDULE, "requests that may wait; beyond it: 429")
     max_queued_tokens: int | None = option(None, SCHEDULE, "prompt tokens that may wait together; beyond it: 429")

@@ -40,7 +40,8 @@ class Diagnostics:
         now = time.perf_counter()
         scheduler = self._parts.scheduler
         age_s = now - max(self._busy_since, self._loop.stats.last_step_at) if self.has_work else 0.0
-        oldest = min((state.times.arrived for state in scheduler.waiting), default=now)
+        queued = [*scheduler.waiting, *scheduler.parked.values()]
+        oldest = min((state.times.arrived for state in queued), default=now)
         status = "ok"
         if not is_running:
             status = "stopped"
@@ -54,7 +55,7 @@ class Diagnostics:
             age_s,
             now - oldest,
             scheduler.num_running - canary.is_in(Status.RUNNING),
-            len(scheduler.waiting) - canary.is_in(Status.WAITING),
+            len(queued) - canary.is_in(Status.WAITING),
             self._loop.stats.num_violations,
             canary.stats.num_alarms,
             canary.stats.drift,

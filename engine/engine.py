@@ -269,14 +269,17 @@ class Engine(ABC):
             raise InvalidRequest(f"this model reads text alone, and no {sizes[0].kind}")
         return []
 
-    async def encode_media(self, text: str, media: Sequence[Media]) -> tuple[list[int], PromptMedia]:
+    async def encode_media(
+        self, text: str, media: Sequence[Media], *, add_special_tokens: bool = False
+    ) -> tuple[list[int], PromptMedia]:
         """Return the token ids of `text`, and what goes into its request as `media`.
 
         text: holds the placeholder of its kind for each of `media`, in their order; as many tokens stand there as
         `count_media_tokens` says. `InvalidRequest` if the numbers differ.
         """
         self.count_media_tokens([one.size for one in media])
-        return await self.encode(text, add_special_tokens=False), PromptMedia((), (), ())
+        ids = await self.encode(text, add_special_tokens=add_special_tokens)
+        return ids, PromptMedia(len(ids), (), (), ())
 
     # ---- requests ----
 

@@ -2,10 +2,13 @@
 
 import time
 
+from cache.interning import FIRST_ID, Interner
 from engine.errors import InvalidRequest, QueueFull
+from engine.media import PromptMedia
 from engine.request_table import RequestTable
 from engine.schedule.fairness import DrainRate
 from engine.schedule.scheduler import Scheduler
+from engine.schedule.spans import Spans
 from engine.state import FinishReason, Logprobs, RequestState
 from engine.text.grammar import GrammarError, Matcher
 from engine.text.tokenizer import Tokenizer
@@ -20,11 +23,14 @@ class Intake:
     ) -> None:
         self.requests = requests
         self.drain_rate = DrainRate()
+        self.interner = Interner()  # of pictures
         self._scheduler, self._tokenizer, self._limits = scheduler, tokenizer, limits
 
     def submit(self, state: RequestState) -> None:
         """Queue `state`. Raises what `Engine.submit` raises, with the request forgotten."""
         self._limits.verify(state, self.requests.by_rid)
+        if state.request.media is not None and state.request.media.media:
+            state.spans = self._spans_of(state, state.request.media)
         if state.pooling is None and self._limits.makes_text:
             state.text_stream = self._tokenizer.text_stream(state.sampling_params, state.request.input_ids)
         self._queue(state)
@@ -41,6 +47,18 @@ class Intake:
         self.requests.add(state)
         if state.logprob_start_len >= 0:  # nothing predicts the first token
             state.input_logprobs = Logprobs([(None, state.request.input_ids[state.logprob_start_len])], [None], [None])
+
+    def _spans_of(self, state: RequestState, media: PromptMedia) -> Spans:
+        """Return what follows the request's pictures, each with the id by which the tree knows it."""
+        prompt_ids, interner = state.prompt_ids, self.interner
+        assert prompt_ids is not None
+        if interner.is_full:
+            used = self._scheduler.held.cache.ids_from(FIRST_ID)
+            for other in self.requests.by_rid.values():
+                used |= set() if other.spans is None else set(other.spans.ids)
+            interner.forget_others(used)
+        pairs = zip(media.keys, media.places, strict=True)
+        return Spans(media, prompt_ids, [interner.id_of(key, int(prompt_ids[places[0]])) for key, places in pairs])
 
     def _queue(self, state: RequestState) -> None:
         now, scheduler = time.perf_counter(), self._scheduler

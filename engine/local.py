@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from engine.failure import Failure
 from engine.intake import Intake
 from engine.loop import StepLoop
 from engine.maintenance import LocalMaintenance
+from engine.media import Media, MediaSize, PromptMedia
 from engine.model_config import ModelConfig
 from engine.output import OutputProcessor
 from engine.profiler import Profiler, make_profile_folder
@@ -27,8 +28,13 @@ from engine.state import FinishReason, RequestState, Status
 from engine.text.tokenizer import Tokenizer
 from engine.time_limits import TimeLimits
 from engine.verify import RequestLimits
+from engine.vision.encoder import Encoder
+from engine.vision.tower import Tower
 
 logger = logging.getLogger(__name__)
+
+
+TOWER_BATCH = 8192  # features that a tower makes in one go at most, of several pictures; on a CPU, one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class Started:
     canary: Canary
     diagnostics: Diagnostics
     task: asyncio.Task[None]  # runs `loop`
+    encoder: Encoder | None  # of pictures, where the model reads any
 
 
 class LocalEngine(Engine):
@@ -72,6 +79,7 @@ class LocalEngine(Engine):
             is_generation,
             returns_hidden_states=config.enable_return_hidden_states,
             makes_text=not config.skip_tokenizer_init,
+            reads_media=parts.reader is not None,
         )
         intake = Intake(scheduler, parts.tokenizer, limits, requests)
         constraints = Constraints(parts.grammars, may_jump=not config.disable_jump_forward)
@@ -87,6 +95,7 @@ class LocalEngine(Engine):
             max_wait_s=max_wait_s(config),
             decode_log_interval=config.decode_log_interval,
         )
+        encoder = None if parts.tower is None else _new_encoder(parts, parts.tower, loop)
         maintenance = LocalMaintenance(parts, loop, self.abort_all)
         canary = canary_of(self.generate, parts, loop, lambda: maintenance.num_updates, context_length)
         time_limits = TimeLimits(
@@ -97,7 +106,18 @@ class LocalEngine(Engine):
         task = asyncio.create_task(loop.run(), name="step-loop")
         task.add_done_callback(self._on_loop_end)
         self._started = Started(
-            parts, limits, intake, constraints, output, loop, maintenance, time_limits, canary, diagnostics, task
+            parts,
+            limits,
+            intake,
+            constraints,
+            output,
+            loop,
+            maintenance,
+            time_limits,
+            canary,
+            diagnostics,
+            task,
+            encoder,
         )
 
     def _on_failure(self, message: str) -> None:
@@ -121,6 +141,8 @@ class LocalEngine(Engine):
             return
         self._started.task.cancel()
         await asyncio.wait([self._started.task])
+        if self._started.encoder is not None:
+            await asyncio.to_thread(self._started.encoder.close)
         if not self.has_failed:  # else a thread may wait for a rank that is gone
             await asyncio.to_thread(self._started.parts.runner.close)
 
@@ -179,6 +201,23 @@ class LocalEngine(Engine):
     def sampling_defaults(self) -> dict[str, Any]:
         return self.config.choose_sampling_defaults(self.model_config.generation_defaults)
 
+    # ---- pictures and videos ----
+
+    @property
+    def media_kinds(self) -> Mapping[str, str]:
+        return {} if self.parts.reader is None else self.parts.reader.kinds
+
+    def count_media_tokens(self, sizes: Sequence[MediaSize]) -> list[int]:
+        reader = self.parts.reader
+        return super().count_media_tokens(sizes) if reader is None else reader.count(sizes)
+
+    async def encode_media(
+        self, text: str, media: Sequence[Media], *, add_special_tokens: bool = False
+    ) -> tuple[list[int], PromptMedia]:
+        if (reader := self.parts.reader) is None:
+            return await super().encode_media(text, media, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(reader.encode, text, media, add_special_tokens=add_special_tokens)
+
     # ---- requests ----
 
     async def prepare(self, states: Sequence[RequestState]) -> None:
@@ -230,7 +269,12 @@ class LocalEngine(Engine):
 
     def top_prefixes(self, k: int) -> list[Prefix]:
         found = self.parts.scheduler.held.cache.top_prefixes(k + 1, head_len=1 << 20)
-        return [one for one in found if not self.started.canary.has_prefix(one.token_ids.tolist())][:k]
+        shown = self.started.intake.interner.tokens
+        return [
+            one._replace(token_ids=shown(one.token_ids))
+            for one in found
+            if not self.started.canary.has_prefix(one.token_ids.tolist())
+        ][:k]
 
     # ---- observation ----
 
@@ -286,6 +330,28 @@ async def _build(
         building.add_done_callback(_retrieve_exception)  # what it raises is a consequence
         raise ModelError(failure.reason)
     return building.result()
+
+
+def _new_encoder(parts: EngineParts, tower: Tower, loop: StepLoop) -> Encoder:
+    """Return what computes features of pictures for the scheduler of `parts`, on the event loop that runs now."""
+    config, model, scheduler = parts.config, parts.runner.model, parts.scheduler
+    row_bytes = (1 + model.num_deep_layers) * model.config.hidden_size * model.config.dtype.itemsize
+    max_batch = TOWER_BATCH if parts.runner.device.type == "cuda" else 1
+    call_soon = asyncio.get_running_loop().call_soon_threadsafe
+    encoder = Encoder(tower, row_bytes, config.mm_embedding_cache_mb << 20, max_batch, call_soon)
+
+    def on_ready(state: RequestState) -> None:
+        scheduler.resume(state)
+        loop.wake()
+
+    def on_failed(state: RequestState, error: BaseException) -> None:
+        logger.error("the pictures of request %s could not be read", state.rid, exc_info=error)
+        message = f"a picture could not be read: {type(error).__name__}: {error}"
+        loop.abort(state, FinishReason("abort", message=message, status_code=500))
+
+    encoder.on_ready, encoder.on_failed = on_ready, on_failed
+    scheduler.feature_source = encoder
+    return encoder
 
 
 def _retrieve_exception(task: asyncio.Task[Any]) -> None:

@@ -206,7 +206,7 @@ class StepLoop:
         if not self._in_flight:
             if not self._may_step:
                 self._is_still.set()
-            elif self.scheduler.has_work:
+            elif self.scheduler.is_blocked:
                 spare_s = MIN_SLEEP_S  # only the caller can free what the queue waits for
             else:
                 self._verify()

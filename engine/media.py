@@ -52,12 +52,15 @@ class MediaSize:
     settings: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PromptMedia:
-    """Hold the pictures and videos of one prompt, in order, and where its tokens stand for them."""
+    """Hold the pictures and videos of one prompt, in order, and which of its tokens stand for them."""
 
+    prompt_len: int
     media: tuple[Media, ...]
-    starts: tuple[int, ...]
-    """Of each, the index of its first token in the prompt."""
-    lens: tuple[int, ...]
-    """Of each, its tokens, those between its features included."""
+    keys: tuple[bytes, ...]
+    """Of each, a digest of all that its features depend on."""
+    places: tuple[np.ndarray, ...]
+    """Of each, int32: the indices, ascending, of the prompt's tokens whose vectors its features are."""
+    rope: np.ndarray | None = None
+    """int32 [3, prompt_len], where rotations have three axes: the position of each token on each; None: its index."""

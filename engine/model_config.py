@@ -138,6 +138,7 @@ class ModelConfig:
     context_length: int = 0  # longest prompt + answer in tokens
     eos_token_ids: tuple[int, ...] = ()
     generation_defaults: dict[str, float] = field(default_factory=dict)  # sampling fields of generation_config.json
+    vision: str = ""  # what reads its pictures: a name of `engine.vision`; empty: it reads text alone
     pooling: str = "last"  # how a prompt becomes a vector: "last" or "mean"
 
     @property
@@ -186,6 +187,11 @@ class ModelConfig:
     def is_language_half(self) -> bool:
         """Return whether the checkpoint's model also reads images or sounds, of which only this decoder is run."""
         return any(architecture.endswith("ForConditionalGeneration") for architecture in self.architectures)
+
+    @property
+    def num_deep_layers(self) -> int:
+        """Return the layers behind which features of pictures are added once more: the first ones (Qwen3-VL)."""
+        return len((self.raw.get("vision_config") or {}).get("deepstack_visual_indexes") or ())
 
     @property
     def context_cost(self) -> float:
@@ -272,7 +278,7 @@ def complete(model: ModelConfig, raw: dict[str, Any], folder: Path, config: Engi
     if config.sampling_defaults == "model":
         verify_generation_defaults(generation_defaults, model.vocab_size, generation_file)
     context_length = resolve_context_length(config.context_length, model.rope)
-    if model.is_language_half:
+    if model.is_language_half and not model.vision:
         logger.warning("%s: only the language model is run, images and sounds are not read", model.architectures[0])
     return replace(
         model,

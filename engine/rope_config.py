@@ -25,6 +25,8 @@ class RopeConfig:
     max_position_embeddings: int
     rope_type: str = "default"
     scaling: dict[str, Any] = field(default_factory=dict, hash=False)  # the type's own parameters: factor, ...
+    sections: tuple[int, ...] = ()  # of pairs, that turn by each of a position's three axes; (): it has one
+    is_interleaved: bool = False  # sections are, and do not follow each other
 
     @property
     def without_rotation(self) -> "RopeConfig":
@@ -66,11 +68,16 @@ def parse_rope(raw: dict[str, Any], head_dim: int, layer_type: str = "", **defau
     rope_type = parameters.pop("rope_type", None) or "default"
     theta = parameters.pop("rope_theta", None) or 10000.0
     partial = parameters.pop("partial_rotary_factor", None) or 1.0
+    sections = tuple(parameters.pop("mrope_section", None) or ())
+    is_interleaved = parameters.pop("mrope_interleaved", False)
+    if rope_type == "mrope":
+        rope_type = "default"
     if rope_type == "proportional":  # the other dimensions belong to pairs that turn by an angle of 0
         parameters["rotated"], partial = partial, 1.0
     max_positions = raw["max_position_embeddings"]
     parameters.setdefault(ORIGINAL_LENGTH, max_positions)
-    return RopeConfig(theta, int(head_dim * partial), max_positions, rope_type, parameters)
+    rotary_dim = int(head_dim * partial)
+    return RopeConfig(theta, rotary_dim, max_positions, rope_type, parameters, sections, is_interleaved)
 
 
 def parse_local_rope(raw: dict[str, Any], head_dim: int, theta: float | None = None) -> RopeConfig:

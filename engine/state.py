@@ -11,6 +11,7 @@ import numpy as np
 from engine.request import Request, SamplingParams
 
 if TYPE_CHECKING:
+    from engine.schedule.spans import Spans
     from engine.text.detokenizer import TextStream
     from engine.text.grammar import Matcher  # which imports torch: `--help` should not wait for that
 
@@ -87,8 +88,9 @@ class RequestState:
 
     The caller makes it from a request and a sink. Until it is submitted, the caller may set another sink, and the same
     request on another client's account; from then on the engine alone writes. `Constraints` sets the matcher,
-    `RequestLimits` prompt_ids, the scheduler and its parts all from `status` to `charged_tokens`; resolved steps set
-    input_logprobs, embedding and hidden_states; `OutputProcessor` sets the rest, and the sink to `ignore` at the end.
+    `RequestLimits` prompt_ids, `Intake` spans, the scheduler and its parts all from `status` to `charged_tokens`;
+    resolved steps set input_logprobs, embedding and hidden_states; `OutputProcessor` sets the rest, and the sink to
+    `ignore` at the end.
 
     All of it is written on the event loop's thread, and may be read there at any time. While a request runs its tokens
     are in its row (`Rows.output_ids`): `output_ids` is complete once the request has ended.
@@ -130,6 +132,7 @@ class RequestState:
     embedding: np.ndarray | None = None  # float32, of a request with `pooling`; not normalized
     hidden_states: np.ndarray | None = None  # float32 [tokens or more, hidden], by position, if they are wanted
     prompt_ids: np.ndarray | None = None  # input_ids as int32, once checked
+    spans: "Spans | None" = None  # the prompt's pictures, if it has any; set when submitted
     text_stream: "TextStream | None" = None  # made when submitted; None again if it failed
     new_token_ids: list[int] = field(default_factory=list)  # whose text has not been made yet
     unsent: Delta | None = None  # what the sink has not been given of all before them
@@ -171,9 +174,10 @@ class RequestState:
         return replace(params, max_new_tokens=limit, sampling_seed=self.seed)
 
     def all_token_ids(self) -> np.ndarray:
-        """Return the tokens so far, int32 [num_tokens]; the prompt's part is made once."""
+        """Return the tokens so far as the tree knows them, int32 [num_tokens]; the prompt's part is made once."""
         if self.prompt_ids is None:
             self.prompt_ids = np.asarray(self.request.input_ids, np.int32)
+        prompt_ids = self.prompt_ids if self.spans is None else self.spans.tree_ids
         if not self.output_ids:
-            return self.prompt_ids
-        return np.concatenate([self.prompt_ids, np.asarray(self.output_ids, np.int32)])
+            return prompt_ids
+        return np.concatenate([prompt_ids, np.asarray(self.output_ids, np.int32)])

@@ -20,6 +20,7 @@ class RequestLimits:
     is_generation: bool
     returns_hidden_states: bool = False
     makes_text: bool = True
+    reads_media: bool = False
 
     def verify(self, state: RequestState, live_rids: Container[str]) -> None:
         """Raise `InvalidRequest` or `PromptTooLong` with the numbers; otherwise set `state.prompt_ids`.
@@ -35,6 +36,7 @@ class RequestLimits:
         if not self.makes_text:
             _verify_stops(request)
         state.prompt_ids = self._verify_prompt(request)
+        self._verify_media(request)
         self._verify_logprobs(request)
 
     def _verify_kind(self, request: Request) -> None:
@@ -71,6 +73,17 @@ class RequestLimits:
             bad = token_ids[is_bad.argmax()]
             raise InvalidRequest(f"token id {bad} is outside the vocabulary of {self.vocab_size}", "input_ids")
         return token_ids.astype(np.int32)
+
+    def _verify_media(self, request: Request) -> None:
+        media = request.media
+        if media is None or not media.media:
+            return
+        if not self.reads_media:
+            raise InvalidRequest("this model reads text alone, and the prompt has pictures", "media")
+        if media.prompt_len != request.prompt_len:
+            raise InvalidRequest(
+                f"the prompt has {request.prompt_len} tokens, its pictures belong to one of {media.prompt_len}", "media"
+            )
 
     def _verify_logprobs(self, request: Request) -> None:
         if not all(0 <= token < self.vocab_size for token in request.token_ids_logprob):

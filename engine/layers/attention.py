@@ -194,10 +194,11 @@ class Attention(AnyAttention):
         qkv = self.make_qkv(x, norm=norm)  # [T, (H + 2 Hkv) D]
         k_cache, v_cache = pool[self.layer_id]
         q_norm, k_norm, v_norm = _weights(self.head_norms) if self.head_norms else (None, None, None)
+        positions, cos_sin = batch.rotation or (batch.positions, self.rotary.cos_sin)
         q = rope_and_store(
             qkv,
-            batch.positions,
-            self.rotary.cos_sin,
+            positions,
+            cos_sin,
             k_cache,
             v_cache,
             batch.out_cache_loc,

@@ -20,6 +20,15 @@ class SharedPrefixes:
 
 
 @dataclass(slots=True)
+class Features:
+    """Vectors of pictures in place of those of F tokens, and what is added at these tokens behind the first layers."""
+
+    tokens: torch.Tensor  # int64 [F], indices into T
+    vectors: torch.Tensor  # [F, hidden]
+    deep: torch.Tensor  # [L, F, hidden], of the first L layers; L = 0 for most models
+
+
+@dataclass(slots=True)
 class ForwardBatch:
     """The input of one forward: T tokens of B requests, those with exactly one token first.
 
@@ -41,6 +50,9 @@ class ForwardBatch:
     window_cache_loc: torch.Tensor | None = None  # int32 [T], where layers with a window store, if they have their own
     slot_map: torch.Tensor | None = None  # int32 [num_slots], see `kernels.attention_batch`
     of_windows: "ForwardBatch | None" = None  # the same step as such layers see it
+    rope: torch.Tensor | None = None  # int32 [3, T], positions where rotations have three axes
+    rotation: tuple[torch.Tensor, torch.Tensor] | None = None  # (positions [T], cos_sin) in place of the layers' own
+    features: Features | None = None
     is_for_graph: bool = False  # both of the host's are the capture's, not the steps' that replay it
 
     def with_windows(self, window_slots: torch.Tensor) -> "ForwardBatch":

@@ -6,7 +6,7 @@ rotated already, so here the choice is made once, for the context length that th
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class RotaryEmbedding(Layer):
         self.rope = rope
         self.context_length = context_length
         self.cos_sin = torch.empty(context_length, rope.rotary_dim, dtype=torch.float32, device="meta")
+        self.rope_axes = torch.empty(0, dtype=torch.int64, device="meta")  # [rotary_dim] where positions have three
         self.query_scale = torch.empty(0, device="meta")  # [context_length] where queries grow with their positions
 
     def materialize(self, device: torch.device) -> None:
@@ -42,8 +43,20 @@ class RotaryEmbedding(Layer):
         positions = torch.arange(self.context_length, dtype=torch.float32, device=device)
         angles = torch.outer(positions, inv_freq.to(device))
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1) * scale
+        if self.rope.sections:
+            axes = axes_of(self.rope.sections, self.rope.is_interleaved)
+            self.rope_axes = torch.tensor(axes + axes, device=device)  # of cosines, and of sines
         if self.scales_queries:
             self.query_scale = query_scale(positions, self.rope.scaling)
+
+    def rotation_of(self, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (positions int32 [T], cos_sin [T, rotary_dim]) for tokens whose positions have three axes.
+
+        rope: int32 [3, T]. Each pair of dimensions turns by the position on one of the axes.
+        """
+        of_dims = rope[self.rope_axes].T.long()  # [T, rotary_dim]
+        positions = torch.arange(of_dims.shape[0], dtype=torch.int32, device=rope.device)
+        return positions, self.cos_sin.gather(0, of_dims)
 
     @property
     def scales_queries(self) -> bool:
@@ -54,6 +67,19 @@ class RotaryEmbedding(Layer):
     def scale_queries(self, q: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Multiply queries [T, H, D] by the factor of their positions, in place."""
         return q.mul_(self.query_scale.index_select(0, positions).to(q.dtype)[:, None, None])
+
+
+def axes_of(sections: Sequence[int], is_interleaved: bool) -> list[int]:
+    """Return the axis, 0 to 2, whose positions turn each pair of dimensions (Qwen2-VL, interleaved in Qwen3-VL).
+
+    sections: how many pairs belong to each axis. Interleaved: axes 1 and 2 have every third of the first pairs.
+    """
+    if not is_interleaved:
+        return [axis for axis, count in enumerate(sections) for _ in range(count)]
+    axes = [0] * sum(sections)
+    for axis in (1, 2):
+        axes[axis : 3 * sections[axis] : 3] = [axis] * len(axes[axis : 3 * sections[axis] : 3])
+    return axes
 
 
 def query_scale(positions: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:

@@ -3,15 +3,44 @@
 Data, so that `radixloop models` can show it without importing torch. `engine.models.registry` reads it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Served(NamedTuple):
     """Say what runs an architecture."""
 
-    family: str  # module of this package : class
+    family: str  # module of this package : class; `BY_TEXT`: the language model that `text_config` describes
     note: str  # the models that have it, and what of them is left out
+    vision: str = ""  # what reads pictures: a name of `engine.vision.family`; empty: only text is read
 
+
+BY_TEXT = ""
+# What runs the language half of a model, by the model_type of its text_config.
+LANGUAGE_MODELS = {
+    "cohere2": "cohere:Cohere2",
+    "gemma": "gemma:Gemma",
+    "gemma2": "gemma:Gemma2",
+    "gemma3_text": "gemma:Gemma3",
+    "llama": "llama:Llama",
+    "ministral3": "llama:Mistral",
+    "mistral": "llama:Mistral",
+    "phi": "phi:Phi",
+    "phi3": "phi3:Phi3",
+    "qwen2": "llama:Qwen2",
+    "qwen3": "llama:Qwen3",
+    "qwen3_moe": "moe:Qwen3Moe",
+}
+# Entries that files leave out of a text_config: transformers' defaults.
+TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "vocab_size": 32000, "max_position_embeddings": 2048,
+    },
+    "mistral": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 131072,
+    },
+}  # fmt: skip
 
 ARCHITECTURES = {
     "ApertusForCausalLM": Served("apertus:Apertus", "Apertus"),
@@ -66,6 +95,7 @@ ARCHITECTURES = {
         "llama:Llama",
         "Llama 1 to 3.3, and its likes: SmolLM 1 and 2, DeepSeek LLM, Yi, TinyLlama, Vicuna, Falcon 3, ...",
     ),
+    "LlavaForConditionalGeneration": Served(BY_TEXT, "LLaVA 1.5 and its likes", "llava"),
     "MiMoForCausalLM": Served("llama:MiMo", "MiMo 7B; its layers for several tokens at once are left out"),
     "MiniCPM3ForCausalLM": Served("minicpm:MiniCPM3", "MiniCPM 3"),
     "MiniCPMForCausalLM": Served("minicpm:MiniCPM", "MiniCPM 1, 2 and 4, the dense ones"),
@@ -123,7 +153,8 @@ def notes() -> dict[str, str]:
     of_each: dict[str, str] = {}
     for name, served in ARCHITECTURES.items():
         others = [alias for alias, own in ALIASES.items() if own == name]
-        of_each[name] = f"{served.note} (also {', '.join(others)})" if others else served.note
+        note = f"{served.note}; reads images" if served.vision else served.note
+        of_each[name] = f"{note} (also {', '.join(others)})" if others else note
     return of_each
 
 

@@ -11,7 +11,7 @@ from cache.layout import LayerCache
 from cache.pool import CachePool
 from engine.layers.block import Block, PreNorm
 from engine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from engine.layers.forward_batch import ForwardBatch
+from engine.layers.forward_batch import Features, ForwardBatch
 from engine.layers.layer import Layer, LayerConfig
 from engine.layers.norm import NoNorm
 from engine.layers.rotary import RotaryEmbedding
@@ -50,7 +50,9 @@ class Decoder(Layer):
     def __call__(self, batch: ForwardBatch, pool: CachePool, run_block: RunBlock | None = None) -> torch.Tensor:
         """Return the last hidden states [T, hidden]. run_block: computes a block in place of the block itself."""
         h = self.embed(batch)
-        if run_block is None:
+        if batch.features is not None:
+            h = self._run_blocks(h, batch, batch.features, pool, run_block)
+        elif run_block is None:
             for block in self.layers:
                 h = block(h, batch, pool)
         else:
@@ -58,8 +60,19 @@ class Decoder(Layer):
                 h = run_block(block, h)
         return self.norm(h)
 
+    def _run_blocks(
+        self, h: torch.Tensor, batch: ForwardBatch, features: Features, pool: CachePool, run_block: RunBlock | None
+    ) -> torch.Tensor:
+        """Return h behind all blocks, of a step with tokens of pictures."""
+        h.index_copy_(0, features.tokens, features.vectors)
+        for i, block in enumerate(self.layers):
+            h = block(h, batch, pool) if run_block is None else run_block(block, h)
+            if i < len(features.deep):
+                h.index_add_(0, features.tokens, features.deep[i])
+        return h
+
     def embed(self, batch: ForwardBatch) -> torch.Tensor:
-        """Return what the first block gets, [T, hidden]."""
+        """Return what the first block gets, [T, hidden], but for pictures."""
         return self.embed_tokens(batch.input_ids)
 
     @contextlib.contextmanager
@@ -130,6 +143,20 @@ class CausalLM(Layer):
     def rules(self) -> Sequence[Rule]:
         """Rules that lead from a checkpoint's tensors to this model's: first into its layout, then to its names."""
         return (Convert(self.quantization), *self.names)
+
+    @property
+    def has_rope_axes(self) -> bool:
+        """Return whether a token's position has three axes."""
+        return bool(self.config.rope.sections)
+
+    @property
+    def num_deep_layers(self) -> int:
+        """Return the layers behind which more features of pictures are added: the first ones."""
+        return self.config.num_deep_layers
+
+    def rotation_of(self, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what all layers rotate by: see `RotaryEmbedding.rotation_of`."""
+        return self.model.layers[0].self_attn.rotary.rotation_of(rope)
 
     def __call__(self, batch: ForwardBatch, pool: CachePool, run_block: RunBlock | None = None) -> torch.Tensor:
         """Return the last hidden states [T, hidden], final norm applied; keep the tokens' cache entries in `pool`."""

@@ -259,10 +259,13 @@ TIED_HEAD = Rename(r"^lm_head\.", "model.embed_tokens.")
 # Buffers that old checkpoints hold and nobody reads.
 COMMON_NAMES: tuple[Rule, ...] = (Ignore(r"(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$"),)
 # Of a model that also reads images or sounds: towers and what leads from them to the decoder are not loaded.
-TOWERS = ("vision_tower", "audio_tower", "multi_modal_projector", "embed_vision", "embed_audio")
+TOWERS = (
+    "vision_tower", "audio_tower", "multi_modal_projector", "embed_vision", "embed_audio", "visual", "vision_model",
+    "connector", "image_newline", "vision_resampler",
+)  # fmt: skip
 LANGUAGE_HALF: tuple[Rule, ...] = (
-    Ignore(rf"^(model\.)?({'|'.join(TOWERS)})\."),
-    Rename(r"^(model\.language_model|language_model\.model)\.", "model."),
+    Ignore(rf"^(model\.)?({'|'.join(TOWERS)})(\.|$)"),
+    Rename(r"^(model\.language_model|language_model\.model|model\.text_model)\.", "model."),
     Rename(r"^language_model\.lm_head\.", "lm_head."),
 )
 

@@ -11,7 +11,7 @@ from engine.config_file import checked, read_raw
 from engine.errors import ModelError
 from engine.layers.layer import LayerConfig
 from engine.model_config import ModelConfig, complete
-from engine.models.architectures import ALIASES, ARCHITECTURES
+from engine.models.architectures import ALIASES, ARCHITECTURES, LANGUAGE_MODELS, TEXT_DEFAULTS
 from engine.models.base import CausalLM
 from engine.quantization.methods import quantization_of
 
@@ -29,15 +29,18 @@ def load_config(folder: str | Path, config: EngineConfig | None = None) -> Model
     file, entries = folder / "config.json", read_raw(folder, config)
     named = checked({"architectures": entries.get("architectures")}, file).get("architectures") or ()
     named = [ALIASES.get(name, name) for name in named]
-    family = _family_of(named)
+    family = _family_of(named, entries.get("model_type"))
     if named and family is None:  # another family's entries are not ours to judge
         raise _unsupported(named)
     raw = checked(entries | {"architectures": named}, file)
+    vision = next((ARCHITECTURES[name].vision for name in named if name in ARCHITECTURES), "")
+    if vision:
+        raw = TEXT_DEFAULTS.get(raw.get("model_type", ""), {}) | raw
     try:
         model = (family or CausalLM).read_config(raw)
     except KeyError as error:
         raise ModelError(f"{file} has no {error.args[0]!r}") from None
-    return complete(model, raw, folder, config)
+    return complete(dataclasses.replace(model, vision=vision), raw, folder, config)
 
 
 def build_model(config: ModelConfig, layers: LayerConfig, quantization: str | None = None) -> CausalLM:
@@ -54,11 +57,13 @@ def build_model(config: ModelConfig, layers: LayerConfig, quantization: str | No
 def _build(config: ModelConfig, layers: LayerConfig) -> CausalLM:
     for architecture in config.architectures:
         if architecture in ARCHITECTURES:
-            return _class_of(architecture)(config, layers)
+            return _class_of(architecture, config.model_type)(config, layers)
         for suffix, head in HEADS.items():
             family = architecture.removesuffix(suffix) + CAUSAL
             if architecture.endswith(suffix) and family in ARCHITECTURES:
-                decoder = _class_of(family)(dataclasses.replace(config, tie_word_embeddings=True), layers)
+                decoder = _class_of(family, config.model_type)(
+                    dataclasses.replace(config, tie_word_embeddings=True), layers
+                )
                 pooled = importlib.import_module("engine.models.pooled")
                 model: CausalLM = getattr(pooled, head)(decoder, config, layers)
                 return model
@@ -86,19 +91,26 @@ def _stem(architecture: str) -> str:
     return architecture.partition("For")[0].removesuffix(BARE)
 
 
-def _family_of(architectures: Sequence[str]) -> type[CausalLM] | None:
+def _family_of(architectures: Sequence[str], model_type: str | None) -> type[CausalLM] | None:
     """Return the class that runs the first known one of `architectures`, None if none is known."""
     for architecture in architectures:
         if architecture in ARCHITECTURES:
-            return _class_of(architecture)
+            return _class_of(architecture, model_type)
         for suffix in HEADS:
             family = architecture.removesuffix(suffix) + CAUSAL
             if architecture.endswith(suffix) and family in ARCHITECTURES:
-                return _class_of(family)
+                return _class_of(family, model_type)
     return None
 
 
-def _class_of(architecture: str) -> type[CausalLM]:
-    module, name = ARCHITECTURES[architecture].family.split(":")
+def _class_of(architecture: str, model_type: str | None) -> type[CausalLM]:
+    """Return the class that runs `architecture`. model_type: of the language model."""
+    found = ARCHITECTURES[architecture].family or LANGUAGE_MODELS.get(model_type or "")
+    if found is None:
+        raise ModelError(
+            f"{architecture} with a language model of type {model_type!r} is not supported, only with "
+            f"{', '.join(LANGUAGE_MODELS)}"
+        )
+    module, name = found.split(":")
     family: type[CausalLM] = getattr(importlib.import_module(f"engine.models.{module}"), name)
     return family

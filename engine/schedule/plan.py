@@ -20,6 +20,16 @@ class Groups:
     own_starts: np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
+class FeaturePart:
+    """Say which tokens of a step get rows [first, last) of a picture's features as their vectors."""
+
+    tokens: np.ndarray  # int64 [last - first], indices into T
+    features: Any
+    first: int
+    last: int
+
+
 @dataclass(slots=True)
 class Plan:
     """Describe one step: B requests, T tokens; requests with one token first. Nobody writes to its arrays."""
@@ -44,6 +54,8 @@ class Plan:
     answering: list[RequestState] = field(default_factory=list)  # whose prompt ends with this step
     groups: Groups | None = None
     window_cache_loc: np.ndarray | None = None  # int32 [T], where layers with a window store; None: as all others
+    rope: np.ndarray | None = None  # int32 [3, T], positions where rotations have three axes; None: they have one
+    features: list[FeaturePart] = field(default_factory=list)
     num_jumps: int = 0  # requests with several tokens of their answer
     num_drafts: np.ndarray | None = None  # int64 [S], tokens of each sampled one that are guesses; None: of nobody
 

@@ -7,7 +7,7 @@ import numpy as np
 from cache.radix import Match
 from engine.schedule.decoding import Decoding
 from engine.schedule.holdings import Holdings
-from engine.schedule.plan import Plan, PrefillBudget
+from engine.schedule.plan import FeaturePart, Plan, PrefillBudget
 from engine.schedule.rows import Rows
 from engine.state import RequestState
 
@@ -102,10 +102,32 @@ def add_chunks(plan: Plan, chunks: list[Chunk], rows: Rows) -> None:
     plan.rows = np.concatenate([plan.rows, np.array([row for row, _ in parts], np.int64)])
     plan.q_lens = np.concatenate([plan.q_lens, np.array([len(chunk) for chunk in chunks], np.int64)])
     plan.seq_lens = np.concatenate([plan.seq_lens, np.array([chunk.stop for chunk in chunks], np.int64)])
-    plan.input_ids = np.concatenate([plan.input_ids, *(rows.token_ids[part] for part in parts)])
+    plan.input_ids = np.concatenate([plan.input_ids, *(_input_ids(chunk, rows) for chunk in chunks)])
     plan.out_cache_loc = np.concatenate([plan.out_cache_loc, *(rows.slots[part] for part in parts)])
     plan.num_decodes += sum(len(chunk) == 1 for chunk in chunks)
     plan.samples = np.array(samples, np.int64)
+    _add_features(plan, chunks)
+
+
+def _input_ids(chunk: Chunk, rows: Rows) -> np.ndarray:
+    """Return the tokens of a chunk, int32, with none of the ids by which the tree knows pictures."""
+    state, start, stop = chunk.state, chunk.start, chunk.stop
+    ids = rows.token_ids[state.row, start:stop]
+    if state.spans is None or start >= state.prompt_len:
+        return ids
+    assert state.prompt_ids is not None
+    return np.concatenate([state.prompt_ids[start:stop], ids[max(state.prompt_len - start, 0) :]])
+
+
+def _add_features(plan: Plan, chunks: list[Chunk]) -> None:
+    """Note in `plan` which of its tokens are parts of pictures: those of `chunks`, its last ones."""
+    first_token = plan.num_tokens - sum(map(len, chunks))
+    for chunk in chunks:
+        if chunk.state.spans is not None:
+            offset = first_token - chunk.start
+            for places, features, first, last in chunk.state.spans.parts(chunk.start, chunk.stop):
+                plan.features.append(FeaturePart(places + offset, features, first, last))
+        first_token += len(chunk)
 
 
 def _note_request(plan: Plan, b: int, chunk: Chunk, rows: Rows) -> None:
@@ -121,3 +143,17 @@ def _note_request(plan: Plan, b: int, chunk: Chunk, rows: Rows) -> None:
         plan.pooled.append((b, state, chunk.start))
     if state.return_hidden_states:
         plan.hidden.append((b, state, chunk.start))
+
+
+def rope_positions(plan: Plan, chunks: list[Chunk], rows: Rows) -> np.ndarray:
+    """Return the positions of a plan's tokens on each of three axes, int32 [3, T]. chunks: its last requests."""
+    rope = np.empty((3, plan.num_tokens), np.int32)
+    num_before = len(plan.rows) - len(chunks)
+    decodes = plan.rows[:num_before]
+    rope[:, :num_before] = plan.seq_lens[:num_before] - 1 + rows.rope_delta[decodes]
+    first = num_before
+    for chunk in chunks:
+        spans, last = chunk.state.spans, first + len(chunk)
+        span = np.arange(chunk.start, chunk.stop) if spans is None else spans.positions(chunk.start, chunk.stop)
+        rope[:, first:last], first = span, last
+    return rope

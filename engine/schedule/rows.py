@@ -37,6 +37,7 @@ class Rows:
         self.max_tokens = np.zeros(size, np.int64)  # length at which the answer ends
         self.compute_limit = np.zeros(size, np.int64)  # tokens whose KV is ever needed: the last answer token's is not
         self.min_tokens = np.zeros(size, np.int64)  # length below which no stop token may be sampled
+        self.rope_delta = np.zeros(size, np.int64)  # of a token behind the prompt: its position, less its index
         self.epoch = np.zeros(size, np.int64)  # how often the row has changed hands
 
         self.temperature = np.zeros(size, np.float32)
@@ -84,6 +85,7 @@ class Rows:
         self.max_tokens[row] = state.prompt_len + state.max_new_tokens
         self.compute_limit[row] = max(state.prompt_len, self.max_tokens[row] - 1)
         self.min_tokens[row] = state.prompt_len + params.min_new_tokens
+        self.rope_delta[row] = 0 if state.spans is None else state.spans.rope_delta
 
         self.temperature[row] = 0.0 if params.is_greedy else params.temperature
         self.top_p[row], self.min_p[row] = params.top_p or 1.0, params.min_p

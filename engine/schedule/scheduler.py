@@ -25,11 +25,12 @@ from cache.window import WindowSlots
 from engine.schedule.admission import Admission
 from engine.schedule.decoding import Decoding
 from engine.schedule.fairness import FairShares, Queue
+from engine.schedule.feature_source import FeatureSource
 from engine.schedule.grouping import PrefixGroups
 from engine.schedule.holdings import Holdings, shared_node
 from engine.schedule.plan import Plan, PrefillBudget, context_tokens
 from engine.schedule.policy import QueueOrder
-from engine.schedule.prefill import Chunk, Prompts, add_chunks
+from engine.schedule.prefill import Chunk, Prompts, add_chunks, rope_positions
 from engine.schedule.resolver import Outcome, Resolver
 from engine.schedule.rows import Rows
 from engine.schedule.window_holdings import WindowHoldings
@@ -97,6 +98,7 @@ class Scheduler:
         max_queued: int | None = None,
         max_queued_tokens: int | None = None,
         seed: int = 0,
+        has_rope_axes: bool = False,  # rotations have three axes: plans say where each token stands on them
     ) -> None:
         self.rows = rows
         self._windowed = None if windows is None else WindowHoldings(rows, allocator, cache, windows)
@@ -113,6 +115,9 @@ class Scheduler:
         self.resolver = Resolver(rows, self.held, self.decoding, is_eos, self.finish)
         self.chunked_prefill_size = self.held.max_chunk(max(chunked_prefill_size, allocator.page_size))
         self.num_retractions = self.num_prompt_tokens = self.num_admitted = 0
+        self.feature_source: FeatureSource | None = None  # of a model that reads pictures
+        self.parked: dict[str, RequestState] = {}  # by rid: those whose pictures' features are being computed
+        self._has_rope_axes = has_rope_axes
 
     # ---- requests come and go ----
 
@@ -125,17 +130,27 @@ class Scheduler:
         state.num_admitted_before = self.num_admitted
         self.waiting.add(state)
         self.order.is_sorted = False
+        self._has_features(state)
+
+    def resume(self, state: RequestState) -> None:
+        """Queue a parked request again: what it waited for has come."""
+        del self.parked[state.rid]
+        self.waiting.add(state, is_first=bool(state.num_retractions))
+        self.order.is_sorted = False
 
     def finish(self, state: RequestState, reason: FinishReason) -> None:
         """End `state` wherever it is. What it computed stays in the cache; the rest of its slots are free at once."""
         if state.status is Status.RUNNING:
             self._release(state, keep=reason.type != "abort")
         elif state.status is Status.WAITING:
-            self.waiting.remove(state)
+            if self.parked.pop(state.rid, None) is None:
+                self.waiting.remove(state)
             self.shares.leave(state)
         state.status = Status.FINISHED
         state.finish_reason = reason
         self.shares.settle(state)
+        if state.spans is not None:
+            state.spans.release(state.prompt_len)
 
     def flush(self) -> bool:
         """Empty the cache. False, and nothing done, while anything runs or waits."""
@@ -154,11 +169,16 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.held.nodes or self.waiting)
+        return bool(self.held.nodes or self.waiting or self.parked)
 
     @property
     def num_running(self) -> int:
         return len(self.held.nodes)
+
+    @property
+    def is_blocked(self) -> bool:
+        """Return whether there is something to compute for requests, if there were room or a token came."""
+        return bool(self.held.nodes or self.waiting)
 
     @property
     def num_streams(self) -> int:
@@ -220,7 +240,17 @@ class Scheduler:
         plan.groups = self.groups.find(decodes, plan.epochs, cohort)
         if self._windowed is not None:
             plan.window_cache_loc = self._windowed.windows.slots_of(plan.out_cache_loc)
+        if self._has_rope_axes or plan.features:
+            self._complete(plan, chunks)
         return plan
+
+    def _complete(self, plan: Plan, chunks: list[Chunk]) -> None:
+        """Complete the plan of a model that reads pictures. chunks: of the plan's last requests."""
+        if self._has_rope_axes:
+            plan.rope = rope_positions(plan, chunks, self.rows)
+        for chunk in chunks:
+            if chunk.state.spans is not None:
+                chunk.state.spans.release(chunk.stop)
 
     def _jump_chunks(self, jumping: np.ndarray) -> Iterator[Chunk]:
         """Cut forced tokens of `jumping` rows: as many as a step has room for, of each one at least."""
@@ -281,6 +311,8 @@ class Scheduler:
             self.order.sort(self.waiting, self.num_admitted)
         while self.waiting and not budget.is_spent and self.rows.num_free:
             state = self.waiting.next()
+            if not self._has_features(state):
+                continue
             match = self._admit(state)
             if match is None:
                 return
@@ -288,6 +320,22 @@ class Scheduler:
             if chunk is None:
                 return
             yield chunk
+
+    def _has_features(self, state: RequestState) -> bool:
+        """Return whether what waits has all features that its prompt's steps will read; else it is parked."""
+        if state.spans is None:
+            return True
+        assert self.feature_source is not None
+        start = 0  # all is computed, where something of each token is wanted
+        if state.logprob_start_len < 0 and not state.return_hidden_states and state.pooling != "mean":
+            tokens = state.all_token_ids()
+            start = min(self.held.cache.match_len(tokens, state.extra_key), len(tokens) - 1)
+        missing = state.spans.missing(start)
+        if not missing or self.feature_source.fetch(state, missing):
+            return True
+        self.waiting.remove(state)
+        self.parked[state.rid] = state
+        return False
 
     def _admit(self, state: RequestState) -> Match | None:
         """Let `state` run if its prompt, and probably its answer, fit beside what runs.
@@ -399,7 +447,7 @@ class Scheduler:
         held, windowed = self.held, self._windowed
         return SchedulerStats(
             num_running=self.num_running,
-            num_waiting=len(self.waiting),
+            num_waiting=len(self.waiting) + len(self.parked),
             num_waiting_tokens=self.shares.num_waiting_tokens,
             num_total_tokens=held.allocator.num_total,
             num_free_tokens=held.allocator.num_free,

@@ -22,6 +22,7 @@ class StagedBatch(NamedTuple):
     sample_tokens: torch.Tensor  # int32 [S], whose logits are wanted: indices into the T tokens
     sample_rows: torch.Tensor  # int32 [S]
     sample_positions: torch.Tensor  # int32 [S], where each sampled token will stand in its sequence
+    feature_tokens: torch.Tensor | None = None  # int32 [F], whose vectors are features: indices into the T tokens
 
 
 def _fields_of(made: type) -> tuple[str, ...]:
@@ -50,6 +51,7 @@ class _Decodes:
         self._positions = host["positions"][:num_decodes]
         self._out_cache_loc = host["out_cache_loc"][:num_decodes]
         self._window_cache_loc = host["window_cache_loc"][:num_decodes] if shape.has_windows else None
+        self._rope = host["rope"][:, :num_decodes] if shape.has_rope else None
         self.staged = staged
 
     def precede(self, plan: Plan, shape: StepShape) -> bool:
@@ -63,6 +65,8 @@ class _Decodes:
         self._out_cache_loc[:] = plan.out_cache_loc
         if self._window_cache_loc is not None:
             self._window_cache_loc[:] = plan.window_cache_loc
+        if self._rope is not None:
+            self._rope[:] = plan.rope
 
 
 class Stager:
@@ -99,6 +103,9 @@ class Stager:
             self._write_chunks(host, plan, shape)
         if not shape.is_decode:
             _write_samples(host, plan, shape)
+        if plan.features:
+            tokens = np.concatenate([part.tokens for part in plan.features])
+            host["feature_tokens"][:] = _behind_padding(tokens, plan, shape)
         if plan.groups is not None and shape.has_groups:
             _write_groups(host, plan.groups)
         is_repeatable = plan.cohort is not None and shape.is_decode
@@ -115,6 +122,8 @@ class Stager:
         host["out_cache_loc"][:num_decodes] = plan.out_cache_loc[:num_decodes]
         if plan.window_cache_loc is not None:
             host["window_cache_loc"][:num_decodes] = plan.window_cache_loc[:num_decodes]
+        if plan.rope is not None:
+            host["rope"][:, :num_decodes] = plan.rope[:, :num_decodes]
         host["cu_q_lens"][: shape.num_decodes + 1] = self._arange[: shape.num_decodes + 1]
         if not shape.is_decode:  # else these are the rows
             host["token_rows"][:num_decodes] = plan.rows[:num_decodes]
@@ -134,6 +143,8 @@ class Stager:
         host["out_cache_loc"][first:last_token] = plan.out_cache_loc[num_decodes:]
         if plan.window_cache_loc is not None:
             host["window_cache_loc"][first:last_token] = plan.window_cache_loc[num_decodes:]
+        if plan.rope is not None:
+            host["rope"][:, first:last_token] = plan.rope[:, num_decodes:]
         host["token_rows"][first:last_token] = rows.repeat(q_lens)
         host["positions"][first:last_token] = self._arange[first:last_token] + (seq_lens - ends).repeat(q_lens)
 
@@ -170,11 +181,16 @@ class Stager:
 def _write_samples(host: dict[str, np.ndarray], plan: Plan, shape: StepShape) -> None:
     """Write whose next tokens are sampled; the fields of requests must have been written."""
     num_samples, samples = len(plan.samples), plan.samples
-    if not plan.is_decode:  # the decodes' padding stands before the prompts
-        samples = np.where(samples < plan.num_decodes, samples, samples + (shape.num_decodes - plan.num_decodes))
+    if not plan.is_decode:
+        samples = _behind_padding(samples, plan, shape)
     host["sample_tokens"][:num_samples] = host["cu_q_lens"][samples + 1] - 1
     host["sample_rows"][:num_samples] = host["rows"][samples]
     host["sample_positions"][:num_samples] = host["seq_lens"][samples]
+
+
+def _behind_padding(indices: np.ndarray, plan: Plan, shape: StepShape) -> np.ndarray:
+    """Return indices of a plan's requests, or its tokens, as `shape` has them: with the decodes' padding in between."""
+    return np.where(indices < plan.num_decodes, indices, indices + (shape.num_decodes - plan.num_decodes))
 
 
 def _write_groups(host: dict[str, np.ndarray], groups: Groups) -> None:

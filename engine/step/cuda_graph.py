@@ -78,12 +78,14 @@ class StepGraphs:
         meet: Callable[[], None],
         *,
         has_windows: bool = False,
+        has_rope: bool = False,
     ) -> None:
         """run: from a staged batch to (logits [S, V], their argmax [S]). meet: `Communicator.meet`.
 
-        has_windows: of all steps, see `StepShape`.
+        has_windows, has_rope: of all steps, see `StepShape`.
         """
-        self._has_windows = has_windows
+        self._decode_shape = functools.partial(_decode_shape, has_windows=has_windows, has_rope=has_rope)
+        self._prefill_shape = functools.partial(_prefill_shape, has_windows=has_windows, has_rope=has_rope)
         self.batch_sizes = sorted(sizes.batch_sizes)
         self.grouped_sizes = _coarse(self.batch_sizes)
         self.ladders = fitting_ladders(sizes.max_prompt_tokens, sizes.max_tokens, sizes.max_requests)
@@ -93,7 +95,7 @@ class StepGraphs:
 
     def shape_for(self, plan: Plan) -> StepShape | None:
         """Return the shape of the graph that serves `plan`. None: it is too large, or asks for what no graph does."""
-        if plan.pooled:
+        if plan.pooled or plan.features:
             return None
         num_decodes, num_samples = plan.num_decodes, len(plan.samples)
         if plan.is_decode:
@@ -101,7 +103,7 @@ class StepGraphs:
                 return None
             sizes = self.batch_sizes if plan.groups is None else self.grouped_sizes
             size = sizes[bisect.bisect_left(sizes, num_decodes)]
-            return _decode_shape(size, plan.groups is not None, self._has_windows)
+            return self._decode_shape(size, plan.groups is not None)
         if not num_samples or plan.prompt_logprobs:
             return None
         num_prompts, num_tokens = len(plan.rows) - num_decodes, plan.num_prefill_tokens
@@ -113,7 +115,7 @@ class StepGraphs:
                 and ladder.has_groups == (plan.groups is not None)
             ):
                 size = ladder.num_tokens[bisect.bisect_left(ladder.num_tokens, num_tokens)]
-                return _prefill_shape(ladder, size, self._has_windows)
+                return self._prefill_shape(ladder, size)
         return None
 
     def eager_shape(self, plan: Plan) -> StepShape:
@@ -134,13 +136,10 @@ class StepGraphs:
 
     def _families(self) -> list[tuple[Sequence[int], Callable[[int], StepShape]]]:
         """Return (sizes, the shape of one) of each ladder, of decode steps with groups, of those without."""
-        of_prompts, of_decodes = (
-            functools.partial(shape_of, has_windows=self._has_windows) for shape_of in (_prefill_shape, _decode_shape)
-        )
         return [
-            *((ladder.num_tokens, functools.partial(of_prompts, ladder)) for ladder in self.ladders),
-            (self.grouped_sizes, functools.partial(of_decodes, has_groups=True)),
-            (self.batch_sizes, functools.partial(of_decodes, has_groups=False)),
+            *((ladder.num_tokens, functools.partial(self._prefill_shape, ladder)) for ladder in self.ladders),
+            (self.grouped_sizes, functools.partial(self._decode_shape, has_groups=True)),
+            (self.batch_sizes, functools.partial(self._decode_shape, has_groups=False)),
         ]
 
     def run_all(self) -> None:
@@ -271,13 +270,14 @@ def _round_up(num_tokens: int) -> int:
     return -(-num_tokens // step) * step
 
 
-def _decode_shape(size: int, has_groups: bool, has_windows: bool) -> StepShape:
-    return StepShape(size, 0, 0, size, has_groups, has_windows)
+def _decode_shape(size: int, has_groups: bool, has_windows: bool, has_rope: bool) -> StepShape:
+    return StepShape(size, 0, 0, size, has_groups, has_windows, has_rope)
 
 
-def _prefill_shape(ladder: Ladder, num_tokens: int, has_windows: bool) -> StepShape:
+def _prefill_shape(ladder: Ladder, num_tokens: int, has_windows: bool, has_rope: bool) -> StepShape:
     num_samples = ladder.num_decodes + ladder.num_prompts
-    return StepShape(ladder.num_decodes, ladder.num_prompts, num_tokens, num_samples, ladder.has_groups, has_windows)
+    has_groups = ladder.has_groups
+    return StepShape(ladder.num_decodes, ladder.num_prompts, num_tokens, num_samples, has_groups, has_windows, has_rope)
 
 
 class _Borrowed:
@@ -314,6 +314,7 @@ def _example_plan(shape: StepShape) -> Plan:
         epochs=np.zeros(num_decodes + num_prompts, np.int64),
         groups=_no_groups() if shape.has_groups else None,
         window_cache_loc=np.zeros(num_tokens, np.int32) if shape.has_windows else None,
+        rope=np.zeros((3, num_tokens), np.int32) if shape.has_rope else None,
     )
 
 

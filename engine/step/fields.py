@@ -33,6 +33,8 @@ class StepShape(NamedTuple):
     num_samples: int
     has_groups: bool
     has_windows: bool = False  # layers with a window have slots of their own
+    has_rope: bool = False  # rotations have three axes
+    num_features: int = 0  # tokens that get a picture's features as their vectors
 
     @property
     def num_requests(self) -> int:
@@ -51,8 +53,12 @@ class StepShape(NamedTuple):
     def of(cls, plan: Plan) -> "StepShape":
         num_prefills = len(plan.rows) - plan.num_decodes
         has_groups, has_windows = plan.groups is not None, plan.window_cache_loc is not None
-        num_samples = len(plan.samples)
-        return cls(plan.num_decodes, num_prefills, plan.num_prefill_tokens, num_samples, has_groups, has_windows)
+        num_samples, features = len(plan.samples), plan.features
+        num_features = sum(len(part.tokens) for part in features) if features else 0
+        return cls(
+            plan.num_decodes, num_prefills, plan.num_prefill_tokens, num_samples, has_groups, has_windows,
+            plan.rope is not None, num_features,
+        )  # fmt: skip
 
 
 class Size(enum.IntEnum):
@@ -64,13 +70,17 @@ class Size(enum.IntEnum):
     SAMPLES = 3  # S
     GROUPS = 4  # G
     GROUP_BOUNDS = 5  # G + 1
+    FEATURES = 6  # F
 
 
 def counts_of(shape: StepShape) -> tuple[int, ...]:
     """Return the quantities of `Size`, in its order."""
     num_requests = shape.num_requests
     num_groups = max(num_requests // 2, 1)  # a group has two members at least
-    return num_requests, num_requests + 1, shape.num_tokens, shape.num_samples, num_groups, num_groups + 1
+    return (
+        num_requests, num_requests + 1, shape.num_tokens, shape.num_samples, num_groups, num_groups + 1,
+        shape.num_features,
+    )  # fmt: skip
 
 
 def _has_groups(shape: StepShape) -> bool:
@@ -79,6 +89,14 @@ def _has_groups(shape: StepShape) -> bool:
 
 def _has_windows(shape: StepShape) -> bool:
     return shape.has_windows
+
+
+def _has_rope(shape: StepShape) -> bool:
+    return shape.has_rope
+
+
+def _has_features(shape: StepShape) -> bool:
+    return shape.num_features > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +118,8 @@ FIELDS = (
     Field("positions", Size.TOKENS),
     Field("out_cache_loc", Size.TOKENS),
     Field("window_cache_loc", Size.TOKENS, when=_has_windows),
+    Field("rope", Size.TOKENS, width=3, when=_has_rope),
+    Field("feature_tokens", Size.FEATURES, when=_has_features),
     Field("token_rows", Size.TOKENS, in_decodes="rows"),
     Field("sample_tokens", Size.SAMPLES, in_decodes="cu_q_lens"),  # 0, 1, ..., S - 1
     Field("sample_rows", Size.SAMPLES, in_decodes="rows"),
@@ -147,5 +167,5 @@ def layout_of(shape: StepShape) -> Layout:
 
 def max_size(max_tokens: int, max_requests: int) -> int:
     """Return the int32 numbers of the largest step of that many tokens and requests."""
-    shape = StepShape(0, max_requests, max_tokens, max_requests, has_groups=True, has_windows=True)
+    shape = StepShape(0, max_requests, max_tokens, max_requests, True, True, True, max_tokens)
     return layout_of(shape).size

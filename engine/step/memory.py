@@ -37,12 +37,14 @@ class MemoryBudget:
     windows: int = 0
     """The part of kv that is the pool of layers which see a window."""
     num_window_tokens: int = 0
+    pictures: int = 0
+    """Features of pictures, and activations of the tower that makes them."""
 
     def rows(self) -> list[tuple[str, str]]:
         """Return (use, amount) rows for a table, empty uses left out."""
         parts = [
             ("weights", self.weights), ("largest step", self.largest_step), ("CUDA graphs", self.graphs),
-            ("request tables", self.tables), ("KV cache", self.kv - self.windows),
+            ("request tables", self.tables), ("pictures", self.pictures), ("KV cache", self.kv - self.windows),
             (f"KV cache of layers with a window ({self.num_window_tokens:,} tokens)", self.windows),
             ("left free", self.margin), ("device total", self.total),
         ]  # fmt: skip
@@ -59,17 +61,18 @@ def plan_memory(
     tables: int,
     largest_step: int,
     graphs: int,
+    pictures: int = 0,
     comm: Communicator,
 ) -> MemoryBudget:
     """Divide the device's memory. All ranks get the tokens that fit on the rank with the least room.
 
-    split: what this rank's layers keep of a token. weights, tables, largest_step, graphs: bytes, see
+    split: what this rank's layers keep of a token. weights, tables, largest_step, graphs, pictures: bytes, see
     `MemoryBudget`. Raises `ModelError` with the numbers if not even one page of KV fits.
     """
     if device.type == "cuda":
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
-        room = free - largest_step - graphs - CUDA_MARGIN_BYTES
+        room = free - largest_step - graphs - pictures - CUDA_MARGIN_BYTES
         if config.mem_fraction_static is not None:
             room = int(total * config.mem_fraction_static) - (total - free)
     else:
@@ -89,7 +92,7 @@ def plan_memory(
     margin = max(room + CUDA_MARGIN_BYTES - kv, 0) if device.type == "cuda" else 0
     windows = num_window_tokens * split.window_bytes
     return MemoryBudget(
-        total, weights, largest_step, graphs, tables, kv, margin, num_tokens, windows, num_window_tokens
+        total, weights, largest_step, graphs, tables, kv, margin, num_tokens, windows, num_window_tokens, pictures
     )
 
 

@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 
 from cache.pool import CachePool
 from engine.layers.communicator import Communicator
-from engine.layers.forward_batch import ForwardBatch
+from engine.layers.forward_batch import Features, ForwardBatch
 from engine.layers.layer import unique_layers
 from engine.models.base import CausalLM
 from engine.schedule.plan import Plan
@@ -155,8 +155,9 @@ class ModelRunner:
     def new_graphs(self, sizes: GraphSizes) -> StepGraphs:
         """Not captured yet."""
         return StepGraphs(
-            sizes, self.stager, self.run_greedy, self.comm.meet, has_windows=self.kv.window_slots is not None
-        )
+            sizes, self.stager, self.run_greedy, self.comm.meet,
+            has_windows=self.kv.window_slots is not None, has_rope=self.model.has_rope_axes,
+        )  # fmt: skip
 
     def capture_graphs(self, sizes: GraphSizes) -> None:
         self._graph_sizes = sizes
@@ -312,6 +313,8 @@ class ModelRunner:
             step.logits, step.greedy, step.batch = self.graphs.replay(step.shape)
             return
         step.batch = staged = self.stager.views(step.shape, plan)
+        if staged.feature_tokens is not None:
+            staged.batch.features = self._features(plan, staged.feature_tokens)
         hidden = self.forward(staged.batch, step.corun)
         for work in step.prompt_work:
             step.prompt_logprobs += self._prompt_logprobs(hidden, work)
@@ -379,12 +382,28 @@ class ModelRunner:
             batch.input_ids, batch.positions, batch.out_cache_loc, batch.token_rows,
             self.sampler.last_tokens, batch.slot_table, self.kv.window_slots, batch.window_cache_loc,
         )  # fmt: skip
+        if batch.rope is not None:
+            batch = replace(batch, rotation=self.model.rotation_of(batch.rope))
         if self.kv.window_slots is not None:
             batch = batch.with_windows(self.kv.window_slots)
         if corun is None:
             return self.model(batch, self.kv)
         splitter, split = self.splitter, corun
         return self.model(batch, self.kv, lambda block, h: splitter.run_block(block, h, batch, split))
+
+    def _features(self, plan: Plan, tokens: torch.Tensor) -> Features:
+        """Return what `tokens` get of pictures. Rank 0 has it, and sends it to the others."""
+        config = self.model.config
+        if self.comm.rank == 0:
+            for part in plan.features:
+                if self.stream is not None:  # it was allocated for another
+                    part.features.record_stream(self.stream)
+            rows = torch.cat([part.features[:, part.first : part.last] for part in plan.features], dim=1)
+        else:
+            num_layers = 1 + self.model.num_deep_layers
+            rows = torch.empty(num_layers, len(tokens), config.hidden_size, dtype=config.dtype, device=self.device)
+        self.comm.broadcast(rows)
+        return Features(tokens.long(), rows[0], rows[1:])
 
     def _plan_prompt_logprobs(self, plan: Plan) -> list[PromptLogprobWork]:
         work = []

@@ -116,9 +116,10 @@ class Sampler:
         rows, new = self.rows, []
         for row in penalized[~rows.is_counted[penalized]].tolist():
             rows.is_counted[row] = True
-            prompt_len = rows.state_at(row).prompt_len
-            tokens = rows.token_ids[row, : rows.num_known[row]].astype(np.int64)
-            new.append((row, tokens[:prompt_len], tokens[prompt_len:]))
+            state = rows.state_at(row)
+            assert state.prompt_ids is not None  # without the ids by which the tree knows pictures
+            output_ids = rows.token_ids[row, state.prompt_len : rows.num_known[row]]
+            new.append((row, state.prompt_ids.astype(np.int64), output_ids.astype(np.int64)))
         return new
 
     def _logit_edits(self, plan: Plan, sampled: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:

@@ -136,6 +136,7 @@ def _run_prompts(
         num_decodes=0,
         samples=np.zeros(num_samples, np.int32),
         epochs=np.zeros(len(lens), np.int64),
+        rope=np.zeros((3, num_tokens), np.int32) if runner.model.has_rope_axes else None,
     )
     with torch.cuda.stream(runner.stream), torch.inference_mode():
         runner.stager.upload(runner.stager.write(plan, StepShape.of(plan)))

@@ -1,0 +1,143 @@
+"""The way of pictures into a prompt: which tokens stand for each, and by which key its features are known."""
+
+import functools
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from engine.errors import InvalidRequest, ModelError, shown
+from engine.media import Media, MediaSize, PromptMedia
+from engine.model_config import ModelConfig
+from engine.vision.family import FAMILIES, Family, Writing, rope_positions
+
+logger = logging.getLogger(__name__)
+
+Encode = Callable[..., list[int]]
+MAX_WRITINGS = 1024  # sizes whose writing is remembered
+
+
+class MediaReader:
+    """Write the pictures of prompts for one model. Nothing here needs its weights."""
+
+    def __init__(self, family: Family, encode: Encode, token_ids: dict[str, int], *, has_rope_axes: bool) -> None:
+        """encode: from a text to token ids. token_ids: of the placeholders of features, by kind."""
+        self.family = family
+        self.kinds = family.placeholders()
+        self._encode, self._has_rope_axes = encode, has_rope_axes
+        self._tokens = np.array([token_ids[kind] for kind in self.kinds])
+        self._placeholders = re.compile("|".join(re.escape(text) for text in self.kinds.values()))
+        self._kind_of = {text: kind for kind, text in self.kinds.items()}
+        self._write = functools.lru_cache(MAX_WRITINGS)(self._write_size)
+        fingerprint = [type(family).__name__, family.processor.to_json_string(), str(family.config.to_dict())]
+        self._fingerprint = hashlib.sha256("\0".join(fingerprint).encode()).digest()
+
+    def write(self, size: MediaSize) -> Writing:
+        """Say how a picture of `size` is written. `InvalidRequest` for a kind that is not read."""
+        if size.kind not in self.kinds:
+            raise InvalidRequest(f"this model reads no {size.kind}, only {' and '.join(self.kinds)}")
+        return self._write(size.kind, size.width, size.height, size.num_frames, self._settings(size))
+
+    def _write_size(
+        self, kind: Any, width: int, height: int, num_frames: int, settings: tuple[tuple[str, int], ...]
+    ) -> Writing:
+        return self.family.write(MediaSize(kind, width, height, num_frames, dict(settings)))
+
+    def _settings(self, media: Media | MediaSize) -> tuple[tuple[str, int], ...]:
+        """Return those settings that make a difference, in one order."""
+        return tuple(sorted((name, media.settings[name]) for name in self.family.settings & media.settings.keys()))
+
+    def count(self, sizes: Sequence[MediaSize]) -> list[int]:
+        """Return how many tokens stand for each picture."""
+        written = map(self.write, sizes)
+        return [one.num_features + one.num_others for one in written]
+
+    def encode(
+        self, text: str, media: Sequence[Media], *, add_special_tokens: bool = False
+    ) -> tuple[list[int], PromptMedia]:
+        """Return the token ids of `text` with its pictures written out, and where they are. See `Engine.encode_media`.
+
+        Blocks for as long as a long text takes.
+        """
+        writings = [self.write(one.size) for one in media]
+        self._check(self._placeholders.findall(text), media)
+        texts = iter([writing.text for writing in writings])
+        written = self._placeholders.sub(lambda _: next(texts), text)
+        ids = self._encode(written, add_special_tokens=add_special_tokens)
+        found = np.flatnonzero(np.isin(ids, self._tokens)).astype(np.int32)
+        lens = [writing.num_features for writing in writings]
+        if len(found) != sum(lens):
+            raise InvalidRequest(
+                f"the prompt has {len(found)} tokens that stand for parts of pictures, its pictures have {sum(lens)}"
+            )
+        places = np.split(found, np.cumsum(lens)[:-1]) if lens else []
+        rope = self._rope(len(ids), places, writings) if self._has_rope_axes else None
+        keys = tuple(map(self._key, media))
+        return ids, PromptMedia(len(ids), tuple(media), keys, tuple(places), rope)
+
+    def _check(self, placeholders: Sequence[str], media: Sequence[Media]) -> None:
+        """Raise `InvalidRequest` if the placeholders in a text are not those of its pictures."""
+        if len(placeholders) != len(media):
+            raise InvalidRequest(
+                f"the prompt has {len(placeholders)} places for pictures ({' '.join(self.kinds.values())}), "
+                f"and {len(media)} came with it"
+            )
+        for i, (text, one) in enumerate(zip(placeholders, media, strict=True)):
+            if self._kind_of[text] != one.size.kind:
+                raise InvalidRequest(f"place {i} of the prompt is for a {self._kind_of[text]}, not a {one.size.kind}")
+
+    @staticmethod
+    def _rope(prompt_len: int, places: Sequence[np.ndarray], writings: Sequence[Writing]) -> np.ndarray:
+        blocks = []
+        for its_places, writing in zip(places, writings, strict=True):
+            start = 0
+            for grid in writing.grids:
+                blocks.append((int(its_places[start]), grid))
+                start += grid[0] * grid[1] * grid[2]
+        return rope_positions(prompt_len, blocks)
+
+    def _key(self, media: Media) -> bytes:
+        settings = json.dumps(self._settings(media)).encode()
+        return hashlib.sha256(self._fingerprint + media.digest + media.size.kind.encode() + settings).digest()
+
+
+class TokenizerPart(Protocol):
+    """The part of a tokenizer that a reader calls."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def token_text(self, token_id: int) -> str: ...
+
+
+def load_reader(folder: Path, model_config: ModelConfig, tokenizer: TokenizerPart) -> MediaReader | None:
+    """Return what reads pictures for the model in `folder`; None if nothing does.
+
+    A folder without the files of a processor is served as a model of text.
+    """
+    if not model_config.vision:
+        return None
+    try:
+        family = load_family(folder, model_config, tokenizer.token_text)
+    except ModelError as error:
+        logger.warning("only text is read: %s", error)
+        return None
+    token_ids = family.token_ids(family.config)
+    return MediaReader(family, tokenizer.encode, token_ids, has_rope_axes=bool(model_config.rope.sections))
+
+
+def load_family(folder: Path, model_config: ModelConfig, token_text: Callable[[int], str]) -> Family:
+    """Return how the model in `folder` reads pictures. `ModelError` if what says so is not there."""
+    from transformers import AutoConfig, AutoImageProcessor
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"{folder} does not say how pictures are read: {shown(str(error))}") from None
+    family = FAMILIES[model_config.vision]
+    texts = {role: token_text(token_id) for role, token_id in family.token_ids(config).items()}
+    return family(config, processor, texts)

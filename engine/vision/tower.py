@@ -1,0 +1,101 @@
+"""The half of a model that sees: transformers' own modules, without a single layer of the language model."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.errors import ModelError
+from engine.media import Image, Media
+from engine.model_config import ModelConfig
+from engine.vision.family import Family
+
+LARGE = 2048  # pixels in a row of a picture, and rows: more are rare, and resized by most models
+LANGUAGE = ("language_model", "text_model")  # what a whole model calls its other half
+
+
+class Tower:
+    """Make features of pictures, on a thread of the caller's."""
+
+    def __init__(self, family: Family, module: Any, dtype: torch.dtype, device: torch.device) -> None:
+        self.family, self._module, self._dtype, self._device = family, module, dtype, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def encode(self, media: Sequence[Media]) -> list[torch.Tensor]:
+        """Return the features of each, [1 + L, features, hidden] (see `Family.features`), wholly computed."""
+        inputs = [self._on_device(self.family.inputs(one)) for one in media]
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            found = [one.to(self._dtype) for one in self.family.features(self._module, inputs)]
+        if self._stream is not None:
+            self._stream.synchronize()
+        return found
+
+    def largest_bytes(self) -> int:
+        """Return the bytes that a large picture takes on the device beside its features. 0 on a CPU: not counted."""
+        if self._stream is None:
+            return 0
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        self.encode([Image(np.zeros((LARGE, LARGE, 3), np.uint8), b"")])
+        peak = torch.cuda.max_memory_allocated(self._device) - before
+        torch.cuda.empty_cache()
+        return peak
+
+    def _on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        with torch.cuda.stream(self._stream):
+            return {
+                name: value.to(self._device, self._dtype if value.is_floating_point() else None)
+                for name, value in inputs.items()
+            }
+
+
+def load_tower(
+    family: Family, folder: Path, model_config: ModelConfig, load_format: str, device: torch.device
+) -> Tower:
+    """Load the tower of the model in `folder`, and what leads from it to the language model.
+
+    transformers loads it, as it knows the names of old files and buffers that no file has. `ModelError` if a weight is
+    missing.
+    """
+    import transformers
+
+    name = model_config.architectures[0]
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise ModelError(f"transformers {transformers.__version__} has no {name}, whose tower would read pictures")
+    config, dtype = family.config, model_config.dtype
+    text = config.get_text_config()
+    text.num_hidden_layers, text.layer_types = 0, []
+    config.quantization_config = None
+    with _quiet_transformers():
+        if load_format == "dummy":
+            with torch.device(device):
+                whole = model_class._from_config(config, dtype=dtype)
+        else:
+            whole, info = model_class.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+            missing = [key for key in info["missing_keys"] if not any(half in key for half in (*LANGUAGE, "lm_head"))]
+            if missing:
+                raise ModelError(f"the weights in {folder} lack {', '.join(sorted(missing))}")
+    module = whole.model
+    for half in LANGUAGE:
+        if hasattr(module, half):
+            setattr(module, half, None)
+    return Tower(family, module.to(device).eval(), dtype, device)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers from reporting the weights that it does not read: the language model's."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()

@@ -1,0 +1,232 @@
+"""Models that read pictures through the whole engine: features and greedy answers are transformers'."""
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.engine import Engine
+from engine.errors import InvalidRequest
+from engine.local import LocalEngine
+from engine.media import Image, MediaSize, PromptMedia
+from engine.request import Request, SamplingParams
+from engine.state import RequestState
+from tests.test_engine import collect, running_engine
+from tests.vision_models import FAMILIES, make_vision_model, picture
+
+NUM_NEW_TOKENS = 8
+NUMBERS = itertools.count()
+# One, two and five pictures of odd sizes; two prompts begin alike.
+SIZES = (
+    ((37, 53),),
+    ((90, 33), (31, 64)),
+    ((90, 33), (41, 47)),
+    ((29, 29), (64, 31), (57, 40), (33, 95), (48, 48)),
+)
+QUESTIONS = ("What is it?", "Compare {} and {}!", "Which of {} and {} is larger?", "List: {}, {}, {}, {}, {}.")
+MIXES: dict[str, dict[str, Any]] = {
+    "whole prompts": {},
+    # Chunks and pages of a few tokens, cut through pictures.
+    "cramped": {"chunked_prefill_size": 12, "page_size": 4, "max_total_tokens": 700},
+    "one at a time": {"disable_radix_cache": True, "disable_overlap_schedule": True, "max_running_requests": 1},
+    # Room for the features of one prompt, not of all.
+    "little room for features": {"mm_embedding_cache_mb": 0, "schedule_policy": "fcfs"},
+    "two ranks": {"tp_size": 2, "chunked_prefill_size": 32},
+}
+CASES = [(family, mix) for family in FAMILIES for mix in ("whole prompts", "cramped")]
+CASES += [("llava", mix) for mix in MIXES if mix not in ("whole prompts", "cramped")]
+
+
+class Reference:
+    """transformers' whole model, and its answers."""
+
+    def __init__(self, folder: Path, family: str) -> None:
+        import transformers
+
+        model_class = getattr(transformers, FAMILIES[family].model)
+        self.folder, self.name = folder, family
+        self.model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def most_likely(self, engine: LocalEngine, ids: list[int], media: PromptMedia, answer: list[int]) -> list[int]:
+        """Return the most likely token in place of each one of the answer, given all before it."""
+        reader = engine.parts.reader
+        assert reader is not None
+        inputs = reader.family.joined([reader.family.inputs(one) for one in media.media])
+        is_picture = torch.isin(torch.tensor([ids + answer]), torch.tensor(self.model.config.image_token_id))
+        types = {"mm_token_type_ids": is_picture.int()} if media.rope is not None else {}
+        logits = self.model(torch.tensor([ids + answer]), **inputs, **types, use_cache=False).logits
+        found: list[int] = logits[0, len(ids) - 1 : -1].argmax(dim=-1).tolist()
+        return found
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, Reference]:
+    """Return those that are made so far, by family."""
+    return {}
+
+
+@pytest.fixture
+def reference(
+    request: pytest.FixtureRequest, references: dict[str, Reference], tmp_path_factory: pytest.TempPathFactory
+) -> Reference:
+    family: str = request.param
+    if family not in references:
+        references[family] = Reference(make_vision_model(tmp_path_factory.mktemp("vision"), family), family)
+    return references[family]
+
+
+def pictures(sizes: Sequence[tuple[int, int]]) -> list[Image]:
+    """Return pictures of these sizes, each of its own; of the same size and number, the same ones."""
+    return [picture(height, width, seed=i) for i, (height, width) in enumerate(sizes)]
+
+
+async def prompt(engine: Engine, number: int, media: Sequence[Image]) -> tuple[list[int], PromptMedia]:
+    """Return the tokens of question `number` about pictures."""
+    placeholder = engine.media_kinds["image"]
+    text = QUESTIONS[number]
+    text = text.format(*[placeholder] * len(media)) if "{}" in text else placeholder * len(media) + text
+    return await engine.encode_media(text, media)
+
+
+async def ask(
+    engine: Engine, ids: list[int], media: PromptMedia | None, **fields: Any
+) -> tuple[list[int], RequestState]:
+    params = SamplingParams(max_new_tokens=NUM_NEW_TOKENS, temperature=0.0, ignore_eos=True)
+    state = RequestState(Request(f"r{next(NUMBERS)}", ids, params, media=media, **fields))
+    _, tokens = await collect(engine, state)
+    return tokens, state
+
+
+@pytest.mark.parametrize(("reference", "mix"), CASES, indirect=["reference"])
+async def test_greedy_answers_about_pictures_equal_transformers_whatever_the_mix(
+    reference: Reference, mix: str
+) -> None:
+    async with running_engine(reference.folder, **MIXES[mix]) as engine:
+        prompts = [await prompt(engine, i, pictures(sizes)) for i, sizes in enumerate(SIZES)]
+        for _ in range(2):  # the second time all may be cached
+            answers = await asyncio.gather(*(ask(engine, *one) for one in prompts))
+            for (ids, media), (answer, _) in zip(prompts, answers, strict=True):
+                assert answer == await asyncio.to_thread(reference.most_likely, engine, ids, media, answer)
+        assert engine.started.encoder is not None
+        assert not engine.started.encoder.stats.num_failed
+
+
+@pytest.mark.parametrize("reference", FAMILIES, indirect=True)
+async def test_features_are_bit_for_bit_those_of_the_whole_model_and_counted_without_pixels(
+    reference: Reference,
+) -> None:
+    async with running_engine(reference.folder) as engine:
+        parts = engine.parts
+        assert parts.reader is not None and parts.tower is not None
+        family = parts.reader.family
+        for one in pictures(SIZES[-1]):
+            [found] = await asyncio.to_thread(parts.tower.encode, [one])
+            with torch.inference_mode():
+                [wanted] = family.features(reference.model.model, [family.inputs(one)])
+            assert torch.equal(found, wanted)
+            assert parts.reader.write(one.size).num_features == found.shape[1]
+
+
+@pytest.mark.parametrize("reference", ["llava"], indirect=True)
+async def test_another_picture_of_the_same_size_has_another_answer(reference: Reference) -> None:
+    async with running_engine(reference.folder) as engine:
+        answers = []
+        for seed in range(3):
+            ids, media = await prompt(engine, 0, [picture(37, 53, seed)])
+            answer, state = await ask(engine, ids, media)
+            answers.append(tuple(answer))
+            assert state.num_cached_tokens < 3, "at most what stands before a picture is common"
+        assert len(set(answers)) == 3
+
+
+@pytest.mark.parametrize("reference", ["llava"], indirect=True)
+async def test_a_second_turn_and_another_client_compute_neither_tower_nor_prefix(reference: Reference) -> None:
+    async with running_engine(reference.folder) as engine:
+        assert engine.started.encoder is not None
+        stats = engine.started.encoder.stats
+        first, its_media = await prompt(engine, 1, pictures(SIZES[1]))
+        answer, _ = await ask(engine, first, its_media)
+        assert stats.num_encoded == 2
+        whole, media = await prompt(engine, 1, pictures(SIZES[1]))  # decoded once more: other objects
+        assert (whole, media.keys) == (first, its_media.keys)
+        _, again = await ask(engine, whole, media)
+        assert again.num_cached_tokens == len(whole) - 1
+        more = [*first, *answer[:-1], 5, 6, 7]
+        extended = PromptMedia(len(more), media.media, media.keys, media.places)
+        _, second_turn = await ask(engine, more, extended)
+        assert second_turn.num_cached_tokens == len(more) - 3
+        assert stats.num_encoded == 2
+
+
+@pytest.mark.parametrize("reference", ["llava"], indirect=True)
+async def test_features_outlive_a_flushed_cache_and_come_back_without_the_tower(reference: Reference) -> None:
+    async with running_engine(reference.folder) as engine:
+        assert engine.started.encoder is not None
+        ids, media = await prompt(engine, 1, pictures(SIZES[1]))
+        answer, _ = await ask(engine, ids, media)
+        assert engine.flush_cache()
+        again, state = await ask(engine, ids, media)
+        assert (again, state.num_cached_tokens) == (answer, 0)
+        assert engine.started.encoder.stats.num_encoded == 2
+
+
+@pytest.mark.parametrize("reference", ["llava"], indirect=True)
+async def test_whatever_shows_a_prompts_tokens_shows_placeholders(reference: Reference) -> None:
+    async with running_engine(reference.folder) as engine:
+        ids, media = await prompt(engine, 1, pictures(SIZES[1]))
+        _, state = await ask(engine, ids, media, return_logprob=True, logprob_start_len=0)
+        assert state.input_logprobs is not None
+        assert [token for _, token in state.input_logprobs.token] == ids
+        params = SamplingParams(
+            max_new_tokens=NUM_NEW_TOKENS,
+            temperature=0.0,
+            ignore_eos=True,
+            frequency_penalty=0.5,
+            repetition_penalty=1.2,
+        )
+        await collect(engine, RequestState(Request("penalized", ids, params, media=media)))
+        [prefix] = engine.top_prefixes(1)
+        assert prefix.token_ids.tolist() == ids[: len(prefix.token_ids)]
+
+
+@pytest.mark.parametrize("reference", ["llava"], indirect=True)
+async def test_what_does_not_fit_together_is_refused_with_the_numbers(reference: Reference) -> None:
+    async with running_engine(reference.folder) as engine:
+        placeholder, [one] = engine.media_kinds["image"], pictures(SIZES[0])
+        with pytest.raises(InvalidRequest, match=r"has 2 places for pictures .* and 1 came"):
+            await engine.encode_media(f"{placeholder} and {placeholder}", [one])
+        with pytest.raises(InvalidRequest, match="reads no video, only image"):
+            engine.count_media_tokens([MediaSize("video", 5, 5, 2)])
+        ids, media = await engine.encode_media(placeholder, [one])
+        with pytest.raises(
+            InvalidRequest, match=f"has {len(ids) + 1} tokens, its pictures belong to one of {len(ids)}"
+        ):
+            await ask(engine, [*ids, 5], media)
+
+
+@pytest.mark.parametrize("reference", ["llava"], indirect=True)
+async def test_a_picture_that_the_tower_fails_on_ends_its_request_and_no_other(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_engine(reference.folder) as engine:
+        good, bad = [await prompt(engine, 0, [picture(37, 53, seed)]) for seed in (1, 2)]
+        tower = engine.parts.tower
+        assert tower is not None
+        inputs = tower.family.inputs
+
+        def fail_on_bad(media: Any) -> Any:
+            if media is bad[1].media[0]:
+                raise RuntimeError("no pixels")
+            return inputs(media)
+
+        monkeypatch.setattr(tower.family, "inputs", fail_on_bad)
+        (answer, _), (_, failed) = await asyncio.gather(ask(engine, *good), ask(engine, *bad))
+        assert len(answer) == NUM_NEW_TOKENS
+        assert failed.finish_reason is not None
+        assert (failed.finish_reason.type, failed.finish_reason.status_code) == ("abort", 500)
+        assert "no pixels" in (failed.finish_reason.message or "")

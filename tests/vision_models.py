@@ -1,0 +1,83 @@
+"""Tiny random models that read pictures, of transformers' own classes, with their processors and one tokenizer."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.media import Image
+from tests.conftest import VOCAB_SIZE, randomize_constants, save_tokenizer
+
+NUM_TOKENS = VOCAB_SIZE + 16
+# Special tokens that the families' prompts have; the tokenizer is the same for all.
+PICTURE_TOKENS = ("<image>", "<|vision_start|>", "<|vision_end|>", "<video>")
+IMAGE, VISION_START, VISION_END, VIDEO = range(VOCAB_SIZE, VOCAB_SIZE + len(PICTURE_TOKENS))
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": NUM_TOKENS,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+VIT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """Say what a tiny model of a family is made of: transformers' names, and what the config sets."""
+
+    model: str
+    config: str
+    settings: dict[str, Any]
+    processor: str  # of images
+    processing: dict[str, Any]
+    placeholder: str = "<image>"
+
+
+FAMILIES = {
+    "llava": TinyFamily(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        {
+            "vision_config": VIT
+            | {"model_type": "clip_vision_model", "num_hidden_layers": 3, "image_size": 28, "patch_size": 7},
+            "text_config": TEXT | {"model_type": "llama"},
+            "image_token_index": IMAGE,
+        },
+        "CLIPImageProcessorPil",
+        {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}},
+    ),
+}
+
+
+def picture(height: int, width: int, seed: int = 0) -> Image:
+    """Return a picture of coarse random patches: every part of it is seen."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (-(-height // 4), -(-width // 4), 3), np.uint8)
+    pixels = np.ascontiguousarray(np.kron(coarse, np.ones((4, 4, 1), np.uint8))[:height, :width])
+    return Image(pixels, hashlib.sha256(f"image {pixels.shape}".encode() + pixels.tobytes()).digest())
+
+
+def make_vision_model(folder: Path, family: str) -> Path:
+    """Write a random model of `family` into `folder`, in float32."""
+    import transformers
+
+    its = FAMILIES[family]
+    save_tokenizer(folder, PICTURE_TOKENS)
+    config = getattr(transformers, its.config)(**its.settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, its.model)(config).to(torch.float32)
+        randomize_constants(model)
+    model.save_pretrained(folder)
+    getattr(transformers, its.processor)(**its.processing).save_pretrained(folder)
+    return folder
