@@ -9,6 +9,7 @@ import torch
 
 from cache.layout import LayerCache
 from cache.pool import CachePool
+from engine.layers.attention import Attention
 from engine.layers.block import Block, PreNorm
 from engine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from engine.layers.forward_batch import Features, ForwardBatch
@@ -156,7 +157,9 @@ class CausalLM(Layer):
 
     def rotation_of(self, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what all layers rotate by: see `RotaryEmbedding.rotation_of`."""
-        return self.model.layers[0].self_attn.rotary.rotation_of(rope)
+        attention = self.model.layers[0].self_attn
+        assert isinstance(attention, Attention)
+        return attention.rotary.rotation_of(rope)
 
     def __call__(self, batch: ForwardBatch, pool: CachePool, run_block: RunBlock | None = None) -> torch.Tensor:
         """Return the last hidden states [T, hidden], final norm applied; keep the tokens' cache entries in `pool`."""
