@@ -129,7 +129,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app.cleanup_ctx.append(Heap(engine).running)
     app.add_routes(Dashboard(engine, monitor, config).routes())
     if config.enable_metrics:
-        metrics = Metrics(engine, monitor, config.model_name, left_out.counts)
+        metrics = Metrics(engine, monitor, config.model_name, left_out.counts, config.page_size)
         live.observers.append(metrics.observe)
         app.add_routes(metrics.routes())
     return app

@@ -15,6 +15,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from engine.engine import Engine
+from engine.schedule.scheduler import SchedulerStats
 from engine.state import RequestState
 from server.watch.monitor import Monitor, percentile
 
@@ -29,10 +30,12 @@ RATE_SPAN_S = 10.0
 class Metrics:
     """The metrics of /metrics."""
 
-    def __init__(self, engine: Engine, monitor: Monitor, model_name: str, left_out: Mapping[str, int]) -> None:
+    def __init__(
+        self, engine: Engine, monitor: Monitor, model_name: str, left_out: Mapping[str, int], page_size: int = 1
+    ) -> None:
         """left_out: number of parts by kind that requests were answered without, kept up to date by their readers."""
         self.registry = CollectorRegistry()
-        self.registry.register(EngineCollector(engine, monitor, model_name, left_out))
+        self.registry.register(EngineCollector(engine, monitor, model_name, left_out, page_size))
         ProcessCollector(registry=self.registry)  # memory, CPU seconds and open files, under Prometheus' own names
 
         def histogram(name: str, help: str, buckets: tuple[float, ...], **labels: str) -> Histogram:
@@ -94,8 +97,11 @@ class Metrics:
 class EngineCollector(Collector):
     """Reads the engine when Prometheus asks."""
 
-    def __init__(self, engine: Engine, monitor: Monitor, model_name: str, left_out: Mapping[str, int]) -> None:
+    def __init__(
+        self, engine: Engine, monitor: Monitor, model_name: str, left_out: Mapping[str, int], page_size: int
+    ) -> None:
         self.engine, self.monitor, self.model_name, self.left_out = engine, monitor, model_name, left_out
+        self.page_size = page_size
 
     def collect(self) -> Iterable[Metric]:
         stats = self.engine.stats()
@@ -157,6 +163,7 @@ class EngineCollector(Collector):
             scheduler.num_retractions,
         )
 
+        yield from self._of_gateways(scheduler)
         yield self._by_replica(
             "radixloop:num_cached_tokens", "KV slots of prefixes that nothing runs on", lambda s: s.num_cached_tokens
         )
@@ -207,6 +214,15 @@ class EngineCollector(Collector):
             },
             "stage",
         )
+
+    def _of_gateways(self, scheduler: SchedulerStats) -> Iterable[Metric]:
+        """Yield what Kubernetes' gateways for inference and llm-d choose servers by, under the names they ask for."""
+        yield self._gauge("vllm:num_requests_waiting", "requests that wait", scheduler.num_waiting)
+        yield self._gauge("vllm:num_requests_running", "requests that run", scheduler.num_running)
+        yield self._gauge("vllm:kv_cache_usage_perc", "share of the KV pool that they hold", scheduler.usage)
+        size = GaugeMetricFamily("vllm:cache_config_info", "the KV pool", labels=["block_size", "num_gpu_blocks"])
+        size.add_metric([str(self.page_size), str(scheduler.num_total_tokens // self.page_size)], 1.0)
+        yield size
 
     def _windows(self) -> Iterable[Metric]:
         """Yield gauges of the smaller pool of layers that see a window, which models without such layers lack."""
