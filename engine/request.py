@@ -35,8 +35,24 @@ class SamplingFields(Object):
     stop_token_ids: list[LongInt] | None = None
     stop_regex: str | list[str] | None = None
     temperature: Annotated[float, NOT_NEGATIVE] | None = None
-    top_p: Annotated[float, Meta(ge=0, le=1, description="0: greedy")] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=TOP_K_ALL, description="-1 or 0: off")] | None = None
+    top_p: (
+        Annotated[
+            float,
+            Meta(
+                ge=0,
+                le=1,
+                description="drawn from are the likeliest tokens that have this probability together; 0: greedy",
+            ),
+        ]
+        | None
+    ) = None
+    top_k: (
+        Annotated[
+            int,
+            Meta(ge=-1, le=TOP_K_ALL, description="only so many of the likeliest tokens are drawn from; -1 or 0: all"),
+        ]
+        | None
+    ) = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
@@ -53,7 +69,7 @@ class SamplingFields(Object):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
-    n: Annotated[int, Meta(ge=1, description="answers to each prompt")] | None = None
+    n: Annotated[int, Meta(ge=1, description="answers to each prompt; default 1")] | None = None
     json_schema: Annotated[Text, Meta(description="the answer is JSON of this schema")] | None = None
     regex: Annotated[str, Meta(description="the answer matches it")] | None = None
     ebnf: Annotated[str, Meta(description="a grammar, in GBNF or Lark")] | None = None

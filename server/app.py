@@ -32,7 +32,7 @@ from server.http.live import LiveRequests
 from server.http.origins import guard_origins, origins_of
 from server.http.tracing import Tracing, new_provider
 from server.media.reader import MediaReader
-from server.pages.chat import ChatPage
+from server.pages.routes import Pages
 from server.reading.chat import CHATS, Chats
 from server.reading.left_out import LeftOutBook, name_left_out
 from server.reading.openai_body import ChatRequest, CompletionRequest
@@ -80,7 +80,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     left_out = LeftOutBook()
     native = NativeApi(engine, config, live)
     generate = GenerateApi(engine, config, live)
-    app.add_routes(ChatPage(config).routes())
+    app.add_routes(Pages(config).routes())
     app.add_routes(native.routes())
     app.add_routes(generate.routes())
     app.add_routes(FilePromptApi(engine, live).routes())

@@ -78,7 +78,9 @@ class ServerConfig(EngineConfig):
     drain_timeout: float = option(
         60.0, HTTP, "seconds that running answers may take to end after SIGTERM or Ctrl-C; a second signal ends them"
     )
-    disable_web_ui: bool = option(False, HTTP, "serve no chat page at /", aliases=("--disable-webui",))
+    disable_web_ui: bool = option(
+        False, HTTP, "serve no pages to chat (/) and to read what the API takes (/docs)", aliases=("--disable-webui",)
+    )
     skip_server_warmup: bool = option(False, HTTP, "do not generate a few tokens before the first client does")
 
     allowed_media_domains: list[str] | None = option(

@@ -396,3 +396,34 @@ async def test_hostile_texts_are_drawn_in_linear_time(tab: Tab) -> None:
             many = f"{json.dumps(piece)}.repeat(20000)"
             for text in (many, f"{many} + '\\n|-|'", f"'# ' + {many} + 'x'"):
                 await tab.evaluate(f"(draw(({text}).split('\\n')), true)")
+
+
+# ---- the documents ----
+
+
+async def test_the_documents_show_every_route_with_its_fields_and_try_one(tab: Tab) -> None:
+    engine = FakeEngine("Paris")
+    async with served(engine, api_key="sesame") as url:
+        await tab.go(url + "docs#post_v1_chat_completions")
+        await tab.until("document.querySelector('#key')")
+        await tab.type("sesame")
+        await tab.press("Enter")
+        await tab.until("document.querySelectorAll('#routes a').length > 70")
+        await tab.until("document.querySelector('.route')?.textContent === 'POST/v1/chat/completions'")
+        row = "document.querySelector('[data-name=temperature]')"
+        assert "at least 0" in await tab.evaluate(f"{row}.textContent")
+        assert "likelier" in await tab.evaluate(f"{row}.textContent")
+        await tab.click("[data-name=messages] summary")
+        await tab.until("document.querySelector('[data-name=messages] [data-name=role]')")
+        await tab.click(".try button", "Send")
+        await tab.until("document.querySelector('.try pre').textContent.includes('Paris')")
+        assert (await tab.text(".try [role=status]")).startswith("200")
+        every = await tab.evaluate(
+            "documents.operations.map(operation => element('div', {}, ...documents.draw(operation)).textContent.length)"
+        )
+        assert min(every) > 100
+        await tab.click("#filter")
+        await tab.type("tokenize")
+        await tab.until("document.querySelectorAll('#routes a').length < 8")
+        await tab.click("#routes a", "/detokenize")
+        await tab.until("document.querySelector('.route').textContent === 'POST/detokenize'")

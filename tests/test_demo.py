@@ -31,7 +31,7 @@ from tests.fake_engine import FakeEngine
 
 ROOT = Path(__file__).parent.parent
 KEY = "sesame"
-OPEN_PATHS = ("/", "/health", "/ping", "/dashboard")  # the pages are empty: what they show is not open
+OPEN_PATHS = ("/", "/docs", "/health", "/ping", "/dashboard")  # the pages are empty: what they show is not open
 START_S, DRAIN_S = 240, 60  # the first start of all fetches the model and converts it
 USER: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 

@@ -99,7 +99,7 @@ MAKERS = {
 
 ANYBODY, CLIENTS, OWNERS, ADMINS = "anybody", "clients", "owners", "admins"
 WHO_MAY = {
-    ANYBODY: "GET / | GET /health | GET /ping | GET /dashboard",
+    ANYBODY: "GET / | GET /docs | GET /health | GET /ping | GET /dashboard",
     # Whoever has a key. What they store or run is theirs.
     CLIENTS: """
         GET /openapi.json | GET /health_generate | GET /metrics | GET /get_load
@@ -147,7 +147,7 @@ NAMED: list[tuple[str, str, Any]] = [
 MAKER_OF = {"input_file_id": "file_id", "previous_response_id": "response_id", "session_params.id": "session_id"}
 # Fields whose names end so and that name nothing stored: parts of the conversation that is sent, tokens, and the rid,
 # which is the client's choice: one of a running request is refused.
-NAMELESS = {"id", "tool_use_id", "tool_call_id", "call_id", "token_id", "rid"}
+NAMELESS = {"id", "tool_use_id", "tool_call_id", "call_id", "token_id", "rid", "uuid"}
 
 
 async def test_every_route_has_a_row_that_says_who_may_call_it(engine: FakeEngine, key_file: str) -> None:

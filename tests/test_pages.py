@@ -10,11 +10,13 @@ import pytest
 from aiohttp.test_utils import TestClient
 
 from server.pages.page import FOLDER, Page
+from server.watch.meanings import MEANINGS
+from server.watch.openapi import BODIES
 from tests.fake_engine import FakeEngine, serving
 
 Client = TestClient[Any, Any]
 HTML = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
-PAGES = ["/"]
+PAGES = ["/", "/docs"]
 
 
 async def test_a_browser_gets_the_chat_page_and_a_program_a_line(client: Client) -> None:
@@ -28,6 +30,7 @@ async def test_a_browser_gets_the_chat_page_and_a_program_a_line(client: Client)
 async def test_without_the_web_ui_everybody_gets_the_line(engine: FakeEngine) -> None:
     async with serving(engine, disable_web_ui=True) as client:
         assert await (await client.get("/", headers=HTML)).text() == "radixloop is running\n"
+        assert (await client.get("/docs", headers=HTML)).status == 404
 
 
 @pytest.mark.parametrize("path", PAGES)
@@ -35,7 +38,7 @@ async def test_a_page_is_whole_and_nothing_but_its_own_scripts_may_run(path: str
     response = await client.get(path, headers=HTML)
     text, policy = await response.text(), response.headers["Content-Security-Policy"]
     assert not re.search(
-        r"""\b(src|action)=["']|<link rel="stylesheet"|@import|url\(|https?://(?!www\.w3\.org/)""", text
+        r"""\b(src|action)=["']|<link rel="stylesheet"|@import|\burl\(|https?://(?!www\.w3\.org/)""", text
     )
     for tag, rule in (("script", "script-src"), ("style", "style-src")):
         digests = [
@@ -74,3 +77,20 @@ def test_a_link_to_a_missing_part_fails_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text('<script src="missing.js"></script>')
     with pytest.raises(FileNotFoundError):
         Page("a.html", tmp_path)
+
+
+def test_every_field_of_every_body_has_a_meaning() -> None:
+    missing = [
+        f"{kind}.{name}"
+        for kind, schema in BODIES.items()
+        for name, field in schema["properties"].items()
+        if not field.get("description")
+    ]
+    assert missing == []
+
+
+def test_no_meaning_is_left_of_a_field_that_has_gone() -> None:
+    fields = {name for schema in BODIES.values() for name in schema["properties"]}
+    kinds = {kind.rpartition(".")[2] for kind in BODIES}
+    assert {key.rpartition(".")[2] for key in MEANINGS} <= fields
+    assert {key.rpartition(".")[0] for key in MEANINGS} - {""} <= kinds

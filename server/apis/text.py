@@ -33,7 +33,7 @@ async def off_loop(count: int, function: Callable[[], T]) -> T:
 
 class ParseFunctionCallRequest(Object):
     text: str = ""
-    tools: Annotated[list[JSON], Meta(extra_json_schema={"items": described_as("ChatTool")})] = []
+    tools: list[Annotated[JSON, Meta(extra_json_schema=described_as("ChatTool"))]] = []
     tool_call_parser: Literal[(*TOOL_FORMATS, *TOOL_ALIASES)] | None = None  # type: ignore[valid-type]
 
 

@@ -19,7 +19,7 @@ from server.http.owners import CLIENT, Client, owner_of_key
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset(
-    {"/", "/health", "/ping", "/dashboard"}
+    {"/", "/docs", "/health", "/ping", "/dashboard"}
 )  # the pages are empty: they ask for a key, then for what they show
 ADMIN_PATHS = frozenset(
     {

@@ -251,7 +251,8 @@ class CompletionRequest(OpenAIFields, kw_only=True):
     best_of: Annotated[int, Meta(ge=1)] = 1
 
 
-MESSAGES = Meta(max_length=MAX_OBJECTS, extra_json_schema={"items": described_as("Message")})
+MESSAGES = Meta(max_length=MAX_OBJECTS)
+AnyMessage = Annotated[JSON, Meta(extra_json_schema=described_as("Message"))]
 
 
 class Thinking(Object):
@@ -262,7 +263,7 @@ class ChatFields(OpenAIFields, like=SamplingFields, names={"max_completion_token
     """Declare the fields that a conversation is made of."""
 
     tools: Annotated[
-        list[JSON], Meta(max_length=MAX_OBJECTS, extra_json_schema={"items": described_as("ChatTool")})
+        list[Annotated[JSON, Meta(extra_json_schema=described_as("ChatTool"))]], Meta(max_length=MAX_OBJECTS)
     ] = []
     tool_choice: Literal["auto", "none", "required"] | ToolChoiceBody | None = None
     parallel_tool_calls: bool = True
@@ -275,11 +276,11 @@ class ChatFields(OpenAIFields, like=SamplingFields, names={"max_completion_token
     thinking: Thinking | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
-    messages: Annotated[list[JSON], MESSAGES] = []
+    messages: Annotated[list[AnyMessage], MESSAGES] = []
 
 
 class ChatRequest(ChatFields, unsupported=("echo",), kw_only=True):
-    messages: Annotated[list[JSON], MESSAGES]
+    messages: Annotated[list[AnyMessage], MESSAGES]
     input_ids: Annotated[list[int], Meta(description="in place of what the template makes of the messages")] | None = (
         None
     )

@@ -220,8 +220,7 @@ class ResponsesRequest(
     store: Annotated[bool, Meta(description="keep the answer in memory, as long as there is room")] = True
     background: Annotated[bool, Meta(description="answer at once, with an id to ask for later")] = False
     tools: Annotated[
-        list[JSON],
-        Meta(max_length=MAX_OBJECTS, extra_json_schema={"items": described_as("ResponsesTool")}),
+        list[Annotated[JSON, Meta(extra_json_schema=described_as("ResponsesTool"))]], Meta(max_length=MAX_OBJECTS)
     ] = []
     tool_choice: Literal["auto", "none", "required"] | Annotated[JSON, described(ResponsesToolChoice)] | None = None
     parallel_tool_calls: bool = True

@@ -326,6 +326,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "The chat page, for who accepts HTML; else a line that a server is there", "server", media_type="text/plain",
         is_open=True,
     ),
+    ("GET", "/docs"): Operation("These documents, as a page", "server", media_type="text/html", is_open=True),
     ("GET", "/health"): HEALTH,
     ("GET", "/ping"): HEALTH,
     ("POST", "/invocations"): CHAT_COMPLETIONS,

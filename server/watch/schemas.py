@@ -7,6 +7,7 @@ import msgspec
 
 from engine.declared import MAX_INT, Object
 from server.reading.protocol import JSON
+from server.watch.meanings import meaning_of
 
 SCHEMAS = "#/components/schemas/"
 
@@ -41,10 +42,12 @@ STRING, BOOLEAN, ANY_OBJECT = {"type": "string"}, {"type": "boolean"}, {"type": 
 def schemas_of(kinds: Iterable[type[Object]]) -> dict[str, JSON]:
     """Return the schemas, by name, of bodies and of what is in them, as their classes declare them."""
     _, found = msgspec.json.schema_components(kinds, schema_hook=lambda _: UNSUPPORTED, ref_template=SCHEMAS + "{name}")
-    for schema in found.values():
+    for kind, schema in found.items():
         fields = schema.get("properties", {})
         schema["properties"] = {
-            name: _shown(field) for name, field in fields.items() if UNSUPPORTED not in field.get("anyOf", ())
+            name: _explained(kind, name, _shown(field))
+            for name, field in fields.items()
+            if UNSUPPORTED not in field.get("anyOf", ())
         }
     return found
 
@@ -57,6 +60,12 @@ def _shown(field: JSON) -> JSON:
     kinds = [kind for kind in field.get("anyOf", ()) if kind != {"type": "null"}]
     shown = {name: value for name, value in field.items() if name != "anyOf" and (name, value) != ("default", None)}
     return shown | ({} if not kinds else kinds[0] if len(kinds) == 1 else {"anyOf": kinds})
+
+
+def _explained(kind: str, name: str, field: JSON) -> JSON:
+    """Return a field's schema with its meaning, if the declaration has none."""
+    meaning = meaning_of(kind, name)
+    return field if "description" in field or meaning is None else {**field, "description": meaning}
 
 
 def path_parameter(name: str) -> tuple[JSON, ...]:
