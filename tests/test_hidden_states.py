@@ -1,6 +1,7 @@
 """Hidden states that requests ask for: transformers' own, of each token that was computed."""
 
 import asyncio
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,47 @@ async def test_meta_info_has_the_prompts_states_and_one_of_each_token_but_the_la
         assert choice["hidden_states"] == []
 
 
-async def test_states_are_refused_by_name_where_the_server_or_a_stream_cannot_give_them(tiny_llama: Path) -> None:
+async def events_of(client: Any, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    response = await client.post(path, json={**body, "stream": True})
+    lines = (await response.read()).split(b"\n")
+    return [json.loads(line.removeprefix(b"data: ")) for line in lines if line.startswith(b"data: {")]
+
+
+async def test_streams_end_with_the_states_of_an_answer_that_is_not_streamed(tiny_llama: Path) -> None:
+    options: dict[str, Any] = {"served_model_name": "fake-model", "chat_template": "chatml"}
+    limits = {"max_tokens": 4, "temperature": 0, "ignore_eos": True, "return_hidden_states": True}
+    native = {"return_hidden_states": True, "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
+    async with running_engine(tiny_llama, **ASKED) as engine, serving(engine, **options) as client:
+
+        async def whole(path: str, body: dict[str, Any]) -> Any:
+            return await (await client.post(path, json=body)).json()
+
+        for ids in (PROMPTS[0], PROMPTS[:2]):
+            body = {"input_ids": ids, **native}
+            answers = await whole("/generate", body)
+            events = await events_of(client, "/generate", body)
+            for i, answer in enumerate(answers if isinstance(answers, list) else [answers]):
+                *others, last = [event["meta_info"] for event in events if event.get("index", 0) == i]
+                assert np.allclose(
+                    [*last["hidden_states"][0], *last["hidden_states"][1:]],
+                    [*answer["meta_info"]["hidden_states"][0], *answer["meta_info"]["hidden_states"][1:]],
+                    atol=MAX_DIFFERENCE,
+                )
+                assert all("hidden_states" not in meta for meta in others)
+
+        for path, body in (
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+            ("/v1/completions", {"prompt": "Hi"}),
+            ("/v1/completions", {"prompt": "Hi", "logprobs": 1}),
+        ):
+            [choice] = (await whole(path, {**body, **limits}))["choices"]
+            *_, end, last = [event["choices"][0] for event in await events_of(client, path, {**body, **limits})]
+            assert end["finish_reason"] == "length" and last["finish_reason"] is None
+            streamed = last.get("delta", last)["hidden_states"]
+            assert len(streamed) > 0 and np.allclose(streamed, choice["hidden_states"], atol=MAX_DIFFERENCE)
+
+
+async def test_states_are_refused_by_name_where_the_server_cannot_give_them(tiny_llama: Path) -> None:
     asked: dict[str, Any] = {"return_hidden_states": True}
     bodies = {
         "/generate": {"input_ids": [5, 6], **asked},
@@ -102,10 +143,9 @@ async def test_states_are_refused_by_name_where_the_server_or_a_stream_cannot_gi
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], **asked},
     }
     options: dict[str, Any] = {"served_model_name": "fake-model", "chat_template": "chatml"}
-    for flags, stream, said in (({}, False, "--enable-return-hidden-states"), (ASKED, True, "stream: false")):
-        async with running_engine(tiny_llama, **flags) as engine, serving(engine, **options) as client:
-            for path, body in bodies.items():
-                response = await client.post(path, json={**body, "stream": stream})
-                error = (await response.json())["error"]
-                assert response.status == 400 and said in error["message"], error
-                assert error.get("param", error.get("field")) == "return_hidden_states"
+    async with running_engine(tiny_llama) as engine, serving(engine, **options) as client:
+        for stream, (path, body) in itertools.product((False, True), bodies.items()):
+            response = await client.post(path, json={**body, "stream": stream})
+            error = (await response.json())["error"]
+            assert response.status == 400 and "--enable-return-hidden-states" in error["message"], error
+            assert error.get("param", error.get("field")) == "return_hidden_states"

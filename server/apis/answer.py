@@ -44,6 +44,11 @@ class Answer(ABC):
 
     # ---- the spelling, by API ----
 
+    @property
+    def ends_slowly(self) -> bool:
+        """Return whether writing the last event takes long: then a thread does it."""
+        return False
+
     def begin(self) -> bytes:
         """Return the events before the first of the answer's own."""
         return b""
@@ -99,6 +104,11 @@ class Answer(ABC):
     def is_opening(self) -> bool:
         """Return whether events are due before the first token."""
         return self.begins_at_once and not self.has_begun
+
+    @property
+    def has_last(self) -> bool:
+        """Return whether the last delta is held: no other follows."""
+        return self._held is not None and self._held.finish_reason is not None
 
     def open(self) -> bytes:
         """Return the events that begin the answer, if they are due and what they say is known.

@@ -13,7 +13,7 @@ from engine.errors import InvalidRequest
 from engine.request import SamplingParams
 from engine.state import Delta, FinishReason, Logprobs, RequestState
 from server.apis.answer import Answer, failure_of, respond
-from server.apis.meta_info import MetaInfo
+from server.apis.meta_info import MetaInfo, hidden_states_of
 from server.apis.sessions import SessionFields, SessionParams, Sessions
 from server.config import ServerConfig
 from server.http.intake import paced
@@ -28,7 +28,6 @@ from server.reading.protocol import (
     native_error,
     read_body,
 )
-from server.reading.sampling import check_hidden_states
 from server.reading.shared_fields import PrefixFields, Text, TokenIds
 
 MAX_LOGPROBS = 1024  # of a token, the most likely ones and those of given ids each
@@ -233,7 +232,6 @@ class Item:
             max_thinking_tokens=body.max_thinking_tokens,
             return_hidden_states=self.pick("return_hidden_states") or False,
         )
-        check_hidden_states(options)
         num_top, token_ids = self.pick("top_logprobs_num"), self._token_ids()
         if options.return_logprob:
             options.logprob_start_len = -1 if start is None else start
@@ -274,6 +272,10 @@ class GenerateAnswer(Answer):
         self._logprobs = Logprobs()
         self._meta = b""  # meta_info up to the number of tokens, the one part that changes
 
+    @property
+    def ends_slowly(self) -> bool:
+        return self.state.return_hidden_states
+
     def begin(self) -> bytes:
         self._meta = orjson.dumps(self._meta_info.counts(self.state, 0, None)).removesuffix(b"0}")
         return b""
@@ -312,4 +314,6 @@ class GenerateAnswer(Answer):
                 known.token_ids += new.token_ids
                 new = known
             meta |= self._meta_info.logprobs(self.state, new, self.num_output_tokens)
+        if self.state.return_hidden_states and delta.finish_reason is not None:
+            meta["hidden_states"] = hidden_states_of(self.state, self.num_output_tokens)
         return orjson.dumps(meta)

@@ -16,6 +16,14 @@ def hidden_states_of(state: RequestState, num_output_tokens: int) -> list[Any]:
     return [states[: state.prompt_len].tolist(), *states[state.prompt_len : stop].tolist()]
 
 
+def last_hidden_state(state: RequestState, num_output_tokens: int) -> list[float]:
+    """Return the last vector of that list; an empty one if none but the prompt's were computed."""
+    if state.hidden_states is None or num_output_tokens < 2:
+        return []
+    last: list[float] = state.hidden_states[state.prompt_len + num_output_tokens - 2].tolist()
+    return last
+
+
 class MetaInfo:
     def __init__(self, tokenizer: TokenizerFacade, with_text: bool = False) -> None:
         self.tokenizer, self.with_text = tokenizer, with_text  # with_text: in log-probabilities

@@ -12,7 +12,7 @@ from engine.engine import TokenizerFacade
 from engine.state import Delta, FinishReason, Logprobs, RequestState, TokenLogprob
 from server.apis.answer import Answer, failure_of
 from server.apis.chat_calls import CallWriter
-from server.apis.meta_info import MetaInfo, hidden_states_of
+from server.apis.meta_info import MetaInfo, last_hidden_state
 from server.http.sse import event
 from server.parsers import AnswerDelta, AnswerParser
 from server.reading.chat import ChatTurn
@@ -108,6 +108,10 @@ class OpenAIAnswer(Answer):
     def last_piece(self) -> JSON:
         """Return the fields of a choice that gains nothing more."""
 
+    def hidden_piece(self, state: list[float]) -> JSON:
+        """Return the fields of a choice that has the last hidden state."""
+        return {**self.last_piece(), "hidden_states": state, "finish_reason": None}
+
     @abstractmethod
     def spell_logprobs(self, logprobs: Logprobs | None) -> Any:
         """Return log-probabilities in the endpoint's shape."""
@@ -134,16 +138,21 @@ class OpenAIAnswer(Answer):
         return self._event(**self.piece(delta.text, self.spell_logprobs(delta.logprobs)), finish_reason=None)
 
     def end(self, reason: FinishReason) -> bytes:
-        return self._event(**self.last_piece(), **self.ending(reason), **self._meta(reason))
+        return self._event(**self.last_piece(), **self.ending(reason), **self._meta(reason)) + self.hidden_event()
+
+    def hidden_event(self) -> bytes:
+        """Return the event behind the end that holds the last hidden state, as SGLang's; empty if nobody wants it."""
+        if not self.state.return_hidden_states:
+            return b""
+        return self._event(**self.hidden_piece(last_hidden_state(self.state, self.num_output_tokens)))
 
     def fail(self, reason: FinishReason) -> bytes:
         return event(openai_error(*failure_of(reason)))
 
     def whole(self, delta: Delta) -> JSON:
         choice = {"index": self.index, **self.choice(delta), **self._meta(delta.finish_reason)}
-        if self.state.return_hidden_states:  # SGLang's: the last, if any but the prompt's were computed
-            _, *states = hidden_states_of(self.state, len(delta.token_ids)) or [None]
-            choice["hidden_states"] = states[-1] if states else []
+        if self.state.return_hidden_states:
+            choice["hidden_states"] = last_hidden_state(self.state, self.num_output_tokens)
         if self.envelope.returns_token_ids:
             choice |= {"prompt_token_ids": self.state.request.input_ids, "token_ids": delta.token_ids}
         return choice
@@ -196,6 +205,9 @@ class ChatAnswer(OpenAIAnswer):
 
     def last_piece(self) -> JSON:
         return {"delta": dict(NO_REASONING), "logprobs": None}
+
+    def hidden_piece(self, state: list[float]) -> JSON:
+        return {"delta": {"hidden_states": state}, "finish_reason": None}
 
     def parts(self, parts: AnswerDelta, logprobs: Logprobs | None) -> bytes:
         is_text = not (parts.reasoning or parts.tool_calls)
@@ -283,7 +295,7 @@ class CompletionAnswer(OpenAIAnswer):
             return super().last_events(delta, reason)
         begun = self.events(Delta(self.state, "", []))
         last = self.piece(delta.text, self.spell_logprobs(delta.logprobs))
-        return begun + self._event(**last, **self.ending(reason), **self._meta(reason))
+        return begun + self._event(**last, **self.ending(reason), **self._meta(reason)) + self.hidden_event()
 
     def choice(self, delta: Delta) -> JSON:
         return {

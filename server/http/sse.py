@@ -46,6 +46,16 @@ class Source(Protocol):
     is_finished: bool
 
     @property
+    def ends_slowly(self) -> bool:
+        """Return whether writing the last event takes long."""
+        ...
+
+    @property
+    def has_last(self) -> bool:
+        """Return whether the last delta is held: no other follows."""
+        ...
+
+    @property
     def is_opening(self) -> bool:
         """Return whether events are due before the first token."""
         ...
@@ -78,6 +88,7 @@ class EventStream:
         self.wake = asyncio.Event()  # something is held, or the transport is full
         self.is_direct = False  # a sink may write by itself: nothing is held that must go first
         self._tail = tail
+        self._ends_slowly = any(source.ends_slowly for source in sources)
         self.transport: asyncio.Transport  # set by run
         self._is_chunked = True
         self._timer: asyncio.TimerHandle | None = None
@@ -121,7 +132,10 @@ class EventStream:
         while True:
             await writer.drain()  # at once, unless the transport is full
             self.wake.clear()
-            events = b"".join([source.take_held() for source in self.sources])
+            if self._ends_slowly:
+                events = b"".join([await self._taken(source) for source in self.sources])
+            else:
+                events = b"".join([source.take_held() for source in self.sources])
             if all(source.is_finished for source in self.sources):
                 break
             self.is_direct = len(self.sources) == 1
@@ -130,6 +144,11 @@ class EventStream:
         self._stop_timer()  # nothing may follow the end
         await response.write_eof(events + self._tail())
         return response
+
+    async def _taken(self, source: Source) -> bytes:
+        """Return the events of what a source holds, made by a thread if they are its last."""
+        is_long = source.ends_slowly and source.has_last
+        return await asyncio.to_thread(source.take_held) if is_long else source.take_held()
 
     def _look(self, delay: float) -> None:
         """Write what can be said before the first token, and look again after `delay` seconds, or keep alive."""

@@ -231,9 +231,9 @@ class OpenAIFields(
     return_token_ids: Annotated[bool, Meta(description="`prompt_token_ids` and `token_ids` of each choice")] = False
     return_tokens_as_token_ids: Annotated[bool, Meta(description="in log-probabilities: token_id:17")] = False
     return_meta_info: Annotated[bool, Meta(description="with each choice, /generate's `meta_info`")] = False
-    return_hidden_states: Annotated[
-        bool, Meta(description="the last token's, with --enable-return-hidden-states and stream: false")
-    ] = False
+    return_hidden_states: Annotated[bool, Meta(description="the last token's, with --enable-return-hidden-states")] = (
+        False
+    )
     response_format: Annotated[JSON, Meta(extra_json_schema=described_as("ResponseFormat"))] | None = None
     structured_outputs: StructuredOutputs | None = None
     modalities: list[Literal["text"]] = []

@@ -40,7 +40,7 @@ def read_options(body: OpenAIFields, num_logprobs: int) -> Options:
         raise InvalidRequest(
             "prompt_logprobs is not supported: /v1/completions gives them by echo: true and logprobs", "prompt_logprobs"
         )
-    options = Options(
+    return Options(
         stream=body.stream,
         return_logprob=num_logprobs >= 0,
         top_logprobs_num=max(num_logprobs, 0),
@@ -48,11 +48,3 @@ def read_options(body: OpenAIFields, num_logprobs: int) -> Options:
         extra_key=body.cache_namespace,
         return_hidden_states=body.return_hidden_states,
     )
-    check_hidden_states(options)
-    return options
-
-
-def check_hidden_states(options: Options) -> None:
-    """Refuse to stream them. They come whole: a stream's events would each be megabytes."""
-    if options.return_hidden_states and options.stream:
-        raise InvalidRequest("return_hidden_states needs stream: false", "return_hidden_states")
