@@ -3,8 +3,8 @@
 First the honest streams run alone, then with the worst bodies of `bench.worst` beside them, eight at once, and clients
 that pipeline and go, open connections and say nothing, or send files made to hurt. No honest stream may fail or say
 anything else than it did alone, /health must always answer at once, nothing may be a 5xx, and in the end the memory
-must be where it was. Clients with keys of their own (`--api-key-file`) take turns: the server has two. The KV pool is
-small enough for the honest streams to fill it before memory is looked at: a CPU's takes pages as slots are written.
+must be where it was. Clients with keys of their own (`--api-key-file`) take turns: the server has two. A CPU's KV pool
+takes pages as slots are first written, so that prompts fill it before memory is looked at.
 
 The bad bodies come from a process of their own, and /health is asked for by another one, which also notes how long the
 server's main thread and itself waited for a core meanwhile (Linux reports that): on a machine with other work, that is
@@ -36,6 +36,7 @@ from bench.worst import FULL, worst_bodies
 MAX_HEALTH_S = 0.25
 CALM_SHARE = 0.2  # of the duration, before, in which the honest streams run alone
 ANSWER_TOKENS = 32
+FILLER_TOKENS = 1000
 PATIENCE_S = 120.0  # for the answer to one bad body
 SETTLE_S = 30.0  # that memory has to fall: the server looks every 5 s whether to trim its heap
 # The allocator keeps pages of which a part is in use: bodies of 32 MB at eight at once leave some of them behind.
@@ -364,6 +365,17 @@ async def watch_memory(pid: int) -> int:
     return most
 
 
+async def fill_pool(url: str) -> None:
+    """Have every slot of the KV pool written once, by prompts that share nothing."""
+    async with aiohttp.ClientSession(headers=auth("honest")) as session:
+        async with session.get(f"{url}/server_info", raise_for_status=True) as response:
+            num_slots = (await response.json())["internal_states"][0]["scheduler"]["num_total_tokens"]
+        for i in range(num_slots // FILLER_TOKENS + 1):
+            body = {"input_ids": [1000 + i] * FILLER_TOKENS, "sampling_params": {"max_new_tokens": 1}}
+            async with session.post(f"{url}/generate", json=body, raise_for_status=True) as response:
+                await response.read()
+
+
 async def settled_memory(url: str, pid: int) -> int:
     """Return the memory once nothing runs, the least of the seconds after."""
     deadline = time.monotonic() + SETTLE_S
@@ -433,6 +445,7 @@ async def hostile(port: int, pid: int, args: argparse.Namespace, console: Consol
         return probes
 
     await phase("alone", args.duration * CALM_SHARE, goes_on=True)
+    await fill_pool(url)
     before = await settled_memory(url, pid)
     results, their_results = context.Pipe(duplex=False)
     attacker = context.Process(

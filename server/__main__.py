@@ -49,6 +49,7 @@ from server.http.live import new_rid
 from server.http.malformed import shorten_malformed
 from server.http.tracing import check_tracing
 from server.reading.chat import CHATS, Chats, load_chat_template, names_missing_file
+from server.watch.heap import use_one_arena
 from server.watch.recorder import RECORDER
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_args(sys.argv[1:] if argv is None else argv, os.environ)
     # Before torch is imported: its OpenMP threads must not spin while they wait, or they starve the event loop.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    use_one_arena()  # before those, too
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection takes one
     sys.setswitchinterval(SWITCH_S)

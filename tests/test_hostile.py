@@ -9,6 +9,8 @@ import json
 import logging
 import platform
 import socket
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import AsyncIterator
@@ -35,6 +37,7 @@ from server.watch.heap import Heap, resident_bytes, trim_heap
 from tests.fake_engine import FakeEngine, serving
 
 Client = TestClient[Any, Any]
+ROOT = Path(__file__).parent.parent
 
 
 # ---- texts to parse ----
@@ -341,6 +344,28 @@ def test_a_trim_gives_back_what_lies_between_pieces_that_are_in_use() -> None:
     assert len(kept) == 1000
     trim_heap()
     assert full - resident_bytes() > 20 << 20
+
+
+THREADS_MEMORY = """
+import threading
+from server.watch.heap import resident_bytes, trim_heap, use_one_arena
+use_one_arena()
+bytearray(30 << 20)  # freed: from now on malloc trims by itself beyond 60 MB only
+before = resident_bytes()
+def read():
+    pieces = [b"a" * 100_000 for _ in range(400)]
+thread = threading.Thread(target=read)
+thread.start()
+thread.join()
+trim_heap()
+print(resident_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no arenas of glibc's kind")
+def test_a_trim_gives_back_what_threads_took() -> None:
+    run = subprocess.run([sys.executable, "-c", THREADS_MEMORY], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    assert int(run.stdout) < 20 << 20
 
 
 # ---- files ----
