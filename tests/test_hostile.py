@@ -538,6 +538,7 @@ async def test_what_is_no_http_is_answered_in_json_and_is_no_error_in_the_log(
     assert (got, kind.split(";")[0]) == (status, "application/json")
     assert answer["type"] == "error"
     assert answer["error"]["message"]
+    assert status != 415 or "Content-Encoding" in answer["error"]["message"]
     assert not [record for record in caplog.records if record.levelno > logging.WARNING or record.exc_info]
     assert sum(record.levelno > logging.INFO for record in caplog.records) <= 1
 

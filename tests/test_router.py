@@ -216,6 +216,18 @@ async def test_the_router_reads_a_long_body_of_its_own() -> None:
         assert "url" in await answer.text()
 
 
+@pytest.mark.parametrize("body", [b"abc", b"x" * 300_000], ids=len)
+async def test_a_body_beside_head_is_left_out_as_if_it_could_be_read(body: bytes) -> None:
+    async with serving(FakeEngine()) as ours, routing(url_of(ours)) as client:
+        for encoding in ("br", "zstd", "identity"):
+            answer = await client.request("HEAD", "/v1/models", data=body, headers={"Content-Encoding": encoding})
+            assert answer.status == 200
+            answer = await client.request("HEAD", "/generate", data=body, headers={"Content-Encoding": encoding})
+            assert answer.status == 405
+            answer = await client.post("/v1/models", data=body, headers={"Content-Encoding": encoding})
+            assert 400 <= answer.status < 500
+
+
 @pytest.mark.parametrize("policy", METHODS)
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
 async def test_a_compressed_body_passes_as_it_came_and_is_read_by_the_worker(policy: str, encoding: str) -> None:

@@ -55,7 +55,7 @@ class Connection(web.RequestHandler):
         if status >= 500:
             return textual
         if isinstance(exc, ContentEncodingError):
-            status = 415
+            status, message = 415, "Content-Encoding cannot be read: gzip and deflate are supported"
         error = {"type": "invalid_request_error", "message": message or "bad request", "code": status, "param": None}
         response = json_response({"type": "error", "error": error}, status)
         response.force_close()
