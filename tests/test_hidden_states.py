@@ -123,11 +123,12 @@ async def test_streams_end_with_the_states_of_an_answer_that_is_not_streamed(tin
                 )
                 assert all("hidden_states" not in meta for meta in others)
 
-        for path, body in (
+        bodies: list[tuple[str, dict[str, Any]]] = [
             ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
             ("/v1/completions", {"prompt": "Hi"}),
             ("/v1/completions", {"prompt": "Hi", "logprobs": 1}),
-        ):
+        ]
+        for path, body in bodies:
             [choice] = (await whole(path, {**body, **limits}))["choices"]
             *_, end, last = [event["choices"][0] for event in await events_of(client, path, {**body, **limits})]
             assert end["finish_reason"] == "length" and last["finish_reason"] is None
