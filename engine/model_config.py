@@ -51,6 +51,7 @@ class QKNorm(Enum):
 
     NONE = "none"
     HEADS = "heads"  # of each head, before the rotation
+    UNIT_HEADS = "unit heads"  # of each head, without a weight, before or after the rotation: it changes no length
     ROTATED_HEADS = "rotated heads"  # of each head, after the rotation
     ALL_HEADS = "all heads"  # of all heads together, before the rotation
     EACH_HEAD = "each head"  # a layer norm of each head, by a weight of its own, before the rotation
@@ -66,6 +67,7 @@ class AttentionConfig:
     rope: RopeConfig
     scale: float  # of scores
     window: int = -1  # last tokens that a token sees, itself included; -1: all
+    is_chunked: bool = False  # of its window, a token sees what comes since the last multiple of its length
     softcap: float = 0.0  # scores become softcap tanh(score / softcap); 0: they do not
     qkv_bias: bool = False
     o_bias: bool = False
@@ -99,6 +101,7 @@ class ExpertsConfig:
     intermediate_size: int  # of an expert
     shared_size: int = 0  # of the experts that every token goes to, together; 0: there are none
     shared_scale: float = 1.0  # of what the shared experts add
+    weighs_inputs: bool = False  # experts' inputs are scaled by their weights, not their outputs
     has_shared_gate: bool = False  # a sigmoid of a product of its own scales the shared experts
     has_correction: bool = False  # the choice of experts has a bias
     router_bias: bool = False

@@ -33,6 +33,7 @@ def attention_torch(
     *,
     scale: float,
     window: int = -1,
+    is_chunked: bool = False,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
@@ -41,12 +42,14 @@ def attention_torch(
     """Define `attention`. Sizes come from the host's lengths, so a CUDA graph cannot capture it."""
     out = q.new_empty(*q.shape[:2], v_cache.shape[2])
     if has_decodes:
-        options: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": sinks, "slopes": slopes}
+        options: dict[str, Any] = {
+            "window": window, "is_chunked": is_chunked, "softcap": softcap, "sinks": sinks, "slopes": slopes
+        }  # fmt: skip
         decodes_torch(q, k_cache, v_cache, batch, out, scale=scale, **options)
     end = batch.num_decodes
     for i in range(end, len(batch.seq_lens_host)):
         start, end = end, end + int(batch.q_lens_host[i])
-        _prefill(q, k_cache, v_cache, batch, i, start, end, scale, window, softcap, sinks, slopes, out)
+        _prefill(q, k_cache, v_cache, batch, i, start, end, scale, window, is_chunked, softcap, sinks, slopes, out)
     return out
 
 
@@ -59,12 +62,13 @@ def decodes_torch(
     *,
     scale: float,
     window: int = -1,
+    is_chunked: bool = False,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
 ) -> None:
     """Write `attention_torch` of the first num_decodes tokens alone into `out`."""
-    for members in _decode_sets(_SameBatch(batch), window, q.dtype, slopes is not None):
+    for members in _decode_sets(_SameBatch(batch), window, is_chunked, q.dtype, slopes is not None):
         _decode(q, k_cache, v_cache, members, scale, softcap, sinks, slopes, out)
 
 
@@ -100,10 +104,12 @@ class _DecodeSet:
 
 
 @functools.lru_cache(maxsize=2)  # one step's sets: of layers with a window and of layers without
-def _decode_sets(key: _SameBatch, window: int, dtype: torch.dtype, has_slopes: bool) -> list[_DecodeSet]:
+def _decode_sets(
+    key: _SameBatch, window: int, is_chunked: bool, dtype: torch.dtype, has_slopes: bool
+) -> list[_DecodeSet]:
     batch = key.batch
     all_lens = batch.seq_lens_host[: batch.num_decodes]
-    all_firsts = np.maximum(all_lens - window, 0) if window >= 0 else np.zeros_like(all_lens)
+    all_firsts = np.maximum(_first_seen(all_lens - 1, window, is_chunked), 0)
     sets = []
     for members in _similar_lengths(all_lens - all_firsts):
         lens, firsts = all_lens[members, None], all_firsts[members, None]
@@ -122,6 +128,13 @@ def _decode_sets(key: _SameBatch, window: int, dtype: torch.dtype, has_slopes: b
             distances = (torch.from_numpy(lens - 1).to(tokens) - tokens)[:, None, None].float()
         sets.append(_DecodeSet(index, _mapped(slots, batch), mask, distances))
     return sets
+
+
+def _first_seen(position: Any, window: int, is_chunked: bool) -> Any:
+    """Return the first token that the one at `position` sees; it may be negative."""
+    if window < 0:
+        return position * 0
+    return position // window * window if is_chunked else position - window + 1
 
 
 def _similar_lengths(lens: np.ndarray) -> Iterator[np.ndarray]:
@@ -175,6 +188,7 @@ def _prefill(
     end: int,
     scale: float,
     window: int,
+    is_chunked: bool,
     softcap: float,
     sinks: torch.Tensor | None,
     slopes: torch.Tensor | None,
@@ -182,13 +196,14 @@ def _prefill(
 ) -> None:
     """Write the attention of request i, whose tokens are [start, end) of q, into `out`."""
     q_len, seq_len = end - start, int(batch.seq_lens_host[i])
-    first_seen = max(seq_len - q_len + 1 - window, 0) if window >= 0 else 0  # by the request's first new token
+    first_seen = max(_first_seen(seq_len - q_len, window, is_chunked), 0)  # by the request's first new token
     slots = prompt_slots(batch, i, first_seen)
     k, v = gather(k_cache, slots, q.dtype), gather(v_cache, slots, q.dtype)
     num_seen = seq_len - first_seen
     out[start:end] = prompt_torch(
-        q[start:end], k, v, num_seen, scale=scale, window=window, softcap=softcap, sinks=sinks, slopes=slopes
-    )
+        q[start:end], k, v, num_seen, scale=scale, window=window, is_chunked=is_chunked, softcap=softcap,
+        sinks=sinks, slopes=slopes,
+    )  # fmt: skip
 
 
 def prompt_slots(batch: AttentionBatch, i: int, first: int = 0) -> torch.Tensor:
@@ -207,6 +222,7 @@ def prompt_torch(
     *,
     scale: float,
     window: int = -1,
+    is_chunked: bool = False,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
@@ -226,7 +242,7 @@ def prompt_torch(
         positions = torch.arange(num_seen - q_len, num_seen, device=q.device)[:, None]
         mask = tokens <= positions
         if window >= 0:
-            mask &= tokens > positions - window
+            mask &= tokens >= _first_seen(positions, window, is_chunked)  # chunks are cut from the first key on
         if slopes is not None:
             mask = ((tokens - positions) * slopes[None, :, None, None]).masked_fill_(~mask, -torch.inf)
     of_rows = None if sinks is None else sinks[:, None]
@@ -338,6 +354,7 @@ def attention(
     *,
     scale: float,
     window: int = -1,
+    is_chunked: bool = False,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
@@ -346,15 +363,16 @@ def attention(
 ) -> torch.Tensor:
     """Attend q [T, H, D] to caches [num_slots, Hkv, D] and [num_slots, Hkv, Dv], in q's dtype or float8: [T, H, Dv].
 
-    window: a token sees at most that many last tokens, itself included; -1: all. softcap c > 0: scores become c
-    tanh(score / c). sinks [H]: a score of each head that is in the softmax's denominator alone. slopes [H], float32:
-    what scores lose with each token of distance. Not has_decodes: single tokens' part of the result is left as it is
-    (`kernels.corun` fills it). In a CUDA graph "flashinfer", which plans on the host, leaves all to "triton", as it
-    always does for single tokens: that depends on nothing but shapes, and reads lengths and slots on the device.
+    window: a token sees at most that many last tokens, itself included; -1: all. is_chunked: of these, those since the
+    last multiple of the window (Llama 4). softcap c > 0: scores become c tanh(score / c). sinks [H]: a score of each
+    head that is in the softmax's denominator alone. slopes [H], float32: what scores lose with each token of distance.
+    Not has_decodes: single tokens' part of the result is left as it is (`kernels.corun` fills it). In a CUDA graph
+    "flashinfer", which plans on the host, leaves all to "triton", as it always does for single tokens: that depends on
+    nothing but shapes, and reads lengths and slots on the device.
     """
     options: dict[str, Any] = {
-        "scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "slopes": slopes,
-        "has_decodes": has_decodes,
+        "scale": scale, "window": window, "is_chunked": is_chunked, "softcap": softcap, "sinks": sinks,
+        "slopes": slopes, "has_decodes": has_decodes,
     }  # fmt: skip
     if backend == "torch":
         return attention_torch(q, k_cache, v_cache, batch, **options)

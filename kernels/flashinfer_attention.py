@@ -52,6 +52,7 @@ def attention_flashinfer(
     *,
     scale: float,
     window: int = -1,
+    is_chunked: bool = False,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
@@ -59,13 +60,14 @@ def attention_flashinfer(
 ) -> torch.Tensor:
     """Run `kernels.attention.attention` with FlashInfer; what it has no kernel for goes to Triton.
 
-    That is sinks, and slopes that are not those of its own formula, such as the slopes of one rank's heads.
+    That is chunks, sinks, and slopes that are not those of its own formula, such as the slopes of one rank's heads.
     """
     is_known = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] in HEAD_DIMS
-    is_known = is_known and sinks is None and slopes is None
+    is_known = is_known and sinks is None and slopes is None and not is_chunked
     if not is_known or batch.num_decodes == len(batch.rows):
         options: dict[str, Any] = {
-            "window": window, "softcap": softcap, "sinks": sinks, "slopes": slopes, "has_decodes": has_decodes
+            "window": window, "is_chunked": is_chunked, "softcap": softcap, "sinks": sinks, "slopes": slopes,
+            "has_decodes": has_decodes,
         }  # fmt: skip
         return attention_triton(q, k_cache, v_cache, batch, scale=scale, **options)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)

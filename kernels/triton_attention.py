@@ -17,6 +17,7 @@ def attention_triton(
     *,
     scale: float,
     window: int = -1,
+    is_chunked: bool = False,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
@@ -25,7 +26,9 @@ def attention_triton(
     """Run `kernels.attention.attention` in Triton. On one device it must not run on two streams at once."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     num_decodes = batch.num_decodes
-    options: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": sinks, "slopes": slopes}
+    options: dict[str, Any] = {
+        "window": window, "is_chunked": is_chunked, "softcap": softcap, "sinks": sinks, "slopes": slopes
+    }  # fmt: skip
     if num_decodes and has_decodes:
         decode(q, k_cache, v_cache, batch, out, scale=scale, **options)
     if num_decodes < len(batch.rows):

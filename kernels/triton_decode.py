@@ -20,6 +20,7 @@ from kernels.triton_softmax import (
     block_requests,
     default_prefill_config,
     find,
+    first_seen,
     launch_settings,
     load_slopes,
     load_slots,
@@ -63,6 +64,7 @@ def decode(
     *,
     scale: float,
     window: int = -1,
+    is_chunked: bool = False,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
@@ -103,12 +105,12 @@ def decode(
         assert prefix_config is not None
         _prefix_partials(
             q, k_cache, v_cache, batch, shared, partial, partial_lse, 2 * num_programs, num_splits, scale, window,
-            softcap, slopes, prefix_config,
+            is_chunked, softcap, slopes, prefix_config,
         )  # fmt: skip
     # Few requests are cut into many parts, whose merging is part of the latency; many requests need the registers
     # for more programs on an SM.
     merge_registers = 64 if num_requests <= 4 else 32
-    settings = launch_settings(q, k_cache, v_cache, window, softcap, config)
+    settings = launch_settings(q, k_cache, v_cache, window, is_chunked, softcap, config)
     if launch_beside is not None:
         launch_beside()
     _decode_kernel[(num_programs,)](
@@ -153,6 +155,7 @@ def _prefix_partials(
     num_splits: int,
     scale: float,
     window: int,
+    is_chunked: bool,
     softcap: float,
     slopes: torch.Tensor | None,
     config: PrefillConfig,
@@ -164,7 +167,7 @@ def _prefix_partials(
     num_groups = shared.prefix_lens.shape[0]
     # Enough for a few large groups; with many small ones a program takes several tiles.
     num_programs = cdiv(num_requests * block_group, config.block_m) + 7
-    settings = launch_settings(q, k_cache, v_cache, window, softcap, config)
+    settings = launch_settings(q, k_cache, v_cache, window, is_chunked, softcap, config)
     _prefix_kernel[(num_kv_heads, num_splits, num_programs)](
         q,
         k_cache,
@@ -246,7 +249,7 @@ def _decode_kernel(
     if own_starts is not None:
         firsts = tl.load(own_starts + i, mask=is_request, other=0)
     if HAS_WINDOW:
-        firsts = tl.maximum(firsts, lens - window)
+        firsts = tl.maximum(firsts, first_seen(lens - 1, window, HAS_WINDOW))
     ends = tl.cumsum((lens - firsts + BLOCK_N - 1) // BLOCK_N, axis=0) * NUM_KV_HEADS
     total = tl.max(ends, axis=0)
     share = total // num_programs
@@ -267,7 +270,7 @@ def _decode_kernel(
             prefix_len = tl.load(own_starts + request)
             first = prefix_len
         if HAS_WINDOW:
-            first = tl.maximum(first, seq_len - window)
+            first = tl.maximum(first, first_seen(seq_len - 1, window, HAS_WINDOW))
         num_tiles = (seq_len - first + BLOCK_N - 1) // BLOCK_N
         kv_head = (work - request_begin) // num_tiles
         row_begin = request_begin + kv_head * num_tiles
@@ -492,7 +495,8 @@ def _prefix_kernel(
             row_last = tl.zeros([BLOCK_M], tl.int32) + last - 1
             row_first = row_last
             if HAS_WINDOW:
-                row_first = tl.load(seq_lens + request, mask=is_row, other=0) - window
+                position = tl.load(seq_lens + request, mask=is_row, other=1) - 1
+                row_first = first_seen(position, window, HAS_WINDOW)
             row_slope = load_slopes(slopes, head, is_row)
             slots = slot_table + tl.load(rows + tl.load(members + first_member)).to(tl.int64) * table_stride
             whole = last // BLOCK_N * BLOCK_N  # `first` is a whole number of tiles

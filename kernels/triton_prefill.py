@@ -15,6 +15,7 @@ from kernels.triton_softmax import (
     block_requests,
     default_prefill_config,
     find,
+    first_seen,
     launch_settings,
     load_slopes,
     part_len,
@@ -42,6 +43,7 @@ def prefill(
     *,
     scale: float,
     window: int = -1,
+    is_chunked: bool = False,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
@@ -73,7 +75,7 @@ def prefill(
         partial = torch.empty(num_rows, q.shape[2], dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(num_rows, dtype=torch.float32, device=q.device)
         arrivals = arrival_counters(q.device, num_programs)
-    settings = launch_settings(q, k_cache, v_cache, window, softcap, config)
+    settings = launch_settings(q, k_cache, v_cache, window, is_chunked, softcap, config)
     _prefill_kernel[(num_programs, num_splits)](
         q,
         k_cache,
@@ -179,7 +181,7 @@ def _prefill_kernel(
     whole = (first_position + 1) // BLOCK_N * BLOCK_N  # tokens that all rows see
     first = seq_len * 0
     if HAS_WINDOW:
-        first = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
+        first = tl.maximum(first_seen(first_position, window, HAS_WINDOW), 0) // BLOCK_N * BLOCK_N
     split = tl.program_id(1)
     num_splits = first * 0 + 1
     if partial is not None:
@@ -204,7 +206,9 @@ def _prefill_kernel(
         q_tile = tl.load(q + q_row[:, None] + d[None, :], mask=is_element, other=0.0)
 
         row_last = seq_len - q_len + q_index
-        row_first = row_last - window + 1
+        row_first = row_last
+        if HAS_WINDOW:
+            row_first = first_seen(row_last, window, HAS_WINDOW)
         slots = slot_table + row.to(tl.int64) * table_stride
         m, l, acc = attend_prompt(
             q_tile,

@@ -54,6 +54,7 @@ def launch_settings(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     window: int,
+    is_chunked: bool,
     softcap: float,
     config: DecodeConfig | PrefillConfig,
 ) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def launch_settings(
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": group,
         "HEAD_DIM": head_dim,
-        "HAS_WINDOW": window >= 0,
+        "HAS_WINDOW": 0 if window < 0 else 1 + is_chunked,
         "SOFTCAP": softcap * LOG2_E,
         "BLOCK_GROUP": next_power_of_2(group),
         "BLOCK_D": next_power_of_2(head_dim),
@@ -104,6 +105,15 @@ attention_kernel = triton.jit(
         "seq_lens", "rows", "cu_q_lens", "own_starts", "prefix_lens", "cu_members", "members",
     ],
 )  # fmt: skip
+
+
+@triton.jit
+def first_seen(position, window, HAS_WINDOW: tl.constexpr):
+    """Return the first token that the one at `position` sees, which may be negative. HAS_WINDOW: 2 if it is chunked."""
+    if HAS_WINDOW == 2:
+        return position // window * window
+    else:
+        return position - window + 1
 
 
 @triton.jit

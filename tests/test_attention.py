@@ -65,6 +65,7 @@ def naive(
     softcap: float,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    is_chunked: bool = False,
 ) -> torch.Tensor:
     """Compute one token and one head at a time, in float64."""
     out = torch.empty(q.shape, dtype=torch.float64)
@@ -75,6 +76,7 @@ def naive(
     for i, (q_len, seq_len) in enumerate(zip(batch.q_lens_host.tolist(), batch.seq_lens_host.tolist(), strict=True)):
         for position in range(seq_len - q_len, seq_len):
             first = max(0, position - window + 1) if window >= 0 else 0
+            first = position - position % window if is_chunked else first
             slots = table[rows[i], first : position + 1].long()
             for head in range(q.shape[1]):
                 scores = k_cache[slots, head // group] @ q[token, head] * scale
@@ -107,6 +109,27 @@ def test_a_mixed_batch_equals_the_naive_definition(kernel: Any, window: int, sof
     q, k, v = make_inputs(batch)
     result = kernel(q, k, v, batch, scale=0.3, window=window, softcap=softcap)
     check(result, naive(q, k, v, batch, 0.3, window, softcap), q.dtype)
+
+
+@KERNELS
+@pytest.mark.parametrize("window", [1, 8, 24, 100])
+def test_tokens_see_the_chunk_that_they_are_in(kernel: Any, window: int) -> None:
+    batch = make_batch(MIXED)
+    q, k, v = make_inputs(batch)
+    result = kernel(q, k, v, batch, scale=0.3, window=window, is_chunked=True)
+    check(result, naive(q, k, v, batch, 0.3, window, 0.0, is_chunked=True), q.dtype)
+
+
+@pytest.mark.parametrize("window", [16, 41])
+def test_tokens_see_the_chunk_that_they_are_in_where_a_prefix_is_shared(window: int) -> None:
+    batch = make_batch(GROUPED, groups=GROUPS)
+    q, k, v = make_inputs(batch)
+    out = torch.full_like(q, float("nan"))
+    decode(
+        q, k, v, batch, out, scale=0.3, window=window, is_chunked=True, config=DecodeConfig(16, 4, 1, 1),
+        num_programs=7, prefix_config=PrefillConfig(16, 16, 4, 1), num_prefix_splits=2,
+    )  # fmt: skip
+    check(out, naive(q, k, v, batch, 0.3, window, 0.0, is_chunked=True), q.dtype)
 
 
 def map_slots(batch: Batch, k: torch.Tensor, v: torch.Tensor, window: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -78,6 +78,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "llama 4": (
+        "Llama4TextConfig",
+        {
+            "num_hidden_layers": 4, "num_local_experts": 6, "intermediate_size": 48, "intermediate_size_mlp": 96,
+            "interleave_moe_layer_step": 2, "attention_chunk_size": 8, "floor_scale": 4, "attn_scale": 0.3,
+            "no_rope_layer_interval": 3, "pad_token_id": 0,
+        },
+    ),
     "dbrx": (
         "DbrxConfig",
         {
@@ -190,6 +198,22 @@ def test_minimax_as_published_says_how_much_of_a_head_is_rotated(make_tiny_model
     (folder / "config.json").write_text(json.dumps(published))
     assert_equals_reference(packed(TinyEngine(folder)), folder, random_ids(20, seed=0), random_ids(13, seed=1))
     assert load_config(folder).ropes[0].rotary_dim == raw["head_dim"] // 2
+
+
+def test_llama_4_as_published_stands_beside_a_tower_for_images(make_tiny_model: MakeTinyModel, tmp_path: Path):
+    import transformers
+
+    name, options = FAMILIES["llama 4"]
+    folder = make_tiny_model(getattr(transformers, name), "llama-4-text", **options)
+    shutil.copytree(folder, tmp_path / "published")
+    tensors = {f"language_model.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    tower = {"vision_model.class_embedding": torch.ones(4), "multi_modal_projector.linear_1.weight": torch.ones(4, 4)}
+    save_file(tensors | tower, tmp_path / "published" / "model.safetensors")
+    raw = json.loads((folder / "config.json").read_text())
+    whole = {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "text_config": raw}
+    (tmp_path / "published" / "config.json").write_text(json.dumps(whole))
+    engine = packed(TinyEngine(tmp_path / "published"))
+    assert_equals_reference(engine, folder, random_ids(20, seed=0), random_ids(13, seed=1))
 
 
 ROUTINGS = {

@@ -39,6 +39,7 @@ LONG = {"original_max_position_embeddings": 4}
 OWN = {
     "gemma 2": ("Gemma2Config", GEMMA_2),
     "gpt-oss": ("GptOssConfig", EXPERTS["gpt-oss"][1] | {"sliding_window": 24, "num_hidden_layers": 3}),
+    "llama 4": ("Llama4TextConfig", EXPERTS["llama 4"][1] | {"attention_chunk_size": 24}),
     "phi-3.5-moe": EXPERTS["phi-3.5-moe"],
     "qwen3-moe": EXPERTS["qwen3-moe"],
     "phi 4 mini": ("Phi3Config", FAMILIES["phi 4 mini"][1] | LONG),
@@ -64,7 +65,7 @@ KINDS = (
     "deepseek v2 lite", "deepseek v3", "minicpm 3",
 )  # fmt: skip
 ON_ALL_GPU_MIXES = ("gemma 2", "gemma 4 E2B", "phi 2", "deepseek v3")
-ON_TWO_RANKS = ("gemma 4 E2B", "command-r7b", "olmo 3", "gpt-oss", "deepseek v3")
+ON_TWO_RANKS = ("gemma 4 E2B", "command-r7b", "olmo 3", "gpt-oss", "deepseek v3", "llama 4")
 
 
 def cases() -> list[Any]:

@@ -133,6 +133,10 @@ class Attention(AnyAttention):
             self.num_normed = sum(self.qk_norm.sizes)
             self.make_qkv = self._make_normed_qkv
             return
+        if config.qk_norm is QKNorm.UNIT_HEADS:
+            self.unit_norm = UnitRMSNorm(self.head_dim, self.eps, layers)
+            self.head_norms = self.unit_norm, self.unit_norm, None
+            return
         self.q_norm = norm_class(self.head_dim, self.eps, layers)
         if self.num_new_kv_heads:
             self.k_norm = norm_class(self.head_dim, self.eps, layers)
@@ -219,6 +223,7 @@ class Attention(AnyAttention):
             batch,
             scale=self.scale,
             window=self.window,
+            is_chunked=self.config.is_chunked,
             softcap=self.softcap,
             sinks=self.sinks,
             slopes=self.slopes,

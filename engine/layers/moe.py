@@ -159,7 +159,7 @@ class MoE(MLP):
             if experts.has_shared_gate:
                 plain = replace(layers.within("shared_expert_gate"), quantization=Quantization())
                 self.shared_expert_gate = Linear((), [Part(1)], hidden, plain)
-        self.shared_scale = experts.shared_scale
+        self.shared_scale, self.weighs_inputs = experts.shared_scale, experts.weighs_inputs
         self.act = experts.act or activation(config.hidden_act)
         adds_bias = layers.width_shard.index == 0
         self.down_proj = Down(self, adds_bias=adds_bias)  # type: ignore[assignment]
@@ -175,6 +175,9 @@ class MoE(MLP):
                 shared = shared * torch.sigmoid(self.shared_expert_gate(x))
             if self.shared_scale != 1.0:
                 shared = shared * self.shared_scale
+        if self.weighs_inputs:
+            x = (x[:, None] * weights[:, :, None].to(x.dtype)).flatten(0, 1)
+            weights = (weights != 0).float()  # another rank's experts have none
         gate_up = self.experts.gate_up_proj
         by_expert = gate_up.packed.sort(ids) if gate_up.packed is not None else None
         return Routed(gate_up.products(x, ids, by_expert, self.act), ids, by_expert, weights, shared)

@@ -16,6 +16,7 @@ from engine.layers.layer import Layer
 from engine.rope_config import NO_ROTATION, ORIGINAL_LENGTH, RopeConfig
 
 LOG_LENGTH = "log_length"  # the entry, made by a family, that holds N: see `query_scale`
+FIRST_POSITION = "first_position"  # the entry, made by a family, with the number of a sequence's first token there
 QUERY_SCALING = "llama_4_scaling_beta"  # the entry of rope_parameters that holds β, Hugging Face's name for it
 
 
@@ -91,6 +92,7 @@ def query_scale(positions: torch.Tensor, scaling: dict[str, Any]) -> torch.Tenso
     if LOG_LENGTH in scaling:
         return torch.log(positions + 1).div_(math.log(scaling[LOG_LENGTH])).clamp_(min=1)
     beta: float = scaling[QUERY_SCALING]
+    positions = positions + scaling.get(FIRST_POSITION, 0)
     return 1 + beta * torch.log(1 + torch.floor(positions / scaling[ORIGINAL_LENGTH]))
 
 

@@ -91,6 +91,8 @@ ARCHITECTURES = {
     "InternLM2ForCausalLM": Served("internlm:InternLM2", "InternLM 2 and 2.5"),
     "InternLM3ForCausalLM": Served("internlm:InternLM3", "InternLM 3"),
     "InternLMForCausalLM": Served("internlm:InternLM", "InternLM 1"),
+    "Llama4ForCausalLM": Served("llama4:Llama4", "Llama 4 Scout and Maverick"),
+    "Llama4ForConditionalGeneration": Served("llama4:Llama4", "Llama 4 Scout and Maverick; text only"),
     "LlamaForCausalLM": Served(
         "llama:Llama",
         "Llama 1 to 3.3, and its likes: SmolLM 1 and 2, DeepSeek LLM, Yi, TinyLlama, Vicuna, Falcon 3, ...",
