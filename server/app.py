@@ -79,7 +79,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app.on_response_prepare.append(name_left_out)
     left_out = LeftOutBook()
     native = NativeApi(engine, config, live)
-    generate = GenerateApi(engine, config, live)
+    generate = GenerateApi(engine, config, live, media)
     app.add_routes(Pages(config).routes())
     app.add_routes(native.routes())
     app.add_routes(generate.routes())

@@ -1,7 +1,7 @@
 """An engine without a model, behind the real facade: it answers at once, or when a test says so."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -14,6 +14,7 @@ from cache.radix import Prefix, RadixStats
 from engine.engine import Engine, EngineStats, Health, Maintenance
 from engine.errors import EngineStopped, InvalidRequest, PromptTooLong, QueueFull
 from engine.loop import LoopStats
+from engine.media import Media, MediaSize, PromptMedia
 from engine.request import Request
 from engine.schedule.scheduler import SchedulerStats
 from engine.state import Delta, FinishReason, Logprobs, RequestState, Status, TokenLogprob
@@ -359,6 +360,29 @@ class FakeEngine(Engine):
             while not condition():
                 self.has_changed.clear()
                 await self.has_changed.wait()
+
+
+class SeeingEngine(FakeEngine):
+    """Sees pictures and videos: each takes a token, and one more for each 1,000 pixels."""
+
+    media_kinds: Mapping[str, str] = {"image": "<image>", "video": "<video>"}
+
+    def count_media_tokens(self, sizes: Sequence[MediaSize]) -> list[int]:
+        return [size.num_frames * (size.width * size.height // 1000 + 1) for size in sizes]
+
+    async def encode_media(
+        self, text: str, media: Sequence[Media], *, add_special_tokens: bool = False
+    ) -> tuple[list[int], PromptMedia]:
+        """Write as many bytes 1 as there are tokens for each."""
+        counts = self.count_media_tokens([one.size for one in media])
+        starts, ids = [], list[int]()
+        for count, one in zip(counts, media, strict=True):
+            before, placeholder, text = text.partition(self.media_kinds[one.size.kind])
+            assert placeholder
+            ids += before.encode()
+            starts.append(len(ids))
+            ids += [1] * count
+        return ids + list(text.encode()), PromptMedia(tuple(media), tuple(starts), tuple(counts))
 
 
 @asynccontextmanager

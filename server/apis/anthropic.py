@@ -68,7 +68,12 @@ class AnthropicApi:
 
     async def _turn(self, http_request: web.Request, body: CountTokensRequest) -> ChatTurn:
         left_out = LeftOut()
-        chat = chat_body(body, left_out, keeps_volatile=self.config.keep_volatile_prompts)
+        chat = chat_body(
+            body,
+            left_out,
+            keeps_volatile=self.config.keep_volatile_prompts,
+            sees_images="image" in self.chats.engine.media_kinds,
+        )
         if self.chats.reasoning_parser is None and chat.pop("max_thinking_tokens", None):
             left_out.add(HINT, "thinking.budget_tokens")  # agents send it to every model
         self.left_out.enter(http_request, left_out)

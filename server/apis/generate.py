@@ -10,15 +10,18 @@ from msgspec import Meta
 from engine.declared import MAX_INT, Count, Int
 from engine.engine import Engine
 from engine.errors import InvalidRequest
+from engine.media import PromptMedia
 from engine.request import SamplingParams
 from engine.state import Delta, FinishReason, Logprobs, RequestState
 from server.apis.answer import Answer, failure_of, respond
+from server.apis.media_data import MediaData
 from server.apis.meta_info import MetaInfo, hidden_states_of
 from server.apis.sessions import SessionFields, SessionParams, Sessions
 from server.config import ServerConfig
 from server.http.intake import paced
 from server.http.live import LiveRequests, Options, make_requests, new_rid
 from server.http.sse import event
+from server.media.reader import MediaPart, MediaReader
 from server.reading.protocol import (
     JSON,
     check_batch_size,
@@ -28,13 +31,13 @@ from server.reading.protocol import (
     native_error,
     read_body,
 )
-from server.reading.shared_fields import PrefixFields, Text, TokenIds
+from server.reading.shared_fields import Text, TokenIds
 
 MAX_LOGPROBS = 1024  # of a token, the most likely ones and those of given ids each
 REASONING_END = "</think>"
 # Better refused than ignored.
 UNSUPPORTED = (
-    "input_embeds", "image_data", "video_data", "audio_data", "lora_path", "custom_logit_processor",
+    "input_embeds", "audio_data", "lora_path", "custom_logit_processor",
     "return_routed_experts", "return_sampling_mask", "return_entropy",
     "return_prompt_token_ids", "bootstrap_host", "bootstrap_room",
 )  # fmt: skip
@@ -45,7 +48,7 @@ LogprobStart = Annotated[int, Meta(ge=-1, le=MAX_INT)]
 NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 
 
-class GenerateRequest(PrefixFields, unsupported=UNSUPPORTED):
+class GenerateRequest(MediaData, unsupported=UNSUPPORTED):
     """A prompt or several. Lists of other fields give them prompt by prompt."""
 
     text: (
@@ -83,9 +86,15 @@ class GenerateRequest(PrefixFields, unsupported=UNSUPPORTED):
     session_params: SessionFields | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    input_ids: list[int]
+    media: PromptMedia | None = None
+
+
 class GenerateApi:
-    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests) -> None:
-        self.engine, self.config, self.live = engine, config, live
+    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests, media: MediaReader) -> None:
+        self.engine, self.config, self.live, self.media = engine, config, live, media
         self.sessions = Sessions(live)
 
     def routes(self) -> list[web.RouteDef]:
@@ -115,8 +124,10 @@ class GenerateApi:
         prompts, is_batch = await self._prompts(body, add_special_tokens=params.previous is None)
         if is_batch:
             raise InvalidRequest("a session continues with one prompt at a time", "session_params")
-        prompt, num_kept = self.sessions.continued(params, prompts[0])
-        rid, states = await self._states(body, [prompt], is_batch)
+        if prompts[0].media is not None:
+            raise InvalidRequest("image_data and video_data are not supported in a session", "session_params")
+        input_ids, num_kept = self.sessions.continued(params, prompts[0].input_ids)
+        rid, states = await self._states(body, [Prompt(input_ids)], is_batch)
         if len(states) > 1:
             raise InvalidRequest("n must be 1 in a session", "n")
         with self.sessions.turn(params, states[0], num_kept):
@@ -144,40 +155,53 @@ class GenerateApi:
 
         return await respond(http_request, self.live, rid, answers, body=whole)
 
-    async def _prompts(self, body: GenerateRequest, add_special_tokens: bool = True) -> tuple[list[list[int]], bool]:
-        """Return the token ids of each prompt, and whether the body holds a list of prompts."""
+    async def _prompts(self, body: GenerateRequest, add_special_tokens: bool = True) -> tuple[list[Prompt], bool]:
+        """Return each prompt, and whether the body holds a list of them."""
         text, ids = body.text, body.input_ids
         if (text is None) == (ids is None):
             raise InvalidRequest("give exactly one of text and input_ids", "text")
         if ids is not None:
+            if name := next(iter(body.given_media), None):
+                raise InvalidRequest(f"{name} needs text, whose placeholders it fills, and no input_ids", name)
             if ids and isinstance(ids[0], list):
                 check_batch_size(self.engine, len(ids), "input_ids")
                 return [
-                    check_prompt_ids(self.engine, row, f"input_ids[{i}]") async for i, row in paced(enumerate(ids))
+                    Prompt(check_prompt_ids(self.engine, row, f"input_ids[{i}]"))
+                    async for i, row in paced(enumerate(ids))
                 ], True
-            return [check_prompt_ids(self.engine, ids, "input_ids")], False
+            return [Prompt(check_prompt_ids(self.engine, ids, "input_ids"))], False
         if isinstance(text, str):
-            return [await encode_prompt(self.engine, text, "text", add_special_tokens)], False
+            media = body.media_of(None)
+            return [await self._prompt(text, media, "text", add_special_tokens)], False
         if not text:
             raise body.wrong("text", "a string or a non-empty list of strings")
         check_batch_size(self.engine, len(text), "text")
-        return [await encode_prompt(self.engine, one, f"text[{i}]") async for i, one in paced(enumerate(text))], True
+        return [
+            await self._prompt(one, body.media_of(i, len(text)), f"text[{i}]")
+            async for i, one in paced(enumerate(text))
+        ], True
+
+    async def _prompt(self, text: str, media: list[MediaPart], field: str, add_special_tokens: bool = True) -> Prompt:
+        if media:
+            return Prompt(*await self.media.encode(text, media, field, add_special_tokens))
+        return Prompt(await encode_prompt(self.engine, text, field, add_special_tokens))
 
     async def _states(
-        self, body: GenerateRequest, prompts: list[list[int]], is_batch: bool
+        self, body: GenerateRequest, prompts: list[Prompt], is_batch: bool
     ) -> tuple[str, list[RequestState]]:
         """Return the rid that stands for all of them, and a state for each prompt and answer."""
         rid, rids = _rids(body, len(prompts), is_batch)
         shared = None if isinstance(body.sampling_params, list) else self._params(body.sampling_params, len(prompts))
         states: list[RequestState] = []
-        async for i, input_ids in paced(enumerate(prompts)):
+        async for i, prompt in paced(enumerate(prompts)):
             item = Item(body, i, len(prompts) if is_batch else None)
             params = shared or self._params(item.pick("sampling_params"), len(prompts))
             options = item.options()
+            options.media = prompt.media
             if body.require_reasoning or options.max_thinking_tokens is not None:
                 options.reasoning_end_ids = await self.engine.encode(REASONING_END, add_special_tokens=False)
             names = [rids[i]] if params.n == 1 else [f"{rids[i]}-{k}" for k in range(params.n)]
-            states += map(RequestState, make_requests(names, input_ids, params, options))
+            states += map(RequestState, make_requests(names, prompt.input_ids, params, options))
         return rid, states
 
     def _params(self, given: JSON | None, num_prompts: int) -> SamplingParams:

@@ -86,7 +86,7 @@ class NativeApi:
                 "is_generation": self.engine.is_generation,
                 "preferred_sampling_params": self.engine.sampling_defaults or None,
                 "weight_version": self.engine.maintenance.weight_version,
-                "has_image_understanding": False,
+                "has_image_understanding": "image" in self.engine.media_kinds,
                 "has_audio_understanding": False,
                 "model_type": model.model_type,
                 "architectures": list(model.architectures),

@@ -27,7 +27,9 @@ from server.apis.blocks import (
 )
 from server.config import ServerConfig
 from server.http.live import LiveRequests, new_rid
+from server.media.reader import MediaPart
 from server.reading.chat import Chats, ChatTurn, chat_call
+from server.reading.contents import Content, SourcedPart
 from server.reading.model_name import ollama_model
 from server.reading.openai_body import ChatRequest, CompletionRequest
 from server.reading.protocol import (
@@ -46,7 +48,7 @@ VERSION = "0.12.6"  # of Ollama, whose API this is: clients refuse a server that
 NDJSON = {"Content-Type": "application/x-ndjson", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 FOREVER = "2318-01-01T00:00:00Z"  # when the model is unloaded; Ollama's own way to say never
 
-UNSUPPORTED = ("images", "suffix", "template", "context", "logprobs", "top_logprobs", "n")
+UNSUPPORTED = ("suffix", "template", "context", "logprobs", "top_logprobs", "n")
 SAME_NAMES = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "stop")
 OUR_NAMES = {name: f"options.{name}" for name in (*SAME_NAMES, "top_k")} | {
     "max_tokens": "options.num_predict",
@@ -89,6 +91,9 @@ class Options(
     tfs_z: Any = None
 
 
+Images = Annotated[list[str], Meta(description="pictures as base64 text")]
+
+
 class OllamaFunction(Object, kw_only=True):
     name: str
     arguments: str | JSON | None = None
@@ -99,9 +104,10 @@ class OllamaCall(Object, kw_only=True):
     id: str = ""
 
 
-class OllamaMessage(Object, unsupported=("images",), kw_only=True):
+class OllamaMessage(Object, kw_only=True):
     role: Literal["system", "user", "assistant", "tool"]
     content: str = ""
+    images: Images = []
     thinking: str | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
@@ -118,13 +124,14 @@ class OllamaFields(PrefixFields, unsupported=UNSUPPORTED):
     keep_alive: Any = None
 
 
-class OllamaChatRequest(OllamaFields):
+class OllamaChatRequest(OllamaFields, unsupported=("images",)):
     messages: Annotated[list[OllamaMessage], Meta(max_length=MAX_OBJECTS)] = []
     tools: list[JSON] = []
 
 
 class OllamaGenerateRequest(OllamaFields, unsupported=("tools",)):
     prompt: str = ""
+    images: Images = []
     system: str = ""
     raw: bool = False
 
@@ -148,7 +155,7 @@ class OllamaApi:
     async def chat(self, http_request: web.Request) -> web.StreamResponse:
         body = await read_body(http_request, OllamaChatRequest)
         model = ollama_model(self.config, body.model or body.name)
-        messages = [_read_message(message) for message in body.messages]
+        messages = [_read_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
         if not messages:
             return json_response(_loaded(model, body, {"message": {"role": "assistant", "content": ""}}))
         with spelled(OUR_NAMES):
@@ -165,7 +172,7 @@ class OllamaApi:
             return await respond_in_blocks(http_request, self.live, GenerateLines(turn, model), NDJSON)
 
     async def _prompt_turn(self, body: OllamaGenerateRequest) -> ChatTurn:
-        messages = [{"role": "user", "content": body.prompt}]
+        messages: list[JSON] = [{"role": "user", "content": _content(body.prompt, body.images, "images")}]
         if body.system:
             messages.insert(0, {"role": "system", "content": body.system})
         return await self.chats.turn(convert(chat_body(body) | {"messages": messages}, ChatRequest))
@@ -177,8 +184,12 @@ class OllamaApi:
                 raise InvalidRequest(f"{name} is not supported by this server with raw: true", name)
         chat = convert(chat_body(body) | {"prompt": body.prompt}, CompletionRequest)
         params = read_sampling_params(chat, self.engine, ("max_tokens",), None)
-        input_ids = await encode_prompt(self.engine, body.prompt, "prompt")
         options = read_options(chat, -1)
+        media = [MediaPart("image", image, f"images[{i}]") for i, image in enumerate(body.images)]
+        if media:
+            input_ids, options.media = await self.chats.media.encode(body.prompt, media, "prompt")
+        else:
+            input_ids = await encode_prompt(self.engine, body.prompt, "prompt")
         options.may_shorten = not self.config.strict_max_tokens
         return ChatTurn(body.prompt, input_ids, params, options, None)
 
@@ -224,7 +235,11 @@ class OllamaApi:
         return json_response({"version": VERSION})
 
     def _capabilities(self) -> list[str]:
-        found = {"tools": self.chats.supports_tools, "thinking": self.chats.reasoning_parser}
+        found = {
+            "tools": self.chats.supports_tools,
+            "thinking": self.chats.reasoning_parser,
+            "vision": "image" in self.engine.media_kinds,
+        }
         return ["completion", *(name for name, is_there in found.items() if is_there)]
 
     def _card(self) -> JSON:
@@ -291,8 +306,16 @@ def _read_options(options: Options) -> JSON:
     return read
 
 
-def _read_message(message: OllamaMessage) -> JSON:
-    read: JSON = {"role": message.role, "content": message.content}
+def _content(text: str, images: list[str], path: str) -> Content:
+    """Return a message's content: pictures stand before the text, as in Ollama."""
+    if not images:
+        return text
+    parts: list[JSON] = [SourcedPart(image, f"{path}[{i}]") for i, image in enumerate(images)]
+    return [*parts, {"type": "text", "text": text}]
+
+
+def _read_message(message: OllamaMessage, path: str) -> JSON:
+    read: JSON = {"role": message.role, "content": _content(message.content, message.images, f"{path}.images")}
     if message.thinking is not None:
         read["reasoning_content"] = message.thinking
     if message.tool_name is not None:

@@ -5,6 +5,8 @@ import functools
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -14,6 +16,7 @@ from engine.errors import EngineError, InvalidRequest
 from engine.state import Delta, FinishReason
 from server.apis.blocks import REASONING, TEXT, TOOL_CALL, Block, BlockAnswer, respond_in_blocks
 from server.apis.files import page_of
+from server.apis.kept_images import KeptImages
 from server.apis.response_store import ResponseStore, StoredResponse
 from server.config import ServerConfig
 from server.http.live import LiveRequests, is_failure, new_rid
@@ -63,7 +66,7 @@ class ItemNotFound(EngineError):
 class ResponsesApi:
     def __init__(self, config: ServerConfig, live: LiveRequests, chats: Chats, left_out: LeftOutBook) -> None:
         self.config, self.live, self.chats, self.left_out = config, live, chats, left_out
-        self.store = ResponseStore()
+        self.store, self.images = ResponseStore(), KeptImages()
         self._background: dict[str, BackgroundResponse] = {}  # those that run
 
     def routes(self) -> list[web.RouteDef]:
@@ -109,7 +112,8 @@ class ResponsesApi:
         items_of = functools.cache(lambda response_id: self._items(response_id, caller))
         given = resolved(body.input, lambda item_id, field: _found_item(items_of, item_id, field))
         tools = Tools(body.tools, left_out)
-        messages = self._earlier_messages(body, caller) + read_input(given, left_out)
+        sees_images = "image" in self.chats.engine.media_kinds
+        messages = self._earlier_messages(body, caller) + read_input(given, left_out, sees_images=sees_images)
         names = OUR_NAMES | tools.names
         with spelled(names):
             chat = chat_body(body, messages, tools, left_out)
@@ -117,8 +121,11 @@ class ResponsesApi:
             turn = await self.chats.turn(convert(chat, ChatRequest))
             answer = ResponseAnswer(turn, echo_of(body, model), tools.offered, names)
         if body.store:
+            kept = await self.images.kept(owner, messages)
+            if isinstance(given, list):
+                given = await self.images.kept(owner, given)
             items = written(input_items(given, answer.state.rid))
-            answer.on_end = lambda response: self.store.put(owner, response, [*messages, answer.message()], items)
+            answer.on_end = lambda response: self.store.put(owner, response, [*kept, answer.message()], items)
         return answer
 
     async def count_tokens(self, http_request: web.Request) -> web.Response:
@@ -174,7 +181,12 @@ class ResponsesApi:
 
     def _find_stored(self, response_id: str, caller: Owner) -> StoredResponse | None:
         owner = self.store.owner(response_id)
-        return self.store.get(owner, response_id) if owner is not None and may_find(caller, owner) else None
+        stored = self.store.get(owner, response_id) if owner is not None and may_find(caller, owner) else None
+        if stored is None:
+            return None
+        assert owner is not None
+        fill = partial(self.images.filled, owner)
+        return replace(stored, messages=fill(stored.messages), items=fill(stored.items))
 
     def _find(self, response_id: str, caller: Owner) -> StoredResponse:
         stored = self._find_stored(response_id, caller)

@@ -7,9 +7,10 @@ encoded bytes for as long as they are read, pixels for as long as anybody holds 
 import asyncio
 import hashlib
 import os
+import re
 import time
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ import numpy as np
 
 from engine.engine import Engine
 from engine.errors import InvalidRequest, PromptTooLong, QueueFull
-from engine.media import Image, Kind, Media, MediaSize, Video
+from engine.media import Image, Kind, Media, MediaSize, PromptMedia, Video
 from server.http.bodies import BodyBudget
 from server.media import images, videos
 from server.media.broken import BrokenMedia
@@ -82,6 +83,17 @@ class MediaReader:
         self._threads = ThreadPoolExecutor(num_threads, "media")
         self._slots = asyncio.Semaphore(num_threads)
         self._cache = PixelCache(CACHE_BYTES)
+
+    async def encode(
+        self, text: str, parts: Sequence[MediaPart], field: str, add_special_tokens: bool = False
+    ) -> tuple[list[int], PromptMedia]:
+        """Return the token ids of a prompt, and what it shows: `parts`, each of which has a placeholder in `text`.
+
+        field: the client's, of the text. `InvalidRequest` if there are more or fewer placeholders.
+        """
+        self._check_counts(parts)
+        media = await self.read(in_order(text, parts, self.engine.media_kinds, field))
+        return await self.engine.encode_media(text, media, add_special_tokens=add_special_tokens)
 
     async def read(self, parts: Sequence[MediaPart]) -> list[Media]:
         """Return the decoded pictures and videos. `InvalidRequest` names the client's field of one that is wrong."""
@@ -159,10 +171,8 @@ class MediaReader:
             if not (number.isdecimal() and int(number[:6]) > 0):
                 raise BrokenMedia("is no video of the form video:8:<base64 text>")
             settings["num_frames"] = int(number[:6])
-        if isinstance(source, str) and source.startswith("data:") and source.find(",", 256) > 0:
-            media_type, text = data_of_uri(source)
-            if media_type.startswith("video/"):  # vLLM's: frames in one URI
-                source = text.split(",")
+        if isinstance(source, str) and source.startswith("data:video/jpeg") and source.count(",") > 1:
+            source = data_of_uri(source)[1].split(",")  # vLLM's: frames in one URI
         if not isinstance(source, str):
             return await self._open_frames(part, source, settings, share)
         data = await self._bytes(source, "video", share)
@@ -332,6 +342,24 @@ def _named(part: MediaPart) -> Iterator[None]:
         yield
     except BrokenMedia as error:
         raise InvalidRequest(f"{part.path} {error}", part.path) from None
+
+
+def in_order(text: str, parts: Sequence[MediaPart], placeholders: Mapping[str, str], field: str) -> list[MediaPart]:
+    """Return `parts` in the order of their placeholders in a prompt: a template may put videos behind pictures."""
+    queues: dict[str, deque[MediaPart]] = {kind: deque() for kind in placeholders}
+    for part in parts:
+        queues[part.kind].append(part)
+    kind_of = {placeholder: kind for kind, placeholder in placeholders.items()}
+    longest_first = sorted(kind_of, key=len, reverse=True)
+    found = [kind_of[match] for match in re.findall("|".join(map(re.escape, longest_first)), text)]
+    for kind, queue in queues.items():
+        if found.count(kind) != len(queue):
+            raise InvalidRequest(
+                f"{field} has {placeholders[kind]!r} {found.count(kind)} times, where {len(queue)} {kind}s are given: "
+                "it stands for one each",
+                field,
+            )
+    return [queues[kind].popleft() for kind in found]
 
 
 async def _all(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -32,7 +32,7 @@ from server.parsers.tool_calls import (
     find_tool_format,
     object_of,
 )
-from server.reading.contents import as_text, in_order, is_media, media_part
+from server.reading.contents import as_text, is_media, media_part, refused
 from server.reading.custom_tools import arguments_of_input
 from server.reading.grammars import names_of_constraint
 from server.reading.openai_body import ChatFields, ChatRequest, Message, MessageToolCall, Part
@@ -132,7 +132,7 @@ class ChatPrompt:
     """A conversation as its model reads it: a text, with placeholders of pictures and videos in it."""
 
     text: str
-    media: Sequence[MediaPart] = ()  # in the order of their placeholders
+    media: Sequence[MediaPart] = ()  # in the order of the messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +256,7 @@ class Chats:
         """Return the token ids of a prompt, and its pictures and videos, which are read for it."""
         if not prompt.media:
             return await self.engine.encode(prompt.text, add_special_tokens, is_prompt=is_prompt), None
-        return await self.engine.encode_media(prompt.text, await self.media.read(prompt.media))
+        return await self.media.encode(prompt.text, prompt.media, "messages", add_special_tokens)
 
     async def rendered(self, body: ChatFields, choice: ToolChoice | None = None) -> ChatPrompt:
         """Return what `render` does, off the event loop if there are many messages."""
@@ -268,7 +268,7 @@ class Chats:
         media: list[MediaPart] = []
         kinds = self.engine.media_kinds
         text = self._render(parse_messages(body.messages, media if kinds else None), body, choice)
-        return ChatPrompt(text, in_order(text, media, kinds, "messages") if media else ())
+        return ChatPrompt(text, media)
 
     def _render(self, messages: list[JSON], body: ChatFields, choice: ToolChoice | None) -> str:
         continues = body.continue_final_message
@@ -487,7 +487,7 @@ def _parse_parts(written: list[JSON], parts: list[Part], path: str, media: list[
             contents.append({"type": "text", "text": _text_of(part, f"{path}[{i}]")})
             continue
         if media is None:
-            raise InvalidRequest(f"{path}[{i}] is {part.type}, but this model reads text only", f"{path}[{i}].type")
+            raise refused(written[i], part, f"{path}[{i}]")
         media.append(media_part(written[i], part, f"{path}[{i}]"))
         contents.append({"type": media[-1].kind})
     return contents

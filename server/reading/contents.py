@@ -3,9 +3,7 @@
 Such a list has {"type": "text", "text": ...} and {"type": "image"} or {"type": "video"}, as chat templates read it.
 """
 
-import re
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import InvalidRequest
@@ -48,6 +46,13 @@ def media_part(written: JSON, part: Part, path: str) -> MediaPart:
     return MediaPart("image" if kind in IMAGE_PARTS else "video", given, getattr(written, "path", field), settings)
 
 
+def refused(written: JSON, part: Part, path: str) -> InvalidRequest:
+    """Return the error that says that a text model is shown the part at `path`."""
+    if isinstance(written, SourcedPart):
+        return InvalidRequest(f"{written.path} is an image, but this model reads text only", written.path)
+    return InvalidRequest(f"{path} is {part.type}, but this model reads text only", f"{path}.type")
+
+
 def settings_of(fields: MediaFields) -> dict[str, int]:
     """Return how a picture is to be read, as numbers."""
     settings: dict[str, int] = fields.given(SETTINGS)
@@ -77,25 +82,3 @@ def as_text(content: Content, placeholders: Mapping[str, str]) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(part["text"] if part["type"] == "text" else placeholders[part["type"]] for part in content)
-
-
-def in_order(text: str, media: Sequence[MediaPart], placeholders: Mapping[str, str], field: str) -> list[MediaPart]:
-    """Return `media` in the order of their placeholders in a prompt: a template may put videos behind pictures.
-
-    field: the client's, of the prompt. `InvalidRequest` if there are more or fewer of a kind.
-    """
-    queues: dict[str, deque[MediaPart]] = {kind: deque() for kind in placeholders}
-    for part in media:
-        queues[part.kind].append(part)
-    kind_of = {placeholder: kind for kind, placeholder in placeholders.items()}
-    found = [
-        kind_of[match] for match in re.findall("|".join(map(re.escape, sorted(kind_of, key=len, reverse=True))), text)
-    ]
-    for kind, queue in queues.items():
-        if found.count(kind) != len(queue):
-            raise InvalidRequest(
-                f"{field} has {placeholders[kind]!r} {found.count(kind)} times, where {len(queue)} {kind}s are given: "
-                "it stands for one each",
-                field,
-            )
-    return [queues[kind].popleft() for kind in found]

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from engine.errors import InvalidRequest
 from server.reading.chat import chat_call
+from server.reading.contents import SourcedPart
 from server.reading.left_out import CONTENT, HINT, TOOL, VOLATILE, LeftOut
 from server.reading.messages_body import (
     HINTS,
@@ -19,6 +20,7 @@ from server.reading.messages_body import (
     Compaction,
     CountTokensRequest,
     Document,
+    ImageBlock,
     MessagesRequest,
     MessagesTool,
     MessagesToolChoice,
@@ -45,15 +47,16 @@ SAME_NAMES = (*SAMPLING_NAMES, "max_tokens", "stream")
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-def chat_body(body: CountTokensRequest, left_out: LeftOut, *, keeps_volatile: bool) -> JSON:
+def chat_body(body: CountTokensRequest, left_out: LeftOut, *, keeps_volatile: bool, sees_images: bool = False) -> JSON:
     """Return the same request to chat.completions. What this server has no use for is added to `left_out`.
 
-    keeps_volatile: leave the lines in that change in each prompt.
+    keeps_volatile: leave the lines in that change in each prompt. sees_images: the model does; else a short text
+    stands for each.
     """
     for name in HINTS:
         if getattr(body, name):
             left_out.add(HINT, name)
-    messages = _Reader(left_out, keeps_volatile).messages(body)
+    messages = _Reader(left_out, keeps_volatile, sees_images).messages(body)
     chat: JSON = {"messages": messages, **body.given(REQUEST_FIELDS)}
     if isinstance(body, MessagesRequest):
         chat |= {"stop": body.stop_sequences, **body.given(SAME_NAMES)}
@@ -114,17 +117,18 @@ def _read_thinking(thinking: ThinkingConfig | None) -> JSON:
 class _Reader:
     """Makes messages of chat.completions."""
 
-    def __init__(self, left_out: LeftOut, keeps_volatile: bool) -> None:
-        self._left_out, self._keeps_volatile = left_out, keeps_volatile
+    def __init__(self, left_out: LeftOut, keeps_volatile: bool, sees_images: bool) -> None:
+        self._left_out, self._keeps_volatile, self._sees_images = left_out, keeps_volatile, sees_images
 
     def messages(self, body: CountTokensRequest) -> list[JSON]:
         """Return the messages. One of Anthropic's becomes several where it holds tool results."""
         messages = [] if body.system is None else [self._system(body.system)]
-        for message in body.messages:
+        for i, message in enumerate(body.messages):
+            path = f"messages[{i}].content"
             if isinstance(message, UserMessage):
-                messages += self._user(message)
+                messages += self._user(message, path)
             elif isinstance(message, AssistantMessage):
-                messages.append(self._assistant(message))
+                messages.append(self._assistant(message, path))
             else:
                 messages.append(self._system(message.content))
         return messages
@@ -139,23 +143,33 @@ class _Reader:
             text = self._joined(content[is_billed:])
         return {"role": "system", "content": text}
 
-    def _user(self, message: UserMessage) -> list[JSON]:
-        """Return messages, tool results apart. The text of an error says that it is one: templates cannot."""
+    def _user(self, message: UserMessage, path: str) -> list[JSON]:
+        """Return messages, tool results apart."""
         messages: list[JSON] = []
-        for block in _blocks(message.content):
+        for i, block in enumerate(_blocks(message.content)):
             if isinstance(block, ToolResult):
-                text = self._joined(block.content or "")
-                text = f"Error: {text}" if block.is_error else text
-                messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": text})
+                messages.append(self._result(block, f"{path}[{i}].content"))
                 continue
             if not messages or messages[-1]["role"] != "user":
                 messages.append({"role": "user", "content": []})
-            messages[-1]["content"].append(self._part(block))
+            messages[-1]["content"].append(self._part(block, f"{path}[{i}]"))
         return messages
 
-    def _assistant(self, message: AssistantMessage) -> JSON:
+    def _result(self, block: ToolResult, path: str) -> JSON:
+        """Return a tool's message. The text of an error says that it is one: templates cannot."""
+        content: str | list[JSON]
+        if self._sees_images and isinstance(block.content, list):
+            content = [self._part(part, f"{path}[{i}]") for i, part in enumerate(block.content)]
+            if block.is_error:
+                content.insert(0, {"type": "text", "text": "Error:"})
+        else:
+            content = self._joined(block.content or "")
+            content = f"Error: {content}" if block.is_error else content
+        return {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
+
+    def _assistant(self, message: AssistantMessage, path: str) -> JSON:
         parts, thoughts, calls = [], [], []
-        for block in _blocks(message.content):
+        for i, block in enumerate(_blocks(message.content)):
             if isinstance(block, ThinkingBlock):
                 thoughts.append(block.thinking)
             elif isinstance(block, RedactedThinking):
@@ -164,7 +178,7 @@ class _Reader:
             elif isinstance(block, ToolUse):
                 calls.append(chat_call(block.id, block.name, block.input))
             else:
-                parts.append(self._part(block))
+                parts.append(self._part(block, f"{path}[{i}]"))
         read: JSON = {"role": "assistant", "content": parts}
         if thoughts:
             read["reasoning_content"] = "\n".join(thoughts)
@@ -175,7 +189,12 @@ class _Reader:
     def _joined(self, content: str | list[ShownBlock]) -> str:
         return self._text(content) if isinstance(content, str) else "\n".join(map(self._shown, content))
 
-    def _part(self, block: ShownBlock) -> JSON:
+    def _part(self, block: ShownBlock, path: str) -> JSON:
+        if self._sees_images and isinstance(block, ImageBlock) and (source := block.source) is not None:
+            if source.type == "base64" and source.data is not None:
+                return SourcedPart(source.data, f"{path}.source.data")
+            if source.type == "url" and source.url is not None:
+                return SourcedPart(source.url, f"{path}.source.url")
         return {"type": "text", "text": self._shown(block)}
 
     def _shown(self, block: ShownBlock) -> str:
@@ -191,9 +210,13 @@ class _Reader:
         if isinstance(block, Compaction) and block.content is not None:
             return block.content  # a summary in the clear
         if isinstance(block, Document) or kind in MEDIA_KINDS:
-            return f"[{kind.replace('_', ' ')}: cannot be shown to this model, which reads text only]"
+            return f"[{kind.replace('_', ' ')}: cannot be shown to this model{self._why}]"
         name = block.name or block.tool_name if isinstance(block, Unseen) else None
         return f"[{kind.replace('_', ' ')}{f': {name}' if name else ''}: not shown]"
+
+    @property
+    def _why(self) -> str:
+        return "" if self._sees_images else ", which reads text only"
 
     def _is_billing(self, text: str) -> bool:
         is_billing = text.startswith(BILLING) and not self._keeps_volatile

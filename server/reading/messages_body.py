@@ -57,6 +57,18 @@ class Compaction(Object, tag="compaction"):
     content: str | None = None
 
 
+class ImageSource(Object):
+    """`media_type` is not looked at: a file says itself what it is."""
+
+    type: str = ""
+    data: Annotated[str, Meta(description="of type base64")] | None = None
+    url: Annotated[str, Meta(description="of type url: http(s), of a host that the server allows")] | None = None
+
+
+class ImageBlock(Object, tag="image"):
+    source: ImageSource | None = None
+
+
 class Unseen(Object):
     """A block that a text model cannot see, or that only the provider knows what to do with."""
 
@@ -66,7 +78,8 @@ class Unseen(Object):
 
 MEDIA_KINDS = ("image", "container_upload")
 UNSEEN_KINDS = (
-    *MEDIA_KINDS, "tool_reference", "fallback", "server_tool_use", "web_search_tool_result", "web_fetch_tool_result",
+    "container_upload", "tool_reference", "fallback",
+    "server_tool_use", "web_search_tool_result", "web_fetch_tool_result",
     "code_execution_tool_result", "bash_code_execution_tool_result", "text_editor_code_execution_tool_result",
     "tool_search_tool_result", "advisor_tool_result", "mcp_tool_use", "mcp_tool_result",
     "mcp_tool_listing",
@@ -76,7 +89,7 @@ if TYPE_CHECKING:
 else:
     UnseenBlock = tagged(Unseen, UNSEEN_KINDS)
 
-ShownBlock = TextBlock | Document | SearchResult | Compaction | UnseenBlock
+ShownBlock = TextBlock | ImageBlock | Document | SearchResult | Compaction | UnseenBlock
 ShownBlocks = Annotated[
     str | Annotated[list[ShownBlock], Meta(max_length=MAX_OBJECTS)],
     Meta(extra={"rule": "a string or a list of blocks"}),

@@ -12,11 +12,13 @@ import orjson
 
 from engine.declared import convert
 from server.reading.chat import chat_call
+from server.reading.contents import Content, SourcedPart
 from server.reading.custom_tools import INPUT, arguments_of_input
 from server.reading.left_out import CONTENT, HINT, LeftOut
 from server.reading.protocol import JSON, REQUEST_FIELDS
 from server.reading.responses_body import (
     CALLS,
+    IMAGE_PARTS,
     OUTPUTS,
     UNSEEN_PARTS,
     ContentPart,
@@ -104,12 +106,12 @@ def _is_reference(item: JSON) -> bool:
     return kind == "item_reference" or (kind is None and "id" in item and item.keys() <= {"id", "type"})
 
 
-def read_input(given: str | list[JSON], left_out: LeftOut) -> list[JSON]:
-    """Return the input as OpenAI's chat messages."""
+def read_input(given: str | list[JSON], left_out: LeftOut, *, sees_images: bool = False) -> list[JSON]:
+    """Return the input as OpenAI's chat messages. sees_images: the model does; else a short text stands for each."""
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     typed = [item if item.get("type") else {**item, "type": "message"} for item in given]
-    reader = _Reader(left_out)
+    reader = _Reader(left_out, sees_images)
     for i, item in enumerate(convert(typed, list[Item], "input")):
         reader.read(item, f"input[{i}]")
     return reader.messages or [{"role": "user", "content": ""}]  # a probe, which asks for a token
@@ -118,8 +120,8 @@ def read_input(given: str | list[JSON], left_out: LeftOut) -> list[JSON]:
 class _Reader:
     """Makes messages of chat.completions, one of several items where these are of one turn of the model."""
 
-    def __init__(self, left_out: LeftOut) -> None:
-        self._left_out = left_out
+    def __init__(self, left_out: LeftOut, sees_images: bool) -> None:
+        self._left_out, self._sees_images = left_out, sees_images
         self.messages: list[JSON] = []
 
     def read(self, item: Item, path: str) -> None:
@@ -136,7 +138,7 @@ class _Reader:
                 name = _kind(item).removesuffix("_call")
                 self._add_call(_call_id(item, path), item.name or name, _arguments(item, name))
             case ToolOutput():
-                self._add_output(_call_id(item, path), self._text_of_output(item, path))
+                self._add_output(_call_id(item, path), self._output(item, path))
             case UnseenItem():
                 self._add_stand_in(item)
 
@@ -160,8 +162,8 @@ class _Reader:
     def _add_call(self, call_id: str, name: str, arguments: str) -> None:
         self._assistant(lacks=()).setdefault("tool_calls", []).append(chat_call(call_id, name, arguments))
 
-    def _add_output(self, call_id: str, text: str) -> None:
-        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": text})
+    def _add_output(self, call_id: str, content: Content) -> None:
+        self.messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
 
     def _add_stand_in(self, item: UnseenItem) -> None:
         kind = _kind(item)
@@ -179,11 +181,21 @@ class _Reader:
             messages.append({"role": "assistant", "content": ""})
         return messages[-1]
 
-    def _joined(self, content: str | list[ContentPart] | None, path: str, field: str) -> str:
-        """Return the texts of a field of the item at `path`."""
-        if isinstance(content, list):
-            return "\n".join([self._shown(part, f"{path}.{field}[{i}]") for i, part in enumerate(content)])
-        return content or ""
+    def _joined(self, content: str | list[ContentPart] | None, path: str, field: str) -> Content:
+        """Return the texts of a field of the item at `path` as one; a list of parts if there are images to see."""
+        if not isinstance(content, list):
+            return content or ""
+        paths = [f"{path}.{field}[{i}]" for i in range(len(content))]
+        if self._sees_images and any(map(_is_image, content)):
+            return list(map(self._part, content, paths))
+        return "\n".join(map(self._shown, content, paths))
+
+    def _part(self, part: ContentPart, path: str) -> JSON:
+        """Return a part of a message of chat.completions."""
+        if not _is_image(part):
+            return {"type": "text", "text": self._shown(part, path)}
+        assert part.image_url is not None
+        return SourcedPart(part.image_url, f"{path}.image_url", part.detail)
 
     def _shown(self, part: ContentPart, path: str) -> str:
         """Return what the model reads in place of a part."""
@@ -192,20 +204,27 @@ class _Reader:
         if part.type is not None and part.type in UNSEEN_PARTS:
             self._left_out.add(CONTENT, part.type)
             name = part.type.removeprefix("input_").replace("_", " ")
-            return f"[{name}: cannot be shown to this model, which reads text only]"
+            why = "" if self._sees_images else ", which reads text only"
+            return f"[{name}: cannot be shown to this model{why}]"
         if part.text is None:
             raise part.wrong("text", "a string", path)
         return part.text
 
-    def _text_of_output(self, item: ToolOutput, path: str) -> str:
-        """Return a result as a text, which it is, or its parts have; else as JSON."""
+    def _output(self, item: ToolOutput, path: str) -> Content:
+        """Return a result as a text, which it is, or its parts have, or as what these show; else as JSON."""
         name = OUTPUTS[_kind(item)]
         output = getattr(item, name)
+        if isinstance(output, dict) and output.get("type") in UNSEEN_PARTS:
+            output = [output]  # a screenshot
         if isinstance(output, str):
             return output
         if isinstance(output, list) and all(isinstance(part, dict) and _has_text(part) for part in output):
             return self._joined(convert(output, list[ContentPart], f"{path}.{name}"), path, name)
         return msgspec.json.encode(output).decode()
+
+
+def _is_image(part: ContentPart) -> bool:
+    return part.type in IMAGE_PARTS and part.image_url is not None
 
 
 def _has_text(part: JSON) -> bool:

@@ -16,7 +16,8 @@ UNSUPPORTED = ("conversation", "prompt", "moderation", "image", "top_logprobs", 
 # ---- items of the input, which are kept as the client wrote them; null is a default here, which is quick to read ----
 
 UnseenPart = Literal["input_image", "input_file", "input_audio", "computer_screenshot"]
-UNSEEN_PARTS = get_args(UnseenPart)
+UNSEEN_PARTS = get_args(UnseenPart)  # by a text model
+IMAGE_PARTS = ("input_image", "computer_screenshot")
 
 
 class ContentPart(Object):
@@ -29,6 +30,8 @@ class ContentPart(Object):
     ) = None
     text: str | None = None
     refusal: str | None = None
+    image_url: Annotated[str, Meta(description="a data URI, or a URL of a host that the server allows")] | None = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
 
 
 Content = Annotated[
