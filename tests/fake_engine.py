@@ -375,14 +375,15 @@ class SeeingEngine(FakeEngine):
     ) -> tuple[list[int], PromptMedia]:
         """Write as many bytes 1 as there are tokens for each."""
         counts = self.count_media_tokens([one.size for one in media])
-        starts, ids = [], list[int]()
+        places, ids = [], list[int]()
         for count, one in zip(counts, media, strict=True):
             before, placeholder, text = text.partition(self.media_kinds[one.size.kind])
             assert placeholder
             ids += before.encode()
-            starts.append(len(ids))
+            places.append(np.arange(len(ids), len(ids) + count, dtype=np.int32))
             ids += [1] * count
-        return ids + list(text.encode()), PromptMedia(tuple(media), tuple(starts), tuple(counts))
+        ids += text.encode()
+        return ids, PromptMedia(len(ids), tuple(media), tuple(one.digest for one in media), tuple(places))
 
 
 @asynccontextmanager

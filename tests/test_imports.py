@@ -44,7 +44,7 @@ WINGS = {
     "server.reading": {"server.http", "server.media", "server.parsers"},
     "server.media": {"server.http"},
     "server.http": {"server.reading"},
-    "server.apis": {"server.http", "server.reading", "server.parsers"},
+    "server.apis": {"server.http", "server.media", "server.reading", "server.parsers"},
     "server.pages": set(),
     "server.watch": {"server.apis", "server.reading", "server.parsers"},
     "server.fleet": {"server.__main__", "server.app", "server.http", "server.reading"},

@@ -149,8 +149,7 @@ class Scheduler:
         state.status = Status.FINISHED
         state.finish_reason = reason
         self.shares.settle(state)
-        if state.spans is not None:
-            state.spans.release(state.prompt_len)
+        state.spans = None  # its pixels and features: those who remember requests need none
 
     def flush(self) -> bool:
         """Empty the cache. False, and nothing done, while anything runs or waits."""
