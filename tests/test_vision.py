@@ -38,6 +38,7 @@ MIXES: dict[str, dict[str, Any]] = {
     "two ranks": {"tp_size": 2, "chunked_prefill_size": 32},
 }
 CASES = [(family, mix) for family in FAMILIES for mix in ("whole prompts", "cramped")]
+CASES += [("qwen 3 vl", "two ranks")]
 CASES += [("llava", mix) for mix in MIXES if mix not in ("whole prompts", "cramped")]
 
 

@@ -31,6 +31,18 @@ TEXT = {
 VIT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
+QWEN_VIT = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "patch_size": 4}
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+QWEN_VL = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+    "tie_word_embeddings": False,
+}
+QWEN_PROCESSING = {"patch_size": 4, "min_pixels": 8 * 8, "max_pixels": 64 * 48}
+
+
 @dataclass(frozen=True)
 class TinyFamily:
     """Say what a tiny model of a family is made of: transformers' names, and what the config sets."""
@@ -40,7 +52,6 @@ class TinyFamily:
     settings: dict[str, Any]
     processor: str  # of images
     processing: dict[str, Any]
-    placeholder: str = "<image>"
 
 
 FAMILIES = {
@@ -55,6 +66,59 @@ FAMILIES = {
         },
         "CLIPImageProcessorPil",
         {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}},
+    ),
+    "qwen 2 vl": TinyFamily(
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2VLConfig",
+        QWEN_VL
+        | {
+            "vision_config": {"embed_dim": 32, "hidden_size": 64, "depth": 2, "num_heads": 2, "patch_size": 4},
+            "text_config": TEXT | {"rope_parameters": ROPE},
+        },
+        "Qwen2VLImageProcessorPil",
+        QWEN_PROCESSING,
+    ),
+    "qwen 2.5 vl": TinyFamily(
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        QWEN_VL
+        | {
+            "vision_config": QWEN_VIT
+            | {"out_hidden_size": 64, "fullatt_block_indexes": [1], "window_size": 16, "tokens_per_second": 2},
+            "text_config": TEXT | {"rope_parameters": ROPE},
+        },
+        "Qwen2VLImageProcessorPil",
+        QWEN_PROCESSING,
+    ),
+    "qwen 3 vl": TinyFamily(
+        "Qwen3VLForConditionalGeneration",
+        "Qwen3VLConfig",
+        QWEN_VL
+        | {
+            "vision_config": QWEN_VIT
+            | {"out_hidden_size": 64, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
+            "text_config": TEXT | {"num_hidden_layers": 3, "rope_parameters": ROPE | {"mrope_interleaved": True}},
+        },
+        "Qwen2VLImageProcessorPil",
+        QWEN_PROCESSING,
+    ),
+    "qwen 3 vl with experts": TinyFamily(
+        "Qwen3VLMoeForConditionalGeneration",
+        "Qwen3VLMoeConfig",
+        QWEN_VL
+        | {
+            "vision_config": QWEN_VIT
+            | {"out_hidden_size": 64, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+            "text_config": TEXT
+            | {
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 24,
+                "rope_parameters": ROPE | {"mrope_interleaved": True},
+            },
+        },
+        "Qwen2VLImageProcessorPil",
+        QWEN_PROCESSING,
     ),
 }
 
@@ -78,6 +142,9 @@ def make_vision_model(folder: Path, family: str) -> Path:
         torch.manual_seed(0)
         model = getattr(transformers, its.model)(config).to(torch.float32)
         randomize_constants(model)
+        for tensor in model.parameters():
+            if tensor.dim() > 1:  # whatever a class starts them with: answers vary, and pictures count
+                torch.nn.init.normal_(tensor, std=0.2)
     model.save_pretrained(folder)
     getattr(transformers, its.processor)(**its.processing).save_pretrained(folder)
     return folder

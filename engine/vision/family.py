@@ -77,7 +77,7 @@ class Family:
         deep = getattr(found, "deepstack_features", None) or []
         flat = [found.pooler_output[i] for i in range(len(found.pooler_output))]
         lens = [len(one) for one in flat]
-        layers = [flat, *(layer.split(lens) for layer in deep)]
+        layers = [flat, *(layer.split(lens) if isinstance(layer, torch.Tensor) else layer for layer in deep)]
         return [torch.stack([layer[i] for layer in layers]) for i in range(len(flat))]
 
 
