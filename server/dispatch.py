@@ -4,6 +4,7 @@ Every other word belongs to the server, so `python -m server --model-path MODEL`
 """
 
 import difflib
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -37,17 +38,21 @@ def dispatch(argv: Sequence[str]) -> int | list[str]:
         print(describe())
         return 0
     if first == "router":
-        from server.fleet.router import main as route
-
-        return route(rest)
+        return _route(rest) if has_what_servers_need() else 1
     if first and not first.startswith("-"):
         print(f"radixloop: error: {first} is no command{_hint(first)}", file=sys.stderr)
         return 2
     return _server_words(list(argv))
 
 
-def _server_words(words: list[str]) -> list[str]:
-    """Return the server's command line. Exits where it only asks for help or for the version."""
+def _route(rest: Sequence[str]) -> int:
+    from server.fleet.router import main as route
+
+    return route(rest)
+
+
+def _server_words(words: list[str]) -> int | list[str]:
+    """Return the server's command line, or 1 where none can run. Exits where it only asks for help or the version."""
     if "--version" in words:
         print(f"radixloop {version()}")
         raise SystemExit(0)
@@ -55,7 +60,15 @@ def _server_words(words: list[str]) -> list[str]:
         from server.config import parse_args
 
         parse_args(words, os.environ)
-    return words
+    return words if has_what_servers_need() else 1
+
+
+def has_what_servers_need() -> bool:
+    """Return whether more than the language is installed; if not, say what to do."""
+    if importlib.util.find_spec("torch") is not None:
+        return True
+    print("radixloop: error: a server needs torch and more: pip install 'radixloop[server]'", file=sys.stderr)
+    return False
 
 
 def version() -> str:

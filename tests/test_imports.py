@@ -50,6 +50,7 @@ WINGS = {
     "server.fleet": {"server.__main__", "server.app", "server.http", "server.reading"},
     "server.lang": {"server.apis", "server.http", "server.reading"},
     "server.terminal": set(),
+    "server.installed": {"server.console"},
 }
 
 

@@ -72,7 +72,7 @@ def test_a_machine_that_can_serve_is_said_to(capsys: pytest.CaptureFixture[str])
     assert doctor.main(["--port", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in lines[:-1]} <= {doctor.OK, doctor.NOTE}
-    subjects = {line[6:17].strip() for line in lines[:-1]}
+    subjects = {line[6:19].strip() for line in lines[:-1]}
     assert {"Python", "packages", "memory", "CPU", "port", "torch"} <= subjects
     assert lines[-1] == "This machine can serve models."
 
@@ -96,7 +96,7 @@ def test_little_memory_is_a_failure_that_ends_with_status_1(
     monkeypatch.setattr(doctor, "find_devices", list)
     assert doctor.main([]) == 1
     out = capsys.readouterr().out
-    assert "FAIL  memory      0.2 GiB available" in out and "cannot serve" in out
+    assert "FAIL  memory        0.2 GiB available" in out and "cannot serve" in out
 
 
 def test_a_port_that_is_taken_is_named() -> None:

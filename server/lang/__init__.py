@@ -11,20 +11,24 @@
     print(qa.run(question="What is the capital of France?")["answer"])
 
 SGLang's language (Zheng et al., 2024) in its names and meanings, on asyncio.
+
+Where the wheel is installed, `import radixloop as sgl` is the same. Modules of this package import each other
+relatively, and nothing else of ours before it is used: under that name they need no package `server`, which may be the
+program's own, and neither torch nor the engine.
 """
 
 from importlib import import_module
 from typing import Any
 
-from server.lang.backends.base import BackendError, BaseBackend
-from server.lang.backends.runtime_endpoint import RuntimeEndpoint
-from server.lang.choices import (
+from .backends.base import BackendError, BaseBackend
+from .backends.runtime_endpoint import RuntimeEndpoint
+from .choices import (
     greedy_token_selection,
     token_length_normalized,
     unconditional_likelihood_normalized,
 )
-from server.lang.executor import ProgramAborted
-from server.lang.expressions import (
+from .executor import ProgramAborted
+from .expressions import (
     assistant,
     assistant_begin,
     assistant_end,
@@ -42,31 +46,31 @@ from server.lang.expressions import (
     user_end,
     video,
 )
-from server.lang.function import DEFAULT_BACKEND, SglFunction, function
-from server.lang.runtime import Engine, Runtime
-from server.lang.state import ProgramState, ProgramStateGroup
-from server.lang.templates import (
+from .function import DEFAULT_BACKEND, SglFunction, function
+from .runtime import Engine, Runtime
+from .state import ProgramState, ProgramStateGroup
+from .templates import (
     get_chat_template,
     register_chat_template,
     register_chat_template_matching_function,
 )
-from server.lang.trace import TraceStopped
+from .trace import TraceStopped
 
 set_default_backend = DEFAULT_BACKEND.set
 
 # Their packages are optional: imported when asked for.
 _OPTIONAL = {
-    "OpenAI": "server.lang.backends.openai",
-    "Anthropic": "server.lang.backends.anthropic",
-    "VertexAI": "server.lang.backends.gemini",
-    "Gemini": "server.lang.backends.gemini",
-    "LiteLLM": "server.lang.backends.litellm",
+    "OpenAI": ".backends.openai",
+    "Anthropic": ".backends.anthropic",
+    "VertexAI": ".backends.gemini",
+    "Gemini": ".backends.gemini",
+    "LiteLLM": ".backends.litellm",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _OPTIONAL:
-        return getattr(import_module(_OPTIONAL[name]), name)
+        return getattr(import_module(_OPTIONAL[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

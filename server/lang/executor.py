@@ -15,12 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from server.lang.backends.base import JSON, BaseBackend
-from server.lang.expressions import Expr, GenParams, leaves, names_of
-from server.lang.interpreter import Futures, Interpreter, News
-from server.lang.prefix import BatchPrefix
-from server.lang.speculation import set_error
-from server.lang.transcript import Transcript
+from .backends.base import JSON, BaseBackend
+from .expressions import Expr, GenParams, leaves, names_of
+from .interpreter import Futures, Interpreter, News
+from .prefix import BatchPrefix
+from .speculation import set_error
+from .transcript import Transcript
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.lang.choices import ChoicesSamplingMethod, token_length_normalized
+from .choices import ChoicesSamplingMethod, token_length_normalized
 
 INT_REGEX = r"[-+]?[0-9]+[ \n]*"
 FLOAT_REGEX = r"[-+]?[0-9]*\.?[0-9]+[ \n]*"

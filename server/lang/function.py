@@ -13,12 +13,12 @@ from typing import Any, overload
 
 from rich.progress import Progress
 
-from server.lang.backends.base import JSON, BaseBackend
-from server.lang.executor import Executor
-from server.lang.expressions import GenParams, Variable
-from server.lang.prefix import BatchPrefix
-from server.lang.state import ProgramState
-from server.lang.trace import TracerState, TraceStopped, prefix_of, trace_program
+from .backends.base import JSON, BaseBackend
+from .executor import Executor
+from .expressions import GenParams, Variable
+from .prefix import BatchPrefix
+from .state import ProgramState
+from .trace import TracerState, TraceStopped, prefix_of, trace_program
 
 MAX_AHEAD = 200  # programs that a generator-style batch runs before its reader asks for them
 RUN_PARAMS = frozenset(item.name for item in fields(GenParams)) - {"dtype", "regex", "json_schema", "n"}

@@ -9,8 +9,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from server.lang.backends.base import JSON, BaseBackend
-from server.lang.expressions import (
+from .backends.base import JSON, BaseBackend
+from .expressions import (
     REASONING_SUFFIX,
     Expr,
     Gen,
@@ -27,11 +27,11 @@ from server.lang.expressions import (
     leaves,
     names_of,
 )
-from server.lang.media import Media, load_image, load_video
-from server.lang.prefix import BatchPrefix
-from server.lang.reasoning import split_reasoning
-from server.lang.speculation import Recording, WrittenAhead
-from server.lang.transcript import Transcript
+from .media import Media, load_image, load_video
+from .prefix import BatchPrefix
+from .reasoning import split_reasoning
+from .speculation import Recording, WrittenAhead
+from .transcript import Transcript
 
 Futures = dict[str, "Future[Any]"]  # of the variables that an expression writes
 

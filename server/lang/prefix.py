@@ -3,7 +3,7 @@
 import asyncio
 import logging
 
-from server.lang.backends.base import BackendError, BaseBackend
+from .backends.base import BackendError, BaseBackend
 
 logger = logging.getLogger(__name__)
 

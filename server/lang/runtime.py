@@ -10,14 +10,13 @@ import time
 import urllib.request
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
-from server.lang.backends.base import JSON
-from server.lang.backends.in_process import EngineBackend
-from server.lang.backends.native import NativeBackend
-from server.lang.backends.runtime_endpoint import RuntimeEndpoint
+from .backends.base import JSON
+from .backends.native import NativeBackend
+from .backends.runtime_endpoint import RuntimeEndpoint
 
 FIRST_PORT, LAST_PORT = 30000, 40000
 POLL_S = 0.2
@@ -93,6 +92,20 @@ def _generate_body(prompt: Any, sampling_params: Any, input_ids: Any, options: J
     return {name: value for name, value in given.items() if value is not None}
 
 
+@contextmanager
+def needing_the_engine() -> Iterator[None]:
+    """Say what to do where the engine cannot be imported."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        own = sys.modules.get(package)
+        if package in ("server", "engine", "cache", "kernels") and own is not None:
+            place = ", ".join(getattr(own, "__path__", [str(own.__file__)]))
+            raise ImportError(f"the engine's package {package} is hidden by this program's own, {place}") from error
+        raise ImportError(f"{error}: an engine in this process needs pip install 'radixloop[server]'") from error
+
+
 class Engine(Session):
     """The engine in this process, without HTTP: `Engine(model_path="demo")`, with the options of `python -m server`.
 
@@ -100,9 +113,11 @@ class Engine(Session):
     """
 
     def __init__(self, model_path: str = "demo", chat_template_name: str | None = None, **options: Any) -> None:
-        from engine.config import EngineConfig  # imports torch: not for programs of a remote server
-        from engine.new_engine import new_engine
+        with needing_the_engine():  # imports torch: not for programs of a remote server
+            from engine.config import EngineConfig
+            from engine.new_engine import new_engine
 
+            from .backends.in_process import EngineBackend
         options.pop("log_level", None)  # a server's
         self.endpoint: EngineBackend = EngineBackend(model_path)
         engine = new_engine(EngineConfig(model_path=model_path, **options))
@@ -176,10 +191,10 @@ class Runtime(Session):
 
     def get_tokenizer(self) -> Any:
         """Return the model's tokenizer, loaded into this process."""
-        # They import torch and transformers: not for programs of a remote server.
-        from engine.checkpoint.folder import resolve_model, resolve_tokenizer
-        from engine.config import EngineConfig
-        from engine.text.tokenizer import Tokenizer
+        with needing_the_engine():
+            from engine.checkpoint.folder import resolve_model, resolve_tokenizer
+            from engine.config import EngineConfig
+            from engine.text.tokenizer import Tokenizer
 
         known = {field.name for field in dataclasses.fields(EngineConfig)}
         config = EngineConfig(**{name: value for name, value in self.options.items() if name in known})

@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from server.lang.backends.base import JSON, BackendError, BaseBackend, Prompt
-from server.lang.expressions import Gen, GenParams, Text
+from .backends.base import JSON, BackendError, BaseBackend, Prompt
+from .expressions import Gen, GenParams, Text
 
 MAX_TRIES = 3
 

@@ -6,8 +6,8 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, Self
 
-from server.lang.executor import End, Executor, Fork, Item, SetVariable
-from server.lang.expressions import (
+from .executor import End, Executor, Fork, Item, SetVariable
+from .expressions import (
     Concat,
     Expr,
     RoleBegin,

@@ -5,9 +5,9 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 
-from server.lang.backends.base import BaseBackend
-from server.lang.expressions import Expr, RoleBegin, RoleEnd, Text, Variable, as_expr, leaves
-from server.lang.state import BaseState
+from .backends.base import BaseBackend
+from .expressions import Expr, RoleBegin, RoleEnd, Text, Variable, as_expr, leaves
+from .state import BaseState
 
 
 class TraceStopped(Exception):

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.lang.backends.base import JSON
-from server.lang.media import Media, content_of
+from .backends.base import JSON
+from .media import Media, content_of
 
 
 @dataclass(eq=False, slots=True)

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from engine.media import Kind
+if TYPE_CHECKING:
+    from engine.media import Kind  # which imports numpy: `--help` should not wait for that
 
-KINDS: tuple[Kind, ...] = ("image", "video")
+KINDS: "tuple[Kind, ...]" = ("image", "video")
 MAX_FILE_BYTES = {"image": 20 << 20, "video": 128 << 20}  # as encoded
 MAX_PIXELS = 64_000_000  # of one picture
 MAX_FRAME_PIXELS = 9_000_000  # of one frame of a video file: decoders keep many at once
@@ -36,7 +37,7 @@ class MediaLimits:
     local_path: str = ""
     """Folder of files that requests may name; empty: none."""
 
-    def settings_of(self, kind: Kind, asked: Mapping[str, int]) -> dict[str, int]:
+    def settings_of(self, kind: "Kind", asked: Mapping[str, int]) -> dict[str, int]:
         """Return the settings of one picture or video: those its request asks for, else the server's."""
         own = self.settings.get(kind, {})
         settings = {**own, **asked}

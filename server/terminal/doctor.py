@@ -39,7 +39,7 @@ class Finding:
     fact: str
 
     def line(self) -> str:
-        return f"{self.verdict:<5} {self.subject:<11} {self.fact}"
+        return f"{self.verdict:<5} {self.subject:<13} {self.fact}"
 
 
 def main(argv: Sequence[str]) -> int:

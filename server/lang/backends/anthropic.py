@@ -6,10 +6,10 @@ from typing import Any
 
 import anthropic
 
-from server.lang.backends.base import JSON, BackendError, BaseBackend, Prompt
-from server.lang.backends.openai import conversation, only, refuse
-from server.lang.expressions import GenParams
-from server.lang.templates import get_chat_template
+from ..expressions import GenParams
+from ..templates import get_chat_template
+from .base import JSON, BackendError, BaseBackend, Prompt
+from .openai import conversation, only, refuse
 
 LACKING = (
     "regex", "min_new_tokens", "stop_token_ids", "stop_regex", "min_p", "frequency_penalty", "presence_penalty",

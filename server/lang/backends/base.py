@@ -5,11 +5,11 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
-from server.lang.choices import ChoicesDecision, ChoicesSamplingMethod
-from server.lang.expressions import GenParams
-from server.lang.loop import LoopThread
-from server.lang.media import Media
-from server.lang.templates import ChatTemplate
+from ..choices import ChoicesDecision, ChoicesSamplingMethod
+from ..expressions import GenParams
+from ..loop import LoopThread
+from ..media import Media
+from ..templates import ChatTemplate
 
 JSON = dict[str, Any]
 

@@ -8,10 +8,10 @@ from typing import Any
 from google import genai
 from google.genai import errors, types
 
-from server.lang.backends.base import JSON, BackendError, BaseBackend, Prompt
-from server.lang.backends.openai import conversation, only, refuse
-from server.lang.expressions import GenParams
-from server.lang.templates import get_chat_template
+from ..expressions import GenParams
+from ..templates import get_chat_template
+from .base import JSON, BackendError, BaseBackend, Prompt
+from .openai import conversation, only, refuse
 
 LACKING = ("regex", "min_new_tokens", "stop_token_ids", "stop_regex", "min_p", "ignore_eos", "return_logprob")
 ROLES = {"user": "user", "assistant": "model"}

@@ -14,9 +14,10 @@ from engine.state import Delta, Logprobs, RequestState
 from server.apis.generate import GenerateRequest, Item
 from server.apis.meta_info import MetaInfo
 from server.http.live import make_requests, new_rid
-from server.lang.backends.base import JSON, BackendError
-from server.lang.backends.native import NativeBackend
 from server.reading.protocol import check_token_ids, encode_prompt
+
+from .base import JSON, BackendError
+from .native import NativeBackend
 
 # Fields of /generate; others would be ignored.
 KNOWN = frozenset(

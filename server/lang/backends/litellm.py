@@ -6,10 +6,10 @@ from typing import Any
 
 import litellm
 
-from server.lang.backends.base import JSON, Prompt
-from server.lang.backends.openai import OpenAI, conversation, refuse
-from server.lang.expressions import GenParams
-from server.lang.templates import ChatTemplate
+from ..expressions import GenParams
+from ..templates import ChatTemplate
+from .base import JSON, Prompt
+from .openai import OpenAI, conversation, refuse
 
 
 class LiteLLM(OpenAI):

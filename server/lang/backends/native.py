@@ -5,11 +5,11 @@ from abc import abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from server.lang.backends.base import JSON, BackendError, BaseBackend, Prompt
-from server.lang.choices import ChoiceLogprobs, ChoicesDecision, ChoicesSamplingMethod, check_select_temperature
-from server.lang.expressions import GenParams
-from server.lang.media import Media
-from server.lang.templates import ServedTemplate, TemplateRefused, get_chat_template, get_chat_template_by_model_path
+from ..choices import ChoiceLogprobs, ChoicesDecision, ChoicesSamplingMethod, check_select_temperature
+from ..expressions import GenParams
+from ..media import Media
+from ..templates import ServedTemplate, TemplateRefused, get_chat_template, get_chat_template_by_model_path
+from .base import JSON, BackendError, BaseBackend, Prompt
 
 
 class NativeBackend(BaseBackend):

@@ -7,10 +7,10 @@ from typing import Any
 
 import openai
 
-from server.lang.backends.base import JSON, BackendError, BaseBackend, Prompt
-from server.lang.choices import ChoiceLogprobs, ChoicesDecision, ChoicesSamplingMethod, check_select_temperature
-from server.lang.expressions import GenParams
-from server.lang.templates import ChatTemplate, get_chat_template
+from ..choices import ChoiceLogprobs, ChoicesDecision, ChoicesSamplingMethod, check_select_temperature
+from ..expressions import GenParams
+from ..templates import ChatTemplate, get_chat_template
+from .base import JSON, BackendError, BaseBackend, Prompt
 
 COMPLETION_MODELS = ("gpt-3.5-turbo-instruct", "davinci-002", "babbage-002")
 

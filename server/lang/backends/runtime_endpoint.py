@@ -9,8 +9,8 @@ from typing import Any
 import aiohttp
 import orjson
 
-from server.lang.backends.base import JSON, BackendError
-from server.lang.backends.native import NativeBackend
+from .base import JSON, BackendError
+from .native import NativeBackend
 
 MAX_CONNECTIONS = 512
 
