@@ -397,6 +397,16 @@ async def test_a_text_model_refuses_pictures_and_says_that_it_reads_text_only(
     assert "this model reads text only" in text
 
 
+async def test_a_model_of_images_alone_refuses_a_video_on_every_api(engine: SeeingEngine) -> None:
+    engine.media_kinds = {"image": "<image>"}
+    async with serving(engine) as client:
+        for path, body in (
+            ("/v1/chat/completions", {"messages": [user({"type": "video", "video": [uri()]}, image_part(uri()))]}),
+            ("/generate", {"text": "<image><video>", "video_data": png(), "image_data": png()}),
+        ):
+            assert "is a video, but this model reads text and images" in await refusal(client, path, **body)
+
+
 async def test_a_hundred_pictures_are_refused_and_none_is_decoded(client: Client, engine: SeeingEngine) -> None:
     text = await refusal(client, "/v1/chat/completions", messages=[user(*[image_part(uri())] * 100)])
     assert "messages[0].content[64].image_url.url is one of 100 images, the limit is 64 a request" in text

@@ -91,13 +91,13 @@ class MediaReader:
 
         field: the client's, of the text. `InvalidRequest` if there are more or fewer placeholders.
         """
-        self._check_counts(parts)
+        self.check(parts)
         media = await self.read(in_order(text, parts, self.engine.media_kinds, field))
         return await self.engine.encode_media(text, media, add_special_tokens=add_special_tokens)
 
     async def read(self, parts: Sequence[MediaPart]) -> list[Media]:
         """Return the decoded pictures and videos. `InvalidRequest` names the client's field of one that is wrong."""
-        self._check_counts(parts)
+        self.check(parts)
         with Share(self._budget) as share:
             try:
                 async with asyncio.timeout(READ_S):
@@ -109,7 +109,8 @@ class MediaReader:
                     f"the request's pictures were not read within {READ_S:.0f} s: try again later"
                 ) from None
 
-    def _check_counts(self, parts: Sequence[MediaPart]) -> None:
+    def check(self, parts: Sequence[MediaPart]) -> None:
+        """Raise `InvalidRequest` for a kind that the model cannot see, or more of one than a request may have."""
         known = self.engine.media_kinds
         counts = dict.fromkeys(self.limits.counts, 0)
         for part in parts:

@@ -266,9 +266,9 @@ class Chats:
     def render(self, body: ChatFields, choice: ToolChoice | None = None) -> ChatPrompt:
         """Render the prompt of a chat request. `InvalidRequest` names the message, or says why the template refused."""
         media: list[MediaPart] = []
-        kinds = self.engine.media_kinds
-        text = self._render(parse_messages(body.messages, media if kinds else None), body, choice)
-        return ChatPrompt(text, media)
+        messages = parse_messages(body.messages, media if self.engine.media_kinds else None)
+        self.media.check(media)
+        return ChatPrompt(self._render(messages, body, choice), media)
 
     def _render(self, messages: list[JSON], body: ChatFields, choice: ToolChoice | None) -> str:
         continues = body.continue_final_message

@@ -1,0 +1,129 @@
+"""A model that reads pictures, served whole: from each API's bytes to an answer that depends on the picture."""
+
+import asyncio
+import base64
+import io
+import json
+import resource
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from aiohttp.test_utils import TestClient
+from PIL import Image as Pillow
+
+from server.http.bodies import BODY_BUDGET
+from tests.fake_engine import events_of, serving
+from tests.test_engine import running_engine
+from tests.test_media_reading import png_of_size, webp_of_size
+from tests.vision_models import make_vision_model, picture
+
+Client = TestClient[Any, Any]
+PROMPT = "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
+GREEDY: dict[str, Any] = {"model": "default", "temperature": 0, "max_tokens": 8}
+
+
+def encoded(seed: int, format_: str = "PNG") -> str:
+    buffer = io.BytesIO()
+    Pillow.fromarray(picture(40, 60, seed).pixels).save(buffer, format_)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+ONE, OTHER = encoded(1), encoded(2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_vision_model(tmp_path_factory.mktemp("llava"), "llava")
+
+
+@pytest.fixture
+async def client(folder: Path) -> AsyncIterator[Client]:
+    async with running_engine(folder) as engine, serving(engine) as client:
+        yield client
+
+
+async def post(client: Client, path: str, **body: Any) -> Any:
+    response = await client.post(path, json=body)
+    text = await response.text()
+    assert response.status == 200, text
+    return json.loads(text)
+
+
+def chat(image: str, **more: Any) -> dict[str, Any]:
+    parts = [
+        {"type": "image_url", "image_url": {"url": f"data:;base64,{image}"}},
+        {"type": "text", "text": "What is it?"},
+    ]
+    return {**GREEDY, "messages": [{"role": "user", "content": parts}], **more}
+
+
+async def generated(client: Client, text: str, images: Any) -> tuple[str, int, int]:
+    """Return the answer, and how many of the prompt's tokens there were, and were cached."""
+    params = {"temperature": 0, "max_new_tokens": 8}
+    answer = await post(client, "/generate", text=text, image_data=images, sampling_params=params)
+    meta = answer["meta_info"]
+    return answer["text"], meta["prompt_tokens"], meta["cached_tokens"]
+
+
+async def test_an_answer_depends_on_the_picture_and_not_on_the_api_that_brings_it(client: Client) -> None:
+    answers = {}
+    for image in (ONE, OTHER):
+        completion = await post(client, "/v1/chat/completions", **chat(image))
+        answer = answers[image] = completion["choices"][0]["message"]["content"]
+        assert (await generated(client, PROMPT, image))[0] == answer
+        block = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": image}}
+        message = {"role": "user", "content": [block, {"type": "text", "text": "What is it?"}]}
+        assert (await post(client, "/v1/messages", **GREEDY, messages=[message]))["content"][0]["text"] == answer
+        parts = [{"type": "input_image", "image_url": image}, {"type": "input_text", "text": "What is it?"}]
+        body = {"temperature": 0, "max_output_tokens": 8, "input": [{"role": "user", "content": parts}]}
+        assert (await post(client, "/v1/responses", **body))["output"][0]["content"][0]["text"] == answer
+        options = {"temperature": 0, "num_predict": 8}
+        messages = [{"role": "user", "content": "What is it?", "images": [image]}]
+        told = await post(client, "/api/chat", stream=False, options=options, messages=messages)
+        assert told["message"]["content"] == answer
+        response = await client.post("/v1/chat/completions", json=chat(image, stream=True))
+        events = [json.loads(event) for event in events_of(await response.read()) if event != "[DONE]"]
+        assert "".join(event["choices"][0]["delta"].get("content") or "" for event in events) == answer
+    assert answers[ONE] != answers[OTHER]
+
+
+async def test_a_second_turn_computes_its_own_tokens_and_another_picture_shares_none(client: Client) -> None:
+    head = PROMPT.index("<image>")
+    _, prompt_len, cached = await generated(client, PROMPT, ONE)
+    num_before = len((await post(client, "/tokenize", prompt=PROMPT[:head], add_special_tokens=False))["tokens"])
+    assert cached == 0
+    assert (await generated(client, PROMPT, encoded(1, "BMP")))[1:] == (prompt_len, prompt_len - 1)
+    assert (await generated(client, PROMPT + "It is<|im_end|>\nSure?", ONE))[2] == prompt_len
+    assert (await generated(client, PROMPT, OTHER))[2] == num_before
+    assert (await generated(client, PROMPT + PROMPT, [ONE, OTHER]))[2] >= prompt_len
+    both, _, _ = await generated(client, PROMPT + PROMPT, [ONE, OTHER])
+    swapped, _, cached = await generated(client, PROMPT + PROMPT, [OTHER, ONE])
+    assert both != swapped
+    assert cached == prompt_len
+
+
+async def test_hostile_pictures_are_refused_and_change_nothing_for_others(client: Client) -> None:
+    hostile = [
+        base64.b64encode(data).decode()
+        for data in (
+            png_of_size(60_000, 60_000), png_of_size(7_000, 7_000), webp_of_size(16_000, 16_000), b"GIF89a", b"x",
+        )
+    ]  # fmt: skip
+    expected = (await post(client, "/v1/chat/completions", **chat(ONE)))["choices"][0]["message"]["content"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    async def status(body: dict[str, Any]) -> int:
+        return (await client.post("/v1/chat/completions", json=body)).status
+
+    attacks = [asyncio.create_task(status(chat(hostile[i % len(hostile)]))) for i in range(30)]
+    many = [{"type": "image_url", "image_url": {"url": ONE}}] * 100
+    attacks.append(asyncio.create_task(status({**GREEDY, "messages": [{"role": "user", "content": many}]})))
+    answers = await asyncio.gather(*(post(client, "/v1/chat/completions", **chat(ONE)) for _ in range(8)))
+    assert {answer["choices"][0]["message"]["content"] for answer in answers} == {expected}
+    assert {await attack for attack in attacks} <= {400, 429}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 600_000  # KiB: one 49 MP picture at a time
+    kept = np.prod((40, 60, 3))
+    assert client.server.app[BODY_BUDGET].num_bytes <= 3 * kept  # type: ignore[attr-defined]
