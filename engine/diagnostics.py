@@ -1,16 +1,20 @@
 """The state of a local engine as others see it: health, statistics, a description for whoever looks for a hang."""
 
 import dataclasses
+import itertools
 import time
 
+from cache.outline import outline
 from engine.build import EngineParts
-from engine.canary import Canary
+from engine.canary import NAMESPACE, Canary
 from engine.constraints import Constraints
 from engine.engine import EngineStats, Health
 from engine.intake import Intake
 from engine.loop import StepLoop
 from engine.state import RequestState, Status
+from engine.views import BranchView, RequestView
 
+MAX_HOLDERS = 8  # of a node of the tree that are named
 STUCK_AFTER_S = 30.0  # a step this long makes /health fail; --watchdog-timeout is when the process gives up
 
 
@@ -75,8 +79,36 @@ class Diagnostics:
         )
         return self._canary.without(stats, self._output_len)
 
+    def top_branches(self, k: int) -> list[BranchView]:
+        """See `Engine.top_branches`."""
+        held, rows = self._parts.scheduler.held, self._parts.rows
+        views, places = outline(held.cache, k, without=NAMESPACE)
+        holders: dict[int, list[str]] = {}
+        for row, node in held.nodes.items():
+            place = next((places[step] for step in held.cache.path(node) if step in places), None)
+            if place is not None and len(holders.setdefault(place, [])) < MAX_HOLDERS:
+                holders[place].append(rows.state_at(row).rid)
+        shown = self._intake.interner.tokens
+        return [
+            BranchView(
+                0, view.parent, view.start, view.num_tokens, shown(view.head), view.lock_ref, view.hits,
+                view.num_hidden, tuple(holders.get(place, ())),
+            )
+            for place, view in enumerate(views)
+        ]  # fmt: skip
+
+    def oldest_requests(self, k: int) -> list[RequestView]:
+        """See `Engine.oldest_requests`."""
+        clients = (state for rid, state in self._requests.by_rid.items() if not self._canary.owns(rid))
+        return [
+            RequestView(state.rid, state.status is Status.RUNNING, self._output_len(state), state.num_cached_tokens)
+            for state in itertools.islice(clients, k)
+        ]
+
     def _output_len(self, state: RequestState) -> int:
-        return len(self._parts.rows.output_ids(state))
+        if state.row < 0:
+            return len(state.output_ids)
+        return int(self._parts.rows.num_known[state.row]) - state.prompt_len
 
     def progress(self) -> tuple[int, ...] | None:
         """See `Engine.progress`."""

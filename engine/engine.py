@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from engine.loop import LoopStats
     from engine.schedule.scheduler import SchedulerStats
     from engine.text.grammar import GrammarStats
+    from engine.views import BranchView, RequestView
 
 logger = logging.getLogger(__name__)
 
@@ -363,6 +364,14 @@ class Engine(ABC):
         """Return the k cached prefixes that were hit most often, in full. Walks the whole tree."""
 
     # ---- observation ----
+
+    @abstractmethod
+    def top_branches(self, k: int) -> Sequence[BranchView]:
+        """Return k nodes of the prefix tree, each behind its parent: those in use, those hit most, those used last."""
+
+    @abstractmethod
+    def oldest_requests(self, k: int) -> Sequence[RequestView]:
+        """Return the k live requests that came first."""
 
     @abstractmethod
     def health(self) -> Health: ...

@@ -28,6 +28,7 @@ from engine.state import FinishReason, RequestState, Status
 from engine.text.tokenizer import Tokenizer
 from engine.time_limits import TimeLimits
 from engine.verify import RequestLimits
+from engine.views import BranchView, RequestView
 from engine.vision.encoder import Encoder
 from engine.vision.tower import Tower
 
@@ -277,6 +278,12 @@ class LocalEngine(Engine):
         ][:k]
 
     # ---- observation ----
+
+    def top_branches(self, k: int) -> list[BranchView]:
+        return self.started.diagnostics.top_branches(k)
+
+    def oldest_requests(self, k: int) -> list[RequestView]:
+        return self.started.diagnostics.oldest_requests(k)
 
     def health(self) -> Health:
         if self._started is None:

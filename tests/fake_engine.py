@@ -20,6 +20,7 @@ from engine.schedule.scheduler import SchedulerStats
 from engine.state import Delta, FinishReason, Logprobs, RequestState, Status, TokenLogprob
 from engine.text.grammar import GrammarStats
 from engine.text.tokenizer import NO_CHAT_TEMPLATE
+from engine.views import BranchView, RequestView
 from server.app import build_app
 from server.config import ServerConfig
 
@@ -327,6 +328,16 @@ class FakeEngine(Engine):
 
     def top_prefixes(self, k: int) -> list[Prefix]:
         return [Prefix(np.array(list(b"<b>S"), np.int32), 4, 1, 42)][:k]
+
+    def top_branches(self, k: int) -> list[BranchView]:
+        head = np.array(list(b"<b>S"), np.int32)
+        return [BranchView(0, -1, 0, 40, head, 1, 42, 2, ()), BranchView(0, 0, 40, 8, head, 0, 3, 0, ())][:k]
+
+    def oldest_requests(self, k: int) -> list[RequestView]:
+        return [
+            RequestView(state.rid, True, len(state.output_ids), state.num_cached_tokens)
+            for state in list(self.live.values())[:k]
+        ]
 
     def start_profile(self, output_dir: str) -> None:
         if self.is_profiling:

@@ -23,6 +23,7 @@ WORDS = {
         "engine.request",
         "engine.media",
         "engine.state",
+        "engine.views",
         "engine.model_config",
         "engine.config_file",
         "engine.rope_config",

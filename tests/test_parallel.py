@@ -148,6 +148,11 @@ async def test_engines_behind_one_facade_are_one_engine_until_one_dies(replicas:
     async with aclosing(engine.generate(endless)) as deltas:
         await anext(deltas)
         assert engine.health().status == "ok" and not engine.flush_cache()
+        async with asyncio.timeout(30):  # each look shows what the one before asked for
+            while not (view := engine.oldest_requests(4)[0]).is_running or not engine.top_branches(8):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        assert view.rid == "endless" and view.num_output_tokens > 0
+        assert {one.replica for one in engine.top_branches(8)} <= {0, 1}
     assert endless.finish_reason is not None and endless.finish_reason.type == "abort"
     await asyncio.sleep(3 * REPORT_S)
     scheduler = engine.stats().scheduler

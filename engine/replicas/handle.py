@@ -8,8 +8,19 @@ from typing import Any
 from cache.radix import Prefix
 from engine.errors import EngineStopped
 from engine.ranks.channel import ChannelReader, ChannelWriter
-from engine.replicas.messages import PREFIXES, REPORT, SUBMIT, Report, decode_answer, receive_long, send_command
+from engine.replicas.messages import (
+    BRANCHES,
+    PREFIXES,
+    REPORT,
+    REQUESTS,
+    SUBMIT,
+    Report,
+    decode_answer,
+    receive_long,
+    send_command,
+)
 from engine.state import RequestState
+from engine.views import BranchView, RequestView
 
 
 @dataclass(slots=True)
@@ -21,7 +32,10 @@ class ReplicaHandle:
     answers: ChannelReader
     report: Report = field(init=False)  # exists once the replica is ready
     states: dict[str, RequestState] = field(default_factory=dict)
+    # As they were when somebody last asked.
     prefixes: list[Prefix] = field(default_factory=list)
+    branches: list[BranchView] = field(default_factory=list)
+    requests: list[RequestView] = field(default_factory=list)
     num_sent: int = 0  # messages
     num_received: int = 0
     last_sign_at: float = 0.0  # time.monotonic() of the last message, or of the first request after a pause
@@ -57,6 +71,10 @@ class ReplicaHandle:
                 self.report = value
             elif kind == PREFIXES:
                 self.prefixes = value
+            elif kind == BRANCHES:
+                self.branches = value
+            elif kind == REQUESTS:
+                self.requests = value
             else:
                 self.profiles.put_nowait(value)
         return deltas

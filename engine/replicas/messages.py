@@ -15,7 +15,7 @@ from engine.ranks.channel import ChannelReader, ChannelWriter
 from engine.state import Delta, Logprobs, RequestState
 
 PIECE_BYTES = 4 << 20  # of a long message
-SUBMIT, ABORT, FLUSH, PREFIXES, START_PROFILE, STOP_PROFILE, REPORT = range(7)  # kinds of message
+SUBMIT, ABORT, FLUSH, PREFIXES, BRANCHES, REQUESTS, START_PROFILE, STOP_PROFILE, REPORT = range(9)  # kinds of message
 # Fields of an ended request's state that the front end takes over: what others read, without what deltas bring.
 OUTCOME = (
     "max_new_tokens", "seed", "output_ids", "finish_reason", "num_cached_tokens", "num_retractions",

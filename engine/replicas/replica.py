@@ -18,9 +18,11 @@ from engine.ranks.channel import ChannelReader, ChannelWriter
 from engine.ranks.children import Parent, settle_garbage_collector
 from engine.replicas.messages import (
     ABORT,
+    BRANCHES,
     FLUSH,
     PREFIXES,
     REPORT,
+    REQUESTS,
     START_PROFILE,
     STOP_PROFILE,
     SUBMIT,
@@ -103,6 +105,10 @@ class ReplicaServer:
             engine.flush_cache()
         elif command == PREFIXES:
             self._send(PREFIXES, engine.top_prefixes(*args))
+        elif command == BRANCHES:
+            self._send(BRANCHES, engine.top_branches(*args))
+        elif command == REQUESTS:
+            self._send(REQUESTS, engine.oldest_requests(*args))
         elif command == START_PROFILE:
             engine.start_profile(*args)
         elif command == STOP_PROFILE:

@@ -7,6 +7,7 @@ back once a step. The other end is in `engine.replicas.replica`.
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from engine.replicas.balance import Balancer, Placement
 from engine.replicas.front_end import FrontEnd, config_of_replica, load_front_end
 from engine.replicas.handle import ReplicaHandle
 from engine.replicas.maintenance import NoMaintenance
-from engine.replicas.messages import ABORT, FLUSH, PREFIXES, Ready, decode_delta
+from engine.replicas.messages import ABORT, BRANCHES, FLUSH, PREFIXES, REQUESTS, Ready, decode_delta
 from engine.replicas.profile import ReplicaProfiles
 from engine.replicas.replica import run_replica
 from engine.replicas.stats import combined, combined_health
@@ -34,6 +35,7 @@ from engine.request_table import RequestTable
 from engine.state import Delta, FinishReason, RequestState, Status
 from engine.text.tokenizer import Tokenizer
 from engine.verify import RequestLimits
+from engine.views import BranchView, RequestView
 
 logger = logging.getLogger(__name__)
 
@@ -290,6 +292,26 @@ class ReplicaSet(Engine):
         return sorted(known, key=lambda prefix: -prefix.hits)[:k]
 
     # ---- observation ----
+
+    def top_branches(self, k: int) -> list[BranchView]:
+        """Return them as `top_prefixes` does, each replica's behind those of the one before."""
+        branches: list[BranchView] = []
+        for i, replica in enumerate(self._replicas):
+            replica.send(BRANCHES, max(k // len(self._replicas), 1))
+            first = len(branches)
+            branches += (
+                dataclasses.replace(one, replica=i, parent=one.parent + first if one.parent >= 0 else -1)
+                for one in replica.branches
+            )
+        return branches
+
+    def oldest_requests(self, k: int) -> list[RequestView]:
+        """Return them as `top_prefixes` does; what a replica has not reported yet has no tokens."""
+        for replica in self._replicas:
+            replica.send(REQUESTS, k)
+        known = {one.rid: one for replica in self._replicas for one in replica.requests}
+        rids = itertools.islice(self._requests.by_rid, k)
+        return [known.get(rid, RequestView(rid, False, 0, 0)) for rid in rids]
 
     def health(self) -> Health:
         if self._started is None or not self._replicas:
