@@ -182,6 +182,7 @@ GPU_MIXES: dict[str, dict[str, Any]] = {
 }
 PARALLEL_MIXES: dict[str, dict[str, Any]] = {
     "two_ranks": {"tp_size": 2, "chunked_prefill_size": 32},
+    "four_ranks_of_two_kv_heads": {"tp_size": 4},
     "two_replicas": {"dp_size": 2},
 }
 CASES = [pytest.param("cpu", options, id=f"cpu-{name}") for name, options in {**MIXES, **PARALLEL_MIXES}.items()] + [

@@ -1,6 +1,7 @@
 """Test several processes that serve one model, or one address: their messages, and how they end."""
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import re
@@ -15,11 +16,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import EngineStopped, InvalidRequest, ModelError
+from engine.layers.communicator import Communicator
+from engine.layers.layer import LayerConfig
 from engine.local import LocalEngine
+from engine.models.registry import build_model, load_config
 from engine.ranks.channel import ChannelReader, open_channel
 from engine.replicas.replica import REPORT_S
 from engine.replicas.replica_set import ReplicaSet
@@ -60,6 +65,28 @@ def test_messages_arrive_whole_in_other_processes_however_often_the_ring_wraps()
     assert [ours.recv() for _ in range(2)] == [(3000, total)] * 2
     thread.join()
     process.join()
+
+
+def test_eight_readers_get_every_message_each_at_its_own_pace() -> None:
+    writer, readers = open_channel(8, SMALL)
+    num_taken = [0] * 8
+
+    def take(reader: int, num_left: int) -> None:
+        while num_taken[reader] < writer.num_sent - num_left:
+            i = num_taken[reader]
+            assert np.array_equal(np.frombuffer(readers[reader].receive(), np.int32), [i] * (i % 90))
+            num_taken[reader] += 1
+
+    for i in range(400):
+        writer.send(np.full(i % 90, i, np.int32))
+        for reader in range(8):
+            take(reader, num_left=reader)  # the last one is furthest behind
+    assert [writer.num_unread(reader) for reader in range(8)] == list(range(8))
+    writer.close()
+    for reader in range(8):
+        take(reader, num_left=0)
+        with pytest.raises(EOFError):
+            readers[reader].receive()
 
 
 def test_a_slow_reader_holds_the_writer_back_and_loses_nothing() -> None:
@@ -104,9 +131,25 @@ def test_a_writer_without_its_reader_hears_of_it() -> None:
         writer.send(b"is anybody there?")
 
 
-async def test_what_cannot_be_split_is_told_with_the_numbers(tiny_llama: Path) -> None:
-    with pytest.raises(ModelError, match="num_attention_heads is 4, which cannot be split over 3 ranks"):
-        await LocalEngine(EngineConfig(model_path=str(tiny_llama), device="cpu", tp_size=3)).start()
+@pytest.mark.parametrize("tp_size", [3, 8])
+async def test_what_cannot_be_split_is_told_with_the_numbers(tp_size: int, tiny_llama: Path) -> None:
+    with pytest.raises(ModelError, match=f"num_attention_heads is 4, which cannot be split over {tp_size} ranks"):
+        await LocalEngine(EngineConfig(model_path=str(tiny_llama), device="cpu", tp_size=tp_size)).start()
+
+
+def test_key_and_value_heads_that_cannot_be_split_are_told_with_the_numbers(tiny_llama: Path) -> None:
+    sizes = '{"num_attention_heads": 24, "num_key_value_heads": 6, "head_dim": 16}'
+    config = load_config(tiny_llama, EngineConfig(json_model_override_args=sizes))
+    for num_ranks, is_fine in ((2, True), (3, True), (4, False), (6, True), (8, False), (12, True)):
+        layers = LayerConfig(torch.float32, comm=Communicator(0, num_ranks))
+        with (
+            contextlib.nullcontext()
+            if is_fine
+            else pytest.raises(
+                ModelError, match=f"num_key_value_heads is 6, which cannot be split over {num_ranks} ranks"
+            )
+        ):
+            build_model(config, layers)
 
 
 @pytest.fixture
