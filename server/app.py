@@ -78,7 +78,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     app[CHATS] = chats
     app.on_response_prepare.append(name_left_out)
     left_out = LeftOutBook()
-    native = NativeApi(engine, config, live)
+    native = NativeApi(engine, config, live, chats)
     generate = GenerateApi(engine, config, live, media)
     app.add_routes(Pages(config).routes())
     app.add_routes(native.routes())

@@ -49,7 +49,7 @@ WINGS = {
     "server.pages": set(),
     "server.watch": {"server.apis", "server.reading", "server.parsers"},
     "server.fleet": {"server.__main__", "server.app", "server.http", "server.reading"},
-    "server.lang": {"server.apis", "server.http", "server.reading"},
+    "server.lang": {"server.apis", "server.http", "server.media", "server.reading"},
     "server.terminal": set(),
     "server.installed": {"server.console"},
 }

@@ -87,7 +87,7 @@ class GenerateRequest(MediaData, unsupported=UNSUPPORTED):
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class GeneratePrompt:
     input_ids: list[int]
     media: PromptMedia | None = None
 
@@ -127,7 +127,7 @@ class GenerateApi:
         if prompts[0].media is not None:
             raise InvalidRequest("image_data and video_data are not supported in a session", "session_params")
         input_ids, num_kept = self.sessions.continued(params, prompts[0].input_ids)
-        rid, states = await self._states(body, [Prompt(input_ids)], is_batch)
+        rid, states = await self._states(body, [GeneratePrompt(input_ids)], is_batch)
         if len(states) > 1:
             raise InvalidRequest("n must be 1 in a session", "n")
         with self.sessions.turn(params, states[0], num_kept):
@@ -155,7 +155,9 @@ class GenerateApi:
 
         return await respond(http_request, self.live, rid, answers, body=whole)
 
-    async def _prompts(self, body: GenerateRequest, add_special_tokens: bool = True) -> tuple[list[Prompt], bool]:
+    async def _prompts(
+        self, body: GenerateRequest, add_special_tokens: bool = True
+    ) -> tuple[list[GeneratePrompt], bool]:
         """Return each prompt, and whether the body holds a list of them."""
         text, ids = body.text, body.input_ids
         if (text is None) == (ids is None):
@@ -166,10 +168,10 @@ class GenerateApi:
             if ids and isinstance(ids[0], list):
                 check_batch_size(self.engine, len(ids), "input_ids")
                 return [
-                    Prompt(check_prompt_ids(self.engine, row, f"input_ids[{i}]"))
+                    GeneratePrompt(check_prompt_ids(self.engine, row, f"input_ids[{i}]"))
                     async for i, row in paced(enumerate(ids))
                 ], True
-            return [Prompt(check_prompt_ids(self.engine, ids, "input_ids"))], False
+            return [GeneratePrompt(check_prompt_ids(self.engine, ids, "input_ids"))], False
         if isinstance(text, str):
             media = body.media_of(None)
             return [await self._prompt(text, media, "text", add_special_tokens)], False
@@ -181,13 +183,15 @@ class GenerateApi:
             async for i, one in paced(enumerate(text))
         ], True
 
-    async def _prompt(self, text: str, media: list[MediaPart], field: str, add_special_tokens: bool = True) -> Prompt:
+    async def _prompt(
+        self, text: str, media: list[MediaPart], field: str, add_special_tokens: bool = True
+    ) -> GeneratePrompt:
         if media:
-            return Prompt(*await self.media.encode(text, media, field, add_special_tokens))
-        return Prompt(await encode_prompt(self.engine, text, field, add_special_tokens))
+            return GeneratePrompt(*await self.media.encode(text, media, field, add_special_tokens))
+        return GeneratePrompt(await encode_prompt(self.engine, text, field, add_special_tokens))
 
     async def _states(
-        self, body: GenerateRequest, prompts: list[Prompt], is_batch: bool
+        self, body: GenerateRequest, prompts: list[GeneratePrompt], is_batch: bool
     ) -> tuple[str, list[RequestState]]:
         """Return the rid that stands for all of them, and a state for each prompt and answer."""
         rid, rids = _rids(body, len(prompts), is_batch)

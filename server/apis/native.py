@@ -14,6 +14,7 @@ from engine.request import Request, SamplingParams
 from engine.state import RequestState
 from server.config import ServerConfig
 from server.http.live import LiveRequests, is_failure, new_rid
+from server.reading.chat import Chats
 from server.reading.protocol import json_response, native_error, read_body
 
 HEALTH_GENERATE_TIMEOUT_S = 20.0
@@ -25,8 +26,9 @@ class AbortRequest(Object):
 
 
 class NativeApi:
-    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests) -> None:
+    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests, chats: Chats) -> None:
         self.engine, self.config, self.live = engine, config, live
+        self._media_tokens = {f"{kind}_token": text for kind, text in chats.media_texts().items()}
         self._probe: asyncio.Task[bool] | None = None  # /health_generate's, one at a time
 
     def routes(self) -> list[web.RouteDef]:
@@ -88,6 +90,7 @@ class NativeApi:
                 "weight_version": self.engine.maintenance.weight_version,
                 "has_image_understanding": "image" in self.engine.media_kinds,
                 "has_audio_understanding": False,
+                **self._media_tokens,  # what stands for a picture in a prompt, for clients that write it themselves
                 "model_type": model.model_type,
                 "architectures": list(model.architectures),
                 "context_length": self.engine.context_length,

@@ -222,8 +222,10 @@ class Interpreter:
             if written.role is None:
                 written.loose_text += f"<{media.kind}>"
         else:
-            self._append(self.backend.chat_template.image_token)
-            if written.role is not None and written.role_text == self.backend.chat_template.image_token:
+            template = self.backend.chat_template
+            token = template.video_token if media.kind == "video" else template.image_token
+            self._append(token)
+            if written.role is not None and written.role_text == token:
                 written.move_role_start()
 
     async def _separate_reasoning(self, expr: Expr, model_type: str | None, futures: Futures) -> None:

@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,12 @@ def load_image(source: Any) -> Media:
 def load_video(path: str, num_frames: int) -> Media:
     """Load under the name that SGLang's servers know: `video:<frames>:<base64 of the file>`."""
     return Media(f"video:{num_frames}:{base64.b64encode(Path(path).read_bytes()).decode()}", "video")
+
+
+def media_data(media: Sequence[Media]) -> dict[str, list[str]]:
+    """Return the fields of /generate that hold `media`."""
+    sources = {kind: [one.source for one in media if one.kind == kind] for kind in ("image", "video")}
+    return {f"{kind}_data": of_kind for kind, of_kind in sources.items() if of_kind}
 
 
 def content_of(text: str, media: list[Media]) -> "str | list[dict[str, Any]]":

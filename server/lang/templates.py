@@ -6,7 +6,7 @@ below are for servers that cannot say, and are used only when asked for by name.
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ Roles = tuple[str, ...]
 class ChatTemplate(ABC):
     stop_str: tuple[str, ...] = ()  # joins the stops of each gen inside a role
     image_token: str = "<image>"
+    video_token: str = "<video>"
 
     @abstractmethod
     async def begin(self, roles: Roles, role: str) -> str:
@@ -41,8 +42,13 @@ class ServedTemplate(ChatTemplate):
     server's tokenizer puts before any text by itself, so that it must not stand in the prompt as well.
     """
 
-    def __init__(self, render: Render, bos_text: Callable[[], Awaitable[str]]) -> None:
+    def __init__(
+        self, render: Render, bos_text: Callable[[], Awaitable[str]], media_texts: Mapping[str, str] | None = None
+    ) -> None:
+        """Ask `render`. media_texts: what stands for a picture or video before a user's text, by kind."""
         self._render, self._bos_text = render, bos_text
+        texts = media_texts or {}
+        self.image_token, self.video_token = texts.get("image", "<image>"), texts.get("video", "<video>")
         self._known: dict[tuple[Roles, bool], asyncio.Task[list[str]]] = {}
 
     async def begin(self, roles: Roles, role: str) -> str:
@@ -99,6 +105,7 @@ class NamedTemplate(ChatTemplate):
     default_system_prompt: str | None = None
     stop_str: tuple[str, ...] = ()
     image_token: str = "<image>"
+    video_token: str = "<video>"
     is_system_in_user: bool = False  # Llama 2: the system message stands inside the first user message
 
     async def begin(self, roles: Roles, role: str) -> str:
@@ -147,9 +154,16 @@ TEMPLATES = (
     NamedTemplate("default", {"system": ("SYSTEM:", "\n"), "user": ("USER:", "\n"), "assistant": ("ASSISTANT:", "\n")}),
     NamedTemplate("claude", {"system": ("", ""), "user": ("\n\nHuman: ", ""), "assistant": ("\n\nAssistant:", "")}),
     NamedTemplate("chatml", CHATML, stop_str=("<|im_end|>",)),
-    NamedTemplate("chatml-llava", CHATML, HELPFUL, ("<|im_end|>",), "<image>\n"),
+    NamedTemplate("chatml-llava", CHATML, HELPFUL, ("<|im_end|>",), "<image>\n", "<video>\n"),
     NamedTemplate("qwen", CHATML, HELPFUL, ("<|im_end|>",)),
-    NamedTemplate("qwen2-vl", CHATML, HELPFUL, ("<|im_end|>",), "<|vision_start|><|image_pad|><|vision_end|>"),
+    NamedTemplate(
+        "qwen2-vl",
+        CHATML,
+        HELPFUL,
+        ("<|im_end|>",),
+        "<|vision_start|><|image_pad|><|vision_end|>",
+        "<|vision_start|><|video_pad|><|vision_end|>",
+    ),
     NamedTemplate("yi-1.5", CHATML, stop_str=("<|im_end|>",)),
     NamedTemplate("dbrx-instruct", CHATML, stop_str=("<|im_end|>",)),
     NamedTemplate(

@@ -38,7 +38,7 @@ from server.reading.grammars import names_of_constraint
 from server.reading.openai_body import ChatFields, ChatRequest, Message, MessageToolCall, Part
 from server.reading.protocol import JSON, check_n, check_prompt_ids
 from server.reading.sampling import read_options, read_sampling_params
-from server.reading.templates import find_media_roles, find_traits, shaped
+from server.reading.templates import find_media_roles, find_media_texts, find_traits, shaped
 from server.reading.tool_choice import (
     ToolChoice,
     behind,
@@ -181,15 +181,19 @@ class Chats:
             text = "\n".join(text.values())
         self.tool_call_parser = _parser_name(config.tool_call_parser, find_tool_format(text))
         self.reasoning_parser = _parser_name(config.reasoning_parser, find_reasoning_format(text))
-        render = partial(engine.tokenizer.render_chat, chat_template=self.template)
-        self.traits = find_traits(render)
-        self.media_roles = find_media_roles(render, engine.media_kinds, self.traits)
+        self._try = partial(engine.tokenizer.render_chat, chat_template=self.template)
+        self.traits = find_traits(self._try)
+        self.media_roles = find_media_roles(self._try, engine.media_kinds, self.traits)
         if config.tool_call_parser is None and self.tool_call_parser is None and not self.traits.shows_tools:
             self.tool_call_parser = PLAINEST_TOOL_FORMAT
         has_prompt = self.tool_call_parser is not None and not config.disable_tool_prompt
         self.describes_tools = has_prompt and not self.traits.shows_tools
         self.model_name = config.model_name
         self._hidden: dict[str, bool] = {}  # mark -> does the tokenizer leave it out of texts?
+
+    def media_texts(self) -> dict[str, str]:
+        """Return what prompts have for a picture or video before a user's text, by kind."""
+        return find_media_texts(self._try, self.engine.media_kinds)
 
     @property
     def supports_tools(self) -> bool:

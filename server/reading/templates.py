@@ -109,6 +109,31 @@ def find_media_roles(
     return frozenset(found)
 
 
+def find_media_texts(render: Render, placeholders: Mapping[str, str]) -> dict[str, str]:
+    """Return what a conversation's prompt has between the beginning of a user's message and its text, by kind shown.
+
+    For whoever writes prompts alone: a placeholder, and what the template puts behind it.
+    """
+    if not placeholders:
+        return {}
+    traits = find_traits(render)
+    roles = find_media_roles(render, placeholders, traits)
+
+    def before_text(content: Any) -> str:
+        messages = shaped([{"role": "user", "content": content}], traits, roles, placeholders)
+        return render(messages, None).partition(MARK)[0]
+
+    found = {}
+    for kind, placeholder in placeholders.items():
+        try:
+            before, text = before_text(MARK), before_text([{"type": kind}, *_parts(MARK)])
+        except InvalidRequest:
+            before = text = ""
+        shown = text.removeprefix(before)
+        found[kind] = shown if placeholder in shown and text.startswith(before) else f"{placeholder}\n"
+    return found
+
+
 def shaped(
     messages: Sequence[JSON],
     traits: TemplateTraits,

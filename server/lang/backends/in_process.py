@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from engine.declared import convert
@@ -11,10 +12,15 @@ from engine.engine import Engine
 from engine.errors import EngineError, InvalidRequest
 from engine.request import Request, SamplingParams
 from engine.state import Delta, Logprobs, RequestState
-from server.apis.generate import GenerateRequest, Item
+from server.apis.generate import GeneratePrompt, GenerateRequest, Item
+from server.apis.media_data import MediaData
 from server.apis.meta_info import MetaInfo
+from server.http.bodies import BodyBudget
 from server.http.live import make_requests, new_rid
+from server.media.limits import MediaLimits
+from server.media.reader import MediaReader
 from server.reading.protocol import check_token_ids, encode_prompt
+from server.reading.templates import find_media_texts
 
 from .base import JSON, BackendError
 from .native import NativeBackend
@@ -23,9 +29,11 @@ from .native import NativeBackend
 KNOWN = frozenset(
     {
         "text", "input_ids", "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num",
-        "token_ids_logprob", "return_text_in_logprobs",
+        "token_ids_logprob", "return_text_in_logprobs", "image_data", "video_data",
     }
 )  # fmt: skip
+
+MAX_MEDIA_BYTES = 1 << 30  # of pictures that are being read, or belong to requests
 
 
 class EngineBackend(NativeBackend):
@@ -40,7 +48,9 @@ class EngineBackend(NativeBackend):
     def attach(self, engine: Engine, chat_template_name: str | None) -> None:
         self.engine = engine
         self._formatters = {flag: MetaInfo(engine.tokenizer, flag) for flag in (False, True)}
-        self.use_template(chat_template_name, self.model_path)
+        self._media = MediaReader(engine, MediaLimits(), BodyBudget(MAX_MEDIA_BYTES))
+        texts = find_media_texts(engine.tokenizer.render_chat, engine.media_kinds)
+        self.use_template(chat_template_name, self.model_path, texts)
 
     async def post(self, body: JSON) -> Any:
         formatter = self._formatters[bool(body.get("return_text_in_logprobs"))]
@@ -90,30 +100,40 @@ class EngineBackend(NativeBackend):
             if len(per_prompt) != len(prompts):
                 raise InvalidRequest(f"sampling_params has {len(per_prompt)} items for {len(prompts)} prompts")
             params = [SamplingParams.from_dict(one, self.engine.sampling_defaults) for one in per_prompt]
-            options = Item(convert(body, GenerateRequest), 0, None).options()
-            options.stream = is_stream
+            options = Item(convert({**body, "stream": is_stream}, GenerateRequest), 0, None).options()
         except EngineError as error:
             raise BackendError(str(error), error.status_code) from error
         requests = [
             request
-            for ids, own in zip(prompts, params, strict=True)
-            for request in make_requests([new_rid() for _ in range(own.n)], ids, own, options)
+            for prompt, own in zip(prompts, params, strict=True)
+            for request in make_requests(
+                [new_rid() for _ in range(own.n)], prompt.input_ids, own, replace(options, media=prompt.media)
+            )
         ]
         if is_stream and len(requests) != 1:
             raise BackendError(f"the engine in this process streams one answer at a time, not {len(requests)}", 400)
         return requests, is_list or len(requests) > 1
 
-    async def _prompts(self, body: JSON) -> tuple[list[list[int]], bool]:
-        """Return the token ids of each prompt, and whether the body holds a list of prompts."""
+    async def _prompts(self, body: JSON) -> tuple[list[GeneratePrompt], bool]:
+        """Return each prompt, and whether the body holds a list of them."""
         text, ids = body.get("text"), body.get("input_ids")
         if (text is None) == (ids is None):
             raise InvalidRequest("give exactly one of text and input_ids")
         if ids is not None:
             is_list = bool(ids) and isinstance(ids[0], list)
             vocab_size = self.engine.model_config.vocab_size
-            return [check_token_ids(row, vocab_size, "input_ids") for row in (ids if is_list else [ids])], is_list
+            rows = ids if is_list else [ids]
+            return [GeneratePrompt(check_token_ids(row, vocab_size, "input_ids")) for row in rows], is_list
         texts = text if isinstance(text, list) else [text]
-        return [await encode_prompt(self.engine, one, "text") for one in texts], isinstance(text, list)
+        data = convert({name: body.get(name) for name in ("image_data", "video_data")}, MediaData)
+        prompts = []
+        for i, one in enumerate(texts):
+            media = data.media_of(i, len(texts)) if isinstance(text, list) else data.media_of(None)
+            if media:
+                prompts.append(GeneratePrompt(*await self._media.encode(one, media, "text", add_special_tokens=True)))
+            else:
+                prompts.append(GeneratePrompt(await encode_prompt(self.engine, one, "text")))
+        return prompts, isinstance(text, list)
 
     async def render(self, messages: Sequence[JSON], add_generation_prompt: bool) -> str:
         try:

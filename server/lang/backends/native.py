@@ -2,12 +2,12 @@
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from ..choices import ChoiceLogprobs, ChoicesDecision, ChoicesSamplingMethod, check_select_temperature
 from ..expressions import GenParams
-from ..media import Media
+from ..media import Media, media_data
 from ..templates import ServedTemplate, TemplateRefused, get_chat_template, get_chat_template_by_model_path
 from .base import JSON, BackendError, BaseBackend, Prompt
 
@@ -15,10 +15,13 @@ from .base import JSON, BackendError, BaseBackend, Prompt
 class NativeBackend(BaseBackend):
     caches_prefixes = True
 
-    def use_template(self, name: str | None, model_path: str) -> None:
-        """Use the template named, or named by a registered rule; else the served model's."""
+    def use_template(self, name: str | None, model_path: str, media_texts: Mapping[str, str] | None = None) -> None:
+        """Use the template named, or named by a registered rule; else the served model's.
+
+        media_texts: what that one writes for a picture or video, by kind.
+        """
         named = get_chat_template(name) if name is not None else get_chat_template_by_model_path(model_path)
-        self.chat_template = named or ServedTemplate(self._render_or_refuse, self._bos_text)
+        self.chat_template = named or ServedTemplate(self._render_or_refuse, self._bos_text, media_texts)
         self._bos: str | None = None
 
     # ---- what the two differ in ----
@@ -104,7 +107,7 @@ class NativeBackend(BaseBackend):
                 "return_logprob": True,
                 "return_text_in_logprobs": True,
                 "logprob_start_len": start,
-                **({"image_data": [[image.source for image in images]] * count} if images else {}),
+                **{name: [sources] * count for name, sources in media_data(images).items()},
             }
         )
         return answers
@@ -165,7 +168,4 @@ def _body(text: str, images: Sequence[Media], params: GenParams) -> JSON:
         "return_text_in_logprobs": params.return_text_in_logprobs,
     }
     body |= {name: value for name, value in options.items() if value is not None}
-    for kind in ("image", "video"):
-        if of_kind := [one.source for one in images if one.kind == kind]:
-            body[f"{kind}_data"] = of_kind
-    return body
+    return body | media_data(images)

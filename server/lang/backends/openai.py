@@ -81,6 +81,8 @@ class OpenAI(BaseBackend):
         request = {**self.request_of(params), **options}
         if self.is_chat:
             return await self.post(self.client.chat.completions.create, {"messages": conversation(prompt), **request})
+        if prompt.images:
+            raise BackendError("OpenAI's completions show no images: this needs is_chat_model=True", 400)
         return await self.post(self.client.completions.create, {"prompt": prompt.text, **request})
 
     async def post(self, create: Callable[..., Awaitable[Any]], request: JSON) -> Any:

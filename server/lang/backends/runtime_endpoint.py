@@ -37,9 +37,9 @@ class RuntimeEndpoint(NativeBackend):
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.loop.run(self._open(headers, _ssl(verify), max_connections))
         self.model_info: JSON = self.loop.run(self.call("GET", "/get_model_info"))
-        self.use_template(chat_template_name, self.model_info["model_path"])
-        if "image_token" in self.model_info:
-            self.chat_template.image_token = self.model_info["image_token"]
+        tokens = {kind: self.model_info.get(f"{kind}_token") for kind in ("image", "video")}
+        texts = {kind: str(token) for kind, token in tokens.items() if token}
+        self.use_template(chat_template_name, self.model_info["model_path"], texts)
 
     async def _open(self, headers: dict[str, str], trust: "ssl.SSLContext | bool", max_connections: int) -> None:
         self._session = aiohttp.ClientSession(
