@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from _pytest.runner import runtestprotocol
 
 if not torch.cuda.is_available():
     # Before a kernel is decorated: without a GPU, Triton's interpreter runs it on CPU tensors.
@@ -217,6 +218,27 @@ class BlockingCallGuard:
         return f"held the event loop for more than {self.limit_s * 1e3:.0f} ms:\n" + "\n".join(lines)
 
 
+HELD_THE_LOOP = pytest.StashKey[bool]()  # is set on a test whose only fault is that
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+    """Run a test, and once more if all that is wrong is that a callback held the event loop.
+
+    The guard leaves out what it knows of others' work. It cannot know of a virtual machine that stands still, or of
+    other work in the same caches; what blocks the loop does so each time.
+    """
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    reports = runtestprotocol(item, log=False, nextitem=nextitem)
+    if item.stash.get(HELD_THE_LOOP, False) and sum(report.failed for report in reports) == 1:
+        item._initrequest()  # type: ignore[attr-defined]
+        reports = runtestprotocol(item, log=False, nextitem=nextitem)
+    for report in reports:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
 def describe_callback(callback: Any) -> str:
     """Return a task's coroutine and the line it waits at now, or the function's name."""
     owner = getattr(callback, "__self__", None)
@@ -258,6 +280,7 @@ def blocking_call_guard(
     yield guard
     others_time.close()
     if guard.blocked:
+        request.node.stash[HELD_THE_LOOP] = True
         pytest.fail(guard.report(), pytrace=False)
 
 

@@ -367,7 +367,7 @@ class FakeEngine(Engine):
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that a submission, an end or an abort brings about."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():
                 self.has_changed.clear()
                 await self.has_changed.wait()

@@ -29,7 +29,7 @@ EPHEMERAL = {"type": "ephemeral", "ttl": "1h"}
 
 
 def official(client: Client) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="none", max_retries=0, timeout=10)
+    return openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="none", max_retries=0, timeout=60)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -139,7 +139,7 @@ async def test_a_client_hears_the_beginning_before_the_first_token(path: str) ->
     engine = FakeEngine(is_manual=True)
     async with serving(engine, **PARSERS) as client:
         response = await client.post(path, json={**APIS[path][0], "stream": True})
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             first = await response.content.readuntil(b"\n\n")
         assert FIRST[path] in first
         assert not engine.states[0].output_ids
@@ -157,8 +157,9 @@ class FullEngine(FakeEngine):
         state.times.scheduled, state.num_cached_tokens = 0.0, 0
 
 
-async def test_message_start_waits_a_moment_for_what_the_cache_holds() -> None:
+async def test_message_start_waits_a_moment_for_what_the_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its usage is true: what is cached is known once the request has its turn."""
+    monkeypatch.setattr("server.apis.anthropic.MAX_SILENCE_S", 3600.0)
     engine = FullEngine(is_manual=True)
     async with serving(engine) as client:
         response = await client.post("/v1/messages", json={**APIS["/v1/messages"][0], "stream": True})
@@ -167,7 +168,7 @@ async def test_message_start_waits_a_moment_for_what_the_cache_holds() -> None:
             async with asyncio.timeout(0.05):
                 await response.content.readany()
         state.times.scheduled, state.num_cached_tokens = 1.0, 12
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             first = await response.content.readuntil(b"\n\n")
         usage = values_of(first)[0]["message"]["usage"]
         assert (usage["cache_read_input_tokens"], usage["input_tokens"]) == (12, state.prompt_len - 12)
@@ -180,7 +181,7 @@ async def test_message_start_does_not_wait_for_the_end_of_a_queue(monkeypatch: p
     engine = FullEngine(is_manual=True)
     async with serving(engine) as client:
         response = await client.post("/v1/messages", json={**APIS["/v1/messages"][0], "stream": True})
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             assert b"message_start" in await response.content.readuntil(b"\n\n")
         engine.finish(engine.states[0], FinishReason("stop"))
         await response.read()
@@ -197,7 +198,7 @@ async def test_a_client_that_waits_gets_signs_of_life(path: str, monkeypatch: py
     async with serving(engine) as client:
         response = await client.post(path, json={**body, "stream": True})
         sign, seen = PINGS.get(path, COMMENT), b""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while seen.count(sign) < 3:
                 seen += await response.content.readany()
         engine.emit(engine.states[0], "Hello")
@@ -209,13 +210,15 @@ async def test_a_client_that_waits_gets_signs_of_life(path: str, monkeypatch: py
 
 
 async def test_a_stream_that_speaks_gets_no_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.http.sse.QUIET_S", 0.1)
+    monkeypatch.setattr("server.http.sse.QUIET_S", 3600.0)
     engine = FakeEngine(is_manual=True)
     async with serving(engine) as client:
         response = await client.post("/v1/chat/completions", json={"messages": MESSAGES, "stream": True})
-        for _ in range(20):
+        stream = engine.states[0].sink.__self__.stream  # type: ignore[attr-defined]
+        for _ in range(3):
             engine.emit(engine.states[0], "x")
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0)
+            stream._keep_alive()
         engine.finish(engine.states[0], FinishReason("stop"))
         assert COMMENT not in await response.read()
 

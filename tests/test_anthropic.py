@@ -29,7 +29,7 @@ async def api(client: Client) -> AsyncIterator[anthropic.AsyncAnthropic]:
 
 
 def official(client: Client, key: str = "none") -> anthropic.AsyncAnthropic:
-    return anthropic.AsyncAnthropic(base_url=str(client.make_url("/")), api_key=key, max_retries=0, timeout=10)
+    return anthropic.AsyncAnthropic(base_url=str(client.make_url("/")), api_key=key, max_retries=0, timeout=60)
 
 
 async def events(client: Client, **body: Any) -> list[tuple[str, Any]]:

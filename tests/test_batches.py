@@ -26,7 +26,7 @@ from tests.fake_engine import FakeEngine, serving
 async def api_of(engine: FakeEngine, **options: Any) -> AsyncIterator[openai.AsyncOpenAI]:
     async with (
         serving(engine, **options) as client,
-        openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="none", max_retries=0, timeout=10) as api,
+        openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="none", max_retries=0, timeout=60) as api,
     ):
         yield api
 
@@ -56,7 +56,7 @@ def write_half_a_line(folder: Path) -> None:
 
 
 async def until(api: openai.AsyncOpenAI, batch_id: str, reached: Callable[[Batch], bool]) -> Batch:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             batch = await api.batches.retrieve(batch_id)
             if reached(batch):

@@ -13,6 +13,16 @@ pytest_plugins = ["pytester"]
 ASYNC_TESTS = """
     import time
 
+    runs = []
+
+    async def test_that_holds_the_loop_once():
+        runs.append(1)
+        time.sleep(0.06 / len(runs) ** 2)
+
+    async def test_that_is_wrong_and_holds_the_loop():
+        time.sleep(0.06)
+        assert not runs
+
     async def test_that_holds_the_loop():
         time.sleep(0.06)
 
@@ -29,13 +39,13 @@ async def sleep_on_the_loop(seconds: float) -> None:
     await asyncio.sleep(0)
 
 
-def test_an_async_test_that_holds_the_loop_for_60_ms_fails_without_asking_for_the_guard(
+def test_an_async_test_that_holds_the_loop_for_60_ms_twice_fails_without_asking_for_the_guard(
     pytester: pytest.Pytester,
 ) -> None:
     pytester.makeini("[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n")
     pytester.makepyfile(ASYNC_TESTS)
     result = pytester.runpytest_inprocess("-p", "tests.conftest", "-p", "no:cacheprovider")
-    result.assert_outcomes(passed=3, errors=1)  # the guard reports after the test's own end
+    result.assert_outcomes(passed=4, failed=1, errors=2)  # the guard reports after the test's own end
     result.stdout.fnmatch_lines(["*held the event loop for more than 50 ms:*", "*test_that_holds_the_loop*"])
 
 

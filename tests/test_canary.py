@@ -153,7 +153,7 @@ async def test_it_starts_when_told_to_unless_switched_off(tiny_llama: Path) -> N
         assert not engine.started.canary.stats.num_runs
         engine.start_canary()
         other.start_canary()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not engine.started.canary.stats.num_runs:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         assert not other.started.canary.stats.num_runs

@@ -190,7 +190,7 @@ async def test_openais_client_gets_unit_vectors(
 ) -> None:
     wanted = [unit(states[-1].numpy()) for states in hidden_states]
     async with client_of(tiny_qwen3, tmp_path) as client:
-        api = openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="none", max_retries=0, timeout=10)
+        api = openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="none", max_retries=0, timeout=60)
         answer = await api.embeddings.create(model="m", input=PROMPTS)  # it asks for base64
         assert [one.index for one in answer.data] == [0, 1, 2, 3]
         for one, vector in zip(answer.data, wanted, strict=True):

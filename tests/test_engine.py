@@ -42,8 +42,16 @@ async def running_engine(folder: Path, **options: Any) -> AsyncIterator[LocalEng
     async with new_engine(EngineConfig(model_path=str(folder), **(defaults | options))) as engine:
         yield cast(LocalEngine, engine)  # tests of a set of replicas use what every engine has
         if isinstance(engine, ReplicaSet):
-            await asyncio.sleep(3 * REPORT_S)  # for its statistics to arrive
+            await settled(engine)
         check_pages(engine)
+
+
+async def settled(engine: Engine) -> None:
+    """Wait for statistics that were reported after the last request ended: they come from other processes."""
+    await asyncio.sleep(3 * REPORT_S)
+    async with asyncio.timeout(60):
+        while (scheduler := engine.stats().scheduler).num_running or scheduler.num_held_tokens:  # noqa: ASYNC110
+            await asyncio.sleep(REPORT_S)
 
 
 def check_pages(engine: Engine) -> None:

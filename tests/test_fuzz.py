@@ -23,7 +23,7 @@ from server.watch.openapi import OPERATIONS, routes_of
 from tests.fake_engine import FakeEngine, events_of, serving
 from tests.test_router import routing, url_of
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 EXAMPLES = 60  # an operation with a body
 
 

@@ -603,7 +603,7 @@ async def test_a_step_that_raises_leaves_no_step_waiting_for_its_masks(
             return original(*args)
 
         monkeypatch.setattr(owner, place, broken)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             _, reason = await answer(engine, constrained(json_schema=PERSON))
             assert reason.type == "abort" and "injected" in (reason.message or "")
             text, _ = await answer(engine, constrained(json_schema=PERSON))

@@ -5,6 +5,7 @@ Every async test also runs under the guard of `conftest`: no callback may hold t
 
 import asyncio
 import gc
+import itertools
 import json
 import logging
 import platform
@@ -16,6 +17,7 @@ import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -28,6 +30,7 @@ from engine.request import Request, SamplingParams
 from engine.state import RequestState
 from server.app import build_app
 from server.config import ServerConfig
+from server.http import intake
 from server.http.bodies import BODY_BUDGET
 from server.http.connections import Connections
 from server.http.intake import Acceptor
@@ -98,7 +101,7 @@ async def test_a_body_that_others_leave_no_room_for_is_a_429_and_one_too_large_f
             yield b'"}'
 
         begun = asyncio.create_task(client.post("/generate", data=slow(), headers=JSON))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while budget.num_bytes < 2_000_000:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         answer = await client.post("/v1/completions", data=b'{"prompt": "%b"}' % (b" " * 1_000_000), headers=JSON)
@@ -119,7 +122,6 @@ def grown_body() -> bytes:
     return b"".join([*pieces, compressor.flush()])
 
 
-@pytest.mark.max_callback_ms(20)  # a quarter of a megabyte is decompressed in one go
 async def test_a_compressed_body_does_not_hold_the_loop_while_it_is_read_refused_and_passed_over(
     engine: FakeEngine, tmp_path: Path, grown_body: bytes
 ) -> None:
@@ -127,7 +129,7 @@ async def test_a_compressed_body_does_not_hold_the_loop_while_it_is_read_refused
     async with listening(engine, tmp_path) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(head_of("/generate", grown_body, "Content-Encoding: gzip", "Connection: close"))
-        answer = await asyncio.wait_for(reader.read(), 30)
+        answer = await asyncio.wait_for(reader.read(), 60)
         writer.close()
     assert answer.startswith(b"HTTP/1.1 413")
     assert b"--max-body-bytes" in answer
@@ -136,26 +138,20 @@ async def test_a_compressed_body_does_not_hold_the_loop_while_it_is_read_refused
 async def test_bodies_that_take_long_to_read_leave_the_loop_to_others_for_as_long(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parse, events = protocol.parse, []
+    parse, times = protocol.parse, list[tuple[float, float]]()
 
     def slow_parse(*arguments: Any, **options: Any) -> Any:
-        events.append("body")
+        begun = time.perf_counter()
         time.sleep(0.03)
+        times.append((begun, time.perf_counter()))
         return parse(*arguments, **options)
 
-    async def tick() -> None:
-        while True:
-            events.append("tick")
-            await asyncio.sleep(0.001)
-
     monkeypatch.setattr(protocol, "parse", slow_parse)
-    ticking = asyncio.create_task(tick())
     body = orjson.dumps({"text": "Hi", "unknown": "x" * 300_000})
     answers = await asyncio.gather(*(post(client, "/generate", body) for _ in range(6)))
-    ticking.cancel()
     assert [status for status, _ in answers] == [200] * 6
-    between = " ".join(events).split("body")[1:-1]
-    assert min(part.count("tick") for part in between) >= 3
+    assert len(times) == 6
+    assert min(begun - ended for (_, ended), (begun, _) in itertools.pairwise(times)) > 0.02
 
 
 @pytest.mark.parametrize(
@@ -182,7 +178,7 @@ async def test_what_was_read_is_not_held_while_the_answer_is_generated(
         text = json.dumps({"model": "fake-model", **body})[:-1] + ', "unknown": ["' + "x" * 100_000 + '"]}'
         asking = asyncio.create_task(client.post(path, data=text, headers=JSON))
         await engine.until(lambda: bool(engine.live))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while budget.num_bytes:  # noqa: ASYNC110 - it falls a pass of the loop after the engine has the request
                 await asyncio.sleep(0)
         assert not any(
@@ -282,18 +278,27 @@ async def test_n_answers_to_each_of_many_prompts_are_as_bounded_as_the_list(clie
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/embeddings", "/tokenize", "/api/embed"])
 async def test_texts_that_each_take_a_millisecond_do_not_hold_the_loop_together(
-    engine: FakeEngine, client: Client, path: str
+    engine: FakeEngine, client: Client, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = engine.tokenizer.encode
+    encode, num_a_pass = engine.tokenizer.encode, [0]
+    monkeypatch.setattr(intake, "time", SimpleNamespace(perf_counter=lambda: sum(num_a_pass) * 0.0015))
 
-    def slow_encode(text: str, *arguments: Any, **options: Any) -> list[int]:
-        time.sleep(0.0015)
+    def counted_encode(text: str, *arguments: Any, **options: Any) -> list[int]:
+        num_a_pass[-1] += 1
         return encode(text, *arguments, **options)
 
-    engine.tokenizer.encode = slow_encode  # type: ignore[method-assign]
+    async def start_passes() -> None:
+        while True:
+            num_a_pass.append(0)
+            await asyncio.sleep(0)
+
+    engine.tokenizer.encode = counted_encode  # type: ignore[method-assign]
     name = {"/generate": "text", "/v1/completions": "prompt", "/tokenize": "prompt"}.get(path, "input")
+    passing = asyncio.create_task(start_passes())
     status, _ = await post(client, path, orjson.dumps({"model": "fake-model", name: ["a"] * 63}))
+    passing.cancel()
     assert status == 200
+    assert sum(num_a_pass) == 63 and max(num_a_pass) <= 16
 
 
 # ---- memory that malloc keeps ----
@@ -382,7 +387,7 @@ async def upload(client: Client, content: bytes) -> str:
 async def failure_of_batch(client: Client, content: bytes) -> list[Any]:
     body = {"input_file_id": await upload(client, content), "endpoint": "/v1/completions"}
     batch = await (await client.post("/v1/batches", json=body)).json()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while batch["status"] == "validating":
             await asyncio.sleep(0.02)
             batch = await (await client.get(f"/v1/batches/{batch['id']}")).json()
@@ -415,7 +420,7 @@ async def test_lines_that_are_large_together_are_answered_one_after_the_other(en
         lines = b"".join(batch_line(f"{i}", unknown="x" * 30_000) for i in range(4))
         body = {"input_file_id": await upload(client, lines), "endpoint": "/v1/completions"}
         batch = await (await client.post("/v1/batches", json=body)).json()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while batch["status"] != "completed":
                 await asyncio.sleep(0.05)
                 batch = await (await client.get(f"/v1/batches/{batch['id']}")).json()
@@ -469,7 +474,7 @@ async def answer_to(port: int, request: bytes) -> tuple[int, str, Any]:
     """Return the status, the content type and the JSON of the answer to raw bytes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request)
-    head, _, body = (await asyncio.wait_for(reader.read(100_000), 5)).partition(b"\r\n\r\n")
+    head, _, body = (await asyncio.wait_for(reader.read(100_000), 60)).partition(b"\r\n\r\n")
     writer.close()
     lines = head.decode().split("\r\n")
     kind = next(line.split(": ")[1] for line in lines if line.lower().startswith("content-type"))

@@ -590,7 +590,7 @@ def test_a_state_that_is_aborted_before_its_work_begins_tells_its_readers():
         backend.loop.call(write_and_abort)
         wait_for(lambda: "x" in state._executor._futures)
         with pytest.raises(sgl.ProgramAborted):
-            state._executor._futures["x"].result(timeout=10)
+            state._executor._futures["x"].result(timeout=60)
 
 
 def wait_for(condition) -> None:

@@ -483,7 +483,7 @@ async def test_a_pause_begins_when_all_news_are_given() -> None:
         pausing = asyncio.create_task(loop.pause())
         for end in runner.ends:
             end.set_result(None)
-        await asyncio.wait_for(pausing, 10)
+        await asyncio.wait_for(pausing, 60)
         assert {sum(len(delta.token_ids) for delta in deltas) for deltas in given} == {2}
         assert loop.is_still and len(runner.launched) == 2
 

@@ -25,7 +25,7 @@ async def api(client: Client) -> AsyncIterator[openai.AsyncOpenAI]:
 
 
 def official(client: Client) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="none", max_retries=0, timeout=10)
+    return openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="none", max_retries=0, timeout=60)
 
 
 async def events(client: Client, path: str, **body: Any) -> list[Any]:

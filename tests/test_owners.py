@@ -67,7 +67,7 @@ async def make_file(client: Client, name: str, line: Any = LINE) -> str:
 async def make_batch(client: Client, name: str, line: Any = LINE) -> str:
     body = {"input_file_id": await make_file(client, name, line), "endpoint": "/v1/responses"}
     batch = (await call(client, name, "POST", "/v1/batches", body))[1]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while batch["status"] != "completed":
             await asyncio.sleep(0.02)
             batch = (await call(client, name, "GET", f"/v1/batches/{batch['id']}"))[1]

@@ -424,7 +424,7 @@ def test_the_time_to_read_a_hostile_answer_is_linear_in_its_length(format_: str,
         for at in range(0, len(text), piece_len or len(text)):
             parser.push(text[at : at + (piece_len or len(text))])
         parser.finish()
-    assert time.process_time() - start < 5  # usually 0.5; up to minutes when it was quadratic
+    assert time.process_time() - start < 20  # usually 0.5; up to minutes when it was quadratic
 
 
 def test_white_space_that_comes_piece_by_piece_costs_linear_time() -> None:
@@ -433,7 +433,7 @@ def test_white_space_that_comes_piece_by_piece_costs_linear_time() -> None:
     for part in ("a", " ", "</think>b", " "):
         for _ in range(100_000 if part == " " else 1):
             parser.push(part)
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 40  # usually 0.5; minutes when it was quadratic
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -365,10 +364,8 @@ def test_a_template_that_never_ends_is_ended(
     template: str, chat_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(templates, "MAX_RENDER_S", 0.05)
-    start = time.thread_time()
     with pytest.raises(InvalidRequest, match=r"does not come to an end within 0\.05 s"):
         chat_tokenizer.render_chat(CONVERSATION, chat_template=template % {"r": LONG})
-    assert time.thread_time() - start < 1
 
 
 @pytest.mark.parametrize(

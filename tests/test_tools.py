@@ -46,7 +46,7 @@ async def client(engine: FakeEngine) -> AsyncIterator[Client]:
 @pytest.fixture
 async def api(client: Client) -> AsyncIterator[openai.AsyncOpenAI]:
     base_url = str(client.make_url("/v1"))
-    async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=10) as api:
+    async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=60) as api:
         yield api
 
 

@@ -52,7 +52,7 @@ class Running:
         self._news.set()
 
     async def until(self, num_tokens: int) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(self.tokens) < num_tokens and self.finish_reason is None:
                 self._news.clear()
                 await self._news.wait()
@@ -289,8 +289,8 @@ async def test_a_rank_that_ends_in_an_update_ends_the_engine_by_name(tiny_llama:
         await asyncio.sleep(0.1)
         os.kill(rank, signal.SIGKILL)
         with pytest.raises(EngineStopped, match=rf"pid {rank}\) was ended by SIGKILL"):
-            await asyncio.wait_for(updating, 10)
-        assert f"pid {rank}" in await asyncio.wait_for(engine.failed(), 10)
+            await asyncio.wait_for(updating, 60)
+        assert f"pid {rank}" in await asyncio.wait_for(engine.failed(), 60)
     destroy_process_group()  # a process whose engine has failed ends; this one goes on
 
 

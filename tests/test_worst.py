@@ -33,7 +33,7 @@ FAILURE = re.compile(rb'server_error|api_error|internal server error|"code": ?5\
 
 async def told(client: Client, path: str, body: bytes, headers: dict[str, str]) -> str:
     """Return what is wrong with the answer; "" if it is one."""
-    async with asyncio.timeout(20), client.post(path, data=body, headers=headers) as response:
+    async with asyncio.timeout(60), client.post(path, data=body, headers=headers) as response:
         data = await response.read()
     said = f"{path} {body[:80]!r}: {response.status} {data[:200]!r}"
     if response.status >= 500 or FAILURE.search(data):
@@ -63,7 +63,7 @@ async def test_what_has_brought_a_server_down_is_answered(kind: str) -> None:
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
 async def test_tokens_that_come_while_other_prompts_are_submitted_are_streamed(path: str) -> None:
     engine = FakeEngine("Hi", context_length=2048)
-    async with asyncio.timeout(20), serving(engine) as client:
+    async with asyncio.timeout(60), serving(engine) as client:
         name = "text" if path == "/generate" else "prompt"
         answer = await client.post(path, json={name: ["a"] * 100, "stream": True})
         data = await answer.text()
@@ -118,7 +118,7 @@ async def statuses_of_batch(client: Client, lines: list[dict[str, Any]]) -> set[
     file_id = (await (await client.post("/v1/files", data=form)).json())["id"]
     body = {"input_file_id": file_id, "endpoint": lines[0]["url"]}
     batch = await (await client.post("/v1/batches", json=body)).json()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while batch["status"] in ("validating", "in_progress", "finalizing"):
             await asyncio.sleep(0.05)
             batch = await (await client.get(f"/v1/batches/{batch['id']}")).json()
