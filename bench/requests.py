@@ -22,6 +22,7 @@ from server.reading import messages, responses
 from server.reading.chat import parse_messages
 from server.reading.left_out import LeftOut
 from server.reading.messages_body import MessagesRequest
+from server.reading.messages_tools import MessagesTools
 from server.reading.openai_body import ChatRequest
 from server.reading.protocol import check_token_ids, parse
 from server.reading.responses_body import ResponsesRequest
@@ -65,8 +66,9 @@ def read_chat(text: bytes) -> Any:
 
 
 def read_messages(text: bytes) -> Any:
-    body = parse(text, MessagesRequest)
-    return body, checked(convert(messages.chat_body(body, LeftOut(), keeps_volatile=False), ChatRequest))
+    body, left_out = parse(text, MessagesRequest), LeftOut()
+    tools = MessagesTools(body.tools, body.messages, left_out)
+    return body, checked(convert(messages.chat_body(body, tools, left_out, keeps_volatile=False), ChatRequest))
 
 
 def read_responses(text: bytes) -> Any:

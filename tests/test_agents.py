@@ -14,6 +14,7 @@ from engine.declared import convert
 from server.reading.left_out import HEADER, LeftOut
 from server.reading.messages import chat_body
 from server.reading.messages_body import CountTokensRequest, MessagesRequest
+from server.reading.messages_tools import MessagesTools
 from server.reading.openai_body import ChatFields
 from server.reading.responses import read_input
 from server.reading.responses_tools import Tools
@@ -156,7 +157,8 @@ async def test_of_the_second_of_two_recorded_turns_only_the_new_tokens_are_compu
 def shown(**body: Any) -> tuple[list[Any], LeftOut]:
     left_out = LeftOut()
     given = convert({"max_tokens": 5, "messages": [{"role": "user", "content": "Hi"}], **body}, MessagesRequest)
-    return chat_body(given, left_out, keeps_volatile=False)["messages"], left_out
+    tools = MessagesTools(given.tools, given.messages, left_out)
+    return chat_body(given, tools, left_out, keeps_volatile=False)["messages"], left_out
 
 
 def test_the_billing_line_is_left_out_wherever_a_system_prompt_begins() -> None:
@@ -207,8 +209,8 @@ def test_calls_and_results_of_a_servers_tools_become_a_short_text() -> None:
 
 def test_an_older_name_of_the_output_format_is_read() -> None:
     format_ = {"type": "json_schema", "schema": SCHEMA}
-    given = {"messages": [{"role": "user", "content": "Hi"}], "output_format": format_}
-    chat = chat_body(convert(given, CountTokensRequest), LeftOut(), keeps_volatile=False)
+    body = convert({"messages": [{"role": "user", "content": "Hi"}], "output_format": format_}, CountTokensRequest)
+    chat = chat_body(body, MessagesTools([], [], LeftOut()), LeftOut(), keeps_volatile=False)
     assert chat["response_format"]["json_schema"]["schema"] == SCHEMA
 
 

@@ -14,6 +14,7 @@ from engine.state import FinishReason
 from server.reading.left_out import LeftOut
 from server.reading.messages import chat_body
 from server.reading.messages_body import MessagesRequest
+from server.reading.messages_tools import MessagesTools
 from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
 
 Client = TestClient[Any, Any]
@@ -180,7 +181,66 @@ async def test_a_call_that_was_cut_keeps_what_there_was_of_it() -> None:
 
 def translated(**body: Any) -> dict[str, Any]:
     given = convert({"max_tokens": 5, "messages": USER, **body}, MessagesRequest)
-    return chat_body(given, LeftOut(), keeps_volatile=False)
+    return chat_body(given, MessagesTools(given.tools, given.messages, LeftOut()), LeftOut(), keeps_volatile=False)
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"name": name, "input_schema": {"type": "object"}}
+
+
+def change(kind: str, name: str | None, **tool: Any) -> dict[str, Any]:
+    return {"type": f"tool_{kind}", "tool": {"type": "tool_reference", "name": name, **tool}}
+
+
+def test_tools_that_messages_add_and_remove_are_those_at_their_end() -> None:
+    def defined(tool: dict[str, Any]) -> dict[str, Any]:
+        return change("addition", None, type="tool_definition", definition=tool)
+
+    compacted = {"type": "compaction", "content": "", "tool_changes": [change("removal", "c")]}
+    messages = [
+        *USER,
+        {"role": "system", "content": [change("removal", "b"), defined(named("c"))]},
+        {"role": "assistant", "content": [compacted]},
+        {"role": "system", "content": [defined({**named("a"), "description": "another"})]},
+        {"role": "system", "content": [change("removal", "bash"), change("addition", "b"), change("addition", "b")]},
+        {"role": "system", "content": [change("removal", "", type="mcp_toolset_reference", server_name="s")]},
+        *USER,
+    ]
+    given = [named("a"), {"type": "bash_20250124", "name": "bash"}, named("b")]
+    chat = translated(tools=given, messages=messages)
+    functions = [tool["function"] for tool in chat["tools"]]
+    assert [(one["name"], one.get("description")) for one in functions] == [("a", "another"), ("b", None)]
+    assert chat["messages"][1]["content"] == "[tool removed: b]\n[tool added: c]"
+
+
+def test_a_system_message_may_be_cleared_by_the_next_user_message() -> None:
+    note = {"role": "system", "content": "It rains.", "clear_at": "next_user_message"}
+    answer = {"role": "assistant", "content": "Yes"}
+    assert [one["role"] for one in translated(messages=[*USER, note])["messages"]] == ["user", "system"]
+    assert [one["role"] for one in translated(messages=[*USER, note, answer, *USER])["messages"]] == [
+        "user", "assistant", "user",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tools", "content", "field"),
+    [
+        ([{"type": "bash_20250124", "name": "bash"}, named("a b")], [], "tools[1].name"),
+        ([{"type": "bash_20250124", "name": "bash"}, named("a"), named("a")], [], "tools[2].name"),
+        ([], [change("addition", "", type="tool_definition", definition=named("?"))],
+         "messages[0].content[0].tool.definition.name"),
+        ([named("a")], [change("removal", "b")], "messages[0].content[0].tool.name"),
+        ([named("a")], [change("addition", "", type="tool_definition")], "messages[0].content[0].tool.definition"),
+        ([named("a")], [{"type": "tool_removal"}], "messages[0].content[0].tool"),
+    ],
+)  # fmt: skip
+async def test_a_tool_that_is_wrong_is_named_where_the_client_has_it(
+    client: Client, tools: list[Any], content: list[Any], field: str
+) -> None:
+    body = {"max_tokens": 5, "tools": tools, "messages": [{"role": "system", "content": content}, *USER]}
+    response = await client.post("/v1/messages", json=body)
+    assert response.status == 400
+    assert field in (await response.json())["error"]["message"]
 
 
 def test_a_system_prompt_is_the_first_message() -> None:

@@ -23,6 +23,7 @@ from server.reading.chat import Chats, ChatTurn
 from server.reading.left_out import HINT, LeftOut, LeftOutBook
 from server.reading.messages import chat_body
 from server.reading.messages_body import CountTokensRequest, MessagesRequest
+from server.reading.messages_tools import NAMES, MessagesTools
 from server.reading.model_name import served_model
 from server.reading.openai_body import ChatRequest
 from server.reading.protocol import JSON, anthropic_error, json_response, read_body, spelled
@@ -32,9 +33,7 @@ OUR_NAMES = {
     "response_format": "output_config.format",
     "response_format.json_schema.schema": "output_config.format.schema",
     "json_schema": "output_config.format.schema",
-    "tools[].function": "tools[]",
-    "tools[].function.name": "tools[].name",
-    "tools[].function.parameters": "tools[].input_schema",
+    **{f"tools[].{ours}": f"tools[]{theirs}" for ours, theirs in NAMES.items()},
     "reasoning_effort": "output_config.effort",
     "max_thinking_tokens": "thinking.budget_tokens",
 }
@@ -55,21 +54,27 @@ class AnthropicApi:
     async def messages(self, http_request: web.Request) -> web.StreamResponse:
         body = await read_body(http_request, MessagesRequest)
         model = served_model(self.config, body.model)
-        with spelled(OUR_NAMES):
-            turn = await self._turn(http_request, body)
+        left_out = LeftOut()
+        tools = MessagesTools(body.tools, body.messages, left_out)
+        with spelled(OUR_NAMES | tools.names):
+            turn = await self._turn(http_request, body, tools, left_out)
             return await respond_in_blocks(http_request, self.live, MessageAnswer(turn, model))
 
     async def count_tokens(self, http_request: web.Request) -> web.Response:
         body = await read_body(http_request, CountTokensRequest)
         served_model(self.config, body.model)
-        with spelled(OUR_NAMES):
-            turn = await self._turn(http_request, body)
+        left_out = LeftOut()
+        tools = MessagesTools(body.tools, body.messages, left_out)
+        with spelled(OUR_NAMES | tools.names):
+            turn = await self._turn(http_request, body, tools, left_out)
         return json_response({"input_tokens": len(turn.input_ids)})
 
-    async def _turn(self, http_request: web.Request, body: CountTokensRequest) -> ChatTurn:
-        left_out = LeftOut()
+    async def _turn(
+        self, http_request: web.Request, body: CountTokensRequest, tools: MessagesTools, left_out: LeftOut
+    ) -> ChatTurn:
         chat = chat_body(
             body,
+            tools,
             left_out,
             keeps_volatile=self.config.keep_volatile_prompts,
             sees_images="image" in self.chats.engine.media_kinds,

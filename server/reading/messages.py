@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from engine.errors import InvalidRequest
 from server.reading.chat import chat_call
 from server.reading.contents import SourcedPart
-from server.reading.left_out import CONTENT, HINT, TOOL, VOLATILE, LeftOut
+from server.reading.left_out import CONTENT, HINT, VOLATILE, LeftOut
 from server.reading.messages_body import (
     HINTS,
     MEDIA_KINDS,
@@ -22,7 +22,6 @@ from server.reading.messages_body import (
     Document,
     ImageBlock,
     MessagesRequest,
-    MessagesTool,
     MessagesToolChoice,
     Passage,
     RedactedThinking,
@@ -31,11 +30,14 @@ from server.reading.messages_body import (
     TextBlock,
     ThinkingBlock,
     ThinkingConfig,
+    ToolAddition,
+    ToolRemoval,
     ToolResult,
     ToolUse,
     Unseen,
     UserMessage,
 )
+from server.reading.messages_tools import MessagesTools
 from server.reading.protocol import JSON, REQUEST_FIELDS
 
 Block = TypeVar("Block")
@@ -47,7 +49,14 @@ SAME_NAMES = (*SAMPLING_NAMES, "max_tokens", "stream")
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-def chat_body(body: CountTokensRequest, left_out: LeftOut, *, keeps_volatile: bool, sees_images: bool = False) -> JSON:
+def chat_body(
+    body: CountTokensRequest,
+    tools: MessagesTools,
+    left_out: LeftOut,
+    *,
+    keeps_volatile: bool,
+    sees_images: bool = False,
+) -> JSON:
     """Return the same request to chat.completions. What this server has no use for is added to `left_out`.
 
     keeps_volatile: leave the lines in that change in each prompt. sees_images: the model does; else a short text
@@ -64,8 +73,8 @@ def chat_body(body: CountTokensRequest, left_out: LeftOut, *, keeps_volatile: bo
         if "tool_calls" in messages[-1]:
             raise InvalidRequest("messages must not end with a tool_use: its tool_result is missing", "messages")
         chat["continue_final_message"] = True
-    if tools := _read_tools(body.tools, left_out):
-        chat["tools"] = tools
+    if functions := tools.functions:
+        chat["tools"] = functions
     if body.tool_choice is not None:
         chat |= _read_tool_choice(body.tool_choice)
     format_ = body.output_format
@@ -76,22 +85,6 @@ def chat_body(body: CountTokensRequest, left_out: LeftOut, *, keeps_volatile: bo
         described = {"name": "answer", "schema": format_.schema}
         chat["response_format"] = {"type": "json_schema", "json_schema": described}
     return chat | _read_thinking(body.thinking)
-
-
-def _read_tools(tools: list[MessagesTool], left_out: LeftOut) -> list[JSON]:
-    """Return the tools that the body describes; others are Anthropic's to know."""
-    functions = []
-    for i, tool in enumerate(tools):
-        if tool.type != "custom":
-            left_out.add(TOOL, tool.type)
-            continue
-        if tool.name is None:
-            raise tool.wrong("name", "a string", f"tools[{i}]")
-        if tool.input_schema is None:
-            raise tool.wrong("input_schema", "an object", f"tools[{i}]")
-        function = {"parameters": tool.input_schema, **tool.given(("name", "description", "strict"))}
-        functions.append({"type": "function", "function": function})
-    return functions
 
 
 def _read_tool_choice(choice: MessagesToolChoice) -> JSON:
@@ -123,13 +116,14 @@ class _Reader:
     def messages(self, body: CountTokensRequest) -> list[JSON]:
         """Return the messages. One of Anthropic's becomes several where it holds tool results."""
         messages = [] if body.system is None else [self._system(body.system)]
+        last_user = max((i for i, one in enumerate(body.messages) if isinstance(one, UserMessage)), default=-1)
         for i, message in enumerate(body.messages):
             path = f"messages[{i}].content"
             if isinstance(message, UserMessage):
                 messages += self._user(message, path)
             elif isinstance(message, AssistantMessage):
                 messages.append(self._assistant(message, path))
-            else:
+            elif message.clear_at == "never" or i > last_user:
                 messages.append(self._system(message.content))
         return messages
 
@@ -205,6 +199,9 @@ class _Reader:
             return "\n".join([block.title or "", *_texts(block.content)])
         if isinstance(block, Document) and (texts := _document(block)):
             return "\n".join(texts)
+        if isinstance(block, ToolAddition | ToolRemoval):
+            tool = block.tool.definition or block.tool
+            return f"[tool {'added' if isinstance(block, ToolAddition) else 'removed'}: {tool.name or block.tool.type}]"
         kind = str(block.__struct_config__.tag)
         self._left_out.add(CONTENT, kind)
         if isinstance(block, Compaction) and block.content is not None:

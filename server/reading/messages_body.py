@@ -53,8 +53,35 @@ class SearchResult(Object, tag="search_result"):
     content: list[Passage] | None = None
 
 
+class MessagesTool(Object):
+    """A tool of the client's, described; or one that Anthropic knows, by its type."""
+
+    type: str = "custom"
+    name: str | None = None
+    description: str | None = None
+    input_schema: JSON | None = None
+    strict: bool | None = None
+
+
+class ChangedTool(Object):
+    """A tool by its name, or described; of other types it is one of a server's that only Anthropic asks."""
+
+    type: Annotated[str, Meta(description="tool_reference, with a name, or tool_definition")] = "tool_reference"
+    name: str | None = None
+    definition: MessagesTool | None = None
+
+
+class ToolAddition(Object, tag="tool_addition", kw_only=True):
+    tool: ChangedTool
+
+
+class ToolRemoval(Object, tag="tool_removal", kw_only=True):
+    tool: ChangedTool
+
+
 class Compaction(Object, tag="compaction"):
     content: str | None = None
+    tool_changes: list[ToolAddition | ToolRemoval] | None = None
 
 
 class ImageSource(Object):
@@ -89,7 +116,7 @@ if TYPE_CHECKING:
 else:
     UnseenBlock = tagged(Unseen, UNSEEN_KINDS)
 
-ShownBlock = TextBlock | ImageBlock | Document | SearchResult | Compaction | UnseenBlock
+ShownBlock = TextBlock | ImageBlock | Document | SearchResult | Compaction | ToolAddition | ToolRemoval | UnseenBlock
 ShownBlocks = Annotated[
     str | Annotated[list[ShownBlock], Meta(max_length=MAX_OBJECTS)],
     Meta(extra={"rule": "a string or a list of blocks"}),
@@ -121,19 +148,12 @@ class AssistantMessage(Object, tag_field="role", tag="assistant", kw_only=True):
 
 class SystemMessage(Object, tag_field="role", tag="system", kw_only=True):
     content: ShownBlocks
+    clear_at: Annotated[
+        Literal["never", "next_user_message"], Meta(description="from when on the model does not see it")
+    ] = "never"
 
 
 # ---- what is asked of the answer ----
-
-
-class MessagesTool(Object):
-    """A tool of the client's, described; or one that Anthropic knows, by its type."""
-
-    type: str = "custom"
-    name: str | None = None
-    description: str | None = None
-    input_schema: JSON | None = None
-    strict: bool | None = None
 
 
 class MessagesToolChoice(Object):

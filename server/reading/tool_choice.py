@@ -57,7 +57,8 @@ def read_tools(given: list[JSON]) -> tuple[dict[str, Tool], list[JSON], frozense
         if not NAME.fullmatch(inner.name):
             raise inner.wrong("name", "1 to 128 letters, digits, or characters of _ . : / -", f"{path}.{read.type}")
         if inner.name in tools:
-            raise InvalidRequest(f"tools has two functions named {inner.name!r}", f"{path}.{read.type}.name")
+            field = f"{path}.{read.type}.name"
+            raise InvalidRequest(f"{field}: tools has two functions named {inner.name!r}", field)
         if isinstance(inner, CustomTool):
             tools[inner.name] = _custom(inner, path)
             shown.append(shown_function(inner))
