@@ -14,7 +14,7 @@ from engine.errors import InvalidRequest
 from engine.state import FinishReason
 from server.apis.response_store import ResponseStore
 from server.reading.left_out import LeftOut
-from server.reading.responses import chat_body, read_input
+from server.reading.responses import chat_body, configure, read_input
 from server.reading.responses_body import ResponsesRequest
 from server.reading.responses_tools import Tools
 from tests.fake_engine import PARSERS, THOUGHT_AND_CALL, FakeEngine, serving
@@ -360,6 +360,48 @@ def test_the_items_of_one_turn_make_one_message() -> None:
         {"role": "assistant", "content": "Three"},
         {"role": "assistant", "content": "Four"},
     ]
+
+
+FLAT = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+
+
+def test_items_of_the_input_add_tools_and_change_the_configuration() -> None:
+    items = [
+        {"role": "user", "content": "Hi"},
+        {"type": "additional_tools", "role": "developer", "tools": [{**FLAT, "name": "g"}, {**FLAT, "strict": True}]},
+        {"type": "configuration_update", "reasoning": {"effort": "low"}},
+        {"type": "configuration_update", "reasoning": {"effort": "high"}, "text": {"format": {"type": "json_object"}}},
+    ]
+    body, left_out = (
+        convert({"input": items, "tools": [FLAT], "reasoning": {"effort": "none"}}, ResponsesRequest),
+        LeftOut(),
+    )
+    configure(body, body.input)
+    chat = chat_body(body, read_input(body.input, left_out), Tools(body.tools, left_out, body.input), left_out)
+    assert chat["messages"] == [{"role": "user", "content": "Hi"}]
+    assert [(tool["function"]["name"], tool["function"].get("strict")) for tool in chat["tools"]] == [
+        ("f", True), ("g", None),
+    ]  # fmt: skip
+    assert (chat["reasoning_effort"], chat["response_format"]["type"]) == ("high", "json_object")
+    assert not left_out.parts
+
+
+@pytest.mark.parametrize(
+    ("item", "field"),
+    [
+        ({"type": "additional_tools", "tools": [FLAT, {"type": "function"}]}, "input[0].tools[1].name"),
+        ({"type": "additional_tools", "tools": [{**FLAT, "name": "a b"}]}, "input[0].tools[0].name"),
+        ({"type": "additional_tools", "tools": 7}, "input[0].tools"),
+        ({"type": "additional_tools"}, "input[0].tools"),
+        ({"type": "configuration_update", "reasoning": {"effort": "huge"}}, "input[0].reasoning.effort"),
+        ({"type": "configuration_update", "text": 7}, "input[0].text"),
+        ({"type": "compaction_trigger"}, "input[0]"),
+    ],
+)
+async def test_an_item_that_is_wrong_is_named(client: Client, item: dict[str, Any], field: str) -> None:
+    response = await client.post("/v1/responses", json={"input": [item, {"role": "user", "content": "Hi"}]})
+    assert response.status == 400
+    assert field in (await response.json())["error"]["message"]
 
 
 def test_formats_tools_and_effort_have_their_counterparts() -> None:

@@ -28,7 +28,7 @@ from server.reading.left_out import LeftOut, LeftOutBook
 from server.reading.model_name import served_model
 from server.reading.openai_body import ChatRequest
 from server.reading.protocol import JSON, Owner, json_response, read_body, spelled
-from server.reading.responses import chat_body, echo_of, input_items, read_input, resolved, written
+from server.reading.responses import chat_body, configure, echo_of, input_items, read_input, resolved, written
 from server.reading.responses_body import ResponsesRequest
 from server.reading.responses_tools import CUSTOM, FUNCTION, OfferedTool, Tools
 
@@ -111,7 +111,8 @@ class ResponsesApi:
         owner, left_out = owner_of(caller), LeftOut()
         items_of = functools.cache(lambda response_id: self._items(response_id, caller))
         given = resolved(body.input, lambda item_id, field: _found_item(items_of, item_id, field))
-        tools = Tools(body.tools, left_out)
+        configure(body, given)
+        tools = Tools(body.tools, left_out, given)
         sees_images = "image" in self.chats.engine.media_kinds
         messages = self._earlier_messages(body, caller) + read_input(given, left_out, sees_images=sees_images)
         names = OUR_NAMES | tools.names

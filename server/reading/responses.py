@@ -21,6 +21,8 @@ from server.reading.responses_body import (
     IMAGE_PARTS,
     OUTPUTS,
     UNSEEN_PARTS,
+    AdditionalTools,
+    ConfigurationUpdate,
     ContentPart,
     FunctionCall,
     FunctionCallOutput,
@@ -77,6 +79,16 @@ def _read_format(format_: TextFormat) -> JSON:
 
 
 # ---- the input ----
+
+
+def configure(body: ResponsesRequest, items: str | list[JSON]) -> None:
+    """Put what items of the input say of reasoning and text in place of what the body does."""
+    for i, item in enumerate(items):
+        if isinstance(item, dict) and item.get("type") == "configuration_update":
+            for name, kind in (("reasoning", ReasoningConfig), ("text", TextConfig)):
+                if (given := item.get(name)) is not None:
+                    convert(given, kind, f"input[{i}].{name}")
+                    setattr(body, name, getattr(body, name) | given)
 
 
 def resolved(given: str | list[JSON], find: Callable[[str, str], JSON]) -> str | list[JSON]:
@@ -139,6 +151,8 @@ class _Reader:
                 self._add_call(_call_id(item, path), item.name or name, _arguments(item, name))
             case ToolOutput():
                 self._add_output(_call_id(item, path), self._output(item, path))
+            case AdditionalTools() | ConfigurationUpdate():
+                pass  # `Tools` and `configure` read them
             case UnseenItem():
                 self._add_stand_in(item)
 

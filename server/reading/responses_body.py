@@ -113,13 +113,33 @@ OUTPUTS = {
 UNSEEN_ITEMS = (
     "web_search_call", "file_search_call", "image_generation_call", "code_interpreter_call", "mcp_list_tools",
     "mcp_approval_request", "mcp_approval_response", "mcp_call", "compaction", "compaction_summary",
-    "context_compaction", "ghost_snapshot", "agent_message", "program", "program_output", "additional_tools",
+    "context_compaction", "ghost_snapshot", "agent_message", "program", "program_output",
 )  # fmt: skip
 if TYPE_CHECKING:
     ToolItem = ToolCall | ToolOutput | UnseenItem
 else:
     ToolItem = tagged(ToolCall, CALLS) | tagged(ToolOutput, OUTPUTS) | tagged(UnseenItem, UNSEEN_ITEMS)
-Item = MessageItem | ReasoningItem | FunctionCall | FunctionCallOutput | ToolItem
+
+
+class AdditionalTools(Object, tag="additional_tools", kw_only=True):
+    """Tools that the model is offered beside those of the body, in place of any of the same name."""
+
+    tools: Annotated[
+        list[JSON],
+        Meta(max_length=MAX_OBJECTS, extra_json_schema={"items": described_as("ResponsesTool")}),
+    ]
+
+
+class ConfigurationUpdate(Object, tag="configuration_update"):
+    """Fields in place of the body's, until another item has some."""
+
+    reasoning: Annotated[JSON, Meta(extra_json_schema=described_as("ReasoningConfig"))] | None = None
+    text: Annotated[JSON, Meta(extra_json_schema=described_as("TextConfig"))] | None = None
+
+
+Item = (
+    MessageItem | ReasoningItem | FunctionCall | FunctionCallOutput | AdditionalTools | ConfigurationUpdate | ToolItem
+)
 INPUT_ITEMS = (InputMessage, ItemReference, *get_args(Item))  # what may be sent: of messages the type may be left out
 
 # ---- tools, and the form of the answer, which the answer repeats ----

@@ -109,15 +109,19 @@ class OfferedTool:
 class Tools:
     """The functions that the model is offered, and whose tools they are."""
 
-    def __init__(self, given: list[JSON], left_out: LeftOut) -> None:
-        """Read the body's `tools`. What cannot be run here is added to `left_out`."""
+    def __init__(self, given: list[JSON], left_out: LeftOut, items: str | list[JSON] = "") -> None:
+        """Read the body's `tools`, and those in `items` of its input. What cannot be run here goes to `left_out`."""
         self.functions: list[JSON] = []  # as chat.completions has them, custom tools among them
         self.offered: dict[str, OfferedTool] = {}  # by the function's name
         self.names: dict[str, str] = {}  # fields of `functions` to the client's, where these are not in the same place
-        self._left_out = left_out
+        self._left_out, self._may_replace = left_out, False
         self._add(given, "", "tools")
+        self._may_replace = True
+        for i, item in enumerate(items):
+            if isinstance(item, dict) and item.get("type") == "additional_tools":
+                self._add(item.get("tools"), "", f"input[{i}].tools")
 
-    def _add(self, given: list[JSON], namespace: str, path: str) -> None:
+    def _add(self, given: Any, namespace: str, path: str) -> None:
         for i, tool in enumerate(convert(given, list[ResponsesTool], path)):
             self._add_tool(tool, namespace, f"{path}[{i}]")
 
@@ -139,11 +143,15 @@ class Tools:
             self._left_out.add(TOOL, kind)
 
     def _offer(self, function: JSON, tool: OfferedTool, path: str, names: dict[str, str]) -> None:
-        place = f"tools[{len(self.functions)}]"
+        name = function[function["type"]]["name"]
+        index = len(self.functions)
+        if self._may_replace and name in self.offered:
+            index = list(self.offered).index(name)
+        place = f"tools[{index}]"
         if place != path or names is not NAMES_OF_FUNCTION:
             self.names |= {f"{place}.{ours}": f"{path}.{theirs}" for ours, theirs in names.items()}
-        self.offered[function[function["type"]]["name"]] = tool
-        self.functions.append(function)
+        self.offered[name] = tool
+        self.functions[index : index + 1] = [function]
 
 
 def function_name(name: str, namespace: str | None) -> str:
