@@ -82,8 +82,7 @@ NO_PIPELINE = "layers are not split over GPUs: --tp-size splits each weight, --n
 ONE_BACKEND = "one backend serves prompts and answers: --attention-backend"
 WHITESPACE = "the whitespace of JSON is the grammar's"
 
-SERVER_FLAGS = (
-    # vLLM's
+VLLM_FLAGS = (
     alias("--max-model-len", "--context-length", ANY),
     alias("--max-num-seqs", "--max-running-requests", ANY),
     alias("--max-num-batched-tokens", "--chunked-prefill-size", ANY),
@@ -125,7 +124,10 @@ SERVER_FLAGS = (
     refused("--ssl-keyfile", NO_SSL),
     refused("--ssl-certfile", NO_SSL),
     refused("--pipeline-parallel-size", NO_PIPELINE, but=("1",)),
-    # SGLang's, of this and of earlier versions
+)  # fmt: skip
+
+# Of this and of earlier versions.
+SGLANG_FLAGS = (
     alias("--max-num-reqs", "--max-running-requests", ANY),
     alias("--hf-chat-template-name", "--chat-template", ANY),
     no_effect("--disable-flashinfer", FLASHINFER),
@@ -173,6 +175,8 @@ SERVER_FLAGS = (
     refused("--delete-ckpt-after-loading", "this server deletes no model", 0),
     refused("--preferred-sampling-params", "defaults are the model's generation_config.json or OpenAI's constants"),
 )  # fmt: skip
+
+SERVER_FLAGS = (*VLLM_FLAGS, *SGLANG_FLAGS)
 
 PREFIXES = "a worker's known prefixes are bounded, and an idle one is preferred when loads differ much"
 ROUTER_FLAGS = (

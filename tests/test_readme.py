@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = sorted(
     str(page.relative_to(ROOT))
-    for folder in (".", "engine", "bench", ".github")
+    for folder in (".", "engine", "server", "bench", ".github")
     for page in (ROOT / folder).glob("*.md")
 )
 
