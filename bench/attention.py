@@ -136,6 +136,7 @@ class Batch:
     q_lens_host: np.ndarray
     seq_lens_host: np.ndarray
     slot_map: torch.Tensor | None = None
+    seen_until: torch.Tensor | None = None
     shared: SharedPrefixes | None = None
     is_for_graph: bool = False
 

@@ -31,6 +31,11 @@ class Intake:
         self._limits.verify(state, self.requests.by_rid)
         if state.request.media is not None and state.request.media.media:
             state.spans = self._spans_of(state, state.request.media)
+            if state.spans.longest > self._scheduler.chunked_prefill_size:
+                raise InvalidRequest(
+                    f"a picture has {state.spans.longest} tokens, which one step must compute, and computes at most "
+                    f"{self._scheduler.chunked_prefill_size} (--chunked-prefill-size)"
+                )
         if state.pooling is None and self._limits.makes_text:
             state.text_stream = self._tokenizer.text_stream(state.sampling_params, state.request.input_ids)
         self._queue(state)

@@ -62,5 +62,7 @@ class PromptMedia:
     """Of each, a digest of all that its features depend on."""
     places: tuple[np.ndarray, ...]
     """Of each, int32: the indices, ascending, of the prompt's tokens whose vectors its features are."""
+    is_whole: bool = False
+    """The tokens of each see each other, those behind them too."""
     rope: np.ndarray | None = None
     """int32 [3, prompt_len], where rotations have three axes: the position of each token on each; None: its index."""

@@ -1,10 +1,10 @@
 """Attention over the paged KV cache: its definition in torch (also what runs on a CPU), and the choice of a kernel.
 
 softmax(scale q k^T) v, where the q_len tokens of a request are its last ones and each sees itself and what is before
-it. A head may have a sink, a score that takes its share of the softmax and adds nothing, or a slope, which its scores
-lose with each token of distance (ALiBi, Press et al. 2022). Token j of request i lies in
-slot slot_table[rows[i], j] of k_cache and v_cache, or in the one that slot_map has for it; of tokens that no query
-sees, slot_map may say anything.
+it, or, where `seen_until` says so, also some tokens behind it. A head may have a sink, a score that takes its share of
+the softmax and adds nothing, or a slope, which its scores lose with each token of distance (ALiBi, Press et al. 2022).
+Token j of request i lies in slot slot_table[rows[i], j] of k_cache and v_cache, or in the one that slot_map has for it;
+of tokens that no query sees, slot_map may say anything.
 """
 
 import functools
@@ -200,9 +200,10 @@ def _prefill(
     slots = prompt_slots(batch, i, first_seen)
     k, v = gather(k_cache, slots, q.dtype), gather(v_cache, slots, q.dtype)
     num_seen = seq_len - first_seen
+    seen_until = None if batch.seen_until is None else batch.seen_until[start:end] - first_seen
     out[start:end] = prompt_torch(
         q[start:end], k, v, num_seen, scale=scale, window=window, is_chunked=is_chunked, softcap=softcap,
-        sinks=sinks, slopes=slopes,
+        sinks=sinks, slopes=slopes, seen_until=seen_until,
     )  # fmt: skip
 
 
@@ -226,6 +227,7 @@ def prompt_torch(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    seen_until: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend q [Q, H, D], the last of `num_seen` tokens, to their k [L, Hkv, D] and v [L, Hkv, Dv]: [Q, H, Dv].
 
@@ -233,14 +235,14 @@ def prompt_torch(
     """
     q_len, num_keys = len(q), len(k)
     queries, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    is_plain = q_len == num_seen and not 0 <= window < q_len and slopes is None
+    is_plain = q_len == num_seen and not 0 <= window < q_len and slopes is None and seen_until is None
     mask = None
     if is_plain:
         queries = F.pad(queries, (0, 0, 0, num_keys - num_seen))  # no real query sees the keys of those added
     else:
         tokens = torch.arange(num_keys, device=q.device)
         positions = torch.arange(num_seen - q_len, num_seen, device=q.device)[:, None]
-        mask = tokens <= positions
+        mask = tokens <= positions if seen_until is None else tokens < seen_until[:, None]
         if window >= 0:
             mask &= tokens >= _first_seen(positions, window, is_chunked)  # chunks are cut from the first key on
         if slopes is not None:
@@ -378,7 +380,8 @@ def attention(
         return attention_torch(q, k_cache, v_cache, batch, **options)
     from kernels.triton_attention import attention_triton  # here: a machine without a GPU need not have triton
 
-    if backend == "triton" or batch.is_for_graph or batch.num_decodes == len(batch.rows):
+    is_ours = batch.is_for_graph or batch.num_decodes == len(batch.rows) or batch.seen_until is not None
+    if backend == "triton" or is_ours:
         return attention_triton(q, k_cache, v_cache, batch, **options)
     from kernels.flashinfer_attention import attention_flashinfer
 

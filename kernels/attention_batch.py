@@ -50,6 +50,10 @@ class AttentionBatch(Protocol):
         """int32 [slots that slot_table may name], the slot of the caches in place of each; None: the same."""
 
     @property
+    def seen_until(self) -> torch.Tensor | None:
+        """int32 [T], where what each token sees of its request ends, itself or beyond; None: each with itself."""
+
+    @property
     def num_decodes(self) -> int:
         """Number of requests, the first ones, that have a single token."""
 

@@ -86,6 +86,7 @@ def prefill(
         batch.rows[batch.num_decodes :],
         batch.slot_table,
         batch.slot_map,
+        batch.seen_until,
         sinks,
         slopes,
         partial,
@@ -130,6 +131,7 @@ def _prefill_kernel(
     rows,
     slot_table,
     slot_map,
+    seen_until,
     sinks,
     slopes,
     partial,
@@ -178,6 +180,10 @@ def _prefill_kernel(
     first_q = (tile - request_begin) * BLOCK_TOKENS
     first_position = seq_len - q_len + first_q
     last = tl.minimum(first_position + BLOCK_TOKENS, seq_len)
+    if seen_until is not None:
+        index = first_q + tl.arange(0, BLOCK_TOKENS)
+        until = tl.load(seen_until + q_begin + index, mask=(index >= 0) & (index < q_len), other=0)
+        last = tl.maximum(last, tl.max(until, axis=0))
     whole = (first_position + 1) // BLOCK_N * BLOCK_N  # tokens that all rows see
     first = seq_len * 0
     if HAS_WINDOW:
@@ -209,6 +215,8 @@ def _prefill_kernel(
         row_first = row_last
         if HAS_WINDOW:
             row_first = first_seen(row_last, window, HAS_WINDOW)
+        if seen_until is not None:
+            row_last = tl.load(seen_until + token, mask=is_row, other=1) - 1
         slots = slot_table + row.to(tl.int64) * table_stride
         m, l, acc = attend_prompt(
             q_tile,

@@ -168,6 +168,7 @@ class _Batch:
     q_lens_host: np.ndarray
     seq_lens_host: np.ndarray
     slot_map: torch.Tensor | None = None
+    seen_until: torch.Tensor | None = None
     shared: _Shared | None = None
     is_for_graph: bool = False
 

@@ -77,7 +77,8 @@ def naive(
         for position in range(seq_len - q_len, seq_len):
             first = max(0, position - window + 1) if window >= 0 else 0
             first = position - position % window if is_chunked else first
-            slots = table[rows[i], first : position + 1].long()
+            last = position + 1 if batch.seen_until is None or q_len == 1 else int(batch.seen_until[token])
+            slots = table[rows[i], first:last].long()
             for head in range(q.shape[1]):
                 scores = k_cache[slots, head // group] @ q[token, head] * scale
                 if softcap:
@@ -118,6 +119,32 @@ def test_tokens_see_the_chunk_that_they_are_in(kernel: Any, window: int) -> None
     q, k, v = make_inputs(batch)
     result = kernel(q, k, v, batch, scale=0.3, window=window, is_chunked=True)
     check(result, naive(q, k, v, batch, 0.3, window, 0.0, is_chunked=True), q.dtype)
+
+
+@KERNELS
+@pytest.mark.parametrize("window", [-1, 8])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_tokens_of_a_picture_see_each_other(kernel: Any, window: int, num_splits: int) -> None:
+    lens = [(1, 9), (24, 24), (40, 90), (5, 30)]
+    batch = make_batch(lens)
+    until = [9]
+    for q_len, seq_len in lens[1:]:
+        ends = np.arange(seq_len - q_len + 1, seq_len + 1)
+        ends[1:5] = ends[4]  # a picture within the chunk
+        ends[-3:] = seq_len  # and one at its end
+        ends[8:35] = ends[min(34, q_len - 1)] if q_len > 8 else ends[8:35]  # across blocks of queries and of keys
+        until += ends.tolist()
+    batch.seen_until = torch.tensor(until, dtype=torch.int32, device=DEVICE)
+    q, k, v = make_inputs(batch)
+    if kernel is attention_torch:
+        result = kernel(q, k, v, batch, scale=0.3, window=window)
+    else:
+        result = attention_triton(q, k, v, batch, scale=0.3, window=window)
+        config = PrefillConfig(16, 16, 4, 1)
+        prefill(
+            q, k, v, batch, result, scale=0.3, window=window, config=config, num_splits=num_splits, min_split_len=16
+        )
+    check(result, naive(q, k, v, batch, 0.3, window, 0.0), q.dtype)
 
 
 @pytest.mark.parametrize("window", [16, 41])

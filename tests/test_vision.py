@@ -60,6 +60,8 @@ class Reference:
         inputs = reader.family.joined([reader.family.inputs(one) for one in media.media])
         is_picture = torch.isin(torch.tensor([ids + answer]), torch.tensor(self.model.config.image_token_id))
         types = {"mm_token_type_ids": is_picture.int()} if media.rope is not None else {}
+        if media.is_whole:
+            types = {"token_type_ids": is_picture.int()}
         logits = self.model(torch.tensor([ids + answer]), **inputs, **types, use_cache=False).logits
         found: list[int] = logits[0, len(ids) - 1 : -1].argmax(dim=-1).tolist()
         return found

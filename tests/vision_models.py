@@ -67,6 +67,27 @@ FAMILIES = {
         "CLIPImageProcessorPil",
         {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}},
     ),
+    "gemma 3": TinyFamily(
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        {
+            "vision_config": VIT | {"model_type": "siglip_vision_model", "image_size": 32, "patch_size": 8},
+            "text_config": TEXT
+            | {
+                "num_hidden_layers": 3,
+                "query_pre_attn_scalar": 16,
+                "sliding_window": 12,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+            "mm_tokens_per_image": 4,
+            "image_token_index": IMAGE,
+            "boi_token_index": VISION_START,
+            "eoi_token_index": VISION_END,
+            "tie_word_embeddings": False,
+        },
+        "Gemma3ImageProcessorPil",
+        {"size": {"height": 32, "width": 32}},
+    ),
     "qwen 2 vl": TinyFamily(
         "Qwen2VLForConditionalGeneration",
         "Qwen2VLConfig",
@@ -145,6 +166,8 @@ def make_vision_model(folder: Path, family: str) -> Path:
         for tensor in model.parameters():
             if tensor.dim() > 1:  # whatever a class starts them with: answers vary, and pictures count
                 torch.nn.init.normal_(tensor, std=0.2)
+        with torch.no_grad():
+            model.lm_head.weight[IMAGE : IMAGE + len(PICTURE_TOKENS)] = 0.0  # no answer has them
     model.save_pretrained(folder)
     getattr(transformers, its.processor)(**its.processing).save_pretrained(folder)
     return folder

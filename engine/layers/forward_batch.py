@@ -50,6 +50,7 @@ class ForwardBatch:
     window_cache_loc: torch.Tensor | None = None  # int32 [T], where layers with a window store, if they have their own
     slot_map: torch.Tensor | None = None  # int32 [num_slots], see `kernels.attention_batch`
     of_windows: "ForwardBatch | None" = None  # the same step as such layers see it
+    seen_until: torch.Tensor | None = None  # int32 [T], see `kernels.attention_batch`
     rope: torch.Tensor | None = None  # int32 [3, T], positions where rotations have three axes
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None  # (positions [T], cos_sin) in place of the layers' own
     features: Features | None = None

@@ -68,7 +68,7 @@ ARCHITECTURES = {
     "FalconForCausalLM": Served("falcon:Falcon", "Falcon 7B, 11B, 40B, 180B and RW"),
     "Gemma2ForCausalLM": Served("gemma:Gemma2", "Gemma 2"),
     "Gemma3ForCausalLM": Served("gemma:Gemma3", "Gemma 3 270M and 1B"),
-    "Gemma3ForConditionalGeneration": Served("gemma:Gemma3", "Gemma 3 4B to 27B, MedGemma; text only"),
+    "Gemma3ForConditionalGeneration": Served("gemma:Gemma3", "Gemma 3 4B to 27B, MedGemma", "gemma 3"),
     "Gemma4ForCausalLM": Served("gemma4:Gemma4", "Gemma 4, the dense ones"),
     "Gemma4ForConditionalGeneration": Served("gemma4:Gemma4", "Gemma 4 E2B, E4B and the dense ones; text only"),
     "GemmaForCausalLM": Served("gemma:Gemma", "Gemma 1, CodeGemma"),

@@ -1,6 +1,7 @@
 """The scheduler's decision for one step: plain arrays, all that the runner gets. And the budget it decides within."""
 
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,7 @@ class Plan:
     groups: Groups | None = None
     window_cache_loc: np.ndarray | None = None  # int32 [T], where layers with a window store; None: as all others
     rope: np.ndarray | None = None  # int32 [3, T], positions where rotations have three axes; None: they have one
+    seen_until: np.ndarray | None = None  # int32 [T], where what chunks' tokens see ends; None: each with itself
     features: list[FeaturePart] = field(default_factory=list)
     num_jumps: int = 0  # requests with several tokens of their answer
     num_drafts: np.ndarray | None = None  # int64 [S], tokens of each sampled one that are guesses; None: of nobody
@@ -93,6 +95,7 @@ class PrefillBudget:
     """Limit the prompts of a step; spent chunk by chunk."""
 
     max_tokens: int
+    room: int = sys.maxsize  # tokens that the step can hold at all; max_tokens may be less
     work: float = math.inf  # as of `prefill_work`
     context_cost: float = 0.0
     min_tokens: int = 0  # are granted, whatever work they are: a prompt must not starve
@@ -111,5 +114,6 @@ class PrefillBudget:
 
     def spend(self, num_tokens: int, context: int) -> None:
         self.max_tokens -= num_tokens
+        self.room -= num_tokens
         self.min_tokens -= num_tokens
         self.work -= prefill_work(num_tokens, context, self.context_cost)

@@ -44,6 +44,10 @@ class Prompts:
         match = match or held.cache.match(rows.token_ids[row, :num_tokens], state.extra_key)
         num_computed = int(rows.num_computed[row])
         start, stop = self._span(state, match, num_computed, num_tokens, budget)
+        if state.spans is not None and state.spans.is_whole:
+            stop = state.spans.whole_stop(start, stop)
+            if stop - start > budget.room:
+                return None
         held.adopt(row, match, start)
         if not held.extend(row, start, stop):
             return None
@@ -143,6 +147,20 @@ def _note_request(plan: Plan, b: int, chunk: Chunk, rows: Rows) -> None:
         plan.pooled.append((b, state, chunk.start))
     if state.return_hidden_states:
         plan.hidden.append((b, state, chunk.start))
+
+
+def seen_until(plan: Plan, chunks: list[Chunk]) -> np.ndarray:
+    """Return where what each token sees of its request ends, int32 [T]. chunks: the plan's last requests."""
+    found = plan.seq_lens.repeat(plan.q_lens).astype(np.int32)
+    first = plan.num_tokens - sum(map(len, chunks))
+    for chunk in chunks:
+        spans, last = chunk.state.spans, first + len(chunk)
+        found[first:last] = np.arange(chunk.start + 1, chunk.stop + 1)
+        if spans is not None and spans.is_whole:
+            of_prompt = spans.until[chunk.start : chunk.stop]
+            found[first : first + len(of_prompt)] = of_prompt
+        first = last
+    return found
 
 
 def rope_positions(plan: Plan, chunks: list[Chunk], rows: Rows) -> np.ndarray:

@@ -30,7 +30,7 @@ from engine.schedule.grouping import PrefixGroups
 from engine.schedule.holdings import Holdings, shared_node
 from engine.schedule.plan import Plan, PrefillBudget, context_tokens
 from engine.schedule.policy import QueueOrder
-from engine.schedule.prefill import Chunk, Prompts, add_chunks, rope_positions
+from engine.schedule.prefill import Chunk, Prompts, add_chunks, rope_positions, seen_until
 from engine.schedule.resolver import Outcome, Resolver
 from engine.schedule.rows import Rows
 from engine.schedule.window_holdings import WindowHoldings
@@ -220,7 +220,7 @@ class Scheduler:
         if self.prefilling or self.waiting:
             room = self.chunked_prefill_size - len(decodes) - sum(map(len, jumps))
             budget = budget or PrefillBudget(room)
-            budget.max_tokens = min(budget.max_tokens, room)
+            budget.max_tokens, budget.room = min(budget.max_tokens, room), room
             chunks = jumps + list(self._prefill_chunks(budget, may_wait=bool(len(decoding))))
         if not len(decodes) and not chunks:
             return None
@@ -247,6 +247,8 @@ class Scheduler:
         """Complete the plan of a model that reads pictures. chunks: of the plan's last requests."""
         if self._has_rope_axes:
             plan.rope = rope_positions(plan, chunks, self.rows)
+        if any(chunk.state.spans is not None and chunk.state.spans.is_whole for chunk in chunks):
+            plan.seen_until = seen_until(plan, chunks)
         for chunk in chunks:
             if chunk.state.spans is not None:
                 chunk.state.spans.release(chunk.stop)

@@ -7,11 +7,13 @@ import numpy as np
 
 from engine.media import PromptMedia
 
+NO_TOKENS = np.empty(0, np.int32)
+
 
 class Spans:
     """Follow the pictures of a prompt. Features are any objects: the scheduler passes them on."""
 
-    __slots__ = ("features", "ids", "media", "rope_delta", "tree_ids")
+    __slots__ = ("features", "ids", "is_whole", "media", "rope_delta", "tree_ids", "until")
 
     def __init__(self, media: PromptMedia, prompt_ids: np.ndarray, ids: Sequence[int]) -> None:
         """prompt_ids: int32 [prompt_len]. ids: of each picture, what stands for it in the tree."""
@@ -20,8 +22,30 @@ class Spans:
         self.tree_ids = prompt_ids.copy()
         for places, its_id in zip(media.places, ids, strict=True):
             self.tree_ids[places] = its_id
+        self.is_whole = media.is_whole
+        self.until = self._until() if self.is_whole else NO_TOKENS  # int32 [prompt_len], where what each sees ends
         # A token behind the prompt has its index and this as its position on every axis.
         self.rope_delta = 0 if media.rope is None else int(media.rope.max()) + 1 - media.prompt_len
+
+    def _until(self) -> np.ndarray:
+        until = np.arange(1, self.media.prompt_len + 1, dtype=np.int32)
+        for places in self.media.places:
+            for block in np.split(places, np.flatnonzero(np.diff(places) > 1) + 1):
+                until[block] = block[-1] + 1
+        return until
+
+    @property
+    def longest(self) -> int:
+        """Return the tokens of the longest run that one step must compute together."""
+        return int((self.until - np.arange(len(self.until))).max(initial=1))
+
+    def whole_stop(self, start: int, stop: int) -> int:
+        """Return where a chunk from `start` on ends, `stop` or near it, that cuts through no picture."""
+        if stop > len(self.until) or self.until[stop - 1] <= stop:
+            return stop
+        end = int(self.until[stop - 1])
+        first = int(np.searchsorted(self.until, end))
+        return first if first > start else end
 
     def missing(self, start: int) -> list[int]:
         """Return the pictures without features that are needed to compute the prompt from token `start` on."""

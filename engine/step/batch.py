@@ -145,6 +145,8 @@ class Stager:
             host["window_cache_loc"][first:last_token] = plan.window_cache_loc[num_decodes:]
         if plan.rope is not None:
             host["rope"][:, first:last_token] = plan.rope[:, num_decodes:]
+        if plan.seen_until is not None:
+            host["seen_until"][first:last_token] = plan.seen_until[num_decodes:]
         host["token_rows"][first:last_token] = rows.repeat(q_lens)
         host["positions"][first:last_token] = self._arange[first:last_token] + (seq_lens - ends).repeat(q_lens)
 

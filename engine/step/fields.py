@@ -34,6 +34,7 @@ class StepShape(NamedTuple):
     has_groups: bool
     has_windows: bool = False  # layers with a window have slots of their own
     has_rope: bool = False  # rotations have three axes
+    has_spans: bool = False  # some tokens see tokens behind them
     num_features: int = 0  # tokens that get a picture's features as their vectors
 
     @property
@@ -57,7 +58,7 @@ class StepShape(NamedTuple):
         num_features = sum(len(part.tokens) for part in features) if features else 0
         return cls(
             plan.num_decodes, num_prefills, plan.num_prefill_tokens, num_samples, has_groups, has_windows,
-            plan.rope is not None, num_features,
+            plan.rope is not None, plan.seen_until is not None, num_features,
         )  # fmt: skip
 
 
@@ -95,6 +96,10 @@ def _has_rope(shape: StepShape) -> bool:
     return shape.has_rope
 
 
+def _has_spans(shape: StepShape) -> bool:
+    return shape.has_spans
+
+
 def _has_features(shape: StepShape) -> bool:
     return shape.num_features > 0
 
@@ -119,6 +124,7 @@ FIELDS = (
     Field("out_cache_loc", Size.TOKENS),
     Field("window_cache_loc", Size.TOKENS, when=_has_windows),
     Field("rope", Size.TOKENS, width=3, when=_has_rope),
+    Field("seen_until", Size.TOKENS, when=_has_spans),
     Field("feature_tokens", Size.FEATURES, when=_has_features),
     Field("token_rows", Size.TOKENS, in_decodes="rows"),
     Field("sample_tokens", Size.SAMPLES, in_decodes="cu_q_lens"),  # 0, 1, ..., S - 1
@@ -167,5 +173,5 @@ def layout_of(shape: StepShape) -> Layout:
 
 def max_size(max_tokens: int, max_requests: int) -> int:
     """Return the int32 numbers of the largest step of that many tokens and requests."""
-    shape = StepShape(0, max_requests, max_tokens, max_requests, True, True, True, max_tokens)
+    shape = StepShape(0, max_requests, max_tokens, max_requests, True, True, True, True, max_tokens)
     return layout_of(shape).size

@@ -21,7 +21,6 @@ class Writing:
 
     text: str
     num_features: int  # tokens of `text` whose vectors the tower makes: all that are placeholders
-    num_others: int = 0  # tokens of `text` beside those
     grids: tuple[tuple[int, int, int], ...] = ()  # of its blocks of features: frames, rows, columns
 
 
@@ -29,6 +28,8 @@ class Family:
     """A family that reads pictures of one kind at least; subclasses say what differs."""
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
+    takes: ClassVar[tuple[str, ...]] = ("pixel_values",)  # of what the processor makes, what the tower takes
+    is_whole: ClassVar = False  # the tokens of a picture see each other, those behind them too
     settings: ClassVar[frozenset[str]] = frozenset()  # of those that a client may ask for, those that make a difference
 
     def __init__(self, config: Any, processor: Any, token_text: Mapping[str, str]) -> None:
@@ -46,6 +47,10 @@ class Family:
     def placeholders(self) -> dict[str, str]:
         """Return the text that stands for a picture of each kind before it is written out."""
         return {kind: self.token_text[kind] for kind in self.kinds}
+
+    def feature_texts(self) -> list[str]:
+        """Return the texts of the tokens that stand for one feature each, of each kind."""
+        return [self.token_text[kind] for kind in self.kinds]
 
     def write(self, size: MediaSize) -> Writing:
         """Say how a picture of `size` is written. `InvalidRequest` if it cannot be read."""
@@ -65,7 +70,7 @@ class Family:
         made = self.processor(
             images=[media.pixels], input_data_format="channels_last", return_tensors="pt", **self.options(media)
         )
-        return dict(made)
+        return {name: made[name] for name in self.takes}
 
     def joined(self, inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return what the tower takes of several pictures."""
@@ -93,6 +98,7 @@ class Llava(Family):
 class Grid(Family):
     """A family whose pictures keep their shape: patches of whole rows and columns, merged in squares (Qwen2-VL)."""
 
+    takes = ("pixel_values", "image_grid_thw")
     settings = frozenset({"min_pixels", "max_pixels"})
 
     def write(self, size: MediaSize) -> Writing:
@@ -124,7 +130,24 @@ class Grid(Family):
         return {"size": {"shortest_edge": least, "longest_edge": most}}
 
 
-FAMILIES: dict[str, type[Family]] = {"llava": Llava, "grid": Grid}
+class Gemma3(Family):
+    """Gemma 3: one square, as so many vectors, that see each other; between marks and empty lines."""
+
+    is_whole = True
+
+    @staticmethod
+    def token_ids(config: Any) -> dict[str, int]:
+        return {"image": config.image_token_id, "begin": config.boi_token_index, "end": config.eoi_token_index}
+
+    def placeholders(self) -> dict[str, str]:
+        return {"image": self.token_text["begin"]}
+
+    def write(self, size: MediaSize) -> Writing:  # noqa: ARG002
+        token, num_features = self.token_text, self.config.mm_tokens_per_image
+        return Writing(f"\n\n{token['begin']}{token['image'] * num_features}{token['end']}\n\n", num_features)
+
+
+FAMILIES: dict[str, type[Family]] = {"gemma 3": Gemma3, "grid": Grid, "llava": Llava}
 
 
 def rope_positions(prompt_len: int, blocks: Sequence[tuple[int, tuple[int, int, int]]]) -> np.ndarray:

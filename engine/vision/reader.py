@@ -33,6 +33,7 @@ class MediaReader:
         self._tokens = np.array([token_ids[kind] for kind in self.kinds])
         self._placeholders = re.compile("|".join(re.escape(text) for text in self.kinds.values()))
         self._kind_of = {text: kind for kind, text in self.kinds.items()}
+        self._num_others = functools.lru_cache(MAX_WRITINGS)(self._count_others)
         self._write = functools.lru_cache(MAX_WRITINGS)(self._write_size)
         fingerprint = [type(family).__name__, family.processor.to_json_string(), str(family.config.to_dict())]
         self._fingerprint = hashlib.sha256("\0".join(fingerprint).encode()).digest()
@@ -54,8 +55,12 @@ class MediaReader:
 
     def count(self, sizes: Sequence[MediaSize]) -> list[int]:
         """Return how many tokens stand for each picture."""
-        written = map(self.write, sizes)
-        return [one.num_features + one.num_others for one in written]
+        return [self.write(size).num_features + self._num_others(self.write(size).text) for size in sizes]
+
+    def _count_others(self, text: str) -> int:
+        """Return the tokens of a picture's text that stand for none of its features."""
+        pieces = re.split("|".join(map(re.escape, self.family.feature_texts())), text)
+        return sum(len(self._encode(piece, add_special_tokens=False)) for piece in pieces if piece)
 
     def encode(
         self, text: str, media: Sequence[Media], *, add_special_tokens: bool = False
@@ -78,7 +83,7 @@ class MediaReader:
         places = np.split(found, np.cumsum(lens)[:-1]) if lens else []
         rope = self._rope(len(ids), places, writings) if self._has_rope_axes else None
         keys = tuple(map(self._key, media))
-        return ids, PromptMedia(len(ids), tuple(media), keys, tuple(places), rope)
+        return ids, PromptMedia(len(ids), tuple(media), keys, tuple(places), self.family.is_whole, rope)
 
     def _check(self, placeholders: Sequence[str], media: Sequence[Media]) -> None:
         """Raise `InvalidRequest` if the placeholders in a text are not those of its pictures."""
