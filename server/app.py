@@ -127,7 +127,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     live.observers.append(monitor.observe)
     app.cleanup_ctx.append(monitor.running)
     app.cleanup_ctx.append(Heap(engine).running)
-    app.add_routes(Dashboard(engine, monitor, config).routes())
+    app.add_routes(Dashboard(engine, monitor, config, live).routes())
     if config.enable_metrics:
         metrics = Metrics(engine, monitor, config.model_name, left_out.counts, config.page_size)
         live.observers.append(metrics.observe)

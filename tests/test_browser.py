@@ -1,5 +1,6 @@
 """The pages in a real browser: typed, clicked, reloaded."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -7,12 +8,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 
 from engine.state import FinishReason
 from server.app import build_app
 from server.config import ServerConfig
+from server.fleet.router import Router, RouterConfig
 from tests.browser import Tab, find_browser, new_tab, running_browser
 from tests.fake_engine import EOS, PARSERS, THOUGHT_AND_CALL, FakeEngine
 
@@ -427,3 +430,70 @@ async def test_the_documents_show_every_route_with_its_fields_and_try_one(tab: T
         await tab.until("document.querySelectorAll('#routes a').length < 8")
         await tab.click("#routes a", "/detokenize")
         await tab.until("document.querySelector('.route').textContent === 'POST/detokenize'")
+
+
+# ---- the dashboard ----
+
+
+async def test_the_dashboard_shows_what_runs_and_ends_it(tab: Tab) -> None:
+    engine = FakeEngine(is_manual=True)
+    async with served(engine, admin_api_key="sesame") as url, aiohttp.ClientSession() as session:
+        asking = asyncio.create_task(session.post(url + "generate", json={"text": "<b>Who?</b>", "rid": "mine"}))
+        await engine.until(lambda: bool(engine.live))
+        engine.emit(engine.states[0], "abc")
+        await tab.go(url + "dashboard")
+        await tab.until("document.querySelector('#key')")
+        await tab.type("sesame")
+        await tab.press("Enter")
+        await tab.until("document.querySelector('#requests tr')")
+        assert await tab.text("#requests td") == "<b>Who?</b>"
+        assert (await tab.texts("#requests td.number"))[1:4] == ["11", "18 %", "3 of 128"]
+        assert await tab.text("#kv") == "250 held (25 %) · 500 cached (50 %) · 250 free, of 1,000 tokens"
+        assert await tab.texts(".branch") == ["<b>S", "<b>S"]
+        await tab.evaluate("document.querySelector('.branch').focus()")
+        assert (await tab.text("#tree-detail")).startswith("40 tokens · found 42 times · held by 1 · 2 more branches")
+        await tab.click("#spans button", "hour")
+        await tab.until("document.querySelector('#chart-tokens').textContent.includes('60 min')")
+        await tab.click("#requests button", "End")
+        await engine.until(lambda: engine.aborted == ["mine"])
+        await tab.until("!document.querySelector('#requests tr')")
+        await asking
+    assert [error for error in tab.errors if "401" not in error] == []
+
+
+async def test_the_dashboard_draws_curves_and_their_values_under_the_pointer(tab: Tab) -> None:
+    async with served(FakeEngine()) as url:
+        await tab.go(url + "dashboard")
+        await tab.until("!document.querySelector('#main').hidden")
+        await tab.evaluate(
+            "(clearTimeout(timer), poll = () => {}, drawCurves('chart-tokens', [200, 100, 0], 300,"
+            " [{name: 'generated', colour: 'blue', values: [1, 20, 300]}]), true)"
+        )
+        x, y = await tab.evaluate(
+            "(() => { const box = document.querySelector('#chart-tokens').getBoundingClientRect();"
+            " return [box.x + drawn.get('chart-tokens').x(110), box.y + 50]; })()"
+        )
+        await tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        await tab.until("document.querySelector('#tip').textContent === 'generated 20\\n2 min ago'")
+
+
+async def test_behind_a_router_the_dashboard_adds_up_its_workers_or_shows_one(tab: Tab) -> None:
+    async with served(FakeEngine()) as first, served(FakeEngine(), served_model_name="second") as second:
+        config = RouterConfig(worker_urls=[first.rstrip("/"), second.rstrip("/")])
+        router = web.AppRunner(Router(config).build_app(), handler_cancellation=True)
+        await router.setup()
+        site = web.TCPSite(router, "127.0.0.1", 0)
+        await site.start()
+        await tab.go(f"http://127.0.0.1:{router.addresses[0][1]}/dashboard")
+        await tab.until("document.querySelector('#model').textContent === 'fake-model, second'")
+        assert await tab.text("#running") == "2"
+        assert (await tab.text("#kv")).startswith("500 held (25 %)")
+        assert len(await tab.texts(".branch")) == 4 and len(await tab.texts("#replicas tr")) == 2
+        await tab.evaluate(
+            f"(document.querySelector('#workers').value = {second.rstrip('/')!r},"
+            " document.querySelector('#workers').dispatchEvent(new Event('change')), true)"
+        )
+        await tab.until("document.querySelector('#model').textContent === 'second'")
+        assert await tab.text("#running") == "1"
+        await router.cleanup()
+    assert tab.errors == []

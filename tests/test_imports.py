@@ -47,7 +47,7 @@ WINGS = {
     "server.http": {"server.reading"},
     "server.apis": {"server.http", "server.media", "server.reading", "server.parsers"},
     "server.pages": set(),
-    "server.watch": {"server.apis", "server.reading", "server.parsers"},
+    "server.watch": {"server.apis", "server.http", "server.pages", "server.reading", "server.parsers"},
     "server.fleet": {"server.__main__", "server.app", "server.http", "server.reading"},
     "server.lang": {"server.apis", "server.http", "server.media", "server.reading"},
     "server.terminal": set(),

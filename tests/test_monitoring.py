@@ -20,7 +20,7 @@ from server.__main__ import set_up_logging
 from server.app import build_app
 from server.config import ServerConfig
 from server.http.access_log import JsonAccessLogger
-from server.watch.dashboard import PAGE
+from server.pages.page import FOLDER
 from server.watch.metrics import Metrics
 from server.watch.monitor import Monitor, percentile
 from tests.fake_engine import FakeEngine, events_of, serving
@@ -220,10 +220,58 @@ async def test_the_dashboards_data_is_all_that_the_page_reads(client: Client) ->
     assert data["latency"]["num_requests"] == 1
     assert data["latency"]["first_token"]["p99"] == pytest.approx(0.75)
     assert data["prefixes"] == [{"head": "<b>S", "tail": "", "num_tokens": 4, "hits": 42, "num_users": 1}]
-    page = PAGE.read_text()
-    for group, name in re.findall(r"\b(now|latency|series|kv|prefix|data)\.(\w+)", page):
-        owner = {"data": data, "kv": data["now"]["kv"], "prefix": data["prefixes"][0]}.get(group) or data[group]
+    (branch, _), (replica,) = data["branches"], data["replicas"]
+    assert (branch["num_tokens"], branch["parent"], branch["head"]) == (40, -1, "<b>S")
+    owners = {"kv": data["now"]["kv"], "prefix": data["prefixes"][0], "branch": branch, "replica": replica}
+    script = "".join((FOLDER / name).read_text() for name in ("dashboard.js", "branches.js"))
+    for group, name in re.findall(r"\b(now|latency|series|kv|prefix|branch|replica|canary)\.(\w+)", script):
+        owner = owners.get(group) or (data["now"] if group == "now" else data["now"].get(group) or data[group])
         assert name in owner, f"{group}.{name}"
+
+
+async def test_requests_that_run_show_their_prompts_ends_and_how_far_they_are(engine: FakeEngine) -> None:
+    engine.is_manual = True
+    prompt = "".join(f"{i:03d}" for i in range(60))
+    body = {"text": prompt, "rid": "mine", "sampling_params": {"max_new_tokens": 50}}
+    async with serving(engine) as client:
+        task = asyncio.create_task(client.post("/generate", json=body))
+        await engine.until(lambda: bool(engine.live))
+        engine.emit(engine.states[0], "xyz")
+        (request,) = (await (await client.get("/dashboard/data")).json())["requests"]
+        assert (request["rid"], request["head"], request["tail"]) == ("mine", prompt[:24], prompt[-24:])
+        assert (request["num_prompt_tokens"], request["num_cached_tokens"]) == (180, 2)
+        assert (request["num_output_tokens"], request["max_new_tokens"]) == (3, 50)
+        assert request["is_running"] and request["age_s"] > 0
+        await client.post("/abort_request", json={"rid": "mine"})
+        await task
+        assert (await (await client.get("/dashboard/data")).json())["requests"] == []
+
+
+async def test_a_span_that_is_not_kept_is_an_error_that_names_those_that_are(client: Client) -> None:
+    for span in ("300", "3600", "86400"):
+        data = await (await client.get(f"/dashboard/data?span={span}")).json()
+        assert data["series"]["span_s"] == int(span)
+    response = await client.get("/dashboard/data?span=7")
+    assert response.status == 400
+    assert "span must be one of 300, 3600, 86400, got '7'" in await response.text()
+
+
+def test_longer_spans_are_kept_in_coarser_steps_of_means_and_bounded() -> None:
+    monitor = Monitor(FakeEngine())
+    sample = dataclasses.replace(monitor.sample(), num_waiting=2)
+    for second in range(86400 // 2):
+        now = dataclasses.replace(sample, at=float(second), num_running=second % 2, num_generated_tokens=10 * second)
+        for history in monitor.histories.values():
+            history.add(now)
+    for span_s, step_s in ((300, 1.0), (3600, 12.0), (86400, 288.0)):
+        samples = monitor.histories[span_s].samples
+        assert len(samples) <= 301
+        steps = [after.at - before.at for before, after in zip(samples, list(samples)[1:], strict=False)]
+        assert set(steps) == {step_s}
+        _, rates = monitor.series(span_s)[-1]
+        assert rates.generated == pytest.approx(10)
+    assert {sample.num_running for sample in list(monitor.histories[3600].samples)[1:]} == {0.5}
+    assert samples[-1].num_waiting == 2
 
 
 @pytest.mark.parametrize(("is_working", "shown"), [(True, "busy"), (False, "stuck")])
@@ -238,19 +286,6 @@ async def test_a_step_that_takes_long_is_busy_and_one_that_hangs_is_stuck(
         assert (await (await client.get("/dashboard/data")).json())["now"]["status"] == shown
         engine.health_status = "ok"
         assert (await (await client.get("/dashboard/data")).json())["now"]["status"] == "ok"
-
-
-async def test_the_page_is_whole_and_asks_nobody_else(client: Client) -> None:
-    response = await client.get("/dashboard")
-    assert (response.status, response.content_type) == (200, "text/html")
-    page = await response.text()
-    assert not re.search(
-        r"""\b(src|href|action)=["'](?!data:,)|url\(|@import|\bimport\s|https?://(?!www\.w3\.org/)""", page
-    )
-    assert re.findall(r"fetch\(([^,)]*)", page) == ['"dashboard/data"']
-    assert "innerHTML" not in page
-    assert "default-src 'none'" in response.headers["Content-Security-Policy"]
-    assert "connect-src 'self'" in response.headers["Content-Security-Policy"]
 
 
 async def test_the_page_is_open_and_its_data_is_not(engine: FakeEngine) -> None:

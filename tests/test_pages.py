@@ -16,7 +16,7 @@ from tests.fake_engine import FakeEngine, serving
 
 Client = TestClient[Any, Any]
 HTML = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
-PAGES = ["/", "/docs"]
+PAGES = ["/", "/docs", "/dashboard"]
 
 
 async def test_a_browser_gets_the_chat_page_and_a_program_a_line(client: Client) -> None:

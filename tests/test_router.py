@@ -8,6 +8,7 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 import pytest
@@ -760,19 +761,30 @@ async def test_files_batches_and_sessions_are_kept_by_the_first_worker() -> None
         assert await answers(client, 2, session_params={"id": "s"}) == ["a", "a"]
 
 
-async def test_the_dashboard_shows_one_worker_and_says_which() -> None:
+async def test_the_dashboard_shows_the_worker_that_is_asked_for_and_says_which_there_are() -> None:
     engines = FakeEngine(), FakeEngine()
     async with (
         serving(engines[0], served_model_name="first") as first,
         serving(engines[1], served_model_name="second") as second,
         routing(url_of(first), url_of(second)) as client,
     ):
-        for _ in range(4):
-            got = await client.get("/dashboard/data")
-            assert json.loads(await got.read())["model"] == "first"
-            assert got.headers["X-Radixloop-Worker"] == url_of(first)
-        page = await (await client.get("/dashboard")).text()
-        assert 'headers.get("X-Radixloop-Worker")' in page
+        for query, name, worker in (
+            ("", "first", first),
+            (f"?worker={quote(url_of(second), safe='')}&span=3600", "second", second),
+            ("?worker=", "first", first),
+        ):
+            got = await client.get(f"/dashboard/data{query}")
+            assert json.loads(await got.read())["model"] == name
+            assert got.headers["X-Radixloop-Worker"] == url_of(worker)
+            assert got.headers["X-Radixloop-Workers"] == f"{url_of(first)} {url_of(second)}"
+        unknown = await client.get("/dashboard/data?worker=http://x")
+        assert unknown.status == 400 and "no worker is 'http://x'" in await unknown.text()
+
+
+async def test_a_key_that_opens_no_dashboard_shows_no_workers() -> None:
+    async with serving(FakeEngine(), admin_api_key="a") as worker, routing(url_of(worker)) as client:
+        refused = await client.get("/dashboard/data")
+        assert (refused.status, "X-Radixloop-Workers" in refused.headers) == (401, False)
 
 
 # ---- the command ----

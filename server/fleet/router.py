@@ -4,9 +4,9 @@ Requests and answers pass through as they are, a streamed answer piece by piece 
 leaves takes its request along. Whatever a worker refuses for want of health or room (a lost connection, 429, 5xx) goes
 to another one, as long as nothing of the answer has been passed on.
 
-What one worker alone knows is found again: files, batches and sessions are kept by the first worker, whose figures the
-dashboard shows, and what a worker does not have (404: a response it has not stored, a model it does not serve) is
-looked for at the others. A request goes to one worker as a whole, a batch of prompts too.
+What one worker alone knows is found again: files, batches and sessions are kept by the first worker, and what a worker
+does not have (404: a response it has not stored, a model it does not serve) is looked for at the others. A request goes
+to one worker as a whole, a batch of prompts too. The dashboard shows any worker, or the sum of them.
 """
 
 import asyncio
@@ -48,6 +48,7 @@ WORKERS = "workers"
 BROADCAST_PATHS = ADMIN_PATHS - {"/dashboard/data", "/get_weights_by_name"}
 FIRST_WORKERS_PATHS = ("/v1/files", "/v1/batches", "/open_session", "/close_session", "/dashboard")
 WORKER_HEADER = "X-Radixloop-Worker"  # whose figures a dashboard shows
+WORKERS_HEADER = "X-Radixloop-Workers"  # whose it could show
 GZIP_OR_ZLIB = 32 + zlib.MAX_WBITS
 SESSION_FIELD, PREVIOUS_FIELD = b'"session_params"', b'"previous_response_id"'
 RETRIED = frozenset({429, 500, 502, 503, 504})
@@ -135,6 +136,7 @@ class Router:
         app.add_routes(
             [
                 web.get("/health", self.health),
+                web.get("/dashboard/data", self.dashboard_data),
                 web.get("/workers", self.list_workers),
                 web.post("/workers", self.add_worker),
                 web.delete("/workers", self.remove_worker),
@@ -215,7 +217,7 @@ class Router:
                 tried[worker] = f"answered {answer.status}"
                 is_final = is_upload or num_failed > max_failed or answer.status not in RETRIED | unknown
                 if is_final or not self.workers.in_rotation(without=tried):
-                    return await pass_on(request, answer, head, worker.url)
+                    return await pass_on(request, answer, head)
         raise NoWorkerAnswers(self._why_none(tried))
 
     def _send(
@@ -268,6 +270,21 @@ class Router:
                 return answer.status, end_to_end(answer.headers), await answer.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             return 502, CIMultiDict(), (worker.failure or describe(error)).encode()
+
+    async def dashboard_data(self, request: web.Request) -> web.Response:
+        """Return the figures of the worker that `?worker=` names, or of the first. Headers say which there are."""
+        url = request.query.get("worker")
+        known = list(self.workers) if url else self.workers.in_rotation()
+        worker = next((worker for worker in known if url in (None, "", worker.url)), None)
+        if worker is None and url:
+            raise InvalidRequest(f"no worker is {url[:200]!r}", "worker")
+        if worker is None:
+            raise NoWorkerAnswers(self._why_none({}))
+        status, headers, content = await self._whole_answer(worker, request, b"")
+        if status == 200:
+            headers[WORKER_HEADER] = worker.url
+            headers[WORKERS_HEADER] = " ".join(one.url for one in self.workers)
+        return web.Response(body=content, status=status, headers=headers)
 
     # ---- what the router answers ----
 
@@ -378,13 +395,9 @@ def end_to_end(
     return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in left_out)
 
 
-async def pass_on(
-    request: web.Request, answer: aiohttp.ClientResponse, head: bytes, worker_url: str
-) -> web.StreamResponse:
+async def pass_on(request: web.Request, answer: aiohttp.ClientResponse, head: bytes) -> web.StreamResponse:
     """Pass on `answer`, whose body starts with `head`, as it comes, read no faster than the client reads."""
     response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=end_to_end(answer.headers))
-    if request.path == "/dashboard/data":
-        response.headers[WORKER_HEADER] = worker_url
     await response.prepare(request)
     try:
         while head:

@@ -149,6 +149,10 @@ class LiveRequests:
         async with self.submitted(owner, rid, states):
             return await collector.done
 
+    def state_of(self, rid: str) -> RequestState | None:
+        """Return the request that runs under `rid`; None if none does, or none of a client."""
+        return self._accepted.get(rid)
+
     def end(self, state: RequestState) -> None:
         """Abort the request if it runs: never another of its rid, which it was refused for."""
         if self._accepted.get(state.rid) is state:

@@ -1,44 +1,51 @@
-"""The live page at /dashboard, one static file, and the JSON it draws."""
+"""The live page at /dashboard, and the JSON it draws."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from aiohttp import web
 
-from cache.radix import Prefix
-from engine.engine import Engine
+from engine.engine import Engine, EngineStats
+from engine.errors import InvalidRequest
+from engine.state import RequestState
+from engine.views import BranchView, RequestView
 from server.config import ServerConfig
+from server.http.live import LiveRequests
+from server.pages.page import Page
 from server.reading.protocol import JSON, json_response
-from server.watch.monitor import Monitor, percentile
+from server.watch.monitor import SHORT_SPAN_S, STEPS_S, Monitor, percentile
 
-PAGE = Path(__file__).with_name("dashboard.html")
-NUM_PREFIXES = 12
+NUM_PREFIXES, NUM_BRANCHES, NUM_REQUESTS = 12, 48, 64
 NUM_HEAD_TOKENS = NUM_TAIL_TOKENS = 24
-PREFIX_INTERVAL_S = 5.0
+TREE_INTERVAL_S = 5.0
 RATE_SPAN_S, HIT_SPAN_S = 5.0, 60.0
 BUSY_CPUS = 0.5  # CPU cores that a process uses at least while it computes a step
-# The page is whole: whatever it would load from elsewhere is refused by the browser.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
 
 class Dashboard:
-    def __init__(self, engine: Engine, monitor: Monitor, config: ServerConfig) -> None:
-        self.engine, self.monitor, self.config = engine, monitor, config
-        self._page = PAGE.read_bytes()
-        self._prefixes: list[JSON] = []  # as they were at _prefixes_at: looking for them takes milliseconds
-        self._prefixes_at = -PREFIX_INTERVAL_S
+    def __init__(self, engine: Engine, monitor: Monitor, config: ServerConfig, live: LiveRequests) -> None:
+        self.engine, self.monitor, self.config, self.live = engine, monitor, config, live
+        self._page = Page("dashboard.html")
+        self._prefixes: list[JSON] = []  # as they were at _tree_at, as _branches: looking for them takes milliseconds
+        self._branches: list[JSON] = []
+        self._tree_at = -TREE_INTERVAL_S
+        self._ends: dict[str, tuple[str, str]] = {}  # of the prompts that are shown, by rid
 
     def routes(self) -> list[web.RouteDef]:
         return [web.get("/dashboard", self.page), web.get("/dashboard/data", self.data)]
 
-    async def page(self, _: web.Request) -> web.Response:
-        headers = {"Content-Security-Policy": POLICY, "Cache-Control": "no-cache"}
-        return web.Response(body=self._page, content_type="text/html", charset="utf-8", headers=headers)
+    async def page(self, request: web.Request) -> web.Response:
+        return self._page.response(request)
 
-    async def data(self, _: web.Request) -> web.Response:
+    async def data(self, request: web.Request) -> web.Response:
+        """Report what there is to see. `?span=`: seconds of the curves, one of those in STEPS_S."""
+        span = request.query.get("span", str(SHORT_SPAN_S))
+        if span not in map(str, STEPS_S):
+            raise InvalidRequest(f"span must be one of {', '.join(map(str, STEPS_S))}, got {span[:20]!r}", "span")
+        self._look_at_tree()
         return json_response(
             {
                 "model": self.config.model_name,
@@ -46,8 +53,12 @@ class Dashboard:
                 "uptime_s": time.perf_counter() - self.monitor.started_at,
                 "now": self._now(),
                 "latency": self._latency(),
-                "series": self._series(),
-                "prefixes": self._recent_prefixes(),
+                "series": self._series(int(span)),
+                "requests": self._requests(),
+                "prefixes": self._prefixes,
+                "branches": self._branches,
+                "replicas": [_replica(stats) for stats in self.engine.replica_stats()],
+                "ranks": self.config.tp_size,
             }
         )
 
@@ -80,6 +91,8 @@ class Dashboard:
             "num_retractions": scheduler.num_retractions,
             "num_failed_steps": stats.loop.num_failed_steps,
             "num_generated_tokens": stats.loop.num_generated_tokens,
+            "num_violations": health.num_violations,
+            "canary": dataclasses.asdict(stats.canary),
         }
 
     def _latency(self) -> JSON:
@@ -94,45 +107,101 @@ class Dashboard:
             "loop_lag": _percentiles(self.monitor.lags),
         }
 
-    def _series(self) -> JSON:
-        """Return a value a second for the last minutes, oldest first; `age_s` counts from now."""
-        series, now = self.monitor.series(), time.perf_counter()
+    def _series(self, span_s: int) -> JSON:
+        """Return some 300 values of each curve, oldest first; `age_s` counts from now."""
+        series, now = self.monitor.series(span_s), time.perf_counter()
         return {
+            "span_s": span_s,
             "age_s": [round(now - sample.at, 1) for sample, _ in series],
             "generated_per_s": [round(rates.generated, 1) for _, rates in series],
             "prompt_per_s": [round(rates.prompt, 1) for _, rates in series],
-            "num_running": [sample.num_running for sample, _ in series],
-            "num_waiting": [sample.num_waiting for sample, _ in series],
-            "held": [sample.num_held_tokens for sample, _ in series],
-            "cached": [sample.num_cached_tokens for sample, _ in series],
+            "hit_rate": [round(rates.hit_rate, 3) for _, rates in series],
+            "num_running": [round(sample.num_running, 1) for sample, _ in series],
+            "num_waiting": [round(sample.num_waiting, 1) for sample, _ in series],
+            "held": [round(sample.num_held_tokens) for sample, _ in series],
+            "cached": [round(sample.num_cached_tokens) for sample, _ in series],
         }
 
-    def _recent_prefixes(self) -> list[JSON]:
+    def _requests(self) -> list[JSON]:
+        """Return the requests that came first and have not ended."""
+        now, shown = time.perf_counter(), {}
+        requests = []
+        for view in self.engine.oldest_requests(NUM_REQUESTS):
+            if (state := self.live.state_of(view.rid)) is None:
+                continue  # the server's own, or it is ending
+            shown[view.rid] = ends = self._ends.get(view.rid) or self._text_ends(state.request.input_ids)
+            requests.append(_request(view, state, ends, now))
+        self._ends = shown
+        return requests
+
+    def _look_at_tree(self) -> None:
         now = time.perf_counter()
-        if now - self._prefixes_at >= PREFIX_INTERVAL_S:
-            self._prefixes, self._prefixes_at = self._top_prefixes(), now
-        return self._prefixes
+        if now - self._tree_at >= TREE_INTERVAL_S:
+            self._tree_at = now
+            self._prefixes = self._top_prefixes()
+            self._branches = [self._branch(branch) for branch in self.engine.top_branches(NUM_BRANCHES)]
 
     def _top_prefixes(self) -> list[JSON]:
         """Return the cached prefixes that saved most tokens; of long ones the first and the last of their text."""
         prefixes = sorted(self.engine.top_prefixes(4 * NUM_PREFIXES), key=lambda one: -one.hits * one.num_tokens)
-        return [
-            {
-                "head": self._text(prefix.token_ids[: NUM_HEAD_TOKENS if _is_cut(prefix) else None]),
-                "tail": self._text(prefix.token_ids[-NUM_TAIL_TOKENS:]) if _is_cut(prefix) else "",
-                "num_tokens": prefix.num_tokens,
-                "hits": prefix.hits,
-                "num_users": prefix.lock_ref,
-            }
-            for prefix in prefixes[:NUM_PREFIXES]
-        ]
+        shown = []
+        for prefix in prefixes[:NUM_PREFIXES]:
+            head, tail = self._text_ends(prefix.token_ids)
+            counts = {"num_tokens": prefix.num_tokens, "hits": prefix.hits, "num_users": prefix.lock_ref}
+            shown.append({"head": head, "tail": tail, **counts})
+        return shown
 
-    def _text(self, token_ids: np.ndarray) -> str:
-        return self.engine.tokenizer.decode(token_ids.tolist(), skip_special_tokens=False)
+    def _branch(self, branch: BranchView) -> JSON:
+        return {
+            "replica": branch.replica,
+            "parent": branch.parent,
+            "start": branch.start,
+            "num_tokens": branch.num_tokens,
+            "head": self._text(branch.head),
+            "num_users": branch.num_users,
+            "hits": branch.hits,
+            "num_hidden": branch.num_hidden,
+            "rids": branch.rids,
+        }
+
+    def _text_ends(self, token_ids: Sequence[int] | np.ndarray) -> tuple[str, str]:
+        """Return the first and the last of a text; all of a short one, and nothing."""
+        if len(token_ids) <= NUM_HEAD_TOKENS + NUM_TAIL_TOKENS:
+            return self._text(token_ids), ""
+        return self._text(token_ids[:NUM_HEAD_TOKENS]), self._text(token_ids[-NUM_TAIL_TOKENS:])
+
+    def _text(self, token_ids: Sequence[int] | np.ndarray) -> str:
+        return self.engine.tokenizer.decode([*map(int, token_ids)], skip_special_tokens=False)
 
 
-def _is_cut(prefix: Prefix) -> bool:
-    return prefix.num_tokens > NUM_HEAD_TOKENS + NUM_TAIL_TOKENS
+def _request(view: RequestView, state: RequestState, ends: tuple[str, str], now: float) -> JSON:
+    return {
+        "rid": view.rid,
+        "client": state.request.client,
+        "head": ends[0],
+        "tail": ends[1],
+        "is_running": view.is_running,
+        "age_s": now - state.times.arrived,
+        "num_prompt_tokens": state.prompt_len,
+        "num_cached_tokens": view.num_cached_tokens,
+        "num_output_tokens": view.num_output_tokens,
+        "max_new_tokens": state.max_new_tokens,
+    }
+
+
+def _replica(stats: EngineStats) -> JSON:
+    scheduler = stats.scheduler
+    return {
+        "num_running": scheduler.num_running,
+        "num_waiting": scheduler.num_waiting,
+        "held": scheduler.num_held_tokens,
+        "cached": scheduler.num_cached_tokens,
+        "total": scheduler.num_total_tokens,
+        "num_generated_tokens": stats.loop.num_generated_tokens,
+        "hit_rate_total": scheduler.num_hit_tokens / max(scheduler.num_prompt_tokens, 1),
+        "num_retractions": scheduler.num_retractions,
+        "canary_drift": stats.canary.drift,
+    }
 
 
 def _percentiles(values: Sequence[float] | Any) -> JSON:

@@ -15,35 +15,15 @@ from aiohttp import web
 
 from engine.engine import Engine
 from engine.state import RequestState
+from server.watch.history import History, Sample
 
 TICK_S, IDLE_TICK_S = 0.05, 0.5
 SAMPLE_S = 1.0
-NUM_SAMPLES = 301  # five minutes
-SMOOTHED_SAMPLES = 5  # that a drawn rate goes back
+STEPS_S = {300: 0.0, 3600: 12.0, 86400: 288.0}  # by span of time in seconds: between two samples that are kept
+SHORT_SPAN_S, *_ = STEPS_S
+SMOOTHED_SAMPLES = 5  # that a drawn rate goes back in the short span
 NUM_LAGS = 1200  # a minute under load
 NUM_ENDED = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """The engine's counters and gauges at one moment."""
-
-    at: float
-    """time.perf_counter() seconds."""
-    num_generated_tokens: int
-    num_prompt_tokens: int
-    num_hit_tokens: int
-    num_steps: int
-    host_s: float
-    """Seconds of deciding, launching, resolving and delivering steps, since the start."""
-    device_idle_s: float
-    """Seconds between two steps, since the start."""
-    num_running: int
-    num_waiting: int
-    num_held_tokens: int
-    num_cached_tokens: int
-    cpu_s: float
-    """CPU time of all threads of this process, since the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +57,15 @@ class Monitor:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.started_at = time.perf_counter()
-        self.samples: deque[Sample] = deque(maxlen=NUM_SAMPLES)
+        self.histories = {span_s: History(step_s) for span_s, step_s in STEPS_S.items()}
         self.lags: deque[float] = deque(maxlen=NUM_LAGS)  # seconds
         self.ended: deque[Ended] = deque(maxlen=NUM_ENDED)
         self.lag_observers: list[Callable[[float], None]] = []
+
+    @property
+    def samples(self) -> deque[Sample]:
+        """Those of the last minutes, one a second."""
+        return self.histories[SHORT_SPAN_S].samples
 
     async def running(self, _: web.Application) -> AsyncIterator[None]:
         """Sample as long as the application lives: a cleanup context."""
@@ -95,7 +80,9 @@ class Monitor:
         while True:
             now = time.perf_counter()
             if now >= next_sample_at:
-                self.samples.append(self.sample())
+                sample = self.sample()
+                for history in self.histories.values():
+                    history.add(sample)
                 next_sample_at = max(next_sample_at + SAMPLE_S, now + SAMPLE_S / 2)
             is_busy = self.samples[-1].num_running or self.engine.health().num_running
             due = now + (TICK_S if is_busy else IDLE_TICK_S)
@@ -147,13 +134,12 @@ class Monitor:
             return Rates()
         return rates_between(earlier[0], now)
 
-    def series(self) -> list[tuple[Sample, Rates]]:
-        """Return each sample with the rates since the few before it, oldest first."""
-        samples = list(self.samples)
+    def series(self, span_s: int = SHORT_SPAN_S) -> list[tuple[Sample, Rates]]:
+        """Return each sample of a span with the rates since the one before, or the few, oldest first."""
+        samples = list(self.histories[span_s].samples)
+        num_before = SMOOTHED_SAMPLES if span_s == SHORT_SPAN_S else 1
         return [
-            (sample, rates_between(samples[max(i - SMOOTHED_SAMPLES, 0)], sample))
-            for i, sample in enumerate(samples)
-            if i
+            (sample, rates_between(samples[max(i - num_before, 0)], sample)) for i, sample in enumerate(samples) if i
         ]
 
 

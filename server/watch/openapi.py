@@ -50,6 +50,7 @@ from server.reading.protocol import (
     openai_error,
 )
 from server.reading.responses_body import ResponsesRequest
+from server.watch.monitor import STEPS_S
 from server.watch.schemas import (
     ANY_OBJECT,
     BOOLEAN,
@@ -353,7 +354,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/stop_profile"): STOP_PROFILE,
     ("GET", "/metrics"): Operation("Prometheus metrics", "server", media_type="text/plain"),
     ("GET", "/dashboard"): Operation("The live page", "server", media_type="text/html", is_open=True),
-    ("GET", "/dashboard/data"): Operation("What the live page shows", "server", answer=ANY_OBJECT),
+    ("GET", "/dashboard/data"): Operation(
+        "What the live page shows", "server", answer=ANY_OBJECT, statuses=(400,),
+        parameters=({"name": "span", "in": "query", "schema": {"enum": [str(span) for span in STEPS_S]}},),
+    ),
     ("GET", "/openapi.json"): Operation("This document", "server", answer=ANY_OBJECT),
 }  # fmt: skip
 
