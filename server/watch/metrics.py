@@ -6,7 +6,7 @@ when it ends. So metrics cost a token nothing.
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
@@ -15,9 +15,11 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from engine.engine import Engine
-from engine.schedule.scheduler import SchedulerStats
 from engine.state import RequestState
 from server.watch.monitor import Monitor, percentile
+
+if TYPE_CHECKING:
+    from engine.schedule.scheduler import SchedulerStats  # which imports torch: the router has none of it
 
 FIRST_TOKEN_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 LATENCY_BUCKETS_S = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 80, 160, 320, 640)
@@ -215,7 +217,7 @@ class EngineCollector(Collector):
             "stage",
         )
 
-    def _of_gateways(self, scheduler: SchedulerStats) -> Iterable[Metric]:
+    def _of_gateways(self, scheduler: "SchedulerStats") -> Iterable[Metric]:
         """Yield what Kubernetes' gateways for inference and llm-d choose servers by, under the names they ask for."""
         yield self._gauge("vllm:num_requests_waiting", "requests that wait", scheduler.num_waiting)
         yield self._gauge("vllm:num_requests_running", "requests that run", scheduler.num_running)
