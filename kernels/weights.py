@@ -38,17 +38,17 @@ class ShapeError(Exception):
 class Shard:
     """One of `count` equal slices; the whole by default.
 
-    extent: the tensor's length as a share of that of all slices together, where those at its end go on beyond it. Zeros
-    stand there.
+    extent: the tensor's length as a share of that of all slices together, where those at its end go on beyond it, and
+    have zeros there.
     """
 
     index: int = 0
     count: int = 1
-    extent: Fraction = Fraction(1)
+    extent: Fraction | None = None
 
     def whole_length(self, size: int) -> int:
         """Return the length of the tensor of which slices have `size`."""
-        return int(size * self.count * self.extent)
+        return size * self.count if self.extent is None else int(size * self.count * self.extent)
 
     def of(self, loaded: torch.Tensor, dim: int, size: int) -> torch.Tensor:
         """Return this slice, which has `size`, of `loaded` along `dim`: a view, or a copy with zeros at its end."""

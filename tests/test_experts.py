@@ -403,6 +403,33 @@ def test_quantized_experts_have_the_logits_of_what_they_stand_for(
     assert_equals_reference(engine, plain, random_ids(20, seed=0), random_ids(13, seed=1))
 
 
+def test_each_file_is_opened_once_to_be_read_wherever_a_tensors_scales_are(
+    make_tiny_model: MakeTinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import safetensors
+    import transformers
+
+    name, options = FAMILIES["qwen3-moe"]
+    plain = make_tiny_model(getattr(transformers, name), "qwen3-moe", **options)
+    write_quantized(plain, CASES["compressed-tensors, W4A16"], tmp_path / "packed")
+    whole, opened = tmp_path / "packed" / "model.safetensors", list[str]()
+    tensors = load_file(whole)
+    for i, ends in enumerate([("weight_packed", "weight"), ("weight_scale", "weight_shape")]):
+        part = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] in ends}
+        save_file(part, whole.with_name(f"part{i}.safetensors"))
+    whole.unlink()
+    safe_open = safetensors.safe_open
+
+    def watched(file: Path, **fields: Any) -> Any:
+        opened.append(Path(file).name)
+        return safe_open(file, **fields)
+
+    monkeypatch.setattr(safetensors, "safe_open", watched)
+    engine = packed(TinyEngine(tmp_path / "packed"))
+    assert sorted(opened) == ["part0.safetensors"] * 2 + ["part1.safetensors"] * 2, "once for names, once for tensors"
+    assert_equals_reference(engine, plain, random_ids(20, seed=0), random_ids(13, seed=1))
+
+
 def write_mxfp4(folder: Path, target: Path) -> None:
     """Write gpt-oss's checkpoint of `folder` with random MXFP4 experts to `target`; overwrite it with their values."""
     random = torch.Generator().manual_seed(0)

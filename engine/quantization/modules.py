@@ -1,7 +1,7 @@
 """Names of modules: which ones the configuration of a quantized checkpoint means."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from fnmatch import translate
 from typing import Any
 
@@ -45,14 +45,24 @@ class Modules:
             if entry.startswith(PATTERN) or "*" in entry
         ]
         self.names = {entry for entry in entries if not entry.startswith(PATTERN) and "*" not in entry}
+        self._num_words: dict[str, set[int]] = {}  # by its first word, how many words an entry has
+        for entry in self.names:
+            words = entry.split(".")
+            self._num_words.setdefault(words[0], set()).add(len(words))
         self.patterns = [regular_expression(pattern, what) for pattern in patterns]
 
     def __contains__(self, names: Collection[str]) -> bool:
         """Return whether an entry means a module, given by all its spellings."""
-        return any(
-            any(part in self.names for part in _parts(name)) or any(pattern.match(name) for pattern in self.patterns)
-            for name in names
-        )
+        return any(self._has_part_of(name) or any(pattern.match(name) for pattern in self.patterns) for name in names)
+
+    def _has_part_of(self, name: str) -> bool:
+        """Return whether a run of a dotted name's words is an entry. Asked of each of some ten thousand experts."""
+        words = name.split(".")
+        for start, word in enumerate(words):
+            for length in self._num_words.get(word, ()):
+                if ".".join(words[start : start + length]) in self.names:
+                    return True
+        return False
 
 
 def regular_expression(pattern: str, what: str) -> re.Pattern[str]:
@@ -62,11 +72,3 @@ def regular_expression(pattern: str, what: str) -> re.Pattern[str]:
     except re.error as error:
         message = f"quantization_config: {what} has the pattern {pattern!r}, which cannot be read: {error}"
         raise ModelError(message) from None
-
-
-def _parts(name: str) -> Iterator[str]:
-    """Yield every run of a dotted name's words."""
-    words = name.split(".")
-    for start in range(len(words)):
-        for end in range(start + 1, len(words) + 1):
-            yield ".".join(words[start:end])
