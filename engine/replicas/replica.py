@@ -179,7 +179,8 @@ class ReplicaServer:
         self._reporting = None
         report = self._new_report()
         self._send(REPORT, report)
-        if report.health.num_running or report.health.num_queued:
+        health = report.health
+        if health.num_running or health.num_queued or report.stats.scheduler.num_held_tokens:  # a step frees the last
             self._report_soon()
 
     def _new_report(self) -> Report:
