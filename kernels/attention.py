@@ -68,18 +68,18 @@ def decodes_torch(
     slopes: torch.Tensor | None = None,
 ) -> None:
     """Write `attention_torch` of the first num_decodes tokens alone into `out`."""
-    for members in _decode_sets(_SameBatch(batch), window, is_chunked, q.dtype, slopes is not None):
+    for members in _decode_sets(SameBatch(batch), window, is_chunked, q.dtype, slopes is not None):
         _decode(q, k_cache, v_cache, members, scale, softcap, sinks, slopes, out)
 
 
-class _SameBatch:
+class SameBatch:
     """A batch as a key: equal to itself only. Each step brings its own, and all layers of a step the same."""
 
     def __init__(self, batch: AttentionBatch) -> None:
         self.batch = batch
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _SameBatch) and self.batch is other.batch
+        return isinstance(other, SameBatch) and self.batch is other.batch
 
     def __hash__(self) -> int:
         return id(self.batch)
@@ -105,7 +105,7 @@ class _DecodeSet:
 
 @functools.lru_cache(maxsize=2)  # one step's sets: of layers with a window and of layers without
 def _decode_sets(
-    key: _SameBatch, window: int, is_chunked: bool, dtype: torch.dtype, has_slopes: bool
+    key: SameBatch, window: int, is_chunked: bool, dtype: torch.dtype, has_slopes: bool
 ) -> list[_DecodeSet]:
     batch = key.batch
     all_lens = batch.seq_lens_host[: batch.num_decodes]

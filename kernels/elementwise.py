@@ -240,7 +240,10 @@ def rope_and_store_latent(
     result goes to cache [num_slots, 1, R + P], in the cache's dtype. positions and out_cache_loc int32 [T]. cos_sin
     fp32 [max_position, P], as `rope_and_store` has it, GPT-NeoX pairs too.
     """
-    rope_and_store_latent_torch(q, kv, positions, cos_sin, cache, out_cache_loc, norm, eps)
+    run = rope_and_store_latent_torch
+    if q.is_cuda:
+        from kernels.triton_elementwise import rope_and_store_latent_triton as run
+    run(q, kv, positions, cos_sin, cache, out_cache_loc, norm, eps)
 
 
 def store(cache: torch.Tensor, slots: torch.Tensor, x: torch.Tensor) -> None:

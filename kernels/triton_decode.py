@@ -13,6 +13,7 @@ from kernels.triton_softmax import (
     LOG2_E,
     DecodeConfig,
     PrefillConfig,
+    Rotated,
     arrival_counters,
     attend,
     attend_prompt,
@@ -22,11 +23,13 @@ from kernels.triton_softmax import (
     find,
     first_seen,
     launch_settings,
+    load_rotated,
     load_slopes,
     load_slots,
     part_len,
     prefill_config,
     share_beside_sink,
+    values_of_head,
 )
 from kernels.tuning import Configs
 
@@ -68,6 +71,7 @@ def decode(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    rotated: Rotated | None = None,
     config: DecodeConfig | None = None,
     num_programs: int | None = None,
     num_free_sms: int = 0,
@@ -83,12 +87,12 @@ def decode(
     On Hopper lengths and slots are read before the kernel ahead has ended, which must not be the one to write them.
 
     launch_beside: on Hopper, launches a kernel to run beside this one, on all but `num_free_sms` multiprocessors: as
-    `gated_gemm` does, it begins when all before it has ended, and lets the next one begin at once.
+    `gated_gemm` does, it begins when all before it has ended, and lets the next one begin at once. rotated, and which
+    caches there may be: see `kernels.triton_prefill.prefill`.
     """
     num_requests = batch.num_decodes
-    head_dim, num_kv_heads = q.shape[2], k_cache.shape[1]
+    v_dim, num_kv_heads = v_cache.shape[2], k_cache.shape[1]
     block_group = next_power_of_2(q.shape[1] // num_kv_heads)
-    block_d = next_power_of_2(head_dim)
     config = config or decode_config(q, num_requests)
     num_programs = num_programs or config.programs_per_sm * (num_free_sms or num_sms(q.device))
     shared = batch.shared
@@ -99,24 +103,26 @@ def decode(
         num_splits = num_prefix_splits or max(1, min(16, 2 * num_sms(q.device) // (num_tiles * num_kv_heads)))
     # A program leaves at most two partial results: of the request it starts in and of the one it ends in.
     num_partials = 2 * num_programs + num_splits * num_requests * num_kv_heads
-    partial = torch.empty(num_partials, block_group, head_dim, dtype=torch.float32, device=q.device)
+    partial = torch.empty(num_partials, block_group, v_dim, dtype=torch.float32, device=q.device)
     partial_lse = torch.empty(num_partials, block_group, dtype=torch.float32, device=q.device)
     if shared is not None:
         assert prefix_config is not None
         _prefix_partials(
-            q, k_cache, v_cache, batch, shared, partial, partial_lse, 2 * num_programs, num_splits, scale, window,
-            is_chunked, softcap, slopes, prefix_config,
+            q, k_cache, v_cache, rotated, batch, shared, partial, partial_lse, 2 * num_programs, num_splits, scale,
+            window, is_chunked, softcap, slopes, prefix_config,
         )  # fmt: skip
     # Few requests are cut into many parts, whose merging is part of the latency; many requests need the registers
     # for more programs on an SM.
     merge_registers = 64 if num_requests <= 4 else 32
-    settings = launch_settings(q, k_cache, v_cache, window, is_chunked, softcap, config)
+    settings = launch_settings(q, k_cache, v_cache, rotated, window, is_chunked, softcap, config)
     if launch_beside is not None:
         launch_beside()
     _decode_kernel[(num_programs,)](
         q,
+        None if rotated is None else rotated.q,
         k_cache,
-        v_cache,
+        None if rotated is None else rotated.k,
+        None if v_cache is k_cache else v_cache,
         out,
         batch.seq_lens,
         batch.rows,
@@ -135,9 +141,10 @@ def decode(
         int(launch_beside is not None),
         scale * LOG2_E,
         **settings,
+        OUT_STRIDE=out.stride(0),
         BLOCK_B=block_requests(num_requests),
         BLOCK_M=max(MIN_DOT_ROWS, block_group),
-        BLOCK_P=max(1, merge_registers * 32 * config.num_warps // (block_group * block_d)),
+        BLOCK_P=max(1, merge_registers * 32 * config.num_warps // (block_group * next_power_of_2(v_dim))),
         PREFIX_BLOCK_N=prefix_config.block_n if prefix_config is not None else 1,
         HAS_PREFETCH=settings["PDL"] and config.has_prefetch,
     )
@@ -147,6 +154,7 @@ def _prefix_partials(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    rotated: Rotated | None,
     batch: AttentionBatch,
     shared: SharedPrefixes,
     partial: torch.Tensor,
@@ -167,11 +175,13 @@ def _prefix_partials(
     num_groups = shared.prefix_lens.shape[0]
     # Enough for a few large groups; with many small ones a program takes several tiles.
     num_programs = cdiv(num_requests * block_group, config.block_m) + 7
-    settings = launch_settings(q, k_cache, v_cache, window, is_chunked, softcap, config)
+    settings = launch_settings(q, k_cache, v_cache, rotated, window, is_chunked, softcap, config)
     _prefix_kernel[(num_kv_heads, num_splits, num_programs)](
         q,
+        None if rotated is None else rotated.q,
         k_cache,
-        v_cache,
+        None if rotated is None else rotated.k,
+        None if v_cache is k_cache else v_cache,
         batch.seq_lens,
         batch.rows,
         batch.slot_table,
@@ -198,7 +208,9 @@ def _prefix_partials(
 @attention_kernel
 def _decode_kernel(
     q,
+    q_rope,
     k_cache,
+    k_rope,
     v_cache,
     out,
     seq_lens,
@@ -218,11 +230,21 @@ def _decode_kernel(
     is_beside,
     qk_scale,
     Q_STRIDE: tl.constexpr,
+    Q_HEAD_STRIDE: tl.constexpr,
     K_STRIDE: tl.constexpr,
+    K_HEAD_STRIDE: tl.constexpr,
     V_STRIDE: tl.constexpr,
+    V_HEAD_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+    BLOCK_ROPE: tl.constexpr,
+    K_ROPE_STRIDE: tl.constexpr,
+    Q_ROPE_STRIDE: tl.constexpr,
+    Q_ROPE_HEAD_STRIDE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -230,6 +252,7 @@ def _decode_kernel(
     BLOCK_GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_P: tl.constexpr,
     PREFIX_BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -259,6 +282,7 @@ def _decode_kernel(
 
     m_rows = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
+    v_columns = tl.arange(0, BLOCK_V)
     g = tl.arange(0, BLOCK_GROUP)
     work = begin
     while work < end:
@@ -281,22 +305,28 @@ def _decode_kernel(
         slots = slot_table + tl.load(rows + request).to(tl.int64) * table_stride
         slot = load_slots(slots, slot_map, tile_first, tile_first, seq_len, BLOCK_N)
         if HAS_PREFETCH and work == begin:
-            prefetch_to_l2(k_cache + kv_head * HEAD_DIM + slot.to(tl.int64) * K_STRIDE, HEAD_DIM)
-            prefetch_to_l2(v_cache + kv_head * HEAD_DIM + slot.to(tl.int64) * V_STRIDE, HEAD_DIM)
+            prefetch_to_l2(k_cache + kv_head * K_HEAD_STRIDE + slot.to(tl.int64) * K_STRIDE, HEAD_DIM)
+            if v_cache is not None:
+                prefetch_to_l2(v_cache + kv_head * V_HEAD_STRIDE + slot.to(tl.int64) * V_STRIDE, V_DIM)
         if PDL:  # noqa: SIM102 - known to the compiler, which must not see more where it does not hold
             if is_beside == 0:
                 tl.extra.cuda.gdc_wait()  # for the queries and the newest key and value; all else was there before
 
-        is_element = (m_rows < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
-        q_row = request.to(tl.int64) * Q_STRIDE + (kv_head * GROUP + m_rows) * HEAD_DIM
+        is_element = (m_rows < GROUP)[:, None] & (v_columns < V_DIM)[None, :]
+        is_head = m_rows < GROUP
+        token = request.to(tl.int64)
+        head = kv_head * GROUP + m_rows
+        q_row = token * Q_STRIDE + head * Q_HEAD_STRIDE
         row_last = tl.zeros([BLOCK_M], tl.int32) + seq_len - 1
         m, l, acc = attend(
-            tl.load(q + q_row[:, None] + d[None, :], mask=is_element, other=0.0),
+            tl.load(q + q_row[:, None] + d[None, :], mask=is_head[:, None] & (d < HEAD_DIM)[None, :], other=0.0),
+            load_rotated(q_rope, token, head, is_head, ROPE_DIM, BLOCK_ROPE, Q_ROPE_STRIDE, Q_ROPE_HEAD_STRIDE),
             tl.full([BLOCK_M], float("-inf"), tl.float32),
             tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
-            tl.zeros([BLOCK_M, BLOCK_D], tl.float32),
-            k_cache + kv_head * HEAD_DIM,
-            v_cache + kv_head * HEAD_DIM,
+            tl.zeros([BLOCK_M, BLOCK_V], tl.float32),
+            k_cache + kv_head * K_HEAD_STRIDE,
+            k_rope,
+            values_of_head(v_cache, kv_head * V_HEAD_STRIDE),
             slots,
             slot_map,
             slot,
@@ -308,28 +338,33 @@ def _decode_kernel(
             load_slopes(slopes, kv_head * GROUP + m_rows, m_rows < GROUP),
             qk_scale,
             K_STRIDE,
+            K_ROPE_STRIDE,
             V_STRIDE,
             HEAD_DIM,
+            ROPE_DIM,
+            V_DIM,
             True,
             False,
             SOFTCAP,
             True,
             BLOCK_N,
             BLOCK_D,
+            BLOCK_ROPE,
+            BLOCK_V,
             PRECISION,
         )
         l = tl.sum(l, axis=1)
         result = acc / l[:, None]
-        out_row = (request.to(tl.int64) * NUM_KV_HEADS + kv_head) * GROUP * HEAD_DIM
+        out_row = request.to(tl.int64) * OUT_STRIDE + kv_head * GROUP * V_DIM
         if (num_taken == num_tiles) & (prefix_len == 0):
-            out_pointers = out + out_row + m_rows[:, None] * HEAD_DIM + d[None, :]
+            out_pointers = out + out_row + m_rows[:, None] * V_DIM + v_columns[None, :]
             if sinks is not None:
                 of_tokens = share_beside_sink(m + tl.log2(l), sinks, kv_head * GROUP + m_rows, m_rows < GROUP)
                 result *= of_tokens[:, None]
             tl.store(out_pointers, result.to(out.dtype.element_ty), mask=is_element)
         else:
             index = 2 * program + (work != begin).to(tl.int32)
-            pointers = partial + (index * BLOCK_GROUP + m_rows[:, None]) * HEAD_DIM + d[None, :]
+            pointers = partial + (index * BLOCK_GROUP + m_rows[:, None]) * V_DIM + v_columns[None, :]
             tl.store(pointers, result, mask=is_element)
             tl.store(partial_lse + index * BLOCK_GROUP + m_rows, m + tl.log2(l), mask=m_rows < GROUP)
 
@@ -354,13 +389,13 @@ def _decode_kernel(
                     num_requests * NUM_KV_HEADS,
                     num_prefix,
                     GROUP,
-                    HEAD_DIM,
+                    V_DIM,
                     BLOCK_P,
                     BLOCK_GROUP,
-                    BLOCK_D,
+                    BLOCK_V,
                 )
-                merged_pointers = out + out_row + g[:, None] * HEAD_DIM + d[None, :]
-                mask = (g < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+                merged_pointers = out + out_row + g[:, None] * V_DIM + v_columns[None, :]
+                mask = (g < GROUP)[:, None] & (v_columns < V_DIM)[None, :]
                 if sinks is not None:
                     merged *= share_beside_sink(lse, sinks, kv_head * GROUP + g, g < GROUP)[:, None]
                 tl.store(merged_pointers, merged.to(out.dtype.element_ty), mask=mask)
@@ -388,22 +423,22 @@ def _merge(
     prefix_stride,
     num_prefix,
     GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     """Merge the results of `num_own` programs and `num_prefix` parts of a prefix.
 
-    Returns them, [BLOCK_GROUP, BLOCK_D], and their log-sum-exps, [BLOCK_GROUP]. Loads bypass the L1
+    Returns them, [BLOCK_GROUP, BLOCK_V], and their log-sum-exps, [BLOCK_GROUP]. Loads bypass the L1
     cache, which may hold older values.
     """
     p = tl.arange(0, BLOCK_P)
     g = tl.arange(0, BLOCK_GROUP)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, BLOCK_V)
     m = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_GROUP], tl.float32)
-    acc = tl.zeros([BLOCK_GROUP, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_GROUP, BLOCK_V], tl.float32)
     for start in range(0, num_own + num_prefix, BLOCK_P):
         piece = start + p
         own = tl.where(piece == 0, first_own, base_own + 2 * piece)
@@ -411,8 +446,8 @@ def _merge(
         row = index[:, None] * BLOCK_GROUP + g[None, :]
         is_row = (piece < num_own + num_prefix)[:, None] & (g < GROUP)[None, :]
         lse = tl.load(partial_lse + row, mask=is_row, other=float("-inf"), cache_modifier=".cg")
-        pointers = partial + row[:, :, None] * HEAD_DIM + d[None, None, :]
-        mask = is_row[:, :, None] & (d < HEAD_DIM)[None, None, :]
+        pointers = partial + row[:, :, None] * V_DIM + d[None, None, :]
+        mask = is_row[:, :, None] & (d < V_DIM)[None, None, :]
         values = tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
         new_m = tl.maximum(tl.maximum(m, tl.max(lse, axis=0)), -1e30)  # rows of padding have seen nothing
         weights = tl.exp2(lse - new_m[None, :])
@@ -427,7 +462,9 @@ def _merge(
 @attention_kernel
 def _prefix_kernel(
     q,
+    q_rope,
     k_cache,
+    k_rope,
     v_cache,
     seq_lens,
     rows,
@@ -446,11 +483,20 @@ def _prefix_kernel(
     window,
     qk_scale,
     Q_STRIDE: tl.constexpr,
+    Q_HEAD_STRIDE: tl.constexpr,
     K_STRIDE: tl.constexpr,
+    K_HEAD_STRIDE: tl.constexpr,
     V_STRIDE: tl.constexpr,
+    V_HEAD_STRIDE: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+    BLOCK_ROPE: tl.constexpr,
+    K_ROPE_STRIDE: tl.constexpr,
+    Q_ROPE_STRIDE: tl.constexpr,
+    Q_ROPE_HEAD_STRIDE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
@@ -458,6 +504,7 @@ def _prefix_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -477,6 +524,7 @@ def _prefix_kernel(
 
     m_rows = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
+    v_columns = tl.arange(0, BLOCK_V)
     for tile in range(tl.program_id(2), tl.max(ends, axis=0), tl.num_programs(2)):
         group, group_begin = find(ends, tile)
         prefix_len = tl.load(prefix_lens + group)
@@ -489,9 +537,10 @@ def _prefix_kernel(
             is_row = (member < tl.load(cu_members + group + 1)) & (m_rows % BLOCK_GROUP < GROUP)
             request = tl.load(members + member, mask=is_row, other=0)
             head = kv_head * GROUP + m_rows % BLOCK_GROUP
-            is_element = is_row[:, None] & (d < HEAD_DIM)[None, :]
-            q_row = request.to(tl.int64) * Q_STRIDE + head * HEAD_DIM
-            q_tile = tl.load(q + q_row[:, None] + d[None, :], mask=is_element, other=0.0)
+            is_element = is_row[:, None] & (v_columns < V_DIM)[None, :]
+            token = request.to(tl.int64)
+            q_row = token * Q_STRIDE + head * Q_HEAD_STRIDE
+            q_tile = tl.load(q + q_row[:, None] + d[None, :], mask=is_row[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
             row_last = tl.zeros([BLOCK_M], tl.int32) + last - 1
             row_first = row_last
             if HAS_WINDOW:
@@ -502,8 +551,10 @@ def _prefix_kernel(
             whole = last // BLOCK_N * BLOCK_N  # `first` is a whole number of tiles
             m, l, acc = attend_prompt(
                 q_tile,
-                k_cache + kv_head * HEAD_DIM,
-                v_cache + kv_head * HEAD_DIM,
+                load_rotated(q_rope, token, head, is_row, ROPE_DIM, BLOCK_ROPE, Q_ROPE_STRIDE, Q_ROPE_HEAD_STRIDE),
+                k_cache + kv_head * K_HEAD_STRIDE,
+                k_rope,
+                values_of_head(v_cache, kv_head * V_HEAD_STRIDE),
                 slots,
                 slot_map,
                 first,
@@ -515,20 +566,25 @@ def _prefix_kernel(
                 row_slope,
                 qk_scale,
                 K_STRIDE,
+                K_ROPE_STRIDE,
                 V_STRIDE,
                 HEAD_DIM,
+                ROPE_DIM,
+                V_DIM,
                 HAS_WINDOW,
                 SOFTCAP,
                 BLOCK_M,
                 BLOCK_N,
                 BLOCK_D,
+                BLOCK_ROPE,
+                BLOCK_V,
                 PRECISION,
             )
             if HAS_WINDOW:
                 l = tl.where(l > 0, l, 1.0)  # a member whose window is past this part: its m is -1e30
             index = first_partial + (split * num_requests + request.to(tl.int64)) * NUM_KV_HEADS + kv_head
             row = index * BLOCK_GROUP + m_rows % BLOCK_GROUP
-            tl.store(partial + row[:, None] * HEAD_DIM + d[None, :], acc / l[:, None], mask=is_element)
+            tl.store(partial + row[:, None] * V_DIM + v_columns[None, :], acc / l[:, None], mask=is_element)
             lse = m + tl.log2(l)
             if slopes is not None:  # scores were as seen from the end of this part, not from the query
                 position = tl.load(seq_lens + request, mask=is_row, other=1) - 1

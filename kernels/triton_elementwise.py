@@ -419,3 +419,98 @@ def _store_in_cache(pointers, x, mask, CACHE_MAX: tl.constexpr):
     if CACHE_MAX is not None:
         x = tl.minimum(tl.maximum(x.to(tl.float32), -CACHE_MAX), CACHE_MAX)
     tl.store(pointers, x.to(pointers.dtype.element_ty), mask=mask)
+
+
+def rope_and_store_latent_triton(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    cache: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+) -> None:
+    num_tokens, num_heads, head_dim = q.shape
+    if num_tokens:
+        rank, rotary_dim = len(norm), cos_sin.shape[1]
+        block_heads = 8
+        _rope_and_store_latent_kernel[(1 + cdiv(num_heads, block_heads), num_tokens)](
+            q,
+            kv,
+            positions,
+            cos_sin,
+            cache,
+            out_cache_loc,
+            norm,
+            q.stride(0),
+            q.stride(1),
+            kv.stride(0),
+            cache.stride(0),
+            eps,
+            NUM_HEADS=num_heads,
+            ROTATED_AT=head_dim - rotary_dim,
+            RANK=rank,
+            HALF=rotary_dim // 2,
+            CACHE_MAX=torch.finfo(cache.dtype).max if cache.dtype.itemsize == 1 else None,
+            BLOCK_HEADS=block_heads,
+            BLOCK_RANK=next_power_of_2(rank),
+            BLOCK_HALF=next_power_of_2(rotary_dim // 2),
+            **launch_options(q.device, num_warps=2),
+        )
+
+
+@fast_launch
+@triton.jit
+def _rope_and_store_latent_kernel(
+    q,
+    kv,
+    positions,
+    cos_sin,
+    cache,
+    out_cache_loc,
+    norm,
+    q_stride,
+    q_stride_head,
+    kv_stride,
+    cache_stride,
+    eps,
+    NUM_HEADS: tl.constexpr,
+    ROTATED_AT: tl.constexpr,
+    RANK: tl.constexpr,
+    HALF: tl.constexpr,
+    CACHE_MAX: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_input(PDL)
+    token = tl.program_id(1).to(tl.int64)
+    position = tl.load(positions + token).to(tl.int64)
+    i = tl.arange(0, BLOCK_HALF)
+    is_half = i < HALF
+    cos = tl.load(cos_sin + position * 2 * HALF + i, mask=is_half, other=0.0)
+    sin = tl.load(cos_sin + position * 2 * HALF + HALF + i, mask=is_half, other=0.0)
+    if tl.program_id(0) > 0:
+        head = (tl.program_id(0) - 1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        mask = (head < NUM_HEADS)[:, None] & is_half[None, :]
+        first = q + token * q_stride + head[:, None] * q_stride_head + ROTATED_AT + i[None, :]
+        x1 = tl.load(first, mask=mask, other=0.0)
+        x2 = tl.load(first + HALF, mask=mask, other=0.0)
+        tl.store(first, (x1 * cos[None, :] - x2 * sin[None, :]).to(x1.dtype), mask=mask)
+        tl.store(first + HALF, (x2 * cos[None, :] + x1 * sin[None, :]).to(x1.dtype), mask=mask)
+    else:
+        source = kv + token * kv_stride
+        target = cache + tl.load(out_cache_loc + token).to(tl.int64) * cache_stride
+        n = tl.arange(0, BLOCK_RANK)
+        values = tl.load(source + n, mask=n < RANK, other=0.0)
+        weight = tl.load(norm + n, mask=n < RANK, other=0.0)
+        wide = values.to(tl.float32)
+        wide *= tl.rsqrt(tl.sum(wide * wide, axis=0) / RANK + eps)
+        normed = (wide.to(weight.dtype) * weight).to(values.dtype)  # rounded as `rms_norm` does
+        _store_in_cache(target + n, normed, n < RANK, CACHE_MAX)
+        k1 = tl.load(source + RANK + i, mask=is_half, other=0.0)
+        k2 = tl.load(source + RANK + HALF + i, mask=is_half, other=0.0)
+        _store_in_cache(target + RANK + i, (k1 * cos - k2 * sin).to(k1.dtype), is_half, CACHE_MAX)
+        _store_in_cache(target + RANK + HALF + i, (k2 * cos + k1 * sin).to(k1.dtype), is_half, CACHE_MAX)

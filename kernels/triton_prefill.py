@@ -9,6 +9,7 @@ from kernels.launch import cdiv, fast_launch, next_power_of_2, num_sms
 from kernels.triton_softmax import (
     LOG2_E,
     PrefillConfig,
+    Rotated,
     arrival_counters,
     attend_prompt,
     attention_kernel,
@@ -17,10 +18,12 @@ from kernels.triton_softmax import (
     find,
     first_seen,
     launch_settings,
+    load_rotated,
     load_slopes,
     part_len,
     prefill_config,
     share_beside_sink,
+    values_of_head,
 )
 from kernels.tuning import Configs
 
@@ -47,6 +50,7 @@ def prefill(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
+    rotated: Rotated | None = None,
     config: PrefillConfig | None = None,
     num_splits: int | None = None,
     min_split_len: int = MIN_SPLIT_LEN,
@@ -56,6 +60,9 @@ def prefill(
     Where they do not fill the chip, or fill it a last time badly, their context is cut into up to `num_splits` parts;
     the last program to have attended to its part merges them. How many there are depends on the context, which only the
     device knows in a captured graph.
+
+    rotated: parts of queries and keys beside q and k_cache; it is as if they stood behind these. Caches of several
+    heads may be one head's, expanded, and v_cache may be k_cache itself, which then is read once.
     """
     num_requests = len(batch.rows) - batch.num_decodes
     num_kv_heads = k_cache.shape[1]
@@ -72,14 +79,16 @@ def prefill(
     partial = partial_lse = arrivals = None
     if num_splits > 1:
         num_rows = num_programs * num_splits * block_m
-        partial = torch.empty(num_rows, q.shape[2], dtype=torch.float32, device=q.device)
+        partial = torch.empty(num_rows, v_cache.shape[2], dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(num_rows, dtype=torch.float32, device=q.device)
         arrivals = arrival_counters(q.device, num_programs)
-    settings = launch_settings(q, k_cache, v_cache, window, is_chunked, softcap, config)
+    settings = launch_settings(q, k_cache, v_cache, rotated, window, is_chunked, softcap, config)
     _prefill_kernel[(num_programs, num_splits)](
         q,
+        None if rotated is None else rotated.q,
         k_cache,
-        v_cache,
+        None if rotated is None else rotated.k,
+        None if v_cache is k_cache else v_cache,
         out,
         batch.seq_lens[batch.num_decodes :],
         batch.cu_q_lens[batch.num_decodes :],
@@ -98,6 +107,7 @@ def prefill(
         min_split_len,
         scale * LOG2_E,
         **settings,
+        OUT_STRIDE=out.stride(0),
         BLOCK_B=block_requests(num_requests),
         BLOCK_M=block_m,
     )
@@ -123,7 +133,9 @@ def prefill_splits(num_programs: int, num_places: int) -> tuple[int, int]:
 @attention_kernel
 def _prefill_kernel(
     q,
+    q_rope,
     k_cache,
+    k_rope,
     v_cache,
     out,
     seq_lens,
@@ -143,11 +155,21 @@ def _prefill_kernel(
     min_split_len,
     qk_scale,
     Q_STRIDE: tl.constexpr,
+    Q_HEAD_STRIDE: tl.constexpr,
     K_STRIDE: tl.constexpr,
+    K_HEAD_STRIDE: tl.constexpr,
     V_STRIDE: tl.constexpr,
+    V_HEAD_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+    BLOCK_ROPE: tl.constexpr,
+    K_ROPE_STRIDE: tl.constexpr,
+    Q_ROPE_STRIDE: tl.constexpr,
+    Q_ROPE_HEAD_STRIDE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -155,6 +177,7 @@ def _prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -203,13 +226,15 @@ def _prefill_kernel(
             tl.extra.cuda.gdc_wait()
         m_rows = tl.arange(0, BLOCK_M)
         d = tl.arange(0, BLOCK_D)
+        v_columns = tl.arange(0, BLOCK_V)
         q_index = first_q + m_rows // BLOCK_GROUP
         head = kv_head * GROUP + m_rows % BLOCK_GROUP
         is_row = (q_index < q_len) & (m_rows % BLOCK_GROUP < GROUP)
-        is_element = is_row[:, None] & (d < HEAD_DIM)[None, :]
         token = (q_begin + q_index).to(tl.int64)
-        q_row = token * Q_STRIDE + head * HEAD_DIM
-        q_tile = tl.load(q + q_row[:, None] + d[None, :], mask=is_element, other=0.0)
+        q_row = token * Q_STRIDE + head * Q_HEAD_STRIDE
+        q_tile = tl.load(q + q_row[:, None] + d[None, :], mask=is_row[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        is_column = (v_columns < V_DIM)[None, :]
+        is_element = is_row[:, None] & is_column
 
         row_last = seq_len - q_len + q_index
         row_first = row_last
@@ -220,8 +245,10 @@ def _prefill_kernel(
         slots = slot_table + row.to(tl.int64) * table_stride
         m, l, acc = attend_prompt(
             q_tile,
-            k_cache + kv_head * HEAD_DIM,
-            v_cache + kv_head * HEAD_DIM,
+            load_rotated(q_rope, token, head, is_row, ROPE_DIM, BLOCK_ROPE, Q_ROPE_STRIDE, Q_ROPE_HEAD_STRIDE),
+            k_cache + kv_head * K_HEAD_STRIDE,
+            k_rope,
+            values_of_head(v_cache, kv_head * V_HEAD_STRIDE),
             slots,
             slot_map,
             first,
@@ -233,33 +260,37 @@ def _prefill_kernel(
             load_slopes(slopes, head, is_row),
             qk_scale,
             K_STRIDE,
+            K_ROPE_STRIDE,
             V_STRIDE,
             HEAD_DIM,
+            ROPE_DIM,
+            V_DIM,
             HAS_WINDOW,
             SOFTCAP,
             BLOCK_M,
             BLOCK_N,
             BLOCK_D,
+            BLOCK_ROPE,
+            BLOCK_V,
             PRECISION,
         )
         result = acc / l[:, None]
-        out_row = (token * NUM_KV_HEADS * GROUP + head) * HEAD_DIM
-        out_pointers = out + out_row[:, None] + d[None, :]
+        out_row = token * OUT_STRIDE + head * V_DIM
+        out_pointers = out + out_row[:, None] + v_columns[None, :]
         if num_splits == 1:
             if sinks is not None:
                 result *= share_beside_sink(m + tl.log2(l), sinks, head, is_row)[:, None]
             tl.store(out_pointers, result.to(out.dtype.element_ty), mask=is_element)
         elif partial is not None:
-            is_column = (d < HEAD_DIM)[None, :]
             first_row = tl.program_id(0) * tl.num_programs(1) * BLOCK_M
             part = first_row + split * BLOCK_M + m_rows
-            tl.store(partial + part[:, None] * HEAD_DIM + d[None, :], result, mask=is_column)
+            tl.store(partial + part[:, None] * V_DIM + v_columns[None, :], result, mask=is_column)
             tl.store(partial_lse + part, m + tl.log2(l))
             tl.debug_barrier()  # all threads' parts of the result are written before its arrival counts
             arrival = arrivals + tl.program_id(0)
             if tl.atomic_add(arrival, 1, sem="acq_rel") == num_splits - 1:
                 tl.store(arrival, 0)
-                merged, lse = _merge(partial, partial_lse, first_row, num_splits, HEAD_DIM, BLOCK_M, BLOCK_D)
+                merged, lse = _merge(partial, partial_lse, first_row, num_splits, V_DIM, BLOCK_M, BLOCK_V)
                 if sinks is not None:
                     merged *= share_beside_sink(lse, sinks, head, is_row)[:, None]
                 tl.store(out_pointers, merged.to(out.dtype.element_ty), mask=is_element)
@@ -267,23 +298,23 @@ def _prefill_kernel(
 
 @triton.jit
 def _merge(
-    partial, partial_lse, first_row, num_splits, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+    partial, partial_lse, first_row, num_splits, V_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr
 ):
     """Merge the results of a tile's parts, which lie one after another.
 
-    Returns them, [BLOCK_M, BLOCK_D], and their log-sum-exps, [BLOCK_M]. Loads bypass the L1 cache, which may
+    Returns them, [BLOCK_M, BLOCK_V], and their log-sum-exps, [BLOCK_M]. Loads bypass the L1 cache, which may
     hold older values.
     """
     m_rows = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, BLOCK_V)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for split in range(num_splits):
         row = first_row + split * BLOCK_M + m_rows
         lse = tl.load(partial_lse + row, cache_modifier=".cg")
-        pointers = partial + row[:, None] * HEAD_DIM + d[None, :]
-        values = tl.load(pointers, mask=(d < HEAD_DIM)[None, :], other=0.0, cache_modifier=".cg")
+        pointers = partial + row[:, None] * V_DIM + d[None, :]
+        values = tl.load(pointers, mask=(d < V_DIM)[None, :], other=0.0, cache_modifier=".cg")
         new_m = tl.maximum(m, lse)
         weight = tl.exp2(lse - new_m)
         alpha = tl.exp2(m - new_m)

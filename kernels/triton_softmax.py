@@ -49,10 +49,21 @@ def prefill_config(configs: Configs[PrefillConfig], q: torch.Tensor) -> PrefillC
     return configs.get(q.device, next_power_of_2(q.shape[2]))
 
 
+class Rotated(NamedTuple):
+    """The part of queries and keys that stands apart and is rotated, where keys' parts are the same for all heads."""
+
+    q: torch.Tensor  # [T, H, P]
+    k: torch.Tensor  # [num_slots, P]
+
+
+NOT_ROTATED = (0,) * 5
+
+
 def launch_settings(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    rotated: Rotated | None,
     window: int,
     is_chunked: bool,
     softcap: float,
@@ -60,19 +71,33 @@ def launch_settings(
 ) -> dict[str, Any]:
     """Return the keyword arguments that all three kernels are compiled for and launched with."""
     num_heads, head_dim = q.shape[1:]
-    num_kv_heads = k_cache.shape[1]
+    num_kv_heads, v_dim = k_cache.shape[1], v_cache.shape[2]
     group = num_heads // num_kv_heads
+    strides = NOT_ROTATED
+    if rotated is not None:
+        rope_dim = rotated.k.shape[1]
+        strides = rope_dim, next_power_of_2(rope_dim), rotated.k.stride(0), rotated.q.stride(0), rotated.q.stride(1)
     return {
         "Q_STRIDE": q.stride(0),
+        "Q_HEAD_STRIDE": q.stride(1),
         "K_STRIDE": k_cache.stride(0),
+        "K_HEAD_STRIDE": k_cache.stride(1),
         "V_STRIDE": v_cache.stride(0),
+        "V_HEAD_STRIDE": v_cache.stride(1),
+        "ROPE_DIM": strides[0],
+        "BLOCK_ROPE": strides[1],
+        "K_ROPE_STRIDE": strides[2],
+        "Q_ROPE_STRIDE": strides[3],
+        "Q_ROPE_HEAD_STRIDE": strides[4],
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": group,
         "HEAD_DIM": head_dim,
+        "V_DIM": v_dim,
         "HAS_WINDOW": 0 if window < 0 else 1 + is_chunked,
         "SOFTCAP": softcap * LOG2_E,
         "BLOCK_GROUP": next_power_of_2(group),
         "BLOCK_D": next_power_of_2(head_dim),
+        "BLOCK_V": next_power_of_2(v_dim),
         "BLOCK_N": config.block_n,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "num_stages": config.num_stages,
@@ -132,12 +157,56 @@ def load_slots(slots, slot_map, first, least, seq_len, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def load_rotated(
+    q_rope,
+    token,
+    head,
+    is_row,
+    ROPE_DIM: tl.constexpr,
+    BLOCK_ROPE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+):
+    """Load the rotated parts of queries that stand apart, [M, BLOCK_ROPE]; None where there are none."""
+    if q_rope is None:
+        tile: tl.constexpr = None
+    else:
+        r = tl.arange(0, BLOCK_ROPE)
+        pointers = q_rope + (token * STRIDE + head * HEAD_STRIDE)[:, None] + r[None, :]
+        tile = tl.load(pointers, mask=is_row[:, None] & (r < ROPE_DIM)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def values_of_head(v_cache, offset):
+    """Return where a head's values begin; None where values are keys."""
+    if v_cache is None:
+        values: tl.constexpr = None
+    else:
+        values = v_cache + offset
+    return values
+
+
+@triton.jit
+def load_rows(cache, offset, STRIDE: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Load the rows `offset` [N, 1] of a cache of one head, [N, BLOCK]."""
+    d = tl.arange(0, BLOCK)
+    if DIM == BLOCK:
+        rows = tl.load(cache + offset * STRIDE + d[None, :])
+    else:
+        rows = tl.load(cache + offset * STRIDE + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+    return rows
+
+
+@triton.jit
 def attend(
     q,
+    q_rope,
     m,
     l,
     acc,
     k_cache,
+    k_rope,
     v_cache,
     slots,
     slot_map,
@@ -150,36 +219,41 @@ def attend(
     row_slope,
     qk_scale,
     K_STRIDE: tl.constexpr,
+    K_ROPE_STRIDE: tl.constexpr,
     V_STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
     IS_MASKED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LAZY_SUM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_ROPE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add tokens [first, last) of a sequence to the running softmax (m, l, acc) of q [M, D].
+    """Add tokens [first, last) of a sequence to the running softmax (m, l, acc) of q [M, D] and q_rope [M, P] or None.
 
-    k_cache and v_cache point at the KV head, `slots` at the sequence's line of the slot table; `slot` [BLOCK_N] is
-    what stands there at `first`: the pipeliner would spend its stages on slots and leave few to keys and values, so
-    they are loaded a tile ahead by hand. Row r sees tokens row_first[r] to row_last[r], which are looked at if
-    IS_MASKED (and HAS_WINDOW, for row_first). row_slope [M], or None: what scores lose with each token of distance
-    from row_last. With LAZY_SUM l is [M, BLOCK_N], summed by the caller: a sum over
-    columns that several warps hold costs two barriers.
+    k_cache and v_cache point at the KV head; v_cache is None where values are keys, without the keys' parts at k_rope,
+    which belong to q_rope and are the same for all heads. `slots` points at the sequence's line of the slot table;
+    `slot` [BLOCK_N] is what stands there at `first`: the pipeliner would spend its stages on slots and leave few to
+    keys and values, so they are loaded a tile ahead by hand. Row r sees tokens row_first[r] to row_last[r], which are
+    looked at if IS_MASKED (and HAS_WINDOW, for row_first). row_slope [M], or None: what scores lose with each token of
+    distance from row_last. With LAZY_SUM l is [M, BLOCK_N], summed by the caller: a sum over columns that several warps
+    hold costs two barriers.
     """
     n = tl.arange(0, BLOCK_N)
-    d = tl.arange(0, BLOCK_D)
     for start in range(first, last, BLOCK_N):
         token = start + n
         next_slot = load_slots(slots, slot_map, start + BLOCK_N, 0, seq_len, BLOCK_N)
         offset = slot.to(tl.int64)[:, None]
-        if HEAD_DIM == BLOCK_D:
-            k = tl.load(k_cache + offset * K_STRIDE + d[None, :])
-        else:
-            k = tl.load(k_cache + offset * K_STRIDE + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)
-        scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
+        k = load_rows(k_cache, offset, K_STRIDE, HEAD_DIM, BLOCK_D).to(q.dtype)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if q_rope is not None:
+            rotated = load_rows(k_rope, offset, K_ROPE_STRIDE, ROPE_DIM, BLOCK_ROPE).to(q.dtype)
+            scores = tl.dot(q_rope, tl.trans(rotated), scores, input_precision=PRECISION)
         if SOFTCAP > 0:
             # tanh(x) = 2 sigmoid(2 x) - 1; SOFTCAP and qk_scale are both in units of log2.
             scores = SOFTCAP * (2 * tl.sigmoid(scores * (2 * qk_scale / SOFTCAP)) - 1)
@@ -204,11 +278,11 @@ def attend(
         else:
             l = l * alpha + tl.sum(p, axis=1)
         acc = acc * alpha[:, None]
-        if HEAD_DIM == BLOCK_D:
-            v = tl.load(v_cache + offset * V_STRIDE + d[None, :])
+        if v_cache is None:
+            v = k
         else:
-            v = tl.load(v_cache + offset * V_STRIDE + d[None, :], mask=(d < HEAD_DIM)[None, :], other=0.0)
-        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc, input_precision=PRECISION)
+            v = load_rows(v_cache, offset, V_STRIDE, V_DIM, BLOCK_V).to(q.dtype)
+        acc = tl.dot(p.to(q.dtype), v, acc, input_precision=PRECISION)
         m = new_m
         slot = next_slot
     return m, l, acc
@@ -217,7 +291,9 @@ def attend(
 @triton.jit
 def attend_prompt(
     q,
+    q_rope,
     k_cache,
+    k_rope,
     v_cache,
     slots,
     slot_map,
@@ -230,35 +306,41 @@ def attend_prompt(
     row_slope,
     qk_scale,
     K_STRIDE: tl.constexpr,
+    K_ROPE_STRIDE: tl.constexpr,
     V_STRIDE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_ROPE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Return (m, l, acc) of q over tokens [first, last); without a window all rows see those before `whole`."""
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     masked = first
     if not HAS_WINDOW:
         masked = whole
         slot = load_slots(slots, slot_map, first, 0, seq_len, BLOCK_N)
         m, l, acc = attend(
-            q, m, l, acc, k_cache, v_cache, slots, slot_map, slot, first, whole, seq_len, row_first, row_last,
-            row_slope, qk_scale, K_STRIDE, V_STRIDE, HEAD_DIM, False, False, SOFTCAP, False, BLOCK_N, BLOCK_D,
-            PRECISION,
+            q, q_rope, m, l, acc, k_cache, k_rope, v_cache, slots, slot_map, slot, first, whole, seq_len, row_first,
+            row_last, row_slope, qk_scale, K_STRIDE, K_ROPE_STRIDE, V_STRIDE, HEAD_DIM, ROPE_DIM, V_DIM, False, False,
+            SOFTCAP, False, BLOCK_N, BLOCK_D, BLOCK_ROPE, BLOCK_V, PRECISION,
         )  # fmt: skip
     least = masked
     if HAS_WINDOW:
         least = tl.maximum(tl.min(row_first, axis=0), masked)
     slot = load_slots(slots, slot_map, masked, least, seq_len, BLOCK_N)
     return attend(
-        q, m, l, acc, k_cache, v_cache, slots, slot_map, slot, masked, last, seq_len, row_first, row_last, row_slope,
-        qk_scale, K_STRIDE, V_STRIDE, HEAD_DIM, True, HAS_WINDOW, SOFTCAP, False, BLOCK_N, BLOCK_D, PRECISION,
+        q, q_rope, m, l, acc, k_cache, k_rope, v_cache, slots, slot_map, slot, masked, last, seq_len, row_first,
+        row_last, row_slope, qk_scale, K_STRIDE, K_ROPE_STRIDE, V_STRIDE, HEAD_DIM, ROPE_DIM, V_DIM, True, HAS_WINDOW,
+        SOFTCAP, False, BLOCK_N, BLOCK_D, BLOCK_ROPE, BLOCK_V, PRECISION,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,13 +22,19 @@ from engine.layers.mla import LatentAttention
 from engine.layers.moe import StackedLinear
 from engine.models.names import pieces_of
 from engine.models.registry import build_model, load_config
+from kernels.attention import SameBatch
 from kernels.dense import DenseWeight
-from kernels.mla import Expansion, latent_attention
+from kernels.elementwise import rope_and_store_latent_torch
+from kernels.latents import Expansion, LatentSizes
+from kernels.mla import latent_attention_torch
 from kernels.quantized_cpu import CpuQuantizedWeight
+from kernels.triton_elementwise import rope_and_store_latent_triton
+from kernels.triton_mla import _prefer_absorbed, latent_attention_triton, num_groups
 from tests.quantized_files import CASES, write_quantized
 from tests.test_models import MAX_DIFFERENCE, TinyEngine, assert_equals_reference, random_ids, reference_logits
 from tests.test_native_families import logits_of_ranks
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MakeTinyModel = Callable[..., Path]
 LATENT = {
     "kv_lora_rank": 32, "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
@@ -103,8 +110,9 @@ def test_every_rank_keeps_all_latents_and_no_more(made: Callable[[str], Path]) -
         assert bytes_per_token(layout, torch.bfloat16) == 2 * (32 + 8) * 2
 
 
-HEADS, RANK, KEY_DIM, ROPE_DIM, VALUE_DIM = 6, 32, 16, 8, 12
-MIXED = [(1, 9), (1, 1), (1, 40), (7, 7), (1, 64), (5, 30), (24, 24), (2, 90), (40, 45)]
+HEADS, RANK, KEY_DIM, ROPE_DIM, VALUE_DIM = 4, 32, 16, 8, 12
+SIZES = LatentSizes(KEY_DIM, VALUE_DIM, RANK)
+MIXED = [(1, 9), (1, 1), (1, 64), (7, 7), (5, 30), (24, 24), (2, 90), (48, 50)]
 
 
 def make_inputs(batch: Batch, cache_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, Expansion]:
@@ -112,17 +120,18 @@ def make_inputs(batch: Batch, cache_dtype: torch.dtype) -> tuple[torch.Tensor, t
     q = torch.randn(num_tokens, HEADS, KEY_DIM + ROPE_DIM, generator=random)
     cache = torch.randn(batch.slot_table.numel(), 1, RANK + ROPE_DIM, generator=random).to(cache_dtype)
     weight = torch.randn(HEADS * (KEY_DIM + VALUE_DIM), RANK, generator=random) * RANK**-0.5
-    return q, cache, Expansion(weight, HEADS, KEY_DIM)
+    return q.to(DEVICE), cache.to(DEVICE), Expansion(weight.to(DEVICE), HEADS, SIZES)
 
 
 def naive(q: torch.Tensor, cache: torch.Tensor, expansion: Expansion, batch: Batch, scale: float) -> torch.Tensor:
     """Compute one token and one head at a time, in float64."""
-    q, cache, weight = q.double(), cache.double(), expansion.weight.double().unflatten(0, (HEADS, -1))
+    q, cache, weight = (x.double().cpu() for x in (q, cache, expansion.by_head))
+    rows, table = batch.rows.cpu(), batch.slot_table.cpu()
     out = torch.empty(*q.shape[:2], VALUE_DIM, dtype=torch.float64)
     token = 0
-    for row, q_len, seq_len in zip(batch.rows, batch.q_lens_host.tolist(), batch.seq_lens_host.tolist(), strict=True):
+    for row, q_len, seq_len in zip(rows, batch.q_lens_host.tolist(), batch.seq_lens_host.tolist(), strict=True):
         for position in range(seq_len - q_len, seq_len):
-            seen = cache[batch.slot_table[row, : position + 1].long(), 0]
+            seen = cache[table[row, : position + 1].long(), 0]
             for head in range(HEADS):
                 made = seen[:, :RANK] @ weight[head].T
                 keys = torch.cat((made[:, :KEY_DIM], seen[:, RANK:]), dim=1)
@@ -131,21 +140,98 @@ def naive(q: torch.Tensor, cache: torch.Tensor, expansion: Expansion, batch: Bat
     return out
 
 
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float8_e4m3fn])
-def test_latents_stand_for_the_keys_and_values_that_are_made_of_them(cache_dtype: torch.dtype) -> None:
-    batch = make_batch(sorted(MIXED, key=lambda lens: lens[0] > 1), seed=0, device="cpu")
+KERNELS = pytest.mark.parametrize("kernel", [latent_attention_torch, latent_attention_triton])
+
+
+def check(result: torch.Tensor, q: torch.Tensor, cache: torch.Tensor, expansion: Expansion, batch: Batch) -> None:
+    torch.testing.assert_close(result.double().cpu(), naive(q, cache, expansion, batch, 0.3), rtol=0, atol=2e-5)
+
+
+@KERNELS
+@pytest.mark.parametrize(
+    ("cache_dtype", "lens"), [(torch.float32, MIXED), (torch.float8_e4m3fn, [(1, 9), (7, 7), (9, 20)])]
+)
+def test_latents_stand_for_the_keys_and_values_that_are_made_of_them(
+    kernel: Any, cache_dtype: torch.dtype, lens: list[tuple[int, int]]
+) -> None:
+    batch = make_batch(lens, seed=0, device=DEVICE)
     q, cache, expansion = make_inputs(batch, cache_dtype)
-    assert {expansion.prefers_absorbed(q_len, seq_len) for q_len, seq_len in MIXED if q_len > 1} == {True, False}
-    result = latent_attention(q, cache, expansion, batch, scale=0.3)
-    torch.testing.assert_close(result.double(), naive(q, cache, expansion, batch, 0.3), rtol=0, atol=2e-5)
+    check(kernel(q, cache, expansion, batch, scale=0.3), q, cache, expansion, batch)
+
+
+def test_a_prompt_goes_the_way_of_less_work() -> None:
+    assert {SIZES.saved_by_absorbing(q_len, seq_len) > 0 for q_len, seq_len in MIXED if q_len > 1} == {True, False}
+    batch = make_batch([(2, 90)], seed=0, device=DEVICE)
+    assert _prefer_absorbed(SameBatch(batch), SIZES)
+    assert not _prefer_absorbed(SameBatch(make_batch([(2, 90), (48, 50)], seed=0, device=DEVICE)), SIZES)
+
+
+@pytest.mark.parametrize("lens", [[(1, 9), (1, 40)], [(1, 9), (2, 90), (5, 70)], [(40, 45), (24, 24)]])
+def test_a_captured_graph_serves_any_lengths_by_absorbing(lens: list[tuple[int, int]]) -> None:
+    batch = make_batch(lens, seed=0, device=DEVICE)
+    q, cache, expansion = make_inputs(batch, torch.float32)
+    lens_of_capture = np.ones(len(lens), np.int64)
+    captured = replace(batch, is_for_graph=True, q_lens_host=lens_of_capture, seq_lens_host=lens_of_capture)
+    check(latent_attention_triton(q, cache, expansion, captured, scale=0.3), q, cache, expansion, batch)
+
+
+@pytest.mark.parametrize("most_bytes", [1, 6000])
+def test_contexts_may_be_expanded_piece_by_piece(most_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.triton_mla.EXPANDED_BYTES", most_bytes)
+    batch = make_batch([(1, 9), (7, 7), (20, 22)], seed=0, device=DEVICE)
+    q, cache, expansion = make_inputs(batch, torch.float32)
+    check(latent_attention_triton(q, cache, expansion, batch, scale=0.3), q, cache, expansion, batch)
+
+
+def test_many_heads_are_cut_into_groups_that_each_read_the_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [num_groups(count) for count in (1, 16, 20, 64, 96, 128)] == [1, 1, 1, 1, 2, 2]
+    monkeypatch.setattr("kernels.triton_mla.MAX_GROUP", 2)
+    batch = make_batch([(1, 9), (1, 50), (2, 90)], seed=0, device=DEVICE)
+    q, cache, expansion = make_inputs(batch, torch.float32)
+    check(latent_attention_triton(q, cache, expansion, batch, scale=0.3), q, cache, expansion, batch)
+
+
+def test_latents_that_requests_share_are_read_once() -> None:
+    batch = make_batch([(1, 50), (1, 3), (1, 45), (1, 41)], groups=[(40, [0, 2, 3])], seed=0, device=DEVICE)
+    q, cache, expansion = make_inputs(batch, torch.float32)
+    check(latent_attention_triton(q, cache, expansion, batch, scale=0.3), q, cache, expansion, batch)
+
+
+def rotated_and_stored(run: Any, cache_dtype: torch.dtype, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what queries, rotated, are a part of, and the cache. factor: of the norm's largest weights."""
+    random, num_tokens = torch.Generator().manual_seed(0), 5
+    made = torch.randn(num_tokens, 300 + RANK + ROPE_DIM, generator=random).to(DEVICE)
+    angles = torch.rand(64, ROPE_DIM // 2, generator=random)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1).to(DEVICE)
+    positions, slots = torch.tensor([[3, 60, 0, 7, 7], [4, 2, 9, 0, 1]], dtype=torch.int32).to(DEVICE)
+    cache = torch.zeros(20, 1, RANK + ROPE_DIM).to(DEVICE, cache_dtype)
+    norm = (torch.rand(RANK, generator=random) * factor).to(DEVICE)
+    q = made[:, : HEADS * (KEY_DIM + ROPE_DIM)].unflatten(1, (HEADS, -1))
+    run(q, made[:, 300:], positions, cos_sin, cache, slots, norm, 1e-6)
+    return made, cache.float()
+
+
+@pytest.mark.parametrize(("cache_dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
+def test_the_kernel_that_rotates_and_stores_latents_equals_its_definition(
+    cache_dtype: torch.dtype, tolerance: float
+) -> None:
+    made, cache = rotated_and_stored(rope_and_store_latent_triton, cache_dtype, 2.0)
+    wanted, wanted_cache = rotated_and_stored(rope_and_store_latent_torch, cache_dtype, 2.0)
+    torch.testing.assert_close(made, wanted)
+    torch.testing.assert_close(cache, wanted_cache, rtol=tolerance, atol=tolerance)
+    assert wanted_cache[[4, 2, 9, 0, 1]].all() and not wanted_cache[10:].any()
+
+
+@pytest.mark.parametrize("run", [rope_and_store_latent_torch, rope_and_store_latent_triton])
+def test_latents_that_do_not_fit_a_float8_cache_saturate(run: Any) -> None:
+    _, cache = rotated_and_stored(run, torch.float8_e4m3fn, 1e6)
+    assert (cache[[4, 2, 9, 0, 1], :, :RANK].abs() == 448).float().mean() > 0.9
 
 
 def test_a_long_prompt_is_expanded_and_a_short_one_behind_a_long_context_is_not() -> None:
-    expansion = Expansion(torch.empty(16 * 256, 512, device="meta"), 16, 128)  # DeepSeek V2-Lite's sizes
-    assert not expansion.prefers_absorbed(2048, 2048)
-    assert not expansion.prefers_absorbed(2048, 32768)
-    assert expansion.prefers_absorbed(64, 32768)
-    assert expansion.prefers_absorbed(1, 2)
+    saved = LatentSizes(128, 128, 512).saved_by_absorbing  # DeepSeek's sizes
+    assert saved(64, 32768) > 0 and saved(1, 2) > 0
+    assert saved(2048, 2048) < 0 and saved(2048, 32768) < 0
 
 
 def test_a_checkpoint_in_blocks_of_float8_is_read_and_what_expands_latents_is_plain(

@@ -18,7 +18,8 @@ from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import AttentionConfig, LatentConfig
 from kernels.dense import DenseWeight
 from kernels.elementwise import rope_and_store_latent
-from kernels.mla import Expansion, latent_attention
+from kernels.latents import Expansion, LatentSizes
+from kernels.mla import latent_attention
 from kernels.tuning import AttentionShape, WeightShape
 from kernels.weights import Norm, Part
 
@@ -57,8 +58,6 @@ class LatentAttention(AnyAttention):
         self.num_heads = layers.split(config.num_heads, "num_attention_heads")
         self.rank, self.rope_dim = config.kv_lora_rank, config.rope.rotary_dim
         self.scale, self.backend = config.scale, layers.attention_backend
-        if self.backend != "torch":
-            raise ModelError(f"latent attention cannot be computed by {self.backend!r}: use --attention-backend torch")
         queries = Part(self.num_heads * config.head_dim, layers.shard)
         of_kv = Part(self.rank + self.rope_dim)
         if config.q_lora_rank:
@@ -74,6 +73,7 @@ class LatentAttention(AnyAttention):
         )
         self.num_first = first.num_rows
         self.kv_a_layernorm = norm_class(self.rank, NORM_EPS, layers)
+        self.sizes = LatentSizes(config.qk_nope_head_dim, config.v_head_dim, self.rank)
         expanded_dim = config.qk_nope_head_dim + config.v_head_dim
         self.kv_b_proj = ExpandingLinear(
             (), [Part(self.num_heads * expanded_dim, layers.shard)], self.rank, layers.within("kv_b_proj")
@@ -91,7 +91,7 @@ class LatentAttention(AnyAttention):
         """The matrix of `kv_b_proj`, once packed."""
         weight = self.kv_b_proj.weight
         assert isinstance(weight, DenseWeight), "not packed"
-        return Expansion(weight.data, self.num_heads, self.config.qk_nope_head_dim)
+        return Expansion(weight.data, self.num_heads, self.sizes)
 
     def tuning_shapes(self, *, has_norm: bool) -> list[WeightShape | None]:
         shapes = [self.qkv_a_proj.weight.tuning_shape(has_norm=has_norm)]

@@ -1,0 +1,51 @@
+"""What the two ways of latent attention share: sizes, and the matrix between latents and heads. See `kernels.mla`."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class LatentSizes(NamedTuple):
+    """The sizes of a head."""
+
+    key_dim: int  # N, of the part of a key that is not rotated
+    value_dim: int
+    rank: int
+
+    def saved_by_absorbing(self, q_len: int, seq_len: int) -> int:
+        """Return the multiplications that the last `q_len` of `seq_len` tokens save the absorbed way."""
+        of_token = self.rank * (self.key_dim + self.value_dim)
+        of_pair = 2 * self.rank - self.key_dim - self.value_dim  # more than expanded ones take
+        return (seq_len - q_len) * of_token - q_len * seq_len * of_pair
+
+
+class Expansion(NamedTuple):
+    """The matrix that makes keys and values of latents."""
+
+    weight: torch.Tensor  # [H (N + V), R]: a head's U, then its V
+    num_heads: int
+    sizes: LatentSizes
+
+    @property
+    def by_head(self) -> torch.Tensor:
+        """Return the matrix as [H, N + V, R]."""
+        return self.weight.view(self.num_heads, -1, self.sizes.rank)
+
+    def of_heads(self, heads: slice) -> "Expansion":
+        """Return the part of the matrix that is of some heads."""
+        weight = self.by_head[heads]
+        return Expansion(weight.flatten(0, 1), len(weight), self.sizes)
+
+
+def absorb(q: torch.Tensor, expansion: Expansion) -> torch.Tensor:
+    """Take the parts of queries that are not rotated to the latents' space: [T, H, N] -> [T, H, R]."""
+    keys = expansion.by_head[:, : expansion.sizes.key_dim]
+    absorbed = q.new_empty(*q.shape[:2], expansion.sizes.rank)
+    torch.bmm(q.transpose(0, 1), keys, out=absorbed.transpose(0, 1))
+    return absorbed
+
+
+def values_of(found: torch.Tensor, expansion: Expansion, out: torch.Tensor) -> None:
+    """Write what each head makes of the latent that it found: [T, H, R] -> [T, H, V]."""
+    values = expansion.by_head[:, expansion.sizes.key_dim :]
+    torch.bmm(found.transpose(0, 1), values.transpose(1, 2), out=out.transpose(0, 1))

@@ -1,0 +1,207 @@
+"""Multi-head latent attention in Triton: the kernels of `triton_decode` and `triton_prefill`, on latents or expanded.
+
+The definition is `kernels.mla.latent_attention_torch`.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from kernels.attention import SameBatch, gather
+from kernels.attention_batch import AttentionBatch, SharedPrefixes
+from kernels.latents import Expansion, LatentSizes, absorb, values_of
+from kernels.launch import next_power_of_2
+from kernels.triton_decode import DECODE_LIMITS, decode
+from kernels.triton_prefill import prefill
+from kernels.triton_softmax import DecodeConfig, PrefillConfig, Rotated
+from kernels.tuning import Configs
+
+MAX_GROUP = 64  # heads that read a latent together: their results must fit into a program's registers
+EXPANDED_BYTES = 128 << 20  # of keys and values that are made at once; a layer's may be gigabytes
+
+
+def default_decode_config(_rank: int, _group: int, _limit: int) -> DecodeConfig:
+    """Return what surely fits: eight warps hold the results of 64 heads, and 16 heads of four warps would spill."""
+    return DecodeConfig(block_n=32, num_warps=8, num_stages=3, programs_per_sm=1)
+
+
+def default_absorbed_config(_rank: int) -> PrefillConfig:
+    """Return what surely fits, of prompts and of prefixes that requests share."""
+    return PrefillConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)
+
+
+def default_expanded_config(key_dim: int, value_dim: int) -> PrefillConfig:
+    """Return what surely fits; sizes are rounded up to powers of two."""
+    return PrefillConfig(block_m=128, block_n=64 if max(key_dim, value_dim) <= 128 else 32, num_warps=8, num_stages=2)
+
+
+# Keys: (rank, heads of a program, most requests), (rank), and (N, V), rounded up to powers of two.
+DECODE_CONFIGS = Configs("latent_decode", DecodeConfig, default_decode_config)
+ABSORBED_CONFIGS = Configs("latent_absorbed", PrefillConfig, default_absorbed_config)
+EXPANDED_CONFIGS = Configs("latent_expanded", PrefillConfig, default_expanded_config)
+
+
+class LatentConfigs(NamedTuple):
+    """The configurations for queries of one size."""
+
+    decode: DecodeConfig
+    absorbed: PrefillConfig
+    expanded: PrefillConfig
+
+
+def latent_configs(q: torch.Tensor, expansion: Expansion, num_decodes: int) -> LatentConfigs:
+    """Return the configurations for q [T, H, N + P]."""
+    if q.dtype.itemsize == 4:
+        prompts = PrefillConfig(block_m=32, block_n=16, num_warps=4, num_stages=1)
+        return LatentConfigs(DecodeConfig(16, 4, 1, 1), prompts, prompts)
+    rank, group = next_power_of_2(expansion.sizes.rank), next_power_of_2(q.shape[1] // num_groups(q.shape[1]))
+    limit = next(limit for limit in DECODE_LIMITS if num_decodes <= limit)
+    sizes = next_power_of_2(expansion.sizes.key_dim), next_power_of_2(expansion.sizes.value_dim)
+    return LatentConfigs(
+        DECODE_CONFIGS.get(q.device, rank, group, limit),
+        ABSORBED_CONFIGS.get(q.device, rank),
+        EXPANDED_CONFIGS.get(q.device, *sizes),
+    )
+
+
+def num_groups(num_heads: int) -> int:
+    """Return into how many groups of at most `MAX_GROUP` heads are cut, all of one size; each reads all latents."""
+    return next(
+        count for count in range(1, num_heads + 1) if num_heads % count == 0 and num_heads // count <= MAX_GROUP
+    )
+
+
+def latent_attention_triton(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    expansion: Expansion,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    configs: LatentConfigs | None = None,
+) -> torch.Tensor:
+    """Run `kernels.mla.latent_attention` in Triton. On one device it must not run on two streams at once.
+
+    In a CUDA graph, whose contexts are unknown, prompts go the absorbed way, and so they do where that is less work.
+    """
+    out = q.new_empty(*q.shape[:2], expansion.sizes.value_dim)
+    configs = configs or latent_configs(q, expansion, batch.num_decodes)
+    has_prompts = batch.num_decodes < len(batch.rows)
+    is_absorbed = batch.is_for_graph or not has_prompts or _prefer_absorbed(SameBatch(batch), expansion.sizes)
+    if num_absorbed := len(q) if is_absorbed else batch.num_decodes:
+        found = _absorbed(q[:num_absorbed], cache, expansion, batch, scale, configs)
+        values_of(found, expansion, out[:num_absorbed])
+    if not is_absorbed:
+        _expanded(q, cache, expansion, batch, out, scale, configs.expanded)
+    return out
+
+
+@functools.lru_cache(maxsize=2)
+def _prefer_absorbed(key: SameBatch, sizes: LatentSizes) -> bool:
+    """Return whether a step's prompts together take fewer multiplications the absorbed way."""
+    batch = key.batch
+    lens = zip(batch.q_lens_host[batch.num_decodes :], batch.seq_lens_host[batch.num_decodes :], strict=True)
+    return sum(sizes.saved_by_absorbing(int(q_len), int(seq_len)) for q_len, seq_len in lens) > 0
+
+
+def _absorbed(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    expansion: Expansion,
+    batch: AttentionBatch,
+    scale: float,
+    configs: LatentConfigs,
+) -> torch.Tensor:
+    """Return the latents that single tokens, and prompts if they are in q too, find: [T, H, R]."""
+    n, rank = expansion.sizes.key_dim, expansion.sizes.rank
+    queries = absorb(q[..., :n], expansion)
+    latents = cache[..., :rank].expand(-1, num_groups(q.shape[1]), -1)
+    rotated = Rotated(q[..., n:], cache[:, 0, rank:])
+    found = torch.empty_like(queries)
+    if batch.num_decodes:
+        decode(
+            queries, latents, latents, batch, found, scale=scale, rotated=rotated, config=configs.decode,
+            prefix_config=configs.absorbed,
+        )  # fmt: skip
+    if len(q) > batch.num_decodes:
+        prefill(queries, latents, latents, batch, found, scale=scale, rotated=rotated, config=configs.absorbed)
+    return found
+
+
+@dataclass(slots=True)
+class _Piece:
+    """Some of a step's prompts, whose contexts stand one after another: an `AttentionBatch`."""
+
+    slots: torch.Tensor  # int32 [S], of the contexts
+    rows: torch.Tensor  # int32 [B], where each context starts: in `slots`, and so in a table of one long line
+    seq_lens: torch.Tensor
+    cu_q_lens: torch.Tensor
+    slot_table: torch.Tensor  # int32 [1, S], 0, 1, 2, ...; lines start at each of its elements
+    q_lens_host: np.ndarray
+    seq_lens_host: np.ndarray
+    num_decodes: int = 0
+    slot_map: torch.Tensor | None = None
+    seen_until: torch.Tensor | None = None
+    shared: SharedPrefixes | None = None
+    is_for_graph: bool = False
+
+
+@functools.lru_cache(maxsize=2)
+def _pieces(key: SameBatch, most_tokens: int) -> list[_Piece]:
+    """Cut a step's prompts into runs with contexts of at most `most_tokens`, if they are more than one."""
+    batch = key.batch
+    lens, pieces, first = batch.seq_lens_host, [], batch.num_decodes
+    while first < len(lens):
+        ends = np.cumsum(lens[first:])
+        last = first + max(int(np.searchsorted(ends, most_tokens, side="right")), 1)
+        pieces.append(_piece(batch, first, last))
+        first = last
+    return pieces
+
+
+def _piece(batch: AttentionBatch, first: int, last: int) -> _Piece:
+    lens_host, device = batch.seq_lens_host[first:last], batch.slot_table.device
+    ends_host = np.cumsum(lens_host)
+    total = int(ends_host[-1])
+    starts = torch.from_numpy((ends_host - lens_host).astype(np.int32)).to(device, non_blocking=True)
+    requests = torch.arange(first, last, device=device)
+    of_slot = torch.repeat_interleave(requests, batch.seq_lens[first:last], output_size=total)
+    numbers = torch.arange(total, dtype=torch.int32, device=device)
+    return _Piece(
+        slots=batch.slot_table[batch.rows[of_slot], numbers - starts[of_slot - first]],
+        rows=starts,
+        seq_lens=batch.seq_lens[first:last],
+        cu_q_lens=batch.cu_q_lens[first : last + 1],
+        slot_table=numbers.as_strided((1, total), (1, 1)),
+        q_lens_host=batch.q_lens_host[first:last],
+        seq_lens_host=lens_host,
+    )
+
+
+def _expanded(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    expansion: Expansion,
+    batch: AttentionBatch,
+    out: torch.Tensor,
+    scale: float,
+    config: PrefillConfig,
+) -> None:
+    """Write the attention of prompts into `out`: their contexts' keys and values are made, of some heads at a time."""
+    n, rank, num_heads = expansion.sizes.key_dim, expansion.sizes.rank, q.shape[1]
+    head_bytes = (n + expansion.sizes.value_dim) * q.dtype.itemsize  # of a token
+    for piece in _pieces(SameBatch(batch), EXPANDED_BYTES // (head_bytes * num_heads)):
+        latents = gather(cache, piece.slots, q.dtype)[:, 0]
+        step = min(max(EXPANDED_BYTES // (head_bytes * len(latents)), 1), num_heads)
+        for first in range(0, num_heads, step):
+            heads = slice(first, first + step)
+            part = expansion.of_heads(heads)
+            made = F.linear(latents[:, :rank], part.weight).unflatten(1, (part.num_heads, -1))
+            prefill(
+                q[:, heads, :n], made[..., :n], made[..., n:], piece, out[:, heads], scale=scale,
+                rotated=Rotated(q[:, heads, n:], latents[:, rank:]), config=config,
+            )  # fmt: skip
