@@ -21,7 +21,7 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
     "--hide-scrollbars", "--remote-debugging-port=0", "--window-size=1280,860",
 )  # fmt: skip
-START_S, LIMIT_S = 60.0, 30.0
+START_S, LIMIT_S = 120.0, 60.0
 KEYS = {"Enter": 13, "Escape": 27, "ArrowUp": 38, "Tab": 9}
 
 

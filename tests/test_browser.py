@@ -392,7 +392,7 @@ async def test_a_text_that_grows_is_drawn_as_if_it_had_come_at_once(tab: Tab) ->
 
 
 async def test_hostile_texts_are_drawn_in_linear_time(tab: Tab) -> None:
-    """A pattern that backtracks would take minutes for these, and `evaluate` half a minute at most."""
+    """A pattern that backtracks would take minutes for these, and `evaluate` a minute at most."""
     async with served(FakeEngine()) as url:
         await open_chat(tab, url)
         for piece in HOSTILE:

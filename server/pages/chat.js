@@ -416,6 +416,12 @@ function listenToMessage(chat) {
   at("composer").addEventListener("submit", event => { event.preventDefault(); chat.send(); });
   at("stop").addEventListener("click", () => { chat.stop(); prompt.focus(); });
   prompt.addEventListener("input", () => chat.drawComposer());
+  if (!CSS.supports("field-sizing", "content")) {  // then it grows by hand
+    prompt.addEventListener("input", () => {
+      prompt.style.height = "auto";
+      prompt.style.height = `${prompt.scrollHeight}px`;
+    });
+  }
   prompt.addEventListener("keydown", event => {
     if (event.isComposing) return;
     if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); chat.send(); }
