@@ -11,13 +11,14 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from PIL import Image as Pillow
 
 from engine.state import FinishReason
 from server.app import build_app
 from server.config import ServerConfig
 from server.fleet.router import Router, RouterConfig
 from tests.browser import Tab, find_browser, new_tab, running_browser
-from tests.fake_engine import EOS, PARSERS, THOUGHT_AND_CALL, FakeEngine
+from tests.fake_engine import EOS, PARSERS, THOUGHT_AND_CALL, FakeEngine, SeeingEngine
 
 pytestmark = [
     pytest.mark.browser,
@@ -249,24 +250,25 @@ async def test_a_key_is_asked_for_and_kept_nowhere(tab: Tab) -> None:
         await tab.until("document.querySelector('#key-title')?.textContent.includes('asks for a key')")
 
 
-async def test_an_image_goes_along_where_the_model_reads_images(tab: Tab) -> None:
+async def test_an_image_goes_along_where_the_model_reads_images(tab: Tab, tmp_path: Path) -> None:
+    engine = SeeingEngine("A cat", context_length=2048)
+    Pillow.new("RGB", (30, 20), "red").save(tmp_path / "cat.png")
     async with served(FakeEngine()) as url:
         await open_chat(tab, url)
         assert await tab.evaluate("document.querySelector('#attach').hidden")
-        await tab.evaluate(
-            "(async () => { chat.readsImages = true; const canvas = document.createElement('canvas');"
-            " const blob = await new Promise(resolve => canvas.toBlob(resolve));"
-            " await chat.attach([new File([blob], 'a.png', {type: 'image/png'})]); })()"
-        )
-        await tab.until("document.querySelector('#images img')?.naturalWidth === 300")
-        made = "chat.conversation.add('', 'user', {text: 'What is it?', images: chat.images})"
-        body = await tab.evaluate(
-            f"chat.conversation.request(chat.conversation.add({made}.id, 'assistant', {{}}), 'm', false)"
-        )
-    (message,) = body["messages"]
-    image, text = message["content"]
-    assert image["image_url"]["url"].startswith("data:image/png;base64,")
-    assert text == {"type": "text", "text": "What is it?"}
+    async with served(engine) as url:
+        await open_chat(tab, url)
+        await tab.until("document.querySelector('#attach').checkVisibility()")
+        found = await tab.call("Runtime.evaluate", expression="document.querySelector('#files')")
+        handle = found["result"]["objectId"]
+        await tab.call("DOM.setFileInputFiles", files=[str(tmp_path / "cat.png")], objectId=handle)
+        await tab.until("document.querySelector('#images img')?.naturalWidth === 30")
+        await say(tab, "What is it?")
+        await tab.until("document.querySelector('.assistant .body')?.textContent === 'A cat'")
+        await until_answered(tab)
+        assert await tab.evaluate("document.querySelector('.user img').naturalHeight") == 20
+    assert prompts_of(engine) == ["[user]\x01\nWhat is it?[assistant]"]  # the picture's one token, then the text
+    assert tab.errors == []
 
 
 async def test_an_export_is_read_again_and_a_foreign_file_is_not(tab: Tab) -> None:

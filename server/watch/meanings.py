@@ -105,6 +105,8 @@ MEANINGS: dict[str, str] = {
     # tools
     "tools": "functions that the answer may call",
     "ParseFunctionCallRequest.tools": "the functions that may be called",
+    "tool_changes": "tools that came and went in what was made shorter",
+    "tool": "the tool that comes or goes",
     "tool_choice": "whether a tool must be called, and which; default auto",
     "parallel_tool_calls": "an answer may call several tools",
     "disable_parallel_tool_use": "an answer may call one tool at most",
