@@ -31,7 +31,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench.serve import Client, Metrics, Result, Work, run_load
+from bench.result import Result
+from bench.serve import Client, Metrics, run_load
+from bench.work import Work
 
 TOKEN_IDS = range(100, 40_000)  # ordinary ones in any likely vocabulary
 CLIENT_START_S = 60.0

@@ -38,7 +38,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.serve import Client, Result, Work, run_load
+from bench.result import Result
+from bench.serve import Client, run_load
+from bench.work import Work
 
 ROOT = Path(__file__).parent.parent
 TOKEN_IDS = range(100, 30_000)  # of the demo model, and of any other likely one

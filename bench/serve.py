@@ -1,12 +1,13 @@
-"""Load a server over HTTP and report how fast it answers. Works with any server that has OpenAI's API.
+"""Load a server over HTTP and report how fast it answers: any with OpenAI's API, SGLang's own or Ollama's.
 
     python -m bench.serve --port 30000 --dataset-name random --num-prompts 256 \
         --random-input 1024 --random-output 128 --request-rate 16
 
 Open loop: requests start at Poisson times of `--request-rate` (default: all at once), however slow the answers;
 `--max-concurrency` makes those wait that are too many. Prompts are token ids drawn from a seed, so that every server
-gets the same work; `--api chat`, which takes no ids, gets words, roughly one a token. Answers are greedy and have
-exactly the asked length (`ignore_eos`) unless `--disable-ignore-eos`.
+gets the same work; `--api chat` and Ollama, which take no ids, get words, roughly one a token; or they come from a file
+(`--dataset-name sharegpt` or `custom`). Answers are greedy and have exactly the asked length (`ignore_eos`; Ollama has
+no such field) unless `--disable-ignore-eos`.
 
 Measured by the client, from the moment it sends a request:
 TTFT (time to first token), E2E (to the last), TPOT (time per output token: (E2E - TTFT) / (tokens - 1), one value a
@@ -15,13 +16,15 @@ request), ITL (inter-token latency: between two pieces of an answer, which may h
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import math
 import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
@@ -32,32 +35,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-FIRST_ORDINARY_ID = 100  # ids below are often special tokens
-WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
+from bench.load_plot import draw
+from bench.result import Result
+from bench.wire import BACKENDS, WIRES
+from bench.work import Prompts, Work, custom_work, drawn, random_work, shared_prefix_work, sharegpt_work, token_counter
 
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One request to send. `prompt` is token ids, or text for an API that takes none."""
-
-    prompt: list[int] | str
-    output_len: int
-
-
-@dataclass(slots=True)
-class Result:
-    """What the client saw of one request. Times are seconds since it was sent; `error` is empty on success."""
-
-    prompt_len: int = 0
-    output_len: int = 0
-    ttft_s: float = math.nan
-    e2e_s: float = math.nan
-    itl_s: list[float] = field(default_factory=list)
-    error: str = ""
-
-    @property
-    def tpot_s(self) -> float:
-        return (self.e2e_s - self.ttft_s) / (self.output_len - 1) if self.output_len > 1 else math.nan
+PERCENTILES = (99.0,)
 
 
 class Client:
@@ -77,14 +60,9 @@ class Client:
     ) -> None:
         self.base_url = base_url.rstrip("/")
         self.model = model
-        self.api = api
-        self.stream = stream
-        self.body: dict[str, Any] = {"temperature": 0, "stream": stream}
-        if stream:
-            self.body["stream_options"] = {"include_usage": True}
-        if ignore_eos:
-            self.body["ignore_eos"] = True
-        self.body |= extra_body or {}
+        self.wire = WIRES[api]()
+        self.stream, self.ignore_eos = stream, ignore_eos
+        self.extra_body = extra_body or {}
         self.headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.timeout_s = timeout_s
 
@@ -103,33 +81,30 @@ class Client:
 
     async def find_model(self) -> str:
         """Id of the first model the server offers; becomes `self.model`."""
-        async with self.session.get(f"{self.base_url}/v1/models", raise_for_status=True) as response:
-            self.model = orjson.loads(await response.read())["data"][0]["id"]
+        async with self.session.get(self.base_url + self.wire.models_path, raise_for_status=True) as response:
+            self.model = self.wire.model_of(orjson.loads(await response.read()))
         return self.model
 
-    async def flush_cache(self) -> None:
-        async with self.session.post(f"{self.base_url}/flush_cache", raise_for_status=True):
+    async def post(self, path: str) -> None:
+        """Ask the server for something without a body: /flush_cache, /start_profile, /stop_profile."""
+        async with self.session.post(self.base_url + path, raise_for_status=True):
             pass
 
     async def send(self, work: Work) -> Result:
         result = Result()
-        body = {**self.body, "model": self.model, "max_tokens": work.output_len}
-        if self.api == "chat":
-            path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": work.prompt}]
-        else:
-            path, body["prompt"] = "/v1/completions", work.prompt
+        body = self.wire.body(self.model, work, stream=self.stream, ignore_eos=self.ignore_eos) | self.extra_body
         data = orjson.dumps(body)
         started = time.perf_counter()
         try:
             async with self.session.post(
-                self.base_url + path, data=data, headers={"Content-Type": "application/json"}
+                self.base_url + self.wire.path, data=data, headers={"Content-Type": "application/json"}
             ) as response:
                 if response.status != 200:
                     result.error = f"HTTP {response.status}: {(await response.text())[:200]}"
                 elif self.stream:
                     await self.read_stream(response, result, started)
                 else:
-                    self.take_usage(result, orjson.loads(await response.read())["usage"])
+                    result.prompt_len, result.output_len = self.wire.usage(orjson.loads(await response.read()))
                     result.ttft_s = result.e2e_s = time.perf_counter() - started
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
             result.error = repr(error)[:200]
@@ -139,91 +114,33 @@ class Client:
         last = 0.0
         num_pieces = 0
         async for line in response.content:
-            if not line.startswith(b"data:"):
+            event = self.wire.line(line)
+            if event is None:
                 continue
-            payload = line[5:].strip()
-            if payload == b"[DONE]":
-                break
-            event = orjson.loads(payload)
-            if "error" in event:
-                result.error = str(event["error"])[:200]
+            if event.error:
+                result.error = event.error
                 return
-            if usage := event.get("usage"):
-                self.take_usage(result, usage)
-            if not event["choices"]:
-                continue
+            if event.usage:
+                result.prompt_len, result.output_len = event.usage
             now = time.perf_counter()
-            result.e2e_s = now - started
-            if not self.has_token(event["choices"][0]):
-                continue
-            if num_pieces:
-                result.itl_s.append(now - last)
-            else:
-                result.ttft_s = now - started
-            num_pieces += 1
-            last = now
+            if event.has_token or event.usage:
+                result.e2e_s = now - started
+            if event.has_token:
+                if num_pieces:
+                    result.itl_s.append(now - last)
+                else:
+                    result.ttft_s = now - started
+                num_pieces += 1
+                last = now
+            if event.is_last:
+                break
         else:
-            result.error = "the stream ended without [DONE]"
+            result.error = f"the stream ended without {'[DONE]' if self.wire.ends_with_done else 'done'}"
             return
         if not num_pieces:
             result.error = "the stream held no token"
             return
         result.output_len = result.output_len or num_pieces
-
-    def has_token(self, choice: dict[str, Any]) -> bool:
-        """Return False for the pieces that frame a chat answer: its role, its bare end."""
-        if self.api == "chat":
-            delta = choice.get("delta") or {}
-            return any(delta.get(name) for name in ("content", "reasoning_content", "tool_calls"))
-        return bool(choice.get("text")) or not choice.get("finish_reason")
-
-    @staticmethod
-    def take_usage(result: Result, usage: dict[str, Any]) -> None:
-        result.prompt_len, result.output_len = usage["prompt_tokens"], usage["completion_tokens"]
-
-
-class Prompts:
-    """Draws prompts of `length` tokens: ids below `vocab_size`, or as many words."""
-
-    def __init__(self, rng: random.Random, vocab_size: int, as_text: bool) -> None:
-        self.rng, self.vocab_size, self.as_text = rng, vocab_size, as_text
-
-    def tokens(self, length: int) -> list[Any]:
-        if self.as_text:
-            return self.rng.choices(WORDS, k=length)
-        return self.rng.choices(range(FIRST_ORDINARY_ID, self.vocab_size), k=length)
-
-    def join(self, tokens: list[Any]) -> list[int] | str:
-        return " ".join(tokens) if self.as_text else tokens
-
-
-def drawn_len(rng: random.Random, length: int, range_ratio: float) -> int:
-    """Return a length between `length * range_ratio` and `length`, each as likely."""
-    return rng.randint(min(max(1, int(length * range_ratio)), length), length)
-
-
-def random_work(prompts: Prompts, num_prompts: int, input_len: int, output_len: int, range_ratio: float) -> list[Work]:
-    rng = prompts.rng
-    return [
-        Work(
-            prompts.join(prompts.tokens(drawn_len(rng, input_len, range_ratio))),
-            drawn_len(rng, output_len, range_ratio),
-        )
-        for _ in range(num_prompts)
-    ]
-
-
-def shared_prefix_work(
-    prompts: Prompts, num_prompts: int, num_groups: int, prefix_len: int, question_len: int, output_len: int
-) -> list[Work]:
-    """`num_groups` prefixes, equally often and in random order, each time with a question of its own."""
-    prefixes = [prompts.tokens(prefix_len) for _ in range(num_groups)]
-    work = [
-        Work(prompts.join(prefixes[i % num_groups] + prompts.tokens(question_len)), output_len)
-        for i in range(num_prompts)
-    ]
-    prompts.rng.shuffle(work)
-    return work
 
 
 async def run_load(
@@ -245,7 +162,9 @@ async def run_load(
     async def send(item: Work) -> Result:
         nonlocal num_tokens
         async with free:
+            sent_s = time.perf_counter() - started
             result = await client.send(item)
+        result.sent_s = sent_s
         num_tokens += result.output_len
         if progress and bar is not None:
             progress.update(bar, advance=1, tokens_s=num_tokens / (time.perf_counter() - started))
@@ -262,17 +181,14 @@ async def run_load(
     return [task.result() for task in sent], time.perf_counter() - started
 
 
-def summary_ms(values_s: Sequence[float]) -> dict[str, float]:
-    """Mean, median and 99th percentile in milliseconds of the values that are numbers."""
+def summary_ms(values_s: Sequence[float], percentiles: Sequence[float] = PERCENTILES) -> dict[str, float]:
+    """Mean, median and percentiles in milliseconds of the values that are numbers."""
     values = np.asarray(values_s, dtype=np.float64) * 1e3
     values = values[~np.isnan(values)]
     if not values.size:
-        return {"mean_ms": math.nan, "median_ms": math.nan, "p99_ms": math.nan}
-    return {
-        "mean_ms": float(values.mean()),
-        "median_ms": float(np.median(values)),
-        "p99_ms": float(np.percentile(values, 99)),
-    }
+        values = np.array([math.nan])
+    summary = {"mean_ms": float(values.mean()), "median_ms": float(np.median(values))}
+    return summary | {f"p{share:g}_ms": float(np.percentile(values, share)) for share in percentiles}
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +212,7 @@ class Metrics:
     first_error: str
 
     @classmethod
-    def of(cls, results: Sequence[Result], duration_s: float) -> "Metrics":
+    def of(cls, results: Sequence[Result], duration_s: float, percentiles: Sequence[float] = PERCENTILES) -> "Metrics":
         good = [result for result in results if not result.error]
         num_input = sum(result.prompt_len for result in good)
         num_output = sum(result.output_len for result in good)
@@ -311,10 +227,10 @@ class Metrics:
             output_throughput=num_output / duration_s,
             total_throughput=(num_input + num_output) / duration_s,
             concurrency=sum(result.e2e_s for result in good) / duration_s,
-            ttft=summary_ms([result.ttft_s for result in good]),
-            tpot=summary_ms([result.tpot_s for result in good]),
-            itl=summary_ms([gap for result in good for gap in result.itl_s]),
-            e2e=summary_ms([result.e2e_s for result in good]),
+            ttft=summary_ms([result.ttft_s for result in good], percentiles),
+            tpot=summary_ms([result.tpot_s for result in good], percentiles),
+            itl=summary_ms([gap for result in good for gap in result.itl_s], percentiles),
+            e2e=summary_ms([result.e2e_s for result in good], percentiles),
             first_error=next((result.error for result in results if result.error), ""),
         )
 
@@ -336,8 +252,9 @@ class Metrics:
         ):
             run.add_row(name, value)
         latency = Table()
-        for column in ("latency, ms", "mean", "median", "p99"):
-            latency.add_column(column, justify="left" if column.startswith("latency") else "right")
+        latency.add_column("latency, ms")
+        for name in self.ttft:
+            latency.add_column(name.removesuffix("_ms"), justify="right")
         for name, value_ms in (("TTFT", self.ttft), ("TPOT", self.tpot), ("ITL", self.itl), ("E2E", self.e2e)):
             latency.add_row(name, *(f"{number:,.2f}" for number in value_ms.values()))
         console.print(title, run, latency, highlight=False)
@@ -345,14 +262,8 @@ class Metrics:
             console.print(f"[red]first error:[/red] {self.first_error}", highlight=False)
 
 
-# Names of APIs in SGLang's and vLLM's benches. All serve OpenAI's, and native routes do the same work.
-BACKENDS = {
-    "sglang": "completions", "sglang-native": "completions", "sglang-oai": "completions", "sglang-oai-chat": "chat",
-    "vllm": "completions", "vllm-chat": "chat", "openai": "completions", "openai-chat": "chat",
-    "lmdeploy": "completions", "lmdeploy-chat": "chat", "/v1/completions": "completions",
-    "/v1/chat/completions": "chat",
-}  # fmt: skip
 DATASETS = {"random-ids": "random", "generated-shared-prefix": "shared-prefix"}
+DATASET_NAMES = ("random", "shared-prefix", "sharegpt", "custom")
 
 
 def api_of(backend: str) -> str:
@@ -374,16 +285,18 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--base-url", help="http://HOST:PORT of the server, instead of --host and --port")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=30000)
-    add("--api", choices=("completions", "chat"), default="completions", help="OpenAI's API to use")
+    add("--api", choices=tuple(WIRES), default="completions", help="OpenAI's two, SGLang's generate, or Ollama's")
     # As SGLang's and vLLM's benches name it.
     add(
         "--backend", "--endpoint-type", "--endpoint", dest="api", type=api_of, default=argparse.SUPPRESS,
         help=f"the same, by the names of other benches: {', '.join(BACKENDS)}",
     )  # fmt: skip
-    add("--tokenizer", help="no effect: prompts are token ids, and answers are counted by the server")
+    add("--tokenizer", help="folder or hub id; sharegpt: counts the file's texts, else by their characters")
     add("--model", help="default: the first one the server lists")
     add("--api-key")
-    add("--dataset-name", "--dataset", type=dataset_of, choices=("random", "shared-prefix"), default="random")
+    add("--dataset-name", "--dataset", type=dataset_of, choices=DATASET_NAMES, default="random")
+    add("--dataset-path", help="sharegpt: its JSON file; custom: JSON lines with prompt or messages, and output_tokens")
+    add("--sharegpt-output-len", "--custom-output-len", type=int, help="of every answer, in place of the file's own")
     add("--num-prompts", type=int, default=256)
     add(
         "--random-input-len",
@@ -405,6 +318,12 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--disable-stream", action="store_true", help="whole answers: TTFT is then E2E")
     add("--disable-ignore-eos", action="store_true", help="let the model end its answers")
     add("--extra-request-body", type=json.loads, default={}, help="JSON object added to every request")
+    add("--profile", action="store_true", help="have the server record a trace of the run (/start_profile)")
+    add(
+        "--percentiles", "--metric-percentiles", type=percentiles_of, default=PERCENTILES, metavar="P[,P...]",
+        help="of the latencies (default: 99)",
+    )  # fmt: skip
+    add("--plot", metavar="FILE", help="draw the run into FILE.svg, .png or .pdf (pip install matplotlib)")
     add("--seed", type=int, default=1)
     add("--output-file", help="append one JSON line: arguments and figures")
     add("--output-details", action="store_true", help="put every request's times into that line, too")
@@ -412,12 +331,27 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def percentiles_of(text: str) -> tuple[float, ...]:
+    shares = tuple(float(part) for part in text.split(","))
+    if not all(0 < share < 100 for share in shares):
+        raise argparse.ArgumentTypeError(f"must be between 0 and 100, got {text}")
+    return shares
+
+
 def make_work(args: argparse.Namespace, rng: random.Random) -> list[Work]:
-    prompts = Prompts(rng, args.vocab_size, as_text=args.api == "chat")
+    """Return the requests. `OSError` or `ValueError` if they are in a file that is none."""
+    prompts = Prompts(rng, args.vocab_size, as_text=not WIRES[args.api].takes_ids)
     if args.dataset_name == "shared-prefix":
         return shared_prefix_work(
             prompts, args.num_prompts, args.num_groups, args.prefix_len, args.random_input_len, args.random_output_len
         )
+    if args.dataset_name == "sharegpt":
+        count = token_counter(args.tokenizer)
+        return sharegpt_work(Path(args.dataset_path), rng, args.num_prompts, args.sharegpt_output_len, count)
+    if args.dataset_name == "custom":
+        with open(args.dataset_path) as lines:
+            work = list(custom_work(lines, args.sharegpt_output_len or args.random_output_len))
+        return drawn(work, rng, args.num_prompts)
     return random_work(
         prompts, args.num_prompts, args.random_input_len, args.random_output_len, args.random_range_ratio
     )
@@ -425,8 +359,16 @@ def make_work(args: argparse.Namespace, rng: random.Random) -> list[Work]:
 
 async def run(args: argparse.Namespace, console: Console) -> int:
     rng = random.Random(args.seed)
-    work = make_work(args, rng)
-    warmup = random_work(Prompts(rng, args.vocab_size, args.api == "chat"), args.warmup_requests, 32, 8, 1.0)
+    try:
+        work = make_work(args, rng)
+    except (OSError, ValueError) as error:
+        console.print(f"[red]{args.dataset_path}:[/red] {error}", highlight=False)
+        return 2
+    if not work:
+        console.print(f"[red]{args.dataset_path}[/red] holds no request of a usual length", highlight=False)
+        return 2
+    as_text = not WIRES[args.api].takes_ids
+    warmup = random_work(Prompts(rng, args.vocab_size, as_text), args.warmup_requests, 32, 8, 1.0)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -450,7 +392,9 @@ async def run(args: argparse.Namespace, console: Console) -> int:
                 console.print(f"[red]the warm-up failed:[/red] {failed}", highlight=False)
                 return 1
             if args.flush_cache:
-                await client.flush_cache()
+                await client.post("/flush_cache")
+            if args.profile:
+                await client.post("/start_profile")
         except aiohttp.ClientError as error:
             console.print(f"[red]{client.base_url} does not answer:[/red] {error}", highlight=False)
             return 1
@@ -463,8 +407,13 @@ async def run(args: argparse.Namespace, console: Console) -> int:
                 rng=rng,
                 progress=progress,
             )
-    metrics = Metrics.of(results, duration_s)
-    metrics.print(console, f"{model} at {client.base_url}, {args.dataset_name}, {args.num_prompts} prompts")
+        if args.profile:
+            await client.post("/stop_profile")
+    metrics = Metrics.of(results, duration_s, args.percentiles)
+    title = f"{model} at {client.base_url}, {args.dataset_name}, {len(work)} prompts"
+    metrics.print(console, title)
+    if args.plot:
+        draw(results, duration_s, title, Path(args.plot))
     num_short = sum(result.output_len < item.output_len for item, result in zip(work, results, strict=True))
     if num_short and not args.disable_ignore_eos:
         console.print(f"[yellow]{num_short} answers are shorter than asked[/yellow]")
@@ -487,6 +436,10 @@ def main() -> None:
     for name in ("num_prompts", "random_input_len", "random_output_len", "num_groups", "max_concurrency"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.dataset_name in ("sharegpt", "custom") and not args.dataset_path:
+        parser.error(f"--dataset-name {args.dataset_name} needs --dataset-path FILE")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install 'radixloop[plot]'")
     sys.exit(uvloop.run(run(args, Console())))
 
 

@@ -4,16 +4,21 @@ import io
 import math
 import random
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import orjson
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from rich.console import Console
 
+from bench.load_plot import draw, rate_of
+from bench.result import Result
 from bench.roofline import Roofline
-from bench.serve import Client, Metrics, Result, Work, argument_parser, main, make_work, run, run_load
+from bench.serve import Client, Metrics, argument_parser, main, make_work, run, run_load
+from bench.work import Work, custom_work, sharegpt_work, token_counter
 from engine.state import FinishReason
 from tests.fake_engine import FakeEngine, serving
 
@@ -36,6 +41,8 @@ MODES = [
     # as SGLang's and vLLM's benches spell them
     ["--backend", "sglang", "--tokenizer", "any"], ["--backend", "sglang-oai-chat"],
     ["--backend", "vllm", "--dataset-name", "generated-shared-prefix"], ["--endpoint", "/v1/chat/completions"],
+    ["--backend", "sglang-native"], ["--backend", "sglang-native", "--disable-stream"],
+    ["--backend", "ollama"], ["--backend", "ollama", "--disable-stream"],
 ]  # fmt: skip
 
 
@@ -128,3 +135,121 @@ def test_a_load_that_cannot_be_is_refused_by_its_flag(
     with pytest.raises(SystemExit, match="2"):
         main()
     assert f"{flag} must be" in capsys.readouterr().err
+
+
+# ---- files of requests ----
+
+SHAREGPT: list[dict[str, Any]] = [
+    {"conversations": [{"from": "human", "value": "What is a radix tree?"}, {"from": "gpt", "value": "A tree. " * 5}]},
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello to you, too. " * 3}]},
+    {"conversations": [{"from": "human", "value": "Only a question, and no answer to it"}]},
+    {"conversations": [{"from": "human", "value": "words " * 3000}, {"from": "gpt", "value": "Too long to be used."}]},
+]
+CUSTOM: list[dict[str, Any]] = [
+    {"prompt": "One prompt", "output_tokens": 3},
+    {"prompt": [101, 102, 103]},
+    {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}], "max_tokens": 5},
+    {"conversations": [{"content": "A question"}, {"content": "An answer"}]},
+]
+
+
+def test_conversations_become_requests_with_the_length_of_their_answers() -> None:
+    rng, count = random.Random(1), token_counter(None)
+    (work,) = sharegpt_work_of(SHAREGPT, rng, None)
+    assert work == Work("What is a radix tree?", count("A tree. " * 5)) and work.output_len == 10
+    assert [one.output_len for one in sharegpt_work_of(SHAREGPT, rng, 7)] == [7]
+
+
+def sharegpt_work_of(content: Any, rng: random.Random, output_len: int | None) -> list[Work]:
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "sharegpt.json"
+        file.write_bytes(orjson.dumps(content))
+        return sharegpt_work(file, rng, 100, output_len, token_counter(None))
+
+
+def test_a_tokenizer_counts_where_one_is_given(tiny_llama: Path) -> None:
+    text = "the quick brown fox"
+    assert token_counter(str(tiny_llama))(text) == token_counter(str(tiny_llama / "tokenizer.json"))(text) != 5
+
+
+def test_lines_of_ones_own_are_read_in_every_shape() -> None:
+    lines = [*(orjson.dumps(line).decode() for line in CUSTOM), ""]
+    work = list(custom_work(lines, 9))
+    assert [one.output_len for one in work] == [3, 9, 5, 9]
+    assert [one.prompt for one in work] == ["One prompt", [101, 102, 103], "Be brief.\n\nHi", "A question"]
+    assert work[2].messages == tuple(CUSTOM[2]["messages"])
+    with pytest.raises(ValueError, match="line 2 has neither"):
+        list(custom_work([lines[0], "{}"], 9))
+
+
+async def test_a_file_is_sent_as_often_as_asked(tmp_path: Path) -> None:
+    file = tmp_path / "custom.jsonl"
+    file.write_bytes(b"\n".join(orjson.dumps(line) for line in (CUSTOM[0], CUSTOM[2], CUSTOM[3])))
+    engine = FakeEngine(ANSWER)
+    flags = ["--dataset-name", "custom", "--dataset-path", str(file), "--num-prompts", "7", "--api", "chat"]
+    status, shown = await load(engine, *flags, "--warmup-requests", "0", "--random-output", "12")
+    assert status == 0, shown
+    prompts = [bytes(request.input_ids) for request in engine.requests]
+    assert len(prompts) == 7 and b"[system]Be brief.[user]Hi[assistant]" in prompts
+
+
+@pytest.mark.parametrize(("content", "message"), [("[]", "no request"), ("{", "Expecting"), (None, "No such file")])
+async def test_a_file_that_is_none_ends_the_run_with_2(content: str | None, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    if content is not None:
+        file.write_text(content)
+    flags = ["--dataset-name", "sharegpt", "--dataset-path", str(file)]
+    status, shown = await load(FakeEngine(ANSWER), *flags)
+    assert status == 2 and message in shown
+
+
+# ---- what else a run can be asked for ----
+
+
+async def test_a_run_can_be_traced_by_its_server() -> None:
+    engine = FakeEngine(ANSWER)
+    calls: list[str] = []
+
+    def start(output_dir: str) -> None:
+        calls.append(f"start {len(engine.requests)}")
+
+    async def stop() -> str:
+        calls.append(f"stop {len(engine.requests)}")
+        return "trace.json"
+
+    vars(engine).update(start_profile=start, stop_profile=stop)
+    status, _ = await load(engine, "--num-prompts", "3", "--random-input", "20", "--profile")
+    assert status == 0 and calls == ["start 1", "stop 4"]
+
+
+async def test_the_percentiles_that_are_asked_for_are_shown(tmp_path: Path) -> None:
+    flags = ["--num-prompts", "4", "--random-input", "20", "--percentiles", "50,90,99.9"]
+    _, shown = await load(FakeEngine(ANSWER), *flags, "--output-file", str(tmp_path / "x.jsonl"))
+    assert "p90" in shown and "p99.9" in shown
+    itl = orjson.loads((tmp_path / "x.jsonl").read_bytes())["itl"]
+    assert itl["p50_ms"] == itl["median_ms"] <= itl["p90_ms"] <= itl["p99.9_ms"]
+
+
+def test_tokens_are_counted_in_the_interval_they_came_in() -> None:
+    results = [Result(5, 6, ttft_s=1.0, e2e_s=3.0, itl_s=[1.0, 1.0], sent_s=0.5), Result(5, 2, ttft_s=9.5, sent_s=0.0)]
+    edges, tokens_s = rate_of(results, 10.0)
+    assert len(edges) == len(tokens_s) + 1 and sum(tokens_s) * (edges[1] - edges[0]) == pytest.approx(8)
+    (came,) = np.nonzero(tokens_s)
+    assert [float(edges[i]) for i in came] == pytest.approx([1.5, 2.5, 3.5, 9.5])
+
+
+def test_a_plot_without_its_library_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bench.serve.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["bench.serve", "--plot", "x.svg"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "pip install 'radixloop[plot]'" in capsys.readouterr().err
+
+
+def test_a_run_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    results = [Result(5, 6, ttft_s=0.1, e2e_s=0.3, itl_s=[0.1, 0.1], sent_s=0.5), Result(error="gone")]
+    draw(results, 1.0, "a run", tmp_path / "x.svg")
+    assert "<svg" in (tmp_path / "x.svg").read_text()
