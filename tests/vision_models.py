@@ -13,8 +13,11 @@ from tests.conftest import VOCAB_SIZE, randomize_constants, save_tokenizer
 
 NUM_TOKENS = VOCAB_SIZE + 16
 # Special tokens that the families' prompts have; the tokenizer is the same for all.
-PICTURE_TOKENS = ("<image>", "<|vision_start|>", "<|vision_end|>", "<video>")
-IMAGE, VISION_START, VISION_END, VIDEO = range(VOCAB_SIZE, VOCAB_SIZE + len(PICTURE_TOKENS))
+PICTURE_TOKENS = (
+    "<image>", "<|vision_start|>", "<|vision_end|>", "<video>", "[IMG_BREAK]", "[IMG_END]", "<img>", "</img>",
+    "<fake_token_around_image>", "<global-img>",
+)  # fmt: skip
+IMAGE, VISION_START, VISION_END, VIDEO = range(VOCAB_SIZE, VOCAB_SIZE + 4)
 TEXT = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -31,6 +34,20 @@ TEXT = {
 VIT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
+CLIP = VIT | {"model_type": "clip_vision_model", "num_hidden_layers": 3, "image_size": 28, "patch_size": 7}
+PIXTRAL = VIT | {"model_type": "pixtral", "image_size": 64, "patch_size": 8, "head_dim": 16}
+PINPOINTS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
+IDEFICS: tuple[dict[str, Any], str, dict[str, Any]] = (
+    {
+        "vision_config": VIT | {"image_size": 32, "patch_size": 8},
+        "text_config": TEXT | {"model_type": "llama"},
+        "image_token_id": IMAGE,
+        "scale_factor": 2,
+        "tie_word_embeddings": False,
+    },
+    "Idefics3ImageProcessorPil",
+    {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}},
+)
 QWEN_VIT = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "patch_size": 4}
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 QWEN_VL = {
@@ -59,13 +76,84 @@ FAMILIES = {
         "LlavaForConditionalGeneration",
         "LlavaConfig",
         {
-            "vision_config": VIT
-            | {"model_type": "clip_vision_model", "num_hidden_layers": 3, "image_size": 28, "patch_size": 7},
+            "vision_config": CLIP,
             "text_config": TEXT | {"model_type": "llama"},
             "image_token_index": IMAGE,
         },
         "CLIPImageProcessorPil",
         {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}},
+    ),
+    "llava next": TinyFamily(
+        "LlavaNextForConditionalGeneration",
+        "LlavaNextConfig",
+        {
+            "vision_config": CLIP,
+            "text_config": TEXT | {"model_type": "mistral", "sliding_window": None},
+            "image_token_index": IMAGE,
+            "image_grid_pinpoints": PINPOINTS,
+        },
+        "LlavaNextImageProcessorPil",
+        {
+            "size": {"shortest_edge": 28},
+            "crop_size": {"height": 28, "width": 28},
+            "image_grid_pinpoints": PINPOINTS,
+        },
+    ),
+    "llava onevision": TinyFamily(
+        "LlavaOnevisionForConditionalGeneration",
+        "LlavaOnevisionConfig",
+        {
+            "vision_config": VIT | {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 7},
+            "text_config": TEXT | {"model_type": "qwen2"},
+            "image_token_index": IMAGE,
+            "video_token_index": VIDEO,
+            "image_grid_pinpoints": [*PINPOINTS, [112, 112]],
+            "tie_word_embeddings": False,
+        },
+        "LlavaOnevisionImageProcessorPil",
+        {"size": {"height": 28, "width": 28}, "image_grid_pinpoints": [*PINPOINTS, [112, 112]]},
+    ),
+    "pixtral": TinyFamily(
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        {
+            "vision_config": PIXTRAL,
+            "text_config": TEXT | {"model_type": "mistral", "sliding_window": None},
+            "image_token_index": IMAGE,
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+        },
+        "PixtralImageProcessorPil",
+        {"size": {"longest_edge": 48}, "patch_size": {"height": 8, "width": 8}},
+    ),
+    "mistral small 3.1": TinyFamily(
+        "Mistral3ForConditionalGeneration",
+        "Mistral3Config",
+        {
+            "vision_config": PIXTRAL,
+            "text_config": TEXT | {"model_type": "mistral", "sliding_window": None},
+            "image_token_index": IMAGE,
+            "spatial_merge_size": 2,
+            "vision_feature_layer": -1,
+        },
+        "PixtralImageProcessorPil",
+        {"size": {"longest_edge": 48}, "patch_size": {"height": 8, "width": 8}},
+    ),
+    "internvl": TinyFamily(
+        "InternVLForConditionalGeneration",
+        "InternVLConfig",
+        {
+            "vision_config": VIT | {"image_size": [28, 28], "patch_size": [7, 7]},
+            "text_config": TEXT | {"model_type": "qwen2"},
+            "image_token_id": IMAGE,
+            "tie_word_embeddings": False,
+        },
+        "GotOcr2ImageProcessorPil",
+        {"size": {"height": 28, "width": 28}, "crop_to_patches": True, "max_patches": 4},
+    ),
+    "idefics 3": TinyFamily("Idefics3ForConditionalGeneration", "Idefics3Config", *IDEFICS),
+    "smolvlm": TinyFamily(
+        "SmolVLMForConditionalGeneration", "SmolVLMConfig", IDEFICS[0], "SmolVLMImageProcessorPil", IDEFICS[2]
     ),
     "gemma 3": TinyFamily(
         "Gemma3ForConditionalGeneration",

@@ -6,13 +6,14 @@ seen by its own tower. What is ours is to say, of its size alone, which tokens s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 
-from engine.errors import InvalidRequest
 from engine.media import Image, Media, MediaSize
+
+Sized = TypeVar("Sized", Media, MediaSize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,10 @@ class Family:
         """Return the text that stands for a picture of each kind before it is written out."""
         return {kind: self.token_text[kind] for kind in self.kinds}
 
+    def in_context(self, media: Sequence[Sized]) -> list[Sized]:
+        """Return the pictures of one prompt, or their sizes, with what each must know of the others in its settings."""
+        return list(media)
+
     def feature_texts(self) -> list[str]:
         """Return the texts of the tokens that stand for one feature each, of each kind."""
         return [self.token_text[kind] for kind in self.kinds]
@@ -76,78 +81,26 @@ class Family:
         """Return what the tower takes of several pictures."""
         return {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}
 
-    def features(self, tower: Any, inputs: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        """Return the features of each picture, [1 + L, features, hidden]: the tower's, and those of L layers more."""
+    def features(
+        self, tower: Any, inputs: Sequence[dict[str, torch.Tensor]], lens: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Return the features of each picture, [1 + L, features, hidden]: the tower's, and those of L layers more.
+
+        lens: the features of each.
+        """
         found = tower.get_image_features(**self.joined(inputs))
         deep = getattr(found, "deepstack_features", None) or []
-        flat = [found.pooler_output[i] for i in range(len(found.pooler_output))]
-        lens = [len(one) for one in flat]
-        layers = [flat, *(layer.split(lens) if isinstance(layer, torch.Tensor) else layer for layer in deep)]
-        return [torch.stack([layer[i] for layer in layers]) for i in range(len(flat))]
+        layers = torch.stack([_flat(layer) for layer in (found.pooler_output, *deep)])
+        if layers.shape[1] != sum(lens):
+            raise RuntimeError(f"the tower made {layers.shape[1]} features of pictures that have {sum(lens)}")
+        return [one.clone() if len(lens) > 1 else one for one in layers.split(list(lens), dim=1)]
 
 
-class Llava(Family):
-    """LLaVA 1.5: the patches of one square, whatever the picture's shape."""
-
-    def num_features(self, size: MediaSize) -> int:  # noqa: ARG002
-        crop, vision = self.processor.crop_size, self.config.vision_config
-        num_patches: int = (crop["height"] // vision.patch_size) * (crop["width"] // vision.patch_size)
-        return num_patches + 1 if self.config.vision_feature_select_strategy == "full" else num_patches
-
-
-class Grid(Family):
-    """A family whose pictures keep their shape: patches of whole rows and columns, merged in squares (Qwen2-VL)."""
-
-    takes = ("pixel_values", "image_grid_thw")
-    settings = frozenset({"min_pixels", "max_pixels"})
-
-    def write(self, size: MediaSize) -> Writing:
-        _, rows, columns = grid = self.grid(size)
-        num_features = rows * columns
-        return Writing(self.token_text["image"] * num_features, num_features, grids=(grid,))
-
-    def grid(self, size: MediaSize) -> tuple[int, int, int]:
-        """Return frames, rows and columns of the features of a picture."""
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-        processor = self.processor
-        factor, limits = processor.patch_size * processor.merge_size, self._limits(size.settings)
-        if max(size.width, size.height) > 200 * min(size.width, size.height):
-            raise InvalidRequest(
-                f"a picture of {size.width}x{size.height} pixels is too narrow: at most 200 times as long as wide"
-            )
-        height, width = smart_resize(size.height, size.width, factor, *limits)
-        return 1, height // factor, width // factor
-
-    def _limits(self, settings: Mapping[str, int]) -> tuple[int, int]:
-        """Return the least and the most pixels of a resized picture, within those of the model."""
-        least, most = self.processor.size["shortest_edge"], self.processor.size["longest_edge"]
-        most = max(min(settings.get("max_pixels", most), most), least)
-        return min(max(settings.get("min_pixels", least), least), most), most
-
-    def options(self, media: Media) -> dict[str, Any]:
-        least, most = self._limits(media.settings)
-        return {"size": {"shortest_edge": least, "longest_edge": most}}
-
-
-class Gemma3(Family):
-    """Gemma 3: one square, as so many vectors, that see each other; between marks and empty lines."""
-
-    is_whole = True
-
-    @staticmethod
-    def token_ids(config: Any) -> dict[str, int]:
-        return {"image": config.image_token_id, "begin": config.boi_token_index, "end": config.eoi_token_index}
-
-    def placeholders(self) -> dict[str, str]:
-        return {"image": self.token_text["begin"]}
-
-    def write(self, size: MediaSize) -> Writing:  # noqa: ARG002
-        token, num_features = self.token_text, self.config.mm_tokens_per_image
-        return Writing(f"\n\n{token['begin']}{token['image'] * num_features}{token['end']}\n\n", num_features)
-
-
-FAMILIES: dict[str, type[Family]] = {"gemma 3": Gemma3, "grid": Grid, "llava": Llava}
+def _flat(features: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return [features of all pictures, hidden] of what a tower returns, which may be one tensor a picture."""
+    if isinstance(features, torch.Tensor):
+        return features.flatten(0, -2)
+    return torch.cat([one.flatten(0, -2) for one in features])
 
 
 def rope_positions(prompt_len: int, blocks: Sequence[tuple[int, tuple[int, int, int]]]) -> np.ndarray:

@@ -14,7 +14,8 @@ import numpy as np
 from engine.errors import InvalidRequest, ModelError, shown
 from engine.media import Media, MediaSize, PromptMedia
 from engine.model_config import ModelConfig
-from engine.vision.family import FAMILIES, Family, Writing, rope_positions
+from engine.vision.families import FAMILIES
+from engine.vision.family import Family, Writing, rope_positions
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ class MediaReader:
 
     def count(self, sizes: Sequence[MediaSize]) -> list[int]:
         """Return how many tokens stand for each picture."""
-        return [self.write(size).num_features + self._num_others(self.write(size).text) for size in sizes]
+        writings = map(self.write, self.family.in_context(sizes))
+        return [writing.num_features + self._num_others(writing.text) for writing in writings]
 
     def _count_others(self, text: str) -> int:
         """Return the tokens of a picture's text that stand for none of its features."""
@@ -69,6 +71,7 @@ class MediaReader:
 
         Blocks for as long as a long text takes.
         """
+        media = self.family.in_context(media)
         writings = [self.write(one.size) for one in media]
         self._check(self._placeholders.findall(text), media)
         texts = iter([writing.text for writing in writings])
@@ -143,6 +146,9 @@ def load_family(folder: Path, model_config: ModelConfig, token_text: Callable[[i
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"{folder} does not say how pictures are read: {shown(str(error))}") from None
-    family = FAMILIES[model_config.vision]
+    name = model_config.vision
+    if name == "llava" and config.vision_config.model_type == "pixtral":  # one class of transformers is both
+        name = "pixtral"
+    family = FAMILIES[name]
     texts = {role: token_text(token_id) for role, token_id in family.token_ids(config).items()}
     return family(config, processor, texts)

@@ -28,7 +28,8 @@ class Tower:
         """Return the features of each, [1 + L, features, hidden] (see `Family.features`), wholly computed."""
         inputs = [self._on_device(self.family.inputs(one)) for one in media]
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            found = [one.to(self._dtype) for one in self.family.features(self._module, inputs)]
+            lens = [self.family.write(one.size).num_features for one in media]
+            found = [one.to(self._dtype) for one in self.family.features(self._module, inputs, lens)]
         if self._stream is not None:
             self._stream.synchronize()
         return found

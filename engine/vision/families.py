@@ -1,0 +1,233 @@
+"""What each family's prompts and towers take of a picture."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from engine.errors import InvalidRequest
+from engine.media import Image, Media, MediaSize
+from engine.vision.family import Family, Sized, Writing
+
+ALONE = "alone"  # a setting that no client has: the prompt has no other picture
+MUCH = 1.1  # how many times too many rows, and columns, of patches a picture may have before it is shrunk
+
+
+class Llava(Family):
+    """LLaVA 1.5: the patches of one square, whatever the picture's shape."""
+
+    def num_features(self, size: MediaSize) -> int:  # noqa: ARG002
+        crop, vision = self.processor.crop_size, self.config.vision_config
+        num_patches: int = (crop["height"] // vision.patch_size) * (crop["width"] // vision.patch_size)
+        return num_patches + 1 if self.config.vision_feature_select_strategy == "full" else num_patches
+
+
+class LlavaNext(Family):
+    """LLaVA 1.6: the whole picture, and tiles of it enlarged, without the padding; each row ends with a vector."""
+
+    takes: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
+
+    def num_features(self, size: MediaSize) -> int:
+        rows, columns = self.unpadded(size)
+        base = self.num_patches**2 + int(self.config.vision_feature_select_strategy == "full")
+        return rows * columns + rows + base
+
+    @property
+    def num_patches(self) -> int:
+        """Return the patches of a tile, one way."""
+        vision = self.config.vision_config
+        num_patches: int = vision.image_size // vision.patch_size
+        return num_patches
+
+    def unpadded(self, size: MediaSize) -> tuple[int, int]:
+        """Return the rows and columns of patches of all tiles that are not padding throughout."""
+        from transformers.image_processing_utils import select_best_resolution
+
+        tile = self.config.vision_config.image_size
+        best = select_best_resolution((size.height, size.width), self.config.image_grid_pinpoints)
+        rows, columns = (self.num_patches * (length // tile) for length in best)
+        if size.width / size.height > columns / rows:
+            rows -= 2 * ((rows - int(round(size.height * (columns / size.width), 7))) // 2)
+        else:
+            columns -= 2 * ((columns - int(round(size.width * (rows / size.height), 7))) // 2)
+        return rows, columns
+
+    def joined(self, inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return the tiles of all pictures one after another: they have different numbers of them."""
+        tiles = torch.cat([one["pixel_values"][0] for one in inputs])
+        return {"pixel_values": tiles, "image_sizes": torch.cat([one["image_sizes"] for one in inputs])}
+
+
+class LlavaOnevision(LlavaNext):
+    """LLaVA-OneVision: tiles, shrunk if there are many, of a picture that is alone; of others the whole."""
+
+    takes: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "batch_num_images")
+    settings: ClassVar = frozenset({ALONE})
+
+    def in_context(self, media: Sequence[Sized]) -> list[Sized]:
+        return [replace(one, settings={ALONE: int(len(media) == 1)}) for one in media]
+
+    def num_features(self, size: MediaSize) -> int:
+        if not size.settings.get(ALONE):
+            return self.num_patches**2 + 1
+        rows, columns = self.unpadded(size)
+        most = int(self.config.vision_aspect_ratio.removeprefix("anyres_max_"))
+        ratio = math.sqrt(rows * columns / (most * self.num_patches**2))
+        if ratio > MUCH:
+            rows, columns = int(rows // ratio), int(columns // ratio)
+        return rows * columns + rows + self.num_patches**2
+
+    def inputs(self, media: Media) -> dict[str, torch.Tensor]:
+        assert isinstance(media, Image)
+        # A picture among others is prepared beside itself.
+        images = [[media.pixels] if media.settings.get(ALONE) else [media.pixels] * 2]
+        made = self.processor(images=images, input_data_format="channels_last", return_tensors="pt")
+        first = {name: made[name][:1] for name in self.takes}
+        return first | {"batch_num_images": made["batch_num_images"]}
+
+    def joined(self, inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return super().joined(inputs) | {"batch_num_images": torch.cat([one["batch_num_images"] for one in inputs])}
+
+
+class Pixtral(Family):
+    """Pixtral, Mistral Small 3.1: rows of patches, of the picture's own shape, each ended by a mark."""
+
+    takes: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
+    row_end, end = "[IMG_BREAK]", "[IMG_END]"
+
+    @property
+    def patch(self) -> int:
+        """Return the pixels of what becomes one feature, one way."""
+        size: int = self.config.vision_config.patch_size * getattr(self.config, "spatial_merge_size", 1)
+        return size
+
+    def write(self, size: MediaSize) -> Writing:
+        most = self.processor.size["longest_edge"]
+        ratio = max(size.height / most, size.width / most, 1.0)
+        height, width = math.floor(size.height / ratio), math.floor(size.width / ratio)
+        if not height or not width:
+            raise InvalidRequest(f"a picture of {size.width}x{size.height} pixels is too narrow")
+        rows, columns = -(-height // self.patch), -(-width // self.patch)
+        row = self.token_text["image"] * columns
+        return Writing(self.row_end.join([row] * rows) + self.end, rows * columns)
+
+    def options(self, media: Media) -> dict[str, Any]:  # noqa: ARG002
+        return {"patch_size": {"height": self.patch, "width": self.patch}}
+
+    def joined(self, inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return the pictures padded to one size."""
+        sizes = torch.cat([one["image_sizes"] for one in inputs])
+        height, width = sizes.amax(dim=0).tolist()
+        pixels = [one["pixel_values"] for one in inputs]
+        padded = [F.pad(one, (0, width - one.shape[3], 0, height - one.shape[2])) for one in pixels]
+        return {"pixel_values": torch.cat(padded), "image_sizes": sizes}
+
+
+class InternVL(Family):
+    """InternVL: the picture cut into squares, and the whole of it shrunk to one."""
+
+    settings: ClassVar = frozenset({"max_dynamic_patch"})
+    begin, end = "<img>", "</img>"
+
+    def options(self, media: Media | MediaSize) -> dict[str, Any]:
+        most = media.settings.get("max_dynamic_patch")
+        return {} if most is None else {"max_patches": max(min(most, self.processor.max_patches), 1)}
+
+    def write(self, size: MediaSize) -> Writing:
+        vision = self.config.vision_config
+        height, width = (length // patch for length, patch in zip(vision.image_size, vision.patch_size, strict=True))
+        of_square = int(height * width * self.config.downsample_ratio**2)
+        num_squares = self.processor.get_number_of_image_patches(size.height, size.width, self.options(size))
+        num_features = of_square * num_squares
+        return Writing(f"{self.begin}{self.token_text['image'] * num_features}{self.end}", num_features)
+
+
+class Idefics3(Family):
+    """Idefics 3, SmolVLM: tiles, each behind a tag of its row and column, and the whole picture."""
+
+    takes: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_attention_mask")
+    around, whole = "<fake_token_around_image>", "<global-img>"
+
+    def write(self, size: MediaSize) -> Writing:
+        vision = self.config.vision_config
+        of_tile = (vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor**2
+        _, rows, columns = self.processor.get_number_of_image_patches(size.height, size.width, {})
+        seen = self.token_text["image"] * of_tile
+        text = "".join(
+            "".join(f"{self.around}<row_{row}_col_{column}>{seen}" for column in range(1, columns + 1)) + "\n"
+            for row in range(1, rows + 1)
+        )
+        text += "\n" if rows else ""
+        return Writing(f"{text}{self.around}{self.whole}{seen}{self.around}", of_tile * (rows * columns + 1))
+
+    def joined(self, inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return the tiles of all pictures as if they were of one."""
+        return {name: torch.cat([one[name] for one in inputs], dim=1) for name in inputs[0]}
+
+
+class Grid(Family):
+    """A family whose pictures keep their shape: patches of whole rows and columns, merged in squares (Qwen2-VL)."""
+
+    takes: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
+    settings: ClassVar = frozenset({"min_pixels", "max_pixels"})
+
+    def write(self, size: MediaSize) -> Writing:
+        _, rows, columns = grid = self.grid(size)
+        num_features = rows * columns
+        return Writing(self.token_text["image"] * num_features, num_features, grids=(grid,))
+
+    def grid(self, size: MediaSize) -> tuple[int, int, int]:
+        """Return frames, rows and columns of the features of a picture."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        processor = self.processor
+        factor, limits = processor.patch_size * processor.merge_size, self._limits(size.settings)
+        if max(size.width, size.height) > 200 * min(size.width, size.height):
+            raise InvalidRequest(
+                f"a picture of {size.width}x{size.height} pixels is too narrow: at most 200 times as long as wide"
+            )
+        height, width = smart_resize(size.height, size.width, factor, *limits)
+        return 1, height // factor, width // factor
+
+    def _limits(self, settings: Mapping[str, int]) -> tuple[int, int]:
+        """Return the least and the most pixels of a resized picture, within those of the model."""
+        least, most = self.processor.size["shortest_edge"], self.processor.size["longest_edge"]
+        most = max(min(settings.get("max_pixels", most), most), least)
+        return min(max(settings.get("min_pixels", least), least), most), most
+
+    def options(self, media: Media) -> dict[str, Any]:
+        least, most = self._limits(media.settings)
+        return {"size": {"shortest_edge": least, "longest_edge": most}}
+
+
+class Gemma3(Family):
+    """Gemma 3: one square, as so many vectors, that see each other; between marks and empty lines."""
+
+    is_whole = True
+
+    @staticmethod
+    def token_ids(config: Any) -> dict[str, int]:
+        return {"image": config.image_token_id, "begin": config.boi_token_index, "end": config.eoi_token_index}
+
+    def placeholders(self) -> dict[str, str]:
+        return {"image": self.token_text["begin"]}
+
+    def write(self, size: MediaSize) -> Writing:  # noqa: ARG002
+        token, num_features = self.token_text, self.config.mm_tokens_per_image
+        return Writing(f"\n\n{token['begin']}{token['image'] * num_features}{token['end']}\n\n", num_features)
+
+
+# By the names that engine.models.architectures has for them.
+FAMILIES: dict[str, type[Family]] = {
+    "gemma 3": Gemma3,
+    "grid": Grid,
+    "idefics 3": Idefics3,
+    "internvl": InternVL,
+    "llava": Llava,
+    "llava next": LlavaNext,
+    "llava onevision": LlavaOnevision,
+    "pixtral": Pixtral,
+}
