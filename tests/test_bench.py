@@ -3,6 +3,7 @@
 import io
 import math
 import random
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +15,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from rich.console import Console
 
+from bench import plot
 from bench.load_plot import draw, rate_of
 from bench.result import Result
 from bench.roofline import Roofline
@@ -253,3 +255,31 @@ def test_a_run_is_drawn(tmp_path: Path) -> None:
     results = [Result(5, 6, ttft_s=0.1, e2e_s=0.3, itl_s=[0.1, 0.1], sent_s=0.5), Result(error="gone")]
     draw(results, 1.0, "a run", tmp_path / "x.svg")
     assert "<svg" in (tmp_path / "x.svg").read_text()
+
+
+# ---- the drawings of bench/README.md ----
+
+
+@pytest.mark.parametrize("figure", plot.FIGURES, ids=[figure.file for figure in plot.FIGURES])
+def test_a_drawing_shows_what_the_page_says(figure: plot.Figure) -> None:
+    groups = plot.groups_of(figure, plot.PAGE.read_text())
+    assert (plot.FOLDER / figure.file).read_text() == plot.draw(figure.title, groups), "python -m bench.plot"
+    assert f"(figures/{figure.file})" in plot.PAGE.read_text()
+    for group in groups:
+        assert group.bars[-1][0] == plot.OURS and len(group.bars) > 1
+
+
+def test_a_bar_is_as_long_as_its_share_of_the_longest() -> None:
+    page = "## One\n\n| M | A | radixloop |\n|---|---|---|\n| `x`: ms; s | 1,000; 4 | 250; 2 |\n| y | | 7 |\n"
+    figure = plot.Figure(
+        "f.svg", "T & U", "One", "M", (plot.Row("`x`", "x"), plot.Row("`x`", "s", 1), plot.Row("y", "y"))
+    )
+    groups = plot.groups_of(figure, page)
+    assert [group.bars for group in groups] == [
+        (("A", 1000.0, "1,000"), ("radixloop", 250.0, "250")), (("A", 4.0, "4"), ("radixloop", 2.0, "2")),
+        (("radixloop", 7.0, "7"),),
+    ]  # fmt: skip
+    drawn = plot.draw(figure.title, groups)
+    widths = [float(width) for width in re.findall(r'width="([\d.]+)" height', drawn)]
+    assert widths == [plot.BAR_WIDTH, plot.BAR_WIDTH / 4, plot.BAR_WIDTH, plot.BAR_WIDTH / 2, plot.BAR_WIDTH]
+    assert "T &amp; U" in drawn
