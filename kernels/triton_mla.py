@@ -5,7 +5,7 @@ The definition is `kernels.mla.latent_attention_torch`.
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,26 +46,31 @@ EXPANDED_CONFIGS = Configs("latent_expanded", PrefillConfig, default_expanded_co
 
 
 class LatentConfigs(NamedTuple):
-    """The configurations for queries of one size."""
+    """The configurations of both ways; or, of each, its table and its key there."""
 
-    decode: DecodeConfig
-    absorbed: PrefillConfig
-    expanded: PrefillConfig
+    decode: Any
+    absorbed: Any
+    expanded: Any
 
 
-def latent_configs(q: torch.Tensor, expansion: Expansion, num_decodes: int) -> LatentConfigs:
+def config_keys(num_heads: int, sizes: LatentSizes, num_decodes: int) -> LatentConfigs:
+    """Return the table and the key there of each configuration."""
+    rank, group = next_power_of_2(sizes.rank), next_power_of_2(num_heads // num_groups(num_heads))
+    limit = next(limit for limit in DECODE_LIMITS if num_decodes <= limit)
+    return LatentConfigs(
+        decode=(DECODE_CONFIGS, (rank, group, limit)),
+        absorbed=(ABSORBED_CONFIGS, (rank,)),
+        expanded=(EXPANDED_CONFIGS, (next_power_of_2(sizes.key_dim), next_power_of_2(sizes.value_dim))),
+    )
+
+
+def latent_configs(q: torch.Tensor, sizes: LatentSizes, num_decodes: int) -> LatentConfigs:
     """Return the configurations for q [T, H, N + P]."""
     if q.dtype.itemsize == 4:
         prompts = PrefillConfig(block_m=32, block_n=16, num_warps=4, num_stages=1)
         return LatentConfigs(DecodeConfig(16, 4, 1, 1), prompts, prompts)
-    rank, group = next_power_of_2(expansion.sizes.rank), next_power_of_2(q.shape[1] // num_groups(q.shape[1]))
-    limit = next(limit for limit in DECODE_LIMITS if num_decodes <= limit)
-    sizes = next_power_of_2(expansion.sizes.key_dim), next_power_of_2(expansion.sizes.value_dim)
-    return LatentConfigs(
-        DECODE_CONFIGS.get(q.device, rank, group, limit),
-        ABSORBED_CONFIGS.get(q.device, rank),
-        EXPANDED_CONFIGS.get(q.device, *sizes),
-    )
+    keys = config_keys(q.shape[1], sizes, num_decodes)
+    return LatentConfigs(*(configs.get(q.device, *key) for configs, key in keys))
 
 
 def num_groups(num_heads: int) -> int:
@@ -89,7 +94,7 @@ def latent_attention_triton(
     In a CUDA graph, whose contexts are unknown, prompts go the absorbed way, and so they do where that is less work.
     """
     out = q.new_empty(*q.shape[:2], expansion.sizes.value_dim)
-    configs = configs or latent_configs(q, expansion, batch.num_decodes)
+    configs = configs or latent_configs(q, expansion.sizes, batch.num_decodes)
     has_prompts = batch.num_decodes < len(batch.rows)
     is_absorbed = batch.is_for_graph or not has_prompts or _prefer_absorbed(SameBatch(batch), expansion.sizes)
     if num_absorbed := len(q) if is_absorbed else batch.num_decodes:

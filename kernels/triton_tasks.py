@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from triton.runtime import driver
 
+from kernels.latents import Expansion, LatentSizes
 from kernels.launch import cdiv, next_power_of_2
 from kernels.triton_decode import DECODE_CONFIGS, DECODE_LIMITS, PREFIX_CONFIGS, decode
 from kernels.triton_gemm import GEMV_CONFIGS, GemvConfig, gemv
+from kernels.triton_mla import config_keys, latent_attention_triton, latent_configs
 from kernels.triton_prefill import PREFILL_CONFIGS, prefill
 from kernels.triton_skinny import SKINNY_CONFIGS, SkinnyConfig, fits_skinny, skinny_gemm
 from kernels.triton_softmax import DecodeConfig, PrefillConfig
-from kernels.tuning import AttentionShape, Task, WeightShape
+from kernels.tuning import AttentionShape, LatentShape, Task, WeightShape
 
 ROTATION_BYTES = 128 << 20  # that launches read before one reads the same again: more than an L2 cache holds
 MAX_COPIES = 64  # of a weight or a layer of the cache; of small ones some stay in the L2 cache
@@ -40,18 +42,31 @@ DECODE_CANDIDATES = {
 DECODE_LENS = {4: (1, 4096), 16: (8, 1024), 1 << 20: (64, 1024)}  # most requests -> requests and tokens of each, timed
 PREFILL_CANDIDATES = [PrefillConfig(64, 64, 4, 3), PrefillConfig(128, 64, 8, 2), PrefillConfig(64, 32, 4, 3)]
 PROMPT_LEN = 2048
+# By the fields of `LatentConfigs`.
+LATENT_CANDIDATES: dict[str, list[Any]] = {
+    "decode": [DecodeConfig(32, 8, 3, 1), DecodeConfig(64, 8, 2, 1), DecodeConfig(16, 8, 3, 2)],
+    "absorbed": [PrefillConfig(64, 32, 8, 2), PrefillConfig(64, 64, 8, 2), PrefillConfig(64, 16, 8, 3)],
+    "expanded": [PrefillConfig(128, 64, 8, 2), PrefillConfig(128, 64, 8, 3), PrefillConfig(64, 64, 4, 3)],
+}
+ABSORBED_LEN = 256  # tokens of a prompt that goes the absorbed way
 PREFIX_REQUESTS, PREFIX_LEN, OWN_LEN = 32, 2048, 64
 
 
 def tasks_of(
-    weights: Sequence[WeightShape], heads: Sequence[AttentionShape], dtype: torch.dtype, device: torch.device
+    weights: Sequence[WeightShape],
+    attention: Sequence[AttentionShape | LatentShape],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[Task]:
     """Return what can be tuned for a model, each shape once, in the order of what single requests gain."""
     largest_first = sorted(dict.fromkeys(weights), key=lambda shape: -shape.num_rows * shape.k)
-    heads = list(dict.fromkeys(heads))
+    heads = [shape for shape in dict.fromkeys(attention) if isinstance(shape, AttentionShape)]
+    latents = [shape for shape in dict.fromkeys(attention) if isinstance(shape, LatentShape)]
     tasks = [gemv_task(shape, dtype, device) for shape in largest_first]
     tasks += [decode_task(shape, limit, dtype, device) for shape in heads for limit in DECODE_LIMITS]
+    tasks += [latent_task("decode", shape, limit, dtype, device) for shape in latents for limit in DECODE_LIMITS]
     tasks += [prefill_task(shape, dtype, device) for shape in heads]
+    tasks += [latent_task(form, shape, 1, dtype, device) for form in ("expanded", "absorbed") for shape in latents]
     tasks += [
         skinny_task(shape, max_tokens, dtype, device)
         for max_tokens in SKINNY_TOKENS
@@ -240,3 +255,35 @@ def prefix_task(shape: AttentionShape, dtype: torch.dtype, device: torch.device)
         return _attention_launches(decode, shape, batch, dtype, "prefix_config")
 
     return Task(PREFIX_CONFIGS, (next_power_of_2(shape.head_dim),), PREFILL_CANDIDATES, prepare)
+
+
+def latent_task(form: str, shape: LatentShape, limit: int, dtype: torch.dtype, device: torch.device) -> Task:
+    """Return the task of latent attention's kernels. form: a field of `LatentConfigs`. limit: of single tokens."""
+    sizes = LatentSizes(shape.key_dim, shape.value_dim, shape.rank)
+    configs, key = getattr(config_keys(shape.num_heads, sizes, limit), form)
+
+    def prepare() -> list[Callable[[Any], object]]:
+        num_requests, seq_len = DECODE_LENS[limit] if form == "decode" else (1, PROMPT_LEN)
+        q_len = {"decode": 1, "absorbed": min(ABSORBED_LEN, seq_len), "expanded": seq_len}[form]
+        batch = _batch(num_requests, q_len, seq_len, device)
+        batch.is_for_graph = form == "absorbed"  # expanded where that is less work
+        expansion = Expansion(
+            torch.randn(shape.num_heads * (shape.key_dim + shape.value_dim), shape.rank, device=device).to(dtype),
+            shape.num_heads,
+            sizes,
+        )
+        q = torch.randn(num_requests * q_len, shape.num_heads, shape.key_dim + shape.rope_dim, device=device).to(dtype)
+        num_values = num_requests * seq_len * (shape.rank + shape.rope_dim)
+        num_layers = _num_copies(num_values * shape.kv_dtype.itemsize)
+        cache = torch.empty(num_layers, num_values, dtype=dtype, device=device).normal_().to(shape.kv_dtype)
+        default = latent_configs(q, sizes, batch.num_decodes)
+
+        def launch(layer: torch.Tensor, config: Any) -> None:
+            own = default._replace(**{form: config})
+            latents = layer.view(num_requests * seq_len, 1, -1)
+            latent_attention_triton(q, latents, expansion, batch, scale=q.shape[2] ** -0.5, configs=own)
+
+        launches: list[Callable[[Any], object]] = [functools.partial(launch, layer) for layer in cache]
+        return launches * cdiv(MIN_LAUNCHES, num_layers)
+
+    return Task(configs, key, LATENT_CANDIDATES[form], prepare)

@@ -14,7 +14,7 @@ import torch
 
 from kernels.launch import compiling_ahead
 from kernels.timing import graph_timer
-from kernels.tuning import AttentionShape, Task, WeightShape, tables
+from kernels.tuning import AttentionShape, LatentShape, Task, WeightShape, tables
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def tune_kernels(
     shapes: Sequence[WeightShape],
     budget_s: float = BUDGET_S,
     *,
-    attention: Sequence[AttentionShape] = (),
+    attention: Sequence[AttentionShape | LatentShape] = (),
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Find the fastest configuration of each kernel for those of a model's shapes that no table knows.

@@ -221,6 +221,17 @@ class AttentionShape(NamedTuple):
     kv_dtype: torch.dtype = torch.bfloat16
 
 
+class LatentShape(NamedTuple):
+    """The heads of a model's latent attention on one rank: see `kernels.mla`."""
+
+    num_heads: int
+    key_dim: int
+    rope_dim: int
+    value_dim: int
+    rank: int
+    kv_dtype: torch.dtype = torch.bfloat16
+
+
 class Task(NamedTuple):
     """A shape of a kernel whose fastest configuration is to be found."""
 

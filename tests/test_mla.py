@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import bench.mla
 from bench.attention import Batch, make_batch
 from cache.layout import Latent, bytes_per_token
 from engine.checkpoint.weights import pack_weights
@@ -30,6 +31,7 @@ from kernels.mla import latent_attention_torch
 from kernels.quantized_cpu import CpuQuantizedWeight
 from kernels.triton_elementwise import rope_and_store_latent_triton
 from kernels.triton_mla import _prefer_absorbed, latent_attention_triton, num_groups
+from kernels.tuning import LatentShape
 from tests.quantized_files import CASES, write_quantized
 from tests.test_models import MAX_DIFFERENCE, TinyEngine, assert_equals_reference, random_ids, reference_logits
 from tests.test_native_families import logits_of_ranks
@@ -195,6 +197,16 @@ def test_latents_that_requests_share_are_read_once() -> None:
     batch = make_batch([(1, 50), (1, 3), (1, 45), (1, 41)], groups=[(40, [0, 2, 3])], seed=0, device=DEVICE)
     q, cache, expansion = make_inputs(batch, torch.float32)
     check(latent_attention_triton(q, cache, expansion, batch, scale=0.3), q, cache, expansion, batch)
+
+
+def test_the_bench_compares_and_counts_what_either_way_takes() -> None:
+    shape = LatentShape(HEADS, KEY_DIM, ROPE_DIM, VALUE_DIM, RANK)
+    problem = bench.mla.Problem(shape, [(1, 20), (9, 20)], dtype=torch.float32, device=DEVICE)
+    assert problem.difference() < 1e-4 and problem.difference(replace(problem.batch, is_for_graph=True)) < 1e-4
+    matrix = HEADS * (KEY_DIM + VALUE_DIM) * RANK
+    decode, prompt = bench.mla.work_of(shape, [(1, 20)]), bench.mla.work_of(shape, [(8, 8)])
+    assert decode == (2 * (20 * (RANK + ROPE_DIM) + matrix), 2 * (HEADS * 20 * (2 * RANK + ROPE_DIM) + matrix))
+    assert prompt.num_flops == 2 * (HEADS * 36 * (KEY_DIM + ROPE_DIM + VALUE_DIM) + 8 * matrix)
 
 
 def rotated_and_stored(run: Any, cache_dtype: torch.dtype, factor: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from kernels.triton_gemm import GEMV_CONFIGS, GemvConfig, default_gemv_config
 from kernels.triton_prefill import PREFILL_CONFIGS
 from kernels.triton_skinny import SKINNY_CONFIGS, SkinnyConfig, default_skinny_config
 from kernels.triton_softmax import DecodeConfig, PrefillConfig, arrival_counters, default_prefill_config
-from kernels.tuning import AttentionShape, Configs, Task, WeightShape
+from kernels.tuning import AttentionShape, Configs, LatentShape, Task, WeightShape
 
 CARD = torch.device("cuda", 0)  # nothing is run on it
 CPU = torch.device("cpu")
@@ -290,9 +290,18 @@ def test_every_kernel_of_a_model_is_a_task_and_each_shape_once() -> None:
         "skinny": [(96, 256, 16), (64, 256, 16), (96, 256, 32), (64, 256, 32)],
         "prefix": [(16,)],
     }
+    tasks = triton_tasks.tasks_of([], [LatentShape(6, 16, 8, 12, 32)], torch.float16, CPU)
+    decodes = {("latent_decode", (32, 8, limit)) for limit in DECODE_LIMITS}
+    prompts = {("latent_absorbed", (32,)), ("latent_expanded", (16, 16))}
+    assert {(task.configs.kind, task.key) for task in tasks} == decodes | prompts
 
 
-@pytest.mark.parametrize("kind", ["gemv", "skinny", "decode", "prefill", "prefix"])
+KINDS = (
+    "gemv", "skinny", "decode", "prefill", "prefix", "latent_decode", "latent_absorbed", "latent_expanded"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_tasks_launches_run_its_kernel_with_every_candidate(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_tasks, "ROTATION_BYTES", 1 << 17)
     monkeypatch.setattr(triton_tasks, "DECODE_LENS", dict.fromkeys(DECODE_LIMITS, (2, 40)))
@@ -300,7 +309,8 @@ def test_a_tasks_launches_run_its_kernel_with_every_candidate(kind: str, monkeyp
         monkeypatch.setattr(triton_tasks, name, value)
     launched: list[str] = []
     monkeypatch.setattr(launch.Kernel, "launch", note_into(launched))
-    for task in triton_tasks.tasks_of(SHAPES[:1], [AttentionShape(4, 2, 16)], torch.float16, CPU):
+    attention: list[AttentionShape | LatentShape] = [AttentionShape(4, 2, 16), LatentShape(6, 16, 8, 12, 32)]
+    for task in triton_tasks.tasks_of(SHAPES[:1], attention, torch.float16, CPU):
         if task.configs.kind == kind:
             launches = task.prepare()
             assert len(launches) >= triton_tasks.MIN_LAUNCHES and task.candidates

@@ -17,7 +17,7 @@ from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import AttentionConfig, QKNorm
 from kernels.attention import attention
 from kernels.elementwise import rope_and_store
-from kernels.tuning import AttentionShape, WeightShape
+from kernels.tuning import AttentionShape, LatentShape, WeightShape
 from kernels.weights import Norm, match_shard
 
 AfterRope = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -64,8 +64,8 @@ class AnyAttention(Layer):
         """Return the shapes of the products of one token. has_norm: the first one takes the norm ahead of it in."""
 
     @abstractmethod
-    def attention_shape(self, kv_dtype: torch.dtype) -> AttentionShape | None:
-        """Return the shape that the kernels are tuned for, None where there is nothing to tune."""
+    def attention_shape(self, kv_dtype: torch.dtype) -> AttentionShape | LatentShape | None:
+        """Return the shape that Triton's kernels are tuned for; None where they do not serve it."""
 
 
 class Attention(AnyAttention):

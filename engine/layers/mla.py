@@ -20,7 +20,7 @@ from kernels.dense import DenseWeight
 from kernels.elementwise import rope_and_store_latent
 from kernels.latents import Expansion, LatentSizes
 from kernels.mla import latent_attention
-from kernels.tuning import AttentionShape, WeightShape
+from kernels.tuning import LatentShape, WeightShape
 from kernels.weights import Norm, Part
 
 NORM_EPS = 1e-6  # of both latents' norms, whatever that of others is
@@ -99,8 +99,11 @@ class LatentAttention(AnyAttention):
             shapes.append(self.q_b_proj.weight.tuning_shape(has_norm=self.q_a_layernorm.is_rms))
         return [*shapes, self.o_proj.weight.tuning_shape(has_residual=True)]
 
-    def attention_shape(self, kv_dtype: torch.dtype) -> AttentionShape | None:  # noqa: ARG002
-        return None
+    def attention_shape(self, kv_dtype: torch.dtype) -> LatentShape | None:
+        if self.backend == "torch":
+            return None
+        key_dim, value_dim, rank = self.sizes
+        return LatentShape(self.num_heads, key_dim, self.rope_dim, value_dim, rank, kv_dtype)
 
     def __call__(
         self, x: torch.Tensor, batch: ForwardBatch, pool: CachePool, *, norm: Norm | None = None

@@ -14,7 +14,7 @@ from kernels import sampling
 from kernels.corun import FLOPS_PER_BYTE, STEP_TOKENS, Corun
 from kernels.launch import cdiv, compiling_ahead
 from kernels.tune import tune_kernels
-from kernels.tuning import AttentionShape, WeightShape
+from kernels.tuning import AttentionShape, LatentShape, WeightShape
 
 KERNEL_PROMPTS = (2, 32, 512)  # numbers of prompts that attention has kernels for: all are compiled at the start
 
@@ -53,7 +53,7 @@ def weight_shapes(model: CausalLM) -> list[WeightShape]:
     return [shape for shape in shapes if shape is not None]
 
 
-def attention_shapes(model: CausalLM, kv_dtype: torch.dtype) -> list[AttentionShape]:
+def attention_shapes(model: CausalLM, kv_dtype: torch.dtype) -> list[AttentionShape | LatentShape]:
     """Return the heads of this rank's attention, each kind once; none where Triton's kernels do not serve it."""
     shapes = dict.fromkeys(block.self_attn.attention_shape(kv_dtype) for block in model.model.layers)
     return [shape for shape in shapes if shape is not None]
