@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from engine.declared import MAX_INT, Object, Unsupported
 from server.watch.openapi import OPERATIONS, routes_of
-from tests.fake_engine import FakeEngine, events_of, serving
+from tests.fake_engine import SeeingEngine, events_of, serving
 from tests.test_router import routing, url_of
 
 PATIENCE_S = 60.0
@@ -43,7 +43,7 @@ class Loop:
 
     def __init__(self, runner: asyncio.Runner) -> None:
         self.runner, self.stack = runner, AsyncExitStack()
-        self.engine = FakeEngine(context_length=2048)
+        self.engine = SeeingEngine(context_length=2048)
 
     async def start(self) -> None:
         self.client: TestClient[Any, Any] = await self.stack.enter_async_context(
