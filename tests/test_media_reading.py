@@ -339,6 +339,30 @@ async def test_what_was_taken_of_memory_is_given_back_whatever_is_refused() -> N
     assert reading._slots._value > 0
 
 
+@pytest.mark.parametrize("data", [b"x" * 1000, encoded(picture(), "JPEG")[:-30], png_of_size(9000, 9000)], ids=range(3))
+@pytest.mark.max_callback_ms(5000)  # of looking at all objects there are
+async def test_of_what_was_refused_nothing_waits_for_the_garbage_collector(data: bytes) -> None:
+    """An error that is part of a circle keeps the frames it came through, and these the file."""
+    reading, source = reader_of(), uri(data)
+
+    async def attempt() -> None:
+        try:
+            await read(source, reading)
+        except InvalidRequest:
+            return
+        raise AssertionError("it was read")
+
+    gc.collect()
+    gc.disable()
+    try:
+        await attempt()
+        async with asyncio.timeout(10):  # its thread has yet to let go of it
+            while any(type(one) in (BrokenMedia, InvalidRequest) for one in gc.get_objects()):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    finally:
+        gc.enable()
+
+
 async def test_where_others_leave_no_room_a_request_is_told_to_come_again_and_the_cache_goes_first() -> None:
     reading = reader_of(max_bytes=200_000)
     await read(uri(encoded(picture(100, 100))), reading)  # 30,000 bytes, in the cache

@@ -32,16 +32,17 @@ class KeptImages:
 
     async def kept(self, owner: str, values: Sequence[JSON]) -> list[JSON]:
         """Return messages or items with references in place of the bytes of pictures, which are kept for `owner`."""
-        texts = {text for value in values for part in _parts(value) if (text := _source(part)) and len(text) > SHORT}
-        if not texts:
+        sources = [text for value in values for part in _parts(value) if (text := _source(part)) and len(text) > SHORT]
+        if not sources:
             return list(values)
-        digests = await asyncio.to_thread(lambda: {text: _digest(text) for text in texts})
-        for text, digest in digests.items():
-            self._put(owner, digest, text)
+        texts = {id(text): text for text in sources}  # to look one up by its characters takes milliseconds
+        digests = await asyncio.to_thread(lambda: {place: _digest(text) for place, text in texts.items()})
+        for place, digest in digests.items():
+            self._put(owner, digest, texts[place])
 
         def refer(part: JSON) -> JSON:
-            text = _source(part)
-            return _with_source(part, REFERENCE + digests[text]) if text in digests else part
+            digest = digests.get(id(_source(part)))
+            return part if digest is None else _with_source(part, REFERENCE + digest)
 
         return [_changed(value, refer) for value in values]
 

@@ -283,9 +283,7 @@ class MediaReader:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._slots.release)
 
-        decoding = self._threads.submit(one.decode)
-        decoding.add_done_callback(end)
-        return await asyncio.wrap_future(decoding)
+        return await self._submit(end, one.decode)
 
     def _make_room(self, num_bytes: int) -> None:
         try:
@@ -303,9 +301,12 @@ class MediaReader:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._slots.release)
 
+        return await self._submit(end, call, *args)
+
+    def _submit(self, end: "Callable[[Future[T]], None]", call: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
         called = self._threads.submit(call, *args)
         called.add_done_callback(end)
-        return await asyncio.wrap_future(called)
+        return asyncio.wrap_future(called)
 
 
 class PixelCache:
@@ -364,14 +365,23 @@ def in_order(text: str, parts: Sequence[MediaPart], placeholders: Mapping[str, s
 
 
 async def _all(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Return what the calls return, made at the same time. The first error ends the others."""
+    """Return what the calls return, made at the same time. The first error ends the others.
+
+    An error knows the frames that it came through. None of them may know the task or future that knows the error, here
+    and wherever a thread is waited for: the files it was about would stay until the garbage collector finds them.
+    """
     tasks = [asyncio.create_task(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)
     finally:
-        for task in tasks:
-            task.cancel()
+        _cancel(tasks)
         await asyncio.gather(*tasks, return_exceptions=True)
+        tasks.clear()
+
+
+def _cancel(tasks: Iterable["asyncio.Task[Any]"]) -> None:
+    for task in tasks:
+        task.cancel()
 
 
 def _image_header(data: bytes) -> tuple[images.Header, bytes]:
