@@ -10,7 +10,7 @@ of tokens that no query sees, slot_map may say anything.
 import functools
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention_batch import AttentionBatch
+from kernels.cache_cpu import Gathered, kernels, kernels_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,12 @@ def attention_torch(
     has_decodes: bool = True,
 ) -> torch.Tensor:
     """Define `attention`. Sizes come from the host's lengths, so a CUDA graph cannot capture it."""
+    sets = _decode_sets(SameBatch(batch), window, is_chunked, q.dtype, slopes is not None) if has_decodes else []
+    if len(sets) == 1 and batch.num_decodes == len(q):
+        return _decode(q, k_cache, v_cache, sets[0], scale, softcap, sinks, slopes)
     out = q.new_empty(*q.shape[:2], v_cache.shape[2])
-    if has_decodes:
-        options: dict[str, Any] = {
-            "window": window, "is_chunked": is_chunked, "softcap": softcap, "sinks": sinks, "slopes": slopes
-        }  # fmt: skip
-        decodes_torch(q, k_cache, v_cache, batch, out, scale=scale, **options)
+    for members in sets:
+        out[members.index] = _decode(q[members.index], k_cache, v_cache, members, scale, softcap, sinks, slopes)
     end = batch.num_decodes
     for i in range(end, len(batch.seq_lens_host)):
         start, end = end, end + int(batch.q_lens_host[i])
@@ -69,7 +70,7 @@ def decodes_torch(
 ) -> None:
     """Write `attention_torch` of the first num_decodes tokens alone into `out`."""
     for members in _decode_sets(SameBatch(batch), window, is_chunked, q.dtype, slopes is not None):
-        _decode(q, k_cache, v_cache, members, scale, softcap, sinks, slopes, out)
+        out[members.index] = _decode(q[members.index], k_cache, v_cache, members, scale, softcap, sinks, slopes)
 
 
 class SameBatch:
@@ -91,8 +92,24 @@ class _DecodeSet:
 
     index: torch.Tensor | slice  # of the requests, in the batch and in q
     slots: torch.Tensor  # int32 [N * L]
+    num_slots: int  # L
     mask: torch.Tensor | None  # [N, 1, 1, L], to be added, if some have fewer than L; torch would convert a bool one
     distances: torch.Tensor | None  # float32 [N, 1, 1, L], of the query from each token, for layers with slopes
+    gathered: dict[torch.Size, Gathered] = field(default_factory=dict)  # by the shape of a slot
+
+    def gather(
+        self, k_cache: torch.Tensor, v_cache: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values, [N, Hkv, L, D] each in `dtype`, until the next layer's are gathered."""
+        num_requests, shape = len(self.slots) // self.num_slots, k_cache.shape[1:]
+        if dtype == k_cache.dtype and (compiled := kernels()) is not None and compiled.can_gather(k_cache, v_cache):
+            if shape not in self.gathered:
+                self.gathered[shape] = compiled.room_for(k_cache, self.slots, num_requests)
+            return self.gathered[shape].of(k_cache, v_cache)
+        k = v = gather(k_cache, self.slots, dtype).unflatten(0, (num_requests, -1)).transpose(1, 2)
+        if v_cache is not k_cache:
+            v = gather(v_cache, self.slots, dtype).unflatten(0, (num_requests, -1)).transpose(1, 2)
+        return k, v
 
     def mask_of(self, slopes: torch.Tensor | None) -> torch.Tensor | None:
         """Return what is to be added to scores [N, Hkv, H / Hkv, L]; slopes: [Hkv, H / Hkv, 1]."""
@@ -126,7 +143,7 @@ def _decode_sets(
         distances = None
         if has_slopes:
             distances = (torch.from_numpy(lens - 1).to(tokens) - tokens)[:, None, None].float()
-        sets.append(_DecodeSet(index, _mapped(slots, batch), mask, distances))
+        sets.append(_DecodeSet(index, _mapped(slots, batch), longest, mask, distances))
     return sets
 
 
@@ -159,23 +176,18 @@ def _decode(
     softcap: float,
     sinks: torch.Tensor | None,
     slopes: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    """Write the attention of a set of single tokens into `out`.
+) -> torch.Tensor:
+    """Return the attention of the single tokens of a set, q [N, H, D].
 
     The heads of one KV head take the place of a sequence's queries, so no key or value is repeated for them.
     """
-    queries = q[members.index]
-    n, num_heads, head_dim = queries.shape
+    n, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
-    k = v = gather(k_cache, members.slots, q.dtype).unflatten(0, (n, -1)).transpose(1, 2)
-    if v_cache is not k_cache:
-        v = gather(v_cache, members.slots, q.dtype).unflatten(0, (n, -1)).transpose(1, 2)
-    queries = queries.reshape(n, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    k, v = members.gather(k_cache, v_cache, q.dtype)
+    queries = q.reshape(n, num_kv_heads, num_heads // num_kv_heads, head_dim)
     of_rows = None if sinks is None else sinks.view(num_kv_heads, -1)
     mask = members.mask_of(None if slopes is None else slopes.view(num_kv_heads, -1, 1))
-    result = _sdpa(queries, k, v, mask, False, scale, softcap, of_rows)
-    out[members.index] = result.reshape(n, num_heads, -1)
+    return _sdpa(queries, k, v, mask, False, scale, softcap, of_rows).reshape(n, num_heads, -1)
 
 
 def _prefill(
@@ -391,11 +403,13 @@ def attention(
 def choose_backend(requested: str | None, device: torch.device) -> str:
     """Choose the backend for `device`; None asks for the best. Raises ValueError where `requested` cannot run.
 
-    Where FlashInfer itself is all that is missing, warns, and Triton serves in its place.
+    Where FlashInfer itself is all that is missing, warns, and Triton serves in its place. A CPU's begin to load.
     """
     if requested not in (None, *BACKENDS):
         raise ValueError(f"no attention backend {requested!r}; there are {', '.join(BACKENDS)}")
     if requested == "torch" or (requested is None and device.type != "cuda"):
+        if device.type == "cpu":
+            kernels_ahead()
         return "torch"
     if device.type != "cuda":
         raise ValueError(f"attention backend {requested!r} needs a CUDA device, and this is {device.type!r}")

@@ -28,14 +28,16 @@ TIMEOUT_S = 120.0
 
 
 @functools.cache
-def load_library(source: Path, march: str = "native") -> ctypes.CDLL | None:
+def load_library(
+    source: Path, march: str = "native", without: str = "weights of few bits are slower or larger"
+) -> ctypes.CDLL | None:
     """Return the library of `source`, compiled if no earlier start did; None, and a warning, if that is impossible.
 
-    march: the oldest CPU that it shall run on, in the words of GCC.
+    march: the oldest CPU that it shall run on, in the words of GCC. without: what follows if there is none.
     """
     command = find_compiler()
     if command is None:
-        logger.warning("no C++ compiler here: weights of few bits are slower or larger (pip install ziglang is one)")
+        logger.warning("no C++ compiler here: %s (pip install ziglang is one)", without)
         return None
     text = source.read_bytes()
     path = cache_folder() / "cpu" / f"{source.stem}-{_key(text, command, march)}.so"
@@ -45,7 +47,7 @@ def load_library(source: Path, march: str = "native") -> ctypes.CDLL | None:
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        logger.warning("%s cannot be compiled: weights of few bits are slower or larger (%s)", source.name, detail)
+        logger.warning("%s cannot be compiled: %s (%s)", source.name, without, detail)
         return None
 
 

@@ -197,6 +197,12 @@ def rope_and_store(
     run = rope_and_store_torch
     if qkv.is_cuda:
         from kernels.triton_elementwise import rope_and_store_triton as run
+    elif qkv.is_cpu:
+        from kernels.cache_cpu import kernels
+
+        compiled = kernels()
+        if compiled is not None and compiled.can_rotate(qkv, k_cache, v_cache):
+            run = compiled.rope_and_store
     norms = q_norm, k_norm, eps, v_norm
     return run(qkv, positions, cos_sin, k_cache, v_cache, out_cache_loc, num_heads, num_kv_heads, head_dim, *norms)
 

@@ -536,6 +536,7 @@ static void take_outputs(Job &job, int64_t start, int64_t count) {
 #define TILE_ROWS 16
 #define TILE_FLOATS (TILE_ROWS * LANES)
 #define FEW_PAIRS 3       // tokens for which the units are slower than vectors
+#define MOST_TILES 2      // that vectors multiply at once
 #define AT_ONCE 4         // tiles of sums, so that one multiplication need not wait for another
 #define SEGMENT_STEPS 4   // at most in a tile of sums
 #define CHUNK_INPUTS 320  // of decoded rows, which the first cache holds beside the inputs
@@ -801,36 +802,30 @@ static void multiply_tile(const Cuts &cuts, int first, int last, const uint16_t 
 
 // --- few tokens as the matrix units would multiply them
 
-// Write 16 rows' codes of 32 inputs by pairs: [16 pairs, 16 rows], a byte or two each.
-template <int CODE>
+// Return 16 bytes of every fourth row.
+static inline __m512i load_rows(const uint8_t *const *rows, int64_t offset) {
+    auto at = [&](int i) { return _mm_loadu_si128((const __m128i *)(rows[4 * i] + offset)); };
+    const __m512i two = _mm512_inserti32x4(_mm512_castsi128_si512(at(0)), at(1), 1);
+    return _mm512_inserti32x4(_mm512_inserti32x4(two, at(2), 2), at(3), 3);
+}
+
+// Write 16 rows' codes of 32 inputs by pairs: [16 pairs, 16 rows], two bytes each.
 static inline void collect_pairs(const uint8_t *const *rows, int64_t offset, int64_t next_tile, uint8_t *to) {
     if (offset % 64 == 0)
         for (int r = 0; r < TILE_ROWS; r++) _mm_prefetch(rows[r] + offset + next_tile, _MM_HINT_T0);
-    for (int half = 0; half < (CODE == INT4 ? 1 : 2); half++, offset += 16, to += 256) {
+    for (int half = 0; half < 2; half++, offset += 16, to += 256) {
         __m512i v[4];  // lane i: row 4 i + j
-        for (int j = 0; j < 4; j++) {
-            auto at = [&](int i) { return _mm_loadu_si128((const __m128i *)(rows[4 * i + j] + offset)); };
-            v[j] = _mm512_inserti32x4(_mm512_castsi128_si512(at(0)), at(1), 1);
-            v[j] = _mm512_inserti32x4(_mm512_inserti32x4(v[j], at(2), 2), at(3), 3);
-        }
-        __m512i low[2], high[2], lanes[4], order;  // lanes: 4 rows of each pair together
+        for (int j = 0; j < 4; j++) v[j] = load_rows(rows + j, offset);
+        __m512i low[2], high[2];
         for (int j = 0; j < 2; j++) {
-            const __m512i a = v[2 * j], b = v[2 * j + 1];
-            low[j] = CODE == INT4 ? _mm512_unpacklo_epi8(a, b) : _mm512_unpacklo_epi16(a, b);
-            high[j] = CODE == INT4 ? _mm512_unpackhi_epi8(a, b) : _mm512_unpackhi_epi16(a, b);
+            low[j] = _mm512_unpacklo_epi16(v[2 * j], v[2 * j + 1]);
+            high[j] = _mm512_unpackhi_epi16(v[2 * j], v[2 * j + 1]);
         }
-        if (CODE == INT4) {
-            lanes[0] = _mm512_unpacklo_epi16(low[0], low[1]), lanes[1] = _mm512_unpackhi_epi16(low[0], low[1]);
-            lanes[2] = _mm512_unpacklo_epi16(high[0], high[1]), lanes[3] = _mm512_unpackhi_epi16(high[0], high[1]);
-            order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-        } else {
-            lanes[0] = _mm512_unpacklo_epi32(low[0], low[1]), lanes[1] = _mm512_unpackhi_epi32(low[0], low[1]);
-            lanes[2] = _mm512_unpacklo_epi32(high[0], high[1]), lanes[3] = _mm512_unpackhi_epi32(high[0], high[1]);
-            order = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
-        }
-        for (int j = 0; j < 4; j++)
-            _mm512_store_si512(to + 64 * j, CODE == INT4 ? _mm512_permutexvar_epi32(order, lanes[j])
-                                                         : _mm512_permutexvar_epi64(order, lanes[j]));
+        const __m512i lanes[4] = {  // 4 rows of each pair together
+            _mm512_unpacklo_epi32(low[0], low[1]), _mm512_unpackhi_epi32(low[0], low[1]),
+            _mm512_unpacklo_epi32(high[0], high[1]), _mm512_unpackhi_epi32(high[0], high[1])};
+        const __m512i order = _mm512_set_epi64(7, 5, 3, 1, 6, 4, 2, 0);
+        for (int j = 0; j < 4; j++) _mm512_store_si512(to + 64 * j, _mm512_permutexvar_epi64(order, lanes[j]));
     }
 }
 
@@ -840,51 +835,33 @@ static inline vec of_fp8_in_high_bytes(__m256i words) {
     return _mm512_cvtph_ps(_mm256_or_si256(sign, rest));
 }
 
-template <int CODE> static inline void decode_pair(const uint8_t *codes, vec meanings, vec &even, vec &odd) {
-    if (CODE == INT4) {
-        const __m512i both = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *)codes));
-        even = _mm512_permutexvar_ps(both, meanings), odd = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), meanings);
-        return;
-    }
-    const __m256i words = _mm256_load_si256((const __m256i *)codes);
-    if (CODE == INT8) {
-        const __m512i both = _mm512_cvtepi16_epi32(words);
-        even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(both, 24), 24));
-        odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(both, 8));
-        return;
-    }
-    even = of_fp8_in_high_bytes(_mm256_slli_epi16(words, 8)), odd = of_fp8_in_high_bytes(words);
-}
-
 // Write sums [tokens, rows] of 16 rows, lane by lane in the order in which the units add: the even inputs of a step one
 // after the other, the odd ones beside them, then both. x: float32 [tokens, k]; inputs_sums: [segments, 16].
-template <int CODE, int TOKENS>
-static void multiply_pairs(const Weight &w, const Cuts &cuts, const uint8_t *const *rows, const float *x,
-                           const float *inputs_sums, const float *scales, const float *shifts, float *to) {
+template <int TOKENS>
+static void multiply_fp8(const Weight &w, const Cuts &cuts, const uint8_t *const *rows, const float *x,
+                         const float *inputs_sums, const float *scales, const float *shifts, int64_t, float *to) {
     alignas(64) uint8_t codes[512];
     vec sums[TOKENS];
     for (int t = 0; t < TOKENS; t++) sums[t] = all(0);
-    const vec meanings = load(w.values) - all(w.offset);
-    const int64_t next_tile = TILE_ROWS * (CODE == INT4 ? w.k / 2 : w.k);
-    const int num_pairs = cuts.step_inputs / 2, pair_bytes = CODE == INT4 ? 16 : 32;
     for (int i = 0; i < cuts.num_segments; i++, inputs_sums += LANES) {
         const Segment segment = cuts.segments[i];
         vec part[TOKENS];
         for (int t = 0; t < TOKENS; t++) part[t] = all(0);
         for (int step = segment.step; step < segment.end; step++) {
             const int input = step * cuts.step_inputs;
-            if (input % 32 == 0) collect_pairs<CODE>(rows, CODE == INT4 ? input / 2 : input, next_tile, codes);
-            const uint8_t *pair = codes + input % 32 / 2 * pair_bytes;
+            if (input % 32 == 0) collect_pairs(rows, input, TILE_ROWS * w.k, codes);
+            const uint8_t *pair = codes + input % 32 * 16;
             const float *inputs = x + input;
             vec evens[TOKENS], odds[TOKENS];
             for (int t = 0; t < TOKENS; t++) evens[t] = odds[t] = all(0);
-            for (int j = 0; j < num_pairs; j += 8, pair += 8 * pair_bytes, inputs += 16)
-                for (int p = 0; p < 8; p++) {
-                    vec even, odd;
-                    decode_pair<CODE>(pair + p * pair_bytes, meanings, even, odd);
+            for (int j = 0; j < cuts.step_inputs; j += 16)
+                for (int p = 0; p < 16; p += 2, pair += 32, inputs += 2) {
+                    const __m256i words = _mm256_load_si256((const __m256i *)pair);
+                    const vec even = of_fp8_in_high_bytes(_mm256_slli_epi16(words, 8));
+                    const vec odd = of_fp8_in_high_bytes(words);
                     for (int t = 0; t < TOKENS; t++) {
-                        evens[t] = fma(even, all(inputs[t * w.k + 2 * p]), evens[t]);
-                        odds[t] = fma(odd, all(inputs[t * w.k + 2 * p + 1]), odds[t]);
+                        evens[t] = fma(even, all(inputs[t * w.k]), evens[t]);
+                        odds[t] = fma(odd, all(inputs[t * w.k + 1]), odds[t]);
                     }
                 }
             for (int t = 0; t < TOKENS; t++) part[t] = part[t] + (evens[t] + odds[t]);
@@ -897,12 +874,108 @@ static void multiply_pairs(const Weight &w, const Cuts &cuts, const uint8_t *con
     for (int t = 0; t < TOKENS; t++) store(to + t * LANES, sums[t]);
 }
 
-typedef void (*PairsTile)(const Weight &, const Cuts &, const uint8_t *const *, const float *, const float *,
-                          const float *, const float *, float *);
+// Write 16 bytes of codes of each of 16 rows: four of every row in a vector.
+static inline void collect_words(const uint8_t *const *rows, int64_t offset, __m512i *to) {
+    __m512i v[4];  // lane i: row 4 i + j
+    for (int j = 0; j < 4; j++) v[j] = load_rows(rows + j, offset);
+    const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
+    const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+    to[0] = _mm512_unpacklo_epi64(a, c), to[1] = _mm512_unpackhi_epi64(a, c);
+    to[2] = _mm512_unpacklo_epi64(b, d), to[3] = _mm512_unpackhi_epi64(b, d);
+}
 
-template <int CODE> static PairsTile pairs_tile(int num_tokens) {
-    static const PairsTile tiles[] = {multiply_pairs<CODE, 1>, multiply_pairs<CODE, 2>, multiply_pairs<CODE, 3>};
-    return tiles[num_tokens - 1];
+// Decode four bytes of each row, in the order of their inputs, and call `visit(input, numbers)`. A permutation decodes
+// four bits by the lowest of a number; a byte becomes the last places of a float whose others are subtracted.
+template <int CODE, class Visit> static inline void decode_words(__m512i words, vec meanings, Visit visit) {
+    if (CODE == INT4) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) visit(i, _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * i), meanings));
+        return;
+    }
+    const __m512i low = _mm512_set1_epi32(0xff), high = _mm512_set1_epi32(0xff00);
+    const __m512i of_low = _mm512_set1_epi32(0x4b000080), of_high = _mm512_set1_epi32(0x47008000);  // 2^23, 2^15, + 128
+#pragma GCC unroll 2
+    for (int i = 0; i < 4; i += 2, words = _mm512_srli_epi32(words, 16)) {
+        visit(i, _mm512_castsi512_ps(_mm512_ternarylogic_epi32(of_low, words, low, 0x78)) - all(8388736));
+        visit(i + 1, _mm512_castsi512_ps(_mm512_ternarylogic_epi32(of_high, words, high, 0x78)) - all(32896));
+    }
+}
+
+// The same of integers, whose bytes are decoded without taking them apart, for TILES times 16 rows: the sums of one
+// tile and token wait for each other longer than the units take. Scales and shifts of a tile begin `pitch` after those
+// of the one before.
+template <int CODE, int TOKENS, int TILES>
+static void multiply_words(const Weight &w, const Cuts &cuts, const uint8_t *const *rows, const float *x,
+                           const float *inputs_sums, const float *scales, const float *shifts, int64_t pitch,
+                           float *to) {
+    const int num_words = CODE == INT4 ? 4 : 8, word_inputs = 32 / num_words;
+    const int64_t row_bytes = CODE == INT4 ? w.k / 2 : w.k, next_tile = TILES * TILE_ROWS * row_bytes;
+    const int words_per_step = num_words * cuts.step_inputs / 32;
+    const vec meanings = load(w.values) - all(w.offset);
+    vec sums[TILES][TOKENS];
+    for (int n = 0; n < TILES; n++)
+        for (int t = 0; t < TOKENS; t++) sums[n][t] = all(0);
+    __m512i codes[TILES][num_words];
+    for (int i = 0; i < cuts.num_segments; i++, inputs_sums += LANES) {
+        const Segment segment = cuts.segments[i];
+        vec part[TILES][TOKENS];
+        for (int n = 0; n < TILES; n++)
+            for (int t = 0; t < TOKENS; t++) part[n][t] = all(0);
+        for (int step = segment.step; step < segment.end; step++) {
+            const int input = step * cuts.step_inputs;
+            const int64_t offset = CODE == INT4 ? input / 2 : input;
+            for (int n = 0; n < TILES; n++) {
+                if (input % 32) {  // the second half of a block
+                    for (int word = 0; word < num_words / 2; word++) codes[n][word] = codes[n][word + num_words / 2];
+                    continue;
+                }
+                if (offset % 64 == 0)
+                    for (int r = 0; r < TILE_ROWS; r++)
+                        _mm_prefetch(rows[n * TILE_ROWS + r] + offset + next_tile, _MM_HINT_T0);
+                for (int word = 0; word < num_words; word += 4)
+                    collect_words(rows + n * TILE_ROWS, offset + 4 * word, codes[n] + word);
+            }
+            const float *inputs = x + input;
+            vec evens[TILES][TOKENS], odds[TILES][TOKENS];
+            for (int n = 0; n < TILES; n++)
+                for (int t = 0; t < TOKENS; t++) evens[n][t] = odds[n][t] = all(0);
+#pragma GCC unroll 8
+            for (int word = 0; word < num_words; word++, inputs += word_inputs) {
+                if (word == words_per_step) break;
+#pragma GCC unroll 2
+                for (int n = 0; n < TILES; n++)
+                    decode_words<CODE>(codes[n][word], meanings, [&](int j, vec v) __attribute__((always_inline)) {
+                        for (int t = 0; t < TOKENS; t++) {
+                            vec &sum = j % 2 ? odds[n][t] : evens[n][t];
+                            sum = fma(v, all(inputs[t * w.k + j]), sum);
+                        }
+                    });
+            }
+            for (int n = 0; n < TILES; n++)
+                for (int t = 0; t < TOKENS; t++) part[n][t] = part[n][t] + (evens[n][t] + odds[n][t]);
+        }
+        for (int n = 0; n < TILES; n++) {
+            const int64_t at = n * pitch + segment.group * LANES;
+            for (int t = 0; t < TOKENS; t++) {
+                sums[n][t] = fma(part[n][t], load(scales + at), sums[n][t]);
+                if (shifts) sums[n][t] = _mm512_fnmadd_ps(all(inputs_sums[t]), load(shifts + at), sums[n][t]);
+            }
+        }
+    }
+    for (int n = 0; n < TILES; n++)
+        for (int t = 0; t < TOKENS; t++) store(to + (n * TOKENS + t) * LANES, sums[n][t]);
+}
+
+typedef void (*FewTile)(const Weight &, const Cuts &, const uint8_t *const *, const float *, const float *,
+                          const float *, const float *, int64_t, float *);
+
+static FewTile few_tile(int code, int num_tokens, int num_tiles) {
+    static const FewTile tiles[][FEW_PAIRS] = {
+        {multiply_words<INT4, 1, 1>, multiply_words<INT4, 2, 1>, multiply_words<INT4, 3, 1>},
+        {multiply_words<INT8, 1, 1>, multiply_words<INT8, 2, 1>, multiply_words<INT8, 3, 1>},
+        {multiply_fp8<1>, multiply_fp8<2>, multiply_fp8<3>},
+    };
+    return num_tiles == 2 ? multiply_words<INT4, 1, 2> : tiles[code][num_tokens - 1];
 }
 
 static void take_pairs(Job &job, int64_t start, int64_t count) {
@@ -910,29 +983,34 @@ static void take_pairs(Job &job, int64_t start, int64_t count) {
     const int num_parts = job.c->act ? 2 : 1, num_tokens = job.num_tokens;
     const int64_t row_bytes = w.code == INT4 ? w.k / 2 : w.k, scale_floats = w.num_groups * LANES;
     static thread_local Memory memory;
-    float *const scales = memory.get(2 * scale_floats), *const shifts = scales + scale_floats;
+    const int64_t pitch = 2 * scale_floats;
+    float *const scales = memory.get(MOST_TILES * pitch), *const shifts = scales + scale_floats;
     if (!scales) {
         job.has_failed = true;
         return;
     }
-    const PairsTile multiply = w.code == INT4   ? pairs_tile<INT4>(num_tokens)
-                               : w.code == INT8 ? pairs_tile<INT8>(num_tokens)
-                                                : pairs_tile<FP8>(num_tokens);
-    for (int64_t i = 0; i < count; i += TILE_ROWS) {
-        const int64_t left = count - i < TILE_ROWS ? count - i : TILE_ROWS;
+    for (int64_t i = 0; i < count;) {
+        const int num_tiles = w.code == INT4 && num_tokens == 1 && count - i > TILE_ROWS ? 2 : 1;
+        const FewTile multiply = few_tile(w.code, num_tokens, num_tiles);
+        const int64_t most = num_tiles * TILE_ROWS, left = count - i < most ? count - i : most;
         alignas(64) float sums[2][FEW_PAIRS * LANES];
         for (int part = 0; part < num_parts; part++) {
-            const int64_t first = part * job.num_outputs + start + i;
-            const uint8_t *rows[TILE_ROWS];
-            for (int r = 0; r < TILE_ROWS; r++) {
-                rows[r] = w.codes + (r < left ? first + r : first + left - 1) * row_bytes;
-            }
-            read_tile_scales(w, first, first + left, scales, shifts);
+            const int64_t first = part * job.num_outputs + start + i, last = first + left;
+            const uint8_t *rows[MOST_TILES * TILE_ROWS];
+            for (int64_t r = 0; r < most; r++) rows[r] = w.codes + (r < left ? first + r : last - 1) * row_bytes;
+            for (int n = 0; n < num_tiles; n++)
+                read_tile_scales(w, first + n * TILE_ROWS, last, scales + n * pitch, shifts + n * pitch);
             multiply(w, *job.cuts, rows, job.x, job.x + num_tokens * w.k, scales, has_shift(w) ? shifts : nullptr,
-                     sums[part]);
+                     pitch, sums[part]);
         }
-        for (int64_t t = 0; t < num_tokens; t++)
-            finish(job, job.first_token + t, start + i, left, sums[0] + t * LANES, sums[1] + t * LANES);
+        for (int n = 0; n < num_tiles; n++) {
+            const int64_t rest = left - n * TILE_ROWS, of_tile = rest < TILE_ROWS ? rest : TILE_ROWS;
+            for (int64_t t = 0; t < num_tokens; t++) {
+                const int64_t at = (n * num_tokens + t) * LANES;
+                finish(job, job.first_token + t, start + i + n * TILE_ROWS, of_tile, sums[0] + at, sums[1] + at);
+            }
+        }
+        i += left;
     }
 }
 
