@@ -301,6 +301,7 @@ def print_ready(console: Console, engine: Engine, config: ServerConfig, app: web
     origin = engine.tokenizer.origin
     for name, value in (
         ("address", url),
+        ("in a browser", "/dashboard" if config.disable_web_ui else "/ to chat, /docs, /dashboard"),
         ("model", config.model_name),
         *([("tokenizer", origin)] if origin else []),
         ("context", f"{engine.context_length:,} tokens"),

@@ -310,6 +310,21 @@ async def test_on_a_phone_the_list_slides_in_and_nothing_is_wider_than_the_scree
         await tab.until("!document.querySelector('#new').checkVisibility({visibilityProperty: true})")
 
 
+async def test_by_the_keyboard_alone_one_skips_the_list_and_keeps_the_conversation(tab: Tab) -> None:
+    async with served(FakeEngine("Yes")) as url:
+        await open_chat(tab, url)
+        await say(tab, "Hi")
+        await until_answered(tab)
+        await tab.evaluate("(document.activeElement.blur(), document.querySelector('.skip').focus(), true)")
+        await tab.press("Enter")
+        await tab.until("document.activeElement.id === 'prompt'")
+        assert await tab.texts(".turn .body") == ["Hi", "Yes"]
+        await tab.press("ArrowUp")
+        await tab.until("document.activeElement.closest('.user .editor')")
+        await tab.press("Escape")
+        await tab.until("!document.querySelector('.editor') && document.activeElement.id === 'prompt'")
+
+
 async def test_every_control_has_a_name_for_a_screen_reader(tab: Tab) -> None:
     async with served(FakeEngine("Yes")) as url:
         await open_chat(tab, url)

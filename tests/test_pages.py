@@ -60,6 +60,13 @@ async def test_a_page_is_open_where_a_key_is_needed_and_holds_none_of_what_the_k
     assert "fake-model" not in text and "sesame" not in text
 
 
+def test_no_script_makes_markup_or_code_of_text() -> None:
+    """Trusted Types say so to Chromium; this says it of all browsers."""
+    scripts = {path.name: path.read_text() for path in FOLDER.glob("*.js")}
+    sinks = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|srcdoc|setTimeout\([\"']"
+    assert {name: re.findall(sinks, text) for name, text in scripts.items() if re.search(sinks, text)} == {}
+
+
 async def test_a_page_that_the_browser_has_is_not_sent_again(client: Client) -> None:
     first = await client.get("/", headers=HTML)
     again = await client.get("/", headers={**HTML, "If-None-Match": first.headers["ETag"]})
@@ -86,7 +93,7 @@ def test_every_field_of_every_body_has_a_meaning() -> None:
         for name, field in schema["properties"].items()
         if not field.get("description")
     ]
-    assert missing == []
+    assert missing == [], "server/watch/meanings.py says what fields mean"
 
 
 def test_no_meaning_is_left_of_a_field_that_has_gone() -> None:

@@ -91,6 +91,13 @@ class Answering {
     else this.turn.error = "There is no connection to the server.";
   }
 
+  // Return how much has come so far, and how fast, for who watches it.
+  pace() {
+    const seconds = (performance.now() - this.firstAt) / 1000;
+    if (!this.firstAt || seconds < 0.5) return "";
+    return `${this.numPieces.toLocaleString("en-US")} tokens · ${Math.round(this.numPieces / seconds)} tokens/s`;
+  }
+
   // Write down what the answer cost: by the server's account, or, of one that was stopped, by what has come.
   count() {
     const {turn, account, usage} = this;

@@ -15,6 +15,13 @@ const element = (tag, options = {}, ...children) => {
   return node;
 };
 
+// A link that skips what is before the page's matter must not change the URL's fragment, which names what is shown.
+const skipLink = document.querySelector(".skip");
+skipLink?.addEventListener("click", event => {
+  event.preventDefault();
+  document.querySelector(skipLink.hash).focus();
+});
+
 let apiKey = "";
 let keyAsked = null;  // one dialog for all requests that wait for it
 

@@ -147,6 +147,7 @@ class Chat {
     this.open.set(conversation.id, conversation);
     this.follow();
     this.drawAll();
+    this.focus();
     announce("The answer is being made.");
     if (location.hash.slice(1) !== conversation.id) history.pushState(null, "", `#${conversation.id}`);
     await this.save(conversation);
@@ -264,6 +265,7 @@ class Chat {
       const view = this.views.get(turn.id);
       if (!view || !this.isRunning(turn)) return;
       if (!view.grow()) view.draw();
+      at("room").textContent = this.answering.get(conversation.id).pace();
       this.toEnd();
     });
   }
@@ -308,6 +310,11 @@ class Chat {
       nodes.push(link);
     }
     at("conversations").replaceChildren(...nodes);
+  }
+
+  // Give the focus that a button had, which is gone, to the message; on a phone that would bring up its keyboard.
+  focus() {
+    if (document.activeElement === document.body && !matchMedia("(pointer: coarse)").matches) at("prompt").focus();
   }
 
   follow() {

@@ -127,11 +127,12 @@ class TurnView {
       if (area.value !== turn.text || turn.role === "user") chat.edit(turn, area.value);
       else this.draw();
     };
+    const cancel = () => { this.draw(); chat.focus(); };
     const label = turn.role === "user" ? "Send" : "Keep";
     this.node.replaceChildren(element("form", {class: "editor", onsubmit: event => { event.preventDefault(); save(); }}, area,
-      element("div", {}, element("button", {class: "plain", type: "button", text: "Cancel", onclick: () => this.draw()}), element("button", {class: "solid", text: label}))));
+      element("div", {}, element("button", {class: "plain", type: "button", text: "Cancel", onclick: cancel}), element("button", {class: "solid", text: label}))));
     area.addEventListener("keydown", event => {
-      if (event.key === "Escape") { event.stopPropagation(); this.draw(); }
+      if (event.key === "Escape") { event.stopPropagation(); cancel(); }
       else if (event.key === "Enter" && (turn.role === "user" ? !event.shiftKey : event.ctrlKey || event.metaKey) && !event.isComposing) { event.preventDefault(); save(); }
     });
     area.focus();
