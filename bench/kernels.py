@@ -3,16 +3,18 @@
 cuBLAS and, where it is installed, FlashInfer are timed too, each with its share of what memory or the tensor cores can
 do.
 
-    python -m bench.kernels [gemm] [gated_gemm] [elementwise] [attention] [mla]
+    python -m bench.kernels [gemm] [gated_gemm] [elementwise] [attention] [mla] [experts]
 
-Runs `bench.gemm`, `bench.gated_gemm`, `bench.elementwise`, `bench.attention` and `bench.mla` one after the other; each
-prints its table last.
+Runs `bench.gemm`, `bench.gated_gemm` and so on one after the other; each prints its table last.
 """
 
 import subprocess
 import sys
 
-BENCHES = {"gemm": [], "gated_gemm": [], "elementwise": ["--flashinfer", "--limit", "400"], "attention": [], "mla": []}
+BENCHES = {
+    "gemm": [], "gated_gemm": [], "elementwise": ["--flashinfer", "--limit", "400"], "attention": [], "mla": [],
+    "experts": [],
+}  # fmt: skip
 
 
 def main() -> int:

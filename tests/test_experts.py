@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from bench.experts import num_chosen
 from engine.checkpoint.folder import resolve_model
 from engine.config import EngineConfig
 from engine.errors import ModelError
@@ -511,3 +512,9 @@ def test_experts_kernels_round_inputs_with_one_scale_that_all_experts_share():
     codes_of(stack)
     x = torch.full((3, 64), 10.0)
     torch.testing.assert_close(stack.changed_inputs(x), torch.full((3, 64), 12.0))  # in steps of the largest, 6
+
+
+def test_the_bench_counts_an_expert_once_and_other_ranks_experts_not_at_all():
+    ids = torch.tensor([[0, 3], [3, 2], [3, 4]])
+    assert num_chosen(ids, 5) == (4, 6)
+    assert num_chosen(ids, 4) == (3, 5), "4 stands for those of other ranks"
