@@ -3,6 +3,11 @@
 import asyncio
 import io
 import json
+import os
+import pty
+import select
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from server.terminal.client import ChatClient, ChatError, Timing
 from server.terminal.conversation import Conversation
 from server.terminal.display import MarkdownDisplay, PlainDisplay, finished_len
 from tests.fake_engine import PARSERS, FakeEngine, serving
+from tests.server_processes import ROOT
 
 
 def new_chat(url: str, **given: Any) -> tuple[Chat, io.StringIO]:
@@ -228,3 +234,62 @@ def test_an_answers_figures_are_those_of_its_usage() -> None:
     line = figures(usage, Timing(1.0, 1.5, 3.5), has_thought=False, is_stopped=True)
     assert line == "stopped · 11 tokens · 5.0 tokens/s · first after 0.50 s · prompt 30, 20 cached"
     assert figures({}, Timing(), has_thought=False, is_stopped=False) == ""
+
+
+# ---- in a terminal ----
+
+
+class Terminal:
+    """A process on a terminal of its own: what it shows, and what is typed."""
+
+    def __init__(self, argv: list[str], state: Path) -> None:
+        self.process, self.fd = pty.fork()
+        if not self.process:  # the child
+            os.environ.update(XDG_STATE_HOME=str(state), TERM="xterm", COLUMNS="80", LINES="24")
+            os.chdir(ROOT)
+            os.execv(argv[0], argv)
+        self.shown = ""
+
+    def until(self, text: str) -> None:
+        """Read until `text` is shown, after what was waited for before."""
+        deadline = time.monotonic() + 60
+        while text not in self.shown:
+            ready, _, _ = select.select([self.fd], [], [], max(deadline - time.monotonic(), 0))
+            assert ready, self.shown
+            self.shown += os.read(self.fd, 1 << 16).decode(errors="replace")
+        self.shown = self.shown.partition(text)[2]
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def wait(self) -> int:
+        try:
+            while os.read(self.fd, 1 << 16):
+                pass
+        except OSError:  # the other end is closed
+            pass
+        os.close(self.fd)
+        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+
+
+async def test_a_conversation_in_a_terminal(tmp_path: Path) -> None:
+    def use(url: str) -> int:
+        terminal = Terminal([sys.executable, "-m", "server", "chat", url], tmp_path)
+        terminal.until(">>> ")
+        terminal.type("Say\\\rit\r")
+        terminal.until("Hello")
+        terminal.until("13 tokens")
+        terminal.until(">>> ")
+        terminal.type("/unk\t\x15/und\t\r")  # completed, after a slip that is erased
+        terminal.until("forgotten: Say")
+        terminal.type("\x03")
+        terminal.until("Ctrl-D ends")
+        terminal.type("/quit\r")
+        return terminal.wait()
+
+    engine = FakeEngine("Hello **you**")
+    assert await in_thread(engine, use) == 0
+    assert bytes(engine.requests[0].input_ids) == b"[user]Say\nit[assistant]"
+    history = tmp_path / "radixloop" / "chat_history"
+    assert history.read_text().splitlines()[-2:] == ["/undo", "/quit"]
+    assert history.stat().st_mode & 0o077 == 0

@@ -11,6 +11,8 @@ from typing import Literal
 
 import pytest
 from pydantic import BaseModel
+from setuptools import Distribution
+from setuptools.config.pyprojecttoml import apply_configuration
 
 import server.lang as sgl
 from server.lang.expressions import Gen
@@ -117,8 +119,9 @@ def test_an_engine_says_which_package_of_the_program_hides_its_own(tmp_path: Pat
 
 def test_the_wheel_has_the_package_and_installs_no_torch_by_itself() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    found = project["tool"]["setuptools"]["packages"]["find"]
-    assert "server/installed" in found["where"] and "radixloop" in found["include"]
+    wheel = apply_configuration(Distribution(), str(ROOT / "pyproject.toml"))
+    assert {"radixloop", "server.lang.backends", "server.terminal"} <= set(wheel.packages)
+    assert wheel.package_dir["radixloop"] == "server/installed/radixloop"
     names = {re.split(r"[><=]", one)[0] for one in project["project"]["dependencies"]}
     assert names == {"aiohttp", "orjson", "pyyaml", "rich", "uvloop"}
     extras = project["project"]["optional-dependencies"]

@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -115,6 +116,20 @@ def test_a_folder_without_room_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_pa
     models, kernels = doctor.find_folders()
     assert (models.verdict, kernels.verdict) == (doctor.NOTE, doctor.OK)
     assert str(tmp_path / "not" / "made") in models.fact
+
+
+def test_a_gpu_and_its_kernels_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(name="NVIDIA H200", major=9, minor=0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: card)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda number: ((139, 20)[number] << 30, 140 << 30))
+    monkeypatch.setattr("kernels.nvrtc.has_nvrtc", lambda: True)
+    monkeypatch.setattr("kernels.flashinfer_attention.is_available", lambda: (False, "it finds no nvcc"))
+    lines = [finding.line() for finding in doctor.find_devices()]
+    assert "ok    GPU 0         NVIDIA H200, sm_90, 139.0 of 140.0 GiB free" in lines
+    assert "note  GPU 1         NVIDIA H200, sm_90, 20.0 of 140.0 GiB free" in lines
+    assert lines[-1] == "note  FlashInfer    it finds no nvcc"
 
 
 # ---- completions ----
