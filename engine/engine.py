@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from engine.schedule.scheduler import SchedulerStats
     from engine.text.grammar import GrammarStats
     from engine.views import BranchView, RequestView
+    from engine.vision.reader import MediaReader
 
 logger = logging.getLogger(__name__)
 
@@ -257,15 +258,22 @@ class Engine(ABC):
     # ---- pictures and videos ----
 
     @property
+    def media_reader(self) -> MediaReader | None:
+        """Return what writes pictures into prompts; None: the model reads text alone."""
+        return None
+
+    @property
     def media_kinds(self) -> Mapping[str, str]:
         """Return the kinds that the model reads, and the text that stands for one in a prompt; {}: text alone.
 
         As in {"image": "<image>"}.
         """
-        return {}
+        return {} if self.media_reader is None else self.media_reader.kinds
 
     def count_media_tokens(self, sizes: Sequence[MediaSize]) -> list[int]:
         """Return how many tokens of a prompt stand for each of these. `InvalidRequest` for a kind that is not read."""
+        if self.media_reader is not None:
+            return self.media_reader.count(sizes)
         if sizes:
             raise InvalidRequest(f"this model reads text alone, and no {sizes[0].kind}")
         return []
@@ -278,6 +286,8 @@ class Engine(ABC):
         text: holds the placeholder of its kind for each of `media`, in their order; as many tokens stand there as
         `count_media_tokens` says. `InvalidRequest` if the numbers differ.
         """
+        if self.media_reader is not None:
+            return await asyncio.to_thread(self.media_reader.encode, text, media, add_special_tokens=add_special_tokens)
         self.count_media_tokens([one.size for one in media])
         ids = await self.encode(text, add_special_tokens=add_special_tokens)
         return ids, PromptMedia(len(ids), (), (), ())

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from engine.failure import Failure
 from engine.intake import Intake
 from engine.loop import StepLoop
 from engine.maintenance import LocalMaintenance
-from engine.media import Media, MediaSize, PromptMedia
 from engine.model_config import ModelConfig
 from engine.output import OutputProcessor
 from engine.profiler import Profiler, make_profile_folder
@@ -30,6 +29,7 @@ from engine.time_limits import TimeLimits
 from engine.verify import RequestLimits
 from engine.views import BranchView, RequestView
 from engine.vision.encoder import Encoder
+from engine.vision.reader import MediaReader
 from engine.vision.tower import Tower
 
 logger = logging.getLogger(__name__)
@@ -205,19 +205,8 @@ class LocalEngine(Engine):
     # ---- pictures and videos ----
 
     @property
-    def media_kinds(self) -> Mapping[str, str]:
-        return {} if self.parts.reader is None else self.parts.reader.kinds
-
-    def count_media_tokens(self, sizes: Sequence[MediaSize]) -> list[int]:
-        reader = self.parts.reader
-        return super().count_media_tokens(sizes) if reader is None else reader.count(sizes)
-
-    async def encode_media(
-        self, text: str, media: Sequence[Media], *, add_special_tokens: bool = False
-    ) -> tuple[list[int], PromptMedia]:
-        if (reader := self.parts.reader) is None:
-            return await super().encode_media(text, media, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(reader.encode, text, media, add_special_tokens=add_special_tokens)
+    def media_reader(self) -> MediaReader | None:
+        return self.parts.reader
 
     # ---- requests ----
 

@@ -35,6 +35,7 @@ MIXES: dict[str, dict[str, Any]] = {
     "one at a time": {"disable_radix_cache": True, "disable_overlap_schedule": True, "max_running_requests": 1},
     # Room for the features of one prompt, not of all.
     "little room for features": {"mm_embedding_cache_mb": 0, "schedule_policy": "fcfs"},
+    "two replicas": {"dp_size": 2},
     "two ranks": {"tp_size": 2, "chunked_prefill_size": 32},
 }
 CASES = [(family, "cramped") for family in FAMILIES]
@@ -53,9 +54,9 @@ class Reference:
         self.model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
 
     @torch.inference_mode()
-    def most_likely(self, engine: LocalEngine, ids: list[int], media: PromptMedia, answer: list[int]) -> list[int]:
+    def most_likely(self, engine: Engine, ids: list[int], media: PromptMedia, answer: list[int]) -> list[int]:
         """Return the most likely token in place of each one of the answer, given all before it."""
-        reader = engine.parts.reader
+        reader = engine.media_reader
         assert reader is not None
         inputs = reader.family.joined([reader.family.inputs(one) for one in media.media])
         is_picture = torch.isin(torch.tensor([ids + answer]), torch.tensor(self.model.config.image_token_id))
@@ -107,7 +108,7 @@ async def ask(
 
 def check_features(engine: LocalEngine, reference: Reference, media: Sequence[Image]) -> None:
     """Assert that features are those of the whole model, bit for bit, and counted without pixels."""
-    reader, tower = engine.parts.reader, engine.parts.tower
+    reader, tower = engine.media_reader, engine.parts.tower
     assert reader is not None and tower is not None
     for one in media:
         [found] = tower.encode([one])

@@ -10,6 +10,7 @@ from engine.config import EngineConfig
 from engine.model_config import ModelConfig
 from engine.text.grammar import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
+from engine.vision.reader import MediaReader, load_reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class FrontEnd:
     model_config: ModelConfig
     tokenizer: Tokenizer
     grammars: GrammarCompiler | None  # None: --grammar-backend none
+    reader: MediaReader | None  # of pictures, where the model reads any
     replica_config: EngineConfig
     """For every replica: the model's files are on this machine, converted."""
 
@@ -37,7 +39,8 @@ def load_front_end(config: EngineConfig) -> FrontEnd:
         load_format="dummy" if resolved.load_format == "dummy" else "auto",
         device=config.device and torch.device(config.device).type,
     )
-    return FrontEnd(model_config, tokenizer, new_grammars(resolved, model_config, tokenizer), replica_config)
+    reader = load_reader(folder, model_config, tokenizer)
+    return FrontEnd(model_config, tokenizer, new_grammars(resolved, model_config, tokenizer), reader, replica_config)
 
 
 def config_of_replica(config: EngineConfig, i: int) -> EngineConfig:

@@ -32,10 +32,12 @@ from engine.replicas.profile import ReplicaProfiles
 from engine.replicas.replica import run_replica
 from engine.replicas.stats import combined, combined_health
 from engine.request_table import RequestTable
+from engine.schedule.spans import told_apart
 from engine.state import Delta, FinishReason, RequestState, Status
 from engine.text.tokenizer import Tokenizer
 from engine.verify import RequestLimits
 from engine.views import BranchView, RequestView
+from engine.vision.reader import MediaReader
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +113,7 @@ class ReplicaSet(Engine):
                 is_generation,
                 returns_hidden_states=config.enable_return_hidden_states,
                 makes_text=not config.skip_tokenizer_init,
+                reads_media=front_end.reader is not None,
             ),
             sum(its.max_total_num_tokens for its in ready),
             sum(its.config.max_running_requests or 0 for its in ready),
@@ -188,6 +191,12 @@ class ReplicaSet(Engine):
     def sampling_defaults(self) -> dict[str, Any]:
         return self.config.choose_sampling_defaults(self.model_config.generation_defaults)
 
+    # ---- pictures and videos ----
+
+    @property
+    def media_reader(self) -> MediaReader | None:
+        return self.started.front_end.reader
+
     # ---- requests ----
 
     async def prepare(self, states: Sequence[RequestState]) -> None:
@@ -203,7 +212,7 @@ class ReplicaSet(Engine):
         self.started.limits.verify(state, self._requests.by_rid)
         self._check_queue(state)
         assert state.prompt_ids is not None
-        head = state.extra_key.encode() + state.prompt_ids.tobytes()
+        head = state.extra_key.encode() + told_apart(state.prompt_ids, state.request.media).tobytes()
         placement = self._balancer.pick(head)
         replica = self._replicas[placement.engine]
         try:
