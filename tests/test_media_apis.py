@@ -293,8 +293,10 @@ async def test_ollama_shows_pictures_before_the_text(client: Client, engine: See
         ({"text": "<video>", "image_data": [png(RED), png(BLUE)], "modalities": ["video"]}, [[RED]]),
         ({"text": "<video><image>", "image_data": png(RED), "video_data": VIDEO}, [[BLUE, RED]]),
         ({"text": "plain", "image_data": None}, [[]]),
+        ({"input_ids": list(b"a<image>b"), "image_data": png(BLUE)}, [[BLUE]]),
+        ({"input_ids": [list(b"a"), list(b"<image>")], "image_data": [None, png(RED)]}, [[], [RED]]),
     ],
-    ids=range(9),
+    ids=range(11),
 )  # fmt: skip
 async def test_generate_shows_each_prompt_its_own(
     client: Client, engine: SeeingEngine, body: dict[str, Any], expected: list[list[Any]]
@@ -357,7 +359,8 @@ INPUT = {"type": "input_image", "image_url": BROKEN}
         ("/generate", {"text": ["a", "b"], "image_data": [png()]}, "image_data"),
         ("/generate", {"text": "<image>", "image_data": [[png()], [png()]]}, "image_data"),
         ("/generate", {"text": "no place", "image_data": png()}, "text"),
-        ("/generate", {"input_ids": [1], "image_data": png()}, "image_data"),
+        ("/generate", {"input_ids": [1], "image_data": png()}, "input_ids"),
+        ("/generate", {"input_ids": list(b"<image>"), "image_data": "aGk="}, "image_data"),
         ("/generate", {"text": "<image>", "image_data": "/etc/passwd"}, "image_data"),
         ("/generate", {"text": "<image>", "image_data": {"format": "processor_output"}}, "image_data"),
         ("/generate", {"text": "<video>", "video_data": "file:///etc/passwd"}, "video_data"),

@@ -163,15 +163,13 @@ class GenerateApi:
         if (text is None) == (ids is None):
             raise InvalidRequest("give exactly one of text and input_ids", "text")
         if ids is not None:
-            if name := next(iter(body.given_media), None):
-                raise InvalidRequest(f"{name} needs text, whose placeholders it fills, and no input_ids", name)
             if ids and isinstance(ids[0], list):
                 check_batch_size(self.engine, len(ids), "input_ids")
                 return [
-                    GeneratePrompt(check_prompt_ids(self.engine, row, f"input_ids[{i}]"))
+                    await self._prompt_of_ids(row, body.media_of(i, len(ids)), f"input_ids[{i}]")
                     async for i, row in paced(enumerate(ids))
                 ], True
-            return [GeneratePrompt(check_prompt_ids(self.engine, ids, "input_ids"))], False
+            return [await self._prompt_of_ids(ids, body.media_of(None), "input_ids")], False
         if isinstance(text, str):
             media = body.media_of(None)
             return [await self._prompt(text, media, "text", add_special_tokens)], False
@@ -189,6 +187,14 @@ class GenerateApi:
         if media:
             return GeneratePrompt(*await self.media.encode(text, media, field, add_special_tokens))
         return GeneratePrompt(await encode_prompt(self.engine, text, field, add_special_tokens))
+
+    async def _prompt_of_ids(self, ids: Any, media: list[MediaPart], field: str) -> GeneratePrompt:
+        """Return the prompt of token ids, in which one placeholder stands for each picture, as in a text."""
+        checked = check_prompt_ids(self.engine, ids, field)
+        if not media:
+            return GeneratePrompt(checked)
+        text = self.engine.tokenizer.decode(checked, skip_special_tokens=False)
+        return GeneratePrompt(*await self.media.encode(text, media, field))
 
     async def _states(
         self, body: GenerateRequest, prompts: list[GeneratePrompt], is_batch: bool
