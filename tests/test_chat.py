@@ -17,7 +17,7 @@ from rich.console import Console
 
 from server.terminal import chat as terminal
 from server.terminal.chat import Chat, figures, read_text
-from server.terminal.client import ChatClient, ChatError, Timing
+from server.terminal.client import ChatClient, ChatError, Piece, Timing
 from server.terminal.conversation import Conversation
 from server.terminal.display import MarkdownDisplay, PlainDisplay, finished_len
 from tests.fake_engine import PARSERS, FakeEngine, serving
@@ -111,6 +111,26 @@ async def test_a_file_goes_with_the_next_question_alone(tmp_path: Path) -> None:
         assert "buy milk" in first and first.endswith("What?") and second == "More?"
 
     await in_thread(FakeEngine("A", context_length=1000), use)
+
+
+def test_a_picture_goes_with_the_next_question_and_with_its_repetition(tmp_path: Path) -> None:
+    file = tmp_path / "dot.png"
+    file.write_bytes(b"\x89PNG")
+    sent: list[Any] = []
+
+    class Listening(ChatClient):
+        def stream(self, body: dict[str, Any], timing: Timing) -> Any:
+            sent.append(body["messages"][-1]["content"])
+            yield Piece(text="A dot")
+
+    chat = Chat(Listening("http://x"), Conversation("m"), lambda: PlainDisplay(io.StringIO()))
+    for line in (f"/image {file}", "What is it?", "/retry", "/undo", "And now?"):
+        chat.take(line)
+    parts = [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw=="}},
+        {"type": "text", "text": "What is it?"},
+    ]
+    assert sent == [parts, parts, "And now?"]
 
 
 async def test_to_stop_is_to_end_the_request_and_to_keep_what_has_come() -> None:

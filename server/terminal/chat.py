@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 from server.terminal.client import JSON, ChatClient, ChatError, Piece, Timing
-from server.terminal.conversation import Conversation
+from server.terminal.conversation import Content, Conversation, text_of, with_images
 from server.terminal.display import Display, MarkdownDisplay, PlainDisplay, silent_keys
 
 DEFAULT_URL = "http://127.0.0.1:30000"
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         if not sys.stdin.isatty():
             question = "\n\n".join(part for part in (args.message, sys.stdin.read().strip()) if part)
         if question is not None:
-            chat.answer(question)
+            chat.ask(question)
             return 0
         talk(chat, None if args.no_history else history_file())
     except ChatError as error:
@@ -87,6 +87,7 @@ class Chat:
         self.client, self.conversation, self.new_display = client, conversation, new_display
         self.has_ended = False
         self.attached: list[str] = []  # texts of files that go with the next question
+        self.images: list[Path] = []  # pictures, likewise
         self.thought = ""  # reasoning of the last answer
         self.commands: dict[str, tuple[Callable[[str], None], str, str]] = {
             "/help": (self.help, "", "show this"),
@@ -97,6 +98,7 @@ class Chat:
             "/set": (self.set, "[NAME [VALUE]]", "set, unset or list fields: temperature, seed, ..."),
             "/model": (self.model, "[NAME]", "choose a model, or list them"),
             "/file": (self.file, "PATH", "put a text file before the next question"),
+            "/image": (self.image, "PATH", "put a picture before the next question"),
             "/thought": (self.show_thought, "", "show the reasoning of the last answer"),
             "/save": (self.save, "PATH", "write the conversation, as JSON"),
             "/load": (self.load, "PATH", "read one"),
@@ -107,7 +109,7 @@ class Chat:
         """Run a command, or answer a question."""
         word, _, rest = line.partition(" ")
         if not line.startswith("/"):
-            self.answer(line)
+            self.ask(line)
         elif word in self.commands:
             self.commands[word][0](rest.strip())
         else:
@@ -115,9 +117,15 @@ class Chat:
 
     # ---- questions ----
 
-    def answer(self, question: str) -> None:
+    def ask(self, question: str) -> None:
+        """Answer a question, with the files that were put before it."""
+        self.answer(with_images("\n\n".join([*self.attached, question]), self.images))
+        self.attached.clear()
+        self.images.clear()
+
+    def answer(self, question: Content) -> None:
         """Stream the answer to a question. Ctrl-C stops it, and what has come stays in the conversation."""
-        self.conversation.ask("\n\n".join([*self.attached, question]))
+        self.conversation.ask(question)
         timing = Timing()
         usage: JSON = {}
         text, self.thought, is_stopped = "", "", False
@@ -137,7 +145,6 @@ class Chat:
         except ChatError:
             self.conversation.take_back()
             raise
-        self.attached.clear()
         self.conversation.answer(text)
         if sys.stdout.isatty():
             print(_dim(figures(usage, timing, bool(self.thought), is_stopped)))
@@ -157,6 +164,7 @@ class Chat:
     def clear(self, _: str) -> None:
         self.conversation.messages.clear()
         self.attached.clear()
+        self.images.clear()
 
     def retry(self, _: str) -> None:
         question = self.conversation.take_back()
@@ -167,7 +175,7 @@ class Chat:
 
     def undo(self, _: str) -> None:
         question = self.conversation.take_back()
-        print("there is no question yet" if question is None else f"forgotten: {question[:ONE_LINE]}")
+        print("there is no question yet" if question is None else f"forgotten: {text_of(question)[:ONE_LINE]}")
 
     def system(self, text: str) -> None:
         if text:
@@ -192,6 +200,11 @@ class Chat:
         text = _path(name).read_text()
         self.attached.append(f"{name}:\n```\n{text}\n```")
         print(f"{name} goes with the next question: {len(text):,} characters")
+
+    def image(self, name: str) -> None:
+        path = _path(name)
+        print(f"{name} goes with the next question: {path.stat().st_size:,} bytes")
+        self.images.append(path)
 
     def show_thought(self, _: str) -> None:
         print(self.thought.strip() or "the last answer came without reasoning")

@@ -1,11 +1,33 @@
 """A conversation as the terminal keeps it: messages, a system prompt and settings, in a file if asked for."""
 
+import base64
 import json
+import mimetypes
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 JSON = dict[str, Any]
+Content = str | list[JSON]
+"""Of a question: its text, or parts with pictures."""
+
+
+def with_images(text: str, images: list[Path]) -> Content:
+    """Return a question about pictures, which are read now."""
+    if not images:
+        return text
+    parts: list[JSON] = [{"type": "image_url", "image_url": {"url": data_uri(path)}} for path in images]
+    return [*parts, {"type": "text", "text": text}]
+
+
+def data_uri(path: Path) -> str:
+    kind = mimetypes.guess_type(path.name)[0] or "image/png"
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def text_of(content: Content) -> str:
+    """Return the text of a question without its pictures."""
+    return content if isinstance(content, str) else " ".join(part["text"] for part in content if "text" in part)
 
 
 @dataclass(slots=True)
@@ -22,18 +44,19 @@ class Conversation:
         first = [{"role": "system", "content": self.system}] if self.system else []
         return {**self.settings, "model": self.model, "messages": [*first, *self.messages]}
 
-    def ask(self, question: str) -> None:
+    def ask(self, question: Content) -> None:
         self.messages.append({"role": "user", "content": question})
 
     def answer(self, text: str) -> None:
         self.messages.append({"role": "assistant", "content": text})
 
-    def take_back(self) -> str | None:
+    def take_back(self) -> Content | None:
         """Forget the last question and its answer, and return the question; None if there is none."""
         while self.messages:
             message = self.messages.pop()
             if message["role"] == "user":
-                return str(message["content"])
+                content: Content = message["content"]
+                return content
         return None
 
     def set(self, name: str, text: str) -> None:
