@@ -404,6 +404,20 @@ def test_quantized_experts_have_the_logits_of_what_they_stand_for(
     assert_equals_reference(engine, plain, random_ids(20, seed=0), random_ids(13, seed=1))
 
 
+@pytest.mark.parametrize(("case", "inner"), [("awq", 96), ("fp8 in blocks", 96), ("compressed-tensors, W8A16", 48)])
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_two_ranks_together_make_the_sums_of_quantized_experts(
+    case: str, inner: int, ep_size: int, make_tiny_model: MakeTinyModel, tmp_path: Path
+):
+    import transformers
+
+    name, options = FAMILIES["qwen3-moe"]
+    sizes = {"moe_intermediate_size": inner, "num_key_value_heads": 4}
+    plain = make_tiny_model(getattr(transformers, name), "qwen3-moe", **(options | sizes))
+    write_quantized(plain, CASES[case], tmp_path / "packed")
+    assert_ranks_add_up(tmp_path / "packed", 2, ep_size)
+
+
 def test_each_file_is_opened_once_to_be_read_wherever_a_tensors_scales_are(
     make_tiny_model: MakeTinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

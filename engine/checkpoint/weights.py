@@ -277,19 +277,21 @@ def copy_weights(located: Located, file_of: Mapping[str, Path], device: torch.de
     total = sum(file.stat().st_size for file in located)
     with progress_bar("Loading weights", total) as advance, OpenFiles(file_of) as files:
         for file, sources in located.items():
-            last = None
+            last, num_left = None, file.stat().st_size  # bytes that the bar has not been moved by
             for name, piece, target in sources:
                 if name != last:  # pieces of one tensor follow each other
                     last, loaded = name, files.open(file).get_tensor(name)
                     if piece.transforms and not piece.is_of_stack and device.type == "cuda":
                         loaded = loaded.to(device)
                     advance(loaded.nbytes)
+                    num_left -= loaded.nbytes
                 try:
                     _place(piece.of(loaded, files.find, device), target, copy)
                 except (ShapeError, ModelError) as error:
                     is_changed = target is not None and not name.endswith(f".{target.weight_name}")
                     read_as = f", read as {target.weight_name}," if target and is_changed else ""
                     raise ModelError(f"{name}{read_as} {error}") from None
+            advance(max(num_left, 0))  # its header, and other ranks' experts
 
 
 def _place(piece: torch.Tensor, target: Target | None, copy: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
