@@ -171,6 +171,8 @@ class Encoder:
             for job in self._jobs:
                 job.wanted |= {key: made[key] for key in job.wanted.keys() & made.keys()}
             self._finish_jobs()
+            while self._alive_bytes > self._max_bytes and self._kept:
+                self._kept.popitem(last=False)
         else:
             self.stats.num_failed += len(keys)
             failed = [job for job in self._jobs if not job.wanted.keys().isdisjoint(keys)]
