@@ -132,9 +132,8 @@ class Attacker:
                     started = time.monotonic()
                     try:
                         said = await (self.send(session, turn) if isinstance(turn, str) else turn(session))
-                    except TimeoutError:
+                    except TimeoutError:  # its own others are before it: see `settled_memory` for what never ends
                         said = "nothing"
-                        self.problems.append(f"{name}: no answer in {PATIENCE_S:.0f} s")
                     except (aiohttp.ClientError, OSError) as error:  # refused while it was still being sent
                         said = type(error).__name__
                     self.counts[f"{name}: {said}"] += 1
@@ -376,17 +375,20 @@ async def fill_pool(url: str) -> None:
                 await response.read()
 
 
-async def settled_memory(url: str, pid: int) -> int:
-    """Return the memory once nothing runs, the least of the seconds after."""
+async def settled_memory(url: str, pid: int, problems: list[str]) -> int:
+    """Return the memory once nothing runs, the least of the seconds after. What runs to their end is a problem."""
     deadline = time.monotonic() + SETTLE_S
-    least = memory_bytes(pid)
+    least, num_requests = memory_bytes(pid), 0
     async with aiohttp.ClientSession(headers=auth("honest")) as session:
         while time.monotonic() < deadline:
             async with session.get(f"{url}/get_load") as response:
                 loads = await response.json()
-            if not any(load["num_reqs"] for load in loads):
+            num_requests = sum(load["num_reqs"] for load in loads)
+            if not num_requests:
                 least = min(least, memory_bytes(pid))
             await asyncio.sleep(0.5)
+    if num_requests:
+        problems.append(f"{num_requests} requests run {SETTLE_S:.0f} s after the last client has gone")
     return least
 
 
@@ -446,7 +448,7 @@ async def hostile(port: int, pid: int, args: argparse.Namespace, console: Consol
 
     await phase("alone", args.duration * CALM_SHARE, goes_on=True)
     await fill_pool(url)
-    before = await settled_memory(url, pid)
+    before = await settled_memory(url, pid, problems)
     results, their_results = context.Pipe(duplex=False)
     attacker = context.Process(
         target=attack, args=(port, args.seed, args.bad_at_once, args.duration, their_results), daemon=True
@@ -457,7 +459,7 @@ async def hostile(port: int, pid: int, args: argparse.Namespace, console: Consol
     probes = await phase("beside the worst", args.duration, goes_on=False)
     counts, slowest, bad = await asyncio.to_thread(results.recv)
     problems += honest.problems + bad
-    after = await settled_memory(url, pid)
+    after = await settled_memory(url, pid, problems)
     report_answers(console, counts, slowest)
     console.print(
         f"memory: {before / 1e6:.0f} MB before, {after / 1e6:.0f} MB after {SETTLE_S:.0f} s without requests "
