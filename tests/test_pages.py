@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from aiohttp.test_utils import TestClient
 
 from server.pages.page import FOLDER, Page
-from server.watch.meanings import MEANINGS
+from server.watch.meanings import ANSWERS, MEANINGS
 from server.watch.openapi import BODIES
+from server.watch.schemas import COMPONENTS
 from tests.fake_engine import FakeEngine, serving
 
 Client = TestClient[Any, Any]
@@ -94,6 +96,29 @@ def test_every_field_of_every_body_has_a_meaning() -> None:
         if not field.get("description")
     ]
     assert missing == [], "server/watch/meanings.py says what fields mean"
+
+
+def fields_of(schema: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield each field of a schema, at any depth, under its path."""
+    for field, inner in schema.get("properties", {}).items():
+        yield f"{name}.{field}", inner
+        yield from fields_of(inner, f"{name}.{field}")
+    for part in [*filter(None, [schema.get("items")]), *schema.get("anyOf", ())]:
+        yield from fields_of(part, name)
+
+
+async def test_every_field_of_every_answer_has_a_meaning(client: Client) -> None:
+    document = await (await client.get("/openapi.json")).json()
+    answers = {
+        f"{method} {path}": content["schema"]
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+        for content in operation["responses"]["200"]["content"].values()
+    }
+    schemas = {name: schema for name, schema in document["components"]["schemas"].items() if name in COMPONENTS}
+    found = [field for name, schema in (answers | schemas).items() for field in fields_of(schema, name)]
+    assert [path for path, schema in found if not schema.get("description")] == []
+    assert {path.rpartition(".")[2] for path, _ in found} >= ANSWERS.keys()
 
 
 def test_no_meaning_is_left_of_a_field_that_has_gone() -> None:

@@ -65,6 +65,7 @@ from server.watch.schemas import (
     path_parameter,
     ref,
     schemas_of,
+    with_meanings,
 )
 
 
@@ -428,7 +429,7 @@ def document_of(app: web.Application) -> JSON:
 
 
 def _described(method: str, path: str, operation: Operation) -> JSON:
-    content: JSON = {operation.media_type: {"schema": operation.answer or STRING}}
+    content: JSON = {operation.media_type: {"schema": with_meanings(operation.answer or STRING)}}
     if operation.is_streaming:
         content[operation.stream_type] = {"schema": {"type": "string", "description": "with `stream`"}}
     error_schema = operation.error or ref(ERROR_NAMES[error_shape(path)])

@@ -7,7 +7,7 @@ import msgspec
 
 from engine.declared import MAX_INT, Object
 from server.reading.protocol import JSON
-from server.watch.meanings import meaning_of
+from server.watch.meanings import ANSWERS, meaning_of
 
 SCHEMAS = "#/components/schemas/"
 
@@ -68,6 +68,21 @@ def _explained(kind: str, name: str, field: JSON) -> JSON:
     return field if "description" in field or meaning is None else {**field, "description": meaning}
 
 
+def with_meanings(answer: JSON) -> JSON:
+    """Return an answer's schema whose fields, at any depth, have their meanings."""
+    shown = dict(answer)
+    if "properties" in shown:
+        shown["properties"] = {
+            name: {"description": ANSWERS[name], **with_meanings(field)} if name in ANSWERS else with_meanings(field)
+            for name, field in shown["properties"].items()
+        }
+    if "items" in shown:
+        shown["items"] = with_meanings(shown["items"])
+    if "anyOf" in shown:
+        shown["anyOf"] = [with_meanings(one) for one in shown["anyOf"]]
+    return shown
+
+
 def path_parameter(name: str) -> tuple[JSON, ...]:
     return ({"name": name, "in": "path", "required": True, "schema": STRING},)
 
@@ -112,14 +127,36 @@ OPENAI_ANSWER = obj(
         "object": STRING,
         "created": integer(0),
         "model": STRING,
-        "choices": array(ANY_OBJECT),
+        "choices": array(ref("Choice")),
         "usage": ref("Usage"),
     },
     ["id", "object", "created", "model", "choices", "usage"],
 )
 MODEL_CARD = obj({"id": STRING, "object": {"const": "model"}, "max_model_len": integer(1)}, ["id", "object"])
 
+CHOICE = obj(
+    {
+        "index": integer(0),
+        "message": obj(
+            {
+                "role": STRING,
+                "content": one_of(STRING, {"type": "null"}),
+                "reasoning_content": one_of(STRING, {"type": "null"}),
+                "tool_calls": array(ANY_OBJECT),
+            },
+            description="of a chat",
+        ),
+        "text": {**STRING, "description": "of a completion"},
+        "finish_reason": one_of(STRING, {"type": "null"}),
+        "matched_stop": {},
+        "logprobs": {},
+        "meta_info": ref("MetaInfo"),
+    },
+    ["index"],
+)
+
 COMPONENTS: dict[str, JSON] = {
+    "Choice": CHOICE,
     "MetaInfo": META_INFO,
     "GenerateAnswer": obj(
         {"text": STRING, "output_ids": array(integer(0)), "meta_info": ref("MetaInfo"), "index": integer(0)},
@@ -226,3 +263,4 @@ COMPONENTS |= {
     ),
     "OllamaError": obj({"error": STRING}, ["error"]),
 }
+COMPONENTS = {name: with_meanings(schema) for name, schema in COMPONENTS.items()}
