@@ -57,6 +57,7 @@ class Rotated(NamedTuple):
 
 
 NOT_ROTATED = (0,) * 5
+MIN_DOT_SIZE = 16  # of each side of a product of tiles
 
 
 def launch_settings(
@@ -76,7 +77,13 @@ def launch_settings(
     strides = NOT_ROTATED
     if rotated is not None:
         rope_dim = rotated.k.shape[1]
-        strides = rope_dim, next_power_of_2(rope_dim), rotated.k.stride(0), rotated.q.stride(0), rotated.q.stride(1)
+        strides = (
+            rope_dim,
+            max(next_power_of_2(rope_dim), MIN_DOT_SIZE),
+            rotated.k.stride(0),
+            rotated.q.stride(0),
+            rotated.q.stride(1),
+        )
     return {
         "Q_STRIDE": q.stride(0),
         "Q_HEAD_STRIDE": q.stride(1),

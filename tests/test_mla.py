@@ -28,6 +28,7 @@ from kernels.dense import DenseWeight
 from kernels.elementwise import rope_and_store_latent_torch
 from kernels.latents import Expansion, LatentSizes
 from kernels.mla import latent_attention_torch
+from kernels.quantize import OnlineWeight
 from kernels.quantized_cpu import CpuQuantizedWeight
 from kernels.triton_elementwise import rope_and_store_latent_triton
 from kernels.triton_mla import _prefer_absorbed, latent_attention_triton, num_groups
@@ -278,6 +279,14 @@ def test_latent_attention_of_few_bits_has_the_logits_of_what_it_stands_for(
     plain = make_tiny_model(transformers.YoutuConfig, "bits", embedding_initializer_range=0.2, **options)
     write_quantized(plain, CASES["compressed-tensors, W8A16"], tmp_path / "packed")
     assert_equals_reference(packed(tmp_path / "packed"), plain, random_ids(20, seed=0), random_ids(13, seed=1))
+
+
+def test_what_expands_latents_is_not_rounded_while_it_is_loaded(made: Callable[[str], Path]) -> None:
+    config = load_config(made("deepseek v3"), EngineConfig(dtype="float32"))
+    for block in build_model(config, LayerConfig(torch.float32), "fp8").model.layers:
+        assert isinstance(block.self_attn, LatentAttention)
+        assert isinstance(block.self_attn.kv_b_proj.weight, DenseWeight)
+        assert isinstance(block.self_attn.qkv_a_proj.weight, OnlineWeight)
 
 
 @pytest.mark.parametrize(

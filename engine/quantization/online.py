@@ -25,7 +25,8 @@ FORMATS = {
     "int4wo-64": _int4(64),
     "int4wo-256": _int4(256),
 }
-KEPT = ("lm_head", "score")  # what ends a model stays as it is
+# What ends a model stays as it is, and so does what latent attention takes apart, which is kept as plain numbers.
+KEPT = ("lm_head", "score", "kv_b_proj")
 
 
 @dataclass(frozen=True)

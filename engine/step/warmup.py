@@ -17,6 +17,7 @@ from kernels.tune import tune_kernels
 from kernels.tuning import AttentionShape, LatentShape, WeightShape
 
 KERNEL_PROMPTS = (2, 32, 512)  # numbers of prompts that attention has kernels for: all are compiled at the start
+LONG_CONTEXT = 4096  # tokens, behind which few new ones take another way where attention has latents
 
 
 def compile_kernels(
@@ -110,8 +111,10 @@ def load_kernels(runner: ModelRunner, max_samples: int, max_len: int) -> None:
 def _run_largest(runner: ModelRunner, num_tokens: int, num_samples: int, max_len: int) -> None:
     """Run a full chunk of prompts, and a few tokens of as many prompts as make a difference to kernels."""
     _run_prompts(runner, _full_prompts(num_tokens, max_len), num_samples)
-    for num_prompts in KERNEL_PROMPTS:
-        _run_prompts(runner, [2] * min(num_prompts, num_samples), num_samples)
+    has_latents = any(isinstance(shape, LatentShape) for shape in attention_shapes(runner.model, runner.kv.dtype))
+    contexts = (0, max(min(LONG_CONTEXT, max_len - 2), 0)) if has_latents else (0,)
+    for num_prompts, context_len in itertools.product(KERNEL_PROMPTS, contexts):
+        _run_prompts(runner, [2] * min(num_prompts, num_samples), num_samples, context_len=context_len)
 
 
 def _full_prompts(num_tokens: int, max_len: int) -> list[int]:
@@ -121,15 +124,20 @@ def _full_prompts(num_tokens: int, max_len: int) -> list[int]:
 
 
 def _run_prompts(
-    runner: ModelRunner, q_lens: list[int], num_samples: int, is_greedy: bool = False, corun: Corun | None = None
+    runner: ModelRunner,
+    q_lens: list[int],
+    num_samples: int,
+    is_greedy: bool = False,
+    corun: Corun | None = None,
+    context_len: int = 0,
 ) -> None:
-    """One step of prompts of row 0, with logits and tokens of `num_samples`."""
+    """One step of prompts of row 0, each behind a context, with logits and tokens of `num_samples`."""
     num_tokens, lens = sum(q_lens), np.array(q_lens, np.int32)
     slots, num_windows = np.arange(num_tokens, dtype=np.int32), runner.kv.num_window_slots
     plan = Plan(
         rows=np.zeros(len(lens), np.int32),
         q_lens=lens,
-        seq_lens=lens,
+        seq_lens=lens + np.int32(context_len),
         input_ids=np.zeros(num_tokens, np.int32),
         out_cache_loc=1 + slots % (runner.kv.num_slots - 1),  # a small pool has fewer
         window_cache_loc=None if num_windows is None else 1 + slots % (num_windows - 1),
