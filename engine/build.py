@@ -425,6 +425,7 @@ def _layer_config(config: EngineConfig, model_config: ModelConfig, comm: Communi
     return LayerConfig(
         model_config.dtype,
         config.attention_backend or "torch",
+        kv_dtype=KV_DTYPES.get(config.kv_cache_dtype),
         has_window_slots=keeps_windows(config, model_config),
         comm=comm,
         ep_size=config.num_expert_groups,

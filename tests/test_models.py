@@ -37,12 +37,19 @@ CPU = torch.device("cpu")
 class TinyEngine:
     """Hold a model, its pool, and rows whose tokens lie in randomly scattered slots."""
 
-    def __init__(self, folder: Path, comm: Communicator | None = None, ep_size: int = 1, **options: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        comm: Communicator | None = None,
+        ep_size: int = 1,
+        kv_dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ) -> None:
         self.config = load_config(folder, EngineConfig(dtype="float32", **options))
-        layers = LayerConfig(torch.float32, comm=comm or Communicator(), ep_size=ep_size)
+        layers = LayerConfig(torch.float32, kv_dtype=kv_dtype, comm=comm or Communicator(), ep_size=ep_size)
         self.model = build_model(self.config, layers)
         load_weights(self.model, folder, "auto", CPU)
-        self.pool = CachePool(self.model.cache_layout(), NUM_SLOTS, torch.float32, CPU)
+        self.pool = CachePool(self.model.cache_layout(), NUM_SLOTS, kv_dtype, CPU)
         scattered = torch.randperm(NUM_SLOTS - 1, generator=torch.Generator().manual_seed(1)) + 1
         self.slot_table = scattered[: NUM_SLOTS // 4 * 3].view(3, -1).to(torch.int32)
         self.lens = [0, 0, 0]

@@ -12,11 +12,13 @@ import torch
 from engine.checkpoint.progress import progress_bar
 from engine.config_file import read_json
 from engine.errors import ModelError
+from engine.layers.attention import Attention
 from engine.layers.layer import Layer, named_layers, unique_layers
 from engine.layers.linear import Linear
 from engine.models.base import CausalLM
 from engine.models.names import Piece, Rule, pieces_of
 from engine.quantization import CHECKED, DENSE, Quantization, Scheme
+from kernels.quantized import FP8
 from kernels.weights import ShapeError
 
 logger = logging.getLogger(__name__)
@@ -212,6 +214,7 @@ def settle_formats(model: CausalLM, heads: Sequence[Head]) -> None:
     libraries. `ModelError` if a format cannot have the layer's shape.
     """
     found = {piece.name: head.tensor for head in heads for piece in head.pieces}
+    settle_cache_scales(model, found)
     for path, layer in named_layers(model):
         if not isinstance(layer, Linear) or not layer.names_of(0):  # a tied head has no names of its own
             continue
@@ -224,6 +227,25 @@ def settle_formats(model: CausalLM, heads: Sequence[Head]) -> None:
                 layer.expect(schemes)
             except ShapeError as error:
                 raise ModelError(f"{path} {error}") from None
+
+
+def settle_cache_scales(model: CausalLM, found: Mapping[str, str]) -> None:
+    """Let layers that round keys and values to FP8 divide them by the numbers that the checkpoint has, if it has any.
+
+    found: the checkpoint's tensors by the model's names. `ModelError` if they are for another FP8 than the cache's.
+    """
+    layers = {path: layer for path, layer in named_layers(model) if isinstance(layer, Attention)}
+    scaled = [path for path in layers if f"{path}.k_scale" in found]
+    is_shared = any(layer.config.kv_owner is not None for layer in layers.values())
+    if not scaled or is_shared or layers[scaled[0]].kv_dtype.itemsize > 1:
+        return
+    if layers[scaled[0]].kv_dtype != FP8:
+        raise ModelError(
+            "--kv-cache-dtype fp8_e5m2, but the checkpoint has scales of keys and values, which are for fp8_e4m3 "
+            f"({found[f'{scaled[0]}.k_scale']})"
+        )
+    for path in scaled:
+        layers[path].expect_cache_scales()
 
 
 def _scheme_found(quantization: Quantization, module: str, found: Mapping[str, str]) -> Scheme | None:

@@ -8,6 +8,7 @@ import torch
 
 from cache.layout import KV, LayerCache
 from cache.pool import CachePool
+from engine.layers.cache_scales import CacheScales
 from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import Layer, LayerConfig, meta_weight
 from engine.layers.linear import Linear, qkv_parallel, row_parallel
@@ -18,7 +19,7 @@ from engine.model_config import AttentionConfig, QKNorm
 from kernels.attention import attention
 from kernels.elementwise import rope_and_store
 from kernels.tuning import AttentionShape, LatentShape, WeightShape
-from kernels.weights import Norm, match_shard
+from kernels.weights import Norm, ShapeError, match_shard
 
 AfterRope = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Changes rotated queries: (queries [T, H, D], positions [T]) -> queries."""
@@ -71,7 +72,7 @@ class AnyAttention(Layer):
 class Attention(AnyAttention):
     """Queries, keys and values of all heads; `o_proj` is the block's to call: it ends the branch."""
 
-    weight_names: ClassVar = ("sinks",)
+    weight_names: ClassVar = ("sinks", "k_scale", "v_scale")
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class Attention(AnyAttention):
         self.num_heads = layers.split(num_heads, "num_attention_heads")
         self.num_kv_heads = layers.num_kv_heads(num_kv_heads)
         self.num_new_kv_heads = self.num_kv_heads if config.kv_owner is None else 0
-        self.head_dim, self.eps = head_dim, norm_eps
+        self.head_dim, self.eps, self.dtype = head_dim, norm_eps, layers.dtype
         self.qkv_proj = qkv_parallel(
             hidden_size,
             head_dim,
@@ -111,6 +112,10 @@ class Attention(AnyAttention):
         self.shard = layers.shard
         self.sinks = meta_weight(self.num_heads, dtype=layers.dtype) if config.has_sinks else None
         self.slopes = meta_weight(self.num_heads, dtype=torch.float32) if config.slopes else None
+        self.kv_dtype = layers.kv_dtype or layers.dtype
+        self.k_scale: torch.Tensor | None = None  # see `expect_cache_scales`
+        self.v_scale: torch.Tensor | None = None
+        self.cache_scales: CacheScales | None = None
         self.has_window_slots = layers.has_window_slots and config.window >= 0
         self.backend = layers.attention_backend
 
@@ -122,7 +127,22 @@ class Attention(AnyAttention):
             self.slopes = torch.tensor(slopes, dtype=torch.float32, device=device)
 
     def place_weight(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002
-        return match_shard(getattr(self, name), loaded, 0, self.shard)
+        if name == "sinks":
+            return match_shard(getattr(self, name), loaded, 0, self.shard)
+        if loaded.numel() != 1:
+            raise ShapeError(f"has {loaded.numel()} numbers; one for all heads is supported")
+        return getattr(self, name), loaded.reshape(1).float()
+
+    def expect_cache_scales(self) -> None:
+        """Divide keys and values by numbers of the checkpoint before they are rounded to the cache's FP8."""
+        self.k_scale, self.v_scale = meta_weight(1, dtype=torch.float32), meta_weight(1, dtype=torch.float32)
+
+    def pack(self) -> None:
+        if self.k_scale is not None and self.v_scale is not None:
+            norms = _weights(self.head_norms) if self.head_norms else (None, None, None)
+            size = self.num_kv_heads * self.head_dim
+            self.cache_scales = CacheScales.of(self.k_scale, self.v_scale, size, norms, self.dtype)
+            self.scale = self.config.scale * self.cache_scales.k
 
     def _add_norms(self, config: AttentionConfig, norm_class: type[HiddenNorm], layers: LayerConfig) -> None:
         if config.qk_norm is QKNorm.ALL_HEADS:
@@ -197,7 +217,12 @@ class Attention(AnyAttention):
             batch = batch.of_windows
         qkv = self.make_qkv(x, norm=norm)  # [T, (H + 2 Hkv) D]
         k_cache, v_cache = pool[self.layer_id]
-        q_norm, k_norm, v_norm = _weights(self.head_norms) if self.head_norms else (None, None, None)
+        scales = self.cache_scales
+        if scales is None:
+            q_norm, k_norm, v_norm = _weights(self.head_norms) if self.head_norms else (None, None, None)
+        else:
+            scales.shrink_(qkv)
+            q_norm, k_norm, v_norm = scales.norms
         positions, cos_sin = batch.rotation or (batch.positions, self.rotary.cos_sin)
         q = rope_and_store(
             qkv,
@@ -216,7 +241,7 @@ class Attention(AnyAttention):
         )
         if self.after_rope is not None:
             q = self.after_rope(q, batch.positions)
-        return q, attention(
+        found = attention(
             q,
             k_cache,
             v_cache,
@@ -230,6 +255,7 @@ class Attention(AnyAttention):
             backend=self.backend,
             has_decodes=has_decodes,
         )
+        return q, found if scales is None else found.mul_(scales.v)
 
 
 def _weights(

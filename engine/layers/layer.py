@@ -31,6 +31,7 @@ class LayerConfig:
 
     dtype: torch.dtype
     attention_backend: str = "torch"
+    kv_dtype: torch.dtype | None = None  # of cached keys and values; None: `dtype`
     has_window_slots: bool = False  # layers that see a window keep their tokens in a pool of their own
     comm: Communicator = field(default_factory=Communicator)
     quantization: Quantization = field(default_factory=Quantization)

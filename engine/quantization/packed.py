@@ -15,11 +15,12 @@ from kernels.weights import Part, ShapeError, Shard
 
 T = TypeVar("T")
 
-# Of keys and values: these are cached without scales.
+# Of keys and values, or of scores and queries, which nothing here rounds.
 CACHE_SCALES = frozenset((
     "k_scale", "v_scale", "kv_scale", "q_scale", "prob_scale", "prob_output_scale", "k_zero_point", "v_zero_point",
     "output_scale",
 ))  # fmt: skip
+OF_CACHE = (".k_scale", ".v_scale")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class ByModule(Quantization):
     def converted(self, name: str) -> Iterable[tuple[str, Sequence[Transform | With]]]:
         module, leaf = self.split(name)
         if leaf in CACHE_SCALES:
+            yield from ((scale, ()) for scale in cache_scales(module, leaf))
             return
         stored = self.stored(module)
         if stored is None or leaf not in stored.tensors:
@@ -97,6 +99,8 @@ class ByModule(Quantization):
         return self.scheme_of(self.split(tensor)[0])
 
     def spare(self, name: str) -> Transform | None:
+        if name.endswith(OF_CACHE):  # for a cache that rounds nothing
+            return lambda scale: scale
         return check_zero if name.endswith(".bias") else None
 
     def in_file(self, name: str) -> str:
@@ -106,6 +110,20 @@ class ByModule(Quantization):
             if found is not None and found[0] == field:
                 return f"{module}.{leaf}"
         return name
+
+
+def cache_scales(module: str, leaf: str) -> list[str]:
+    """Return the names, as compressed-tensors has them, of a scale of cached keys or values; [] for other scales.
+
+    ModelOpt and Quark name it after the product that makes them, and one may be for both.
+    """
+    attention, _, product = module.rpartition(".")
+    if leaf == "kv_scale":
+        return [f"{module}.k_scale", f"{module}.v_scale"]
+    if product in ("k_proj", "v_proj"):
+        wanted = f"{product[0]}_scale"
+        return [f"{attention}.{wanted}"] if leaf in (wanted, "output_scale") else []
+    return [f"{module}.{leaf}"] if leaf in ("k_scale", "v_scale") else []
 
 
 def check_zero(bias: torch.Tensor) -> torch.Tensor:

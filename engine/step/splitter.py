@@ -89,7 +89,7 @@ def _costs_of_block(block: Block, pool: CachePool) -> CorunCosts | None:
     if not isinstance(block, PreNorm) or not isinstance(block.mlp, GatedMLP):
         return None
     attn, gate_up = block.self_attn, block.mlp.gate_up_proj
-    if not isinstance(attn, Attention):
+    if not isinstance(attn, Attention) or attn.k_scale is not None:
         return None
     is_alone = block.comm.size == 1  # else each half has a sum over ranks of its own: 8 % slower on two GPUs
     has_kernel = attn.backend != "torch"
