@@ -3,6 +3,7 @@
     python -m bench.gpu
     python -m bench.gpu --only correctness --checks greedy logits
     python -m bench.gpu --only speed --models llama3-8b --workloads decode1 stream256 --server-args "--page-size 16"
+    python -m bench.gpu --only speed --models qwen3-30b-a3b --starts 1 --server-args "--tp 4 --ep-size 4"
 
 Correctness first, each check in a process of its own:
 greedy: the demo model's greedy answers in float32 are on the GPU what they are on the CPU, token for token.
@@ -52,6 +53,7 @@ from rich.table import Table
 
 from bench.compare import WORKLOADS, number, wide_console
 from bench.cpu import ROOT, free_port, measure_idle
+from bench.shapes import LLAMA3_8B, SHAPES
 from cache.pool import CachePool
 from engine.checkpoint.folder import resolve_model
 from engine.checkpoint.weights import load_weights
@@ -67,45 +69,9 @@ from engine.step.batch import Stager
 from engine.step.fields import StepShape
 from kernels import flashinfer_attention
 
-# --- model folders ----------------------------------------------------------------------------------------------------
+DEFAULT_MODELS = ["llama3-8b", "qwen3-0.6b"]
 
-LLAMA3_8B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-}
-QWEN3_0_6B: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": True,
-}
-COMMON = {
-    "torch_dtype": "bfloat16",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-DUMMIES = {"llama3-8b": LLAMA3_8B | COMMON, "qwen3-0.6b": QWEN3_0_6B | COMMON}
+# --- model folders ----------------------------------------------------------------------------------------------------
 
 
 def make_dummy(folder: Path, config: dict[str, Any], tokenizer_folder: Path) -> None:
@@ -506,7 +472,7 @@ def check_pace(args: argparse.Namespace, console: Console) -> bool:
         folder = demo_folder(args)
     else:
         folder = args.cache_dir / "llama3-8b"
-        make_dummy(folder, DUMMIES["llama3-8b"], demo_folder(args))
+        make_dummy(folder, SHAPES["llama3-8b"], demo_folder(args))
     title = f"a prompt beside {NUM_STREAMS} streams"
     table = Table(
         title, "its s", "between tokens: p50, ms", "p99", "worst", f"{MAX_STEP_MS:.0f} ms kept", box=box.SIMPLE
@@ -631,9 +597,9 @@ def measure_model(model: str, args: argparse.Namespace, console: Console) -> Ser
     port = free_port()
     base_url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "server", "--port", str(port), "--device", args.device]
-    if model in DUMMIES:
+    if model in SHAPES:
         folder = args.cache_dir / model
-        make_dummy(folder, DUMMIES[model], demo_folder(args))
+        make_dummy(folder, SHAPES[model], demo_folder(args))
         command += ["--model-path", str(folder), "--load-format", "dummy", "--served-model-name", model]
     else:
         command += ["--model-path", model]
@@ -711,7 +677,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--only", choices=("correctness", "speed"))
     add("--checks", nargs="+", choices=(*CHECKS, PYTEST), default=[*CHECKS, PYTEST])
-    add("--models", nargs="+", default=list(DUMMIES), help=f"{', '.join(DUMMIES)} (dummy weights), or any --model-path")
+    add("--models", nargs="+", default=DEFAULT_MODELS, help=f"{', '.join(SHAPES)} (dummy weights), or any --model-path")
     add("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), metavar="NAME", help=", ".join(WORKLOADS))
     add("--server-args", default="", help="more flags for the server, in one string")
     add("--starts", type=int, default=2, help="of each server; the workloads come after the last one")

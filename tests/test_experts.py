@@ -14,15 +14,16 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from bench.experts import num_chosen
+from bench.shapes import SHAPES
 from engine.checkpoint.folder import resolve_model
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.layers.attention import Attention
 from engine.layers.block import sum_over_ranks
 from engine.layers.communicator import Communicator
-from engine.layers.layer import unique_layers
+from engine.layers.layer import LayerConfig, unique_layers
 from engine.layers.moe import StackedLinear
-from engine.models.registry import load_config
+from engine.models.registry import build_model, load_config
 from kernels.dense import DenseWeight
 from kernels.experts import ExpertStack, codes_of, combine, expert_products_torch, split_experts
 from kernels.quantized import QuantizedWeight
@@ -532,3 +533,25 @@ def test_the_bench_counts_an_expert_once_and_other_ranks_experts_not_at_all():
     ids = torch.tensor([[0, 3], [3, 2], [3, 4]])
     assert num_chosen(ids, 5) == (4, 6)
     assert num_chosen(ids, 4) == (3, 5), "4 stands for those of other ranks"
+
+
+@pytest.mark.parametrize(
+    ("shape", "billions"),
+    [
+        ("llama3-70b", 70.6),
+        ("qwen3-30b-a3b", 30.5),
+        ("gpt-oss-20b", 20.9),
+        ("gpt-oss-120b", 116.8),
+        ("deepseek-v3", 671),
+    ],
+)
+def test_the_benchs_shapes_have_as_many_weights_as_the_models_they_stand_for(
+    shape: str, billions: float, tmp_path: Path
+):
+    (tmp_path / "config.json").write_text(json.dumps(SHAPES[shape]))
+    model, total = build_model(load_config(tmp_path), LayerConfig(torch.bfloat16)), 0
+    for layer in unique_layers(model):
+        for name, tensor in layer.weights():
+            is_scale = tensor.dtype != torch.uint8 and name in ("scale", "weight_scale", "scales")
+            total += 0 if is_scale else tensor.numel() * (2 if tensor.dtype == torch.uint8 else 1)
+    assert total == pytest.approx(billions * 1e9, rel=0.005)
