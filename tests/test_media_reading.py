@@ -274,7 +274,11 @@ async def test_base64_text_in_lines_is_read() -> None:
     data = encoded(picture())
     assert files.decode_base64(base64.encodebytes(data).decode(), "image") == data
     long = os.urandom(files.PIECE * 2 + 1)
-    assert files.decode_base64(base64.b64encode(long).decode(), "image") == long
+    text = base64.b64encode(long).decode()
+    assert files.decode_base64(text, "image") == long
+    assert files.decode_base64("head," + text, "image", 5) == long
+    with pytest.raises(BrokenMedia, match="after padding"):
+        files.decode_base64("A" * (files.PIECE - 2) + "==" + "AAAA", "image")
 
 
 async def test_a_request_has_so_many_pictures_and_pixels_at_most(monkeypatch: pytest.MonkeyPatch) -> None:

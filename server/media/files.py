@@ -11,39 +11,46 @@ from server.media.limits import MAX_FILE_BYTES
 
 PIECE = 1 << 18  # characters, a multiple of 4: the interpreter is not held for longer than 0.2 ms
 MAX_PATH_CHARS = 4096
+MAX_HEAD_CHARS = 256  # of a data URI, before its text
 
 
-def base64_len(text: str) -> int:
-    """Return the bytes that base64 text stands for, or a few more."""
-    return len(text) // 4 * 3 + 3
+def base64_len(text: str, start: int = 0) -> int:
+    """Return the bytes that base64 text from `start` on stands for, or a few more."""
+    return (len(text) - start) // 4 * 3 + 3
 
 
-def decode_base64(text: str, kind: Kind) -> bytes:
-    """Return the bytes that base64 text stands for. Whitespace in it is passed over, as in MIME."""
+def decode_base64(text: str, kind: Kind, start: int = 0) -> bytes:
+    """Return the bytes that base64 text from `start` on stands for. Whitespace is passed over, as in MIME."""
     limit = MAX_FILE_BYTES[kind]
-    if base64_len(text) > limit + 3:
-        raise BrokenMedia(f"has about {base64_len(text)} bytes, the limit is {limit}")
-    if len(text.split(None, 1)) > 1 or text[:1].isspace() or text[-1:].isspace():
-        text = "".join(text.split())
-    padding = text.find("=")
-    if not text or (padding >= 0 and padding < len(text) - 2):
-        raise BrokenMedia("is no base64 text" if text else "is empty")
-    pieces = []
+    if base64_len(text, start) > limit + 3:
+        raise BrokenMedia(f"has about {base64_len(text, start)} bytes, the limit is {limit}")
     try:
-        for start in range(0, len(text), PIECE):
-            pieces.append(binascii.a2b_base64(text[start : start + PIECE], strict_mode=True))
+        return _decoded(text, start)
+    except ValueError:
+        pass  # perhaps because it is in lines
+    try:
+        return _decoded("".join(text[start:].split()), 0)
     except ValueError as error:
         raise BrokenMedia(f"is no base64 text: {error}") from None
+
+
+def _decoded(text: str, start: int) -> bytes:
+    pieces = []
+    for first in range(start, len(text), PIECE):
+        piece = text[first : first + PIECE]
+        if piece[-1] == "=" and first + PIECE < len(text):
+            raise ValueError("Excess data after padding")
+        pieces.append(binascii.a2b_base64(piece, strict_mode=True))
     return b"".join(pieces)
 
 
-def data_of_uri(uri: str) -> tuple[str, str]:
-    """Return the media type and the base64 text of a data URI."""
-    head, comma, text = uri[5:].partition(",") if "," in uri[:256] else ("", "", "")
-    media_type, *parameters = head.split(";")
-    if not comma or "base64" not in (parameter.strip().lower() for parameter in parameters):
+def data_of_uri(uri: str) -> tuple[str, int]:
+    """Return the media type of a data URI, and where its base64 text starts."""
+    comma = uri.find(",", 0, MAX_HEAD_CHARS)
+    media_type, *parameters = uri[5 : max(comma, 5)].split(";")
+    if comma < 0 or "base64" not in (parameter.strip().lower() for parameter in parameters):
         raise BrokenMedia("is no data URI of the form data:image/png;base64,...")
-    return media_type.strip().lower(), text
+    return media_type.strip().lower(), comma + 1
 
 
 def read_local(path: str, root: str, kind: Kind) -> bytes | None:

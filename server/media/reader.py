@@ -173,7 +173,7 @@ class MediaReader:
                 raise BrokenMedia("is no video of the form video:8:<base64 text>")
             settings["num_frames"] = int(number[:6])
         if isinstance(source, str) and source.startswith("data:video/jpeg") and source.count(",") > 1:
-            source = data_of_uri(source)[1].split(",")  # vLLM's: frames in one URI
+            source = source[data_of_uri(source)[1] :].split(",")  # vLLM's: frames in one URI
         if not isinstance(source, str):
             return await self._open_frames(part, source, settings, share)
         data = await self._bytes(source, "video", share)
@@ -222,8 +222,9 @@ class MediaReader:
 
     async def _bytes(self, source: str, kind: Kind, share: Share) -> bytes:
         """Return the file that `source` names or holds."""
+        start = 0
         if source.startswith("data:"):
-            media_type, text = data_of_uri(source)
+            media_type, start = data_of_uri(source)
             if not media_type.startswith((f"{kind}/", "application/octet-stream")) and media_type:
                 raise BrokenMedia(f"is {media_type[:64]!r} by its data URI, and no {kind}")
         elif source[:8].lower().startswith(("http://", "https://")):
@@ -233,10 +234,8 @@ class MediaReader:
             return data
         elif "://" in source[:64]:
             raise BrokenMedia("is neither a data URI nor an http(s) URL")
-        else:
-            text = source
-        share.take(base64_len(text))
-        return await self._threaded(decode_base64, text, kind)
+        share.take(base64_len(source, start))
+        return await self._threaded(decode_base64, source, kind, start)
 
     async def _local(self, source: str, kind: Kind) -> bytes | None:
         """Return the file of this machine that `source` names; None if it names none."""
