@@ -25,9 +25,10 @@ PROMPT = "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistan
 GREEDY: dict[str, Any] = {"model": "default", "temperature": 0, "max_tokens": 8}
 
 
-def encoded(seed: int, format_: str = "PNG") -> str:
+def encoded(seed: int, format_: str = "PNG", size: tuple[int, int] = (40, 60)) -> str:
+    """Return a picture of that height and width as base64 text."""
     buffer = io.BytesIO()
-    Pillow.fromarray(picture(40, 60, seed).pixels).save(buffer, format_)
+    Pillow.fromarray(picture(*size, seed).pixels).save(buffer, format_)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -103,6 +104,51 @@ async def test_a_second_turn_computes_its_own_tokens_and_another_picture_shares_
     swapped, _, cached = await generated(client, PROMPT + PROMPT, [OTHER, ONE])
     assert both != swapped
     assert cached == prompt_len
+
+
+# As Qwen's: it writes the parts of a message itself.
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><image><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_vision_model(tmp_path_factory.mktemp("qwen"), "qwen 2 vl")
+    (folder / "chat_template.jinja").write_text(QWEN_TEMPLATE)
+    return folder
+
+
+async def test_a_template_of_parts_and_sizes_that_clients_choose_reach_the_model(qwen: Path) -> None:
+    config = '{"image": {"max_pixels": 2000}}'
+    async with running_engine(qwen) as engine:
+        async with serving(engine) as client:
+            large = {"url": f"data:image/png;base64,{encoded(1, size=(90, 120))}"}
+
+            async def tokens(**settings: Any) -> int:
+                parts = [{"type": "text", "text": "On "}, {"type": "image_url", "image_url": {**large, **settings}}]
+                body = {**GREEDY, "messages": [{"role": "user", "content": parts}]}
+                rendered = await post(client, "/v1/chat/completions/render", **body)
+                assert rendered["prompt"].startswith(
+                    "<|im_start|>user\nOn <|vision_start|><image><|vision_end|><|im_end|>"
+                )
+                usage = (await post(client, "/v1/chat/completions", **body))["usage"]
+                assert usage["prompt_tokens"] == len(rendered["prompt_token_ids"])
+                return int(usage["prompt_tokens"])
+
+            whole = await tokens()
+            # Its own limit is 3072.
+            assert await tokens(max_pixels=1000) < await tokens(max_pixels=2000) < whole
+            assert whole == await tokens(max_pixels=6000) == await tokens(detail="low")
+            info = await (await client.get("/model_info")).json()
+            assert info["image_token"] == "<|vision_start|><image><|vision_end|>"
+            few = await tokens(max_pixels=2000)
+        async with serving(engine, mm_process_config=config) as client:
+            assert await tokens() == await tokens(max_pixels=100_000) == few
 
 
 async def test_hostile_pictures_are_refused_and_change_nothing_for_others(client: Client) -> None:
