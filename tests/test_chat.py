@@ -1,11 +1,13 @@
 """`radixloop chat`: what is typed, what is sent, and what is shown."""
 
 import asyncio
+import contextlib
 import io
 import json
 import os
 import pty
 import select
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -259,15 +261,23 @@ def test_an_answers_figures_are_those_of_its_usage() -> None:
 # ---- in a terminal ----
 
 
+# A process takes the terminal at its input as its own, whose Ctrl-C is then its signal, and becomes another program.
+ON_A_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
+
+
 class Terminal:
     """A process on a terminal of its own: what it shows, and what is typed."""
 
     def __init__(self, argv: list[str], state: Path) -> None:
-        self.process, self.fd = pty.fork()
-        if not self.process:  # the child
-            os.environ.update(XDG_STATE_HOME=str(state), TERM="xterm", COLUMNS="80", LINES="24")
-            os.chdir(ROOT)
-            os.execv(argv[0], argv)
+        self.fd, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", ON_A_TERMINAL, *argv],
+            stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True,
+            env={**os.environ, "XDG_STATE_HOME": str(state), "TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
+        )  # fmt: skip
+        os.close(theirs)
         self.shown = ""
 
     def until(self, text: str) -> None:
@@ -283,13 +293,11 @@ class Terminal:
         os.write(self.fd, text.encode())
 
     def wait(self) -> int:
-        try:
+        with contextlib.suppress(OSError):  # its end of the terminal is closed
             while os.read(self.fd, 1 << 16):
                 pass
-        except OSError:  # the other end is closed
-            pass
         os.close(self.fd)
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+        return self.process.wait(60)
 
 
 async def test_a_conversation_in_a_terminal(tmp_path: Path) -> None:
