@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from engine.step.host_memory import available_host_memory
 from server.commands import COMMANDS
 from server.config import REASONING_PARSERS, TOOL_CALL_PARSERS, parse_args
 from server.dispatch import dispatch
@@ -93,11 +94,46 @@ def test_a_package_that_some_models_need_is_a_note(absent: str) -> None:
 def test_little_memory_is_a_failure_that_ends_with_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "available_memory", lambda: 1 << 28)
+    monkeypatch.setattr(doctor, "available_host_memory", lambda: 1 << 28)
     monkeypatch.setattr(doctor, "find_devices", list)
     assert doctor.main([]) == 1
     out = capsys.readouterr().out
     assert "FAIL  memory        0.2 GiB available" in out and "cannot serve" in out
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({}, 8 << 30),
+        ({"memory.max": "max", "memory.current": "5", "memory.stat": "inactive_file 3"}, 8 << 30),
+        ({"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 400\ninactive_file 250"}, 550),
+        ({"memory.max": "1000", "memory.current": "1200", "memory.stat": "anon 400"}, 0),
+        (
+            {
+                "memory/memory.limit_in_bytes": "1000",
+                "memory/memory.usage_in_bytes": "700",
+                "memory/memory.stat": "total_inactive_file 100",
+            },
+            400,
+        ),
+        (
+            {
+                "memory/memory.limit_in_bytes": "9223372036854771712",
+                "memory/memory.usage_in_bytes": "700",
+                "memory/memory.stat": "",
+            },
+            8 << 30,
+        ),
+    ],
+)
+def test_memory_is_what_the_machine_and_the_container_have_left(
+    files: dict[str, str], available: int, tmp_path: Path
+) -> None:
+    files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name, text in {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 8388608 kB\n", **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_host_memory(tmp_path) == available
 
 
 def test_a_port_that_is_taken_is_named() -> None:

@@ -11,6 +11,7 @@ import torch
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.layers.communicator import Communicator
+from engine.step.host_memory import available_host_memory
 from engine.step.window_memory import KVSplit
 
 GIB = 1 << 30
@@ -76,7 +77,7 @@ def plan_memory(
         if config.mem_fraction_static is not None:
             room = int(total * config.mem_fraction_static) - (total - free)
     else:
-        total = _available_host_memory()
+        total = available_host_memory()
         share = CPU_MEMORY_SHARE / (config.tp_size * config.dp_size)
         room = min(int(total * share), CPU_CONTEXTS * context_length * split.token_bytes)
     num_tokens = comm.minimum(split.num_tokens(room, (config.max_running_requests or 1) * context_length))
@@ -94,12 +95,3 @@ def plan_memory(
     return MemoryBudget(
         total, weights, largest_step, graphs, tables, kv, margin, num_tokens, windows, num_window_tokens, pictures
     )
-
-
-def _available_host_memory() -> int:
-    """Return the available bytes of host memory."""
-    with open("/proc/meminfo") as meminfo:
-        for line in meminfo:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    raise ModelError("/proc/meminfo does not say how much memory is available; give --max-total-tokens")

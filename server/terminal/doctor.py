@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from engine.step.host_memory import available_host_memory
+
 GIB = 1 << 30
 LEAST_PYTHON = (3, 11)
 NEEDED = ("torch", "aiohttp", "transformers", "tokenizers", "safetensors", "llguidance", "uvloop")
@@ -60,7 +62,7 @@ def examine(host: str, port: int) -> Iterator[Finding]:
     """Yield the findings, those first that take no time."""
     yield from find_python()
     yield from find_packages(has_module)
-    yield from find_host_memory(available_memory())
+    yield from find_host_memory(available_host_memory())
     yield from find_limits()
     yield from find_folders()
     yield from find_port(host, port)
@@ -88,14 +90,6 @@ def find_packages(has: Callable[[str], bool]) -> Iterator[Finding]:
     for name, meaning in EXTRAS.items():
         if not has(name):
             yield Finding(NOTE, name, meaning)
-
-
-def available_memory() -> int:
-    """Return the bytes of memory that the kernel says new programs can have."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return 0
 
 
 def find_host_memory(num_bytes: int) -> Iterator[Finding]:
