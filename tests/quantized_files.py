@@ -298,16 +298,20 @@ NF4 = torch.tensor([
 ])  # fmt: skip
 
 
-def nf4(*, double: bool) -> Write:
-    """double: scales are rounded to bytes, 256 of them with a scale and an offset."""
+BNB_FP4 = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3]) / 12
+
+
+def nf4(*, double: bool, kind: str = "nf4") -> Write:
+    """double: scales are rounded to bytes, 256 of them with a scale and an offset. kind: or "fp4"."""
+    meanings = NF4 if kind == "nf4" else BNB_FP4
 
     def write(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor]:
         n, k = weight.shape
         codes, num_scales = random_codes(4, n, k, random), n * k // 64
-        state: Json = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [n, k]}
+        state: Json = {"quant_type": kind, "blocksize": 64, "dtype": "float32", "shape": [n, k]}
         tensors = {
             "weight": (16 * codes[:, ::2] + codes[:, 1::2]).to(torch.uint8).view(-1, 1),
-            "weight.quant_map": NF4.clone(),
+            "weight.quant_map": meanings.clone(),
         }
         if double:
             rounded = torch.randint(0, 256, (num_scales,), generator=random)
@@ -317,9 +321,11 @@ def nf4(*, double: bool) -> Write:
             state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.25}
             scale = (table[rounded] * of_256.repeat_interleave(256)[:num_scales] + 0.25).half().float()
         else:
-            tensors["weight.absmax"] = scale = torch.rand(num_scales, generator=random).half().float()
-        tensors["weight.quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(state).encode())).to(torch.uint8)
-        return tensors, (NF4[codes].view(-1, 64) * scale[:, None]).view(n, k)
+            scale = torch.rand(num_scales, generator=random).half().float()  # held exactly, and so are 12 of it
+            tensors["weight.absmax"] = scale = scale if kind == "nf4" else 12 * scale
+        name = f"weight.quant_state.bitsandbytes__{kind}"
+        tensors[name] = torch.tensor(list(json.dumps(state).encode())).to(torch.uint8)
+        return tensors, (meanings[codes].view(-1, 64) * scale[:, None]).view(n, k)
 
     return write
 
@@ -396,6 +402,7 @@ CASES: dict[str, Case] = {
         AWQ, but(write_awq, {"q_proj": None, "0.mlp.up_proj": None, "1.mlp.down_proj": None})
     ),
     "bitsandbytes": Case(BITSANDBYTES, nf4(double=False)),
+    "bitsandbytes, fp4": Case(BITSANDBYTES | {"bnb_4bit_quant_type": "fp4"}, nf4(double=False, kind="fp4")),
     "bitsandbytes, double": Case(BITSANDBYTES, nf4(double=True)),
     "bitsandbytes but for some modules": Case(
         BITSANDBYTES | {"llm_int8_skip_modules": ["lm_head", "0.mlp"]},

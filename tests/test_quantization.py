@@ -353,7 +353,7 @@ def test_a_broken_checkpoint_is_refused_by_the_name_of_its_tensor(
         ({"quant_method": "auto-round", "extra_config": []}, r"extra_config must be of type dict, got \[\]"),
         ({"quant_method": "quark", "layer_quant_config": {"*": "x"}}, "layer_quant_config, .* must be of type dict"),
         ({"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": 1}}, "quantized_layers, a must be of type dict"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "4-bit fp4.*only nf4"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "af4"}, "4-bit af4.*only nf4"),
         ({"quant_method": "torchao", "quant_type": {}}, "torchao.*while it is loaded: --quantization .*int4"),
         ({"quant_method": "auto-round", "data_type": "mx_fp"}, "mx_fp.*only int"),
         ({"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 8}, "has 4 bits, not 8"),

@@ -28,6 +28,7 @@ FORMATS = {
     "int4 rows": Format("int4"),
     "int8 rows": Format("int8", has_zero=True),
     "NF4": Format("int4", 64, table="nf4"),
+    "bitsandbytes' FP4": Format("int4", 64, table="bnb_fp4"),
     "NVFP4": Format("int4", 16, table="fp4"),
     "IQ4": Format("int4", 32, table="iq4", scale_dtype=HALF),
     "FP8": Format("fp8", 128),

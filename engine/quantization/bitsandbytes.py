@@ -1,4 +1,4 @@
-"""Checkpoints of bitsandbytes: NF4 (Dettmers et al. 2023), and int8 (Dettmers et al. 2022)."""
+"""Checkpoints of bitsandbytes: NF4 and FP4 (Dettmers et al. 2023), and int8 (Dettmers et al. 2022)."""
 
 import json
 from collections.abc import Collection, Mapping
@@ -14,19 +14,19 @@ from kernels.quantized import TABLES, Format
 from kernels.weights import ShapeError
 
 BLOCK = 64  # numbers that share a scale
-STATE = "weight.quant_state.bitsandbytes__nf4"  # JSON as bytes: the shape, and how scales are rounded themselves
+STATE = "weight.quant_state.bitsandbytes__"  # and the kind; JSON as bytes: the shape, and how scales are rounded
 
 
 def read_state(state: torch.Tensor | None) -> tuple[int, int, Mapping[str, Any]]:
     """Return rows, columns and the rest of a weight's description. `ShapeError` if its blocks are not of rows."""
     if state is None:
-        raise ShapeError(f"needs {STATE}, which the checkpoint does not have")
+        raise ShapeError(f"needs {STATE}nf4 or fp4, which the checkpoint does not have")
     try:
         found = json.loads(bytes(state.cpu().tolist()))
         rows, columns = found["shape"]
         block = found["blocksize"]
     except (ValueError, LookupError, TypeError):
-        raise ShapeError(f"has a description that cannot be read ({STATE})") from None
+        raise ShapeError(f"has a description that cannot be read ({STATE}nf4 or fp4)") from None
     if block != BLOCK or columns % BLOCK:
         raise ShapeError(f"has blocks of {block} numbers in rows of {columns}, not whole blocks of {BLOCK} in each row")
     return rows, columns, found
@@ -58,27 +58,34 @@ def scales(
     return absmax.view(rows, -1)
 
 
-def check_table(table: torch.Tensor) -> torch.Tensor:
-    """Raise `ShapeError` unless codes stand for what NF4's do."""
-    if table.shape != (16,) or not torch.allclose(table.float().cpu(), torch.tensor(TABLES["nf4"]), atol=1e-6):
-        raise ShapeError("is not NF4's table")
-    return table
+def stored_4_bit(kind: str, table: str, largest: float) -> Stored:
+    """Return how weights of four bits are stored, whose codes stand for numbers of `TABLES` divided by the largest."""
+    state = STATE + kind
+
+    def check_table(meanings: torch.Tensor) -> torch.Tensor:
+        wanted = torch.tensor(TABLES[table]) / largest
+        if meanings.shape != (16,) or not torch.allclose(meanings.float().cpu(), wanted, atol=1e-6):
+            raise ShapeError(f"is not {kind.upper()}'s table")
+        return meanings
+
+    return Stored(
+        Format("int4", BLOCK, table=table, scale_dtype=torch.float16),
+        {
+            "weight": ("weight", With((state,), codes, optional=True)),
+            "weight.absmax": (
+                "scale",
+                With((state, "weight.nested_absmax", "weight.nested_quant_map"), scales, optional=True),
+                lambda absmax: absmax.float() / largest,
+            ),
+            "weight.quant_map": (CHECKED, check_table),
+            state: None,
+            "weight.nested_absmax": None,
+            "weight.nested_quant_map": None,
+        },
+    )
 
 
-NF4 = Stored(
-    Format("int4", BLOCK, table="nf4", scale_dtype=torch.float16),
-    {
-        "weight": ("weight", With((STATE,), codes, optional=True)),
-        "weight.absmax": (
-            "scale",
-            With((STATE, "weight.nested_absmax", "weight.nested_quant_map"), scales, optional=True),
-        ),
-        "weight.quant_map": (CHECKED, check_table),
-        STATE: None,
-        "weight.nested_absmax": None,
-        "weight.nested_quant_map": None,
-    },
-)
+FOUR_BITS = {"nf4": stored_4_bit("nf4", "nf4", 1.0), "fp4": stored_4_bit("fp4", "bnb_fp4", 12.0)}
 # What the library computes in higher precision, inputs beyond a threshold, it rounds the others for: nothing is, here.
 INT8 = Stored(
     Format("int8"),
@@ -87,17 +94,19 @@ INT8 = Stored(
 
 
 class BitsAndBytes(ByModule):
-    """`load_in_4bit` with NF4, or `load_in_8bit`."""
+    """`load_in_4bit` with NF4 or FP4, or `load_in_8bit`."""
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         """Read config.json's `quantization_config`. `ModelError` for what is not supported."""
         super().__init__()
         self.excluded = Modules(raw.get("llm_int8_skip_modules"), "llm_int8_skip_modules")
-        is_nf4 = entry(raw, "load_in_4bit", bool, False)
+        has_4_bits = entry(raw, "load_in_4bit", bool, False)
         kind, storage = str(raw.get("bnb_4bit_quant_type") or "fp4"), str(raw.get("bnb_4bit_quant_storage") or "uint8")
-        if is_nf4 and (kind, storage) != ("nf4", "uint8"):
-            raise ModelError(f"bitsandbytes' 4-bit {kind}, stored as {storage}, is not supported, only nf4 as uint8")
-        self.everywhere = NF4 if is_nf4 else INT8
+        if has_4_bits and (kind not in FOUR_BITS or storage != "uint8"):
+            raise ModelError(
+                f"bitsandbytes' 4-bit {kind}, stored as {storage}, is not supported, only nf4 and fp4 as uint8"
+            )
+        self.everywhere = FOUR_BITS[kind] if has_4_bits else INT8
 
     def find(self, names: Collection[str]) -> Stored | None:
         return None if is_head(names) or names in self.excluded else self.everywhere
