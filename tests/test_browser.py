@@ -472,6 +472,8 @@ async def test_the_dashboard_shows_what_runs_and_ends_it(tab: Tab) -> None:
         await tab.click("#spans button", "hour")
         await tab.until("document.querySelector('#chart-tokens').textContent.includes('60 min')")
         await tab.click("#requests button", "End")
+        assert engine.aborted == []
+        await tab.click("#requests button", "Sure?")
         await engine.until(lambda: engine.aborted == ["mine"])
         await tab.until("!document.querySelector('#requests tr')")
         await asking

@@ -4,6 +4,8 @@
 const POLL_MS = 1000;
 const SPANS = [[300, "5 min"], [3600, "hour"], [86400, "day"]];
 let spanS = 300;
+const requestRows = new Map();  // by rid
+let latest = null;  // figures, to be drawn again at another width
 
 function row(cells, options = {}) {
   return element("tr", options, ...cells.map(([content, kind]) => {
@@ -66,17 +68,40 @@ function showRequests({requests, now}) {
   set("requests-count", requests.length ? `${count(requests.length)}${requests.length < now.num_running + now.num_waiting ? ` oldest of ${count(now.num_running + now.num_waiting)}` : ""}` : "");
   at("requests-table").hidden = !requests.length;
   at("no-requests").hidden = requests.length > 0;
-  at("requests").replaceChildren(...requests.map(request => row([
-    [[request.head, request.tail], "text"], [request.client],
-    [duration(request.age_s), "number"], [count(request.num_prompt_tokens), "number"],
-    [request.is_running ? share(request.num_cached_tokens / request.num_prompt_tokens) : "waits", "number"],
-    [`${count(request.num_output_tokens)}${request.max_new_tokens > 0 ? ` of ${count(request.max_new_tokens)}` : ""}`, "number"],
-    [element("button", {type: "button", text: "End", "aria-label": `End ${request.rid}`, title: request.rid, onclick: event => end(request.rid, event.currentTarget)}), "number"],
-  ], {class: request.is_running ? "" : "waiting"})));
+  const live = new Set(requests.map(request => request.rid));
+  for (const [rid, line] of requestRows) {
+    if (live.has(rid)) continue;
+    line.remove();
+    requestRows.delete(rid);
+  }
+  requests.forEach((request, i) => {
+    if (!requestRows.has(request.rid)) requestRows.set(request.rid, newRequestRow(request));
+    const line = requestRows.get(request.rid);
+    line.className = request.is_running ? "" : "waiting";
+    const texts = [duration(request.age_s), count(request.num_prompt_tokens), request.is_running ? share(request.num_cached_tokens / request.num_prompt_tokens) : "waits",
+                   `${count(request.num_output_tokens)}${request.max_new_tokens > 0 ? ` of ${count(request.max_new_tokens)}` : ""}`];
+    texts.forEach((text, k) => { line.children[k + 2].textContent = text; });
+    if (at("requests").children[i] !== line) at("requests").insertBefore(line, at("requests").children[i] ?? null);
+  });
 }
 
-async function end(rid, button) {
-  button.disabled = true;
+// Rows stay as long as their requests: a click must meet the button that it began on.
+function newRequestRow({rid, head, tail, client}) {
+  return row([[[head, tail], "text"], [client], ["", "number"], ["", "number"], ["", "number"], ["", "number"], [endButton(rid), "number"]]);
+}
+
+// Return a button that ends a request when it is pressed twice: rows move up while they are looked at.
+function endButton(rid) {
+  let isSure = false;
+  return element("button", {type: "button", text: "End", "aria-label": `End ${rid}`, title: rid, onclick: ({currentTarget: button}) => {
+    if (isSure) end(rid);
+    isSure = !isSure;
+    button.textContent = isSure ? "Sure?" : "End";
+    button.setAttribute("aria-label", `${isSure ? "Really end" : "End"} ${rid}`);
+  }});
+}
+
+async function end(rid) {
   await ask("abort_request", {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify({rid})}).catch(error => lose(error.message));
 }
 
@@ -102,6 +127,7 @@ function showPrefixes({prefixes}) {
 
 function show(data) {
   const {now} = data;
+  latest = data;
   document.title = `${count(now.generated_per_s)} tok/s · ${data.model}`;
   set("model", data.model);
   set("status", now.status);
@@ -150,5 +176,6 @@ function chooseSpan(seconds) {
   })));
 }
 
+addEventListener("resize", () => latest && show(latest));
 chooseSpan(spanS);
 poll();
