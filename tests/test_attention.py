@@ -184,8 +184,7 @@ def test_slots_may_be_mapped_and_what_is_behind_a_window_may_be_anything(kernel:
     check(kernel(q, *map_slots(batch, k, v, window), batch, scale=0.3, window=window), expected, q.dtype)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 2.0])
-@pytest.mark.parametrize("num_splits", [2, 3, 8])
+@pytest.mark.parametrize(("num_splits", "softcap"), [(2, 0.0), (3, 2.0), (8, 0.0)])
 def test_a_context_cut_into_parts_gives_the_same_result(num_splits: int, softcap: float) -> None:
     batch = make_batch([(1, 20), (3, 90), (7, 7), (20, 150), (5, 33), (2, 2)])
     q, k, v = make_inputs(batch)
@@ -340,7 +339,7 @@ def test_however_the_work_is_cut_the_parts_merge_to_the_same(num_programs: int, 
     check(out, naive(q, k, v, batch, 0.3, window, 0.0), q.dtype)
 
 
-@pytest.mark.parametrize(("num_programs", "window"), [(1, -1), (7, -1), (61, 20), (200, -1), (500, -1)])
+@pytest.mark.parametrize(("num_programs", "window"), [(1, -1), (7, -1), (61, 20), (500, -1)])
 def test_many_requests_may_be_of_any_length_and_padding_among_them(num_programs: int, window: int) -> None:
     lens = np.random.default_rng(0).choice([1, 2, 15, 16, 17, 33, 100], 24)
     batch = make_batch([(1, int(length)) for length in lens])

@@ -60,7 +60,7 @@ server.serve_forever()
     )
     assert process.stdout is not None
     url = f"http://127.0.0.1:{process.stdout.readline().strip()}"
-    wait_for_server(url, timeout=20)
+    wait_for_server(url, timeout=60)
     terminate_process(process)
     assert process.poll() is not None
     process.stdout.close()

@@ -234,7 +234,7 @@ class ThreadRanks(Communicator):
 def logits_of_ranks(folder: Path, num_ranks: int, ids: list[int]) -> torch.Tensor:
     """Return the logits of `ids`, in two chunks, by ranks that share the model's weights."""
     shared: list[torch.Tensor | None] = [None] * num_ranks
-    barrier = threading.Barrier(num_ranks, timeout=30)
+    barrier = threading.Barrier(num_ranks, timeout=120)
     logits: list[torch.Tensor] = [torch.empty(0)] * num_ranks
 
     def run(rank: int) -> None:

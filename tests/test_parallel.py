@@ -280,7 +280,7 @@ def test_an_answer_that_the_drain_is_too_short_for_is_told_so(
 
     model = make_tiny_model(LlamaConfig, "long_llama", max_position_embeddings=1 << 16)
     log = tmp_path / "log"
-    with server(model, log, "--drain-timeout", "1", "--max-total-tokens", "65536", "--tp", "2", "--dp", "2") as process:
+    with server(model, log, "--drain-timeout", "1", "--max-total-tokens", "65536", "--dp", "2") as process:
         family = descendants(process.pid)
         body = '{"input_ids": [1], "stream": true, "sampling_params": {"max_new_tokens": 60000, "ignore_eos": true}}'
         client = subprocess.Popen(
@@ -289,7 +289,7 @@ def test_an_answer_that_the_drain_is_too_short_for_is_told_so(
         )  # fmt: skip
         assert client.stdout is not None and client.stdout.readline().startswith(b"data: ")
         process.terminate()
-        rest, _ = client.communicate(timeout=30)
+        rest, _ = client.communicate(timeout=60)
         assert b"the server is shutting down" in rest and rest.endswith(b"data: [DONE]\n\n")
         assert process.wait(60) == 0
         assert "Traceback" not in log.read_text()

@@ -825,7 +825,7 @@ def test_a_signal_lets_running_answers_end_and_then_exits_0(
             time.sleep(0.05)
         headers = {"Content-Type": "application/json"}
         body = json.dumps({"text": "a", "stream": True}).encode()
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/generate", body, headers), timeout=20) as response:
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/generate", body, headers), timeout=60) as response:
             answers.append(response.readline())
             os.kill(os.getpid(), number)
             answers.append(response.read())
