@@ -195,7 +195,8 @@ PARALLEL_MIXES: dict[str, dict[str, Any]] = {
 }
 CASES = [pytest.param("cpu", options, id=f"cpu-{name}") for name, options in {**MIXES, **PARALLEL_MIXES}.items()] + [
     pytest.param("cuda", options, id=f"cuda-{name}", marks=pytest.mark.gpu)
-    for name, options in {**MIXES, **GPU_MIXES, **(PARALLEL_MIXES if torch.cuda.device_count() > 1 else {})}.items()
+    for name, options in {**MIXES, **GPU_MIXES, **PARALLEL_MIXES}.items()
+    if max(options.get("tp_size", 1), options.get("dp_size", 1)) <= max(torch.cuda.device_count(), 1)
 ]
 
 

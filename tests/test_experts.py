@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from bench.experts import check as check_kernels
 from bench.experts import num_chosen
 from bench.shapes import SHAPES
 from engine.checkpoint.folder import resolve_model
@@ -241,6 +242,7 @@ def test_llama_4_as_published_stands_beside_a_tower_for_images(make_tiny_model: 
     assert_equals_reference(engine, folder, random_ids(20, seed=0), random_ids(13, seed=1))
 
 
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are run on CPU tensors, interpreted")
 ROUTINGS = {
     "softmax": Routing(12, 3),
     "not renormalized": Routing(12, 3, renormalize=False, factor=2.5),
@@ -252,6 +254,7 @@ ROUTINGS = {
 }
 
 
+@interpreted
 @pytest.mark.parametrize("name", ROUTINGS)
 @pytest.mark.parametrize("has_correction", [False, True])
 @pytest.mark.parametrize("held", [None, range(4, 8)])
@@ -285,6 +288,7 @@ FORMS = {
 }
 
 
+@interpreted
 @pytest.mark.parametrize("num_tokens", [1, 5, 70])
 @pytest.mark.parametrize("act", ["silu", "clamped_swiglu", None])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -317,6 +321,7 @@ def test_kernels_of_experts_multiply_as_their_definition(form: Format | None, nu
     torch.testing.assert_close(got, expert_products_torch(x, ids, experts, act, bias), rtol=1e-4, atol=1e-4)
 
 
+@interpreted
 @pytest.mark.parametrize("num_tokens", [3, 70])
 def test_kernels_leave_other_ranks_experts_out(num_tokens: int):
     from kernels import triton_experts
@@ -378,6 +383,7 @@ def test_a_rank_reads_its_own_experts_alone(make_tiny_model: MakeTinyModel, monk
     assert read == {4, 5, 6, 7}
 
 
+@interpreted
 def test_the_kernel_of_weighted_sums_equals_its_definition():
     from kernels.triton_experts import combine_triton
 
@@ -555,3 +561,8 @@ def test_the_benchs_shapes_have_as_many_weights_as_the_models_they_stand_for(
             is_scale = tensor.dtype != torch.uint8 and name in ("scale", "weight_scale", "scales")
             total += 0 if is_scale else tensor.numel() * (2 if tensor.dtype == torch.uint8 else 1)
     assert total == pytest.approx(billions * 1e9, rel=0.005)
+
+
+@pytest.mark.gpu
+def test_kernels_of_experts_compute_on_a_gpu_what_their_definitions_do():
+    assert check_kernels() == []
