@@ -1,6 +1,7 @@
 """Latent attention: its two forms are one, and families that have it compute transformers' logits."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from engine.layers.layer import LayerConfig, named_layers
 from engine.layers.linear import Linear
 from engine.layers.mla import LatentAttention
 from engine.layers.moe import StackedLinear
+from engine.model_config import LatentConfig
 from engine.models.names import pieces_of
 from engine.models.registry import build_model, load_config
 from kernels.attention import SameBatch
@@ -48,6 +50,7 @@ EXPERTS = {
     "first_k_dense_replace": 1,
 }  # fmt: skip
 GROUPS = {"n_group": 4, "topk_group": 2}
+INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 512}
 YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale": 0.707, "mscale_all_dim": 0.9,
     "original_max_position_embeddings": 128,
@@ -61,9 +64,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek v3.2": (
         "DeepseekV32Config",
-        LATENT | EXPERTS | GROUPS | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 512},
+        LATENT | EXPERTS | GROUPS | INDEXER,
     ),
     "glm 4.7 flash": ("Glm4MoeLiteConfig", LATENT | EXPERTS | {"v_head_dim": 24, "routed_scaling_factor": 1.8}),
+    "glm 5": (
+        "GlmMoeDsaConfig",
+        LATENT | EXPERTS | INDEXER | {"indexer_types": ["full", "shared"]},
+    ),
     "minicpm 3": ("MiniCPM3Config", LATENT | {"scale_emb": 2.0, "scale_depth": 1.4, "dim_model_base": 32}),
     "youtu": ("YoutuConfig", LATENT | {"embedding_initializer_range": 0.2}),
 }  # fmt: skip
@@ -95,6 +102,52 @@ def packed(folder: Path) -> TinyEngine:
 def test_logits_equal_transformers(family: str, made: Callable[[str], Path]) -> None:
     folder = made(family)
     assert_equals_reference(packed(folder), folder, random_ids(29, seed=1), random_ids(23, seed=2))
+
+
+YARN_40 = {"beta_fast": 32, "beta_slow": 1, "factor": 40, "original_max_position_embeddings": 4096, "type": "yarn"}
+PUBLISHED: dict[str, dict[str, Any]] = {  # what differs from `COMMON`
+    "DeepseekV2ForCausalLM": {
+        "q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "scoring_func": "softmax",
+        "norm_topk_prob": False, "routed_scaling_factor": 1.0, "n_shared_experts": 2, "first_k_dense_replace": 1,
+        "num_hidden_layers": 4, "rope_scaling": YARN_40 | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "DeepseekV3ForCausalLM": {
+        "q_lora_rank": 1536, "topk_method": "noaux_tc", "n_group": 8, "topk_group": 4, "scoring_func": "sigmoid",
+        "norm_topk_prob": True, "routed_scaling_factor": 2.5, "n_shared_experts": 1, "first_k_dense_replace": 3,
+        "num_hidden_layers": 4, "num_nextn_predict_layers": 1,
+        "rope_scaling": YARN_40 | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+}  # fmt: skip
+COMMON: dict[str, Any] = {
+    "hidden_size": 2048, "intermediate_size": 10944, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 64,
+    "num_experts_per_tok": 6, "moe_intermediate_size": 1408, "moe_layer_freq": 1, "max_position_embeddings": 163840,
+    "rope_theta": 10000, "vocab_size": 102400, "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16",
+    "attention_bias": False, "hidden_act": "silu", "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("architecture", "weight"), [("DeepseekV2ForCausalLM", 0.707), ("DeepseekV3ForCausalLM", 1.0)])
+def test_files_as_published_say_how_sharp_attention_is_and_which_experts_are_chosen(
+    architecture: str, weight: float, tmp_path: Path
+) -> None:
+    entries: dict[str, Any] = COMMON | PUBLISHED[architecture] | {"architectures": [architecture]}
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    config = load_config(tmp_path)
+    layer, experts = config.attention[0], config.experts[-1]
+    assert isinstance(layer, LatentConfig) and experts is not None
+    assert layer.scale == pytest.approx(192**-0.5 * (0.1 * weight * math.log(40) + 1) ** 2)
+    assert (layer.head_dim, layer.qk_nope_head_dim, layer.q_lora_rank) == (192, 128, entries["q_lora_rank"] or 0)
+    assert config.context_length == 163840
+    first = entries["first_k_dense_replace"]
+    assert [experts is None for experts in config.experts] == [i < first for i in range(4)]
+    groups = experts.routing.num_groups, experts.routing.topk_groups
+    assert (
+        groups == (entries["n_group"], entries["topk_group"])
+        and experts.routing.factor == entries["routed_scaling_factor"]
+    )
+    assert experts.routing.is_sigmoid == experts.has_correction == (architecture == "DeepseekV3ForCausalLM")
+    assert experts.shared_size == 1408 * entries["n_shared_experts"]
 
 
 @pytest.mark.parametrize("family", ["minicpm 3", "youtu"])

@@ -77,6 +77,9 @@ ARCHITECTURES = {
     "Glm4MoeLiteForCausalLM": Served(
         "deepseek:DeepseekV3", "GLM-4.7-Flash; layers for several tokens at once are left out"
     ),
+    "GlmMoeDsaForCausalLM": Served(
+        "deepseek:DeepseekV32", "GLM-5; without its indexer: attention is to all tokens, not to 2,048"
+    ),
     "GlmForCausalLM": Served("glm:Glm", "GLM-4-9B, GLM-Edge"),
     "GPT2ForCausalLM": Served("gpt2:GPT2", "GPT-2"),
     "GPTNeoXForCausalLM": Served("gpt_neox:GPTNeoX", "GPT-NeoX 20B, Pythia, Dolly, RedPajama-INCITE"),

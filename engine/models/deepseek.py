@@ -1,4 +1,4 @@
-"""DeepSeek V2, V3 and R1, V3.2, Kimi-K2 and GLM-4.7-Flash: latent attention, and experts beside shared ones.
+"""DeepSeek V2, V3 and R1, V3.2, Kimi-K2, GLM-4.7-Flash and GLM-5: latent attention, and experts beside shared ones.
 
 DeepSeek MoE 16B, the first of them, has Llama's attention, V2's experts without groups, and no latents.
 
@@ -7,10 +7,11 @@ attention       latents (`engine.layers.mla`); rotary pairs lie side by side, an
 experts         of all layers but the first; groups of them in the larger models, of which the best are chosen
 V2              softmax; a group is as good as its best expert
 V3, GLM         sigmoids, with a correction of the choice; a group is as good as its best two
-V3.2            its indexer, which leaves out all but 2,048 of a long context's tokens to save time, is not loaded: all
-                tokens count
+V3.2, GLM-5     their indexer, which leaves out all but 2,048 of a long context's tokens to save time, is not loaded:
+                all tokens count
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -25,6 +26,8 @@ from engine.models.moe import EXPERTS
 from engine.models.names import Ignore, Interleave, Rule
 from engine.rope_config import RopeConfig
 from kernels.routing import Routing
+
+logger = logging.getLogger(__name__)
 
 
 class LatentBlock(PreNorm):
@@ -128,6 +131,14 @@ class DeepseekV3(DeepseekV2):
 
 class DeepseekV32(DeepseekV3):
     checkpoint: ClassVar[Sequence[Rule]] = (Ignore(r"\.self_attn\.indexer\."), *EXPERTS)
+
+    @staticmethod
+    def read_config(raw: dict[str, Any]) -> ModelConfig:
+        logger.warning(
+            "attention is to all tokens: the indexer, trained to leave out all but %d of a longer context, is not run",
+            raw.get("index_topk", 2048),
+        )
+        return DeepseekV3.read_config(raw)
 
 
 class Youtu(DeepseekV2):
