@@ -26,7 +26,7 @@ from engine.errors import InvalidRequest, PromptTooLong, QueueFull
 from engine.media import Image, Kind, Media, MediaSize, Video
 from server.config import parse_args
 from server.http.bodies import BodyBudget, BodyTooLarge
-from server.media import fetch, files, images, limits, reader, videos
+from server.media import decoding, fetch, files, images, limits, reader, videos
 from server.media.addresses import is_public
 from server.media.broken import BrokenMedia
 from server.media.fetch import Fetcher, Lookup
@@ -319,7 +319,7 @@ async def test_a_model_that_cannot_see_it_says_so(kinds: Mapping[str, str], read
 
 async def test_pixels_are_accounted_for_as_long_as_anybody_holds_them() -> None:
     reading = reader_of()
-    reading._cache.max_bytes = 0
+    reading._decoder.cache.max_bytes = 0
     budget = reading._budget
     media = await read(uri(encoded(picture(100, 50))), reading)
     assert isinstance(media, Image)
@@ -340,7 +340,7 @@ async def test_what_was_taken_of_memory_is_given_back_whatever_is_refused() -> N
         with pytest.raises((InvalidRequest, BodyTooLarge)):
             await read(uri(data), reading)
         assert reading._budget.num_bytes == 0
-    assert reading._slots._value > 0
+    assert reading._workers._slots._value > 0
 
 
 @pytest.mark.parametrize("data", [b"x" * 1000, encoded(picture(), "JPEG")[:-30], png_of_size(9000, 9000)], ids=range(3))
@@ -381,22 +381,49 @@ async def test_where_others_leave_no_room_a_request_is_told_to_come_again_and_th
     assert (await read(uri(encoded(picture(140, 150))), reading)).size.width == 140
 
 
+async def test_requests_that_show_the_same_file_hold_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    decode = images.decode
+
+    def counted(data: bytes, header: images.Header) -> np.ndarray:
+        decoded.append(header)
+        return decode(data, header)
+
+    monkeypatch.setattr(images, "decode", counted)
+    reading = reader_of()
+    reading._decoder.cache.max_bytes = 0  # by their weights alone
+    source = uri(encoded(picture(100, 50)))
+    at_once = await asyncio.gather(*(pixels_of(source, reading) for _ in range(8)))
+    later = await pixels_of(source, reading)
+    assert len(decoded) == 1
+    assert {id(pixels) for pixels in (*at_once, later)} == {id(later)}
+    assert reading._budget.num_bytes == later.nbytes
+
+
+async def test_an_error_reaches_each_request_that_shows_the_file() -> None:
+    reading, source = reader_of(), uri(encoded(picture(50, 50), "JPEG")[:-300])
+    parts = [MediaPart("image", source, f"images[{i}]") for i in range(3)]
+    errors = await asyncio.gather(*(reading.read([part]) for part in parts), return_exceptions=True)
+    assert [error.field for error in errors if isinstance(error, InvalidRequest)] == [part.path for part in parts]
+
+
 async def test_the_cache_holds_the_pictures_used_last() -> None:
-    cache = reader.PixelCache(1000)
+    cache = decoding.PixelCache(1000)
     media = [Image(np.zeros((10, 10, 3), np.uint8), bytes([i])) for i in range(4)]
     for i in range(3):
         cache.put(i, media[i])
     cache.get(0)
     cache.put(3, media[3])
-    assert [cache.get(i) is not None for i in range(4)] == [True, False, True, True]
-    assert cache.num_bytes == 900
     cache.put(4, Image(np.zeros((20, 20, 3), np.uint8), b"large"))
-    assert cache.get(4) is None
+    assert cache.num_bytes == 900
+    assert cache.get(1) is not None  # somebody holds it
+    media.clear()
+    assert [cache.get(i) is not None for i in range(5)] == [True, False, True, True, False]
 
 
 async def test_a_request_whose_client_has_gone_leaves_nothing_taken() -> None:
     reading = reader_of()
-    slots = reading._slots._value
+    slots = reading._workers._slots._value
     reading_task = asyncio.create_task(read(uri(LARGE["PNG"]), reading))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -404,7 +431,7 @@ async def test_a_request_whose_client_has_gone_leaves_nothing_taken() -> None:
     with pytest.raises(asyncio.CancelledError):
         await reading_task
     async with asyncio.timeout(60):
-        while reading._slots._value < slots or reading._budget.num_bytes:  # noqa: ASYNC110 - threads end
+        while reading._workers._slots._value < slots or reading._budget.num_bytes:  # noqa: ASYNC110 - threads end
             await asyncio.sleep(0.01)
 
 

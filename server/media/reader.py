@@ -6,16 +6,13 @@ encoded bytes for as long as they are read, pixels for as long as anybody holds 
 
 import asyncio
 import hashlib
-import os
 import re
 import time
-import weakref
-from collections import OrderedDict, deque
-from collections.abc import Callable, Coroutine, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,13 +22,12 @@ from engine.media import Image, Kind, Media, MediaSize, PromptMedia, Video
 from server.http.bodies import BodyBudget
 from server.media import images, videos
 from server.media.broken import BrokenMedia
+from server.media.decoding import Decoder, Opened, Workers, all_of
 from server.media.fetch import Fetcher
 from server.media.files import base64_len, data_of_uri, decode_base64, path_of_uri, read_local
 from server.media.limits import MAX_TOTAL_PIXELS, READ_S, MediaLimits
 
 T = TypeVar("T")
-CACHE_BYTES = 128 << 20  # of pixels that are kept, in case their file comes again: as the next turn's
-MAX_THREADS = 4
 NUM_FRAMES = "video:"  # SGLang's language sends video:8:<base64>, a video of which eight frames are wanted
 
 
@@ -43,17 +39,6 @@ class MediaPart:
     source: str | Sequence[str]  # a data URI, a URL, a path, or base64 text; of a video also its frames, so each
     path: str  # of the field in the request, for errors
     settings: Mapping[str, int] = field(default_factory=dict)  # those asked for
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A file whose header was read."""
-
-    part: MediaPart
-    key: Hashable  # of its pixels
-    size: MediaSize
-    decode: Callable[[], Media]  # blocks
-    working_bytes: int  # of memory, while it is decoded, beside the pixels
 
 
 class Share:
@@ -79,10 +64,8 @@ class MediaReader:
     def __init__(self, engine: Engine, limits: MediaLimits, budget: BodyBudget, fetcher: Fetcher | None = None) -> None:
         self.engine, self.limits, self._budget = engine, limits, budget
         self._fetcher = fetcher or Fetcher(limits.domains)
-        num_threads = min(MAX_THREADS, os.cpu_count() or 1)
-        self._threads = ThreadPoolExecutor(num_threads, "media")
-        self._slots = asyncio.Semaphore(num_threads)
-        self._cache = PixelCache(CACHE_BYTES)
+        self._workers = Workers()
+        self._decoder = Decoder(budget, self._workers)
 
     async def encode(
         self, text: str, parts: Sequence[MediaPart], field: str, add_special_tokens: bool = False
@@ -101,9 +84,9 @@ class MediaReader:
         with Share(self._budget) as share:
             try:
                 async with asyncio.timeout(READ_S):
-                    opened = await _all(self._open(part, share) for part in parts)
-                    self._admit(opened)
-                    return await _all(map(self._decoded, opened))
+                    opened = await all_of(self._open(part, share) for part in parts)
+                    self._admit([one.size for one in opened], parts)
+                    return await all_of(map(self._decoded, opened, parts))
             except TimeoutError:
                 raise QueueFull(
                     f"the request's pictures were not read within {READ_S:.0f} s: try again later"
@@ -126,25 +109,30 @@ class MediaReader:
                     part.path,
                 )
 
-    def _admit(self, opened: Sequence[Opened]) -> None:
+    def _admit(self, sizes: Sequence[MediaSize], parts: Sequence[MediaPart]) -> None:
         """Refuse what is too large for the server or the context, before a pixel is decoded."""
-        pixels = [one.size.width * one.size.height * one.size.num_frames for one in opened]
+        pixels = [size.width * size.height * size.num_frames for size in sizes]
         if sum(pixels) > MAX_TOTAL_PIXELS:
-            path = opened[pixels.index(max(pixels))].part.path
+            path = parts[pixels.index(max(pixels))].path
             raise InvalidRequest(
                 f"the request's pictures have {sum(pixels)} pixels, the limit is {MAX_TOTAL_PIXELS}; most has {path}",
                 path,
             )
-        counts = self.engine.count_media_tokens([one.size for one in opened])
+        counts = self.engine.count_media_tokens(sizes)
         num_tokens, limit = sum(counts), self.engine.context_length
         if num_tokens >= limit:
-            path = opened[counts.index(max(counts))].part.path
+            path = parts[counts.index(max(counts))].path
             raise PromptTooLong(
                 f"the request's pictures take {num_tokens} tokens, the context is {limit}; most takes {path}",
                 path,
                 prompt_len=num_tokens,
                 limit=limit,
             )
+
+    async def _decoded(self, one: Opened, part: MediaPart) -> Media:
+        with _named(part):
+            media = await self._decoder.decoded(one)
+        return replace(media, settings=one.size.settings)
 
     # ---- opening ----
 
@@ -155,10 +143,9 @@ class MediaReader:
     async def _open_image(self, part: MediaPart, share: Share) -> Opened:
         assert isinstance(part.source, str)
         data = await self._bytes(part.source, "image", share)
-        header, digest = await self._threaded(_image_header, data)
+        header, digest = await self._workers.run(_image_header, data)
         settings = self.limits.settings_of("image", part.settings)
         return Opened(
-            part,
             digest,
             MediaSize("image", header.width, header.height, settings=settings),
             lambda: _image_of(images.decode(data, header)),
@@ -175,20 +162,17 @@ class MediaReader:
         if isinstance(source, str) and source.startswith("data:video/jpeg") and source.count(",") > 1:
             source = source[data_of_uri(source)[1] :].split(",")  # vLLM's: frames in one URI
         if not isinstance(source, str):
-            return await self._open_frames(part, source, settings, share)
+            return await self._open_frames(source, settings, share)
         data = await self._bytes(source, "video", share)
-        header, digest = await self._threaded(_video_header, data, settings)
+        header, digest = await self._workers.run(_video_header, data, settings)
         return Opened(
-            part,
             (digest, header),
             MediaSize("video", header.width, header.height, len(header.indices), settings),
             lambda: _video_of(videos.decode(data, header, time.monotonic() + READ_S), header.times_s),
             header.working_bytes,
         )
 
-    async def _open_frames(
-        self, part: MediaPart, sources: Sequence[str], settings: Mapping[str, int], share: Share
-    ) -> Opened:
+    async def _open_frames(self, sources: Sequence[str], settings: Mapping[str, int], share: Share) -> Opened:
         if not sources:
             raise BrokenMedia("is a video without frames")
         sources = videos.sampled(sources, settings)
@@ -196,7 +180,7 @@ class MediaReader:
         for i, source in enumerate(sources):
             try:
                 files.append(await self._bytes(source, "image", share))
-                header, digest = await self._threaded(_image_header, files[-1])
+                header, digest = await self._workers.run(_image_header, files[-1])
             except BrokenMedia as error:
                 raise BrokenMedia(f"has a frame {i} that {error}") from None
             headers.append(header)
@@ -213,7 +197,6 @@ class MediaReader:
 
         first = headers[0]
         return Opened(
-            part,
             (*digests, times),
             MediaSize("video", first.width, first.height, len(files), settings),
             decode,
@@ -235,7 +218,7 @@ class MediaReader:
         elif "://" in source[:64]:
             raise BrokenMedia("is neither a data URI nor an http(s) URL")
         share.take(base64_len(source, start))
-        return await self._threaded(decode_base64, source, kind, start)
+        return await self._workers.run(decode_base64, source, kind, start)
 
     async def _local(self, source: str, kind: Kind) -> bytes | None:
         """Return the file of this machine that `source` names; None if it names none."""
@@ -245,95 +228,10 @@ class MediaReader:
                 raise BrokenMedia("is a path, and this server reads no files (--allowed-local-media-path is not set)")
             return None
         path = path_of_uri(source) if is_uri else source
-        data = await self._threaded(read_local, path, root, kind)
+        data = await self._workers.run(read_local, path, root, kind)
         if data is None and is_uri:
             raise BrokenMedia("is no file under --allowed-local-media-path")
         return data
-
-    # ---- decoding ----
-
-    async def _decoded(self, one: Opened) -> Media:
-        media = self._cache.get(one.key)
-        if media is None:
-            with _named(one.part):
-                media = await self._decode(one)
-            self._cache.put(one.key, media)
-        return replace(media, settings=one.size.settings)
-
-    async def _decode(self, one: Opened) -> Media:
-        size = one.size
-        kept_bytes = size.width * size.height * size.num_frames * 3
-        num_bytes = one.working_bytes + kept_bytes
-        await self._slots.acquire()
-        try:
-            self._make_room(num_bytes)
-        except BaseException:
-            self._slots.release()
-            raise
-        loop = asyncio.get_running_loop()
-
-        def end(decoding: "Future[Media]") -> None:
-            self._budget.give_back(one.working_bytes)
-            if decoding.cancelled() or decoding.exception() is not None:
-                self._budget.give_back(kept_bytes)
-            else:
-                holding = weakref.finalize(_array_of(decoding.result()), self._budget.give_back, kept_bytes)
-                holding.atexit = False
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._slots.release)
-
-        return await self._submit(end, one.decode)
-
-    def _make_room(self, num_bytes: int) -> None:
-        try:
-            self._budget.take(num_bytes)
-        except QueueFull:
-            self._cache.clear()
-            self._budget.take(num_bytes)
-
-    async def _threaded(self, call: Callable[..., T], *args: Any) -> T:
-        """Call in a thread. The slot stays taken until the call has ended, though its caller may have gone."""
-        await self._slots.acquire()
-        loop = asyncio.get_running_loop()
-
-        def end(_: "Future[T]") -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._slots.release)
-
-        return await self._submit(end, call, *args)
-
-    def _submit(self, end: "Callable[[Future[T]], None]", call: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
-        called = self._threads.submit(call, *args)
-        called.add_done_callback(end)
-        return asyncio.wrap_future(called)
-
-
-class PixelCache:
-    """The pictures and videos decoded last, by the digests of their files: as many as fit into `max_bytes`."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes, self.num_bytes = max_bytes, 0
-        self._media: OrderedDict[Hashable, Media] = OrderedDict()
-
-    def get(self, key: Hashable) -> Media | None:
-        media = self._media.get(key)
-        if media is not None:
-            self._media.move_to_end(key)
-        return media
-
-    def put(self, key: Hashable, media: Media) -> None:
-        num_bytes = _array_of(media).nbytes
-        if key in self._media or num_bytes > self.max_bytes // 2:
-            return
-        self._media[key] = media
-        self.num_bytes += num_bytes
-        while self.num_bytes > self.max_bytes:
-            _, oldest = self._media.popitem(last=False)
-            self.num_bytes -= _array_of(oldest).nbytes
-
-    def clear(self) -> None:
-        self._media.clear()
-        self.num_bytes = 0
 
 
 @contextmanager
@@ -363,26 +261,6 @@ def in_order(text: str, parts: Sequence[MediaPart], placeholders: Mapping[str, s
     return [queues[kind].popleft() for kind in found]
 
 
-async def _all(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Return what the calls return, made at the same time. The first error ends the others.
-
-    An error knows the frames that it came through. None of them may know the task or future that knows the error, here
-    and wherever a thread is waited for: the files it was about would stay until the garbage collector finds them.
-    """
-    tasks = [asyncio.create_task(call) for call in calls]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        _cancel(tasks)
-        await asyncio.gather(*tasks, return_exceptions=True)
-        tasks.clear()
-
-
-def _cancel(tasks: Iterable["asyncio.Task[Any]"]) -> None:
-    for task in tasks:
-        task.cancel()
-
-
 def _image_header(data: bytes) -> tuple[images.Header, bytes]:
     return images.read_header(data), hashlib.sha256(data).digest()
 
@@ -403,7 +281,3 @@ def _digest(kind: Kind, pixels: np.ndarray, times_s: tuple[float, ...]) -> bytes
     digest = hashlib.sha256(repr((kind, pixels.shape, times_s)).encode())
     digest.update(pixels.data)
     return digest.digest()
-
-
-def _array_of(media: Media) -> np.ndarray:
-    return media.pixels if isinstance(media, Image) else media.frames
