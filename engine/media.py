@@ -18,6 +18,10 @@ class Image:
     settings: Mapping[str, int] = field(default_factory=dict)  # min_pixels, max_pixels, ...: those asked for
 
     @property
+    def kind(self) -> Kind:
+        return "image"
+
+    @property
     def size(self) -> "MediaSize":
         height, width, _ = self.pixels.shape
         return MediaSize("image", width, height, settings=self.settings)
@@ -31,6 +35,10 @@ class Video:
     times_s: tuple[float, ...]  # of each frame, from the video's start
     digest: bytes  # sha256 over kind, shape, times and pixels
     settings: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> Kind:
+        return "video"
 
     @property
     def size(self) -> "MediaSize":

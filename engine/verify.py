@@ -80,6 +80,12 @@ class RequestLimits:
             return
         if not self.reads_media:
             raise InvalidRequest("this model reads text alone, and the prompt has pictures", "media")
+        if media.rope is not None and media.rope.max() >= request.prompt_len:
+            raise InvalidRequest(
+                f"the frames of a video are too far apart: they reach position {media.rope.max()} of a prompt of "
+                f"{request.prompt_len} tokens",
+                "media",
+            )
         if media.prompt_len != request.prompt_len:
             raise InvalidRequest(
                 f"the prompt has {request.prompt_len} tokens, its pictures belong to one of {media.prompt_len}", "media"

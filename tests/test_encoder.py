@@ -193,9 +193,9 @@ def test_an_id_means_one_key_and_is_never_given_twice() -> None:
 
 
 def test_positions_go_on_behind_the_longer_side_of_a_picture() -> None:
-    rope = rope_positions(12, [(2, (1, 2, 3)), (9, (2, 1, 1))])
+    rope = rope_positions(12, [(2, (1, 2, 3), 1.0), (9, (2, 1, 1), 2.5)])
     assert rope.tolist() == [
-        [0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 7, 7],
+        [0, 1, 2, 2, 2, 2, 2, 2, 5, 6, 8, 7],
         [0, 1, 2, 2, 2, 3, 3, 3, 5, 6, 6, 7],
         [0, 1, 2, 3, 4, 2, 3, 4, 5, 6, 6, 7],
     ]

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from engine.engine import Engine
 from engine.errors import InvalidRequest
 from engine.local import LocalEngine
-from engine.media import Image, MediaSize, PromptMedia
+from engine.media import Image, MediaSize, PromptMedia, Video
 from engine.request import Request, SamplingParams
 from engine.state import RequestState
 from tests.test_engine import collect, running_engine
-from tests.vision_models import FAMILIES, make_vision_model, picture
+from tests.vision_models import FAMILIES, make_vision_model, picture, video
 
 NUM_NEW_TOKENS = 8
 NUMBERS = itertools.count()
@@ -58,12 +59,20 @@ class Reference:
         """Return the most likely token in place of each one of the answer, given all before it."""
         reader = engine.media_reader
         assert reader is not None
-        inputs = reader.family.joined([reader.family.inputs(one) for one in media.media])
-        is_picture = torch.isin(torch.tensor([ids + answer]), torch.tensor(self.model.config.image_token_id))
-        types = {"mm_token_type_ids": is_picture.int()} if media.rope is not None else {}
+        family, inputs = reader.family, {}
+        for kind in {one.kind for one in media.media}:
+            inputs |= family.joined([family.inputs(one) for one in media.media if one.kind == kind])
+        whole = torch.tensor([ids + answer])
+        is_picture = torch.isin(whole, torch.tensor(self.model.config.image_token_id))
+        types = {}
+        if media.rope is not None:
+            is_video = whole == self.model.config.video_token_id
+            types = {"mm_token_type_ids": is_picture.int() + 2 * is_video.int()}
+        if self.name == "qwen 2.5 vl" and "video_grid_thw" in inputs:
+            types["second_per_grid_ts"] = torch.tensor([1.0, 1.0])
         if media.is_whole:
             types = {"token_type_ids": is_picture.int()}
-        logits = self.model(torch.tensor([ids + answer]), **inputs, **types, use_cache=False).logits
+        logits = self.model(whole, **inputs, **types, use_cache=False).logits
         found: list[int] = logits[0, len(ids) - 1 : -1].argmax(dim=-1).tolist()
         return found
 
@@ -130,6 +139,31 @@ async def test_features_and_greedy_answers_equal_transformers_whatever_the_mix(r
                 assert answer == await asyncio.to_thread(reference.most_likely, engine, ids, media, answer)
         if mix == "cramped":
             await asyncio.to_thread(check_features, engine, reference, pictures(SIZES[-1]))
+
+
+@pytest.mark.parametrize("reference", ["qwen 2 vl", "qwen 2.5 vl", "qwen 3 vl"], indirect=True)
+async def test_videos_stand_beside_pictures_and_answers_equal_transformers(reference: Reference) -> None:
+    async with running_engine(reference.folder, **MIXES["cramped"]) as engine:
+        image, clip = engine.media_kinds["image"], engine.media_kinds["video"]
+        begin, end = "<|vision_start|>", "<|vision_end|>"
+        media = [video(5, 44, 37), picture(40, 61), video(2, 30, 30, seed=1)]
+        text = f"See {begin}{clip}{end}, {begin}{image}{end} and {begin}{clip}{end}: what moves?"
+        ids, its_media = await engine.encode_media(text, media)
+        assert engine.count_media_tokens([one.size for one in media]) >= [len(one) for one in its_media.places]
+        for _ in range(2):
+            answer, _ = await ask(engine, ids, its_media)
+            assert answer == await asyncio.to_thread(reference.most_likely, engine, ids, its_media, answer)
+
+
+@pytest.mark.parametrize("reference", ["qwen 2 vl"], indirect=True)
+async def test_two_frames_alike_are_what_the_image_processor_makes_of_one_picture(reference: Reference) -> None:
+    async with running_engine(reference.folder) as engine:
+        reader, one = engine.media_reader, picture(44, 37)
+        assert reader is not None
+        of_image = reader.family.inputs(one)
+        of_video = reader.family.inputs(Video(np.stack([one.pixels] * 2), (0.0, 0.5), b"video"))
+        assert of_video["video_grid_thw"].tolist() == of_image["image_grid_thw"].tolist()
+        torch.testing.assert_close(of_video["pixel_values_videos"], of_image["pixel_values"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("reference", ["llava"], indirect=True)

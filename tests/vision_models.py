@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.media import Image
+from engine.media import Image, Video
 from tests.conftest import VOCAB_SIZE, randomize_constants, save_tokenizer
 
 NUM_TOKENS = VOCAB_SIZE + 16
@@ -238,6 +238,13 @@ def picture(height: int, width: int, seed: int = 0) -> Image:
     coarse = rng.integers(0, 256, (-(-height // 4), -(-width // 4), 3), np.uint8)
     pixels = np.ascontiguousarray(np.kron(coarse, np.ones((4, 4, 1), np.uint8))[:height, :width])
     return Image(pixels, hashlib.sha256(f"image {pixels.shape}".encode() + pixels.tobytes()).digest())
+
+
+def video(num_frames: int, height: int, width: int, seed: int = 0) -> Video:
+    """Return a video of so many pictures, one every half a second."""
+    frames = np.stack([picture(height, width, 100 * seed + i).pixels for i in range(num_frames)])
+    digest = hashlib.sha256(f"video {frames.shape}".encode() + frames.tobytes()).digest()
+    return Video(frames, tuple(i / 2 for i in range(num_frames)), digest)
 
 
 def make_vision_model(folder: Path, family: str) -> Path:

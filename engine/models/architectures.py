@@ -15,6 +15,7 @@ class Served(NamedTuple):
 
 
 BY_TEXT = ""
+READ_VIDEOS = ("grid", "timed grid")  # of what reads pictures, what reads videos too
 # What runs the language half of a model, by the model_type of its text_config.
 LANGUAGE_MODELS = {
     "cohere2": "cohere:Cohere2",
@@ -132,8 +133,8 @@ ARCHITECTURES = {
     "Qwen2VLForConditionalGeneration": Served("qwen_vl:Qwen2VL", "Qwen2-VL, QVQ", "grid"),
     "Qwen3ForCausalLM": Served("llama:Qwen3", "Qwen 3, the dense ones; Qwen3-Embedding and -Reranker"),
     "Qwen3MoeForCausalLM": Served("moe:Qwen3Moe", "Qwen3-30B-A3B, 235B-A22B and Coder"),
-    "Qwen3VLForConditionalGeneration": Served("qwen_vl:Qwen3VL", "Qwen3-VL, the dense ones", "grid"),
-    "Qwen3VLMoeForConditionalGeneration": Served("qwen_vl:Qwen3VLMoe", "Qwen3-VL-30B-A3B and 235B-A22B", "grid"),
+    "Qwen3VLForConditionalGeneration": Served("qwen_vl:Qwen3VL", "Qwen3-VL, the dense ones", "timed grid"),
+    "Qwen3VLMoeForConditionalGeneration": Served("qwen_vl:Qwen3VLMoe", "Qwen3-VL-30B-A3B and 235B-A22B", "timed grid"),
     "QWenForCausalLM": Served("qwen1:Qwen1", "Qwen 1"),
     "SeedOssForCausalLM": Served("llama:SeedOss", "Seed-OSS 36B"),
     "SkyworkForCausalLM": Served("llama:Llama", "Skywork 13B"),
@@ -168,7 +169,8 @@ def notes() -> dict[str, str]:
     of_each: dict[str, str] = {}
     for name, served in ARCHITECTURES.items():
         others = [alias for alias, own in ALIASES.items() if own == name]
-        note = f"{served.note}; reads images" if served.vision else served.note
+        seen = "images and videos" if served.vision in READ_VIDEOS else "images"
+        note = f"{served.note}; reads {seen}" if served.vision else served.note
         of_each[name] = f"{note} (also {', '.join(others)})" if others else note
     return of_each
 

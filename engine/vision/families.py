@@ -1,7 +1,7 @@
 """What each family's prompts and towers take of a picture."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from engine.errors import InvalidRequest
 from engine.media import Image, Media, MediaSize
 from engine.vision.family import Family, Sized, Writing
+from engine.vision.grid import Grid, TimedGrid
 
 ALONE = "alone"  # a setting that no client has: the prompt has no other picture
 MUCH = 1.1  # how many times too many rows, and columns, of patches a picture may have before it is shrunk
@@ -104,7 +105,7 @@ class Pixtral(Family):
         size: int = self.config.vision_config.patch_size * getattr(self.config, "spatial_merge_size", 1)
         return size
 
-    def write(self, size: MediaSize) -> Writing:
+    def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:  # noqa: ARG002
         most = self.processor.size["longest_edge"]
         ratio = max(size.height / most, size.width / most, 1.0)
         height, width = math.floor(size.height / ratio), math.floor(size.width / ratio)
@@ -136,7 +137,7 @@ class InternVL(Family):
         most = media.settings.get("max_dynamic_patch")
         return {} if most is None else {"max_patches": max(min(most, self.processor.max_patches), 1)}
 
-    def write(self, size: MediaSize) -> Writing:
+    def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:  # noqa: ARG002
         vision = self.config.vision_config
         height, width = (length // patch for length, patch in zip(vision.image_size, vision.patch_size, strict=True))
         of_square = int(height * width * self.config.downsample_ratio**2)
@@ -151,7 +152,7 @@ class Idefics3(Family):
     takes: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_attention_mask")
     around, whole = "<fake_token_around_image>", "<global-img>"
 
-    def write(self, size: MediaSize) -> Writing:
+    def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:  # noqa: ARG002
         vision = self.config.vision_config
         of_tile = (vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor**2
         _, rows, columns = self.processor.get_number_of_image_patches(size.height, size.width, {})
@@ -168,41 +169,6 @@ class Idefics3(Family):
         return {name: torch.cat([one[name] for one in inputs], dim=1) for name in inputs[0]}
 
 
-class Grid(Family):
-    """A family whose pictures keep their shape: patches of whole rows and columns, merged in squares (Qwen2-VL)."""
-
-    takes: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
-    settings: ClassVar = frozenset({"min_pixels", "max_pixels"})
-
-    def write(self, size: MediaSize) -> Writing:
-        _, rows, columns = grid = self.grid(size)
-        num_features = rows * columns
-        return Writing(self.token_text["image"] * num_features, num_features, grids=(grid,))
-
-    def grid(self, size: MediaSize) -> tuple[int, int, int]:
-        """Return frames, rows and columns of the features of a picture."""
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-        processor = self.processor
-        factor, limits = processor.patch_size * processor.merge_size, self._limits(size.settings)
-        if max(size.width, size.height) > 200 * min(size.width, size.height):
-            raise InvalidRequest(
-                f"a picture of {size.width}x{size.height} pixels is too narrow: at most 200 times as long as wide"
-            )
-        height, width = smart_resize(size.height, size.width, factor, *limits)
-        return 1, height // factor, width // factor
-
-    def _limits(self, settings: Mapping[str, int]) -> tuple[int, int]:
-        """Return the least and the most pixels of a resized picture, within those of the model."""
-        least, most = self.processor.size["shortest_edge"], self.processor.size["longest_edge"]
-        most = max(min(settings.get("max_pixels", most), most), least)
-        return min(max(settings.get("min_pixels", least), least), most), most
-
-    def options(self, media: Media) -> dict[str, Any]:
-        least, most = self._limits(media.settings)
-        return {"size": {"shortest_edge": least, "longest_edge": most}}
-
-
 class Gemma3(Family):
     """Gemma 3: one square, as so many vectors, that see each other; between marks and empty lines."""
 
@@ -215,7 +181,7 @@ class Gemma3(Family):
     def placeholders(self) -> dict[str, str]:
         return {"image": self.token_text["begin"]}
 
-    def write(self, size: MediaSize) -> Writing:  # noqa: ARG002
+    def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:  # noqa: ARG002
         token, num_features = self.token_text, self.config.mm_tokens_per_image
         return Writing(f"\n\n{token['begin']}{token['image'] * num_features}{token['end']}\n\n", num_features)
 
@@ -224,6 +190,7 @@ class Gemma3(Family):
 FAMILIES: dict[str, type[Family]] = {
     "gemma 3": Gemma3,
     "grid": Grid,
+    "timed grid": TimedGrid,
     "idefics 3": Idefics3,
     "internvl": InternVL,
     "llava": Llava,

@@ -4,6 +4,7 @@ A picture is resized, cut and normalized by the family's own image processor of 
 seen by its own tower. What is ours is to say, of its size alone, which tokens stand for it.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -23,6 +24,7 @@ class Writing:
     text: str
     num_features: int  # tokens of `text` whose vectors the tower makes: all that are placeholders
     grids: tuple[tuple[int, int, int], ...] = ()  # of its blocks of features: frames, rows, columns
+    interval: float = 1.0  # positions from one frame of a block to the next
 
 
 class Family:
@@ -33,12 +35,19 @@ class Family:
     is_whole: ClassVar = False  # the tokens of a picture see each other, those behind them too
     settings: ClassVar[frozenset[str]] = frozenset()  # of those that a client may ask for, those that make a difference
 
-    def __init__(self, config: Any, processor: Any, token_text: Mapping[str, str]) -> None:
-        """config: transformers' of the whole model. processor: its image processor.
+    def __init__(
+        self,
+        config: Any,
+        processor: Any,
+        token_text: Mapping[str, str],
+        video_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        """config: transformers' of the whole model. processor: its image processor. video_config: that of its videos'.
 
         token_text: the texts of special tokens by their role, as "image" for the placeholder of one feature.
         """
         self.config, self.processor, self.token_text = config, processor, token_text
+        self.video_config = video_config or {}
 
     @staticmethod
     def token_ids(config: Any) -> dict[str, int]:
@@ -57,8 +66,12 @@ class Family:
         """Return the texts of the tokens that stand for one feature each, of each kind."""
         return [self.token_text[kind] for kind in self.kinds]
 
-    def write(self, size: MediaSize) -> Writing:
-        """Say how a picture of `size` is written. `InvalidRequest` if it cannot be read."""
+    def pattern(self, kind: str) -> str:
+        """Return the regular expression of what is replaced when a picture of that kind is written out."""
+        return re.escape(self.placeholders()[kind])
+
+    def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:  # noqa: ARG002
+        """Say how a picture is written. `InvalidRequest` if it cannot be read. times_s: of a video's frames."""
         num_features = self.num_features(size)
         return Writing(self.token_text[size.kind] * num_features, num_features)
 
@@ -88,7 +101,8 @@ class Family:
 
         lens: the features of each.
         """
-        found = tower.get_image_features(**self.joined(inputs))
+        of_kind = tower.get_video_features if "pixel_values_videos" in inputs[0] else tower.get_image_features
+        found = of_kind(**self.joined(inputs))
         deep = getattr(found, "deepstack_features", None) or []
         layers = torch.stack([_flat(layer) for layer in (found.pooler_output, *deep)])
         if layers.shape[1] != sum(lens):
@@ -103,20 +117,22 @@ def _flat(features: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([one.flatten(0, -2) for one in features])
 
 
-def rope_positions(prompt_len: int, blocks: Sequence[tuple[int, tuple[int, int, int]]]) -> np.ndarray:
+def rope_positions(prompt_len: int, blocks: Sequence[tuple[int, tuple[int, int, int], float]]) -> np.ndarray:
     """Return the position of each token on three axes, int32 [3, prompt_len].
 
-    blocks: (first token, (frames, rows, columns)) of each block of features, in order. Text advances on all axes alike;
-    a block's tokens stand at their frame, row and column behind what is before it, and text goes on behind the largest
-    of rows and columns (Qwen2-VL).
+    blocks: (first token, (frames, rows, columns), interval of frames) of each block of features, in order. Text
+    advances on all axes alike; a block's tokens stand at their frame, row and column behind what is before it, and text
+    goes on behind the largest of rows and columns (Qwen2-VL).
     """
     rope = np.empty((3, prompt_len), np.int32)
     end, position = 0, 0
-    for first, (frames, rows, columns) in blocks:
+    for first, (frames, rows, columns), interval in blocks:
         rope[:, end:first] = np.arange(position, position + first - end)
         position += first - end
         end = first + frames * rows * columns
-        rope[:, first:end] = np.indices((frames, rows, columns)).reshape(3, -1) + position
+        places = np.indices((frames, rows, columns)).reshape(3, -1)
+        places[0] = places[0] * interval
+        rope[:, first:end] = places + position
         position += max(rows, columns)
     rope[:, end:] = np.arange(position, position + prompt_len - end)
     return rope

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from engine.config_file import read_json
 from engine.errors import InvalidRequest, ModelError, shown
-from engine.media import Media, MediaSize, PromptMedia
+from engine.media import Media, MediaSize, PromptMedia, Video
 from engine.model_config import ModelConfig
 from engine.vision.families import FAMILIES
 from engine.vision.family import Family, Writing, rope_positions
@@ -32,23 +33,28 @@ class MediaReader:
         self.kinds = family.placeholders()
         self._encode, self._has_rope_axes = encode, has_rope_axes
         self._tokens = np.array([token_ids[kind] for kind in self.kinds])
-        self._placeholders = re.compile("|".join(re.escape(text) for text in self.kinds.values()))
-        self._kind_of = {text: kind for kind, text in self.kinds.items()}
+        self._placeholders = re.compile("|".join(f"(?P<{kind}>{family.pattern(kind)})" for kind in self.kinds))
         self._num_others = functools.lru_cache(MAX_WRITINGS)(self._count_others)
         self._write = functools.lru_cache(MAX_WRITINGS)(self._write_size)
         fingerprint = [type(family).__name__, family.processor.to_json_string(), str(family.config.to_dict())]
         self._fingerprint = hashlib.sha256("\0".join(fingerprint).encode()).digest()
 
-    def write(self, size: MediaSize) -> Writing:
+    def write(self, size: MediaSize, times_s: tuple[float, ...] = ()) -> Writing:
         """Say how a picture of `size` is written. `InvalidRequest` for a kind that is not read."""
         if size.kind not in self.kinds:
             raise InvalidRequest(f"this model reads no {size.kind}, only {' and '.join(self.kinds)}")
-        return self._write(size.kind, size.width, size.height, size.num_frames, self._settings(size))
+        return self._write(size.kind, size.width, size.height, size.num_frames, self._settings(size), times_s)
 
     def _write_size(
-        self, kind: Any, width: int, height: int, num_frames: int, settings: tuple[tuple[str, int], ...]
+        self,
+        kind: Any,
+        width: int,
+        height: int,
+        num_frames: int,
+        settings: tuple[tuple[str, int], ...],
+        times_s: tuple[float, ...],
     ) -> Writing:
-        return self.family.write(MediaSize(kind, width, height, num_frames, dict(settings)))
+        return self.family.write(MediaSize(kind, width, height, num_frames, dict(settings)), times_s)
 
     def _settings(self, media: Media | MediaSize) -> tuple[tuple[str, int], ...]:
         """Return those settings that make a difference, in one order."""
@@ -72,8 +78,8 @@ class MediaReader:
         Blocks for as long as a long text takes.
         """
         media = self.family.in_context(media)
-        writings = [self.write(one.size) for one in media]
-        self._check(self._placeholders.findall(text), media)
+        writings = [self.write(one.size, one.times_s if isinstance(one, Video) else ()) for one in media]
+        self._check([match.lastgroup or "" for match in self._placeholders.finditer(text)], media)
         texts = iter([writing.text for writing in writings])
         written = self._placeholders.sub(lambda _: next(texts), text)
         ids = self._encode(written, add_special_tokens=add_special_tokens)
@@ -88,16 +94,16 @@ class MediaReader:
         keys = tuple(map(self._key, media))
         return ids, PromptMedia(len(ids), tuple(media), keys, tuple(places), self.family.is_whole, rope)
 
-    def _check(self, placeholders: Sequence[str], media: Sequence[Media]) -> None:
+    def _check(self, kinds: Sequence[str], media: Sequence[Media]) -> None:
         """Raise `InvalidRequest` if the placeholders in a text are not those of its pictures."""
-        if len(placeholders) != len(media):
+        if len(kinds) != len(media):
             raise InvalidRequest(
-                f"the prompt has {len(placeholders)} places for pictures ({' '.join(self.kinds.values())}), "
+                f"the prompt has {len(kinds)} places for pictures ({' '.join(self.kinds.values())}), "
                 f"and {len(media)} came with it"
             )
-        for i, (text, one) in enumerate(zip(placeholders, media, strict=True)):
-            if self._kind_of[text] != one.size.kind:
-                raise InvalidRequest(f"place {i} of the prompt is for a {self._kind_of[text]}, not a {one.size.kind}")
+        for i, (kind, one) in enumerate(zip(kinds, media, strict=True)):
+            if kind != one.kind:
+                raise InvalidRequest(f"place {i} of the prompt is for a {kind}, not a {one.kind}")
 
     @staticmethod
     def _rope(prompt_len: int, places: Sequence[np.ndarray], writings: Sequence[Writing]) -> np.ndarray:
@@ -105,13 +111,13 @@ class MediaReader:
         for its_places, writing in zip(places, writings, strict=True):
             start = 0
             for grid in writing.grids:
-                blocks.append((int(its_places[start]), grid))
+                blocks.append((int(its_places[start]), grid, writing.interval))
                 start += grid[0] * grid[1] * grid[2]
         return rope_positions(prompt_len, blocks)
 
     def _key(self, media: Media) -> bytes:
         settings = json.dumps(self._settings(media)).encode()
-        return hashlib.sha256(self._fingerprint + media.digest + media.size.kind.encode() + settings).digest()
+        return hashlib.sha256(self._fingerprint + media.digest + media.kind.encode() + settings).digest()
 
 
 class TokenizerPart(Protocol):
@@ -151,4 +157,14 @@ def load_family(folder: Path, model_config: ModelConfig, token_text: Callable[[i
         name = "pixtral"
     family = FAMILIES[name]
     texts = {role: token_text(token_id) for role, token_id in family.token_ids(config).items()}
-    return family(config, processor, texts)
+    return family(config, processor, texts, video_config(folder))
+
+
+def video_config(folder: Path) -> dict[str, Any]:
+    """Return what a folder's processor does with videos: in an entry or a file of its own, else with images too."""
+    found: dict[str, Any] = read_json(folder / "processor_config.json").get("video_processor") or {}
+    for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
+        found = found or read_json(folder / name)
+    if "min_pixels" in found and "max_pixels" in found:
+        found = found | {"size": {"shortest_edge": found["min_pixels"], "longest_edge": found["max_pixels"]}}
+    return found

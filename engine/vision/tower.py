@@ -26,13 +26,20 @@ class Tower:
 
     def encode(self, media: Sequence[Media]) -> list[torch.Tensor]:
         """Return the features of each, [1 + L, features, hidden] (see `Family.features`), wholly computed."""
-        inputs = [self._on_device(self.family.inputs(one)) for one in media]
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
-            lens = [self.family.write(one.size).num_features for one in media]
-            found = [one.to(self._dtype) for one in self.family.features(self._module, inputs, lens)]
+        found: dict[int, torch.Tensor] = {}
+        for kind in {one.kind for one in media}:
+            which = [i for i, one in enumerate(media) if one.kind == kind]
+            found |= zip(which, self._encode([media[i] for i in which]), strict=True)
         if self._stream is not None:
             self._stream.synchronize()
-        return found
+        return [found[i] for i in range(len(media))]
+
+    def _encode(self, media: Sequence[Media]) -> list[torch.Tensor]:
+        """Do `encode` for pictures of one kind, perhaps without waiting for the device."""
+        inputs = [self._on_device(self.family.inputs(one)) for one in media]
+        lens = [self.family.write(one.size).num_features for one in media]
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            return [one.to(self._dtype) for one in self.family.features(self._module, inputs, lens)]
 
     def largest_bytes(self) -> int:
         """Return the bytes that a large picture takes on the device beside its features. 0 on a CPU: not counted."""

@@ -1,0 +1,150 @@
+"""Qwen's pictures and videos: they keep their shape, and become a grid of features."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import PIL.Image
+import torch
+
+from engine.errors import InvalidRequest
+from engine.media import Image, Media, MediaSize, Video
+from engine.vision.family import Family, Writing
+
+
+class Grid(Family):
+    """A family whose pictures keep their shape: patches of whole rows and columns, merged in squares (Qwen2-VL).
+
+    Of a video, patches are of two frames; blocks of features have a frame's rows and columns for each two.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("image", "video")
+    takes: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
+    settings: ClassVar = frozenset({"min_pixels", "max_pixels"})
+
+    @staticmethod
+    def token_ids(config: Any) -> dict[str, int]:
+        ids = {"image": config.image_token_id, "video": config.video_token_id}
+        return ids | {"begin": config.vision_start_token_id, "end": config.vision_end_token_id}
+
+    def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:
+        frames, rows, columns = grid = self.grid(size)
+        text, num_features = self.token_text[size.kind], frames * rows * columns
+        return Writing(text * num_features, num_features, (grid,), self.interval(times_s) if times_s else 1.0)
+
+    def interval(self, times_s: Sequence[float]) -> float:
+        """Return the positions from one pair of a video's frames to the next."""
+        per_second = getattr(self.config.vision_config, "tokens_per_second", None)
+        if per_second is None or len(times_s) < 2:
+            return 1.0
+        return float(per_second * self.processor.temporal_patch_size * (times_s[-1] - times_s[0]) / (len(times_s) - 1))
+
+    def grid(self, size: MediaSize) -> tuple[int, int, int]:
+        """Return frames, rows and columns of the features of a picture."""
+        height, width = self.resized(size)
+        factor = self.processor.patch_size * self.processor.merge_size
+        frames = 1 if size.kind == "image" else -(-size.num_frames // self.processor.temporal_patch_size)
+        return frames, height // factor, width // factor
+
+    def resized(self, size: MediaSize) -> tuple[int, int]:
+        """Return the height and width that a picture, or a frame, is seen in."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        check_shape(size)
+        factor = self.processor.patch_size * self.processor.merge_size
+        height, width = smart_resize(size.height, size.width, factor, *self.limits(size))
+        return height, width
+
+    def limits(self, media: Media | MediaSize) -> tuple[int, int]:
+        """Return the least and the most pixels of what is seen, within those of the model."""
+        sizes = self.processor.size if media.kind == "image" else self.video_size()
+        least, most = sizes["shortest_edge"], sizes["longest_edge"]
+        most = max(min(media.settings.get("max_pixels", most), most), least)
+        return min(max(media.settings.get("min_pixels", least), least), most), most
+
+    def video_size(self) -> Mapping[str, int]:
+        """Return the least and the most pixels of a frame."""
+        factor = (self.processor.patch_size * self.processor.merge_size) ** 2
+        return self.video_config.get("size") or {"shortest_edge": 128 * factor, "longest_edge": 768 * factor}
+
+    def options(self, media: Media) -> dict[str, Any]:
+        least, most = self.limits(media)
+        return {"size": {"shortest_edge": least, "longest_edge": most}}
+
+    def inputs(self, media: Media) -> dict[str, torch.Tensor]:
+        return super().inputs(media) if isinstance(media, Image) else self.video_inputs(media)
+
+    def video_inputs(self, video: Video) -> dict[str, torch.Tensor]:
+        """Return what the tower takes of a video: its frames as the image processor makes them, in pairs."""
+        processor, per_patch = self.processor, self.processor.temporal_patch_size
+        height, width = self.resized(video.size)
+        frames = [
+            PIL.Image.fromarray(frame).resize((width, height), PIL.Image.Resampling.BICUBIC) for frame in video.frames
+        ]
+        frames += [frames[-1]] * (-len(frames) % per_patch)
+        pixels = np.stack([np.asarray(frame) for frame in frames]).transpose(0, 3, 1, 2)
+        mean, std = (np.array(one, np.float32)[:, None, None] for one in (processor.image_mean, processor.image_std))
+        pixels = (pixels.astype(np.float32) * np.float32(processor.rescale_factor) - mean) / std
+        patch, merge = processor.patch_size, processor.merge_size
+        grid = len(frames) // per_patch, height // patch, width // patch
+        cut = pixels.reshape(
+            grid[0], per_patch, 3, grid[1] // merge, merge, patch, grid[2] // merge, merge, patch
+        ).transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
+        patches = torch.from_numpy(cut.reshape(math.prod(grid), -1))
+        return {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([grid])}
+
+
+class TimedGrid(Grid):
+    """Qwen3-VL: each pair of a video's frames is a block of its own, behind its time in the text."""
+
+    def pattern(self, kind: str) -> str:
+        """Return that of a video with the marks around it: each block of its frames has its own."""
+        if kind == "image":
+            return super().pattern(kind)
+        begin, end = re.escape(self.token_text["begin"]), re.escape(self.token_text["end"])
+        return f"(?:{begin})?{super().pattern(kind)}(?:{end})?"
+
+    def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:
+        if size.kind == "image":
+            return super().write(size)
+        frames, rows, columns = self.grid(size)
+        per_patch = self.processor.temporal_patch_size
+        times = list(times_s) or [0.0] * size.num_frames
+        times += [times[-1]] * (-len(times) % per_patch)
+        begin, end = self.token_text["begin"], self.token_text["end"]
+        seen = begin + self.token_text["video"] * (rows * columns) + end
+        text = "".join(
+            f"<{(times[i] + times[i + per_patch - 1]) / 2:.1f} seconds>{seen}" for i in range(0, len(times), per_patch)
+        )
+        return Writing(text, frames * rows * columns, ((1, rows, columns),) * frames)
+
+    def resized(self, size: MediaSize) -> tuple[int, int]:
+        """Return what all frames together have room for."""
+        if size.kind == "image":
+            return super().resized(size)
+        check_shape(size)
+        factor, per_patch = self.processor.patch_size * self.processor.merge_size, self.processor.temporal_patch_size
+        least, most = self.limits(size)
+        height, width = size.height, size.width
+        if min(height, width) < factor:
+            height, width = (int(length * max(factor / size.height, factor / size.width)) for length in (height, width))
+        num_frames = max(size.num_frames, per_patch)
+        rows, columns = round(height / factor) * factor, round(width / factor) * factor
+        num_pixels = round(num_frames / per_patch) * per_patch * rows * columns
+        if num_pixels > most:
+            ratio = math.sqrt(num_frames * height * width / most)
+            rows, columns = (max(factor, math.floor(one / ratio / factor) * factor) for one in (height, width))
+        elif num_pixels < least:
+            ratio = math.sqrt(least / (num_frames * height * width))
+            rows, columns = (math.ceil(one * ratio / factor) * factor for one in (height, width))
+        return rows, columns
+
+
+def check_shape(size: MediaSize) -> None:
+    """Raise `InvalidRequest` for what the families of Qwen take for no picture."""
+    if max(size.width, size.height) > 200 * min(size.width, size.height):
+        raise InvalidRequest(
+            f"a picture of {size.width}x{size.height} pixels is too narrow: at most 200 times as long as wide"
+        )
