@@ -13,7 +13,7 @@ import torch
 from engine.engine import Engine
 from engine.errors import InvalidRequest
 from engine.local import LocalEngine
-from engine.media import Image, MediaSize, PromptMedia, Video
+from engine.media import Image, Media, MediaSize, PromptMedia, Video
 from engine.request import Request, SamplingParams
 from engine.state import RequestState
 from tests.test_engine import collect, running_engine
@@ -59,7 +59,8 @@ class Reference:
         """Return the most likely token in place of each one of the answer, given all before it."""
         reader = engine.media_reader
         assert reader is not None
-        family, inputs = reader.family, {}
+        family = reader.family
+        inputs: dict[str, torch.Tensor] = {}
         for kind in {one.kind for one in media.media}:
             inputs |= family.joined([family.inputs(one) for one in media.media if one.kind == kind])
         whole = torch.tensor([ids + answer])
@@ -146,7 +147,7 @@ async def test_videos_stand_beside_pictures_and_answers_equal_transformers(refer
     async with running_engine(reference.folder, **MIXES["cramped"]) as engine:
         image, clip = engine.media_kinds["image"], engine.media_kinds["video"]
         begin, end = "<|vision_start|>", "<|vision_end|>"
-        media = [video(5, 44, 37), picture(40, 61), video(2, 30, 30, seed=1)]
+        media: list[Media] = [video(5, 44, 37), picture(40, 61), video(2, 30, 30, seed=1)]
         text = f"See {begin}{clip}{end}, {begin}{image}{end} and {begin}{clip}{end}: what moves?"
         ids, its_media = await engine.encode_media(text, media)
         assert engine.count_media_tokens([one.size for one in media]) >= [len(one) for one in its_media.places]
