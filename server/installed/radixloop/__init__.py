@@ -7,6 +7,10 @@ imported nor in the way.
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from server.lang import *  # noqa: F403
 
 _HERE = Path(__file__).parent
 # In the wheel `server` lies beside this package; in a checkout, above it.
