@@ -14,9 +14,10 @@ import yaml
 import server.lang as sgl
 from engine.state import RequestState
 from server.app import build_app
-from server.config import SECRET_VARIABLES, ServerConfig, parse_args
+from server.config import SECRET_VARIABLES, ServerConfig, make_parser, parse_args, read_options
 from server.dispatch import dispatch
-from server.foreign_flags import MODELSCOPE_VARIABLES
+from server.fleet.router import RouterConfig
+from server.foreign_flags import MODELSCOPE_VARIABLES, ROUTER_FLAGS
 from server.lang.loop import LoopThread
 from tests import migration
 from tests.fake_engine import PARSERS, FakeEngine
@@ -108,16 +109,23 @@ def code_of(folder: str) -> Iterator[Path]:
     return (ROOT / folder).rglob("*.py")
 
 
-def commands() -> list[str]:
-    cells = re.findall(r"`(radixloop \w+[^`]*)`", PAGE)
-    return [cell for cell in cells if cell.split()[1] == "serve"]
+def commands(name: str) -> list[str]:
+    """Return the command lines of the page, also those behind an image's name, of one command."""
+    cells = re.findall(r"`[^`]*\b(radixloop \w+[^`]*)`", PAGE)
+    return [cell for cell in cells if cell.split()[1] == name]
 
 
-@pytest.mark.parametrize("command", commands())
+@pytest.mark.parametrize("command", commands("serve"))
 def test_every_command_of_the_page_is_one_that_the_server_takes(command: str) -> None:
     words = dispatch(command.split()[1:])
     assert not isinstance(words, int)
     parse_args(words)
+
+
+def test_the_routers_command_is_one_that_it_takes() -> None:
+    (command,) = commands("router")
+    options = read_options(make_parser(RouterConfig, "router", "", "", ROUTER_FLAGS), command.split()[2:])
+    assert len(options["worker_urls"]) == 2
 
 
 def test_every_message_of_the_page_is_one_of_the_codes() -> None:
