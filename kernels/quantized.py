@@ -10,6 +10,7 @@ into whose layout `pack` takes it.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from kernels.quantized_format import (
     PANEL_ELEMENTS,
     TABLES,
     Format,
+    ordered,
     pack_int4,
+    unordered,
     unpack_codes,
 )
 from kernels.weights import WHOLE, Norm, Part, ShapeError, Shard, Weight, finished
@@ -31,11 +34,18 @@ __all__ = ("FP8", "FP8_MAX", "INT4_ZERO", "TABLES", "Format", "QuantizedWeight",
            "quantize_inputs", "rounded_inputs", "unpack_codes")  # fmt: skip
 
 
+REGROUPED = 32  # inputs of the groups in which a rank has its parts of a checkpoint's, in an order of their own
+
+
 class QuantizedWeight(Weight):
     """A matrix [n, k] as codes.
 
     codes: [n, k / codes_per_byte]. scale, and zero and minimum or None: [n, G]. order: int64 [k] or None, the input
-    that stands at each place of the codes. input_scale: float32 [1] or None.
+    that stands at each place of the codes; a checkpoint's has the group of each input, until it is settled.
+    input_scale: float32 [1] or None.
+
+    A rank that has a slice of inputs in an order of their own has parts of all groups: then scale is [n, all G] until
+    it is settled, when each part is filled up to whole groups of 32, and k has grown (`num_inputs` has not).
     """
 
     has_lookup = True
@@ -54,16 +64,15 @@ class QuantizedWeight(Weight):
         `ShapeError` if a group would be cut, by ranks or otherwise.
         """
         super().__init__(parts, k, input_shard)
-        self.dtype, self.form = dtype, form
+        self.dtype, self.form, self.num_inputs = dtype, form, k
         num_inputs = k * input_shard.count
         group_size = form.group_size_of(num_inputs)
-        if k % form.codes_per_byte or (k % group_size and input_shard.count > 1 and group_size < num_inputs):
+        self._has_all_groups = form.has_order and input_shard.count > 1
+        is_cut = k % group_size and input_shard.count > 1 and group_size < num_inputs and not form.has_order
+        if k % form.codes_per_byte or is_cut:
             raise ShapeError(f"has {k} inputs on each of {input_shard.count} ranks, no multiple of its groups of "
                              f"{max(group_size, form.codes_per_byte)}")  # fmt: skip
-        group_size = form.group_size_of(k)
-        if form.has_order and input_shard.count > 1:
-            raise ShapeError("has groups in an order of their own (desc_act), which cannot be split over ranks")
-        num_groups = -(-k // group_size)
+        num_groups = -(-num_inputs // group_size) if self._has_all_groups else -(-k // form.group_size_of(k))
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "codes": ((self.n, k // form.codes_per_byte), form.code_dtype),
             "scale": ((self.n, num_groups), form.scale_dtype),
@@ -130,13 +139,15 @@ class QuantizedWeight(Weight):
         if field == "input_scale":
             return tensor[part : part + 1], loaded.reshape(-1)[:1]
         if field == "order":
-            return _matching(tensor[part], loaded, (WHOLE,))
+            return _matching(tensor[part], loaded, (self.input_shard,))
         shard, columns = self.parts[part].shard, self.input_shard
         target = tensor[self.row_slice(part)]
         if field != "codes":
             num_inputs = self.k * columns.count
             if self.form.group_size_of(num_inputs) == num_inputs:  # all of a row, on whatever ranks
                 columns, loaded = WHOLE, loaded.reshape(-1, 1)
+            elif self._has_all_groups:
+                columns = WHOLE
             if loaded.numel() == 1:
                 return target, loaded.expand_as(target)
         if field in ("scale", "zero", "minimum"):  # of blocks of rows, the last may go on beyond the last row
@@ -154,6 +165,7 @@ class QuantizedWeight(Weight):
             field: self.fields[field][rows] if field in self._matrices() else self.fields[field]
             for field in self.fields
         }
+        weight.num_inputs, weight._has_all_groups = self.num_inputs, self._has_all_groups
         return weight
 
     def dequantized(self, rows: slice = slice(None)) -> torch.Tensor:
@@ -161,7 +173,7 @@ class QuantizedWeight(Weight):
         values = dequantize(self.form, {field: self.fields[field][rows] for field in self._matrices()})
         if (order := self.fields.get("order")) is None or order.dim() > 1:
             return values
-        return torch.empty_like(values).index_copy_(1, order, values)
+        return unordered(values, order, self.num_inputs)
 
     def decoded(self) -> torch.Tensor:
         """Return all rows in the dtype of products."""
@@ -177,7 +189,7 @@ class QuantizedWeight(Weight):
     def changed_inputs(self, x: torch.Tensor) -> torch.Tensor:
         """Return what meets the codes, in their order and rounded as the format says."""
         if (order := self.fields.get("order")) is not None:
-            x = x[:, order]
+            x = ordered(x, order)
         return x if self.form.inputs is None else rounded_inputs(x, self.form, self.fields.get("input_scale"))
 
     def fill_random(self, generator: torch.Generator) -> None:
@@ -222,15 +234,43 @@ class QuantizedWeight(Weight):
         if (order := self.fields.get("order")) is not None and order.dim() > 1:
             if not bool((order == order[0]).all()):
                 raise ShapeError("has parts with different g_idx, which cannot be multiplied as one")
-            places = torch.argsort(order[0], stable=True)
-            in_order = torch.arange(self.k, device=order.device) // self.form.group_size_of(self.k)
-            if not torch.equal(order[0][places], in_order):
-                raise ShapeError(f"has a g_idx whose groups are not all of {self.form.group_size_of(self.k)} inputs")
-            values = unpack_codes(self.form, self.codes)[:, places]
-            self.fields["codes"] = pack_int4(values) if self.form.code == "int4" else values
-            self.fields["order"] = places
+            if self._has_all_groups:
+                self._regroup(order[0])
+            else:
+                self._sort(order[0])
         if (input_scale := self.fields.get("input_scale")) is not None:
             self.fields["input_scale"] = input_scale.max().reshape(1)
+
+    def _sort(self, groups: torch.Tensor) -> None:
+        """Order codes by the group of each input."""
+        places = torch.argsort(groups, stable=True)
+        in_order = torch.arange(self.k, device=groups.device) // self.form.group_size_of(self.k)
+        if not torch.equal(groups[places], in_order):
+            raise ShapeError(f"has a g_idx whose groups are not all of {self.form.group_size_of(self.k)} inputs")
+        values = unpack_codes(self.form, self.codes)[:, places]
+        self.fields["codes"] = pack_int4(values) if self.form.code == "int4" else values
+        self.fields["order"] = places
+
+    def _regroup(self, groups: torch.Tensor) -> None:
+        """Order codes by the group of each input; fill each up to whole groups of 32 by codes that meet zeros."""
+        num_groups = self.scale.shape[1]
+        if int(groups.min()) < 0 or int(groups.max()) >= num_groups:
+            raise ShapeError(f"has a g_idx up to {int(groups.max())}, and scales of {num_groups} groups")
+        counts = torch.bincount(groups, minlength=num_groups)
+        units = -(-counts // REGROUPED)
+        units[-1] += units.sum() % 2  # kernels take 64 inputs at once
+        places = torch.argsort(groups, stable=True)
+        moved = (REGROUPED * (units.cumsum(0) - units) - (counts.cumsum(0) - counts))[groups[places]]
+        filled = places.new_full((REGROUPED * int(units.sum()),), self.num_inputs)
+        filled[moved + torch.arange(len(places), device=places.device)] = places
+        values = F.pad(unpack_codes(self.form, self.codes).view(torch.uint8), (0, 1))[:, filled]
+        is_int4 = self.form.code == "int4"
+        self.fields["codes"] = pack_int4(values) if is_int4 else values.view(self.codes.dtype)
+        for field in ("scale", "zero", "minimum"):
+            if field in self.fields:
+                self.fields[field] = self.fields[field].repeat_interleave(units, dim=1)
+        self.fields["order"], self.k = filled, len(filled)
+        self.form, self._has_all_groups = replace(self.form, group_size=REGROUPED), False
 
     def _matrices(self) -> list[str]:
         return [field for field in self.fields if field not in ("order", "input_scale")]

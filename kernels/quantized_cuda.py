@@ -13,7 +13,7 @@ import torch
 
 from kernels.elementwise import act_and_mul
 from kernels.quantized_few import MAX_TOKENS, can_multiply_few, fits_few, multiply_few, prepare_few
-from kernels.quantized_format import TABLES, Coded
+from kernels.quantized_format import TABLES, Coded, ordered, unordered
 from kernels.quantized_kernel import WHOLE_ROW, Kind
 from kernels.quantized_layout import CHUNK, TILE, tile_codes, tile_parameters
 from kernels.quantized_many import fits_many, has_blocks, multiply_many, prepare_many
@@ -45,7 +45,7 @@ class CudaQuantizedWeight(Weight):
         super().__init__(plain.parts, plain.k, plain.input_shard)
         form, fields = plain.form, plain.fields
         plain.fields = {}
-        self.form, self.dtype = form, plain.dtype
+        self.form, self.dtype, self._num_inputs = form, plain.dtype, plain.num_inputs
         self.order, self.input_scale = fields.get("order"), fields.get("input_scale")
         offset, scale = fields.get("zero", fields.get("minimum")), fields["scale"]
         self._offset_name = (
@@ -78,7 +78,7 @@ class CudaQuantizedWeight(Weight):
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self.order is not None:
-            x, norm = (x if norm is None else norm(x))[:, self.order], None
+            x, norm = ordered(x if norm is None else norm(x), self.order), None
         x = x.contiguous()
         if residual is not None and not (may_overwrite and residual.is_contiguous()):
             residual = residual.clone(memory_format=torch.contiguous_format)
@@ -95,7 +95,7 @@ class CudaQuantizedWeight(Weight):
         return result if out is None else out.copy_(result)
 
     def logits(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        x = (x if self.order is None else x[:, self.order]).contiguous()
+        x = (x if self.order is None else ordered(x, self.order)).contiguous()
         if kernel := self._kernel(x, None):
             return kernel(x, None, bias, out_dtype=torch.float32)
         return self._many(x, None, bias, out_dtype=torch.float32)
@@ -108,7 +108,7 @@ class CudaQuantizedWeight(Weight):
             values = self.codes.view(torch.uint8)[ids].view(self.codes.dtype).float()
             scale = self.scale.t()[ids].repeat_interleave(self.k // len(self.scale), dim=1)
             rows = (values * scale).to(self.dtype)
-        return rows if self.order is None else torch.empty_like(rows).index_copy_(1, self.order, rows)
+        return rows if self.order is None else unordered(rows, self.order, self._num_inputs)
 
     def rows_of(self, part: int) -> torch.Tensor:
         rows = self.row_slice(part)

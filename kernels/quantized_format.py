@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 from kernels.weights import Part, Shard
 
@@ -73,10 +74,22 @@ class Coded(Protocol):
     parts: tuple[Part, ...]
     n: int
     k: int
+    num_inputs: int
     input_shard: Shard
     dtype: torch.dtype
     form: Format
     fields: dict[str, torch.Tensor]
+
+
+def ordered(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return the inputs x [T, k] that stand at each place of `order` [places]; k in it stands for a zero."""
+    return (x if len(order) == x.shape[1] else F.pad(x, (0, 1)))[:, order]
+
+
+def unordered(rows: torch.Tensor, order: torch.Tensor, num_inputs: int) -> torch.Tensor:
+    """Return rows [n, places] of weights in the order of their inputs, [n, num_inputs]: see `ordered`."""
+    found = rows.new_empty(len(rows), num_inputs + (len(order) > num_inputs))
+    return found.index_copy_(1, order, rows)[:, :num_inputs]
 
 
 def unpack_codes(form: Format, codes: torch.Tensor) -> torch.Tensor:

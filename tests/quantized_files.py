@@ -30,7 +30,6 @@ class Case:
     write: Write
     rounds: Round | None = None  # what products do to their inputs
     model: str = "{}"  # entries of config.json
-    splits: bool = True  # over ranks
     modules: str = r"_proj$"  # that are quantized, by what is found in their names
 
 
@@ -413,10 +412,10 @@ CASES: dict[str, Case] = {
     "gptq, zeros": Case(gptq_config(), gptq()),
     "gptq, zeros, version 2": Case(gptq_config(checkpoint_format="gptq_v2"), gptq(zero_offset=0)),
     "gptq, all inputs in one group": Case(gptq_config(group_size=-1, desc_act=True), gptq(group=None)),
-    "gptq, desc_act": Case(gptq_config(sym=True, desc_act=True), gptq(sym=True, desc_act=True), splits=False),
+    "gptq, desc_act": Case(gptq_config(sym=True, desc_act=True), gptq(sym=True, desc_act=True)),
     "gptq, 8 bits": Case(gptq_config(8, sym=True), gptq(8, sym=True)),
     "gptq, 8 bits, zeros": Case(gptq_config(8), gptq(8)),
-    "gptq, 8 bits, desc_act": Case(gptq_config(8, desc_act=True), gptq(8, desc_act=True), splits=False),
+    "gptq, 8 bits, desc_act": Case(gptq_config(8, desc_act=True), gptq(8, desc_act=True)),
     "gptq, 3 bits": Case(gptq_config(3, sym=True), gptq(3, sym=True)),
     "gptq, 3 bits, zeros": Case(gptq_config(3), gptq(3)),
     "gptq, 2 bits": Case(gptq_config(2, sym=True), gptq(2, sym=True)),
@@ -425,7 +424,7 @@ CASES: dict[str, Case] = {
         write_gptq_by_layer,
     ),
     "gptq with its head": Case(
-        gptq_config(desc_act=True, lm_head=True), gptq(desc_act=True), splits=False, modules=WITH_HEAD
+        gptq_config(desc_act=True, lm_head=True), gptq(desc_act=True), modules=WITH_HEAD
     ),
     "compressed-tensors, FP8 with its head": Case(
         ct_config("float-quantized", FLOAT8 | {"strategy": "tensor"}, ignore=[]), fp8(of_all), modules=WITH_HEAD
@@ -467,7 +466,7 @@ CASES: dict[str, Case] = {
     "compressed-tensors, W4A16": Case(ct_words(4), compressed()),
     "compressed-tensors, W4A16 with zeros": Case(ct_words(4, symmetric=False), compressed(sym=False)),
     "compressed-tensors, W4A16 in another order": Case(
-        ct_words(4, actorder="group"), compressed(actorder=True), splits=False
+        ct_words(4, actorder="group"), compressed(actorder=True)
     ),
     "compressed-tensors, W8A16": Case(ct_words(8, None), compressed(8, group=None)),
     "compressed-tensors, W8A16 with zeros": Case(ct_words(8, symmetric=False), compressed(8, sym=False)),

@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +159,33 @@ def linears(engine: TinyEngine) -> dict[str, Linear]:
 def test_a_rank_holds_its_slices_of_codes_and_scales(name: str, made) -> None:
     packed, plain = made[name]
     for comm in (Communicator(0, 2), Communicator(1, 2)):
-        if not CASES[name].splits:
-            with pytest.raises(ModelError, match="desc_act"):
-                engine_of(packed, comm)
-            continue
         wanted = linears(TinyEngine(plain, comm))
         for path, layer in linears(engine_of(packed, comm)).items():
             for part in range(len(layer.weight.parts)):
                 torch.testing.assert_close(layer.weight.rows_of(part), wanted[path].weight.rows_of(part))
+
+
+@pytest.mark.parametrize(
+    "name", ["gptq, desc_act", "gptq, 8 bits, desc_act", "compressed-tensors, W4A16 in another order"]
+)
+@torch.inference_mode()
+def test_products_of_ranks_with_parts_of_groups_sum_up_to_the_whole_ones(name: str, made) -> None:
+    packed, plain = made[name]
+    wanted = TinyEngine(plain).model.model.layers[1]
+    ranks = [engine_of(packed, Communicator(rank, 2)).model.model.layers[1] for rank in range(2)]
+    for path in ("self_attn.o_proj", "mlp.down_proj"):
+        whole, *parts = (attrgetter(path)(layer).weight for layer in (wanted, *ranks))
+        x = torch.randn(5, whole.k, generator=torch.Generator().manual_seed(0))
+        x[0, 0] = torch.inf  # fills up no group of a rank that does not have it
+        sums = [
+            part.product(x[:, i * whole.k // 2 : (i + 1) * whole.k // 2].contiguous()) for i, part in enumerate(parts)
+        ]
+        torch.testing.assert_close((sums[0] + sums[1])[1:], whole.product(x)[1:], rtol=0, atol=1e-4)
+        assert not sums[1].isnan().any()
+        logits = [
+            part.logits(x[:, i * whole.k // 2 : (i + 1) * whole.k // 2].contiguous()) for i, part in enumerate(parts)
+        ]
+        torch.testing.assert_close((logits[0] + logits[1])[1:], whole.product(x)[1:], rtol=0, atol=1e-4)
 
 
 # ---- the whole engine ----
