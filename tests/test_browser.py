@@ -281,6 +281,15 @@ async def test_an_export_is_read_again_and_a_foreign_file_is_not(tab: Tab) -> No
         again = await tab.evaluate(f"Conversation.from({json.dumps(exported)}).export()")
         assert again == exported
         assert await tab.evaluate("Conversation.from({id: 'x', turns: [{text: 1}]})") is None
+        odd: dict[str, Any] = {
+            "images": ["http://a.example/x.png", "data:image/png;base64,"],
+            "calls": [None, {"name": 1}],
+            "html": "<b>",
+        }
+        turn = {"id": "a", "role": "assistant", "text": "", "parent": 7, **odd}
+        (kept,) = await tab.evaluate(f"Conversation.from({json.dumps({'id': 'x', 'turns': [turn]})}).turns")
+        assert (kept["images"], kept["parent"], kept["finish"]) == (odd["images"][1:], "", "interrupted")
+        assert [call["name"] for call in kept["calls"]] == ["1"] and "html" not in kept
 
 
 async def test_a_deleted_conversation_comes_back_by_undo(tab: Tab) -> None:

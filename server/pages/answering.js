@@ -32,7 +32,8 @@ class Answering {
   // Ask for the answer, or with `continues` for the rest of it, until it ends, however it ends.
   async run(model, continues) {
     const {turn} = this;
-    turn.finish = turn.error = null;
+    turn.finish = null;
+    delete turn.error;
     try {
       const response = await ask("v1/chat/completions", {
         method: "POST", headers: {"Content-Type": "application/json"}, signal: this.controller.signal,

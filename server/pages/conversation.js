@@ -15,13 +15,9 @@ class Conversation {
 
   // Return a conversation of what was stored or imported; null if it is none.
   static from(value) {
-    const isTurn = turn => turn && typeof turn.id === "string" && typeof turn.text === "string" && ["user", "assistant", "tool"].includes(turn.role);
     if (!value || typeof value.id !== "string" || !Array.isArray(value.turns) || !value.turns.every(isTurn)) return null;
-    const conversation = new Conversation({...value, title: String(value.title ?? ""), settings: {...value.settings}, chosen: {...value.chosen}});
-    for (const turn of conversation.turns) {
-      if (turn.role === "assistant" && !turn.finish && !turn.error) turn.finish = "interrupted";
-    }
-    return conversation;
+    const {id, created, updated, settings, chosen} = value;
+    return new Conversation({id, created, updated, title: String(value.title ?? ""), settings: {...settings}, chosen: {...chosen}, turns: value.turns.map(cleanTurn)});
   }
 
   add(parent, role, fields) {
@@ -75,6 +71,22 @@ class Conversation {
     const messages = this.path().map(messageOf).filter(Boolean);
     return {kind: "radixloop conversation", version: 1, id, title, created, updated, settings, messages, turns, chosen};
   }
+}
+
+const isText = value => typeof value === "string";
+const isTurn = turn => Boolean(turn) && isText(turn.id) && isText(turn.text) && ["user", "assistant", "tool"].includes(turn.role);
+
+// Return a turn of what is known of turns alone, whatever a file that was imported says besides.
+function cleanTurn({id, parent, role, text, at, images, reasoning, reasoningSeconds, calls, callId, finish, error, figures}) {
+  const turn = {id, parent: isText(parent) ? parent : ROOT, role, text, at: Number(at) || 0};
+  if (Array.isArray(images)) turn.images = images.filter(url => isText(url) && url.startsWith("data:image/"));
+  if (isText(reasoning)) Object.assign(turn, {reasoning, reasoningSeconds: Number(reasoningSeconds) || 0});
+  if (Array.isArray(calls)) turn.calls = calls.filter(Boolean).map(call => ({id: String(call.id), name: String(call.name), arguments: String(call.arguments)}));
+  if (isText(callId)) turn.callId = callId;
+  if (isText(error)) turn.error = error;
+  if (figures && typeof figures.tokens === "number") turn.figures = figures;
+  if (role === "assistant") turn.finish = isText(finish) ? finish : turn.error ? null : "interrupted";
+  return turn;
 }
 
 function messageOf({role, text, images, reasoning, calls, callId}) {
