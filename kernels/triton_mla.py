@@ -196,12 +196,16 @@ def _expanded(
     scale: float,
     config: PrefillConfig,
 ) -> None:
-    """Write the attention of prompts into `out`: their contexts' keys and values are made, of some heads at a time."""
+    """Write the attention of prompts into `out`: their contexts' keys and values are made.
+
+    Of a context that is too long for `EXPANDED_BYTES` they are made head by head: for each number of heads there is
+    another kernel.
+    """
     n, rank, num_heads = expansion.sizes.key_dim, expansion.sizes.rank, q.shape[1]
     head_bytes = (n + expansion.sizes.value_dim) * q.dtype.itemsize  # of a token
     for piece in _pieces(SameBatch(batch), EXPANDED_BYTES // (head_bytes * num_heads)):
         latents = gather(cache, piece.slots, q.dtype)[:, 0]
-        step = min(max(EXPANDED_BYTES // (head_bytes * len(latents)), 1), num_heads)
+        step = num_heads if head_bytes * num_heads * len(latents) <= EXPANDED_BYTES else 1
         for first in range(0, num_heads, step):
             heads = slice(first, first + step)
             part = expansion.of_heads(heads)

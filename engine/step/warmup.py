@@ -17,7 +17,9 @@ from kernels.tune import tune_kernels
 from kernels.tuning import AttentionShape, LatentShape, WeightShape
 
 KERNEL_PROMPTS = (2, 32, 512)  # numbers of prompts that attention has kernels for: all are compiled at the start
-LONG_CONTEXT = 4096  # tokens, behind which few new ones take another way where attention has latents
+# Where attention has latents, few tokens take another way behind a long context than many, and yet another one behind
+# the longest, which takes memory too.
+LONG_CONTEXT, MANY_TOKENS = 4096, 512
 
 
 def compile_kernels(
@@ -112,6 +114,9 @@ def _run_largest(runner: ModelRunner, num_tokens: int, num_samples: int, max_len
     """Run a full chunk of prompts, and a few tokens of as many prompts as make a difference to kernels."""
     _run_prompts(runner, _full_prompts(num_tokens, max_len), num_samples)
     has_latents = any(isinstance(shape, LatentShape) for shape in attention_shapes(runner.model, runner.kv.dtype))
+    if has_latents:
+        num_new = min(MANY_TOKENS, num_tokens, max_len)
+        _run_prompts(runner, [num_new], num_samples, context_len=max_len - num_new)
     contexts = (0, max(min(LONG_CONTEXT, max_len - 2), 0)) if has_latents else (0,)
     for num_prompts, context_len in itertools.product(KERNEL_PROMPTS, contexts):
         _run_prompts(runner, [2] * min(num_prompts, num_samples), num_samples, context_len=context_len)
