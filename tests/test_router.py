@@ -1,8 +1,10 @@
 """The router: who gets a request, what passes through, retries, workers that come and go."""
 
 import asyncio
+import base64
 import gzip
 import json
+import random
 import sys
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,6 +18,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer, unused_port
 
 from engine.replicas.balance import METHODS
+from server.fleet.prompts import prompt_of
 from server.fleet.router import Router, RouterConfig, main
 from tests.fake_engine import FakeEngine, serving
 
@@ -788,6 +791,20 @@ async def test_a_key_that_opens_no_dashboard_shows_no_workers() -> None:
 
 
 # ---- the command ----
+
+
+def test_a_picture_is_a_few_characters_of_what_decides_who_gets_a_request() -> None:
+    def body(image: bytes, text: str) -> bytes:
+        url = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+        parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+        return json.dumps({"model": "m", "messages": [{"role": "user", "content": parts}]}).encode()
+
+    one, other = (random.Random(seed).randbytes(100_000) for seed in range(2))
+    prompts = [prompt_of(body(image, text)) for image, text in ((one, "a"), (one, "b"), (other, "a"))]
+    assert all(len(prompt) < 500 for prompt in prompts)
+    shared = [next(i for i, (a, b) in enumerate(zip(prompts[0], prompt)) if a != b) for prompt in prompts[1:]]
+    assert shared[0] > 300 > 150 > shared[1]
+    assert prompt_of(body(one, "a")[:-1]) == b""
 
 
 def test_a_wrong_option_is_a_clear_error(capsys: pytest.CaptureFixture[str]) -> None:

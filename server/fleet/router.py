@@ -20,7 +20,6 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 
 import aiohttp
-import orjson
 import uvloop
 from aiohttp import hdrs, web
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -32,6 +31,7 @@ from engine.errors import EngineError, InvalidRequest
 from engine.replicas.balance import METHODS, PROMPT_METHODS
 from server.app import answer_errors
 from server.config import HTTP, LOG_LEVELS, make_parser, read_options
+from server.fleet.prompts import prompt_of
 from server.fleet.workers import Worker, Workers
 from server.foreign_flags import ROUTER_FLAGS
 from server.http.bodies import BODY_BUDGET, BodyBudget
@@ -61,11 +61,6 @@ HOP_BY_HOP = frozenset(
 )  # fmt: skip
 # What a browser says of the page that sends a request: judged here, and not by workers, which have other addresses.
 OF_PAGES = frozenset({"origin", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest", "sec-fetch-user"})
-# Fields of all APIs that a prompt is made of, those that come first in it first.
-PROMPT_FIELDS = (
-    "model", "extra_key", "cache_salt", "system", "instructions", "tools", "messages", "text", "input_ids", "prompt",
-    "input",
-)  # fmt: skip
 
 
 class NewWorker(Object):
@@ -373,17 +368,6 @@ async def plain(body: bytes, encoding: str, max_bytes: int) -> bytes:
     try:
         return await asyncio.to_thread(zlib.decompressobj(GZIP_OR_ZLIB).decompress, body, max_bytes)
     except zlib.error:
-        return b""  # its worker says what is wrong with it
-
-
-def prompt_of(body: bytes) -> bytes:
-    """Return bytes that share a prefix with another request's as their prompts do. Empty if there is no prompt."""
-    try:
-        values = orjson.loads(body)
-        if not isinstance(values, dict):
-            return b""
-        return b"".join(orjson.dumps(values[name]) for name in PROMPT_FIELDS if values.get(name) is not None)
-    except (orjson.JSONDecodeError, orjson.JSONEncodeError):  # the second: deeper than can be written
         return b""  # its worker says what is wrong with it
 
 
