@@ -142,6 +142,17 @@ async def test_features_and_greedy_answers_equal_transformers_whatever_the_mix(r
             await asyncio.to_thread(check_features, engine, reference, pictures(SIZES[-1]))
 
 
+@pytest.mark.parametrize("reference", ["llava next video", "llava onevision"], indirect=True)
+async def test_frames_are_squares_and_answers_about_them_equal_transformers(reference: Reference) -> None:
+    async with running_engine(reference.folder, **MIXES["cramped"]) as engine:
+        image, clip = engine.media_kinds["image"], engine.media_kinds["video"]
+        media: list[Media] = [video(5, 44, 37), picture(40, 61)]
+        ids, its_media = await engine.encode_media(f"See {clip} and {image}: what moves?", media)
+        assert engine.count_media_tokens([one.size for one in media]) == [len(one) for one in its_media.places]
+        answer, _ = await ask(engine, ids, its_media)
+        assert answer == await asyncio.to_thread(reference.most_likely, engine, ids, its_media, answer)
+
+
 @pytest.mark.parametrize("reference", ["qwen 2 vl", "qwen 2.5 vl", "qwen 3 vl"], indirect=True)
 async def test_videos_stand_beside_pictures_and_answers_equal_transformers(reference: Reference) -> None:
     async with running_engine(reference.folder, **MIXES["cramped"]) as engine:

@@ -99,6 +99,23 @@ FAMILIES = {
             "image_grid_pinpoints": PINPOINTS,
         },
     ),
+    "llava next video": TinyFamily(
+        "LlavaNextVideoForConditionalGeneration",
+        "LlavaNextVideoConfig",
+        {
+            "vision_config": CLIP,
+            "text_config": TEXT | {"model_type": "llama"},
+            "image_token_index": IMAGE,
+            "video_token_index": VIDEO,
+            "image_grid_pinpoints": PINPOINTS,
+        },
+        "LlavaNextImageProcessorPil",
+        {
+            "size": {"shortest_edge": 28},
+            "crop_size": {"height": 28, "width": 28},
+            "image_grid_pinpoints": PINPOINTS,
+        },
+    ),
     "llava onevision": TinyFamily(
         "LlavaOnevisionForConditionalGeneration",
         "LlavaOnevisionConfig",

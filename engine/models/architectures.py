@@ -15,7 +15,12 @@ class Served(NamedTuple):
 
 
 BY_TEXT = ""
-READ_VIDEOS = ("grid", "timed grid")  # of what reads pictures, what reads videos too
+READ_VIDEOS = (
+    "grid",
+    "llava next video",
+    "llava onevision",
+    "timed grid",
+)  # of what reads pictures, what reads videos too
 # What runs the language half of a model, by the model_type of its text_config.
 LANGUAGE_MODELS = {
     "cohere2": "cohere:Cohere2",
@@ -105,7 +110,7 @@ ARCHITECTURES = {
     ),
     "LlavaForConditionalGeneration": Served(BY_TEXT, "LLaVA 1.5 and its likes, Pixtral 12B", "llava"),
     "LlavaNextForConditionalGeneration": Served(BY_TEXT, "LLaVA 1.6 (NeXT)", "llava next"),
-    "LlavaNextVideoForConditionalGeneration": Served(BY_TEXT, "LLaVA-NeXT-Video", "llava next"),
+    "LlavaNextVideoForConditionalGeneration": Served(BY_TEXT, "LLaVA-NeXT-Video", "llava next video"),
     "LlavaOnevisionForConditionalGeneration": Served(BY_TEXT, "LLaVA-OneVision", "llava onevision"),
     "MiMoForCausalLM": Served("llama:MiMo", "MiMo 7B; its layers for several tokens at once are left out"),
     "MiniCPM3ForCausalLM": Served("minicpm:MiniCPM3", "MiniCPM 3"),

@@ -1,7 +1,7 @@
 """What each family's prompts and towers take of a picture."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from engine.errors import InvalidRequest
-from engine.media import Image, Media, MediaSize
+from engine.media import Image, Media, MediaSize, Video
 from engine.vision.family import Family, Sized, Writing
 from engine.vision.grid import Grid, TimedGrid
 
 ALONE = "alone"  # a setting that no client has: the prompt has no other picture
+# Entries of a video processor's file that say how a frame becomes a square.
+SQUARE = ("size", "crop_size", "do_center_crop", "image_mean", "image_std", "rescale_factor", "resample")
 MUCH = 1.1  # how many times too many rows, and columns, of patches a picture may have before it is shrunk
 
 
@@ -62,16 +64,56 @@ class LlavaNext(Family):
         return {"pixel_values": tiles, "image_sizes": torch.cat([one["image_sizes"] for one in inputs])}
 
 
-class LlavaOnevision(LlavaNext):
+class LlavaNextVideo(LlavaNext):
+    """LLaVA-NeXT-Video: LLaVA 1.6; each frame of a video is one square, pooled to a quarter of its patches."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("image", "video")
+
+    @staticmethod
+    def token_ids(config: Any) -> dict[str, int]:
+        return {"image": config.image_token_id, "video": config.video_token_id}
+
+    def joins(self, kind: str) -> bool:
+        return kind == "image"
+
+    def num_features(self, size: MediaSize) -> int:
+        if size.kind == "image":
+            return super().num_features(size)
+        num_features: int = size.num_frames * (self.num_patches // self.config.spatial_pool_stride) ** 2
+        return num_features
+
+    def inputs(self, media: Media) -> dict[str, torch.Tensor]:
+        if isinstance(media, Image):
+            return super().inputs(media)
+        return {"pixel_values_videos": frames_of(media, self.video_config)}
+
+    def joined(self, inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return inputs[0] if "pixel_values_videos" in inputs[0] else super().joined(inputs)
+
+
+def frames_of(video: Video, config: Mapping[str, Any]) -> torch.Tensor:
+    """Return the frames of a video as squares, [1, frames, 3, height, width]. config: of its processor."""
+    from transformers import CLIPImageProcessorPil
+
+    processor = CLIPImageProcessorPil(**{name: config[name] for name in SQUARE if config.get(name) is not None})
+    made = processor(images=list(video.frames), input_data_format="channels_last", return_tensors="pt")
+    pixels: torch.Tensor = made["pixel_values"]
+    return pixels[None]
+
+
+class LlavaOnevision(LlavaNextVideo):
     """LLaVA-OneVision: tiles, shrunk if there are many, of a picture that is alone; of others the whole."""
 
     takes: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "batch_num_images")
     settings: ClassVar = frozenset({ALONE})
 
     def in_context(self, media: Sequence[Sized]) -> list[Sized]:
-        return [replace(one, settings={ALONE: int(len(media) == 1)}) for one in media]
+        num_images = sum(one.kind == "image" for one in media)
+        return [replace(one, settings={ALONE: int(num_images == 1)}) for one in media]
 
     def num_features(self, size: MediaSize) -> int:
+        if size.kind == "video":
+            return size.num_frames * (-(-self.num_patches // 2)) ** 2 + 1
         if not size.settings.get(ALONE):
             return self.num_patches**2 + 1
         rows, columns = self.unpadded(size)
@@ -82,7 +124,9 @@ class LlavaOnevision(LlavaNext):
         return rows * columns + rows + self.num_patches**2
 
     def inputs(self, media: Media) -> dict[str, torch.Tensor]:
-        assert isinstance(media, Image)
+        if isinstance(media, Video):
+            defaults: dict[str, Any] = {"size": {"height": 384, "width": 384}, "do_center_crop": False}
+            return {"pixel_values_videos": frames_of(media, {**defaults, **self.video_config})}
         # A picture among others is prepared beside itself.
         images = [[media.pixels] if media.settings.get(ALONE) else [media.pixels] * 2]
         made = self.processor(images=images, input_data_format="channels_last", return_tensors="pt")
@@ -90,6 +134,8 @@ class LlavaOnevision(LlavaNext):
         return first | {"batch_num_images": made["batch_num_images"]}
 
     def joined(self, inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        if "pixel_values_videos" in inputs[0]:
+            return inputs[0]
         return super().joined(inputs) | {"batch_num_images": torch.cat([one["batch_num_images"] for one in inputs])}
 
 
@@ -195,6 +241,7 @@ FAMILIES: dict[str, type[Family]] = {
     "internvl": InternVL,
     "llava": Llava,
     "llava next": LlavaNext,
+    "llava next video": LlavaNextVideo,
     "llava onevision": LlavaOnevision,
     "pixtral": Pixtral,
 }

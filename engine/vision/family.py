@@ -90,6 +90,10 @@ class Family:
         )
         return {name: made[name] for name in self.takes}
 
+    def joins(self, kind: str) -> bool:  # noqa: ARG002
+        """Return whether the tower takes several pictures of that kind in one go."""
+        return True
+
     def joined(self, inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return what the tower takes of several pictures."""
         return {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}

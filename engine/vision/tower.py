@@ -29,7 +29,8 @@ class Tower:
         found: dict[int, torch.Tensor] = {}
         for kind in {one.kind for one in media}:
             which = [i for i, one in enumerate(media) if one.kind == kind]
-            found |= zip(which, self._encode([media[i] for i in which]), strict=True)
+            for group in [which] if self.family.joins(kind) else [[i] for i in which]:
+                found |= zip(group, self._encode([media[i] for i in group]), strict=True)
         if self._stream is not None:
             self._stream.synchronize()
         return [found[i] for i in range(len(media))]
