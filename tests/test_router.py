@@ -802,7 +802,9 @@ def test_a_picture_is_a_few_characters_of_what_decides_who_gets_a_request() -> N
     one, other = (random.Random(seed).randbytes(100_000) for seed in range(2))
     prompts = [prompt_of(body(image, text)) for image, text in ((one, "a"), (one, "b"), (other, "a"))]
     assert all(len(prompt) < 500 for prompt in prompts)
-    shared = [next(i for i, (a, b) in enumerate(zip(prompts[0], prompt)) if a != b) for prompt in prompts[1:]]
+    shared = [
+        next(i for i, (a, b) in enumerate(zip(prompts[0], prompt, strict=False)) if a != b) for prompt in prompts[1:]
+    ]
     assert shared[0] > 300 > 150 > shared[1]
     assert prompt_of(body(one, "a")[:-1]) == b""
 
