@@ -33,8 +33,9 @@ WEATHER = [{"type": "function", "function": {"name": "weather", "parameters": {"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[str]:
-    # Not pytest's folder: a profile's socket has a path that may be 107 characters long.
-    with TemporaryDirectory() as folder, running_browser(Path(folder)) as address:
+    # Not pytest's folder: a profile's socket has a path that may be 107 characters long. And killed processes may write
+    # a last file while it is removed.
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, running_browser(Path(folder)) as address:
         yield address
 
 

@@ -43,7 +43,6 @@ class Page:
             "Cache-Control": "no-cache",
             "Referrer-Policy": "no-referrer",
             "X-Content-Type-Options": "nosniff",
-            "Cross-Origin-Opener-Policy": "same-origin",
         }
 
     def response(self, request: web.Request, vary: str = "") -> web.Response:
