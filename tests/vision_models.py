@@ -50,6 +50,9 @@ IDEFICS: tuple[dict[str, Any], str, dict[str, Any]] = (
 )
 QWEN_VIT = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2, "patch_size": 4}
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+HALF_ROTATED = {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+GLM_VIT = QWEN_VIT | {"out_hidden_size": 64, "image_size": 32}
+GLM_PROCESSING = {"patch_size": 4, "size": {"shortest_edge": 8 * 8, "longest_edge": 2 * 64 * 48}}
 QWEN_VL = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
@@ -215,6 +218,43 @@ FAMILIES = {
         },
         "Qwen2VLImageProcessorPil",
         QWEN_PROCESSING,
+    ),
+    "glm 4.1v": TinyFamily(
+        "Glm4vForConditionalGeneration",
+        "Glm4vConfig",
+        {
+            "vision_config": GLM_VIT,
+            "text_config": TEXT | {"rope_parameters": ROPE | HALF_ROTATED, "pad_token_id": 0},
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "tie_word_embeddings": False,
+        },
+        "Glm4vImageProcessorPil",
+        GLM_PROCESSING,
+    ),
+    "glm 4.5v": TinyFamily(
+        "Glm4vMoeForConditionalGeneration",
+        "Glm4vMoeConfig",
+        {
+            "vision_config": GLM_VIT,
+            "text_config": TEXT
+            | {
+                "rope_parameters": ROPE | HALF_ROTATED,
+                "pad_token_id": 0,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 24,
+                "n_shared_experts": 1,
+                "n_group": 1,
+                "topk_group": 1,
+                "first_k_dense_replace": 1,
+            },
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "tie_word_embeddings": False,
+        },
+        "Glm4vImageProcessorPil",
+        GLM_PROCESSING,
     ),
     "qwen 3 vl": TinyFamily(
         "Qwen3VLForConditionalGeneration",

@@ -86,6 +86,8 @@ ARCHITECTURES = {
     "GlmMoeDsaForCausalLM": Served(
         "deepseek:DeepseekV32", "GLM-5; without its indexer: attention is to all tokens, not to 2,048"
     ),
+    "Glm4vForConditionalGeneration": Served("glm_v:Glm4v", "GLM-4.1V", "glm"),
+    "Glm4vMoeForConditionalGeneration": Served("glm_v:Glm4vMoe", "GLM-4.5V", "glm"),
     "GlmForCausalLM": Served("glm:Glm", "GLM-4-9B, GLM-Edge"),
     "GPT2ForCausalLM": Served("gpt2:GPT2", "GPT-2"),
     "GPTNeoXForCausalLM": Served("gpt_neox:GPTNeoX", "GPT-NeoX 20B, Pythia, Dolly, RedPajama-INCITE"),

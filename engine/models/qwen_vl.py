@@ -21,19 +21,19 @@ from engine.models.names import Piece, Rule, Split, Unstack
 class Qwen2VL(Qwen2):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
-        return Qwen2.read_config(with_sections(raw))
+        return Qwen2.read_config(with_sections(raw, (16, 24, 24)))
 
 
 class Qwen3VL(Qwen3):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
-        return Qwen3.read_config(with_sections(raw, is_interleaved=True))
+        return Qwen3.read_config(with_sections(raw, (24, 20, 20), is_interleaved=True))
 
 
 class Qwen3VLMoe(Qwen3Moe):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
-        return Qwen3Moe.read_config(with_sections(raw, is_interleaved=True) | {"norm_topk_prob": True})
+        return Qwen3Moe.read_config(with_sections(raw, (24, 20, 20), is_interleaved=True) | {"norm_topk_prob": True})
 
     @property
     def names(self) -> Sequence[Rule]:
@@ -64,8 +64,7 @@ class OutputsFirst:
         return loaded.t() if loaded.shape[0] == self.num_inputs else loaded
 
 
-def with_sections(raw: dict[str, Any], *, is_interleaved: bool = False) -> dict[str, Any]:
+def with_sections(raw: dict[str, Any], sections: Sequence[int], *, is_interleaved: bool = False) -> dict[str, Any]:
     """Return `raw` with what files leave out of `rope_parameters`."""
-    sections = [24, 20, 20] if is_interleaved else [16, 24, 24]
     given = raw.get("rope_parameters") or {}
     return raw | {"rope_parameters": {"mrope_section": sections} | given | {"mrope_interleaved": is_interleaved}}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from engine.errors import InvalidRequest
 from engine.media import Image, Media, MediaSize, Video
 from engine.vision.family import Family, Sized, Writing
-from engine.vision.grid import Grid, TimedGrid
+from engine.vision.grid import Glm, Grid, TimedGrid
 
 ALONE = "alone"  # a setting that no client has: the prompt has no other picture
 # Entries of a video processor's file that say how a frame becomes a square.
@@ -235,6 +235,7 @@ class Gemma3(Family):
 # By the names that engine.models.architectures has for them.
 FAMILIES: dict[str, type[Family]] = {
     "gemma 3": Gemma3,
+    "glm": Glm,
     "grid": Grid,
     "timed grid": TimedGrid,
     "idefics 3": Idefics3,

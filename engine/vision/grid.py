@@ -57,6 +57,25 @@ class Grid(Family):
         height, width = smart_resize(size.height, size.width, factor, *self.limits(size))
         return height, width
 
+    def resized_together(self, size: MediaSize) -> tuple[int, int]:
+        """Return the height and width of frames that all together have room in the limits."""
+        check_shape(size)
+        factor, per_patch = self.processor.patch_size * self.processor.merge_size, self.processor.temporal_patch_size
+        least, most = self.limits(size)
+        height, width = size.height, size.width
+        if min(height, width) < factor:
+            height, width = (int(length * max(factor / size.height, factor / size.width)) for length in (height, width))
+        num_frames = max(size.num_frames, per_patch)
+        rows, columns = round(height / factor) * factor, round(width / factor) * factor
+        num_pixels = round(num_frames / per_patch) * per_patch * rows * columns
+        if num_pixels > most:
+            ratio = math.sqrt(num_frames * height * width / most)
+            rows, columns = (max(factor, math.floor(one / ratio / factor) * factor) for one in (height, width))
+        elif num_pixels < least:
+            ratio = math.sqrt(least / (num_frames * height * width))
+            rows, columns = (math.ceil(one * ratio / factor) * factor for one in (height, width))
+        return rows, columns
+
     def limits(self, media: Media | MediaSize) -> tuple[int, int]:
         """Return the least and the most pixels of what is seen, within those of the model."""
         sizes = self.processor.size if media.kind == "image" else self.video_size()
@@ -121,25 +140,20 @@ class TimedGrid(Grid):
         return Writing(text, frames * rows * columns, ((1, rows, columns),) * frames)
 
     def resized(self, size: MediaSize) -> tuple[int, int]:
-        """Return what all frames together have room for."""
-        if size.kind == "image":
-            return super().resized(size)
-        check_shape(size)
-        factor, per_patch = self.processor.patch_size * self.processor.merge_size, self.processor.temporal_patch_size
-        least, most = self.limits(size)
-        height, width = size.height, size.width
-        if min(height, width) < factor:
-            height, width = (int(length * max(factor / size.height, factor / size.width)) for length in (height, width))
-        num_frames = max(size.num_frames, per_patch)
-        rows, columns = round(height / factor) * factor, round(width / factor) * factor
-        num_pixels = round(num_frames / per_patch) * per_patch * rows * columns
-        if num_pixels > most:
-            ratio = math.sqrt(num_frames * height * width / most)
-            rows, columns = (max(factor, math.floor(one / ratio / factor) * factor) for one in (height, width))
-        elif num_pixels < least:
-            ratio = math.sqrt(least / (num_frames * height * width))
-            rows, columns = (math.ceil(one * ratio / factor) * factor for one in (height, width))
-        return rows, columns
+        return super().resized(size) if size.kind == "image" else self.resized_together(size)
+
+
+class Glm(Grid):
+    """GLM-4.1V, GLM-4.5V: a picture is resized as a video of one patch's frames."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
+
+    @staticmethod
+    def token_ids(config: Any) -> dict[str, int]:
+        return {"image": config.image_token_id}
+
+    def resized(self, size: MediaSize) -> tuple[int, int]:
+        return self.resized_together(size)
 
 
 def check_shape(size: MediaSize) -> None:
