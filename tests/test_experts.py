@@ -23,7 +23,7 @@ from engine.layers.attention import Attention
 from engine.layers.block import sum_over_ranks
 from engine.layers.communicator import Communicator
 from engine.layers.layer import LayerConfig, unique_layers
-from engine.layers.moe import StackedLinear
+from engine.layers.moe import Router, StackedLinear
 from engine.models.registry import build_model, load_config
 from kernels.dense import DenseWeight
 from kernels.experts import ExpertStack, codes_of, combine, expert_products_torch, split_experts
@@ -128,6 +128,31 @@ def test_logits_of_a_model_with_experts_equal_the_reference(family: str, make_ti
     name, options = FAMILIES[family]
     folder = make_tiny_model(getattr(transformers, name), family, random_norms=True, **options)
     assert_equals_reference(packed(TinyEngine(folder)), folder, random_ids(20, seed=0), random_ids(13, seed=1))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "phi-3.5-moe", "gpt-oss"])
+def test_each_token_has_the_experts_of_the_reference(
+    family: str, make_tiny_model: MakeTinyModel, monkeypatch: pytest.MonkeyPatch
+):
+    import transformers
+
+    name, options = FAMILIES[family]
+    folder, ids = make_tiny_model(getattr(transformers, name), family, **options), random_ids(30, seed=2)
+    chosen, choose = list[torch.Tensor](), Router.choose
+
+    def watched(router: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        experts, weights = choose(router, x)
+        chosen.append(experts)
+        return experts, weights
+
+    monkeypatch.setattr(Router, "choose", watched)
+    packed(TinyEngine(folder)).forward({0: ids})
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    wanted = model(torch.tensor([ids]), output_router_logits=True).router_logits
+    for experts, logits in zip(chosen, wanted, strict=True):
+        best = logits.view(len(ids), -1).topk(experts.shape[1]).indices
+        assert torch.equal(experts.sort(dim=1).values, best.sort(dim=1).values)
 
 
 def assert_ranks_add_up(folder: Path, num_ranks: int, ep_size: int) -> None:
