@@ -71,6 +71,7 @@ def refused(flag: str, reason: str, num_values: int | None = 1, but: Iterable[st
     )  # fmt: skip
 
 
+SEEN_AGAIN = "a picture that comes again is found by what it holds"
 OFF = ("none", "null", "")
 COMPILED = "nothing is compiled: steps are CUDA graphs of our own kernels"
 FLASHINFER = "FlashInfer serves only where --attention-backend asks for it"
@@ -119,6 +120,12 @@ VLLM_FLAGS = (
     no_effect("--max-logprobs", "any number is served", 1),
     no_effect("--chat-template-content-format", "which one a template wants is found at the start", 1),
     no_effect("--compilation-config", COMPILED, 1),
+    no_effect("--disable-mm-preprocessor-cache", SEEN_AGAIN),
+    no_effect("--mm-processor-cache-gb", SEEN_AGAIN, 1),
+    no_effect("--skip-mm-profiling", "memory is measured, the tower's too"),
+    no_effect("--interleave-mm-strings", "a picture stands where its message has it"),
+    refused("--mm-processor-kwargs", """give it by --mm-process-config '{"image": {...}}'"""),
+    refused("--media-io-kwargs", """give it by --mm-process-config '{"video": {...}}'"""),
     refused("--rope-scaling", """give it by --json-model-override-args '{"rope_scaling": {...}}'"""),
     refused("--lora-modules", NO_LORA, None),
     refused("--ssl-keyfile", NO_SSL),
@@ -153,6 +160,10 @@ SGLANG_FLAGS = (
     no_effect("--nccl-port", "the ranks of a host find any free one", 1),
     no_effect("--fp8-gemm-backend", FP8_KERNELS, 1),
     no_effect("--fp8-gemm-runner-backend", FP8_KERNELS, 1),
+    no_effect("--enable-multimodal", "a model that reads pictures always does"),
+    no_effect("--disable-fast-image-processor", "pictures are prepared by the slow ones, on the CPU"),
+    no_effect("--mm-attention-backend", "towers run as Hugging Face wrote them", 1),
+    no_effect("--keep-mm-feature-on-device", "--mm-embedding-cache-mb is what features may take"),
     no_effect("--sleep-on-idle", "an idle server always sleeps"),
     no_effect("--show-time-cost", "see /start_profile"),
     no_effect("--warmups", "see --skip-server-warmup", 1),

@@ -143,6 +143,11 @@ async def test_how_a_picture_is_read_reaches_the_model(client: Client, engine: S
     assert [dict(one.settings) for one in SEEN[engine.states[-1].rid]] == [
         {"max_pixels": 512 * 512}, {"max_pixels": 999, "min_pixels": 7}, {"max_dynamic_patch": 6}, {},
     ]  # fmt: skip
+    body = {"messages": [user(parts[1], parts[3])], "mm_processor_kwargs": {"max_pixels": 500, "fps": 3}}
+    await post(client, "/v1/chat/completions", **body)
+    assert [dict(one.settings) for one in SEEN[engine.states[-1].rid]] == [
+        {"max_pixels": 999, "min_pixels": 7, "fps": 3}, {"max_pixels": 500, "fps": 3},
+    ]  # fmt: skip
 
 
 async def test_a_video_is_seen_as_frames(client: Client, engine: SeeingEngine) -> None:

@@ -733,6 +733,7 @@ def test_settings_are_the_requests_and_else_the_servers_which_bounds_pixels() ->
     assert MediaLimits().settings_of("image", {"max_pixels": 5}) == {"max_pixels": 5}
     limited = read_limits('{"image": {"count": 3}}', '{"image": {"max_pixels": 100, "min_pixels": 7}}', None, None)
     assert limited.counts == {"image": 3, "video": 4}
+    assert read_limits("image=2,video=0", None, None, None).counts == {"image": 2, "video": 0}
     assert limited.settings_of("image", {}) == {"max_pixels": 100, "min_pixels": 7}
     assert limited.settings_of("image", {"max_pixels": 500, "min_pixels": 9}) == {"max_pixels": 100, "min_pixels": 9}
     assert limited.settings_of("image", {"max_pixels": 50})["max_pixels"] == 50

@@ -1,5 +1,6 @@
 """The limits of a request's pictures and videos, and the flags that set them."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ READ_S = 30.0  # for all of one request
 SETTINGS = ("min_pixels", "max_pixels", "min_dynamic_patch", "max_dynamic_patch", "fps", "max_frames", "num_frames")
 MAX_SETTING = 1 << 30
 LOW_DETAIL_PIXELS = 512 * 512
+OLD_COUNT = re.compile(r"(\w+)=(\d{1,6})")  # vLLM's spelling before JSON: image=4,video=1
+OLD_COUNTS = re.compile(rf"{OLD_COUNT.pattern}(,{OLD_COUNT.pattern})*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,8 @@ def _by_kind(flag: str, text: str | None, rule: str) -> dict[str, Any]:
 
 def _counts(flag: str, text: str | None) -> dict[str, int]:
     rule = 'a JSON object such as {"image": 4, "video": 1}'
+    if text is not None and OLD_COUNTS.fullmatch(text):
+        text = orjson.dumps({kind: int(count) for kind, count in OLD_COUNT.findall(text)}).decode()
     counts = {}
     for kind, value in _by_kind(flag, text, rule).items():
         count = value.get("count") if isinstance(value, dict) else value  # vLLM's longer form

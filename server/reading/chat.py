@@ -32,7 +32,7 @@ from server.parsers.tool_calls import (
     find_tool_format,
     object_of,
 )
-from server.reading.contents import as_text, is_media, media_part, refused
+from server.reading.contents import as_text, is_media, media_part, refused, settings_of
 from server.reading.custom_tools import arguments_of_input
 from server.reading.grammars import names_of_constraint
 from server.reading.openai_body import ChatFields, ChatRequest, Message, MessageToolCall, Part
@@ -272,6 +272,9 @@ class Chats:
         media: list[MediaPart] = []
         messages = parse_messages(body.messages, media if self.engine.media_kinds else None)
         self.media.check(media)
+        if body.mm_processor_kwargs is not None:
+            shared = settings_of(body.mm_processor_kwargs)
+            media = [replace(part, settings={**shared, **part.settings}) for part in media]
         return ChatPrompt(self._render(messages, body, choice), media)
 
     def _render(self, messages: list[JSON], body: ChatFields, choice: ToolChoice | None) -> str:

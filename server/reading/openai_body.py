@@ -20,7 +20,7 @@ UNSUPPORTED = (
     "return_prompt_token_ids", "sampling_logprobs_mode",
     "use_beam_search", "allowed_token_ids", "bad_words", "logits_processors", "logprob_token_ids", "vllm_xargs",
     "truncate_prompt_tokens", "prompt_embeds", "documents", "chat_template", "thinking_token_budget",
-    "kv_transfer_params", "repetition_detection", "guided_whitespace_pattern",
+    "kv_transfer_params", "repetition_detection", "guided_whitespace_pattern", "media_io_kwargs",
 )  # fmt: skip
 
 # Fields that go into SamplingParams, under the engine's name where that differs.
@@ -273,6 +273,9 @@ class ChatFields(OpenAIFields, like=SamplingFields, names={"max_completion_token
     separate_reasoning: Annotated[bool, Meta(description="reasoning in `reasoning_content`")] = True
     stream_reasoning: Annotated[bool, Meta(description="as it comes, not when it has ended")] = True
     chat_template_kwargs: JSON = {}
+    mm_processor_kwargs: (
+        Annotated[MediaFields, Meta(description="how pictures and videos are read that say nothing themselves")] | None
+    ) = None
     thinking: Thinking | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
