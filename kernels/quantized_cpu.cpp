@@ -720,14 +720,40 @@ static void decode_tile(const Weight &w, int64_t row, int64_t last_row, int64_t 
     }
 }
 
+// Write two groups' numbers of 16 bits each, the first of which stand at places `at`: [2, rows].
+static inline void gather_pair(const void *numbers, int type, __m512i at, vec factor, float *to) {
+    const __m512i pairs = _mm512_i32gather_epi32(at, numbers, 2);
+    for (int j = 0; j < 2; j++) {
+        const __m512i bits = j ? _mm512_srli_epi32(pairs, 16) : pairs;
+        const vec of_float16 = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits));
+        const vec found = type == FLOAT16 ? of_float16 : _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+        store(to + j * LANES, found * factor);
+    }
+}
+
 // Write scales, or shifts, of 16 rows: [groups, rows].
 static void read_tile_scales(const Weight &w, int64_t row, int64_t last_row, float *scales, float *shifts) {
-    const int64_t count = w.num_groups;
+    int64_t count = w.num_groups;
+    const int64_t rest = count % LANES;
+    if (count > LANES && (rest == 2 || rest == 4) && !w.zero && w.scale_type != FLOAT32) {  // few for a transposition
+        const __m512i nth = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const __m512i of_row = _mm512_min_epi32(nth, _mm512_set1_epi32(last_row - row - 1));
+        const __m512i first = _mm512_mullo_epi32(of_row, _mm512_set1_epi32(count));
+        for (int64_t g = count - rest; g < count; g += 2) {
+            const int64_t start = row * count + g;
+            const vec factor = all(w.code == FP8 ? 256 : 1);
+            gather_pair((const uint16_t *)w.scale + start, w.scale_type, first, factor, scales + g * LANES);
+            if (w.minimum)
+                gather_pair((const uint16_t *)w.minimum + start, w.scale_type, first, all(1), shifts + g * LANES);
+        }
+        count -= rest;
+    }
+    const int64_t num_groups = w.num_groups;
     for (int64_t i = 0; i < count; i += LANES) {
         const int64_t g = i + LANES <= count || count < LANES ? i : count - LANES, left = count - g;
         vec scale[16], shift[16];
         for (int r = 0; r < TILE_ROWS; r++) {
-            const int64_t start = (row + r < last_row ? row + r : last_row - 1) * count + g;
+            const int64_t start = (row + r < last_row ? row + r : last_row - 1) * num_groups + g;
             scale[r] = load_up_to(w.scale, start, w.scale_type, left);
             shift[r] = w.minimum ? load_up_to(w.minimum, start, w.scale_type, left) : all(0);
             if (w.zero) shift[r] = fma(load_up_to(w.zero, start, w.zero_type, left), scale[r], shift[r]);

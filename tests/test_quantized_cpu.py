@@ -199,6 +199,21 @@ def test_odd_sizes_keep_the_definition(k: int, form: Format) -> None:
     assert_close(packed.product(x := randn(3, k)), products(weight, x), "definition")
 
 
+@pytest.mark.parametrize("num_groups", [18, 20, 22, 33])
+@pytest.mark.parametrize("scale_dtype", [HALF, torch.bfloat16])
+def test_scales_of_groups_that_fill_no_vector_are_read(num_groups: int, scale_dtype: torch.dtype) -> None:
+    for form in (
+        Format("int4", 32, scale_dtype=scale_dtype),
+        Format("int4", 32, has_minimum=True, scale_dtype=scale_dtype),
+        Format("int8", 32, scale_dtype=scale_dtype),
+    ):
+        weight = make_weight(form, k=32 * num_groups, dtype=torch.bfloat16)
+        packed = CpuQuantizedWeight(weight, kernels_for("native"))
+        for num_tokens in (1, 2, 17):
+            x = randn(num_tokens, weight.k, dtype=torch.bfloat16)
+            assert_close(packed.product(x), products(weight, x), f"{form.code} {num_tokens}")
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_without_a_compiler_weights_are_decoded_once(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
