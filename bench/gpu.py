@@ -187,11 +187,16 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 2048,
     "initializer_range": 0.1, "tie_word_embeddings": False,
 }  # fmt: skip
+SMALL_LATENT: dict[str, Any] = SMALL | {
+    "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 64, "kv_lora_rank": 512, "q_lora_rank": 128,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "embedding_initializer_range": 0.1,
+}  # fmt: skip
 CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "small Llama": ("LlamaConfig", SMALL),
     "small Mistral, window 100": ("MistralConfig", SMALL | {"sliding_window": 100}),
     "small Qwen2": ("Qwen2Config", SMALL),
     "small Qwen3, tied": ("Qwen3Config", SMALL | {"tie_word_embeddings": True}),
+    "small Youtu, latent attention": ("YoutuConfig", SMALL_LATENT),
     "Llama-3-8B": ("LlamaConfig", LLAMA3_8B),
 }
 SEQUENCE_LENS = (700, 333)

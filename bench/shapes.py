@@ -54,7 +54,25 @@ DEEPSEEK_V3 = COMMON | {
         "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]
     },
 }  # fmt: skip
+DEEPSEEK_V2_LITE = {name: value for name, value in DEEPSEEK_V3.items() if name != "quantization_config"} | {
+    "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "vocab_size": 102400, "hidden_size": 2048,
+    "intermediate_size": 10944, "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6,
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "norm_topk_prob": False, "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax", "topk_method": "greedy", "q_lora_rank": None,
+    "rope_scaling": DEEPSEEK_V3["rope_scaling"] | {"mscale": 0.707, "mscale_all_dim": 0.707},
+}  # fmt: skip
+GLM_4_7_FLASH = COMMON | {
+    "architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "vocab_size": 154880,
+    "hidden_size": 2048, "intermediate_size": 10240, "num_hidden_layers": 47, "num_attention_heads": 20,
+    "num_key_value_heads": 20, "moe_intermediate_size": 1536, "n_routed_experts": 64, "n_shared_experts": 1,
+    "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "norm_topk_prob": True,
+    "routed_scaling_factor": 1.8, "q_lora_rank": 768, "kv_lora_rank": 512, "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64, "v_head_dim": 256, "max_position_embeddings": 202752, "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000,
+}  # fmt: skip
 SHAPES = {
     "llama3-8b": LLAMA3_8B, "llama3-70b": LLAMA3_70B, "qwen3-0.6b": QWEN3_0_6B, "qwen3-30b-a3b": QWEN3_30B_A3B,
     "gpt-oss-20b": GPT_OSS_20B, "gpt-oss-120b": GPT_OSS_120B, "deepseek-v3": DEEPSEEK_V3,
+    "deepseek-v2-lite": DEEPSEEK_V2_LITE, "glm-4.7-flash": GLM_4_7_FLASH,
 }  # fmt: skip
