@@ -380,7 +380,7 @@ MARKDOWN = {
 LONG = (
     "# Title\n\nText with **bold** and `code`.\n\n- one\n- two\n  1. deep\n\n| a | b |\n|--:|---|\n| 1 | `x|y` |\n\n"
     "```python\ndef f():\n    return 1  # one\n```\n\n> quote\n\n$$\\frac{a}{b} + \\sqrt{c^2}$$\n\n---\n\n"
-    "2. two\n3. three\n\nend"
+    "2. two\n3. three\n\nc | d\n---|---\n1 | 2\n\nend"
 )
 
 
