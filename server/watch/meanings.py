@@ -95,6 +95,7 @@ MEANINGS: dict[str, str] = {
     "detail": "how closely the image is looked at",
     "min_pixels": "an image is enlarged to so many pixels at least",
     "max_pixels": "an image is reduced to so many pixels at most",
+    "mm_processor_kwargs": "how all pictures and videos of the request are read, vLLM's name",
     "min_dynamic_patch": "tiles that an image is cut into, at least",
     "max_dynamic_patch": "tiles that an image is cut into, at most",
     "max_frames": "frames of a video that are looked at, at most",
