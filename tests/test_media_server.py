@@ -151,6 +151,37 @@ async def test_a_template_of_parts_and_sizes_that_clients_choose_reach_the_model
             assert await tokens() == await tokens(max_pixels=100_000) == few
 
 
+@pytest.fixture(scope="module")
+def onevision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_vision_model(tmp_path_factory.mktemp("onevision"), "llava onevision")
+
+
+async def test_an_answer_depends_on_a_video_and_on_the_images_beside_it(onevision: Path) -> None:
+    frames = [[encoded(seed), encoded(seed + 1)] for seed in (3, 5)]
+    image = {"type": "image_url", "image_url": {"url": ONE}}
+    async with running_engine(onevision) as engine, serving(engine) as client:
+
+        async def answer(*parts: dict[str, Any]) -> str:
+            content = [*parts, {"type": "text", "text": "What happens?"}]
+            body = {**GREEDY, "messages": [{"role": "user", "content": content}]}
+            return str((await post(client, "/v1/chat/completions", **body))["choices"][0]["message"]["content"])
+
+        first, second = ({"type": "video", "video": shown} for shown in frames)
+        uri = {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{','.join(frames[0])}"}}
+        answers = [await answer(*parts) for parts in ((first,), (second,), (first, image), (image, first))]
+        assert len(set(answers)) == 4
+        assert await answer(uri) == answers[0]
+        native = await post(
+            client,
+            "/generate",
+            text="<|im_start|>user\n<video>\nWhat happens?<|im_end|>\n<|im_start|>assistant\n",
+            image_data=frames[0],
+            modalities=["video"],
+            sampling_params={"temperature": 0, "max_new_tokens": 8},
+        )
+        assert native["text"] == answers[0]
+
+
 async def test_hostile_pictures_are_refused_and_change_nothing_for_others(client: Client) -> None:
     hostile = [
         base64.b64encode(data).decode()
