@@ -74,6 +74,7 @@ class AttentionConfig:
     clip_qkv: float = 0.0  # queries, keys and values are clamped to at most that; 0: they are not
     qk_norm: QKNorm = QKNorm.NONE
     v_norm: bool = False  # an RMS norm of each value head, without a weight
+    sees_ahead: bool = True  # tokens of a picture see those behind them, in models whose pictures do
     has_sinks: bool = False  # each head has a score of its own in the softmax's denominator
     slopes: tuple[float, ...] = ()  # what each head's scores lose with each token of distance; (): nothing
     kv_owner: int | None = None  # the layer whose keys and values this one reads, instead of having its own

@@ -74,6 +74,38 @@ class TinyFamily:
     processing: dict[str, Any]
 
 
+GEMMA_4_PROCESSOR = ("Gemma4ImageProcessorPil", {"patch_size": 4, "pooling_kernel_size": 3, "max_soft_tokens": 70})
+
+
+def gemma_4(bidirectional: str | None, **text: Any) -> dict[str, Any]:
+    """Return the settings of a tiny Gemma 4. bidirectional: config.json's use_bidirectional_attention."""
+    sizes = {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 80,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": NUM_TOKENS,
+        "use_bidirectional_attention": bidirectional,
+        "tie_word_embeddings": False,
+    }
+    return {
+        "vision_config": VIT
+        | {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "patch_size": 4,
+            "pooling_kernel_size": 3,
+            "position_embedding_size": 64,
+        },
+        "text_config": TEXT | sizes | text,
+        "image_token_id": IMAGE,
+        "boi_token_id": VISION_START,
+        "eoi_token_id": VISION_END,
+        "tie_word_embeddings": False,
+    }
+
+
 FAMILIES = {
     "llava": TinyFamily(
         "LlavaForConditionalGeneration",
@@ -195,6 +227,13 @@ FAMILIES = {
         },
         "Gemma3ImageProcessorPil",
         {"size": {"height": 32, "width": 32}},
+    ),
+    "gemma 4": TinyFamily("Gemma4ForConditionalGeneration", "Gemma4Config", gemma_4("vision"), *GEMMA_4_PROCESSOR),
+    "gemma 4 E2B": TinyFamily(
+        "Gemma4ForConditionalGeneration",
+        "Gemma4Config",
+        gemma_4(None, hidden_size_per_layer_input=8, num_kv_shared_layers=1),
+        *GEMMA_4_PROCESSOR,
     ),
     "qwen 2 vl": TinyFamily(
         "Qwen2VLForConditionalGeneration",

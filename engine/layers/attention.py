@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -215,6 +216,8 @@ class Attention(AnyAttention):
         if self.has_window_slots:
             assert batch.of_windows is not None
             batch = batch.of_windows
+        if batch.seen_until is not None and not self.config.sees_ahead:
+            batch = replace(batch, seen_until=None)
         qkv = self.make_qkv(x, norm=norm)  # [T, (H + 2 Hkv) D]
         k_cache, v_cache = pool[self.layer_id]
         scales = self.cache_scales

@@ -90,6 +90,7 @@ class Gemma4Decoder(Decoder):
         for i, block in enumerate(self.layers):
             assert isinstance(block, Gemma4Block)
             block.index = i
+        self.padding = config.raw.get("pad_token_id") or 0
         if self.size:
             self.embed_tokens_per_layer = VocabParallelEmbedding(
                 config.raw.get("vocab_size_per_layer_input", config.vocab_size),
@@ -107,8 +108,12 @@ class Gemma4Decoder(Decoder):
         if not self.size:
             return super().__call__(batch, pool, run_block)
         assert run_block is None, "no step of this model is split"
-        h = self.embed_tokens(batch.input_ids)
-        vectors = self.vectors(batch.input_ids, h)
+        input_ids, features = batch.input_ids, batch.features
+        h = self.embed_tokens(input_ids)
+        if features is not None:
+            h.index_copy_(0, features.tokens, features.vectors)
+            input_ids = input_ids.index_fill(0, features.tokens, self.padding)  # parts of pictures are no tokens
+        vectors = self.vectors(input_ids, h)
         for block in self.layers:
             assert isinstance(block, Gemma4Block)
             h = block(h, batch, pool, vectors[:, block.index])
@@ -183,4 +188,4 @@ def read_global(raw: dict[str, Any], layer: AttentionConfig, index: int) -> Atte
     if raw.get("attention_k_eq_v", False):
         num_kv_heads = raw.get("num_global_key_value_heads", num_kv_heads)
     rope = parse_rope(raw, head_dim, "full_attention", **GLOBAL_ROPE)
-    return replace(layer, window=-1, head_dim=head_dim, num_kv_heads=num_kv_heads, rope=rope)
+    return replace(layer, window=-1, head_dim=head_dim, num_kv_heads=num_kv_heads, rope=rope, sees_ahead=False)

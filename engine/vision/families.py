@@ -232,9 +232,36 @@ class Gemma3(Family):
         return Writing(f"\n\n{token['begin']}{token['image'] * num_features}{token['end']}\n\n", num_features)
 
 
+class Gemma4(Family):
+    """Gemma 4: so many squares of patches as fit, in the picture's own shape; in some models they see each other."""
+
+    takes: ClassVar[tuple[str, ...]] = ("pixel_values", "image_position_ids")
+
+    def __init__(self, config: Any, *args: Any) -> None:
+        super().__init__(config, *args)
+        self.is_whole = config.get_text_config().use_bidirectional_attention == "vision"
+
+    @staticmethod
+    def token_ids(config: Any) -> dict[str, int]:
+        return {"image": config.image_token_id, "begin": config.boi_token_id, "end": config.eoi_token_id}
+
+    def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:  # noqa: ARG002
+        from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
+
+        patch, pool = self.processor.patch_size, self.processor.pooling_kernel_size
+        most = self.processor.max_soft_tokens * pool**2
+        try:
+            height, width = get_aspect_ratio_preserving_size(size.height, size.width, patch, most, pool)
+        except ValueError as error:
+            raise InvalidRequest(f"a picture of {size.width}x{size.height} pixels cannot be read: {error}") from None
+        num_features, token = (height // (patch * pool)) * (width // (patch * pool)), self.token_text
+        return Writing(f"{token['begin']}{token['image'] * num_features}{token['end']}", num_features)
+
+
 # By the names that engine.models.architectures has for them.
 FAMILIES: dict[str, type[Family]] = {
     "gemma 3": Gemma3,
+    "gemma 4": Gemma4,
     "glm": Glm,
     "grid": Grid,
     "timed grid": TimedGrid,

@@ -32,7 +32,7 @@ class Family:
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
     takes: ClassVar[tuple[str, ...]] = ("pixel_values",)  # of what the processor makes, what the tower takes
-    is_whole: ClassVar = False  # the tokens of a picture see each other, those behind them too
+    is_whole = False  # the tokens of a picture see each other, those behind them too
     settings: ClassVar[frozenset[str]] = frozenset()  # of those that a client may ask for, those that make a difference
 
     def __init__(

@@ -14,6 +14,8 @@ from engine.model_config import ModelConfig
 from engine.vision.family import Family
 
 LARGE = 2048  # pixels in a row of a picture, and rows: more are rare, and resized by most models
+PER_LAYER = ("num_kv_shared_layers", "hidden_size_per_layer_input")  # entries that mean nothing without layers
+SOUND = ("audio_tower", "embed_audio")
 LANGUAGE = ("language_model", "text_model")  # what a whole model calls its other half
 
 
@@ -78,6 +80,9 @@ def load_tower(
     config, dtype = family.config, model_config.dtype
     text = config.get_text_config()
     text.num_hidden_layers, text.layer_types = 0, []
+    for entry in PER_LAYER:
+        if hasattr(text, entry):
+            setattr(text, entry, 0)
     config.quantization_config = None
     with _quiet_transformers():
         if load_format == "dummy":
@@ -89,9 +94,9 @@ def load_tower(
             if missing:
                 raise ModelError(f"the weights in {folder} lack {', '.join(sorted(missing))}")
     module = whole.model
-    for half in LANGUAGE:
-        if hasattr(module, half):
-            setattr(module, half, None)
+    for part in (*LANGUAGE, *SOUND):
+        if hasattr(module, part):
+            setattr(module, part, None)
     return Tower(family, module.to(device).eval(), dtype, device)
 
 
