@@ -51,7 +51,7 @@ WINGS = {
     "server.fleet": {"server.__main__", "server.app", "server.http", "server.reading"},
     "server.lang": {"server.apis", "server.http", "server.media", "server.reading"},
     "server.terminal": set(),
-    "server.installed": {"server.console"},
+    "server.installed": {"server.console", "server.lang"},
 }
 
 
