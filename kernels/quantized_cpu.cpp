@@ -174,7 +174,16 @@ static inline void store_typed(void *p, int64_t i, int type, vec v) {
 static inline int size_of(int type) { return type == FLOAT32 ? 4 : type == UINT8 ? 1 : 2; }
 
 // Load fewer numbers than a vector has; the others are zero.
-static vec load_few(const void *p, int64_t i, int type, int count) {
+static inline vec load_few(const void *p, int64_t i, int type, int count) {
+#if LANES == 16
+    const __mmask16 mask = (1u << count) - 1;
+    if (type == FLOAT32) return _mm512_maskz_loadu_ps(mask, (const float *)p + i);
+    if (type == UINT8)
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, (const uint8_t *)p + i)));
+    const __m256i bits = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)p + i);
+    if (type == FLOAT16) return _mm512_cvtph_ps(bits);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+#endif
     float full[LANES] = {0};
     memcpy(full, (const char *)p + i * size_of(type), count * size_of(type));
     return load_typed(full, 0, type);
