@@ -21,10 +21,11 @@ from engine.layers.block import Block
 from engine.layers.communicator import Communicator
 from engine.layers.forward_batch import ForwardBatch
 from engine.layers.layer import LayerConfig, named_layers
-from engine.models.architectures import ALIASES, ARCHITECTURES
+from engine.models.architectures import ALIASES, ARCHITECTURES, BY_TEXT, LANGUAGE_MODELS, READ_VIDEOS
 from engine.models.base import CausalLM
 from engine.models.registry import build_model, load_config
 from engine.step.splitter import StepSplitter
+from engine.vision.families import FAMILIES
 from kernels.corun import Corun, CorunCosts
 
 MakeTinyModel = Callable[..., Path]
@@ -540,10 +541,13 @@ def test_an_override_within_an_object_leaves_the_rest_of_it(tiny_llama: Path, tm
 
 
 def test_every_architecture_has_its_family() -> None:
-    for served in ARCHITECTURES.values():
-        module, _, name = served.family.partition(":")
+    families = {served.family for served in ARCHITECTURES.values()} | set(LANGUAGE_MODELS.values())
+    for family in families - {BY_TEXT}:
+        module, _, name = family.partition(":")
         assert issubclass(getattr(importlib.import_module(f"engine.models.{module}"), name), CausalLM)
     assert set(ALIASES.values()) <= ARCHITECTURES.keys()
+    assert {served.vision for served in ARCHITECTURES.values()} - {""} <= FAMILIES.keys()
+    assert set(READ_VIDEOS) <= FAMILIES.keys()
 
 
 @pytest.mark.parametrize(
