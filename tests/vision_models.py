@@ -96,7 +96,7 @@ def gemma_4(bidirectional: str | None, **text: Any) -> dict[str, Any]:
             "head_dim": 16,
             "patch_size": 4,
             "pooling_kernel_size": 3,
-            "position_embedding_size": 64,
+            "position_embedding_size": 256,
         },
         "text_config": TEXT | sizes | text,
         "image_token_id": IMAGE,

@@ -158,6 +158,8 @@ class Pixtral(Family):
         if not height or not width:
             raise InvalidRequest(f"a picture of {size.width}x{size.height} pixels is too narrow")
         rows, columns = -(-height // self.patch), -(-width // self.patch)
+        if rows * columns == 1 and self.patch > self.config.vision_config.patch_size:  # the tower drops a dimension
+            raise InvalidRequest(f"a picture of {size.width}x{size.height} pixels is too small")
         row = self.token_text["image"] * columns
         return Writing(self.row_end.join([row] * rows) + self.end, rows * columns)
 
