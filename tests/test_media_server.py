@@ -74,6 +74,8 @@ async def test_an_answer_depends_on_the_picture_and_not_on_the_api_that_brings_i
     for image in (ONE, OTHER):
         completion = await post(client, "/v1/chat/completions", **chat(image))
         answer = answers[image] = completion["choices"][0]["message"]["content"]
+        twice = await post(client, "/v1/chat/completions", **chat(image, n=2))
+        assert [choice["message"]["content"] for choice in twice["choices"]] == [answer, answer]
         assert (await generated(client, PROMPT, image))[0] == answer
         block = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": image}}
         message = {"role": "user", "content": [block, {"type": "text", "text": "What is it?"}]}
