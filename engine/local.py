@@ -97,7 +97,7 @@ class LocalEngine(Engine):
             decode_log_interval=config.decode_log_interval,
         )
         encoder = None if parts.tower is None else _new_encoder(parts, parts.tower, loop)
-        maintenance = LocalMaintenance(parts, loop, self.abort_all)
+        maintenance = LocalMaintenance(parts, loop, self.abort_all, encoder)
         canary = canary_of(self.generate, parts, loop, lambda: maintenance.num_updates, context_length)
         time_limits = TimeLimits(
             requests.by_rid, self.abort, config.request_waiting_timeout, config.request_running_timeout

@@ -12,11 +12,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 import torch
 
 from engine.build import EngineParts
+from engine.checkpoint.folder import resolve_model
 from engine.checkpoint.weights import checkpoint_targets
 from engine.engine import Maintenance
 from engine.errors import EngineError, InvalidRequest
 from engine.loop import StepLoop
 from engine.rank_maintenance import KV_CACHE, TAGS, WEIGHTS, reason_of
+from engine.vision.encoder import Encoder
+from engine.vision.tower import Tower, load_tower
 
 ABORT, RETRACT, IN_PLACE = "abort", "retract", "in_place"
 
@@ -43,8 +46,10 @@ def uninterrupted(
 class LocalMaintenance(Maintenance):
     """Holds the step loop still and has every rank do the work."""
 
-    def __init__(self, parts: EngineParts, loop: StepLoop, abort_all: Callable[[], int]) -> None:
-        self.parts, self.loop, self.abort_all = parts, loop, abort_all
+    def __init__(
+        self, parts: EngineParts, loop: StepLoop, abort_all: Callable[[], int], encoder: Encoder | None
+    ) -> None:
+        self.parts, self.loop, self.abort_all, self.encoder = parts, loop, abort_all, encoder
         self.is_paused = False  # by `pause`; released memory holds the engine still too
         self.released: set[str] = set()
         self.model_path = parts.config.model_path
@@ -100,6 +105,7 @@ class LocalMaintenance(Maintenance):
             self._check_weights_present()
             if reason := await self._read_everywhere(model_path, load_format):
                 raise InvalidRequest(f"the weights of {model_path} cannot be served: {reason}", "model_path")
+            tower = await self._read_tower(model_path, load_format)
             async with self._still():
                 scheduler = self.parts.scheduler
                 num_running = scheduler.num_running
@@ -109,6 +115,8 @@ class LocalMaintenance(Maintenance):
                     scheduler.retract_all()
                     scheduler.held.drop_cache()
                 await self._do_everywhere("adopt")
+                if self.encoder is not None and self.parts.tower is not None and tower is not None:
+                    await self.encoder.change(functools.partial(self.parts.tower.adopt, tower))
                 self.num_updates += 1
                 self.model_path = model_path
                 self.weight_version = weight_version or self.weight_version
@@ -129,6 +137,20 @@ class LocalMaintenance(Maintenance):
         if reason:
             await self._do_everywhere("drop")
         return reason
+
+    async def _read_tower(self, model_path: str, load_format: str) -> Tower | None:
+        """Read the tower that belongs to other weights, into host memory. None if this model reads text only."""
+        parts = self.parts
+        if parts.tower is None:
+            return None
+        folder = resolve_model(parts.config.replace(model_path=model_path, load_format=load_format))
+        host, family = torch.device("cpu"), parts.tower.family
+        try:
+            return await asyncio.to_thread(load_tower, family, folder, parts.model_config, load_format, host)
+        except Exception as error:  # whatever it is, the ranks must drop what they have read
+            await self._do_everywhere("drop")
+            message = f"the tower of {model_path} cannot be served: {reason_of(error)}"
+            raise InvalidRequest(message, "model_path") from error
 
     async def _do_everywhere(self, name: str, **arguments: Any) -> None:
         """Have all ranks do an operation at once, as they may have to meet.

@@ -180,6 +180,26 @@ def test_a_retracted_request_has_its_pictures_seen_again_if_they_are_not_kept(de
     assert (state.status, d.tower.seen) == (Status.FINISHED, [[1], [1]])
 
 
+async def test_features_of_another_tower_are_found_no_more_though_a_request_holds_them(
+    desk: Callable[..., Desk],
+) -> None:
+    d = desk(max_pictures=2)
+    before = d.submit(1)
+    d.see()
+    assert before.spans is not None and before.spans.features[0] is not None
+    await d.encoder.change(lambda: None)
+    d.submit(1, tail=6)
+    d.see()
+    assert d.tower.seen == [[1], [1]]
+    d.submit(2)
+    d.turn()
+    assert len(d.traffic.scheduler.parked) == 1, "there is no room for a third picture's: what is held counts"
+    d.finish()
+    d.see()
+    d.finish()
+    assert d.tower.seen == [[1], [1], [2]]
+
+
 def test_an_id_means_one_key_and_is_never_given_twice() -> None:
     interner = Interner()
     ids = {interner.id_of(b"%d" % i, 7) for i in range(MIN_FORGOTTEN)}

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,28 @@ async def test_features_outlive_a_flushed_cache_and_come_back_without_the_tower(
         again, state = await ask(engine, ids, media)
         assert (again, state.num_cached_tokens) == (answer, 0)
         assert engine.started.encoder.stats.num_encoded == 2
+
+
+@pytest.mark.parametrize("reference", ["llava"], indirect=True)
+async def test_other_weights_bring_their_tower_and_its_features(reference: Reference, tmp_path: Path) -> None:
+    shutil.copytree(reference.folder, tmp_path / "other")
+    with torch.no_grad():
+        projector = reference.model.model.multi_modal_projector.linear_1
+        projector.weight.neg_()
+        reference.model.save_pretrained(tmp_path / "other")
+        projector.weight.neg_()
+    async with running_engine(tmp_path / "other") as engine:
+        ids, media = await prompt(engine, 1, pictures(SIZES[1]))
+        wanted, _ = await ask(engine, ids, media)
+    async with running_engine(reference.folder) as engine:
+        _, media = await prompt(engine, 1, pictures(SIZES[1]))
+        answer, _ = await ask(engine, ids, media)
+        assert answer != wanted
+        await engine.maintenance.update_weights(str(tmp_path / "other"))
+        assert (await ask(engine, ids, media))[0] == wanted
+        with pytest.raises(InvalidRequest, match="cannot be served"):
+            await engine.maintenance.update_weights("/no/such/folder")
+        assert (await ask(engine, ids, media))[0] == wanted
 
 
 @pytest.mark.parametrize("reference", ["llava"], indirect=True)

@@ -5,6 +5,7 @@ have read them, and those that are kept, least recently used ones dropped first.
 it waits until others have let theirs go; it waits for all of its own at once, so none waits for another half way.
 """
 
+import asyncio
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
@@ -92,6 +93,17 @@ class Encoder:
         self._queue.append((state, missing))
         self._call_soon(self._start_jobs)  # not before the caller has parked the request
         return False
+
+    async def change(self, work: Callable[[], None]) -> None:
+        """Run `work`, which changes what the tower makes, between two of its calls; none of what it made is used again.
+
+        Requests whose steps have begun to read features go on with those that they hold.
+        """
+        await asyncio.wrap_future(self._thread.submit(work))
+        self._kept.clear()
+        for key, features in list(self._alive.items()):  # counted for as long as it is held, but never found
+            del self._alive[key]
+            self._alive[key + b"before"] = features
 
     def close(self) -> None:
         self._is_closed = True

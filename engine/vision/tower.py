@@ -44,6 +44,12 @@ class Tower:
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             return [one.to(self._dtype) for one in self.family.features(self._module, inputs, lens)]
 
+    def adopt(self, other: "Tower") -> None:
+        """Take over the weights of another tower of this model, which may lie on another device."""
+        self._module.load_state_dict(other._module.state_dict())
+        if self._stream is not None:
+            torch.cuda.synchronize(self._device)
+
     def largest_bytes(self) -> int:
         """Return the bytes that a large picture takes on the device beside its features. 0 on a CPU: not counted."""
         if self._stream is None:
