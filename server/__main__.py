@@ -47,7 +47,7 @@ from server.http.intake import Acceptor
 from server.http.keys import KeyRing
 from server.http.live import new_rid
 from server.http.malformed import shorten_malformed
-from server.http.tracing import check_tracing
+from server.http.tracing import TracingUnavailable, check_tracing
 from server.reading.chat import CHATS, Chats, load_chat_template, names_missing_file
 from server.watch.heap import use_one_arena
 from server.watch.recorder import RECORDER
@@ -121,7 +121,7 @@ def check_keys(config: ServerConfig) -> None:
     try:
         KeyRing(config)
         check_tracing(config.traces_endpoint)
-    except ValueError as error:
+    except (ValueError, TracingUnavailable) as error:
         raise StartError(str(error)) from None
 
 

@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from server.config import ServerConfig, parse_args
-from server.http.tracing import MAX_TRACED, check_tracing, protocol_of
+from server.http.tracing import MAX_TRACED, TracingUnavailable, check_tracing, protocol_of
 from tests.fake_engine import FakeEngine, serving
 from tests.server_processes import ROOT
 
@@ -121,7 +121,7 @@ def test_a_server_without_traces_never_imports_them() -> None:
 
 def test_traces_without_their_packages_end_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.http.tracing.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'radixloop\[otlp\]'"):
+    with pytest.raises(TracingUnavailable, match=r"pip install 'radixloop\[otlp\]'"):
         check_tracing("localhost:4317")
     check_tracing(None)
 

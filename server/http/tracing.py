@@ -37,7 +37,7 @@ MAX_TRACED = 16  # requests made by one HTTP request whose stages are spans: a l
 SPAN: web.RequestKey[Any] = web.RequestKey("span", object)
 
 
-class TracingUnavailable(ValueError):
+class TracingUnavailable(Exception):
     """Traces were asked for, and what sends them is not installed."""
 
 
