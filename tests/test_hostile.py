@@ -26,6 +26,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient
 
+from bench.worst import AROUND_PROMPT
 from engine.request import Request, SamplingParams
 from engine.state import RequestState
 from server.app import build_app
@@ -85,6 +86,16 @@ async def test_a_body_of_millions_of_values_is_a_413_before_they_are_made(
     status, answer = await post(client, path, b'{"model": "x", "unknown": [' + values * 2_500_000 + b"1]}")
     assert status == 413
     assert what in message_of(answer)
+
+
+@pytest.mark.max_callback_ms(250)  # the test's own client sends these bodies
+@pytest.mark.parametrize("path", sorted(AROUND_PROMPT.keys() - {"/tokenize"}))  # the engine here counts on the loop
+async def test_a_long_text_is_not_walked_through_on_the_loop(client: Client, path: str) -> None:
+    """A look at each character of a text, where lists may stand too, takes a second for every 16 MB."""
+    head, tail = AROUND_PROMPT[path]
+    head = head.replace(b'"demo"', b'"fake-model"')
+    status, _ = await post(client, path, head + b'"' + b"a" * (4 << 20) + b'"' + tail + b"}")
+    assert status in (200, 400)
 
 
 @pytest.mark.max_callback_ms(150)  # the test's own client sends these bodies

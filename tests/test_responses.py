@@ -366,7 +366,7 @@ FLAT = {"type": "function", "name": "f", "parameters": {"type": "object"}}
 
 
 def test_items_of_the_input_add_tools_and_change_the_configuration() -> None:
-    items = [
+    items: list[dict[str, Any]] = [
         {"role": "user", "content": "Hi"},
         {"type": "additional_tools", "role": "developer", "tools": [{**FLAT, "name": "g"}, {**FLAT, "strict": True}]},
         {"type": "configuration_update", "reasoning": {"effort": "low"}},
@@ -376,8 +376,8 @@ def test_items_of_the_input_add_tools_and_change_the_configuration() -> None:
         convert({"input": items, "tools": [FLAT], "reasoning": {"effort": "none"}}, ResponsesRequest),
         LeftOut(),
     )
-    configure(body, body.input)
-    chat = chat_body(body, read_input(body.input, left_out), Tools(body.tools, left_out, body.input), left_out)
+    configure(body, items)
+    chat = chat_body(body, read_input(items, left_out), Tools(body.tools, left_out, items), left_out)
     assert chat["messages"] == [{"role": "user", "content": "Hi"}]
     assert [(tool["function"]["name"], tool["function"].get("strict")) for tool in chat["tools"]] == [
         ("f", True), ("g", None),

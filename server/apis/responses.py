@@ -111,8 +111,9 @@ class ResponsesApi:
         owner, left_out = owner_of(caller), LeftOut()
         items_of = functools.cache(lambda response_id: self._items(response_id, caller))
         given = resolved(body.input, lambda item_id, field: _found_item(items_of, item_id, field))
-        configure(body, given)
-        tools = Tools(body.tools, left_out, given)
+        items = given if isinstance(given, list) else []
+        configure(body, items)
+        tools = Tools(body.tools, left_out, items)
         sees_images = "image" in self.chats.engine.media_kinds
         messages = self._earlier_messages(body, caller) + read_input(given, left_out, sees_images=sees_images)
         names = OUR_NAMES | tools.names
@@ -125,8 +126,8 @@ class ResponsesApi:
             kept = await self.images.kept(owner, messages)
             if isinstance(given, list):
                 given = await self.images.kept(owner, given)
-            items = written(input_items(given, answer.state.rid))
-            answer.on_end = lambda response: self.store.put(owner, response, [*kept, answer.message()], items)
+            stored = written(input_items(given, answer.state.rid))
+            answer.on_end = lambda response: self.store.put(owner, response, [*kept, answer.message()], stored)
         return answer
 
     async def count_tokens(self, http_request: web.Request) -> web.Response:

@@ -81,10 +81,10 @@ def _read_format(format_: TextFormat) -> JSON:
 # ---- the input ----
 
 
-def configure(body: ResponsesRequest, items: str | list[JSON]) -> None:
+def configure(body: ResponsesRequest, items: list[JSON]) -> None:
     """Put what items of the input say of reasoning and text in place of what the body does."""
     for i, item in enumerate(items):
-        if isinstance(item, dict) and item.get("type") == "configuration_update":
+        if item.get("type") == "configuration_update":
             for name, kind in (("reasoning", ReasoningConfig), ("text", TextConfig)):
                 if (given := item.get(name)) is not None:
                     convert(given, kind, f"input[{i}].{name}")

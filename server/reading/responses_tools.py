@@ -4,6 +4,7 @@ Codex sends tools of many kinds. Those that the client runs become functions or 
 that only OpenAI runs are left out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +110,7 @@ class OfferedTool:
 class Tools:
     """The functions that the model is offered, and whose tools they are."""
 
-    def __init__(self, given: list[JSON], left_out: LeftOut, items: str | list[JSON] = "") -> None:
+    def __init__(self, given: list[JSON], left_out: LeftOut, items: Sequence[JSON] = ()) -> None:
         """Read the body's `tools`, and those in `items` of its input. What cannot be run here goes to `left_out`."""
         self.functions: list[JSON] = []  # as chat.completions has them, custom tools among them
         self.offered: dict[str, OfferedTool] = {}  # by the function's name
@@ -118,7 +119,7 @@ class Tools:
         self._add(given, "", "tools")
         self._may_replace = True
         for i, item in enumerate(items):
-            if isinstance(item, dict) and item.get("type") == "additional_tools":
+            if item.get("type") == "additional_tools":
                 self._add(item.get("tools"), "", f"input[{i}].tools")
 
     def _add(self, given: Any, namespace: str, path: str) -> None:
