@@ -102,9 +102,7 @@ class Attention(AnyAttention):
         self.o_proj = row_parallel(num_heads * head_dim, hidden_size, layers.within("o_proj"), bias=config.o_bias)
         self.make_qkv: Callable[..., torch.Tensor] = self.qkv_proj.__call__
         self.after_rope: AfterRope | None = rotary.scale_queries if rotary.scales_queries else None
-        self.head_norms: tuple[HiddenNorm, HiddenNorm, HiddenNorm | None] | None = (
-            None  # of q, k and v, before the rotation
-        )
+        self.head_norms: HeadNorms | None = None
         if config.qk_norm is not QKNorm.NONE:
             self._add_norms(config, norm_class, layers)
         if config.clip_qkv:

@@ -22,7 +22,7 @@ from engine.layers.mla import LatentAttention
 from engine.layers.rotary import mscale
 from engine.model_config import ExpertsConfig, LatentConfig, ModelConfig, read_decoder
 from engine.models.base import CausalLM
-from engine.models.moe import EXPERTS
+from engine.models.moe import EXPERTS, sigmoid_routing
 from engine.models.names import Ignore, Interleave, Rule
 from engine.rope_config import RopeConfig
 from kernels.routing import Routing
@@ -121,12 +121,7 @@ class DeepseekV2(CausalLM):
 class DeepseekV3(DeepseekV2):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
-        routing = Routing(
-            raw["n_routed_experts"], raw["num_experts_per_tok"], is_sigmoid=True,
-            renormalize=raw.get("norm_topk_prob", True), factor=raw.get("routed_scaling_factor", 1.0),
-            num_groups=raw.get("n_group", 1), topk_groups=raw.get("topk_group", 1), group_score=2,
-        )  # fmt: skip
-        return read_latent(raw, experts=read_experts(raw, routing, has_correction=True))
+        return read_latent(raw, experts=read_experts(raw, sigmoid_routing(raw), has_correction=True))
 
 
 class DeepseekV32(DeepseekV3):

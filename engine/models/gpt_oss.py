@@ -15,8 +15,8 @@ from engine.layers.block import PreNorm
 from engine.layers.norm import Float32RMSNorm
 from engine.model_config import ExpertsConfig, ModelConfig, layer_windows, read_decoder
 from engine.models.base import CausalLM
-from engine.models.moe import EXPERTS
-from engine.models.names import Rename, Rule, Split, Transpose, Unstack
+from engine.models.moe import EXPERTS, stacked_experts
+from engine.models.names import Rename, Rule, Split, Unstack
 from kernels.elementwise import CLAMPED_SWIGLU, SWIGLU_ALPHA, SWIGLU_LIMIT
 from kernels.routing import Routing
 
@@ -57,11 +57,9 @@ class GptOss(CausalLM):
 
     @property
     def rules(self) -> Sequence[Rule]:
-        # Experts are taken apart first: a format's tensors are then converted one expert at a time.
         num_experts = self.config.raw["num_local_experts"]
         return (
-            Unstack(r"(\.experts\.\w+_proj)$", r"\1.weight", num_experts),
-            Transpose(r"\.experts\.\w+_proj\.weight$"),
+            *stacked_experts(num_experts),
             Unstack(r"(\.experts\.\w+_proj)_(blocks|scales|bias)$", r"\1.\2", num_experts),
             *super().rules,
         )

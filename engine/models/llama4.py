@@ -16,8 +16,8 @@ from engine.errors import ModelError
 from engine.layers.rotary import FIRST_POSITION, QUERY_SCALING
 from engine.model_config import ExpertsConfig, ModelConfig, QKNorm, head_dim_of, read_decoder
 from engine.models.base import CausalLM
-from engine.models.moe import EXPERTS
-from engine.models.names import Ignore, Interleave, Rename, Rule, Split, Transpose, Unstack
+from engine.models.moe import EXPERTS, stacked_experts
+from engine.models.names import Ignore, Interleave, Rename, Rule, Split
 from engine.rope_config import ORIGINAL_LENGTH, RopeConfig, parse_rope
 from kernels.routing import Routing
 
@@ -55,13 +55,7 @@ class Llama4(CausalLM):
 
     @property
     def rules(self) -> Sequence[Rule]:
-        # Experts are taken apart first: a format's tensors are then converted one expert at a time.
-        num_experts = self.config.raw["num_local_experts"]
-        return (
-            Unstack(r"(\.experts\.\w+_proj)$", r"\1.weight", num_experts),
-            Transpose(r"\.experts\.\w+_proj\.weight$"),
-            *super().rules,
-        )
+        return (*stacked_experts(self.config.raw["num_local_experts"]), *super().rules)
 
     @property
     def names(self) -> Sequence[Rule]:

@@ -21,11 +21,19 @@ from engine.models.base import CausalLM
 from engine.models.ernie import Ernie45
 from engine.models.granite import Granite
 from engine.models.hunyuan import HunYuan
-from engine.models.names import COMMON_NAMES, Ignore, Rename, Rule, Split, Stack, Unstack
+from engine.models.names import COMMON_NAMES, Ignore, Rename, Rule, Split, Stack, Transpose, Unstack
 from engine.models.spelling import with_rope
 from kernels.routing import Routing
 
 EXPERTS: Sequence[Rule] = (Stack(r"\.experts\.(\d+)\.", ".experts."), *COMMON_NAMES)
+
+
+def stacked_experts(num_experts: int) -> tuple[Rule, ...]:
+    """Return the rules for experts that one tensor holds, inputs first, as `rules` has them: before a format's own.
+
+    They are taken apart first, so that a format's tensors are converted one expert at a time.
+    """
+    return Unstack(r"(\.experts\.\w+_proj)$", r"\1.weight", num_experts), Transpose(r"\.experts\.\w+_proj\.weight$")
 
 
 class Mixtral(CausalLM):
@@ -94,13 +102,8 @@ class MiniMaxM2(CausalLM):
 class Glm4Moe(CausalLM):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
-        routing = Routing(
-            raw["n_routed_experts"], raw["num_experts_per_tok"], is_sigmoid=True,
-            renormalize=raw.get("norm_topk_prob", True), factor=raw.get("routed_scaling_factor", 1.0),
-            num_groups=raw.get("n_group", 1), topk_groups=raw.get("topk_group", 1), group_score=2,
-        )  # fmt: skip
         size = raw["moe_intermediate_size"]
-        experts = ExpertsConfig(routing, size, size * raw.get("n_shared_experts", 1), has_correction=True)
+        experts = ExpertsConfig(sigmoid_routing(raw), size, size * raw.get("n_shared_experts", 1), has_correction=True)
         qk_norm = QKNorm.HEADS if raw.get("use_qk_norm", False) else QKNorm.NONE
         raw = with_rope(raw, partial_rotary_factor=raw.get("partial_rotary_factor", 0.5))
         has_bias, first = raw.get("attention_bias", False), raw.get("first_k_dense_replace", 1)
@@ -197,6 +200,15 @@ def read_routing(raw: dict[str, Any]) -> Routing:
     return Routing(
         num_experts or raw["num_experts"], raw["num_experts_per_tok"], renormalize=raw.get("norm_topk_prob", False)
     )
+
+
+def sigmoid_routing(raw: dict[str, Any]) -> Routing:
+    """Return how DeepSeek V3 and GLM choose experts: by sigmoids, a group of them by its best two ("noaux_tc")."""
+    return Routing(
+        raw["n_routed_experts"], raw["num_experts_per_tok"], is_sigmoid=True,
+        renormalize=raw.get("norm_topk_prob", True), factor=raw.get("routed_scaling_factor", 1.0),
+        num_groups=raw.get("n_group", 1), topk_groups=raw.get("topk_group", 1), group_score=2,
+    )  # fmt: skip
 
 
 def everywhere(raw: dict[str, Any], experts: ExpertsConfig) -> tuple[ExpertsConfig, ...]:
