@@ -115,8 +115,8 @@ class LocalMaintenance(Maintenance):
                     scheduler.retract_all()
                     scheduler.held.drop_cache()
                 await self._do_everywhere("adopt")
-                if self.encoder is not None and self.parts.tower is not None and tower is not None:
-                    await self.encoder.change(functools.partial(self.parts.tower.adopt, tower))
+                if self.encoder is not None and tower is not None:
+                    await self.encoder.adopt(tower)
                 self.num_updates += 1
                 self.model_path = model_path
                 self.weight_version = weight_version or self.weight_version

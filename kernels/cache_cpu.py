@@ -10,13 +10,14 @@ Without a C++ compiler, and for what is not compiled (a float8 cache, heads of o
 
 import ctypes
 import functools
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kernels.cpp import load_library
+from kernels.cpp import begin, load_library
+from kernels.launch import address
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -82,7 +83,7 @@ class Kernels:
         q = qkv.new_empty(len(qkv), num_heads, head_dim)
         norm = k_norm if q_norm is None else q_norm
         call = _Rope(
-            qkv.data_ptr(), _address(q_norm), _address(k_norm), _address(v_norm), positions.data_ptr(),
+            qkv.data_ptr(), address(q_norm), address(k_norm), address(v_norm), positions.data_ptr(),
             out_cache_loc.data_ptr(), cos_sin.data_ptr(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
             len(qkv), num_heads, num_kv_heads, head_dim, cos_sin.shape[1], qkv.stride(0), k_cache.stride(0),
             v_cache.stride(0), TYPES[qkv.dtype], _type(norm), _type(v_norm), torch.get_num_threads(), eps,
@@ -136,21 +137,13 @@ def load_kernels(march: str = "native") -> Kernels | None:
 @functools.cache
 def kernels_ahead() -> "Future[Kernels | None]":
     """Begin to load this CPU's kernels, while a checkpoint is read."""
-    thread = ThreadPoolExecutor(1, "compiler")
-    try:
-        return thread.submit(load_kernels)
-    finally:
-        thread.shutdown(wait=False)
+    return begin(load_kernels)
 
 
 @functools.cache
 def kernels() -> Kernels | None:
     """Return this CPU's kernels, None where there are none."""
     return kernels_ahead().result()
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _type(tensor: torch.Tensor | None) -> int:

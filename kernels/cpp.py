@@ -17,10 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from kernels.launch import cache_folder
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 FLAGS = ("-O3", "-fno-tree-vectorize", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-w")
@@ -49,6 +53,15 @@ def load_library(
         detail = getattr(error, "stderr", None) or str(error)
         logger.warning("%s cannot be compiled: %s (%s)", source.name, without, detail)
         return None
+
+
+def begin(load: Callable[[], T]) -> "Future[T]":
+    """Begin to load kernels, on a thread: while a checkpoint is read."""
+    thread = ThreadPoolExecutor(1, "compiler")
+    try:
+        return thread.submit(load)
+    finally:
+        thread.shutdown(wait=False)
 
 
 @functools.cache

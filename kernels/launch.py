@@ -24,6 +24,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Return where a tensor lies, for a kernel that takes None for one that is not there."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 def next_power_of_2(n: int) -> int:
     """Return the smallest power of two that is not below n."""
     return 1 << (n - 1).bit_length()

@@ -14,14 +14,15 @@ import ctypes
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from kernels.cpp import load_library
+from kernels.cpp import begin, load_library
 from kernels.dense import DenseWeight
+from kernels.launch import address
 from kernels.quantized_format import Coded
 from kernels.weights import Norm, Weight, finished
 
@@ -101,11 +102,7 @@ def load_kernels(march: str = "native") -> Kernels | None:
 @functools.cache
 def kernels_ahead() -> "Future[Kernels | None]":
     """Begin to load this CPU's kernels, while a checkpoint is read."""
-    thread = ThreadPoolExecutor(1, "compiler")
-    try:
-        return thread.submit(load_kernels)
-    finally:
-        thread.shutdown(wait=False)
+    return begin(load_kernels)
 
 
 class CpuQuantizedWeight(Weight):
@@ -167,7 +164,7 @@ class CpuQuantizedWeight(Weight):
         codes, scale, zero = fields["codes"], fields["scale"], fields.get("zero")
         self._meanings = self.definition.meanings
         self._weight = _Weight(
-            codes.data_ptr(), scale.data_ptr(), _address(zero), _address(fields.get("minimum")),
+            codes.data_ptr(), scale.data_ptr(), address(zero), address(fields.get("minimum")),
             self._meanings.data_ptr(), self.n, self.k, form.group_size_of(self.k), scale.shape[1],
             CODES[form.code], TYPES[scale.dtype], _type(zero), form.table is not None, form.offset,
         )  # fmt: skip
@@ -190,7 +187,7 @@ class CpuQuantizedWeight(Weight):
             residual = residual.contiguous()
         norm_weight = None if norm is None else norm.weight
         call = _Call(
-            x.data_ptr(), _address(norm_weight), _address(bias), _address(residual), out.data_ptr(),
+            x.data_ptr(), address(norm_weight), address(bias), address(residual), out.data_ptr(),
             len(x), x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
             TYPES[x.dtype], _type(norm_weight), _type(bias), _type(residual), TYPES[out.dtype], ACTS[act],
             torch.get_num_threads(), 0.0 if norm is None else norm.eps,
@@ -207,10 +204,6 @@ def pack_for_cpu(weight: Definition, *, for_logits: bool = False) -> Weight | No
         return None
     dense = DenseWeight(weight.parts, weight.k, weight.dtype, weight.input_shard, weight.decoded())
     return dense.pack(for_logits=for_logits)
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _type(tensor: torch.Tensor | None) -> int:

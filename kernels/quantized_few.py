@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.launch import cdiv, has_dependent_launch, next_power_of_2, num_sms
+from kernels.launch import address, cdiv, has_dependent_launch, next_power_of_2, num_sms
 from kernels.nvrtc import compile_source, has_nvrtc
 from kernels.quantized_kernel import (
     ACTS,
@@ -18,7 +18,6 @@ from kernels.quantized_kernel import (
     Args,
     Kernel,
     Kind,
-    address,
     architecture,
     source_of,
 )
@@ -151,8 +150,7 @@ def few_config(
     kind: Kind, num_rows: int, k: int, token_tiles: int, is_gated: bool, device: torch.device
 ) -> FewConfig | None:
     """Return the configuration of a product, or None if the tokens must be taken half by half."""
-    bits = 4 if kind.form.code == "int4" else 8
-    config = FEW_CONFIGS.get(device, num_rows, k, bits, token_tiles, int(is_gated))
+    config = FEW_CONFIGS.get(device, num_rows, k, kind.bits, token_tiles, int(is_gated))
     return _fitting(config, kind, token_tiles, k, device)
 
 

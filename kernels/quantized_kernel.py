@@ -34,27 +34,40 @@ class Kind:
     parameter_dtype: torch.dtype
 
     @property
+    def bits(self) -> int:
+        """Return the bits of a code."""
+        return 4 if self.form.code == "int4" else 8
+
+    @property
+    def tile_bytes(self) -> int:
+        """Return the bytes of a tile's codes, 16 rows of a chunk."""
+        return 128 * self.bits
+
+    @property
+    def groups_of_tile(self) -> int:
+        """Return the groups of a row that a chunk has parts of; 0 if its row has one scale."""
+        return max(1, CHUNK // self.group_size) if self.group_size else 0
+
+    @property
     def is_half(self) -> bool:
-        """Whether products are of float16: inputs of 8 bits are exact in it, and e4m3 has an instruction to it."""
+        """Return whether products are of float16: 8 bits are exact in it, and e4m3 has an instruction to it."""
         return self.form.inputs is not None or self.dtype == torch.float16
 
     @property
     def input_dtype(self) -> torch.dtype:
-        """The dtype of inputs that are rounded already."""
+        """Return the dtype of inputs that are rounded already."""
         return torch.float16 if self.is_half else torch.bfloat16
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes of the scales and offsets of two rows and a group."""
+        """Return the bytes of the scales and offsets of two rows and a group."""
         if not self.group_size:
             return 0
         return (4 if self.form.has_zero or self.form.has_minimum else 2) * self.parameter_dtype.itemsize
 
     def stage_bytes(self, tiles: int) -> int:
         """Return the shared memory of one stage of a warp."""
-        codes = 512 if self.form.code == "int4" else 1024
-        groups = max(1, CHUNK // self.group_size) if self.group_size else 0
-        return tiles * (codes + 32 * groups * self.parameter_bytes)
+        return tiles * (self.tile_bytes + 32 * self.groups_of_tile * self.parameter_bytes)
 
 
 def source_of(kind: Kind, file: str, defines: Mapping[str, object]) -> str:
@@ -85,10 +98,6 @@ def source_of(kind: Kind, file: str, defines: Mapping[str, object]) -> str:
 
 def _words_of_bytes(numbers: list[int]) -> str:
     return ", ".join(f"{int.from_bytes(numbers[i : i + 4], 'little'):#x}u" for i in range(0, 16, 4))
-
-
-def address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 class Args(ctypes.Structure):

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.launch import cdiv, next_power_of_2
+from kernels.launch import address, cdiv, next_power_of_2
 from kernels.nvrtc import check, compile_source, has_nvrtc
-from kernels.quantized_kernel import ACTS, SHARED_BYTES, Args, Kernel, Kind, address, source_of
+from kernels.quantized_kernel import ACTS, SHARED_BYTES, Args, Kernel, Kind, source_of
 from kernels.quantized_layout import CHUNK
 from kernels.tuning import Configs
 
@@ -108,8 +108,9 @@ def multiply_many(
         out = residual
     elif out is None:
         out = torch.empty(num_tokens, n, dtype=out_dtype or kind.dtype, device=x.device)
-    bits = 4 if kind.form.code == "int4" else 8
-    config = config or MANY_CONFIGS.get(x.device, num_rows, k, bits, most_tokens_of(num_tokens), int(act is not None))
+    config = config or MANY_CONFIGS.get(
+        x.device, num_rows, k, kind.bits, most_tokens_of(num_tokens), int(act is not None)
+    )
     config = fitting(config, kind, k)
     args = Args(
         scale=address(scale),
@@ -162,16 +163,13 @@ def stage_bytes(kind: Kind, config: ManyConfig) -> int:
 
 def _box_bytes(kind: Kind) -> tuple[int, int]:
     """Return the bytes of a tile's codes, and of its scales and offsets, in a stage."""
-    codes = 512 if kind.form.code == "int4" else 1024
-    groups = max(1, CHUNK // kind.group_size) if kind.group_size else 0
-    return codes, groups * 8 * kind.parameter_bytes
+    return kind.tile_bytes, kind.groups_of_tile * 8 * kind.parameter_bytes
 
 
 def prepare_many(kind: Kind, num_rows: int, k: int, device: torch.device) -> None:
     """Compile all kernels that products with a weight may take, at once."""
-    bits = 4 if kind.form.code == "int4" else 8
     configs = {
-        fitting(MANY_CONFIGS.get(device, num_rows, k, bits, tokens, is_gated), kind, k)._replace(split=1)
+        fitting(MANY_CONFIGS.get(device, num_rows, k, kind.bits, tokens, is_gated), kind, k)._replace(split=1)
         for tokens in MOST_TOKENS
         for is_gated in (0, 1)
     }

@@ -38,6 +38,9 @@ class FakeTower:
             raise RuntimeError("unlucky")
         return [torch.full((1, NUM_FEATURES, 2), float(number)) for number in numbers]
 
+    def adopt(self, other: "FakeTower") -> None:
+        """Nothing is asked of it but that others see nothing meanwhile."""
+
 
 class Desk:
     """A scheduler whose requests have pictures, an encoder, and the turns of a loop in which its callbacks run."""
@@ -187,7 +190,7 @@ async def test_features_of_another_tower_are_found_no_more_though_a_request_hold
     before = d.submit(1)
     d.see()
     assert before.spans is not None and before.spans.features[0] is not None
-    await d.encoder.change(lambda: None)
+    await d.encoder.adopt(FakeTower())
     d.submit(1, tail=6)
     d.see()
     assert d.tower.seen == [[1], [1]]

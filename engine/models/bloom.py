@@ -21,7 +21,7 @@ from engine.layers.mlp import PlainMLP
 from engine.layers.norm import LayerNorm
 from engine.model_config import ModelConfig, alibi_slopes, head_dim_of, read_decoder
 from engine.models.base import CausalLM, Decoder
-from engine.models.names import COMMON_NAMES, Rename, Rule, Split
+from engine.models.names import COMMON_NAMES, MEGATRON_NAMES, Rename, Rule, Split
 from engine.models.spelling import respelled
 from engine.rope_config import parse_rope
 
@@ -50,10 +50,7 @@ class Bloom(CausalLM):
         Rename(r"^(transformer\.)?word_embeddings\.", "model.embed_tokens."),
         Rename(r"^(transformer\.)?word_embeddings_layernorm\.", "model.embed_norm."),
         Rename(r"^(transformer\.)?ln_f\.", "model.norm."),
-        Rename(r"\.self_attention\.dense\.", ".self_attn.o_proj."),
-        Rename(r"\.self_attention\.", ".self_attn."),
-        Rename(r"\.dense_h_to_4h\.", ".up_proj."),
-        Rename(r"\.dense_4h_to_h\.", ".down_proj."),
+        *MEGATRON_NAMES,
     )
 
     @property

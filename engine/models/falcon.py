@@ -16,7 +16,7 @@ from engine.layers.mlp import PlainMLP
 from engine.layers.norm import LayerNorm
 from engine.model_config import ModelConfig, alibi_slopes, head_dim_of, read_decoder
 from engine.models.base import CausalLM
-from engine.models.names import COMMON_NAMES, Rename, Rule, Split
+from engine.models.names import COMMON_NAMES, MEGATRON_NAMES, Rename, Rule, Split
 from engine.rope_config import parse_rope
 
 TRAINED_LENGTH = 2048  # of those whose files do not say so
@@ -49,10 +49,7 @@ class Falcon(CausalLM):
         Rename(r"^transformer\.word_embeddings\.", "model.embed_tokens."),
         Rename(r"^transformer\.ln_f\.", "model.norm."),
         Rename(r"\.ln_mlp\.", ".post_attention_layernorm."),
-        Rename(r"\.self_attention\.dense\.", ".self_attn.o_proj."),
-        Rename(r"\.self_attention\.", ".self_attn."),
-        Rename(r"\.dense_h_to_4h\.", ".up_proj."),
-        Rename(r"\.dense_4h_to_h\.", ".down_proj."),
+        *MEGATRON_NAMES,
     )
 
     @classmethod

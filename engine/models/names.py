@@ -258,6 +258,13 @@ def pieces_of(name: str, rules: Sequence[Rule]) -> list[Piece]:
 TIED_HEAD = Rename(r"^lm_head\.", "model.embed_tokens.")
 # Buffers that old checkpoints hold and nobody reads.
 COMMON_NAMES: tuple[Rule, ...] = (Ignore(r"(rotary_emb\.inv_freq|attn\.masked_bias|attn\.bias)$"),)
+# Megatron's names of attention, and of an MLP without a gate.
+MEGATRON_NAMES: tuple[Rule, ...] = (
+    Rename(r"\.self_attention\.dense\.", ".self_attn.o_proj."),
+    Rename(r"\.self_attention\.", ".self_attn."),
+    Rename(r"\.dense_h_to_4h\.", ".up_proj."),
+    Rename(r"\.dense_4h_to_h\.", ".down_proj."),
+)
 # Of a model that also reads images or sounds: towers and what leads from them to the decoder are not loaded.
 TOWERS = (
     "vision_tower", "audio_tower", "multi_modal_projector", "embed_vision", "embed_audio", "visual", "vision_model",

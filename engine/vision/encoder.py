@@ -23,6 +23,7 @@ Features = Any
 
 class Sees(Protocol):
     def encode(self, media: Sequence[Media]) -> list[Features]: ...
+    def adopt(self, other: Any) -> None: ...
 
 
 @dataclass(slots=True)
@@ -94,12 +95,12 @@ class Encoder:
         self._call_soon(self._start_jobs)  # not before the caller has parked the request
         return False
 
-    async def change(self, work: Callable[[], None]) -> None:
-        """Run `work`, which changes what the tower makes, between two of its calls; none of what it made is used again.
+    async def adopt(self, other: Sees) -> None:
+        """Have the tower take over another's weights, between two of its calls; none of what it made is used again.
 
         Requests whose steps have begun to read features go on with those that they hold.
         """
-        await asyncio.wrap_future(self._thread.submit(work))
+        await asyncio.wrap_future(self._thread.submit(self._tower.adopt, other))
         self._kept.clear()
         for key, features in list(self._alive.items()):  # counted for as long as it is held, but never found
             del self._alive[key]
