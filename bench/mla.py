@@ -59,7 +59,7 @@ FLASHINFER_DIMS = (512, 64)  # of latents and their rotated part, that it has a 
 
 
 class Work(NamedTuple):
-    """What attention has to do at least."""
+    """Count the least work of attention."""
 
     num_bytes: float
     num_flops: float

@@ -1,4 +1,4 @@
-"""What the client of `bench.serve` saw of one request."""
+"""Record what the client of `bench.serve` saw of one request."""
 
 import math
 from dataclasses import dataclass, field

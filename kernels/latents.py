@@ -1,4 +1,4 @@
-"""What the two ways of latent attention share: sizes, and the matrix between latents and heads. See `kernels.mla`."""
+"""Sizes that the two ways of latent attention share, and the matrix between latents and heads. See `kernels.mla`."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""What the kernels of `quantized_few` and `quantized_many` have in common: kinds of weights, arguments, launching."""
+"""Kinds of weights, arguments and launching, which `quantized_few` and `quantized_many` have in common."""
 
 import ctypes
 import functools

@@ -1,4 +1,4 @@
-"""What is compiled for a CPU between a layer's products: rotation with the store, and gathering, for any CPU."""
+"""Test kernels for a CPU between a layer's products: rotation with the store, and gathering, for any CPU."""
 
 import functools
 import logging

@@ -176,15 +176,21 @@ async def test_the_digest_is_of_shape_and_pixels_and_of_nothing_else() -> None:
     assert len(first.digest) == 32
 
 
-async def test_the_same_file_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = []
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[images.Header]:
+    """Return the headers of what is decoded from now on."""
+    headers: list[images.Header] = []
     decode = images.decode
 
     def counted(data: bytes, header: images.Header) -> np.ndarray:
-        decoded.append(header)
+        headers.append(header)
         return decode(data, header)
 
     monkeypatch.setattr(images, "decode", counted)
+    return headers
+
+
+async def test_the_same_file_is_decoded_once(decoded: list[images.Header]) -> None:
     reading = reader_of()
     first = await read(uri(encoded(picture())), reading)
     second = await read(uri(encoded(picture())), reading, max_pixels=77)
@@ -381,15 +387,7 @@ async def test_where_others_leave_no_room_a_request_is_told_to_come_again_and_th
     assert (await read(uri(encoded(picture(140, 150))), reading)).size.width == 140
 
 
-async def test_requests_that_show_the_same_file_hold_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoded = []
-    decode = images.decode
-
-    def counted(data: bytes, header: images.Header) -> np.ndarray:
-        decoded.append(header)
-        return decode(data, header)
-
-    monkeypatch.setattr(images, "decode", counted)
+async def test_requests_that_show_the_same_file_hold_the_same_pixels(decoded: list[images.Header]) -> None:
     reading = reader_of()
     reading._decoder.cache.max_bytes = 0  # by their weights alone
     source = uri(encoded(picture(100, 50)))

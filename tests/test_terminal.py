@@ -1,4 +1,4 @@
-"""What is run in a terminal beside the server: commands by their first word, and a look at the machine."""
+"""Test programs for the terminal, beside the server: commands by their first word, and a look at the machine."""
 
 import socket
 import subprocess

@@ -1,4 +1,4 @@
-"""What people see of a running engine: its oldest requests and the branches of its prefix tree."""
+"""Test views of a running engine: its oldest requests and the branches of its prefix tree."""
 
 from contextlib import aclosing
 from pathlib import Path

@@ -35,7 +35,7 @@ class Piece:
 
     @property
     def is_of_stack(self) -> bool:
-        """Whether it is a small part of the tensor, from the first step on."""
+        """Return whether it is a small part of the tensor, from the first step on."""
         return bool(self.transforms) and isinstance(self.transforms[0], Nth)
 
     def of(self, loaded: torch.Tensor, read: Read = _read_nothing, device: torch.device | None = None) -> torch.Tensor:

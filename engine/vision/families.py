@@ -1,4 +1,4 @@
-"""What each family's prompts and towers take of a picture."""
+"""Define for each family what its prompts and towers take of a picture."""
 
 import math
 from collections.abc import Mapping, Sequence

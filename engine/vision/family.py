@@ -1,4 +1,4 @@
-"""How families of models read pictures: what stands for one in a prompt, and what their towers take.
+"""Read pictures for families of models: what stands for one in a prompt, and what their towers take.
 
 A picture is resized, cut and normalized by the family's own image processor of Hugging Face, with Pillow and numpy, and
 seen by its own tower. What is ours is to say, of its size alone, which tokens stand for it.

@@ -1,4 +1,4 @@
-"""The way of pictures into a prompt: which tokens stand for each, and by which key its features are known."""
+"""Write pictures into a prompt: which tokens stand for each, and by which key its features are known."""
 
 import functools
 import hashlib

@@ -1,1 +1,1 @@
-"""What a person runs in a terminal beside the server: a chat, a look at the machine, completions for the shell."""
+"""Programs for the terminal, beside the server: a chat, a look at the machine, completions for the shell."""
