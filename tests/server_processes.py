@@ -20,9 +20,14 @@ def descendants(pid: int) -> set[int]:
     return children.union(*map(descendants, children))
 
 
+def state_of(pid: int) -> str:
+    """Return a process's state in a letter: R runs or is ready to, S sleeps, Z has ended; see proc(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def is_alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return state_of(pid) != "Z"
     except OSError:
         return False
 

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from server.terminal.client import ChatClient, ChatError, Piece, Timing
 from server.terminal.conversation import Conversation
 from server.terminal.display import MarkdownDisplay, PlainDisplay, finished_len
 from tests.fake_engine import PARSERS, FakeEngine, serving
-from tests.server_processes import ROOT
+from tests.server_processes import ROOT, state_of, wait_until
 
 
 def new_chat(url: str, **given: Any) -> tuple[Chat, io.StringIO]:
@@ -186,6 +187,82 @@ async def test_what_is_piped_in_is_answered_once_behind_the_message(
     assert bytes(engine.requests[0].input_ids) == b"[user]Review:\n\na diff[assistant]"
 
 
+# ---- Ctrl-C ----
+
+
+@pytest.fixture
+def of_sigint() -> Iterator[None]:
+    """Put back what handles SIGINT: a conversation sets its own."""
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def press_ctrl_c(*_: object) -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+class Scripted(ChatClient):
+    """Answers every question with the same two pieces."""
+
+    def stream(self, body: dict[str, Any], timing: Timing) -> Any:
+        yield Piece(text="Well, ")
+        yield Piece(text="no.")
+
+
+def converse(monkeypatch: pytest.MonkeyPatch, *typed: Any, display: type = PlainDisplay) -> Chat:
+    """Return the chat in which these lines were typed, or these functions called at the prompt."""
+    lines = iter(typed)
+
+    def read(_prompt: str) -> str:
+        line = next(lines)
+        return line() if callable(line) else line
+
+    monkeypatch.setattr("builtins.input", read)
+    chat = Chat(Scripted("http://x"), Conversation("m"), display)
+    terminal.talk(chat, None)
+    assert next(lines, None) is None
+    return chat
+
+
+def test_each_further_ctrl_c_takes_nothing_of_an_answer_that_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, of_sigint: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Impatient(PlainDisplay):
+        def write(self, text: str) -> None:
+            super().write(text)
+            press_ctrl_c()
+
+        def __exit__(self, *exc_info: object) -> None:
+            press_ctrl_c()
+
+    chat = converse(monkeypatch, "Hi", "/quit", display=Impatient)
+    assert [message["content"] for message in chat.conversation.messages] == ["Hi", "Well, "]
+    assert "stopped" not in capsys.readouterr().out  # which is said where no answer has begun
+
+
+def test_a_ctrl_c_before_a_question_is_sent_takes_it_back(
+    monkeypatch: pytest.MonkeyPatch, of_sigint: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Hasty(PlainDisplay):
+        __enter__ = press_ctrl_c  # type: ignore[assignment]
+
+    assert converse(monkeypatch, "Hi", "/quit", display=Hasty).conversation.messages == []
+    assert "stopped" in capsys.readouterr().out
+
+
+def test_a_ctrl_c_between_a_command_and_the_prompt_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, of_sigint: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Blank(str):
+        def strip(self, *_: Any) -> str:  # is called between the two
+            press_ctrl_c()
+            return ""
+
+    converse(monkeypatch, "/undo", Blank(), press_ctrl_c, "/quit")
+    assert capsys.readouterr().out.count("Ctrl-D ends") == 2  # the greeting, and what is answered at the prompt
+
+
 # ---- the conversation ----
 
 
@@ -289,6 +366,13 @@ class Terminal:
             self.shown += os.read(self.fd, 1 << 16).decode(errors="replace")
         self.shown = self.shown.partition(text)[2]
 
+    def until_it_waits(self) -> None:
+        """Wait until the process sleeps: after a prompt, for a key.
+
+        Python's input() sees a Ctrl-C that comes in that moment; one that comes just before, with the next line only.
+        """
+        wait_until(lambda: state_of(self.process.pid) == "S")
+
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
@@ -310,8 +394,11 @@ async def test_a_conversation_in_a_terminal(tmp_path: Path) -> None:
         terminal.until(">>> ")
         terminal.type("/unk\t\x15/und\t\r")  # completed, after a slip that is erased
         terminal.until("forgotten: Say")
+        terminal.until(">>> ")
+        terminal.until_it_waits()
         terminal.type("\x03")
         terminal.until("Ctrl-D ends")
+        terminal.until(">>> ")
         terminal.type("/quit\r")
         return terminal.wait()
 

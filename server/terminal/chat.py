@@ -15,6 +15,7 @@ from pathlib import Path
 from server.terminal.client import JSON, ChatClient, ChatError, Piece, Timing
 from server.terminal.conversation import Content, Conversation, text_of, with_images
 from server.terminal.display import Display, MarkdownDisplay, PlainDisplay, silent_keys
+from server.terminal.interrupts import Interrupts
 
 DEFAULT_URL = "http://127.0.0.1:30000"
 KEY_VARIABLES = ("RADIXLOOP_API_KEY", "OPENAI_API_KEY")
@@ -86,6 +87,7 @@ class Chat:
     def __init__(self, client: ChatClient, conversation: Conversation, new_display: Callable[[], Display]) -> None:
         self.client, self.conversation, self.new_display = client, conversation, new_display
         self.has_ended = False
+        self.interrupts = Interrupts()
         self.attached: list[str] = []  # texts of files that go with the next question
         self.images: list[Path] = []  # pictures, likewise
         self.thought = ""  # reasoning of the last answer
@@ -132,17 +134,18 @@ class Chat:
         try:
             with silent_keys(), contextlib.closing(self._pieces(timing)) as pieces, self.new_display() as display:
                 try:
-                    for piece in pieces:
-                        usage = piece.usage or usage
-                        if piece.reasoning:
-                            self.thought += piece.reasoning
-                            display.think(piece.reasoning)
-                        if piece.text:
-                            text += piece.text
-                            display.write(piece.text)
+                    with self.interrupts:
+                        for piece in pieces:
+                            usage = piece.usage or usage
+                            if piece.reasoning:
+                                self.thought += piece.reasoning
+                                display.think(piece.reasoning)
+                            if piece.text:
+                                text += piece.text
+                                display.write(piece.text)
                 except KeyboardInterrupt:
                     is_stopped = True
-        except ChatError:
+        except (ChatError, KeyboardInterrupt):  # an interrupt in here came before the question was sent
             self.conversation.take_back()
             raise
         self.conversation.answer(text)
@@ -261,10 +264,12 @@ def history_file() -> Path:
 def talk(chat: Chat, history: Path | None) -> None:
     """Read lines and answer them until the end."""
     print(f"{chat.conversation.model} at {chat.client.url}. /help lists commands, Ctrl-D ends.")
+    signal.signal(signal.SIGINT, chat.interrupts.on_signal)
     with editing(list(chat.commands), history):
         while not chat.has_ended:
             try:
-                text = read_text(input)
+                with chat.interrupts:
+                    text = read_text(input)
             except EOFError:
                 print()
                 return
@@ -274,10 +279,11 @@ def talk(chat: Chat, history: Path | None) -> None:
             if not text.strip():
                 continue
             try:
-                chat.take(text.strip())
+                with chat.interrupts:
+                    chat.take(text.strip())
             except (ChatError, OSError, ValueError) as error:
                 print(f"error: {error}")
-            except KeyboardInterrupt:  # before the first token
+            except KeyboardInterrupt:  # a command, such as one that waits for the server
                 print("stopped")
 
 
