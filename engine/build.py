@@ -175,7 +175,7 @@ def build(
         on_tokenizer(tokenizer)
     if config.num_expert_groups > 1 and not any(model_config.experts):
         logger.warning("--ep-size has no effect: the model has no experts")
-    reader = load_reader(folder, model_config, tokenizer)
+    reader = load_reader(folder, model_config, tokenizer, config)
     comm = Communicator(0, config.tp_size)
     model = new_model(config, model_config, comm)  # raises if it cannot be split, before a process is started
     ranks = None

@@ -190,7 +190,8 @@ class ModelConfig:
     @property
     def is_language_half(self) -> bool:
         """Return whether the checkpoint's model also reads images or sounds, of which only this decoder is run."""
-        return any(architecture.endswith("ForConditionalGeneration") for architecture in self.architectures)
+        is_whole = any(architecture.endswith("ForConditionalGeneration") for architecture in self.architectures)
+        return is_whole or bool(self.vision)
 
     @property
     def num_deep_layers(self) -> int:

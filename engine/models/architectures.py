@@ -15,6 +15,7 @@ class Served(NamedTuple):
 
 
 BY_TEXT = ""
+FLAT_LLAVA = "llava as published"  # in a flat config.json, which says which of LLaVA's families reads
 READ_VIDEOS = (
     "grid",
     "llava next video",
@@ -110,6 +111,11 @@ ARCHITECTURES = {
         "llama:Llama",
         "Llama 1 to 3.3, and its likes: SmolLM 1 and 2, DeepSeek LLM, Yi, TinyLlama, Vicuna, Falcon 3, ...",
     ),
+    "LlavaLlamaForCausalLM": Served("llama:Llama", "LLaVA 1.5 to NeXT as its authors publish it, Yi-VL", FLAT_LLAVA),
+    "LlavaMistralForCausalLM": Served("llama:Mistral", "LLaVA 1.6 Mistral as its authors publish it", FLAT_LLAVA),
+    "LlavaQwenForCausalLM": Served(
+        "llama:Qwen2", "LLaVA-NeXT with Qwen, OneVision (its videos too), as their authors publish them", FLAT_LLAVA
+    ),
     "LlavaForConditionalGeneration": Served(BY_TEXT, "LLaVA 1.5 and its likes, Pixtral 12B", "llava"),
     "LlavaNextForConditionalGeneration": Served(BY_TEXT, "LLaVA 1.6 (NeXT)", "llava next"),
     "LlavaNextVideoForConditionalGeneration": Served(BY_TEXT, "LLaVA-NeXT-Video", "llava next video"),
@@ -165,6 +171,7 @@ ALIASES = {
     "QWenLMHeadModel": "QWenForCausalLM",
     "RWForCausalLM": "FalconForCausalLM",
     "StableLMEpochForCausalLM": "StableLmForCausalLM",
+    "YiVLForCausalLM": "LlavaLlamaForCausalLM",
 }
 
 

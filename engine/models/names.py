@@ -268,7 +268,7 @@ MEGATRON_NAMES: tuple[Rule, ...] = (
 # Of a model that also reads images or sounds: towers and what leads from them to the decoder are not loaded.
 TOWERS = (
     "vision_tower", "audio_tower", "multi_modal_projector", "embed_vision", "embed_audio", "visual", "vision_model",
-    "connector", "image_newline", "vision_resampler",
+    "connector", "image_newline", "vision_resampler", "mm_projector",
 )  # fmt: skip
 LANGUAGE_HALF: tuple[Rule, ...] = (
     Ignore(rf"^(model\.)?({'|'.join(TOWERS)})(\.|$)"),

@@ -39,7 +39,7 @@ def load_front_end(config: EngineConfig) -> FrontEnd:
         load_format="dummy" if resolved.load_format == "dummy" else "auto",
         device=config.device and torch.device(config.device).type,
     )
-    reader = load_reader(folder, model_config, tokenizer)
+    reader = load_reader(folder, model_config, tokenizer, resolved)
     return FrontEnd(model_config, tokenizer, new_grammars(resolved, model_config, tokenizer), reader, replica_config)
 
 

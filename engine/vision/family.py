@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from engine.media import Image, Media, MediaSize
+from engine.vision.llava_files import LlavaFiles
 
 Sized = TypeVar("Sized", Media, MediaSize)
 
@@ -34,6 +35,7 @@ class Family:
     takes: ClassVar[tuple[str, ...]] = ("pixel_values",)  # of what the processor makes, what the tower takes
     is_whole = False  # the tokens of a picture see each other, those behind them too
     settings: ClassVar[frozenset[str]] = frozenset()  # of those that a client may ask for, those that make a difference
+    files: LlavaFiles | None = None  # of a checkpoint that transformers cannot read; None: it can
 
     def __init__(
         self,

@@ -11,28 +11,38 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from engine.config import EngineConfig
 from engine.config_file import read_json
 from engine.errors import InvalidRequest, ModelError, shown
 from engine.media import Media, MediaSize, PromptMedia, Video
 from engine.model_config import ModelConfig
+from engine.models.architectures import FLAT_LLAVA
 from engine.vision.families import FAMILIES
 from engine.vision.family import Family, Writing, rope_positions
+from engine.vision.llava_files import PLACEHOLDERS, LlavaFiles
 
 logger = logging.getLogger(__name__)
 
 Encode = Callable[..., list[int]]
 MAX_WRITINGS = 1024  # sizes whose writing is remembered
+STAND_IN = 0  # the token in the places of features of a model that has none for them
 
 
 class MediaReader:
     """Write the pictures of prompts for one model. Nothing here needs its weights."""
 
-    def __init__(self, family: Family, encode: Encode, token_ids: dict[str, int], *, has_rope_axes: bool) -> None:
-        """encode: from a text to token ids. token_ids: of the placeholders of features, by kind."""
-        self.family = family
+    def __init__(
+        self, family: Family, encode: Encode, token_ids: dict[str, int], vocab_size: int, *, has_rope_axes: bool
+    ) -> None:
+        """encode: from a text to token ids. token_ids: of the placeholders of features, by kind; negative: of none.
+
+        vocab_size: of the model. In the places of features no token beyond it is left.
+        """
+        self.family, self._vocab_size = family, vocab_size
         self.kinds = family.placeholders()
         self._encode, self._has_rope_axes = encode, has_rope_axes
         self._tokens = np.array([token_ids[kind] for kind in self.kinds])
+        self._absent = {family.token_text[kind]: token_ids[kind] for kind in self.kinds if token_ids[kind] < 0}
         self._placeholders = re.compile("|".join(f"(?P<{kind}>{family.pattern(kind)})" for kind in self.kinds))
         self._num_others = functools.lru_cache(MAX_WRITINGS)(self._count_others)
         self._write = functools.lru_cache(MAX_WRITINGS)(self._write_size)
@@ -82,7 +92,7 @@ class MediaReader:
         self._check([match.lastgroup or "" for match in self._placeholders.finditer(text)], media)
         texts = iter([writing.text for writing in writings])
         written = self._placeholders.sub(lambda _: next(texts), text)
-        ids = self._encode(written, add_special_tokens=add_special_tokens)
+        ids = self._encode_written(written, add_special_tokens)
         found = np.flatnonzero(np.isin(ids, self._tokens)).astype(np.int32)
         lens = [writing.num_features for writing in writings]
         if len(found) != sum(lens):
@@ -90,9 +100,21 @@ class MediaReader:
                 f"the prompt has {len(found)} tokens that stand for parts of pictures, its pictures have {sum(lens)}"
             )
         places = np.split(found, np.cumsum(lens)[:-1]) if lens else []
+        for place in found:
+            ids[place] = ids[place] if 0 <= ids[place] < self._vocab_size else STAND_IN
         rope = self._rope(len(ids), places, writings) if self._has_rope_axes else None
         keys = tuple(map(self._key, media))
         return ids, PromptMedia(len(ids), tuple(media), keys, tuple(places), self.family.is_whole, rope)
+
+    def _encode_written(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of a prompt. A placeholder that the tokenizer does not know stays a negative id."""
+        if not self._absent:
+            return self._encode(text, add_special_tokens=add_special_tokens)
+        first, *pieces = re.split(f"({'|'.join(map(re.escape, self._absent))})", text)
+        ids = self._encode(first, add_special_tokens=add_special_tokens)
+        for piece in filter(None, pieces):
+            ids += [self._absent[piece]] if piece in self._absent else self._encode(piece, add_special_tokens=False)
+        return ids
 
     def _check(self, kinds: Sequence[str], media: Sequence[Media]) -> None:
         """Raise `InvalidRequest` if the placeholders in a text are not those of its pictures."""
@@ -125,22 +147,36 @@ class TokenizerPart(Protocol):
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
     def token_text(self, token_id: int) -> str: ...
+    def token_to_id(self, token: str) -> int | None: ...
 
 
-def load_reader(folder: Path, model_config: ModelConfig, tokenizer: TokenizerPart) -> MediaReader | None:
+def load_reader(
+    folder: Path, model_config: ModelConfig, tokenizer: TokenizerPart, config: EngineConfig
+) -> MediaReader | None:
     """Return what reads pictures for the model in `folder`; None if nothing does.
 
-    A folder without the files of a processor is served as a model of text.
+    A folder without the files of a processor is served as a model of text. `ModelError` if its tower is elsewhere and
+    cannot be found.
     """
     if not model_config.vision:
         return None
-    try:
-        family = load_family(folder, model_config, tokenizer.token_text)
-    except ModelError as error:
-        logger.warning("only text is read: %s", error)
-        return None
-    token_ids = family.token_ids(family.config)
-    return MediaReader(family, tokenizer.encode, token_ids, has_rope_axes=bool(model_config.rope.sections))
+    if model_config.vision == FLAT_LLAVA:
+        files = LlavaFiles(folder, model_config.raw, config, tokenizer.token_to_id)
+        family = FAMILIES[files.kind](files.config, files.processor, PLACEHOLDERS, files.video_config)
+        family.files = files
+    else:
+        try:
+            family = load_family(folder, model_config, tokenizer.token_text)
+        except ModelError as error:
+            logger.warning("only text is read: %s", error)
+            return None
+    return MediaReader(
+        family,
+        tokenizer.encode,
+        family.token_ids(family.config),
+        model_config.vocab_size,
+        has_rope_axes=bool(model_config.rope.sections),
+    )
 
 
 def load_family(folder: Path, model_config: ModelConfig, token_text: Callable[[int], str]) -> Family:

@@ -79,7 +79,8 @@ def load_tower(
     """
     import transformers
 
-    name = model_config.architectures[0]
+    files = family.files
+    name = model_config.architectures[0] if files is None else files.model_class
     model_class = getattr(transformers, name, None)
     if model_class is None:
         raise ModelError(f"transformers {transformers.__version__} has no {name}, whose tower would read pictures")
@@ -95,11 +96,20 @@ def load_tower(
             with torch.device(device):
                 whole = model_class._from_config(config, dtype=dtype)
         else:
-            whole, info = model_class.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
-            missing = [key for key in info["missing_keys"] if not any(half in key for half in (*LANGUAGE, "lm_head"))]
+            whole, info = model_class.from_pretrained(
+                folder if files is None else None,
+                config=config,
+                dtype=dtype,
+                state_dict=None if files is None else files.tower_weights(folder),
+                output_loading_info=True,
+            )
+            others = (*LANGUAGE, "lm_head") if files is None else (*LANGUAGE, "lm_head", "multi_modal_projector")
+            missing = [key for key in info["missing_keys"] if not any(half in key for half in others)]
             if missing:
                 raise ModelError(f"the weights in {folder} lack {', '.join(sorted(missing))}")
     module = whole.model
+    if files is not None:
+        module.multi_modal_projector = files.projector(None if load_format == "dummy" else folder).to(dtype)
     for part in (*LANGUAGE, *SOUND):
         if hasattr(module, part):
             setattr(module, part, None)
