@@ -49,17 +49,19 @@ def running_browser(folder: Path) -> Iterator[str]:
 
 
 class Tab:
-    """One page, with a storage of its own. `errors` has what its console shows as such."""
+    """One page. `errors` has what its console shows as such."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket, self._ids = socket, itertools.count(1)
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._session: dict[str, str] = {}
+        self.context = ""
         self.errors: list[str] = []
 
-    async def open(self) -> None:
-        context = await self.call("Target.createBrowserContext")
-        made = await self.call("Target.createTarget", url="about:blank", browserContextId=context["browserContextId"])
+    async def open(self, context: str = "") -> None:
+        """Open it, in the storage `context` of another tab or in a new one."""
+        self.context = context or (await self.call("Target.createBrowserContext"))["browserContextId"]
+        made = await self.call("Target.createTarget", url="about:blank", browserContextId=self.context)
         found = await self.call("Target.attachToTarget", targetId=made["targetId"], flatten=True)
         self._session = {"sessionId": found["sessionId"]}
         for domain in ("Page", "Runtime", "Log"):
@@ -152,11 +154,11 @@ class Tab:
 
 
 @asynccontextmanager
-async def new_tab(address: str) -> AsyncIterator[Tab]:
-    """Open a page of a browser that runs."""
+async def new_tab(address: str, beside: Tab | None = None) -> AsyncIterator[Tab]:
+    """Open a page of a browser that runs, with a storage of its own or that of the tab `beside` it."""
     async with aiohttp.ClientSession() as session, session.ws_connect(address, max_msg_size=0) as socket:
         tab = Tab(socket)
         listening = asyncio.create_task(tab.listen())
-        await tab.open()
+        await tab.open(beside.context if beside else "")
         yield tab
         listening.cancel()

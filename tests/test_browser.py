@@ -122,11 +122,15 @@ async def test_stop_ends_the_request_and_the_answer_can_go_on_from_there(tab: Ta
         await tab.press("Escape")
         await engine.until(lambda: engine.aborted == [engine.states[0].rid])
         await tab.until("document.querySelector('.note')?.textContent.includes('Stopped.')")
+        engine.max_queued = 0
         await tab.click(".note button", "Continue")
+        await tab.until("document.querySelector('.note.error button')")
+        engine.max_queued = 1000
+        await tab.click(".note.error button", "Try again")  # for the rest, not from the start
         await engine.until(lambda: bool(engine.live))
-        assert prompts_of(engine)[1] == "[user]Count[assistant]one, two"
-        engine.emit(engine.states[1], ", three")
-        engine.finish(engine.states[1], STOP)
+        assert prompts_of(engine)[-1] == "[user]Count[assistant]one, two"
+        engine.emit(engine.states[-1], ", three")
+        engine.finish(engine.states[-1], STOP)
         await tab.until("document.querySelector('.assistant .body').textContent === 'one, two, three'")
         await until_answered(tab)
         assert await tab.texts(".note") == []
@@ -293,6 +297,47 @@ async def test_an_export_is_read_again_and_a_foreign_file_is_not(tab: Tab) -> No
         assert [call["name"] for call in kept["calls"]] == ["1"] and "html" not in kept
 
 
+async def test_an_import_neither_breaks_the_page_nor_takes_turns_away(tab: Tab) -> None:
+    async with served(FakeEngine("Yes")) as url:
+        await open_chat(tab, url)
+        await say(tab, "Hi")
+        await until_answered(tab)
+        older = await tab.evaluate("chat.conversation.export()")
+        await say(tab, "More")
+        await until_answered(tab)
+        figures = {"tokens": 1, "prompt_tokens": "x", "first_token_s": "y"}
+        odd = {**older, "id": "a b", "updated": "x", "settings": {"stop": "x", "system": 1, "tools": 2, "top_p": "3"}}
+        odd["turns"] = [{**turn, "figures": figures} for turn in older["turns"]]
+        for value, num_turns in ((older, 4), (odd, 2)):
+            file = f"new File([{json.dumps(json.dumps(value))}], 'x.json')"
+            await tab.evaluate(f"importFiles(chat, [{file}])")
+            await tab.until(f"document.querySelectorAll('.turn').length === {num_turns}")
+            await tab.call("Page.reload")
+            await tab.until(f"document.querySelectorAll('.turn').length === {num_turns}")
+        await tab.until("document.querySelectorAll('#conversations a').length === 2")
+    assert tab.errors == []
+
+
+async def test_two_tabs_add_to_one_conversation(tab: Tab, browser: str) -> None:
+    async with served(FakeEngine("Yes")) as url, new_tab(browser, beside=tab) as other:
+        await open_chat(tab, url)
+        await say(tab, "Hi")
+        await tab.until("!chat.answering.size && document.querySelector('#conversations a')")
+        await open_chat(other, await tab.evaluate("location.href"))
+        await other.until("document.querySelectorAll('.turn').length === 2")
+        await say(other, "There")
+        await tab.until("document.querySelectorAll('.turn').length === 4")
+        # What was kept without a word to this tab is there too.
+        await tab.evaluate("(chat.otherTabs.close(), true)")
+        await say(other, "Unseen")
+        await other.until("document.querySelectorAll('.turn').length === 6 && !chat.answering.size")
+        await other.evaluate("chat.save()")
+        await tab.evaluate("(chat.otherTabs = {postMessage() {}}, chat.rename('Both'), chat.save())")
+        stored = "chat.store.load(chat.conversation.id).then(kept => kept.turns.map(turn => turn.text))"
+        assert await tab.evaluate(stored) == ["Hi", "Yes", "There", "Yes", "Unseen", "Yes"]
+    assert tab.errors == other.errors == []
+
+
 async def test_a_deleted_conversation_comes_back_by_undo(tab: Tab) -> None:
     async with served(FakeEngine("Yes")) as url:
         await open_chat(tab, url)
@@ -380,7 +425,7 @@ MARKDOWN = {
 LONG = (
     "# Title\n\nText with **bold** and `code`.\n\n- one\n- two\n  1. deep\n\n| a | b |\n|--:|---|\n| 1 | `x|y` |\n\n"
     "```python\ndef f():\n    return 1  # one\n```\n\n> quote\n\n$$\\frac{a}{b} + \\sqrt{c^2}$$\n\n---\n\n"
-    "2. two\n3. three\n\nc | d\n---|---\n1 | 2\n\nend"
+    "\\begin{align}\na &= b \\\\\n&= c\n\\end{align}\n\n2. two\n3. three\n\nc | d\n---|---\n1 | 2\n\nend"
 )
 
 
@@ -402,6 +447,9 @@ async def test_a_formula_becomes_mathml_and_one_that_is_not_known_stays_as_it_is
         formula = await tab.evaluate(math.replace("SOURCE", r'"\\frac{x^2}{y_1} \\leq 3.5"'))
         assert "<mfrac><msup><mi>x</mi><mn>2</mn></msup><msub><mi>y</mi><mn>1</mn></msub></mfrac>" in formula
         assert "≤</mo><mn>3.5</mn>" in formula
+        function = await tab.evaluate(math.replace("SOURCE", r'"n\\log n + \\sin(x)"'))
+        assert '<mi>n</mi><mspace width=".17em"></mspace><mi data-function="log">log</mi><mspace' in function
+        assert '<mi data-function="sin">sin</mi><mo stretchy="false">(</mo>' in function
         for unknown in ("\\nothing", "{", "a^", "\\begin{x}", "\\left(" * 60):
             drawn = await tab.evaluate(math.replace("SOURCE", json.dumps(unknown)))
             assert drawn == f'<code class="tex">{unknown}</code>'
@@ -415,7 +463,7 @@ async def test_a_text_that_grows_is_drawn_as_if_it_had_come_at_once(tab: Tab) ->
             " for (let i = 1; i <= text.length; i++) view.update(text.slice(0, i)); view.update(text, true);"
             " return [root.innerHTML, element('div', {}, ...draw(text.split('\\n'))).innerHTML, view.numKept]; })()"
         )
-    assert grown == whole and num_kept > 5
+    assert grown == whole and num_kept > 5 and '<mtable class="aligned">' in whole
 
 
 async def test_hostile_texts_are_drawn_in_linear_time(tab: Tab) -> None:

@@ -33,6 +33,7 @@ class Answering {
   async run(model, continues) {
     const {turn} = this;
     turn.finish = null;
+    turn.at = Date.now();
     delete turn.error;
     try {
       const response = await ask("v1/chat/completions", {
@@ -48,6 +49,7 @@ class Answering {
     } catch (error) {
       this.fail(error);
     }
+    turn.at = Date.now();
     this.count();
     this.onNews();
   }

@@ -9,6 +9,8 @@ const NEAR_END = 80;  // pixels from the end within which the newest is followed
 class Chat {
   constructor(store) {
     this.store = store;
+    this.otherTabs = new BroadcastChannel("radixloop");
+    this.otherTabs.onmessage = ({data: id}) => this.catchUp(id);
     this.conversation = new Conversation({settings: read("settings", {})});
     this.open = new Map();  // conversations by id that an answer of may still grow
     this.answering = new Map();  // by conversation id
@@ -62,8 +64,8 @@ class Chat {
     this.settings.show(conversation.settings);
     this.images = [];
     at("prompt").value = read(`draft ${id}`, "");
-    this.drawAll();
     this.follow();
+    this.drawAll();
   }
 
   begin() {
@@ -85,10 +87,20 @@ class Chat {
   async save(conversation = this.conversation) {
     if (!conversation.turns.length) return;
     try {
-      await this.store.save({...conversation});
+      await this.store.save(conversation);
+      if (!this.answering.has(conversation.id)) this.otherTabs.postMessage(conversation.id);
     } catch (error) {
       notify(`This conversation could not be kept in the browser (${error?.name ?? "no room"}). Export it, or delete others.`);
     }
+  }
+
+  // Show what another tab, or an import, has added to a conversation.
+  async catchUp(id) {
+    const conversation = id === this.conversation.id ? this.conversation : this.open.get(id);
+    const stored = conversation && Conversation.from(await this.store.load(id));
+    const isNew = stored && conversation.merge(stored);
+    if (isNew && conversation === this.conversation && !document.activeElement.closest(".turn")) this.drawAll();
+    else this.drawList();
   }
 
   changeSettings(settings) {
@@ -102,6 +114,7 @@ class Chat {
     this.answering.get(conversation.id)?.stop();
     this.open.delete(conversation.id);
     await this.store.remove(conversation.id);
+    this.otherTabs.postMessage(conversation.id);
     location.hash = "";
     this.begin();
     this.drawList();
@@ -168,6 +181,7 @@ class Chat {
     await this.save(conversation);
     await this.store.trim();
     this.drawList();
+    if (turn.error) await this.meet().catch(() => {});  // it may be another server by now, with another model
   }
 
   stop() {
@@ -188,11 +202,16 @@ class Chat {
     if (!this.isBusy()) this.answer(this.parentOf(turn));
   }
 
+  // Ask once more for an answer that failed: for the rest of it, if some had come.
   retry(turn) {
     if (this.isBusy()) return;
+    if (turn.text && !turn.calls?.length) {
+      this.grow(turn, true);
+      return;
+    }
     Object.assign(turn, {text: "", reasoning: "", reasoningSeconds: 0, calls: [], figures: null});
+    this.views.get(turn.id).node.remove();
     this.views.delete(turn.id);
-    at("turns").querySelector(`[data-id="${turn.id}"]`)?.remove();
     this.grow(turn);
   }
 
@@ -400,6 +419,7 @@ async function importFiles(chat, files) {
         const conversation = Conversation.from(one);
         if (!conversation) throw new SyntaxError("no conversation");
         await chat.save(last = conversation);
+        await chat.catchUp(conversation.id);
       }
     } catch {
       notify(`${file.name} holds no conversations that were exported here.`);

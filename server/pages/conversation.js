@@ -2,11 +2,12 @@
 // A conversation is a tree of turns: an edited or repeated turn is one more child of the same parent, and nothing is lost.
 //
 // turn: {id, parent, role: user | assistant | tool, text, at} and, where it has them, images (data URIs), reasoning,
-// reasoningSeconds, calls [{id, name, arguments}], callId, finish, error, figures.
+// reasoningSeconds, calls [{id, name, arguments}], callId, finish, error, figures. `at`: when it last changed.
 
 const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(9)), byte => byte.toString(36).padStart(2, "0")).join("");
 const ROOT = "";
-const CONTINUABLE = new Set(["length", "stopped", "interrupted"]);
+const CONTINUABLE = new Set(["length", "stopped", "interrupted", "abort"]);
+const NUMBER_FIELDS = ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "max_thinking_tokens"];
 
 class Conversation {
   constructor({id = newId(), title = "", created = Date.now(), updated = created, settings = {}, turns = [], chosen = {}} = {}) {
@@ -15,9 +16,21 @@ class Conversation {
 
   // Return a conversation of what was stored or imported; null if it is none.
   static from(value) {
-    if (!value || typeof value.id !== "string" || !Array.isArray(value.turns) || !value.turns.every(isTurn)) return null;
-    const {id, created, updated, settings, chosen} = value;
-    return new Conversation({id, created, updated, title: String(value.title ?? ""), settings: {...settings}, chosen: {...chosen}, turns: value.turns.map(cleanTurn)});
+    if (!isText(value?.id) || !Array.isArray(value.turns) || !value.turns.every(isTurn)) return null;
+    const {created, updated, settings, chosen} = value;
+    return new Conversation({
+      id: /^[\w-]{1,64}$/.test(value.id) ? value.id : newId(), title: String(value.title ?? "").slice(0, 120),
+      created: Number(created) || Date.now(), updated: Number(updated) || Date.now(),
+      settings: cleanSettings(settings ?? {}), chosen: {...chosen}, turns: value.turns.map(cleanTurn),
+    });
+  }
+
+  // Take over what a copy of this conversation has besides: another tab's, or an import's. Returns whether it had any.
+  merge(copy) {
+    const places = new Map(this.turns.map((turn, i) => [turn.id, i]));
+    const news = copy.turns.filter(turn => !(this.turns[places.get(turn.id)]?.at >= turn.at));
+    for (const turn of news) this.turns[places.get(turn.id) ?? this.turns.length] = turn;
+    return news.length > 0;
   }
 
   add(parent, role, fields) {
@@ -84,9 +97,27 @@ function cleanTurn({id, parent, role, text, at, images, reasoning, reasoningSeco
   if (Array.isArray(calls)) turn.calls = calls.filter(Boolean).map(call => ({id: String(call.id), name: String(call.name), arguments: String(call.arguments)}));
   if (isText(callId)) turn.callId = callId;
   if (isText(error)) turn.error = error;
-  if (figures && typeof figures.tokens === "number") turn.figures = figures;
+  if (typeof figures?.tokens === "number") turn.figures = cleanFigures(figures);
   if (role === "assistant") turn.finish = isText(finish) ? finish : turn.error ? null : "interrupted";
   return turn;
+}
+
+function cleanFigures(figures) {
+  const clean = {tokens: figures.tokens, is_exact: Boolean(figures.is_exact)};
+  for (const name of ["prompt_tokens", "cached_tokens", "reasoning_tokens", "first_token_s", "tokens_per_s"]) {
+    clean[name] = typeof figures[name] === "number" ? figures[name] : null;
+  }
+  return clean;
+}
+
+function cleanSettings({system, stop, thinking, tools, schema, ...numbers}) {
+  const clean = Object.fromEntries(NUMBER_FIELDS.filter(name => typeof numbers[name] === "number").map(name => [name, numbers[name]]));
+  if (isText(system)) clean.system = system;
+  if (Array.isArray(stop)) clean.stop = stop.filter(isText);
+  if (thinking === "enabled" || thinking === "disabled") clean.thinking = thinking;
+  if (Array.isArray(tools)) clean.tools = tools;
+  if (schema && typeof schema === "object" && !Array.isArray(schema)) clean.schema = schema;
+  return clean;
 }
 
 function messageOf({role, text, images, reasoning, calls, callId}) {
@@ -106,7 +137,7 @@ function messageOf({role, text, images, reasoning, calls, callId}) {
 // Return the fields of a request that settings ask for. What is empty is left to the server.
 function fieldsOf(settings) {
   const fields = {};
-  for (const name of ["temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "max_thinking_tokens"]) {
+  for (const name of NUMBER_FIELDS) {
     if (typeof settings[name] === "number") fields[name] = settings[name];
   }
   if (settings.stop?.length) fields.stop = settings.stop;

@@ -9,7 +9,7 @@ const RULE = /^ {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:( +)(.*)|)$/;
 const DELIMITERS = /^\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
-const MATH_OPEN = /^\s*(\$\$|\\\[)/;
+const MATH_OPEN = /^\s*(\$\$|\\\[|\\begin\{(?:align|equation|gather|eqnarray)\*?\})/;
 const MATH_CLOSE = {"$$": "$$", "\\[": "\\]"};
 const MAX_DEPTH = 16;  // of lists, quotes and emphasis within one another
 
@@ -99,6 +99,7 @@ function readList(lines, i) {
 }
 
 function readMath(lines, i, open) {
+  if (open.startsWith("\\begin")) return readEnvironment(lines, i, open.replace("begin", "end"));
   const close = MATH_CLOSE[open];
   const first = lines[i].trimStart().slice(2);
   if (first.includes(close)) {
@@ -108,6 +109,13 @@ function readMath(lines, i, open) {
   while (end < lines.length && !lines[end].includes(close) && !isBlank(lines[end])) end++;
   if (end === lines.length || isBlank(lines[end])) return null;
   return {kind: "math", text: [first, ...lines.slice(i + 1, end), lines[end].replace(close, "")].join("\n"), to: end + 1};
+}
+
+function readEnvironment(lines, i, close) {
+  let to = i;
+  while (to < lines.length && !lines[to].trimEnd().endsWith(close) && !isBlank(lines[to])) to++;
+  if (to === lines.length || isBlank(lines[to])) return null;
+  return {kind: "math", text: lines.slice(i, to + 1).join("\n"), to: to + 1};
 }
 
 function cellsOf(line) {

@@ -38,23 +38,25 @@ class Store {
     return done(this.database.transaction("conversations").objectStore("conversations").get(id));
   }
 
-  // Keep a conversation as it is now. Rejects if there is no room.
+  // Keep a conversation as it is now, with what another tab has added to it since. Rejects if there is no room.
   save(conversation) {
     if (!this.database) {
       this.memory.set(conversation.id, conversation);
       return Promise.resolve();
     }
-    return this.change((heads, conversations) => {
+    return this.change(async (heads, conversations) => {
       const {id, title, updated} = conversation;
+      const stored = Conversation.from(await done(conversations.get(id)));
+      if (stored) conversation.merge(stored);
       heads.put({id, title, updated});
-      conversations.put(conversation);
+      conversations.put({...conversation});
     });
   }
 
   remove(id) {
     this.memory.delete(id);
     if (!this.database) return Promise.resolve();
-    return this.change((heads, conversations) => {
+    return this.change(async (heads, conversations) => {
       heads.delete(id);
       conversations.delete(id);
     });
@@ -70,7 +72,7 @@ class Store {
       const transaction = this.database.transaction(["heads", "conversations"], "readwrite");
       transaction.oncomplete = () => resolve();
       transaction.onabort = transaction.onerror = () => reject(transaction.error);
-      work(transaction.objectStore("heads"), transaction.objectStore("conversations"));
+      work(transaction.objectStore("heads"), transaction.objectStore("conversations")).catch(reject);
     });
   }
 }

@@ -69,10 +69,18 @@ class TexParser {
     for (this.skipSpace(); !isEnd(); this.skipSpace()) {
       if (this.isAtEnd) throw new SyntaxError("an end is missing");
       const base = this.next === "^" || this.next === "_" ? mathNode("mrow") : this.atom();
-      if (base) nodes.push(this.scripted(base));
+      if (base?.dataset.function) nodes.push(...this.spaced(base, nodes.at(-1)));
+      else if (base) nodes.push(this.scripted(base));
     }
     this.depth--;
     return nodes;
+  }
+
+  // Return a function's name with the thin space that keeps it from the letters beside it.
+  spaced(base, before) {
+    const thin = () => mathNode("mspace", {width: SPACES[","]});
+    const node = this.scripted(base), isApart = this.isAtEnd || /^([()[\]|},&/=+-]|\\(left|right|big.*|Big.*|\W|end))$/.test(this.next);
+    return [...(before && !/^m(o|space)$/.test(before.tagName) ? [thin()] : []), node, ...(isApart ? [] : [thin()])];
   }
 
   scripted(base) {
@@ -134,7 +142,7 @@ class TexParser {
     if (Object.hasOwn(LETTERS, name)) return mathNode("mi", {}, LETTERS[name]);
     if (Object.hasOwn(OPERATORS, name)) return mathNode("mo", {stretchy: "false"}, OPERATORS[name]);
     if (Object.hasOwn(BIG, name)) return this.limited(mathNode("mo", {largeop: "true"}, BIG[name]), !name.includes("int"));
-    if (FUNCTIONS.has(name)) return this.limited(mathNode("mi", {}, name), WITH_LIMITS.has(name));
+    if (FUNCTIONS.has(name)) return this.limited(mathNode("mi", {"data-function": name}, name), WITH_LIMITS.has(name));
     if (Object.hasOwn(SPACES, name)) return mathNode("mspace", {width: SPACES[name]});
     if (/^[$%&#_]$/.test(name)) return mathNode("mo", {}, name);
     if (IGNORED.has(name)) return null;
