@@ -9,7 +9,7 @@ import pytest
 
 import server.lang as sgl
 from server.lang.templates import Roles, ServedTemplate, TemplateRefused, get_chat_template
-from server.reading.chat import CHATML, LLAMA_3
+from server.reading.built_in_templates import BUILT_IN_TEMPLATES, CHATML, LLAMA_3, VICUNA_SYSTEM, YI_VL_SYSTEM
 from tests.fake_engine import FakeEngine
 from tests.lang_servers import fake_backend
 
@@ -131,6 +131,7 @@ def test_a_model_without_a_template_refuses_roles_and_names_the_way_out() -> Non
             "[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST]A </s><s>[INST] V [/INST]B </s><s>",
         ),
         ("vicuna_v1.1", "S USER:U ASSISTANT:A</s>USER:V ASSISTANT:B</s>"),
+        ("yi-vl", "S\n\n### Human:U\n### Assistant:A\n### Human:V\n### Assistant:B\n"),
         ("gemma-it", "S<start_of_turn>user\nU<end_of_turn>\n<start_of_turn>model\nA<end_of_turn>\n"
                      "<start_of_turn>user\nV<end_of_turn>\n<start_of_turn>model\nB<end_of_turn>\n"),
     ],
@@ -154,3 +155,18 @@ async def test_a_template_with_a_default_system_message_puts_it_first() -> None:
     assert template.get_prompt([{"role": "user", "content": "U"}]) == first + "U<|im_end|>\n"
     with pytest.raises(ValueError, match="no chat template 'nothing'"):
         get_chat_template("nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "rest"),
+    [
+        ("vicuna_v1.1", f"{VICUNA_SYSTEM} ", "USER: U ASSISTANT: A</s>USER: V ASSISTANT:"),
+        ("yi-vl", f"{YI_VL_SYSTEM}\n\n", "### Human: U\n### Assistant: A\n### Human: V\n### Assistant:"),
+    ],
+)
+def test_a_built_in_template_writes_its_own_system_message_unless_there_is_one(name: str, own: str, rest: str) -> None:
+    template = jinja2.Environment().from_string(BUILT_IN_TEMPLATES[name])
+    messages = [{"role": role, "content": content} for role, content in TURNS[:-1]]
+    given = own.replace(own.rstrip(), "S")
+    assert template.render(messages=messages, add_generation_prompt=True) == given + rest
+    assert template.render(messages=messages[1:], add_generation_prompt=True) == own + rest

@@ -1,6 +1,8 @@
 """LLaVA as its authors publish it: the same weights as transformers' own files of it give the same answers."""
 
 import asyncio
+import base64
+import io
 import json
 import re
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from PIL import Image as Pillow
 from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
@@ -21,6 +24,7 @@ from engine.vision.llava_files import LlavaFiles, new_projector
 from engine.vision.reader import load_reader
 from engine.vision.tower import load_tower
 from tests.conftest import VOCAB_SIZE, save_tokenizer
+from tests.fake_engine import serving
 from tests.test_engine import running_engine
 from tests.test_vision import EXTREME_SIZES, SIZES, ask, pictures, prompt
 from tests.vision_models import PINPOINTS, make_vision_model, picture, video
@@ -249,3 +253,30 @@ async def test_the_towers_of_the_published_models_need_no_folder_but_for_their_w
     move_tower(folder, tmp_path / "elsewhere")
     with pytest.raises(ModelError, match="openai/clip-vit-large-patch14-336 is no local folder"):
         files.tower_weights(folder)
+
+
+async def test_the_seeds_command_answers_about_a_picture_and_a_second_turn_reads_it_from_the_cache(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = publish(sources["llava"], tmp_path / "published", "llava")
+    buffer = io.BytesIO()
+    Pillow.fromarray(picture(40, 61).pixels).save(buffer, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 8}
+    options = {"tokenizer_path": str(sources["llava"])}
+    async with (
+        running_engine(folder, **options) as engine,
+        serving(engine, chat_template="vicuna_v1.1", enable_cache_report=True) as client,
+    ):
+        first = await (await client.post("/v1/chat/completions", json=body)).json()
+        answer = first["choices"][0]["message"]
+        body["messages"] += [{"role": "assistant", "content": answer["content"]}, {"role": "user", "content": "And?"}]
+        second = await (await client.post("/v1/chat/completions", json=body)).json()
+        body["messages"] = [{"role": "user", "content": "<image>"}]
+        refused = await client.post("/v1/chat/completions", json=body)
+        assert refused.status == 400
+        assert engine.started.encoder is not None and engine.started.encoder.stats.num_encoded == 1
+    usage = second["usage"]
+    num_cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert first["usage"]["prompt_tokens"] - 1 <= num_cached < usage["prompt_tokens"]

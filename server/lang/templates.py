@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from server.reading.built_in_templates import HELPFUL, VICUNA_SYSTEM, YI_VL_SYSTEM
+
 Message = dict[str, Any]
 Roles = tuple[str, ...]
 
@@ -149,7 +151,6 @@ def _headers(before: str, after: str, end: str, assistant: str = "assistant") ->
 
 CHATML = _headers("<|im_start|>", "\n", "<|im_end|>\n")
 LLAMA_3 = _headers("<|start_header_id|>", "<|end_header_id|>\n\n", "<|eot_id|>")
-HELPFUL = "You are a helpful assistant."
 TEMPLATES = (
     NamedTemplate("default", {"system": ("SYSTEM:", "\n"), "user": ("USER:", "\n"), "assistant": ("ASSISTANT:", "\n")}),
     NamedTemplate("claude", {"system": ("", ""), "user": ("\n\nHuman: ", ""), "assistant": ("\n\nAssistant:", "")}),
@@ -169,8 +170,13 @@ TEMPLATES = (
     NamedTemplate(
         "vicuna_v1.1",
         {"system": ("", " "), "user": ("USER:", " "), "assistant": ("ASSISTANT:", "</s>")},
-        "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+        VICUNA_SYSTEM,
+        image_token=" <image>\n",
+    ),
+    NamedTemplate(
+        "yi-vl",
+        {"system": ("", "\n\n"), "user": ("### Human:", "\n"), "assistant": ("### Assistant:", "\n")},
+        YI_VL_SYSTEM,
         image_token=" <image>\n",
     ),
     NamedTemplate(

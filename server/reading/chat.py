@@ -32,6 +32,7 @@ from server.parsers.tool_calls import (
     find_tool_format,
     object_of,
 )
+from server.reading.built_in_templates import BUILT_IN_TEMPLATES
 from server.reading.contents import as_text, is_media, media_part, refused, settings_of
 from server.reading.custom_tools import arguments_of_input
 from server.reading.grammars import names_of_constraint
@@ -55,29 +56,6 @@ RESERVED_VARIABLES = frozenset(
 
 MANY_MESSAGES = 256  # about 5 ms of rendering
 PLAINEST_TOOL_FORMAT = "qwen25"  # JSON between two marks: most instruct models can write it when they are told how
-
-# For models that bring no template of their own.
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA_3 = (
-    "{{ bos_token or '' }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-VICUNA = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + ' ' }}"
-    "{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' ' }}"
-    "{% else %}{{ 'ASSISTANT: ' + message['content'] + '</s>' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-BUILT_IN_TEMPLATES = {"chatml": CHATML, "llama-3-instruct": LLAMA_3, "vicuna_v1.1": VICUNA}
 
 
 def load_chat_template(name: str | None, tokenizer: TokenizerFacade) -> str | None:
