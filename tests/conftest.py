@@ -6,6 +6,7 @@ import gc
 import inspect
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -41,6 +42,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Make ready what tests find, all modules being imported."""
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.triton_interpreter import hasten_interpreter
+
+        hasten_interpreter()
+    gc.collect()
+    gc.freeze()  # a collection need not walk what lives as long as the process: libraries, and thousands of tests
 
 
 CHAT_TEMPLATE = (

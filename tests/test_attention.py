@@ -25,20 +25,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-@pytest.fixture(autouse=True)
-def interpreted_scalars_are_indices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter keeps scalars as arrays of one element, which numpy 2.4 no longer takes for an int."""
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
-
-
 def make_batch(lens: list[tuple[int, int]], groups: list[tuple[int, list[int]]] | None = None) -> Batch:
     return bench.attention.make_batch(lens, groups, seed=0, device=DEVICE)
 
