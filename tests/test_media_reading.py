@@ -161,6 +161,12 @@ async def test_a_picture_stands_as_its_camera_was_held_and_is_counted_so(orienta
     assert (counted[0].height, counted[0].width) == pixels.shape[:2]
 
 
+async def test_gray_in_16_bits_is_as_dark_as_in_8() -> None:
+    gray = np.array([[0, 1, 128, 255]], np.uint16)
+    data = encoded(Pillow.fromarray(gray * 257))
+    assert (await pixels_of(uri(data)))[..., 0].tolist() == gray.tolist()
+
+
 async def test_a_gif_is_its_first_frame() -> None:
     frames = [picture(color=(0, 0, 255)), picture(color=(255, 0, 0))]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -245,6 +251,18 @@ async def test_a_file_cut_or_changed_anywhere_is_read_or_refused_and_nothing_els
 LARGE = {"JPEG": encoded(picture(3000, 3000), "JPEG"), "PNG": encoded(picture(2000, 2000))}
 
 
+def png_of_chunks(count: int) -> bytes:
+    """Return a PNG with so many empty chunks of text."""
+    before, end = encoded(picture()).split(b"IDAT", 1)
+    chunk = struct.pack(">I", 3) + b"tEXta\0b" + struct.pack(">I", zlib.crc32(b"tEXta\0b"))
+    return before[:-4] + chunk * count + before[-4:] + b"IDAT" + end
+
+
+async def test_a_file_in_very_many_pieces_is_refused() -> None:
+    assert (await pixels_of(uri(png_of_chunks(1000)))).shape == (3, 4, 3)
+    assert "is a broken PNG: it is in more than 65536 pieces" in await refusal(uri(png_of_chunks(70_000)))
+
+
 async def test_a_jpeg_of_hundreds_of_scans_is_refused() -> None:
     data = LARGE["JPEG"]
     assert "in 201 scans" in await refusal(uri(data[:-2] + b"\xff\xda" * 200 + data[-2:]))
@@ -260,6 +278,7 @@ async def test_a_jpeg_of_hundreds_of_scans_is_refused() -> None:
         ("data:text/html;base64,AAAA", "is 'text/html' by its data URI"),
         ("file:///etc/passwd", "is a path, and this server reads no files"),
         ("/etc/passwd", "is no picture|is no base64"),
+        ("images/cat.jpeg", "is a path, and this server reads no files"),
         ("http://example.org/a.png", "fetches none .--allowed-media-domains"),
         ("ftp://example.org/a.png", "is neither a data URI nor an http"),
         ("gopher://127.0.0.1:11211/_stats", "is neither"),
@@ -279,6 +298,7 @@ async def test_base64_text_is_measured_before_it_is_decoded(monkeypatch: pytest.
 async def test_base64_text_in_lines_is_read() -> None:
     data = encoded(picture())
     assert files.decode_base64(base64.encodebytes(data).decode(), "image") == data
+    assert files.decode_base64("-_8", "image") == files.decode_base64("%2B%2F8%3D", "image") == b"\xfb\xff"
     long = os.urandom(files.PIECE * 2 + 1)
     text = base64.b64encode(long).decode()
     assert files.decode_base64(text, "image") == long
@@ -302,6 +322,19 @@ async def test_a_request_has_so_many_pictures_and_pixels_at_most(monkeypatch: py
     monkeypatch.setattr(reader, "MAX_TOTAL_PIXELS", 500)
     with pytest.raises(InvalidRequest, match="have 600 pixels, the limit is 500"):
         await reader_of().read(parts(6))
+
+
+async def test_a_picture_in_a_shape_that_no_tower_takes_is_named() -> None:
+    class Narrow(Seeing):
+        def count_media_tokens(self, sizes: Sequence[MediaSize]) -> list[int]:
+            if any(size.width > 200 for size in sizes):
+                raise InvalidRequest("a picture of 300x1 pixels is too narrow")
+            return super().count_media_tokens(sizes)
+
+    parts = [MediaPart("image", uri(encoded(picture(width, 1))), f"images[{width}]") for width in (5, 300, 7)]
+    with pytest.raises(InvalidRequest, match=r"images\[300\]: a picture of 300x1 pixels is too narrow") as caught:
+        await reader_of(Narrow(context_length=1000)).read(parts)
+    assert caught.value.field == "images[300]"
 
 
 async def test_tokens_are_counted_against_the_context_before_pixels_are_decoded(

@@ -11,6 +11,7 @@ from server.media.limits import MAX_FILE_BYTES
 
 PIECE = 1 << 18  # characters, a multiple of 4: the interpreter is not held for longer than 0.2 ms
 MAX_PATH_CHARS = 4096
+URL_ALPHABET = str.maketrans("-_", "+/")
 MAX_HEAD_CHARS = 256  # of a data URI, before its text
 
 
@@ -20,18 +21,24 @@ def base64_len(text: str, start: int = 0) -> int:
 
 
 def decode_base64(text: str, kind: Kind, start: int = 0) -> bytes:
-    """Return the bytes that base64 text from `start` on stands for. Whitespace is passed over, as in MIME."""
+    """Return the bytes that base64 text from `start` on stands for, in any spelling of it: see `_plain`."""
     limit = MAX_FILE_BYTES[kind]
     if base64_len(text, start) > limit + 3:
         raise BrokenMedia(f"has about {base64_len(text, start)} bytes, the limit is {limit}")
     try:
         return _decoded(text, start)
     except ValueError:
-        pass  # perhaps because it is in lines
+        pass  # perhaps because it is written otherwise
     try:
-        return _decoded("".join(text[start:].split()), 0)
+        return _decoded(_plain(text[start:]), 0)
     except ValueError as error:
         raise BrokenMedia(f"is no base64 text: {error}") from None
+
+
+def _plain(text: str) -> str:
+    """Return base64 text as it is mostly written: not in lines, quoted for URLs, in their alphabet or unpadded."""
+    text = "".join((unquote(text) if "%" in text else text).split()).translate(URL_ALPHABET)
+    return text if text.endswith("=") else text + "=" * (-len(text) % 4)
 
 
 def _decoded(text: str, start: int) -> bytes:

@@ -118,7 +118,7 @@ class MediaReader:
                 f"the request's pictures have {sum(pixels)} pixels, the limit is {MAX_TOTAL_PIXELS}; most has {path}",
                 path,
             )
-        counts = self.engine.count_media_tokens(sizes)
+        counts = self._counts(sizes, parts)
         num_tokens, limit = sum(counts), self.engine.context_length
         if num_tokens >= limit:
             path = parts[counts.index(max(counts))].path
@@ -128,6 +128,18 @@ class MediaReader:
                 prompt_len=num_tokens,
                 limit=limit,
             )
+
+    def _counts(self, sizes: Sequence[MediaSize], parts: Sequence[MediaPart]) -> list[int]:
+        """Return the tokens of each. `InvalidRequest` names the field of one in a shape that the model cannot see."""
+        try:
+            return self.engine.count_media_tokens(sizes)
+        except InvalidRequest:
+            for size, part in zip(sizes, parts, strict=True):
+                try:
+                    self.engine.count_media_tokens([size])
+                except InvalidRequest as error:
+                    raise InvalidRequest(f"{part.path}: {error}", part.path) from None
+            raise
 
     async def _decoded(self, one: Opened, part: MediaPart) -> Media:
         with _named(part):
@@ -159,7 +171,7 @@ class MediaReader:
             if not (number.isdecimal() and int(number[:6]) > 0):
                 raise BrokenMedia("is no video of the form video:8:<base64 text>")
             settings["num_frames"] = int(number[:6])
-        if isinstance(source, str) and source.startswith("data:video/jpeg") and source.count(",") > 1:
+        if isinstance(source, str) and source[:15].lower() == "data:video/jpeg" and source.count(",") > 1:
             source = source[data_of_uri(source)[1] :].split(",")  # vLLM's: frames in one URI
         if not isinstance(source, str):
             return await self._open_frames(source, settings, share)
@@ -206,7 +218,7 @@ class MediaReader:
     async def _bytes(self, source: str, kind: Kind, share: Share) -> bytes:
         """Return the file that `source` names or holds."""
         start = 0
-        if source.startswith("data:"):
+        if source[:5].lower() == "data:":
             media_type, start = data_of_uri(source)
             if not media_type.startswith((f"{kind}/", "application/octet-stream")) and media_type:
                 raise BrokenMedia(f"is {media_type[:64]!r} by its data URI, and no {kind}")
@@ -223,13 +235,15 @@ class MediaReader:
     async def _local(self, source: str, kind: Kind) -> bytes | None:
         """Return the file of this machine that `source` names; None if it names none."""
         is_uri, root = source.startswith("file:"), self.limits.local_path
+        # A dot, as before a file's suffix, is nowhere in base64 text.
+        is_path = is_uri or ("." in source[-6:] and "://" not in source[:64])
         if not root:
-            if is_uri:
+            if is_path:
                 raise BrokenMedia("is a path, and this server reads no files (--allowed-local-media-path is not set)")
             return None
         path = path_of_uri(source) if is_uri else source
         data = await self._workers.run(read_local, path, root, kind)
-        if data is None and is_uri:
+        if data is None and is_path:
             raise BrokenMedia("is no file under --allowed-local-media-path")
         return data
 
