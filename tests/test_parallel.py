@@ -196,6 +196,12 @@ async def test_engines_behind_one_facade_are_one_engine_until_one_dies(replicas:
         assert view.rid == "endless" and view.num_output_tokens > 0
         assert {one.replica for one in engine.top_branches(8)} <= {0, 1}
     assert endless.finish_reason is not None and endless.finish_reason.type == "abort"
+    for _ in range(3):  # what the replica still has to say of the one before is not said of the next one of its rid
+        again = RequestState(Request("again", [9] * 64, params, stream=True))  # a prompt that goes where it went before
+        async with aclosing(engine.generate(again)) as deltas:
+            async with asyncio.timeout(60):
+                texts = [await anext(deltas) for _ in range(3)]
+            assert [delta.finish_reason for delta in texts] == [None] * 3
     await settled(engine)
     scheduler = engine.stats().scheduler
     assert (scheduler.num_running, scheduler.num_held_tokens, scheduler.num_total_tokens) == (0, 0, 2 * 2048)

@@ -447,6 +447,20 @@ async def test_a_rid_in_use_is_refused(engine: FakeEngine) -> None:
         assert (await first).status == 200
 
 
+async def test_a_rid_whose_request_has_ended_may_be_used_again_beside_the_rest_of_its_list(engine: FakeEngine) -> None:
+    engine.is_manual = True
+    async with serving(engine) as client:
+        first = asyncio.create_task(generate(client, text=["a", "b"], rid=["x", "y"]))
+        await engine.until(lambda: len(engine.live) == 2)
+        engine.finish(engine.live["x"], FinishReason("length"))
+        second = asyncio.create_task(generate(client, text="c", rid="x"))
+        await engine.until(lambda: "x" in engine.live)
+        engine.finish(engine.live["y"], FinishReason("length"))
+        assert [answer["meta_info"]["id"] for answer in await first] == ["x", "y"]
+        engine.finish(engine.live["x"], FinishReason("length"))
+        assert (await second)["meta_info"]["id"] == "x"
+
+
 async def test_a_stopping_engine_is_a_503(client: Client, engine: FakeEngine) -> None:
     engine.health_status = "stopping"
     response = await client.post("/generate", json={"text": "a"})

@@ -27,7 +27,7 @@ from engine.replicas.balance import Balancer, Placement
 from engine.replicas.front_end import FrontEnd, config_of_replica, load_front_end
 from engine.replicas.handle import ReplicaHandle
 from engine.replicas.maintenance import NoMaintenance
-from engine.replicas.messages import ABORT, BRANCHES, FLUSH, PREFIXES, REQUESTS, Ready, decode_delta
+from engine.replicas.messages import BRANCHES, FLUSH, PREFIXES, REQUESTS, Ready, decode_delta
 from engine.replicas.profile import ReplicaProfiles
 from engine.replicas.replica import run_replica
 from engine.replicas.stats import combined, combined_health
@@ -242,7 +242,7 @@ class ReplicaSet(Engine):
         if state is None:
             return False
         with contextlib.suppress(EngineStopped):  # then there is nothing left to abort there
-            self._replicas[self._placements[rid].engine].send(ABORT, rid)
+            self._replicas[self._placements[rid].engine].abort(rid)
         self._requests.num_aborted += 1
         now = time.perf_counter()
         state.times.first_token = state.times.first_token or now
@@ -260,8 +260,8 @@ class ReplicaSet(Engine):
         except EOFError:  # the watcher of the process reports its end
             asyncio.get_running_loop().remove_reader(replica.answers.fileno())
             return
-        for rid, *values in deltas:
-            state = replica.states.get(rid)
+        for ticket, *values in deltas:
+            state = replica.states.get(ticket)
             if state is None:  # aborted meanwhile
                 continue
             delta = decode_delta(state, *values)
@@ -274,7 +274,7 @@ class ReplicaSet(Engine):
         """Forget `state` and send its last delta."""
         placement = self._placements.pop(state.rid)
         self._balancer.end(placement)
-        del self._replicas[placement.engine].states[state.rid]
+        self._replicas[placement.engine].forget(state)
         self._requests.remove(state)
         state.status, state.finish_reason = Status.FINISHED, delta.finish_reason
         give(state, delta)

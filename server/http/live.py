@@ -133,7 +133,8 @@ class LiveRequests:
         finally:
             del self._rids[rid]
             for state in accepted:
-                del self._accepted[state.rid]
+                if self._accepted.get(state.rid) is state:  # once it has ended, another may have its rid
+                    del self._accepted[state.rid]
                 if state.status is not Status.FINISHED:
                     self.engine.abort(state.rid)
                 if state.request.media is not None:  # pixels: those who remember requests need none
