@@ -1,6 +1,7 @@
 """Fixtures for all tests: tiny random models, a server without one, the `gpu` marker, a guard of the event loop."""
 
 import asyncio
+import atexit
 import contextlib
 import gc
 import inspect
@@ -52,6 +53,7 @@ def pytest_collection_finish() -> None:
         hasten_interpreter()
     gc.collect()
     gc.freeze()  # a collection need not walk what lives as long as the process: libraries, and thousands of tests
+    atexit.register(gc.unfreeze)  # as in `settle_garbage_collector`
 
 
 CHAT_TEMPLATE = (

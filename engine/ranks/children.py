@@ -4,6 +4,7 @@ Children are spawned, not forked: a fork would copy CUDA's state and threads' lo
 in two ways: by a signal from the kernel, and by the end of a pipe at which one of its threads waits.
 """
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -40,6 +41,7 @@ def settle_garbage_collector() -> None:
     """
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # or what is frozen outlives Triton's bindings, which print hundreds of lines about it
     gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
 
 
