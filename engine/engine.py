@@ -279,17 +279,21 @@ class Engine(ABC):
         return []
 
     async def encode_media(
-        self, text: str, media: Sequence[Media], *, add_special_tokens: bool = False
+        self, prompt: str | Sequence[int], media: Sequence[Media], *, add_special_tokens: bool = False
     ) -> tuple[list[int], PromptMedia]:
-        """Return the token ids of `text`, and what goes into its request as `media`.
+        """Return the token ids of `prompt`, a text or token ids, and what goes into its request as `media`.
 
-        text: holds the placeholder of its kind for each of `media`, in their order; as many tokens stand there as
+        prompt: holds the placeholder of its kind for each of `media`, in their order; as many tokens stand there as
         `count_media_tokens` says. `InvalidRequest` if the numbers differ.
         """
         if self.media_reader is not None:
-            return await asyncio.to_thread(self.media_reader.encode, text, media, add_special_tokens=add_special_tokens)
+            encode = self.media_reader.encode
+            return await asyncio.to_thread(encode, prompt, media, add_special_tokens=add_special_tokens)
         self.count_media_tokens([one.size for one in media])
-        ids = await self.encode(text, add_special_tokens=add_special_tokens)
+        if isinstance(prompt, str):
+            ids = await self.encode(prompt, add_special_tokens=add_special_tokens)
+        else:
+            ids = list(prompt)
         return ids, PromptMedia(len(ids), (), (), ())
 
     # ---- requests ----

@@ -382,9 +382,10 @@ class SeeingEngine(FakeEngine):
         return [size.num_frames * (size.width * size.height // 1000 + 1) for size in sizes]
 
     async def encode_media(
-        self, text: str, media: Sequence[Media], *, add_special_tokens: bool = False
+        self, prompt: str | Sequence[int], media: Sequence[Media], *, add_special_tokens: bool = False
     ) -> tuple[list[int], PromptMedia]:
         """Write as many bytes 1 as there are tokens for each."""
+        text = prompt if isinstance(prompt, str) else bytes(prompt).decode()
         counts = self.count_media_tokens([one.size for one in media])
         places, ids = [], list[int]()
         for count, one in zip(counts, media, strict=True):

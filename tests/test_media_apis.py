@@ -125,9 +125,9 @@ async def test_a_chat_shows_pictures_where_they_stand_over_messages_and_turns(
     [
         {"type": "image_url", "image_url": uri()}, {"type": "input_image", "image_url": uri()},
         {"type": "image", "image": uri()}, image_part(uri(), detail="high"), {**image_part(uri()), "uuid": "a"},
-        image_part(png()),
+        image_part(png()), {"image_url": uri()}, {"type": "image", "url": uri()},
     ],
-    ids=range(6),
+    ids=range(8),
 )  # fmt: skip
 async def test_a_picture_is_seen_in_each_clients_spelling(client: Client, engine: SeeingEngine, part: Any) -> None:
     await post(client, "/v1/chat/completions", messages=[user(part)])
@@ -300,8 +300,11 @@ async def test_ollama_shows_pictures_before_the_text(client: Client, engine: See
         ({"text": "plain", "image_data": None}, [[]]),
         ({"input_ids": list(b"a<image>b"), "image_data": png(BLUE)}, [[BLUE]]),
         ({"input_ids": [list(b"a"), list(b"<image>")], "image_data": [None, png(RED)]}, [[], [RED]]),
+        ({"text": "<image>", "image_data": {"url": png(BLUE)}}, [[BLUE]]),
+        ({"text": ["<image>", "<image>"], "image_data": [{"url": png(RED), "max_pixels": 9}, [{"url": png(BLUE)}]]},
+         [[RED], [BLUE]]),
     ],
-    ids=range(11),
+    ids=range(13),
 )  # fmt: skip
 async def test_generate_shows_each_prompt_its_own(
     client: Client, engine: SeeingEngine, body: dict[str, Any], expected: list[list[Any]]
@@ -367,7 +370,8 @@ INPUT = {"type": "input_image", "image_url": BROKEN}
         ("/generate", {"input_ids": [1], "image_data": png()}, "input_ids"),
         ("/generate", {"input_ids": list(b"<image>"), "image_data": "aGk="}, "image_data"),
         ("/generate", {"text": "<image>", "image_data": "/etc/passwd"}, "image_data"),
-        ("/generate", {"text": "<image>", "image_data": {"format": "processor_output"}}, "image_data"),
+        ("/generate", {"text": "<image>", "image_data": {"format": "processor_output"}}, "image_data.format"),
+        ("/generate", {"text": "<image>", "image_data": [{"detail": "low"}]}, "image_data.url"),
         ("/generate", {"text": "<video>", "video_data": "file:///etc/passwd"}, "video_data"),
         ("/tokenize", {"messages": [user(image_part(BROKEN))]}, "messages[0].content[0].image_url.url"),
         ("/v1/messages/count_tokens", {"messages": [user(BLOCK)]}, "messages[0].content[0].source.data"),

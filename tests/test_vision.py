@@ -188,6 +188,23 @@ async def test_two_frames_alike_are_what_the_image_processor_makes_of_one_pictur
         torch.testing.assert_close(of_video["pixel_values_videos"], of_image["pixel_values"], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("reference", ["qwen 3 vl", "idefics 3"], indirect=True)
+async def test_token_ids_stay_as_they_came_and_may_have_their_pictures_written_out(reference: Reference) -> None:
+    async with running_engine(reference.folder) as engine:
+        [image] = await engine.encode(engine.media_kinds["image"])
+        letters = [token_id for letter in "there" for token_id in await engine.encode(letter)]
+        assert await engine.encode("there") != letters
+        media = pictures(SIZES[1])
+        ids, shown = await engine.encode_media([*letters, image, *letters, image, 5], media)
+        of_text, _ = await engine.encode_media("<image>", media[:1])
+        assert ids == [*letters, *of_text, *letters, *ids[len(of_text) + 2 * len(letters) : -1], 5]
+        written, shown_again = await engine.encode_media(ids, media)
+        assert written == ids
+        assert [one.tolist() for one in shown_again.places] == [one.tolist() for one in shown.places]
+        with pytest.raises(InvalidRequest, match="has 1 places for pictures"):
+            await engine.encode_media([*letters, image], media)
+
+
 @pytest.mark.parametrize("reference", ["llava"], indirect=True)
 async def test_another_picture_of_the_same_size_has_another_answer(reference: Reference) -> None:
     async with running_engine(reference.folder) as engine:

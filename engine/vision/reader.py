@@ -41,7 +41,9 @@ class MediaReader:
         self.family, self._vocab_size = family, vocab_size
         self.kinds = family.placeholders()
         self._encode, self._has_rope_axes = encode, has_rope_axes
-        self._tokens = np.array([token_ids[kind] for kind in self.kinds])
+        self._token_of = {kind: token_ids[kind] for kind in self.kinds}
+        self._tokens = np.array(list(self._token_of.values()))
+        self._texts = {token_id: family.token_text[role] for role, token_id in token_ids.items()}
         self._absent = {family.token_text[kind]: token_ids[kind] for kind in self.kinds if token_ids[kind] < 0}
         self._placeholders = re.compile("|".join(f"(?P<{kind}>{family.pattern(kind)})" for kind in self.kinds))
         self._num_others = functools.lru_cache(MAX_WRITINGS)(self._count_others)
@@ -81,18 +83,21 @@ class MediaReader:
         return sum(len(self._encode(piece, add_special_tokens=False)) for piece in pieces if piece)
 
     def encode(
-        self, text: str, media: Sequence[Media], *, add_special_tokens: bool = False
+        self, prompt: str | Sequence[int], media: Sequence[Media], *, add_special_tokens: bool = False
     ) -> tuple[list[int], PromptMedia]:
-        """Return the token ids of `text` with its pictures written out, and where they are. See `Engine.encode_media`.
+        """Return the token ids of a prompt with its pictures written out, and where they are: `Engine.encode_media`.
 
         Blocks for as long as a long text takes.
         """
         media = self.family.in_context(media)
         writings = [self.write(one.size, one.times_s if isinstance(one, Video) else ()) for one in media]
-        self._check([match.lastgroup or "" for match in self._placeholders.finditer(text)], media)
-        texts = iter([writing.text for writing in writings])
-        written = self._placeholders.sub(lambda _: next(texts), text)
-        ids = self._encode_written(written, add_special_tokens)
+        if isinstance(prompt, str):
+            self._check([match.lastgroup or "" for match in self._placeholders.finditer(prompt)], media)
+            texts = iter([writing.text for writing in writings])
+            written = self._placeholders.sub(lambda _: next(texts), prompt)
+            ids = self._encode_written(written, add_special_tokens)
+        else:
+            ids = self._write_out(list(prompt), media, writings)
         found = np.flatnonzero(np.isin(ids, self._tokens)).astype(np.int32)
         lens = [writing.num_features for writing in writings]
         if len(found) != sum(lens):
@@ -105,6 +110,26 @@ class MediaReader:
         rope = self._rope(len(ids), places, writings) if self._has_rope_axes else None
         keys = tuple(map(self._key, media))
         return ids, PromptMedia(len(ids), tuple(media), keys, tuple(places), self.family.is_whole, rope)
+
+    def _write_out(self, ids: list[int], media: Sequence[Media], writings: Sequence[Writing]) -> list[int]:
+        """Return token ids with the pictures among them written out: all others stay, whatever text they came from.
+
+        Ids that a processor of Hugging Face has written out already are returned as they are.
+        """
+        expected = np.repeat([self._token_of[one.kind] for one in media], [one.num_features for one in writings])
+        given = np.array(ids, np.int64)
+        if len(expected) > len(media) and np.array_equal(given[np.isin(given, self._tokens)], expected):
+            return ids
+        texts = [self._texts.get(token_id, "\0") for token_id in ids]
+        starts = np.cumsum([0, *map(len, texts)])
+        matches = list(self._placeholders.finditer("".join(texts)))
+        self._check([match.lastgroup or "" for match in matches], media)
+        written, end = list[int](), 0
+        for match, writing in zip(matches, writings, strict=True):
+            first, stop = np.searchsorted(starts, match.span()).tolist()
+            written += ids[end:first] + self._encode_written(writing.text, add_special_tokens=False)
+            end = stop
+        return written + ids[end:]
 
     def _encode_written(self, text: str, add_special_tokens: bool) -> list[int]:
         """Return the token ids of a prompt. A placeholder that the tokenizer does not know stays a negative id."""

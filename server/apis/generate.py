@@ -193,8 +193,7 @@ class GenerateApi:
         checked = check_prompt_ids(self.engine, ids, field)
         if not media:
             return GeneratePrompt(checked)
-        text = self.engine.tokenizer.decode(checked, skip_special_tokens=False)
-        return GeneratePrompt(*await self.media.encode(text, media, field))
+        return GeneratePrompt(*await self.media.encode(checked, media, field))
 
     async def _states(
         self, body: GenerateRequest, prompts: list[GeneratePrompt], is_batch: bool

@@ -68,15 +68,23 @@ class MediaReader:
         self._decoder = Decoder(budget, self._workers)
 
     async def encode(
-        self, text: str, parts: Sequence[MediaPart], field: str, add_special_tokens: bool = False
+        self, prompt: str | list[int], parts: Sequence[MediaPart], field: str, add_special_tokens: bool = False
     ) -> tuple[list[int], PromptMedia]:
-        """Return the token ids of a prompt, and what it shows: `parts`, each of which has a placeholder in `text`.
+        """Return the token ids of a prompt, and what it shows: `parts`, each of which has a placeholder in `prompt`.
 
-        field: the client's, of the text. `InvalidRequest` if there are more or fewer placeholders.
+        prompt: a text, or token ids, in which pictures may be written out already. field: the client's, of the prompt.
+        `InvalidRequest` if there are more or fewer placeholders.
         """
         self.check(parts)
-        media = await self.read(in_order(text, parts, self.engine.media_kinds, field))
-        return await self.engine.encode_media(text, media, add_special_tokens=add_special_tokens)
+        if isinstance(prompt, str):
+            text, may_be_written = prompt, False
+        else:
+            text, may_be_written = self.engine.tokenizer.decode(prompt, skip_special_tokens=False), True
+        media = await self.read(in_order(text, parts, self.engine.media_kinds, field, may_be_written=may_be_written))
+        try:
+            return await self.engine.encode_media(prompt, media, add_special_tokens=add_special_tokens)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{field}: {error}", field) from None
 
     async def read(self, parts: Sequence[MediaPart]) -> list[Media]:
         """Return the decoded pictures and videos. `InvalidRequest` names the client's field of one that is wrong."""
@@ -257,14 +265,21 @@ def _named(part: MediaPart) -> Iterator[None]:
         raise InvalidRequest(f"{part.path} {error}", part.path) from None
 
 
-def in_order(text: str, parts: Sequence[MediaPart], placeholders: Mapping[str, str], field: str) -> list[MediaPart]:
-    """Return `parts` in the order of their placeholders in a prompt: a template may put videos behind pictures."""
+def in_order(
+    text: str, parts: Sequence[MediaPart], placeholders: Mapping[str, str], field: str, *, may_be_written: bool = False
+) -> list[MediaPart]:
+    """Return `parts` in the order of their placeholders in a prompt: a template may put videos behind pictures.
+
+    may_be_written: `text` may have a placeholder for each token of a picture; then `parts` are returned as they are.
+    """
     queues: dict[str, deque[MediaPart]] = {kind: deque() for kind in placeholders}
     for part in parts:
         queues[part.kind].append(part)
     kind_of = {placeholder: kind for kind, placeholder in placeholders.items()}
     longest_first = sorted(kind_of, key=len, reverse=True)
     found = [kind_of[match] for match in re.findall("|".join(map(re.escape, longest_first)), text)]
+    if may_be_written and any(found.count(kind) > len(queue) for kind, queue in queues.items() if queue):
+        return list(parts)
     for kind, queue in queues.items():
         if found.count(kind) != len(queue):
             raise InvalidRequest(

@@ -15,6 +15,7 @@ from server.reading.protocol import JSON
 Content = str | list[JSON]
 IMAGE_PARTS = {"image_url": "image_url", "input_image": "image_url", "image": "image"}  # type -> field
 VIDEO_PARTS = {"video_url": "video_url", "video": "video"}
+SOURCES = ("image_url", "video_url", "image", "video")
 SOUND_PARTS = ("input_audio", "audio_url", "audio")
 
 
@@ -26,18 +27,28 @@ class SourcedPart(dict[str, Any]):
         self.path = path
 
 
+def kind_of(part: Part) -> str:
+    """Return the type of a part. One without is what it has a field for (vLLM's)."""
+    if part.type is not None:
+        return part.type
+    return next((name for name in SOURCES if getattr(part, name) is not None), "")
+
+
 def is_media(part: Part) -> bool:
-    """Return whether the part is a picture, video or sound by its type."""
-    return part.type in IMAGE_PARTS or part.type in VIDEO_PARTS or part.type in SOUND_PARTS
+    """Return whether the part is a picture, video or sound."""
+    kind = kind_of(part)
+    return kind in IMAGE_PARTS or kind in VIDEO_PARTS or kind in SOUND_PARTS
 
 
 def media_part(written: JSON, part: Part, path: str) -> MediaPart:
     """Return the picture or video that a part of a message at `path` names."""
-    kind = part.type or ""
+    kind = kind_of(part)
     if kind in SOUND_PARTS:
         raise InvalidRequest(f"{path} is {kind}, but this model reads no sounds", f"{path}.type")
     name = IMAGE_PARTS.get(kind) or VIDEO_PARTS[kind]
     given, settings, field = getattr(part, name), settings_of(part), f"{path}.{name}"
+    if given is None and part.url is not None:
+        given, field = part.url, f"{path}.url"
     if isinstance(given, MediaUrl):
         settings |= settings_of(given)
         given, field = given.url, f"{field}.url"
@@ -50,7 +61,7 @@ def refused(written: JSON, part: Part, path: str) -> InvalidRequest:
     """Return the error that says that a text model is shown the part at `path`."""
     if isinstance(written, SourcedPart):
         return InvalidRequest(f"{written.path} is an image, but this model reads text only", written.path)
-    return InvalidRequest(f"{path} is {part.type}, but this model reads text only", f"{path}.type")
+    return InvalidRequest(f"{path} is {kind_of(part)}, but this model reads text only", f"{path}.type")
 
 
 def settings_of(fields: MediaFields) -> dict[str, int]:

@@ -120,6 +120,7 @@ class Part(MediaFields):
     image: Annotated[str, Meta(description="as image_url")] | None = None
     video_url: MediaUrl | str | None = None
     video: Annotated[str | list[str], Meta(description="as video_url, or the frames one by one")] | None = None
+    url: Annotated[str, Meta(description="as image or video, beside such a type (Hugging Face's)")] | None = None
     uuid: Annotated[str, Meta(description="has no effect: equal files are found by what they hold")] | None = None
 
 
