@@ -252,7 +252,7 @@ async def test_the_towers_of_the_published_models_need_no_folder_but_for_their_w
     assert files.processor.crop_size["height"] == 336 and files.config.image_token_id == 7
     move_tower(folder, tmp_path / "elsewhere")
     with pytest.raises(ModelError, match="openai/clip-vit-large-patch14-336 is no local folder"):
-        files.tower_weights(folder)
+        files.weights(folder)
 
 
 async def test_the_seeds_command_answers_about_a_picture_and_a_second_turn_reads_it_from_the_cache(

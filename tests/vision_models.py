@@ -1,12 +1,14 @@
 """Tiny random models that read pictures, of transformers' own classes, with their processors and one tokenizer."""
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from engine.media import Image, Video
 from tests.conftest import VOCAB_SIZE, randomize_constants, save_tokenizer
@@ -15,9 +17,10 @@ NUM_TOKENS = VOCAB_SIZE + 16
 # Special tokens that the families' prompts have; the tokenizer is the same for all.
 PICTURE_TOKENS = (
     "<image>", "<|vision_start|>", "<|vision_end|>", "<video>", "[IMG_BREAK]", "[IMG_END]", "<img>", "</img>",
-    "<fake_token_around_image>", "<global-img>",
+    "<fake_token_around_image>", "<global-img>", "<|media_pad|>",
 )  # fmt: skip
 IMAGE, VISION_START, VISION_END, VIDEO = range(VOCAB_SIZE, VOCAB_SIZE + 4)
+MEDIA_PAD = VOCAB_SIZE + PICTURE_TOKENS.index("<|media_pad|>")
 TEXT = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -70,7 +73,7 @@ class TinyFamily:
     model: str
     config: str
     settings: dict[str, Any]
-    processor: str  # of images
+    processor: str  # of images; empty: it is ours
     processing: dict[str, Any]
 
 
@@ -235,6 +238,36 @@ FAMILIES = {
         gemma_4(None, hidden_size_per_layer_input=8, num_kv_shared_layers=1),
         *GEMMA_4_PROCESSOR,
     ),
+    "kimi k2.5": TinyFamily(
+        "Kimi_K25ForConditionalGeneration",
+        "Kimi_K25Config",
+        {
+            "vision_config": VIT | {"patch_size": 4, "pos_emb_height": 8, "pos_emb_width": 8},
+            "text_config": {name: value for name, value in TEXT.items() if name != "head_dim"}
+            | {
+                "model_type": "deepseek_v3",
+                "num_key_value_heads": 4,
+                "q_lora_rank": 24,
+                "kv_lora_rank": 32,
+                "qk_nope_head_dim": 16,
+                "qk_rope_head_dim": 8,
+                "v_head_dim": 16,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 24,
+                "n_shared_experts": 1,
+                "n_group": 1,
+                "topk_group": 1,
+                "first_k_dense_replace": 1,
+            },
+            "projection_hidden_size": 32,
+            "image_token_id": MEDIA_PAD,
+            "video_token_id": VIDEO,
+            "tie_word_embeddings": False,
+        },
+        "",
+        {"media_proc_cfg": {"in_patch_limit": 150, "patch_limit_on_one_side": 16, "patch_size": 4}},
+    ),
     "qwen 2 vl": TinyFamily(
         "Qwen2VLForConditionalGeneration",
         "Qwen2VLConfig",
@@ -360,5 +393,15 @@ def make_vision_model(folder: Path, family: str) -> Path:
         with torch.no_grad():
             model.lm_head.weight[IMAGE : IMAGE + len(PICTURE_TOKENS)] = 0.0  # no answer has them
     model.save_pretrained(folder)
-    getattr(transformers, its.processor)(**its.processing).save_pretrained(folder)
+    if family == "kimi k2.5":  # transformers' mapping of the tower's names reaches too far
+        weights = load_file(folder / "model.safetensors")
+        renamed = {
+            name.replace("language_model.model.blocks", "language_model.model.layers"): weights[name]
+            for name in weights
+        }
+        save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    if its.processor:
+        getattr(transformers, its.processor)(**its.processing).save_pretrained(folder)
+    else:
+        (folder / "preprocessor_config.json").write_text(json.dumps(its.processing))
     return folder

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -175,6 +176,22 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
     with safe_open(file, framework="pt") as checkpoint:
         tensor: torch.Tensor = checkpoint.get_tensor(name)
         return tensor
+
+
+def tensors_of(files: Sequence[Path], pattern: re.Pattern[str]) -> dict[str, torch.Tensor]:
+    """Return the tensors whose whole name `pattern` matches, by the first group of it."""
+    from safetensors import SafetensorError, safe_open
+
+    found = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as checkpoint:
+                for name in list(checkpoint.keys()):
+                    if match := pattern.fullmatch(name):
+                        found[match[1]] = checkpoint.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file} cannot be read, or is broken: {error}") from None
+    return found
 
 
 class OpenFiles:

@@ -16,6 +16,7 @@ class Served(NamedTuple):
 
 BY_TEXT = ""
 FLAT_LLAVA = "llava as published"  # in a flat config.json, which says which of LLaVA's families reads
+KIMI = "kimi"
 READ_VIDEOS = (
     "grid",
     "llava next video",
@@ -105,6 +106,8 @@ ARCHITECTURES = {
     "InternLM3ForCausalLM": Served("internlm:InternLM3", "InternLM 3"),
     "InternLMForCausalLM": Served("internlm:InternLM", "InternLM 1"),
     "InternVLForConditionalGeneration": Served(BY_TEXT, "InternVL 2.5 to 3.5 as transformers has it", "internvl"),
+    "KimiK25ForConditionalGeneration": Served("deepseek:DeepseekV3", "Kimi K2.5 and K2.6", KIMI),
+    "KimiVLForConditionalGeneration": Served("deepseek:DeepseekV3", "Kimi-VL-A3B, Thinking too", KIMI),
     "Llama4ForCausalLM": Served("llama4:Llama4", "Llama 4 Scout and Maverick"),
     "Llama4ForConditionalGeneration": Served("llama4:Llama4", "Llama 4 Scout and Maverick; text only"),
     "LlamaForCausalLM": Served(
@@ -164,6 +167,7 @@ ALIASES = {
     "ChatGLMForConditionalGeneration": "ChatGLMForCausalLM",
     "ChatGLMModel": "ChatGLMForCausalLM",
     "GPT2LMHeadModel": "GPT2ForCausalLM",
+    "Kimi_K25ForConditionalGeneration": "KimiK25ForConditionalGeneration",
     "LLaMAForCausalLM": "LlamaForCausalLM",
     "MPTForCausalLM": "MptForCausalLM",
     "Grok1ModelForCausalLM": "Grok1ForCausalLM",

@@ -12,6 +12,7 @@ from engine.errors import InvalidRequest
 from engine.media import Image, Media, MediaSize, Video
 from engine.vision.family import Family, Sized, Writing
 from engine.vision.grid import Glm, Grid, TimedGrid
+from engine.vision.kimi import Kimi
 
 ALONE = "alone"  # a setting that no client has: the prompt has no other picture
 # Entries of a video processor's file that say how a frame becomes a square.
@@ -269,6 +270,7 @@ FAMILIES: dict[str, type[Family]] = {
     "timed grid": TimedGrid,
     "idefics 3": Idefics3,
     "internvl": InternVL,
+    "kimi": Kimi,
     "llava": Llava,
     "llava next": LlavaNext,
     "llava next video": LlavaNextVideo,

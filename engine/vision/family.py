@@ -7,15 +7,18 @@ seen by its own tower. What is ours is to say, of its size alone, which tokens s
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from engine.media import Image, Media, MediaSize
-from engine.vision.llava_files import LlavaFiles
 
 Sized = TypeVar("Sized", Media, MediaSize)
+
+# The config of a language model that is never run.
+NO_TEXT = {"model_type": "llama", "vocab_size": 1, "bos_token_id": None, "eos_token_id": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,24 @@ class Writing:
     interval: float = 1.0  # positions from one frame of a block to the next
 
 
+class Published(Protocol):
+    """A folder as a model's authors publish it, which transformers cannot read: what it holds, in its terms."""
+
+    kind: str  # of `engine.vision.families`
+    model_class: str
+    config: Any
+    processor: Any
+    token_text: Mapping[str, str]
+    video_config: Mapping[str, Any]
+    others: tuple[str, ...]  # modules whose weights are none of `weights`, as `complete` makes them
+
+    def weights(self, folder: Path) -> dict[str, torch.Tensor]:
+        """Return the weights of a tower by the names of transformers' files."""
+
+    def complete(self, module: Any, folder: Path | None, dtype: torch.dtype) -> None:
+        """Give `module` what its class cannot make. folder: with the weights; None: they are random."""
+
+
 class Family:
     """A family that reads pictures of one kind at least; subclasses say what differs."""
 
@@ -35,7 +56,7 @@ class Family:
     takes: ClassVar[tuple[str, ...]] = ("pixel_values",)  # of what the processor makes, what the tower takes
     is_whole = False  # the tokens of a picture see each other, those behind them too
     settings: ClassVar[frozenset[str]] = frozenset()  # of those that a client may ask for, those that make a difference
-    files: LlavaFiles | None = None  # of a checkpoint that transformers cannot read; None: it can
+    published: "Published | None" = None  # what reads a checkpoint that transformers cannot; None: it can
 
     def __init__(
         self,

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from engine.checkpoint.hub import CONFIG_FILES, WEIGHT_FILES, download
-from engine.checkpoint.weights import checkpoint_files
+from engine.checkpoint.weights import checkpoint_files, tensors_of
 from engine.config import EngineConfig
 from engine.config_file import read_json
 from engine.errors import ModelError, shown
+from engine.vision.family import NO_TEXT
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
 NAMES = {  # of transformers' classes, by what runs them in engine.vision.families
@@ -39,8 +40,6 @@ TOWERS = {
         "num_attention_heads": 16, "patch_size": 14, "image_size": 384,
     },
 }  # fmt: skip
-# The config of a language model that is never run.
-NO_TEXT = {"model_type": "llama", "vocab_size": 1, "bos_token_id": None, "eos_token_id": None}
 HALVES = [0.5, 0.5, 0.5]
 IN_MODEL = re.compile(r"(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(.+)")
 IN_TOWER = re.compile(r"(?:vision_model\.)?(.+)")
@@ -49,7 +48,10 @@ NEWLINE = re.compile(r"(?:model\.)?(image_newline)")
 
 
 class LlavaFiles:
-    """Say what a folder holds, in transformers' terms."""
+    """See `engine.vision.family.Published`."""
+
+    token_text: Mapping[str, str] = PLACEHOLDERS
+    others: tuple[str, ...] = ("multi_modal_projector",)
 
     def __init__(
         self, folder: Path, raw: Mapping[str, Any], config: EngineConfig, token_id: Callable[[str], int | None]
@@ -84,7 +86,7 @@ class LlavaFiles:
         )
         processing = self._processing(folder, vision)
         self.processor = getattr(transformers, processor_class)(**processing)
-        self.video_config = processing | {"do_center_crop": False}
+        self.video_config: Mapping[str, Any] = processing | {"do_center_crop": False}
 
     def _vision_config(self, folder: Path) -> Any:
         """Return the config of the tower, as much of it as is run."""
@@ -147,22 +149,22 @@ class LlavaFiles:
             entries["image_grid_pinpoints"] = pinpoints_of(self._raw)
         return entries | {"crop_size": {"height": side, "width": side}}
 
-    def tower_weights(self, folder: Path) -> dict[str, torch.Tensor]:
+    def weights(self, folder: Path) -> dict[str, torch.Tensor]:
         """Return the weights of the tower, and of the end of a row of tiles, by the names of transformers' files."""
         files = checkpoint_files(folder)
-        found = {f"vision_tower.vision_model.{name}": one for name, one in matching(files, IN_MODEL).items()}
+        found = {f"vision_tower.vision_model.{name}": one for name, one in tensors_of(files, IN_MODEL).items()}
         if not found:
             tower = local_tower(self._tower_name, folder) or self._fetch(CONFIG_FILES + WEIGHT_FILES)
-            weights = matching(checkpoint_files(tower), IN_TOWER)
+            weights = tensors_of(checkpoint_files(tower), IN_TOWER)
             found = {f"vision_tower.vision_model.{name}": one for name, one in weights.items()}
-        return found | matching(files, NEWLINE)
+        return found | tensors_of(files, NEWLINE)
 
-    def projector(self, folder: Path | None) -> nn.Module:
-        """Return what leads from the tower to the language model. folder: with its weights; None: they are random."""
+    def complete(self, module: Any, folder: Path | None, dtype: torch.dtype) -> None:
+        """Give `module` what leads from the tower to the language model. See `Published.complete`."""
         kind, raw = self._raw.get("mm_projector_type") or "linear", self._raw
         projector = new_projector(kind, self.config.vision_config.hidden_size, raw["hidden_size"])
         if folder is not None:
-            weights = matching(checkpoint_files(folder), PROJECTOR)
+            weights = tensors_of(checkpoint_files(folder), PROJECTOR)
             if {"weight", "bias"} == weights.keys():  # of a single layer
                 weights = {f"0.{name}": one for name, one in weights.items()}
             found, wanted = (
@@ -172,7 +174,7 @@ class LlavaFiles:
             if found != wanted:
                 raise ModelError(f"mm_projector in {folder} has weights {found}, an {kind} of config.json's {wanted}")
             projector.load_state_dict(weights)
-        return projector
+        module.multi_modal_projector = projector.to(dtype)
 
 
 def kind_of(raw: Mapping[str, Any]) -> str:
@@ -203,22 +205,6 @@ def local_tower(name: str, folder: Path) -> Path | None:
     """Return the folder that `mm_vision_tower` names: inside the model's, or any on this machine; None: neither."""
     paths = (folder / name, Path(name).expanduser())
     return next((path for path in paths if path.is_dir()), None)
-
-
-def matching(files: Sequence[Path], pattern: re.Pattern[str]) -> dict[str, torch.Tensor]:
-    """Return the tensors whose whole name `pattern` matches, by the first group of it."""
-    from safetensors import SafetensorError, safe_open
-
-    found = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as checkpoint:
-                for name in checkpoint.keys():  # noqa: SIM118 - not a mapping
-                    if match := pattern.fullmatch(name):
-                        found[match[1]] = checkpoint.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file} cannot be read, or is broken: {error}") from None
-    return found
 
 
 def new_projector(kind: str, num_inputs: int, num_outputs: int) -> nn.Sequential:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,16 +16,24 @@ from engine.config_file import read_json
 from engine.errors import InvalidRequest, ModelError, shown
 from engine.media import Media, MediaSize, PromptMedia, Video
 from engine.model_config import ModelConfig
-from engine.models.architectures import FLAT_LLAVA
+from engine.models.architectures import FLAT_LLAVA, KIMI
 from engine.vision.families import FAMILIES
-from engine.vision.family import Family, Writing, rope_positions
-from engine.vision.llava_files import PLACEHOLDERS, LlavaFiles
+from engine.vision.family import Family, Published, Writing, rope_positions
+from engine.vision.kimi import KimiFiles
+from engine.vision.llava_files import LlavaFiles
 
 logger = logging.getLogger(__name__)
 
 Encode = Callable[..., list[int]]
 MAX_WRITINGS = 1024  # sizes whose writing is remembered
 STAND_IN = 0  # the token in the places of features of a model that has none for them
+
+
+# What reads folders that transformers cannot, by the names that engine.models.architectures has for them.
+PUBLISHED: dict[str, Callable[[Path, Mapping[str, Any], EngineConfig, Callable[[str], int | None]], Published]] = {
+    FLAT_LLAVA: LlavaFiles,
+    KIMI: KimiFiles,
+}
 
 
 class MediaReader:
@@ -185,10 +193,10 @@ def load_reader(
     """
     if not model_config.vision:
         return None
-    if model_config.vision == FLAT_LLAVA:
-        files = LlavaFiles(folder, model_config.raw, config, tokenizer.token_to_id)
-        family = FAMILIES[files.kind](files.config, files.processor, PLACEHOLDERS, files.video_config)
-        family.files = files
+    if (read := PUBLISHED.get(model_config.vision)) is not None:
+        files = read(folder, model_config.raw, config, tokenizer.token_to_id)
+        family = FAMILIES[files.kind](files.config, files.processor, files.token_text, files.video_config)
+        family.published = files
     else:
         try:
             family = load_family(folder, model_config, tokenizer.token_text)

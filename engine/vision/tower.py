@@ -79,8 +79,8 @@ def load_tower(
     """
     import transformers
 
-    files = family.files
-    name = model_config.architectures[0] if files is None else files.model_class
+    published = family.published
+    name = model_config.architectures[0] if published is None else published.model_class
     model_class = getattr(transformers, name, None)
     if model_class is None:
         raise ModelError(f"transformers {transformers.__version__} has no {name}, whose tower would read pictures")
@@ -97,19 +97,19 @@ def load_tower(
                 whole = model_class._from_config(config, dtype=dtype)
         else:
             whole, info = model_class.from_pretrained(
-                folder if files is None else None,
+                folder if published is None else None,
                 config=config,
                 dtype=dtype,
-                state_dict=None if files is None else files.tower_weights(folder),
+                state_dict=None if published is None else published.weights(folder),
                 output_loading_info=True,
             )
-            others = (*LANGUAGE, "lm_head") if files is None else (*LANGUAGE, "lm_head", "multi_modal_projector")
+            others = (*LANGUAGE, "lm_head", *(() if published is None else published.others))
             missing = [key for key in info["missing_keys"] if not any(half in key for half in others)]
             if missing:
                 raise ModelError(f"the weights in {folder} lack {', '.join(sorted(missing))}")
     module = whole.model
-    if files is not None:
-        module.multi_modal_projector = files.projector(None if load_format == "dummy" else folder).to(dtype)
+    if published is not None:
+        published.complete(module, None if load_format == "dummy" else folder, dtype)
     for part in (*LANGUAGE, *SOUND):
         if hasattr(module, part):
             setattr(module, part, None)
