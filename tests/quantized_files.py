@@ -290,6 +290,49 @@ def write_mixed(module: str, weight: torch.Tensor, random: torch.Generator) -> t
     return (fp8(of_rows) if module.endswith("down_proj") else compressed())(module, weight, random)
 
 
+def torchao(bits: int, *, zeros: bool = False, group: int = GROUP) -> Write:
+    """Write integers as torchao does, a byte each."""
+
+    def write(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor]:
+        n, k = weight.shape
+        least, count = -(1 << bits - 1), k // group
+        codes = random_codes(bits, n, k, random) + least
+        zero = random_codes(bits, n, count, random) + least if zeros else torch.zeros(n, count)
+        scale = random_scales(bits, n, count, random).float()
+        tensors = {"_weight_qdata": codes.to(torch.int8), "_weight_scale": scale}
+        wanted = (codes - group_wise(zero, 1, group)) * group_wise(scale, 1, group)
+        return tensors | {"_weight_zero_point": zero.to(torch.int8)}, wanted
+
+    return write
+
+
+def torchao_pairs(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor]:
+    """Write 4-bit integers as torchao does, two a byte, with a number that is added to each group."""
+    n, k = weight.shape
+    codes, scale = random_codes(4, n, k, random) - 8, random_scales(4, n, k // GROUP, random).float()
+    added = torch.randn(n, k // GROUP, generator=random) * 0.05
+    pairs = codes[:, ::2] & 15 | codes[:, 1::2] << 4
+    tensors = {"_weight_qdata": pairs.to(torch.int8), "_weight_scale": scale.t(), "_weight_zero_point": added.t()}
+    return tensors, codes * group_wise(scale, 1) + group_wise(added, 1)
+
+
+def torchao_fp8(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor]:
+    tensors, wanted = fp8(of_rows)(module, weight, random)
+    assert wanted is not None
+    return {"_weight_qdata": tensors["weight"], "_weight_scale": tensors["weight_scale"]}, wanted
+
+
+def torchao_config(kind: str, **settings: Any) -> Json:
+    """Return config.json's entry; strings stand for torchao's own objects, whose kinds are not read."""
+    named = {
+        name: {"_type": "", "_data": value} if isinstance(value, str) else value for name, value in settings.items()
+    }
+    return {"quant_method": "torchao", "quant_type": {"default": {"_type": kind, "_data": named}}}
+
+
+OF_GROUPS = {"_type": "PerGroup", "_data": {"group_size": GROUP}}
+
+
 NF4 = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -569,6 +612,33 @@ CASES: dict[str, Case] = {
         {"quant_method": "quark", "exclude": ["lm_head"], "global_quant_config": {
             "weight": {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}}},
         fp4("weight", 32),
+    ),
+    "torchao, int8": Case(torchao_config("Int8WeightOnlyConfig", granularity=OF_GROUPS), torchao(8)),
+    "torchao, int4, zeros": Case(
+        torchao_config(
+            "IntxWeightOnlyConfig", weight_dtype="int4", granularity=OF_GROUPS, mapping_type="ASYMMETRIC"
+        ),
+        torchao(4, zeros=True),
+    ),
+    "torchao, int3": Case(
+        torchao_config("Int8DynamicActivationIntxWeightConfig", weight_dtype="int3", weight_granularity=OF_GROUPS),
+        torchao(3),
+    ),
+    "torchao, pairs": Case(torchao_config("Int4WeightOnlyConfig", group_size=GROUP), torchao_pairs),
+    "torchao, fp8": Case(
+        torchao_config("Float8DynamicActivationFloat8WeightConfig", granularity=[{"_type": "PerRow"}] * 2),
+        torchao_fp8,
+        by_token,
+    ),
+    "torchao, one for each name": Case(
+        torchao_config("FqnToConfig", fqn_to_config={
+            "_default": {"_type": "Int4WeightOnlyConfig", "_data": {"group_size": GROUP}},
+            "re:.+\\.down_proj": None,
+            "lm_head": {"_type": "Int8WeightOnlyConfig", "_data": {"granularity": OF_GROUPS}},
+            "model.embed_tokens": {"_type": "Int8WeightOnlyConfig", "_data": {"granularity": OF_GROUPS}},
+        }),
+        but(torchao_pairs, {"down_proj": None, "lm_head": torchao(8), "embed_tokens": torchao(8)}),
+        modules=r"_proj$|^lm_head$|embed_tokens$",
     ),
 }  # fmt: skip
 

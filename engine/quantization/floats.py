@@ -37,6 +37,7 @@ def power_of_two(exponents: torch.Tensor) -> torch.Tensor:
 
 def stored_fp8(
     *,
+    weight: str = "weight",
     scales: tuple[str, ...] = ("weight_scale",),
     block: tuple[int, int] | None = None,
     rounds_inputs: bool = True,
@@ -45,8 +46,9 @@ def stored_fp8(
 ) -> Stored:
     """Return how e4m3 numbers are stored, with scales that multiply them.
 
-    scales, input_scales: the names that may be of them. block: its rows and columns; None: scales are of rows, or one
-    for all. has_input_scale: that of inputs is known beforehand; else every token, or block of columns, has its own.
+    weight: its name. scales, input_scales: those that may be of them. block: its rows and columns; None: scales are of
+    rows, or one for all. has_input_scale: that of inputs is known beforehand; else every token, or block of columns,
+    has its own.
     """
     block_rows, block_columns = block or (1, 0)
     form = Format(
@@ -60,12 +62,12 @@ def stored_fp8(
     def of_blocks(scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return row_scales(scale, block_rows)[: len(weight)]
 
-    of_rows = row_scales if block is None else With(("weight",), of_blocks)
+    of_rows = row_scales if block is None else With((weight,), of_blocks)
     of_inputs = ("input_scale",) if form.has_input_scale else None
     return Stored(
         form,
         {
-            "weight": ("weight",),
+            weight: ("weight" if weight == "weight" else "codes",),
             **dict.fromkeys(scales, ("scale", of_rows)),
             **dict.fromkeys(input_scales, of_inputs),
             "input_scale_ub": None,

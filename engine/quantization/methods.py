@@ -16,6 +16,7 @@ from engine.quantization.modelopt import ModelOpt
 from engine.quantization.mxfp4 import MXFP4
 from engine.quantization.online import FORMATS, Online
 from engine.quantization.quark import Quark
+from engine.quantization.torchao import TorchAO
 
 METHODS: dict[str, Reader] = {
     "auto-round": AutoRound,
@@ -29,6 +30,7 @@ METHODS: dict[str, Reader] = {
     "modelopt": ModelOpt,
     "mxfp4": MXFP4,
     "quark": Quark,
+    "torchao": TorchAO,
 }
 """`quant_method` of a checkpoint -> what reads its `quantization_config`."""
 
