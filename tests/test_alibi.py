@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file, save_file
 
+from engine.checkpoint import gguf_architectures
+from engine.checkpoint.gguf_convert import convert
 from engine.model_config import alibi_slopes
 from tests.conftest import save_tokenizer
 from tests.test_engine import prompts, running_engine
 from tests.test_families import CRAMPED, Reference, assert_greedy
+from tests.test_gguf_families import RMS, Case, interleaved, write_file
 from tests.test_models import MAX_DIFFERENCE, TinyEngine, random_ids
 from tests.test_native_families import logits_of_ranks
 
@@ -105,6 +109,31 @@ def test_logits_of_baichuan_13b_are_its_definitions(baichuan: Baichuan13B, num_r
     got = logits_of_ranks(baichuan.folder, num_ranks, ids)
     torch.testing.assert_close(got, baichuan.logits(ids), rtol=0, atol=MAX_DIFFERENCE)
     assert TinyEngine(baichuan.folder).config.context_length == CONTEXT
+
+
+def test_a_gguf_file_of_baichuan_13b_has_its_logits(
+    baichuan: Baichuan13B, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = transformers.PretrainedConfig(**CONFIG, num_key_value_heads=HEADS)
+    keys = {"embedding_length": HIDDEN, "feed_forward_length": INNER, "attention.head_count": HEADS, RMS: 1e-6}
+    tensors = {name: rows for tensor in baichuan.tensors.items() for name, rows in apart(*tensor).items()}
+    # Known by its number of blocks.
+    monkeypatch.setattr(gguf_architectures, "LAYERS_OF_BAICHUAN_13B", LAYERS)
+    case = Case("baichuan", "", metadata=keys | {"context_length": CONTEXT}, changes=(interleaved,), layers=LAYERS)
+    write_file(case, config, tensors, tmp_path / "model.gguf")
+    convert(tmp_path / "model.gguf", tmp_path, torch.float32, lambda n: None, needs_tokenizer=False)
+    ids = random_ids(60, seed=1)
+    torch.testing.assert_close(
+        TinyEngine(tmp_path).forward({0: ids}), baichuan.logits(ids), rtol=0, atol=MAX_DIFFERENCE
+    )
+
+
+def apart(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the rows of queries, keys and values under their own names, as files have them."""
+    if "W_pack" not in name:
+        return {name: tensor}
+    parts = tensor.chunk(3)
+    return {name.replace("W_pack", f"{kind}_proj"): rows for kind, rows in zip("qkv", parts, strict=True)}
 
 
 @pytest.mark.parametrize("options", [CRAMPED, {"tp_size": 2}], ids=["cramped", "two_ranks"])

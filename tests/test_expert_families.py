@@ -13,11 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from engine.checkpoint.gguf_convert import convert
 from tests.conftest import save_tokenizer
 from tests.test_experts import assert_ranks_add_up, packed
+from tests.test_gguf_experts import stacked
+from tests.test_gguf_families import RMS, Case, interleaved, write_file
 from tests.test_models import MAX_DIFFERENCE, TinyEngine, random_ids
 
 HIDDEN, INNER, WIDE, EXPERTS, TOP_K, CAP = 64, 32, 96, 6, 2, 3.0
@@ -194,6 +197,43 @@ def test_two_ranks_together_make_a_familys_sums(
     ep_size: int, made: tuple[Path, Callable[[list[int]], torch.Tensor]]
 ) -> None:
     assert_ranks_add_up(made[0], 2, ep_size)
+
+
+STACKS = {
+    "expert_count": EXPERTS, "expert_used_count": TOP_K, "expert_feed_forward_length": INNER, "context_length": 512,
+    "rope.freq_base": 1e4, RMS: 1e-6,
+}  # fmt: skip
+FILES = {
+    "DeepseekForCausalLM": Case("deepseek", "", metadata=STACKS, changes=(interleaved, stacked)),
+    "Grok1ForCausalLM": Case(
+        "grok",
+        "",
+        metadata=STACKS
+        | {
+            "attn_logit_softcapping": 2.0,
+            "router_logit_softcapping": CAP,
+            "embedding_scale": 8.0,
+            "logit_scale": 0.5,
+            "attention.temperature_length": 64,
+        },
+        changes=(stacked,),
+    ),
+}
+
+
+@pytest.mark.parametrize("made", ["deepseek v1", "grok 2"], indirect=True)
+def test_a_gguf_file_has_the_logits_of_its_checkpoint(
+    made: tuple[Path, Callable[[list[int]], torch.Tensor]], tmp_path: Path
+) -> None:
+    plain = TinyEngine(made[0])
+    case = FILES[plain.config.architectures[0]]
+    config = transformers.PretrainedConfig(**plain.config.raw)
+    write_file(case, config, load_file(made[0] / "model.safetensors"), tmp_path / "model.gguf")
+    convert(tmp_path / "model.gguf", tmp_path, torch.float32, lambda n: None, needs_tokenizer=False)
+    engine, ids = TinyEngine(tmp_path), random_ids(20, seed=0)
+    assert engine.config.context_length == plain.config.context_length
+    got, wanted = (packed(each).forward({0: ids}) for each in (engine, plain))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=MAX_DIFFERENCE)
 
 
 def test_grok_2_serves_contexts_as_long_as_its_scores_are_plain(

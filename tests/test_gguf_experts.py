@@ -24,13 +24,18 @@ from engine.layers.moe import StackedLinear
 from kernels.quantized import QuantizedWeight
 from tests.test_engine import MIXES, collect, make_state, prompts, running_engine
 from tests.test_gguf_families import (
+    HALVES_KEYS,
     IDS,
+    LATENT,
+    LATENT_KEYS,
+    LAYER_NORM,
     WINDOW,
     YARN,
     YARN_KEYS,
     Case,
     Tensors,
     assert_becomes_its_checkpoint,
+    in_halves,
     interleaved,
     logits_of,
     make_checkpoint,
@@ -93,6 +98,32 @@ def rows_of_gpt_oss(tensors: Tensors, config: Any) -> Tensors:
     return result
 
 
+def as_stacks(tensors: Tensors, config: Any) -> Tensors:
+    """Take the rows of DBRX's experts apart, and turn those of the second product."""
+    result: Tensors = {}
+    for name, tensor in tensors.items():
+        if match := re.search(r"experts\.mlp\.(\w+)$", name):
+            stack = tensor.unflatten(0, (8, -1))
+            result[f"{name}.weight"] = stack.transpose(1, 2) if match[1] == "w2" else stack
+        else:
+            result[name] = tensor
+    return result
+
+
+def rows_of_llama_4(tensors: Tensors, config: Any) -> Tensors:
+    """Turn experts, and cut gate from up."""
+    result: Tensors = {}
+    for name, tensor in tensors.items():
+        if name.endswith("experts.gate_up_proj"):
+            stem, (gate, up) = name.removesuffix("gate_up_proj"), tensor.transpose(1, 2).chunk(2, dim=1)
+            result |= {f"{stem}gate_proj.weight": gate, f"{stem}up_proj.weight": up}
+        elif name.endswith("experts.down_proj"):
+            result[f"{name}.weight"] = tensor.transpose(1, 2)
+        else:
+            result[name] = tensor
+    return result
+
+
 USED = {"expert_count": 8, "expert_used_count": 3}
 SMALL = {"expert_feed_forward_length": 32}
 GLM = {
@@ -109,6 +140,19 @@ GRANITE = {
     "logits_scaling": 8.0, "attention_multiplier": 0.1,
 }  # fmt: skip
 GRANITE_KEYS = USED | {"embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 8.0, "attention.scale": 0.1}
+DEEPSEEK = LATENT | {
+    "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "n_shared_experts": 2,
+    "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": False, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+DEEPSEEK_KEYS = USED | SMALL | {"expert_weights_scale": 2.5, "expert_shared_count": 2, "leading_dense_block_count": 1}
+GROUPS = {"expert_group_count": 4, "expert_group_used_count": 2}
+PHI_ROPE: dict[str, Any] = {
+    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, "short_mscale": 1.25,
+    "long_mscale": 1.25,
+    # transformers' class takes the short ones whatever the length
+    **{key: [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5] for key in ("short_factor", "long_factor")},
+}  # fmt: skip
+SHARP = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
 CASES = {
     "Mixtral": Case(
         "llama",
@@ -132,6 +176,13 @@ CASES = {
         "Qwen3MoeConfig",
         {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True},
         USED | SMALL,
+        (stacked,),
+    ),
+    "Qwen3-VL-MoE": Case(
+        "qwen3vlmoe",
+        "Qwen3MoeConfig",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True},
+        USED | SMALL | {"n_deepstack_layers": 3},
         (stacked,),
     ),
     "OLMoE": Case(
@@ -168,6 +219,40 @@ CASES = {
         USED | SMALL | {"feed_forward_length": 32, "expert_gating_func": 2, "rope.dimension_count": 8},
         (stacked,),
     ),
+    "Phi-3.5-MoE": Case(
+        "phimoe",
+        "PhimoeConfig",
+        {
+            "num_local_experts": 8, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True,
+            "sliding_window": None, "rope_parameters": PHI_ROPE,
+        },
+        USED | {
+            "expert_used_count": 2, "rope.scaling.attn_factor": 1.25, "rope.scaling.original_context_length": 16,
+        },
+        (stacked,),
+        {"rope_factors_short": PHI_ROPE["short_factor"], "rope_factors_long": PHI_ROPE["long_factor"]},
+    ),
+    "DeepSeek V2-Lite": Case(
+        "deepseek2",
+        "DeepseekV2Config",
+        DEEPSEEK | {"q_lora_rank": None, "topk_method": "greedy", "rope_parameters": SHARP},
+        DEEPSEEK_KEYS | LATENT_KEYS | YARN_KEYS | {"rope.scaling.yarn_log_multiplier": 0.0707},
+        (stacked,),
+    ),
+    "DeepSeek V2, in halves": Case(
+        "deepseek2",
+        "DeepseekV2Config",
+        DEEPSEEK | {"q_lora_rank": 64, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+        DEEPSEEK_KEYS | HALVES_KEYS | GROUPS | {"attention.q_lora_rank": 64, "expert_gating_func": 1},
+        (stacked, in_halves),
+    ),
+    "DeepSeek V3": Case(
+        "deepseek2",
+        "DeepseekV3Config",
+        DEEPSEEK | {"q_lora_rank": 64, "n_group": 4, "topk_group": 2, "norm_topk_prob": True},
+        DEEPSEEK_KEYS | HALVES_KEYS | GROUPS | {"attention.q_lora_rank": 64, "expert_weights_norm": True},
+        (stacked, in_halves),
+    ),
 }  # fmt: skip
 # What Hugging Face has in one tensor is two here: files do not become checkpoints of theirs.
 OF_OUR_OWN = {
@@ -191,12 +276,44 @@ OF_OUR_OWN = {
         USED | YARN_KEYS | WINDOW | {"rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_beta_slow": 1.0},
         (rows_of_gpt_oss,),
     ),
+    "GLM-5": Case(
+        "glm-dsa",
+        "GlmMoeDsaConfig",
+        DEEPSEEK
+        | {"q_lora_rank": 64, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 64, "norm_topk_prob": True},
+        DEEPSEEK_KEYS | HALVES_KEYS | {"attention.q_lora_rank": 64, "expert_weights_norm": True},
+        (stacked, in_halves),
+    ),
+    "DBRX": Case(
+        "dbrx",
+        "DbrxConfig",
+        {
+            "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "head_dim": None, "hidden_size": None,
+            "num_attention_heads": None, "num_hidden_layers": None, "num_key_value_heads": None,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 0.5, "rope_theta": 1e4},
+            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 3, "ffn_act_fn": {"name": "silu"}},
+        },
+        USED | LAYER_NORM | {"attention.clamp_kqv": 0.5, "attention.key_length": None, "attention.head_count_kv": 2},
+        (as_stacks,),
+    ),
+    "Llama 4": Case(
+        "llama4",
+        "Llama4TextConfig",
+        {
+            "num_local_experts": 8, "num_experts_per_tok": 1, "intermediate_size": 32, "intermediate_size_mlp": 96,
+            "interleave_moe_layer_step": 2, "moe_layers": [1, 3],
+        },
+        USED | SMALL | {"expert_used_count": 1, "interleave_moe_layer_step": 2, "expert_gating_func": 2},
+        (rows_of_llama_4,),
+        layers=4,
+    ),
 }  # fmt: skip
 
 
 def test_every_architecture_with_experts_has_a_case() -> None:
     with_experts = {name for name in FILES if ARCHITECTURES[name].has_experts}
-    assert {case.arch for case in (CASES | OF_OUR_OWN).values()} == with_experts | {"llama"}
+    elsewhere = {"deepseek", "grok"}  # tests/test_expert_families.py
+    assert {case.arch for case in (CASES | OF_OUR_OWN).values()} == with_experts - elsewhere | {"llama"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -222,7 +339,7 @@ def test_a_file_that_becomes_no_checkpoint_of_theirs_has_its_logits(name: str, t
 @pytest.mark.parametrize("name", [*CASES, *OF_OUR_OWN])
 def test_experts_of_every_family_stay_packed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = assert_stays_packed((CASES | OF_OUR_OWN)[name], tmp_path, monkeypatch)
-    assert {path.rpartition(".")[2] for path in dense} <= {"gate", "shared_expert_gate"}
+    assert {path.rpartition(".")[2] for path in dense} <= {"gate", "shared_expert_gate", "kv_b_proj"}
 
 
 def on_its_own(tensors: Tensors, config: Any) -> Tensors:

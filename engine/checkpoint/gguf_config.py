@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from engine.checkpoint.gguf import GGUF, shortest
-from engine.checkpoint.gguf_architectures import LAYER, RMS, Architecture
+from engine.checkpoint.gguf_family import LAYER, RMS, Architecture
 from engine.checkpoint.gguf_rope import Factors, head_dim
 from engine.checkpoint.gguf_tokenizer import token_id
 from engine.model_config import turn_ends
@@ -33,7 +33,7 @@ def make_config(gguf: GGUF, architecture: Architecture, dtype: torch.dtype, fact
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
         "dtype": str(dtype).removeprefix("torch."),
-        **{spellings.get(entry, entry): value for entry, value in entries.items()},
+        **{spelling: value for entry, value in entries.items() if (spelling := spellings.get(entry, entry))},
         **({"rope_parameters": architecture.rope(gguf, factors)} if architecture.rope else {}),
         **{entry: has_bias(gguf, tensor) for entry, tensor in architecture.biases.items()},
         "tie_word_embeddings": "output.weight" not in gguf.shapes,
@@ -51,9 +51,9 @@ def intermediate_size(gguf: GGUF) -> int:
 
 
 def has_bias(gguf: GGUF, tensor: str) -> bool:
-    """Return whether `tensor` of the first block has a bias."""
-    fused = ("attn_qkv",) if tensor == "attn_q" else ()
-    return any(f"blk.0.{name}.bias" in gguf.shapes for name in (tensor, *fused))
+    """Return whether `tensor`, of the first block or of the whole model, has a bias."""
+    fused = ("blk.0.attn_qkv",) if tensor == "attn_q" else ()
+    return any(f"{name}.bias" in gguf.shapes for name in (tensor, f"blk.0.{tensor}", *fused))
 
 
 def special_ids(gguf: GGUF) -> dict[str, Any]:

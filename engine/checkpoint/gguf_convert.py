@@ -15,9 +15,11 @@ import numpy as np
 import torch
 
 from engine.checkpoint.gguf import GGUF, GGUFTensor, check_whole, dequantize, naming, part_files, read_gguf
-from engine.checkpoint.gguf_architectures import Architecture, architecture_of
+from engine.checkpoint.gguf_architectures import architecture_of
 from engine.checkpoint.gguf_blocks import BLOCKS, unpack_rows
 from engine.checkpoint.gguf_config import EMBEDDING, make_config, special_ids
+from engine.checkpoint.gguf_family import Architecture
+from engine.checkpoint.gguf_latents import BOTH, KEYS, VALUES, joined
 from engine.checkpoint.gguf_names import placed
 from engine.checkpoint.gguf_packing import Packing, choose_formats
 from engine.checkpoint.gguf_rope import FACTOR_TENSORS, Factors
@@ -90,7 +92,8 @@ def convert(
             for tensor in gguf.tensors
             if pieces.get(tensor.name)
         ]
-        write_weights([*sources, *numbers_of(gguf, architecture, dtype)], data, folder, advance)
+        made = numbers_of(gguf, architecture, dtype)
+        write_weights([*sources, *made, *joined_halves(gguf, architecture, dtype)], data, folder, advance)
 
 
 def dtype_of(tensor: GGUFTensor, dtype: torch.dtype) -> torch.dtype:
@@ -104,6 +107,19 @@ def numbers_of(gguf: GGUF, architecture: Architecture, dtype: torch.dtype) -> li
         MadeTensor(Entry(f"{architecture.layers}.{i}.{name}", dtype, number.shape), float(value))
         for name, number in architecture.numbers.items()
         for i, value in enumerate(gguf[number.key])
+    ]
+
+
+def joined_halves(gguf: GGUF, architecture: Architecture, dtype: torch.dtype) -> list["JoinedTensor"]:
+    """Return the products that make keys and values of latents, of a file that has them in halves."""
+    if not architecture.has_latents:
+        return []
+    tensors = {tensor.name: tensor for tensor in gguf.tensors}
+    module = architecture.block[BOTH.removesuffix(".weight")]
+    return [
+        JoinedTensor(f"{architecture.layers}.{i}.{module}.weight", dtype, tensors[keys], tensors[f"blk.{i}.{VALUES}"])
+        for i in range(gguf.num_layers)
+        if (keys := f"blk.{i}.{KEYS}") in tensors and f"blk.{i}.{BOTH}" not in tensors
     ]
 
 
@@ -206,7 +222,40 @@ class MadeTensor:
         yield torch.tensor([self.value], dtype=self.entry.dtype)
 
 
-def check_names(sources: Sequence[Source | MadeTensor]) -> None:
+@dataclass(frozen=True)
+class JoinedTensor:
+    """Name two tensors of the file that become one, dense: see `Source`."""
+
+    name: str
+    dtype: torch.dtype
+    keys: GGUFTensor
+    values: GGUFTensor
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Return the one entry."""
+        halves = (torch.zeros((), dtype=torch.uint8).expand(*tensor.shape) for tensor in (self.keys, self.values))
+        return [Entry(self.name, self.dtype, joined(*halves).shape)]
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the bytes of all that is written."""
+        return self.entries[0].num_bytes
+
+    @property
+    def bytes_read(self) -> int:
+        """Return the bytes of the file that it is made of."""
+        return self.keys.num_bytes + self.values.num_bytes
+
+    def read(self, data: Sequence[np.ndarray], pool: ThreadPoolExecutor) -> Iterator[torch.Tensor]:
+        """Yield the one tensor."""
+        yield joined(*(read_tensor(data[half.part], half, self.dtype, pool) for half in (self.keys, self.values)))
+
+
+Written = Source | MadeTensor | JoinedTensor
+
+
+def check_names(sources: Sequence[Written]) -> None:
     """Raise ValueError if two tensors get one name: of a file that has a `.scale` beside a tensor, for example."""
     names = Counter(entry.name for source in sources for entry in source.entries)
     if twice := [name for name, count in names.items() if count > 1]:
@@ -214,7 +263,7 @@ def check_names(sources: Sequence[Source | MadeTensor]) -> None:
 
 
 def write_weights(
-    sources: Sequence[Source | MadeTensor], data: Sequence[np.ndarray], folder: Path, advance: Callable[[int], None]
+    sources: Sequence[Written], data: Sequence[np.ndarray], folder: Path, advance: Callable[[int], None]
 ) -> None:
     """Write the tensors as safetensors of at most `SHARD_BYTES` (or one tensor) each, with an index if several.
 
@@ -238,7 +287,7 @@ def write_weights(
         write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
-def make_header(shard: Sequence[Source | MadeTensor]) -> bytes:
+def make_header(shard: Sequence[Written]) -> bytes:
     """Return the header of a safetensors file whose weights follow in the order of `shard`."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -249,9 +298,9 @@ def make_header(shard: Sequence[Source | MadeTensor]) -> bytes:
     return header + b" " * (-len(header) % 8)
 
 
-def split_by_size(sources: Sequence[Source | MadeTensor], max_bytes: int) -> Iterator[list[Source | MadeTensor]]:
+def split_by_size(sources: Sequence[Written], max_bytes: int) -> Iterator[list[Written]]:
     """Split `sources` into consecutive lists of at most `max_bytes`, or one tensor, each."""
-    shard: list[Source | MadeTensor] = []
+    shard: list[Written] = []
     num_bytes = 0
     for source in sources:
         if shard and num_bytes + source.num_bytes > max_bytes:

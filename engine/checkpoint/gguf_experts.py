@@ -19,6 +19,7 @@ Names = dict[str, str]
 
 ROUTER = "ffn_gate_inp.weight"
 SIGMOID = 2  # of expert_gating_func
+CORRECTION = "exp_probs_b.bias"
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,69 @@ def glm_experts(gguf: GGUF) -> dict[str, Any]:
         "first_k_dense_replace": first_expert_layer(gguf),
         "norm_topk_prob": bool(gguf.get("{}.expert_weights_norm", True)),
         "routed_scaling_factor": shortest(gguf.get("{}.expert_weights_scale", 1.0)),
+    }
+
+
+def deepseek_variant(gguf: GGUF) -> str:
+    """Return the architecture of a DeepSeek file: of V2, of V3 and its likes, or of those without experts.
+
+    V3 is known by its sigmoids; GLM-4.7-Flash, whose files may not say that it has them, by their correction.
+    """
+    if not gguf.get("{}.expert_count"):
+        return "youtu"
+    is_corrected = f"blk.{first_expert_layer(gguf)}.{CORRECTION}" in gguf.shapes
+    has_sigmoids = gguf.get("{}.expert_gating_func", 0) == SIGMOID
+    return "deepseek3" if is_corrected or has_sigmoids else "deepseek2"
+
+
+def deepseek_experts(gguf: GGUF) -> dict[str, Any]:
+    size, num_groups = expert_size(gguf), gguf.get("{}.expert_group_count", 1)
+    return {
+        "n_routed_experts": gguf["{}.expert_count"],
+        "num_experts_per_tok": gguf["{}.expert_used_count"],
+        "moe_intermediate_size": size,
+        "n_shared_experts": shared_size(gguf) // size,
+        "n_group": num_groups,
+        "topk_group": gguf.get("{}.expert_group_used_count", 1),
+        "topk_method": "group_limited_greedy" if num_groups > 1 else "greedy",
+        "first_k_dense_replace": first_expert_layer(gguf),
+        "norm_topk_prob": bool(gguf.get("{}.expert_weights_norm", False)),
+        "routed_scaling_factor": shortest(gguf.get("{}.expert_weights_scale") or 1.0),
+    }
+
+
+def dbrx_experts(gguf: GGUF) -> dict[str, Any]:
+    """Return DBRX's two halves of a configuration, whose keys and values lie in them too."""
+    clip = gguf.get("{}.attention.clamp_kqv")
+    return {
+        "attn_config": {
+            "kv_n_heads": gguf.kv_heads,
+            "clip_qkv": None if clip is None else shortest(clip),
+            "rope_theta": shortest(gguf.get("{}.rope.freq_base", 10000.0)),
+        },
+        "ffn_config": {
+            "ffn_hidden_size": expert_size(gguf),
+            "moe_num_experts": gguf["{}.expert_count"],
+            "moe_top_k": gguf["{}.expert_used_count"],
+        },
+    }
+
+
+def grok_experts(gguf: GGUF) -> dict[str, Any]:
+    """Return Grok's experts, and whether there is an MLP beside them, as in Grok 2."""
+    dense = gguf.shapes.get("blk.0.ffn_down.weight")
+    return mixtral_experts(gguf) | {
+        "moe_intermediate_size": expert_size(gguf),
+        "intermediate_size": dense[-1] if dense else expert_size(gguf),
+        "residual_moe": dense is not None,
+    }
+
+
+def llama4_experts(gguf: GGUF) -> dict[str, Any]:
+    check_scores(gguf, SIGMOID)
+    return mixtral_experts(gguf) | {
+        "intermediate_size_mlp": gguf["{}.feed_forward_length"],
+        "moe_layers": [i for i in range(gguf.num_layers) if f"blk.{i}.{ROUTER}" in gguf.shapes],
     }
 
 

@@ -11,7 +11,7 @@ from operator import itemgetter
 import torch
 
 from engine.checkpoint.gguf import GGUF
-from engine.checkpoint.gguf_architectures import Architecture
+from engine.checkpoint.gguf_family import Architecture
 from engine.checkpoint.gguf_rope import FACTOR_TENSORS, head_dim, rotary_dim
 from engine.errors import ModelError
 from engine.models.names import Ignore, Interleave, Piece, Rule, Split, pieces_of
@@ -65,9 +65,10 @@ class Transpose:
 
 @dataclass(frozen=True)
 class ByHead:
-    """Put a head's query, key and value after one another: the file has all queries, all keys, all values."""
+    """Put the queries of a key's heads, that key and its value after one another: the file has all queries first."""
 
     heads: int
+    kv_heads: int
 
     def __call__(self, piece: Piece) -> Iterable[Piece]:
         if ".attn_qkv." in piece.name:
@@ -75,8 +76,9 @@ class ByHead:
         yield piece
 
     def _reorder(self, loaded: torch.Tensor) -> torch.Tensor:
-        by_part: torch.Tensor = loaded.unflatten(0, (3, self.heads, -1))
-        return by_part.transpose(0, 1).flatten(0, 2)
+        size = len(loaded) // (self.heads + 2 * self.kv_heads)
+        parts = loaded.split([size * count for count in (self.heads, self.kv_heads, self.kv_heads)])
+        return torch.cat([part.unflatten(0, (self.kv_heads, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,9 @@ def rules_of(gguf: GGUF, architecture: Architecture) -> Sequence[Rule]:
         # Blocks behind the layers predict several tokens at once.
         rules += [Ignore(rf"^blk\.{i}\.") for i in range(gguf.num_layers, gguf["{}.block_count"])]
         rules += [OfEachExpert(gguf), Split("ffn_gate_up", ("ffn_gate", "ffn_up"), (1, 1)), KeepRouters()]
+    if architecture.has_latents:
+        # `engine.checkpoint.gguf_latents` puts the former together; the latter, of long contexts, are not run.
+        rules.append(Ignore(r"\.(attn_[kv]_b|indexer)\."))
     if not architecture.has_fused_qkv:
         rules.append(
             Split("attn_qkv", ("attn_q", "attn_k", "attn_v"), (gguf.heads, gguf.kv_heads, gguf.kv_heads)),
@@ -144,7 +149,7 @@ def rules_of(gguf: GGUF, architecture: Architecture) -> Sequence[Rule]:
     if architecture.has_norms_of_heads:
         rules.append(NormOfEachHead(gguf.heads, gguf.kv_heads))
     if architecture.has_qkv_by_head:
-        rules.append(ByHead(gguf.heads))
+        rules.append(ByHead(gguf.heads, gguf.kv_heads))
     return (*rules, Translate(architecture), *architecture.rules)
 
 

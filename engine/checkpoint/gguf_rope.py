@@ -88,6 +88,13 @@ def ministral3_rope(gguf: GGUF, factors: Factors) -> dict[str, Any]:
     return rope_parameters(gguf, factors) | entries
 
 
+def phimoe_rope(gguf: GGUF, factors: Factors) -> dict[str, Any]:
+    """Return Phi-3.5-MoE's rotary embedding, whose two factors of cosines and sines are one in files."""
+    parameters = rope_parameters(gguf, factors)
+    scale = parameters.pop("attention_factor", None)
+    return parameters if scale is None else parameters | {"short_mscale": scale, "long_mscale": scale}
+
+
 def gpt_oss_rope(gguf: GGUF, factors: Factors) -> dict[str, Any]:
     """Return gpt-oss's rotary embedding, whose YaRN does not round the range that it blends to whole frequencies."""
     return rope_parameters(gguf, factors) | {"truncate": False}
@@ -95,8 +102,8 @@ def gpt_oss_rope(gguf: GGUF, factors: Factors) -> dict[str, Any]:
 
 def scaling_entries(gguf: GGUF) -> dict[str, Any]:
     """Return what the file says of YaRN or LongRoPE besides factors."""
-    found = {entry: gguf.get(f"{{}}.rope.scaling.{key}") for key, entry in YARN.items()}
-    return {entry: shortest(value) for entry, value in found.items() if value is not None}
+    found = ((entry, gguf.get(f"{{}}.rope.scaling.{key}")) for key, entry in YARN.items())
+    return {entry: shortest(value) for entry, value in found if value is not None}
 
 
 def partial_factor(gguf: GGUF) -> dict[str, Any]:

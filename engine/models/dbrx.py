@@ -14,7 +14,7 @@ from engine.layers.block import PreNorm
 from engine.layers.norm import BiaslessLayerNorm
 from engine.model_config import ExpertsConfig, ModelConfig, read_decoder
 from engine.models.base import CausalLM
-from engine.models.moe import everywhere
+from engine.models.moe import EXPERTS, everywhere
 from engine.models.names import Rename, Rule, Split, Transpose, Unstack
 from engine.models.spelling import respelled, with_rope
 from kernels.routing import Routing
@@ -28,6 +28,7 @@ class DbrxBlock(PreNorm):
 
 class Dbrx(CausalLM):
     block = DbrxBlock
+    checkpoint = EXPERTS  # numbered in a converted GGUF file
 
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
