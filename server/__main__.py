@@ -81,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_paths(config)
         with bind(config.host, config.port) as listener:  # before minutes go into loading
             config = dataclasses.replace(config, port=listener.getsockname()[1])  # --port 0: any
+            # Imports torch, which takes seconds, in which a signal ends the process; of `serve` it would wait for them.
+            import engine.new_engine  # noqa: F401
             uvloop.run(serve(config, listener, console))
     except (EngineError, StartError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
@@ -97,7 +99,11 @@ def join_node(config: ServerConfig, console: Console) -> None:
     from engine.sizes import check_sizes
 
     check_sizes(config)
-    run_node(config, run_rank, lambda step: console.print(step, style="dim", markup=False, highlight=False))
+    run_node(config, run_rank, functools.partial(show_progress, console))
+
+
+def show_progress(console: Console, step: str) -> None:
+    console.print(step, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 class StartError(Exception):
@@ -192,13 +198,12 @@ async def serve(config: ServerConfig, listener: socket.socket, console: Console)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
-    from engine.new_engine import new_engine  # imports torch: not for --help, nor before OMP_WAIT_POLICY is set
+    from engine.new_engine import new_engine  # not for --help, nor before OMP_WAIT_POLICY is set: see `main`
 
-    await asyncio.sleep(0)  # that took seconds: was there a signal?
     engine = new_engine(config)
     try:
         await engine.start(
-            lambda step: console.print(step, style="dim", markup=False, highlight=False),
+            functools.partial(show_progress, console),
             functools.partial(check_template, config),
         )
         is_loading = False
@@ -287,7 +292,9 @@ async def serve_http(
             if failure:
                 await asyncio.wait([asyncio.create_task(runner.cleanup())], timeout=FAILURE_NOTICE_S)
                 end_failed(console, failure)
-            logger.info("shutting down: running answers have %.0f s to end", config.drain_timeout)
+            logger.info(
+                "shutting down: running answers have %.0f s to end; a second signal ends them", config.drain_timeout
+            )
             # Before aiohttp, which would wait as long once more and then cut the connections.
             asyncio.get_running_loop().call_later(config.drain_timeout, end_answers, engine)
         finally:

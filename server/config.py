@@ -324,7 +324,7 @@ def _hint(flag: str, known: Sequence[str], dashes: str = "--") -> str:
 
 def _may_be(word: str, meant: str) -> bool:
     is_close = difflib.SequenceMatcher(None, word, meant).ratio() >= 0.75
-    return word == meant or (min(len(word), len(meant)) >= 4 and word[0] == meant[0] and is_close)
+    return word == meant or (min(len(word), len(meant)) >= 3 and word[0] == meant[0] and is_close)
 
 
 def _file_arguments(parser: argparse.ArgumentParser, file: str) -> list[str]:

@@ -11,8 +11,8 @@ function row(cells, options = {}) {
   return element("tr", options, ...cells.map(([content, kind]) => {
     const cell = element("td", {class: kind ?? null});
     if (kind === "text") {  // prompts are text, never markup
-      cell.append(content[0]);
-      if (content[1]) cell.append(element("i", {text: " … "}), content[1]);
+      const text = cell.appendChild(element("div", {title: content.filter(Boolean).join(" … ")}, content[0]));
+      if (content[1]) text.append(element("i", {text: " … "}), content[1]);
     } else cell.append(content);
     return cell;
   }));
