@@ -83,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = dataclasses.replace(config, port=listener.getsockname()[1])  # --port 0: any
             # Imports torch, which takes seconds, in which a signal ends the process; of `serve` it would wait for them.
             import engine.new_engine  # noqa: F401
+
             uvloop.run(serve(config, listener, console))
     except (EngineError, StartError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)

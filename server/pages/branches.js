@@ -32,7 +32,7 @@ function layOut(branches, width) {
 }
 
 function describeBranch({num_tokens: tokens, start, hits, num_users: users, num_hidden: hidden, rids, replica}, numReplicas) {
-  const parts = [`${count(tokens)} tokens${start ? ` behind ${count(start)}` : ""}`, `found ${count(hits)} times`, users ? `held by ${count(users)}` : "held by nobody"];
+  const parts = [`${count(tokens)} tokens${start ? ` behind ${count(start)}` : ""}`, `found ${times(hits)}`, users ? `held by ${count(users)}` : "held by nobody"];
   if (hidden) parts.push(`${count(hidden)} more branches`);
   if (numReplicas > 1) parts.push(`replica ${replica}`);
   return parts.join(" · ") + (rids.length ? ` (${rids.join(", ")})` : "");

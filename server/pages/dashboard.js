@@ -120,7 +120,7 @@ function showReplicas({replicas, ranks}) {
 
 function showPrefixes({prefixes}) {
   at("prefixes").replaceChildren(...prefixes.map(prefix => row(
-    [[[prefix.head, prefix.tail], "text"], [count(prefix.num_tokens), "number"], [count(prefix.hits) + " times", "number"], [count(prefix.num_users), "number"]])));
+    [[[prefix.head, prefix.tail], "text"], [count(prefix.num_tokens), "number"], [times(prefix.hits), "number"], [count(prefix.num_users), "number"]])));
   at("prefix-table").hidden = !prefixes.length;
   at("no-prefixes").hidden = prefixes.length > 0;
 }

@@ -13,6 +13,14 @@ const EXAMPLES = {  // by route; of others the fields that are needed
   "/api/chat": {messages: CONVERSATION, stream: false}, "/api/generate": {prompt: "What is the capital of France?", stream: false},
   "/tokenize": {prompt: "Hello"}, "/v1/tokenize": {prompt: "Hello"}, "/detokenize": {tokens: [1, 2, 3]}, "/v1/detokenize": {tokens: [1, 2, 3]},
   "/v1/embeddings": {input: "Hello"}, "/api/embed": {input: "Hello"}, "/api/embeddings": {prompt: "Hello"}, "/encode": {text: "Hello"},
+  "/invocations": {messages: CONVERSATION, max_tokens: 32}, "/vertex_generate": {instances: [{text: "The capital of France is"}], parameters: {sampling_params: {max_new_tokens: 8}}},
+  ...Object.fromEntries(["/score", "/v1/score"].map(path => [path, {text_1: "capital of France", text_2: ["Paris", "Rome"]}])),
+  ...Object.fromEntries(["/rerank", "/v1/rerank", "/v2/rerank"].map(path => [path, {query: "capital of France", documents: ["Paris", "Rome"]}])),
+  "/classify": {text: "Hello"}, "/v1/classify": {input: "Hello"}, "/separate_reasoning": {text: "<think>Why?</think>So.", reasoning_parser: "qwen3"},
+  "/parse_function_call": {text: '<tool_call>{"name": "weather", "arguments": {}}</tool_call>', tool_call_parser: "qwen25", tools: []},
+  "/abort_request": {rid: "none"}, "/update_weight_version": {new_version: "2"}, "/get_weights_by_name": {name: "model.norm.weight"}, "/close_session": {session_id: "none"},
+  "/v1/batches": {input_file_id: "file-…", endpoint: "/v1/chat/completions", completion_window: "24h"}, "/update_weights_from_disk": {model_path: "…"},
+  "/open_session": {capacity_of_str_len: 4096},
 };
 
 class Documents {
@@ -46,7 +54,7 @@ class Documents {
       if (!fitting.length) continue;
       nodes.push(element("h2", {text: TITLES[tag] ?? tag}));
       nodes.push(...fitting.map(({id, path, method}) => element("a", {href: `#${id}`, "aria-current": id === this.current ? "page" : null},
-        element("span", {class: `method ${method}`, text: method}), element("span", {text: path}))));
+        element("span", {class: `method ${method}`, text: method}), element("span", {}, ...path.split(/(?<=\/)/).flatMap(part => [part, element("wbr")])))));
     }
     at("routes").replaceChildren(...(nodes.length ? nodes : [element("p", {class: "soft", text: "Nothing has this in its name."})]));
     for (const row of document.querySelectorAll(".field-row")) row.classList.toggle("found", Boolean(wanted) && row.dataset.name.toLowerCase().includes(wanted));

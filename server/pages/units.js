@@ -7,6 +7,8 @@ const count = value => Math.round(value).toLocaleString("en-US");
 const short = value => value >= 1e6 ? (value / 1e6).toFixed(1) + "M" : value >= 1e4 ? (value / 1e3).toFixed(value >= 1e5 ? 0 : 1) + "k" : count(value);
 const share = value => (100 * value).toFixed(value > 0 && value < 0.0995 ? 1 : 0) + " %";
 
+const times = value => value === 1 ? "once" : `${count(value)} times`;
+
 function duration(seconds) {
   if (seconds === null || seconds === undefined) return "–";
   if (seconds < 0.0995) return (seconds * 1e3).toFixed(seconds < 0.00995 ? 1 : 0) + " ms";
