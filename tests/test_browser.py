@@ -28,7 +28,8 @@ pytestmark = [
 STOP = FinishReason("stop", matched=EOS)
 # Routes whose example needs a file, a session, a checkpoint or another kind of model.
 NEED_MORE_THAN_AN_EXAMPLE = {
-    *("/v1/batches", "/close_session", "/update_weights_from_disk", "/get_weights_by_name", "/classify", "/v1/classify"),
+    *("/v1/batches", "/close_session", "/update_weights_from_disk", "/get_weights_by_name"),
+    *("/classify", "/v1/classify"),
 }
 CONTROLS = ("button", "textbox", "searchbox", "combobox", "spinbutton", "link")
 HOSTILE = ("**a ", "[", "![a](", "`` ", "$a", "# ", "> ", "- ", "| ", "\\(", "<br", "_a_b", "https://", " ", "\\left(")

@@ -160,6 +160,34 @@ async def test_to_stop_is_to_end_the_request_and_to_keep_what_has_come() -> None
     assert messages[-1] == {"role": "assistant", "content": "Well, "}
 
 
+async def test_an_answer_that_breaks_off_is_said_to_and_its_question_can_be_asked_again() -> None:
+    """A process that is killed closes its connections between two events, as this server does."""
+
+    async def break_off(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"}}")  # the end of a request
+        event = b'data: {"choices": [{"delta": {"content": "Half"}}]}\n\n'
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n" + event)
+        writer.close()
+
+    def use(broken: str, well: str) -> None:
+        chat, shown = new_chat(broken)
+        with pytest.raises(ChatError, match="broke off"):
+            chat.take("One")
+        assert shown.getvalue() == "Half\n"
+        assert [message["content"] for message in chat.conversation.messages] == ["One", "Half"]
+        chat.client = ChatClient("http://127.0.0.1:1")
+        with pytest.raises(ChatError, match="no server answers"):
+            chat.take("/retry")
+        chat.client = ChatClient(well)
+        chat.take("/retry")
+        assert [message["content"] for message in chat.conversation.messages] == ["One", "Whole"]
+
+    server = await asyncio.start_server(break_off, "127.0.0.1", 0)
+    async with server, serving(FakeEngine("Whole")) as client:
+        port = server.sockets[0].getsockname()[1]
+        await asyncio.to_thread(use, f"http://127.0.0.1:{port}", str(client.make_url("")))
+
+
 async def test_a_server_that_wants_a_key_gets_it_or_says_so() -> None:
     def use(url: str) -> list[str]:
         with pytest.raises(ChatError, match=r"^401: "):
@@ -277,9 +305,22 @@ def test_a_saved_conversation_is_read_again(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(json.dumps(first.messages))
     second.load(tmp_path / "list.json")
     assert second.messages == first.messages
-    (tmp_path / "other.json").write_text("[1]")
-    with pytest.raises(ValueError, match="no list of messages"):
-        second.load(tmp_path / "other.json")
+    for text, reason in (("[1]", "no list of messages"), ('[{"role": "system"}]', "no list of"), ("x", "is no JSON")):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match=reason):
+            second.load(tmp_path / "other.json")
+
+
+def test_what_the_chat_page_exports_is_read(tmp_path: Path) -> None:
+    exported = {
+        "kind": "radixloop conversation",
+        "settings": {"system": "Be brief.", "top_p": 0.5, "thinking": "enabled"},
+        "messages": [{"role": "user", "content": "Hi"}],
+    }
+    (tmp_path / "page.json").write_text(json.dumps(exported))
+    conversation = Conversation("m")
+    conversation.load(tmp_path / "page.json")
+    assert conversation == Conversation("m", "Be brief.", {"top_p": 0.5}, [{"role": "user", "content": "Hi"}])
 
 
 # ---- the keyboard and the screen ----
@@ -330,9 +371,9 @@ def test_an_answers_figures_are_those_of_its_usage() -> None:
         "prompt_tokens": 30,
         "prompt_tokens_details": {"cached_tokens": 20},
     }
-    line = figures(usage, Timing(1.0, 1.5, 3.5), has_thought=False, is_stopped=True)
+    line = figures(usage, Timing(1.0, 1.5, 3.5), has_thought=False, how="stopped")
     assert line == "stopped · 11 tokens · 5.0 tokens/s · first after 0.50 s · prompt 30, 20 cached"
-    assert figures({}, Timing(), has_thought=False, is_stopped=False) == ""
+    assert figures({}, Timing(), has_thought=False) == ""
 
 
 # ---- in a terminal ----

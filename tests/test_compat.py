@@ -391,7 +391,13 @@ def test_no_hint_is_given_across_meanings(flag: str, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    ("flag", "meant"), [("--modle-path", "--model-path"), ("--model-pth", "--model-path"), ("--api_key", "--api-key"), ("--apikey", "--api-key")]
+    ("flag", "meant"),
+    [
+        ("--modle-path", "--model-path"),
+        ("--model-pth", "--model-path"),
+        ("--api_key", "--api-key"),
+        ("--apikey", "--api-key"),
+    ],
 )
 def test_a_slip_of_the_keys_is_hinted_at(flag: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -59,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
         question = args.message
         if not sys.stdin.isatty():
             question = "\n\n".join(part for part in (args.message, sys.stdin.read().strip()) if part)
+        if question == "":
+            raise ChatError("there is nothing to answer: neither --message nor anything at the input")
         if question is not None:
             chat.ask(question)
             return 0
@@ -91,6 +93,7 @@ class Chat:
         self.attached: list[str] = []  # texts of files that go with the next question
         self.images: list[Path] = []  # pictures, likewise
         self.thought = ""  # reasoning of the last answer
+        self.unanswered: Content | None = None  # the last question, if it failed
         self.commands: dict[str, tuple[Callable[[str], None], str, str]] = {
             "/help": (self.help, "", "show this"),
             "/clear": (self.clear, "", "begin anew, with the same settings"),
@@ -126,17 +129,19 @@ class Chat:
         self.images.clear()
 
     def answer(self, question: Content) -> None:
-        """Stream the answer to a question. Ctrl-C stops it, and what has come stays in the conversation."""
+        """Stream the answer to a question. What has come before Ctrl-C or an error stays in the conversation."""
+        self.unanswered = None
         self.conversation.ask(question)
         timing = Timing()
         usage: JSON = {}
-        text, self.thought, is_stopped = "", "", False
+        text, self.thought, finish, is_stopped = "", "", "", False
         try:
             with silent_keys(), contextlib.closing(self._pieces(timing)) as pieces, self.new_display() as display:
                 try:
                     with self.interrupts:
                         for piece in pieces:
                             usage = piece.usage or usage
+                            finish = piece.finish_reason or finish
                             if piece.reasoning:
                                 self.thought += piece.reasoning
                                 display.think(piece.reasoning)
@@ -146,11 +151,15 @@ class Chat:
                 except KeyboardInterrupt:
                     is_stopped = True
         except (ChatError, KeyboardInterrupt):  # an interrupt in here came before the question was sent
-            self.conversation.take_back()
+            if text:
+                self.conversation.answer(text)
+            else:
+                self.unanswered = self.conversation.take_back()
             raise
         self.conversation.answer(text)
         if sys.stdout.isatty():
-            print(_dim(figures(usage, timing, bool(self.thought), is_stopped)))
+            how = "stopped" if is_stopped else "cut at its longest length" if finish == "length" else ""
+            print(_dim(figures(usage, timing, bool(self.thought), how)))
 
     def _pieces(self, timing: Timing) -> Generator[Piece, None, None]:
         return self.client.stream(self.conversation.body(), timing)
@@ -166,19 +175,27 @@ class Chat:
 
     def clear(self, _: str) -> None:
         self.conversation.messages.clear()
+        self.unanswered = None
         self.attached.clear()
         self.images.clear()
 
     def retry(self, _: str) -> None:
-        question = self.conversation.take_back()
+        question = self._take_back()
         if question is None:
             print("there is no question yet")
             return
         self.answer(question)
+        self.attached.clear()
+        self.images.clear()
 
     def undo(self, _: str) -> None:
-        question = self.conversation.take_back()
+        question = self._take_back()
         print("there is no question yet" if question is None else f"forgotten: {text_of(question)[:ONE_LINE]}")
+
+    def _take_back(self) -> Content | None:
+        """Forget the last question, whether it was answered or failed, and return it."""
+        failed, self.unanswered = self.unanswered, None
+        return self.conversation.take_back() if failed is None else failed
 
     def system(self, text: str) -> None:
         if text:
@@ -224,12 +241,12 @@ class Chat:
         self.has_ended = True
 
 
-def figures(usage: JSON, timing: Timing, has_thought: bool, is_stopped: bool) -> str:
-    """Return an answer's cost in a line."""
+def figures(usage: JSON, timing: Timing, has_thought: bool, how: str = "") -> str:
+    """Return an answer's cost in a line. how: it ended, if not by itself."""
     count, prompt = usage.get("completion_tokens"), usage.get("prompt_tokens")
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else None
-    parts = ["stopped"] if is_stopped else []
+    parts = [how] if how else []
     if isinstance(count, int):
         parts.append(f"{count} tokens")
         if count > 1 and timing.last > timing.first:
@@ -311,6 +328,7 @@ def editing(words: Sequence[str], history: Path | None) -> Iterator[None]:
     readline.set_completer_delims(" \n")
     readline.set_completer(lambda text, i: [*(word for word in words if text and word.startswith(text)), None][i])
     readline.parse_and_bind("tab: complete")
+    readline.parse_and_bind("set enable-bracketed-paste on")  # lines that are pasted are one question
     if history is not None:
         with contextlib.suppress(OSError):  # the first time, or a home that is not to be read
             readline.read_history_file(history)

@@ -67,16 +67,23 @@ class ChatClient:
         timing.sent = time.perf_counter()
         body = {**body, "stream": True, "stream_options": {"include_usage": True}}
         connection, answer = self._ask("POST", "/v1/chat/completions", body)
+        has_ended = False
         try:
             while line := answer.readline():
                 data = line.strip().removeprefix(EVENT).strip()
-                if not line.startswith(EVENT) or data == b"[DONE]":
+                if not line.startswith(EVENT):
+                    continue
+                if data == b"[DONE]":
+                    has_ended = True
                     continue
                 piece = _piece_of(_json_of(data))
                 if piece.text or piece.reasoning:
                     timing.last = time.perf_counter()
                     timing.first = timing.first or timing.last
+                has_ended |= piece.finish_reason is not None
                 yield piece
+            if not has_ended:  # a process that is killed closes its connections, which http.client takes for an end
+                raise ChatError("the answer broke off: the server is gone")
         except (OSError, http.client.HTTPException) as error:
             raise ChatError(f"the answer broke off: {error}") from None
         finally:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 JSON = dict[str, Any]
+SYSTEM_ROLES = ("system", "developer")
 Content = str | list[JSON]
 """Of a question: its text, or parts with pictures."""
 
@@ -74,13 +75,23 @@ class Conversation:
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def load(self, path: Path) -> None:
-        """Read what `save` wrote, or a list of messages. Raises `ValueError` if it is neither."""
-        content = json.loads(path.read_text())
+        """Read what `save` wrote, a chat page's export, or a list of messages. Raises `ValueError` if it is neither."""
+        try:
+            content = json.loads(path.read_text())
+        except ValueError:
+            raise ValueError(f"{path} is no JSON") from None
         messages = content.get("messages") if isinstance(content, dict) else content
-        if not isinstance(messages, list) or not all(isinstance(one, dict) and "role" in one for one in messages):
+        if not isinstance(messages, list) or not all(
+            isinstance(one, dict) and {"role", "content"} <= one.keys() for one in messages
+        ):
             raise ValueError("it holds no list of messages")
-        system = [str(one["content"]) for one in messages if one["role"] in ("system", "developer")]
-        self.system = "\n\n".join(system)
-        self.messages = [one for one in messages if one["role"] not in ("system", "developer")]
+        settings = content.get("settings") if isinstance(content, dict) else None
+        settings = dict(settings) if isinstance(settings, dict) else {}
+        system = [str(one["content"]) for one in messages if one["role"] in SYSTEM_ROLES]
+        if "kind" in content:  # the page's, whose settings are not all fields of a request
+            system.append(str(settings.get("system", "")))
+            settings = {name: value for name, value in settings.items() if isinstance(value, int | float)}
+        self.system = "\n\n".join(filter(None, system))
+        self.messages = [one for one in messages if one["role"] not in SYSTEM_ROLES]
         if isinstance(content, dict):
-            self.settings = dict(content.get("settings") or {})
+            self.settings = settings
