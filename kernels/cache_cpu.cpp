@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "team_cpu.h"
+
 #ifdef __AVX512F__
 #define LANES 16
 #else
@@ -32,9 +34,6 @@ struct Gather {
     const int32_t *slots;           // [num_rows]
     int64_t num_rows, row_bytes, k_stride, v_stride, num_threads;  // strides in bytes
 };
-
-// Of libgomp, which torch has loaded. Its threads are used, for two teams would compete for the cores.
-extern "C" void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
 
 // --- vectors ---------------------------------------------------------------------------------------------------------
 
@@ -121,32 +120,6 @@ static inline vec load_typed(const void *p, int64_t i, int type) {
     return Float16::load((const Float16::type *)p + i);
 }
 
-// --- threads ---------------------------------------------------------------------------------------------------------
-
-// Threads take items until none is left.
-template <class Task> struct Job {
-    const Task *task;
-    void (*take)(const Task &, int64_t);
-    int64_t num_items, next_item;
-    static void work(void *pointer) {
-        Job &job = *(Job *)pointer;
-        for (;;) {
-            const int64_t item = __atomic_fetch_add(&job.next_item, 1, __ATOMIC_RELAXED);
-            if (item >= job.num_items) return;
-            job.take(*job.task, item);
-        }
-    }
-};
-
-template <class Task>
-static void run(const Task &task, void (*take)(const Task &, int64_t), int64_t num_items, int64_t work_size) {
-    Job<Task> job = {&task, take, num_items, 0};
-    int64_t num_threads = work_size < SMALL_WORK ? 1 : task.num_threads;
-    if (num_threads > num_items) num_threads = num_items;
-    if (num_threads > 1 && GOMP_parallel) GOMP_parallel(Job<Task>::work, &job, num_threads, 0);
-    else Job<Task>::work(&job);
-}
-
 // --- rotation and store ----------------------------------------------------------------------------------------------
 
 // Write a head, normalized if `weight` is there.
@@ -201,12 +174,22 @@ template <class Number> static void rope_token(const Rope &c, int64_t token) {
     }
 }
 
+template <class Number> static void rope_items(Phase &phase) {
+    phase.each([&](int64_t token) { rope_token<Number>(*(const Rope *)phase.job, token); });
+}
+
 // head_dim is a multiple of 16, and at most MAX_SIZE.
+extern "C" void plan_rope(const void *, const void *call, Plan *plan) {
+    const Rope &c = *(const Rope *)call;
+    const auto work = c.type == FLOAT32    ? rope_items<Float32>
+                      : c.type == BFLOAT16 ? rope_items<Bfloat16>
+                                           : rope_items<Float16>;
+    plan->add(work, (void *)call, c.num_tokens);
+}
+
 extern "C" void rope_and_store(const Rope *c) {
-    const auto take = c->type == FLOAT32    ? rope_token<Float32>
-                      : c->type == BFLOAT16 ? rope_token<Bfloat16>
-                                            : rope_token<Float16>;
-    run(*c, take, c->num_tokens, c->num_tokens * (c->num_heads + 2 * c->num_kv_heads) * c->head_dim);
+    const int64_t work_size = c->num_tokens * (c->num_heads + 2 * c->num_kv_heads) * c->head_dim;
+    run_planned(work_size < SMALL_WORK ? 1 : c->num_threads, [&](Plan &plan) { plan_rope(nullptr, c, &plan); });
 }
 
 // --- gathering -------------------------------------------------------------------------------------------------------
@@ -229,6 +212,36 @@ static void gather_rows(const Gather &c, int64_t item) {
     }
 }
 
+static void gather_items(Phase &phase) {
+    phase.each([&](int64_t item) { gather_rows(*(const Gather *)phase.job, item); });
+}
+
+extern "C" void plan_gather(const void *, const void *call, Plan *plan) {
+    plan->add(gather_items, (void *)call, (((const Gather *)call)->num_rows + SOME_ROWS - 1) / SOME_ROWS);
+}
+
 extern "C" void gather(const Gather *c) {
-    run(*c, gather_rows, (c->num_rows + SOME_ROWS - 1) / SOME_ROWS, c->num_rows * c->row_bytes);
+    const int64_t work_size = c->num_rows * c->row_bytes;
+    run_planned(work_size < SMALL_WORK ? 1 : c->num_threads, [&](Plan &plan) { plan_gather(nullptr, c, &plan); });
+}
+
+// --- several calls at once -------------------------------------------------------------------------------------------
+
+struct Operation {
+    void (*plan)(const void *weight, const void *call, Plan *plan);  // of this library, or of that of products
+    const void *weight, *call;
+};
+
+// Run operations one after the other. Return 0, or 1 if there was no memory.
+extern "C" int run_chain(const Operation *operations, int count, int num_threads) {
+    return run_planned(num_threads, [&](Plan &plan) {
+        for (int i = 0; i < count; i++) operations[i].plan(operations[i].weight, operations[i].call, &plan);
+    });
+}
+
+extern "C" void omp_set_num_threads(int) __attribute__((weak));
+
+// Have torch use so many threads for what this thread asks of it.
+extern "C" void use_threads(int num_threads) {
+    if (omp_set_num_threads) omp_set_num_threads(num_threads);
 }

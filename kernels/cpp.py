@@ -43,7 +43,7 @@ def load_library(
     if command is None:
         logger.warning("no C++ compiler here: %s (pip install ziglang is one)", without)
         return None
-    text = source.read_bytes()
+    text = b"".join(path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h"))))
     path = cache_folder() / "cpu" / f"{source.stem}-{_key(text, command, march)}.so"
     try:
         if not path.exists():
