@@ -87,7 +87,7 @@ class SameBatch:
 
 
 @dataclass(slots=True)
-class _DecodeSet:
+class DecodeSet:
     """Single tokens of N requests, whose keys and values are gathered together, L slots each."""
 
     index: torch.Tensor | slice  # of the requests, in the batch and in q
@@ -101,15 +101,23 @@ class _DecodeSet:
         self, k_cache: torch.Tensor, v_cache: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values, [N, Hkv, L, D] each in `dtype`, until the next layer's are gathered."""
-        num_requests, shape = len(self.slots) // self.num_slots, k_cache.shape[1:]
-        if dtype == k_cache.dtype and (compiled := kernels()) is not None and compiled.can_gather(k_cache, v_cache):
-            if shape not in self.gathered:
-                self.gathered[shape] = compiled.room_for(k_cache, self.slots, num_requests)
-            return self.gathered[shape].of(k_cache, v_cache)
+        if dtype == k_cache.dtype and (room := self.room(k_cache, v_cache)) is not None:
+            return room.of(k_cache, v_cache)
+        num_requests = len(self.slots) // self.num_slots
         k = v = gather(k_cache, self.slots, dtype).unflatten(0, (num_requests, -1)).transpose(1, 2)
         if v_cache is not k_cache:
             v = gather(v_cache, self.slots, dtype).unflatten(0, (num_requests, -1)).transpose(1, 2)
         return k, v
+
+    def room(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> Gathered | None:
+        """Return room for what `gather` finds in caches of one dtype; None where no compiled kernel takes them."""
+        if (compiled := kernels()) is None or not compiled.can_gather(k_cache, v_cache):
+            return None
+        shape = k_cache.shape[1:]
+        if shape not in self.gathered:
+            num_requests = len(self.slots) // self.num_slots
+            self.gathered[shape] = compiled.room_for(k_cache, self.slots, num_requests)
+        return self.gathered[shape]
 
     def mask_of(self, slopes: torch.Tensor | None) -> torch.Tensor | None:
         """Return what is to be added to scores [N, Hkv, H / Hkv, L]; slopes: [Hkv, H / Hkv, 1]."""
@@ -120,10 +128,18 @@ class _DecodeSet:
         return bias if self.mask is None else bias.add_(self.mask)
 
 
+def only_set(
+    batch: AttentionBatch, window: int, is_chunked: bool, dtype: torch.dtype, has_slopes: bool
+) -> DecodeSet | None:
+    """Return all requests of a batch of single tokens as one set; None if their lengths differ too much."""
+    sets = _decode_sets(SameBatch(batch), window, is_chunked, dtype, has_slopes)
+    return sets[0] if len(sets) == 1 else None
+
+
 @functools.lru_cache(maxsize=2)  # one step's sets: of layers with a window and of layers without
 def _decode_sets(
     key: SameBatch, window: int, is_chunked: bool, dtype: torch.dtype, has_slopes: bool
-) -> list[_DecodeSet]:
+) -> list[DecodeSet]:
     batch = key.batch
     all_lens = batch.seq_lens_host[: batch.num_decodes]
     all_firsts = np.maximum(_first_seen(all_lens - 1, window, is_chunked), 0)
@@ -143,7 +159,7 @@ def _decode_sets(
         distances = None
         if has_slopes:
             distances = (torch.from_numpy(lens - 1).to(tokens) - tokens)[:, None, None].float()
-        sets.append(_DecodeSet(index, _mapped(slots, batch), longest, mask, distances))
+        sets.append(DecodeSet(index, _mapped(slots, batch), longest, mask, distances))
     return sets
 
 
@@ -171,19 +187,33 @@ def _decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    members: _DecodeSet,
+    members: DecodeSet,
     scale: float,
     softcap: float,
     sinks: torch.Tensor | None,
     slopes: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the attention of the single tokens of a set, q [N, H, D].
+    """Return the attention of the single tokens of a set, q [N, H, D]."""
+    k, v = members.gather(k_cache, v_cache, q.dtype)
+    return decode_gathered(q, k, v, members, scale, softcap, sinks, slopes)
+
+
+def decode_gathered(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    members: DecodeSet,
+    scale: float,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the attention of the single tokens of a set, q [N, H, D], to their k and v [N, Hkv, L, D]: [N, H, D].
 
     The heads of one KV head take the place of a sequence's queries, so no key or value is repeated for them.
     """
     n, num_heads, head_dim = q.shape
-    num_kv_heads = k_cache.shape[1]
-    k, v = members.gather(k_cache, v_cache, q.dtype)
+    num_kv_heads = k.shape[1]
     queries = q.reshape(n, num_kv_heads, num_heads // num_kv_heads, head_dim)
     of_rows = None if sinks is None else sinks.view(num_kv_heads, -1)
     mask = members.mask_of(None if slopes is None else slopes.view(num_kv_heads, -1, 1))

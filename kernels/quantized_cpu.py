@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kernels.chain_cpu import Operation
 from kernels.cpp import begin, load_library
 from kernels.dense import DenseWeight
 from kernels.launch import address
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_suffix(".cpp")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 CODES = {"int4": 0, "int8": 1, "fp8": 2}
+MAX_CHAINED = 48  # tokens; MIN_CHUNK of quantized_cpu.cpp
 ACTS = {None: 0, "silu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}  # others are a pass of their own
 
 
@@ -76,6 +78,7 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.multiply: Any = library.product
+        self.plan: Any = library.plan_product
         self.lanes: int = library.lanes()
         self.has_tiles = bool(library.enable_tiles())
         self.max_groups: int = library.max_groups()
@@ -163,6 +166,7 @@ class CpuQuantizedWeight(Weight):
         form, fields = self.definition.form, self.definition.fields
         codes, scale, zero = fields["codes"], fields["scale"], fields.get("zero")
         self._meanings = self.definition.meanings
+        self._described = (self._meanings, *fields.values())
         self._weight = _Weight(
             codes.data_ptr(), scale.data_ptr(), address(zero), address(fields.get("minimum")),
             self._meanings.data_ptr(), self.n, self.k, form.group_size_of(self.k), scale.shape[1],
@@ -185,15 +189,44 @@ class CpuQuantizedWeight(Weight):
             x = x.contiguous()
         if residual is not None and residual.stride(1) != 1:
             residual = residual.contiguous()
-        norm_weight = None if norm is None else norm.weight
-        call = _Call(
-            x.data_ptr(), address(norm_weight), address(bias), address(residual), out.data_ptr(),
-            len(x), x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
-            TYPES[x.dtype], _type(norm_weight), _type(bias), _type(residual), TYPES[out.dtype], ACTS[act],
-            torch.get_num_threads(), 0.0 if norm is None else norm.eps,
-        )  # fmt: skip
+        call = _call(x, out, norm, bias, act, residual)
         if self.kernels.multiply(ctypes.byref(self._weight), ctypes.byref(call)):
             raise MemoryError(f"a product of {len(x)} tokens and {self.n} x {self.k} weights")
+
+    def can_chain(self, act: str | None = None) -> bool:
+        """Return whether `operation` has all that `product` does."""
+        return not self._changes_inputs and act in ACTS
+
+    def operation(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        norm: Norm | None = None,
+        bias: torch.Tensor | None = None,
+        act: str | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> Operation:
+        """Return a product of up to MAX_CHAINED tokens, which may overwrite its residual; rows are contiguous."""
+        call = _call(x, out, norm, bias, act, residual)
+        return Operation(self.kernels.plan, self._weight, call, (self._described, x, out, norm, bias, residual))
+
+
+def _call(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    norm: Norm | None,
+    bias: torch.Tensor | None,
+    act: str | None,
+    residual: torch.Tensor | None,
+) -> _Call:
+    norm_weight = None if norm is None else norm.weight
+    return _Call(
+        x.data_ptr(), address(norm_weight), address(bias), address(residual), out.data_ptr(),
+        len(x), x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0),
+        TYPES[x.dtype], _type(norm_weight), _type(bias), _type(residual), TYPES[out.dtype], ACTS[act],
+        torch.get_num_threads(), 0.0 if norm is None else norm.eps,
+    )  # fmt: skip
 
 
 def pack_for_cpu(weight: Definition, *, for_logits: bool = False) -> Weight | None:

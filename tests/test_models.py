@@ -43,12 +43,15 @@ class TinyEngine:
         folder: Path,
         comm: Communicator | None = None,
         ep_size: int = 1,
-        kv_dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
+        quantization: str | None = None,
         **options: Any,
     ) -> None:
-        self.config = load_config(folder, EngineConfig(dtype="float32", **options))
-        layers = LayerConfig(torch.float32, kv_dtype=kv_dtype, comm=comm or Communicator(), ep_size=ep_size)
-        self.model = build_model(self.config, layers)
+        self.config = load_config(folder, EngineConfig(dtype=str(dtype).removeprefix("torch."), **options))
+        kv_dtype = kv_dtype or dtype
+        layers = LayerConfig(dtype, kv_dtype=kv_dtype, comm=comm or Communicator(), ep_size=ep_size)
+        self.model = build_model(self.config, layers, quantization)
         load_weights(self.model, folder, "auto", CPU)
         self.pool = CachePool(self.model.cache_layout(), NUM_SLOTS, kv_dtype, CPU)
         scattered = torch.randperm(NUM_SLOTS - 1, generator=torch.Generator().manual_seed(1)) + 1

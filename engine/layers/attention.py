@@ -181,6 +181,17 @@ class Attention(AnyAttention):
         return q.mul_(self.q_norm.weight * self.k_norm.weight)
 
     @property
+    def norm_weights(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Return the weights of the norms of query, key and value heads."""
+        return _weights(self.head_norms) if self.head_norms else (None, None, None)
+
+    @property
+    def is_plain(self) -> bool:
+        """Return whether heads are rotated as the product makes them, and all of them stored as they are."""
+        makes_all = self.num_new_kv_heads == self.num_kv_heads and self.make_qkv == self.qkv_proj.__call__
+        return makes_all and self.after_rope is None and self.cache_scales is None and self.backend == "torch"
+
+    @property
     def cache(self) -> KV:
         return KV(self.num_kv_heads, self.head_dim, window=None if self.window < 0 else self.window)
 
@@ -220,7 +231,7 @@ class Attention(AnyAttention):
         k_cache, v_cache = pool[self.layer_id]
         scales = self.cache_scales
         if scales is None:
-            q_norm, k_norm, v_norm = _weights(self.head_norms) if self.head_norms else (None, None, None)
+            q_norm, k_norm, v_norm = self.norm_weights
         else:
             scales.shrink_(qkv)
             q_norm, k_norm, v_norm = scales.norms
@@ -242,7 +253,20 @@ class Attention(AnyAttention):
         )
         if self.after_rope is not None:
             q = self.after_rope(q, batch.positions)
-        found = attention(
+        found = self.find(q, k_cache, v_cache, batch, has_decodes=has_decodes)
+        return q, found if scales is None else found.mul_(scales.v)
+
+    def find(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        batch: ForwardBatch,
+        *,
+        has_decodes: bool = True,
+    ) -> torch.Tensor:
+        """Return what rotated queries [T, H, D] find in the layer's caches, [T, H, D]."""
+        return attention(
             q,
             k_cache,
             v_cache,
@@ -256,7 +280,6 @@ class Attention(AnyAttention):
             backend=self.backend,
             has_decodes=has_decodes,
         )
-        return q, found if scales is None else found.mul_(scales.v)
 
 
 def _weights(

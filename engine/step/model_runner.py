@@ -25,6 +25,7 @@ from engine.models.base import CausalLM
 from engine.schedule.plan import Plan
 from engine.state import Logprobs, RequestState
 from engine.step.batch import NUM_STAGING_BUFFERS, Staged, StagedBatch, Stager
+from engine.step.compiled import CompiledSteps
 from engine.step.cuda_graph import GraphSizes, StepGraphs
 from engine.step.fields import StepShape
 from engine.step.hidden import HiddenStates, HiddenWork, plan_hidden
@@ -127,6 +128,7 @@ class ModelRunner:
         self.model, self.kv, self.comm = model, kv, comm
         self.sampler, self.stager = sampler, stager
         self.splitter = StepSplitter(model.model, kv)
+        self._compiled: CompiledSteps | None = None
         self.graphs: StepGraphs | None = None
         self._graph_sizes: GraphSizes | None = None
         self.device = stager.device
@@ -134,6 +136,7 @@ class ModelRunner:
         self._last_end: torch.cuda.Event | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="step")  # on a CPU, computes the steps, in order
         self.stream: torch.cuda.Stream | None = None
+        self.compile_steps()
         if self._is_cuda:
             self.stream = torch.cuda.Stream()
             # In turns, since to make them anew would take a third of a launch's time.
@@ -168,6 +171,10 @@ class ModelRunner:
             graphs.capture_all()
         self.graphs = graphs
 
+    def compile_steps(self) -> None:
+        """Make what a CPU has in the place of graphs, of the weights as they are now."""
+        self._compiled = CompiledSteps.of(self.model, self.kv) if self.device.type == "cpu" else None
+
     def release_graphs(self) -> None:
         """Forget the graphs, and give what the allocator keeps back to the device."""
         self.graphs = None
@@ -195,6 +202,7 @@ class ModelRunner:
             for layer in unique_layers(new):
                 layer.pack()
             self.model = new
+            self.compile_steps()
             return
         for layer, new_layer in zip(unique_layers(self.model), unique_layers(new), strict=True):
             new_layer.move_to(self.device)
@@ -386,6 +394,8 @@ class ModelRunner:
             batch = replace(batch, rotation=self.model.rotation_of(batch.rope))
         if self.kv.window_slots is not None:
             batch = batch.with_windows(self.kv.window_slots)
+        if self._compiled is not None and self._compiled.take(batch):
+            return self._compiled(batch, self.kv)
         if corun is None:
             return self.model(batch, self.kv)
         splitter, split = self.splitter, corun

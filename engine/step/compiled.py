@@ -1,0 +1,149 @@
+"""Steps of a few single tokens on a CPU: all that stands between two attentions is one compiled call.
+
+One token of a small model is some three hundred products, rotations and copies of 10 to 150 µs. Before each of them
+Python takes as long again, and threads that sleep meanwhile come late. Here a call does those of one layer, and threads
+are woken once for it (`kernels.chain_cpu`). Results are the same bits as those of the blocks.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from cache.pool import CachePool
+from engine.layers.attention import Attention
+from engine.layers.block import Block, PreNorm
+from engine.layers.forward_batch import ForwardBatch
+from engine.layers.linear import Linear
+from engine.layers.mlp import GatedMLP
+from engine.layers.norm import HiddenNorm
+from engine.models.base import CausalLM, Decoder
+from kernels.attention import decode_gathered, only_set
+from kernels.cache_cpu import Kernels, kernels
+from kernels.chain_cpu import Operation
+from kernels.quantized_cpu import MAX_CHAINED, CpuQuantizedWeight
+
+SMALL_ATTENTION = 1 << 18  # numbers of keys, to which one thread attends sooner than another one is there
+
+
+class _Parts(NamedTuple):
+    """What a block that can be compiled is made of."""
+
+    attn: Attention
+    mlp: GatedMLP
+    first_norm: HiddenNorm
+    second_norm: HiddenNorm
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        attn = self.attn
+        return attn.num_heads, attn.num_kv_heads, attn.head_dim, self.mlp.down_proj.weight.k
+
+
+class CompiledSteps:
+    """The blocks of a model as chains of operations, and room for what these pass on, of MAX_CHAINED tokens."""
+
+    def __init__(self, decoder: Decoder, blocks: list[_Parts], pool: CachePool, compiled: Kernels) -> None:
+        self._decoder, self._kernels, self._num_tokens = decoder, compiled, MAX_CHAINED
+        attn, mlp = blocks[0].attn, blocks[0].mlp
+        k_cache, v_cache = pool[attn.layer_id]
+        self._h, self._qkv, inner = (
+            torch.empty(MAX_CHAINED, size, dtype=attn.dtype)
+            for size in (attn.qkv_proj.weight.k, attn.qkv_proj.weight.n, mlp.down_proj.weight.k)
+        )
+        self._q = torch.empty(MAX_CHAINED, attn.num_heads, attn.head_dim, dtype=attn.dtype)
+        self._attentions = [block.attn for block in blocks]
+        self._gather = compiled.gather_operation(k_cache)
+        self._ropes: list[Any] = []  # calls, as those below
+        self._outs: list[Any] = []
+        chains: list[list[Operation]] = [[]]
+        for block in blocks:
+            attn, mlp = block.attn, block.mlp
+            norms = (*attn.norm_weights, attn.eps)
+            qkv = _product(attn.qkv_proj, self._h, self._qkv, norm=block.first_norm)
+            rope = compiled.rope_operation(
+                self._qkv, self._q, attn.rotary.cos_sin, k_cache, v_cache, attn.num_heads, attn.num_kv_heads, norms
+            )
+            out = _product(attn.o_proj, self._q.flatten(1), self._h, residual=self._h)
+            gated = _product(mlp.gate_up_proj, self._h, inner, norm=block.second_norm, act=mlp.act)
+            down = _product(mlp.down_proj, inner, self._h, residual=self._h)
+            chains[-1] += [qkv, rope, self._gather]
+            chains.append([out, gated, down])
+            self._ropes.append(rope.call)
+            self._outs.append(out.call)
+        self._chains = [compiled.chain(chain) for chain in chains]
+        self._calls: list[Any] = [op.call for chain in chains for op in chain if op is not self._gather]
+
+    @staticmethod
+    def of(model: CausalLM, pool: CachePool) -> "CompiledSteps | None":
+        """Return the steps of a model of plain blocks whose weights have compiled products; None for others."""
+        decoder, compiled = model.model, kernels()
+        found = [_parts(block) for block in decoder.layers]
+        blocks = [parts for parts in found if parts is not None]
+        if compiled is None or len(blocks) < len(found) or len({parts.shape for parts in blocks}) != 1:
+            return None
+        if type(model).__call__ is not CausalLM.__call__ or type(decoder).__call__ is not Decoder.__call__:
+            return None
+        steps, attn = CompiledSteps(decoder, blocks, pool, compiled), blocks[0].attn
+        caches = [pool[parts.attn.layer_id] for parts in blocks]
+        can_rotate = all(compiled.can_rotate(steps._qkv, *views) and compiled.can_gather(*views) for views in caches)
+        return steps if can_rotate and attn.head_dim == caches[0].v.shape[2] else None
+
+    def take(self, batch: ForwardBatch) -> bool:
+        """Return whether `batch` is such a step."""
+        num_tokens = len(batch.input_ids)
+        others = (batch.rotation, batch.features, batch.of_windows, batch.seen_until)
+        is_plain = all(other is None for other in others)
+        return num_tokens <= MAX_CHAINED and num_tokens == batch.num_decodes and is_plain
+
+    def __call__(self, batch: ForwardBatch, pool: CachePool) -> torch.Tensor:
+        """Return what the decoder returns, [T, hidden]."""
+        num_tokens, num_threads = len(batch.input_ids), torch.get_num_threads()
+        if num_tokens != self._num_tokens:
+            for call in self._calls:
+                call.num_tokens = num_tokens
+            self._num_tokens = num_tokens
+        h = self._h[:num_tokens].copy_(self._decoder.embed(batch))
+        try:
+            self._run_blocks(batch, pool, self._q[:num_tokens], num_threads)
+        finally:
+            self._kernels.use_threads(num_threads)
+        return self._decoder.norm(h)
+
+    def _run_blocks(self, batch: ForwardBatch, pool: CachePool, q: torch.Tensor, num_threads: int) -> None:
+        positions, slots = batch.positions.data_ptr(), batch.out_cache_loc.data_ptr()
+        for attn, chain, rope, out in zip(self._attentions, self._chains, self._ropes, self._outs, strict=False):
+            k_cache, v_cache = pool[attn.layer_id]
+            rope.positions, rope.slots = positions, slots
+            rope.k_cache, rope.v_cache = k_cache.data_ptr(), v_cache.data_ptr()
+            members = only_set(batch, attn.window, attn.config.is_chunked, q.dtype, attn.slopes is not None)
+            room = None if members is None else members.room(k_cache, v_cache)
+            if members is None or room is None:
+                chain.run(len(chain) - 1, num_threads)
+                self._kernels.use_threads(num_threads)
+                found = attn.find(q, k_cache, v_cache, batch)
+            else:
+                k, v = room.aim(self._gather.call, k_cache, v_cache)
+                chain.run(len(chain), num_threads)
+                self._kernels.use_threads(1 if k.numel() <= SMALL_ATTENTION else num_threads)
+                found = decode_gathered(q, k, v, members, attn.scale, attn.softcap, attn.sinks, attn.slopes)
+            out.x = found.data_ptr()  # kept until the next one is there
+        self._chains[-1].run(len(self._chains[-1]), num_threads)
+
+
+def _product(linear: Linear, x: torch.Tensor, out: torch.Tensor, **fused: Any) -> Operation:
+    assert isinstance(linear.weight, CpuQuantizedWeight)
+    return linear.weight.operation(x, out, bias=linear.bias, **fused)
+
+
+def _parts(block: Block) -> _Parts | None:
+    """Return the parts of a block that computes what `PreNorm` says and nothing else, by compiled products."""
+    attn, mlp = block.self_attn, block.mlp
+    if type(block).__call__ is not PreNorm.__call__ or type(attn) is not Attention or type(mlp) is not GatedMLP:
+        return None
+    assert isinstance(block, PreNorm)
+    parts = _Parts(attn, mlp, block.input_layernorm, block.post_attention_layernorm)
+    products = ((attn.qkv_proj, None), (attn.o_proj, None), (mlp.gate_up_proj, mlp.act), (mlp.down_proj, None))
+    for linear, act in products:
+        if not isinstance(linear.weight, CpuQuantizedWeight) or not linear.weight.can_chain(act):
+            return None
+    return parts if attn.is_plain and block.fuses_norms and block.comm.size == 1 else None
