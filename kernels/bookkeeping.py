@@ -48,19 +48,26 @@ def begin_step(
     )
 
 
-def end_step_torch(tokens: torch.Tensor, rows: torch.Tensor, last_tokens: torch.Tensor) -> None:
-    """Record each row's sampled token for the next step. In place.
+def end_step_torch(
+    tokens: torch.Tensor, rows: torch.Tensor, last_tokens: torch.Tensor, counts: torch.Tensor | None = None
+) -> None:
+    """Record each row's sampled token for the next step, and count it in counts, int16 [R, V]. In place.
 
     tokens, rows: int32 [S]. A failed draw (-1) leaves 0: its request is ended, but a launched step may still read it.
     """
-    last_tokens[rows] = tokens.clamp(min=0)
+    valid = tokens.clamp(min=0)
+    last_tokens[rows] = valid
+    if counts is not None:
+        counts[rows, valid] += 1
 
 
-def end_step(tokens: torch.Tensor, rows: torch.Tensor, last_tokens: torch.Tensor) -> None:
+def end_step(
+    tokens: torch.Tensor, rows: torch.Tensor, last_tokens: torch.Tensor, counts: torch.Tensor | None = None
+) -> None:
     """Run `end_step_torch`, as one kernel on a GPU."""
     if not tokens.is_cuda:
-        end_step_torch(tokens, rows, last_tokens)
+        end_step_torch(tokens, rows, last_tokens, counts)
         return
     from kernels.triton_bookkeeping import end_step_triton
 
-    end_step_triton(tokens, rows, last_tokens)
+    end_step_triton(tokens, rows, last_tokens, counts)

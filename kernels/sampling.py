@@ -33,7 +33,10 @@ def sample_torch(
     min_p: torch.Tensor,
     seed: torch.Tensor,
     position: torch.Tensor,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    if rows is not None:
+        temperature, top_k, top_p, min_p, seed = (of_row[rows] for of_row in (temperature, top_k, top_p, min_p, seed))
     vocab_size = logits.shape[-1]
     largest, first_largest = logits.max(dim=-1)
     scaled = logits.float() * temperature.clamp(min=GREEDY_TEMPERATURE).reciprocal().unsqueeze(1)
@@ -110,19 +113,21 @@ def sample(
     min_p: torch.Tensor,
     seed: torch.Tensor,
     position: torch.Tensor,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Draw one token a row, or -1 where a row holds a NaN or inf or nothing but -inf; logits [S, V] -> int32 [S].
 
-    temperature, top_p, min_p fp32 [S]; top_k and position int32 [S]; seed int64 [S]. A row with a temperature below
-    1e-6 or top_k 1 gets its argmax. Else, in this order and with ties at a limit all kept:
-    top_k keeps the k most likely tokens; top_p keeps, of those, each token that has less than top_p of their mass
-    before it; min_p keeps tokens at least min_p times as likely as the likeliest. Of what is kept, one token is drawn
-    by its probability: the largest logit / temperature + Gumbel noise wins (Gumbel-max).
+    position int32 [S]; temperature, top_p, min_p fp32, top_k int32, seed int64: [S] or, with `rows` (int32 [S]), tables
+    of which logits row i takes entry rows[i]. A row with a temperature below 1e-6 or top_k 1 gets its argmax. Else, in
+    this order and with ties at a limit all kept: top_k keeps the k most likely tokens; top_p keeps, of those, each
+    token that has less than top_p of their mass before it; min_p keeps tokens at least min_p times as likely as the
+    likeliest. Of what is kept, one token is drawn by its probability: the largest logit / temperature + Gumbel noise
+    wins (Gumbel-max).
     """
     run = sample_torch
     if logits.is_cuda:
         from kernels.triton_sampling import sample_triton as run
-    return run(logits, temperature, top_k, top_p, min_p, seed, position)
+    return run(logits, temperature, top_k, top_p, min_p, seed, position, rows)
 
 
 def apply_penalties_torch(
@@ -134,6 +139,7 @@ def apply_penalties_torch(
     repetition: torch.Tensor,
 ) -> None:
     count = counts.index_select(0, rows)
+    frequency, presence, repetition = frequency[rows], presence[rows], repetition[rows]
     values = logits.float()
     factor = repetition.unsqueeze(1)
     values = torch.where(count != 0, torch.where(values > 0, values / factor, values * factor), values)
@@ -153,9 +159,9 @@ def apply_penalties(
     """Apply penalties to logits [S, V], in place.
 
     counts int16 [R, V]: bit 14 is set for the prompt's tokens, the bits below count how often a token was generated;
-    logits row i belongs to counts[rows[i]]. Penalties fp32 [S], as OpenAI and Hugging Face define them: repetition
-    divides positive and multiplies negative logits of all tokens seen, then frequency is subtracted once a time
-    generated, presence once if generated at all.
+    logits row i belongs to counts[rows[i]] and to entry rows[i] of the penalties, fp32 [R], as OpenAI and Hugging Face
+    define them: repetition divides positive and multiplies negative logits of all tokens seen, then frequency is
+    subtracted once a time generated, presence once if generated at all.
     """
     run = apply_penalties_torch
     if logits.is_cuda:

@@ -26,9 +26,12 @@ def begin_step_triton(
     )  # fmt: skip
 
 
-def end_step_triton(tokens: torch.Tensor, rows: torch.Tensor, last_tokens: torch.Tensor) -> None:
+def end_step_triton(
+    tokens: torch.Tensor, rows: torch.Tensor, last_tokens: torch.Tensor, counts: torch.Tensor | None = None
+) -> None:
     num_samples = tokens.shape[0]
-    _end_step_kernel[(cdiv(num_samples, BLOCK),)](tokens, rows, last_tokens, num_samples, BLOCK=BLOCK)
+    stride = 0 if counts is None else counts.stride(0)
+    _end_step_kernel[(cdiv(num_samples, BLOCK),)](tokens, rows, last_tokens, counts, num_samples, stride, BLOCK=BLOCK)
 
 
 @fast_launch
@@ -52,9 +55,12 @@ def _begin_step_kernel(
 
 @fast_launch
 @triton.jit(do_not_specialize=["num_samples"])
-def _end_step_kernel(tokens, rows, last_tokens, num_samples, BLOCK: tl.constexpr):
+def _end_step_kernel(tokens, rows, last_tokens, counts, num_samples, counts_stride, BLOCK: tl.constexpr):
     sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = sample < num_samples
     row = tl.load(rows + sample, mask=mask, other=0)
-    token = tl.load(tokens + sample, mask=mask, other=0)
-    tl.store(last_tokens + row, tl.maximum(token, 0), mask=mask)
+    token = tl.maximum(tl.load(tokens + sample, mask=mask, other=0), 0)
+    tl.store(last_tokens + row, token, mask=mask)
+    if counts is not None:
+        counts += row.to(tl.int64) * counts_stride + token
+        tl.store(counts, tl.load(counts, mask=mask, other=0) + 1, mask=mask)

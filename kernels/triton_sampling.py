@@ -10,6 +10,9 @@ from kernels.triton_elementwise import launch_options, wait_for_input
 PIECE_BLOCK = 2048  # logits that a program of the first pass reads together: 8 a thread
 NUM_PROGRAMS = 1024  # least programs of the first pass, if the rows are long enough
 ROW_BLOCK, ROW_WARPS = 4096, 16
+GROUP_SIZE = 128  # tokens of a piece whose largest logit is kept: where a row's largest logits may lie
+MAX_LISTED_K = 512  # a top_k up to which the tokens that it keeps are listed and ranked, and not found by redrawing
+LIST_SIZE = 2 * MAX_LISTED_K  # there may be more tokens than top_k keeps, as the limit is known by groups alone
 
 
 def argmax_triton(logits: torch.Tensor) -> torch.Tensor:
@@ -24,11 +27,12 @@ def sample_triton(
     min_p: torch.Tensor,
     seed: torch.Tensor,
     position: torch.Tensor,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return _sample_triton(logits, (temperature, top_k, top_p, min_p, seed, position))
+    return _sample_triton(logits, (rows, temperature, top_k, top_p, min_p, seed, position))
 
 
-def _sample_triton(logits: torch.Tensor, params: tuple[torch.Tensor, ...] | None) -> torch.Tensor:
+def _sample_triton(logits: torch.Tensor, params: tuple[torch.Tensor | None, ...] | None) -> torch.Tensor:
     """Return each row's token, without params its argmax. Two launches: the winner of each piece, then of the row."""
     num_rows, vocab_size = logits.shape
     token_ids = torch.empty(num_rows, dtype=torch.int32, device=logits.device)
@@ -37,23 +41,34 @@ def _sample_triton(logits: torch.Tensor, params: tuple[torch.Tensor, ...] | None
     num_pieces, num_blocks = _cut_row(num_rows, vocab_size)
     values = torch.empty(2, num_rows, num_pieces, dtype=torch.float32, device=logits.device)
     ids = torch.empty(num_rows, num_pieces, dtype=torch.int32, device=logits.device)
-    temperature, top_k, top_p, min_p, seed, position = params or (None,) * 6
+    groups_a_piece = num_blocks * PIECE_BLOCK // GROUP_SIZE
+    num_groups = num_pieces * groups_a_piece
+    groups = lists = None
+    if params is not None:
+        groups = torch.empty(num_rows, num_groups, dtype=torch.float32, device=logits.device)
+        lists = torch.empty(num_rows, num_groups + 2 * LIST_SIZE, dtype=torch.int32, device=logits.device)
+    rows, temperature, top_k, top_p, min_p, seed, position = params or (None,) * 7
     _piece_winner_kernel[(num_rows, num_pieces)](
         logits,
+        rows,
         temperature,
         top_k,
         seed,
         position,
         values,
         ids,
+        groups,
         logits.stride(0),
         V=vocab_size,
         NUM_BLOCKS=num_blocks,
+        NUM_GROUPS=groups_a_piece,
+        MAX_LISTED_K=MAX_LISTED_K,
         BLOCK=PIECE_BLOCK,
         **launch_options(logits.device, num_warps=PIECE_BLOCK // 256),
     )
     _row_winner_kernel[(num_rows,)](
         logits,
+        rows,
         temperature,
         top_k,
         top_p,
@@ -62,13 +77,21 @@ def _sample_triton(logits: torch.Tensor, params: tuple[torch.Tensor, ...] | None
         position,
         values,
         ids,
+        groups,
+        lists,
         token_ids,
         logits.stride(0),
         num_pieces,
+        num_groups,
+        groups_a_piece,
         V=vocab_size,
         # Low bits of a logit's float32 that are always the same.
         UNUSED_BITS={torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[logits.dtype],
+        GROUP_SIZE=GROUP_SIZE,
+        MAX_LISTED_K=MAX_LISTED_K,
+        PIECE_BLOCK=PIECE_BLOCK,
         BLOCK_PIECES=next_power_of_2(num_pieces),
+        BLOCK_GROUPS=next_power_of_2(num_groups),
         BLOCK=ROW_BLOCK,
         **launch_options(logits.device, num_warps=4 if params is None else ROW_WARPS),
     )
@@ -78,10 +101,10 @@ def _sample_triton(logits: torch.Tensor, params: tuple[torch.Tensor, ...] | None
 def _cut_row(num_rows: int, vocab_size: int) -> tuple[int, int]:
     """Return (pieces a row, blocks a piece): enough pieces that a few rows fill the device, too.
 
-    Blocks are powers of 2: a kernel is compiled for each number of them.
+    Blocks are powers of 2: a kernel is compiled for each number of them. A group has a token of each at least.
     """
     num_blocks = cdiv(vocab_size, PIECE_BLOCK)
-    blocks_a_piece = next_power_of_2(cdiv(num_blocks * num_rows, NUM_PROGRAMS))
+    blocks_a_piece = min(next_power_of_2(cdiv(num_blocks * num_rows, NUM_PROGRAMS)), GROUP_SIZE)
     return cdiv(num_blocks, blocks_a_piece), blocks_a_piece
 
 
@@ -89,33 +112,48 @@ def _cut_row(num_rows: int, vocab_size: int) -> tuple[int, int]:
 @triton.jit
 def _piece_winner_kernel(
     logits,
+    rows,
     temperature,
     top_k,
     seed,
     position,
     values,
     ids,
+    groups,
     logits_stride,
     V: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    MAX_LISTED_K: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Store a piece's largest logit (NaN if one is), and its largest logit / temperature + noise with that one's id."""
+    """Store a piece's largest logit (NaN if one is), and its largest logit / temperature + noise with that one's id.
+
+    Also the largest logit of each of its groups: a group has the same few lanes of each block. Rows whose top_k is
+    small need no more than these, and get no noise.
+    """
     wait_for_input(PDL)
     row = tl.program_id(0)
     logits += row.to(tl.int64) * logits_stride
     start = tl.program_id(1) * NUM_BLOCKS * BLOCK
-    if temperature is None:
-        largest, best, best_id = _best_of_piece(logits, start, 1.0, 0, 0, True, V, NUM_BLOCKS, BLOCK)
-    else:
-        temp = tl.load(temperature + row)
-        if (temp < 1e-6) | (tl.load(top_k + row) == 1):
-            largest, best, best_id = _best_of_piece(logits, start, 1.0, 0, 0, True, V, NUM_BLOCKS, BLOCK)
-        else:
-            key1, key2 = _noise_keys(tl.load(seed + row), tl.load(position + row))
-            largest, best, best_id = _best_of_piece(logits, start, 1.0 / temp, key1, key2, False, V, NUM_BLOCKS, BLOCK)
     piece = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    if temperature is None:
+        largest, best, best_id, _ = _best_of_piece(logits, start, 1.0, 0, 0, True, V, NUM_BLOCKS, BLOCK)
+    else:
+        entry = row
+        if rows is not None:
+            entry = tl.load(rows + row)
+        temp = tl.load(temperature + entry)
+        if (temp < 1e-6) | (tl.load(top_k + entry) <= MAX_LISTED_K):
+            largest, best, best_id, lanes = _best_of_piece(logits, start, 1.0, 0, 0, True, V, NUM_BLOCKS, BLOCK)
+        else:
+            key1, key2 = _noise_keys(tl.load(seed + entry), tl.load(position + row))
+            largest, best, best_id, lanes = _best_of_piece(
+                logits, start, 1.0 / temp, key1, key2, False, V, NUM_BLOCKS, BLOCK
+            )
+        of_groups = tl.max(tl.reshape(lanes, [NUM_GROUPS, BLOCK // NUM_GROUPS]), axis=1)
+        tl.store(groups + piece * NUM_GROUPS + tl.arange(0, NUM_GROUPS), of_groups)
     tl.store(values + piece, largest)
     tl.store(values + tl.num_programs(0).to(tl.int64) * tl.num_programs(1) + piece, best)
     tl.store(ids + piece, best_id)
@@ -148,13 +186,14 @@ def _best_of_piece(
         best = tl.maximum(x, best)
     nan_or_largest = tl.where(tl.max(has_nan, axis=0) > 0, float("nan"), tl.max(largest, axis=0))
     winner = tl.max(best, axis=0)
-    return nan_or_largest, winner, tl.min(tl.where(best == winner, best_id, 0x7FFFFFFF), axis=0)
+    return nan_or_largest, winner, tl.min(tl.where(best == winner, best_id, 0x7FFFFFFF), axis=0), largest
 
 
 @fast_launch
 @triton.jit
 def _row_winner_kernel(
     logits,
+    rows,
     temperature,
     top_k,
     top_p,
@@ -163,21 +202,24 @@ def _row_winner_kernel(
     position,
     values,
     ids,
+    groups,
+    lists,
     token_ids,
     logits_stride,
     num_pieces,
+    num_groups,
+    groups_a_piece,
     V: tl.constexpr,
     UNUSED_BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    MAX_LISTED_K: tl.constexpr,
+    PIECE_BLOCK: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Store the winner over the tokens kept, without knowing which they are.
-
-    While the winner is not one of them, none at or below it is (the kept ones are the head of the order), so draw again
-    above it, with the same noise. That ends with the token that a draw over the kept ones alone would give; seldom is a
-    second draw needed. (FlashInfer's rejection sampling draws anew instead.)
-    """
+    """Store the winner over the tokens kept: by a list of them where top_k is small, else by drawing until one is."""
     wait_for_input(PDL)
     row = tl.program_id(0)
     piece = tl.arange(0, BLOCK_PIECES)
@@ -193,16 +235,148 @@ def _row_winner_kernel(
     if has_nan | (largest == float("-inf")) | (largest == float("inf")):
         winner = -1
     elif temperature is not None:
-        k = tl.load(top_k + row)
-        p = tl.load(top_p + row)
-        least = tl.load(min_p + row)
-        temp = tl.load(temperature + row)
-        if (temp >= 1e-6) & (k != 1) & ((k < V) | (p < 1.0) | (least > 0.0)):
+        entry = row
+        if rows is not None:
+            entry = tl.load(rows + row)
+        k = tl.load(top_k + entry)
+        p = tl.load(top_p + entry)
+        least = tl.load(min_p + entry)
+        temp = tl.load(temperature + entry)
+        is_listed = k <= MAX_LISTED_K
+        if (temp >= 1e-6) & (k != 1) & (is_listed | (k < V) | (p < 1.0) | (least > 0.0)):
             logits += row.to(tl.int64) * logits_stride
-            winner = _kept_winner(
-                logits, winner, largest, 1.0 / temp, k, p, least, seed + row, position + row, V, UNUSED_BITS, BLOCK
-            )
+            inverse = 1.0 / temp
+            floor = tl.where(least > 0.0, largest * inverse + tl.log(tl.maximum(least, 1e-38)), float("-inf"))
+            key1, key2 = _noise_keys(tl.load(seed + entry), tl.load(position + row))
+            if is_listed:
+                winner = _listed_winner(
+                    logits, groups + row.to(tl.int64) * num_groups,
+                    lists + row.to(tl.int64) * (num_groups + 4 * MAX_LISTED_K), num_groups, groups_a_piece,
+                    largest, inverse, k, p, floor, key1, key2,
+                    V, GROUP_SIZE, PIECE_BLOCK, BLOCK_GROUPS, 2 * MAX_LISTED_K,
+                )  # fmt: skip
+                is_listed = winner >= 0
+                if not is_listed:  # the pieces' winners had no noise
+                    winner = _draw_above(logits, float("-inf"), floor, inverse, key1, key2, V, BLOCK)
+            if not is_listed:
+                if (k < V) | (p < 1.0):
+                    winner = _kept_winner(
+                        logits, winner, largest, inverse, k, p, floor, key1, key2, V, UNUSED_BITS, BLOCK
+                    )
+                elif tl.load(logits + winner).to(tl.float32) * inverse < floor:
+                    winner = _draw_above(logits, float("-inf"), floor, inverse, key1, key2, V, BLOCK)
     tl.store(token_ids + row, winner)
+
+
+@triton.jit
+def _listed_winner(
+    logits,
+    groups,
+    lists,
+    num_groups,
+    groups_a_piece,
+    largest,
+    inverse,
+    k,
+    p,
+    floor,
+    key1,
+    key2,
+    V: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    PIECE_BLOCK: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    LIST_SIZE: tl.constexpr,
+):
+    """Return the winner over the tokens kept, or -1 if too many logits lie near the k-th largest to list them.
+
+    At least k tokens have logits of the k-th largest group's at least; they lie in groups that do, too. Each token
+    that is listed then counts those above it and their mass. Masses are summed as integers: in whatever order the
+    batch's cut of the row brings them, the sum is the same.
+    """
+    group = tl.arange(0, BLOCK_GROUPS)
+    maxima = tl.load(groups + group, mask=group < num_groups, other=float("-inf"))
+    limit = _kth_at_least(maxima, largest, k)
+    num_hits = _append(lists, 0, group, (maxima >= limit) & (maxima > float("-inf")), BLOCK_GROUPS)
+    tl.debug_barrier()
+
+    values = lists + num_groups
+    ids = values + LIST_SIZE
+    num_listed = 0
+    lanes = PIECE_BLOCK // groups_a_piece
+    member = tl.arange(0, GROUP_SIZE)
+    offset = (member // lanes) * PIECE_BLOCK + member % lanes
+    HITS: tl.constexpr = 32  # more at once take more registers
+    for first in range(0, num_hits, HITS):
+        hit = first + tl.arange(0, HITS)
+        found = tl.load(lists + hit, mask=hit < num_hits, other=0)
+        start = found // groups_a_piece * (PIECE_BLOCK * (GROUP_SIZE // lanes)) + found % groups_a_piece * lanes
+        token_id = tl.reshape(start[:, None] + offset[None, :], [HITS * GROUP_SIZE])
+        is_there = tl.reshape((hit < num_hits)[:, None] & (offset >= 0)[None, :], [HITS * GROUP_SIZE]) & (token_id < V)
+        x = tl.load(logits + token_id, mask=is_there, other=float("-inf")).to(tl.float32)
+        is_near = (x >= limit) & (x > float("-inf"))
+        _append(values, num_listed, x.to(tl.int32, bitcast=True), is_near, LIST_SIZE)
+        num_listed = _append(ids, num_listed, token_id, is_near, LIST_SIZE)
+    tl.debug_barrier()
+
+    winner = -1
+    if num_listed <= LIST_SIZE:
+        entry = tl.arange(0, LIST_SIZE)
+        x = _listed(values, entry, num_listed)
+        num_above = tl.zeros([LIST_SIZE], tl.int32)
+        mass_above = tl.zeros([LIST_SIZE], tl.int64)
+        OTHERS: tl.constexpr = 8
+        for first in range(0, num_listed, OTHERS):
+            other = _listed(values, first + tl.arange(0, OTHERS), num_listed)
+            is_above = other[None, :] > x[:, None]
+            num_above += tl.sum(is_above.to(tl.int32), axis=1)
+            mass_above += tl.sum(tl.where(is_above, _whole_mass(other, largest, inverse)[None, :], 0), axis=1)
+        is_kept = (entry < num_listed) & (num_above < k)
+        mass = tl.sum(tl.where(is_kept, _whole_mass(x, largest, inverse), 0), axis=0)
+        share = tl.where(p < 1.0, p, float("inf"))
+        is_kept &= (mass_above.to(tl.float32) < share * mass.to(tl.float32)) & (x * inverse >= floor)
+        token_id = tl.load(ids + entry, mask=entry < num_listed, other=0x7FFFFFFF)
+        noisy = tl.where(is_kept, x * inverse + _gumbel_noise(key1, key2, token_id), float("-inf"))
+        winner = tl.min(tl.where(is_kept & (noisy == tl.max(noisy, axis=0)), token_id, 0x7FFFFFFF), axis=0)
+    return winner
+
+
+@triton.jit
+def _kth_at_least(values, largest, k):
+    """Return a limit that at least k of the values reach, near the k-th largest; -inf if fewer than k are finite."""
+    is_finite = values > float("-inf")
+    low = tl.min(tl.where(is_finite, values, largest), axis=0)
+    high = largest
+    for _ in range(14):  # to a 16,000th of their range
+        middle = low * 0.5 + high * 0.5
+        is_enough = tl.sum((values >= middle).to(tl.int32), axis=0) >= k
+        low = tl.where(is_enough, middle, low)
+        high = tl.where(is_enough, high, middle)
+    return tl.where(tl.sum(is_finite.to(tl.int32), axis=0) >= k, low, float("-inf"))
+
+
+@triton.jit
+def _append(places, num_before, values, is_wanted, SIZE: tl.constexpr):
+    """Store those of the values that are wanted behind num_before others, in order. Returns how many there are then.
+
+    Those for which there is no place are counted only.
+    """
+    wanted = is_wanted.to(tl.int32)
+    place = num_before + tl.cumsum(wanted, axis=0) - 1
+    tl.store(places + place, values, mask=is_wanted & (place < SIZE))
+    return num_before + tl.sum(wanted, axis=0)
+
+
+@triton.jit
+def _listed(values, entry, num_listed):
+    bits = tl.load(values + entry, mask=entry < num_listed, other=-0x800000)  # of -inf
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _whole_mass(x, largest, inverse):
+    """Return exp((x - largest) / temperature) in units of 2^-30."""
+    return (tl.exp((x - largest) * inverse) * 1073741824.0 + 0.5).to(tl.int64)
 
 
 @triton.jit
@@ -213,22 +387,26 @@ def _kept_winner(
     inverse,
     k,
     p,
-    least,
-    seed,
-    position,
+    floor,
+    key1,
+    key2,
     V: tl.constexpr,
     UNUSED_BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    key1, key2 = _noise_keys(tl.load(seed), tl.load(position))
-    floor = largest * inverse + tl.log(tl.maximum(least, 1e-38))
+    """Return the winner over the tokens kept, without knowing which they are.
+
+    While the winner is not one of them, none at or below it is (the kept ones are the head of the order), so draw again
+    above it, with the same noise. That ends with the token that a draw over the kept ones alone would give; seldom is a
+    second draw needed. (FlashInfer's rejection sampling draws anew instead.)
+    """
     mass_in_top_k = -1.0  # not known yet
     below_top_k = tl.full([], float("-inf"), tl.float32)
     is_searching = True
     while is_searching:
         x = tl.load(logits + winner).to(tl.float32)
         num_above, num_equal, mass_above, mass = _count_above(logits, x, largest, inverse, V, BLOCK)
-        is_kept = (num_above < k) & ((x * inverse >= floor) | (least <= 0.0))
+        is_kept = (num_above < k) & (x * inverse >= floor)
         if is_kept & (p < 1.0) & (num_above > 0):
             weight = tl.exp((x - largest) * inverse)
             if k >= V:
@@ -403,14 +581,15 @@ def _apply_penalties_kernel(
 ):
     wait_for_input(PDL)
     i = tl.program_id(0)
-    once_a_time = tl.load(frequency + i)
-    once = tl.load(presence + i)
-    factor = tl.load(repetition + i)
+    row = tl.load(rows + i)
+    once_a_time = tl.load(frequency + row)
+    once = tl.load(presence + row)
+    factor = tl.load(repetition + row)
     if (once_a_time != 0.0) | (once != 0.0) | (factor != 1.0):
         token_id = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         is_token = token_id < V
         pointers = logits + i.to(tl.int64) * logits_stride + token_id
-        counts += tl.load(rows + i).to(tl.int64) * counts_stride
+        counts += row.to(tl.int64) * counts_stride
         count = tl.load(counts + token_id, mask=is_token, other=0).to(tl.int32)
         x = tl.load(pointers, mask=is_token, other=0.0).to(tl.float32)
         x = tl.where(count != 0, tl.where(x > 0, x / factor, x * factor), x)

@@ -287,9 +287,12 @@ def test_the_kernel_that_ends_a_step_equals_its_twin() -> None:
     for run in (triton_bookkeeping.end_step_triton, bookkeeping.end_step_torch):
         last_tokens = torch.full((400,), 7, dtype=torch.int32, device=DEVICE)
         run(tokens, rows, last_tokens)
-        results.append(last_tokens)
-    found, expected = results
-    assert torch.equal(found, expected)
+        counts = torch.full((400, 50), 3, dtype=torch.int16, device=DEVICE)
+        run(tokens, rows, last_tokens, counts)
+        results.append((last_tokens, counts))
+    (found, found_counts), (expected, counts) = results
+    assert torch.equal(found, expected) and torch.equal(found_counts, counts)
+    assert counts.sum() == 3 * 400 * 50 + 300 and counts[rows[0], tokens[0].clamp(min=0)] == 4
     assert (tokens < 0).any() and (expected >= 0).all() and (expected == 7).sum() >= 100
 
 
@@ -442,6 +445,49 @@ def test_the_sampling_kernel_picks_its_twins_tokens(dtype: torch.dtype) -> None:
     assert num_different <= (0 if DEVICE == "cpu" else 1)
 
 
+def test_a_small_top_k_is_drawn_alike_wherever_its_tokens_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spread, side by side, equally likely, few allowed: listed where that can be, drawn anew where not."""
+    vocab_size = 7000
+    logits = randn(7, vocab_size, scale=1.3)
+    logits[1] = 0.0
+    logits[2, 6500:6560] += 20
+    logits[3] = -torch.inf
+    logits[3, [5, 4097, 6999]] = floats(1, 2, 1.5)
+    logits[4] = logits[4].bfloat16().float()  # many ties at the limit
+    logits[5, 700] = 1e4  # far above the rest
+    params = sampling_params(7, top_k=50, top_p=0.95, temperature=0.8)
+    params["top_k"][6] = 600
+    params["top_p"][[3, 4, 5]] = floats(1, 1, 0.999)
+    params["seed"] = torch.arange(7).to(DEVICE)
+    expected = sampling.sample_torch(logits, **params).tolist()
+    for num_programs in (1024, 14):  # pieces of one block, and of two
+        monkeypatch.setattr(triton_sampling, "NUM_PROGRAMS", num_programs)
+        assert triton_sampling.sample_triton(logits, **params).tolist() == expected
+
+
+def test_a_small_top_k_ends_where_its_twins_does() -> None:
+    """Of tokens nearly as likely, one beyond the limit would be drawn in every fourth row or so."""
+    params = sampling_params(16, top_k=3)
+    params["top_k"][8:], params["top_p"][8:] = 10, 0.35
+    params["seed"] = torch.arange(16).to(DEVICE)
+    logits = randn(16, 300, scale=0.01)
+    assert triton_sampling.sample_triton(logits, **params).tolist() == sampling.sample_torch(logits, **params).tolist()
+
+
+@pytest.mark.parametrize("sample", SAMPLERS)
+def test_parameters_can_be_tables_of_rows(sample: Callable[..., torch.Tensor]) -> None:
+    logits = randn(3, 3000)
+    tables = sampling_params(5)
+    tables["temperature"] = floats(1, 0, 0.3, 3, 1)
+    tables["top_k"] = ints(1 << 30, 5, 40, 1 << 30, 9)
+    tables["top_p"], tables["min_p"] = floats(0.9, 1, 0.5, 1, 1), floats(0, 0, 0, 0.1, 0)
+    tables["seed"] = ints(4, 5, 6, 7, 8, dtype=torch.int64)
+    rows = ints(3, 0, 2)
+    tables["position"] = ints(10, 11, 12)
+    own = {name: table if name == "position" else table[rows.long()] for name, table in tables.items()}
+    assert sample(logits, **tables, rows=rows).tolist() == sample(logits, **own).tolist()
+
+
 @pytest.mark.parametrize(
     ("top_k", "top_p", "min_p", "temperature"),
     [(1 << 30, 1.0, 0.0, 1.0), (8, 1.0, 0.0, 0.7), (1 << 30, 0.8, 0.0, 1.0), (12, 0.7, 0.0, 1.3), (20, 0.9, 0.2, 1.0)],
@@ -512,8 +558,8 @@ def test_penalties_follow_their_definitions(dtype: torch.dtype) -> None:
     counts = torch.randint(0, 3, (5, 2100), dtype=torch.int16)
     counts |= torch.randint(0, 2, (5, 2100), dtype=torch.int16) << 14
     counts = counts.to(DEVICE)
-    rows, repetition = ints(4, 0, 2), floats(1.3, 1.0, 0.8)
-    frequency, presence = floats(0.5, 0.0, -0.3), floats(0.2, 0.0, 0.7)
+    rows, repetition = ints(4, 0, 2), floats(1.0, 9.0, 0.8, 9.0, 1.3)
+    frequency, presence = floats(0.0, 9.0, -0.3, 9.0, 0.5), floats(0.0, 9.0, 0.7, 9.0, 0.2)
     kernel_logits, twin_logits = logits.clone(), logits.clone()
     triton_sampling.apply_penalties_triton(kernel_logits, rows, counts, frequency, presence, repetition)
     sampling.apply_penalties_torch(twin_logits, rows, counts, frequency, presence, repetition)

@@ -3,6 +3,7 @@
 The host decides which of these a step needs (`SamplingWork`), so that a plain greedy step is one argmax.
 """
 
+import copy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from engine.request import TOP_K_ALL
 from engine.schedule.plan import Plan
 from engine.schedule.rows import Rows
+from engine.step.logit_edits import LogitEditor, LogitEdits
 from kernels import sampling
 from kernels.bookkeeping import end_step
 
@@ -23,23 +25,25 @@ class SamplingWork:
 
     num_samples: int
     is_greedy: bool
-    tables: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # new per-row parameters for the device
-    edits: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # (s, token id, value to add)
-    penalized: np.ndarray | None = None  # int64 indices into S
+    has_penalties: bool = False
+    has_edits: bool = False  # perhaps: see edits
     masked: np.ndarray | None = None  # int64 indices into S whose matchers may forbid tokens
-    masks: tuple[torch.Tensor, torch.Tensor] | None = None  # host int32 (bits [M, V / 32], indices into S [M])
-    new_counts: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)  # (row, prompt ids, output ids)
     logprob_samples: np.ndarray | None = None  # int64 indices into S
     num_top_logprobs: int = 0
-    wants_hidden: bool = False  # somebody asks for hidden states, too
     logprob_ids: np.ndarray | None = None  # int64 [len(logprob_samples), M], padded with 0
+    wants_hidden: bool = False  # somebody asks for hidden states, too
+    # The rest may differ from step to step of the same requests; None or empty: nothing to do.
+    tables: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # new per-row parameters for the device
+    new_counts: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)  # (row, prompt ids, output ids)
+    edits: LogitEdits | None = None
+    masks: tuple[torch.Tensor, torch.Tensor] | None = None  # host int32 (bits [M, V / 32], indices into S [M])
 
     @property
     def is_plain(self) -> bool:
         """Return whether nothing but the most likely token is wanted."""
         return (
             self.is_greedy
-            and self.penalized is None
+            and not self.has_penalties
             and self.edits is None
             and self.logprob_samples is None
             and self.masks is None
@@ -70,40 +74,49 @@ class Sampler:
         self._seed = torch.zeros(size, dtype=torch.int64, device=device)
         self._counts: torch.Tensor | None = None  # int16 [num_rows + 1, vocab_size], made for the first who needs it
         self._version = -1
-        # The last cohort that wanted nothing but the most likely token, and its work. Never None, as plans' may be.
-        self._plain_cohort: object = self
-        self._plain_work = SamplingWork(0, is_greedy=True)
+        self._editor = LogitEditor(rows, eos_token_ids, vocab_size)
+        # The last cohort, and what its steps' work has in common. Never None, as plans' may be.
+        self._cohort: object = self
+        self._cohort_work = SamplingWork(0, is_greedy=True)
 
     # ---- on the event loop: what does this plan need? ----
 
     def plan_work(self, plan: Plan) -> SamplingWork:
-        """Decide what the logits of `plan` need. Nobody writes to the result of a plain step: it is used again."""
-        rows = self.rows
-        if plan.cohort is self._plain_cohort:
-            return self._plain_work
-        sampled = plan.rows[plan.samples]
-        is_greedy = np.count_nonzero(rows.is_greedy[sampled]) == len(sampled)
-        work = SamplingWork(len(sampled), is_greedy=is_greedy)
-        if is_greedy and not np.count_nonzero(rows.has_extras[sampled]):  # for a few rows much faster than any()
+        """Decide what the logits of `plan` need. Steps may share the result: nobody writes to it but `masks`."""
+        rows, work = self.rows, self._cohort_work
+        if plan.cohort is not self._cohort:
+            work = self._common_work(plan.rows[plan.samples])
             if plan.cohort is not None:
-                self._plain_cohort, self._plain_work = plan.cohort, work
+                self._cohort, self._cohort_work = plan.cohort, work
+        has_tables = work.has_penalties or not work.is_greedy
+        needs_tables = has_tables and self._version != rows.sampling_version
+        if not (needs_tables or work.has_penalties or work.has_edits or work.masked is not None):
             return work
-        if rows.has_penalties[sampled].any():
-            work.penalized = np.flatnonzero(rows.has_penalties[sampled])
-            work.new_counts = self._new_counts(sampled[work.penalized])
-        needs_tables = not is_greedy or work.penalized is not None
-        if needs_tables and self._version != rows.sampling_version:
+        sampled, work = plan.rows[plan.samples], copy.copy(work)
+        if needs_tables:
             self._version = rows.sampling_version
             floats = (
                 rows.temperature, rows.top_p, rows.min_p,
                 rows.frequency_penalty, rows.presence_penalty, rows.repetition_penalty,
             )  # fmt: skip
             work.tables = (np.stack(floats), rows.top_k.copy(), rows.seed.copy())
-        if rows.has_logit_edits[sampled].any():
-            work.edits = self._logit_edits(plan, sampled)
+        if work.has_penalties:
+            work.new_counts = self._new_counts(sampled)
+        if work.has_edits:
+            work.edits = self._editor.find(sampled, plan.seq_lens[plan.samples])
+        return work
+
+    def _common_work(self, sampled: np.ndarray) -> SamplingWork:
+        """Return what stays the same of the work for these rows, int64 [S], while they run."""
+        rows = self.rows
+        work = SamplingWork(len(sampled), np.count_nonzero(rows.is_greedy[sampled]) == len(sampled))
+        if not np.count_nonzero(rows.has_extras[sampled]):  # for a few rows much faster than any()
+            return work
+        work.has_penalties = bool(rows.has_penalties[sampled].any())
+        work.has_edits = bool(rows.has_logit_edits[sampled].any())
+        work.wants_hidden = bool(rows.wants_hidden[sampled].any())
         if rows.has_mask[sampled].any():
             work.masked = np.flatnonzero(rows.has_mask[sampled])
-        work.wants_hidden = bool(rows.wants_hidden[sampled].any())
         if rows.wants_logprobs[sampled].any():
             work.logprob_samples = np.flatnonzero(rows.wants_logprobs[sampled])
             states = rows.states_of(sampled[work.logprob_samples])
@@ -111,33 +124,16 @@ class Sampler:
             work.logprob_ids = _padded([state.token_ids_logprob for state in states])
         return work
 
-    def _new_counts(self, penalized: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """Return (row, prompt ids, output ids) of those rows whose tokens the device has not counted."""
+    def _new_counts(self, sampled: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """Return (row, prompt ids, output ids) of those rows with penalties whose tokens the device has not counted."""
         rows, new = self.rows, []
-        for row in penalized[~rows.is_counted[penalized]].tolist():
+        for row in sampled[rows.has_penalties[sampled] & ~rows.is_counted[sampled]].tolist():
             rows.is_counted[row] = True
             state = rows.state_at(row)
             assert state.prompt_ids is not None  # without the ids by which the tree knows pictures
             output_ids = rows.token_ids[row, state.prompt_len : rows.num_known[row]]
             new.append((row, state.prompt_ids.astype(np.int64), output_ids.astype(np.int64)))
         return new
-
-    def _logit_edits(self, plan: Plan, sampled: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        samples: list[int] = []
-        ids: list[int] = []
-        values: list[float] = []
-        for s in np.flatnonzero(self.rows.has_logit_edits[sampled]).tolist():
-            params = self.rows.state_at(sampled[s]).sampling_params
-            edits = dict(params.logit_bias)
-            if plan.seq_lens[plan.samples[s]] < self.rows.min_tokens[sampled[s]]:
-                stop_ids = [one for one in params.stop_token_ids if 0 <= one < self.vocab_size]
-                edits |= dict.fromkeys([*self.eos_token_ids, *stop_ids], -np.inf)
-            samples += [s] * len(edits)
-            ids += edits.keys()
-            values += edits.values()
-        if not samples:
-            return None
-        return np.array(samples, np.int64), np.array(ids, np.int64), np.array(values, np.float32)
 
     # ---- on the device's stream ----
 
@@ -155,24 +151,19 @@ class Sampler:
         raw = None
         if work.logprob_samples is not None:
             raw = logits[self._to_device(work.logprob_samples)]
-        if work.penalized is not None:
+        if work.has_penalties:
             self._apply_penalties(logits, work, rows)
         if work.edits is not None:
-            index, ids, bias = map(self._to_device, work.edits)
-            logits.index_put_((index, ids), bias.to(logits.dtype), accumulate=True)
+            work.edits.apply(logits)
         if work.masks is not None:
             bits, samples = (part.to(self.device, non_blocking=True) for part in work.masks)
             sampling.apply_token_bitmask(logits, bits, samples)
         if work.is_greedy:
             tokens = sampling.argmax(logits)
         else:
-            temperature, top_p, min_p = (self._floats[i, rows] for i in range(3))
-            tokens = self._draw(logits, temperature, self._top_k[rows], top_p, min_p, self._seed[rows], positions)
-        end_step(tokens, rows, self.last_tokens)
-        if work.penalized is not None:
-            assert self._counts is not None
-            index = self._to_device(work.penalized)
-            self._counts[rows[index], tokens[index].clamp(min=0)] += 1
+            temperature, top_p, min_p = self._floats[:3]
+            tokens = self._draw(logits, temperature, self._top_k, top_p, min_p, self._seed, positions, rows)
+        end_step(tokens, rows, self.last_tokens, self._counts if work.has_penalties else None)
         if raw is None:
             return tokens, None
         return tokens, self._logprobs(raw, tokens, work)
@@ -186,8 +177,7 @@ class Sampler:
             np.add.at(counts, output_ids, 1)
             counts[prompt_ids] |= IN_PROMPT
             self._counts[row] = torch.from_numpy(counts).to(self.device)
-        frequency, presence, repetition = (self._floats[i, rows] for i in range(3, 6))
-        sampling.apply_penalties(logits, rows, self._counts, frequency, presence, repetition)
+        sampling.apply_penalties(logits, rows, self._counts, *self._floats[3:])
 
     def _logprobs(self, raw: torch.Tensor, tokens: torch.Tensor, work: SamplingWork) -> SampledLogprobs:
         assert work.logprob_samples is not None
