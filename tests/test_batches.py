@@ -134,6 +134,19 @@ async def test_a_line_that_raises_fails_alone(monkeypatch: pytest.MonkeyPatch) -
         assert (line["custom_id"], line["response"]["status_code"]) == ("2", 500)
 
 
+@pytest.mark.parametrize("value", ["1e999", '"\\ud83d"', "9" * 400, '"\udcff"'])
+async def test_a_line_is_answered_as_it_was_checked_whatever_stands_in_a_field_that_nobody_reads(value: str) -> None:
+    line = json.dumps(chat_line("odd"))[:-1] + f', "note": {value}}}'
+    async with api_of(FakeEngine()) as api:
+        content = "\n".join([line, json.dumps(chat_line("plain"))]).encode(errors="surrogateescape")
+        file = await api.files.create(file=("lines.jsonl", content), purpose="batch")
+        fields: Any = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        batch = await api.batches.create(input_file_id=file.id, **fields)
+        batch = await until(api, batch.id, has_ended)
+        assert batch.status == "completed", batch.errors
+        assert set(await lines_of(api, batch.output_file_id)) == {"odd", "plain"}
+
+
 async def test_a_line_cannot_ask_for_a_stream() -> None:
     async with api_of(FakeEngine()) as api:
         line = chat_line("a")

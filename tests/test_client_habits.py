@@ -1,5 +1,6 @@
 """Values and shapes that clients of SGLang, vLLM and OpenAI send and read without a thought."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from engine.state import RequestState
 from engine.text.stops import StopScanner
 from server.app import build_app
 from server.config import ServerConfig
+from server.reading.mending import mended
 from tests.fake_engine import FakeEngine, events_of, serving
 from tests.test_engine import running_engine
 
@@ -31,6 +33,39 @@ async def events(client: Client, path: str, **body: Any) -> list[Any]:
     response = await client.post(path, json={**body, "stream": True})
     assert response.status == 200, await response.text()
     return [orjson.loads(event) for event in events_of(await response.read()) if event != "[DONE]"]
+
+
+# ---- JSON that is nearly right ----
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages", "/api/chat"])
+async def test_a_text_cut_within_an_emoji_and_a_byte_order_mark_are_read(
+    client: Client, engine: FakeEngine, path: str
+) -> None:
+    text = r'"the first half \ud83d of \\ud83d and a whole \ud83d\ude00"'
+    messages = f'[{{"role": "user", "content": {text}}}]'
+    body = f'{{"model": "fake-model", "max_tokens": 1, "messages": {messages}, "input": {text}}}'
+    response = await client.post(
+        path, data=b"\xef\xbb\xbf" + body.encode(), headers={"Content-Type": "application/json"}
+    )
+    assert response.status == 200, await response.text()
+    assert "half \ufffd of \\ud83d and a whole \U0001f600" in bytes(engine.requests[0].input_ids).decode()
+
+
+@given(st.text(st.sampled_from("\\u\ud83d\ude00\udc00\udbff\U0001f600d8\n"), max_size=12), st.booleans())
+def test_every_half_of_a_pair_becomes_one_replacement_and_nothing_else_changes(text: str, has_mark: bool) -> None:
+    written = json.dumps([text]).encode()
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    better = mended(b"\xef\xbb\xbf" + written if has_mark else written)
+    assert (better is None) == ("\ufffd" not in whole and not has_mark)
+    assert orjson.loads(better or written) == [whole]
+
+
+async def test_a_body_that_is_not_utf_8_is_a_400_that_says_where(client: Client) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = await client.post("/v1/chat/completions", data='{"model": "é"}'.encode("latin-1"), headers=headers)
+    assert response.status == 400
+    assert "it is not UTF-8, byte 11 is 0xe9" in await response.text()
 
 
 # ---- values that switch something off ----

@@ -335,8 +335,8 @@ class Batches:
             async with asyncio.TaskGroup() as group:
                 lines = self._lines(batch)
                 while (text := await asyncio.to_thread(next, lines, None)) is not None:
-                    line = orjson.loads(text)
-                    if line["custom_id"] in batch.done:
+                    line = _read_line(text)
+                    if line.custom_id in batch.done:
                         continue
                     held = await self._room_for(text)
                     try:
@@ -367,15 +367,15 @@ class Batches:
                 if text.strip():
                     yield text
 
-    async def _answer_line(self, batch: Batch, line: JSON, output: LineFile, errors: LineFile) -> None:
-        response = await self._response_to(batch, line["body"])
+    async def _answer_line(self, batch: Batch, line: BatchLine, output: LineFile, errors: LineFile) -> None:
+        response = await self._response_to(batch, line.body)
         is_ok = response.status == 200
         body = orjson.Fragment(response.body) if isinstance(response.body, bytes) else None
         answer = {"status_code": response.status, "request_id": new_id("req_"), "body": body}
-        text = _answer_text(line["custom_id"], answer, None)
+        text = _answer_text(line.custom_id, answer, None)
         await self._until_stored(batch, lambda: (output if is_ok else errors).append(text))
         batch.counts["completed" if is_ok else "failed"] += 1
-        batch.done.add(line["custom_id"])
+        batch.done.add(line.custom_id)
 
     async def _response_to(self, batch: Batch, values: JSON) -> web.Response:
         """Return the endpoint's answer, or the error as its client would see it."""
@@ -410,10 +410,10 @@ class Batches:
         error = {"code": f"batch_{status}", "message": f"the batch was {status} before this line had its answer"}
         with LineFile(self.store.path(batch.errors_id)) as errors:
             # Before it was in progress nobody had looked whether these are lines.
-            for line in map(orjson.loads, self._lines(batch) if batch.record["in_progress_at"] else ()):
-                if line["custom_id"] not in batch.done:
-                    errors.append(_answer_text(line["custom_id"], None, error))
-                    batch.done.add(line["custom_id"])
+            for line in map(_read_line, self._lines(batch) if batch.record["in_progress_at"] else ()):
+                if line.custom_id not in batch.done:
+                    errors.append(_answer_text(line.custom_id, None, error))
+                    batch.done.add(line.custom_id)
 
     def _keep_answers(self, batch: Batch) -> None:
         """Make files of the answers and errors that there are."""
@@ -530,8 +530,13 @@ def check_lines(path: Path, endpoint: str, max_line_bytes: int, max_held_bytes: 
     return num_lines, errors
 
 
+def _read_line(text: bytes) -> BatchLine:
+    """Read a line of a batch's input, the same way when it is checked and when it is answered."""
+    return parse(text, BatchLine, "the line")
+
+
 def _check_line(text: bytes, endpoint: str) -> str:
-    line = parse(text, BatchLine, "the line")
+    line = _read_line(text)
     if line.url != endpoint:
         raise line.wrong("url", repr(endpoint))
     return line.custom_id

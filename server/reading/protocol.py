@@ -15,6 +15,7 @@ from engine.engine import Engine
 from engine.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull, shown
 from server.http.bodies import BODY, BODY_BUDGET, BodyTooLarge, HeldBody
 from server.http.intake import GATE, LONG_WORK, Pace, paced
+from server.reading.mending import mended
 
 JSON = dict[str, Any]
 Body = TypeVar("Body", bound=Object)
@@ -201,6 +202,8 @@ def parse(text: bytes, kind: type[Body], name: str = "the body", num_containers:
         if num_containers > MAX_DEPTH:
             _check_depth([getattr(body, name) for name in body.__struct_fields__])
     except msgspec.DecodeError as error:
+        if (better := mended(text)) is not None:
+            return parse(better, kind, name, num_containers)
         raise InvalidRequest(f"{name} is not valid JSON: {_syntax_error(text) or error}") from None
     except RecursionError:
         raise InvalidRequest(f"{name} has more than {MAX_DEPTH} objects or lists inside each other") from None
@@ -209,8 +212,13 @@ def parse(text: bytes, kind: type[Body], name: str = "the body", num_containers:
 
 def _syntax_error(text: bytes) -> str | None:
     """Return what is wrong, with line and column, of a JSON that is not long."""
+    if len(text) >= LONG_BODY:
+        return None
     try:
-        orjson.loads(text if len(text) < LONG_BODY else b"0")
+        text.decode()
+        orjson.loads(text)
+    except UnicodeDecodeError as error:
+        return f"it is not UTF-8, byte {error.start} is 0x{text[error.start]:02x}"
     except orjson.JSONDecodeError as error:
         return str(error)
     return None
