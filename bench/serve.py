@@ -1,6 +1,6 @@
 """Load a server over HTTP and report how fast it answers: any with OpenAI's API, SGLang's own or Ollama's.
 
-    python -m bench.serve --port 30000 --dataset-name random --num-prompts 256 \
+    python -m bench.serve --port 30000 --dataset-name random --num-prompts 256 \\
         --random-input 1024 --random-output 128 --request-rate 16
 
 Open loop: requests start at Poisson times of `--request-rate` (default: all at once), however slow the answers;

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import AsyncIterator
@@ -23,6 +24,7 @@ from server.http.access_log import JsonAccessLogger
 from server.pages.page import FOLDER
 from server.watch.metrics import Metrics
 from server.watch.monitor import Monitor, percentile
+from server.watch.processes import ProcessWatch
 from tests.fake_engine import FakeEngine, events_of, serving
 
 Client = TestClient[Any, Any]
@@ -220,13 +222,44 @@ async def test_the_dashboards_data_is_all_that_the_page_reads(client: Client) ->
     assert data["latency"]["num_requests"] == 1
     assert data["latency"]["first_token"]["p99"] == pytest.approx(0.75)
     assert data["prefixes"] == [{"head": "<b>S", "tail": "", "num_tokens": 4, "hits": 42, "num_users": 1}]
-    (branch, _), (replica,) = data["branches"], data["replicas"]
+    (branch, _), (replica,), (process, *_) = data["branches"], data["replicas"], data["processes"]
+    assert process["pid"] == os.getpid() and process["memory_bytes"] > 1 << 20
     assert (branch["num_tokens"], branch["parent"], branch["head"]) == (40, -1, "<b>S")
     owners = {"kv": data["now"]["kv"], "prefix": data["prefixes"][0], "branch": branch, "replica": replica}
     script = "".join((FOLDER / name).read_text() for name in ("dashboard.js", "branches.js"))
     for group, name in re.findall(r"\b(now|latency|series|kv|prefix|branch|replica|canary)\.(\w+)", script):
         owner = owners.get(group) or (data["now"] if group == "now" else data["now"].get(group) or data[group])
         assert name in owner, f"{group}.{name}"
+
+
+def test_replicas_and_ranks_are_shown_with_their_memory_and_cores(tmp_path: Path) -> None:
+    page, ticks, own = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK"), os.getpid()
+
+    def put(pid: int, name: str, children: str, *, cpu_s: int = 0, state: str = "S") -> None:
+        files = {
+            "comm": f"{name}\n",
+            "stat": f"{pid} (a) b) {state} {'0 ' * 10} {ticks * cpu_s} {ticks} 0",
+            "statm": f"900 {pid} 5",
+            f"task/{pid}/children": children,
+            f"task/{pid + 1}/children": "",
+        }
+        for file, text in files.items():
+            (tmp_path / str(pid) / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / str(pid) / file).write_text(text)
+
+    put(own, "python", f"{own + 10} {own + 20} {own + 30} {own + 40}")
+    put(own + 10, "replica 0", f"{own + 11}", cpu_s=3)
+    put(own + 11, "rank 1", "", state="T")
+    put(own + 20, "replica 1", "")
+    put(own + 30, "python", "")  # Python's helper; the last one has just ended
+    watch = ProcessWatch(tmp_path)
+    first = watch.report()
+    assert [one["name"] for one in first] == ["server", "replica 0", "replica 0, rank 1", "replica 1"]
+    assert [one["is_alive"] for one in first] == [True, True, False, True]
+    assert first[1]["memory_bytes"] == (own + 10) * page and first[1]["cores"] is None
+    put(own + 10, "replica 0", "", cpu_s=4)
+    server, replica = watch.report()[:2]
+    assert server["cores"] == 0 and replica["cores"] > 0
 
 
 async def test_requests_that_run_show_their_prompts_ends_and_how_far_they_are(engine: FakeEngine) -> None:

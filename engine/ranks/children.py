@@ -27,7 +27,7 @@ from engine.ranks.meeting import LINE_S, Waiting
 
 logger = logging.getLogger(__name__)
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15  # linux/prctl.h
 LOOK_S = 1.0  # most seconds between two runs of `Children.checks`
 OWN_FAILURE_GRACE_S = 1.0  # seconds: a child's death makes this process fail too, and its message says more
 LAST_WORDS_S = 0.2  # seconds: a child's message may come right after its end of the pipe
@@ -250,7 +250,9 @@ def _is_stopped(pid: int | None) -> bool:
 
 
 def _run_child(parent: Parent, target: Callable[..., None], args: tuple[Any, ...]) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc.prctl(PR_SET_NAME, parent.name.encode())  # in ps, top and the dashboard
     if os.getppid() != parent.pid:  # the parent ended before the signal was requested
         os._exit(1)
     threading.Thread(target=_end_with, args=(parent.pipe,), name="parent", daemon=True).start()

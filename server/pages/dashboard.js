@@ -118,6 +118,12 @@ function showReplicas({replicas, ranks}) {
   }));
 }
 
+function showProcesses({processes}) {
+  at("processes-card").hidden = processes.length < 2;
+  at("processes").replaceChildren(...processes.map(({name, pid, memory_bytes: memory, cores, is_alive: isAlive}) => row(
+    [[name], [String(pid), "number"], [`${(memory / 2 ** 30).toFixed(2)} GiB`, "number"], [cores === null ? "–" : cores.toFixed(2), "number"], [isAlive ? "alive" : "STOPPED", "number"]])));
+}
+
 function showPrefixes({prefixes}) {
   at("prefixes").replaceChildren(...prefixes.map(prefix => row(
     [[[prefix.head, prefix.tail], "text"], [count(prefix.num_tokens), "number"], [times(prefix.hits), "number"], [count(prefix.num_users), "number"]])));
@@ -141,6 +147,7 @@ function show(data) {
   showLatency(data, data.numWorkers > 1);
   showTotals(data);
   showReplicas(data);
+  showProcesses(data);
   showPrefixes(data);
 }
 

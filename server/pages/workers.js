@@ -27,6 +27,7 @@ function total(all) {
     requests: all.flatMap(data => data.requests).sort((a, b) => b.age_s - a.age_s),
     prefixes: all.flatMap(data => data.prefixes).sort((a, b) => b.hits * b.num_tokens - a.hits * a.num_tokens).slice(0, 12),
     branches: joinBranches(all), replicas: all.flatMap(data => data.replicas),
+    processes: all.flatMap((data, i) => data.processes.map(one => ({...one, name: `worker ${i}: ${one.name}`}))),
   };
 }
 

@@ -17,6 +17,7 @@ from server.http.live import LiveRequests
 from server.pages.page import Page
 from server.reading.protocol import JSON, json_response
 from server.watch.monitor import SHORT_SPAN_S, STEPS_S, Monitor, percentile
+from server.watch.processes import ProcessWatch
 
 NUM_PREFIXES, NUM_BRANCHES, NUM_REQUESTS = 12, 48, 64
 NUM_HEAD_TOKENS = NUM_TAIL_TOKENS = 24
@@ -29,6 +30,7 @@ class Dashboard:
     def __init__(self, engine: Engine, monitor: Monitor, config: ServerConfig, live: LiveRequests) -> None:
         self.engine, self.monitor, self.config, self.live = engine, monitor, config, live
         self._page = Page("dashboard.html")
+        self._processes = ProcessWatch()
         self._prefixes: list[JSON] = []  # as they were at _tree_at, as _branches: looking for them takes milliseconds
         self._branches: list[JSON] = []
         self._tree_at = -TREE_INTERVAL_S
@@ -59,6 +61,7 @@ class Dashboard:
                 "branches": self._branches,
                 "replicas": [_replica(stats) for stats in self.engine.replica_stats()],
                 "ranks": self.config.tp_size,
+                "processes": self._processes.report(),
             }
         )
 
