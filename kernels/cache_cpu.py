@@ -153,8 +153,8 @@ class Gathered:
         return k, v
 
 
-def load_kernels(march: str = "native") -> Kernels | None:
-    """Return the kernels for CPUs from `march` on, compiled if no earlier start did; None where that is impossible."""
+def load_kernels(march: str | None = None) -> Kernels | None:
+    """Return the kernels for this CPU, or for all from `march` on; None where they cannot be compiled."""
     library = load_library(SOURCE, march, without="answers of single requests are slower")
     return None if library is None else Kernels(library)
 

@@ -29,16 +29,18 @@ logger = logging.getLogger(__name__)
 
 FLAGS = ("-O3", "-fno-tree-vectorize", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-w")
 TIMEOUT_S = 120.0
+MARCHES = {"avx2": "haswell", "avx512": "skylake-avx512"}  # by torch's word for the units
 
 
 @functools.cache
 def load_library(
-    source: Path, march: str = "native", without: str = "weights of few bits are slower or larger"
+    source: Path, march: str | None = None, without: str = "weights of few bits are slower or larger"
 ) -> ctypes.CDLL | None:
     """Return the library of `source`, compiled if no earlier start did; None, and a warning, if that is impossible.
 
     march: the oldest CPU that it shall run on, in the words of GCC. without: what follows if there is none.
     """
+    march = march or own_march()
     command = find_compiler()
     if command is None:
         logger.warning("no C++ compiler here: %s (pip install ziglang is one)", without)
@@ -53,6 +55,11 @@ def load_library(
         detail = getattr(error, "stderr", None) or str(error)
         logger.warning("%s cannot be compiled: %s (%s)", source.name, without, detail)
         return None
+
+
+def own_march() -> str:
+    """Return this CPU in the words of GCC, or the older one that torch is held to."""
+    return MARCHES.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), "native")
 
 
 def begin(load: Callable[[], T]) -> "Future[T]":

@@ -90,8 +90,8 @@ class Kernels:
         return has_whole_blocks and (group_size % (2 * self.lanes) == 0 or group_size == self.lanes)
 
 
-def load_kernels(march: str = "native") -> Kernels | None:
-    """Return the kernels for CPUs from `march` on, compiled if no earlier start did; None where that is impossible."""
+def load_kernels(march: str | None = None) -> Kernels | None:
+    """Return the kernels for this CPU, or for all from `march` on; None where they cannot be compiled."""
     if (library := load_library(SOURCE, march)) is None:
         return None
     kernels = Kernels(library)

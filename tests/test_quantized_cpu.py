@@ -255,6 +255,21 @@ def test_a_library_is_compiled_once_for_a_source_and_a_cpu(tmp_path: Path, monke
     assert load(source).answer() == 43
 
 
+def test_kernels_are_held_to_the_units_that_torch_is_held_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marches = []
+    monkeypatch.setattr(cpp, "find_compiler", lambda: ("g++",))
+    monkeypatch.setattr(cpp, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(cpp, "_compile", lambda command, source, march, path: marches.append(march))
+    source = tmp_path / "empty.cpp"
+    source.touch()
+    load: Any = cpp.load_library.__wrapped__
+    for held_to in ("avx2", "avx512", ""):
+        monkeypatch.setenv("ATEN_CPU_CAPABILITY", held_to)
+        load(source)
+    load(source, "x86-64")
+    assert marches == ["haswell", "skylake-avx512", "native", "x86-64"]
+
+
 def test_a_source_that_does_not_compile_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
