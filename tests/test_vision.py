@@ -17,6 +17,7 @@ from engine.local import LocalEngine
 from engine.media import Image, Media, MediaSize, PromptMedia, Video
 from engine.request import Request, SamplingParams
 from engine.state import RequestState
+from engine.vision.family import in_words
 from tests.test_engine import collect, running_engine
 from tests.vision_models import FAMILIES, make_vision_model, picture, video
 
@@ -64,20 +65,20 @@ class Reference:
         assert reader is not None
         family = reader.family
         inputs: dict[str, torch.Tensor] = {}
-        for kind in {one.kind for one in media.media}:
-            inputs |= family.joined([family.inputs(one) for one in media.media if one.kind == kind])
+        taken = [family.inputs(one) for one in media.media]
+        for names in {tuple(one) for one in taken}:  # a family's videos may be pictures to its tower
+            inputs |= family.joined([one for one in taken if tuple(one) == names])
         whole = torch.tensor([ids + answer])
-        is_picture = torch.isin(whole, torch.tensor(self.model.config.image_token_id))
+        kinds = torch.zeros_like(whole, dtype=torch.int32)  # 1: an image's, 2: a video's
+        for one, places in zip(media.media, media.places, strict=True):
+            kinds[0, torch.from_numpy(places)] = 1 if one.kind == "image" else 2
         types = {}
-        if media.rope is not None:
-            is_video = whole == self.model.config.video_token_id
-            types = {"mm_token_type_ids": is_picture.int() + 2 * is_video.int()}
+        if media.rope is not None or self.name.startswith("gemma 4"):
+            types = {"mm_token_type_ids": kinds}
+        elif media.is_whole:
+            types = {"token_type_ids": kinds}
         if self.name == "qwen 2.5 vl" and "video_grid_thw" in inputs:
             types["second_per_grid_ts"] = torch.tensor([1.0, 1.0])
-        if self.name.startswith("gemma 4"):
-            types = {"mm_token_type_ids": is_picture.int()}
-        elif media.is_whole:
-            types = {"token_type_ids": is_picture.int()}
         logits = self.model(whole, **inputs, **types, use_cache=False).logits
         found: list[int] = logits[0, len(ids) - 1 : -1].argmax(dim=-1).tolist()
         return found
@@ -175,6 +176,27 @@ async def test_videos_stand_beside_pictures_and_answers_equal_transformers(refer
         for _ in range(2):
             answer, _ = await ask(engine, ids, its_media)
             assert answer == await asyncio.to_thread(reference.most_likely, engine, ids, its_media, answer)
+
+
+@pytest.mark.parametrize("reference", ["internvl", "smolvlm", "gemma 4", "gemma 4 E2B", "glm 4.1v"], indirect=True)
+async def test_frames_stand_one_by_one_beside_pictures_and_answers_equal_transformers(reference: Reference) -> None:
+    async with running_engine(reference.folder) as engine:
+        image, clip = engine.media_kinds["image"], engine.media_kinds["video"]
+        media: list[Media] = [picture(40, 61), video(3, 44, 37), picture(33, 30, seed=1), video(2, 30, 50, seed=1)]
+        if reference.name.startswith(
+            "glm"
+        ):  # transformers tells its videos from its pictures only where it has no others
+            image, media = clip, media[1::2] * 2
+        ids, its_media = await engine.encode_media(f"{image} See {clip}, {image} and {clip}: what moves?", media)
+        assert engine.count_media_tokens([one.size for one in media]) >= [len(one) for one in its_media.places]
+        answer, _ = await ask(engine, ids, its_media)
+        assert answer == await asyncio.to_thread(reference.most_likely, engine, ids, its_media, answer)
+
+
+def test_numbers_are_told_in_words() -> None:
+    words = {0: "zero", 13: "thirteen", 20: "twenty", 64: "sixty-four", 300: "three hundred"}
+    words[768] = "seven hundred and sixty-eight"
+    assert {number: in_words(number) for number in words} == words
 
 
 @pytest.mark.parametrize("reference", ["qwen 2 vl"], indirect=True)

@@ -103,6 +103,7 @@ def gemma_4(bidirectional: str | None, **text: Any) -> dict[str, Any]:
         },
         "text_config": TEXT | sizes | text,
         "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
         "boi_token_id": VISION_START,
         "eoi_token_id": VISION_END,
         "tie_word_embeddings": False,

@@ -155,7 +155,7 @@ ARCHITECTURES = {
     "SeedOssForCausalLM": Served("llama:SeedOss", "Seed-OSS 36B"),
     "SkyworkForCausalLM": Served("llama:Llama", "Skywork 13B"),
     "SmolLM3ForCausalLM": Served("smollm3:SmolLM3", "SmolLM3"),
-    "SmolVLMForConditionalGeneration": Served(BY_TEXT, "SmolVLM 2", "idefics 3"),
+    "SmolVLMForConditionalGeneration": Served(BY_TEXT, "SmolVLM 2", "smolvlm"),
     "StableLmForCausalLM": Served("stablelm:StableLM", "StableLM 2, StableLM 3B, Stable Code"),
     "Starcoder2ForCausalLM": Served("starcoder2:Starcoder2", "StarCoder2"),
     "XverseForCausalLM": Served("llama:Llama", "XVERSE, the dense ones"),

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 
 from engine.errors import InvalidRequest
 from engine.media import Image, Media, MediaSize, Video
-from engine.vision.family import Family, Sized, Writing
+from engine.vision.family import Family, Sized, Writing, in_words
 from engine.vision.grid import Glm, Grid, TimedGrid
 from engine.vision.kimi import Kimi
 
 ALONE = "alone"  # a setting that no client has: the prompt has no other picture
 # Entries of a video processor's file that say how a frame becomes a square.
 SQUARE = ("size", "crop_size", "do_center_crop", "image_mean", "image_std", "rescale_factor", "resample")
+LAST_FRAME_S = 0.05  # that a video goes on after its last frame was taken
 MUCH = 1.1  # how many times too many rows, and columns, of patches a picture may have before it is shrunk
 
 
@@ -177,45 +178,101 @@ class Pixtral(Family):
 
 
 class InternVL(Family):
-    """InternVL: the picture cut into squares, and the whole of it shrunk to one."""
+    """InternVL: the picture cut into squares, and the whole of it shrunk to one; each frame of a video is one."""
 
+    kinds: ClassVar[tuple[str, ...]] = ("image", "video")
     settings: ClassVar = frozenset({"max_dynamic_patch"})
-    begin, end = "<img>", "</img>"
+    begin, end, video = "<img>", "</img>", "<video>"
+
+    @staticmethod
+    def token_ids(config: Any) -> dict[str, int]:
+        return dict.fromkeys(("image", "video"), config.image_token_id)
+
+    def placeholders(self) -> dict[str, str]:
+        return {"image": self.token_text["image"], "video": self.video}
 
     def options(self, media: Media | MediaSize) -> dict[str, Any]:
+        if media.kind == "video":
+            return {"crop_to_patches": False}
         most = media.settings.get("max_dynamic_patch")
         return {} if most is None else {"max_patches": max(min(most, self.processor.max_patches), 1)}
 
     def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:  # noqa: ARG002
         vision = self.config.vision_config
         height, width = (length // patch for length, patch in zip(vision.image_size, vision.patch_size, strict=True))
-        of_square = int(height * width * self.config.downsample_ratio**2)
+        of_square, seen = int(height * width * self.config.downsample_ratio**2), self.token_text["image"]
+        if size.kind == "video":
+            frame = f"{self.begin}{seen * of_square}{self.end}"
+            text = "\n".join(f"Frame{i}: {frame}" for i in range(1, size.num_frames + 1))
+            return Writing(text, of_square * size.num_frames)
         num_squares = self.processor.get_number_of_image_patches(size.height, size.width, self.options(size))
         num_features = of_square * num_squares
-        return Writing(f"{self.begin}{self.token_text['image'] * num_features}{self.end}", num_features)
+        return Writing(f"{self.begin}{seen * num_features}{self.end}", num_features)
 
 
 class Idefics3(Family):
-    """Idefics 3, SmolVLM: tiles, each behind a tag of its row and column, and the whole picture."""
+    """Idefics 3: tiles, each behind a tag of its row and column, and the whole picture."""
 
     takes: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_attention_mask")
     around, whole = "<fake_token_around_image>", "<global-img>"
 
-    def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:  # noqa: ARG002
+    @property
+    def of_tile(self) -> int:
+        """Return the features of a tile."""
         vision = self.config.vision_config
-        of_tile = (vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor**2
+        num_features: int = (vision.image_size // vision.patch_size) ** 2 // self.config.scale_factor**2
+        return num_features
+
+    @property
+    def seen_whole(self) -> str:
+        """Return the text of a whole picture."""
+        return f"{self.around}{self.whole}{self.token_text['image'] * self.of_tile}{self.around}"
+
+    def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:  # noqa: ARG002
         _, rows, columns = self.processor.get_number_of_image_patches(size.height, size.width, {})
-        seen = self.token_text["image"] * of_tile
+        seen = self.token_text["image"] * self.of_tile
         text = "".join(
             "".join(f"{self.around}<row_{row}_col_{column}>{seen}" for column in range(1, columns + 1)) + "\n"
             for row in range(1, rows + 1)
         )
         text += "\n" if rows else ""
-        return Writing(f"{text}{self.around}{self.whole}{seen}{self.around}", of_tile * (rows * columns + 1))
+        return Writing(f"{text}{self.seen_whole}", self.of_tile * (rows * columns + 1))
 
     def joined(self, inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Return the tiles of all pictures as if they were of one."""
         return {name: torch.cat([one[name] for one in inputs], dim=1) for name in inputs[0]}
+
+
+class SmolVLM(Idefics3):
+    """SmolVLM 2: Idefics 3; a video is told in words, with each of its frames, whole, behind its time."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("image", "video")
+    video = "<video>"
+
+    @staticmethod
+    def token_ids(config: Any) -> dict[str, int]:
+        return dict.fromkeys(("image", "video"), config.image_token_id)
+
+    def placeholders(self) -> dict[str, str]:
+        return {"image": self.token_text["image"], "video": self.video}
+
+    def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:
+        if size.kind == "image":
+            return super().write(size)
+        times = [int(time_s) for time_s in times_s] or [0] * size.num_frames
+        length = int(times_s[-1] + LAST_FRAME_S) if times_s else 0
+        text = (
+            f"You are provided the following series of {in_words(size.num_frames)} frames from a "
+            f"{length // 3600}:{length // 60 % 60:02}:{length % 60:02} [H:MM:SS] video.\n"
+        )
+        text += "".join(f"\nFrame from {time // 60:02}:{time % 60:02}:{self.seen_whole}" for time in times)
+        return Writing(f"{text}\n\n", self.of_tile * size.num_frames)
+
+    def options(self, media: Media) -> dict[str, Any]:
+        if media.kind == "image":
+            return {}
+        size = self.video_config.get("video_sampling", {}).get("video_size") or self.video_config.get("size")
+        return {"do_image_splitting": False} | ({"size": size} if size else {})
 
 
 class Gemma3(Family):
@@ -236,8 +293,12 @@ class Gemma3(Family):
 
 
 class Gemma4(Family):
-    """Gemma 4: so many squares of patches as fit, in the picture's own shape; in some models they see each other."""
+    """Gemma 4: so many squares of patches as fit, in the picture's own shape; in some models they see each other.
 
+    Each frame of a video, fewer of them, stands behind its time.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("image", "video")
     takes: ClassVar[tuple[str, ...]] = ("pixel_values", "image_position_ids")
 
     def __init__(self, config: Any, *args: Any) -> None:
@@ -246,19 +307,44 @@ class Gemma4(Family):
 
     @staticmethod
     def token_ids(config: Any) -> dict[str, int]:
-        return {"image": config.image_token_id, "begin": config.boi_token_id, "end": config.eoi_token_id}
+        ids = {"image": config.image_token_id, "video": config.video_token_id}
+        return ids | {"begin": config.boi_token_id, "end": config.eoi_token_id}
 
-    def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:  # noqa: ARG002
+    def most(self, kind: str) -> int:
+        """Return the features of a picture or a frame, at most."""
+        num_features: int = (
+            self.processor.max_soft_tokens if kind == "image" else self.video_config.get("max_soft_tokens", 70)
+        )
+        return num_features
+
+    def options(self, media: Media) -> dict[str, Any]:
+        return {"max_soft_tokens": self.most(media.kind)}
+
+    def inputs(self, media: Media) -> dict[str, torch.Tensor]:
+        made = super().inputs(media)
+        if media.kind == "image":
+            return made
+        names = {"pixel_values": "pixel_values_videos", "image_position_ids": "video_position_ids"}
+        return {names[name]: value for name, value in made.items()} | {
+            "num_frames_per_video": torch.tensor([media.size.num_frames])
+        }
+
+    def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:
         from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
 
         patch, pool = self.processor.patch_size, self.processor.pooling_kernel_size
-        most = self.processor.max_soft_tokens * pool**2
+        most = self.most(size.kind) * pool**2
         try:
             height, width = get_aspect_ratio_preserving_size(size.height, size.width, patch, most, pool)
         except ValueError as error:
             raise InvalidRequest(f"a picture of {size.width}x{size.height} pixels cannot be read: {error}") from None
         num_features, token = (height // (patch * pool)) * (width // (patch * pool)), self.token_text
-        return Writing(f"{token['begin']}{token['image'] * num_features}{token['end']}", num_features)
+        seen = f"{token['begin']}{token[size.kind] * num_features}{token['end']}"
+        if size.kind == "image":
+            return Writing(seen, num_features)
+        times = [int(time_s) for time_s in times_s] or [0] * size.num_frames
+        text = " ".join(f"{time // 60:02}:{time % 60:02} {seen}" for time in times)
+        return Writing(text, num_features * size.num_frames)
 
 
 # By the names that engine.models.architectures has for them.
@@ -276,4 +362,5 @@ FAMILIES: dict[str, type[Family]] = {
     "llava next video": LlavaNextVideo,
     "llava onevision": LlavaOnevision,
     "pixtral": Pixtral,
+    "smolvlm": SmolVLM,
 }

@@ -16,6 +16,11 @@ import torch
 from engine.media import Image, Media, MediaSize
 
 Sized = TypeVar("Sized", Media, MediaSize)
+ONES = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 
 # The config of a language model that is never run.
 NO_TEXT = {"model_type": "llama", "vocab_size": 1, "bos_token_id": None, "eos_token_id": None}
@@ -106,10 +111,10 @@ class Family:
         return {}
 
     def inputs(self, media: Media) -> dict[str, torch.Tensor]:
-        """Return what the tower takes of one picture."""
-        assert isinstance(media, Image)
+        """Return what the tower takes of one picture, or of a video's frames as if they were pictures."""
+        pixels = [media.pixels] if isinstance(media, Image) else list(media.frames)
         made = self.processor(
-            images=[media.pixels], input_data_format="channels_last", return_tensors="pt", **self.options(media)
+            images=pixels, input_data_format="channels_last", return_tensors="pt", **self.options(media)
         )
         return {name: made[name] for name in self.takes}
 
@@ -135,6 +140,16 @@ class Family:
         if layers.shape[1] != sum(lens):
             raise RuntimeError(f"the tower made {layers.shape[1]} features of pictures that have {sum(lens)}")
         return [one.clone() if len(lens) > 1 else one for one in layers.split(list(lens), dim=1)]
+
+
+def in_words(number: int) -> str:
+    """Return a number below 1,000 in words."""
+    if number >= 100:
+        words = f"{ONES[number // 100]} hundred"
+        return f"{words} and {in_words(number % 100)}" if number % 100 else words
+    if number < len(ONES):
+        return ONES[number]
+    return "-".join([TENS[number // 10]] + ([ONES[number % 10]] if number % 10 else []))
 
 
 def _flat(features: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:

@@ -104,7 +104,10 @@ class Grid(Family):
         ]
         frames += [frames[-1]] * (-len(frames) % per_patch)
         pixels = np.stack([np.asarray(frame) for frame in frames]).transpose(0, 3, 1, 2)
-        mean, std = (np.array(one, np.float32)[:, None, None] for one in (processor.image_mean, processor.image_std))
+        mean, std = (
+            np.array(self.video_config.get(name) or getattr(processor, name), np.float32)[:, None, None]
+            for name in ("image_mean", "image_std")
+        )
         pixels = (pixels.astype(np.float32) * np.float32(processor.rescale_factor) - mean) / std
         patch, merge = processor.patch_size, processor.merge_size
         grid = len(frames) // per_patch, height // patch, width // patch
@@ -144,16 +147,30 @@ class TimedGrid(Grid):
 
 
 class Glm(Grid):
-    """GLM-4.1V, GLM-4.5V: a picture is resized as a video of one patch's frames."""
-
-    kinds: ClassVar[tuple[str, ...]] = ("image",)
+    """GLM-4.1V, GLM-4.5V: a picture is resized as a video of one patch's frames; a pair of frames is written as one."""
 
     @staticmethod
     def token_ids(config: Any) -> dict[str, int]:
-        return {"image": config.image_token_id}
+        ids = dict.fromkeys(("image", "video"), config.image_token_id)
+        return ids | {"whole video": config.video_token_id}
+
+    def placeholders(self) -> dict[str, str]:
+        return {"image": self.token_text["image"], "video": self.token_text["whole video"]}
+
+    def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:
+        if size.kind == "image":
+            return super().write(size)
+        frames, rows, columns = self.grid(size)
+        times = list(times_s[:: self.processor.temporal_patch_size]) or [0.0] * frames
+        seen = f"<|begin_of_image|>{self.token_text['image'] * (rows * columns)}<|end_of_image|>"
+        text = "".join(f"{seen}{int(time_s)}" for time_s in times)
+        return Writing(text, frames * rows * columns, ((1, rows, columns),) * frames)
 
     def resized(self, size: MediaSize) -> tuple[int, int]:
         return self.resized_together(size)
+
+    def video_size(self) -> Mapping[str, int]:
+        return self.video_config.get("size") or {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 2 * 30000}
 
 
 def check_shape(size: MediaSize) -> None:

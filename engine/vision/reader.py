@@ -25,7 +25,7 @@ from engine.vision.llava_files import LlavaFiles
 logger = logging.getLogger(__name__)
 
 Encode = Callable[..., list[int]]
-MAX_WRITINGS = 1024  # sizes whose writing is remembered
+MAX_WRITINGS = 64  # sizes whose writing is remembered: that of a video may have a million characters
 STAND_IN = 0  # the token in the places of features of a model that has none for them
 
 
