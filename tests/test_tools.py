@@ -535,6 +535,50 @@ async def test_a_schema_and_tools_together_mean_json_or_a_call(client: Client, e
     assert calls["type"] == "tags_with_separator"
 
 
+FORMAT = {"type": "json_schema", "name": "x", "schema": CITY}
+FUNCTION = {"type": "function", **TOOLS[0]["function"]}
+DESCRIBED = {"name": "weather", "input_schema": CITY}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (
+            "/v1/chat/completions",
+            {"tools": TOOLS, "tool_choice": "required", "response_format": {**FORMAT, "json_schema": FORMAT}},
+        ),
+        (
+            "/v1/chat/completions",
+            {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
+        ),
+        ("/v1/responses", {"input": "Hi", "tools": [FUNCTION], "tool_choice": "required", "text": {"format": FORMAT}}),
+        (
+            "/v1/messages",
+            {
+                "max_tokens": 9,
+                "tools": [DESCRIBED],
+                "tool_choice": {"type": "any"},
+                "output_config": {"format": FORMAT},
+            },
+        ),
+    ],
+)
+async def test_a_form_of_the_texts_does_not_forbid_a_forced_call(
+    client: Client, engine: FakeEngine, path: str, body: dict[str, Any]
+) -> None:
+    response = await client.post(path, json={"messages": USER, **body})
+    assert response.status == 200, await response.text()
+    assert engine.requests[0].sampling_params.json_schema is None
+    assert tag_of(engine)["format"]["elements"][1]["type"] == "tags_with_separator"
+
+
+async def test_a_form_of_the_whole_answer_forbids_a_forced_call_by_name(client: Client) -> None:
+    body = {"messages": USER, "tools": TOOLS, "tool_choice": "required", "guided_regex": "a+"}
+    response = await client.post("/v1/chat/completions", json=body)
+    assert response.status == 400
+    assert "guided_regex wants another form" in (await response.json())["error"]["message"]
+
+
 # ---- history, and the small routes ----
 
 

@@ -35,7 +35,7 @@ from server.parsers.tool_calls import (
 from server.reading.built_in_templates import BUILT_IN_TEMPLATES
 from server.reading.contents import as_text, is_media, media_part, refused, settings_of
 from server.reading.custom_tools import arguments_of_input
-from server.reading.grammars import names_of_constraint
+from server.reading.grammars import IN_FORMAT, names_of_constraint
 from server.reading.openai_body import ChatFields, ChatRequest, Message, MessageToolCall, Part
 from server.reading.protocol import JSON, check_n, check_prompt_ids
 from server.reading.sampling import read_options, read_sampling_params
@@ -350,11 +350,11 @@ class Chats:
         opening = reasoning.format.opening if reasoning else ""
         held: JSON | None = None
         names = names_of_constraint(body)
+        if choice.is_forced and params.constraint_name is not None:
+            params = _without_format(params, names)
         if params.constraint_name is None:
             held = tool_constraint(choice, tool_format) if tool_format else None
             names = {"structural_tag": "tools"}
-        elif choice.is_forced:
-            raise InvalidRequest("tool_choice forces a call, while the answer is to have another form", "tool_choice")
         elif isinstance(params.json_schema, dict) and (thinks or tool_format or opening):
             held = json_or_calls(params.json_schema, choice, tool_format, opening)
             params = replace(params, json_schema=None)
@@ -410,6 +410,17 @@ def _parser_name(given: str | None, found: str | None) -> str | None:
     if given is None:
         return found
     return None if given == "none" else TOOL_ALIASES.get(given) or REASONING_ALIASES.get(given) or given
+
+
+def _without_format(params: SamplingParams, names: dict[str, str]) -> SamplingParams:
+    """Return `params` of an answer that must be a call. A `response_format` is for texts, of which there will be none.
+
+    `InvalidRequest` if the answer must have a form for another reason. names: of the constraint, as the client has it.
+    """
+    if names.get("json_schema") not in IN_FORMAT:
+        [name] = names.values()
+        raise InvalidRequest(f"tool_choice forces a call, while {name} wants another form of the answer", "tool_choice")
+    return replace(params, json_schema=None)
 
 
 def _template_variables(body: ChatFields) -> JSON:
