@@ -330,6 +330,31 @@ def torchao_config(kind: str, **settings: Any) -> Json:
     return {"quant_method": "torchao", "quant_type": {"default": {"_type": kind, "_data": named}}}
 
 
+def google(bits: int, weight_name: str = "weight") -> Write:
+    """Write integers as Google does, with a scale a row."""
+
+    def write(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor]:
+        n, k = weight.shape
+        codes, scale = random_codes(bits, n, k, random), random_scales(bits, n, 1, random).float()
+        per_byte = 8 // bits
+        bytes_ = sum(codes[:, i::per_byte] << bits * i for i in range(per_byte))
+        stored = (codes - 128).to(torch.int8) if bits == 8 else torch.as_tensor(bytes_).to(torch.uint8)
+        scale_name = "weight_scale" if weight_name == "weight" else "embedding_scale"
+        return {weight_name: stored, scale_name: scale}, (codes - (1 << bits - 1)) * scale
+
+    return write
+
+
+def with_scales(write: Write, **scales: float) -> Write:
+    """Write tensors of one number beside others."""
+
+    def written(module: str, weight: torch.Tensor, random: torch.Generator) -> tuple[Weights, torch.Tensor | None]:
+        tensors, wanted = write(module, weight, random)
+        return tensors | {name: torch.tensor(value) for name, value in scales.items()}, wanted
+
+    return written
+
+
 OF_GROUPS = {"_type": "PerGroup", "_data": {"group_size": GROUP}}
 
 
@@ -612,6 +637,16 @@ CASES: dict[str, Case] = {
         {"quant_method": "quark", "exclude": ["lm_head"], "global_quant_config": {
             "weight": {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}}},
         fp4("weight", 32),
+    ),
+    "gemma": Case(
+        {"quant_method": "gemma", "num_bits": 4, "quantize_embeddings": True,
+         "modules_to_not_convert": ["lm_head"], "module_quant_configs": {
+             r"mlp\.(up|gate)_proj": {"num_bits": 2}, "embed_tokens|down_proj": {"num_bits": 8}}},
+        but(with_scales(google(4), input_activation_scale=0.05, output_activation_scale=0.1), {
+            "up_proj": google(2), "gate_proj": google(2), "down_proj": google(8),
+            "embed_tokens": google(8, "embedding_quantized"),
+        }),
+        modules=r"_proj$|embed_tokens$",
     ),
     "torchao, int8": Case(torchao_config("Int8WeightOnlyConfig", granularity=OF_GROUPS), torchao(8)),
     "torchao, int4, zeros": Case(

@@ -10,6 +10,7 @@ from engine.quantization.awq import AWQ
 from engine.quantization.bitsandbytes import BitsAndBytes
 from engine.quantization.compressed_tensors import CompressedTensors
 from engine.quantization.fp8 import FBGEMM, FP8
+from engine.quantization.gemma import Gemma
 from engine.quantization.gguf import GGUF
 from engine.quantization.gptq import GPTQ
 from engine.quantization.modelopt import ModelOpt
@@ -25,6 +26,7 @@ METHODS: dict[str, Reader] = {
     "compressed-tensors": CompressedTensors,
     "fbgemm_fp8": FBGEMM,
     "fp8": FP8,
+    "gemma": Gemma,
     "gguf": GGUF,
     "gptq": GPTQ,
     "modelopt": ModelOpt,

@@ -18,7 +18,7 @@ T = TypeVar("T")
 # Of keys and values, or of scores and queries, which nothing here rounds.
 CACHE_SCALES = frozenset((
     "k_scale", "v_scale", "kv_scale", "q_scale", "prob_scale", "prob_output_scale", "k_zero_point", "v_zero_point",
-    "output_scale",
+    "output_scale", "k_cache_scale", "v_cache_scale",
 ))  # fmt: skip
 OF_CACHE = (".k_scale", ".v_scale")
 
