@@ -338,6 +338,11 @@ DOWN, UP = "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"
             lambda files: files.update({f"{DOWN}.g_idx": files[f"{DOWN}.g_idx"] * 0}),
             r"model\.layers\.1\.mlp\.down_proj has a g_idx whose groups are not all of 32 inputs",
         ),
+        (
+            "compressed-tensors, 3 bits, zeros",
+            lambda files: files.update({f"{UP}.weight_shape": torch.tensor([64])}),
+            rf"{UP}\.weight_packed, read as codes, needs a weight_shape of two numbers",
+        ),
     ],
 )  # fmt: skip
 def test_a_broken_checkpoint_is_refused_by_the_name_of_its_tensor(

@@ -22,6 +22,7 @@ from engine.quantization.fp8 import checked_block
 from engine.quantization.modules import Modules
 from engine.quantization.packed import ByModule, Stored, entry, objects
 from kernels.quantized import INT4_ZERO, Format, pack_int4
+from kernels.weights import ShapeError
 
 CLASSES = ("Linear",)  # of modules, that a group may name in place of these
 
@@ -106,10 +107,10 @@ def _packed(bits: int, group_size: int, weights: Mapping[str, Any], inputs: Mapp
 
     def codes(words: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
         found = codes_of(words, bits, has_zero=has_zero)
-        return found[:, : int(shape[1]) // (2 if bits <= 4 else 1)]
+        return found[:, : size_of(shape)[1] // (2 if bits <= 4 else 1)]
 
     def zeros(words: torch.Tensor, shape: torch.Tensor) -> torch.Tensor:
-        return zeros_of(words.t(), bits).t()[: int(shape[0])]
+        return zeros_of(words.t(), bits).t()[: size_of(shape)[0]]
 
     form = Format(
         "int4" if bits <= 4 else "int8",
@@ -130,6 +131,14 @@ def _packed(bits: int, group_size: int, weights: Mapping[str, Any], inputs: Mapp
             **NOT_OF_WEIGHTS,
         },
     )
+
+
+def size_of(shape: torch.Tensor) -> tuple[int, int]:
+    """Return the rows and columns that a `weight_shape` says."""
+    if shape.shape != (2,):
+        raise ShapeError(f"needs a weight_shape of two numbers, and that is of {list(shape.shape)}")
+    rows, columns = shape.tolist()
+    return rows, columns
 
 
 def _plain(bits: int, group_size: int, weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> Stored:
