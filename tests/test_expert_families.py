@@ -18,10 +18,14 @@ from torch import nn
 
 from engine.checkpoint.gguf_convert import convert
 from tests.conftest import save_tokenizer
+from tests.test_engine import prompts, running_engine
 from tests.test_experts import assert_ranks_add_up, packed
+from tests.test_families import CRAMPED, Reference, assert_greedy
 from tests.test_gguf_experts import stacked
 from tests.test_gguf_families import RMS, Case, interleaved, write_file
 from tests.test_models import MAX_DIFFERENCE, TinyEngine, random_ids
+
+__all__ = ["prompts"]  # a fixture
 
 HIDDEN, INNER, WIDE, EXPERTS, TOP_K, CAP = 64, 32, 96, 6, 2, 3.0
 SIZES: dict[str, Any] = {
@@ -197,6 +201,25 @@ def test_two_ranks_together_make_a_familys_sums(
     ep_size: int, made: tuple[Path, Callable[[list[int]], torch.Tensor]]
 ) -> None:
     assert_ranks_add_up(made[0], 2, ep_size)
+
+
+class Native(Reference):
+    """Say whether an answer is the greedy one of the native model."""
+
+    def __init__(self, folder: Path, logits_of: Callable[[list[int]], torch.Tensor]) -> None:
+        self.folder, self.logits_of = folder, logits_of
+
+    @torch.inference_mode()
+    def _logits(self, prompt: list[int], answer: list[int]) -> torch.Tensor:
+        return self.logits_of(prompt + answer)[len(prompt) - 1 : -1]
+
+
+@pytest.mark.parametrize("made", ["deepseek v1", "grok 1"], indirect=True)
+async def test_greedy_answers_in_a_cramped_mix_are_the_native_models(
+    made: tuple[Path, Callable[[list[int]], torch.Tensor]], prompts: list[list[int]]
+) -> None:
+    async with running_engine(made[0], **CRAMPED) as engine:
+        await assert_greedy(engine, Native(*made), [*prompts[1:8:3], prompts[-1]], num_constrained=1)
 
 
 STACKS = {

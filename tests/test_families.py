@@ -38,6 +38,7 @@ GEMMA_2 = {"sliding_window": 24, "query_pre_attn_scalar": 24, "num_hidden_layers
 LONG = {"original_max_position_embeddings": 4}
 OWN = {
     "gemma 2": ("Gemma2Config", GEMMA_2),
+    "dbrx": EXPERTS["dbrx"],
     "gpt-oss": ("GptOssConfig", EXPERTS["gpt-oss"][1] | {"sliding_window": 24, "num_hidden_layers": 3}),
     "llama 4": ("Llama4TextConfig", EXPERTS["llama 4"][1] | {"attention_chunk_size": 24}),
     "phi-3.5-moe": EXPERTS["phi-3.5-moe"],
