@@ -1,7 +1,9 @@
 """Whole servers as processes, and what becomes of them and of those they start."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,9 +16,10 @@ SERVER = (sys.executable, "-m", "server")
 
 
 def descendants(pid: int) -> set[int]:
-    children = {
-        int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()
-    }
+    children = set[int]()
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # that thread has ended meanwhile
+            children.update(map(int, task.read_text().split()))
     return children.union(*map(descendants, children))
 
 
@@ -33,7 +36,22 @@ def is_alive(pid: int) -> bool:
 
 
 def is_rank(pid: int) -> bool:
-    return b"--multiprocessing-fork" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    try:
+        return b"--multiprocessing-fork" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended
+        return False
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """Yield a port of 127.0.0.1 that the system gives to nobody else meanwhile, and where nobody listens.
+
+    It is bound, and does not listen: a server that sets SO_REUSEADDR, as those of asyncio and torch do, may.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 def start_server(
@@ -54,7 +72,8 @@ def ending(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]
     finally:
         family |= descendants(process.pid)
         for pid in filter(is_alive, family):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
 
 

@@ -7,7 +7,7 @@ import json
 import random
 import sys
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 from urllib.parse import quote
@@ -15,12 +15,13 @@ from urllib.parse import quote
 import aiohttp
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer, unused_port
+from aiohttp.test_utils import TestClient, TestServer
 
 from engine.replicas.balance import METHODS
 from server.fleet.prompts import prompt_of
 from server.fleet.router import Router, RouterConfig, main
 from tests.fake_engine import FakeEngine, serving
+from tests.server_processes import reserved_port
 
 Client = TestClient[Any, Any]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -65,6 +66,18 @@ async def listening(app: web.Application) -> AsyncIterator[str]:
     server = TestServer(app)
     async with server:
         yield url_of(server)
+
+
+@pytest.fixture
+def free_port() -> Iterator[int]:
+    with reserved_port() as port:
+        yield port
+
+
+@pytest.fixture
+def gone(free_port: int) -> str:
+    """Return the URL of a worker that does not listen."""
+    return f"http://127.0.0.1:{free_port}"
 
 
 def url_of(server: TestServer | Client) -> str:
@@ -210,7 +223,9 @@ async def test_a_client_that_leaves_takes_its_request_along() -> None:
         engine.emit(engine.live["s"], "Hello")
         (await streaming).close()
         await engine.until(lambda: engine.aborted == ["waiting", "s"])
-        assert [one["load"] for one in (await worker_states(client)).values()] == [0]
+        async with asyncio.timeout(60):
+            while [one["load"] for one in (await worker_states(client)).values()] != [0]:
+                pass
 
 
 async def test_the_router_reads_a_long_body_of_its_own() -> None:
@@ -396,13 +411,13 @@ async def test_an_answer_that_is_lost_before_its_first_byte_is_asked_for_again()
 
 
 async def test_an_answer_that_is_lost_later_ends_too_early_and_is_not_asked_for_again() -> None:
-    a, b = FakeWorker("a"), FakeWorker("b")
+    a, b, received = FakeWorker("a"), FakeWorker("b"), asyncio.Event()
 
     async def answer(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
         await response.write(b"data: 1\n\n")
-        await asyncio.sleep(0.05)
+        await received.wait()
         cut_off(request)
         return response
 
@@ -410,6 +425,7 @@ async def test_an_answer_that_is_lost_later_ends_too_early_and_is_not_asked_for_
     async with routing(a, b) as client:
         got = await client.post("/generate", json={})
         assert await got.content.readany() == b"data: 1\n\n"
+        received.set()
         with pytest.raises(aiohttp.ClientPayloadError):
             await got.read()
         assert not b.seen
@@ -432,14 +448,13 @@ async def test_a_file_is_sent_on_as_it_arrives_and_never_twice() -> None:
 # ---- workers come and go ----
 
 
-async def test_a_worker_that_cannot_be_reached_leaves_the_rotation_and_returns() -> None:
-    a, port = FakeWorker("a"), unused_port()
-    gone = f"http://127.0.0.1:{port}"
+async def test_a_worker_that_cannot_be_reached_leaves_the_rotation_and_returns(free_port: int, gone: str) -> None:
+    a = FakeWorker("a")
     async with routing(a, gone, health_check_interval=0.01) as client:
         assert await answers(client, 3) == ["a"] * 3
         state = (await worker_states(client))[gone]
         assert not state["is_healthy"] and "connect" in state["failure"].lower()
-        server = TestServer(FakeWorker("back").app(), port=port)
+        server = TestServer(FakeWorker("back").app(), port=free_port)
         await server.start_server()
         await until_healthy(client, 2)
         assert set(await answers(client, 4)) == {"a", "back"}
@@ -476,7 +491,7 @@ async def test_what_has_not_begun_on_a_worker_that_hangs_goes_to_another(status:
         raise AssertionError
 
     a.answer = hang
-    async with routing(a, b, policy="round_robin", health_check_interval=0.05, health_check_timeout=1.0) as client:
+    async with routing(a, b, policy="round_robin", health_check_interval=0.05, health_check_timeout=3.0) as client:
         waiting = asyncio.create_task(client.post("/generate", json={"text": "Hi"}))
         await asked.wait()
         flushing = asyncio.create_task(client.post("/flush_cache"))
@@ -496,7 +511,7 @@ async def test_what_runs_on_a_worker_that_hangs_waits_for_it_if_there_is_no_othe
         return web.Response(text="a after all")
 
     a.answer = wait
-    async with routing(a, health_check_interval=0.05, health_check_timeout=1.0) as client:
+    async with routing(a, health_check_interval=0.05, health_check_timeout=3.0) as client:
         waiting = asyncio.create_task(client.post("/generate", json={"text": "Hi"}))
         await asked.wait()
         a.status = "silent"
@@ -526,10 +541,9 @@ async def test_a_worker_that_is_shut_down_ends_its_answers() -> None:
         assert not b.seen
 
 
-async def test_when_all_are_down_the_error_says_why() -> None:
+async def test_when_all_are_down_the_error_says_why(gone: str) -> None:
     worker = FakeWorker("a")
     worker.is_healthy = False
-    gone = f"http://127.0.0.1:{unused_port()}"
     async with routing(worker, gone) as client:
         assert (await client.get("/health")).status == 503
         for path in ("/generate", "/v1/chat/completions"):
@@ -735,8 +749,7 @@ async def test_an_abort_and_a_flush_reach_every_worker() -> None:
         assert (got.status, await got.text()) == (200, "Cache flushed.\n")
 
 
-async def test_a_flush_names_the_worker_that_could_not_be_reached() -> None:
-    gone = f"http://127.0.0.1:{unused_port()}"
+async def test_a_flush_names_the_worker_that_could_not_be_reached(gone: str) -> None:
     async with routing(FakeWorker("a"), gone) as client:
         got = await client.post("/flush_cache")
         assert got.status == 502
@@ -824,17 +837,17 @@ def test_a_wrong_option_is_a_clear_error(capsys: pytest.CaptureFixture[str]) -> 
         assert message in capsys.readouterr().err
 
 
-async def test_the_process_routes_until_a_signal_and_needs_no_torch() -> None:
+async def test_the_process_routes_until_a_signal_and_needs_no_torch(free_port: int) -> None:
     code = "import sys, server.fleet.router as r; s = r.main(); assert 'torch' not in sys.modules; sys.exit(s)"
-    port, worker = unused_port(), FakeWorker("a")
+    worker = FakeWorker("a")
     async with listening(worker.app()) as url, aiohttp.ClientSession() as client:
-        argv = ["-c", code, "--worker-urls", url, "--port", str(port)]
+        argv = ["-c", code, "--worker-urls", url, "--port", str(free_port)]
         process = await asyncio.create_subprocess_exec(sys.executable, *argv)
         try:
             while True:
                 try:
                     data, headers = gzip.compress(json.dumps({"text": 1}).encode()), {"Content-Encoding": "gzip"}
-                    address = f"http://127.0.0.1:{port}/generate"
+                    address = f"http://127.0.0.1:{free_port}/generate"
                     async with client.post(address, data=data, headers=headers) as got:
                         assert await got.text() == "a"
                     assert worker.seen[-1][2] == b'{"text": 1}', "which the worker has unpacked"
