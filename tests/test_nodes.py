@@ -25,7 +25,16 @@ from engine.ranks.leader import arrive
 from engine.ranks.nodes import ADDRESS_KEY, NodeLink, NodeLinks, interface_to, open_store
 from server.config import parse_args
 from server.fleet.torchrun import torchrun_options
-from tests.server_processes import SERVER, descendants, ending, is_alive, start_server, wait_until, wait_until_ready
+from tests.server_processes import (
+    SERVER,
+    descendants,
+    ending,
+    is_alive,
+    reserved_port,
+    start_server,
+    wait_until,
+    wait_until_ready,
+)
 from tests.test_parallel import ask
 
 PROMPT = [5, 6, 7, *range(100, 140)]
@@ -97,7 +106,7 @@ def test_two_hosts_answer_as_one_does_until_the_network_between_them_fails(
     first, second = hosts
     logs = [tmp_path / "0", tmp_path / "1"]
     # The limit is for both to start, on busy cores.
-    flags = ["--dtype", "float32", "--max-total-tokens", "2048", "--dist-timeout", "8"]
+    flags = ["--dtype", "float32", "--max-total-tokens", "2048", "--dist-timeout", "20"]
     with ExitStack() as stack:
         nodes = []
         for i, (host, log) in enumerate(zip(hosts, logs, strict=True)):
@@ -124,15 +133,20 @@ def test_two_hosts_answer_as_one_does_until_the_network_between_them_fails(
         family = set().union(*(descendants(process.pid) for process in nodes))  # torchrun itself waits longer
         family |= {process.pid for process in nodes} if starter == "flags" else set()
         second.lose_network()
-        assert nodes[0].wait(60) == 1
+        assert nodes[0].wait(120) == 1
         assert "error: node 1 is gone" in logs[0].read_text()
-        wait_until(lambda: not any(map(is_alive, family)), 30)
+        wait_until(lambda: not any(map(is_alive, family)), 120)
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    """Return where node 0 may listen, and nobody else does."""
+    with reserved_port() as port:
+        yield f"127.0.0.1:{port}"
 
 
 @pytest.mark.max_callback_ms(150)  # other processes start on the same few cores
-async def test_a_model_spans_two_nodes_until_one_is_lost(tiny_llama: Path, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+async def test_a_model_spans_two_nodes_until_one_is_lost(address: str, tiny_llama: Path, tmp_path: Path) -> None:
     nodes = ("--tp", "2", "--nnodes", "2", "--dist-init-addr", address)
     config = EngineConfig(model_path=str(tiny_llama), device="cpu", dtype="float32", max_total_tokens=2048)
     engine = LocalEngine(config.replace(tp_size=2, nnodes=2, dist_init_addr=address))
@@ -150,28 +164,55 @@ async def test_a_model_spans_two_nodes_until_one_is_lost(tiny_llama: Path, tmp_p
 # ---- waiting for each other ----
 
 
-def node_config(**changes: Any) -> EngineConfig:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+def node_config(address: str, **changes: Any) -> EngineConfig:
     return EngineConfig(**{"nnodes": 3, "tp_size": 3, "dist_init_addr": address, "dist_timeout": 0.6, **changes})
 
 
-def test_node_0_names_who_is_missing_and_the_limit_holds(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+class Clock:
+    """Stand for `time` where hosts wait for each other: each look at it is a twentieth of a second later."""
+
+    def __init__(self) -> None:
+        self.now, self.runs = 0.0, threading.Event()
+        self.runs.set()
+
+    def monotonic(self) -> float:
+        self.now += 0.05 if self.runs.is_set() else 0.0
+        return self.now
+
+    def sleep(self, _seconds: float) -> None:
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Return the clock of all waiting, of which a line is written every tenth of a second."""
+    clock = Clock()
+    monkeypatch.setattr("engine.ranks.meeting.time", clock)
     monkeypatch.setattr("engine.ranks.meeting.LINE_S", 0.1)
-    config = node_config(dist_timeout=3.0)  # that node 2 has to come
+    return clock
+
+
+def test_node_0_names_who_is_missing_and_the_limit_holds(
+    address: str, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = node_config(address)
     store = open_store(config)
-    connecting = threading.Thread(target=lambda: NodeLink(config.replace(node_rank=2), store), daemon=True)
+    clock.runs.clear()
+
+    def connect() -> None:
+        NodeLink(config.replace(node_rank=2), store)
+        clock.runs.set()  # the others' time begins when this node is there
+
+    connecting = threading.Thread(target=connect, daemon=True)
     connecting.start()
-    with pytest.raises(ModelError, match=r"waited \d+ s for node 1 of 3 \(--nnodes\)"):
+    with pytest.raises(ModelError, match=r"waited 1 s for node 1 of 3 \(--nnodes\)"):
         NodeLinks(config, store)
     assert "waiting for node 1 of 3" in caplog.text
     connecting.join()
 
 
-def test_two_nodes_of_one_number_are_told() -> None:
-    config = node_config(dist_timeout=20.0)
+def test_two_nodes_of_one_number_are_told(address: str) -> None:
+    config = node_config(address, dist_timeout=120.0)
     store = open_store(config)
     for _ in range(2):
         threading.Thread(target=lambda: NodeLink(config.replace(node_rank=2), store), daemon=True).start()
@@ -179,9 +220,9 @@ def test_two_nodes_of_one_number_are_told() -> None:
         NodeLinks(config, store)
 
 
-def test_who_connects_to_node_0_by_mistake_is_no_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_connects_to_node_0_by_mistake_is_no_node(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.ranks.nodes.PROBE_S", 0.1)
-    config = node_config(nnodes=2, tp_size=2, dist_timeout=20.0)
+    config = node_config(address, nnodes=2, tp_size=2, dist_timeout=120.0)
     store = open_store(config)
 
     def connect() -> None:
@@ -194,6 +235,8 @@ def test_who_connects_to_node_0_by_mistake_is_no_node(monkeypatch: pytest.Monkey
             if said is not None:
                 stranger.sendall(said)
                 stranger.close()
+        assert stranger.recv(1) == b"", "who says nothing is left"
+        monkeypatch.setattr("engine.ranks.nodes.PROBE_S", 60.0)  # the node may take longer
         links.append(NodeLink(config.replace(node_rank=1), store))
 
     strangers, links = list[socket.socket](), list[NodeLink]()
@@ -208,7 +251,7 @@ def test_who_connects_to_node_0_by_mistake_is_no_node(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("node_rank", [0, 1])
 @pytest.mark.parametrize("kind", ["unknown", "silent"])
 def test_the_limit_holds_for_a_name_that_does_not_resolve(
-    kind: str, node_rank: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kind: str, node_rank: int, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     has_given_up = threading.Event()
 
@@ -217,20 +260,18 @@ def test_the_limit_holds_for_a_name_that_does_not_resolve(
             has_given_up.wait(60)
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr("engine.ranks.meeting.LINE_S", 0.1)
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     with pytest.raises(ModelError, match=r"waited .* for 'node0.example' to be found by its name.*--dist-timeout"):
-        open_store(node_config(dist_init_addr="node0.example:7000", node_rank=node_rank))
+        open_store(node_config("node0.example:7000", node_rank=node_rank))
     has_given_up.set()
     assert "waiting for 'node0.example' to be found by its name" in caplog.text
 
 
 def test_a_node_without_node_0_says_so_and_the_limit_holds(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    address: str, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("engine.ranks.meeting.LINE_S", 0.1)
-    with pytest.raises(ModelError, match=r"waited 1 s for node 0 at 127.0.0.1:\d+: Connection refused"):
-        open_store(node_config(node_rank=1))
+    with pytest.raises(ModelError, match=rf"waited 1 s for node 0 at {address}: Connection refused"):
+        open_store(node_config(address, node_rank=1))
     assert "waiting for node 0 at 127.0.0.1" in caplog.text
 
 

@@ -151,10 +151,21 @@ def test_key_and_value_heads_that_cannot_be_split_are_told_with_the_numbers(tiny
             build_model(config, layers)
 
 
+ENDLESS = 60_000  # tokens: no machine makes them within one of these tests
+
+
+@pytest.fixture(scope="module")
+def long_llama(make_tiny_model: Callable[..., Path]) -> Path:
+    """Return the folder of a model whose context has room for `ENDLESS` tokens."""
+    from transformers import LlamaConfig
+
+    return make_tiny_model(LlamaConfig, "long_llama", max_position_embeddings=1 << 16)
+
+
 @pytest.fixture
-async def replicas(tiny_llama: Path) -> AsyncIterator[ReplicaSet]:
+async def replicas(long_llama: Path) -> AsyncIterator[ReplicaSet]:
     config = EngineConfig(
-        model_path=str(tiny_llama), device="cpu", dtype="float32", dp_size=2, max_total_tokens=2048, random_seed=0
+        model_path=str(long_llama), device="cpu", dtype="float32", dp_size=2, max_total_tokens=1 << 16, random_seed=0
     )
     engine = ReplicaSet(config)
     async with engine:
@@ -185,12 +196,12 @@ async def test_engines_behind_one_facade_are_one_engine_until_one_dies(replicas:
     (delta,) = await ask(engine, [5], stop_regex=["(?s)(?:.|.|..)+(?<=\x00)"], max_new_tokens=300)  # refused later on
     assert delta.finish_reason is not None and delta.finish_reason.status_code == 400
 
-    params = SamplingParams(max_new_tokens=400, ignore_eos=True)
+    params = SamplingParams(max_new_tokens=ENDLESS, ignore_eos=True)
     endless = RequestState(Request("endless", [9], params, stream=True))
     async with aclosing(engine.generate(endless)) as deltas:
         await anext(deltas)
         assert engine.health().status == "ok" and not engine.flush_cache()
-        async with asyncio.timeout(30):  # each look shows what the one before asked for
+        async with asyncio.timeout(60):  # each look shows what the one before asked for
             while not (view := engine.oldest_requests(4)[0]).is_running or not engine.top_branches(8):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         assert view.rid == "endless" and view.num_output_tokens > 0
@@ -204,11 +215,11 @@ async def test_engines_behind_one_facade_are_one_engine_until_one_dies(replicas:
             assert [delta.finish_reason for delta in texts] == [None] * 3
     await settled(engine)
     scheduler = engine.stats().scheduler
-    assert (scheduler.num_running, scheduler.num_held_tokens, scheduler.num_total_tokens) == (0, 0, 2 * 2048)
+    assert (scheduler.num_running, scheduler.num_held_tokens, scheduler.num_total_tokens) == (0, 0, 2 << 16)
     assert engine.flush_cache()
 
     victim = min(filter(is_rank, descendants(os.getpid())))
-    waiting = asyncio.create_task(ask(engine, [5, 6, 7], max_new_tokens=400))
+    waiting = asyncio.create_task(ask(engine, [5, 6, 7], max_new_tokens=ENDLESS))
     await asyncio.sleep(0.05)
     os.kill(victim, signal.SIGKILL)
     assert f"(pid {victim}) was ended by SIGKILL" in await asyncio.wait_for(engine.failed(), 60)
@@ -236,6 +247,7 @@ async def test_two_ranks_draw_and_score_as_one_does(tiny_llama: Path) -> None:
 
 
 def url_of(log: Path) -> str:
+    wait_until(lambda: "/generate" in log.read_text().partition("curl ")[2])  # it is shown piece by piece
     return log.read_text().partition("curl ")[2].partition("/generate")[0]
 
 
@@ -246,7 +258,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_server_by_name(
     number: signal.Signals, message: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    with server(tiny_llama, log, "--tp", "2", "--dist-timeout", "2") as process:
+    with server(tiny_llama, log, "--tp", "2", "--dist-timeout", "6") as process:
         family = descendants(process.pid)
         (rank,) = filter(is_rank, family)
         os.kill(rank, number)
@@ -279,16 +291,12 @@ def test_a_process_that_is_stopped_while_it_loads_ends_the_server_by_name(
         wait_until(lambda: not any(map(is_alive, family)))
 
 
-def test_an_answer_that_the_drain_is_too_short_for_is_told_so(
-    make_tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
-    from transformers import LlamaConfig
-
-    model = make_tiny_model(LlamaConfig, "long_llama", max_position_embeddings=1 << 16)
+def test_an_answer_that_the_drain_is_too_short_for_is_told_so(long_llama: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with server(model, log, "--drain-timeout", "1", "--max-total-tokens", "65536", "--dp", "2") as process:
+    with server(long_llama, log, "--drain-timeout", "1", "--max-total-tokens", "65536", "--dp", "2") as process:
         family = descendants(process.pid)
-        body = '{"input_ids": [1], "stream": true, "sampling_params": {"max_new_tokens": 60000, "ignore_eos": true}}'
+        params = f'{{"max_new_tokens": {ENDLESS}, "ignore_eos": true}}'
+        body = f'{{"input_ids": [1], "stream": true, "sampling_params": {params}}}'
         client = subprocess.Popen(
             ["curl", "-sN", f"{url_of(log)}/generate", "-H", "Content-Type: application/json", "-d", body],
             stdout=subprocess.PIPE,

@@ -96,10 +96,11 @@ async def test_the_thread_writes_the_report_calls_back_and_ends_the_process() ->
     watchdog = Watchdog(0.05, lambda: (1, 0), lambda: "the engine\n", exit_process=end, output=output)
     watchdog.on_hang.append(told.append)
     with watchdog:
-        await asyncio.to_thread(ended.wait, 10)
+        await asyncio.to_thread(ended.wait, 60)
     assert statuses == [EXIT_STATUS]
     assert "the engine" in output.getvalue()
-    assert "no step has come back" in told[0]
+    [reason] = told  # on a busy machine, the event loop has not run for so long either
+    assert reason in output.getvalue()
 
 
 async def test_a_report_that_cannot_be_saved_does_not_keep_the_process_alive() -> None:
@@ -112,7 +113,7 @@ async def test_a_report_that_cannot_be_saved_does_not_keep_the_process_alive() -
     watchdog = Watchdog(0.05, lambda: 1, str, exit_process=lambda status: ended.set(), output=output)
     watchdog.on_hang.append(fail)
     with watchdog:
-        assert await asyncio.to_thread(ended.wait, 10)
+        assert await asyncio.to_thread(ended.wait, 60)
     assert "disk full" in output.getvalue()
 
 
@@ -122,9 +123,18 @@ async def test_a_timeout_of_0_watches_nothing() -> None:
 
 
 SCRIPT = """
-import asyncio, re, sys, time
+import asyncio, faulthandler, re, sys, threading, time
 import engine.watchdog
 engine.watchdog.LOCK_GRACE_S = 1.0
+
+has_timer = threading.Event()
+start_timer = faulthandler.dump_traceback_later
+
+def start_timer_and_tell(*args, **options):
+    start_timer(*args, **options)
+    has_timer.set()
+
+faulthandler.dump_traceback_later = start_timer_and_tell
 
 def hold_the_loop():
     while True:
@@ -135,7 +145,8 @@ def hold_the_interpreter():
 
 async def main():
     with engine.watchdog.Watchdog(1.0, lambda: None, lambda: "the engine"):
-        await asyncio.sleep(0.1)
+        while not has_timer.is_set():
+            await asyncio.sleep(0.01)
         globals()[sys.argv[1]]()
 
 asyncio.run(main())
@@ -144,7 +155,7 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("hang", ["hold_the_loop", "hold_the_interpreter"])
 def test_a_process_whose_event_loop_is_blocked_ends_with_its_stacks(hang: str) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, hang], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, hang], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == (EXIT_STATUS if hang == "hold_the_loop" else 1)
     assert hang in done.stderr
     assert ("WATCHDOG" in done.stderr) == (hang == "hold_the_loop")
@@ -159,7 +170,7 @@ async def test_a_step_that_hangs_on_the_device_is_seen_and_named(
         forward = engine.parts.runner.forward
 
         def hang(*batch: Any) -> Any:
-            release.wait(30)
+            release.wait(120)
             return forward(*batch)
 
         monkeypatch.setattr(engine.parts.runner, "forward", hang)
