@@ -79,13 +79,16 @@ class Tab:
                 self.errors.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
 
     async def call(self, method: str, **params: Any) -> Any:
+        value = await self._answer_to(method, **params)
+        assert "error" not in value, value
+        return value["result"]
+
+    async def _answer_to(self, method: str, **params: Any) -> Any:
         number = next(self._ids)
         self._answers[number] = answer = asyncio.get_running_loop().create_future()
         await self._socket.send_json({"id": number, "method": method, "params": params, **self._session})
         async with asyncio.timeout(LIMIT_S):
-            value = await answer
-        assert "error" not in value, value
-        return value["result"]
+            return await answer
 
     async def go(self, url: str) -> None:
         answer = await self.call("Page.navigate", url=url)
@@ -99,12 +102,16 @@ class Tab:
         return found["result"].get("value")
 
     async def until(self, expression: str) -> None:
-        """Wait for an expression to be true. One that fails is not true yet."""
+        """Wait for an expression to be true. One that fails, as while a page makes way for another, is not true yet."""
         deadline = time.monotonic() + LIMIT_S
-        while not (await self.call("Runtime.evaluate", expression=f"Boolean({expression})"))["result"].get("value"):
+        while not await self._is_true(expression):
             seen = "(document.body?.innerText ?? '').slice(0, 2000)"
             assert time.monotonic() < deadline, (expression, await self.evaluate(seen), self.errors)
             await asyncio.sleep(0.02)
+
+    async def _is_true(self, expression: str) -> bool:
+        found = await self._answer_to("Runtime.evaluate", expression=f"Boolean({expression})")
+        return found.get("result", {}).get("result", {}).get("value") is True
 
     async def text(self, selector: str) -> str:
         found: str = await self.evaluate(f"document.querySelector({selector!r})?.textContent ?? ''")
@@ -117,18 +124,26 @@ class Tab:
         return found
 
     async def click(self, selector: str, text: str = "") -> None:
-        """Click on the first element of `selector` that can be seen and has that text, as a mouse does."""
+        """Click on the first element of `selector` that can be seen and has that text, as a mouse does.
+
+        It must be on top of all others, and hold still.
+        """
         find = (
             f"[...document.querySelectorAll({selector!r})].find(node => node.checkVisibility()"
             f" && node.textContent.includes({text!r}))"
         )
-        await self.until(f"Boolean({find})")
-        box = await self.evaluate(
-            f"(() => {{ const node = {find}; node.scrollIntoView({{block: 'nearest'}});"
-            " const box = node.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; })()"
+        middle = (
+            f"(() => {{ const node = {find}; node?.scrollIntoView({{block: 'nearest'}});"
+            " const box = node?.getBoundingClientRect(), x = box?.x + box?.width / 2, y = box?.y + box?.height / 2;"
+            " return node?.contains(document.elementFromPoint(x, y)) ? [x, y] : null; })()"
         )
+        seen, deadline = None, time.monotonic() + LIMIT_S
+        while (now := await self.evaluate(middle)) is None or now != seen:
+            assert time.monotonic() < deadline, (selector, text, now)
+            seen = now
+            await asyncio.sleep(0.02)
         for kind in ("mousePressed", "mouseReleased"):
-            await self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
+            await self.call("Input.dispatchMouseEvent", type=kind, x=now[0], y=now[1], button="left", clickCount=1)
 
     async def type(self, text: str) -> None:
         """Press a key for each character, into what has the focus."""
