@@ -23,6 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from _pytest.runner import runtestprotocol
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     # Before a kernel is decorated: without a GPU, Triton's interpreter runs it on CPU tensors.
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
     from tests.fake_engine import FakeEngine
 
 torch.set_num_threads(1)
+# The same examples in every run, of whatever machine: one that is new or slow must not fail somebody else's change.
+settings.register_profile(
+    "same", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,6 +76,7 @@ CORPUS = (
     "Grüße aus Köln, naïve café, 日本語のテキスト, 你好世界, Привет, мир! 🙂🚀",
 )
 MAX_CALLBACK_MS = 50
+MAX_RERUNS = 3  # of a test in which a callback held the event loop
 DELAYS_INTERVAL_S = 0.005  # between two looks at what threads waited for: a callback is charged less by so much at most
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB_SIZE = 384
@@ -236,16 +243,20 @@ HELD_THE_LOOP = pytest.StashKey[bool]()  # is set on a test whose only fault is 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
-    """Run a test, and once more if all that is wrong is that a callback held the event loop.
+    """Run a test, and some times more if all that is wrong is that a callback held the event loop.
 
-    The guard leaves out what it knows of others' work. It cannot know of a virtual machine that stands still, or of
-    other work in the same caches; what blocks the loop does so each time.
+    The guard leaves out what it knows of others' work. It cannot know of a virtual machine that stands still, of a
+    file that is read from a busy disk, or of other work in the same caches; what blocks the loop does so each time.
     """
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    reports = runtestprotocol(item, log=False, nextitem=nextitem)
-    if item.stash.get(HELD_THE_LOOP, False) and sum(report.failed for report in reports) == 1:
-        item._initrequest()  # type: ignore[attr-defined]
+    for num_reruns in range(MAX_RERUNS + 1):
+        item.stash[HELD_THE_LOOP] = False
         reports = runtestprotocol(item, log=False, nextitem=nextitem)
+        if not item.stash[HELD_THE_LOOP] or sum(report.failed for report in reports) != 1:
+            break
+        if num_reruns < MAX_RERUNS:
+            time.sleep(num_reruns)  # others' work may have gone by then
+            item._initrequest()  # type: ignore[attr-defined]
     for report in reports:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)

@@ -39,7 +39,7 @@ async def sleep_on_the_loop(seconds: float) -> None:
     await asyncio.sleep(0)
 
 
-def test_an_async_test_that_holds_the_loop_for_60_ms_twice_fails_without_asking_for_the_guard(
+def test_an_async_test_that_holds_the_loop_for_60_ms_each_time_fails_without_asking_for_the_guard(
     pytester: pytest.Pytester,
 ) -> None:
     pytester.makeini("[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n")
