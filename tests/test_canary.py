@@ -44,7 +44,7 @@ async def test_weights_changed_underneath_are_an_alarm_in_health_metrics_and_log
         canary = engine.started.canary
         assert await canary.look() and await canary.look()
         assert (canary.stats.num_runs, canary.stats.num_alarms) == (2, 0) and canary.stats.drift < 1e-4
-        assert not caplog.records
+        assert "canary" not in caplog.text
         damage(engine)
         alarms: list[int] = []
         canary.on_alarm = lambda: alarms.append(canary.stats.num_alarms)

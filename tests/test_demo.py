@@ -69,7 +69,7 @@ class Server:
 
     def until_idle(self) -> None:
         """Wait for all requests to leave; then every page must be free or cached."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while (load := self.get("/get_load")[0])["num_reqs"] and time.monotonic() < deadline:
             time.sleep(0.05)
         assert (load["num_reqs"], load["num_waiting_reqs"], load["num_tokens"]) == (0, 0, 0)

@@ -31,7 +31,7 @@ class FakeTower:
         self.seen: list[list[int]] = []
 
     def encode(self, media: Sequence[Media]) -> list[torch.Tensor]:
-        assert self.may_go.acquire(timeout=10)
+        assert self.may_go.acquire(timeout=60)
         numbers = [int(one.pixels[0, 0, 0]) for one in media if isinstance(one, Image)]
         self.seen.append(numbers)
         if 13 in numbers:
@@ -80,7 +80,7 @@ class Desk:
             num_seen = len(self.tower.seen)
             self.tower.may_go.release()
             while len(self.tower.seen) == num_seen or not self.calls:
-                assert self.came.acquire(timeout=10), "the tower has nothing to see"
+                assert self.came.acquire(timeout=60), "the tower has nothing to see"
             self.turn()
 
     def turn(self) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import random
 import resource
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -361,10 +362,11 @@ async def test_a_thousand_clients_that_vanish_leave_nothing_behind_two_steps_lat
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # both ends of a connection take one
     async with running_engine(tiny_llama, max_running_requests=100, max_total_tokens=1 << 16) as engine:
-        runner = engine.parts.runner
+        runner, all_are_there = engine.parts.runner, threading.Event()
         forward = runner.forward
 
         def slow_forward(*batch: Any) -> torch.Tensor:
+            all_are_there.wait(120)
             time.sleep(0.03)  # so that no answer comes to its end before its client vanishes
             return forward(*batch)
 
@@ -380,10 +382,13 @@ async def test_a_thousand_clients_that_vanish_leave_nothing_behind_two_steps_lat
         connections = [await asyncio.open_connection(server.host, server.port) for _ in range(1000)]
         for _, writer in connections:
             writer.write(head + body)
-        await connections[0][0].readuntil(b"data: ")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             while engine.stats().num_requests < 1000:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
+            all_are_there.set()
+            while engine.stats().scheduler.num_running < 100:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            await connections[0][0].readuntil(b"data: ")
         assert engine.stats().scheduler.num_running == 100
         assert engine.stats().scheduler.num_waiting == 900
         for _, writer in connections:

@@ -485,11 +485,12 @@ async def answer_to(port: int, request: bytes) -> tuple[int, str, Any]:
     """Return the status, the content type and the JSON of the answer to raw bytes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(request)
-    head, _, body = (await asyncio.wait_for(reader.read(100_000), 60)).partition(b"\r\n\r\n")
+    async with asyncio.timeout(60):
+        first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().splitlines()
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        body = await reader.readexactly(int(headers["content-length"]))
     writer.close()
-    lines = head.decode().split("\r\n")
-    kind = next(line.split(": ")[1] for line in lines if line.lower().startswith("content-type"))
-    return int(lines[0].split()[1]), kind, json.loads(body)
+    return int(first.split()[1]), headers["content-type"], json.loads(body)
 
 
 @pytest.mark.parametrize("num_requests", [2, 50, 500])

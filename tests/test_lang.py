@@ -596,7 +596,7 @@ def test_a_state_that_is_aborted_before_its_work_begins_tells_its_readers():
 def wait_for(condition) -> None:
     """Poll another thread's state."""
     pause = threading.Event()
-    for _ in range(1000):
+    for _ in range(12_000):  # two minutes
         if condition():
             return
         pause.wait(0.01)

@@ -399,7 +399,7 @@ async def test_of_what_was_refused_nothing_waits_for_the_garbage_collector(data:
     gc.disable()
     try:
         await attempt()
-        async with asyncio.timeout(10):  # its thread has yet to let go of it
+        async with asyncio.timeout(60):  # its thread has yet to let go of it
             while any(type(one) in (BrokenMedia, InvalidRequest) for one in gc.get_objects()):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
     finally:

@@ -10,7 +10,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import types
 import urllib.request
 from collections import Counter
@@ -32,6 +31,7 @@ from server.config import ServerConfig, parse_args
 from server.http.sse import HIGH_WATER_BYTES, EventStream
 from server.parsers.tool_calls import json_of
 from tests.fake_engine import FakeEngine, events_of, serving
+from tests.server_processes import reserved_port, wait_until
 from tests.test_engine import running_engine
 
 Client = TestClient[Any, Any]
@@ -517,6 +517,7 @@ async def test_answers_on_one_connection_make_one_write_a_step(engine: FakeEngin
     engine.is_manual = True
     async with serving(engine) as client:
         response = await client.post("/generate", json={"text": ["a", "b", "c"], "stream": True})
+        await engine.until(lambda: len(engine.live) == 3)
         for state in engine.states:
             engine.emit(state, "x")
         chunk, _ = await asyncio.wait_for(response.content.readchunk(), 60)
@@ -615,9 +616,9 @@ async def test_what_an_answer_took_is_given_back_without_the_garbage_collector(
                     async with client.post(path, json=body) as response:
                         assert response.status == 200
                         await response.read()
-                await asyncio.sleep(0.1)  # the last step is behind the answer
-                left = num_alive() - before
-                assert max(left.values(), default=0) <= 1, "the step that was resolved last may be named somewhere"
+                async with asyncio.timeout(60):  # the last step is behind the answer, and may be named somewhere
+                    while max((num_alive() - before).values(), default=0) > 1:  # noqa: ASYNC110
+                        await asyncio.sleep(0.1)
             finally:
                 gc.enable()
 
@@ -826,17 +827,16 @@ def run_main(monkeypatch: pytest.MonkeyPatch, engine_class: type, *argv: str) ->
 def test_a_signal_lets_running_answers_end_and_then_exits_0(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     answers: list[bytes] = []
+
+    def is_up() -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60):
+            return True
+        return False
 
     def be_a_client() -> None:
         url = f"http://127.0.0.1:{port}"
-        for _ in range(200):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health"):
-                break
-            time.sleep(0.05)
+        wait_until(is_up)
         headers = {"Content-Type": "application/json"}
         body = json.dumps({"text": "a", "stream": True}).encode()
         with urllib.request.urlopen(urllib.request.Request(f"{url}/generate", body, headers), timeout=60) as response:
@@ -844,10 +844,11 @@ def test_a_signal_lets_running_answers_end_and_then_exits_0(
             os.kill(os.getpid(), number)
             answers.append(response.read())
 
-    thread = threading.Thread(target=be_a_client)
-    thread.start()
-    status = run_main(monkeypatch, SlowEngine, "--port", str(port), "--skip-server-warmup")
-    thread.join()
+    with reserved_port() as port:
+        thread = threading.Thread(target=be_a_client)
+        thread.start()
+        status = run_main(monkeypatch, SlowEngine, "--port", str(port), "--skip-server-warmup")
+        thread.join()
     assert status == 0
     assert b'"text":"Hello, world"' in answers[1]
     assert answers[1].endswith(b"data: [DONE]\n\n")

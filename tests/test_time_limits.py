@@ -1,6 +1,7 @@
 """Requests that wait or run too long are ended, and told the limit."""
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -40,25 +41,45 @@ def test_each_limit_ends_what_is_beyond_it_and_names_itself() -> None:
     }
 
 
+async def reason(engine: Any, rid: str) -> FinishReason:
+    params = SamplingParams(max_new_tokens=400, ignore_eos=True)
+    async for delta in engine.generate(RequestState(Request(rid, [7, 11], params))):
+        if delta.finish_reason is not None:
+            return delta.finish_reason
+    raise AssertionError("no end")
+
+
 async def test_a_request_that_runs_too_long_ends_and_the_next_one_gets_its_place(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine.time_limits.CHECK_S", 0.01)
+    async with running_engine(tiny_llama, max_running_requests=1, request_running_timeout=0.02) as engine:
+        for ended in await asyncio.gather(reason(engine, "a"), reason(engine, "b")):
+            assert ended.status_code == 503 and "has run" in str(ended.message)
 
-    async def reason(engine: Any, rid: str) -> FinishReason:
-        params = SamplingParams(max_new_tokens=400, ignore_eos=True)
-        async for delta in engine.generate(RequestState(Request(rid, [7, 11], params))):
-            if delta.finish_reason is not None:
-                return delta.finish_reason
-        raise AssertionError("no end")
 
-    options = {"max_running_requests": 1, "request_waiting_timeout": 0.001, "request_running_timeout": 0.02}
-    async with running_engine(tiny_llama, **options) as engine:
-        first, second = await asyncio.gather(reason(engine, "a"), reason(engine, "b"))
-        assert first.status_code == second.status_code == 503
-        assert "has run" in str(first.message) and "has waited" in str(second.message)
-        third = await reason(engine, "c")
-        assert "has run" in str(third.message)
+async def test_a_request_that_waits_too_long_ends_and_the_one_before_it_goes_on(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.time_limits.CHECK_S", 0.01)
+    async with running_engine(tiny_llama, max_running_requests=1, request_waiting_timeout=3600.0) as engine:
+        runner, may_go_on = engine.parts.runner, threading.Event()
+        forward = runner.forward
+
+        def held_forward(*batch: Any) -> Any:
+            may_go_on.wait(60)
+            return forward(*batch)
+
+        monkeypatch.setattr(runner, "forward", held_forward)
+        first = asyncio.create_task(reason(engine, "a"))
+        async with asyncio.timeout(60):
+            while not engine.stats().scheduler.num_running:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        engine.started.time_limits._waiting_s = 0.001
+        second = await reason(engine, "b")
+        assert second.status_code == 503 and "has waited" in str(second.message)
+        may_go_on.set()
+        assert (await first).type == "length"
 
 
 def test_limits_are_flags() -> None:
