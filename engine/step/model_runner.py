@@ -465,9 +465,7 @@ class ModelRunner:
         return host.copy_(tensor, non_blocking=True)
 
 
-def logprobs_of(
-    values: SampledLogprobs | PromptLogprobs, first: int, token_ids: Sequence[int], state: RequestState
-) -> Logprobs:
+def logprobs_of(values: PromptLogprobs, first: int, token_ids: Sequence[int], state: RequestState) -> Logprobs:
     """Return the entries of `values` from `first` on, those of `token_ids`, as the request wants them.
 
     That is: with its own number of top tokens, and its own wanted ids.
