@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from server.commands import COMMANDS
+from server.quiet import until_read
 
 
 def dispatch(argv: Sequence[str]) -> int | list[str]:
@@ -31,12 +32,11 @@ def dispatch(argv: Sequence[str]) -> int | list[str]:
     if first == "completion":
         from server.terminal.completion import main as complete
 
-        return complete(rest)
+        return until_read(lambda: complete(rest))
     if first == "models":
         from engine.models.architectures import describe
 
-        print(describe())
-        return 0
+        return until_read(lambda: print(describe()))
     if first == "router":
         return _route(rest) if has_what_servers_need() else 1
     if first and not first.startswith("-"):

@@ -8,7 +8,9 @@ import jinja2
 import pytest
 
 import server.lang as sgl
+from server.lang import templates
 from server.lang.templates import Roles, ServedTemplate, TemplateRefused, get_chat_template
+from server.reading import built_in_templates
 from server.reading.built_in_templates import BUILT_IN_TEMPLATES, CHATML, LLAMA_3, VICUNA_SYSTEM, YI_VL_SYSTEM
 from tests.fake_engine import FakeEngine
 from tests.lang_servers import fake_backend
@@ -146,6 +148,11 @@ async def test_named_templates_write_the_same_piecewise_and_whole(name: str, pro
         roles = (*roles, role)
         text += await template.end(roles)
     assert text == prompt
+
+
+def test_the_language_and_the_server_have_the_same_system_messages() -> None:
+    for name in ("HELPFUL", "VICUNA_SYSTEM", "YI_VL_SYSTEM"):
+        assert getattr(templates, name) == getattr(built_in_templates, name)
 
 
 async def test_a_template_with_a_default_system_message_puts_it_first() -> None:

@@ -178,6 +178,17 @@ def test_a_shell_completes_commands_and_flags(shell: str, capsys: pytest.Capture
     assert all(word in script for word in (*COMMANDS, "--model-path", "--temperature", "cache_aware"))
 
 
+def test_a_reader_that_has_read_enough_ends_a_command_without_a_word() -> None:
+    script = "from server.dispatch import dispatch; raise SystemExit(dispatch(['completion', 'zsh']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as run:
+        assert run.stdout is not None and run.stderr is not None
+        run.stdout.close()
+        assert run.stderr.read() == b""
+    assert run.returncode == 0
+
+
 def test_completions_without_their_library_say_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

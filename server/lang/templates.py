@@ -10,7 +10,18 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.reading.built_in_templates import HELPFUL, VICUNA_SYSTEM, YI_VL_SYSTEM
+# The texts of server/reading/built_in_templates.py: a program's own `server` may be what that name imports here.
+HELPFUL = "You are a helpful assistant."
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+YI_VL_SYSTEM = (
+    "This is a chat between an inquisitive human and an AI assistant. Assume the role of the AI assistant. "
+    "Read all the images carefully, and respond to the human's questions with informative, helpful, detailed and "
+    "polite answers. 这是一个好奇的人类和一个人工智能助手之间的对话。假设你扮演这个AI助手的角色。"
+    "仔细阅读所有的图像，并对人类的问题做出信息丰富、有帮助、详细的和礼貌的回答。"
+)
 
 Message = dict[str, Any]
 Roles = tuple[str, ...]
