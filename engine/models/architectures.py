@@ -17,12 +17,9 @@ class Served(NamedTuple):
 BY_TEXT = ""
 FLAT_LLAVA = "llava as published"  # in a flat config.json, which says which of LLaVA's families reads
 KIMI = "kimi"
-READ_VIDEOS = (
-    "grid",
-    "llava next video",
-    "llava onevision",
-    "timed grid",
-)  # of what reads pictures, what reads videos too
+READ_VIDEOS = {  # of what reads pictures, what reads videos too
+    "gemma 4", "glm", "grid", "internvl", "llava next video", "llava onevision", "smolvlm", "timed grid",
+}  # fmt: skip
 # What runs the language half of a model, by the model_type of its text_config.
 LANGUAGE_MODELS = {
     "cohere2": "cohere:Cohere2",
