@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -550,7 +551,7 @@ def test_every_architecture_has_its_family() -> None:
         assert issubclass(getattr(importlib.import_module(f"engine.models.{module}"), name), CausalLM)
     assert set(ALIASES.values()) <= ARCHITECTURES.keys()
     assert {served.vision for served in ARCHITECTURES.values()} - {"", FLAT_LLAVA} <= FAMILIES.keys()
-    assert set(READ_VIDEOS) <= FAMILIES.keys()
+    assert set(READ_VIDEOS) == {name for name, family in FAMILIES.items() if "video" in family.kinds}
 
 
 @pytest.mark.parametrize(
@@ -571,6 +572,25 @@ def test_an_unsupported_family_is_named_before_its_entries_are_read(
     assert ("nearest is" in str(error.value)) == (nearest is not None)
     assert nearest is None or f"The nearest is {nearest}." in str(error.value)
     assert ".github/CONTRIBUTING.md" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Qwen9VLForConditionalGeneration", r"The nearest that reads images is Qwen\dVLForConditionalGeneration\."),
+        ("Zyx", r"The nearest that reads images is \w+\."),
+        ("Phi3VForCausalLM", "Phi3VForCausalLM: transformers has no class .*; Qwen2.5-VL 3B"),
+    ],
+)
+def test_of_an_unsupported_model_that_reads_images_the_nearest_that_does_is_named(
+    name: str, message: str, tmp_path: Path
+) -> None:
+    entries = {"architectures": [name], "vision_config": {"hidden_size": 8}}
+    (tmp_path / "config.json").write_text(json.dumps(entries))
+    with pytest.raises(ModelError, match=message) as error:
+        load_config(tmp_path)
+    nearest = re.findall(r"images is (\w+)\.", str(error.value))
+    assert all(ARCHITECTURES[one].vision for one in nearest)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ PICTURE_TOKENS = (
     "<fake_token_around_image>", "<global-img>", "<|media_pad|>",
 )  # fmt: skip
 IMAGE, VISION_START, VISION_END, VIDEO = range(VOCAB_SIZE, VOCAB_SIZE + 4)
+# What transformers calls a language model's layers when it saves some models: their towers' names, reached too far.
+WRONG = re.compile(r"(language_model\.model\.)(blocks|encoder\.layers)")
 MEDIA_PAD = VOCAB_SIZE + PICTURE_TOKENS.index("<|media_pad|>")
 TEXT = {
     "hidden_size": 64,
@@ -239,6 +242,86 @@ FAMILIES = {
         gemma_4(None, hidden_size_per_layer_input=8, num_kv_shared_layers=1),
         *GEMMA_4_PROCESSOR,
     ),
+    "glm ocr": TinyFamily(
+        "GlmOcrForConditionalGeneration",
+        "GlmOcrConfig",
+        {
+            "vision_config": GLM_VIT,
+            "text_config": TEXT
+            | {"head_dim": 32, "rope_parameters": ROPE | {"mrope_section": [4, 6, 6]}, "pad_token_id": 0},
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "tie_word_embeddings": False,
+        },
+        "Glm46VImageProcessorPil",
+        GLM_PROCESSING,
+    ),
+    "glm 4.6v": TinyFamily(
+        "Glm46VForConditionalGeneration",
+        "Glm46VConfig",
+        {
+            "vision_config": GLM_VIT,
+            "text_config": TEXT | {"rope_parameters": ROPE | HALF_ROTATED, "pad_token_id": 0},
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "tie_word_embeddings": False,
+        },
+        "Glm46VImageProcessorPil",
+        GLM_PROCESSING,
+    ),
+    "paddle ocr": TinyFamily(
+        "PaddleOCRVLForConditionalGeneration",
+        "PaddleOCRVLConfig",
+        {
+            "vision_config": VIT | {"image_size": 32, "patch_size": 4},
+            "text_config": TEXT | {"rope_parameters": ROPE},
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "tie_word_embeddings": False,
+        },
+        "PaddleOCRVLImageProcessorPil",
+        {"patch_size": 4, "min_pixels": 8 * 8, "max_pixels": 64 * 48},
+    ),
+    "lighton ocr": TinyFamily(
+        "LightOnOcrForConditionalGeneration",
+        "LightOnOcrConfig",
+        {
+            "vision_config": PIXTRAL,
+            "text_config": TEXT | {"model_type": "qwen3"},
+            "image_token_id": IMAGE,
+            "spatial_merge_size": 2,
+            "tie_word_embeddings": False,
+        },
+        "PixtralImageProcessorPil",
+        {"size": {"longest_edge": 48}, "patch_size": {"height": 8, "width": 8}},
+    ),
+    "qianfan ocr": TinyFamily(
+        "QianfanOCRForConditionalGeneration",
+        "QianfanOCRConfig",
+        {
+            "vision_config": VIT | {"image_size": [28, 28], "patch_size": [7, 7]},
+            "text_config": TEXT | {"model_type": "qwen3"},
+            "image_token_id": VIDEO,
+            "tie_word_embeddings": False,
+        },
+        "GotOcr2ImageProcessorPil",
+        {"size": {"height": 28, "width": 28}, "max_patches": 4},
+    ),
+    "exaone 4.5": TinyFamily(
+        "Exaone4_5_ForConditionalGeneration",
+        "Exaone4_5_Config",
+        {
+            "vision_config": QWEN_VIT
+            | {"num_key_value_heads": 1, "out_hidden_size": 64, "fullatt_block_indexes": [1], "window_size": 16},
+            "text_config": TEXT
+            | {"model_type": "exaone4", "sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"]},
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "tie_word_embeddings": False,
+        },
+        "Qwen2VLImageProcessorPil",
+        QWEN_PROCESSING,
+    ),
     "kimi k2.5": TinyFamily(
         "Kimi_K25ForConditionalGeneration",
         "Kimi_K25Config",
@@ -394,13 +477,10 @@ def make_vision_model(folder: Path, family: str) -> Path:
         with torch.no_grad():
             model.lm_head.weight[IMAGE : IMAGE + len(PICTURE_TOKENS)] = 0.0  # no answer has them
     model.save_pretrained(folder)
-    if family == "kimi k2.5":  # transformers' mapping of the tower's names reaches too far
-        weights = load_file(folder / "model.safetensors")
-        renamed = {
-            name.replace("language_model.model.blocks", "language_model.model.layers"): weights[name]
-            for name in weights
-        }
-        save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    weights = load_file(folder / "model.safetensors")
+    if wrong := [name for name in weights if WRONG.search(name)]:
+        weights |= {WRONG.sub(r"\1layers", name): weights.pop(name) for name in wrong}
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
     if its.processor:
         getattr(transformers, its.processor)(**its.processing).save_pretrained(folder)
     else:

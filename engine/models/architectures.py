@@ -23,9 +23,13 @@ READ_VIDEOS = {  # of what reads pictures, what reads videos too
 # What runs the language half of a model, by the model_type of its text_config.
 LANGUAGE_MODELS = {
     "cohere2": "cohere:Cohere2",
+    "exaone4": "exaone4:Exaone4",
+    "exaone4_5_text": "exaone4:Exaone4",
     "gemma": "gemma:Gemma",
     "gemma2": "gemma:Gemma2",
     "gemma3_text": "gemma:Gemma3",
+    "glm4v_moe_text": "glm_v:Glm4vMoe",
+    "glm4v_text": "glm_v:Glm4v",
     "llama": "llama:Llama",
     "ministral3": "llama:Mistral",
     "mistral": "llama:Mistral",
@@ -69,6 +73,7 @@ ARCHITECTURES = {
     "Ernie4_5_MoeForCausalLM": Served("moe:Ernie45Moe", "ERNIE 4.5 21B-A3B and 300B-A47B"),
     "Ernie4_5ForCausalLM": Served("ernie:Ernie45", "ERNIE 4.5, the dense 0.3B"),
     "Exaone4ForCausalLM": Served("exaone4:Exaone4", "EXAONE 4"),
+    "Exaone4_5_ForConditionalGeneration": Served(BY_TEXT, "EXAONE 4.5 33B", "image grid"),
     "ExaoneForCausalLM": Served("exaone3:Exaone3", "EXAONE 3 and 3.5, EXAONE Deep"),
     "FalconForCausalLM": Served("falcon:Falcon", "Falcon 7B, 11B, 40B, 180B and RW"),
     "Gemma2ForCausalLM": Served("gemma:Gemma2", "Gemma 2"),
@@ -87,7 +92,9 @@ ARCHITECTURES = {
     ),
     "Glm4vForConditionalGeneration": Served("glm_v:Glm4v", "GLM-4.1V", "glm"),
     "Glm4vMoeForConditionalGeneration": Served("glm_v:Glm4vMoe", "GLM-4.5V", "glm"),
+    "Glm46VForConditionalGeneration": Served(BY_TEXT, "GLM-4.6V", "glm image"),
     "GlmForCausalLM": Served("glm:Glm", "GLM-4-9B, GLM-Edge"),
+    "GlmOcrForConditionalGeneration": Served("glm_v:GlmOcr", "GLM-OCR", "glm image"),
     "GPT2ForCausalLM": Served("gpt2:GPT2", "GPT-2"),
     "GPTNeoXForCausalLM": Served("gpt_neox:GPTNeoX", "GPT-NeoX 20B, Pythia, Dolly, RedPajama-INCITE"),
     "GptOssForCausalLM": Served("gpt_oss:GptOss", "gpt-oss 20b and 120b, in MXFP4 or bf16"),
@@ -105,6 +112,7 @@ ARCHITECTURES = {
     "InternVLForConditionalGeneration": Served(BY_TEXT, "InternVL 2.5 to 3.5 as transformers has it", "internvl"),
     "KimiK25ForConditionalGeneration": Served("deepseek:DeepseekV3", "Kimi K2.5 and K2.6", KIMI),
     "KimiVLForConditionalGeneration": Served("deepseek:DeepseekV3", "Kimi-VL-A3B, Thinking too", KIMI),
+    "LightOnOcrForConditionalGeneration": Served(BY_TEXT, "LightOnOCR 1 and 2", "lighton ocr"),
     "Llama4ForCausalLM": Served("llama4:Llama4", "Llama 4 Scout and Maverick"),
     "Llama4ForConditionalGeneration": Served("llama4:Llama4", "Llama 4 Scout and Maverick; text only"),
     "LlamaForCausalLM": Served(
@@ -137,9 +145,11 @@ ARCHITECTURES = {
     "OlmoForCausalLM": Served("olmo:Olmo", "OLMo 1"),
     "OPTForCausalLM": Served("opt:OPT", "OPT, Galactica"),
     "OrionForCausalLM": Served("stablelm:Orion", "Orion 14B"),
+    "PaddleOCRVLForConditionalGeneration": Served("qwen_vl:PaddleOCR", "PaddleOCR-VL", "paddle ocr"),
     "Phi3ForCausalLM": Served("phi3:Phi3", "Phi-3 mini and medium, Phi-3.5-mini, Phi-4, Phi-4-mini"),
     "PhiForCausalLM": Served("phi:Phi", "Phi-1, 1.5 and 2"),
     "PhiMoEForCausalLM": Served("phi_moe:PhiMoe", "Phi-3.5-MoE"),
+    "QianfanOCRForConditionalGeneration": Served(BY_TEXT, "Qianfan-OCR as transformers has it", "qianfan ocr"),
     "Qwen2_5_VLForConditionalGeneration": Served("qwen_vl:Qwen2VL", "Qwen2.5-VL", "grid"),
     "Qwen2ForCausalLM": Served("llama:Qwen2", "Qwen 1.5 to 2.5, the dense ones; QwQ, DeepSeek-R1-Distill-Qwen"),
     "Qwen2MoeForCausalLM": Served("moe:Qwen2Moe", "Qwen1.5-MoE, Qwen2-57B-A14B"),
@@ -174,6 +184,17 @@ ALIASES = {
     "StableLMEpochForCausalLM": "StableLmForCausalLM",
     "YiVLForCausalLM": "LlavaLlamaForCausalLM",
 }
+
+# What is left out, and what would do.
+ITS_SIZE = "Qwen2.5-VL 3B, Qwen3-VL 4B, Gemma 3 4B and SmolVLM 2 read images and are of about its size"
+REFUSED = {
+    "MllamaForConditionalGeneration": "its layers attend to images apart from the text; Qwen2.5-VL does not",
+    "Phi3VForCausalLM": f"transformers has no class that sees as Phi-3.5-vision does; {ITS_SIZE}",
+    "Phi4MMForCausalLM": f"its weights change with what a prompt shows, by LoRA; {ITS_SIZE}",
+    "Phi4MultimodalForCausalLM": f"its weights change with what a prompt shows, by LoRA; {ITS_SIZE}",
+}
+# Entries of config.json, one of which the models have that read images.
+IMAGE_ENTRIES = ("img_processor", "mm_vision_tower", "vision_config", "vision_tower", "visual")
 
 
 HEADS = "Of each, ...ForSequenceClassification and a bare ...Model are served as well: they classify and embed."

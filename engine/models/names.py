@@ -269,6 +269,7 @@ MEGATRON_NAMES: tuple[Rule, ...] = (
 TOWERS = (
     "vision_tower", "audio_tower", "multi_modal_projector", "embed_vision", "embed_audio", "visual", "vision_model",
     "connector", "image_newline", "vision_resampler", "mm_projector",
+    "vision_encoder", "vision_projection", "mlp1", "mlp_AR", "projector",
 )  # fmt: skip
 LANGUAGE_HALF: tuple[Rule, ...] = (
     Ignore(rf"^(model\.)?({'|'.join(TOWERS)})(\.|$)"),

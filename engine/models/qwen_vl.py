@@ -1,6 +1,7 @@
-"""The language halves of Qwen's models that read pictures: positions of their tokens have three axes.
+"""The language halves of Qwen's models that read pictures, and PaddleOCR's: positions of their tokens have three axes.
 
 Qwen2-VL, Qwen2.5-VL    Qwen 2; the pairs of a head turn by frame, row or column, one section behind the other
+PaddleOCR-VL            Llama, with positions as Qwen2-VL's
 Qwen3-VL                Qwen 3, dense or with experts; the sections are interleaved. What the tower's own layers saw is
                         added behind the first layers
 """
@@ -12,8 +13,8 @@ from typing import Any
 
 import torch
 
-from engine.model_config import ModelConfig
-from engine.models.llama import Qwen2, Qwen3
+from engine.model_config import ModelConfig, read_decoder
+from engine.models.llama import Llama, Qwen2, Qwen3
 from engine.models.moe import Qwen3Moe, read_routing
 from engine.models.names import Piece, Rule, Split, Unstack
 
@@ -22,6 +23,13 @@ class Qwen2VL(Qwen2):
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
         return Qwen2.read_config(with_sections(raw, (16, 24, 24)))
+
+
+class PaddleOCR(Llama):
+    @staticmethod
+    def read_config(raw: dict[str, Any]) -> ModelConfig:
+        has_bias = raw.get("use_bias", False)
+        return read_decoder(with_sections(raw, (16, 24, 24)), qkv_bias=has_bias, o_bias=has_bias, mlp_bias=has_bias)
 
 
 class Qwen3VL(Qwen3):

@@ -3,15 +3,23 @@
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from engine.config import EngineConfig
 from engine.config_file import checked, read_raw
 from engine.errors import ModelError
 from engine.layers.layer import LayerConfig
 from engine.model_config import ModelConfig, complete
-from engine.models.architectures import ALIASES, ARCHITECTURES, LANGUAGE_MODELS, TEXT_DEFAULTS
+from engine.models.architectures import (
+    ALIASES,
+    ARCHITECTURES,
+    IMAGE_ENTRIES,
+    LANGUAGE_MODELS,
+    REFUSED,
+    TEXT_DEFAULTS,
+)
 from engine.models.base import CausalLM
 from engine.quantization.methods import quantization_of
 
@@ -31,7 +39,7 @@ def load_config(folder: str | Path, config: EngineConfig | None = None) -> Model
     named = [ALIASES.get(name, name) for name in named]
     family = _family_of(named, entries.get("model_type"))
     if named and family is None:  # another family's entries are not ours to judge
-        raise _unsupported(named)
+        raise _unsupported(named, entries)
     raw = checked(entries | {"architectures": named}, file)
     vision = next((ARCHITECTURES[name].vision for name in named if name in ARCHITECTURES), "")
     if vision:
@@ -67,7 +75,7 @@ def _build(config: ModelConfig, layers: LayerConfig) -> CausalLM:
                 pooled = importlib.import_module("engine.models.pooled")
                 model: CausalLM = getattr(pooled, head)(decoder, config, layers)
                 return model
-    raise _unsupported(config.architectures)
+    raise _unsupported(config.architectures, config.raw)
 
 
 def is_supported(architecture: str) -> bool:
@@ -75,14 +83,22 @@ def is_supported(architecture: str) -> bool:
     return ALIASES.get(architecture, architecture) in ARCHITECTURES
 
 
-def _unsupported(architectures: Sequence[str]) -> ModelError:
-    """Return the error that names `architectures`, and the supported one whose name is nearest, if any is near."""
-    families = {_stem(supported): supported for supported in ARCHITECTURES}
-    close = [name for given in architectures for name in difflib.get_close_matches(_stem(given), families, 1, 0.5)]
-    nearest = f" The nearest is {families[close[0]]}." if close else ""
+def _unsupported(architectures: Sequence[str], entries: Mapping[str, Any]) -> ModelError:
+    """Return the error that names `architectures`, and what would do: where it is known, or the supported one nearest.
+
+    That is one whose name is near; of a model that reads images, the nearest that does, whatever its name.
+    """
+    message = f"architecture not supported: {', '.join(architectures) or 'none named in config.json'}"
+    if reason := next((REFUSED[name] for name in architectures if name in REFUSED), None):
+        return ModelError(f"{message}: {reason}. `radixloop models` lists those that are")
+    sees = any(entries.get(name) for name in IMAGE_ENTRIES)
+    families = {_stem(name): name for name, served in ARCHITECTURES.items() if served.vision or not sees}
+    cutoff = 0.0 if sees else 0.5
+    close = [name for given in architectures for name in difflib.get_close_matches(_stem(given), families, 1, cutoff)]
+    which = "nearest that reads images" if sees else "nearest"
+    nearest = f" The {which} is {families[close[0]]}." if close else ""
     return ModelError(
-        f"architecture not supported: {', '.join(architectures) or 'none named in config.json'}.{nearest} "
-        "`radixloop models` lists those that are, .github/CONTRIBUTING.md says how to add one"
+        f"{message}.{nearest} `radixloop models` lists those that are, .github/CONTRIBUTING.md says how to add one"
     )
 
 

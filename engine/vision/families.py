@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from engine.errors import InvalidRequest
 from engine.media import Image, Media, MediaSize, Video
 from engine.vision.family import Family, Sized, Writing, in_words
-from engine.vision.grid import Glm, Grid, TimedGrid
+from engine.vision.grid import Glm, GlmImage, Grid, ImageGrid, PaddleOCR, TimedGrid
 from engine.vision.kimi import Kimi
 
 ALONE = "alone"  # a setting that no client has: the prompt has no other picture
@@ -177,6 +177,12 @@ class Pixtral(Family):
         return {"pixel_values": torch.cat(padded), "image_sizes": sizes}
 
 
+class LightOnOCR(Pixtral):
+    """LightOnOCR: Mistral Small 3.1's rows of patches, without marks."""
+
+    row_end, end = "", ""
+
+
 class InternVL(Family):
     """InternVL: the picture cut into squares, and the whole of it shrunk to one; each frame of a video is one."""
 
@@ -208,6 +214,18 @@ class InternVL(Family):
         num_squares = self.processor.get_number_of_image_patches(size.height, size.width, self.options(size))
         num_features = of_square * num_squares
         return Writing(f"{self.begin}{seen * num_features}{self.end}", num_features)
+
+
+class QianfanOCR(InternVL):
+    """Qianfan-OCR: InternVL, in whose prompts a text stands for a picture that is no token."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
+
+    def placeholders(self) -> dict[str, str]:
+        return {"image": "<image>"}
+
+    def options(self, media: Media | MediaSize) -> dict[str, Any]:
+        return {"crop_to_patches": True, **super().options(media)}
 
 
 class Idefics3(Family):
@@ -352,15 +370,20 @@ FAMILIES: dict[str, type[Family]] = {
     "gemma 3": Gemma3,
     "gemma 4": Gemma4,
     "glm": Glm,
+    "glm image": GlmImage,
     "grid": Grid,
     "timed grid": TimedGrid,
     "idefics 3": Idefics3,
+    "image grid": ImageGrid,
     "internvl": InternVL,
     "kimi": Kimi,
+    "lighton ocr": LightOnOCR,
     "llava": Llava,
     "llava next": LlavaNext,
     "llava next video": LlavaNextVideo,
     "llava onevision": LlavaOnevision,
+    "paddle ocr": PaddleOCR,
     "pixtral": Pixtral,
+    "qianfan ocr": QianfanOCR,
     "smolvlm": SmolVLM,
 }

@@ -173,6 +173,37 @@ class Glm(Grid):
         return self.video_config.get("size") or {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 2 * 30000}
 
 
+class ImageGrid(Grid):
+    """EXAONE 4.5: pictures alone; a model whose positions have one axis counts their tokens as any others."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("image",)
+
+    @staticmethod
+    def token_ids(config: Any) -> dict[str, int]:
+        return {"image": config.image_token_id}
+
+
+class GlmImage(ImageGrid):
+    """GLM-OCR, and GLM-4.6V under a name of its own: pictures as GLM-4.1V's."""
+
+    def resized(self, size: MediaSize) -> tuple[int, int]:
+        return self.resized_together(size)
+
+
+class PaddleOCR(ImageGrid):
+    """PaddleOCR-VL: a picture has at least one feature each way, however long the other becomes."""
+
+    def resized(self, size: MediaSize) -> tuple[int, int]:
+        from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import smart_resize
+
+        factor = self.processor.patch_size * self.processor.merge_size
+        try:
+            height, width = smart_resize(size.height, size.width, factor, *self.limits(size))
+        except ValueError as error:
+            raise InvalidRequest(f"a picture of {size.width}x{size.height} pixels cannot be read: {error}") from None
+        return height, width
+
+
 def check_shape(size: MediaSize) -> None:
     """Raise `InvalidRequest` for what the families of Qwen take for no picture."""
     if max(size.width, size.height) > 200 * min(size.width, size.height):
