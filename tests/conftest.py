@@ -59,6 +59,7 @@ def pytest_collection_finish() -> None:
         hasten_interpreter()
     gc.collect()
     gc.freeze()  # a collection need not walk what lives as long as the process: libraries, and thousands of tests
+    gc.collect()  # counts what lives: the more, the later it looks again for what a test has left
     atexit.register(gc.unfreeze)  # as in `settle_garbage_collector`
 
 
@@ -327,18 +328,20 @@ def living_schedulers() -> "Iterator[WeakSet[Scheduler]]":
 
 @pytest.fixture(autouse=True)
 def checked_schedulers(request: pytest.FixtureRequest, living_schedulers: "WeakSet[Scheduler]") -> Iterator[None]:
-    """Fails a test that leaves a scheduler whose pages or locks are wrong.
+    """Fails a test that leaves a scheduler whose pages or locks are wrong: its own, or one that tests of a file share.
 
     `@pytest.mark.breaks_bookkeeping` is for those that do so on purpose, to a scheduler of their own.
     """
-    before = set(living_schedulers)
+    shared = list(living_schedulers)  # fixtures of a file come before those of a test
     yield
+    own = set(living_schedulers).difference(shared)
     if request.node.get_closest_marker("breaks_bookkeeping"):
-        for scheduler in set(living_schedulers) - before:
-            living_schedulers.discard(scheduler)
-    del before
-    for scheduler in list(living_schedulers):
+        own.clear()
+    for scheduler in (*shared, *own):
         scheduler.check()
+    # No other test has those of this one. They live until the collector finds them, and to check them takes long.
+    living_schedulers.clear()
+    living_schedulers.update(shared)
 
 
 @pytest.fixture

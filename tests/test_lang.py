@@ -43,11 +43,13 @@ def endpoint(engine: sgl.Engine) -> Iterator[sgl.RuntimeEndpoint]:
 
 
 @pytest.fixture(params=["http", "in_process"])
-def backend(request: pytest.FixtureRequest) -> Iterator[NativeBackend]:
-    chosen = request.getfixturevalue("endpoint" if request.param == "http" else "engine")
-    sgl.set_default_backend(chosen)
+def backend(
+    request: pytest.FixtureRequest, endpoint: sgl.RuntimeEndpoint, engine: sgl.Engine
+) -> Iterator[NativeBackend]:
+    is_http = request.param == "http"
+    sgl.set_default_backend(endpoint if is_http else engine)
     assert sgl.flush_cache()
-    yield getattr(chosen, "endpoint", chosen)
+    yield endpoint if is_http else engine.endpoint
     sgl.set_default_backend(None)
 
 
