@@ -195,12 +195,16 @@ class LocalMaintenance(Maintenance):
                 self.parts.scheduler.retract_all()
                 self.parts.scheduler.held.drop_cache()
             await self._do_everywhere("release", tags=sorted(new_tags))
+            if WEIGHTS in new_tags and self.encoder is not None:
+                await self.encoder.release()
 
     @uninterrupted
     async def resume_memory(self, tags: Collection[str] = TAGS) -> None:
         async with self._lock, self._still():
             for tag in sorted(self.released & set(tags)):  # one by one: a second try must not resume a tag twice
                 try:
+                    if tag == WEIGHTS and self.encoder is not None:
+                        await self.encoder.resume()  # may be done twice, too
                     await self._do_everywhere("resume", tags=[tag], is_complete=self.released == {tag})
                 except torch.OutOfMemoryError as error:
                     reason = str(error).partition("\n")[0]

@@ -41,6 +41,9 @@ class FakeTower:
     def adopt(self, other: "FakeTower") -> None:
         """Nothing is asked of it but that others see nothing meanwhile."""
 
+    def move_weights(self, device: torch.device | None = None) -> None:
+        self.seen.append([-1 if device is None else -2])
+
 
 class Desk:
     """A scheduler whose requests have pictures, an encoder, and the turns of a loop in which its callbacks run."""
@@ -201,6 +204,28 @@ async def test_features_of_another_tower_are_found_no_more_though_a_request_hold
     d.see()
     d.finish()
     assert d.tower.seen == [[1], [1], [2]]
+
+
+async def test_a_released_tower_sees_nothing_and_serves_who_waited_when_it_is_back(desk: Callable[..., Desk]) -> None:
+    d = desk()
+    d.submit(1)
+    d.see()
+    d.finish()
+    await d.encoder.release()
+    d.traffic.scheduler.held.drop_cache()
+    waiting = [d.submit(1), d.submit(2, tail=6)]
+    d.turn()
+    d.tower.may_go.release()
+    await d.encoder.release()  # behind whatever it was given to see
+    assert d.tower.seen == [[1], [-2], [-2]]
+    assert [state.status for state in waiting] == [Status.WAITING] * 2
+    await d.encoder.resume()
+    while len(d.tower.seen) < 5 or not d.calls:
+        assert d.came.acquire(timeout=60)
+    d.turn()
+    d.finish()
+    assert d.tower.seen[3:] == [[-1], [1, 2]]
+    assert [state.status for state in waiting] == [Status.FINISHED] * 2
 
 
 def test_an_id_means_one_key_and_is_never_given_twice() -> None:

@@ -293,6 +293,32 @@ async def test_other_weights_bring_their_tower_and_its_features(reference: Refer
 
 
 @pytest.mark.parametrize("reference", ["llava"], indirect=True)
+async def test_released_weights_take_their_tower_along_and_answers_are_the_same_when_they_are_back(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_engine(reference.folder) as engine:
+        tower, moves = engine.parts.tower, list[str]()
+        assert tower is not None
+        move = tower.move_weights
+
+        def noting(*to: torch.device) -> None:
+            moves.append(str(to))
+            move(*to)
+
+        monkeypatch.setattr(tower, "move_weights", noting)
+        ids, media = await prompt(engine, 1, pictures(SIZES[1]))
+        wanted, _ = await ask(engine, ids, media)
+        for tags, count in ((["kv_cache"], 0), (["weights", "kv_cache"], 1)):
+            await engine.maintenance.release_memory(tags)
+            assert len(moves) == count
+            asked = asyncio.create_task(ask(engine, ids, media))
+            await engine.maintenance.resume_memory(tags)
+            answer, state = await asked
+            assert (answer, state.num_cached_tokens) == (wanted, 0)
+        assert len(moves) == 2
+
+
+@pytest.mark.parametrize("reference", ["llava"], indirect=True)
 async def test_whatever_shows_a_prompts_tokens_shows_placeholders(reference: Reference) -> None:
     async with running_engine(reference.folder) as engine:
         ids, media = await prompt(engine, 1, pictures(SIZES[1]))

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
+import torch
+
 from engine.media import Media
 from engine.state import RequestState, Status
 
@@ -24,6 +26,7 @@ Features = Any
 class Sees(Protocol):
     def encode(self, media: Sequence[Media]) -> list[Features]: ...
     def adopt(self, other: Any) -> None: ...
+    def move_weights(self, device: torch.device | None = None) -> None: ...
 
 
 @dataclass(slots=True)
@@ -76,7 +79,7 @@ class Encoder:
         self._jobs: list[_Job] = []  # that wait for the tower
         self._pending: OrderedDict[bytes, tuple[Media, int]] = OrderedDict()  # what it has yet to see, and its bytes
         self._running: dict[bytes, int] = {}  # what it sees now, and the bytes of that
-        self._is_closed = False
+        self._is_closed = self._is_released = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tower")
 
     def fetch(self, state: RequestState, missing: Sequence[int]) -> bool:
@@ -105,6 +108,18 @@ class Encoder:
         for key, features in list(self._alive.items()):  # counted for as long as it is held, but never found
             del self._alive[key]
             self._alive[key + b"before"] = features
+
+    async def release(self) -> None:
+        """Move the tower to host memory and drop what it made. Who needs features waits until `resume`."""
+        self._is_released = True
+        await asyncio.wrap_future(self._thread.submit(self._tower.move_weights, torch.device("cpu")))
+        self._kept.clear()
+
+    async def resume(self) -> None:
+        """Move the tower back. `torch.OutOfMemoryError` if there is no room; it stays released then."""
+        await asyncio.wrap_future(self._thread.submit(self._tower.move_weights))
+        self._is_released = False
+        self._run()
 
     def close(self) -> None:
         self._is_closed = True
@@ -159,7 +174,7 @@ class Encoder:
         needed = {key for job in self._jobs for key, features in job.wanted.items() if features is None}
         for key in [key for key in self._pending if key not in needed]:
             del self._pending[key]
-        if self._running or not self._pending:
+        if self._running or not self._pending or self._is_released:
             return
         batch: list[Media] = []
         for key, (media, num_bytes) in list(self._pending.items()):

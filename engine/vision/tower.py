@@ -50,6 +50,13 @@ class Tower:
         if self._stream is not None:
             torch.cuda.synchronize(self._device)
 
+    def move_weights(self, device: torch.device | None = None) -> None:
+        """Move the weights to `device`, or back to that of the model: None. Nothing may be encoded elsewhere."""
+        self._module.to(device or self._device)
+        if self._stream is not None:
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+
     def largest_bytes(self) -> int:
         """Return the bytes that a large picture takes on the device beside its features. 0 on a CPU: not counted."""
         if self._stream is None:
