@@ -95,7 +95,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     openai = OpenAIApi(engine, config, live, chats)
     app.add_routes(openai.routes())
     app.add_routes(CloudApi(native, generate, openai).routes())
-    embeddings = EmbeddingsApi(engine, config, live)
+    embeddings = EmbeddingsApi(engine, config, live, chats)
     app.add_routes(embeddings.routes())
     app.add_routes(OllamaEmbeddings(engine, config, embeddings).routes())
     store = app[FILE_STORE] = FileStore(config.files_folder)

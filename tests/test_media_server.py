@@ -153,6 +153,32 @@ async def test_a_template_of_parts_and_sizes_that_clients_choose_reach_the_model
             assert await tokens() == await tokens(max_pixels=100_000) == few
 
 
+async def test_a_vector_is_of_a_text_and_its_picture_in_sglangs_and_vllms_spelling(qwen: Path) -> None:
+    async with running_engine(qwen) as engine, serving(engine) as client:
+
+        async def vectors(**body: Any) -> list[list[float]]:
+            answer = await post(client, "/v1/embeddings", model="default", **body)
+            return [item["embedding"] for item in answer["data"]]
+
+        def messages(image: str) -> list[dict[str, Any]]:
+            return chat(image)["messages"]
+
+        first, other, text = await vectors(
+            input=[{"image": ONE, "text": "What is it?"}, {"image": OTHER, "text": "What is it?"}, {"text": "What?"}]
+        )
+        assert len({tuple(vector) for vector in (first, other, text)}) == 3
+        for image, vector in ((ONE, first), (OTHER, other)):
+            again = await vectors(messages=messages(image), add_generation_prompt=True)
+            assert again == [pytest.approx(vector, abs=1e-5)]
+            assert await vectors(messages=messages(image)) != again
+        for body, field in (
+            ({"input": [{"image": "aGk="}]}, "input[0].image"), ({"input": [{"text": "a"}, "b"]}, "input[1]"),
+            ({"input": "a", "messages": messages(ONE)}, "messages"), ({}, "input"),
+        ):  # fmt: skip
+            response = await client.post("/v1/embeddings", json=body)
+            assert (response.status, (await response.json())["error"]["param"]) == (400, field)
+
+
 @pytest.fixture(scope="module")
 def onevision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_vision_model(tmp_path_factory.mktemp("onevision"), "llava onevision")

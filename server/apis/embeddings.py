@@ -1,6 +1,6 @@
 """Vectors and scores of prompts, each route in the shape of who came up with it.
 
-OpenAI      /v1/embeddings
+OpenAI      /v1/embeddings, also of conversations (vLLM's `messages`) and of pictures (SGLang's objects)
 SGLang      /encode, /classify, /v1/rerank, and /v1/score with `query`, `items` and `label_token_ids`
 vLLM        /v1/classify, /rerank and /v2/rerank (also Jina's and Cohere's), /v1/score with `text_1` and `text_2`
 """
@@ -15,15 +15,20 @@ import orjson
 from aiohttp import web
 from msgspec import Meta
 
+from engine.declared import Object, convert
 from engine.engine import Engine
 from engine.errors import InvalidRequest, OutputNotFinite
+from engine.media import Kind, PromptMedia
 from engine.request import Request, SamplingParams
 from engine.state import RequestState
 from server.apis.meta_info import MetaInfo
 from server.config import ServerConfig
 from server.http.intake import paced
 from server.http.live import LiveRequests, Options, make_requests, new_rid
+from server.reading.chat import Chats
+from server.reading.contents import SourcedPart
 from server.reading.model_name import served_model
+from server.reading.openai_body import MESSAGES, AnyMessage, ChatFields
 from server.reading.protocol import (
     JSON,
     Owner,
@@ -35,7 +40,7 @@ from server.reading.protocol import (
     read_body,
     read_prompts,
 )
-from server.reading.shared_fields import Prompts, RequestFields, Texts, TokenIds
+from server.reading.shared_fields import Prompts, RequestFields, Text, Texts, TokenIds
 
 NUM_A_PASS = 32  # vectors written as JSON before the streams have their turn
 
@@ -45,15 +50,33 @@ class PooledFields(RequestFields):
     add_special_tokens: bool = True
 
 
-class EmbeddingsRequest(PooledFields, kw_only=True):
-    input: Prompts
+class Shown(Object):
+    """SGLang's input of models that see: a text, a picture or both, as one message of a user."""
+
+    text: str = ""
+    image: Annotated[str, Meta(description="a data URI, base64 text, or a URL or path that the server allows")] = ""
+    video: Annotated[str, Meta(description="likewise")] = ""
+
+
+class EmbeddingsRequest(PooledFields):
+    input: (
+        Annotated[
+            str | list[Text | int | list[int] | Shown],
+            Meta(extra={"rule": "a string, a list of token ids, or a non-empty list of these or of objects"}),
+        ]
+        | None
+    ) = None
+    messages: Annotated[list[AnyMessage], MESSAGES] | None = None
+    chat_template_kwargs: JSON = {}
+    add_generation_prompt: bool = False
+    continue_final_message: bool = False
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: (
         Annotated[int, Meta(ge=1, description="numbers of the vector to keep, which is then of length 1 again")] | None
     ) = None
 
 
-class EncodeRequest(PooledFields):
+class EncodeRequest(PooledFields, unsupported=("image_data", "video_data", "audio_data")):
     text: Prompts | None = None
     input_ids: TokenIds | None = None
 
@@ -82,8 +105,8 @@ class ScoreRequest(PooledFields):
 
 
 class EmbeddingsApi:
-    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests) -> None:
-        self.engine, self.config, self.live = engine, config, live
+    def __init__(self, engine: Engine, config: ServerConfig, live: LiveRequests, chats: Chats) -> None:
+        self.engine, self.config, self.live, self.chats = engine, config, live, chats
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -109,16 +132,40 @@ class EmbeddingsApi:
         """Answer a body of /v1/embeddings."""
         model = served_model(self.config, body.model)
         size = dimensions_of(body.dimensions, self.engine.embedding_size)
-        prompts = await read_prompts(self.engine, body.input, "input", body.add_special_tokens)
-        states = await self._run(owner, body, prompts)
+        if body.messages is None and not _has_shown(body.input):
+            prompts = await read_prompts(self.engine, body.input, "input", body.add_special_tokens)
+            states = await self._run(owner, body, prompts)
+        else:
+            shown = [await self.chats.encode(await self.chats.rendered(chat)) for chat in self._conversations(body)]
+            states = await self._run(owner, body, [ids for ids, _ in shown], [media for _, media in shown])
         data = []
         async for i, state in paced(enumerate(states), NUM_A_PASS):
             vector = normalized(_vector(state)[:size])
-            shown = (
+            written = (
                 base64.b64encode(vector.tobytes()).decode() if body.encoding_format == "base64" else json_vector(vector)
             )
-            data.append({"object": "embedding", "index": i, "embedding": shown})
+            data.append({"object": "embedding", "index": i, "embedding": written})
         return json_response({"object": "list", "data": data, "model": model, "usage": _usage(states)})
+
+    def _conversations(self, body: EmbeddingsRequest) -> list[ChatFields]:
+        """Return what is embedded as the model's template writes it: a conversation (vLLM's), or several messages."""
+        if body.messages is not None:
+            names = ("messages", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+            if body.input is not None:
+                raise InvalidRequest("give exactly one of input and messages", "messages")
+            return [convert({name: getattr(body, name) for name in names}, ChatFields)]
+        given = body.input if isinstance(body.input, list) else []
+        check_batch_size(self.engine, len(given), "input")
+        chats = []
+        for i, one in enumerate(given):
+            if not isinstance(one, Shown):
+                raise InvalidRequest(f"input[{i}] must be an object, as others are", f"input[{i}]")
+            sources: dict[Kind, str] = {"image": one.image, "video": one.video}
+            parts = [SourcedPart(source, f"input[{i}].{kind}", kind=kind) for kind, source in sources.items() if source]
+            content = [*parts, {"type": "text", "text": one.text}] if one.text or not parts else parts
+            messages = [{"role": "user", "content": content}]
+            chats.append(convert({"messages": messages, "add_generation_prompt": True}, ChatFields))
+        return chats
 
     # ---- SGLang ----
 
@@ -310,8 +357,17 @@ class EmbeddingsApi:
         """Return the vector of each prompt, float32 [size], not normalized. `body`: see `_run`."""
         return [_vector(state) for state in await self._run(owner, body, prompts)] if prompts else []
 
-    async def _run(self, owner: Owner, body: PooledFields, prompts: Sequence[list[int]]) -> list[RequestState]:
-        """Run one request a prompt; their vectors are there then. `body` gives `rid`, `priority` and cache keys."""
+    async def _run(
+        self,
+        owner: Owner,
+        body: PooledFields,
+        prompts: Sequence[list[int]],
+        media: Sequence[PromptMedia | None] | None = None,
+    ) -> list[RequestState]:
+        """Run one request a prompt; their vectors are there then. `body` gives `rid`, `priority` and cache keys.
+
+        media: what each prompt shows.
+        """
         rid = body.rid or new_rid()
         priority, extra_key = body.priority, body.cache_namespace
         params, pooling = SamplingParams(max_new_tokens=0), self.engine.model_config.pooling
@@ -324,6 +380,7 @@ class EmbeddingsApi:
                     priority=priority,
                     extra_key=extra_key,
                     pooling=pooling,
+                    media=media[i] if media else None,
                 )
             )
             async for i, input_ids in paced(enumerate(prompts))
@@ -334,6 +391,10 @@ class EmbeddingsApi:
     def _check_classifier(self) -> None:
         if not self.engine.model_config.is_classifier:
             raise InvalidRequest("the model has no classification head", "model")
+
+
+def _has_shown(given: Any) -> bool:
+    return isinstance(given, list) and any(isinstance(one, Shown) for one in given)
 
 
 def _texts(given: str | list[str]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.errors import InvalidRequest
+from engine.media import Kind
 from server.media.limits import LOW_DETAIL_PIXELS, SETTINGS
 from server.media.reader import MediaPart
 from server.reading.openai_body import MediaFields, MediaUrl, Part
@@ -22,8 +23,9 @@ SOUND_PARTS = ("input_audio", "audio_url", "audio")
 class SourcedPart(dict[str, Any]):
     """A part of chat.completions made of another API's: an error names the field that the client wrote."""
 
-    def __init__(self, url: str, path: str, detail: str | None = None) -> None:
-        super().__init__(type="image_url", image_url={"url": url} if detail is None else {"url": url, "detail": detail})
+    def __init__(self, url: str, path: str, detail: str | None = None, kind: Kind = "image") -> None:
+        source = {"url": url} if detail is None else {"url": url, "detail": detail}
+        super().__init__({"type": f"{kind}_url", f"{kind}_url": source})
         self.path = path
 
 
