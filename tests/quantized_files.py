@@ -487,6 +487,10 @@ CASES: dict[str, Case] = {
     "gptq, 3 bits": Case(gptq_config(3, sym=True), gptq(3, sym=True)),
     "gptq, 3 bits, zeros": Case(gptq_config(3), gptq(3)),
     "gptq, 2 bits": Case(gptq_config(2, sym=True), gptq(2, sym=True)),
+    "gptq, by what ends a name": Case(
+        gptq_config(dynamic={".*v_proj": {"bits": 8}, "+:.*up_proj": {"bits": 2}, "-:.*down_proj": {}}),
+        but(gptq(), {"v_proj": gptq(8), "up_proj": gptq(2), "down_proj": None}),
+    ),
     "gptq, by layer": Case(
         gptq_config(dynamic={r"-:.*o_proj": {}, r"+:.*\.down_proj": {"bits": 8, "sym": True, "group_size": -1}}),
         write_gptq_by_layer,

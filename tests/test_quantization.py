@@ -339,7 +339,7 @@ DOWN, UP = "model.layers.1.mlp.down_proj", "model.layers.1.mlp.up_proj"
             r"model\.layers\.1\.mlp\.down_proj has a g_idx whose groups are not all of 32 inputs",
         ),
         (
-            "compressed-tensors, 3 bits, zeros",
+            "compressed-tensors, W3A16",
             lambda files: files.update({f"{UP}.weight_shape": torch.tensor([64])}),
             rf"{UP}\.weight_packed, read as codes, needs a weight_shape of two numbers",
         ),
@@ -474,6 +474,8 @@ def test_a_bias_of_zeros_may_be_there_and_another_may_not(made, tmp_path: Path) 
         ("model.layers.0.self_attn.qkv_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.o_proj"),
         ("layers.0.mlp.gate_up_proj", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"),
         (r"re:.*\.(q|k)_proj$", "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"),
+        (r"re:.*v_proj$", "model.layers.0.self_attn.v_proj", "model.layers.0.self_attn.q_proj"),
+        ("*.up_proj", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj"),
         ("model.layers.*.self_attn*", "model.layers.3.self_attn.k_proj", "model.layers.3.mlp.up_proj"),
     ],
 )

@@ -6,7 +6,7 @@ from typing import Any
 from engine.errors import ModelError
 from engine.quantization.awq import stored_awq
 from engine.quantization.gptq import Options, stored_gptq
-from engine.quantization.modules import regular_expression
+from engine.quantization.modules import own_names, regular_expression
 from engine.quantization.packed import ByModule, Stored, is_head, objects
 
 PLAIN_BITS = 16  # as many or more: the module is not quantized
@@ -40,7 +40,7 @@ class AutoRound(ByModule):
             (
                 overrides
                 for name, pattern, overrides in self.extra
-                if name in names or any(pattern.fullmatch(spelling) for spelling in names)
+                if name in names or any(pattern.fullmatch(spelling) for spelling in own_names(names))
             ),
             None,
         )

@@ -8,7 +8,7 @@ import torch
 from engine.errors import ModelError
 from engine.quantization import Scheme
 from engine.quantization.floats import row_scales
-from engine.quantization.modules import Modules, regular_expression
+from engine.quantization.modules import Modules, own_names, regular_expression
 from engine.quantization.packed import ByModule, Stored, entry, objects
 from kernels.quantized import INT4_ZERO, Format, pack_int4
 from kernels.weights import ShapeError
@@ -66,7 +66,8 @@ class Gemma(ByModule):
     def find(self, names: Collection[str]) -> Stored | None:
         if names in self.excluded:
             return None
-        found = (stored for pattern, stored in self.patterns if any(pattern.search(name) for name in names))
+        own = own_names(names)
+        found = (stored for pattern, stored in self.patterns if any(pattern.search(name) for name in own))
         return next(found, self.everywhere)
 
     def scheme_of_embedding(self, module: str) -> Scheme:

@@ -10,7 +10,7 @@ from engine.errors import ModelError
 from engine.quantization import CHECKED, Transform
 from engine.quantization.bits import codes_of, zeros_of
 from engine.quantization.marlin import stored_marlin
-from engine.quantization.modules import Modules, regular_expression
+from engine.quantization.modules import Modules, own_names, regular_expression
 from engine.quantization.packed import ByModule, Stored, entry, is_head, objects
 from kernels.quantized import Format
 from kernels.weights import ShapeError
@@ -104,7 +104,7 @@ class GPTQ(ByModule):
             return None
         options = self.options
         for pattern, is_skipped, overrides in self.dynamic:
-            if any(pattern.match(name) for name in names):
+            if any(pattern.match(name) for name in own_names(names)):
                 if is_skipped:
                     return None
                 options = options.overridden(overrides)

@@ -27,6 +27,15 @@ def spellings(module: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((module, *(before + stem for before in prefixes for stem in stems))))
 
 
+def own_names(names: Collection[str]) -> list[str]:
+    """Return the spellings of a module that patterns are asked about: not of what may hold others beside it.
+
+    A pattern may find a part of a name: `.*v_proj` would mean all of `qkv_proj`, and so queries and keys.
+    """
+    last = next(iter(names)).rpartition(".")[2]
+    return [name for name in names if name.rpartition(".")[2] == last]
+
+
 class Modules:
     """A list of modules as configurations have it.
 
@@ -53,7 +62,8 @@ class Modules:
 
     def __contains__(self, names: Collection[str]) -> bool:
         """Return whether an entry means a module, given by all its spellings."""
-        return any(self._has_part_of(name) or any(pattern.match(name) for pattern in self.patterns) for name in names)
+        found_by_pattern = any(pattern.match(name) for pattern in self.patterns for name in own_names(names))
+        return found_by_pattern or any(self._has_part_of(name) for name in names)
 
     def _has_part_of(self, name: str) -> bool:
         """Return whether a run of a dotted name's words is an entry. Asked of each of some ten thousand experts."""
