@@ -49,6 +49,7 @@ from engine.vision.tower import Tower, load_tower
 from kernels import gated_gemm
 from kernels.attention import choose_backend
 from kernels.dense import SKINNY_MAX_TOKENS
+from kernels.launch import OLDEST_E4M3
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def resolve_config(config: EngineConfig) -> EngineConfig:
     if device.type == "cuda":
         device = torch.device("cuda", config.base_gpu_id if device.index is None else device.index)
         check_gpus(device.index, config.ranks_per_node)
+        check_kv_dtype(config.kv_cache_dtype, torch.cuda.get_device_capability(device))
         cuda_bytes = torch.cuda.get_device_properties(device).total_memory
     if config.grammar_backend == "xgrammar" and importlib.util.find_spec("xgrammar") is None:
         raise ModelError("--grammar-backend xgrammar needs xgrammar: pip install 'radixloop[xgrammar]'")
@@ -123,6 +125,16 @@ def check_gpus(first: int, count: int) -> None:
         raise ModelError(
             f"{count} GPUs are needed, from number {first} on (--tp-size, --dp-size, --base-gpu-id); "
             f"this machine has {num_present}"
+        )
+
+
+def check_kv_dtype(name: str, capability: tuple[int, int]) -> None:
+    """Raise `ModelError` if kernels cannot read a cache of that dtype on a GPU of that compute capability."""
+    if name == "fp8_e4m3" and capability < OLDEST_E4M3:
+        (major, minor), (oldest, oldest_minor) = capability, OLDEST_E4M3
+        raise ModelError(
+            f"--kv-cache-dtype fp8_e4m3 needs a GPU of compute capability {oldest}.{oldest_minor}, this one has "
+            f"{major}.{minor}: fp8_e5m2 takes as little memory"
         )
 
 

@@ -36,6 +36,7 @@ MULTIPLIERS = {
     torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
     torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
 }
+OLDEST_BFLOAT16 = (8, 0)  # compute capability
 FLOAT32_MEMORY_SHARE = 0.5  # share of the memory that weights may take when they are stored larger than they must be
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # Texts of tokens that end an answer, whether or not a model's files say so: the base model's end may be all they name.
@@ -310,7 +311,7 @@ def turn_ends(known: Container[str]) -> list[str]:
 
 
 def resolve_dtype(config: EngineConfig, raw: dict[str, Any], folder: Path) -> torch.dtype:
-    """Return the dtype asked for, or for "auto" the checkpoint's, bfloat16 instead of float32.
+    """Return the dtype asked for, or for "auto" the checkpoint's: bfloat16 instead of float32, float16 on old GPUs.
 
     For "auto" on a CPU that can only emulate that one, float32, if weights of twice the size fit: prompts are then
     computed several times faster. Not with AVX2, where `kernels.widened` multiplies them in float32 all the same. The
@@ -322,6 +323,11 @@ def resolve_dtype(config: EngineConfig, raw: dict[str, Any], folder: Path) -> to
     if stored not in DTYPES:
         raise ModelError(f"config.json: dtype {stored!r} is none of {', '.join(DTYPES)}: choose one with --dtype")
     dtype = torch.bfloat16 if DTYPES[stored] is torch.float32 else DTYPES[stored]
+    capability = gpu_capability(config)
+    if dtype is torch.bfloat16 and capability is not None and capability < OLDEST_BFLOAT16:
+        logger.info("dtype float16: a GPU of compute capability %d.%d has no units for bfloat16. Should logits not be "
+                    "finite, choose --dtype float32", *capability)  # fmt: skip
+        return torch.float16
     flags = cpu_flags() if config.device == "cpu" else set()
     if not flags or flags & MULTIPLIERS[dtype]:
         return dtype
@@ -337,6 +343,12 @@ def resolve_dtype(config: EngineConfig, raw: dict[str, Any], folder: Path) -> to
     logger.info("dtype float32: this CPU has no units for %s, in which prompts would take several times as long; "
                 "--dtype %s takes half the memory, and makes a single answer faster", name, name)  # fmt: skip
     return torch.float32
+
+
+def gpu_capability(config: EngineConfig) -> tuple[int, int] | None:
+    """Return the compute capability of the GPU that `config`, resolved, is for; None for a CPU."""
+    device = torch.device(config.device or "cpu")
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
 
 
 def cpu_flags() -> set[str]:

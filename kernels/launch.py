@@ -15,6 +15,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+OLDEST_E4M3 = (8, 9)  # compute capability from which on Triton's kernels read float8_e4m3
 SLOW_COMPILING_S = 2.0  # reading the kernels of an earlier start takes less
 SLOW_LAUNCH_S = 0.2  # a first launch that takes longer has compiled; a kernel of an earlier start comes from disk
 

@@ -9,12 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import cdiv, fast_launch, next_power_of_2
+from kernels.launch import OLDEST_E4M3, cdiv, fast_launch, next_power_of_2
 from kernels.quantized_format import FP8
 from kernels.triton_elementwise import launch_options, wait_for_input
 
 _CODES = {torch.int32: "int4", torch.int8: "int8", FP8: "fp8"}  # by the dtype of codes in tiles
-OLDEST_E4M3 = (8, 9)
 BLOCK_CHUNKS = 4  # of 64 columns, of a program that dequantizes
 
 

@@ -14,6 +14,7 @@ import torch
 
 from cache.pool import CachePool
 from engine import model_config
+from engine.build import check_kv_dtype
 from engine.checkpoint.folder import resolve_model
 from engine.checkpoint.weights import load_weights
 from engine.config import EngineConfig
@@ -619,6 +620,24 @@ def test_a_cpu_computes_in_what_it_multiplies_fast_and_has_room_for(
     assert load_config(tiny_llama, asked).dtype == torch.bfloat16
     on_gpu = EngineConfig(device="cuda:0", json_model_override_args=override)
     assert load_config(tiny_llama, on_gpu).dtype == (torch.float16 if stored == "float16" else torch.bfloat16)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+def test_a_gpu_without_bfloat16_computes_in_float16_unless_told_otherwise(
+    capability: tuple[int, int], dtype: torch.dtype, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_config, "gpu_capability", lambda _: capability)
+    stored = json.dumps({"dtype": "bfloat16"})
+    assert load_config(tiny_llama, EngineConfig(device="cuda:0", json_model_override_args=stored)).dtype == dtype
+    asked = EngineConfig(device="cuda:0", dtype="bfloat16", json_model_override_args=stored)
+    assert load_config(tiny_llama, asked).dtype == torch.bfloat16
+
+
+def test_a_cache_that_kernels_cannot_read_on_a_gpu_is_refused_with_one_that_they_can() -> None:
+    with pytest.raises(ModelError, match=r"fp8_e4m3 needs .* 8\.9, this one has 8\.0: fp8_e5m2"):
+        check_kv_dtype("fp8_e4m3", (8, 0))
+    check_kv_dtype("fp8_e4m3", (8, 9))
+    check_kv_dtype("fp8_e5m2", (7, 5))
 
 
 def test_the_flags_of_this_cpu_are_known() -> None:
