@@ -282,7 +282,7 @@ async def serve_http(
     async with connections:
         try:
             try:
-                acceptor = Acceptor(listener, connections)
+                acceptor = Acceptor(listener, connections, connections.make_room)
             except OSError as error:  # a server that was bound to the port at the same time has been ready first
                 raise _cannot_listen(config.host, config.port, error) from None
             with acceptor:

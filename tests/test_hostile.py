@@ -4,6 +4,7 @@ Every async test also runs under the guard of `conftest`: no callback may hold t
 """
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import json
@@ -31,7 +32,7 @@ from engine.request import Request, SamplingParams
 from engine.state import RequestState
 from server.app import build_app
 from server.config import ServerConfig
-from server.http import intake
+from server.http import bodies, connections, intake
 from server.http.bodies import BODY_BUDGET
 from server.http.connections import Connections
 from server.http.intake import Acceptor
@@ -459,8 +460,8 @@ async def test_what_stands_before_a_forms_parts_is_short(client: Client, filler:
 
 
 @asynccontextmanager
-async def listening(engine: FakeEngine, tmp_path: Path) -> AsyncIterator[int]:
-    """Yield the port of a server whose connections are as `python -m server` makes them."""
+async def accepting(engine: FakeEngine, tmp_path: Path) -> AsyncIterator[tuple[int, Connections]]:
+    """Yield the port of a server, and its connections as `python -m server` makes them."""
     runner = web.AppRunner(
         build_app(engine, ServerConfig(model_path="fake-model", file_storage_path=str(tmp_path))),
         handler_cancellation=True,
@@ -470,10 +471,17 @@ async def listening(engine: FakeEngine, tmp_path: Path) -> AsyncIterator[int]:
     assert runner.server is not None
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        async with Connections(runner.server) as connections:
-            with Acceptor(listener, connections):
-                yield listener.getsockname()[1]
+        async with Connections(runner.server) as made:
+            with Acceptor(listener, made, made.make_room):
+                yield listener.getsockname()[1], made
             await runner.cleanup()
+
+
+@asynccontextmanager
+async def listening(engine: FakeEngine, tmp_path: Path) -> AsyncIterator[int]:
+    """Yield the port of such a server."""
+    async with accepting(engine, tmp_path) as (port, _):
+        yield port
 
 
 def head_of(path: str, body: bytes, *headers: str) -> bytes:
@@ -520,6 +528,61 @@ async def test_a_client_that_goes_while_its_next_body_waits_ends_what_is_at_work
         await engine.until(lambda: len(engine.live) == 1)
         writer.close()
         await engine.until(lambda: not engine.live)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/files"])
+async def test_a_body_of_which_no_more_comes_is_a_408_and_leaves_its_room_to_others(
+    engine: FakeEngine, tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "SILENCE_S", 0.1)
+    head = head_of(path, b"{" * 1000)[:-500]
+    if path == "/v1/files":
+        head = head.replace(b"application/json", b"multipart/form-data; boundary=x")
+    async with listening(engine, tmp_path) as port:
+        status, _, answer = await answer_to(port, head)
+        assert status == 408
+        assert "did not come" in answer["error"]["message"]
+
+
+async def test_a_connection_on_which_no_request_comes_is_closed(
+    engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "SILENCE_S", 0.1)
+    monkeypatch.setattr(connections, "WATCH_INTERVAL_S", 0.05)
+    async with listening(engine, tmp_path) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /generate HTTP/1.1\r\nHost: loc")
+        with contextlib.suppress(ConnectionResetError):
+            assert await asyncio.wait_for(reader.read(), 60) == b""
+        writer.close()
+
+
+async def test_room_for_a_connection_is_that_of_those_idle_longest(
+    engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "MAX_CLOSED", 2)
+    engine.is_manual = True
+    async with accepting(engine, tmp_path) as (port, made):
+
+        def num_idle() -> int:
+            return sum(one.idle_since is not None for one in made.all())
+
+        busy, *idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(4)]
+        busy[1].write(head_of("/generate", b'{"text": "Hi"}'))
+        await engine.until(lambda: len(engine.live) == 1)
+        for reader, writer in idle:
+            writer.write(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b"200" in await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
+            async with asyncio.timeout(60):
+                while num_idle() < 3:  # noqa: ASYNC110 - until it is idle again, which no event says
+                    await asyncio.sleep(0.01)
+        made.make_room()
+        for reader, _ in idle[:2]:
+            with contextlib.suppress(ConnectionResetError):
+                await asyncio.wait_for(reader.read(), 60)
+        assert (num_idle(), len(engine.live)) == (1, 1)
+        for _, writer in (busy, *idle):
+            writer.close()
 
 
 async def test_a_header_may_have_64_kib(engine: FakeEngine, tmp_path: Path) -> None:

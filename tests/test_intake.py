@@ -84,8 +84,10 @@ async def test_connections_are_taken_again_after_the_system_refused_one(monkeypa
                 raise OSError(errno.EMFILE, "Too many open files")
             return listener.accept()
 
-    with Acceptor(Exhausted(), Greeter):  # type: ignore[arg-type]
+    asked = []
+    with Acceptor(Exhausted(), Greeter, lambda: asked.append("room")):  # type: ignore[arg-type]
         assert await greeting_of(port) == b"hello"
+    assert asked == ["room"]
 
 
 async def test_a_burst_of_requests_passes_a_few_a_turn_and_in_order() -> None:

@@ -1,8 +1,9 @@
 """The memory of request bodies: of each while it comes and is read, and of all together."""
 
+import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 
 import numpy as np
 from aiohttp import web
@@ -10,6 +11,7 @@ from aiohttp import web
 from engine.declared import Object
 from engine.errors import EngineError, QueueFull
 
+SILENCE_S = 60.0  # for which a client may leave a body unfinished: what it takes others cannot have
 MAX_CONTAINERS = 1 << 18  # of a body: its objects and lists, counted by their brackets, those in texts too
 MAX_VALUES = 1 << 21  # of a body, counted by its commas: 0.1 s of reading
 LONG_PIECE = 1 << 12  # bytes
@@ -20,6 +22,19 @@ BYTES_OF_MARK = {b"{": 192, b"[": 64, b",": 32, b'"': 32}
 
 class BodyTooLarge(EngineError):
     status_code = 413
+
+
+class BodyStalled(EngineError):
+    status_code = 408
+
+
+async def next_of_body(reading: Awaitable[bytes]) -> bytes:
+    """Return what `reading` a body brings next. `BodyStalled` if nothing comes."""
+    try:
+        async with asyncio.timeout(SILENCE_S):
+            return await reading
+    except TimeoutError:
+        raise BodyStalled(f"the rest of the body did not come within {SILENCE_S:g} s") from None
 
 
 class BodyBudget:

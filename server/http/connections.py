@@ -2,26 +2,41 @@
 
 import asyncio
 import select
+from operator import itemgetter
 from typing import Any
 
 from aiohttp import web
 from aiohttp.http_exceptions import ContentEncodingError
 
+from server.http.bodies import SILENCE_S
 from server.reading.protocol import json_response
 
 MAX_LINE_BYTES = 64 << 10  # of a request's first line, and of a header: keys and cookies of gateways are long
 WATCH_INTERVAL_S = 0.5
+MAX_CLOSED = 256  # idle connections, to make room for others
 ENDED = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 
 class Connection(web.RequestHandler):
     """One client's connection. Requests on it are at work one at a time; up to 32 wait, the others in the socket."""
 
-    __slots__ = ("_will_resume",)
+    __slots__ = ("_made_at", "_will_resume")
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._will_resume = False
+        self._made_at = self._loop.time()
+
+    @property
+    def idle_since(self) -> float | None:
+        """The loop's time since which it waits for a request, or the rest of its head; None while one is at work."""
+        if self._waiter is None:
+            return None
+        return self._next_keepalive_close_time - self._keepalive_timeout if self._request_count else self._made_at
+
+    def is_silent(self, now: float) -> bool:
+        """Return whether its first request should have come by now."""
+        return not self._request_count and now - self._made_at > SILENCE_S
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Go on reading what was paused, in the next pass of the loop.
@@ -84,18 +99,31 @@ class Connections:
         self._watching.cancel()
         await asyncio.wait([self._watching])
 
+    def all(self) -> list[Connection]:
+        """Return those that are open."""
+        return [one for one in self._server.connections if isinstance(one, Connection)]
+
     async def _watch(self) -> None:
-        """Close connections whose clients have gone while nothing was read from them.
+        """Close connections whose clients have gone while nothing was read from them, or have not asked for anything.
 
         While more waits to be read than may be, a request's body or other requests, the event loop does not look at a
         connection: what its client asked for before would run to the end.
         """
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            for connection in self._server.connections:
+            now = self._loop.time()
+            for connection in self.all():
                 transport = connection.transport
-                if transport is not None and not transport.is_reading() and has_ended(transport):
+                if transport is None:
+                    continue
+                if connection.is_silent(now) or (not transport.is_reading() and has_ended(transport)):
                     transport.abort()
+
+    def make_room(self) -> None:
+        """Close those that have been idle the longest: the system has no descriptor for another connection."""
+        idle = [(since, one) for one in self.all() if (since := one.idle_since) is not None]
+        for _, connection in sorted(idle, key=itemgetter(0))[:MAX_CLOSED]:
+            connection.force_close()
 
 
 def has_ended(transport: asyncio.Transport) -> bool:

@@ -8,6 +8,7 @@ from aiohttp import BodyPartReader, MultipartReader, StreamReader, web
 from aiohttp.http_exceptions import BadHttpMessage
 
 from engine.errors import InvalidRequest
+from server.http.bodies import next_of_body
 
 MAX_FORM_LINES = 64  # around its parts' contents
 
@@ -49,10 +50,13 @@ class FormStream:
     def __init__(self, content: StreamReader) -> None:
         self._content = content
         self._num_lines = 0
-        self.read, self.unread_data, self.at_eof = content.read, content.unread_data, content.at_eof
+        self.unread_data, self.at_eof = content.unread_data, content.at_eof
+
+    async def read(self, num_bytes: int = -1) -> bytes:
+        return await next_of_body(self._content.read(num_bytes))
 
     async def readline(self, **options: Any) -> bytes:
         self._num_lines += 1
         if self._num_lines > MAX_FORM_LINES:
             raise ValueError(f"it has more than {MAX_FORM_LINES} lines around its parts")
-        return await self._content.readline(**options)
+        return await next_of_body(self._content.readline(**options))

@@ -31,8 +31,14 @@ class Acceptor:
     milliseconds: of a burst of 256 clients the last waited for 0.4 s.
     """
 
-    def __init__(self, listener: socket.socket, protocol_factory: Callable[[], asyncio.BaseProtocol]) -> None:
-        self._listener, self._protocol_factory = listener, protocol_factory
+    def __init__(
+        self,
+        listener: socket.socket,
+        protocol_factory: Callable[[], asyncio.BaseProtocol],
+        make_room: Callable[[], object] = lambda: None,
+    ) -> None:
+        """make_room: called when the system has no room for another connection."""
+        self._listener, self._protocol_factory, self._make_room = listener, protocol_factory, make_room
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._retry: asyncio.TimerHandle | None = None
@@ -61,6 +67,7 @@ class Acceptor:
                 return
             except OSError as error:
                 logger.error("cannot accept a connection: %s", error)
+                self._make_room()
                 self._loop.remove_reader(self._listener)
                 self._retry = self._loop.call_later(RETRY_S, self._resume)
                 return

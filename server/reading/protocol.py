@@ -13,7 +13,7 @@ from aiohttp import web
 from engine.declared import Object, convert, decode
 from engine.engine import Engine
 from engine.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull, shown
-from server.http.bodies import BODY, BODY_BUDGET, BodyTooLarge, HeldBody
+from server.http.bodies import BODY, BODY_BUDGET, BodyTooLarge, HeldBody, next_of_body
 from server.http.intake import GATE, LONG_WORK, Pace, paced
 from server.reading.mending import mended
 
@@ -176,7 +176,7 @@ async def _receive(request: web.Request) -> tuple[list[bytes], HeldBody]:
         raise InvalidRequest(f"Content-Type must be application/json, got {kind}", "Content-Type")
     held = request[BODY] = HeldBody(request.app[BODY_BUDGET])
     pieces, num_bytes, pace = [], 0, Pace()
-    while piece := await request.content.readany():
+    while piece := await next_of_body(request.content.readany()):
         num_bytes += len(piece)
         if num_bytes > limit:
             raise _body_too_long(limit)
