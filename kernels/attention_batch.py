@@ -71,4 +71,4 @@ class AttentionBatch(Protocol):
 
     @property
     def is_for_graph(self) -> bool:
-        """Whether a CUDA graph replays this for steps of other lengths: the host's must then not be read."""
+        """Return whether a CUDA graph replays this for steps of other lengths: the host's must then not be read."""

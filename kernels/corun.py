@@ -32,14 +32,14 @@ STEP_TOKENS = 2560
 
 
 class CorunCosts(NamedTuple):
-    """What decides how many tokens take as long as the attention, in each layer."""
+    """Hold what decides how many tokens take as long as the attention, in each layer."""
 
     context_bytes: int  # of keys and values that attention reads of a token
     token_flops: int  # of gate and up
 
 
 class Corun(NamedTuple):
-    """How the layers of a step are split."""
+    """Say how the layers of a step are split."""
 
     num_tokens: int  # the last ones of the step, which are multiplied beside the attention of single tokens
     num_free_sms: int  # multiprocessors for that attention

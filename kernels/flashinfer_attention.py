@@ -113,7 +113,7 @@ def _prefill_plans(device: torch.device) -> "PrefillPlans":
 
 
 class _StepPlans:
-    """What is planned for a batch: its slots, and by shape the wrappers that hold its plans."""
+    """Hold what is planned for a batch: its slots, and by shape the wrappers that hold its plans."""
 
     def __init__(self, batch: AttentionBatch, window: int) -> None:
         self.batch, self.window = batch, window

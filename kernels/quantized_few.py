@@ -32,7 +32,7 @@ OLDEST = (8, 0)
 
 
 class FewConfig(NamedTuple):
-    """How a weight is cut: see `quantized_few.cu`. stages: pieces of 64 columns on their way to each warp, and one."""
+    """Say how a weight is cut: see `quantized_few.cu`. stages: pieces of 64 columns under way to each warp, and one."""
 
     tiles: int
     warps_n: int

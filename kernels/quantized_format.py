@@ -33,7 +33,7 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Format:
-    """How the numbers of a weight are coded, and to what its products round their inputs."""
+    """Say how the numbers of a weight are coded, and to what its products round their inputs."""
 
     code: str  # "int4": two a byte, the even column in the low half, 0 to 15; "int8": signed; "fp8": e4m3
     group_size: int = 0  # inputs that share a scale; 0: all of a row

@@ -17,7 +17,7 @@ from kernels.tuning import Configs
 
 
 class GemvConfig(NamedTuple):
-    """How `gemv` cuts a weight.
+    """Say how `gemv` cuts a weight.
 
     A program has block_n rows for one token (for more tokens fewer: the accumulators share the registers), and reads
     block_k elements of each at a time; `prefetch` such pieces are on their way before it waits for its input.

@@ -11,7 +11,7 @@ from kernels.triton_elementwise import launch_options, wait_for_input
 
 
 class GemmConfig(NamedTuple):
-    """How `gemm_8bit` cuts a product: tiles of block_m tokens by block_n rows, block_k columns at a time."""
+    """Say how `gemm_8bit` cuts a product: tiles of block_m tokens by block_n rows, block_k columns at a time."""
 
     block_m: int
     block_n: int

@@ -23,7 +23,7 @@ PREFETCH_PIECE = tl.constexpr(64)  # elements that a thread asks for at once
 
 
 class SkinnyConfig(NamedTuple):
-    """How `skinny_gemm` cuts a weight.
+    """Say how `skinny_gemm` cuts a weight.
 
     A program has block_n rows (with an activation, of gate and of up each). Each of its warps has block_k elements of
     them at a time, num_stages times over on their way; of each row `prefetch` elements are asked for early.

@@ -19,7 +19,7 @@ LOG2_E = 1.4426950408889634
 
 
 class DecodeConfig(NamedTuple):
-    """How `decode` cuts its work."""
+    """Say how `decode` cuts its work."""
 
     block_n: int  # tokens a tile
     num_warps: int
@@ -29,7 +29,7 @@ class DecodeConfig(NamedTuple):
 
 
 class PrefillConfig(NamedTuple):
-    """How `prefill`, and `decode` for shared prefixes, cut their work."""
+    """Say how `prefill`, and `decode` for shared prefixes, cut their work."""
 
     block_m: int  # queries x heads of a KV head
     block_n: int

@@ -25,7 +25,7 @@ class Norm(Protocol):
 
     @property
     def is_rms(self) -> bool:
-        """Whether it is x / sqrt(mean(x²) + eps) * weight and nothing else."""
+        """Return whether it is x / sqrt(mean(x²) + eps) * weight and nothing else."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 

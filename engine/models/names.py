@@ -30,7 +30,7 @@ class Piece:
 
     @property
     def has_rows(self) -> bool:
-        """Whether the tensor's first dimension is that of a layer's outputs."""
+        """Return whether the tensor's first dimension is that of a layer's outputs."""
         return not self.name.endswith(OF_INPUTS)
 
     @property

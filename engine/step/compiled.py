@@ -26,7 +26,7 @@ SMALL_ATTENTION = 1 << 18  # numbers of keys, to which one thread attends sooner
 
 
 class _Parts(NamedTuple):
-    """What a block that can be compiled is made of."""
+    """Name the parts of a block that can be compiled."""
 
     attn: Attention
     mlp: GatedMLP

@@ -23,7 +23,7 @@ class LogitEdits:
 
 
 class _RowEdits(NamedTuple):
-    """What one request adds: token ids (int64), values (float32)."""
+    """Hold what one request adds: token ids (int64), values (float32)."""
 
     epoch: int  # of the row that it runs in
     below_min: tuple[np.ndarray, np.ndarray]  # while its answer is shorter than it must be

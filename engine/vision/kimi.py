@@ -40,7 +40,7 @@ LAYERS = {
 
 @dataclass(frozen=True)
 class Processing:
-    """What becomes of a picture's pixels."""
+    """Say what becomes of a picture's pixels."""
 
     patch_size: int
     merge_size: int  # patches of a feature, one way
