@@ -481,6 +481,7 @@ def byte_level_pieces(pre: str, text: str, folder: Path) -> list[str]:
         ("deepseek-coder", ["Hi", "Ġthere", ".(", "ab", ")", "Ċ", "Ġ", "1", "2", "3", "4"]),
         ("deepseek-v3", ["Hi", "Ġthere", ".(", "ab", ")Ċ", "Ġ", "123", "4"]),
         ("gpt-4o", ["Hi", "Ġthere", ".(", "ab", ")Ċ", "Ġ", "123", "4"]),
+        ("kimi-k2", ["Hi", "Ġthere", ".(", "ab", ")Ċ", "Ġ", "123", "4"]),
         ("tiny_aya", ["Hi", "Ġthere", ".(", "ab", ")Ċ", "Ġ", "1", "234"]),
         ("glm4", ["Hi", "Ġthere", ".(", "ab", ")Ċ", "Ġ", "123", "4"]),
         ("phi-2", ["Hi", "Ġthere", ".(", "ab", ")", "Ċ", "Ġ1234"]),
