@@ -1,7 +1,8 @@
 """Pictures and videos of a request: as a client's bytes decode, and as a prompt holds them."""
 
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -74,3 +75,52 @@ class PromptMedia:
     """The tokens of each see each other, those behind them too."""
     rope: np.ndarray | None = None
     """int32 [3, prompt_len], where rotations have three axes: the position of each token on each; None: its index."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the decoded pixels."""
+        return sum((one.pixels if isinstance(one, Image) else one.frames).nbytes for one in self.media)
+
+    def positions(self, num_tokens: int) -> np.ndarray:
+        """Return the positions of the first tokens on three axes, int32 [3, num_tokens], those of an answer too."""
+        num_known = self.prompt_len if self.rope is not None else 0
+        behind = np.arange(num_known, num_tokens, dtype=np.int32)
+        if self.rope is None:
+            return np.broadcast_to(behind, (3, num_tokens))
+        delta = int(self.rope.max()) + 1 - self.prompt_len
+        return np.concatenate([self.rope[:, :num_tokens], np.broadcast_to(behind + delta, (3, len(behind)))], axis=1)
+
+    def first(self, num_tokens: int) -> "PromptMedia":
+        """Return what the first tokens show, of the prompt and an answer to it. `ValueError` if a picture is cut."""
+        shown = [places[-1] < num_tokens for places in self.places]
+        if any(places[0] < num_tokens <= places[-1] for places in self.places):
+            raise ValueError("a picture would be cut")
+        return replace(
+            self,
+            prompt_len=num_tokens,
+            media=tuple(itertools.compress(self.media, shown)),
+            keys=tuple(itertools.compress(self.keys, shown)),
+            places=tuple(itertools.compress(self.places, shown)),
+            rope=None if self.rope is None else self.positions(num_tokens),
+        )
+
+    def followed_by(self, other: "PromptMedia") -> "PromptMedia":
+        """Return what a prompt shows that goes on with another."""
+        rope = None
+        if self.rope is not None or other.rope is not None:
+            before = self.positions(self.prompt_len)
+            position = int(before.max(initial=-1)) + 1
+            rope = np.concatenate([before, other.positions(other.prompt_len) + position], axis=1)
+        return PromptMedia(
+            self.prompt_len + other.prompt_len,
+            self.media + other.media,
+            self.keys + other.keys,
+            self.places + tuple(places + np.int32(self.prompt_len) for places in other.places),
+            self.is_whole or other.is_whole,
+            rope,
+        )
+
+
+def no_media(prompt_len: int) -> PromptMedia:
+    """Return what a prompt of so many tokens shows that shows nothing."""
+    return PromptMedia(prompt_len, (), (), ())

@@ -12,6 +12,7 @@ from PIL import Image as Pillow
 
 from engine.media import Image, Video
 from engine.state import FinishReason
+from server.apis import sessions
 from server.apis.kept_images import GONE, KeptImages
 from server.apis.response_store import ResponseStore
 from server.http.bodies import BODY_BUDGET
@@ -437,10 +438,30 @@ async def test_pictures_beyond_the_context_are_refused_as_a_prompt_that_is_too_l
         assert words in await refusal(client, path, messages=messages, max_tokens=5)
 
 
-async def test_a_session_takes_no_pictures(client: Client) -> None:
-    session = await post(client, "/open_session", capacity_of_str_len=100)
-    body = {"text": "<image>", "image_data": png(), "session_params": {"id": session}}
-    assert "not supported in a session" in await refusal(client, "/generate", **body)
+async def test_a_session_goes_on_with_its_pictures_and_holds_so_many(
+    client: Client, engine: SeeingEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params: dict[str, Any] = {"id": await post(client, "/open_session", capacity_of_str_len=1000)}
+
+    async def say(text: str, image: str | None, **more: Any) -> str:
+        session = {**params, **more}
+        answer = await post(client, "/generate", text=text, image_data=image, session_params=session)
+        return str(answer["meta_info"]["id"])
+
+    first = await say("a<image>b", png(RED, (100, 100)))
+    second = await say("c", None, rid=first)
+    assert (colors(engine), prompt(engine)) == ([RED], "a#bHello, worldc")
+    third = await say("<image>d", png(BLUE), rid=second)
+    assert (colors(engine), prompt(engine)) == ([RED, BLUE], "a#bHello, worldcHello, world#d")
+    await say("e", None, rid=third, offset=13)  # of a, 11 tokens of the picture, b
+    assert (colors(engine), prompt(engine)) == ([RED], "a#be")
+    await say("f", None, rid=third, offset=1)
+    assert (colors(engine), prompt(engine)) == ([], "af")
+    body = {"text": "g", "session_params": {**params, "rid": third, "offset": 5}}
+    assert "the last is in the middle of a picture" in await refusal(client, "/generate", **body)
+    monkeypatch.setattr(sessions, "MAX_MEDIA_BYTES", 100 * 100 * 3 + 2 * 30 * 20 * 3 - 1)
+    body = {"text": "<image>", "image_data": png(), "session_params": params}
+    assert "those of the session 31800, the limit is 33599" in await refusal(client, "/generate", **body)
 
 
 # ---- what is kept ----

@@ -153,6 +153,23 @@ async def test_a_template_of_parts_and_sizes_that_clients_choose_reach_the_model
             assert await tokens() == await tokens(max_pixels=100_000) == few
 
 
+async def test_a_sessions_next_turn_is_the_whole_conversation_and_computes_its_own_tokens(qwen: Path) -> None:
+    texts = "See <|vision_start|><image><|vision_end|>: what?", "And <|vision_start|><image><|vision_end|>?"
+    params = {"temperature": 0, "max_new_tokens": 5, "ignore_eos": True}
+    async with running_engine(qwen) as engine, serving(engine) as client:
+        session: dict[str, Any] = {"id": await post(client, "/open_session")}
+        ids: list[int] = []
+        for text, image in zip(texts, (ONE, OTHER), strict=True):
+            body = {"text": text, "image_data": image, "sampling_params": params, "session_params": session}
+            answer = await post(client, "/generate", **body)
+            session["rid"] = answer["meta_info"]["id"]
+            ids += [*await engine.encode(text), *answer["output_ids"]]
+        assert answer["meta_info"]["cached_tokens"] > 40  # of the first turn
+        whole = {"input_ids": ids[: -params["max_new_tokens"]], "image_data": [ONE, OTHER], "sampling_params": params}
+        assert engine.flush_cache()
+        assert (await post(client, "/generate", **whole))["output_ids"] == answer["output_ids"]
+
+
 async def test_a_vector_is_of_a_text_and_its_picture_in_sglangs_and_vllms_spelling(qwen: Path) -> None:
     async with running_engine(qwen) as engine, serving(engine) as client:
 

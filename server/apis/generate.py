@@ -124,13 +124,11 @@ class GenerateApi:
         prompts, is_batch = await self._prompts(body, add_special_tokens=params.previous is None)
         if is_batch:
             raise InvalidRequest("a session continues with one prompt at a time", "session_params")
-        if prompts[0].media is not None:
-            raise InvalidRequest("image_data and video_data are not supported in a session", "session_params")
-        input_ids, num_kept = self.sessions.continued(params, prompts[0].input_ids)
-        rid, states = await self._states(body, [GeneratePrompt(input_ids)], is_batch)
+        input_ids, media, num_kept = self.sessions.continued(params, prompts[0].input_ids, prompts[0].media)
+        rid, states = await self._states(body, [GeneratePrompt(input_ids, media)], is_batch)
         if len(states) > 1:
             raise InvalidRequest("n must be 1 in a session", "n")
-        with self.sessions.turn(params, states[0], num_kept):
+        with self.sessions.turn(params, states[0], num_kept, prompts[0].media):
             return await self._answer(http_request, body, rid, states, is_list=False)
 
     async def _answer(

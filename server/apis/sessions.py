@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from engine.declared import Count, Int, Object
 from engine.errors import InvalidRequest
+from engine.media import PromptMedia, no_media
 from engine.state import RequestState, Status
 from server.http.live import LiveRequests, new_rid
 from server.http.owners import Caller, may_find, owner_of
@@ -24,6 +25,8 @@ MAX_SESSIONS = 4096
 MAX_OWN_SESSIONS = 512  # of a client with a key of its own
 IDLE_S = 3600.0  # without a request, after which a session is closed
 MAX_TURNS = 4096  # of one session
+MAX_MEDIA_BYTES = 64 << 20  # of the pixels that one session holds
+MAX_ALL_MEDIA_BYTES = 512 << 20
 
 
 class OpenSession(Object):
@@ -53,22 +56,40 @@ class Turn:
     input_ids: list[int]  # that came with this turn
     output_ids: list[int] = field(default_factory=list)
     state: RequestState | None = None  # until its answer is out
+    media: PromptMedia | None = None  # that came with this turn
 
     @property
     def is_running(self) -> bool:
         return self.state is not None and self.state.status is not Status.FINISHED
 
-    def token_ids(self, *, with_output: bool) -> list[int]:
-        """Token ids of the whole conversation up to here."""
+    @property
+    def path(self) -> "list[Turn]":
+        """Return the turns of the conversation up to here, oldest first."""
         path = [self]
         while (parent := path[-1].parent) is not None:
             path.append(parent)
+        return path[::-1]
+
+    def token_ids(self, *, with_output: bool) -> list[int]:
+        """Token ids of the whole conversation up to here."""
         tokens: list[int] = []
-        for turn in reversed(path):
+        for turn in self.path:
             tokens = tokens[: turn.num_kept] + turn.input_ids
             if turn is not self or with_output:
                 tokens += turn.output_ids if turn.state is None else turn.state.output_ids
         return tokens
+
+    def shown(self, num_tokens: int) -> PromptMedia:
+        """Return what the first tokens of the conversation show. `InvalidRequest` if they end in a picture."""
+        shown = no_media(0)
+        for turn in self.path:
+            shown = shown.first(turn.num_kept).followed_by(turn.media or no_media(len(turn.input_ids)))
+        try:
+            return shown.first(num_tokens)
+        except ValueError:
+            raise InvalidRequest(
+                f"offset keeps {num_tokens} tokens, and the last is in the middle of a picture", "session_params.offset"
+            ) from None
 
 
 @dataclass(slots=True, eq=False)
@@ -76,7 +97,12 @@ class Session:
     owner: str
     capacity: int | None  # tokens of a conversation
     turns: dict[str, Turn] = field(default_factory=dict)
+    has_media: bool = False
     used_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def media_bytes(self) -> int:
+        return sum(turn.media.num_bytes for turn in self.turns.values() if turn.media is not None)
 
     @property
     def is_over(self) -> bool:
@@ -149,8 +175,13 @@ class Sessions:
                 raise fields.wrong("rid", "a request that has ended, unless replace is true", "session_params")
         return SessionParams(session, previous, fields.offset, fields.replace, fields.drop_previous_output)
 
-    def continued(self, params: SessionParams, input_ids: list[int]) -> tuple[list[int], int]:
-        """Return the prompt that continues the previous turn with `input_ids`, and how many of its tokens are kept."""
+    def continued(
+        self, params: SessionParams, input_ids: list[int], media: PromptMedia | None = None
+    ) -> tuple[list[int], PromptMedia | None, int]:
+        """Return the prompt that continues the previous turn, what it shows, and how many tokens of before it keeps.
+
+        input_ids, media: what is added.
+        """
         kept: list[int] = []
         if params.previous is not None:
             running = params.previous.state
@@ -169,11 +200,33 @@ class Sessions:
             raise InvalidRequest(
                 f"the conversation has {num_tokens} tokens, the session was opened for {capacity}", "session_params.id"
             )
-        return kept + input_ids, len(kept)
+        if media is not None:
+            self._check_media(params.session, media)
+        if params.previous is not None and (media is not None or params.session.has_media):
+            media = params.previous.shown(len(kept)).followed_by(media or no_media(len(input_ids)))
+        return kept + input_ids, media, len(kept)
+
+    def _check_media(self, session: Session, media: PromptMedia) -> None:
+        """Raise `InvalidRequest` if sessions would hold too many pixels: they do so until they are closed."""
+        held, all_held = session.media_bytes, sum(one.media_bytes for one in self._sessions.values() if one.has_media)
+        for num_bytes, limit, whose in (
+            (held, MAX_MEDIA_BYTES, "the session"), (all_held, MAX_ALL_MEDIA_BYTES, "all sessions"),
+        ):  # fmt: skip
+            if num_bytes + media.num_bytes > limit:
+                raise InvalidRequest(
+                    f"the request's pictures have {media.num_bytes} bytes of pixels and those of {whose} {num_bytes}, "
+                    f"the limit is {limit}: close sessions, or send smaller ones",
+                    "image_data",
+                )
 
     @contextmanager
-    def turn(self, params: SessionParams, state: RequestState, num_kept: int) -> Iterator[None]:
-        """Make a request a turn of the session, unless it is refused. With `replace`, those after the previous go."""
+    def turn(
+        self, params: SessionParams, state: RequestState, num_kept: int, media: PromptMedia | None = None
+    ) -> Iterator[None]:
+        """Make a request a turn of the session, unless it is refused. With `replace`, those after the previous go.
+
+        media: what the turn adds.
+        """
         session = params.session
         if state.rid in session.turns:
             raise InvalidRequest(f"the session has a request {state.rid!r} already", "rid")
@@ -181,7 +234,8 @@ class Sessions:
             self._forget_after(session, params.previous)
         if len(session.turns) >= MAX_TURNS:
             raise InvalidRequest(f"the session has {MAX_TURNS} requests, the limit", "session_params.id")
-        turn = Turn(state.rid, params.previous, num_kept, state.request.input_ids[num_kept:], state=state)
+        turn = Turn(state.rid, params.previous, num_kept, state.request.input_ids[num_kept:], state=state, media=media)
+        session.has_media |= media is not None
         session.turns[turn.rid] = turn
         try:
             yield
