@@ -314,13 +314,13 @@ FORMS = {
 
 
 @interpreted
-@pytest.mark.parametrize("num_tokens", [1, 5, 70])
+@pytest.mark.parametrize("num_tokens", [2, 70])  # pairs one by one, and in tiles
 @pytest.mark.parametrize("act", ["silu", "clamped_swiglu", None])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_kernels_of_experts_multiply_as_their_definition(form: Format | None, num_tokens: int, act: str | None):
     from kernels import triton_experts
 
-    random, num_experts, top_k, k, n = torch.Generator().manual_seed(0), 6, 2, 96, 80
+    random, num_experts, top_k, k, n = torch.Generator().manual_seed(0), 6, 2, 96, 70
     per_pair = act is None  # the second product's inputs are of pairs
     x = torch.randn(num_tokens * (top_k if per_pair else 1), k, generator=random)
     ids = torch.stack([torch.randperm(num_experts, generator=random)[:top_k] for _ in range(num_tokens)])

@@ -203,8 +203,9 @@ async def test_layers_with_a_window_give_slots_back_and_answers_stay(
 ) -> None:
     monkeypatch.setattr("engine.schedule.grouping.MIN_SHARED_TOKENS", 1)  # prefixes are shared, and read once elsewhere
     async with running_engine(reference.folder, device=device, **options) as engine:
-        await assert_greedy(engine, reference, prompts, num_constrained=0)
-        num_tokens = sum(map(len, prompts)) + len(prompts) * NUM_NEW_TOKENS
+        some = prompts[-10:]
+        await assert_greedy(engine, reference, some, num_constrained=0)
+        num_tokens = sum(map(len, some)) + len(some) * NUM_NEW_TOKENS
         stats = engine.stats().scheduler
         if options.get("disable_hybrid_swa_memory"):
             assert stats.num_total_window_tokens == 0
