@@ -18,7 +18,7 @@ from engine.errors import InvalidRequest, ModelError
 from engine.model_config import turn_ends
 from engine.models.registry import load_config
 from engine.request import SamplingParams
-from engine.text.rank_file import LLAMA_3, QWEN_2
+from engine.text.rank_file import KIMI, LLAMA_3, QWEN_2
 from engine.text.tokenizer import FastBackend, Tokenizer
 from tests.conftest import CORPUS
 
@@ -114,7 +114,10 @@ def test_a_sentencepiece_model_encodes_and_decodes_as_its_library(
             assert tokenizer.decode(ids) == streamed(tokenizer, ids) == library.decode(ids)
 
 
-@pytest.mark.parametrize(("pattern", "tokenizer_class"), [(QWEN_2, "QWenTokenizer"), (LLAMA_3, "ChatGLM4Tokenizer")])
+@pytest.mark.parametrize(
+    ("pattern", "tokenizer_class"),
+    [(QWEN_2, "QWenTokenizer"), (LLAMA_3, "ChatGLM4Tokenizer"), (KIMI, "TikTokenTokenizer")],
+)
 def test_a_rank_file_encodes_and_decodes_as_tiktoken(pattern: str, tokenizer_class: str, tmp_path: Path) -> None:
     ranks = trained_ranks()
     library = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
@@ -152,7 +155,8 @@ def trained_ranks() -> dict[bytes, int]:
 def write_ranks(folder: Path, ranks: dict[bytes, int], tokenizer_class: str) -> Path:
     folder.mkdir()
     lines = [b"%s %d" % (base64.b64encode(token), rank) for token, rank in ranks.items()]
-    name = "qwen.tiktoken" if tokenizer_class == "QWenTokenizer" else "tokenizer.model"
+    names = {"QWenTokenizer": "qwen.tiktoken", "TikTokenTokenizer": "tiktoken.model"}
+    name = names.get(tokenizer_class, "tokenizer.model")
     (folder / name).write_bytes(b"\n".join(lines))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class}))
     return folder

@@ -18,6 +18,19 @@ LLAMA_3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN_2 = LLAMA_3.replace("{1,3}", "")
+# Words of Kimi: Chinese characters apart; of others as many capitals as come first, and the small letters behind them.
+CASELESS = r"\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}" + CASELESS, r"[\p{Ll}" + CASELESS
+KIMI = "|".join(
+    (
+        r"[\p{Han}]+",
+        *(
+            rf"[^\r\n\p{{L}}\p{{N}}]?{letters}(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+            for letters in (f"{UPPER}*{LOWER}+", f"{UPPER}+{LOWER}*")
+        ),
+        LLAMA_3.partition(r"\p{L}+|")[2],
+    )
+)
 CHAR_OF_BYTE = {byte: char for char, byte in BYTE_OF_CHAR.items()}
 LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s")
 

@@ -16,10 +16,10 @@ from tokenizers.processors import TemplateProcessing
 from engine.config_file import read_json
 from engine.errors import ModelError
 from engine.text import rank_file, sentencepiece_file
-from engine.text.rank_file import LLAMA_3, QWEN_2
+from engine.text.rank_file import KIMI, LLAMA_3, QWEN_2
 from engine.text.sentencepiece_file import SentencePieceModel
 
-SENTENCEPIECE, TIKTOKEN = "tokenizer.model", "qwen.tiktoken"  # the former may be a rank file as well
+FILES = ("qwen.tiktoken", "tiktoken.model", "tokenizer.model")  # the last may be of sentencepiece or a rank file
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -81,6 +81,7 @@ FAMILIES = {  # tokenizer_config.json's tokenizer_class -> family
         QWEN_2,
         is_composed=True,
     ),
+    "TikTokenTokenizer": Family(pattern=KIMI),
 }
 
 
@@ -96,7 +97,7 @@ class Vocabulary:
 
 def find_vocabulary_file(folder: Path) -> Path | None:
     """Return the file that `load_vocabulary` reads, None if there is none."""
-    return next((file for name in (TIKTOKEN, SENTENCEPIECE) if (file := folder / name).is_file()), None)
+    return next((file for name in FILES if (file := folder / name).is_file()), None)
 
 
 def load_vocabulary(file: Path, config: Mapping[str, Any], named_tokens: Mapping[str, str]) -> Vocabulary:
