@@ -322,6 +322,37 @@ FAMILIES = {
         "Qwen2VLImageProcessorPil",
         QWEN_PROCESSING,
     ),
+    "deepseek ocr": TinyFamily(
+        "DeepseekOcr2ForConditionalGeneration",
+        "DeepseekOcr2Config",
+        {
+            "vision_config": {
+                "sam_config": VIT
+                | {
+                    "image_size": 64,
+                    "patch_size": 8,
+                    "output_channels": 16,
+                    "downsample_channels": [24, 32],
+                    "window_size": 4,
+                    "global_attn_indexes": [1],
+                    "mlp_dim": 48,
+                },
+                "encoder_config": VIT | {"num_key_value_heads": 2},
+            },
+            "text_config": {name: value for name, value in TEXT.items() if name != "head_dim"}
+            | {
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 24,
+                "n_shared_experts": 1,
+                "mlp_layer_types": ["dense", "sparse"],
+            },
+            "image_token_id": IMAGE,
+            "tie_word_embeddings": False,
+        },
+        "DeepseekOcr2ImageProcessorPil",
+        {"size": {"height": 64, "width": 64}, "tile_size": 64, "max_patches": 3},
+    ),
     "kimi k2.5": TinyFamily(
         "Kimi_K25ForConditionalGeneration",
         "Kimi_K25Config",

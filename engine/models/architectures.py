@@ -63,6 +63,9 @@ ARCHITECTURES = {
     "CohereForCausalLM": Served("cohere:Cohere", "Command-R and R+, Aya 23 and Expanse"),
     "DbrxForCausalLM": Served("dbrx:Dbrx", "DBRX"),
     "DeepseekForCausalLM": Served("deepseek:DeepseekMoe", "DeepSeek MoE 16B"),
+    "DeepseekOcr2ForConditionalGeneration": Served(
+        "deepseek:DeepseekMoe", "DeepSeek-OCR 2 as transformers has it", "deepseek ocr"
+    ),
     "DeepseekV2ForCausalLM": Served("deepseek:DeepseekV2", "DeepSeek V2, V2-Lite, V2.5 and Coder-V2"),
     "DeepseekV32ForCausalLM": Served(
         "deepseek:DeepseekV32", "DeepSeek V3.2; without its indexer: attention is to all tokens, not to 2,048"

@@ -270,6 +270,7 @@ TOWERS = (
     "vision_tower", "audio_tower", "multi_modal_projector", "embed_vision", "embed_audio", "visual", "vision_model",
     "connector", "image_newline", "vision_resampler", "mm_projector",
     "vision_encoder", "vision_projection", "mlp1", "mlp_AR", "projector",
+    "sam_model", "qwen2_model", "view_seperator",
 )  # fmt: skip
 LANGUAGE_HALF: tuple[Rule, ...] = (
     Ignore(rf"^(model\.)?({'|'.join(TOWERS)})(\.|$)"),

@@ -228,6 +228,43 @@ class QianfanOCR(InternVL):
         return {"crop_to_patches": True, **super().options(media)}
 
 
+class DeepseekOCR(Family):
+    """DeepSeek-OCR 2: the whole picture, tiles of one that is larger than a tile, and a vector behind them.
+
+    A tile becomes as many features as the tower has queries, of which there are two numbers.
+    """
+
+    queries = (144, 256)
+
+    def num_features(self, size: MediaSize) -> int:
+        from transformers.models.deepseek_ocr2.image_processing_pil_deepseek_ocr2 import get_optimal_tiled_canvas
+
+        processor, num_tiles = self.processor, 0
+        tile, whole = processor.tile_size, processor.size["height"]
+        short, long = sorted((size.height, size.width))
+        if not round(short * (whole / long)):
+            raise InvalidRequest(f"a picture of {size.width}x{size.height} pixels is too narrow")
+        if long > tile:
+            limits = processor.min_patches, processor.max_patches
+            num_tiles = math.prod(get_optimal_tiled_canvas((size.height, size.width), (tile, tile), *limits))
+        return self.of_square(whole) + num_tiles * self.of_square(tile) + 1
+
+    def of_square(self, side: int) -> int:
+        """Return the features of a square: the fewest queries that are as many as its patches, merged by 4 x 4."""
+        num_patches = (side // self.config.vision_config.sam_config.patch_size // 4) ** 2
+        return self.queries[num_patches > self.queries[0]]
+
+    def inputs(self, media: Media) -> dict[str, torch.Tensor]:
+        assert isinstance(media, Image)
+        made = self.processor(images=[media.pixels], input_data_format="channels_last", return_tensors="pt")
+        tile = self.processor.tile_size
+        return {"pixel_values_local": torch.empty(0, 3, tile, tile), **made}
+
+    def joined(self, inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Return the tiles of all pictures one after another; not even none if there are none."""
+        return {name: one for name, one in super().joined(inputs).items() if len(one)}
+
+
 class Idefics3(Family):
     """Idefics 3: tiles, each behind a tag of its row and column, and the whole picture."""
 
@@ -367,6 +404,7 @@ class Gemma4(Family):
 
 # By the names that engine.models.architectures has for them.
 FAMILIES: dict[str, type[Family]] = {
+    "deepseek ocr": DeepseekOCR,
     "gemma 3": Gemma3,
     "gemma 4": Gemma4,
     "glm": Glm,
