@@ -36,7 +36,8 @@ from engine.schedule.scheduler import Scheduler
 from engine.sizes import Sizes, check_sizes, choose_graph_sizes, graphs_bytes, max_graph_tokens, resolve_sizes
 from engine.step.batch import Stager
 from engine.step.cuda_graph import GraphSizes
-from engine.step.memory import MemoryBudget, plan_memory
+from engine.step.host_memory import available_host_memory
+from engine.step.memory import GIB, MemoryBudget, plan_memory
 from engine.step.model_runner import ModelRunner
 from engine.step.sampler import Sampler
 from engine.step.warmup import compile_kernels, load_kernels, measure_step
@@ -56,6 +57,7 @@ logger = logging.getLogger(__name__)
 KV_DTYPES = {"bfloat16": torch.bfloat16, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 SELF_TEST_BYTES, P2P_CHECK_BYTES = 1 << 10, 64 << 20
 MIB = 1 << 20
+ANGLE_BYTES = 10  # of a position and a rotated dimension, while cosines and sines are computed in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,17 @@ def check_kv_dtype(name: str, capability: tuple[int, int]) -> None:
         )
 
 
+def check_positions(model_config: ModelConfig) -> None:
+    """Raise `ModelError` if cosines and sines alone would exceed this host's memory, which Linux hands out."""
+    num_bytes = ANGLE_BYTES * model_config.context_length * model_config.rope.rotary_dim
+    available = available_host_memory()
+    if num_bytes > available:
+        raise ModelError(
+            f"--context-length {model_config.context_length} takes {num_bytes / GIB:.1f} GiB for positions alone, and "
+            f"{available / GIB:.1f} GiB of memory are left"
+        )
+
+
 def describe_backends(config: EngineConfig, device: torch.device, *, has_corun: bool = False) -> dict[str, str]:
     """Return for each operation which implementation serves it, and why.
 
@@ -187,6 +200,8 @@ def build(
         on_tokenizer(tokenizer)
     if config.num_expert_groups > 1 and not any(model_config.experts):
         logger.warning("--ep-size has no effect: the model has no experts")
+    if config.device == "cpu":
+        check_positions(model_config)
     reader = load_reader(folder, model_config, tokenizer, config)
     comm = Communicator(0, config.tp_size)
     model = new_model(config, model_config, comm)  # raises if it cannot be split, before a process is started

@@ -24,6 +24,7 @@ from engine.profiler import Profiler, make_profile_folder
 from engine.request_table import RequestTable
 from engine.sizes import max_wait_s
 from engine.state import FinishReason, RequestState, Status
+from engine.step.memory import OUT_OF_MEMORY, describe_lack_of_memory
 from engine.text.tokenizer import Tokenizer
 from engine.time_limits import TimeLimits
 from engine.verify import RequestLimits
@@ -325,7 +326,10 @@ async def _build(
     if failure.has_happened:
         building.add_done_callback(_retrieve_exception)  # what it raises is a consequence
         raise ModelError(failure.reason)
-    return building.result()
+    try:
+        return building.result()
+    except OUT_OF_MEMORY as error:
+        raise ModelError(describe_lack_of_memory(error)) from error
 
 
 def _new_encoder(parts: EngineParts, tower: Tower, loop: StepLoop) -> Encoder:

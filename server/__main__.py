@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import asyncio
 import dataclasses
+import errno
 import functools
 import logging
 import os
@@ -181,7 +182,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> StartError:
-    return StartError(f"cannot listen on {host}:{port}: {error.strerror}. Choose another with --port.")
+    flag = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
+    return StartError(f"cannot listen on {host}:{port}: {error.strerror}. Choose another with {flag}.")
 
 
 async def serve(config: ServerConfig, listener: socket.socket, console: Console) -> None:

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from rich.console import Console
 
-from engine.build import resolve_config
+from engine.build import build, resolve_config
 from engine.checkpoint.folder import demo_file
 from engine.config import EngineConfig
 from engine.errors import ModelError
+from engine.local import LocalEngine
 from engine.sizes import check_sizes
 from server.__main__ import example_request, print_ready, warm_up
 from server.config import ServerConfig
@@ -337,3 +339,25 @@ except ModelError as error:
     assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr + ended.stdout
     assert re.search(r"one line: cannot convert \S+ to \S+: .*(File too large|os error 27)", ended.stderr)
     assert not list((tmp_path / "cache").iterdir())
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("max_total_tokens", r"--max-total-tokens 1\d* takes .* GiB"), ("context_length", r"--context-length 1\d* takes")],
+)
+def test_a_size_beyond_the_memory_is_an_error_before_it_is_taken(tiny_llama: Path, flag: str, message: str) -> None:
+    options: dict[str, Any] = {flag: 10**12}
+    with pytest.raises(ModelError, match=message):
+        build(EngineConfig(model_path=str(tiny_llama), device="cpu", dtype="float32", **options), print)
+
+
+async def test_a_model_that_the_device_has_no_room_for_is_an_error_with_cures(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nSee the documentation")
+
+    monkeypatch.setattr("engine.local.build", fail)
+    with pytest.raises(ModelError, match=r"does not fit in the device's memory: .* 9\.00 GiB\. End .*--tp-size 2"):
+        await LocalEngine(EngineConfig()).start(print)

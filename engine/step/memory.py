@@ -17,6 +17,7 @@ from engine.step.window_memory import KVSplit
 GIB = 1 << 30
 CUDA_MARGIN_BYTES = 5 * GIB // 4  # library workspaces, graphs' own records, fragmentation
 CPU_MEMORY_SHARE = 0.25  # share of the available memory: a laptop has other things to do
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 CPU_CONTEXTS = 8  # most sequences of full length that the pool holds: more would only hold stale prefixes
 
 
@@ -50,6 +51,15 @@ class MemoryBudget:
             ("left free", self.margin), ("device total", self.total),
         ]  # fmt: skip
         return [(name, f"{num_bytes / GIB:.2f} GiB") for name, num_bytes in parts if num_bytes]
+
+
+def describe_lack_of_memory(error: BaseException) -> str:
+    """Return what to do about an error of an allocation while the model was loaded."""
+    reason = str(error).partition("\n")[0].rstrip(".")
+    return (
+        f"the model does not fit in the device's memory: {reason}. End other processes on it, or try --quantization "
+        "fp8 or int4, --tp-size 2, a smaller --context-length or --chunked-prefill-size"
+    )
 
 
 def plan_memory(
@@ -90,6 +100,9 @@ def plan_memory(
             f"{largest_step / GIB:.2f} GiB for the largest step; a token takes {split.token_bytes} bytes"
         )
     kv, num_window_tokens = split.num_bytes(num_tokens), split.num_window_tokens(num_tokens)
+    if device.type == "cpu" and kv > total:
+        needs = f"takes {kv / GIB:.1f} GiB of KV cache, and {total / GIB:.1f} GiB of memory are left"
+        raise ModelError(f"--max-total-tokens {num_tokens} {needs}")
     margin = max(room + CUDA_MARGIN_BYTES - kv, 0) if device.type == "cuda" else 0
     windows = num_window_tokens * split.window_bytes
     return MemoryBudget(
