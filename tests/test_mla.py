@@ -323,14 +323,15 @@ def test_a_checkpoint_in_blocks_of_float8_is_read_and_what_expands_latents_is_pl
     assert (got - logits).abs().mean() < 0.2 * logits.abs().mean()  # inputs are rounded: some go to other experts
 
 
+@pytest.mark.parametrize("case", ["compressed-tensors, W8A16", "gptq, desc_act"])
 def test_latent_attention_of_few_bits_has_the_logits_of_what_it_stands_for(
-    tmp_path: Path, make_tiny_model: MakeTinyModel
+    case: str, tmp_path: Path, make_tiny_model: MakeTinyModel
 ) -> None:
     import transformers
 
     options = LATENT | {"kv_lora_rank": 64, "q_lora_rank": 32, "v_head_dim": 16, "intermediate_size": 128}
     plain = make_tiny_model(transformers.YoutuConfig, "bits", embedding_initializer_range=0.2, **options)
-    write_quantized(plain, CASES["compressed-tensors, W8A16"], tmp_path / "packed")
+    write_quantized(plain, CASES[case], tmp_path / "packed")
     assert_equals_reference(packed(tmp_path / "packed"), plain, random_ids(20, seed=0), random_ids(13, seed=1))
 
 

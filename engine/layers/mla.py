@@ -20,6 +20,7 @@ from kernels.dense import DenseWeight
 from kernels.elementwise import rope_and_store_latent
 from kernels.latents import Expansion, LatentSizes
 from kernels.mla import latent_attention
+from kernels.quantized import QuantizedWeight
 from kernels.tuning import LatentShape, WeightShape
 from kernels.weights import Norm, Part
 
@@ -31,6 +32,8 @@ class ExpandingLinear(Linear):
 
     def pack(self) -> None:
         if not isinstance(self.weight, DenseWeight):
+            if isinstance(self.weight, QuantizedWeight):
+                self.weight.settle()
             parts, k = self.weight.parts, self.weight.k
             self.weight = DenseWeight(parts, k, self.dtype, data=self.weight.rows_of(0).contiguous())
 
