@@ -13,8 +13,7 @@
 #else
 #define LANES 8
 #endif
-#define MAX_SIZE 1024         // of a head
-#define SMALL_WORK (1 << 16)  // numbers that one thread moves sooner than two
+#define MAX_SIZE 1024  // of a head
 
 enum Type { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -184,12 +183,11 @@ extern "C" void plan_rope(const void *, const void *call, Plan *plan) {
     const auto work = c.type == FLOAT32    ? rope_items<Float32>
                       : c.type == BFLOAT16 ? rope_items<Bfloat16>
                                            : rope_items<Float16>;
-    plan->add(work, (void *)call, c.num_tokens);
+    plan->add(work, (void *)call, c.num_tokens, c.num_tokens * (c.num_heads + 2 * c.num_kv_heads) * c.head_dim);
 }
 
 extern "C" void rope_and_store(const Rope *c) {
-    const int64_t work_size = c->num_tokens * (c->num_heads + 2 * c->num_kv_heads) * c->head_dim;
-    run_planned(work_size < SMALL_WORK ? 1 : c->num_threads, [&](Plan &plan) { plan_rope(nullptr, c, &plan); });
+    run_planned(c->num_threads, [&](Plan &plan) { plan_rope(nullptr, c, &plan); });
 }
 
 // --- gathering -------------------------------------------------------------------------------------------------------
@@ -217,12 +215,12 @@ static void gather_items(Phase &phase) {
 }
 
 extern "C" void plan_gather(const void *, const void *call, Plan *plan) {
-    plan->add(gather_items, (void *)call, (((const Gather *)call)->num_rows + SOME_ROWS - 1) / SOME_ROWS);
+    const Gather &c = *(const Gather *)call;
+    plan->add(gather_items, (void *)call, (c.num_rows + SOME_ROWS - 1) / SOME_ROWS, c.num_rows * c.row_bytes);
 }
 
 extern "C" void gather(const Gather *c) {
-    const int64_t work_size = c->num_rows * c->row_bytes;
-    run_planned(work_size < SMALL_WORK ? 1 : c->num_threads, [&](Plan &plan) { plan_gather(nullptr, c, &plan); });
+    run_planned(c->num_threads, [&](Plan &plan) { plan_gather(nullptr, c, &plan); });
 }
 
 // --- several calls at once -------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ extern "C" int enable_tiles() { return 0; }
 #define ITEMS_PER_THREAD 4       // at least, where there are enough outputs: a thread may be held up
 #define INPUT_BYTES (512 << 10)  // of a chunk of tokens
 #define MIN_CHUNK 48             // tokens
-#define SMALL_WORK (1 << 16)     // multiplications that one thread does sooner than two
 
 static int64_t between(int64_t value, int64_t least, int64_t most) {
     return value < least ? least : value > most ? most : value;
@@ -83,8 +82,8 @@ static void plan_tokens(const Weight &w, const Call &c, int64_t first_token, int
     if (cuts_floats) job.cuts->set(w);
 #endif
     *kept = job;
-    plan.add(prepare_items, kept, num_inputs);
-    plan.add(multiply_items, kept, (job.num_outputs + job.item_size - 1) / job.item_size);
+    plan.add(prepare_items, kept, num_inputs, 0);
+    plan.add(multiply_items, kept, (job.num_outputs + job.item_size - 1) / job.item_size, num_tokens * w.k * w.n);
 }
 
 extern "C" int lanes() { return LANES; }
@@ -103,8 +102,8 @@ extern "C" int product(const Weight *weight, const Call *call) {
     const int64_t chunk = between(INPUT_BYTES / (4 * weight->k) / MIN_CHUNK * MIN_CHUNK, MIN_CHUNK, 1 << 30);
     for (int64_t first = 0; first < num_tokens; first += chunk) {
         const int64_t count = between(num_tokens - first, 0, chunk);
-        const int64_t num_threads = count * weight->k * weight->n < SMALL_WORK ? 1 : call->num_threads;
-        if (run_planned(num_threads, [&](Plan &plan) { plan_tokens(*weight, *call, first, count, plan); })) return 1;
+        const auto add = [&](Plan &plan) { plan_tokens(*weight, *call, first, count, plan); };
+        if (run_planned(call->num_threads, add)) return 1;
     }
     return 0;
 }

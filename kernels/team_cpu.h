@@ -9,6 +9,7 @@
 #include <stdlib.h>
 
 #define MAX_PHASES 24
+#define SMALL_WORK (1 << 16)  // multiplications, or numbers moved, that one thread does sooner than two
 #define WAIT_LOOKS 500  // at a phase before a waiting thread lets another one have its core: some 10 microseconds
 
 // Of libgomp, which torch has loaded. Its threads are used, for two teams would compete for the cores.
@@ -57,10 +58,13 @@ struct Phase {
 
 struct Plan {
     Phase phases[MAX_PHASES];
-    int64_t num_phases, used, size;
+    int64_t num_phases, work_size, most_items, used, size;
     char *memory;
 
-    void begin(const Memory &from) { num_phases = used = 0, memory = from.data, size = from.size; }
+    void begin(const Memory &from) {
+        num_phases = work_size = most_items = used = 0;
+        memory = from.data, size = from.size;
+    }
 
     // Return memory that is the plan's until it has run; null: there must be more.
     void *room(int64_t bytes) {
@@ -69,12 +73,16 @@ struct Plan {
         return used <= size ? found : nullptr;
     }
 
-    void add(void (*work)(Phase &), void *job, int64_t num_items) {
+    void add(void (*work)(Phase &), void *job, int64_t num_items, int64_t more_work) {
         phases[num_phases++] = {work, job, num_items, false, 0, 0};
+        work_size += more_work;
+        if (num_items > most_items) most_items = num_items;
     }
 
     // Return whether a phase has failed.
     bool run(int64_t num_threads) {
+        if (work_size < SMALL_WORK) num_threads = 1;
+        if (num_threads > most_items) num_threads = most_items;
         if (num_threads > 1 && GOMP_parallel) GOMP_parallel(work_through, this, num_threads, 0);
         else work_through(this);
         bool has_failed = false;
