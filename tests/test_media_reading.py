@@ -11,6 +11,7 @@ import os
 import re
 import struct
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -356,6 +357,13 @@ async def test_a_model_that_cannot_see_it_says_so(kinds: Mapping[str, str], read
 # ---- memory ----
 
 
+async def until_let_go(reading: MediaReader) -> None:
+    """Wait until no thread holds what it made last, which may be a moment after that is given: meet each of them."""
+    threads = reading._workers._threads
+    meeting = threading.Barrier(threads._max_workers)
+    await asyncio.gather(*(asyncio.wrap_future(threads.submit(meeting.wait, 60)) for _ in range(threads._max_workers)))
+
+
 async def test_pixels_are_accounted_for_as_long_as_anybody_holds_them() -> None:
     reading = reader_of()
     reading._decoder.cache.max_bytes = 0
@@ -365,7 +373,7 @@ async def test_pixels_are_accounted_for_as_long_as_anybody_holds_them() -> None:
     view = media.pixels[::2]
     assert budget.num_bytes == 100 * 50 * 3
     del media
-    await asyncio.sleep(0)  # the loop holds what woke this test
+    await until_let_go(reading)
     gc.collect()
     assert budget.num_bytes == 100 * 50 * 3
     del view
@@ -410,13 +418,13 @@ async def test_where_others_leave_no_room_a_request_is_told_to_come_again_and_th
     reading = reader_of(max_bytes=200_000)
     await read(uri(encoded(picture(100, 100))), reading)  # 30,000 bytes, in the cache
     assert reading._budget.num_bytes == 30_000
-    await asyncio.sleep(0)
+    await until_let_go(reading)
     held = await read(uri(encoded(picture(145, 150))), reading)
     assert reading._budget.num_bytes == 145 * 150 * 3
     with pytest.raises(QueueFull, match="try again later"):
         await read(uri(encoded(picture(140, 150))), reading)
     del held
-    await asyncio.sleep(0)
+    await until_let_go(reading)
     assert (await read(uri(encoded(picture(140, 150))), reading)).size.width == 140
 
 
