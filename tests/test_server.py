@@ -236,7 +236,6 @@ RAW_BODIES = [
     b'{"text": NaN}',
     b'{"text": "a", "sampling_params": {"temperature": Infinity}}',
     NOT_UTF_8,
-    b'{"text": "\\ud800"}',
     b"[" * 100_000,
 ]
 
