@@ -15,11 +15,14 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
+import numpy as np
+
 from engine.errors import InvalidRequest
 from engine.schedule.resolver import Outcome
 from engine.schedule.scheduler import Scheduler
 from engine.state import Delta, FinishReason, Logprobs, RequestState, Status, ignore
 from engine.step.model_runner import PromptLogprobs, Step, logprobs_of
+from engine.step.sampler import SampledLogprobs
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +93,8 @@ class OutputProcessor:
         if step.hidden is not None:
             step.hidden.deliver()
         if step.work.logprob_samples is not None:
-            self._add_logprobs(step, outcome)
+            assert step.sampled_logprobs is not None
+            take_logprobs(step.sampled_logprobs, step.work.logprob_samples, outcome)
 
     def _add(self, state: RequestState) -> None:
         if not state.is_pending:
@@ -196,26 +200,6 @@ class OutputProcessor:
             state.times.finished = time.perf_counter()
             self._add(state)
 
-    def _add_logprobs(self, step: Step, outcome: Outcome) -> None:
-        values, samples = step.sampled_logprobs, step.work.logprob_samples
-        assert values is not None and samples is not None
-        # Lists of all at once: for each request's slices, torch would take 15 us.
-        chosen, top_values, top_ids = values.chosen.tolist(), values.top_values.tolist(), values.top_ids.tolist()
-        ids_values = None if values.ids_values is None else values.ids_values.tolist()
-        index_of = {sample: i for i, sample in enumerate(samples.tolist())}
-        for state, token, sample in zip(outcome.states, outcome.token_ids, outcome.samples.tolist(), strict=True):
-            if (i := index_of.get(sample)) is None:
-                continue
-            if state.unsent is None:
-                state.unsent = Delta(state, "", [])
-            if (logprobs := state.unsent.logprobs) is None:
-                logprobs = state.unsent.logprobs = Logprobs()
-            logprobs.token.append((chosen[i], token))
-            if k := state.top_logprobs_num:
-                logprobs.top.append(list(zip(top_values[i][:k], top_ids[i][:k], strict=True)))
-            if (wanted := state.token_ids_logprob) and ids_values is not None:
-                logprobs.token_ids.append(list(zip(ids_values[i], wanted, strict=False)))  # padded for others' sake
-
     def _add_prompt_logprobs(self, values: PromptLogprobs) -> None:
         state, collected = values.state, values.state.input_logprobs
         assert collected is not None
@@ -241,6 +225,26 @@ def give(state: RequestState, delta: Delta) -> None:
         sink(delta)
     except Exception:
         logger.exception("the receiver of request %s failed", state.rid)
+
+
+def take_logprobs(values: SampledLogprobs, samples: np.ndarray, outcome: Outcome) -> None:
+    """Record the log-probabilities of a step's samples, int64 [N], for those that are still running."""
+    # Lists of all at once: for each request's slices, torch would take 15 us.
+    chosen, top_values, top_ids = values.chosen.tolist(), values.top_values.tolist(), values.top_ids.tolist()
+    ids_values = None if values.ids_values is None else values.ids_values.tolist()
+    index_of = {sample: i for i, sample in enumerate(samples.tolist())}
+    for state, token, sample in zip(outcome.states, outcome.token_ids, outcome.samples.tolist(), strict=True):
+        if (i := index_of.get(sample)) is None:
+            continue
+        if state.unsent is None:
+            state.unsent = Delta(state, "", [])
+        if (logprobs := state.unsent.logprobs) is None:
+            logprobs = state.unsent.logprobs = Logprobs()
+        logprobs.token.append((chosen[i], token))
+        if k := state.top_logprobs_num:
+            logprobs.top.append(list(zip(top_values[i][:k], top_ids[i][:k], strict=True)))
+        if (wanted := state.token_ids_logprob) and ids_values is not None:
+            logprobs.token_ids.append(list(zip(ids_values[i], wanted, strict=False)))  # padded for others' sake
 
 
 def _refusal(error: Exception) -> FinishReason:
