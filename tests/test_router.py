@@ -851,6 +851,13 @@ async def test_the_process_routes_until_a_signal_and_needs_no_torch(free_port: i
                     async with client.post(address, data=data, headers=headers) as got:
                         assert await got.text() == "a"
                     assert worker.seen[-1][2] == b'{"text": 1}', "which the worker has unpacked"
+                    health = f"http://127.0.0.1:{free_port}/health"
+                    async with client.get(health, headers={"X-Long": "a" * 40_000}) as got:
+                        assert got.status == 200, "a header may be as long as a server's"
+                    reader, writer = await asyncio.open_connection("127.0.0.1", free_port)
+                    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+                    assert b"\r\n\r\n{" in await asyncio.wait_for(reader.read(), 60), "JSON, as a server's"
+                    writer.close()
                     break
                 except aiohttp.ClientConnectionError:
                     assert process.returncode is None

@@ -12,7 +12,9 @@ to one worker as a whole, a batch of prompts too. The dashboard shows any worker
 import asyncio
 import hmac
 import logging
+import os
 import resource
+import signal
 import sys
 import zlib
 from collections.abc import AsyncIterator, Sequence
@@ -34,12 +36,13 @@ from server.config import HTTP, LOG_LEVELS, make_parser, read_options
 from server.fleet.prompts import prompt_of
 from server.fleet.workers import Worker, Workers
 from server.foreign_flags import ROUTER_FLAGS
-from server.http.bodies import BODY_BUDGET, BodyBudget
+from server.http.bodies import BODY_BUDGET, BodyBudget, next_of_body
+from server.http.connections import Connections
 from server.http.intake import BACKLOG, GATE, LONG_WORK, Gate, LongWork
 from server.http.keys import ADMIN_PATHS
 from server.http.malformed import shorten_malformed
 from server.http.origins import Origins, guard_origins, host_of, is_loopback, split
-from server.reading.protocol import error_shape, json_response, read_body
+from server.reading.protocol import body_too_long, error_shape, json_response, read_body
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +190,7 @@ class Router:
         """Return the answer of the worker that the policy picks, or of another one."""
         # A file is not kept here: it is sent on while it arrives, and once only.
         is_upload = request.content_type.startswith("multipart/")
-        body = b"" if is_upload else await request.read()
+        body = b"" if is_upload else await self._body_of(request)
         text = await plain(body, request.headers.get(hdrs.CONTENT_ENCODING, ""), self.config.max_body_bytes)
         prompt = prompt_of(text) if self.workers.policy in PROMPT_METHODS else b""
         at_first = request.path.startswith(FIRST_WORKERS_PATHS) or SESSION_FIELD in text
@@ -240,9 +243,20 @@ class Router:
         reasons = [f"{worker.url}: {tried.get(worker) or worker.failure or 'not tried'}" for worker in self.workers]
         return "no worker can answer now; " + ", ".join(reasons)
 
+    async def _body_of(self, request: web.Request) -> bytes:
+        limit = self.config.max_body_bytes
+        if (request.content_length or 0) > limit:
+            raise body_too_long(limit)
+        body = bytearray()
+        while piece := await next_of_body(request.content.readany()):
+            body += piece
+            if len(body) > limit:
+                raise body_too_long(limit)
+        return bytes(body)
+
     async def broadcast(self, request: web.Request) -> web.Response:
         """Ask all workers; return the first one's answer if all succeed, or else an error that says which failed."""
-        body = await request.read()
+        body = await self._body_of(request)
         workers = list(self.workers)
         if not workers:
             raise NoWorkerAnswers(self._why_none({}))
@@ -398,6 +412,32 @@ def describe(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
+async def serve(app: web.Application, config: RouterConfig) -> None:
+    """Route until SIGINT or SIGTERM, then let running answers end. `OSError` if the port cannot be had."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():  # the second one
+            os._exit(1)
+        stop.set()
+
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=config.drain_timeout)
+    await runner.setup()
+    assert runner.server is not None
+    try:
+        # Bodies are passed on as they came.
+        async with Connections(runner.server, access_log=None, auto_decompress=False) as connections:
+            listener = await loop.create_server(connections, config.host, config.port, backlog=BACKLOG)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, on_signal)
+            host = f"[{config.host}]" if ":" in config.host else config.host
+            print(f"routing on http://{host}:{listener.sockets[0].getsockname()[1]}", flush=True)
+            await stop.wait()
+            listener.close()
+    finally:
+        await runner.cleanup()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Route until SIGINT or SIGTERM. Returns the exit status."""
     usage = "--worker-urls URL [URL ...] [options]"
@@ -417,18 +457,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a request takes two connections
     try:
-        app = Router(config).build_app()
-        web.run_app(
-            app,
-            host=config.host,
-            port=config.port,
-            backlog=BACKLOG,
-            handler_cancellation=True,
-            auto_decompress=False,  # bodies are passed on as they came
-            shutdown_timeout=config.drain_timeout,
-            access_log=None,
-            loop=uvloop.new_event_loop(),
-        )
+        uvloop.run(serve(Router(config).build_app(), config))
     except (InvalidRequest, OSError) as error:
         parser.error(str(error))
     return 0

@@ -168,7 +168,7 @@ async def _receive(request: web.Request) -> tuple[list[bytes], HeldBody]:
     """
     limit = request.client_max_size
     if (request.content_length or 0) > limit:
-        raise _body_too_long(limit)
+        raise body_too_long(limit)
     kind = request.content_type
     is_json = kind.endswith(("/json", "+json")) or request.path.startswith(UNTYPED)
     if "Content-Type" in request.headers and not is_json:
@@ -179,14 +179,14 @@ async def _receive(request: web.Request) -> tuple[list[bytes], HeldBody]:
     while piece := await next_of_body(request.content.readany()):
         num_bytes += len(piece)
         if num_bytes > limit:
-            raise _body_too_long(limit)
+            raise body_too_long(limit)
         held.add(piece)
         pieces.append(piece)
         await pace.keep()
     return pieces, held
 
 
-def _body_too_long(limit: int) -> BodyTooLarge:
+def body_too_long(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body is longer than {limit} bytes, the limit set by --max-body-bytes")
 
 
