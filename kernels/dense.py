@@ -89,7 +89,7 @@ class DenseWeight(Weight):
 
     def place(self, name: str, loaded: torch.Tensor, part: int) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ARG002
         rows, columns = self.parts[part].shard, self.input_shard
-        if columns.count > 1:
+        if columns != WHOLE:  # of one rank, too: inputs may go on beyond the last, where other formats need it
             return match_shard(self.rows_of(part), loaded, 1, columns)
         return match_shard(self.rows_of(part), loaded, 0, rows)
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -434,6 +435,21 @@ def test_quantized_experts_have_the_logits_of_what_they_stand_for(
     stacks = [layer for layer in unique_layers(engine.model) if isinstance(layer, StackedLinear)]
     assert stacks and all(isinstance(stack.weight, QuantizedWeight) for stack in stacks)
     assert_equals_reference(engine, plain, random_ids(20, seed=0), random_ids(13, seed=1))
+
+
+def test_experts_that_a_file_has_plain_are_plain_whatever_is_said_of_them(
+    make_tiny_model: MakeTinyModel, tmp_path: Path
+):
+    import transformers
+
+    name, options = FAMILIES["qwen3-moe"]
+    sizes = {"moe_intermediate_size": 48}  # no multiple of the groups that the configuration speaks of
+    plain = make_tiny_model(getattr(transformers, name), "qwen3-moe", **(options | sizes))
+    case = replace(CASES["compressed-tensors, W4A16"], modules=r"self_attn\.\w_proj$")
+    write_quantized(plain, case, tmp_path / "packed")
+    assert_equals_reference(
+        packed(TinyEngine(tmp_path / "packed")), plain, random_ids(20, seed=0), random_ids(13, seed=1)
+    )
 
 
 @pytest.mark.parametrize(("case", "inner"), [("awq", 96), ("fp8 in blocks", 96), ("compressed-tensors, W8A16", 48)])
