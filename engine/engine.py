@@ -270,6 +270,11 @@ class Engine(ABC):
         """
         return {} if self.media_reader is None else self.media_reader.kinds
 
+    @property
+    def video_frames(self) -> Mapping[str, int]:
+        """Return how many frames of a video the model was made for, as `fps` and `max_frames`; {}: any number."""
+        return {} if self.media_reader is None else self.media_reader.frames
+
     def count_media_tokens(self, sizes: Sequence[MediaSize]) -> list[int]:
         """Return how many tokens of a prompt stand for each of these. `InvalidRequest` for a kind that is not read."""
         if self.media_reader is not None:

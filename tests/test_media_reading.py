@@ -700,6 +700,18 @@ async def test_a_request_or_the_command_line_says_how_many_frames_are_taken() ->
     assert (await read(data, reading, "video", fps=4)).size.num_frames == 12
 
 
+async def test_a_model_says_how_many_frames_it_was_made_for_unless_anybody_else_does() -> None:
+    class Few(Seeing):
+        video_frames: Mapping[str, int] = {"fps": 1, "max_frames": 2}
+
+    few, data = reader_of(Few(context_length=1 << 20)), uri(video_file(), "video/mp4")
+    assert (await read(data, few, "video")).size.num_frames == 2
+    assert (await read(data, few, "video", max_frames=9)).size.num_frames == 3
+    assert (await read(data, few, "video", num_frames=7)).size.num_frames == 7
+    shown = [uri(encoded(picture(color=(i, i, i)))) for i in range(5)]
+    assert (await read(shown, few, "video")).size.num_frames == 5
+
+
 async def test_frames_are_made_smaller_where_there_would_be_too_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(videos, "MAX_PIXELS", 64 * 48)
     size = (await read(uri(video_file(), "video/mp4"), kind="video")).size

@@ -308,6 +308,10 @@ class SmolVLM(Idefics3):
     def token_ids(config: Any) -> dict[str, int]:
         return dict.fromkeys(("image", "video"), config.image_token_id)
 
+    def frames(self) -> dict[str, int]:
+        sampling = self.video_config.get("video_sampling", {})
+        return {"fps": sampling.get("fps", 1), "max_frames": sampling.get("max_frames", 64)}
+
     def placeholders(self) -> dict[str, str]:
         return {"image": self.token_text["image"], "video": self.video}
 
@@ -364,6 +368,9 @@ class Gemma4(Family):
     def token_ids(config: Any) -> dict[str, int]:
         ids = {"image": config.image_token_id, "video": config.video_token_id}
         return ids | {"begin": config.boi_token_id, "end": config.eoi_token_id}
+
+    def frames(self) -> dict[str, int]:
+        return {"max_frames": self.video_config.get("num_frames", 32)}
 
     def most(self, kind: str) -> int:
         """Return the features of a picture or a frame, at most."""

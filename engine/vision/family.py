@@ -82,6 +82,10 @@ class Family:
         """Return the ids of special tokens by role."""
         return {"image": config.image_token_id}
 
+    def frames(self) -> dict[str, int]:
+        """Return how many frames of a video the model was made for, as `fps` and `max_frames`, as far as it says so."""
+        return {}
+
     def placeholders(self) -> dict[str, str]:
         """Return the text that stands for a picture of each kind before it is written out."""
         return {kind: self.token_text[kind] for kind in self.kinds}

@@ -47,7 +47,7 @@ class MediaReader:
         vocab_size: of the model. In the places of features no token beyond it is left.
         """
         self.family, self._vocab_size = family, vocab_size
-        self.kinds = family.placeholders()
+        self.kinds, self.frames = family.placeholders(), family.frames()
         self._encode, self._has_rope_axes = encode, has_rope_axes
         self._token_of = {kind: token_ids[kind] for kind in self.kinds}
         self._tokens = np.array(list(self._token_of.values()))

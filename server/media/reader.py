@@ -183,6 +183,8 @@ class MediaReader:
             source = source[data_of_uri(source)[1] :].split(",")  # vLLM's: frames in one URI
         if not isinstance(source, str):
             return await self._open_frames(source, settings, share)
+        if "num_frames" not in settings:
+            settings = {**self.engine.video_frames, **settings}
         data = await self._bytes(source, "video", share)
         header, digest = await self._workers.run(_video_header, data, settings)
         return Opened(
