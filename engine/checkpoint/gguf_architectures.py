@@ -7,6 +7,7 @@ also reads images becomes its language model.
 """
 
 import difflib
+from collections.abc import Callable
 from dataclasses import replace
 
 from engine.checkpoint.gguf import GGUF
@@ -642,12 +643,12 @@ def architecture_of(gguf: GGUF) -> Architecture:
 
 def variant_of(gguf: GGUF, name: str) -> str:
     """Return which one of the architectures that files call `name` this one has."""
-    found = {
-        "llama": "mixtral" if gguf.get("{}.expert_count") else name,
-        "olmo2": "olmo3" if gguf.get("{}.attention.sliding_window") else name,
-        "mistral3": name if gguf.get("{}.attention.temperature_scale") else "mistral",  # Mistral Small 3
-        "baichuan": "baichuan 13B" if gguf["{}.block_count"] == LAYERS_OF_BAICHUAN_13B else name,
-        "falcon": "falcon 40B" if "blk.0.attn_norm_2.weight" in gguf.shapes else name,
-        "deepseek2": deepseek_variant(gguf),
+    variants: dict[str, Callable[[], str]] = {  # asked only of its own files: others may lack the entry
+        "llama": lambda: "mixtral" if gguf.get("{}.expert_count") else name,
+        "olmo2": lambda: "olmo3" if gguf.get("{}.attention.sliding_window") else name,
+        "mistral3": lambda: name if gguf.get("{}.attention.temperature_scale") else "mistral",  # Mistral Small 3
+        "baichuan": lambda: "baichuan 13B" if gguf["{}.block_count"] == LAYERS_OF_BAICHUAN_13B else name,
+        "falcon": lambda: "falcon 40B" if "blk.0.attn_norm_2.weight" in gguf.shapes else name,
+        "deepseek2": lambda: deepseek_variant(gguf),
     }
-    return found.get(name, name)
+    return variants[name]() if name in variants else name

@@ -5,7 +5,7 @@ A file names its way (`tokenizer.ggml.pre`); the patterns are those of the model
 
 from dataclasses import dataclass
 
-from engine.text.rank_file import LLAMA_3, QWEN_2
+from engine.text.rank_file import KIMI, LLAMA_3, QWEN_2
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,6 @@ UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*%s"
 TEKKEN = CASED % ("", "") + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + SPACES
 GPT_4O = CASED % (f"{ENDINGS}?", f"{ENDINGS}?") + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + SPACES
-# Chinese apart from all other letters.
-KIMI_K2 = (
-    r"\p{Han}+|"
-    + CASED.replace(r"\p{M}]", r"\p{M}&&[^\p{Han}]]") % (f"{ENDINGS}?", f"{ENDINGS}?")
-    + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    + SPACES
-)
 YOUTU = CASED % (f"{ENDINGS}?", f"{ENDINGS}?") + r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + SPACES
 ASIAN = r"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+"
 BAILING = (
@@ -91,7 +84,7 @@ WORDS = {
     "qwen35": Words((QWEN_3_5,)),
     "tekken": Words((TEKKEN,), has_whole_words=True, adds_bos=True),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), Words((GPT_4O,))),
-    "kimi-k2": Words((KIMI_K2,)),
+    "kimi-k2": Words((KIMI,)),
     **dict.fromkeys(("tiny_aya", "cohere2moe"), Words((THREES, GPT_4O))),
     "youtu": Words((ASIAN, YOUTU), has_whole_words=True),
     "deepseek-llm": Words(DEEPSEEK_LLM),

@@ -124,7 +124,10 @@ def checkpoint_files(folder: Path) -> list[Path]:
     else:
         files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
     if not files:
-        raise ModelError(f"{folder} has no *.safetensors (pickled weights, *.bin and *.pt, are not loaded)")
+        raise ModelError(
+            f"{folder} has no *.safetensors (pickled weights, *.bin and *.pt, are not loaded: convert them, or name a "
+            "--revision of the repository that has others, such as a pull request of its converter, refs/pr/1)"
+        )
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise ModelError(f"{folder} lacks {', '.join(absent)}, which its index names")
