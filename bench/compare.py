@@ -2,9 +2,9 @@
 
     python -m bench.compare --port 30000 --workloads decode1 offline stream256
 
-Prompts are token ids over /v1/completions, greedy, with `ignore_eos`, drawn from `--seed`: every server gets the same
-work. Workloads of the same shape get the same prompts, so that after `decode256` those of `stream256` are cached, as
-they were when the peers were measured; a second run on a running server wants another seed.
+Prompts are token ids over /v1/completions, greedy but for `sample256`, with `ignore_eos`, drawn from `--seed`: every
+server gets the same work. Workloads of the same shape get the same prompts, so that after `decode256` those of
+`stream256` are cached, as they were when the peers were measured; a second run on a running server wants another seed.
 
 The peers' figures stand beside ours where the model is one of those they were measured with (`--peers`): dummy weights
 in bf16 on one NVIDIA H100 80GB. On another GPU only the ratios of figures taken there mean anything.
@@ -17,7 +17,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
@@ -53,6 +53,7 @@ class Workload:
     max_concurrency: int | None = None
     request_rate: float = math.inf  # requests/s, Poisson; inf: all at once
     is_spread: bool = False  # over several client processes: one cannot read that many streams
+    fields: dict[str, Any] = field(default_factory=dict)  # more of each request
 
     def scaled(self, requests: float, lengths: float) -> "Workload":
         """Return the same with fewer requests, at least one, and fewer tokens, at least two."""
@@ -78,15 +79,17 @@ class Workload:
 
 
 TTFT, TTFT_P99, TPOT = "TTFT p50, ms", "TTFT p99, ms", "ms per output token"
-REQUESTS, TOKENS = "requests/s", "output tokens/s"
+REQUESTS, TOKENS, SECONDS = "requests/s", "output tokens/s", "seconds in all"
 FIGURES: dict[str, Callable[[Metrics], float]] = {
     TTFT: lambda metrics: metrics.ttft["median_ms"],
     TTFT_P99: lambda metrics: metrics.ttft["p99_ms"],
     TPOT: lambda metrics: metrics.tpot["median_ms"],
     REQUESTS: lambda metrics: metrics.request_throughput,
     TOKENS: lambda metrics: metrics.output_throughput,
+    SECONDS: lambda metrics: metrics.duration_s,
 }
-LATENCIES = frozenset({TTFT, TTFT_P99, TPOT})  # the less the better
+LATENCIES = frozenset({TTFT, TTFT_P99, TPOT, SECONDS})  # the less the better
+SAMPLED = {"temperature": 0.8, "top_p": 0.95, "top_k": 50}
 
 WORKLOADS = {
     "decode1": Workload(3, (128, 128), (256, 256), (TPOT, TTFT, TOKENS), stream=True, max_concurrency=1),
@@ -97,6 +100,11 @@ WORKLOADS = {
     "decode256": Workload(256, (64, 64), (384, 384), (TOKENS,)),
     "stream256": Workload(256, (64, 64), (384, 384), (TOKENS, TTFT, TPOT), stream=True, is_spread=True),
     "stream1024": Workload(1024, (64, 64), (384, 384), (TOKENS, TTFT, TPOT), stream=True, is_spread=True),
+    "decode16": Workload(16, (1000, 1000), (256, 256), (TPOT, TOKENS), stream=True),
+    "sample256": Workload(256, (96, 96), (320, 320), (TOKENS, TTFT, TPOT), stream=True, is_spread=True, fields=SAMPLED),
+    "logprobs64": Workload(64, (200, 200), (128, 128), (TOKENS,), fields={"logprobs": 5}),
+    "long8": Workload(8, (24_000, 24_000), (64, 64), (SECONDS, TTFT), stream=True),
+    "record256": Workload(256, (1024, 1024), (1024, 1024), (SECONDS, TOKENS), stream=True, is_spread=True),
 }
 WARM_UP = Workload(32, (600, 600), (16, 16), ())
 
@@ -149,12 +157,14 @@ class Target:
     api_key: str | None
     timeout_s: float
 
-    def client(self, stream: bool) -> Client:
-        return Client(self.base_url, self.model, stream=stream, api_key=self.api_key, timeout_s=self.timeout_s)
+    def client(self, stream: bool, fields: dict[str, Any] | None = None) -> Client:
+        return Client(
+            self.base_url, self.model, stream=stream, api_key=self.api_key, extra_body=fields, timeout_s=self.timeout_s
+        )
 
 
 async def send_all(target: Target, workload: Workload, work: Sequence[Work], seed: int) -> tuple[list[Result], float]:
-    async with target.client(workload.stream) as client:
+    async with target.client(workload.stream, workload.fields) as client:
         return await run_load(
             client,
             work,
