@@ -95,6 +95,12 @@ class Tab:
         assert "errorText" not in answer, answer
         await self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
 
+    async def reload(self) -> None:
+        """Load the page anew; what is waited for next is not in the old one, which stays for a moment."""
+        await self.evaluate("(window.isOld = true)")
+        await self.call("Page.reload")
+        await self.until("!window.isOld && document.readyState === 'complete'")
+
     async def evaluate(self, expression: str) -> Any:
         """Return the value of a JavaScript expression, awaited if it is a promise."""
         found = await self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
