@@ -48,6 +48,14 @@ async def events(client: Client, **body: Any) -> list[tuple[str, Any]]:
 # ---- answers ----
 
 
+async def test_its_clients_find_the_model(api: anthropic.AsyncAnthropic) -> None:
+    [listed] = [model async for model in api.models.list()]
+    found = await api.models.retrieve("fake-model")
+    for model in (listed, found):
+        assert (model.id, model.type, model.display_name) == ("fake-model", "model", "fake-model")
+        assert model.created_at.year > 2000
+
+
 async def test_a_message_has_text_usage_and_stop_reason(api: anthropic.AsyncAnthropic, engine: FakeEngine) -> None:
     message = await api.messages.create(model="fake-model", max_tokens=20, messages=USER)
     assert [block.to_dict() for block in message.content] == [{"type": "text", "text": "Hello, world"}]

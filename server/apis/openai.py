@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
 
 from aiohttp import web
@@ -53,18 +54,24 @@ class OpenAIApi:
 
     async def models(self, _: web.Request) -> web.Response:
         # Codex wants its own catalogue beside OpenAI's list: empty, it keeps its prompt and settings for any model.
-        return json_response({"object": "list", "data": [self._model_card()], "models": []})
+        card = self._model_card()
+        ends = {"has_more": False, "first_id": card["id"], "last_id": card["id"]}  # Anthropic's, of a page
+        return json_response({"object": "list", "data": [card], "models": [], **ends})
 
     async def model(self, http_request: web.Request) -> web.Response:
         self._check_model(http_request.match_info["model"])
         return json_response(self._model_card())
 
     def _model_card(self) -> JSON:
+        """Return what OpenAI's clients read of a model, and what Anthropic's do, under the same paths."""
         return {
             "id": self.config.model_name,
             "object": "model",
             "created": self.started_at,
             "owned_by": "radixloop",
+            "type": "model",
+            "display_name": self.config.model_name,
+            "created_at": datetime.fromtimestamp(self.started_at, UTC).isoformat(),
             "root": self.config.model_path,
             "max_model_len": self.engine.context_length,
         }
