@@ -15,6 +15,7 @@ EngineError                  500  this request, or the engine, cannot be served
 ├── ResponseNotFound         404  server.apis.responses
 ├── ItemNotFound             404  server.apis.responses: no stored response has the item of an item_reference
 ├── NotFound                 404  server.apis.files: no such file or batch
+├── BodyStalled              408  server.http.bodies
 ├── BodyTooLarge             413  server.http.bodies
 ├── FileTooLarge             413  server.apis.files
 ├── StorageUnavailable       503  server.apis.files: the disk is full, or not writable
