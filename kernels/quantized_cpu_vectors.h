@@ -11,6 +11,7 @@
 #define ROWS 4                    // of a tile
 #define STRIDE (MAX_GROUPS + 16)  // floats between scales of a tile's rows; the 16 are against conflicts in the cache
 #define PANEL_BYTES (192 << 10)   // decoded rows of an item
+#define NEAR_TOKENS 18            // whose inputs the first cache holds beside a tile's decoded rows, of small models
 
 // Whether a block's first vector holds its even inputs and its second one the odd ones, as the halves of bytes come.
 static bool is_paired(const Weight &w) { return w.code == INT4 && w.group_size % BLOCK == 0; }
@@ -207,38 +208,63 @@ static const Kernels &choose_kernels(const Weight &w) {
     return is_tabled ? kernels_of<Tabled>() : kernels_of<Paired>();
 }
 
+// Multiply up to NEAR_TOKENS tokens by rows while these are near: as their codes are decoded, or right after that.
+static void take_near(Job &job, int64_t start, int64_t count, Rows &rows, float *decoded) {
+    const Weight &w = *job.w;
+    const Kernels &kernels = choose_kernels(w);
+    const int64_t num_parts = job.c->act ? 2 : 1, pitch = 2 * MAX_ITEM, num_tokens = job.num_tokens;
+    const int64_t num_tiles = (num_tokens + TILE_TOKENS - 1) / TILE_TOKENS;
+    alignas(64) float sums[NEAR_TOKENS * 2 * MAX_ITEM];
+    for (int64_t part = 0; part < num_parts; part++)
+        for (int64_t i = 0; i < count; i += ROWS) {
+            const int64_t first = part * job.num_outputs + start;
+            float *const to = sums + part * MAX_ITEM + i;
+            read_rows(w, first + i, first + count, rows);
+            if (num_tokens <= FEW_TOKENS) {
+                kernels.tiles[num_tokens - 1](w, rows, job.x, to, pitch);
+                continue;
+            }
+            kernels.decode(w, rows, decoded);
+            for (int64_t tile = 0; tile < num_tiles; tile++) {
+                const int64_t token = tile * num_tokens / num_tiles, end = (tile + 1) * num_tokens / num_tiles;
+                DECODED_TILES[end - token - 1](w.k, decoded, job.x + token * w.k, to + token * pitch, pitch);
+            }
+        }
+    for (int64_t t = 0; t < num_tokens; t++)
+        finish(job, job.first_token + t, start, count, sums + t * pitch, sums + t * pitch + MAX_ITEM);
+}
+
 static void take_outputs(Job &job, int64_t start, int64_t count) {
     const Weight &w = *job.w;
     const Kernels &kernels = choose_kernels(w);
     const int num_parts = job.c->act ? 2 : 1;
-    const bool decodes = job.num_tokens > FEW_TOKENS;
+    const bool is_near = job.num_tokens <= NEAR_TOKENS;
     static thread_local Memory memory;
     const int64_t part_size = (count + ROWS - 1) / ROWS * ROWS * w.k;
     const int64_t rows_size = (sizeof(Rows) + 63) / 64 * 16;
-    Rows *rows = (Rows *)memory.get(4 * (rows_size + (decodes ? num_parts * part_size : 0)));
+    Rows *rows = (Rows *)memory.get(4 * (rows_size + (is_near ? ROWS * w.k : num_parts * part_size)));
     if (!rows) {
         job.has_failed = true;
         return;
     }
     float *panel = (float *)rows + rows_size;
-    alignas(64) float sums[TILE_TOKENS * 2 * MAX_ITEM];
+    if (is_near) return take_near(job, start, count, *rows, panel);
     for (int part = 0; part < num_parts; part++) {
         const int64_t first = part * job.num_outputs + start;
         for (int64_t i = 0; i < count; i += ROWS) {
             read_rows(w, first + i, first + count, *rows);
-            if (decodes) kernels.decode(w, *rows, panel + part * part_size + i * w.k);
-            else kernels.tiles[job.num_tokens - 1](w, *rows, job.x, sums + part * MAX_ITEM + i, 2 * MAX_ITEM);
+            kernels.decode(w, *rows, panel + part * part_size + i * w.k);
         }
     }
-    const int64_t num_tiles = decodes ? (job.num_tokens + TILE_TOKENS - 1) / TILE_TOKENS : 1;
+    alignas(64) float sums[TILE_TOKENS * 2 * MAX_ITEM];
+    const int64_t num_tiles = (job.num_tokens + TILE_TOKENS - 1) / TILE_TOKENS;
     for (int64_t tile = 0; tile < num_tiles; tile++) {
         const int64_t token = tile * job.num_tokens / num_tiles;
         const int64_t num_tokens = (tile + 1) * job.num_tokens / num_tiles - token;
-        if (decodes)
-            for (int part = 0; part < num_parts; part++)
-                for (int64_t i = 0; i < count; i += ROWS)
-                    DECODED_TILES[num_tokens - 1](w.k, panel + part * part_size + i * w.k, job.x + token * w.k,
-                                                  sums + part * MAX_ITEM + i, 2 * MAX_ITEM);
+        for (int part = 0; part < num_parts; part++)
+            for (int64_t i = 0; i < count; i += ROWS)
+                DECODED_TILES[num_tokens - 1](w.k, panel + part * part_size + i * w.k, job.x + token * w.k,
+                                              sums + part * MAX_ITEM + i, 2 * MAX_ITEM);
         for (int64_t t = 0; t < num_tokens; t++)
             finish(job, job.first_token + token + t, start, count, sums + t * 2 * MAX_ITEM,
                    sums + t * 2 * MAX_ITEM + MAX_ITEM);
