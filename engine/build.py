@@ -202,7 +202,7 @@ def build(
         logger.warning("--ep-size has no effect: the model has no experts")
     if config.device == "cpu":
         check_positions(model_config)
-    reader = load_reader(folder, model_config, tokenizer, config)
+    reader = new_reader(config, model_config, folder, tokenizer)
     comm = Communicator(0, config.tp_size)
     model = new_model(config, model_config, comm)  # raises if it cannot be split, before a process is started
     ranks = None
@@ -416,6 +416,19 @@ def load_model_files(folder: Path, config: EngineConfig) -> tuple[ModelConfig, T
             """Name one with --json-model-override-args '{"eos_token_id": ID}'"""
         )
     return model_config, tokenizer
+
+
+def new_reader(
+    config: EngineConfig, model_config: ModelConfig, folder: Path, tokenizer: Tokenizer
+) -> MediaReader | None:
+    """Return what reads pictures; None if nothing does. It writes them with a tokenizer, also where texts have none."""
+    if config.skip_tokenizer_init and model_config.vision:
+        try:
+            tokenizer = Tokenizer.load(resolve_tokenizer(config, folder), config.trust_remote_code)
+        except ModelError as error:
+            logger.warning("no pictures are read: %s", error)
+            return None
+    return load_reader(folder, model_config, tokenizer, config)
 
 
 def with_tokenizers_ends(model_config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -283,6 +283,12 @@ class Engine(ABC):
             raise InvalidRequest(f"this model reads text alone, and no {sizes[0].kind}")
         return []
 
+    def media_text(self, ids: Sequence[int]) -> str:
+        """Return a text in which the placeholders of a prompt's pictures stand as in its token ids."""
+        if self.media_reader is not None:
+            return self.media_reader.text_of(ids)
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
     async def encode_media(
         self, prompt: str | Sequence[int], media: Sequence[Media], *, add_special_tokens: bool = False
     ) -> tuple[list[int], PromptMedia]:

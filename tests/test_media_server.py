@@ -18,7 +18,7 @@ from server.http.bodies import BODY_BUDGET
 from tests.fake_engine import events_of, serving
 from tests.test_engine import running_engine
 from tests.test_media_reading import png_of_size, webp_of_size
-from tests.vision_models import make_vision_model, picture
+from tests.vision_models import IMAGE, VISION_END, VISION_START, make_vision_model, picture
 
 Client = TestClient[Any, Any]
 PROMPT = "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
@@ -151,6 +151,16 @@ async def test_a_template_of_parts_and_sizes_that_clients_choose_reach_the_model
             few = await tokens(max_pixels=2000)
         async with serving(engine, mm_process_config=config) as client:
             assert await tokens() == await tokens(max_pixels=100_000) == few
+
+
+async def test_token_ids_may_show_pictures_where_no_text_is_read(qwen: Path) -> None:
+    ids = [5, VISION_START, IMAGE, VISION_END, 6]
+    body = {"input_ids": ids, "image_data": ONE, "sampling_params": {"temperature": 0, "max_new_tokens": 4}}
+    async with running_engine(qwen) as engine, serving(engine) as client:
+        wanted = (await post(client, "/generate", **body))["output_ids"]
+    has_none = {"skip_tokenizer_init": True}
+    async with running_engine(qwen, **has_none) as engine, serving(engine, **has_none) as client:
+        assert (await post(client, "/generate", **body))["output_ids"] == wanted
 
 
 async def test_a_sessions_next_turn_is_the_whole_conversation_and_computes_its_own_tokens(qwen: Path) -> None:

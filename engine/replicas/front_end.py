@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.build import check_gpus, load_model_files, new_grammars, resolve_config
+from engine.build import check_gpus, load_model_files, new_grammars, new_reader, resolve_config
 from engine.checkpoint.folder import resolve_model, resolve_tokenizer
 from engine.config import EngineConfig
 from engine.model_config import ModelConfig
 from engine.text.grammar import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
-from engine.vision.reader import MediaReader, load_reader
+from engine.vision.reader import MediaReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def load_front_end(config: EngineConfig) -> FrontEnd:
         load_format="dummy" if resolved.load_format == "dummy" else "auto",
         device=config.device and torch.device(config.device).type,
     )
-    reader = load_reader(folder, model_config, tokenizer, resolved)
+    reader = new_reader(resolved, model_config, folder, tokenizer)
     return FrontEnd(model_config, tokenizer, new_grammars(resolved, model_config, tokenizer), reader, replica_config)
 
 

@@ -119,6 +119,13 @@ class MediaReader:
         keys = tuple(map(self._key, media))
         return ids, PromptMedia(len(ids), tuple(media), keys, tuple(places), self.family.is_whole, rope)
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Return a text with the placeholders among token ids; one character stands for each other token."""
+        return "".join(self._texts_of(ids))
+
+    def _texts_of(self, ids: Sequence[int]) -> list[str]:
+        return [self._texts.get(token_id, "\0") for token_id in ids]
+
     def _write_out(self, ids: list[int], media: Sequence[Media], writings: Sequence[Writing]) -> list[int]:
         """Return token ids with the pictures among them written out: all others stay, whatever text they came from.
 
@@ -128,7 +135,7 @@ class MediaReader:
         given = np.array(ids, np.int64)
         if len(expected) > len(media) and np.array_equal(given[np.isin(given, self._tokens)], expected):
             return ids
-        texts = [self._texts.get(token_id, "\0") for token_id in ids]
+        texts = self._texts_of(ids)
         starts = np.cumsum([0, *map(len, texts)])
         matches = list(self._placeholders.finditer("".join(texts)))
         self._check([match.lastgroup or "" for match in matches], media)

@@ -79,7 +79,7 @@ class MediaReader:
         if isinstance(prompt, str):
             text, may_be_written = prompt, False
         else:
-            text, may_be_written = self.engine.tokenizer.decode(prompt, skip_special_tokens=False), True
+            text, may_be_written = self.engine.media_text(prompt), True
         media = await self.read(in_order(text, parts, self.engine.media_kinds, field, may_be_written=may_be_written))
         try:
             return await self.engine.encode_media(prompt, media, add_special_tokens=add_special_tokens)
