@@ -189,8 +189,11 @@ async def test_frames_stand_one_by_one_beside_pictures_and_answers_equal_transfo
             "glm"
         ):  # transformers tells its videos from its pictures only where it has no others
             image, media = clip, media[1::2] * 2
-        ids, its_media = await engine.encode_media(f"{image} See {clip}, {image} and {clip}: what moves?", media)
-        assert engine.count_media_tokens([one.size for one in media]) >= [len(one) for one in its_media.places]
+        text = f"{image} See {clip}, {image} and {clip}: what moves?"
+        ids, its_media = await engine.encode_media(text, media)
+        _, of_ids = await engine.encode_media(await engine.encode(text), media)
+        lens = [len(places) for places in its_media.places]
+        assert engine.count_media_tokens([one.size for one in media]) >= lens == [len(one) for one in of_ids.places]
         answer, _ = await ask(engine, ids, its_media)
         assert answer == await asyncio.to_thread(reference.most_likely, engine, ids, its_media, answer)
 

@@ -40,11 +40,19 @@ class MediaReader:
     """Write the pictures of prompts for one model. Nothing here needs its weights."""
 
     def __init__(
-        self, family: Family, encode: Encode, token_ids: dict[str, int], vocab_size: int, *, has_rope_axes: bool
+        self,
+        family: Family,
+        encode: Encode,
+        token_ids: dict[str, int],
+        vocab_size: int,
+        *,
+        has_rope_axes: bool,
+        place_ids: Sequence[int | None] = (),
     ) -> None:
         """encode: from a text to token ids. token_ids: of the placeholders of features, by kind; negative: of none.
 
-        vocab_size: of the model. In the places of features no token beyond it is left.
+        vocab_size: of the model. In the places of features no token beyond it is left. place_ids: of the placeholder
+        of a whole picture, for each kind; None: it is no single token.
         """
         self.family, self._vocab_size = family, vocab_size
         self.kinds, self.frames = family.placeholders(), family.frames()
@@ -52,6 +60,7 @@ class MediaReader:
         self._token_of = {kind: token_ids[kind] for kind in self.kinds}
         self._tokens = np.array(list(self._token_of.values()))
         self._texts = {token_id: family.token_text[role] for role, token_id in token_ids.items()}
+        self._texts |= {id_: text for id_, text in zip(place_ids, self.kinds.values(), strict=False) if id_ is not None}
         self._absent = {family.token_text[kind]: token_ids[kind] for kind in self.kinds if token_ids[kind] < 0}
         self._placeholders = re.compile("|".join(f"(?P<{kind}>{family.pattern(kind)})" for kind in self.kinds))
         self._num_others = functools.lru_cache(MAX_WRITINGS)(self._count_others)
@@ -216,6 +225,7 @@ def load_reader(
         family.token_ids(family.config),
         model_config.vocab_size,
         has_rope_axes=bool(model_config.rope.sections),
+        place_ids=[tokenizer.token_to_id(text) for text in family.placeholders().values()],
     )
 
 
