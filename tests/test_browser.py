@@ -23,7 +23,6 @@ from tests.fake_engine import EOS, PARSERS, THOUGHT_AND_CALL, FakeEngine, Seeing
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(find_browser() is None, reason="needs Chromium or Chrome"),
-    pytest.mark.xdist_group("browser"),  # one browser for all of them
 ]
 STOP = FinishReason("stop", matched=EOS)
 # Routes whose example needs a file, a session, a checkpoint or another kind of model.

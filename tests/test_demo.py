@@ -35,8 +35,6 @@ OPEN_PATHS = ("/", "/docs", "/health", "/ping", "/dashboard")  # the pages are e
 START_S, DRAIN_S = 240, 60  # the first start of all fetches the model and converts it
 USER: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
 
-pytestmark = pytest.mark.xdist_group("demo")  # one server for all of them
-
 
 @dataclass
 class Server:

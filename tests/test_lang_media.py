@@ -15,7 +15,6 @@ from tests.fake_engine import SeeingEngine
 from tests.lang_servers import fake_backend, serving_engine, tiny_engine
 from tests.vision_models import make_vision_model, picture
 
-pytestmark = pytest.mark.xdist_group("lang_media")  # one engine for all of them
 everywhere = pytest.mark.parametrize("backend", ["http", "in_process", "openai_chat"], indirect=True)
 natively = pytest.mark.parametrize("backend", ["http", "in_process"], indirect=True)
 

