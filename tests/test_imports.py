@@ -1,6 +1,7 @@
 """The direction of dependencies: server -> engine -> cache -> kernels, and who may know which library."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +80,7 @@ def files_of(*folders: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
+@functools.cache
 def imports_of(file: str) -> list[tuple[str, int]]:
     return list(imported_modules((ROOT / file).read_text(), ".".join(Path(file).parent.parts)))
 
