@@ -88,8 +88,9 @@ def resolve_config(config: EngineConfig) -> EngineConfig:
     if device.type == "cuda":
         device = torch.device("cuda", config.base_gpu_id if device.index is None else device.index)
         check_gpus(device.index, config.ranks_per_node)
-        check_kv_dtype(config.kv_cache_dtype, torch.cuda.get_device_capability(device))
-        cuda_bytes = torch.cuda.get_device_properties(device).total_memory
+        properties = torch.cuda.get_device_properties(device)
+        check_kv_dtype(config.kv_cache_dtype, (properties.major, properties.minor))
+        cuda_bytes = properties.total_memory
     if config.grammar_backend == "xgrammar" and importlib.util.find_spec("xgrammar") is None:
         raise ModelError("--grammar-backend xgrammar needs xgrammar: pip install 'radixloop[xgrammar]'")
     try:

@@ -29,7 +29,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look like a machine with a large GPU and without FlashInfer to the choices at start."""
 
     class Properties:
-        total_memory = 80 << 30
+        total_memory, major, minor = 80 << 30, 8, 0
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -113,6 +113,12 @@ def test_steps_on_a_gpu_have_a_time_limit_unless_it_is_taken_away(one_gpu: None)
     assert resolve(device="cuda", max_step_ms=25.0).max_step_ms == 25
     assert resolve(device="cuda", max_step_ms=0.0).max_step_ms == 0
     assert resolve().max_step_ms is None
+
+
+def test_a_cache_that_kernels_cannot_read_on_a_gpu_is_refused_with_one_that_they_can(one_gpu: None) -> None:
+    with pytest.raises(ModelError, match=r"fp8_e4m3 needs .* 8\.9, this one has 8\.0: fp8_e5m2"):
+        resolve(device="cuda", kv_cache_dtype="fp8_e4m3")
+    assert resolve(device="cuda", kv_cache_dtype="fp8_e5m2").kv_cache_dtype == "fp8_e5m2"
 
 
 def test_what_is_decided_stays_decided(one_gpu: None) -> None:
