@@ -100,6 +100,32 @@ async def test_thinking_text_and_calls_are_fields_of_their_own() -> None:
     assert streamed_call["function"] == call["function"]
 
 
+@pytest.mark.parametrize(
+    ("path", "prompt"),
+    [
+        ("/api/chat", {"messages": USER}),
+        ("/api/generate", {"prompt": "Hi"}),
+        ("/api/generate", {"prompt": "Hi", "raw": True}),
+    ],
+)
+async def test_each_tokens_log_probability_comes_once(client: Client, path: str, prompt: Any) -> None:
+    asked = {**prompt, "logprobs": True, "top_logprobs": 2}
+    whole = await answer(client, path, **asked)
+    assert "".join(entry["token"] for entry in whole["logprobs"]) == "Hello, world"
+    assert all(set(entry) == {"token", "logprob", "bytes", "top_logprobs"} for entry in whole["logprobs"])
+    assert [len(entry["top_logprobs"]) for entry in whole["logprobs"]] == [2] * 12
+    streamed = await lines(client, path, **asked)
+    assert [entry for line in streamed for entry in line.get("logprobs", [])] == whole["logprobs"]
+    assert "logprobs" not in await answer(client, path, **prompt)
+
+
+async def test_thinking_and_calls_have_log_probabilities_too() -> None:
+    async with serving(FakeEngine(THOUGHT_AND_CALL), **PARSERS) as client:
+        found = await lines(client, "/api/chat", messages=USER, tools=[TOOL], logprobs=True)
+    tokens = [entry["token"] for line in found for entry in line.get("logprobs", [])]
+    assert "".join(tokens) == THOUGHT_AND_CALL
+
+
 async def test_tool_calls_and_results_go_into_the_prompt(client: Client, engine: FakeEngine) -> None:
     call = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
     messages = [
@@ -152,6 +178,9 @@ async def test_the_model_is_listed_shown_and_known_with_its_tag() -> None:
         ("options.num_predict", "/api/chat", {"messages": USER, "options": {"num_predict": "many"}}),
         ("options.temperature", "/api/chat", {"messages": USER, "options": {"temperature": -1}}),
         ("options.repeat_penalty", "/api/generate", {"prompt": "x", "raw": True, "options": {"repeat_penalty": 9}}),
+        ("top_logprobs", "/api/chat", {"messages": USER, "logprobs": True, "top_logprobs": 99}),
+        ("top_logprobs", "/api/chat", {"messages": USER, "top_logprobs": 2}),
+        ("top_logprobs", "/api/generate", {"prompt": "x", "raw": True, "top_logprobs": 2}),
         ("options.seed", "/api/chat", {"messages": USER, "options": {"seed": "x"}}),
     ],
 )

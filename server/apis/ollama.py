@@ -14,7 +14,7 @@ from engine.declared import MAX_INT, Int, Object, convert
 from engine.engine import Engine
 from engine.errors import InvalidRequest
 from engine.request import SamplingFields
-from engine.state import FinishReason
+from engine.state import Delta, FinishReason, Logprobs
 from server.apis.answer import failure_of
 from server.apis.blocks import (
     REASONING,
@@ -25,13 +25,15 @@ from server.apis.blocks import (
     arguments_of,
     respond_in_blocks,
 )
+from server.apis.openai_answers import spell_tokens
 from server.config import ServerConfig
 from server.http.live import LiveRequests, new_rid
 from server.media.reader import MediaPart
+from server.parsers import AnswerDelta
 from server.reading.chat import Chats, ChatTurn, chat_call
 from server.reading.contents import Content, SourcedPart
 from server.reading.model_name import ollama_model
-from server.reading.openai_body import ChatRequest, CompletionRequest
+from server.reading.openai_body import ChatRequest, CompletionRequest, TopLogprobs
 from server.reading.protocol import (
     JSON,
     REQUEST_FIELDS,
@@ -48,7 +50,7 @@ VERSION = "0.12.6"  # of Ollama, whose API this is: clients refuse a server that
 NDJSON = {"Content-Type": "application/x-ndjson", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 FOREVER = "2318-01-01T00:00:00Z"  # when the model is unloaded; Ollama's own way to say never
 
-UNSUPPORTED = ("suffix", "template", "context", "logprobs", "top_logprobs", "n")
+UNSUPPORTED = ("suffix", "template", "context", "n")
 SAME_NAMES = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "stop")
 OUR_NAMES = {name: f"options.{name}" for name in (*SAME_NAMES, "top_k")} | {
     "max_tokens": "options.num_predict",
@@ -122,6 +124,15 @@ class OllamaFields(PrefixFields, unsupported=UNSUPPORTED):
     format: Literal["json", ""] | JSON | None = None
     think: bool | Literal["low", "medium", "high"] | None = None
     keep_alive: Any = None
+    logprobs: bool = False
+    top_logprobs: TopLogprobs = 0
+
+    @property
+    def num_logprobs(self) -> int:
+        """Return the alternatives a token whose log-probabilities are wanted, -1 for none at all."""
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
+        return self.top_logprobs if self.logprobs else -1
 
 
 class OllamaChatRequest(OllamaFields, unsupported=("images",)):
@@ -159,8 +170,8 @@ class OllamaApi:
         if not messages:
             return json_response(_loaded(model, body, {"message": {"role": "assistant", "content": ""}}))
         with spelled(OUR_NAMES):
-            turn = await self.chats.turn(convert(chat_body(body) | {"messages": messages}, ChatRequest))
-            return await respond_in_blocks(http_request, self.live, ChatLines(turn, model), NDJSON)
+            turn = await self.chats.turn(_chat(body, messages))
+            return await respond_in_blocks(http_request, self.live, ChatLines(turn, model, self.engine), NDJSON)
 
     async def generate(self, http_request: web.Request) -> web.StreamResponse:
         body = await read_body(http_request, OllamaGenerateRequest)
@@ -169,13 +180,13 @@ class OllamaApi:
             return json_response(_loaded(model, body, {"response": ""}))
         with spelled(OUR_NAMES):
             turn = await (self._raw_turn(body) if body.raw else self._prompt_turn(body))
-            return await respond_in_blocks(http_request, self.live, GenerateLines(turn, model), NDJSON)
+            return await respond_in_blocks(http_request, self.live, GenerateLines(turn, model, self.engine), NDJSON)
 
     async def _prompt_turn(self, body: OllamaGenerateRequest) -> ChatTurn:
         messages: list[JSON] = [{"role": "user", "content": _content(body.prompt, body.images, "images")}]
         if body.system:
             messages.insert(0, {"role": "system", "content": body.system})
-        return await self.chats.turn(convert(chat_body(body) | {"messages": messages}, ChatRequest))
+        return await self.chats.turn(_chat(body, messages))
 
     async def _raw_turn(self, body: OllamaGenerateRequest) -> ChatTurn:
         """Read a prompt that is the client's own: no template, and nothing to parse in its answer."""
@@ -184,7 +195,7 @@ class OllamaApi:
                 raise InvalidRequest(f"{name} is not supported by this server with raw: true", name)
         chat = convert(chat_body(body) | {"prompt": body.prompt}, CompletionRequest)
         params = read_sampling_params(chat, self.engine, ("max_tokens",), None)
-        options = read_options(chat, -1)
+        options = read_options(chat, body.num_logprobs)
         media = [MediaPart("image", image, f"images[{i}]") for i, image in enumerate(body.images)]
         if media:
             input_ids, options.media = await self.chats.media.encode(body.prompt, media, "prompt")
@@ -268,8 +279,14 @@ class OllamaApi:
 # ---- reading ----
 
 
+def _chat(body: OllamaChatRequest | OllamaGenerateRequest, messages: list[JSON]) -> ChatRequest:
+    """Return the same request to chat.completions."""
+    wanted = {"logprobs": True, "top_logprobs": body.top_logprobs} if body.num_logprobs >= 0 else {}
+    return convert(chat_body(body) | wanted | {"messages": messages}, ChatRequest)
+
+
 def chat_body(body: OllamaChatRequest | OllamaGenerateRequest) -> JSON:
-    """Return the same request to chat.completions, all but the messages."""
+    """Return what requests to chat.completions and to completions have alike."""
     chat = body.given(REQUEST_FIELDS) | {"stream": body.stream}
     if body.options is not None:
         chat |= _read_options(body.options)
@@ -348,15 +365,35 @@ def _loaded(model: str, body: OllamaFields, empty: JSON) -> JSON:
 
 
 class Lines(BlockAnswer):
-    """JSON lines. A tool call makes one, when it is complete."""
+    """JSON lines. A tool call makes one, when it is complete.
 
-    def __init__(self, turn: ChatTurn, model: str) -> None:
+    Log-probabilities come with the next line, of tokens whose text is held back or is no text, too.
+    """
+
+    def __init__(self, turn: ChatTurn, model: str, engine: Engine) -> None:
         super().__init__(new_rid(), turn)
-        self.model = model
+        self.model, self._tokenizer = model, engine.tokenizer
+        self._logprobs: list[JSON] = []  # which no line has brought yet
 
     @abstractmethod
     def said(self, text: str, thinking: str, calls: list[JSON]) -> JSON:
         """Return the endpoint's fields for what is new."""
+
+    def text(self, delta: Delta) -> bytes:
+        self._hold_logprobs(delta.logprobs)
+        return super().text(delta)
+
+    def parts(self, parts: AnswerDelta, logprobs: Logprobs | None) -> bytes:
+        self._hold_logprobs(logprobs)
+        return super().parts(parts, logprobs)
+
+    def whole(self, delta: Delta) -> JSON:
+        self._hold_logprobs(delta.logprobs)
+        return super().whole(delta)
+
+    def _hold_logprobs(self, logprobs: Logprobs | None) -> None:
+        if logprobs is not None:
+            self._logprobs += spell_tokens(logprobs, self._tokenizer, self._tokenizer.token_text)
 
     def ping(self) -> bytes:
         return self._line(self.said("", "", []), done=False)
@@ -387,6 +424,8 @@ class Lines(BlockAnswer):
         return orjson.dumps(self._value(said, **more)) + b"\n"
 
     def _value(self, said: JSON, **more: Any) -> JSON:
+        if self._logprobs:
+            more["logprobs"], self._logprobs = self._logprobs, []
         return {"model": self.model, "created_at": _now(), **said, **more}
 
     def _ending(self, reason: FinishReason) -> JSON:

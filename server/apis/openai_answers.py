@@ -2,7 +2,7 @@
 
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,17 +248,7 @@ class ChatAnswer(OpenAIAnswer):
     def spell_logprobs(self, logprobs: Logprobs | None) -> JSON | None:
         if logprobs is None:
             return None
-        tops = logprobs.top or [None] * len(logprobs.token)
-        content = [
-            {**self._token(entry), "top_logprobs": [self._token(other) for other in top or ()]}
-            for entry, top in zip(logprobs.token, tops, strict=True)
-        ]
-        return {"content": content, "refusal": None}
-
-    def _token(self, entry: TokenLogprob) -> JSON:
-        logprob, token_id = entry
-        raw = self.tokenizer.token_bytes(token_id)
-        return {"token": self.token_name(token_id), "logprob": _finite(logprob), "bytes": list(raw)}
+        return {"content": spell_tokens(logprobs, self.tokenizer, self.token_name), "refusal": None}
 
 
 class CompletionAnswer(OpenAIAnswer):
@@ -334,6 +324,20 @@ class CompletionAnswer(OpenAIAnswer):
         for logprob, token_id in [*row, chosen]:
             likely.setdefault(self.token_name(token_id), _finite(logprob))
         return likely
+
+
+def spell_tokens(logprobs: Logprobs, tokenizer: TokenizerFacade, name: Callable[[int], str]) -> list[JSON]:
+    """Return the log-probabilities of an answer's tokens, each with its alternatives, as OpenAI's chats spell them."""
+
+    def spelled_token(entry: TokenLogprob) -> JSON:
+        logprob, token_id = entry
+        return {"token": name(token_id), "logprob": _finite(logprob), "bytes": list(tokenizer.token_bytes(token_id))}
+
+    tops = logprobs.top or [None] * len(logprobs.token)
+    return [
+        {**spelled_token(entry), "top_logprobs": [spelled_token(other) for other in top or ()]}
+        for entry, top in zip(logprobs.token, tops, strict=True)
+    ]
 
 
 def count_usage(answers: Sequence[OpenAIAnswer], n: int) -> Usage:
