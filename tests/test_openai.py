@@ -188,6 +188,16 @@ async def test_a_chat_template_is_a_name_or_a_file(engine: FakeEngine, tmp_path:
             pass
 
 
+async def test_a_built_in_template_whose_turns_end_in_plain_text_ends_answers_there() -> None:
+    engine = FakeEngine("Fine.\n### Human: and then?")
+    async with serving(engine, chat_template="yi-vl") as client:
+        found = await client.post(
+            "/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}], "stop": "!"}
+        )
+        assert found.status == 200
+    assert engine.requests[0].sampling_params.stop == ["!", "###"]
+
+
 # ---- completions ----
 
 

@@ -59,3 +59,5 @@ BUILT_IN_TEMPLATES = {
     "vicuna_v1.1": with_system(VICUNA, VICUNA_SYSTEM),
     "yi-vl": with_system(YI_VL, YI_VL_SYSTEM),
 }
+TURN_STOPS = {"yi-vl": ("###",)}
+"""Texts that end an answer, by the template's name, where no token that its model knows does."""

@@ -32,7 +32,7 @@ from server.parsers.tool_calls import (
     find_tool_format,
     object_of,
 )
-from server.reading.built_in_templates import BUILT_IN_TEMPLATES
+from server.reading.built_in_templates import BUILT_IN_TEMPLATES, TURN_STOPS
 from server.reading.contents import as_text, is_media, media_part, refused, settings_of
 from server.reading.custom_tools import arguments_of_input
 from server.reading.grammars import IN_FORMAT, names_of_constraint
@@ -345,6 +345,8 @@ class Chats:
     ) -> tuple[SamplingParams, dict[str, str]]:
         """Return the parameters, and what the client calls the constraint among them."""
         params = read_sampling_params(body, self.engine, ("max_completion_tokens", "max_tokens"), None)
+        if stops := TURN_STOPS.get(self.config.chat_template or ""):
+            params = replace(params, stop=[*params.stop, *stops])
         check_n(self.engine, params.n, 1)
         thinks = reasoning.marks if reasoning and not reasoning.is_inside else None
         opening = reasoning.format.opening if reasoning else ""
