@@ -97,7 +97,7 @@ NOT_SUPPORTED: list[tuple[str, dict[str, Any], list[str]]] = [
     ("/v1/chat/completions", {"messages": USER}, ["functions", "use_beam_search", "lora_path", "bad_words", "echo"]),
     ("/v1/completions", {"prompt": "Hi"}, ["functions", "use_beam_search", "lora_path", "session_params"]),
     ("/generate", {"text": "Hi"}, ["audio_data", "lora_path", "custom_logit_processor"]),
-    ("/api/chat", {"messages": USER, "stream": False}, ["images", "context", "logprobs", "template"]),
+    ("/api/chat", {"messages": USER, "stream": False}, ["images", "context", "suffix", "template"]),
     ("/api/generate", {"prompt": "Hi", "stream": False}, ["suffix", "tools"]),
     ("/v1/messages", {"messages": USER, "max_tokens": 5}, ["n"]),
     ("/v1/responses", {"input": "Hi"}, ["conversation", "prompt"]),
