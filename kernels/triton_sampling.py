@@ -89,6 +89,7 @@ def _sample_triton(logits: torch.Tensor, params: tuple[torch.Tensor | None, ...]
         UNUSED_BITS={torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[logits.dtype],
         GROUP_SIZE=GROUP_SIZE,
         MAX_LISTED_K=MAX_LISTED_K,
+        LIST_SIZE=LIST_SIZE,
         PIECE_BLOCK=PIECE_BLOCK,
         BLOCK_PIECES=next_power_of_2(num_pieces),
         BLOCK_GROUPS=next_power_of_2(num_groups),
@@ -213,6 +214,7 @@ def _row_winner_kernel(
     UNUSED_BITS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     MAX_LISTED_K: tl.constexpr,
+    LIST_SIZE: tl.constexpr,
     PIECE_BLOCK: tl.constexpr,
     BLOCK_PIECES: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
@@ -251,9 +253,9 @@ def _row_winner_kernel(
             if is_listed:
                 winner = _listed_winner(
                     logits, groups + row.to(tl.int64) * num_groups,
-                    lists + row.to(tl.int64) * (num_groups + 4 * MAX_LISTED_K), num_groups, groups_a_piece,
+                    lists + row.to(tl.int64) * (num_groups + 2 * LIST_SIZE), num_groups, groups_a_piece,
                     largest, inverse, k, p, floor, key1, key2,
-                    V, GROUP_SIZE, PIECE_BLOCK, BLOCK_GROUPS, 2 * MAX_LISTED_K,
+                    V, GROUP_SIZE, PIECE_BLOCK, BLOCK_GROUPS, LIST_SIZE,
                 )  # fmt: skip
                 is_listed = winner >= 0
                 if not is_listed:  # the pieces' winners had no noise
