@@ -43,7 +43,7 @@ from server.reading.protocol import (
     read_body,
     spelled,
 )
-from server.reading.sampling import read_options, read_sampling_params
+from server.reading.sampling import num_alternatives, read_options, read_sampling_params
 from server.reading.shared_fields import MAX_OBJECTS, PrefixFields
 
 VERSION = "0.12.6"  # of Ollama, whose API this is: clients refuse a server that is too old for them
@@ -127,13 +127,6 @@ class OllamaFields(PrefixFields, unsupported=UNSUPPORTED):
     logprobs: bool = False
     top_logprobs: TopLogprobs = 0
 
-    @property
-    def num_logprobs(self) -> int:
-        """Return the alternatives a token whose log-probabilities are wanted, -1 for none at all."""
-        if self.top_logprobs and not self.logprobs:
-            raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
-        return self.top_logprobs if self.logprobs else -1
-
 
 class OllamaChatRequest(OllamaFields, unsupported=("images",)):
     messages: Annotated[list[OllamaMessage], Meta(max_length=MAX_OBJECTS)] = []
@@ -195,7 +188,7 @@ class OllamaApi:
                 raise InvalidRequest(f"{name} is not supported by this server with raw: true", name)
         chat = convert(chat_body(body) | {"prompt": body.prompt}, CompletionRequest)
         params = read_sampling_params(chat, self.engine, ("max_tokens",), None)
-        options = read_options(chat, body.num_logprobs)
+        options = read_options(chat, num_alternatives(body.logprobs, body.top_logprobs))
         media = [MediaPart("image", image, f"images[{i}]") for i, image in enumerate(body.images)]
         if media:
             input_ids, options.media = await self.chats.media.encode(body.prompt, media, "prompt")
@@ -281,7 +274,7 @@ class OllamaApi:
 
 def _chat(body: OllamaChatRequest | OllamaGenerateRequest, messages: list[JSON]) -> ChatRequest:
     """Return the same request to chat.completions."""
-    wanted = {"logprobs": True, "top_logprobs": body.top_logprobs} if body.num_logprobs >= 0 else {}
+    wanted = {"logprobs": body.logprobs, "top_logprobs": body.top_logprobs}
     return convert(chat_body(body) | wanted | {"messages": messages}, ChatRequest)
 
 

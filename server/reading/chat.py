@@ -38,7 +38,7 @@ from server.reading.custom_tools import arguments_of_input
 from server.reading.grammars import IN_FORMAT, names_of_constraint
 from server.reading.openai_body import ChatFields, ChatRequest, Message, MessageToolCall, Part
 from server.reading.protocol import JSON, check_n, check_prompt_ids
-from server.reading.sampling import read_options, read_sampling_params
+from server.reading.sampling import num_alternatives, read_options, read_sampling_params
 from server.reading.templates import find_media_roles, find_media_texts, find_traits, shaped
 from server.reading.tool_choice import (
     ToolChoice,
@@ -368,9 +368,7 @@ class Chats:
         return params, names
 
     async def _options(self, body: ChatRequest, reasoning: "Reasoning | None") -> Options:
-        if body.top_logprobs and not body.logprobs:
-            raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
-        options = read_options(body, body.top_logprobs if body.logprobs else -1)
+        options = read_options(body, num_alternatives(body.logprobs, body.top_logprobs))
         options.may_shorten = not self.config.strict_max_tokens
         if reasoning is not None and reasoning.is_inside:
             options.max_thinking_tokens = body.max_thinking_tokens

@@ -34,6 +34,13 @@ def read_sampling_params(
     return params
 
 
+def num_alternatives(logprobs: bool, top_logprobs: int) -> int:
+    """Return how many alternatives a token a client wants log-probabilities of, -1 for none at all."""
+    if top_logprobs and not logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs: true", "top_logprobs")
+    return top_logprobs if logprobs else -1
+
+
 def read_options(body: OpenAIFields, num_logprobs: int) -> Options:
     """Read options. `num_logprobs`: alternatives a token; -1: no log-probabilities at all."""
     if body.prompt_logprobs is not None:
