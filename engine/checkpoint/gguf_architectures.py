@@ -169,6 +169,22 @@ FALCON = Architecture(
     has_qkv_by_head=True,
 )
 
+# MosaicML's.
+MOSAIC = Architecture(
+    "DbrxForCausalLM",
+    "dbrx",
+    biases={},
+    top={"token_embd": "transformer.wte", "output_norm": "transformer.norm_f", "output": "lm_head"},
+    layers="transformer.blocks",
+    spellings={
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "max_position_embeddings": "max_seq_len",
+    },
+    has_fused_qkv=True,
+)
+
 # general.architecture -> what its files become
 ARCHITECTURES = {
     "llama": LLAMA,
@@ -384,10 +400,10 @@ ARCHITECTURES = {
     ),
     "falcon": FALCON,
     "falcon 40B": replace(FALCON, block=FALCON.block | {"attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"}),
-    "mpt": Architecture(
-        "MptForCausalLM",
-        "mpt",
-        biases={},
+    "mpt": replace(
+        MOSAIC,
+        name="MptForCausalLM",
+        model_type="mpt",
         derived=(mpt_attention,),
         rope=None,
         block={
@@ -398,16 +414,7 @@ ARCHITECTURES = {
             "ffn_up": "ffn.up_proj",
             "ffn_down": "ffn.down_proj",
         },
-        top={"token_embd": "transformer.wte", "output_norm": "transformer.norm_f", "output": "lm_head"},
-        layers="transformer.blocks",
-        spellings={
-            "hidden_size": "d_model",
-            "num_hidden_layers": "n_layers",
-            "num_attention_heads": "n_heads",
-            "max_position_embeddings": "max_seq_len",
-            "norm_eps": "layer_norm_epsilon",
-        },
-        has_fused_qkv=True,
+        spellings=MOSAIC.spellings | {"norm_eps": "layer_norm_epsilon"},
     ),
     "gpt2": Architecture(
         "GPT2LMHeadModel",
@@ -560,10 +567,8 @@ ARCHITECTURES = {
         | {"ffn_gate_inp": "feed_forward.router"},
         has_experts=True,
     ),
-    "dbrx": Architecture(
-        "DbrxForCausalLM",
-        "dbrx",
-        biases={},
+    "dbrx": replace(
+        MOSAIC,
         derived=(dbrx_experts,),
         block=expert_names("mlp")
         | {
@@ -573,15 +578,6 @@ ARCHITECTURES = {
             "attn_output_norm": "norm_attn_norm.norm_2",
             "ffn_gate_inp": "ffn.router.layer",
         },
-        top={"token_embd": "transformer.wte", "output_norm": "transformer.norm_f", "output": "lm_head"},
-        layers="transformer.blocks",
-        spellings={
-            "hidden_size": "d_model",
-            "num_hidden_layers": "n_layers",
-            "num_attention_heads": "n_heads",
-            "max_position_embeddings": "max_seq_len",
-        },
-        has_fused_qkv=True,
         has_experts=True,
     ),
     "grok": Architecture(

@@ -183,12 +183,11 @@ class LightOnOCR(Pixtral):
     row_end, end = "", ""
 
 
-class InternVL(Family):
-    """InternVL: the picture cut into squares, and the whole of it shrunk to one; each frame of a video is one."""
+class FramesAsPictures(Family):
+    """Families to whose towers and prompts the frames of a video are pictures: a text stands for it, and no token."""
 
     kinds: ClassVar[tuple[str, ...]] = ("image", "video")
-    settings: ClassVar = frozenset({"max_dynamic_patch"})
-    begin, end, video = "<img>", "</img>", "<video>"
+    video = "<video>"
 
     @staticmethod
     def token_ids(config: Any) -> dict[str, int]:
@@ -196,6 +195,13 @@ class InternVL(Family):
 
     def placeholders(self) -> dict[str, str]:
         return {"image": self.token_text["image"], "video": self.video}
+
+
+class InternVL(FramesAsPictures):
+    """InternVL: the picture cut into squares, and the whole of it shrunk to one; each frame of a video is one."""
+
+    settings: ClassVar = frozenset({"max_dynamic_patch"})
+    begin, end = "<img>", "</img>"
 
     def options(self, media: Media | MediaSize) -> dict[str, Any]:
         if media.kind == "video":
@@ -298,22 +304,12 @@ class Idefics3(Family):
         return {name: torch.cat([one[name] for one in inputs], dim=1) for name in inputs[0]}
 
 
-class SmolVLM(Idefics3):
+class SmolVLM(FramesAsPictures, Idefics3):
     """SmolVLM 2: Idefics 3; a video is told in words, with each of its frames, whole, behind its time."""
-
-    kinds: ClassVar[tuple[str, ...]] = ("image", "video")
-    video = "<video>"
-
-    @staticmethod
-    def token_ids(config: Any) -> dict[str, int]:
-        return dict.fromkeys(("image", "video"), config.image_token_id)
 
     def frames(self) -> dict[str, int]:
         sampling = self.video_config.get("video_sampling", {})
         return {"fps": sampling.get("fps", 1), "max_frames": sampling.get("max_frames", 64)}
-
-    def placeholders(self) -> dict[str, str]:
-        return {"image": self.token_text["image"], "video": self.video}
 
     def write(self, size: MediaSize, times_s: Sequence[float] = ()) -> Writing:
         if size.kind == "image":
