@@ -29,7 +29,6 @@ from kernels.triton_softmax import (
     part_len,
     prefill_config,
     share_beside_sink,
-    values_of_head,
 )
 from kernels.tuning import Configs
 
@@ -320,13 +319,15 @@ def _decode_kernel(
         row_last = tl.zeros([BLOCK_M], tl.int32) + seq_len - 1
         m, l, acc = attend(
             tl.load(q + q_row[:, None] + d[None, :], mask=is_head[:, None] & (d < HEAD_DIM)[None, :], other=0.0),
-            load_rotated(q_rope, token, head, is_head, ROPE_DIM, BLOCK_ROPE, Q_ROPE_STRIDE, Q_ROPE_HEAD_STRIDE),
+            None
+            if q_rope is None
+            else load_rotated(q_rope, token, head, is_head, ROPE_DIM, BLOCK_ROPE, Q_ROPE_STRIDE, Q_ROPE_HEAD_STRIDE),
             tl.full([BLOCK_M], float("-inf"), tl.float32),
             tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
             tl.zeros([BLOCK_M, BLOCK_V], tl.float32),
             k_cache + kv_head * K_HEAD_STRIDE,
             k_rope,
-            values_of_head(v_cache, kv_head * V_HEAD_STRIDE),
+            None if v_cache is None else v_cache + kv_head * V_HEAD_STRIDE,
             slots,
             slot_map,
             slot,
@@ -335,7 +336,7 @@ def _decode_kernel(
             seq_len,
             row_last,
             row_last,
-            load_slopes(slopes, kv_head * GROUP + m_rows, m_rows < GROUP),
+            None if slopes is None else load_slopes(slopes, kv_head * GROUP + m_rows, m_rows < GROUP),
             qk_scale,
             K_STRIDE,
             K_ROPE_STRIDE,
@@ -546,15 +547,16 @@ def _prefix_kernel(
             if HAS_WINDOW:
                 position = tl.load(seq_lens + request, mask=is_row, other=1) - 1
                 row_first = first_seen(position, window, HAS_WINDOW)
-            row_slope = load_slopes(slopes, head, is_row)
             slots = slot_table + tl.load(rows + tl.load(members + first_member)).to(tl.int64) * table_stride
             whole = last // BLOCK_N * BLOCK_N  # `first` is a whole number of tiles
             m, l, acc = attend_prompt(
                 q_tile,
-                load_rotated(q_rope, token, head, is_row, ROPE_DIM, BLOCK_ROPE, Q_ROPE_STRIDE, Q_ROPE_HEAD_STRIDE),
+                None
+                if q_rope is None
+                else load_rotated(q_rope, token, head, is_row, ROPE_DIM, BLOCK_ROPE, Q_ROPE_STRIDE, Q_ROPE_HEAD_STRIDE),
                 k_cache + kv_head * K_HEAD_STRIDE,
                 k_rope,
-                values_of_head(v_cache, kv_head * V_HEAD_STRIDE),
+                None if v_cache is None else v_cache + kv_head * V_HEAD_STRIDE,
                 slots,
                 slot_map,
                 first,
@@ -563,7 +565,7 @@ def _prefix_kernel(
                 last,
                 row_first,
                 row_last,
-                row_slope,
+                None if slopes is None else load_slopes(slopes, head, is_row),
                 qk_scale,
                 K_STRIDE,
                 K_ROPE_STRIDE,
@@ -588,5 +590,5 @@ def _prefix_kernel(
             lse = m + tl.log2(l)
             if slopes is not None:  # scores were as seen from the end of this part, not from the query
                 position = tl.load(seq_lens + request, mask=is_row, other=1) - 1
-                lse -= row_slope * (position - row_last).to(tl.float32)
+                lse -= load_slopes(slopes, head, is_row) * (position - row_last).to(tl.float32)
             tl.store(partial_lse + row, lse, mask=is_row)

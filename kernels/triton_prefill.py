@@ -23,7 +23,6 @@ from kernels.triton_softmax import (
     part_len,
     prefill_config,
     share_beside_sink,
-    values_of_head,
 )
 from kernels.tuning import Configs
 
@@ -245,10 +244,12 @@ def _prefill_kernel(
         slots = slot_table + row.to(tl.int64) * table_stride
         m, l, acc = attend_prompt(
             q_tile,
-            load_rotated(q_rope, token, head, is_row, ROPE_DIM, BLOCK_ROPE, Q_ROPE_STRIDE, Q_ROPE_HEAD_STRIDE),
+            None
+            if q_rope is None
+            else load_rotated(q_rope, token, head, is_row, ROPE_DIM, BLOCK_ROPE, Q_ROPE_STRIDE, Q_ROPE_HEAD_STRIDE),
             k_cache + kv_head * K_HEAD_STRIDE,
             k_rope,
-            values_of_head(v_cache, kv_head * V_HEAD_STRIDE),
+            None if v_cache is None else v_cache + kv_head * V_HEAD_STRIDE,
             slots,
             slot_map,
             first,
@@ -257,7 +258,7 @@ def _prefill_kernel(
             seq_len,
             row_first,
             row_last,
-            load_slopes(slopes, head, is_row),
+            None if slopes is None else load_slopes(slopes, head, is_row),
             qk_scale,
             K_STRIDE,
             K_ROPE_STRIDE,

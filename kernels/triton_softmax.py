@@ -174,24 +174,10 @@ def load_rotated(
     STRIDE: tl.constexpr,
     HEAD_STRIDE: tl.constexpr,
 ):
-    """Load the rotated parts of queries that stand apart, [M, BLOCK_ROPE]; None where there are none."""
-    if q_rope is None:
-        tile: tl.constexpr = None
-    else:
-        r = tl.arange(0, BLOCK_ROPE)
-        pointers = q_rope + (token * STRIDE + head * HEAD_STRIDE)[:, None] + r[None, :]
-        tile = tl.load(pointers, mask=is_row[:, None] & (r < ROPE_DIM)[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
-def values_of_head(v_cache, offset):
-    """Return where a head's values begin; None where values are keys."""
-    if v_cache is None:
-        values: tl.constexpr = None
-    else:
-        values = v_cache + offset
-    return values
+    """Load the rotated parts of queries that stand apart, [M, BLOCK_ROPE]."""
+    r = tl.arange(0, BLOCK_ROPE)
+    pointers = q_rope + (token * STRIDE + head * HEAD_STRIDE)[:, None] + r[None, :]
+    return tl.load(pointers, mask=is_row[:, None] & (r < ROPE_DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -363,12 +349,8 @@ def share_beside_sink(lse, sinks, head, is_head):
 
 @triton.jit
 def load_slopes(slopes, head, is_head):
-    """Load the slopes of heads `head` in units of log2; None where there are none."""
-    if slopes is None:
-        row_slope: tl.constexpr = None
-    else:
-        row_slope = tl.load(slopes + head, mask=is_head, other=0.0) * 1.4426950408889634  # LOG2_E
-    return row_slope
+    """Load the slopes of heads `head` in units of log2."""
+    return tl.load(slopes + head, mask=is_head, other=0.0) * 1.4426950408889634  # LOG2_E
 
 
 @triton.jit
