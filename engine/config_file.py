@@ -56,7 +56,8 @@ KINDS: tuple[tuple[str, Check, tuple[str, ...]], ...] = (
         "rope_interleave",
     )),
     ("a string", lambda value: isinstance(value, str), (
-        "hidden_act", "hidden_activation", "activation_function", "model_type", "dtype", "torch_dtype",
+        "hidden_act", "hidden_activation", "activation_function", "model_type", "whole_model_type", "dtype",
+        "torch_dtype",
     )),
     ("an object", lambda value: isinstance(value, dict), (
         "rope_parameters", "rope_scaling", "quantization_config", "id2label", "per_layer_config",
@@ -103,12 +104,14 @@ def _quantization_beside(folder: Path) -> dict[str, Any] | None:
 def _in_one_spelling(entries: dict[str, Any]) -> dict[str, Any]:
     """Return `entries` flat, with all rotary settings in `rope_parameters`.
 
-    A model that also reads images keeps the entries of its language model in `text_config`, but for `OUTER` ones.
+    A model that also reads images keeps the entries of its language model in `text_config`, but for `OUTER` ones; its
+    own `model_type` becomes `whole_model_type`.
     """
     text = entries.get("text_config")
     if isinstance(text, dict):
         outer = {name: value for name, value in entries.items() if name != "text_config"}
         kept = {name for name in OUTER if outer.get(name) is not None}
+        outer["whole_model_type"] = outer.get("model_type", "")
         entries = outer | {name: value for name, value in text.items() if name not in kept and value is not None}
     return with_rope_parameters(entries)
 

@@ -147,6 +147,12 @@ class ModelConfig:
     pooling: str = "last"  # how a prompt becomes a vector: "last" or "mean"
 
     @property
+    def whole_model_type(self) -> str:
+        """The type of the whole model, where `model_type` is that of its language half."""
+        name: str = self.raw.get("whole_model_type") or self.model_type
+        return name
+
+    @property
     def num_hidden_layers(self) -> int:
         return len(self.attention)
 

@@ -57,7 +57,8 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     logging_api = LoggingApi(engine.tokenizer, config, live)
     budget = BodyBudget(config.max_held_bytes)
     media = MediaReader(engine, config.media_limits, budget)
-    chats = Chats(engine, config, media)
+    store = FileStore(config.files_folder)
+    chats = Chats(engine, config, media, store.find_path)
     origins = origins_of(config)
     tracing = Tracing(new_provider(config.traces_endpoint), config.model_name) if config.traces_endpoint else None
     app = web.Application(
@@ -98,7 +99,7 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     embeddings = EmbeddingsApi(engine, config, live, chats)
     app.add_routes(embeddings.routes())
     app.add_routes(OllamaEmbeddings(engine, config, embeddings).routes())
-    store = app[FILE_STORE] = FileStore(config.files_folder)
+    app[FILE_STORE] = store
     handlers = {
         "/v1/chat/completions": LineHandler(ChatRequest, openai.chat),
         "/v1/completions": LineHandler(CompletionRequest, openai.complete),

@@ -81,6 +81,7 @@ class FakeTokenizer:
 class FakeModel:
     vocab_size: int = VOCAB_SIZE
     model_type: str = "fake"
+    whole_model_type: str = "fake_vl"
     architectures: tuple[str, ...] = ("FakeForCausalLM",)
     pooling: str = "last"
     labels: tuple[str, ...] = ("bad", "good")

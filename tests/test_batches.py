@@ -19,6 +19,7 @@ from engine.errors import QueueFull
 from engine.state import FinishReason, RequestState
 from server.reading.chat import Chats, ChatTurn
 from server.reading.openai_body import ChatRequest
+from server.reading.protocol import Owner
 from tests.fake_engine import FakeEngine, serving
 
 
@@ -117,10 +118,10 @@ async def test_other_endpoints_have_batches_too(endpoint: Any, body: dict[str, A
 async def test_a_line_that_raises_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     turn = Chats.turn
 
-    async def sometimes_broken(self: Chats, body: ChatRequest) -> ChatTurn:
+    async def sometimes_broken(self: Chats, body: ChatRequest, caller: Owner) -> ChatTurn:
         if "boom" in str(body.messages):
             raise RuntimeError("injected into the template")
-        return await turn(self, body)
+        return await turn(self, body, caller)
 
     monkeypatch.setattr(Chats, "turn", sometimes_broken)
     async with api_of(FakeEngine()) as api:

@@ -148,6 +148,7 @@ async def test_a_template_of_parts_and_sizes_that_clients_choose_reach_the_model
             assert whole == await tokens(max_pixels=6000) == await tokens(detail="low")
             info = await (await client.get("/model_info")).json()
             assert info["image_token"] == "<|vision_start|><image><|vision_end|>"
+            assert (info["model_type"], info["text_model_type"]) == ("qwen2_vl", "qwen2_vl_text")
             few = await tokens(max_pixels=2000)
         async with serving(engine, mm_process_config=config) as client:
             assert await tokens() == await tokens(max_pixels=100_000) == few

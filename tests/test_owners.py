@@ -146,8 +146,9 @@ NAMED: list[tuple[str, str, Any]] = [
 ]
 MAKER_OF = {"input_file_id": "file_id", "previous_response_id": "response_id", "session_params.id": "session_id"}
 # Fields whose names end so and that name nothing stored: parts of the conversation that is sent, tokens, and the rid,
-# which is the client's choice: one of a running request is refused; a picture's uuid finds nothing.
-NAMELESS = {"id", "tool_use_id", "tool_call_id", "call_id", "token_id", "rid", "uuid"}
+# which is the client's choice: one of a running request is refused; a picture's uuid finds nothing. Models that see
+# have file_id: tests/test_uploaded_pictures.py.
+NAMELESS = {"id", "tool_use_id", "tool_call_id", "call_id", "token_id", "rid", "uuid", "file_id"}
 
 
 async def test_every_route_has_a_row_that_says_who_may_call_it(engine: FakeEngine, key_file: str) -> None:

@@ -677,7 +677,8 @@ async def test_health_generate_asks_an_idle_engine_for_a_token_and_trusts_a_busy
 async def test_model_info_and_server_info_have_two_names_each(client: Client) -> None:
     for path in ("/get_model_info", "/model_info"):
         info = await (await client.get(path)).json()
-        assert (info["model_path"], info["is_generation"], info["model_type"]) == ("fake-model", True, "fake")
+        assert (info["model_path"], info["is_generation"]) == ("fake-model", True)
+        assert (info["model_type"], info["text_model_type"]) == ("fake_vl", "fake")
     for path in ("/get_server_info", "/server_info"):
         info = await (await client.get(path)).json()
         assert (info["max_total_num_tokens"], info["schedule_policy"]) == (1024, "lpm")

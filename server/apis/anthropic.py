@@ -82,7 +82,7 @@ class AnthropicApi:
         if self.chats.reasoning_parser is None and chat.pop("max_thinking_tokens", None):
             left_out.add(HINT, "thinking.budget_tokens")  # agents send it to every model
         self.left_out.enter(http_request, left_out)
-        return await self.chats.turn(convert(chat, ChatRequest))
+        return await self.chats.turn(convert(chat, ChatRequest), http_request)
 
 
 # ---- writing ----

@@ -26,7 +26,7 @@ from server.config import ServerConfig
 from server.http.intake import paced
 from server.http.live import LiveRequests, Options, make_requests, new_rid
 from server.reading.chat import Chats
-from server.reading.contents import SourcedPart
+from server.reading.contents import sourced
 from server.reading.model_name import served_model
 from server.reading.openai_body import MESSAGES, AnyMessage, ChatFields
 from server.reading.protocol import (
@@ -136,7 +136,8 @@ class EmbeddingsApi:
             prompts = await read_prompts(self.engine, body.input, "input", body.add_special_tokens)
             states = await self._run(owner, body, prompts)
         else:
-            shown = [await self.chats.encode(await self.chats.rendered(chat)) for chat in self._conversations(body)]
+            chats = [await self.chats.rendered(chat, owner) for chat in self._conversations(body)]
+            shown = [await self.chats.encode(prompt) for prompt in chats]
             states = await self._run(owner, body, [ids for ids, _ in shown], [media for _, media in shown])
         data = []
         async for i, state in paced(enumerate(states), NUM_A_PASS):
@@ -161,7 +162,7 @@ class EmbeddingsApi:
             if not isinstance(one, Shown):
                 raise InvalidRequest(f"input[{i}] must be an object, as others are", f"input[{i}]")
             sources: dict[Kind, str] = {"image": one.image, "video": one.video}
-            parts = [SourcedPart(source, f"input[{i}].{kind}", kind=kind) for kind, source in sources.items() if source]
+            parts = [sourced(source, f"input[{i}].{kind}", kind=kind) for kind, source in sources.items() if source]
             content = [*parts, {"type": "text", "text": one.text}] if one.text or not parts else parts
             messages = [{"role": "user", "content": content}]
             chats.append(convert({"messages": messages, "add_generation_prompt": True}, ChatFields))

@@ -1,4 +1,4 @@
-"""Files that clients upload and batches write: /v1/files, in OpenAI's shapes.
+"""Files that clients upload, lines of batches or pictures, and that batches write: /v1/files, in OpenAI's shapes.
 
 A folder holds each file's bytes under its id, and what is known of it as `<id>.json`, written last: a file without that
 is half an upload, or a batch's answers so far, and is not listed. What is damaged is moved to the folder `damaged`.
@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
 MAX_LISTED = 10_000
-PURPOSE = "batch"
+BATCH = "batch"
+PURPOSES = (BATCH, "vision", "user_data")  # the others: pictures that chats show
 MAX_PURPOSE_BYTES = 64
 LOCK_NAME = "lock"
 
@@ -197,6 +198,10 @@ class FileStore:
             raise NotFound(f"no such file: {file_id[:100]!r}", field)
         return file
 
+    def find_path(self, caller: Caller, file_id: str, field: str) -> Path:
+        """Return where the bytes of a file are, one of the caller's own. field: where the client names it."""
+        return self.path(self.get(caller, file_id, field)["id"])
+
     def list(self, caller: Caller) -> list[JSON]:
         """Return the caller's files, oldest first."""
         self.check()
@@ -279,8 +284,8 @@ class FilesApi:
             filename, purpose = await self._receive(http_request, unfinished)
             if filename is None:
                 raise InvalidRequest("the form has no file", "file")
-            if purpose != PURPOSE:
-                raise InvalidRequest(f"purpose must be {PURPOSE!r}, got {purpose!r}", "purpose")
+            if purpose not in PURPOSES:
+                raise InvalidRequest(f"purpose must be one of {', '.join(PURPOSES)}, got {purpose!r}", "purpose")
             unfinished.rename(self.store.path(file_id))
             return json_response(shown(self.store.add(owner_of(http_request), file_id, filename, purpose)))
         except StorageUnavailable:

@@ -91,7 +91,8 @@ class NativeApi:
                 "has_image_understanding": "image" in self.engine.media_kinds,
                 "has_audio_understanding": False,
                 **self._media_tokens,  # what stands for a picture in a prompt, for clients that write it themselves
-                "model_type": model.model_type,
+                "model_type": model.whole_model_type,
+                "text_model_type": model.model_type,
                 "architectures": list(model.architectures),
                 "context_length": self.engine.context_length,
             }

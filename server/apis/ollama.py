@@ -31,7 +31,7 @@ from server.http.live import LiveRequests, new_rid
 from server.media.reader import MediaPart
 from server.parsers import AnswerDelta
 from server.reading.chat import Chats, ChatTurn, chat_call
-from server.reading.contents import Content, SourcedPart
+from server.reading.contents import Content, sourced
 from server.reading.model_name import ollama_model
 from server.reading.openai_body import ChatRequest, CompletionRequest, TopLogprobs
 from server.reading.protocol import (
@@ -163,7 +163,7 @@ class OllamaApi:
         if not messages:
             return json_response(_loaded(model, body, {"message": {"role": "assistant", "content": ""}}))
         with spelled(OUR_NAMES):
-            turn = await self.chats.turn(_chat(body, messages))
+            turn = await self.chats.turn(_chat(body, messages), http_request)
             return await respond_in_blocks(http_request, self.live, ChatLines(turn, model, self.engine), NDJSON)
 
     async def generate(self, http_request: web.Request) -> web.StreamResponse:
@@ -172,14 +172,14 @@ class OllamaApi:
         if not body.prompt:
             return json_response(_loaded(model, body, {"response": ""}))
         with spelled(OUR_NAMES):
-            turn = await (self._raw_turn(body) if body.raw else self._prompt_turn(body))
+            turn = await (self._raw_turn(body) if body.raw else self._prompt_turn(http_request, body))
             return await respond_in_blocks(http_request, self.live, GenerateLines(turn, model, self.engine), NDJSON)
 
-    async def _prompt_turn(self, body: OllamaGenerateRequest) -> ChatTurn:
+    async def _prompt_turn(self, http_request: web.Request, body: OllamaGenerateRequest) -> ChatTurn:
         messages: list[JSON] = [{"role": "user", "content": _content(body.prompt, body.images, "images")}]
         if body.system:
             messages.insert(0, {"role": "system", "content": body.system})
-        return await self.chats.turn(_chat(body, messages))
+        return await self.chats.turn(_chat(body, messages), http_request)
 
     async def _raw_turn(self, body: OllamaGenerateRequest) -> ChatTurn:
         """Read a prompt that is the client's own: no template, and nothing to parse in its answer."""
@@ -320,7 +320,7 @@ def _content(text: str, images: list[str], path: str) -> Content:
     """Return a message's content: pictures stand before the text, as in Ollama."""
     if not images:
         return text
-    parts: list[JSON] = [SourcedPart(image, f"{path}[{i}]") for i, image in enumerate(images)]
+    parts: list[JSON] = [sourced(image, f"{path}[{i}]") for i, image in enumerate(images)]
     return [*parts, {"type": "text", "text": text}]
 
 

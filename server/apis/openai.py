@@ -109,7 +109,7 @@ class OpenAIApi:
     async def chat(self, owner: Owner, body: ChatRequest) -> web.StreamResponse:
         """Answer `body`. Only an HTTP request may ask for a stream."""
         model = self._check_model(body.model)
-        turn = await self.chats.turn(body)
+        turn = await self.chats.turn(body, owner)
         envelope = self._envelope(body, turn.options, model, "chatcmpl", "chat.completion", "chat.completion.chunk")
         new_answer = partial(ChatAnswer, turn=turn)
         with spelled(turn.names):
@@ -119,7 +119,7 @@ class OpenAIApi:
         """Return the prompt that /v1/chat/completions would generate from, and its tokens."""
         body = await read_body(http_request, ChatRequest)
         self._check_model(body.model)
-        turn = await self.chats.turn(body)
+        turn = await self.chats.turn(body, http_request)
         return json_response({"prompt": turn.prompt, "prompt_token_ids": turn.input_ids})
 
     def _envelope(

@@ -120,7 +120,7 @@ class ResponsesApi:
         with spelled(names):
             chat = chat_body(body, messages, tools, left_out)
             self.left_out.enter(caller, left_out)
-            turn = await self.chats.turn(convert(chat, ChatRequest))
+            turn = await self.chats.turn(convert(chat, ChatRequest), caller)
             answer = ResponseAnswer(turn, echo_of(body, model), tools.offered, names)
         if body.store:
             kept = await self.images.kept(owner, messages)

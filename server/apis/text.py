@@ -64,7 +64,7 @@ class TextApi:
         body = await read_body(http_request, TokenizeRequest)
         answer: JSON = {"max_model_len": self.engine.context_length}
         if body.messages:
-            prompt = await self.chats.rendered(body)
+            prompt = await self.chats.rendered(body, http_request)
             answer["prompt"] = prompt.text
             tokens: Any
             tokens, _ = await self.chats.encode(prompt, is_prompt=False)

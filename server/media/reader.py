@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -36,9 +37,10 @@ class MediaPart:
     """Name a picture or video of a request, as its client did."""
 
     kind: Kind
-    source: str | Sequence[str]  # a data URI, a URL, a path, or base64 text; of a video also its frames, so each
+    source: str | Sequence[str] | Path  # a data URI, a URL, a path, or base64 text; of a video also its frames, so each
     path: str  # of the field in the request, for errors
     settings: Mapping[str, int] = field(default_factory=dict)  # those asked for
+    file_id: str | None = None  # of an uploaded file, whose place becomes the source
 
 
 class Share:
@@ -161,7 +163,7 @@ class MediaReader:
             return await (self._open_image(part, share) if part.kind == "image" else self._open_video(part, share))
 
     async def _open_image(self, part: MediaPart, share: Share) -> Opened:
-        assert isinstance(part.source, str)
+        assert isinstance(part.source, str | Path)
         data = await self._bytes(part.source, "image", share)
         header, digest = await self._workers.run(_image_header, data)
         settings = self.limits.settings_of("image", part.settings)
@@ -174,6 +176,7 @@ class MediaReader:
 
     async def _open_video(self, part: MediaPart, share: Share) -> Opened:
         source, settings = part.source, self.limits.settings_of("video", part.settings)
+        assert not isinstance(source, Path)
         if isinstance(source, str) and source.startswith(NUM_FRAMES):
             number, _, source = source.removeprefix(NUM_FRAMES).partition(":")
             if not (number.isdecimal() and int(number[:6]) > 0):
@@ -225,9 +228,11 @@ class MediaReader:
             first.num_pixels * (3 * len(files) + images.BYTES_A_PIXEL),
         )
 
-    async def _bytes(self, source: str, kind: Kind, share: Share) -> bytes:
+    async def _bytes(self, source: str | Path, kind: Kind, share: Share) -> bytes:
         """Return the file that `source` names or holds."""
         start = 0
+        if isinstance(source, Path):
+            return await self._uploaded(source, kind, share)
         if source[:5].lower() == "data:":
             media_type, start = data_of_uri(source)
             if not media_type.startswith((f"{kind}/", "application/octet-stream")) and media_type:
@@ -241,6 +246,14 @@ class MediaReader:
             raise BrokenMedia("is neither a data URI nor an http(s) URL")
         share.take(base64_len(source, start))
         return await self._workers.run(decode_base64, source, kind, start)
+
+    async def _uploaded(self, path: Path, kind: Kind, share: Share) -> bytes:
+        """Return the bytes of a file that a client has uploaded."""
+        data = await self._workers.run(read_local, path.name, str(path.parent), kind)
+        if data is None:
+            raise BrokenMedia("is a file that has been deleted")
+        share.take(len(data))
+        return data
 
     async def _local(self, source: str, kind: Kind) -> bytes | None:
         """Return the file of this machine that `source` names; None if it names none."""

@@ -37,7 +37,7 @@ from server.reading.contents import as_text, is_media, media_part, refused, sett
 from server.reading.custom_tools import arguments_of_input
 from server.reading.grammars import IN_FORMAT, names_of_constraint
 from server.reading.openai_body import ChatFields, ChatRequest, Message, MessageToolCall, Part
-from server.reading.protocol import JSON, check_n, check_prompt_ids
+from server.reading.protocol import JSON, Owner, check_n, check_prompt_ids
 from server.reading.sampling import num_alternatives, read_options, read_sampling_params
 from server.reading.templates import find_media_roles, find_media_texts, find_traits, shaped
 from server.reading.tool_choice import (
@@ -105,6 +105,10 @@ def _read_template(name: str, tokenizer: TokenizerFacade) -> str:
     return text
 
 
+# Caller, id of an uploaded file, the client's field -> where it is. `EngineError` if the caller has no such file.
+FindFile = Callable[[Owner, str, str], Path]
+
+
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
     """A conversation as its model reads it: a text, with placeholders of pictures and videos in it."""
@@ -150,9 +154,9 @@ class Chats:
     That template also tells how the model writes reasoning and tool calls, unless the command line does.
     """
 
-    def __init__(self, engine: Engine, config: ServerConfig, media: MediaReader) -> None:
+    def __init__(self, engine: Engine, config: ServerConfig, media: MediaReader, find_file: FindFile) -> None:
         """Load the template. `OSError` or `ValueError` if there is no such template."""
-        self.engine, self.config, self.media = engine, config, media
+        self.engine, self.config, self.media, self._find_file = engine, config, media, find_file
         self.template = load_chat_template(config.chat_template, engine.tokenizer)
         text = self.template or engine.tokenizer.chat_template or ""
         if isinstance(text, dict):
@@ -178,10 +182,10 @@ class Chats:
         """Return whether the model is shown tools, and its calls are found."""
         return self.describes_tools or (self.traits.shows_tools and self.tool_call_parser is not None)
 
-    async def turn(self, body: ChatRequest) -> ChatTurn:
-        """Read an OpenAI chat body. `InvalidRequest` names the field that is wrong."""
+    async def turn(self, body: ChatRequest, caller: Owner) -> ChatTurn:
+        """Read an OpenAI chat body. `InvalidRequest` names the field that is wrong. caller: owns the files it names."""
         choice = read_tool_choice(body)
-        chat_prompt = await self.rendered(body, choice)
+        chat_prompt = await self.rendered(body, caller, choice)
         prompt = chat_prompt.text
         reasoning = self._reasoning(body, prompt)
         if reasoning is not None and not reasoning.is_inside and body.max_thinking_tokens is not None:
@@ -240,10 +244,14 @@ class Chats:
             return await self.engine.encode(prompt.text, add_special_tokens, is_prompt=is_prompt), None
         return await self.media.encode(prompt.text, prompt.media, "messages", add_special_tokens)
 
-    async def rendered(self, body: ChatFields, choice: ToolChoice | None = None) -> ChatPrompt:
-        """Return what `render` does, off the event loop if there are many messages."""
+    async def rendered(self, body: ChatFields, caller: Owner, choice: ToolChoice | None = None) -> ChatPrompt:
+        """Return what `render` does, with the caller's files; off the event loop if there are many messages."""
         is_long = len(body.messages) > MANY_MESSAGES
-        return await asyncio.to_thread(self.render, body, choice) if is_long else self.render(body, choice)
+        prompt = await asyncio.to_thread(self.render, body, choice) if is_long else self.render(body, choice)
+        return replace(prompt, media=[self._with_file(part, caller) for part in prompt.media])
+
+    def _with_file(self, part: MediaPart, caller: Owner) -> MediaPart:
+        return part if part.file_id is None else replace(part, source=self._find_file(caller, part.file_id, part.path))
 
     def render(self, body: ChatFields, choice: ToolChoice | None = None) -> ChatPrompt:
         """Render the prompt of a chat request. `InvalidRequest` names the message, or says why the template refused."""

@@ -10,23 +10,34 @@ from engine.errors import InvalidRequest
 from engine.media import Kind
 from server.media.limits import LOW_DETAIL_PIXELS, SETTINGS
 from server.media.reader import MediaPart
-from server.reading.openai_body import MediaFields, MediaUrl, Part
+from server.reading.openai_body import FilePart, MediaFields, MediaUrl, Part
 from server.reading.protocol import JSON
 
 Content = str | list[JSON]
 IMAGE_PARTS = {"image_url": "image_url", "input_image": "image_url", "image": "image"}  # type -> field
 VIDEO_PARTS = {"video_url": "video_url", "video": "video"}
 SOURCES = ("image_url", "video_url", "image", "video")
+FILE = "file"  # a picture: no other files are shown
 SOUND_PARTS = ("input_audio", "audio_url", "audio")
 
 
 class SourcedPart(dict[str, Any]):
     """A part of chat.completions made of another API's: an error names the field that the client wrote."""
 
-    def __init__(self, url: str, path: str, detail: str | None = None, kind: Kind = "image") -> None:
-        source = {"url": url} if detail is None else {"url": url, "detail": detail}
-        super().__init__({"type": f"{kind}_url", f"{kind}_url": source})
+    def __init__(self, part: JSON, path: str) -> None:
+        super().__init__(part)
         self.path = path
+
+
+def sourced(url: str, path: str, detail: str | None = None, kind: Kind = "image") -> SourcedPart:
+    """Return the part that shows what is at a URL, or in base64 text."""
+    source = {"url": url} if detail is None else {"url": url, "detail": detail}
+    return SourcedPart({"type": f"{kind}_url", f"{kind}_url": source}, path)
+
+
+def uploaded(file_id: str, path: str, detail: str | None = None) -> SourcedPart:
+    """Return the part that shows a picture which was uploaded to /v1/files."""
+    return SourcedPart({"type": FILE, "file": {"file_id": file_id}, "detail": detail}, path)
 
 
 def kind_of(part: Part) -> str:
@@ -39,7 +50,7 @@ def kind_of(part: Part) -> str:
 def is_media(part: Part) -> bool:
     """Return whether the part is a picture, video or sound."""
     kind = kind_of(part)
-    return kind in IMAGE_PARTS or kind in VIDEO_PARTS or kind in SOUND_PARTS
+    return kind in IMAGE_PARTS or kind in VIDEO_PARTS or kind in SOUND_PARTS or kind == FILE
 
 
 def media_part(written: JSON, part: Part, path: str) -> MediaPart:
@@ -47,6 +58,8 @@ def media_part(written: JSON, part: Part, path: str) -> MediaPart:
     kind = kind_of(part)
     if kind in SOUND_PARTS:
         raise InvalidRequest(f"{path} is {kind}, but this model reads no sounds", f"{path}.type")
+    if kind == FILE:
+        return _file_part(written, part, path)
     name = IMAGE_PARTS.get(kind) or VIDEO_PARTS[kind]
     given, settings, field = getattr(part, name), settings_of(part), f"{path}.{name}"
     if given is None and part.url is not None:
@@ -57,6 +70,17 @@ def media_part(written: JSON, part: Part, path: str) -> MediaPart:
     if not given:
         raise InvalidRequest(f"{field} must be a data URI or a URL", field)
     return MediaPart("image" if kind in IMAGE_PARTS else "video", given, getattr(written, "path", field), settings)
+
+
+def _file_part(written: JSON, part: Part, path: str) -> MediaPart:
+    """Return the picture that a part of the type `file` at `path` names or holds."""
+    file, settings = part.file or FilePart(), settings_of(part)
+    if file.file_id is not None:
+        name = getattr(written, "path", f"{path}.file.file_id")
+        return MediaPart("image", "", name, settings, file.file_id)
+    if file.file_data is None:
+        raise InvalidRequest(f"{path}.file must have a file_id, or file_data", f"{path}.file")
+    return MediaPart("image", file.file_data, f"{path}.file.file_data", settings)
 
 
 def refused(written: JSON, part: Part, path: str) -> InvalidRequest:

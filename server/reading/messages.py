@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from engine.errors import InvalidRequest
 from server.reading.chat import chat_call
-from server.reading.contents import SourcedPart
+from server.reading.contents import sourced, uploaded
 from server.reading.left_out import CONTENT, HINT, VOLATILE, LeftOut
 from server.reading.messages_body import (
     HINTS,
@@ -186,9 +186,11 @@ class _Reader:
     def _part(self, block: ShownBlock, path: str) -> JSON:
         if self._sees_images and isinstance(block, ImageBlock) and (source := block.source) is not None:
             if source.type == "base64" and source.data is not None:
-                return SourcedPart(source.data, f"{path}.source.data")
+                return sourced(source.data, f"{path}.source.data")
             if source.type == "url" and source.url is not None:
-                return SourcedPart(source.url, f"{path}.source.url")
+                return sourced(source.url, f"{path}.source.url")
+            if source.type == "file" and source.file_id is not None:
+                return uploaded(source.file_id, f"{path}.source.file_id")
         return {"type": "text", "text": self._shown(block)}
 
     def _shown(self, block: ShownBlock) -> str:

@@ -90,6 +90,7 @@ class ImageSource(Object):
     type: str = ""
     data: Annotated[str, Meta(description="of type base64")] | None = None
     url: Annotated[str, Meta(description="of type url: http(s), of a host that the server allows")] | None = None
+    file_id: Annotated[str, Meta(description="of type file: of a picture uploaded to /v1/files")] | None = None
 
 
 class ImageBlock(Object, tag="image"):

@@ -112,6 +112,11 @@ class MediaUrl(MediaFields):
     )
 
 
+class FilePart(Object):
+    file_id: Annotated[str, Meta(description="of a picture that was uploaded to /v1/files")] | None = None
+    file_data: Annotated[str, Meta(description="a picture's data URI")] | None = None
+
+
 class Part(MediaFields):
     type: str | None = None
     text: str | None = None
@@ -121,6 +126,7 @@ class Part(MediaFields):
     video_url: MediaUrl | str | None = None
     video: Annotated[str | list[str], Meta(description="as video_url, or the frames one by one")] | None = None
     url: Annotated[str, Meta(description="as image or video, beside such a type (Hugging Face's)")] | None = None
+    file: FilePart | None = None
     uuid: Annotated[str, Meta(description="has no effect: equal files are found by what they hold")] | None = None
 
 

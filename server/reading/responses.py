@@ -12,7 +12,7 @@ import orjson
 
 from engine.declared import convert
 from server.reading.chat import chat_call
-from server.reading.contents import Content, SourcedPart
+from server.reading.contents import Content, sourced, uploaded
 from server.reading.custom_tools import INPUT, arguments_of_input
 from server.reading.left_out import CONTENT, HINT, LeftOut
 from server.reading.protocol import JSON, REQUEST_FIELDS
@@ -208,8 +208,10 @@ class _Reader:
         """Return a part of a message of chat.completions."""
         if not _is_image(part):
             return {"type": "text", "text": self._shown(part, path)}
+        if part.file_id is not None:
+            return uploaded(part.file_id, f"{path}.file_id", part.detail)
         assert part.image_url is not None
-        return SourcedPart(part.image_url, f"{path}.image_url", part.detail)
+        return sourced(part.image_url, f"{path}.image_url", part.detail)
 
     def _shown(self, part: ContentPart, path: str) -> str:
         """Return what the model reads in place of a part."""
@@ -238,7 +240,7 @@ class _Reader:
 
 
 def _is_image(part: ContentPart) -> bool:
-    return part.type in IMAGE_PARTS and part.image_url is not None
+    return part.type in IMAGE_PARTS and (part.image_url is not None or part.file_id is not None)
 
 
 def _has_text(part: JSON) -> bool:

@@ -31,6 +31,7 @@ class ContentPart(Object):
     text: str | None = None
     refusal: str | None = None
     image_url: Annotated[str, Meta(description="a data URI, or a URL of a host that the server allows")] | None = None
+    file_id: Annotated[str, Meta(description="of a picture that was uploaded to /v1/files")] | None = None
     detail: Literal["auto", "low", "high", "original"] | None = None
 
 

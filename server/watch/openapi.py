@@ -145,8 +145,11 @@ PAGE_PARAMETERS = (
     {"name": "after", "in": "query", "schema": STRING},
 )
 UPLOAD = Operation(
-    "Store the lines of a batch", "OpenAI", answer=ref("File"), statuses=(400, 403, 413, 503),
-    form=obj({"file": {"type": "string", "format": "binary"}, "purpose": {"enum": ["batch"]}}, ["file", "purpose"]),
+    "Store the lines of a batch, or a picture", "OpenAI", answer=ref("File"), statuses=(400, 403, 413, 503),
+    form=obj(
+        {"file": {"type": "string", "format": "binary"}, "purpose": {"enum": ["batch", "vision", "user_data"]}},
+        ["file", "purpose"],
+    ),
 )  # fmt: skip
 GENERATE_FROM_FILE = Operation(
     "Answer the text of a file, greedily", "SGLang", answer=ref("GenerateAnswer"), statuses=(400, 413, 429),
