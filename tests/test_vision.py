@@ -204,12 +204,16 @@ def test_numbers_are_told_in_words() -> None:
     assert {number: in_words(number) for number in words} == words
 
 
-@pytest.mark.parametrize("reference", ["qwen 2 vl"], indirect=True)
+@pytest.mark.parametrize("reference", ["qwen 2 vl", "glm 4.1v", "exaone 4.5"], indirect=True)
 async def test_two_frames_alike_are_what_the_image_processor_makes_of_one_picture(reference: Reference) -> None:
     async with running_engine(reference.folder) as engine:
         reader, one = engine.media_reader, picture(44, 37)
         assert reader is not None
         of_image = reader.family.inputs(one)
+        made = reader.family.processor(
+            images=[one.pixels], input_data_format="channels_last", return_tensors="pt", **reader.family.options(one)
+        )
+        assert all(torch.equal(of_image[name], made[name]) for name in of_image)
         of_video = reader.family.inputs(Video(np.stack([one.pixels] * 2), (0.0, 0.5), b"video"))
         assert of_video["video_grid_thw"].tolist() == of_image["image_grid_thw"].tolist()
         torch.testing.assert_close(of_video["pixel_values_videos"], of_image["pixel_values"], rtol=0, atol=1e-6)

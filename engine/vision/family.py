@@ -122,6 +122,14 @@ class Family:
         )
         return {name: made[name] for name in self.takes}
 
+    def moved(self, media: Media) -> dict[str, torch.Tensor]:
+        """Return what of a picture is moved to the device, where `made` makes `inputs` of it: the less, the better."""
+        return self.inputs(media)
+
+    def made(self, moved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return `inputs`, made on the device of `moved`."""
+        return moved
+
     def joins(self, kind: str) -> bool:  # noqa: ARG002
         """Return whether the tower takes several pictures of that kind in one go."""
         return True

@@ -10,8 +10,12 @@ import PIL.Image
 import torch
 
 from engine.errors import InvalidRequest
-from engine.media import Image, Media, MediaSize, Video
+from engine.media import Image, Media, MediaSize
 from engine.vision.family import Family, Writing
+
+# What towers call the pixels of a picture, and its grid of patches.
+NAMES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+PIXELS = {pixels for pixels, _ in NAMES.values()}
 
 
 class Grid(Family):
@@ -93,29 +97,42 @@ class Grid(Family):
         return {"size": {"shortest_edge": least, "longest_edge": most}}
 
     def inputs(self, media: Media) -> dict[str, torch.Tensor]:
-        return super().inputs(media) if isinstance(media, Image) else self.video_inputs(media)
+        return self.made(self.moved(media))
 
-    def video_inputs(self, video: Video) -> dict[str, torch.Tensor]:
-        """Return what the tower takes of a video: its frames as the image processor makes them, in pairs."""
-        processor, per_patch = self.processor, self.processor.temporal_patch_size
-        height, width = self.resized(video.size)
-        frames = [
-            PIL.Image.fromarray(frame).resize((width, height), PIL.Image.Resampling.BICUBIC) for frame in video.frames
-        ]
-        frames += [frames[-1]] * (-len(frames) % per_patch)
-        pixels = np.stack([np.asarray(frame) for frame in frames]).transpose(0, 3, 1, 2)
-        mean, std = (
-            np.array(self.video_config.get(name) or getattr(processor, name), np.float32)[:, None, None]
-            for name in ("image_mean", "image_std")
-        )
-        pixels = (pixels.astype(np.float32) * np.float32(processor.rescale_factor) - mean) / std
-        patch, merge = processor.patch_size, processor.merge_size
-        grid = len(frames) // per_patch, height // patch, width // patch
-        cut = pixels.reshape(
-            grid[0], per_patch, 3, grid[1] // merge, merge, patch, grid[2] // merge, merge, patch
-        ).transpose(0, 3, 6, 4, 7, 2, 1, 5, 8)
-        patches = torch.from_numpy(cut.reshape(math.prod(grid), -1))
-        return {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([grid])}
+    def moved(self, media: Media) -> dict[str, torch.Tensor]:
+        """Return the frames, resized, and their grid of patches: all else is a matter of microseconds on a GPU."""
+        height, width = self.resized(media.size)
+        frames = [media.pixels] if isinstance(media, Image) else media.frames
+        how = self.processor.resample if isinstance(media, Image) else PIL.Image.Resampling.BICUBIC
+        resized = [np.asarray(PIL.Image.fromarray(frame).resize((width, height), how)) for frame in frames]
+        patch, per_patch = self.processor.patch_size, self.processor.temporal_patch_size
+        grid = 1 if isinstance(media, Image) else -(-len(frames) // per_patch), height // patch, width // patch
+        pixels, grids = NAMES[media.kind]
+        return {pixels: torch.from_numpy(np.stack(resized)), grids: torch.tensor([grid])}
+
+    def made(self, moved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return patches, as the image processor makes them: the last frame stands for those that the last pair lacks.
+
+        A byte has 256 values: what the processor makes of each is looked up.
+        """
+        [name] = PIXELS & moved.keys()
+        frames, processor = moved[name], self.processor
+        per_patch, patch, merge = processor.temporal_patch_size, processor.patch_size, processor.merge_size
+        frames = torch.cat([frames, frames[-1:].expand(-len(frames) % per_patch, -1, -1, -1)])
+        rows, columns = (length // (patch * merge) for length in frames.shape[1:3])
+        cut = frames.view(-1, per_patch, rows, merge, patch, columns, merge, patch, 3)
+        cut = cut.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
+        values = self._values("image" if name == "pixel_values" else "video", frames.device)
+        entries = cut.int() + 256 * torch.arange(3, dtype=torch.int32, device=frames.device)[:, None, None, None]
+        return moved | {name: values[entries].reshape(math.prod(cut.shape[:5]), -1)}
+
+    def _values(self, kind: str, device: torch.device) -> torch.Tensor:
+        """Return what becomes of each byte of a pixel, float32 [3 x 256]."""
+        processor, config = self.processor, self.video_config if kind == "video" else {}
+        mean, std = (config.get(name) or getattr(processor, name) for name in ("image_mean", "image_std"))
+        values = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
+        values = processor.normalize(processor.rescale(values, processor.rescale_factor), mean, std)
+        return torch.from_numpy(np.ascontiguousarray(values, np.float32)).flatten().to(device)
 
 
 class TimedGrid(Grid):
@@ -192,6 +209,8 @@ class GlmImage(ImageGrid):
 
 class PaddleOCR(ImageGrid):
     """PaddleOCR-VL: a picture has at least one feature each way, however long the other becomes."""
+
+    inputs, moved, made = Family.inputs, Family.moved, Family.made
 
     def resized(self, size: MediaSize) -> tuple[int, int]:
         from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import smart_resize

@@ -39,9 +39,10 @@ class Tower:
 
     def _encode(self, media: Sequence[Media]) -> list[torch.Tensor]:
         """Do `encode` for pictures of one kind, perhaps without waiting for the device."""
-        inputs = [self._on_device(self.family.inputs(one)) for one in media]
+        moved = [self.family.moved(one) for one in media]
         lens = [self.family.write(one.size).num_features for one in media]
         with torch.inference_mode(), torch.cuda.stream(self._stream):
+            inputs = list(map(self._on_device, moved))
             return [one.to(self._dtype) for one in self.family.features(self._module, inputs, lens)]
 
     def adopt(self, other: "Tower") -> None:
@@ -68,12 +69,9 @@ class Tower:
         torch.cuda.empty_cache()
         return peak
 
-    def _on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        with torch.cuda.stream(self._stream):
-            return {
-                name: value.to(self._device, self._dtype if value.is_floating_point() else None)
-                for name, value in inputs.items()
-            }
+    def _on_device(self, moved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        inputs = self.family.made({name: value.to(self._device) for name, value in moved.items()})
+        return {name: value.to(self._dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 def load_tower(
