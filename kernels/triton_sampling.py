@@ -91,8 +91,9 @@ def _sample_triton(logits: torch.Tensor, params: tuple[torch.Tensor | None, ...]
         MAX_LISTED_K=MAX_LISTED_K,
         LIST_SIZE=LIST_SIZE,
         PIECE_BLOCK=PIECE_BLOCK,
-        BLOCK_PIECES=next_power_of_2(num_pieces),
-        BLOCK_GROUPS=next_power_of_2(num_groups),
+        # Of the most pieces that rows of this length are cut into: one kernel for any number of rows.
+        BLOCK_PIECES=next_power_of_2(cdiv(vocab_size, PIECE_BLOCK)),
+        BLOCK_GROUPS=next_power_of_2(cdiv(vocab_size, PIECE_BLOCK)) * PIECE_BLOCK // GROUP_SIZE,
         BLOCK=ROW_BLOCK,
         **launch_options(logits.device, num_warps=4 if params is None else ROW_WARPS),
     )

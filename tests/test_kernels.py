@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine.step.warmup import rehearse_sampling
+from engine.schedule.rows import Rows
+from engine.step import sampler
+from engine.step.sampler import Sampler, SamplingWork
 from kernels import (
     bookkeeping,
     elementwise,
@@ -660,20 +662,20 @@ def test_no_number_of_sampled_requests_needs_a_kernel_that_was_not_rehearsed(mon
     monkeypatch.setattr(launch.Kernel, "launch", note)
     for name in ("argmax", "sample", "logsumexp", "apply_penalties", "apply_token_bitmask"):
         monkeypatch.setattr(sampling, name, getattr(triton_sampling, f"{name}_triton"))
+    monkeypatch.setattr(sampler, "end_step", triton_bookkeeping.end_step_triton)
     vocab_size = 50_000
-    rehearse_sampling(vocab_size, 512, torch.device(DEVICE))
+    tested = Sampler(Rows(512, 8), vocab_size, (), torch.device("cpu"), None)
+    tested.rehearse(512)
     rehearsed = launched.copy()
-    counts, mask = torch.zeros(3, vocab_size, dtype=torch.int16), torch.zeros(2, 1563, dtype=torch.int32)
+    bits = torch.zeros(2, 1563, dtype=torch.int32)
     for num_samples in (1, 2, 17, 40, 100, 300, 512):
-        logits, floats = torch.empty(num_samples, vocab_size), torch.zeros(num_samples)
-        whole = torch.zeros(num_samples, dtype=torch.int32)
-        sampling.argmax(logits)
-        sampling.sample(logits, floats, whole, floats, floats, whole.long(), whole)
+        logits, rows = torch.empty(num_samples, vocab_size), torch.zeros(num_samples, dtype=torch.int32)
+        tested.sample(logits, SamplingWork(num_samples, is_greedy=True), rows, rows)
+        work = SamplingWork(num_samples, is_greedy=False, has_penalties=True, masks=(bits, rows[:2]))
+        tested.sample(logits, work, rows, rows)
         sampling.logsumexp(logits)
-        sampling.apply_penalties(logits, whole, counts, floats, floats, floats)
-        sampling.apply_token_bitmask(logits, mask, whole[:2])
     assert launched == rehearsed
-    assert len({name for name, *_ in launched}) == 5
+    assert len({name for name, *_ in launched}) == 6
 
 
 def test_a_gpu_with_little_shared_memory_gets_fewer_stages() -> None:

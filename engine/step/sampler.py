@@ -15,6 +15,7 @@ from engine.schedule.rows import Rows
 from engine.step.logit_edits import LogitEditor, LogitEdits
 from kernels import sampling
 from kernels.bookkeeping import end_step
+from kernels.launch import cdiv
 
 IN_PROMPT = 1 << 14  # bit of a token's count that says it occurs in the prompt; see kernels.sampling.apply_penalties
 
@@ -167,6 +168,23 @@ class Sampler:
         if raw is None:
             return tokens, None
         return tokens, self._logprobs(raw, tokens, work)
+
+    def rehearse(self, max_samples: int) -> None:
+        """Run all kernels that logits may need, of as many rows as make a difference to them. Results are arbitrary.
+
+        So no first request that samples waits for a compiler.
+        """
+        counts = torch.zeros(1, self.vocab_size, dtype=torch.int16, device=self.device)
+        bits = torch.zeros(1, cdiv(self.vocab_size, 32), dtype=torch.int32)
+        masked = SamplingWork(0, is_greedy=False, masks=(bits, torch.zeros(1, dtype=torch.int32)))
+        for num_samples in (1 << i for i in range(max_samples.bit_length())):
+            logits = torch.empty(num_samples, self.vocab_size, device=self.device)
+            rows = torch.zeros(num_samples, dtype=torch.int32, device=self.device)
+            self.sample(logits, SamplingWork(0, is_greedy=True), rows, rows)
+            tokens, _ = self.sample(logits, masked, rows, rows)
+            sampling.logsumexp(logits)
+            sampling.apply_penalties(logits, rows, counts, *self._floats[3:])
+            end_step(tokens, rows, self.last_tokens, counts)
 
     def _apply_penalties(self, logits: torch.Tensor, work: SamplingWork, rows: torch.Tensor) -> None:
         if self._counts is None:

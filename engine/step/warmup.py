@@ -10,9 +10,8 @@ from engine.schedule.plan import Plan
 from engine.step.cuda_graph import SAMPLE_MULTIPLE, GraphSizes
 from engine.step.fields import StepShape
 from engine.step.model_runner import ModelRunner
-from kernels import sampling
 from kernels.corun import FLOPS_PER_BYTE, STEP_TOKENS, Corun
-from kernels.launch import cdiv, compiling_ahead
+from kernels.launch import compiling_ahead
 from kernels.tune import tune_kernels
 from kernels.tuning import AttentionShape, LatentShape, WeightShape
 
@@ -43,7 +42,7 @@ def compile_kernels(
         _run_largest(runner, num_tokens, num_samples, max_len)
         if graph_sizes is not None:
             if runner.comm.rank == 0:  # the only one that samples
-                rehearse_sampling(runner.sampler.vocab_size, num_samples, runner.device)
+                runner.sampler.rehearse(num_samples)
             with torch.cuda.stream(runner.stream), torch.inference_mode():
                 runner.new_graphs(graph_sizes).run_all()
 
@@ -60,24 +59,6 @@ def attention_shapes(model: CausalLM, kv_dtype: torch.dtype) -> list[AttentionSh
     """Return the heads of this rank's attention, each kind once; none where Triton's kernels do not serve it."""
     shapes = dict.fromkeys(block.self_attn.attention_shape(kv_dtype) for block in model.model.layers)
     return [shape for shape in shapes if shape is not None]
-
-
-def rehearse_sampling(vocab_size: int, max_samples: int, device: torch.device) -> None:
-    """Run all that may be asked of logits, of as many rows as make a difference to kernels.
-
-    So no first request that samples waits for a compiler. Results are arbitrary.
-    """
-    counts = torch.zeros(1, vocab_size, dtype=torch.int16, device=device)
-    bitmask = torch.zeros(1, cdiv(vocab_size, 32), dtype=torch.int32, device=device)
-    for num_samples in (1 << i for i in range(max_samples.bit_length())):
-        logits = torch.empty(num_samples, vocab_size, device=device)
-        floats = torch.zeros(num_samples, device=device)
-        ints = torch.zeros(num_samples, dtype=torch.int32, device=device)
-        sampling.argmax(logits)
-        sampling.sample(logits, floats, ints, floats, floats, ints.long(), ints)
-        sampling.logsumexp(logits)
-        sampling.apply_penalties(logits, ints, counts, floats, floats, floats)
-        sampling.apply_token_bitmask(logits, bitmask, ints[:1])
 
 
 def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len: int) -> int:
