@@ -17,7 +17,9 @@ from engine.local import LocalEngine
 from engine.media import Image, Media, MediaSize, PromptMedia, Video
 from engine.request import Request, SamplingParams
 from engine.state import RequestState
+from engine.vision import packed
 from engine.vision.family import in_words
+from kernels.packed_attention import packed_attention, torch_packed_attention
 from tests.test_engine import collect, running_engine
 from tests.vision_models import FAMILIES, make_vision_model, picture, video
 
@@ -217,6 +219,43 @@ async def test_two_frames_alike_are_what_the_image_processor_makes_of_one_pictur
         of_video = reader.family.inputs(Video(np.stack([one.pixels] * 2), (0.0, 0.5), b"video"))
         assert of_video["video_grid_thw"].tolist() == of_image["image_grid_thw"].tolist()
         torch.testing.assert_close(of_video["pixel_values_videos"], of_image["pixel_values"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "reference", ["qwen 2 vl", "qwen 2.5 vl", "qwen 3 vl", "glm 4.1v", "exaone 4.5"], indirect=True
+)
+async def test_attention_over_all_pictures_at_once_makes_the_same_features(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lens: list[list[int]] = []
+
+    def attention(q: torch.Tensor, *args: Any) -> torch.Tensor:
+        lens.append(args[2].diff().tolist())
+        assert max(lens[-1]) == args[3]
+        return packed_attention(q, *args)
+
+    async with running_engine(reference.folder) as engine:
+        tower = engine.parts.tower
+        assert tower is not None
+        media = pictures(SIZES[-1])
+        one_by_one = tower.encode(media)
+        monkeypatch.setattr(packed, "is_fast", lambda *_: True)
+        monkeypatch.setattr(packed, "packed_attention", attention)
+        tower.family.prepare(tower._module, torch.device("cpu"), torch.float32)
+        for before, now in zip(one_by_one, tower.encode(media), strict=True):
+            torch.testing.assert_close(now, before, rtol=1e-5, atol=1e-5)
+    assert lens and all(len(one) >= len(media) for one in lens), "several sequences at once"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 128])
+def test_the_kernel_attends_as_its_definition(head_dim: int) -> None:
+    bounds = torch.tensor([0, 1, 65, 70, 700], dtype=torch.int32, device="cuda")
+    qkv = torch.randn(700, 3, 4, head_dim, device="cuda", dtype=torch.bfloat16)
+    q, k, v = qkv.unbind(1)
+    found = packed_attention(q, k, v, bounds, 630, head_dim**-0.5)
+    wanted = torch_packed_attention(q.float(), k.float(), v.float(), bounds, head_dim**-0.5)
+    torch.testing.assert_close(found.float(), wanted, rtol=2e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("reference", ["qwen 3 vl", "idefics 3"], indirect=True)

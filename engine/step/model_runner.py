@@ -138,7 +138,7 @@ class ModelRunner:
         self.stream: torch.cuda.Stream | None = None
         self.compile_steps()
         if self._is_cuda:
-            self.stream = torch.cuda.Stream()
+            self.stream = torch.cuda.Stream(priority=-1)  # steps come before a tower of pictures
             # In turns, since to make them anew would take a third of a launch's time.
             self._event_pairs = itertools.cycle(
                 [

@@ -59,6 +59,7 @@ class Family:
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
     takes: ClassVar[tuple[str, ...]] = ("pixel_values",)  # of what the processor makes, what the tower takes
+    on_host: ClassVar[frozenset[str]] = frozenset()  # of that, what is read as numbers, and so not moved to the device
     is_whole = False  # the tokens of a picture see each other, those behind them too
     settings: ClassVar[frozenset[str]] = frozenset()  # of those that a client may ask for, those that make a difference
     published: "Published | None" = None  # what reads a checkpoint that transformers cannot; None: it can
@@ -138,6 +139,13 @@ class Family:
         """Return what the tower takes of several pictures."""
         return {name: torch.cat([one[name] for one in inputs]) for name in inputs[0]}
 
+    def prepare(self, tower: Any, device: torch.device, dtype: torch.dtype) -> None:
+        """Make a tower ready that was loaded."""
+
+    def arguments(self, tower: Any, inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:  # noqa: ARG002
+        """Return what the tower is called with for several pictures."""
+        return self.joined(inputs)
+
     def features(
         self, tower: Any, inputs: Sequence[dict[str, torch.Tensor]], lens: Sequence[int]
     ) -> list[torch.Tensor]:
@@ -146,7 +154,7 @@ class Family:
         lens: the features of each.
         """
         of_kind = tower.get_video_features if "pixel_values_videos" in inputs[0] else tower.get_image_features
-        found = of_kind(**self.joined(inputs))
+        found = of_kind(**self.arguments(tower, inputs))
         deep = getattr(found, "deepstack_features", None) or []
         layers = torch.stack([_flat(layer) for layer in (found.pooler_output, *deep)])
         if layers.shape[1] != sum(lens):

@@ -12,10 +12,12 @@ import torch
 from engine.errors import InvalidRequest
 from engine.media import Image, Media, MediaSize
 from engine.vision.family import Family, Writing
+from engine.vision.packed import pack_attention, plan_of
 
 # What towers call the pixels of a picture, and its grid of patches.
 NAMES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 PIXELS = {pixels for pixels, _ in NAMES.values()}
+GRIDS = frozenset(grids for _, grids in NAMES.values())
 
 
 class Grid(Family):
@@ -26,6 +28,8 @@ class Grid(Family):
 
     kinds: ClassVar[tuple[str, ...]] = ("image", "video")
     takes: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
+    on_host: ClassVar[frozenset[str]] = GRIDS
+    computes_with_grids = False  # the tower does, on the device
     settings: ClassVar = frozenset({"min_pixels", "max_pixels"})
 
     @staticmethod
@@ -134,6 +138,18 @@ class Grid(Family):
         values = processor.normalize(processor.rescale(values, processor.rescale_factor), mean, std)
         return torch.from_numpy(np.ascontiguousarray(values, np.float32)).flatten().to(device)
 
+    def prepare(self, tower: Any, device: torch.device, dtype: torch.dtype) -> None:
+        pack_attention(tower.visual, device, dtype)
+
+    def arguments(self, tower: Any, inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
+        """Return pixels, grids, and all that depends on the grids alone."""
+        joined = self.joined(inputs)
+        [pixels], [grids] = PIXELS & joined.keys(), GRIDS & joined.keys()
+        device, plan = joined[pixels].device, plan_of(tower.visual, joined[grids])
+        if self.computes_with_grids:
+            plan[grids] = joined[grids]
+        return joined | {name: one.to(device) if isinstance(one, torch.Tensor) else one for name, one in plan.items()}
+
 
 class TimedGrid(Grid):
     """Qwen3-VL: each pair of a video's frames is a block of its own, behind its time in the text."""
@@ -165,6 +181,8 @@ class TimedGrid(Grid):
 
 class Glm(Grid):
     """GLM-4.1V, GLM-4.5V: a picture is resized as a video of one patch's frames; a pair of frames is written as one."""
+
+    computes_with_grids = True
 
     @staticmethod
     def token_ids(config: Any) -> dict[str, int]:
@@ -203,6 +221,8 @@ class ImageGrid(Grid):
 class GlmImage(ImageGrid):
     """GLM-OCR, and GLM-4.6V under a name of its own: pictures as GLM-4.1V's."""
 
+    computes_with_grids = True
+
     def resized(self, size: MediaSize) -> tuple[int, int]:
         return self.resized_together(size)
 
@@ -210,7 +230,10 @@ class GlmImage(ImageGrid):
 class PaddleOCR(ImageGrid):
     """PaddleOCR-VL: a picture has at least one feature each way, however long the other becomes."""
 
-    inputs, moved, made = Family.inputs, Family.moved, Family.made
+    on_host: ClassVar[frozenset[str]] = frozenset()
+    inputs, moved, made, prepare, arguments = (
+        Family.inputs, Family.moved, Family.made, Family.prepare, Family.arguments
+    )  # fmt: skip
 
     def resized(self, size: MediaSize) -> tuple[int, int]:
         from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import smart_resize

@@ -70,7 +70,10 @@ class Tower:
         return peak
 
     def _on_device(self, moved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        inputs = self.family.made({name: value.to(self._device) for name, value in moved.items()})
+        on_host = self.family.on_host
+        inputs = self.family.made(
+            {name: value if name in on_host else value.to(self._device) for name, value in moved.items()}
+        )
         return {name: value.to(self._dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
@@ -118,6 +121,7 @@ def load_tower(
     for part in (*LANGUAGE, *SOUND):
         if hasattr(module, part):
             setattr(module, part, None)
+    family.prepare(module, device, dtype)
     return Tower(family, module.to(device).eval(), dtype, device)
 
 
