@@ -49,8 +49,8 @@ from engine.vision.reader import MediaReader, load_reader
 from engine.vision.tower import Tower, load_tower
 from kernels import gated_gemm
 from kernels.attention import choose_backend
+from kernels.card import OLDEST_E4M3
 from kernels.dense import SKINNY_MAX_TOKENS
-from kernels.launch import OLDEST_E4M3
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from engine.config_file import checked, read_json
 from engine.errors import InvalidRequest, ModelError
 from engine.request import SamplingParams
 from engine.rope_config import NO_ROTATION, RopeConfig, parse_rope, resolve_context_length
+from kernels.card import OLDEST_BFLOAT16
 from kernels.routing import Routing
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,6 @@ MULTIPLIERS = {
     torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
     torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
 }
-OLDEST_BFLOAT16 = (8, 0)  # compute capability
 FLOAT32_MEMORY_SHARE = 0.5  # share of the memory that weights may take when they are stored larger than they must be
 GENERATION_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # Texts of tokens that end an answer, whether or not a model's files say so: the base model's end may be all they name.

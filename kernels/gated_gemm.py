@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kernels.card import HOPPER_SHARED_BYTES, card_of
 from kernels.launch import cdiv, num_sms
 from kernels.nvrtc import check, compile_source, has_nvrtc
 
@@ -20,7 +21,6 @@ ROWS, DEPTH = 128, 64  # rows of a tile, and columns of x and weight that it rea
 TILE_COLUMNS = (128, 112, 96, 64, 48, 32)
 COLUMN_OVERHEAD = 17  # fixed cost of a tile, in columns
 MAX_ROW_TILES = 64  # with more of them, all tiles keep the multiprocessors equally busy
-SHARED_BYTES = 227 << 10  # shared memory that one block may have
 STAGING_BYTES = 8 * 16 * 144
 BARRIER_BYTES = 256
 MAX_STAGES = 8
@@ -36,7 +36,7 @@ class Tile(NamedTuple):
 
     @property
     def num_stages(self) -> int:
-        return min(MAX_STAGES, (SHARED_BYTES - STAGING_BYTES - BARRIER_BYTES) // self._stage_bytes)
+        return min(MAX_STAGES, (HOPPER_SHARED_BYTES - STAGING_BYTES - BARRIER_BYTES) // self._stage_bytes)
 
     @property
     def shared_bytes(self) -> int:
@@ -82,9 +82,7 @@ def can_gated_gemm(x: torch.Tensor, weight: torch.Tensor, act: str) -> bool:
 @functools.cache
 def is_available(device: torch.device) -> bool:
     """Return whether `device` is a Hopper GPU and NVRTC can compile for it."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return False
-    return has_nvrtc()
+    return device.type == "cuda" and card_of(device).is_hopper and has_nvrtc()
 
 
 def gated_gemm(

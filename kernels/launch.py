@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from kernels.card import HOPPER, card_of
+
 logger = logging.getLogger(__name__)
 
-OLDEST_E4M3 = (8, 9)  # compute capability from which on Triton's kernels read float8_e4m3
 SLOW_COMPILING_S = 2.0  # reading the kernels of an earlier start takes less
 SLOW_LAUNCH_S = 0.2  # a first launch that takes longer has compiled; a kernel of an earlier start comes from disk
 
@@ -43,7 +44,7 @@ def cache_folder() -> Path:
 @functools.cache
 def num_sms(device: torch.device) -> int:
     """Return the number of a GPU's multiprocessors; 2 where Triton's interpreter stands in for one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return card_of(device).num_sms
 
 
 @functools.cache
@@ -53,7 +54,7 @@ def has_dependent_launch(device: torch.device) -> bool:
     Such a kernel reads nothing that a kernel before it writes until `gdc_wait`. Every kernel that lets its dependents
     start early also waits itself, so that the end of one means the end of all before it.
     """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return card_of(device).capability >= HOPPER
 
 
 class _Rehearsal:

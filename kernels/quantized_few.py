@@ -9,16 +9,14 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.launch import address, cdiv, has_dependent_launch, next_power_of_2, num_sms
+from kernels.card import HOPPER, card_of
+from kernels.launch import address, cdiv, next_power_of_2, num_sms
 from kernels.nvrtc import compile_source, has_nvrtc
 from kernels.quantized_kernel import (
     ACTS,
-    OLD_SHARED_BYTES,
-    SHARED_BYTES,
     Args,
     Kernel,
     Kind,
-    architecture,
     source_of,
 )
 from kernels.quantized_layout import CHUNK
@@ -28,7 +26,7 @@ MAX_TOKENS = 64
 TOKEN_TILES = (0, 1, 2, 4, 8)  # of 8 tokens; 0: one token, whose norm and rounding are fused
 MAX_SPLIT = 8  # blocks of a cluster
 MOST_WARPS = 16  # of one kernel on a multiprocessor, for one token
-OLDEST = (8, 0)
+OLDEST = (8, 0)  # compute capability
 
 
 class FewConfig(NamedTuple):
@@ -64,7 +62,7 @@ FEW_CONFIGS = Configs("quantized", FewConfig, default_config)  # by (rows, K, bi
 
 def can_multiply_few(device: torch.device) -> bool:
     """Return whether the kernels run on `device`: a GPU from Ampere on, where NVRTC is installed."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST and has_nvrtc()
+    return device.type == "cuda" and card_of(device).capability >= OLDEST and has_nvrtc()
 
 
 def token_tiles_of(num_tokens: int) -> int:
@@ -157,8 +155,8 @@ def few_config(
 @functools.lru_cache(4096)
 def _fitting(config: FewConfig, kind: Kind, token_tiles: int, k: int, device: torch.device) -> FewConfig | None:
     """Return `config`, with more blocks in a cluster, fewer stages or warps if a block had no room otherwise."""
-    has_clusters = has_dependent_launch(device)
-    limit, max_split = (SHARED_BYTES, MAX_SPLIT) if has_clusters else (OLD_SHARED_BYTES, 1)
+    card = card_of(device)
+    limit, max_split = card.shared_bytes, MAX_SPLIT if card.capability >= HOPPER else 1
     config = config._replace(split=min(config.split, max_split))
     while _shared_bytes(config, kind, max(1, 8 * token_tiles), k) > limit:
         if config.split < max_split and 2 * config.split * config.warps_k <= k // CHUNK:
@@ -184,7 +182,7 @@ def prepare_few(kind: Kind, num_rows: int, k: int, device: torch.device) -> None
     if not new:
         return
     _prepared.update((kind, tiles, config) for tiles, config in new)
-    target = architecture(device)
+    target = card_of(device).architecture
     with ThreadPoolExecutor(len(new)) as threads:
         list(threads.map(lambda pair: compile_source("quantized_few", source(kind, *pair), target), new))
 
@@ -227,8 +225,7 @@ def _shared_bytes(config: FewConfig, kind: Kind, num_tokens: int, k: int) -> int
 @functools.lru_cache(4096)
 def _num_places(config: FewConfig, shared_bytes: int, device: torch.device) -> int:
     """Return how many clusters of blocks run at once."""
-    limit = SHARED_BYTES if has_dependent_launch(device) else OLD_SHARED_BYTES
-    blocks = max(1, min(MOST_WARPS // (config.warps_n * config.warps_k), limit // shared_bytes))
+    blocks = max(1, min(MOST_WARPS // (config.warps_n * config.warps_k), card_of(device).shared_bytes // shared_bytes))
     return max(1, blocks * num_sms(device) // config.split)
 
 
@@ -242,5 +239,5 @@ def fits_few(kind: Kind, num_rows: int, num_tokens: int, k: int, device: torch.d
 @functools.cache
 def _kernel(kind: Kind, token_tiles: int, config: FewConfig, device: torch.device) -> Kernel:
     with torch.cuda.device(device):
-        cubin = compile_source("quantized_few", source(kind, token_tiles, config), architecture(device))
+        cubin = compile_source("quantized_few", source(kind, token_tiles, config), card_of(device).architecture)
         return Kernel("quantized_few", cubin, 32 * config.warps_n * config.warps_k, device)

@@ -1,7 +1,6 @@
 """Kinds of weights, arguments and launching, which `quantized_few` and `quantized_many` have in common."""
 
 import ctypes
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +8,12 @@ from typing import Any
 
 import torch
 
+from kernels.card import card_of
 from kernels.launch import has_dependent_launch
 from kernels.nvrtc import check
 from kernels.quantized_format import TABLES, Format
 from kernels.quantized_layout import CHUNK
 
-SHARED_BYTES = 227 << 10  # that a block may have on Hopper
-OLD_SHARED_BYTES = 99 << 10  # on any GPU from Ampere on
 ACTS = {"silu": 1, "gelu_tanh": 2, "gelu": 3, "relu": 4, "relu2": 5}
 WHOLE_ROW = 1 << 30  # a group of all inputs
 CODES = {"int4": "INT4", "int8": "INT8", "fp8": "FP8"}
@@ -125,7 +123,7 @@ class Kernel:
         module = check(driver.cuModuleLoadData(cubin))
         self._function = check(driver.cuModuleGetFunction(module, name.encode()))
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        check(driver.cuFuncSetAttribute(self._function, limit, SHARED_BYTES if self._is_early else OLD_SHARED_BYTES))
+        check(driver.cuFuncSetAttribute(self._function, limit, card_of(device).shared_bytes))
         self._configs: dict[int, Any] = {}  # by blocks of a cluster
 
     def launch(self, num_blocks: int, split: int, shared_bytes: int, args: Sequence[Any], device: torch.device) -> None:
@@ -158,9 +156,3 @@ class Kernel:
         config.blockDimX = self._num_threads
         config.attrs, config.numAttrs = attributes, len(attributes)
         return config
-
-
-@functools.cache
-def architecture(device: torch.device) -> str:
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"

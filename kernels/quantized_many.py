@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kernels.card import HOPPER_SHARED_BYTES, card_of
 from kernels.launch import address, cdiv, next_power_of_2
 from kernels.nvrtc import check, compile_source, has_nvrtc
-from kernels.quantized_kernel import ACTS, SHARED_BYTES, Args, Kernel, Kind, source_of
+from kernels.quantized_kernel import ACTS, Args, Kernel, Kind, source_of
 from kernels.quantized_layout import CHUNK
 from kernels.tuning import Configs
 
@@ -43,7 +44,7 @@ def default_config(num_rows: int, k: int, bits: int, most_tokens: int, _is_gated
     while 2 * split <= MAX_SPLIT and 2 * split * num_blocks <= places and 8 * split * CHUNK <= k:
         split *= 2
     stage_bytes = most_tokens * X_BYTES + 2 * ROWS * (40 if bits == 4 else 128)
-    room = SHARED_BYTES // (3 if is_few else 1) - 4096
+    room = HOPPER_SHARED_BYTES // (3 if is_few else 1) - 4096
     return ManyConfig(most_tokens, 2, max(2, min(MAX_STAGES, room // stage_bytes)), split)
 
 
@@ -53,7 +54,7 @@ MANY_CONFIGS = Configs("quantized_many", ManyConfig, default_config)  # by (rows
 @functools.cache
 def can_multiply_many(device: torch.device) -> bool:
     """Return whether the kernels run on `device`: a Hopper GPU, where NVRTC is installed."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 and has_nvrtc()
+    return device.type == "cuda" and card_of(device).is_hopper and has_nvrtc()
 
 
 def is_direct(kind: Kind) -> bool:
@@ -142,7 +143,7 @@ def fitting(config: ManyConfig, kind: Kind, k: int) -> ManyConfig:
     """Return `config` with no more blocks in a cluster than there are stages, and as many stages as fit."""
     if has_blocks(kind):
         config = config._replace(tokens=min(config.tokens, MOST_BLOCK_TOKENS))
-    while config.stages > 2 and shared_bytes(kind, config) > SHARED_BYTES:
+    while config.stages > 2 and shared_bytes(kind, config) > HOPPER_SHARED_BYTES:
         config = config._replace(stages=config.stages - 1)
     return config._replace(split=max(1, min(config.split, cdiv(k, X_BYTES))))
 

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from kernels.launch import cdiv, fast_launch, next_power_of_2
 from kernels.triton_elementwise import gated, launch_options
+from kernels.triton_quantized import has_e4m3, number_of
 
 MAX_SINGLE_PAIRS = 64  # pairs whose weights are read one by one
 GATED_BLOCK, PLAIN_BLOCK = (2, 1024), (8, 256)  # rows and inputs of a program for one pair, with and without a gate
@@ -123,8 +124,9 @@ def expert_products_triton(
     per_input = num_pairs // len(x)
     out = torch.empty(num_pairs, n, dtype=x.dtype, device=x.device)
     tensors = weight.data, weight.scale, weight.zero, weight.minimum, weight.table
+    code = "castable fp8" if weight.code == "fp8" and has_e4m3(x.device) else weight.code
     format_of = {
-        "K": k, "CODE": weight.code, "GROUP": weight.group_size if weight.group_size < k else WHOLE_ROW,
+        "K": k, "CODE": code, "GROUP": weight.group_size if weight.group_size < k else WHOLE_ROW,
         "NUM_GROUPS": weight.num_groups, "OFFSET": weight.offset,
     }  # fmt: skip
     if by_expert is None:
@@ -248,10 +250,10 @@ def numbers_of(
     else:
         k = tl.arange(0, BLOCK_K)
         codes = tl.load(weight + rows[:, None] * K + start + k[None, :], mask=(start + k < K)[None, :], other=0)
-        if CODE == "fp8":
+        if CODE == "castable fp8":
             return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
         else:
-            return codes.to(tl.float32)
+            return number_of(codes, CODE)
 
 
 @fast_launch

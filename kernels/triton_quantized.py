@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import OLDEST_E4M3, cdiv, fast_launch, next_power_of_2
+from kernels.card import OLDEST_E4M3, card_of
+from kernels.launch import cdiv, fast_launch, next_power_of_2
 from kernels.quantized_format import FP8
 from kernels.triton_elementwise import launch_options, wait_for_input
 
@@ -84,7 +85,7 @@ def _dequantize_tiles_kernel(
         byte = tl.arange(0, 1024)
         numbers = tl.load(codes + (start + chunk)[:, None] * 1024 + byte[None, :], mask=is_chunk[:, None], other=0)
         # [chunk, half, r, t, j, u, v]
-        values = tl.reshape(_number(numbers, CODE), [CHUNKS, 2, 8, 4, 4, 2, 2])
+        values = tl.reshape(number_of(numbers, CODE), [CHUNKS, 2, 8, 4, 4, 2, 2])
         values = tl.permute(values, [1, 2, 0, 4, 5, 3, 6])
     values = tl.reshape(values, [16, CHUNKS * 64])
 
@@ -124,8 +125,8 @@ def _nibble(words, SHIFT: tl.constexpr, table):
 
 
 @triton.jit
-def _number(code, CODE: tl.constexpr):
-    """Return what a signed integer or the bits of an e4m3 stand for, which older cards cannot cast."""
+def number_of(code, CODE: tl.constexpr):
+    """Return what a signed integer, or the bits of an e4m3 (CODE "fp8"), stand for: without a cast, as on any card."""
     if CODE == "fp8":
         bits = code.to(tl.int32)
         bits = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
@@ -224,7 +225,7 @@ def _look_up_kernel(
             values = ((words >> (4 * (half + 2 * u) + 16 * v).to(tl.int32)) & 15).to(tl.float32)
     else:
         place = (((chunk * 2 + half) * 32 + thread) * 4 + j) * 4 + 2 * u + v
-        values = _number(tl.load(codes + place, mask=mask, other=0), CODE)
+        values = number_of(tl.load(codes + place, mask=mask, other=0), CODE)
     if GROUP == 0:
         if OFFSET is not None:
             values -= 8.0
@@ -240,7 +241,7 @@ def _look_up_kernel(
 @functools.cache
 def has_e4m3(device: torch.device) -> bool:
     """Return whether the device has instructions for numbers of e4m3, tensor cores' too."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_E4M3
+    return card_of(device).capability >= OLDEST_E4M3
 
 
 def round_inputs(

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from triton.runtime import driver
 
+from kernels.card import card_of
 from kernels.latents import Expansion, LatentSizes
 from kernels.launch import cdiv, next_power_of_2
 from kernels.triton_decode import DECODE_CONFIGS, DECODE_LIMITS, PREFIX_CONFIGS, decode
@@ -23,7 +23,6 @@ from kernels.tuning import AttentionShape, LatentShape, Task, WeightShape
 ROTATION_BYTES = 128 << 20  # that launches read before one reads the same again: more than an L2 cache holds
 MAX_COPIES = 64  # of a weight or a layer of the cache; of small ones some stay in the L2 cache
 MIN_LAUNCHES = 4  # a graph
-INTERPRETED_SHARED_BYTES = 99 << 10  # of a small GPU, where Triton's interpreter stands in for one
 
 # (block_n, warps, prefetch); block_k is 256 * warps
 GEMV_CANDIDATES = {
@@ -109,7 +108,7 @@ def skinny_task(shape: WeightShape, max_tokens: int, dtype: torch.dtype, device:
         return [functools.partial(_multiply, skinny_gemm, x, weight, options) for weight in weights]
 
     key = (shape.num_rows, shape.k, max_tokens)
-    return Task(SKINNY_CONFIGS, key, skinny_candidates(shape, max_tokens, _shared_bytes(device)), prepare)
+    return Task(SKINNY_CONFIGS, key, skinny_candidates(shape, max_tokens, card_of(device).shared_bytes), prepare)
 
 
 def skinny_candidates(shape: WeightShape, max_tokens: int, shared_bytes: int) -> list[SkinnyConfig]:
@@ -126,13 +125,6 @@ def skinny_candidates(shape: WeightShape, max_tokens: int, shared_bytes: int) ->
         if shape.k % (config.block_k * config.num_warps) == 0
         and config.num_stages * stage_bytes(config) <= shared_bytes
     ]
-
-
-def _shared_bytes(device: torch.device) -> int:
-    """Return the shared memory that one program may have."""
-    if device.type != "cuda":
-        return INTERPRETED_SHARED_BYTES
-    return driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
 def _multiply(

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from kernels.card import HOPPER_SHARED_BYTES
 from kernels.elementwise import act_and_mul_torch
-from kernels.gated_gemm import ROWS, SHARED_BYTES, TILE_COLUMNS, Tile, can_gated_gemm, choose_tile, gated_gemm, source
+from kernels.gated_gemm import ROWS, TILE_COLUMNS, Tile, can_gated_gemm, choose_tile, gated_gemm, source
 
 SIZES = [14336, 7168, 3072, 1536, 11008, 9728, 8960, 576, 64]
 TILES = [Tile(columns, shares_weights) for columns in TILE_COLUMNS for shares_weights in (True, False)]
@@ -29,7 +30,7 @@ def test_the_tile_is_the_one_that_leaves_fewest_multiprocessors_idle() -> None:
 @pytest.mark.parametrize("tile", TILES)
 def test_a_block_fits_into_a_multiprocessor(tile: Tile) -> None:
     assert tile.num_stages >= 3
-    assert tile.shared_bytes <= SHARED_BYTES
+    assert tile.shared_bytes <= HOPPER_SHARED_BYTES
     assert tile.columns % 16 == 0, "columns are written in pairs of groups of 8"
 
 

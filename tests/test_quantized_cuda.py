@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from kernels import elementwise, quantized_few, quantized_many
+from kernels.card import HOPPER_SHARED_BYTES, INTERPRETER, Card
 from kernels.quantized import FP8, Format, QuantizedWeight, quantize_inputs
 from kernels.quantized_cuda import CudaQuantizedWeight, can_tile
 from kernels.quantized_few import MAX_TOKENS, TOKEN_TILES, FewConfig, default_config, source
-from kernels.quantized_kernel import SHARED_BYTES, Kind
+from kernels.quantized_kernel import Kind
 from kernels.quantized_layout import tile_codes
 from kernels.quantized_many import MOST_TOKENS, ManyConfig
 from kernels.triton_quantized import round_inputs
@@ -150,13 +151,22 @@ def test_codes_take_no_more_memory_in_tiles() -> None:
     assert tile_codes(weight.form, weight.codes, 256).nbytes == weight.codes.nbytes
 
 
+A100 = Card("A100", (8, 0), 108, 163 << 10)
+H200 = Card("H200", (9, 0), 132, 227 << 10)
+RTX_5090 = Card("RTX 5090", (12, 0), 170, 99 << 10)  # it has clusters, and little shared memory
+
+
+def pretend(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_few, "card_of", lambda device: card)
+    quantized_few._fitting.cache_clear()
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shape", [(6144, 4096), (28672, 4096), (4096, 14336), (960, 576), (576, 64), (128256, 4096)])
 def test_every_number_of_tokens_has_a_configuration_that_fits(
     shape: tuple[int, int], bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantized_few, "has_dependent_launch", lambda device: True)
-    quantized_few._fitting.cache_clear()
+    pretend(H200, monkeypatch)
     num_rows, k = shape
     kind = Kind(Format("int4" if bits == 4 else "fp8", 128, scale_dtype=F16), BF16, bits == 4, 128, F16)
     for token_tiles in TOKEN_TILES:
@@ -170,14 +180,15 @@ def test_every_number_of_tokens_has_a_configuration_that_fits(
             assert "#define IS_ONE 1" in text or token_tiles
 
 
-@pytest.mark.parametrize("is_new", [True, False])
-def test_one_token_always_has_a_configuration(is_new: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized_few, "has_dependent_launch", lambda device: is_new)
-    quantized_few._fitting.cache_clear()
+@pytest.mark.parametrize("card", [INTERPRETER, A100, H200, RTX_5090], ids=lambda card: card.name)
+def test_one_token_always_has_a_configuration_that_fits(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(card, monkeypatch)
     for form in (Format("int8", 16), Format("int8", 32, has_minimum=True), Format("int4", 16, table="fp4")):
         kind = Kind(form, BF16, True, form.group_size, F32)
         for num_rows, k in ((4096, 14336), (8192, 28672), (64, 64)):
-            assert quantized_few.few_config(kind, num_rows, k, 0, False, torch.device("cpu"))
+            config = quantized_few.few_config(kind, num_rows, k, 0, False, torch.device("cpu"))
+            assert config and quantized_few._shared_bytes(config, kind, 1, k) <= card.shared_bytes
+            assert config.split == 1 or card.capability >= (9, 0)
 
 
 def test_no_part_of_several_tokens_is_taken_for_a_single_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,9 +198,8 @@ def test_no_part_of_several_tokens_is_taken_for_a_single_one(monkeypatch: pytest
         def launch(self, num_blocks: int, split: int, shared_bytes: int, args: Any, device: torch.device) -> None:
             sizes.append(args[0].num_tokens)
 
-    monkeypatch.setattr(quantized_few, "has_dependent_launch", lambda device: True)
+    pretend(H200, monkeypatch)
     monkeypatch.setattr(quantized_few, "_kernel", lambda *_: Kernel())
-    quantized_few._fitting.cache_clear()
     kind, k = Kind(Format("fp8", inputs="fp8"), BF16, False, 0, F32), 14336  # so many columns of 64 tokens fit no block
     codes = torch.zeros(1)
     for num_tokens in range(2, MAX_TOKENS + 1):
@@ -211,7 +221,7 @@ def test_a_stage_of_many_tokens_is_what_a_copy_may_be(name: str, shape: tuple[in
         config = quantized_many.fitting(config, kind, k)
         assert config.stages >= 2 and config.tokens <= 256
         assert config.split <= -(-k // 128)
-        assert quantized_many.shared_bytes(kind, config) <= SHARED_BYTES
+        assert quantized_many.shared_bytes(kind, config) <= HOPPER_SHARED_BYTES
         text = quantized_many.source(kind, config)
         assert f'"m64n{config.tokens}k{16 if is_tiled else 32}.' in text
         for num_bytes in quantized_many._box_bytes(kind):
