@@ -59,9 +59,9 @@ def _sample_triton(logits: torch.Tensor, params: tuple[torch.Tensor | None, ...]
         ids,
         groups,
         logits.stride(0),
+        num_blocks,
         V=vocab_size,
-        NUM_BLOCKS=num_blocks,
-        NUM_GROUPS=groups_a_piece,
+        NUM_GROUPS=0 if params is None else groups_a_piece,  # 0: one kernel for pieces of any length
         MAX_LISTED_K=MAX_LISTED_K,
         BLOCK=PIECE_BLOCK,
         **launch_options(logits.device, num_warps=PIECE_BLOCK // 256),
@@ -123,8 +123,8 @@ def _piece_winner_kernel(
     ids,
     groups,
     logits_stride,
+    num_blocks,
     V: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     MAX_LISTED_K: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -138,21 +138,21 @@ def _piece_winner_kernel(
     wait_for_input(PDL)
     row = tl.program_id(0)
     logits += row.to(tl.int64) * logits_stride
-    start = tl.program_id(1) * NUM_BLOCKS * BLOCK
+    start = tl.program_id(1) * num_blocks * BLOCK
     piece = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     if temperature is None:
-        largest, best, best_id, _ = _best_of_piece(logits, start, 1.0, 0, 0, True, V, NUM_BLOCKS, BLOCK)
+        largest, best, best_id, _ = _best_of_piece(logits, start, num_blocks, 1.0, 0, 0, True, V, BLOCK)
     else:
         entry = row
         if rows is not None:
             entry = tl.load(rows + row)
         temp = tl.load(temperature + entry)
         if (temp < 1e-6) | (tl.load(top_k + entry) <= MAX_LISTED_K):
-            largest, best, best_id, lanes = _best_of_piece(logits, start, 1.0, 0, 0, True, V, NUM_BLOCKS, BLOCK)
+            largest, best, best_id, lanes = _best_of_piece(logits, start, num_blocks, 1.0, 0, 0, True, V, BLOCK)
         else:
             key1, key2 = _noise_keys(tl.load(seed + entry), tl.load(position + row))
             largest, best, best_id, lanes = _best_of_piece(
-                logits, start, 1.0 / temp, key1, key2, False, V, NUM_BLOCKS, BLOCK
+                logits, start, num_blocks, 1.0 / temp, key1, key2, False, V, BLOCK
             )
         of_groups = tl.max(tl.reshape(lanes, [NUM_GROUPS, BLOCK // NUM_GROUPS]), axis=1)
         tl.store(groups + piece * NUM_GROUPS + tl.arange(0, NUM_GROUPS), of_groups)
@@ -165,19 +165,19 @@ def _piece_winner_kernel(
 def _best_of_piece(
     logits,
     start,
+    num_blocks,
     inverse,
     key1,
     key2,
     IS_GREEDY: tl.constexpr,
     V: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_id = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
     has_nan = tl.zeros([BLOCK], tl.int32)
-    for i in range(NUM_BLOCKS):
+    for i in range(num_blocks):
         token_id = start + i * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits + token_id, mask=token_id < V, other=float("-inf")).to(tl.float32)
         has_nan |= (x != x).to(tl.int32)
@@ -645,8 +645,8 @@ def logsumexp_triton(logits: torch.Tensor) -> torch.Tensor:
             logits,
             of_pieces,
             logits.stride(0),
+            num_blocks,
             V=vocab_size,
-            NUM_BLOCKS=num_blocks,
             BLOCK=PIECE_BLOCK,
             **launch_options(logits.device, num_warps=PIECE_BLOCK // 256),
         )
@@ -659,18 +659,18 @@ def _piece_logsumexp_kernel(
     logits,
     of_pieces,
     logits_stride,
+    num_blocks,
     V: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_input(PDL)
     row = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * NUM_BLOCKS * BLOCK
+    start = tl.program_id(1) * num_blocks * BLOCK
     # Not -inf: of two such, the difference is no number.
     largest = tl.full([BLOCK], -3.0e38, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for i in range(NUM_BLOCKS):
+    for i in range(num_blocks):
         token_id = start + i * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(logits + row * logits_stride + token_id, mask=token_id < V, other=float("-inf")).to(tl.float32)
         new_largest = tl.maximum(largest, x)
