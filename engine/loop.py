@@ -243,6 +243,8 @@ class StepLoop:
             return None
         scheduler = self.scheduler
         budget = self._pace.prefill_budget(scheduler.num_streams)
+        if (graphs := self.runner.graphs) is not None:
+            budget.sizes = graphs.prompt_sizes(scheduler.num_decodes, scheduler.groups.groups is not None)
         if self.runner.splitter.can_split:  # else there is no need to count
             best = self.runner.splitter.best_prompt_tokens(scheduler.num_decodes, scheduler.num_context_tokens)
             if best is not None:

@@ -15,7 +15,7 @@ from engine.schedule.plan import Groups, Plan
 from engine.schedule.rows import Rows
 from engine.step.batch import BATCH_FIELDS, GROUP_FIELDS, SAMPLE_FIELDS, StagedBatch, Stager
 from engine.step.batch import plan_of as read_plan
-from engine.step.cuda_graph import MAX_PROMPTS, fitting_ladders, rounded_up, useful_sizes
+from engine.step.cuda_graph import MAX_PROMPTS, fitting_ladders, rounded_up, unpadded_sizes, useful_sizes
 from engine.step.fields import FIELDS, Field, Layout, Size, StepShape
 
 
@@ -140,6 +140,25 @@ def test_ladders_keep_to_their_limits_and_cover_all_numbers_of_requests(
             assert max(ladder.num_decodes for ladder in ours) == min(1024, max_requests)
             assert max(ladder.num_prompts for ladder in ours) >= min(MAX_PROMPTS, max_requests)
         assert len({(ladder.num_decodes, ladder.num_prompts) for ladder in ours}) == len(ours)
+
+
+@pytest.mark.parametrize("has_groups", [False, True])
+@pytest.mark.parametrize("num_decodes", [0, 4, 40, 300, 1000])
+def test_steps_of_unpadded_sizes_have_a_graph_or_a_shape_just_as_large(num_decodes: int, has_groups: bool) -> None:
+    ladders = fitting_ladders(8192, 2117, 1024)
+    sizes = unpadded_sizes(ladders, num_decodes, has_groups, max_tokens=8192)
+    assert sizes == sorted(set(sizes)) and num_decodes + sizes[-1] == 8192
+    fitting = [ladder for ladder in ladders if ladder.num_decodes >= num_decodes and ladder.has_groups == has_groups]
+    for size in sizes:
+        if ladder := next((ladder for ladder in fitting if size <= ladder.num_tokens[-1]), None):
+            assert size in ladder.num_tokens
+        else:
+            eager = StepShape(num_decodes, 1, size, 1, has_groups)
+            assert rounded_up(eager, 8192).num_prefill_tokens == size
+
+
+def test_without_graphs_no_size_is_preferred() -> None:
+    assert unpadded_sizes([], 4, has_groups=False, max_tokens=8192) == []
 
 
 def test_a_size_is_used_only_if_no_larger_one_takes_less() -> None:

@@ -40,6 +40,13 @@ class ManualSplitter:
         return self.best
 
 
+class ManualGraphs:
+    """Stands in for StepGraphs: beside decodes the device pads prompts up to multiples of 16."""
+
+    def prompt_sizes(self, num_decodes: int, has_groups: bool) -> list[int]:
+        return [] if has_groups or not num_decodes else [16, 32, 48, 64]
+
+
 class ManualRunner:
     """Stands in for ModelRunner: every request's next token is `TOKEN`, once `finish` is called for its step."""
 
@@ -48,6 +55,7 @@ class ManualRunner:
         self.ends: list[Future[None]] = []  # of the launched steps
         self.error: Exception | None = None
         self.ranks = None
+        self.graphs: ManualGraphs | None = None
         self.splitter = ManualSplitter()
 
     def launch(self, plan: Plan) -> Step:
@@ -304,6 +312,19 @@ async def test_beside_decodes_a_chunk_is_as_long_as_suits_the_device() -> None:
         await runner.finish(1)
         await runner.finish(2)
         assert [step.plan.num_prefill_tokens for step in runner.launched] == [3, 0, 50, 50, 50]
+
+
+async def test_beside_decodes_a_chunk_fills_what_the_device_computes_anyway() -> None:
+    async with running_loop() as (loop, runner):
+        submit(loop, [1, 2, 3])
+        await settle()
+        runner.splitter.best, runner.splitter.can_split = 50, True
+        runner.graphs = ManualGraphs()
+        submit(loop, [*range(4, 204)])
+        await runner.finish(0)
+        await runner.finish(1)
+        await runner.finish(2)
+        assert [step.plan.num_prefill_tokens for step in runner.launched] == [3, 0, 48, 48, 48]
 
 
 def test_prompt_chunks_are_cut_so_that_streams_keep_their_pace() -> None:

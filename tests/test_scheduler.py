@@ -544,6 +544,20 @@ def test_a_prompt_behind_a_long_cached_one_gets_as_few_tokens_as_its_context_all
     assert [state.num_cached_tokens for state in tails] == [3200, 3200]
 
 
+@pytest.mark.parametrize(
+    ("work", "cut"),
+    [(1000, 896 - 60), (1250, 1280 - 60), (1200, 896 - 60), (100, 100 - 60), (50, 50), (9000, 3000)],
+    ids=["down", "up by 3 %", "down by a third", "below the least", "the first alone", "to the end of the prompt"],
+)
+def test_a_prompt_is_cut_where_a_step_is_not_padded(work: int, cut: int) -> None:
+    traffic = Traffic(8192, chunk=8192)
+    traffic.submit(list(range(1, 61)), max_new_tokens=1)
+    traffic.submit(list(range(100, 3100)), max_new_tokens=1)
+    plan = traffic.scheduler.schedule(PrefillBudget(8192, work=work, sizes=[896, 1280, 4096]))
+    assert plan is not None
+    assert plan.q_lens.tolist() == ([60, cut] if work > 60 else [cut])
+
+
 # ---- several tokens a row ----
 
 NUM_DRAFTS = 2

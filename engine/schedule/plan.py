@@ -1,7 +1,9 @@
 """The scheduler's decision for one step: plain arrays, all that the runner gets. And the budget it decides within."""
 
+import bisect
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +11,8 @@ import numpy as np
 
 from engine.schedule.cohort import Cohort
 from engine.state import RequestState
+
+SIZE_SLACK = 1.03  # times what a step's prompts may take, if they fill a size then
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +103,24 @@ class PrefillBudget:
     work: float = math.inf  # as of `prefill_work`
     context_cost: float = 0.0
     min_tokens: int = 0  # are granted, whatever work they are: a prompt must not starve
+    sizes: Sequence[int] = ()  # ascending, of all chunks together, up to which the device pads others; (): it does not
+    num_spent: int = 0
 
     @property
     def is_spent(self) -> bool:
         return self.max_tokens <= 0 or (self.work <= 0 and self.min_tokens <= 0)
 
     def num_tokens_behind(self, context: int) -> int:
-        """Return how long a chunk behind `context` tokens may be: one token at least."""
+        """Return how long a chunk behind `context` tokens may be: one token at least.
+
+        It ends where the step has one of the sizes that the device need not pad.
+        """
+        affordable = self._affordable(context)
+        index = bisect.bisect_right(self.sizes, SIZE_SLACK * (self.num_spent + affordable))
+        filling = self.sizes[index - 1] - self.num_spent if index else 0
+        return filling if self.min_tokens <= filling <= self.max_tokens and filling > 0 else affordable
+
+    def _affordable(self, context: int) -> int:
         if math.isinf(self.work):
             return self.max_tokens
         work, of_first = max(self.work, 0.0), 1 + self.context_cost * context
@@ -113,6 +128,7 @@ class PrefillBudget:
         return min(max(affordable, self.min_tokens, 1), self.max_tokens)
 
     def spend(self, num_tokens: int, context: int) -> None:
+        self.num_spent += num_tokens
         self.max_tokens -= num_tokens
         self.room -= num_tokens
         self.min_tokens -= num_tokens

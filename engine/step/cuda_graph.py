@@ -92,6 +92,7 @@ class StepGraphs:
         self._stager, self._run, self._meet = stager, run, meet
         self._graphs: dict[StepShape, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, StagedBatch]] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._prompt_sizes: dict[tuple[int, bool], list[int]] = {}
 
     def shape_for(self, plan: Plan) -> StepShape | None:
         """Return the shape of the graph that serves `plan`. None: it is too large, or asks for what no graph does."""
@@ -117,6 +118,13 @@ class StepGraphs:
                 size = ladder.num_tokens[bisect.bisect_left(ladder.num_tokens, num_tokens)]
                 return self._prefill_shape(ladder, size)
         return None
+
+    def prompt_sizes(self, num_decodes: int, has_groups: bool) -> list[int]:
+        """Return what `unpadded_sizes` does of these graphs; it must not be written to."""
+        key = num_decodes, has_groups
+        if key not in self._prompt_sizes:
+            self._prompt_sizes[key] = unpadded_sizes(self.ladders, *key, self._stager.max_tokens)
+        return self._prompt_sizes[key]
 
     def eager_shape(self, plan: Plan) -> StepShape:
         """Return the shape of a step that no graph serves."""
@@ -251,6 +259,21 @@ def fitting_ladders(max_prompt_tokens: int, max_tokens: int, max_requests: int) 
         if num_tokens and not is_covered:
             ladders.append(ladder._replace(num_decodes=num_decodes, num_tokens=num_tokens))
     return ladders
+
+
+def unpadded_sizes(ladders: Sequence[Ladder], num_decodes: int, has_groups: bool, max_tokens: int) -> list[int]:
+    """Return the numbers of prompt tokens, ascending, of steps that are not padded, with a graph or without one.
+
+    num_decodes, has_groups: of the step's other tokens. max_tokens: of all of a step.
+    """
+    sizes: list[int] = []
+    for ladder in ladders:
+        if num_decodes <= ladder.num_decodes and has_groups == ladder.has_groups:
+            sizes += [size for size in ladder.num_tokens if not sizes or size > sizes[-1]]
+    num_tokens = num_decodes + (sizes[-1] if sizes else 0)
+    while ladders and (num_tokens := _round_up(num_tokens + 1)) <= max_tokens:
+        sizes.append(num_tokens - num_decodes)
+    return sizes
 
 
 def rounded_up(shape: StepShape, max_tokens: int) -> StepShape:
