@@ -545,17 +545,17 @@ def test_a_prompt_behind_a_long_cached_one_gets_as_few_tokens_as_its_context_all
 
 
 @pytest.mark.parametrize(
-    ("work", "cut"),
-    [(1000, 896 - 60), (1250, 1280 - 60), (1200, 896 - 60), (100, 100 - 60), (50, 50), (9000, 3000)],
-    ids=["down", "up by 3 %", "down by a third", "below the least", "the first alone", "to the end of the prompt"],
+    ("work", "lengths"),
+    [(1000, [60, 836]), (1250, [60, 1220]), (1200, [60, 836]), (800, [60, 740]), (50, [50]), (4500, [60, 3000, 1036])],
+    ids=["down", "up by 3 %", "down by a quarter", "below the least size", "less than the first prompt", "all three"],
 )
-def test_a_prompt_is_cut_where_a_step_is_not_padded(work: int, cut: int) -> None:
-    traffic = Traffic(8192, chunk=8192)
-    traffic.submit(list(range(1, 61)), max_new_tokens=1)
-    traffic.submit(list(range(100, 3100)), max_new_tokens=1)
+def test_a_prompt_is_cut_where_a_step_is_not_padded(work: int, lengths: list[int]) -> None:
+    traffic = Traffic(16384, chunk=8192)
+    for length in (60, 3000, 4000):
+        traffic.submit([length, *range(1, length)], max_new_tokens=1)
     plan = traffic.scheduler.schedule(PrefillBudget(8192, work=work, sizes=[896, 1280, 4096]))
     assert plan is not None
-    assert plan.q_lens.tolist() == ([60, cut] if work > 60 else [cut])
+    assert plan.q_lens.tolist() == lengths
 
 
 # ---- several tokens a row ----

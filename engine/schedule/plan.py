@@ -105,10 +105,11 @@ class PrefillBudget:
     min_tokens: int = 0  # are granted, whatever work they are: a prompt must not starve
     sizes: Sequence[int] = ()  # ascending, of all chunks together, up to which the device pads others; (): it does not
     num_spent: int = 0
+    num_filling: int = 0  # of num_spent, with which a size is filled and nothing more is to be had; 0: see the others
 
     @property
     def is_spent(self) -> bool:
-        return self.max_tokens <= 0 or (self.work <= 0 and self.min_tokens <= 0)
+        return self.num_spent == self.num_filling > 0 or self.max_tokens <= 0 or (self.work <= 0 and self.min_tokens <= 0)
 
     def num_tokens_behind(self, context: int) -> int:
         """Return how long a chunk behind `context` tokens may be: one token at least.
@@ -117,8 +118,11 @@ class PrefillBudget:
         """
         affordable = self._affordable(context)
         index = bisect.bisect_right(self.sizes, SIZE_SLACK * (self.num_spent + affordable))
-        filling = self.sizes[index - 1] - self.num_spent if index else 0
-        return filling if self.min_tokens <= filling <= self.max_tokens and filling > 0 else affordable
+        self.num_filling = self.sizes[index - 1] if index else 0
+        rest = self.num_filling - self.num_spent
+        if rest <= 0 or not self.min_tokens <= rest <= self.max_tokens:
+            self.num_filling, rest = 0, affordable
+        return rest
 
     def _affordable(self, context: int) -> int:
         if math.isinf(self.work):
