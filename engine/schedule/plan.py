@@ -105,11 +105,13 @@ class PrefillBudget:
     min_tokens: int = 0  # are granted, whatever work they are: a prompt must not starve
     sizes: Sequence[int] = ()  # ascending, of all chunks together, up to which the device pads others; (): it does not
     num_spent: int = 0
-    num_filling: int = 0  # of num_spent, with which a size is filled and nothing more is to be had; 0: see the others
+    num_filling: int = 0  # value of num_spent at which a size is filled, and no further one will be; 0: there is none
 
     @property
     def is_spent(self) -> bool:
-        return self.num_spent == self.num_filling > 0 or self.max_tokens <= 0 or (self.work <= 0 and self.min_tokens <= 0)
+        if self.max_tokens <= 0 or self.num_spent == self.num_filling > 0:
+            return True
+        return self.work <= 0 and self.min_tokens <= 0
 
     def num_tokens_behind(self, context: int) -> int:
         """Return how long a chunk behind `context` tokens may be: one token at least.
