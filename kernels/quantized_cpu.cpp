@@ -1,7 +1,8 @@
 // Products of weights of few bits: the compiled half of quantized_cpu.py, which says why it is as it is.
 //
-// x W^T is summed in float32, x [T, k] and W[n, k] = value(codes[n, k]) * scale[n, g] - shift[n, g]. There are two ways:
-// that of vectors alone, and that of the matrix units, which few tokens take by vectors. A call's T says which one.
+// x W^T is summed in float32, x [T, k] and W[n, k] = value(codes[n, k]) * scale[n, g] - shift[n, g]. There are three ways:
+// that of vectors alone; that of the matrix units, which few tokens take by vectors; and, where there is nothing better
+// than AVX2, that of integers. Which one does not depend on a call's T.
 
 #include "quantized_cpu.h"
 #include "quantized_cpu_vectors.h"
@@ -11,6 +12,9 @@
 #include "quantized_cpu_tiles.h"
 #else
 #define HAS_TILES 0
+#if LANES == 8
+#include "quantized_cpu_integers.h"
+#endif
 extern "C" int enable_tiles() { return 0; }
 #endif
 
@@ -59,6 +63,12 @@ static void plan_tokens(const Weight &w, const Call &c, int64_t first_token, int
     job.first_token = first_token, job.num_tokens = num_tokens;
     job.num_outputs = c.act ? w.n / 2 : w.n;
     int64_t num_floats = num_tokens * w.k, cuts_floats = 0, num_inputs = num_tokens;
+#if LANES == 8
+    if (takes_integers(w, c)) {
+        job.prepare = prepare_steps, job.multiply = take_integers;
+        num_floats = num_tokens * Cut(w).floats();
+    }
+#endif
 #if HAS_TILES
     if (takes_tiles(w, c)) {
         cuts_floats = Cuts::floats(w);

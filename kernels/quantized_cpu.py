@@ -3,7 +3,9 @@
 Codes are decoded in registers and meet unrounded inputs. Rounding inputs to 8 bits for integer products, as llama.cpp
 does, is not needed: one permutation of a vector of AVX-512 decodes 16 codes, so that a few tokens take little longer
 than one, and AMX takes codes as bfloat16, which are exact, and groups' sums are scaled in float32. Nothing is rounded
-but sums, once. A token's results are the same bits alone, beside others and in chunks: where AMX is slower, for three
+but sums, once. Only AVX2 is so slow with float32 that its products of integers take inputs of bfloat16 and float16 as
+integers of 16 bits: what moves by that is 2^-16 of the largest of 32 inputs at most, and bfloat16's own last bits are
+2^-9 of theirs. A token's results are the same bits alone, beside others and in chunks: where AMX is slower, for three
 tokens and fewer, vectors add in its order.
 
 The codes stay where they are, in the layout of `QuantizedWeight`, and are shared with an embedding that is tied to the
