@@ -25,7 +25,8 @@ from kernels.weights import Norm, Weight
 # FEW_TOKENS; up to FEW_DECODED_TOKENS beside `quantized_many`, which of 8 bits by 8 takes all but single tokens.
 FEW_TOKENS = 16
 FEW_DECODED_TOKENS = 12
-DECODED_TOKENS = 1024  # up to so many `quantized_many` is faster than dequantizing
+DECODED_TOKENS = 1024  # up to so many `quantized_many` is faster than dequantizing,
+LONG_ROW = 8192  # with any number for rows as long as this: a tile's start and end are a smaller part of it
 DIRECT_TOKENS = 256  # up to so many it is faster than the Triton product of 8 bits
 ANY_NUMBER = 1 << 30
 PANEL_BYTES = 32 << 20  # of dequantized rows
@@ -145,7 +146,9 @@ class CudaQuantizedWeight(Weight):
             most_few = FEW_DECODED_TOKENS if self.kind.is_tiled else 1
             if has_blocks(self.kind):
                 return most_few, ANY_NUMBER
-            return most_few, DIRECT_TOKENS if has_gemm else DECODED_TOKENS
+            if has_gemm:
+                return most_few, DIRECT_TOKENS
+            return most_few, DECODED_TOKENS if self.k < LONG_ROW else ANY_NUMBER
         if has_gemm:
             return FEW_TOKENS if not self.form.input_group else 2 * FEW_TOKENS, 0
         return MAX_TOKENS, 0

@@ -73,34 +73,67 @@ def _dequantize_tiles_kernel(
     chunk = tl.program_id(1) * CHUNKS + tl.arange(0, CHUNKS)
     start = tile.to(tl.int64) * num_chunks
     is_chunk = chunk < num_chunks
+    # A thread's words: [chunk, r, t and j, u and v]. Scales are as many as there are groups, not numbers.
+    column = chunk[:, None, None, None] * 64
+    if GROUP > 0 and GROUP < 64:
+        column += (tl.arange(0, 16) % 4 * 16)[None, None, :, None]
+    is_column = (column >= 0) & (column < num_chunks * 64)
+    r = tl.arange(0, 8)[None, :, None, None]
     if CODE == "int4":
         word = tl.arange(0, 128)
         words = tl.load(codes + (start + chunk)[:, None] * 128 + word[None, :], mask=is_chunk[:, None], other=0)
-        low = _nibbles_of_half(words, 0, table)
-        high = _nibbles_of_half(words, 1, table)
+        words = tl.reshape(words, [CHUNKS, 8, 16])
+        low = tl.reshape(_nibbles_of_half(words, 0, table), [CHUNKS, 8, 16, 4])
+        high = tl.reshape(_nibbles_of_half(words, 1, table), [CHUNKS, 8, 16, 4])
+        low = _scaled_tile(low, parameters, scale, tile, r, column, num_rows, num_groups, is_column, GROUP, OFFSET)
+        high = _scaled_tile(
+            high, parameters, scale, tile, 8 + r, column, num_rows, num_groups, is_column, GROUP, OFFSET
+        )
+        # Rounded before they change places, which takes the time that their bytes do.
+        values = tl.join(low.to(out.dtype.element_ty), high.to(out.dtype.element_ty))
         # [chunk, r, t, j, u, v, half]
-        values = tl.reshape(tl.join(low, high), [CHUNKS, 8, 4, 4, 2, 2, 2])
-        values = tl.permute(values, [6, 1, 0, 3, 4, 2, 5])
+        values = tl.permute(tl.reshape(values, [CHUNKS, 8, 4, 4, 2, 2, 2]), [6, 1, 0, 3, 4, 2, 5])
     else:
         byte = tl.arange(0, 1024)
         numbers = tl.load(codes + (start + chunk)[:, None] * 1024 + byte[None, :], mask=is_chunk[:, None], other=0)
+        values = tl.reshape(number_of(numbers, CODE), [CHUNKS, 16, 16, 4])
+        rows = tl.arange(0, 16)[None, :, None, None]
+        values = _scaled_tile(
+            values, parameters, scale, tile, rows, column, num_rows, num_groups, is_column, GROUP, OFFSET
+        )
         # [chunk, half, r, t, j, u, v]
-        values = tl.reshape(number_of(numbers, CODE), [CHUNKS, 2, 8, 4, 4, 2, 2])
+        values = tl.reshape(values.to(out.dtype.element_ty), [CHUNKS, 2, 8, 4, 4, 2, 2])
         values = tl.permute(values, [1, 2, 0, 4, 5, 3, 6])
     values = tl.reshape(values, [16, CHUNKS * 64])
 
-    row = tl.arange(0, 16)
-    column = tl.program_id(1) * CHUNKS * 64 + tl.arange(0, CHUNKS * 64)
-    is_row = tl.program_id(0) * 16 + row < num_rows
-    mask = is_row[:, None] & (column < num_chunks * 64)[None, :]
+    place = tl.program_id(0) * 16 + tl.arange(0, 16)
+    columns = tl.program_id(1) * CHUNKS * 64 + tl.arange(0, CHUNKS * 64)
+    mask = (place < num_rows)[:, None] & (columns < num_chunks * 64)[None, :]
+    tl.store(out + place.to(tl.int64)[:, None] * num_chunks * 64 + columns[None, :], values, mask=mask)
+
+
+@triton.jit
+def _scaled_tile(
+    values,
+    parameters,
+    scale,
+    tile,
+    row,
+    column,
+    num_rows,
+    num_groups,
+    mask,
+    GROUP: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """Return the numbers that a tile's `values` are the codes of. row, column: where they are, as few as scales are."""
     if GROUP == 0:
         if OFFSET is not None:
             values -= 8.0
-        values *= tl.load(scale + tile * 16 + row, mask=is_row, other=0.0)[:, None]
+        is_row = tl.program_id(0) * 16 + row < num_rows
+        return values * tl.load(scale + tile * 16 + row, mask=is_row, other=0.0)
     else:
-        values = _scaled(values, parameters, tile, row[:, None], column[None, :], num_groups, mask, GROUP, OFFSET)
-    place = (tl.program_id(0) * 16 + row).to(tl.int64)[:, None] * num_chunks * 64 + column[None, :]
-    tl.store(out + place, values.to(out.dtype.element_ty), mask=mask)
+        return _scaled(values, parameters, tile, row, column, num_groups, mask, GROUP, OFFSET)
 
 
 @triton.jit
