@@ -16,6 +16,37 @@ LAUNCH_MARGIN = 1.25  # factor on the expected launch time: launches vary, and t
 MIN_LIMIT_DECODES = 4
 CHUNK_GAIN = 16  # how much less time a token takes in a chunk than in a decode step of its own, at a guess
 STEP_MARGIN = 0.9  # share of a step's time budget that is planned for: steps vary
+MAX_GUESS_ERROR = 4  # factor between the cost of context and the guess, at most
+FADING = 0.98  # of what older steps say of that cost, with each new one
+GUESS_WEIGHT = 0.01  # of the guess, beside a step
+
+
+class ContextCost:
+    """Fit what a prompt token costs, and each token that it attends to, to the steps seen, by least squares.
+
+    Attention reaches another share of its peak than the products do, by kernel and device: with a wrong cost, chunks
+    take longer than planned at the start of a prompt, or at its end.
+    """
+
+    def __init__(self, guess: float) -> None:
+        """guess: cost of attending to one token, as a share of a prompt token's other cost; 0: it costs nothing."""
+        self.value = self._guess = guess
+        self._xx = self._xy = self._yy = self._x = self._y = 0.0  # sums of products; x: prompt tokens/s, y: context/s
+
+    def observe(self, num_tokens: float, num_context: float, seconds: float) -> None:
+        """Take in that `num_tokens`, which attended to `num_context` tokens in all, took `seconds`."""
+        if not self._guess or not seconds:
+            return
+        x, y = num_tokens / seconds, self._guess * num_context / seconds
+        prior = GUESS_WEIGHT * (x + y) ** 2  # says that the guess is right: that x and y cost the same
+        self._xx = FADING * self._xx + x * x + prior
+        self._xy = FADING * self._xy + x * y - prior
+        self._yy = FADING * self._yy + y * y + prior
+        self._x, self._y = FADING * self._x + x, FADING * self._y + y
+        of_tokens = self._x * self._yy - self._y * self._xy
+        of_context = self._y * self._xx - self._x * self._xy
+        factor = of_context / of_tokens if of_tokens > 0 else MAX_GUESS_ERROR
+        self.value = self._guess * min(max(factor, 1 / MAX_GUESS_ERROR), MAX_GUESS_ERROR)
 
 
 class StepPace:
@@ -35,16 +66,16 @@ class StepPace:
     ) -> None:
         """Start without estimates.
 
-        max_step_ms: time budget of a step while answers stream; None: no limit. context_cost: cost of attending to one
-        token of context, as a share of a prompt token's other cost. min_lead_s: see `lead_s`. max_wait_s: time budget
-        of every step, for what may arrive meanwhile; None: no limit. Large models may take longer.
+        max_step_ms: time budget of a step while answers stream; None: no limit. context_cost: see `ContextCost`.
+        min_lead_s: see `lead_s`. max_wait_s: time budget of every step, for what may arrive meanwhile; None: no limit.
+        Large models may take longer.
         """
         self.max_step_s = None if max_step_ms is None else max_step_ms / 1e3
         self.max_wait_s = max_wait_s
         self.chunked_prefill_size = chunked_prefill_size
         self.min_tokens = max(int(chunked_prefill_size * MIN_PREFILL_SHARE), 1)
         self.min_sample_work = max(int(chunked_prefill_size * MIN_SAMPLE_SHARE), 1)
-        self.context_cost, self.min_lead_s = context_cost, min_lead_s
+        self.context_cost, self.min_lead_s = ContextCost(context_cost), min_lead_s
         self.decode_s = 0.0
         self.prefill_token_s = 0.0  # seconds per prompt token, without its context
         self.slow_token_s = 0.0  # prefill_token_s of the slower recent steps: not every size suits the kernels
@@ -69,23 +100,27 @@ class StepPace:
         # The first chunk must be long enough to sample, and may turn out a little shorter than its budget.
         work = spare_s / self.slow_token_s if self.slow_token_s else 2 * self.min_sample_work
         budget.work = min(budget.work, max(work, min_work))
-        budget.context_cost, budget.min_tokens = self.context_cost, self.min_tokens
+        budget.context_cost, budget.min_tokens = self.context_cost.value, self.min_tokens
 
     def observe(self, plan: Plan, device_s: float) -> None:
         """Update the estimates with the device seconds that `plan` took."""
         if plan.is_decode:
             self.decode_s = _follow(self.decode_s, device_s)
-        elif (work := self._prefill_work(plan)) >= self.min_sample_work:
-            token_s = max(device_s - self.decode_s, 0.0) / work
+        elif self._prefill_work(plan) >= self.min_sample_work:
+            prefill_s = max(device_s - self.decode_s, 0.0)
+            num_tokens = plan.num_prefill_tokens
+            self.context_cost.observe(num_tokens, self._prefill_work(plan, 1.0) - num_tokens, prefill_s)
+            token_s = prefill_s / self._prefill_work(plan)
             self.prefill_token_s = _follow(self.prefill_token_s, token_s)
             self.slow_token_s = _follow(self.slow_token_s, token_s, rise=0.3, fall=0.05)
 
-    def _prefill_work(self, plan: Plan) -> float:
+    def _prefill_work(self, plan: Plan, context_cost: float | None = None) -> float:
         """Return the number of prompt tokens in `plan`, each weighted by its context."""
         if plan.is_decode:
             return 0.0
         q_lens, seq_lens = plan.q_lens[plan.num_decodes :], plan.seq_lens[plan.num_decodes :]
-        return float(prefill_work(q_lens, seq_lens - q_lens, self.context_cost).sum())
+        cost = self.context_cost.value if context_cost is None else context_cost
+        return float(prefill_work(q_lens, seq_lens - q_lens, cost).sum())
 
     def observe_launch(self, plan: Plan, host_s: float) -> None:
         """Update the estimates with the host seconds that deciding and enqueuing `plan` took."""

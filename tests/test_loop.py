@@ -361,6 +361,33 @@ def test_chunks_are_the_shorter_the_more_tokens_they_attend_to() -> None:
     assert pace.prefill_budget(4).work == pytest.approx(before.work, rel=0.01)
 
 
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_what_context_costs_is_learned_from_the_steps(factor: float) -> None:
+    pace = StepPace(max_step_ms=60, chunked_prefill_size=8192, context_cost=1e-4)
+    observe(pace, 0, 0.010)
+
+    def seconds(num_tokens: int, context: int) -> float:
+        return 0.010 + 25e-6 * num_tokens * (1 + factor * 1e-4 * (context + num_tokens / 2))
+
+    for _ in range(8):
+        for context in range(0, 24_000, 1_000):
+            chunk = plan_of(1_000)
+            chunk.seq_lens = chunk.q_lens + context
+            pace.observe(chunk, seconds(1_000, context))
+    budget = pace.prefill_budget(num_streams=4)
+    for context in (0, 10_000, 23_000):
+        assert 0.048 <= seconds(budget.num_tokens_behind(context), context) <= 0.058, "nearly as long as it may be"
+
+
+def test_a_kernel_that_is_compiled_meanwhile_does_not_make_context_dear() -> None:
+    pace = StepPace(max_step_ms=60, chunked_prefill_size=8192, context_cost=1e-4)
+    for context in [*range(0, 24_000, 1_000), 23_500]:
+        chunk = plan_of(1_000)
+        chunk.seq_lens = chunk.q_lens + context
+        pace.observe(chunk, 2.0 if context == 23_500 else 25e-6 * 1_000 * (1 + 1e-4 * (context + 500)))
+    assert pace.context_cost.value == pytest.approx(1e-4, rel=0.05)
+
+
 def test_budgets_count_on_the_slower_ones_of_the_last_steps() -> None:
     pace = StepPace(max_step_ms=60, chunked_prefill_size=8192)
     observe(pace, 0, 0.010)

@@ -119,10 +119,11 @@ class PrefillBudget:
         It ends where the step has one of the sizes that the device need not pad.
         """
         affordable = self._affordable(context)
-        index = bisect.bisect_right(self.sizes, SIZE_SLACK * (self.num_spent + affordable))
+        limit = min(SIZE_SLACK * (self.num_spent + affordable), self.num_spent + self.max_tokens)
+        index = bisect.bisect_right(self.sizes, limit)
         self.num_filling = self.sizes[index - 1] if index else 0
         rest = self.num_filling - self.num_spent
-        if rest <= 0 or not self.min_tokens <= rest <= self.max_tokens:
+        if rest < max(self.min_tokens, 1):
             self.num_filling, rest = 0, affordable
         return rest
 
