@@ -49,7 +49,7 @@ from engine.vision.reader import MediaReader, load_reader
 from engine.vision.tower import Tower, load_tower
 from kernels import gated_gemm
 from kernels.attention import choose_backend
-from kernels.card import OLDEST_E4M3
+from kernels.card import OLDEST_E4M3, card_of
 from kernels.dense import SKINNY_MAX_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -175,6 +175,7 @@ def describe_backends(config: EngineConfig, device: torch.device, *, has_corun: 
     if has_corun:
         steps += "; attention of many decodes beside gate and up of prompts"
     return {
+        "kernels by the limits of": card_of(device).describe(),
         "attention": attention[config.attention_backend or "torch"],
         "norms, rope, KV writes": "Triton (one pass each)",
         "products": products,

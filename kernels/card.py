@@ -29,6 +29,21 @@ class Card(NamedTuple):
         """Return what compilers call it."""
         return f"sm_{self.capability[0]}{self.capability[1]}"
 
+    def describe(self) -> str:
+        """Return a line on what the card's kernels are chosen by."""
+        lacks = []
+        if self.capability < OLDEST_BFLOAT16:
+            lacks.append("bfloat16 in hardware, or our CUDA kernels for weights of few bits")
+        if self.capability < OLDEST_E4M3:
+            lacks.append("FP8 in hardware")
+        if not self.is_hopper:
+            lacks.append("our CUDA kernels for Hopper")
+        major, minor = self.capability
+        limits = (
+            f"{self.name}, compute capability {major}.{minor}, {self.shared_bytes >> 10} KiB of shared memory a block"
+        )
+        return f"{limits}; without {', '.join(lacks)}" if lacks else limits
+
 
 # Where Triton's interpreter stands in for a GPU: a small one.
 INTERPRETER = Card("the interpreter", (8, 6), 2, 99 << 10)

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from kernels.attention_batch import AttentionBatch, SharedPrefixes
 from kernels.launch import cdiv, fast_launch, next_power_of_2, num_sms
+from kernels.tile_sizes import fitting
 from kernels.triton_elementwise import prefetch_to_l2
 from kernels.triton_softmax import (
     LOG2_E,
@@ -22,6 +23,7 @@ from kernels.triton_softmax import (
     default_prefill_config,
     find,
     first_seen,
+    fitting_prefill_config,
     launch_settings,
     load_rotated,
     load_slopes,
@@ -39,13 +41,18 @@ DECODE_LIMITS = (4, 16, 1 << 20)
 
 
 def default_decode_config(block_d: int) -> DecodeConfig:
-    """Return what surely fits; block_d: head_dim, rounded up to a power of two."""
+    """Return the configuration of sizes that no table has; block_d: head_dim, rounded up to a power of two."""
     return DecodeConfig(block_n=64 if block_d <= 128 else 32, num_warps=4, num_stages=3, programs_per_sm=2)
 
 
 # Keys: (head_dim rounded up to a power of two, most requests), and (head_dim rounded up to a power of two).
-DECODE_CONFIGS = Configs("decode", DecodeConfig, lambda block_d, _max_requests: default_decode_config(block_d))
-PREFIX_CONFIGS = Configs("prefix", PrefillConfig, default_prefill_config)
+DECODE_CONFIGS = Configs(
+    "decode",
+    DecodeConfig,
+    lambda block_d, _max_requests: default_decode_config(block_d),
+    lambda config, card, block_d, _max_requests: fitting(config, card, block_d, block_d, rows=MIN_DOT_ROWS),
+)
+PREFIX_CONFIGS = Configs("prefix", PrefillConfig, default_prefill_config, fitting_prefill_config)
 
 
 def decode_config(q: torch.Tensor, num_requests: int) -> DecodeConfig:

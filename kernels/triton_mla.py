@@ -15,34 +15,54 @@ from kernels.attention import SameBatch, gather
 from kernels.attention_batch import AttentionBatch, SharedPrefixes
 from kernels.latents import Expansion, LatentSizes, absorb, values_of
 from kernels.launch import next_power_of_2
+from kernels.tile_sizes import MIN_BLOCK, fitting
 from kernels.triton_decode import DECODE_LIMITS, decode
 from kernels.triton_prefill import prefill
-from kernels.triton_softmax import DecodeConfig, PrefillConfig, Rotated
+from kernels.triton_softmax import DecodeConfig, PrefillConfig, Rotated, float32_prefill_config
 from kernels.tuning import Configs
 
+MAX_ROPE = 64  # rotated elements of a key, as far as shared memory is counted
 MAX_GROUP = 64  # heads that read a latent together: their results must fit into a program's registers
 EXPANDED_BYTES = 128 << 20  # of keys and values that are made at once; a layer's may be gigabytes
 
 
 def default_decode_config(_rank: int, _group: int, _limit: int) -> DecodeConfig:
-    """Return what surely fits: eight warps hold the results of 64 heads, and 16 heads of four warps would spill."""
+    """Return the configuration of sizes that no table has.
+
+    Eight warps hold the results of 64 heads, and 16 heads of four warps would spill.
+    """
     return DecodeConfig(block_n=32, num_warps=8, num_stages=3, programs_per_sm=1)
 
 
 def default_absorbed_config(_rank: int) -> PrefillConfig:
-    """Return what surely fits, of prompts and of prefixes that requests share."""
+    """Return the configuration of sizes that no table has, of prompts and of prefixes that requests share."""
     return PrefillConfig(block_m=64, block_n=32, num_warps=8, num_stages=2)
 
 
 def default_expanded_config(key_dim: int, value_dim: int) -> PrefillConfig:
-    """Return what surely fits; sizes are rounded up to powers of two."""
+    """Return the configuration of sizes that no table has; they are rounded up to powers of two."""
     return PrefillConfig(block_m=128, block_n=64 if max(key_dim, value_dim) <= 128 else 32, num_warps=8, num_stages=2)
 
 
 # Keys: (rank, heads of a program, most requests), (rank), and (N, V), rounded up to powers of two.
-DECODE_CONFIGS = Configs("latent_decode", DecodeConfig, default_decode_config)
-ABSORBED_CONFIGS = Configs("latent_absorbed", PrefillConfig, default_absorbed_config)
-EXPANDED_CONFIGS = Configs("latent_expanded", PrefillConfig, default_expanded_config)
+DECODE_CONFIGS = Configs(
+    "latent_decode",
+    DecodeConfig,
+    default_decode_config,
+    lambda config, card, rank, group, _limit: fitting(config, card, rank + MAX_ROPE, 0, rows=max(group, MIN_BLOCK)),
+)
+ABSORBED_CONFIGS = Configs(
+    "latent_absorbed",
+    PrefillConfig,
+    default_absorbed_config,
+    lambda config, card, rank: fitting(config, card, rank + MAX_ROPE, 0),
+)
+EXPANDED_CONFIGS = Configs(
+    "latent_expanded",
+    PrefillConfig,
+    default_expanded_config,
+    lambda config, card, key_dim, value_dim: fitting(config, card, key_dim + MAX_ROPE, value_dim),
+)
 
 
 class LatentConfigs(NamedTuple):
@@ -67,8 +87,10 @@ def config_keys(num_heads: int, sizes: LatentSizes, num_decodes: int) -> LatentC
 def latent_configs(q: torch.Tensor, sizes: LatentSizes, num_decodes: int) -> LatentConfigs:
     """Return the configurations for q [T, H, N + P]."""
     if q.dtype.itemsize == 4:
-        prompts = PrefillConfig(block_m=32, block_n=16, num_warps=4, num_stages=1)
-        return LatentConfigs(DecodeConfig(16, 4, 1, 1), prompts, prompts)
+        rank, width = (next_power_of_2(size) + MAX_ROPE for size in (sizes.rank, sizes.key_dim))
+        absorbed = float32_prefill_config(q.device, rank, 0)
+        expanded = float32_prefill_config(q.device, width, next_power_of_2(sizes.value_dim))
+        return LatentConfigs(DecodeConfig(16, 4, 1, 1), absorbed, expanded)
     keys = config_keys(q.shape[1], sizes, num_decodes)
     return LatentConfigs(*(configs.get(q.device, *key) for configs, key in keys))
 

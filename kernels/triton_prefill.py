@@ -17,6 +17,7 @@ from kernels.triton_softmax import (
     default_prefill_config,
     find,
     first_seen,
+    fitting_prefill_config,
     launch_settings,
     load_rotated,
     load_slopes,
@@ -26,7 +27,8 @@ from kernels.triton_softmax import (
 )
 from kernels.tuning import Configs
 
-PREFILL_CONFIGS = Configs("prefill", PrefillConfig, default_prefill_config)  # by (head_dim, rounded up to 2^n)
+# By (head_dim, rounded up to a power of two).
+PREFILL_CONFIGS = Configs("prefill", PrefillConfig, default_prefill_config, fitting_prefill_config)
 PREFILL_PROGRAMS_PER_SM = 2
 MAX_PREFILL_SPLITS = 8
 MAX_SPLIT_PROMPTS = 16  # prompts whose contexts are cut; more of them fill the chip uncut

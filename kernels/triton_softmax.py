@@ -11,7 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.card import Card, card_of
 from kernels.launch import next_power_of_2
+from kernels.tile_sizes import fitting
 from kernels.triton_elementwise import launch_options
 from kernels.tuning import Configs
 
@@ -38,14 +40,27 @@ class PrefillConfig(NamedTuple):
 
 
 def default_prefill_config(block_d: int) -> PrefillConfig:
-    """Return what surely fits; block_d: head_dim, rounded up to a power of two."""
-    return PrefillConfig(block_m=64, block_n=64 if block_d <= 128 else 32, num_warps=4, num_stages=2)
+    """Return the configuration of sizes that no table has; block_d: head_dim, rounded up to a power of two."""
+    num_warps = 4 if block_d <= 256 else 8  # whose registers hold the results
+    return PrefillConfig(block_m=64, block_n=64 if block_d <= 128 else 32, num_warps=num_warps, num_stages=2)
+
+
+def fitting_prefill_config(config: PrefillConfig, card: Card, block_d: int) -> PrefillConfig:
+    """Return a configuration that `card` has room for."""
+    return fitting(config, card, block_d, block_d)
+
+
+@functools.cache
+def float32_prefill_config(device: torch.device, block_d: int, value_width: int) -> PrefillConfig:
+    """Return the configuration for float32, which is served by no table."""
+    config = PrefillConfig(block_m=32, block_n=16, num_warps=4, num_stages=1)
+    return fitting(config, card_of(device), block_d, value_width, itemsize=4)
 
 
 def prefill_config(configs: Configs[PrefillConfig], q: torch.Tensor) -> PrefillConfig:
     """Return the configuration for queries q [T, H, D] by a table whose key is the power of two from D on."""
     if q.dtype.itemsize == 4:
-        return PrefillConfig(block_m=32, block_n=16, num_warps=4, num_stages=1)
+        return float32_prefill_config(q.device, next_power_of_2(q.shape[2]), next_power_of_2(q.shape[2]))
     return configs.get(q.device, next_power_of_2(q.shape[2]))
 
 

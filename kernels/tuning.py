@@ -16,6 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
+from kernels.card import card_of
 from kernels.launch import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -175,20 +176,35 @@ class Configs(Generic[C]):
     do not depend on which configuration it is, but for rounding.
     """
 
-    def __init__(self, kind: str, config: Callable[..., C], default: Callable[..., C]) -> None:
-        """Name the kernel. `config`: the named tuple of its fields; `default`: makes one of a key that no table has."""
+    def __init__(
+        self,
+        kind: str,
+        config: Callable[..., C],
+        default: Callable[..., C],
+        fit: Callable[..., C] = lambda config, _card, *_key: config,
+    ) -> None:
+        """Name the kernel. `config`: the named tuple of its fields; `default`: makes one of a key that no table has.
+
+        `fit`: makes one that a card has room for of (one that was not found on a card like it, the card, *key).
+        """
         self.kind = kind
-        self._config, self._default = config, default
+        self._config, self._default, self._fit = config, default, fit
         self.get = functools.cache(self._find)
 
     def _find(self, device: torch.device, *key: int) -> C:
+        found = self._from_tables(device, key)
+        if found is not None and self.is_tuned(device, key):
+            return found
+        return self._fit(self._default(*key) if found is None else found, card_of(device), *key)
+
+    def _from_tables(self, device: torch.device, key: Key) -> C | None:
         fields = tables(device).fields(self.kind, key)
         if fields is not None:
             try:
                 return self._config(**fields)
             except TypeError as error:  # a cache file of another version
                 logger.warning("the tuned configuration of %s for %s is not used: %s", self.kind, key, error)
-        return self._default(*key)
+        return None
 
     def is_tuned(self, device: torch.device, key: Key) -> bool:
         """Return whether a shape's configuration was found on a card like this one."""

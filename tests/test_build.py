@@ -16,6 +16,7 @@ from engine.sizes import CUDA_MAX_STEP_MS
 from engine.text.tokenizer import Tokenizer
 from kernels import flashinfer_attention, gated_gemm
 from kernels.attention import choose_backend
+from tests.cards import CARDS
 
 CUDA = torch.device("cuda", 0)
 
@@ -34,6 +35,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr("engine.build.card_of", lambda device: CARDS[80])
     monkeypatch.setattr(gated_gemm, "is_available", lambda device: False)
     monkeypatch.setattr(flashinfer_attention, "is_available", lambda: (False, "flashinfer cannot be imported"))
 
@@ -70,12 +72,20 @@ def test_sglangs_default_for_sampling_is_taken_and_what_serves_in_its_place_is_s
         ({}, "steps", "CUDA graphs"),
         ({"disable_cuda_graph": True}, "steps", "as asked"),
         ({"attention_backend": "torch"}, "steps", "kernel by kernel"),
+        ({}, "kernels by the limits of", "A100, compute capability 8.0, 163 KiB of shared memory"),
     ],
 )
 def test_what_serves_each_operation_is_said_with_the_reason(
     one_gpu: None, options: dict[str, Any], operation: str, said: str
 ) -> None:
     assert said in describe_backends(resolve(device="cuda", **options), CUDA)[operation]
+
+
+def test_what_a_card_lacks_is_said() -> None:
+    assert "bfloat16" in CARDS[75].describe()
+    assert CARDS[86].describe().endswith("without FP8 in hardware, our CUDA kernels for Hopper")
+    assert "without" not in CARDS[90].describe()
+    assert CARDS[120].describe().endswith("99 KiB of shared memory a block; without our CUDA kernels for Hopper")
 
 
 def test_steps_that_may_be_split_are_said(one_gpu: None) -> None:

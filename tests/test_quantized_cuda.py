@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels import elementwise, quantized_few, quantized_many
-from kernels.card import HOPPER_SHARED_BYTES, INTERPRETER, Card
+from kernels.card import HOPPER_SHARED_BYTES, Card
 from kernels.quantized import FP8, Format, QuantizedWeight, quantize_inputs
 from kernels.quantized_cuda import CudaQuantizedWeight, can_tile
 from kernels.quantized_few import MAX_TOKENS, TOKEN_TILES, FewConfig, default_config, source
@@ -19,6 +19,7 @@ from kernels.quantized_layout import tile_codes
 from kernels.quantized_many import MOST_TOKENS, ManyConfig
 from kernels.triton_quantized import round_inputs
 from kernels.weights import Part
+from tests.cards import CARDS
 from tests.test_dense import Norm
 from tests.test_kernels import DEVICE, EPS, randn
 
@@ -151,11 +152,6 @@ def test_codes_take_no_more_memory_in_tiles() -> None:
     assert tile_codes(weight.form, weight.codes, 256).nbytes == weight.codes.nbytes
 
 
-A100 = Card("A100", (8, 0), 108, 163 << 10)
-H200 = Card("H200", (9, 0), 132, 227 << 10)
-RTX_5090 = Card("RTX 5090", (12, 0), 170, 99 << 10)  # it has clusters, and little shared memory
-
-
 def pretend(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized_few, "card_of", lambda device: card)
     quantized_few._fitting.cache_clear()
@@ -166,7 +162,7 @@ def pretend(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_number_of_tokens_has_a_configuration_that_fits(
     shape: tuple[int, int], bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend(H200, monkeypatch)
+    pretend(CARDS[90], monkeypatch)
     num_rows, k = shape
     kind = Kind(Format("int4" if bits == 4 else "fp8", 128, scale_dtype=F16), BF16, bits == 4, 128, F16)
     for token_tiles in TOKEN_TILES:
@@ -180,7 +176,7 @@ def test_every_number_of_tokens_has_a_configuration_that_fits(
             assert "#define IS_ONE 1" in text or token_tiles
 
 
-@pytest.mark.parametrize("card", [INTERPRETER, A100, H200, RTX_5090], ids=lambda card: card.name)
+@pytest.mark.parametrize("card", [CARDS[number] for number in (80, 86, 90, 100, 120)], ids=lambda card: card.name)
 def test_one_token_always_has_a_configuration_that_fits(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(card, monkeypatch)
     for form in (Format("int8", 16), Format("int8", 32, has_minimum=True), Format("int4", 16, table="fp4")):
@@ -198,7 +194,7 @@ def test_no_part_of_several_tokens_is_taken_for_a_single_one(monkeypatch: pytest
         def launch(self, num_blocks: int, split: int, shared_bytes: int, args: Any, device: torch.device) -> None:
             sizes.append(args[0].num_tokens)
 
-    pretend(H200, monkeypatch)
+    pretend(CARDS[90], monkeypatch)
     monkeypatch.setattr(quantized_few, "_kernel", lambda *_: Kernel())
     kind, k = Kind(Format("fp8", inputs="fp8"), BF16, False, 0, F32), 14336  # so many columns of 64 tokens fit no block
     codes = torch.zeros(1)

@@ -11,15 +11,24 @@ import pytest
 import torch
 
 from kernels import launch, triton_tasks, tune, tuning
+from kernels.card import INTERPRETER, Card
+from kernels.tile_sizes import tile_bytes
 from kernels.triton_decode import DECODE_CONFIGS, DECODE_LIMITS, PREFIX_CONFIGS, decode_config
 from kernels.triton_gemm import GEMV_CONFIGS, GemvConfig, default_gemv_config
+from kernels.triton_mla import ABSORBED_CONFIGS, EXPANDED_CONFIGS
+from kernels.triton_mla import DECODE_CONFIGS as LATENT_DECODE_CONFIGS
 from kernels.triton_prefill import PREFILL_CONFIGS
 from kernels.triton_skinny import SKINNY_CONFIGS, SkinnyConfig, default_skinny_config
 from kernels.triton_softmax import DecodeConfig, PrefillConfig, arrival_counters, default_prefill_config
 from kernels.tuning import AttentionShape, Configs, LatentShape, Task, WeightShape
+from tests.cards import CARDS
 
 CARD = torch.device("cuda", 0)  # nothing is run on it
 CPU = torch.device("cpu")
+ALL_CONFIGS: tuple[Configs[Any], ...] = (
+    GEMV_CONFIGS, SKINNY_CONFIGS, DECODE_CONFIGS, PREFIX_CONFIGS, PREFILL_CONFIGS, LATENT_DECODE_CONFIGS,
+    ABSORBED_CONFIGS, EXPANDED_CONFIGS,
+)  # fmt: skip
 
 
 class Config(NamedTuple):
@@ -35,13 +44,14 @@ TAKES_US = {DEFAULT: 10.0, FAST: 5.0, SLOW: 20.0}
 def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], None]]:
     """Give `CARD` a name, and this machine an empty cache folder. Calling it is a new start, on a card of that name."""
 
-    def start(name: str = "Test Card 9") -> None:
+    def start(name: str = "Test Card 9", limits: Card = CARDS[90]) -> None:
+        monkeypatch.setattr(tuning, "card_of", lambda device: limits if device.type == "cuda" else INTERPRETER)
         monkeypatch.setattr(tuning, "card_name", lambda device: name if device.type == "cuda" else device.type)
         forget()
 
     def forget() -> None:
         tuning.tables.cache_clear()
-        for configs in (GEMV_CONFIGS, SKINNY_CONFIGS, DECODE_CONFIGS, PREFIX_CONFIGS, PREFILL_CONFIGS):
+        for configs in ALL_CONFIGS:
             configs.get.cache_clear()
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -112,6 +122,39 @@ def test_shapes_that_no_table_has_get_the_kernels_default(card: Callable[[str], 
     assert GEMV_CONFIGS.get(CARD, 999, 512) == default_gemv_config(999, 512)
     assert SKINNY_CONFIGS.get(CARD, 999, 768, 32) == default_skinny_config(768, 32)
     assert PREFILL_CONFIGS.get(CARD, 512) == default_prefill_config(512)
+
+
+@pytest.mark.parametrize("limits", [CARDS[number] for number in (75, 80, 86, 89, 120)], ids=lambda card: card.name)
+def test_attention_is_cut_so_that_a_cards_shared_memory_holds_it(limits: Card, card: Callable[..., None]) -> None:
+    def needed(config: DecodeConfig | PrefillConfig, key_width: int, value_width: int) -> int:
+        rows = config.block_m if isinstance(config, PrefillConfig) else 16
+        assert rows >= 16 and config.block_n >= 16 and config.num_stages >= 1
+        return tile_bytes(limits, rows, config.block_n, config.num_stages, key_width, value_width)
+
+    card(limits.name, limits)
+    for head_dim in (16, 64, 128, 256):
+        configs = [DECODE_CONFIGS.get(CARD, head_dim, limit) for limit in DECODE_LIMITS]
+        for config in (*configs, PREFILL_CONFIGS.get(CARD, head_dim), PREFIX_CONFIGS.get(CARD, head_dim)):
+            assert needed(config, head_dim, head_dim) <= limits.shared_bytes
+    for config in (LATENT_DECODE_CONFIGS.get(CARD, 512, 16, 4), ABSORBED_CONFIGS.get(CARD, 512)):
+        assert needed(config, 512 + 64, 0) <= limits.shared_bytes
+    assert needed(EXPANDED_CONFIGS.get(CARD, 128, 128), 128 + 64, 128) <= limits.shared_bytes
+
+
+def test_no_more_is_cut_than_a_card_lacks(card: Callable[..., None]) -> None:
+    found = {}
+    for number in (90, 80, 86, 75):
+        card(f"card of {number}", CARDS[number])
+        found[number] = tuple(PREFILL_CONFIGS.get(CARD, 256))
+    assert found == {90: (128, 64, 8, 3), 80: (128, 64, 8, 2), 86: (64, 32, 4, 2), 75: (32, 16, 4, 2)}
+
+
+def test_what_was_found_on_a_card_is_taken_as_it_is(card: Callable[..., None]) -> None:
+    card("NVIDIA H100 PCIe", CARDS[75])
+    assert PREFILL_CONFIGS.get(CARD, 256) == PrefillConfig(128, 64, 8, 3)
+    card("NVIDIA A10", CARDS[86])
+    PREFILL_CONFIGS.record(CARD, (256,), PrefillConfig(64, 64, 8, 3))
+    assert PREFILL_CONFIGS.get(CARD, 256) == PrefillConfig(64, 64, 8, 3)
 
 
 def test_the_number_of_requests_decides_about_decode_configurations(card: Callable[[str], None]) -> None:
