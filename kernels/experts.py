@@ -61,7 +61,7 @@ class ExpertStack:
         from kernels import triton_experts  # here: a machine without a GPU need not have triton
 
         num_pairs = ids.numel()
-        if num_pairs <= triton_experts.MAX_SINGLE_PAIRS:
+        if num_pairs <= triton_experts.most_single_pairs(self.num_on_all_ranks):
             return None
         config = triton_experts.tile_config(num_pairs, self.num_on_all_ranks)
         return triton_experts.sort_pairs(ids, self.num_experts, config)
@@ -111,10 +111,11 @@ def codes_of(stack: Weight) -> "Codes":
         raise NotImplementedError(f"experts of {type(stack).__name__} have no kernels for a GPU")
     stack.settle()
     form, fields, device = stack.form, stack.fields, stack.codes.device
-    table = stack.meanings.to(device) if form.table else None
-    codes = stack.codes.view(torch.uint8) if form.code == "fp8" else stack.codes
+    code = "fp4" if form.table == "fp4" and stack.k % 8 == 0 else form.code
+    table = stack.meanings.to(device) if form.table and code != "fp4" else None
+    codes = stack.codes.view({"fp8": torch.uint8, "fp4": torch.int32}.get(code, stack.codes.dtype))
     return Codes(
-        codes, stack.k, form.code, stack.scale, fields.get("zero"), fields.get("minimum"), table,
+        codes, stack.k, code, stack.scale, fields.get("zero"), fields.get("minimum"), table,
         form.group_size_of(stack.k), form.offset,
     )  # fmt: skip
 

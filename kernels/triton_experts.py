@@ -15,9 +15,12 @@ from kernels.launch import cdiv, fast_launch, next_power_of_2
 from kernels.triton_elementwise import gated, launch_options
 from kernels.triton_quantized import has_e4m3, number_of
 
-MAX_SINGLE_PAIRS = 64  # pairs whose weights are read one by one
+MAX_SINGLE_PAIRS = 64  # pairs whose weights are read one by one, of many experts
 GATED_BLOCK, PLAIN_BLOCK = (2, 1024), (8, 256)  # rows and inputs of a program for one pair, with and without a gate
+FP4_BLOCK = (4, 512)  # likewise, with more rows for each input that is read, since arithmetic takes longer than memory
 SORT_BLOCK = 1024
+MAX_COMPARED_PAIRS = 1024  # each with each; more are counted first
+COMPARED_ROWS, COMPARED_COLUMNS = 16, 256
 WHOLE_ROW = 1 << 30  # inputs that share a scale, if all of a row do
 
 
@@ -46,6 +49,11 @@ def tile_config(num_pairs: int, num_experts: int) -> TileConfig:
     return TileConfig(128, 128, 64, 8, 3)
 
 
+def most_single_pairs(num_experts: int) -> int:
+    """Return the pairs that are taken one by one: so few that most have an expert of their own."""
+    return min(MAX_SINGLE_PAIRS, num_experts // 2)
+
+
 class Sorted(NamedTuple):
     """The pairs of a step by expert, and the tiles that they fill."""
 
@@ -56,15 +64,20 @@ class Sorted(NamedTuple):
 
 
 def sort_pairs(ids: torch.Tensor, num_experts: int, config: TileConfig) -> Sorted:
-    """Return the pairs of ids [T, k] by expert, in tiles of `config`; within an expert in any order.
+    """Return the pairs of ids [T, k] by expert, in tiles of `config`; of many pairs within an expert in any order.
 
     Ids beyond the last expert are left out.
     """
     num_pairs, block_e = ids.numel(), next_power_of_2(num_experts)
-    numbers = torch.empty(3, num_experts, dtype=torch.int32, device=ids.device)
+    ends, tile_ends, starts = torch.empty(3, num_experts, dtype=torch.int32, device=ids.device)
     order = torch.empty(num_pairs, dtype=torch.int32, device=ids.device)
-    ends, tile_ends, starts = numbers
     options = launch_options(ids.device, num_warps=4)
+    if num_pairs <= MAX_COMPARED_PAIRS:
+        _compare_kernel[(1 + cdiv(num_pairs, COMPARED_ROWS),)](
+            ids, ends, tile_ends, order, num_pairs, num_experts, config.block_m,
+            BLOCK_M=COMPARED_ROWS, BLOCK=COMPARED_COLUMNS, BLOCK_E=block_e, **options,
+        )  # fmt: skip
+        return Sorted(order, ends, tile_ends, config)
     _count_kernel[(1,)](
         ids, ends, tile_ends, starts, num_pairs, num_experts, config.block_m,
         BLOCK=SORT_BLOCK, BLOCK_E=block_e, **options,
@@ -80,7 +93,7 @@ class Codes(NamedTuple):
 
     data: torch.Tensor  # [E n, k], or codes, those of e4m3 as uint8
     k: int
-    code: str | None = None  # None: plain numbers
+    code: str | None = None  # None: plain numbers; "fp4": E2M1, two a byte as of "int4"
     scale: torch.Tensor | None = None  # [E n, G]
     zero: torch.Tensor | None = None
     minimum: torch.Tensor | None = None
@@ -130,7 +143,7 @@ def expert_products_triton(
         "NUM_GROUPS": weight.num_groups, "OFFSET": weight.offset,
     }  # fmt: skip
     if by_expert is None:
-        block_n, block_k = GATED_BLOCK if act else PLAIN_BLOCK
+        block_n, block_k = FP4_BLOCK if code == "fp4" else GATED_BLOCK if act else PLAIN_BLOCK
         _pair_kernel[(num_pairs, cdiv(n, block_n))](
             x, *tensors, bias, ids, out, n, rows, per_input, **format_of, NUM_HELD=num_experts if is_shared_out else 0,
             BLOCK_N=block_n, BLOCK_K=fitting_block(weight, block_k), ACT=act, **launch_options(x.device, num_warps=4),
@@ -162,14 +175,46 @@ def combine_triton(
 
 
 @fast_launch
+@triton.jit(do_not_specialize=["NUM_PAIRS"])
+def _compare_kernel(
+    ids, ends, tile_ends, order, NUM_PAIRS, NUM_EXPERTS, TILE,
+    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    if tl.program_id(0) == 0:
+        write_ends(ids, ends, tile_ends, None, NUM_PAIRS, NUM_EXPERTS, TILE, BLOCK, BLOCK_E)
+        return
+    pair = (tl.program_id(0) - 1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_pair = pair < NUM_PAIRS
+    own = tl.load(ids + pair, mask=is_pair, other=0).to(tl.int32)
+    place = tl.zeros([BLOCK_M], tl.int32)  # as many pairs as come before it
+    for start in range(0, NUM_PAIRS, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        chosen = tl.load(ids + other, mask=other < NUM_PAIRS, other=NUM_EXPERTS + 1).to(tl.int32)
+        is_before = (chosen[None, :] == own[:, None]) & (other[None, :] < pair[:, None])
+        place += tl.sum(((chosen[None, :] < own[:, None]) | is_before).to(tl.int32), axis=1)
+    tl.store(order + place, pair, mask=is_pair & (own < NUM_EXPERTS))
+
+
+@fast_launch
 @triton.jit
 def _count_kernel(
-    ids, ends, tile_ends, starts, NUM_PAIRS, NUM_EXPERTS, BLOCK_M,
+    ids, ends, tile_ends, starts, NUM_PAIRS, NUM_EXPERTS, TILE,
     BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    write_ends(ids, ends, tile_ends, starts, NUM_PAIRS, NUM_EXPERTS, TILE, BLOCK, BLOCK_E)
+
+
+@triton.jit
+def write_ends(
+    ids, ends, tile_ends, starts, NUM_PAIRS, NUM_EXPERTS, TILE, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr
+):  # fmt: skip
+    """Write where the pairs of each expert end, its tiles, and where its pairs start if `starts` is not None."""
     expert = tl.arange(0, BLOCK_E)
     counts = tl.zeros([BLOCK_E], tl.int32)
     for start in range(0, NUM_PAIRS, BLOCK):
@@ -180,8 +225,9 @@ def _count_kernel(
     is_expert = expert < NUM_EXPERTS
     sums = tl.cumsum(counts, axis=0)
     tl.store(ends + expert, sums, mask=is_expert)
-    tl.store(starts + expert, sums - counts, mask=is_expert)
-    tl.store(tile_ends + expert, tl.cumsum((counts + BLOCK_M - 1) // BLOCK_M, axis=0), mask=is_expert)
+    if starts is not None:
+        tl.store(starts + expert, sums - counts, mask=is_expert)
+    tl.store(tile_ends + expert, tl.cumsum((counts + TILE - 1) // TILE, axis=0), mask=is_expert)
 
 
 @fast_launch
@@ -214,7 +260,7 @@ def decoded(
         group = rows * NUM_GROUPS + start // GROUP
         if zero is not None:
             values -= tl.load(zero + group).to(tl.float32)[:, None]
-        values *= tl.load(scale + group).to(tl.float32)[:, None]
+        values *= whole_scale(tl.load(scale + group), CODE)[:, None]
         if minimum is not None:
             values -= tl.load(minimum + group).to(tl.float32)[:, None]
         return values
@@ -226,10 +272,24 @@ def decoded(
         values = tl.reshape(values, [BLOCK_N, BLOCK_K // GROUP, GROUP])
         if zero is not None:
             values -= tl.load(zero + group, mask=is_group, other=0).to(tl.float32)[:, :, None]
-        values *= tl.load(scale + group, mask=is_group, other=0.0).to(tl.float32)[:, :, None]
+        values *= whole_scale(tl.load(scale + group, mask=is_group, other=0.0), CODE)[:, :, None]
         if minimum is not None:
             values -= tl.load(minimum + group, mask=is_group, other=0.0).to(tl.float32)[:, :, None]
         return tl.reshape(values, [BLOCK_N, BLOCK_K])
+
+
+@triton.jit
+def whole_scale(scale, CODE: tl.constexpr):
+    """Return scales for what `numbers_of` returns, float32."""
+    return scale.to(tl.float32) * 16384.0 if CODE == "fp4" else scale.to(tl.float32)
+
+
+@triton.jit
+def two_halves(signs, others):
+    """Return the numbers that two e2m1s in each int32 stand for over 2^14, the low half's first: [..., 2]."""
+    bits = (signs & -2147450880) | (others & 0x0E000E00)
+    low = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return tl.join(low, (bits >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32))
 
 
 @triton.jit
@@ -237,8 +297,17 @@ def numbers_of(
     weight, table, rows, start,
     K: tl.constexpr, CODE: tl.constexpr, OFFSET: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Load what codes stand for before zeros and scales, float32 [BLOCK_N, BLOCK_K]."""
-    if CODE == "int4":
+    """Load what codes stand for before zeros and scales, float32 [BLOCK_N, BLOCK_K]; of FP4 a 2^14th of it."""
+    if CODE == "fp4":
+        # Sign, exponent and mantissa of two codes at once go to where two float16s have them: reading a table, code by
+        # code, takes longer than the memory does.
+        word = tl.arange(0, BLOCK_K // 8)
+        pointers = weight + rows[:, None] * (K // 8) + start // 8 + word[None, :]
+        codes = tl.load(pointers, mask=(start + 8 * word < K)[None, :], other=0)
+        even = tl.join(two_halves(codes << 12, codes << 9), two_halves(codes << 4, codes << 1))
+        odd = tl.join(two_halves(codes << 8, codes << 5), two_halves(codes, codes >> 3))
+        return tl.reshape(tl.join(even, odd), [BLOCK_N, BLOCK_K])
+    elif CODE == "int4":
         byte = tl.arange(0, BLOCK_K // 2)
         pointers = weight + rows[:, None] * (K // 2) + start // 2 + byte[None, :]
         codes = tl.load(pointers, mask=(start + 2 * byte < K)[None, :], other=0)

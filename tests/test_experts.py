@@ -340,7 +340,7 @@ def test_kernels_of_experts_multiply_as_their_definition(form: Format | None, nu
     experts = split_experts(stack, num_experts)
     bias = None if act == "silu" else torch.randn(num_experts * n, generator=random)
     by_expert = None
-    if ids.numel() > triton_experts.MAX_SINGLE_PAIRS:
+    if ids.numel() > triton_experts.most_single_pairs(num_experts):
         config = triton_experts.tile_config(ids.numel(), num_experts)
         by_expert = triton_experts.sort_pairs(ids, num_experts, config)
     got = triton_experts.expert_products_triton(x, ids, codes_of(stack), num_experts, act, by_expert, bias)
@@ -417,6 +417,24 @@ def test_the_kernel_of_weighted_sums_equals_its_definition():
     products, weights = torch.randn(15, 40, generator=random), torch.rand(5, 3, generator=random)
     residual = torch.randn(5, 40, generator=random)
     torch.testing.assert_close(combine_triton(products, weights, residual), combine(products, weights, residual))
+
+
+@interpreted
+@pytest.mark.parametrize("most_compared", [0, 100])
+def test_pairs_are_sorted_by_expert_and_others_left_out(most_compared: int, monkeypatch: pytest.MonkeyPatch):
+    from kernels import triton_experts
+
+    monkeypatch.setattr(triton_experts, "MAX_COMPARED_PAIRS", most_compared)
+    ids = torch.randint(6, (37, 2), generator=torch.Generator().manual_seed(0))  # 5 stands for other ranks'
+    found = triton_experts.sort_pairs(ids, 5, triton_experts.TileConfig(16, 64, 64, 4, 2))
+    counts = torch.bincount(ids.flatten(), minlength=6)[:5]
+    assert found.ends.tolist() == counts.cumsum(0).tolist()
+    assert found.tile_ends.tolist() == ((counts + 15) // 16).cumsum(0).tolist()
+    start = 0
+    for expert, end in enumerate(found.ends.tolist()):
+        pairs = found.order[start:end].sort().values
+        assert torch.equal(pairs, (ids.flatten() == expert).nonzero().flatten().int())
+        start = end
 
 
 @pytest.mark.parametrize(
