@@ -17,7 +17,7 @@ from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import HiddenNorm
 from engine.models.base import CausalLM, Decoder
-from kernels.attention import decode_gathered, only_set
+from kernels.attention import DecodeSet, decode_gathered, only_set
 from kernels.cache_cpu import Kernels, kernels
 from kernels.chain_cpu import Operation
 from kernels.quantized_cpu import MAX_CHAINED, CpuQuantizedWeight
@@ -39,6 +39,26 @@ class _Parts(NamedTuple):
         return attn.num_heads, attn.num_kv_heads, attn.head_dim, self.mlp.down_proj.weight.k
 
 
+class _Kind(NamedTuple):
+    """Name what layers that attend to the same tokens have in common."""
+
+    first: Attention
+    gather: Operation
+
+    @staticmethod
+    def key(attn: Attention) -> tuple[object, ...]:
+        return attn.window, attn.config.is_chunked, attn.slopes is not None
+
+
+class _Reads(NamedTuple):
+    """Hold what layers of a kind attend to in a step: each gathers its own into the same memory."""
+
+    members: DecodeSet
+    k: torch.Tensor
+    v: torch.Tensor
+    num_threads: int  # of torch
+
+
 class CompiledSteps:
     """The blocks of a model as chains of operations, and room for what these pass on, of MAX_CHAINED tokens."""
 
@@ -51,8 +71,8 @@ class CompiledSteps:
             for size in (attn.qkv_proj.weight.k, attn.qkv_proj.weight.n, mlp.down_proj.weight.k)
         )
         self._q = torch.empty(MAX_CHAINED, attn.num_heads, attn.head_dim, dtype=attn.dtype)
-        self._attentions = [block.attn for block in blocks]
-        self._gather = compiled.gather_operation(k_cache)
+        self._layers = [(block.attn, _Kind.key(block.attn)) for block in blocks]
+        self._kinds: dict[tuple[object, ...], _Kind] = {}
         self._ropes: list[Any] = []  # calls, as those below
         self._outs: list[Any] = []
         chains: list[list[Operation]] = [[]]
@@ -66,12 +86,14 @@ class CompiledSteps:
             out = _product(attn.o_proj, self._q.flatten(1), self._h, residual=self._h)
             gated = _product(mlp.gate_up_proj, self._h, inner, norm=block.second_norm, act=mlp.act)
             down = _product(mlp.down_proj, inner, self._h, residual=self._h)
-            chains[-1] += [qkv, rope, self._gather]
+            kind = self._kinds.setdefault(_Kind.key(attn), _Kind(attn, compiled.gather_operation(k_cache)))
+            chains[-1] += [qkv, rope, kind.gather]
             chains.append([out, gated, down])
             self._ropes.append(rope.call)
             self._outs.append(out.call)
         self._chains = [compiled.chain(chain) for chain in chains]
-        self._calls: list[Any] = [op.call for chain in chains for op in chain if op is not self._gather]
+        gathers = [kind.gather for kind in self._kinds.values()]
+        self._calls: list[Any] = [op.call for chain in chains for op in chain if op not in gathers]
 
     @staticmethod
     def of(model: CausalLM, pool: CachePool) -> "CompiledSteps | None":
@@ -111,23 +133,39 @@ class CompiledSteps:
 
     def _run_blocks(self, batch: ForwardBatch, pool: CachePool, q: torch.Tensor, num_threads: int) -> None:
         positions, slots = batch.positions.data_ptr(), batch.out_cache_loc.data_ptr()
-        for attn, chain, rope, out in zip(self._attentions, self._chains, self._ropes, self._outs, strict=False):
+        aimed = {key: self._aim(kind, batch, pool, q.dtype, num_threads) for key, kind in self._kinds.items()}
+        torch_threads = None
+        for (attn, key), chain, rope, out in zip(self._layers, self._chains, self._ropes, self._outs, strict=False):
             k_cache, v_cache = pool[attn.layer_id]
-            rope.positions, rope.slots = positions, slots
-            rope.k_cache, rope.v_cache = k_cache.data_ptr(), v_cache.data_ptr()
-            members = only_set(batch, attn.window, attn.config.is_chunked, q.dtype, attn.slopes is not None)
-            room = None if members is None else members.room(k_cache, v_cache)
-            if members is None or room is None:
+            k_pointer, v_pointer = k_cache.data_ptr(), v_cache.data_ptr()
+            rope.positions, rope.slots, rope.k_cache, rope.v_cache = positions, slots, k_pointer, v_pointer
+            reads = aimed[key]
+            wanted_threads = num_threads if reads is None else reads.num_threads
+            if torch_threads != wanted_threads:
+                self._kernels.use_threads(torch_threads := wanted_threads)
+            if reads is None:
                 chain.run(len(chain) - 1, num_threads)
-                self._kernels.use_threads(num_threads)
                 found = attn.find(q, k_cache, v_cache, batch)
             else:
-                k, v = room.aim(self._gather.call, k_cache, v_cache)
+                gather = self._kinds[key].gather.call
+                gather.k_cache, gather.v_cache = k_pointer, v_pointer
                 chain.run(len(chain), num_threads)
-                self._kernels.use_threads(1 if k.numel() <= SMALL_ATTENTION else num_threads)
+                members, k, v, _ = reads
                 found = decode_gathered(q, k, v, members, attn.scale, attn.softcap, attn.sinks, attn.slopes)
             out.x = found.data_ptr()  # kept until the next one is there
         self._chains[-1].run(len(self._chains[-1]), num_threads)
+
+    def _aim(
+        self, kind: _Kind, batch: ForwardBatch, pool: CachePool, dtype: torch.dtype, num_threads: int
+    ) -> _Reads | None:
+        """Have layers of a kind gather what a step's tokens see; None where that is not done at once."""
+        attn, views = kind.first, pool[kind.first.layer_id]
+        members = only_set(batch, attn.window, attn.config.is_chunked, dtype, attn.slopes is not None)
+        room = None if members is None else members.room(*views)
+        if members is None or room is None:
+            return None
+        k, v = room.aim(kind.gather.call, *views)
+        return _Reads(members, k, v, 1 if k.numel() <= SMALL_ATTENTION else num_threads)
 
 
 def _product(linear: Linear, x: torch.Tensor, out: torch.Tensor, **fused: Any) -> Operation:
