@@ -30,9 +30,10 @@ from triton.runtime.errors import OutOfResources
 from bench.roofline import measure_roofline, stream_us
 from bench.tables import publish
 from engine.layers.forward_batch import SharedPrefixes
-from kernels import flashinfer_attention
+from kernels import flashinfer_attention, hopper_prefill
 from kernels.attention import attention_torch
 from kernels.attention_batch import AttentionBatch
+from kernels.gated_gemm import is_available
 from kernels.timing import elapsed_us
 from kernels.triton_attention import attention_triton
 from kernels.triton_decode import DECODE_LIMITS, decode
@@ -210,6 +211,10 @@ class Problem:
     def prefill(self, layer: int = 0, **settings: Any) -> None:
         k, v = self.cache[layer]
         prefill(self.q, k, v, self.batch, self.out, **self.options, **settings)
+
+    def prefill_hopper(self, layer: int = 0) -> None:
+        k, v = self.cache[layer]
+        hopper_prefill.prefill(self.q, k, v, self.batch, self.out, **self.options)
 
     def twin(self) -> None:
         k, v = self.cache[0]
@@ -437,6 +442,8 @@ def bench_prefill(results: Results, head_dim: int, with_flashinfer: bool) -> Non
             continue
         for config in PREFILL_CONFIGS:
             results.add(shape, name_of(config), partial(problem.prefill, config=config), 1)
+        if is_available(problem.q.device) and head_dim in hopper_prefill.KEYS:
+            results.add(shape, "hopper", problem.prefill_hopper, 1)
         results.add_timed(shape, "twin", partial(stream_us, problem.twin))
 
 

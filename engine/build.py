@@ -167,6 +167,7 @@ def describe_backends(config: EngineConfig, device: torch.device, *, has_corun: 
     products = f"cuBLAS; Triton for up to {SKINNY_MAX_TOKENS} tokens (near the memory's speed)"
     if gated_gemm.is_available(device):
         products += "; gate and up by our own kernel (Hopper)"
+        attention["triton"] += "; prompts by our own kernel (Hopper)"
     steps = "CUDA graphs; larger ones by kernel"
     if config.disable_cuda_graph:
         steps = "kernel by kernel (as asked)"

@@ -68,6 +68,11 @@ class _Rehearsal:
 _rehearsal: _Rehearsal | None = None
 
 
+def only_compiles() -> bool:
+    """Return whether this thread's launches only compile: see `compiling_ahead`."""
+    return _rehearsal is not None and _rehearsal.thread == threading.get_ident()
+
+
 @contextlib.contextmanager
 def compiling_ahead() -> Iterator[None]:
     """Compile the kernels that this thread's launches lack, many at once; all are ready when the context ends.
@@ -127,7 +132,7 @@ class Kernel:
     def launch(self, grid: tuple[int, ...], args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         key = (tuple(keywords.values()), tuple([_kind(arg) for arg in args]))
         known = self._compiled.get(key)
-        if _rehearsal is not None and _rehearsal.thread == threading.get_ident():
+        if _rehearsal is not None and only_compiles():
             if known is None and (self, key) not in _rehearsal.kernels:
                 _rehearsal.kernels[self, key] = self.function.run(*args, grid=grid, warmup=True, **keywords)
             return

@@ -1,10 +1,12 @@
-"""Attention over the paged KV cache in Triton; the definition is `kernels.attention.attention_torch`."""
+"""Attention over the paged KV cache in Triton, and of prompts on Hopper in CUDA; see `kernels.attention.attention`."""
 
 from typing import Any
 
 import torch
 
+from kernels import hopper_prefill
 from kernels.attention_batch import AttentionBatch
+from kernels.launch import only_compiles
 from kernels.triton_decode import decode
 from kernels.triton_prefill import prefill
 
@@ -31,6 +33,12 @@ def attention_triton(
     }  # fmt: skip
     if num_decodes and has_decodes:
         decode(q, k_cache, v_cache, batch, out, scale=scale, **options)
-    if num_decodes < len(batch.rows):
+    if num_decodes == len(batch.rows):
+        return out
+    is_hopper = hopper_prefill.can_prefill(q, k_cache, v_cache, batch, window=window, sinks=sinks, slopes=slopes)
+    if not is_hopper or only_compiles():  # a batch of other prompts may come
         prefill(q, k_cache, v_cache, batch, out, scale=scale, **options)
+    if is_hopper:
+        del options["slopes"]
+        hopper_prefill.prefill(q, k_cache, v_cache, batch, out, scale=scale, **options)
     return out

@@ -1,0 +1,648 @@
+// Attention of prompts on Hopper: softmax(scale q k^T) v over the paged cache, as `triton_prefill` has it.
+//
+// The pipeline is that of FlashAttention-3 (Shah et al. 2024). One warpgroup loads tiles of KEYS keys and values, two
+// multiply, 64 rows each. A row is a query of one head; those of the heads that share keys stand together. Scores of the
+// next tile are computed while a tile's values are still summed, and the two warpgroups take turns: one keeps the tensor
+// cores busy while the other one exponentiates. Blocks stay, and go from work to work: what the next one needs is loaded
+// before the last one's results are written.
+//
+// Each loading warp has an eighth or a quarter of a tile's tokens. Where their slots follow each other, the tensor memory
+// accelerator copies them in one piece; where not, its threads copy each row, swizzled as the accelerator would.
+//
+// hopper_prefill.py puts in front: HEAD_DIM, KEYS, STAGES, IS_HALF, WINDOW (0: none, 1: the last tokens, 2: chunks),
+// HAS_SOFTCAP, HAS_SINKS, IS_SINK_FLOAT, MAX_REQUESTS, and of the instructions QK_TYPE, QK_D, QK_OPERANDS, QK_SUMS and
+// PV_TYPE, PV_D, PV_OPERANDS, PV_SUMS.
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+struct alignas(64) TensorMap {
+  u64 opaque[16];
+};
+struct Args {
+  const u16 *q, *k, *v;
+  u16* out;
+  const int *seq_lens, *cu_q_lens, *rows, *slot_table, *slot_map;
+  const void* sinks;
+  float* partial;  // of parts of works, see `write_part`
+  int* arrivals;   // zeros
+  int num_requests, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, out_stride, table_stride;
+  int group, num_kv_heads, heads_abreast, window, num_parts;
+  float scale, softcap;  // scores times scale are in units of log2; softcap is too
+};
+
+constexpr int ROWS = 64;              // of a warpgroup
+constexpr int BLOCK_ROWS = 2 * ROWS;  // queries x heads
+constexpr int SLABS = HEAD_DIM / 64;  // of 64 columns: 128 bytes, the width of the swizzle
+constexpr int Q_BYTES = ROWS * HEAD_DIM * 2, KV_BYTES = KEYS * HEAD_DIM * 2;
+constexpr int SHARE = KEYS / 4;  // keys that a loading warp copies
+constexpr int PITCH = 144;       // bytes of a staged row of 64 values: 16 more, so that rows start in different banks
+constexpr int STAGING_BYTES = 16 * PITCH;
+constexpr int LEAST_PART = 512 / KEYS;  // tiles of keys that are worth a block of their own
+constexpr float HIDDEN = -3e38f;    // score of a token that is not seen
+constexpr float NONE_YET = -1e30f;  // largest score of a row that has seen nothing: exp2 of the difference is 0
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float MAX_GROWTH = 8.0f;  // a largest score may be exceeded so far, in units of log2, until sums are scaled
+
+// ---- instructions ----
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ __forceinline__ void wait_for_input() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
+__device__ __forceinline__ void leave_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
+__device__ __forceinline__ void init_barrier(u32 barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+__device__ __forceinline__ void barriers_are_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void expect(u32 barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "AGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+__device__ __forceinline__ void load(u32 to, const TensorMap* map, int column, int head, int slot, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+      "l"(map), "r"(column), "r"(head), "r"(slot), "r"(barrier)
+      : "memory");
+}
+// Copy 16 bytes, or zeros.
+__device__ __forceinline__ void copy(u32 to, const void* from, bool is_there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(is_there ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Wait for this thread's copies but the last NUM groups, and let the tensor cores see them.
+template <int NUM>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;\nfence.proxy.async.shared::cta;" ::"n"(NUM) : "memory");
+}
+__device__ __forceinline__ void sync_warpgroup(int half) { asm volatile("bar.sync %0, 128;" ::"r"(3 + half) : "memory"); }
+__device__ __forceinline__ void take_turn(int half) { asm volatile("bar.sync %0, 256;" ::"r"(1 + half) : "memory"); }
+__device__ __forceinline__ void give_turn(int half) { asm volatile("bar.arrive %0, 256;" ::"r"(1 + half) : "memory"); }
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int NUM>
+__device__ __forceinline__ void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(NUM) : "memory");
+}
+// Not to be read or changed any earlier.
+template <int N>
+__device__ __forceinline__ void keep(float (&values)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(values[i])::"memory");
+}
+template <int N>
+__device__ __forceinline__ void keep(u32 (&words)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+r"(words[i])::"memory");
+}
+// Have the assembler compute a number that is not negative before what follows: it would else put off what leads there
+// until products are there that follow has to wait for, and which should run meanwhile.
+__device__ __forceinline__ void must_be_known(float x) {
+  asm volatile("{\n.reg .pred never;\nsetp.lt.f32 never, %0, 0f00000000;\n@never nanosleep.u32 0;\n}" ::"f"(x) : "memory");
+}
+// What the instruction wants to know of a tile in slabs of [rows, 128 bytes]: 8 rows take 1,024 bytes, swizzled by 128.
+// Where columns are what is summed over, it reads one slab; else `slab_bytes` lie between one and the next.
+__device__ __forceinline__ u64 descriptor(u32 address, int slab_bytes = 0) {
+  return (u64)(address >> 4) | (u64)(slab_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
+}
+// s (+)= 64 queries times KEYS keys, 16 of their columns. A thread's s[4 g ...] are keys 8 g + 2 (lane % 4) and the next
+// one, of its warp's row lane / 4, then of row lane / 4 + 8.
+__device__ __forceinline__ void multiply_keys(float (&s)[KEYS / 2], u64 q, u64 k, bool add) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" QK_ADD ", 0;\n"
+               "wgmma.mma_async.sync.aligned." QK_TYPE " {" QK_D "}, " QK_OPERANDS ", add, 1, 1, 0, 0;\n}"
+               : QK_SUMS
+               : "l"(q), "l"(k), "r"((int)add));
+}
+// o (+)= 64 rows of weights of 16 keys, which lie in registers as scores do, times their values.
+__device__ __forceinline__ void multiply_values(float (&o)[HEAD_DIM / 2], u32 p0, u32 p1, u32 p2, u32 p3, u64 v, bool add) {
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" PV_ADD ", 0;\n"
+               "wgmma.mma_async.sync.aligned." PV_TYPE " {" PV_D "}, " PV_OPERANDS ", add, 1, 1, 1;\n}"
+               : PV_SUMS
+               : "r"(p0), "r"(p1), "r"(p2), "r"(p3), "l"(v), "r"((int)add));
+}
+__device__ __forceinline__ float power_of_2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float inverse(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log_of_2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ u32 pack(float low, float high) {
+  u32 packed;
+#if IS_HALF
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+#endif
+  return packed;
+}
+__device__ __forceinline__ float unpack(u16 bits) {
+  float value;
+#if IS_HALF
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+#else
+  asm("cvt.f32.bf16 %0, %1;" : "=f"(value) : "h"(bits));
+#endif
+  return value;
+}
+// Store four tiles [8, 8]: thread i's address is that of row i % 8 of tile i / 8.
+__device__ __forceinline__ void store_tiles(u32 to, const u32 (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+__device__ __forceinline__ uint4 load_shared(u32 address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+  return v;
+}
+
+// ---- parts of the kernel ----
+
+constexpr u32 ALL = 0xffffffff;
+
+struct Request {
+  int end, q_begin, q_len, seq_len, row;  // end: of its tiles among all requests'
+};
+
+// A stage of a ring, and what its barriers wait for.
+struct Ring {
+  u32 tiles, full, empty;
+  int stage = 0;
+  u32 parity;
+  __device__ Ring(u32 tiles, u32 barriers, u32 parity) : tiles(tiles), full(barriers), empty(barriers + 8 * STAGES), parity(parity) {}
+  __device__ u32 tile() const { return tiles + stage * KV_BYTES; }
+  __device__ u32 is_full() const { return full + 8 * stage; }
+  __device__ u32 is_empty() const { return empty + 8 * stage; }
+  __device__ void next() {
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+};
+
+// List the requests, whose tiles are of BLOCK_ROWS rows, one after another. One warp does.
+__device__ __forceinline__ void list_requests(const Args& args, Request* requests) {
+  int lane = threadIdx.x % 32, before = 0;
+  for (int first = 0; first < args.num_requests; first += 32) {
+    int i = first + lane;
+    Request request = {};
+    if (i < args.num_requests) {
+      request.q_begin = args.cu_q_lens[i], request.q_len = args.cu_q_lens[i + 1] - request.q_begin;
+      request.seq_len = args.seq_lens[i], request.row = args.rows[i];
+      if (request.seq_len < request.q_len) request.q_len = 0;  // padding
+    }
+    int sum = (request.q_len * args.group + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    for (int step = 1; step < 32; step *= 2) {
+      int other = __shfl_up_sync(ALL, sum, step);
+      if (lane >= step) sum += other;
+    }
+    request.end = before + sum;
+    before = __shfl_sync(ALL, request.end, 31);
+    if (i < args.num_requests) requests[i] = request;
+  }
+}
+
+// The rows of a tile of one KV head, and the tiles of keys that they see, or a part of these.
+struct Work {
+  Request request;
+  int number, part, num_parts, head, first_row, begin, end;
+
+  // Find the block's next one from its i-th one on; i is then that of the one after it. Return whether there is one.
+  __device__ bool find(const Args& args, const Request* requests, int& i) {
+    do {
+      if (!find_tile(args, requests, i++)) return false;
+    } while (part >= num_parts);
+    return true;
+  }
+  // The last tiles of a prompt see the most: they come first. Of two rounds the second one goes the other way, so that
+  // a block with much to do in one has less in the other.
+  __device__ bool find_tile(const Args& args, const Request* requests, int i) {
+    int num_tiles = requests[args.num_requests - 1].end;
+    number = i * gridDim.x + (i % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+    if (number >= num_tiles * args.num_kv_heads * args.num_parts) return false;
+    part = number % args.num_parts, number /= args.num_parts;
+    int abreast = num_tiles * args.heads_abreast, rest = number % abreast;
+    head = number / abreast * args.heads_abreast + rest % args.heads_abreast;
+    int tile = num_tiles - 1 - rest / args.heads_abreast, low = 0, high = args.num_requests - 1;
+    while (low < high) {
+      int middle = (low + high) / 2;
+      if (requests[middle].end <= tile)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    request = requests[low];
+    first_row = (tile - (low ? requests[low - 1].end : 0)) * BLOCK_ROWS;
+    end = (position(first_row + BLOCK_ROWS - 1, args.group) + KEYS) / KEYS;
+    begin = first_seen(position(first_row, args.group), args.window) / KEYS;
+    const int num = end - begin;
+    num_parts = max(min(args.num_parts, num / LEAST_PART), 1);
+    end = begin + (part + 1) * num / num_parts;
+    begin += part * num / num_parts;
+    return true;
+  }
+  __device__ int query(int row, int group) const { return min(row / group, request.q_len - 1); }
+  __device__ int position(int row, int group) const { return request.seq_len - request.q_len + query(row, group); }
+  __device__ static int first_seen(int position, int window) {
+    return WINDOW == 0 ? 0 : WINDOW == 2 ? position / window * window : max(position - window + 1, 0);
+  }
+};
+
+// Copy the queries of a warpgroup's rows; zeros past the last one.
+__device__ __forceinline__ void copy_queries(const Args& args, const Work& work, int half, u32 to) {
+  constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes
+  int thread = threadIdx.x % 128;
+#pragma unroll 4
+  for (int i = 0; i < ROWS * PIECES / 128; i++) {
+    int piece = thread % PIECES, row = (i * 128 + thread) / PIECES, at = work.first_row + half * ROWS + row;
+    int query = at / args.group, head = work.head * args.group + at % args.group;
+    bool is_row = query < work.request.q_len;
+    const u16* from = args.q;
+    if (is_row) from += (long long)(work.request.q_begin + query) * args.q_stride + head * args.q_head_stride + 8 * piece;
+    copy(to + piece / 8 * (ROWS * 128) + row * 128 + (piece % 8 ^ row % 8) * 16, from, is_row);
+  }
+  commit_copies();
+}
+
+// Copy the rows `slot` of each lane, from a head's first column on.
+__device__ __forceinline__ void copy_rows(const u16* from, int stride, int slot, int first, u32 tile) {
+  constexpr int PIECES = HEAD_DIM / 8, AT_ONCE = 32 / PIECES > 0 ? 32 / PIECES : 1;
+  int lane = threadIdx.x % 32, piece = lane % PIECES;
+  u32 to = tile + piece / 8 * (KEYS * 128);
+#pragma unroll 4
+  for (int i = 0; i < SHARE / AT_ONCE; i++) {
+    int mine = i * AT_ONCE + lane / PIECES, row = first + mine;
+    copy(to + row * 128 + (piece % 8 ^ row % 8) * 16, from + (long long)__shfl_sync(ALL, slot, mine) * stride + 8 * piece, true);
+  }
+}
+
+// What a loading warp does: its share of each tile of keys and of values.
+struct Loader {
+  const Args& args;
+  int warp, lane, first;  // first: of its keys in a tile
+  u32 pending = 0;        // the barrier of rows that are on their way
+
+  __device__ Loader(const Args& args) : args(args), warp(threadIdx.x / 32), lane(threadIdx.x % 32), first(warp * SHARE) {}
+
+  __device__ int slot(const Work& work, int tile) const {
+    int token = min(tile * KEYS + first + lane % SHARE, work.request.seq_len - 1);
+    const int* slots = args.slot_table + (long long)work.request.row * args.table_stride;
+    if (args.slot_map == nullptr) return slots[token];
+    // What stands before the first token that is seen may be another request's.
+    int least = Work::first_seen(work.position(work.first_row, args.group), args.window);
+    return args.slot_map[slots[max(token, least)]];
+  }
+  __device__ void load_share(Ring& ring, const TensorMap* map, const u16* from, int stride, int head, int slot, bool is_run) {
+    wait(ring.is_empty(), ring.parity);
+    u32 tile = ring.tile(), full = ring.is_full();
+    if (is_run) {
+      if (lane == 0) {
+        expect(full, SHARE * HEAD_DIM * 2);
+#pragma unroll
+        for (int i = 0; i < SLABS; i++) load(tile + i * (KEYS * 128) + first * 128, map, 64 * i, head, slot, full);
+      }
+    } else {
+      copy_rows(from, stride, slot, first, tile);
+    }
+    commit_copies();
+    if (pending) {
+      wait_for_copies<1>();
+      say_full();
+    }
+    pending = is_run ? 0 : full;
+    ring.next();
+  }
+  __device__ void finish() {
+    if (!pending) return;
+    wait_for_copies<0>();
+    say_full();
+  }
+  __device__ void say_full() {
+    __syncwarp();
+    if (lane == 0) arrive(pending);
+  }
+};
+
+// Cap scores: c tanh(x) = c - 2 c / (1 + exp(2 x)).
+__device__ __forceinline__ void cap(float (&s)[KEYS / 2], const Args& args) {
+  const float factor = 2.0f * LOG2_E * args.scale / args.softcap;
+#pragma unroll
+  for (int i = 0; i < KEYS / 2; i++) s[i] = args.softcap - 2.0f * args.softcap * inverse(1.0f + power_of_2(s[i] * factor));
+}
+
+// A row's part of the softmax so far, of the two rows that a thread has columns of.
+struct Softmax {
+  float m[2] = {NONE_YET, NONE_YET}, l[2] = {0.0f, 0.0f}, alpha[2];
+
+  // Make weights of scores, and say by what (alpha) to multiply what was summed before. Return whether by anything but 1.
+  __device__ __forceinline__ bool weigh(float (&s)[KEYS / 2], float scale) {
+    bool grows = false;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float a = fmaxf(s[2 * h], s[2 * h + 1]), b = fmaxf(s[2 * h + 4], s[2 * h + 5]);
+#pragma unroll
+      for (int g = 2; g < KEYS / 8; g += 2) {
+        a = fmaxf(a, fmaxf(s[4 * g + 2 * h], s[4 * g + 2 * h + 1]));
+        b = fmaxf(b, fmaxf(s[4 * g + 2 * h + 4], s[4 * g + 2 * h + 5]));
+      }
+      a = fmaxf(a, b);
+      a = fmaxf(a, __shfl_xor_sync(ALL, a, 1));
+      a = fmaxf(a, __shfl_xor_sync(ALL, a, 2)) * scale;
+      alpha[h] = 1.0f;
+      if (a > m[h] + MAX_GROWTH) alpha[h] = power_of_2(m[h] - a), m[h] = a, grows = true;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      float sums[2] = {l[h] * alpha[h], 0.0f};
+#pragma unroll
+      for (int g = 0; g < KEYS / 8; g++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          float& x = s[4 * g + 2 * h + e];
+          x = power_of_2(fmaf(x, scale, -m[h]));
+          sums[e] += x;
+        }
+      }
+      l[h] = sums[0] + sums[1];
+    }
+    return __any_sync(ALL, grows);
+  }
+  // Sum up the weights of a row's columns, which four threads have.
+  __device__ __forceinline__ void finish() {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      l[h] += __shfl_xor_sync(ALL, l[h], 1);
+      l[h] += __shfl_xor_sync(ALL, l[h], 2);
+    }
+  }
+};
+
+// ---- parts of a context that several blocks have shared out ----
+
+constexpr int PART_VALUES = HEAD_DIM / 2 + 4;  // of a thread: its sums, m and l
+
+__device__ __forceinline__ float* place_of_part(const Args& args, const Work& work, int half, int part) {
+  return args.partial + ((long long)(work.number * args.num_parts + part) * 2 + half) * (PART_VALUES * 128) + threadIdx.x % 128;
+}
+__device__ __forceinline__ void write_part(const Args& args, const Work& work, int half, const float (&o)[HEAD_DIM / 2],
+                                           const Softmax& softmax) {
+  float* to = place_of_part(args, work, half, work.part);
+#pragma unroll
+  for (int i = 0; i < HEAD_DIM / 2; i++) __stcg(to + 128 * i, o[i]);
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    __stcg(to + 128 * (HEAD_DIM / 2 + h), softmax.m[h]);
+    __stcg(to + 128 * (HEAD_DIM / 2 + 2 + h), softmax.l[h]);
+  }
+}
+// Return whether this warpgroup is the last one to have written a part of its rows.
+__device__ __forceinline__ bool is_last_part(const Args& args, const Work& work, int half, volatile int* told) {
+  __threadfence();
+  sync_warpgroup(half);
+  if (threadIdx.x % 128 == 0) {
+    int* arrivals = args.arrivals + work.number * 2 + half;
+    const bool is_last = atomicAdd(arrivals, 1) == work.num_parts - 1;
+    if (is_last) *arrivals = 0;
+    __threadfence();
+    *told = is_last;
+  }
+  sync_warpgroup(half);
+  const bool is_last = *told;
+  sync_warpgroup(half);  // before anything else is written there
+  return is_last;
+}
+// Add up all parts in their order, so that the result does not depend on which one came last.
+__device__ __forceinline__ void merge_parts(const Args& args, const Work& work, int half, float (&o)[HEAD_DIM / 2],
+                                            Softmax& softmax) {
+  softmax = Softmax();
+  for (int part = 0; part < work.num_parts; part++) {
+    const float* from = place_of_part(args, work, half, part);
+    float weight[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float m = __ldcg(from + 128 * (HEAD_DIM / 2 + h)), l = __ldcg(from + 128 * (HEAD_DIM / 2 + 2 + h));
+      const float most = fmaxf(m, softmax.m[h]);
+      softmax.alpha[h] = part ? power_of_2(softmax.m[h] - most) : 0.0f, weight[h] = power_of_2(m - most);
+      softmax.l[h] = softmax.l[h] * softmax.alpha[h] + l * weight[h], softmax.m[h] = most;
+    }
+#pragma unroll
+    for (int i = 0; i < HEAD_DIM / 2; i++) {
+      const float before = part ? o[i] * softmax.alpha[i % 4 / 2] : 0.0f;
+      o[i] = before + __ldcg(from + 128 * i) * weight[i % 4 / 2];
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    hopper_prefill(const __grid_constant__ Args args, const __grid_constant__ TensorMap k_map,
+                   const __grid_constant__ TensorMap v_map) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const u32 queries = shared_address(shared), keys = queries + 2 * Q_BYTES, values = keys + STAGES * KV_BYTES;
+  const u32 staging = values + STAGES * KV_BYTES, barriers = staging + 8 * STAGING_BYTES;
+  Request* requests = (Request*)(shared + (barriers - queries) + 32 * STAGES);
+
+  let_next_begin();
+  if (threadIdx.x < 32) {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < 4 * STAGES; i++) init_barrier(barriers + 8 * i, i / STAGES % 2 ? 8 : 4);
+      barriers_are_ready();
+    }
+    __syncwarp();
+    list_requests(args, requests);
+  }
+  __syncthreads();
+  wait_for_input();
+
+  Work work;
+  if (threadIdx.x < 128) {
+    leave_registers();
+    Ring k(keys, barriers, 1), v(values, barriers + 16 * STAGES, 1);
+    Loader loader(args);
+    for (int i = 0; work.find(args, requests, i);) {
+      const u16* k_head = args.k + (long long)work.head * args.k_head_stride;
+      const u16* v_head = args.v + (long long)work.head * args.v_head_stride;
+      int next_slot = loader.slot(work, work.end - 1);
+      for (int tile = work.end - 1; tile >= work.begin; tile--) {
+        int slot = next_slot;
+        if (tile > work.begin) next_slot = loader.slot(work, tile - 1);
+        int first_slot = __shfl_sync(ALL, slot, 0);
+        bool is_run = __all_sync(ALL, slot == first_slot + loader.lane % SHARE);
+        loader.load_share(k, &k_map, k_head, args.k_stride, work.head, slot, is_run);
+        loader.load_share(v, &v_map, v_head, args.v_stride, work.head, slot, is_run);
+      }
+    }
+    loader.finish();
+  } else {
+    take_registers();
+    const int half = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const u32 my_queries = queries + half * Q_BYTES, my_staging = staging + (4 * half + warp) * STAGING_BYTES;
+    const u64 q = descriptor(my_queries);
+    Ring k(keys, barriers, 0), v(values, barriers + 16 * STAGES, 0);
+    auto free = [&](Ring& ring) {
+      if (lane == 0) arrive(ring.is_empty());
+      ring.next();
+    };
+    const float scale = HAS_SOFTCAP ? 1.0f : args.scale;
+    float s[KEYS / 2], o[HEAD_DIM / 2];
+    u32 p[KEYS / 4];
+    auto start_scores = [&] {
+      const u64 tile = descriptor(k.tile());
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 16; i++)
+        multiply_keys(s, q + (i / 4 * (ROWS * 128) + i % 4 * 32 >> 4), tile + (i / 4 * (KEYS * 128) + i % 4 * 32 >> 4), i > 0);
+      commit_products();
+    };
+    auto start_sums = [&](bool add) {
+      const u64 tile = descriptor(v.tile(), KEYS * 128);
+#pragma unroll
+      for (int i = 0; i < KEYS / 16; i++)
+        multiply_values(o, p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3], tile + (i * 16 * 128 >> 4), add || i > 0);
+      commit_products();
+    };
+    auto pack_weights = [&] {
+#pragma unroll
+      for (int i = 0; i < KEYS / 4; i++) p[i] = pack(s[2 * i], s[2 * i + 1]);
+    };
+
+    if (half == 1) give_turn(0);
+    int round = 0;
+    bool is_work = work.find(args, requests, round);
+    if (is_work) copy_queries(args, work, half, my_queries);
+    while (is_work) {
+      const int row = work.first_row + half * ROWS + warp * 16;  // of the warp's first one
+      int last[2], first[2];  // tokens that a thread's two rows see
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        last[h] = work.position(row + lane / 4 + 8 * h, args.group);
+        first[h] = Work::first_seen(last[h], args.window);
+      }
+      const int all_last = work.position(work.first_row + half * ROWS, args.group);
+      const int all_first = Work::first_seen(work.position(work.first_row + half * ROWS + ROWS - 1, args.group), args.window);
+      auto mask = [&](int tile) {
+        if (HAS_SOFTCAP) cap(s, args);
+        if ((tile + 1) * KEYS <= all_last + 1 && (WINDOW == 0 || tile * KEYS >= all_first)) return;
+#pragma unroll
+        for (int i = 0; i < KEYS / 2; i++) {
+          const int h = i % 4 / 2, token = tile * KEYS + lane % 4 * 2 + i / 4 * 8 + i % 2;
+          if (token > last[h] || (WINDOW && token < first[h])) s[i] = HIDDEN;
+        }
+      };
+      Softmax softmax;
+
+      wait_for_copies<0>();
+      sync_warpgroup(half);
+      wait(k.is_full(), k.parity);
+      take_turn(half);
+      begin_products();
+      start_scores();
+      give_turn(1 - half);
+      wait_for_products<0>();
+      keep(s);
+      free(k);
+      mask(work.end - 1);
+      softmax.weigh(s, scale);
+      pack_weights();
+      bool add = false;
+      for (int tile = work.end - 2; tile >= work.begin; tile--) {
+        wait(v.is_full(), v.parity);
+        wait(k.is_full(), k.parity);
+        take_turn(half);
+        begin_products();
+        start_scores();
+        start_sums(add);
+        give_turn(1 - half);
+        add = true;
+        wait_for_products<1>();
+        keep(s);
+        free(k);
+        mask(tile);
+        const bool grows = softmax.weigh(s, scale);
+        keep(s);
+        must_be_known(softmax.l[0] + softmax.l[1]);
+        wait_for_products<0>();
+        keep(o);
+        keep(p);
+        free(v);
+        if (grows) {
+#pragma unroll
+          for (int i = 0; i < HEAD_DIM / 2; i++) o[i] *= softmax.alpha[i % 4 / 2];
+        }
+        pack_weights();
+      }
+      wait(v.is_full(), v.parity);
+      begin_products();
+      start_sums(add);
+      Work done = work;
+      sync_warpgroup(half);  // all have multiplied their queries
+      is_work = work.find(args, requests, round);
+      if (is_work) copy_queries(args, work, half, my_queries);
+
+      softmax.finish();
+      wait_for_products<0>();
+      keep(o);
+      keep(p);
+      free(v);
+      if (done.num_parts > 1) {
+        write_part(args, done, half, o, softmax);
+        if (!is_last_part(args, done, half, (volatile int*)(shared + (my_staging - warp * STAGING_BYTES - queries)))) continue;
+        merge_parts(args, done, half, o, softmax);
+      }
+      float factor[2];
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        factor[h] = 1.0f / softmax.l[h];
+        if (HAS_SINKS) {
+          const int head = done.head * args.group + (row + lane / 4 + 8 * h) % args.group;
+          const float sink = IS_SINK_FLOAT ? ((const float*)args.sinks)[head] : unpack(((const u16*)args.sinks)[head]);
+          factor[h] *= inverse(1.0f + power_of_2(sink * LOG2_E - softmax.m[h] - log_of_2(softmax.l[h])));
+        }
+      }
+      u16* to[4];  // where the thread writes pieces of rows
+      bool is_row[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int at = row + i * 4 + lane / 8, query = at / args.group, head = done.head * args.group + at % args.group;
+        is_row[i] = query < done.request.q_len;
+        to[i] = args.out + (long long)(done.request.q_begin + query) * args.out_stride + head * HEAD_DIM + lane % 8 * 8;
+      }
+#pragma unroll
+      for (int slab = 0; slab < SLABS; slab++) {
+        __syncwarp();
+#pragma unroll
+        for (int g = 0; g < 8; g += 2) {
+          u32 words[4];
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const float* d = o + 32 * slab + 4 * g + 2 * i;
+            words[i] = pack(d[0] * factor[i % 2], d[1] * factor[i % 2]);
+          }
+          store_tiles(my_staging + lane % 16 * PITCH + (g + lane / 16) * 16, words);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          const uint4 piece = load_shared(my_staging + (i * 4 + lane / 8) * PITCH + lane % 8 * 16);
+          if (is_row[i]) *(uint4*)(to[i] + 64 * slab) = piece;
+        }
+      }
+    }
+  }
+}

@@ -1,0 +1,236 @@
+"""Attention of prompts in CUDA for Hopper, for what `can_prefill` says; `triton_prefill` is for all the rest.
+
+`hopper_prefill.cu` is compiled by NVRTC, which comes with torch, and kept on disk.
+"""
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.attention_batch import AttentionBatch
+from kernels.card import card_of
+from kernels.gated_gemm import is_available
+from kernels.launch import address, cdiv, only_compiles
+from kernels.nvrtc import check, compile_source
+from kernels.quantized_kernel import Kernel
+from kernels.triton_softmax import arrival_counters
+
+LOG2_E = 1.4426950408889634
+BLOCK_ROWS = 128  # queries x heads of a KV head
+NUM_THREADS = 384
+STAGES = 2
+KEYS = {64: 128, 128: 128, 256: 64}  # head size -> keys of a tile
+MAX_REQUESTS = 256  # which a block lists in its shared memory
+STAGING_BYTES = 8 * 16 * 144
+REQUEST_BYTES = 20
+MAX_PARTS = 16
+LEAST_WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is compiled for."""
+
+    head_dim: int
+    dtype: torch.dtype
+    window: int = 0  # 0: none, 1: the last tokens, 2: chunks
+    has_softcap: bool = False
+    sink_dtype: torch.dtype | None = None
+
+    @property
+    def shared_bytes(self) -> int:
+        tiles = 2 * self.head_dim * (BLOCK_ROWS + 2 * STAGES * KEYS[self.head_dim])
+        return tiles + STAGING_BYTES + 32 * STAGES + REQUEST_BYTES * MAX_REQUESTS
+
+
+class Args(ctypes.Structure):
+    """The kernel's arguments; `hopper_prefill.cu` has the same struct."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in (
+            "q", "k", "v", "out", "seq_lens", "cu_q_lens", "rows", "slot_table", "slot_map", "sinks",
+            "partial", "arrivals",
+        )),
+        *((name, ctypes.c_int) for name in (
+            "num_requests", "q_stride", "q_head_stride", "k_stride", "k_head_stride", "v_stride", "v_head_stride",
+            "out_stride", "table_stride", "group", "num_kv_heads", "heads_abreast", "window",
+            "num_parts",
+        )),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    )  # fmt: skip
+
+
+def can_prefill(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    *,
+    window: int = -1,
+    sinks: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
+) -> bool:
+    """Return whether `prefill` takes these and is the faster one: a Hopper GPU, 16-bit floats, a head size of `KEYS`.
+
+    Tokens see what is before them, of one prompt (blocks share out several badly) and of much (a window of few keys is
+    over before the pipeline is full).
+    """
+    return (
+        is_available(q.device)
+        and q.shape[2] in KEYS
+        and q.dtype == k_cache.dtype == v_cache.dtype in (torch.bfloat16, torch.float16)
+        and v_cache.shape == k_cache.shape
+        and len(batch.rows) - batch.num_decodes == 1
+        and not 0 <= window < LEAST_WINDOW
+        and batch.seen_until is None
+        and slopes is None
+        and (sinks is None or sinks.dtype in (torch.float32, q.dtype))
+        and all(_is_aligned(x) for x in (q, k_cache, v_cache))
+    )
+
+
+def _is_aligned(x: torch.Tensor) -> bool:
+    """Return whether rows can be copied 16 bytes at a time."""
+    return x.stride(2) == 1 and x.stride(0) % 8 == x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
+
+
+def prefill(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    window: int = -1,
+    is_chunked: bool = False,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    num_parts: int | None = None,
+) -> None:
+    """Write the attention of the tokens after the first num_decodes, any number of each request, into `out`.
+
+    num_parts: into how many parts contexts are cut at most; the last block to have attended to a part merges them.
+    """
+    num_kv_heads = k_cache.shape[1]
+    group = q.shape[1] // num_kv_heads
+    first = batch.num_decodes
+    num_requests = len(batch.rows) - first
+    most_tiles = (q.shape[0] - first) * group // BLOCK_ROWS + num_requests
+    if num_parts is None:
+        num_expected = cdiv((q.shape[0] - first) * group, BLOCK_ROWS) * num_kv_heads
+        num_parts = 1 if window >= 0 else choose_num_parts(num_expected, card_of(q.device).num_sms)
+    partial = arrivals = None
+    if num_parts > 1:
+        num_works = most_tiles * num_kv_heads
+        partial = torch.empty(num_works * num_parts * (q.shape[2] // 2 + 4) * 256, dtype=torch.float32, device=q.device)
+        arrivals = arrival_counters(q.device, 2 * num_works)
+    variant = Variant(
+        q.shape[2],
+        q.dtype,
+        0 if window < 0 else 1 + is_chunked,
+        softcap > 0,
+        None if sinks is None else sinks.dtype,
+    )
+    table = batch.slot_table
+    args = Args(
+        q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(),
+        batch.seq_lens[first:].data_ptr(), batch.cu_q_lens[first:].data_ptr(), batch.rows[first:].data_ptr(),
+        table.data_ptr(), address(batch.slot_map), address(sinks), address(partial), address(arrivals),
+        num_requests, q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0),
+        v_cache.stride(1), out.stride(0), table.stride(0), group, num_kv_heads, num_kv_heads, max(window, 0),
+        num_parts, scale * LOG2_E, softcap * LOG2_E,
+    )  # fmt: skip
+    maps = [_tensor_map(*_layout(cache), variant.dtype, KEYS[variant.head_dim] // 4) for cache in (k_cache, v_cache)]
+    num_blocks = min(card_of(q.device).num_sms, most_tiles * num_kv_heads * num_parts)
+    kernel = _kernel(variant, q.device)
+    if not only_compiles():
+        kernel.launch(num_blocks, 1, variant.shared_bytes, (args, *maps), q.device)
+
+
+def choose_num_parts(num_works: int, num_places: int) -> int:
+    """Choose into how many parts contexts are cut: as many as keep all multiprocessors busy."""
+    return max(1, min(num_places // max(num_works, 1), MAX_PARTS))
+
+
+@functools.cache
+def _kernel(variant: Variant, device: torch.device) -> Kernel:
+    with torch.cuda.device(device):
+        cubin = compile_source("hopper_prefill", source(variant), "sm_90a")
+        return Kernel("hopper_prefill", cubin, NUM_THREADS, device)
+
+
+def source(variant: Variant) -> str:
+    """Return the source of a variant's kernel, for NVRTC."""
+    is_half = variant.dtype == torch.float16
+    short, keys = "f16" if is_half else "bf16", KEYS[variant.head_dim]
+    num_scores, num_sums = keys // 2, variant.head_dim // 2  # registers of a thread
+    defines = {
+        "HEAD_DIM": variant.head_dim,
+        "KEYS": keys,
+        "STAGES": STAGES,
+        "IS_HALF": int(is_half),
+        "WINDOW": variant.window,
+        "HAS_SOFTCAP": int(variant.has_softcap),
+        "HAS_SINKS": int(variant.sink_dtype is not None),
+        "IS_SINK_FLOAT": int(variant.sink_dtype == torch.float32),
+        "QK_TYPE": f'"m64n{keys}k16.f32.{short}.{short}"',
+        "QK_D": _operands(0, num_scores),
+        "QK_OPERANDS": f'"%{num_scores}, %{num_scores + 1}"',
+        "QK_ADD": f'"{num_scores + 2}"',
+        "QK_SUMS": ", ".join(f'"+f"(s[{i}])' for i in range(num_scores)),
+        "PV_TYPE": f'"m64n{variant.head_dim}k16.f32.{short}.{short}"',
+        "PV_D": _operands(0, num_sums),
+        "PV_OPERANDS": '"{" ' + _operands(num_sums, num_sums + 4) + f' "}}, %{num_sums + 4}"',
+        "PV_ADD": f'"{num_sums + 5}"',
+        "PV_SUMS": ", ".join(f'"+f"(o[{i}])' for i in range(num_sums)),
+    }
+    lines = [f"#define {name} {value}\n" for name, value in defines.items()]
+    return "".join(lines) + Path(__file__).with_suffix(".cu").read_text()
+
+
+def _operands(first: int, last: int) -> str:
+    return '"' + ", ".join(f"%{i}" for i in range(first, last)) + '"'
+
+
+def _layout(cache: torch.Tensor) -> tuple[int, int, int, int, int, int]:
+    return cache.data_ptr(), *cache.shape, cache.stride(0), cache.stride(1)
+
+
+@functools.lru_cache(4096)
+def _tensor_map(
+    pointer: int,
+    num_slots: int,
+    num_heads: int,
+    head_dim: int,
+    stride: int,
+    head_stride: int,
+    dtype: torch.dtype,
+    box_slots: int,
+) -> Any:
+    """Describe a cache [num_slots, Hkv, D] to the tensor memory accelerator: boxes [box_slots, 64] of one head."""
+    from cuda.bindings import driver
+
+    types = driver.CUtensorMapDataType
+    bf16, fp16 = types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+    u64, u32 = driver.cuuint64_t, driver.cuuint32_t
+    return check(
+        driver.cuTensorMapEncodeTiled(
+            bf16 if dtype == torch.bfloat16 else fp16,
+            3,
+            pointer,
+            [u64(head_dim), u64(num_heads), u64(num_slots)],
+            [u64(2 * head_stride), u64(2 * stride)],
+            [u32(64), u32(1), u32(box_slots)],
+            [u32(1)] * 3,
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
