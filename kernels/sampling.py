@@ -16,13 +16,20 @@ def argmax_torch(logits: torch.Tensor) -> torch.Tensor:
     return torch.where(values.isfinite(), token_ids, -1).to(torch.int32)
 
 
+def argmax_numpy(logits: torch.Tensor) -> torch.Tensor:
+    """Run `argmax_torch` of float32 on a CPU, where NumPy looks for indices by vectors and torch does not."""
+    token_ids = torch.from_numpy(logits.numpy().argmax(-1))
+    values = logits.gather(1, token_ids[:, None])[:, 0]
+    return torch.where(values.isfinite(), token_ids, -1).to(torch.int32)
+
+
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """Return the first largest of each row, [S, V] -> int32 [S]; -1 where a row holds a NaN or inf or only -inf."""
     if logits.is_cuda:
         from kernels.triton_sampling import argmax_triton  # here: a machine without a GPU need not have triton
 
         return argmax_triton(logits)
-    return argmax_torch(logits)
+    return argmax_numpy(logits) if logits.dtype == torch.float32 else argmax_torch(logits)
 
 
 def sample_torch(

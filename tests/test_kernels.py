@@ -383,7 +383,13 @@ def test_every_width_that_the_skinny_kernel_takes_has_a_configuration_that_divid
 
 
 SAMPLERS = [sampling.sample_torch, triton_sampling.sample_triton]
-ARGMAXES = [sampling.argmax_torch, triton_sampling.argmax_triton]
+
+
+def argmax_numpy(logits: torch.Tensor) -> torch.Tensor:
+    return sampling.argmax_numpy(logits.cpu())
+
+
+ARGMAXES = [sampling.argmax_torch, argmax_numpy, triton_sampling.argmax_triton]
 
 
 def sampling_params(num_rows: int, **given: float) -> dict[str, torch.Tensor]:
