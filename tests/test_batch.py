@@ -9,9 +9,10 @@ import torch
 
 from engine.build import EngineParts, build
 from engine.config import EngineConfig
+from engine.layers.forward_batch import FeatureRows, Features
 from engine.ranks.leader import StepHeader
 from engine.schedule.cohort import Cohort
-from engine.schedule.plan import Groups, Plan
+from engine.schedule.plan import FeaturePart, Groups, Plan
 from engine.schedule.rows import Rows
 from engine.step.batch import BATCH_FIELDS, GROUP_FIELDS, SAMPLE_FIELDS, StagedBatch, Stager
 from engine.step.batch import plan_of as read_plan
@@ -58,6 +59,13 @@ def logits_of(parts: EngineParts, plan: Plan, shape: StepShape) -> torch.Tensor:
     staged: StagedBatch = runner.stager.views(shape, plan)
     batch = staged.batch
     batch.q_lens_host, batch.seq_lens_host = np.diff(batch.cu_q_lens.numpy()), batch.seq_lens.numpy()
+    if plan.features:
+        rows = torch.cat([part.features[:, part.first : part.last] for part in plan.features], dim=1)
+        if staged.feature_tokens is not None:
+            batch.features = Features(staged.feature_tokens.long(), rows[0], rows[1:])
+        elif staged.feature_rows is not None:
+            room = torch.cat([rows, torch.full((2, 5, rows.shape[2]), torch.nan)], dim=1)  # of steps before
+            batch.features = FeatureRows(staged.feature_rows, room[0], room[1:])
     with torch.inference_mode():
         hidden = runner.forward(batch)
         return runner.model.compute_logits(hidden[staged.sample_tokens])[: len(plan.samples)]
@@ -86,6 +94,20 @@ def test_of_decodes_that_are_not_all_sampled_those_that_are_get_their_own_logits
     some, all_of_them = plan_of([5, 17, 3], []), plan_of([5, 17, 3], [], every=1)
     exact = logits_of(parts, all_of_them, StepShape.of(all_of_them))
     torch.testing.assert_close(logits_of(parts, some, StepShape.of(some)), exact[::2], rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_of_pictures_get_the_same_vectors_in_a_graphs_step(parts: EngineParts) -> None:
+    plan = plan_of([5, 17, 3], [9, 4, 2])
+    plain = logits_of(parts, plan, StepShape.of(plan))
+    features = torch.randn(2, 6, parts.model_config.hidden_size)  # a vector, and what is added behind the first layer
+    plan.features = [
+        FeaturePart(np.array([2]), features, 1, 2),  # a prompt's last token, which stands with the decodes
+        FeaturePart(np.array([4, 5, 13]), features, 3, 6),
+    ]
+    exact = logits_of(parts, plan, StepShape.of(plan))
+    padded = logits_of(parts, plan, StepShape(8, 16, 32, 24, False, has_feature_rows=True))
+    torch.testing.assert_close(padded, exact)
+    assert not torch.allclose(exact, plain)
 
 
 def test_steps_without_a_graph_have_few_sizes_and_none_too_large() -> None:

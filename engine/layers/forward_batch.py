@@ -27,6 +27,49 @@ class Features:
     vectors: torch.Tensor  # [F, hidden]
     deep: torch.Tensor  # [L, F, hidden], of the first L layers; L = 0 for most models
 
+    def put(self, h: torch.Tensor) -> None:
+        """Write the vectors into h [T, hidden]."""
+        h.index_copy_(0, self.tokens, self.vectors)
+
+    def add(self, h: torch.Tensor, layer: int) -> None:
+        """Add to h [T, hidden] what comes behind a layer."""
+        if layer < len(self.deep):
+            h.index_add_(0, self.tokens, self.deep[layer])
+
+    def hide(self, input_ids: torch.Tensor, padding: int) -> torch.Tensor:
+        """Return the ids of tokens, int32 [T], those of pictures replaced."""
+        return input_ids.index_fill(0, self.tokens, padding)
+
+
+@dataclass(slots=True)
+class FeatureRows:
+    """`Features` of steps that share a graph: any of their tokens may be parts of pictures, or none."""
+
+    rows: torch.Tensor  # int32 [T], 1 + the token's row of `vectors`; 0: it has none
+    vectors: torch.Tensor  # [N, hidden]
+    deep: torch.Tensor  # [L, N, hidden]
+
+    def put(self, h: torch.Tensor) -> None:
+        """See `Features.put`."""
+        h.copy_(torch.where(self._has_row, self.vectors[self._row], h))
+
+    def add(self, h: torch.Tensor, layer: int) -> None:
+        """See `Features.add`."""
+        if layer < len(self.deep):
+            h.add_(self.deep[layer][self._row].masked_fill_(~self._has_row, 0.0))
+
+    def hide(self, input_ids: torch.Tensor, padding: int) -> torch.Tensor:
+        """See `Features.hide`."""
+        return input_ids.masked_fill(self.rows > 0, padding)
+
+    @property
+    def _has_row(self) -> torch.Tensor:
+        return (self.rows > 0)[:, None]
+
+    @property
+    def _row(self) -> torch.Tensor:
+        return (self.rows - 1).clamp_(min=0)
+
 
 @dataclass(slots=True)
 class ForwardBatch:
@@ -53,7 +96,7 @@ class ForwardBatch:
     seen_until: torch.Tensor | None = None  # int32 [T], see `kernels.attention_batch`
     rope: torch.Tensor | None = None  # int32 [3, T], positions where rotations have three axes
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None  # (positions [T], cos_sin) in place of the layers' own
-    features: Features | None = None
+    features: Features | FeatureRows | None = None
     is_for_graph: bool = False  # both of the host's are the capture's, not the steps' that replay it
 
     def with_windows(self, window_slots: torch.Tensor) -> "ForwardBatch":

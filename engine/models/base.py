@@ -12,7 +12,7 @@ from cache.pool import CachePool
 from engine.layers.attention import Attention
 from engine.layers.block import Block, PreNorm
 from engine.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from engine.layers.forward_batch import Features, ForwardBatch
+from engine.layers.forward_batch import FeatureRows, Features, ForwardBatch
 from engine.layers.layer import Layer, LayerConfig
 from engine.layers.norm import NoNorm
 from engine.layers.rotary import RotaryEmbedding
@@ -62,14 +62,18 @@ class Decoder(Layer):
         return self.norm(h)
 
     def _run_blocks(
-        self, h: torch.Tensor, batch: ForwardBatch, features: Features, pool: CachePool, run_block: RunBlock | None
+        self,
+        h: torch.Tensor,
+        batch: ForwardBatch,
+        features: Features | FeatureRows,
+        pool: CachePool,
+        run_block: RunBlock | None,
     ) -> torch.Tensor:
         """Return h behind all blocks, of a step with tokens of pictures."""
-        h.index_copy_(0, features.tokens, features.vectors)
+        features.put(h)
         for i, block in enumerate(self.layers):
             h = block(h, batch, pool) if run_block is None else run_block(block, h)
-            if i < len(features.deep):
-                h.index_add_(0, features.tokens, features.deep[i])
+            features.add(h, i)
         return h
 
     def embed(self, batch: ForwardBatch) -> torch.Tensor:

@@ -111,8 +111,8 @@ class Gemma4Decoder(Decoder):
         input_ids, features = batch.input_ids, batch.features
         h = self.embed_tokens(input_ids)
         if features is not None:
-            h.index_copy_(0, features.tokens, features.vectors)
-            input_ids = input_ids.index_fill(0, features.tokens, self.padding)  # parts of pictures are no tokens
+            features.put(h)
+            input_ids = features.hide(input_ids, self.padding)  # parts of pictures are no tokens
         vectors = self.vectors(input_ids, h)
         for block in self.layers:
             assert isinstance(block, Gemma4Block)

@@ -23,6 +23,7 @@ class StagedBatch(NamedTuple):
     sample_rows: torch.Tensor  # int32 [S]
     sample_positions: torch.Tensor  # int32 [S], where each sampled token will stand in its sequence
     feature_tokens: torch.Tensor | None = None  # int32 [F], whose vectors are features: indices into the T tokens
+    feature_rows: torch.Tensor | None = None  # int32 [T], see `FeatureRows`
 
 
 def _fields_of(made: type) -> tuple[str, ...]:
@@ -104,8 +105,11 @@ class Stager:
         if not shape.is_decode:
             _write_samples(host, plan, shape)
         if plan.features:
-            tokens = np.concatenate([part.tokens for part in plan.features])
-            host["feature_tokens"][:] = _behind_padding(tokens, plan, shape)
+            tokens = _behind_padding(np.concatenate([part.tokens for part in plan.features]), plan, shape)
+            if shape.has_feature_rows:
+                host["feature_rows"][tokens] = self._arange[1 : len(tokens) + 1]
+            else:
+                host["feature_tokens"][:] = tokens
         if plan.groups is not None and shape.has_groups:
             _write_groups(host, plan.groups)
         is_repeatable = plan.cohort is not None and shape.is_decode

@@ -79,13 +79,17 @@ class StepGraphs:
         *,
         has_windows: bool = False,
         has_rope: bool = False,
+        has_feature_rows: bool = False,
     ) -> None:
         """run: from a staged batch to (logits [S, V], their argmax [S]). meet: `Communicator.meet`.
 
-        has_windows, has_rope: of all steps, see `StepShape`.
+        has_windows, has_rope: of all steps, has_feature_rows: of those with prompts, see `StepShape`.
         """
+        self._has_feature_rows = has_feature_rows
         self._decode_shape = functools.partial(_decode_shape, has_windows=has_windows, has_rope=has_rope)
-        self._prefill_shape = functools.partial(_prefill_shape, has_windows=has_windows, has_rope=has_rope)
+        self._prefill_shape = functools.partial(
+            _prefill_shape, has_windows=has_windows, has_rope=has_rope, has_feature_rows=has_feature_rows
+        )
         self.batch_sizes = sorted(sizes.batch_sizes)
         self.grouped_sizes = _coarse(self.batch_sizes)
         self.ladders = fitting_ladders(sizes.max_prompt_tokens, sizes.max_tokens, sizes.max_requests)
@@ -96,7 +100,7 @@ class StepGraphs:
 
     def shape_for(self, plan: Plan) -> StepShape | None:
         """Return the shape of the graph that serves `plan`. None: it is too large, or asks for what no graph does."""
-        if plan.pooled or plan.features:
+        if plan.pooled or (plan.features and not self._takes_features(plan)):
             return None
         num_decodes, num_samples = plan.num_decodes, len(plan.samples)
         if plan.is_decode:
@@ -125,6 +129,10 @@ class StepGraphs:
         if key not in self._prompt_sizes:
             self._prompt_sizes[key] = unpadded_sizes(self.ladders, *key, self._stager.max_tokens)
         return self._prompt_sizes[key]
+
+    def _takes_features(self, plan: Plan) -> bool:
+        """Return whether the features of `plan` have rows in a graph's step."""
+        return self._has_feature_rows and not plan.is_decode and plan.seen_until is None
 
     def eager_shape(self, plan: Plan) -> StepShape:
         """Return the shape of a step that no graph serves."""
@@ -297,10 +305,13 @@ def _decode_shape(size: int, has_groups: bool, has_windows: bool, has_rope: bool
     return StepShape(size, 0, 0, size, has_groups, has_windows, has_rope)
 
 
-def _prefill_shape(ladder: Ladder, num_tokens: int, has_windows: bool, has_rope: bool) -> StepShape:
-    num_samples = ladder.num_decodes + ladder.num_prompts
-    has_groups = ladder.has_groups
-    return StepShape(ladder.num_decodes, ladder.num_prompts, num_tokens, num_samples, has_groups, has_windows, has_rope)
+def _prefill_shape(
+    ladder: Ladder, num_tokens: int, has_windows: bool, has_rope: bool, has_feature_rows: bool
+) -> StepShape:
+    return StepShape(
+        ladder.num_decodes, ladder.num_prompts, num_tokens, ladder.num_decodes + ladder.num_prompts, ladder.has_groups,
+        has_windows, has_rope, has_feature_rows=has_feature_rows,
+    )  # fmt: skip
 
 
 class _Borrowed:

@@ -36,6 +36,7 @@ class StepShape(NamedTuple):
     has_rope: bool = False  # rotations have three axes
     has_spans: bool = False  # some tokens see tokens behind them
     num_features: int = 0  # tokens that get a picture's features as their vectors
+    has_feature_rows: bool = False  # each token says whether it gets one, in a graph
 
     @property
     def num_requests(self) -> int:
@@ -104,6 +105,10 @@ def _has_features(shape: StepShape) -> bool:
     return shape.num_features > 0
 
 
+def _has_feature_rows(shape: StepShape) -> bool:
+    return shape.has_feature_rows
+
+
 @dataclass(frozen=True, slots=True)
 class Field:
     """Describe one array of a staged step: [size], or [width, size]."""
@@ -126,6 +131,7 @@ FIELDS = (
     Field("rope", Size.TOKENS, width=3, when=_has_rope),
     Field("seen_until", Size.TOKENS, when=_has_spans),
     Field("feature_tokens", Size.FEATURES, when=_has_features),
+    Field("feature_rows", Size.TOKENS, when=_has_feature_rows),
     Field("token_rows", Size.TOKENS, in_decodes="rows"),
     Field("sample_tokens", Size.SAMPLES, in_decodes="cu_q_lens"),  # 0, 1, ..., S - 1
     Field("sample_rows", Size.SAMPLES, in_decodes="rows"),
@@ -173,5 +179,5 @@ def layout_of(shape: StepShape) -> Layout:
 
 def max_size(max_tokens: int, max_requests: int) -> int:
     """Return the int32 numbers of the largest step of that many tokens and requests."""
-    shape = StepShape(0, max_requests, max_tokens, max_requests, True, True, True, True, max_tokens)
+    shape = StepShape(0, max_requests, max_tokens, max_requests, True, True, True, True, max_tokens, True)
     return layout_of(shape).size

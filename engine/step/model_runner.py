@@ -19,7 +19,7 @@ import torch
 
 from cache.pool import CachePool
 from engine.layers.communicator import Communicator
-from engine.layers.forward_batch import Features, ForwardBatch
+from engine.layers.forward_batch import FeatureRows, Features, ForwardBatch
 from engine.layers.layer import unique_layers
 from engine.models.base import CausalLM
 from engine.schedule.plan import Plan
@@ -136,6 +136,7 @@ class ModelRunner:
         self._last_end: torch.cuda.Event | None = None
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="step")  # on a CPU, computes the steps, in order
         self.stream: torch.cuda.Stream | None = None
+        self._feature_rows: torch.Tensor | None = None  # [1 + L, N, hidden], of the step whose graph is replayed
         self.compile_steps()
         if self._is_cuda:
             self.stream = torch.cuda.Stream(priority=-1)  # steps come before a tower of pictures
@@ -160,7 +161,23 @@ class ModelRunner:
         return StepGraphs(
             sizes, self.stager, self.run_greedy, self.comm.meet,
             has_windows=self.kv.window_slots is not None, has_rope=self.model.has_rope_axes,
+            has_feature_rows=self._make_feature_rows(sizes),
         )  # fmt: skip
+
+    def _make_feature_rows(self, sizes: GraphSizes) -> bool:
+        """Make room for the features of a graph's step; False for a model that reads no pictures.
+
+        Other ranks do not know how many features a step has before it is staged: their steps have no graph.
+        """
+        config = self.model.config
+        if not config.vision or self.comm.size > 1:
+            return False
+        if self._feature_rows is None:
+            num_rows = min(sizes.max_prompt_tokens + sizes.max_requests, sizes.max_tokens)
+            self._feature_rows = torch.zeros(
+                1 + self.model.num_deep_layers, num_rows, config.hidden_size, dtype=config.dtype, device=self.device
+            )
+        return True
 
     def capture_graphs(self, sizes: GraphSizes) -> None:
         self._graph_sizes = sizes
@@ -318,6 +335,10 @@ class ModelRunner:
         self.stager.upload(step.staged)
         if step.is_graph:
             assert self.graphs is not None
+            if plan.features:
+                assert self._feature_rows is not None
+                rows = self._rows_of(plan)
+                self._feature_rows[:, : rows.shape[1]] = rows
             step.logits, step.greedy, step.batch = self.graphs.replay(step.shape)
             return
         step.batch = staged = self.stager.views(step.shape, plan)
@@ -374,6 +395,9 @@ class ModelRunner:
 
     def run_greedy(self, staged: StagedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a step up to its most likely tokens, which become the next step's input: this is what graphs hold."""
+        if staged.feature_rows is not None:
+            assert self._feature_rows is not None
+            staged.batch.features = FeatureRows(staged.feature_rows, self._feature_rows[0], self._feature_rows[1:])
         hidden = self.forward(staged.batch)
         is_decode = staged.batch.num_decodes == len(hidden)
         logits = self.model.compute_logits(hidden if is_decode else hidden[staged.sample_tokens])
@@ -405,15 +429,19 @@ class ModelRunner:
         """Return what `tokens` get of pictures. Rank 0 has it, and sends it to the others."""
         config = self.model.config
         if self.comm.rank == 0:
-            for part in plan.features:
-                if self.stream is not None:  # it was allocated for another
-                    part.features.record_stream(self.stream)
-            rows = torch.cat([part.features[:, part.first : part.last] for part in plan.features], dim=1)
+            rows = self._rows_of(plan)
         else:
             num_layers = 1 + self.model.num_deep_layers
             rows = torch.empty(num_layers, len(tokens), config.hidden_size, dtype=config.dtype, device=self.device)
         self.comm.broadcast(rows)
         return Features(tokens.long(), rows[0], rows[1:])
+
+    def _rows_of(self, plan: Plan) -> torch.Tensor:
+        """Return the features that tokens of `plan` get, [1 + L, F, hidden]."""
+        for part in plan.features:
+            if self.stream is not None:  # it was allocated for another
+                part.features.record_stream(self.stream)
+        return torch.cat([part.features[:, part.first : part.last] for part in plan.features], dim=1)
 
     def _plan_prompt_logprobs(self, plan: Plan) -> list[PromptLogprobWork]:
         work = []
