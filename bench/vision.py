@@ -33,7 +33,13 @@ from engine.request import Request, SamplingParams
 from engine.state import Delta, RequestState
 from server.watch.monitor import percentile
 
-PLACEHOLDER, PLACEHOLDER_ID = "<image>", 1
+PLACEHOLDER = "<image>"
+# Tokens of their own, with the ids 0, 1, ...
+SPECIAL_TOKENS = ("<|end|>", PLACEHOLDER, "<video>", "<begin>", "<stop>")
+TOKEN_IDS = {
+    "image_token_id": 1, "image_token_index": 1, "video_token_id": 2, "vision_start_token_id": 3,
+    "vision_end_token_id": 4,
+}  # fmt: skip
 NUM_WORDS = 100  # tokens of text behind a picture
 LAG_TICK_S = 0.005
 QWEN_TEXT = {
@@ -92,13 +98,13 @@ def write_model(folder: Path, shape: str) -> None:
     from transformers import PreTrainedTokenizerFast
 
     config, processor = SHAPES[shape]
-    config = config | {"image_token_id": PLACEHOLDER_ID, "image_token_index": PLACEHOLDER_ID, "dtype": "bfloat16"}
+    config = config | TOKEN_IDS | {"dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), start=2)}
-    tokenizer = Tokenizer(models.BPE({"<|end|>": 0, PLACEHOLDER: PLACEHOLDER_ID} | alphabet, []))
+    tokens = (*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True), AddedToken(PLACEHOLDER, special=True)])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
 
 
@@ -129,7 +135,7 @@ class Bench:
 
         text = " " * NUM_WORDS
         if picture is None:
-            ids, media = [random.randrange(2, 250) for _ in range(NUM_WORDS)], None
+            ids, media = [random.randrange(len(SPECIAL_TOKENS), 250) for _ in range(NUM_WORDS)], None
         else:
             ids, media = await self.engine.encode_media(PLACEHOLDER + text, [picture])
         params = SamplingParams(max_new_tokens=num_new_tokens, temperature=0.0, ignore_eos=True)
@@ -176,7 +182,7 @@ class Bench:
 
 
 def shown(values: Sequence[float], *shares: float) -> str:
-    return " / ".join(f"{percentile(sorted(values), share):.1f}" for share in shares)
+    return " / ".join(f"{percentile(sorted(values), share) or 0.0:.1f}" for share in shares)
 
 
 async def measure(shape: str, args: argparse.Namespace, table: Table) -> None:

@@ -31,12 +31,9 @@ from engine.verify import RequestLimits
 from engine.views import BranchView, RequestView
 from engine.vision.encoder import Encoder
 from engine.vision.reader import MediaReader
-from engine.vision.tower import Tower
+from engine.vision.tower import MAX_BATCH, Tower
 
 logger = logging.getLogger(__name__)
-
-
-TOWER_BATCH = 8192  # features that a tower makes in one go at most, of several pictures; on a CPU, one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +333,7 @@ def _new_encoder(parts: EngineParts, tower: Tower, loop: StepLoop) -> Encoder:
     """Return what computes features of pictures for the scheduler of `parts`, on the event loop that runs now."""
     config, model, scheduler = parts.config, parts.runner.model, parts.scheduler
     row_bytes = (1 + model.num_deep_layers) * model.config.hidden_size * model.config.dtype.itemsize
-    max_batch = TOWER_BATCH if parts.runner.device.type == "cuda" else 1
+    max_batch = MAX_BATCH if parts.runner.device.type == "cuda" else 1  # on a CPU, one by one
     call_soon = asyncio.get_running_loop().call_soon_threadsafe
     encoder = Encoder(tower, row_bytes, config.mm_embedding_cache_mb << 20, max_batch, call_soon)
 

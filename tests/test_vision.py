@@ -166,7 +166,7 @@ async def test_frames_are_squares_and_answers_about_them_equal_transformers(refe
         assert answer == await asyncio.to_thread(reference.most_likely, engine, ids, its_media, answer)
 
 
-@pytest.mark.parametrize("reference", ["qwen 2 vl", "qwen 2.5 vl", "qwen 3 vl"], indirect=True)
+@pytest.mark.parametrize("reference", ["qwen 2 vl", "qwen 2.5 vl", "qwen 3 vl", "exaone 4.5"], indirect=True)
 async def test_videos_stand_beside_pictures_and_answers_equal_transformers(reference: Reference) -> None:
     async with running_engine(reference.folder, **MIXES["cramped"]) as engine:
         image, clip = engine.media_kinds["image"], engine.media_kinds["video"]
@@ -180,7 +180,11 @@ async def test_videos_stand_beside_pictures_and_answers_equal_transformers(refer
             assert answer == await asyncio.to_thread(reference.most_likely, engine, ids, its_media, answer)
 
 
-@pytest.mark.parametrize("reference", ["internvl", "smolvlm", "gemma 4", "gemma 4 E2B", "glm 4.1v"], indirect=True)
+@pytest.mark.parametrize(
+    "reference",
+    ["internvl", "smolvlm", "gemma 4", "gemma 4 E2B", "glm 4.1v", "glm 4.6v", "glm ocr"],
+    indirect=True,
+)
 async def test_frames_stand_one_by_one_beside_pictures_and_answers_equal_transformers(reference: Reference) -> None:
     async with running_engine(reference.folder) as engine:
         image, clip = engine.media_kinds["image"], engine.media_kinds["video"]

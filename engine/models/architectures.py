@@ -18,7 +18,8 @@ BY_TEXT = ""
 FLAT_LLAVA = "llava as published"  # in a flat config.json, which says which of LLaVA's families reads
 KIMI = "kimi"
 READ_VIDEOS = {  # of what reads pictures, what reads videos too
-    "gemma 4", "glm", "grid", "internvl", "llava next video", "llava onevision", "smolvlm", "timed grid",
+    "gemma 4", "glm", "glm 4.6", "grid", "internvl", "llava next video", "llava onevision", "plain grid", "smolvlm",
+    "timed grid",
 }  # fmt: skip
 # What runs the language half of a model, by the model_type of its text_config.
 LANGUAGE_MODELS = {
@@ -76,7 +77,7 @@ ARCHITECTURES = {
     "Ernie4_5_MoeForCausalLM": Served("moe:Ernie45Moe", "ERNIE 4.5 21B-A3B and 300B-A47B"),
     "Ernie4_5ForCausalLM": Served("ernie:Ernie45", "ERNIE 4.5, the dense 0.3B"),
     "Exaone4ForCausalLM": Served("exaone4:Exaone4", "EXAONE 4"),
-    "Exaone4_5_ForConditionalGeneration": Served(BY_TEXT, "EXAONE 4.5 33B", "image grid"),
+    "Exaone4_5_ForConditionalGeneration": Served(BY_TEXT, "EXAONE 4.5 33B", "plain grid"),
     "ExaoneForCausalLM": Served("exaone3:Exaone3", "EXAONE 3 and 3.5, EXAONE Deep"),
     "FalconForCausalLM": Served("falcon:Falcon", "Falcon 7B, 11B, 40B, 180B and RW"),
     "Gemma2ForCausalLM": Served("gemma:Gemma2", "Gemma 2"),
@@ -95,9 +96,9 @@ ARCHITECTURES = {
     ),
     "Glm4vForConditionalGeneration": Served("glm_v:Glm4v", "GLM-4.1V", "glm"),
     "Glm4vMoeForConditionalGeneration": Served("glm_v:Glm4vMoe", "GLM-4.5V", "glm"),
-    "Glm46VForConditionalGeneration": Served(BY_TEXT, "GLM-4.6V", "glm image"),
+    "Glm46VForConditionalGeneration": Served(BY_TEXT, "GLM-4.6V", "glm 4.6"),
     "GlmForCausalLM": Served("glm:Glm", "GLM-4-9B, GLM-Edge"),
-    "GlmOcrForConditionalGeneration": Served("glm_v:GlmOcr", "GLM-OCR", "glm image"),
+    "GlmOcrForConditionalGeneration": Served("glm_v:GlmOcr", "GLM-OCR", "glm 4.6"),
     "GPT2ForCausalLM": Served("gpt2:GPT2", "GPT-2"),
     "GPTNeoXForCausalLM": Served("gpt_neox:GPTNeoX", "GPT-NeoX 20B, Pythia, Dolly, RedPajama-INCITE"),
     "GptOssForCausalLM": Served("gpt_oss:GptOss", "gpt-oss 20b and 120b, in MXFP4 or bf16"),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from engine.errors import InvalidRequest
 from engine.media import Image, Media, MediaSize, Video
 from engine.vision.family import Family, Sized, Writing, in_words
-from engine.vision.grid import Glm, GlmImage, Grid, ImageGrid, PaddleOCR, TimedGrid
+from engine.vision.grid import Glm, Glm46, Grid, PaddleOCR, PlainGrid, TimedGrid
 from engine.vision.kimi import Kimi
 
 ALONE = "alone"  # a setting that no client has: the prompt has no other picture
@@ -23,6 +23,8 @@ MUCH = 1.1  # how many times too many rows, and columns, of patches a picture ma
 
 class Llava(Family):
     """LLaVA 1.5: the patches of one square, whatever the picture's shape."""
+
+    is_captured = True
 
     def num_features(self, size: MediaSize) -> int:  # noqa: ARG002
         crop, vision = self.processor.crop_size, self.config.vision_config
@@ -333,7 +335,7 @@ class SmolVLM(FramesAsPictures, Idefics3):
 class Gemma3(Family):
     """Gemma 3: one square, as so many vectors, that see each other; between marks and empty lines."""
 
-    is_whole = True
+    is_captured = is_whole = True
 
     @staticmethod
     def token_ids(config: Any) -> dict[str, int]:
@@ -411,11 +413,10 @@ FAMILIES: dict[str, type[Family]] = {
     "gemma 3": Gemma3,
     "gemma 4": Gemma4,
     "glm": Glm,
-    "glm image": GlmImage,
+    "glm 4.6": Glm46,
     "grid": Grid,
     "timed grid": TimedGrid,
     "idefics 3": Idefics3,
-    "image grid": ImageGrid,
     "internvl": InternVL,
     "kimi": Kimi,
     "lighton ocr": LightOnOCR,
@@ -425,6 +426,7 @@ FAMILIES: dict[str, type[Family]] = {
     "llava onevision": LlavaOnevision,
     "paddle ocr": PaddleOCR,
     "pixtral": Pixtral,
+    "plain grid": PlainGrid,
     "qianfan ocr": QianfanOCR,
     "smolvlm": SmolVLM,
 }

@@ -60,6 +60,7 @@ class Family:
     kinds: ClassVar[tuple[str, ...]] = ("image",)
     takes: ClassVar[tuple[str, ...]] = ("pixel_values",)  # of what the processor makes, what the tower takes
     on_host: ClassVar[frozenset[str]] = frozenset()  # of that, what is read as numbers, and so not moved to the device
+    is_captured = False  # the tower's work depends on its inputs' shapes alone, and the values of those on the host
     is_whole = False  # the tokens of a picture see each other, those behind them too
     settings: ClassVar[frozenset[str]] = frozenset()  # of those that a client may ask for, those that make a difference
     published: "Published | None" = None  # what reads a checkpoint that transformers cannot; None: it can
@@ -142,24 +143,19 @@ class Family:
     def prepare(self, tower: Any, device: torch.device, dtype: torch.dtype) -> None:
         """Make a tower ready that was loaded."""
 
-    def arguments(self, tower: Any, inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:  # noqa: ARG002
-        """Return what the tower is called with for several pictures."""
-        return self.joined(inputs)
+    def arguments(self, tower: Any, joined: dict[str, torch.Tensor]) -> dict[str, Any]:  # noqa: ARG002
+        """Return what the tower is called with."""
+        return joined
 
-    def features(
-        self, tower: Any, inputs: Sequence[dict[str, torch.Tensor]], lens: Sequence[int]
-    ) -> list[torch.Tensor]:
-        """Return the features of each picture, [1 + L, features, hidden]: the tower's, and those of L layers more.
+    def features(self, tower: Any, arguments: dict[str, Any]) -> torch.Tensor:
+        """Return the features of pictures, one behind the other, [1 + L, F, hidden].
 
-        lens: the features of each.
+        They are the tower's, and what is added behind the first L layers.
         """
-        of_kind = tower.get_video_features if "pixel_values_videos" in inputs[0] else tower.get_image_features
-        found = of_kind(**self.arguments(tower, inputs))
+        of_kind = tower.get_video_features if "pixel_values_videos" in arguments else tower.get_image_features
+        found = of_kind(**arguments)
         deep = getattr(found, "deepstack_features", None) or []
-        layers = torch.stack([_flat(layer) for layer in (found.pooler_output, *deep)])
-        if layers.shape[1] != sum(lens):
-            raise RuntimeError(f"the tower made {layers.shape[1]} features of pictures that have {sum(lens)}")
-        return [one.clone() if len(lens) > 1 else one for one in layers.split(list(lens), dim=1)]
+        return torch.stack([_flat(layer) for layer in (found.pooler_output, *deep)])
 
 
 def in_words(number: int) -> str:

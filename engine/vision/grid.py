@@ -30,6 +30,7 @@ class Grid(Family):
     takes: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
     on_host: ClassVar[frozenset[str]] = GRIDS
     computes_with_grids = False  # the tower does, on the device
+    is_captured = True
     settings: ClassVar = frozenset({"min_pixels", "max_pixels"})
 
     @staticmethod
@@ -141,9 +142,8 @@ class Grid(Family):
     def prepare(self, tower: Any, device: torch.device, dtype: torch.dtype) -> None:
         pack_attention(tower.visual, device, dtype)
 
-    def arguments(self, tower: Any, inputs: Sequence[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    def arguments(self, tower: Any, joined: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Return pixels, grids, and all that depends on the grids alone."""
-        joined = self.joined(inputs)
         [pixels], [grids] = PIXELS & joined.keys(), GRIDS & joined.keys()
         device, plan = joined[pixels].device, plan_of(tower.visual, joined[grids])
         if self.computes_with_grids:
@@ -182,7 +182,7 @@ class TimedGrid(Grid):
 class Glm(Grid):
     """GLM-4.1V, GLM-4.5V: a picture is resized as a video of one patch's frames; a pair of frames is written as one."""
 
-    computes_with_grids = True
+    computes_with_grids, is_captured = True, False
 
     @staticmethod
     def token_ids(config: Any) -> dict[str, int]:
@@ -198,8 +198,13 @@ class Glm(Grid):
         frames, rows, columns = self.grid(size)
         times = list(times_s[:: self.processor.temporal_patch_size]) or [0.0] * frames
         seen = f"<|begin_of_image|>{self.token_text['image'] * (rows * columns)}<|end_of_image|>"
-        text = "".join(f"{seen}{int(time_s)}" for time_s in times)
+        text = "".join(seen + self.stamp(time_s) for time_s in times)
         return Writing(text, frames * rows * columns, ((1, rows, columns),) * frames)
+
+    @staticmethod
+    def stamp(time_s: float) -> str:
+        """Return how the time of a frame is told."""
+        return str(int(time_s))
 
     def resized(self, size: MediaSize) -> tuple[int, int]:
         return self.resized_together(size)
@@ -208,32 +213,35 @@ class Glm(Grid):
         return self.video_config.get("size") or {"shortest_edge": 112 * 112, "longest_edge": 28 * 28 * 2 * 30000}
 
 
-class ImageGrid(Grid):
-    """EXAONE 4.5: pictures alone; a model whose positions have one axis counts their tokens as any others."""
+class Glm46(Glm):
+    """GLM-4.6V, GLM-OCR: GLM-4.1V, but for how the time of a frame is told."""
+
+    @staticmethod
+    def stamp(time_s: float) -> str:
+        return f"{time_s:.1f} seconds"
+
+
+class PlainGrid(Grid):
+    """EXAONE 4.5: no marks of its own around a picture; a model whose positions have one axis counts its tokens."""
+
+    @staticmethod
+    def token_ids(config: Any) -> dict[str, int]:
+        return {"image": config.image_token_id, "video": config.video_token_id}
+
+
+class PaddleOCR(Grid):
+    """PaddleOCR-VL: a picture has at least one feature each way, however long the other becomes."""
 
     kinds: ClassVar[tuple[str, ...]] = ("image",)
+    on_host: ClassVar[frozenset[str]] = frozenset()
+    is_captured = False
+    inputs, moved, made, prepare, arguments = (
+        Family.inputs, Family.moved, Family.made, Family.prepare, Family.arguments
+    )  # fmt: skip
 
     @staticmethod
     def token_ids(config: Any) -> dict[str, int]:
         return {"image": config.image_token_id}
-
-
-class GlmImage(ImageGrid):
-    """GLM-OCR, and GLM-4.6V under a name of its own: pictures as GLM-4.1V's."""
-
-    computes_with_grids = True
-
-    def resized(self, size: MediaSize) -> tuple[int, int]:
-        return self.resized_together(size)
-
-
-class PaddleOCR(ImageGrid):
-    """PaddleOCR-VL: a picture has at least one feature each way, however long the other becomes."""
-
-    on_host: ClassVar[frozenset[str]] = frozenset()
-    inputs, moved, made, prepare, arguments = (
-        Family.inputs, Family.moved, Family.made, Family.prepare, Family.arguments
-    )  # fmt: skip
 
     def resized(self, size: MediaSize) -> tuple[int, int]:
         from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import smart_resize

@@ -55,7 +55,9 @@ class MediaReader:
         of a whole picture, for each kind; None: it is no single token.
         """
         self.family, self._vocab_size = family, vocab_size
-        self.kinds, self.frames = family.placeholders(), family.frames()
+        # A kind whose placeholder the tokenizer does not know is not read: no text would stand everywhere.
+        self.kinds = {kind: text for kind, text in family.placeholders().items() if text}
+        self.frames = family.frames()
         self._encode, self._has_rope_axes = encode, has_rope_axes
         self._token_of = {kind: token_ids[kind] for kind in self.kinds}
         self._tokens = np.array(list(self._token_of.values()))

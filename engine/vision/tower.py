@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from engine.errors import ModelError
 from engine.media import Image, Media
 from engine.model_config import ModelConfig
 from engine.vision.family import Family
+from engine.vision.graphs import TowerGraphs
 
+MAX_BATCH = 4096  # features made in one go at most, of several pictures: a GPU is busy with as many
+MAX_CAPTURED = 2048  # features of a call that may have a graph: of more, the device is busy longer than the host
 LARGE = 2048  # pixels in a row of a picture, and rows: more are rare, and resized by most models
 PER_LAYER = ("num_kv_shared_layers", "hidden_size_per_layer_input")  # entries that mean nothing without layers
 SOUND = ("audio_tower", "embed_audio")
@@ -25,6 +29,10 @@ class Tower:
     def __init__(self, family: Family, module: Any, dtype: torch.dtype, device: torch.device) -> None:
         self.family, self._module, self._dtype, self._device = family, module, dtype, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._arguments, self._features = partial(family.arguments, module), partial(family.features, module)
+        self._graphs: TowerGraphs | None = None
+        if self._stream is not None and family.is_captured:
+            self._graphs = TowerGraphs(self._arguments, self._features, family.on_host)
 
     def encode(self, media: Sequence[Media]) -> list[torch.Tensor]:
         """Return the features of each, [1 + L, features, hidden] (see `Family.features`), wholly computed."""
@@ -42,8 +50,15 @@ class Tower:
         moved = [self.family.moved(one) for one in media]
         lens = [self.family.write(one.size).num_features for one in media]
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            inputs = list(map(self._on_device, moved))
-            return [one.to(self._dtype) for one in self.family.features(self._module, inputs, lens)]
+            joined = self.family.joined(list(map(self._on_device, moved)))
+            if self._graphs is not None and sum(lens) <= MAX_CAPTURED:
+                layers = self._graphs(joined)
+            else:
+                layers = self._features(self._arguments(joined))
+            if layers.shape[1] != sum(lens):
+                raise RuntimeError(f"the tower made {layers.shape[1]} features of pictures that have {sum(lens)}")
+            found = layers.to(self._dtype).split(list(lens), dim=1)
+            return [one.clone() if len(lens) > 1 else one for one in found]
 
     def adopt(self, other: "Tower") -> None:
         """Take over the weights of another tower of this model, which may lie on another device."""
@@ -54,20 +69,27 @@ class Tower:
     def move_weights(self, device: torch.device | None = None) -> None:
         """Move the weights to `device`, or back to that of the model: None. Nothing may be encoded elsewhere."""
         self._module.to(device or self._device)
+        if self._graphs is not None:
+            self._graphs.clear()
         if self._stream is not None:
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
 
     def largest_bytes(self) -> int:
-        """Return the bytes that a large picture takes on the device beside its features. 0 on a CPU: not counted."""
+        """Return the bytes that large pictures take on the device beside their features. 0 on a CPU: not counted."""
         if self._stream is None:
             return 0
+        large = Image(np.zeros((LARGE, LARGE, 3), np.uint8), b"")
+        num_features = self.family.write(large.size).num_features
+        num_pictures = max(MAX_BATCH // num_features, 1) if self.family.joins("image") else 1
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)
-        self.encode([Image(np.zeros((LARGE, LARGE, 3), np.uint8), b"")])
+        self.encode(self.family.in_context([large] * num_pictures))
         peak = torch.cuda.max_memory_allocated(self._device) - before
         torch.cuda.empty_cache()
-        return peak
+        if self._graphs is None:
+            return peak
+        return peak + peak * MAX_CAPTURED // max(num_pictures * num_features, MAX_CAPTURED)  # graphs have their own
 
     def _on_device(self, moved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         on_host = self.family.on_host
