@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from kernels.attention import SameBatch, gather
 from kernels.attention_batch import AttentionBatch, SharedPrefixes
+from kernels.card import card_of
 from kernels.latents import Expansion, LatentSizes, absorb, values_of
 from kernels.launch import next_power_of_2
 from kernels.tile_sizes import MIN_BLOCK, fitting
@@ -23,6 +24,8 @@ from kernels.tuning import Configs
 
 MAX_ROPE = 64  # rotated elements of a key, as far as shared memory is counted
 MAX_GROUP = 64  # heads that read a latent together: their results must fit into a program's registers
+GROUP_SHARED_BYTES = 99 << 10  # which hold their queries too; with less it is `SMALL_GROUP`
+SMALL_GROUP = 16
 EXPANDED_BYTES = 128 << 20  # of keys and values that are made at once; a layer's may be gigabytes
 
 
@@ -73,9 +76,9 @@ class LatentConfigs(NamedTuple):
     expanded: Any
 
 
-def config_keys(num_heads: int, sizes: LatentSizes, num_decodes: int) -> LatentConfigs:
+def config_keys(num_heads: int, sizes: LatentSizes, num_decodes: int, device: torch.device) -> LatentConfigs:
     """Return the table and the key there of each configuration."""
-    rank, group = next_power_of_2(sizes.rank), next_power_of_2(num_heads // num_groups(num_heads))
+    rank, group = next_power_of_2(sizes.rank), next_power_of_2(num_heads // num_groups(num_heads, device))
     limit = next(limit for limit in DECODE_LIMITS if num_decodes <= limit)
     return LatentConfigs(
         decode=(DECODE_CONFIGS, (rank, group, limit)),
@@ -91,15 +94,14 @@ def latent_configs(q: torch.Tensor, sizes: LatentSizes, num_decodes: int) -> Lat
         absorbed = float32_prefill_config(q.device, rank, 0)
         expanded = float32_prefill_config(q.device, width, next_power_of_2(sizes.value_dim))
         return LatentConfigs(DecodeConfig(16, 4, 1, 1), absorbed, expanded)
-    keys = config_keys(q.shape[1], sizes, num_decodes)
+    keys = config_keys(q.shape[1], sizes, num_decodes, q.device)
     return LatentConfigs(*(configs.get(q.device, *key) for configs, key in keys))
 
 
-def num_groups(num_heads: int) -> int:
-    """Return into how many groups of at most `MAX_GROUP` heads are cut, all of one size; each reads all latents."""
-    return next(
-        count for count in range(1, num_heads + 1) if num_heads % count == 0 and num_heads // count <= MAX_GROUP
-    )
+def num_groups(num_heads: int, device: torch.device) -> int:
+    """Return into how many groups heads are cut, all of one size; each reads all latents."""
+    most = MAX_GROUP if card_of(device).shared_bytes >= GROUP_SHARED_BYTES else SMALL_GROUP
+    return next(count for count in range(1, num_heads + 1) if num_heads % count == 0 and num_heads // count <= most)
 
 
 def latent_attention_triton(
@@ -146,7 +148,7 @@ def _absorbed(
     """Return the latents that single tokens, and prompts if they are in q too, find: [T, H, R]."""
     n, rank = expansion.sizes.key_dim, expansion.sizes.rank
     queries = absorb(q[..., :n], expansion)
-    latents = cache[..., :rank].expand(-1, num_groups(q.shape[1]), -1)
+    latents = cache[..., :rank].expand(-1, num_groups(q.shape[1], q.device), -1)
     rotated = Rotated(q[..., n:], cache[:, 0, rank:])
     found = torch.empty_like(queries)
     if batch.num_decodes:

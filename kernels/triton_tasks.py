@@ -252,7 +252,7 @@ def prefix_task(shape: AttentionShape, dtype: torch.dtype, device: torch.device)
 def latent_task(form: str, shape: LatentShape, limit: int, dtype: torch.dtype, device: torch.device) -> Task:
     """Return the task of latent attention's kernels. form: a field of `LatentConfigs`. limit: of single tokens."""
     sizes = LatentSizes(shape.key_dim, shape.value_dim, shape.rank)
-    configs, key = getattr(config_keys(shape.num_heads, sizes, limit), form)
+    configs, key = getattr(config_keys(shape.num_heads, sizes, limit, device), form)
 
     def prepare() -> list[Callable[[Any], object]]:
         num_requests, seq_len = DECODE_LENS[limit] if form == "decode" else (1, PROMPT_LEN)

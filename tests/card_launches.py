@@ -1,4 +1,7 @@
-"""Launch every Triton kernel as a model's steps do, on tensors without data: what `tests.cards` compiles."""
+"""Launch every Triton kernel as a model's steps do, on tensors without data, and name the sources of those in CUDA.
+
+`tests.cards` compiles them.
+"""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -8,12 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels import triton_bookkeeping, triton_elementwise, triton_quantized, triton_sampling
+from kernels import (
+    gated_gemm,
+    quantized_few,
+    quantized_many,
+    triton_bookkeeping,
+    triton_elementwise,
+    triton_quantized,
+    triton_sampling,
+)
 from kernels.card import OLDEST_BFLOAT16, OLDEST_E4M3, Card
 from kernels.latents import Expansion, LatentSizes
 from kernels.launch import cdiv
 from kernels.peer_memory import PeerMemory
-from kernels.quantized_format import FP8
+from kernels.quantized_format import FP8, Format
+from kernels.quantized_kernel import Kind
 from kernels.routing_rule import Routing
 from kernels.triton_all_reduce import all_reduce_triton
 from kernels.triton_attention import attention_triton
@@ -251,6 +263,38 @@ def quantized_launches(dtype: torch.dtype, card: Card) -> Iterator[tuple[str, La
                         empty(num_rows, k, dtype=code), empty(num_groups, num_rows), dtype,
                     )  # fmt: skip
                     yield f"8-bit product {num_tokens} {name}", partial(gemm_8bit, *arguments)
+
+
+# ---- kernels in CUDA C++ ----
+
+
+def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
+    """Yield a name, the source, the architecture to compile for, and the shared memory of a block."""
+    half, wide, device = torch.float16, torch.bfloat16, torch.device("meta")
+    kinds = {
+        "awq": Kind(Format("int4", 128, has_zero=True, scale_dtype=half), wide, True, 128, half),
+        "mxfp4": Kind(Format("int4", 32, table="fp4", scale_dtype=wide), wide, True, 32, wide),
+        "fp8": Kind(Format("fp8", inputs="fp8"), wide, False, 0, F32),
+        "fp8 blocks": Kind(Format("fp8", 128, inputs="fp8", input_group=128), wide, False, 128, F32),
+        "int8 of float16": Kind(Format("int8", inputs="int8"), half, False, 0, F32),
+    }
+    k, num_rows = 4096, 6144
+    for name, kind in kinds.items() if card.capability >= quantized_few.OLDEST else ():
+        for token_tiles in quantized_few.TOKEN_TILES:
+            config = quantized_few.few_config(kind, num_rows, k, token_tiles, False, device)
+            if config is not None:
+                room = quantized_few._shared_bytes(config, kind, max(1, 8 * token_tiles), k)
+                text = quantized_few.source(kind, token_tiles, config)
+                yield f"quantized_few {name} {config}", text, card.architecture, room
+        for most_tokens in quantized_many.MOST_TOKENS if card.is_hopper else ():
+            many = quantized_many.default_config(num_rows, k, kind.bits, most_tokens, 0)
+            many = quantized_many.fitting(many, kind, k)
+            text = quantized_many.source(kind, many)
+            room = quantized_many.shared_bytes(kind, many)
+            yield f"quantized_many {name} {many}", text, quantized_many.ARCHITECTURE, room
+    for columns in gated_gemm.TILE_COLUMNS if card.is_hopper else ():
+        tile = gated_gemm.Tile(columns, shares_weights=True)
+        yield f"gated_gemm {tile}", gated_gemm.source(wide, "silu", tile), "sm_90a", tile.shared_bytes
 
 
 # ---- the rest ----

@@ -1,21 +1,24 @@
-"""Compile every Triton kernel for GPUs that are not here, and print what does not fit them.
+"""Compile our kernels for GPUs that are not here, and print what does not fit them.
 
     python -m tests.cards [75 80 86 89 90 100 120] [--only TEXT] [--quick] [--no-assembly] [--threads 2]
 
 Each architecture's kernels are those that an engine on such a GPU would launch, in the sizes that it would choose by
 that GPU's limits. A kernel is printed that does not compile, that takes more shared memory than a block may have even
 after `kernels.launch` has taken stages from it, that got fewer stages, or whose threads keep much in memory for want of
-registers. Takes some minutes an architecture; what is compiled is kept in Triton's cache.
+registers. Triton's kernels come first, then those in CUDA C++ where there is an nvcc. Takes some minutes an
+architecture; what Triton compiles is kept in its cache.
 """
 
 import argparse
+import re
+import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -78,7 +81,7 @@ def wanted_on(chosen: Card) -> list[Wanted]:
 class Compiled:
     """What became of a kernel."""
 
-    wanted: Wanted
+    title: str
     error: str = ""
     shared_bytes: int = 0
     stages_lost: int = 0
@@ -93,12 +96,12 @@ def compile_for(chosen: Card, wanted: Wanted) -> Compiled:
         try:
             kernel = wanted.function.run(*wanted.args, grid=(1,), warmup=True, **keywords)
         except Exception as error:  # noqa: BLE001 - whatever a compiler raises is the finding
-            return Compiled(wanted, error=f"{type(error).__name__}: {error}")
+            return Compiled(wanted.title, error=f"{type(error).__name__}: {error}")
         num_stages = keywords.get("num_stages", 1)
         if kernel.metadata.shared <= chosen.shared_bytes or num_stages <= 1:
             break
         keywords, lost = keywords | {"num_stages": num_stages - 1}, lost + 1
-    result = Compiled(wanted, shared_bytes=kernel.metadata.shared, stages_lost=lost)
+    result = Compiled(wanted.title, shared_bytes=kernel.metadata.shared, stages_lost=lost)
     if kernel.asm["cubin"]:
         result.registers, result.spilled_bytes = usage_of(kernel.asm["cubin"])
     return result
@@ -118,6 +121,22 @@ def usage_of(cubin: bytes) -> tuple[int, int]:
     return int(fields["REG"]), int(fields["STACK"]) + int(fields.get("LOCAL", 0))
 
 
+def compile_cuda(title: str, source: str, architecture: str, shared_bytes: int) -> Compiled:
+    """Compile a kernel in CUDA C++, as NVRTC would."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cu"
+        file.write_text(source)
+        command = ["nvcc", "-std=c++17", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", "-o", f"{folder}/cubin"]
+        answer = subprocess.run([*command, str(file)], capture_output=True, text=True, check=False)
+    if answer.returncode:
+        return Compiled(title, error=answer.stderr)
+    used = [re.search(rf"(\d+) {word}", answer.stderr) for word in ("bytes stack frame", "bytes spill stores")]
+    spilled = max(int(match[1]) for match in used if match)
+    registers = re.search(r"Used (\d+) registers", answer.stderr)
+    assert registers, answer.stderr
+    return Compiled(title, shared_bytes=shared_bytes, registers=int(registers[1]), spilled_bytes=spilled)
+
+
 def report(chosen: Card, result: Compiled) -> bool:
     """Print what is wrong with a kernel, if anything; return whether it can run."""
     words = []
@@ -131,7 +150,7 @@ def report(chosen: Card, result: Compiled) -> bool:
     if result.spilled_bytes > SPILLED_BYTES:
         words.append(f"{result.registers} registers, {result.spilled_bytes} bytes in memory")
     if words:
-        print(f"  {result.wanted.title}: {'; '.join(words)}", flush=True)
+        print(f"  {result.title}: {'; '.join(words)}", flush=True)
     return has_room and not result.error
 
 
@@ -143,6 +162,8 @@ def check(args: argparse.Namespace) -> int:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import CUDABackend
+
+    from tests.card_launches import cuda_sources
 
     driver = SimpleNamespace(
         get_current_device=lambda: 0,
@@ -160,6 +181,11 @@ def check(args: argparse.Namespace) -> int:
     print(f"{chosen.architecture}: {len(wanted)} kernels", flush=True)
     with ThreadPoolExecutor(args.threads) as threads:
         can_run = [report(chosen, result) for result in threads.map(lambda one: compile_for(chosen, one), wanted)]
+        if shutil.which("nvcc"):
+            sources = [one for one in cuda_sources(chosen) if args.only in one[0]]
+            can_run += [report(chosen, result) for result in threads.map(lambda one: compile_cuda(*one), sources)]
+        else:
+            print("  no nvcc: kernels in CUDA C++ are left out")
     print(f"{can_run.count(False)} of {len(can_run)} cannot run; {time.perf_counter() - start:.0f} s", flush=True)
     return can_run.count(False)
 

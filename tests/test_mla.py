@@ -25,6 +25,7 @@ from engine.layers.moe import StackedLinear
 from engine.model_config import LatentConfig
 from engine.models.names import pieces_of
 from engine.models.registry import build_model, load_config
+from kernels import triton_mla
 from kernels.attention import SameBatch
 from kernels.dense import DenseWeight
 from kernels.elementwise import rope_and_store_latent_torch
@@ -35,6 +36,7 @@ from kernels.quantized_cpu import CpuQuantizedWeight
 from kernels.triton_elementwise import rope_and_store_latent_triton
 from kernels.triton_mla import _prefer_absorbed, latent_attention_triton, num_groups
 from kernels.tuning import LatentShape
+from tests.cards import CARDS
 from tests.quantized_files import CASES, write_quantized
 from tests.test_models import MAX_DIFFERENCE, TinyEngine, assert_equals_reference, random_ids, reference_logits
 from tests.test_native_families import logits_of_ranks
@@ -240,7 +242,11 @@ def test_contexts_may_be_expanded_piece_by_piece(most_bytes: int, monkeypatch: p
 
 
 def test_many_heads_are_cut_into_groups_that_each_read_the_latents(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [num_groups(count) for count in (1, 16, 20, 64, 96, 128)] == [1, 1, 1, 1, 2, 2]
+    counts = 1, 16, 20, 64, 96, 128
+    for number, expected in ((90, [1, 1, 1, 1, 2, 2]), (86, [1, 1, 1, 1, 2, 2]), (75, [1, 1, 2, 4, 6, 8])):
+        with monkeypatch.context() as patch:
+            patch.setattr(triton_mla, "card_of", lambda device, number=number: CARDS[number])
+            assert [num_groups(count, torch.device(DEVICE)) for count in counts] == expected
     monkeypatch.setattr("kernels.triton_mla.MAX_GROUP", 2)
     batch = make_batch([(1, 9), (1, 50), (2, 90)], seed=0, device=DEVICE)
     q, cache, expansion = make_inputs(batch, torch.float32)
