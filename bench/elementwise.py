@@ -127,6 +127,8 @@ def check() -> list[str]:
                 params = sampling_params(num_rows, temperature, top_k, top_p)
                 differs = sampling.sample(values, **params) != sampling.sample_torch(values, **params)
                 report("sample", int(differs.sum()), 1 + num_rows // 100)  # a draw may hang on a logarithm's last bit
+        found, expected = sampling.likeliest(logits, 5), logits.topk(5)
+        report("5 likeliest", difference(found[0], expected.values), 0)
         report("logsumexp", difference(sampling.logsumexp(logits), sampling.logsumexp_torch(logits)), 1e-5, end="\n")
     broken = normal(3, 32000)
     broken[1, 31999] = torch.nan
@@ -246,6 +248,8 @@ def sampling_rows(num_rows: int, vocab_size: int) -> list[Row]:
             partial(sampling.logsumexp_torch, logits),
         )
     )
+    likeliest = partial(sampling.likeliest, logits, 5)
+    rows.append(Row(f"5 likeliest {size}", num_bytes, likeliest, partial(torch.topk, logits, 5)))
     bitmask = torch.randint(-(2**31), 2**31, (num_rows, (vocab_size + 31) // 32), device="cuda").int()
     scratch = logits.clone()
     rows.append(

@@ -8,6 +8,7 @@ import torch
 
 GREEDY_TEMPERATURE = 1e-6
 MAX_UNIFORM = 1 - 2.0**-24  # the largest float32 below 1
+MAX_LIKELIEST = 32  # of the likeliest tokens that a kernel lists
 PROMPT_BIT = 1 << 14  # in `counts`: the token occurs in the prompt; the bits below count how often it was generated
 
 
@@ -211,6 +212,16 @@ def logsumexp(logits: torch.Tensor) -> torch.Tensor:
     return logsumexp_torch(logits)
 
 
+def likeliest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k largest of each row [S, V], the largest first, and their ids: (fp32 [S, k], int64 [S, k])."""
+    if logits.is_cuda and 0 < k <= MAX_LIKELIEST:
+        from kernels.triton_likeliest import likeliest_triton
+
+        return likeliest_triton(logits, k)
+    values, ids = logits.topk(k, dim=-1)
+    return values.float(), ids
+
+
 def logprobs(
     logits: torch.Tensor, token_ids: torch.Tensor, k: int, ids: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -223,6 +234,6 @@ def logprobs(
     def at(wanted: torch.Tensor) -> torch.Tensor:
         return logits.gather(1, wanted.long()).float() - log_normalizer
 
-    top_values, top_ids = logits.topk(k, dim=-1)
+    top_values, top_ids = likeliest(logits, k)
     chosen = at(token_ids.unsqueeze(1)).squeeze(1)
-    return chosen, top_values.float() - log_normalizer, top_ids, None if ids is None else at(ids)
+    return chosen, top_values - log_normalizer, top_ids, None if ids is None else at(ids)

@@ -21,6 +21,7 @@ from kernels import (
     triton_bookkeeping,
     triton_elementwise,
     triton_gemm,
+    triton_likeliest,
     triton_sampling,
     triton_skinny,
     tuning,
@@ -612,6 +613,27 @@ def test_logprobs_are_the_log_softmax_where_it_is_wanted(dtype: torch.dtype) -> 
     assert sampling.logprobs(logits, ints(1, 2, 3), 0)[3] is None
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_the_largest_are_found_in_order_and_of_equal_ones_the_first(k: int, dtype: torch.dtype) -> None:
+    logits = randn(4, 2100, dtype=dtype, scale=4)
+    logits[0, :30] = logits[0, 1500] = 40.0
+    logits[1, 5:] = -torch.inf
+    logits[2, 7] = torch.nan
+    logits[3] = logits[3].round()  # the last piece has fewer than k tokens
+    values, ids = triton_likeliest.likeliest_triton(logits, k)
+    order = (
+        logits.float()
+        .nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        .sort(descending=True, stable=True)
+    )
+    assert torch.equal(values, order.values[:, :k])
+    assert ids[0].tolist() == list(range(k))
+    is_finite = values.isfinite()
+    assert torch.equal(ids[is_finite], order.indices[:, :k][is_finite])
+    assert ((ids >= 0) & (ids < 2100)).all(), "even where fewer than k are finite"
+
+
 @pytest.mark.parametrize("width", [1024, 3000])
 def test_a_nucleus_wider_than_the_first_sort_is_found_whole(width: int) -> None:
     scaled = randn(2, 4000, scale=0.01)
@@ -670,6 +692,7 @@ def test_no_number_of_sampled_requests_needs_a_kernel_that_was_not_rehearsed(mon
     monkeypatch.setattr(launch.Kernel, "launch", note)
     for name in ("argmax", "sample", "logsumexp", "apply_penalties", "apply_token_bitmask"):
         monkeypatch.setattr(sampling, name, getattr(triton_sampling, f"{name}_triton"))
+    monkeypatch.setattr(sampling, "likeliest", triton_likeliest.likeliest_triton)
     monkeypatch.setattr(sampler, "end_step", triton_bookkeeping.end_step_triton)
     vocab_size = 50_000
     tested = Sampler(Rows(512, 8), vocab_size, (), torch.device("cpu"), None)
@@ -681,9 +704,9 @@ def test_no_number_of_sampled_requests_needs_a_kernel_that_was_not_rehearsed(mon
         tested.sample(logits, SamplingWork(num_samples, is_greedy=True), rows, rows)
         work = SamplingWork(num_samples, is_greedy=False, has_penalties=True, masks=(bits, rows[:2]))
         tested.sample(logits, work, rows, rows)
-        sampling.logsumexp(logits)
+        sampling.logprobs(logits, rows, k=min(num_samples, 32))
     assert launched == rehearsed
-    assert len({name for name, *_ in launched}) == 6
+    assert len({name for name, *_ in launched}) == 8
 
 
 def test_a_gpu_with_little_shared_memory_gets_fewer_stages() -> None:

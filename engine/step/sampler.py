@@ -183,6 +183,8 @@ class Sampler:
             self.sample(logits, SamplingWork(0, is_greedy=True), rows, rows)
             tokens, _ = self.sample(logits, masked, rows, rows)
             sampling.logsumexp(logits)
+            for k in (1, 2, 16):  # by which kernels are told apart
+                sampling.likeliest(logits, k)
             sampling.apply_penalties(logits, rows, counts, *self._floats[3:])
             end_step(tokens, rows, self.last_tokens, counts)
 
