@@ -8,7 +8,6 @@ import torch
 
 GREEDY_TEMPERATURE = 1e-6
 MAX_UNIFORM = 1 - 2.0**-24  # the largest float32 below 1
-MAX_LIKELIEST = 32  # of the likeliest tokens that a kernel lists
 PROMPT_BIT = 1 << 14  # in `counts`: the token occurs in the prompt; the bits below count how often it was generated
 
 
@@ -214,10 +213,11 @@ def logsumexp(logits: torch.Tensor) -> torch.Tensor:
 
 def likeliest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the k largest of each row [S, V], the largest first, and their ids: (fp32 [S, k], int64 [S, k])."""
-    if logits.is_cuda and 0 < k <= MAX_LIKELIEST:
-        from kernels.triton_likeliest import likeliest_triton
+    if logits.is_cuda and k:
+        from kernels.triton_likeliest import MAX_LIKELIEST, likeliest_triton
 
-        return likeliest_triton(logits, k)
+        if k <= MAX_LIKELIEST:
+            return likeliest_triton(logits, k)
     values, ids = logits.topk(k, dim=-1)
     return values.float(), ids
 
