@@ -558,6 +558,16 @@ def test_a_prompt_is_cut_where_a_step_is_not_padded(work: int, lengths: list[int
     assert plan.q_lens.tolist() == lengths
 
 
+@pytest.mark.parametrize(("max_tokens", "cut"), [(880, 820), (860, 388), (1000, 836)])
+def test_a_step_without_room_for_a_size_is_padded_by_little_or_not_at_all(max_tokens: int, cut: int) -> None:
+    traffic = Traffic(16384, chunk=8192)
+    for length in (60, 3000):
+        traffic.submit([length, *range(1, length)], max_new_tokens=1)
+    plan = traffic.scheduler.schedule(PrefillBudget(max_tokens, sizes=[448, 896, 1280]))
+    assert plan is not None
+    assert plan.q_lens.tolist() == [60, cut]
+
+
 # ---- several tokens a row ----
 
 NUM_DRAFTS = 2

@@ -116,13 +116,12 @@ class PrefillBudget:
     def num_tokens_behind(self, context: int) -> int:
         """Return how long a chunk behind `context` tokens may be: one token at least.
 
-        It ends where the step has one of the sizes that the device need not pad.
+        It ends where the device need not pad the step, or pads it by little.
         """
         affordable = self._affordable(context)
-        limit = min(SIZE_SLACK * (self.num_spent + affordable), self.num_spent + self.max_tokens)
-        index = bisect.bisect_right(self.sizes, limit)
+        index = bisect.bisect_right(self.sizes, SIZE_SLACK * (self.num_spent + affordable))
         self.num_filling = self.sizes[index - 1] if index else 0
-        rest = self.num_filling - self.num_spent
+        rest = min(self.num_filling - self.num_spent, self.max_tokens)
         if rest < max(self.min_tokens, 1):
             self.num_filling, rest = 0, affordable
         return rest

@@ -221,6 +221,7 @@ class Scheduler:
             room = self.chunked_prefill_size - len(decodes) - sum(map(len, jumps))
             budget = budget or PrefillBudget(room)
             budget.max_tokens, budget.room = min(budget.max_tokens, room), room
+            budget.num_spent = sum(map(len, jumps))
             chunks = jumps + list(self._prefill_chunks(budget, may_wait=bool(len(decoding))))
         if not len(decodes) and not chunks:
             return None
