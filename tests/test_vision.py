@@ -60,9 +60,14 @@ class Reference:
         self.folder, self.name = folder, family
         self.model = model_class.from_pretrained(folder, dtype=torch.float32).eval()
 
-    @torch.inference_mode()
     def most_likely(self, engine: Engine, ids: list[int], media: PromptMedia, answer: list[int]) -> list[int]:
         """Return the most likely token in place of each one of the answer, given all before it."""
+        found: list[int] = self.logits(engine, ids, media, answer).argmax(dim=-1).tolist()
+        return found
+
+    @torch.inference_mode()
+    def logits(self, engine: Engine, ids: list[int], media: PromptMedia, answer: list[int]) -> torch.Tensor:
+        """Return the logits in place of each token of the answer, given all before it."""
         reader = engine.media_reader
         assert reader is not None
         family = reader.family
@@ -81,9 +86,8 @@ class Reference:
             types = {"token_type_ids": kinds}
         if self.name == "qwen 2.5 vl" and "video_grid_thw" in inputs:
             types["second_per_grid_ts"] = torch.tensor([1.0, 1.0])
-        logits = self.model(whole, **inputs, **types, use_cache=False).logits
-        found: list[int] = logits[0, len(ids) - 1 : -1].argmax(dim=-1).tolist()
-        return found
+        logits: torch.Tensor = self.model(whole, **inputs, **types, use_cache=False).logits
+        return logits[0, len(ids) - 1 : -1]
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +253,35 @@ async def test_attention_over_all_pictures_at_once_makes_the_same_features(
         for before, now in zip(one_by_one, tower.encode(media), strict=True):
             torch.testing.assert_close(now, before, rtol=1e-5, atol=1e-5)
     assert lens and all(len(one) >= len(media) for one in lens), "several sequences at once"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reference", ["llava", "qwen 2.5 vl", "qwen 3 vl"], indirect=True)
+async def test_on_a_gpu_features_and_answers_are_nearly_transformers_by_graphs_of_steps_and_towers(
+    reference: Reference,
+) -> None:
+    options: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16"}
+    always_anew = {"disable_radix_cache": True, "mm_embedding_cache_mb": 0}
+    async with running_engine(reference.folder, **options, **always_anew) as engine:
+        reader, tower, graphs = engine.media_reader, engine.parts.tower, engine.parts.runner.graphs
+        assert reader is not None and tower is not None and tower._graphs is not None and graphs is not None
+        assert graphs._has_feature_rows
+        for _ in range(3):
+            for i, sizes in enumerate(SIZES):
+                ids, media = await prompt(engine, i, pictures(sizes))
+                answer, _ = await ask(engine, ids, media)
+                logits = await asyncio.to_thread(reference.logits, engine, ids, media, answer)
+                gaps = logits.amax(dim=-1) - logits[torch.arange(len(answer)), torch.tensor(answer)]
+                assert float((gaps / logits.std(dim=-1)).max()) < 0.3
+        assert len(tower._graphs._captured) >= 3 and tower._graphs._can_capture
+        for one in pictures(SIZES[-1]):
+            inputs = reader.family.joined([reader.family.inputs(one)])
+            with torch.inference_mode():
+                wanted = reference.model.model.get_image_features(**inputs).pooler_output
+            wanted = wanted.flatten(0, -2) if isinstance(wanted, torch.Tensor) else torch.cat(list(wanted))
+            for _ in range(3):  # without a graph, captured, replayed
+                [found] = await asyncio.to_thread(tower.encode, [one])
+                assert float((found[0].cpu().float() - wanted).abs().max() / wanted.abs().max()) < 0.05
 
 
 @pytest.mark.gpu

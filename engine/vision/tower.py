@@ -47,10 +47,10 @@ class Tower:
 
     def _encode(self, media: Sequence[Media]) -> list[torch.Tensor]:
         """Do `encode` for pictures of one kind, perhaps without waiting for the device."""
-        moved = [self.family.moved(one) for one in media]
+        moved = {id(one): self.family.moved(one) for one in {id(one): one for one in media}.values()}  # each once
         lens = [self.family.write(one.size).num_features for one in media]
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            joined = self.family.joined(list(map(self._on_device, moved)))
+            joined = self.family.joined([self._on_device(moved[id(one)]) for one in media])
             if self._graphs is not None and sum(lens) <= MAX_CAPTURED:
                 layers = self._graphs(joined)
             else:
