@@ -29,6 +29,7 @@ STAGING_BYTES = 8 * 16 * 144
 REQUEST_BYTES = 20
 MAX_PARTS = 16
 LEAST_WINDOW = 1024
+GRAPH_HEAD_DIM = 128  # least head size with which several prompts gain, too: these are in graphs, now and then
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,15 @@ def can_prefill(
     """Return whether `prefill` takes these and is the faster one: a Hopper GPU, 16-bit floats, a head size of `KEYS`.
 
     Tokens see what is before them, of one prompt (blocks share out several badly) and of much (a window of few keys is
-    over before the pipeline is full).
+    over before the pipeline is full). In a graph all other prompts are padding, mostly.
     """
+    num_prompts = len(batch.rows) - batch.num_decodes
     return (
         is_available(q.device)
         and q.shape[2] in KEYS
         and q.dtype == k_cache.dtype == v_cache.dtype in (torch.bfloat16, torch.float16)
         and v_cache.shape == k_cache.shape
-        and len(batch.rows) - batch.num_decodes == 1
+        and (num_prompts == 1 or (batch.is_for_graph and q.shape[2] >= GRAPH_HEAD_DIM and num_prompts <= MAX_REQUESTS))
         and not 0 <= window < LEAST_WINDOW
         and batch.seen_until is None
         and slopes is None

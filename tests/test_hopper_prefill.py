@@ -84,7 +84,14 @@ def test_it_leaves_several_prompts_and_narrow_windows_to_triton(hopper: Any) -> 
     )
     assert can_prefill(*make_inputs(one, 1, 1, 64, BF16), one, window=1024)
     assert not can_prefill(*make_inputs(one, 1, 1, 64, BF16), one, window=128)
-    assert not can_prefill(*make_inputs(two, 1, 1, 64, BF16), two)
+    assert not can_prefill(*make_inputs(two, 1, 1, 128, BF16), two)
+
+
+def test_it_serves_graphs_whose_further_prompts_are_padding_mostly(hopper: Any) -> None:
+    graph = bench.attention.make_batch([(1, 4), (5, 30), (0, 0), (0, 0)], seed=0, device="cpu")
+    graph.is_for_graph = True
+    assert can_prefill(*make_inputs(graph, 4, 2, 128, BF16), graph)
+    assert not can_prefill(*make_inputs(graph, 4, 2, 64, BF16), graph), "with small heads Triton is faster for several"
 
 
 def test_a_cpu_has_other_kernels() -> None:
@@ -185,6 +192,12 @@ def test_options_equal_the_definition(head_dim: int, options: dict[str, Any]) ->
 def test_there_may_be_many_prompts_and_long_contexts() -> None:
     check([(17 + i % 9, 30 + i) for i in range(200)])
     check([(500, 20000), (3, 5000)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_the_padding_of_a_graph_costs_no_result(num_parts: int) -> None:
+    check([(1, 9), (1, 30), (700, 2100), (40, 300), *[(0, 0)] * 14], num_parts=num_parts)
 
 
 @pytest.mark.gpu
