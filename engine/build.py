@@ -31,6 +31,7 @@ from engine.ranks.channel import ChannelReader
 from engine.ranks.children import Parent, settle_garbage_collector
 from engine.ranks.leader import Follower, Ranks, arrive, follow, join_store
 from engine.ranks.nodes import gloo_interface
+from engine.ranks.placement import stay_near
 from engine.schedule.rows import Rows
 from engine.schedule.scheduler import Scheduler
 from engine.sizes import Sizes, check_sizes, choose_graph_sizes, graphs_bytes, max_graph_tokens, resolve_sizes
@@ -333,10 +334,11 @@ def build_runner(
 
 
 def _set_device(config: EngineConfig, comm: Communicator) -> torch.device:
-    """Make the rank's device this thread's current one; on a CPU, divide the cores among the ranks."""
+    """Make the rank's device this thread's current one, near which it stays; on a CPU, divide the cores among ranks."""
     device = torch.device(config.device or "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        stay_near(device)
     elif comm.size > 1:
         torch.set_num_threads(max(torch.get_num_threads() // comm.size, 1))
     return device
