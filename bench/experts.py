@@ -78,7 +78,7 @@ def num_chosen(ids: torch.Tensor, num_experts: int) -> tuple[int, int]:
 
 
 def regime(by_expert: object) -> str:
-    return "pairs" if by_expert is None else f"tiles of {by_expert.config.block_m}"  # type: ignore[attr-defined]
+    return "pairs" if by_expert is None else f"tiles of {by_expert.block_m}"  # type: ignore[attr-defined]
 
 
 class Row(NamedTuple):

@@ -5,16 +5,27 @@ out a layer's experts, ids are those of this rank's, and the number of these sta
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from kernels.dense import DenseWeight, has_onednn_units
 from kernels.quantized import QuantizedWeight
+from kernels.quantized_format import Format
 from kernels.weights import Weight
 
 if TYPE_CHECKING:
     from kernels.triton_experts import Codes, Sorted
+
+
+class ExpertShape(NamedTuple):
+    """The experts of a layer that a rank has, as one of its products uses them."""
+
+    num_experts: int
+    num_rows: int  # of an expert: of gate and up together, if there is an activation
+    k: int
+    act: str | None = None  # of gate and up
+    form: Format | None = None  # None: plain numbers
 
 
 def split_experts(stack: Weight, num_experts: int) -> list[Weight]:
@@ -63,8 +74,8 @@ class ExpertStack:
         num_pairs = ids.numel()
         if num_pairs <= triton_experts.most_single_pairs(self.num_on_all_ranks):
             return None
-        config = triton_experts.tile_config(num_pairs, self.num_on_all_ranks)
-        return triton_experts.sort_pairs(ids, self.num_experts, config)
+        height = triton_experts.tile_height(num_pairs, self.num_on_all_ranks)
+        return triton_experts.sort_pairs(ids, self.num_experts, height)
 
     def products(
         self,
@@ -101,6 +112,11 @@ def _packed_in_place(expert: Weight) -> Weight:
     return expert.pack()
 
 
+def code_of(form: Format, k: int) -> str:
+    """Return how the kernels read the codes of a format, in rows of k inputs."""
+    return "fp4" if form.table == "fp4" and k % 8 == 0 else form.code
+
+
 def codes_of(stack: Weight) -> "Codes":
     """Return a stack's tensors as the kernels read them. NotImplementedError for formats that they do not know."""
     from kernels.triton_experts import Codes
@@ -111,7 +127,7 @@ def codes_of(stack: Weight) -> "Codes":
         raise NotImplementedError(f"experts of {type(stack).__name__} have no kernels for a GPU")
     stack.settle()
     form, fields, device = stack.form, stack.fields, stack.codes.device
-    code = "fp4" if form.table == "fp4" and stack.k % 8 == 0 else form.code
+    code = code_of(form, stack.k)
     table = stack.meanings.to(device) if form.table and code != "fp4" else None
     codes = stack.codes.view({"fp8": torch.uint8, "fp4": torch.int32}.get(code, stack.codes.dtype))
     return Codes(

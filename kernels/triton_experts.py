@@ -14,6 +14,7 @@ import triton.language as tl
 from kernels.launch import cdiv, fast_launch, next_power_of_2
 from kernels.triton_elementwise import gated, launch_options
 from kernels.triton_quantized import has_e4m3, number_of
+from kernels.tuning import Configs
 
 MAX_SINGLE_PAIRS = 64  # pairs whose weights are read one by one, of many experts
 GATED_BLOCK, PLAIN_BLOCK = (2, 1024), (8, 256)  # rows and inputs of a program for one pair, with and without a gate
@@ -25,28 +26,33 @@ WHOLE_ROW = 1 << 30  # inputs that share a scale, if all of a row do
 
 
 class TileConfig(NamedTuple):
-    """Sizes into which a product of pairs sorted by expert is cut."""
+    """Sizes into which a product of pairs sorted by expert is cut, in tiles of so many pairs."""
 
-    block_m: int  # pairs of one expert
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
 
 
-def tile_config(num_pairs: int, num_experts: int) -> TileConfig:
-    """Return the configuration for a step: tiles nearly twice as high as an expert has pairs on average.
+# By most pairs that an expert has on average: tiles nearly twice as high. Measured on an H200 with 128 experts of 768
+# and a hidden size of 2,048.
+TILE_HEIGHTS = {8: 16, 24: 32, 96: 64}
+HIGHEST_TILE = 128
+DEFAULT_TILES = {
+    16: TileConfig(64, 128, 4, 4),
+    32: TileConfig(64, 128, 4, 3),
+    64: TileConfig(128, 64, 4, 4),
+    128: TileConfig(128, 64, 8, 3),
+}
+TILE_CODES = (None, "int4", "fp4", "int8", "fp8", "castable fp8")
+# By (an expert's rows, K, place of the code in `TILE_CODES`, pairs of a tile).
+TILE_CONFIGS = Configs("experts", TileConfig, lambda _num_rows, _k, _code, block_m: DEFAULT_TILES[block_m])
 
-    Measured on an H200 with 128 experts of 768 and a hidden size of 2,048.
-    """
+
+def tile_height(num_pairs: int, num_experts: int) -> int:
+    """Return how many pairs of an expert a step's tiles have."""
     average = num_pairs / num_experts
-    if average <= 8:
-        return TileConfig(16, 64, 128, 4, 4)
-    if average <= 24:
-        return TileConfig(32, 64, 128, 4, 3)
-    if average <= 96:
-        return TileConfig(64, 128, 64, 4, 4)
-    return TileConfig(128, 128, 64, 8, 3)
+    return next((height for most, height in TILE_HEIGHTS.items() if average <= most), HIGHEST_TILE)
 
 
 def most_single_pairs(num_experts: int) -> int:
@@ -60,11 +66,11 @@ class Sorted(NamedTuple):
     order: torch.Tensor  # int32 [P]: pairs, those of the first expert first
     ends: torch.Tensor  # int32 [E]: pairs of experts up to each one
     tile_ends: torch.Tensor  # int32 [E]: tiles likewise
-    config: TileConfig
+    block_m: int  # pairs of a tile
 
 
-def sort_pairs(ids: torch.Tensor, num_experts: int, config: TileConfig) -> Sorted:
-    """Return the pairs of ids [T, k] by expert, in tiles of `config`; of many pairs within an expert in any order.
+def sort_pairs(ids: torch.Tensor, num_experts: int, block_m: int) -> Sorted:
+    """Return the pairs of ids [T, k] by expert, in tiles of `block_m`; of many pairs within an expert in any order.
 
     Ids beyond the last expert are left out.
     """
@@ -74,18 +80,18 @@ def sort_pairs(ids: torch.Tensor, num_experts: int, config: TileConfig) -> Sorte
     options = launch_options(ids.device, num_warps=4)
     if num_pairs <= MAX_COMPARED_PAIRS:
         _compare_kernel[(1 + cdiv(num_pairs, COMPARED_ROWS),)](
-            ids, ends, tile_ends, order, num_pairs, num_experts, config.block_m,
+            ids, ends, tile_ends, order, num_pairs, num_experts, block_m,
             BLOCK_M=COMPARED_ROWS, BLOCK=COMPARED_COLUMNS, BLOCK_E=block_e, **options,
         )  # fmt: skip
-        return Sorted(order, ends, tile_ends, config)
+        return Sorted(order, ends, tile_ends, block_m)
     _count_kernel[(1,)](
-        ids, ends, tile_ends, starts, num_pairs, num_experts, config.block_m,
+        ids, ends, tile_ends, starts, num_pairs, num_experts, block_m,
         BLOCK=SORT_BLOCK, BLOCK_E=block_e, **options,
     )  # fmt: skip
     _place_kernel[(cdiv(num_pairs, SORT_BLOCK),)](
         ids, starts, order, num_pairs, num_experts, BLOCK=SORT_BLOCK, **options
     )
-    return Sorted(order, ends, tile_ends, config)
+    return Sorted(order, ends, tile_ends, block_m)
 
 
 class Codes(NamedTuple):
@@ -104,6 +110,11 @@ class Codes(NamedTuple):
     @property
     def num_groups(self) -> int:
         return 1 if self.scale is None else self.scale.shape[1]
+
+
+def kernel_code(code: str | None, device: torch.device) -> str | None:
+    """Return how kernels read codes on a device."""
+    return "castable fp8" if code == "fp8" and has_e4m3(device) else code
 
 
 def fitting_block(codes: Codes, block_k: int) -> int:
@@ -125,6 +136,7 @@ def expert_products_triton(
     bias: torch.Tensor | None = None,
     *,
     is_shared_out: bool = False,
+    config: TileConfig | None = None,
 ) -> torch.Tensor:
     """Return each pair's product with its expert's rows of `weight` [E n, k]: [P, n], or [P, n / 2] with `act`.
 
@@ -137,7 +149,7 @@ def expert_products_triton(
     per_input = num_pairs // len(x)
     out = torch.empty(num_pairs, n, dtype=x.dtype, device=x.device)
     tensors = weight.data, weight.scale, weight.zero, weight.minimum, weight.table
-    code = "castable fp8" if weight.code == "fp8" and has_e4m3(x.device) else weight.code
+    code = kernel_code(weight.code, x.device)
     format_of = {
         "K": k, "CODE": code, "GROUP": weight.group_size if weight.group_size < k else WHOLE_ROW,
         "NUM_GROUPS": weight.num_groups, "OFFSET": weight.offset,
@@ -149,11 +161,12 @@ def expert_products_triton(
             BLOCK_N=block_n, BLOCK_K=fitting_block(weight, block_k), ACT=act, **launch_options(x.device, num_warps=4),
         )  # fmt: skip
         return out
-    config = by_expert.config
-    num_tiles = min(num_pairs, cdiv(num_pairs, config.block_m) + num_experts)
+    block_m = by_expert.block_m
+    config = config or TILE_CONFIGS.get(x.device, rows, k, TILE_CODES.index(code), block_m)
+    num_tiles = min(num_pairs, cdiv(num_pairs, block_m) + num_experts)
     _tile_kernel[(cdiv(n, config.block_n), num_tiles)](
         x, *tensors, bias, by_expert.order, by_expert.ends, by_expert.tile_ends, out, n, rows, per_input, **format_of,
-        NUM_EXPERTS=num_experts, BLOCK_E=next_power_of_2(num_experts), BLOCK_M=config.block_m,
+        NUM_EXPERTS=num_experts, BLOCK_E=next_power_of_2(num_experts), BLOCK_M=block_m,
         BLOCK_N=config.block_n, BLOCK_K=fitting_block(weight, config.block_k), ACT=act,
         **launch_options(x.device, num_warps=config.num_warps), num_stages=config.num_stages,
     )  # fmt: skip

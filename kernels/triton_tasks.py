@@ -10,15 +10,28 @@ import numpy as np
 import torch
 
 from kernels.card import card_of
+from kernels.dense import DenseWeight
+from kernels.experts import ExpertShape, code_of, codes_of
 from kernels.latents import Expansion, LatentSizes
 from kernels.launch import cdiv, next_power_of_2
+from kernels.quantized import QuantizedWeight
 from kernels.triton_decode import DECODE_CONFIGS, DECODE_LIMITS, PREFIX_CONFIGS, decode
+from kernels.triton_experts import (
+    TILE_CODES,
+    TILE_CONFIGS,
+    Sorted,
+    TileConfig,
+    expert_products_triton,
+    kernel_code,
+    sort_pairs,
+)
 from kernels.triton_gemm import GEMV_CONFIGS, GemvConfig, gemv
 from kernels.triton_mla import config_keys, latent_attention_triton, latent_configs
 from kernels.triton_prefill import PREFILL_CONFIGS, prefill
 from kernels.triton_skinny import SKINNY_CONFIGS, SkinnyConfig, fits_skinny, skinny_gemm
 from kernels.triton_softmax import DecodeConfig, PrefillConfig
 from kernels.tuning import AttentionShape, LatentShape, Task, WeightShape
+from kernels.weights import Part, Weight
 
 ROTATION_BYTES = 128 << 20  # that launches read before one reads the same again: more than an L2 cache holds
 MAX_COPIES = 64  # of a weight or a layer of the cache; of small ones some stay in the L2 cache
@@ -49,6 +62,13 @@ LATENT_CANDIDATES: dict[str, list[Any]] = {
 }
 ABSORBED_LEN = 256  # tokens of a prompt that goes the absorbed way
 PREFIX_REQUESTS, PREFIX_LEN, OWN_LEN = 32, 2048, 64
+TILE_CANDIDATES = {  # pairs of a tile -> configurations
+    16: [TileConfig(64, 128, 4, 4), TileConfig(64, 64, 4, 5), TileConfig(32, 128, 4, 4), TileConfig(128, 64, 8, 4)],
+    32: [TileConfig(64, 128, 4, 3), TileConfig(64, 64, 4, 5), TileConfig(128, 64, 8, 4)],
+    64: [TileConfig(128, 64, 4, 4), TileConfig(128, 64, 8, 4), TileConfig(64, 64, 4, 4)],
+    128: [TileConfig(128, 64, 8, 3), TileConfig(128, 64, 8, 4), TileConfig(64, 64, 8, 4)],
+}
+TILE_PAIRS = {16: 2, 32: 16, 64: 48, 128: 128}  # pairs of a tile -> those of an expert, timed
 
 
 def tasks_of(
@@ -56,6 +76,7 @@ def tasks_of(
     attention: Sequence[AttentionShape | LatentShape],
     dtype: torch.dtype,
     device: torch.device,
+    experts: Sequence[ExpertShape] = (),
 ) -> list[Task]:
     """Return what can be tuned for a model, each shape once, in the order of what single requests gain."""
     largest_first = sorted(dict.fromkeys(weights), key=lambda shape: -shape.num_rows * shape.k)
@@ -72,6 +93,7 @@ def tasks_of(
         for shape in largest_first
         if shape.max_tokens > 1 and fits_skinny(shape.k)
     ]
+    tasks += [expert_task(shape, height, dtype, device) for height in TILE_CANDIDATES for shape in experts]
     tasks += [prefix_task(shape, dtype, device) for shape in heads]
     return list({(task.configs.kind, task.key): task for task in reversed(tasks)}.values())[::-1]
 
@@ -148,6 +170,33 @@ def _product_inputs(
 
 def _num_copies(num_bytes: int) -> int:
     return min(MAX_COPIES, cdiv(ROTATION_BYTES, num_bytes))
+
+
+def expert_task(shape: ExpertShape, block_m: int, dtype: torch.dtype, device: torch.device) -> Task:
+    """Return the task of products of pairs sorted by expert, in tiles of `block_m`."""
+
+    def prepare() -> list[Callable[[TileConfig], object]]:
+        parts = [Part(shape.num_experts * shape.num_rows)]
+        stack: Weight = DenseWeight(parts, shape.k, dtype)
+        if shape.form is not None:
+            stack = QuantizedWeight(parts, shape.k, dtype, shape.form)
+        stack.materialize(device)
+        stack.fill_random(torch.Generator(device).manual_seed(0))
+        codes, num_pairs = codes_of(stack), TILE_PAIRS[block_m] * shape.num_experts
+        x = torch.randn(num_pairs, shape.k, device=device).to(dtype)
+
+        def launch(ids: torch.Tensor, by_expert: Sorted, config: TileConfig) -> None:
+            expert_products_triton(x, ids, codes, shape.num_experts, shape.act, by_expert, config=config)
+
+        launches: list[Callable[[TileConfig], object]] = []
+        for _ in range(MIN_LAUNCHES):
+            ids = torch.randint(shape.num_experts, (num_pairs, 1), device=device)
+            launches.append(functools.partial(launch, ids, sort_pairs(ids, shape.num_experts, block_m)))
+        return launches
+
+    code = kernel_code(None if shape.form is None else code_of(shape.form, shape.k), device)
+    key = (shape.num_rows, shape.k, TILE_CODES.index(code), block_m)
+    return Task(TILE_CONFIGS, key, TILE_CANDIDATES[block_m], prepare)
 
 
 # ---- attention ----

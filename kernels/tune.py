@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kernels.experts import ExpertShape
 from kernels.launch import compiling_ahead
 from kernels.timing import graph_timer
 from kernels.tuning import AttentionShape, LatentShape, Task, WeightShape, tables
@@ -34,6 +35,7 @@ def tune_kernels(
     budget_s: float = BUDGET_S,
     *,
     attention: Sequence[AttentionShape | LatentShape] = (),
+    experts: Sequence[ExpertShape] = (),
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Find the fastest configuration of each kernel for those of a model's shapes that no table knows.
@@ -52,7 +54,7 @@ def tune_kernels(
     from kernels.triton_tasks import tasks_of  # here: a machine without a GPU need not have triton
 
     with torch.inference_mode():
-        found = tune(tasks_of(shapes, attention, dtype, device), budget_s, device)
+        found = tune(tasks_of(shapes, attention, dtype, device, experts), budget_s, device)
     if found:
         torch.cuda.empty_cache()  # what follows measures how much memory a step takes
         tables(device).save()

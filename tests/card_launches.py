@@ -31,12 +31,12 @@ from kernels.triton_all_reduce import all_reduce_triton
 from kernels.triton_attention import attention_triton
 from kernels.triton_decode import DECODE_LIMITS
 from kernels.triton_experts import (
-    MAX_SINGLE_PAIRS,
     Codes,
     combine_triton,
     expert_products_triton,
+    most_single_pairs,
     sort_pairs,
-    tile_config,
+    tile_height,
 )
 from kernels.triton_gemm import gemv
 from kernels.triton_mla import latent_attention_triton
@@ -200,8 +200,8 @@ def expert_launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
 
 def products_of(x: torch.Tensor, ids: torch.Tensor, codes: Codes, num_experts: int, act: str) -> None:
     by_expert = None
-    if ids.numel() > MAX_SINGLE_PAIRS:
-        by_expert = sort_pairs(ids, num_experts, tile_config(ids.numel(), num_experts))
+    if ids.numel() > most_single_pairs(num_experts):
+        by_expert = sort_pairs(ids, num_experts, tile_height(ids.numel(), num_experts))
     expert_products_triton(x, ids, codes, num_experts, act, by_expert)
 
 
@@ -210,7 +210,8 @@ def codes_of(num_rows: int, k: int) -> dict[str, Codes]:
     half, nibbles = torch.float16, empty(num_rows, k // 2, dtype=torch.uint8)
     group, block = empty(num_rows, cdiv(k, 32), dtype=half), empty(num_rows, cdiv(k, 128))
     return {
-        "mxfp4": Codes(nibbles, k, "int4", group, table=empty(16), group_size=32),
+        "mxfp4": Codes(empty(num_rows, k // 8, dtype=torch.int32), k, "fp4", group, group_size=32),
+        "nf4": Codes(nibbles, k, "int4", group, table=empty(16), group_size=32),
         "awq": Codes(nibbles, k, "int4", group, zero=empty(*group.shape, dtype=torch.uint8), group_size=32),
         "q4_k": Codes(nibbles, k, "int4", group, minimum=group, group_size=32),
         "gptq": Codes(nibbles, k, "int4", block, group_size=128, offset=8),

@@ -341,8 +341,7 @@ def test_kernels_of_experts_multiply_as_their_definition(form: Format | None, nu
     bias = None if act == "silu" else torch.randn(num_experts * n, generator=random)
     by_expert = None
     if ids.numel() > triton_experts.most_single_pairs(num_experts):
-        config = triton_experts.tile_config(ids.numel(), num_experts)
-        by_expert = triton_experts.sort_pairs(ids, num_experts, config)
+        by_expert = triton_experts.sort_pairs(ids, num_experts, triton_experts.tile_height(ids.numel(), num_experts))
     got = triton_experts.expert_products_triton(x, ids, codes_of(stack), num_experts, act, by_expert, bias)
     torch.testing.assert_close(got, expert_products_torch(x, ids, experts, act, bias), rtol=1e-4, atol=1e-4)
 
@@ -359,7 +358,7 @@ def test_kernels_leave_other_ranks_experts_out(num_tokens: int):
     ids, weights = route(logits, Routing(12, top_k), held=range(4, 8))
     by_expert = None
     if num_tokens > 32:
-        by_expert = triton_experts.sort_pairs(ids, 4, triton_experts.tile_config(ids.numel(), 12))
+        by_expert = triton_experts.sort_pairs(ids, 4, triton_experts.tile_height(ids.numel(), 12))
     got = triton_experts.expert_products_triton(x, ids, codes_of(stack), 4, None, by_expert, is_shared_out=True)
     got[ids.flatten() == 4] = torch.nan  # what they do not write may be anything
     wanted = combine(expert_products_torch(x, ids, split_experts(stack, 4)), weights)
@@ -426,7 +425,7 @@ def test_pairs_are_sorted_by_expert_and_others_left_out(most_compared: int, monk
 
     monkeypatch.setattr(triton_experts, "MAX_COMPARED_PAIRS", most_compared)
     ids = torch.randint(6, (37, 2), generator=torch.Generator().manual_seed(0))  # 5 stands for other ranks'
-    found = triton_experts.sort_pairs(ids, 5, triton_experts.TileConfig(16, 64, 64, 4, 2))
+    found = triton_experts.sort_pairs(ids, 5, 16)
     counts = torch.bincount(ids.flatten(), minlength=6)[:5]
     assert found.ends.tolist() == counts.cumsum(0).tolist()
     assert found.tile_ends.tolist() == ((counts + 15) // 16).cumsum(0).tolist()

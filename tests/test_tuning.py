@@ -10,10 +10,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from engine.layers.communicator import Communicator
+from engine.step.warmup import expert_shapes
 from kernels import launch, triton_tasks, tune, tuning
 from kernels.card import INTERPRETER, Card
+from kernels.experts import ExpertShape
+from kernels.quantized_format import Format
 from kernels.tile_sizes import tile_bytes
 from kernels.triton_decode import DECODE_CONFIGS, DECODE_LIMITS, PREFIX_CONFIGS, decode_config
+from kernels.triton_experts import TILE_CODES, TILE_CONFIGS
 from kernels.triton_gemm import GEMV_CONFIGS, GemvConfig, default_gemv_config
 from kernels.triton_mla import ABSORBED_CONFIGS, EXPANDED_CONFIGS
 from kernels.triton_mla import DECODE_CONFIGS as LATENT_DECODE_CONFIGS
@@ -22,12 +27,13 @@ from kernels.triton_skinny import SKINNY_CONFIGS, SkinnyConfig, default_skinny_c
 from kernels.triton_softmax import DecodeConfig, PrefillConfig, arrival_counters, default_prefill_config
 from kernels.tuning import AttentionShape, Configs, LatentShape, Task, WeightShape
 from tests.cards import CARDS
+from tests.test_models import MakeTinyModel, TinyEngine
 
 CARD = torch.device("cuda", 0)  # nothing is run on it
 CPU = torch.device("cpu")
 ALL_CONFIGS: tuple[Configs[Any], ...] = (
     GEMV_CONFIGS, SKINNY_CONFIGS, DECODE_CONFIGS, PREFIX_CONFIGS, PREFILL_CONFIGS, LATENT_DECODE_CONFIGS,
-    ABSORBED_CONFIGS, EXPANDED_CONFIGS,
+    ABSORBED_CONFIGS, EXPANDED_CONFIGS, TILE_CONFIGS,
 )  # fmt: skip
 
 
@@ -337,23 +343,28 @@ def test_every_kernel_of_a_model_is_a_task_and_each_shape_once() -> None:
     decodes = {("latent_decode", (32, 8, limit)) for limit in DECODE_LIMITS}
     prompts = {("latent_absorbed", (32,)), ("latent_expanded", (16, 16))}
     assert {(task.configs.kind, task.key) for task in tasks} == decodes | prompts
+    tasks = triton_tasks.tasks_of([], [], torch.float16, CPU, EXPERTS)
+    fp4, heights = TILE_CODES.index("fp4"), triton_tasks.TILE_CANDIDATES
+    assert [task.key for task in tasks] == [key for m in heights for key in ((96, 64, 0, m), (64, 96, fp4, m))]
 
 
 KINDS = (
-    "gemv", "skinny", "decode", "prefill", "prefix", "latent_decode", "latent_absorbed", "latent_expanded"
+    "gemv", "skinny", "decode", "prefill", "prefix", "latent_decode", "latent_absorbed", "latent_expanded", "experts"
 )  # fmt: skip
+EXPERTS = [ExpertShape(2, 96, 64, "silu"), ExpertShape(2, 64, 96, form=Format("int4", 32, table="fp4"))]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tasks_launches_run_its_kernel_with_every_candidate(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_tasks, "ROTATION_BYTES", 1 << 17)
     monkeypatch.setattr(triton_tasks, "DECODE_LENS", dict.fromkeys(DECODE_LIMITS, (2, 40)))
+    monkeypatch.setattr(triton_tasks, "TILE_PAIRS", dict.fromkeys(triton_tasks.TILE_PAIRS, 3))
     for name, value in (("PROMPT_LEN", 24), ("PREFIX_REQUESTS", 3), ("PREFIX_LEN", 20), ("OWN_LEN", 4)):
         monkeypatch.setattr(triton_tasks, name, value)
     launched: list[str] = []
     monkeypatch.setattr(launch.Kernel, "launch", note_into(launched))
     attention: list[AttentionShape | LatentShape] = [AttentionShape(4, 2, 16), LatentShape(6, 16, 8, 12, 32)]
-    for task in triton_tasks.tasks_of(SHAPES[:1], attention, torch.float16, CPU):
+    for task in triton_tasks.tasks_of(SHAPES[:1], attention, torch.float16, CPU, EXPERTS):
         if task.configs.kind == kind:
             launches = task.prepare()
             assert len(launches) >= triton_tasks.MIN_LAUNCHES and task.candidates
@@ -364,3 +375,13 @@ def test_a_tasks_launches_run_its_kernel_with_every_candidate(kind: str, monkeyp
 
 def note_into(launched: list[str]) -> Callable[..., None]:
     return lambda kernel, *_: launched.append(kernel.name)
+
+
+def test_the_experts_of_a_model_are_tuned_as_its_layers_multiply_by_them(make_tiny_model: MakeTinyModel) -> None:
+    import transformers
+
+    sizes = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "hidden_size": 64}
+    folder = make_tiny_model(transformers.Qwen3MoeConfig, "qwen3-moe, tuned", **sizes)
+    half = Communicator(1, 2)
+    assert expert_shapes(TinyEngine(folder).model) == [ExpertShape(8, 64, 64, "silu"), ExpertShape(8, 64, 32)]
+    assert expert_shapes(TinyEngine(folder, half, 2).model) == [ExpertShape(4, 64, 64, "silu"), ExpertShape(4, 64, 32)]

@@ -19,7 +19,8 @@ from engine.layers.linear import Linear, activation
 from engine.layers.mlp import MLP, GatedMLP
 from engine.model_config import ExpertsConfig, ModelConfig
 from engine.quantization import Quantization
-from kernels.experts import ExpertStack, combine
+from kernels.experts import ExpertShape, ExpertStack, combine
+from kernels.quantized import QuantizedWeight
 from kernels.routing import route
 from kernels.tuning import WeightShape
 from kernels.weights import WHOLE, Norm, Part, Shard
@@ -90,6 +91,11 @@ class StackedLinear(Linear):
         num_parts = len(self.stack)
         super().__init__(part_names, [*parts] * num_parts, input_size, layers, bias=bias, input_shard=input_shard)
         self.packed: ExpertStack | None = None
+
+    def shape(self, act: str | None = None) -> ExpertShape:
+        """Return the shape of the product, with what it fuses."""
+        form = self.weight.form if isinstance(self.weight, QuantizedWeight) else None
+        return ExpertShape(len(self.stack), self.weight.n // len(self.stack), self.weight.k, act, form)
 
     def pack(self) -> None:
         try:
@@ -184,6 +190,10 @@ class MoE(MLP):
 
     def tuning_shape(self, *, has_norm: bool) -> WeightShape | None:  # noqa: ARG002
         return None
+
+    def expert_shapes(self) -> list[ExpertShape]:
+        """Return the shapes of both products of experts."""
+        return [self.experts.gate_up_proj.shape(self.act), self.experts.down_proj.shape()]
 
 
 class Down:

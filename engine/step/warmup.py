@@ -5,12 +5,14 @@ import itertools
 import numpy as np
 import torch
 
+from engine.layers.moe import MoE
 from engine.models.base import CausalLM
 from engine.schedule.plan import Plan
 from engine.step.cuda_graph import SAMPLE_MULTIPLE, GraphSizes
 from engine.step.fields import StepShape
 from engine.step.model_runner import ModelRunner
 from kernels.corun import FLOPS_PER_BYTE, STEP_TOKENS, Corun
+from kernels.experts import ExpertShape
 from kernels.launch import compiling_ahead
 from kernels.tune import tune_kernels
 from kernels.tuning import AttentionShape, LatentShape, WeightShape
@@ -36,6 +38,7 @@ def compile_kernels(
     tune_kernels(
         weight_shapes(runner.model),
         attention=attention_shapes(runner.model, runner.kv.dtype),
+        experts=expert_shapes(runner.model),
         dtype=runner.model.config.dtype,
     )
     with runner.model.model.few_layers(), compiling_ahead():
@@ -59,6 +62,12 @@ def attention_shapes(model: CausalLM, kv_dtype: torch.dtype) -> list[AttentionSh
     """Return the heads of this rank's attention, each kind once; none where Triton's kernels do not serve it."""
     shapes = dict.fromkeys(block.self_attn.attention_shape(kv_dtype) for block in model.model.layers)
     return [shape for shape in shapes if shape is not None]
+
+
+def expert_shapes(model: CausalLM) -> list[ExpertShape]:
+    """Return the products of this rank's experts, each kind once."""
+    mixtures = [block.mlp for block in model.model.layers if isinstance(block.mlp, MoE)]
+    return list(dict.fromkeys(shape for mixture in mixtures for shape in mixture.expert_shapes()))
 
 
 def measure_step(runner: ModelRunner, num_tokens: int, num_samples: int, max_len: int) -> int:
