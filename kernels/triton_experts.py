@@ -45,8 +45,17 @@ DEFAULT_TILES = {
     128: TileConfig(128, 64, 8, 3),
 }
 TILE_CODES = (None, "int4", "fp4", "int8", "fp8", "castable fp8")
+
+
+def default_tile_config(_num_rows: int, _k: int, code: int, block_m: int) -> TileConfig:
+    """Return the configuration of shapes that no table has."""
+    if TILE_CODES[code] == "fp4" and block_m == 64:
+        return TileConfig(128, 64, 8, 4)  # four warps would take all registers, and have nobody to wait beside them
+    return DEFAULT_TILES[block_m]
+
+
 # By (an expert's rows, K, place of the code in `TILE_CODES`, pairs of a tile).
-TILE_CONFIGS = Configs("experts", TileConfig, lambda _num_rows, _k, _code, block_m: DEFAULT_TILES[block_m])
+TILE_CONFIGS = Configs("experts", TileConfig, default_tile_config)
 
 
 def tile_height(num_pairs: int, num_experts: int) -> int:
