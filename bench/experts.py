@@ -26,7 +26,7 @@ from kernels.routing import Routing, route, route_torch
 from kernels.timing import graph_us
 from kernels.weights import Part, Weight
 
-TOKENS = (1, 4, 8, 32, 128, 512, 2048, 8192)
+TOKENS = (1, 4, 16, 64, 256, 2048, 8192)
 FORMS = {"bf16": None, "fp8": Format("fp8", 128), "mxfp4": Format("int4", 32, table="fp4", scale_dtype=torch.bfloat16)}
 ROUTERS = {
     "softmax, 8 of 128": Routing(128, 8),
@@ -156,8 +156,10 @@ def main() -> None:
     for name, routing in ROUTERS.items():
         for num_tokens in (1, 256, 8192):
             logits = torch.randn(num_tokens, routing.num_experts, device="cuda")
+            num_bytes = logits.nbytes + 12 * num_tokens * routing.top_k  # an id and a weight of each pair
             us = graph_us([partial(route, logits, routing)] * 10)
-            print(f"{f'router, {name}, {num_tokens} tokens':48s}{us:9.2f}{logits.nbytes / us / 1e6:7.2f}")
+            share = roofline.share(us, num_bytes)
+            print(f"{f'router, {name}, {num_tokens} tokens':48s}{us:9.2f}{num_bytes / us / 1e6:7.2f}{share:16.0%}")
     for shape in SHAPES:
         num_own = shape.num_experts // args.ep_size
         gate_up = new_stack(shape.form, num_own, 2 * shape.inner, shape.hidden, shape.num_experts)
