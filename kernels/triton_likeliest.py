@@ -1,4 +1,4 @@
-"""The few largest of each row in Triton, for log-probabilities: torch sorts all of a row to find them."""
+"""The few largest of each row in Triton, for log-probabilities: each warp lists a piece's, then a program the row's."""
 
 import torch
 import triton
