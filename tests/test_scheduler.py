@@ -546,8 +546,24 @@ def test_a_prompt_behind_a_long_cached_one_gets_as_few_tokens_as_its_context_all
 
 @pytest.mark.parametrize(
     ("work", "lengths"),
-    [(1000, [60, 836]), (1250, [60, 1220]), (1200, [60, 836]), (800, [60, 740]), (50, [50]), (4500, [60, 3000, 1036])],
-    ids=["down", "up by 3 %", "down by a quarter", "below the least size", "less than the first prompt", "all three"],
+    [
+        (1000, [60, 836]),
+        (1250, [60, 1220]),
+        (1200, [60, 836]),
+        (800, [60, 740]),
+        (50, [50]),
+        (4500, [60, 3000, 1036]),
+        (3100, [60, 3000, 40]),
+    ],
+    ids=[
+        "down",
+        "up by 3 %",
+        "down by a quarter",
+        "below the least size",
+        "less than the first prompt",
+        "all three",
+        "not before the end of a prompt that may be whole",
+    ],
 )
 def test_a_prompt_is_cut_where_a_step_is_not_padded(work: int, lengths: list[int]) -> None:
     traffic = Traffic(16384, chunk=8192)

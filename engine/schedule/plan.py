@@ -113,12 +113,14 @@ class PrefillBudget:
             return True
         return self.work <= 0 and self.min_tokens <= 0
 
-    def num_tokens_behind(self, context: int) -> int:
-        """Return how long a chunk behind `context` tokens may be: one token at least.
+    def num_tokens_behind(self, context: int, num_left: int = sys.maxsize) -> int:
+        """Return how long a chunk of a prompt's `num_left` tokens behind `context` may be: one token at least.
 
-        It ends where the device need not pad the step, or pads it by little.
+        If it is not the last one, it ends where the device need not pad the step, or pads it by little.
         """
         affordable = self._affordable(context)
+        if num_left <= affordable:
+            return num_left
         index = bisect.bisect_right(self.sizes, SIZE_SLACK * (self.num_spent + affordable))
         self.num_filling = self.sizes[index - 1] if index else 0
         rest = min(self.num_filling - self.num_spent, self.max_tokens)

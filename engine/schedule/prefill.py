@@ -82,7 +82,7 @@ class Prompts:
             if num_computed < first_wanted < start:
                 first_wanted = self._held.cache.whole_len(match.node, first_wanted)
             start = min(start, max(num_computed, first_wanted))
-        stop = min(start + budget.num_tokens_behind(start), num_tokens)
+        stop = min(start + budget.num_tokens_behind(start, num_tokens - start), num_tokens)
         if stop < num_tokens and stop % page_size:  # only whole pages enter the tree
             stop = max(stop - stop % page_size, start - start % page_size + page_size)
             stop = min(stop, num_tokens)
