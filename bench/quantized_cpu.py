@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels.dense import DenseWeight
+from kernels.products_cpu import load_kernels
 from kernels.quantized import Format, QuantizedWeight
-from kernels.quantized_cpu import CpuQuantizedWeight, load_kernels
+from kernels.quantized_cpu import CpuQuantizedWeight
 from kernels.weights import Part, Weight
 
 HALF = torch.float16

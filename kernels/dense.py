@@ -1,7 +1,8 @@
 """Weights of plain floating-point numbers.
 
 On a GPU one token takes `triton_gemm`, a few take `triton_skinny`, more cuBLAS, or `gated_gemm` for gate and up; a CPU
-takes torch, oneDNN where the weight can lie in its blocked layout, or `widened` where it has no units for 16 bits.
+takes torch, oneDNN where the weight can lie in its blocked layout, or, where it has no units for 16 bits, the compiled
+products of `products_cpu` or `widened`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 from kernels.elementwise import act_and_mul, embed
 from kernels.gated_gemm import can_gated_gemm, gated_gemm
+from kernels.products_cpu import kernels_ahead, pack_numbers
 from kernels.ties import settle_ties
 from kernels.tuning import WeightShape
 from kernels.weights import WHOLE, Norm, PackedWeight, Part, Shard, Weight, match_shard
@@ -101,6 +103,11 @@ class DenseWeight(Weight):
         has_gated_gemm = act is not None and is_large and can_gated_gemm(self.data[:1], self.data, act)
         return WeightShape(self.n, self.k, max_tokens=1 if has_gated_gemm else SKINNY_MAX_TOKENS, **fused)
 
+    def materialize(self, device: torch.device) -> None:
+        super().materialize(device)
+        if device.type == "cpu" and not has_onednn_units(self.data.dtype) and can_widen(self.data.dtype):
+            kernels_ahead()
+
     def pack(self, *, for_logits: bool = False) -> Weight:
         """Return a weight of oneDNN on a CPU that multiplies this one's dtype, a widened one on others, else itself."""
         if not self.data.is_cpu or not torch.backends.mkldnn.is_available():
@@ -108,7 +115,9 @@ class DenseWeight(Weight):
         dtype = self.data.dtype
         if has_onednn_units(dtype):
             return OneDNNWeight(self, keeps_rows=for_logits)
-        return WidenedWeight(self, self.data) if can_widen(dtype) else self
+        if not can_widen(dtype):
+            return self
+        return pack_numbers(self, self.data) or WidenedWeight(self, self.data)
 
 
 class OneDNNWeight(PackedWeight):

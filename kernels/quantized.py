@@ -211,7 +211,7 @@ class QuantizedWeight(Weight):
     def materialize(self, device: torch.device) -> None:
         super().materialize(device)
         if device.type == "cpu":
-            from kernels.quantized_cpu import kernels_ahead
+            from kernels.products_cpu import kernels_ahead
 
             kernels_ahead()
 

@@ -4,15 +4,17 @@
 #include "team_cpu.h"
 #include "vectors_cpu.h"
 
-enum Code { INT4, INT8, FP8 };
+enum Code { INT4, INT8, FP8, NUMBERS };  // the last: of 16 bits, without scales
 
 struct Weight {
-    const uint8_t *codes;                // [n, k / 2] or [n, k]
+    const uint8_t *codes;                // [n, k / 2], [n, k] or, of 16 bits, [n, k]
     const void *scale, *zero, *minimum;  // [n, num_groups]; the last two may be null
     const float *values;                 // what the 16 codes of INT4 stand for
     int64_t n, k, group_size, num_groups;
-    int32_t code, scale_type, zero_type, has_table;
+    int32_t code, scale_type, zero_type, has_table;  // scale_type: of NUMBERS, their own
     float offset;  // subtracted from all codes
+
+    int64_t row_bytes() const { return code == INT4 ? k / 2 : code == NUMBERS ? 2 * k : k; }
 };
 
 struct Call {

@@ -303,7 +303,7 @@ static const uint8_t *codes_of(const Weight &w, int64_t row, int64_t row_bytes, 
 static void take_integers(Job &job, int64_t start, int64_t count) {
     const Weight &w = *job.w;
     const Cut cut(w);
-    const int64_t num_parts = job.c->act ? 2 : 1, pitch = 2 * MAX_ITEM, row_bytes = w.code == INT4 ? w.k / 2 : w.k;
+    const int64_t num_parts = job.c->act ? 2 : 1, pitch = 2 * MAX_ITEM, row_bytes = w.row_bytes();
     const int64_t num_floats = 2 * ROWS * cut.num_units;
     static thread_local Memory memory;
     float *const scales = (float *)memory.get(4 * num_floats + row_bytes + VECTOR_BYTES);

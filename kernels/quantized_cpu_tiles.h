@@ -109,7 +109,7 @@ static bool has_shift(const Weight &w) { return w.zero || w.minimum; }
 
 // Whether the products of a call go through the units: what is multiplied is exact in bfloat16.
 static bool takes_tiles(const Weight &w, const Call &c) {
-    if (!may_use_tiles || c.type != BFLOAT16) return false;
+    if (!may_use_tiles || c.type != BFLOAT16 || w.code == NUMBERS) return false;
     for (int i = 0; w.code == INT4 && i < 16; i++) {
         uint32_t bits;
         const float value = w.values[i] - w.offset;

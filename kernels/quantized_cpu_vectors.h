@@ -29,7 +29,7 @@ struct Rows {
 };
 
 static void read_rows(const Weight &w, int64_t first, int64_t last, Rows &rows) {
-    const int64_t count = w.num_groups, row_bytes = w.code == INT4 ? w.k / 2 : w.k;
+    const int64_t count = w.num_groups, row_bytes = w.row_bytes();
     for (int r = 0; r < ROWS; r++) {
         const int64_t row = first + r < last ? first + r : last - 1, start = row * count;
         rows.codes[r] = w.codes + row * row_bytes;
@@ -102,6 +102,14 @@ template <vec (*OF)(const uint8_t *), int NEXT_GROUP> struct Bytes {
         block[1] = fms(OF(codes + LANES), all(scales[NEXT]), all(scales[ROWS * STRIDE + NEXT]));
     }
     static inline const uint8_t *at(const uint8_t *codes, int64_t block) { return codes + block * BLOCK; }
+};
+
+template <vec (*OF)(const uint16_t *)> struct Numbers {
+    static const int NEXT = 0;
+    static inline void decode(const uint8_t *numbers, const float *, const float *, vec *block) {
+        block[0] = OF((const uint16_t *)numbers), block[1] = OF((const uint16_t *)numbers + LANES);
+    }
+    static inline const uint8_t *at(const uint8_t *numbers, int64_t block) { return numbers + 2 * block * BLOCK; }
 };
 
 // Call `visit(r, block, vectors)` for each block of each row.
@@ -202,6 +210,8 @@ template <class Source> static const Kernels &kernels_of() {
 
 static const Kernels &choose_kernels(const Weight &w) {
     const bool is_split = w.group_size % BLOCK != 0;
+    if (w.code == NUMBERS)
+        return w.scale_type == BFLOAT16 ? kernels_of<Numbers<of_bfloat16>>() : kernels_of<Numbers<of_float16>>();
     if (w.code == INT8) return is_split ? kernels_of<Bytes<of_int8, 1>>() : kernels_of<Bytes<of_int8, 0>>();
     if (w.code == FP8) return is_split ? kernels_of<Bytes<of_fp8, 1>>() : kernels_of<Bytes<of_fp8, 0>>();
     const bool is_tabled = LANES == 16 ? is_split : w.has_table;

@@ -1,4 +1,4 @@
-"""Weights of 16 bits on a CPU without units for them: kept as they are, multiplied in float32.
+"""Weights of 16 bits on a CPU without units for them or a C++ compiler: kept as they are, multiplied in float32.
 
 torch's own product of 16 bits widens each number anew for every token, without units some four times as slow as one of
 float32. Here a panel of rows is widened once and multiplied in float32, which takes as long as if the weights were kept

@@ -11,9 +11,9 @@ from engine.checkpoint.weights import pack_weights
 from engine.layers.forward_batch import ForwardBatch
 from engine.step import compiled
 from engine.step.compiled import CompiledSteps
-from kernels import chain_cpu
+from kernels import chain_cpu, dense
 from kernels.cache_cpu import kernels
-from kernels.quantized_cpu import kernels_ahead
+from kernels.products_cpu import kernels_ahead
 from tests.test_engine import collect, make_state, running_engine
 from tests.test_models import MakeTinyModel, TinyEngine, random_ids
 
@@ -59,13 +59,15 @@ class Compiled:
         return self.steps(batch, args[0])
 
 
-def engine_of(folder: Path, dtype: torch.dtype, quantization: str = "int4") -> TinyEngine:
+def engine_of(folder: Path, dtype: torch.dtype, quantization: str | None = "int4") -> TinyEngine:
     engine = TinyEngine(folder, dtype=dtype, quantization=quantization)
     pack_weights(engine.model)
     return engine
 
 
-def compiled_engine_of(folder: Path, dtype: torch.dtype, quantization: str = "int4") -> tuple[TinyEngine, Compiled]:
+def compiled_engine_of(
+    folder: Path, dtype: torch.dtype, quantization: str | None = "int4"
+) -> tuple[TinyEngine, Compiled]:
     engine: Any = engine_of(folder, dtype, quantization)
     engine.model = Compiled(engine)
     return engine, engine.model
@@ -81,6 +83,19 @@ def test_bits_are_those_of_the_blocks(name: str, dtype: torch.dtype, folders: di
         step = {row: [token + row] for row in rows}
         assert torch.equal(fast.forward(step), plain.forward(step)), f"rows {rows}"
     assert counted.sizes == [1, 3, 1, 2, 3]
+
+
+def test_weights_of_16_bits_take_part_where_the_cpu_has_no_units_for_them(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "has_onednn_units", lambda _: False)
+    plain: Any = engine_of(folders["Llama"], torch.bfloat16, None)
+    fast, counted = compiled_engine_of(folders["Llama"], torch.bfloat16, None)
+    prompts = {0: random_ids(12, 0), 1: random_ids(9, 1)}
+    assert torch.equal(fast.forward(prompts), plain.forward(prompts))
+    for rows in ([0, 1], [1], [0, 1]):
+        assert torch.equal(fast.forward({row: [row] for row in rows}), plain.forward({row: [row] for row in rows}))
+    assert counted.sizes == [2, 1, 2]
 
 
 def test_lengths_that_differ_too_much_to_be_gathered_at_once_attend_apart(folders: dict[str, Path]) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import cpp, quantized_cpu
+from kernels import cpp, dense, products_cpu, quantized_cpu
 from kernels.dense import DenseWeight
 from kernels.elementwise import act_and_mul
+from kernels.products_cpu import CpuNumbersWeight, Kernels, load_kernels
 from kernels.quantized import Format, QuantizedWeight
-from kernels.quantized_cpu import CpuQuantizedWeight, Kernels, load_kernels, pack_for_cpu
+from kernels.quantized_cpu import CpuQuantizedWeight, pack_for_cpu
 from kernels.weights import Part
+from kernels.widened import WidenedWeight
 from tests.test_dense import Norm
 from tests.test_kernels import randn
 
@@ -182,6 +184,38 @@ def test_inputs_of_any_size_are_multiplied_and_numbers_that_are_none_seen(name: 
     assert found[0].isfinite().all() and found[1].isnan().all() and not found[2].isfinite().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("march", MARCHES)
+def test_numbers_of_16_bits_are_multiplied_in_float32(march: str, dtype: torch.dtype) -> None:
+    data, wide, residual = randn(N, K, dtype=dtype), randn(70, K, dtype=dtype), randn(70, N, dtype=dtype)
+    weight = CpuNumbersWeight(DenseWeight.of(data), data, kernels_for(march))
+    bias, norm, sums = randn(N, dtype=dtype), Norm(randn(K, dtype=dtype)), wide.double() @ data.double().t()
+    whole = weight.product(wide, norm=norm, act="silu")
+    for num_tokens in (1, 2, 3, 4, 8, 19, 70):
+        x, h, wanted = wide[:num_tokens], residual[:num_tokens], sums[:num_tokens]
+        assert_close(weight.logits(x), wanted, f"{num_tokens} tokens")
+        assert_close(weight.product(x, bias=bias, residual=h), wanted + bias + h, f"{num_tokens} tokens")
+        assert_close(weight.product(x, act="relu"), act_and_mul(wanted, "relu"), f"{num_tokens} tokens")
+        assert torch.equal(weight.product(x, norm=norm, act="silu"), whole[:num_tokens])
+    assert_close(weight.product(wide, norm=norm), weight.product(norm(wide)).double(), "norm", 1e-2)
+    assert torch.equal(weight.rows_of(0), data) and dict(weight.tensors())["weight"] is data
+    weight.transform(torch.zeros_like)
+    assert not weight.product(wide).any()
+
+
+def test_weights_of_16_bits_without_units_for_them_are_compiled_products_where_these_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dense, "has_onednn_units", lambda _: False)
+    kernels = kernels_for("native")
+    monkeypatch.setattr(products_cpu, "kernels_ahead", lambda: Ready(kernels))
+    weight = DenseWeight.of(randn(N, K, dtype=torch.bfloat16))
+    assert isinstance(weight.pack(), CpuNumbersWeight)
+    assert isinstance(DenseWeight.of(randn(N, 8, dtype=torch.bfloat16)).pack(), WidenedWeight)  # half a vector
+    monkeypatch.setattr(products_cpu, "kernels_ahead", lambda: Ready(None))
+    assert isinstance(weight.pack(), WidenedWeight)
+
+
 def test_onednn_multiplies_as_before_beside_compiled_products() -> None:
     x, weight = randn(33, 1536, dtype=torch.bfloat16), DenseWeight.of(randn(320, 1536, dtype=torch.bfloat16)).pack()
     packed = CpuQuantizedWeight(make_weight(FORMATS["Q4_1"], n=1536), kernels_for("native"))
@@ -248,7 +282,7 @@ def test_without_a_compiler_weights_are_decoded_once(
 ) -> None:
     monkeypatch.setattr(cpp, "find_compiler", lambda: None)
     with caplog.at_level(logging.WARNING):
-        assert cpp.load_library.__wrapped__(quantized_cpu.SOURCE) is None
+        assert cpp.load_library.__wrapped__(products_cpu.SOURCE) is None
     assert "no C++ compiler" in caplog.text
     for dtype, error in ((torch.float32, 3e-6), (torch.bfloat16, 2e-2)):
         weight, x = make_weight(FORMATS[name], dtype=dtype), randn(6, K, dtype=dtype)

@@ -20,7 +20,7 @@ from engine.models.base import CausalLM, Decoder
 from kernels.attention import DecodeSet, decode_gathered, only_set
 from kernels.cache_cpu import Kernels, kernels
 from kernels.chain_cpu import Operation
-from kernels.quantized_cpu import MAX_CHAINED, CpuQuantizedWeight
+from kernels.products_cpu import MAX_CHAINED, CpuWeight
 
 SMALL_ATTENTION = 1 << 18  # numbers of keys, to which one thread attends sooner than another one is there
 
@@ -169,7 +169,7 @@ class CompiledSteps:
 
 
 def _product(linear: Linear, x: torch.Tensor, out: torch.Tensor, **fused: Any) -> Operation:
-    assert isinstance(linear.weight, CpuQuantizedWeight)
+    assert isinstance(linear.weight, CpuWeight)
     return linear.weight.operation(x, out, bias=linear.bias, **fused)
 
 
@@ -182,6 +182,6 @@ def _parts(block: Block) -> _Parts | None:
     parts = _Parts(attn, mlp, block.input_layernorm, block.post_attention_layernorm)
     products = ((attn.qkv_proj, None), (attn.o_proj, None), (mlp.gate_up_proj, mlp.act), (mlp.down_proj, None))
     for linear, act in products:
-        if not isinstance(linear.weight, CpuQuantizedWeight) or not linear.weight.can_chain(act):
+        if not isinstance(linear.weight, CpuWeight) or not linear.weight.can_chain(act):
             return None
     return parts if attn.is_plain and block.fuses_norms and block.comm.size == 1 else None
