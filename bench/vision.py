@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from engine.local import LocalEngine
 from engine.media import Image
 from engine.request import Request, SamplingParams
 from engine.state import Delta, RequestState
+from server.__main__ import SWITCH_S
 from server.watch.monitor import percentile
 
 PLACEHOLDER = "<image>"
@@ -216,6 +218,7 @@ def main() -> None:
     add("--tokens", type=int, default=512, help="of each stream")
     add("--every", type=float, default=0.1, help="seconds between pictures beside the streams")
     args = parser.parse_args()
+    sys.setswitchinterval(SWITCH_S)  # as the server
     table = Table(
         "model", "tokens a picture", "first token, ms", "again, ms", "burst, requests/s", "gap alone: p50 / p99, ms",
         "beside pictures: p50 / p99, ms", "loop lag: p50 / p99, ms", box=box.SIMPLE,

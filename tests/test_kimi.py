@@ -5,12 +5,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.media import MediaSize
-from engine.vision.kimi import Kimi, Processing
+from engine.media import MediaSize, Video
+from engine.vision.kimi import Kimi, KimiVideos, Processing
 from tests.test_engine import running_engine
 from tests.test_llava_files import answers, features
 from tests.vision_models import MEDIA_PAD, make_vision_model
@@ -56,7 +57,8 @@ async def test_features_and_answers_are_those_of_the_same_weights_by_k25s_names(
     answered = []
     for path in (folder, k25):
         async with running_engine(path) as engine:
-            assert engine.media_kinds == {"image": "<|media_pad|>"}
+            assert engine.media_kinds["image"] == "<|media_pad|>"
+            assert len(engine.media_kinds) == (2 if path is k25 else 1), "Kimi-VL reads no videos"
             answered.append(await answers(engine))
     assert answered[0] == answered[1]
 
@@ -76,3 +78,16 @@ async def test_features_and_answers_are_those_of_the_same_weights_by_k25s_names(
 def test_a_picture_is_shrunk_only_if_it_has_too_many_patches(size: tuple[int, int], grid: tuple[int, int]) -> None:
     family = Kimi(None, Processing(14, 2, 4096, 512, [0.5] * 3, [0.5] * 3), {"image": "<|media_pad|>"})
     assert family.grid(MediaSize("image", size[1], size[0])) == grid
+
+
+def test_four_frames_of_a_video_become_one_behind_their_time() -> None:
+    family = KimiVideos(None, Processing(14, 2, 16384, 512, [0.5] * 3, [0.5] * 3), {"image": "<|media_pad|>"})
+    size = MediaSize("video", 57, 28, num_frames=6)
+    seen = "<|media_begin|>video<|media_content|>" + "<|media_pad|>" * 3 + "<|media_end|>"
+    written = family.write(size, (0.0, 0.5, 1.0, 1.5, 3725.25, 3726.0))
+    assert (written.text, written.num_features) == (f"00:00:00.000{seen}01:02:05.250{seen}", 6)
+    made = family.inputs(Video(np.zeros((6, 28, 57, 3), np.uint8), (), b""))
+    assert made["image_grid_thw"].tolist() == [[4, 2, 6], [2, 2, 6]]
+    assert len(made["pixel_values"]) == 6 * 2 * 6
+    grids = family.grid(MediaSize("image", 2000, 2000)), family.grid(MediaSize("video", 2000, 2000))
+    assert grids == ((65, 65), (33, 33)), "a frame has a limit of its own"

@@ -186,15 +186,15 @@ async def test_videos_stand_beside_pictures_and_answers_equal_transformers(refer
 
 @pytest.mark.parametrize(
     "reference",
-    ["internvl", "smolvlm", "gemma 4", "gemma 4 E2B", "glm 4.1v", "glm 4.6v", "glm ocr"],
+    ["internvl", "smolvlm", "gemma 4", "gemma 4 E2B", "glm 4.1v", "glm 4.6v", "glm ocr", "kimi k2.5"],
     indirect=True,
 )
 async def test_frames_stand_one_by_one_beside_pictures_and_answers_equal_transformers(reference: Reference) -> None:
     async with running_engine(reference.folder) as engine:
         image, clip = engine.media_kinds["image"], engine.media_kinds["video"]
-        made_for = {"smolvlm": {"fps": 1, "max_frames": 64}, "gemma 4": {"max_frames": 32}}
+        made_for = {"smolvlm": {"fps": 1, "max_frames": 64}, "gemma 4": {"max_frames": 32}, "kimi k2.5": {"fps": 2}}
         assert engine.video_frames == made_for.get(reference.name.removesuffix(" E2B"), {})
-        media: list[Media] = [picture(40, 61), video(3, 44, 37), picture(33, 30, seed=1), video(2, 30, 50, seed=1)]
+        media: list[Media] = [picture(40, 61), video(6, 44, 37), picture(33, 30, seed=1), video(2, 30, 50, seed=1)]
         if reference.name.startswith(
             "glm"
         ):  # transformers tells its videos from its pictures only where it has no others

@@ -18,7 +18,7 @@ NUM_TOKENS = VOCAB_SIZE + 16
 # Special tokens that the families' prompts have; the tokenizer is the same for all.
 PICTURE_TOKENS = (
     "<image>", "<|vision_start|>", "<|vision_end|>", "<video>", "[IMG_BREAK]", "[IMG_END]", "<img>", "</img>",
-    "<fake_token_around_image>", "<global-img>", "<|media_pad|>",
+    "<fake_token_around_image>", "<global-img>", "<|media_pad|>", "<|kimi_k25_video_placeholder|>",
 )  # fmt: skip
 IMAGE, VISION_START, VISION_END, VIDEO = range(VOCAB_SIZE, VOCAB_SIZE + 4)
 # What transformers calls a language model's layers when it saves some models: their towers' names, reached too far.

@@ -16,10 +16,10 @@ class Served(NamedTuple):
 
 BY_TEXT = ""
 FLAT_LLAVA = "llava as published"  # in a flat config.json, which says which of LLaVA's families reads
-KIMI = "kimi"
+KIMI, KIMI_VIDEOS = "kimi", "kimi k2.5"
 READ_VIDEOS = {  # of what reads pictures, what reads videos too
-    "gemma 4", "glm", "glm 4.6", "grid", "internvl", "llava next video", "llava onevision", "plain grid", "smolvlm",
-    "timed grid",
+    "gemma 4", "glm", "glm 4.6", "grid", "internvl", KIMI_VIDEOS, "llava next video", "llava onevision", "plain grid",
+    "smolvlm", "timed grid",
 }  # fmt: skip
 # What runs the language half of a model, by the model_type of its text_config.
 LANGUAGE_MODELS = {
@@ -114,7 +114,7 @@ ARCHITECTURES = {
     "InternLM3ForCausalLM": Served("internlm:InternLM3", "InternLM 3"),
     "InternLMForCausalLM": Served("internlm:InternLM", "InternLM 1"),
     "InternVLForConditionalGeneration": Served(BY_TEXT, "InternVL 2.5 to 3.5 as transformers has it", "internvl"),
-    "KimiK25ForConditionalGeneration": Served("deepseek:DeepseekV3", "Kimi K2.5 and K2.6", KIMI),
+    "KimiK25ForConditionalGeneration": Served("deepseek:DeepseekV3", "Kimi K2.5 and K2.6", KIMI_VIDEOS),
     "KimiVLForConditionalGeneration": Served("deepseek:DeepseekV3", "Kimi-VL-A3B, Thinking too", KIMI),
     "LightOnOcrForConditionalGeneration": Served(BY_TEXT, "LightOnOCR 1 and 2", "lighton ocr"),
     "Llama4ForCausalLM": Served("llama4:Llama4", "Llama 4 Scout and Maverick"),

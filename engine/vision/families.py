@@ -12,7 +12,7 @@ from engine.errors import InvalidRequest
 from engine.media import Image, Media, MediaSize, Video
 from engine.vision.family import Family, Sized, Writing, in_words
 from engine.vision.grid import Glm, Glm46, Grid, PaddleOCR, PlainGrid, TimedGrid
-from engine.vision.kimi import Kimi
+from engine.vision.kimi import Kimi, KimiVideos
 
 ALONE = "alone"  # a setting that no client has: the prompt has no other picture
 # Entries of a video processor's file that say how a frame becomes a square.
@@ -419,6 +419,7 @@ FAMILIES: dict[str, type[Family]] = {
     "idefics 3": Idefics3,
     "internvl": InternVL,
     "kimi": Kimi,
+    "kimi k2.5": KimiVideos,
     "lighton ocr": LightOnOCR,
     "llava": Llava,
     "llava next": LlavaNext,

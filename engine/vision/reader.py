@@ -16,7 +16,7 @@ from engine.config_file import read_json
 from engine.errors import InvalidRequest, ModelError, shown
 from engine.media import Media, MediaSize, PromptMedia, Video
 from engine.model_config import ModelConfig
-from engine.models.architectures import FLAT_LLAVA, KIMI
+from engine.models.architectures import FLAT_LLAVA, KIMI, KIMI_VIDEOS
 from engine.vision.families import FAMILIES
 from engine.vision.family import Family, Published, Writing, rope_positions
 from engine.vision.kimi import KimiFiles
@@ -33,6 +33,7 @@ STAND_IN = 0  # the token in the places of features of a model that has none for
 PUBLISHED: dict[str, Callable[[Path, Mapping[str, Any], EngineConfig, Callable[[str], int | None]], Published]] = {
     FLAT_LLAVA: LlavaFiles,
     KIMI: KimiFiles,
+    KIMI_VIDEOS: KimiFiles,
 }
 
 
