@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 OLDEST_BFLOAT16 = (8, 0)  # compute capability
+OLDEST_INT8 = (8, 0)  # of products in Triton
 OLDEST_E4M3 = (8, 9)  # numbers of float8_e4m3, in tensor cores too
 HOPPER = (9, 0)  # clusters of blocks, kernels that begin before the one ahead has ended; later cards have them too
 HOPPER_SHARED_BYTES = 227 << 10

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kernels.card import OLDEST_INT8, card_of
 from kernels.elementwise import act_and_mul
 from kernels.quantized_few import MAX_TOKENS, can_multiply_few, fits_few, multiply_few, prepare_few
 from kernels.quantized_format import TABLES, Coded, ordered, unordered
@@ -282,8 +283,8 @@ def _parameter_dtype(scale: torch.Tensor, offset: torch.Tensor | None, group_siz
 
 
 def _has_units(code: str, device: torch.device) -> bool:
-    """Return whether the device's tensor cores multiply the codes."""
-    return code == "int8" or has_e4m3(device)
+    """Return whether Triton multiplies the codes on the device's tensor cores; int8 on Turing's it does not."""
+    return has_e4m3(device) if code == "fp8" else card_of(device).capability >= OLDEST_INT8
 
 
 @functools.cache

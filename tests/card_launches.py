@@ -20,7 +20,7 @@ from kernels import (
     triton_quantized,
     triton_sampling,
 )
-from kernels.card import OLDEST_BFLOAT16, OLDEST_E4M3, Card
+from kernels.card import OLDEST_BFLOAT16, OLDEST_E4M3, OLDEST_INT8, Card
 from kernels.latents import Expansion, LatentSizes
 from kernels.launch import cdiv
 from kernels.peer_memory import PeerMemory
@@ -253,10 +253,14 @@ def quantized_launches(dtype: torch.dtype, card: Card) -> Iterator[tuple[str, La
             yield f"dequantize {name}", partial(triton_quantized.dequantize_tiles, *tensors, panel, 0, **how)
             yield f"look up {name}", partial(triton_quantized.look_up, ids, *tensors, dtype, **how)
         x, norm = empty(40, k, dtype=dtype), empty(k, dtype=dtype)
-        for to, kind, group in (("fp8", FP8, 0), ("fp8", FP8, 128), ("int8", torch.int8, 0), ("fp8", torch.float16, 0)):
+        roundings = [("int8", torch.int8, 0), ("fp8", torch.float16, 0)]
+        if card.capability >= OLDEST_E4M3:
+            roundings += [("fp8", FP8, 0), ("fp8", FP8, 128)]
+        for to, kind, group in roundings:
             options: dict[str, Any] = {"to": to, "group": group, "norm_weight": norm}
             yield f"round {to} {kind}", partial(triton_quantized.round_inputs, x, kind, **options)
-        for code in (torch.int8, FP8) if card.capability >= OLDEST_E4M3 else (torch.int8,):
+        oldest = {torch.int8: OLDEST_INT8, FP8: OLDEST_E4M3}
+        for code in (code for code in oldest if card.capability >= oldest[code]):
             for num_groups in (1, k // 128) if code == FP8 else (1,):
                 for num_tokens in (40, 200, 2000):
                     arguments = (

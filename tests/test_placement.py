@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.ranks import placement
-from engine.ranks.placement import Place, find_place, move_threads, parse_numbers, stay_near
+from engine.ranks.placement import Place, find_place, move_threads, parse_numbers, pci_address, stay_near
 
 ALL = frozenset(range(16))
 CUDA = torch.device("cuda", 5)
@@ -117,6 +117,12 @@ def test_a_rank_stays_on_its_node_and_says_so(
 
 def test_a_rank_that_is_there_already_is_not_moved(staying: Callable[..., list[int]]) -> None:
     assert staying({4, 5}) == []
+
+
+def test_a_torch_that_does_not_say_where_gpus_are_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: object())
+    assert pci_address(CUDA) is None
+    stay_near(CUDA)
 
 
 def test_a_refused_move_is_a_warning(staying: Callable[..., list[int]], caplog: pytest.LogCaptureFixture) -> None:

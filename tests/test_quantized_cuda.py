@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import elementwise, quantized_few, quantized_many
+from kernels import elementwise, quantized_cuda, quantized_few, quantized_many, triton_quantized
 from kernels.card import HOPPER_SHARED_BYTES, Card
 from kernels.quantized import FP8, Format, QuantizedWeight, quantize_inputs
 from kernels.quantized_cuda import CudaQuantizedWeight, can_tile
@@ -185,6 +185,16 @@ def test_one_token_always_has_a_configuration_that_fits(card: Card, monkeypatch:
             config = quantized_few.few_config(kind, num_rows, k, 0, False, torch.device("cpu"))
             assert config and quantized_few._shared_bytes(config, kind, 1, k) <= card.shared_bytes
             assert config.split == 1 or card.capability >= (9, 0)
+
+
+@pytest.mark.parametrize(("number", "codes"), [(75, []), (80, ["int8"]), (86, ["int8"]), (89, ["int8", "fp8"])])
+def test_codes_are_multiplied_as_they_are_where_a_card_can(
+    number: int, codes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (quantized_cuda, triton_quantized):
+        monkeypatch.setattr(module, "card_of", lambda device: CARDS[number])
+    device = torch.device("cuda", number)
+    assert [code for code in ("int8", "fp8") if quantized_cuda._has_units(code, device)] == codes
 
 
 def test_no_part_of_several_tokens_is_taken_for_a_single_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Set
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,7 +32,8 @@ def stay_near(device: torch.device) -> None:
     elsewhere must have been started before.
     """
     allowed = os.sched_getaffinity(0)
-    place = find_place(pci_address(device), allowed)
+    address = pci_address(device)
+    place = None if address is None else find_place(address, allowed)
     if place is None or place.cpus == allowed:
         return
     try:
@@ -43,11 +44,12 @@ def stay_near(device: torch.device) -> None:
         logger.info("on NUMA node %d with %s: %d of %d CPUs", place.node, device, len(place.cpus), len(allowed))
 
 
-def pci_address(device: torch.device) -> str:
-    """Return the name of a GPU's folder in sysfs."""
-    found = torch.cuda.get_device_properties(device)
-    domain, bus, number = (getattr(found, f"pci_{part}_id") for part in ("domain", "bus", "device"))
-    return f"{domain:04x}:{bus:02x}:{number:02x}.0"
+def pci_address(device: torch.device) -> str | None:
+    """Return the name of a GPU's folder in sysfs; None if torch does not say."""
+    found: Any = torch.cuda.get_device_properties(device)
+    if not hasattr(found, "pci_domain_id"):
+        return None
+    return f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
 
 
 def find_place(address: str, allowed: Set[int], sysfs: Path = SYSFS) -> Place | None:
