@@ -3,11 +3,11 @@
 // The pipeline is that of FlashAttention-3 (Shah et al. 2024). One warpgroup loads tiles of KEYS keys and values, two
 // multiply, 64 rows each. A row is a query of one head; those of the heads that share keys stand together. Scores of the
 // next tile are computed while a tile's values are still summed, and the two warpgroups take turns: one keeps the tensor
-// cores busy while the other one exponentiates. Blocks stay, and go from work to work: what the next one needs is loaded
+// cores busy while the other one exponentiates. Blocks stay, and claim work after work: what the next one needs is loaded
 // before the last one's results are written.
 //
-// Each loading warp has an eighth or a quarter of a tile's tokens. Where their slots follow each other, the tensor memory
-// accelerator copies them in one piece; where not, its threads copy each row, swizzled as the accelerator would.
+// Where the slots of 32 tokens follow each other, the tensor memory accelerator copies their rows in one piece; where not,
+// a warp copies row by row, swizzled as the accelerator would.
 //
 // hopper_prefill.py puts in front: HEAD_DIM, KEYS, STAGES, IS_HALF, WINDOW (0: none, 1: the last tokens, 2: chunks),
 // HAS_SOFTCAP, HAS_SINKS, IS_SINK_FLOAT, MAX_REQUESTS, and of the instructions QK_TYPE, QK_D, QK_OPERANDS, QK_SUMS and
@@ -16,6 +16,7 @@
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
+typedef long long i64;
 struct alignas(64) TensorMap {
   u64 opaque[16];
 };
@@ -25,9 +26,9 @@ struct Args {
   const int *seq_lens, *cu_q_lens, *rows, *slot_table, *slot_map;
   const void* sinks;
   float* partial;  // of parts of works, see `write_part`
-  int* arrivals;   // zeros
+  int* counters;   // zeros: of works that blocks have claimed, of blocks that have ended, then of parts of each work
   int num_requests, q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, out_stride, table_stride;
-  int group, num_kv_heads, heads_abreast, window, num_parts;
+  int group, num_kv_heads, window, num_parts;
   float scale, softcap;  // scores times scale are in units of log2; softcap is too
 };
 
@@ -35,11 +36,13 @@ constexpr int ROWS = 64;              // of a warpgroup
 constexpr int BLOCK_ROWS = 2 * ROWS;  // queries x heads
 constexpr int SLABS = HEAD_DIM / 64;  // of 64 columns: 128 bytes, the width of the swizzle
 constexpr int Q_BYTES = ROWS * HEAD_DIM * 2, KV_BYTES = KEYS * HEAD_DIM * 2;
-constexpr int SHARE = KEYS / 4;  // keys that a loading warp copies
-constexpr int PITCH = 144;       // bytes of a staged row of 64 values: 16 more, so that rows start in different banks
+constexpr int RUNS = KEYS / 64;       // of 32 rows, which a loading warp copies of a tile
+constexpr bool HAS_TURNS = HEAD_DIM < 256;  // products of wider heads leave less to be gained
+constexpr int PITCH = 144;  // bytes of a staged row of 64 values: 16 more, so that rows start in different banks
 constexpr int STAGING_BYTES = 16 * PITCH;
+constexpr int CACHE_BYTES = 40 << 20;  // of keys and values, which an L2 cache of 50 MB keeps beside what else passes
 constexpr int LEAST_PART = 512 / KEYS;  // tiles of keys that are worth a block of their own
-constexpr float HIDDEN = -3e38f;    // score of a token that is not seen
+constexpr float HIDDEN = -3e38f;  // score of a token that is not seen
 constexpr float NONE_YET = -1e30f;  // largest score of a row that has seen nothing: exp2 of the difference is 0
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float MAX_GROWTH = 8.0f;  // a largest score may be exceeded so far, in units of log2, until sums are scaled
@@ -86,8 +89,12 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;\nfence.proxy.async.shared::cta;" ::"n"(NUM) : "memory");
 }
 __device__ __forceinline__ void sync_warpgroup(int half) { asm volatile("bar.sync %0, 128;" ::"r"(3 + half) : "memory"); }
-__device__ __forceinline__ void take_turn(int half) { asm volatile("bar.sync %0, 256;" ::"r"(1 + half) : "memory"); }
-__device__ __forceinline__ void give_turn(int half) { asm volatile("bar.arrive %0, 256;" ::"r"(1 + half) : "memory"); }
+__device__ __forceinline__ void take_turn(int half) {
+  if (HAS_TURNS) asm volatile("bar.sync %0, 256;" ::"r"(1 + half) : "memory");
+}
+__device__ __forceinline__ void give_turn(int half) {
+  if (HAS_TURNS) asm volatile("bar.arrive %0, 256;" ::"r"(1 + half) : "memory");
+}
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int NUM>
@@ -181,7 +188,14 @@ __device__ __forceinline__ uint4 load_shared(u32 address) {
 constexpr u32 ALL = 0xffffffff;
 
 struct Request {
-  int end, q_begin, q_len, seq_len, row;  // end: of its tiles among all requests'
+  int q_begin, q_len, seq_len, row;
+  int end;  // of its tiles among all requests'
+};
+
+struct Plan {
+  int claimed[2];  // see `Claims`
+  int num_tiles, heads_abreast;
+  Request requests[MAX_REQUESTS];
 };
 
 // A stage of a ring, and what its barriers wait for.
@@ -189,7 +203,8 @@ struct Ring {
   u32 tiles, full, empty;
   int stage = 0;
   u32 parity;
-  __device__ Ring(u32 tiles, u32 barriers, u32 parity) : tiles(tiles), full(barriers), empty(barriers + 8 * STAGES), parity(parity) {}
+  __device__ Ring(u32 tiles, u32 barriers, u32 parity)
+      : tiles(tiles), full(barriers), empty(barriers + 8 * STAGES), parity(parity) {}
   __device__ u32 tile() const { return tiles + stage * KV_BYTES; }
   __device__ u32 is_full() const { return full + 8 * stage; }
   __device__ u32 is_empty() const { return empty + 8 * stage; }
@@ -199,8 +214,8 @@ struct Ring {
 };
 
 // List the requests, whose tiles are of BLOCK_ROWS rows, one after another. One warp does.
-__device__ __forceinline__ void list_requests(const Args& args, Request* requests) {
-  int lane = threadIdx.x % 32, before = 0;
+__device__ __forceinline__ void make_plan(const Args& args, Plan& plan) {
+  int lane = threadIdx.x % 32, before = 0, longest = 1;
   for (int first = 0; first < args.num_requests; first += 32) {
     int i = first + lane;
     Request request = {};
@@ -208,6 +223,7 @@ __device__ __forceinline__ void list_requests(const Args& args, Request* request
       request.q_begin = args.cu_q_lens[i], request.q_len = args.cu_q_lens[i + 1] - request.q_begin;
       request.seq_len = args.seq_lens[i], request.row = args.rows[i];
       if (request.seq_len < request.q_len) request.q_len = 0;  // padding
+      longest = max(longest, request.seq_len);
     }
     int sum = (request.q_len * args.group + BLOCK_ROWS - 1) / BLOCK_ROWS;
     for (int step = 1; step < 32; step *= 2) {
@@ -216,8 +232,13 @@ __device__ __forceinline__ void list_requests(const Args& args, Request* request
     }
     request.end = before + sum;
     before = __shfl_sync(ALL, request.end, 31);
-    if (i < args.num_requests) requests[i] = request;
+    if (i < args.num_requests) plan.requests[i] = request;
   }
+  for (int step = 16; step; step /= 2) longest = max(longest, __shfl_xor_sync(ALL, longest, step));
+  // Heads whose keys and values stay in the L2 cache together while blocks go through them.
+  int abreast = args.num_kv_heads;
+  while (abreast > 1 && (args.num_kv_heads % abreast || longest > CACHE_BYTES / (4 * HEAD_DIM) / abreast)) abreast--;
+  plan.num_tiles = before, plan.heads_abreast = abreast;
 }
 
 // The rows of a tile of one KV head, and the tiles of keys that they see, or a part of these.
@@ -225,32 +246,31 @@ struct Work {
   Request request;
   int number, part, num_parts, head, first_row, begin, end;
 
-  // Find the block's next one from its i-th one on; i is then that of the one after it. Return whether there is one.
-  __device__ bool find(const Args& args, const Request* requests, int& i) {
+  // Find the one that `claim` says. Return whether there is one.
+  template <class Claim>
+  __device__ bool find(const Args& args, const Plan& plan, Claim claim) {
     do {
-      if (!find_tile(args, requests, i++)) return false;
+      if (!find_tile(args, plan, claim())) return false;
     } while (part >= num_parts);
     return true;
   }
-  // The last tiles of a prompt see the most: they come first. Of two rounds the second one goes the other way, so that
-  // a block with much to do in one has less in the other.
-  __device__ bool find_tile(const Args& args, const Request* requests, int i) {
-    int num_tiles = requests[args.num_requests - 1].end;
-    number = i * gridDim.x + (i % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-    if (number >= num_tiles * args.num_kv_heads * args.num_parts) return false;
-    part = number % args.num_parts, number /= args.num_parts;
-    int abreast = num_tiles * args.heads_abreast, rest = number % abreast;
-    head = number / abreast * args.heads_abreast + rest % args.heads_abreast;
-    int tile = num_tiles - 1 - rest / args.heads_abreast, low = 0, high = args.num_requests - 1;
+  // The last tiles of a prompt see the most: they come first, so that they do not end last.
+  __device__ bool find_tile(const Args& args, const Plan& plan, int claimed) {
+    int num_tiles = plan.num_tiles, abreast = plan.heads_abreast;
+    if (claimed >= num_tiles * args.num_kv_heads * args.num_parts) return false;
+    part = claimed % args.num_parts, number = claimed / args.num_parts;
+    int rest = number % (num_tiles * abreast);
+    head = number / (num_tiles * abreast) * abreast + rest % abreast;
+    int tile = num_tiles - 1 - rest / abreast, low = 0, high = args.num_requests - 1;
     while (low < high) {
       int middle = (low + high) / 2;
-      if (requests[middle].end <= tile)
+      if (plan.requests[middle].end <= tile)
         low = middle + 1;
       else
         high = middle;
     }
-    request = requests[low];
-    first_row = (tile - (low ? requests[low - 1].end : 0)) * BLOCK_ROWS;
+    request = plan.requests[low];
+    first_row = (tile - (low ? plan.requests[low - 1].end : 0)) * BLOCK_ROWS;
     end = (position(first_row + BLOCK_ROWS - 1, args.group) + KEYS) / KEYS;
     begin = first_seen(position(first_row, args.group), args.window) / KEYS;
     const int num = end - begin;
@@ -266,6 +286,39 @@ struct Work {
   }
 };
 
+// Numbers of works, which one warp claims for its block, always the next one that no block has, and all others read.
+struct Claims {
+  volatile int* numbers;
+  u32 full, empty;
+  int count = 0;  // that this warp has had
+  __device__ Claims(Plan& plan, u32 barriers) : numbers(plan.claimed), full(barriers), empty(barriers + 16) {}
+  __device__ int slot() const { return count & 1; }
+  __device__ int make(const Args& args) {
+    if (++count == 1) return blockIdx.x;
+    int number = 0;
+    if (threadIdx.x == 0) {
+      number = gridDim.x + atomicAdd(args.counters, 1);
+      wait(empty + 8 * slot(), count / 2 & 1);
+      numbers[slot()] = number;
+      arrive(full + 8 * slot());
+    }
+    return __shfl_sync(ALL, number, 0);
+  }
+  __device__ int read() {
+    if (++count == 1) return blockIdx.x;
+    wait(full + 8 * slot(), (count / 2 & 1) ^ 1);
+    int number = numbers[slot()];
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(empty + 8 * slot());
+    return number;
+  }
+};
+// Leave counters as they were. One thread of each block does, once it has claimed its last work.
+__device__ __forceinline__ void end_claims(const Args& args) {
+  __threadfence();
+  if (atomicAdd(args.counters + 1, 1) == gridDim.x - 1) args.counters[0] = args.counters[1] = 0;
+}
+
 // Copy the queries of a warpgroup's rows; zeros past the last one.
 __device__ __forceinline__ void copy_queries(const Args& args, const Work& work, int half, u32 to) {
   constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes
@@ -276,68 +329,75 @@ __device__ __forceinline__ void copy_queries(const Args& args, const Work& work,
     int query = at / args.group, head = work.head * args.group + at % args.group;
     bool is_row = query < work.request.q_len;
     const u16* from = args.q;
-    if (is_row) from += (long long)(work.request.q_begin + query) * args.q_stride + head * args.q_head_stride + 8 * piece;
+    if (is_row) from += (i64)(work.request.q_begin + query) * args.q_stride + head * args.q_head_stride + 8 * piece;
     copy(to + piece / 8 * (ROWS * 128) + row * 128 + (piece % 8 ^ row % 8) * 16, from, is_row);
   }
   commit_copies();
 }
 
-// Copy the rows `slot` of each lane, from a head's first column on.
+// Copy the rows `slot` of each lane, from a head's first column on, to the 32 rows of a tile from `first` on.
 __device__ __forceinline__ void copy_rows(const u16* from, int stride, int slot, int first, u32 tile) {
   constexpr int PIECES = HEAD_DIM / 8, AT_ONCE = 32 / PIECES > 0 ? 32 / PIECES : 1;
   int lane = threadIdx.x % 32, piece = lane % PIECES;
   u32 to = tile + piece / 8 * (KEYS * 128);
 #pragma unroll 4
-  for (int i = 0; i < SHARE / AT_ONCE; i++) {
+  for (int i = 0; i < 32 / AT_ONCE; i++) {
     int mine = i * AT_ONCE + lane / PIECES, row = first + mine;
-    copy(to + row * 128 + (piece % 8 ^ row % 8) * 16, from + (long long)__shfl_sync(ALL, slot, mine) * stride + 8 * piece, true);
+    i64 slot_of_row = __shfl_sync(ALL, slot, mine);
+    copy(to + row * 128 + (piece % 8 ^ row % 8) * 16, from + slot_of_row * stride + 8 * piece, true);
   }
 }
 
-// What a loading warp does: its share of each tile of keys and of values.
+// What a loading warp does: a half of each tile of keys, or of values. Keys and values have warps of their own since who
+// waits for copied rows waits for all that are on their way.
 struct Loader {
   const Args& args;
-  int warp, lane, first;  // first: of its keys in a tile
-  u32 pending = 0;        // the barrier of rows that are on their way
+  const TensorMap* map;
+  Ring ring;
+  bool has_values;
+  int lane, first;  // first: of its rows in a tile
 
-  __device__ Loader(const Args& args) : args(args), warp(threadIdx.x / 32), lane(threadIdx.x % 32), first(warp * SHARE) {}
-
-  __device__ int slot(const Work& work, int tile) const {
-    int token = min(tile * KEYS + first + lane % SHARE, work.request.seq_len - 1);
-    const int* slots = args.slot_table + (long long)work.request.row * args.table_stride;
-    if (args.slot_map == nullptr) return slots[token];
-    // What stands before the first token that is seen may be another request's.
-    int least = Work::first_seen(work.position(work.first_row, args.group), args.window);
-    return args.slot_map[slots[max(token, least)]];
-  }
-  __device__ void load_share(Ring& ring, const TensorMap* map, const u16* from, int stride, int head, int slot, bool is_run) {
-    wait(ring.is_empty(), ring.parity);
-    u32 tile = ring.tile(), full = ring.is_full();
-    if (is_run) {
-      if (lane == 0) {
-        expect(full, SHARE * HEAD_DIM * 2);
+  __device__ void find_slots(const Work& work, int tile, int (&slots)[RUNS]) const {
+    const int* of_tokens = args.slot_table + (i64)work.request.row * args.table_stride;
 #pragma unroll
-        for (int i = 0; i < SLABS; i++) load(tile + i * (KEYS * 128) + first * 128, map, 64 * i, head, slot, full);
+    for (int i = 0; i < RUNS; i++) {
+      int token = min(tile * KEYS + first + 32 * i + lane, work.request.seq_len - 1);
+      if (args.slot_map == nullptr) {
+        slots[i] = of_tokens[token];
+      } else {  // what stands before the first token that is seen may be another request's
+        int least = Work::first_seen(work.position(work.first_row, args.group), args.window);
+        slots[i] = args.slot_map[of_tokens[max(token, least)]];
       }
-    } else {
-      copy_rows(from, stride, slot, first, tile);
     }
-    commit_copies();
-    if (pending) {
-      wait_for_copies<1>();
-      say_full();
+  }
+  __device__ void load_half(int head, const int (&slots)[RUNS]) {
+    int num_copied = 0;
+    wait(ring.is_empty(), ring.parity);
+#pragma unroll
+    for (int i = 0; i < RUNS; i++) {
+      int row = first + 32 * i, slot = __shfl_sync(ALL, slots[i], 0);
+      if (__all_sync(ALL, slots[i] == slot + lane)) {
+        if (lane == 0) {
+          expect(ring.is_full(), 32 * HEAD_DIM * 2);
+#pragma unroll
+          for (int j = 0; j < SLABS; j++)
+            load(ring.tile() + j * (KEYS * 128) + row * 128, map, 64 * j, head, slot, ring.is_full());
+        }
+      } else {
+        const u16* from = has_values ? args.v : args.k;
+        i64 head_stride = has_values ? args.v_head_stride : args.k_head_stride;
+        copy_rows(from + head * head_stride, has_values ? args.v_stride : args.k_stride, slots[i], row, ring.tile());
+        num_copied++;
+      }
     }
-    pending = is_run ? 0 : full;
+    if (num_copied) {
+      commit_copies();
+      wait_for_copies<0>();
+      __syncwarp();
+      if (lane == 0)
+        for (int i = 0; i < num_copied; i++) arrive(ring.is_full());
+    }
     ring.next();
-  }
-  __device__ void finish() {
-    if (!pending) return;
-    wait_for_copies<0>();
-    say_full();
-  }
-  __device__ void say_full() {
-    __syncwarp();
-    if (lane == 0) arrive(pending);
   }
 };
 
@@ -345,7 +405,8 @@ struct Loader {
 __device__ __forceinline__ void cap(float (&s)[KEYS / 2], const Args& args) {
   const float factor = 2.0f * LOG2_E * args.scale / args.softcap;
 #pragma unroll
-  for (int i = 0; i < KEYS / 2; i++) s[i] = args.softcap - 2.0f * args.softcap * inverse(1.0f + power_of_2(s[i] * factor));
+  for (int i = 0; i < KEYS / 2; i++)
+    s[i] = args.softcap - 2.0f * args.softcap * inverse(1.0f + power_of_2(s[i] * factor));
 }
 
 // A row's part of the softmax so far, of the two rows that a thread has columns of.
@@ -400,7 +461,7 @@ struct Softmax {
 constexpr int PART_VALUES = HEAD_DIM / 2 + 4;  // of a thread: its sums, m and l
 
 __device__ __forceinline__ float* place_of_part(const Args& args, const Work& work, int half, int part) {
-  return args.partial + ((long long)(work.number * args.num_parts + part) * 2 + half) * (PART_VALUES * 128) + threadIdx.x % 128;
+  return args.partial + ((i64)(work.number * args.num_parts + part) * 2 + half) * (PART_VALUES * 128) + threadIdx.x % 128;
 }
 __device__ __forceinline__ void write_part(const Args& args, const Work& work, int half, const float (&o)[HEAD_DIM / 2],
                                            const Softmax& softmax) {
@@ -418,7 +479,7 @@ __device__ __forceinline__ bool is_last_part(const Args& args, const Work& work,
   __threadfence();
   sync_warpgroup(half);
   if (threadIdx.x % 128 == 0) {
-    int* arrivals = args.arrivals + work.number * 2 + half;
+    int* arrivals = args.counters + 2 + work.number * 2 + half;
     const bool is_last = atomicAdd(arrivals, 1) == work.num_parts - 1;
     if (is_last) *arrivals = 0;
     __threadfence();
@@ -457,16 +518,18 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   extern __shared__ __align__(1024) unsigned char shared[];
   const u32 queries = shared_address(shared), keys = queries + 2 * Q_BYTES, values = keys + STAGES * KV_BYTES;
   const u32 staging = values + STAGES * KV_BYTES, barriers = staging + 8 * STAGING_BYTES;
-  Request* requests = (Request*)(shared + (barriers - queries) + 32 * STAGES);
+  const u32 claim_barriers = barriers + 32 * STAGES;
+  Plan& plan = *(Plan*)(shared + (claim_barriers - queries) + 32);
 
   let_next_begin();
   if (threadIdx.x < 32) {
     if (threadIdx.x == 0) {
-      for (int i = 0; i < 4 * STAGES; i++) init_barrier(barriers + 8 * i, i / STAGES % 2 ? 8 : 4);
+      for (int i = 0; i < 4 * STAGES; i++) init_barrier(barriers + 8 * i, i / STAGES % 2 ? 8 : KEYS / 32);
+      for (int i = 0; i < 4; i++) init_barrier(claim_barriers + 8 * i, i < 2 ? 1 : 11);
       barriers_are_ready();
     }
     __syncwarp();
-    list_requests(args, requests);
+    make_plan(args, plan);
   }
   __syncthreads();
   wait_for_input();
@@ -474,22 +537,23 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   Work work;
   if (threadIdx.x < 128) {
     leave_registers();
-    Ring k(keys, barriers, 1), v(values, barriers + 16 * STAGES, 1);
-    Loader loader(args);
-    for (int i = 0; work.find(args, requests, i);) {
-      const u16* k_head = args.k + (long long)work.head * args.k_head_stride;
-      const u16* v_head = args.v + (long long)work.head * args.v_head_stride;
-      int next_slot = loader.slot(work, work.end - 1);
+    const int warp = __shfl_sync(ALL, threadIdx.x / 32, 0);
+    const bool has_values = warp >= 2;
+    Loader loader = {args, has_values ? &v_map : &k_map,
+                     Ring(has_values ? values : keys, has_values ? barriers + 16 * STAGES : barriers, 1), has_values,
+                     (int)threadIdx.x % 32, warp % 2 * (KEYS / 2)};
+    Claims claims(plan, claim_barriers);
+    while (work.find(args, plan, [&] { return warp ? claims.read() : claims.make(args); })) {
+      int slots[RUNS], next_slots[RUNS];
+      loader.find_slots(work, work.end - 1, next_slots);
       for (int tile = work.end - 1; tile >= work.begin; tile--) {
-        int slot = next_slot;
-        if (tile > work.begin) next_slot = loader.slot(work, tile - 1);
-        int first_slot = __shfl_sync(ALL, slot, 0);
-        bool is_run = __all_sync(ALL, slot == first_slot + loader.lane % SHARE);
-        loader.load_share(k, &k_map, k_head, args.k_stride, work.head, slot, is_run);
-        loader.load_share(v, &v_map, v_head, args.v_stride, work.head, slot, is_run);
+#pragma unroll
+        for (int i = 0; i < RUNS; i++) slots[i] = next_slots[i];
+        if (tile > work.begin) loader.find_slots(work, tile - 1, next_slots);
+        loader.load_half(work.head, slots);
       }
     }
-    loader.finish();
+    if (threadIdx.x == 0) end_claims(args);
   } else {
     take_registers();
     const int half = threadIdx.x / 128 - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
@@ -523,8 +587,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     };
 
     if (half == 1) give_turn(0);
-    int round = 0;
-    bool is_work = work.find(args, requests, round);
+    Claims claims(plan, claim_barriers);
+    auto claim = [&] { return claims.read(); };
+    bool is_work = work.find(args, plan, claim);
     if (is_work) copy_queries(args, work, half, my_queries);
     while (is_work) {
       const int row = work.first_row + half * ROWS + warp * 16;  // of the warp's first one
@@ -592,7 +657,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       start_sums(add);
       Work done = work;
       sync_warpgroup(half);  // all have multiplied their queries
-      is_work = work.find(args, requests, round);
+      is_work = work.find(args, plan, claim);
       if (is_work) copy_queries(args, work, half, my_queries);
 
       softmax.finish();
@@ -621,7 +686,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
       for (int i = 0; i < 4; i++) {
         const int at = row + i * 4 + lane / 8, query = at / args.group, head = done.head * args.group + at % args.group;
         is_row[i] = query < done.request.q_len;
-        to[i] = args.out + (long long)(done.request.q_begin + query) * args.out_stride + head * HEAD_DIM + lane % 8 * 8;
+        to[i] = args.out + (i64)(done.request.q_begin + query) * args.out_stride + head * HEAD_DIM + lane % 8 * 8;
       }
 #pragma unroll
       for (int slab = 0; slab < SLABS; slab++) {

@@ -24,12 +24,13 @@ BLOCK_ROWS = 128  # queries x heads of a KV head
 NUM_THREADS = 384
 STAGES = 2
 KEYS = {64: 128, 128: 128, 256: 64}  # head size -> keys of a tile
+RUN_SLOTS = 32  # that are copied together where they follow each other
 MAX_REQUESTS = 256  # which a block lists in its shared memory
 STAGING_BYTES = 8 * 16 * 144
 REQUEST_BYTES = 20
+CLAIM_BYTES = 48
 MAX_PARTS = 16
 LEAST_WINDOW = 1024
-GRAPH_HEAD_DIM = 128  # least head size with which several prompts gain, too: these are in graphs, now and then
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Variant:
     @property
     def shared_bytes(self) -> int:
         tiles = 2 * self.head_dim * (BLOCK_ROWS + 2 * STAGES * KEYS[self.head_dim])
-        return tiles + STAGING_BYTES + 32 * STAGES + REQUEST_BYTES * MAX_REQUESTS
+        return tiles + STAGING_BYTES + 32 * STAGES + CLAIM_BYTES + REQUEST_BYTES * MAX_REQUESTS
 
 
 class Args(ctypes.Structure):
@@ -54,11 +55,11 @@ class Args(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
             "q", "k", "v", "out", "seq_lens", "cu_q_lens", "rows", "slot_table", "slot_map", "sinks",
-            "partial", "arrivals",
+            "partial", "counters",
         )),
         *((name, ctypes.c_int) for name in (
             "num_requests", "q_stride", "q_head_stride", "k_stride", "k_head_stride", "v_stride", "v_head_stride",
-            "out_stride", "table_stride", "group", "num_kv_heads", "heads_abreast", "window",
+            "out_stride", "table_stride", "group", "num_kv_heads", "window",
             "num_parts",
         )),
         ("scale", ctypes.c_float),
@@ -78,16 +79,14 @@ def can_prefill(
 ) -> bool:
     """Return whether `prefill` takes these and is the faster one: a Hopper GPU, 16-bit floats, a head size of `KEYS`.
 
-    Tokens see what is before them, of one prompt (blocks share out several badly) and of much (a window of few keys is
-    over before the pipeline is full). In a graph all other prompts are padding, mostly.
+    Tokens see what is before them, and of much: a window of few keys is over before the pipeline is full.
     """
-    num_prompts = len(batch.rows) - batch.num_decodes
     return (
         is_available(q.device)
         and q.shape[2] in KEYS
         and q.dtype == k_cache.dtype == v_cache.dtype in (torch.bfloat16, torch.float16)
         and v_cache.shape == k_cache.shape
-        and (num_prompts == 1 or (batch.is_for_graph and q.shape[2] >= GRAPH_HEAD_DIM and num_prompts <= MAX_REQUESTS))
+        and len(batch.rows) - batch.num_decodes <= MAX_REQUESTS
         and not 0 <= window < LEAST_WINDOW
         and batch.seen_until is None
         and slopes is None
@@ -127,11 +126,10 @@ def prefill(
     if num_parts is None:
         num_expected = cdiv((q.shape[0] - first) * group, BLOCK_ROWS) * num_kv_heads
         num_parts = 1 if window >= 0 else choose_num_parts(num_expected, card_of(q.device).num_sms)
-    partial = arrivals = None
+    partial, num_works = None, most_tiles * num_kv_heads
     if num_parts > 1:
-        num_works = most_tiles * num_kv_heads
         partial = torch.empty(num_works * num_parts * (q.shape[2] // 2 + 4) * 256, dtype=torch.float32, device=q.device)
-        arrivals = arrival_counters(q.device, 2 * num_works)
+    counters = arrival_counters(q.device, 2 + (2 * num_works if num_parts > 1 else 0))
     variant = Variant(
         q.shape[2],
         q.dtype,
@@ -143,13 +141,13 @@ def prefill(
     args = Args(
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(),
         batch.seq_lens[first:].data_ptr(), batch.cu_q_lens[first:].data_ptr(), batch.rows[first:].data_ptr(),
-        table.data_ptr(), address(batch.slot_map), address(sinks), address(partial), address(arrivals),
+        table.data_ptr(), address(batch.slot_map), address(sinks), address(partial), counters.data_ptr(),
         num_requests, q.stride(0), q.stride(1), k_cache.stride(0), k_cache.stride(1), v_cache.stride(0),
-        v_cache.stride(1), out.stride(0), table.stride(0), group, num_kv_heads, num_kv_heads, max(window, 0),
+        v_cache.stride(1), out.stride(0), table.stride(0), group, num_kv_heads, max(window, 0),
         num_parts, scale * LOG2_E, softcap * LOG2_E,
     )  # fmt: skip
-    maps = [_tensor_map(*_layout(cache), variant.dtype, KEYS[variant.head_dim] // 4) for cache in (k_cache, v_cache)]
-    num_blocks = min(card_of(q.device).num_sms, most_tiles * num_kv_heads * num_parts)
+    maps = [_tensor_map(*_layout(cache), variant.dtype) for cache in (k_cache, v_cache)]
+    num_blocks = min(card_of(q.device).num_sms, num_works * num_parts)
     kernel = _kernel(variant, q.device)
     if not only_compiles():
         kernel.launch(num_blocks, 1, variant.shared_bytes, (args, *maps), q.device)
@@ -176,6 +174,7 @@ def source(variant: Variant) -> str:
         "HEAD_DIM": variant.head_dim,
         "KEYS": keys,
         "STAGES": STAGES,
+        "MAX_REQUESTS": MAX_REQUESTS,
         "IS_HALF": int(is_half),
         "WINDOW": variant.window,
         "HAS_SOFTCAP": int(variant.has_softcap),
@@ -213,9 +212,8 @@ def _tensor_map(
     stride: int,
     head_stride: int,
     dtype: torch.dtype,
-    box_slots: int,
 ) -> Any:
-    """Describe a cache [num_slots, Hkv, D] to the tensor memory accelerator: boxes [box_slots, 64] of one head."""
+    """Describe a cache [num_slots, Hkv, D] to the tensor memory accelerator: boxes [RUN_SLOTS, 64] of one head."""
     from cuda.bindings import driver
 
     types = driver.CUtensorMapDataType
@@ -228,7 +226,7 @@ def _tensor_map(
             pointer,
             [u64(head_dim), u64(num_heads), u64(num_slots)],
             [u64(2 * head_stride), u64(2 * stride)],
-            [u32(64), u32(1), u32(box_slots)],
+            [u32(64), u32(1), u32(RUN_SLOTS)],
             [u32(1)] * 3,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,

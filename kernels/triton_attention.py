@@ -6,7 +6,6 @@ import torch
 
 from kernels import hopper_prefill
 from kernels.attention_batch import AttentionBatch
-from kernels.launch import only_compiles
 from kernels.triton_decode import decode
 from kernels.triton_prefill import prefill
 
@@ -35,10 +34,9 @@ def attention_triton(
         decode(q, k_cache, v_cache, batch, out, scale=scale, **options)
     if num_decodes == len(batch.rows):
         return out
-    is_hopper = hopper_prefill.can_prefill(q, k_cache, v_cache, batch, window=window, sinks=sinks, slopes=slopes)
-    if not is_hopper or only_compiles():  # a batch of other prompts may come
-        prefill(q, k_cache, v_cache, batch, out, scale=scale, **options)
-    if is_hopper:
+    if hopper_prefill.can_prefill(q, k_cache, v_cache, batch, window=window, sinks=sinks, slopes=slopes):
         del options["slopes"]
         hopper_prefill.prefill(q, k_cache, v_cache, batch, out, scale=scale, **options)
+    else:
+        prefill(q, k_cache, v_cache, batch, out, scale=scale, **options)
     return out

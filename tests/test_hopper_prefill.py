@@ -14,7 +14,16 @@ from bench.attention import Batch
 from kernels import hopper_prefill, triton_attention
 from kernels.attention import attention_torch
 from kernels.card import HOPPER_SHARED_BYTES
-from kernels.hopper_prefill import KEYS, Variant, can_prefill, choose_num_parts, prefill, source
+from kernels.hopper_prefill import (
+    KEYS,
+    MAX_REQUESTS,
+    RUN_SLOTS,
+    Variant,
+    can_prefill,
+    choose_num_parts,
+    prefill,
+    source,
+)
 
 BF16, FP16 = torch.bfloat16, torch.float16
 TOLERANCE = {FP16: 4e-3, BF16: 3e-2}
@@ -78,20 +87,16 @@ def test_it_leaves_what_it_cannot_do_to_triton(hopper: Any) -> None:
     assert not can_prefill(q, k, v, batch)
 
 
-def test_it_leaves_several_prompts_and_narrow_windows_to_triton(hopper: Any) -> None:
-    one, two = (
-        bench.attention.make_batch([(1, 4), *prompts], seed=0, device="cpu") for prompts in ([(2, 4)], [(2, 4)] * 2)
-    )
-    assert can_prefill(*make_inputs(one, 1, 1, 64, BF16), one, window=1024)
-    assert not can_prefill(*make_inputs(one, 1, 1, 64, BF16), one, window=128)
-    assert not can_prefill(*make_inputs(two, 1, 1, 128, BF16), two)
+def test_it_leaves_narrow_windows_to_triton(hopper: Any) -> None:
+    batch = bench.attention.make_batch([(2, 4)], seed=0, device="cpu")
+    assert can_prefill(*make_inputs(batch, 1, 1, 64, BF16), batch, window=1024)
+    assert not can_prefill(*make_inputs(batch, 1, 1, 64, BF16), batch, window=128)
 
 
-def test_it_serves_graphs_whose_further_prompts_are_padding_mostly(hopper: Any) -> None:
-    graph = bench.attention.make_batch([(1, 4), (5, 30), (0, 0), (0, 0)], seed=0, device="cpu")
-    graph.is_for_graph = True
-    assert can_prefill(*make_inputs(graph, 4, 2, 128, BF16), graph)
-    assert not can_prefill(*make_inputs(graph, 4, 2, 64, BF16), graph), "with small heads Triton is faster for several"
+def test_it_leaves_more_prompts_than_a_block_lists_to_triton(hopper: Any) -> None:
+    for num_prompts in (MAX_REQUESTS, MAX_REQUESTS + 1):
+        batch = bench.attention.make_batch([(1, 4)] * 3 + [(2, 4)] * num_prompts, seed=0, device="cpu")
+        assert can_prefill(*make_inputs(batch, 1, 1, 64, BF16), batch) == (num_prompts == MAX_REQUESTS)
 
 
 def test_a_cpu_has_other_kernels() -> None:
@@ -105,7 +110,7 @@ def test_a_cpu_has_other_kernels() -> None:
 @pytest.mark.parametrize("head_dim", KEYS)
 def test_a_block_fits_into_a_multiprocessor(head_dim: int) -> None:
     assert Variant(head_dim, BF16).shared_bytes <= HOPPER_SHARED_BYTES
-    assert KEYS[head_dim] // 4 % 8 == 0, "a warp's share is of whole groups of 8 rows, which are swizzled together"
+    assert KEYS[head_dim] % (2 * RUN_SLOTS) == 0, "two warps load a tile, in whole runs of slots"
 
 
 def test_contexts_are_cut_as_long_as_multiprocessors_would_idle() -> None:
