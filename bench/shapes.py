@@ -14,6 +14,11 @@ LLAMA3_8B = COMMON | {
 LLAMA3_70B = LLAMA3_8B | {
     "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64
 }  # fmt: skip
+QWEN2_7B = COMMON | {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584,
+    "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+    "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+}  # fmt: skip
 QWEN3_0_6B = COMMON | {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024,
     "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
@@ -72,7 +77,7 @@ GLM_4_7_FLASH = COMMON | {
     "rope_theta": 1000000,
 }  # fmt: skip
 SHAPES = {
-    "llama3-8b": LLAMA3_8B, "llama3-70b": LLAMA3_70B, "qwen3-0.6b": QWEN3_0_6B, "qwen3-30b-a3b": QWEN3_30B_A3B,
-    "gpt-oss-20b": GPT_OSS_20B, "gpt-oss-120b": GPT_OSS_120B, "deepseek-v3": DEEPSEEK_V3,
-    "deepseek-v2-lite": DEEPSEEK_V2_LITE, "glm-4.7-flash": GLM_4_7_FLASH,
+    "llama3-8b": LLAMA3_8B, "llama3-70b": LLAMA3_70B, "qwen2-7b": QWEN2_7B, "qwen3-0.6b": QWEN3_0_6B,
+    "qwen3-30b-a3b": QWEN3_30B_A3B, "gpt-oss-20b": GPT_OSS_20B, "gpt-oss-120b": GPT_OSS_120B,
+    "deepseek-v3": DEEPSEEK_V3, "deepseek-v2-lite": DEEPSEEK_V2_LITE, "glm-4.7-flash": GLM_4_7_FLASH,
 }  # fmt: skip

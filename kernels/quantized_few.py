@@ -30,13 +30,18 @@ OLDEST = (8, 0)  # compute capability
 
 
 class FewConfig(NamedTuple):
-    """Say how a weight is cut: see `quantized_few.cu`. stages: pieces of 64 columns under way to each warp, and one."""
+    """Say how a weight is cut: see `quantized_few.cu`.
+
+    stages: pieces of 64 columns under way to each warp, and one. blocks: of one token, on a multiprocessor at most, so
+    that the next kernel's find room beside them; 0: as many as have 16 warps.
+    """
 
     tiles: int
     warps_n: int
     warps_k: int
     split: int
     stages: int
+    blocks: int = 0
 
 
 def default_config(num_rows: int, k: int, bits: int, token_tiles: int, _is_gated: int) -> FewConfig:
@@ -137,7 +142,7 @@ def multiply_few(
     )
     shared_bytes = _shared_bytes(config, kind, num_tokens, k)
     num_blocks = cdiv(n, 16 * config.warps_n * (config.tiles // 2 if act else config.tiles))
-    kernel = _kernel(kind, token_tiles, config._replace(split=1), x.device)
+    kernel = _kernel(kind, token_tiles, config._replace(split=1, blocks=0), x.device)
     if token_tiles == 0:  # a block goes on to further rows
         num_blocks = min(num_blocks, _num_places(config, shared_bytes, x.device))
     kernel.launch(num_blocks * config.split, config.split, shared_bytes, (args,), x.device)
@@ -173,7 +178,7 @@ def _fitting(config: FewConfig, kind: Kind, token_tiles: int, k: int, device: to
 def prepare_few(kind: Kind, num_rows: int, k: int, device: torch.device) -> None:
     """Compile all kernels that products with a weight may take, at once."""
     configs = {
-        (token_tiles, config._replace(split=1))
+        (token_tiles, config._replace(split=1, blocks=0))
         for token_tiles in TOKEN_TILES
         for is_gated in (False, True)
         if (config := few_config(kind, num_rows, k, token_tiles, is_gated, device))
@@ -225,7 +230,8 @@ def _shared_bytes(config: FewConfig, kind: Kind, num_tokens: int, k: int) -> int
 @functools.lru_cache(4096)
 def _num_places(config: FewConfig, shared_bytes: int, device: torch.device) -> int:
     """Return how many clusters of blocks run at once."""
-    blocks = max(1, min(MOST_WARPS // (config.warps_n * config.warps_k), card_of(device).shared_bytes // shared_bytes))
+    most = config.blocks or MOST_WARPS // (config.warps_n * config.warps_k)
+    blocks = max(1, min(most, card_of(device).shared_bytes // shared_bytes))
     return max(1, blocks * num_sms(device) // config.split)
 
 
