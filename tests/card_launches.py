@@ -13,6 +13,7 @@ import torch
 
 from kernels import (
     gated_gemm,
+    hopper_prefill,
     quantized_few,
     quantized_many,
     triton_bookkeeping,
@@ -39,6 +40,7 @@ from kernels.triton_experts import (
     tile_height,
 )
 from kernels.triton_gemm import gemv
+from kernels.triton_likeliest import likeliest_triton
 from kernels.triton_mla import latent_attention_triton
 from kernels.triton_quantized_gemm import gemm_8bit
 from kernels.triton_routing import route_triton
@@ -297,6 +299,9 @@ def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
             text = quantized_many.source(kind, many)
             room = quantized_many.shared_bytes(kind, many)
             yield f"quantized_many {name} {many}", text, quantized_many.ARCHITECTURE, room
+    for head_dim in hopper_prefill.KEYS if card.is_hopper else ():
+        for variant in (hopper_prefill.Variant(head_dim, wide), hopper_prefill.Variant(head_dim, half, 1, True, F32)):
+            yield f"hopper_prefill {variant}", hopper_prefill.source(variant), "sm_90a", variant.shared_bytes
     for columns in gated_gemm.TILE_COLUMNS if card.is_hopper else ():
         tile = gated_gemm.Tile(columns, shares_weights=True)
         yield f"gated_gemm {tile}", gated_gemm.source(wide, "silu", tile), "sm_90a", tile.shared_bytes
@@ -348,6 +353,7 @@ def sampling_launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
         rules = floats, whole, floats, floats, long, whole, whole
         yield f"sample {name}", partial(module.sample_triton, logits, *rules)
         yield f"log-sum-exp {name}", partial(module.logsumexp_triton, logits)
+        yield f"likeliest {name}", partial(likeliest_triton, logits, 20)
         yield f"penalties {name}", partial(module.apply_penalties_triton, logits, whole, counts, floats, floats, floats)
         yield f"mask {name}", partial(module.apply_token_bitmask_triton, logits, mask, whole)
 
