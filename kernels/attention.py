@@ -17,12 +17,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels.attention_batch import AttentionBatch
+from kernels.attention_batch import AttentionBatch, HeadRotation
 from kernels.cache_cpu import Gathered, kernels, kernels_ahead
+from kernels.elementwise import rope_and_store_torch
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("flashinfer", "triton", "torch")
+ONE_KERNEL_TOKENS = 1  # of a step, at most, whose heads are rotated in attention: see `attention_of_products`
 KEY_MULTIPLE = 32  # of keys; see `_padded_len`
 
 
@@ -428,6 +430,58 @@ def attention(
     from kernels.flashinfer_attention import attention_flashinfer
 
     return attention_flashinfer(q, k_cache, v_cache, batch, **options)
+
+
+def attention_of_products_torch(
+    qkv: torch.Tensor,
+    rotation: HeadRotation,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    num_heads: int,
+    **options: Any,
+) -> torch.Tensor:
+    num_kv_heads, head_dim = k_cache.shape[1:]
+    slots = batch.slot_table[batch.rows.long(), (batch.seq_lens - 1).long()]
+    if batch.slot_map is not None:
+        slots = batch.slot_map[slots.long()]
+    positions, cos_sin, q_norm, k_norm, eps = rotation
+    q = rope_and_store_torch(
+        qkv, positions, cos_sin, k_cache, v_cache, slots, num_heads, num_kv_heads, head_dim, q_norm, k_norm, eps
+    )
+    return attention_torch(q, k_cache, v_cache, batch, **options)
+
+
+def attention_of_products(
+    qkv: torch.Tensor,
+    rotation: HeadRotation,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    num_heads: int,
+    backend: str = "torch",
+    **options: Any,
+) -> torch.Tensor:
+    """Return `attention` of queries that `rope_and_store` makes of products [T, (H + 2 Hkv) D], [T, H, D].
+
+    Each token's key and value are written to the slot that the batch has for it. batch: one that `fits_one_kernel`.
+    options: of `attention`.
+    """
+    arguments = qkv, rotation, k_cache, v_cache, batch, num_heads
+    if backend == "torch":
+        return attention_of_products_torch(*arguments, **options)
+    from kernels.triton_attention import attention_of_products_triton  # here: a machine without a GPU need not have it
+
+    return attention_of_products_triton(*arguments, **options)
+
+
+def fits_one_kernel(batch: AttentionBatch, backend: str) -> bool:
+    """Return whether a step has so few tokens, all single ones, that `attention_of_products` is the fastest.
+
+    Where requests share a prefix, another kernel reads their queries too.
+    """
+    is_few = 0 < batch.num_decodes == len(batch.rows) <= ONE_KERNEL_TOKENS
+    return is_few and backend != "torch" and batch.shared is None
 
 
 def choose_backend(requested: str | None, device: torch.device) -> str:

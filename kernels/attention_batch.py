@@ -1,6 +1,6 @@
 """The part of a step that attention reads, as every backend sees it."""
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -72,3 +72,13 @@ class AttentionBatch(Protocol):
     @property
     def is_for_graph(self) -> bool:
         """Return whether a CUDA graph replays this for steps of other lengths: the host's must then not be read."""
+
+
+class HeadRotation(NamedTuple):
+    """What turns a step's products into its queries and keys: the arguments of `rope_and_store` of these names."""
+
+    positions: torch.Tensor
+    cos_sin: torch.Tensor
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    eps: float

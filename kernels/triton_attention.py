@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from kernels import hopper_prefill
-from kernels.attention_batch import AttentionBatch
+from kernels.attention_batch import AttentionBatch, HeadRotation
 from kernels.triton_decode import decode
 from kernels.triton_prefill import prefill
 
@@ -39,4 +39,20 @@ def attention_triton(
         hopper_prefill.prefill(q, k_cache, v_cache, batch, out, scale=scale, **options)
     else:
         prefill(q, k_cache, v_cache, batch, out, scale=scale, **options)
+    return out
+
+
+def attention_of_products_triton(
+    qkv: torch.Tensor,
+    rotation: HeadRotation,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    batch: AttentionBatch,
+    num_heads: int,
+    **options: Any,
+) -> torch.Tensor:
+    head_dim = k_cache.shape[2]
+    q = qkv[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    decode(q, k_cache, v_cache, batch, out, rotation=rotation, **options)
     return out

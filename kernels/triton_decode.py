@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention_batch import AttentionBatch, SharedPrefixes
+from kernels.attention_batch import AttentionBatch, HeadRotation, SharedPrefixes
 from kernels.launch import cdiv, fast_launch, next_power_of_2, num_sms
 from kernels.tile_sizes import fitting
-from kernels.triton_elementwise import prefetch_to_l2
+from kernels.triton_elementwise import prefetch_to_l2, store_in_cache
 from kernels.triton_softmax import (
     LOG2_E,
     DecodeConfig,
@@ -78,6 +78,7 @@ def decode(
     sinks: torch.Tensor | None = None,
     slopes: torch.Tensor | None = None,
     rotated: Rotated | None = None,
+    rotation: HeadRotation | None = None,
     config: DecodeConfig | None = None,
     num_programs: int | None = None,
     num_free_sms: int = 0,
@@ -95,6 +96,9 @@ def decode(
     launch_beside: on Hopper, launches a kernel to run beside this one, on all but `num_free_sms` multiprocessors: as
     `gated_gemm` does, it begins when all before it has ended, and lets the next one begin at once. rotated, and which
     caches there may be: see `kernels.triton_prefill.prefill`.
+
+    rotation: q [T, H, D] is the first part of products [T, (H + 2 Hkv) D], and what `rope_and_store` does with them is
+    done here, the writing included, which costs few tokens less than a kernel of its own. Without shared prefixes.
     """
     num_requests = batch.num_decodes
     v_dim, num_kv_heads = v_cache.shape[2], k_cache.shape[1]
@@ -137,6 +141,7 @@ def decode(
         sinks,
         slopes,
         shared.own_starts if shared is not None else None,
+        *(rotation or (None, None, None, None, 0.0)),
         partial,
         partial_lse,
         arrival_counters(q.device, num_requests * num_kv_heads),
@@ -148,6 +153,8 @@ def decode(
         scale * LOG2_E,
         **settings,
         OUT_STRIDE=out.stride(0),
+        HALF=0 if rotation is None else rotation.cos_sin.shape[1] // 2,
+        CACHE_MAX=torch.finfo(k_cache.dtype).max if k_cache.dtype.itemsize == 1 else None,
         BLOCK_B=block_requests(num_requests),
         BLOCK_M=max(MIN_DOT_ROWS, block_group),
         BLOCK_P=max(1, merge_registers * 32 * config.num_warps // (block_group * next_power_of_2(v_dim))),
@@ -226,6 +233,11 @@ def _decode_kernel(
     sinks,
     slopes,
     own_starts,
+    positions,
+    cos_sin,
+    q_norm,
+    k_norm,
+    eps,
     partial,
     partial_lse,
     arrivals,
@@ -242,6 +254,8 @@ def _decode_kernel(
     V_STRIDE: tl.constexpr,
     V_HEAD_STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
+    HALF: tl.constexpr,
+    CACHE_MAX: tl.constexpr,
     ROPE_DIM: tl.constexpr,
     BLOCK_ROPE: tl.constexpr,
     K_ROPE_STRIDE: tl.constexpr,
@@ -288,6 +302,8 @@ def _decode_kernel(
 
     m_rows = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
+    is_dim = d < HEAD_DIM
+    partner = _partner(d, HALF)
     v_columns = tl.arange(0, BLOCK_V)
     g = tl.arange(0, BLOCK_GROUP)
     work = begin
@@ -314,6 +330,8 @@ def _decode_kernel(
             prefetch_to_l2(k_cache + kv_head * K_HEAD_STRIDE + slot.to(tl.int64) * K_STRIDE, HEAD_DIM)
             if v_cache is not None:
                 prefetch_to_l2(v_cache + kv_head * V_HEAD_STRIDE + slot.to(tl.int64) * V_STRIDE, V_DIM)
+        if cos_sin is not None:
+            cos, sin = _load_rotation(cos_sin, tl.load(positions + request).to(tl.int64), HALF, BLOCK_D)
         if PDL:  # noqa: SIM102 - known to the compiler, which must not see more where it does not hold
             if is_beside == 0:
                 tl.extra.cuda.gdc_wait()  # for the queries and the newest key and value; all else was there before
@@ -324,8 +342,28 @@ def _decode_kernel(
         head = kv_head * GROUP + m_rows
         q_row = token * Q_STRIDE + head * Q_HEAD_STRIDE
         row_last = tl.zeros([BLOCK_M], tl.int32) + seq_len - 1
+        if cos_sin is None:
+            q_tile = tl.load(q + q_row[:, None] + d[None, :], mask=is_head[:, None] & is_dim[None, :], other=0.0)
+        else:
+            k_row = q + token * Q_STRIDE + (NUM_KV_HEADS * GROUP + kv_head) * HEAD_DIM
+            k_new = tl.load(k_row + d[None, :], mask=is_dim[None, :], other=0.0)
+            k_partner = tl.load(k_row + partner[None, :], mask=is_dim[None, :], other=0.0)
+            v_new = tl.load(k_row + NUM_KV_HEADS * HEAD_DIM + d, mask=is_dim, other=0.0)
+            q_tile = tl.load(q + q_row[:, None] + d[None, :], mask=is_head[:, None] & is_dim[None, :], other=0.0)
+            q_partner = tl.load(
+                q + q_row[:, None] + partner[None, :], mask=is_head[:, None] & is_dim[None, :], other=0.0
+            )
+            if tile + num_taken == num_tiles:
+                k_new = _rotate(k_new, k_partner, k_norm, cos, sin, eps, HEAD_DIM, HALF, BLOCK_D)
+                new_slot = load_slots(slots, slot_map, seq_len - 1, seq_len - 1, seq_len, 1).to(tl.int64)[:, None]
+                k_new_pointers = k_cache + kv_head * K_HEAD_STRIDE + new_slot * K_STRIDE + d[None, :]
+                v_new_pointers = v_cache + kv_head * V_HEAD_STRIDE + new_slot * V_STRIDE + d[None, :]
+                store_in_cache(k_new_pointers, k_new, is_dim[None, :], CACHE_MAX)
+                store_in_cache(v_new_pointers, v_new[None, :], is_dim[None, :], CACHE_MAX)
+            q_tile = _rotate(q_tile, q_partner, q_norm, cos, sin, eps, HEAD_DIM, HALF, BLOCK_D)
+            tl.debug_barrier()  # all threads' parts of the new key and value are written before they are read
         m, l, acc = attend(
-            tl.load(q + q_row[:, None] + d[None, :], mask=is_head[:, None] & (d < HEAD_DIM)[None, :], other=0.0),
+            q_tile,
             None
             if q_rope is None
             else load_rotated(q_rope, token, head, is_head, ROPE_DIM, BLOCK_ROPE, Q_ROPE_STRIDE, Q_ROPE_HEAD_STRIDE),
@@ -411,6 +449,39 @@ def _decode_kernel(
     if PDL:  # noqa: SIM102
         if is_beside != 0:
             tl.extra.cuda.gdc_wait()  # so that who waits for this kernel has waited for the one ahead
+
+
+@triton.jit
+def _load_rotation(cos_sin, position, HALF: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Return what elements of a head and their partners are multiplied by at `position`, [BLOCK_D] each."""
+    d = tl.arange(0, BLOCK_D)
+    angle = cos_sin + position * 2 * HALF + tl.where(d < HALF, d, d - HALF)
+    cos = tl.load(angle, mask=d < 2 * HALF, other=1.0)
+    sin = tl.load(angle + HALF, mask=d < 2 * HALF, other=0.0)
+    return cos, tl.where(d < HALF, -sin, sin)
+
+
+@triton.jit
+def _partner(d, HALF: tl.constexpr):
+    """Return the element of a head that each one rotates with; itself where it is not rotated."""
+    return tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
+
+
+@triton.jit
+def _rotate(x, partner, norm, cos, sin, eps, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Norm and rotate heads x [M, BLOCK_D] as `rope_and_store` does; `partner`: the elements they rotate with."""
+    if norm is not None:
+        d = tl.arange(0, BLOCK_D)
+        wide = x.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / HEAD_DIM + eps)[:, None]
+        x = _scaled(x, scale, tl.load(norm + d, mask=d < HEAD_DIM, other=0.0)[None, :])
+        partner = _scaled(partner, scale, tl.load(norm + _partner(d, HALF), mask=d < HEAD_DIM, other=0.0)[None, :])
+    return (x * cos[None, :] + partner * sin[None, :]).to(x.dtype)
+
+
+@triton.jit
+def _scaled(x, scale, weight):
+    return ((x.to(tl.float32) * scale).to(weight.dtype) * weight).to(x.dtype)
 
 
 @triton.jit

@@ -387,14 +387,14 @@ def _rope_and_store_kernel(
 
     tl.store(q_target + i[None, :], y1, mask=is_q[:, None] & is_half)
     tl.store(q_target + HALF + i[None, :], y2, mask=is_q[:, None] & is_half)
-    _store_in_cache(k_target + i[None, :], y1, is_k[:, None] & is_half, CACHE_MAX)
-    _store_in_cache(k_target + HALF + i[None, :], y2, is_k[:, None] & is_half, CACHE_MAX)
-    _store_in_cache(v_target + i[None, :], y1, is_v[:, None] & is_half, CACHE_MAX)
-    _store_in_cache(v_target + HALF + i[None, :], y2, is_v[:, None] & is_half, CACHE_MAX)
+    store_in_cache(k_target + i[None, :], y1, is_k[:, None] & is_half, CACHE_MAX)
+    store_in_cache(k_target + HALF + i[None, :], y2, is_k[:, None] & is_half, CACHE_MAX)
+    store_in_cache(v_target + i[None, :], y1, is_v[:, None] & is_half, CACHE_MAX)
+    store_in_cache(v_target + HALF + i[None, :], y2, is_v[:, None] & is_half, CACHE_MAX)
     if 2 * HALF < HEAD_DIM:
         tl.store(q_target + j[None, :], x3, mask=is_q[:, None] & is_rest)
-        _store_in_cache(k_target + j[None, :], x3, is_k[:, None] & is_rest, CACHE_MAX)
-        _store_in_cache(v_target + j[None, :], x3, is_v[:, None] & is_rest, CACHE_MAX)
+        store_in_cache(k_target + j[None, :], x3, is_k[:, None] & is_rest, CACHE_MAX)
+        store_in_cache(v_target + j[None, :], x3, is_v[:, None] & is_rest, CACHE_MAX)
 
 
 @triton.jit
@@ -415,7 +415,7 @@ def _scale_rows(x, normed, norm, offsets, is_element, is_row):
 
 
 @triton.jit
-def _store_in_cache(pointers, x, mask, CACHE_MAX: tl.constexpr):
+def store_in_cache(pointers, x, mask, CACHE_MAX: tl.constexpr):
     if CACHE_MAX is not None:
         x = tl.minimum(tl.maximum(x.to(tl.float32), -CACHE_MAX), CACHE_MAX)
     tl.store(pointers, x.to(pointers.dtype.element_ty), mask=mask)
@@ -509,8 +509,8 @@ def _rope_and_store_latent_kernel(
         wide = values.to(tl.float32)
         wide *= tl.rsqrt(tl.sum(wide * wide, axis=0) / RANK + eps)
         normed = (wide.to(weight.dtype) * weight).to(values.dtype)  # rounded as `rms_norm` does
-        _store_in_cache(target + n, normed, n < RANK, CACHE_MAX)
+        store_in_cache(target + n, normed, n < RANK, CACHE_MAX)
         k1 = tl.load(source + RANK + i, mask=is_half, other=0.0)
         k2 = tl.load(source + RANK + HALF + i, mask=is_half, other=0.0)
-        _store_in_cache(target + RANK + i, (k1 * cos - k2 * sin).to(k1.dtype), is_half, CACHE_MAX)
-        _store_in_cache(target + RANK + HALF + i, (k2 * cos + k1 * sin).to(k1.dtype), is_half, CACHE_MAX)
+        store_in_cache(target + RANK + i, (k1 * cos - k2 * sin).to(k1.dtype), is_half, CACHE_MAX)
+        store_in_cache(target + RANK + HALF + i, (k2 * cos + k1 * sin).to(k1.dtype), is_half, CACHE_MAX)

@@ -15,7 +15,15 @@ import bench.attention
 from bench.attention import Batch
 from kernels import attention as torch_attention
 from kernels import flashinfer_attention
-from kernels.attention import attention, attention_torch, choose_backend
+from kernels.attention import (
+    ONE_KERNEL_TOKENS,
+    attention,
+    attention_of_products_torch,
+    attention_torch,
+    choose_backend,
+    fits_one_kernel,
+)
+from kernels.attention_batch import HeadRotation
 from kernels.triton_attention import attention_triton
 from kernels.triton_decode import decode
 from kernels.triton_prefill import prefill, prefill_splits
@@ -338,6 +346,52 @@ def test_many_requests_may_be_of_any_length_and_padding_among_them(num_programs:
     is_request = batch.seq_lens.cpu() > 0
     check(out[is_request], naive(q, k, v, batch, 0.3, window, 0.0)[is_request], q.dtype)
     assert out[padding].isnan().all(), "padding is left as it is"
+
+
+def make_products(
+    lens: list[int], heads: tuple[int, int, int, int], dtype: torch.dtype, norms: list[str]
+) -> tuple[torch.Tensor, HeadRotation, torch.Tensor, torch.Tensor, Batch]:
+    """Return (products, their rotation, caches, single tokens) for `attention_of_products`.
+
+    heads: their number, that of KV heads, their size, and how much of it is rotated.
+    """
+    num_heads, num_kv_heads, head_dim, rotary_dim = heads
+    batch = make_batch([(1, length) for length in lens])
+    _, k, v = make_inputs(batch, num_heads, num_kv_heads, head_dim, dtype)
+    generator = torch.Generator().manual_seed(2)
+    qkv = torch.randn(len(lens), (num_heads + 2 * num_kv_heads) * head_dim, generator=generator).to(DEVICE, dtype)
+    cos_sin = torch.randn(max(lens), rotary_dim, generator=generator).to(DEVICE)
+    weights = {name: torch.rand(head_dim, generator=generator).to(DEVICE, dtype) for name in norms}
+    positions = (batch.seq_lens - 1).int()
+    rotation = HeadRotation(positions, cos_sin, weights.get("q_norm"), weights.get("k_norm"), eps=1e-5)
+    return qkv, rotation, k, v, batch
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "rotary_dim", "norms", "num_programs"),
+    [(16, 16, ["q_norm", "k_norm"], 5), (24, 16, ["k_norm"], 40), (32, 32, [], 1)],
+)
+def test_products_are_rotated_stored_and_attended_to_in_one_kernel(
+    head_dim: int, rotary_dim: int, norms: list[str], num_programs: int
+) -> None:
+    qkv, rotation, k, v, batch = make_products([1, 40, 16, 33], (4, 2, head_dim, rotary_dim), torch.float32, norms)
+    wanted_k, wanted_v = k.clone(), v.clone()
+    wanted = attention_of_products_torch(qkv, rotation, wanted_k, wanted_v, batch, 4, scale=0.3)
+    q, out = qkv[:, : 4 * head_dim].unflatten(1, (4, head_dim)), torch.full_like(wanted, float("nan"))
+    config = DecodeConfig(16, 4, 1, 1)
+    decode(q, k, v, batch, out, scale=0.3, rotation=rotation, config=config, num_programs=num_programs)
+    check(out, wanted, qkv.dtype)
+    check(k.float(), wanted_k.float(), qkv.dtype)
+    check(v.float(), wanted_v.float(), qkv.dtype)
+
+
+def test_one_kernel_takes_single_tokens_without_a_prefix_to_share() -> None:
+    assert fits_one_kernel(make_batch([(1, 9)]), "triton")
+    assert not fits_one_kernel(make_batch([(1, 9)]), "torch")
+    assert not fits_one_kernel(make_batch([(1, 9), (2, 5)]), "triton")
+    assert not fits_one_kernel(make_batch([(2, 9)]), "triton")
+    assert not fits_one_kernel(make_batch([(1, 9)], groups=[]), "triton")
+    assert not fits_one_kernel(make_batch([(1, 9)] * (ONE_KERNEL_TOKENS + 1)), "triton")
 
 
 def test_the_arrival_counters_are_zero_again() -> None:

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,7 +17,8 @@ from engine.layers.norm import HiddenNorm, RMSNorm, UnitRMSNorm
 from engine.layers.qk_norm import AllHeadsNorm, EachHeadNorm
 from engine.layers.rotary import RotaryEmbedding
 from engine.model_config import AttentionConfig, QKNorm
-from kernels.attention import attention
+from kernels.attention import attention, attention_of_products, fits_one_kernel
+from kernels.attention_batch import HeadRotation
 from kernels.elementwise import rope_and_store
 from kernels.tuning import AttentionShape, LatentShape, WeightShape
 from kernels.weights import Norm, ShapeError, match_shard
@@ -26,6 +27,8 @@ AfterRope = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Changes rotated queries: (queries [T, H, D], positions [T]) -> queries."""
 HeadNorms = tuple[HiddenNorm, HiddenNorm, HiddenNorm | None]
 """Norms of each query, key and value head before the rotation; only their weights are read."""
+HeadNormWeights = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+"""The weights of these norms."""
 
 
 class AnyAttention(Layer):
@@ -181,15 +184,20 @@ class Attention(AnyAttention):
         return q.mul_(self.q_norm.weight * self.k_norm.weight)
 
     @property
-    def norm_weights(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    def norm_weights(self) -> HeadNormWeights:
         """Return the weights of the norms of query, key and value heads."""
         return _weights(self.head_norms) if self.head_norms else (None, None, None)
 
     @property
     def is_plain(self) -> bool:
         """Return whether heads are rotated as the product makes them, and all of them stored as they are."""
-        makes_all = self.num_new_kv_heads == self.num_kv_heads and self.make_qkv == self.qkv_proj.__call__
-        return makes_all and self.after_rope is None and self.cache_scales is None and self.backend == "torch"
+        is_product = self.make_qkv == self.qkv_proj.__call__
+        return is_product and self.rotates_all and self.cache_scales is None and self.backend == "torch"
+
+    @property
+    def rotates_all(self) -> bool:
+        """Return whether queries, and keys of this layer's own, are rotated, and nothing is done to them after it."""
+        return self.num_new_kv_heads == self.num_kv_heads and self.after_rope is None
 
     @property
     def cache(self) -> KV:
@@ -209,33 +217,51 @@ class Attention(AnyAttention):
     def __call__(
         self, x: torch.Tensor, batch: ForwardBatch, pool: CachePool, *, norm: Norm | None = None
     ) -> torch.Tensor:
-        _, found = self.attend(x, batch, pool, norm=norm)
-        return found.flatten(1)
+        batch, qkv, norms = self._project(x, batch, norm)
+        k_cache, v_cache = pool[self.layer_id]
+        if self.rotates_all and norms[2] is None and fits_one_kernel(batch, self.backend):
+            rotation = HeadRotation(*self._angles(batch), norms[0], norms[1], self.eps)
+            options = self._options()
+            found = attention_of_products(
+                qkv, rotation, k_cache, v_cache, batch, self.num_heads, self.backend, **options
+            )
+        else:
+            found = self.find(self._rotate(qkv, batch, pool, norms), k_cache, v_cache, batch)
+        return self._unscaled(found).flatten(1)
 
     def attend(
-        self,
-        x: torch.Tensor,
-        batch: ForwardBatch,
-        pool: CachePool,
-        *,
-        norm: Norm | None = None,
-        has_decodes: bool = True,
+        self, x: torch.Tensor, batch: ForwardBatch, pool: CachePool, *, norm: Norm | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (queries, what they find), each [T, H, D]. has_decodes: see `kernels.attention.attention`."""
+        """Return (queries, what they find), each [T, H, D]; single tokens' part of the second is left as it is."""
+        batch, qkv, norms = self._project(x, batch, norm)
+        q = self._rotate(qkv, batch, pool, norms)
+        k_cache, v_cache = pool[self.layer_id]
+        return q, self._unscaled(self.find(q, k_cache, v_cache, batch, has_decodes=False))
+
+    def _project(
+        self, x: torch.Tensor, batch: ForwardBatch, norm: Norm | None
+    ) -> tuple[ForwardBatch, torch.Tensor, HeadNormWeights]:
+        """Return (the step as this layer sees it, queries, keys and values [T, (H + 2 Hkv) D], their heads' norms)."""
         if self.has_window_slots:
             assert batch.of_windows is not None
             batch = batch.of_windows
         if batch.seen_until is not None and not self.config.sees_ahead:
             batch = replace(batch, seen_until=None)
-        qkv = self.make_qkv(x, norm=norm)  # [T, (H + 2 Hkv) D]
-        k_cache, v_cache = pool[self.layer_id]
+        qkv = self.make_qkv(x, norm=norm)
         scales = self.cache_scales
         if scales is None:
-            q_norm, k_norm, v_norm = self.norm_weights
-        else:
-            scales.shrink_(qkv)
-            q_norm, k_norm, v_norm = scales.norms
-        positions, cos_sin = batch.rotation or (batch.positions, self.rotary.cos_sin)
+            return batch, qkv, self.norm_weights
+        scales.shrink_(qkv)
+        return batch, qkv, scales.norms
+
+    def _angles(self, batch: ForwardBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        return batch.rotation or (batch.positions, self.rotary.cos_sin)
+
+    def _rotate(self, qkv: torch.Tensor, batch: ForwardBatch, pool: CachePool, norms: HeadNormWeights) -> torch.Tensor:
+        """Return the queries as attention takes them; keys and values are written to their slots."""
+        q_norm, k_norm, v_norm = norms
+        positions, cos_sin = self._angles(batch)
+        k_cache, v_cache = pool[self.layer_id]
         q = rope_and_store(
             qkv,
             positions,
@@ -251,10 +277,10 @@ class Attention(AnyAttention):
             self.eps,
             v_norm,
         )
-        if self.after_rope is not None:
-            q = self.after_rope(q, batch.positions)
-        found = self.find(q, k_cache, v_cache, batch, has_decodes=has_decodes)
-        return q, found if scales is None else found.mul_(scales.v)
+        return q if self.after_rope is None else self.after_rope(q, batch.positions)
+
+    def _unscaled(self, found: torch.Tensor) -> torch.Tensor:
+        return found if self.cache_scales is None else found.mul_(self.cache_scales.v)
 
     def find(
         self,
@@ -266,25 +292,21 @@ class Attention(AnyAttention):
         has_decodes: bool = True,
     ) -> torch.Tensor:
         """Return what rotated queries [T, H, D] find in the layer's caches, [T, H, D]."""
-        return attention(
-            q,
-            k_cache,
-            v_cache,
-            batch,
-            scale=self.scale,
-            window=self.window,
-            is_chunked=self.config.is_chunked,
-            softcap=self.softcap,
-            sinks=self.sinks,
-            slopes=self.slopes,
-            backend=self.backend,
-            has_decodes=has_decodes,
-        )
+        return attention(q, k_cache, v_cache, batch, backend=self.backend, has_decodes=has_decodes, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        """Return the arguments of any attention that are the same in every step."""
+        return {
+            "scale": self.scale,
+            "window": self.window,
+            "is_chunked": self.config.is_chunked,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+            "slopes": self.slopes,
+        }
 
 
-def _weights(
-    norms: tuple[HiddenNorm, HiddenNorm, HiddenNorm | None],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def _weights(norms: HeadNorms) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     q, k, v = norms
     return q.weight, k.weight, None if v is None else v.weight
 

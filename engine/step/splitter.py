@@ -50,7 +50,7 @@ class StepSplitter:
         assert isinstance(block, PreNorm) and isinstance(block.mlp, GatedMLP)
         attn, mlp, norm, comm = block.self_attn, block.mlp, block.post_attention_layernorm, block.comm
         assert isinstance(attn, Attention)
-        q, found = attn.attend(h, batch, self._pool, norm=block.input_layernorm, has_decodes=False)
+        q, found = attn.attend(h, batch, self._pool, norm=block.input_layernorm)
         k_cache, v_cache = self._pool[attn.layer_id]
         first, weight = len(h) - corun.num_tokens, mlp.gate_up_proj.weight
         gated = h.new_empty(len(h), weight.n // 2)
