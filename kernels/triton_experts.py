@@ -44,6 +44,7 @@ DEFAULT_TILES = {
     64: TileConfig(128, 64, 4, 4),
     128: TileConfig(128, 64, 8, 3),
 }
+WIDE_TILE = TileConfig(32, 32, 4, 1)  # of float32, whose products no tensor core makes: their code is as long as a tile
 TILE_CODES = (None, "int4", "fp4", "int8", "fp8", "castable fp8")
 
 
@@ -171,7 +172,9 @@ def expert_products_triton(
         )  # fmt: skip
         return out
     block_m = by_expert.block_m
-    config = config or TILE_CONFIGS.get(x.device, rows, k, TILE_CODES.index(code), block_m)
+    if config is None:
+        is_wide = x.dtype.itemsize == 4
+        config = WIDE_TILE if is_wide else TILE_CONFIGS.get(x.device, rows, k, TILE_CODES.index(code), block_m)
     num_tiles = min(num_pairs, cdiv(num_pairs, block_m) + num_experts)
     _tile_kernel[(cdiv(n, config.block_n), num_tiles)](
         x, *tensors, bias, by_expert.order, by_expert.ends, by_expert.tile_ends, out, n, rows, per_input, **format_of,
@@ -427,13 +430,13 @@ def _tile_kernel(
         numbers = decoded(
             weight, scale, zero, minimum, table, gate, start, K, CODE, GROUP, NUM_GROUPS, OFFSET, BLOCK_N, BLOCK_K
         )
-        sums = tl.dot(values, tl.trans(numbers.to(values.dtype)), sums)
+        sums = tl.dot(values, tl.trans(numbers.to(values.dtype)), sums, input_precision="ieee")
         if ACT is not None:
             numbers = decoded(
                 weight, scale, zero, minimum, table, gate + N, start, K, CODE, GROUP, NUM_GROUPS, OFFSET, BLOCK_N,
                 BLOCK_K,
             )  # fmt: skip
-            up_sums = tl.dot(values, tl.trans(numbers.to(values.dtype)), up_sums)
+            up_sums = tl.dot(values, tl.trans(numbers.to(values.dtype)), up_sums, input_precision="ieee")
     if bias is not None:
         sums += tl.load(bias + gate).to(tl.float32)[None, :]
     if ACT is not None:
