@@ -120,11 +120,13 @@ async def prompt(engine: Engine, number: int, media: Sequence[Image]) -> tuple[l
 
 
 async def ask(
-    engine: Engine, ids: list[int], media: PromptMedia | None, **fields: Any
+    engine: Engine, ids: list[int], media: PromptMedia | None, *, num_tokens: int = NUM_NEW_TOKENS, **fields: Any
 ) -> tuple[list[int], RequestState]:
+    """Return what the engine says, which must be `num_tokens` tokens: nothing would equal nothing."""
     params = SamplingParams(max_new_tokens=NUM_NEW_TOKENS, temperature=0.0, ignore_eos=True)
     state = RequestState(Request(f"r{next(NUMBERS)}", ids, params, media=media, **fields))
     _, tokens = await collect(engine, state)
+    assert len(tokens) == num_tokens, state.finish_reason
     return tokens, state
 
 
@@ -453,8 +455,7 @@ async def test_a_picture_that_the_tower_fails_on_ends_its_request_and_no_other(
             return inputs(media)
 
         monkeypatch.setattr(tower.family, "inputs", fail_on_bad)
-        (answer, _), (_, failed) = await asyncio.gather(ask(engine, *good), ask(engine, *bad))
-        assert len(answer) == NUM_NEW_TOKENS
+        _, (_, failed) = await asyncio.gather(ask(engine, *good), ask(engine, *bad, num_tokens=0))
         assert failed.finish_reason is not None
         assert (failed.finish_reason.type, failed.finish_reason.status_code) == ("abort", 500)
         assert "no pixels" in (failed.finish_reason.message or "")

@@ -19,11 +19,11 @@ class Glm4v(Glm4):
 
 
 class GlmOcr(Glm4v):
-    """GLM-OCR: no biases; its layer for several tokens at once is left out."""
+    """GLM-OCR: no biases, heads that turn whole; its layer for several tokens at once is left out."""
 
     @staticmethod
     def read_config(raw: dict[str, Any]) -> ModelConfig:
-        return Glm4v.read_config(raw | {"attention_bias": False})
+        return Glm4v.read_config({"partial_rotary_factor": 1.0, **raw, "attention_bias": False})
 
     @property
     def names(self) -> Sequence[Rule]:
