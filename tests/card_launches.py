@@ -21,6 +21,7 @@ from kernels import (
     triton_quantized,
     triton_sampling,
 )
+from kernels.attention_batch import HeadRotation
 from kernels.card import OLDEST_BFLOAT16, OLDEST_E4M3, OLDEST_INT8, Card
 from kernels.latents import Expansion, LatentSizes
 from kernels.launch import cdiv
@@ -29,7 +30,7 @@ from kernels.quantized_format import FP8, Format
 from kernels.quantized_kernel import Kind
 from kernels.routing_rule import Routing
 from kernels.triton_all_reduce import all_reduce_triton
-from kernels.triton_attention import attention_triton
+from kernels.triton_attention import attention_of_products_triton, attention_triton
 from kernels.triton_decode import DECODE_LIMITS
 from kernels.triton_experts import (
     Codes,
@@ -77,6 +78,7 @@ def launches(card: Card) -> Iterator[tuple[str, Launch]]:
     caches = [torch.float8_e5m2, FP8] if card.capability >= OLDEST_E4M3 else [torch.float8_e5m2]
     for dtype in (dtypes[-1], F32):
         yield from attention_launches(dtype, [dtype, *caches] if dtype != F32 else [dtype])
+        yield from single_token_launches(dtype, [dtype, *caches] if dtype != F32 else [dtype])
         yield from latent_launches(dtype, [dtype, *caches] if dtype != F32 else [dtype])
         yield from product_launches(dtype)
         yield from elementwise_launches(dtype, [dtype, *caches])
@@ -144,6 +146,18 @@ def attention_of(
         attention_triton(qkv, k, v, batch, scale=head_dim**-0.5, **options)
 
     return launch
+
+
+def single_token_launches(dtype: torch.dtype, caches: list[torch.dtype]) -> Iterator[tuple[str, Launch]]:
+    """Yield the attention of one token, which rotates and stores its heads."""
+    for num_heads, num_kv_heads, head_dim in HEADS[:1] if dtype == F32 else (HEADS[0], HEADS[4], HEADS[8]):
+        qkv, norm = empty(1, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype), empty(head_dim, dtype=dtype)
+        for cache in caches:
+            k, v = empty(2, 1 << 20, num_kv_heads, head_dim, dtype=cache)
+            for weight in (None, norm):
+                rotation = HeadRotation(empty(1, dtype=I32), empty(4096, head_dim), weight, weight, 1e-5)
+                arguments = qkv, rotation, k, v, batch_of(1), num_heads
+                yield f"single token {head_dim} {cache}", partial(attention_of_products_triton, *arguments, scale=1.0)
 
 
 def latent_launches(dtype: torch.dtype, caches: list[torch.dtype]) -> Iterator[tuple[str, Launch]]:
