@@ -44,7 +44,7 @@ DEFAULT_TILES = {
     64: TileConfig(128, 64, 4, 4),
     128: TileConfig(128, 64, 8, 3),
 }
-WIDE_TILE = TileConfig(32, 32, 4, 1)  # of float32, whose products no tensor core makes: their code is as long as a tile
+WIDE_TILE = TileConfig(32, 16, 8, 1)  # of float32, whose products no tensor core makes: their code is as long as a tile
 TILE_CODES = (None, "int4", "fp4", "int8", "fp8", "castable fp8")
 
 
