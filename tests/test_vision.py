@@ -17,7 +17,7 @@ from engine.local import LocalEngine
 from engine.media import Image, Media, MediaSize, PromptMedia, Video
 from engine.request import Request, SamplingParams
 from engine.state import RequestState
-from engine.vision import packed
+from engine.vision import grid, packed
 from engine.vision.family import in_words
 from kernels.packed_attention import packed_attention, torch_packed_attention
 from tests.test_engine import collect, running_engine
@@ -252,8 +252,12 @@ async def test_attention_over_all_pictures_at_once_makes_the_same_features(
         monkeypatch.setattr(packed, "is_fast", lambda *_: True)
         monkeypatch.setattr(packed, "packed_attention", attention)
         tower.family.prepare(tower._module, torch.device("cpu"), torch.float32)
-        for before, now in zip(one_by_one, tower.encode(media), strict=True):
+        at_once = tower.encode(media)
+        monkeypatch.setattr(grid, "takes_plans", lambda: False)  # as in versions before transformers' vision_utils
+        tower.family.prepare(tower._module, torch.device("cpu"), torch.float32)
+        for before, now, later in zip(one_by_one, at_once, tower.encode(media), strict=True):
             torch.testing.assert_close(now, before, rtol=1e-5, atol=1e-5)
+            assert torch.equal(later, now)
     assert lens and all(len(one) >= len(media) for one in lens), "several sequences at once"
 
 

@@ -12,7 +12,7 @@ import torch
 from engine.errors import InvalidRequest
 from engine.media import Image, Media, MediaSize
 from engine.vision.family import Family, Writing
-from engine.vision.packed import pack_attention, plan_of
+from engine.vision.packed import pack_attention, plan_of, takes_plans
 
 # What towers call the pixels of a picture, and its grid of patches.
 NAMES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
@@ -30,6 +30,7 @@ class Grid(Family):
     takes: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
     on_host: ClassVar[frozenset[str]] = GRIDS
     computes_with_grids = False  # the tower does, on the device
+    has_plans = True  # it takes what depends on grids alone
     is_captured = True
     settings: ClassVar = frozenset({"min_pixels", "max_pixels"})
 
@@ -141,11 +142,14 @@ class Grid(Family):
 
     def prepare(self, tower: Any, device: torch.device, dtype: torch.dtype) -> None:
         pack_attention(tower.visual, device, dtype)
+        self.has_plans = takes_plans()
+        if not self.has_plans:
+            self.computes_with_grids, self.is_captured = True, False
 
     def arguments(self, tower: Any, joined: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Return pixels, grids, and all that depends on the grids alone."""
         [pixels], [grids] = PIXELS & joined.keys(), GRIDS & joined.keys()
-        device, plan = joined[pixels].device, plan_of(tower.visual, joined[grids])
+        device, plan = joined[pixels].device, plan_of(tower.visual, joined[grids]) if self.has_plans else {}
         if self.computes_with_grids:
             plan[grids] = joined[grids]
         return joined | {name: one.to(device) if isinstance(one, torch.Tensor) else one for name, one in plan.items()}

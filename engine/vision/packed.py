@@ -4,6 +4,7 @@ What of their attention depends on the pictures' grids alone, transformers compu
 waits for it each time. Here it is computed once, on the host, and given to the tower, which takes it instead.
 """
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -44,6 +45,11 @@ def pack_attention(vision: Any, device: torch.device, dtype: torch.dtype) -> boo
         if hasattr(part, "config"):
             part.config._attn_implementation = NAME
     return True
+
+
+def takes_plans() -> bool:
+    """Return whether transformers' towers take what `plan_of` returns: early versions 5 compute it themselves."""
+    return importlib.util.find_spec("transformers.vision_utils") is not None
 
 
 def plan_of(vision: Any, grids: torch.Tensor) -> dict[str, Any]:
