@@ -26,6 +26,7 @@ MAX_TOKENS = 64
 TOKEN_TILES = (0, 1, 2, 4, 8)  # of 8 tokens; 0: one token, whose norm and rounding are fused
 MAX_SPLIT = 8  # blocks of a cluster
 MOST_WARPS = 16  # of one kernel on a multiprocessor, for one token
+LONG_ROW = 9216  # inputs, more than a model's hidden size mostly is
 OLDEST = (8, 0)  # compute capability
 
 
@@ -48,7 +49,11 @@ def default_config(num_rows: int, k: int, bits: int, token_tiles: int, _is_gated
     """Return the configuration of shapes that no table has, for a card like the H100."""
     num_chunks = k // CHUNK
     if token_tiles == 0:
-        return FewConfig(2, 1, min(MOST_WARPS, next_power_of_2(num_chunks + 1) // 2), 1, 4 if bits == 4 else 3)
+        # Of 4 bits, blocks are so small that the next kernel's fit beside them, down's too.
+        is_small = bits == 4 and k < LONG_ROW
+        most_warps = MOST_WARPS // 2 if is_small else MOST_WARPS
+        warps_k = min(most_warps, next_power_of_2(num_chunks + 1) // 2)
+        return FewConfig(2, 1, warps_k, 1, 4 if bits == 4 and not is_small else 3)
     tiles, warps_n = 2, 2 if token_tiles == 1 else 8
     warps_k = min(4 if token_tiles == 1 else 1, num_chunks)
     num_blocks, enough = cdiv(num_rows, 16 * tiles * warps_n), 128 if token_tiles == 1 else 264
