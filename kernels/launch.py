@@ -6,8 +6,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def compiling_ahead() -> Iterator[None]:
         with ThreadPoolExecutor(num_threads, "compiler", initializer) as threads:
             with triton.AsyncCompileMode(threads):
                 yield
-            list(threads.map(_load, rehearsal.kernels.values()))
+            _load_all(rehearsal.kernels.values(), threads)
     finally:
         notice.cancel()
         _rehearsal = None
@@ -102,12 +102,34 @@ def compiling_ahead() -> Iterator[None]:
         logger.info("compiled %d kernels in %.1f s", len(rehearsal.kernels), took_s)
 
 
+_loaded: set[tuple[str, ...]] = set()  # launchers of this process, by the types of their arguments
+
+
+def _load_all(kernels: Iterable[Any], threads: Executor) -> None:
+    """Load kernels to the device and compile their launchers, which are C and have their own compiler, many at once.
+
+    Triton loads all launchers as modules of one name, and those of alike arguments from one file. What Python returns
+    for a file's second load is the newest module of that name, changed to the file's: another thread may be about to
+    read that one. So each file is loaded once by many threads, and all further loads follow one by one.
+    """
+    new, alike = [], []
+    for kernel in [kernel.result() if hasattr(kernel, "result") else kernel for kernel in kernels]:
+        (alike if (launcher := _launcher(kernel)) in _loaded else new).append(kernel)
+        _loaded.add(launcher)
+    list(threads.map(_load, new))
+    for kernel in alike:
+        _load(kernel)
+
+
+def _launcher(kernel: Any) -> tuple[str, ...]:
+    return tuple(kind for kind in map(str, kernel.src.signature.values()) if kind != "constexpr")
+
+
 def _load(kernel: Any) -> None:
-    """Load a kernel to the device, and compile its launcher, which is C and has its own compiler."""
     from triton.runtime.errors import OutOfResources
 
     with contextlib.suppress(OutOfResources):  # its first launch takes fewer stages
-        _ = (kernel.result() if hasattr(kernel, "result") else kernel).run
+        _ = kernel.run
 
 
 class Kernel:
@@ -147,6 +169,7 @@ class Kernel:
         if hasattr(kernel, "packed_metadata"):
             names = self.function.arg_names[len(args) :]
             self._compiled[key] = kernel, tuple(keywords[name] for name in names)
+            _loaded.add(_launcher(kernel))
 
     def _first_launch(self, grid: tuple[int, ...], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Launch by Triton, which compiles. A GPU with less shared memory than the stages need gets fewer of them."""

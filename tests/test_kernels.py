@@ -4,7 +4,9 @@ import ast
 import math
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -653,7 +655,7 @@ def test_in_a_rehearsal_launches_only_compile_each_kernel_once() -> None:
 
     class Compiled:
         def __init__(self, n: int) -> None:
-            self.n = n
+            self.n, self.src = n, SimpleNamespace(signature={})
 
         @property
         def run(self) -> None:
@@ -681,6 +683,35 @@ def test_in_a_rehearsal_launches_only_compile_each_kernel_once() -> None:
         other_thread.join()
     kernel[(1,)](3, n=2)
     assert calls == [("compile", 2), ("launch", 4), ("load", 2), ("launch", 2)]
+
+
+def test_no_kernel_is_loaded_beside_one_whose_launcher_is_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python may give another thread the launcher of that one: see `_load_all`."""
+    monkeypatch.setattr(launch, "_loaded", set())
+    begun: list[str] = []
+    ended: list[str] = []
+    change = threading.Condition()
+
+    class Compiled:
+        def __init__(self, *kinds: str) -> None:
+            self.src = SimpleNamespace(signature=dict(enumerate(kinds)))
+
+        @property
+        def run(self) -> None:
+            [kind, *_] = self.src.signature.values()
+            with change:
+                is_alone = len(begun) == len(ended)
+                begun.append(kind)
+                change.notify_all()
+                assert change.wait_for(lambda: len(begun) >= 3, timeout=60), "those of three kinds are loaded at once"
+                assert begun.count(kind) == 1 or is_alone
+                ended.append(kind)
+
+    kernels = [Compiled("*a"), Compiled("*b"), Compiled("*a", "constexpr"), Compiled("*c"), Compiled("*b")]
+    with ThreadPoolExecutor(8) as threads:
+        launch._load_all(kernels, threads)
+    assert sorted(begun[:3]) == ["*a", "*b", "*c"]
+    assert ended[3:] == ["*a", "*b"]
 
 
 def test_no_number_of_sampled_requests_needs_a_kernel_that_was_not_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
