@@ -19,6 +19,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -183,11 +185,18 @@ class Bench:
         return gaps, lags
 
 
+COLUMNS = (
+    "model", "tokens a picture", "first token, ms", "again, ms", "burst, requests/s", "gap alone: p50 / p99, ms",
+    "beside pictures: p50 / p99, ms", "loop lag: p50 / p99, ms",
+)  # fmt: skip
+
+
 def shown(values: Sequence[float], *shares: float) -> str:
     return " / ".join(f"{percentile(sorted(values), share) or 0.0:.1f}" for share in shares)
 
 
-async def measure(shape: str, args: argparse.Namespace, table: Table) -> None:
+async def measure(shape: str, args: argparse.Namespace) -> list[str]:
+    """Return what the table says of a shape."""
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder), shape)
         options = {} if args.device is None else {"device": args.device}
@@ -200,10 +209,16 @@ async def measure(shape: str, args: argparse.Namespace, table: Table) -> None:
             burst = await bench.burst_s(64, 8)
             alone, _ = await bench.pace(16, args.tokens, None)
             beside, lags = await bench.pace(16, args.tokens, args.every)
-            table.add_row(
+            return [
                 shape, str(num_tokens), shown(first, 0.5), shown(again, 0.5), f"{64 / burst:.1f}",
                 shown(alone, 0.5, 0.99), shown(beside, 0.5, 0.99), shown(lags, 0.5, 0.99),
-            )  # fmt: skip
+            ]  # fmt: skip
+
+
+def measured(shape: str, args: argparse.Namespace) -> list[str]:
+    """Do `measure` in a process of its own, whose memory is free afterwards."""
+    sys.setswitchinterval(SWITCH_S)  # as the server
+    return asyncio.run(measure(shape, args))
 
 
 def main() -> None:
@@ -218,14 +233,11 @@ def main() -> None:
     add("--tokens", type=int, default=512, help="of each stream")
     add("--every", type=float, default=0.1, help="seconds between pictures beside the streams")
     args = parser.parse_args()
-    sys.setswitchinterval(SWITCH_S)  # as the server
-    table = Table(
-        "model", "tokens a picture", "first token, ms", "again, ms", "burst, requests/s", "gap alone: p50 / p99, ms",
-        "beside pictures: p50 / p99, ms", "loop lag: p50 / p99, ms", box=box.SIMPLE,
-    )  # fmt: skip
-    for shape in args.shape:
-        asyncio.run(measure(shape, args, table))
-    wide_console().print(table)
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
+        for shape in args.shape:  # a table of each: what was measured is seen, whatever comes of the next
+            table = Table(*COLUMNS, box=box.SIMPLE)
+            table.add_row(*processes.submit(measured, shape, args).result())
+            wide_console().print(table)
 
 
 if __name__ == "__main__":
