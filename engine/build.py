@@ -1,5 +1,6 @@
 """Building an engine: from a configuration to the parts that run."""
 
+import gc
 import importlib.util
 import logging
 import time
@@ -339,6 +340,9 @@ def _set_device(config: EngineConfig, comm: Communicator) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         stay_near(device)
+        if torch.cuda.memory_allocated():  # of an earlier engine of this process, in cycles
+            gc.collect()
+            torch.cuda.empty_cache()
     elif comm.size > 1:
         torch.set_num_threads(max(torch.get_num_threads() // comm.size, 1))
     return device

@@ -7,6 +7,7 @@ import asyncio
 import gzip
 import json
 import random
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -650,3 +651,10 @@ async def test_answers_that_have_just_ended_are_given_also_when_the_engine_stops
         assert len(ended) < 40, "they are told a few a turn"
         await engine.stop()
         assert [delta.finish_reason and delta.finish_reason.type for delta in ended] == ["length"] * 40
+
+
+async def test_an_engine_that_has_stopped_leaves_room_for_another_one(tiny_llama: Path) -> None:
+    async with running_engine(tiny_llama) as engine:
+        memory = weakref.ref(engine.parts.runner.kv.buffers[0])
+        assert memory() is not None
+    assert memory() is None, "though the engine is still there"

@@ -229,14 +229,16 @@ class ModelRunner:
         torch.cuda.synchronize()
 
     def close(self) -> None:
+        """Let steps and ranks end, and give the KV pool's memory back: whoever keeps the engine may start another."""
         if self.stream is not None and self.comm.rank == 0:  # another may wait for one that is gone
             with contextlib.suppress(RuntimeError):  # a device that has failed has nothing under way
                 self.stream.synchronize()
         # What other ranks were told to run must be run here too.
         self._worker.shutdown(wait=True, cancel_futures=self.ranks is None)
-        self.graphs = None  # before the ranks part: graphs hold what their collectives need
+        self.graphs = self._compiled = None  # before the ranks part: graphs hold what their collectives need
         if self.ranks is not None:
             self.ranks.close(self.comm.close)
+        self.kv.release()
 
     def launch(self, plan: Plan) -> Step:
         """Enqueue `plan`, up to its logits if matchers have a say in its tokens.
