@@ -619,6 +619,7 @@ def release_commits(engine: FakeEngine, backend: NativeBackend) -> None:
 
 def test_thousands_of_states_need_no_thread_each():
     engine = FakeEngine(is_manual=True, max_queued=10_000)
+    others = threading.active_count()  # left by other tests of this process
     with fake_backend(engine) as backend:
 
         @sgl.function
@@ -638,7 +639,7 @@ def test_thousands_of_states_need_no_thread_each():
         threading.Thread(target=release).start()
         states = program.run_batch([{"i": i} for i in range(2000)], backend=backend)
         assert [state["y"] for state in states] == ["Hell"] * 2000
-        assert most_threads < 150
+        assert most_threads - others < 150
 
 
 def test_waiting_on_the_loop_that_works_is_refused():

@@ -92,6 +92,7 @@ MEANINGS: dict[str, str] = {
     "TokenizeRequest.text": "as prompt",
     "image_url": "an image: its URL, or a data URI",
     "video_url": "a video: its URL, or a data URI",
+    "Part.file": "a picture: uploaded to /v1/files, or its data",
     "detail": "how closely the image is looked at",
     "min_pixels": "an image is enlarged to so many pixels at least",
     "max_pixels": "an image is reduced to so many pixels at most",
