@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from kernels.attention_batch import AttentionBatch
+from kernels.card import card_of
 from kernels.triton_attention import attention_triton
 from kernels.triton_decode import decode
 
@@ -161,8 +162,7 @@ class PrefillPlans:
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
         # Its FlashAttention-3 reads no float8 cache for 16-bit queries.
-        is_hopper = torch.cuda.get_device_capability(self.device)[0] == 9
-        backend = "fa3" if is_hopper and shape.kv_dtype not in FLOAT8 else "fa2"
+        backend = "fa3" if card_of(self.device).is_hopper and shape.kv_dtype not in FLOAT8 else "fa2"
         ring = self._rings.setdefault(shape, [])
         place = self._last_used[shape] = (self._last_used.get(shape, -1) + 1) % NUM_PLANS_IN_FLIGHT
         if place == len(ring):

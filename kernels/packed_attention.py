@@ -7,6 +7,9 @@ is what towers do that see several pictures at once.
 import torch
 import torch.nn.functional as F
 
+from kernels.card import card_of
+
+OLDEST_FLASH = (8, 0)  # compute capability, of torch's FlashAttention
 MAX_HEAD_DIM = 256
 HALF = (torch.bfloat16, torch.float16)
 
@@ -39,4 +42,4 @@ def is_fast(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Return whether there is a kernel that takes all sequences at once."""
     if device.type != "cuda" or dtype not in HALF or head_dim % 8 or head_dim > MAX_HEAD_DIM:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return card_of(device).capability >= OLDEST_FLASH
