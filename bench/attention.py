@@ -33,7 +33,7 @@ from engine.layers.forward_batch import SharedPrefixes
 from kernels import flashinfer_attention, hopper_prefill
 from kernels.attention import attention_torch
 from kernels.attention_batch import AttentionBatch
-from kernels.gated_gemm import is_available
+from kernels.hopper import is_available
 from kernels.timing import elapsed_us
 from kernels.triton_attention import attention_triton
 from kernels.triton_decode import DECODE_LIMITS, decode

@@ -15,7 +15,8 @@ import torch
 
 from bench.roofline import ROTATION_BYTES, measure_roofline
 from kernels.elementwise import act_and_mul, act_and_mul_torch
-from kernels.gated_gemm import ROWS, choose_tile, gated_gemm, is_available
+from kernels.gated_gemm import ROWS, choose_tile, gated_gemm
+from kernels.hopper import is_available
 from kernels.launch import cdiv, num_sms
 from kernels.timing import graph_us
 

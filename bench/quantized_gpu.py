@@ -20,12 +20,13 @@ import torch
 from bench.shapes import SHAPES
 from kernels import elementwise
 from kernels.card import card_of
+from kernels.hopper import ARCHITECTURE
 from kernels.nvrtc import compile_source
 from kernels.quantized import QuantizedWeight
 from kernels.quantized_cuda import CudaQuantizedWeight
 from kernels.quantized_few import FEW_CONFIGS, MOST_WARPS, FewConfig, source, token_tiles_of
 from kernels.quantized_format import Format
-from kernels.quantized_many import ARCHITECTURE, MANY_CONFIGS, ManyConfig, fitting, most_tokens_of
+from kernels.quantized_many import MANY_CONFIGS, ManyConfig, fitting, most_tokens_of
 from kernels.quantized_many import source as source_of_many
 from kernels.timing import graph_us
 from kernels.tuning import Configs, write_table

@@ -49,7 +49,7 @@ from engine.text.no_tokenizer import NoTokenizer
 from engine.text.tokenizer import Tokenizer
 from engine.vision.reader import MediaReader, load_reader
 from engine.vision.tower import Tower, load_tower
-from kernels import gated_gemm
+from kernels import hopper
 from kernels.attention import choose_backend
 from kernels.card import OLDEST_E4M3, card_of
 from kernels.dense import SKINNY_MAX_TOKENS
@@ -167,7 +167,7 @@ def describe_backends(config: EngineConfig, device: torch.device, *, has_corun: 
         "torch": "torch (as asked; slow, and without CUDA graphs)",
     }
     products = f"cuBLAS; Triton for up to {SKINNY_MAX_TOKENS} tokens (near the memory's speed)"
-    if gated_gemm.is_available(device):
+    if hopper.is_available(device):
         products += "; gate and up by our own kernel (Hopper)"
         attention["triton"] += "; prompts by our own kernel (Hopper)"
     steps = "CUDA graphs; larger ones by kernel"

@@ -75,7 +75,7 @@ class AttentionBatch(Protocol):
 
 
 class HeadRotation(NamedTuple):
-    """What turns a step's products into its queries and keys: the arguments of `rope_and_store` of these names."""
+    """Hold what turns a step's products into its queries and keys: the arguments of `rope_and_store` of these names."""
 
     positions: torch.Tensor
     cos_sin: torch.Tensor

@@ -6,14 +6,8 @@
 // in between. Blocks work in pairs: two row tiles of the same weights, of which each loads half for both (SHARE_WEIGHTS),
 // or two column tiles of the same rows of x.
 //
-// gated_gemm.py puts in front: COLUMNS, SHARE_WEIGHTS, STAGES, ACT (SILU or GELU_TANH), OUT_TYPE, and for the
+// gated_gemm.py puts in front, besides hopper.cu: COLUMNS, SHARE_WEIGHTS, STAGES, ACT (SILU or GELU_TANH), OUT_TYPE, and for the
 // instruction WGMMA_TYPE and its operands WGMMA_D, WGMMA_X, WGMMA_W, WGMMA_ADD, WGMMA_SUMS.
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-struct alignas(64) TensorMap {
-  u64 opaque[16];
-};
 
 constexpr int ROWS = 128, DEPTH = 64;  // of a tile; DEPTH along K: 128 bytes, the width of the swizzle
 constexpr int X_BYTES = ROWS * DEPTH * 2, W_BYTES = COLUMNS * DEPTH * 2;
@@ -21,19 +15,6 @@ constexpr int STAGE_BYTES = X_BYTES + 2 * W_BYTES;
 constexpr int PITCH = 144;           // bytes of a staged row of 64 values: 16 more, so that rows start in different banks
 constexpr int ROW_TILES_ABREAST = 16;  // whose weights come from the L2 cache for all but the first
 
-__device__ __forceinline__ void init_barrier(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-}
-__device__ __forceinline__ void expect(u32 barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "AGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
 // In both blocks of the pair. Without .release.cluster, which costs a fence of all memory: only reads came before.
 __device__ __forceinline__ void arrive_in_both(u32 barrier, int thread) {
   if (thread < 2)
@@ -47,24 +28,12 @@ __device__ __forceinline__ void sync_pair() {
   __syncwarp();
   asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void load(u32 to, const TensorMap* map, int k, int row, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-      "l"(map), "r"(k), "r"(row), "r"(barrier)
-      : "memory");
-}
 __device__ __forceinline__ void load_for_both(u32 to, const TensorMap* map, int k, int row, u32 barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
       "l"(map), "r"(k), "r"(row), "r"(barrier), "h"((unsigned short)0b11)
       : "memory");
-}
-
-// What the instruction wants to know of a tile [rows, DEPTH] in shared memory: 8 rows take 1,024 bytes, swizzled by 128.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-  return (u64)(address >> 4) | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
 // d (+)= a tile [64, 16] of x times one [2 COLUMNS, 16] of weights. A thread's d[4 g ...] are columns 8 g + 2 (lane % 4)
 // and the next one, of its warp's row lane / 4, then of row lane / 4 + 8.
@@ -149,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
       init_barrier(barriers + 8 * i, 1);
       init_barrier(barriers + 8 * (STAGES + i), 4);  // two warpgroups of two blocks
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_are_ready();
     asm volatile("prefetch.tensormap [%0];\nprefetch.tensormap [%1];" ::"l"(&x_map), "l"(&w_map));
   }
   sync_pair();
@@ -228,17 +197,17 @@ extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(2, 1, 1)
         wait(at.is_full(), at.parity);
         u32 x = stages + at.stage * STAGE_BYTES;
         u64 x_tile = descriptor(x + half * (X_BYTES / 2)), w_tile = descriptor(x + X_BYTES);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        begin_products();
 #pragma unroll
         for (int i = 0; i < DEPTH / 16; i++) multiply(d, x_tile + 2 * i, w_tile + 2 * i, k + i > 0);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        commit_products();
         if (k) {
-          asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+          wait_for_products<1>();
           arrive_in_both(last, thread);
         }
         last = at.is_empty();
       }
-      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+      wait_for_products<0>();
 #pragma unroll
       for (int i = 0; i < COLUMNS; i++) asm volatile("" : "+f"(d[i])::"memory");  // not to be read any earlier
       arrive_in_both(last, thread);

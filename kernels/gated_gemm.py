@@ -8,14 +8,15 @@ before the kernel ahead has ended. `gated_gemm.cu` is compiled by NVRTC, which c
 import ctypes
 import functools
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from kernels.card import HOPPER_SHARED_BYTES, card_of
+from kernels.card import HOPPER_SHARED_BYTES
+from kernels.hopper import ARCHITECTURE, is_available, kind_of, tensor_map
+from kernels.hopper import source as hopper_source
 from kernels.launch import cdiv, num_sms
-from kernels.nvrtc import check, compile_source, has_nvrtc
+from kernels.nvrtc import check, compile_source
 
 ROWS, DEPTH = 128, 64  # rows of a tile, and columns of x and weight that it reads at a time
 TILE_COLUMNS = (128, 112, 96, 64, 48, 32)
@@ -77,12 +78,6 @@ def can_gated_gemm(x: torch.Tensor, weight: torch.Tensor, act: str) -> bool:
         and weight.is_contiguous()
         and x.shape[0] > 0
     )
-
-
-@functools.cache
-def is_available(device: torch.device) -> bool:
-    """Return whether `device` is a Hopper GPU and NVRTC can compile for it."""
-    return device.type == "cuda" and card_of(device).is_hopper and has_nvrtc()
 
 
 def gated_gemm(
@@ -154,12 +149,11 @@ def source(dtype: torch.dtype, act: str, tile: Tile) -> str:
         "WGMMA_ADD": f'"%{len(sums) + 2}"',
         "WGMMA_SUMS": ", ".join(f'"+f"(d[{i}])' for i in sums),
     }
-    lines = [f"#define {name} {value}\n" for name, value in defines.items()]
-    return "".join(lines) + Path(__file__).with_suffix(".cu").read_text()
+    return hopper_source("gated_gemm.cu", defines)
 
 
 def _compile(source: str) -> bytes:
-    return compile_source("gated_gemm", source, "sm_90a")
+    return compile_source("gated_gemm", source, ARCHITECTURE)
 
 
 class _Kernel:
@@ -200,23 +194,4 @@ def _tensor_map(pointer: int, num_rows: int, k: int, box_rows: int, dtype: torch
 
     Past its end it reads zeros.
     """
-    from cuda.bindings import driver
-
-    types = driver.CUtensorMapDataType
-    bf16, fp16 = types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-    u64, u32 = driver.cuuint64_t, driver.cuuint32_t
-    return check(
-        driver.cuTensorMapEncodeTiled(
-            bf16 if dtype == torch.bfloat16 else fp16,
-            2,
-            pointer,
-            [u64(k), u64(num_rows)],
-            [u64(2 * k)],
-            [u32(DEPTH), u32(box_rows)],
-            [u32(1), u32(1)],
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    )
+    return tensor_map(kind_of(dtype), pointer, (k, num_rows), (2 * k,), (DEPTH, box_rows))

@@ -9,17 +9,12 @@
 // Where the slots of 32 tokens follow each other, the tensor memory accelerator copies their rows in one piece; where not,
 // a warp copies row by row, swizzled as the accelerator would.
 //
-// hopper_prefill.py puts in front: HEAD_DIM, KEYS, STAGES, IS_HALF, WINDOW (0: none, 1: the last tokens, 2: chunks),
+// hopper_prefill.py puts in front, besides hopper.cu: HEAD_DIM, KEYS, STAGES, IS_HALF, WINDOW (0: none, 1: the last tokens, 2: chunks),
 // HAS_SOFTCAP, HAS_SINKS, IS_SINK_FLOAT, MAX_REQUESTS, and of the instructions QK_TYPE, QK_D, QK_OPERANDS, QK_SUMS and
 // PV_TYPE, PV_D, PV_OPERANDS, PV_SUMS.
 
 typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
 typedef long long i64;
-struct alignas(64) TensorMap {
-  u64 opaque[16];
-};
 struct Args {
   const u16 *q, *k, *v;
   u16* out;
@@ -54,23 +49,6 @@ __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.
 __device__ __forceinline__ void wait_for_input() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
 __device__ __forceinline__ void leave_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
-__device__ __forceinline__ void init_barrier(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-}
-__device__ __forceinline__ void barriers_are_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void expect(u32 barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "AGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
 __device__ __forceinline__ void load(u32 to, const TensorMap* map, int column, int head, int slot, u32 barrier) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
@@ -95,12 +73,6 @@ __device__ __forceinline__ void take_turn(int half) {
 __device__ __forceinline__ void give_turn(int half) {
   if (HAS_TURNS) asm volatile("bar.arrive %0, 256;" ::"r"(1 + half) : "memory");
 }
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int NUM>
-__device__ __forceinline__ void wait_for_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(NUM) : "memory");
-}
 // Not to be read or changed any earlier.
 template <int N>
 __device__ __forceinline__ void keep(float (&values)[N]) {
@@ -116,11 +88,6 @@ __device__ __forceinline__ void keep(u32 (&words)[N]) {
 // until products are there that follow has to wait for, and which should run meanwhile.
 __device__ __forceinline__ void must_be_known(float x) {
   asm volatile("{\n.reg .pred never;\nsetp.lt.f32 never, %0, 0f00000000;\n@never nanosleep.u32 0;\n}" ::"f"(x) : "memory");
-}
-// What the instruction wants to know of a tile in slabs of [rows, 128 bytes]: 8 rows take 1,024 bytes, swizzled by 128.
-// Where columns are what is summed over, it reads one slab; else `slab_bytes` lie between one and the next.
-__device__ __forceinline__ u64 descriptor(u32 address, int slab_bytes = 0) {
-  return (u64)(address >> 4) | (u64)(slab_bytes >> 4) << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
 // s (+)= 64 queries times KEYS keys, 16 of their columns. A thread's s[4 g ...] are keys 8 g + 2 (lane % 4) and the next
 // one, of its warp's row lane / 4, then of row lane / 4 + 8.

@@ -6,16 +6,16 @@
 import ctypes
 import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from kernels.attention_batch import AttentionBatch
 from kernels.card import card_of
-from kernels.gated_gemm import is_available
+from kernels.hopper import ARCHITECTURE, is_available, kind_of, tensor_map
+from kernels.hopper import source as hopper_source
 from kernels.launch import address, cdiv, only_compiles
-from kernels.nvrtc import check, compile_source
+from kernels.nvrtc import compile_source
 from kernels.quantized_kernel import Kernel
 from kernels.triton_softmax import arrival_counters
 
@@ -35,7 +35,7 @@ LEAST_WINDOW = 1024
 
 @dataclass(frozen=True)
 class Variant:
-    """What a kernel is compiled for."""
+    """Say what a kernel is compiled for."""
 
     head_dim: int
     dtype: torch.dtype
@@ -161,7 +161,7 @@ def choose_num_parts(num_works: int, num_places: int) -> int:
 @functools.cache
 def _kernel(variant: Variant, device: torch.device) -> Kernel:
     with torch.cuda.device(device):
-        cubin = compile_source("hopper_prefill", source(variant), "sm_90a")
+        cubin = compile_source("hopper_prefill", source(variant), ARCHITECTURE)
         return Kernel("hopper_prefill", cubin, NUM_THREADS, device)
 
 
@@ -191,8 +191,7 @@ def source(variant: Variant) -> str:
         "PV_ADD": f'"{num_sums + 5}"',
         "PV_SUMS": ", ".join(f'"+f"(o[{i}])' for i in range(num_sums)),
     }
-    lines = [f"#define {name} {value}\n" for name, value in defines.items()]
-    return "".join(lines) + Path(__file__).with_suffix(".cu").read_text()
+    return hopper_source("hopper_prefill.cu", defines)
 
 
 def _operands(first: int, last: int) -> str:
@@ -214,23 +213,5 @@ def _tensor_map(
     dtype: torch.dtype,
 ) -> Any:
     """Describe a cache [num_slots, Hkv, D] to the tensor memory accelerator: boxes [RUN_SLOTS, 64] of one head."""
-    from cuda.bindings import driver
-
-    types = driver.CUtensorMapDataType
-    bf16, fp16 = types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-    u64, u32 = driver.cuuint64_t, driver.cuuint32_t
-    return check(
-        driver.cuTensorMapEncodeTiled(
-            bf16 if dtype == torch.bfloat16 else fp16,
-            3,
-            pointer,
-            [u64(head_dim), u64(num_heads), u64(num_slots)],
-            [u64(2 * head_stride), u64(2 * stride)],
-            [u32(64), u32(1), u32(RUN_SLOTS)],
-            [u32(1)] * 3,
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    )
+    sizes, strides = (head_dim, num_heads, num_slots), (2 * head_stride, 2 * stride)
+    return tensor_map(kind_of(dtype), pointer, sizes, strides, (64, 1, RUN_SLOTS))

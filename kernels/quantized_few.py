@@ -210,7 +210,7 @@ def source(kind: Kind, token_tiles: int, config: FewConfig) -> str:
         "WARPS_K": config.warps_k,
         "STAGES": config.stages,
     }
-    return source_of(kind, "quantized_few.cu", defines)
+    return source_of(kind, defines, "quantized_few.cu")
 
 
 def _most_columns(config: FewConfig, kind: Kind, k: int) -> int:

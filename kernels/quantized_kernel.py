@@ -68,8 +68,8 @@ class Kind:
         return tiles * (self.tile_bytes + 32 * self.groups_of_tile * self.parameter_bytes)
 
 
-def source_of(kind: Kind, file: str, defines: Mapping[str, object]) -> str:
-    """Return a kernel's source for NVRTC, with `defines` and what describes `kind` in front."""
+def source_of(kind: Kind, defines: Mapping[str, object], *files: str) -> str:
+    """Return a kernel's source for NVRTC: `files`, with `defines` and what describes `kind` in front."""
     form = kind.form
     table = (0.0,) * 16 if form.table is None else TABLES[form.table]
     bits = torch.tensor(table).to(kind.input_dtype).view(torch.int16).tolist()
@@ -91,7 +91,7 @@ def source_of(kind: Kind, file: str, defines: Mapping[str, object]) -> str:
     }
     lines = [f"#define {name} {value}\n" for name, value in (every | dict(defines)).items()]
     folder = Path(__file__).parent
-    return "".join([*lines, (folder / "quantized_parts.cu").read_text(), (folder / file).read_text()])
+    return "".join([*lines, *((folder / file).read_text() for file in ("quantized_parts.cu", *files))])
 
 
 def _words_of_bytes(numbers: list[int]) -> str:

@@ -9,12 +9,8 @@
 // that belong to the gate's of the one before. A weight's columns may be shared out to `split` blocks (a cluster, which
 // adds up through its shared memory, always in the same order).
 //
-// quantized_many.py puts in front, besides what quantized_few.cu has: TOKENS, WARPGROUPS, STAGES, IS_DIRECT, IS_INTEGER
+// quantized_many.py puts in front, besides what quantized_few.cu has, hopper.cu and: TOKENS, WARPGROUPS, STAGES, IS_DIRECT, IS_INTEGER
 // (sums are integers), and of the instruction WGMMA_TYPE and its operands WGMMA_D, WGMMA_A, WGMMA_X, WGMMA_ADD, WGMMA_SUMS.
-
-struct alignas(64) TensorMap {
-  u64 opaque[16];
-};
 
 constexpr bool HAS_MANY_SUMS = WARPGROUPS == 2 && TOKENS >= 128;  // multipliers need more than a third of all registers
 constexpr int MULTIPLIERS = 128 * WARPGROUPS, THREADS = MULTIPLIERS + (HAS_MANY_SUMS ? 128 : 32);
@@ -38,30 +34,6 @@ typedef float SUM;
 
 // ---- instructions ----
 
-__device__ __forceinline__ void init_barrier(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-}
-__device__ __forceinline__ void barriers_are_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void expect(u32 barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "AGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra AGAIN;\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-__device__ __forceinline__ void load(u32 to, const TensorMap* map, int column, int row, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
-      "l"(map), "r"(column), "r"(row), "r"(barrier)
-      : "memory");
-}
 __device__ __forceinline__ void take_registers() {
   if (HAS_MANY_SUMS) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
 }
@@ -69,20 +41,10 @@ __device__ __forceinline__ void leave_registers() {
   if (HAS_MANY_SUMS) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
 }
 __device__ __forceinline__ void sync_multipliers() { asm volatile("bar.sync 1, %0;" ::"n"(MULTIPLIERS) : "memory"); }
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int NUM>
-__device__ __forceinline__ void wait_for_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(NUM) : "memory");
-}
 // Not to be read or changed any earlier.
 __device__ __forceinline__ void keep(u32& word) { asm volatile("" : "+r"(word)::"memory"); }
 __device__ __forceinline__ void keep(float& value) { asm volatile("" : "+f"(value)::"memory"); }
 __device__ __forceinline__ void keep(int& value) { asm volatile("" : "+r"(value)::"memory"); }
-// What the instruction wants to know of a tile [rows, 128 bytes] in shared memory: 8 rows take 1,024, swizzled by 128.
-__device__ __forceinline__ u64 descriptor(u32 address) {
-  return (u64)(address >> 4) | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
-}
 // d (+)= rows of the weight times tokens. A thread's d[4 g ...] are tokens 8 g + 2 t and the next one, of its warp's row
 // r, then of row r + 8.
 #if IS_DIRECT

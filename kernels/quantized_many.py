@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kernels.card import HOPPER_SHARED_BYTES, card_of
+from kernels.card import HOPPER_SHARED_BYTES
+from kernels.hopper import ARCHITECTURE, is_available, tensor_map
 from kernels.launch import address, cdiv, next_power_of_2
-from kernels.nvrtc import check, compile_source, has_nvrtc
+from kernels.nvrtc import compile_source
 from kernels.quantized_kernel import ACTS, Args, Kernel, Kind, source_of
 from kernels.quantized_layout import CHUNK
 from kernels.tuning import Configs
 
-ARCHITECTURE = "sm_90a"
 MOST_TOKENS = (16, 32, 64, 128, 256)  # of a block
 FEW_TOKENS = 64  # up to so many two blocks share a multiprocessor
 ROWS = 64  # of a warpgroup
@@ -51,12 +51,6 @@ def default_config(num_rows: int, k: int, bits: int, most_tokens: int, _is_gated
 MANY_CONFIGS = Configs("quantized_many", ManyConfig, default_config)  # by (rows, K, bits, most tokens, is gated)
 
 
-@functools.cache
-def can_multiply_many(device: torch.device) -> bool:
-    """Return whether the kernels run on `device`: a Hopper GPU, where NVRTC is installed."""
-    return device.type == "cuda" and card_of(device).is_hopper and has_nvrtc()
-
-
 def is_direct(kind: Kind) -> bool:
     """Return whether codes are multiplied as they are, by inputs of 8 bits."""
     return not kind.is_tiled
@@ -72,7 +66,7 @@ def fits_many(kind: Kind, num_rows: int, act: str | None, device: torch.device) 
     form = kind.form
     if is_direct(kind) and (kind.group_size != form.input_group or (form.code == "int8" and form.input_group)):
         return False
-    return num_rows % (32 if act else 8) == 0 and can_multiply_many(device)
+    return num_rows % (32 if act else 8) == 0 and is_available(device)
 
 
 def most_tokens_of(num_tokens: int) -> int:
@@ -211,7 +205,7 @@ def source(kind: Kind, config: ManyConfig) -> str:
         "WGMMA_ADD": f'"%{sums + num_a + 1}"',
         "WGMMA_SUMS": ", ".join(f'"+{"r" if is_integer else "f"}"(d[{i}])' for i in range(sums)),
     }
-    return source_of(kind, "quantized_many.cu", defines)
+    return source_of(kind, defines, "hopper.cu", "quantized_many.cu")
 
 
 @functools.cache
@@ -261,26 +255,5 @@ def _tensor_map(
 
     Past its end it reads zeros.
     """
-    from cuda.bindings import driver
-
-    types = driver.CUtensorMapDataType
-    u64, u32, swizzles = driver.cuuint64_t, driver.cuuint32_t, driver.CUtensorMapSwizzle
-    return check(
-        driver.cuTensorMapEncodeTiled(
-            {
-                1: types.CU_TENSOR_MAP_DATA_TYPE_UINT8,
-                2: types.CU_TENSOR_MAP_DATA_TYPE_UINT16,
-                4: types.CU_TENSOR_MAP_DATA_TYPE_UINT32,
-            }[item_bytes],
-            2,
-            pointer,
-            [u64(row_bytes // item_bytes), u64(num_rows)],
-            [u64(row_bytes)],
-            [u32(box_bytes // item_bytes), u32(box_rows)],
-            [u32(1), u32(1)],
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzles.CU_TENSOR_MAP_SWIZZLE_128B if is_swizzled else swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    )
+    sizes, box = (row_bytes // item_bytes, num_rows), (box_bytes // item_bytes, box_rows)
+    return tensor_map(f"UINT{8 * item_bytes}", pointer, sizes, (row_bytes,), box, is_swizzled=is_swizzled)

@@ -23,6 +23,7 @@ from kernels import (
 )
 from kernels.attention_batch import HeadRotation
 from kernels.card import OLDEST_BFLOAT16, OLDEST_E4M3, OLDEST_INT8, Card
+from kernels.hopper import ARCHITECTURE
 from kernels.latents import Expansion, LatentSizes
 from kernels.launch import cdiv
 from kernels.peer_memory import PeerMemory
@@ -312,13 +313,13 @@ def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
             many = quantized_many.fitting(many, kind, k)
             text = quantized_many.source(kind, many)
             room = quantized_many.shared_bytes(kind, many)
-            yield f"quantized_many {name} {many}", text, quantized_many.ARCHITECTURE, room
+            yield f"quantized_many {name} {many}", text, ARCHITECTURE, room
     for head_dim in hopper_prefill.KEYS if card.is_hopper else ():
         for variant in (hopper_prefill.Variant(head_dim, wide), hopper_prefill.Variant(head_dim, half, 1, True, F32)):
-            yield f"hopper_prefill {variant}", hopper_prefill.source(variant), "sm_90a", variant.shared_bytes
+            yield f"hopper_prefill {variant}", hopper_prefill.source(variant), ARCHITECTURE, variant.shared_bytes
     for columns in gated_gemm.TILE_COLUMNS if card.is_hopper else ():
         tile = gated_gemm.Tile(columns, shares_weights=True)
-        yield f"gated_gemm {tile}", gated_gemm.source(wide, "silu", tile), "sm_90a", tile.shared_bytes
+        yield f"gated_gemm {tile}", gated_gemm.source(wide, "silu", tile), ARCHITECTURE, tile.shared_bytes
 
 
 # ---- the rest ----

@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import ModelError
 from engine.sizes import CUDA_MAX_STEP_MS
 from engine.text.tokenizer import Tokenizer
-from kernels import flashinfer_attention, gated_gemm
+from kernels import flashinfer_attention, hopper
 from kernels.attention import choose_backend
 from tests.cards import CARDS
 
@@ -36,7 +36,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
     monkeypatch.setattr("engine.build.card_of", lambda device: CARDS[80])
-    monkeypatch.setattr(gated_gemm, "is_available", lambda device: False)
+    monkeypatch.setattr(hopper, "is_available", lambda device: False)
     monkeypatch.setattr(flashinfer_attention, "is_available", lambda: (False, "flashinfer cannot be imported"))
 
 

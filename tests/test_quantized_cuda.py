@@ -11,6 +11,7 @@ import torch
 
 from kernels import elementwise, quantized_cuda, quantized_few, quantized_many, triton_quantized
 from kernels.card import HOPPER_SHARED_BYTES, Card
+from kernels.hopper import is_available
 from kernels.quantized import FP8, Format, QuantizedWeight, quantize_inputs
 from kernels.quantized_cuda import CudaQuantizedWeight, can_tile
 from kernels.quantized_few import MAX_TOKENS, TOKEN_TILES, FewConfig, default_config, source
@@ -270,7 +271,7 @@ def test_products_of_more_tokens_are_the_definition_s(name: str, monkeypatch: py
     for dtype, n, k in ((BF16, 96, 1024), (F16, 4096, 2048), (BF16, 576, 640)):
         weight = make_weight(form, n, k, dtype)
         gpu = packed(weight)
-        if not quantized_many.can_multiply_many(gpu.codes.device):
+        if not is_available(gpu.codes.device):
             pytest.skip("not a Hopper GPU")
         for num_tokens in (2, 16, 17, 33, 100, 129, 300):
             x, norm, bias = randn(num_tokens, k, dtype=dtype), Norm(randn(k, dtype=dtype)), randn(n, dtype=dtype)
@@ -291,7 +292,7 @@ def test_a_configuration_of_many_tokens_changes_the_speed_only(config: tuple[int
     for name in ("int4 zero", "int4 g128", "fp8 x fp8", "fp8 x fp8 blocks", "int8 x int8", "int8 minimum", "nvfp4"):
         weight = make_weight(FORMS[name], 208, 1152, BF16)
         gpu = packed(weight)
-        if not quantized_many.can_multiply_many(gpu.codes.device):
+        if not is_available(gpu.codes.device):
             pytest.skip("not a Hopper GPU")
         for num_tokens in (3, 150):
             x, options = randn(num_tokens, 1152, dtype=BF16), dict[str, Any]()
