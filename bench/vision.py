@@ -44,6 +44,7 @@ TOKEN_IDS = {
     "image_token_id": 1, "image_token_index": 1, "video_token_id": 2, "vision_start_token_id": 3,
     "vision_end_token_id": 4,
 }  # fmt: skip
+SPACE = "\u0120"  # as tokenizers of bytes write it
 NUM_WORDS = 100  # tokens of text behind a picture
 LAG_TICK_S = 0.005
 QWEN_TEXT = {
@@ -97,17 +98,19 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def write_model(folder: Path, shape: str) -> None:
-    """Write all of a model into `folder` but its weights."""
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+    """Write all of a model into `folder` but its weights. Each token has a text of its own, and so is seen to come."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     config, processor = SHAPES[shape]
     config = config | TOKEN_IDS | {"dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    tokens = (*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet()))
+    tokens = [*SPECIAL_TOKENS, SPACE, *sorted(filter(str.isascii, pre_tokenizers.ByteLevel.alphabet()))]
+    tokens += [f"{SPACE}{i}" for i in range(len(tokens), config["text_config"]["vocab_size"])]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
 
@@ -139,7 +142,7 @@ class Bench:
 
         text = " " * NUM_WORDS
         if picture is None:
-            ids, media = [random.randrange(len(SPECIAL_TOKENS), 250) for _ in range(NUM_WORDS)], None
+            ids, media = [random.randrange(len(SPECIAL_TOKENS), 5000) for _ in range(NUM_WORDS)], None
         else:
             ids, media = await self.engine.encode_media(PLACEHOLDER + text, [picture])
         params = SamplingParams(max_new_tokens=num_new_tokens, temperature=0.0, ignore_eos=True)

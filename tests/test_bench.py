@@ -15,13 +15,14 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from rich.console import Console
 
-from bench import plot
+from bench import plot, vision
 from bench.load_plot import draw, rate_of
 from bench.result import Result
 from bench.roofline import Roofline
 from bench.serve import Client, Metrics, argument_parser, main, make_work, run, run_load
 from bench.work import Work, custom_work, sharegpt_work, token_counter
 from engine.state import FinishReason
+from engine.text.tokenizer import Tokenizer
 from tests.fake_engine import FakeEngine, serving
 
 ANSWER = "Hello, world"  # of the fake engine: a token a letter
@@ -283,3 +284,15 @@ def test_a_bar_is_as_long_as_its_share_of_the_longest() -> None:
     widths = [float(width) for width in re.findall(r'width="([\d.]+)" height', drawn)]
     assert widths == [plot.BAR_WIDTH, plot.BAR_WIDTH / 4, plot.BAR_WIDTH, plot.BAR_WIDTH / 2, plot.BAR_WIDTH]
     assert "T &amp; U" in drawn
+
+
+# ---- pictures ----
+
+
+def test_each_token_of_an_answer_about_pictures_has_a_text(tmp_path: Path) -> None:
+    """A token without one is not handed out before others: gaps between tokens would be gaps between texts."""
+    vision.write_model(tmp_path, "tiny")
+    vocab_size = vision.SHAPES["tiny"][0]["text_config"]["vocab_size"]
+    tokenizer = Tokenizer.load(tmp_path)
+    specials = range(len(vision.SPECIAL_TOKENS))
+    assert [i for i in range(vocab_size) if tokenizer.decode([i]).strip("\ufffd") == ""] == list(specials)
