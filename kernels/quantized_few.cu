@@ -6,6 +6,10 @@
 // free as long as both operands agree: so a thread has 16 consecutive inputs of each 64, and reads them in pieces of 16
 // bytes. Where codes lie row by row they are the same 16 columns; in tiles they are others, and inputs are moved there.
 //
+// Plain 4-bit codes meet a single token as integers: half the instructions decode them, and half as many multiply. Inputs
+// are two digits of 8 bits, 256 high + low, in units of a 32,512th of the largest of 128 neighbours (or of 64): what that
+// loses is a 128th of what bfloat16 loses of the largest. The digits take two of the tensor cores' 8 columns.
+//
 // A block has WARPS_N * TILES * 16 rows, the weight's columns are shared out to WARPS_K warps of each of `split` blocks
 // (a cluster, which adds up through its shared memory, always in the same order).
 //
@@ -15,6 +19,7 @@
 //   scales and offsets of groups), IS_HALF (products are of f16, else of bf16), IS_X_HALF (x and out are f16, else bf16)
 //   HAS_TABLE, TABLE_LOW and TABLE_HIGH (bytes of its 16 numbers), IS_ONE (one token, norm and rounding are fused),
 //   ROUND (NO_ROUND, TO_FP8, TO_INT8: what inputs are rounded to), X_GROUP (inputs that are rounded with one scale, 0: all),
+//   HAS_DIGITS (inputs are digits), HELD_SCALES and HELD_RESIDUALS (that a block of one token keeps in shared memory),
 //   TOKENS (tiles of 8), TILES, WARPS_N, WARPS_K, STAGES.
 
 constexpr int WARPS = WARPS_N * WARPS_K, THREADS = 32 * WARPS;
@@ -24,6 +29,8 @@ constexpr int X_WIDTH = X_GROUP ? X_GROUP : 1;
 constexpr int ROWS = WARPS_N * TILES * 16, PITCH = ROWS + 4;  // of partial sums
 constexpr int HELD = 4, NORMED = 2;  // pieces of 8 inputs that a thread of one token holds at most, with a norm
 constexpr int SUMS = WARPS_K * MAX_TOKENS * PITCH;
+constexpr int DIGIT_GROUP = GROUP < 128 ? CHUNK : 128;  // inputs that share a unit
+constexpr float DIGITS_MAX = 32512.0f;                  // 127 * 256
 constexpr bool IS_RAW = IS_PLAIN && GROUP != 0 && !IS_HALF && (OFFSET != NO_OFFSET || TOKENS <= 2);
 constexpr int BASE = IS_RAW ? RAW + MIDDLE : 0;  // codes are more by this, which sums of x make good
 constexpr bool HAS_X_SUMS = OFFSET != NO_OFFSET || BASE;
@@ -50,6 +57,13 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Codes without a sign by digits with one.
+__device__ __forceinline__ void multiply(int (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // ---- parts of the kernel ----
@@ -98,9 +112,9 @@ __device__ __forceinline__ void load_normed(const Args& args, int k, float scale
   }
 }
 
-__device__ __forceinline__ float rounded(float value, float scale) {
+__device__ __forceinline__ float rounded(float value, float inverse) {
   const float limit = ROUND == TO_FP8 ? 448.0f : 127.0f;
-  value = fminf(fmaxf(__fdiv_rn(value, scale), -limit), limit);
+  value = fminf(fmaxf(value * inverse, -limit), limit);
   if (ROUND == TO_INT8) return rintf(value);
 #if __CUDA_ARCH__ >= 890
   u16 code;
@@ -123,6 +137,41 @@ __device__ __forceinline__ void put(u16* to, int k, const u32 (&words)[4]) {
   }
 #pragma unroll
   for (int t = 0; t < 4; t++) *(u32*)(to + k / CHUNK * CHUNK + 16 * t + k % CHUNK / 4) = words[t];
+}
+
+// Put eight inputs from k on as digits: of each chunk, digit and thread t of four the words of 4 steps, whose bytes are
+// columns 2 t, 2 t + 8, 2 t + 1 and 2 t + 9 of 16. chunks: the sum of each chunk's inputs in units, and the unit. A warp
+// calls this with all of its threads, 256 inputs that follow each other.
+__device__ __forceinline__ void put_digits(u16* to, float2* chunks, int k, int first, bool is_in, const float (&values)[8]) {
+  float largest = 0.0f, sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(values[i]));
+#pragma unroll
+  for (int i = DIGIT_GROUP / 16; i; i /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, i));
+  largest = fmaxf(largest, 1e-30f);
+  const float inverse = DIGITS_MAX / largest;
+  const bool is_second = k / 8 % 2;  // half of a step's 16 columns
+  u32 digits[2][4] = {};
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const float large = values[i] * inverse + 12582912.0f;  // the nearest integer is in its last bits
+    const int whole = (int)__float_as_uint(large) - 0x4b400000, high = (whole + 128) >> 8, low = whole - (high << 8);
+    sum += large - 12582912.0f;
+    digits[0][i / 2] |= (u32)(high & 255) << 16 * (i % 2) + 8 * is_second;
+    digits[1][i / 2] |= (u32)(low & 255) << 16 * (i % 2) + 8 * is_second;
+  }
+#pragma unroll
+  for (int i = 4; i; i /= 2) sum += __shfl_xor_sync(~0u, sum, i);
+  const int at = k - first;
+  u32* words = (u32*)to + at / CHUNK * 32 + is_second * 8 + at % CHUNK / 16;
+#pragma unroll
+  for (int d = 0; d < 2; d++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {  // two words of each, the other half's bytes among them
+      const u32 other = __shfl_xor_sync(~0u, is_second ? digits[d][i] : digits[d][2 + i], 1);
+      if (is_in) words[16 * d + 4 * i] = (is_second ? digits[d][2 + i] : digits[d][i]) | other;
+    }
+  if (is_in && k % CHUNK == 0) chunks[k / CHUNK] = make_float2(sum, largest / DIGITS_MAX);
 }
 
 // Put columns [first, first + num) of the only token into `to`, and its scales of all columns into `scales`.
@@ -152,6 +201,17 @@ __device__ __forceinline__ void stage_one(const Args& args, int first, int num, 
     }
     if (threadIdx.x == 0) scales[0] = x_scale;
   }
+  if (HAS_DIGITS) {
+    const int begin = first / DIGIT_GROUP * DIGIT_GROUP;
+    for (int k = begin + 8 * threadIdx.x; k < begin + (first + num - begin + 255) / 256 * 256; k += 8 * THREADS) {
+      const bool is_there = k < args.k;
+      load_normed(args, is_there ? k : 0, scale, values);
+#pragma unroll
+      for (int i = 0; i < 8; i++) values[i] = is_there ? values[i] : 0.0f;
+      put_digits(to, (float2*)scales, k, first, k >= first && k < first + num, values);
+    }
+    return;
+  }
   for (int k = 8 * threadIdx.x; k < (num + 8 * 31) / 256 * 256; k += 8 * THREADS) {  // whole warps
     const bool is_in = k < num;
     load_normed(args, first + (is_in ? k : 0), scale, values);
@@ -165,10 +225,11 @@ __device__ __forceinline__ void stage_one(const Args& args, int first, int num, 
       if (is_in) scales[(first + k) / X_WIDTH] = x_scale;
     }
     if (!is_in) continue;
+    const float inverse = __fdiv_rn(1.0f, x_scale);
     u32 words[4];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      if (ROUND != NO_ROUND) values[i] = rounded(values[i], x_scale);
+      if (ROUND != NO_ROUND) values[i] = rounded(values[i], inverse);
       const u32 bits = IS_HALF ? to_half(values[i]) : to_bf16(values[i]);
       words[i / 2] = i % 2 ? words[i / 2] | bits << 16 : bits;
     }
@@ -178,7 +239,11 @@ __device__ __forceinline__ void stage_one(const Args& args, int first, int num, 
 
 __device__ __forceinline__ u32 pair_of_x(float low, float high) { return to_x(low) | (u32)to_x(high) << 16; }
 
+// Whether the norm's factor, which is the same for all inputs, is multiplied with at the end: digits have units anyway.
+__device__ __forceinline__ bool is_normed_last(const Args& args) { return HAS_DIGITS && args.norm != nullptr; }
+
 // The same where each thread can hold its inputs: they are read once, and the norm's weights before they are there.
+// If the norm comes last, the sums of squares of each warp are left in scratch from WARPS on.
 __device__ __forceinline__ void hold_one(const Args& args, int first, int num, u16* to, float* scales, float* scratch) {
   uint4 weights[NORMED], held[HELD];
 #pragma unroll
@@ -192,6 +257,7 @@ __device__ __forceinline__ void hold_one(const Args& args, int first, int num, u
     const int k = 8 * (threadIdx.x + i * THREADS);
     held[i] = k < args.k ? *(const uint4*)((const u16*)args.x + k) : make_uint4(0, 0, 0, 0);
   }
+  const bool is_last = is_normed_last(args);
   if (args.norm != nullptr) {
     float squares = 0.0f;
 #pragma unroll
@@ -203,19 +269,35 @@ __device__ __forceinline__ void hold_one(const Args& args, int first, int num, u
         squares += low * low + high * high;
       }
     }
-    const float scale = rsqrtf(reduced<false>(squares, scratch) / args.k + args.eps);
-    auto normed = [&](u32 x, u32 weight) {
-      const float low = from_x(to_x(from_x((u16)x) * scale)), high = from_x(to_x(from_x((u16)(x >> 16)) * scale));
-      return pair_of_x(low * from_x((u16)weight), high * from_x((u16)(weight >> 16)));
-    };
+    if (is_last) {
 #pragma unroll
-    for (int i = 0; i < NORMED; i++) {
-      if (8 * (threadIdx.x + i * THREADS) >= args.k) continue;
-      held[i] = make_uint4(normed(held[i].x, weights[i].x), normed(held[i].y, weights[i].y),
-                           normed(held[i].z, weights[i].z), normed(held[i].w, weights[i].w));
+      for (int i = 16; i; i /= 2) squares += __shfl_xor_sync(~0u, squares, i);
+      if (threadIdx.x % 32 == 0) scratch[WARPS + threadIdx.x / 32] = squares;
+    } else {
+      const float scale = rsqrtf(reduced<false>(squares, scratch) / args.k + args.eps);
+      auto normed = [&](u32 x, u32 weight) {
+        const float low = from_x(to_x(from_x((u16)x) * scale)), high = from_x(to_x(from_x((u16)(x >> 16)) * scale));
+        return pair_of_x(low * from_x((u16)weight), high * from_x((u16)(weight >> 16)));
+      };
+#pragma unroll
+      for (int i = 0; i < NORMED; i++) {
+        if (8 * (threadIdx.x + i * THREADS) >= args.k) continue;
+        held[i] = make_uint4(normed(held[i].x, weights[i].x), normed(held[i].y, weights[i].y),
+                             normed(held[i].z, weights[i].z), normed(held[i].w, weights[i].w));
+      }
     }
   }
-  float x_scale = 1.0f;
+  auto take = [&](int i, float (&values)[8]) {
+    const u32 words[4] = {held[i].x, held[i].y, held[i].z, held[i].w};
+#pragma unroll
+    for (int j = 0; j < 8; j++) values[j] = from_x((u16)(words[j / 2] >> 16 * (j % 2)));
+    if (!is_last || i >= NORMED) return;
+    const uint4 v = weights[i < NORMED ? i : 0];
+    const u32 factors[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int j = 0; j < 8; j++) values[j] *= from_x((u16)(factors[j / 2] >> 16 * (j % 2)));
+  };
+  float x_scale = 1.0f, values[8];
   if (ROUND != NO_ROUND) {
     if (args.x_scale != nullptr) {
       x_scale = args.x_scale[0];
@@ -223,29 +305,40 @@ __device__ __forceinline__ void hold_one(const Args& args, int first, int num, u
       float largest = 0.0f;
 #pragma unroll
       for (int i = 0; i < HELD; i++) {
-        const u32 words[4] = {held[i].x, held[i].y, held[i].z, held[i].w};
+        if (8 * (threadIdx.x + i * THREADS) >= args.k) continue;
+        take(i, values);
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-          largest = fmaxf(largest, fmaxf(fabsf(from_x((u16)words[j])), fabsf(from_x((u16)(words[j] >> 16)))));
+        for (int j = 0; j < 8; j++) largest = fmaxf(largest, fabsf(values[j]));
       }
       x_scale = fmaxf(reduced<true>(largest, scratch), 1e-10f) / (ROUND == TO_FP8 ? 448.0f : 127.0f);
     }
     if (threadIdx.x == 0) scales[0] = x_scale;
   }
+  const float inverse = __fdiv_rn(1.0f, x_scale);
 #pragma unroll
   for (int i = 0; i < HELD; i++) {
-    const int k = 8 * (threadIdx.x + i * THREADS) - first;
-    if (k < 0 || k >= num) continue;
+    const int k = 8 * (threadIdx.x + i * THREADS);
+    const bool is_in = k >= first && k < first + num;
+    if (HAS_DIGITS) {
+      if (k - 8 * (int)(threadIdx.x % 32) >= args.k) continue;  // of the whole warp
+      take(i, values);
+#pragma unroll
+      for (int j = 0; j < 8; j++) values[j] = k < args.k ? values[j] : 0.0f;
+      put_digits(to, (float2*)scales, k, first, is_in, values);
+      continue;
+    }
+    if (!is_in) continue;
     u32 words[4] = {held[i].x, held[i].y, held[i].z, held[i].w};
     if (ROUND != NO_ROUND || IS_HALF != IS_X_HALF) {
+      take(i, values);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        float low = from_x((u16)words[j]), high = from_x((u16)(words[j] >> 16));
-        if (ROUND != NO_ROUND) low = rounded(low, x_scale), high = rounded(high, x_scale);
+        float low = values[2 * j], high = values[2 * j + 1];
+        if (ROUND != NO_ROUND) low = rounded(low, inverse), high = rounded(high, inverse);
         words[j] = IS_HALF ? to_half(low) | (u32)to_half(high) << 16 : to_bf16(low) | (u32)to_bf16(high) << 16;
       }
     }
-    put(to, k, words);
+    put(to, k - first, words);
   }
 }
 
@@ -268,7 +361,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) quantized_few(
   unsigned char* rings = shared + 128;                          // [WARPS][STAGES][STAGE_BYTES]
   float* own_sums = (float*)(rings + WARPS * STAGES * STAGE_BYTES);  // [2][SUMS] of one token
   u16* x = (u16*)(own_sums + (IS_ONE ? 2 * SUMS : 0));              // [T][x_stride]
-  float* x_scales = (float*)(x + args.num_tokens * args.x_stride);  // [1] or [T][K / X_GROUP]
+  float* x_scales = (float*)(x + args.num_tokens * args.x_stride);  // [1], [T][K / X_GROUP] or [K / CHUNK][2] of digits
+  float* held_scales = x_scales + (HAS_DIGITS ? 2 * (args.k / CHUNK) : X_GROUP ? args.num_tokens * (args.k / X_WIDTH) : 1);
+  u16* held_residuals = (u16*)(held_scales + HELD_SCALES);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, t = lane % 4;
   const int warp_n = warp % WARPS_N, warp_k = warp / WARPS_N;
@@ -330,8 +425,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) quantized_few(
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) request();
 
+  if (HELD_SCALES) {  // in the order of sums, turn by turn
+    for (int i = threadIdx.x; i < HELD_SCALES; i += THREADS) {
+      const int tile = i % ROWS / 16, m = tile % TILES, block = first_block + i / ROWS * block_step;
+      const int tile_abreast = (block * WARPS_N + tile / TILES) * tiles_abreast + m % tiles_abreast;
+      const int row = 16 * tile_abreast + i % 16 + (m >= tiles_abreast ? out_n : 0);
+      if (block < num_blocks && row < args.n) held_scales[i] = args.scale[row];
+    }
+  }
   const int num_columns = (first_chunk((rank + 1) * WARPS_K) - block_chunk) * CHUNK;
-  if (IS_ONE && X_GROUP == 0 && !args.is_norm_float && args.k <= (args.norm != nullptr ? NORMED : HELD) * 8 * THREADS) {
+  const bool is_held = IS_ONE && X_GROUP == 0 && !args.is_norm_float &&
+                       args.k <= (args.norm != nullptr ? NORMED : HELD) * 8 * THREADS;
+  if (is_held) {
     hold_one(args, block_chunk * CHUNK, num_columns, x, x_scales, scratch);
   } else {
     wait_for_input();
@@ -340,17 +445,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) quantized_few(
     else
       stage_tokens(args, block_chunk * CHUNK, num_columns, x, x_scales);
   }
+  if (IS_ONE && args.residual != nullptr) {
+    for (int i = threadIdx.x; i < HELD_RESIDUALS; i += THREADS) {
+      const int column = (first_block + i / out_rows * block_step) * out_rows + i % out_rows;
+      if (column < out_n) held_residuals[i] = ((const u16*)args.residual)[column];
+    }
+  }
   __syncthreads();
   float one_scale = 1.0f;
   if (IS_ONE && ROUND != NO_ROUND && X_GROUP == 0) one_scale = x_scales[0];
+  if (is_held && is_normed_last(args)) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) squares += scratch[WARPS + i];
+    one_scale *= rsqrtf(squares / args.k + args.eps);
+  }
 
   const u16* x_rows[TOKENS];
 #pragma unroll
   for (int i = 0; i < TOKENS; i++) x_rows[i] = x + (IS_ONE ? 0 : min(8 * i + r, args.num_tokens - 1) * args.x_stride);
 
   int slot_index = 0, turn = 0;
-  for (int block = first_block; block < num_blocks; block += block_step, turn ^= 1) {
+  for (int block = first_block; block < num_blocks; block += block_step, turn++) {
     float total[TILES][TOKENS][4] = {}, partial[TILES][TOKENS][4] = {}, x_sums[TOKENS][4] = {};
+    int by_digits[TILES][4] = {};  // of row r the high digits' sum and the low ones', then of row r + 8
+    float sum_of_x = 0.0f;
     for (int chunk = begin; chunk < end; chunk++) {
       asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
       const unsigned char* slot = rings + (warp * STAGES + slot_index) * STAGE_BYTES;
@@ -364,6 +483,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) quantized_few(
           words[m][4 * i] = v.x, words[m][4 * i + 1] = v.y, words[m][4 * i + 2] = v.z, words[m][4 * i + 3] = v.w;
         }
       request();  // into the slot before this one, whose codes have been used
+
+      if (HAS_DIGITS) {
+        const uint4 v = *(const uint4*)((const u32*)x + (chunk - block_chunk) * 32 + r % 2 * 16 + 4 * t);
+        const u32 digits[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int m = 0; m < TILES; m++)
+#pragma unroll
+          for (int j = 0; j < 4; j += 2) {
+            const u32 a[4] = {words[m][j] & 0x0f0f0f0fu, words[m][j] >> 4 & 0x0f0f0f0fu, words[m][j + 1] & 0x0f0f0f0fu,
+                              words[m][j + 1] >> 4 & 0x0f0f0f0fu};
+            multiply(by_digits[m], a, digits[j], digits[j + 1]);
+          }
+        const float2 of_x = ((const float2*)x_scales)[chunk];
+        sum_of_x += of_x.x;
+        if ((chunk + 1) * CHUNK % DIGIT_GROUP != 0 && chunk + 1 != end) continue;
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+          const PARAM* p = (const PARAM*)(slot + TILES * CODE_LOADS * 512 + m * 32 * PARAM_BYTES + PARAM_BYTES * lane);
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const float scale = param(p + h), offset = OFFSET == NO_OFFSET ? MIDDLE : param(p + 2 + h);
+            float sum = (float)(256 * by_digits[m][2 * h] + by_digits[m][2 * h + 1]);
+            sum = OFFSET == MINIMUM ? sum * scale - offset * sum_of_x : (sum - offset * sum_of_x) * scale;
+            total[m][0][2 * h] += sum * of_x.y;
+            by_digits[m][2 * h] = by_digits[m][2 * h + 1] = 0;
+          }
+        }
+        sum_of_x = 0.0f;
+        continue;
+      }
 
       const int k = (chunk - block_chunk) * CHUNK + 16 * t;
       u32 x_words[TOKENS][4];
@@ -427,7 +576,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) quantized_few(
       }
     }
 
-    float* sums = IS_ONE ? own_sums + turn * SUMS : (float*)rings;
+    float* sums = IS_ONE ? own_sums + turn % 2 * SUMS : (float*)rings;
     if (!IS_ONE) {
       asm volatile("cp.async.wait_all;" ::: "memory");
       __syncthreads();  // all have read their rings, where the sums go
@@ -453,12 +602,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) quantized_few(
           sum += load_of_block(sums_address + 4 * ((w * MAX_TOKENS + token) * PITCH + row), s, args.split);
       return sum;
     };
+    if (IS_ONE) {
+      // All warps take a share, so that none falls behind: half of one adds up a row, and the other half the next one's
+      // or that of up.
+      const int half = lane / 16, part = lane % 16;
+      for (int pair = rank * WARPS + warp; pair < ROWS / 2; pair += args.split * WARPS) {
+        const int place = args.is_gated ? pair : 2 * pair + half, column = block * out_rows + place;
+        const int tile = place / 16, slot = tile / tiles_abreast * TILES + tile % tiles_abreast;
+        const bool is_up = args.is_gated && half;
+        const int row = 16 * (is_up ? slot + TILES / 2 : slot) + place % 16, weight_row = is_up ? column + out_n : column;
+        const bool is_row = column < out_n;
+        float y = 0.0f;
+        if (part < WARPS_K)
+          for (int s = 0; s < args.split; s++)
+            y += load_of_block(sums_address + 4 * (part * PITCH + row), s, args.split);
+#pragma unroll
+        for (int i = 8; i; i /= 2) y += __shfl_xor_sync(~0u, y, i);
+        if (GROUP == 0) {
+          const int at = turn * ROWS + row;
+          y *= at < HELD_SCALES ? held_scales[at] : is_row ? args.scale[weight_row] : 0.0f;
+        }
+        y *= one_scale;
+        if (args.bias != nullptr && is_row)
+          y += args.is_bias_float ? ((const float*)args.bias)[weight_row] : from_x(((const u16*)args.bias)[weight_row]);
+        if (args.is_gated) y = activated(y, args.act) * __shfl_xor_sync(~0u, y, 16);
+        if (part != 0 || is_up || !is_row) continue;
+        if (args.residual != nullptr) {
+          const int at = turn * out_rows + place;
+          y += from_x(at < HELD_RESIDUALS ? held_residuals[at] : ((const u16*)args.residual)[column]);
+        }
+        if (args.is_out_float)
+          ((float*)args.out)[column] = y;
+        else
+          ((u16*)args.out)[column] = to_x(y);
+      }
+      continue;
+    }
     for (int e = rank * THREADS + threadIdx.x; e < out_rows * args.num_tokens; e += args.split * THREADS) {
       const int token = e / out_rows, place = e - token * out_rows, column = block * out_rows + place;
       if (column >= out_n) continue;
       const int tile = place / 16, slot = tile / tiles_abreast * TILES + tile % tiles_abreast;
-      float scale = one_scale;
-      if (!IS_ONE && ROUND != NO_ROUND && X_GROUP == 0) scale = args.x_scale[token];
+      float scale = 1.0f;
+      if (ROUND != NO_ROUND && X_GROUP == 0) scale = args.x_scale[token];
       auto finished = [&](int row, int weight_row) {
         float y = sum_of(row, token);
         if (GROUP == 0) y *= args.scale[weight_row];
@@ -476,7 +661,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) quantized_few(
       else
         ((u16*)args.out)[at] = to_x(y);
     }
-    if (!IS_ONE) break;
+    break;
   }
   if (args.split > 1) sync_cluster(args.split);  // until others have read this block's sums
 }

@@ -25,8 +25,9 @@ from kernels.tuning import Configs
 MAX_TOKENS = 64
 TOKEN_TILES = (0, 1, 2, 4, 8)  # of 8 tokens; 0: one token, whose norm and rounding are fused
 MAX_SPLIT = 8  # blocks of a cluster
-MOST_WARPS = 16  # of one kernel on a multiprocessor, for one token
+MOST_WARPS = 16  # of a block
 LONG_ROW = 9216  # inputs, more than a model's hidden size mostly is
+HELD_SCALES, HELD_RESIDUALS = 1024, 256  # rows' scales and residuals that a block of one token holds, at most
 OLDEST = (8, 0)  # compute capability
 
 
@@ -204,6 +205,9 @@ def source(kind: Kind, token_tiles: int, config: FewConfig) -> str:
     """Return the source of a kernel, for NVRTC."""
     defines = {
         "IS_ONE": int(token_tiles == 0),
+        "HAS_DIGITS": int(token_tiles == 0 and _has_digits(kind)),
+        "HELD_SCALES": 0 if kind.group_size or token_tiles else HELD_SCALES,
+        "HELD_RESIDUALS": 0 if token_tiles else HELD_RESIDUALS,
         "TOKENS": max(token_tiles, 1),
         "TILES": config.tiles,
         "WARPS_N": config.warps_n,
@@ -225,11 +229,21 @@ def _shared_bytes(config: FewConfig, kind: Kind, num_tokens: int, k: int) -> int
     rings = warps * config.stages * kind.stage_bytes(config.tiles)
     x = 2 * num_tokens * (_most_columns(config, kind, k) + 8)
     group = kind.form.input_group if kind.form.inputs else 0
-    x_scales = 4 * num_tokens * (k // group if group else 1)
+    if num_tokens == 1 and _has_digits(kind):
+        x_scales = 8 * (k // CHUNK)  # the sum of each chunk, and its unit
+    else:
+        x_scales = 4 * num_tokens * (k // group if group else 1)
     sums = 4 * config.warps_k * max_tokens * (16 * config.warps_n * config.tiles + 4)
     if num_tokens == 1:
-        return 128 + rings + 2 * sums + x + x_scales
+        held = (0 if kind.group_size else 4 * HELD_SCALES) + 2 * HELD_RESIDUALS
+        return 128 + rings + 2 * sums + x + x_scales + held
     return 128 + max(rings + x + x_scales, sums)
+
+
+def _has_digits(kind: Kind) -> bool:
+    """Return whether a single token is multiplied as integers of two digits."""
+    form = kind.form
+    return form.code == "int4" and form.table is None and form.inputs is None and kind.group_size >= CHUNK
 
 
 @functools.lru_cache(4096)

@@ -174,7 +174,8 @@ def test_every_number_of_tokens_has_a_configuration_that_fits(
             fitting = quantized_few.few_config(kind, num_rows, k, token_tiles, bool(is_gated), torch.device(DEVICE))
             assert fitting or token_tiles == 8
             text = source(kind, token_tiles, config)
-            assert "#define IS_ONE 1" in text or token_tiles
+            assert ("#define IS_ONE 1" in text) == (token_tiles == 0)
+            assert ("#define HAS_DIGITS 1" in text) == (token_tiles == 0 and bits == 4)
 
 
 @pytest.mark.parametrize("card", [CARDS[number] for number in (80, 86, 90, 100, 120)], ids=lambda card: card.name)
@@ -320,7 +321,9 @@ def test_products_of_any_number_of_tokens_are_the_definition_s(name: str) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [(1, 1, 2, 1, 3), (2, 2, 2, 2, 4), (4, 1, 1, 8, 2), (1, 1, 8, 1, 8)])
+@pytest.mark.parametrize(
+    "config", [(1, 1, 2, 1, 3), (2, 2, 2, 2, 4), (4, 1, 1, 8, 2), (1, 1, 8, 1, 8), (2, 1, 12, 1, 3, 2)]
+)
 def test_a_configuration_changes_the_speed_only(config: tuple[int, ...]) -> None:
     for name in ("int4 zero", "fp8", "fp8 x fp8 blocks", "int8 minimum"):
         weight = make_weight(FORMS[name], 208, 1152, BF16)
@@ -334,6 +337,16 @@ def test_a_configuration_changes_the_speed_only(config: tuple[int, ...]) -> None
                 gpu.kind, rounded, gpu.codes, gpu.parameters, gpu.scale, 208, x_scale=x_scale, config=FewConfig(*config)
             )
             assert_near(found, weight.product(x), 2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["int4 g128", "int4 zero"])
+def test_a_token_s_largest_input_does_not_drown_the_others(name: str) -> None:
+    weight = make_weight(FORMS[name], 208, 1152, BF16)
+    x = randn(1, 1152, dtype=BF16)
+    x[0, 130] = 500.0
+    wanted = weight.logits(x)
+    assert_near(packed(weight).logits(x), wanted, 5e-4)
 
 
 @pytest.mark.gpu
