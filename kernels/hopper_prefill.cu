@@ -47,8 +47,8 @@ constexpr float MAX_GROWTH = 8.0f;  // a largest score may be exceeded so far, i
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
 __device__ __forceinline__ void wait_for_input() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); }
-__device__ __forceinline__ void leave_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); }
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 216;"); }
+__device__ __forceinline__ void leave_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 72;"); }
 __device__ __forceinline__ void load(u32 to, const TensorMap* map, int column, int head, int slot, u32 barrier) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
@@ -302,16 +302,29 @@ __device__ __forceinline__ void copy_queries(const Args& args, const Work& work,
   commit_copies();
 }
 
-// Copy the rows `slot` of each lane, from a head's first column on, to the 32 rows of a tile from `first` on.
+// Copy the rows `slot` of each lane, from a head's first column on, to the 32 rows of a tile from `first` on. Addresses
+// come many at a time: one by one, each would wait for what it is made of.
 __device__ __forceinline__ void copy_rows(const u16* from, int stride, int slot, int first, u32 tile) {
-  constexpr int PIECES = HEAD_DIM / 8, AT_ONCE = 32 / PIECES > 0 ? 32 / PIECES : 1;
-  int lane = threadIdx.x % 32, piece = lane % PIECES;
-  u32 to = tile + piece / 8 * (KEYS * 128);
-#pragma unroll 4
-  for (int i = 0; i < 32 / AT_ONCE; i++) {
-    int mine = i * AT_ONCE + lane / PIECES, row = first + mine;
-    i64 slot_of_row = __shfl_sync(ALL, slot, mine);
-    copy(to + row * 128 + (piece % 8 ^ row % 8) * 16, from + slot_of_row * stride + 8 * piece, true);
+  constexpr int PIECES = HEAD_DIM / 8, AT_ONCE = 32 / PIECES, COPIES = 32 / AT_ONCE, PERIOD = 8 / AT_ONCE;
+  const int lane = threadIdx.x % 32, piece = lane % PIECES, mine = lane / PIECES;
+  const char* column = (const char*)(from + 8 * piece);
+  const u32 row_bytes = 2 * stride;
+  u32 to[PERIOD];
+#pragma unroll
+  for (int i = 0; i < PERIOD; i++) {
+    const int row = first + i * AT_ONCE + mine;
+    to[i] = tile + piece / 8 * (KEYS * 128) + row * 128 + (piece % 8 ^ row % 8) * 16;
+  }
+#pragma unroll
+  for (int i = 0; i < COPIES; i += 8) {
+    const char* rows[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      const u32 slot_of_row = __shfl_sync(ALL, slot, (i + j) * AT_ONCE + mine);
+      rows[j] = column + (u64)slot_of_row * row_bytes;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) copy(to[(i + j) % PERIOD] + (i + j) / PERIOD * 1024, rows[j], true);
   }
 }
 
