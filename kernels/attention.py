@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from kernels.attention_batch import AttentionBatch, HeadRotation
 from kernels.cache_cpu import Gathered, kernels, kernels_ahead
 from kernels.elementwise import rope_and_store_torch
+from kernels.one_token import attend_one_token, can_attend_one_token
 
 logger = logging.getLogger(__name__)
 
@@ -470,6 +471,8 @@ def attention_of_products(
     arguments = qkv, rotation, k_cache, v_cache, batch, num_heads
     if backend == "torch":
         return attention_of_products_torch(*arguments, **options)
+    if can_attend_one_token(*arguments, **options):
+        return attend_one_token(*arguments, **options)
     from kernels.triton_attention import attention_of_products_triton  # here: a machine without a GPU need not have it
 
     return attention_of_products_triton(*arguments, **options)

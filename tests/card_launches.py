@@ -14,6 +14,7 @@ import torch
 from kernels import (
     gated_gemm,
     hopper_prefill,
+    one_token,
     quantized_few,
     quantized_many,
     triton_bookkeeping,
@@ -317,6 +318,11 @@ def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
     for head_dim in hopper_prefill.KEYS if card.is_hopper else ():
         for variant in (hopper_prefill.Variant(head_dim, wide), hopper_prefill.Variant(head_dim, half, 1, True, F32)):
             yield f"hopper_prefill {variant}", hopper_prefill.source(variant), ARCHITECTURE, variant.shared_bytes
+    for num_heads, num_kv_heads, head_dim in HEADS if card.is_hopper else ():
+        group = num_heads // num_kv_heads
+        if head_dim in one_token.HEAD_DIMS and group <= one_token.MAX_GROUP:
+            text = one_token.source(head_dim, group, head_dim // 2, wide)
+            yield f"one_token {head_dim} {group}", text, ARCHITECTURE, one_token.shared_bytes(head_dim, group)
     for columns in gated_gemm.TILE_COLUMNS if card.is_hopper else ():
         tile = gated_gemm.Tile(columns, shares_weights=True)
         yield f"gated_gemm {tile}", gated_gemm.source(wide, "silu", tile), ARCHITECTURE, tile.shared_bytes

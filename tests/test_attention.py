@@ -24,6 +24,7 @@ from kernels.attention import (
     fits_one_kernel,
 )
 from kernels.attention_batch import HeadRotation
+from kernels.one_token import attend_one_token, can_attend_one_token
 from kernels.triton_attention import attention_triton
 from kernels.triton_decode import decode
 from kernels.triton_prefill import prefill, prefill_splits
@@ -383,6 +384,25 @@ def test_products_are_rotated_stored_and_attended_to_in_one_kernel(
     check(out, wanted, qkv.dtype)
     check(k.float(), wanted_k.float(), qkv.dtype)
     check(v.float(), wanted_v.float(), qkv.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lens", [[1], [64], [1000, 1, 130], [5000]])
+@pytest.mark.parametrize(("num_heads", "head_dim", "rotary_dim"), [(4, 128, 128), (8, 64, 64), (16, 128, 64)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernel_of_one_token_equals_its_twin(
+    lens: list[int], num_heads: int, head_dim: int, rotary_dim: int, dtype: torch.dtype
+) -> None:
+    norms = ["q_norm", "k_norm"] if rotary_dim == 128 else []
+    qkv, rotation, k, v, batch = make_products(lens, (num_heads, 2, head_dim, rotary_dim), dtype, norms)
+    if not can_attend_one_token(qkv, rotation, k, v, batch, num_heads):
+        pytest.skip("it is for Hopper")
+    wanted_k, wanted_v = k.clone(), v.clone()
+    wanted = attention_of_products_torch(qkv, rotation, wanted_k, wanted_v, batch, num_heads, scale=0.1)
+    out = attend_one_token(qkv, rotation, k, v, batch, num_heads, scale=0.1)
+    check(out, wanted, dtype)
+    check(k, wanted_k, dtype)
+    check(v, wanted_v, dtype)
 
 
 def test_one_kernel_takes_single_tokens_without_a_prefix_to_share() -> None:
