@@ -2,6 +2,10 @@
 
     python -m bench.perplexity                                   # Gemma 3 270M out of PyPI, 238 MB
     python -m bench.perplexity --model-path model.gguf --dtype float32
+    python -m bench.perplexity --model-path demo --kv-cache-dtype fp8_e4m3 --max-difference 0.01
+
+Beside it stands for how many tokens both find the same next one likeliest. A prompt attends to its own tokens as the
+cache holds them, so what a cache of 8 bits costs shows in one prompt.
 
 A GGUF file stays packed here, as in the server; transformers reads what dequantizing it makes. Exits with 1 if the two
 differ by more than `--max-difference`. Nothing of this runs in the tests: weights are downloaded.
@@ -14,6 +18,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,25 +69,40 @@ def perplexity(logprobs: list[float]) -> float:
     return float(torch.tensor(logprobs, dtype=torch.float64).mean().neg().exp())
 
 
-def of_engine(config: EngineConfig, text: str) -> tuple[list[int], list[float]]:
-    """Return the text's token ids and this engine's log-probabilities of all but the first."""
-    options = {"dtype": config.dtype, "download_dir": config.download_dir, "quantization": config.quantization}
+@dataclass
+class Likelihoods:
+    """What a model makes of each token of a text but the first."""
+
+    logprobs: list[float]
+    likeliest: list[int]  # ids
+
+
+def of_engine(config: EngineConfig, text: str) -> tuple[list[int], Likelihoods]:
+    """Return the text's token ids, and what this engine makes of them."""
+    options = {name: getattr(config, name) for name in ("dtype", "download_dir", "quantization", "kv_cache_dtype")}
     with Engine(config.model_path, device="cpu", **options) as engine:
         answer = engine.generate(
-            text, {"max_new_tokens": 1, "temperature": 0}, return_logprob=True, logprob_start_len=0
+            text,
+            {"max_new_tokens": 1, "temperature": 0},
+            return_logprob=True,
+            logprob_start_len=0,
+            top_logprobs_num=1,
         )
-    entries = answer["meta_info"]["input_token_logprobs"]
-    return [entry[1] for entry in entries], [entry[0] for entry in entries[1:]]
+    info = answer["meta_info"]
+    entries, likeliest = info["input_token_logprobs"], info["input_top_logprobs"][1:]
+    found = Likelihoods([entry[0] for entry in entries[1:]], [top[0][1] for top in likeliest])
+    return [entry[1] for entry in entries], found
 
 
 @torch.inference_mode()
-def of_transformers(folder: Path, dtype: torch.dtype, ids: list[int]) -> list[float]:
-    """Return transformers' log-probabilities of all tokens but the first."""
+def of_transformers(folder: Path, dtype: torch.dtype, ids: list[int]) -> Likelihoods:
+    """Return what transformers makes of a text."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
     logits = model(torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
-    return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    logprobs = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    return Likelihoods(logprobs.tolist(), logits.argmax(-1).tolist())
 
 
 def main() -> None:
@@ -91,11 +111,12 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=PROSE, help="file with the text, one prompt")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--quantization", help="as the server takes it; none: a GGUF file is dequantized here, too")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="as the server takes it; transformers' is --dtype")
     parser.add_argument("--download-dir", help="where the file and what is made of it are kept")
     parser.add_argument("--max-difference", type=float, default=0.005, help="share of transformers' perplexity")
     args = parser.parse_args()
-    options = {name: getattr(args, name) for name in ("model_path", "dtype", "quantization", "download_dir")}
-    config = EngineConfig(**options)
+    names = ("model_path", "dtype", "quantization", "kv_cache_dtype", "download_dir")
+    config = EngineConfig(**{name: getattr(args, name) for name in names})
     if args.model_path == GEMMA:
         config = config.replace(model_path=str(fetch_gemma(cache_dir(config))))
     folder, text = resolve_model(config.replace(quantization="none")), args.text.read_text(encoding="utf-8")
@@ -103,15 +124,18 @@ def main() -> None:
     ids, ours = of_engine(config, text)
     taken_s = time.perf_counter() - started
     table = Table(box=box.SIMPLE, title=f"{args.model_path}: {len(ids)} tokens of {args.text.name}")
-    for column in ("by", "dtype", "perplexity", "difference", "largest of one token"):
+    for column in ("by", "dtype", "perplexity", "difference", "largest of one token", "same likeliest"):
         table.add_column(column, justify="right")
-    table.add_row("radixloop", args.dtype, f"{perplexity(ours):.4f}", "", f"({taken_s:.0f} s with the start)")
+    table.add_row("radixloop", args.dtype, f"{perplexity(ours.logprobs):.4f}", "", f"({taken_s:.0f} s with the start)")
     difference = 0.0
     for dtype in dict.fromkeys((args.dtype, "float32")):
         theirs = of_transformers(folder, DTYPES[dtype], ids)
-        share = perplexity(ours) / perplexity(theirs) - 1
-        largest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
-        table.add_row("transformers", dtype, f"{perplexity(theirs):.4f}", f"{share:+.3%}", f"{largest:.3f}")
+        their_perplexity = perplexity(theirs.logprobs)
+        share = perplexity(ours.logprobs) / their_perplexity - 1
+        largest = max(abs(a - b) for a, b in zip(ours.logprobs, theirs.logprobs, strict=True))
+        same = sum(a == b for a, b in zip(ours.likeliest, theirs.likeliest, strict=True)) / len(ours.likeliest)
+        cells = (dtype, f"{their_perplexity:.4f}", f"{share:+.3%}", f"{largest:.3f}", f"{same:.1%}")
+        table.add_row("transformers", *cells)
         difference = max(difference, abs(share))
     Console().print(table)
     if difference > args.max_difference:
