@@ -38,6 +38,7 @@ from engine.schedule.scheduler import Scheduler
 from engine.sizes import Sizes, check_sizes, choose_graph_sizes, graphs_bytes, max_graph_tokens, resolve_sizes
 from engine.step.batch import Stager
 from engine.step.cuda_graph import GraphSizes
+from engine.step.first_start import start_compilers_at_first_start
 from engine.step.host_memory import available_host_memory
 from engine.step.memory import GIB, MemoryBudget, plan_memory
 from engine.step.model_runner import ModelRunner
@@ -52,6 +53,7 @@ from engine.vision.tower import Tower, load_tower
 from kernels import hopper
 from kernels.attention import choose_backend
 from kernels.card import OLDEST_E4M3, card_of
+from kernels.compilers import end_compilers
 from kernels.dense import SKINNY_MAX_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -293,6 +295,10 @@ def build_runner(
     makes them, on the rank that does.
     """
     device = _set_device(config, comm)
+    if device.type == "cuda":
+        start_compilers_at_first_start(comm.size)
+    else:
+        end_compilers()  # a GPU was expected
     weights_bytes = _load_weights(model, folder, config, device)
     on_progress("weights loaded")
     if store is not None:
@@ -369,7 +375,10 @@ def _measure(probe: ModelRunner, sizes: Sizes, graph_sizes: GraphSizes | None) -
 
     probe: a runner with a KV pool that is just large enough.
     """
-    compile_kernels(probe, graph_sizes, sizes.max_step_tokens, sizes.num_rows, sizes.max_len)
+    try:
+        compile_kernels(probe, graph_sizes, sizes.max_step_tokens, sizes.num_rows, sizes.max_len)
+    finally:
+        end_compilers()
     largest_step = measure_step(probe, sizes.max_step_tokens, sizes.num_rows, sizes.max_len)
     probe.close()
     return largest_step

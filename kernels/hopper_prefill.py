@@ -14,7 +14,7 @@ from kernels.attention_batch import AttentionBatch
 from kernels.card import card_of
 from kernels.hopper import ARCHITECTURE, is_available, kind_of, tensor_map
 from kernels.hopper import source as hopper_source
-from kernels.launch import address, cdiv, only_compiles
+from kernels.launch import address, cdiv, compile_ahead, only_compiles
 from kernels.nvrtc import compile_source
 from kernels.quantized_kernel import Kernel
 from kernels.triton_softmax import arrival_counters
@@ -137,6 +137,9 @@ def prefill(
         softcap > 0,
         None if sinks is None else sinks.dtype,
     )
+    if only_compiles():
+        compile_ahead(_kernel, variant, q.device)
+        return
     table = batch.slot_table
     args = Args(
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(),
@@ -148,9 +151,7 @@ def prefill(
     )  # fmt: skip
     maps = [_tensor_map(*_layout(cache), variant.dtype) for cache in (k_cache, v_cache)]
     num_blocks = min(card_of(q.device).num_sms, num_works * num_parts)
-    kernel = _kernel(variant, q.device)
-    if not only_compiles():
-        kernel.launch(num_blocks, 1, variant.shared_bytes, (args, *maps), q.device)
+    _kernel(variant, q.device).launch(num_blocks, 1, variant.shared_bytes, (args, *maps), q.device)
 
 
 def choose_num_parts(num_works: int, num_places: int) -> int:

@@ -6,14 +6,15 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kernels.card import HOPPER, card_of
+from kernels.compilers import CompilingThreads, start_compilers
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +61,10 @@ def has_dependent_launch(device: torch.device) -> bool:
 class _Rehearsal:
     """The kernels that one thread's launches have asked for while it only compiles."""
 
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
+    def __init__(self, threads: Executor) -> None:
+        self.thread, self.threads = threading.get_ident(), threads
         self.kernels: dict[Any, Any] = {}  # Triton's, or its futures of them, by what they are compiled for
+        self.others: dict[Any, Future[Any]] = {}  # by who compiles them: see `compile_ahead`
 
 
 _rehearsal: _Rehearsal | None = None
@@ -73,11 +75,18 @@ def only_compiles() -> bool:
     return _rehearsal is not None and _rehearsal.thread == threading.get_ident()
 
 
+def compile_ahead(compile: Callable[..., object], *args: Any) -> None:
+    """While this thread only compiles: have another one call `compile`, once, before `compiling_ahead` ends."""
+    assert _rehearsal is not None
+    if (compile, args) not in _rehearsal.others:
+        _rehearsal.others[compile, args] = _rehearsal.threads.submit(compile, *args)
+
+
 @contextlib.contextmanager
-def compiling_ahead() -> Iterator[None]:
+def compiling_ahead(max_processes: int = 0) -> Iterator[None]:
     """Compile the kernels that this thread's launches lack, many at once; all are ready when the context ends.
 
-    Nothing is launched in it, so results are arbitrary.
+    Nothing is launched in it, so results are arbitrary. max_processes: to start if it takes long.
     """
     import triton  # here: a machine without a GPU need not have it
 
@@ -87,19 +96,29 @@ def compiling_ahead() -> Iterator[None]:
     initializer = None
     if torch.cuda.is_available():
         initializer = functools.partial(torch.cuda.set_device, torch.cuda.current_device())
-    notice = threading.Timer(SLOW_COMPILING_S, logger.info, ["compiling kernels, for later starts too"])
+    notice = threading.Timer(SLOW_COMPILING_S, _compile_in_processes, [max_processes])
     notice.start()
-    rehearsal = _rehearsal = _Rehearsal()
+    new_threads = functools.partial(ThreadPoolExecutor, num_threads, "compiler", initializer)
     try:
-        with ThreadPoolExecutor(num_threads, "compiler", initializer) as threads:
-            with triton.AsyncCompileMode(threads):
+        with new_threads() as threads, new_threads() as others:  # which wait for no process
+            rehearsal = _rehearsal = _Rehearsal(others)
+            executor = CompilingThreads(threads)
+            with executor.noting(), triton.AsyncCompileMode(executor):
                 yield
             _load_all(rehearsal.kernels.values(), threads)
+            for future in rehearsal.others.values():
+                future.result()
     finally:
         notice.cancel()
+        notice.join()  # or it would start processes when others have been ended
         _rehearsal = None
     if (took_s := time.perf_counter() - start) > SLOW_COMPILING_S:
         logger.info("compiled %d kernels in %.1f s", len(rehearsal.kernels), took_s)
+
+
+def _compile_in_processes(max_processes: int) -> None:
+    logger.info("compiling kernels, for later starts too")
+    start_compilers(max_processes)
 
 
 _loaded: set[tuple[str, ...]] = set()  # launchers of this process, by the types of their arguments

@@ -10,6 +10,7 @@ from engine.models.base import CausalLM
 from engine.schedule.plan import Plan
 from engine.step.cuda_graph import SAMPLE_MULTIPLE, GraphSizes
 from engine.step.fields import StepShape
+from engine.step.first_start import num_processes
 from engine.step.model_runner import ModelRunner
 from kernels.corun import FLOPS_PER_BYTE, STEP_TOKENS, Corun
 from kernels.experts import ExpertShape
@@ -41,13 +42,15 @@ def compile_kernels(
         experts=expert_shapes(runner.model),
         dtype=runner.model.config.dtype,
     )
-    with runner.model.model.few_layers(), compiling_ahead():
+    with runner.model.model.few_layers(), compiling_ahead(num_processes(runner.comm.size)):
         _run_largest(runner, num_tokens, num_samples, max_len)
         if graph_sizes is not None:
             if runner.comm.rank == 0:  # the only one that samples
                 runner.sampler.rehearse(num_samples)
             with torch.cuda.stream(runner.stream), torch.inference_mode():
                 runner.new_graphs(graph_sizes).run_all()
+            for num_free_sms in FLOPS_PER_BYTE if runner.splitter.can_split else ():
+                _run_prompts(runner, _full_prompts(256, max_len), SAMPLE_MULTIPLE, corun=Corun(128, num_free_sms))
 
 
 def weight_shapes(model: CausalLM) -> list[WeightShape]:
