@@ -3,11 +3,12 @@
 // A cluster of SPLIT blocks has a request's KV head, and shares its tokens out: LANES lanes have a token's key or value,
 // 16 bytes each, so that a warp has ROWS tokens at a time, and UNROLL times as many on their way. What earlier steps
 // stored is on its way before the kernel ahead, which makes the new token's products, has ended. Each group of lanes
-// keeps a running softmax in registers; they are merged in the warp, in the block, and through the blocks' shared memory
-// in the cluster, always in the same order.
+// keeps a running softmax in registers; they are merged in the warp, in the block, and in the cluster, where each block
+// has a share of the result and gets its parts from all into its shared memory, always in the same order.
 //
 // D: size of a head. G: query heads of a KV head. HALF: elements that rotate with as many others. IS_HALF: numbers are
-// float16, else bfloat16. WARPS: of a block.
+// float16, else bfloat16. WARPS: of a block. WINDOW: 0 none, 1 sliding, 2 chunks. HAS_SOFTCAP, HAS_MAP: of slots. SINKS: 0
+// none, 1 numbers like the others, 2 float.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -16,10 +17,11 @@ struct Args {
   const u16 *qkv, *q_norm, *k_norm;  // the norms' weights, or null
   u16 *k_cache, *v_cache, *out;
   const float *cos_sin;
-  const int *positions, *seq_lens, *rows, *slot_table;
+  const int *positions, *seq_lens, *rows, *slot_table, *slot_map;
+  const void* sinks;
   long long qkv_stride, k_stride, k_head_stride, v_stride, v_head_stride, table_stride;
-  int num_kv_heads;
-  float scale, eps;  // scale: of scores in units of log2
+  int num_kv_heads, window;
+  float scale, softcap, eps;  // scale, softcap: of scores in units of log2
 };
 
 // ---- the machine ----
@@ -48,14 +50,13 @@ __device__ __forceinline__ u32 cluster_rank() {
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-__device__ __forceinline__ void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-__device__ __forceinline__ float load_of_block(const float* p, u32 rank) {
-  float f;
-  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %1, %2;\nld.shared::cluster.f32 %0, [there];\n}"
-               : "=f"(f) : "r"((u32)__cvta_generic_to_shared(p)), "r"(rank) : "memory");
-  return f;
+// A barrier of the cluster in two parts: before others write into this block's shared memory, it must have begun.
+__device__ __forceinline__ void arrive_in_cluster() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+// Writes to where `p` is in another block's shared memory.
+__device__ __forceinline__ void store_to_block(float* p, u32 rank, float f) {
+  asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nst.shared::cluster.f32 [there], %2;\n}"
+               :: "r"((u32)__cvta_generic_to_shared(p)), "r"(rank), "f"(f) : "memory");
 }
 extern __shared__ float shared[];
 // ---- end of the machine ----
@@ -63,6 +64,7 @@ extern __shared__ float shared[];
 constexpr int LANES = D / 8, ROWS = 32 / LANES, UNROLL = G > 4 ? 2 : 4;
 constexpr int GROUPS = SPLIT * WARPS * ROWS;  // of lanes, in the cluster
 constexpr float NONE = -1e30f;                // the largest score of no token
+constexpr float LOG2_E = 1.44269504f;
 
 __device__ __forceinline__ void widen(uint4 x, float (&f)[8]) {
   const u32 words[4] = {x.x, x.y, x.z, x.w};
@@ -79,6 +81,10 @@ __device__ __forceinline__ float sum_of_lanes(float f) {
 #pragma unroll
   for (int mask = LANES / 2; mask; mask /= 2) f += __shfl_xor_sync(0xffffffffu, f, mask);
   return f;
+}
+
+__device__ __forceinline__ float capped(float score, float cap) {  // cap * tanh(score / cap)
+  return HAS_SOFTCAP ? cap - 2.0f * cap / (exp2_of(2.0f * LOG2_E * score / cap) + 1.0f) : score;
 }
 
 // Norms and rotates a lane's part of a head; `partner`: the elements that they rotate with.
@@ -166,7 +172,8 @@ struct Softmax {
 };
 
 template <int N>
-__device__ __forceinline__ void score(const float (&q)[G][8], const uint4 (&k)[N], float (&scores)[N][G]) {
+__device__ __forceinline__ void score(
+    const float (&q)[G][8], const uint4 (&k)[N], float softcap, float (&scores)[N][G]) {
 #pragma unroll
   for (int u = 0; u < N; u++) {
     float keys[8];
@@ -182,30 +189,35 @@ __device__ __forceinline__ void score(const float (&q)[G][8], const uint4 (&k)[N
 #pragma unroll
   for (int u = 0; u < N; u++)
 #pragma unroll
-    for (int g = 0; g < G; g++) scores[u][g] = sum_of_lanes(scores[u][g]);
+    for (int g = 0; g < G; g++) scores[u][g] = capped(sum_of_lanes(scores[u][g]), softcap);
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) one_token(const __grid_constant__ Args args) {
   let_next_begin();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = cluster_rank(), id = blockIdx.x / SPLIT;
   const int request = id / args.num_kv_heads, kv_head = id % args.num_kv_heads;
-  const int num_old = args.seq_lens[request] - 1;  // the last one is new
-  if (num_old < 0) {                               // padding
+  const int position = args.seq_lens[request] - 1;  // of the new token
+  if (position < 0) {                               // padding
     wait_for_input();
     return;
   }
+  const int first_seen = WINDOW == 2 ? position / args.window * args.window
+                         : WINDOW == 1 ? max(position + 1 - args.window, 0) : 0;
+  const int num_old = position - first_seen;
+  arrive_in_cluster();
   const int d = lane % LANES * 8, group = (warp * ROWS + lane / LANES) * SPLIT + rank;
-  const int* slots = args.slot_table + args.rows[request] * args.table_stride;
+  const int* slots = args.slot_table + args.rows[request] * args.table_stride + first_seen;
   const u16* keys = args.k_cache + kv_head * args.k_head_stride + d;
   const u16* values = args.v_cache + kv_head * args.v_head_stride + d;
 
   int slot[UNROLL];
   uint4 k[UNROLL], v[UNROLL];
+  auto slot_of = [&](int token) { return HAS_MAP ? args.slot_map[slots[token]] : slots[token]; };
   auto load_slots = [&](int first) {
 #pragma unroll
     for (int u = 0; u < UNROLL; u++) {
       const int token = first + u * GROUPS + group;
-      slot[u] = token < num_old ? slots[token] : -1;
+      slot[u] = token < num_old ? slot_of(token) : -1;
     }
   };
   auto load = [&]() {
@@ -222,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) one_token(const __grid_
   load_slots(0);
   load();
   load_slots(UNROLL * GROUPS);
-  const int new_slot = slots[num_old];
+  const int new_slot = slot_of(num_old);
   const int partner = d < HALF ? d + HALF : d < 2 * HALF ? d - HALF : d;
   float cos[8], sin[8], q_weight[8], k_weight[8], q_partner_weight[8], k_partner_weight[8];
   {
@@ -279,7 +291,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) one_token(const __grid_
       *(uint4*)(args.v_cache + new_slot * args.v_stride + kv_head * args.v_head_stride + d) = v_part[0];
     }
     float scores[1][G];
-    score<1>(q, whole, scores);
+    score<1>(q, whole, args.softcap, scores);
 #pragma unroll
     for (int g = 0; g < G; g++)
       if (!is_mine) scores[0][g] = NONE;
@@ -288,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) one_token(const __grid_
 
   for (int first = 0; first < num_old; first += UNROLL * GROUPS) {
     float scores[UNROLL][G];
-    score<UNROLL>(q, k, scores);
+    score<UNROLL>(q, k, args.softcap, scores);
 #pragma unroll
     for (int u = 0; u < UNROLL; u++)
 #pragma unroll
@@ -304,8 +316,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) one_token(const __grid_
 
 #pragma unroll
   for (int mask = LANES; mask < 32; mask *= 2) softmax.merge(mask);
-  float *sums = shared, *most = sums + WARPS * G * D, *totals = most + WARPS * G;          // by warp
-  float *of_block = totals + WARPS * G, *block_most = of_block + G * D, *block_total = block_most + G;
+  constexpr int SHARE = G * D / SPLIT;  // of the result, which a block merges
+  float *sums = shared, *most = sums + WARPS * G * D, *totals = most + WARPS * G;  // by warp
+  float *block_sums = totals + WARPS * G, *block_most = block_sums + G * D, *block_totals = block_most + SPLIT * G;
   if (lane < LANES) {
 #pragma unroll
     for (int g = 0; g < G; g++) {
@@ -318,8 +331,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) one_token(const __grid_
     }
   }
   __syncthreads();
+  wait_for_cluster();
   for (int i = threadIdx.x; i < G * D; i += 32 * WARPS) {
-    const int g = i / D;
+    const int g = i / D, owner = i / SHARE;
     float m = NONE, l = 0.0f, sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) m = fmaxf(m, most[w * G + g]);
@@ -329,32 +343,31 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) one_token(const __grid_
       l += scale * totals[w * G + g];
       sum += scale * sums[w * G * D + i];
     }
-    of_block[i] = sum;
-    if (i % D == 0) {
-      block_most[g] = m;
-      block_total[g] = l;
+    store_to_block(block_sums + rank * SHARE + i % SHARE, owner, sum);
+    if (i % SHARE == 0 || i % D == 0) {  // the owner's first of this head
+      store_to_block(block_most + rank * G + g, owner, m);
+      store_to_block(block_totals + rank * G + g, owner, l);
     }
   }
-  sync_cluster();
-  constexpr int SHARE = G * D / SPLIT;
+  arrive_in_cluster();
+  wait_for_cluster();
   for (int j = threadIdx.x; j < SHARE; j += 32 * WARPS) {
     const int i = rank * SHARE + j, g = i / D;
-    float ms[SPLIT], ls[SPLIT], parts_of[SPLIT], m = NONE, l = 0.0f, sum = 0.0f;
+    float m = NONE, l = 0.0f, sum = 0.0f;
 #pragma unroll
-    for (int r = 0; r < SPLIT; r++) {
-      ms[r] = load_of_block(block_most + g, r);
-      ls[r] = load_of_block(block_total + g, r);
-      parts_of[r] = load_of_block(of_block + i, r);
+    for (int r = 0; r < SPLIT; r++) m = fmaxf(m, block_most[r * G + g]);
+    if (SINKS) {
+      const int head = kv_head * G + g;
+      const float sink = LOG2_E * (SINKS == 2 ? ((const float*)args.sinks)[head] : from_x(((const u16*)args.sinks)[head]));
+      m = fmaxf(m, sink);
+      l = exp2_of(sink - m);
     }
 #pragma unroll
-    for (int r = 0; r < SPLIT; r++) m = fmaxf(m, ms[r]);
-#pragma unroll
     for (int r = 0; r < SPLIT; r++) {
-      const float scale = exp2_of(ms[r] - m);
-      l += scale * ls[r];
-      sum += scale * parts_of[r];
+      const float scale = exp2_of(block_most[r * G + g] - m);
+      l += scale * block_totals[r * G + g];
+      sum += scale * block_sums[r * SHARE + j];
     }
     args.out[((long long)request * args.num_kv_heads + kv_head) * G * D + i] = to_x(sum / l);
   }
-  sync_cluster();  // until others have read this block's sums
 }

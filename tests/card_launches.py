@@ -321,8 +321,9 @@ def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
     for num_heads, num_kv_heads, head_dim in HEADS if card.is_hopper else ():
         group = num_heads // num_kv_heads
         if head_dim in one_token.HEAD_DIMS and group <= one_token.MAX_GROUP:
-            text = one_token.source(head_dim, group, head_dim // 2, wide)
-            yield f"one_token {head_dim} {group}", text, ARCHITECTURE, one_token.shared_bytes(head_dim, group)
+            plain = one_token.Variant(head_dim, group, head_dim // 2, wide)
+            for form in (plain, plain._replace(window=1, has_softcap=True, has_map=True, sink_dtype=wide)):
+                yield f"one_token {form}", one_token.source(form), ARCHITECTURE, form.shared_bytes
     for columns in gated_gemm.TILE_COLUMNS if card.is_hopper else ():
         tile = gated_gemm.Tile(columns, shares_weights=True)
         yield f"gated_gemm {tile}", gated_gemm.source(wide, "silu", tile), ARCHITECTURE, tile.shared_bytes

@@ -388,18 +388,33 @@ def test_products_are_rotated_stored_and_attended_to_in_one_kernel(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lens", [[1], [64], [1000, 1, 130], [5000]])
-@pytest.mark.parametrize(("num_heads", "head_dim", "rotary_dim"), [(4, 128, 128), (8, 64, 64), (16, 128, 64)])
+@pytest.mark.parametrize(
+    ("num_heads", "head_dim", "rotary_dim", "options"),
+    [
+        (4, 128, 128, {}),
+        (6, 64, 64, {"window": 70}),
+        (10, 128, 64, {"softcap": 2.0}),
+        (14, 128, 128, {"window": 128, "is_chunked": True}),
+        (16, 64, 64, {"window": 128, "sinks": [1.0, -2.0] * 8}),
+        (4, 256, 256, {"window": 100, "softcap": 1.5}),
+        (16, 256, 128, {}),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_kernel_of_one_token_equals_its_twin(
-    lens: list[int], num_heads: int, head_dim: int, rotary_dim: int, dtype: torch.dtype
+    lens: list[int], num_heads: int, head_dim: int, rotary_dim: int, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     norms = ["q_norm", "k_norm"] if rotary_dim == 128 else []
     qkv, rotation, k, v, batch = make_products(lens, (num_heads, 2, head_dim, rotary_dim), dtype, norms)
-    if not can_attend_one_token(qkv, rotation, k, v, batch, num_heads):
+    if "sinks" in options:
+        options = options | {"sinks": torch.tensor(options["sinks"]).to(DEVICE, dtype)}
+    if not can_attend_one_token(qkv, rotation, k, v, num_heads, **options):
         pytest.skip("it is for Hopper")
+    if head_dim == 64:  # as where windows have slots of their own
+        batch.slot_map = torch.randperm(len(k), generator=torch.Generator().manual_seed(3)).int().to(DEVICE)
     wanted_k, wanted_v = k.clone(), v.clone()
-    wanted = attention_of_products_torch(qkv, rotation, wanted_k, wanted_v, batch, num_heads, scale=0.1)
-    out = attend_one_token(qkv, rotation, k, v, batch, num_heads, scale=0.1)
+    wanted = attention_of_products_torch(qkv, rotation, wanted_k, wanted_v, batch, num_heads, scale=0.1, **options)
+    out = attend_one_token(qkv, rotation, k, v, batch, num_heads, scale=0.1, **options)
     check(out, wanted, dtype)
     check(k, wanted_k, dtype)
     check(v, wanted_v, dtype)
