@@ -13,12 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
 
 from bench.roofline import ROTATION_BYTES, measure_roofline
 from kernels.dense import DenseWeight
+from kernels.elementwise import act_and_mul_torch
 from kernels.experts import ExpertStack, combine
 from kernels.quantized import QuantizedWeight
 from kernels.quantized_format import Format
@@ -137,15 +139,20 @@ def check() -> list[str]:
     for form in FORMS:
         stack = new_stack(form, 16, 256, 512, 16)
         numbers = stack.stack.decoded() if isinstance(stack.stack, QuantizedWeight) else next(stack.stack.tensors())[1]
-        for num_tokens in (1, 40, 700):
+        bias = torch.randn(16 * 256, device="cuda").to(numbers.dtype)
+        acts = (None,) if form == "fp32" else (None, "silu", "clamped_swiglu")
+        for num_tokens, act in product((1, 12, 40, 100, 700), acts):
             x = torch.randn(num_tokens, 512, device="cuda").to(numbers.dtype)
             ids, _ = route(torch.randn(num_tokens, 16, device="cuda"), Routing(16, 4))
-            found = stack.products(x, ids, stack.sort(ids)).view(num_tokens, 4, 256).float()
+            found = stack.products(x, ids, stack.sort(ids), act, bias).view(num_tokens, 4, -1).float()
             wanted = torch.einsum("tk,tenk->ten", x.float(), numbers.float().view(16, 256, 512)[ids])
+            wanted += bias.float().view(16, 256)[ids]
+            if act is not None:
+                wanted = act_and_mul_torch(wanted, act)
             difference = float((found - wanted).abs().max() / wanted.abs().max())
-            print(f"{form}, {num_tokens} tokens: products differ by {difference:.2g} of the largest")
+            print(f"{form}, {num_tokens} tokens, {act}: products differ by {difference:.2g} of the largest")
             if not difference <= (MAX_WIDE_DIFFERENCE if form == "fp32" else MAX_DIFFERENCE):
-                wrong.append(f"{form}, {num_tokens} tokens: {difference:.2g}")
+                wrong.append(f"{form}, {num_tokens} tokens, {act}: {difference:.2g}")
     return wrong
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from kernels import fp4_experts
 from kernels.dense import DenseWeight, has_onednn_units
 from kernels.quantized import QuantizedWeight
 from kernels.quantized_format import Format
@@ -60,8 +61,10 @@ class ExpertStack:
         self.stack = stack
         self.experts: list[Weight] = []
         self.codes: Codes | None = None
+        self.is_fp4 = False  # has kernels in `fp4_experts`
         if next(stack.tensors())[1].is_cuda:
             self.codes = codes_of(stack)
+            self.is_fp4 = isinstance(stack, QuantizedWeight) and fp4_experts.can_multiply(self.codes, stack.dtype)
         else:
             self.experts = [_packed_in_place(expert) for expert in split_experts(stack, num_experts)]
 
@@ -71,11 +74,9 @@ class ExpertStack:
             return None
         from kernels import triton_experts  # here: a machine without a GPU need not have triton
 
-        num_pairs = ids.numel()
-        if num_pairs <= triton_experts.most_single_pairs(self.num_on_all_ranks):
-            return None
-        height = triton_experts.tile_height(num_pairs, self.num_on_all_ranks)
-        return triton_experts.sort_pairs(ids, self.num_experts, height)
+        kernels = fp4_experts if self.is_fp4 else triton_experts
+        height = kernels.tile_height(ids.numel(), self.num_on_all_ranks)
+        return None if height is None else triton_experts.sort_pairs(ids, self.num_experts, height)
 
     def products(
         self,
@@ -98,6 +99,8 @@ class ExpertStack:
             assert self.codes is not None
             if isinstance(self.stack, QuantizedWeight):
                 x = self.stack.changed_inputs(x).to(x.dtype)
+            if by_expert is not None and self.is_fp4:
+                return fp4_experts.multiply(x, ids, self.codes, self.num_experts, act, by_expert, bias)
             is_shared_out = self.num_experts < self.num_on_all_ranks
             return expert_products_triton(
                 x, ids, self.codes, self.num_experts, act, by_expert, bias, is_shared_out=is_shared_out

@@ -5,7 +5,7 @@ L2 cache. More pairs are sorted by expert on the device, and tiles of one expert
 that of the worst case, so that a CUDA graph holds for any choice of experts.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,14 +14,15 @@ import triton.language as tl
 from kernels.launch import cdiv, fast_launch, next_power_of_2
 from kernels.triton_elementwise import gated, launch_options
 from kernels.triton_quantized import has_e4m3, number_of
+from kernels.triton_softmax import arrival_counters
 from kernels.tuning import Configs
 
 MAX_SINGLE_PAIRS = 64  # pairs whose weights are read one by one, of many experts
 GATED_BLOCK, PLAIN_BLOCK = (2, 1024), (8, 256)  # rows and inputs of a program for one pair, with and without a gate
 FP4_BLOCK = (4, 512)  # likewise, with more rows for each input that is read, since arithmetic takes longer than memory
-SORT_BLOCK = 1024
-MAX_COMPARED_PAIRS = 1024  # each with each; more are counted first
+MAX_COMPARED_PAIRS = 1024  # each with each; of more, each expert's are looked for
 COMPARED_ROWS, COMPARED_COLUMNS = 16, 256
+SORT_BLOCK = 1024  # pairs that are looked at together
 WHOLE_ROW = 1 << 30  # inputs that share a scale, if all of a row do
 
 
@@ -38,6 +39,7 @@ class TileConfig(NamedTuple):
 # and a hidden size of 2,048.
 TILE_HEIGHTS = {8: 16, 24: 32, 96: 64}
 HIGHEST_TILE = 128
+LOWEST_BLOCK = 16  # of pairs, that a product of tiles takes
 DEFAULT_TILES = {
     16: TileConfig(64, 128, 4, 4),
     32: TileConfig(64, 128, 4, 3),
@@ -59,15 +61,15 @@ def default_tile_config(_num_rows: int, _k: int, code: int, block_m: int) -> Til
 TILE_CONFIGS = Configs("experts", TileConfig, default_tile_config)
 
 
-def tile_height(num_pairs: int, num_experts: int) -> int:
-    """Return how many pairs of an expert a step's tiles have."""
+def tile_height(num_pairs: int, num_experts: int) -> int | None:
+    """Return how many pairs of an expert a step's tiles have.
+
+    None: pairs are taken one by one, being so few that most have an expert of their own.
+    """
+    if num_pairs <= min(MAX_SINGLE_PAIRS, num_experts // 2):
+        return None
     average = num_pairs / num_experts
     return next((height for most, height in TILE_HEIGHTS.items() if average <= most), HIGHEST_TILE)
-
-
-def most_single_pairs(num_experts: int) -> int:
-    """Return the pairs that are taken one by one: so few that most have an expert of their own."""
-    return min(MAX_SINGLE_PAIRS, num_experts // 2)
 
 
 class Sorted(NamedTuple):
@@ -80,27 +82,24 @@ class Sorted(NamedTuple):
 
 
 def sort_pairs(ids: torch.Tensor, num_experts: int, block_m: int) -> Sorted:
-    """Return the pairs of ids [T, k] by expert, in tiles of `block_m`; of many pairs within an expert in any order.
+    """Return the pairs of ids [T, k] by expert and in order, in tiles of `block_m`.
 
-    Ids beyond the last expert are left out.
+    Ids beyond the last expert are left out. On one device it must not run on two streams at once.
     """
-    num_pairs, block_e = ids.numel(), next_power_of_2(num_experts)
-    ends, tile_ends, starts = torch.empty(3, num_experts, dtype=torch.int32, device=ids.device)
+    num_pairs = ids.numel()
+    ends, tile_ends = torch.empty(2, num_experts, dtype=torch.int32, device=ids.device)
     order = torch.empty(num_pairs, dtype=torch.int32, device=ids.device)
-    options = launch_options(ids.device, num_warps=4)
+    options: dict[str, Any] = {"BLOCK_E": next_power_of_2(num_experts), **launch_options(ids.device, num_warps=4)}
     if num_pairs <= MAX_COMPARED_PAIRS:
         _compare_kernel[(1 + cdiv(num_pairs, COMPARED_ROWS),)](
             ids, ends, tile_ends, order, num_pairs, num_experts, block_m,
-            BLOCK_M=COMPARED_ROWS, BLOCK=COMPARED_COLUMNS, BLOCK_E=block_e, **options,
+            BLOCK_M=COMPARED_ROWS, BLOCK=COMPARED_COLUMNS, **options,
         )  # fmt: skip
-        return Sorted(order, ends, tile_ends, block_m)
-    _count_kernel[(1,)](
-        ids, ends, tile_ends, starts, num_pairs, num_experts, block_m,
-        BLOCK=SORT_BLOCK, BLOCK_E=block_e, **options,
-    )  # fmt: skip
-    _place_kernel[(cdiv(num_pairs, SORT_BLOCK),)](
-        ids, starts, order, num_pairs, num_experts, BLOCK=SORT_BLOCK, **options
-    )
+    else:
+        _sort_kernel[(num_experts,)](
+            ids, ends, tile_ends, order, arrival_counters(ids.device, 1), num_pairs, num_experts, block_m,
+            BLOCK=SORT_BLOCK, **options,
+        )  # fmt: skip
     return Sorted(order, ends, tile_ends, block_m)
 
 
@@ -171,14 +170,14 @@ def expert_products_triton(
             BLOCK_N=block_n, BLOCK_K=fitting_block(weight, block_k), ACT=act, **launch_options(x.device, num_warps=4),
         )  # fmt: skip
         return out
-    block_m = by_expert.block_m
+    block_m = max(by_expert.block_m, LOWEST_BLOCK)
     if config is None:
         is_wide = x.dtype.itemsize == 4
         config = WIDE_TILE if is_wide else TILE_CONFIGS.get(x.device, rows, k, TILE_CODES.index(code), block_m)
-    num_tiles = min(num_pairs, cdiv(num_pairs, block_m) + num_experts)
+    num_tiles = min(num_pairs, cdiv(num_pairs, by_expert.block_m) + num_experts)
     _tile_kernel[(cdiv(n, config.block_n), num_tiles)](
         x, *tensors, bias, by_expert.order, by_expert.ends, by_expert.tile_ends, out, n, rows, per_input, **format_of,
-        NUM_EXPERTS=num_experts, BLOCK_E=next_power_of_2(num_experts), BLOCK_M=block_m,
+        NUM_EXPERTS=num_experts, BLOCK_E=next_power_of_2(num_experts), TILE=by_expert.block_m, BLOCK_M=block_m,
         BLOCK_N=config.block_n, BLOCK_K=fitting_block(weight, config.block_k), ACT=act,
         **launch_options(x.device, num_warps=config.num_warps), num_stages=config.num_stages,
     )  # fmt: skip
@@ -205,11 +204,19 @@ def _compare_kernel(
     ids, ends, tile_ends, order, NUM_PAIRS, NUM_EXPERTS, TILE,
     BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Count the pairs of each expert in the first program; find what comes before each pair in the others."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     if tl.program_id(0) == 0:
-        write_ends(ids, ends, tile_ends, None, NUM_PAIRS, NUM_EXPERTS, TILE, BLOCK, BLOCK_E)
+        expert = tl.arange(0, BLOCK_E)
+        counts = tl.zeros([BLOCK_E], tl.int32)
+        for start in range(0, NUM_PAIRS, BLOCK):
+            chosen = load_chosen(ids, start, NUM_PAIRS, NUM_EXPERTS, BLOCK)
+            counts += tl.histogram(chosen, BLOCK_E, mask=chosen < NUM_EXPERTS)
+        is_expert = expert < NUM_EXPERTS
+        tl.store(ends + expert, tl.cumsum(counts, axis=0), mask=is_expert)
+        tl.store(tile_ends + expert, tl.cumsum((counts + TILE - 1) // TILE, axis=0), mask=is_expert)
         return
     pair = (tl.program_id(0) - 1) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_pair = pair < NUM_PAIRS
@@ -224,49 +231,46 @@ def _compare_kernel(
 
 
 @fast_launch
-@triton.jit
-def _count_kernel(
-    ids, ends, tile_ends, starts, NUM_PAIRS, NUM_EXPERTS, TILE,
+@triton.jit(do_not_specialize=["NUM_PAIRS"])
+def _sort_kernel(
+    ids, ends, tile_ends, order, arrivals, NUM_PAIRS, NUM_EXPERTS, TILE,
     BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """Find the pairs of one expert; the last program to know how many they are counts everyone's tiles."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    write_ends(ids, ends, tile_ends, starts, NUM_PAIRS, NUM_EXPERTS, TILE, BLOCK, BLOCK_E)
-
-
-@triton.jit
-def write_ends(
-    ids, ends, tile_ends, starts, NUM_PAIRS, NUM_EXPERTS, TILE, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr
-):  # fmt: skip
-    """Write where the pairs of each expert end, its tiles, and where its pairs start if `starts` is not None."""
-    expert = tl.arange(0, BLOCK_E)
-    counts = tl.zeros([BLOCK_E], tl.int32)
+    expert = tl.program_id(0)
+    is_before = tl.zeros([BLOCK], tl.int32)
+    is_own = tl.zeros([BLOCK], tl.int32)
     for start in range(0, NUM_PAIRS, BLOCK):
-        pair = start + tl.arange(0, BLOCK)
-        is_pair = pair < NUM_PAIRS
-        chosen = tl.load(ids + pair, mask=is_pair, other=0).to(tl.int32)
-        counts += tl.histogram(chosen, BLOCK_E, mask=is_pair & (chosen < NUM_EXPERTS))
-    is_expert = expert < NUM_EXPERTS
-    sums = tl.cumsum(counts, axis=0)
-    tl.store(ends + expert, sums, mask=is_expert)
-    if starts is not None:
-        tl.store(starts + expert, sums - counts, mask=is_expert)
-    tl.store(tile_ends + expert, tl.cumsum((counts + TILE - 1) // TILE, axis=0), mask=is_expert)
+        chosen = load_chosen(ids, start, NUM_PAIRS, NUM_EXPERTS, BLOCK)
+        is_before += (chosen < expert).to(tl.int32)
+        is_own += (chosen == expert).to(tl.int32)
+    place = tl.sum(is_before, axis=0)
+    tl.store(ends + expert, place + tl.sum(is_own, axis=0))
+    tl.debug_barrier()  # an end is written before its arrival counts
+    is_last = tl.atomic_add(arrivals, 1, sem="acq_rel") == NUM_EXPERTS - 1
+    for start in range(0, NUM_PAIRS, BLOCK):
+        is_chosen = load_chosen(ids, start, NUM_PAIRS, NUM_EXPERTS, BLOCK) == expert
+        numbers = tl.cumsum(is_chosen.to(tl.int32), axis=0)
+        tl.store(order + place + numbers - 1, start + tl.arange(0, BLOCK), mask=is_chosen)
+        place += tl.max(numbers, axis=0)
+    if is_last:
+        tl.store(arrivals, 0)
+        e = tl.arange(0, BLOCK_E)
+        is_expert = e < NUM_EXPERTS
+        end = tl.load(ends + e, mask=is_expert, other=0, cache_modifier=".cg")
+        first = tl.load(ends + e - 1, mask=is_expert & (e > 0), other=0, cache_modifier=".cg")
+        num_tiles = tl.where(is_expert, (end - first + TILE - 1) // TILE, 0)
+        tl.store(tile_ends + e, tl.cumsum(num_tiles, axis=0), mask=is_expert)
 
 
-@fast_launch
 @triton.jit
-def _place_kernel(ids, starts, order, NUM_PAIRS, NUM_EXPERTS, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    is_pair = pair < NUM_PAIRS
-    chosen = tl.load(ids + pair, mask=is_pair, other=0)
-    is_pair &= chosen < NUM_EXPERTS
-    place = tl.atomic_add(starts + chosen, 1, mask=is_pair)
-    tl.store(order + place, pair, mask=is_pair)
+def load_chosen(ids, start, NUM_PAIRS, NUM_EXPERTS, BLOCK: tl.constexpr):
+    """Load the experts of BLOCK pairs; those past the end have none."""
+    pair = start + tl.arange(0, BLOCK)
+    return tl.load(ids + pair, mask=pair < NUM_PAIRS, other=NUM_EXPERTS).to(tl.int32)
 
 
 @triton.jit
@@ -400,8 +404,8 @@ def _pair_kernel(
 def _tile_kernel(
     x, weight, scale, zero, minimum, table, bias, order, ends, tile_ends, out, N, ROWS, PER_INPUT,
     K: tl.constexpr, CODE: tl.constexpr, GROUP: tl.constexpr, NUM_GROUPS: tl.constexpr, OFFSET: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -413,9 +417,9 @@ def _tile_kernel(
     if expert >= NUM_EXPERTS:
         return
     first_tile = tl.load(tile_ends + expert - 1, mask=expert > 0, other=0)
-    first = tl.load(ends + expert - 1, mask=expert > 0, other=0) + (tile - first_tile) * BLOCK_M
+    first = tl.load(ends + expert - 1, mask=expert > 0, other=0) + (tile - first_tile) * TILE
     m = first + tl.arange(0, BLOCK_M)
-    is_pair = m < tl.load(ends + expert)
+    is_pair = m < tl.minimum(tl.load(ends + expert), first + TILE)
     pairs = tl.load(order + m, mask=is_pair, other=0).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.minimum(n, N - 1)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from kernels import (
+    fp4_experts,
     gated_gemm,
     hopper_prefill,
     one_token,
@@ -23,7 +24,7 @@ from kernels import (
     triton_sampling,
 )
 from kernels.attention_batch import HeadRotation
-from kernels.card import OLDEST_BFLOAT16, OLDEST_E4M3, OLDEST_INT8, Card
+from kernels.card import HOPPER, OLDEST_BFLOAT16, OLDEST_E4M3, OLDEST_INT8, Card
 from kernels.hopper import ARCHITECTURE
 from kernels.latents import Expansion, LatentSizes
 from kernels.launch import cdiv
@@ -38,7 +39,6 @@ from kernels.triton_experts import (
     Codes,
     combine_triton,
     expert_products_triton,
-    most_single_pairs,
     sort_pairs,
     tile_height,
 )
@@ -217,9 +217,8 @@ def expert_launches(dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
 
 
 def products_of(x: torch.Tensor, ids: torch.Tensor, codes: Codes, num_experts: int, act: str) -> None:
-    by_expert = None
-    if ids.numel() > most_single_pairs(num_experts):
-        by_expert = sort_pairs(ids, num_experts, tile_height(ids.numel(), num_experts))
+    height = tile_height(ids.numel(), num_experts)
+    by_expert = None if height is None else sort_pairs(ids, num_experts, height)
     expert_products_triton(x, ids, codes, num_experts, act, by_expert)
 
 
@@ -315,6 +314,9 @@ def cuda_sources(card: Card) -> Iterator[tuple[str, str, str, int]]:
             text = quantized_many.source(kind, many)
             room = quantized_many.shared_bytes(kind, many)
             yield f"quantized_many {name} {many}", text, ARCHITECTURE, room
+    for tiling in fp4_experts.TILINGS.values() if card.capability >= HOPPER else ():
+        text = fp4_experts.source(tiling, "clamped_swiglu")
+        yield f"fp4_experts {tiling}", text, card.architecture, tiling.shared_bytes
     for head_dim in hopper_prefill.KEYS if card.is_hopper else ():
         for variant in (hopper_prefill.Variant(head_dim, wide), hopper_prefill.Variant(head_dim, half, 1, True, F32)):
             yield f"hopper_prefill {variant}", hopper_prefill.source(variant), ARCHITECTURE, variant.shared_bytes
